@@ -27,19 +27,17 @@ from hra_fx.lora.disk.convert import convert_files
 def act(base, adapter, out, dtype):
     convert_files([adapter], base, out, dtype=dtype, progress=False)
 """
-#: Into one buffer, with a thread for each file, as many as the conversion uses.
+#: With a thread for each file, as many as the conversion uses.
 READ = """
 import os, torch
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from hra_fx.checkpoint.disk.header import read_header
-from hra_fx.checkpoint.disk.streams import read_bytes
+from safetensors import safe_open
 def read(file):
-    with open(file, "rb", buffering=0) as stream:
-        for tensor in read_header(file).tensors.values():
-            if tensor.name.endswith("_proj.weight"):
-                for block in read_bytes(stream, tensor.start, tensor.size, file):
-                    pass
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():
+            if name.endswith("_proj.weight"):
+                tensors.get_tensor(name).clone()
 def act(base):
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         list(pool.map(read, Path(base).glob("*.safetensors")))

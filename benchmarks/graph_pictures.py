@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import networkx as nx
@@ -17,10 +18,10 @@ from hra_fx.tracing.trace_model import trace_model
 from hra_fx.view.describe import describe_module
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.heatmap import Heatmap
+from hra_fx.view.opening import Block, opened
 from hra_fx.view.page import page
-from hra_fx.view.panels import Panel, opened
 from hra_fx.view.theme import THEMES
-from hra_fx.view.tree import Leaf, LeafKind, Mark
+from hra_fx.view.tree import Leaf, LeafKind, Scope
 
 BLOCK, RANK = "layer1.0", 8
 
@@ -55,7 +56,7 @@ def _leaf(graph: fx.GraphModule, node: fx.Node, block: str) -> Leaf:
     if not name.endswith(".hra_u"):
         return Leaf(name, describe_module(module), "module", node.op, path, ())
     sizes = {"width": module.width, "rank": RANK}
-    return Leaf(name, "reflections", "adapted_layer", node.op, path, (), marks=(Mark(path),), **sizes)
+    return Leaf(name, "reflections", "adapted_layer", node.op, path, (), marks=(path,), **sizes)
 
 
 def write_insert(folder: Path) -> None:
@@ -65,12 +66,12 @@ def write_insert(folder: Path) -> None:
     before = drawing_of_nodes(trace_model(model, ()), BLOCK)
     config = hra_fx.HRAConfig(r=RANK, target_modules=r"layer\d\.\d\.conv\d")
     after = drawing_of_nodes(hra_fx.transform(model, config, trace=True), BLOCK)
-    panels = [
-        Panel("", opened(drawing.tree(), 0).block, title=title)
-        for drawing, title in ((before, "Captured graph"), (after, "After insert"))
-    ]
+    named = ((before, "Captured graph"), (after, "After insert"))
+    blocks = [opened(replace(drawing.tree(), name=name), 0) for drawing, name in named]
+    root = Scope("", "", "", eager=False, items=tuple(block.item for block in blocks))
     whole = Drawing(
         "", f"{BLOCK} of ResNet-18", "torch.fx graph before and after the insert pass", after.picture, (), {}
     )
     for theme in THEMES:
-        (folder / f"insert-{theme}.svg").write_text(page(panels, whole, Heatmap(), theme), encoding="utf-8")
+        text = page(Block(root, tuple(blocks)), whole, Heatmap(), theme)
+        (folder / f"insert-{theme}.svg").write_text(text, encoding="utf-8")

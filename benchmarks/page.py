@@ -25,7 +25,7 @@ from hra_fx.reporting.row import Row
 from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.html.rendering import render
 from hra_fx.view.options import Options
-from hra_fx.view.tree import Leaf, Mark
+from hra_fx.view.tree import Leaf
 
 ROUNDS = 7
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -62,9 +62,7 @@ def without_repeats(count: int = 10_000) -> Drawing:
         path = f"{place[-1]}.layer{index}"
         leaf = Leaf(f"layer{index}", f"Linear {index}→{index}", "module", "call_module", path, place, paths=(path,))
         if index % 3 == 0:
-            leaf = Leaf(
-                **{**leaf.__dict__, "kind": "adapted_layer", "marks": (Mark(path, 0.1),), "width": index, "rank": 8}
-            )
+            leaf = Leaf(**{**leaf.__dict__, "kind": "adapted_layer", "marks": (path,), "width": index, "rank": 8})
             angles = tuple(0.4 / (plane + 1) for plane in range(4))
             angle, rotated = 0.1 + index / count, (0.4, 0.2, angles, 1e-7, 0.05, 0.1)
             site = f"Linear {index}->{index}"

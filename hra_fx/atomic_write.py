@@ -7,53 +7,38 @@ import os
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import TypeAlias
 
 from hra_fx.errors import VisualizeError
 
-#: The bytes of a file, or a function that writes them to an open, unbuffered file.
-Content: TypeAlias = bytes | Callable[[BinaryIO], object]
-
-
-def write_all(target: BinaryIO, data: bytes | bytearray | memoryview) -> None:
-    """Write all of `data` to an unbuffered file."""
-    view = memoryview(data)
-    while view:
-        view = view[target.write(view) :]
+#: The bytes of a file, or a function that writes them to the file of a path.
+Content: TypeAlias = bytes | Callable[[Path], object]
 
 
 @contextlib.contextmanager
-def temporary_file(target: Path, content: Content, temporary: Path | None = None) -> Iterator[Path]:
+def temporary_file(target: Path, content: Content) -> Iterator[Path]:
     """A complete file on disk, to be renamed to `target`; it is removed at the end if it was not renamed.
 
     It is opened like any other file, so that its permissions follow the umask.
 
     Args:
-        target: the final path.
+        target: the final path; the temporary file is next to it.
         content: what to write.
-        temporary: path of the temporary file, in the same file system. Default: a unique name next to `target`.
     """
-    path = temporary or target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    path = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(path, "wb", buffering=0) as file:
-            if callable(content):
-                content(file)
-            else:
-                write_all(file, content)
-            os.fsync(file.fileno())
+        if callable(content):
+            content(path)
+        else:
+            path.write_bytes(content)
+        flush(path)
         yield path
     finally:
         path.unlink(missing_ok=True)
 
 
-def atomic_write(target: Path, content: Content, *, mode: int | None = None, temporary: Path | None = None) -> None:
+def atomic_write(target: Path, content: Content) -> None:
     """Write a file under a temporary name, then rename it. On error the old file is unchanged.
-
-    Args:
-        target: the path.
-        content: what to write.
-        mode: permissions. Default: those of a new file.
-        temporary: see `temporary_file`.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -61,10 +46,14 @@ def atomic_write(target: Path, content: Content, *, mode: int | None = None, tem
     ...     os.listdir(folder)
     ['a.txt']
     """
-    with temporary_file(target, content, temporary) as new:
-        if mode is not None:
-            new.chmod(mode)
+    with temporary_file(target, content) as new:
         os.replace(new, target)
+
+
+def flush(file: Path) -> None:
+    """Write what the system keeps of a file in memory to the disk."""
+    with open(file, "rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def output_file(path: str | os.PathLike[str], formats: Collection[str], *, listed: str = "") -> Path:

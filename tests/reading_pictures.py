@@ -35,9 +35,7 @@ def _dot(file: Path) -> list[str]:
     lines: list[str] = []
     for row in file.read_text(encoding="utf-8").split("\n"):
         if found := _DOT_NODE.match(row):
-            attributes = dict(_DOT_ATTRIBUTE.findall(found[1]))
-            if attributes["class"] == "adapted_layer":
-                lines += attributes["tooltip"].split(r"\n")
+            lines += dict(_DOT_ATTRIBUTE.findall(found[1]))["tooltip"].split(r"\n")
     plain = (line.replace(r"\"", '"').replace(r"\\", "\\").replace("&amp;", "&") for line in lines)
     return [_VALUE.sub("", line) for line in plain]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 
-from hra_fx.reporting.plots.canvas import GRID, INK, QUIET, new_figure, style, write
+from hra_fx.reporting.plots import GRID, INK, QUIET, new_figure, style, write
 from learning.plan import RANK_SEEDS, RANKS, TASK_NAMES, methods_of
 from learning.rates import RATES_FROM, below, chosen, searched
 from learning.records import Record, matched_rank, of

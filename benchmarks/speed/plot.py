@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hra_fx.reporting.plots.canvas import GRID, INK, QUIET, entitle, new_figure, style, write
+from hra_fx.reporting.plots import GRID, INK, QUIET, entitle, new_figure, style, write
 from speed.grid import LLAMA
 from speed.methods import METHODS
 from speed.results import Results

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hra_fx.reporting.plots.canvas import new_figure, style, write
+from hra_fx.reporting.plots import new_figure, style, write
 from hra_fx.view.theme import COLORS, THEMES, Theme
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hra_fx.checkpoint.adapter import Adapter, read_adapter
 from hra_fx.checkpoint.base_model import compare_names
-from hra_fx.checkpoint.base_row import first_row, read_base_row
-from hra_fx.checkpoint.folder import WEIGHTS_NAME
+from hra_fx.checkpoint.base_row import first_row
 from hra_fx.checkpoint.keys import EXTRA_BIASES, PREFIX, copy_key, reflection_key, vectors_key
-from hra_fx.checkpoint.resume import Resume, read_resume
-from hra_fx.checkpoint.weights import read_prefixed
+from hra_fx.checkpoint.resume import Resume
 from hra_fx.compat import non_persistent_buffers, state_modules
 from hra_fx.config import HRAConfig
 from hra_fx.errors import CheckpointError, SelectionError
@@ -72,9 +72,8 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None = None) -> Fitte
     Warns:
         HRAWarning: the configuration names another base model, and nothing shows that it is this one.
     """
-    file = folder / WEIGHTS_NAME
-    config = without_unmatched(model, HRAConfig.from_pretrained(folder) if given is None else valid_config(given))
-    tensors, metadata = read_prefixed(file)
+    adapter = read_adapter(folder, None if given is None else valid_config(given))
+    file, tensors, config = adapter.file, adapter.tensors, without_unmatched(model, adapter.config)
     try:
         layers: Any = select(model, config)
     except SelectionError as error:
@@ -84,8 +83,8 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None = None) -> Fitte
     copies = _copy_keys(model, config, layers, tensors)
     _check_keys(file, model, layers, tensors, copies, config)
     _check_shapes(file, model, layers, tensors, copies, config)
-    _check_base(file, model, layers, tensors, metadata, config)
-    resume = read_resume(file, metadata if given is None else {}, config)
+    _check_base(adapter, model, layers)
+    resume = dataclasses.replace(adapter.resume, config=without_unmatched(model, adapter.resume.config))
     vectors = {path: _split(file, path, tensors, resume) for path in layers}
     written: dict[str, tuple[Tensor, Tensor | None]] = {path: (tensors[reflection_key(path)], None) for path in layers}
     values = {place: tensors[key] for place, key in copies.items()}
@@ -192,24 +191,16 @@ def _split(file: Path, path: str, tensors: Mapping[str, Tensor], resume: Resume)
     return tensors[key], chain[..., :anchor].contiguous()
 
 
-def _check_base(
-    file: Path,
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    config: HRAConfig,
-) -> None:
+def _check_base(adapter: Adapter, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Refuse a model that contains the adapter already, and warn of other names unless it is known to be the base."""
-    row = read_base_row(file, metadata)
-    state = "unknown"
+    row, state = adapter.base_row, "unknown"
     if row is not None and row.path in layers:
-        chain = plain_chain(tensors[reflection_key(row.path)], None, apply_GS=config.apply_GS)
+        chain = plain_chain(adapter.tensors[reflection_key(row.path)], None, apply_GS=adapter.config.apply_GS)
         state = row.state(chain, first_row(layers[row.path]))
         if state == "folded":
-            raise row.folded_error(file, f"This {type(model).__name__}")
+            raise row.folded_error(adapter.file, f"This {type(model).__name__}")
     if state == "unknown":
-        compare_names(file, config, getattr(model, "name_or_path", None))
+        compare_names(adapter.file, adapter.config, getattr(model, "name_or_path", None))
 
 
 def _some(keys: list[str]) -> str:

@@ -19,7 +19,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hra_fx.atomic_write import atomic_write, temporary_file
-from hra_fx.checkpoint.disk.header import METADATA
 from hra_fx.checkpoint.weights import non_finite
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError
@@ -171,7 +170,7 @@ def _sorted_metadata(data: bytes) -> bytes:
     """A safetensors file with its metadata in order: safetensors writes it in a random one, and hashes would differ."""
     end = 8 + struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8:end])
-    header[METADATA] = dict(sorted(header[METADATA].items()))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + data[end:]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -11,7 +14,7 @@ from hra_fx.checkpoint.keys import PREFIX, VECTORS
 from hra_fx.errors import CheckpointError
 from hra_fx.layers.target import REFLECTION
 
-__all__ = ["non_finite", "read", "read_prefixed"]
+__all__ = ["non_finite", "opened", "read", "read_prefixed"]
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -26,22 +29,34 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Traceback (most recent call last):
     hra_fx.errors.CheckpointError: nowhere/adapter_model.safetensors: cannot read the file (No such file or directory...
     """
+    with opened(path) as file:
+        metadata = dict(file.metadata() or {})
+        # Cloned: otherwise they would keep the file mapped, and change with it.
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118, not a dict
+    if not tensors:
+        raise CheckpointError(f"{path}: the file has no tensors. Save the adapter again.")
+    for key, tensor in tensors.items():
+        _check(path, key, tensor)
+    return tensors, metadata
+
+
+@contextlib.contextmanager
+def opened(path: Path, framework: str = "pt") -> Iterator[Any]:
+    """A safetensors file, opened by `safetensors.safe_open`, which checks its header and size.
+
+    Raises:
+        CheckpointError: the file cannot be read, is damaged, or not a safetensors file.
+    """
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = dict(file.metadata() or {})
-            # Cloned: otherwise they would keep the file mapped, and change with it.
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118, not a dict
+        file = safe_open(path, framework=framework)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read the file ({error}).") from error
     except SafetensorError as error:
         raise CheckpointError(
             f"{path}: truncated, damaged, or not a safetensors file ({error}). Save or download it again."
         ) from error
-    if not tensors:
-        raise CheckpointError(f"{path}: the file has no tensors. Save the adapter again.")
-    for key, tensor in tensors.items():
-        _check(path, key, tensor)
-    return tensors, metadata
+    with file as reader:
+        yield reader
 
 
 def read_prefixed(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

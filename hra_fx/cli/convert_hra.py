@@ -19,14 +19,14 @@ from hra_fx.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hra_fx.checkpoint.disk.adapter_files import AdapterFiles
+    from hra_fx.checkpoint.adapter import Adapter
     from hra_fx.config import HRAConfig
 
 
 def convert_hra(source: str, out: Path, *, for_peft: bool, as_json: bool) -> None:
     """Write an adapter in the format of PEFT or hra_fx, and print what was written."""
+    from hra_fx.checkpoint.adapter import read_adapter
     from hra_fx.checkpoint.base_row import BASE_ROW
-    from hra_fx.checkpoint.disk.adapter_files import read_adapter
     from hra_fx.checkpoint.folder import write
     from hra_fx.checkpoint.resume import RESUME
 
@@ -63,7 +63,7 @@ def convert_hra(source: str, out: Path, *, for_peft: bool, as_json: bool) -> Non
     )
 
 
-def _of_one_rank(files: AdapterFiles, rank: int) -> dict[str, Tensor]:
+def _of_one_rank(files: Adapter, rank: int) -> dict[str, Tensor]:
     """The chains of all layers, filled up to one rank."""
     from hra_fx.checkpoint.keys import reflection_key
     from hra_fx.functional.chain import padded
@@ -89,7 +89,7 @@ def _ranks(config: HRAConfig, paths: Iterable[str]) -> str:
     return str(min(ranks)) if len(ranks) == 1 else f"{min(ranks)} to {max(ranks)}"
 
 
-def _kept(files: AdapterFiles, *, for_peft: bool) -> dict[str, Tensor]:
+def _kept(files: Adapter, *, for_peft: bool) -> dict[str, Tensor]:
     """The tensors that the new format has."""
     from hra_fx.checkpoint.keys import PREFIX, VECTORS
     from hra_fx.layers.target import REFLECTION

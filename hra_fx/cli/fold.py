@@ -11,8 +11,7 @@ from hra_fx.cli.screen import show_json, stdout
 
 FOLD_HELP = """Fold adapters into a checkpoint on disk. OUT is the base model with rotated weights.
 
-The model is never loaded: tensors are processed one by one, and all other files are copied unchanged. Repeat an
-interrupted command to resume it.
+Weights are read file by file, and all other files are copied unchanged. OUT is complete, or unchanged after an error.
 """
 FOLD_EXAMPLES = (
     "hra-fx fold my-model my-adapter folded",

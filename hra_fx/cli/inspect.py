@@ -59,7 +59,7 @@ def _holds_adapter(folder: Path) -> bool:
 
 def _summarize_adapter(source: str) -> dict[str, Any]:
     """What `--json` prints for an adapter: `r` trained and `anchor` frozen vectors per layer; angles in radians."""
-    from hra_fx.checkpoint.disk.adapter_files import read_adapter
+    from hra_fx.checkpoint.adapter import read_adapter
     from hra_fx.layers.target import REFLECTION
 
     files = read_adapter(source)
@@ -163,7 +163,7 @@ def _ranks(layers: list[dict[str, Any]]) -> str:
 
 def _summarize_model(path: Path) -> dict[str, Any]:
     """What `--json` prints for a model: tied parameters count once, and each layer is listed once."""
-    from hra_fx.checkpoint.disk.header import read_header
+    from hra_fx.checkpoint.disk.stored import read_header
     from hra_fx.cli.building import build
     from hra_fx.layers.target import find_kind
 

@@ -37,7 +37,7 @@ def visualize(
         typer.Option(
             "--heat",
             metavar="NAME",
-            help="Color layers by weight_change, mean_angle, angle, rotation or share; off for none.",
+            help="Color layers by weight_change, mean_angle, angle, rotation or share.",
         ),
     ] = None,
     weights: Annotated[

@@ -1,8 +1,7 @@
-"""Footnotes of a report: which layers have no adapter and why, each reason once, and angles that look wrong."""
+"""Footnotes of a report: which layers have no adapter and why, each reason once, and what looks wrong."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -15,11 +14,6 @@ _REASONS = 6
 _NAMES = 5
 #: `|Q^T Q - I|` above this is an error, not rounding.
 _NOT_ORTHOGONAL = 1e-3
-#: Between these is the largest angle of all layers, in degrees, after a training with too small a rate. Measured
-#: with MiniLM after 100 steps of AdamW at a constant rate, each with 16 texts of 20 Newsgroups: 1e-4 gives 1.3 (r=2),
-#: 4.8 (r=8) and 9.7 (r=32); 1e-3 gives 27 (r=8); 1e-2 gives 70, 121 and 180. A linear decay to 0 gives about two thirds
-#: (r=8). Angles below the first may be rounding: a fresh adapter with Gram-Schmidt in bfloat16 has up to 0.4 (r=8).
-_HARDLY = (0.5, 10.0)
 
 
 @dataclass(frozen=True)
@@ -49,7 +43,6 @@ def footnotes(
     share = sum(parameter.share for parameter in parameters)
     found = [
         Footnote(f"Targeted, but not adapted: {_layers(lost)}", tuple(_by_reason(lost))),
-        Footnote("Hardly rotated:", tuple(_hardly_rotated(rows))),
         Footnote(f"Not adapted: 3-D parameters, {share:.1%} of the base model", tuple(_experts(parameters))),
         Footnote("Not traced as one graph:", tuple(_untraced(rows))),
         Footnote("Trained in full:", trained),
@@ -97,19 +90,6 @@ def _listed(names: dict[str, int]) -> str:
     shown = [f"{name} ({count})" if count > 1 else name for name, count in names.items()]
     rest = sum(list(names.values())[_NAMES:])
     return ", ".join(shown[:_NAMES]) + f" and {rest:,} more" * (rest > 0)
-
-
-def _hardly_rotated(rows: Collection[Row]) -> list[str]:
-    angles = [math.degrees(row.angle) for row in rows]
-    least, limit = _HARDLY
-    # Each angle is compared, because one may be NaN.
-    if not all(angle < limit for angle in angles) or all(angle < least for angle in angles):
-        return []
-    return [
-        f"the largest angle of all layers is {max(angles):.1f} degrees. If this adapter is trained, try a larger "
-        "learning rate: HRA's vectors start with entries of about 0.3, and rates from 3e-3 to 1e-2 are usual for AdamW "
-        "(docs/training.md)"
-    ]
 
 
 def _not_orthogonal(rows: Collection[Row]) -> list[str]:

@@ -14,23 +14,24 @@ from shutil import get_terminal_size
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.jupyter import JupyterMixin
+from rich.padding import Padding
+from rich.text import Text
 
 from hra_fx.reporting.columns import grouped_table_of, heading
 from hra_fx.reporting.footnotes import Footnote, footnotes
 from hra_fx.reporting.markdown import as_markdown
-from hra_fx.reporting.notebook import as_html
-from hra_fx.reporting.plots.comparison import draw_comparison
-from hra_fx.reporting.plots.heatmap import draw_heatmap
+from hra_fx.reporting.plots import draw_comparison, draw_heatmap
 from hra_fx.reporting.row import Row
 from hra_fx.reporting.skipped_layers import SkippedLayer, SkippedParameter
-from hra_fx.reporting.table import UNLIMITED, as_text, in_terminal
+from hra_fx.reporting.table import UNLIMITED, fit_table
 
 
 @dataclass(frozen=True)
-class Report:
-    """What the adapters of a model do. It prints as a table, with one line for layers that repeat in each block.
+class Report(JupyterMixin):
+    """What the adapters of a model do. It is shown as a table, with one line for layers that repeat in each block.
 
-    The rows of all layers are in `rows`, `to_dicts()`, `to_json()`, `to_markdown()` and the table of a notebook.
+    The rows of all layers are in `rows`, `to_dicts()`, `to_json()` and `to_markdown()`.
 
     Attributes:
         rows: one for each adapter of each layer, in model order.
@@ -111,16 +112,19 @@ class Report:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The table with as many columns as fit, and its footnotes."""
-        yield from in_terminal(*grouped_table_of(self.rows), heading(self.rows), self._footnotes(), options.max_width)
-
-    def _repr_html_(self) -> str:
-        """The table of all layers for notebooks."""
-        return as_html(self.rows, self._footnotes())
+        yield Text(heading(self.rows), style="italic")
+        yield fit_table(*grouped_table_of(self.rows), options.max_width)
+        for footnote in self._footnotes():
+            yield Text(footnote.heading, style="bold")
+            yield from (Padding(Text(line), (0, 0, 0, 2)) for line in footnote.lines)
 
     def __str__(self) -> str:
         """The table as text, and its footnotes: as many columns as fit if it is printed in a terminal, else all."""
         width = get_terminal_size().columns if sys.stdout.isatty() else UNLIMITED
-        return as_text(*grouped_table_of(self.rows), heading(self.rows), self._footnotes(), width)
+        console = Console(width=width, no_color=True, highlight=False, force_terminal=False, force_jupyter=False)
+        with console.capture() as capture:
+            console.print(self)
+        return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines()) + "\n"
 
     __repr__ = __str__
 

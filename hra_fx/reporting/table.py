@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console, RenderableType
-from rich.padding import Padding
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-
-if TYPE_CHECKING:
-    from hra_fx.reporting.footnotes import Footnote
 
 #: Width of a console on which nothing is wrapped.
 UNLIMITED = 10_000
@@ -76,35 +71,3 @@ def _table(columns: Sequence[Column], rows: Collection[Sequence[str]], title: st
         # As Text, because names from a model may hold rich's markup.
         table.add_row(*map(Text, row))
     return table
-
-
-def in_terminal(
-    columns: Sequence[Column],
-    rows: Collection[Sequence[str]],
-    title: str,
-    footnotes: Collection[Footnote],
-    width: int,
-) -> Iterator[RenderableType]:
-    """A table that fits a width, and footnotes below it."""
-    yield Text(title, style="italic")
-    yield fit_table(columns, rows, width)
-    for footnote in footnotes:
-        yield Text(footnote.heading, style="bold")
-        yield from (Padding(Text(line), (0, 0, 0, 2)) for line in footnote.lines)
-
-
-def as_text(
-    columns: Sequence[Column],
-    rows: Collection[Sequence[str]],
-    title: str,
-    footnotes: Collection[Footnote],
-    width: int = UNLIMITED,
-) -> str:
-    """The same as plain text. Footnotes are not wrapped."""
-    console = Console(width=width, no_color=True, highlight=False, force_terminal=False, force_jupyter=False)
-    with console.capture() as capture:
-        console.print(Text(title), fit_table(columns, rows, width))
-    lines = [line.rstrip() for line in capture.get().rstrip().splitlines()]
-    for footnote in footnotes:
-        lines += ["", footnote.heading, *(f"  {line}" for line in footnote.lines)]
-    return "\n".join(lines) + "\n"

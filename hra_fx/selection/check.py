@@ -52,7 +52,8 @@ def check(model: nn.Module, layers: Mapping[str, nn.Module], config: HRAConfig) 
     Traceback (most recent call last):
     hra_fx.errors.UnsupportedLayerError: 0 (Linear): its weight must be a plain floating-point tensor, got torch.c...
     """
-    check_modules(model, layers)
+    modules = list(model.named_modules())
+    _check_modules(modules, layers)
     unsupported = {path: problem for path, layer in layers.items() if (problem := layer_problem(path, layer, config))}
     if unsupported:
         first, *others = unsupported
@@ -60,21 +61,22 @@ def check(model: nn.Module, layers: Mapping[str, nn.Module], config: HRAConfig) 
         kind = type(layers[first]).__name__
         raise UnsupportedLayerError(f"{first} ({kind}): {unsupported[first]}.{also}")
     if not config.inference_mode:
-        _warn_about_blocked_gradients(model, layers.values())
+        _warn_about_blocked_gradients(modules, layers.values())
 
 
-def check_modules(model: nn.Module, layers: Iterable[str] = ()) -> None:
-    """Raise an error if a module around the layers, or anywhere in the model, rules out adapters.
-
-    Args:
-        model: the model.
-        layers: paths of the selected layers.
+def check_modules(model: nn.Module) -> None:
+    """Raise an error if a module anywhere in the model rules out adapters.
 
     Raises:
         UnsupportedLayerError: it names the module, the reason and a fix.
     """
+    _check_modules(model.named_modules(), ())
+
+
+def _check_modules(modules: Iterable[tuple[str, nn.Module]], layers: Iterable[str]) -> None:
+    """The same, also for modules around selected layers, given by their paths."""
     around = {"", *(path[:i] for path in layers for i, letter in enumerate(path) if letter == ".")}
-    for path, module in model.named_modules():
+    for path, module in modules:
         if problem := _module_problem(module) or (_prefix_problem(module) if path in around else None):
             raise UnsupportedLayerError(f"{path or 'the model'}: {problem}.")
 
@@ -198,12 +200,12 @@ def _rank_problem(path: str, layer: nn.Module, config: HRAConfig) -> str | None:
     return None
 
 
-def _warn_about_blocked_gradients(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+def _warn_about_blocked_gradients(modules: Iterable[tuple[str, nn.Module]], layers: Iterable[nn.Module]) -> None:
     """Warn about quantized layers without an adapter that pass no gradient, but would with one."""
     adapted = set(layers)
     blocked = {
         path: reason
-        for path, layer in model.named_modules()
+        for path, layer in modules
         if layer not in adapted and get_adapters(layer) is None
         if (packing := quant_scheme_of(layer)) and (reason := packing.why_no_gradient(layer))
     }

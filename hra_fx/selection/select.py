@@ -70,12 +70,12 @@ def select(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
     {'0': Linear(in_features=2, out_features=2, bias=True)}
     """
     refuse_peft_layers(model)
-    chosen = targeted(model, config)
     modules = dict(_walk(model))
+    chosen = targeted(model, config, modules)
     if problem := parameters_problem(model, config):
         raise SelectionError(problem)
     if not chosen:
-        raise SelectionError(_no_match(model, config, resolve_targets(model, config)))
+        raise SelectionError(_no_match(model, config, resolve_targets(model, config, modules)))
     for path, module in chosen.items():
         if not _adaptable(module):
             raise SelectionError(_wrong_type(path, module))
@@ -88,15 +88,20 @@ def select(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
     return chosen
 
 
-def targeted(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
+def targeted(
+    model: nn.Module, config: HRAConfig, modules: Mapping[str, nn.Module] | None = None
+) -> dict[str, nn.Module]:
     """The modules of any type that `config` targets, as path -> module in `named_modules` order, then the parameters.
+
+    `modules` are those of `model`, if the caller has them.
 
     >>> list(targeted(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), HRAConfig(target_modules=["1"])))
     ['1']
     """
-    targets = resolve_targets(model, config)
-    modules = {path: module for path, module in _walk(model) if is_target(config, path, targets)}
-    return modules | targeted_parameters(model, config)
+    modules = dict(_walk(model)) if modules is None else modules
+    targets = resolve_targets(model, config, modules)
+    found = {path: module for path, module in modules.items() if is_target(config, path, targets)}
+    return found | targeted_parameters(model, config)
 
 
 def is_target(config: HRAConfig, path: str, targets: Collection[str] | str | None = None) -> bool:
@@ -122,8 +127,12 @@ def is_target(config: HRAConfig, path: str, targets: Collection[str] | str | Non
     return index in wanted if isinstance(wanted, Collection) else index == wanted
 
 
-def resolve_targets(model: nn.Module, config: HRAConfig) -> set[str] | str:
+def resolve_targets(
+    model: nn.Module, config: HRAConfig, modules: Mapping[str, nn.Module] | None = None
+) -> set[str] | str:
     """`config.target_modules`, with "all-linear" and None replaced by the names they select in `model`.
+
+    `modules` are those of `model`, if the caller has them.
 
     Raises:
         SelectionError: `target_modules` is None and there is no default for `model.config.model_type`.
@@ -131,15 +140,15 @@ def resolve_targets(model: nn.Module, config: HRAConfig) -> set[str] | str:
     >>> resolve_targets(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), HRAConfig(target_modules="all-linear"))
     {'0'}
     """
-    targets = config.target_modules
+    targets, modules = config.target_modules, dict(_walk(model)) if modules is None else modules
     if targets is None:
         targets = () if config.target_parameters else _default_targets(model)
     elif isinstance(targets, str) and targets.lower() == "all-linear":
-        targets = _all_linear(model, config)
+        targets = _all_linear(model, config, modules)
     if isinstance(targets, str):
         return targets
     if _uses_indices(config) and len(targets) >= _SHORTEN_FROM:
-        return _shortened(set(targets), [path for path, _ in _walk(model)])
+        return _shortened(set(targets), list(modules))
     return set(targets)
 
 
@@ -152,7 +161,9 @@ def saved_modules(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
     {'1': Tanh()}
     """
     names = tuple(config.modules_to_save or ())
-    return {path: module for path, module in _walk(model, remove_duplicate=False) if names and path.endswith(names)}
+    if not names:
+        return {}
+    return {path: module for path, module in _walk(model, remove_duplicate=False) if path.endswith(names)}
 
 
 def with_head(model: nn.Module, config: HRAConfig) -> HRAConfig:
@@ -236,11 +247,11 @@ def _shortened(targets: set[str], paths: list[str]) -> set[str]:
     return short if len(short) < len(targets) else targets
 
 
-def _all_linear(model: nn.Module, config: HRAConfig) -> set[str]:
+def _all_linear(model: nn.Module, config: HRAConfig, modules: Mapping[str, nn.Module]) -> set[str]:
     """The paths of all linear layers, without the output layer of a transformers model."""
     kinds = tuple(filter(None, (nn.Linear, _transformers_class("pytorch_utils", "Conv1D"))))
     head = _output_layer(model, config)
-    return {path for path, module in _walk(model) if isinstance(module, kinds) and module is not head}
+    return {path for path, module in modules.items() if isinstance(module, kinds) and module is not head}
 
 
 def _output_layer(model: nn.Module, config: HRAConfig) -> object:

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
 
-from hra_fx.view.coordinates import Size
 from hra_fx.view.heatmap import NO_CELLS, Cells, Heatmap
-from hra_fx.view.layout import Arrangement, Route, in_rows, layered
-from hra_fx.view.panels import Block
+from hra_fx.view.layout import PER_ROW, Route, Size, layered, rows_of
+from hra_fx.view.opening import Block
 from hra_fx.view.text import clean, shorten, width
-from hra_fx.view.tree import Leaf, Scope, notes, span
+from hra_fx.view.tree import Item, Leaf, Scope, notes, span
 
 NAME, DETAIL = 12.5, 11.0  # font sizes
 STRIP = 19.0  # height of the adapter strip on top of its layer
 HEADER = 27.0  # height of an open scope's title
+#: The looks of single boxes with the detail below the name; it is beside the name in others.
+STACKED = ("adapted_layer", "closed")
 _PAD = 14.0
-_ROW, _ROW_OVERVIEW = 1020.0, 240.0  # maximum width of a row in a scope without edges
 _LETTERS, _PORT = 34, 48
-_LINES = 20  # of a tooltip
-
-Look: TypeAlias = Literal["port", "adapted_layer", "plain", "eager", "trained", "closed", "traced", "untraced", "root"]
-_OPEN = ("traced", "untraced", "root")
+_LINES = 20  # of notes in a tooltip
 
 
 @dataclass(frozen=True)
@@ -30,189 +25,117 @@ class Box:
     """A placed block. `x` and `y` are the position of its upper left corner in its parent.
 
     Attributes:
-        look: how it is drawn.
+        block: the block.
         size: its size and ports.
-        name, detail, strip: its texts; `strip` is the text of the adapter.
+        name, detail, count, strip: its texts; `strip` is the text of the adapter, `count` is `"× 6"` for six modules.
         tip: its tooltip.
-        adapted: number of adapted layers that it stands for.
-        letter: the panel that shows its inside.
-        count: `"× 6"`, if it stands for several modules.
         heat: the color of the adapter strip, if a heatmap is shown.
         cells: one cell for each adapted layer, if there are several.
-        skipped: number of layers in it without an adapter.
-        refused: whether one of them should have an adapter.
         parts: boxes inside.
         routes: edges between them.
         body: position of the inside.
     """
 
-    look: Look
+    block: Block
     size: Size
     name: str
     detail: str
+    count: str
     tip: str
-    adapted: int
     strip: str = ""
-    letter: str = ""
-    count: str = ""
     heat: str = ""
     cells: Cells = NO_CELLS
-    skipped: int = 0
-    refused: bool = False
     x: float = 0.0
     y: float = 0.0
     parts: tuple[Box, ...] = ()
     routes: tuple[Route, ...] = ()
     body: tuple[float, float] = (0.0, 0.0)
 
-    def leaves(self) -> Iterator[Box]:
-        """The boxes without parts."""
-        if self.look in _OPEN:
-            for part in self.parts:
-                yield from part.leaves()
-        else:
-            yield self
 
-
-def place(block: Block, heatmap: Heatmap, *, root: bool = False, alone: bool = True) -> Box:
+def place(block: Block, heatmap: Heatmap, *, root: bool = False) -> Box:
     """Compute the size of a block, and place everything inside it.
 
     Args:
         block: the block.
         heatmap: the colors of adapted layers.
-        root: whether it is a whole panel, which has no border and no title.
-        alone: whether it is the only panel; then modules without edges may take the width of a whole page.
+        root: whether it is the whole picture, which has no border and no title.
     """
-    if isinstance(block.item, Leaf):
-        return _adapted(block.item, heatmap) if block.item.kind == "adapted_layer" else _leaf(block.item, heatmap)
-    if block.parts is None:
-        return _closed(block.item, block.letter, heatmap)
-    return _open(block.item, block.parts, heatmap, root=root, alone=alone)
+    item = block.item
+    name = shorten(clean(span(item)), _PORT if block.look == "port" else _LETTERS)
+    detail = shorten(clean(item.detail if isinstance(item, Leaf) else item.class_name), _LETTERS)
+    count = f"× {item.count}" if item.count > 1 else ""
+    box = Box(block, Size(0, 0), name, "" if detail == name else detail, count, _tip(item, heatmap))
+    return _single(box, heatmap) if block.parts is None else _open(box, block.parts, heatmap, root=root)
 
 
-def _adapted(leaf: Leaf, heatmap: Heatmap) -> Box:
-    name, detail, count = shorten(clean(span(leaf)), _LETTERS), clean(leaf.detail), _count(leaf)
-    words, heat = heatmap.strip(leaf) if leaf.rank else ("", "")  # without an active adapter nothing is rotated
-    strip = _strip(leaf, words)
-    wide = max(
-        width(name, NAME, bold=True) + count_width(count), width(detail, DETAIL), width(strip, DETAIL, bold=True) + 12
-    )
-    cells = heatmap.cells(leaf, wide) if len(leaf.marks) > 1 else NO_CELLS
-    tip = clean_lines([f"{leaf.target}: {detail}", strip], [heatmap.line(mark.path) for mark in leaf.marks])
-    size = Size(wide + 2 * _PAD, STRIP + 39 + cells.height)
-    return Box("adapted_layer", size, name, detail, tip, len(leaf.marks), strip, count=count, heat=heat, cells=cells)
+def _tip(item: Item, heatmap: Heatmap) -> str:
+    """The tooltip: all adapted layers, and why others have no adapter."""
+    if isinstance(item, Leaf):
+        lines, more = [f"{item.target}: {item.detail or item.op}", *filter(None, [item.shape])], notes(item)
+    else:
+        lines, more = [f"{item.path or item.name}: {item.class_name}"], notes(item)
+    cut = [f"… and {len(more) - _LINES} more"] if len(more) > _LINES else []
+    return "\n".join(map(clean, [*lines, *map(heatmap.line, item.marks), *more[:_LINES], *cut]))
 
 
-def _strip(leaf: Leaf, words: str) -> str:
-    """The text of an adapter: number and length of its vectors, and how far they rotate."""
-    if not leaf.marks:
-        return "same layer, called again"
-    if leaf.op == "eager":
-        return f"r {leaf.rank} · d {leaf.width} · not traced"
-    strip = f"r {leaf.rank} · d {leaf.width}" if leaf.rank else "no active adapter"
-    return f"{strip} · {words}" if words else strip
+def _single(box: Box, heatmap: Heatmap) -> Box:
+    item, look = box.block.item, box.block.look
+    if look not in STACKED:
+        wide = width(box.name, NAME) + (7 + width(box.detail, DETAIL) if box.detail else 0) + count_width(box.count)
+        least, high = (60, 24) if look == "port" else (70, 29)
+        return replace(box, size=Size(max(wide + 2 * _PAD, least), high))
+    words, heat = heatmap.strip(item)
+    strip, detail = "", box.detail
+    if isinstance(item, Scope):
+        detail += f" · {len(item.marks)} adapted" * bool(item.marks) + f" · {words}" * bool(words)
+        detail += f" · {len(item.skipped)} not adapted" * bool(item.skipped)
+    elif not item.marks:
+        strip = "same layer, called again"
+    elif item.op == "eager":
+        strip = f"r {item.rank} · d {item.width} · not traced"
+    elif item.rank:
+        strip = f"r {item.rank} · d {item.width}" + f" · {words}" * bool(words)
+    else:
+        strip, heat = "no active adapter", ""  # nothing is rotated
+    name = width(box.name, NAME, bold=True) + count_width(box.count)
+    wide = max(name, width(detail, DETAIL), width(strip, DETAIL, bold=True) + 12)
+    cells = heatmap.cells(item, wide) if look == "closed" or len(item.marks) > 1 else NO_CELLS
+    size = Size(wide + 2 * _PAD, (STRIP if strip else 8) + 39 + cells.height)
+    return replace(box, size=size, detail=detail, strip=strip, heat=heat if strip else "", cells=cells)
 
 
-def _leaf(leaf: Leaf, heatmap: Heatmap) -> Box:
-    letters = _PORT if leaf.kind in ("input", "output") else _LETTERS
-    name, detail, count = shorten(clean(span(leaf)), letters), shorten(clean(leaf.detail), _LETTERS), _count(leaf)
-    detail = "" if detail == name else detail
-    wide = width(name, NAME) + (7 + width(detail, DETAIL) if detail else 0) + count_width(count) + 2 * _PAD
-    tip = clean_lines([f"{leaf.target} ({leaf.op})", leaf.detail, leaf.shape, *notes(leaf)])
-    if leaf.kind in ("input", "output"):
-        return Box("port", Size(max(wide, 60), 24), name, detail, tip, 0)
-    look: Look = "trained" if leaf.trained else "eager" if leaf.kind == "eager" else "plain"
-    return Box(
-        look,
-        Size(max(wide, 70), 29),
-        name,
-        detail,
-        tip,
-        0,
-        count=count,
-        skipped=len(leaf.skipped),
-        refused=bool(leaf.refused),
-    )
-
-
-def _closed(scope: Scope, letter: str, heatmap: Heatmap) -> Box:
-    name, count = shorten(clean(span(scope)), _LETTERS), _count(scope)
-    detail = shorten(clean(scope.class_name), _LETTERS)
-    adapted, skipped = len(scope.marks), scope.skipped
-    words, _ = heatmap.strip(scope)
-    detail += f" · {adapted} adapted" * bool(adapted) + f" · {words}" * bool(words)
-    detail += f" · {len(skipped)} not adapted" * bool(skipped)
-    wide = max(width(name, NAME, bold=True) + count_width(count), width(detail, DETAIL)) + (30 if letter else 0)
-    tip = clean_lines(
-        [f"{scope.path or scope.name}: {scope.class_name}"],
-        [heatmap.line(mark.path) for mark in scope.marks],
-        notes(scope),
-    )
-    cells = heatmap.cells(scope, wide)
-    size = Size(wide + 2 * _PAD, 47 + cells.height)
-    box = Box("closed", size, name, detail, tip, adapted, letter=letter, count=count, cells=cells)
-    return replace(box, skipped=len(skipped), refused=bool(scope.refused))
-
-
-def _open(scope: Scope, blocks: tuple[Block, ...], heatmap: Heatmap, *, root: bool, alone: bool) -> Box:
+def _open(box: Box, blocks: tuple[Block, ...], heatmap: Heatmap, *, root: bool) -> Box:
+    scope = box.block.item
+    assert isinstance(scope, Scope)  # only scopes have parts
     parts = [place(block, heatmap) for block in blocks]
     sizes = [part.size for part in parts]
-    if scope.eager:
-        inner = in_rows(sizes, _ROW if scope.path or alone else _ROW_OVERVIEW)
-    else:
-        inner = layered(sizes, scope.edges, scope.inputs, scope.outputs)
-    name, detail = shorten(clean(span(scope)), _LETTERS), shorten(clean(scope.class_name), _LETTERS)
-    count = _count(scope)
-    title = width(name, NAME, bold=True) + 8 + width(detail, DETAIL) + count_width(count) + 2 * _PAD
-    if root:
-        left, top, wide, high = 0.0, 0.0, inner.width, inner.height
-    else:
-        wide = max(title, inner.width + 2 * _PAD)
+    inner = layered(sizes, scope.edges, scope.inputs, scope.outputs, scope_rows(scope))
+    left, top, wide, high = 0.0, 0.0, inner.width, inner.height
+    if not root:
+        title = width(box.name, NAME, bold=True) + 8 + width(box.detail, DETAIL) + count_width(box.count)
+        wide = max(title, inner.width) + 2 * _PAD
         left, top = (wide - inner.width) / 2, HEADER + (0 if scope.inputs else 12)
         high = top + inner.height + (0 if scope.outputs else 12)
-    size = Size(wide, high, left + inner.enter - wide / 2, left + inner.leave - wide / 2)
-    return Box(
-        "root" if root else "untraced" if scope.eager else "traced",
-        size,
-        name,
-        detail,
-        clean_lines([f"{scope.path or scope.name}: {scope.class_name}"]),
-        len(scope.marks),
-        count=count,
-        parts=tuple(_moved(part, inner, index) for index, part in enumerate(parts)),
+    return replace(
+        box,
+        size=Size(wide, high, left + inner.enter - wide / 2, left + inner.leave - wide / 2),
+        parts=tuple(replace(part, x=x, y=y) for part, (x, y) in zip(parts, inner.corners, strict=True)),
         routes=inner.routes,
         body=(left, top),
     )
 
 
-def _moved(part: Box, inner: Arrangement, index: int) -> Box:
-    x, y = inner.corners[index]
-    return replace(part, x=x, y=y)
-
-
-def _count(item: Leaf | Scope) -> str:
-    if item.count == 1:
-        return ""
-    return f"× {item.count}" + (", sizes vary" if isinstance(item, Scope) and item.varied else "")
+def scope_rows(scope: Scope) -> list[int]:
+    """The row of every item: by the edges if the scope is traced, else in order, with modules below each other."""
+    if not scope.eager:
+        return rows_of(len(scope.items), scope.edges, scope.inputs)
+    rows = [0]
+    for index in range(1, len(scope.items)):
+        alone = any(isinstance(item, Scope) for item in scope.items[index - 1 : index + 1])
+        rows.append(rows[-1] + (alone or rows.count(rows[-1]) >= PER_ROW))
+    return rows
 
 
 def count_width(count: str) -> float:
     """The width that the number of modules takes in a box."""
     return width(count, DETAIL, bold=True) + 22 if count else 0.0
-
-
-def clean_lines(lines: list[str], layers: Sequence[str] = (), more: Sequence[str] = ()) -> str:
-    """Lines of a tooltip, without characters that XML cannot hold. All layers are listed; other long lists are cut.
-
-    Args:
-        lines: the first lines.
-        layers: a line for each adapted layer.
-        more: further lines.
-    """
-    first, last = [clean(line) for line in lines if line], [clean(line) for line in more]
-    shown = [*_cut(first), *map(clean, layers), *_cut(last)]
-    return "\n".join(shown)
-
-
-def _cut(lines: list[str]) -> list[str]:
-    return lines[:_LINES] + ([f"… and {len(lines) - _LINES} more"] if len(lines) > _LINES else [])

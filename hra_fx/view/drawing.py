@@ -7,15 +7,25 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import networkx as nx
+from torch import fx, nn
 
+from hra_fx.errors import VisualizeError
+from hra_fx.export.captured import is_captured, is_program
+from hra_fx.export.insert import find_rotate_nodes
+from hra_fx.model.example_inputs import normalize_inputs
+from hra_fx.model.graph_module import tag_adapted_layers
+from hra_fx.model.state import adapted_layers
 from hra_fx.model.unwrap import unwrap
 from hra_fx.reporting.heat import is_identity
 from hra_fx.reporting.report import report
 from hra_fx.reporting.row import Row
+from hra_fx.tracing.graphs import adapted_graphs, graph_of_call, plain_graphs
+from hra_fx.tracing.trace_model import is_graph_of_call
 from hra_fx.view.graph import leaves_of
-from hra_fx.view.resolve_subject import find_subject, has_adapters
+from hra_fx.view.programs import subject_of_operators, subject_of_program
 from hra_fx.view.scopes import scope_tree
-from hra_fx.view.subject import Subject
+from hra_fx.view.shapes import note_shapes
+from hra_fx.view.subject import Subject, subject_of
 from hra_fx.view.tree import Leaf, Scope, prefixes
 
 
@@ -62,8 +72,8 @@ def drawing_of(model: Any, example_inputs: Any = None) -> Drawing:
         AdapterError: `torch.export` is needed for the call, and cannot capture it.
     """
     model = unwrap(model)
-    found = report(model) if has_adapters(model) else None
-    subject = find_subject(model, example_inputs, found.rows if found else ())
+    found = report(model) if _has_adapters(model) else None
+    subject = _find_subject(model, example_inputs)
     name = subject.classes.get("", type(model).__name__)
     picture = leaves_of(subject)
     if found is None:
@@ -73,6 +83,48 @@ def drawing_of(model: Any, example_inputs: Any = None) -> Drawing:
     _mark(picture, skipped, refused, found.trained_in_full)
     facts = _facts(subject) + " · not trained yet (identity)" * is_identity(found.rows)
     return Drawing(name, f"{name} with HRA", facts, picture, found.rows, skipped, refused, found.trained_in_full)
+
+
+def _has_adapters(model: Any) -> bool:
+    """Whether anything in a model, graph or program is adapted."""
+    if is_captured(model):
+        return bool(find_rotate_nodes(model.graph))
+    return isinstance(model, nn.Module) and bool(adapted_layers(model))
+
+
+def _find_subject(model: Any, example_inputs: Any) -> Subject:
+    """Any model, plain, adapted or folded, a graph or a program as a `Subject`."""
+    if is_captured(model):
+        if example_inputs is not None:
+            raise VisualizeError(
+                f"`example_inputs` must be None for a {type(model).__name__}, which already has the shapes."
+            )
+        return subject_of_program(model) if is_program(model) else subject_of_operators(model)
+    if not isinstance(model, nn.Module):
+        raise VisualizeError(
+            "`model` must be a torch.nn.Module, torch.fx.GraphModule or torch.export.ExportedProgram, "
+            f"got {type(model).__name__}."
+        )
+    if "" in adapted_layers(model):
+        raise VisualizeError(
+            f"`model` is a single adapted layer ({type(model).__name__}). Pass the model that contains it, and the "
+            "layer's path as `focus`."
+        )
+    found = _graphs_of(model)
+    if example_inputs is not None:
+        call = normalize_inputs(example_inputs)
+        if "" not in found or not is_graph_of_call(model, found[""].graph, call):
+            found = {"": graph_of_call(model, call)}
+        note_shapes(found[""], call)
+    return subject_of(model, found)
+
+
+def _graphs_of(model: nn.Module) -> dict[str, fx.GraphModule]:
+    """Module path -> its traced graph, for the largest parts that fx can trace."""
+    if isinstance(model, fx.GraphModule):
+        tag_adapted_layers(model)  # tags the nodes of its adapted layers again
+        return {"": model}
+    return adapted_graphs(model) if adapted_layers(model) else plain_graphs(model)
 
 
 def _mark(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 
 import networkx as nx
@@ -34,7 +33,7 @@ def focused(drawing: Drawing, focus: str | None) -> Drawing:
         raise VisualizeError(f"`focus`: {_unknown(drawing, focus, leaves.values())}")
     rows = tuple(row for row in drawing.rows if _within(row.path, focus))
     skipped = {path: why for path, why in drawing.skipped.items() if _within(path, focus)}
-    adapted = {mark.path for leaf in inside.values() for mark in leaf.marks}
+    adapted = {path for leaf in inside.values() for path in leaf.marks}
     parameters = sum(row.parameters for row in rows)
     facts = f"a part · whole model: {drawing.facts}"
     if drawing.rows:
@@ -68,7 +67,7 @@ def _cut_out(picture: nx.DiGraph[str], focus: str, inside: dict[str, Leaf]) -> n
     below = {path for path in graph["traced"] if path.startswith(f"{focus}.")}
     part.graph.update(graph, traced=frozenset(below | ({""} if traced else set())))
     part.graph["classes"] = {**graph["classes"], "": graph["classes"].get(focus, "")}
-    address = _addresses(picture)
+    address = {key: _address(leaf) for key, leaf in picture.nodes(data="leaf")}
     for source in dict.fromkeys(source for key in inside for source in picture.pred[key] if source not in inside):
         name = f"from {address[source]}"
         part.add_node(f"from:{source}", leaf=Leaf(name, "", "input", "placeholder", name, ()))
@@ -86,18 +85,11 @@ def _cut_out(picture: nx.DiGraph[str], focus: str, inside: dict[str, Leaf]) -> n
     return part
 
 
-def _addresses(picture: nx.DiGraph[str]) -> dict[str, str]:
-    """A name for each leaf: the path of its module, and the operation if it is not the only leaf there."""
-    leaves: dict[str, Leaf] = dict(picture.nodes(data="leaf"))
-    inside = Counter(call for leaf in leaves.values() for call in leaf.place)
-    return {key: _address(leaf, inside) for key, leaf in leaves.items()}
-
-
-def _address(leaf: Leaf, inside: Mapping[str, int]) -> str:
+def _address(leaf: Leaf) -> str:
+    """The path of the module of a leaf, and the operation if it is one."""
     if leaf.paths or not leaf.place:
         return leaf.target
-    call = leaf.place[-1]
-    return call if inside[call] == 1 else f"{call}: {leaf.name}"
+    return f"{leaf.place[-1]}: {leaf.name}"
 
 
 def _below(place: tuple[str, ...], focus: str) -> tuple[str, ...]:
@@ -115,16 +107,8 @@ def _unknown(drawing: Drawing, focus: str, leaves: Iterable[Leaf]) -> str:
         return f"{focus!r} is inside {around[-1]!r}, which is drawn as one box. Pass {around[-1]!r}."
     if focus in known:
         return f"{focus!r} has no boxes, because it computes nothing that is drawn. Pass another module."
-    near = difflib.get_close_matches(focus, sorted(shown), _SHOWN) or _same_end(focus, shown)
-    if near:
-        return f"the model has no module {focus!r}; did you mean {' or '.join(map(repr, near))}?"
-    children = list(dict.fromkeys(path.partition(".")[0] for path in known if path))
-    more = f" and {len(children) - _SHOWN} more" if len(children) > _SHOWN else ""
-    return f"the model has no module {focus!r}. Its children are {', '.join(map(repr, children[:_SHOWN]))}{more}."
-
-
-def _same_end(focus: str, shown: Iterable[str]) -> list[str]:
-    """Modules with the same last name, outermost first."""
     last = focus.rpartition(".")[2]
-    ends = [path for path in shown if path.rpartition(".")[2] == last]
-    return sorted(ends, key=lambda path: (path.count("."), path))[:_SHOWN]
+    same_end = sorted((path for path in shown if path.rpartition(".")[2] == last), key=lambda path: path.count("."))
+    near = difflib.get_close_matches(focus, sorted(shown), _SHOWN) or same_end[:_SHOWN]
+    similar = f"; did you mean {' or '.join(map(repr, near))}?" if near else ". See model.named_modules()."
+    return f"the model has no module {focus!r}{similar}"

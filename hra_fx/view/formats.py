@@ -1,77 +1,58 @@
-"""The formats of pictures by file ending. A format's module is imported when a file is written."""
+"""The formats of pictures by file ending."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple
 
 from hra_fx.atomic_write import output_file
 from hra_fx.errors import VisualizeError
+from hra_fx.view import mermaid, page, png
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.focus import focused
+from hra_fx.view.graph_files import render_dot, render_graphml
 from hra_fx.view.heatmap import heatmap_of
+from hra_fx.view.html import rendering
 from hra_fx.view.options import Options
 
-#: Renders a drawing that is already the one of `options.focus`.
-Render: TypeAlias = Callable[[Drawing, Options], "str | bytes"]
 
-
-@dataclass(frozen=True)
-class Format:
-    """A format.
-
-    Attributes:
-        words: what it is, in error messages.
-        module: the module with its `render` function.
-        library: a package that it requires, `""` for none.
-        extra: the extra of hra-fx that installs that package.
-        themed: whether it can be dark.
-    """
+class Format(NamedTuple):
+    """A format: what it is, the function that renders a drawing, and whether it can be dark."""
 
     words: str
-    module: str
-    library: str = ""
-    extra: str = ""
+    render: Callable[[Drawing, Options], str | bytes]
     themed: bool = False
-
-    @property
-    def works(self) -> bool:
-        """Whether the required package is installed."""
-        return not self.library or find_spec(self.library) is not None
 
 
 FORMATS: Mapping[str, Format] = {
-    ".svg": Format("picture", "hra_fx.view.page", themed=True),
-    ".png": Format("picture", "hra_fx.view.png", "resvg_py", "png", themed=True),
-    ".html": Format("interactive page", "hra_fx.view.html.rendering", themed=True),
-    ".mmd": Format("Mermaid, for READMEs", "hra_fx.view.mermaid"),
-    ".dot": Format("Graphviz", "hra_fx.view.dot"),
-    ".graphml": Format("networkx, Gephi, yEd", "hra_fx.view.graphml"),
+    ".svg": Format("picture", page.render, themed=True),
+    ".png": Format("picture", png.render, themed=True),
+    ".html": Format("interactive page", rendering.render, themed=True),
+    ".mmd": Format("Mermaid, for READMEs", mermaid.render),
+    ".dot": Format("Graphviz", render_dot),
+    ".graphml": Format("networkx, Gephi, yEd", render_graphml),
 }
 
 
-def picture_file(path: str | os.PathLike[str], formats: Mapping[str, Format] = FORMATS) -> Path:
+def picture_file(path: str | os.PathLike[str]) -> Path:
     """Check the path of a picture before the work starts, and return it.
 
     Args:
         path: the path from the user.
-        formats: the available formats.
 
     Raises:
         VisualizeError: as `output_file`, or the format's package is not installed; the message lists the other formats.
     """
-    working = ", ".join(f"{ending} ({form.words})" for ending, form in formats.items() if form.works)
-    file = output_file(path, formats, listed=working)
-    form = formats[file.suffix.lower()]
-    if not form.works:
+    has_png = find_spec("resvg_py") is not None
+    working = ", ".join(f"{end} ({form.words})" for end, form in FORMATS.items() if has_png or end != ".png")
+    file = output_file(path, FORMATS, listed=working)
+    if file.suffix.lower() == ".png" and not has_png:
         raise VisualizeError(
-            f"{file.name!r} needs the package {form.library.replace('_', '-')}, which is not installed. Run: "
-            f"pip install 'hra-fx[{form.extra}]'. Formats that need no other package: {working}."
+            f"{file.name!r} needs the package resvg-py, which is not installed. Run: pip install 'hra-fx[png]'. "
+            f"Formats that need no other package: {working}."
         )
     return file
 
@@ -93,6 +74,5 @@ def rendered(file: Path, drawing: Drawing, options: Options) -> bytes:
         raise VisualizeError(f"`theme` is for {known}, and {file.name!r} is not one of them. Leave it out.")
     part = focused(drawing, options.focus)
     heatmap_of(part, options.heat)  # the same error for all formats
-    render: Render = import_module(form.module).render
-    content = render(part, options)
+    content = form.render(part, options)
     return content if isinstance(content, bytes) else content.encode("utf-8")

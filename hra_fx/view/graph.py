@@ -19,7 +19,7 @@ from hra_fx.export.weight_uses import normalize_path
 from hra_fx.layers.target import NodeTag
 from hra_fx.view.describe import describe_module, name_of, own_parameters
 from hra_fx.view.subject import Subject
-from hra_fx.view.tree import Leaf, Mark, joined, module_of, prefixes
+from hra_fx.view.tree import Leaf, joined, module_of, prefixes
 from hra_fx.view.values import Value, constant_masks, function_name, pass_through, read, shape_and_dtype, tag_of
 
 
@@ -105,8 +105,7 @@ class _Builder:
             self._add(f"layer:{path}", self._adapted_leaf(path, "eager", tuple(prefixes(_parent(path)))))
 
     def _add(self, key: str, leaf: Leaf, sources: tuple[str, ...] = ()) -> None:
-        for mark in leaf.marks:
-            self.drawn[mark.path] = key
+        self.drawn.update(dict.fromkeys(leaf.marks, key))
         self.picture.add_node(key, leaf=leaf)
         self.picture.add_edges_from((source, key) for source in sources)
 
@@ -120,7 +119,7 @@ class _Builder:
     def _adapted_leaf(self, path: str, op: str, place: tuple[str, ...]) -> Leaf:
         path = self.subject.aliases.get(path, path)
         layer = self.subject.layers[path]
-        marks = () if path in self.drawn else (Mark(path, layer.rotation),)
+        marks = () if path in self.drawn else (path,)
         return Leaf(
             name=name_of(path) or self.subject.classes.get(path, ""),
             detail=layer.detail,

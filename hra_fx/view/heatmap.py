@@ -11,7 +11,6 @@ from hra_fx.errors import VisualizeError
 from hra_fx.reporting.colormap import DARK_PALETTE, PALETTE, color
 from hra_fx.reporting.heat import HEATS, default_heat, heat_of, is_identity, scale
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.options import OFF
 from hra_fx.view.text import clean
 from hra_fx.view.theme import Theme
 from hra_fx.view.tree import Item
@@ -80,7 +79,7 @@ class Heatmap:
         """Text and color of the mean value in a box; empty without a heatmap or an adapted layer."""
         if not self.values or not item.marks:
             return "", ""
-        mean = self.mean(mark.path for mark in item.marks)
+        mean = self.mean(item.marks)
         words = ("" if HEATS[self.name].unit else "|Q-I| ") + self.text(mean)
         return (f"mean {words}" if len(item.marks) > 1 else words), self.color(mean)
 
@@ -93,11 +92,10 @@ class Heatmap:
         """
         if not self.values or not item.marks:
             return NO_CELLS
-        paths = [mark.path for mark in item.marks]
         fitting = max(int(width / _NARROWEST), 1)
-        columns = item.count if 1 < item.count <= fitting else ceil(len(paths) / ceil(len(paths) / fitting))
-        colors = tuple(self.color(self.mean([path])) for path in paths)
-        return Cells(colors, tuple(clean(self.line(path)) for path in paths), columns)
+        columns = item.count if 1 < item.count <= fitting else ceil(len(item.marks) / ceil(len(item.marks) / fitting))
+        colors = tuple(self.color(self.mean([path])) for path in item.marks)
+        return Cells(colors, tuple(clean(self.line(path)) for path in item.marks), columns)
 
 
 def heatmap_of(drawing: Drawing, name: str | None, theme: Theme = "light") -> Heatmap:
@@ -105,13 +103,13 @@ def heatmap_of(drawing: Drawing, name: str | None, theme: Theme = "light") -> He
 
     Args:
         drawing: the drawing of a model.
-        name: the measure. `None` for `default_heat`, without values if no layer is rotated; `"off"` for no values.
+        name: the measure. `None` for `default_heat`, without values if no layer is rotated.
         theme: which palette is used.
 
     Raises:
         VisualizeError: the model has no adapters.
     """
-    if name == OFF or (name is None and (not drawing.rows or is_identity(drawing.rows))):
+    if name is None and (not drawing.rows or is_identity(drawing.rows)):
         return Heatmap()
     name = name or default_heat(drawing.rows)
     if not drawing.rows:

@@ -1,23 +1,33 @@
-"""Layered layout of one scope (after Sugiyama et al. 1981, https://doi.org/10.1109/TSMC.1981.4308636).
+"""Layout of one scope: boxes in rows from top to bottom. `html/script/layout.js` has the same for the page.
 
-Layers and their order come from `layering`, x from `coordinates`. This module places boxes and routes edges.
+An edge to the next row is a curve between the rows. A longer edge goes around the rows between, on their right, so that
+no edge crosses a box; long edges of one source share their way.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hra_fx.view.coordinates import GAP_X, LANE, Size, x_coordinates
-from hra_fx.view.layering import LOWER, UPPER, Layering, Node
+GAP_X, GAP_Y = 22.0, 24.0
+LANE = 14.0  # distance of long edges from boxes and from each other
+PER_ROW = 5
 
-GAP_Y = 24.0
-_UNEVEN = 3.5  # boxes whose heights differ by a larger factor do not share a row
+
+@dataclass(frozen=True)
+class Size:
+    """A box to place: width, height, and where edges enter (top) and leave (bottom), relative to its middle."""
+
+    width: float
+    height: float
+    enter: float = 0.0
+    leave: float = 0.0
 
 
 @dataclass(frozen=True)
 class Route:
-    """An edge: vertical segments `(x, from y, to y)`, joined by curves in the gaps between layers.
+    """An edge: vertical segments `(x, from y, to y)`, joined by curves in the gaps between rows.
 
     Attributes:
         source: the box it leaves, `None` for the scope's upper border.
@@ -42,11 +52,39 @@ class Arrangement:
     leave: float = 0.0
 
 
+def rows_of(count: int, edges: Sequence[tuple[int, int]], inputs: Sequence[int] = ()) -> list[int]:
+    """The row of every box: below its sources, not too full; boxes without sources are just above their readers.
+
+    Args:
+        count: number of boxes, which are in a topological order.
+        edges: `(i, j)`, i < j.
+        inputs: boxes that get an edge from the upper border.
+    """
+    rows: list[int] = []
+    filled: Counter[int] = Counter()
+    sources: list[list[int]] = [[] for _ in range(count)]
+    readers: list[list[int]] = [[] for _ in range(count)]
+    for source, reader in edges:
+        sources[reader].append(source)
+        readers[source].append(reader)
+    for box in range(count):
+        low = max((rows[source] + 1 for source in sources[box]), default=0)
+        while filled[low] >= PER_ROW:
+            low += 1
+        rows.append(low)
+        filled[low] += 1
+    for box in reversed(range(count)):
+        if box not in inputs and not sources[box]:
+            rows[box] = max(rows[box], min((rows[reader] for reader in readers[box]), default=0) - 1)
+    return rows
+
+
 def layered(
     sizes: Sequence[Size],
     edges: Sequence[tuple[int, int]],
     inputs: Sequence[int] = (),
     outputs: Sequence[int] = (),
+    rows: Sequence[int] | None = None,
 ) -> Arrangement:
     """Place boxes so that every edge points down.
 
@@ -55,27 +93,14 @@ def layered(
         edges: `(i, j)`, i < j.
         inputs: boxes that get an edge from the upper border.
         outputs: boxes that get an edge to the lower border.
+        rows: the row of every box, if not those of `rows_of`.
     """
-    return _Layout(sizes, edges, inputs, outputs).arrangement()
+    rows = rows_of(len(sizes), edges, inputs) if rows is None else rows
+    return _Layout(sizes, edges, inputs, outputs, rows).arrangement()
 
 
-def in_rows(sizes: Sequence[Size], limit: float) -> Arrangement:
-    """Place boxes in rows of width `limit`, in order. Very tall boxes do not share a row with low ones."""
-    corners: list[tuple[float, float]] = []
-    x = y = row = width = 0.0
-    for size in sizes:
-        uneven = max(size.height, row) > _UNEVEN * min(size.height, row)
-        if x and (x + size.width > limit or uneven):
-            x, y, row = 0.0, y + row + GAP_X, 0.0
-        corners.append((x, y))
-        x += size.width + GAP_X
-        row = max(row, size.height)
-        width = max(width, x - GAP_X)
-    return Arrangement(width, y + row, tuple(corners), enter=width / 2, leave=width / 2)
-
-
-class _Layout(Layering):
-    """Layers with the sizes of boxes and the positions of all nodes."""
+class _Layout:
+    """The positions of all boxes. The borders are boxes without a size in rows of their own, the first and the last."""
 
     def __init__(
         self,
@@ -83,60 +108,105 @@ class _Layout(Layering):
         edges: Sequence[tuple[int, int]],
         inputs: Sequence[int],
         outputs: Sequence[int],
+        rows: Sequence[int],
     ) -> None:
-        super().__init__(len(sizes), edges, inputs, outputs)
-        border = Size(0, 0)
-        self.sizes = {**dict(enumerate(sizes)), UPPER: border, LOWER: border}
-        x = x_coordinates(self, self.size)
-        self.left = min((x[node] - self.size(node).width / 2 for node in x), default=0.0)
-        self.right = max((x[node] + self.size(node).width / 2 for node in x), default=0.0)
-        self.x = {node: value - self.left for node, value in x.items()}
-        self.tops: list[float] = []
-        self.bottoms: list[float] = []
-        y = 0.0
-        for row in self.rows:
+        last = len(sizes)
+        upper, lower = last, last + 1
+        self.sizes = [*sizes, Size(0, 0), Size(0, 0)]
+        self.links = [(upper, box) for box in inputs] + list(edges) + [(box, lower) for box in outputs]
+        self.sources: list[list[int]] = [[] for _ in self.sizes]
+        for source, target in self.links:
+            self.sources[target].append(source)
+        self.row = [row + 1 for row in rows] + [0, max(rows, default=-1) + 2]
+        self.rows: list[list[int]] = [[] for _ in range(self.row[lower] + 1)]
+        for box, row in enumerate(self.row):
+            self.rows[row].append(box)
+        self.x = [0.0] * (last + 2)
+        for boxes in self.rows[1:]:
+            self._place(boxes)
+        entries = [self.x[box] + sizes[box].enter for box in inputs if self.row[box] == 1]
+        self.x[upper] = sum(entries) / len(entries) if entries else 0.0
+        self.tops, self.bottoms, y = [0.0], [0.0], GAP_Y * bool(inputs)
+        for boxes in self.rows[1:-1]:
             self.tops.append(y)
-            self.bottoms.append(y + max((self.size(node).height for node in row), default=0))
+            self.bottoms.append(y + max((self.sizes[box].height for box in boxes), default=0))
             y = self.bottoms[-1] + GAP_Y
+        self.tops.append(y if outputs else self.bottoms[-1])
+        self.bottoms.append(self.tops[-1])
+        self.lanes = self._lanes()
 
-    def size(self, node: Node) -> Size:
-        return self.sizes[node[0]] if node[1] < 0 else Size(LANE, 0)
+    def _place(self, boxes: list[int]) -> None:
+        """Place a row: each box below its sources in the row above, with gaps between, and not more to one side."""
+        wanted = {}
+        for box in boxes:
+            above = [source for source in self.sources[box] if self.row[source] == self.row[box] - 1]
+            starts = [self.x[i] + self.sizes[i].leave - self.sizes[box].enter for i in above]
+            wanted[box] = sum(starts) / len(starts) if starts else 0.0
+        boxes.sort(key=lambda box: (wanted[box], box))
+        free = float("-inf")
+        for box in boxes:
+            half = self.sizes[box].width / 2
+            self.x[box] = max(wanted[box], free + half)
+            free = self.x[box] + half + GAP_X
+        shift = sum(wanted[box] - self.x[box] for box in boxes) / max(len(boxes), 1)
+        for box in boxes:
+            self.x[box] += shift
 
-    def top(self, box: int) -> float:
-        """The upper edge of a box, which is in the middle of its layer."""
-        level = self.level[box]
-        return (self.tops[level] + self.bottoms[level]) / 2 - self.sizes[box].height / 2
+    def _right(self, box: int) -> float:
+        return self.x[box] + self.sizes[box].width / 2
+
+    def _lanes(self) -> dict[int, float]:
+        """Source -> x of its long edges, beside the rows that they pass; short ones are nearer to the boxes."""
+        spans: dict[int, range] = {}
+        for source, target in self.links:
+            rows = range(self.row[source] + 1, self.row[target])
+            if len(rows) > len(spans.get(source, ())):
+                spans[source] = rows
+        lanes: dict[int, float] = {}
+        for source in sorted(spans, key=lambda source: (len(spans[source]), source)):
+            rows = spans[source]
+            beside = [self._right(box) for row in rows for box in self.rows[row]]
+            beside += [x for other, x in lanes.items() if set(rows) & set(spans[other])]
+            lanes[source] = max(beside) + LANE
+        return lanes
+
+    def _top(self, box: int) -> float:
+        """The upper edge of a box, which is in the middle of its row."""
+        row = self.row[box]
+        return (self.tops[row] + self.bottoms[row] - self.sizes[box].height) / 2
 
     def arrangement(self) -> Arrangement:
-        boxes = sorted(box for box in self.level if box >= 0)
-        corners = tuple((self.x[box, -1] - self.sizes[box].width / 2, self.top(box)) for box in boxes)
-        ends = self.ends()
-        routes = tuple(self.route(source, target, ends[source, target]) for source, target in self.links)
-        width = self.right - self.left
-        enter, leave = (self.x.get((border, -1), width / 2) for border in (UPPER, LOWER))
-        return Arrangement(width, self.bottoms[-1], corners, routes, enter, leave)
+        count = len(self.sizes) - 2
+        left = min((self.x[box] - self.sizes[box].width / 2 for box in range(count)), default=0.0)
+        right = max([*map(self._right, range(count)), *(x + 1 for x in self.lanes.values())], default=0.0)
+        corners = tuple((self.x[box] - self.sizes[box].width / 2 - left, self._top(box)) for box in range(count))
+        ends = self._ends()
+        routes = tuple(self._route(source, target, ends[source, target], left) for source, target in self.links)
+        enter, leave = self.x[count] - left, self.x[count + 1] - left
+        return Arrangement(right - left, self.bottoms[-1], corners, routes, enter, leave)
 
-    def route(self, source: int, target: int, end: float) -> Route:
-        start = self.x[source, -1] + self.sizes[source].leave
-        begin = self.top(source) + self.sizes[source].height
-        pieces = [(start, begin, self.bottoms[self.level[source]])]
-        lanes = self.chain(source, target)[1:-1]
-        pieces += [(self.x[lane], self.tops[lane[1]], self.bottoms[lane[1]]) for lane in lanes]
-        pieces.append((end, self.tops[self.level[target]], self.top(target)))
-        return Route(source if source >= 0 else None, target if target >= 0 else None, tuple(pieces))
+    def _route(self, source: int, target: int, end: float, left: float) -> Route:
+        above, below, count = self.row[source], self.row[target], len(self.sizes) - 2
+        begin = self._top(source) + self.sizes[source].height
+        pieces = [(self.x[source] + self.sizes[source].leave, begin, self.bottoms[above])]
+        if below - above > 1:
+            pieces.append((self.lanes[source], self.tops[above + 1], self.bottoms[below - 1]))
+        pieces.append((end, self.tops[below], self._top(target)))
+        shifted = tuple((x - left, start, stop) for x, start, stop in pieces)
+        return Route(source if source < count else None, target if target < count else None, shifted)
 
-    def ends(self) -> dict[tuple[int, int], float]:
+    def _ends(self) -> dict[tuple[int, int], float]:
         """x at which each edge enters: the straightest one at the entry, the others on the side they come from."""
         ends: dict[tuple[int, int], float] = {}
-        for target in {target for _, target in self.links}:
-            entry = self.x[target, -1] + self.sizes[target].enter
+        for target, sources in enumerate(self.sources):
+            entry = self.x[target] + self.sizes[target].enter
             coming: list[tuple[float, int]] = []
-            for source in [source for source, other in self.links if other == target]:
-                last = self.chain(source, target)[-2]
-                leave = self.sizes[source].leave if last[1] < 0 else 0.0
-                coming.append((self.x[last] + leave - entry, source))
+            for source in sources:
+                is_long = self.row[target] - self.row[source] > 1
+                start = self.lanes[source] if is_long else self.x[source] + self.sizes[source].leave
+                coming.append((start - entry, source))
             coming.sort(key=lambda pair: (abs(pair[0]), pair[1]))
-            ends[coming[0][1], target] = entry
+            ends.update(((source, target), entry) for _, source in coming[:1])
             room = max(self.sizes[target].width / 2 - abs(self.sizes[target].enter) - 10, 0.0)
             for side in (-1, 1):
                 others = [source for shift, source in coming[1:] if (shift > 0) == (side > 0)]

@@ -9,7 +9,6 @@ from xml.etree.ElementTree import Element
 
 from hra_fx.reporting.colormap import UNKNOWN
 from hra_fx.reporting.heat import HEATS
-from hra_fx.view.boxes import Box
 from hra_fx.view.heatmap import Heatmap
 from hra_fx.view.svg import FRAMES, LOOKS, shape, skipped_marker, write
 from hra_fx.view.text import width
@@ -27,16 +26,26 @@ class Entry:
     draw: Callable[[Element, float, float], None]
 
 
-def entries(boxes: Collection[Box], heatmap: Heatmap, skipped: int, refused: int) -> list[Entry]:
+#: Words of a look, and the dashes of its line.
+_LOOKS = {
+    "adapted_layer": ("adapted layer", ""),
+    "trained": ("trained in full", ""),
+    "plain": ("other operation", ""),
+    "module": ("module", ""),
+    "untraced": ("module that is not traced, without edges", "4 3"),
+    "eager": ("not traced, without adapters", "4 3"),
+}
+
+
+def entries(looks: set[str], heatmap: Heatmap, skipped: int, refused: int) -> list[Entry]:
     """The entries of a picture's legend.
 
     Args:
-        boxes: all boxes of the picture.
+        looks: the looks of all boxes.
         heatmap: the colors of adapted layers.
         skipped: number of layers without an adapter.
         refused: number of those that should have one.
     """
-    looks = {box.look for box in boxes}
     found: list[Entry] = []
     if heatmap.values:
         found.append(_color_bar(heatmap))
@@ -44,26 +53,15 @@ def entries(boxes: Collection[Box], heatmap: Heatmap, skipped: int, refused: int
             found.append(_swatch("unknown", UNKNOWN, "edge"))
     elif "adapted_layer" in looks:
         found.append(_swatch("adapter: r vectors of length d", "violet-pale", "violet-line"))
-        looks.remove("adapted_layer")  # one entry for the color of its box is enough
+        looks = looks - {"adapted_layer"}  # one entry for the color of its box is enough
     if skipped > refused:
         found.append(_skipped(f"{_layers(skipped - refused)} not targeted", refused=False))
     if refused:
         found.append(_skipped(f"{_layers(refused)} targeted, but not adapted", refused=True))
-    letters = " (the panel with its letter shows the inside)" * any(box.letter for box in boxes)
-    for look, words in (
-        ("adapted_layer", "adapted layer"),
-        ("trained", "trained in full"),
-        ("plain", "other operation"),
-    ):
-        if look in looks:
-            found.append(_swatch(words, *LOOKS[look][:2]))
     if looks & {"closed", "traced"}:
-        found.append(_swatch(f"module{letters}", *FRAMES["traced"]))
-    if "untraced" in looks:
-        found.append(_swatch("module that is not traced, without edges", *FRAMES["untraced"]))
-    if "eager" in looks:
-        found.append(_swatch("not traced, without adapters", *LOOKS["eager"][:2], "4 3"))
-    return found
+        looks = looks | {"module"}
+    colors = {**LOOKS, **FRAMES, "module": FRAMES["traced"]}
+    return found + [_swatch(words, *colors[look][:2], dash) for look, (words, dash) in _LOOKS.items() if look in looks]
 
 
 def placed(legend: Collection[Entry], wide: float) -> list[tuple[Entry, float, int]]:

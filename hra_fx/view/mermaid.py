@@ -9,14 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 from hra_fx.errors import VisualizeError
 from hra_fx.reporting.colormap import ink_on
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.heatmap import Heatmap, heatmap_of
+from hra_fx.view.opening import Block, opened
 from hra_fx.view.options import Options
-from hra_fx.view.panels import BUDGET, Block, opened
 from hra_fx.view.svg import FRAMES, LOOKS
 from hra_fx.view.text import clean, shorten
 from hra_fx.view.theme import light
@@ -32,22 +31,19 @@ _PLAIN = re.compile(r"[A-Za-z0-9 ._/,()=+-]")
 def render(drawing: Drawing, options: Options) -> str:
     """The Mermaid text of a model, or of a part of it.
 
-    Without a depth, as many levels are open as stay readable.
-
     Raises:
         VisualizeError: the options do not fit the model, or Mermaid's limits are exceeded; the message names the depth
             that would fit.
     """
-    heatmap, tree = heatmap_of(drawing, options.heat), drawing.tree()
-    blocks = [opened(tree, depth, options.focus or "").block for depth in range(_deepest(tree) + 1)]
-    readable = [depth for depth, block in enumerate(blocks) if len(list(block.boxes())) <= BUDGET]
-    chosen = max(readable, default=0) if options.depth is None else min(options.depth, len(blocks) - 1)
-    text, edges = _text(drawing, blocks[chosen], heatmap)
+    heatmap, tree, focus = heatmap_of(drawing, options.heat), drawing.tree(), options.focus or ""
+    text, edges = _text(drawing, opened(tree, options.depth, focus), heatmap)
     if _fits(text, edges):
         return text
-    fitting = [depth for depth in range(chosen) if _fits(*_text(drawing, blocks[depth], heatmap))]
+    levels = max(len(leaf.place) for _, leaf in drawing.picture.nodes(data="leaf"))
+    smaller = reversed(range(min(options.depth or 0, levels)))
+    fitting = next((depth for depth in smaller if _fits(*_text(drawing, opened(tree, depth, focus), heatmap))), None)
+    fix = "Pass the path of a module as `focus`, or write an .svg." if fitting is None else f"`depth={fitting}` fits."
     asked = f"`depth={options.depth}` gives" if options.depth is not None else "The smallest Mermaid text has"
-    fix = f"`depth={max(fitting)}` fits." if fitting else "Pass the path of a module as `focus`, or write an .svg."
     raise VisualizeError(
         f"{asked} {edges:,} edges and {len(text):,} characters; GitHub draws at most {EDGES:,} edges and "
         f"{CHARACTERS:,} characters. {fix}"
@@ -67,91 +63,59 @@ def escape(text: str) -> str:
     return "".join(c if _PLAIN.fullmatch(c) or c >= "\u00a0" else f"#{ord(c)};" for c in clean(text))
 
 
-def _deepest(item: Item) -> int:
-    """How many levels of modules can be opened: the length of the longest path of a scope."""
-    if isinstance(item, Leaf):
-        return 0
-    return max([len(item.path.split(".")) * bool(item.path), *map(_deepest, item.items)])
-
-
 def _text(drawing: Drawing, block: Block, heatmap: Heatmap) -> tuple[str, int]:
     """The text of a block, and its number of edges."""
     flow = _Flowchart(heatmap)
-    lines = [
-        "flowchart TD",
-        f"  %% {escape(drawing.title)}",
-        f"  %% {escape(drawing.facts)}",
-        *flow.inside(block, "  "),
-    ]
-    lines += [f"  {source} --> {target}" for source, target in flow.edges]
-    return "\n".join([*lines, *flow.styles()]) + "\n", len(flow.edges)
-
-
-#: The nodes at which edges enter and leave a part.
-_Ends: TypeAlias = tuple[str, str]
+    flow.inside(block)
+    head = ["flowchart TD", f"  %% {escape(drawing.title)}", f"  %% {escape(drawing.facts)}"]
+    return "\n".join([*head, *flow.lines, *flow.edges, *flow.styles()]) + "\n", len(flow.edges)
 
 
 @dataclass
 class _Flowchart:
     heatmap: Heatmap
-    edges: dict[tuple[str, str], None] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+    edges: dict[str, None] = field(default_factory=dict)
     classes: dict[str, list[str]] = field(default_factory=dict)
     fills: dict[str, str] = field(default_factory=dict)
     count: int = 0
 
-    def inside(self, block: Block, indent: str) -> list[str]:
-        """The lines of the model's parts. Edges are collected for later."""
-        return self._parts(block, indent)[0]
-
-    def _parts(self, block: Block, indent: str) -> tuple[list[str], _Ends]:
-        lines: list[str] = []
-        ends: list[_Ends] = []
-        for part in block.parts or ():
-            more, end = self._part(part, indent)
-            lines += more
-            ends.append(end)
+    def inside(self, block: Block, indent: str = "  ") -> tuple[list[str], list[str]]:
+        """Add the parts of a block; returns the nodes at which edges enter and leave it."""
+        ends = [self._part(part, indent) for part in block.parts or ()]
         if not isinstance(block.item, Scope):
-            return lines, ("", "")
-        self.edges.update(((ends[i][1], ends[j][0]), None) for i, j in block.item.edges)
-        enter = [ends[i][0] for i in block.item.inputs]
-        leave = [ends[i][1] for i in block.item.outputs]
-        into, out = self._port(enter, lines, indent), self._port(leave, lines, indent)
-        self.edges.update(((into, inner), None) for inner in enter if inner != into)
-        self.edges.update(((inner, out), None) for inner in leave if inner != out)
-        return lines, (into, out)
-
-    def _port(self, inner: list[str], lines: list[str], indent: str) -> str:
-        """The node at which edges cross a border: the only one inside that they reach, else a dot."""
-        if len(inner) < 2:
-            return inner[0] if inner else ""
-        name = self._name("p", "dot")
-        lines.append(f"{indent}{name}(( ))")
-        return name
+            return [], []
+        pairs = ((source, target) for i, j in block.item.edges for source in ends[i][1] for target in ends[j][0])
+        self.edges.update(dict.fromkeys(f"  {source} --> {target}" for source, target in pairs))
+        entering = [node for i in block.item.inputs for node in ends[i][0]]
+        return entering, [node for i in block.item.outputs for node in ends[i][1]]
 
     def _name(self, letter: str, look: str) -> str:
         self.count += 1
         self.classes.setdefault(look, []).append(f"{letter}{self.count}")
         return f"{letter}{self.count}"
 
-    def _part(self, part: Block, indent: str) -> tuple[list[str], _Ends]:
-        item, look = part.item, _look(part)
+    def _part(self, part: Block, indent: str) -> tuple[list[str], list[str]]:
+        item, look = part.item, part.look
         if part.parts is not None:
             name = self._name("m", look)
-            lines, (enter, leave) = self._parts(part, indent + "  ")
-            border = (enter or name, leave or name)
-            return [f'{indent}subgraph {name}["{_label(item)}"]', *lines, f"{indent}end"], border
-        trained = look in ("plain", "eager") and item.trained
-        name = self._name("n", "trained" if trained else look)
+            self.lines.append(f'{indent}subgraph {name}["{_label(item)}"]')
+            enter, leave = self.inside(part, indent + "  ")
+            self.lines.append(f"{indent}end")
+            return enter or [name], leave or [name]
+        name = self._name("n", look)
         words, fill = self.heatmap.strip(item)
         extra = [*_facts(item, words), *([f"{len(item.skipped)} not adapted"] if item.skipped else [])]
         opening, closing = {"port": ("([", "])"), "closed": ("[[", "]]")}.get(look, ("[", "]"))
         if fill:
             self.fills[name] = fill
         label = "<br/>".join([_label(item), *map(escape, extra)])
-        # One line for all layers of a box, because comments count towards the limits too.
-        layers = " ".join(escape(mark.path).replace(" ", "#32;") for mark in item.marks)
-        comment = [f"{indent}%% {name}: {layers}"] if layers else []
-        return [f'{indent}{name}{opening}"{label}"{closing}', *comment], (name, name)
+        self.lines.append(f'{indent}{name}{opening}"{label}"{closing}')
+        if item.marks:  # one line for all layers of a box, because comments count towards the limits too
+            self.lines.append(
+                f"{indent}%% {name}: {' '.join(escape(path).replace(' ', '#32;') for path in item.marks)}"
+            )
+        return [name], [name]
 
     def styles(self) -> Iterator[str]:
         """The colors of boxes, readable on light and dark pages."""
@@ -167,19 +131,8 @@ class _Flowchart:
 _COLORS = {
     **LOOKS,
     "adapted_layer": ("violet-pale", "violet-line", "violet"),
-    "dot": ("edge", "edge", "ink"),
     **{look: (fill, line, "ink") for look, (fill, line, _) in FRAMES.items()},
 }
-
-
-def _look(part: Block) -> str:
-    """The look of a block, as in the SVG picture."""
-    item = part.item
-    if isinstance(item, Scope):
-        return "closed" if part.parts is None else "untraced" if item.eager else "traced"
-    return {"input": "port", "output": "port", "adapted_layer": "adapted_layer", "eager": "eager"}.get(
-        item.kind, "plain"
-    )
 
 
 def _label(item: Item) -> str:

@@ -60,7 +60,7 @@ def network(drawing: Drawing) -> nx.DiGraph[str]:
     for key, leaf in drawing.picture.nodes(data="leaf"):
         graph.add_node(key, **_described(leaf))
         if leaf.kind == "adapted_layer" and leaf.marks:
-            graph.add_node(key, **_measured(leaf, [row for mark in leaf.marks for row in rows.get(mark.path, ())]))
+            graph.add_node(key, **_measured(leaf, [row for path in leaf.marks for row in rows.get(path, ())]))
         elif leaf.skipped:
             graph.add_node(key, skipped="\n".join(dict.fromkeys(leaf.skipped.values())))
         if leaf.trained:
@@ -88,7 +88,7 @@ def _measured(leaf: Leaf, every: list[Row]) -> dict[str, str | int | float]:
     names = ("rotation", "mean_angle", "angle") if rows else ()
     measures = {name: largest(getattr(row, name) for row in rows) for name in names}
     return {
-        "adapted_layers": "\n".join(mark.path for mark in leaf.marks),
+        "adapted_layers": "\n".join(leaf.marks),
         "adapters": "\n".join(dict.fromkeys(row.adapter for row in every)),
         "d": leaf.width,
         "r": leaf.rank,

@@ -10,9 +10,6 @@ from hra_fx.errors import VisualizeError
 from hra_fx.reporting.heat import HEATS
 from hra_fx.view.theme import THEMES, Theme
 
-#: The heat of a picture without colors.
-OFF = "off"
-
 
 @dataclass(frozen=True)
 class Options:
@@ -22,8 +19,8 @@ class Options:
         depth: number of module levels that are open: with 0 the children of the model are closed, with 1 they show
             their children. `None` leaves it to the format.
         focus: qualified name of the module that is drawn, `None` for the model.
-        heat: the measure that colors adapted layers, a key of `reporting.heat.HEATS`; `"off"` for no colors, `None` for
-            the change of the weight.
+        heat: the measure that colors adapted layers, a key of `reporting.heat.HEATS`; `None` for the change of the
+            weight.
         theme: `"light"` or `"dark"`; `None` leaves it to the format.
 
     Raises:
@@ -48,7 +45,7 @@ class Options:
             raise VisualizeError(
                 f"`focus` must be a module's name as in model.named_modules(), got {type(self.focus).__name__}."
             )
-        _choice("heat", self.heat, (*HEATS, OFF))
+        _choice("heat", self.heat, tuple(HEATS))
         _choice("theme", self.theme, THEMES)
 
 

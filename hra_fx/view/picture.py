@@ -25,9 +25,8 @@ def visualize(
 ) -> Path:
     """Write a picture of a model: its adapted layers, how far each is rotated, and which layers were skipped.
 
-    The file ending selects the format. `.svg`, `.png` and `.mmd` (Mermaid) draw identical blocks once, so that a deep
-    model fits a page. `.html` is an interactive page. `.dot` and `.graphml` contain every box. Every adapted layer is
-    in each of them exactly once.
+    The file ending selects the format. `.svg`, `.png` and `.mmd` (Mermaid) draw identical blocks once. `.html` is an
+    interactive page. `.dot` and `.graphml` contain every box. Every adapted layer is in each of them exactly once.
 
     Args:
         model: a module, transformed, plain or folded, a `torch.fx.GraphModule` or a `torch.export.ExportedProgram`.
@@ -35,12 +34,12 @@ def visualize(
         example_inputs: inputs of one call, for shapes. `torch.export` captures this call where torch.fx cannot trace
             the whole model, or where the call gives optional arguments. Without them, modules that torch.fx cannot
             trace are drawn without edges.
-        depth: number of module levels that are open: 0 shows the model with its children closed. `None` leaves it to
-            the format: pictures fit a page, files for other programs contain everything.
+        depth: number of module levels that are open: 0 shows the model with its children closed. `None` opens as
+            many as stay readable in pictures, and all in files for other programs.
         focus: qualified name of a module, to draw only that module and the values that enter and leave it.
         heat: color adapted layers by `"weight_change"` (`|W Q - W| / |W|` in percent, the default), `"mean_angle"`,
             `"angle"` (the largest), `"rotation"` (`|Q - I|_F`) or `"share"` (of the weight that the adapter rotates).
-            The scale fits the values, and the legend shows its ends. `"off"` for no colors.
+            The scale fits the values, and the legend shows its ends.
         theme: `"light"` (the default) or `"dark"` for `.svg` and `.png`. Without it, a `.html` page has the theme of
             the reader's system.
 

@@ -7,7 +7,6 @@ Rotations are removed from a copy of the graph, and the nodes of their layers ar
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,20 +17,14 @@ from hra_fx.export.inspect import LayerAdapter, adapter_layers
 from hra_fx.export.match import GraphLayer, find_layers, group_tied, module_classes, parent_path
 from hra_fx.export.skeleton import build_skeleton
 from hra_fx.layers.target import META, REFLECTION, NodeTag
-from hra_fx.reporting.row import Row
-from hra_fx.view.subject import LayerFacts, Subject, known_rotations
+from hra_fx.view.subject import LayerFacts, Subject
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 
-def subject_of_program(program: ExportedProgram, rows: Iterable[Row] = ()) -> Subject:
-    """An exported program, transformed or not; its graph is copied.
-
-    Args:
-        program: the program.
-        rows: the rows of its report.
-    """
+def subject_of_program(program: ExportedProgram) -> Subject:
+    """An exported program, transformed or not; its graph is copied."""
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     names |= signature.inputs_to_lifted_tensor_constants
@@ -45,7 +38,7 @@ def subject_of_program(program: ExportedProgram, rows: Iterable[Row] = ()) -> Su
     read = {str(node.target) for node in graph.find_nodes(op="get_attr")}
     tensors = {name: value for name, value in root.items() if name in read}
     adapted = adapter_layers(program) if find_rotate_nodes(program.graph) else []
-    return _subject(fx.GraphModule(tensors, graph), dict(program.named_parameters()), adapted, known_rotations(rows))
+    return _subject(fx.GraphModule(tensors, graph), dict(program.named_parameters()), adapted)
 
 
 def subject_of_operators(module: fx.GraphModule) -> Subject:
@@ -55,7 +48,7 @@ def subject_of_operators(module: fx.GraphModule) -> Subject:
         module: the module, one that `hra_fx.export.captured.is_captured` accepts.
     """
     copied = fx.GraphModule(module, copy.deepcopy(module.graph), type(module).__name__)
-    return _subject(copied, dict(module.named_parameters(remove_duplicate=False)), [], {})
+    return _subject(copied, dict(module.named_parameters(remove_duplicate=False)), [])
 
 
 def _own_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -75,9 +68,7 @@ def _remove_rotations(module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> 
     return find_layers(weights, tensors)
 
 
-def _subject(
-    module: fx.GraphModule, tensors: Mapping[str, Tensor], adapted: Iterable[LayerAdapter], known: Mapping[str, float]
-) -> Subject:
+def _subject(module: fx.GraphModule, tensors: Mapping[str, Tensor], adapted: Iterable[LayerAdapter]) -> Subject:
     own = _own_tensors(tensors)
     found = _remove_rotations(module, own)
     classes = module_classes(module.graph)
@@ -86,10 +77,8 @@ def _subject(
     for layer in adapted:
         parameters = sum(tensor.numel() for key, tensor in own.items() if parent_path(key) == layer.path)
         width, detail = int(layer.chain.shape[0]), layer.description.replace("->", "→")
-        rotation = known.get(layer.path, math.nan)
-        shown = None if math.isnan(rotation) else rotation
         rank = layer.r + (layers[layer.path].rank if layer.path in layers else 0)  # a weight may have several adapters
-        layers[layer.path] = LayerFacts(detail, width, rank, shown, parameters, vectors=width * rank)
+        layers[layer.path] = LayerFacts(detail, width, rank, parameters, vectors=width * rank)
         if layer.path in found:
             _tag(layer.path, found[layer.path])
     return Subject(

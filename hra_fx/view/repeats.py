@@ -15,7 +15,7 @@ from hra_fx.view.tree import Item, Leaf, Scope, contract, joined
 _NUMBER = re.compile(r"@?\d+")
 
 
-def signature(item: Item, *, sizes: bool) -> Hashable:
+def signature(item: Item, *, sizes: bool = True) -> Hashable:
     """What two items must have in common to be drawn as one, without their own names.
 
     Args:
@@ -56,14 +56,9 @@ def runs_where(length: int, follows: Callable[[int], bool]) -> list[range]:
     return runs
 
 
-def merge_repeats(scope: Scope, *, sizes: bool = True) -> Scope:
-    """A scope with every run of identical neighbors as one item. In a traced graph they must form a chain.
-
-    Args:
-        scope: the scope.
-        sizes: whether their shapes must be equal; if not, the merged item says that they vary.
-    """
-    looks = [(stem(item.name), signature(item, sizes=sizes)) for item in scope.items]
+def merge_repeats(scope: Scope) -> Scope:
+    """A scope with every run of identical neighbors as one item. In a traced graph they must form a chain."""
+    looks = [(stem(item.name), signature(item)) for item in scope.items]
     edges = set(scope.edges)
 
     def follows(index: int) -> bool:
@@ -73,15 +68,12 @@ def merge_repeats(scope: Scope, *, sizes: bool = True) -> Scope:
         return drawable and linked and item.count == 1 and looks[index - 1] == looks[index]
 
     runs = runs_where(len(scope.items), follows)
-    return contract(scope, runs, lambda whole, run: _once(whole, run, varied=not sizes))
+    return contract(scope, runs, _once)
 
 
-def _once(scope: Scope, run: range, *, varied: bool) -> Item:
+def _once(scope: Scope, run: range) -> Item:
     items = [scope.items[index] for index in run]
-    merged = _overlay(items)
-    if isinstance(merged, Scope):
-        return replace(merged, count=len(items), last=items[-1].name, varied=varied)
-    return replace(merged, count=len(items), last=items[-1].name)
+    return replace(_overlay(items), count=len(items), last=items[-1].name)
 
 
 def _overlay(items: list[Item]) -> Item:

@@ -10,12 +10,10 @@ import networkx as nx
 
 from hra_fx.view.describe import name_of
 from hra_fx.view.repeats import merge_repeats, runs_where
-from hra_fx.view.tree import Item, Leaf, Scope, contract, joined, module_of, prefixes, splice
+from hra_fx.view.tree import Item, Leaf, Scope, contract, joined, module_of, prefixes
 
 #: The names of several leaves in one box are listed up to this length.
 _LETTERS_SHOWN = 28
-#: A traced module with this many leaves or fewer is drawn without a frame.
-_SMALL = 3
 #: Operations that only move data or change its view; neighbors of this kind share a box.
 _VIEWS = frozenset(
     {"alias", "chunk", "clone", "contiguous", "expand", "expand_as", "flatten", "float", "getitem", "mT", "movedim"}
@@ -23,6 +21,9 @@ _VIEWS = frozenset(
     | {"repeat", "reshape", "roll", "select", "split", "squeeze", "swapaxes", "T", "to", "transpose", "type"}
     | {"type_as", "unbind", "unflatten", "unsqueeze", "view", "view_as"}
 )
+#: A module with more operations shows them in groups, but for these.
+_OPERATIONS_SHOWN = 8
+_LANDMARKS = frozenset({"scaled_dot_product_attention", "softmax", "matmul", "bmm", "baddbmm", "einsum"})
 _Group: TypeAlias = "str | tuple[str, int]"  # a leaf's key, or a call's name and its depth
 
 
@@ -73,7 +74,7 @@ class _Nesting:
             outputs=tuple(sorted({place[groups[key]] for key in leaving})),
             paths=(path,) if path else (),
         )
-        return _open_small(merge_repeats(_gather_plain(_join_operations(scope))))
+        return merge_repeats(_gather_plain(_gather_operations(_join_operations(scope))))
 
     def _ports(self, path: str, keys: list[str]) -> tuple[set[str], set[str], list[str]]:
         """Leaves that read from outside, leaves that are read outside, and all leaves but the ports that the border of
@@ -144,6 +145,23 @@ def _join_operations(scope: Scope) -> Scope:
     return contract(scope, runs_where(len(scope.items), follows), join)
 
 
+def _gather_operations(scope: Scope) -> Scope:
+    """In a module with many operations, such as the rotary positions and masks of language models: join neighbors."""
+
+    def is_small(item: Item) -> bool:
+        return isinstance(item, Leaf) and item.kind == "op" and item.name not in _LANDMARKS
+
+    if sum(map(is_small, scope.items)) <= _OPERATIONS_SHOWN:
+        return scope
+
+    def follows(index: int) -> bool:
+        return is_small(scope.items[index - 1]) and is_small(scope.items[index])
+
+    # The items are in topological order, so that joining neighbors makes no cycle.
+    runs = runs_where(len(scope.items), follows)
+    return contract(scope, runs, lambda scope, run: _listing(_leaves(scope, run), ", "))
+
+
 def _gather_plain(scope: Scope) -> Scope:
     """In a module that is not traced: join neighbors without adapters into one box."""
 
@@ -154,17 +172,6 @@ def _gather_plain(scope: Scope) -> Scope:
         return replace(_listing(_leaves(scope, run), ", "), detail=f"{len(run)} modules")
 
     return contract(scope, runs_where(len(scope.items), follows), gather)
-
-
-def _open_small(scope: Scope) -> Scope:
-    """Replace small traced modules by their leaves: a downsample branch of two layers needs no frame."""
-    return scope if scope.eager else splice(scope, _is_small, _below)
-
-
-def _is_small(scope: Scope) -> bool:
-    leaves_only = all(isinstance(item, Leaf) for item in scope.items)
-    one_way = len(scope.inputs) == len(scope.outputs) == 1
-    return leaves_only and one_way and scope.count == 1 and len(scope.items) <= _SMALL and bool(scope.marks)
 
 
 def _leaves(scope: Scope, run: range) -> list[Leaf]:

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import fx, nn
 
 from hra_fx.export.match import module_classes
-from hra_fx.functional.statistics import rotation_stats
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.adapters import HouseholderAdapters
-from hra_fx.layers.sharding import is_dtensor
 from hra_fx.model.state import AdapterState, adapted_layers, get_state
-from hra_fx.reporting.row import Row
 from hra_fx.view.describe import describe_module, own_parameters
 
 
@@ -27,7 +21,6 @@ class LayerFacts:
         detail: class and shape of the layer.
         width: length `d` of its vectors.
         rank: number of vectors in use, over all adapters; merged adapters are in use.
-        rotation: `|Q - I|_F` of the product in use, `None` if it cannot be computed or no adapter is in use.
         parameters: number of parameters of the layer itself.
         vectors: number of parameters of all its adapters.
     """
@@ -35,7 +28,6 @@ class LayerFacts:
     detail: str
     width: int
     rank: int
-    rotation: float | None
     parameters: int
     vectors: int
 
@@ -61,23 +53,21 @@ class Subject:
     parameters: int
 
 
-def subject_of(model: nn.Module, graphs: Mapping[str, fx.GraphModule], rows: Iterable[Row] = ()) -> Subject:
+def subject_of(model: nn.Module, graphs: Mapping[str, fx.GraphModule]) -> Subject:
     """A model, adapted or not, with graphs that were traced from it.
 
     Args:
         model: the model.
         graphs: module path -> traced graph.
-        rows: the rows of the model's report, if known; their values are not computed again.
     """
     layers = adapted_layers(model)
     first = {layer: path for path, layer in layers.items()}
     named = dict(model.named_modules(remove_duplicate=False))
-    known = known_rotations(rows)
     record = get_state(model)
     return Subject(
         model=model,
         graphs=graphs,
-        layers={path: _facts(layer, known.get(path), record) for path, layer in layers.items()},
+        layers={path: _facts(layer, record) for path, layer in layers.items()},
         aliases={path: first[part] for path, part in named.items() if part in first},
         classes={path: type(part).__name__ for path, part in named.items()} | _classes_in(model),
         parameters=sum(parameter.numel() for parameter in own_parameters(model)),
@@ -93,38 +83,12 @@ def _classes_in(model: nn.Module) -> dict[str, str]:
     return {path: kind for path, kind in found.items() if path in plain}
 
 
-def known_rotations(rows: Iterable[Row]) -> dict[str, float]:
-    """Path -> `|Q - I|_F` of the product in use, for the layers whose only adapter is active."""
-    by_layer: dict[str, list[Row]] = {}
-    for row in rows:
-        by_layer.setdefault(row.path, []).append(row)
-    return {path: own[0].rotation for path, own in by_layer.items() if len(own) == 1 and own[0].active}
-
-
-def _facts(layer: AdaptedLayer, known: float | None, record: AdapterState | None) -> LayerFacts:
-    reflection = layer.hra_u
-    used = _in_use(reflection, record)
+def _facts(layer: AdaptedLayer, record: AdapterState | None) -> LayerFacts:
+    reflection, used = layer.hra_u, layer.hra_u.active
+    if record is not None and reflection.unmerged is not None:  # merged adapters act too
+        held = {*reflection.active, *record.merged}
+        used = tuple(name for name in record.active if name in held and name in reflection)
     rank = sum(reflection.specs[name].r for name in used)
-    rotation = _rotation(reflection, used) if known is None or not used else known
     parameters = sum(parameter.numel() for parameter in own_parameters(layer))
     vectors = sum(parameter.numel() for parameter in reflection.parameters())
-    shown = None if math.isnan(rotation) else rotation
-    return LayerFacts(describe_module(layer), reflection.width, rank, shown, parameters, vectors)
-
-
-def _in_use(reflection: HouseholderAdapters, record: AdapterState | None) -> tuple[str, ...]:
-    """The adapters that act on the layer, in its forward or merged into its weight, in the order of their product."""
-    if record is None or reflection.unmerged is None:
-        return reflection.active
-    held = {*reflection.active, *record.merged}
-    return tuple(name for name in record.active if name in held and name in reflection)
-
-
-def _rotation(reflection: HouseholderAdapters, used: tuple[str, ...]) -> float:
-    """`|Q - I|_F` of some adapters; NaN for none, or if it cannot be computed."""
-    # Shards are not gathered, because only one process may be drawing.
-    if any(map(is_dtensor, reflection.parameters())):
-        return math.nan
-    with torch.no_grad():
-        chain = reflection.joint_vectors(used)
-    return math.nan if chain is None else rotation_stats(chain).rotation
+    return LayerFacts(describe_module(layer), reflection.width, rank, parameters, vectors)

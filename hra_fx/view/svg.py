@@ -6,7 +6,7 @@ from itertools import pairwise
 from xml.etree.ElementTree import Element, SubElement
 
 from hra_fx.reporting.colormap import ink_on
-from hra_fx.view.boxes import DETAIL, NAME, STRIP, Box, count_width
+from hra_fx.view.boxes import DETAIL, NAME, STACKED, STRIP, Box, count_width
 from hra_fx.view.heatmap import CELL
 from hra_fx.view.layout import Route
 from hra_fx.view.text import width
@@ -58,7 +58,7 @@ def write(
     return element
 
 
-def draw(parent: Element, box: Box, x: float, y: float, *, counted: bool) -> None:
+def draw(parent: Element, box: Box, x: float, y: float, *, root: bool = False) -> None:
     """Draw a box and all inside it.
 
     Args:
@@ -66,53 +66,26 @@ def draw(parent: Element, box: Box, x: float, y: float, *, counted: bool) -> Non
         box: the box.
         x: its left edge.
         y: its upper edge.
-        counted: whether its boxes have the attribute `data-adapted`, as in the overview.
+        root: whether it is the whole picture, which has no frame.
     """
-    group = shape(parent, "g", class_=box.look)
+    item = box.block.item
+    group = shape(parent, "g", class_="root" if root else box.block.look)
     SubElement(group, "title").text = box.tip
-    if box.look not in LOOKS:
-        _draw_open(group, box, x, y, counted=counted)
+    if box.block.parts is not None:
+        if not root:
+            _draw_frame(group, box, x, y)
+        _draw_inside(group, box, x + box.body[0], y + box.body[1])
         return
-    if counted:
-        group.set("data-adapted", str(box.adapted))
-    if box.look == "adapted_layer":
-        _draw_adapted(group, box, x, y)
-    elif box.look == "closed":
-        _draw_closed(group, box, x, y)
-    else:
-        _draw_line(group, box, x, y)
-    if box.skipped:
-        skipped_marker(group, x, y, refused=box.refused)
+    group.set("data-adapted", str(len(item.marks)))
+    _draw_single(group, box, x, y)
+    if item.skipped:
+        skipped_marker(group, x, y, refused=bool(item.refused))
 
 
 def skipped_marker(parent: Element, x: float, y: float, *, refused: bool) -> None:
     """The marker of a layer without an adapter: gray, or red if it should have one."""
     look = {"stroke": "red-line", "class_": "refused"} if refused else {"stroke": "skipped", "class_": "skipped"}
     shape(parent, "circle", cx=x, cy=y, r=5.0, fill="card", stroke_width=2.0, **look)
-
-
-def _draw_cells(group: Element, box: Box, x: float, y: float) -> None:
-    """A cell for every adapted layer in the box, below its text."""
-    cells = box.cells
-    if not cells.colors:
-        return
-    wide = (box.size.width - 16) / cells.columns
-    top = y + box.size.height - cells.height
-    for index, (fill, tip) in enumerate(zip(cells.colors, cells.tips, strict=True)):
-        row, column = divmod(index, cells.columns)
-        cell = shape(group, "rect", x=x + 8 + column * wide, y=top + row * CELL, width=wide, height=CELL, fill=fill)
-        if wide > 6:
-            cell.attrib.update(stroke="card")
-        SubElement(cell, "title").text = tip
-    high = cells.height - 5
-    shape(group, "rect", x=x + 8, y=top, width=box.size.width - 16, height=high, fill="none", stroke="edge")
-
-
-def _frame(group: Element, box: Box, x: float, y: float, radius: float) -> str:
-    """The outline of a single box; returns the color of its text."""
-    fill, line, ink = LOOKS[box.look]
-    _outline(group, box, x, y, radius, fill, line, "4 3" if box.look == "eager" else "")
-    return ink
 
 
 def _outline(
@@ -124,72 +97,70 @@ def _outline(
         frame.set("stroke-dasharray", dashes)
 
 
-def _draw_line(group: Element, box: Box, x: float, y: float) -> None:
-    """A box with one line: name, then detail."""
-    ink = _frame(group, box, x, y, box.size.height / 2 if box.look == "port" else 5)
-    base = y + box.size.height / 2 + 4.5
-    middle = x + (box.size.width - count_width(box.count)) / 2
-    line = write(group, middle, base, box.name, NAME, ink, anchor="middle")
-    if box.detail:
-        part = shape(line, "tspan", dx=7.0, font_size=DETAIL, fill="faint" if box.look != "eager" else "amber")
-        part.text = box.detail
-    _badge(group, box, x + box.size.width - 8, y + 5, "violet" if box.look == "adapted_layer" else "faint")
+def _draw_single(group: Element, box: Box, x: float, y: float) -> None:
+    """A box with a name, and a strip on top if it is an adapted layer; a stack if it stands for several modules."""
+    look, wide, high = box.block.look, box.size.width, box.size.height
+    fill, line, ink = LOOKS[look]
+    if look == "closed" and box.count:
+        _outline(group, box, x + 4, y + 4, 6, fill, line)
+    _outline(group, box, x, y, high / 2 if look == "port" else 6, fill, line, "4 3" if look == "eager" else "")
+    middle = x + (wide - count_width(box.count)) / 2
+    faint = "amber" if look == "eager" else "faint"
+    if look not in STACKED:
+        name = write(group, middle, y + high / 2 + 4.5, box.name, NAME, ink, anchor="middle")
+        shape(name, "tspan", dx=7.0 * bool(box.detail), font_size=DETAIL, fill=faint).text = box.detail
+        _badge(group, box, x + wide - 8, y + 6)
+        return
+    top = y + (STRIP if box.strip else 5)
+    if box.strip:
+        _draw_strip(group, box, x, y)
+    write(group, middle, top + 16, box.name, NAME, ink, bold=True, anchor="middle")
+    write(group, x + wide / 2, top + 31.5, box.detail, DETAIL, faint, anchor="middle")
+    _badge(group, box, x + wide - 8, top + 4)
+    _draw_cells(group, box, x + 8, y + high - box.cells.height)
 
 
-def _draw_adapted(group: Element, box: Box, x: float, y: float) -> None:
+def _draw_strip(group: Element, box: Box, x: float, y: float) -> None:
     """The adapter as a strip on top of its layer."""
-    wide = box.size.width
-    _frame(group, box, x, y, 6)
-    corner = STRIP - 6
+    wide, corner = box.size.width, STRIP - 6
     top = f"M{number(x)} {number(y + STRIP)}v{number(-corner)}a6 6 0 0 1 6 -6h{number(wide - 12)}"
     top += f"a6 6 0 0 1 6 6v{number(corner)}z"
     shape(group, "path", d=top, fill=box.heat or "violet-pale", stroke="violet-line")
     ink = ink_on(box.heat) if box.heat else "violet"
     write(group, x + wide / 2, y + 13.5, box.strip, DETAIL, ink, bold=True, anchor="middle")
-    middle = x + (wide - count_width(box.count)) / 2
-    write(group, middle, y + STRIP + 16, box.name, NAME, "ink", bold=True, anchor="middle")
-    write(group, x + wide / 2, y + STRIP + 31.5, box.detail, DETAIL, "faint", anchor="middle")
-    _badge(group, box, x + wide - 8, y + STRIP + 4, "violet")
-    _draw_cells(group, box, x, y)
 
 
-def _draw_closed(group: Element, box: Box, x: float, y: float) -> None:
-    """A closed module: a stack if it stands for several, with the letter of the panel that shows its inside."""
-    fill, line, _ = LOOKS["closed"]
+def _draw_cells(group: Element, box: Box, x: float, y: float) -> None:
+    """A cell for every adapted layer in the box, below its text."""
+    cells, room = box.cells, box.size.width - 16
+    wide = room / cells.columns
+    for index, (fill, tip) in enumerate(zip(cells.colors, cells.tips, strict=True)):
+        row, column = divmod(index, cells.columns)
+        cell = shape(group, "rect", x=x + column * wide, y=y + row * CELL, width=wide, height=CELL, fill=fill)
+        if wide > 6:
+            cell.attrib.update(stroke="card")
+        SubElement(cell, "title").text = tip
+    if cells.colors:
+        shape(group, "rect", x=x, y=y, width=room, height=cells.height - 5, fill="none", stroke="edge")
+
+
+def _badge(group: Element, box: Box, right: float, y: float) -> None:
+    """The number of modules that a box stands for."""
     if box.count:
-        _outline(group, box, x + 4, y + 4, 6, fill, line)
-    ink = _frame(group, box, x, y, 6)
-    left = x + 13
-    if box.letter:
-        _disc(group, box.letter, x + 22, y + (box.size.height - box.cells.height) / 2)
-        left += 30
-    write(group, left, y + 20, box.name, NAME, ink, bold=True)
-    write(group, left, y + 36.5, box.detail, DETAIL, ink)
-    _badge(group, box, x + box.size.width - 8, y + 8, "ink")
-    _draw_cells(group, box, x, y)
+        wide = width(box.count, DETAIL, bold=True) + 10
+        shape(group, "rect", x=right - wide, y=y, width=wide, height=16.0, rx=8.0, fill="card", stroke="ink")
+        write(group, right - wide / 2, y + 12, box.count, DETAIL, "ink", bold=True, anchor="middle")
 
 
-def _disc(group: Element, letter: str, x: float, y: float) -> None:
-    shape(group, "circle", cx=x, cy=y, r=11.0, fill="ink")
-    write(group, x, y + 4.5, letter, 12.5, "on-ink", bold=True, anchor="middle")
+def _draw_frame(group: Element, box: Box, x: float, y: float) -> None:
+    """The frame and the title of an open module."""
+    _outline(group, box, x, y, 8, *FRAMES[box.block.look])
+    title = write(group, x + 13, y + 18, box.name, NAME, "ink", bold=True)
+    shape(title, "tspan", dx=8.0, font_size=DETAIL, fill="faint", font_weight="400").text = box.detail
+    _badge(group, box, x + box.size.width - 8, y + 6)
 
 
-def _badge(group: Element, box: Box, right: float, y: float, color: str) -> None:
-    if not box.count:
-        return
-    wide = width(box.count, DETAIL, bold=True) + 10
-    shape(group, "rect", x=right - wide, y=y, width=wide, height=16.0, rx=8.0, fill="card", stroke=color)
-    write(group, right - wide / 2, y + 12, box.count, DETAIL, color, bold=True, anchor="middle")
-
-
-def _draw_open(group: Element, box: Box, x: float, y: float, *, counted: bool) -> None:
-    if box.look in FRAMES:
-        _outline(group, box, x, y, 8, *FRAMES[box.look])
-        title = write(group, x + 13, y + 18, box.name, NAME, "ink", bold=True)
-        part = shape(title, "tspan", dx=8.0, font_size=DETAIL, fill="faint", font_weight="400")
-        part.text = box.detail
-        _badge(group, box, x + box.size.width - 8, y + 6, "ink")
-    left, top = x + box.body[0], y + box.body[1]
+def _draw_inside(group: Element, box: Box, left: float, top: float) -> None:
     drawn: set[str] = set()
     for route in box.routes:
         line = path_of(route, left, top)
@@ -198,8 +169,8 @@ def _draw_open(group: Element, box: Box, x: float, y: float, *, counted: bool) -
             edge = shape(group, "path", d=line, fill="none", stroke="edge", stroke_width=1.3, class_="edge")
             if route.target is not None:
                 edge.set("marker-end", "url(#arrow)")
-    for part_box in box.parts:
-        draw(group, part_box, left + part_box.x, top + part_box.y, counted=counted)
+    for part in box.parts:
+        draw(group, part, left + part.x, top + part.y)
 
 
 def path_of(route: Route, left: float, top: float) -> str:

@@ -14,14 +14,6 @@ LeafKind: TypeAlias = Literal["input", "output", "adapted_layer", "module", "op"
 
 
 @dataclass(frozen=True)
-class Mark:
-    """An adapted layer that a leaf stands for: its qualified name, and `|Q - I|_F` if that can be computed."""
-
-    path: str
-    rotation: float | None = None
-
-
-@dataclass(frozen=True)
 class Leaf:
     """One box: a node of a traced graph, or a module that is not traced.
 
@@ -32,7 +24,7 @@ class Leaf:
         op: the fx opcode; `"eager"` for a module that is not traced.
         target: qualified name of the module, or name of the function.
         place: qualified names of the modules around it, outermost first; the n-th call of a module has `@n` appended.
-        marks: the adapted layers that the box stands for; empty for later calls of a shared layer.
+        marks: paths of the adapted layers that the box stands for; empty for later calls of a shared layer.
         width: length `d` of the reflection vectors (adapted layers only).
         rank: number of reflection vectors in use, over all adapters (adapted layers only).
         count: number of identical neighbors that are drawn as this box.
@@ -53,7 +45,7 @@ class Leaf:
     op: str
     target: str
     place: tuple[str, ...]
-    marks: tuple[Mark, ...] = ()
+    marks: tuple[str, ...] = ()
     width: int = 0
     rank: int = 0
     count: int = 1
@@ -83,7 +75,6 @@ class Scope:
         outputs: items whose value is read outside.
         count: number of identical neighbors that are drawn as this scope.
         last: name of the last of them.
-        varied: whether they have different sizes (the first one's are shown).
         paths: qualified names of all modules that are drawn as this scope.
     """
 
@@ -97,12 +88,11 @@ class Scope:
     outputs: tuple[int, ...] = ()
     count: int = 1
     last: str = ""
-    varied: bool = False
     paths: tuple[str, ...] = ()
 
     @property
-    def marks(self) -> tuple[Mark, ...]:
-        """All adapted layers inside, in order."""
+    def marks(self) -> tuple[str, ...]:
+        """The paths of all adapted layers inside, in order."""
         return tuple(mark for item in self.items for mark in item.marks)
 
     @property
@@ -168,57 +158,6 @@ def contract(scope: Scope, runs: Sequence[range], combine: Callable[[Scope, rang
         inputs=tuple(sorted({where[i] for i in scope.inputs})),
         outputs=tuple(sorted({where[i] for i in scope.outputs})),
     )
-
-
-def cut(scope: Scope, run: range, name: str, class_name: str) -> Scope:
-    """The items of a run as a scope, with the edges between them, its inputs and outputs."""
-    first, stop = run[0], run[-1] + 1
-    inner = tuple((i - first, j - first) for i, j in scope.edges if i in run and j in run)
-    entering = {j - first for i, j in scope.edges if j in run and i not in run} | {
-        i - first for i in scope.inputs if i in run
-    }
-    leaving = {i - first for i, j in scope.edges if i in run and j not in run} | {
-        i - first for i in scope.outputs if i in run
-    }
-    return Scope(
-        path=scope.path,
-        name=name,
-        class_name=class_name,
-        eager=scope.eager,
-        items=scope.items[first:stop],
-        edges=inner,
-        inputs=tuple(sorted(entering)),
-        outputs=tuple(sorted(leaving)),
-    )
-
-
-def splice(scope: Scope, small: Callable[[Scope], bool], rename: Callable[[str, str], str]) -> Scope:
-    """The inverse of `contract`: scopes for which `small` is true are replaced by their items.
-
-    Args:
-        scope: the scope.
-        small: selects the scopes. They must have one input and one output, else edges would be invented.
-        rename: makes the name of an item from the name of its scope and its own.
-    """
-    items: list[Item] = []
-    edges: set[tuple[int, int]] = set()
-    enter: list[int] = []
-    leave: list[int] = []
-    for item in scope.items:
-        base = len(items)
-        if isinstance(item, Scope) and small(item):
-            items += [replace(part, name=rename(item.name, part.name)) for part in item.items]
-            edges |= {(base + i, base + j) for i, j in item.edges}
-            enter.append(base + item.inputs[0])
-            leave.append(base + item.outputs[0])
-        else:
-            items.append(item)
-            enter.append(base)
-            leave.append(base)
-    edges |= {(leave[i], enter[j]) for i, j in scope.edges}
-    inputs = tuple(sorted({enter[i] for i in scope.inputs}))
-    outputs = tuple(sorted({leave[i] for i in scope.outputs}))
-    return replace(scope, items=tuple(items), edges=tuple(sorted(edges)), inputs=inputs, outputs=outputs)
 
 
 def prefixes(path: str) -> list[str]:

@@ -157,7 +157,7 @@ def test_the_picture_marks_every_adapted_layer_once(
 ) -> None:
     _, model = pair(make, targets)
     picture = leaves_of(subject_of(model, hra_fx.graphs(model)))
-    marks = Counter(mark.path for _, leaf in picture.nodes(data="leaf") for mark in leaf.marks)
+    marks = Counter(path for _, leaf in picture.nodes(data="leaf") for path in leaf.marks)
     assert marks == dict.fromkeys(adapted_layers(model), 1)
     assert not re.search("hra_u|hra_base", " ".join(leaf.name for _, leaf in picture.nodes(data="leaf")))
     hra_fx.visualize(model, tmp_path / "adapters.svg")
@@ -169,7 +169,7 @@ def test_an_attention_is_one_box_with_the_marks_of_its_layers() -> None:
     picture = leaves_of(subject_of(model, hra_fx.graphs(model)))
     leaves = [leaf for _, leaf in picture.nodes(data="leaf") if leaf.marks]
     attention = "encoder.layers.encoder_layer_0.self_attention"
-    assert [mark.path for mark in leaves[0].marks] == [attention, f"{attention}.out_proj"]
+    assert list(leaves[0].marks) == [attention, f"{attention}.out_proj"]
     assert (leaves[0].name, leaves[0].detail, leaves[0].kind) == (
         "self_attention",
         "Attention 12→3x12",

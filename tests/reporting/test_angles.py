@@ -9,9 +9,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from oracles import dense_product
 from reporting.made import oracle_angles
-from torch import Tensor, nn
+from torch import Tensor
 
-from hra_fx import HRAConfig, report, transform
 from hra_fx.functional.statistics import min_angle, rotation_stats
 
 F64 = torch.float64
@@ -34,40 +33,12 @@ def test_random_chains(d: int, k: int, seed: int) -> None:
     assert found.rotation == pytest.approx(float((q - torch.eye(d, dtype=F64)).norm()), rel=1e-10)
 
 
-@pytest.mark.parametrize("scale", [1e-5, 1e-3, 0.3, 1.0])
-@pytest.mark.parametrize("k", [2, 8])
-def test_near_parallel_pairs(k: int, scale: float) -> None:
-    """The start of a training: `k / 2` planes, each rotated a little."""
-    chain = normal(k, 20, k // 2).repeat_interleave(2, dim=1)
-    chain = chain + scale * normal(k + 1, 20, k)
-    angles = torch.linalg.eigvals(dense_product(chain)).angle().sort(descending=True).values
-    planes = [float(angle) for angle in angles if angle > 1e-10]
-    assert rotation_stats(chain).angles == pytest.approx(planes, rel=1e-6)
-    assert len(planes) == k // 2
-
-
-@pytest.mark.parametrize("r", [1, 2, 3, 4])
-def test_gram_schmidt_without_an_anchor_reflects(r: int) -> None:
-    """`I - 2 V V^T` has `r` eigenvalues -1: planes of pi, and one more direction if `r` is odd."""
-    config = HRAConfig(r=r, apply_GS=True, init_weights=False, target_modules=["0"])
-    (row,) = report(transform(nn.Sequential(nn.Linear(9, 4)), config))
-    assert row.angles == pytest.approx([math.pi] * ((r + 1) // 2))
-
-
 def test_zero_columns_and_pairs_that_cancel_rotate_nothing() -> None:
     vector = normal(3, 7, 1)
     assert rotation_stats(torch.zeros(7, 3, dtype=F64)).angles == ()
     assert rotation_stats(torch.cat([vector, vector], dim=1)).angles == ()
     assert rotation_stats(torch.cat([vector, torch.zeros(7, 1), -2 * vector], dim=1)).angles == ()
     assert rotation_stats(torch.cat([vector, torch.zeros(7, 1)], dim=1)).angles == pytest.approx([math.pi])
-
-
-def test_two_planes_of_the_same_angle_are_two() -> None:
-    chain = torch.zeros(6, 4, dtype=F64)
-    for plane in (0, 1):
-        chain[2 * plane, 2 * plane] = 1
-        chain[2 * plane, 2 * plane + 1], chain[2 * plane + 1, 2 * plane + 1] = math.cos(0.2), math.sin(0.2)
-    assert rotation_stats(chain).angles == pytest.approx([0.4, 0.4])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from typing import Any
 
 import pytest
@@ -73,23 +72,6 @@ def test_they_are_those_of_the_model(r: int, apply_GS: bool) -> None:
     assert {layer.path: layer.layer_type for layer in found.skipped} == {"last": "Linear 5->3"}
 
 
-def test_an_attention() -> None:
-    class Attending(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention = nn.MultiheadAttention(12, 3, batch_first=True)
-
-        def forward(self, x: Tensor) -> Any:
-            return self.attention(x, x, x, need_weights=False)[0]
-
-    config = HRAConfig(r=2, target_modules=["attention"], init_weights=False)
-    program = torch.export.export(Attending().train(), (torch.randn(2, 3, 12),))
-    found = report(transform(program, config))
-    (row,) = found
-    assert (row.path, row.layer_type, row.d) == ("attention", "Attention 12->3x12", 12)
-    assert [layer.path for layer in found.skipped] == ["attention.out_proj"]
-
-
 @pytest.mark.parametrize(
     ("fields", "reasons"),
     [
@@ -138,19 +120,16 @@ def test_a_weight_that_the_graph_reads_otherwise_says_so() -> None:
 
 @QUIET
 def test_after_decomposition_saving_and_loading() -> None:
-    program = transform(
-        torch.export.export(Net(), INPUT), HRAConfig(r=3, target_modules=ALL, init_weights=False), "style"
-    )
+    config = HRAConfig(r=3, target_modules=ALL, init_weights=False)
+    program = transform(torch.export.export(Net(), INPUT), config, "style")
     wanted = report(program)
     file = io.BytesIO()
     torch.export.save(program.run_decompositions(), file)
     file.seek(0)
     found = report(torch.export.load(file))
-    assert {row.adapter for row in found} == {"style"}
-    assert [row.layer_type for row in found] == [row.layer_type for row in wanted]
     for row, before in zip(found, wanted, strict=True):
-        assert row.angles == pytest.approx(before.angles)
-        assert row.share == pytest.approx(before.share)
+        assert (row.adapter, row.layer_type) == ("style", before.layer_type)
+        assert (row.angles, row.share) == (pytest.approx(before.angles), pytest.approx(before.share))
     assert found.skipped == wanted.skipped
 
 
@@ -159,7 +138,6 @@ def test_what_was_trained_through_the_module_is_seen() -> None:
     assert report(program).rows[0].angles == ()
     moved(program.module().named_parameters())
     assert report(program).rows[0].angles != ()
-    assert not math.isnan(report(program).rows[0].share)
 
 
 def test_without_reflections_it_is_refused() -> None:

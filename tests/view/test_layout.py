@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from hra_fx.view.coordinates import Size
-from hra_fx.view.layout import Arrangement, Route, in_rows, layered
+from hra_fx.view.layout import Arrangement, Route, Size, layered
 
 Graph = tuple[list[Size], list[tuple[int, int]], list[int], list[int]]
 
@@ -104,20 +103,3 @@ def test_a_port_of_a_box_is_met_by_its_edge() -> None:
     assert first.pieces[0][0] == pytest.approx(first.pieces[-1][0])
     assert second.pieces[0][0] == pytest.approx(left + 100 + 50)
     assert second.pieces[-1][0] == pytest.approx(second.pieces[0][0])
-
-
-def test_many_parallel_boxes_are_spread_over_layers() -> None:
-    sizes = [Size(100, 30)] * 13
-    placed = layered(sizes, [(0, box) for box in range(1, 13)])
-    assert overlapping(sizes, placed) == []
-    assert placed.width < 8 * 122
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(10, 300), st.integers(10, 300)), min_size=1, max_size=12))
-def test_rows_keep_the_order_and_the_limit(shapes: list[tuple[int, int]]) -> None:
-    sizes = [Size(*shape) for shape in shapes]
-    placed = in_rows(sizes, 400)
-    assert overlapping(sizes, placed) == []
-    assert placed.width <= 400
-    assert sorted(placed.corners, key=lambda corner: (corner[1], corner[0])) == list(placed.corners)

@@ -83,17 +83,6 @@ def test_an_adapted_model_has_the_same_nodes_with_its_sites_among_them() -> None
     assert set(skipped) == {target for target in called(resnet()) if "conv2" in target or "downsample.0" in target}
 
 
-def test_the_numbers_of_a_site_are_those_of_the_report() -> None:
-    model = rotated(bert(), r=2, target_modules=["query", "value", "dense"])
-    rows = {row.path: row for row in hra_fx.report(model)}
-    graph = hra_fx.to_networkx(model)
-    assert sites_in(graph) == sorted(rows)
-    for _, data in graph.nodes(data=True):
-        if "adapted_layers" in data:
-            row = rows[data["adapted_layers"]]
-            assert (data["rotation"], data["mean_angle"], data["angle"]) == (row.rotation, row.mean_angle, row.angle)
-
-
 def test_the_numbers_are_of_the_adapter_in_use_and_where_none_is_of_the_others() -> None:
     layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     model = rotated(layers, r=1, target_modules=["0"])
@@ -171,26 +160,6 @@ def test_a_call_that_cannot_be_captured_is_refused_and_the_parts_are_shown_witho
     assert sites_in(hra_fx.to_networkx(model)) == ["first", "second"]
 
 
-def test_a_call_shows_the_layers_of_adapters_that_do_not_act() -> None:
-    model = rotated(llama(), r=2, target_modules=["q_proj"])
-    hra_fx.add_adapter(model, "other", hra_fx.HRAConfig(r=3, target_modules=["q_proj"]))
-    paths = [f"model.layers.{i}.self_attn.q_proj" for i in range(3)]
-    ranks = {"default": 2, "other": 3}
-    for active in (["default"], ["other", "default"], []):
-        hra_fx.set_adapter(model, active)
-        graph = hra_fx.to_networkx(model, {"input_ids": IDS})
-        assert sites_in(graph) == paths
-        rows = [data for _, data in graph.nodes(data=True) if data["kind"] == "adapted_layer"]
-        assert [(data["op"], data["r"]) for data in rows] == [("call_module", sum(map(ranks.get, active)))] * 3
-
-
-def test_a_call_shows_no_masks_that_are_made_of_sizes_and_no_casts_to_the_same_dtype() -> None:
-    graph = hra_fx.to_networkx(llama(), {"input_ids": IDS})
-    boxes = [data for _, data in graph.nodes(data=True)]
-    assert {"scaled_dot_product_attention", "arange"} <= {data["name"] for data in boxes}
-    assert not {"le", "expand", "to", "alias"} & {data["name"] for data in boxes if data["module"] in ("", "model")}
-
-
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # torch's own, in a deepcopy
 @pytest.mark.parametrize("decomposed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_exported_program_shows_its_layers(decomposed: bool) -> None:
@@ -214,8 +183,7 @@ def test_an_exported_program_shows_its_layers(decomposed: bool) -> None:
 
 
 def test_a_graph_module_of_the_users_is_drawn_as_it_stands() -> None:
-    module = rotated(fx.symbolic_trace(resnet()), r=2, target_modules=["fc"])
-    graph = hra_fx.to_networkx(module)
+    graph = hra_fx.to_networkx(rotated(fx.symbolic_trace(resnet()), r=2, target_modules=["fc"]))
     assert sites_in(graph) == ["fc"]
     assert [data["target"] for _, data in graph.nodes(data=True) if data["op"] == "call_module"] == called(resnet())
 

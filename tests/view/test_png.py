@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import zlib
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,7 +13,7 @@ from torch import nn
 import hra_fx
 from hra_fx.view.options import Options
 from hra_fx.view.page import render
-from hra_fx.view.png import SCALE, SIDE, matplotlib_fonts, rasterize
+from hra_fx.view.png import SCALE, SIDE, rasterize
 
 
 def size(png: bytes) -> tuple[int, int]:
@@ -42,22 +41,6 @@ def test_a_large_picture_has_one_pixel_for_a_unit_and_a_larger_one_is_refused(tm
     with pytest.raises(hra_fx.VisualizeError, match=r"would be 2\d,\d\d\d pixels wide or high.*smaller `depth` or a"):
         hra_fx.visualize(tall(400), tmp_path / "b.png", depth=0)
     assert not (tmp_path / "b.png").exists()
-
-
-def letter(text: str) -> bytes:
-    """The pixels of a text in the font that is brought along."""
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="40" height="40"><text x="5" y="25">{text}</text></svg>'
-    png = rasterize(svg, system_fonts=False, files=matplotlib_fonts())
-    start = png.index(b"IDAT")
-    (length,) = struct.unpack(">I", png[start - 4 : start])
-    return zlib.decompress(png[start + 4 : start + 4 + length])
-
-
-@pytest.mark.parametrize("mark", ["→", "×", "·", "…", "°", "|", "%", "\ufffd"])
-def test_every_mark_of_ours_has_a_glyph_without_fonts_of_the_system(mark: str) -> None:
-    missing = letter("\u0378")  # no character: the box that stands for what a font lacks
-    assert letter(mark) not in (letter(""), missing)
-    assert missing != letter("")
 
 
 def test_a_picture_without_any_font_is_refused() -> None:

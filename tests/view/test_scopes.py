@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import networkx as nx
 import torch
 import torchvision
-import transformers
 from drawn_models import Residual, Shared
 from torch import Tensor, nn
 
@@ -92,7 +91,7 @@ def test_identical_blocks_are_counted_and_different_ones_are_not() -> None:
 
 def test_a_shared_layer_is_one_site_however_often_it_is_called() -> None:
     drawn = [leaf for leaf in leaves(tree(adapted(Shared()))) if leaf.kind == "adapted_layer"]
-    marks = [mark.path for leaf in drawn for mark in leaf.marks]
+    marks = [path for leaf in drawn for path in leaf.marks]
     assert sorted(marks) == ["block.fc1", "block.fc2", "fc"]
     assert any(not leaf.marks for leaf in drawn)
 
@@ -107,20 +106,6 @@ def test_calls_of_two_modules_that_alternate_are_no_cycle() -> None:
     ]
     assert all(i < j for i, j in root.edges)
     assert len(root.marks) == 4
-
-
-def test_parts_that_stay_python_are_marked_and_have_no_edges() -> None:
-    config = transformers.BertConfig(
-        hidden_size=8, intermediate_size=16, num_hidden_layers=6, num_attention_heads=2, vocab_size=11
-    )
-    root = tree(adapted(transformers.BertModel(config), ["query", "key", "value", "dense"]))
-    assert root.eager
-    (layer,) = [scope for scope in scopes(root) if scope.class_name == "BertLayer"]
-    assert layer.count == 6
-    assert layer.eager
-    assert layer.edges == ()
-    assert len(layer.marks) == 36
-    assert next(leaf.name for leaf in leaves(root) if leaf.kind == "eager") == "embeddings"
 
 
 def test_parameters_are_folded_into_what_reads_them_and_identities_are_left_out() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import hra_fx
 from hra_fx.errors import HRAWarning, VisualizeError
@@ -65,19 +65,3 @@ def test_a_single_adapted_layer_is_refused_with_the_way_out(tmp_path: Path) -> N
 def test_inputs_that_do_not_fit_are_told_of(tmp_path: Path) -> None:
     with pytest.warns(HRAWarning, match=r"The graph does not run on `example_inputs` .*no shapes"):
         hra_fx.visualize(two_adapters(), tmp_path / "a.svg", example_inputs=torch.zeros(2, 5))
-
-
-def test_a_weight_that_reflecting_reads_besides_the_layer_counts_once() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(2, 4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            for _ in range(int(x.shape[0])):  # which fx does not trace
-                x = self.conv(x).relu()[:, :2]
-            return x
-
-    model = hra_fx.transform(Net(), hra_fx.HRAConfig(r=2, target_modules=["conv"]))
-    graph = hra_fx.to_networkx(model, torch.randn(1, 2, 8, 8))
-    assert sum(data["parameters"] for _, data in graph.nodes(data=True)) == 4 * 2 * 9 + 4

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from hra_fx.checkpoint.disk.adapter_files import AdapterFiles, read_adapter
+from hra_fx.checkpoint.adapter import Adapter, read_adapter
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError
 
@@ -33,7 +33,7 @@ class Request:
 
     base: Path
     out: Path
-    adapters: dict[str, list[AdapterFiles]]
+    adapters: dict[str, list[Adapter]]
     files: dict[str, Path]
     folders: dict[str, Path]
 

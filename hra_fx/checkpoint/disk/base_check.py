@@ -8,18 +8,15 @@ from pathlib import Path
 
 from torch import Tensor
 
+from hra_fx.checkpoint.adapter import Adapter
 from hra_fx.checkpoint.base_model import compare_names
-from hra_fx.checkpoint.disk.adapter_files import AdapterFiles
 from hra_fx.checkpoint.disk.file_names import FileNames
-from hra_fx.checkpoint.disk.header import FLOATS
-from hra_fx.checkpoint.disk.streams import read_first
+from hra_fx.checkpoint.disk.stored import FLOATS
 from hra_fx.checkpoint.disk.weight_files import WeightSet
 from hra_fx.errors import CheckpointError
 
 
-def check_base(
-    adapters: Iterable[AdapterFiles], folder: Path, found: WeightSet, names: FileNames, *, folded: bool
-) -> None:
+def check_base(adapters: Iterable[Adapter], folder: Path, found: WeightSet, names: FileNames, *, folded: bool) -> None:
     """Check a model by the row that the files of adapters have of their base model.
 
     Args:
@@ -55,5 +52,5 @@ def _first_row(found: WeightSet, names: FileNames, path: str, width: int) -> Ten
     for name, _, _ in names.weights_of(path):
         stored = found.tensors[name]
         if stored.dtype in FLOATS and math.prod(stored.shape[1:]) == width:
-            return read_first(stored, width, FLOATS[stored.dtype])
+            return stored.first_row()
     return None

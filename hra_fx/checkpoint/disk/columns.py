@@ -9,8 +9,8 @@ import math
 from collections.abc import Collection
 
 from hra_fx.checkpoint.disk.architecture import Architecture
-from hra_fx.checkpoint.disk.header import StoredTensor
 from hra_fx.checkpoint.disk.requests import LayerChain
+from hra_fx.checkpoint.disk.stored import StoredTensor
 from hra_fx.errors import CheckpointError
 from hra_fx.layers.experts_weight import parameter_of
 from hra_fx.layers.target import has_columns

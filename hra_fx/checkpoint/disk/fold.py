@@ -7,9 +7,9 @@ import warnings
 from collections.abc import Collection, Mapping
 
 from hra_fx.checkpoint.disk.arguments import Adapters, Source, read_request
-from hra_fx.checkpoint.disk.execute import write_result
 from hra_fx.checkpoint.disk.plan import plan_fold
 from hra_fx.checkpoint.disk.report import CheckpointReport
+from hra_fx.checkpoint.disk.writing import write_result
 from hra_fx.errors import HRAWarning
 
 
@@ -23,15 +23,17 @@ def fold_checkpoint(
     verify: bool = False,
     progress: bool = True,
 ) -> CheckpointReport:
-    """Fold adapters into a checkpoint on disk, `W <- W Q`, without building or loading the model.
+    """Fold adapters into a checkpoint on disk, `W <- W Q`, one file after the other, without loading the model.
 
     All other tensors, metadata, the tokenizer and other files are copied unchanged; dtypes are kept. 16-bit weights are
     rotated in float32, wider ones in float64. Trained `bias` and `modules_to_save` replace the base model's. A weight
     tied to the embeddings gets its own tensor, and `tie_word_embeddings` becomes False in `config.json`, as in
     `hra_fx.fold`. Experts may be stored as 3-D tensors, or as one matrix each, which transformers merges on loading.
 
-    Files are written to the hidden folder `.<name>.partial` next to `out_dir`, which is renamed at the end. An
-    interrupted run resumes when the call is repeated; `out_dir` is complete or does not exist.
+    Files are written to a hidden folder `.<name>.*.partial` next to `out_dir`, which is renamed at the end and removed
+    after an error; `out_dir` is complete or unchanged. A process that is killed leaves the hidden folder behind. The
+    layout of weights, their names and which of them are tied are those of the model that `config.json` describes, built
+    without weights, if an installed library knows it.
 
     Args:
         base_dir: a folder with safetensors files, as saved by `save_pretrained` of transformers, diffusers or timm; one
@@ -74,7 +76,7 @@ def fold_checkpoint(
         ...     fold_checkpoint(base, adapter, out, verify=True).rotated
         ('0.weight',)
     """
-    return _run(base_dir, adapter_dir, out_dir, columns, overwrite, verify, progress, back=False)
+    return _run(base_dir, adapter_dir, out_dir, columns, overwrite, verify, progress, inverse=False)
 
 
 def unfold_checkpoint(
@@ -100,7 +102,7 @@ def unfold_checkpoint(
         Traceback (most recent call last):
         hra_fx.errors.CheckpointError: nowhere: no such folder. ...
     """
-    return _run(folded_dir, adapter_dir, out_dir, columns, overwrite, verify, progress, back=True)
+    return _run(folded_dir, adapter_dir, out_dir, columns, overwrite, verify, progress, inverse=True)
 
 
 def _run(
@@ -112,12 +114,12 @@ def _run(
     verify: bool,
     progress: bool,
     *,
-    back: bool,
+    inverse: bool,
 ) -> CheckpointReport:
     begin = time.perf_counter()
     request = read_request(base_dir, adapter_dir, out_dir)
-    plan = plan_fold(request, columns, back=back)
-    rounding, reused = write_result(request, plan, overwrite=overwrite, verify=verify, progress=progress)
+    plan = plan_fold(request, columns, inverse=inverse)
+    rounding = write_result(request, plan, overwrite=overwrite, verify=verify, progress=progress)
     roughest = max(rounding, key=lambda name: rounding[name], default="")
     report = CheckpointReport(
         folder=request.out,
@@ -126,9 +128,8 @@ def _run(
         untied=plan.untied,
         rounding=rounding.get(roughest, 0.0),
         roughest=roughest,
-        bytes=plan.size,
+        bytes=sum(file.stat().st_size for file in request.out.rglob("*") if file.is_file()),
         seconds=time.perf_counter() - begin,
-        reused=reused,
         kept=tuple(file.relative_to(request.base) for file in plan.kept),
         verified=verify,
     )

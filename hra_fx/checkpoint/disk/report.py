@@ -20,11 +20,10 @@ class CheckpointReport:
         given: names of the tensors that an adapter replaced or added (`modules_to_save`, `bias`).
         untied: names of new tensors -> names of the tensors they were tied to in the base.
         rounding: largest relative error `|W'' - W'|_F / |W'|_F` of the cast to the file's dtype, measured on the first
-            rows of each weight, of the files that this call wrote.
+            rows of each weight.
         roughest: the tensor with this error.
         bytes: total size of the folder.
         seconds: run time.
-        reused: number of files that an interrupted earlier call had finished.
         kept: files that were copied although they contain weights of the base.
         verified: whether row norms and copies were checked.
 
@@ -42,7 +41,6 @@ class CheckpointReport:
     roughest: str
     bytes: int
     seconds: float
-    reused: int = 0
     kept: tuple[Path, ...] = ()
     verified: bool = False
 
@@ -59,8 +57,6 @@ class CheckpointReport:
             lines.append(f"  untied: {_some([f'{new} (from {old})' for new, old in self.untied.items()])}")
         if self.given:
             lines.append(f"  from the adapter: {_some(list(self.given))}")
-        if self.reused:
-            lines.append(f"  resumed: {self.reused} file{'s' * (self.reused != 1)} finished earlier")
         if self.kept:
             lines.append(f"  not folded: {_some([file.name for file in self.kept])}")
         return "\n".join(lines)

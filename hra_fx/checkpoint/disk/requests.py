@@ -8,13 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hra_fx.checkpoint.disk.adapter_files import AdapterFiles
+from hra_fx.checkpoint.adapter import Adapter
 from hra_fx.checkpoint.disk.architecture import Architecture
 from hra_fx.checkpoint.disk.file_names import WEIGHTS, FileNames
-from hra_fx.checkpoint.disk.header import DTYPES, StoredTensor
 from hra_fx.checkpoint.disk.naming import IN_MEMORY
-from hra_fx.checkpoint.disk.stacked import Place
-from hra_fx.checkpoint.disk.streams import read_first
+from hra_fx.checkpoint.disk.stacked import TensorRef
+from hra_fx.checkpoint.disk.stored import DTYPES, StoredTensor
 from hra_fx.checkpoint.disk.weight_files import WeightSet
 from hra_fx.errors import CheckpointError
 from hra_fx.layers.experts_weight import parameter_of, stands_for_parameter
@@ -28,7 +27,7 @@ class LayerChain(NamedTuple):
     Attributes:
         path: the layer.
         vectors: `U: (d, k)`; of a tensor with all experts, `(experts, d, k)`.
-        columns: see `Place`.
+        columns: see `TensorRef`.
     """
 
     path: str
@@ -68,12 +67,12 @@ class Renaming(NamedTuple):
         return f"{self.add}{path.removeprefix(self.remove)}"
 
 
-def touches(adapters: Iterable[AdapterFiles], names: FileNames) -> bool:
+def touches(adapters: Iterable[Adapter], names: FileNames) -> bool:
     """Whether a set of files has any layer of any adapter."""
     return any(names.weights_of(path) for adapter in adapters for path in adapter.chains)
 
 
-def requests_of(adapters: Iterable[AdapterFiles], found: WeightSet, names: FileNames) -> Requests:
+def requests_of(adapters: Iterable[Adapter], found: WeightSet, names: FileNames) -> Requests:
     """What adapters, applied in order, change in a set of files.
 
     Raises:
@@ -84,9 +83,9 @@ def requests_of(adapters: Iterable[AdapterFiles], found: WeightSet, names: FileN
     full: dict[str, Tensor] = {}
     for adapter in adapters:
         for path, chain in adapter.chains.items():
-            places = names.weights_of(path) or [Place(_weight_name(path))]
-            _check_experts(adapter, path, chain, found, places)
-            for name, expert, columns in places:
+            refs = names.weights_of(path) or [TensorRef(_weight_name(path))]
+            _check_experts(adapter, path, chain, found, refs)
+            for name, expert, columns in refs:
                 own = chain if expert is None else chain[expert]
                 chains.setdefault(name, []).append(LayerChain(path, own, columns))
         for given, tensor in adapter.full.items():
@@ -111,13 +110,11 @@ def _weight_name(path: str) -> str:
     return parameter_of(path) if stands_for_parameter(path) else f"{path}.weight"
 
 
-def _check_experts(
-    adapter: AdapterFiles, path: str, chain: Tensor, found: WeightSet, places: Collection[Place]
-) -> None:
-    for name, expert, _ in places:
+def _check_experts(adapter: Adapter, path: str, chain: Tensor, found: WeightSet, refs: Collection[TensorRef]) -> None:
+    for name, expert, _ in refs:
         stored = found.tensors.get(name)
         if chain.dim() == 3 and stored is not None:
-            count = stored.shape[0] if expert is None else 1 + max(each.expert or 0 for each in places)
+            count = stored.shape[0] if expert is None else 1 + max(each.expert or 0 for each in refs)
             if count != chain.shape[0] or len(stored.shape) != 3 - (expert is not None):
                 raise CheckpointError(
                     f"{stored.file}: {parameter_of(path)} has {count} experts ({name} has shape {stored.shape}), but "
@@ -136,19 +133,20 @@ def _refuse_aliases(found: WeightSet, changed: Iterable[str]) -> None:
             )
 
 
-def renaming_of(adapter: AdapterFiles, names: FileNames, architecture: Architecture) -> Renaming:
+def renaming_of(adapter: Adapter, names: FileNames, architecture: Architecture) -> Renaming:
     """How an adapter names the modules of a set of files."""
     for path in adapter.chains:
-        places = names.weights_of(path)
-        if places and not places[0].name.startswith(f"{path}."):
+        refs = names.weights_of(path)
+        name = names.loaded.get(refs[0].name, refs[0].name) if refs else f"{path}."
+        if not name.startswith(f"{path}."):
             prefix = architecture.prefix
-            if places[0].name.startswith(prefix) is path.startswith(prefix) and stands_for_parameter(path):
+            if name.startswith(prefix) is path.startswith(prefix) and stands_for_parameter(path):
                 continue  # experts have other names in the file
             return Renaming(add=prefix) if path.startswith(prefix) else Renaming(remove=prefix)
     return Renaming()
 
 
-def unknown_tensor(name: str, found: WeightSet, adapters: Iterable[AdapterFiles], names: FileNames) -> CheckpointError:
+def unknown_tensor(name: str, found: WeightSet, adapters: Iterable[Adapter], names: FileNames) -> CheckpointError:
     """The error for a tensor that an adapter changes and a set of files does not have."""
     adapter = next(a for a in adapters if name in a.full or any(name == _weight_name(path) for path in a.chains))
     return CheckpointError(
@@ -157,7 +155,7 @@ def unknown_tensor(name: str, found: WeightSet, adapters: Iterable[AdapterFiles]
     )
 
 
-def is_new(name: str, adapters: Iterable[AdapterFiles]) -> bool:
+def is_new(name: str, adapters: Iterable[Adapter]) -> bool:
     """Whether a tensor that a set of files does not have may be new: it is in `modules_to_save`, such as a new head."""
     return any(name in adapter.full and adapter.saves(name.rpartition(".")[0]) for adapter in adapters)
 
@@ -178,7 +176,7 @@ def check_given(name: str, tensor: Tensor, stored: StoredTensor) -> torch.dtype:
 
 
 def check_embeddings(
-    found: WeightSet, adapters: Iterable[AdapterFiles], names: FileNames, stored: Callable[[str], StoredTensor | None]
+    found: WeightSet, adapters: Iterable[Adapter], names: FileNames, stored: Callable[[str], StoredTensor | None]
 ) -> None:
     """Check that the base model's embeddings, which PEFT saves with adapters of output layers, are those of this base.
 
@@ -211,11 +209,11 @@ def _holds(stored: StoredTensor, tensor: Tensor) -> bool:
     """Whether the values are equal after rounding the wider dtype to the narrower."""
     if stored.shape != tuple(tensor.shape) or stored.dtype not in DTYPES:
         return False
-    own = read_first(stored, tensor.numel(), DTYPES[stored.dtype]).view(stored.shape)
+    own = stored.read()
     return torch.equal(tensor.to(own.dtype), own) or torch.equal(own.to(tensor.dtype), tensor)
 
 
-def check_complete(found: WeightSet, adapter: AdapterFiles, architecture: Architecture, names: FileNames) -> None:
+def check_complete(found: WeightSet, adapter: Adapter, architecture: Architecture, names: FileNames) -> None:
     """Check that every target layer and parameter that the model loads has vectors.
 
     Raises:
@@ -224,7 +222,7 @@ def check_complete(found: WeightSet, adapter: AdapterFiles, architecture: Archit
     keys = {place.name for path in adapter.chains for place in names.weights_of(path)}
     renaming = renaming_of(adapter, names, architecture)
     for key, stored in found.tensors.items():
-        path, _, last = key.rpartition(".")
+        path, _, last = names.loaded.get(key, key).rpartition(".")
         theirs = renaming.to_adapter(path)
         if key in keys or last not in WEIGHTS or len(stored.shape) < 2 or not is_target(adapter.config, theirs):
             continue
@@ -238,7 +236,7 @@ def check_complete(found: WeightSet, adapter: AdapterFiles, architecture: Archit
                 raise _incomplete(adapter, parameter, found)
 
 
-def _incomplete(adapter: AdapterFiles, name: str, found: WeightSet) -> CheckpointError:
+def _incomplete(adapter: Adapter, name: str, found: WeightSet) -> CheckpointError:
     return CheckpointError(
         f"{adapter.file}: the file has no vectors for {name}, which the configuration names. Was the adapter trained "
         f"on another base model than {found.name}, or its configuration edited?"

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from hra_fx.checkpoint.disk.architecture import Architecture
-from hra_fx.checkpoint.disk.header import StoredTensor
 from hra_fx.checkpoint.disk.naming import IN_MEMORY
+from hra_fx.checkpoint.disk.stored import StoredTensor
 from hra_fx.errors import CheckpointError
 from hra_fx.layers.experts_weight import is_transposed, stacked_parameters
 
 
-class Place(NamedTuple):
+class TensorRef(NamedTuple):
     """A tensor in a file that a layer adapts.
 
     Attributes:
@@ -31,7 +31,7 @@ class Place(NamedTuple):
     columns: bool | None = None
 
 
-class Source(NamedTuple):
+class LoadedFrom(NamedTuple):
     """A tensor in a file that a tensor of a model is loaded from.
 
     Attributes:
@@ -61,7 +61,7 @@ class Stacked:
     converter: Any = None
     sources: dict[str | None, list[StoredTensor]] = field(default_factory=dict)
 
-    def places(self, parameter: str) -> list[Place]:
+    def refs(self, parameter: str) -> list[TensorRef]:
         """Its tensors. Those of one expert have the same inputs, and are in the order of its outputs.
 
         Raises:
@@ -83,7 +83,7 @@ class Stacked:
         if self.converter is not None:
             columns = self._layout(parameter, operations[merges:], len(patterns), first)
         return [
-            Place(stored.name, expert if merges else None, columns)
+            TensorRef(stored.name, expert if merges else None, columns)
             for pattern in patterns
             for expert, stored in enumerate(self.sources[pattern])
         ]
@@ -106,7 +106,7 @@ class Stacked:
         )
 
 
-def sources_in(tensors: Mapping[str, StoredTensor], architecture: Architecture) -> dict[str, list[Source]]:
+def sources_in(tensors: Mapping[str, StoredTensor], architecture: Architecture) -> dict[str, list[LoadedFrom]]:
     """What each tensor of a model is loaded from, by its name in the model; empty if transformers has no such model."""
     model: Any = architecture.model
     if model is None:
@@ -119,7 +119,7 @@ def sources_in(tensors: Mapping[str, StoredTensor], architecture: Architecture) 
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     state: dict[str, Any] = model.state_dict()
-    found: dict[str, list[Source]] = {}
+    found: dict[str, list[LoadedFrom]] = {}
     # In the order of transformers, which is that of the experts.
     for key in sorted(tensors, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
@@ -128,12 +128,12 @@ def sources_in(tensors: Mapping[str, StoredTensor], architecture: Architecture) 
         converter = None if pattern is None else by_pattern[pattern]
         first, *others = ("",) if converter is None else converter.target_patterns
         for target in (first, *others):  # the name is that of the first one
-            found.setdefault(name.replace(first, target, 1), []).append(Source(tensors[key], converter, pattern))
+            found.setdefault(name.replace(first, target, 1), []).append(LoadedFrom(tensors[key], converter, pattern))
     return found
 
 
 def stacked_in(
-    tensors: Mapping[str, StoredTensor], sources: Mapping[str, Sequence[Source]], architecture: Architecture
+    tensors: Mapping[str, StoredTensor], sources: Mapping[str, Sequence[LoadedFrom]], architecture: Architecture
 ) -> dict[str, Stacked]:
     """The 3-D parameters of a model that are in some files, by their names in the model.
 

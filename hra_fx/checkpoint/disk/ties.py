@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from hra_fx.checkpoint.disk.architecture import Architecture
+from hra_fx.checkpoint.disk.file_names import FileNames
 from hra_fx.checkpoint.disk.naming import IN_MEMORY, Names
 from hra_fx.errors import FoldError
 from hra_fx.model.untie import TIE_SETTING, reads_tie_setting, ties_when_loaded
@@ -36,16 +37,7 @@ class Untying:
     retied_by: tuple[str, ...] = ()
 
 
-def is_in_block(name: str) -> bool:
-    """Whether a tensor is in a numbered block, where few models tie anything.
-
-    >>> is_in_block("lm_head.weight"), is_in_block("model.layers.0.mlp.up_proj.weight")
-    (False, True)
-    """
-    return any(part.isdigit() for part in name.split("."))
-
-
-def untying(architecture: Architecture, names: Names, changed: Mapping[str, Tensor | None]) -> Untying:
+def untying(architecture: Architecture, names: FileNames, changed: Mapping[str, Tensor | None]) -> Untying:
     """What to untie if some tensors change.
 
     Args:
@@ -58,14 +50,16 @@ def untying(architecture: Architecture, names: Names, changed: Mapping[str, Tens
     """
     model: Any = architecture.model
     if model is None:
-        if architecture.says_tied and changed:
+        # Models tie embeddings and output layers, which are not in a numbered block.
+        outside = [name for name in changed if not any(part.isdigit() for part in name.split("."))]
+        if architecture.says_tied and outside:
             raise FoldError(
                 f"{architecture.folder / 'config.json'}: {TIE_SETTING} is True, but transformers does not know this "
-                f"model, so that it is unknown which tensors are tied to {next(iter(changed))}. {IN_MEMORY}"
+                f"model, so that it is unknown which tensors are tied to {outside[0]}. {IN_MEMORY}"
             )
         return Untying()
     own, groups = _ties(architecture)
-    called = {found: name for name in changed if (found := own.find(name))}
+    called = {found: name for name in changed if (found := own.find(names.loaded.get(name, name)))}
     values = {name: changed[given] for name, given in called.items()}
     touched = [group for group in groups if values.keys() & set(group)]
     if all(_same_values(group, values) for group in touched):
@@ -91,7 +85,7 @@ def untying(architecture: Architecture, names: Names, changed: Mapping[str, Tens
     )
 
 
-def tied_to(name: str, architecture: Architecture, names: Names) -> str | None:
+def tied_to(name: str, architecture: Architecture, names: FileNames) -> str | None:
     """The tensor in the files that a tensor outside of them is tied to; `None` if unknown.
 
     Args:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hra_fx.checkpoint.disk.header import Header, StoredTensor, read_header
+from hra_fx.checkpoint.disk.stored import Header, StoredTensor, read_header
 from hra_fx.errors import CheckpointError
 
 SAFE = ".safetensors"

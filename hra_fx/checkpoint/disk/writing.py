@@ -1,83 +1,134 @@
-"""Write a planned safetensors file, several tensors at a time.
-
-Reading, rotating and writing take about equally long and block on different parts of the machine. With one thread per
-tensor they overlap, which makes a fold about twice as fast as a plain loop on two cores.
-"""
+"""Write a planned result into a temporary folder next to the output folder, which is renamed at the end."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
-from hra_fx.atomic_write import write_all
-from hra_fx.checkpoint.disk.edits import Item, Rotation
-from hra_fx.checkpoint.disk.plan import FilePlan
-from hra_fx.checkpoint.disk.rotate_tensor import rotate_weight
-from hra_fx.checkpoint.disk.streams import as_bytes, read_bytes
+from hra_fx.atomic_write import flush
+from hra_fx.checkpoint.disk.arguments import Request
+from hra_fx.checkpoint.disk.checking import check_copy, check_file
+from hra_fx.checkpoint.disk.plan import FilePlan, Plan
+from hra_fx.checkpoint.disk.progress_bar import bar
+from hra_fx.checkpoint.disk.rotation import Rotation, rotated
+from hra_fx.checkpoint.weights import opened
+from hra_fx.errors import CheckpointError
 
-_THREADS = min(4, os.cpu_count() or 1)
-#: Bytes after which the disk is told to start writing, so that the last `fsync` has little left to do.
-_FLUSH = 1 << 26
 
-
-def write_file(plan: FilePlan, target: BinaryIO, advance: Callable[[int], object]) -> dict[str, float]:
-    """Write a planned file.
-
-    Args:
-        plan: the file.
-        target: an empty file, unbuffered.
-        advance: called with numbers of bytes, for a progress bar.
+def write_result(request: Request, plan: Plan, *, overwrite: bool, verify: bool, progress: bool) -> dict[str, float]:
+    """Write a planned result.
 
     Returns:
-        Name of a rotated tensor -> relative error of rounding to its dtype.
+        Path and name of each rotated tensor -> its relative rounding error.
 
     Raises:
-        CheckpointError: a file of the base is too short.
-        FoldError: a rotated weight is not finite.
+        CheckpointError: the output folder is not empty, or the disk is full or refuses.
+        FoldError: a rotated weight is not finite, or `verify` finds a difference.
     """
+    out = request.out
     rounding: dict[str, float] = {}
-    write_all(target, plan.head)
-    offset, unflushed = len(plan.head), 0
-    with ThreadPoolExecutor(_THREADS, "hra_fx-fold") as pool:
-        tasks = []
-        for item in plan.items:
-            tasks.append((item, pool.submit(_write_item, item, Path(target.name), offset, advance)))
-            offset += item.size
-        try:
-            for item, task in tasks:
-                error = task.result()
-                if error is not None:
-                    rounding[item.name] = error
-                unflushed += item.size
-                if unflushed >= _FLUSH:
-                    os.fsync(target.fileno())
-                    unflushed = 0
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with _explained_errors(out):
+        if out.is_dir() and any(out.iterdir()) and not overwrite:
+            raise CheckpointError(
+                f"{out}: the output folder is not empty. Choose another folder, or overwrite=True (--overwrite)."
+            )
+        total = sum(file.stat().st_size for file in request.files.values())
+        with _staged(out) as folder, bar(f"writing {out.name}", total, wanted=progress) as advance:
+            _check_space(out, total)
+            for path in request.folders:
+                (folder / path).mkdir(parents=True, exist_ok=True)
+            for path, file in request.files.items():
+                rounding |= _write(plan.files.get(path), file, folder / path, verify=verify)
+                advance(file.stat().st_size)
+            for path, source in request.folders.items():
+                (folder / path).chmod(source.stat().st_mode & 0o777 | 0o700)  # it is still to be renamed
     return rounding
 
 
-def _write_item(item: Item, path: Path, offset: int, advance: Callable[[int], object]) -> float | None:
-    """Write one tensor at its offset; the rounding error if it is rotated."""
-    with open(path, "r+b", buffering=0) as target:
-        target.seek(offset)
+def _write(plan: FilePlan | bytes | None, source: Path, target: Path, *, verify: bool) -> dict[str, float]:
+    """Write one file: new text, changed weights, or a copy. The rounding errors of rotated weights."""
+    rounding: dict[str, float] = {}
+    if plan is None:
+        shutil.copyfile(source, target)
+    elif isinstance(plan, bytes):
+        target.write_bytes(plan)
+    else:
+        rounding = _write_weights(plan, target)
+    shutil.copymode(source, target)
+    flush(target)
+    if verify and plan is None:
+        check_copy(source, target)
+    elif verify and isinstance(plan, FilePlan):
+        check_file(plan, target)
+    return rounding
 
-        def write(data: bytes | bytearray | memoryview) -> None:
-            write_all(target, data)
-            advance(len(data))
 
-        if isinstance(item.edit, Tensor):
-            write(as_bytes(item.edit.reshape(-1)))
-        elif item.source is not None:
-            with open(item.source.file, "rb", buffering=0) as source:
-                if isinstance(item.edit, Rotation):
-                    return rotate_weight(source, item.source, item.edit, write)
-                for block in read_bytes(source, item.source.start, item.source.size, item.source.file):
-                    write(block)
-    return None
+def _write_weights(plan: FilePlan, target: Path) -> dict[str, float]:
+    rounding: dict[str, float] = {}
+    tensors: dict[str, Tensor] = {}
+    with opened(plan.header.file) as file:
+        for name, stored in plan.tensors.items():
+            edit = plan.edits.get(name)
+            if isinstance(edit, Tensor):
+                tensors[name] = edit
+                continue
+            assert stored is not None  # only replaced tensors can be new
+            # A new tensor is a copy of another one, whose memory it must not share.
+            tensor = file.get_tensor(name) if name in plan.header.tensors else stored.read().clone()
+            if isinstance(edit, Rotation):
+                tensor, rounding[plan.part + name] = rotated(stored, tensor, edit)
+            tensors[name] = tensor
+        save_file(tensors, target, dict(plan.header.metadata) or None)
+    return rounding
+
+
+@contextlib.contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """A new folder that becomes the output folder, unless an exception is raised; an old one is replaced."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.parent) as hidden:
+        (content := Path(hidden, "content")).mkdir()
+        yield content
+        _publish(content, out, Path(hidden, "replaced"))
+
+
+def _publish(content: Path, out: Path, replaced: Path) -> None:
+    """Rename the new folder to the output folder; an old one first makes room, and comes back if that fails."""
+    try:
+        if out.is_dir():
+            out.rename(replaced)
+        content.rename(out)
+    except BaseException:
+        if replaced.is_dir() and not out.exists():
+            replaced.rename(out)
+        raise
+
+
+def _check_space(out: Path, needed: int) -> None:
+    free = shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise CheckpointError(
+            f"{out.parent}: {needed:,} bytes are needed, but only {free:,} are free. Free some space, or choose an "
+            "output folder on another disk."
+        )
+
+
+@contextlib.contextmanager
+def _explained_errors(out: Path) -> Iterator[None]:
+    """Say what exists and what to do if the disk refuses."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # The text of an OSError would name the temporary folder.
+        reason = f"[Errno {error.errno}] {error.strerror}" if isinstance(error, OSError) else error
+        raise CheckpointError(
+            f"{out}: cannot write the result ({reason}). The output folder is unchanged. Free some space, check the "
+            "disk, or choose another output folder."
+        ) from error

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hra_fx.checkpoint.disk.adapter_files import AdapterFiles
+from hra_fx.checkpoint.adapter import Adapter
 from hra_fx.checkpoint.disk.architecture import Architecture
 from hra_fx.checkpoint.disk.arguments import PIPELINE, Source, base_folder
 from hra_fx.checkpoint.disk.file_names import FileNames
-from hra_fx.checkpoint.disk.header import StoredTensor
 from hra_fx.checkpoint.disk.requests import Renaming, renaming_of, touches
+from hra_fx.checkpoint.disk.stored import StoredTensor
 from hra_fx.checkpoint.disk.ties import tied_to
 from hra_fx.checkpoint.disk.weight_files import SAFE, WeightSet, weight_sets
 from hra_fx.errors import CheckpointError
@@ -43,7 +43,8 @@ class BaseFiles:
 
     def to_adapter(self, name: str) -> str:
         """The adapters' name of a tensor in the file; any other name is theirs already."""
-        return self.renaming.to_adapter(name) if name in self.found.tensors else name
+        own = self.names.loaded.get(name, name)
+        return self.renaming.to_adapter(own) if name in self.found.tensors else name
 
     def modules(self) -> Iterator[str]:
         """Paths of all modules with tensors and of those around them, as the adapters name them; with repetitions."""
@@ -51,7 +52,7 @@ class BaseFiles:
             yield from parents(self.to_adapter(name))
 
 
-def open_base(base: Source, adapters: Sequence[AdapterFiles]) -> BaseFiles:
+def open_base(base: Source, adapters: Sequence[Adapter]) -> BaseFiles:
     """Find the weights that adapters were trained for; no weight is read.
 
     Raises:
@@ -86,9 +87,7 @@ def parents(name: str) -> Iterator[str]:
         yield name
 
 
-def _weights_of(
-    folder: Path, architecture: Architecture, adapters: Sequence[AdapterFiles]
-) -> tuple[WeightSet, FileNames]:
+def _weights_of(folder: Path, architecture: Architecture, adapters: Sequence[Adapter]) -> tuple[WeightSet, FileNames]:
     """The set with the layers of the adapters; of several, the one that libraries load."""
     sets = [(found, FileNames(found, architecture)) for found in weight_sets(folder)]
     having = [pair for pair in sets if touches(adapters, pair[1])]

@@ -1,4 +1,4 @@
-"""Refuse layers on disk that LoRA cannot express. The model is only built if its files do not say that.
+"""Refuse layers on disk that LoRA cannot express.
 
 The shape of a convolution's weight does not show its groups, its dilation or its padding; the model does. It also shows
 which weights other modules read, and how PEFT renames layers.
@@ -51,6 +51,6 @@ def check_layers(opened: BaseFiles, layers: Mapping[str, LayerKind]) -> None:
 def _check_model(architecture: Architecture, paths: Collection[str], renamed: bool) -> None:
     """Refuse layers that PEFT's LoRA does not find, or has no effect on; `renamed`: whether PEFT may rename them."""
     check_names(paths, architecture.entries.get("model_type"), renamings_of(architecture.model) if renamed else ())
-    if architecture.may_read_weight({path.rpartition(".")[2] for path in paths}) and architecture.model is not None:
+    if architecture.model is not None:
         places = [place for path in paths if (place := architecture.place(path)) is not None]
         check_reads(architecture.model, {place: architecture.model.get_submodule(place) for place in places})

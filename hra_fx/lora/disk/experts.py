@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hra_fx.checkpoint.disk.edits import Rotation
-from hra_fx.checkpoint.disk.header import StoredTensor
+from hra_fx.checkpoint.disk.rotation import Rotation
+from hra_fx.checkpoint.disk.stored import StoredTensor
 from hra_fx.layers.experts_weight import parameter_of
 from hra_fx.layers.target import LayerKind
 from hra_fx.lora.adapter import LoraLayer

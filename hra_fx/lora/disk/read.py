@@ -8,12 +8,11 @@ from collections.abc import Callable, Collection, Sequence
 
 from torch import Tensor, nn
 
-from hra_fx.checkpoint.disk.adapter_files import AdapterFiles, read_adapter
+from hra_fx.checkpoint.adapter import Adapter, read_adapter
 from hra_fx.checkpoint.disk.architecture import CONFIG
 from hra_fx.checkpoint.disk.arguments import Source
 from hra_fx.checkpoint.disk.base_check import check_base
-from hra_fx.checkpoint.disk.edits import Rotation, rotation_of
-from hra_fx.checkpoint.disk.header import StoredTensor
+from hra_fx.checkpoint.disk.edits import rotation_of
 from hra_fx.checkpoint.disk.naming import IN_MEMORY
 from hra_fx.checkpoint.disk.requests import (
     Requests,
@@ -24,6 +23,8 @@ from hra_fx.checkpoint.disk.requests import (
     requests_of,
     unknown_tensor,
 )
+from hra_fx.checkpoint.disk.rotation import Rotation
+from hra_fx.checkpoint.disk.stored import StoredTensor
 from hra_fx.checkpoint.keys import PREFIX, copy_key
 from hra_fx.errors import CheckpointError
 from hra_fx.layers.experts_weight import parameter_of
@@ -110,7 +111,7 @@ def read_as_lora(
 
 
 def _layers_of(
-    opened: BaseFiles, requests: Requests, adapters: Sequence[AdapterFiles], columns: Collection[str] | None
+    opened: BaseFiles, requests: Requests, adapters: Sequence[Adapter], columns: Collection[str] | None
 ) -> list[StoredLayer | StoredExperts]:
     """The layers, in the order of their numbers."""
     weights: dict[str, list[tuple[StoredTensor, Rotation]]] = {}
@@ -149,7 +150,7 @@ def _in_order(path: str) -> list[tuple[int, str]]:
 
 
 def _copies_of(
-    opened: BaseFiles, requests: Requests, adapters: Sequence[AdapterFiles], adapted: Collection[str]
+    opened: BaseFiles, requests: Requests, adapters: Sequence[Adapter], adapted: Collection[str]
 ) -> dict[str, Tensor]:
     """Trained biases and modules, by their keys in PEFT's file without its prefix."""
     copies = {}

@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hra_fx.checkpoint.disk.edits import Rotation
-from hra_fx.checkpoint.disk.header import StoredTensor
-from hra_fx.checkpoint.disk.project import product_dtype, project
+from hra_fx.checkpoint.disk.rotation import Rotation, product_dtype, project
+from hra_fx.checkpoint.disk.stored import FLOATS, StoredTensor
 from hra_fx.errors import CheckpointError
 from hra_fx.functional.low_rank import core, weight_change
 
@@ -35,12 +34,12 @@ def stored_change(
 
 def _product(stored: StoredTensor, columns: bool, V: Tensor, changes: bool, advance: Callable[[int], object]) -> Tensor:
     """`V^T W^T: (k, out)`; a weight that does not change is not read."""
-    left = V.mT.to(product_dtype(stored)).contiguous()
+    left = V.mT.to(product_dtype(FLOATS[stored.dtype])).contiguous()
     if not changes:
-        advance(stored.size)
-        return left.new_zeros(0, stored.shape[1 if columns else 0])
-    with open(stored.file, "rb", buffering=0) as source:
-        product = project(source, stored, left, columns=columns, advance=advance)
+        product = left.new_zeros(0, stored.shape[1 if columns else 0])
+    else:
+        product = project(left, stored.read().flatten(1), columns=columns)
+    advance(stored.size)
     if not bool(torch.isfinite(product).all()):
         raise CheckpointError(
             f"{stored.file}: {stored.name} has values that are infinite, NaN, or too large for products in "

@@ -70,7 +70,7 @@ def write_gguf(adapter: LoraAdapter, path: Path, dtype: torch.dtype) -> None:
             )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path.resolve(), lambda file: _write(writer, Path(file.name)))
+        atomic_write(path.resolve(), lambda file: _write(writer, file))
     except OSError as error:
         raise CheckpointError(
             f"{path}: cannot write the file ({error.strerror}). The old file, if any, is unchanged. Choose another "

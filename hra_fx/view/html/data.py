@@ -3,39 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from functools import lru_cache
-from typing import Any, TypeAlias
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from hra_fx.reporting.colormap import DARK_PALETTE, PALETTE, UNKNOWN
 from hra_fx.reporting.heat import HEATS, default_heat, heat_of, is_identity, scale
+from hra_fx.view.boxes import scope_rows
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.layering import Layering
-from hra_fx.view.options import OFF
+from hra_fx.view.opening import open_scopes
+from hra_fx.view.options import Options
 from hra_fx.view.text import clean
 from hra_fx.view.tree import Item, Leaf, Scope, span
 
-_Edges: TypeAlias = tuple[tuple[int, int], ...]
 
-
-def page_data(drawing: Drawing, depth: int | None, heat: str | None) -> dict[str, Any]:
+def page_data(drawing: Drawing, options: Options) -> dict[str, Any]:
     """The data of the script; `script/data.js` reads it.
 
     Args:
         drawing: the drawing of a model.
-        depth: number of levels that are open at first; `None` for as many as are readable.
-        heat: the heatmap that is shown at first; `None` for the default one.
+        options: what is open and which heatmap is shown at first.
     """
-    items = items_of(drawing.tree())
+    tree = drawing.tree()
+    items = items_of(tree, open_scopes(tree, options.depth, options.focus or ""))
     box = {path: index for index, item in reversed([*enumerate(items)]) for path in item["paths"]}
     data = {
         "title": drawing.title,
         "facts": drawing.facts,
-        "depth": depth,
         "items": items,
         "rows": [vars(row) for row in drawing.rows],
         "heats": _heats(drawing),
-        "heat": heat or (OFF if is_identity(drawing.rows) else default_heat(drawing.rows)),
+        "heat": options.heat or ("" if is_identity(drawing.rows) else default_heat(drawing.rows)),
         "trained": not is_identity(drawing.rows),
         "palettes": [PALETTE, DARK_PALETTE],
         "unknown": UNKNOWN,
@@ -49,18 +46,27 @@ def page_data(drawing: Drawing, depth: int | None, heat: str | None) -> dict[str
     return plain
 
 
-def items_of(item: Item, parent: int = 0, index: int = 0) -> list[dict[str, Any]]:
+def items_of(item: Item, is_open: Collection[int] = (), parent: int = 0, index: int = 0) -> list[dict[str, Any]]:
     """A box and all boxes inside it.
 
     Args:
         item: the box.
+        is_open: the ids of the scopes that are open at first.
         parent: the index of the scope around it.
         index: its own index.
     """
-    record = _leaf(item) if isinstance(item, Leaf) else _scope(item)
-    items = [{"parent": parent, "label": span(item), "paths": item.paths, "count": item.count, **record}]
+    record = _leaf(item) if isinstance(item, Leaf) else {"open": id(item) in is_open, **_scope(item)}
+    items = [
+        {
+            "parent": parent,
+            "label": span(item),
+            "paths": item.paths,
+            "count": item.count,
+            **record,
+        }
+    ]
     for part in item.items if isinstance(item, Scope) else ():
-        items += items_of(part, index, index + len(items))
+        items += items_of(part, is_open, index, index + len(items))
     return items
 
 
@@ -72,7 +78,7 @@ def _leaf(leaf: Leaf) -> dict[str, Any]:
         "target": leaf.target,
         "shape": leaf.shape,
         "dtype": leaf.dtype,
-        "marks": [mark.path for mark in leaf.marks],
+        "marks": leaf.marks,
         "width": leaf.width,
         "rank": leaf.rank,
         "parameters": leaf.parameters,
@@ -80,27 +86,12 @@ def _leaf(leaf: Leaf) -> dict[str, Any]:
 
 
 def _scope(scope: Scope) -> dict[str, Any]:
-    flow = (len(scope.items), scope.edges, scope.inputs, scope.outputs)
+    flow = {"edges": scope.edges, "inputs": scope.inputs, "outputs": scope.outputs}
     return {
         "kind": "untraced" if scope.eager else "traced",
         "detail": scope.class_name,
         "target": scope.path,
-        "varied": scope.varied,
-        "flow": None if scope.eager else _flow(*flow),
-    }
-
-
-@lru_cache(maxsize=64)  # blocks that repeat have the same layers
-def _flow(count: int, edges: _Edges, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> dict[str, Any]:
-    """The layers of a scope: its boxes, borders and lanes as numbers from top to bottom, and its edges as chains."""
-    layers = Layering(count, edges, inputs, outputs)
-    number = {node: index for index, node in enumerate(node for row in layers.rows for node in row)}
-    over = {node: number[upper] for node, upper in layers.over.items()}
-    return {
-        "rows": [[[node[0], node[1] >= 0, over.get(node, -1)] for node in row] for row in layers.rows],
-        "chains": [[number[node] for node in layers.chain(*link)] for link in layers.links],
-        "enters": bool(inputs),
-        "leaves": bool(outputs),
+        "flow": {"rows": scope_rows(scope), **flow},
     }
 
 

@@ -21,7 +21,7 @@ from hra_fx.view.theme import as_css
 STYLES = ("colors", "controls", "drawing", "panel", "media")
 #: The files of the script, each before those that import it.
 SCRIPTS = (
-    *("data", "text", "svg", "coordinates", "layout", "boxes", "heat", "painting", "pane", "stage"),
+    *("data", "text", "svg", "layout", "boxes", "heat", "painting", "pane", "stage"),
     *("spectrum", "panel", "search", "keyboard", "legend", "printing", "main"),
 )
 _IMPORT = re.compile(r'^import (\{[^}]*\}) from "\./(\w+)\.js";$', re.MULTILINE)
@@ -51,7 +51,7 @@ def render(drawing: Drawing, options: Options) -> str:
         "theme": f' data-theme="{options.theme}"' if options.theme else "",
         "title": html.escape(clean(drawing.title)),
         "style": style,
-        "data": as_json(page_data(drawing, options.depth, options.heat)),
+        "data": as_json(page_data(drawing, options)),
         "script": script,
     }
     return _SLOT.sub(lambda slot: words[slot[1]], _file("page.html"))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -117,6 +118,23 @@ def equal_but_for_steps(one: dict[str, Tensor], other: dict[str, Tensor], share:
 
 def picture(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """The files of a folder, of safetensors files their metadata and tensors, whose order in the file is not fixed."""
+    found: dict[str, object] = dict(picture(folder))
+    for name in found:
+        if name.endswith(".safetensors"):
+            with safe_open(folder / name, "pt") as file:
+                values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                found[name] = (
+                    file.metadata(),
+                    {
+                        key: (value.dtype, value.shape, value.flatten().view(torch.uint8).numpy().tobytes())
+                        for key, value in values.items()
+                    },
+                )
+    return found
 
 
 def without(folder: Path) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from checkpoint.disk import made
 from oracles import dense_q, dense_weight, relative_error
 from safetensors import safe_open
@@ -20,7 +21,7 @@ from torch import nn
 import hra_fx
 
 
-def test_files_headers_metadata_and_other_tensors_are_kept_byte_for_byte(tmp_path: Path) -> None:
+def test_other_files_other_tensors_and_metadata_are_kept_byte_for_byte(tmp_path: Path) -> None:
     base = made.linear_stack(tmp_path / "base", layers=2)
     odd = {
         "a": torch.arange(3, dtype=torch.uint8),
@@ -42,13 +43,11 @@ def test_files_headers_metadata_and_other_tensors_are_kept_byte_for_byte(tmp_pat
     assert after.keys() == before.keys()
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
-    for name in changed:
-        length = 8 + int.from_bytes(before[name][:8], "little")
-        assert before[name][:length] == after[name][:length]
-        assert torch.equal(
-            load_file(base / name)[f"{int(name[10]) - 1}.bias"],
-            load_file(tmp_path / "out" / name)[f"{int(name[10]) - 1}.bias"],
-        )
+    old, new = made.contents(base), made.contents(tmp_path / "out")
+    for i, name in enumerate(sorted(changed)):
+        (metadata, tensors), (new_metadata, new_tensors) = old[name], new[name]
+        assert metadata == new_metadata and tensors[f"{i}.bias"] == new_tensors[f"{i}.bias"]
+        assert tensors.keys() == new_tensors.keys() and tensors[f"{i}.weight"] != new_tensors[f"{i}.weight"]
     for path, mode in {"sub/deeper/script.py": 0o755, "empty": 0o750, ".": 0o700}.items():
         assert os.stat(tmp_path / "out" / path).st_mode & 0o777 == mode
     assert report.kept == (Path("other.safetensors"),) and report.bytes == sum(map(len, after.values()))
@@ -167,7 +166,7 @@ def test_links_are_followed_as_in_the_cache_of_the_hub(tmp_path: Path) -> None:
     adapter = made.stack_adapter(tmp_path / "adapter", layers=2)
     hra_fx.fold_checkpoint(tmp_path / "base", adapter, tmp_path / "linked", columns=[])
     hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", columns=[])
-    assert made.picture(tmp_path / "linked") == made.picture(tmp_path / "out")
+    assert made.contents(tmp_path / "linked") == made.contents(tmp_path / "out")
     assert not any(path.is_symlink() for path in (tmp_path / "linked").iterdir())
 
 
@@ -187,13 +186,13 @@ def test_an_empty_folder_is_taken_and_a_full_one_replaced_if_asked(
     base, adapter = made.linear_stack(tmp_path / "base"), made.stack_adapter(tmp_path / "adapter")
     (tmp_path / "out").mkdir()
     hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", columns=[])
-    due = made.picture(tmp_path / "out")
+    due = made.contents(tmp_path / "out")
     (tmp_path / "out" / "of before").write_text("x")
     hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", columns=[], overwrite=True)
-    assert made.picture(tmp_path / "out") == due
+    assert made.contents(tmp_path / "out") == due
     shutil.rmtree(tmp_path / "out")
     hra_fx.fold_checkpoint(base, adapter, tmp_path / "new" / "deep" / "out", columns=[])
-    assert made.picture(tmp_path / "new" / "deep" / "out") == due
+    assert made.contents(tmp_path / "new" / "deep" / "out") == due
     assert capfd.readouterr() == ("", ""), "there is no progress bar without a terminal"
 
 
@@ -240,3 +239,28 @@ def test_vectors_of_eight_bits_with_gram_schmidt(tmp_path: Path) -> None:
     hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", verify=True)
     due = dense_weight(made.tensors(base)["0.weight"], dense_q(vectors.double(), apply_GS=True))
     assert relative_error(made.tensors(tmp_path / "out")["0.weight"], due) < 1e-6
+
+
+def test_layers_that_have_other_names_in_the_file(tmp_path: Path) -> None:
+    """As in checkpoints of LLaVA from earlier versions of transformers."""
+    sizes = made.SMALL | {"num_hidden_layers": 1}
+    vision = transformers.CLIPVisionConfig(
+        **{key: sizes[key] for key in sizes if key != "vocab_size"}, image_size=8, patch_size=4
+    )
+    config = transformers.LlavaConfig(vision_config=vision, text_config=transformers.LlamaConfig(**sizes))
+    model = transformers.LlavaForConditionalGeneration(config)
+    base = made.base_of(model, tmp_path / "base", torch.float32)
+    adapter = made.adapter_of(model, tmp_path / "adapter", "k_proj", modules_to_save=["linear_1"])
+    old = {
+        key.replace("model.language_model.", "language_model.model.").removeprefix("model."): tensor
+        for key, tensor in made.tensors(base).items()
+    }
+    save_file(old, base / "model.safetensors", {"format": "pt"})
+    report = hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", verify=True)
+    loaded = type(model).from_pretrained(base, dtype="auto")
+    memory = made.folded_in_memory(loaded, tmp_path / "memory", adapter)
+    folded = type(model).from_pretrained(tmp_path / "out", dtype="auto").state_dict()
+    for key, tensor in type(model).from_pretrained(memory, dtype="auto").state_dict().items():
+        torch.testing.assert_close(folded[key], tensor)
+    assert made.tensors(tmp_path / "out").keys() == old.keys()
+    assert report.rotated and report.given and not report.untied

@@ -63,8 +63,7 @@ def test_an_output_folder_that_cannot_be_created(tmp_path: Path) -> None:
     message = refused(tmp_path, columns=[], out_dir=tmp_path / name)
     assert message == f"{name}: cannot write the result ([Errno 36] File name too long). {UNCHANGED}"
     assert refused(tmp_path, columns=[], out_dir="/proc/nothing/out") == (
-        "/proc/nothing/out: cannot write the result ([Errno 2] No such file or directory: '/proc/nothing'). "
-        + UNCHANGED
+        "/proc/nothing/out: cannot write the result ([Errno 2] No such file or directory). " + UNCHANGED
     )
 
 
@@ -211,7 +210,7 @@ def test_a_damaged_file(tmp_path: Path, what: str) -> None:
     stack(tmp_path)
     DAMAGE[what](tmp_path / "base" / "model-00001-of-00003.safetensors")
     start = "base/model-00001-of-00003.safetensors: truncated, damaged, or not a safetensors file"
-    assert re.fullmatch(rf"{re.escape(start)} \(.+\)\. Download it again\.", refused(tmp_path, columns=[]))
+    assert re.fullmatch(rf"{re.escape(start)} \(.+\)\. Save or download it again\.", refused(tmp_path, columns=[]))
 
 
 def test_an_index_that_does_not_match_its_files(tmp_path: Path) -> None:

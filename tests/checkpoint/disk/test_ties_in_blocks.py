@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import hra_fx
-from hra_fx.checkpoint.disk.architecture import Architecture
 
 HEAD = "model.decoder.bbox_embed.0.layers.1"
 BACKBONE = {"embedding_size": 8, "hidden_sizes": [8] * 4, "depths": [1] * 4, "out_features": ["stage3", "stage4"]}
@@ -80,22 +79,3 @@ def test_in_memory(tmp_path: Path) -> None:
     assert relative_error(outputs(model), due) < 1e-6
     model.save_pretrained(tmp_path / "memory")
     assert relative_error(outputs(loaded(tmp_path / "memory")), due) < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("entries", "may"),
-    [
-        ({"model_type": "llama"}, False),
-        ({"model_type": "bart"}, False),
-        ({"model_type": "gpt2"}, False),
-        ({"_class_name": "UNet2DConditionModel"}, False),
-        ({}, False),
-        ({"model_type": "d_fine"}, True),
-        ({"model_type": "zamba2"}, True),
-        ({"model_type": "llava", "text_config": {"model_type": "bark"}}, True),
-        ({"model_type": "one of which nothing is known"}, True),
-    ],
-)
-def test_most_models_are_not_built_to_find_that_out(tmp_path: Path, entries: dict[str, Any], may: bool) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(entries))
-    assert Architecture(tmp_path).ties_in_blocks is may

@@ -98,9 +98,7 @@ def test_nothing_overlaps_or_leaves_its_box(open_page: Open, make: Callable[[], 
     page = open_page(page_of(rotated(made) if isinstance(made, nn.Module) else made))
     page.click("#expand")
     assert page.locator("#stage .closed").count() == 0
-    for look in ("all", "adapted"):
-        page.check(f"[name=look][value={look}]", force=True)
-        assert page.evaluate(FAULTS) == []
+    assert page.evaluate(FAULTS) == []
     assert page.evaluate(CROSSED) == 0
 
 
@@ -121,7 +119,6 @@ def test_opening_one_by_one_gives_the_drawing_of_opening_all(open_page: Open) ->
 def test_paper_has_everything_within_its_width_and_no_controls(open_page: Open) -> None:
     page = open_page(page_of(rotated(resnet())), color_scheme="dark")
     page.click("#expand")
-    page.check("[name=look][value=all]", force=True)
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     page.emulate_media(media="print")
     page.set_viewport_size({"width": 700, "height": 1000})  # A4 between its margins
@@ -132,7 +129,7 @@ def test_paper_has_everything_within_its_width_and_no_controls(open_page: Open) 
     pieces = page.locator("#paper svg").evaluate_all("all => all.map(part => part.getBoundingClientRect().height)")
     assert all(height <= 941 for height in pieces), "a piece fits a page"
     shown = page.locator("#paper svg").evaluate_all("all => all.map(part => part.viewBox.baseVal.height)")
-    assert sum(shown) / 3 == pytest.approx(page.evaluate("document.querySelector('.drawing').viewBox.baseVal.height"))
+    assert sum(shown) == pytest.approx(page.evaluate("document.querySelector('.drawing').viewBox.baseVal.height"))
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.locator("#paper svg").count() == 0
     assert page.pdf(format="A4").startswith(b"%PDF")

@@ -125,8 +125,7 @@ def test_heat_on_dark_has_the_other_palette(open_page: Open) -> None:
     model = trained_net()
     page = open_page(page_of(model), color_scheme="dark")
     values = heat_of(hra_fx.report(model).rows, "weight_change")
-    mean = sum(values[f"blocks.{index}.up"] for index in range(3)) / 3
-    wanted = color(mean, scale(values.values()), DARK_PALETTE)
+    wanted = color(sum(values[f"blocks.{i}.up"] for i in range(3)) / 3, scale(values.values()), DARK_PALETTE)
     assert box(page, "up").locator(".strip").evaluate(FILL) == rgb(wanted)
     assert box(page, "up").locator(".strip-words").evaluate(FILL) == rgb(ink_on(wanted))
 

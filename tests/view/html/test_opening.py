@@ -16,7 +16,7 @@ import hra_fx
 from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.html.rendering import render
 from hra_fx.view.options import Options
-from hra_fx.view.tree import Leaf, Mark
+from hra_fx.view.tree import Leaf
 
 Open = Callable[..., Page]
 HOSTILE = (
@@ -74,21 +74,14 @@ def test_a_module_is_shown_by_itself(open_page: Open) -> None:
     assert search(page, "blocks.0.up") == []
 
 
-def test_a_plain_model_has_a_plain_view(open_page: Open) -> None:
-    page = open_page(page_of(Net()))
+@pytest.mark.parametrize("model", [Net(), hra_fx.fold(trained_net())], ids=["plain", "folded"])
+def test_a_model_without_adapters_has_a_plain_view(open_page: Open, model: nn.Module) -> None:
+    page = open_page(page_of(model))
     assert page.locator("h1").inner_text() == "Net"
-    assert not page.locator(".choices").is_visible()
-    assert not page.locator("#heat").is_visible()
-    assert not page.locator("#skipped").is_visible()
-    assert page.locator(".strip").count() == 0
+    for control in (".choices", "#heat", "#skipped", ".strip"):
+        assert not page.locator(control).is_visible()
     box(page, "stem").click()
     assert facts(page)["parameters"] == "84"
-
-
-def test_a_folded_model_is_a_plain_one(open_page: Open) -> None:
-    page = open_page(page_of(hra_fx.fold(trained_net())))
-    assert not page.locator(".choices").is_visible()
-    assert "up" in labels(page)
 
 
 def test_layers_that_nothing_turned_are_said_to_be_so(open_page: Open) -> None:
@@ -105,9 +98,8 @@ def hostile_drawing() -> Drawing:
     row = hra_fx.report(trained_net()).rows[0]
     rows = []
     for name in HOSTILE:
-        mark = (Mark(name, 0.1),)
         picture.add_node(
-            name, leaf=Leaf(name, name, "adapted_layer", name, name, (), mark, 4, 2, paths=(name,), shape=name)
+            name, leaf=Leaf(name, name, "adapted_layer", name, name, (), (name,), 4, 2, paths=(name,), shape=name)
         )
         rows.append(dataclasses.replace(row, path=name, layer_type=name, adapter=name))
     nx.add_path(picture, HOSTILE)

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import torch
 from pages import box, page_of, place, search, trained_net
 from playwright.sync_api import Page, expect
 from torch import nn
-
-import hra_fx
 
 Open = Callable[..., Page]
 
@@ -69,24 +66,6 @@ def test_a_phone_has_a_small_toolbar_and_the_left_edge_of_the_drawing(open_page:
     stage, panel = (page.locator(part).bounding_box() for part in ("#stage", "#panel"))
     assert stage and panel and stage["height"] + panel["height"] < 800 - height
     expect(box(page, "down").locator(":scope > .frame")).to_be_in_viewport(ratio=0.9)
-
-
-class Wide(nn.Module):
-    """Many layers side by side, which all read the input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(nn.Linear(4, 4 + index) for index in range(5))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([part(x) for part in self.parts], -1)
-
-
-def test_a_wide_drawing_shows_its_input_on_a_phone(open_page: Open) -> None:
-    model = hra_fx.transform(Wide(), hra_fx.HRAConfig(r=2, target_modules=r"parts\.\d"))
-    page = open_page(page_of(model), viewport={"width": 420, "height": 800})
-    shown = place(page, "x")
-    assert shown["x"] >= 0 and shown["x"] + shown["width"] <= 420
 
 
 @pytest.mark.parametrize("width", [1024, 420])

@@ -1,10 +1,9 @@
 // Which scopes are open, the size of every box, and its position in the scope around it.
 
-/** @import { Drawing, Item } from "./data.js" */
+/** @import { Drawing, Flow, Item } from "./data.js" */
 /** @import { Arrangement } from "./layout.js" */
-import { GAP_X } from "./coordinates.js";
 import { marksOf, skippedIn } from "./data.js";
-import { inRows, layered } from "./layout.js";
+import { layered } from "./layout.js";
 import { DETAIL, NAME, shorten, widthOf } from "./text.js";
 
 export const STRIP = 19; // height of the adapter strip on top of its layer
@@ -13,8 +12,6 @@ export const PAD = 14;
 export const CELL = 8; // height of a line of cells
 export const CELLS = 24; // maximum per line
 const EDGE = 12; // space below the title and above the lower border without edges
-const READABLE = 22; // maximum number of boxes that are shown at first, unless there is only one level
-const READABLE_ADAPTED = 48; // the same if only modules with adapted layers are opened
 
 /**
  * A placed box; `x` and `y` are the position of its upper left corner inside its scope.
@@ -43,7 +40,6 @@ export class Boxes {
     this.root = drawing.items[0];
     /** @type {Box[]} */
     this.boxes = this.items.map((item) => described(item));
-    this.#openAtFirst(drawing.depth);
     this.#placeAll(this.root);
   }
 
@@ -73,23 +69,6 @@ export class Boxes {
     this.#place(item);
   }
 
-  /** @param {number | null} depth */
-  #openAtFirst(depth) {
-    this.of(this.root).open = true;
-    const adapted = this.of(this.root).marks.length > 0 && depth === null;
-    const most = adapted ? READABLE_ADAPTED : READABLE;
-    let level = this.root.parts;
-    let shown = level.length;
-    for (let step = 0; level.length; step++) {
-      const scopes = level.filter((item) => item.isScope && (!adapted || this.of(item).marks.length));
-      const inside = scopes.flatMap((item) => item.parts);
-      shown += inside.length - scopes.length;
-      if (depth === null ? shown > most : step >= depth) return;
-      for (const item of scopes) this.of(item).open = true;
-      level = inside;
-    }
-  }
-
   /** @param {Item} item */
   #place(item) {
     const box = this.of(item);
@@ -106,7 +85,7 @@ export class Boxes {
   #sizeOpen(item, box) {
     const parts = item.parts.map((part) => this.of(part));
     for (const part of item.parts) if (!this.of(part).width) this.#placeAll(part);
-    const inner = item.layers ? layered(parts, item.layers) : inRows(parts, rowLimit(parts));
+    const inner = layered(parts, /** @type {Flow} */ (item.flow));
     parts.forEach((part, index) => void Object.assign(part, inner.corners[index]));
     box.inner = inner;
     if (item === this.root) {
@@ -115,8 +94,8 @@ export class Boxes {
     }
     const title = 18 + widthOf(box.name, NAME, true) + 8 + widthOf(box.detail, DETAIL) + badgeWidth(box) + 2 * PAD;
     box.width = Math.max(title, inner.width + 2 * PAD);
-    box.body = { x: (box.width - inner.width) / 2, y: HEADER + (item.layers?.enters ? 0 : EDGE) };
-    box.height = box.body.y + inner.height + (item.layers?.leaves ? 0 : EDGE);
+    box.body = { x: (box.width - inner.width) / 2, y: HEADER + (item.flow?.inputs.length ? 0 : EDGE) };
+    box.height = box.body.y + inner.height + (item.flow?.outputs.length ? 0 : EDGE);
     box.enter = box.body.x + inner.enter - box.width / 2;
     box.leave = box.body.x + inner.leave - box.width / 2;
   }
@@ -168,10 +147,10 @@ function described(item) {
   const skipped = item.isScope ? skippedIn(item).length : 0;
   if (item.isScope && marks.length) detail += ` · ${marks.length} adapted`;
   if (detail === name) detail = "";
-  const badge = item.count > 1 ? `× ${item.count}${item.varied ? ", sizes vary" : ""}` : "";
+  const badge = item.count > 1 ? `× ${item.count}` : "";
   const nowhere = { x: 0, y: 0, width: 0, height: 0, enter: 0, leave: 0, inner: null, body: { x: 0, y: 0 } };
   const summary = detail + (skipped ? ` · ${skipped} not adapted` : "");
-  return { name, detail, summary, strip: stripOf(item), badge, marks, open: false, ...nowhere };
+  return { name, detail, summary, strip: stripOf(item), badge, marks, open: item.open, ...nowhere };
 }
 
 /** @param {Item} item */
@@ -224,18 +203,4 @@ export function cellsHeight(count) {
 /** @param {Box} box */
 export function badgeWidth(box) {
   return box.badge ? widthOf(box.badge, DETAIL, true) + 22 : 0;
-}
-
-/**
- * The maximum width of a row in a scope without edges, so that the scope is about square.
- * @param {Box[]} parts
- */
-function rowLimit(parts) {
-  let area = 0;
-  let widest = 0;
-  for (const { width, height } of parts) {
-    area += (width + GAP_X) * (height + GAP_X);
-    widest = Math.max(widest, width);
-  }
-  return Math.max(widest, Math.min(1100, 1.3 * Math.sqrt(area)), 540);
 }

@@ -1,24 +1,8 @@
 // The data from Python (hra_fx/view/html/data.py) as objects.
 
 /**
- * A box, a border (-1 and -2), or a lane of an edge that leaves a box; with edges between adjacent rows.
- * @typedef {object} Node
- * @property {number} box
- * @property {boolean} lane
- * @property {number} row
- * @property {number} over the node above that it is drawn in line with, or -1
- * @property {number[]} above
- * @property {number[]} below
- */
-
-/**
- * The layers of a traced scope.
- * @typedef {object} Layers
- * @property {Node[]} nodes
- * @property {number[][]} rows numbers of nodes, from left to right
- * @property {number[][]} chains every edge as numbers of nodes, from box to box
- * @property {boolean} enters whether an edge comes from the upper border
- * @property {boolean} leaves whether an edge goes to the lower border
+ * The items of a traced scope: the row of each, edges between them, and which read or are read outside.
+ * @typedef {{rows: number[], edges: number[][], inputs: number[], outputs: number[]}} Flow
  */
 
 /**
@@ -28,6 +12,7 @@
  * @property {Item | null} parent the scope around it
  * @property {Item[]} parts the boxes inside, in order
  * @property {boolean} isScope whether it can be opened
+ * @property {boolean} open whether it is open at first
  * @property {string} label name inside its scope
  * @property {string} kind "traced" or "untraced" for a scope; else "input", "output", "adapted_layer", "module", "op" or
  *   "eager"
@@ -42,8 +27,7 @@
  * @property {number} rank number of reflection vectors
  * @property {number} parameters number of parameters of the modules
  * @property {number} count number of identical neighbors that it stands for
- * @property {boolean} varied whether they differ in size
- * @property {Layers | null} layers
+ * @property {Flow | null} flow
  * @property {string[]} skipped layers without an adapter in it
  * @property {string[]} refused those that should have an adapter
  * @property {string[]} trained layers in it that are trained in full
@@ -75,11 +59,10 @@
  * @typedef {object} Drawing
  * @property {string} title
  * @property {string} facts
- * @property {number | null} depth
  * @property {Item[]} items
  * @property {Map<string, Row[]>} rows by layer; several adapters are several rows
  * @property {Map<string, Heat>} heats by name
- * @property {string} heat the heatmap that is shown at first, or "" or "off" for none
+ * @property {string} heat the heatmap that is shown at first, or "" for none
  * @property {boolean} trained whether any layer is rotated
  * @property {[string[], string[]]} palettes of the heatmap, on light and on dark
  * @property {string} unknown color of a value that could not be computed
@@ -96,36 +79,15 @@ const NUMBERS = ["rotation", "angle", "mean_angle", "orthogonality", "share", "w
 function itemsOf(records) {
   /** @type {Item[]} */
   const items = [];
-  records.forEach(({ parent, flow, ...record }, index) => {
-    const item = { marks: [], ...record, index, parts: [], skipped: [], refused: [], trained: [] };
+  records.forEach(({ parent, ...record }, index) => {
+    const lists = { parts: [], skipped: [], refused: [], trained: [] };
+    const item = { marks: [], flow: null, open: false, ...record, ...lists, index };
     item.isScope = item.kind === "traced" || item.kind === "untraced";
-    item.layers = flow ? layersOf(flow) : null;
     item.parent = index ? items[parent] : null;
     item.parent?.parts.push(item);
     items.push(item);
   });
   return items;
-}
-
-/**
- * @param {any} flow
- * @returns {Layers}
- */
-function layersOf(flow) {
-  /** @type {Node[]} */
-  const nodes = [];
-  const rows = flow.rows.map((/** @type {any[]} */ entries, /** @type {number} */ row) =>
-    entries.map(([box, lane, over]) => nodes.push({ box, lane, row, over, above: [], below: [] }) - 1),
-  );
-  for (const chain of flow.chains) {
-    for (let step = 1; step < chain.length; step++) {
-      const [upper, lower] = [chain[step - 1], chain[step]];
-      if (nodes[lower].above.includes(upper)) continue;
-      nodes[lower].above.push(upper);
-      nodes[upper].below.push(lower);
-    }
-  }
-  return { ...flow, nodes, rows };
 }
 
 /**

@@ -1,7 +1,7 @@
 // The controls of the page.
 
 /** @import { Item } from "./data.js" */
-/** @import { Look } from "./stage.js" */
+/** @import { Mode } from "./painting.js" */
 import { around, Boxes } from "./boxes.js";
 import { read } from "./data.js";
 import { Heatmap } from "./heat.js";
@@ -27,7 +27,7 @@ function isRotated(path) {
 
 byId("title").textContent = drawing.title;
 byId("facts").textContent = drawing.facts;
-const stage = new Stage(byId("stage"), { boxes, heatmap, isRotated }, "adapted");
+const stage = new Stage(byId("stage"), { boxes, heatmap, isRotated });
 const panel = new Panel(byId("panel"), drawing, heatmap, choose);
 const help = /** @type {HTMLDialogElement} */ (byId("help"));
 const input = /** @type {HTMLInputElement} */ (byId("query"));
@@ -56,7 +56,7 @@ function choose(item, path = "") {
   if (closed.length) stage.changing(closed, () => boxes.set(closed, true));
   select(item, path);
   stage.reveal(item);
-  stage.panes[0].scroller.focus({ preventScroll: true });
+  stage.pane.scroller.focus({ preventScroll: true });
 }
 
 /** @param {Item} item */
@@ -110,7 +110,7 @@ heats.addEventListener("change", () => {
 explainLooks(byId("looks"), drawing);
 for (const choice of /** @type {NodeListOf<HTMLInputElement>} */ (document.querySelectorAll("[name=look]"))) {
   choice.addEventListener("change", () => {
-    stage.show(/** @type {Look} */ (choice.value));
+    stage.show(/** @type {Mode} */ (choice.value));
     stage.fit();
   });
 }
@@ -144,7 +144,7 @@ stage.whenZoomed = () => {
   byId("zoom").textContent = `${Math.round(100 * stage.zoom)}%`;
 };
 stage.whenZoomed();
-panel.whenClosed = () => stage.panes[0].scroller.focus({ preventScroll: true });
+panel.whenClosed = () => stage.pane.scroller.focus({ preventScroll: true });
 listenToKeys(boxes, {
   selected: () => stage.selected,
   select: (item) => {

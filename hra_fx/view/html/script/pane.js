@@ -1,15 +1,12 @@
 // One view of the model: a drawing that scrolls and zooms.
 
 /** @import { Item } from "./data.js" */
-/** @import { Mode, Paint } from "./painting.js" */
+/** @import { Paint } from "./painting.js" */
 import { around } from "./boxes.js";
 import { color, drawn, edges, move } from "./painting.js";
 import { html, svg } from "./svg.js";
 
 export const MARGIN = 28;
-
-/** @type {Record<Mode, string>} */
-const TITLES = { base: "Base model", adapted: "Adapted", folded: "Folded" };
 
 export class Pane {
   /**
@@ -23,10 +20,9 @@ export class Pane {
     this.width = 0;
     this.height = 0;
     this.svg = svg("svg", { class: "drawing" }, this.group);
-    this.title = TITLES[paint.mode];
-    const label = `${this.title}: boxes of the model`;
+    const label = `${paint.mode} model: boxes`;
     this.scroller = html("div", { class: "scroller", role: "tree", tabindex: 0, "aria-label": label }, this.svg);
-    this.element = html("section", { class: `pane ${paint.mode}` }, html("h2", {}, this.title), this.scroller);
+    this.element = html("section", { class: `pane ${paint.mode}` }, this.scroller);
     this.draw();
   }
 

@@ -20,12 +20,12 @@ export function listenToPrints(paper, stage) {
 }
 
 /** @param {Stage} stage */
-function pieces({ panes, paint: { boxes } }) {
-  const { width, height } = panes[0];
+function pieces({ pane, paint: { boxes } }) {
+  const { width, height } = pane;
   const zooms = [1, 2, 3, 4].map((count) => Math.min(LARGEST, (PAGE_WIDTH - GAP * (count - 1)) / count / width));
   const long = height * zooms[0] > FIRST_HEIGHT;
-  const across = panes.length > 1 || !long ? 1 : Math.max(1, zooms.filter((zoom) => zoom >= READABLE).length);
-  const zoom = zooms[Math.max(across, panes.length) - 1];
+  const across = !long ? 1 : Math.max(1, zooms.filter((zoom) => zoom >= READABLE).length);
+  const zoom = zooms[across - 1];
   const leaves = boxes.visible().filter((item) => !boxes.of(item).open);
   const spans = leaves.map((item) => boxes.absolute(item)).map(({ y, height: high }) => ({ y, end: y + high }));
   spans.sort((a, b) => a.y - b.y);
@@ -34,10 +34,7 @@ function pieces({ panes, paint: { boxes } }) {
   for (let count = 0; start < height - MARGIN; count++) {
     const limit = (count < across ? FIRST_HEIGHT : PAGE_HEIGHT) / zoom;
     const end = start + limit >= height - MARGIN ? height - MARGIN : cut(spans, start, start + limit);
-    for (const pane of panes) {
-      const title = panes.length > 1 && !count ? [html("figcaption", {}, pane.title)] : [];
-      shown.push(html("figure", {}, ...title, piece(pane, start, end, zoom)));
-    }
+    shown.push(html("figure", {}, piece(pane, start, end, zoom)));
     start = end;
   }
   return shown;

@@ -1,4 +1,4 @@
-// The panes side by side; they scroll and zoom together.
+// The window on the drawing: which view it shows, zoom and scroll position.
 
 /** @import { Item } from "./data.js" */
 /** @import { Mode, Paint } from "./painting.js" */
@@ -9,72 +9,51 @@ const [SMALLEST, LARGEST] = [0.05, 4];
 const READABLE = 0.6; // minimum zoom for fitting the drawing
 const CLICK = 4; // a pointer that moves further is dragging
 
-/** @typedef {"base" | "adapted" | "folded" | "all"} Look */
-
 export class Stage {
   /**
    * @param {HTMLElement} element
    * @param {Omit<Paint, "mode">} paint
-   * @param {Look} look
    */
-  constructor(element, paint, look) {
+  constructor(element, paint) {
     this.element = element;
     this.paint = paint;
-    this.look = look;
     this.zoom = 1;
     /** @type {Item | null} */
     this.selected = null;
-    /** @type {Map<Mode, Pane>} */
-    this.known = new Map();
-    /** @type {Pane[]} */
-    this.panes = [];
-    /** @type {WeakMap<HTMLElement, [number, number]>} */
-    this.placed = new WeakMap();
     this.whenZoomed = () => {};
-    this.show(look);
+    this.pane = this.#open("adapted");
     this.fit();
   }
 
   /**
-   * Choose the panes.
-   * @param {Look} look
+   * Choose the view.
+   * @param {Mode} mode
    */
-  show(look) {
-    const before = this.panes[0]?.scroller;
-    const [left, top] = [before?.scrollLeft ?? 0, before?.scrollTop ?? 0];
-    this.look = look;
-    const modes = /** @type {Mode[]} */ (look === "all" ? ["base", "adapted", "folded"] : [look]);
-    this.panes = modes.map((mode) => this.#pane(mode));
-    this.element.replaceChildren(...this.panes.map((pane) => pane.element));
-    this.element.dataset.look = look;
-    for (const pane of this.panes) {
-      pane.draw();
-      pane.select(this.selected);
-    }
+  show(mode) {
+    const { scrollLeft, scrollTop } = this.pane.scroller;
+    this.pane = this.#open(mode);
+    this.pane.select(this.selected);
     this.#apply();
-    this.#scroll({ left, top });
+    this.pane.scroller.scrollTo(scrollLeft, scrollTop);
   }
 
   /** @param {Mode} mode */
-  #pane(mode) {
-    let pane = this.known.get(mode);
-    if (!pane) {
-      pane = new Pane({ ...this.paint, mode });
-      this.known.set(mode, pane);
-      this.#listen(pane.scroller);
-    }
+  #open(mode) {
+    const pane = new Pane({ ...this.paint, mode });
+    this.#listen(pane.scroller);
+    this.element.replaceChildren(pane.element);
     return pane;
   }
 
   /** @param {Item | null} item */
   select(item) {
     this.selected = item;
-    for (const pane of this.panes) pane.select(item);
+    this.pane.select(item);
   }
 
   /** Color everything again. */
   recolor() {
-    for (const pane of this.panes) pane.recolor();
+    this.pane.recolor();
   }
 
   /**
@@ -87,18 +66,16 @@ export class Stage {
     const anchor = items.length === 1 ? items[0] : null;
     const before = anchor && boxes.absolute(anchor);
     change();
-    for (const pane of this.panes) {
-      pane.redraw(items);
-      pane.select(this.selected);
-    }
+    this.pane.redraw(items);
+    this.pane.select(this.selected);
     this.#apply();
     if (!anchor || !before) return;
     const after = boxes.absolute(anchor);
-    const { scrollLeft, scrollTop, clientWidth } = this.panes[0].scroller;
+    const { scrollLeft, scrollTop, clientWidth } = this.pane.scroller;
     const middle = scrollLeft + (after.x + after.width / 2 - before.x - before.width / 2) * this.zoom;
     // Of a module that is wider than the window, the left edge is shown.
     const left = (after.x + MARGIN / 2) * this.zoom;
-    this.#scroll({
+    this.pane.scroller.scrollTo({
       left: after.width * this.zoom > clientWidth ? left : middle,
       top: scrollTop + (after.y - before.y) * this.zoom,
     });
@@ -106,13 +83,11 @@ export class Stage {
 
   /** Draw everything, after many scopes were opened or closed. */
   drawAll() {
-    const { clientWidth } = this.panes[0].scroller; // read before drawing, to avoid a second layout
-    for (const pane of this.panes) {
-      pane.draw();
-      pane.select(this.selected);
-    }
+    const { clientWidth } = this.pane.scroller; // read before drawing, to avoid a second layout
+    this.pane.draw();
+    this.pane.select(this.selected);
     this.#apply();
-    this.#scroll({ left: this.#home(clientWidth), top: 0 });
+    this.pane.scroller.scrollTo({ left: this.#home(clientWidth), top: 0 });
   }
 
   /**
@@ -130,9 +105,9 @@ export class Stage {
 
   /** Fit the width, as far as the text stays readable. */
   fit() {
-    const { scroller, width } = this.panes[0];
+    const { scroller, width } = this.pane;
     this.setZoom(Math.max(Math.min(1, scroller.clientWidth / width), READABLE));
-    this.#scroll({ left: this.#home(scroller.clientWidth), top: 0 });
+    this.pane.scroller.scrollTo({ left: this.#home(scroller.clientWidth), top: 0 });
   }
 
   /** @param {number} steps */
@@ -144,9 +119,9 @@ export class Stage {
    * Zoom around a point of the window, by default its middle.
    * @param {number} zoom
    * @param {{x: number, y: number}} [point]
-   * @param {HTMLElement} [scroller]
    */
-  setZoom(zoom, point, scroller = this.panes[0].scroller) {
+  setZoom(zoom, point) {
+    const { scroller } = this.pane;
     const frame = scroller.getBoundingClientRect();
     const x = point ? point.x - frame.left : frame.width / 2;
     const y = point ? point.y - frame.top : frame.height / 2;
@@ -154,15 +129,14 @@ export class Stage {
     const factor = Math.min(Math.max(zoom, SMALLEST), LARGEST) / this.zoom;
     this.zoom *= factor;
     this.#apply();
-    this.#scroll({ left: (scrollLeft + x) * factor - x, top: (scrollTop + y) * factor - y });
+    this.pane.scroller.scrollTo({ left: (scrollLeft + x) * factor - x, top: (scrollTop + y) * factor - y });
     this.whenZoomed();
   }
 
   #apply() {
-    for (const { svg, width, height } of this.panes) {
-      svg.style.width = `${width * this.zoom}px`;
-      svg.style.height = `${height * this.zoom}px`;
-    }
+    const { svg, width, height } = this.pane;
+    svg.style.width = `${width * this.zoom}px`;
+    svg.style.height = `${height * this.zoom}px`;
   }
 
   /**
@@ -171,7 +145,7 @@ export class Stage {
    */
   reveal(item) {
     const { x, y, width, height } = this.paint.boxes.absolute(item);
-    const { scroller } = this.panes[0];
+    const { scroller } = this.pane;
     const center = (/** @type {number} */ start, /** @type {number} */ size, /** @type {number} */ room) =>
       size * this.zoom > room ? (start + MARGIN) * this.zoom - 40 : (start + size / 2 + MARGIN) * this.zoom - room / 2;
     const seen =
@@ -181,46 +155,22 @@ export class Stage {
       (y + height + MARGIN) * this.zoom <= scroller.scrollTop + scroller.clientHeight;
     if (seen) return;
     const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
-    this.#scroll({
+    this.pane.scroller.scrollTo({
       left: center(x, width, scroller.clientWidth),
       top: center(y, height, scroller.clientHeight),
       behavior: still ? "auto" : "smooth",
     });
   }
 
-  /** @param {ScrollToOptions} to */
-  #scroll(to) {
-    const { scroller } = this.panes[0];
-    scroller.scrollTo(to);
-    this.#follow(scroller);
-  }
-
-  /**
-   * Scroll the other panes to the position of one. Scroll events arrive later, so each pane's position is stored, to tell
-   * its own events from those of the user.
-   * @param {HTMLElement} leader
-   */
-  #follow(leader) {
-    const { scrollLeft, scrollTop } = leader;
-    for (const { scroller } of this.panes) {
-      if (scroller !== leader) scroller.scrollTo(scrollLeft, scrollTop);
-      this.placed.set(scroller, [scroller.scrollLeft, scroller.scrollTop]);
-    }
-  }
-
   /** @param {HTMLElement} scroller */
   #listen(scroller) {
-    scroller.addEventListener("scroll", () => {
-      const [left, top] = this.placed.get(scroller) ?? [];
-      if (scroller.scrollLeft !== left || scroller.scrollTop !== top) this.#follow(scroller);
-    });
     scroller.addEventListener(
       "wheel",
       (event) => {
         if (!event.ctrlKey && !event.metaKey) return;
         event.preventDefault();
         const point = { x: event.clientX, y: event.clientY };
-        this.setZoom(this.zoom * Math.exp(-event.deltaY * (event.deltaMode ? 0.06 : 0.002)), point, scroller);
+        this.setZoom(this.zoom * Math.exp(-event.deltaY * (event.deltaMode ? 0.06 : 0.002)), point);
       },
       { passive: false },
     );
@@ -274,7 +224,7 @@ export class Stage {
         const [one, other] = event.touches;
         const now = spread(event.touches);
         const point = { x: (one.clientX + other.clientX) / 2, y: (one.clientY + other.clientY) / 2 };
-        this.setZoom((this.zoom * now) / apart, point, scroller);
+        this.setZoom((this.zoom * now) / apart, point);
         apart = now;
       },
       { passive: false },

@@ -1,0 +1,157 @@
+"""The two files of an adapter, read without a model: a chain of reflections for each layer, and trained tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hra_fx.checkpoint.base_row import BaseRow, read_base_row
+from hra_fx.checkpoint.folder import WEIGHTS_NAME, find
+from hra_fx.checkpoint.keys import EXTRA_BIASES, PREFIX, VECTORS, reflection_key
+from hra_fx.checkpoint.resume import Resume, read_resume
+from hra_fx.checkpoint.weights import read_prefixed
+from hra_fx.config import HRAConfig
+from hra_fx.errors import CheckpointError, FoldError
+from hra_fx.functional.chain import plain_chain
+from hra_fx.functional.low_rank import anchor_noise
+from hra_fx.functional.statistics import inverse_condition
+from hra_fx.layers.experts_weight import stands_for_parameter
+from hra_fx.layers.target import REFLECTION
+
+_BIASES = ("bias", "in_proj_bias")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The content of an adapter's two files.
+
+    Attributes:
+        file: the weights file.
+        config: the configuration.
+        tensors: all tensors, by their keys with PEFT's prefix.
+        metadata: of the weights file, without what a configuration of the caller's replaces.
+        base_row: a row of the base model; `None` in files of PEFT.
+    """
+
+    file: Path
+    config: HRAConfig
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    base_row: BaseRow | None
+
+    @cached_property
+    def resume(self) -> Resume:
+        """How the chains split into anchors and trained vectors.
+
+        Raises:
+            CheckpointError: the metadata does not match the configuration.
+        """
+        return read_resume(self.file, self.metadata, self.config)
+
+    @cached_property
+    def chains(self) -> dict[str, Tensor]:
+        """Path of a layer -> `U: (d, k)`, plain reflections, in the dtype of the file, float64 after Gram-Schmidt.
+
+        Chains of experts are `(experts, d, k)`.
+
+        Raises:
+            CheckpointError: there are none, or their shapes do not match the configuration.
+            FoldError: Gram-Schmidt of linearly dependent vectors.
+        """
+        keys = {key.removeprefix(PREFIX).rpartition("."): key for key in self.tensors}
+        chains = {path: self._chain(path, key) for (path, _, last), key in keys.items() if last == REFLECTION}
+        if not chains:
+            raise CheckpointError(
+                f"{self.file}: no vectors found (keys that end in {REFLECTION!r}). Save the adapter again."
+            )
+        return chains
+
+    @cached_property
+    def full(self) -> dict[str, Tensor]:
+        """Name of a fully trained tensor -> its value; raises the errors of `embeddings`."""
+        return {name: tensor for name, tensor in self._others.items() if self._is_trained(name)}
+
+    @cached_property
+    def embeddings(self) -> dict[str, Tensor]:
+        """Name of a copied tensor of the base model -> its value.
+
+        Raises:
+            CheckpointError: the file has a tensor under two names.
+        """
+        return {name: tensor for name, tensor in self._others.items() if not self._is_trained(name)}
+
+    @cached_property
+    def _others(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for key, tensor in self.tensors.items():
+            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+            if name.rpartition(".")[2] in (REFLECTION, VECTORS):
+                continue
+            if self.config.bias == "all" and EXTRA_BIASES.search(key):
+                continue
+            if name in found:
+                raise CheckpointError(
+                    f"{self.file}: duplicate key {key}, with and without '.base_layer.'. Save the adapter again."
+                )
+            found[name] = tensor
+        return found
+
+    def _is_trained(self, name: str) -> bool:
+        path, _, last = name.rpartition(".")
+        return self.saves(path) or (self.config.bias != "none" and last in _BIASES)
+
+    def _chain(self, path: str, key: str) -> Tensor:
+        tensor, config = self.tensors[key], self.config
+        r, of_experts = config.rank_of(path), bool(config.target_parameters) and stands_for_parameter(path)
+        if tensor.dim() != 2 + of_experts or tensor.shape[-1] != r:
+            shape = f"({'experts, ' * of_experts}d, {r})"
+            raise CheckpointError(
+                f"{self.file}: {key} must have shape {shape}, got {tuple(tensor.shape)}: the configuration says "
+                f"r={r}. The two files are from different adapters; save it again."
+            )
+        # By the first rule, all vectors in 8 bits would be dependent.
+        least = min(8 * torch.finfo(tensor.dtype).eps, 1 / 16)
+        if config.apply_GS and (r > tensor.shape[-2] or inverse_condition(tensor) < least):
+            raise FoldError(
+                f"{self.file}: {key}: its {r} vectors of length {tensor.shape[-2]} are linearly dependent, so "
+                "Gram-Schmidt is not defined. Train with apply_GS=False, or with init_weights=True in hra_fx, which "
+                "starts from independent vectors."
+            )
+        return plain_chain(tensor.double() if config.apply_GS else tensor, None, apply_GS=config.apply_GS)
+
+    def saves(self, path: str) -> bool:
+        """Whether a module, or one around it, is in `modules_to_save`; as in PEFT, entries match ends of paths."""
+        names = tuple(self.config.modules_to_save or ())
+        parts = path.split(".")
+        return bool(names) and any(".".join(parts[:i]).endswith(names) for i in range(1, len(parts) + 1))
+
+    def noise(self, path: str) -> float:
+        """How far the `Q` of a fresh adapter may be from the identity; 0 for a layer that it does not adapt."""
+        config = self.resume.config
+        if not (config.apply_GS and self.resume.has_anchors and path in self.chains):
+            return 0.0
+        return anchor_noise(config.rank_of(path), self.tensors[reflection_key(path)].dtype)
+
+
+def read_adapter(source: str | os.PathLike[str], config: HRAConfig | None = None) -> Adapter:
+    """Read an adapter saved by `save_adapter` or PEFT.
+
+    Args:
+        source: its folder, or its name on the Hub.
+        config: replaces the configuration in the folder; the vectors are then used as stored.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the two do not match.
+        ConfigError: the configuration is invalid.
+    """
+    folder = find(source)
+    own = HRAConfig.from_pretrained(folder) if config is None else config
+    file = folder / WEIGHTS_NAME
+    tensors, metadata = read_prefixed(file)
+    return Adapter(file, own, tensors, metadata if config is None else {}, read_base_row(file, metadata))

@@ -1,0 +1,269 @@
+"""Plots of what adapters did, by matplotlib (an optional dependency): layers, two adapters, and a training."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hra_fx.atomic_write import output_file, write_output_file
+from hra_fx.errors import VisualizeError
+from hra_fx.reporting.colormap import PALETTE, UNKNOWN, color, ink_on
+from hra_fx.reporting.columns import adapters_of
+from hra_fx.reporting.heat import HEATS, Heat, default_heat, heat_named, heat_of, scale
+from hra_fx.reporting.progress import Progress, adapters_in
+from hra_fx.reporting.row import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMATS = (".svg", ".png", ".pdf")
+INK, QUIET, GRID = "#1f2328", "#59636e", "#d8dee4"
+#: Okabe and Ito's colors that are readable on white, safe for color blindness.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+#: Leave out the date and the version of matplotlib, so that equal values give equal files.
+_METADATA: dict[str, dict[str, Any]] = {
+    ".svg": {"Date": None, "Creator": None},
+    ".png": {"Software": None},
+    ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+}
+_STYLE: dict[str, Any] = {
+    "svg.hashsalt": "hra_fx",
+    "svg.fonttype": "none",  # text as text, so that it can be searched and read aloud
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib
+    "font.size": 9.0,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": QUIET,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "text.parse_math": False,  # names from a model are not formulas
+}
+
+
+def check_plot(path: str | os.PathLike[str]) -> Path:
+    """Check the path of a plot before the work starts, and return it.
+
+    Raises:
+        VisualizeError: unknown file ending, no such folder, or matplotlib is not installed.
+    """
+    file = output_file(path, FORMATS)
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise VisualizeError(
+            "Plots need matplotlib, which is not installed. Run: pip install 'hra-fx[plot]'. Without it, "
+            "print(hra_fx.report(model)) or its to_json() give the same values, and hra_fx.visualize draws them."
+        ) from error
+    return file
+
+
+def style() -> Any:
+    """The rc context in which figures are made and written."""
+    import matplotlib as mpl
+
+    return mpl.rc_context(_STYLE)  # type: ignore[arg-type]
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty white figure outside of matplotlib's global state; width and height in inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), facecolor="white")
+
+
+def entitle(axes: Axes, title: str, subtitle: str = "", points: int = 8) -> None:
+    """A heading some points above the axes, and a line below it, both aligned with the left end of the axes."""
+    lines: list[tuple[str, dict[str, Any]]] = [(title, {"fontsize": 11, "fontweight": "bold"})]
+    if subtitle:
+        lines.append((subtitle, {"color": QUIET}))
+    for place, (text, look) in enumerate(reversed(lines)):
+        shift = (0, points + 16 * place)
+        axes.annotate(text, (0, 1), shift, xycoords="axes fraction", textcoords="offset points", **look)
+
+
+def write(figure: Figure, file: Path) -> Path:
+    """Write a figure, cropped to its content, as a whole file or not at all.
+
+    Raises:
+        VisualizeError: the file could not be written.
+    """
+    ending, buffer = file.suffix.lower(), io.BytesIO()
+    with warnings.catch_warnings():
+        # A missing glyph is drawn as a box, and in an SVG the reader's fonts draw it.
+        warnings.filterwarnings("ignore", r"Glyph .* missing from font", UserWarning)
+        figure.savefig(
+            buffer, format=ending[1:], dpi=160, bbox_inches="tight", pad_inches=0.15, metadata=_METADATA[ending]
+        )
+    write_output_file(file, buffer.getvalue())
+    return file
+
+
+def cell_of(path: str) -> tuple[str, str]:
+    """The block of a layer, a path up to its last number that is followed by a name, and the layer's name in it.
+
+    >>> cell_of("layer1.0.downsample.0"), cell_of("features.3"), cell_of("lm_head")
+    (('layer1.0', 'downsample.0'), ('features.3', 'features'), ('', 'lm_head'))
+    """
+    parts = path.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+    if not numbers:
+        return "", path
+    named = [place for place in numbers if not all(part.isdigit() for part in parts[place + 1 :])]
+    end = (named[-1] if named else numbers[0]) + 1
+    return ".".join(parts[:end]), ".".join(parts[end:]) or ".".join(parts[: end - 1]) or "layer"
+
+
+def draw_heatmap(rows: Sequence[Row], path: str | os.PathLike[str], heat: str | None, adapter: str | None) -> Path:
+    """Write the heatmap of some rows; see `Report.plot_heatmap`.
+
+    Raises:
+        VisualizeError: unknown file ending, field or adapter, no such folder, or matplotlib is not installed.
+    """
+    file = check_plot(path)
+    measure = heat_named(default_heat(rows) if heat is None else heat)
+    known = adapters_of(rows)
+    if adapter is not None and adapter not in known:
+        raise VisualizeError(f"`adapter` must be one of {', '.join(map(repr, known))}, got {adapter!r}.")
+    if not rows:
+        raise VisualizeError("The report has no rows to plot.")
+    used = [row for row in rows if adapter in (None, row.adapter)]
+    names = adapters_of(used)
+    subtitle = f"adapter {names[0]}" if len(names) == 1 else f"largest of adapters {', '.join(names)}"
+    with style():
+        return write(_heatmap(heat_of(used, measure.field), measure, _shown(subtitle)), file)
+
+
+def _heatmap(values: dict[str, float], measure: Heat, subtitle: str) -> Figure:
+    cells = {path: cell_of(path) for path in values}
+    names = list(dict.fromkeys(name for _, name in cells.values()))
+    blocks = list(dict.fromkeys(block for block, _ in cells.values()))
+    cell = min(0.42, max(0.15, 14 / len(blocks)))
+    figure, ends = new_figure(cell * len(blocks), 0.3 * len(names)), scale(values.values())
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, len(blocks)), ylim=(len(names), 0))
+    for path, (block, name) in cells.items():
+        x, y, value = blocks.index(block), names.index(name), values[path]
+        fill = color(value, ends)
+        axes.fill([x, x + 1, x + 1, x], [y, y, y + 1, y + 1], facecolor=fill, edgecolor="white", linewidth=0.6)
+        if cell >= 0.35:
+            text = f"{value:.2g}" if value < 100 else f"{value:.0f}"
+            axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7, color=ink_on(fill))
+    step, stacks = math.ceil(0.2 / cell), {block.rpartition(".")[0] for block in blocks if block}
+    columns = blocks if len(stacks) > 1 else [block.rpartition(".")[2] for block in blocks]
+    ticks = [column + 0.5 for column in range(0, len(blocks), step)]
+    axes.set_xticks(ticks, list(map(_shown, columns[::step])), rotation=90 * (len(stacks) > 1))
+    axes.set_xlabel(_shown(stacks.pop()) if len(stacks) == 1 else "", color=QUIET)
+    axes.set_yticks([row + 0.5 for row in range(len(names))], list(map(_shown, names)))
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    entitle(axes, f"{measure.words[0].upper()}{measure.words[1:]} by layer", subtitle)
+    _color_bar(figure, ends, measure.unit, unknown=not all(map(math.isfinite, values.values())))
+    return figure
+
+
+def _color_bar(figure: Figure, ends: tuple[float, float], unit: str, *, unknown: bool) -> None:
+    """The scale to the right of the heatmap."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+
+    (axes,), (width, height) = figure.axes, figure.get_size_inches()
+    colors = ScalarMappable(Normalize(*ends), LinearSegmentedColormap.from_list("heat", PALETTE))
+    bar = figure.colorbar(colors, cax=axes.inset_axes((1 + 0.15 / width, 1 - 1.2 / height, 0.12 / width, 1.2 / height)))
+    bar.set_ticks(ends, labels=[f"{end:.3g}{unit}" for end in ends])
+    if unknown:
+        bar.ax.set_xlabel("unknown", backgroundcolor=UNKNOWN, fontsize=8)
+
+
+def draw_comparison(rows: Sequence[Row], path: str | os.PathLike[str], first: str, second: str) -> Path:
+    """Write the plot of two adapters; see `Report.plot_comparison`.
+
+    Raises:
+        VisualizeError: unknown file ending or adapter, no such folder, or matplotlib is not installed.
+    """
+    file = check_plot(path)
+    known = adapters_of(rows)
+    for name in (first, second):
+        if name not in known:
+            raise VisualizeError(f"Adapter {name!r} is not in the report, which has {', '.join(map(repr, known))}.")
+    if first == second:
+        raise VisualizeError(f"The two adapters must be different, got {first!r} twice.")
+    used = [row for row in rows if row.adapter in (first, second)]
+    paths = list(dict.fromkeys(row.path for row in used))
+    with style():
+        figure = new_figure(6.8, max(0.6, 0.22 * len(paths)))
+        for place, measure in enumerate((HEATS["mean_angle"], HEATS["angle"])):
+            axes = figure.add_axes((place * 0.53, 0, 0.47, 1), ylim=(len(paths) - 0.5, -0.5))
+            for name, tint, marker in ((first, _COLORS[0], "o"), (second, _COLORS[1], "D")):
+                values = {row.path: measure.value(row) for row in used if row.adapter == name}
+                angles = [values.get(path, math.nan) for path in paths]
+                axes.plot(angles, range(len(paths)), marker, color=tint, markersize=5, label=_shown(name))
+            axes.set_xlim(left=0)
+            axes.set_yticks(range(len(paths)), [_shown(path) for path in paths] if not place else [""] * len(paths))
+            _quiet(axes, f"{measure.words}, degrees", "x")
+        figure.axes[1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
+        return write(figure, file)
+
+
+def draw_training(history: Sequence[Progress], path: str | os.PathLike[str]) -> Path:
+    """Write the plot of a training: the mean and the largest angle of each adapter by step, and the error of `Q`.
+
+    Args:
+        history: the points in the order of steps.
+        path: the file, ending in `.svg`, `.png` or `.pdf`; its folder must exist.
+
+    Raises:
+        VisualizeError: unknown file ending, no such folder, an empty history, or matplotlib is not installed.
+    """
+    file = check_plot(path)
+    if not history:
+        raise VisualizeError("`history` is empty. Train with a RotationCallback first.")
+    with style():
+        figure = new_figure(6.4, 4.4)
+        angles, errors = figure.add_axes((0, 0.37, 1, 0.63)), figure.add_axes((0, 0, 1, 0.25))
+        for place, adapter in enumerate(adapters_in(history)):
+            points = [point for point in history if point.adapter == adapter]
+            tint, name = _COLORS[place % len(_COLORS)], _shown(adapter)
+            mean, largest = ([math.degrees(getattr(point, field)) for point in points] for field in _ANGLES)
+            steps, marker = [point.step for point in points], "." if len(points) < 30 else ""
+            angles.plot(steps, mean, color=tint, marker=marker, label=f"{name}, mean")
+            angles.plot(steps, largest, ":", color=tint, marker=marker, label=f"{name}, largest")
+            errors.plot(steps, [point.orthogonality for point in points], color=tint, marker=marker)
+        for axes, title in ((angles, "rotation angles, degrees"), (errors, "largest |Q'Q - I| (rounding error)")):
+            axes.set_ylim(bottom=0)
+            _quiet(axes, title, "y")
+        errors.yaxis.set_major_formatter("{x:.1e}")  # matplotlib's own writes powers of ten as formulas
+        errors.set_xlabel("step")
+        angles.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
+        return write(figure, file)
+
+
+_ANGLES = ("mean_angle", "angle")
+
+
+def _quiet(axes: Axes, title: str, grid: Any) -> None:
+    """A title on the left, lines of a grid, and no frame."""
+    axes.set_title(title, loc="left", fontsize=9, color=QUIET)
+    axes.grid(axis=grid)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _shown(text: str, letters: int = 56) -> str:
+    """A name from a model as a label: one line, printable, shortened.
+
+    >>> _shown("a\\nb"), _shown("x" * 99, 9)
+    ('a b', 'xxxx…xxxx')
+    """
+    line = "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(text.split()))
+    tail = (letters - 1) // 2
+    return line if len(line) <= letters else f"{line[: letters - 1 - tail]}…{line[len(line) - tail :]}"

@@ -1,1 +1,0 @@
-"""Plots of what adapters did, by matplotlib, which is an optional dependency."""
