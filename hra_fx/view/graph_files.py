@@ -73,7 +73,9 @@ def render_dot(drawing: Drawing, options: Options) -> str:
         fill = fill or light("violet-pale" if leaf.marks else "card")
         words = dict.fromkeys((leaf.name, leaf.detail, f"r {leaf.rank}" * bool(leaf.rank), value))
         label = quoted(*filter(None, words))
-        tip = quoted(*([*map(heat.line, leaf.marks), *notes(leaf)] or [leaf.target]))
+        # A later call of a shared layer has no marks, and is not named again.
+        otherwise = leaf.op if leaf.kind == "adapted_layer" else leaf.target
+        tip = quoted(*([*map(heat.line, leaf.marks), *notes(leaf)] or [otherwise]))
         return f'label={label}, tooltip={tip}, fillcolor="{fill}", fontcolor="{ink_on(fill)}"'
 
     def inside(leaves: Sequence[tuple[str, Leaf]], depth: int = 0) -> Iterator[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from canaries.one_process import mesh_of_one
 from torch import nn
 
 import hra_fx
-from hra_fx.checkpoint.disk.architecture import Architecture
 from hra_fx.checkpoint.disk.ties import _config_tree
 from hra_fx.export.skeleton import OUTPUTS, model_type_of
 from hra_fx.layers.experts_weight import _IS_TRANSPOSED, is_transposed
@@ -154,21 +152,6 @@ def test_tied_weights() -> None:
     head.weight = nn.Parameter(torch.zeros_like(head.weight))
     model.tie_weights()
     assert head.weight is not embeddings.weight, "`tie_word_embeddings` says whether `tie_weights` ties"
-
-
-@of_transformers(
-    "the places of its source files, or `_tied_weights_keys` in them",
-    reader="hra_fx/checkpoint/disk/architecture.py",
-    breaks="fold_checkpoint: every model would be built, which takes seconds, or a transposed weight would be missed",
-)
-@pytest.mark.parametrize(
-    ("model_type", "in_rows", "ties_in_blocks"),
-    [("llama", True, False), ("gpt2", None, False), ("deformable_detr", True, True)],
-)
-def test_source_files(model_type: str, in_rows: bool | None, ties_in_blocks: bool, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    found = Architecture(tmp_path)
-    assert (found.in_rows, found.ties_in_blocks) == (in_rows, ties_in_blocks)
 
 
 @of_transformers(

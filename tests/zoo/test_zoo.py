@@ -29,10 +29,10 @@ diffusers/PixArtTransformer2DModel diffusers/UNet2DConditionModel
 """
 
 
-#: Quick ones that cover each library, convolutions, attention, readers of weights, and tied weights.
+#: Quick ones that cover each library, convolutions, attention, readers of weights (beit, swin), and tied weights (gpt2).
 QUICK = """
 torchvision/swin_t timm/vit_tiny_patch16_224 timm/beit_base_patch16_224 timm/test_nfnet
-transformers/bert transformers/gpt2 transformers/llama transformers/mamba transformers/t5 diffusers/AutoencoderKL
+transformers/bert transformers/gpt2 transformers/llama diffusers/AutoencoderKL
 """
 
 
