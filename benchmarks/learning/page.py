@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from learning import plots
-from learning.plan import TASK_NAMES, TEACHERS, finished, methods_of, untrained
+from learning.plan import ONE_SEED, TASK_NAMES, TEACHERS, finished, methods_of, untrained
 from learning.rates import RATES_FROM, final_runs
 from learning.records import FILE, Record, of
 from learning.summary import (
@@ -161,7 +161,7 @@ def _has(records: Sequence[Record], plot: str) -> bool:
 
 def _first_table(records: Sequence[Record], tasks: Sequence[str]) -> str:
     found = [row for task in tasks if (row := compare(records, task))]
-    short = [row.task for row in found if not row.holds]
+    short = [row.task for row in found if row.task not in ONE_SEED and not row.holds]
     verdict = (
         f"In pairs, HRA's mean falls short of LoRA's by more than one standard error of the difference on: "
         f"{', '.join(short)}."
@@ -233,7 +233,17 @@ def _of_task(records: Sequence[Record], task: str) -> str:
             ]
         )
     columns = ["method", "r", "parameters", "rate", TASKS[task].metric, "gain over LoRA", *kept, "time", "memory"]
-    return f"## {task}\n\n{TASKS[task].about}\n\n{_table(columns, rows)}"
+    curve = _curve(records, task) if task in ONE_SEED else ""
+    return f"## {task}\n\n{TASKS[task].about}\n\n{_table(columns, rows)}{curve}"
+
+
+def _curve(records: Sequence[Record], task: str) -> str:
+    """The validation scores of LoRA and of pairs over the steps of a long run."""
+    methods = ("lora", "hra-pairs")
+    scores_of = [[f"{point[2]:.1f}" for point in final_runs(records, task, method)[0].curve] for method in methods]
+    steps = [str(point[0]) for point in final_runs(records, task, methods[0])[0].curve]
+    rows = [[ALL[method].label, *found] for method, found in zip(methods, scores_of, strict=True)]
+    return f"\nValidation {TASKS[task].metric} after so many steps:\n\n{_table(['method', *steps], rows)}"
 
 
 def _forgetting(records: Sequence[Record], tasks: Sequence[str]) -> str:
@@ -247,7 +257,8 @@ def _forgetting(records: Sequence[Record], tasks: Sequence[str]) -> str:
                 *(_mean_retained(records, task, method, name) for method in methods),
             ]
             rows.append([task, name, *means, _interval(retention_gain(records, task, "hra-pairs", "lora", name))])
-            at_equal_score.append([task, name, *_at_equal_score(records, task, name)])
+            if task not in RATES_FROM:  # which have runs at other rates
+                at_equal_score.append([task, name, *_at_equal_score(records, task, name)])
     columns = ["task", "retained", "before", *(ALL[method].label for method in methods), "pairs over LoRA"]
     return (
         FORGETTING
