@@ -29,7 +29,7 @@ diffusers/PixArtTransformer2DModel diffusers/UNet2DConditionModel
 """
 
 
-#: Quick ones that cover each library, convolutions, attention, readers of weights (beit, swin), and tied weights (gpt2).
+#: Quick ones of each library: convolutions, attention, readers of weights (beit, swin), tied weights (gpt2).
 QUICK = """
 torchvision/swin_t timm/vit_tiny_patch16_224 timm/beit_base_patch16_224 timm/test_nfnet
 transformers/bert transformers/gpt2 transformers/llama diffusers/AutoencoderKL
