@@ -8,11 +8,10 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from checkpoint.folders import BOTH, CONFIG, KEY, files_of_at_most, normal, picture, saved, unwritten
+from checkpoint.folders import BOTH, CONFIG, KEY, files_of_at_most, interrupted, normal, picture, saved, unwritten
 
 from hra_fx.checkpoint.folder import WEIGHTS_NAME, find, write
 from hra_fx.checkpoint.weights import read
@@ -126,36 +125,17 @@ def test_a_reader_and_a_killed_writer_leave_a_complete_adapter(tmp_path: Path) -
         assert whole(tmp_path) >= max(seen)
 
 
-def interrupted(folder: Path, step: int) -> bool:
-    """Whether a save of an r of 4 ended before its `step`-th opcode between the files, where Ctrl-C arrives."""
-    left = [step]
-
-    def trace(frame: Any, event: str, _: object) -> Any:
-        if frame.f_code.co_name != "_replace_both":
-            return None
-        frame.f_trace_opcodes = True
-        left[0] -= event == "opcode"
-        if left[0] == 0:
-            left[0] = -1
-            raise KeyboardInterrupt
-        return trace
-
-    outer = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        write(folder, HRAConfig(r=4).to_json_string(), {KEY: normal(6, 4)}, {})
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(outer)
-    return False
+def interrupted_save(folder: Path, step: int) -> bool:
+    """Whether a save of an r of 4 ended before its `step`-th opcode between the files."""
+    config, tensors = HRAConfig(r=4).to_json_string(), {KEY: normal(6, 4)}
+    return interrupted(lambda: write(folder, config, tensors, {}), "_replace_both", step)
 
 
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.slow
 def test_an_interrupt_at_any_place_leaves_the_old_adapter_or_the_new_one(tmp_path: Path, first: bool) -> None:
     old = {} if first else picture(saved(tmp_path / "old"))
-    assert not interrupted(tmp_path / "new", -1)
+    assert not interrupted_save(tmp_path / "new", -1)
     new = picture(tmp_path / "new")
     outcomes = []
     while True:
@@ -163,7 +143,7 @@ def test_an_interrupt_at_any_place_leaves_the_old_adapter_or_the_new_one(tmp_pat
         folder.mkdir()
         if not first:
             saved(folder)
-        if not interrupted(folder, len(outcomes) + 1):
+        if not interrupted_save(folder, len(outcomes) + 1):
             break
         outcomes.append(picture(folder))
     assert all(outcome in (old, new) for outcome in outcomes)

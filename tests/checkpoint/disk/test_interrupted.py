@@ -13,12 +13,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from checkpoint.disk import made
-from checkpoint.folders import files_of_at_most
+from checkpoint.folders import files_of_at_most, interrupted
 from safetensors.torch import save_file
 
 import hra_fx
@@ -79,41 +78,21 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
 
 
-def interrupted(step: int, base: Path, adapter: Path, out: Path) -> bool:
-    """Whether a fold ended before the `step`-th opcode of the renames, where Ctrl-C arrives."""
-    left = [step]
-
-    def trace(frame: Any, event: str, _: object) -> Any:
-        if frame.f_code.co_name != "_publish":
-            return None
-        frame.f_trace_opcodes = True
-        left[0] -= event == "opcode"
-        if left[0] == 0:
-            raise KeyboardInterrupt
-        return trace
-
-    outer = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        hra_fx.fold_checkpoint(base, adapter, out, columns=[], overwrite=True, progress=False)
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(outer)
-    return False
-
-
 @pytest.mark.slow
 def test_ctrl_c_between_the_renames_leaves_the_old_folder_or_the_new_one(tmp_path: Path) -> None:
     base, adapter = prepared(tmp_path, layers=1)
     hra_fx.fold_checkpoint(base, adapter, tmp_path / "new", columns=[])
     old, new = {"old": b"x"}, made.picture(tmp_path / "new")
     outcomes, out = [], tmp_path / "out"
+
+    def fold() -> None:
+        hra_fx.fold_checkpoint(base, adapter, out, columns=[], overwrite=True, progress=False)
+
     while True:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
         (out / "old").write_bytes(b"x")
-        if not interrupted(len(outcomes) + 1, base, adapter, out):
+        if not interrupted(fold, "_publish", len(outcomes) + 1):
             break
         outcomes.append("old" if made.picture(out) == old else made.contents(out))
         assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "new", "out"}
