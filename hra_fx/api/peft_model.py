@@ -22,7 +22,7 @@ from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.export.captured import is_program
 from hra_fx.integrations import push
-from hra_fx.integrations.pretrained import save_adapters_or_model
+from hra_fx.integrations.pretrained import save_adapters
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.class_swap import SwapMixin, original_class, swap, swapped_class
 from hra_fx.layers.peft_layers import refuse_peft_layers
@@ -274,7 +274,7 @@ class HRAModel(SwapMixin):
             "safe_serialization": safe_serialization,
             "push_to_hub": push_to_hub,
         }
-        save_adapters_or_model(self, save_directory, selected_adapters, options, kwargs)
+        save_adapters(self, save_directory, selected_adapters, options, kwargs)
 
     @classmethod
     def from_pretrained(cls, model: Any, *args: Any, **kwargs: Any) -> Any:

@@ -35,7 +35,7 @@ class AdaptedPretrainedModel(AdaptedModel):
         """Replace `fuse_qkv_projections` of diffusers, where the class has it."""
         methods = super().wrap(base)
         if hasattr(base, "fuse_qkv_projections"):
-            methods["fuse_qkv_projections"] = _fuse_unless_adapted(base)
+            methods["fuse_qkv_projections"] = _refusal_to_fuse(base)
         return methods
 
     def save_pretrained(
@@ -73,13 +73,10 @@ class AdaptedPretrainedModel(AdaptedModel):
             "safe_serialization": safe_serialization,
             "push_to_hub": push_to_hub,
         }
-        save_adapters_or_model(self, save_directory, selected_adapters, options, kwargs)
+        save_adapters(self, save_directory, selected_adapters, options, kwargs)
 
     def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """Same as `hra_fx.push_to_hub`: upload the adapters, with a model card if the repository has none."""
-        if get_state(self) is None:  # a new object of this class
-            base: Any = super()
-            return base.push_to_hub(repo_id, *args, **kwargs)
         return push.push_to_hub(self, repo_id, *args, **kwargs)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
@@ -93,30 +90,25 @@ class AdaptedPretrainedModel(AdaptedModel):
                 output layer. The model is unchanged.
         """
         base: Any = super()
-        if get_state(self) is None:  # a new object of this class
-            return base.resize_token_embeddings(*args, **kwargs)
         with plain_output_layers(self):
             return base.resize_token_embeddings(*args, **kwargs)
 
     def dequantize(self, *args: Any, **kwargs: Any) -> Any:
-        """Dequantize as the base class does, by replacing quantized layers.
+        """Refuse: dequantizing replaces quantized layers, and new ones would have no adapters.
 
         Raises:
-            AdapterError: the model has adapters, which the new layers would lose. The model is unchanged.
+            AdapterError: always. The model is unchanged.
         """
-        if get_state(self) is not None:
-            raise AdapterError(
-                f"{type(self).__name__}: dequantize replaces the adapted layers, so they would lose their reflections. "
-                "Save the adapter (hra_fx.save_adapter), dequantize a model without it, and load it there "
-                "(hra_fx.load_adapter)."
-            )
-        base: Any = super()
-        return base.dequantize(*args, **kwargs)
+        raise AdapterError(
+            f"{type(self).__name__}: dequantize replaces the adapted layers, so they would lose their reflections. "
+            "Save the adapter (hra_fx.save_adapter), dequantize a model without it, and load it there "
+            "(hra_fx.load_adapter)."
+        )
 
     @property
     def _hf_peft_config_loaded(self) -> bool:
         """True for a quantized model with adapters, so that the Trainer accepts it as trainable."""
-        quantized = get_state(self) is not None and getattr(self, "is_quantized", False)
+        quantized = getattr(self, "is_quantized", False)
         return bool(quantized or vars(self).get("_hf_peft_config_loaded", False))
 
     @_hf_peft_config_loaded.setter
@@ -127,8 +119,6 @@ class AdaptedPretrainedModel(AdaptedModel):
     @property
     def _keys_to_ignore_on_save(self) -> Any:
         """Keys that `save_pretrained` does not write; the Trainer accepts that they are missing when it resumes."""
-        if get_state(self) is None:  # a new object of this class
-            return vars(self).get("_keys_to_ignore_on_save")
         return set(self.state_dict()) - set(adapter_entries(self))
 
     @_keys_to_ignore_on_save.setter
@@ -137,50 +127,42 @@ class AdaptedPretrainedModel(AdaptedModel):
         vars(self)["_keys_to_ignore_on_save"] = value
 
 
-def _fuse_unless_adapted(base: Any) -> Callable[..., Any]:
+def _refusal_to_fuse(base: Any) -> Callable[..., Any]:
     @functools.wraps(base.fuse_qkv_projections)
     def fuse_qkv_projections(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if get_state(self) is not None:
-            raise AdapterError(
-                f"{type(self).__name__}: fuse_qkv_projections copies weights into new layers, which would have no "
-                "reflections. Fold the adapters first (hra_fx.fold)."
-            )
-        return base.fuse_qkv_projections(self, *args, **kwargs)
+        raise AdapterError(
+            f"{type(self).__name__}: fuse_qkv_projections copies weights into new layers, which would have no "
+            "reflections. Fold the adapters first (hra_fx.fold)."
+        )
 
     return fuse_qkv_projections
 
 
-def save_adapters_or_model(
+def save_adapters(
     model: nn.Module,
     directory: str | os.PathLike[str],
     selected_adapters: Iterable[str] | None,
     options: Mapping[str, Any],
-    others: Mapping[str, Any],
+    upload: Mapping[str, Any],
 ) -> None:
-    """Save the adapters of a model; a new object of an adapted class, without adapters, is saved by its base class.
+    """Save adapters of a model, and upload them if that is wanted.
 
     Args:
         model: the model.
         directory: the folder.
         selected_adapters: names; `None` for all.
         options: for `hra_fx.checkpoint.saving.save_pretrained`, and whether to `push_to_hub`.
-        others: options of the upload, and of the base class.
+        upload: options of the upload.
     """
-    record = get_state(model)
-    if record is not None:
-        saving = dict(options)
-        wants_push = saving.pop("push_to_hub")
-        save_pretrained(model, directory, selected_adapters, **saving)
-        shards = [p for p in model.parameters() if is_dtensor(p)] if options["state_dict"] is None else []
-        if wants_push and (options["is_main_process"] or shards):
-            names = names_in(record, record.configs if selected_adapters is None else selected_adapters)
-            repository = others.get("repo_id", Path(directory).name)
-            on_first_rank(shards, lambda: push.upload(Path(directory), repository, names, others))
-        return
-    defaults = {"state_dict": None, "is_main_process": True, "safe_serialization": True, "push_to_hub": False}
-    given = {name: value for name, value in options.items() if value is not defaults[name]}
-    base: Any = original_class(model)
-    base.save_pretrained(model, directory, **given, **others)
+    record, saving = get_state(model), dict(options)
+    assert record is not None
+    wants_push = saving.pop("push_to_hub")
+    save_pretrained(model, directory, selected_adapters, **saving)
+    shards = [p for p in model.parameters() if is_dtensor(p)] if options["state_dict"] is None else []
+    if wants_push and (options["is_main_process"] or shards):
+        names = names_in(record, record.configs if selected_adapters is None else selected_adapters)
+        repository = upload.get("repo_id", Path(directory).name)
+        on_first_rank(shards, lambda: push.upload(Path(directory), repository, names, upload))
 
 
 def root_class_for(model: nn.Module) -> type[AdaptedModel]:

@@ -25,15 +25,12 @@ from hra_fx.layers.rotated_values import MOVED
 from hra_fx.layers.rotated_weight import InferenceRotatedWeight, RotatedWeight, link
 from hra_fx.layers.sharding import call, is_dtensor
 from hra_fx.layers.target import BASE_WEIGHT, REFLECTION, weight_place
-from hra_fx.layers.tensor_parallel import check_not_aside, is_tensor_parallel, put_back, set_aside
+from hra_fx.layers.tensor_parallel import is_tensor_parallel, put_back, set_aside
 from hra_fx.layers.variants import ConvAdapters, LinearAdapters, QuantizedAdapters
 
 
 class AdaptedLayer(BaseParameters):
-    """An adapted layer. A new object of its class has no adapters and is a plain layer.
-
-    This base class itself is for layers with their own forward, which reads the rotated weight.
-    """
+    """An adapted layer; this base class itself is for layers with their own forward, which reads the rotated weight."""
 
     hra_u: HouseholderAdapters
 
@@ -108,8 +105,6 @@ class AdaptedLayer(BaseParameters):
         name = "in_proj_weight" if issubclass(base, nn.MultiheadAttention) else "weight"
 
         def weight(self: AdaptedLayer) -> Any:
-            if REFLECTION not in self._modules:  # a new object of this class
-                return nn.Module.__getattr__(self, name)
             owner, own = weight_place(self)
             if own not in owner._parameters and own not in vars(owner):
                 raise AttributeError(name)
@@ -166,10 +161,7 @@ class AdaptedLinear(AdaptedLayer):
 
         @functools.wraps(base.forward)
         def forward(self: AdaptedLinear, input: Tensor, reflected: Tensor | None = None) -> Any:
-            box: Any = self._modules.get(REFLECTION)
-            if box is None:  # a new object of this class
-                check_not_aside(self)
-                return base.forward(self, input)
+            box: Any = self._modules[REFLECTION]
             weight = box.weight_of(self)
             if box.columns:  # transformers' `Conv1D`
                 weight = weight.mT
@@ -197,8 +189,6 @@ class AdaptedQuantizedLinear(AdaptedLinear):
 
         @functools.wraps(base.forward)
         def forward(self: AdaptedQuantizedLinear, input: Tensor, reflected: Tensor | None = None) -> Any:
-            if REFLECTION not in self._modules:  # a new object of this class
-                return base.forward(self, input)
             if reflected is None:
                 reflected = call(self.hra_u, input)
             return call_quantized(self, reflected, functools.partial(run, self))
@@ -220,9 +210,7 @@ class AdaptedConv(AdaptedLayer):
 
         @functools.wraps(base.forward)
         def forward(self: Any, input: Tensor, read: tuple[Tensor, Tensor] | None = None) -> Any:
-            box: Any = self._modules.get(REFLECTION)
-            if box is None:  # a new object of this class
-                return base.forward(self, input)
+            box: Any = self._modules[REFLECTION]
             weight = box.weight_of(self)
             if read is None:
                 output = box.through(input, weight, self)

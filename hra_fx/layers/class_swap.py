@@ -2,12 +2,14 @@
 
 The object keeps its identity, attributes, parameters and hooks; `isinstance` stays true; the class prints, pickles and
 registers under the name that it had (transformers keys tables by `str(type(model))` and by `__name__`). A module may
-have several mixins, one over the other: a model of one layer is an adapted layer and an adapted model.
+have several mixins, one over the other: a model of one layer is an adapted layer and an adapted model. A call of the
+class (`type(layer)(6, 4)`, `type(model).from_pretrained(...)`) makes an object of the original class.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -17,6 +19,19 @@ from torch import nn
 from hra_fx.errors import UnsupportedLayerError
 
 C = TypeVar("C", bound="SwapMixin")
+
+
+class SwappedType(type):
+    """The metaclass of swapped classes."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A new object, which has no adapters: one of the original class."""
+        return unwrap_class(cls)(*args, **kwargs)
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """That of the original class."""
+        return inspect.signature(unwrap_class(cls))
 
 
 class SwapMixin(nn.Module):
@@ -58,7 +73,9 @@ def _make(carrier: type[C], base: type[nn.Module]) -> type[C]:
         "__doc__": base.__doc__,
         **carrier.wrap(base),
     }
-    made = types.new_class(base.__name__, (carrier, base), exec_body=lambda body: body.update(names))
+    theirs = type(base)
+    kind = theirs if issubclass(theirs, SwappedType) else types.new_class("SwappedType", (SwappedType, theirs))
+    made = types.new_class(base.__name__, (carrier, base), {"metaclass": kind}, lambda body: body.update(names))
     made.__qualname__ = base.__qualname__
     # Last: a class whose `__init_subclass__` fails is among the subclasses of `base` for a while.
     made._hra_mixin = (carrier, base)  # type: ignore[attr-defined]
@@ -122,7 +139,7 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return unwrap_class(type(module))
 
 
-def unwrap_class(kind: type[nn.Module]) -> type[nn.Module]:
+def unwrap_class(kind: type) -> type[nn.Module]:
     """The class below all swapped ones; a class that is not swapped is returned."""
     while parts := getattr(kind, "_hra_mixin", None):
         kind = parts[1]

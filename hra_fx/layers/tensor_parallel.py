@@ -56,18 +56,6 @@ def is_tensor_parallel(layer: nn.Module, weight: Any) -> bool:
     return applied and weight.device_mesh.ndim == 1
 
 
-def check_not_aside(layer: nn.Module) -> None:
-    """Refuse to run a layer that `distribute_module` left half done.
-
-    Raises:
-        UnsupportedLayerError: it did.
-    """
-    if _ASIDE in vars(layer):
-        raise UnsupportedLayerError(
-            f"{describe(layer)}: parallelize_module failed, and left it without its adapters. Build the model again."
-        )
-
-
 def why_not_distributed(layer: nn.Module) -> str | None:
     """Why a layer with adapters cannot be split over processes; without the full stop."""
     if not isinstance(layer, nn.Linear) or has_own_forward(layer):

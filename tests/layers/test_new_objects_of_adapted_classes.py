@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from layers.checking import dense_weights, normal, run_dense
+from named_models import tiny_llama
 from oracles import relative_error
 from torch import Tensor, nn
 
@@ -33,13 +34,6 @@ class Net(nn.Module):
         return self.scale * self.last(torch.tanh(self.first(x)))
 
 
-class Branching(Net):
-    """A model whose forward FX cannot trace."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if x.sum() < 1e9 else x
-
-
 def config(*targets: str) -> hra_fx.HRAConfig:
     return hra_fx.HRAConfig(r=2, target_modules=list(targets), init_weights=False)
 
@@ -60,77 +54,38 @@ def test_a_slice_of_an_adapted_sequential_runs_its_adapted_layers(way: Way) -> N
     assert torch.equal(model(X), whole)
 
 
+class Abstract(Net, ABC):
+    """A model whose class has a metaclass of its own."""
+
+
 @ways
-@pytest.mark.parametrize("kind", [Net, Branching])
+@pytest.mark.parametrize("kind", [Net, Abstract])
 def test_the_class_of_an_adapted_model_makes_a_plain_one_which_can_be_adapted(way: Way, kind: type[Net]) -> None:
     model = way(kind(4), config("first"))
     torch.manual_seed(3)
     built = type(model)(5, scale=2.0).double()
     torch.manual_seed(3)
     plain = kind(5, scale=2.0).double()
-    assert isinstance(built, kind)
-    assert built.state_dict().keys() == plain.state_dict().keys()
-    assert torch.equal(built(X), plain(X))
-    assert all(parameter.requires_grad for parameter in built.parameters())
+    assert type(built) is kind and torch.equal(built(X), plain(X))
     with pytest.raises(TypeError, match="width"):
         type(model)()
     adapted = way(built, config("first"))
-    assert relative_error(adapted(X), plain(X)) > 1e-3
     assert relative_error(adapted(X), run_dense(plain, adapted, X)) < 1e-12
 
 
-@pytest.mark.parametrize(
-    ("kind", "sizes", "shape"),
-    [(nn.Linear, (6, 2), (3, 6)), (nn.Conv2d, (6, 2, 1), (3, 6, 4, 4)), (nn.MultiheadAttention, (6, 2), (3, 6))],
-)
-def test_the_class_of_an_adapted_layer_makes_a_plain_layer(
-    kind: Any, sizes: tuple[int, ...], shape: tuple[int, ...]
-) -> None:
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv2d, nn.MultiheadAttention])
+def test_the_class_of_an_adapted_layer_makes_a_plain_layer(kind: Any) -> None:
+    sizes = (6, 2, 1) if kind is nn.Conv2d else (6, 2)
     model = nn.ModuleDict({"layer": kind(*sizes), "other": nn.Linear(6, 2)})
     hra_fx.transform(model, config("layer"))
-    plain, new = kind(*sizes), type(model["layer"])(*sizes)
-    assert isinstance(new, kind) and list(new.state_dict()) == list(plain.state_dict())
-    new.load_state_dict(plain.state_dict())
-    args = (torch.randn(shape),) * (3 if kind is nn.MultiheadAttention else 1)
-    outputs = [layer(*args) for layer in (plain, new, copy.deepcopy(new))]
-    first = [output[0] if isinstance(output, tuple) else output for output in outputs]
-    assert torch.equal(first[0], first[1]) and torch.equal(first[0], first[2])
-
-
-_TEXT = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
-#: An adapted layer of each model, and how to make it.
-TEXT_MODELS: dict[str, tuple[str, type[Any], type[Any]]] = {
-    "bert": ("query", transformers.BertForSequenceClassification, transformers.BertConfig),
-    "llama": ("q_proj", transformers.LlamaForCausalLM, transformers.LlamaConfig),
-}
-IDS = torch.randint(0, 32, (2, 5), generator=torch.Generator().manual_seed(1))
-
-
-def logits(model: nn.Module) -> Tensor:
-    return model.eval()(IDS).logits
+    assert type(type(model["layer"])(*sizes)) is kind
 
 
 @ways
-@pytest.mark.parametrize("kind", TEXT_MODELS)
-def test_the_class_of_a_model_of_transformers_loads_and_saves_base_models(way: Way, kind: str, tmp_path: Path) -> None:
-    target, made, settings = TEXT_MODELS[kind]
-    torch.manual_seed(0)
-    plain = made(settings(**_TEXT, max_position_embeddings=32, initializer_range=0.4)).double().eval()
+def test_the_class_of_a_model_of_transformers_loads_base_models(way: Way, tmp_path: Path) -> None:
+    plain = tiny_llama()
     plain.save_pretrained(tmp_path)
-    model = way(copy.deepcopy(plain), config(target))
-    before = logits(model)
-    built = type(model)(model.config).double()
-    assert isinstance(built, made)
-    built.load_state_dict(plain.state_dict())
-    assert torch.equal(logits(built), logits(plain))
-    built.save_pretrained(tmp_path / "again")
-    for loaded in (
-        model.from_pretrained(tmp_path, dtype=torch.float64),
-        type(model).from_pretrained(tmp_path, dtype=torch.float64),
-        made.from_pretrained(tmp_path / "again", dtype=torch.float64),
-    ):
-        assert isinstance(loaded, made)
-        assert loaded.state_dict().keys() == plain.state_dict().keys()
-        # Rotary frequencies are computed in float32 here, and were converted to float64 there.
-        assert relative_error(logits(loaded), logits(plain)) < 1e-6
-    assert torch.equal(logits(model), before)
+    model = way(copy.deepcopy(plain), config("q_proj"))
+    for loaded in (type(model).from_pretrained(tmp_path), model.from_pretrained(tmp_path)):
+        assert type(loaded) is type(plain)
+        assert all(map(torch.equal, loaded.state_dict().values(), plain.state_dict().values()))
