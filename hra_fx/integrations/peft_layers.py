@@ -157,7 +157,7 @@ class AcceleratedLinear(AcceleratedLayer):
         if not _is_plain(base, nn.Linear):  # offloaded, hooked, or with a forward of its own
             output = base(box.reflect(x))
             return output
-        if x.dtype is base.weight.dtype and (made := box.through(x, base.weight, base)) is not None:
+        if x.dtype is base.weight.dtype and (made := box.adapted_forward(x, base.weight, base)) is not None:
             return made
         x, weight, bias = _same_dtype(x, base)
         return F.linear(box.reflect(x), weight, bias)
@@ -191,7 +191,7 @@ class AcceleratedConv2d(AcceleratedLayer):
         base = self.base_layer
         if not _is_plain(base, nn.Conv2d):  # for example one that standardizes its weight, which then is W Q
             return _with_rotated_weight(base, x, box)
-        if (output := box.through(x, base.weight, base)) is not None:
+        if (output := box.adapted_forward(x, base.weight, base)) is not None:
             return output
         x, weight, bias = _same_dtype(x, base)
         read = box.reflect(x)

@@ -161,15 +161,15 @@ class AdaptedLinear(AdaptedLayer):
 
         @functools.wraps(base.forward)
         def forward(self: AdaptedLinear, input: Tensor, reflected: Tensor | None = None) -> Any:
-            box: Any = self._modules[REFLECTION]
-            weight = box.weight_of(self)
-            if box.columns:  # transformers' `Conv1D`
+            adapters: Any = self._modules[REFLECTION]
+            weight = adapters.weight_of(self)
+            if adapters.columns:  # transformers' `Conv1D`
                 weight = weight.mT
             if reflected is None:
-                output = box.through(input, weight, self)
+                output = adapters.adapted_forward(input, weight, self)
                 if output is not None:
                     return output
-                reflected = call(box, input)
+                reflected = call(adapters, input)
             return F.linear(reflected, weight, self.bias)
 
         return {**super().wrap(base), "forward": forward}
@@ -210,15 +210,15 @@ class AdaptedConv(AdaptedLayer):
 
         @functools.wraps(base.forward)
         def forward(self: Any, input: Tensor, read: tuple[Tensor, Tensor] | None = None) -> Any:
-            box: Any = self._modules[REFLECTION]
-            weight = box.weight_of(self)
+            adapters: Any = self._modules[REFLECTION]
+            weight = adapters.weight_of(self)
             if read is None:
-                output = box.through(input, weight, self)
+                output = adapters.adapted_forward(input, weight, self)
                 if output is not None:
                     return output
-                read = call(box, input)
+                read = call(adapters, input)
             output = self._conv_forward(input, weight, self.bias)
-            return output if read is None else output - box.project(read, weight)
+            return output if read is None else output - adapters.project(read, weight)
 
         return {**super().wrap(base), "forward": forward}
 

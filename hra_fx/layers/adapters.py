@@ -55,9 +55,9 @@ class HouseholderAdapters(nn.ParameterDict):
         specs: adapter name -> `AdapterSpec`.
         active: names of the adapters in use, in the order of the product `W Q_a Q_b ...`.
         scales: adapter name -> its strength, if that is not 1.
-        paused: adapter name -> whether it is trained once its strength is 1 again.
+        trainable_at_full_scale: adapter name -> whether it is trained once its strength is 1 again.
         prepared: the factors of the layer, while TorchDynamo traces its model (`hra_fx.layers.batching.Prepared`).
-        asked_for: the dtype in which the layer last needed factors that were not prepared in it.
+        last_compute_dtype: the dtype in which the layer last needed factors that were not prepared in it.
         unmerged: the weight before a merge; `None` while nothing is merged.
     """
 
@@ -76,9 +76,9 @@ class HouseholderAdapters(nn.ParameterDict):
         self.specs: dict[str, AdapterSpec] = {}
         self.active: tuple[str, ...] = ()
         self.scales: dict[str, float] = {}
-        self.paused: dict[str, bool] = {}
+        self.trainable_at_full_scale: dict[str, bool] = {}
         self.prepared: Any = None
-        self.asked_for: torch.dtype | None = None
+        self.last_compute_dtype: torch.dtype | None = None
         self.register_buffer("unmerged", None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -170,7 +170,7 @@ class HouseholderAdapters(nn.ParameterDict):
             return
         del self[name], self.specs[name]
         self.scales.pop(name, None)
-        self.paused.pop(name, None)
+        self.trainable_at_full_scale.pop(name, None)
         for suffix in (ANCHOR, SCALED):
             self._buffers.pop(name + suffix, None)
         self.active = tuple(other for other in self.active if other != name)
@@ -178,7 +178,7 @@ class HouseholderAdapters(nn.ParameterDict):
     def set_trainable(self, name: str, wanted: bool) -> None:
         """Train or freeze the vectors of an adapter; if its strength is not 1, once it is 1 again."""
         if name in self.scales:
-            self.paused[name] = wanted
+            self.trainable_at_full_scale[name] = wanted
         else:
             self._parameters[name].requires_grad_(wanted)  # type: ignore[union-attr]
 
@@ -202,14 +202,14 @@ class HouseholderAdapters(nn.ParameterDict):
         """
         vectors: nn.Parameter = self[name]
         made = self.scaled(name, alpha) if chain is None and alpha != 1 else chain
-        trained = self.paused.pop(name, vectors.requires_grad)
+        trained = self.trainable_at_full_scale.pop(name, vectors.requires_grad)
         self.scales.pop(name, None)
         self._buffers.pop(name + SCALED, None)
         if alpha != 1:
             # Not in the state_dict, because it follows from the vectors and the strength.
             self.register_buffer(name + SCALED, made, persistent=False)
             self.scales[name] = alpha
-            self.paused[name] = trained
+            self.trainable_at_full_scale[name] = trained
         vectors.requires_grad_(trained and alpha == 1)
 
     def _apply(self, fn: Any, recurse: bool = True) -> HouseholderAdapters:

@@ -30,7 +30,7 @@ from hra_fx.layers.accelerate_hooks import calls_class_forward
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.low_precision_warning import warn_of_low_precision
 from hra_fx.layers.mixed import CURRENT, MixedBatch, mixed_batch_of
-from hra_fx.layers.partitioned import comes_and_goes
+from hra_fx.layers.partitioned import is_partitioned_by_zero3
 from hra_fx.layers.target import REFLECTION
 
 #: A container, its layer, and the parts of its chain; in a mixed batch, the chain of each adapter, or `None`.
@@ -112,12 +112,12 @@ def factors_in_traced_batches(layers: Sequence[nn.Module]) -> Iterator[None]:
     """
     prepared = _prepare(_chains(layers))
     try:
-        for box, one in prepared.items():
-            box.prepared = one
+        for adapters, one in prepared.items():
+            adapters.prepared = one
         yield
     finally:
-        for box in prepared:
-            box.prepared = None
+        for adapters in prepared:
+            adapters.prepared = None
 
 
 @contextmanager
@@ -127,22 +127,22 @@ def factors_in_exported_batches(layers: Iterable[nn.Module]) -> Iterator[None]:
     `exported_factors` returns the factors. One layer alone takes some hundred nodes with its backward pass.
     """
     groups: dict[tuple[object, ...], list[tuple[HouseholderAdapters, list[ChainPart]]]] = defaultdict(list)
-    for box, _, parts in _chains(layers) if CURRENT.batch is None else ():
-        if box.kind == "linear":
-            groups[tuple([part.signature() for part in parts])].append((box, parts))
+    for adapters, _, parts in _chains(layers) if CURRENT.batch is None else ():
+        if adapters.kind == "linear":
+            groups[tuple([part.signature() for part in parts])].append((adapters, parts))
     outer, _CURRENT.exported = _CURRENT.exported, {}
     try:
         for group in groups.values():
             factors = plain_factors([parts for _, parts in group])
-            _CURRENT.exported.update(zip([box for box, _ in group], factors, strict=True))
+            _CURRENT.exported.update(zip([adapters for adapters, _ in group], factors, strict=True))
         yield
     finally:
         _CURRENT.exported = outer
 
 
-def exported_factors(box: HouseholderAdapters) -> Factors | None:
+def exported_factors(adapters: HouseholderAdapters) -> Factors | None:
     """`R` and `F` of a layer, from `factors_in_exported_batches`; `None` outside of it."""
-    return _CURRENT.exported.get(box) if compat.is_exporting() else None
+    return _CURRENT.exported.get(adapters) if compat.is_exporting() else None
 
 
 @contextmanager
@@ -156,36 +156,36 @@ def batch_of_rows(batch: MixedBatch) -> Iterator[None]:
         CURRENT.batch, _CURRENT.start = outer
 
 
-def factors_for(box: HouseholderAdapters, x: Tensor) -> Factors | RowFactors | None:
+def factors_for(adapters: HouseholderAdapters, x: Tensor) -> Factors | RowFactors | None:
     """`R` and `F` of a layer for its input, in the dtype of their products.
 
     `None` if the layer must call its container: no adapter acts, it has hooks, or a tracer records the plain formulas.
     """
     start = None if is_dynamo_compiling() else _CURRENT.start
-    if start is not None and (prepared := start.direct.get(box)) is not None and type(x) in PLAIN:
+    if start is not None and (prepared := start.direct.get(adapters)) is not None and type(x) in PLAIN:
         factors, active, has_graph = prepared
         dtype = products_dtype(x.device, x.dtype) if compat.is_autocast_active() else x.dtype
         if (
             factors.rows.dtype is dtype
-            and (active is box.active or active == box.active)
+            and (active is adapters.active or active == adapters.active)
             and (has_graph or not torch.is_grad_enabled())
             and not compat.is_dispatch_mode_active()
             and not compat.is_functorch_active()
         ):
             return factors
-    if not uses_factors(box, x) or _must_be_called(box):
+    if not uses_factors(adapters, x) or _must_be_called(adapters):
         return None
-    return factors_of(box, products_dtype(x.device, x.dtype))
+    return factors_of(adapters, products_dtype(x.device, x.dtype))
 
 
-def uses_factors(box: HouseholderAdapters, x: Tensor) -> bool:
+def uses_factors(adapters: HouseholderAdapters, x: Tensor) -> bool:
     """Whether a layer computes with its factors; tracers and subclasses of tensors get the plain formula."""
     if not (is_plain_eager() or is_compiling()) or not is_plain(x):
         return False
-    return has_batch(box) or all(is_plain(*part.tensors()) for part in box.chain_parts())
+    return has_batch(adapters) or all(is_plain(*part.tensors()) for part in adapters.chain_parts())
 
 
-def factors_of(box: HouseholderAdapters, dtype: torch.dtype) -> Factors | RowFactors | None:
+def factors_of(adapters: HouseholderAdapters, dtype: torch.dtype) -> Factors | RowFactors | None:
     """`R` and `F` of the active adapters of a layer, in `dtype`; `None` if they do nothing.
 
     In a mixed batch, they are those of each of its adapters.
@@ -193,21 +193,21 @@ def factors_of(box: HouseholderAdapters, dtype: torch.dtype) -> Factors | RowFac
     Raises:
         AdapterError: the vectors have no data yet.
     """
-    if (prepared := _prepared(box)) is not None:
+    if (prepared := _prepared(adapters)) is not None:
         factors, active, has_graph = prepared
         own = factors.rows.dtype
-        if active == box.active and (has_graph or not torch.is_grad_enabled()):
+        if active == adapters.active and (has_graph or not torch.is_grad_enabled()):
             if own is dtype:
                 return factors
             if torch.promote_types(own, dtype) is own:
                 return factors._replace(rows=factors.rows.to(dtype), down=factors.down.to(dtype))
         if not is_compiling():
-            box.asked_for = dtype
-    batch = mixed_batch_of(box)
-    parts = _parts(box, batch)
+            adapters.last_compute_dtype = dtype
+    batch = mixed_batch_of(adapters)
+    parts = _parts(adapters, batch)
     if not parts:
         return None
-    box.check_data(None if batch is None else [name for name in batch.names if name in box.specs])
+    adapters.check_data(None if batch is None else [name for name in batch.names if name in adapters.specs])
     if batch is not None:
         return _of_rows(batched_factors([[stack_chains(parts)]], dtype)[0], batch)
     if is_compiling():
@@ -222,23 +222,23 @@ def is_in_forward() -> bool:
     return _CURRENT.start is not None
 
 
-def has_batch(box: HouseholderAdapters) -> bool:
+def has_batch(adapters: HouseholderAdapters) -> bool:
     """Whether the factors of a layer were computed at the start of the forward that runs."""
-    return _prepared(box) is not None
+    return _prepared(adapters) is not None
 
 
-def _prepared(box: HouseholderAdapters) -> _Prepared | None:
+def _prepared(adapters: HouseholderAdapters) -> _Prepared | None:
     if is_compiling():
-        traced: _Prepared | None = box.prepared
+        traced: _Prepared | None = adapters.prepared
         return traced
-    return None if _CURRENT.start is None else _CURRENT.start.prepared.get(box)
+    return None if _CURRENT.start is None else _CURRENT.start.prepared.get(adapters)
 
 
-def _must_be_called(box: nn.Module) -> bool:
+def _must_be_called(adapters: nn.Module) -> bool:
     """Whether calling the container does more than to run its forward."""
-    if type(box).forward is not HouseholderAdapters.forward or compat.has_hooks(box):
+    if type(adapters).forward is not HouseholderAdapters.forward or compat.has_hooks(adapters):
         return True
-    return "forward" in vars(box) and not calls_class_forward(box)
+    return "forward" in vars(adapters) and not calls_class_forward(adapters)
 
 
 def start_of_forward(layers: Sequence[nn.Module], *, reuse: bool = False) -> StartOfForward:
@@ -246,15 +246,15 @@ def start_of_forward(layers: Sequence[nn.Module], *, reuse: bool = False) -> Sta
     chains = _chains(layers)
     prepared = _prepare(chains)
     called = _called(prepared)
-    direct = {box: one for box, one in prepared.items() if box not in called} if called else prepared
+    direct = {adapters: one for adapters, one in prepared.items() if adapters not in called} if called else prepared
     return StartOfForward(prepared, direct, *(_facts(chains) if reuse else ([], [])))
 
 
-def _called(boxes: Iterable[HouseholderAdapters]) -> set[nn.Module]:
+def _called(containers: Iterable[HouseholderAdapters]) -> set[nn.Module]:
     """The containers that may do more than to run their forward when they are called."""
-    every: set[nn.Module] = set(boxes)
+    every: set[nn.Module] = set(containers)
     forward = HouseholderAdapters.forward
-    replaced = {box for box in every if "forward" in vars(box) or type(box).forward is not forward}
+    replaced = {adapters for adapters in every if "forward" in vars(adapters) or type(adapters).forward is not forward}
     return every if compat.has_global_module_hooks() else compat.with_own_hooks(every) | replaced
 
 
@@ -262,7 +262,7 @@ def _facts(chains: Sequence[_Chain]) -> tuple[list[object], list[Tensor]]:
     """What the factors of some layers depend on, and their vectors."""
     vectors = [part.vectors for _, _, parts in chains for part in parts if part is not None]
     modes = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), CURRENT.batch]
-    called = _called([box for box, _, _ in chains])
+    called = _called([adapters for adapters, _, _ in chains])
     return [*modes, called, compat.tensor_versions(vectors), [tensor.device for tensor in vectors]], vectors
 
 
@@ -270,17 +270,18 @@ def _chains(layers: Iterable[nn.Module]) -> list[_Chain]:
     """The layers that compute with factors, and whose adapters do something."""
     found: list[_Chain] = []
     for layer in layers:
-        box: Any = layer._modules.get(REFLECTION)  # none in a layer that was folded alone
-        if box is not None and box.is_called:
-            found.append((box, layer, box.chain_parts() if CURRENT.batch is None else _parts(box, mixed_batch_of(box))))
+        adapters: Any = layer._modules.get(REFLECTION)  # none in a layer that was folded alone
+        if adapters is not None and adapters.is_called:
+            parts = adapters.chain_parts() if CURRENT.batch is None else _parts(adapters, mixed_batch_of(adapters))
+            found.append((adapters, layer, parts))
     return [chain for chain in found if chain[2]]
 
 
-def _parts(box: HouseholderAdapters, batch: MixedBatch | None) -> list[Any]:
+def _parts(adapters: HouseholderAdapters, batch: MixedBatch | None) -> list[Any]:
     """The parts of the chain of a layer, or the chains of all adapters of a mixed batch; empty if they do nothing."""
     if batch is None:
-        return box.chain_parts()
-    own = {name: part for name in batch.names if name in box.specs for part in box.chain_parts([name])}
+        return adapters.chain_parts()
+    own = {name: part for name in batch.names if name in adapters.specs for part in adapters.chain_parts([name])}
     return [own.get(name) for name in batch.names] if own else []
 
 
@@ -289,18 +290,18 @@ def _prepare(chains: Sequence[_Chain]) -> dict[HouseholderAdapters, _Prepared]:
     has_autocast = compiling or compat.is_autocast_active()
     has_zero = "deepspeed" in sys.modules  # otherwise, it partitions nothing
     groups: dict[tuple[Any, ...], list[tuple[HouseholderAdapters, list[ChainPart]]]] = defaultdict(list)
-    for box, layer, parts in chains:
+    for adapters, layer, parts in chains:
         present = parts if batch is None else [part for part in parts if part is not None]
-        signature = _signature(present, box.width, compiling=compiling, has_zero=has_zero)
+        signature = _signature(present, adapters.width, compiling=compiling, has_zero=has_zero)
         if signature is None:
             continue
         if batch is not None:
             parts = [stack_chains(parts)]
             signature = parts[0].signature()
-        weight = vars(layer)["_parameters"].get(box.weight_name)
+        weight = vars(layer)["_parameters"].get(adapters.weight_name)
         is_known = type(weight) is nn.Parameter and weight.dtype in _COMPUTING and not has_autocast
-        dtype = weight.dtype if is_known else _expected_dtype(box, layer, parts[0].vectors)
-        groups[dtype, signature].append((box, parts))
+        dtype = weight.dtype if is_known else _expected_dtype(adapters, layer, parts[0].vectors)
+        groups[dtype, signature].append((adapters, parts))
     if has_graph and not compiling:
         warn_of_low_precision(groups.values())
     found: dict[HouseholderAdapters, _Prepared] = {}
@@ -309,8 +310,8 @@ def _prepare(chains: Sequence[_Chain]) -> dict[HouseholderAdapters, _Prepared]:
         for start in range(0, len(group), at_once):
             some = group[start : start + at_once]
             factors = batched_factors([parts for _, parts in some], dtype)
-            for (box, _), one in zip(some, factors, strict=True):
-                found[box] = one if batch is None else _of_rows(one, batch), box.active, has_graph
+            for (adapters, _), one in zip(some, factors, strict=True):
+                found[adapters] = one if batch is None else _of_rows(one, batch), adapters.active, has_graph
     return found
 
 
@@ -327,7 +328,7 @@ def _signature(parts: Sequence[Any], width: int, *, compiling: bool, has_zero: b
                 return None
             if tensor.dtype not in _COMPUTING or not (compiling or tensor.untyped_storage().size()):
                 return None
-            if has_zero and not compiling and comes_and_goes(tensor):
+            if has_zero and not compiling and is_partitioned_by_zero3(tensor):
                 return None
         found += (apply_GS, vectors.shape, vectors.dtype, vectors.device, None if anchor is None else anchor.shape)
     return found
@@ -337,13 +338,13 @@ def _of_rows(factors: Factors, batch: MixedBatch) -> RowFactors:
     return RowFactors(*factors, None if batch.places is None else batch.places.to(factors.rows.device))
 
 
-def _expected_dtype(box: HouseholderAdapters, layer: nn.Module, vectors: Tensor) -> torch.dtype:
+def _expected_dtype(adapters: HouseholderAdapters, layer: nn.Module, vectors: Tensor) -> torch.dtype:
     """The dtype in which a layer will compute, as far as its weight tells.
 
     A 4-bit weight of bitsandbytes does not tell: PEFT's `prepare_model_for_kbit_training` makes the inputs float32.
     """
-    weight = box.weight_of(layer)
+    weight = adapters.weight_of(layer)
     packed = getattr(weight, "quant_state", None)  # bitsandbytes
-    dtype: torch.dtype = weight.dtype if packed is None else box.asked_for or packed.dtype
+    dtype: torch.dtype = weight.dtype if packed is None else adapters.last_compute_dtype or packed.dtype
     # Weights in float8 are cast before they are used, and an offloaded weight is on no device.
     return products_dtype(vectors.device, dtype if dtype in _COMPUTING else vectors.dtype)

@@ -57,46 +57,46 @@ class SwapMixin(nn.Module):
         return (_rebuild, (mixins_of(self), original_class(self), make, tuple(arguments)), *rest)
 
 
-def swapped_class(carrier: type[C], base: type[nn.Module]) -> type[C]:
-    """The subclass of `carrier` and `base`; one for each pair, as long as an object of it exists."""
+def swapped_class(mixin: type[C], base: type[nn.Module]) -> type[C]:
+    """The subclass of `mixin` and `base`; one for each pair, as long as an object of it exists."""
     # A class knows its subclasses by weak references. A registry here would keep models' classes alive.
     for known in type.__subclasses__(base):
-        if vars(known).get("_hra_mixin") == (carrier, base):
+        if vars(known).get("_hra_mixin") == (mixin, base):
             return known  # type: ignore[return-value]
-    return _make(carrier, base)
+    return _make(mixin, base)
 
 
-def _make(carrier: type[C], base: type[nn.Module]) -> type[C]:
+def _make(mixin: type[C], base: type[nn.Module]) -> type[C]:
     names: dict[str, Any] = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
-        **carrier.wrap(base),
+        **mixin.wrap(base),
     }
     theirs = type(base)
     kind = theirs if issubclass(theirs, SwappedType) else types.new_class("SwappedType", (SwappedType, theirs))
-    made = types.new_class(base.__name__, (carrier, base), {"metaclass": kind}, lambda body: body.update(names))
+    made = types.new_class(base.__name__, (mixin, base), {"metaclass": kind}, lambda body: body.update(names))
     made.__qualname__ = base.__qualname__
     # Last: a class whose `__init_subclass__` fails is among the subclasses of `base` for a while.
-    made._hra_mixin = (carrier, base)  # type: ignore[attr-defined]
+    made._hra_mixin = (mixin, base)  # type: ignore[attr-defined]
     return made
 
 
-def swap(module: nn.Module, carrier: type[SwapMixin]) -> None:
+def swap(module: nn.Module, mixin: type[SwapMixin]) -> None:
     """Add a mixin to the class of a module, below those that are higher.
 
     Raises:
         UnsupportedLayerError: its class cannot be subclassed.
     """
-    if carrier in mixins_of(module):
+    if mixin in mixins_of(module):
         return
     over: list[type[SwapMixin]] = []
     kind = type(module)
-    while "_hra_mixin" in vars(kind) and vars(kind)["_hra_mixin"][0]._hra_priority > carrier._hra_priority:
+    while "_hra_mixin" in vars(kind) and vars(kind)["_hra_mixin"][0]._hra_priority > mixin._hra_priority:
         outer, kind = vars(kind)["_hra_mixin"]
         over.insert(0, outer)
     try:
-        set_class(module, _pile([carrier, *over], kind))
+        set_class(module, _apply_mixins([mixin, *over], kind))
     except TypeError as error:
         name = type(module).__name__
         raise UnsupportedLayerError(
@@ -104,10 +104,10 @@ def swap(module: nn.Module, carrier: type[SwapMixin]) -> None:
         ) from error
 
 
-def unswap(module: nn.Module, carrier: type[SwapMixin]) -> None:
+def unswap(module: nn.Module, mixin: type[SwapMixin]) -> None:
     """Remove one mixin from the class of a module; keep the others."""
-    worn = [other for other in mixins_of(module) if other is not carrier]
-    set_class(module, _pile(worn, original_class(module)))
+    mixins = [other for other in mixins_of(module) if other is not mixin]
+    set_class(module, _apply_mixins(mixins, original_class(module)))
 
 
 def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
@@ -126,12 +126,12 @@ def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
 
 def mixins_of(module: nn.Module) -> tuple[type[SwapMixin], ...]:
     """The mixins of a module, the innermost first."""
-    worn: list[type[SwapMixin]] = []
+    mixins: list[type[SwapMixin]] = []
     kind = type(module)
     while parts := getattr(kind, "_hra_mixin", None):
-        worn.append(parts[0])
+        mixins.append(parts[0])
         kind = parts[1]
-    return tuple(reversed(worn))
+    return tuple(reversed(mixins))
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -151,11 +151,11 @@ def is_swapped(module: nn.Module) -> bool:
     return "_hra_mixin" in vars(type(module))
 
 
-def _pile(carriers: Iterable[type[SwapMixin]], base: type[nn.Module]) -> type[nn.Module]:
-    return functools.reduce(lambda kind, carrier: swapped_class(carrier, kind), carriers, base)
+def _apply_mixins(mixins: Iterable[type[SwapMixin]], base: type[nn.Module]) -> type[nn.Module]:
+    return functools.reduce(lambda kind, mixin: swapped_class(mixin, kind), mixins, base)
 
 
 def _rebuild(
-    carriers: tuple[type[SwapMixin], ...], base: type[nn.Module], make: Callable[..., Any], arguments: tuple[Any, ...]
+    mixins: tuple[type[SwapMixin], ...], base: type[nn.Module], make: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> Any:
-    return make(_pile(carriers, base), *arguments)
+    return make(_apply_mixins(mixins, base), *arguments)

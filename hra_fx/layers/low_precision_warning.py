@@ -28,21 +28,21 @@ def warn_of_low_precision(groups: Iterable[Sequence[tuple[HouseholderAdapters, S
         HRAWarning: they are.
     """
     found = [
-        (box, part.vectors)
+        (adapters, part.vectors)
         for group in groups
         if any(part.vectors.dtype.itemsize < 4 for part in group[0][1])
-        for box, parts in group
+        for adapters, parts in group
         for part in parts
-        if part.vectors.dtype.itemsize < 4 and part.vectors.requires_grad and box.training
+        if part.vectors.dtype.itemsize < 4 and part.vectors.requires_grad and adapters.training
     ]
-    boxes = [box for box, vectors in found if not is_trained_by_zero(vectors) and sharded_by(box) is None]
-    if boxes and _WARNED.isdisjoint(boxes):
-        _WARNED.update(boxes)
+    containers = [one for one, vectors in found if not is_trained_by_zero(vectors) and sharded_by(one) is None]
+    if containers and _WARNED.isdisjoint(containers):
+        _WARNED.update(containers)
         warnings.warn(
-            f"{boxes[0].layer_path}: its trained vectors are {found[0][1].dtype}, so rounding undoes most optimizer "
-            "steps at usual learning rates. Train them in float32, also in a 16-bit or quantized model. Before "
-            "training, and after all casts (TRL's trainers cast them), set parameter.data = parameter.data.float() for "
-            "each parameter with 'hra_u' in its name.",
+            f"{containers[0].layer_path}: its trained vectors are {found[0][1].dtype}, so rounding undoes most "
+            "optimizer steps at usual learning rates. Train them in float32, also in a 16-bit or quantized model. "
+            "Before training, and after all casts (TRL's trainers cast them), set "
+            "parameter.data = parameter.data.float() for each parameter with 'hra_u' in its name.",
             HRAWarning,
             stacklevel=2,
         )

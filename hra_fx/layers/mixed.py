@@ -34,15 +34,15 @@ class MixedBatch:
     paths: Mapping[Any, str]
     state: Any
 
-    def refuse_weight(self, box: nn.Module, names: list[str]) -> NoReturn:
+    def refuse_weight(self, adapters: nn.Module, names: list[str]) -> NoReturn:
         """Refuse a computation with the rotated weight, of which a mixed batch has several.
 
         Raises:
             AdapterError: always.
         """
         raise AdapterError(
-            f"{self.paths[box]}: adapters {names} are on this layer, but its weight is read or traced, and the rows of "
-            "a mixed batch would need different weights. Run the rows of each adapter in a separate batch."
+            f"{self.paths[adapters]}: adapters {names} are on this layer, but its weight is read or traced, and the "
+            "rows of a mixed batch would need different weights. Run the rows of each adapter in a separate batch."
         )
 
 
@@ -62,7 +62,7 @@ class _Current(threading.local):
 CURRENT = _Current()
 
 
-def mixed_batch_of(box: nn.Module) -> MixedBatch | None:
+def mixed_batch_of(adapters: nn.Module) -> MixedBatch | None:
     """The mixed batch that the layer of a container is computed for; `None` if its active adapters act on all rows.
 
     Raises:
@@ -70,9 +70,9 @@ def mixed_batch_of(box: nn.Module) -> MixedBatch | None:
             began.
     """
     batch = CURRENT.batch
-    if batch is None or batch.state.disabled or not (box in batch.paths or _is_new(box, batch)):
+    if batch is None or batch.state.disabled or not (adapters in batch.paths or _is_new(adapters, batch)):
         return None
-    if box.training:
+    if adapters.training:
         raise AdapterError("the model was set to training mode inside a mixed batch. Call model.eval() first.")
     if batch.state.merged:
         raise AdapterError(
@@ -83,16 +83,16 @@ def mixed_batch_of(box: nn.Module) -> MixedBatch | None:
     return batch
 
 
-def _is_new(box: nn.Module, batch: MixedBatch) -> bool:
+def _is_new(adapters: nn.Module, batch: MixedBatch) -> bool:
     """Whether the layer of a container got its first adapter since the batch began."""
-    return any(box in layer._modules.values() for layer in batch.state.layers)
+    return any(adapters in layer._modules.values() for layer in batch.state.layers)
 
 
-def check_rows(box: nn.Module, x: Tensor, *, dims: int) -> None:
+def check_rows(adapters: nn.Module, x: Tensor, *, dims: int) -> None:
     """Check that the first dimension of a layer's input is the mixed batch.
 
     Args:
-        box: the container of the layer.
+        adapters: the container of the layer.
         x: the input.
         dims: the number of dimensions that it has at least.
 
@@ -105,7 +105,7 @@ def check_rows(box: nn.Module, x: Tensor, *, dims: int) -> None:
         return
     expanded = f", or {batch.size * copies} in generation" if copies > 1 else ""
     raise AdapterError(
-        f"{batch.paths[box]}: adapter_names has {batch.size} names, so the first dimension of the layer's input must "
-        f"be {batch.size}{expanded}, got an input of shape {tuple(x.shape)}. Give one name per row of the batch. "
+        f"{batch.paths[adapters]}: adapter_names has {batch.size} names, so the first dimension of the layer's input "
+        f"must be {batch.size}{expanded}, got an input of shape {tuple(x.shape)}. Give one name per row of the batch. "
         "Layers that get other rows than those of the batch, such as experts, do not support mixed batches."
     )

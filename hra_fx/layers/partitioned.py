@@ -27,14 +27,14 @@ def is_partitioned(module: nn.Module) -> bool:
     return any(full_shape(parameter) != parameter.shape for parameter in held)
 
 
-def comes_and_goes(tensor: Tensor) -> bool:
+def is_partitioned_by_zero3(tensor: Tensor) -> bool:
     """Whether DeepSpeed partitions a parameter between the calls of its layer, although it may be whole now.
 
     One process, and a prefetch, make it whole early. The backward pass of its layer partitions it again, and a gradient
     that comes later does not fit.
 
     Example:
-        >>> comes_and_goes(nn.Linear(6, 4).weight)
+        >>> is_partitioned_by_zero3(nn.Linear(6, 4).weight)
         False
     """
     return not getattr(tensor, "ds_persist", True)

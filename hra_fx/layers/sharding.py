@@ -218,7 +218,7 @@ def _from_first_rank(value: Any, mesh: Any) -> Any:
     """What the first process of a mesh has."""
     from torch import distributed
 
-    box = [value]
+    adapters = [value]
     for group in mesh.get_all_groups():  # one for each dimension: first down the first column, then along all rows
-        distributed.broadcast_object_list(box, distributed.get_global_rank(group, 0), group)
-    return box[0]
+        distributed.broadcast_object_list(adapters, distributed.get_global_rank(group, 0), group)
+    return adapters[0]

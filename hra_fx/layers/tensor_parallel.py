@@ -60,8 +60,8 @@ def why_not_distributed(layer: nn.Module) -> str | None:
     """Why a layer with adapters cannot be split over processes; without the full stop."""
     if not isinstance(layer, nn.Linear) or has_own_forward(layer):
         return f"tensor parallelism supports only adapted nn.Linear layers, got {type(layer).__name__}"
-    if packing := quant_scheme_of(layer):
-        return f"its weight is quantized ({packing.words(layer)}), and cannot be split together with adapters"
+    if scheme := quant_scheme_of(layer):
+        return f"its weight is quantized ({scheme.words(layer)}), and cannot be split together with adapters"
     return None
 
 
@@ -75,10 +75,10 @@ def why_not_adapted(layer: nn.Module, weight: Any) -> str | None:
 
 
 @torch.no_grad()
-def replicate(box: nn.Module, weight: Any) -> None:
+def replicate(adapters: nn.Module, weight: Any) -> None:
     """Give all processes of the mesh of a distributed weight the vectors of the first one."""
     from torch.distributed.tensor import Replicate, distribute_tensor
 
     mesh = weight.device_mesh
-    for tensor in (*box.parameters(), *box.buffers()):
+    for tensor in (*adapters.parameters(), *adapters.buffers()):
         tensor.data = distribute_tensor(tensor.data, mesh, [Replicate()] * mesh.ndim).to_local()

@@ -123,7 +123,7 @@ class Copies(nn.Module):
             del self.copied[adapter]
             self._tidy()
 
-    def adopt(self, owner: nn.Module, adapter: str) -> None:
+    def promote_to_base(self, owner: nn.Module, adapter: str) -> None:
         """Make an adapter's copies the tensors of the base model."""
         for name in self.copied.get(adapter, ()):
             tensor = self.get(owner, adapter, name)

@@ -162,7 +162,7 @@ class LinearAdapters(HouseholderAdapters):
             raise AdapterError(f"hra_u of width {self.width}: mixed batches do not support DTensor inputs.")
         return factors
 
-    def through(self, x: Tensor, weight: Tensor, layer: nn.Linear) -> Tensor | None:
+    def adapted_forward(self, x: Tensor, weight: Tensor, layer: nn.Linear) -> Tensor | None:
         """The output of the layer over reflected rows, `(..., out)`; `None` if the container must be called."""
         factors = factors_for(self, x)
         if factors is None or isinstance(factors, RowFactors):
@@ -213,7 +213,7 @@ class ConvAdapters(HouseholderAdapters):
         _note_read(self)
         return super().rotate(weight)
 
-    def through(self, x: Tensor, weight: Tensor, layer: Any) -> Tensor | None:
+    def adapted_forward(self, x: Tensor, weight: Tensor, layer: Any) -> Tensor | None:
         """The output of the layer for `x`; `None` if the container must be called."""
         factors = factors_for(self, x)
         if factors is None:
@@ -279,10 +279,10 @@ class ConvAdapters(HouseholderAdapters):
         return patch_image(coordinates, chain, weight, self.groups)
 
 
-def _note_read(box: HouseholderAdapters) -> None:
+def _note_read(adapters: HouseholderAdapters) -> None:
     """Note that the forward of the model reads a weight itself; anyone may read it at other times."""
-    if not is_compiling() and has_batch(box):
-        box.is_read = True
+    if not is_compiling() and has_batch(adapters):
+        adapters.is_read = True
 
 
 def adapters_for(layer: nn.Module) -> HouseholderAdapters:
@@ -293,9 +293,9 @@ def adapters_for(layer: nn.Module) -> HouseholderAdapters:
 
     Example:
         >>> from hra_fx.layers.adapters import AdapterSpec
-        >>> box = adapters_for(nn.Linear(6, 4))
-        >>> box.add("default", AdapterSpec(r=2), torch.float32, torch.device("cpu"))
-        >>> box
+        >>> adapters = adapters_for(nn.Linear(6, 4))
+        >>> adapters.add("default", AdapterSpec(r=2), torch.float32, torch.device("cpu"))
+        >>> adapters
         LinearAdapters(default: d=6, r=2)
     """
     if isinstance(layer, ExpertsWeight):
@@ -318,8 +318,8 @@ def has_own_forward(layer: nn.Module) -> bool:
         (False, True)
     """
     standard: list[Any] = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d]
-    if packing := quant_scheme_of(layer):
-        standard = [packing.kind]
+    if scheme := quant_scheme_of(layer):
+        standard = [scheme.kind]
     if has_columns(layer):
         standard = [next(kind for kind in type(layer).__mro__ if kind.__name__ == "Conv1D")]
     own: Any = original_class(layer)

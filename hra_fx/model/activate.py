@@ -14,18 +14,18 @@ from hra_fx.model.state import AdaptedParts, AdapterState
 from hra_fx.model.trainable import train_only
 
 
-def activate(parts: AdaptedParts, record: AdapterState, names: tuple[str, ...], *, trainable: bool) -> None:
+def activate(parts: AdaptedParts, state: AdapterState, names: tuple[str, ...], *, trainable: bool) -> None:
     """Activate and train these adapters, and only these."""
-    record.active = names
-    sync_layers(parts, record)
+    state.active = names
+    sync_layers(parts, state)
     train_only(parts, names if trainable else ())
 
 
-def sync_layers(parts: AdaptedParts, record: AdapterState) -> None:
+def sync_layers(parts: AdaptedParts, state: AdapterState) -> None:
     """Update every adapted layer and every trained copy from the state of the model."""
-    record.layers = tuple(parts.layers)
-    acting = () if record.disabled else record.active
-    unmerged = tuple(name for name in acting if name not in record.merged)
+    state.layers = tuple(parts.layers)
+    acting = () if state.disabled else state.active
+    unmerged = tuple(name for name in acting if name not in state.merged)
     for reflection in parts.reflections:
         # nn.Module.__setattr__ takes longer than all else that a switch of adapters does with a layer.
         vars(reflection)["active"] = tuple([name for name in unmerged if name in reflection.specs])

@@ -38,26 +38,26 @@ def add_adapter(model: nn.Module, adapter_name: str, config: HRAConfig, *, low_c
         >>> [name for name, _ in model.named_parameters() if "hra_u" in name]
         ['0.hra_u.default', '0.hra_u.other', '1.hra_u.other']
     """
-    root, record = root_of(model)
+    root, state = root_of(model)
     config = with_head(root, checked(root, config, adapter_name))
-    add_filled_adapter(root, record, adapter_name, config, random_init(adapter_name, config, on_meta=low_cpu_mem_usage))
+    add_filled_adapter(root, state, adapter_name, config, random_init(adapter_name, config, on_meta=low_cpu_mem_usage))
 
 
 def add_filled_adapter(
     root: nn.Module,
-    record: AdapterState,
+    state: AdapterState,
     adapter_name: str,
     config: HRAConfig,
     fill: Fill,
     copies: Mapping[tuple[str, str], Tensor] = MappingProxyType({}),
 ) -> None:
     """Add an adapter with the vectors that `fill` gives and with these trained copies; errors as `add_adapter`."""
-    if adapter_name in record.configs:
+    if adapter_name in state.configs:
         raise AdapterError(
             f"adapter {adapter_name!r} already exists in this model. Delete it first, or choose another name."
         )
-    if record.merged:
-        raise AdapterError(f"adapters {list(record.merged)} are merged into the weights. Call unmerge_adapter first.")
+    if state.merged:
+        raise AdapterError(f"adapters {list(state.merged)} are merged into the weights. Call unmerge_adapter first.")
     for path, layer in adapted_layers(root).items():
         if any(map(is_trained_by_zero, layer.hra_u.parameters())):
             raise AdapterError(
@@ -66,9 +66,9 @@ def add_filled_adapter(
             )
     with all_or_nothing() as undo:
         layers = inject_adapter(root, adapter_name, config, fill, undo)
-        make_copies(root, adapter_name, config, layers, record, undo, copies)
-        record.configs[adapter_name] = config
-        undo.callback(record.configs.pop, adapter_name, None)
+        make_copies(root, adapter_name, config, layers, state, undo, copies)
+        state.configs[adapter_name] = config
+        undo.callback(state.configs.pop, adapter_name, None)
         parts = collect_parts(root)
         set_requires_grad(parts, (adapter_name,), False)
-        sync_layers(parts, record)
+        sync_layers(parts, state)

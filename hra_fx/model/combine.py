@@ -45,12 +45,12 @@ def combine(model: nn.Module, adapters: Sequence[str], adapter_name: str) -> Non
         >>> model[0].hra_u["ab"].shape
         torch.Size([6, 6])
     """
-    root, record = root_of(model)
-    names = names_in(record, adapters)
+    root, state = root_of(model)
+    names = names_in(state, adapters)
     if len(names) < 2:
         raise AdapterError(f"combine needs at least two adapters, got {list(names)}.")
     for name in names:
-        config = record.configs[name]
+        config = state.configs[name]
         if config.modules_to_save or config.bias != "none":
             raise AdapterError(
                 f"adapter {name!r}: it has trained copies of modules or biases, which cannot be combined."
@@ -62,10 +62,10 @@ def combine(model: nn.Module, adapters: Sequence[str], adapter_name: str) -> Non
         )
     load_vectors(root)
     with torch.inference_mode(False):
-        _combine(root, record, names, adapter_name)
+        _combine(root, state, names, adapter_name)
 
 
-def _combine(root: nn.Module, record: AdapterState, names: tuple[str, ...], adapter_name: str) -> None:
+def _combine(root: nn.Module, state: AdapterState, names: tuple[str, ...], adapter_name: str) -> None:
     chains = {
         path: [layer.hra_u.chain(name).detach() for name in names if name in layer.hra_u]
         for path, layer in adapted_layers(root).items()
@@ -79,7 +79,7 @@ def _combine(root: nn.Module, record: AdapterState, names: tuple[str, ...], adap
     joint = {path: _fill(path, torch.cat(parts, dim=-1), rank) for path, parts in chains.items()}
     stacked = [path for path, layer in adapted_layers(root).items() if path in chains and layer.hra_u.kind == "experts"]
     config = dataclasses.replace(
-        record.configs[names[0]],
+        state.configs[names[0]],
         r=rank,
         rank_pattern={},
         apply_GS=False,
@@ -96,7 +96,7 @@ def _combine(root: nn.Module, record: AdapterState, names: tuple[str, ...], adap
     def fill(path: str, layer: nn.Module, reflection: HouseholderAdapters) -> None:
         reflection.put(adapter_name, spec, joint[path], None)
 
-    add_filled_adapter(root, record, adapter_name, checked(root, config, adapter_name), fill)
+    add_filled_adapter(root, state, adapter_name, checked(root, config, adapter_name), fill)
 
 
 def _fill(path: str, chain: Tensor, rank: int) -> Tensor:

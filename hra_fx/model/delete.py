@@ -32,19 +32,19 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         >>> list(model.state_dict())
         ['0.weight', '0.bias']
     """
-    root, record = root_of(model)
-    (name,) = names_in(record, adapter_name)
-    if record.merged:
-        raise AdapterError(f"adapters {list(record.merged)} are merged into the weights. Call unmerge_adapter first.")
+    root, state = root_of(model)
+    (name,) = names_in(state, adapter_name)
+    if state.merged:
+        raise AdapterError(f"adapters {list(state.merged)} are merged into the weights. Call unmerge_adapter first.")
     check_no_foreign_class(root)
     if reason := offloaded_copy(root):
         raise AdapterError(reason)
-    was_active = name in record.active
-    remove_adapters(root, record, (name,))
-    following = next(iter(record.configs)) if was_active and not record.active and record.configs else None
+    was_active = name in state.active
+    remove_adapters(root, state, (name,))
+    following = next(iter(state.configs)) if was_active and not state.active and state.configs else None
     if following is not None:
-        activate(collect_parts(root), record, (following,), trainable=not record.configs[following].inference_mode)
+        activate(collect_parts(root), state, (following,), trainable=not state.configs[following].inference_mode)
         text = f"adapter {name!r} was active and is deleted; {following!r} is active now."
         warnings.warn(text, HRAWarning, stacklevel=2)
-    elif record.configs:
-        sync_layers(collect_parts(root), record)
+    elif state.configs:
+        sync_layers(collect_parts(root), state)

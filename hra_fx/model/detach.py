@@ -29,12 +29,12 @@ def detach_all(model: nn.Module) -> None:
         if isinstance(part, ExpertsWeight):
             part.owner._modules.pop(part.child, None)
     for part in parts:
-        if record := get_state(part):
-            FlagChanges(record.requires_grad).restore(part)
+        if state := get_state(part):
+            FlagChanges(state.requires_grad).restore(part)
             clear_state(part)
 
 
-def remove_adapters(root: nn.Module, record: AdapterState, names: tuple[str, ...]) -> None:
+def remove_adapters(root: nn.Module, state: AdapterState, names: tuple[str, ...]) -> None:
     """Remove adapters; a layer without adapters becomes a plain layer, a model without adapters a plain model.
 
     Check before with `check_no_foreign_class` that no other tool replaced a class; then nothing here fails.
@@ -48,10 +48,10 @@ def remove_adapters(root: nn.Module, record: AdapterState, names: tuple[str, ...
         if not copies.copied:
             del owner._modules[SAVED]
     for name in names:
-        del record.configs[name]
-    record.active = tuple(name for name in record.active if name not in names)
-    restore_ties(root, record)
-    if not record.configs:
+        del state.configs[name]
+    state.active = tuple(name for name in state.active if name not in names)
+    restore_ties(root, state)
+    if not state.configs:
         detach_all(root)
         return
     plain = [layer for layer in adapted_layers(root).values() if not layer.hra_u.specs]

@@ -73,23 +73,23 @@ class FoldJob:
     Attributes:
         model: the root, or a part of a transformed model.
         names: path of a layer -> the adapters that are folded into it, in the order of the product.
-        adopted: adapters whose trained copies become the model's own tensors.
-        going: adapters that are removed afterwards.
+        promoted: adapters whose trained copies become the model's own tensors.
+        adapters_to_remove: adapters that are removed afterwards.
         untied: path -> names of the tensors that share memory with the weight.
         ties: settings of transformers that are turned off.
     """
 
     model: nn.Module
     names: Mapping[str, tuple[str, ...]]
-    adopted: tuple[str, ...] = ()
-    going: tuple[str, ...] = ()
+    promoted: tuple[str, ...] = ()
+    adapters_to_remove: tuple[str, ...] = ()
     untied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     ties: Sequence[Tie] = ()
 
     def measure(self, path: str, layer: AdaptedLayer, weight: FoldedWeight | None = None) -> FoldedLayer:
         """What the fold does to a layer."""
-        packing = quant_scheme_of(layer)
-        words = packing.words(layer) if packing else ""
+        scheme = quant_scheme_of(layer)
+        words = scheme.words(layer) if scheme else ""
         names, untied = self.names[path], tuple(self.untied.get(path, ()))
         if not names:
             return FoldedLayer(path, 0.0, 0.0, untied, words)
@@ -104,43 +104,43 @@ class FoldJob:
         memory), the model still computes the same, and another fold finishes the work.
         """
         check_no_foreign_class(self.model)
-        record, sites = get_state(self.model), adapted_layers(self.model)
-        places = _places(sites, self.untied)
+        state, layers = get_state(self.model), adapted_layers(self.model)
+        places = _places(layers, self.untied)
         with torch.inference_mode(False), torch.no_grad():
-            also = untied_copies(self.model, self.ties, places, self.adopted)
-            if record and record.merged:
+            also = untied_copies(self.model, self.ties, places, self.promoted)
+            if state and state.merged:
                 unmerge_adapter(self.model)
             measured = []
-            for path, layer in sites.items():
+            for path, layer in layers.items():
                 with loaded(weight_place(layer)[0]):
                     if done := self._write(path, layer):
                         measured.append(done)
-        trained = _adopt(self.model, self.adopted) and record is not None and bool(record.untied)
+        trained = _promote_copies(self.model, self.promoted) and state is not None and bool(state.untied)
         for owner, name, parameter in also.values():
             setattr(owner, name, parameter)
         set_tied(self.ties, False)
-        if record is None:
+        if state is None:
             detach_all(self.model)
         else:
-            remove_adapters(self.model, record, self.going)
-            if record.configs:
-                sync_layers(collect_parts(self.model), record)
+            remove_adapters(self.model, state, self.adapters_to_remove)
+            if state.configs:
+                sync_layers(collect_parts(self.model), state)
         self._warn(measured, list(also), trained=trained and not all_copies(self.model))
 
     def _write(self, path: str, layer: AdaptedLayer) -> FoldedLayer | None:
         """Fold a layer; returns what that did to a quantized weight."""
-        names, packing = self.names[path], quant_scheme_of(layer)
+        names, scheme = self.names[path], quant_scheme_of(layer)
         if not names:
             return None
         weight = folded_weight(layer, names)
-        measured = self.measure(path, layer, weight) if packing else None
+        measured = self.measure(path, layer, weight) if scheme else None
         # A part may be tied to something outside of it.
         untied = path in self.untied or get_state(self.model) is None
 
         def write() -> None:
-            if packing:
+            if scheme:
                 if isinstance(weight.weight, nn.Parameter) and weight.weight is not layer.hra_base:
-                    packing.put(layer, weight.weight)
+                    scheme.put(layer, weight.weight)
             elif untied:
                 own = torch.empty_like(layer.hra_base).copy_(weight.weight)
                 layer.hra_base = nn.Parameter(  # type: ignore[misc]
@@ -170,7 +170,7 @@ class FoldJob:
             warnings.warn(text, HRAWarning, stacklevel=4)
         if requantized := [layer for layer in measured if layer.rounding]:
             warnings.warn(_requantized(requantized), HRAWarning, stacklevel=4)
-        if dropped := [name for name in self.going if name not in self.adopted]:
+        if dropped := [name for name in self.adapters_to_remove if name not in self.promoted]:
             text = f"adapters {dropped} were not active and are removed. To keep them, pass the names to fold."
             warnings.warn(text, HRAWarning, stacklevel=4)
 
@@ -232,32 +232,32 @@ def prepare_fold(model: nn.Module, adapter_names: str | Sequence[str] | None, *,
     """Check that adapters can be folded, without changing anything; errors as `fold`."""
     if not isinstance(model, nn.Module) or not any(get_state(part) for part in model.modules()):
         return _prepare_part(model, adapter_names, requantize=requantize)
-    root, record = root_of(model)
-    names = resolve_merge_order(record, adapter_names)
+    root, state = root_of(model)
+    names = resolve_merge_order(state, adapter_names)
     check_copies(root, collect_parts(root), names)
-    sites = adapted_layers(root)
-    present = {path: tuple(name for name in names if name in layer.hra_u) for path, layer in sites.items()}
-    written = _check_layers(root, sites, present, requantize=requantize)
+    layers = adapted_layers(root)
+    present = {path: tuple(name for name in names if name in layer.hra_u) for path, layer in layers.items()}
+    written = _check_layers(root, layers, present, requantize=requantize)
     for path, (owner, copies) in all_copies(root).items():
         for tensor in (tensor for name in names for tensor in copies.tensors(owner, name).values()):
             if isinstance(tensor, nn.Parameter) and not bool(torch.isfinite(tensor).all()):
                 raise FoldError(f"{path}: its trained copy is not finite. Load a checkpoint from before it diverged.")
-    going = tuple(record.configs) if adapter_names is None else names
-    untied = _untied(root, written, names, going)
-    return FoldJob(root, present, names, going, untied, _ties(root, _places(sites, untied), names))
+    adapters_to_remove = tuple(state.configs) if adapter_names is None else names
+    untied = _untied(root, written, names, adapters_to_remove)
+    return FoldJob(root, present, names, adapters_to_remove, untied, _ties(root, _places(layers, untied), names))
 
 
 def _prepare_part(model: nn.Module, adapter_names: str | Sequence[str] | None, *, requantize: bool) -> FoldJob:
     """A part of a transformed model: everything that acts in it is folded, and it becomes a plain module."""
-    sites = require_adapted_layers(model)
-    present = {name for layer in sites.values() for name in layer.hra_u}
+    layers = require_adapted_layers(model)
+    present = {name for layer in layers.values() for name in layer.hra_u}
     wanted = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names or present)
     if wanted != present:
         raise AdapterError(
             f"adapter_names={sorted(wanted)}: this part of the model has {sorted(present)}. Name all of them, or fold "
             "the whole model."
         )
-    for path, layer in sites.items():
+    for path, layer in layers.items():
         if layer.hra_u.unmerged is not None or set(layer.hra_u.active) != set(layer.hra_u):
             raise AdapterError(
                 f"{path}: only {list(layer.hra_u.active)} of its adapters {list(layer.hra_u)} are applied (the others "
@@ -269,26 +269,26 @@ def _prepare_part(model: nn.Module, adapter_names: str | Sequence[str] | None, *
             f"{path or 'this part'}: it has trained copies (modules_to_save or bias), whose adapter is only known to "
             "the whole model. Fold the whole model."
         )
-    names = {path: layer.hra_u.active for path, layer in sites.items()}
-    written = _check_layers(model, sites, names, requantize=requantize)
+    names = {path: layer.hra_u.active for path, layer in layers.items()}
+    written = _check_layers(model, layers, names, requantize=requantize)
     untied = {path: tuple(others) for path, others in ties_of(model, written).items()}
-    return FoldJob(model, names, untied=untied, ties=_ties(model, _places(sites, untied), ()))
+    return FoldJob(model, names, untied=untied, ties=_ties(model, _places(layers, untied), ()))
 
 
 def _check_layers(
-    root: nn.Module, sites: Mapping[str, AdaptedLayer], names: Mapping[str, tuple[str, ...]], *, requantize: bool
+    root: nn.Module, layers: Mapping[str, AdaptedLayer], names: Mapping[str, tuple[str, ...]], *, requantize: bool
 ) -> dict[str, AdaptedLayer]:
     """Check every layer; returns those whose weights are written."""
-    check_not_on_disk({path: layer for path, layer in sites.items() if names[path]})
-    check_classes(root, sites)
+    check_not_on_disk({path: layer for path, layer in layers.items() if names[path]})
+    check_classes(root, layers)
     try:
         check_no_foreign_class(root)
     except AdapterError as error:
         raise FoldError(str(error)) from error
     if not requantize:
-        check_floating(sites, {name for here in names.values() for name in here}, _REQUANTIZE)
+        check_floating(layers, {name for here in names.values() for name in here}, _REQUANTIZE)
     written: dict[str, AdaptedLayer] = {}
-    for path, layer in sites.items():
+    for path, layer in layers.items():
         if names[path]:
             with loaded(weight_place(layer)[0]):
                 if check_layer(path, layer, names[path]):
@@ -297,14 +297,14 @@ def _check_layers(
 
 
 def _untied(
-    root: nn.Module, written: Mapping[str, AdaptedLayer], names: tuple[str, ...], going: tuple[str, ...]
+    root: nn.Module, written: Mapping[str, AdaptedLayer], names: tuple[str, ...], adapters_to_remove: tuple[str, ...]
 ) -> dict[str, tuple[str, ...]]:
     """What the weights that are written share memory with, of all that is left after the fold."""
     gone: set[str] = set()
     for path, (_, copies) in all_copies(root).items():
-        adopted = {tensor for name in names for tensor in copies.copied.get(name, ())}
+        promoted = {tensor for name in names for tensor in copies.copied.get(name, ())}
         for tensor, owner in copies.in_place.items():
-            removed = {*going, BASE} if tensor in adopted else set(going)
+            removed = {*adapters_to_remove, BASE} if tensor in promoted else set(adapters_to_remove)
             gone.update(f"{path}.{SAVED}.{holder}.{tensor}".lstrip(".") for holder in removed)
             if owner in removed.difference(names):
                 gone.add(f"{path}.{tensor}".lstrip("."))
@@ -312,8 +312,8 @@ def _untied(
     return {path: others for path, others in left.items() if others}
 
 
-def _places(sites: Mapping[str, AdaptedLayer], paths: Iterable[str]) -> set[Place]:
-    return {weight_place(sites[path]) for path in paths}
+def _places(layers: Mapping[str, AdaptedLayer], paths: Iterable[str]) -> set[Place]:
+    return {weight_place(layers[path]) for path in paths}
 
 
 def _ties(root: nn.Module, places: set[Place], names: tuple[str, ...]) -> list[Tie]:
@@ -322,22 +322,22 @@ def _ties(root: nn.Module, places: set[Place], names: tuple[str, ...]) -> list[T
     Raises:
         FoldError: one of them cannot be turned off.
     """
-    record = get_state(root)
+    state = get_state(root)
     adopts = any(name in copies.copied for _, copies in all_copies(root).values() for name in names)
-    ties = [*find_ties(root, places), *(record.untied if record and (adopts or places) else ())]
+    ties = [*find_ties(root, places), *(state.untied if state and (adopts or places) else ())]
     if reason := why_not_untie(root, ties):
         raise FoldError(f"{reason}. Leave it out with exclude_modules.")
     return ties
 
 
-def _adopt(root: nn.Module, names: tuple[str, ...]) -> bool:
+def _promote_copies(root: nn.Module, names: tuple[str, ...]) -> bool:
     """Make the copies of folded adapters the model's own; whether there were any."""
-    adopted = False
+    promoted = False
     for owner, copies in all_copies(root).values():
         for name in names:
-            adopted |= name in copies.copied
-            copies.adopt(owner, name)
-    return adopted
+            promoted |= name in copies.copied
+            copies.promote_to_base(owner, name)
+    return promoted
 
 
 def _requantized(layers: list[FoldedLayer]) -> str:
@@ -354,12 +354,12 @@ def _requantized(layers: list[FoldedLayer]) -> str:
 
 def _versions(model: nn.Module) -> list[object]:
     """What a plan depends on: the active adapters, and identity, memory and version of every tensor that is read."""
-    record = get_state(model)
-    state = (tuple(record.configs), record.active, record.merged, record.disabled) if record else None
-    sites = adapted_layers(model).values()
+    state = get_state(model)
+    facts = (tuple(state.configs), state.active, state.merged, state.disabled) if state else None
+    layers = adapted_layers(model).values()
     read: Iterable[Tensor] = (
-        tensor for layer in sites for tensor in (layer.hra_base, *layer.hra_u.parameters(), *layer.hra_u.buffers())
+        tensor for layer in layers for tensor in (layer.hra_base, *layer.hra_u.parameters(), *layer.hra_u.buffers())
     )
     # A tensor made in inference mode has no version.
     tensors = ((id(t), t.dtype, t.data_ptr(), tensor_version(t)) for t in read)
-    return [state, *(layer.hra_u.active for layer in sites), *tensors]
+    return [facts, *(layer.hra_u.active for layer in layers), *tensors]

@@ -47,8 +47,8 @@ def insert(module: fx.GraphModule, model: nn.Module, path: str = "") -> None:
     }
     # All paths, because the graph may call a shared layer by any of them.
     names = model.named_modules(remove_duplicate=False)
-    sites = {name: adapted[part] for name, part in names if isinstance(part, AdaptedLayer) and part in adapted}
-    for step in (MatchPass(sites, path), InsertPass(), VerifyPass()):
+    targets = {name: adapted[part] for name, part in names if isinstance(part, AdaptedLayer) and part in adapted}
+    for step in (MatchPass(targets, path), InsertPass(), VerifyPass()):
         step(module)
 
 

@@ -114,10 +114,10 @@ def _attach(path: str, layer: nn.Module, undo: ExitStack) -> None:
     reflection.train(layer.training)
     undo.callback(layer._modules.pop, REFLECTION, None)
     layer.add_module(REFLECTION, reflection)
-    carrier = layer_class_for(layer)
+    mixin = layer_class_for(layer)
     try:
-        swap(layer, carrier)
-        undo.callback(unswap, layer, carrier)
+        swap(layer, mixin)
+        undo.callback(unswap, layer, mixin)
         call_adapted_class(layer)
         if isinstance(layer, ExpertsWeight):
             attach(layer)

@@ -50,15 +50,15 @@ def merge_adapter(model: nn.Module, adapter_names: str | Iterable[str] | None = 
         >>> bool((model[0].weight == before).all())
         True
     """
-    root, record = root_of(model)
-    wanted = record.active if adapter_names is None else names_in(record, adapter_names)
-    if record.merged and set(record.merged) >= set(wanted):
-        text = f"adapters {list(record.merged)} are already merged; merge_adapter does nothing."
+    root, state = root_of(model)
+    wanted = state.active if adapter_names is None else names_in(state, adapter_names)
+    if state.merged and set(state.merged) >= set(wanted):
+        text = f"adapters {list(state.merged)} are already merged; merge_adapter does nothing."
         warnings.warn(text, HRAWarning, stacklevel=2)
         return
-    if record.merged:
-        raise AdapterError(f"adapters {list(record.merged)} are already merged. Call unmerge_adapter first.")
-    merge(root, record, resolve_merge_order(record, adapter_names))
+    if state.merged:
+        raise AdapterError(f"adapters {list(state.merged)} are already merged. Call unmerge_adapter first.")
+    merge(root, state, resolve_merge_order(state, adapter_names))
 
 
 def unmerge_adapter(model: nn.Module) -> None:
@@ -70,8 +70,8 @@ def unmerge_adapter(model: nn.Module) -> None:
     Warns:
         HRAWarning: nothing is merged.
     """
-    root, record = root_of(model)
-    if not record.merged:
+    root, state = root_of(model)
+    if not state.merged:
         warnings.warn("no adapter is merged; unmerge_adapter does nothing.", HRAWarning, stacklevel=2)
         return
     reshard(model.modules())
@@ -79,38 +79,38 @@ def unmerge_adapter(model: nn.Module) -> None:
     def restore() -> None:
         for layer in adapted_layers(root).values():
             _restore(layer)
-        record.merged = ()
-        sync_layers(collect_parts(root), record)
+        state.merged = ()
+        sync_layers(collect_parts(root), state)
 
     complete(restore)
 
 
-def merge(root: nn.Module, record: AdapterState, names: tuple[str, ...]) -> None:
+def merge(root: nn.Module, state: AdapterState, names: tuple[str, ...]) -> None:
     """Merge adapters whose order was resolved; every layer is checked before the first weight is written."""
-    sites = adapted_layers(root)
-    check_copies(root, collect_parts(root), dict.fromkeys((*names, *record.active)))
-    _check_in_memory(sites)
-    check_classes(root, sites)
-    check_no_ties(root, sites)
-    check_floating(sites, names, " Adapters also work without being merged.")
-    present = {path: [name for name in names if name in layer.hra_u] for path, layer in sites.items()}
+    layers = adapted_layers(root)
+    check_copies(root, collect_parts(root), dict.fromkeys((*names, *state.active)))
+    _check_in_memory(layers)
+    check_classes(root, layers)
+    check_no_ties(root, layers)
+    check_floating(layers, names, " Adapters also work without being merged.")
+    present = {path: [name for name in names if name in layer.hra_u] for path, layer in layers.items()}
     for path, here in present.items():
         if here:
-            check_layer(path, sites[path], here)
+            check_layer(path, layers[path], here)
     with all_or_nothing() as undo, torch.no_grad():
-        for layer, here in ((sites[path], here) for path, here in present.items() if here):
+        for layer, here in ((layers[path], here) for path, here in present.items() if here):
             weight = folded_weight(layer, here).weight
             layer.hra_u.unmerged = layer.hra_base.detach().clone()
             undo.callback(_restore, layer)
             layer.hra_base.copy_(weight)
-        others = tuple(name for name in record.active if name not in names)
-        undo.callback(setattr, record, "active", record.active)
-        record.active, record.merged = names + others, names
-        sync_layers(collect_parts(root), record)
+        others = tuple(name for name in state.active if name not in names)
+        undo.callback(setattr, state, "active", state.active)
+        state.active, state.merged = names + others, names
+        sync_layers(collect_parts(root), state)
 
 
-def _check_in_memory(sites: Mapping[str, AdaptedLayer]) -> None:
-    for path, layer in sites.items():
+def _check_in_memory(layers: Mapping[str, AdaptedLayer]) -> None:
+    for path, layer in layers.items():
         if offloading_hook(weight_place(layer)[0]) is not None:
             raise FoldError(
                 f"{path}: accelerate offloads its weight, but a merge keeps a copy of each weight in memory. Adapters "
@@ -118,24 +118,24 @@ def _check_in_memory(sites: Mapping[str, AdaptedLayer]) -> None:
             )
 
 
-def resolve_merge_order(record: AdapterState, adapter_names: str | Iterable[str] | None) -> tuple[str, ...]:
+def resolve_merge_order(state: AdapterState, adapter_names: str | Iterable[str] | None) -> tuple[str, ...]:
     """The adapters to fold into the weights, in the order of the product; `None` means all active ones.
 
     Raises:
         AdapterError: the model has no such adapter, none is active, all are disabled, or one that is not named comes
             earlier in the product.
     """
-    if record.disabled:
+    if state.disabled:
         raise AdapterError(
             "adapters are disabled. Leave the disable_adapters block, or call set_adapter or enable_adapter_layers()."
         )
-    names = record.active if adapter_names is None else names_in(record, adapter_names)
+    names = state.active if adapter_names is None else names_in(state, adapter_names)
     if not names:
         raise AdapterError("no adapter is active. Name one, or call hra_fx.set_adapter first.")
-    inside = tuple(name for name in record.active if name in names)
-    if inside != record.active[: len(inside)] or inside != tuple(name for name in names if name in inside):
+    inside = tuple(name for name in state.active if name in names)
+    if inside != state.active[: len(inside)] or inside != tuple(name for name in names if name in inside):
         raise AdapterError(
-            f"adapters {list(names)} cannot be folded first: the model computes W Q in the order {list(record.active)}."
+            f"adapters {list(names)} cannot be folded first: the model computes W Q in the order {list(state.active)}."
             " Fold the first ones of that order, or set another order with hra_fx.set_adapter."
         )
     return names

@@ -48,14 +48,16 @@ def orthogonality_loss(model: nn.Module) -> Tensor:
         >>> print(f"{orthogonality_loss(model):.4f}")  # the cosine 0.6 appears twice in the Gram matrix
         0.8485
     """
-    sites = require_adapted_layers(model)
+    layers = require_adapted_layers(model)
     load_vectors(model)
     # FSDP2 may keep gathered parameters after a forward and free them before the backward of a separate term.
     reshard(model.modules())
     active = [
-        (layer.hra_u[name], layer.hra_u.specs[name].apply_GS) for layer in sites.values() for name in layer.hra_u.active
+        (layer.hra_u[name], layer.hra_u.specs[name].apply_GS)
+        for layer in layers.values()
+        for name in layer.hra_u.active
     ]
-    device = active[0][0].device if active else next(iter(sites.values())).hra_base.device
+    device = active[0][0].device if active else next(iter(layers.values())).hra_base.device
     total = torch.zeros((), device=device)
     for vectors, apply_GS in active:
         if not apply_GS:

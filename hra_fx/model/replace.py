@@ -16,13 +16,13 @@ from hra_fx.layers.trained_copies import BASE, Copies, all_copies
 from hra_fx.model.state import AdapterState, adapted_layers
 
 
-def check_replaceable(root: nn.Module, record: AdapterState, name: str) -> None:
+def check_replaceable(root: nn.Module, state: AdapterState, name: str) -> None:
     """Refuse to replace the values of an adapter that are in use elsewhere, or that are shards without data.
 
     Raises:
         AdapterError: it is merged, its strength is not 1, or its shards are on the meta device.
     """
-    if name in record.merged:
+    if name in state.merged:
         raise AdapterError(f"adapter {name!r} is merged into the weights. Call unmerge_adapter first.")
     layers = layers_of(root, name)
     if any(name in layer.hra_u.scales for layer in layers.values()):

@@ -54,23 +54,23 @@ def reset_adapters(
         >>> bool((model[0].hra_u["default"][:, 0] == model[0].hra_u["default"][:, 1]).all())
         True
     """
-    root, record = root_of(model)
-    names = names_in(record, record.configs if adapter_names is None else adapter_names)
+    root, state = root_of(model)
+    names = names_in(state, state.configs if adapter_names is None else adapter_names)
     load_vectors(root)
     base = {name: _base_values(root, name) for name in names}
     for name in names:
-        check_replaceable(root, record, name)
+        check_replaceable(root, state, name)
         _check_device(root, name, base[name], device)
     with torch.inference_mode(False), random_numbers_of_first_rank(root.parameters()):
         for name in names:
-            replace_values(root, name, _start_of(record, name), base[name], device)
+            replace_values(root, name, _start_of(state, name), base[name], device)
 
 
-def _start_of(record: AdapterState, name: str) -> Callable[[str, AdaptedLayer], tuple[Tensor, Tensor | None]]:
+def _start_of(state: AdapterState, name: str) -> Callable[[str, AdaptedLayer], tuple[Tensor, Tensor | None]]:
     """Draws the vectors of a layer as `transform` does."""
 
     def draw(path: str, layer: AdaptedLayer) -> tuple[Tensor, Tensor | None]:
-        spec = dataclasses.replace(layer.hra_u.specs[name], init_weights=record.configs[name].init_weights)
+        spec = dataclasses.replace(layer.hra_u.specs[name], init_weights=state.configs[name].init_weights)
         return layer.hra_u.initial(spec, householder.working_dtype(layer.hra_u[name].dtype))
 
     return draw

@@ -113,16 +113,16 @@ def _acting_layers(model: AdaptedModel, *, in_forward: bool = False) -> tuple[nn
     If all vectors are in groups of their own (`fully_shard` of the containers), they are gathered at the start of the
     forward.
     """
-    record = get_state(model)
-    if record is None or record.disabled or is_replica(model):
+    state = get_state(model)
+    if state is None or state.disabled or is_replica(model):
         return ()
-    if not record.active and CURRENT.batch is None:
+    if not state.active and CURRENT.batch is None:
         return ()
     if is_sharded(model):
-        boxes = [box for layer in record.layers if (box := get_adapters(layer)) is not None]
-        if not in_forward or is_compiling() or not gather_groups(model, boxes):
+        containers = [adapters for layer in state.layers if (adapters := get_adapters(layer)) is not None]
+        if not in_forward or is_compiling() or not gather_groups(model, containers):
             return ()
-    return record.layers
+    return state.layers
 
 
 def _rename(state: dict[str, Any], in_place: str, waiting: dict[str, str], ours: str, theirs: set[str]) -> None:

@@ -65,18 +65,18 @@ def folded_weight(layer: AdaptedLayer, names: Iterable[str]) -> FoldedWeight:
         layer: the layer. If adapters are merged into it, `W` is the weight before the merge.
         names: its adapters, in the order of the product.
     """
-    packing, box = quant_scheme_of(layer), layer.hra_u
-    weight = base_weight(layer) if packing is None else packing.values(layer)
+    scheme, adapters = quant_scheme_of(layer), layer.hra_u
+    weight = base_weight(layer) if scheme is None else scheme.values(layer)
     dtype = torch.float32 if weight.device.type == "mps" else torch.float64
-    base = (box.rows(weight) if packing is None else as_rows(weight)).to(dtype)
-    chain = box.joint_vectors(names, dtype)
+    base = (adapters.rows(weight) if scheme is None else as_rows(weight)).to(dtype)
+    chain = adapters.joint_vectors(names, dtype)
     exact = base if chain is None else rotate_weight(base, chain.detach())
-    if packing is None:
+    if scheme is None:
         stored = exact.to(weight.dtype)
-        return FoldedWeight(rows_to_weight(stored, weight, transposed=box.columns), base, exact, stored)
+        return FoldedWeight(rows_to_weight(stored, weight, transposed=adapters.columns), base, exact, stored)
     if _relative(exact - base, base) < _UNTRAINED:  # requantizing would change it all the same
         return FoldedWeight(layer.hra_base, base, base, base)
-    requantized = packing.repacked(layer, exact)
+    requantized = scheme.requantized(layer, exact)
     return FoldedWeight(requantized.weight, base, exact, requantized.values)
 
 
@@ -98,11 +98,11 @@ def check_layer(path: str, layer: AdaptedLayer, names: Collection[str]) -> bool:
         FoldError: the weight or the vectors are on the meta device or not finite, the vectors of a Gram-Schmidt adapter
             are linearly dependent, the weight cannot be written, or the folded weight would not be finite.
     """
-    packing = quant_scheme_of(layer)
-    if packing is not None and (reason := packing.why_not_requantized(layer)):
-        raise FoldError(f"{path}: {_quantized(layer, packing)}, and {reason}. {WITHOUT_REQUANTIZING}")
+    scheme = quant_scheme_of(layer)
+    if scheme is not None and (reason := scheme.why_not_requantized(layer)):
+        raise FoldError(f"{path}: {_quantized(layer, scheme)}, and {reason}. {WITHOUT_REQUANTIZING}")
     weight = layer.hra_base.detach()
-    if packing is None and (layer.hra_base.is_inference() or _is_expanded(weight)):
+    if scheme is None and (layer.hra_base.is_inference() or _is_expanded(weight)):
         raise FoldError(
             f"{path}: its weight cannot be written, because it was created in inference mode or is an expanded tensor. "
             "Replace it first: layer.weight = torch.nn.Parameter(layer.weight.detach().clone())."
@@ -112,7 +112,7 @@ def check_layer(path: str, layer: AdaptedLayer, names: Collection[str]) -> bool:
         vectors = layer.hra_u[name]
         check_foldable(path, weight, vectors, apply_GS=layer.hra_u.specs[name].apply_GS, adapter=name)
         finite = finite and bool(torch.isfinite(vectors).all())
-    if not finite or packing is not None or not _fits_dtype(layer.hra_u.rows(base_weight(layer))):
+    if not finite or scheme is not None or not _fits_dtype(layer.hra_u.rows(base_weight(layer))):
         folded = folded_weight(layer, names)
         check_finite(path, folded.stored)
         return folded.weight is not layer.hra_base
@@ -126,7 +126,7 @@ def _fits_dtype(rows: Tensor) -> bool:
     return bool((lengths < torch.finfo(rows.dtype).max).all())
 
 
-def check_classes(model: nn.Module, sites: Mapping[str, AdaptedLayer]) -> None:
+def check_classes(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
     """Check that every weight is here, as a whole, in a layer whose class is ours.
 
     Raises:
@@ -142,7 +142,7 @@ def check_classes(model: nn.Module, sites: Mapping[str, AdaptedLayer]) -> None:
             "(hra_fx.save_adapter, in every process) and fold it into an unsharded model or into the checkpoint "
             "(hra_fx.fold_checkpoint)."
         )
-    for path, module in sites.items():
+    for path, module in layers.items():
         if not is_swapped(module):
             raise FoldError(
                 f"{path or 'the model'}: another tool replaced its class ({type(module).__name__}). Undo that first "
@@ -150,13 +150,13 @@ def check_classes(model: nn.Module, sites: Mapping[str, AdaptedLayer]) -> None:
             )
 
 
-def check_not_on_disk(sites: Mapping[str, AdaptedLayer]) -> None:
+def check_not_on_disk(layers: Mapping[str, AdaptedLayer]) -> None:
     """Refuse to fold into weights that accelerate loads from the disk.
 
     Raises:
         FoldError: there is such a weight.
     """
-    for path, layer in sites.items():
+    for path, layer in layers.items():
         if is_on_disk(*weight_place(layer)):
             raise FoldError(
                 f"{path}: accelerate loads its weight from files, which fold does not change. Save the adapter "
@@ -164,14 +164,14 @@ def check_not_on_disk(sites: Mapping[str, AdaptedLayer]) -> None:
             )
 
 
-def check_no_ties(model: nn.Module, sites: Mapping[str, AdaptedLayer]) -> None:
+def check_no_ties(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
     """Refuse to write weights in place that share memory with other tensors.
 
     Raises:
         FoldError: there is such a weight.
     """
-    for path, others in ties_of(model, sites).items():
-        (_, name), full = weight_place(sites[path]), weight_entry(path, sites[path])
+    for path, others in ties_of(model, layers).items():
+        (_, name), full = weight_place(layers[path]), weight_entry(path, layers[path])
         raise FoldError(
             f"{full}: it shares memory with {', '.join(others)}, which merging in place would change too. Untie it "
             f"first (layer.{name} = torch.nn.Parameter(layer.{name}.detach().clone()) and "
@@ -179,11 +179,11 @@ def check_no_ties(model: nn.Module, sites: Mapping[str, AdaptedLayer]) -> None:
         )
 
 
-def check_floating(sites: Mapping[str, AdaptedLayer], names: Iterable[str], hint: str = "") -> None:
+def check_floating(layers: Mapping[str, AdaptedLayer], names: Iterable[str], hint: str = "") -> None:
     """Refuse to rotate quantized weights.
 
     Args:
-        sites: path -> layer.
+        layers: path -> layer.
         names: the adapters to fold.
         hint: a sentence that says how to do it anyway.
 
@@ -191,29 +191,31 @@ def check_floating(sites: Mapping[str, AdaptedLayer], names: Iterable[str], hint
         FoldError: one of the adapters is on a quantized layer.
     """
     folded = set(names)
-    here = {path: layer for path, layer in sites.items() if folded & set(layer.hra_u)}
-    found = {path: packing for path, layer in here.items() if (packing := quant_scheme_of(layer))}
+    here = {path: layer for path, layer in layers.items() if folded & set(layer.hra_u)}
+    found = {path: scheme for path, layer in here.items() if (scheme := quant_scheme_of(layer))}
     if not found:
         return
-    path, packing = next(iter(found.items()))
+    path, scheme = next(iter(found.items()))
     others = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    reason = packing.why_not_requantized(here[path])
+    reason = scheme.why_not_requantized(here[path])
     why = reason or "folding has to quantize it again, which adds a quantization error"
     raise FoldError(
-        f"{path or 'the layer'}{others}: {_quantized(here[path], packing)}, and {why}.{'' if reason else hint} "
+        f"{path or 'the layer'}{others}: {_quantized(here[path], scheme)}, and {why}.{'' if reason else hint} "
         f"{WITHOUT_REQUANTIZING}"
     )
 
 
-def ties_of(model: nn.Module, sites: Mapping[str, AdaptedLayer]) -> dict[str, list[str]]:
+def ties_of(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> dict[str, list[str]]:
     """Path -> names of the tensors that share memory with the weight of an adapted layer, where there are any."""
-    names = {path: weight_entry(path, layer) for path, layer in sites.items()}
-    found = tied_to(model, {names[path]: stored(*weight_place(layer), layer.hra_base) for path, layer in sites.items()})
+    names = {path: weight_entry(path, layer) for path, layer in layers.items()}
+    found = tied_to(
+        model, {names[path]: stored(*weight_place(layer), layer.hra_base) for path, layer in layers.items()}
+    )
     return {path: found[name] for path, name in names.items() if name in found}
 
 
-def _quantized(layer: nn.Module, packing: QuantScheme) -> str:
-    return f"its weight is quantized ({packing.words(layer)})"
+def _quantized(layer: nn.Module, scheme: QuantScheme) -> str:
+    return f"its weight is quantized ({scheme.words(layer)})"
 
 
 def _is_expanded(weight: Tensor) -> bool:

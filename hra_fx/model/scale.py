@@ -42,21 +42,21 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
         >>> abs(report(model).rows[0].angle - whole / 2) < 1e-5
         True
     """
-    root, record = root_of(model)
-    (name,) = names_in(record, adapter_name)
+    root, state = root_of(model)
+    (name,) = names_in(state, adapter_name)
     check_strength(alpha)
-    if name in record.merged:
+    if name in state.merged:
         raise AdapterError(f"adapter {name!r} is merged into the weights. Call unmerge_adapter first.")
     load_vectors(root)
     reshard(model.modules())
-    sites = {path: layer.hra_u for path, layer in adapted_layers(root).items() if name in layer.hra_u}
+    layers = {path: layer.hra_u for path, layer in adapted_layers(root).items() if name in layer.hra_u}
     chains: dict[str, Tensor] = {}
-    for path, reflection in sites.items() if alpha != 1 else ():
+    for path, reflection in layers.items() if alpha != 1 else ():
         try:
             chains[path] = reflection.scaled(name, float(alpha))
         except AdapterError as error:
             raise AdapterError(f"{path}: adapter {name!r}: {error}") from error
-    for path, reflection in sites.items():
+    for path, reflection in layers.items():
         reflection.scale(name, float(alpha), chains.get(path))
     if alpha != 1 and any(name in copies.copied for _, copies in all_copies(root).values()):
         text = f"adapter {name!r}: the strength only affects reflections, not trained modules and biases."

@@ -50,16 +50,16 @@ def set_up(
         layers = inject_adapter(model, adapter_name, config, fill, steps)
         changed = freeze(model)
         steps.callback(changed.restore, model)
-        record = AdapterState({adapter_name: config}, requires_grad=changed.flags)
-        make_copies(model, adapter_name, config, layers, record, steps, copies)
+        state = AdapterState({adapter_name: config}, requires_grad=changed.flags)
+        make_copies(model, adapter_name, config, layers, state, steps, copies)
         steps.callback(clear_state, model)
-        attach_state(model, record)
+        attach_state(model, state)
         connect_factors(model)
         if not isinstance(model, fx.GraphModule):
             swap(model, root_class)
             steps.callback(unswap, model, root_class)
             swap_body(model, steps)
-        activate(collect_parts(model), record, (adapter_name,), trainable=not config.inference_mode)
+        activate(collect_parts(model), state, (adapter_name,), trainable=not config.inference_mode)
         if call:
             check_against_folded(model, call)
 

@@ -71,16 +71,16 @@ class AdapterState:
 def get_state(model: nn.Module) -> AdapterState | None:
     """The state of this module, or `None` if it is not the root of a transformed model."""
     notes = read_notes(model) if isinstance(model, fx.GraphModule) else vars(model)
-    record = notes.get(RECORD)
-    return record if isinstance(record, AdapterState) else None
+    state = notes.get(RECORD)
+    return state if isinstance(state, AdapterState) else None
 
 
-def attach_state(model: nn.Module, record: AdapterState) -> None:
+def attach_state(model: nn.Module, state: AdapterState) -> None:
     """Attach a state to a model."""
     if isinstance(model, fx.GraphModule):
-        write_note(model, RECORD, record)
+        write_note(model, RECORD, state)
     else:
-        vars(model)[RECORD] = record
+        vars(model)[RECORD] = state
 
 
 def clear_state(model: nn.Module) -> None:
@@ -155,9 +155,9 @@ def only_root(model: nn.Module, found: AdaptedParts) -> tuple[nn.Module, Adapter
     if len(found.roots) > 1:
         paths = ", ".join(repr(path) for path, part in model.named_modules() if part in found.roots)
         raise AdapterError(f"{kind} contains several transformed models ({paths}). Pass one of them.")
-    record = get_state(found.roots[0])
-    assert record is not None
-    return found.roots[0], record
+    state = get_state(found.roots[0])
+    assert state is not None
+    return found.roots[0], state
 
 
 def check_no_foreign_class(model: nn.Module) -> None:
@@ -178,7 +178,7 @@ def check_no_foreign_class(model: nn.Module) -> None:
             )
 
 
-def names_in(record: AdapterState, names: str | Iterable[str]) -> tuple[str, ...]:
+def names_in(state: AdapterState, names: str | Iterable[str]) -> tuple[str, ...]:
     """Adapter names as a tuple.
 
     Raises:
@@ -186,8 +186,8 @@ def names_in(record: AdapterState, names: str | Iterable[str]) -> tuple[str, ...
     """
     wanted = (names,) if isinstance(names, str) else tuple(names)
     for name in wanted:
-        if name not in record.configs:
-            present = ", ".join(map(repr, record.configs)) or "none"
+        if name not in state.configs:
+            present = ", ".join(map(repr, state.configs)) or "none"
             raise AdapterError(f"the model has no adapter {name!r}. It has {present}.")
     if len(set(wanted)) < len(wanted):
         raise AdapterError(f"adapter names must be unique, got {list(wanted)}.")
@@ -211,10 +211,10 @@ def require_adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """
     if not isinstance(model, nn.Module):
         raise AdapterError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
-    sites = adapted_layers(model)
-    if not sites:
+    layers = adapted_layers(model)
+    if not layers:
         raise _no_adapters(model)
-    return sites
+    return layers
 
 
 def _no_adapters(model: nn.Module) -> AdapterError:

@@ -52,20 +52,20 @@ def set_adapter(model: nn.Module, adapter_name: str | Iterable[str], *, inferenc
         ('fr', 'en')
     """
     parts = collect_parts(model)
-    root, record = only_root(model, parts)
-    names = names_in(record, adapter_name)
-    disabled = record.disabled and record.disabled_blocks > 0
+    root, state = only_root(model, parts)
+    names = names_in(state, adapter_name)
+    disabled = state.disabled and state.disabled_blocks > 0
     check_copies(root, parts, names)
     check_copies_can_switch(root, parts, () if disabled else names)
     reshard(parts.modules)
-    if record.merged:
-        text = f"adapters {list(record.merged)} were merged; they are unmerged before {list(names)} are set."
+    if state.merged:
+        text = f"adapters {list(state.merged)} were merged; they are unmerged before {list(names)} are set."
         warnings.warn(text, HRAWarning, stacklevel=2)
         unmerge_adapter(root)
     wrapped = isinstance(model, DistributedDataParallel)
     before = _trainable(model) if wrapped else set()
-    record.disabled = disabled
-    activate(parts, record, names, trainable=not inference_mode)
+    state.disabled = disabled
+    activate(parts, state, names, trainable=not inference_mode)
     if wrapped and (new := sorted(_trainable(model) - before)):
         text = (
             f"{new[0]} became trainable after DistributedDataParallel wrapped the model. If it was not trainable then, "
@@ -105,13 +105,13 @@ class disable_adapters:
     def __init__(self, model: nn.Module) -> None:
         """Disable the adapters now."""
         parts = collect_parts(model)
-        self._root, self._record = root, record = only_root(model, parts)
+        self._root, self._record = root, state = only_root(model, parts)
         check_copies_can_switch(root, parts, ())
-        self._before = record.disabled, record.disabled_blocks
-        self._merged, self._active = record.merged, record.active
-        if record.merged:
+        self._before = state.disabled, state.disabled_blocks
+        self._merged, self._active = state.merged, state.active
+        if state.merged:
             unmerge_adapter(root)
-        self._set(True, record.disabled_blocks)
+        self._set(True, state.disabled_blocks)
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         """Decorate a function. The adapters are restored now, and disabled during each call."""
@@ -132,9 +132,9 @@ class disable_adapters:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         """Restore the previous state, unless other adapters were set inside."""
         self._set(*self._before)
-        record = self._record
-        if self._merged and record.active == self._active and not record.merged:
-            merge(self._root, record, self._merged)
+        state = self._record
+        if self._merged and state.active == self._active and not state.merged:
+            merge(self._root, state, self._merged)
 
     def _set(self, disabled: bool, blocks: int) -> None:
         self._record.disabled, self._record.disabled_blocks = disabled, blocks
@@ -148,7 +148,7 @@ def enable_adapters(model: nn.Module) -> None:
         AdapterError: the model has no adapters, or the trained copies of a sharded model would have to be exchanged.
     """
     parts = collect_parts(model)
-    root, record = only_root(model, parts)
-    check_copies_can_switch(root, parts, record.active)
-    record.disabled, record.disabled_blocks = False, 0
-    sync_layers(parts, record)
+    root, state = only_root(model, parts)
+    check_copies_can_switch(root, parts, state.active)
+    state.disabled, state.disabled_blocks = False, 0
+    sync_layers(parts, state)

@@ -95,8 +95,8 @@ def make_copies(
     model: nn.Module,
     name: str,
     config: HRAConfig,
-    sites: Mapping[str, nn.Module],
-    record: AdapterState,
+    layers: Mapping[str, nn.Module],
+    state: AdapterState,
     undo: ExitStack,
     values: Mapping[tuple[str, str], Tensor],
 ) -> None:
@@ -108,7 +108,7 @@ def make_copies(
     Raises:
         UnsupportedLayerError: a tensor cannot be copied, or another adapter reflects the layer.
     """
-    wanted = to_copy(model, config, sites)
+    wanted = to_copy(model, config, layers)
     for path, (owner, names) in wanted.items():
         if reason := _why_not_copied(owner, names):
             raise UnsupportedLayerError(f"{path} ({type(owner).__name__}): {reason}.")
@@ -128,7 +128,7 @@ def make_copies(
         given = {entry: values[path, entry] for entry in names if (path, entry) in values}
         copies.make(owner, name, names, {} if parted else memo, given)
     if parted or tied - originals.keys():
-        _untie(model, record, {(owner, name) for owner, names in wanted.values() for name in names}, undo)
+        _untie(model, state, {(owner, name) for owner, names in wanted.values() for name in names}, undo)
 
 
 def differ_by_place(tensors: Mapping[tuple[str, str], Tensor], values: Mapping[tuple[str, str], Tensor]) -> bool:
@@ -140,26 +140,26 @@ def differ_by_place(tensors: Mapping[tuple[str, str], Tensor], values: Mapping[t
     return any(one is not other and not torch.equal(one, other.to(one)) for one, other in pairs)
 
 
-def restore_ties(model: nn.Module, record: AdapterState) -> None:
+def restore_ties(model: nn.Module, state: AdapterState) -> None:
     """Turn the settings on again that trained copies turned off, where everything is one tensor again."""
-    tied = [tie for tie in record.untied if is_tied(model, tie)]
+    tied = [tie for tie in state.untied if is_tied(model, tie)]
     set_tied(tied, True)
-    record.untied = tuple(tie for tie in record.untied if tie not in tied)
+    state.untied = tuple(tie for tie in state.untied if tie not in tied)
 
 
-def _untie(model: nn.Module, record: AdapterState, places: Collection[Place], undo: ExitStack) -> None:
+def _untie(model: nn.Module, state: AdapterState, places: Collection[Place], undo: ExitStack) -> None:
     """Turn off the settings by which `tie_weights` of transformers would overwrite a trained copy."""
     ties = find_ties(model, places)
     if reason := why_not_untie(model, ties):
         raise UnsupportedLayerError(f"{reason}. Leave it out of modules_to_save.")
-    undo.callback(setattr, record, "untied", record.untied)
+    undo.callback(setattr, state, "untied", state.untied)
     undo.callback(set_tied, ties, True)
     set_tied(ties, False)
-    record.untied = (*record.untied, *ties)
+    state.untied = (*state.untied, *ties)
 
 
 def to_copy(
-    model: nn.Module, config: HRAConfig, sites: Mapping[str, nn.Module]
+    model: nn.Module, config: HRAConfig, layers: Mapping[str, nn.Module]
 ) -> dict[str, tuple[nn.Module, tuple[str, ...]]]:
     """Path -> (module, names of its tensors)."""
     found: dict[int, tuple[str, nn.Module, tuple[str, ...]]] = {}
@@ -167,7 +167,7 @@ def to_copy(
         for below, owner in state_modules(saved):
             if names := own_tensors(owner) if _is_base(f"{below}.") else ():
                 found.setdefault(id(owner), (f"{root}.{below}".rstrip("."), owner, names))
-    owners = state_modules(model) if config.bias == "all" else sites.items() if config.bias == "hra_only" else ()
+    owners = state_modules(model) if config.bias == "all" else layers.items() if config.bias == "hra_only" else ()
     for path, owner in owners:
         names = tuple(name for name in _BIASES if owner._parameters.get(name) is not None)
         if _is_base(f"{path}.") and names:

@@ -48,8 +48,8 @@ def find_ties(model: nn.Module, places: Collection[Place]) -> list[Tie]:
     found = _all_ties(model) if places else []
     touched = [tie for tie in found if any(place_of(model, name) in places for pair in tie.pairs for name in pair)]
     # BART and its inner model share one configuration, and both tie weights by it.
-    going = [config for tie in touched for config in tie.configs]
-    return [tie for tie in found if any(config is one for config in tie.configs for one in going)]
+    adapters_to_remove = [config for tie in touched for config in tie.configs]
+    return [tie for tie in found if any(config is one for config in tie.configs for one in adapters_to_remove)]
 
 
 def _all_ties(model: nn.Module) -> list[Tie]:

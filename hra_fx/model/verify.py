@@ -56,9 +56,9 @@ def check_against_folded(model: nn.Module, call: Call) -> None:
         VerificationError: naming the mode and the first module whose output differs, or the layer.
     """
     for path, layer in model.named_modules():
-        if packing := quant_scheme_of(layer):
+        if scheme := quant_scheme_of(layer):
             raise UnsupportedLayerError(
-                f"{path}: it is quantized ({packing.words(layer)}), so verify=True has no exact folded weight for the "
+                f"{path}: it is quantized ({scheme.words(layer)}), so verify=True has no exact folded weight for the "
                 "comparison. Leave verify out, or verify the model before quantization."
             )
         if offloading_hook(layer) is not None:
@@ -115,27 +115,27 @@ def _run_both(
     call = pytree.tree_map(cast, call)
     copied = copy.deepcopy(model).requires_grad_(False)
     copied._apply(cast)  # type: ignore[no-untyped-call]  # Module.to would drop the imaginary part of complex buffers
-    sites = {path: layer for path, layer in adapted_layers(copied).items() if layer.hra_u.active}
-    boxes = {path: layer.hra_u for path, layer in sites.items()}
-    vectors = [box[name] for box in boxes.values() for name in box.active]
+    layers = {path: layer for path, layer in adapted_layers(copied).items() if layer.hra_u.active}
+    containers = {path: layer.hra_u for path, layer in layers.items()}
+    vectors = [adapters[name] for adapters in containers.values() for name in adapters.active]
     generator = torch.Generator().manual_seed(_SEED)
     with torch.no_grad():
         for parameter in vectors:
             parameter.copy_(torch.randn(parameter.shape, generator=generator)).requires_grad_(True)
     buffers = {name: buffer.clone() for name, buffer in copied.named_buffers()}
     ours = [_run(copied, call, vectors, training, trace) for training in (True, False)]
-    boxes = copy.deepcopy(boxes)  # folding empties them
+    containers = copy.deepcopy(containers)  # folding empties them
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", HRAWarning)
         prepare_fold(copied, None, requantize=False).run()
         for name, buffer in copied.named_buffers():
             buffer.copy_(buffers[name])
-    weights = [boxes[path].weight_of(layer).requires_grad_(True) for path, layer in sites.items()]
+    weights = [containers[path].weight_of(layer).requires_grad_(True) for path, layer in layers.items()]
     theirs: list[_Run | Exception] = []
     for training in (True, False):
         run = _run(copied, call, weights, training, trace)
         # Mode by mode, because the gradients of all weights take as much memory as the copy.
-        theirs.append(_through_rotation(model, boxes, run) if isinstance(run, _Run) else run)
+        theirs.append(_through_rotation(model, containers, run) if isinstance(run, _Run) else run)
         del run
     return ours, theirs
 
@@ -166,17 +166,17 @@ def _recorder(path: str, seen: list[tuple[str, list[Tensor]]]) -> Any:
     return lambda module, args, output: seen.append((path, [leaf.detach().clone() for leaf in _floating(output)]))
 
 
-def _through_rotation(model: nn.Module, boxes: dict[str, Any], run: _Run) -> _Run:
+def _through_rotation(model: nn.Module, containers: dict[str, Any], run: _Run) -> _Run:
     """The gradients of folded weights, as gradients of the vectors that they were folded from."""
     found: list[Tensor | None] = []
-    for (path, box), gradient in zip(boxes.items(), run.gradients, strict=True):
-        vectors = [box[name] for name in box.active]
+    for (path, adapters), gradient in zip(containers.items(), run.gradients, strict=True):
+        vectors = [adapters[name] for name in adapters.active]
         if gradient is None:
             found += [None] * len(vectors)
             continue
         layer: Any = model.get_submodule(path)
-        chain = box.joint_vectors(box.active, torch.float64)
-        rotated = rotate_weight(base_weight(layer).double(), chain, transposed=box.columns)
+        chain = adapters.joint_vectors(adapters.active, torch.float64)
+        rotated = rotate_weight(base_weight(layer).double(), chain, transposed=adapters.columns)
         found += torch.autograd.grad(rotated, vectors, gradient.double())
     return run._replace(gradients=found)
 

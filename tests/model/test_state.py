@@ -148,14 +148,18 @@ def test_vectors_that_cannot_be_scaled_are_refused_with_their_layer(rank: int) -
     hra_fx.set_scale(model, "a", 0.5)
     x, parts = normal(3, 6), (model.first.hra_u, model.second.hra_u)
     output = model(x)
-    before = [(dict(part.scales), dict(part.paused), [p.requires_grad for p in part.parameters()]) for part in parts]
+    before = [
+        (dict(part.scales), dict(part.trainable_at_full_scale), [p.requires_grad for p in part.parameters()])
+        for part in parts
+    ]
     good = {name: value.clone() for name, value in model.state_dict().items()}
     bad = {name: value.clone() for name, value in good.items()}
     bad["first.hra_u.a"][:, 0] = 0
     with pytest.raises(RuntimeError, match=r"first\.hra_u\.a: .*odd|first\.hra_u\.a: .*rotation"):
         model.load_state_dict(bad)
     assert before == [
-        (dict(part.scales), dict(part.paused), [p.requires_grad for p in part.parameters()]) for part in parts
+        (dict(part.scales), dict(part.trainable_at_full_scale), [p.requires_grad for p in part.parameters()])
+        for part in parts
     ]
     assert before[0][:2] == ({"a": 0.5}, {"a": True})
     model.load_state_dict(good)

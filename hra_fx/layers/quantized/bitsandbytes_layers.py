@@ -43,7 +43,7 @@ class EightBit(QuantScheme):
         scale = layer.state.SCB if weight.SCB is None else weight.SCB
         return _scaled(weight.data, scale)
 
-    def repacked(self, layer: Any, rows: Tensor) -> Requantized:
+    def requantized(self, layer: Any, rows: Tensor) -> Requantized:
         """By way of float16, as the library does it."""
         weight = layer.weight
         # It quantizes what comes to a device from the CPU, and nothing else.
@@ -100,7 +100,7 @@ class FourBit(QuantScheme):
         _unpack(layer)
         return _dequantized(layer.weight)
 
-    def repacked(self, layer: Any, rows: Tensor) -> Requantized:
+    def requantized(self, layer: Any, rows: Tensor) -> Requantized:
         """With the block size, the type and the nesting that it has."""
         _unpack(layer)
         weight = layer.weight
@@ -122,8 +122,8 @@ class FourBit(QuantScheme):
         layer._parameters["weight"], layer.quant_state = weight, weight.quant_state
 
 
-def bitsandbytes_packing(layer: nn.Module) -> QuantScheme | None:
-    """The packing of a layer of bitsandbytes; `None` for any other."""
+def bitsandbytes_scheme(layer: nn.Module) -> QuantScheme | None:
+    """The scheme of a layer of bitsandbytes; `None` for any other."""
     # If the library is not loaded, no object can be of its classes.
     library: Any = sys.modules.get("bitsandbytes.nn")
     if library is None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from hra_fx.layers.quantized.bitsandbytes_layers import bitsandbytes_packing
+from hra_fx.layers.quantized.bitsandbytes_layers import bitsandbytes_scheme
 from hra_fx.layers.quantized.scheme import QuantScheme
-from hra_fx.layers.quantized.torchao_weights import torchao_packing
+from hra_fx.layers.quantized.torchao_weights import torchao_scheme
 
 
 def quant_scheme_of(layer: nn.Module) -> QuantScheme | None:
@@ -16,4 +16,4 @@ def quant_scheme_of(layer: nn.Module) -> QuantScheme | None:
         >>> quant_scheme_of(nn.Linear(6, 4)) is None
         True
     """
-    return bitsandbytes_packing(layer) or torchao_packing(layer)
+    return bitsandbytes_scheme(layer) or torchao_scheme(layer)

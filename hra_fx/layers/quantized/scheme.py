@@ -57,9 +57,9 @@ class QuantScheme(ABC):
         """The dequantized weight, `(out, d)`, floating point."""
 
     @abstractmethod
-    def repacked(self, layer: nn.Module, rows: Tensor) -> Requantized:
+    def requantized(self, layer: nn.Module, rows: Tensor) -> Requantized:
         """Other values `(out, d)`, quantized as the weight of a layer is; the layer is not changed."""
 
     def put(self, layer: Any, weight: nn.Parameter) -> None:
-        """Set a weight of `repacked` on a layer."""
+        """Set a weight of `requantized` on a layer."""
         layer._parameters["weight"] = weight

@@ -28,39 +28,39 @@ def call_quantized(layer: nn.Module, x: Tensor, run: Callable[[Tensor], Any]) ->
     Returns:
         `(..., out)`.
     """
-    packing = quant_scheme_of(layer)
-    if packing is None:  # another tool has put another weight into it
+    scheme = quant_scheme_of(layer)
+    if scheme is None:  # another tool has put another weight into it
         return run(x)
-    made = packing.straight_through and torch.is_grad_enabled() and x.requires_grad
-    with packing.called(layer):
+    made = scheme.straight_through and torch.is_grad_enabled() and x.requires_grad
+    with scheme.called(layer):
         output = run(x.detach() if made else x)
-    return straight_through(output, x, layer, packing) if made else output
+    return straight_through(output, x, layer, scheme) if made else output
 
 
-def straight_through(output: Tensor, x: Tensor, layer: nn.Module, packing: QuantScheme) -> Tensor:
+def straight_through(output: Tensor, x: Tensor, layer: nn.Module, scheme: QuantScheme) -> Tensor:
     """Connect the output of a layer to its input for autograd.
 
     Args:
         output: `(..., out)`, which does not depend on `x` for autograd.
         x: `(..., d)`, the input of the layer.
         layer: the layer; its weight is dequantized in the backward pass.
-        packing: its quantization scheme.
+        scheme: its quantization scheme.
 
     Returns:
         `output`, with a gradient to `output` and to `x`.
     """
-    passed: Tensor = _StraightThrough.apply(output, x, layer, packing)  # type: ignore[no-untyped-call]
+    passed: Tensor = _StraightThrough.apply(output, x, layer, scheme)  # type: ignore[no-untyped-call]
     return passed
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, layer: nn.Module, packing: QuantScheme) -> Tensor:
-        ctx.layer, ctx.packing, ctx.dtype = layer, packing, x.dtype
+    def forward(ctx: Any, output: Tensor, x: Tensor, layer: nn.Module, scheme: QuantScheme) -> Tensor:
+        ctx.layer, ctx.scheme, ctx.dtype = layer, scheme, x.dtype
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None, None]:
         (grad,) = grads
-        weight = ctx.packing.values(ctx.layer).to(grad.dtype)
+        weight = ctx.scheme.values(ctx.layer).to(grad.dtype)
         return grad, (grad @ weight).to(ctx.dtype), None, None

@@ -59,14 +59,14 @@ class TorchAO(QuantScheme):
         with torch.no_grad():
             return F.linear(unit, weight).mT
 
-    def repacked(self, layer: Any, rows: Tensor) -> Requantized:
+    def requantized(self, layer: Any, rows: Tensor) -> Requantized:
         """With its block size, symmetry and handling of inputs."""
         old = layer._parameters["weight"].data
         new = (_int8 if type(old).__name__ == "Int8Tensor" else _intx)(old, rows.to(old.dtype))
         return Requantized(nn.Parameter(new, requires_grad=False), new.dequantize())
 
 
-def torchao_packing(layer: nn.Module) -> QuantScheme | None:
+def torchao_scheme(layer: nn.Module) -> QuantScheme | None:
     """The scheme of a Linear whose weight is a tensor of torchao; `None` for other layers."""
     # If the library is not imported, no object has one of its classes.
     kind = getattr(sys.modules.get("torchao.utils"), "TorchAOBaseTensor", None)
