@@ -29,8 +29,7 @@ def fold(model: M, adapter_names: str | Sequence[str] | None = None, *, requanti
 
     A weight that shares memory with other tensors (an output layer tied to the embeddings) is untied: the layer gets
     its own parameter, and the others are not changed. If transformers ties them by `config.tie_word_embeddings`, that
-    is set to False, and all other tensors that it tied get their own memory too. Fold the whole model rather than a
-    submodule, which does not know the ties and the configuration outside of it.
+    is set to False, and all other tensors that it tied get their own memory too.
 
     A quantized weight (bitsandbytes, torchao) is folded only with `requantize=True`: it is dequantized, rotated, and
     quantized again in the same scheme. The quantization error is often larger than the effect of the adapter.

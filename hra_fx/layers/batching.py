@@ -270,8 +270,8 @@ def _chains(layers: Iterable[nn.Module]) -> list[_Chain]:
     """The layers that compute with factors, and whose adapters do something."""
     found: list[_Chain] = []
     for layer in layers:
-        adapters: Any = layer._modules.get(REFLECTION)  # none in a layer that was folded alone
-        if adapters is not None and adapters.is_called:
+        adapters: Any = layer._modules[REFLECTION]
+        if adapters.is_called:
             parts = adapters.chain_parts() if CURRENT.batch is None else _parts(adapters, mixed_batch_of(adapters))
             found.append((adapters, layer, parts))
     return [chain for chain in found if chain[2]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.target import SAVED, weight_place
 from hra_fx.layers.trained_copies import BASE, all_copies
 from hra_fx.model.activate import check_copies, sync_layers
-from hra_fx.model.detach import detach_all, remove_adapters
+from hra_fx.model.detach import remove_adapters
 from hra_fx.model.inject import complete
 from hra_fx.model.merge import resolve_merge_order, unmerge_adapter
 from hra_fx.model.rotate import (
@@ -31,11 +31,10 @@ from hra_fx.model.rotate import (
     ties_of,
 )
 from hra_fx.model.state import (
+    AdapterState,
     adapted_layers,
     check_no_foreign_class,
     collect_parts,
-    get_state,
-    require_adapted_layers,
     root_of,
 )
 from hra_fx.model.untie import Place, Tie, always_tied, find_ties, set_tied, untied_copies, why_not_untie
@@ -71,7 +70,8 @@ class FoldJob:
     """A fold whose layers were all checked.
 
     Attributes:
-        model: the root, or a part of a transformed model.
+        model: a transformed model.
+        state: its state.
         names: path of a layer -> the adapters that are folded into it, in the order of the product.
         promoted: adapters whose trained copies become the model's own tensors.
         adapters_to_remove: adapters that are removed afterwards.
@@ -80,11 +80,12 @@ class FoldJob:
     """
 
     model: nn.Module
+    state: AdapterState
     names: Mapping[str, tuple[str, ...]]
-    promoted: tuple[str, ...] = ()
-    adapters_to_remove: tuple[str, ...] = ()
-    untied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    ties: Sequence[Tie] = ()
+    promoted: tuple[str, ...]
+    adapters_to_remove: tuple[str, ...]
+    untied: Mapping[str, tuple[str, ...]]
+    ties: Sequence[Tie]
 
     def measure(self, path: str, layer: AdaptedLayer, weight: FoldedWeight | None = None) -> FoldedLayer:
         """What the fold does to a layer."""
@@ -104,27 +105,24 @@ class FoldJob:
         memory), the model still computes the same, and another fold finishes the work.
         """
         check_no_foreign_class(self.model)
-        state, layers = get_state(self.model), adapted_layers(self.model)
+        state, layers = self.state, adapted_layers(self.model)
         places = _places(layers, self.untied)
         with torch.inference_mode(False), torch.no_grad():
             also = untied_copies(self.model, self.ties, places, self.promoted)
-            if state and state.merged:
+            if state.merged:
                 unmerge_adapter(self.model)
             measured = []
             for path, layer in layers.items():
                 with loaded(weight_place(layer)[0]):
                     if done := self._write(path, layer):
                         measured.append(done)
-        trained = _promote_copies(self.model, self.promoted) and state is not None and bool(state.untied)
+        trained = _promote_copies(self.model, self.promoted) and bool(state.untied)
         for owner, name, parameter in also.values():
             setattr(owner, name, parameter)
         set_tied(self.ties, False)
-        if state is None:
-            detach_all(self.model)
-        else:
-            remove_adapters(self.model, state, self.adapters_to_remove)
-            if state.configs:
-                sync_layers(collect_parts(self.model), state)
+        remove_adapters(self.model, state, self.adapters_to_remove)
+        if state.configs:
+            sync_layers(collect_parts(self.model), state)
         self._warn(measured, list(also), trained=trained and not all_copies(self.model))
 
     def _write(self, path: str, layer: AdaptedLayer) -> FoldedLayer | None:
@@ -134,14 +132,12 @@ class FoldJob:
             return None
         weight = folded_weight(layer, names)
         measured = self.measure(path, layer, weight) if scheme else None
-        # A part may be tied to something outside of it.
-        untied = path in self.untied or get_state(self.model) is None
 
         def write() -> None:
             if scheme:
                 if isinstance(weight.weight, nn.Parameter) and weight.weight is not layer.hra_base:
                     scheme.put(layer, weight.weight)
-            elif untied:
+            elif path in self.untied:
                 own = torch.empty_like(layer.hra_base).copy_(weight.weight)
                 layer.hra_base = nn.Parameter(  # type: ignore[misc]
                     own, requires_grad=layer.hra_base.requires_grad
@@ -186,7 +182,7 @@ class FoldPlan:
         """Compute every folded weight of a job once, and measure it."""
         self._job = job
         self.layers = [job.measure(path, layer) for path, layer in adapted_layers(job.model).items()]
-        self._versions = _versions(job.model)
+        self._versions = _versions(job)
 
     def __str__(self) -> str:
         """One line per layer: the change of the weight, the rounding error, and the tensors that it is untied from."""
@@ -208,7 +204,7 @@ class FoldPlan:
             AdapterError: another tool has replaced a class since the plan was made.
             FoldError: weights, vectors or the active adapters have changed since the plan was made.
         """
-        if _versions(self._job.model) != self._versions:
+        if _versions(self._job) != self._versions:
             raise FoldError("the model has changed since plan_fold. Call plan_fold again.")
         self._job.run()
         return self._job.model
@@ -230,8 +226,6 @@ def plan_fold(
 
 def prepare_fold(model: nn.Module, adapter_names: str | Sequence[str] | None, *, requantize: bool) -> FoldJob:
     """Check that adapters can be folded, without changing anything; errors as `fold`."""
-    if not isinstance(model, nn.Module) or not any(get_state(part) for part in model.modules()):
-        return _prepare_part(model, adapter_names, requantize=requantize)
     root, state = root_of(model)
     names = resolve_merge_order(state, adapter_names)
     check_copies(root, collect_parts(root), names)
@@ -244,35 +238,8 @@ def prepare_fold(model: nn.Module, adapter_names: str | Sequence[str] | None, *,
                 raise FoldError(f"{path}: its trained copy is not finite. Load a checkpoint from before it diverged.")
     adapters_to_remove = tuple(state.configs) if adapter_names is None else names
     untied = _untied(root, written, names, adapters_to_remove)
-    return FoldJob(root, present, names, adapters_to_remove, untied, _ties(root, _places(layers, untied), names))
-
-
-def _prepare_part(model: nn.Module, adapter_names: str | Sequence[str] | None, *, requantize: bool) -> FoldJob:
-    """A part of a transformed model: everything that acts in it is folded, and it becomes a plain module."""
-    layers = require_adapted_layers(model)
-    present = {name for layer in layers.values() for name in layer.hra_u}
-    wanted = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names or present)
-    if wanted != present:
-        raise AdapterError(
-            f"adapter_names={sorted(wanted)}: this part of the model has {sorted(present)}. Name all of them, or fold "
-            "the whole model."
-        )
-    for path, layer in layers.items():
-        if layer.hra_u.unmerged is not None or set(layer.hra_u.active) != set(layer.hra_u):
-            raise AdapterError(
-                f"{path}: only {list(layer.hra_u.active)} of its adapters {list(layer.hra_u)} are applied (the others "
-                "are inactive, disabled or merged). Folding a part of the model would lose the others. Fold the whole "
-                "model."
-            )
-    for path in all_copies(model):
-        raise AdapterError(
-            f"{path or 'this part'}: it has trained copies (modules_to_save or bias), whose adapter is only known to "
-            "the whole model. Fold the whole model."
-        )
-    names = {path: layer.hra_u.active for path, layer in layers.items()}
-    written = _check_layers(model, layers, names, requantize=requantize)
-    untied = {path: tuple(others) for path, others in ties_of(model, written).items()}
-    return FoldJob(model, names, untied=untied, ties=_ties(model, _places(layers, untied), ()))
+    ties = _ties(root, state, _places(layers, untied), names)
+    return FoldJob(root, state, present, names, adapters_to_remove, untied, ties)
 
 
 def _check_layers(
@@ -316,15 +283,14 @@ def _places(layers: Mapping[str, AdaptedLayer], paths: Iterable[str]) -> set[Pla
     return {weight_place(layers[path]) for path in paths}
 
 
-def _ties(root: nn.Module, places: set[Place], names: tuple[str, ...]) -> list[Tie]:
+def _ties(root: nn.Module, state: AdapterState, places: set[Place], names: tuple[str, ...]) -> list[Tie]:
     """The settings of transformers that a fold turns off, or that a folded trained copy turned off already.
 
     Raises:
         FoldError: one of them cannot be turned off.
     """
-    state = get_state(root)
-    adopts = any(name in copies.copied for _, copies in all_copies(root).values() for name in names)
-    ties = [*find_ties(root, places), *(state.untied if state and (adopts or places) else ())]
+    has_copies = any(name in copies.copied for _, copies in all_copies(root).values() for name in names)
+    ties = [*find_ties(root, places), *(state.untied if has_copies or places else ())]
     if reason := why_not_untie(root, ties):
         raise FoldError(f"{reason}. Leave it out with exclude_modules.")
     return ties
@@ -352,11 +318,10 @@ def _requantized(layers: list[FoldedLayer]) -> str:
     return f"{text} {WITHOUT_REQUANTIZING}"
 
 
-def _versions(model: nn.Module) -> list[object]:
+def _versions(job: FoldJob) -> list[object]:
     """What a plan depends on: the active adapters, and identity, memory and version of every tensor that is read."""
-    state = get_state(model)
-    facts = (tuple(state.configs), state.active, state.merged, state.disabled) if state else None
-    layers = adapted_layers(model).values()
+    state, layers = job.state, adapted_layers(job.model).values()
+    facts = (tuple(state.configs), state.active, state.merged, state.disabled)
     read: Iterable[Tensor] = (
         tensor for layer in layers for tensor in (layer.hra_base, *layer.hra_u.parameters(), *layer.hra_u.buffers())
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from model.many import F64, adapted, assert_close, config, normal, oracle, product, refuses, run, turn
+from model.many import F64, adapted, assert_close, config, normal, oracle, refuses, run, turn
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -145,15 +145,3 @@ def test_a_model_with_a_scripted_child_has_adapters_as_any_other(tmp_path: Path)
     hra_fx.delete_adapter(again, "b")
     assert torch.equal(run(again, x), run(plain, x))
     assert get_state(again) is None
-
-
-def test_a_part_without_the_scripted_child_is_folded_alone() -> None:
-    plain, model = with_scripted()
-    hra_fx.transform(model, config("0"))
-    turn(model)
-    x, weight = normal(4, 6), plain[0].weight @ product(model[0], ["default"])
-    wanted = run(model, x)
-    hra_fx.fold(model[:1])
-    assert_close(model[0].weight, weight, 1e-14)
-    assert_close(run(model, x), wanted)
-    assert type(model[0]) is nn.Linear

@@ -160,14 +160,6 @@ def test_a_tied_layer_with_two_paths_stays_one_layer() -> None:
     assert model.head.weight is not model.embed.weight
 
 
-def test_folding_a_part_does_not_change_what_it_is_tied_to_outside() -> None:
-    plain, model = adapted(Tied(), a=config("head", "body"))
-    wanted = weights(plain, model, ["a"])
-    hra_fx.fold(model.head)
-    assert torch.equal(model.embed.weight, plain.embed.weight)
-    assert_close(model.head.weight, wanted["head.weight"], 1e-12)
-
-
 def test_a_fold_that_fails_and_a_merge_leave_all_tied() -> None:
     model = adapted(Tied(), a=config("head", "body"))[1]
     text = (
