@@ -11,7 +11,7 @@ from hra_fx.errors import AdapterError
 from hra_fx.export.captured import is_captured, transform_captured
 from hra_fx.integrations.pretrained import root_class_for
 from hra_fx.layers.accelerate_hooks import is_hooked
-from hra_fx.model.detach import detach_all
+from hra_fx.model.delete import detach_all
 from hra_fx.model.example_inputs import normalize_inputs
 from hra_fx.model.inject import random_init
 from hra_fx.model.setup import checked, set_up, valid_config

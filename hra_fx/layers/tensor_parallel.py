@@ -1,20 +1,23 @@
-"""Adapted Linear layers under tensor parallelism (`parallelize_module`), which splits their weights over processes.
+"""Adapted Linear layers under tensor parallelism, which splits their weights over processes.
 
-Vectors stay plain parameters, which are the same in every process (`hra_fx.kernels.distributed`).
+torch's `parallelize_module` splits parameters. transformers (`tp_plan`) also sets a `forward` on a layer that calls the
+method of its class of that time; the adapted class takes its place there. Vectors stay plain parameters, which are the
+same in every process (`hra_fx.kernels.distributed`).
 """
 
 from __future__ import annotations
 
+from types import CellType
 from typing import Any
 
 import torch
 from torch import nn
 
 from hra_fx.errors import UnsupportedLayerError
+from hra_fx.kernels.distributed import as_dtensor
 from hra_fx.layers.quantized.detect import quant_scheme_of
-from hra_fx.layers.sharding import distribute_like
+from hra_fx.layers.sharding import distribute_like, is_dtensor
 from hra_fx.layers.target import REFLECTION, SAVED, describe
-from hra_fx.layers.transformers_parallel import parallel_forward
 from hra_fx.layers.variants import has_own_forward
 
 #: Where a layer keeps its adapters and copies while `distribute_module` splits its own parameters.
@@ -82,3 +85,39 @@ def replicate(adapters: nn.Module, weight: Any) -> None:
     mesh = weight.device_mesh
     for tensor in (*adapters.parameters(), *adapters.buffers()):
         tensor.data = distribute_tensor(tensor.data, mesh, [Replicate()] * mesh.ndim).to_local()
+
+
+_MODULE = "transformers.distributed.tensor_parallel"
+_STYLES = ("ColwiseParallel", "RowwiseParallel")
+
+
+def parallel_forward(layer: nn.Module) -> dict[str, CellType] | None:
+    """The variables of the `forward` that transformers set on a layer, by name.
+
+    `None` if the layer does not have such a forward, or if its style is not column-wise or row-wise.
+    """
+    forward: Any = vars(layer).get("forward")
+    if getattr(forward, "__module__", None) != _MODULE or not getattr(forward, "__closure__", None):
+        return None
+    cells = dict(zip(forward.__code__.co_freevars, forward.__closure__, strict=True))
+    known = {"original_forward", "mesh", "self"} <= cells.keys()
+    return cells if known and type(cells["self"].cell_contents).__name__ in _STYLES else None
+
+
+def call_adapted_class(layer: nn.Module) -> None:
+    """Let the `forward` that transformers set on a layer call its present class; without one, do nothing."""
+    cells = parallel_forward(layer)
+    if cells is None:
+        return
+    from torch.distributed.tensor import Shard
+
+    mesh = cells["mesh"].cell_contents
+
+    def forward(x: Any, *args: Any, **kwargs: Any) -> Any:
+        adapters: Any = layer._modules.get(REFLECTION)
+        if adapters is None or is_dtensor(x) or x.shape[-1] == adapters.width:
+            return type(layer).forward(layer, x, *args, **kwargs)
+        whole = as_dtensor(x, mesh, [Shard(x.dim() - 1)], (*x.shape[:-1], adapters.width))
+        return type(layer).forward(layer, x, adapters(whole).to_local())
+
+    cells["original_forward"].cell_contents = forward

@@ -17,7 +17,7 @@ from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.target import SAVED, weight_place
 from hra_fx.layers.trained_copies import BASE, all_copies
 from hra_fx.model.activate import check_copies, sync_layers
-from hra_fx.model.detach import remove_adapters
+from hra_fx.model.delete import remove_adapters
 from hra_fx.model.inject import complete
 from hra_fx.model.merge import resolve_merge_order, unmerge_adapter
 from hra_fx.model.rotate import (
@@ -37,7 +37,7 @@ from hra_fx.model.state import (
     collect_parts,
     root_of,
 )
-from hra_fx.model.untie import Place, Tie, always_tied, find_ties, set_tied, untied_copies, why_not_untie
+from hra_fx.model.tied import Place, Tie, always_tied, find_ties, set_tied, untied_copies, why_not_untie
 
 _REQUANTIZE = (
     " To allow that, call hra_fx.fold(model, requantize=True). To see the error first, call "

@@ -20,8 +20,7 @@ from hra_fx.layers.class_swap import swap, unswap
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.sharding import is_dtensor
 from hra_fx.layers.target import REFLECTION
-from hra_fx.layers.tensor_parallel import replicate
-from hra_fx.layers.transformers_parallel import call_adapted_class
+from hra_fx.layers.tensor_parallel import call_adapted_class, replicate
 from hra_fx.layers.variants import adapters_for
 from hra_fx.model.graph_module import rewrite
 from hra_fx.model.state import adapted_layers, check_no_foreign_class

@@ -19,8 +19,8 @@ from hra_fx.compat import is_exporting, is_replica
 from hra_fx.kernels.dispatch import is_compiling
 from hra_fx.layers.adapter_names import ANCHOR
 from hra_fx.layers.adapters import get_adapters
-from hra_fx.layers.batching import factors_in_batches, factors_in_traced_batches
-from hra_fx.layers.class_swap import SwapMixin
+from hra_fx.layers.batching import factors_in_batches, factors_in_traced_batches, is_in_forward
+from hra_fx.layers.class_swap import SwapMixin, swap, unswap
 from hra_fx.layers.mixed import CURRENT
 from hra_fx.layers.sharding import gather_groups, is_sharded
 from hra_fx.layers.target import REFLECTION, SAVED
@@ -144,3 +144,30 @@ def _rename(state: dict[str, Any], in_place: str, waiting: dict[str, str], ours:
         else:
             values[owner] = state.pop(in_place)
     state.update({in_place if owner == ours else waiting[owner]: value for owner, value in values.items()})
+
+
+class AdaptedBody(SwapMixin):
+    """The body of a transformed model: called alone, it computes the factors of its layers in batches as well."""
+
+    _hra_priority = 1
+
+    @classmethod
+    def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
+        """`forward` of `base`; the factors of its layers are computed at its start, unless the model's forward runs."""
+
+        @functools.wraps(base.forward)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if is_compiling() or is_exporting() or is_in_forward() or is_replica(self) or is_sharded(self):
+                return base.forward(self, *args, **kwargs)
+            with factors_in_batches([part for part in self.modules() if REFLECTION in part._modules]):
+                return base.forward(self, *args, **kwargs)
+
+        return {"forward": forward}
+
+
+def swap_body(model: nn.Module, undo: ExitStack) -> None:
+    """Swap the class of the body of a model, if it has one."""
+    body = getattr(model, "base_model", None)
+    if isinstance(body, nn.Module) and body is not model:
+        undo.callback(unswap, body, AdaptedBody)
+        swap(body, AdaptedBody)

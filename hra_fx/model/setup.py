@@ -16,10 +16,10 @@ from hra_fx.errors import AdapterError, ConfigError
 from hra_fx.layers.adapter_names import check_adapter_name
 from hra_fx.layers.class_swap import SwapMixin, swap, unswap
 from hra_fx.model.activate import activate
-from hra_fx.model.body import swap_body
 from hra_fx.model.example_inputs import Call
-from hra_fx.model.graph_factors import connect_factors
+from hra_fx.model.graph_module import connect_factors
 from hra_fx.model.inject import Fill, all_or_nothing, inject_adapter
+from hra_fx.model.root import swap_body
 from hra_fx.model.state import AdapterState, attach_state, clear_state, collect_parts
 from hra_fx.model.trainable import freeze, make_copies
 from hra_fx.model.verify import check_against_folded

@@ -19,8 +19,7 @@ from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import BASE, Copies, all_copies, get_copies, own_tensors
 from hra_fx.model.state import AdaptedParts, AdapterState
-from hra_fx.model.tied import tied_to
-from hra_fx.model.untie import Place, find_ties, is_tied, set_tied, why_not_untie
+from hra_fx.model.tied import Place, find_ties, is_tied, set_tied, tied_to, why_not_untie
 from hra_fx.selection.select import saved_modules
 
 #: Names of biases; the second one is that of q, k and v in nn.MultiheadAttention.

@@ -21,9 +21,8 @@ from hra_fx.layers.partitioned import full_shape
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.sharding import is_dtensor, sharded_by
 from hra_fx.layers.target import REFLECTION, weight_place, width_of
-from hra_fx.layers.tensor_parallel import why_not_adapted
+from hra_fx.layers.tensor_parallel import parallel_forward, why_not_adapted
 from hra_fx.layers.trained_copies import get_copies
-from hra_fx.layers.transformers_parallel import parallel_forward
 from hra_fx.layers.variants import has_own_forward
 from hra_fx.patterns import matches_rank
 

@@ -20,7 +20,7 @@ from hra_fx.checkpoint.disk.ties import _config_tree
 from hra_fx.export.skeleton import OUTPUTS, model_type_of
 from hra_fx.layers.experts_weight import _IS_TRANSPOSED, is_transposed
 from hra_fx.layers.target import find_kind
-from hra_fx.model.untie import find_ties, set_tied
+from hra_fx.model.tied import find_ties, set_tied
 from hra_fx.reporting.scale import costs
 from hra_fx.selection.select import select
 
@@ -41,7 +41,7 @@ def llama(**fields: Any) -> Any:
 
 @of_transformers(
     "the closure of the `forward` that tensor parallelism sets (`original_forward`, `mesh`, `self`), or its styles",
-    reader="hra_fx/layers/transformers_parallel.py",
+    reader="hra_fx/layers/tensor_parallel.py",
     breaks="adapters in models that transformers has split (tp_plan)",
 )
 def test_tensor_parallelism() -> None:
@@ -139,7 +139,7 @@ def test_the_layout_of_experts(name: str) -> None:
 
 @of_transformers(
     "`get_expanded_tied_weights_keys` or `get_text_config`",
-    reader="hra_fx/model/untie.py",
+    reader="hra_fx/model/tied.py",
     breaks="fold of an output layer that is tied to the embeddings",
 )
 def test_tied_weights() -> None:

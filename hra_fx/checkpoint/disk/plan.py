@@ -25,7 +25,7 @@ from hra_fx.checkpoint.disk.weight_files import WeightSet, foreign, weight_sets
 from hra_fx.checkpoint.keys import reflection_key
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError
-from hra_fx.model.untie import TIE_SETTING
+from hra_fx.model.tied import TIE_SETTING
 
 
 @dataclass(frozen=True)

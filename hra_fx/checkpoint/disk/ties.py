@@ -15,7 +15,7 @@ from hra_fx.checkpoint.disk.architecture import Architecture
 from hra_fx.checkpoint.disk.file_names import FileNames
 from hra_fx.checkpoint.disk.naming import IN_MEMORY, Names
 from hra_fx.errors import FoldError
-from hra_fx.model.untie import TIE_SETTING, reads_tie_setting, ties_when_loaded
+from hra_fx.model.tied import TIE_SETTING, reads_tie_setting, ties_when_loaded
 
 
 @dataclass(frozen=True)
