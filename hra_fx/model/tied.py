@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Iterable, Iterator
-from types import FunctionType
+from functools import cached_property
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -96,6 +97,8 @@ def _elements(tensor: Tensor) -> range:
 Place: TypeAlias = tuple[nn.Module, str]
 #: The setting of a configuration by which transformers ties weights.
 TIE_SETTING = "tie_word_embeddings"
+#: The attribute in which a descriptor of a class keeps its function.
+_FUNCTION_OF = {property: "fget", cached_property: "func", classmethod: "__func__"}
 
 
 class Tie(NamedTuple):
@@ -118,8 +121,8 @@ def find_ties(model: nn.Module, places: Collection[Place]) -> list[Tie]:
     found = _all_ties(model) if places else []
     touched = [tie for tie in found if any(place_of(model, name) in places for pair in tie.pairs for name in pair)]
     # BART and its inner model share one configuration, and both tie weights by it.
-    adapters_to_remove = [config for tie in touched for config in tie.configs]
-    return [tie for tie in found if any(config is one for config in tie.configs for one in adapters_to_remove)]
+    settings = [config for tie in touched for config in tie.configs]
+    return [tie for tie in found if any(config is one for config in tie.configs for one in settings)]
 
 
 def _all_ties(model: nn.Module) -> list[Tie]:
@@ -153,10 +156,32 @@ def why_not_untie(model: nn.Module, ties: Iterable[Tie]) -> str | None:
 
 
 def reads_tie_setting(model: nn.Module) -> bool:
-    """Whether a forward in the model reads the setting: Switch Transformers and UDOP scale their outputs by it."""
-    kinds = {kind for module in model.modules() for kind in original_class(module).__mro__}
-    forwards = (inspect.unwrap(vars(kind)["forward"]) for kind in kinds if "forward" in vars(kind))
-    return any(TIE_SETTING in function.__code__.co_names for function in forwards if isinstance(function, FunctionType))
+    """Whether a forward in the model reads the setting itself: Switch Transformers scales its output by it."""
+    codes = (code for kind in set(map(original_class, model.modules())) for code in _code_of_forward(kind))
+    return any(TIE_SETTING in code.co_names or TIE_SETTING in code.co_consts for code in codes)
+
+
+def _code_of_forward(kind: type[nn.Module]) -> Iterator[CodeType]:
+    """The code of the forward of a class, and of all methods, properties and functions that it names."""
+    waiting: list[Any] = _members(kind, "forward")
+    seen: set[FunctionType] = set()
+    for found in waiting:  # it grows while it is read
+        method = getattr(found, _FUNCTION_OF.get(type(found), ""), found)
+        function = inspect.unwrap(method) if callable(method) else None
+        if not isinstance(function, FunctionType) or function in seen:
+            continue
+        seen.add(function)
+        codes = [function.__code__]
+        for code in codes:
+            codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+            for name in code.co_names:
+                waiting += [*_members(kind, name), function.__globals__.get(name)]
+        yield from codes
+
+
+def _members(kind: type, name: str) -> list[Any]:
+    """What a class and its bases have under a name."""
+    return [vars(base)[name] for base in kind.__mro__ if name in vars(base)]
 
 
 def set_tied(ties: Iterable[Tie], wanted: bool) -> None:

@@ -13,6 +13,8 @@ from integrations.transformers_use.tiny import turn
 from model.failing import At, no_memory
 from model.many import seen
 from oracles import dense_q, dense_weight, relative_error
+from torch import nn
+from transformers import LlamaForCausalLM
 
 import hra_fx
 
@@ -210,6 +212,61 @@ def test_a_model_whose_forward_asks_for_the_tie_is_not_folded() -> None:
         hra_fx.fold(model)
     assert torch.equal(logits(model), wanted)
     assert stored(model.get_submodule(head)) is model.get_submodule(embedding).weight
+
+
+class AsksInAMethod(LlamaForCausalLM):
+    @property
+    def scale(self) -> float:
+        return self.computed()
+
+    def computed(self) -> float:
+        return 0.5 if self.config.tie_word_embeddings else 1.0
+
+    def forward(self, *args: Any, **inputs: Any) -> Any:
+        output = super().forward(*args, **inputs)
+        output.logits = output.logits * self.scale
+        return output
+
+
+class AsksInItsBase(AsksInAMethod):
+    def forward(self, *args: Any, **inputs: Any) -> Any:
+        return super().forward(*args, **inputs)
+
+
+def scale_of(config: Any) -> float:
+    return 0.5 if getattr(config, "tie_word_embeddings", False) else 1.0
+
+
+class AsksInAFunction(LlamaForCausalLM):
+    def forward(self, *args: Any, **inputs: Any) -> Any:
+        output = super().forward(*args, **inputs)
+        output.logits = (lambda logits: logits * scale_of(self.config))(output.logits)
+        return output
+
+
+class Norm(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, hidden: Any) -> Any:
+        return hidden * scale_of(self.config)
+
+
+class AsksInAPart(LlamaForCausalLM):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model.norm = Norm(config)
+
+
+@pytest.mark.parametrize("asks", [AsksInAMethod, AsksInItsBase, AsksInAFunction, AsksInAPart])
+def test_it_may_ask_anywhere(asks: Any) -> None:
+    model = asks(case("llama").model.config).double().eval()
+    hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["lm_head"], init_weights=False))
+    wanted = logits(model)
+    with pytest.raises(hra_fx.FoldError, match=r"its forward depends on config\.tie_word_embeddings"):
+        hra_fx.fold(model)
+    assert torch.equal(logits(model), wanted)
 
 
 def test_such_a_model_takes_no_trained_copy_of_its_head() -> None:
