@@ -12,11 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hra_fx.checkpoint.adapter import Adapter, read_adapter
-from hra_fx.checkpoint.base_model import compare_names
-from hra_fx.checkpoint.base_row import first_row
+from hra_fx.checkpoint.adapter import Adapter, Resume, read_adapter
+from hra_fx.checkpoint.base_model import compare_names, first_row
 from hra_fx.checkpoint.keys import EXTRA_BIASES, PREFIX, copy_key, reflection_key, vectors_key
-from hra_fx.checkpoint.resume import Resume
 from hra_fx.compat import non_persistent_buffers, state_modules
 from hra_fx.config import HRAConfig
 from hra_fx.errors import CheckpointError, SelectionError

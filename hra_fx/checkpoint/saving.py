@@ -2,7 +2,7 @@
 
 PEFT has no anchors, so an adapter with an anchor (`householder.anchor`) is written as a plain chain of reflections,
 with `apply_GS=false` and the rank of that chain. The file's metadata says how to split it again to resume training
-(`hra_fx.checkpoint.resume`), and a key that PEFT ignores holds the vectors before Gram-Schmidt.
+(`hra_fx.checkpoint.adapter`), and a key that PEFT ignores holds the vectors before Gram-Schmidt.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
-from hra_fx.checkpoint.base_model import auto_mapping, base_model_name
-from hra_fx.checkpoint.base_row import write_base_row
+from hra_fx.checkpoint.adapter import Resume
+from hra_fx.checkpoint.base_model import auto_mapping, base_model_name, write_base_row
 from hra_fx.checkpoint.folder import write, write_weights
 from hra_fx.checkpoint.keys import (
     adapter_entries,
@@ -30,7 +30,6 @@ from hra_fx.checkpoint.keys import (
     vectors_key,
 )
 from hra_fx.checkpoint.model_card import CARD_NAME, write_card
-from hra_fx.checkpoint.resume import Resume
 from hra_fx.compat import non_persistent_buffers
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning

@@ -200,7 +200,7 @@ def _default_targets(model: nn.Module) -> list[str] | str | None:
 
 
 def _show_model(summary: dict[str, Any]) -> None:
-    from hra_fx.checkpoint.disk.report import file_size
+    from hra_fx.checkpoint.disk.fold import file_size
 
     targets, files = summary["default_targets"], summary["files"]
     dtypes = dict.fromkeys(dtype for file in files for dtype in file["dtypes"])

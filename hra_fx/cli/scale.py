@@ -74,7 +74,7 @@ def scale(
 
 
 def _rows(found: list[Cost]) -> list[list[str]]:
-    from hra_fx.checkpoint.disk.report import file_size
+    from hra_fx.checkpoint.disk.fold import file_size
 
     rows = [["trainable parameters (total)", *(f"{cost.parameters:,}" for cost in found)]]
     for field in ("vectors", "gradients", "optimizer", "factors"):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
-from hra_fx.checkpoint.disk.report import file_size
+from hra_fx.checkpoint.disk.fold import file_size
 from hra_fx.reporting.grouping import Group, common_parent, grouped, single
 from hra_fx.reporting.heat import is_identity, with_unit
 from hra_fx.reporting.row import Row

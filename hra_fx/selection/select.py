@@ -22,10 +22,9 @@ from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.peft_layers import refuse_peft_layers
 from hra_fx.layers.target import REFLECTION, SAVED, find_kind
 from hra_fx.patterns import layer_index_regex, saved_module_regex
-from hra_fx.selection.origin import origin_of
+from hra_fx.selection.origin import DEFAULT_TARGETS, origin_of
 from hra_fx.selection.parameters import hint_for, hint_inside, parameters_problem, targeted_parameters
 from hra_fx.selection.suggestions import format_names, leaf_names, suffixes, suggestion
-from hra_fx.selection.target_mapping import DEFAULT_TARGETS
 
 __all__ = [
     "is_target",

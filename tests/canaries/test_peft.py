@@ -20,7 +20,7 @@ import hra_fx
 from hra_fx.integrations.peft_layers import AcceleratedLayer
 from hra_fx.layers.batching import has_batch
 from hra_fx.layers.peft_layers import is_peft_hra_layer, is_peft_layer
-from hra_fx.selection.target_mapping import DEFAULT_TARGETS
+from hra_fx.selection.origin import DEFAULT_TARGETS
 
 on_layers = functools.partial(canary, "peft", reader="hra_fx/integrations/peft_layers.py")
 X = torch.linspace(-1, 1, 36).reshape(2, 2, 3, 3)

@@ -16,8 +16,7 @@ import pytest
 import torch
 from checkpoint.folders import BOTH, KEY, normal, picture, refused, saved
 
-from hra_fx.checkpoint.folder import WEIGHTS_NAME, find
-from hra_fx.checkpoint.weights import read
+from hra_fx.checkpoint.folder import WEIGHTS_NAME, find, read
 from hra_fx.config import CONFIG_NAME, HRAConfig
 from hra_fx.errors import CheckpointError, ConfigError
 

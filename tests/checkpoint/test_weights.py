@@ -13,8 +13,7 @@ from safetensors.numpy import load as load_numpy
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from hra_fx.checkpoint.folder import WEIGHTS_NAME, write
-from hra_fx.checkpoint.weights import read
+from hra_fx.checkpoint.folder import WEIGHTS_NAME, read, write
 from hra_fx.config import CONFIG_NAME, HRAConfig
 from hra_fx.errors import CheckpointError
 

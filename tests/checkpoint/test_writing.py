@@ -13,8 +13,7 @@ import pytest
 import torch
 from checkpoint.folders import BOTH, CONFIG, KEY, files_of_at_most, interrupted, normal, picture, saved, unwritten
 
-from hra_fx.checkpoint.folder import WEIGHTS_NAME, find, write
-from hra_fx.checkpoint.weights import read
+from hra_fx.checkpoint.folder import WEIGHTS_NAME, find, read, write
 from hra_fx.config import CONFIG_NAME, HRAConfig
 from hra_fx.errors import CheckpointError
 

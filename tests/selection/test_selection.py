@@ -24,8 +24,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hra_fx.config import HRAConfig
 from hra_fx.errors import HRAWarning, SelectionError
+from hra_fx.selection.origin import DEFAULT_TARGETS
 from hra_fx.selection.select import is_target, resolve_targets, saved_modules, select
-from hra_fx.selection.target_mapping import DEFAULT_TARGETS
 
 
 def in_pefts_kinds(model: nn.Module) -> nn.Module:

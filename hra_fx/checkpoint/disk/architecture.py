@@ -1,18 +1,133 @@
-"""What `config.json` says about a checkpoint, and the model that it describes, built without weights."""
+"""The model that a `config.json` describes, built without weights, and its names. Code next to it is never run."""
 
 from __future__ import annotations
 
+import difflib
+import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from hra_fx.checkpoint.disk.libraries import build_empty
-from hra_fx.checkpoint.disk.naming import Names
 from hra_fx.errors import CheckpointError
+
+#: Otherwise transformers asks on the terminal whether to run code next to a configuration.
+_LOCAL_ONLY = {"local_files_only": True, "trust_remote_code": False}
+
+
+def _from_transformers(file: Path, entries: Mapping[str, Any], weights: bool) -> nn.Module:
+    transformers = importlib.import_module("transformers")
+    given = entries.get("architectures")
+    names = [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
+    kind: Any = next((found for name in names if (found := getattr(transformers, name, None))), None)
+    # From this file, which may be one of several in its folder.
+    config = transformers.AutoConfig.from_pretrained(str(file), **_LOCAL_ONLY)
+    made: nn.Module
+    if weights:
+        transformers.utils.logging.disable_progress_bar()
+        kind = kind or transformers.AutoModel
+        made = kind.from_pretrained(file.parent, config=config, use_safetensors=True, **_LOCAL_ONLY)
+    else:
+        made = transformers.AutoModel.from_config(config) if kind is None else kind(config)
+    return made
+
+
+def _from_diffusers(file: Path, entries: Mapping[str, Any], weights: bool) -> nn.Module:
+    kind: Any = getattr(importlib.import_module("diffusers"), str(entries["_class_name"]), None)
+    if not hasattr(kind, "from_config"):
+        raise CheckpointError(f"{file}: the installed diffusers has no model {entries['_class_name']!r}.")
+    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
+    made: nn.Module = kind.from_pretrained(file.parent, **options) if weights else kind.from_config(dict(entries))
+    return made
+
+
+def _from_timm(file: Path, entries: Mapping[str, Any], weights: bool) -> nn.Module:
+    given = {key: entries[key] for key in ("num_classes", "global_pool") if key in entries}
+    arguments = {**given, **(entries.get("model_args") or {})}
+    made: nn.Module = importlib.import_module("timm").create_model(entries["architecture"], **arguments)
+    if weights:
+        importlib.import_module("timm.models").load_checkpoint(made, str(file.with_name("model.safetensors")))
+    return made
+
+
+#: Key that identifies a library's configuration -> name of the library, function that creates the model.
+LIBRARIES: Mapping[str, tuple[str, Callable[[Path, Mapping[str, Any], bool], nn.Module]]] = {
+    "model_type": ("transformers", _from_transformers),
+    "_class_name": ("diffusers", _from_diffusers),
+    "architecture": ("timm", _from_timm),
+}
+
+
+def build_empty(file: Path, entries: Mapping[str, Any]) -> nn.Module | None:
+    """The model of a `config.json` on the meta device; `None` if no installed library can build it."""
+    key = next((key for key in LIBRARIES if entries.get(key)), None)
+    if key is None or find_spec(LIBRARIES[key][0]) is None:
+        return None
+    try:
+        with torch.device("meta"):
+            return LIBRARIES[key][1](file, entries, False)
+    # An unusual configuration may raise anything in the constructors of hundreds of models.
+    except Exception:
+        return None
+
+
+#: What to do where the files do not say enough.
+IN_MEMORY = "Load the model instead: hra_fx.load_adapter, then hra_fx.fold or hra_fx.save_as_lora."
+_NEAR = 3
+
+
+class Names:
+    """Names in a checkpoint, looked up by names of an adapter or a model.
+
+    Args:
+        where: the checkpoint, for messages.
+        present: the names.
+        prefix: returns the prefix, such as "bert."; called only if a name is not found without it.
+    """
+
+    def __init__(self, where: str, present: Collection[str], prefix: Callable[[], str]) -> None:
+        """Store the arguments."""
+        self.where = where
+        self.present = present
+        self._prefix = prefix
+
+    def find(self, *names: str) -> str | None:
+        """The first of several names that exists, also with the prefix added or removed.
+
+        Raises:
+            CheckpointError: several exist.
+
+        >>> Names("x", {"encoder.weight"}, lambda: "bert.").find("bert.encoder.weight")
+        'encoder.weight'
+        """
+        found = [name for name in names if name in self.present] or [
+            spelling for name in names for spelling in self._spellings(name) if spelling in self.present
+        ]
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{self.where}: {names[0]} is ambiguous: {' and '.join(found)} both exist. {IN_MEMORY}"
+            )
+        return found[0] if found else None
+
+    def near(self, name: str) -> str:
+        """A sentence with the most similar names."""
+        close = difflib.get_close_matches(name, self.present, n=_NEAR, cutoff=0.6)
+        last = ".".join(name.split(".")[-3:])
+        same_end = [other for other in self.present if other.endswith(f".{last}")][:_NEAR]
+        names = list(dict.fromkeys([*same_end, *close]))[:_NEAR]
+        return f"Similar names: {', '.join(names)}." if names else "No name is similar."
+
+    def _spellings(self, name: str) -> list[str]:
+        prefix = self._prefix()
+        if not prefix:
+            return []
+        return [name.removeprefix(prefix) if name.startswith(prefix) else f"{prefix}{name}"]
+
 
 CONFIG = "config.json"
 

@@ -1,16 +1,166 @@
-"""The names in a set of weight files, looked up by the layers of an adapter."""
+"""The names in a set of weight files, looked up by the layers of an adapter.
+
+transformers renames, merges and transposes tensors when it loads a checkpoint. Its own list of conversions says which
+tensors a 3-D parameter of a model is made of: itself, or one tensor for each expert. Only conversions that keep the
+inputs of every expert in one dimension are accepted.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, NamedTuple
 
-from hra_fx.checkpoint.disk.architecture import Architecture
-from hra_fx.checkpoint.disk.naming import IN_MEMORY, Names
-from hra_fx.checkpoint.disk.stacked import LoadedFrom, Stacked, TensorRef, sources_in, stacked_in
-from hra_fx.checkpoint.disk.weight_files import WeightSet
+from hra_fx.checkpoint.disk.architecture import IN_MEMORY, Architecture, Names
+from hra_fx.checkpoint.disk.stored import StoredTensor, WeightSet
 from hra_fx.errors import CheckpointError
-from hra_fx.layers.experts_weight import parameter_of, stands_for_parameter
+from hra_fx.layers.experts_weight import is_transposed, parameter_of, stacked_parameters, stands_for_parameter
+
+
+class TensorRef(NamedTuple):
+    """A tensor in a file that a layer adapts.
+
+    Attributes:
+        name: its name.
+        expert: the expert whose weight it is; `None` if it has those of all, or is not of experts.
+        columns: of experts, whether it is `(..., in, out)`; `None` if unknown, as for other layers.
+    """
+
+    name: str
+    expert: int | None = None
+    columns: bool | None = None
+
+
+class LoadedFrom(NamedTuple):
+    """A tensor in a file that a tensor of a model is loaded from.
+
+    Attributes:
+        stored: the tensor in the file.
+        converter: transformers' `WeightConverter` that makes the tensor of the model; `None` if it is the same.
+        pattern: the one of the converter's patterns that the name in the file matches.
+    """
+
+    stored: StoredTensor
+    converter: Any = None
+    pattern: str | None = None
+
+
+@dataclass
+class Stacked:
+    """A 3-D parameter, as it is in the files.
+
+    Attributes:
+        shape: its shape in the model.
+        columns: whether it is `(experts, in, out)` in the model; `None` if unknown.
+        converter: transformers' `WeightConverter` for it; `None` if it is a tensor of the files, under any name.
+        sources: pattern of the converter -> the tensors that match it, in the order in which they are merged.
+    """
+
+    shape: tuple[int, ...]
+    columns: bool | None
+    converter: Any = None
+    sources: dict[str | None, list[StoredTensor]] = field(default_factory=dict)
+
+    def refs(self, parameter: str) -> list[TensorRef]:
+        """Its tensors. Those of one expert have the same inputs, and are in the order of its outputs.
+
+        Raises:
+            CheckpointError: the conversion is not known to be one of those that can be folded, or tensors are missing.
+        """
+        patterns = [None] if self.converter is None else self.converter.source_patterns
+        first = next(iter(self.sources.values()))[0]
+        operations = [] if self.converter is None else list(self.converter.operations)
+        merges = bool(operations) and _is(operations[0], "MergeModulelist", dim=0)
+        expected = self.shape[0] if merges else 1
+        counts = {pattern: len(self.sources.get(pattern, ())) for pattern in [*patterns, *self.sources]}
+        if set(self.sources) != set(patterns) or set(counts.values()) != {expected}:
+            raise CheckpointError(
+                f"{first.file}: {parameter} is made of {expected} tensors of each kind, but the checkpoint has "
+                f"{', '.join(f'{count} for {pattern or parameter}' for pattern, count in counts.items())}. Download it "
+                "again."
+            )
+        columns = self.columns
+        if self.converter is not None:
+            columns = self._layout(parameter, operations[merges:], len(patterns), first)
+        return [
+            TensorRef(stored.name, expert if merges else None, columns)
+            for pattern in patterns
+            for expert, stored in enumerate(self.sources[pattern])
+        ]
+
+    def _layout(self, parameter: str, operations: list[Any], parts: int, first: StoredTensor) -> bool:
+        """Whether the tensors are `(..., in, out)` before the operations that follow a merge of experts."""
+        if self.columns is not None and len(self.converter.target_patterns) == 1:
+            last = operations[0] if len(operations) == 1 else None
+            if (not operations or _is(last, "Force16BytesAlignment")) and parts == 1:
+                return self.columns
+            if _is(last, "Concatenate", dim=2 if self.columns else 1):
+                return self.columns
+            if _is(last, "Transpose", dim0=1, dim1=2) and parts == 1 and len(first.shape) == 3:
+                kept = getattr(last, "check_dims", False) and first.shape == self.shape
+                return self.columns if kept else not self.columns
+        steps = ", ".join(type(operation).__name__ for operation in self.converter.operations)
+        raise CheckpointError(
+            f"{first.file}: transformers makes {parameter} from tensors such as {first.name} by {steps}, and it is not "
+            f"known which of their dimensions are the inputs of the experts. {IN_MEMORY}"
+        )
+
+
+def sources_in(tensors: Mapping[str, StoredTensor], architecture: Architecture) -> dict[str, list[LoadedFrom]]:
+    """What each tensor of a model is loaded from, by its name in the model; empty if transformers has no such model."""
+    model: Any = architecture.model
+    if model is None:
+        return {}
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    state: dict[str, Any] = model.state_dict()
+    found: dict[str, list[LoadedFrom]] = {}
+    # In the order of transformers, which is that of the experts.
+    for key in sorted(tensors, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if name not in state and key in state:
+            name, pattern = key, None
+        converter = None if pattern is None else by_pattern[pattern]
+        first, *others = ("",) if converter is None else converter.target_patterns
+        for target in (first, *others):  # the name is that of the first one
+            found.setdefault(name.replace(first, target, 1), []).append(LoadedFrom(tensors[key], converter, pattern))
+    return found
+
+
+def stacked_in(
+    tensors: Mapping[str, StoredTensor], sources: Mapping[str, Sequence[LoadedFrom]], architecture: Architecture
+) -> dict[str, Stacked]:
+    """The 3-D parameters of a model that are in some files, by their names in the model.
+
+    Without a model that transformers knows, they are the 3-D tensors of the files.
+    """
+    model = architecture.model
+    if model is None:
+        return {
+            name: Stacked(stored.shape, None, None, {None: [stored]})
+            for name, stored in tensors.items()
+            if len(stored.shape) == 3
+        }
+    found: dict[str, Stacked] = {}
+    for path, owner, last in stacked_parameters(model):
+        name = f"{path}.{last}".lstrip(".")
+        for stored, converter, pattern in sources.get(name, ()):
+            shape: tuple[int, ...] = tuple(owner._parameters[last].shape)  # type: ignore[union-attr]
+            stacked = found.setdefault(name, Stacked(shape, is_transposed(owner), converter))
+            stacked.sources.setdefault(pattern, []).append(stored)
+    return found
+
+
+def _is(operation: Any, kind: str, **fields: int) -> bool:
+    """Whether an operation of transformers has a type and these fields."""
+    return type(operation).__name__ == kind and all(getattr(operation, key) == value for key, value in fields.items())
+
 
 WEIGHTS = ("weight", "in_proj_weight")
 

@@ -15,13 +15,11 @@ from torch import Tensor
 from hra_fx.checkpoint.adapter import Adapter
 from hra_fx.checkpoint.disk.architecture import CONFIG, Architecture
 from hra_fx.checkpoint.disk.arguments import Request
-from hra_fx.checkpoint.disk.base_check import check_base
 from hra_fx.checkpoint.disk.edits import Edit, Edits, edits_for
 from hra_fx.checkpoint.disk.file_names import FileNames
-from hra_fx.checkpoint.disk.requests import touches
+from hra_fx.checkpoint.disk.requests import check_base, touches
 from hra_fx.checkpoint.disk.rotation import Rotation
-from hra_fx.checkpoint.disk.stored import Header, StoredTensor
-from hra_fx.checkpoint.disk.weight_files import WeightSet, foreign, weight_sets
+from hra_fx.checkpoint.disk.stored import Header, StoredTensor, WeightSet, foreign, weight_sets
 from hra_fx.checkpoint.keys import reflection_key
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError

@@ -11,9 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hra_fx.checkpoint.disk.architecture import Architecture
+from hra_fx.checkpoint.disk.architecture import IN_MEMORY, Architecture, Names
 from hra_fx.checkpoint.disk.file_names import FileNames
-from hra_fx.checkpoint.disk.naming import IN_MEMORY, Names
 from hra_fx.errors import FoldError
 from hra_fx.model.untie import TIE_SETTING, reads_tie_setting, ties_when_loaded
 
