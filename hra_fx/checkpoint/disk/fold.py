@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from rich.filesize import decimal
 
 from hra_fx.checkpoint.disk.arguments import Adapters, Source, read_request
 from hra_fx.checkpoint.disk.plan import plan_fold
@@ -55,7 +56,7 @@ class CheckpointReport:
         """A summary in a few lines."""
         count = f"{len(self.rotated)} tensor{'s' * (len(self.rotated) != 1)} rotated"
         count += f", {len(self.given)} from the adapter" if self.given else ""
-        lines = [f"{self.folder}: {count}, {file_size(self.bytes)} in {self.seconds:.1f} s"]
+        lines = [f"{self.folder}: {count}, {decimal(self.bytes)} in {self.seconds:.1f} s"]
         if self.roughest:
             lines.append(f"  relative rounding error up to {self.rounding:.1e} ({self.roughest})")
         if self.verified:
@@ -67,16 +68,6 @@ class CheckpointReport:
         if self.kept:
             lines.append(f"  not folded: {_some([file.name for file in self.kept])}")
         return "\n".join(lines)
-
-
-def file_size(number: int) -> str:
-    """A size in bytes.
-
-    >>> file_size(512), file_size(2_300_000)
-    ('512 B', '2.3 MB')
-    """
-    power = max(0, min(4, int(math.log10(max(number, 1)) // 3)))
-    return f"{number / 1000**power:.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}" if power else f"{number} B"
 
 
 def _some(names: list[str]) -> str:
