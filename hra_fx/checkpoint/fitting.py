@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from hra_fx.layers.adapters import AdapterSpec
 from hra_fx.layers.variants import adapters_for
 from hra_fx.model.setup import valid_config
 from hra_fx.model.trainable import to_copy
+from hra_fx.selection.check import select_checked
 from hra_fx.selection.select import saved_modules, select, without_unmatched
 
 _SHOWN = 5
@@ -36,6 +36,7 @@ class Fitted:
     """An adapter from a file, checked against a model.
 
     Attributes:
+        layers: the layers by path.
         resume: the configuration for training on, whose ranks exclude the anchors.
         vectors: path of a layer -> (`U: (d, r)`, anchor `A: (d, k)` or `None`).
         written: path of a layer -> (vectors as stored in the file, `None`).
@@ -43,6 +44,7 @@ class Fitted:
         copies: (path of a module, name of its tensor) -> tensor.
     """
 
+    layers: dict[str, nn.Module]
     resume: Resume
     vectors: dict[str, tuple[Tensor, Tensor | None]]
     written: dict[str, tuple[Tensor, Tensor | None]]
@@ -55,16 +57,19 @@ class Fitted:
         return AdapterSpec(config.rank_of(path), config.apply_GS, init_weights=self.resume.has_anchors)
 
 
-def fit(folder: Path, model: nn.Module, given: HRAConfig | None = None) -> Fitted:
+def fit(folder: Path, model: nn.Module, given: HRAConfig | None, *, is_plain: bool, is_trainable: bool) -> Fitted:
     """Read an adapter and check it against a model.
 
     Args:
         folder: the folder with both files.
         model: the base model or a transformed one.
         given: replaces the configuration in the folder; the vectors are then used as stored.
+        is_plain: whether the model has no adapters yet. Then all is checked that `transform` checks.
+        is_trainable: whether the adapter will be trained.
 
     Raises:
         ConfigError: the configuration is invalid.
+        UnsupportedLayerError: the model is plain and cannot be adapted.
         CheckpointError: the weights are damaged, or do not fit the model; missing and unexpected keys are listed.
 
     Warns:
@@ -72,8 +77,10 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None = None) -> Fitte
     """
     adapter = read_adapter(folder, None if given is None else valid_config(given))
     file, tensors, config = adapter.file, adapter.tensors, without_unmatched(model, adapter.config)
+    trained = without_unmatched(model, adapter.resume.config)
+    resume = dataclasses.replace(adapter.resume, config=dataclasses.replace(trained, inference_mode=not is_trainable))
     try:
-        layers: Any = select(model, config)
+        layers = select_checked(model, resume.config) if is_plain else select(model, config)
     except SelectionError as error:
         raise CheckpointError(
             f"{folder}: the configuration does not fit {type(model).__name__}: {error} Is this the right base model?"
@@ -82,11 +89,10 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None = None) -> Fitte
     _check_keys(file, model, layers, tensors, copies, config)
     _check_shapes(file, model, layers, tensors, copies, config)
     _check_base(adapter, model, layers)
-    resume = dataclasses.replace(adapter.resume, config=without_unmatched(model, adapter.resume.config))
     vectors = {path: _split(file, path, tensors, resume) for path in layers}
     written: dict[str, tuple[Tensor, Tensor | None]] = {path: (tensors[reflection_key(path)], None) for path in layers}
     values = {place: tensors[key] for place, key in copies.items()}
-    return Fitted(resume, vectors, written, config.apply_GS, values)
+    return Fitted(layers, resume, vectors, written, config.apply_GS, values)
 
 
 def _copy_keys(

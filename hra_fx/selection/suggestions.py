@@ -27,26 +27,17 @@ def suggestion(names: Collection[str] | str, paths: list[str], *, takes_str: boo
     if isinstance(names, str):
         if names in known:
             return f"A str must match the full path as a regex. To match the end of a path, use the list [{names!r}]."
-        if inside := [path for path in paths if re.search(names, path)]:
-            return f"A str must match the full path as a regex, but this one matches only a part of {inside[0]!r}."
-    for name in [] if isinstance(names, str) else sorted(names):
-        if any(_is_regex_for(name, path) for path in paths):
-            fix = f"Use the str {name!r} instead of the list." if takes_str else "Use the end of a path."
-            return f"In a list, {name!r} is a name and not a regex. {fix}"
+    elif regex := next((name for name in sorted(names) if any(_is_regex_for(name, path) for path in paths)), None):
+        fix = f"Use the str {regex!r} instead of the list." if takes_str else "Use the end of a path."
+        return f"In a list, {regex!r} is a name and not a regex. {fix}"
     near: dict[str, None] = {}
     for name in [names] if isinstance(names, str) else sorted(names)[:_SHOWN]:
-        near |= dict.fromkeys(_close(name, known))
+        alike = [suffix for suffix in known if suffix.count(".") == name.count(".")]
+        near |= dict.fromkeys(difflib.get_close_matches(name, alike))
     if not near:
         return f"Available names: {leaf_names(paths)}."
     guesses = [f"[{guess!r}]" if isinstance(names, str) else repr(guess) for guess in near]
     return f"Did you mean {' or '.join(guesses[:_SHOWN])}?"
-
-
-def _close(name: str, known: set[str]) -> list[str]:
-    """Similar names with as many components as `name`, or else similar last components."""
-    alike = sorted(suffix for suffix in known if suffix.count(".") == name.count("."))
-    last = sorted(suffix for suffix in known if "." not in suffix)
-    return difflib.get_close_matches(name, alike) or difflib.get_close_matches(name.rpartition(".")[2], last)
 
 
 def _is_regex_for(name: str, path: str) -> bool:
