@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hra_fx.checkpoint.base_model import BaseRow, read_base_row
-from hra_fx.checkpoint.folder import WEIGHTS_NAME, find, read_prefixed
+from hra_fx.checkpoint.folder import WEIGHTS_NAME, find, read
 from hra_fx.checkpoint.keys import EXTRA_BIASES, PREFIX, VECTORS, reflection_key
 from hra_fx.config import HRAConfig
 from hra_fx.errors import CheckpointError, FoldError
@@ -155,33 +155,22 @@ class Adapter:
 
     @cached_property
     def full(self) -> dict[str, Tensor]:
-        """Name of a fully trained tensor -> its value; raises the errors of `embeddings`."""
+        """Name of a fully trained tensor -> its value."""
         return {name: tensor for name, tensor in self._others.items() if self._is_trained(name)}
 
     @cached_property
     def embeddings(self) -> dict[str, Tensor]:
-        """Name of a copied tensor of the base model -> its value.
-
-        Raises:
-            CheckpointError: the file has a tensor under two names.
-        """
+        """Name of a copied tensor of the base model -> its value."""
         return {name: tensor for name, tensor in self._others.items() if not self._is_trained(name)}
 
     @cached_property
     def _others(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for key, tensor in self.tensors.items():
-            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-            if name.rpartition(".")[2] in (REFLECTION, VECTORS):
-                continue
-            if self.config.bias == "all" and EXTRA_BIASES.search(key):
-                continue
-            if name in found:
-                raise CheckpointError(
-                    f"{self.file}: duplicate key {key}, with and without '.base_layer.'. Save the adapter again."
-                )
-            found[name] = tensor
-        return found
+        return {
+            key.removeprefix(PREFIX).replace(".base_layer.", "."): tensor
+            for key, tensor in self.tensors.items()
+            if key.rpartition(".")[2] not in (REFLECTION, VECTORS)
+            if not (self.config.bias == "all" and EXTRA_BIASES.search(key))
+        }
 
     def _is_trained(self, name: str) -> bool:
         path, _, last = name.rpartition(".")
@@ -196,9 +185,7 @@ class Adapter:
                 f"{self.file}: {key} must have shape {shape}, got {tuple(tensor.shape)}: the configuration says "
                 f"r={r}. The two files are from different adapters; save it again."
             )
-        # By the first rule, all vectors in 8 bits would be dependent.
-        least = min(8 * torch.finfo(tensor.dtype).eps, 1 / 16)
-        if config.apply_GS and (r > tensor.shape[-2] or inverse_condition(tensor) < least):
+        if config.apply_GS and (r > tensor.shape[-2] or inverse_condition(tensor) < 8 * torch.finfo(tensor.dtype).eps):
             raise FoldError(
                 f"{self.file}: {key}: its {r} vectors of length {tensor.shape[-2]} are linearly dependent, so "
                 "Gram-Schmidt is not defined. Train with apply_GS=False, or with init_weights=True in hra_fx, which "
@@ -234,5 +221,7 @@ def read_adapter(source: str | os.PathLike[str], config: HRAConfig | None = None
     folder = find(source)
     own = HRAConfig.from_pretrained(folder) if config is None else config
     file = folder / WEIGHTS_NAME
-    tensors, metadata = read_prefixed(file)
+    stored, metadata = read(file)
+    # Some writers leave out PEFT's prefix.
+    tensors = {key if key.startswith(PREFIX) else f"{PREFIX}{key}": tensor for key, tensor in stored.items()}
     return Adapter(file, own, tensors, metadata if config is None else {}, read_base_row(file, metadata))

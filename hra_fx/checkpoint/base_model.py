@@ -52,6 +52,25 @@ def compare_names(file: Path, config: HRAConfig, ours: object) -> None:
         warnings.warn(text, HRAWarning, stacklevel=5)
 
 
+def is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal after rounding the wider dtype to the narrower; on the meta device, if shapes are.
+
+    >>> is_same(torch.tensor([0.1]), torch.tensor([0.1], dtype=torch.bfloat16))
+    True
+    """
+    if one.shape != other.shape or one.is_meta:
+        return one.shape == other.shape
+    return torch.equal(other.to(one), one) or torch.equal(one.to(other), other)
+
+
+def other_embeddings(file: Path, name: str, tensor: Tensor, own: str) -> CheckpointError:
+    """The error for embeddings that PEFT saved with an adapter, and that are not the base model's own ones."""
+    return CheckpointError(
+        f"{file}: {name} of shape {tuple(tensor.shape)} is a copy of the base model's embeddings, but {own} has other "
+        "values. Use the base model that the adapter was trained on."
+    )
+
+
 def _last(name: str) -> str:
     """The last part of a model's name, or of the name of its repository if this is a folder in the Hub's cache.
 

@@ -12,7 +12,7 @@ import os
 import posixpath
 import struct
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hra_fx.atomic_write import atomic_write, temporary_file
-from hra_fx.checkpoint.keys import PREFIX, VECTORS
+from hra_fx.checkpoint.keys import VECTORS
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError
 from hra_fx.hub import check_options, download
@@ -51,7 +51,7 @@ def find(source: str | os.PathLike[str], subfolder: str | None = None, **hub: An
     hra_fx.errors.CheckpointError: runs/of/mine: no such folder, and not a valid Hub repository name. ...
     """
     check_options(hub)
-    inside = _normalized(source, subfolder)
+    inside = posixpath.normpath(subfolder or "")
     root = Path(source) if os.path.isdir(source) else _download(source, inside, hub)
     folder = root / inside
     if not os.path.isdir(folder):
@@ -66,17 +66,6 @@ def find(source: str | os.PathLike[str], subfolder: str | None = None, **hub: An
             "safe_serialization=True."
         )
     raise CheckpointError(f"{folder / WEIGHTS_NAME}: no such file. {_suggestion(root, folder)}")
-
-
-def _normalized(source: str | os.PathLike[str], subfolder: str | None) -> str:
-    """`subfolder` without "." and "..", checked not to leave the folder."""
-    inside = posixpath.normpath((subfolder or "").replace("\\", "/"))
-    if PureWindowsPath(inside).anchor or inside.split("/")[0] == "..":
-        raise CheckpointError(
-            f"{os.fspath(source)}: the subfolder {subfolder!r} is outside of the folder. Give a path inside it, such "
-            "as 'adapters/first'."
-        )
-    return inside
 
 
 def _suggestion(root: Path, folder: Path) -> str:
@@ -182,12 +171,8 @@ def _check(path: Path, key: str, tensor: Tensor) -> None:
         raise CheckpointError(f"{path}: {key!r} is on the meta device and has no values. Load the model first.")
     if tensor.layout is not torch.strided:
         raise CheckpointError(f"{path}: {key!r} must be dense, got {tensor.layout}. Call to_dense() on it first.")
-    count = non_finite(tensor.detach())
-    if count:
-        raise CheckpointError(
-            f"{path}: {key!r} has {count} of {tensor.numel()} values that are infinite or NaN. Nothing was written. "
-            "Save a state from before the training diverged."
-        )
+    remedy = "Nothing was written. Save a state from before the training diverged."
+    _check_finite(path, key, tensor.detach(), remedy)
 
 
 def _replace_both(folder: Path, config_text: bytes, data: bytes) -> None:
@@ -239,7 +224,11 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not tensors:
         raise CheckpointError(f"{path}: the file has no tensors. Save the adapter again.")
     for key, tensor in tensors.items():
-        _check_read(path, key, tensor)
+        if key.endswith((REFLECTION, VECTORS)) and not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{path}: {key!r} must have a floating-point dtype, got {tensor.dtype}. Save the adapter again."
+            )
+        _check_finite(path, key, tensor, "Use a file from before the training diverged.")
     return tensors, metadata
 
 
@@ -262,31 +251,10 @@ def opened(path: Path, framework: str = "pt") -> Iterator[Any]:
         yield reader
 
 
-def read_prefixed(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """`read`, with PEFT's prefix for all keys; some writers leave it out.
-
-    Raises:
-        CheckpointError: also if a key is there with and without the prefix.
-    """
-    tensors, metadata = read(path)
-    twice = sorted(key for key in tensors if f"{PREFIX}{key}" in tensors)
-    if twice:
+def _check_finite(path: Path, key: str, tensor: Tensor, remedy: str) -> None:
+    if count := non_finite(tensor):
         raise CheckpointError(
-            f"{path}: duplicate key {twice[0]}, with and without the prefix {PREFIX!r}. Save the adapter again."
-        )
-    return {key if key.startswith(PREFIX) else f"{PREFIX}{key}": tensor for key, tensor in tensors.items()}, metadata
-
-
-def _check_read(path: Path, key: str, tensor: Tensor) -> None:
-    if key.endswith((REFLECTION, VECTORS)) and not tensor.is_floating_point():
-        raise CheckpointError(
-            f"{path}: {key!r} must have a floating-point dtype, got {tensor.dtype}. Save the adapter again."
-        )
-    count = non_finite(tensor)
-    if count:
-        raise CheckpointError(
-            f"{path}: {key!r} has {count} of {tensor.numel()} values that are infinite or NaN. Use a file from before "
-            "the training diverged."
+            f"{path}: {key!r} has {count} of {tensor.numel()} values that are infinite or NaN. {remedy}"
         )
 
 

@@ -133,7 +133,11 @@ def save_pretrained(
     entries = {key: full_tensor(state[key]) for key in adapter_entries(root) if key in state} if checkpoint else {}
 
     def write_all() -> None:
-        _write_all(Path(directory), contents, entries)
+        folder = Path(directory)
+        for name, (config, tensors, metadata) in contents.items():
+            write(folder if name == "default" else folder / name, config.to_json_string(), tensors, metadata)
+        if entries:
+            write_weights(folder / "model.safetensors", entries, {})
         if not Path(directory, CARD_NAME).exists():
             write_card(Path(directory), root, {name: config for name, (config, _, _) in contents.items()})
 
@@ -168,13 +172,6 @@ def get_peft_model_state_dict(
     root, record = root_of(model)
     names_in(record, adapter_name)
     return _contents(root, record, adapter_name, root.state_dict() if state_dict is None else state_dict)[1]
-
-
-def _write_all(directory: Path, contents: Mapping[str, _Contents], entries: Mapping[str, Tensor]) -> None:
-    for name, (config, tensors, metadata) in contents.items():
-        write(directory if name == "default" else directory / name, config.to_json_string(), tensors, metadata)
-    if entries:
-        write_weights(directory / "model.safetensors", entries, {})
 
 
 def _only_adapter(record: AdapterState) -> str:

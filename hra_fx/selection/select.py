@@ -259,7 +259,8 @@ def _shortened(targets: set[str], paths: list[str]) -> set[str]:
 
 def _all_linear(model: nn.Module, config: HRAConfig, modules: Modules) -> set[str]:
     """The paths of all linear layers, without the output layer of a transformers model."""
-    kinds = tuple(filter(None, (nn.Linear, _transformers_class("pytorch_utils", "Conv1D"))))
+    # If transformers is not loaded, nothing can be of its classes.
+    kinds = (nn.Linear, getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", nn.Linear))
     head = _output_layer(model, config)
     return {path for path, module in once(modules).items() if isinstance(module, kinds) and module is not head}
 
@@ -275,11 +276,6 @@ def _output_layer(model: nn.Module, config: HRAConfig) -> object:
     return None if origin.output is None else model.get_submodule(origin.output)
 
 
-def _transformers_class(module: str, name: str) -> type | None:
-    """A class of transformers, or None if transformers is not loaded: then no object can be an instance of it."""
-    return getattr(sys.modules.get(f"transformers.{module}"), name, None)
-
-
 def _default_targets(model: nn.Module, modules: Modules) -> tuple[str, ...] | str:
     model_type = _model_type(model)
     if model_type in DEFAULT_TARGETS:
@@ -291,10 +287,8 @@ def _default_targets(model: nn.Module, modules: Modules) -> tuple[str, ...] | st
 
 
 def _model_type(model: nn.Module) -> str:
-    """`model.config.model_type`, or "". The config may be an object, a mapping, or have a method `to_dict`."""
+    """`model.config.model_type`, or "". The config may be an object or a mapping."""
     config = origin_of(model).config
-    if not isinstance(config, Mapping) and not hasattr(config, "model_type") and hasattr(config, "to_dict"):
-        config = config.to_dict()
     found = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
     return found if isinstance(found, str) else ""
 

@@ -144,7 +144,7 @@ def test_a_peft_model_is_converted() -> None:
 @canary(
     "peft",
     "its table of default targets",
-    reader="hra_fx/selection/target_mapping.py",
+    reader="hra_fx/selection/origin.py",
     breaks="configurations without target_modules: they would select other layers than in PEFT",
 )
 def test_default_targets() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -99,27 +99,18 @@ class Names:
     def find(self, *names: str) -> str | None:
         """The first of several names that exists, also with the prefix added or removed.
 
-        Raises:
-            CheckpointError: several exist.
-
         >>> Names("x", {"encoder.weight"}, lambda: "bert.").find("bert.encoder.weight")
         'encoder.weight'
         """
-        found = [name for name in names if name in self.present] or [
-            spelling for name in names for spelling in self._spellings(name) if spelling in self.present
-        ]
-        if len(found) > 1:
-            raise CheckpointError(
-                f"{self.where}: {names[0]} is ambiguous: {' and '.join(found)} both exist. {IN_MEMORY}"
-            )
-        return found[0] if found else None
+        present = (name for name in names if name in self.present)
+        spellings = (spelling for name in names for spelling in self._spellings(name) if spelling in self.present)
+        return next(present, None) or next(spellings, None)
 
     def near(self, name: str) -> str:
         """A sentence with the most similar names."""
-        close = difflib.get_close_matches(name, self.present, n=_NEAR, cutoff=0.6)
         last = ".".join(name.split(".")[-3:])
-        same_end = [other for other in self.present if other.endswith(f".{last}")][:_NEAR]
-        names = list(dict.fromkeys([*same_end, *close]))[:_NEAR]
+        same_end = [other for other in self.present if other.endswith(f".{last}")]
+        names = (same_end or difflib.get_close_matches(name, self.present))[:_NEAR]
         return f"Similar names: {', '.join(names)}." if names else "No name is similar."
 
     def _spellings(self, name: str) -> list[str]:
@@ -196,13 +187,4 @@ class Architecture:
     @property
     def says_tied(self) -> bool:
         """Whether the file says that embeddings are tied."""
-        return any(flag is True for flag in _values(self.entries, "tie_word_embeddings"))
-
-
-def _values(entries: object, key: str) -> Iterator[Any]:
-    """All values of a key, at any depth."""
-    if isinstance(entries, dict):
-        if key in entries and entries[key] not in (None, ""):
-            yield entries[key]
-        for inner in entries.values():
-            yield from _values(inner, key)
+        return '"tie_word_embeddings": true' in json.dumps(self.entries)

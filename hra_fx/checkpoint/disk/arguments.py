@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -28,7 +28,7 @@ class Request:
         out: folder to be created.
         adapters: folder in the base -> its adapters.
         files: path in the base -> file.
-        folders: path in the base -> folder, including the base itself under "".
+        folders: path in the base -> folder, including the base itself under ".".
     """
 
     base: Path
@@ -45,10 +45,8 @@ def read_request(base_dir: Source, adapter_dir: Adapters | Mapping[str, Adapters
         CheckpointError: a folder does not exist, or two overlap; or it is unknown which part an adapter is for.
     """
     base, out = base_folder(base_dir), Path(os.path.realpath(out_dir))
-    for folder in (out, *out.parents):
-        if os.path.exists(folder) and not folder.is_dir():  # False for a name that is too long
-            what = f"{out_dir}: is a file" if folder == out else f"{out_dir}: {folder} is a file"
-            raise CheckpointError(f"{what}. Choose another output folder.")
+    if os.path.isfile(out):
+        raise CheckpointError(f"{out_dir}: is a file. Choose another output folder.")
     sources = _by_folder(base, adapter_dir)
     inputs = {"the base": base}
     for several in sources.values():
@@ -59,9 +57,7 @@ def read_request(base_dir: Source, adapter_dir: Adapters | Mapping[str, Adapters
                 f"{out}: the output folder overlaps with {name}, {folder}. Choose a folder outside of it."
             )
     adapters = {name: [read_adapter(source) for source in several] for name, several in sources.items()}
-    tree = {"": base, **dict(_tree(base, base, (base,)))}
-    folders = {path: found for path, found in tree.items() if found.is_dir()}
-    files = {path: found for path, found in tree.items() if path not in folders}
+    folders, files = _tree(base)
     return Request(base, out, adapters, files, folders)
 
 
@@ -101,17 +97,12 @@ def _by_folder(base: Path, adapter_dir: Adapters | Mapping[str, Adapters]) -> di
 
 def _parts_of(base: Path, source: Source) -> list[Path]:
     """Subfolders of an adapter folder, one for each part of a pipeline with the same name."""
-    if not Path(source).is_dir():
-        raise CheckpointError(
-            f"{source}: no such folder, and a Hub name does not say for which part of the pipeline {base} it is. Use "
-            f"adapter_dir={{'unet': {str(source)!r}}} (--part unet)."
-        )
     found = [file.parent for file in sorted(Path(source).glob(f"*/{CONFIG_NAME}"))]
     placed = [folder for folder in found if (base / folder.name).is_dir()]
     if not placed:
         raise CheckpointError(
-            f"{source}: no subfolder with an adapter is named like a part of the pipeline {base}, such as 'unet'. Use "
-            f"adapter_dir={{'unet': {str(source)!r}}} (--part unet)."
+            f"{source}: is not a folder with an adapter in a subfolder that is named like a part of the pipeline "
+            f"{base}, such as 'unet'. Use adapter_dir={{'unet': {str(source)!r}}} (--part unet)."
         )
     left = [folder for folder in found if folder not in placed]
     left += [Path(source)] if (Path(source) / CONFIG_NAME).is_file() else []
@@ -136,18 +127,13 @@ def _inside(base: Path, name: str) -> str:
     return "" if folder == base else folder.relative_to(base).as_posix()
 
 
-def _tree(base: Path, folder: Path, above: tuple[Path, ...]) -> Iterator[tuple[str, Path]]:
-    """Everything below a folder. Symbolic links are followed, as in the Hub cache, but not in circles."""
-    for entry in sorted(folder.iterdir()):
-        if entry.is_dir():
-            real = Path(os.path.realpath(entry))
-            if real in above:
-                raise CheckpointError(f"{entry}: is a link to a folder around it. Remove it from the base.")
-            yield entry.relative_to(base).as_posix(), entry
-            yield from _tree(base, entry, (*above, real))
-        elif entry.is_file():
-            yield entry.relative_to(base).as_posix(), entry
-        else:
-            raise CheckpointError(
-                f"{entry}: is a broken link, or not a regular file or folder. Remove it from the base."
-            )
+def _tree(base: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """All folders, including the base itself under ".", and all files. Links are followed, as in the Hub cache."""
+    folders, files = {}, {}
+    for folder, _, names in os.walk(base, followlinks=True):
+        folders[Path(folder).relative_to(base).as_posix()] = Path(folder)
+        for path in (Path(folder, name) for name in names):
+            if not path.is_file():
+                raise CheckpointError(f"{path}: is a broken link, or not a regular file. Remove it from the base.")
+            files[path.relative_to(base).as_posix()] = path
+    return folders, files

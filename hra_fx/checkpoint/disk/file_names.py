@@ -7,8 +7,7 @@ inputs of every expert in one dimension are accepted.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -46,21 +45,23 @@ class LoadedFrom(NamedTuple):
     pattern: str | None = None
 
 
-@dataclass
-class Stacked:
+class Stacked(NamedTuple):
     """A 3-D parameter, as it is in the files.
 
     Attributes:
         shape: its shape in the model.
         columns: whether it is `(experts, in, out)` in the model; `None` if unknown.
-        converter: transformers' `WeightConverter` for it; `None` if it is a tensor of the files, under any name.
-        sources: pattern of the converter -> the tensors that match it, in the order in which they are merged.
+        sources: the tensors that it is loaded from, in the order in which they are merged.
     """
 
     shape: tuple[int, ...]
     columns: bool | None
-    converter: Any = None
-    sources: dict[str | None, list[StoredTensor]] = field(default_factory=dict)
+    sources: list[LoadedFrom]
+
+    @property
+    def converter(self) -> Any:
+        """transformers' `WeightConverter` for it; `None` if it is a tensor of the files, under any name."""
+        return self.sources[0].converter
 
     def refs(self, parameter: str) -> list[TensorRef]:
         """Its tensors. Those of one expert have the same inputs, and are in the order of its outputs.
@@ -68,17 +69,17 @@ class Stacked:
         Raises:
             CheckpointError: the conversion is not known to be one of those that can be folded, or tensors are missing.
         """
-        patterns = [None] if self.converter is None else self.converter.source_patterns
-        first = next(iter(self.sources.values()))[0]
+        patterns: list[str | None] = [None] if self.converter is None else self.converter.source_patterns
+        first = self.sources[0].stored
         operations = [] if self.converter is None else list(self.converter.operations)
         merges = bool(operations) and _is(operations[0], "MergeModulelist", dim=0)
         expected = self.shape[0] if merges else 1
-        counts = {pattern: len(self.sources.get(pattern, ())) for pattern in [*patterns, *self.sources]}
-        if set(self.sources) != set(patterns) or set(counts.values()) != {expected}:
+        matching = {pattern: [each.stored for each in self.sources if each.pattern == pattern] for pattern in patterns}
+        if any(len(found) != expected for found in matching.values()):
+            counts = ", ".join(f"{len(found)} for {pattern or parameter}" for pattern, found in matching.items())
             raise CheckpointError(
                 f"{first.file}: {parameter} is made of {expected} tensors of each kind, but the checkpoint has "
-                f"{', '.join(f'{count} for {pattern or parameter}' for pattern, count in counts.items())}. Download it "
-                "again."
+                f"{counts}. Download it again."
             )
         columns = self.columns
         if self.converter is not None:
@@ -86,7 +87,7 @@ class Stacked:
         return [
             TensorRef(stored.name, expert if merges else None, columns)
             for pattern in patterns
-            for expert, stored in enumerate(self.sources[pattern])
+            for expert, stored in enumerate(matching[pattern])
         ]
 
     def _layout(self, parameter: str, operations: list[Any], parts: int, first: StoredTensor) -> bool:
@@ -134,7 +135,7 @@ def sources_in(tensors: Mapping[str, StoredTensor], architecture: Architecture) 
 
 
 def stacked_in(
-    tensors: Mapping[str, StoredTensor], sources: Mapping[str, Sequence[LoadedFrom]], architecture: Architecture
+    tensors: Mapping[str, StoredTensor], sources: Mapping[str, list[LoadedFrom]], architecture: Architecture
 ) -> dict[str, Stacked]:
     """The 3-D parameters of a model that are in some files, by their names in the model.
 
@@ -143,18 +144,15 @@ def stacked_in(
     model = architecture.model
     if model is None:
         return {
-            name: Stacked(stored.shape, None, None, {None: [stored]})
+            name: Stacked(stored.shape, None, [LoadedFrom(stored)])
             for name, stored in tensors.items()
             if len(stored.shape) == 3
         }
-    found: dict[str, Stacked] = {}
-    for path, owner, last in stacked_parameters(model):
-        name = f"{path}.{last}".lstrip(".")
-        for stored, converter, pattern in sources.get(name, ()):
-            shape: tuple[int, ...] = tuple(owner._parameters[last].shape)  # type: ignore[union-attr]
-            stacked = found.setdefault(name, Stacked(shape, is_transposed(owner), converter))
-            stacked.sources.setdefault(pattern, []).append(stored)
-    return found
+    return {
+        name: Stacked(tuple(getattr(owner, last).shape), is_transposed(owner), sources[name])
+        for path, owner, last in stacked_parameters(model)
+        if (name := f"{path}.{last}".lstrip(".")) in sources
+    }
 
 
 def _is(operation: Any, kind: str, **fields: int) -> bool:
@@ -167,10 +165,6 @@ WEIGHTS = ("weight", "in_proj_weight")
 
 class FileNames:
     """The names in a set of files, which may differ from those in the model.
-
-    Args:
-        found: the files.
-        architecture: of their folder.
 
     Attributes:
         where: the files, for messages.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hra_fx.checkpoint.adapter import Adapter
-from hra_fx.checkpoint.base_model import compare_names
+from hra_fx.checkpoint.base_model import compare_names, is_same, other_embeddings
 from hra_fx.checkpoint.disk.architecture import IN_MEMORY, Architecture
 from hra_fx.checkpoint.disk.file_names import WEIGHTS, FileNames, TensorRef
 from hra_fx.checkpoint.disk.stored import DTYPES, FLOATS, StoredTensor, WeightSet
@@ -180,11 +180,7 @@ def check_embeddings(
 ) -> None:
     """Check that the base model's embeddings, which PEFT saves with adapters of output layers, are those of this base.
 
-    Args:
-        found: the set of files.
-        adapters: the adapters.
-        names: names in the files.
-        stored: finds a tensor in the files, or the one that it is tied to.
+    `stored` finds a tensor in the files, or the one that it is tied to.
 
     Raises:
         CheckpointError: they are not, or a tensor is unknown.
@@ -197,20 +193,9 @@ def check_embeddings(
                     f"{adapter.file}: unexpected key {name}, which is not in modules_to_save or in {found.name}. "
                     f"{names.near(name)} Was the adapter trained on another base model?"
                 )
-            if not _holds(own, tensor):
-                raise CheckpointError(
-                    f"{adapter.file}: {name} of shape {tuple(tensor.shape)} is a copy of the base model's embeddings, "
-                    f"but {own.name} of shape {own.shape} in {own.file} has other values. Use the base model that the "
-                    "adapter was trained on."
-                )
-
-
-def _holds(stored: StoredTensor, tensor: Tensor) -> bool:
-    """Whether the values are equal after rounding the wider dtype to the narrower."""
-    if stored.shape != tuple(tensor.shape) or stored.dtype not in DTYPES:
-        return False
-    own = stored.read()
-    return torch.equal(tensor.to(own.dtype), own) or torch.equal(own.to(tensor.dtype), tensor)
+            if own.dtype not in DTYPES or own.shape != tuple(tensor.shape) or not is_same(own.read(), tensor):
+                place = f"{own.name} of shape {own.shape} in {own.file}"
+                raise other_embeddings(adapter.file, name, tensor, place)
 
 
 def check_complete(found: WeightSet, adapter: Adapter, architecture: Architecture, names: FileNames) -> None:
@@ -244,14 +229,9 @@ def _incomplete(adapter: Adapter, name: str, found: WeightSet) -> CheckpointErro
 
 
 def check_base(adapters: Iterable[Adapter], folder: Path, found: WeightSet, names: FileNames, *, folded: bool) -> None:
-    """Check a model by the row that the files of adapters have of their base model.
+    """Check the model in a folder by the row that the files of adapters have of their base model.
 
-    Args:
-        adapters: the adapters.
-        folder: the folder of the model.
-        found: its files.
-        names: names in the files.
-        folded: whether the adapters have to be folded into it.
+    `folded` says whether the adapters have to be folded into it.
 
     Raises:
         CheckpointError: the model contains one of the adapters; or with `folded`, it does not.

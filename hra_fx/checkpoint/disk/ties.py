@@ -39,10 +39,7 @@ class Untying:
 def untying(architecture: Architecture, names: FileNames, changed: Mapping[str, Tensor | None]) -> Untying:
     """What to untie if some tensors change.
 
-    Args:
-        architecture: of the checkpoint.
-        names: names in the file.
-        changed: name, in the file or as the adapter has it -> new value, `None` for a rotation.
+    `changed` is a name, in the file or as the adapter has it -> new value, `None` for a rotation.
 
     Raises:
         FoldError: the tensors cannot be untied.
@@ -85,13 +82,7 @@ def untying(architecture: Architecture, names: FileNames, changed: Mapping[str, 
 
 
 def tied_to(name: str, architecture: Architecture, names: FileNames) -> str | None:
-    """The tensor in the files that a tensor outside of them is tied to; `None` if unknown.
-
-    Args:
-        name: the tensor, as the adapter has it.
-        architecture: of the checkpoint.
-        names: names in the files.
-    """
+    """The tensor in the files that a tensor outside of them, as an adapter names it, is tied to; `None` if unknown."""
     if architecture.model is None:
         return None
     own, groups = _ties(architecture)

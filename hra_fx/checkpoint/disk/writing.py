@@ -79,16 +79,15 @@ def _write_weights(plan: FilePlan, target: Path) -> dict[str, float]:
     rounding: dict[str, float] = {}
     tensors: dict[str, Tensor] = {}
     with opened(plan.header.file) as file:
-        for name, stored in plan.tensors.items():
-            edit = plan.edits.get(name)
-            if isinstance(edit, Tensor):
-                tensors[name] = edit
+        for name, change in plan.tensors.items():
+            if isinstance(change, Tensor):
+                tensors[name] = change
                 continue
-            assert stored is not None  # only replaced tensors can be new
+            stored = change[0] if isinstance(change, tuple) else change
             # A new tensor is a copy of another one, whose memory it must not share.
             tensor = file.get_tensor(name) if name in plan.header.tensors else stored.read().clone()
-            if isinstance(edit, Rotation):
-                tensor, rounding[plan.part + name] = rotated(stored, tensor, edit)
+            if isinstance(change, tuple):
+                tensor, rounding[plan.part + name] = rotated(stored, tensor, change[1])
             tensors[name] = tensor
         save_file(tensors, target, dict(plan.header.metadata) or None)
     return rounding
@@ -158,12 +157,13 @@ def check_file(plan: FilePlan, file: Path) -> None:
     with opened(file) as written:
         if set(written.keys()) != plan.tensors.keys() or (written.metadata() or {}) != plan.header.metadata:
             raise FoldError(f"{file}: the names or the metadata differ from what was written. Check the disk.")
-        for name, stored in plan.tensors.items():
-            edit, found = plan.edits.get(name), written.get_tensor(name)
-            expected = edit if isinstance(edit, Tensor) else stored.read() if stored else found
-            if isinstance(edit, Rotation):
-                _check_rows(file, name, expected, found, edit)
-            elif not torch.equal(_bytes(expected), _bytes(found)):
+        for name, change in plan.tensors.items():
+            found = written.get_tensor(name)
+            if isinstance(change, tuple):
+                _check_rows(file, name, change[0].read(), found, change[1])
+                continue
+            expected = change if isinstance(change, Tensor) else change.read()
+            if not torch.equal(_bytes(expected), _bytes(found)):
                 raise FoldError(f"{file}: {name} differs from what was written. Check the disk.")
 
 
