@@ -70,12 +70,12 @@ def _check_modules(modules: Modules, layers: Iterable[str]) -> None:
     """Raise an error if a module anywhere in the model rules out adapters, or one around a selected layer."""
     around = {"", *(path[:i] for path in layers for i, letter in enumerate(path) if letter == ".")}
     for path, module in modules.items():
-        if problem := _module_problem(module) or (_prefix_problem(module) if path in around else None):
+        if problem := _module_problem(module, is_around=path in around):
             raise UnsupportedLayerError(f"{path or 'the model'}: {problem}.")
 
 
-def _module_problem(module: nn.Module) -> str | None:
-    """Why no model that contains this module can be adapted; without the full stop."""
+def _module_problem(module: nn.Module, *, is_around: bool) -> str | None:
+    """Why no model that contains this module, maybe around a selected layer, can be adapted; without the full stop."""
     if is_hooked(module) and isinstance(module, fx.GraphModule):
         return (
             "it is a GraphModule, and accelerate put its hook into the class, which its graph replaces. Call "
@@ -90,12 +90,7 @@ def _module_problem(module: nn.Module) -> str | None:
             "DistributedDataParallel does not synchronize parameters that are added later. Adapt the model first, then "
             "wrap it"
         )
-    return None
-
-
-def _prefix_problem(module: nn.Module) -> str | None:
-    """Why no layer inside this module can be adapted; without the full stop."""
-    if isinstance(module, nn.DataParallel) or is_compiled_module(module):
+    if is_around and (isinstance(module, nn.DataParallel) or is_compiled_module(module)):
         wrapper = "DataParallel" if isinstance(module, nn.DataParallel) else "torch.compile"
         return (
             f"{wrapper} adds a prefix to the names of parameters, so a saved adapter would not load elsewhere. Adapt "

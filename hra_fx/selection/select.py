@@ -84,7 +84,7 @@ def select(model: nn.Module, config: HRAConfig, modules: Modules | None = None) 
         if not _adaptable(module):
             raise SelectionError(_wrong_type(path, module))
     _check_saved(config, chosen, own)
-    if config.exclude_modules and not any(_matches(config.exclude_modules, path) for path in own):
+    if config.exclude_modules and not any(_matches(config.exclude_modules, path) for path in once(own)):
         hint = suggestion(config.exclude_modules, list(own))
         text = f"`exclude_modules={format_names(config.exclude_modules)}` matches no module. {hint}"
         warnings.warn(text, HRAWarning, stacklevel=2)
@@ -148,7 +148,7 @@ def resolve_targets(model: nn.Module, config: HRAConfig, modules: Modules | None
     if isinstance(targets, str):
         return targets
     if _uses_indices(config) and len(targets) >= _SHORTEN_FROM:
-        return _shortened(set(targets), list(own))
+        return _shortened(set(targets), list(once(own)))
     return set(targets)
 
 

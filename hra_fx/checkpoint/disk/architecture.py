@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
 from collections.abc import Callable, Collection, Mapping
@@ -16,6 +15,9 @@ from torch import nn
 
 from hra_fx.errors import CheckpointError
 
+CONFIG = "config.json"
+#: What to do where the files do not say enough.
+IN_MEMORY = "Load the model instead: hra_fx.load_adapter, then hra_fx.fold or hra_fx.save_as_lora."
 #: Otherwise transformers asks on the terminal whether to run code next to a configuration.
 _LOCAL_ONLY = {"local_files_only": True, "trust_remote_code": False}
 
@@ -76,53 +78,6 @@ def build_empty(file: Path, entries: Mapping[str, Any]) -> nn.Module | None:
         return None
 
 
-#: What to do where the files do not say enough.
-IN_MEMORY = "Load the model instead: hra_fx.load_adapter, then hra_fx.fold or hra_fx.save_as_lora."
-_NEAR = 3
-
-
-class Names:
-    """Names in a checkpoint, looked up by names of an adapter or a model.
-
-    Args:
-        where: the checkpoint, for messages.
-        present: the names.
-        prefix: returns the prefix, such as "bert."; called only if a name is not found without it.
-    """
-
-    def __init__(self, where: str, present: Collection[str], prefix: Callable[[], str]) -> None:
-        """Store the arguments."""
-        self.where = where
-        self.present = present
-        self._prefix = prefix
-
-    def find(self, *names: str) -> str | None:
-        """The first of several names that exists, also with the prefix added or removed.
-
-        >>> Names("x", {"encoder.weight"}, lambda: "bert.").find("bert.encoder.weight")
-        'encoder.weight'
-        """
-        present = (name for name in names if name in self.present)
-        spellings = (spelling for name in names for spelling in self._spellings(name) if spelling in self.present)
-        return next(present, None) or next(spellings, None)
-
-    def near(self, name: str) -> str:
-        """A sentence with the most similar names."""
-        last = ".".join(name.split(".")[-3:])
-        same_end = [other for other in self.present if other.endswith(f".{last}")]
-        names = (same_end or difflib.get_close_matches(name, self.present))[:_NEAR]
-        return f"Similar names: {', '.join(names)}." if names else "No name is similar."
-
-    def _spellings(self, name: str) -> list[str]:
-        prefix = self._prefix()
-        if not prefix:
-            return []
-        return [name.removeprefix(prefix) if name.startswith(prefix) else f"{prefix}{name}"]
-
-
-CONFIG = "config.json"
-
-
 class Architecture:
     """The model described by a folder's `config.json`.
 
@@ -168,15 +123,19 @@ class Architecture:
 
     def place(self, path: str) -> str | None:
         """The path in the model, with the prefix added or removed; `None` if unknown."""
-        return self._names.find(path)
+        return self.lookup(self._modules, path)
 
     @cached_property
     def _modules(self) -> dict[str, nn.Module]:
         return {} if self._built is None else dict(self._built.named_modules(remove_duplicate=False))
 
-    @cached_property
-    def _names(self) -> Names:
-        return Names(CONFIG, self._modules.keys(), lambda: self.prefix)
+    def lookup(self, present: Collection[str], *names: str) -> str | None:
+        """The first of several names that is present, or else is with the prefix added or removed."""
+        if exact := next((name for name in names if name in present), None):
+            return exact
+        prefix = self.prefix
+        spellings = (name.removeprefix(prefix) if name.startswith(prefix) else f"{prefix}{name}" for name in names)
+        return next((name for name in spellings if name in present), None)
 
     @property
     def prefix(self) -> str:

@@ -7,11 +7,12 @@ inputs of every expert in one dimension are accepted.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import difflib
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from hra_fx.checkpoint.disk.architecture import IN_MEMORY, Architecture, Names
+from hra_fx.checkpoint.disk.architecture import IN_MEMORY, Architecture
 from hra_fx.checkpoint.disk.stored import StoredTensor, WeightSet
 from hra_fx.errors import CheckpointError
 from hra_fx.layers.experts_weight import is_transposed, parameter_of, stacked_parameters, stands_for_parameter
@@ -167,20 +168,17 @@ class FileNames:
     """The names in a set of files, which may differ from those in the model.
 
     Attributes:
-        where: the files, for messages.
         loaded: name in the files -> name in the model, of tensors that are loaded as they are.
     """
 
     def __init__(self, found: WeightSet, architecture: Architecture) -> None:
         """Build the model without weights, if there is one, to see what it loads."""
-        self.where = found.name
         self._found, self._architecture = found, architecture
         self._sources: dict[str, list[LoadedFrom]] = sources_in(found.tensors, architecture)
         single = {name: sources[0] for name, sources in self._sources.items() if len(sources) == 1}
         self.loaded = {source.stored.name: name for name, source in single.items() if source.converter is None}
         self._stored = dict(zip(found.tensors, found.tensors, strict=True))
         self._stored |= {name: stored for stored, name in self.loaded.items()}
-        self._names = self._lookup(self._stored)
 
     @cached_property
     def stacked(self) -> dict[str, Stacked]:
@@ -188,13 +186,16 @@ class FileNames:
         return stacked_in(self._found.tensors, self._sources, self._architecture)
 
     def find(self, *names: str) -> str | None:
-        """The name in the files of the first of several tensors that is there; see `Names.find`."""
-        found = self._names.find(*names)
+        """The name in the files of the first of several tensors that is there; see `Architecture.lookup`."""
+        found = self._architecture.lookup(self._stored, *names)
         return None if found is None else self._stored[found]
 
     def near(self, name: str) -> str:
         """A sentence with the most similar names."""
-        return self._lookup(self._found.tensors).near(name)
+        last = ".".join(name.split(".")[-3:])
+        same_end = [other for other in self._found.tensors if other.endswith(f".{last}")]
+        names = (same_end or difflib.get_close_matches(name, self._found.tensors))[:3]
+        return f"Similar names: {', '.join(names)}." if names else "No name is similar."
 
     def check_new(self, name: str) -> None:
         """Check that a tensor that is not in the files is not made of those that are.
@@ -202,7 +203,7 @@ class FileNames:
         Raises:
             CheckpointError: it is.
         """
-        if (loaded := self._lookup(self._sources).find(name)) is not None:
+        if (loaded := self._architecture.lookup(self._sources, name)) is not None:
             stored = self._sources[loaded][0].stored
             raise CheckpointError(
                 f"{stored.file}: the adapter replaces {name}, which transformers makes from tensors such as "
@@ -211,7 +212,7 @@ class FileNames:
 
     def parameter(self, path: str) -> str | None:
         """The name in `stacked` of the parameter that an adapter's layer stands for; `None` if it is not there."""
-        return self._lookup(self.stacked).find(parameter_of(path)) if stands_for_parameter(path) else None
+        return self._architecture.lookup(self.stacked, parameter_of(path)) if stands_for_parameter(path) else None
 
     def weights_of(self, path: str) -> list[TensorRef]:
         """The tensors with the weight of an adapter's layer, of which only experts can have several; empty if none.
@@ -223,6 +224,3 @@ class FileNames:
             return [TensorRef(name)]
         parameter = self.parameter(path)
         return [] if parameter is None else self.stacked[parameter].refs(parameter)
-
-    def _lookup(self, present: Collection[str]) -> Names:
-        return Names(self.where, present, lambda: self._architecture.prefix)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hra_fx.checkpoint.disk.architecture import IN_MEMORY, Architecture, Names
+from hra_fx.checkpoint.disk.architecture import IN_MEMORY, Architecture
 from hra_fx.checkpoint.disk.file_names import FileNames
 from hra_fx.errors import FoldError
 from hra_fx.model.untie import TIE_SETTING, reads_tie_setting, ties_when_loaded
@@ -55,7 +55,7 @@ def untying(architecture: Architecture, names: FileNames, changed: Mapping[str, 
             )
         return Untying()
     own, groups = _ties(architecture)
-    called = {found: name for name in changed if (found := own.find(names.loaded.get(name, name)))}
+    called = {found: name for name in changed if (found := architecture.lookup(own, names.loaded.get(name, name)))}
     values = {name: changed[given] for name, given in called.items()}
     touched = [group for group in groups if values.keys() & set(group)]
     if all(_same_values(group, values) for group in touched):
@@ -86,16 +86,15 @@ def tied_to(name: str, architecture: Architecture, names: FileNames) -> str | No
     if architecture.model is None:
         return None
     own, groups = _ties(architecture)
-    found = own.find(name)
+    found = architecture.lookup(own, name)
     group = next((group for group in groups if found in group), [])
     return next((stored for other in group if (stored := names.find(other))), None)
 
 
-def _ties(architecture: Architecture) -> tuple[Names, list[list[str]]]:
+def _ties(architecture: Architecture) -> tuple[Collection[str], list[list[str]]]:
     """All names in the model, and those of each tied tensor."""
     model: Any = architecture.model
-    own = Names("config.json", model.state_dict().keys(), lambda: architecture.prefix)
-    return own, _groups(model.get_expanded_tied_weights_keys(all_submodels=True))
+    return model.state_dict(), _groups(model.get_expanded_tied_weights_keys(all_submodels=True))
 
 
 def _groups(ties: Mapping[str, str]) -> list[list[str]]:
