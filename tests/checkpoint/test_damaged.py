@@ -193,15 +193,6 @@ def test_damage_is_refused_and_leaves_the_model_unchanged(
     hra_fx.load_adapter(model, whole)
 
 
-def test_hramodel_refuses_like_the_function(tmp_path: Path) -> None:
-    before, damage, _, reason, kind = DAMAGES["missing"]
-    whole, folder = damaged(tmp_path, before, damage)
-    assert reason in refused(lambda model: hra_fx.HRAModel.from_pretrained(model, folder), mlp(), kind)
-    model = hra_fx.HRAModel.from_pretrained(mlp(), whole)
-    assert reason in refused(lambda model: model.load_adapter(folder, "second"), model, kind)
-    assert model.active_adapters == list(model.peft_config) == ["default"]
-
-
 @pytest.mark.parametrize(
     "text",
     [

@@ -101,8 +101,8 @@ def _parts_of(base: Path, source: Source) -> list[Path]:
     placed = [folder for folder in found if (base / folder.name).is_dir()]
     if not placed:
         raise CheckpointError(
-            f"{source}: is not a folder with an adapter in a subfolder that is named like a part of the pipeline "
-            f"{base}, such as 'unet'. Use adapter_dir={{'unet': {str(source)!r}}} (--part unet)."
+            f"{source}: no subfolder with an adapter is named like a part of the pipeline {base}, such as 'unet'. Use "
+            f"adapter_dir={{'unet': {str(source)!r}}} (--part unet)."
         )
     left = [folder for folder in found if folder not in placed]
     left += [Path(source)] if (Path(source) / CONFIG_NAME).is_file() else []

@@ -132,8 +132,8 @@ def test_an_adapter_for_an_unknown_part_of_a_pipeline(tmp_path: Path) -> None:
     for source in ("user/name", tmp_path / "adapter"):
         shown = str(source).replace(f"{tmp_path}/", "")
         assert refused(tmp_path, source) == (
-            f"{shown}: is not a folder with an adapter in a subfolder that is named like a part of the pipeline base, "
-            f"such as 'unet'. Use adapter_dir={{'unet': {shown!r}}} (--part unet)."
+            f"{shown}: no subfolder with an adapter is named like a part of the pipeline base, such as 'unet'. Use "
+            f"adapter_dir={{'unet': {shown!r}}} (--part unet)."
         )
 
 
