@@ -24,7 +24,7 @@ from hra_fx.layers.tensor_parallel import replicate
 from hra_fx.layers.transformers_parallel import call_adapted_class
 from hra_fx.layers.variants import adapters_for
 from hra_fx.model.graph_module import rewrite
-from hra_fx.model.state import adapted_layers, check_no_foreign_class
+from hra_fx.model.state import check_no_foreign_class, is_adapted
 from hra_fx.selection.check import select_checked
 
 #: Adds an adapter to the container of a layer: (path, layer, container).
@@ -75,8 +75,7 @@ def inject_adapter(
         UnsupportedLayerError: a selected layer cannot be adapted.
     """
     layers = select_checked(model, config) if layers is None else layers
-    present = adapted_layers(model)
-    new = {path: layer for path, layer in layers.items() if path not in present}
+    new = {path: layer for path, layer in layers.items() if not is_adapted(layer)}
     if new or config.modules_to_save or config.bias != "none":
         check_no_foreign_class(model)
     for path, layer in layers.items():

@@ -80,16 +80,14 @@ def base_folder(base_dir: Source) -> Path:
 def _by_folder(base: Path, adapter_dir: Adapters | Mapping[str, Adapters]) -> dict[str, list[Source]]:
     if isinstance(adapter_dir, Mapping):
         named = {_inside(base, name): _listed(given) for name, given in adapter_dir.items()}
-        if not all(named.values()) or not named:
-            raise CheckpointError("adapter_dir must name at least one adapter. Give a folder, or several in order.")
-        return named
-    sources = _listed(adapter_dir)
-    if not sources:
+    else:
+        named = {"": _listed(adapter_dir)}
+    if not named or not all(named.values()):
         raise CheckpointError("adapter_dir must name at least one adapter. Give a folder, or several in order.")
-    if not (base / PIPELINE).is_file():
-        return {"": sources}
+    if isinstance(adapter_dir, Mapping) or not (base / PIPELINE).is_file():
+        return named
     parts: dict[str, list[Source]] = {}
-    for source in sources:
+    for source in named[""]:
         for folder in _parts_of(base, source):
             parts.setdefault(folder.name, []).append(folder)
     return parts
