@@ -31,6 +31,7 @@ from hra_fx.layers.target import REFLECTION
 
 #: Metadata key in `adapter_model.safetensors`.
 RESUME = "hra_fx"
+_BIASES = ("bias", "in_proj_bias")
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,6 @@ def _chains(config: HRAConfig) -> HRAConfig:
     # Ranks that the anchors make equal need no pattern, which PEFT does not know.
     differ = any(r != rank(config.r) for r in ranks.values())
     return dataclasses.replace(config, r=rank(config.r), apply_GS=False, rank_pattern=ranks if differ else {})
-
-
-_BIASES = ("bias", "in_proj_bias")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,9 @@ from hra_fx.errors import CheckpointError, HRAWarning
 from hra_fx.functional.rotate import rotate_weight
 from hra_fx.selection.origin import origin_of
 
+#: Metadata key in `adapter_model.safetensors`.
+BASE_ROW = "hra_fx_base_row"
+
 
 def base_model_name(root: nn.Module, config: HRAConfig) -> str | None:
     """PEFT's `base_model_name_or_path`: as configured, or as transformers knows it."""
@@ -79,10 +82,6 @@ def _last(name: str) -> str:
     """
     parts = Path(os.path.normpath(name)).parts
     return parts[-3].rpartition("--")[2] if parts[-2:-1] == ("snapshots",) and len(parts) > 2 else parts[-1]
-
-
-#: Metadata key in `adapter_model.safetensors`.
-BASE_ROW = "hra_fx_base_row"
 
 
 class BaseRow(NamedTuple):

@@ -23,6 +23,7 @@ from hra_fx.model.setup import valid_config
 from hra_fx.model.trainable import to_copy
 from hra_fx.selection.check import select_checked
 from hra_fx.selection.select import saved_modules, select, without_unmatched
+from hra_fx.selection.suggestions import some_of
 
 _SHOWN = 5
 _OTHER_BASE = "Was the adapter trained on another base model, or its configuration edited?"
@@ -121,8 +122,8 @@ def _check_keys(
     extra = [key for key in others if not _is_embedding(adapter, model, key)]
     if missing or extra:
         found = [
-            f"missing keys {_some(missing)}" if missing else "",
-            f"unexpected keys {_some(extra)}" if extra else "",
+            f"missing keys {some_of(missing, _SHOWN)}" if missing else "",
+            f"unexpected keys {some_of(extra, _SHOWN)}" if extra else "",
         ]
         raise CheckpointError(
             f"{adapter.file}: does not fit {type(model).__name__}: {'; '.join(filter(None, found))}. {_OTHER_BASE}"
@@ -193,7 +194,3 @@ def _check_base(adapter: Adapter, model: nn.Module, layers: Mapping[str, nn.Modu
             raise row.folded_error(adapter.file, f"This {type(model).__name__}")
     if state == "unknown":
         compare_names(adapter.file, adapter.config, getattr(model, "name_or_path", None))
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:_SHOWN]) + (f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 _SHOWN = 8
 
@@ -47,12 +47,20 @@ def _is_regex_for(name: str, path: str) -> bool:
         return False
 
 
+def some_of(names: Sequence[str], shown: int = _SHOWN) -> str:
+    """The first of several names, and how many more there are.
+
+    >>> some_of(["a", "b", "c"], 2)
+    'a, b and 1 more'
+    """
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
 def leaf_names(paths: Iterable[str]) -> str:
     """The distinct last components of paths, in order, with block numbers at the end."""
     names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
     names.sort(key=str.isdigit)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(repr, names[:_SHOWN])) + more
+    return some_of([repr(name) for name in names])
 
 
 def format_names(names: Collection[str] | str | None) -> str:

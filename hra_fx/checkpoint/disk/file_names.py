@@ -17,6 +17,8 @@ from hra_fx.checkpoint.disk.stored import StoredTensor, WeightSet
 from hra_fx.errors import CheckpointError
 from hra_fx.layers.experts_weight import is_transposed, parameter_of, stacked_parameters, stands_for_parameter
 
+WEIGHTS = ("weight", "in_proj_weight")
+
 
 class TensorRef(NamedTuple):
     """A tensor in a file that a layer adapts.
@@ -159,9 +161,6 @@ def stacked_in(
 def _is(operation: Any, kind: str, **fields: int) -> bool:
     """Whether an operation of transformers has a type and these fields."""
     return type(operation).__name__ == kind and all(getattr(operation, key) == value for key, value in fields.items())
-
-
-WEIGHTS = ("weight", "in_proj_weight")
 
 
 class FileNames:

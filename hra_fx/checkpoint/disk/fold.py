@@ -14,6 +14,7 @@ from hra_fx.checkpoint.disk.arguments import Adapters, Source, read_request
 from hra_fx.checkpoint.disk.plan import plan_fold
 from hra_fx.checkpoint.disk.writing import write_result
 from hra_fx.errors import HRAWarning
+from hra_fx.selection.suggestions import some_of
 
 _SHOWN = 4
 
@@ -62,17 +63,12 @@ class CheckpointReport:
         if self.verified:
             lines.append("  verified: row norms are preserved, everything else is identical")
         if self.untied:
-            lines.append(f"  untied: {_some([f'{new} (from {old})' for new, old in self.untied.items()])}")
+            lines.append(f"  untied: {some_of([f'{new} (from {old})' for new, old in self.untied.items()], _SHOWN)}")
         if self.given:
-            lines.append(f"  from the adapter: {_some(list(self.given))}")
+            lines.append(f"  from the adapter: {some_of(self.given, _SHOWN)}")
         if self.kept:
-            lines.append(f"  not folded: {_some([file.name for file in self.kept])}")
+            lines.append(f"  not folded: {some_of([file.name for file in self.kept], _SHOWN)}")
         return "\n".join(lines)
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{', '.join(names[:_SHOWN])}{more}"
 
 
 def fold_checkpoint(

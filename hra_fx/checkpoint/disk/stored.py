@@ -19,6 +19,12 @@ from torch import Tensor
 from hra_fx.checkpoint.folder import opened
 from hra_fx.errors import CheckpointError
 
+SAFE = ".safetensors"
+_INDEX = f"{SAFE}.index.json"
+#: Weights in other formats, which are never read.
+OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx")
+#: Files with these extensions that training saves next to a model, and that have no weights.
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 #: Dtypes of weights that can be folded, by their names in the format.
 FLOATS: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
@@ -112,14 +118,6 @@ def read_header(file: Path) -> Header:
             for key, found in slices.items()
         }
     return Header(file, metadata, tensors)
-
-
-SAFE = ".safetensors"
-_INDEX = f"{SAFE}.index.json"
-#: Weights in other formats, which are never read.
-OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx")
-#: Files with these extensions that training saves next to a model, and that have no weights.
-_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 
 
 @dataclass(frozen=True)
