@@ -26,6 +26,7 @@ from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError
 from hra_fx.hub import check_options, download
 from hra_fx.layers.target import REFLECTION
+from hra_fx.selection.suggestions import some_of
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLE_NAME = "adapter_model.bin"
@@ -51,7 +52,7 @@ def find(source: str | os.PathLike[str], subfolder: str | None = None, **hub: An
     hra_fx.errors.CheckpointError: runs/of/mine: no such folder, and not a valid Hub repository name. ...
     """
     check_options(hub)
-    inside = posixpath.normpath(subfolder or "")
+    inside = posixpath.normpath((subfolder or "").replace("\\", "/"))
     root = Path(source) if os.path.isdir(source) else _download(source, inside, hub)
     folder = root / inside
     if not os.path.isdir(folder):
@@ -73,9 +74,8 @@ def _suggestion(root: Path, folder: Path) -> str:
     configs = [config for config in folder.glob(f"*/{CONFIG_NAME}") if os.path.isfile(config.with_name(WEIGHTS_NAME))]
     if not configs:
         return _SAVED_BY
-    found = sorted(repr(config.parent.relative_to(root).as_posix()) for config in configs)
-    names = ", ".join(found[:_MAX_LISTED]) + (", ..." if len(found) > _MAX_LISTED else "")
-    return f"There are adapters in the subfolders {names}: give the path of one of them."
+    found = sorted(repr(Path(os.path.relpath(config.parent, root)).as_posix()) for config in configs)
+    return f"There are adapters in the subfolders {some_of(found, _MAX_LISTED)}: give the path of one of them."
 
 
 def _download(source: str | os.PathLike[str], inside: str, hub: Mapping[str, Any]) -> Path:
