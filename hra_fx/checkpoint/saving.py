@@ -118,7 +118,7 @@ def save_pretrained(
     """
     if not safe_serialization:
         raise AdapterError("safe_serialization must be True, got False: pickle files are never written.")
-    root, record = root_of(model)
+    (root, record), folder = root_of(model), Path(directory)
     names = names_in(record, record.configs if selected_adapters is None else selected_adapters)
     if not names:
         raise AdapterError("selected_adapters must not be empty. Use None to save all adapters.")
@@ -129,20 +129,19 @@ def save_pretrained(
     if not (is_main_process or shards):
         return
     contents = {name: _contents(root, record, name, state) for name in names}
-    checkpoint = _CHECKPOINT.fullmatch(Path(directory).name) and not Path(directory, "config.json").exists()
+    checkpoint = _CHECKPOINT.fullmatch(folder.name) and not (folder / "config.json").exists()
     entries = {key: full_tensor(state[key]) for key in adapter_entries(root) if key in state} if checkpoint else {}
 
     def write_all() -> None:
-        folder = Path(directory)
         for name, (config, tensors, metadata) in contents.items():
             write(folder if name == "default" else folder / name, config.to_json_string(), tensors, metadata)
         if entries:
             write_weights(folder / "model.safetensors", entries, {})
-        if not Path(directory, CARD_NAME).exists():
-            write_card(Path(directory), root, {name: config for name, (config, _, _) in contents.items()})
+        if not (folder / CARD_NAME).exists():
+            write_card(folder, root, {name: config for name, (config, _, _) in contents.items()})
 
     on_first_rank(shards, write_all)
-    if Path(directory, "config.json").exists():
+    if (folder / "config.json").exists():
         text = (
             f"{directory}: the adapters were saved next to a full model. from_pretrained of diffusers, or of "
             "transformers without PEFT, loads that model without them: use hra_fx.load_adapter, or another folder."

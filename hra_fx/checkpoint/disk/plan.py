@@ -33,13 +33,12 @@ from hra_fx.checkpoint.disk.requests import (
 )
 from hra_fx.checkpoint.disk.rotation import Rotation
 from hra_fx.checkpoint.disk.stored import DTYPES, FLOATS, Header, StoredTensor, WeightSet, foreign, weight_sets
-from hra_fx.checkpoint.disk.ties import Untying, untying
+from hra_fx.checkpoint.disk.ties import Untying, untied_config, untying
 from hra_fx.checkpoint.keys import reflection_key
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError
 from hra_fx.layers.experts_weight import parameter_of
 from hra_fx.layers.target import has_columns
-from hra_fx.model.untie import TIE_SETTING
 
 #: What a tensor becomes: another tensor of the base, a rotated one, or a new value in the checkpoint's dtype.
 Change: TypeAlias = StoredTensor | tuple[StoredTensor, Rotation] | Tensor
@@ -267,7 +266,7 @@ def _plan_part(
         changes, apart = changes_for(found, ordered, architecture, names, columns)
         _plan_set(plan, part, found, changes)
         if apart.configs:
-            plan.files[part + CONFIG] = _config(architecture, apart.configs)
+            plan.files[part + CONFIG] = untied_config(architecture, apart.configs)
         plan.untied |= {part + new: part + source for new, source in apart.sources.items()}
         plan.retied_by += apart.retied_by
     taken = {header.file for found, _ in folded for header in found.files}
@@ -304,14 +303,3 @@ def _index(found: WeightSet, added: Mapping[str, Change], file: str) -> bytes:
                 if isinstance(metadata.get(total), int | float):
                     metadata[total] += number
     return (json.dumps(entries, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _config(architecture: Architecture, paths: Sequence[tuple[str, ...]]) -> bytes:
-    """`config.json` with tied embeddings off."""
-    entries: dict[str, Any] = json.loads(json.dumps(architecture.entries))
-    for path in paths:
-        place = entries
-        for key in path:
-            place = place.setdefault(key, {})
-        place[TIE_SETTING] = False
-    return (json.dumps(entries, indent=2, ensure_ascii=False) + "\n").encode()

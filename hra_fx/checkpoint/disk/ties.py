@@ -5,7 +5,8 @@ As in `hra_fx.fold`, `tie_word_embeddings` becomes False, and everything that it
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,6 +80,17 @@ def untying(architecture: Architecture, names: FileNames, changed: Mapping[str, 
         tuple(configs),
         tuple(dict.fromkeys(type(config).__name__ for config in configs.values() if ties_when_loaded(config))),
     )
+
+
+def untied_config(architecture: Architecture, paths: Sequence[tuple[str, ...]]) -> bytes:
+    """`config.json` with tied embeddings off."""
+    entries: dict[str, Any] = json.loads(json.dumps(architecture.entries))
+    for path in paths:
+        place = entries
+        for key in path:
+            place = place.setdefault(key, {})
+        place[TIE_SETTING] = False
+    return (json.dumps(entries, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def tied_to(name: str, architecture: Architecture, names: FileNames) -> str | None:
