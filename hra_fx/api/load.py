@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from typing import Any, TypeVar
 
@@ -26,7 +25,6 @@ from hra_fx.model.replace import check_replaceable, layers_of, replace_values
 from hra_fx.model.setup import checked, set_up
 from hra_fx.model.state import AdapterState, collect_parts, get_state, root_of
 from hra_fx.model.trainable import differ_by_place, set_requires_grad
-from hra_fx.selection.check import check_modules
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -86,10 +84,9 @@ def load_adapter(
         root, record = (model, None) if plain else root_of(model)
         if record is not None:
             load_vectors(root)
-        elif plain:
-            check_modules(root)
-        fitted = fit(find(directory, subfolder, **hub), root, config)
-        config = checked(root, dataclasses.replace(fitted.resume.config, inference_mode=not is_trainable), adapter_name)
+        folder = find(directory, subfolder, **hub)
+        fitted = fit(folder, root, config, is_plain=plain, is_trainable=is_trainable)
+        config = checked(root, fitted.resume.config, adapter_name)
 
         def fill(path: str, layer: nn.Module, reflection: HouseholderAdapters) -> None:
             vectors, anchor = fitted.vectors[path]
@@ -98,7 +95,8 @@ def load_adapter(
             reflection.put(adapter_name, fitted.spec(path), _like(vectors, *like), anchored)
 
         if record is None:
-            set_up(root, config, adapter_name, fill, fitted.copies, root_class=root_class_for(root))
+            root_class, layers = root_class_for(root), fitted.layers
+            set_up(root, config, adapter_name, fill, fitted.copies, root_class=root_class, layers=layers)
         elif adapter_name in record.configs:
             _replace(root, record, adapter_name, fitted, is_trainable)
         else:

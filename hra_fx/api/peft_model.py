@@ -35,7 +35,7 @@ from hra_fx.model.scale import check_strength, set_scale
 from hra_fx.model.state import AdapterState, check_no_foreign_class, collect_parts, get_state, names_in, root_of
 from hra_fx.model.switch import disable_adapters, set_adapter
 from hra_fx.model.trainable import set_requires_grad
-from hra_fx.selection.target_mapping import DEFAULT_TARGETS
+from hra_fx.selection.origin import DEFAULT_TARGETS
 
 #: Packages whose classes have methods of these names, which those of `HRAModel` replace.
 _REPLACED = ("transformers.", "diffusers.", "huggingface_hub.", "hra_fx.")

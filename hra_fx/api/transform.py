@@ -17,7 +17,7 @@ from hra_fx.model.inject import random_init
 from hra_fx.model.setup import checked, set_up, valid_config
 from hra_fx.model.state import adapted_layers, get_state
 from hra_fx.model.verify import check_against_folded
-from hra_fx.selection.check import check
+from hra_fx.selection.check import select_checked
 from hra_fx.selection.origin import keep_origin, origin_of
 from hra_fx.selection.select import select, with_head
 from hra_fx.tracing.trace_model import trace_model
@@ -132,8 +132,7 @@ def _traced(model: nn.Module, config: HRAConfig, example_inputs: Any, dynamic_sh
             f"trace=True: {hooked} has a hook of accelerate, which a graph would not run. Leave out trace=True, or "
             "call accelerate.hooks.remove_hook_from_submodules(model) first."
         )
-    layers = select(model, config)
-    check(model, layers, config)
+    layers = select_checked(model, config)
     traced = trace_model(model, list(layers.values()), example_inputs, dynamic_shapes)
     keep_origin(traced, origin_of(model))
     return traced

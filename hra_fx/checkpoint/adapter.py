@@ -1,7 +1,13 @@
-"""The two files of an adapter, read without a model: a chain of reflections for each layer, and trained tensors."""
+"""The two files of an adapter, read without a model: a chain of reflections for each layer, and trained tensors.
+
+PEFT has no anchors, so the chain of an adapter with anchors is saved as plain reflections. The metadata of the file
+says how it splits into a frozen anchor and trained vectors, so that training can go on.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,20 +17,93 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hra_fx.checkpoint.base_row import BaseRow, read_base_row
-from hra_fx.checkpoint.folder import WEIGHTS_NAME, find
+from hra_fx.checkpoint.base_model import BaseRow, read_base_row
+from hra_fx.checkpoint.folder import WEIGHTS_NAME, find, read
 from hra_fx.checkpoint.keys import EXTRA_BIASES, PREFIX, VECTORS, reflection_key
-from hra_fx.checkpoint.resume import Resume, read_resume
-from hra_fx.checkpoint.weights import read_prefixed
 from hra_fx.config import HRAConfig
 from hra_fx.errors import CheckpointError, FoldError
 from hra_fx.functional.chain import plain_chain
+from hra_fx.functional.householder import anchor_rank
 from hra_fx.functional.low_rank import anchor_noise
 from hra_fx.functional.statistics import inverse_condition
 from hra_fx.layers.experts_weight import stands_for_parameter
 from hra_fx.layers.target import REFLECTION
 
+#: Metadata key in `adapter_model.safetensors`.
+RESUME = "hra_fx"
 _BIASES = ("bias", "in_proj_bias")
+
+
+@dataclass(frozen=True)
+class Resume:
+    """An adapter as it is trained.
+
+    Attributes:
+        config: its configuration; that of the file has the ranks of the plain chains.
+        has_anchors: whether the chains start with the anchors of `householder.init_vectors`.
+    """
+
+    config: HRAConfig
+    has_anchors: bool
+
+    def anchor(self, path: str) -> int:
+        """The number of anchor vectors of a layer."""
+        return anchor_rank(self.config.rank_of(path), apply_GS=self.config.apply_GS) if self.has_anchors else 0
+
+    @property
+    def chains(self) -> HRAConfig:
+        """The configuration of the plain chains, as it is saved."""
+        return _chains(self.config) if self.has_anchors else self.config
+
+    def metadata(self) -> dict[str, str]:
+        """The entry of the file's metadata; none without anchors."""
+        if not self.has_anchors:
+            return {}
+        config = self.config
+        anchor = anchor_rank(config.r, apply_GS=config.apply_GS)
+        ranks = {"rank_pattern": config.rank_pattern} if config.rank_pattern else {}
+        return {RESUME: json.dumps({"r": config.r, "apply_GS": config.apply_GS, "anchor": anchor, **ranks})}
+
+
+def read_resume(file: Path, metadata: Mapping[str, str], config: HRAConfig) -> Resume:
+    """What was trained, from the metadata of a file and its configuration. Adapters saved by PEFT have no anchors.
+
+    Raises:
+        CheckpointError: the metadata does not match the configuration.
+    """
+    if RESUME not in metadata:
+        return Resume(config, has_anchors=False)
+    try:
+        entry = json.loads(metadata[RESUME])
+        trained = HRAConfig.from_dict(
+            {
+                **config.to_dict(),
+                "r": int(entry["r"]),
+                "apply_GS": bool(entry["apply_GS"]),
+                "rank_pattern": entry.get("rank_pattern", {}),
+            }
+        )
+        anchor = anchor_rank(trained.r, apply_GS=trained.apply_GS)
+        if _chains(trained) == config != trained and int(entry["anchor"]) == anchor:
+            return Resume(trained, has_anchors=True)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        pass
+    raise CheckpointError(
+        f"{file}: the metadata {RESUME}={metadata[RESUME][:80]!r} does not match r={config.r}, "
+        f"apply_GS={config.apply_GS} in the configuration. The two files are from different adapters; save it again."
+    )
+
+
+def _chains(config: HRAConfig) -> HRAConfig:
+    """The configuration of `[A | U]`, or `[A | V]`."""
+
+    def rank(r: int) -> int:
+        return r + anchor_rank(r, apply_GS=config.apply_GS)
+
+    ranks = {pattern: rank(r) for pattern, r in config.rank_pattern.items()}
+    # Ranks that the anchors make equal need no pattern, which PEFT does not know.
+    differ = any(r != rank(config.r) for r in ranks.values())
+    return dataclasses.replace(config, r=rank(config.r), apply_GS=False, rank_pattern=ranks if differ else {})
 
 
 @dataclass(frozen=True)
@@ -74,33 +153,22 @@ class Adapter:
 
     @cached_property
     def full(self) -> dict[str, Tensor]:
-        """Name of a fully trained tensor -> its value; raises the errors of `embeddings`."""
+        """Name of a fully trained tensor -> its value."""
         return {name: tensor for name, tensor in self._others.items() if self._is_trained(name)}
 
     @cached_property
     def embeddings(self) -> dict[str, Tensor]:
-        """Name of a copied tensor of the base model -> its value.
-
-        Raises:
-            CheckpointError: the file has a tensor under two names.
-        """
+        """Name of a copied tensor of the base model -> its value."""
         return {name: tensor for name, tensor in self._others.items() if not self._is_trained(name)}
 
     @cached_property
     def _others(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for key, tensor in self.tensors.items():
-            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-            if name.rpartition(".")[2] in (REFLECTION, VECTORS):
-                continue
-            if self.config.bias == "all" and EXTRA_BIASES.search(key):
-                continue
-            if name in found:
-                raise CheckpointError(
-                    f"{self.file}: duplicate key {key}, with and without '.base_layer.'. Save the adapter again."
-                )
-            found[name] = tensor
-        return found
+        return {
+            key.removeprefix(PREFIX).replace(".base_layer.", "."): tensor
+            for key, tensor in self.tensors.items()
+            if key.rpartition(".")[2] not in (REFLECTION, VECTORS)
+            if not (self.config.bias == "all" and EXTRA_BIASES.search(key))
+        }
 
     def _is_trained(self, name: str) -> bool:
         path, _, last = name.rpartition(".")
@@ -115,9 +183,7 @@ class Adapter:
                 f"{self.file}: {key} must have shape {shape}, got {tuple(tensor.shape)}: the configuration says "
                 f"r={r}. The two files are from different adapters; save it again."
             )
-        # By the first rule, all vectors in 8 bits would be dependent.
-        least = min(8 * torch.finfo(tensor.dtype).eps, 1 / 16)
-        if config.apply_GS and (r > tensor.shape[-2] or inverse_condition(tensor) < least):
+        if config.apply_GS and (r > tensor.shape[-2] or inverse_condition(tensor) < 8 * torch.finfo(tensor.dtype).eps):
             raise FoldError(
                 f"{self.file}: {key}: its {r} vectors of length {tensor.shape[-2]} are linearly dependent, so "
                 "Gram-Schmidt is not defined. Train with apply_GS=False, or with init_weights=True in hra_fx, which "
@@ -153,5 +219,7 @@ def read_adapter(source: str | os.PathLike[str], config: HRAConfig | None = None
     folder = find(source)
     own = HRAConfig.from_pretrained(folder) if config is None else config
     file = folder / WEIGHTS_NAME
-    tensors, metadata = read_prefixed(file)
+    stored, metadata = read(file)
+    # Some writers leave out PEFT's prefix.
+    tensors = {key if key.startswith(PREFIX) else f"{PREFIX}{key}": tensor for key, tensor in stored.items()}
     return Adapter(file, own, tensors, metadata if config is None else {}, read_base_row(file, metadata))

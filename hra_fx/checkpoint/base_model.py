@@ -1,17 +1,29 @@
-"""The entries about the base model in an adapter's configuration, as PEFT writes them and as they are compared."""
+"""The base model of an adapter: its name and class, as PEFT writes them, and one row of a weight.
+
+The row tells a base model from the same model with an adapter folded into it. The metadata of an adapter's file keeps
+it, and in the folded model it is rotated.
+"""
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from hra_fx.config import HRAConfig
-from hra_fx.errors import HRAWarning
+from hra_fx.errors import CheckpointError, HRAWarning
+from hra_fx.functional.rotate import rotate_weight
 from hra_fx.selection.origin import origin_of
+
+#: Metadata key in `adapter_model.safetensors`.
+BASE_ROW = "hra_fx_base_row"
 
 
 def base_model_name(root: nn.Module, config: HRAConfig) -> str | None:
@@ -43,6 +55,25 @@ def compare_names(file: Path, config: HRAConfig, ours: object) -> None:
         warnings.warn(text, HRAWarning, stacklevel=5)
 
 
+def is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal after rounding the wider dtype to the narrower; on the meta device, if shapes are.
+
+    >>> is_same(torch.tensor([0.1]), torch.tensor([0.1], dtype=torch.bfloat16))
+    True
+    """
+    if one.shape != other.shape or one.is_meta:
+        return one.shape == other.shape
+    return torch.equal(other.to(one), one) or torch.equal(one.to(other), other)
+
+
+def other_embeddings(file: Path, name: str, tensor: Tensor, own: str) -> CheckpointError:
+    """The error for embeddings that PEFT saved with an adapter, and that are not the base model's own ones."""
+    return CheckpointError(
+        f"{file}: {name} of shape {tuple(tensor.shape)} is a copy of the base model's embeddings, but {own} has other "
+        "values. Use the base model that the adapter was trained on."
+    )
+
+
 def _last(name: str) -> str:
     """The last part of a model's name, or of the name of its repository if this is a folder in the Hub's cache.
 
@@ -51,3 +82,96 @@ def _last(name: str) -> str:
     """
     parts = Path(os.path.normpath(name)).parts
     return parts[-3].rpartition("--")[2] if parts[-2:-1] == ("snapshots",) and len(parts) > 2 else parts[-1]
+
+
+class BaseRow(NamedTuple):
+    """The first row of a base weight.
+
+    Attributes:
+        path: the layer.
+        values: `(d,)`, float32.
+    """
+
+    path: str
+    values: Tensor
+
+    def state(self, chain: Tensor, row: Tensor | None) -> Literal["base", "folded", "unknown"]:
+        """Whether a model is the base model, or has the adapter folded into it.
+
+        Args:
+            chain: `U: (d, k)` of the layer.
+            row: the first row of the layer's weight in the model; `None` if it cannot be read.
+
+        Returns:
+            `"unknown"` for other models, other adapters folded in, and adapters that hardly rotate the row.
+        """
+        if row is None or row.shape != self.values.shape or len(chain) != len(row):
+            return "unknown"
+        base, found = self.values.double(), row.double()
+        from_folded, from_base = float(torch.dist(found, _rotated(base, chain))), float(torch.dist(found, base))
+        # A margin, because rounding to 16 bits moves a row, too.
+        return "folded" if from_folded < from_base / 2 else "base" if from_base < from_folded / 2 else "unknown"
+
+    def folded_error(self, file: Path, base: str) -> CheckpointError:
+        """The error for a model that has the adapter folded into it, where the base model is needed."""
+        return CheckpointError(
+            f"{base} already contains the adapter {file} or a very similar one, folded into its weights (seen in "
+            f"{self.path}). Use the base model that the adapter was trained on, or restore it with hra-fx unfold."
+        )
+
+
+def write_base_row(layers: Mapping[str, nn.Module], chains: Mapping[str, Tensor]) -> dict[str, str]:
+    """The metadata entry: the row that is rotated most, of all layers whose weight can be read; may be empty.
+
+    Args:
+        layers: path -> adapted layer.
+        chains: path -> `U: (d, k)`.
+    """
+    rows = {path: row.float() for path, layer in layers.items() if (row := first_row(layer)) is not None}
+    changes = {path: _change(row, chains[path]) for path, row in rows.items() if not chains[path].is_meta}
+    path = max(changes, key=changes.__getitem__, default="")
+    if not changes.get(path):
+        return {}
+    data = base64.b64encode(rows[path].numpy().tobytes()).decode()
+    return {BASE_ROW: json.dumps({"layer": path, "row": data})}
+
+
+def _change(row: Tensor, chain: Tensor) -> float:
+    """`|w Q - w| / |w|`; 0 if it is not a number."""
+    change = float(torch.dist(_rotated(row, chain), row) / row.norm())
+    return change if change > 0 else 0.0
+
+
+def _rotated(row: Tensor, chain: Tensor) -> Tensor:
+    return rotate_weight(row[None], chain.detach().cpu().to(row.dtype))[0]
+
+
+def read_base_row(file: Path, metadata: Mapping[str, str]) -> BaseRow | None:
+    """The row in the metadata of a file; adapters saved by PEFT have none.
+
+    Raises:
+        CheckpointError: the entry is damaged.
+    """
+    if BASE_ROW not in metadata:
+        return None
+    try:
+        entry = json.loads(metadata[BASE_ROW])
+        values = torch.frombuffer(bytearray(base64.b64decode(entry["row"])), dtype=torch.float32)
+        return BaseRow(str(entry["layer"]), values)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: the metadata {BASE_ROW} is damaged. Save the adapter again.") from error
+
+
+def first_row(layer: nn.Module) -> Tensor | None:
+    """The first row of a layer's base weight as `(out, d)`, on the CPU.
+
+    `None` for layers other than Linear and Conv2d, and for quantized, sharded, offloaded and parametrized weights.
+    """
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
+        return None
+    unmerged = getattr(getattr(layer, "hra_u", None), "unmerged", None)
+    weight: Any = layer._parameters.get("weight") if unmerged is None else unmerged
+    # Subclasses of tensors are sharded or quantized.
+    if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta or not weight.is_floating_point():
+        return None
+    return weight.detach()[0].flatten().cpu() if weight.dim() > 1 else None

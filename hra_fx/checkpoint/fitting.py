@@ -7,17 +7,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from hra_fx.checkpoint.adapter import Adapter, read_adapter
-from hra_fx.checkpoint.base_model import compare_names
-from hra_fx.checkpoint.base_row import first_row
+from hra_fx.checkpoint.adapter import Adapter, Resume, read_adapter
+from hra_fx.checkpoint.base_model import compare_names, first_row, is_same, other_embeddings
 from hra_fx.checkpoint.keys import EXTRA_BIASES, PREFIX, copy_key, reflection_key, vectors_key
-from hra_fx.checkpoint.resume import Resume
-from hra_fx.compat import non_persistent_buffers, state_modules
+from hra_fx.compat import non_persistent_buffers
 from hra_fx.config import HRAConfig
 from hra_fx.errors import CheckpointError, SelectionError
 from hra_fx.functional.chain import plain_chain
@@ -25,7 +21,9 @@ from hra_fx.layers.adapters import AdapterSpec
 from hra_fx.layers.variants import adapters_for
 from hra_fx.model.setup import valid_config
 from hra_fx.model.trainable import to_copy
+from hra_fx.selection.check import select_checked
 from hra_fx.selection.select import saved_modules, select, without_unmatched
+from hra_fx.selection.suggestions import some_of
 
 _SHOWN = 5
 _OTHER_BASE = "Was the adapter trained on another base model, or its configuration edited?"
@@ -38,6 +36,7 @@ class Fitted:
     """An adapter from a file, checked against a model.
 
     Attributes:
+        layers: the layers by path.
         resume: the configuration for training on, whose ranks exclude the anchors.
         vectors: path of a layer -> (`U: (d, r)`, anchor `A: (d, k)` or `None`).
         written: path of a layer -> (vectors as stored in the file, `None`).
@@ -45,9 +44,10 @@ class Fitted:
         copies: (path of a module, name of its tensor) -> tensor.
     """
 
+    layers: dict[str, nn.Module]
     resume: Resume
     vectors: dict[str, tuple[Tensor, Tensor | None]]
-    written: dict[str, tuple[Tensor, Tensor | None]]
+    written: dict[str, tuple[Tensor, None]]
     written_GS: bool
     copies: dict[tuple[str, str], Tensor]
 
@@ -57,61 +57,59 @@ class Fitted:
         return AdapterSpec(config.rank_of(path), config.apply_GS, init_weights=self.resume.has_anchors)
 
 
-def fit(folder: Path, model: nn.Module, given: HRAConfig | None = None) -> Fitted:
+def fit(folder: Path, model: nn.Module, given: HRAConfig | None, *, is_plain: bool, is_trainable: bool) -> Fitted:
     """Read an adapter and check it against a model.
 
     Args:
         folder: the folder with both files.
         model: the base model or a transformed one.
         given: replaces the configuration in the folder; the vectors are then used as stored.
+        is_plain: whether the model has no adapters yet. Then all is checked that `transform` checks.
+        is_trainable: whether the adapter will be trained.
 
     Raises:
         ConfigError: the configuration is invalid.
+        UnsupportedLayerError: the model is plain and cannot be adapted.
         CheckpointError: the weights are damaged, or do not fit the model; missing and unexpected keys are listed.
 
     Warns:
         HRAWarning: the configuration names another base model, and nothing shows that it is this one.
     """
     adapter = read_adapter(folder, None if given is None else valid_config(given))
-    file, tensors, config = adapter.file, adapter.tensors, without_unmatched(model, adapter.config)
+    adapter = dataclasses.replace(adapter, config=without_unmatched(model, adapter.config))
+    config, resume = adapter.config, adapter.resume
+    resume = dataclasses.replace(resume, config=dataclasses.replace(resume.config, inference_mode=not is_trainable))
     try:
-        layers: Any = select(model, config)
+        layers = select_checked(model, resume.config) if is_plain else select(model, config)
     except SelectionError as error:
         raise CheckpointError(
             f"{folder}: the configuration does not fit {type(model).__name__}: {error} Is this the right base model?"
         ) from error
-    copies = _copy_keys(model, config, layers, tensors)
-    _check_keys(file, model, layers, tensors, copies, config)
-    _check_shapes(file, model, layers, tensors, copies, config)
+    copies = _copy_keys(adapter, model, layers)
+    _check_keys(adapter, model, layers, copies)
+    _check_shapes(adapter, model, layers, copies)
     _check_base(adapter, model, layers)
-    resume = dataclasses.replace(adapter.resume, config=without_unmatched(model, adapter.resume.config))
-    vectors = {path: _split(file, path, tensors, resume) for path in layers}
-    written: dict[str, tuple[Tensor, Tensor | None]] = {path: (tensors[reflection_key(path)], None) for path in layers}
-    values = {place: tensors[key] for place, key in copies.items()}
-    return Fitted(resume, vectors, written, config.apply_GS, values)
+    vectors = {path: _split(adapter, path, resume) for path in layers}
+    written: dict[str, tuple[Tensor, None]] = {path: (adapter.tensors[reflection_key(path)], None) for path in layers}
+    values = {place: adapter.tensors[key] for place, key in copies.items()}
+    return Fitted(layers, resume, vectors, written, config.apply_GS, values)
 
 
-def _copy_keys(
-    model: nn.Module, config: HRAConfig, layers: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
-) -> dict[tuple[str, str], str]:
+def _copy_keys(adapter: Adapter, model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[tuple[str, str], str]:
     """(module, tensor) -> key in the file; PEFT has two names for a bias, depending on its other adapters."""
     keys: dict[tuple[str, str], str] = {}
-    for path, (owner, names) in to_copy(model, config, layers).items():
+    for path, (owner, names) in to_copy(model, adapter.config, layers).items():
         for name in names:
             if name not in non_persistent_buffers(owner):
                 spellings = [copy_key(path, name, adapted=adapted) for adapted in (path in layers, path not in layers)]
-                keys[path, name] = next((key for key in spellings if key in tensors), spellings[0])
+                keys[path, name] = next((key for key in spellings if key in adapter.tensors), spellings[0])
     return keys
 
 
 def _check_keys(
-    file: Path,
-    model: nn.Module,
-    layers: Iterable[str],
-    tensors: Mapping[str, Tensor],
-    copies: Mapping[tuple[str, str], str],
-    config: HRAConfig,
+    adapter: Adapter, model: nn.Module, layers: Iterable[str], copies: Mapping[tuple[str, str], str]
 ) -> None:
+    config, tensors = adapter.config, adapter.tensors
     expected = {*(reflection_key(path) for path in layers), *copies.values()}
     # Other names of a shared module.
     allowed = {
@@ -121,74 +119,69 @@ def _check_keys(
     missing = sorted(expected - tensors.keys())
     ignored = EXTRA_BIASES.search if config.bias == "all" else (lambda key: None)
     others = sorted(key for key in tensors.keys() - expected - allowed if not ignored(key))
-    extra = [key for key in others if not _is_embedding(file, model, key, tensors[key])]
+    extra = [key for key in others if not _is_embedding(adapter, model, key)]
     if missing or extra:
         found = [
-            f"missing keys {_some(missing)}" if missing else "",
-            f"unexpected keys {_some(extra)}" if extra else "",
+            f"missing keys {some_of(missing, _SHOWN)}" if missing else "",
+            f"unexpected keys {some_of(extra, _SHOWN)}" if extra else "",
         ]
         raise CheckpointError(
-            f"{file}: does not fit {type(model).__name__}: {'; '.join(filter(None, found))}. {_OTHER_BASE}"
+            f"{adapter.file}: does not fit {type(model).__name__}: {'; '.join(filter(None, found))}. {_OTHER_BASE}"
         )
 
 
-def _is_embedding(file: Path, model: nn.Module, key: str, tensor: Tensor) -> bool:
+def _is_embedding(adapter: Adapter, model: nn.Module, key: str) -> bool:
     """Whether a tensor is a copy of the base model's embeddings, which PEFT adds to the file if they are adapted."""
     name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
     path, _, entry = name.rpartition(".")
-    owner = dict(state_modules(model, remove_duplicate=False)).get(path)
-    own = owner._parameters.get(entry) if owner is not None else None
+    try:
+        owner = model.get_submodule(path)
+    except AttributeError:
+        return False
+    own = owner._parameters.get(entry)
     if own is None or not (isinstance(owner, nn.Embedding) or _EMBEDDINGS.search(name)):
         return False
-    # One of the two may have a narrower dtype. On the meta device there is nothing to compare.
-    if own.shape == tensor.shape and (
-        own.is_meta or torch.equal(tensor.to(own), own) or torch.equal(own.to(tensor), tensor)
-    ):
-        return True
-    raise CheckpointError(
-        f"{file}: {key} of shape {tuple(tensor.shape)} is a copy of the base model's embeddings, but this model's "
-        f"{name} of shape {tuple(own.shape)} has other values. Use the base model that the adapter was trained on."
-    )
+    if not is_same(own, adapter.tensors[key]):
+        place = f"this model's {name} of shape {tuple(own.shape)}"
+        raise other_embeddings(adapter.file, key, adapter.tensors[key], place)
+    return True
 
 
 def _check_shapes(
-    file: Path,
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    tensors: Mapping[str, Tensor],
-    copies: Mapping[tuple[str, str], str],
-    config: HRAConfig,
+    adapter: Adapter, model: nn.Module, layers: Mapping[str, nn.Module], copies: Mapping[tuple[str, str], str]
 ) -> None:
     for path, layer in layers.items():
-        _check_shape(file, reflection_key(path), tensors, adapters_for(layer).vectors_shape(config.rank_of(path)))
+        shape = adapters_for(layer).vectors_shape(adapter.config.rank_of(path))
+        _check_shape(adapter, reflection_key(path), shape)
     for (path, name), key in copies.items():
         own: Tensor = getattr(model.get_submodule(path), name)
-        _check_shape(file, key, tensors, tuple(own.shape))
-        if tensors[key].is_floating_point() is not own.is_floating_point():
+        _check_shape(adapter, key, tuple(own.shape))
+        dtype = adapter.tensors[key].dtype
+        if dtype.is_floating_point is not own.is_floating_point():
             raise CheckpointError(
-                f"{file}: {key} must have a dtype like the model's {own.dtype}, got {tensors[key].dtype}. Is this the "
-                "right base model?"
+                f"{adapter.file}: {key} must have a dtype like the model's {own.dtype}, got {dtype}. Is this the right "
+                "base model?"
             )
 
 
-def _check_shape(file: Path, key: str, tensors: Mapping[str, Tensor], expected: tuple[int, ...]) -> None:
-    if tuple(tensors[key].shape) != expected:
-        raise CheckpointError(
-            f"{file}: {key} must have shape {expected}, got {tuple(tensors[key].shape)}. {_OTHER_BASE}"
-        )
+def _check_shape(adapter: Adapter, key: str, expected: tuple[int, ...]) -> None:
+    if (shape := tuple(adapter.tensors[key].shape)) != expected:
+        raise CheckpointError(f"{adapter.file}: {key} must have shape {expected}, got {shape}. {_OTHER_BASE}")
 
 
-def _split(file: Path, path: str, tensors: Mapping[str, Tensor], resume: Resume) -> tuple[Tensor, Tensor | None]:
-    chain, anchor = tensors[reflection_key(path)], resume.anchor(path)
+def _split(adapter: Adapter, path: str, resume: Resume) -> tuple[Tensor, Tensor | None]:
+    chain, anchor = adapter.tensors[reflection_key(path)], resume.anchor(path)
     if not anchor:
         return chain, None
     if not resume.config.apply_GS:
         return chain[..., anchor:].contiguous(), chain[..., :anchor].contiguous()
     key = vectors_key(path)
-    if key not in tensors:
-        raise CheckpointError(f"{file}: missing key {key}, the vectors before Gram-Schmidt. Save the adapter again.")
-    _check_shape(file, key, tensors, (*chain.shape[:-1], resume.config.rank_of(path)))
-    return tensors[key], chain[..., :anchor].contiguous()
+    if key not in adapter.tensors:
+        raise CheckpointError(
+            f"{adapter.file}: missing key {key}, the vectors before Gram-Schmidt. Save the adapter again."
+        )
+    _check_shape(adapter, key, (*chain.shape[:-1], resume.config.rank_of(path)))
+    return adapter.tensors[key], chain[..., :anchor].contiguous()
 
 
 def _check_base(adapter: Adapter, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
@@ -201,7 +194,3 @@ def _check_base(adapter: Adapter, model: nn.Module, layers: Mapping[str, nn.Modu
             raise row.folded_error(adapter.file, f"This {type(model).__name__}")
     if state == "unknown":
         compare_names(adapter.file, adapter.config, getattr(model, "name_or_path", None))
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:_SHOWN]) + (f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else "")

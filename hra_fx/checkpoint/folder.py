@@ -1,30 +1,32 @@
-"""The folder of an adapter: find it locally or on the Hub, and write it atomically.
+"""The folder of an adapter: find it locally or on the Hub, read its weights, and write it atomically.
 
 Source of the layout: PEFT 0.21, `PeftModel.save_pretrained`: `adapter_config.json` and `adapter_model.safetensors`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
 import posixpath
 import struct
-from collections.abc import Mapping
-from pathlib import Path, PureWindowsPath
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from hra_fx.atomic_write import atomic_write, temporary_file
-from hra_fx.checkpoint.weights import non_finite
+from hra_fx.checkpoint.keys import VECTORS
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError
 from hra_fx.hub import check_options, download
-
-__all__ = ["WEIGHTS_NAME", "find", "write", "write_weights"]
+from hra_fx.layers.target import REFLECTION
+from hra_fx.selection.suggestions import some_of
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLE_NAME = "adapter_model.bin"
@@ -50,7 +52,7 @@ def find(source: str | os.PathLike[str], subfolder: str | None = None, **hub: An
     hra_fx.errors.CheckpointError: runs/of/mine: no such folder, and not a valid Hub repository name. ...
     """
     check_options(hub)
-    inside = _normalized(source, subfolder)
+    inside = posixpath.normpath((subfolder or "").replace("\\", "/"))
     root = Path(source) if os.path.isdir(source) else _download(source, inside, hub)
     folder = root / inside
     if not os.path.isdir(folder):
@@ -67,25 +69,13 @@ def find(source: str | os.PathLike[str], subfolder: str | None = None, **hub: An
     raise CheckpointError(f"{folder / WEIGHTS_NAME}: no such file. {_suggestion(root, folder)}")
 
 
-def _normalized(source: str | os.PathLike[str], subfolder: str | None) -> str:
-    """`subfolder` without "." and "..", checked not to leave the folder."""
-    inside = posixpath.normpath((subfolder or "").replace("\\", "/"))
-    if PureWindowsPath(inside).anchor or inside.split("/")[0] == "..":
-        raise CheckpointError(
-            f"{os.fspath(source)}: the subfolder {subfolder!r} is outside of the folder. Give a path inside it, such "
-            "as 'adapters/first'."
-        )
-    return inside
-
-
 def _suggestion(root: Path, folder: Path) -> str:
     """What to do about a folder without an adapter: list its subfolders that have one."""
     configs = [config for config in folder.glob(f"*/{CONFIG_NAME}") if os.path.isfile(config.with_name(WEIGHTS_NAME))]
     if not configs:
         return _SAVED_BY
-    found = sorted(repr(config.parent.relative_to(root).as_posix()) for config in configs)
-    names = ", ".join(found[:_MAX_LISTED]) + (", ..." if len(found) > _MAX_LISTED else "")
-    return f"There are adapters in the subfolders {names}: give the path of one of them."
+    found = sorted(repr(Path(os.path.relpath(config.parent, root)).as_posix()) for config in configs)
+    return f"There are adapters in the subfolders {some_of(found, _MAX_LISTED)}: give the path of one of them."
 
 
 def _download(source: str | os.PathLike[str], inside: str, hub: Mapping[str, Any]) -> Path:
@@ -181,12 +171,8 @@ def _check(path: Path, key: str, tensor: Tensor) -> None:
         raise CheckpointError(f"{path}: {key!r} is on the meta device and has no values. Load the model first.")
     if tensor.layout is not torch.strided:
         raise CheckpointError(f"{path}: {key!r} must be dense, got {tensor.layout}. Call to_dense() on it first.")
-    count = non_finite(tensor.detach())
-    if count:
-        raise CheckpointError(
-            f"{path}: {key!r} has {count} of {tensor.numel()} values that are infinite or NaN. Nothing was written. "
-            "Save a state from before the training diverged."
-        )
+    remedy = "Nothing was written. Save a state from before the training diverged."
+    _check_finite(path, key, tensor.detach(), remedy)
 
 
 def _replace_both(folder: Path, config_text: bytes, data: bytes) -> None:
@@ -217,3 +203,70 @@ def _restore(config: Path, backup: Path | None) -> None:
         config.unlink(missing_ok=True)
     else:
         os.replace(backup, config)
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, copied to CPU memory, and its metadata.
+
+    Raises:
+        CheckpointError: the file cannot be read, is damaged, empty or not a safetensors file; vectors (keys that end in
+            "hra_u" or "hra_vectors") are not floating point; a value is infinite or NaN. The message names the file
+            and the key.
+
+    >>> read(Path("nowhere", "adapter_model.safetensors"))
+    Traceback (most recent call last):
+    hra_fx.errors.CheckpointError: nowhere/adapter_model.safetensors: cannot read the file (No such file or directory...
+    """
+    with opened(path) as file:
+        metadata = dict(file.metadata() or {})
+        # Cloned: otherwise they would keep the file mapped, and change with it.
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118, not a dict
+    if not tensors:
+        raise CheckpointError(f"{path}: the file has no tensors. Save the adapter again.")
+    for key, tensor in tensors.items():
+        if key.endswith((REFLECTION, VECTORS)) and not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{path}: {key!r} must have a floating-point dtype, got {tensor.dtype}. Save the adapter again."
+            )
+        _check_finite(path, key, tensor, "Use a file from before the training diverged.")
+    return tensors, metadata
+
+
+@contextlib.contextmanager
+def opened(path: Path, framework: str = "pt") -> Iterator[Any]:
+    """A safetensors file, opened by `safetensors.safe_open`, which checks its header and size.
+
+    Raises:
+        CheckpointError: the file cannot be read, is damaged, or not a safetensors file.
+    """
+    try:
+        file = safe_open(path, framework=framework)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read the file ({error}).") from error
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path}: truncated, damaged, or not a safetensors file ({error}). Save or download it again."
+        ) from error
+    with file as reader:
+        yield reader
+
+
+def _check_finite(path: Path, key: str, tensor: Tensor, remedy: str) -> None:
+    if count := non_finite(tensor):
+        raise CheckpointError(
+            f"{path}: {key!r} has {count} of {tensor.numel()} values that are infinite or NaN. {remedy}"
+        )
+
+
+def non_finite(tensor: Tensor) -> int:
+    """Number of values that are infinite or NaN, for a tensor of any dtype.
+
+    >>> import torch
+    >>> non_finite(torch.tensor([1.0, float("nan"), float("inf")]))
+    2
+    """
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return 0
+    # isfinite is not implemented for every 8-bit float.
+    wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    return int(wide.isfinite().logical_not().sum())

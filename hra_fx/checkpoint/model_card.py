@@ -121,6 +121,8 @@ def _metadata(root: Any, configs: Mapping[str, HRAConfig], tags: list[str]) -> d
 def _text(root: nn.Module, configs: Mapping[str, HRAConfig]) -> str:
     base, first = _base(root, configs), "default" if "default" in configs else next(iter(configs))
     option = "" if first == "default" else f', subfolder="{first}"'
+    missing = next((field for field in NOT_IN_PEFT if getattr(configs[first], field)), None)
+    with_peft = _NOT_WITH_PEFT.format(field=missing) if missing else _WITH_PEFT.format(place=PLACE, option=option)
     return _TEXT.format(
         title=f"HRA adapter of {base or original_class(root).__name__}",
         kind="An adapter" if len(configs) == 1 else "Adapters",
@@ -128,7 +130,7 @@ def _text(root: nn.Module, configs: Mapping[str, HRAConfig]) -> str:
         base=_loading(root, base),
         place=PLACE,
         option=option,
-        with_peft=_with_peft(configs[first], option),
+        with_peft=with_peft,
         version=VERSION,
         torch=torch.__version__,
     )
@@ -141,14 +143,6 @@ def _row(name: str, config: HRAConfig) -> str:
     layers = ", ".join(f"`{format_names(names)}`" for names in given) or "`default of the model type`"
     cell = layers.replace("|", r"\|")  # a bar ends the cell, also inside of code
     return f"| {name} | {'.' if name == 'default' else name} | {rank} | {cell} |"
-
-
-def _with_peft(config: HRAConfig, option: str) -> str:
-    """How PEFT loads the adapter, if it can."""
-    for field in NOT_IN_PEFT:
-        if getattr(config, field):
-            return _NOT_WITH_PEFT.format(field=field)
-    return _WITH_PEFT.format(place=PLACE, option=option)
 
 
 def _loading(root: nn.Module, base: str | None) -> str:

@@ -2,7 +2,7 @@
 
 PEFT has no anchors, so an adapter with an anchor (`householder.anchor`) is written as a plain chain of reflections,
 with `apply_GS=false` and the rank of that chain. The file's metadata says how to split it again to resume training
-(`hra_fx.checkpoint.resume`), and a key that PEFT ignores holds the vectors before Gram-Schmidt.
+(`hra_fx.checkpoint.adapter`), and a key that PEFT ignores holds the vectors before Gram-Schmidt.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
-from hra_fx.checkpoint.base_model import auto_mapping, base_model_name
-from hra_fx.checkpoint.base_row import write_base_row
+from hra_fx.checkpoint.adapter import Resume
+from hra_fx.checkpoint.base_model import auto_mapping, base_model_name, write_base_row
 from hra_fx.checkpoint.folder import write, write_weights
 from hra_fx.checkpoint.keys import (
     adapter_entries,
@@ -30,7 +30,6 @@ from hra_fx.checkpoint.keys import (
     vectors_key,
 )
 from hra_fx.checkpoint.model_card import CARD_NAME, write_card
-from hra_fx.checkpoint.resume import Resume
 from hra_fx.compat import non_persistent_buffers
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning
@@ -119,7 +118,7 @@ def save_pretrained(
     """
     if not safe_serialization:
         raise AdapterError("safe_serialization must be True, got False: pickle files are never written.")
-    root, record = root_of(model)
+    (root, record), folder = root_of(model), Path(directory)
     names = names_in(record, record.configs if selected_adapters is None else selected_adapters)
     if not names:
         raise AdapterError("selected_adapters must not be empty. Use None to save all adapters.")
@@ -130,16 +129,19 @@ def save_pretrained(
     if not (is_main_process or shards):
         return
     contents = {name: _contents(root, record, name, state) for name in names}
-    checkpoint = _CHECKPOINT.fullmatch(Path(directory).name) and not Path(directory, "config.json").exists()
+    checkpoint = _CHECKPOINT.fullmatch(folder.name) and not (folder / "config.json").exists()
     entries = {key: full_tensor(state[key]) for key in adapter_entries(root) if key in state} if checkpoint else {}
 
     def write_all() -> None:
-        _write_all(Path(directory), contents, entries)
-        if not Path(directory, CARD_NAME).exists():
-            write_card(Path(directory), root, {name: config for name, (config, _, _) in contents.items()})
+        for name, (config, tensors, metadata) in contents.items():
+            write(folder if name == "default" else folder / name, config.to_json_string(), tensors, metadata)
+        if entries:
+            write_weights(folder / "model.safetensors", entries, {})
+        if not (folder / CARD_NAME).exists():
+            write_card(folder, root, {name: config for name, (config, _, _) in contents.items()})
 
     on_first_rank(shards, write_all)
-    if Path(directory, "config.json").exists():
+    if (folder / "config.json").exists():
         text = (
             f"{directory}: the adapters were saved next to a full model. from_pretrained of diffusers, or of "
             "transformers without PEFT, loads that model without them: use hra_fx.load_adapter, or another folder."
@@ -169,13 +171,6 @@ def get_peft_model_state_dict(
     root, record = root_of(model)
     names_in(record, adapter_name)
     return _contents(root, record, adapter_name, root.state_dict() if state_dict is None else state_dict)[1]
-
-
-def _write_all(directory: Path, contents: Mapping[str, _Contents], entries: Mapping[str, Tensor]) -> None:
-    for name, (config, tensors, metadata) in contents.items():
-        write(directory if name == "default" else directory / name, config.to_json_string(), tensors, metadata)
-    if entries:
-        write_weights(directory / "model.safetensors", entries, {})
 
 
 def _only_adapter(record: AdapterState) -> str:

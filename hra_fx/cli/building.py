@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hra_fx.checkpoint.disk.architecture import CONFIG
+from hra_fx.checkpoint.disk.architecture import CONFIG, LIBRARIES
 from hra_fx.checkpoint.disk.arguments import PIPELINE
-from hra_fx.checkpoint.disk.libraries import LIBRARIES
 from hra_fx.errors import CheckpointError, HRAWarning
 
 #: Quantization methods whose layers can be adapted, by their names in transformers.

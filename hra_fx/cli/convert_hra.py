@@ -25,10 +25,9 @@ if TYPE_CHECKING:
 
 def convert_hra(source: str, out: Path, *, for_peft: bool, as_json: bool) -> None:
     """Write an adapter in the format of PEFT or hra_fx, and print what was written."""
-    from hra_fx.checkpoint.adapter import read_adapter
-    from hra_fx.checkpoint.base_row import BASE_ROW
+    from hra_fx.checkpoint.adapter import RESUME, read_adapter
+    from hra_fx.checkpoint.base_model import BASE_ROW
     from hra_fx.checkpoint.folder import write
-    from hra_fx.checkpoint.resume import RESUME
 
     files = read_adapter(source)
     if for_peft and files.config.target_parameters:

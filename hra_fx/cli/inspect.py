@@ -200,11 +200,11 @@ def _default_targets(model: nn.Module) -> list[str] | str | None:
 
 
 def _show_model(summary: dict[str, Any]) -> None:
-    from hra_fx.checkpoint.disk.report import file_size
+    from rich.filesize import decimal
 
     targets, files = summary["default_targets"], summary["files"]
     dtypes = dict.fromkeys(dtype for file in files for dtype in file["dtypes"])
-    weights = f"{count(len(files), 'file')}, {file_size(sum(file['bytes'] for file in files))}, {', '.join(dtypes)}"
+    weights = f"{count(len(files), 'file')}, {decimal(sum(file['bytes'] for file in files))}, {', '.join(dtypes)}"
     show_heading(
         f"{summary['model']} ({summary['library']}) in {summary['folder']}",
         {

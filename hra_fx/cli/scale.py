@@ -74,11 +74,11 @@ def scale(
 
 
 def _rows(found: list[Cost]) -> list[list[str]]:
-    from hra_fx.checkpoint.disk.report import file_size
+    from rich.filesize import decimal
 
     rows = [["trainable parameters (total)", *(f"{cost.parameters:,}" for cost in found)]]
     for field in ("vectors", "gradients", "optimizer", "factors"):
-        rows.append([field, *(file_size(getattr(cost, field)) for cost in found)])
+        rows.append([field, *(decimal(getattr(cost, field)) for cost in found)])
     rows.append(["collectives per step", *(f"{cost.collectives:,}" for cost in found)])
-    rows.append(["sent per step", *(file_size(cost.sent) for cost in found)])
+    rows.append(["sent per step", *(decimal(cost.sent) for cost in found)])
     return rows

@@ -15,8 +15,8 @@ from hra_fx.export.skeleton import build_skeleton
 from hra_fx.export.weight_uses import find_weight_uses
 from hra_fx.functional import householder
 from hra_fx.functional.rotate import as_rows
-from hra_fx.selection.check import check, warn_about_unused_patterns
-from hra_fx.selection.select import is_target, select
+from hra_fx.selection.check import select_checked
+from hra_fx.selection.select import is_target
 
 
 def select_layers(
@@ -45,9 +45,7 @@ def select_layers(
     all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     _check_targets(layers, weights, tensors, config, all_linear=all_linear)
     skeleton = build_skeleton(layers, tensors, module_classes(graph), with_output=not all_linear)
-    selected = select(skeleton, config)
-    check(skeleton, selected, config)
-    warn_about_unused_patterns(config, selected)
+    selected = select_checked(skeleton, config)
     chosen = [layers[path] for path in selected]
     for layer in chosen:
         if layer.refusal:

@@ -23,9 +23,8 @@ from hra_fx.layers.target import REFLECTION
 from hra_fx.layers.tensor_parallel import call_adapted_class, replicate
 from hra_fx.layers.variants import adapters_for
 from hra_fx.model.graph_module import rewrite
-from hra_fx.model.state import adapted_layers, check_no_foreign_class
-from hra_fx.selection.check import check, warn_about_unused_patterns
-from hra_fx.selection.select import select
+from hra_fx.model.state import check_no_foreign_class, is_adapted
+from hra_fx.selection.check import select_checked
 
 #: Adds an adapter to the container of a layer: (path, layer, container).
 Fill: TypeAlias = Callable[[str, nn.Module, HouseholderAdapters], None]
@@ -55,8 +54,17 @@ def complete(act: Callable[[], None]) -> None:
         raise
 
 
-def inject_adapter(model: nn.Module, name: str, config: HRAConfig, fill: Fill, undo: ExitStack) -> dict[str, nn.Module]:
+def inject_adapter(
+    model: nn.Module,
+    name: str,
+    config: HRAConfig,
+    fill: Fill,
+    undo: ExitStack,
+    layers: dict[str, nn.Module] | None = None,
+) -> dict[str, nn.Module]:
     """Add adapter `name` to every layer that `config` selects; it is not active yet.
+
+    `layers` is the result of `select_checked`, if the caller has it.
 
     Returns:
         The layers by path.
@@ -65,11 +73,8 @@ def inject_adapter(model: nn.Module, name: str, config: HRAConfig, fill: Fill, u
         SelectionError: the configuration does not fit the model.
         UnsupportedLayerError: a selected layer cannot be adapted.
     """
-    layers = select(model, config)
-    check(model, layers, config)
-    warn_about_unused_patterns(config, layers)
-    present = adapted_layers(model)
-    new = {path: layer for path, layer in layers.items() if path not in present}
+    layers = select_checked(model, config) if layers is None else layers
+    new = {path: layer for path, layer in layers.items() if not is_adapted(layer)}
     if new or config.modules_to_save or config.bias != "none":
         check_no_foreign_class(model)
     for path, layer in layers.items():

@@ -34,6 +34,7 @@ def set_up(
     *,
     root_class: type[SwapMixin],
     call: Call | None = None,
+    layers: dict[str, nn.Module] | None = None,
 ) -> None:
     """Adapt a plain model with one active adapter.
 
@@ -45,9 +46,10 @@ def set_up(
         copies: (path of the module, name of its tensor) -> value of a trained copy, where it is not the base model's.
         root_class: mixed into the class of the model.
         call: arguments of one call, to compare the result with its folded weights.
+        layers: the result of `select_checked`, if the caller has it.
     """
     with all_or_nothing() as steps:
-        layers = inject_adapter(model, adapter_name, config, fill, steps)
+        layers = inject_adapter(model, adapter_name, config, fill, steps, layers)
         changed = freeze(model)
         steps.callback(changed.restore, model)
         state = AdapterState({adapter_name: config}, requires_grad=changed.flags)

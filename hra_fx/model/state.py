@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from torch import fx, nn
 
@@ -194,13 +194,14 @@ def names_in(state: AdapterState, names: str | Iterable[str]) -> tuple[str, ...]
     return wanted
 
 
+def is_adapted(module: nn.Module) -> TypeGuard[AdaptedLayer]:
+    """Whether a module is an adapted layer."""
+    return isinstance(module, AdaptedLayer) and REFLECTION in module._modules
+
+
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """Path -> layer, for every adapted layer in `model`; a shared layer once."""
-    return {
-        path: module
-        for path, module in state_modules(model)
-        if isinstance(module, AdaptedLayer) and REFLECTION in module._modules
-    }
+    return {path: module for path, module in state_modules(model) if is_adapted(module)}
 
 
 def require_adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
-from hra_fx.checkpoint.disk.report import file_size
+from rich.filesize import decimal
+
 from hra_fx.reporting.grouping import Group, common_parent, grouped, single
 from hra_fx.reporting.heat import is_identity, with_unit
 from hra_fx.reporting.row import Row
@@ -65,9 +66,9 @@ def _memory(rows: Collection[Row]) -> str:
     if not total:
         return ""
     if here == total:
-        return f" ({file_size(total)})"
+        return f" ({decimal(total)})"
     parameters = sum(row.parameters * row.bytes_here // row.bytes for row in rows)
-    return f" ({file_size(total)}; {parameters:,} and {file_size(here)} on this rank)"
+    return f" ({decimal(total)}; {parameters:,} and {decimal(here)} on this rank)"
 
 
 def degrees(angle: float) -> str:

@@ -1,10 +1,10 @@
-"""Check that the selected layers can be adapted. Each error names the layer, the reason and a fix."""
+"""Select layers, and check that they can be adapted. Each error names the layer, the reason and a fix."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,6 +25,7 @@ from hra_fx.layers.tensor_parallel import parallel_forward, why_not_adapted
 from hra_fx.layers.trained_copies import get_copies
 from hra_fx.layers.variants import has_own_forward
 from hra_fx.patterns import matches_rank
+from hra_fx.selection.select import Modules, once, select, walk
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _EXCLUDE = "exclude the layer with `exclude_modules`"
@@ -32,26 +33,25 @@ _EXCLUDE_IT = "E" + _EXCLUDE[1:]
 _EXCLUDE_EXPERTS = "use longer names in `target_parameters`, which leave it out"
 
 
-def check(model: nn.Module, layers: Mapping[str, nn.Module], config: HRAConfig) -> None:
-    """Raise an error if the model or a selected layer cannot be adapted.
-
-    Args:
-        model: the model.
-        layers: path -> selected layer.
-        config: configuration of the adapter.
+def select_checked(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
+    """The layers of a model that a configuration selects, after a check that all of them can be adapted.
 
     Raises:
-        UnsupportedLayerError: it gives the reason for the first unsupported layer and lists the others.
+        SelectionError: see `select`.
+        UnsupportedLayerError: it gives the reason for the first unsupported layer and lists the others; or it names a
+            module that rules out adapters.
 
     Warns:
-        HRAWarning: the model has quantized layers that are not adapted and block gradients.
+        HRAWarning: see `select`; the model has quantized layers that are not adapted and block gradients; or an entry
+            of `rank_pattern` matches none of the layers.
 
     >>> model = nn.Sequential(nn.Linear(2, 2, dtype=torch.complex64))
-    >>> check(model, {"0": model[0]}, HRAConfig())
+    >>> select_checked(model, HRAConfig(target_modules=["0"]))
     Traceback (most recent call last):
     hra_fx.errors.UnsupportedLayerError: 0 (Linear): its weight must be a plain floating-point tensor, got torch.c...
     """
-    modules = list(model.named_modules())
+    modules = walk(model)
+    layers = select(model, config, modules)
     _check_modules(modules, layers)
     unsupported = {path: problem for path, layer in layers.items() if (problem := layer_problem(path, layer, config))}
     if unsupported:
@@ -61,27 +61,20 @@ def check(model: nn.Module, layers: Mapping[str, nn.Module], config: HRAConfig) 
         raise UnsupportedLayerError(f"{first} ({kind}): {unsupported[first]}.{also}")
     if not config.inference_mode:
         _warn_about_blocked_gradients(modules, layers.values())
+    _warn_about_unused_patterns(config, list(layers))
+    return layers
 
 
-def check_modules(model: nn.Module) -> None:
-    """Raise an error if a module anywhere in the model rules out adapters.
-
-    Raises:
-        UnsupportedLayerError: it names the module, the reason and a fix.
-    """
-    _check_modules(model.named_modules(), ())
-
-
-def _check_modules(modules: Iterable[tuple[str, nn.Module]], layers: Iterable[str]) -> None:
-    """The same, also for modules around selected layers, given by their paths."""
+def _check_modules(modules: Modules, layers: Iterable[str]) -> None:
+    """Raise an error if a module anywhere in the model rules out adapters, or one around a selected layer."""
     around = {"", *(path[:i] for path in layers for i, letter in enumerate(path) if letter == ".")}
-    for path, module in modules:
-        if problem := _module_problem(module) or (_prefix_problem(module) if path in around else None):
+    for path, module in modules.items():
+        if problem := _module_problem(module, is_around=path in around):
             raise UnsupportedLayerError(f"{path or 'the model'}: {problem}.")
 
 
-def _module_problem(module: nn.Module) -> str | None:
-    """Why no model that contains this module can be adapted; without the full stop."""
+def _module_problem(module: nn.Module, *, is_around: bool) -> str | None:
+    """Why no model that contains this module, maybe around a selected layer, can be adapted; without the full stop."""
     if is_hooked(module) and isinstance(module, fx.GraphModule):
         return (
             "it is a GraphModule, and accelerate put its hook into the class, which its graph replaces. Call "
@@ -96,12 +89,7 @@ def _module_problem(module: nn.Module) -> str | None:
             "DistributedDataParallel does not synchronize parameters that are added later. Adapt the model first, then "
             "wrap it"
         )
-    return None
-
-
-def _prefix_problem(module: nn.Module) -> str | None:
-    """Why no layer inside this module can be adapted; without the full stop."""
-    if isinstance(module, nn.DataParallel) or is_compiled_module(module):
+    if is_around and (isinstance(module, nn.DataParallel) or is_compiled_module(module)):
         wrapper = "DataParallel" if isinstance(module, nn.DataParallel) else "torch.compile"
         return (
             f"{wrapper} adds a prefix to the names of parameters, so a saved adapter would not load elsewhere. Adapt "
@@ -199,14 +187,14 @@ def _rank_problem(path: str, layer: nn.Module, config: HRAConfig) -> str | None:
     return None
 
 
-def _warn_about_blocked_gradients(modules: Iterable[tuple[str, nn.Module]], layers: Iterable[nn.Module]) -> None:
+def _warn_about_blocked_gradients(modules: Modules, layers: Iterable[nn.Module]) -> None:
     """Warn about quantized layers without an adapter that pass no gradient, but would with one."""
     adapted = set(layers)
     blocked = {
         path: reason
-        for path, layer in modules
-        if layer not in adapted and get_adapters(layer) is None
-        if (packing := quant_scheme_of(layer)) and (reason := packing.why_no_gradient(layer))
+        for path, module in once(modules).items()
+        if module not in adapted and get_adapters(module) is None
+        if (packing := quant_scheme_of(module)) and (reason := packing.why_no_gradient(module))
     }
     if blocked:
         path, reason = next(iter(blocked.items()))
@@ -215,18 +203,17 @@ def _warn_about_blocked_gradients(modules: Iterable[tuple[str, nn.Module]], laye
             f"{path}{others}: {reason}. Adapters before it get gradients only along other paths. Add such layers to "
             "`target_modules`: adapted layers pass gradients.",
             HRAWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
 
 
-def warn_about_unused_patterns(config: HRAConfig, paths: Iterable[str]) -> None:
+def _warn_about_unused_patterns(config: HRAConfig, paths: Sequence[str]) -> None:
     """Warn about entries of `rank_pattern` that match none of the adapted layers."""
-    paths = list(paths)
     unused = [pattern for pattern in config.rank_pattern if not any(matches_rank(pattern, path) for path in paths)]
     if unused:
         warnings.warn(
             f"rank_pattern: {', '.join(map(repr, unused))} matches none of the adapted layers, which are "
             f"{', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''}.",
             HRAWarning,
-            stacklevel=2,
+            stacklevel=3,
         )

@@ -1,12 +1,13 @@
-"""What a graph must know of the model that it was traced from: its class, name, configuration and output layer.
+"""The origin of a model: its class, name, configuration and output layer, and the default targets of its model type.
 
-A `GraphModule` has another class and none of these attributes, but `target_modules="all-linear"`, the defaults of an
-architecture and the files of adapters depend on them.
+A graph must know them of the model that it was traced from. A `GraphModule` has another class and none of these
+attributes, but `target_modules="all-linear"`, the defaults of a model type and the files of adapters depend on them.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,3 +69,51 @@ def origin_of(model: nn.Module) -> Origin:
 def keep_origin(graph: fx.GraphModule, origin: Origin) -> None:
     """Record the facts about the model of a graph."""
     write_note(graph, _KEY, origin)
+
+
+_QV = ("q_proj", "v_proj")
+_QUERY_VALUE = ("query", "value")
+_FUSED = ("query_key_value",)
+
+DEFAULT_TARGETS: Mapping[str, tuple[str, ...] | str] = {
+    "RefinedWeb": _FUSED,
+    "RefinedWebModel": _FUSED,
+    "bart": _QV,
+    "bert": _QUERY_VALUE,
+    "blip-2": ("q", "v", "q_proj", "v_proj"),
+    "bloom": _FUSED,
+    "btlm": ("c_proj", "c_attn"),
+    "chatglm": _FUSED,
+    "codegen": ("qkv_proj",),
+    "deberta": ("in_proj",),
+    "deberta-v2": ("query_proj", "value_proj"),
+    "electra": _QUERY_VALUE,
+    "falcon": _FUSED,
+    "gemma": _QV,
+    "gemma2": _QV,
+    "gemma3_text": _QV,
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+    "gpt2": ("c_attn",),
+    "gpt_bigcode": ("c_attn",),
+    "gpt_neo": _QV,
+    "gpt_neox": _FUSED,
+    "gptj": _QV,
+    "layoutlm": _QUERY_VALUE,
+    "llama": _QV,
+    "llama4": _QV,
+    "mistral": _QV,
+    "mixtral": _QV,
+    "mpt": ("Wqkv",),
+    "mt5": ("q", "v"),
+    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "opt": _QV,
+    "phi": ("q_proj", "v_proj", "fc1", "fc2"),
+    "qwen2": _QV,
+    "qwen3": _QV,
+    "roberta": _QUERY_VALUE,
+    "rwkv": ("key", "value", "receptance", "output"),
+    "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
+    "stablelm": _QV,
+    "t5": ("q", "v"),
+    "xlm-roberta": _QUERY_VALUE,
+}

@@ -12,6 +12,7 @@ import re
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Mapping
+from typing import TypeAlias
 
 from torch import nn
 
@@ -19,24 +20,15 @@ from hra_fx.compat import state_modules
 from hra_fx.config import HRAConfig
 from hra_fx.errors import HRAWarning, SelectionError
 from hra_fx.layers.experts_weight import ExpertsWeight
-from hra_fx.layers.peft_layers import refuse_peft_layers
+from hra_fx.layers.peft_layers import is_peft_layer, refuse_peft_layers
 from hra_fx.layers.target import REFLECTION, SAVED, find_kind
 from hra_fx.patterns import layer_index_regex, saved_module_regex
-from hra_fx.selection.origin import origin_of
+from hra_fx.selection.origin import DEFAULT_TARGETS, origin_of
 from hra_fx.selection.parameters import hint_for, hint_inside, parameters_problem, targeted_parameters
 from hra_fx.selection.suggestions import format_names, leaf_names, suffixes, suggestion
-from hra_fx.selection.target_mapping import DEFAULT_TARGETS
 
-__all__ = [
-    "is_target",
-    "layer_index",
-    "resolve_targets",
-    "saved_modules",
-    "select",
-    "targeted",
-    "with_head",
-    "without_unmatched",
-]
+#: Path -> module. A shared module is under each of its paths, of which the first one comes first.
+Modules: TypeAlias = Mapping[str, nn.Module]
 
 _ADAPTER_CHILDREN = {REFLECTION, SAVED}
 _HEADS = ("score", "classifier")
@@ -47,17 +39,27 @@ _TASK_HEADS = {
 }
 # PEFT shortens the entries of `target_modules` from this length on, which changes what layer indices select.
 _SHORTEN_FROM = 20
-_SHOWN = 8
+_EXCLUDING = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 _SUPPORTED = "nn.Linear, nn.Conv1d to nn.Conv3d, nn.MultiheadAttention and transformers' Conv1D"
 
 
-def select(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
+def walk(model: nn.Module) -> Modules:
+    """Every module of a model, and the model itself as "".
+
+    >>> list(walk(nn.Sequential(nn.ReLU())))
+    ['', '0']
+    """
+    return dict(state_modules(model, remove_duplicate=False))
+
+
+def select(model: nn.Module, config: HRAConfig, modules: Modules | None = None) -> dict[str, nn.Module]:
     """The layers of `model` that `config` targets, as path -> layer in `named_modules` order.
 
-    A layer with several paths is listed once, under its first path. The arguments are not changed.
+    A layer with several paths is listed once, under its first path. The arguments are not changed. `modules` is the
+    result of `walk`, if the caller has it.
 
     Raises:
-        SelectionError: no layer matches (the message suggests names, or says which field excludes the matches), a
+        SelectionError: no layer matches (the message suggests names, or says which fields exclude the matches), a
             matched module is not of a supported type, the architecture has no default targets, an entry of
             `modules_to_save` matches no module, or a layer would be both adapted and saved in full.
         UnsupportedLayerError: the model has adapters of PEFT.
@@ -69,38 +71,38 @@ def select(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
     >>> select(model, HRAConfig(target_modules="all-linear", exclude_modules=["2"]))
     {'0': Linear(in_features=2, out_features=2, bias=True)}
     """
-    refuse_peft_layers(model)
-    modules = dict(_walk(model))
+    modules = walk(model) if modules is None else modules
+    if any(map(is_peft_layer, modules.values())):
+        refuse_peft_layers(model)
     chosen = targeted(model, config, modules)
     if problem := parameters_problem(model, config):
         raise SelectionError(problem)
+    own = _own(modules)
     if not chosen:
-        raise SelectionError(_no_match(model, config, resolve_targets(model, config, modules)))
+        raise SelectionError(_no_match(model, config, own))
     for path, module in chosen.items():
         if not _adaptable(module):
             raise SelectionError(_wrong_type(path, module))
-    _check_saved(model, config, chosen)
-    if config.exclude_modules and not any(_matches(config.exclude_modules, path) for path in modules):
-        hint = suggestion(config.exclude_modules, list(modules))
+    _check_saved(config, chosen, own)
+    if config.exclude_modules and not any(_matches(config.exclude_modules, path) for path in once(own)):
+        hint = suggestion(config.exclude_modules, list(own))
         text = f"`exclude_modules={format_names(config.exclude_modules)}` matches no module. {hint}"
         warnings.warn(text, HRAWarning, stacklevel=2)
-    _warn_unmatched(model, config, [path for path, module in modules.items() if _adaptable(module)])
+    _warn_unmatched(model, config, own)
     return chosen
 
 
-def targeted(
-    model: nn.Module, config: HRAConfig, modules: Mapping[str, nn.Module] | None = None
-) -> dict[str, nn.Module]:
+def targeted(model: nn.Module, config: HRAConfig, modules: Modules | None = None) -> dict[str, nn.Module]:
     """The modules of any type that `config` targets, as path -> module in `named_modules` order, then the parameters.
 
-    `modules` are those of `model`, if the caller has them.
+    `modules` is the result of `walk`, if the caller has it.
 
     >>> list(targeted(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), HRAConfig(target_modules=["1"])))
     ['1']
     """
-    modules = dict(_walk(model)) if modules is None else modules
+    modules = walk(model) if modules is None else modules
     targets = resolve_targets(model, config, modules)
-    found = {path: module for path, module in modules.items() if is_target(config, path, targets)}
+    found = {path: module for path, module in once(_own(modules)).items() if is_target(config, path, targets)}
     return found | targeted_parameters(model, config)
 
 
@@ -118,7 +120,7 @@ def is_target(config: HRAConfig, path: str, targets: Collection[str] | str | Non
     [False, True, False]
     """
     names = config.target_modules if targets is None else targets
-    if not path or names is None or _excluded_by(config, path) or not _matches(names, path):
+    if not path or names is None or _is_excluded(config, path) or not _matches(names, path):
         return False
     if isinstance(names, str) or path in names or not _uses_indices(config):
         return True
@@ -127,12 +129,10 @@ def is_target(config: HRAConfig, path: str, targets: Collection[str] | str | Non
     return index in wanted if isinstance(wanted, Collection) else index == wanted
 
 
-def resolve_targets(
-    model: nn.Module, config: HRAConfig, modules: Mapping[str, nn.Module] | None = None
-) -> set[str] | str:
+def resolve_targets(model: nn.Module, config: HRAConfig, modules: Modules | None = None) -> set[str] | str:
     """`config.target_modules`, with "all-linear" and None replaced by the names they select in `model`.
 
-    `modules` are those of `model`, if the caller has them.
+    `modules` is the result of `walk`, if the caller has it.
 
     Raises:
         SelectionError: `target_modules` is None and there is no default for `model.config.model_type`.
@@ -140,15 +140,15 @@ def resolve_targets(
     >>> resolve_targets(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), HRAConfig(target_modules="all-linear"))
     {'0'}
     """
-    targets, modules = config.target_modules, dict(_walk(model)) if modules is None else modules
+    targets, own = config.target_modules, _own(walk(model) if modules is None else modules)
     if targets is None:
-        targets = () if config.target_parameters else _default_targets(model)
+        targets = () if config.target_parameters else _default_targets(model, own)
     elif isinstance(targets, str) and targets.lower() == "all-linear":
-        targets = _all_linear(model, config, modules)
+        targets = _all_linear(model, config, own)
     if isinstance(targets, str):
         return targets
     if _uses_indices(config) and len(targets) >= _SHORTEN_FROM:
-        return _shortened(set(targets), list(modules))
+        return _shortened(set(targets), list(once(own)))
     return set(targets)
 
 
@@ -160,10 +160,7 @@ def saved_modules(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
     >>> saved_modules(nn.Sequential(nn.ReLU(), nn.Tanh()), HRAConfig(modules_to_save=["1"]))
     {'1': Tanh()}
     """
-    names = tuple(config.modules_to_save or ())
-    if not names:
-        return {}
-    return {path: module for path, module in _walk(model, remove_duplicate=False) if path.endswith(names)}
+    return _saved(config, _own(walk(model))) if config.modules_to_save else {}
 
 
 def with_head(model: nn.Module, config: HRAConfig) -> HRAConfig:
@@ -196,11 +193,26 @@ def without_unmatched(model: nn.Module, config: HRAConfig) -> HRAConfig:
 # ---- matching rules ----
 
 
-def _walk(model: nn.Module, *, remove_duplicate: bool = True) -> Iterable[tuple[str, nn.Module]]:
-    """Every module except the root and the modules that adapters added."""
-    for path, module in state_modules(model, remove_duplicate=remove_duplicate):
-        if path and _ADAPTER_CHILDREN.isdisjoint(path.split(".")) and not isinstance(module, ExpertsWeight):
-            yield path, module
+def _own(modules: Modules) -> Modules:
+    """The modules, without the model itself and what adapters added."""
+    return {
+        path: module
+        for path, module in modules.items()
+        if path and _ADAPTER_CHILDREN.isdisjoint(path.split(".")) and not isinstance(module, ExpertsWeight)
+    }
+
+
+def once(modules: Modules) -> Modules:
+    """The modules, each under its first path only."""
+    paths: dict[nn.Module, str] = {}
+    for path, module in modules.items():
+        paths.setdefault(module, path)
+    return {path: module for module, path in paths.items()}
+
+
+def _saved(config: HRAConfig, modules: Modules) -> dict[str, nn.Module]:
+    names = tuple(config.modules_to_save or ())
+    return {path: module for path, module in modules.items() if names and path.endswith(names)}
 
 
 def _matches(names: Collection[str] | str, path: str) -> bool:
@@ -210,15 +222,13 @@ def _matches(names: Collection[str] | str, path: str) -> bool:
     return any(suffix in names for suffix in suffixes(path))
 
 
-def _excluded_by(config: HRAConfig, path: str) -> str | None:
-    """The field that excludes `path` whatever the targets are, or None."""
+def _is_excluded(config: HRAConfig, path: str) -> bool:
+    """Whether `path` is excluded whatever the targets are."""
     if not _ADAPTER_CHILDREN.isdisjoint(path.split(".")):
-        return "an earlier adapter"
+        return True
     if config.exclude_modules and _matches(config.exclude_modules, path):
-        return f"exclude_modules={format_names(config.exclude_modules)}"
-    if any(re.match(saved_module_regex(name), path) for name in config.modules_to_save or ()):
-        return f"modules_to_save={config.modules_to_save}"
-    return None
+        return True
+    return any(re.match(saved_module_regex(name), path) for name in config.modules_to_save or ())
 
 
 def _uses_indices(config: HRAConfig) -> bool:
@@ -247,11 +257,12 @@ def _shortened(targets: set[str], paths: list[str]) -> set[str]:
     return short if len(short) < len(targets) else targets
 
 
-def _all_linear(model: nn.Module, config: HRAConfig, modules: Mapping[str, nn.Module]) -> set[str]:
+def _all_linear(model: nn.Module, config: HRAConfig, modules: Modules) -> set[str]:
     """The paths of all linear layers, without the output layer of a transformers model."""
-    kinds = tuple(filter(None, (nn.Linear, _transformers_class("pytorch_utils", "Conv1D"))))
+    # If transformers is not loaded, nothing can be of its classes.
+    kinds = (nn.Linear, getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", nn.Linear))
     head = _output_layer(model, config)
-    return {path for path, module in modules.items() if isinstance(module, kinds) and module is not head}
+    return {path for path, module in once(modules).items() if isinstance(module, kinds) and module is not head}
 
 
 def _output_layer(model: nn.Module, config: HRAConfig) -> object:
@@ -265,26 +276,19 @@ def _output_layer(model: nn.Module, config: HRAConfig) -> object:
     return None if origin.output is None else model.get_submodule(origin.output)
 
 
-def _transformers_class(module: str, name: str) -> type | None:
-    """A class of transformers, or None if transformers is not loaded: then no object can be an instance of it."""
-    return getattr(sys.modules.get(f"transformers.{module}"), name, None)
-
-
-def _default_targets(model: nn.Module) -> tuple[str, ...] | str:
+def _default_targets(model: nn.Module, modules: Modules) -> tuple[str, ...] | str:
     model_type = _model_type(model)
     if model_type in DEFAULT_TARGETS:
         return DEFAULT_TARGETS[model_type]
     what = f"model_type {model_type!r}" if model_type else f"{type(model).__name__}, which has no `config.model_type`"
-    names = leaf_names(path for path, module in _walk(model) if _adaptable(module))
+    names = leaf_names(_adaptable_in(modules))
     layers = f"Its layers are called {names}" if names else "It has no layer that can be adapted"
     raise SelectionError(f"`target_modules` must be given, because there is no default for {what}. {layers}.")
 
 
 def _model_type(model: nn.Module) -> str:
-    """`model.config.model_type`, or "". The config may be an object, a mapping, or have a method `to_dict`."""
+    """`model.config.model_type`, or "". The config may be an object or a mapping."""
     config = origin_of(model).config
-    if not isinstance(config, Mapping) and not hasattr(config, "model_type") and hasattr(config, "to_dict"):
-        config = config.to_dict()
     found = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
     return found if isinstance(found, str) else ""
 
@@ -293,14 +297,18 @@ def _adaptable(module: nn.Module) -> bool:
     return find_kind(module) is not None
 
 
+def _adaptable_in(modules: Modules) -> list[str]:
+    return [path for path, module in once(modules).items() if _adaptable(module)]
+
+
 # ---- error messages ----
 
 
-def _check_saved(model: nn.Module, config: HRAConfig, chosen: Mapping[str, nn.Module]) -> None:
-    saved = saved_modules(model, config)
+def _check_saved(config: HRAConfig, chosen: Modules, modules: Modules) -> None:
+    saved = _saved(config, modules)
     for name in config.modules_to_save or ():
         if not any(path.endswith(name) for path in saved):
-            hint = suggestion([name], [path for path, _ in _walk(model)], takes_str=False)
+            hint = suggestion([name], list(modules), takes_str=False)
             raise SelectionError(f"`modules_to_save`: there is no module {name!r}. {hint}")
     for path, layer in chosen.items():
         if owner := next((s for s in saved if f"{path}.".startswith(f"{s}.")), None):
@@ -314,15 +322,15 @@ def _check_saved(model: nn.Module, config: HRAConfig, chosen: Mapping[str, nn.Mo
             )
 
 
-def _warn_unmatched(model: nn.Module, config: HRAConfig, layers: list[str]) -> None:
+def _warn_unmatched(model: nn.Module, config: HRAConfig, modules: Modules) -> None:
     """Warn of each name in `target_modules` that is the end of no path; a regular expression has one part only."""
     names = config.target_modules
     # A saved adapter may list the default names of its architecture, of which models have some.
     if names is None or isinstance(names, str) or config.inference_mode:
         return
-    known = {suffix for path, _ in _walk(model, remove_duplicate=False) for suffix in suffixes(path)}
+    known = {suffix for path in modules for suffix in suffixes(path)}
     for name in sorted(set(names) - known):
-        hint = hint_for(model, [name]) or suggestion([name], layers)
+        hint = hint_for(model, [name]) or suggestion([name], _adaptable_in(modules))
         text = f"`target_modules`: the entry {name!r} matches no module of {type(model).__name__}. {hint}"
         warnings.warn(text, HRAWarning, stacklevel=4)
 
@@ -337,45 +345,31 @@ def _wrong_type(path: str, module: nn.Module) -> str:
             "for example with Int8DynamicActivationInt8WeightConfig."
         )
     text = f"{path}: `target_modules` matches this {kind}, but only {_SUPPORTED} can be adapted. "
-    parts = path.split(".")
-    # A block number alone is ambiguous: suggest "layer.0.query", not "0.query".
-    stem = ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
-    below = [f"{stem}.{inner}" for inner, layer in _walk(module) if _adaptable(layer)]
-    if below:
-        names = repr(below) if len(below) <= _SHOWN else f"[{leaf_names(below)}]"
-        return text + f"To adapt the layers inside it, use target_modules={names}."
+    if below := _adaptable_in(_own(walk(module))):
+        return text + f"To adapt the layers inside it, name them: {leaf_names(below)}."
     if hint := hint_inside(module, path):
         return text + hint
     return text + f"Remove it from `target_modules`, or add exclude_modules=[{path!r}]."
 
 
-def _no_match(model: nn.Module, config: HRAConfig, targets: set[str] | str) -> str:
+def _no_match(model: nn.Module, config: HRAConfig, modules: Modules) -> str:
     """The message for a configuration that selects no module."""
     kind, default = type(model).__name__, config.target_modules is None
-    shown = f"`target_modules={format_names(targets if default else config.target_modules)}`"
-    shown += f", the default for {_model_type(model)!r}," * default
     if _adaptable(model):
         return f"The model itself is a layer ({kind}), and only layers inside a model can be adapted. Wrap it."
-    layers = [path for path, module in _walk(model) if _adaptable(module)]
+    layers = _adaptable_in(modules)
     if not layers:
         return f"{kind} has no layer that can be adapted. Supported layers: {_SUPPORTED}."
+    targets = resolve_targets(model, config, modules)
+    shown = f"`target_modules={format_names(targets if default else config.target_modules)}`"
+    shown += f", the default for {_model_type(model)!r}," * default
     if not targets:
         return f"{shown} is empty. The layers of {kind} are called {leaf_names(layers)}."
-    matched = [path for path, _ in _walk(model) if _matches(targets, path)]
+    matched = [path for path in once(modules) if _matches(targets, path)]
     if not matched:
         hint = hint_for(model, [targets] if isinstance(targets, str) else targets)
         return f"{shown} matches no module of {kind}. {hint or suggestion(targets, layers)}"
-    reasons = {_excluded_by(config, path) for path in matched}
-    fields = sorted(reason or _excluded_by_index(config, matched) for reason in reasons)
     found = f"{len(matched)} module{'s' * (len(matched) > 1)} such as {matched[0]!r}"
+    given = {name: getattr(config, name) for name in _EXCLUDING}
+    fields = [f"{name}={value!r}" for name, value in given.items() if value not in (None, [], "")]
     return f"{shown} matches {found}, but none is left after {' and '.join(fields)}."
-
-
-def _excluded_by_index(config: HRAConfig, matched: list[str]) -> str:
-    """The fields with layer indices, and the indices of the matched modules."""
-    found = sorted({index for path in matched if (index := layer_index(config, path)) is not None})
-    text = f"layers_to_transform={config.layers_to_transform}"
-    if config.layers_pattern:
-        text += f" with layers_pattern={config.layers_pattern!r}"
-    some = ", ".join(map(str, found)) if len(found) <= _SHOWN else f"{found[0]} to {found[-1]}"
-    return f"{text} ({f'their layer indices are {some}' if found else 'their paths have no layer index'})"

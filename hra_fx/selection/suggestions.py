@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 _SHOWN = 8
 
@@ -27,26 +27,17 @@ def suggestion(names: Collection[str] | str, paths: list[str], *, takes_str: boo
     if isinstance(names, str):
         if names in known:
             return f"A str must match the full path as a regex. To match the end of a path, use the list [{names!r}]."
-        if inside := [path for path in paths if re.search(names, path)]:
-            return f"A str must match the full path as a regex, but this one matches only a part of {inside[0]!r}."
-    for name in [] if isinstance(names, str) else sorted(names):
-        if any(_is_regex_for(name, path) for path in paths):
-            fix = f"Use the str {name!r} instead of the list." if takes_str else "Use the end of a path."
-            return f"In a list, {name!r} is a name and not a regex. {fix}"
+    elif regex := next((name for name in sorted(names) if any(_is_regex_for(name, path) for path in paths)), None):
+        fix = f"Use the str {regex!r} instead of the list." if takes_str else "Use the end of a path."
+        return f"In a list, {regex!r} is a name and not a regex. {fix}"
     near: dict[str, None] = {}
     for name in [names] if isinstance(names, str) else sorted(names)[:_SHOWN]:
-        near |= dict.fromkeys(_close(name, known))
+        alike = [suffix for suffix in known if suffix.count(".") == name.count(".")]
+        near |= dict.fromkeys(difflib.get_close_matches(name, alike))
     if not near:
         return f"Available names: {leaf_names(paths)}."
     guesses = [f"[{guess!r}]" if isinstance(names, str) else repr(guess) for guess in near]
     return f"Did you mean {' or '.join(guesses[:_SHOWN])}?"
-
-
-def _close(name: str, known: set[str]) -> list[str]:
-    """Similar names with as many components as `name`, or else similar last components."""
-    alike = sorted(suffix for suffix in known if suffix.count(".") == name.count("."))
-    last = sorted(suffix for suffix in known if "." not in suffix)
-    return difflib.get_close_matches(name, alike) or difflib.get_close_matches(name.rpartition(".")[2], last)
 
 
 def _is_regex_for(name: str, path: str) -> bool:
@@ -56,12 +47,20 @@ def _is_regex_for(name: str, path: str) -> bool:
         return False
 
 
+def some_of(names: Sequence[str], shown: int = _SHOWN) -> str:
+    """The first of several names, and how many more there are.
+
+    >>> some_of(["a", "b", "c"], 2)
+    'a, b and 1 more'
+    """
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
 def leaf_names(paths: Iterable[str]) -> str:
     """The distinct last components of paths, in order, with block numbers at the end."""
     names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
     names.sort(key=str.isdigit)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(repr, names[:_SHOWN])) + more
+    return some_of([repr(name) for name in names])
 
 
 def format_names(names: Collection[str] | str | None) -> str:

@@ -20,7 +20,7 @@ import hra_fx
 from hra_fx.integrations.peft_layers import AcceleratedLayer
 from hra_fx.layers.batching import has_batch
 from hra_fx.layers.peft_layers import is_peft_hra_layer, is_peft_layer
-from hra_fx.selection.target_mapping import DEFAULT_TARGETS
+from hra_fx.selection.origin import DEFAULT_TARGETS
 
 on_layers = functools.partial(canary, "peft", reader="hra_fx/integrations/peft_layers.py")
 X = torch.linspace(-1, 1, 36).reshape(2, 2, 3, 3)
@@ -144,7 +144,7 @@ def test_a_peft_model_is_converted() -> None:
 @canary(
     "peft",
     "its table of default targets",
-    reader="hra_fx/selection/target_mapping.py",
+    reader="hra_fx/selection/origin.py",
     breaks="configurations without target_modules: they would select other layers than in PEFT",
 )
 def test_default_targets() -> None:

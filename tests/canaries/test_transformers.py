@@ -168,7 +168,7 @@ def test_configurations_inside() -> None:
 
 @of_transformers(
     "the conversions of checkpoints (`WeightConverter`, its operations, `rename_source_key`)",
-    reader="hra_fx/checkpoint/disk/stacked.py",
+    reader="hra_fx/checkpoint/disk/file_names.py",
     breaks="fold_checkpoint of experts",
 )
 def test_conversions_of_checkpoints(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Loading onto other base models or over other adapters; what is accepted; and what is not saved."""
+"""Loading over other adapters; what is accepted; and what is not saved."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from adapting import config, mlp, randomise
 from checkpoint.damaging import (
     CONFIG_NAME,
-    MODELS,
     PREFIX,
     WEIGHTS_NAME,
     refused,
@@ -30,63 +29,6 @@ import hra_fx
 from hra_fx import AdapterError, CheckpointError, HRAWarning
 
 X = torch.linspace(-1, 1, 12).view(2, 6)
-
-
-class Block(nn.Module):
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(self.up(x).relu())
-
-
-def blocks(count: int, width: int = 6, hidden: int = 8) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(*(Block(width, hidden) for _ in range(count)))
-
-
-# ---- over other bases ----
-
-
-NAMED = ", ".join(f"{PREFIX}{i}.up.hra_u" for i in range(1, 6))
-#: Targets of the adapter, its base, the base that it is loaded onto, the message.
-BASES: dict[str, tuple[tuple[str, ...], nn.Module, nn.Module, str]] = {
-    "narrower": (
-        ("up", "down"),
-        blocks(2),
-        blocks(2, hidden=7),
-        f"{WEIGHTS_NAME}: {PREFIX}0.down.hra_u must have shape (7, 2), got (8, 2). Was the adapter trained on another "
-        "base model, or its configuration edited?",
-    ),
-    "deeper": (
-        ("up",),
-        blocks(2),
-        blocks(4),
-        f"does not fit Sequential: missing keys {PREFIX}2.up.hra_u, {PREFIX}3.up.hra_u.",
-    ),
-    "shallower": (("up",), blocks(8), blocks(1), f"does not fit Sequential: unexpected keys {NAMED} and 2 more."),
-    "another architecture": (
-        ("0.up", "0.down"),
-        blocks(2),
-        mlp(),
-        "does not fit Sequential: `target_modules=['0.down', '0.up']` matches no module of Sequential",
-    ),
-    "inside another module": (
-        ("up",),
-        blocks(1),
-        nn.Sequential(blocks(1)),
-        f"missing keys {PREFIX}0.0.up.hra_u; unexpected keys {PREFIX}0.up.hra_u.",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BASES)
-def test_another_base_is_refused(case: str, tmp_path: Path) -> None:
-    targets, source, target, reason = BASES[case]
-    folder = saved(tmp_path, *targets, base=lambda: copy.deepcopy(source), r=2)
-    message = refused(lambda model: hra_fx.load_adapter(model, folder), copy.deepcopy(target), CheckpointError)
-    assert message.startswith(str(folder)) and reason in message
 
 
 def named(name: str, model: nn.Module | None = None) -> Any:
@@ -112,12 +54,6 @@ def test_another_name_of_the_base_is_warned_of_and_loaded(tmp_path: Path) -> Non
     assert torch.equal(model[0].hra_u["default"], weights(folder)[f"{PREFIX}0.hra_u"][:, 1:])
 
 
-def test_the_same_base_in_another_folder_is_no_matter(tmp_path: Path) -> None:
-    folder = saved(tmp_path, "0", base=lambda: named("/there/small-v1/"))
-    for name in ("/here/small-v1", "org/small-v1", ""):
-        hra_fx.load_adapter(named(name), folder)
-
-
 # ---- adapters that are in the way ----
 
 
@@ -127,25 +63,18 @@ def adapted(*targets: str, **fields: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("name", ["default", "second"])
-def test_merged_adapters_are_in_the_way(name: str, tmp_path: Path) -> None:
+def test_merged_adapters_are_in_the_way(tmp_path: Path) -> None:
     folder = saved(tmp_path, "0")
     model = adapted("0")
     hra_fx.merge_adapter(model)
-    message = refused(lambda model: hra_fx.load_adapter(model, folder, name), model, AdapterError)
-    assert "'default'" in message
+    message = refused(lambda model: hra_fx.load_adapter(model, folder), model, AdapterError)
     assert "merged into the weights. Call unmerge_adapter first." in message
-    hra_fx.unmerge_adapter(model)
-    hra_fx.load_adapter(model, folder, name)
 
 
 STRUCTURES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "other layers": (("3",), {"r": 3}),
-    "more layers": (("0", "3"), {"r": 3}),
     "another rank": (("0",), {"r": 5}),
-    "another rank than with the anchor": (("0",), {"r": 6}),
     "Gram-Schmidt": (("0",), {"r": 3, "apply_GS": True}),
-    "Gram-Schmidt without an anchor": (("0",), {"r": 3, "apply_GS": True, "init_weights": False}),
     "a head": (("0",), {"r": 3, "modules_to_save": ["3"]}),
     "biases": (("0",), {"r": 3, "bias": "hra_only"}),
 }
@@ -160,24 +89,6 @@ def test_an_adapter_of_another_structure_is_in_the_way(kind: str, tmp_path: Path
         message = refused(lambda model, folder=folder: hra_fx.load_adapter(model, folder), model, AdapterError)
         assert message.startswith("adapter 'default' exists in the model, but with other ")
         assert "Delete it first (hra_fx.delete_adapter), or load under another adapter_name." in message
-
-
-def test_a_head_beside_an_adapter_that_reflects_it_is_refused(tmp_path: Path) -> None:
-    folder = saved(tmp_path, "0", modules_to_save=["3"])
-    message = refused(
-        lambda model: hra_fx.load_adapter(model, folder, "second"), adapted("3"), hra_fx.UnsupportedLayerError
-    )
-    assert message.startswith("3 (Linear): another adapter reflects this layer, so it cannot be saved in full too.")
-
-
-# ---- looked for where it is not ----
-
-
-@pytest.mark.parametrize(("name", "state"), [("a/b", "plain"), ("a.b", "beside"), ("", "replacing"), (" ", "plain")])
-def test_a_name_that_is_no_name_is_refused(state: str, name: str, tmp_path: Path) -> None:
-    folder = saved(tmp_path / "whole", "0")
-    message = refused(lambda model: hra_fx.load_adapter(model, folder, name), MODELS[state](folder), AdapterError)
-    assert message.startswith("`adapter_name` must be a string") and message.endswith(f"got {name!r}.")
 
 
 # ---- let through ----
@@ -198,7 +109,6 @@ def by_oracle(folder: Path, model: nn.Sequential) -> Tensor:
 
 STARTS: dict[str, dict[str, Any]] = {
     "anchored": {"r": 3},
-    "as many vectors without an anchor": {"r": 3, "init_weights": False},
     "a chain as long as that with the anchor": {"r": 4},
 }
 
@@ -304,29 +214,24 @@ def unsaved(model: nn.Module, folder: Path) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("fields", [{"r": 2}, {"r": 3}, {"r": 3, "apply_GS": True}], ids=str)
-def test_an_adapter_without_values_is_not_saved(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_an_adapter_without_values_is_not_saved(tmp_path: Path) -> None:
     folder = saved(tmp_path, "0")
-    model = hra_fx.transform(mlp(), config("0", **fields), low_cpu_mem_usage=True)
+    model = hra_fx.transform(mlp(), config("0"), low_cpu_mem_usage=True)
     message = unsaved(model, folder)
     assert message == (
         f"{folder / WEIGHTS_NAME}: '{PREFIX}0.hra_u' is on the meta device and has no values. Load the model first."
     )
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("fields", [{"r": 2}, {"r": 3}, {"r": 3, "apply_GS": True}], ids=str)
-def test_an_adapter_that_diverged_is_not_saved(fields: dict[str, Any], value: float, tmp_path: Path) -> None:
+def test_an_adapter_that_diverged_is_not_saved(fields: dict[str, Any], tmp_path: Path) -> None:
     folder = saved(tmp_path, "0")
     model = adapted("0", **fields)
     with torch.no_grad():
-        model[0].hra_u["default"][1, 0] = value
+        model[0].hra_u["default"][1, 0] = float("nan")
     message = unsaved(model, folder)
     assert message.startswith(f"{folder / WEIGHTS_NAME}: '{PREFIX}0.hra_u' has ")
-    assert (
-        "values that are infinite or NaN. Nothing was written. Save a state from before the training diverged."
-        in message
-    )
+    assert "Nothing was written. Save a state from before the training diverged." in message
 
 
 def test_of_several_adapters_the_one_that_cannot_be_saved_stays_as_it_was_saved(tmp_path: Path) -> None:

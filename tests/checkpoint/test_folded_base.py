@@ -108,23 +108,14 @@ def test_the_row_of_a_merged_model_is_that_of_the_base(tmp_path: Path) -> None:
         hra_fx.load_adapter(hra_fx.fold(model), tmp_path)
 
 
-def test_peft_loads_and_folds_the_same_file(tmp_path: Path) -> None:
-    base = nn.Sequential(nn.Linear(24, 16))
-    hra_fx.save_adapter(adapted(base, hra_fx.HRAConfig(r=4, target_modules=["0"])), tmp_path)
-    folded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).merge_and_unload()
-    with pytest.raises(CheckpointError, match="This Sequential already contains the adapter"):
-        hra_fx.load_adapter(folded, tmp_path)
-
-
-@pytest.mark.parametrize("use", ["load_adapter", "fold_checkpoint", "convert"])
-@pytest.mark.parametrize("entry", ["nope", "[1]", '{"row": ""}', '{"layer": "0", "row": "AAA="}'])
-def test_damaged_metadata(use: str, entry: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("entry", ["nope", '{"row": ""}', '{"layer": "0", "row": "AAA="}'])
+def test_damaged_metadata(entry: str, tmp_path: Path) -> None:
     base = nn.Sequential(nn.Linear(24, 16))
     hra_fx.save_adapter(adapted(base, hra_fx.HRAConfig(r=4, target_modules=["0"])), tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     save_file(load_file(file), file, {"format": "pt", "hra_fx_base_row": entry})
     with pytest.raises(CheckpointError, match="the metadata hra_fx_base_row is damaged"):
-        USES[use](base, tmp_path / "adapter", tmp_path)
+        hra_fx.load_adapter(base, tmp_path / "adapter")
 
 
 def test_the_row_is_of_the_layer_that_is_rotated_most(tmp_path: Path) -> None:
@@ -139,15 +130,11 @@ def test_the_row_is_of_the_layer_that_is_rotated_most(tmp_path: Path) -> None:
         hra_fx.load_adapter(hra_fx.fold(model), tmp_path)
 
 
-def test_unfolding_a_model_that_is_not_folded(base: nn.Module, config: hra_fx.HRAConfig, tmp_path: Path) -> None:
-    hra_fx.save_adapter(adapted(base, config), tmp_path / "adapter")
-    with pytest.raises(CheckpointError, match=r"base does not contain the adapter .* \(seen in 0\)\. Use"):
-        hra_fx.unfold_checkpoint(on_disk(base, tmp_path / "base"), tmp_path / "adapter", tmp_path / "out")
-
-
 def test_unfolding_starts_from_a_folded_base(base: nn.Module, config: hra_fx.HRAConfig, tmp_path: Path) -> None:
     model = adapted(base, config)
     hra_fx.save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=r"base does not contain the adapter .* \(seen in 0\)\. Use"):
+        hra_fx.unfold_checkpoint(on_disk(base, tmp_path / "base"), tmp_path / "adapter", tmp_path / "out")
     folded = on_disk(hra_fx.fold(model), tmp_path / "folded")
     hra_fx.unfold_checkpoint(folded, tmp_path / "adapter", tmp_path / "out")
 

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from checkpoint.disk import made
-from checkpoint.disk.refusing import add, rewrite, stack
+from checkpoint.disk.made import add, rewrite, stack
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import nn

@@ -38,8 +38,6 @@ BOTH: dict[str, Any] = {"modules_to_save": ["head", "norm"], "bias": "hra_only"}
 #: Where a step is looked up, and at which of its calls it fails.
 Step = tuple[ModuleType | type, str, int]
 COMMON: list[Step] = [
-    (hra_fx.model.inject, "select", 1),
-    (hra_fx.model.inject, "check", 1),
     (hra_fx.model.inject, "adapters_for", 1),
     (hra_fx.model.inject, "swap", 1),
     (HouseholderAdapters, "put", 1),

@@ -42,7 +42,7 @@ def test_all_columns_and_numbers_are_in_a_wide_terminal() -> None:
     for shown in (f"{math.degrees(only.mean_angle):.1f}°", f"{math.degrees(only.angle):.1f}°", f"{only.rotation:.3f}"):
         assert shown in text
     assert f"{100 * only.share:.1f}%" in text
-    assert "1 adapted layer, 12 adapter parameters (48 B), adapter default" in text
+    assert "1 adapted layer, 12 adapter parameters (48 bytes), adapter default" in text
 
 
 def test_a_narrow_terminal_keeps_the_layer_and_its_change() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import transformers
-from named_models import Nested, built, tiny_bert, tiny_gpt2, tiny_opt, tiny_vit
+from named_models import Nested, built, tiny_bert, tiny_opt, tiny_vit
 from torch import nn
 
 import hra_fx
@@ -24,10 +24,6 @@ def bare_linear() -> nn.Module:
     return nn.Linear(2, 2)
 
 
-def ten_blocks() -> nn.Module:
-    return nn.ModuleDict({"h": nn.ModuleList(nn.ModuleDict({"q": nn.Linear(2, 2)}) for _ in range(10))})
-
-
 NO_NAME: list[Case] = [
     (
         tiny_bert,
@@ -36,7 +32,6 @@ NO_NAME: list[Case] = [
     ),
     (tiny_bert, {"target_modules": ["Query", "valeu"]}, "Did you mean 'query' or 'value'?"),
     (tiny_bert, {"target_modules": ["self.qery"]}, "Did you mean 'self.query' or 'self.key' or 'self.value'?"),
-    (tiny_bert, {"target_modules": ["a.b.c.query1"]}, "Did you mean 'query'?"),
     (
         tiny_bert,
         {"target_modules": ["xyz"]},
@@ -47,11 +42,6 @@ NO_NAME: list[Case] = [
         tiny_bert,
         {"target_modules": "query"},
         "A str must match the full path as a regex. To match the end of a path, use the list ['query'].",
-    ),
-    (
-        tiny_bert,
-        {"target_modules": "layer.0.*qu"},
-        "but this one matches only a part of 'bert.encoder.layer.0.attention.self.query'.",
     ),
     (
         tiny_bert,
@@ -75,29 +65,17 @@ ALL_LEFT_OUT: list[Case] = [
         tiny_opt,
         {"layers_to_transform": [7]},
         "`target_modules=['q_proj', 'v_proj']`, the default for 'opt', matches 6 modules such as "
-        "'model.decoder.layers.0.self_attn.v_proj', but none is left after layers_to_transform=[7] "
-        "(their layer indices are 0, 1, 2).",
+        "'model.decoder.layers.0.self_attn.v_proj', but none is left after layers_to_transform=[7].",
     ),
     (
         tiny_opt,
-        {"target_modules": ["fc1"], "layers_to_transform": 1, "layers_pattern": "h"},
-        "layers_to_transform=1 with layers_pattern='h' (their paths have no layer index)",
-    ),
-    (
-        ten_blocks,
-        {"target_modules": ["q"], "layers_to_transform": 10, "layers_pattern": "h"},
-        "layers_to_transform=10 with layers_pattern='h' (their layer indices are 0 to 9)",
+        {"target_modules": ["fc1"], "layers_to_transform": 0, "layers_pattern": "h"},
+        "none is left after layers_to_transform=0 and layers_pattern='h'.",
     ),
     (
         Nested,
         {"target_modules": ["head"], "exclude_modules": "he.*"},
         "['head']` matches 1 module such as 'head', but none is left after exclude_modules='he.*'.",
-    ),
-    (
-        tiny_opt,
-        {"target_modules": ["fc1"], "exclude_modules": ["0.fc1"], "layers_to_transform": 0, "modules_to_save": ["2"]},
-        "none is left after exclude_modules=['0.fc1'] and layers_to_transform=0 "
-        "(their layer indices are 0, 1, 2) and modules_to_save=['2'].",
     ),
 ]
 WRONG_TYPE: list[Case] = [
@@ -105,16 +83,11 @@ WRONG_TYPE: list[Case] = [
         tiny_bert,
         {"target_modules": ["attention"]},
         "bert.encoder.layer.0.attention: `target_modules` matches this BertAttention, but only nn.Linear, nn.Conv1d to "
-        "nn.Conv3d, nn.MultiheadAttention and transformers' Conv1D can be adapted. To adapt the layers inside it, use "
-        "target_modules=['attention.self.query', 'attention.self.key', 'attention.self.value', "
-        "'attention.output.dense'].",
+        "nn.Conv3d, nn.MultiheadAttention and transformers' Conv1D can be adapted. To adapt the layers inside it, name "
+        "them: 'query', 'key', 'value', 'dense'.",
     ),
-    (tiny_bert, {"target_modules": ["encoder"]}, "use target_modules=['query', 'key', 'value', 'dense']."),
-    (Nested, {"target_modules": ["experts.0"]}, "use target_modules=['experts.0.w1', 'experts.0.q']."),
-    (Nested, {"target_modules": ["embed"]}, "embed: `target_modules` matches this Embedding"),
     (Nested, {"target_modules": ["embed"]}, "Remove it from `target_modules`, or add exclude_modules=['embed']."),
     (Nested, {"target_modules": ".*norm|.*head"}, "layers.0.norm: `target_modules` matches this LayerNorm"),
-    (tiny_gpt2, {"target_modules": ["wpe"]}, "transformer.wpe: `target_modules` matches this Embedding"),
 ]
 TO_SAVE: list[Case] = [
     (
@@ -145,12 +118,6 @@ def test_unused_exclusion_warns(excluded: Any) -> None:
     with pytest.warns(HRAWarning, match="`exclude_modules=.*` matches no module") as caught:
         assert len(select(built(tiny_opt), config)) == 3
     assert len(caught) == 1
-
-
-def test_used_exclusion_is_silent() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        select(built(tiny_opt), HRAConfig(target_modules=["fc1"], exclude_modules=["fc2"]))
 
 
 def mixtral() -> nn.Module:

@@ -18,11 +18,12 @@ import pytest
 import transformers
 from diffusion_models import unet
 from hypothesis import HealthCheck, given, settings, strategies as st
-from named_models import Nested, built, tiny_bert, tiny_llama, tiny_t5
+from named_models import MAKERS, Nested, built, tiny_bert, tiny_llama, tiny_opt, tiny_t5
 from peft.tuners.hra.layer import HRALayer
 from peft.utils.error import NoMatchingPeftModuleError
 from refusals import refused
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import hra_fx
 from hra_fx.errors import HRAWarning, SelectionError
@@ -186,10 +187,12 @@ def adapted(model: nn.Module) -> list[str]:
 
 
 def for_peft(model: nn.Module) -> nn.Module:
-    """A copy whose convolutions are all of two dimensions and without groups, so that PEFT can say which are meant."""
+    """A copy with a layer that PEFT's HRA adapts in place of each one that only ours does, so that PEFT selects it."""
     model = copy.deepcopy(model)
     for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Conv1d) or (isinstance(module, nn.Conv2d) and module.groups > 1):
+        if isinstance(module, Conv1D):
+            model.set_submodule(path, nn.Linear(module.nx, module.nf))
+        elif isinstance(module, nn.Conv1d) or (isinstance(module, nn.Conv2d) and module.groups > 1):
             size = module.kernel_size * 2 if isinstance(module, nn.Conv1d) else module.kernel_size
             model.set_submodule(path, nn.Conv2d(module.in_channels, module.out_channels, size))
     return model
@@ -261,3 +264,30 @@ def test_what_peft_adapts_is_adapted_and_what_it_refuses_refused(make: Callable[
 )
 def test_each_outcome_of_a_whole_transform(make: Callable[[], nn.Module], fields: Fields, outcome: str) -> None:
     assert compare(built(make), for_peft(built(make)), fields, whole=True) == outcome
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("task_type", [None, "SEQ_CLS", "CAUSAL_LM"])
+def test_all_linear_and_defaults(make: Callable[[], nn.Module], task_type: str | None) -> None:
+    model = built(make)
+    for targets in ("all-linear", None):
+        compare(model, for_peft(model), {"target_modules": targets, "task_type": task_type}, whole=False)
+
+
+def test_long_lists_lose_whole_paths_to_layer_indices() -> None:
+    model = built(tiny_opt)
+    everything = list(select(model, hra_fx.HRAConfig(target_modules="all-linear")))
+    for names, wanted in (
+        (everything[:18], everything[:18]),
+        ([*everything, "absent.one", "absent.two"], everything[:6]),
+    ):
+        fields: Fields = {"target_modules": names, "layers_to_transform": [0]}
+        assert compare(model, for_peft(model), fields, whole=False) == "adapted"
+        assert by_us(model, fields, whole=False)[0] == wanted
+
+
+def test_long_lists_that_cannot_become_shorter_stay_whole_paths() -> None:
+    leaves = {f"fc{i}": nn.Linear(2, 2) for i in range(24)}
+    model = nn.ModuleDict({"m": nn.ModuleDict({"h": nn.ModuleList([nn.ModuleDict(leaves)])})})
+    fields: Fields = {"target_modules": [f"m.h.0.{name}" for name in leaves], "layers_to_transform": [1]}
+    assert compare(model, model, fields, whole=False) == "adapted"

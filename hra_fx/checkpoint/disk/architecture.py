@@ -1,20 +1,81 @@
-"""What `config.json` says about a checkpoint, and the model that it describes, built without weights."""
+"""The model that a `config.json` describes, built without weights, and its names. Code next to it is never run."""
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from hra_fx.checkpoint.disk.libraries import build_empty
-from hra_fx.checkpoint.disk.naming import Names
 from hra_fx.errors import CheckpointError
 
 CONFIG = "config.json"
+#: What to do where the files do not say enough.
+IN_MEMORY = "Load the model instead: hra_fx.load_adapter, then hra_fx.fold or hra_fx.save_as_lora."
+#: Otherwise transformers asks on the terminal whether to run code next to a configuration.
+_LOCAL_ONLY = {"local_files_only": True, "trust_remote_code": False}
+
+
+def _from_transformers(file: Path, entries: Mapping[str, Any], weights: bool) -> nn.Module:
+    transformers = importlib.import_module("transformers")
+    given = entries.get("architectures")
+    names = [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
+    kind: Any = next((found for name in names if (found := getattr(transformers, name, None))), None)
+    # From this file, which may be one of several in its folder.
+    config = transformers.AutoConfig.from_pretrained(str(file), **_LOCAL_ONLY)
+    made: nn.Module
+    if weights:
+        transformers.utils.logging.disable_progress_bar()
+        kind = kind or transformers.AutoModel
+        made = kind.from_pretrained(file.parent, config=config, use_safetensors=True, **_LOCAL_ONLY)
+    else:
+        made = transformers.AutoModel.from_config(config) if kind is None else kind(config)
+    return made
+
+
+def _from_diffusers(file: Path, entries: Mapping[str, Any], weights: bool) -> nn.Module:
+    kind: Any = getattr(importlib.import_module("diffusers"), str(entries["_class_name"]), None)
+    if not hasattr(kind, "from_config"):
+        raise CheckpointError(f"{file}: the installed diffusers has no model {entries['_class_name']!r}.")
+    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
+    made: nn.Module = kind.from_pretrained(file.parent, **options) if weights else kind.from_config(dict(entries))
+    return made
+
+
+def _from_timm(file: Path, entries: Mapping[str, Any], weights: bool) -> nn.Module:
+    given = {key: entries[key] for key in ("num_classes", "global_pool") if key in entries}
+    arguments = {**given, **(entries.get("model_args") or {})}
+    made: nn.Module = importlib.import_module("timm").create_model(entries["architecture"], **arguments)
+    if weights:
+        importlib.import_module("timm.models").load_checkpoint(made, str(file.with_name("model.safetensors")))
+    return made
+
+
+#: Key that identifies a library's configuration -> name of the library, function that creates the model.
+LIBRARIES: Mapping[str, tuple[str, Callable[[Path, Mapping[str, Any], bool], nn.Module]]] = {
+    "model_type": ("transformers", _from_transformers),
+    "_class_name": ("diffusers", _from_diffusers),
+    "architecture": ("timm", _from_timm),
+}
+
+
+def build_empty(file: Path, entries: Mapping[str, Any]) -> nn.Module | None:
+    """The model of a `config.json` on the meta device; `None` if no installed library can build it."""
+    key = next((key for key in LIBRARIES if entries.get(key)), None)
+    if key is None or find_spec(LIBRARIES[key][0]) is None:
+        return None
+    try:
+        with torch.device("meta"):
+            return LIBRARIES[key][1](file, entries, False)
+    # An unusual configuration may raise anything in the constructors of hundreds of models.
+    except Exception:
+        return None
 
 
 class Architecture:
@@ -62,15 +123,19 @@ class Architecture:
 
     def place(self, path: str) -> str | None:
         """The path in the model, with the prefix added or removed; `None` if unknown."""
-        return self._names.find(path)
+        return self.lookup(self._modules, path)
 
     @cached_property
     def _modules(self) -> dict[str, nn.Module]:
         return {} if self._built is None else dict(self._built.named_modules(remove_duplicate=False))
 
-    @cached_property
-    def _names(self) -> Names:
-        return Names(CONFIG, self._modules.keys(), lambda: self.prefix)
+    def lookup(self, present: Collection[str], *names: str) -> str | None:
+        """The first of several names that is present, or else is with the prefix added or removed."""
+        if exact := next((name for name in names if name in present), None):
+            return exact
+        prefix = self.prefix
+        spellings = (name.removeprefix(prefix) if name.startswith(prefix) else f"{prefix}{name}" for name in names)
+        return next((name for name in spellings if name in present), None)
 
     @property
     def prefix(self) -> str:
@@ -81,13 +146,4 @@ class Architecture:
     @property
     def says_tied(self) -> bool:
         """Whether the file says that embeddings are tied."""
-        return any(flag is True for flag in _values(self.entries, "tie_word_embeddings"))
-
-
-def _values(entries: object, key: str) -> Iterator[Any]:
-    """All values of a key, at any depth."""
-    if isinstance(entries, dict):
-        if key in entries and entries[key] not in (None, ""):
-            yield entries[key]
-        for inner in entries.values():
-            yield from _values(inner, key)
+        return '"tie_word_embeddings": true' in json.dumps(self.entries)

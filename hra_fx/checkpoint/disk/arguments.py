@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -28,7 +28,7 @@ class Request:
         out: folder to be created.
         adapters: folder in the base -> its adapters.
         files: path in the base -> file.
-        folders: path in the base -> folder, including the base itself under "".
+        folders: path in the base -> folder, including the base itself under ".".
     """
 
     base: Path
@@ -45,10 +45,8 @@ def read_request(base_dir: Source, adapter_dir: Adapters | Mapping[str, Adapters
         CheckpointError: a folder does not exist, or two overlap; or it is unknown which part an adapter is for.
     """
     base, out = base_folder(base_dir), Path(os.path.realpath(out_dir))
-    for folder in (out, *out.parents):
-        if os.path.exists(folder) and not folder.is_dir():  # False for a name that is too long
-            what = f"{out_dir}: is a file" if folder == out else f"{out_dir}: {folder} is a file"
-            raise CheckpointError(f"{what}. Choose another output folder.")
+    if os.path.isfile(out):
+        raise CheckpointError(f"{out_dir}: is a file. Choose another output folder.")
     sources = _by_folder(base, adapter_dir)
     inputs = {"the base": base}
     for several in sources.values():
@@ -59,9 +57,7 @@ def read_request(base_dir: Source, adapter_dir: Adapters | Mapping[str, Adapters
                 f"{out}: the output folder overlaps with {name}, {folder}. Choose a folder outside of it."
             )
     adapters = {name: [read_adapter(source) for source in several] for name, several in sources.items()}
-    tree = {"": base, **dict(_tree(base, base, (base,)))}
-    folders = {path: found for path, found in tree.items() if found.is_dir()}
-    files = {path: found for path, found in tree.items() if path not in folders}
+    folders, files = _tree(base)
     return Request(base, out, adapters, files, folders)
 
 
@@ -84,16 +80,14 @@ def base_folder(base_dir: Source) -> Path:
 def _by_folder(base: Path, adapter_dir: Adapters | Mapping[str, Adapters]) -> dict[str, list[Source]]:
     if isinstance(adapter_dir, Mapping):
         named = {_inside(base, name): _listed(given) for name, given in adapter_dir.items()}
-        if not all(named.values()) or not named:
-            raise CheckpointError("adapter_dir must name at least one adapter. Give a folder, or several in order.")
-        return named
-    sources = _listed(adapter_dir)
-    if not sources:
+    else:
+        named = {"": _listed(adapter_dir)}
+    if not named or not all(named.values()):
         raise CheckpointError("adapter_dir must name at least one adapter. Give a folder, or several in order.")
-    if not (base / PIPELINE).is_file():
-        return {"": sources}
+    if isinstance(adapter_dir, Mapping) or not (base / PIPELINE).is_file():
+        return named
     parts: dict[str, list[Source]] = {}
-    for source in sources:
+    for source in named[""]:
         for folder in _parts_of(base, source):
             parts.setdefault(folder.name, []).append(folder)
     return parts
@@ -101,11 +95,6 @@ def _by_folder(base: Path, adapter_dir: Adapters | Mapping[str, Adapters]) -> di
 
 def _parts_of(base: Path, source: Source) -> list[Path]:
     """Subfolders of an adapter folder, one for each part of a pipeline with the same name."""
-    if not Path(source).is_dir():
-        raise CheckpointError(
-            f"{source}: no such folder, and a Hub name does not say for which part of the pipeline {base} it is. Use "
-            f"adapter_dir={{'unet': {str(source)!r}}} (--part unet)."
-        )
     found = [file.parent for file in sorted(Path(source).glob(f"*/{CONFIG_NAME}"))]
     placed = [folder for folder in found if (base / folder.name).is_dir()]
     if not placed:
@@ -136,18 +125,13 @@ def _inside(base: Path, name: str) -> str:
     return "" if folder == base else folder.relative_to(base).as_posix()
 
 
-def _tree(base: Path, folder: Path, above: tuple[Path, ...]) -> Iterator[tuple[str, Path]]:
-    """Everything below a folder. Symbolic links are followed, as in the Hub cache, but not in circles."""
-    for entry in sorted(folder.iterdir()):
-        if entry.is_dir():
-            real = Path(os.path.realpath(entry))
-            if real in above:
-                raise CheckpointError(f"{entry}: is a link to a folder around it. Remove it from the base.")
-            yield entry.relative_to(base).as_posix(), entry
-            yield from _tree(base, entry, (*above, real))
-        elif entry.is_file():
-            yield entry.relative_to(base).as_posix(), entry
-        else:
-            raise CheckpointError(
-                f"{entry}: is a broken link, or not a regular file or folder. Remove it from the base."
-            )
+def _tree(base: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """All folders, including the base itself under ".", and all files. Links are followed, as in the Hub cache."""
+    folders, files = {}, {}
+    for folder, _, names in os.walk(base, followlinks=True):
+        folders[Path(folder).relative_to(base).as_posix()] = Path(folder)
+        for path in (Path(folder, name) for name in names):
+            if not path.is_file():
+                raise CheckpointError(f"{path}: is a broken link, or not a regular file. Remove it from the base.")
+            files[path.relative_to(base).as_posix()] = path
+    return folders, files

@@ -1,42 +1,183 @@
-"""The names in a set of weight files, looked up by the layers of an adapter."""
+"""The names in a set of weight files, looked up by the layers of an adapter.
+
+transformers renames, merges and transposes tensors when it loads a checkpoint. Its own list of conversions says which
+tensors a 3-D parameter of a model is made of: itself, or one tensor for each expert. Only conversions that keep the
+inputs of every expert in one dimension are accepted.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import difflib
+from collections.abc import Mapping
 from functools import cached_property
+from typing import Any, NamedTuple
 
-from hra_fx.checkpoint.disk.architecture import Architecture
-from hra_fx.checkpoint.disk.naming import IN_MEMORY, Names
-from hra_fx.checkpoint.disk.stacked import LoadedFrom, Stacked, TensorRef, sources_in, stacked_in
-from hra_fx.checkpoint.disk.weight_files import WeightSet
+from hra_fx.checkpoint.disk.architecture import IN_MEMORY, Architecture
+from hra_fx.checkpoint.disk.stored import StoredTensor, WeightSet
 from hra_fx.errors import CheckpointError
-from hra_fx.layers.experts_weight import parameter_of, stands_for_parameter
+from hra_fx.layers.experts_weight import is_transposed, parameter_of, stacked_parameters, stands_for_parameter
 
 WEIGHTS = ("weight", "in_proj_weight")
+
+
+class TensorRef(NamedTuple):
+    """A tensor in a file that a layer adapts.
+
+    Attributes:
+        name: its name.
+        expert: the expert whose weight it is; `None` if it has those of all, or is not of experts.
+        columns: of experts, whether it is `(..., in, out)`; `None` if unknown, as for other layers.
+    """
+
+    name: str
+    expert: int | None = None
+    columns: bool | None = None
+
+
+class LoadedFrom(NamedTuple):
+    """A tensor in a file that a tensor of a model is loaded from.
+
+    Attributes:
+        stored: the tensor in the file.
+        converter: transformers' `WeightConverter` that makes the tensor of the model; `None` if it is the same.
+        pattern: the one of the converter's patterns that the name in the file matches.
+    """
+
+    stored: StoredTensor
+    converter: Any = None
+    pattern: str | None = None
+
+
+class Stacked(NamedTuple):
+    """A 3-D parameter, as it is in the files.
+
+    Attributes:
+        shape: its shape in the model.
+        columns: whether it is `(experts, in, out)` in the model; `None` if unknown.
+        sources: the tensors that it is loaded from, in the order in which they are merged.
+    """
+
+    shape: tuple[int, ...]
+    columns: bool | None
+    sources: list[LoadedFrom]
+
+    @property
+    def converter(self) -> Any:
+        """transformers' `WeightConverter` for it; `None` if it is a tensor of the files, under any name."""
+        return self.sources[0].converter
+
+    def refs(self, parameter: str) -> list[TensorRef]:
+        """Its tensors. Those of one expert have the same inputs, and are in the order of its outputs.
+
+        Raises:
+            CheckpointError: the conversion is not known to be one of those that can be folded, or tensors are missing.
+        """
+        patterns: list[str | None] = [None] if self.converter is None else self.converter.source_patterns
+        first = self.sources[0].stored
+        operations = [] if self.converter is None else list(self.converter.operations)
+        merges = bool(operations) and _is(operations[0], "MergeModulelist", dim=0)
+        expected = self.shape[0] if merges else 1
+        matching = {pattern: [each.stored for each in self.sources if each.pattern == pattern] for pattern in patterns}
+        if any(len(found) != expected for found in matching.values()):
+            counts = ", ".join(f"{len(found)} for {pattern or parameter}" for pattern, found in matching.items())
+            raise CheckpointError(
+                f"{first.file}: {parameter} is made of {expected} tensors of each kind, but the checkpoint has "
+                f"{counts}. Download it again."
+            )
+        columns = self.columns
+        if self.converter is not None:
+            columns = self._layout(parameter, operations[merges:], len(patterns), first)
+        return [
+            TensorRef(stored.name, expert if merges else None, columns)
+            for pattern in patterns
+            for expert, stored in enumerate(matching[pattern])
+        ]
+
+    def _layout(self, parameter: str, operations: list[Any], parts: int, first: StoredTensor) -> bool:
+        """Whether the tensors are `(..., in, out)` before the operations that follow a merge of experts."""
+        if self.columns is not None and len(self.converter.target_patterns) == 1:
+            last = operations[0] if len(operations) == 1 else None
+            if (not operations or _is(last, "Force16BytesAlignment")) and parts == 1:
+                return self.columns
+            if _is(last, "Concatenate", dim=2 if self.columns else 1):
+                return self.columns
+            if _is(last, "Transpose", dim0=1, dim1=2) and parts == 1 and len(first.shape) == 3:
+                kept = getattr(last, "check_dims", False) and first.shape == self.shape
+                return self.columns if kept else not self.columns
+        steps = ", ".join(type(operation).__name__ for operation in self.converter.operations)
+        raise CheckpointError(
+            f"{first.file}: transformers makes {parameter} from tensors such as {first.name} by {steps}, and it is not "
+            f"known which of their dimensions are the inputs of the experts. {IN_MEMORY}"
+        )
+
+
+def sources_in(tensors: Mapping[str, StoredTensor], architecture: Architecture) -> dict[str, list[LoadedFrom]]:
+    """What each tensor of a model is loaded from, by its name in the model; empty if transformers has no such model."""
+    model: Any = architecture.model
+    if model is None:
+        return {}
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    state: dict[str, Any] = model.state_dict()
+    found: dict[str, list[LoadedFrom]] = {}
+    # In the order of transformers, which is that of the experts.
+    for key in sorted(tensors, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if name not in state and key in state:
+            name, pattern = key, None
+        converter = None if pattern is None else by_pattern[pattern]
+        first, *others = ("",) if converter is None else converter.target_patterns
+        for target in (first, *others):  # the name is that of the first one
+            found.setdefault(name.replace(first, target, 1), []).append(LoadedFrom(tensors[key], converter, pattern))
+    return found
+
+
+def stacked_in(
+    tensors: Mapping[str, StoredTensor], sources: Mapping[str, list[LoadedFrom]], architecture: Architecture
+) -> dict[str, Stacked]:
+    """The 3-D parameters of a model that are in some files, by their names in the model.
+
+    Without a model that transformers knows, they are the 3-D tensors of the files.
+    """
+    model = architecture.model
+    if model is None:
+        return {
+            name: Stacked(stored.shape, None, [LoadedFrom(stored)])
+            for name, stored in tensors.items()
+            if len(stored.shape) == 3
+        }
+    return {
+        name: Stacked(tuple(getattr(owner, last).shape), is_transposed(owner), sources[name])
+        for path, owner, last in stacked_parameters(model)
+        if (name := f"{path}.{last}".lstrip(".")) in sources
+    }
+
+
+def _is(operation: Any, kind: str, **fields: int) -> bool:
+    """Whether an operation of transformers has a type and these fields."""
+    return type(operation).__name__ == kind and all(getattr(operation, key) == value for key, value in fields.items())
 
 
 class FileNames:
     """The names in a set of files, which may differ from those in the model.
 
-    Args:
-        found: the files.
-        architecture: of their folder.
-
     Attributes:
-        where: the files, for messages.
         loaded: name in the files -> name in the model, of tensors that are loaded as they are.
     """
 
     def __init__(self, found: WeightSet, architecture: Architecture) -> None:
         """Build the model without weights, if there is one, to see what it loads."""
-        self.where = found.name
         self._found, self._architecture = found, architecture
         self._sources: dict[str, list[LoadedFrom]] = sources_in(found.tensors, architecture)
         single = {name: sources[0] for name, sources in self._sources.items() if len(sources) == 1}
         self.loaded = {source.stored.name: name for name, source in single.items() if source.converter is None}
         self._stored = dict(zip(found.tensors, found.tensors, strict=True))
         self._stored |= {name: stored for stored, name in self.loaded.items()}
-        self._names = self._lookup(self._stored)
 
     @cached_property
     def stacked(self) -> dict[str, Stacked]:
@@ -44,13 +185,16 @@ class FileNames:
         return stacked_in(self._found.tensors, self._sources, self._architecture)
 
     def find(self, *names: str) -> str | None:
-        """The name in the files of the first of several tensors that is there; see `Names.find`."""
-        found = self._names.find(*names)
+        """The name in the files of the first of several tensors that is there; see `Architecture.lookup`."""
+        found = self._architecture.lookup(self._stored, *names)
         return None if found is None else self._stored[found]
 
     def near(self, name: str) -> str:
         """A sentence with the most similar names."""
-        return self._lookup(self._found.tensors).near(name)
+        last = ".".join(name.split(".")[-3:])
+        same_end = [other for other in self._found.tensors if other.endswith(f".{last}")]
+        names = (same_end or difflib.get_close_matches(name, self._found.tensors))[:3]
+        return f"Similar names: {', '.join(names)}." if names else "No name is similar."
 
     def check_new(self, name: str) -> None:
         """Check that a tensor that is not in the files is not made of those that are.
@@ -58,7 +202,7 @@ class FileNames:
         Raises:
             CheckpointError: it is.
         """
-        if (loaded := self._lookup(self._sources).find(name)) is not None:
+        if (loaded := self._architecture.lookup(self._sources, name)) is not None:
             stored = self._sources[loaded][0].stored
             raise CheckpointError(
                 f"{stored.file}: the adapter replaces {name}, which transformers makes from tensors such as "
@@ -67,7 +211,7 @@ class FileNames:
 
     def parameter(self, path: str) -> str | None:
         """The name in `stacked` of the parameter that an adapter's layer stands for; `None` if it is not there."""
-        return self._lookup(self.stacked).find(parameter_of(path)) if stands_for_parameter(path) else None
+        return self._architecture.lookup(self.stacked, parameter_of(path)) if stands_for_parameter(path) else None
 
     def weights_of(self, path: str) -> list[TensorRef]:
         """The tensors with the weight of an adapter's layer, of which only experts can have several; empty if none.
@@ -79,6 +223,3 @@ class FileNames:
             return [TensorRef(name)]
         parameter = self.parameter(path)
         return [] if parameter is None else self.stacked[parameter].refs(parameter)
-
-    def _lookup(self, present: Collection[str]) -> Names:
-        return Names(self.where, present, lambda: self._architecture.prefix)

@@ -1,4 +1,7 @@
-"""Plan everything that a call writes, for all parts of a checkpoint, before anything is written."""
+"""Plan everything that a call writes, for all parts of a checkpoint, before anything is written.
+
+All names and shapes are checked: what adapters change is a rotation, a replacement, or a new tensor.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +11,171 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from hra_fx.checkpoint.adapter import Adapter
 from hra_fx.checkpoint.disk.architecture import CONFIG, Architecture
 from hra_fx.checkpoint.disk.arguments import Request
-from hra_fx.checkpoint.disk.base_check import check_base
-from hra_fx.checkpoint.disk.edits import Edit, Edits, edits_for
 from hra_fx.checkpoint.disk.file_names import FileNames
-from hra_fx.checkpoint.disk.requests import touches
+from hra_fx.checkpoint.disk.requests import (
+    LayerChain,
+    check_base,
+    check_complete,
+    check_embeddings,
+    check_given,
+    is_new,
+    requests_of,
+    touches,
+    unknown_tensor,
+)
 from hra_fx.checkpoint.disk.rotation import Rotation
-from hra_fx.checkpoint.disk.stored import Header, StoredTensor
-from hra_fx.checkpoint.disk.weight_files import WeightSet, foreign, weight_sets
+from hra_fx.checkpoint.disk.stored import DTYPES, FLOATS, Header, StoredTensor, WeightSet, foreign, weight_sets
+from hra_fx.checkpoint.disk.ties import Untying, untied_config, untying
 from hra_fx.checkpoint.keys import reflection_key
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError
-from hra_fx.model.tied import TIE_SETTING
+from hra_fx.layers.experts_weight import parameter_of
+from hra_fx.layers.target import has_columns
+
+#: What a tensor becomes: another tensor of the base, a rotated one, or a new value in the checkpoint's dtype.
+Change: TypeAlias = StoredTensor | tuple[StoredTensor, Rotation] | Tensor
+
+
+def changes_for(
+    found: WeightSet,
+    adapters: Sequence[Adapter],
+    architecture: Architecture,
+    names: FileNames,
+    columns: Collection[str] | None,
+) -> tuple[dict[str, Change], Untying]:
+    """What adapters, applied in order, change in a set of files.
+
+    Returns:
+        Name of an old or a new tensor -> its change; and what is untied.
+
+    Raises:
+        CheckpointError: an adapter does not fit; the message names the key.
+        FoldError: tied weights cannot be untied.
+    """
+    chains, full = requests_of(adapters, found, names)
+    changed: dict[str, Tensor | None] = {**dict.fromkeys(chains), **full}
+
+    def change_of(name: str, stored: StoredTensor) -> Change:
+        if name in full:
+            return full[name].to(check_given(name, full[name], stored)).contiguous()
+        return stored, rotation_of(stored, chains[name], architecture, columns)
+
+    apart = untying(architecture, names, changed)
+    changes: dict[str, Change] = {}
+    for new, name in apart.sources.items():
+        stored = found.tensors[name]
+        changes[new] = change_of(apart.changed[new], stored) if new in apart.changed else stored
+    for name in changed:
+        if name in found.tensors:
+            changes[name] = change_of(name, found.tensors[name])
+        elif name not in apart.changed.values() and name not in apart.stay_tied:
+            if not is_new(name, adapters):
+                raise unknown_tensor(name, found, adapters, names)
+            names.check_new(name)
+            changes[name] = _new(name, full[name], found)
+    check_embeddings(
+        found, adapters, names, lambda name: found.tensors.get(names.find(name) or apart.sources.get(name, ""))
+    )
+    for adapter in adapters:
+        check_complete(found, adapter, architecture, names)
+    return changes, apart
+
+
+def rotation_of(
+    stored: StoredTensor,
+    chains: Sequence[LayerChain],
+    architecture: Architecture,
+    columns: Collection[str] | None,
+) -> Rotation:
+    """The rotation of a weight by the chains of some adapters, in order; for `columns`, see `in_columns`.
+
+    Raises:
+        CheckpointError: the weight is quantized, or a chain does not fit it.
+    """
+    if stored.dtype not in FLOATS or len(stored.shape) < 2 or not math.prod(stored.shape):
+        raise CheckpointError(
+            f"{stored.file}: {stored.name} must be {', '.join(FLOATS)} with at least two dimensions, got "
+            f"{stored.dtype} of shape {stored.shape}. Use a base model that is not quantized."
+        )
+    layouts = [in_columns(chain, stored, architecture, columns) for chain in chains]
+    vectors = [chain.vectors for chain in chains]
+    return Rotation(torch.cat(vectors, dim=-1) if len(vectors) > 1 else vectors[0], layouts[0])
+
+
+def _new(name: str, tensor: Tensor, found: WeightSet) -> Tensor:
+    """A tensor that the base does not have, such as a new classification head, in the dtype of the largest weight."""
+    weights = [stored for stored in found.tensors.values() if stored.dtype in FLOATS]
+    dtype = FLOATS[max(weights, key=lambda stored: stored.size).dtype]
+    tensor = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+    if tensor.dtype not in DTYPES.values():
+        raise CheckpointError(f"{name}: unsupported dtype {tensor.dtype} in the adapter. Save it in another dtype.")
+    return tensor
+
+
+def in_columns(
+    chain: LayerChain, weight: StoredTensor, architecture: Architecture, given: Collection[str] | None
+) -> bool:
+    """Whether a layer's weight is `(in, out)`.
+
+    Args:
+        chain: what an adapter does to the layer.
+        weight: `(out, ...)` or `(in, out)`; of all experts, with them in front.
+        architecture: of the checkpoint.
+        given: the user's list of such layers, ends of their paths; `None` to find out.
+
+    Raises:
+        CheckpointError: the length of the vectors does not fit, the layout is unknown, or the user contradicts
+            `config.json`.
+    """
+    d = chain.vectors.shape[-2]
+    rows, *others = weight.shape[chain.vectors.dim() - 2 :]
+    width = math.prod(others)
+    known = _known(chain, weight, architecture, given) if len(others) == 1 else False
+    if known is None and rows == width == d:
+        raise CheckpointError(
+            f"{weight.file}: {weight.name} is square, {tuple(weight.shape)}, and the folder has no config.json of a "
+            "transformers, diffusers or timm model, so the layout is ambiguous: (out, in), or (in, out) as in "
+            "GPT-2. Pass columns=[] (--rows) if every weight is (out, in), or columns=[names] (--columns NAME) to "
+            "name layers that are (in, out)."
+        )
+    columns = rows == d != width if known is None else known
+    inputs = rows if columns else width
+    if inputs != d:
+        raise CheckpointError(
+            f"{weight.file}: {weight.name} of shape {weight.shape} has {inputs} inputs, but the adapter's vectors "
+            f"of {chain.path} have length {d}. Was the adapter trained on another base model?"
+        )
+    return columns
+
+
+def _known(
+    chain: LayerChain, weight: StoredTensor, architecture: Architecture, given: Collection[str] | None
+) -> bool | None:
+    """The layout according to `config.json` or the user; `None` if unknown."""
+    path, by_config = chain.path, chain.columns
+    if chain.vectors.dim() == 3 or by_config is not None:
+        path = parameter_of(path)
+    else:
+        layer = None if architecture.in_rows else architecture.find(path)
+        by_config = False if architecture.in_rows else None if layer is None else has_columns(layer)
+    if given is None:
+        return by_config
+    said = any(path == name or path.endswith(f".{name}") for name in given)
+    if by_config not in (None, said):
+        kinds = ("(out, in)", "(in, out)")
+        raise CheckpointError(
+            f"{weight.file}: {weight.name} is {kinds[not said]} according to config.json, but {kinds[said]} "
+            "according to columns (--columns, --rows). Omit columns, or correct config.json."
+        )
+    return said
 
 
 @dataclass(frozen=True)
@@ -35,14 +185,12 @@ class FilePlan:
     Attributes:
         part: the start of its path in the new folder.
         header: the header of the file that it replaces.
-        tensors: name -> the tensor of the base, `None` for a new one.
-        edits: name -> its change.
+        tensors: name -> what is written.
     """
 
     part: str
     header: Header
-    tensors: Mapping[str, StoredTensor | None]
-    edits: Mapping[str, Edit]
+    tensors: Mapping[str, Change]
 
 
 @dataclass
@@ -67,12 +215,7 @@ class Plan:
 
 
 def plan_fold(request: Request, columns: Collection[str] | None, *, inverse: bool) -> Plan:
-    """Plan every part.
-
-    Args:
-        request: the arguments.
-        columns: see `fold_checkpoint`.
-        inverse: whether to undo a fold.
+    """Plan every part, for a fold or its `inverse`; for `columns`, see `fold_checkpoint`.
 
     Raises:
         CheckpointError: there is no checkpoint, or an adapter does not fit it; or an adapter replaced values, which
@@ -120,57 +263,43 @@ def _plan_part(
     for found, names in folded:
         check_base(adapters, folder, found, names, folded=inverse)
         ordered = [_reversed(adapter) for adapter in reversed(adapters)] if inverse else adapters
-        _plan_set(plan, part, found, edits_for(found, ordered, architecture, names, columns), architecture)
+        changes, apart = changes_for(found, ordered, architecture, names, columns)
+        _plan_set(plan, part, found, changes)
+        if apart.configs:
+            plan.files[part + CONFIG] = untied_config(architecture, apart.configs)
+        plan.untied |= {part + new: part + source for new, source in apart.sources.items()}
+        plan.retied_by += apart.retied_by
     taken = {header.file for found, _ in folded for header in found.files}
     plan.kept += [header.file for found in sets for header in found.files if header.file not in taken]
     plan.kept += sorted(foreign(folder))
 
 
-def _plan_set(plan: Plan, part: str, found: WeightSet, edits: Edits, architecture: Architecture) -> None:
+def _plan_set(plan: Plan, part: str, found: WeightSet, changes: Mapping[str, Change]) -> None:
+    added = {name: change for name, change in changes.items() if name not in found.tensors}
     last = found.files[-1]
     for header in found.files:
-        tensors: dict[str, StoredTensor | None] = {**header.tensors}
-        if header is last:
-            tensors |= edits.added
-        own = {name: edits.tensors[name] for name in tensors if name in edits.tensors}
-        if own or len(tensors) > len(header.tensors):
-            plan.files[part + header.file.name] = FilePlan(part, header, tensors, own)
-    if edits.added and found.index is not None:
-        plan.files[part + found.index.name] = _index(found, edits, last.file.name)
-    if edits.apart.configs:
-        plan.files[part + CONFIG] = _config(architecture, edits.apart.configs)
-    changes = [(name, edits.tensors.get(name)) for name in (*found.tensors, *edits.added)]
-    plan.rotated += [part + name for name, edit in changes if isinstance(edit, Rotation)]
-    plan.given += [part + name for name, edit in changes if isinstance(edit, Tensor)]
-    plan.untied |= {part + new: part + source for new, source in edits.apart.sources.items()}
-    plan.retied_by += edits.apart.retied_by
+        own = {name: changes[name] for name in header.tensors if name in changes} | (added if header is last else {})
+        if own:
+            plan.files[part + header.file.name] = FilePlan(part, header, {**header.tensors, **own})
+    if added and found.index is not None:
+        plan.files[part + found.index.name] = _index(found, added, last.file.name)
+    for name in (*found.tensors, *added):
+        if isinstance(changes.get(name), tuple):
+            plan.rotated.append(part + name)
+        elif isinstance(changes.get(name), Tensor):
+            plan.given.append(part + name)
 
 
-def _index(found: WeightSet, edits: Edits, file: str) -> bytes:
+def _index(found: WeightSet, added: Mapping[str, Change], file: str) -> bytes:
     """The index as transformers writes it, with new tensors in the last file; totals that are not numbers are kept."""
     entries: dict[str, Any] = dict(found.index_entries or {})
-    entries["weight_map"] = {**entries["weight_map"], **dict.fromkeys(edits.added, file)}
+    entries["weight_map"] = {**entries["weight_map"], **dict.fromkeys(added, file)}
     if isinstance(entries.get("metadata"), dict):
         metadata = entries["metadata"] = dict(entries["metadata"])
-        for name, stored in edits.added.items():
-            edit = edits.tensors.get(name)
-            shape, size = (edit.shape, edit.nbytes) if isinstance(edit, Tensor) else _shape_of(stored)
-            for total, number in {"total_size": size, "total_parameters": math.prod(shape)}.items():
-                if type(metadata.get(total)) in (int, float):
+        for change in added.values():
+            new = change[0] if isinstance(change, tuple) else change
+            size = new.nbytes if isinstance(new, Tensor) else new.size
+            for total, number in {"total_size": size, "total_parameters": math.prod(new.shape)}.items():
+                if isinstance(metadata.get(total), int | float):
                     metadata[total] += number
     return (json.dumps(entries, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _shape_of(stored: StoredTensor | None) -> tuple[tuple[int, ...], int]:
-    return ((), 0) if stored is None else (stored.shape, stored.size)
-
-
-def _config(architecture: Architecture, paths: Sequence[tuple[str, ...]]) -> bytes:
-    """`config.json` with tied embeddings off."""
-    entries: dict[str, Any] = json.loads(json.dumps(architecture.entries))
-    for path in paths:
-        place = entries
-        for key in path:
-            place = place.setdefault(key, {})
-        place[TIE_SETTING] = False
-    return (json.dumps(entries, indent=2, ensure_ascii=False) + "\n").encode()

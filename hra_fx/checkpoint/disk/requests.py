@@ -1,20 +1,20 @@
-"""What adapters change in one set of weight files, by the names of the files; checked before any weight is read."""
+"""What adapters change in one set of weight files, by the names of the files; checked before any weight is changed."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hra_fx.checkpoint.adapter import Adapter
-from hra_fx.checkpoint.disk.architecture import Architecture
-from hra_fx.checkpoint.disk.file_names import WEIGHTS, FileNames
-from hra_fx.checkpoint.disk.naming import IN_MEMORY
-from hra_fx.checkpoint.disk.stacked import TensorRef
-from hra_fx.checkpoint.disk.stored import DTYPES, StoredTensor
-from hra_fx.checkpoint.disk.weight_files import WeightSet
+from hra_fx.checkpoint.base_model import compare_names, is_same, other_embeddings
+from hra_fx.checkpoint.disk.architecture import IN_MEMORY, Architecture
+from hra_fx.checkpoint.disk.file_names import WEIGHTS, FileNames, TensorRef
+from hra_fx.checkpoint.disk.stored import DTYPES, FLOATS, StoredTensor, WeightSet
 from hra_fx.errors import CheckpointError
 from hra_fx.layers.experts_weight import parameter_of, stands_for_parameter
 from hra_fx.selection.parameters import matches_parameter
@@ -180,11 +180,7 @@ def check_embeddings(
 ) -> None:
     """Check that the base model's embeddings, which PEFT saves with adapters of output layers, are those of this base.
 
-    Args:
-        found: the set of files.
-        adapters: the adapters.
-        names: names in the files.
-        stored: finds a tensor in the files, or the one that it is tied to.
+    `stored` finds a tensor in the files, or the one that it is tied to.
 
     Raises:
         CheckpointError: they are not, or a tensor is unknown.
@@ -197,20 +193,9 @@ def check_embeddings(
                     f"{adapter.file}: unexpected key {name}, which is not in modules_to_save or in {found.name}. "
                     f"{names.near(name)} Was the adapter trained on another base model?"
                 )
-            if not _holds(own, tensor):
-                raise CheckpointError(
-                    f"{adapter.file}: {name} of shape {tuple(tensor.shape)} is a copy of the base model's embeddings, "
-                    f"but {own.name} of shape {own.shape} in {own.file} has other values. Use the base model that the "
-                    "adapter was trained on."
-                )
-
-
-def _holds(stored: StoredTensor, tensor: Tensor) -> bool:
-    """Whether the values are equal after rounding the wider dtype to the narrower."""
-    if stored.shape != tuple(tensor.shape) or stored.dtype not in DTYPES:
-        return False
-    own = stored.read()
-    return torch.equal(tensor.to(own.dtype), own) or torch.equal(own.to(tensor.dtype), tensor)
+            if own.dtype not in DTYPES or own.shape != tuple(tensor.shape) or not is_same(own.read(), tensor):
+                place = f"{own.name} of shape {own.shape} in {own.file}"
+                raise other_embeddings(adapter.file, name, tensor, place)
 
 
 def check_complete(found: WeightSet, adapter: Adapter, architecture: Architecture, names: FileNames) -> None:
@@ -241,3 +226,38 @@ def _incomplete(adapter: Adapter, name: str, found: WeightSet) -> CheckpointErro
         f"{adapter.file}: the file has no vectors for {name}, which the configuration names. Was the adapter trained "
         f"on another base model than {found.name}, or its configuration edited?"
     )
+
+
+def check_base(adapters: Iterable[Adapter], folder: Path, found: WeightSet, names: FileNames, *, folded: bool) -> None:
+    """Check the model in a folder by the row that the files of adapters have of their base model.
+
+    `folded` says whether the adapters have to be folded into it.
+
+    Raises:
+        CheckpointError: the model contains one of the adapters; or with `folded`, it does not.
+
+    Warns:
+        HRAWarning: the base model of an adapter has another name than the folder, and no row shows that it is the
+            same, as for files of PEFT.
+    """
+    for adapter in adapters:
+        row, state = adapter.base_row, "unknown"
+        if row is not None and row.path in adapter.chains:
+            state = row.state(adapter.chains[row.path], _first_row(found, names, row.path, len(row.values)))
+            if state == "folded" and not folded:
+                raise row.folded_error(adapter.file, str(folder))
+            if state == "base" and folded:
+                raise CheckpointError(
+                    f"{folder} does not contain the adapter {adapter.file} (seen in {row.path}). Use the model into "
+                    "which it was folded."
+                )
+        if state == "unknown" and not folded:
+            compare_names(adapter.file, adapter.config, str(folder))
+
+
+def _first_row(found: WeightSet, names: FileNames, path: str, width: int) -> Tensor | None:
+    for name, _, _ in names.weights_of(path):
+        stored = found.tensors[name]
+        if stored.dtype in FLOATS and math.prod(stored.shape[1:]) == width:
+            return stored.first_row()
+    return None

@@ -1,17 +1,30 @@
-"""Tensors in safetensors files: names, dtypes and shapes are read from the header, values when they are needed."""
+"""The weights in a folder: safetensors files, of which one or several hold a state dict.
+
+Names, dtypes and shapes are read from the headers, values when they are needed.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hra_fx.checkpoint.weights import opened
+from hra_fx.checkpoint.folder import opened
+from hra_fx.errors import CheckpointError
 
+SAFE = ".safetensors"
+_INDEX = f"{SAFE}.index.json"
+#: Weights in other formats, which are never read.
+OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx")
+#: Files with these extensions that training saves next to a model, and that have no weights.
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 #: Dtypes of weights that can be folded, by their names in the format.
 FLOATS: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
@@ -105,3 +118,103 @@ def read_header(file: Path) -> Header:
             for key, found in slices.items()
         }
     return Header(file, metadata, tensors)
+
+
+@dataclass(frozen=True)
+class WeightSet:
+    """Files of one state dict.
+
+    Attributes:
+        files: their headers, sorted by name.
+        index: the index file, if there is one.
+        index_entries: its content.
+    """
+
+    files: tuple[Header, ...]
+    index: Path | None = None
+    index_entries: Mapping[str, Any] | None = None
+
+    @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Key -> tensor, of all files."""
+        return {name: tensor for header in self.files for name, tensor in header.tensors.items()}
+
+    @property
+    def name(self) -> str:
+        """The index or the only file, for messages."""
+        return str(self.index or self.files[0].file)
+
+    @cached_property
+    def aliases(self) -> dict[str, str]:
+        """Removed key -> key of the tensor that it shared, as recorded by `safetensors.torch.save_model`."""
+        found: dict[str, str] = {}
+        for header in self.files:
+            for name, kept in header.metadata.items():
+                if name not in self.tensors and kept in self.tensors:
+                    found[name] = kept
+        return found
+
+
+def weight_sets(folder: Path) -> list[WeightSet]:
+    """All sets in a folder, without its subfolders.
+
+    Raises:
+        CheckpointError: there is none, or a shard or an index is missing or damaged.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "pytorch_model.bin").write_bytes(b"")
+    ...     weight_sets(Path(folder))
+    Traceback (most recent call last):
+    hra_fx.errors.CheckpointError: ...pytorch_model.bin: only safetensors files are read. Load the model and save it ...
+    """
+    indices = sorted(folder.glob(f"*{_INDEX}"))
+    sets = [_of_index(index) for index in indices]
+    taken = {header.file for found in sets for header in found.files}
+    lone = (file for file in sorted(folder.glob(f"*{SAFE}")) if file not in taken)
+    sets += [WeightSet((read_header(file),)) for file in lone if file.is_file()]
+    if sets:
+        return sets
+    if others := sorted(foreign(folder)):
+        raise CheckpointError(
+            f"{others[0]}: only safetensors files are read. Load the model and save it with "
+            "model.save_pretrained(folder)."
+        )
+    below = sorted(file.parent.relative_to(folder).as_posix() for file in folder.glob(f"*/*{SAFE}"))
+    suggestion = "Give the folder of a checkpoint."
+    if below:
+        names = ", ".join(map(repr, dict.fromkeys(below)))
+        suggestion = f"The subfolders {names} have some: give one of them, or adapter_dir={{name: adapter}} (--part)."
+    raise CheckpointError(f"{folder}: no {SAFE} files found. {suggestion}")
+
+
+def foreign(folder: Path) -> Iterator[Path]:
+    """Files at any depth that may have weights in another format."""
+    for file in folder.rglob("*"):
+        if file.suffix in OTHERS and not file.name.startswith(_NO_WEIGHTS):
+            yield file
+
+
+def _of_index(index: Path) -> WeightSet:
+    try:
+        entries = json.loads(index.read_text(encoding="utf-8"))
+        places: dict[str, str] = dict(entries["weight_map"])
+        names = sorted(set(places.values()))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{index}: cannot read the file, or it has no weight_map ({error!r}). Download it again."
+        ) from error
+    headers: dict[str, Header] = {}
+    for name in names:
+        file = index.parent / name
+        if file.parent != index.parent or not file.is_file():
+            raise CheckpointError(
+                f"{index}: lists {name!r}, but there is no such file in the folder. Download it again."
+            )
+        headers[name] = read_header(file)
+    for key, name in places.items():
+        if key not in headers[name].tensors:
+            raise CheckpointError(
+                f"{index}: lists {key!r} in {name!r}, but the file does not have it. Download both again."
+            )
+    return WeightSet(tuple(headers[name] for name in names), index, entries)

@@ -5,15 +5,15 @@ As in `hra_fx.fold`, `tie_word_embeddings` becomes False, and everything that it
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from hra_fx.checkpoint.disk.architecture import Architecture
+from hra_fx.checkpoint.disk.architecture import IN_MEMORY, Architecture
 from hra_fx.checkpoint.disk.file_names import FileNames
-from hra_fx.checkpoint.disk.naming import IN_MEMORY, Names
 from hra_fx.errors import FoldError
 from hra_fx.model.tied import TIE_SETTING, reads_tie_setting, ties_when_loaded
 
@@ -40,10 +40,7 @@ class Untying:
 def untying(architecture: Architecture, names: FileNames, changed: Mapping[str, Tensor | None]) -> Untying:
     """What to untie if some tensors change.
 
-    Args:
-        architecture: of the checkpoint.
-        names: names in the file.
-        changed: name, in the file or as the adapter has it -> new value, `None` for a rotation.
+    `changed` is a name, in the file or as the adapter has it -> new value, `None` for a rotation.
 
     Raises:
         FoldError: the tensors cannot be untied.
@@ -59,7 +56,7 @@ def untying(architecture: Architecture, names: FileNames, changed: Mapping[str, 
             )
         return Untying()
     own, groups = _ties(architecture)
-    called = {found: name for name in changed if (found := own.find(names.loaded.get(name, name)))}
+    called = {found: name for name in changed if (found := architecture.lookup(own, names.loaded.get(name, name)))}
     values = {name: changed[given] for name, given in called.items()}
     touched = [group for group in groups if values.keys() & set(group)]
     if all(_same_values(group, values) for group in touched):
@@ -85,27 +82,31 @@ def untying(architecture: Architecture, names: FileNames, changed: Mapping[str, 
     )
 
 
-def tied_to(name: str, architecture: Architecture, names: FileNames) -> str | None:
-    """The tensor in the files that a tensor outside of them is tied to; `None` if unknown.
+def untied_config(architecture: Architecture, paths: Sequence[tuple[str, ...]]) -> bytes:
+    """`config.json` with tied embeddings off."""
+    entries: dict[str, Any] = json.loads(json.dumps(architecture.entries))
+    for path in paths:
+        place = entries
+        for key in path:
+            place = place.setdefault(key, {})
+        place[TIE_SETTING] = False
+    return (json.dumps(entries, indent=2, ensure_ascii=False) + "\n").encode()
 
-    Args:
-        name: the tensor, as the adapter has it.
-        architecture: of the checkpoint.
-        names: names in the files.
-    """
+
+def tied_to(name: str, architecture: Architecture, names: FileNames) -> str | None:
+    """The tensor in the files that a tensor outside of them, as an adapter names it, is tied to; `None` if unknown."""
     if architecture.model is None:
         return None
     own, groups = _ties(architecture)
-    found = own.find(name)
+    found = architecture.lookup(own, name)
     group = next((group for group in groups if found in group), [])
     return next((stored for other in group if (stored := names.find(other))), None)
 
 
-def _ties(architecture: Architecture) -> tuple[Names, list[list[str]]]:
+def _ties(architecture: Architecture) -> tuple[Collection[str], list[list[str]]]:
     """All names in the model, and those of each tied tensor."""
     model: Any = architecture.model
-    own = Names("config.json", model.state_dict().keys(), lambda: architecture.prefix)
-    return own, _groups(model.get_expanded_tied_weights_keys(all_submodels=True))
+    return model.state_dict(), _groups(model.get_expanded_tied_weights_keys(all_submodels=True))
 
 
 def _groups(ties: Mapping[str, str]) -> list[list[str]]:

@@ -1,25 +1,30 @@
-"""Write a planned result into a temporary folder next to the output folder, which is renamed at the end."""
+"""Write a planned result into a temporary folder next to the output folder, which is renamed at the end.
+
+A written file can be verified: a rotated weight has the row norms of the base, since a rotation preserves them, and
+everything else is identical.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import filecmp
+import math
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hra_fx.atomic_write import flush
 from hra_fx.checkpoint.disk.arguments import Request
-from hra_fx.checkpoint.disk.checking import check_copy, check_file
 from hra_fx.checkpoint.disk.plan import FilePlan, Plan
-from hra_fx.checkpoint.disk.progress_bar import bar
-from hra_fx.checkpoint.disk.rotation import Rotation, rotated
-from hra_fx.checkpoint.weights import opened
-from hra_fx.errors import CheckpointError
+from hra_fx.checkpoint.disk.rotation import Rotation, product_dtype, rotated
+from hra_fx.checkpoint.folder import opened
+from hra_fx.errors import CheckpointError, FoldError
 
 
 def write_result(request: Request, plan: Plan, *, overwrite: bool, verify: bool, progress: bool) -> dict[str, float]:
@@ -74,16 +79,15 @@ def _write_weights(plan: FilePlan, target: Path) -> dict[str, float]:
     rounding: dict[str, float] = {}
     tensors: dict[str, Tensor] = {}
     with opened(plan.header.file) as file:
-        for name, stored in plan.tensors.items():
-            edit = plan.edits.get(name)
-            if isinstance(edit, Tensor):
-                tensors[name] = edit
+        for name, change in plan.tensors.items():
+            if isinstance(change, Tensor):
+                tensors[name] = change
                 continue
-            assert stored is not None  # only replaced tensors can be new
+            stored = change[0] if isinstance(change, tuple) else change
             # A new tensor is a copy of another one, whose memory it must not share.
             tensor = file.get_tensor(name) if name in plan.header.tensors else stored.read().clone()
-            if isinstance(edit, Rotation):
-                tensor, rounding[plan.part + name] = rotated(stored, tensor, edit)
+            if isinstance(change, tuple):
+                tensor, rounding[plan.part + name] = rotated(stored, tensor, change[1])
             tensors[name] = tensor
         save_file(tensors, target, dict(plan.header.metadata) or None)
     return rounding
@@ -132,3 +136,77 @@ def _explained_errors(out: Path) -> Iterator[None]:
             f"{out}: cannot write the result ({reason}). The output folder is unchanged. Free some space, check the "
             "disk, or choose another output folder."
         ) from error
+
+
+def check_copy(source: Path, target: Path) -> None:
+    """Check a copied file.
+
+    Raises:
+        FoldError: it differs.
+    """
+    if not filecmp.cmp(source, target, shallow=False):
+        raise FoldError(f"{target}: the copy differs from {source}. Check the disk.")
+
+
+def check_file(plan: FilePlan, file: Path) -> None:
+    """Check a written file against the base.
+
+    Raises:
+        FoldError: it differs; the message names the tensor.
+    """
+    with opened(file) as written:
+        if set(written.keys()) != plan.tensors.keys() or (written.metadata() or {}) != plan.header.metadata:
+            raise FoldError(f"{file}: the names or the metadata differ from what was written. Check the disk.")
+        for name, change in plan.tensors.items():
+            found = written.get_tensor(name)
+            if isinstance(change, tuple):
+                _check_rows(file, name, change[0].read(), found, change[1])
+                continue
+            expected = change if isinstance(change, Tensor) else change.read()
+            if not torch.equal(_bytes(expected), _bytes(found)):
+                raise FoldError(f"{file}: {name} differs from what was written. Check the disk.")
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The memory of a tensor, in which NaN equals itself."""
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def _check_rows(file: Path, name: str, base: Tensor, written: Tensor, rotation: Rotation) -> None:
+    info = torch.finfo(base.dtype)
+    # Without a wider dtype to compute in, reflections that nearly cancel each other add errors.
+    steps = 64 * (1 + rotation.chain.shape[-1]) if base.dtype == torch.float64 else 64
+    # Half a unit in the last place of each entry, and the rounding of products.
+    relative = info.eps / 2 + steps * torch.finfo(product_dtype(base.dtype)).eps
+    for (matrix, _), (changed, _) in zip(rotation.split(base), rotation.split(written), strict=True):
+        across = 0 if rotation.columns else 1
+        before, after = (torch.linalg.vector_norm(each.double(), dim=across) for each in (matrix, changed))
+        slack = before * relative + math.sqrt(matrix.shape[across]) * info.smallest_normal * info.eps
+        off = (after - before).abs() - slack
+        if not bool((off <= 0).all()):
+            row = int(off.nan_to_num(nan=math.inf).argmax())
+            raise FoldError(
+                f"{file}: row {row} of {name} has norm {float(after[row]):.8g}, but {float(before[row]):.8g} in the "
+                "base, and a rotation preserves norms. Check the disk, and whether another process writes to the file."
+            )
+
+
+@contextlib.contextmanager
+def bar(what: str, total: int, *, wanted: bool) -> Iterator[Callable[[int], object]]:
+    """Yield a function that advances the progress bar by some bytes; there is no bar unless `wanted`, on a terminal.
+
+    Example:
+        >>> with bar("folding", 100, wanted=False) as advance:
+        ...     _ = advance(100)
+    """
+    if not wanted:
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda count: progress.advance(task, count)

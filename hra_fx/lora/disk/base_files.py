@@ -11,9 +11,8 @@ from hra_fx.checkpoint.disk.architecture import Architecture
 from hra_fx.checkpoint.disk.arguments import PIPELINE, Source, base_folder
 from hra_fx.checkpoint.disk.file_names import FileNames
 from hra_fx.checkpoint.disk.requests import Renaming, renaming_of, touches
-from hra_fx.checkpoint.disk.stored import StoredTensor
+from hra_fx.checkpoint.disk.stored import SAFE, StoredTensor, WeightSet, weight_sets
 from hra_fx.checkpoint.disk.ties import tied_to
-from hra_fx.checkpoint.disk.weight_files import SAFE, WeightSet, weight_sets
 from hra_fx.errors import CheckpointError
 
 #: Names of the files that transformers, timm and diffusers load.

@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from hra_fx.checkpoint.disk.architecture import CONFIG, Architecture
-from hra_fx.checkpoint.disk.naming import IN_MEMORY
+from hra_fx.checkpoint.disk.architecture import CONFIG, IN_MEMORY, Architecture
 from hra_fx.errors import CheckpointError
 from hra_fx.layers.target import LayerKind, describe
 from hra_fx.lora.disk.base_files import BaseFiles

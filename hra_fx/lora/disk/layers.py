@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from hra_fx.checkpoint.disk.progress_bar import bar
 from hra_fx.checkpoint.disk.rotation import Rotation
 from hra_fx.checkpoint.disk.stored import StoredTensor
+from hra_fx.checkpoint.disk.writing import bar
 from hra_fx.layers.target import LayerKind
 from hra_fx.lora.adapter import LoraLayer
 from hra_fx.lora.disk.experts import StoredExperts

@@ -9,13 +9,12 @@ from collections.abc import Callable, Collection, Sequence
 from torch import Tensor, nn
 
 from hra_fx.checkpoint.adapter import Adapter, read_adapter
-from hra_fx.checkpoint.disk.architecture import CONFIG
+from hra_fx.checkpoint.disk.architecture import CONFIG, IN_MEMORY
 from hra_fx.checkpoint.disk.arguments import Source
-from hra_fx.checkpoint.disk.base_check import check_base
-from hra_fx.checkpoint.disk.edits import rotation_of
-from hra_fx.checkpoint.disk.naming import IN_MEMORY
+from hra_fx.checkpoint.disk.plan import rotation_of
 from hra_fx.checkpoint.disk.requests import (
     Requests,
+    check_base,
     check_complete,
     check_embeddings,
     check_given,

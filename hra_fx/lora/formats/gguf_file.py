@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hra_fx.atomic_write import atomic_write
-from hra_fx.checkpoint.weights import non_finite
+from hra_fx.checkpoint.folder import non_finite
 from hra_fx.errors import AdapterError, CheckpointError
 from hra_fx.lora.adapter import LoraAdapter, LoraLayer
 from hra_fx.lora.formats.gguf_names import INSTEAD, find_architecture, rows_in_order, tensor_name

@@ -1,4 +1,4 @@
-"""Checkpoints of tiny models, adapters for them, and what the fold in memory makes of both."""
+"""Checkpoints of tiny models, adapters for them, what the fold in memory makes of both, and refused folds on disk."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from safetensors import safe_open
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import hra_fx
+from hra_fx.errors import CheckpointError, HRAError
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 37}
 
@@ -163,3 +165,30 @@ def stack_adapter(folder: Path, layers: int = 3, width: int = 6, seed: int = 3, 
     save_file(vectors, folder / "adapter_model.safetensors", {"format": "pt"})
     hra_fx.HRAConfig(r=r, target_modules=[str(i) for i in range(layers)]).save_pretrained(folder)
     return folder
+
+
+def refused(tmp_path: Path, adapter: Any = None, kind: type[HRAError] = CheckpointError, **options: Any) -> str:
+    """The message, without the folder of the test, after a look that nothing was written or changed."""
+    before = {name: picture(tmp_path / name) for name in ("base", "adapter", "out")}
+    names = {path.name for path in tmp_path.iterdir()}
+    where = {"base_dir": tmp_path / "base", "out_dir": tmp_path / "out", **options}
+    with pytest.raises(kind) as caught:
+        hra_fx.fold_checkpoint(adapter_dir=tmp_path / "adapter" if adapter is None else adapter, **where)
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert {name: picture(tmp_path / name) for name in before} == before
+    return str(caught.value).replace(f"{tmp_path}/", "").replace(str(tmp_path), "TMP")
+
+
+def stack(tmp_path: Path, **options: Any) -> None:
+    linear_stack(tmp_path / "base", **options)
+    stack_adapter(tmp_path / "adapter", **options)
+
+
+def rewrite(tmp_path: Path, **config: Any) -> None:
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+
+
+def add(tmp_path: Path, **tensors: torch.Tensor) -> None:
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({**load_file(file), **tensors}, file)

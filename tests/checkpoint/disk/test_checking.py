@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import hra_fx
 from hra_fx.checkpoint.disk.arguments import read_request
-from hra_fx.checkpoint.disk.checking import check_copy, check_file
 from hra_fx.checkpoint.disk.plan import FilePlan, plan_fold
+from hra_fx.checkpoint.disk.writing import check_copy, check_file
 from hra_fx.errors import FoldError
 
 

@@ -14,7 +14,6 @@ import torch
 import transformers
 from checkpoint.disk import made
 from oracles import dense_q, dense_weight, relative_error
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -145,19 +144,6 @@ def test_a_head_that_the_base_does_not_have_is_added(tmp_path: Path) -> None:
     assert torch.equal(loaded.classifier.weight, state["classifier.weight"])
 
 
-def test_an_added_tensor_stays_aligned_and_metadata_is_kept(tmp_path: Path) -> None:
-    model = made.llama(tie_word_embeddings=True)
-    base = made.base_of(model, tmp_path / "base")
-    state = made.tensors(base)
-    save_file(state | {"odd": torch.ones(3, dtype=torch.uint8)}, base / "model.safetensors", {"format": "pt", "x": "y"})
-    adapter = made.adapter_of(model, tmp_path / "adapter", "lm_head")
-    hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", verify=True)
-    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt", "x": "y"}
-        assert set(file.keys()) == {*state, "odd", "lm_head.weight"}
-        assert torch.equal(file.get_tensor("model.norm.weight"), state["model.norm.weight"])
-
-
 def test_links_are_followed_as_in_the_cache_of_the_hub(tmp_path: Path) -> None:
     base = made.linear_stack(tmp_path / "blobs", layers=2)
     (tmp_path / "base").mkdir()
@@ -212,33 +198,6 @@ def test_a_progress_bar_on_a_terminal(tmp_path: Path) -> None:
     os.close(terminal)
     assert "writing outTrue" in shown and "kB" in shown
     assert "writing outFalse" not in shown
-
-
-@pytest.mark.parametrize("given", ["12", 1.5])
-def test_totals_of_an_index_that_are_no_numbers_stay_as_they_are(tmp_path: Path, given: object) -> None:
-    model = made.llama(tie_word_embeddings=True)
-    base = made.base_of(model, tmp_path / "base", max_shard_size="4KB")
-    adapter = made.adapter_of(model, tmp_path / "adapter", "lm_head")
-    index = base / "model.safetensors.index.json"
-    for metadata in ({"total_size": given}, ["a"], None):
-        index.write_text(json.dumps(json.loads(index.read_text()) | {"metadata": metadata}))
-        hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", overwrite=True)
-        entries = json.loads((tmp_path / "out" / index.name).read_text())
-        more = made.tensors(tmp_path / "out")["lm_head.weight"].nbytes
-        due = {"total_size": given + more if type(given) is float else given} if metadata else metadata
-        assert entries["metadata"] == (due if isinstance(metadata, dict) else metadata)
-        assert "lm_head.weight" in entries["weight_map"]
-
-
-def test_vectors_of_eight_bits_with_gram_schmidt(tmp_path: Path) -> None:
-    base, adapter = made.linear_stack(tmp_path / "base", 1, 16), made.stack_adapter(tmp_path / "adapter", 1, 16)
-    key = "base_model.model.0.hra_u"
-    vectors = made.tensors(adapter)[key].to(torch.float8_e4m3fn)
-    save_file({key: vectors}, adapter / "adapter_model.safetensors", {"format": "pt"})
-    hra_fx.HRAConfig(r=2, target_modules=["0"], apply_GS=True).save_pretrained(adapter)
-    hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", verify=True)
-    due = dense_weight(made.tensors(base)["0.weight"], dense_q(vectors.double(), apply_GS=True))
-    assert relative_error(made.tensors(tmp_path / "out")["0.weight"], due) < 1e-6
 
 
 def test_layers_that_have_other_names_in_the_file(tmp_path: Path) -> None:

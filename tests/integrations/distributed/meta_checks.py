@@ -149,7 +149,7 @@ def report_of_this_rank(rank: int, folder: Path) -> None:
         (row,) = hra_fx.report(model)
         rows = 5 - rank
         assert (row.parameters, row.bytes, row.bytes_here) == (18, 144, rows * 2 * 8)
-        text = f"1 adapted layer, 18 adapter parameters (144 B; {rows * 2} and {rows * 16} B on this rank), adapter"
+        text = f"1 adapted layer, 18 adapter parameters (144 bytes; {rows * 2} and {rows * 16} bytes on this rank)"
         assert text in str(hra_fx.report(model))
         model.to_empty(device="cpu")
 
