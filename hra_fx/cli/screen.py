@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -36,6 +35,11 @@ def _console(stream: TextIO) -> Console:
     return Console(file=stream, width=width, highlight=False)
 
 
+def show_result(result: Any, *, as_json: bool) -> None:
+    """Print a result of the library: its own summary, or its fields as JSON."""
+    show_json(result) if as_json else stdout().print(str(result), markup=False, soft_wrap=True)
+
+
 def show_table(columns: Sequence[Column], rows: Collection[Sequence[str]]) -> None:
     """Print a table with as many columns as fit; empty columns are left out."""
     console = stdout()
@@ -55,8 +59,7 @@ def show_heading(title: str, facts: Mapping[str, str]) -> None:
     for name, text in facts.items():
         if text:
             grid.add_row(Text(name), Text(text))
-    if grid.row_count:
-        console.print(Padding(grid, (0, 0, 0, 2), expand=False))
+    console.print(Padding(grid, (0, 0, 0, 2), expand=False))
 
 
 def show_lines(heading: str, lines: Collection[str]) -> None:
@@ -68,27 +71,16 @@ def show_lines(heading: str, lines: Collection[str]) -> None:
 
 
 def show_json(content: Any) -> None:
-    """Print JSON, with null for non-finite numbers, and escapes for characters that the stream cannot encode."""
-    text = json.dumps(_plain(content), indent=2, allow_nan=False, ensure_ascii=False)
-    try:
-        text.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        text = json.dumps(_plain(content), indent=2, allow_nan=False)
-    typer.echo(text)
+    """Print JSON, with null for non-finite numbers."""
+    known = json.loads(json.dumps(content, default=_plain), parse_constant=lambda name: None)
+    typer.echo(json.dumps(known, indent=2))
 
 
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value.as_posix() if isinstance(value, Path) else value
+    """A path, a set or a dataclass for JSON."""
+    if isinstance(value, Path):
+        return value.as_posix()
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else sorted(value)  # type: ignore[arg-type]
 
 
 def count(number: int, noun: str) -> str:
@@ -98,3 +90,12 @@ def count(number: int, noun: str) -> str:
     ('1 layer', '2,000 layers')
     """
     return f"{number:,} {noun}" + "s" * (number != 1)
+
+
+def span(numbers: Collection[int]) -> str:
+    """The smallest and the largest number.
+
+    >>> span([4, 2, 3]), span([3, 3])
+    ('2 to 4', '3')
+    """
+    return str(min(numbers)) if len(set(numbers)) == 1 else f"{min(numbers)} to {max(numbers)}"

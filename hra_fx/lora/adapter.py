@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hra_fx.config import HRAConfig
+from hra_fx.errors import AdapterError
 from hra_fx.layers.target import LayerKind
 from hra_fx.selection.suggestions import suffixes
+
+#: HRA's `bias` -> LoRA's, from the least to the most.
+_BIASES = {"none": "none", "hra_only": "lora_only", "all": "all"}
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,31 @@ class LoraAdapter:
     def rank(self) -> int:
         """The one rank of all layers: the largest, at least 1."""
         return max([1, *(layer.rank for layer in self.layers)])
+
+
+def from_configs(configs: Sequence[HRAConfig], **fields: Any) -> LoraAdapter:
+    """One LoRA for adapters with these configurations; `fields`: all that does not follow from them.
+
+    >>> from_configs([HRAConfig(task_type="CAUSAL_LM"), HRAConfig(bias="hra_only")], layers=()).bias
+    'lora_only'
+    """
+    saved = dict.fromkeys(name for config in configs for name in config.modules_to_save or ())
+    return LoraAdapter(
+        bias=_BIASES[max((config.bias for config in configs), key=list(_BIASES).index)],
+        modules_to_save=tuple(saved),
+        task_type=next((config.task_type for config in configs if config.task_type), None),
+        **fields,
+    )
+
+
+def check_rank(rank: int | None) -> None:
+    """Check the largest rank of a layer.
+
+    Raises:
+        AdapterError: it is not a positive int or `None`.
+    """
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise AdapterError(f"`rank` must be a positive int or None, got {rank!r}.")
 
 
 def exact_targets(adapted: Collection[str], modules: Collection[str]) -> list[str] | str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from checkpoint.disk import made
 from cli.conftest import Shelf
-from cli.shell import Answer, answer, mistake, picture, usage
+from cli.shell import Answer, answer, mistake, usage
 
 import hra_fx
 
@@ -16,12 +16,12 @@ def test_the_same_folder_as_by_the_function_and_the_way_back(shelf: Shelf, tmp_p
     adapters = [shelf / "my-adapter", shelf / "second"]
     done = Answer("fold", shelf / "my-model", *adapters, tmp_path / "folded", "--json", "-q", "--rows")
     hra_fx.fold_checkpoint(shelf / "my-model", adapters, tmp_path / "other", progress=False)
-    assert picture(tmp_path / "folded") == picture(tmp_path / "other")
+    assert made.picture(tmp_path / "folded") == made.picture(tmp_path / "other")
     assert done.json["folder"] == (tmp_path / "folded").as_posix() and len(done.json["rotated"]) == 6
     back = Answer("unfold", tmp_path / "folded", *adapters, tmp_path / "back", "--json", "--verify")
     assert (back.code, back.json["verified"]) == (0, True)
     hra_fx.unfold_checkpoint(tmp_path / "other", adapters, tmp_path / "plain", progress=False)
-    assert picture(tmp_path / "back") == picture(tmp_path / "plain")
+    assert made.picture(tmp_path / "back") == made.picture(tmp_path / "plain")
     said = mistake("fold", shelf / "my-model", *adapters, tmp_path / "columns", "--columns", "q_proj")
     assert "is (out, in) according to config.json, but (in, out) according to columns (--columns, --rows)" in said
 
@@ -35,7 +35,7 @@ def test_a_part_of_a_pipeline(tmp_path: Path) -> None:
     assert "no subfolder with an adapter is named like a part of the pipeline" in said
     assert said.endswith("(--part unet).")
     assert "out/unet" not in answer(*words, "--part", "unet")
-    assert picture(tmp_path / "out").keys() == picture(tmp_path / "pipe").keys()
+    assert made.picture(tmp_path / "out").keys() == made.picture(tmp_path / "pipe").keys()
 
 
 def test_errors_and_warnings_of_the_library_are_printed(shelf: Shelf, tmp_path: Path) -> None:
@@ -48,8 +48,8 @@ def test_errors_and_warnings_of_the_library_are_printed(shelf: Shelf, tmp_path: 
     assert mistake(*words) == (
         f"{out}: the output folder is not empty. Choose another folder, or overwrite=True (--overwrite)."
     )
-    assert picture(out) == {"mine.txt": b"mine"}
+    assert made.picture(out) == {"mine.txt": b"mine"}
     done = Answer(*words, "--overwrite")
-    assert done.code == 0 and "mine.txt" not in picture(out)
+    assert done.code == 0 and "mine.txt" not in made.picture(out)
     assert done.err.startswith(f"warning: {out}: pytorch_model.bin still contain the base model's weights.")
     assert "Missing argument 'ADAPTER'" in usage("fold", tmp_path / "base", out)

@@ -127,15 +127,6 @@ def test_a_part_that_was_transformed_is_saved_for_the_whole_model(part: str, tmp
     assert relative_error(logits(loaded(base, tmp_path)) - before, wanted - before) < 1e-5
 
 
-def test_a_path_that_ends_another_one_is_matched_alone(tmp_path: Path) -> None:
-    def make() -> nn.Module:
-        return nn.ModuleDict({"fc": nn.Linear(6, 4), "block": nn.ModuleDict({"fc": nn.Linear(6, 4)})})
-
-    base, model = pair(make, HRAConfig(r=2, target_modules="fc"))
-    hra_fx.save_as_lora(model, tmp_path)
-    assert loaded(base, tmp_path).targeted_module_names == ["fc"]
-
-
 def test_a_rank_for_a_path_that_ends_another_one(tmp_path: Path) -> None:
     def make() -> nn.Module:
         return nn.ModuleDict({"block": nn.ModuleDict({"fc": nn.Linear(16, 12)}), "fc": nn.Linear(16, 12)})

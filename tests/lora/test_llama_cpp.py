@@ -63,6 +63,12 @@ def check(model: nn.Module, continuation: Continuation, tolerance: float = EXACT
     assert float((continuation.log_probabilities - expected).abs().max()) < tolerance
 
 
+def answer(base: Path, *adapters: Path) -> Continuation:
+    """What llama.cpp says with adapters."""
+    with serve(base, *adapters) as server:
+        return server.complete(PROMPT, COUNT, top=VOCABULARY)
+
+
 def test_hot_swap_of_two_adapters_in_one_server(tmp_path: Path) -> None:
     model = tiny("llama")
     base = write_model(model, tmp_path / "base.gguf")
@@ -87,16 +93,19 @@ def test_hot_swap_of_two_adapters_in_one_server(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model_type", MODELS)
 def test_every_layer_of_every_architecture(model_type: str, tmp_path: Path) -> None:
+    """Also with an adapter that was not trained, which changes nothing."""
     tolerance = tolerance_of(model_type)
     model = tiny(model_type)
     base = write_model(model, tmp_path / "base.gguf")
-    with serve(base) as server:
-        before = server.complete(PROMPT, COUNT, top=VOCABULARY)
+    before = answer(base)
     check(model, before, tolerance)
-    adapt(model)
+    hra_fx.transform(model, hra_fx.HRAConfig(r=4, target_modules=linears(model)))
+    with pytest.warns(hra_fx.HRAWarning, match="do not change any weight"):
+        hra_fx.save_as_lora(model, tmp_path / "fresh.gguf")
+    check(model, answer(base, tmp_path / "fresh.gguf"), tolerance)
+    randomise(model)
     hra_fx.save_as_lora(model, tmp_path / "adapter.gguf")
-    with serve(base, tmp_path / "adapter.gguf") as server:
-        after = server.complete(PROMPT, COUNT, top=VOCABULARY)
+    after = answer(base, tmp_path / "adapter.gguf")
     check(model, after, tolerance)
     assert float((after.log_probabilities[0] - before.log_probabilities[0]).abs().max()) > 0.5
 
@@ -108,8 +117,7 @@ def test_half_precision(dtype: torch.dtype, tolerance: float, tmp_path: Path) ->
     base = write_model(model, tmp_path / "base.gguf")
     adapt(model)
     hra_fx.save_as_lora(model, tmp_path / "adapter.gguf", dtype=dtype)
-    with serve(base, tmp_path / "adapter.gguf") as server:
-        said = server.complete(PROMPT, COUNT, top=VOCABULARY)
+    said = answer(base, tmp_path / "adapter.gguf")
     assert float((said.log_probabilities - log_probabilities(model, said)).abs().max()) < tolerance
     with hra_fx.disable_adapters(model):
         assert float((said.log_probabilities - log_probabilities(model, said)).abs().max()) > 0.5
@@ -121,18 +129,7 @@ def test_a_model_without_head(model_type: str, tmp_path: Path) -> None:
     base = write_model(model, tmp_path / "base.gguf")
     adapt(model.base_model)
     hra_fx.save_as_lora(model.base_model, tmp_path / "adapter.gguf")
-    with serve(base, tmp_path / "adapter.gguf") as server:
-        check(model, server.complete(PROMPT, COUNT, top=VOCABULARY), tolerance_of(model_type))
-
-
-def test_an_adapter_that_was_not_trained_changes_nothing(tmp_path: Path) -> None:
-    model = tiny("llama")
-    base = write_model(model, tmp_path / "base.gguf")
-    hra_fx.transform(model, hra_fx.HRAConfig(r=4, target_modules=linears(model)))
-    with pytest.warns(hra_fx.HRAWarning, match="do not change any weight"):
-        hra_fx.save_as_lora(model, tmp_path / "adapter.gguf")
-    with serve(base, tmp_path / "adapter.gguf") as server:
-        check(model, server.complete(PROMPT, COUNT, top=VOCABULARY))
+    check(model, answer(base, tmp_path / "adapter.gguf"), tolerance_of(model_type))
 
 
 def test_the_language_model_of_a_multimodal_model(tmp_path: Path) -> None:
@@ -145,8 +142,7 @@ def test_the_language_model_of_a_multimodal_model(tmp_path: Path) -> None:
     model.tie_weights()
     adapt(model, *(path for path in linears(model) if ".language_model." in path))
     hra_fx.save_as_lora(model, tmp_path / "adapter.gguf")
-    with serve(base, tmp_path / "adapter.gguf") as server:
-        check(model, server.complete(PROMPT, COUNT, top=VOCABULARY), TABULATED)
+    check(model, answer(base, tmp_path / "adapter.gguf"), TABULATED)
 
 
 def test_llama_cpp_refuses_an_adapter_of_a_tied_output_layer(tmp_path: Path) -> None:

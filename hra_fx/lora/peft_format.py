@@ -6,18 +6,14 @@ read one rank and one alpha for the whole adapter; layers of a smaller rank are 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hra_fx.checkpoint.folder import write
 from hra_fx.checkpoint.keys import PREFIX
 from hra_fx.lora.adapter import LoraAdapter, LoraLayer, exact_targets
-from hra_fx.lora.formats.peft_experts import experts_tensors
 from hra_fx.lora.peft_names import parameter_targets
 from hra_fx.selection.suggestions import suffixes
 
@@ -42,24 +38,15 @@ def peft_form(
         # Cast at once, so that only one layer has a second copy in float64.
         A, B = (factor.to(dtype).contiguous() for factor in layer.padded(ranks[path]))
         if layer.kind == "experts":
-            factors |= experts_tensors(layer, adapter.layers, A, B)
+            factors |= _experts_tensors(layer, adapter.layers, A, B)
             continue
-        factors[f"{path}.lora_A.weight"] = _as_filters(A, layer)
+        # A convolution with as many filters as the rank.
+        factors[f"{path}.lora_A.weight"] = A.reshape(len(A), -1, *layer.kernel) if layer.kernel else A
         factors[f"{path}.lora_B.weight"] = B.reshape(*B.shape, *(1 for _ in layer.kernel))
         if layer.kind == "attention":
             factors |= _output_projection(path, A.shape[1], ranks[path], dtype)
     copies = {_peft_key(key, layers): tensor for key, tensor in adapter.copies.items()}
     return _config(adapter, ranks, parameters), {f"{PREFIX}{key}": tensor for key, tensor in (factors | copies).items()}
-
-
-def write_peft(adapter: LoraAdapter, folder: Path, dtype: torch.dtype, *, rank_pattern: bool = False) -> None:
-    """Write the folder, atomically.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
-    config, tensors = peft_form(adapter, dtype, rank_pattern=rank_pattern)
-    write(folder, json.dumps(config, indent=2, sort_keys=True), tensors, {})
 
 
 def _config(adapter: LoraAdapter, ranks: Mapping[str, int], parameters: Mapping[str, str]) -> dict[str, Any]:
@@ -102,6 +89,25 @@ def _peft_key(key: str, layers: Mapping[str, LoraLayer]) -> str:
     return f"{parent}.base_layer.out_proj.base_layer.bias" if inside else key
 
 
-def _as_filters(A: Tensor, layer: LoraLayer) -> Tensor:
-    """`A` as the weight of a convolution with as many filters as its rank; of other layers, itself."""
-    return A.reshape(len(A), -1, *layer.kernel) if layer.kernel else A
+def _experts_tensors(layer: LoraLayer, layers: Iterable[LoraLayer], A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    """The two tensors of the experts in one parameter, as PEFT's `ParamWrapper` has them.
+
+    PEFT wraps a module once for each of its adapted parameters, one wrapper around the other; the last parameter has
+    the outermost. Source: `peft.tuners.lora.layer.ParamWrapper`, PEFT 0.21.
+
+    Args:
+        layer: the experts.
+        layers: all layers of the adapter.
+        A: `(experts, rank, d)`.
+        B: `(experts, out, rank)`.
+
+    Returns:
+        `lora_A.weight: (experts * rank, d)`, in which the ranks of an expert are together, and
+        `lora_B.weight: (out, rank * experts)`, in which the experts of a rank are.
+    """
+    owner = layer.path.rpartition(".")[0]
+    outside = [one for one in layers if one.kind == "experts" and one.path.rpartition(".")[0] == owner]
+    depth = sum(one.place > layer.place for one in outside)
+    place = ".".join([owner, *["base_layer"] * depth]).lstrip(".")
+    down, up = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
+    return {f"{place}.lora_A.weight": down.contiguous(), f"{place}.lora_B.weight": up.contiguous()}
