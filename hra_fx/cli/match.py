@@ -125,7 +125,8 @@ def _configuration(folder: Path | None, fields: dict[str, Any]) -> HRAConfig:
 
     if folder is None:
         return HRAConfig(**fields)
-    return dataclasses.replace(HRAConfig.from_pretrained(folder), **fields)
+    # A saved configuration is for inference, in which nothing is trained.
+    return dataclasses.replace(HRAConfig.from_pretrained(folder), inference_mode=False, **fields)
 
 
 def _summarize(path: Path, config: HRAConfig) -> dict[str, Any]:

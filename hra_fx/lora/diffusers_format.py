@@ -174,7 +174,7 @@ def adapters_of(
     if names is not None and not (names and {name for own in present.values() for name in own}.issuperset(names)):
         there = "; ".join(f"{part}: {', '.join(map(repr, configs))}" for part, configs in present.items())
         raise AdapterError(f"`adapter_names` must name adapters of the parts, got {names}. There are {there}.")
-    found = {}
+    found: dict[str, LoraAdapter] = {}
     for part, model in parts.items():
         own = None if names is None else [name for name in names if name in present[part]]
         try:

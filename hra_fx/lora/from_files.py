@@ -42,9 +42,8 @@ from hra_fx.checkpoint.keys import PREFIX, copy_key
 from hra_fx.errors import CheckpointError
 from hra_fx.layers.experts_weight import parameter_of
 from hra_fx.layers.target import LayerKind, describe
-from hra_fx.lora.adapted_weight import AdaptedWeight, Matrix
-from hra_fx.lora.adapter import LoraAdapter, check_rank, from_configs
-from hra_fx.lora.peft_names import check_names, has_experts, renamings_of
+from hra_fx.lora.adapter import AdaptedWeight, LoraAdapter, Matrix, check_rank, from_configs
+from hra_fx.lora.peft_format import check_names, has_experts, renamings_of
 from hra_fx.lora.unsupported import OUTPUT_PROJECTION, OWN_FORWARD, check_reads, unsupported, why_not_convolution
 
 _THREADS = min(4, os.cpu_count() or 1)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from hra_fx.errors import ConfigError
 from hra_fx.lora.adapter import LoraAdapter, exact_targets
 from hra_fx.lora.gguf_format import is_tied
-from hra_fx.lora.peft_names import parameter_targets
+from hra_fx.lora.peft_format import parameter_targets
 
 __all__ = ["check_for_server"]
 

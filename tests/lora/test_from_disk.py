@@ -15,7 +15,7 @@ import torch
 import transformers
 from checkpoint.disk import made
 from diffusion_models import unet
-from moe_models import NAMES, TARGETS, built, call_of
+from moe_models import NAMES, TARGETS, built
 from oracles import dense_q, relative_error
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
@@ -25,7 +25,6 @@ import hra_fx
 from hra_fx.lora.adapter import LoraAdapter, LoraLayer
 from hra_fx.lora.from_files import read_as_lora
 from hra_fx.lora.from_model import lora_adapter
-from hra_fx.lora.save import convert_files
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 U = "base_model.model.{}.hra_u"
@@ -295,16 +294,3 @@ def test_experts_are_those_of_the_model_in_memory(name: str, fields: dict[str, A
         assert (layer.kind, layer.place, layer.rank) == (other.kind, other.place, other.rank), path
         # The file has orthonormal vectors in float32, and the model computes them in float64.
         assert relative_error(change(layer), change(other)) < (1e-6 if "apply_GS" in fields else 1e-11), path
-
-
-def test_peft_loads_converted_experts(tmp_path: Path) -> None:
-    model: Any = built("mixtral", torch.float32, "eager")
-    base = made.base_of(model, tmp_path / "base", torch.float32)
-    adapter = made.adapter_of(model, tmp_path / "adapter", target_parameters=TARGETS, target_modules=None)
-    convert_files([adapter], base, tmp_path / "lora", progress=False)
-    adapted = hra_fx.load_adapter(type(model).from_pretrained(base, experts_implementation="eager"), adapter)
-    plain = type(model).from_pretrained(base, experts_implementation="eager")
-    loaded = peft.PeftModel.from_pretrained(plain, tmp_path / "lora")
-    call = call_of("mixtral")
-    with torch.no_grad():
-        assert relative_error(loaded(**call).logits, adapted(**call).logits) <= 1e-5

@@ -12,7 +12,7 @@ import torch
 import transformers
 from adapting import randomise
 from gguf_models import MODELS, VOCABULARY, tiny, write_model
-from llama_cpp import Continuation, serve
+from llama_cpp import Continuation, complete, serve
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -65,8 +65,7 @@ def check(model: nn.Module, continuation: Continuation, tolerance: float = EXACT
 
 def answer(base: Path, *adapters: Path) -> Continuation:
     """What llama.cpp says with adapters."""
-    with serve(base, *adapters) as server:
-        return server.complete(PROMPT, COUNT, top=VOCABULARY)
+    return complete(serve(base, *adapters), PROMPT, COUNT, top=VOCABULARY)
 
 
 def test_hot_swap_of_two_adapters_in_one_server(tmp_path: Path) -> None:
@@ -78,15 +77,14 @@ def test_hot_swap_of_two_adapters_in_one_server(tmp_path: Path) -> None:
     files = {name: tmp_path / f"{name}.gguf" for name in ("a", "b")}
     for name, file in files.items():
         hra_fx.save_as_lora(model, file, name)
-    with serve(base, *files.values()) as server:
-        said = {}
-        for turn, name in enumerate("aba"):
-            said[f"{name}{turn}"] = server.complete(PROMPT, COUNT, {0: name == "a", 1: name == "b"}, VOCABULARY)
-            hra_fx.set_adapter(model, name)
-            check(model, said[f"{name}{turn}"])
-        neither = server.complete(PROMPT, COUNT, {0: 0.0, 1: 0.0}, VOCABULARY)
-        with hra_fx.disable_adapters(model):
-            check(model, neither)
+    server, said = serve(base, *files.values()), {}
+    for turn, name in enumerate("aba"):
+        said[f"{name}{turn}"] = complete(server, PROMPT, COUNT, {0: name == "a", 1: name == "b"}, VOCABULARY)
+        hra_fx.set_adapter(model, name)
+        check(model, said[f"{name}{turn}"])
+    neither = complete(server, PROMPT, COUNT, {0: 0.0, 1: 0.0}, VOCABULARY)
+    with hra_fx.disable_adapters(model):
+        check(model, neither)
     assert len({tuple(answer.tokens) for answer in (said["a0"], said["b1"], neither)}) == 3
     assert said["a0"].tokens == said["a2"].tokens
 
@@ -153,8 +151,8 @@ def test_llama_cpp_refuses_an_adapter_of_a_tied_output_layer(tmp_path: Path) -> 
     hra_fx.save_as_lora(untied, tmp_path / "adapter.gguf")
     names = [tensor.name for tensor in gguf.GGUFReader(tmp_path / "adapter.gguf").tensors]
     assert names == ["output.weight.lora_a", "output.weight.lora_b"]
-    with pytest.raises(RuntimeError, match="Failed to init server"), serve(base, tmp_path / "adapter.gguf"):
-        pass
+    with pytest.raises(RuntimeError, match="Failed to init server"):
+        serve(base, tmp_path / "adapter.gguf")
 
 
 @pytest.mark.slow
@@ -173,9 +171,8 @@ def test_smollm2_over_its_4_bit_file(tmp_path: Path) -> None:
 
     prompt = tokenizer(smollm2_newsgroups.SENTENCE)["input_ids"]
     files = _data.smollm2()
-    with serve(Path(files["pretrained_model_name_or_path"], files["gguf_file"]), tmp_path / "adapter.gguf") as server:
-        after = server.complete(prompt, 9)
-        before = server.complete(prompt, 5, {0: 0.0})
+    server = serve(Path(files["pretrained_model_name_or_path"], files["gguf_file"]), tmp_path / "adapter.gguf")
+    after, before = complete(server, prompt, 9), complete(server, prompt, 5, {0: 0.0})
     # So far, the second most probable tokens are farther away than the rounding errors of llama.cpp.
     check_greedy(model, after, prompt)
     with hra_fx.disable_adapters(model):

@@ -27,6 +27,9 @@ def test_the_factors_are_the_change_of_the_weight(kind: str, r: int, apply_GS: b
     assert relative_error(exported_change(tensors, "0"), wanted) < 1e-6
     assert config["r"] == config["lora_alpha"] == int(torch.linalg.matrix_rank(wanted, rtol=1e-7))
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    # They are balanced, so that half precision rounds both alike.
+    A, B = (torch.linalg.svdvals(tensors[f"base_model.model.0.lora_{name}.weight"].flatten(1)) for name in "AB")
+    assert relative_error(A, B) < 1e-5
 
 
 @quick
