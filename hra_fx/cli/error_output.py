@@ -13,7 +13,7 @@ import typer
 from rich.text import Text
 from typer.core import TyperGroup
 
-from hra_fx.cli.screen import stderr
+from hra_fx.cli.screen import console_on
 from hra_fx.errors import HRAError, HRAWarning
 
 #: Exit code if a check failed.
@@ -53,7 +53,7 @@ class ErrorHandlingGroup(TyperGroup):
 
 def print_message(kind: str, text: str, style: str) -> None:
     """Print one line to stderr, without wrapping if it is not a terminal."""
-    stderr().print(Text.assemble((kind, style), ": ", text))
+    console_on(sys.stderr).print(Text.assemble((kind, style), ": ", text))
 
 
 def _text(error: HRAError | OSError) -> str:

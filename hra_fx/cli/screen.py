@@ -19,30 +19,20 @@ from rich.text import Text
 from hra_fx.reporting.table import UNLIMITED, Column, fit_table, min_width
 
 
-def stdout() -> Console:
-    """The console for results."""
-    return _console(sys.stdout)
-
-
-def stderr() -> Console:
-    """The console for messages."""
-    return _console(sys.stderr)
-
-
-def _console(stream: TextIO) -> Console:
-    # Lines are not wrapped in a file or a pipe.
+def console_on(stream: TextIO) -> Console:
+    """A console for results (stdout) or messages (stderr); lines are not wrapped in a file or a pipe."""
     width = None if stream.isatty() or "COLUMNS" in os.environ or "FORCE_COLOR" in os.environ else UNLIMITED
     return Console(file=stream, width=width, highlight=False)
 
 
 def show_result(result: Any, *, as_json: bool) -> None:
     """Print a result of the library: its own summary, or its fields as JSON."""
-    show_json(result) if as_json else stdout().print(str(result), markup=False, soft_wrap=True)
+    show_json(result) if as_json else console_on(sys.stdout).print(str(result), markup=False, soft_wrap=True)
 
 
 def show_table(columns: Sequence[Column], rows: Collection[Sequence[str]]) -> None:
     """Print a table with as many columns as fit; empty columns are left out."""
-    console = stdout()
+    console = console_on(sys.stdout)
     table = fit_table(columns, rows, console.width)
     # On a very narrow terminal, wrapped lines are better than no column with names.
     console.width = max(console.width, min_width(table))
@@ -51,7 +41,7 @@ def show_table(columns: Sequence[Column], rows: Collection[Sequence[str]]) -> No
 
 def show_heading(title: str, facts: Mapping[str, str]) -> None:
     """Print a title, and facts below it; empty facts are left out."""
-    console = stdout()
+    console = console_on(sys.stdout)
     console.print(Text(title, style="bold"))
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
@@ -64,7 +54,7 @@ def show_heading(title: str, facts: Mapping[str, str]) -> None:
 
 def show_lines(heading: str, lines: Collection[str]) -> None:
     """Print a heading, and lines below it."""
-    console = stdout()
+    console = console_on(sys.stdout)
     console.print(Text(heading, style="bold"))
     for line in lines:
         console.print(Padding(Text(line, overflow="fold"), (0, 0, 0, 2), expand=False))
