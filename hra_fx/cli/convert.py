@@ -36,14 +36,6 @@ class Form(StrEnum):
     hra_fx = "hra_fx"
 
 
-class Dtype(StrEnum):
-    """The dtype of LoRA factors."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-
 def convert(
     context: typer.Context,
     adapters: Annotated[
@@ -59,7 +51,9 @@ def convert(
         int | None,
         typer.Option("--rank", min=1, help="Limit the LoRA rank (best approximation). Default: exact."),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="Dtype of the LoRA factors.")] = Dtype.float32,
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="DTYPE", help="Dtype of the LoRA factors: float32, float16 or bfloat16.")
+    ] = "float32",
     rank_pattern: Annotated[
         bool, typer.Option("--rank-pattern", help="Keep each layer's own rank; few servers support it. Only for lora.")
     ] = False,
@@ -101,7 +95,7 @@ def convert(
         base,
         out,
         rank=rank,
-        dtype=dtype.value,
+        dtype=dtype,
         rank_pattern=rank_pattern,
         check=check,
         columns=[] if rows else columns or None,

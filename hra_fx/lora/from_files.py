@@ -42,7 +42,7 @@ from hra_fx.checkpoint.keys import PREFIX, copy_key
 from hra_fx.errors import CheckpointError
 from hra_fx.layers.experts_weight import parameter_of
 from hra_fx.layers.target import LayerKind, describe
-from hra_fx.lora.adapter import AdaptedWeight, LoraAdapter, Matrix, check_rank, from_configs
+from hra_fx.lora.adapter import AdaptedWeight, LoraAdapter, LoraLayer, Matrix, check_rank, from_configs
 from hra_fx.lora.peft_format import check_names, has_experts, renamings_of
 from hra_fx.lora.unsupported import OUTPUT_PROJECTION, OWN_FORWARD, check_reads, unsupported, why_not_convolution
 
@@ -121,14 +121,17 @@ def read_as_lora(
         model_config=opened.architecture.entries,
     )
     check(planned)
-    total = sum(weight.size for weight in weights)
-    layers = []
-    # Several at a time, because reading and multiplying block on different parts of the machine.
+    return dataclasses.replace(planned, layers=_converted(weights, rank, progress=progress))
+
+
+def _converted(weights: Sequence[AdaptedWeight], rank: int | None, *, progress: bool) -> tuple[LoraLayer, ...]:
+    """Several at a time, because reading and multiplying block on different parts of the machine."""
+    total, layers = sum(weight.size for weight in weights), []
     with bar("reading weights", total, wanted=progress) as advance, ThreadPoolExecutor(_THREADS, "hra_fx-lora") as pool:
         for weight, layer in zip(weights, pool.map(lambda each: each.as_lora(rank), weights), strict=True):
             layers.append(layer)
             advance(weight.size)
-    return dataclasses.replace(planned, layers=tuple(layers))
+    return tuple(layers)
 
 
 @dataclass(frozen=True)

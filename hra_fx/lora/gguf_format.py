@@ -129,7 +129,7 @@ def _tensor_names(adapter: LoraAdapter, gguf: Any) -> dict[str, str]:
         (int(part) for layer in adapter.layers for part in layer.path.split(".") if part.isdigit()), default=0
     )
     names = gguf.get_tensor_name_map(architectures[_architecture_of(adapter)], blocks)
-    return {layer.path: _tensor_name(layer, adapter, names.get_name) for layer in adapter.layers}
+    return {layer.path: _weight_name(layer, adapter, names.get_name) for layer in adapter.layers}
 
 
 def _factors(layer: LoraLayer, adapter: LoraAdapter, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -184,7 +184,7 @@ def _text_config(adapter: LoraAdapter) -> dict[str, Any]:
     return {**config, **(config.get("text_config") or {})}
 
 
-def _tensor_name(layer: LoraLayer, adapter: LoraAdapter, names: Callable[[str], str | None]) -> str:
+def _weight_name(layer: LoraLayer, adapter: LoraAdapter, names: Callable[[str], str | None]) -> str:
     """The name of the base weight of a layer, such as "blk.0.attn_q.weight".
 
     Args:

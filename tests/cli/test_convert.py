@@ -220,7 +220,6 @@ WRONG: dict[tuple[str, ...], str] = {
     ("out.gguf", "--to", "lora", "--base", "x"): "Invalid value for OUT: --to lora writes a folder",
     ("out", "--to", "gguf", "--base", "x"): "Invalid value for OUT: --to gguf writes a .gguf file",
     ("out", "--to", "lora", "--base", "x", "--rank", "0"): "Invalid value for '--rank'",
-    ("out", "--to", "lora", "--base", "x", "--dtype", "int8"): "Invalid value for '--dtype'",
     ("more", "out", "--to", "peft"): "Invalid value for ADAPTER: --to peft converts one adapter, got 2",
     ("out", "--to", "hra_fx", "--base", "x"): "Invalid value for --base: is an option of --to lora and --to gguf",
     ("out", "--to", "peft", "--rank-pattern"): "Invalid value for --rank-pattern: is an option of --to lora",
