@@ -16,14 +16,14 @@ from pathlib import Path
 
 from disk import HIDDEN, INNER, LARGEST, line, make, run
 
-from hra_fx.lora.disk.convert import convert_files
+from hra_fx.lora.save import convert_files
 
 MORE_THAN_READING, TIMES_LARGEST = 3.0, 4
 #: The largest weight that is adapted, in float32.
 LARGEST_ADAPTED = 4 * INNER * HIDDEN
 
 CONVERT = """
-from hra_fx.lora.disk.convert import convert_files
+from hra_fx.lora.save import convert_files
 def act(base, adapter, out, dtype):
     convert_files([adapter], base, out, dtype=dtype, progress=False)
 """

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import xllamacpp
 from torch import Tensor
-
-SILENT = -1
 
 
 class Continuation(NamedTuple):
@@ -30,52 +27,42 @@ class Continuation(NamedTuple):
     log_probabilities: Tensor
 
 
-class Server:
-    """A running server."""
-
-    def __init__(self, base: Path, adapters: Sequence[Path]) -> None:
-        parameters = xllamacpp.CommonParams()
-        parameters.model.path = str(base)
-        parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(path), 1.0) for path in adapters]
-        parameters.n_ctx = 256
-        # Exact: a cache of keys and values in float16 would cost 3 of the 7 digits.
-        parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        parameters.n_parallel = 1
-        parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
-        parameters.warmup = parameters.fit_params = False
-        parameters.verbosity = SILENT
-        self._server = xllamacpp.Server(parameters)
-
-    def complete(
-        self, prompt: Sequence[int], count: int, scales: Mapping[int, float] | None = None, top: int = 0
-    ) -> Continuation:
-        """Continue a prompt.
-
-        Args:
-            prompt: token ids.
-            count: number of tokens.
-            scales: strengths of adapters by their numbers, for this request. `None`: all are 1.
-            top: size of the vocabulary, if the log-probabilities of all tokens are needed.
-        """
-        request: dict[str, Any] = {"prompt": list(prompt), "max_tokens": count, "temperature": 0, "logprobs": top or 1}
-        if scales is not None:
-            request["lora"] = [{"id": number, "scale": scale} for number, scale in scales.items()]
-        choice = self._server.handle_completions(request)["choices"][0]
-        content = choice["logprobs"]["content"]
-        table = torch.full((len(content), top), -torch.inf, dtype=torch.float64)
-        for row, entry in zip(table, content, strict=True):
-            for candidate in entry["top_logprobs"] if top else ():
-                row[candidate["id"]] = candidate["logprob"]
-        chosen = torch.tensor([entry["logprob"] for entry in content], dtype=torch.float64)
-        return Continuation(choice["text"], [entry["id"] for entry in content], chosen, table)
+def serve(base: Path, *adapters: Path) -> Any:
+    """A server of a model file with adapters, all at strength 1, until nothing refers to it."""
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(base)
+    parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(path), 1.0) for path in adapters]
+    parameters.n_ctx = 256
+    # Exact: a cache of keys and values in float16 would cost 3 of the 7 digits.
+    parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    parameters.n_parallel = 1
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
+    parameters.warmup = parameters.fit_params = False
+    parameters.verbosity = -1  # silent
+    return xllamacpp.Server(parameters)
 
 
-@contextmanager
-def serve(base: Path, *adapters: Path) -> Iterator[Server]:
-    """A server of a model file with adapters, all at strength 1, that stops at the end."""
-    server = Server(base, adapters)
-    try:
-        yield server
-    finally:
-        del server._server
+def complete(
+    server: Any, prompt: Sequence[int], count: int, scales: Mapping[int, float] | None = None, top: int = 0
+) -> Continuation:
+    """Continue a prompt.
+
+    Args:
+        server: from `serve`.
+        prompt: token ids.
+        count: number of tokens.
+        scales: strengths of adapters by their numbers, for this request. `None`: all are 1.
+        top: size of the vocabulary, if the log-probabilities of all tokens are needed.
+    """
+    request: dict[str, Any] = {"prompt": list(prompt), "max_tokens": count, "temperature": 0, "logprobs": top or 1}
+    if scales is not None:
+        request["lora"] = [{"id": number, "scale": scale} for number, scale in scales.items()]
+    choice = server.handle_completions(request)["choices"][0]
+    content = choice["logprobs"]["content"]
+    table = torch.full((len(content), top), -torch.inf, dtype=torch.float64)
+    for row, entry in zip(table, content, strict=True):
+        for candidate in entry["top_logprobs"] if top else ():
+            row[candidate["id"]] = candidate["logprob"]
+    chosen = torch.tensor([entry["logprob"] for entry in content], dtype=torch.float64)
+    return Continuation(choice["text"], [entry["id"] for entry in content], chosen, table)

@@ -1,10 +1,11 @@
-"""Create a model from its `config.json`, on the meta device or with its weights."""
+"""Models made from their `config.json`, on the meta device or with weights, and their layers for tables and JSON."""
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,12 @@ from torch import nn
 
 from hra_fx.checkpoint.disk.architecture import CONFIG, LIBRARIES
 from hra_fx.checkpoint.disk.arguments import PIPELINE
+from hra_fx.cli.screen import show_table
 from hra_fx.errors import CheckpointError, HRAWarning
+from hra_fx.layers.experts_weight import ExpertsWeight
+from hra_fx.layers.target import describe, weight_place, width_of
+from hra_fx.reporting.grouping import starred
+from hra_fx.reporting.table import Column
 
 #: Quantization methods whose layers can be adapted, by their names in transformers.
 _QUANTIZED = ("bitsandbytes", "torchao")
@@ -31,12 +37,10 @@ def build(path: Path, *, weights: bool = False) -> tuple[nn.Module, str]:
     Raises:
         CheckpointError: the file is missing, its model type is unknown, or the model cannot be built or loaded.
     """
+    if (path / PIPELINE).is_file():
+        parts = sorted(found.parent.name for found in path.glob(f"*/{CONFIG}"))
+        raise CheckpointError(f"{path}: is a diffusers pipeline. Give one of its parts: {', '.join(parts)}.")
     file = path / CONFIG if path.is_dir() else path
-    if path.is_dir() and not file.is_file():
-        if (path / PIPELINE).is_file():
-            parts = sorted(found.parent.name for found in path.glob(f"*/{CONFIG}"))
-            raise CheckpointError(f"{path}: is a diffusers pipeline. Give one of its parts: {', '.join(parts)}.")
-        raise CheckpointError(f"{file}: no such file. {_EXPECTED}")
     entries = _entries(file)
     key = next((key for key in LIBRARIES if entries.get(key)), None)
     if key is None:
@@ -47,10 +51,8 @@ def build(path: Path, *, weights: bool = False) -> tuple[nn.Module, str]:
     if not weights:
         _warn_if_quantized(file, entries)
     try:
-        if weights:
-            return create(file, entries, True).eval(), library
-        with torch.device("meta"):
-            return create(file, entries, False).eval(), library
+        with torch.device("cpu" if weights else "meta"):
+            return create(file, entries, weights).eval(), library
     except CheckpointError:
         raise
     # An unusual configuration may raise anything in the constructors of hundreds of models.
@@ -63,13 +65,9 @@ def build(path: Path, *, weights: bool = False) -> tuple[nn.Module, str]:
 def _entries(file: Path) -> Mapping[str, Any]:
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot read the file ({error.strerror}). {_EXPECTED}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: is not JSON ({error}). {_EXPECTED}") from error
-    if not isinstance(entries, dict):
-        raise CheckpointError(f"{file}: must be a JSON object, got a {type(entries).__name__}. {_EXPECTED}")
-    return entries
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: cannot read the file as JSON ({error}). {_EXPECTED}") from error
+    return entries if isinstance(entries, dict) else {}
 
 
 def _warn_if_quantized(file: Path, entries: Mapping[str, Any]) -> None:
@@ -83,3 +81,55 @@ def _warn_if_quantized(file: Path, entries: Mapping[str, Any]) -> None:
             HRAWarning,
             stacklevel=3,
         )
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """A layer that can be adapted.
+
+    `d` is the length of its vectors, `r` their number in a configuration; experts have that many `chains` of vectors.
+    """
+
+    path: str
+    site: str
+    d: int
+    parameters: int
+    r: int | None = None
+    chains: int = 1
+
+    @property
+    def trained(self) -> int:
+        """The number of adapter parameters."""
+        return self.chains * self.d * (self.r or 0)
+
+
+def summarize_layer(path: str, layer: nn.Module, r: int | None = None) -> LayerSummary:
+    """Describe a layer that can be adapted."""
+    owner, name = weight_place(layer)
+    weight = owner._parameters[name]
+    chains = layer.experts if isinstance(layer, ExpertsWeight) else 1
+    return LayerSummary(path, describe(layer), width_of(layer), 0 if weight is None else weight.numel(), r, chains)
+
+
+def show_layers(layers: Collection[LayerSummary]) -> None:
+    """Print a table of layers: those of one type, shape and rank whose paths differ only in a number are one row.
+
+    The parameters are those of an adapter if layers have a rank, else those of the layers.
+    """
+    groups: dict[tuple[str, str, int, int | None], list[LayerSummary]] = {}
+    for layer in layers:
+        groups.setdefault((starred(layer.path), layer.site, layer.d, layer.r), []).append(layer)
+    columns = (
+        Column("layer", is_text=True),
+        Column("count"),
+        Column("type", is_text=True, priority=2),
+        Column("d", priority=1),
+        Column("r", priority=1),
+        Column("params"),
+    )
+    rows = []
+    for (path, site, d, r), found in groups.items():
+        parameters = sum(layer.parameters if r is None else layer.trained for layer in found)
+        name = path if len(found) > 1 else found[0].path
+        rows.append((name, str(len(found)), site, str(d), "" if r is None else str(r), f"{parameters:,}"))
+    show_table(columns, rows)

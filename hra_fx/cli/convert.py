@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hra_fx.cli.options import Columns, Json, Overwrite, Quiet, Rows
+from hra_fx.cli.screen import count, show_heading, show_json, show_result, span
 from hra_fx.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hra_fx.checkpoint.adapter import Adapter
 
 EXAMPLES = (
     "hra-fx convert my-adapter for-vllm --to lora --base my-model --check vllm",
@@ -17,9 +24,7 @@ EXAMPLES = (
     "hra-fx convert my-adapter for-peft --to peft",
     "hra-fx convert from-peft my-adapter --to hra_fx",
 )
-#: Files of adapters, of PEFT and diffusers.
-_OF_ADAPTERS = ("adapter_config.json", "pytorch_lora_weights.safetensors")
-_GGUF = ".gguf"
+_OF_LORA = ("base", "rank", "dtype", "rank_pattern", "check", "columns", "rows")
 
 
 class Form(StrEnum):
@@ -29,14 +34,6 @@ class Form(StrEnum):
     gguf = "gguf"
     peft = "peft"
     hra_fx = "hra_fx"
-
-
-class Dtype(StrEnum):
-    """The dtype of LoRA factors."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
 
 
 def convert(
@@ -54,7 +51,9 @@ def convert(
         int | None,
         typer.Option("--rank", min=1, help="Limit the LoRA rank (best approximation). Default: exact."),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="Dtype of the LoRA factors.")] = Dtype.float32,
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="DTYPE", help="Dtype of the LoRA factors: float32, float16 or bfloat16.")
+    ] = "float32",
     rank_pattern: Annotated[
         bool, typer.Option("--rank-pattern", help="Keep each layer's own rank; few servers support it. Only for lora.")
     ] = False,
@@ -81,42 +80,35 @@ def convert(
     if to in (Form.peft, Form.hra_fx):
         _refuse_options(context, to, len(adapters))
         _check_free(out, overwrite=overwrite)
-        from hra_fx.cli.convert_hra import convert_hra
-
-        convert_hra(adapters[0], out, for_peft=to is Form.peft, as_json=as_json)
+        _convert_hra(adapters[0], out, for_peft=to is Form.peft, as_json=as_json)
         return
     if base is None:
         raise typer.BadParameter(f"--to {to.value} needs the folder of the base model", param_hint="--base")
-    if (out.suffix.lower() == _GGUF) is not (to is Form.gguf):
+    if (out.suffix.lower() == ".gguf") is not (to is Form.gguf):
         need = "a .gguf file" if to is Form.gguf else "a folder (.gguf files need --to gguf)"
         raise typer.BadParameter(f"--to {to.value} writes {need}, got {out}", param_hint="OUT")
-    if rank_pattern and to is Form.gguf:
-        raise typer.BadParameter(
-            "a GGUF adapter has a single rank and alpha. Use --to lora", param_hint="--rank-pattern"
-        )
     _check_free(out, overwrite=overwrite)
-    from hra_fx.cli.screen import show_json, stdout
-    from hra_fx.lora.disk.convert import convert_files
+    from hra_fx.lora.save import convert_files
 
     result = convert_files(
         adapters,
         base,
         out,
         rank=rank,
-        dtype=dtype.value,
+        dtype=dtype,
         rank_pattern=rank_pattern,
         check=check,
         columns=[] if rows else columns or None,
         progress=not quiet,
     )
-    show_json(result) if as_json else stdout().print(str(result), markup=False, soft_wrap=True)
+    show_result(result, as_json=as_json)
 
 
-def _refuse_options(context: typer.Context, to: Form, count: int) -> None:
+def _refuse_options(context: typer.Context, to: Form, number: int) -> None:
     """LoRA's options have no meaning for the other formats."""
-    if count > 1:
-        raise typer.BadParameter(f"--to {to.value} converts one adapter, got {count}", param_hint="ADAPTER")
-    for name in ("base", "rank", "dtype", "rank_pattern", "check", "columns", "rows"):
+    if number > 1:
+        raise typer.BadParameter(f"--to {to.value} converts one adapter, got {number}", param_hint="ADAPTER")
+    for name in _OF_LORA:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             option = f"--{name.replace('_', '-')}"
@@ -124,15 +116,92 @@ def _refuse_options(context: typer.Context, to: Form, count: int) -> None:
 
 
 def _check_free(out: Path, *, overwrite: bool) -> None:
-    if out.suffix.lower() == _GGUF:
-        if out.exists() and not overwrite:
-            raise CheckpointError(f"{out}: the file exists. Choose another name, or --overwrite.")
-        return
-    there = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    if any(name in there for name in _OF_ADAPTERS) and not overwrite:
-        raise CheckpointError(f"{out}: already contains an adapter. Choose another folder, or --overwrite.")
-    from hra_fx.lora.arguments import check_no_model
+    from hra_fx.lora.write import check_no_model
 
     check_no_model(out)
-    if there and not overwrite:
-        raise CheckpointError(f"{out}: is not empty (it contains {there[0]}). Choose another folder, or --overwrite.")
+    if not overwrite and out.exists() and (out.is_file() or any(out.iterdir())):
+        raise CheckpointError(f"{out}: already exists. Choose another name, or --overwrite.")
+
+
+def _convert_hra(source: str, out: Path, *, for_peft: bool, as_json: bool) -> None:
+    """Write an adapter in the format of PEFT or hra_fx, and print what was written.
+
+    Both have the same two files. Files of hra_fx may also contain the vectors before Gram-Schmidt, and metadata: how a
+    chain splits into an anchor and trained vectors, and a row of the base model. PEFT ignores these. Files of PEFT may
+    contain copies of base weights. PEFT has one rank for all layers: smaller ranks are padded with pairs of equal
+    reflections, which cancel.
+    """
+    from hra_fx.checkpoint.adapter import RESUME, read_adapter
+    from hra_fx.checkpoint.base_model import BASE_ROW
+    from hra_fx.checkpoint.folder import write
+
+    files = read_adapter(source)
+    if for_peft and files.config.target_parameters:
+        raise CheckpointError(
+            f"{files.file}: the adapter is on parameters of experts (target_parameters="
+            f"{files.config.target_parameters}), which PEFT's HRA does not support. Use --to lora."
+        )
+    kept = _kept(files, for_peft=for_peft)
+    config = dataclasses.replace(files.config, extra={}, peft_version=None)
+    if for_peft and config.rank_pattern:
+        rank = max(chain.shape[-1] for chain in files.chains.values())
+        config = dataclasses.replace(config, r=rank, rank_pattern={}, apply_GS=False)
+        kept |= _of_one_rank(files, rank)
+    metadata = {} if for_peft else {key: files.metadata[key] for key in (RESUME, BASE_ROW) if key in files.metadata}
+    write(out, config.to_json_string(), kept, metadata)
+    dropped = [key for key in files.tensors if key not in kept]
+    fields = [*sorted(files.config.extra), *(["peft_version"] if files.config.peft_version else [])]
+    layers, frozen = len(files.chains), max(map(files.resume.anchor, files.chains)) if for_peft else 0
+    if as_json:
+        done = {"folder": out, "form": "peft" if for_peft else "hra_fx", "layers": layers, "r": config.r}
+        show_json({**done, "anchor": frozen, "dropped": dropped, "fields": fields})
+        return
+    left_out = [count(len(dropped), "tensor")] if dropped else []
+    left_out += [f"configuration fields {', '.join(fields)}"] if fields else []
+    ranks, anchor = (
+        span([*map(config.rank_of, files.chains)]),
+        f", {frozen} of them previously frozen" if frozen else "",
+    )
+    show_heading(
+        f"HRA adapter in {out}, in the format of {'PEFT' if for_peft else 'hra_fx'}",
+        {
+            "reflections": f"{ranks} in each of {count(layers, 'layer')}{anchor}",
+            "dropped": ", ".join(left_out) or "nothing",
+        },
+    )
+
+
+def _of_one_rank(files: Adapter, rank: int) -> dict[str, Tensor]:
+    """The chains of all layers, filled up to one rank."""
+    from hra_fx.checkpoint.keys import reflection_key
+    from hra_fx.functional.chain import padded
+    from hra_fx.model.example_inputs import preserve_rng_state, seed_everything
+
+    chains = {}
+    with preserve_rng_state():
+        seed_everything(0)  # the same files each time
+        for path, chain in files.chains.items():
+            key = reflection_key(path)
+            try:
+                chains[key] = padded(chain.double(), rank).to(files.tensors[key].dtype)
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{files.file}: {path}: {error}. PEFT has one rank for all layers, so it cannot represent this "
+                    "adapter. Use --to lora, or train with ranks that are all even or all odd."
+                ) from error
+    return chains
+
+
+def _kept(files: Adapter, *, for_peft: bool) -> dict[str, Tensor]:
+    """The tensors that the new format has."""
+    from hra_fx.checkpoint.keys import PREFIX, VECTORS
+    from hra_fx.layers.target import REFLECTION
+
+    kept = {}
+    for key, tensor in files.tensors.items():
+        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        last = name.rpartition(".")[2]
+        ours = last == REFLECTION or name in files.full or (last == VECTORS and files.resume.has_anchors)
+        if (last != VECTORS) if for_peft else ours:
+            kept[key] = tensor
+    return kept

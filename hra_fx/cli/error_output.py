@@ -13,7 +13,7 @@ import typer
 from rich.text import Text
 from typer.core import TyperGroup
 
-from hra_fx.cli.screen import stderr
+from hra_fx.cli.screen import console_on
 from hra_fx.errors import HRAError, HRAWarning
 
 #: Exit code if a check failed.
@@ -37,7 +37,7 @@ class ErrorHandlingGroup(TyperGroup):
         """Run the command."""
         debug = ctx.params["debug"]
         try:
-            with _libraries_muted(enabled=not debug), _warnings_as_lines():
+            with _other_output(debug=debug):
                 return super().invoke(ctx)
         except (HRAError, OSError) as error:
             # A closed pipe is handled by the caller.
@@ -53,7 +53,7 @@ class ErrorHandlingGroup(TyperGroup):
 
 def print_message(kind: str, text: str, style: str) -> None:
     """Print one line to stderr, without wrapping if it is not a terminal."""
-    stderr().print(Text.assemble((kind, style), ": ", text))
+    console_on(sys.stderr).print(Text.assemble((kind, style), ": ", text))
 
 
 def _text(error: HRAError | OSError) -> str:
@@ -63,29 +63,21 @@ def _text(error: HRAError | OSError) -> str:
 
 
 @contextlib.contextmanager
-def _libraries_muted(*, enabled: bool) -> Iterator[None]:
-    """Hide log messages of imported libraries, such as those about missing hardware."""
-    before = logging.root.manager.disable
-    if enabled:
-        logging.disable(logging.WARNING)
+def _other_output(*, debug: bool) -> Iterator[None]:
+    """Print warnings of hra_fx as one line; hide log messages of libraries, such as those about missing hardware."""
+    before, default_showwarning = logging.root.manager.disable, warnings.showwarning
+
+    def show(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+        if issubclass(category, HRAWarning):
+            print_message("warning", str(message), "bold yellow")
+        else:
+            default_showwarning(message, category, filename, lineno, file or sys.stderr, line)
+
+    logging.disable(before if debug else logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("always", category=HRAWarning)
+            warnings.showwarning = show
+            yield
     finally:
         logging.disable(before)
-
-
-@contextlib.contextmanager
-def _warnings_as_lines() -> Iterator[None]:
-    """Print hra_fx warnings as one line; leave others alone."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("always", category=HRAWarning)
-        default_showwarning = warnings.showwarning
-
-        def show(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
-            if issubclass(category, HRAWarning):
-                print_message("warning", str(message), "bold yellow")
-            else:
-                default_showwarning(message, category, filename, lineno, file or sys.stderr, line)
-
-        warnings.showwarning = show
-        yield

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from hra_fx.cli.options import Columns, Json, Overwrite, Quiet, Rows
-from hra_fx.cli.screen import show_json, stdout
+from hra_fx.cli.screen import show_result
 
 FOLD_HELP = """Fold adapters into a checkpoint on disk. OUT is the base model with rotated weights.
 
@@ -61,4 +61,4 @@ def fold_or_unfold(
         verify=verify,
         progress=not quiet,
     )
-    show_json(report) if as_json else stdout().print(str(report), markup=False, soft_wrap=True)
+    show_result(report, as_json=as_json)

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from hra_fx.cli.layers import grouped, natural, summarize_layer
 from hra_fx.cli.options import Json
-from hra_fx.cli.screen import count, show_heading, show_json, show_table
+from hra_fx.cli.screen import count, show_heading, show_json, show_table, span
 from hra_fx.errors import CheckpointError, SelectionError
 from hra_fx.reporting.table import Column
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
 
 EXAMPLES = (
     "hra-fx inspect my-adapter",
@@ -38,19 +34,18 @@ def inspect(
 
     For an adapter: its layers, ranks, parameters and rotation angles. For a model: the layers that can be adapted.
     """
-    folder = Path(path)
-    if folder.is_file() or (folder.is_dir() and not _holds_adapter(folder)):
-        summary, show = _summarize_model(folder), _show_model
-    else:
+    if _is_adapter(Path(path)):
         summary, show = _summarize_adapter(path), _show_adapter
+    else:
+        summary, show = _summarize_model(Path(path)), _show_model
     show_json(summary) if as_json else show(summary)
 
 
-def _holds_adapter(folder: Path) -> bool:
-    """Whether a folder or one of its subfolders has an adapter; raises an error if it has no model or adapter."""
-    if (folder / _ADAPTER).exists() or any(folder.glob(f"*/{_ADAPTER}")):
+def _is_adapter(folder: Path) -> bool:
+    """Whether a path is an adapter's, such as any that does not exist here; raises an error if it is no model's."""
+    if not folder.exists() or (folder / _ADAPTER).exists() or any(folder.glob(f"*/{_ADAPTER}")):
         return True
-    if not (folder / _MODEL).exists() and not (folder / "model_index.json").exists():
+    if not folder.is_file() and not (folder / _MODEL).exists() and not (folder / "model_index.json").exists():
         raise CheckpointError(
             f"{folder}: does not contain {_ADAPTER} or {_MODEL}. Give the folder of an adapter or a model."
         )
@@ -58,15 +53,28 @@ def _holds_adapter(folder: Path) -> bool:
 
 
 def _summarize_adapter(source: str) -> dict[str, Any]:
-    """What `--json` prints for an adapter: `r` trained and `anchor` frozen vectors per layer; angles in radians."""
+    """What `--json` prints for an adapter: `r` trained and `anchor` frozen vectors per layer; angles in radians.
+
+    The angles of a layer are those of `hra_fx.report`.
+    """
     from hra_fx.checkpoint.adapter import read_adapter
+    from hra_fx.functional.householder import working_dtype
     from hra_fx.layers.target import REFLECTION
+    from hra_fx.reporting.measuring import turn_of
 
     files = read_adapter(source)
     config, trained = files.config, files.resume.config
     dtype = next(tensor.dtype for key, tensor in files.tensors.items() if key.endswith(f".{REFLECTION}"))
-    paths = sorted(files.chains, key=natural)
-    layers = [_adapted_layer(path, files.chains[path], trained.rank_of(path), dtype) for path in paths]
+    layers = []
+    for path in sorted(files.chains, key=_natural):
+        chain, r = files.chains[path], trained.rank_of(path)
+        # In the file's precision: rounding errors of vectors that cancel each other are not angles.
+        turned = turn_of(chain.to(working_dtype(dtype)))
+        sizes = {"d": chain.shape[-2], "r": r, "parameters": math.prod(chain.shape[:-1]) * r}
+        angles = {"angle": turned.angle, "mean_angle": turned.mean_angle, "angles": turned.angles}
+        layers.append(
+            {"path": path, **sizes, "rotation": turned.rotation, **angles, "orthogonality": turned.orthogonality}
+        )
     targets = config.target_modules
     return {
         "folder": files.file.parent,
@@ -77,34 +85,22 @@ def _summarize_adapter(source: str) -> dict[str, Any]:
         "r": trained.r,
         "rank_pattern": trained.rank_pattern,
         "gram_schmidt": trained.apply_GS,
-        "anchor": max(files.resume.anchor(path) for path in paths),
+        "anchor": max(map(files.resume.anchor, files.chains)),
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": sum(layer["parameters"] for layer in layers),
-        "saved": sorted(files.full, key=natural),
+        "saved": sorted(files.full, key=_natural),
         "layers": layers,
         "kind": "adapter",
     }
 
 
-def _adapted_layer(path: str, chain: Tensor, r: int, dtype: torch.dtype) -> dict[str, Any]:
-    """A layer with the values of `hra_fx.report`."""
-    from hra_fx.functional.householder import working_dtype
-    from hra_fx.reporting.measuring import turn_of
+def _natural(path: str) -> list[str]:
+    """A sort key for paths that compares numbers as numbers.
 
-    # In the file's precision: rounding errors of vectors that cancel each other are not angles.
-    turned = turn_of(chain.to(working_dtype(dtype)))
-    d = chain.shape[-2]
-    return {
-        "path": path,
-        "d": d,
-        "r": r,
-        "parameters": math.prod(chain.shape[:-1]) * r,
-        "rotation": turned.rotation,
-        "angle": turned.angle,
-        "mean_angle": turned.mean_angle,
-        "angles": turned.angles,
-        "orthogonality": turned.orthogonality,
-    }
+    >>> sorted(["h.10.q", "h.2.q"], key=_natural)
+    ['h.2.q', 'h.10.q']
+    """
+    return re.sub(r"\d+", lambda number: number[0].zfill(9), path).split(".")
 
 
 def _writer(file: Path) -> str:
@@ -125,7 +121,8 @@ def _show_adapter(summary: dict[str, Any]) -> None:
             "base model": summary["base_model"] or "unknown",
             "task": summary["task_type"] or "",
             "written by": f"{summary['written_by']}, {summary['dtype']}",
-            "vectors": f"r = {_ranks(layers)}{', orthonormalized by Gram-Schmidt' * summary['gram_schmidt']}"
+            "vectors": f"r = {span([layer['r'] for layer in layers])}"
+            + ", orthonormalized by Gram-Schmidt" * summary["gram_schmidt"]
             + f", and {count(summary['anchor'], 'frozen anchor vector')}" * bool(summary["anchor"]),
             "trainable": f"{count(summary['parameters'], 'parameter')} in {count(len(layers), 'layer')}",
             "also trained": _some(summary["saved"]),
@@ -141,31 +138,27 @@ def _show_adapter(summary: dict[str, Any]) -> None:
         Column("mean angle"),
         Column("largest"),
     )
-    rows = [
-        (
-            layer["path"],
-            str(layer["d"]),
-            str(layer["r"]),
-            f"{layer['parameters']:,}",
-            f"{layer['rotation']:.3f}",
-            degrees(layer["mean_angle"]),
-            degrees(layer["angle"]),
-        )
-        for layer in layers
-    ]
+    rows = []
+    for layer in layers:
+        sizes = (layer["path"], str(layer["d"]), str(layer["r"]), f"{layer['parameters']:,}")
+        rows.append((*sizes, f"{layer['rotation']:.3f}", degrees(layer["mean_angle"]), degrees(layer["angle"])))
     show_table(columns, rows)
 
 
-def _ranks(layers: list[dict[str, Any]]) -> str:
-    ranks = sorted({layer["r"] for layer in layers})
-    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+def _some(names: list[str] | str | None) -> str:
+    if isinstance(names, str):
+        return names
+    names = names or []
+    return ", ".join(names[:6]) + f" and {len(names) - 6} more" * (len(names) > 6)
 
 
 def _summarize_model(path: Path) -> dict[str, Any]:
     """What `--json` prints for a model: tied parameters count once, and each layer is listed once."""
     from hra_fx.checkpoint.disk.stored import read_header
-    from hra_fx.cli.building import build
+    from hra_fx.cli.building import build, summarize_layer
+    from hra_fx.config import HRAConfig
     from hra_fx.layers.target import find_kind
+    from hra_fx.selection.select import resolve_targets
 
     model, library = build(path)
     folder = path if path.is_dir() else path.parent
@@ -176,31 +169,26 @@ def _summarize_model(path: Path) -> dict[str, Any]:
         tensors = read_header(file).tensors.values()
         dtypes = list(dict.fromkeys(tensor.dtype for tensor in tensors))
         files.append({"name": file.name, "tensors": len(tensors), "bytes": file.stat().st_size, "dtypes": dtypes})
+    try:
+        targets = resolve_targets(model, HRAConfig())
+    except SelectionError:
+        targets = None
     return {
         "folder": folder,
         "model": type(model).__name__,
         "library": library,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "default_targets": _default_targets(model),
+        "default_targets": targets if isinstance(targets, str) or targets is None else sorted(targets),
         "files": files,
         "layers": [summarize_layer(name, layer) for name, layer in model.named_modules() if name and find_kind(layer)],
         "kind": "model",
     }
 
 
-def _default_targets(model: nn.Module) -> list[str] | str | None:
-    from hra_fx.config import HRAConfig
-    from hra_fx.selection.select import resolve_targets
-
-    try:
-        targets = resolve_targets(model, HRAConfig())
-    except SelectionError:
-        return None
-    return targets if isinstance(targets, str) else sorted(targets)
-
-
 def _show_model(summary: dict[str, Any]) -> None:
     from rich.filesize import decimal
+
+    from hra_fx.cli.building import show_layers
 
     targets, files = summary["default_targets"], summary["files"]
     dtypes = dict.fromkeys(dtype for file in files for dtype in file["dtypes"])
@@ -210,26 +198,8 @@ def _show_model(summary: dict[str, Any]) -> None:
         {
             "parameters": f"{summary['parameters']:,}",
             "weights": weights if files else "no safetensors files",
-            "default targets": targets if isinstance(targets, str) else ", ".join(targets or ()) or "none",
+            "default targets": _some(targets) or "none",
             "adaptable": count(len(summary["layers"]), "layer"),
         },
     )
-    columns = (
-        Column("layer", is_text=True),
-        Column("count"),
-        Column("type", is_text=True, priority=2),
-        Column("d"),
-        Column("params", priority=1),
-    )
-    rows = [
-        (group.path, str(group.count), group.site, str(group.d), f"{group.parameters:,}")
-        for group in grouped(summary["layers"])
-    ]
-    show_table(columns, rows)
-
-
-def _some(names: list[str] | str | None) -> str:
-    if isinstance(names, str):
-        return names
-    names = names or []
-    return ", ".join(names[:6]) + f" and {len(names) - 6} more" * (len(names) > 6)
+    show_layers(summary["layers"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -20,25 +19,20 @@ from rich.text import Text
 from hra_fx.reporting.table import UNLIMITED, Column, fit_table, min_width
 
 
-def stdout() -> Console:
-    """The console for results."""
-    return _console(sys.stdout)
-
-
-def stderr() -> Console:
-    """The console for messages."""
-    return _console(sys.stderr)
-
-
-def _console(stream: TextIO) -> Console:
-    # Lines are not wrapped in a file or a pipe.
+def console_on(stream: TextIO) -> Console:
+    """A console for results (stdout) or messages (stderr); lines are not wrapped in a file or a pipe."""
     width = None if stream.isatty() or "COLUMNS" in os.environ or "FORCE_COLOR" in os.environ else UNLIMITED
     return Console(file=stream, width=width, highlight=False)
 
 
+def show_result(result: Any, *, as_json: bool) -> None:
+    """Print a result of the library: its own summary, or its fields as JSON."""
+    show_json(result) if as_json else console_on(sys.stdout).print(str(result), markup=False, soft_wrap=True)
+
+
 def show_table(columns: Sequence[Column], rows: Collection[Sequence[str]]) -> None:
     """Print a table with as many columns as fit; empty columns are left out."""
-    console = stdout()
+    console = console_on(sys.stdout)
     table = fit_table(columns, rows, console.width)
     # On a very narrow terminal, wrapped lines are better than no column with names.
     console.width = max(console.width, min_width(table))
@@ -47,7 +41,7 @@ def show_table(columns: Sequence[Column], rows: Collection[Sequence[str]]) -> No
 
 def show_heading(title: str, facts: Mapping[str, str]) -> None:
     """Print a title, and facts below it; empty facts are left out."""
-    console = stdout()
+    console = console_on(sys.stdout)
     console.print(Text(title, style="bold"))
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
@@ -55,40 +49,28 @@ def show_heading(title: str, facts: Mapping[str, str]) -> None:
     for name, text in facts.items():
         if text:
             grid.add_row(Text(name), Text(text))
-    if grid.row_count:
-        console.print(Padding(grid, (0, 0, 0, 2), expand=False))
+    console.print(Padding(grid, (0, 0, 0, 2), expand=False))
 
 
 def show_lines(heading: str, lines: Collection[str]) -> None:
     """Print a heading, and lines below it."""
-    console = stdout()
+    console = console_on(sys.stdout)
     console.print(Text(heading, style="bold"))
     for line in lines:
         console.print(Padding(Text(line, overflow="fold"), (0, 0, 0, 2), expand=False))
 
 
 def show_json(content: Any) -> None:
-    """Print JSON, with null for non-finite numbers, and escapes for characters that the stream cannot encode."""
-    text = json.dumps(_plain(content), indent=2, allow_nan=False, ensure_ascii=False)
-    try:
-        text.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        text = json.dumps(_plain(content), indent=2, allow_nan=False)
-    typer.echo(text)
+    """Print JSON, with null for non-finite numbers."""
+    known = json.loads(json.dumps(content, default=_plain), parse_constant=lambda name: None)
+    typer.echo(json.dumps(known, indent=2))
 
 
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value.as_posix() if isinstance(value, Path) else value
+    """A path, a set or a dataclass for JSON."""
+    if isinstance(value, Path):
+        return value.as_posix()
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else sorted(value)  # type: ignore[arg-type]
 
 
 def count(number: int, noun: str) -> str:
@@ -98,3 +80,12 @@ def count(number: int, noun: str) -> str:
     ('1 layer', '2,000 layers')
     """
     return f"{number:,} {noun}" + "s" * (number != 1)
+
+
+def span(numbers: Collection[int]) -> str:
+    """The smallest and the largest number.
+
+    >>> span([4, 2, 3]), span([3, 3])
+    ('2 to 4', '3')
+    """
+    return str(min(numbers)) if len(set(numbers)) == 1 else f"{min(numbers)} to {max(numbers)}"

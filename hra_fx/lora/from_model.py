@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hra_fx.checkpoint.base_model import auto_mapping, base_model_name
@@ -12,18 +14,20 @@ from hra_fx.checkpoint.keys import PREFIX, copy_key
 from hra_fx.checkpoint.saving import layers_with
 from hra_fx.compat import non_persistent_buffers, state_modules
 from hra_fx.errors import AdapterError
+from hra_fx.functional import low_rank
+from hra_fx.functional.rotate import as_rows, check_foldable
+from hra_fx.layers.accelerate_hooks import loaded
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.sharding import first_split, full_tensor, reshard
-from hra_fx.layers.target import REFLECTION, SAVED
+from hra_fx.layers.quantized.detect import quant_scheme_of
+from hra_fx.layers.sharding import first_split, full_tensor, gathered, reshard
+from hra_fx.layers.target import REFLECTION, SAVED, weight_place
 from hra_fx.layers.trained_copies import all_copies
-from hra_fx.lora.adapter import LoraAdapter
-from hra_fx.lora.arguments import check_rank, lora_bias
-from hra_fx.lora.layer_form import lora_layer
-from hra_fx.lora.peft_names import check_names, model_type_of, renamings_of
-from hra_fx.lora.unsupported import check_expressible, check_places
-from hra_fx.lora.weight_reads import check_reads
+from hra_fx.lora.adapter import AdaptedWeight, LoraAdapter, LoraLayer, Matrix, check_rank, from_configs
+from hra_fx.lora.peft_format import check_names, model_type_of, renamings_of
+from hra_fx.lora.unsupported import check_expressible, check_places, check_reads
 from hra_fx.model.activate import check_copies
 from hra_fx.model.offload import load_vectors
+from hra_fx.model.rotate import base_weight
 from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, names_in, root_of
 from hra_fx.model.unwrap import unwrap
 
@@ -59,14 +63,11 @@ def lora_adapter(
     check_reads(whole, placed)
     present = {path: [name for name in names if name in layer.hra_u] for path, layer in sites.items()}
     configs = [record.configs[name] for name in names]
-    saved = dict.fromkeys(name for config in configs for name in config.modules_to_save or ())
-    return LoraAdapter(
-        layers=tuple(lora_layer(f"{prefix}{path}", layer, present[path], rank) for path, layer in sites.items()),
+    return from_configs(
+        configs,
+        layers=tuple(_lora_layer(f"{prefix}{path}", layer, present[path], rank) for path, layer in sites.items()),
         copies={f"{prefix}{key}": tensor for key, tensor in _copies(root, names, sites).items()},
         modules=[path for path, _ in state_modules(whole) if path and not _is_ours(path)],
-        bias=lora_bias(config.bias for config in configs),
-        modules_to_save=tuple(saved),
-        task_type=next((config.task_type for config in configs if config.task_type), None),
         auto_mapping=auto_mapping(whole, configs[0]),
         base_model=next(filter(None, (base_model_name(whole, config) for config in configs)), None),
         model_config=_model_config(whole),
@@ -89,6 +90,42 @@ def _checked_layers(root: nn.Module, record: AdapterState, names: tuple[str, ...
     for path, layer in sites.items():
         check_expressible(path, layer, root.get_submodule(path.rpartition(".")[0]))
     return sites
+
+
+def _lora_layer(path: str, layer: AdaptedLayer, names: Sequence[str], rank: int | None) -> LoraLayer:
+    """The LoRA form of a layer under some of its adapters, in the order of the product."""
+    owner = weight_place(layer)[0]
+    with loaded(owner), gathered(dict.fromkeys((owner, layer, *layer.hra_u.modules()))):
+        return _adapted_weight(path, layer, names).as_lora(rank)
+
+
+def _adapted_weight(path: str, layer: AdaptedLayer, names: Sequence[str]) -> AdaptedWeight:
+    box: Any = layer.hra_u
+    for name in names:
+        check_foldable(path, layer.hra_base, box[name], apply_GS=box.specs[name].apply_GS, adapter=name)
+    anchored = [box[name] for name in names if box.specs[name].apply_GS and box.anchor(name) is not None]
+    noise = sum(low_rank.anchor_noise(vectors.shape[-1], vectors.dtype) for vectors in anchored)
+    experts = box.kind == "experts"
+    packing = None if experts else quant_scheme_of(layer)
+    weight = (base_weight(layer) if packing is None else packing.values(layer)).detach()
+    rows = box.rows(weight) if experts else as_rows(weight, transposed=box.columns and packing is None)[None]
+    chain = box.joint_vectors(names, torch.float32 if weight.device.type == "mps" else torch.float64)
+    chain = torch.zeros(*rows.shape[:-2], rows.shape[-1], 0) if chain is None else chain
+    chains = _finite(path, chain if chain.dim() == 3 else chain[None])
+    matrices = [Matrix(own, len(W), partial(_project, path, W)) for W, own in zip(rows, chains, strict=True)]
+    kernel = tuple(weight.shape[2:]) if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else ()
+    module: Any = layer
+    return AdaptedWeight(path, box.kind, matrices, noise, kernel, box.columns, module.owner if experts else None)
+
+
+def _project(path: str, rows: Tensor, V: Tensor) -> Tensor:
+    return _finite(path, low_rank.project(rows, V))
+
+
+def _finite(path: str, values: Tensor) -> Tensor:
+    if not bool(torch.isfinite(values).all()):
+        raise AdapterError(f"{path}: its weight or its vectors have NaN or infinite values. Load or train it again.")
+    return values
 
 
 def _names(record: AdapterState, adapter_names: str | Iterable[str] | None) -> tuple[str, ...]:

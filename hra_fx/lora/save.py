@@ -1,24 +1,26 @@
-"""`convert_to_lora` and `save_as_lora`: convert the adapters of a model in memory to LoRA."""
+"""Convert adapters to LoRA: `convert_to_lora` and `save_as_lora` those of a model in memory, `convert_files` files."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hra_fx.checkpoint.disk.architecture import Architecture
+from hra_fx.checkpoint.disk.arguments import Source, base_folder
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.layers.sharding import on_first_rank
-from hra_fx.lora.arguments import check_dtype
-from hra_fx.lora.formats.diffusers_parts import adapters_of, parts_of
-from hra_fx.lora.formats.peft import peft_form
+from hra_fx.lora.adapter import LoraAdapter
+from hra_fx.lora.diffusers_format import adapters_of, part_of_class, parts_of
+from hra_fx.lora.from_files import read_as_lora
 from hra_fx.lora.from_model import lora_adapter
-from hra_fx.lora.result import LoraResult
-from hra_fx.lora.write import Output, unchanged, write_lora
+from hra_fx.lora.peft_format import peft_form
+from hra_fx.lora.write import LoraResult, Output, check_dtype, check_lora, unchanged, write_lora
 
 
 def convert_to_lora(
@@ -136,3 +138,38 @@ def save_as_lora(
     for text in result.warnings:
         warnings.warn(text, HRAWarning, stacklevel=2)
     return result
+
+
+def convert_files(
+    adapters: Sequence[Source],
+    base: Source,
+    out: str | os.PathLike[str],
+    *,
+    rank: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    rank_pattern: bool = False,
+    check: str | None = None,
+    columns: Collection[str] | None = None,
+    progress: bool = True,
+) -> LoraResult:
+    """Write adapters on disk, applied in order, as one LoRA, without a model in memory.
+
+    Args:
+        adapters: as in `read_as_lora`, like `base`, `columns` and `progress`; other arguments as in `save_as_lora`.
+        base: the base model.
+        out: a folder, in the format of diffusers if the base is a UNet or transformer of diffusers, else of PEFT; or a
+            file that ends in ".gguf".
+
+    Raises:
+        AdapterError, CheckpointError, FoldError, UnsupportedLayerError: see `read_as_lora` and `save_as_lora`.
+    """
+    chosen, path = check_dtype(dtype), Path(out)
+    to_gguf = path.suffix.lower() == ".gguf"
+    part = "" if to_gguf else part_of_class(Architecture(base_folder(base)).entries.get("_class_name")) or ""
+    output = Output(path, "gguf" if to_gguf else "diffusers" if part else "peft", chosen, rank_pattern, check)
+
+    def check_first(adapter: LoraAdapter) -> None:
+        check_lora({part: adapter}, output)
+
+    adapter = read_as_lora(adapters, base, rank=rank, columns=columns, progress=progress, check=check_first)
+    return write_lora({part: adapter}, output)

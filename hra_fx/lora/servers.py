@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from hra_fx.errors import ConfigError
 from hra_fx.lora.adapter import LoraAdapter, exact_targets
-from hra_fx.lora.formats.gguf_names import is_tied
-from hra_fx.lora.peft_names import parameter_targets
+from hra_fx.lora.gguf_format import is_tied
+from hra_fx.lora.peft_format import parameter_targets
 
 __all__ = ["check_for_server"]
 
@@ -160,13 +160,15 @@ def _kinds(facts: _Server, adapter: LoraAdapter) -> list[str]:
 def _names(facts: _Server, adapter: LoraAdapter) -> list[str]:
     """About linear layers that the server does not know, or only together with others."""
     paths = [layer.path for layer in adapter.layers if layer.kind == "linear"]
-    known = {path for path in paths if re.fullmatch(facts.layers, path)}
+    known = dict.fromkeys(path for path in paths if re.fullmatch(facts.layers, path))
+    others = set(adapter.modules) - {layer.path for layer in adapter.layers}
     found = []
     if unknown := [path for path in paths if path not in known]:
         found.append(facts.other_layers.format(_shown(unknown)))
     for name, needed in facts.companions:
-        if alone := [path for path in known if _lacks(path, name, needed, adapter)]:
-            found.append(f"does not load {_shown(sorted(alone))} without `{needed}` of the same block: adapt both")
+        blocks = [path.removesuffix(name) for path in known if path.rpartition(".")[2] == name]
+        if alone := [f"{block}{name}" for block in blocks if f"{block}{needed}" in others]:
+            found.append(f"does not load {_shown(alone)} without `{needed}` of the same block: adapt both")
     if facts.target_list and isinstance(exact_targets([layer.path for layer in adapter.layers], adapter.modules), str):
         found.append(
             "needs a list in `target_modules`, but no list of names matches only these layers: fold the adapter"
@@ -175,7 +177,9 @@ def _names(facts: _Server, adapter: LoraAdapter) -> list[str]:
         found.append(
             f"does not load {_shown(hidden)}, which PEFT takes for experts in `target_modules`: fold the adapter"
         )
-    if facts.all_blocks and (missing := _missing_blocks(known, adapter)):
+    kinds = {_in_any_block(path) for path in known}
+    missing = [path for path in adapter.modules if path not in known and _in_any_block(path) in kinds]
+    if facts.all_blocks and missing:
         found.append(f"ignores a kind of layer unless it is adapted in every block; not adapted: {_shown(missing)}")
     heads = [path for path in paths if path.rpartition(".")[2] == "lm_head"]
     if heads and not facts.tied_head and is_tied(adapter):
@@ -183,17 +187,8 @@ def _names(facts: _Server, adapter: LoraAdapter) -> list[str]:
     return found
 
 
-def _lacks(path: str, name: str, needed: str, adapter: LoraAdapter) -> bool:
-    """Whether `path` is a layer `name` whose neighbor `needed` is in the model and not adapted."""
-    block, _, last = path.rpartition(".")
-    neighbor = f"{block}.{needed}"
-    return last == name and neighbor in adapter.modules and all(layer.path != neighbor for layer in adapter.layers)
-
-
-def _missing_blocks(known: Collection[str], adapter: LoraAdapter) -> list[str]:
-    """Modules that are not adapted, while the one of the same name in another block is."""
-    kinds = {re.sub(r"\.\d+\.", ".*.", path) for path in known}
-    return [path for path in adapter.modules if path not in known and re.sub(r"\.\d+\.", ".*.", path) in kinds]
+def _in_any_block(path: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", path)
 
 
 def _shown(names: list[str]) -> str:

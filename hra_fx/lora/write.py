@@ -2,21 +2,84 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from hra_fx.errors import AdapterError
+from hra_fx.checkpoint.folder import write
+from hra_fx.config import CONFIG_NAME
+from hra_fx.errors import AdapterError, CheckpointError
 from hra_fx.functional.low_rank import rounding_error
 from hra_fx.lora.adapter import LoraAdapter
-from hra_fx.lora.arguments import check_path
-from hra_fx.lora.formats.diffusers import check_diffusers, write_diffusers
-from hra_fx.lora.formats.gguf_file import check_gguf, write_gguf
-from hra_fx.lora.formats.peft import write_peft
-from hra_fx.lora.result import LoraResult, LoraRow
+from hra_fx.lora.diffusers_format import check_diffusers, write_diffusers
+from hra_fx.lora.gguf_format import check_gguf, write_gguf
+from hra_fx.lora.peft_format import peft_form
 from hra_fx.lora.servers import check_for_server
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: Files of models of transformers, timm and diffusers, and of pipelines.
+_OF_MODELS = ("config.json", "model_index.json")
+
+
+@dataclass(frozen=True)
+class LoraRow:
+    """One layer of an export.
+
+    Attributes:
+        path: its qualified name; in a diffusers pipeline, with its part.
+        rank: the rank of its change, before it is padded; 0 if the adapter does not change it.
+        error: `|W Q - W - B A|_F / |W Q - W|_F` in float64; 0 unless a smaller rank was asked for.
+        rounding: the error of rounding the factors to `dtype`, relative to the change in the same way.
+    """
+
+    path: str
+    rank: int
+    error: float
+    rounding: float
+
+
+@dataclass(frozen=True)
+class LoraResult:
+    """The result of `hra_fx.save_as_lora` or `hra-fx convert`.
+
+    Attributes:
+        path: the folder or the file.
+        format: "peft", "gguf" or "diffusers".
+        rank: the rank of all layers in the file.
+        dtype: of the factors, such as "float32".
+        rows: one for each layer.
+        warnings: what the server given by `check` does not accept.
+
+    Example:
+        >>> print(LoraResult(Path("out"), "peft", 8, "float32", (LoraRow("q_proj", 8, 0.0, 5e-8),)))
+        out: 1 layer as LoRA of rank 8 (peft, float32)
+          rounding error up to 5.0e-08 of the weight change (q_proj)
+    """
+
+    path: Path
+    format: str
+    rank: int
+    dtype: str
+    rows: tuple[LoraRow, ...]
+    warnings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """A summary in a few lines."""
+        count = f"{len(self.rows)} layer{'s' * (len(self.rows) != 1)}"
+        lines = [f"{self.path}: {count} as LoRA of rank {self.rank} ({self.format}, {self.dtype})"]
+        rough = max(self.rows, key=lambda row: row.rounding)
+        if rough.rounding:
+            lines.append(f"  rounding error up to {rough.rounding:.1e} of the weight change ({rough.path})")
+        cut = max(self.rows, key=lambda row: row.error)
+        if cut.error:
+            lines.append(f"  error of the smaller rank up to {cut.error:.1e} of the weight change ({cut.path})")
+        return "\n".join([*lines, *(f"  warning: {text}" for text in self.warnings)])
 
 
 @dataclass(frozen=True)
@@ -62,14 +125,9 @@ def check_lora(adapters: Mapping[str, LoraAdapter], output: Output) -> list[str]
         check_diffusers(adapters)
     if output.check is None:
         return []
-    texts = [
-        text
-        for adapter in adapters.values()
-        for text in check_for_server(
-            output.check, adapter, adapter.rank, kind=output.kind, rank_pattern=output.rank_pattern
-        )
-    ]
-    return list(dict.fromkeys(texts))
+    options: Any = {"kind": output.kind, "rank_pattern": output.rank_pattern}
+    texts = (check_for_server(output.check, adapter, adapter.rank, **options) for adapter in adapters.values())
+    return list(dict.fromkeys(chain.from_iterable(texts)))
 
 
 def write_lora(adapters: Mapping[str, LoraAdapter], output: Output) -> LoraResult:
@@ -86,7 +144,8 @@ def write_lora(adapters: Mapping[str, LoraAdapter], output: Output) -> LoraResul
     elif output.kind == "gguf":
         write_gguf(adapters[""], path, dtype)
     else:
-        write_peft(adapters[""], path, dtype, rank_pattern=output.rank_pattern)
+        config, tensors = peft_form(adapters[""], dtype, rank_pattern=output.rank_pattern)
+        write(path, json.dumps(config, indent=2, sort_keys=True), tensors, {})
     rows = [
         LoraRow(f"{part}.{layer.path}".lstrip("."), layer.rank, layer.error, rounding_error(layer.A, layer.B, dtype))
         for part, adapter in adapters.items()
@@ -101,3 +160,49 @@ def unchanged(adapters: Iterable[LoraAdapter]) -> list[str]:
     if any(layer.rank for adapter in adapters for layer in adapter.layers):
         return []
     return ["the adapters do not change any weight (untrained, or at strength 0): the LoRA is zero."]
+
+
+def check_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    """The dtype of factors.
+
+    Raises:
+        AdapterError: it is not one that LoRA adapters are stored in.
+
+    >>> check_dtype("bfloat16"), check_dtype(None)
+    (torch.bfloat16, torch.float32)
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else torch.float32 if dtype is None else dtype
+    if found not in _DTYPES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
+        raise AdapterError(f"`dtype` must be one of {names}, got {dtype!r}.")
+    return found
+
+
+def check_path(path: Path) -> None:
+    """Refuse a folder in which a LoRA would do harm.
+
+    Raises:
+        CheckpointError: it holds a model, which `from_pretrained` would load with the LoRA on top; or an HRA adapter,
+            which cannot be computed from its LoRA.
+    """
+    check_no_model(path)
+    config = path / CONFIG_NAME
+    if config.is_file() and re.search(r'"peft_type":\s*"HRA"', config.read_text(encoding="utf-8")):
+        raise CheckpointError(
+            f"{path}: contains an HRA adapter, which the LoRA would overwrite and cannot restore. Choose another "
+            "folder."
+        )
+
+
+def check_no_model(path: Path) -> None:
+    """Refuse a folder with a model.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    model = next((name for name in _OF_MODELS if (path / name).exists()), None)
+    if model:
+        raise CheckpointError(
+            f"{path}: contains a model ({model}), and from_pretrained would load the adapter with it. Choose another "
+            "folder."
+        )

@@ -9,9 +9,9 @@ from canaries.canary import canary
 from diffusion_models import unet
 
 import hra_fx
-from hra_fx.lora.formats.diffusers_parts import part_of_class, parts_of
+from hra_fx.lora.diffusers_format import part_of_class, parts_of
 
-READER = "hra_fx/lora/formats/diffusers_parts.py"
+READER = "hra_fx/lora/diffusers_format.py"
 
 
 @canary(

@@ -155,7 +155,7 @@ def test_default_targets() -> None:
 @canary(
     "peft",
     "`ParamWrapper`: the names and shapes of the LoRA of experts",
-    reader="hra_fx/lora/formats/peft_experts.py",
+    reader="hra_fx/lora/peft_format.py",
     breaks="the LoRA export of experts",
 )
 def test_lora_of_experts(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 import hra_fx
 from hra_fx.errors import CheckpointError, HRAWarning
-from hra_fx.lora.disk.convert import convert_files
+from hra_fx.lora.save import convert_files
 
 LAYERS = {"linear": (lambda: nn.Linear(24, 16), "0"), "conv": (lambda: nn.Conv2d(4, 16, 3), "0")}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from typer.testing import CliRunner
@@ -48,7 +47,3 @@ def usage(*words: object) -> str:
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith("Usage: hra-fx")
     return done.err
-
-
-def picture(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -1,4 +1,4 @@
-"""`convert`: PEFT loads the result with the same outputs; in the other direction it equals that of `save_adapter`."""
+"""`convert`: PEFT computes with the result what the adapted model does; files are those of the functions."""
 
 from __future__ import annotations
 
@@ -8,48 +8,54 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
 import peft
 import pytest
 import torch
 from checkpoint.disk import made
 from cli.conftest import Shelf
-from cli.shell import Answer, answer, mistake, picture, usage
+from cli.shell import Answer, answer, mistake, usage
+from diffusion_models import unet
 from moe_models import TARGETS, built
+from oracles import relative_error
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import hra_fx
+from hra_fx.lora.save import convert_files
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-IDS = torch.arange(3, 15).view(2, 6)
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def plain(shelf: Shelf) -> Any:
     return copy.deepcopy(shelf.model).float()
 
 
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model.eval()(input_ids=torch.arange(3, 15).view(2, 6)).logits
+    return found
+
+
 def by_peft(shelf: Shelf, folder: Path) -> Tensor:
-    with torch.no_grad():
-        return peft.PeftModel.from_pretrained(plain(shelf), folder)(input_ids=IDS).logits
+    return logits(peft.PeftModel.from_pretrained(plain(shelf), folder))
 
 
-def by_us(shelf: Shelf, folder: Path) -> Tensor:
-    with torch.no_grad():
-        return hra_fx.load_adapter(plain(shelf), folder)(input_ids=IDS).logits
-
-
-def metadata(folder: Path) -> dict[str, str]:
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        return dict(file.metadata())
+def by_us(shelf: Shelf, *folders: Path) -> Tensor:
+    model = plain(shelf)
+    for folder in folders:
+        model = hra_fx.fold(hra_fx.load_adapter(model, folder))
+    return logits(model)
 
 
 @pytest.mark.parametrize("name", ["my-adapter", "second", "orthonormal"])
 def test_peft_computes_the_same_with_plain_reflections(shelf: Shelf, tmp_path: Path, name: str) -> None:
     answer("convert", shelf / name, tmp_path, "--to", "peft")
     torch.testing.assert_close(by_peft(shelf, tmp_path), by_us(shelf, shelf / name), rtol=1e-4, atol=1e-4)
-    assert metadata(tmp_path) == {"format": "pt"}
+    with safe_open(tmp_path / WEIGHTS, framework="pt") as file:
+        assert dict(file.metadata()) == {"format": "pt"}
     tensors = load_file(tmp_path / WEIGHTS)
     assert {key.rpartition(".")[2] for key in tensors} == {"hra_u"}
     config = hra_fx.HRAConfig.from_pretrained(tmp_path)
@@ -66,19 +72,14 @@ def test_what_is_said_of_an_anchor(shelf: Shelf, tmp_path: Path) -> None:
     assert done["dropped"][0].endswith("hra_vectors")
 
 
-def of_peft(shelf: Shelf, folder: Path, **fields: Any) -> Path:
-    torch.manual_seed(0)
-    fields = {"r": 4, "target_modules": ["q_proj"], "init_weights": False} | fields
-    peft.get_peft_model(plain(shelf), peft.HRAConfig(**fields)).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("fields", [{}, {"apply_GS": True}, {"modules_to_save": ["lm_head"]}])
 def test_from_peft_it_is_what_save_adapter_writes(shelf: Shelf, tmp_path: Path, fields: dict[str, Any]) -> None:
-    source = of_peft(shelf, tmp_path / "peft", **fields)
-    answer("convert", source, tmp_path / "ours", "--to", "hra_fx")
-    torch.testing.assert_close(by_us(shelf, tmp_path / "ours"), by_peft(shelf, source), rtol=1e-4, atol=1e-4)
-    hra_fx.save_adapter(hra_fx.load_adapter(plain(shelf), source), tmp_path / "saved")
+    torch.manual_seed(0)
+    config = peft.HRAConfig(r=4, target_modules=["q_proj"], init_weights=False, **fields)
+    peft.get_peft_model(plain(shelf), config).save_pretrained(tmp_path / "peft")
+    answer("convert", tmp_path / "peft", tmp_path / "ours", "--to", "hra_fx")
+    torch.testing.assert_close(by_us(shelf, tmp_path / "ours"), by_peft(shelf, tmp_path / "peft"), rtol=1e-4, atol=1e-4)
+    hra_fx.save_adapter(hra_fx.load_adapter(plain(shelf), tmp_path / "peft"), tmp_path / "saved")
     ours, saved = (load_file(tmp_path / name / WEIGHTS) for name in ("ours", "saved"))
     assert ours.keys() == saved.keys() and all(torch.equal(ours[key], saved[key]) for key in saved)
     assert Answer("inspect", tmp_path / "ours", "--json").json["written_by"] == "hra_fx"
@@ -86,15 +87,10 @@ def test_from_peft_it_is_what_save_adapter_writes(shelf: Shelf, tmp_path: Path, 
 
 def test_to_us_an_anchor_stays(shelf: Shelf, tmp_path: Path) -> None:
     answer("convert", shelf / "orthonormal", tmp_path, "--to", "hra_fx")
-    source = shelf / "orthonormal"
-    assert (tmp_path / "adapter_config.json").read_text() == (source / "adapter_config.json").read_text()
-    assert (tmp_path / WEIGHTS).read_bytes() == (source / WEIGHTS).read_bytes()
-    assert "hra_fx" in metadata(tmp_path)
+    assert made.picture(tmp_path) == {name: (shelf / "orthonormal" / name).read_bytes() for name in (CONFIG, WEIGHTS)}
 
 
 def test_keys_without_the_prefix_get_it(shelf: Shelf, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     folder = made.stack_adapter(tmp_path / "bare", layers=1)
     vectors = load_file(folder / WEIGHTS)
     save_file({key.removeprefix("base_model.model."): u for key, u in vectors.items()}, folder / WEIGHTS)
@@ -102,34 +98,20 @@ def test_keys_without_the_prefix_get_it(shelf: Shelf, tmp_path: Path) -> None:
     assert load_file(tmp_path / "out" / WEIGHTS).keys() == vectors.keys()
 
 
-#: File in the output folder -> the refusal, and whether --overwrite helps.
-PRESENT: dict[str, tuple[str, bool]] = {
-    "adapter_config.json": ("already contains an adapter. Choose another folder, or --overwrite.", True),
-    "notes.txt": ("is not empty (it contains notes.txt). Choose another folder, or --overwrite.", True),
-    **{
-        name: (
-            f"contains a model ({name}), and from_pretrained would load the adapter with it. Choose another folder.",
-            False,
-        )
-        for name in ("config.json", "model_index.json", "model-00001-of-00002.safetensors")
-    },
-}
-
-
-@pytest.mark.parametrize("name", PRESENT)
-def test_an_output_folder_with_other_files(shelf: Shelf, tmp_path: Path, name: str) -> None:
-    message, replaceable = PRESENT[name]
-    (tmp_path / name).write_text("{}")
-    words = ("convert", shelf / "my-adapter", tmp_path, "--to", "peft")
-    for refused in (words,) if replaceable else (words, (*words, "--overwrite")):
-        assert mistake(*refused) == f"{tmp_path}: {message}"
-        assert picture(tmp_path) == {name: b"{}"}
-    if replaceable:
-        answer(*words, "--overwrite")
-        assert (tmp_path / name).exists() and (tmp_path / WEIGHTS).exists()
-    else:
-        out = tmp_path / name
-        assert mistake("convert", shelf / "my-adapter", out, "--to", "peft").startswith(f"{out}: is a file.")
+@pytest.mark.parametrize("to", ["peft", "lora"])
+def test_an_output_folder_with_other_files(shelf: Shelf, tmp_path: Path, to: str) -> None:
+    words = ("convert", shelf / "my-adapter", tmp_path, "--to", to, *(("--base", shelf / "my-model") * (to == "lora")))
+    (tmp_path / "notes.txt").write_text("mine")
+    assert mistake(*words) == f"{tmp_path}: already exists. Choose another name, or --overwrite."
+    assert mistake(words[0], words[1], tmp_path / "notes.txt", *words[3:]).endswith(
+        "notes.txt: already exists. Choose another name, or --overwrite."
+    )
+    assert made.picture(tmp_path) == {"notes.txt": b"mine"}
+    answer(*words, "--overwrite")
+    assert made.picture(tmp_path).keys() == {"notes.txt", CONFIG, WEIGHTS}
+    (tmp_path / "config.json").write_text("{}")
+    for refused in (words, (*words, "--overwrite")):
+        assert mistake(*refused).startswith(f"{tmp_path}: contains a model (config.json), and from_pretrained would")
 
 
 def test_what_is_left_out_of_the_configuration_is_named(shelf: Shelf, tmp_path: Path) -> None:
@@ -157,3 +139,102 @@ def test_experts_have_no_form_for_peft(tmp_path: Path) -> None:
     answer("convert", adapter, tmp_path / "out", "--to", "hra_fx")
     found, wanted = (load_file(folder / WEIGHTS) for folder in (tmp_path / "out", adapter))
     torch.testing.assert_close(found, wanted, atol=0, rtol=0)
+
+
+def test_the_logits_of_peft_are_those_of_the_adapted_model(shelf: Shelf, tmp_path: Path) -> None:
+    adapters = (shelf / "my-adapter", shelf / "second")
+    text = answer("convert", *adapters, tmp_path, "--to", "lora", "--base", shelf / "my-model")
+    assert text.startswith(f"{tmp_path}: 6 layers as LoRA of rank 6 (peft, float32)\n  rounding error up to ")
+    wanted, before = by_us(shelf, *adapters), logits(plain(shelf))
+    assert relative_error(by_peft(shelf, tmp_path) - before, wanted - before) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("words", "fields"),
+    [
+        (["--rank-pattern"], {"rank_pattern": True}),
+        (["--rank", 2, "--dtype", "bfloat16", "--rows"], {"rank": 2, "dtype": "bfloat16", "columns": []}),
+        (["--check", "tgi", "-q"], {"check": "tgi"}),
+    ],
+)
+def test_options_are_those_of_the_function(
+    shelf: Shelf, tmp_path: Path, words: list[Any], fields: dict[str, Any]
+) -> None:
+    adapters = [shelf / "my-adapter", shelf / "second"]
+    done = Answer("convert", *adapters, tmp_path / "a", "--to", "lora", "--base", shelf / "my-model", *words, "--json")
+    result = convert_files(adapters, shelf / "my-model", tmp_path / "b", progress=False, **fields)
+    assert made.picture(tmp_path / "a") == made.picture(tmp_path / "b")
+    assert (done.code, done.err, done.json["rank"]) == (0, "", result.rank)
+    assert done.json["warnings"] == list(result.warnings) and done.json["path"] == (tmp_path / "a").as_posix()
+    assert [row["rank"] for row in done.json["rows"]] == [row.rank for row in result.rows]
+
+
+def test_columns(shelf: Shelf, tmp_path: Path) -> None:
+    words = ("convert", shelf / "my-adapter", tmp_path / "c", "--to", "lora", "--base", shelf / "my-model")
+    said = mistake(*words, "--columns", "q_proj")
+    assert "is (out, in) according to config.json, but (in, out) according to columns (--columns, --rows)" in said
+
+
+def test_a_part_of_a_pipeline_becomes_a_file_of_diffusers(tmp_path: Path) -> None:
+    made.base_of(unet(), tmp_path / "pipe" / "unet", torch.float32)
+    (tmp_path / "pipe" / "model_index.json").write_text("{}")
+    adapter = made.adapter_of(unet(), tmp_path / "adapter", "to_q", "conv1")
+    words = ("convert", adapter, tmp_path / "out", "--to", "lora", "--base")
+    assert mistake(*words, tmp_path / "pipe").endswith("Give the folder of the adapted part, one of unet.")
+    assert "(diffusers, float32)" in answer(*words, tmp_path / "pipe" / "unet")
+    model = type(unet()).from_pretrained(tmp_path / "pipe" / "unet")
+    hra_fx.save_as_lora(hra_fx.load_adapter(model, adapter), tmp_path / "memory")
+    ours, due = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("out", "memory"))
+    assert ours.keys() == due.keys()
+    for key in (key for key in due if "lora_A" in key):
+        one, other = (x[key.replace("_A", "_B")].flatten(1) @ x[key].flatten(1) for x in (ours, due))
+        assert relative_error(one, other) < 1e-6
+
+
+def changes_in(file: Path) -> dict[str, Tensor]:
+    """`B A` of each tensor of the base, up to the order of rows."""
+    factors = {tensor.name: torch.tensor(tensor.data).double() for tensor in gguf.GGUFReader(file).tensors}
+    names = {name.rpartition(".")[0] for name in factors}
+    return {name: factors[f"{name}.lora_b"] @ factors[f"{name}.lora_a"] for name in names}
+
+
+def test_a_gguf_file(shelf: Shelf, tmp_path: Path) -> None:
+    out = tmp_path / "adapter.gguf"
+    words = ("convert", shelf / "my-adapter", out, "--to", "gguf", "--base", shelf / "my-model")
+    assert answer(*words).startswith(f"{out}: 4 layers as LoRA of rank 4 (gguf, float32)")
+    assert set(changes_in(out)) == {f"blk.{i}.attn_{name}.weight" for i in range(2) for name in "qv"}
+    hra_fx.save_as_lora(hra_fx.load_adapter(plain(shelf), shelf / "my-adapter"), tmp_path / "memory.gguf")
+    changes, due = (changes_in(file) for file in (out, tmp_path / "memory.gguf"))
+    assert changes.keys() == due.keys()
+    assert all(relative_error(changes[name], due[name]) < 1e-6 for name in due)
+    before = out.read_bytes()
+    assert mistake(*words) == f"{out}: already exists. Choose another name, or --overwrite."
+    answer(*words, "--overwrite", "--dtype", "float16")
+    assert len(out.read_bytes()) < len(before)
+
+
+#: Arguments after the adapter and the output folder -> a part of the usage error.
+WRONG: dict[tuple[str, ...], str] = {
+    ("out", "--to", "lora"): "Invalid value for --base: --to lora needs the folder of the base model",
+    ("out.gguf", "--to", "gguf"): "Invalid value for --base: --to gguf needs the folder of the base model",
+    ("out.gguf", "--to", "lora", "--base", "x"): "Invalid value for OUT: --to lora writes a folder",
+    ("out", "--to", "gguf", "--base", "x"): "Invalid value for OUT: --to gguf writes a .gguf file",
+    ("out", "--to", "lora", "--base", "x", "--rank", "0"): "Invalid value for '--rank'",
+    ("more", "out", "--to", "peft"): "Invalid value for ADAPTER: --to peft converts one adapter, got 2",
+    ("out", "--to", "hra_fx", "--base", "x"): "Invalid value for --base: is an option of --to lora and --to gguf",
+    ("out", "--to", "peft", "--rank-pattern"): "Invalid value for --rank-pattern: is an option of --to lora",
+}
+
+
+@pytest.mark.parametrize("words", WRONG, ids=" ".join)
+def test_options_that_do_not_fit_together(shelf: Shelf, words: tuple[str, ...]) -> None:
+    assert WRONG[words] in usage("convert", shelf / "my-adapter", *words)
+
+
+def test_nothing_is_written_after_an_error(shelf: Shelf, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ("convert", shelf / "my-adapter", out, "--to", "lora", "--base")
+    assert mistake(*words, tmp_path / "none").startswith(f"{tmp_path / 'none'}: no such folder.")
+    assert not out.exists()
+    assert "vllm" in mistake(*words, shelf / "my-model", "--check", "apache")
+    assert not out.exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -17,29 +18,22 @@ from safetensors.torch import save_file
 import hra_fx
 
 
-def inspected(*words: object) -> dict[str, object]:
+def inspected(*words: object) -> Any:
     return Answer("inspect", *words, "--json").json
 
 
-@pytest.mark.parametrize("name", ["my-adapter", "orthonormal"])
-def test_they_are_those_of_the_report_of_the_model(shelf: Shelf, name: str) -> None:
-    rows = hra_fx.report(hra_fx.load_adapter(copy.deepcopy(shelf.model), shelf / name)).to_dicts()
-    found = {layer["path"]: layer for layer in inspected(shelf / name)["layers"]}
+@pytest.mark.parametrize("name", ["my-adapter", "orthonormal", "experts"])
+def test_they_are_those_of_the_report_of_the_model(shelf: Shelf, name: str, tmp_path: Path) -> None:
+    model, adapter = copy.deepcopy(shelf.model), shelf / name
+    if name == "experts":
+        model = built("gpt_oss", torch.float32)
+        adapter = made.adapter_of(model, tmp_path, target_parameters=TARGETS, target_modules=None)
+    rows = hra_fx.report(hra_fx.load_adapter(model, adapter)).to_dicts()
+    found = {layer["path"]: layer for layer in inspected(adapter)["layers"]}
     assert found.keys() == {row["path"] for row in rows}
     for row in rows:
         for field in ("d", "r", "parameters", "rotation", "angle", "mean_angle"):
             assert found[row["path"]][field] == pytest.approx(row[field], rel=1e-4), field
-
-
-def test_experts_are_those_of_the_report(tmp_path: Path) -> None:
-    model = built("gpt_oss", torch.float32)
-    adapter = made.adapter_of(model, tmp_path / "adapter", target_parameters=TARGETS, target_modules=None)
-    rows = {row["path"]: row for row in hra_fx.report(hra_fx.load_adapter(model, adapter)).to_dicts()}
-    layers = inspected(adapter)["layers"]
-    assert {layer["path"] for layer in layers} == rows.keys()
-    for layer in layers:
-        for field in ("d", "r", "parameters", "rotation", "angle", "mean_angle"):
-            assert layer[field] == pytest.approx(rows[layer["path"]][field], rel=1e-4), field
 
 
 def test_what_an_adapter_is(shelf: Shelf) -> None:
@@ -108,31 +102,14 @@ def test_narrow_terminals_lose_columns_and_no_letters(shelf: Shelf, name: str, c
 
 
 def test_mistakes(shelf: Shelf, tmp_path: Path) -> None:
-    message = mistake("inspect", tmp_path)
-    assert message == (
+    assert mistake("inspect", tmp_path) == (
         f"{tmp_path}: does not contain adapter_config.json or config.json. Give the folder of an adapter or a model."
     )
     assert "no/such/folder: no such folder, and not a valid Hub" in mistake("inspect", "no/such/folder")
-    message = mistake("inspect", shelf.folder)
-    assert "There are adapters in the subfolders 'my-adapter', 'orthonormal', 'second': give the path of" in message
-
-
-def test_an_adapter_of_another_method(tmp_path: Path) -> None:
-    peft.LoraConfig(target_modules=["q_proj"]).save_pretrained(tmp_path)
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    assert "`peft_type` must be 'HRA', got 'LORA'" in mistake("inspect", tmp_path)
-
-
-def test_truncated_weights(shelf: Shelf, tmp_path: Path) -> None:
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        data = (shelf / "my-adapter" / name).read_bytes()
-        (tmp_path / name).write_bytes(data if name.endswith("json") else data[:-9])
-    assert "adapter_model.safetensors: truncated, damaged" in mistake("inspect", tmp_path)
-
-
-def test_a_pipeline_names_its_parts(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text("{}")
+    said = mistake("inspect", shelf.folder)
+    assert "There are adapters in the subfolders 'my-adapter', 'orthonormal', 'second': give the path of" in said
     for part in ("unet", "vae"):
         (tmp_path / part).mkdir()
         (tmp_path / part / "config.json").write_text("{}")
+    (tmp_path / "model_index.json").write_text("{}")
     assert "is a diffusers pipeline. Give one of its parts: unet, vae." in mistake("inspect", tmp_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 import transformers
 from checkpoint.disk import made
 from diffusion_models import unet
-from moe_models import NAMES, TARGETS, built, call_of
+from moe_models import NAMES, TARGETS, built
 from oracles import dense_q, relative_error
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
@@ -23,44 +23,47 @@ from torch import Tensor, nn
 
 import hra_fx
 from hra_fx.lora.adapter import LoraAdapter, LoraLayer
-from hra_fx.lora.disk.convert import convert_files
-from hra_fx.lora.disk.read import read_as_lora
+from hra_fx.lora.from_files import read_as_lora
 from hra_fx.lora.from_model import lora_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 U = "base_model.model.{}.hra_u"
-#: Relative errors of products with 16-bit weights, which are in float32, and of others, which are in float64.
-NEAR = {torch.bfloat16: 1e-6, torch.float16: 1e-6, torch.float32: 1e-12, torch.float64: 1e-12}
 
 
 def change(layer: LoraLayer) -> Tensor:
     return layer.B @ layer.A
 
 
-def vectors(folder: Path, path: str) -> Tensor:
-    return load_file(folder / "adapter_model.safetensors")[U.format(path)]
-
-
-def dense_change(weight: Tensor, *qs: Tensor, columns: bool = False) -> Tensor:
-    """`W Q - W: (out, d)` in float64."""
-    rows = weight.double().mT if columns else weight.double().flatten(1)
-    q = torch.linalg.multi_dot([*qs, torch.eye(len(qs[0]), dtype=torch.float64)])
-    return rows @ q - rows
+def vectors(folder: Path) -> dict[str, Tensor]:
+    """Path -> vectors, of an adapter."""
+    file = load_file(folder / "adapter_model.safetensors")
+    keys = {key.removeprefix("base_model.model.").rpartition("."): key for key in file}
+    return {path: file[key] for (path, _, last), key in keys.items() if last == "hra_u"}
 
 
 def found(lora: LoraAdapter) -> dict[str, LoraLayer]:
     return {layer.path: layer for layer in lora.layers}
 
 
+def check(
+    lora: LoraAdapter,
+    weights: Mapping[str, Tensor],
+    *adapters: Path,
+    name: Callable[[str], str] = lambda path: f"{path}.weight",
+) -> None:
+    """The change of each layer is `W Q - W`, of 16 bits in float32; `name`: from a path to the name of the weight."""
+    chains = [vectors(folder) for folder in adapters]
+    assert set(found(lora)) == {path for own in chains for path in own}
+    for path, layer in found(lora).items():
+        weight, qs = weights[name(path)], [dense_q(own[path]) for own in chains if path in own]
+        rows = weight.double().mT if layer.columns else weight.double().flatten(1)
+        due = torch.linalg.multi_dot([rows, *qs, torch.eye(rows.shape[1], dtype=torch.float64)]) - rows
+        assert layer.kernel == tuple(weight.shape[2:])
+        assert relative_error(change(layer), due) < (1e-6 if weight.dtype.itemsize == 2 else 1e-12), path
+
+
 CASES = {**made.CASES, "GPT-2, float64": (made.gpt2, ["c_attn", "c_proj"], torch.float64, {})}
-del CASES["Llama, Gram-Schmidt without an anchor"]  # its file has vectors before Gram-Schmidt, see `vectors`
-#: Output layers without a tensor of their own, and the one that they are tied to.
-TIED: dict[str, tuple[Callable[[], Any], str, str]] = {
-    "Llama": (lambda: made.llama(tie_word_embeddings=True), "lm_head", "model.embed_tokens.weight"),
-    "GPT-2": (made.gpt2, "lm_head", "transformer.wte.weight"),
-    "BERT": (made.bert, "cls.predictions.decoder", "bert.embeddings.word_embeddings.weight"),
-    "T5": (made.t5, "lm_head", "shared.weight"),
-}
+del CASES["Llama, Gram-Schmidt without an anchor"]  # its file has vectors before Gram-Schmidt
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -72,15 +75,16 @@ def test_the_same_as_of_the_model_in_memory(tmp_path: Path, name: str, sharded: 
     assert (len(list(base.glob("*.safetensors"))) > 1) is sharded
     adapter = made.adapter_of(model, tmp_path / "adapter", *targets, **fields)
     lora, weights = read_as_lora([adapter], base), made.tensors(base)
-    for layer in lora.layers:
-        due = dense_change(
-            weights[f"{layer.path}.weight"], dense_q(vectors(adapter, layer.path)), columns=layer.columns
-        )
-        assert relative_error(change(layer), due) < NEAR[dtype], layer.path
+    check(lora, weights, adapter)
     memory = lora_adapter(hra_fx.load_adapter(type(model).from_pretrained(base, dtype="auto"), adapter))
-    assert [(x.path, x.kind, x.rank, x.kernel, x.columns) for x in lora.layers] == [
-        (x.path, x.kind, x.rank, x.kernel, x.columns) for x in sorted(memory.layers, key=lambda x: order(x.path))
-    ]
+    for path, layer in found(memory).items():
+        same = found(lora)[path]
+        assert (layer.kind, layer.rank, layer.kernel, layer.columns) == (
+            same.kind,
+            same.rank,
+            same.kernel,
+            same.columns,
+        )
     for field in ("bias", "modules_to_save", "task_type", "auto_mapping", "base_model"):
         assert getattr(lora, field) == getattr(memory, field), field
     assert lora.copies.keys() == memory.copies.keys()
@@ -89,8 +93,13 @@ def test_the_same_as_of_the_model_in_memory(tmp_path: Path, name: str, sharded: 
     assert {path for path in memory.modules if any(key.startswith(f"{path}.") for key in weights)} == set(lora.modules)
 
 
-def order(path: str) -> list[Any]:
-    return [int(part) if part.isdigit() else part for part in path.split(".")]
+#: Output layers without a tensor of their own, and the one that they are tied to.
+TIED: dict[str, tuple[Callable[[], Any], str, str]] = {
+    "Llama": (lambda: made.llama(tie_word_embeddings=True), "lm_head", "model.embed_tokens.weight"),
+    "GPT-2": (made.gpt2, "lm_head", "transformer.wte.weight"),
+    "BERT": (made.bert, "cls.predictions.decoder", "bert.embeddings.word_embeddings.weight"),
+    "T5": (made.t5, "lm_head", "shared.weight"),
+}
 
 
 @pytest.mark.parametrize("name", TIED)
@@ -101,8 +110,7 @@ def test_a_tied_output_layer_has_the_weight_of_the_embeddings(tmp_path: Path, na
     adapter = made.adapter_of(model, tmp_path / "adapter", path.rpartition(".")[2])
     lora, weights = read_as_lora([adapter], base), made.tensors(base)
     assert f"{path}.weight" not in weights and path in lora.modules
-    due = dense_change(weights[source], dense_q(vectors(adapter, path)))
-    assert relative_error(change(found(lora)[path]), due) < 1e-6
+    check(lora, weights, adapter, name=lambda _: source)
 
 
 def test_several_adapters_are_applied_in_their_order(tmp_path: Path) -> None:
@@ -110,15 +118,11 @@ def test_several_adapters_are_applied_in_their_order(tmp_path: Path) -> None:
     base = made.base_of(model, tmp_path / "base", torch.float32)
     first = made.adapter_of(model, tmp_path / "first", "q_proj", "o_proj", seed=4, bias="hra_only")
     second = made.adapter_of(model, tmp_path / "second", "q_proj", "v_proj", seed=5, r=2, modules_to_save=["lm_head"])
-    weights = made.tensors(base)
     for adapters in ([first, second], [second, first]):
         lora = read_as_lora(adapters, base)
-        assert len(lora.layers) == 6
-        for path, layer in found(lora).items():
-            file = "adapter_model.safetensors"
-            qs = [dense_q(vectors(a, path)) for a in adapters if U.format(path) in load_file(a / file)]
-            assert layer.rank == (6 if path.endswith("q_proj") else 4 if path.endswith("o_proj") else 2)
-            assert relative_error(change(layer), dense_change(weights[f"{path}.weight"], *qs)) < 1e-12
+        check(lora, made.tensors(base), *adapters)
+        ranks = {(path.rpartition(".")[2], layer.rank) for path, layer in found(lora).items()}
+        assert ranks == {("q_proj", 6), ("o_proj", 4), ("v_proj", 2)}
         assert (lora.bias, lora.modules_to_save, set(lora.copies)) == ("lora_only", ("lm_head",), {"lm_head.weight"})
 
 
@@ -146,39 +150,28 @@ def test_adapters_of_peft(tmp_path: Path, fields: dict[str, Any]) -> None:
 def test_a_smaller_rank_is_the_best_approximation(tmp_path: Path) -> None:
     made.linear_stack(tmp_path / "base", layers=1, dtype=torch.float64)
     made.stack_adapter(tmp_path / "adapter", layers=1, r=4)
-    lora = read_as_lora([tmp_path / "adapter"], tmp_path / "base", rank=2, columns=[])
-    due = dense_change(made.tensors(tmp_path / "base")["0.weight"], dense_q(vectors(tmp_path / "adapter", "0")))
+    (whole,) = read_as_lora([tmp_path / "adapter"], tmp_path / "base", columns=[]).layers
+    (layer,) = read_as_lora([tmp_path / "adapter"], tmp_path / "base", rank=2, columns=[]).layers
+    due = change(whole)
     lost = float(torch.linalg.svdvals(due)[2:].norm() / due.norm())
-    assert lora.layers[0].rank == 2 and lora.layers[0].error == pytest.approx(lost, rel=1e-9)
-    assert relative_error(change(lora.layers[0]), due) == pytest.approx(lost, rel=1e-9)
+    assert layer.rank == 2 and layer.error == pytest.approx(lost, rel=1e-9)
+    assert relative_error(change(layer), due) == pytest.approx(lost, rel=1e-9)
 
 
-def test_a_fresh_adapter_has_rank_0(tmp_path: Path) -> None:
-    model = made.llama()
-    base = made.base_of(model, tmp_path / "base")
-    for i, apply_GS in enumerate([False, True]):
-        fresh = hra_fx.transform(made.llama(), hra_fx.HRAConfig(r=3, target_modules=["q_proj"], apply_GS=apply_GS))
-        hra_fx.save_adapter(fresh, tmp_path / f"{i}")
-        lora = read_as_lora([tmp_path / f"{i}"], base)
-        assert [layer.rank for layer in lora.layers] == [0, 0] and lora.layers[0].B.shape == (16, 0)
+@pytest.mark.parametrize("apply_GS", [False, True])
+def test_a_fresh_adapter_has_rank_0(tmp_path: Path, apply_GS: bool) -> None:
+    base = made.base_of(made.llama(), tmp_path / "base")
+    fresh = hra_fx.transform(made.llama(), hra_fx.HRAConfig(r=3, target_modules=["q_proj"], apply_GS=apply_GS))
+    hra_fx.save_adapter(fresh, tmp_path / "fresh")
+    assert [layer.B.shape for layer in read_as_lora([tmp_path / "fresh"], base).layers] == [(16, 0), (16, 0)]
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attn, self.fc = nn.MultiheadAttention(8, 2), nn.Linear(8, 4)
-
-
-def test_an_attention(tmp_path: Path) -> None:
+def attention(folder: Path) -> nn.Module:
     torch.manual_seed(0)
-    model = Attention()
-    (tmp_path / "base").mkdir()
-    save_file(model.state_dict(), tmp_path / "base" / "model.safetensors")
-    adapter = made.adapter_of(model, tmp_path / "adapter", "attn")
-    (layer,) = read_as_lora([adapter], tmp_path / "base").layers
-    assert (layer.path, layer.kind, layer.rank) == ("attn", "attention", 4)
-    due = dense_change(model.attn.in_proj_weight.detach(), dense_q(vectors(adapter, "attn")))
-    assert relative_error(change(layer), due) < 1e-12
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "fc": nn.Linear(8, 4)})
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return model
 
 
 def convnext(folder: Path) -> nn.Module:
@@ -199,54 +192,46 @@ def diffusion(folder: Path) -> nn.Module:
     return made.base_of(model, folder, torch.float32) and model
 
 
-CONVOLUTIONS: dict[str, tuple[Callable[[Path], nn.Module], list[str]]] = {
-    "timm": (convnext, ["stem.0", "downsample.1"]),
-    "transformers": (resnet, ["convolution"]),
-    "diffusers": (diffusion, ["conv1", "conv_shortcut", "to_q"]),
+#: Targets, and the kinds of the layers.
+OTHERS: dict[Callable[[Path], nn.Module], tuple[list[str], set[str]]] = {
+    attention: (["attn"], {"attention"}),
+    convnext: (["stem.0", "downsample.1"], {"conv2d"}),
+    resnet: (["convolution"], {"conv2d"}),
+    diffusion: (["conv1", "conv_shortcut", "to_q"], {"conv2d", "linear"}),
 }
 
 
-@pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_convolutions(tmp_path: Path, name: str) -> None:
-    build, targets = CONVOLUTIONS[name]
-    model = build(tmp_path / "base")
-    adapter = made.adapter_of(model, tmp_path / "adapter", *targets)
-    lora, weights = read_as_lora([adapter], tmp_path / "base"), made.tensors(tmp_path / "base")
-    assert "conv2d" in {layer.kind for layer in lora.layers}
-    for path, layer in found(lora).items():
-        weight = weights[f"{path}.weight"]
-        assert layer.kernel == tuple(weight.shape[2:]) and layer.kind == ("conv2d" if layer.kernel else "linear")
-        assert relative_error(change(layer), dense_change(weight, dense_q(vectors(adapter, path)))) < 1e-12
+@pytest.mark.parametrize("build", OTHERS)
+def test_other_kinds_of_layers(tmp_path: Path, build: Callable[[Path], nn.Module]) -> None:
+    targets, kinds = OTHERS[build]
+    adapter = made.adapter_of(build(tmp_path / "base"), tmp_path / "adapter", *targets)
+    lora = read_as_lora([adapter], tmp_path / "base")
+    assert {layer.kind for layer in lora.layers} == kinds
+    name = "attn.in_proj_weight" if build is attention else "{}.weight"
+    check(lora, made.tensors(tmp_path / "base"), adapter, name=name.format)
 
 
 def test_an_adapter_with_a_head_for_a_base_without_one(tmp_path: Path) -> None:
     """Names in the file have no prefix; in the adapter and in the result they have one."""
-    body = made.bert("BertModel")
-    base = made.base_of(body, tmp_path / "base")
+    base = made.base_of(made.bert("BertModel"), tmp_path / "base")
     model = made.bert("BertForSequenceClassification")
     adapter = made.adapter_of(
         model, tmp_path / "adapter", "query", "pooler.dense", task_type="SEQ_CLS", bias="hra_only"
     )
-    lora, weights = read_as_lora([adapter], base), made.tensors(base)
+    lora = read_as_lora([adapter], base)
     assert "bert.pooler.dense" in found(lora)
-    for path, layer in found(lora).items():
-        due = dense_change(weights[f"{path.removeprefix('bert.')}.weight"], dense_q(vectors(adapter, path)))
-        assert relative_error(change(layer), due) < 1e-6
-        assert f"{path}.base_layer.bias" in lora.copies
-    assert {"classifier.weight", "classifier.bias"} < set(lora.copies)
+    check(lora, made.tensors(base), adapter, name=lambda path: f"{path.removeprefix('bert.')}.weight")
+    biases = {f"{path}.base_layer.bias" for path in found(lora)}
+    assert {"classifier.weight", "classifier.bias", *biases} == set(lora.copies)
     modules = {path for path, _ in model.named_modules() if path.startswith("bert.") and "dropout" not in path}
     assert modules - set(lora.modules) <= {path for path in modules if path.endswith(("activation", "act_fn"))}
 
 
 def test_an_adapter_without_a_head_for_a_base_with_one(tmp_path: Path) -> None:
     base = made.base_of(made.bert(), tmp_path / "base")
-    model = made.bert("BertModel")
-    adapter = made.adapter_of(model, tmp_path / "adapter", "query")
-    lora, weights = read_as_lora([adapter], base), made.tensors(base)
-    for path, layer in found(lora).items():
-        assert path.startswith("encoder.")
-        due = dense_change(weights[f"bert.{path}.weight"], dense_q(vectors(adapter, path)))
-        assert relative_error(change(layer), due) < 1e-6
+    adapter = made.adapter_of(made.bert("BertModel"), tmp_path / "adapter", "query")
+    lora = read_as_lora([adapter], base)
+    check(lora, made.tensors(base), adapter, name=lambda path: f"bert.{path}.weight")
     assert "encoder.layer.1.attention.self.key" in lora.modules
 
 
@@ -257,14 +242,13 @@ def test_the_weights_are_from_the_file_that_libraries_load(tmp_path: Path) -> No
     for name, weight in weights.items():
         save_file({"0.weight": weight}, tmp_path / "base" / f"{name}.safetensors")
     adapter = made.stack_adapter(tmp_path / "adapter", layers=1)
-    (layer,) = read_as_lora([adapter], tmp_path / "base").layers
-    assert relative_error(change(layer), dense_change(weights["model"], dense_q(vectors(adapter, "0")))) < 1e-12
+    check(read_as_lora([adapter], tmp_path / "base"), {"0.weight": weights["model"]}, adapter)
 
 
 MEASURE = """
 import sys
-from hra_fx.lora.disk.convert import convert_files
-from hra_fx.lora.disk.read import read_as_lora
+from hra_fx.lora.save import convert_files
+from hra_fx.lora.from_files import read_as_lora
 def peak():
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
@@ -310,16 +294,3 @@ def test_experts_are_those_of_the_model_in_memory(name: str, fields: dict[str, A
         assert (layer.kind, layer.place, layer.rank) == (other.kind, other.place, other.rank), path
         # The file has orthonormal vectors in float32, and the model computes them in float64.
         assert relative_error(change(layer), change(other)) < (1e-6 if "apply_GS" in fields else 1e-11), path
-
-
-def test_peft_loads_converted_experts(tmp_path: Path) -> None:
-    model: Any = built("mixtral", torch.float32, "eager")
-    base = made.base_of(model, tmp_path / "base", torch.float32)
-    adapter = made.adapter_of(model, tmp_path / "adapter", target_parameters=TARGETS, target_modules=None)
-    convert_files([adapter], base, tmp_path / "lora", progress=False)
-    adapted = hra_fx.load_adapter(type(model).from_pretrained(base, experts_implementation="eager"), adapter)
-    plain = type(model).from_pretrained(base, experts_implementation="eager")
-    loaded = peft.PeftModel.from_pretrained(plain, tmp_path / "lora")
-    call = call_of("mixtral")
-    with torch.no_grad():
-        assert relative_error(loaded(**call).logits, adapted(**call).logits) <= 1e-5

@@ -12,13 +12,11 @@ import gguf
 import pytest
 import torch
 import transformers
-from adapting import randomise
 from gguf_models import MODELS, tiny
 
 import hra_fx
 from hra_fx.lora.adapter import LoraAdapter, LoraLayer
-from hra_fx.lora.formats.gguf_file import write_gguf
-from hra_fx.lora.formats.gguf_names import ARCHITECTURES, is_tied
+from hra_fx.lora.gguf_format import ARCHITECTURES, is_tied, write_gguf
 
 LLAMA = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2}
 
@@ -40,13 +38,19 @@ def write(path: Path, *layers: LoraLayer, dtype: torch.dtype = torch.float32, **
 
 
 def test_the_fields_that_llama_cpp_reads(tmp_path: Path) -> None:
-    write(tmp_path / "a.gguf", layer("model.layers.11.mlp.up_proj", 3), base_model="someone/llama")
-    fields = {key: field.contents() for key, field in gguf.GGUFReader(tmp_path / "a.gguf").fields.items()}
-    assert fields["general.type"] == "adapter"
-    assert fields["general.architecture"] == "llama"
-    assert fields["general.base_model.0.name"] == "someone/llama"
-    assert fields["adapter.type"] == "lora"
-    assert fields["adapter.lora.alpha"] == 3.0
+    """A base model in a folder is named without its path."""
+    for base in ("someone/llama", str(tmp_path / "my-llama")):
+        write(tmp_path / "new" / "a.gguf", layer("model.layers.11.mlp.up_proj", 3), base_model=base)
+        read = gguf.GGUFReader(tmp_path / "new" / "a.gguf").fields
+        assert {key: field.contents() for key, field in read.items() if not key.startswith("GGUF.")} == {
+            "general.architecture": "llama",
+            "general.type": "adapter",
+            "adapter.type": "lora",
+            "adapter.lora.alpha": 3.0,
+            "general.base_model.count": 1,
+            "general.base_model.0.name": base.removeprefix(f"{tmp_path}/"),
+        }
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["a.gguf"]
 
 
 def test_all_layers_have_one_rank(tmp_path: Path) -> None:
@@ -109,6 +113,11 @@ REFUSED = {
         hra_fx.AdapterError,
         "^model.layers.0.self_attn.q_proj: its 6 rows are not a multiple of 4, the head dimension",
     ),
+    "a gemma3 that makes embeddings": (
+        adapter(layer("0"), config={"model_type": "gemma3_text", "use_bidirectional_attention": True}),
+        hra_fx.AdapterError,
+        r"^`use_bidirectional_attention` is True: llama\.cpp has another archite",
+    ),
     "a value that float16 does not have": (
         adapter(layer("model.layers.0.mlp.up_proj", A=torch.full((1, 8), 1e6, dtype=torch.float64))),
         hra_fx.AdapterError,
@@ -128,20 +137,10 @@ def test_refused_before_anything_is_written(case: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_modules_to_save_of_a_model(tmp_path: Path) -> None:
-    model = hra_fx.transform(
-        tiny("llama"), hra_fx.HRAConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], init_weights=False)
-    )
-    with pytest.raises(hra_fx.AdapterError, match=r"^lm_head.weight: .* modules_to_save. Fold the model instead"):
-        hra_fx.save_as_lora(model, tmp_path / "a.gguf")
-
-
-def test_a_tied_output_layer_of_a_model(tmp_path: Path) -> None:
-    model = tiny("llama", tie_word_embeddings=True)
-    hra_fx.transform(model, hra_fx.HRAConfig(target_modules=["lm_head"], init_weights=False))
-    with pytest.raises(hra_fx.UnsupportedLayerError, match=r"^lm_head: this layer is tied to the embeddings"):
-        hra_fx.save_as_lora(model, tmp_path / "a.gguf")
-    assert not list(tmp_path.iterdir())
+def adapted(*targets: str, model: Any = None, **fields: Any) -> Any:
+    model = tiny("llama") if model is None else model
+    hra_fx.transform(model, hra_fx.HRAConfig(r=4, target_modules=list(targets), init_weights=False, **fields))
+    return model
 
 
 def test_a_vision_tower(tmp_path: Path) -> None:
@@ -150,38 +149,32 @@ def test_a_vision_tower(tmp_path: Path) -> None:
     model = transformers.Gemma3ForConditionalGeneration(
         transformers.Gemma3Config(text_config=text, vision_config=sizes)
     )
-    hra_fx.transform(model, hra_fx.HRAConfig(target_modules=r".*vision_tower.*\.q_proj", init_weights=False))
+    adapted("vision_tower.encoder.layers.0.self_attn.q_proj", model=model)
     with pytest.raises(hra_fx.UnsupportedLayerError, match=r"^model.vision_tower.*\.q_proj: llama.cpp has no weight"):
         hra_fx.save_as_lora(model, tmp_path / "a.gguf")
 
 
-def test_the_package_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(hra_fx.CheckpointError, match=r"which is not installed\. Run: pip install gguf\.$"):
-        write_gguf(adapter(layer("model.layers.0.mlp.up_proj")), tmp_path / "a.gguf", torch.float32)
+def test_models_and_files_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(model: Any, kind: type[hra_fx.HRAError], message: str, name: str = "a.gguf", **options: Any) -> None:
+        with pytest.raises(kind, match=message):
+            hra_fx.save_as_lora(model, tmp_path / name, **options)
 
-
-def test_the_folder_is_made(tmp_path: Path) -> None:
-    write(tmp_path / "new" / "a.gguf", layer("model.layers.0.mlp.up_proj"))
-    assert [file.name for file in (tmp_path / "new").iterdir()] == ["a.gguf"]
-
-
-def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    saved = adapted("q_proj", modules_to_save=["lm_head"])
+    refused(saved, hra_fx.AdapterError, r"^lm_head.weight: .* modules_to_save. Fold the model instead")
+    tied = adapted("lm_head", model=tiny("llama", tie_word_embeddings=True))
+    refused(tied, hra_fx.UnsupportedLayerError, r"^lm_head: this layer is tied to the embeddings")
+    model, pipe = adapted("q_proj"), SimpleNamespace(components={})
+    ranks = r"^`rank_pattern` needs PEFT's format; the gguf format has one rank"
+    refused(model, hra_fx.AdapterError, ranks, rank_pattern=True)
+    refused(pipe, hra_fx.AdapterError, r"^GGUF files are for language models, got SimpleNamespace\. Give a fold")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "d.gguf").mkdir()
+    refused(model, hra_fx.CheckpointError, r"d\.gguf: is a folder\. Give the name of a file\.$", "d.gguf")
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(
-        hra_fx.CheckpointError, match=r"a\.gguf: cannot write the file \((File exists|Not a directory)\)\."
-    ):
-        write(tmp_path / "file" / "a.gguf", layer("model.layers.0.mlp.up_proj"))
-    model = hra_fx.transform(tiny("llama"), hra_fx.HRAConfig(r=4, target_modules=["q_proj"], init_weights=False))
-    with pytest.raises(hra_fx.CheckpointError, match=r"d\.gguf: is a folder\. Give the name of a file\.$"):
-        (tmp_path / "d.gguf").mkdir()
-        hra_fx.save_as_lora(model, tmp_path / "d.gguf")
-
-
-def test_a_base_model_in_a_folder_is_named_without_its_path(tmp_path: Path) -> None:
-    write(tmp_path / "a.gguf", layer("model.layers.0.mlp.up_proj"), base_model=str(tmp_path / "my-llama"))
-    fields = gguf.GGUFReader(tmp_path / "a.gguf").fields
-    assert fields["general.base_model.0.name"].contents() == "my-llama"
+    said = r"a\.gguf: cannot write the file \((File exists|Not a directory)\)\."
+    refused(model, hra_fx.CheckpointError, said, "file/a.gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    refused(model, hra_fx.CheckpointError, r"which is not installed\. Run: pip install gguf\.$")
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
@@ -192,41 +185,11 @@ def test_which_model_types_tie_their_output_layer(model_type: str) -> None:
     assert not is_tied(adapter(config={"model_type": model_type, "text_config": {"tie_word_embeddings": False}}))
 
 
-def test_a_gemma3_that_makes_embeddings(tmp_path: Path) -> None:
-    config = {"model_type": "gemma3_text", "use_bidirectional_attention": True}
-    with pytest.raises(
-        hra_fx.AdapterError, match=r"^`use_bidirectional_attention` is True: llama\.cpp has another archite"
-    ):
-        write(tmp_path / "a.gguf", layer("model.layers.0.mlp.up_proj"), config=config)
-
-
-def test_what_has_no_meaning_for_gguf(tmp_path: Path) -> None:
-    model = hra_fx.transform(tiny("llama"), hra_fx.HRAConfig(r=4, target_modules=["q_proj"], init_weights=False))
-    with pytest.raises(hra_fx.AdapterError, match=r"^`rank_pattern` needs PEFT's format; the gguf format has one rank"):
-        hra_fx.save_as_lora(model, tmp_path / "a.gguf", rank_pattern=True)
-    with pytest.raises(
-        hra_fx.AdapterError, match=r"^GGUF files are for language models, got SimpleNamespace\. Give a fold"
-    ):
-        hra_fx.save_as_lora(SimpleNamespace(components={}), tmp_path / "a.gguf")
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_suffix_in_capitals(tmp_path: Path) -> None:
-    model = hra_fx.transform(tiny("llama"), hra_fx.HRAConfig(r=4, target_modules=["q_proj"], init_weights=False))
-    assert hra_fx.save_as_lora(model, tmp_path / "A.GGUF").format == "gguf"
-    assert (tmp_path / "A.GGUF").is_file()
-
-
-def test_a_symbolic_link_stays(tmp_path: Path) -> None:
-    (tmp_path / "link.gguf").symlink_to(tmp_path / "a.gguf")
-    write(tmp_path / "link.gguf", layer("model.layers.0.mlp.up_proj"))
-    assert (tmp_path / "link.gguf").is_symlink()
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.gguf", "link.gguf"]
-
-
 def test_the_result_says_what_was_written(tmp_path: Path) -> None:
-    model = hra_fx.transform(tiny("llama"), hra_fx.HRAConfig(r=4, target_modules=["q_proj"]))
-    randomise(model)
-    result = hra_fx.save_as_lora(model, tmp_path / "a.gguf", rank=2)
+    """Also a suffix in capitals, and a symbolic link, which stays."""
+    (tmp_path / "link.GGUF").symlink_to(tmp_path / "a.gguf")
+    result = hra_fx.save_as_lora(adapted("q_proj"), tmp_path / "link.GGUF", rank=2)
     assert (result.format, result.rank) == ("gguf", 2)
     assert all(0 < row.error < 1 for row in result.rows)
+    assert (tmp_path / "link.GGUF").is_symlink()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.gguf", "link.GGUF"]

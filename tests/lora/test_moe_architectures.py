@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import hra_fx
 from hra_fx.errors import UnsupportedLayerError
-from hra_fx.lora.disk.convert import convert_files
+from hra_fx.lora.save import convert_files
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 #: Shared experts whose names PEFT converts, both layouts of experts, and a router with a forward of its own.

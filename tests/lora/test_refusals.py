@@ -1,21 +1,29 @@
-"""What cannot be LoRA is refused with its name before anything is written."""
+"""What cannot be LoRA is refused with its name before anything is written.
+
+PEFT's LoRA has no effect where another module reads the weight of a layer.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from layers.test_weight_reads import TARGETS, USES, Reading
 from lora.kinds import move
+from oracles import relative_error
 from timm.layers import Conv2dSame, StdConv2d
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.swin_transformer import SwinTransformer
 
 import hra_fx
 from hra_fx import HRAConfig
-from hra_fx.errors import AdapterError, CheckpointError, FoldError, UnsupportedLayerError
+from hra_fx.errors import AdapterError, CheckpointError, FoldError, HRAError, UnsupportedLayerError
 
 CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), "layer: Conv2d 4->6 3x3, groups 2 has groups, so the change"),
@@ -29,25 +37,29 @@ CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
-def one_layer(layer: nn.Module, **fields: Any) -> nn.Module:
-    model = hra_fx.transform(
-        nn.ModuleDict({"layer": layer}), HRAConfig(**({"r": 2, "target_modules": ["layer"]} | fields))
-    )
-    move(model, 0)
-    return model
+def adapted(model: nn.Module, **fields: Any) -> Any:
+    """The model with an adapter that is not at its start, in eval mode."""
+    move(hra_fx.transform(model, HRAConfig(**{"r": 2, "target_modules": "all-linear"} | fields)), 0)
+    return model.eval()
+
+
+def one_layer(layer: nn.Module) -> Any:
+    return adapted(nn.ModuleDict({"layer": layer}), target_modules=["layer"])
+
+
+def refused(model: nn.Module, kind: type[HRAError], message: str, **options: Any) -> None:
+    with pytest.raises(kind, match=message):
+        hra_fx.convert_to_lora(model, **options)
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_a_layer_that_lora_cannot_express(name: str, tmp_path: Path) -> None:
     make, message = CONVOLUTIONS[name]
-    folder = tmp_path / "out"
     with pytest.raises(UnsupportedLayerError) as caught:
-        hra_fx.save_as_lora(one_layer(make()), folder)
+        hra_fx.save_as_lora(one_layer(make()), tmp_path / "out")
     assert str(caught.value).startswith(message)
-    assert str(caught.value).endswith(
-        "Fold the model instead (hra_fx.fold), or leave the layer out with exclude_modules."
-    )
-    assert not folder.exists()
+    assert str(caught.value).endswith(" (hra_fx.fold), or leave the layer out with exclude_modules.")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -75,74 +87,33 @@ class Dropping(nn.Linear):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_forward_of_its_own_is_tried_in_float32_and_eval_mode(dtype: torch.dtype) -> None:
-    with pytest.raises(UnsupportedLayerError, match=r"^layer: Linear 6->4 has its own forward, with which PEFT's LoRA"):
-        hra_fx.convert_to_lora(one_layer(Scaled(6, 4).to(dtype)))
+    message = r"^layer: Linear 6->4 has its own forward, with which PEFT's LoRA"
+    refused(one_layer(Scaled(6, 4).to(dtype)), UnsupportedLayerError, message)
     model = one_layer(Dropping(6, 4).to(dtype)).train()
     before = model["layer"].hra_base
     assert hra_fx.convert_to_lora(model)[0]["r"] == 2
     assert model.training and model["layer"].hra_base is before
 
 
-@pytest.mark.parametrize("name", ["linear1", "self_attn"])
-def test_layers_that_an_encoder_layer_reads(name: str) -> None:
-    model = nn.ModuleDict({"block": nn.TransformerEncoderLayer(6, 2, 8)})
-    hra_fx.transform(model, HRAConfig(r=2, target_modules=[name]))
-    with pytest.raises(
-        UnsupportedLayerError, match=rf"^block\.{name}: .* is in an nn\.TransformerEncoderLayer, which rea"
-    ):
-        hra_fx.convert_to_lora(model)
+SHARED = nn.Linear(6, 6)
+#: Path of a layer in a block -> the block and the reason.
+PLACES: dict[str, tuple[nn.Module, str]] = {
+    "linear1": (nn.TransformerEncoderLayer(6, 2, 8), "is in an nn.TransformerEncoderLayer, which"),
+    "self_attn": (nn.TransformerEncoderLayer(6, 2, 8), "is in an nn.TransformerEncoderLayer, which"),
+    "out_proj": (nn.MultiheadAttention(6, 2), "is the output projection of an attention, whose change"),
+    "a.0": (
+        nn.ModuleDict({"a": nn.Sequential(SHARED), "b": nn.Sequential(SHARED)}),
+        "is also block.b.0, but PEFT's LoRA would change it in one place only",
+    ),
+}
 
 
-def test_a_model_that_was_folded_in_part() -> None:
-    model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(6, 6)), "b": nn.Sequential(nn.Linear(6, 6))})
-    hra_fx.transform(model, HRAConfig(r=2, target_modules=["0"]))
-    hra_fx.fold(model["a"])
-    with pytest.raises(
-        AdapterError, match=r"^adapter 'default': a\.0 does not match the adapter's configuration, because"
-    ):
-        hra_fx.convert_to_lora(model)
-
-
-@pytest.mark.parametrize("name", ["config.json", "model_index.json", "model-00001-of-00002.safetensors"])
-def test_the_folder_of_a_model(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text("{}")
-    with pytest.raises(
-        CheckpointError, match=rf"contains a model \({name}\), and from_pretrained would load the adapte"
-    ):
-        hra_fx.save_as_lora(one_layer(nn.Linear(6, 4)), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-
-
-def test_the_folder_of_an_hra_adapter(tmp_path: Path) -> None:
-    model = one_layer(nn.Linear(6, 4))
-    hra_fx.save_adapter(model, tmp_path / "hra")
-    hra_fx.save_as_lora(model, tmp_path / "lora")
-    hra_fx.save_as_lora(model, tmp_path / "lora")
-    before = (tmp_path / "hra" / "adapter_config.json").read_bytes()
-    with pytest.raises(
-        CheckpointError, match=r"hra: contains an HRA adapter, which the LoRA would overwrite and cannot"
-    ):
-        hra_fx.save_as_lora(model, tmp_path / "hra")
-    assert (tmp_path / "hra" / "adapter_config.json").read_bytes() == before
-
-
-def test_the_output_projection_of_an_attention() -> None:
-    model = nn.ModuleDict({"layer": nn.MultiheadAttention(6, 2)})
-    hra_fx.transform(model, HRAConfig(r=2, target_modules=["layer.out_proj"]))
-    with pytest.raises(
-        UnsupportedLayerError, match=r"^layer\.out_proj: .* is the output projection of an attention, wh"
-    ):
-        hra_fx.convert_to_lora(model)
-
-
-def test_a_layer_of_two_modules() -> None:
-    shared = nn.Linear(6, 6)
-    model = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(shared)})
-    hra_fx.transform(model, HRAConfig(r=2, target_modules=["0"]))
-    with pytest.raises(
-        UnsupportedLayerError, match=r"^a\.0: this layer is also b\.0, but PEFT's LoRA would change it in"
-    ):
-        hra_fx.convert_to_lora(model)
+@pytest.mark.parametrize("path", PLACES)
+def test_a_layer_where_peft_computes_something_else(path: str) -> None:
+    block, reason = PLACES[path]
+    model = nn.ModuleDict({"block": copy.deepcopy(block)})
+    hra_fx.transform(model, HRAConfig(r=2, target_modules=[f"block.{path}"]))
+    refused(model, UnsupportedLayerError, rf"^block\.{path}: .* {reason}")
 
 
 def test_a_module_of_two_parents_is_one_place() -> None:
@@ -151,10 +122,30 @@ def test_a_module_of_two_parents_is_one_place() -> None:
     assert hra_fx.convert_to_lora(model)[0]["target_modules"] == ["0.0"]
 
 
+def test_folders_and_files_that_are_taken(tmp_path: Path) -> None:
+    model = one_layer(nn.Linear(6, 4))
+    for name in ("config.json", "model_index.json"):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(CheckpointError, match=rf"contains a model \({name}\), and from_pretrained would load"):
+            hra_fx.save_as_lora(model, tmp_path)
+        (tmp_path / name).unlink()
+    hra_fx.save_adapter(model, tmp_path / "hra")
+    before = (tmp_path / "hra" / "adapter_config.json").read_bytes()
+    with pytest.raises(CheckpointError, match=r"hra: contains an HRA adapter, which the LoRA would overwrite and"):
+        hra_fx.save_as_lora(model, tmp_path / "hra")
+    assert (tmp_path / "hra" / "adapter_config.json").read_bytes() == before
+    for _ in range(2):
+        hra_fx.save_as_lora(model, tmp_path / "lora")
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"out: is a file\. Give a folder to save in\.$"):
+        hra_fx.save_as_lora(model, tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 @pytest.mark.parametrize("rank", [0, -1, True, 2.0])
 def test_a_rank(rank: Any) -> None:
-    with pytest.raises(AdapterError, match=rf"^`rank` must be a positive int or None, got {rank!r}\.$"):
-        hra_fx.convert_to_lora(one_layer(nn.Linear(6, 4)), rank=rank)
+    message = rf"^`rank` must be a positive int or None, got {rank!r}\.$"
+    refused(one_layer(nn.Linear(6, 4)), AdapterError, message, rank=rank)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "half-baked", torch.float64])
@@ -166,51 +157,128 @@ def test_a_dtype(dtype: Any, tmp_path: Path) -> None:
 
 def test_names_and_states() -> None:
     model = one_layer(nn.Linear(6, 4))
-    with pytest.raises(AdapterError, match=r"^the model has no adapter 'x'\. It has 'default'\.$"):
-        hra_fx.convert_to_lora(model, "x")
+    refused(model, AdapterError, r"^the model has no adapter 'x'\. It has 'default'\.$", adapter_names="x")
     with hra_fx.disable_adapters(model):
-        with pytest.raises(
-            AdapterError, match=r"^adapters are disabled\. Name the adapters, or leave the disable_adapt"
-        ):
-            hra_fx.convert_to_lora(model)
+        refused(model, AdapterError, r"^adapters are disabled\. Name the adapters, or leave the disable_adapt")
         assert hra_fx.convert_to_lora(model, "default")[0]["r"] == 2
     hra_fx.set_adapter(model, [])
-    with pytest.raises(AdapterError, match=r"^no adapter is active\. Name at least one of \['default'\]\.$"):
-        hra_fx.convert_to_lora(model)
-    with pytest.raises(AdapterError, match="has no adapters"):
-        hra_fx.convert_to_lora(nn.Linear(6, 4))
+    refused(model, AdapterError, r"^no adapter is active\. Name at least one of \['default'\]\.$")
+    refused(nn.Linear(6, 4), AdapterError, "has no adapters")
+    model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(6, 6)), "b": nn.Sequential(nn.Linear(6, 6))})
+    hra_fx.transform(model, HRAConfig(r=2, target_modules=["0"]))
+    hra_fx.fold(model["a"])
+    refused(model, AdapterError, r"^adapter 'default': a\.0 does not match the adapter's configuration, because")
 
 
-def test_values_that_are_not_finite_or_missing(tmp_path: Path) -> None:
-    model: Any = one_layer(nn.Linear(6, 4))
+def test_values_that_are_not_finite_or_missing() -> None:
+    model = one_layer(nn.Linear(6, 4))
     with torch.no_grad():
         model["layer"].hra_u["default"][0, 0] = float("nan")
-    with pytest.raises(
-        AdapterError, match=r"^layer: its weight or its vectors have NaN or infinite values\. Load or tra"
-    ):
-        hra_fx.save_as_lora(model, tmp_path / "out")
-    with torch.device("meta"):
-        empty = nn.ModuleDict({"layer": nn.Linear(6, 4)})
-    model = hra_fx.transform(nn.ModuleDict({"layer": nn.Linear(6, 4)}), HRAConfig(r=2, target_modules=["layer"]))
-    model["layer"]._parameters["weight"] = empty["layer"].weight
-    with pytest.raises(
-        FoldError, match=r"^layer: the weight or the vectors of 'default' are on the meta device\. Load"
-    ):
-        hra_fx.save_as_lora(model, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    refused(model, AdapterError, r"^layer: its weight or its vectors have NaN or infinite values\. Load or tra")
+    model = one_layer(nn.Linear(6, 4))
+    model["layer"]._parameters["weight"] = nn.Linear(6, 4, device="meta").weight
+    refused(model, FoldError, r"^layer: the weight or the vectors of 'default' are on the meta device\. Load")
 
 
 def test_copies_of_one_module_by_two_adapters() -> None:
     model = nn.ModuleDict({"layer": nn.Linear(6, 4), "head": nn.Linear(4, 2)})
     config = HRAConfig(r=2, target_modules=["layer"], modules_to_save=["head"])
     hra_fx.add_adapter(hra_fx.transform(model, config, "a"), "b", config)
-    with pytest.raises(AdapterError, match=r"each have a trained copy of head"):
-        hra_fx.convert_to_lora(model, ["a", "b"])
+    refused(model, AdapterError, r"each have a trained copy of head", adapter_names=["a", "b"])
 
 
-def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
-    file = tmp_path / "out"
-    file.write_text("mine")
-    with pytest.raises(CheckpointError, match=r"out: is a file\. Give a folder to save in\.$"):
-        hra_fx.save_as_lora(one_layer(nn.Linear(6, 4)), file)
-    assert file.read_text() == "mine"
+READ = r"^{}: .* has a weight that another module reads, where PEFT's LoRA has no effect\. Fold the model instead"
+
+
+def test_swin_of_torchvision(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = SwinTransformer([4, 4], embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=[4, 4], num_classes=5)
+    with pytest.raises(UnsupportedLayerError, match=READ.format(r"features\.1\.0\.attn\.qkv")):
+        hra_fx.save_as_lora(adapted(copy.deepcopy(base)), tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+    model, x = adapted(copy.deepcopy(base), exclude_modules=["attn.qkv", "attn.proj"]), torch.randn(1, 3, 32, 32)
+    hra_fx.save_as_lora(model, tmp_path / "lora")
+    loaded = peft.PeftModel.from_pretrained(base.eval(), tmp_path / "lora")
+    assert relative_error(loaded(x), model(x)) < 1e-5
+
+
+class Parent(nn.Module):
+    """Three layers, two of them in a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.inner = nn.Linear(6, 6), nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Linear(6, 6)})
+        self.inner.own = nn.Linear(6, 6)
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.fc.weight
+
+    def helper(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.matrix) + self.inner["a"](x)
+
+
+class ByProperty(Parent):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.helper(x)
+
+
+class Inherited(ByProperty):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class OfAnInnerModule(Parent):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) @ self.inner.own.weight.T
+
+
+class Metadata(Parent):
+    """Called after all, by a name that the source does not show."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = getattr(self, "fc")  # noqa: B009
+        return layer(x.to(self.fc.weight.dtype)) if isinstance(self.fc.bias, Tensor) else x
+
+
+class CalledElsewhere(Parent):
+    """In another branch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.fc.weight) if len(x) > 1 else self.fc(x)
+
+
+SOURCES: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
+    "by a property": (ByProperty, "fc"),
+    "by an inherited method": (Inherited, "fc"),
+    "of an inner module": (OfAnInnerModule, r"inner\.own"),
+    "of a part": (lambda: nn.Sequential(nn.Identity(), ByProperty()), r"1\.fc"),
+    "metadata": (Metadata, None),
+    "called elsewhere": (CalledElsewhere, None),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_reads_in_the_source_of_a_model_that_was_not_run(name: str) -> None:
+    make, reading = SOURCES[name]
+    model = adapted(make())
+    if reading is None:
+        hra_fx.convert_to_lora(model)
+    else:
+        refused(model, UnsupportedLayerError, READ.format(reading))
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("training", [False, True])
+def test_reads_of_the_last_run(use: str, training: bool) -> None:
+    model = adapted(Reading(use), target_modules=TARGETS)
+    with torch.set_grad_enabled(training):
+        model(torch.randn(2, 6))
+    refused(copy.deepcopy(model), UnsupportedLayerError, READ.format("(fc|before)") + "|is also another")
+
+
+def test_a_read_by_the_user_is_none_of_the_model() -> None:
+    model = adapted(nn.Sequential(nn.Linear(6, 4), nn.ReLU()))
+    model(torch.randn(2, 6))
+    assert model[0].weight.norm() > 0 and model[0].weight.detach().sum().isfinite()
+    assert hra_fx.convert_to_lora(model)[0]["r"] == 2

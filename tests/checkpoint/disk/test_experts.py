@@ -18,7 +18,7 @@ from transformers import conversion_mapping
 from transformers.core_model_loading import Chunk, Concatenate, MergeModulelist, Transpose, WeightConverter
 
 import hra_fx
-from hra_fx.lora.disk.read import read_as_lora
+from hra_fx.lora.from_files import read_as_lora
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*untied.*:hra_fx.HRAWarning")
 

@@ -1,22 +1,88 @@
-"""The parts of a diffusers pipeline that have adapters, by the names under which diffusers loads LoRA."""
+"""Adapters as the LoRA file of diffusers: `pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights(folder)`.
+
+Source of the format: diffusers 0.42, `LoraBaseMixin._save_lora_weights`: one file for all parts of a pipeline, with the
+name of the part before each of PEFT's keys, and the fields of each part's `LoraConfig` in the metadata, named likewise.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from hra_fx.errors import AdapterError, CheckpointError, HRAError
+from hra_fx.checkpoint.folder import write_weights
+from hra_fx.checkpoint.keys import PREFIX
+from hra_fx.errors import AdapterError, CheckpointError, HRAError, UnsupportedLayerError
 from hra_fx.lora.adapter import LoraAdapter
 from hra_fx.lora.from_model import lora_adapter
-from hra_fx.model.state import collect_parts, get_state, root_of
+from hra_fx.lora.peft_format import peft_form
+from hra_fx.model.state import collect_parts, root_of
 from hra_fx.model.unwrap import unwrap
+
+LORA_NAME = "pytorch_lora_weights.safetensors"
+_CONFIG_KEY = "lora_adapter_metadata"
+# diffusers recognizes the keys of a text encoder by this spelling, or by PEFT's if q, k, v or out_proj are among them.
+_TEXT_ENCODER_NAMES = {".lora_A.": ".lora_linear_layer.down.", ".lora_B.": ".lora_linear_layer.up."}
 
 #: Parts that diffusers lists as loadable, but loads only with a further argument (`load_into_transformer_2=True`).
 _ON_REQUEST = ("transformer_2",)
+
+
+def write_diffusers(parts: Mapping[str, LoraAdapter], folder: Path, dtype: torch.dtype) -> None:
+    """Write the file, atomically; the folder is created if needed.
+
+    Args:
+        parts: part of a pipeline, such as "unet" -> its adapter. Each has one rank, with zeros for smaller layers.
+        folder: the folder.
+        dtype: of the factors.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    configs: dict[str, Any] = {}
+    for part, adapter in parts.items():
+        config, factors = peft_form(adapter, dtype)
+        tensors |= {f"{part}.{_key(part, name)}": factor for name, factor in factors.items()}
+        configs |= {f"{part}.{name}": value for name, value in config.items()}
+    write_weights(folder / LORA_NAME, tensors, {_CONFIG_KEY: json.dumps(configs, indent=2, sort_keys=True)})
+
+
+def _key(part: str, name: str) -> str:
+    key = name.removeprefix(PREFIX)
+    if part.startswith("text_encoder"):
+        for ours, theirs in _TEXT_ENCODER_NAMES.items():
+            key = key.replace(ours, theirs)
+    return key
+
+
+def check_diffusers(parts: Mapping[str, LoraAdapter]) -> None:
+    """Check all but the values of the factors.
+
+    Raises:
+        CheckpointError: an adapter has trained modules or biases.
+        UnsupportedLayerError: an `nn.MultiheadAttention` is adapted.
+    """
+    for part, adapter in parts.items():
+        if adapter.copies:
+            names = ", ".join(f"{part}.{key}" for key in list(adapter.copies)[:3])
+            more = f" and {len(adapter.copies) - 3} more" if len(adapter.copies) > 3 else ""
+            raise CheckpointError(
+                f"{names}{more}: diffusers does not load trained modules or biases with a LoRA. Fold {part} instead "
+                "(hra_fx.fold) and save the whole pipeline, or train with bias='none' and without modules_to_save."
+            )
+        for layer in adapter.layers:
+            if layer.kind == "attention":
+                raise UnsupportedLayerError(
+                    f"{part}.{layer.path}: diffusers has no keys for an nn.MultiheadAttention. Fold {part} instead "
+                    "(hra_fx.fold), or leave the layer out with exclude_modules."
+                )
 
 
 def parts_of(model: Any) -> dict[str, nn.Module]:
@@ -40,7 +106,6 @@ def parts_of(model: Any) -> dict[str, nn.Module]:
     inner = unwrap(model)
     if loader is None or not isinstance(inner, loader):
         return {}
-    _check_root("the model", inner)
     return {_part(type(inner).__name__): inner}
 
 
@@ -78,23 +143,14 @@ def _adapted_components(pipeline: Any) -> dict[str, nn.Module]:
         names = ", ".join(modules) or "no modules"
         raise AdapterError(f"{kind}: none of its parts has adapters ({names}). Call hra_fx.transform on one first.")
     loadable = [name for name in getattr(pipeline, "_lora_loadable_modules", ()) if name not in _ON_REQUEST]
-    for name, part in adapted.items():
+    for name in adapted:
         if name not in loadable:
             where = f"only into {', '.join(loadable)}" if loadable else "into no part of this pipeline"
             raise AdapterError(
                 f"{name}: load_lora_weights of diffusers loads {where} without further arguments. Fold {name} "
                 f"(hra_fx.fold), or save each part separately (hra_fx.save_as_lora(pipe.{name}, ...))."
             )
-        _check_root(name, part)
     return adapted
-
-
-def _check_root(name: str, part: nn.Module) -> None:
-    """The keys are paths in the part, so it must be the model that was transformed."""
-    roots = collect_parts(part).roots
-    if roots and get_state(part) is None:
-        path = next(path for path, module in part.named_modules() if module is roots[0])
-        raise AdapterError(f"{name}: only its {path!r} was transformed. Transform the whole {type(part).__name__}.")
 
 
 def adapters_of(
@@ -108,30 +164,21 @@ def adapters_of(
         rank: the largest rank of a layer. `None`: no limit.
 
     Raises:
-        AdapterError: no part has an adapter of this name.
+        AdapterError: no part has an adapter of one of the names, or there are none.
         Other errors: see `lora_adapter`; the message names the part.
     """
-    return {part: _adapter_of(part, parts[part], names, rank) for part, names in _names(parts, adapter_names).items()}
-
-
-def _names(parts: Mapping[str, nn.Module], adapter_names: str | Iterable[str] | None) -> dict[str, list[str] | None]:
-    """Part -> the given adapters that it has."""
-    if adapter_names is None:
-        return dict.fromkeys(parts)
-    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    if not names:
-        raise AdapterError("`adapter_names` must name at least one adapter. Use None for the active ones.")
+    if isinstance(adapter_names, str):
+        adapter_names = [adapter_names]
+    names = None if adapter_names is None else list(adapter_names)
     present = {part: root_of(model)[1].configs for part, model in parts.items()}
-    for name in names:
-        if not any(name in configs for configs in present.values()):
-            there = "; ".join(f"{part}: {', '.join(map(repr, configs))}" for part, configs in present.items())
-            raise AdapterError(f"no part has an adapter {name!r}. There are {there}.")
-    chosen = {part: [name for name in names if name in configs] for part, configs in present.items()}
-    return {part: own for part, own in chosen.items() if own}
-
-
-def _adapter_of(part: str, model: nn.Module, names: list[str] | None, rank: int | None) -> LoraAdapter:
-    try:
-        return lora_adapter(model, names, rank)
-    except HRAError as error:
-        raise type(error)(f"{part}: {error}") from error
+    if names is not None and not (names and {name for own in present.values() for name in own}.issuperset(names)):
+        there = "; ".join(f"{part}: {', '.join(map(repr, configs))}" for part, configs in present.items())
+        raise AdapterError(f"`adapter_names` must name adapters of the parts, got {names}. There are {there}.")
+    found: dict[str, LoraAdapter] = {}
+    for part, model in parts.items():
+        own = None if names is None else [name for name in names if name in present[part]]
+        try:
+            found |= {} if own == [] else {part: lora_adapter(model, own, rank)}
+        except HRAError as error:
+            raise type(error)(f"{part}: {error}") from error
+    return found

@@ -1,1 +1,0 @@
-"""Adapters and the weights of their base model in files, without a model in memory."""

@@ -1,1 +1,0 @@
-"""The formats that an adapter is written in, one for each kind of runtime."""

@@ -1,0 +1,317 @@
+"""Adapters and the weights of their base model in files as one LoRA; the model is never loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hra_fx.checkpoint.adapter import Adapter, read_adapter
+from hra_fx.checkpoint.disk.architecture import CONFIG, IN_MEMORY, Architecture
+from hra_fx.checkpoint.disk.arguments import PIPELINE, Source, base_folder
+from hra_fx.checkpoint.disk.file_names import FileNames
+from hra_fx.checkpoint.disk.plan import rotation_of
+from hra_fx.checkpoint.disk.requests import (
+    Renaming,
+    Requests,
+    check_base,
+    check_complete,
+    check_embeddings,
+    check_given,
+    is_new,
+    renaming_of,
+    requests_of,
+    touches,
+    unknown_tensor,
+)
+from hra_fx.checkpoint.disk.rotation import Rotation, product_dtype, project
+from hra_fx.checkpoint.disk.stored import FLOATS, SAFE, StoredTensor, WeightSet, weight_sets
+from hra_fx.checkpoint.disk.ties import tied_to
+from hra_fx.checkpoint.disk.writing import bar
+from hra_fx.checkpoint.keys import PREFIX, copy_key
+from hra_fx.errors import CheckpointError
+from hra_fx.layers.experts_weight import parameter_of
+from hra_fx.layers.target import LayerKind, describe
+from hra_fx.lora.adapter import AdaptedWeight, LoraAdapter, LoraLayer, Matrix, check_rank, from_configs
+from hra_fx.lora.peft_format import check_names, has_experts, renamings_of
+from hra_fx.lora.unsupported import OUTPUT_PROJECTION, OWN_FORWARD, check_reads, unsupported, why_not_convolution
+
+_THREADS = min(4, os.cpu_count() or 1)
+#: Names of the files that transformers, timm and diffusers load.
+_LOADED = ("model", "diffusion_pytorch_model")
+#: Number of dimensions of a weight -> kind of layer.
+_KINDS: Mapping[int, LayerKind] = {2: "linear", 3: "conv1d", 4: "conv2d", 5: "conv3d"}
+_PLAIN = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+
+
+def read_as_lora(
+    adapters: Sequence[Source],
+    base: Source,
+    *,
+    rank: int | None = None,
+    columns: Collection[str] | None = None,
+    progress: bool = True,
+    check: Callable[[LoraAdapter], object] = lambda adapter: None,
+) -> LoraAdapter:
+    """The LoRA form of adapters on disk, applied in order.
+
+    Only the weights of adapted layers are read, block by block. Products with 16-bit weights are computed in float32,
+    others in float64. A model is built, without weights, only to find out about convolutions, experts, tied output
+    layers, weights stored as `(in, out)` and weights that other modules may read; the classes of linear layers are not
+    checked as in `hra_fx.convert_to_lora`.
+
+    Args:
+        adapters: folders of adapters saved by PEFT or hra_fx, or their names on the Hub.
+        base: folder of the base model, with safetensors files.
+        rank: the largest rank of a layer. `None`: no limit, and the LoRA is exact.
+        columns: layers that store their weight as `(in, out)`, see `hra_fx.fold_checkpoint`.
+        progress: show a progress bar on a terminal.
+        check: called with the adapter at rank 0 before weights are read, to raise what can be known by then.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, an adapter does not fit the base, a weight is quantized or not
+            finite, or adapters exclude each other.
+        AdapterError: `rank` is not positive.
+        UnsupportedLayerError: LoRA cannot express a layer, see `hra_fx.convert_to_lora`.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.torch import save_file
+        >>> from hra_fx import HRAConfig, save_adapter, transform
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_file(nn.Sequential(nn.Linear(6, 4)).state_dict(), Path(folder, "model.safetensors"))
+        ...     model = transform(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=3, target_modules=["0"]))
+        ...     save_adapter(model, Path(folder, "adapter"))
+        ...     lora = read_as_lora([Path(folder, "adapter")], folder)
+        >>> [(layer.path, layer.rank) for layer in lora.layers]
+        [('0', 0)]
+    """
+    check_rank(rank)
+    if not adapters:
+        raise CheckpointError("adapters must name at least one adapter. Give a folder, or several in order.")
+    files = [read_adapter(source) for source in adapters]
+    opened = _open_base(base, files)
+    check_base(files, opened.architecture.folder, opened.found, opened.names, folded=False)
+    requests = requests_of(files, opened.found, opened.names)
+    weights = _weights_of(opened, requests, files, columns)
+    _check_layers(opened, {weight.path: weight.kind for weight in weights})
+    copies = _copies_of(opened, requests, files, {weight.path for weight in weights})
+    check_embeddings(opened.found, files, opened.names, opened.stored)
+    for file in files:
+        check_complete(opened.found, file, opened.architecture, opened.names)
+    configs = [file.config for file in files]
+    paths = [*opened.modules(), *(path for weight in weights for path in (weight.path, *_parents(weight.path)))]
+    planned = from_configs(
+        configs,
+        layers=tuple(weight.unchanged() for weight in weights),
+        copies=copies,
+        modules=tuple(dict.fromkeys(paths)),
+        auto_mapping=next((config.auto_mapping for config in configs if config.auto_mapping), None),
+        base_model=next((str(name) for config in configs if (name := config.base_model_name_or_path)), os.fspath(base)),
+        model_config=opened.architecture.entries,
+    )
+    check(planned)
+    return dataclasses.replace(planned, layers=_converted(weights, rank, progress=progress))
+
+
+def _converted(weights: Sequence[AdaptedWeight], rank: int | None, *, progress: bool) -> tuple[LoraLayer, ...]:
+    """Several at a time, because reading and multiplying block on different parts of the machine."""
+    total, layers = sum(weight.size for weight in weights), []
+    with bar("reading weights", total, wanted=progress) as advance, ThreadPoolExecutor(_THREADS, "hra_fx-lora") as pool:
+        for weight, layer in zip(weights, pool.map(lambda each: each.as_lora(rank), weights), strict=True):
+            layers.append(layer)
+            advance(weight.size)
+    return tuple(layers)
+
+
+@dataclass(frozen=True)
+class _BaseFiles:
+    """The weights of a base model.
+
+    Attributes:
+        architecture: of its folder.
+        found: the set of files.
+        names: names in it.
+        renaming: how the adapters name its modules.
+    """
+
+    architecture: Architecture
+    found: WeightSet
+    names: FileNames
+    renaming: Renaming
+
+    def stored(self, name: str) -> StoredTensor | None:
+        """A tensor by its name in an adapter, or the one that it is tied to; `None` if there is none."""
+        found = self.names.find(name) or tied_to(name, self.architecture, self.names)
+        return None if found is None else self.found.tensors[found]
+
+    def to_adapter(self, name: str) -> str:
+        """The adapters' name of a tensor in the file; any other name is theirs already."""
+        own = self.names.loaded.get(name, name)
+        return self.renaming.to_adapter(own) if name in self.found.tensors else name
+
+    def modules(self) -> Iterator[str]:
+        """Paths of all modules with tensors and of those around them, as the adapters name them; with repetitions."""
+        for name in self.found.tensors:
+            yield from _parents(self.to_adapter(name))
+
+
+def _open_base(base: Source, adapters: Sequence[Adapter]) -> _BaseFiles:
+    """Find the weights that adapters were trained for; no weight is read."""
+    folder = base_folder(base)
+    if (folder / PIPELINE).is_file():
+        parts = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
+        raise CheckpointError(
+            f"{base}: is a diffusers pipeline. Give the folder of the adapted part, one of {', '.join(parts)}."
+        )
+    architecture = Architecture(folder)
+    found, names = _files_of(folder, architecture, adapters)
+    first, *others = [renaming_of(adapter, names, architecture) for adapter in adapters]
+    for adapter, renaming in zip(adapters[1:], others, strict=True):
+        if renaming != first:
+            raise CheckpointError(
+                f"{adapter.file}: names layers with another prefix than {adapters[0].file}, because they were trained "
+                "on models with and without a head. Convert them one by one."
+            )
+    return _BaseFiles(architecture, found, names, first)
+
+
+def _files_of(folder: Path, architecture: Architecture, adapters: Sequence[Adapter]) -> tuple[WeightSet, FileNames]:
+    """The set with the layers of the adapters; of several, the one that libraries load."""
+    sets = [(found, FileNames(found, architecture)) for found in weight_sets(folder)]
+    having = [pair for pair in sets if touches(adapters, pair[1])]
+    loaded = [pair for pair in having if Path(pair[0].name).name.partition(SAFE)[0] in _LOADED]
+    chosen = loaded or having or sets[:1]  # without any layer, the first set reports what is missing
+    if len(chosen) > 1:
+        listed = " and ".join(Path(each.name).name for each, _ in chosen)
+        raise CheckpointError(f"{folder}: {listed} all have the adapter's layers. Use a folder with one of them.")
+    return chosen[0]
+
+
+def _parents(name: str) -> Iterator[str]:
+    """The paths of the modules around a tensor or module.
+
+    >>> list(_parents("encoder.0.weight"))
+    ['encoder.0', 'encoder']
+    """
+    while name := name.rpartition(".")[0]:
+        yield name
+
+
+def _weights_of(
+    opened: _BaseFiles, requests: Requests, adapters: Sequence[Adapter], columns: Collection[str] | None
+) -> list[AdaptedWeight]:
+    """The adapted weights, in the order of the numbers in their paths."""
+    parts: dict[str, list[tuple[StoredTensor, Rotation]]] = {}
+    for name, chains in requests.chains.items():
+        stored = opened.stored(name)
+        if stored is None:
+            raise unknown_tensor(name, opened.found, adapters, opened.names)
+        rotation = rotation_of(stored, chains, opened.architecture, columns)
+        parts.setdefault(chains[0].path, []).extend(rotation.matrices(stored))
+    weights = [_adapted_weight(path, opened, own, adapters) for path, own in parts.items()]
+    return sorted(weights, key=lambda weight: _in_order(weight.path))
+
+
+def _adapted_weight(
+    path: str, opened: _BaseFiles, parts: Sequence[tuple[StoredTensor, Rotation]], adapters: Sequence[Adapter]
+) -> AdaptedWeight:
+    """A weight in one tensor; of experts, in all of them or in several for each."""
+    noise = sum(adapter.noise(path) for adapter in adapters)
+    size = sum(stored.size for stored, _ in parts)
+    if opened.names.parameter(path) is None:
+        stored, rotation = parts[0]
+        kind: LayerKind = "attention" if stored.name.endswith("in_proj_weight") else _KINDS[len(stored.shape)]
+        kernel = stored.shape[2:]
+        return AdaptedWeight(path, kind, [_matrix(parts)], noise, kernel, rotation.columns, size=size)
+    owner = opened.architecture.find(path.rpartition(".")[0])
+    if owner is None:
+        raise CheckpointError(
+            f"{opened.architecture.folder}: there is no {CONFIG} of a transformers model with {parameter_of(path)}, so "
+            f"it is unknown how PEFT names the LoRA of its experts. {IN_MEMORY}"
+        )
+    count = next(len(adapter.chains[path]) for adapter in adapters if path in adapter.chains)
+    experts = [_matrix(parts[i::count]) for i in range(count)]
+    return AdaptedWeight(path, "experts", experts, noise, owner=owner, size=size)
+
+
+def _matrix(parts: Sequence[tuple[StoredTensor, Rotation]]) -> Matrix:
+    """A weight in the rows of one or several tensors, which have the same rotation."""
+    out = sum(stored.shape[1 if rotation.columns else 0] for stored, rotation in parts)
+    return Matrix(parts[0][1].chain, out, partial(_project, parts))
+
+
+def _project(parts: Sequence[tuple[StoredTensor, Rotation]], V: Tensor) -> Tensor:
+    """`W V: (out, m)`, computed while the files are read."""
+    products = []
+    for stored, rotation in parts:
+        left = V.mT.to(product_dtype(FLOATS[stored.dtype])).contiguous()
+        products.append(project(left, stored.read().flatten(1), columns=rotation.columns))
+        if not bool(torch.isfinite(products[-1]).all()):
+            raise CheckpointError(
+                f"{stored.file}: {stored.name} has values that are infinite, NaN, or too large for products in "
+                f"{left.dtype}. Download the base model again, or store it in a wider dtype."
+            )
+    return torch.cat(products, dim=1).mT.double()
+
+
+def _in_order(path: str) -> list[tuple[int, str]]:
+    """A key that sorts numbers in paths by their values."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
+
+
+def _copies_of(
+    opened: _BaseFiles, requests: Requests, adapters: Sequence[Adapter], adapted: Collection[str]
+) -> dict[str, Tensor]:
+    """Trained biases and modules, by their keys in PEFT's file without its prefix."""
+    copies = {}
+    for name, tensor in requests.full.items():
+        stored = opened.stored(name)
+        if stored is not None:
+            check_given(name, tensor, stored)
+        elif not is_new(name, adapters):
+            raise unknown_tensor(name, opened.found, adapters, opened.names)
+        path, _, entry = opened.to_adapter(name).rpartition(".")
+        copies[copy_key(path, entry, adapted=path in adapted).removeprefix(PREFIX)] = tensor
+    return copies
+
+
+def _check_layers(opened: _BaseFiles, layers: Mapping[str, LayerKind]) -> None:
+    """Refuse layers, given by path, that LoRA cannot express.
+
+    The shape of a convolution's weight does not show its groups, its dilation or its padding; the model does. It also
+    shows which weights other modules read, and how PEFT renames layers.
+    """
+    architecture = opened.architecture
+    for path, kind in layers.items():
+        parent, _, name = path.rpartition(".")
+        if name == "out_proj" and opened.names.find(f"{parent}.in_proj_weight", f"{parent}.q_proj_weight"):
+            raise unsupported(path, "this layer", OUTPUT_PROJECTION)
+        if kind.startswith("conv"):
+            _check_convolution(path, architecture)
+    renamings = renamings_of(architecture.model) if has_experts(opened.modules()) else ()
+    check_names(layers, architecture.entries.get("model_type"), renamings)
+    if architecture.model is not None:
+        places = [place for path in layers if (place := architecture.place(path)) is not None]
+        check_reads(architecture.model, {place: architecture.model.get_submodule(place) for place in places})
+
+
+def _check_convolution(path: str, architecture: Architecture) -> None:
+    layer: Any = architecture.find(path)
+    if layer is None:
+        raise CheckpointError(
+            f"{architecture.folder}: there is no {CONFIG} of an installed transformers, diffusers or timm model with "
+            f"{path}, so it is unknown whether this convolution has groups or a dilation, which LoRA cannot express. "
+            f"{IN_MEMORY}"
+        )
+    reason = why_not_convolution(layer) or (None if type(layer).forward in _PLAIN else OWN_FORWARD)
+    if reason:
+        raise unsupported(path, describe(layer), reason)

@@ -1,0 +1,236 @@
+"""Write an adapter as a GGUF file, which llama.cpp and programs based on it load along with the base model's file.
+
+Sources, in https://github.com/ggml-org/llama.cpp: `convert_lora_to_gguf.py` for the format; the scripts in
+`conversion/` that write model files for architectures, tensor names and the order of rows; and `src/llama-adapter.cpp`,
+which reads adapters. It refuses an adapter of another architecture, and one with a tensor that the model file does not
+have, so that what it would refuse is refused here, before anything is written.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hra_fx.atomic_write import atomic_write
+from hra_fx.checkpoint.folder import non_finite
+from hra_fx.errors import AdapterError, CheckpointError, UnsupportedLayerError
+from hra_fx.lora.adapter import LoraAdapter, LoraLayer
+
+#: Model type of transformers -> architecture of llama.cpp.
+ARCHITECTURES = {
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3",
+    "gemma3_text": "gemma3",
+    "gpt2": "gpt2",
+    "granite": "granite",
+    "llama": "llama",
+    "mistral": "llama",
+    "olmo2": "olmo2",
+    "phi": "phi2",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "smollm3": "smollm3",
+    "starcoder2": "starcoder2",
+}
+#: Architectures whose rotary embedding rotates rows `2i` and `2i + 1` of a head, where transformers rotates rows `i`
+#: and `i + head_dim / 2`. Their model files have the rows of queries and keys reordered.
+_ROTATING_PAIRS = ("granite", "llama", "smollm3")
+#: Architectures whose output layer is tied to the embeddings where the configuration does not say it.
+_TIED = ("gemma", "gemma2", "gemma3", "gpt2", "smollm3", "starcoder2")
+#: What to do about an adapter that llama.cpp cannot load.
+_INSTEAD = "Fold the model instead (hra_fx.fold), and convert the folded model with llama.cpp"
+_LEAVE_OUT = f"{_INSTEAD}; or leave the layer out with exclude_modules."
+_QUERIES_AND_KEYS = (".q_proj", ".k_proj")
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def check_gguf(adapter: LoraAdapter, path: Path) -> None:
+    """Check all but the values of the factors, so that a caller can do so before it computes them.
+
+    Raises:
+        AdapterError: llama.cpp cannot load such an adapter.
+        UnsupportedLayerError: llama.cpp cannot adapt one of the layers.
+        CheckpointError: the package gguf is not installed, or there is a folder in the place of the file.
+    """
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder. Give the name of a file.")
+    _tensor_names(adapter, _package(path))
+
+
+def write_gguf(adapter: LoraAdapter, path: Path, dtype: torch.dtype) -> None:
+    """Write a LoRA adapter for llama.cpp. After any error, an old file is unchanged.
+
+    Args:
+        adapter: the adapter.
+        path: the file, replaced if it exists. Its folder is created if needed.
+        dtype: `torch.float32`, `float16` or `bfloat16`.
+
+    Raises:
+        AdapterError: a value is out of the range of `dtype`; otherwise see `check_gguf`.
+        CheckpointError: also if the file cannot be written.
+    """
+    gguf = _package(path)
+    names = _tensor_names(adapter, gguf)
+    writer = gguf.GGUFWriter(None, _architecture_of(adapter))
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    # llama.cpp multiplies by alpha / rank of each tensor. With one rank for all layers, and alpha the same, this is
+    # exactly 1. It also takes alpha 0 for 1 at any rank, but other programs that read the file may take it for 0.
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(adapter.rank))
+    if adapter.base_model:
+        writer.add_base_model_count(1)
+        # The file is for others, who need no path of this machine.
+        is_path = os.path.isabs(adapter.base_model) or os.path.isdir(adapter.base_model)
+        writer.add_base_model_name(0, Path(adapter.base_model).name if is_path else adapter.base_model)
+    for layer in adapter.layers:
+        for suffix, tensor in _factors(layer, adapter, dtype).items():
+            # As bytes, since NumPy has no bfloat16.
+            data = tensor.contiguous().view(torch.uint8).numpy()
+            writer.add_tensor(
+                f"{names[layer.path]}.{suffix}", data, raw_dtype=gguf.GGMLQuantizationType[_DTYPES[dtype]]
+            )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path.resolve(), lambda file: _write(writer, file))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot write the file ({error.strerror}). The old file, if any, is unchanged. Choose another "
+            "path."
+        ) from error
+
+
+def _package(path: Path) -> Any:
+    try:
+        return importlib.import_module("gguf")
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path}: GGUF files need the package gguf, which is not installed. Run: pip install gguf."
+        ) from error
+
+
+def _tensor_names(adapter: LoraAdapter, gguf: Any) -> dict[str, str]:
+    """Path of a layer -> name of its weight in llama.cpp."""
+    if adapter.copies:
+        raise AdapterError(
+            f"{next(iter(adapter.copies))}: a GGUF adapter can only change weights of layers, not biases or "
+            f"modules_to_save. {_INSTEAD}."
+        )
+    architectures = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+    blocks = 1 + max(
+        (int(part) for layer in adapter.layers for part in layer.path.split(".") if part.isdigit()), default=0
+    )
+    names = gguf.get_tensor_name_map(architectures[_architecture_of(adapter)], blocks)
+    return {layer.path: _weight_name(layer, adapter, names.get_name) for layer in adapter.layers}
+
+
+def _factors(layer: LoraLayer, adapter: LoraAdapter, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The two tensors of a layer, by the ends of their names."""
+    A, B = layer.padded(adapter.rank)
+    factors = {"lora_a": A.to(dtype), "lora_b": _rows_in_order(layer, adapter, B).to(dtype)}
+    if any(non_finite(factor) for factor in factors.values()):
+        raise AdapterError(f"{layer.path}: its factors are out of the range of {dtype}. Use float32.")
+    return factors
+
+
+def _write(writer: Any, path: Path) -> None:
+    """Write to a file that is also open elsewhere, where it is then flushed to disk."""
+    with closing(writer):
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+
+
+def _architecture_of(adapter: LoraAdapter) -> str:
+    """llama.cpp's architecture of the base model.
+
+    Raises:
+        AdapterError: the model type is unknown or not supported. The message lists those that are.
+
+    >>> _architecture_of(LoraAdapter((), model_config={"model_type": "mistral"}))
+    'llama'
+    """
+    model_type = adapter.model_config.get("model_type")
+    if model_type not in ARCHITECTURES:
+        raise AdapterError(
+            f"GGUF adapters can be written for the model types {', '.join(ARCHITECTURES)}, got {model_type!r}. "
+            f"{_INSTEAD}."
+        )
+    if _text_config(adapter).get("use_bidirectional_attention"):
+        raise AdapterError(
+            f"`use_bidirectional_attention` is True: llama.cpp has another architecture for such a {model_type}, for "
+            f"which GGUF adapters cannot be written. {_INSTEAD}."
+        )
+    return ARCHITECTURES[model_type]
+
+
+def is_tied(adapter: LoraAdapter) -> bool:
+    """Whether the output layer of the base model is tied to its embeddings, so that llama.cpp has no weight for it."""
+    given = _text_config(adapter).get("tie_word_embeddings")
+    return bool(given) if given is not None else ARCHITECTURES.get(adapter.model_config.get("model_type", "")) in _TIED
+
+
+def _text_config(adapter: LoraAdapter) -> dict[str, Any]:
+    """The configuration of the language model, which is a part of that of a multimodal model."""
+    config = dict(adapter.model_config)
+    return {**config, **(config.get("text_config") or {})}
+
+
+def _weight_name(layer: LoraLayer, adapter: LoraAdapter, names: Callable[[str], str | None]) -> str:
+    """The name of the base weight of a layer, such as "blk.0.attn_q.weight".
+
+    Args:
+        layer: the layer.
+        adapter: the adapter.
+        names: from a module's path to the name of its tensor without ".weight"; `None` if llama.cpp has no such tensor.
+
+    Raises:
+        UnsupportedLayerError: llama.cpp has no tensor for the layer. The message names it and the reason.
+    """
+    # A language model without head has no "model." before its layers; in a multimodal model it is one of the parts.
+    path = layer.path.replace("language_model.", "")
+    name = None if layer.kind != "linear" else names(path) or names(f"model.{path}")
+    if name is None:
+        raise UnsupportedLayerError(
+            f"{layer.path}: llama.cpp has no weight for this {layer.kind} layer of a model of type "
+            f"{adapter.model_config['model_type']!r}, so a GGUF adapter cannot change it. {_LEAVE_OUT}"
+        )
+    if name == "output" and is_tied(adapter):
+        # llama.cpp looks for "output.weight", and refuses the whole adapter if the model file does not have it.
+        raise UnsupportedLayerError(
+            f"{layer.path}: this layer is tied to the embeddings, so llama.cpp's model file has no weight of its own "
+            f"for it, and a GGUF adapter cannot change it. {_LEAVE_OUT}"
+        )
+    return f"{name}.weight"
+
+
+def _rows_in_order(layer: LoraLayer, adapter: LoraAdapter, B: Tensor) -> Tensor:
+    """`B: (out, rank)` with its rows in the order that llama.cpp's model files have them in.
+
+    Raises:
+        AdapterError: the rows are not a multiple of the configuration's head dimension.
+
+    >>> import torch
+    >>> config = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2}
+    >>> layer = LoraLayer("model.layers.0.self_attn.q_proj", "linear", torch.zeros(1, 8), torch.arange(8.0)[:, None])
+    >>> _rows_in_order(layer, LoraAdapter((layer,), model_config=config), layer.B).flatten()
+    tensor([0., 2., 1., 3., 4., 6., 5., 7.])
+    """
+    if _architecture_of(adapter) not in _ROTATING_PAIRS or not layer.path.endswith(_QUERIES_AND_KEYS):
+        return B
+    config = _text_config(adapter)
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    if len(B) % size:
+        raise AdapterError(
+            f"{layer.path}: its {len(B)} rows are not a multiple of {size}, the head dimension in the model's "
+            "configuration. Save the adapter with the configuration of its base model."
+        )
+    return B.view(-1, 2, size // 2, B.shape[1]).transpose(1, 2).reshape(B.shape)

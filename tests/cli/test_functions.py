@@ -1,0 +1,134 @@
+"""`scale`, `fold`, `unfold` and `visualize` do what the functions of the library do."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from checkpoint.disk import made
+from cli.conftest import Shelf
+from cli.shell import Answer, answer, mistake, usage
+
+import hra_fx
+from hra_fx.cli.building import build
+from hra_fx.reporting.scale import Strategy, costs
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3", "tp"])
+def test_the_costs_of_a_model(shelf: Shelf, strategy: Strategy) -> None:
+    words = ["--gpus", "4", "--strategy", strategy, "-t", "q_proj", "-t", "down_proj", "-r", "3", "--tokens", "100"]
+    found = Answer("scale", shelf / "my-model", *words, "--json")
+    model = hra_fx.transform(copy.deepcopy(shelf.model), hra_fx.HRAConfig(r=3, target_modules=["q_proj", "down_proj"]))
+    assert found.json == [dataclasses.asdict(cost) for cost in costs(model, 4, strategy, tokens=100)]
+
+
+def test_wrong_options(shelf: Shelf) -> None:
+    assert "--gpus" in usage("scale", shelf / "my-model", "--gpus", "0")
+    assert "--strategy" in usage("scale", shelf / "my-model", "--strategy", "zero4")
+
+
+def test_the_same_folder_as_by_the_function_and_the_way_back(shelf: Shelf, tmp_path: Path) -> None:
+    adapters = [shelf / "my-adapter", shelf / "second"]
+    done = Answer("fold", shelf / "my-model", *adapters, tmp_path / "folded", "--json", "-q", "--rows")
+    hra_fx.fold_checkpoint(shelf / "my-model", adapters, tmp_path / "other", progress=False)
+    assert made.picture(tmp_path / "folded") == made.picture(tmp_path / "other")
+    assert done.json["folder"] == (tmp_path / "folded").as_posix() and len(done.json["rotated"]) == 6
+    back = Answer("unfold", tmp_path / "folded", *adapters, tmp_path / "back", "--json", "--verify")
+    assert (back.code, back.json["verified"]) == (0, True)
+    hra_fx.unfold_checkpoint(tmp_path / "other", adapters, tmp_path / "plain", progress=False)
+    assert made.picture(tmp_path / "back") == made.picture(tmp_path / "plain")
+    said = mistake("fold", shelf / "my-model", *adapters, tmp_path / "columns", "--columns", "q_proj")
+    assert "is (out, in) according to config.json, but (in, out) according to columns (--columns, --rows)" in said
+
+
+def test_a_part_of_a_pipeline(tmp_path: Path) -> None:
+    made.linear_stack(tmp_path / "pipe" / "unet", layers=1)
+    (tmp_path / "pipe" / "model_index.json").write_text("{}")
+    adapter = made.stack_adapter(tmp_path / "adapter", layers=1)
+    words = ("fold", tmp_path / "pipe", adapter, tmp_path / "out")
+    said = mistake(*words)
+    assert "no subfolder with an adapter is named like a part of the pipeline" in said
+    assert said.endswith("(--part unet).")
+    assert "out/unet" not in answer(*words, "--part", "unet")
+    assert made.picture(tmp_path / "out").keys() == made.picture(tmp_path / "pipe").keys()
+
+
+def test_errors_and_warnings_of_the_library_are_printed(shelf: Shelf, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    shutil.copytree(shelf / "my-model", tmp_path / "base")
+    (tmp_path / "base" / "pytorch_model.bin").write_bytes(b"pickle")
+    words = ("fold", tmp_path / "base", shelf / "my-adapter", out)
+    assert mistake(*words) == (
+        f"{out}: the output folder is not empty. Choose another folder, or overwrite=True (--overwrite)."
+    )
+    assert made.picture(out) == {"mine.txt": b"mine"}
+    done = Answer(*words, "--overwrite")
+    assert done.code == 0 and "mine.txt" not in made.picture(out)
+    assert done.err.startswith(f"warning: {out}: pytorch_model.bin still contain the base model's weights.")
+    assert "Missing argument 'ADAPTER'" in usage("fold", tmp_path / "base", out)
+
+
+@pytest.mark.parametrize("ending", ["svg", "html", "mmd", "dot", "graphml"])
+def test_an_adapter_without_weights_is_drawn_as_with_them(shelf: Shelf, tmp_path: Path, ending: str) -> None:
+    words = ["--adapter", shelf / "my-adapter", "--heat", "mean_angle"]
+    out = tmp_path / f"picture.{ending}"
+    assert answer("visualize", shelf / "my-model", out, *words) == f"{out}\n"
+    model = hra_fx.load_adapter(copy.deepcopy(shelf.model), shelf / "my-adapter")
+    wanted = hra_fx.visualize(model, tmp_path / f"wanted.{ending}", heat="mean_angle")
+    # How much of a weight is rotated, and how much it changes, is known with the weight only.
+    drawn, due = (
+        re.sub(r'"(?:share|weight_change)":(\{[^{}]*\}|\[[^\]]*\]|[^,}\]]*)', "", file.read_text())
+        for file in (out, wanted)
+    )
+    assert drawn == due
+
+
+@pytest.mark.parametrize(
+    ("ending", "options"),
+    [("svg", {"focus": "model.layers.0", "depth": 1, "heat": "mean_angle"}), ("html", {"heat": "share"})],
+)
+def test_options_are_those_of_the_function(shelf: Shelf, tmp_path: Path, ending: str, options: dict[str, Any]) -> None:
+    """`--heat share` reads the weights on disk."""
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    out = tmp_path / f"a.{ending}"
+    done = Answer("visualize", shelf / "my-model", out, "--adapter", shelf / "my-adapter", *words, "--json")
+    assert done.json == {"file": str(out)}
+    model = hra_fx.load_adapter(copy.deepcopy(shelf.model), shelf / "my-adapter")
+    assert out.read_text() == hra_fx.visualize(model, tmp_path / f"b.{ending}", **options).read_text()
+
+
+def test_weights_of_timm_and_transformers_are_loaded(shelf: Shelf, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=3)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    for folder, whole in ((tmp_path, model), (shelf / "my-model", shelf.model)):
+        loaded = build(folder, weights=True)[0].state_dict()
+        assert all(torch.equal(loaded[key], tensor) for key, tensor in whole.state_dict().items())
+
+
+def test_a_folder_that_is_not_there_is_named_before_the_model_is_built(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no such type"}')
+    said = mistake("visualize", tmp_path, tmp_path / "absent" / "a.svg")
+    assert re.match(r"path: the folder '.*absent' does not exist\. Create it", said)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["a.xyz"], "path: unsupported file extension '.xyz' in 'a.xyz'. Use one of .svg"),
+        (["a.svg", "--heat", "hot"], "`heat` must be one of 'weight_change'"),
+        (["a.svg", "--depth", "-1"], "`depth` must be a non-negative int or None, got -1."),
+        (["a.svg", "--heat", "angle"], "`heat` must be None for LlamaForCausalLM, which has no adapters, got 'angle'."),
+    ],
+)
+def test_mistakes(shelf: Shelf, words: list[str], said: str) -> None:
+    assert mistake("visualize", shelf / "my-model", *words).startswith(said)
