@@ -46,14 +46,18 @@ COLORS: Mapping[str, tuple[str, str]] = {
 }
 
 
-def colored(root: Element, theme: Theme) -> None:
-    """Replace the names of roles in the attributes of an SVG by the colors of a theme."""
-    place = THEMES.index(theme)
+def colored(root: Element, theme: Theme | None) -> None:
+    """Replace the names of roles in the attributes of an SVG by the colors of a theme.
+
+    Args:
+        root: the SVG.
+        theme: the theme; `None` for the properties of `as_css`, which follow that of the page.
+    """
     for element in root.iter():
         for name in ("fill", "stroke"):
             role = element.get(name, "")
             if role in COLORS:
-                element.set(name, COLORS[role][place])
+                element.set(name, COLORS[role][THEMES.index(theme)] if theme else f"var(--{role})")
 
 
 def light(role: str) -> str:

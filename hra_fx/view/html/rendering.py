@@ -13,6 +13,7 @@ from typing import Any
 
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.html.data import page_data
+from hra_fx.view.html.pictures import legend, pictures
 from hra_fx.view.options import Options
 from hra_fx.view.text import clean
 from hra_fx.view.theme import as_css
@@ -20,10 +21,7 @@ from hra_fx.view.theme import as_css
 #: The files of the style; later ones have priority.
 STYLES = ("colors", "controls", "drawing", "panel", "media")
 #: The files of the script, each before those that import it.
-SCRIPTS = (
-    *("data", "text", "svg", "layout", "boxes", "heat", "painting", "pane", "stage"),
-    *("spectrum", "panel", "search", "keyboard", "legend", "printing", "main"),
-)
+SCRIPTS = ("data", "elements", "heat", "stage", "spectrum", "panel", "search", "keyboard", "main")
 _IMPORT = re.compile(r'^import (\{[^}]*\}) from "\./(\w+)\.js";$', re.MULTILINE)
 _EXPORT = re.compile(r"^export (?=(?:class|const|function) (\w+))", re.MULTILINE)
 _SLOT = re.compile(r"\{\{(\w+)\}\}")
@@ -44,14 +42,16 @@ def render(drawing: Drawing, options: Options) -> str:
         >>> render(drawing_of(model), Options())[:15]
         '<!doctype html>'
     """
-    style, script = _style(), _script()
+    style, script, tree = _style(), _script(), drawing.tree()
     words = {
         "policy": f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
         "base-uri 'none'; form-action 'none'",
         "theme": f' data-theme="{options.theme}"' if options.theme else "",
         "title": html.escape(clean(drawing.title)),
         "style": style,
-        "data": as_json(page_data(drawing, options)),
+        "legend": legend(drawing, tree),
+        "pictures": pictures(drawing, tree, options),
+        "data": as_json(page_data(drawing, tree, options)),
         "script": script,
     }
     return _SLOT.sub(lambda slot: words[slot[1]], _file("page.html"))

@@ -60,7 +60,7 @@ def test_a_phone_has_a_small_toolbar_and_the_left_edge_of_the_drawing(open_page:
     page = open_page(page_of(trained_net(), depth=2), viewport={"width": 420, "height": 800})
     height = page.locator(".top").evaluate("element => element.getBoundingClientRect().height")
     assert height <= 140
-    assert page.locator(".scroller").evaluate("element => element.scrollLeft") == 0
+    assert page.locator("#scroller").evaluate("element => element.scrollLeft") == 0
     assert place(page, "x")["x"] >= 0
     box(page, "down").click()
     stage, panel = (page.locator(part).bounding_box() for part in ("#stage", "#panel"))
@@ -87,14 +87,13 @@ def test_a_layer_that_should_have_an_adapter_is_red_and_others_are_not(open_page
     model = trained_net(modules_to_save=["head"])
     model.blocks[0].up = nn.Linear(12, 24)  # it is targeted, and has no adapter
     page = open_page(page_of(model))
-    red = "element => getComputedStyle(element).stroke"
-    assert page.locator(".leaf.refused").count() == 1
-    assert page.locator(".leaf.refused > .frame").evaluate(red) == "rgb(204, 66, 55)"
-    assert page.locator(".leaf.skipped").count() == 1, "the stem"
-    assert page.locator(".leaf.skipped > .frame").evaluate(red) == "rgb(123, 134, 150)"
-    assert page.locator(".leaf.trained > .frame").evaluate(red) == "rgb(75, 134, 196)"
+    line = "element => getComputedStyle(element).stroke"
+    for mark, color in ((".refused", "rgb(204, 66, 55)"), (".skipped", "rgb(123, 134, 150)")):
+        assert page.locator(f"#scroller {mark}").count() == 1
+        assert page.locator(f"#scroller {mark}").evaluate(line) == color
+    assert page.locator("#scroller .trained > .frame").evaluate(line) == "rgb(75, 134, 196)"
     assert page.locator("#skipped.alarm").count() == 1
-    words = page.locator("#looks li").all_inner_texts()
-    assert {"not targeted", "targeted, but not adapted", "trained in full"} <= set(words)
+    words = page.locator("#legend li").all_text_contents()
+    assert {"1 layer not targeted", "1 layer targeted, but not adapted", "trained in full"} <= set(words)
     quiet = open_page(page_of(trained_net()))
     assert quiet.locator(".refused, .alarm").count() == 0
