@@ -24,7 +24,7 @@ import hra_fx
 from hra_fx.reporting.row import Row
 from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.html.rendering import render
-from hra_fx.view.options import Options
+from hra_fx.view.opening import Options
 from hra_fx.view.tree import Leaf
 
 ROUNDS = 7

@@ -13,7 +13,7 @@ import hra_fx
 from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.focus import focused
 from hra_fx.view.html.rendering import render
-from hra_fx.view.options import Options
+from hra_fx.view.opening import Options
 
 
 class Block(nn.Module):

@@ -89,7 +89,7 @@ def _summarize_adapter(source: str) -> dict[str, Any]:
 def _adapted_layer(path: str, chain: Tensor, r: int, dtype: torch.dtype) -> dict[str, Any]:
     """A layer with the values of `hra_fx.report`."""
     from hra_fx.functional.householder import working_dtype
-    from hra_fx.reporting.measuring import turn_of
+    from hra_fx.reporting.row import turn_of
 
     # In the file's precision: rounding errors of vectors that cancel each other are not angles.
     turned = turn_of(chain.to(working_dtype(dtype)))

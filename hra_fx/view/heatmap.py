@@ -9,11 +9,9 @@ from math import ceil
 from typing import ClassVar
 
 from hra_fx.errors import VisualizeError
-from hra_fx.reporting.colormap import DARK_PALETTE, PALETTE, color
-from hra_fx.reporting.heat import HEATS, default_heat, heat_of, is_identity, scale
+from hra_fx.reporting.heat import DARK_PALETTE, HEATS, PALETTE, color, default_heat, heat_of, is_identity, scale
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.text import clean
-from hra_fx.view.theme import Theme
+from hra_fx.view.theme import Theme, clean
 from hra_fx.view.tree import Item
 
 CELL = 8.0  # height of a row of heat cells

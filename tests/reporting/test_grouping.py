@@ -11,9 +11,9 @@ from rich.console import Console
 from torch import nn
 
 import hra_fx
-from hra_fx.reporting.grouping import grouped
-from hra_fx.reporting.measuring import change_of
+from hra_fx.reporting.columns import grouped
 from hra_fx.reporting.result import Report
+from hra_fx.reporting.row import change_of
 
 
 def lines(found: Report, width: int = 80) -> list[str]:

@@ -16,9 +16,9 @@ from torch import nn
 
 import hra_fx
 from hra_fx.view.drawing import Drawing, drawing_of
-from hra_fx.view.formats import rendered
-from hra_fx.view.options import Options
-from hra_fx.view.text import clean
+from hra_fx.view.opening import Options
+from hra_fx.view.picture import rendered
+from hra_fx.view.theme import clean
 
 READABLE = ("svg", "mmd", "dot", "graphml")
 

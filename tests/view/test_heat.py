@@ -11,8 +11,7 @@ from drawn_models import drawing, drawn
 from hypothesis import example, given, strategies as st
 
 import hra_fx
-from hra_fx.reporting.colormap import DARK_PALETTE, color
-from hra_fx.reporting.heat import HEATS, heat_of, scale
+from hra_fx.reporting.heat import DARK_PALETTE, HEATS, color, heat_of, scale
 from hra_fx.view.heatmap import heatmap_of
 
 

@@ -18,10 +18,9 @@ import hra_fx
 from hra_fx.reporting.heat import heat_of, scale
 from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.heatmap import heatmap_of
-from hra_fx.view.opening import Block
-from hra_fx.view.options import Options
-from hra_fx.view.page import page, render
-from hra_fx.view.text import width
+from hra_fx.view.opening import Block, Options
+from hra_fx.view.page import page, render_svg as render
+from hra_fx.view.theme import width
 from hra_fx.view.tree import Leaf, Scope
 
 SVG = "{http://www.w3.org/2000/svg}"

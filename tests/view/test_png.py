@@ -11,9 +11,8 @@ from drawn_models import drawing, drawn
 from torch import nn
 
 import hra_fx
-from hra_fx.view.options import Options
-from hra_fx.view.page import render
-from hra_fx.view.png import SCALE, SIDE, rasterize
+from hra_fx.view.opening import Options
+from hra_fx.view.page import SCALE, SIDE, rasterize, render_svg as render
 
 
 def size(png: bytes) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import pytest
 from drawn_models import drawn
 
 import hra_fx
-from hra_fx.reporting.colormap import DARK_PALETTE, PALETTE, UNKNOWN, color, ink_on
+from hra_fx.reporting.heat import DARK_PALETTE, PALETTE, UNKNOWN, color, ink_on
 from hra_fx.view.theme import COLORS, THEMES, as_css
 
 #: What text is written in, and what is behind it.
@@ -21,7 +21,7 @@ TEXT = [
     ),
     *(("violet", paper) for paper in ("violet-pale", "card")),
     *(("amber", paper) for paper in ("amber-pale", "untraced")),
-    *(("blue", "blue-pale"), ("red", "red-pale"), ("faint", "red-pale"), ("focus", "card"), ("on-ink", "ink")),
+    *(("blue", "blue-pale"), ("red", "card"), ("focus", "card")),
 ]
 #: Lines and marks that have a meaning, and what is beside them.
 MARKS = [

@@ -5,8 +5,7 @@ from __future__ import annotations
 import networkx as nx
 import pytest
 
-from hra_fx.view.repeats import merge_repeats
-from hra_fx.view.tree import Item, Leaf, Scope, contract, span
+from hra_fx.view.tree import Item, Leaf, Scope, contract, merge_repeats, span
 
 
 def leaf(name: str, detail: str = "", *marks: str, kind: str = "module") -> Leaf:

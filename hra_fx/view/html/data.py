@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from hra_fx.reporting.colormap import DARK_PALETTE, PALETTE, UNKNOWN
-from hra_fx.reporting.heat import HEATS, default_heat, heat_of, is_identity, scale
+from hra_fx.reporting.heat import DARK_PALETTE, HEATS, PALETTE, UNKNOWN, default_heat, heat_of, is_identity, scale
+from hra_fx.reporting.result import without_nan
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.options import Options
-from hra_fx.view.text import clean
+from hra_fx.view.opening import Options
+from hra_fx.view.theme import clean
 from hra_fx.view.tree import Item, Leaf, Scope, span
 
 
@@ -40,7 +39,7 @@ def page_data(drawing: Drawing, tree: Scope, options: Options) -> dict[str, Any]
         ],
         "full": [{"path": path, "item": _box(path, box)} for path in drawing.trained_in_full],
     }
-    plain: dict[str, Any] = _plain(data)
+    plain: dict[str, Any] = without_nan(data, clean)
     return plain
 
 
@@ -101,16 +100,3 @@ def _box(path: str, box: Mapping[str, int]) -> int:
     while path and path not in box:
         path = path.rpartition(".")[0]
     return box.get(path, 0)
-
-
-def _plain(value: Any) -> Any:
-    """A value for JSON, which has no NaN, and whose texts a page can show."""
-    if isinstance(value, int):  # nearly all of a page
-        return value
-    if isinstance(value, str):
-        return clean(value)
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: _plain(entry) for name, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value

@@ -10,8 +10,7 @@ from pages import box, facts, page_of, search, strip, trained_net
 from playwright.sync_api import Page
 
 import hra_fx
-from hra_fx.reporting.colormap import DARK_PALETTE, color, ink_on
-from hra_fx.reporting.heat import HEATS, heat_of, scale
+from hra_fx.reporting.heat import DARK_PALETTE, HEATS, color, heat_of, ink_on, scale
 from hra_fx.reporting.row import Row
 
 Open = Callable[..., Page]

@@ -1,4 +1,4 @@
-// The heatmap: values as colors, interpolated as in hra_fx/reporting/colormap.py.
+// The heatmap: values as colors, interpolated as in hra_fx/reporting/heat.py.
 
 /** @import { Drawing, Heat } from "./data.js" */
 import { html, withUnit } from "./elements.js";
