@@ -1,11 +1,11 @@
-"""The page in windows of several sizes: nothing covers the drawing, and no text is cut or broken inside a word."""
+"""The page in windows of several sizes: nothing covers the drawing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import pytest
-from pages import box, page_of, place, search, trained_net
+from pages import box, page_of, place, trained_net
 from playwright.sync_api import Page, expect
 from torch import nn
 
@@ -15,31 +15,6 @@ Open = Callable[..., Page]
 COVERS = """([one, other]) => {
   const [a, b] = [one, other].map((name) => document.querySelector(name).getBoundingClientRect());
   return a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1;
-}"""
-
-#: Words of a list that are on more than one line.
-BROKEN = """(selector) => {
-  const broken = [];
-  for (const element of document.querySelectorAll(selector)) {
-    const text = element.firstChild;
-    if (!text) continue;
-    for (const { 0: word, index } of text.textContent.matchAll(/\\S+/g)) {
-      const range = document.createRange();
-      range.setStart(text, index);
-      range.setEnd(text, index + word.length);
-      if (new Set([...range.getClientRects()].map((line) => Math.round(line.top))).size > 1) broken.push(word);
-    }
-  }
-  return broken;
-}"""
-
-#: How much wider the widest option of a select is than the room for it.
-CUT = """(select) => {
-  const pen = document.createElement("canvas").getContext("2d");
-  const style = getComputedStyle(select);
-  pen.font = `${style.fontSize} ${style.fontFamily}`;
-  const widest = Math.max(...[...select.options].map((option) => pen.measureText(option.text).width));
-  return widest - (select.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight));
 }"""
 
 
@@ -66,21 +41,6 @@ def test_a_phone_has_a_small_toolbar_and_the_left_edge_of_the_drawing(open_page:
     stage, panel = (page.locator(part).bounding_box() for part in ("#stage", "#panel"))
     assert stage and panel and stage["height"] + panel["height"] < 800 - height
     expect(box(page, "down").locator(":scope > .frame")).to_be_in_viewport(ratio=0.9)
-
-
-@pytest.mark.parametrize("width", [1024, 420])
-def test_no_word_is_broken_in_the_list_of_a_search(open_page: Open, width: int) -> None:
-    model = nn.Sequential()
-    for index in range(3):
-        model.add_module(f"a_part_with_a_long_name_{index}", trained_net())
-    page = open_page(page_of(model), viewport={"width": width, "height": 800})
-    assert len(search(page, "linear")) > 6
-    assert page.evaluate(BROKEN, "#hits small") == []
-
-
-def test_the_select_shows_its_longest_option(open_page: Open) -> None:
-    page = open_page(page_of(trained_net()))
-    assert page.locator("#heat").evaluate(CUT) <= 0
 
 
 def test_a_layer_that_should_have_an_adapter_is_red_and_others_are_not(open_page: Open) -> None:
