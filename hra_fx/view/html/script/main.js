@@ -44,6 +44,7 @@ function choose(item, path = "") {
   const root = stage.shownIn.get(item);
   if (root && root !== stage.root) stage.show(root);
   if (root) select(item, path);
+  else panel.show(item, path); // the model itself
   scroller.focus({ preventScroll: true });
 }
 
