@@ -21,7 +21,7 @@ from xml.etree.ElementTree import Element, tostring
 from hra_fx.reporting.heat import HEATS
 from hra_fx.view.boxes import place
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.heatmap import Cells, Heatmap, heatmap_of
+from hra_fx.view.heatmap import Heatmap, heatmap_of
 from hra_fx.view.html.data import page_data, walk
 from hra_fx.view.opening import Block, Options, opened
 from hra_fx.view.page import LINE, entries
@@ -51,10 +51,13 @@ class _Space(Heatmap):
         texts = (heatmap.strip(item)[0] for heatmap in self.heatmaps) if isinstance(item, Leaf) else ()
         return max(texts, key=len, default=""), ""
 
-    def cells(self, item: Item, width: float) -> Cells:
-        """Cells without colors and tips."""
-        cells = super().cells(item, width)
-        return Cells(("violet-line",) * len(cells.colors), ("",) * len(cells.colors), cells.columns)
+    def color(self, value: float) -> str:
+        """The color of cells until the script colors them."""
+        return "violet-line"
+
+    def line(self, path: str) -> str:
+        """No tip."""
+        return ""
 
 
 def pictures(drawing: Drawing, tree: Scope, options: Options) -> str:
