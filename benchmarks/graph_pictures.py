@@ -15,11 +15,11 @@ from torch import fx
 
 import hra_fx
 from hra_fx.tracing.trace_model import trace_model
-from hra_fx.view.describe import describe_module
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.heatmap import Heatmap
 from hra_fx.view.opening import Block, opened
 from hra_fx.view.page import page
+from hra_fx.view.subject import describe_module
 from hra_fx.view.theme import THEMES
 from hra_fx.view.tree import Leaf, LeafKind, Scope
 

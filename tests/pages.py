@@ -13,7 +13,7 @@ import hra_fx
 from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.focus import focused
 from hra_fx.view.html.rendering import render
-from hra_fx.view.options import Options
+from hra_fx.view.opening import Options
 
 
 class Block(nn.Module):
@@ -59,26 +59,30 @@ def page_of(model: Any, *, depth: int | None = None, focus: str | None = None, h
     return render(focused(drawing, focus), Options(depth, focus, heat))
 
 
-def boxes(page: Page, mode: str = "adapted") -> Locator:
-    return page.locator(f".pane.{mode} [role=treeitem]")
+def boxes(page: Page) -> Locator:
+    return page.locator("#scroller [role=treeitem]")
 
 
-def box(page: Page, label: str, mode: str = "adapted") -> Locator:
+def box(page: Page, label: str) -> Locator:
     """The box whose name begins so."""
-    pattern = re.compile(f"^{re.escape(label)}(,|$)")
-    return page.locator(f".pane.{mode}").get_by_role("treeitem", name=pattern)
+    return page.locator("#scroller").get_by_role("treeitem", name=re.compile(f"^{re.escape(label)}(,|$)"))
 
 
-def place(page: Page, label: str, mode: str = "adapted") -> dict[str, float]:
+def place(page: Page, label: str) -> dict[str, float]:
     """Where the outline of a box is in the window."""
-    found = box(page, label, mode).locator(":scope > .frame:not(.under)").bounding_box()
+    found = box(page, label).locator(":scope > .frame").bounding_box()
     assert found, label
     return dict(found)
 
 
-def strip(page: Page, label: str, mode: str = "adapted") -> str:
-    """What the reflection of a box says."""
-    return box(page, label, mode).locator(".strip-words").text_content() or ""
+def strip(page: Page, label: str) -> str:
+    """The text of the adapter of a box."""
+    return box(page, label).locator(":scope > .strip + text").text_content() or ""
+
+
+def trail(page: Page) -> list[str]:
+    """The names of the modules around the picture, and of its own."""
+    return page.locator("#trail li").all_inner_texts() if page.locator("#trail").is_visible() else []
 
 
 def facts(page: Page) -> dict[str, str]:

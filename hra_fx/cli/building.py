@@ -19,7 +19,7 @@ from hra_fx.cli.screen import show_table
 from hra_fx.errors import CheckpointError, HRAWarning
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.target import describe, weight_place, width_of
-from hra_fx.reporting.grouping import starred
+from hra_fx.reporting.columns import starred
 from hra_fx.reporting.table import Column
 
 #: Quantization methods whose layers can be adapted, by their names in transformers.

@@ -60,7 +60,7 @@ def _summarize_adapter(source: str) -> dict[str, Any]:
     from hra_fx.checkpoint.adapter import read_adapter
     from hra_fx.functional.householder import working_dtype
     from hra_fx.layers.target import REFLECTION
-    from hra_fx.reporting.measuring import turn_of
+    from hra_fx.reporting.row import turn_of
 
     files = read_adapter(source)
     config, trained = files.config, files.resume.config

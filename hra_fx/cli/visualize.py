@@ -51,9 +51,8 @@ def visualize(
     """
     from hra_fx.api.load import load_adapter
     from hra_fx.cli.building import build
-    from hra_fx.view.formats import picture_file
-    from hra_fx.view.options import Options
-    from hra_fx.view.picture import visualize as draw
+    from hra_fx.view.opening import Options
+    from hra_fx.view.picture import picture_file, visualize as draw
 
     Options(depth, focus, heat)  # checked before the slow step of building the model, like the output file
     picture_file(out)

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from hra_fx.atomic_write import output_file, write_output_file
 from hra_fx.errors import VisualizeError
-from hra_fx.reporting.colormap import PALETTE, UNKNOWN, color, ink_on
 from hra_fx.reporting.columns import adapters_of
-from hra_fx.reporting.heat import HEATS, Heat, default_heat, heat_named, heat_of, scale
+from hra_fx.reporting.heat import HEATS, PALETTE, UNKNOWN, Heat, color, default_heat, heat_named, heat_of, ink_on, scale
 from hra_fx.reporting.progress import Progress, adapters_in
 from hra_fx.reporting.row import Row
 

@@ -11,7 +11,7 @@ from torch import nn
 from hra_fx.functional.statistics import RotationStats
 from hra_fx.model.state import require_adapted_layers
 from hra_fx.reporting.heat import largest
-from hra_fx.reporting.measuring import chain_of, turn_of
+from hra_fx.reporting.row import chain_of, turn_of
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import dataclasses
 import json
 import math
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import get_terminal_size
@@ -18,9 +19,8 @@ from rich.jupyter import JupyterMixin
 from rich.padding import Padding
 from rich.text import Text
 
-from hra_fx.reporting.columns import grouped_table_of, heading
+from hra_fx.reporting.columns import grouped_table_of, heading, table_of
 from hra_fx.reporting.footnotes import Footnote, footnotes
-from hra_fx.reporting.markdown import as_markdown
 from hra_fx.reporting.plots import draw_comparison, draw_heatmap
 from hra_fx.reporting.row import Row
 from hra_fx.reporting.skipped_layers import SkippedLayer, SkippedParameter
@@ -69,7 +69,7 @@ class Report(JupyterMixin):
             "trained_in_full": list(self.trained_in_full),
             "skipped_parameters": [dataclasses.asdict(parameter) for parameter in self.skipped_parameters],
         }
-        return json.dumps(_without_nan(content), indent=indent, allow_nan=False)
+        return json.dumps(without_nan(content), indent=indent, allow_nan=False)
 
     def to_markdown(self) -> str:
         """The table of all layers in GitHub's Markdown, with its footnotes below."""
@@ -132,9 +132,48 @@ class Report(JupyterMixin):
         return footnotes(self.rows, self.skipped, self.trained_in_full, self.skipped_parameters)
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any, text: Callable[[str], str] = str) -> Any:
+    """A value for JSON, which has no NaN.
+
+    Args:
+        value: the value.
+        text: applied to each string in it.
+
+    >>> without_nan({"a": (1.5, float("nan"))})
+    {'a': [1.5, None]}
+    """
+    if isinstance(value, int):  # nearly all of a page
+        return value
+    if isinstance(value, str):
+        return text(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _without_nan(entry) for key, entry in value.items()}
-    return [_without_nan(entry) for entry in value] if isinstance(value, list) else value
+        return {name: without_nan(entry, text) for name, entry in value.items()}
+    return [without_nan(entry, text) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def as_markdown(rows: Collection[Row], footnotes: Collection[Footnote]) -> str:
+    """A table in GitHub's Markdown, and the footnotes below it as lists."""
+    columns, cells = table_of(rows)
+    lines = [f"**{escaped(heading(rows))}**", ""]
+    lines.append(_line([escaped(column.name) for column in columns]))
+    lines.append(_line([":--" if column.is_text else "--:" for column in columns]))
+    lines += [_line(list(map(escaped, row))) for row in cells]
+    for footnote in footnotes:
+        lines += ["", f"{escaped(footnote.heading)}", "", *(f"- {escaped(line)}" for line in footnote.lines)]
+    return "\n".join(lines) + "\n"
+
+
+def escaped(text: str) -> str:
+    r"""A text that Markdown shows literally: no emphasis, link, HTML or end of a cell.
+
+    >>> escaped("a*b|<b>")
+    'a\\*b\\|\\<b\\>'
+    """
+    # An underscore inside a word has no meaning, and stays readable.
+    return re.sub(r"([\\`*\[\]<>|~&#!]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

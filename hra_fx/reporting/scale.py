@@ -102,15 +102,9 @@ def costs(model: nn.Module, gpus: int, strategy: Strategy, *, tokens: int = 4096
     equal = max(1, round(sum(t.rows * t.columns for t in vectors) / per_rank))
     return [
         _cost("HRA", vectors, ranks, model, gpus, strategy, tokens, anchors=anchors, factors=factors),
-        _cost("LoRA", _lora(layers, ranks), ranks, model, gpus, strategy, tokens),
-        _cost(
-            "LoRA",
-            _lora(layers, dict.fromkeys(ranks, equal)),
-            dict.fromkeys(ranks, equal),
-            model,
-            gpus,
-            strategy,
-            tokens,
+        *(
+            _cost("LoRA", _lora(layers, own), own, model, gpus, strategy, tokens)
+            for own in (ranks, dict.fromkeys(ranks, equal))
         ),
     ]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from hra_fx.view.heatmap import NO_CELLS, Cells, Heatmap
 from hra_fx.view.layout import PER_ROW, Route, Size, layered, rows_of
 from hra_fx.view.opening import Block
-from hra_fx.view.text import clean, shorten, width
+from hra_fx.view.theme import clean, shorten, width
 from hra_fx.view.tree import Item, Leaf, Scope, notes, span
 
 NAME, DETAIL = 12.5, 11.0  # font sizes
@@ -28,7 +28,7 @@ class Box:
         block: the block.
         size: its size and ports.
         name, detail, count, strip: its texts; `strip` is the text of the adapter, `count` is `"× 6"` for six modules.
-        tip: its tooltip.
+        tip: its tooltip; empty for the page, which writes its own.
         heat: the color of the adapter strip, if a heatmap is shown.
         cells: one cell for each adapted layer, if there are several.
         parts: boxes inside.
@@ -64,7 +64,8 @@ def place(block: Block, heatmap: Heatmap, *, root: bool = False) -> Box:
     name = shorten(clean(span(item)), _PORT if block.look == "port" else _LETTERS)
     detail = shorten(clean(item.detail if isinstance(item, Leaf) else item.class_name), _LETTERS)
     count = f"× {item.count}" if item.count > 1 else ""
-    box = Box(block, Size(0, 0), name, "" if detail == name else detail, count, _tip(item, heatmap))
+    tip = "" if heatmap.is_live else _tip(item, heatmap)
+    box = Box(block, Size(0, 0), name, "" if detail == name else detail, count, tip)
     return _single(box, heatmap) if block.parts is None else _open(box, block.parts, heatmap, root=root)
 
 
@@ -85,7 +86,7 @@ def _single(box: Box, heatmap: Heatmap) -> Box:
         least, high = (60, 24) if look == "port" else (70, 29)
         return replace(box, size=Size(max(wide + 2 * _PAD, least), high))
     words, heat = heatmap.strip(item)
-    strip, detail = "", box.detail
+    strip, value, detail = "", "", box.detail
     if isinstance(item, Scope):
         detail += f" · {len(item.marks)} adapted" * bool(item.marks) + f" · {words}" * bool(words)
         detail += f" · {len(item.skipped)} not adapted" * bool(item.skipped)
@@ -94,14 +95,15 @@ def _single(box: Box, heatmap: Heatmap) -> Box:
     elif item.op == "eager":
         strip = f"r {item.rank} · d {item.width} · not traced"
     elif item.rank:
-        strip = f"r {item.rank} · d {item.width}" + f" · {words}" * bool(words)
+        strip, value = f"r {item.rank} · d {item.width}", f" · {words}" * bool(words)
     else:
         strip, heat = "no active adapter", ""  # nothing is rotated
     name = width(box.name, NAME, bold=True) + count_width(box.count)
-    wide = max(name, width(detail, DETAIL), width(strip, DETAIL, bold=True) + 12)
+    wide = max(name, width(detail, DETAIL), width(strip + value, DETAIL, bold=True) + 12)
     cells = heatmap.cells(item, wide) if look == "closed" or len(item.marks) > 1 else NO_CELLS
     size = Size(wide + 2 * _PAD, (STRIP if strip else 8) + 39 + cells.height)
-    return replace(box, size=size, detail=detail, strip=strip, heat=heat if strip else "", cells=cells)
+    heat, strip = heat if strip else "", strip + value * (not heatmap.is_live)
+    return replace(box, size=size, detail=detail, strip=strip, heat=heat, cells=cells)
 
 
 def _open(box: Box, blocks: tuple[Block, ...], heatmap: Heatmap, *, root: bool) -> Box:

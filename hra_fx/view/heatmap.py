@@ -6,13 +6,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
+from typing import ClassVar
 
 from hra_fx.errors import VisualizeError
-from hra_fx.reporting.colormap import DARK_PALETTE, PALETTE, color
-from hra_fx.reporting.heat import HEATS, default_heat, heat_of, is_identity, scale
+from hra_fx.reporting.heat import DARK_PALETTE, HEATS, PALETTE, color, default_heat, heat_of, is_identity, scale
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.text import clean
-from hra_fx.view.theme import Theme
+from hra_fx.view.theme import Theme, clean
 from hra_fx.view.tree import Item
 
 CELL = 8.0  # height of a row of heat cells
@@ -57,6 +56,8 @@ class Heatmap:
     values: Mapping[str, float] = field(default_factory=dict)
     ends: tuple[float, float] = (0.0, 1.0)
     palette: Sequence[str] = PALETTE
+    #: Whether the page writes values and tips, and `strip` only says how much space a value needs.
+    is_live: ClassVar[bool] = False
 
     def mean(self, paths: Iterable[str]) -> float:
         """The mean of some layers; NaN if there are none, or if one is unknown."""

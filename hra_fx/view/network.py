@@ -1,16 +1,29 @@
-"""`to_networkx`: the graph of a model with plain attributes, for further processing."""
+"""The graph of a model for other programs, every box by itself: `to_networkx`, GraphML and DOT.
+
+The formats are http://graphml.graphdrawing.org and https://graphviz.org/doc/info/lang.html.
+"""
 
 from __future__ import annotations
 
+import io
 import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import networkx as nx
 
-from hra_fx.reporting.heat import largest
+from hra_fx.reporting.heat import ink_on, largest
 from hra_fx.reporting.row import Row
 from hra_fx.view.drawing import Drawing, drawing_of
-from hra_fx.view.tree import Leaf
+from hra_fx.view.heatmap import heatmap_of
+from hra_fx.view.opening import Options
+from hra_fx.view.subject import name_of
+from hra_fx.view.theme import clean, light
+from hra_fx.view.tree import Leaf, joined, module_of, notes
+
+#: Graphviz takes minutes for a thousand boxes unless its search is limited.
+_LIMITS = "nslimit=1, nslimit1=1, mclimit=0.5"
 
 
 def to_networkx(model: Any, example_inputs: Any = None) -> nx.DiGraph[str]:
@@ -94,3 +107,127 @@ def _measured(leaf: Leaf, every: list[Row]) -> dict[str, str | int | float]:
         "r": leaf.rank,
         **{name: value for name, value in measures.items() if not math.isnan(value)},
     }
+
+
+def render_graphml(drawing: Drawing, options: Options) -> bytes:
+    """The GraphML of a model, or of a part of it.
+
+    Raises:
+        VisualizeError: the options do not fit the model.
+    """
+    buffer = io.BytesIO()
+    nx.write_graphml(plain(drawing, options), buffer, named_key_ids=True)
+    return buffer.getvalue()
+
+
+def plain(drawing: Drawing, options: Options) -> nx.DiGraph[str]:
+    """The graph of `to_networkx` as GraphML can represent it, so that reading the file gives an equal graph.
+
+    Characters that XML cannot hold become U+FFFD, and in the names of nodes escapes. Attributes that are empty or NaN
+    are left out. The values of `options.heat` are in the attribute `heat_<name>`.
+    """
+    part = collapsed(drawing, options.depth)
+    graph, heat = network(part), heatmap_of(part, options.heat)
+    for key, leaf in part.picture.nodes(data="leaf"):
+        if leaf.marks:
+            graph.nodes[key]["adapted_layers"] = "\n".join(leaf.marks)
+            if options.heat:
+                graph.nodes[key][f"heat_{heat.name}"] = heat.mean(leaf.marks)
+    for data in (graph.graph, *(data for _, data in graph.nodes(data=True))):
+        for name, value in list(data.items()):
+            if isinstance(value, str):
+                data[name] = "\n".join(map(clean, value.split("\n")))
+            if value == "" or (isinstance(value, float) and math.isnan(value)):
+                del data[name]
+    return nx.relabel_nodes(graph, {key: ascii(key) for key in graph if clean(key) != key})
+
+
+def render_dot(drawing: Drawing, options: Options) -> str:
+    """The DOT text of a model, or of a part of it, with modules as clusters.
+
+    Raises:
+        VisualizeError: the options do not fit the model.
+    """
+    part = collapsed(drawing, options.depth)
+    picture, heat = part.picture, heatmap_of(part, options.heat)
+    names = {key: f"n{index}" for index, key in enumerate(picture)}
+    leaves = [(names[key], leaf) for key, leaf in picture.nodes(data="leaf")]
+
+    def attributes(leaf: Leaf) -> str:
+        value, fill = heat.strip(leaf)
+        fill = fill or light("violet-pale" if leaf.marks else "card")
+        words = dict.fromkeys((leaf.name, leaf.detail, f"r {leaf.rank}" * bool(leaf.rank), value))
+        label = quoted(*filter(None, words))
+        # A later call of a shared layer has no marks, and is not named again.
+        otherwise = leaf.op if leaf.kind == "adapted_layer" else leaf.target
+        tip = quoted(*([*map(heat.line, leaf.marks), *notes(leaf)] or [otherwise]))
+        return f'label={label}, tooltip={tip}, fillcolor="{fill}", fontcolor="{ink_on(fill)}"'
+
+    def inside(leaves: Sequence[tuple[str, Leaf]], depth: int = 0) -> Iterator[str]:
+        """The boxes of one call of a module, and a cluster for each call inside it."""
+        inner: dict[str, list[tuple[str, Leaf]]] = {}
+        for name, leaf in leaves:
+            if len(leaf.place) > depth:
+                inner.setdefault(leaf.place[depth], []).append((name, leaf))
+            else:
+                yield f"{name} [{attributes(leaf)}]"
+        for call, members in inner.items():
+            title = " · ".join(filter(None, (name_of(call), picture.graph["classes"].get(module_of(call), ""))))
+            # Graphviz joins clusters of one name, so each is named after its first box, which is unique at its depth.
+            yield f"subgraph cluster_{depth}_{members[0][0]} {{ label={quoted(title)}"
+            yield from inside(members, depth + 1)
+            yield "}"
+
+    head = f'graph [{_LIMITS}, label={quoted(part.title, part.facts)}]\nnode [shape=box, style="filled,rounded"]'
+    edges = (f"{names[source]} -> {names[target]}" for source, target in picture.edges)
+    return "\n".join(["digraph {", head, *inside(leaves), *edges, "}"]) + "\n"
+
+
+def quoted(*lines: str) -> str:
+    r"""Lines as one quoted string, with quotes, backslashes and entities escaped.
+
+    >>> print(quoted('a"b', "\\N &lt;"))
+    "a\"b\n\\N &amp;lt;"
+    """
+    safe = (clean(line).replace("\\", r"\\").replace('"', r"\"").replace("&", "&amp;") for line in lines)
+    return '"' + r"\n".join(safe) + '"'
+
+
+def collapsed(drawing: Drawing, depth: int | None) -> Drawing:
+    """A drawing with `depth` levels of modules open, `None` for all; each module below becomes one box.
+
+    Modules whose calls are interleaved depend on each other then, so the result may have cycles.
+    """
+    if depth is None:
+        return drawing
+    picture = drawing.picture
+    inside: dict[str, list[Leaf]] = {}
+    box: dict[str, str] = {}
+    for key, leaf in picture.nodes(data="leaf"):
+        box[key] = key if len(leaf.place) <= depth else f"module:{leaf.place[depth]}"
+        inside.setdefault(box[key], []).append(leaf)
+    part: Any = nx.DiGraph(**picture.graph)
+    for name, leaves in inside.items():
+        is_open = len(leaves[0].place) <= depth
+        part.add_node(name, leaf=leaves[0] if is_open else _module(leaves, depth, picture.graph["classes"]))
+    part.add_edges_from((box[a], box[b]) for a, b in picture.edges if box[a] != box[b])
+    return replace(drawing, picture=part)
+
+
+def _module(leaves: list[Leaf], depth: int, classes: dict[str, str]) -> Leaf:
+    """One leaf for all leaves of a module."""
+    call, inner = leaves[0].place[depth], joined(leaves)
+    path = module_of(call)
+    return replace(
+        inner,
+        name=name_of(call),
+        detail=classes.get(path, ""),
+        kind="module",
+        op="call_module",
+        target=path,
+        place=inner.place[:depth],
+        rank=0,
+        paths=(path, *dict.fromkeys(inner.paths)),
+        shape="",
+        dtype="",
+    )

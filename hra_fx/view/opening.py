@@ -1,17 +1,59 @@
-"""Which modules of a picture are open: a number of levels, or as many as stay readable."""
+"""The options of a picture, and which modules are open: a number of levels, or as many as stay readable."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 
-from hra_fx.view.repeats import signature
-from hra_fx.view.tree import Item, Leaf, Scope
+from hra_fx.errors import VisualizeError
+from hra_fx.reporting.heat import heat_named
+from hra_fx.view.theme import THEMES, Theme
+from hra_fx.view.tree import Item, Leaf, Scope, signature
 
 #: Number of boxes up to which modules are opened if no depth is given.
 BUDGET = 60
 #: Modules with at most this many items are opened each time they occur.
 _SMALL = 3
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of a picture.
+
+    Attributes:
+        depth: number of module levels that are open: with 0 the children of the model are closed, with 1 they show
+            their children. `None` leaves it to the format.
+        focus: qualified name of the module that is drawn, `None` for the model.
+        heat: the measure that colors adapted layers, a key of `reporting.heat.HEATS`; `None` for the change of the
+            weight.
+        theme: `"light"` or `"dark"`; `None` leaves it to the format.
+
+    Raises:
+        VisualizeError: an option has the wrong type or value.
+
+    >>> Options(theme="sepia")
+    Traceback (most recent call last):
+        ...
+    hra_fx.errors.VisualizeError: `theme` must be one of 'light', 'dark', got 'sepia'.
+    """
+
+    depth: int | None = None
+    focus: str | None = None
+    heat: str | None = None
+    theme: Theme | None = None
+
+    def __post_init__(self) -> None:
+        """Check each field."""
+        if isinstance(self.depth, bool) or not isinstance(self.depth, int | None) or (self.depth or 0) < 0:
+            raise VisualizeError(f"`depth` must be a non-negative int or None, got {self.depth!r}.")
+        if not isinstance(self.focus, str | None):
+            raise VisualizeError(
+                f"`focus` must be a module's name as in model.named_modules(), got {type(self.focus).__name__}."
+            )
+        if self.heat is not None:
+            heat_named(self.heat)
+        if self.theme not in (None, *THEMES):
+            raise VisualizeError(f"`theme` must be one of {', '.join(map(repr, THEMES))}, got {self.theme!r}.")
 
 
 @dataclass(frozen=True)

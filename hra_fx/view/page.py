@@ -1,26 +1,147 @@
-"""The SVG picture: title, legend, and the boxes of the model."""
+"""The SVG picture: title, legend, and the boxes of the model; and the same as PNG.
+
+resvg (https://github.com/linebender/resvg) renders the PNG without a browser. It silently leaves out text if there is
+no font. Systems without fonts use DejaVu Sans from matplotlib, and without any font an error is raised.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement, tostring
 
+from hra_fx.errors import VisualizeError
+from hra_fx.reporting.heat import HEATS, UNKNOWN
 from hra_fx.view.boxes import place
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.heatmap import Heatmap, heatmap_of
-from hra_fx.view.legend import LINE, entries, placed
-from hra_fx.view.opening import Block, opened
-from hra_fx.view.options import Options
-from hra_fx.view.svg import FONT, draw, shape, write
-from hra_fx.view.text import clean, shorten, width
-from hra_fx.view.theme import Theme, colored
+from hra_fx.view.opening import Block, Options, opened
+from hra_fx.view.svg import FONT, FRAMES, LOOKS, draw, shape, skipped_marker, write
+from hra_fx.view.theme import Theme, clean, colored, shorten, width
 
+LINE = 22.0  # height of a line
+_GAP = 18.0
+_STEPS, _STEP = 45, 4.0  # rectangles of the color bar, and their width
+
+
+#: Words of a look, and the dashes of its line.
+_LOOKS = {
+    "adapted_layer": ("adapted layer", ""),
+    "trained": ("trained in full", ""),
+    "plain": ("other operation", ""),
+    "module": ("module", ""),
+    "untraced": ("module that is not traced, without edges", "4 3"),
+    "eager": ("not traced, without adapters", "4 3"),
+}
 _MARGIN, _INSET = 32.0, 24.0
 _TOP = 88.0  # y of the legend
 _NARROWEST = 560.0
 _LETTERS = 72  # of the title
+SCALE = 2
+#: Largest width and height in pixels that viewers and browsers reliably show.
+SIDE = 16_384
+_FAMILY = "DejaVu Sans"
+_LETTER = '<svg xmlns="http://www.w3.org/2000/svg" width="20" height="20"><text y="15">{}</text></svg>'
 
 
-def render(drawing: Drawing, options: Options) -> str:
+@dataclass(frozen=True)
+class Entry:
+    """One entry: its width, and a function that draws it at a position."""
+
+    width: float
+    draw: Callable[[Element, float, float], None]
+
+
+def entries(looks: set[str], heatmap: Heatmap, skipped: int, refused: int) -> list[Entry]:
+    """The entries of a picture's legend.
+
+    Args:
+        looks: the looks of all boxes.
+        heatmap: the colors of adapted layers.
+        skipped: number of layers without an adapter.
+        refused: number of those that should have one.
+    """
+    found: list[Entry] = []
+    if heatmap.values:
+        found.append(_color_bar(heatmap))
+        if any(math.isnan(value) for value in heatmap.values.values()):
+            found.append(_swatch("unknown", UNKNOWN, "edge"))
+    elif "adapted_layer" in looks:
+        found.append(_swatch("adapter: r vectors of length d", "violet-pale", "violet-line"))
+        looks = looks - {"adapted_layer"}  # one entry for the color of its box is enough
+    if skipped > refused:
+        found.append(_skipped(f"{_layers(skipped - refused)} not targeted", refused=False))
+    if refused:
+        found.append(_skipped(f"{_layers(refused)} targeted, but not adapted", refused=True))
+    if looks & {"closed", "traced"}:
+        looks = looks | {"module"}
+    colors = {**LOOKS, **FRAMES, "module": FRAMES["traced"]}
+    return found + [_swatch(words, *colors[look][:2], dash) for look, (words, dash) in _LOOKS.items() if look in looks]
+
+
+def placed(legend: Collection[Entry], wide: float) -> list[tuple[Entry, float, int]]:
+    """Each entry with its x position and its line.
+
+    Args:
+        legend: the entries.
+        wide: maximum width of a line.
+    """
+    places: list[tuple[Entry, float, int]] = []
+    x, line = 0.0, 0
+    for entry in legend:
+        if x and x + entry.width > wide:
+            x, line = 0.0, line + 1
+        places.append((entry, x, line))
+        x += entry.width + _GAP
+    return places
+
+
+def _swatch(words: str, fill: str, line: str, dashes: str = "") -> Entry:
+    def draw(parent: Element, x: float, y: float) -> None:
+        swatch = shape(parent, "rect", x=x, y=y, width=24.0, height=15.0, rx=4.0, fill=fill, stroke=line)
+        if dashes:
+            swatch.set("stroke-dasharray", dashes)
+        write(parent, x + 31, y + 12, words, 12, "faint")
+
+    return Entry(31 + width(words, 12), draw)
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer{'s' * (count != 1)}"
+
+
+def _skipped(words: str, *, refused: bool) -> Entry:
+    def draw(parent: Element, x: float, y: float) -> None:
+        skipped_marker(parent, x + 7, y + 7.5, refused=refused)
+        write(parent, x + 18, y + 12, words, 12, "faint")
+
+    return Entry(18 + width(words, 12), draw)
+
+
+def _color_bar(heatmap: Heatmap) -> Entry:
+    """The color scale, with the values at its ends."""
+    unit, (bottom, top) = HEATS[heatmap.name].unit, heatmap.ends
+    words, low, high = f"{HEATS[heatmap.name].words}:", f"{bottom:g}{unit}", f"{top:g}{unit}"
+    bar = width(words, 12) + 6 + width(low, 12) + 6
+
+    def draw(parent: Element, x: float, y: float) -> None:
+        write(parent, x, y + 12, words, 12, "faint")
+        write(parent, x + bar - 6, y + 12, low, 12, "ink", anchor="end")
+        for step in range(_STEPS):
+            fill = heatmap.color(bottom + (top - bottom) * step / (_STEPS - 1))
+            shape(parent, "rect", x=x + bar + step * _STEP, y=y, width=_STEP, height=15.0, fill=fill, class_="heat")
+        shape(parent, "rect", x=x + bar, y=y, width=_STEPS * _STEP, height=15.0, fill="none", stroke="edge")
+        write(parent, x + bar + _STEPS * _STEP + 6, y + 12, high, 12, "ink")
+
+    return Entry(bar + _STEPS * _STEP + 6 + width(high, 12), draw)
+
+
+def render_svg(drawing: Drawing, options: Options) -> str:
     """An SVG file that shows a model, or a part of it.
 
     Raises:
@@ -73,3 +194,58 @@ def _canvas(wide: int, high: int, title: str, facts: str) -> Element:
 def _looks(block: Block) -> set[str]:
     """The looks of all blocks inside a block."""
     return {look for part in block.parts or () for look in (part.look, *_looks(part))}
+
+
+def render_png(drawing: Drawing, options: Options) -> bytes:
+    """A PNG file with two pixels per unit of the SVG picture, or one if two would be too many.
+
+    Raises:
+        VisualizeError: the options do not fit the model, the picture is too large, or there is no font.
+    """
+    svg = render_svg(drawing, options)
+    root = ElementTree.fromstring(svg)
+    side = max(int(root.get("width", "0")), int(root.get("height", "0")))
+    if side > SIDE:
+        raise VisualizeError(
+            f"The picture would be {side:,} pixels wide or high, and few programs open a .png of more than {SIDE:,}. "
+            "Pass a smaller `depth` or a module as `focus`, or write an .svg."
+        )
+    return rasterize(svg, scale=SCALE if side * SCALE <= SIDE else 1)
+
+
+def rasterize(svg: str, *, scale: int = SCALE, system_fonts: bool = True, files: Sequence[Path] | None = None) -> bytes:
+    """An SVG text as PNG.
+
+    Args:
+        svg: the text.
+        scale: pixels per unit.
+        system_fonts: whether to use the fonts of the system.
+        files: more font files; `None` for those of matplotlib, if it is installed.
+
+    Raises:
+        VisualizeError: there is no font.
+    """
+    from resvg_py import svg_to_bytes
+
+    # Text widths are estimated for DejaVu Sans, so it is preferred.
+    fonts: dict[str, Any] = {
+        "skip_system_fonts": not system_fonts,
+        "font_files": [str(file) for file in (matplotlib_fonts() if files is None else files)],
+        "sans_serif_family": _FAMILY,
+        "font_family": _FAMILY,
+    }
+    if svg_to_bytes(svg_string=_LETTER.format("x"), **fonts) == svg_to_bytes(svg_string=_LETTER.format(""), **fonts):
+        raise VisualizeError(
+            "A .png needs a font, and none was found. Install one (on Debian the package fonts-dejavu-core), or "
+            "matplotlib, which includes one; or write an .svg."
+        )
+    return bytes(svg_to_bytes(svg_string=svg, zoom=scale, **fonts))
+
+
+def matplotlib_fonts() -> list[Path]:
+    """The font files in matplotlib, which is not imported for that."""
+    found = find_spec("matplotlib")
+    if found is None or not found.submodule_search_locations:
+        return []
+    folder = Path(found.submodule_search_locations[0], "mpl-data", "fonts", "ttf")
+    return [folder / name for name in ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf") if (folder / name).is_file()]

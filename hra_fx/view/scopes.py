@@ -8,9 +8,8 @@ from typing import TypeAlias
 
 import networkx as nx
 
-from hra_fx.view.describe import name_of
-from hra_fx.view.repeats import merge_repeats, runs_where
-from hra_fx.view.tree import Item, Leaf, Scope, contract, joined, module_of, prefixes
+from hra_fx.view.subject import name_of
+from hra_fx.view.tree import Item, Leaf, Scope, contract, joined, merge_repeats, module_of, prefixes, runs_where
 
 #: The names of several leaves in one box are listed up to this length.
 _LETTERS_SHOWN = 28

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 from xml.etree.ElementTree import Element, SubElement
 
-from hra_fx.reporting.colormap import ink_on
+from hra_fx.reporting.heat import ink_on
 from hra_fx.view.boxes import DETAIL, NAME, STACKED, STRIP, Box, count_width
 from hra_fx.view.heatmap import CELL
 from hra_fx.view.layout import Route
-from hra_fx.view.text import width
+from hra_fx.view.theme import width
 
 FONT = "'Segoe UI', Roboto, 'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"
 
@@ -58,7 +59,9 @@ def write(
     return element
 
 
-def draw(parent: Element, box: Box, x: float, y: float, *, root: bool = False) -> None:
+def draw(
+    parent: Element, box: Box, x: float, y: float, *, root: bool = False, index: Mapping[int, int] | None = None
+) -> None:
     """Draw a box and all inside it.
 
     Args:
@@ -67,16 +70,22 @@ def draw(parent: Element, box: Box, x: float, y: float, *, root: bool = False) -
         x: its left edge.
         y: its upper edge.
         root: whether it is the whole picture, which has no frame.
+        index: for the page, which writes the tips itself: the number of each item by its id, as `data-index` of its
+            box; edges have `data-ends`, the numbers of what they join.
     """
     item = box.block.item
     group = shape(parent, "g", class_="root" if root else box.block.look)
-    SubElement(group, "title").text = box.tip
+    if index is None:
+        SubElement(group, "title").text = box.tip
+    else:
+        group.set("data-index", str(index[id(item)]))
     if box.block.parts is not None:
         if not root:
             _draw_frame(group, box, x, y)
-        _draw_inside(group, box, x + box.body[0], y + box.body[1])
+        _draw_inside(group, box, x + box.body[0], y + box.body[1], index)
         return
-    group.set("data-adapted", str(len(item.marks)))
+    if index is None:
+        group.set("data-adapted", str(len(item.marks)))
     _draw_single(group, box, x, y)
     if item.skipped:
         skipped_marker(group, x, y, refused=bool(item.refused))
@@ -90,11 +99,12 @@ def skipped_marker(parent: Element, x: float, y: float, *, refused: bool) -> Non
 
 def _outline(
     group: Element, box: Box, x: float, y: float, radius: float, fill: str, line: str, dashes: str = ""
-) -> None:
+) -> Element:
     wide, high = box.size.width, box.size.height
-    frame = shape(group, "rect", x=x, y=y, width=wide, height=high, rx=radius, fill=fill, stroke=line)
+    frame = shape(group, "rect", x=x, y=y, width=wide, height=high, rx=radius, fill=fill, stroke=line, class_="frame")
     if dashes:
         frame.set("stroke-dasharray", dashes)
+    return frame
 
 
 def _draw_single(group: Element, box: Box, x: float, y: float) -> None:
@@ -102,7 +112,7 @@ def _draw_single(group: Element, box: Box, x: float, y: float) -> None:
     look, wide, high = box.block.look, box.size.width, box.size.height
     fill, line, ink = LOOKS[look]
     if look == "closed" and box.count:
-        _outline(group, box, x + 4, y + 4, 6, fill, line)
+        _outline(group, box, x + 4, y + 4, 6, fill, line).set("class", "under")
     _outline(group, box, x, y, high / 2 if look == "port" else 6, fill, line, "4 3" if look == "eager" else "")
     middle = x + (wide - count_width(box.count)) / 2
     faint = "amber" if look == "eager" else "faint"
@@ -125,7 +135,7 @@ def _draw_strip(group: Element, box: Box, x: float, y: float) -> None:
     wide, corner = box.size.width, STRIP - 6
     top = f"M{number(x)} {number(y + STRIP)}v{number(-corner)}a6 6 0 0 1 6 -6h{number(wide - 12)}"
     top += f"a6 6 0 0 1 6 6v{number(corner)}z"
-    shape(group, "path", d=top, fill=box.heat or "violet-pale", stroke="violet-line")
+    shape(group, "path", d=top, fill=box.heat or "violet-pale", stroke="violet-line", class_="strip")
     ink = ink_on(box.heat) if box.heat else "violet"
     write(group, x + wide / 2, y + 13.5, box.strip, DETAIL, ink, bold=True, anchor="middle")
 
@@ -136,10 +146,13 @@ def _draw_cells(group: Element, box: Box, x: float, y: float) -> None:
     wide = room / cells.columns
     for index, (fill, tip) in enumerate(zip(cells.colors, cells.tips, strict=True)):
         row, column = divmod(index, cells.columns)
-        cell = shape(group, "rect", x=x + column * wide, y=y + row * CELL, width=wide, height=CELL, fill=fill)
+        cell = shape(
+            group, "rect", x=x + column * wide, y=y + row * CELL, width=wide, height=CELL, fill=fill, class_="cell"
+        )
         if wide > 6:
             cell.attrib.update(stroke="card")
-        SubElement(cell, "title").text = tip
+        if tip:
+            SubElement(cell, "title").text = tip
     if cells.colors:
         shape(group, "rect", x=x, y=y, width=room, height=cells.height - 5, fill="none", stroke="edge")
 
@@ -160,7 +173,7 @@ def _draw_frame(group: Element, box: Box, x: float, y: float) -> None:
     _badge(group, box, x + box.size.width - 8, y + 6)
 
 
-def _draw_inside(group: Element, box: Box, left: float, top: float) -> None:
+def _draw_inside(group: Element, box: Box, left: float, top: float, index: Mapping[int, int] | None) -> None:
     drawn: set[str] = set()
     for route in box.routes:
         line = path_of(route, left, top)
@@ -169,8 +182,11 @@ def _draw_inside(group: Element, box: Box, left: float, top: float) -> None:
             edge = shape(group, "path", d=line, fill="none", stroke="edge", stroke_width=1.3, class_="edge")
             if route.target is not None:
                 edge.set("marker-end", "url(#arrow)")
+            if index is not None:
+                ends = (box.parts[end].block.item for end in (route.source, route.target) if end is not None)
+                edge.set("data-ends", " ".join(str(index[id(item)]) for item in ends))
     for part in box.parts:
-        draw(group, part, left + part.x, top + part.y)
+        draw(group, part, left + part.x, top + part.y, index=index)
 
 
 def path_of(route: Route, left: float, top: float) -> str:

@@ -1,4 +1,4 @@
-"""The colors of pictures and of the page, by role: one for light and one for dark backgrounds.
+"""The texts and colors of pictures and of the page. Colors have roles: one for light and one for dark backgrounds.
 
 Text has a contrast of at least 4.5:1 with what is behind it, in both themes; lines and marks of adapters, of layers
 without one, and edges have at least 3:1 in the dark theme.
@@ -6,6 +6,7 @@ without one, and edges have at least 3:1 in the dark theme.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Literal, TypeAlias, get_args
 from xml.etree.ElementTree import Element
@@ -38,22 +39,34 @@ COLORS: Mapping[str, tuple[str, str]] = {
     "blue-pale": ("#d8e8fb", "#1d3557"),
     "blue-line": ("#4b86c4", "#5f93cc"),
     "red": ("#a3241b", "#ffa79e"),
-    "red-pale": ("#fdecea", "#3b1d1c"),
     "red-line": ("#cc4237", "#e0685d"),
     "skipped": ("#7b8696", "#8b97a9"),
     "focus": ("#0b63ce", "#6cb0ff"),
-    "on-ink": ("#ffffff", "#12161d"),
 }
 
 
-def colored(root: Element, theme: Theme) -> None:
-    """Replace the names of roles in the attributes of an SVG by the colors of a theme."""
-    place = THEMES.index(theme)
+#: Widths in em of DejaVu Sans, the widest of the common sans-serif fonts, so that text fits its box in all of them.
+_WIDTHS = {
+    **dict.fromkeys("ijl.,:;'|! I", 0.34),
+    **dict.fromkeys('frt()[]{}/-"', 0.42),
+    **dict.fromkeys("mwMW@%…→", 0.97),
+    **dict.fromkeys("ABCDEFGHKNOPQRSTUVXYZ&<>+=×", 0.74),
+}
+_ILLEGAL = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def colored(root: Element, theme: Theme | None) -> None:
+    """Replace the names of roles in the attributes of an SVG by the colors of a theme.
+
+    Args:
+        root: the SVG.
+        theme: the theme; `None` for the properties of `as_css`, which follow that of the page.
+    """
     for element in root.iter():
         for name in ("fill", "stroke"):
             role = element.get(name, "")
             if role in COLORS:
-                element.set(name, COLORS[role][place])
+                element.set(name, COLORS[role][THEMES.index(theme)] if theme else f"var(--{role})")
 
 
 def light(role: str) -> str:
@@ -65,3 +78,34 @@ def as_css() -> str:
     """The roles as properties of a style sheet."""
     lines = (f"  --{role}: light-dark({on_light}, {on_dark});\n" for role, (on_light, on_dark) in COLORS.items())
     return f":root {{\n{''.join(lines)}}}\n"
+
+
+def clean(text: str) -> str:
+    """The text with characters that XML does not allow replaced, and line breaks as spaces.
+
+    >>> clean("a\\x00b\\nc")
+    'a\\ufffdb c'
+    """
+    return text if text.isprintable() else re.sub(r"\s", " ", _ILLEGAL.sub("\ufffd", text))
+
+
+def width(text: str, size: float, *, bold: bool = False) -> float:
+    """Upper estimate of the width of a text, in the unit of `size`.
+
+    >>> width("relu", 10) < width("relu", 10, bold=True) < width("ReLU", 12, bold=True)
+    True
+    """
+    ems = sum(_WIDTHS.get(letter, 0.63 if letter < "\u0250" else 1.05) for letter in text)
+    return ems * size * (1.1 if bold else 1.0)
+
+
+def shorten(text: str, letters: int) -> str:
+    """A text with at most `letters` characters, with the middle left out.
+
+    >>> shorten("scaled_dot_product_attention", 16)
+    'scaled_d…tention'
+    """
+    if len(text) <= letters:
+        return text
+    tail = (letters - 1) // 2
+    return f"{text[: letters - 1 - tail]}…{text[len(text) - tail :]}"

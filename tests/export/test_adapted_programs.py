@@ -19,9 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 import hra_fx
 from hra_fx.model.state import adapted_layers
-from hra_fx.view.describe import describe_module
 from hra_fx.view.graph import leaves_of
-from hra_fx.view.subject import subject_of
+from hra_fx.view.subject import describe_module, subject_of
 
 
 class Doubling(nn.Linear):

@@ -1,4 +1,4 @@
-"""Every rotation angle of a chain of reflections against the eigenvalues of the dense `Q`, in float64."""
+"""Angles of a chain of reflections, and its change of a weight, against dense matrices in float64."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from oracles import dense_product
-from reporting.made import oracle_angles
+from reporting.made import oracle_angles, oracle_share
 from torch import Tensor
 
+from hra_fx.functional.rotated_energy import weight_change
 from hra_fx.functional.statistics import min_angle, rotation_stats
+from hra_fx.reporting.row import change_of
 
 F64 = torch.float64
 
@@ -63,3 +65,41 @@ def test_vectors_without_values_have_no_angles(chain: Tensor) -> None:
     found = rotation_stats(chain)
     assert [math.isnan(angle) for angle in found.angles] == [True]
     assert all(math.isnan(value) for value in (found.mean_angle, found.angle, found.rotation))
+
+
+@pytest.mark.parametrize(("d", "k"), [(5, 5), (4, 9), (3, 12)])
+def test_as_many_reflections_as_dimensions(d: int, k: int) -> None:
+    weight, chain = normal(1, 6, d), normal(2, d, k)
+    assert weight_change(weight, chain).share == pytest.approx(oracle_share(weight, dense_product(chain)))
+    assert weight_change(weight, chain).share <= 1
+    moved = weight @ dense_product(chain) - weight
+    assert weight_change(weight, chain).change == pytest.approx(float(moved.norm() / weight.norm()))
+
+
+def test_a_weight_that_is_cast_in_pieces() -> None:
+    weight, chain = normal(1, 3000, 2000).float(), normal(2, 2000, 3)
+    basis = torch.linalg.qr(chain).Q
+    wanted = float((weight.double() @ basis).square().sum() / weight.double().square().sum())
+    assert weight_change(weight, chain).share == pytest.approx(wanted, rel=1e-5)
+
+
+def test_reflections_that_cancel_do_not_count() -> None:
+    chain = torch.zeros(6, 4)
+    chain[0, :2], chain[1, 2], chain[2, 3] = 1.0, 1.0, 1.0
+    assert weight_change(torch.eye(6), chain).share == pytest.approx(2 / 6)
+
+
+def test_zeros_nan_and_infinity() -> None:
+    chain = normal(0, 4, 2)
+    assert weight_change(torch.zeros(3, 4), chain) == (0.0, 0.0)
+    assert all(map(math.isnan, weight_change(torch.full((3, 4), math.nan), chain)))
+    assert all(map(math.isnan, weight_change(torch.ones(3, 4), torch.full((4, 2), math.inf))))
+
+
+def test_a_change_of_experts_is_that_of_all_together() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(3, 5, 4, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)
+    chain = torch.randn(3, 4, 2, generator=generator, dtype=torch.float64)
+    moved = [weight @ dense_product(vectors) - weight for weight, vectors in zip(rows, chain, strict=True)]
+    wanted = float(torch.stack(moved).norm() / rows.norm())
+    assert change_of(rows, chain).change == pytest.approx(wanted)

@@ -1,4 +1,4 @@
-"""The formats of a report: terminal, Markdown, JSON and notebook, with names that contain markup."""
+"""The formats of a report: terminal (layers that repeat are one line), Markdown, JSON and notebook."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from html import unescape
 import pytest
 from reporting.made import HOSTILE, adapted, blocks, report_of, row
 from rich.console import Console
+from torch import nn
 
+import hra_fx
 from hra_fx import report
+from hra_fx.reporting.columns import grouped
 from hra_fx.reporting.result import Report
 from hra_fx.reporting.skipped_layers import SkippedLayer
 
@@ -143,3 +146,59 @@ def test_an_empty_report_has_every_form() -> None:
         assert "0 adapted layers" in text
     lists = ("rows", "skipped", "trained_in_full", "skipped_parameters")
     assert json.loads(report_of().to_json()) == {name: [] for name in lists}
+
+
+def test_repeated_layers_are_one_line_with_the_ranges_of_their_values() -> None:
+    names = ("attention.self.query", "attention.self.value")
+    rows = [
+        row(f"encoder.layer.{i}.{name}", weight_change=0.05 + 0.01 * i, mean_angle=math.radians(79 + 11 * i))
+        for i in range(3)
+        for name in names
+    ]
+    text = in_terminal(report_of(*rows, row("head")), 120).splitlines()
+    wanted = "encoder.layer.*.attention.self.query x3 2 48 5.0 to 7.0% 79 to"
+    assert any(" ".join(line.split()).startswith(wanted) for line in text)
+    assert any(line.split()[:3] == ["head", "2", "16"] for line in text)
+    assert sum("attention" in line for line in text) == 2
+
+
+def test_layers_that_differ_otherwise_stay_apart() -> None:
+    same = row("m.0.q")
+    for other in (
+        {"r": 4},
+        {"d": 9},
+        {"adapter": "b"},
+        {"active": False},
+        {"layer_type": "Linear 9->4"},
+        {"weight_change": math.nan},
+        {"rotation": math.nan},
+    ):
+        assert len(grouped([same, row("m.1.q", **other)])) == 2
+    assert [group.name for group in grouped([same, row("m.1.q"), row("n.1.q")])] == ["m.*.q", "n.1.q"]
+
+
+def test_80_columns_have_the_layer_its_rank_its_parameters_and_its_change() -> None:
+    """With the names and sizes of MiniLM."""
+    names = ["attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense"]
+    fields = {"r": 8, "d": 384, "parameters": 3072, "weight_change": 0.0831, "mean_angle": 0.5}
+    rows = [row(f"encoder.encoder.layer.{i}.{name}", **fields) for i in range(6) for name in names]
+    text = in_terminal(report_of(*rows), 80).splitlines()
+    (head,) = (line for line in text if " layer " in line)
+    assert head.split() == ["layer", "(in", "encoder.encoder)", "r", "params", "weight", "change", "mean", "angle"]
+    assert max(map(len, text)) <= 80
+    assert any("layer.*.attention.output.dense x6   8   18,432" in line for line in text), "the name is not broken"
+
+
+def test_a_fresh_adapter_is_not_trained_yet() -> None:
+    model = hra_fx.transform(nn.Sequential(nn.Linear(6, 8)), hra_fx.HRAConfig(r=2, target_modules=["0"]))
+    assert "not trained yet (identity)" in str(hra_fx.report(model))
+    assert "not trained yet (identity)" in hra_fx.report(model).to_markdown()
+    assert "not trained yet" not in str(hra_fx.report(adapted()))
+
+
+def test_a_table_that_is_printed_in_a_terminal_fits_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = report_of(*blocks(3, "q_proj", "v_proj"))
+    assert max(map(len, str(found).splitlines())) > 100
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, str(found).splitlines())) <= 80

@@ -17,7 +17,7 @@ from reporting.made import HOSTILE, adapted, blocks, report_of, row
 
 import hra_fx
 from hra_fx.errors import VisualizeError
-from hra_fx.reporting.colormap import color
+from hra_fx.reporting.heat import color
 from hra_fx.reporting.plots import draw_training
 from hra_fx.reporting.progress import Progress
 from hra_fx.reporting.row import Row

@@ -112,19 +112,6 @@ def test_a_new_adapter_rotates_nothing(apply_GS: bool, dtype: torch.dtype) -> No
         assert (row.angles, row.mean_angle, row.share) == ((), 0.0, 0.0)
 
 
-def test_one_and_two_reflections_by_hand() -> None:
-    """A reflection has |H - I|_F = 2 and the angle pi. Two vectors at an angle of 0.25 rotate their plane by 0.5."""
-    (row,) = report(one_linear(7, r=1))
-    assert [row.rotation, row.angle] == pytest.approx([2.0, math.pi])
-    model = one_linear(7)
-    with torch.no_grad():
-        vectors = model[0].hra_u["default"].zero_()
-        vectors[0, 0] = 3.0
-        vectors[0, 1], vectors[1, 1] = math.cos(0.25), math.sin(0.25)
-    (row,) = report(model)
-    assert [row.angle, row.rotation] == pytest.approx([0.5, math.sqrt(8) * math.sin(0.25)])
-
-
 def test_the_report_changes_nothing_and_draws_no_random_numbers() -> None:
     model = adapt("conv", F64, scale=0.1, r=3)
     before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()

@@ -13,8 +13,8 @@ from torch import nn
 
 import hra_fx
 from hra_fx.view.drawing import Drawing, drawing_of
-from hra_fx.view.graph_files import collapsed, plain, render_dot, render_graphml
-from hra_fx.view.options import Options
+from hra_fx.view.network import collapsed, plain, render_dot, render_graphml
+from hra_fx.view.opening import Options
 from hra_fx.view.tree import Leaf
 
 OPTIONS = [Options(heat="mean_angle"), Options(depth=0, heat="share")]

@@ -1,37 +1,17 @@
-"""The colors of the heat, and the numbers that they stand for."""
+"""The values and the scale of a heatmap."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from itertools import pairwise
 
 import pytest
 from drawn_models import drawing, drawn
 from hypothesis import example, given, strategies as st
 
 import hra_fx
-from hra_fx.reporting.colormap import DARK_PALETTE, color
 from hra_fx.reporting.heat import HEATS, heat_of, scale
 from hra_fx.view.heatmap import heatmap_of
-
-
-def channels(fill: str) -> list[int]:
-    return [int(fill[start : start + 2], 16) for start in (1, 3, 5)]
-
-
-def lightness(fill: str) -> float:
-    """L* of CIELAB, from the relative luminance."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (n / 255 for n in channels(fill))]
-    y = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return 116 * (y ** (1 / 3) if y > 216 / 24389 else (24389 / 27 * y + 16) / 116) - 16
-
-
-def test_the_order_of_colors_is_seen_without_colors() -> None:
-    steps = [lightness(color(step / 60, (0.0, 1.0))) for step in range(61)]
-    assert all(lighter - darker > 0.5 for lighter, darker in pairwise(steps))
-    dark = [lightness(color(step / 60, (0.0, 1.0), DARK_PALETTE)) for step in range(61)]
-    assert all(lighter - darker > 0.3 for darker, lighter in pairwise(dark))
 
 
 @given(st.lists(st.floats(0, 1e9), min_size=1))
@@ -66,12 +46,6 @@ def test_of_several_adapters_the_largest_counts_and_what_is_unknown_stays_so() -
 def test_a_layer_without_an_active_adapter_has_no_heat() -> None:
     rows = [dataclasses.replace(row, active=False) for row in hra_fx.report(drawn("one layer")).rows]
     assert all(heat_of(rows, name) == {"0": 0.0} for name in HEATS)
-
-
-def test_the_words_of_a_value_have_its_unit() -> None:
-    heat = heatmap_of(drawing("resnet"), "mean_angle")
-    assert heat.text(12.4) == "12.4°"
-    assert heat.text(math.nan) == "unknown"
 
 
 def test_the_default_is_the_change_of_the_weight() -> None:

@@ -84,17 +84,6 @@ def test_edges_go_down_and_end_at_their_boxes(graph: Graph) -> None:
             assert route.pieces[-1][2] == pytest.approx(top)
 
 
-def test_a_chain_is_a_straight_line_beside_its_skip_edge() -> None:
-    sizes = [Size(100 + 30 * (box % 3), 30) for box in range(5)]
-    chain = [(box, box + 1) for box in range(4)]
-    placed = layered(sizes, [*chain, (0, 4)])
-    middles = {round(x + size.width / 2, 6) for size, (x, _) in zip(sizes, placed.corners, strict=True)}
-    assert len(middles) == 1
-    skip = placed.routes[-1]
-    assert (skip.source, skip.target) == (0, 4)
-    assert len({piece[0] for piece in skip.pieces[1:-1]}) == 1
-
-
 def test_a_port_of_a_box_is_met_by_its_edge() -> None:
     placed = layered([Size(40, 20), Size(200, 60, enter=-70, leave=50), Size(40, 20)], [(0, 1), (1, 2)])
     first, second = placed.routes

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import hra_fx
 from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.mermaid import CHARACTERS, EDGES, escape, render
-from hra_fx.view.options import Options
+from hra_fx.view.opening import Options
 
 #: Between two `<br/>` of a label: nothing that means anything to Mermaid or HTML, but numbers of characters.
 _TEXT = r"(?:[A-Za-z0-9 ._/,()=+-]|#\d+;|[^\x00-\xa0]|<br/>)*"

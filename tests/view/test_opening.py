@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytest
 import torchvision
 import transformers
-from drawn_models import MAKERS, drawing
 from torch import nn
 
 import hra_fx
@@ -19,15 +18,6 @@ from hra_fx.view.tree import Item, Leaf, Scope
 def single(block: Block) -> list[Item]:
     """What the single boxes of a block stand for."""
     return [block.item] if block.parts is None else [item for part in block.parts for item in single(part)]
-
-
-@pytest.mark.parametrize("depth", [None, 0, 1, 9])
-@pytest.mark.parametrize("name", MAKERS)
-def test_every_layer_is_in_one_box(name: str, depth: int | None) -> None:
-    block = opened(drawing(name).tree(), depth)
-    boxes = single(block)
-    assert sorted(path for item in boxes for path in item.marks) == sorted({row.path for row in drawing(name).rows})
-    assert depth is not None or len(boxes) <= max(BUDGET, len(block.parts or ()))
 
 
 def t5() -> nn.Module:

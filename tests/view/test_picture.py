@@ -1,10 +1,12 @@
-"""The SVG picture."""
+"""The SVG picture, and the same as PNG."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+import struct
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -18,10 +20,9 @@ import hra_fx
 from hra_fx.reporting.heat import heat_of, scale
 from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.heatmap import heatmap_of
-from hra_fx.view.opening import Block
-from hra_fx.view.options import Options
-from hra_fx.view.page import page, render
-from hra_fx.view.text import width
+from hra_fx.view.opening import Block, Options
+from hra_fx.view.page import SCALE, SIDE, page, rasterize, render_svg as render
+from hra_fx.view.theme import width
 from hra_fx.view.tree import Leaf, Scope
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -96,11 +97,6 @@ def test_the_title_fits_the_page() -> None:
     assert float(root.get("width", "0")) >= round(64 + width(title, 22, bold=True))
 
 
-def test_a_depth_opens_so_many_levels() -> None:
-    for depth, count in enumerate((0, 3, 10)):
-        assert sum(box.get("class") == "traced" for box in picture("resnet", depth=depth).iter(f"{SVG}g")) == count
-
-
 def test_heat_has_a_legend_with_numbers_and_a_cell_for_each_site() -> None:
     root = picture("bert", heat="mean_angle", depth=0)
     ends = scale(heat_of(hra_fx.report(drawn("bert")).rows, "mean_angle").values())
@@ -140,3 +136,34 @@ def test_a_layer_that_should_have_an_adapter_is_marked_in_red() -> None:
     assert len(re.findall(r'<circle [^>]*class="refused"', text)) == 1 + 1, "the layer, and the legend"
     assert len(re.findall(r'<circle [^>]*class="skipped"', text)) == 2 + 1
     assert "1 layer targeted, but not adapted" in text and "2 layers not targeted" in text
+
+
+def size(png: bytes) -> tuple[int, int]:
+    """Width and height from the header."""
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    wide, high = struct.unpack(">II", png[16:24])
+    return wide, high
+
+
+def test_a_png_is_the_svg_at_twice_its_size(tmp_path: Path) -> None:
+    file = hra_fx.visualize(drawn("resnet"), tmp_path / "a.png", heat="mean_angle")
+    root = picture("resnet", heat="mean_angle")
+    assert size(file.read_bytes()) == (SCALE * int(root.get("width", "0")), SCALE * int(root.get("height", "0")))
+
+
+def test_a_large_picture_has_one_pixel_for_a_unit_and_a_larger_one_is_refused(tmp_path: Path) -> None:
+    def tall(layers: int) -> nn.Sequential:
+        return nn.Sequential(*(nn.Linear(4 + i % 2, 4 + (i + 1) % 2) for i in range(layers)))
+
+    file = hra_fx.visualize(tall(200), tmp_path / "a.png", depth=0)
+    assert SIDE / SCALE < size(file.read_bytes())[1] < SIDE
+    with pytest.raises(hra_fx.VisualizeError, match=r"would be 2\d,\d\d\d pixels wide or high.*smaller `depth` or a"):
+        hra_fx.visualize(tall(400), tmp_path / "b.png", depth=0)
+    assert not (tmp_path / "b.png").exists()
+
+
+def test_a_png_without_any_font_is_refused() -> None:
+    text = render(drawing("one layer"), Options())
+    with pytest.raises(hra_fx.VisualizeError, match=r"A \.png needs a font, and none was found.*matplotlib.*\.svg"):
+        rasterize(text, system_fonts=False, files=[])
+    assert size(rasterize(text, system_fonts=False))[0] > 0

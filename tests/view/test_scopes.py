@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import networkx as nx
 import torch
 import torchvision
-from drawn_models import Residual, Shared
+from drawn_models import Residual
 from torch import Tensor, nn
 
 import hra_fx
@@ -87,13 +87,6 @@ def test_identical_blocks_are_counted_and_different_ones_are_not() -> None:
         other := nn.Sequential(Residual(), Residual()).eval(), hra_fx.HRAConfig(r=2, target_modules=["0.fc1"])
     )
     assert [scope.count for scope in scopes(tree(other)) if scope.class_name == "Residual"] == [1, 1]
-
-
-def test_a_shared_layer_is_one_site_however_often_it_is_called() -> None:
-    drawn = [leaf for leaf in leaves(tree(adapted(Shared()))) if leaf.kind == "adapted_layer"]
-    marks = [path for leaf in drawn for path in leaf.marks]
-    assert sorted(marks) == ["block.fc1", "block.fc2", "fc"]
-    assert any(not leaf.marks for leaf in drawn)
 
 
 def test_calls_of_two_modules_that_alternate_are_no_cycle() -> None:

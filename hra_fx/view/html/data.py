@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from hra_fx.reporting.colormap import DARK_PALETTE, PALETTE, UNKNOWN
-from hra_fx.reporting.heat import HEATS, default_heat, heat_of, is_identity, scale
-from hra_fx.view.boxes import scope_rows
+from hra_fx.reporting.heat import DARK_PALETTE, HEATS, PALETTE, UNKNOWN, default_heat, heat_of, is_identity, scale
+from hra_fx.reporting.result import without_nan
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.opening import open_scopes
-from hra_fx.view.options import Options
-from hra_fx.view.text import clean
+from hra_fx.view.opening import Options
+from hra_fx.view.theme import clean
 from hra_fx.view.tree import Item, Leaf, Scope, span
 
 
-def page_data(drawing: Drawing, options: Options) -> dict[str, Any]:
+def page_data(drawing: Drawing, tree: Scope, options: Options) -> dict[str, Any]:
     """The data of the script; `script/data.js` reads it.
 
     Args:
         drawing: the drawing of a model.
-        options: what is open and which heatmap is shown at first.
+        tree: its tree.
+        options: which heatmap is shown at first.
     """
-    tree = drawing.tree()
-    items = items_of(tree, open_scopes(tree, options.depth, options.focus or ""))
+    items = items_of(tree)
     box = {path: index for index, item in reversed([*enumerate(items)]) for path in item["paths"]}
     data = {
         "title": drawing.title,
@@ -42,32 +39,32 @@ def page_data(drawing: Drawing, options: Options) -> dict[str, Any]:
         ],
         "full": [{"path": path, "item": _box(path, box)} for path in drawing.trained_in_full],
     }
-    plain: dict[str, Any] = _plain(data)
+    plain: dict[str, Any] = without_nan(data, clean)
     return plain
 
 
-def items_of(item: Item, is_open: Collection[int] = (), parent: int = 0, index: int = 0) -> list[dict[str, Any]]:
-    """A box and all boxes inside it.
+def walk(item: Item) -> Iterator[Item]:
+    """A box and all boxes inside it, in the order of their numbers."""
+    yield item
+    for part in item.items if isinstance(item, Scope) else ():
+        yield from walk(part)
 
-    Args:
-        item: the box.
-        is_open: the ids of the scopes that are open at first.
-        parent: the index of the scope around it.
-        index: its own index.
-    """
-    record = _leaf(item) if isinstance(item, Leaf) else {"open": id(item) in is_open, **_scope(item)}
-    items = [
+
+def items_of(tree: Scope) -> Sequence[dict[str, Any]]:
+    """The boxes of a tree, each with the number of the scope around it."""
+    items = [*walk(tree)]
+    index = {id(item): number for number, item in enumerate(items)}
+    around = {id(part): index[id(item)] for item in items if isinstance(item, Scope) for part in item.items}
+    return [
         {
-            "parent": parent,
+            "parent": around.get(id(item), 0),
             "label": span(item),
             "paths": item.paths,
             "count": item.count,
-            **record,
+            **(_leaf(item) if isinstance(item, Leaf) else _scope(item)),
         }
+        for item in items
     ]
-    for part in item.items if isinstance(item, Scope) else ():
-        items += items_of(part, is_open, index, index + len(items))
-    return items
 
 
 def _leaf(leaf: Leaf) -> dict[str, Any]:
@@ -79,20 +76,13 @@ def _leaf(leaf: Leaf) -> dict[str, Any]:
         "shape": leaf.shape,
         "dtype": leaf.dtype,
         "marks": leaf.marks,
-        "width": leaf.width,
         "rank": leaf.rank,
         "parameters": leaf.parameters,
     }
 
 
 def _scope(scope: Scope) -> dict[str, Any]:
-    flow = {"edges": scope.edges, "inputs": scope.inputs, "outputs": scope.outputs}
-    return {
-        "kind": "untraced" if scope.eager else "traced",
-        "detail": scope.class_name,
-        "target": scope.path,
-        "flow": {"rows": scope_rows(scope), **flow},
-    }
+    return {"kind": "untraced" if scope.eager else "traced", "detail": scope.class_name, "target": scope.path}
 
 
 def _heats(drawing: Drawing) -> dict[str, Any]:
@@ -110,16 +100,3 @@ def _box(path: str, box: Mapping[str, int]) -> int:
     while path and path not in box:
         path = path.rpartition(".")[0]
     return box.get(path, 0)
-
-
-def _plain(value: Any) -> Any:
-    """A value for JSON, which has no NaN, and whose texts a page can show."""
-    if isinstance(value, int):  # nearly all of a page
-        return value
-    if isinstance(value, str):
-        return clean(value)
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: _plain(entry) for name, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value

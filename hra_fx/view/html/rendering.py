@@ -1,4 +1,8 @@
-"""The page as text: the template with style, script, data and a strict content security policy."""
+"""The page as text: the template with style, script, pictures, data and a strict content security policy.
+
+There is one picture of the model, and one of each module that is closed in another picture. They are drawn as the SVG
+picture. The script shows one at a time, and colors its adapted layers.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +11,107 @@ import hashlib
 import html
 import json
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, ClassVar
+from xml.etree.ElementTree import Element, tostring
 
+from hra_fx.reporting.heat import HEATS
+from hra_fx.view.boxes import place
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.html.data import page_data
-from hra_fx.view.options import Options
-from hra_fx.view.text import clean
-from hra_fx.view.theme import as_css
+from hra_fx.view.heatmap import Heatmap, heatmap_of
+from hra_fx.view.html.data import page_data, walk
+from hra_fx.view.opening import Block, Options, opened
+from hra_fx.view.page import LINE, entries
+from hra_fx.view.svg import draw, number
+from hra_fx.view.theme import as_css, clean, colored
+from hra_fx.view.tree import Item, Leaf, Scope
 
+_MARGIN = 28.0
 #: The files of the style; later ones have priority.
 STYLES = ("colors", "controls", "drawing", "panel", "media")
 #: The files of the script, each before those that import it.
-SCRIPTS = (
-    *("data", "text", "svg", "layout", "boxes", "heat", "painting", "pane", "stage"),
-    *("spectrum", "panel", "search", "keyboard", "legend", "printing", "main"),
-)
+SCRIPTS = ("data", "elements", "heat", "stage", "spectrum", "panel", "search", "keyboard", "main")
 _IMPORT = re.compile(r'^import (\{[^}]*\}) from "\./(\w+)\.js";$', re.MULTILINE)
 _EXPORT = re.compile(r"^export (?=(?:class|const|function) (\w+))", re.MULTILINE)
 _SLOT = re.compile(r"\{\{(\w+)\}\}")
+
+
+@dataclass(frozen=True)
+class _Space(Heatmap):
+    """The space for the values of each heatmap, which the script writes and colors."""
+
+    is_live: ClassVar[bool] = True
+    heatmaps: tuple[Heatmap, ...] = ()
+
+    def strip(self, item: Item) -> tuple[str, str]:
+        """The longest text; none in a module."""
+        texts = (heatmap.strip(item)[0] for heatmap in self.heatmaps) if isinstance(item, Leaf) else ()
+        return max(texts, key=len, default=""), ""
+
+    def color(self, value: float) -> str:
+        """The color of cells until the script colors them."""
+        return "violet-line"
+
+    def line(self, path: str) -> str:
+        """No tip."""
+        return ""
+
+
+def pictures(drawing: Drawing, tree: Scope, options: Options) -> str:
+    """The pictures as SVG elements. `data-index` is the number of a box in `data.items_of`.
+
+    Args:
+        drawing: the drawing of a model.
+        tree: its tree.
+        options: what is open in the picture of the model.
+    """
+    index = {id(item): number for number, item in enumerate(walk(tree))}
+    heatmaps = tuple(heatmap_of(drawing, name) for name in HEATS) if drawing.rows else ()
+    space = _Space(heatmaps[0].name, heatmaps[0].values, heatmaps=heatmaps) if heatmaps else Heatmap()
+    found: list[str] = []
+    blocks = [opened(tree, options.depth, options.focus or "")]
+    for block in blocks:
+        is_model = block.item is tree
+        box = place(block, space, root=is_model)
+        wide, high = box.size.width + 2 * _MARGIN, box.size.height + 2 * _MARGIN
+        root = _svg(wide, high)
+        draw(root, box, _MARGIN, _MARGIN, root=is_model, index=index)
+        found.append(_text(root))
+        blocks += (opened(scope, None) for scope in _closed(block))
+    return "\n".join(found)
+
+
+def legend(drawing: Drawing, tree: Scope) -> str:
+    """The looks of boxes and markers as items of a list, without the colors of the heatmap."""
+    looks = {Block(item, ()).look if isinstance(item, Scope) else Block(item).look for item in walk(tree)}
+    found = []
+    for entry in entries(looks, Heatmap(), len(drawing.skipped), len(drawing.refused)):
+        root = _svg(entry.width, LINE)
+        entry.draw(root, 0.5, 3.5)
+        found.append(f"<li>{_text(root)}</li>")
+    return "".join(found)
+
+
+def _closed(block: Block) -> Iterator[Scope]:
+    """The closed modules in a picture."""
+    if block.parts is None and isinstance(block.item, Scope):
+        yield block.item
+    for part in block.parts or ():
+        yield from _closed(part)
+
+
+def _svg(wide: float, high: float) -> Element:
+    return Element(
+        "svg", {"viewBox": f"0 0 {number(wide)} {number(high)}", "width": number(wide), "height": number(high)}
+    )
+
+
+def _text(root: Element) -> str:
+    colored(root, None)
+    return tostring(root, encoding="unicode")
 
 
 def render(drawing: Drawing, options: Options) -> str:
@@ -44,14 +129,16 @@ def render(drawing: Drawing, options: Options) -> str:
         >>> render(drawing_of(model), Options())[:15]
         '<!doctype html>'
     """
-    style, script = _style(), _script()
+    style, script, tree = _style(), _script(), drawing.tree()
     words = {
         "policy": f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
         "base-uri 'none'; form-action 'none'",
         "theme": f' data-theme="{options.theme}"' if options.theme else "",
         "title": html.escape(clean(drawing.title)),
         "style": style,
-        "data": as_json(page_data(drawing, options)),
+        "legend": legend(drawing, tree),
+        "pictures": pictures(drawing, tree, options),
+        "data": as_json(page_data(drawing, tree, options)),
         "script": script,
     }
     return _SLOT.sub(lambda slot: words[slot[1]], _file("page.html"))

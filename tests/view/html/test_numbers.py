@@ -10,12 +10,16 @@ from pages import box, facts, page_of, search, strip, trained_net
 from playwright.sync_api import Page
 
 import hra_fx
-from hra_fx.reporting.colormap import DARK_PALETTE, color, ink_on
-from hra_fx.reporting.heat import HEATS, heat_of, scale
+from hra_fx.reporting.heat import DARK_PALETTE, HEATS, color, heat_of, ink_on, scale
 from hra_fx.reporting.row import Row
 
 Open = Callable[..., Page]
 FILL = "element => getComputedStyle(element).fill"
+#: Texts that leave their box.
+OUTSIDE = """() => [...document.querySelectorAll("#scroller text")].filter((text) => {
+  const [a, b] = [text, text.closest("g").querySelector(":scope > .frame")].map((part) => part.getBoundingClientRect());
+  return a.left < b.left || a.right > b.right || a.top < b.top || a.bottom > b.bottom;
+}).map((text) => text.textContent)"""
 
 
 def rgb(fill: str) -> str:
@@ -97,7 +101,7 @@ def test_layers_in_modules_to_save_are_trained_and_not_skipped(open_page: Open) 
     assert page.locator("#skipped").inner_text() == "1 layer not adapted"
     choose(page, "head")
     assert page.locator("#panel h3").all_inner_texts() == ["Trained in full"]
-    assert page.locator(".leaf.trained").count() == 1
+    assert page.locator("#scroller g.trained").count() == 1
 
 
 @pytest.mark.parametrize("name", HEATS)
@@ -114,6 +118,7 @@ def test_heat_has_the_colors_and_means_of_the_report(open_page: Open, name: str)
         mean = sum(values[path] for path in paths) / 3
         assert box(page, layer).locator(".strip").evaluate(FILL) == rgb(color(mean, ends))
     assert page.locator("#scale").inner_text().split() == [f"{end:g}{HEATS[name].unit}" for end in ends]
+    assert page.evaluate(OUTSIDE) == []
     box(page, "down").click()
     said = HEATS[name].text(mean)  # of the layers "down", the last ones above
     assert strip(page, "down").endswith(f" · mean {said}")
@@ -127,7 +132,7 @@ def test_heat_on_dark_has_the_other_palette(open_page: Open) -> None:
     values = heat_of(hra_fx.report(model).rows, "weight_change")
     wanted = color(sum(values[f"blocks.{i}.up"] for i in range(3)) / 3, scale(values.values()), DARK_PALETTE)
     assert box(page, "up").locator(".strip").evaluate(FILL) == rgb(wanted)
-    assert box(page, "up").locator(".strip-words").evaluate(FILL) == rgb(ink_on(wanted))
+    assert box(page, "up").locator(".strip + text").evaluate(FILL) == rgb(ink_on(wanted))
 
 
 def test_heat_is_the_change_of_the_weight_unless_chosen_otherwise(open_page: Open) -> None:

@@ -1,4 +1,4 @@
-"""What a reader finds who opens the page: it is quiet, complete, and shows as much as can be read."""
+"""What the page shows when it is opened."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Callable
 
 import networkx as nx
 import pytest
-from pages import Block, Net, box, boxes, facts, page_of, search, trained_net
+from pages import Net, box, boxes, facts, page_of, search, strip, trained_net
 from playwright.sync_api import Page
-from torch import Tensor, nn
+from torch import nn
 
 import hra_fx
 from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.html.rendering import render
-from hra_fx.view.options import Options
+from hra_fx.view.opening import Options
 from hra_fx.view.tree import Leaf
 
 Open = Callable[..., Page]
@@ -29,8 +29,8 @@ HOSTILE = (
 )
 
 
-def labels(page: Page, mode: str = "adapted") -> list[str]:
-    return [label.split(",")[0] for label in boxes(page, mode).evaluate_all("all => all.map(box => box.ariaLabel)")]
+def labels(page: Page) -> list[str]:
+    return [label.split(",")[0] for label in boxes(page).evaluate_all("all => all.map(box => box.ariaLabel)")]
 
 
 def test_the_page_tells_what_it_shows(open_page: Open) -> None:
@@ -43,26 +43,25 @@ def test_the_page_tells_what_it_shows(open_page: Open) -> None:
     assert "Linear 6→12" in (box(page, "stem").text_content() or "")
 
 
-class Outer(nn.Module):
-    """Modules three deep, of which none is a repeat."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.inner, self.last = nn.Linear(12, 12), nn.Sequential(Block(12), nn.ReLU()), nn.Linear(12, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.inner(self.stem(x)))
+@pytest.mark.parametrize(("depth", "shown"), [(0, False), (2, True)])
+def test_the_option_says_how_many_levels_are_open(open_page: Open, depth: int, shown: bool) -> None:
+    page = open_page(page_of(trained_net(), depth=depth))
+    assert ("up" in labels(page)) == shown
+    assert (page.locator("#scroller .opens").count() == 0) == shown
 
 
-@pytest.mark.parametrize(
-    ("depth", "shown"),
-    [(0, {"inner"}), (1, {"inner", "inner.0"}), (9, {"inner", "inner.0", "up"})],
-)
-def test_so_many_levels_are_open_as_were_asked_for(open_page: Open, depth: int, shown: set[str]) -> None:
-    model = hra_fx.transform(Outer(), hra_fx.HRAConfig(r=2, target_modules=["up"]))
-    page = open_page(page_of(model, depth=depth))
-    assert {label for label in labels(page) if label in ("inner", "inner.0", "up")} == shown
-    assert (page.locator(".closed").count() == 0) == (depth >= 2)
+def test_every_box_is_in_one_picture_and_pictures_stay_small(open_page: Open) -> None:
+    """A model of 96 blocks that all differ."""
+    blocks = (nn.Sequential(nn.Linear(8, 8 + i), nn.ReLU(), nn.Linear(8 + i, 8)) for i in range(96))
+    model = hra_fx.transform(nn.Sequential(*blocks), hra_fx.HRAConfig(r=2, target_modules="all-linear"))
+    text = page_of(model, depth=0)
+    shown = re.findall(r'<g class="(?!root|traced)[^"]*" data-index="(\d+)"', text)
+    assert len(shown) == len(set(shown)) == 98 + 3 * 96
+    page = open_page(text)
+    for block in ("0", "95"):
+        assert search(page, f"{block}.2")[0] == f"{block}.2"
+        page.keyboard.press("Enter")
+        assert labels(page) == [block, *(f"{block}.{part}" for part in range(3))]
 
 
 def test_a_module_is_shown_by_itself(open_page: Open) -> None:
@@ -78,18 +77,19 @@ def test_a_module_is_shown_by_itself(open_page: Open) -> None:
 def test_a_model_without_adapters_has_a_plain_view(open_page: Open, model: nn.Module) -> None:
     page = open_page(page_of(model))
     assert page.locator("h1").inner_text() == "Net"
-    for control in (".choices", "#heat", "#skipped", ".strip"):
+    for control in ("#heat", "#skipped", "#scroller .strip"):
         assert not page.locator(control).is_visible()
     box(page, "stem").click()
     assert facts(page)["parameters"] == "84"
 
 
-def test_layers_that_nothing_turned_are_said_to_be_so(open_page: Open) -> None:
+def test_layers_that_nothing_rotated_are_said_to_be_so(open_page: Open) -> None:
     model = hra_fx.transform(Net(), hra_fx.HRAConfig(r=4, target_modules=["up", "down"]))
     page = open_page(page_of(model))
     assert "not trained yet (identity)" in page.locator("#scale").inner_text()
-    page.get_by_text("Folded").click()
-    assert page.locator(".folded .strip-words").all_text_contents()[0].startswith("weight unchanged")
+    assert strip(page, "up") == "r 4 · d 12"
+    page.select_option("#heat", "angle")
+    assert strip(page, "up") == "r 4 · d 12 · mean 0°"
 
 
 def hostile_drawing() -> Drawing:
@@ -111,7 +111,7 @@ def test_hostile_names_are_shown_and_do_nothing(open_page: Open) -> None:
     page.on("dialog", lambda dialog: pytest.fail(dialog.message))
     assert page.title() == page.locator("h1").inner_text() == HOSTILE[0]
     assert page.locator("script").count() == 2
-    assert page.locator("#stage .box.adapted_layer").count() == len(HOSTILE)
+    assert page.locator("#scroller .adapted_layer").count() == len(HOSTILE)
     page.click("#skipped")
     assert page.locator("#panel .reason").inner_text() == HOSTILE[0]
     page.click("#regex")
@@ -122,7 +122,7 @@ def test_hostile_names_are_shown_and_do_nothing(open_page: Open) -> None:
         assert page.locator("#panel h2").inner_text() == shown
         assert facts(page)["path"] == facts(page)["shape"] == shown
         assert page.locator("#panel h3").filter(has_text="Adapter").first.inner_text() == f"Adapter {shown}"
-    assert page.locator("img, #stage b, #panel b, #hits script").count() == 0
+    assert page.locator("img, #scroller b, #panel b, #hits script").count() == 0
 
 
 def test_the_policy_stops_scripts_and_styles_that_are_not_the_pages(browser, tmp_path) -> None:  # type: ignore[no-untyped-def]
@@ -164,3 +164,16 @@ def test_dark_and_light_follow_the_system_and_the_button(open_page: Open) -> Non
     assert luminance(dark, "body") > 200 > 60 > luminance(light, "body")
     light.emulate_media(media="print")
     assert luminance(light, "body") > 200, "paper is never dark"
+
+
+def test_paper_has_the_whole_picture_and_no_controls(open_page: Open) -> None:
+    page = open_page(page_of(trained_net(), depth=2), color_scheme="dark")
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": 700, "height": 1000})  # A4 between its margins
+    assert page.evaluate("document.documentElement.scrollWidth") <= 700
+    for control in ("#query", "#heat", "#legend .group"):
+        assert not page.locator(control).is_visible()
+    assert page.locator("#scale").is_visible()
+    picture = page.locator("#scroller > svg").bounding_box()
+    assert picture and picture["width"] <= 700 and picture["height"] <= 832
+    assert page.pdf(format="A4").startswith(b"%PDF")

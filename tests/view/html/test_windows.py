@@ -1,11 +1,11 @@
-"""The page in windows of several sizes: nothing covers the drawing, and no text is cut or broken inside a word."""
+"""The page in windows of several sizes: nothing covers the drawing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import pytest
-from pages import box, page_of, place, search, trained_net
+from pages import box, page_of, place, trained_net
 from playwright.sync_api import Page, expect
 from torch import nn
 
@@ -15,31 +15,6 @@ Open = Callable[..., Page]
 COVERS = """([one, other]) => {
   const [a, b] = [one, other].map((name) => document.querySelector(name).getBoundingClientRect());
   return a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1;
-}"""
-
-#: Words of a list that are on more than one line.
-BROKEN = """(selector) => {
-  const broken = [];
-  for (const element of document.querySelectorAll(selector)) {
-    const text = element.firstChild;
-    if (!text) continue;
-    for (const { 0: word, index } of text.textContent.matchAll(/\\S+/g)) {
-      const range = document.createRange();
-      range.setStart(text, index);
-      range.setEnd(text, index + word.length);
-      if (new Set([...range.getClientRects()].map((line) => Math.round(line.top))).size > 1) broken.push(word);
-    }
-  }
-  return broken;
-}"""
-
-#: How much wider the widest option of a select is than the room for it.
-CUT = """(select) => {
-  const pen = document.createElement("canvas").getContext("2d");
-  const style = getComputedStyle(select);
-  pen.font = `${style.fontSize} ${style.fontFamily}`;
-  const widest = Math.max(...[...select.options].map((option) => pen.measureText(option.text).width));
-  return widest - (select.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight));
 }"""
 
 
@@ -60,7 +35,7 @@ def test_a_phone_has_a_small_toolbar_and_the_left_edge_of_the_drawing(open_page:
     page = open_page(page_of(trained_net(), depth=2), viewport={"width": 420, "height": 800})
     height = page.locator(".top").evaluate("element => element.getBoundingClientRect().height")
     assert height <= 140
-    assert page.locator(".scroller").evaluate("element => element.scrollLeft") == 0
+    assert page.locator("#scroller").evaluate("element => element.scrollLeft") == 0
     assert place(page, "x")["x"] >= 0
     box(page, "down").click()
     stage, panel = (page.locator(part).bounding_box() for part in ("#stage", "#panel"))
@@ -68,33 +43,17 @@ def test_a_phone_has_a_small_toolbar_and_the_left_edge_of_the_drawing(open_page:
     expect(box(page, "down").locator(":scope > .frame")).to_be_in_viewport(ratio=0.9)
 
 
-@pytest.mark.parametrize("width", [1024, 420])
-def test_no_word_is_broken_in_the_list_of_a_search(open_page: Open, width: int) -> None:
-    model = nn.Sequential()
-    for index in range(3):
-        model.add_module(f"a_part_with_a_long_name_{index}", trained_net())
-    page = open_page(page_of(model), viewport={"width": width, "height": 800})
-    assert len(search(page, "linear")) > 6
-    assert page.evaluate(BROKEN, "#hits small") == []
-
-
-def test_the_select_shows_its_longest_option(open_page: Open) -> None:
-    page = open_page(page_of(trained_net()))
-    assert page.locator("#heat").evaluate(CUT) <= 0
-
-
 def test_a_layer_that_should_have_an_adapter_is_red_and_others_are_not(open_page: Open) -> None:
     model = trained_net(modules_to_save=["head"])
     model.blocks[0].up = nn.Linear(12, 24)  # it is targeted, and has no adapter
     page = open_page(page_of(model))
-    red = "element => getComputedStyle(element).stroke"
-    assert page.locator(".leaf.refused").count() == 1
-    assert page.locator(".leaf.refused > .frame").evaluate(red) == "rgb(204, 66, 55)"
-    assert page.locator(".leaf.skipped").count() == 1, "the stem"
-    assert page.locator(".leaf.skipped > .frame").evaluate(red) == "rgb(123, 134, 150)"
-    assert page.locator(".leaf.trained > .frame").evaluate(red) == "rgb(75, 134, 196)"
+    line = "element => getComputedStyle(element).stroke"
+    for mark, color in ((".refused", "rgb(204, 66, 55)"), (".skipped", "rgb(123, 134, 150)")):
+        assert page.locator(f"#scroller {mark}").count() == 1
+        assert page.locator(f"#scroller {mark}").evaluate(line) == color
+    assert page.locator("#scroller .trained > .frame").evaluate(line) == "rgb(75, 134, 196)"
     assert page.locator("#skipped.alarm").count() == 1
-    words = page.locator("#looks li").all_inner_texts()
-    assert {"not targeted", "targeted, but not adapted", "trained in full"} <= set(words)
+    words = page.locator("#legend li").all_text_contents()
+    assert {"1 layer not targeted", "1 layer targeted, but not adapted", "trained in full"} <= set(words)
     quiet = open_page(page_of(trained_net()))
     assert quiet.locator(".refused, .alarm").count() == 0

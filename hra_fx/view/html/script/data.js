@@ -1,18 +1,12 @@
 // The data from Python (hra_fx/view/html/data.py) as objects.
 
 /**
- * The items of a traced scope: the row of each, edges between them, and which read or are read outside.
- * @typedef {{rows: number[], edges: number[][], inputs: number[], outputs: number[]}} Flow
- */
-
-/**
  * A box: a leaf, or a scope with the boxes inside it.
  * @typedef {object} Item
  * @property {number} index index among all boxes; a box comes before the boxes inside it
  * @property {Item | null} parent the scope around it
  * @property {Item[]} parts the boxes inside, in order
- * @property {boolean} isScope whether it can be opened
- * @property {boolean} open whether it is open at first
+ * @property {boolean} isScope
  * @property {string} label name inside its scope
  * @property {string} kind "traced" or "untraced" for a scope; else "input", "output", "adapted_layer", "module", "op" or
  *   "eager"
@@ -23,11 +17,9 @@
  * @property {string} dtype dtype of its value
  * @property {string[]} marks the adapted layers that it stands for
  * @property {string[]} paths the modules that it stands for
- * @property {number} width length of the reflection vectors
  * @property {number} rank number of reflection vectors
  * @property {number} parameters number of parameters of the modules
  * @property {number} count number of identical neighbors that it stands for
- * @property {Flow | null} flow
  * @property {string[]} skipped layers without an adapter in it
  * @property {string[]} refused those that should have an adapter
  * @property {string[]} trained layers in it that are trained in full
@@ -81,7 +73,7 @@ function itemsOf(records) {
   const items = [];
   records.forEach(({ parent, ...record }, index) => {
     const lists = { parts: [], skipped: [], refused: [], trained: [] };
-    const item = { marks: [], flow: null, open: false, ...record, ...lists, index };
+    const item = { marks: [], ...record, ...lists, index };
     item.isScope = item.kind === "traced" || item.kind === "untraced";
     item.parent = index ? items[parent] : null;
     item.parent?.parts.push(item);

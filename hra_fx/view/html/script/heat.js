@@ -1,7 +1,7 @@
-// The heatmap: values as colors, interpolated as in hra_fx/reporting/colormap.py.
+// The heatmap: values as colors, interpolated as in hra_fx/reporting/heat.py.
 
 /** @import { Drawing, Heat } from "./data.js" */
-import { withUnit } from "./text.js";
+import { html, withUnit } from "./elements.js";
 
 export class Heatmap {
   /** @param {Drawing} drawing */
@@ -51,10 +51,23 @@ export class Heatmap {
     return { fill: pair(fills), ink: pair(fills.map(inkOn)) };
   }
 
-  /** The whole scale as a background. */
-  get gradient() {
+  /**
+   * The scale with the values at its ends.
+   * @param {HTMLElement} element
+   */
+  explain(element) {
+    const heat = this.shown;
+    const note = this.drawing.trained ? [] : [html("span", { class: "note" }, "not trained yet (identity)")];
+    if (!heat) {
+      element.replaceChildren(...note);
+      return;
+    }
+    const bar = html("span", { class: "bar" });
     const [light, dark] = this.drawing.palettes;
-    return `linear-gradient(to right, ${light.map((fill, step) => pair([fill, dark[step]])).join(", ")})`;
+    const fills = light.map((fill, step) => pair([fill, dark[step]]));
+    bar.style.background = `linear-gradient(to right, ${fills.join(", ")})`;
+    const [low, high] = heat.ends.map((value) => `${Number(value.toPrecision(6))}${heat.unit}`);
+    element.replaceChildren(html("span", { class: "measure" }, heat.words), low, bar, high, ...note);
   }
 }
 

@@ -1,17 +1,18 @@
 // The keys of the page, and moving between boxes with the arrow keys.
 
 /** @import { Item } from "./data.js" */
-/** @import { Boxes } from "./boxes.js" */
-import { HEADER } from "./boxes.js";
+/** @import { Stage } from "./stage.js" */
+
+const HEADER = 27; // height of the title of an open module
 
 /** @type {Record<string, [number, number]>} */
 const ARROWS = { ArrowUp: [0, -1], ArrowDown: [0, 1], ArrowLeft: [-1, 0], ArrowRight: [1, 0] };
 
 /**
  * @typedef {object} Commands
- * @property {() => Item | null} selected
  * @property {(item: Item) => void} select
- * @property {(item: Item) => void} toggle
+ * @property {(item: Item) => void} open
+ * @property {() => void} back
  * @property {() => void} search
  * @property {() => void} help
  * @property {() => void} escape
@@ -21,10 +22,10 @@ const ARROWS = { ArrowUp: [0, -1], ArrowDown: [0, 1], ArrowLeft: [-1, 0], ArrowR
 
 /**
  * Listen to the keys of the page.
- * @param {Boxes} boxes
+ * @param {Stage} stage
  * @param {Commands} commands
  */
-export function listenToKeys(boxes, commands) {
+export function listenToKeys(stage, commands) {
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.key === "Escape") {
@@ -34,29 +35,32 @@ export function listenToKeys(boxes, commands) {
     const target = /** @type {Element} */ (event.target);
     if (target.closest("input, select, dialog")) return;
     const onBoxes = target === document.body || target.closest(".scroller");
-    if (onBoxes ? pressed(event.key, boxes, commands) : common(event.key, commands)) event.preventDefault();
+    if (onBoxes ? pressed(event.key, stage, commands) : common(event.key, commands)) event.preventDefault();
   });
 }
 
 /**
  * @param {string} key
- * @param {Boxes} boxes
+ * @param {Stage} stage
  * @param {Commands} commands
  */
-function pressed(key, boxes, commands) {
-  const selected = commands.selected();
+function pressed(key, stage, commands) {
+  const { selected } = stage;
   if (key in ARROWS) {
-    const next = selected?.parent ? neighbor(boxes, selected, ARROWS[key]) : boxes.root.parts[0];
+    const next = selected ? neighbor(stage, selected, ARROWS[key]) : stage.boxes[0];
     if (next) commands.select(next);
     return true;
   }
-  if ((key === "Enter" || key === " ") && selected?.parent) {
-    if (selected.isScope) commands.toggle(selected);
-    else commands.select(selected);
+  if ((key === "Enter" || key === " ") && selected) {
+    commands.open(selected);
     return true;
   }
-  if (key === "Home" && boxes.root.parts.length) {
-    commands.select(boxes.root.parts[0]);
+  if (key === "Backspace") {
+    commands.back();
+    return true;
+  }
+  if (key === "Home" && stage.boxes.length) {
+    commands.select(stage.boxes[0]);
     return true;
   }
   return common(key, commands);
@@ -82,20 +86,20 @@ function common(key, commands) {
 }
 
 /**
- * The nearest box in a direction. An open scope counts as its title.
- * @param {Boxes} boxes
+ * The nearest box in a direction. An open module counts as its title.
+ * @param {Stage} stage
  * @param {Item} from
  * @param {[number, number]} direction
  * @returns {Item | null}
  */
-function neighbor(boxes, from, [right, down]) {
-  const here = target(boxes, from);
+function neighbor(stage, from, [right, down]) {
+  const here = target(stage, from);
   /** @type {Item | null} */
   let best = null;
   let least = Infinity;
-  for (const item of boxes.visible()) {
+  for (const item of stage.boxes) {
     if (item === from) continue;
-    const there = target(boxes, item);
+    const there = target(stage, item);
     const along = right
       ? gap(here.x, here.width, there.x, there.width, right)
       : gap(here.y, here.height, there.y, there.height, down);
@@ -113,12 +117,12 @@ function neighbor(boxes, from, [right, down]) {
 }
 
 /**
- * @param {Boxes} boxes
+ * @param {Stage} stage
  * @param {Item} item
  */
-function target(boxes, item) {
-  const place = boxes.absolute(item);
-  return item.isScope && boxes.of(item).open ? { ...place, height: HEADER } : place;
+function target(stage, item) {
+  const place = stage.place(item);
+  return item.isScope && !stage.opens(item) ? { ...place, height: HEADER } : place;
 }
 
 /**

@@ -1,33 +1,21 @@
 // The controls of the page.
 
 /** @import { Item } from "./data.js" */
-/** @import { Mode } from "./painting.js" */
-import { around, Boxes } from "./boxes.js";
 import { read } from "./data.js";
+import { byId, counted, html } from "./elements.js";
 import { Heatmap } from "./heat.js";
 import { listenToKeys } from "./keyboard.js";
-import { explainHeat, explainLooks } from "./legend.js";
 import { Panel } from "./panel.js";
-import { listenToPrints } from "./printing.js";
 import { Search } from "./search.js";
 import { Stage } from "./stage.js";
-import { byId, html } from "./svg.js";
-import { counted } from "./text.js";
 
 const drawing = read(byId("data").textContent ?? "");
 const heatmap = new Heatmap(drawing);
-const boxes = new Boxes(drawing);
-const adapted = drawing.rows.size > 0;
-const UNROTATED = 1e-6; // |Q - I| of rounding
-
-/** @param {string} path */
-function isRotated(path) {
-  return (drawing.rows.get(path) ?? []).some((row) => !(row.rotation < UNROTATED));
-}
+const scroller = byId("scroller");
 
 byId("title").textContent = drawing.title;
 byId("facts").textContent = drawing.facts;
-const stage = new Stage(byId("stage"), { boxes, heatmap, isRotated });
+const stage = new Stage({ scroller, trail: byId("trail"), pictures: byId("pictures") }, drawing.items, heatmap);
 const panel = new Panel(byId("panel"), drawing, heatmap, choose);
 const help = /** @type {HTMLDialogElement} */ (byId("help"));
 const input = /** @type {HTMLInputElement} */ (byId("query"));
@@ -36,7 +24,7 @@ new Search(elements, drawing, choose).listen();
 let chosenPath = "";
 
 /**
- * Select a box and show it in the panel.
+ * Select a box of the picture and show it in the panel.
  * @param {Item} item
  * @param {string} [path] which of its layers
  */
@@ -44,47 +32,41 @@ function select(item, path = "") {
   chosenPath = path;
   stage.select(item);
   panel.show(item, path);
+  stage.reveal(item); // the panel takes a part of the window
 }
 
 /**
- * Open the scopes around a box, select it and scroll to it.
+ * Show the picture that has a box, and select the box.
  * @param {Item} item
  * @param {string} [path]
  */
 function choose(item, path = "") {
-  const closed = around(item).filter((scope) => !boxes.of(scope).open);
-  if (closed.length) stage.changing(closed, () => boxes.set(closed, true));
-  select(item, path);
-  stage.reveal(item);
-  stage.pane.scroller.focus({ preventScroll: true });
+  const root = stage.shownIn.get(item);
+  if (root && root !== stage.root) stage.show(root);
+  if (root) select(item, path);
+  else panel.show(item, path); // the model itself
+  scroller.focus({ preventScroll: true });
 }
 
-/** @param {Item} item */
-function toggle(item) {
-  stage.changing([item], () => boxes.set([item], !boxes.of(item).open));
-  select(item);
-}
-
-/** @param {boolean} open */
-function setAll(open) {
-  const scopes = drawing.items.filter((item) => item.isScope && item.parent);
-  boxes.set(scopes, open);
-  if (!open && stage.selected && around(stage.selected).length > 1) stage.selected = null;
-  stage.drawAll();
+/**
+ * Show the inside of a closed module, and any other box in the panel.
+ * @param {Item} item
+ * @param {string} [path]
+ */
+function open(item, path = "") {
+  if (stage.opens(item)) {
+    stage.show(item);
+    panel.show(item, "");
+  } else select(item, path);
 }
 
 byId("stage").addEventListener("click", (event) => {
   const target = /** @type {Element} */ (event.target);
-  const group = /** @type {HTMLElement | null} */ (target.closest(".box"));
+  const group = /** @type {SVGGElement | null} */ (target.closest("g"));
   // Ignore the second click of a double click: the first one has opened the module.
   if (!group || event.detail > 1 || target.closest(".dragged")) return;
-  const item = drawing.items[Number(group.dataset.index)];
-  if (!item.parent) return;
-  if (item.isScope && (!boxes.of(item).open || target.closest(".title"))) toggle(item);
-  else {
-    select(item, target.matches(".cell") ? item.marks[cellOf(target)] : "");
-    stage.reveal(item); // the panel takes a part of the window
-  }
+  const item = stage.itemOf(group);
+  if (item.parent) open(item, target.matches(".cell") ? item.marks[cellOf(target)] : "");
 });
 
 /** @param {Element} cell */
@@ -93,7 +75,7 @@ function cellOf(cell) {
 }
 
 function showHeat() {
-  explainHeat(byId("scale"), drawing, heatmap);
+  heatmap.explain(byId("scale"));
   stage.recolor();
   if (panel.isOpen && stage.selected) panel.show(stage.selected, chosenPath);
 }
@@ -106,16 +88,8 @@ heats.addEventListener("change", () => {
   heatmap.name = heats.value;
   showHeat();
 });
-
-explainLooks(byId("looks"), drawing);
-for (const choice of /** @type {NodeListOf<HTMLInputElement>} */ (document.querySelectorAll("[name=look]"))) {
-  choice.addEventListener("change", () => {
-    stage.show(/** @type {Mode} */ (choice.value));
-    stage.fit();
-  });
-}
 for (const part of /** @type {NodeListOf<HTMLElement>} */ (document.querySelectorAll(".if-adapted"))) {
-  part.hidden = !adapted;
+  part.hidden = !drawing.rows.size;
 }
 
 const skipped = byId("skipped");
@@ -127,8 +101,6 @@ skipped.classList.toggle(
 skipped.textContent = `${counted(drawing.skipped.length, "layer")} not adapted`;
 skipped.addEventListener("click", () => panel.showSkipped());
 
-byId("expand").addEventListener("click", () => setAll(true));
-byId("collapse").addEventListener("click", () => setAll(false));
 byId("zoom-in").addEventListener("click", () => stage.zoomBy(1));
 byId("zoom-out").addEventListener("click", () => stage.zoomBy(-1));
 byId("fit").addEventListener("click", () => stage.fit());
@@ -144,14 +116,14 @@ stage.whenZoomed = () => {
   byId("zoom").textContent = `${Math.round(100 * stage.zoom)}%`;
 };
 stage.whenZoomed();
-panel.whenClosed = () => stage.pane.scroller.focus({ preventScroll: true });
-listenToKeys(boxes, {
-  selected: () => stage.selected,
-  select: (item) => {
-    select(item);
-    stage.reveal(item);
+panel.whenClosed = () => scroller.focus({ preventScroll: true });
+listenToKeys(stage, {
+  select,
+  open,
+  back: () => {
+    const item = stage.back();
+    if (item) select(item);
   },
-  toggle,
   search: () => input.focus(),
   help: () => help.showModal(),
   escape: () => {
@@ -161,6 +133,5 @@ listenToKeys(boxes, {
   zoom: (steps) => stage.zoomBy(steps),
   fit: () => stage.fit(),
 });
-listenToPrints(byId("paper"), stage);
 showHeat();
 performance.mark("drawn");

@@ -3,9 +3,8 @@
 /** @import { Drawing, Item, Row } from "./data.js" */
 /** @import { Heatmap } from "./heat.js" */
 import { marksOf, skippedIn } from "./data.js";
+import { counted, html, withUnit } from "./elements.js";
 import { spectrum } from "./spectrum.js";
-import { html } from "./svg.js";
-import { counted, withUnit } from "./text.js";
 
 const LISTED = 200;
 

@@ -1,7 +1,7 @@
 // Search for boxes by the names of their modules, by class, or by a regular expression.
 
 /** @import { Drawing, Item } from "./data.js" */
-import { html } from "./svg.js";
+import { html } from "./elements.js";
 
 const SHOWN = 100;
 

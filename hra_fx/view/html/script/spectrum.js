@@ -1,6 +1,6 @@
 // The rotation angles of a layer's planes as bars.
 
-import { html, svg } from "./svg.js";
+import { html, svg } from "./elements.js";
 
 const [WIDTH, HEIGHT] = [300, 92];
 const [LEFT, TOP, BOTTOM] = [34, 8, 18];

@@ -1,113 +1,163 @@
-// The window on the drawing: which view it shows, zoom and scroll position.
+// The pictures of the model, one at a time: colors, selection, zoom and scroll position.
 
 /** @import { Item } from "./data.js" */
-/** @import { Mode, Paint } from "./painting.js" */
-import { MARGIN, Pane } from "./pane.js";
+/** @import { Heatmap } from "./heat.js" */
+import { marksOf, skippedIn } from "./data.js";
+import { html, svg } from "./elements.js";
 
 const STEP = 1.25;
 const [SMALLEST, LARGEST] = [0.05, 4];
-const READABLE = 0.6; // minimum zoom for fitting the drawing
+const READABLE = 0.6; // minimum zoom for fitting a picture
 const CLICK = 4; // a pointer that moves further is dragging
+const LISTED = 12; // paths in a tooltip
+
+/** @typedef {{x: number, y: number, width: number, height: number}} Place the outline of a box in its picture */
 
 export class Stage {
   /**
-   * @param {HTMLElement} element
-   * @param {Omit<Paint, "mode">} paint
+   * @param {{scroller: HTMLElement, trail: HTMLElement, pictures: HTMLElement}} elements
+   * @param {Item[]} items
+   * @param {Heatmap} heatmap
    */
-  constructor(element, paint) {
-    this.element = element;
-    this.paint = paint;
+  constructor({ scroller, trail, pictures }, items, heatmap) {
+    this.scroller = scroller;
+    this.trail = trail;
+    this.items = items;
+    this.heatmap = heatmap;
     this.zoom = 1;
     /** @type {Item | null} */
     this.selected = null;
     this.whenZoomed = () => {};
-    this.pane = this.#open("adapted");
+    /** The picture of a module.
+     * @type {Map<Item, SVGSVGElement>} */
+    this.pictures = new Map();
+    /** The module in whose picture a box is.
+     * @type {Map<Item, Item>} */
+    this.shownIn = new Map();
+    for (const picture of pictures.querySelectorAll("svg")) {
+      const [root, ...inside] = groupsOf(picture).map((group) => this.itemOf(group));
+      this.pictures.set(root, picture);
+      for (const item of inside) this.shownIn.set(item, root);
+    }
+    pictures.remove();
+    this.root = items[0];
+    this.show(this.root);
+    this.#listen();
+  }
+
+  /** @returns {SVGSVGElement} */
+  get picture() {
+    return /** @type {SVGSVGElement} */ (this.pictures.get(this.root));
+  }
+
+  /**
+   * The box of an element.
+   * @param {SVGGElement} group
+   */
+  itemOf(group) {
+    return this.items[Number(group.dataset.index)];
+  }
+
+  /** The boxes of the picture, outer ones first. */
+  get boxes() {
+    return groupsOf(this.picture)
+      .map((group) => this.itemOf(group))
+      .filter((item) => item.parent);
+  }
+
+  /**
+   * @param {Item} item
+   * @returns {Place}
+   */
+  place(item) {
+    const frame = this.#group(item).querySelector(":scope > .frame");
+    const [x, y, width, height] = ["x", "y", "width", "height"].map((name) => Number(frame?.getAttribute(name)));
+    return { x, y, width, height };
+  }
+
+  /** @param {Item} item */
+  #group(item) {
+    return /** @type {SVGGElement} */ (this.picture.querySelector(`[data-index="${item.index}"]`));
+  }
+
+  /**
+   * Whether a box can be opened: it is a closed module.
+   * @param {Item} item
+   */
+  opens(item) {
+    return item !== this.root && this.pictures.has(item);
+  }
+
+  /**
+   * Show the picture of a module.
+   * @param {Item} root
+   */
+  show(root) {
+    this.root = root;
+    this.select(null);
+    for (const group of groupsOf(this.picture)) {
+      const item = this.itemOf(group);
+      if (!group.id) describe(group, item, this.opens(item));
+    }
+    const way = [];
+    for (let at = /** @type {Item | undefined} */ (root); at; at = this.shownIn.get(at)) way.unshift(at);
+    const steps = way.slice(0, -1).map((item) => {
+      const back = () => {
+        this.show(item);
+        this.scroller.focus({ preventScroll: true });
+      };
+      return html("li", {}, html("button", { class: "link", onclick: back }, item.label));
+    });
+    this.trail.replaceChildren(html("ol", {}, ...steps, html("li", { "aria-current": "page" }, root.label)));
+    this.trail.hidden = !steps.length;
+    this.scroller.replaceChildren(this.picture);
+    this.recolor();
     this.fit();
   }
 
+  /** Show the picture around, and select the module whose inside was shown. */
+  back() {
+    const [item, outer] = [this.root, this.shownIn.get(this.root)];
+    if (!outer) return null;
+    this.show(outer);
+    return item;
+  }
+
+  /** Color everything by the heatmap. */
+  recolor() {
+    for (const group of groupsOf(this.picture)) paint(group, this.itemOf(group), this.heatmap);
+  }
+
   /**
-   * Choose the view.
-   * @param {Mode} mode
+   * Highlight only this box and its edges.
+   * @param {Item | null} item
    */
-  show(mode) {
-    const { scrollLeft, scrollTop } = this.pane.scroller;
-    this.pane = this.#open(mode);
-    this.pane.select(this.selected);
-    this.#apply();
-    this.pane.scroller.scrollTo(scrollLeft, scrollTop);
-  }
-
-  /** @param {Mode} mode */
-  #open(mode) {
-    const pane = new Pane({ ...this.paint, mode });
-    this.#listen(pane.scroller);
-    this.element.replaceChildren(pane.element);
-    return pane;
-  }
-
-  /** @param {Item | null} item */
   select(item) {
     this.selected = item;
-    this.pane.select(item);
+    for (const group of groupsOf(this.picture))
+      group.setAttribute("aria-selected", String(this.itemOf(group) === item));
+    for (const edge of /** @type {NodeListOf<SVGElement>} */ (this.picture.querySelectorAll(".edge"))) {
+      edge.classList.toggle("lit", (edge.dataset.ends ?? "").split(" ").includes(String(item?.index)));
+    }
+    if (item) this.scroller.setAttribute("aria-activedescendant", this.#group(item).id);
+    else this.scroller.removeAttribute("aria-activedescendant");
   }
 
-  /** Color everything again. */
-  recolor() {
-    this.pane.recolor();
-  }
-
-  /**
-   * Draw scopes that were opened or closed; the title of a single one keeps its position on the screen.
-   * @param {Item[]} items
-   * @param {() => void} change
-   */
-  changing(items, change) {
-    const { boxes } = this.paint;
-    const anchor = items.length === 1 ? items[0] : null;
-    const before = anchor && boxes.absolute(anchor);
-    change();
-    this.pane.redraw(items);
-    this.pane.select(this.selected);
-    this.#apply();
-    if (!anchor || !before) return;
-    const after = boxes.absolute(anchor);
-    const { scrollLeft, scrollTop, clientWidth } = this.pane.scroller;
-    const middle = scrollLeft + (after.x + after.width / 2 - before.x - before.width / 2) * this.zoom;
-    // Of a module that is wider than the window, the left edge is shown.
-    const left = (after.x + MARGIN / 2) * this.zoom;
-    this.pane.scroller.scrollTo({
-      left: after.width * this.zoom > clientWidth ? left : middle,
-      top: scrollTop + (after.y - before.y) * this.zoom,
-    });
-  }
-
-  /** Draw everything, after many scopes were opened or closed. */
-  drawAll() {
-    const { clientWidth } = this.pane.scroller; // read before drawing, to avoid a second layout
-    this.pane.draw();
-    this.pane.select(this.selected);
-    this.#apply();
-    this.pane.scroller.scrollTo({ left: this.#home(clientWidth), top: 0 });
-  }
-
-  /**
-   * The horizontal scroll position at first: the left edge, or the first box in the middle if it is not visible there.
-   * @param {number} room
-   */
-  #home(room) {
-    const { boxes } = this.paint;
-    const [first] = boxes.root.parts;
-    if (!first) return 0;
-    const { x, width } = boxes.absolute(first);
-    if ((x + width + MARGIN) * this.zoom <= room) return 0;
-    return (x + width / 2 + MARGIN) * this.zoom - room / 2;
+  get #size() {
+    const { width, height } = this.picture.viewBox.baseVal;
+    return { width, height };
   }
 
   /** Fit the width, as far as the text stays readable. */
   fit() {
-    const { scroller, width } = this.pane;
-    this.setZoom(Math.max(Math.min(1, scroller.clientWidth / width), READABLE));
-    this.pane.scroller.scrollTo({ left: this.#home(scroller.clientWidth), top: 0 });
+    const { width } = this.#size;
+    const room = this.scroller.clientWidth;
+    this.setZoom(Math.max(Math.min(1, room / width), READABLE));
+    const [first] = this.boxes.slice(this.root.parent ? 1 : 0);
+    const at = first ? this.place(first) : { x: 0, width: 0 };
+    // The left edge, or the first box in the middle if it is not visible there.
+    const fits = (at.x + at.width) * this.zoom <= room;
+    this.scroller.scrollTo({ left: fits ? 0 : (at.x + at.width / 2) * this.zoom - room / 2, top: 0 });
   }
 
   /** @param {number} steps */
@@ -121,22 +171,17 @@ export class Stage {
    * @param {{x: number, y: number}} [point]
    */
   setZoom(zoom, point) {
-    const { scroller } = this.pane;
-    const frame = scroller.getBoundingClientRect();
+    const frame = this.scroller.getBoundingClientRect();
     const x = point ? point.x - frame.left : frame.width / 2;
     const y = point ? point.y - frame.top : frame.height / 2;
-    const { scrollLeft, scrollTop } = scroller;
+    const { scrollLeft, scrollTop } = this.scroller;
     const factor = Math.min(Math.max(zoom, SMALLEST), LARGEST) / this.zoom;
     this.zoom *= factor;
-    this.#apply();
-    this.pane.scroller.scrollTo({ left: (scrollLeft + x) * factor - x, top: (scrollTop + y) * factor - y });
+    const { width, height } = this.#size;
+    this.picture.style.width = `${width * this.zoom}px`;
+    this.picture.style.height = `${height * this.zoom}px`;
+    this.scroller.scrollTo({ left: (scrollLeft + x) * factor - x, top: (scrollTop + y) * factor - y });
     this.whenZoomed();
-  }
-
-  #apply() {
-    const { svg, width, height } = this.pane;
-    svg.style.width = `${width * this.zoom}px`;
-    svg.style.height = `${height * this.zoom}px`;
   }
 
   /**
@@ -144,27 +189,26 @@ export class Stage {
    * @param {Item} item
    */
   reveal(item) {
-    const { x, y, width, height } = this.paint.boxes.absolute(item);
-    const { scroller } = this.pane;
+    const { x, y, width, height } = this.place(item);
+    const { scroller } = this;
     const center = (/** @type {number} */ start, /** @type {number} */ size, /** @type {number} */ room) =>
-      size * this.zoom > room ? (start + MARGIN) * this.zoom - 40 : (start + size / 2 + MARGIN) * this.zoom - room / 2;
+      size * this.zoom > room ? start * this.zoom - 40 : (start + size / 2) * this.zoom - room / 2;
     const seen =
-      (x + MARGIN) * this.zoom >= scroller.scrollLeft &&
-      (y + MARGIN) * this.zoom >= scroller.scrollTop &&
-      (x + width + MARGIN) * this.zoom <= scroller.scrollLeft + scroller.clientWidth &&
-      (y + height + MARGIN) * this.zoom <= scroller.scrollTop + scroller.clientHeight;
+      x * this.zoom >= scroller.scrollLeft &&
+      y * this.zoom >= scroller.scrollTop &&
+      (x + width) * this.zoom <= scroller.scrollLeft + scroller.clientWidth &&
+      (y + height) * this.zoom <= scroller.scrollTop + scroller.clientHeight;
     if (seen) return;
     const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
-    this.pane.scroller.scrollTo({
+    scroller.scrollTo({
       left: center(x, width, scroller.clientWidth),
       top: center(y, height, scroller.clientHeight),
       behavior: still ? "auto" : "smooth",
     });
   }
 
-  /** @param {HTMLElement} scroller */
-  #listen(scroller) {
-    scroller.addEventListener(
+  #listen() {
+    this.scroller.addEventListener(
       "wheel",
       (event) => {
         if (!event.ctrlKey && !event.metaKey) return;
@@ -174,8 +218,8 @@ export class Stage {
       },
       { passive: false },
     );
-    this.#listenToDrags(scroller);
-    this.#listenToPinches(scroller);
+    this.#listenToDrags(this.scroller);
+    this.#listenToPinches(this.scroller);
   }
 
   /** @param {HTMLElement} scroller */
@@ -235,4 +279,66 @@ export class Stage {
 /** @param {TouchList} touches */
 function spread([one, other]) {
   return Math.hypot(one.clientX - other.clientX, one.clientY - other.clientY);
+}
+
+/**
+ * The boxes of a picture.
+ * @param {SVGSVGElement} picture
+ * @returns {SVGGElement[]}
+ */
+function groupsOf(picture) {
+  return [...picture.querySelectorAll("g")];
+}
+
+/**
+ * Add what is read aloud and the tooltip of a box.
+ * @param {SVGGElement} group
+ * @param {Item} item
+ * @param {boolean} opens
+ */
+function describe(group, item, opens) {
+  const skipped = skippedIn(item).length;
+  const words = [item.label, item.detail, item.count > 1 ? `× ${item.count}` : ""];
+  if (skipped) words.push(item.isScope ? `${skipped} not adapted` : "not adapted");
+  if (item.trained.length && !item.isScope) words.push("trained in full");
+  group.setAttribute("role", item.parent ? "treeitem" : "presentation");
+  group.id = `box-${item.index}`;
+  group.setAttribute("aria-label", words.filter(Boolean).join(", "));
+  group.classList.toggle("opens", opens);
+  const paths = item.marks.length ? item.marks : item.paths;
+  const lines = [item.label, item.detail, item.shape, ...paths.slice(0, LISTED)].filter(Boolean);
+  if (paths.length > LISTED) lines.push(`… and ${paths.length - LISTED} more`);
+  if (item.parent) group.prepend(svg("title", {}, [...new Set(lines)].join("\n")));
+  const frame = group.querySelector(":scope > .frame");
+  if (!opens || !frame) return;
+  const [x, y] = ["x", "y"].map((name) => Number(frame.getAttribute(name)));
+  group.append(svg("path", { class: "twist", d: `M${x + 6} ${y + 7}l5 3.5l-5 3.5z` }));
+}
+
+/**
+ * Color the strip and the cells of a box by the heatmap, and write the value into the strip.
+ * @param {SVGGElement} group
+ * @param {Item} item
+ * @param {Heatmap} heatmap
+ */
+function paint(group, item, heatmap) {
+  const strip = /** @type {SVGElement | null} */ (group.querySelector(":scope > .strip"));
+  const line = /** @type {SVGElement | null | undefined} */ (strip?.nextElementSibling);
+  if (strip && line) {
+    line.dataset.text ??= line.textContent ?? "";
+    const value = item.rank ? heatmap.mean(item.marks) : undefined; // without an active adapter nothing is rotated
+    const { fill, ink } = value === undefined ? { fill: "", ink: "" } : heatmap.colors(value);
+    strip.style.fill = fill;
+    line.style.fill = ink;
+    const words = value === undefined || item.op === "eager" ? "" : heatmap.text(value);
+    line.textContent = line.dataset.text + (words && ` · ${item.marks.length > 1 ? "mean " : ""}${words}`);
+  }
+  const cells = /** @type {NodeListOf<SVGElement>} */ (group.querySelectorAll(":scope > .cell"));
+  const marks = cells.length ? marksOf(item) : [];
+  cells.forEach((cell, place) => {
+    const value = heatmap.mean([marks[place]]);
+    cell.style.fill = value === undefined ? "" : heatmap.colors(value).fill;
+    const words = value === undefined ? "" : `\n${heatmap.text(value)}`;
+    cell.replaceChildren(svg("title", {}, marks[place] + words));
+  });
 }

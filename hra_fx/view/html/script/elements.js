@@ -1,4 +1,4 @@
-// Creates elements. Attributes and texts are set one by one; nothing is parsed as markup.
+// Elements and their texts. Attributes and texts are set one by one; nothing is parsed as markup.
 
 const SPACE = "http://www.w3.org/2000/svg";
 
@@ -43,4 +43,33 @@ export function html(tag, attributes = {}, ...children) {
  */
 export function byId(id) {
   return /** @type {HTMLElement} */ (document.getElementById(id));
+}
+
+/**
+ * "1 layer", "2 layers".
+ * @param {number} count
+ * @param {string} noun
+ */
+export function counted(count, noun) {
+  return `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
+}
+
+/**
+ * A value with its unit, as `with_unit` of hra_fx/reporting/heat.py.
+ * @param {number} value
+ * @param {string} unit
+ */
+export function withUnit(value, unit) {
+  if (Number.isNaN(value)) return "unknown";
+  if (value > 0 && value < 1e-6) return value.toExponential(0) + unit;
+  if (value > 0 && value < 0.1) return Number(value.toPrecision(2)).toFixed(decimals(value)).replace(/0+$/, "") + unit;
+  return value ? value.toFixed(unit ? 1 : 3) + unit : `0${unit}`;
+}
+
+/**
+ * Decimals for two digits of a value below 1.
+ * @param {number} value
+ */
+function decimals(value) {
+  return 1 - Math.floor(Math.log10(value));
 }
