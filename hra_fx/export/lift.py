@@ -14,7 +14,7 @@ from hra_fx.export.layer_calls import call_layers
 from hra_fx.export.match import GraphLayer, find_layers, group_tied, module_classes
 from hra_fx.export.skeleton import OUTPUTS, model_type_of
 from hra_fx.selection.origin import Origin, keep_origin
-from hra_fx.tracing.canonical import CHECKS, simplify
+from hra_fx.tracing.canonical import CHECKS, call_constants, simplify
 from hra_fx.tracing.conditions import conditions_of
 from hra_fx.tracing.input_checks import InputChecks
 from hra_fx.tracing.nested_graphs import captured_module
@@ -88,8 +88,13 @@ def lift(program: ExportedProgram) -> fx.GraphModule:
     except CaptureError as error:
         raise AdapterError(f"the program cannot be lifted: {error.reason}. {_TRANSFORM}.") from error
     conditions = conditions_of(program, names, places)
+    constants = call_constants(graph, program)
+    for name in program.graph_signature.lifted_tensor_constants:
+        owner, _, last = name.rpartition(".")
+        delattr(module.get_submodule(owner), last)
     simplify(graph, places, module)
-    lifted = captured_module(module, {CHECKS: InputChecks(conditions, conditions)}, Traced(graph, {}))
+    parts = {CHECKS: InputChecks(conditions, conditions), **constants}
+    lifted = captured_module(module, parts, Traced(graph, {}))
     type(lifted).__name__ = origin.class_name
     keep_origin(lifted, origin)
     return lifted

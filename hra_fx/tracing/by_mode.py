@@ -11,11 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 
 class ByMode(nn.Module):
     """Returns one constant in train mode and another in eval mode.
+
+    A tensor that the forward of a model creates is such a constant too, and not a buffer: it is not in the
+    `state_dict`, and `to(dtype)` does not change it.
 
     Example:
         >>> constant = ByMode(0.1, 0.0)
@@ -33,10 +37,11 @@ class ByMode(nn.Module):
         """Have the mode of another module of the graph from now on, which does not become a child."""
         vars(self)["followed"] = module
 
-    def forward(self) -> Any:
-        """The constant of the current mode."""
+    def forward(self, device: torch.device | None = None) -> Any:
+        """The constant of the current mode; a tensor on a device."""
         module = vars(self).get("followed", self)
-        return self.in_train if module.training else self.in_eval
+        constant = self.in_train if module.training else self.in_eval
+        return constant.to(device) if isinstance(constant, Tensor) else constant
 
     def extra_repr(self) -> str:
         """Both constants."""

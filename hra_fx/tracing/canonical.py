@@ -17,6 +17,7 @@ from hra_fx.compat import ASSERT_METADATA
 from hra_fx.errors import CaptureError
 from hra_fx.layers.target import find_kind
 from hra_fx.layers.variants import has_own_forward
+from hra_fx.tracing.by_mode import ByMode
 from hra_fx.tracing.conditions import conditions_of
 from hra_fx.tracing.graph_module import attribute
 from hra_fx.tracing.input_checks import Condition
@@ -37,13 +38,13 @@ class Canonical(NamedTuple):
 
     Attributes:
         graph: it calls the model's layers, and `CHECKS` first.
-        constants: name -> tensor or graph that is not the model's.
+        constants: name -> graph that is not the model's, or tensor that its forward creates, as a `ByMode`.
         conditions: those of the inputs.
         sizes: for each size that may change: (index of the flat input, its dimension), of all inputs that have it.
     """
 
     graph: fx.Graph
-    constants: dict[str, Any]
+    constants: dict[str, nn.Module]
     conditions: list[Condition]
     sizes: list[list[tuple[int, int]]]
 
@@ -61,7 +62,7 @@ def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
     places = nest(graph, program, names)
     conditions = conditions_of(program, names, places)
     _call_layers(graph, model)
-    constants = _name_constants(graph, module, model)
+    constants = {**call_constants(graph, program), **_name_graphs(graph, module, model)}
     if inside := next((path for part in constants.values() for path in _layers_in(part)), None):
         raise CaptureError(
             f"{inside} is called under torch.autocast or another grad mode, or in a branch of torch.cond, which has a "
@@ -113,9 +114,9 @@ def _simplify_casts(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
-def _layers_in(constant: Any) -> Iterator[str]:
+def _layers_in(constant: nn.Module) -> Iterator[str]:
     """The paths of the layers that a nested graph calls."""
-    for part in constant.modules() if isinstance(constant, nn.Module) else ():
+    for part in constant.modules():
         if isinstance(part, fx.GraphModule):
             yield from (str(node.args[1]) for node in part.graph.find_nodes(op="call_function", target=CALL_LAYER))
 
@@ -138,12 +139,35 @@ def _call_layers(graph: fx.Graph, model: nn.Module) -> None:
             graph.erase_node(copied)
 
 
-def _name_constants(graph: fx.Graph, module: nn.Module, model: nn.Module) -> dict[str, Any]:
-    """Number the tensors and graphs that are not the model's, in the order of their first use."""
+def call_constants(graph: fx.Graph, program: ExportedProgram) -> dict[str, nn.Module]:
+    """Replace the reads of tensors that the forward of a program creates by calls of modules that return them.
+
+    Args:
+        graph: the graph of the program's module, which is changed.
+        program: the program.
+
+    Returns:
+        Name -> module, in the order of their first use.
+    """
+    names: dict[str, str] = {}
+    for node in graph.find_nodes(op="get_attr", sort=True):
+        if node.users and node.target in program.graph_signature.lifted_tensor_constants:
+            name = names.setdefault(node.target, f"constant_{len(names)}")
+            with graph.inserting_before(min(node.users)):  # after the inputs, which have the device
+                call = graph.call_module(name, (program.constants[node.target].device,))
+            call.meta = dict(node.meta)
+            node.replace_all_uses_with(call)
+            graph.erase_node(node)
+    values = {name: program.constants[old].detach() for old, name in names.items()}
+    return {name: ByMode(value, value) for name, value in values.items()}
+
+
+def _name_graphs(graph: fx.Graph, module: nn.Module, model: nn.Module) -> dict[str, nn.Module]:
+    """Number the graphs that are not the model's, in the order of their first use."""
     names: dict[str, str] = {}
     for node in graph.find_nodes(op="get_attr", sort=True):
         if attribute(model, node.target) is None:
-            node.target = names.setdefault(node.target, f"constant_{len(names)}")
+            node.target = names.setdefault(node.target, f"block_{len(names)}")
     return {new: attribute(module, old) for old, new in names.items()}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import reduce
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from hra_fx.compat import NON_PERSISTENT, non_persistent_buffers
 from hra_fx.errors import CaptureError
@@ -39,18 +39,15 @@ def graph_module(root: nn.Module, traced: Traced) -> fx.GraphModule:
 _OWN = ("_buffers", "_modules", NON_PERSISTENT)
 
 
-def with_parts(model: nn.Module, parts: Mapping[str, Any]) -> nn.Module:
-    """A view of a model, over the same modules and tensors, with some more."""
+def with_parts(model: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
+    """A view of a model, over the same modules and tensors, with more modules."""
     view = nn.Module()
     vars(view).update({name: copy.copy(value) if name in _OWN else value for name, value in vars(model).items()})
     view.__class__ = type(type(model).__name__, (nn.Module,), {})
     for name, value in parts.items():
         if hasattr(model, name):
             raise CaptureError(f"its attribute {name!r} has a name that a graph uses for itself. Rename it")
-        if isinstance(value, Tensor):
-            view.register_buffer(name, value, persistent=False)
-        else:
-            view.add_module(name, value)
+        view.add_module(name, value)
     return view
 
 

@@ -40,12 +40,12 @@ class NestedGraph(nn.Module):
         return getattr(torch.ops.higher_order, self.operator)(*given, **kwargs)
 
 
-def captured_module(model: nn.Module, parts: Mapping[str, Any], traced: Traced) -> fx.GraphModule:
+def captured_module(model: nn.Module, parts: Mapping[str, nn.Module], traced: Traced) -> fx.GraphModule:
     """A GraphModule of a captured graph, over the modules and tensors of a model.
 
     Args:
         model: the model.
-        parts: more modules, tensors and nested graphs.
+        parts: more modules, and nested graphs.
         traced: the graph, which is changed.
     """
     root = with_parts(model, parts)

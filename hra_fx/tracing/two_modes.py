@@ -84,11 +84,11 @@ def _set_place(constant: ByMode, made: fx.GraphModule, path: str) -> None:
         path = path.rpartition(".")[0]
 
 
-def _same_constants(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
-    def same(one: Any, other: Any) -> bool:
-        if isinstance(one, fx.GraphModule) and isinstance(other, fx.GraphModule):
-            return one.code == other.code
-        return isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and torch.equal(one, other)
+def _same_constants(ours: Mapping[str, nn.Module], theirs: Mapping[str, nn.Module]) -> bool:
+    def same(one: nn.Module, other: nn.Module) -> bool:
+        if isinstance(one, ByMode) and isinstance(other, ByMode):
+            return torch.equal(one.in_train, other.in_train)
+        return isinstance(one, fx.GraphModule) and isinstance(other, fx.GraphModule) and one.code == other.code
 
     return ours.keys() == theirs.keys() and all(same(ours[name], theirs[name]) for name in ours)
 
@@ -125,13 +125,13 @@ def _of_two_graphs(model: nn.Module, in_train: Canonical, in_eval: Canonical, ch
     changes of dtype, device and mode reach them.
     """
     captures = {"train": in_train, "eval": in_eval}
-    constants: dict[str, Any] = {CHECKS: checks}
+    constants: dict[str, nn.Module] = {CHECKS: checks}
     for mode, part in captures.items():
-        for node in part.graph.find_nodes(op="get_attr"):
-            if node.target in part.constants:
+        for node in part.graph.nodes:
+            if node.op in ("get_attr", "call_module") and node.target in part.constants:
                 node.target = f"{node.target}_{mode}"
         constants |= {f"{name}_{mode}": value for name, value in part.constants.items()}
-    names = sorted({name for part in captures.values() for name in _own_tensors(part.graph, model, constants)})
+    names = sorted({name for part in captures.values() for name in _own_tensors(part.graph, model)})
     for part in captures.values():
         _pass_in(part.graph, names)
     inner = [captured_module(model, constants, Traced(part.graph, {})) for part in captures.values()]
@@ -151,11 +151,11 @@ def _of_two_graphs(model: nn.Module, in_train: Canonical, in_eval: Canonical, ch
     return made
 
 
-def _own_tensors(graph: fx.Graph, model: nn.Module, constants: Mapping[str, Any]) -> Iterator[str]:
-    """The tensors of the model itself, and constants, that a graph reads."""
+def _own_tensors(graph: fx.Graph, model: nn.Module) -> Iterator[str]:
+    """The tensors of the model itself that a graph reads."""
     for node in graph.find_nodes(op="get_attr"):
         name = str(node.target)
-        if "." not in name and isinstance(constants.get(name, getattr(model, name, None)), torch.Tensor):
+        if "." not in name and isinstance(getattr(model, name, None), torch.Tensor):
             yield name
 
 

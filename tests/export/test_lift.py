@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.experimental import _export_forward_backward
 from tracing.graph_mode import X, config
-from tracing.models import TRACED, Shared, Two
+from tracing.models import TRACED, Creates, Shared, Two
 
 import hra_fx
 from hra_fx.errors import AdapterError, HRAWarning, UnsupportedLayerError
@@ -85,7 +85,7 @@ class Tied(Two):
 
 
 #: TorchDynamo, which `strict` uses, has other names for tied tensors.
-MODELS = [(make, False) for make in (*TRACED, Tied)] + [(Tied, True), (Shared, True)]
+MODELS = [(make, False) for make in (*TRACED, Tied, Creates)] + [(Tied, True), (Shared, True)]
 
 
 @pytest.mark.parametrize(("make", "strict"), MODELS)

@@ -219,6 +219,19 @@ class Buffers(Two):
         return hidden + self.total.clone()
 
 
+class Creates(Two):
+    """Creates tensors in its forward, which torch.export makes constants; one is an attribute, and no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = torch.arange(8.0)
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        width = torch.tensor([0.5, 2.0])
+        width[0] = 0.25
+        return torch.tanh(hidden * width.repeat(4) + self.shift)
+
+
 TRACED: tuple[type[nn.Module], ...] = (
     Two,
     Dropout,

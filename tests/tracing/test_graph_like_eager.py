@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tracing.captured import bert, tokens
 from tracing.graph_mode import Branches, X, config
+from tracing.models import Creates
 
 import hra_fx
 from hra_fx.errors import AdapterError
@@ -105,6 +106,16 @@ def test_inputs_that_take_another_branch_are_refused(
     graph.recompile()
     with pytest.raises(AssertionError, match=condition):
         graph(*call)
+
+
+def test_a_tensor_that_a_forward_creates_is_no_buffer() -> None:
+    base = Creates().double()
+    graph = hra_fx.transform(copy.deepcopy(base), config(r=2), trace=True, example_inputs=X, dynamic_shapes=({},))
+    for model in (graph, copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
+        assert not list(model.named_buffers())
+        torch.testing.assert_close(model(X), base(X), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(model.float()(X.float()), copy.deepcopy(base).float()(X.float()))
+        assert list(hra_fx.fold(model).state_dict()) == list(base.state_dict())
 
 
 class Counts(Branches):
