@@ -20,9 +20,7 @@ from hra_fx.compat import OpOverload
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, UnsupportedLayerError
 from hra_fx.export.editors import ProgramEditor, replace_weights, set_trainable
-from hra_fx.export.insert import find_rotate_nodes, insert_rotation, remove_rotation, split_shared_uses
-from hra_fx.export.metadata import get_metadata, has_adapter, with_metadata, without_metadata
-from hra_fx.export.ops import ROTATE
+from hra_fx.export.ops import find_rotate_nodes, insert_rotation, remove_rotation, split_shared_uses
 from hra_fx.export.select import context_of, init_adapter, select_layers
 from hra_fx.functional.chain import plain_chain
 from hra_fx.functional.rotate import check_finite, check_foldable, rotate_weight
@@ -185,7 +183,6 @@ class Rotation(NamedTuple):
 
     Attributes:
         node: the node.
-        result: the last node of a chain of rotations, of several adapters for one weight; else `node`.
         weight_name, vectors_name: names of the tensors.
         weight: the base weight.
         vectors, anchor: the adapter.
@@ -193,7 +190,6 @@ class Rotation(NamedTuple):
     """
 
     node: fx.Node
-    result: fx.Node
     weight_name: str
     vectors_name: str
     weight: Tensor
@@ -211,25 +207,15 @@ def rotations_of(editor: ProgramEditor) -> list[Rotation]:
     """
     found = []
     for node in find_rotate_nodes(editor.graph):
-        arguments: list[Any] = [_base_weight(node), *node.args[1:3]]
+        arguments: list[Any] = list(node.args[:3])
         names: list[Any] = [None if argument is None else editor.name_of(argument) for argument in arguments]
         weight, vectors, anchor = (None if name is None else editor.tensor(name).detach() for name in names)
         assert weight is not None and vectors is not None
         flags = (bool(argument) for argument in node.args[3:])
-        found.append(Rotation(node, _last_rotation(node), names[0], names[1], weight, vectors, anchor, *flags))
+        found.append(Rotation(node, names[0], names[1], weight, vectors, anchor, *flags))
     if not found:
         raise AdapterError("the graph has no reflections. Transform it first: hra_fx.transform(program, config).")
     return found
-
-
-def _base_weight(rotate: fx.Node) -> fx.Node:
-    weight = rotate.args[0]
-    assert isinstance(weight, fx.Node)
-    return _base_weight(weight) if weight.target is ROTATE else weight
-
-
-def _last_rotation(rotate: fx.Node) -> fx.Node:
-    return next((_last_rotation(user) for user in rotate.users if user.target is ROTATE), rotate)
 
 
 def _folded(rotation: Rotation, weight: Tensor) -> Tensor:
@@ -241,3 +227,56 @@ def _folded(rotation: Rotation, weight: Tensor) -> Tensor:
     folded = rotate_weight(weight.to(dtype), chain, transposed=rotation.transposed).to(weight.dtype)
     check_finite(name, folded)
     return folded
+
+
+# --- metadata ---------------------------------------------------------------------------------------------------------
+# Name and configuration of the adapter, and which parameters were trainable before: in `graph_module.meta["custom"]`,
+# the only entry that `torch.export.save` keeps.
+
+_KEY = "hra_fx"
+
+
+def get_metadata(graph_module: fx.GraphModule) -> Any:
+    """The metadata of the adapter, a dict with `adapter`, `config` and `trainable`; `None` if there is none."""
+    return graph_module.meta.get("custom", {}).get(_KEY)
+
+
+def with_metadata(
+    graph_module: fx.GraphModule, config: HRAConfig, adapter_name: str, trainable: list[str]
+) -> dict[str, Any]:
+    """The `meta` of a graph plus the metadata of its adapter, which JSON can represent.
+
+    Args:
+        graph_module: the graph; not modified.
+        config: the configuration of the adapter.
+        adapter_name: its name.
+        trainable: names of the parameters that required gradients before.
+    """
+    metadata = {"adapter": adapter_name, "config": config.to_dict(), "trainable": trainable}
+    return {**graph_module.meta, "custom": {**graph_module.meta.get("custom", {}), _KEY: metadata}}
+
+
+def without_metadata(graph_module: fx.GraphModule) -> dict[str, Any]:
+    """The `meta` of a graph without what `with_metadata` added."""
+    custom = {key: value for key, value in graph_module.meta.get("custom", {}).items() if key != _KEY}
+    rest = {key: value for key, value in graph_module.meta.items() if key != "custom"}
+    return {**rest, "custom": custom} if custom else rest
+
+
+def has_adapter(graph_module: fx.GraphModule, config: HRAConfig, adapter_name: str) -> bool:
+    """Whether a graph already has this adapter.
+
+    Raises:
+        AdapterError: it has another adapter, or another configuration.
+    """
+    metadata = get_metadata(graph_module)
+    if metadata is None and not find_rotate_nodes(graph_module.graph):
+        return False
+    if metadata is not None and metadata["adapter"] == adapter_name and metadata["config"] == config.to_dict():
+        return True
+    present = "reflections" if metadata is None else f"the adapter {metadata['adapter']!r}"
+    same_name = metadata is not None and metadata["adapter"] == adapter_name
+    raise AdapterError(
+        f"adapter {adapter_name!r}: the graph already has {present}{' with another configuration' * same_name}; a "
+        "captured graph can have only one adapter. Fold it first (hra_fx.fold), or transform the original graph."
+    )

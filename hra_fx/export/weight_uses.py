@@ -24,7 +24,6 @@ _MATMULS: dict[Any, dict[int, int]] = {
     _aten.addmm.default: {1: 1, 2: 0},
     _aten.mm.default: {0: 1, 1: 0},
     _aten.matmul.default: {0: 1, 1: 0},
-    _aten.bmm.default: {0: 1, 1: 0},  # of the last two dimensions
     _aten.mv.default: {0: 1},
     _aten.addmv.default: {1: 1},
 }
@@ -49,7 +48,6 @@ _CASTS = {
     _aten.contiguous.default,
     _aten.alias.default,
 }
-_EXPANDS = {_aten.expand.default, _aten.view.default, _aten._unsafe_view.default, _aten.reshape.default}
 _SPLITS = {
     _aten.split.Tensor,
     _aten.split.sizes,
@@ -101,7 +99,6 @@ class _View:
     first_user: fx.Node
     rank: int
     transposed: bool = False
-    batched: bool = False  # expanded along batch dimensions
     split_dim: int | None = None  # the dimension of the weight itself that it was split along
 
 
@@ -183,12 +180,8 @@ def _count_in_arguments(user: fx.Node, node: fx.Node) -> int:
 def _step(view: _View, user: fx.Node) -> _View | None:
     """The weight after an operator that only rearranges it; `None` for any other operator."""
     target = user.target
-    if target in _CASTS or (target is operator.getitem and not view.batched):
+    if target in _CASTS or target is operator.getitem:
         return replace(view, node=user)
-    if target in _EXPANDS and view.rank == 2:
-        return _expanded(view, user)
-    if view.batched:
-        return None
     if target in _TRANSPOSES and view.rank == 2:
         return replace(view, node=user, transposed=view.transposed ^ _swaps(user))
     if target in _SPLITS and view.rank == 2:
@@ -197,16 +190,6 @@ def _step(view: _View, user: fx.Node) -> _View | None:
         dim = 1 - dim if view.transposed else dim
         return replace(view, node=user, split_dim=dim) if view.split_dim in (None, dim) else None
     return None
-
-
-def _expanded(view: _View, user: fx.Node) -> _View | None:
-    """A matrix after an operator that expands it for a batched product, as in decompositions."""
-    before, after = (node.meta.get("val") for node in (view.node, user))
-    if before is None or after is None or after.dim() < 3 or before.shape[-2:] != after.shape[-2:]:
-        return None
-    if user.target is not _aten.expand.default and not view.batched:
-        return None
-    return replace(view, node=user, batched=True)
 
 
 def _swaps(user: fx.Node) -> bool:
@@ -222,8 +205,6 @@ def _swaps(user: fx.Node) -> bool:
 
 def _classify(view: _View, user: fx.Node, index: int) -> tuple[LayerKind | None, bool]:
     """Kind and `transposed` of an operator that has the weight as its argument `index`."""
-    if view.batched != (user.target is _aten.bmm.default):
-        return None, False
     if view.rank == 2 and index in _MATMULS.get(user.target, {}):
         summed = _MATMULS[user.target][index]
         summed = 1 - summed if view.transposed else summed

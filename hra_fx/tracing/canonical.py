@@ -18,11 +18,9 @@ from hra_fx.errors import CaptureError
 from hra_fx.layers.target import find_kind
 from hra_fx.layers.variants import has_own_forward
 from hra_fx.tracing.by_mode import ByMode
-from hra_fx.tracing.conditions import conditions_of
+from hra_fx.tracing.exported import CALL_LAYER, is_leaf
 from hra_fx.tracing.graph_module import attribute
-from hra_fx.tracing.input_checks import Condition
-from hra_fx.tracing.leaves import CALL_LAYER, is_leaf
-from hra_fx.tracing.signature import argument_names, call_of, nest
+from hra_fx.tracing.inputs import Condition, argument_names, call_of, conditions_of, nest
 from hra_fx.tracing.tracer import UnpicklingTracer
 
 if TYPE_CHECKING:

@@ -13,15 +13,11 @@ from hra_fx.compat import pytree
 from hra_fx.errors import CaptureError
 from hra_fx.model.example_inputs import Call, clone_inputs, preserve_rng_state, seed_everything
 from hra_fx.tracing.canonical import canonical
-from hra_fx.tracing.conditions import more_than_one
-from hra_fx.tracing.exported import all_dynamic, batch_dynamic, export_call, with_batch_of_two, without_caches
-from hra_fx.tracing.input_checks import InputChecks
-from hra_fx.tracing.leaves import is_leaf
-from hra_fx.tracing.recorded_state import checked_capture
-from hra_fx.tracing.signature import argument_names
+from hra_fx.tracing.exported import all_dynamic, batch_dynamic, export_call, is_leaf, with_batch_of_two, without_caches
+from hra_fx.tracing.forward_state import Snapshot, checked_capture
+from hra_fx.tracing.inputs import InputChecks, argument_names, more_than_one
 from hra_fx.tracing.trace import LOCK
 from hra_fx.tracing.two_modes import in_both_modes
-from hra_fx.tracing.unchanged import Snapshot
 
 _SEED = 20240517
 

@@ -14,8 +14,8 @@ from hra_fx.compat import OpOverload, schema_of
 from hra_fx.errors import CaptureError
 from hra_fx.tracing.by_mode import ByMode, ModesDifferError, merge_modes
 from hra_fx.tracing.canonical import CHECKS, Canonical, module_path
-from hra_fx.tracing.input_checks import InputChecks
-from hra_fx.tracing.nested_graphs import captured_module
+from hra_fx.tracing.graph_module import captured_module
+from hra_fx.tracing.inputs import InputChecks
 from hra_fx.tracing.trace import Traced
 from hra_fx.tracing.tracer import UnpicklingTracer
 

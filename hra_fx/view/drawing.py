@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from hra_fx.errors import VisualizeError
 from hra_fx.export.captured import is_captured, is_program
-from hra_fx.export.insert import find_rotate_nodes
+from hra_fx.export.ops import find_rotate_nodes
 from hra_fx.model.example_inputs import normalize_inputs
 from hra_fx.model.graph_module import tag_adapted_layers
 from hra_fx.model.state import adapted_layers
@@ -19,8 +19,7 @@ from hra_fx.model.unwrap import unwrap
 from hra_fx.reporting.heat import is_identity
 from hra_fx.reporting.report import report
 from hra_fx.reporting.row import Row
-from hra_fx.tracing.graphs import adapted_graphs, graph_of_call, plain_graphs
-from hra_fx.tracing.trace_model import is_graph_of_call
+from hra_fx.tracing.graphs import adapted_graphs, graph_of_call, is_graph_of_call, plain_graphs
 from hra_fx.view.graph import leaves_of
 from hra_fx.view.programs import subject_of_operators, subject_of_program
 from hra_fx.view.scopes import scope_tree

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
-from hra_fx.export.insert import find_rotate_nodes, remove_rotation
 from hra_fx.export.inspect import LayerAdapter, adapter_layers
 from hra_fx.export.match import GraphLayer, find_layers, group_tied, module_classes, parent_path
-from hra_fx.export.skeleton import build_skeleton
+from hra_fx.export.ops import find_rotate_nodes, remove_rotation
+from hra_fx.export.select import build_skeleton
 from hra_fx.layers.target import META, REFLECTION, NodeTag
 from hra_fx.view.subject import LayerFacts, Subject
 

@@ -9,7 +9,7 @@ from adapting import picture
 from torch import Tensor, fx, nn
 
 import hra_fx
-from hra_fx.tracing.capture import capture_layers
+from hra_fx.tracing.trace import capture_layers
 
 
 def mlp() -> nn.Sequential:

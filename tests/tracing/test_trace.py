@@ -6,7 +6,6 @@ import collections
 import contextlib
 import copy
 import random
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ from layers.checking import assert_same, check, normal, randomise
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 from tracing.graph_mode import Straight
-from tracing.models import TRACED, Containers, Norms, Two
+from tracing.models import TRACED, Norms, Two
 
 import hra_fx
 from hra_fx.errors import CaptureError
@@ -330,38 +329,3 @@ def test_a_layer_that_is_not_called_makes_no_trouble() -> None:
     model = Unused()
     graph = trace(model, [model.first, model.second]).graph
     assert [node.target for node in graph.find_nodes(op="call_module")] == ["first"]
-
-
-# ---- threads ----
-
-
-def test_models_are_traced_and_run_in_several_threads_at_once() -> None:
-    """fx patches `nn.Module` for the whole process, and other threads go on."""
-    stop, errors = threading.Event(), []
-    torch.manual_seed(0)
-    running = Norms().double().eval()
-    wanted = running(X)
-
-    def run() -> None:
-        while not stop.is_set():
-            with torch.no_grad(), torch.autocast("cpu", enabled=False):
-                if not torch.equal(running(X), wanted) or torch.jit.is_tracing():
-                    errors.append("another output")
-
-    def traced() -> None:
-        try:
-            for make in (Two, Norms, Containers):
-                base, model = pair(make)
-                check(base, model, X)
-        except BaseException as error:
-            errors.append(error)
-
-    runner = threading.Thread(target=run)
-    tracers = [threading.Thread(target=traced) for _ in range(2)]
-    for thread in (runner, *tracers):
-        thread.start()
-    for thread in tracers:
-        thread.join()
-    stop.set()
-    runner.join()
-    assert not errors
