@@ -64,14 +64,6 @@ def adapter_layers(program: ExportedProgram) -> list[LayerAdapter]:
 
     Raises:
         AdapterError: the graph has no reflections.
-
-    Example:
-        >>> import torch
-        >>> from hra_fx.export.captured import transform_captured
-        >>> program = torch.export.export(nn.Sequential(nn.Linear(3, 2)), (torch.randn(1, 3),))
-        >>> program = transform_captured(program, HRAConfig(r=2, target_modules=["0"]))
-        >>> [(layer.path, layer.description, layer.adapter) for layer in adapter_layers(program)]
-        [('0', 'Linear 3->2', 'default')]
     """
     editor = ProgramEditor(program)
     rotations, found = rotations_of(editor), []
@@ -89,15 +81,7 @@ def adapter_layers(program: ExportedProgram) -> list[LayerAdapter]:
 
 
 def unadapted_layers(program: ExportedProgram) -> UnadaptedLayers:
-    """The layers of a program without reflections, and the configuration of its adapter.
-
-    Example:
-        >>> import torch
-        >>> from hra_fx.export.captured import transform_captured
-        >>> program = torch.export.export(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), (torch.randn(1, 3),))
-        >>> unadapted_layers(transform_captured(program, HRAConfig(r=2, target_modules=["0"]))).layers
-        {'1': ('linear', 'Linear 4->2', None)}
-    """
+    """The layers of a program without reflections, and the configuration of its adapter."""
     editor = ProgramEditor(program)
     metadata = get_metadata(editor.graph_module)
     config = None if metadata is None else HRAConfig.from_dict(metadata["config"])

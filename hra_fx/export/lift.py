@@ -102,6 +102,9 @@ def lift(program: ExportedProgram) -> fx.GraphModule:
     simplify(graph, places, module)
     parts = {CHECKS: InputChecks(conditions, conditions), **constants}
     lifted = captured_module(module, parts, Traced(graph, {}))
+    for name, part in list(lifted.named_children()):
+        if isinstance(part, fx.GraphModule):  # of a block, which is inside of a module now
+            delattr(lifted, name)
     type(lifted).__name__ = origin.class_name
     keep_origin(lifted, origin)
     return lifted

@@ -61,12 +61,7 @@ def lower(program: ExportedProgram) -> ExportedProgram:
 def rotate_decomposition(
     weight: Tensor, vectors: Tensor, anchor: Tensor | None, apply_GS: bool, columns: bool
 ) -> Tensor:
-    """`hra_fx::rotate` in core ATen operators, with the arguments and the result of the operator.
-
-    Example:
-        >>> rotate_decomposition(torch.tensor([[2.0, 5.0]]), torch.tensor([[1.0], [0.0]]), None, False, False)
-        tensor([[-2.,  5.]])
-    """
+    """`hra_fx::rotate` in core ATen operators, with the arguments and the result of the operator."""
     dtype = householder.working_dtype(torch.promote_types(weight.dtype, vectors.dtype))
     chain = vectors.to(dtype)
     if apply_GS:
@@ -112,7 +107,7 @@ def freeze(program: ExportedProgram) -> ExportedProgram:
 
     def add_constant(value: Tensor, made_of: list[fx.Node]) -> fx.Node:
         container = names[made_of[0]].rpartition(".")[0]
-        free = (name for count in itertools.count() if not editor.has(name := f"{container}.{_FROZEN}_{count}"))
+        free = (name for count in itertools.count() if (name := f"{container}.{_FROZEN}_{count}") not in editor.state)
         return editor.add(next(free), value, made_of[0])
 
     FreezePass(tensors, vectors, add_constant)(editor.graph_module)

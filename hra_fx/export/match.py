@@ -107,16 +107,6 @@ def module_classes(graph: fx.Graph) -> dict[str, str]:
     return classes
 
 
-def parent_path(name: str) -> str:
-    """The path of the module that holds a parameter.
-
-    Example:
-        >>> parent_path("blocks.0.proj.weight")
-        'blocks.0.proj'
-    """
-    return name.rpartition(".")[0]
-
-
 def _group_by_layer(names: list[str], tensors: Mapping[str, Tensor], uses: list[WeightUse]) -> list[list[str]]:
     """The names of one tensor, grouped by layer: a layer that is called by several paths has several names.
 
@@ -124,7 +114,7 @@ def _group_by_layer(names: list[str], tensors: Mapping[str, Tensor], uses: list[
     """
     layers: dict[object, list[str]] = {}
     for name in names:
-        path = parent_path(name)
+        path = name.rpartition(".")[0]
         targets = frozenset(use.consumer.target for use in uses if use.path == path)
         siblings = frozenset(
             (key.removeprefix(f"{path}."), _identity(tensor))
@@ -136,18 +126,18 @@ def _group_by_layer(names: list[str], tensors: Mapping[str, Tensor], uses: list[
 
 
 def _graph_layers(layers: list[list[str]], uses: list[WeightUse]) -> Iterable[GraphLayer]:
-    paths = [[parent_path(name) for name in names] for names in layers]
+    paths = [[name.rpartition(".")[0] for name in names] for names in layers]
     owners = [(use, _owner(use, paths)) for use in uses]
     for index, (name, *_) in enumerate(layers):
         own = [use for use, owner in owners if owner == index]
         linear = [use for use in own if use.kind]
         last = name.rpartition(".")[2]
-        if last not in WEIGHTS or not linear or not parent_path(name):
+        if last not in WEIGHTS or not linear or not name.rpartition(".")[0]:
             continue
         kind = WEIGHTS[last] or linear[0].kind
         assert kind is not None  # `linear` has only uses with a kind
         yield GraphLayer(
-            path=parent_path(name),
+            path=name.rpartition(".")[0],
             name=name,
             kind=kind,
             transposed=linear[0].transposed,

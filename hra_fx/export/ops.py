@@ -15,7 +15,7 @@ Its gradient is that of the same formula, evaluated again, so second derivatives
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -105,17 +105,17 @@ def insert_rotation(
         use.first_user.replace_input_with(use.weight, rotated)
 
 
-def split_shared_uses(layers: Iterable[GraphLayer], node_of: Callable[[str], fx.Node]) -> None:
+def split_shared_uses(layers: Iterable[GraphLayer], nodes: Mapping[str, list[fx.Node]]) -> None:
     """After all insertions: other layers with the same weight read it by their own names.
 
     Args:
         layers: the adapted layers.
-        node_of: returns the node of a name.
+        nodes: name of a weight -> its nodes.
     """
     for layer in layers:
         for use, name in layer.others:
             # No effect on adapted layers: their first users read the rotated weight now.
-            use.first_user.replace_input_with(use.weight, node_of(name))
+            use.first_user.replace_input_with(use.weight, nodes[name][0])
 
 
 def find_rotate_nodes(graph: fx.Graph) -> list[fx.Node]:

@@ -94,32 +94,14 @@ def _check_targets(
             raise UnsupportedLayerError(f"{path}: {layer.refusal}.")
 
 
-#: Operators of `torch.export` with a nested graph -> the context that it records by them.
-_CONTEXTS = {
-    "wrap_with_autocast": "torch.autocast",
-    "wrap_with_set_grad_enabled": "torch.no_grad() or another grad mode",
-}
-
-
-def context_of(target: object) -> str | None:
-    """The context that an operator of `torch.export` runs its graph under; `None` for other operators.
-
-    Example:
-        >>> context_of(torch.ops.higher_order.wrap_with_autocast)
-        'torch.autocast'
-        >>> context_of(torch.ops.aten.linear.default)
-    """
-    return _CONTEXTS.get(str(target)) if is_higher_order(target) else None
-
-
 def _why_not(consumers: list[fx.Node]) -> str:
     """Why a weight with these consumers is not that of a layer."""
     expected = "expected an operator of a linear layer or a convolution"
     if not consumers:
         return f"in this graph its weight is not used; {expected}"
     target = consumers[0].target
-    if context := context_of(target):
-        return f"the layer runs under {context}, which torch.export captures as a separate graph"
+    if is_higher_order(target):
+        return f"the layer runs in a block that torch.export captures as a graph of its own ({target})"
     return f"in this graph its weight is used by {target} (node {consumers[0].name!r}); {expected}"
 
 

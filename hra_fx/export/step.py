@@ -14,6 +14,7 @@ from hra_fx.compat import NON_PERSISTENT, is_exporting, pytree
 from hra_fx.errors import AdapterError, VerificationError
 from hra_fx.layers.batching import factors_in_exported_batches
 from hra_fx.model.example_inputs import clone_inputs, normalize_inputs, preserve_rng_state, seed_everything
+from hra_fx.tracing.inputs import argument_names
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -77,14 +78,11 @@ def _has_tensor(value: Any) -> bool:
 
 def _names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
     """The names of the arguments of a call."""
-    signature = inspect.signature(model.forward)
     try:
-        signature.bind(*args, **kwargs)
+        inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:
         raise AdapterError(f"export_training_step: example_inputs do not fit {type(model).__name__}: {error}") from None
-    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    known = [name for name, parameter in signature.parameters.items() if parameter.kind not in several]
-    return [known[place] if place < len(known) else f"input_{place}" for place in range(len(args))] + list(kwargs)
+    return argument_names(model, args, kwargs)
 
 
 def _loss_of(outputs: Any) -> Tensor:

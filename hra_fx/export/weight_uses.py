@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from hra_fx.compat import pytree
 from hra_fx.layers.target import LayerKind
 
 _aten = torch.ops.aten
@@ -112,12 +113,6 @@ def find_weight_uses(weight: fx.Node, rank: int, name: str = "") -> list[WeightU
 
     Returns:
         One `WeightUse` for each consumer and each way to it.
-
-    Example:
-        >>> program = torch.export.export(torch.nn.Linear(3, 2), (torch.randn(1, 3),))
-        >>> uses = find_weight_uses(next(iter(program.graph.nodes)), rank=2)
-        >>> [(use.consumer.name, use.kind, use.transposed) for use in uses]
-        [('linear', 'linear', False)]
     """
     return [use for user in weight.users for use in _follow(_View(weight, user, rank), user, (name, weight))]
 
@@ -152,7 +147,8 @@ def _follow(view: _View, user: fx.Node, origin: tuple[str, fx.Node]) -> Iterator
     if user.target in _METADATA:
         return
     indices = [index for index, argument in enumerate(user.args) if argument is view.node]
-    if len(indices) != 1 or _count_in_arguments(user, view.node) != 1:
+    reads = sum(leaf is view.node for leaf in pytree.tree_leaves((user.args, user.kwargs)))
+    if len(indices) != 1 or reads != 1:
         yield unknown
         return
     following = _step(view, user) if indices == [0] else None
@@ -162,19 +158,6 @@ def _follow(view: _View, user: fx.Node, origin: tuple[str, fx.Node]) -> Iterator
         return
     kind, transposed = _classify(view, user, indices[0])
     yield replace(unknown, kind=kind, transposed=transposed)
-
-
-def _count_in_arguments(user: fx.Node, node: fx.Node) -> int:
-    """How often a node occurs in the arguments of another, including in lists."""
-    count = 0
-
-    def look(argument: fx.Node) -> fx.Node:
-        nonlocal count
-        count += argument is node
-        return argument
-
-    fx.map_arg((user.args, user.kwargs), look)
-    return count
 
 
 def _step(view: _View, user: fx.Node) -> _View | None:

@@ -8,7 +8,7 @@ and pickles of the graph work as for any other module.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -126,20 +126,10 @@ class _Merge:
             return {key: self(ours[key], theirs[key]) for key in ours}
         if type(ours) is type(theirs) and repr(ours) == repr(theirs):
             return ours
-        if any(isinstance(value, fx.Node) for value in (*_walk(ours), *_walk(theirs))):
+        nodes: list[fx.Node] = []
+        fx.map_arg((ours, theirs), nodes.append)
+        if nodes:
             raise _DifferError
         name = f"by_mode_{len(self._modules)}"
         self._modules[name] = ByMode(ours, theirs)
         return self._graph.call_module(name)
-
-
-def _walk(value: Any) -> Iterator[Any]:
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _walk(item)
-    elif isinstance(value, dict):
-        yield from _walk(list(value.values()))
-    elif isinstance(value, slice):
-        yield from _walk([value.start, value.stop, value.step])
-    else:
-        yield value

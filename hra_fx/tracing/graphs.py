@@ -31,12 +31,6 @@ def is_graph_of_call(model: nn.Module, graph: fx.Graph, call: Call) -> bool:
         model: the model; the graph of a `GraphModule` is its own, with all arguments.
         graph: the graph of the whole model.
         call: the call.
-
-    Example:
-        >>> import torch
-        >>> model = nn.Linear(6, 8)
-        >>> is_graph_of_call(model, trace(model, []).graph, ((torch.ones(1, 6),), {}))
-        True
     """
     if isinstance(model, fx.GraphModule):
         return True
@@ -67,11 +61,6 @@ def trace_model(
 
     Raises:
         AdapterError: the model cannot be traced; or `torch.export` is needed, and `example_inputs` is missing.
-
-    Example:
-        >>> model = trace_model(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), [])
-        >>> [node.op for node in model.graph.nodes]
-        ['placeholder', 'call_module', 'call_module', 'output']
     """
     call = None if example_inputs is None else normalize_inputs(example_inputs)
     reason = ""
@@ -109,12 +98,6 @@ def adapted_graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
 
     Raises:
         AdapterError: the model has no reflections.
-
-    Example:
-        >>> from hra_fx import HRAConfig, transform
-        >>> model = transform(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), HRAConfig(r=2, target_modules=["0"]))
-        >>> [node.target for node in adapted_graphs(model)[""].graph.nodes if node.op == "call_module"]
-        ['0.hra_u', '0', '1']
     """
     layers = require_adapted_layers(model)
     if isinstance(model, fx.GraphModule):  # its own graph has the reflections
@@ -138,14 +121,6 @@ def graph_of_call(model: nn.Module, call: Call) -> fx.GraphModule:
 
     Raises:
         AdapterError: `torch.export` cannot capture the call.
-
-    Example:
-        >>> import torch
-        >>> from hra_fx import HRAConfig, transform
-        >>> model = transform(nn.Sequential(nn.Linear(6, 8)), HRAConfig(r=2, target_modules=["0"]))
-        >>> module = graph_of_call(model, ((torch.ones(1, 6),), {}))
-        >>> [node.target for node in module.graph.nodes if node.op == "call_module"]
-        ['check_inputs', '0.hra_u', '0']
     """
     try:
         with base_model_view(model), _plain_graphs_inside(model):
@@ -179,10 +154,6 @@ def plain_graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
 
     Returns:
         Module path -> GraphModule over the model's own modules and parameters.
-
-    Example:
-        >>> list(plain_graphs(nn.Sequential(nn.Linear(6, 8), nn.ReLU())))
-        ['']
     """
     layers = {path: part for path, part in model.named_modules() if find_kind(part) is not None}
     parts = capture(model, layers).parts

@@ -149,12 +149,7 @@ class Condition(NamedTuple):
 
 
 class InputChecks(nn.Module):
-    """Checks the inputs of a graph in its current mode.
-
-    Example:
-        >>> checks = InputChecks([Condition("args[0].size()[1] == 4", "x.size()[1] == 4")], [])
-        >>> checks(__import__("torch").ones(2, 4))
-    """
+    """Checks the inputs of a graph in its current mode."""
 
     #: Keeps the call in `graph.eliminate_dead_code()`, which would drop it because nothing reads its result.
     _is_impure = True

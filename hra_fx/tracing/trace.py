@@ -16,7 +16,7 @@ from hra_fx.errors import CaptureError
 from hra_fx.layers.class_swap import original_class
 from hra_fx.model.base_view import base_model_view
 from hra_fx.model.state import adapted_layers
-from hra_fx.tracing.by_mode import ByMode, ModesDifferError, merge_modes
+from hra_fx.tracing.by_mode import ModesDifferError, merge_modes
 from hra_fx.tracing.forward_state import Snapshot
 from hra_fx.tracing.tracer import ModelTracer
 
@@ -33,7 +33,7 @@ class Traced(NamedTuple):
     """
 
     graph: fx.Graph
-    modules: dict[str, ByMode]
+    modules: Mapping[str, nn.Module]
 
 
 def trace(module: nn.Module, layers: Collection[nn.Module]) -> Traced:
@@ -175,12 +175,6 @@ def capture_layers(model: nn.Module) -> dict[str, tuple[str | None, str]]:
 
     Returns:
         Path of an adapted layer -> (path of the module whose graph contains it, or `None`; why no larger graph does).
-
-    Example:
-        >>> from hra_fx import HRAConfig, transform
-        >>> model = transform(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), HRAConfig(r=2, target_modules=["0"]))
-        >>> capture_layers(model)
-        {'0': ('', '')}
     """
     return capture(model, adapted_layers(model)).layers
 

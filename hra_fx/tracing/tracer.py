@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import Attribute
 
-from hra_fx.compat import has_own_hooks
+from hra_fx.compat import has_own_hooks, pytree
 from hra_fx.errors import CaptureError
 from hra_fx.layers.target import find_kind
 from hra_fx.model.example_inputs import preserve_rng_state
@@ -45,7 +45,7 @@ class TracedValue(fx.Proxy):
     @classmethod
     def __torch_function__(cls, orig_method: Any, types: Any, args: Any = None, kwargs: Any = None) -> Any:
         """A node for a function of torch."""
-        found = [value for value in _leaves([args, kwargs]) if issubclass(type(value), TracedValue)]
+        found = [value for value in pytree.tree_leaves((args, kwargs)) if issubclass(type(value), TracedValue)]
         with _tracer(found[0]).internal():
             return super().__torch_function__(orig_method, types, args, kwargs)
 
@@ -114,17 +114,6 @@ class TracedAttribute(TracedValue, Attribute):
 def _tracer(proxy: Any) -> ModelTracer:
     tracer: ModelTracer = object.__getattribute__(proxy, "tracer")
     return tracer
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    kind = type(value)
-    if issubclass(kind, (list, tuple)):
-        for item in value:
-            yield from _leaves(item)
-    elif issubclass(kind, dict):
-        yield from _leaves(list(value.values()))
-    else:
-        yield value
 
 
 class ModelTracer(fx.Tracer):

@@ -12,12 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from export.programs import QUIET
-from graph_modules import COPIES
+from graph_modules import COPIES, X, config
 from layers.checking import assert_same, gradients, normal, randomise, vectors_of
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.experimental import _export_forward_backward
-from tracing.graph_mode import X, config
 from tracing.models import TRACED, Creates, Shared, Two
 
 import hra_fx

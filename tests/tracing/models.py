@@ -1,4 +1,4 @@
-"""Small models that torch.fx traces correctly here, though plain fx often does not."""
+"""Small models that torch.fx traces correctly here, though plain fx often does not, and some that it refuses."""
 
 from __future__ import annotations
 
@@ -25,6 +25,27 @@ class Two(nn.Module):
     def middle(self, hidden: Tensor) -> Any:
         """What is computed between both layers."""
         return torch.tanh(hidden)
+
+
+class Branches(Two):
+    """torch.fx refuses it; torch.export captures one call."""
+
+    def forward(self, x: Tensor, *, scale: float = 1.0) -> Any:
+        hidden = self.first(x)
+        hidden = hidden * 2 if hidden.shape[0] > 2 else hidden
+        return {"out": self.second(self.middle(hidden)) * scale}
+
+
+class Straight(torch.autograd.Function):
+    """A rounding whose gradient is that of the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 class Dropout(Two):

@@ -17,8 +17,7 @@ from graph_modules import COPIES
 from layers.checking import assert_same, check, normal, randomise
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
-from tracing.graph_mode import Straight
-from tracing.models import TRACED, Norms, Two
+from tracing.models import TRACED, Norms, Straight, Two
 
 import hra_fx
 from hra_fx.errors import CaptureError

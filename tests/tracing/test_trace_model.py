@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from graph_modules import COPIES
+from graph_modules import COPIES, X, config
 from layers.checking import assert_same, check, gradients, normal, randomise, vectors_of
 from torch import Tensor, fx, nn
 from torchvision.models.swin_transformer import SwinTransformer
-from tracing.graph_mode import X, config
 from tracing.models import Dropout, Two
 
 import hra_fx

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from graph_modules import COPIES, IMAGES, Cnn, Mlp, X, adapted, check_folded, config, targets_of, traced, untyped
-from layers.checking import assert_same, check, normal, randomise, run_dense
+from layers.checking import assert_same, check, randomise, run_dense
 from torch import Tensor, fx, nn
 
 import hra_fx
@@ -70,19 +69,6 @@ def test_the_last_adapter_deleted_leaves_the_graph_that_there_was() -> None:
     hra_fx.transform(model, config("first"))
     randomise(model)
     check(base, model, X)
-
-
-def test_an_adapter_is_saved_and_loaded(tmp_path: Path) -> None:
-    base, model = adapted(Cnn, "conv", "first", bias="hra_only")
-    hra_fx.save_adapter(model, tmp_path)
-    again = hra_fx.load_adapter(traced(Cnn), tmp_path)
-    assert_same(again.eval()(IMAGES), model.eval()(IMAGES))
-    original = Cnn().double()
-    original.load_state_dict(base.state_dict())
-    assert_same(hra_fx.load_adapter(original, tmp_path).eval()(IMAGES), model(IMAGES))
-    other = hra_fx.transform(traced(Cnn), config("conv", "first", bias="hra_only"))
-    other.load_state_dict(model.state_dict())
-    assert_same(other.eval()(IMAGES), model(IMAGES))
 
 
 def test_biases_and_modules_to_save_are_trained() -> None:
@@ -149,23 +135,6 @@ def test_a_graph_module_inside_of_a_bigger_model() -> None:
     before = model.eval()(IMAGES)
     assert_same(hra_fx.fold(model)(IMAGES), before)
     assert model.inner.code == base.inner.code and list(model.state_dict()) == list(base.state_dict())
-
-
-def test_attention_in_a_graph_is_reflected_where_it_reads() -> None:
-    class Attention(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first = nn.MultiheadAttention(6, 2, batch_first=True)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.first(x, x, x)[0]
-
-    torch.manual_seed(0)
-    base = traced(Attention)
-    model = hra_fx.transform(copy.deepcopy(base), config("first", "first.out_proj"))
-    randomise(model)
-    check(base, model, normal(6, 2, 3, 6))
-    check_folded(base, model, normal(6, 2, 3, 6))
 
 
 def test_a_shared_layer_and_a_layer_that_is_not_called() -> None:
