@@ -21,7 +21,7 @@ from hra_fx.export.match import GraphLayer, find_layers, group_tied, module_clas
 from hra_fx.export.select import OUTPUTS, arguments_of, make_layer, model_type_of
 from hra_fx.export.weight_uses import WeightUse, module_path
 from hra_fx.selection.origin import Origin, keep_origin
-from hra_fx.tracing.canonical import CHECKS, call_constants, simplify
+from hra_fx.tracing.canonical import CHECKS, name_constants, simplify
 from hra_fx.tracing.graph_module import captured_module
 from hra_fx.tracing.inputs import InputChecks, argument_names, call_of, conditions_of, nest
 from hra_fx.tracing.trace import Traced
@@ -77,34 +77,27 @@ def lift(program: ExportedProgram) -> fx.GraphModule:
     _check(program)
     module: Any = program.module(check_guards=False)
     graph: fx.Graph = module.graph
-    _hold_all(module, program.state_dict)
-    parameters = _own_parameters(module)
+    graph.owning_module = None  # it has no layers to call
+    root = _with_tensors_of(program)
+    parameters: dict[str, Tensor] = dict(root.named_parameters(remove_duplicate=False))
     weights: dict[str, list[fx.Node]] = {}
     for node in graph.find_nodes(op="get_attr"):
         if node.target in parameters:
             weights.setdefault(str(node.target), []).append(node)
     layers = find_layers(weights, parameters)
-    called = _call_layers(module, _unambiguous(layers.values(), parameters), parameters)
+    called = _call_layers(graph, root, _unambiguous(layers.values(), parameters), parameters)
     if not called:
         raise AdapterError(_why_no_layer(layers.values()))
     origin = _origin_of(graph, called)
-    graph.owning_module = None
     names = argument_names(module, *call_of(program))
     try:
         places = nest(graph, program, names)
     except CaptureError as error:
         raise AdapterError(f"the program cannot be lifted: {error.reason}. {_TRANSFORM}.") from error
     conditions = conditions_of(program, names, places)
-    constants = call_constants(graph, program)
-    for name in program.graph_signature.lifted_tensor_constants:
-        owner, _, last = name.rpartition(".")
-        delattr(module.get_submodule(owner), last)
-    simplify(graph, places, module)
-    parts = {CHECKS: InputChecks(conditions, conditions), **constants}
-    lifted = captured_module(module, parts, Traced(graph, {}))
-    for name, part in list(lifted.named_children()):
-        if isinstance(part, fx.GraphModule):  # of a block, which is inside of a module now
-            delattr(lifted, name)
+    parts = {CHECKS: InputChecks(conditions, conditions), **name_constants(graph, program, module)}
+    simplify(graph, places, root)
+    lifted = captured_module(root, parts, Traced(graph, {}))
     type(lifted).__name__ = origin.class_name
     keep_origin(lifted, origin)
     return lifted
@@ -128,36 +121,31 @@ def _check(program: Any) -> None:
         )
 
 
-def _hold_all(module: fx.GraphModule, state: Mapping[str, Tensor]) -> None:
-    """Add the tensors that the graph does not use, such as other names of a tied one."""
-    present = {
-        *dict(module.named_parameters(remove_duplicate=False)),
-        *dict(module.named_buffers(remove_duplicate=False)),
-    }
-    for name in (name for name in state if name not in present):
-        path, _, last = name.rpartition(".")
-        if path not in dict(module.named_modules(remove_duplicate=False)):
-            module.add_submodule(path, nn.Module())
-        owner, tensor = module.get_submodule(path), state[name]
+def _with_tensors_of(program: ExportedProgram) -> nn.Module:
+    """A module with the tensors of a program, in modules that only hold them.
+
+    Parameters are new ones on the same memory, so that the flags of the program do not change. Names that were tied
+    when the program was saved have one parameter again.
+    """
+    fleeting = program.graph_signature.non_persistent_buffers
+    state: dict[str, Tensor] = program.state_dict | {name: program.constants[name] for name in fleeting}
+    for names in group_tied({name: tensor for name, tensor in state.items() if isinstance(tensor, nn.Parameter)}):
+        tensor = state[names[0]]
+        own = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+        state |= dict.fromkeys(names, own)
+    root = nn.Module()
+    for name, tensor in state.items():
+        *path, last = name.split(".")
+        owner = root
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
         if isinstance(tensor, nn.Parameter):
             owner.register_parameter(last, tensor)
         else:
-            owner.register_buffer(last, tensor)
-
-
-def _own_parameters(module: fx.GraphModule) -> dict[str, Tensor]:
-    """Replace the parameters by new ones on the same memory, so that the flags of the program do not change.
-
-    Names that were tied when the program was saved have one parameter again.
-    """
-    parameters: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
-    for names in group_tied(parameters):
-        tensor = parameters[names[0]]
-        own = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
-        for name in names:
-            owner, _, last = name.rpartition(".")
-            module.get_submodule(owner)._parameters[last] = parameters[name] = own
-    return parameters
+            owner.register_buffer(last, tensor, persistent=name not in fleeting)
+    return root
 
 
 def _unambiguous(layers: Iterable[GraphLayer], parameters: Mapping[str, Tensor]) -> list[GraphLayer]:
@@ -206,36 +194,39 @@ class _Call(NamedTuple):
     settings: dict[str, Any]
 
 
-def _call_layers(module: fx.GraphModule, layers: Iterable[GraphLayer], parameters: Mapping[str, Tensor]) -> list[str]:
+def _call_layers(
+    graph: fx.Graph, root: nn.Module, layers: Iterable[GraphLayer], parameters: Mapping[str, Tensor]
+) -> list[str]:
     """Put layers into a module and call them in its graph, in place.
 
     Args:
-        module: a graph of operators; its submodules only hold tensors.
+        graph: a graph of operators.
+        root: the module with its tensors, in submodules that only hold them.
         layers: its layers. Each is called where an operator uses its weight as it is, with the bias of the same layer.
         parameters: qualified name -> parameter; tied ones are the same object.
 
     Returns:
         The paths of the layers that are called.
     """
-    found = {layer: _calls(layer, module, parameters) for layer in layers}
+    found = {layer: _calls(layer, root, parameters) for layer in layers}
     called = {layer: calls for layer, calls in found.items() if calls}
     for layer, (first, *more) in called.items():
-        holder = module.get_submodule(layer.path)
+        holder = root.get_submodule(layer.path)
         has_bias = holder._parameters.get("bias") is not None
         made = _filled(make_layer(layer.kind, parameters[layer.name], bias=has_bias, **first.settings), holder)
         for path in (layer.path, *layer.aliases):
-            module.set_submodule(path, made)
+            root.set_submodule(path, made)
         for call in (first, *(call for call in more if call.settings == first.settings)):
             _replace(call, layer.path)
     for layer in called:
-        _read_by_own_names(module.graph, layer)
-    _call_embeddings(module)
+        _read_by_own_names(graph, layer)
+    _call_embeddings(graph, root)
     return [layer.path for layer in called]
 
 
-def _calls(layer: GraphLayer, module: nn.Module, parameters: Mapping[str, Tensor]) -> list[_Call]:
+def _calls(layer: GraphLayer, root: nn.Module, parameters: Mapping[str, Tensor]) -> list[_Call]:
     """The operators that the layer can compute; it has the bias of its name or none."""
-    bias = module.get_submodule(layer.path)._parameters.get("bias")
+    bias = root.get_submodule(layer.path)._parameters.get("bias")
     calls = [call for use in layer.uses if (call := _call(use))]
     return [call for call in calls if _tensor(call.bias, parameters) is bias]
 
@@ -292,18 +283,18 @@ def _read_by_own_names(graph: fx.Graph, layer: GraphLayer) -> None:
         use.first_user.replace_input_with(use.weight, read)
 
 
-def _call_embeddings(module: fx.GraphModule) -> None:
+def _call_embeddings(graph: fx.Graph, root: nn.Module) -> None:
     """Call embeddings too: fx unpickles a read of a tied weight as a read by its first name, which may be rotated."""
-    for node in module.graph.find_nodes(op="call_function", target=_aten.embedding.default):
+    for node in graph.find_nodes(op="call_function", target=_aten.embedding.default):
         given, path = arguments_of(node), module_path(node) or ""
         if given["weight"].op != "get_attr" or given["weight"].target != f"{path}.weight":
             continue
-        holder = module.get_submodule(path)
+        holder = root.get_submodule(path)
         if not isinstance(holder, nn.Embedding):
             padding = None if given["padding_idx"] == -1 else given["padding_idx"]
             options: Any = {name: given[name] for name in ("scale_grad_by_freq", "sparse")} | {"padding_idx": padding}
             rows, width = holder._parameters["weight"].shape  # type: ignore[union-attr]
-            module.set_submodule(path, _filled(nn.Embedding(rows, width, **options, device="meta"), holder))
+            root.set_submodule(path, _filled(nn.Embedding(rows, width, **options, device="meta"), holder))
         _replace(_Call(node, "indices", None, {}), path)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 
 
 class ByMode(nn.Module):
@@ -82,54 +83,55 @@ def merge_modes(
     ours, theirs = list(in_train.nodes), list(in_eval.nodes)
     for one, other in zip(ours, theirs, strict=False):
         twins[other] = one
-        try:
-            if one.op != other.op or one.target != other.target:
-                raise _DifferError
-            with in_train.inserting_before(one):
-                merge = _Merge(in_train, twins, modules)
-                known = len(modules)
-                args, kwargs = merge(one.args, other.args), merge(one.kwargs, other.kwargs)
-            if len(modules) > known and not may_differ(one):
-                raise _DifferError
-            one.args, one.kwargs = args, kwargs
-        except _DifferError:
-            raise ModesDifferError(one, other) from None
+        known = len(modules)
+        if _form(one) != _form(other):
+            raise ModesDifferError(one, other)
+        with in_train.inserting_before(one):
+            merge = _Merge((one, other), twins, modules)
+            args = tuple(map(merge, one.args, other.args))
+            kwargs = {key: merge(value, other.kwargs[key]) for key, value in one.kwargs.items()}
+        if len(modules) > known and not may_differ(one):
+            raise ModesDifferError(one, other)
+        one.args, one.kwargs = args, kwargs
     if len(ours) != len(theirs):
         raise ModesDifferError(ours[-1], theirs[-1])
     return modules
 
 
-class _DifferError(Exception):
-    """Arguments differ in more than constants."""
+def _form(node: fx.Node) -> tuple[Any, ...]:
+    """What must be the same in both modes."""
+    return node.op, node.target, len(node.args), node.kwargs.keys()
 
 
 class _Merge:
-    """Merges arguments of two nodes."""
+    """Merges the arguments of two nodes."""
 
-    def __init__(self, graph: fx.Graph, twins: dict[fx.Node, fx.Node], modules: dict[str, ByMode]) -> None:
-        self._graph = graph
+    def __init__(
+        self, nodes: tuple[fx.Node, fx.Node], twins: dict[fx.Node, fx.Node], modules: dict[str, ByMode]
+    ) -> None:
+        self._nodes = nodes
         self._twins = twins
         self._modules = modules
 
     def __call__(self, ours: Any, theirs: Any) -> Any:
-        """The merged argument: a node, a constant, or the call of a `ByMode`."""
-        if isinstance(theirs, fx.Node):
-            if self._twins.get(theirs) is ours:
-                return ours
-            raise _DifferError
-        if isinstance(ours, (list, tuple)) and type(ours) is type(theirs) and len(ours) == len(theirs):
-            return type(ours)([self(a, b) for a, b in zip(ours, theirs, strict=True)])
-        if isinstance(ours, slice) and isinstance(theirs, slice):
-            ends = ("start", "stop", "step")
-            return slice(*(self(getattr(ours, end), getattr(theirs, end)) for end in ends))
-        if isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys():
-            return {key: self(ours[key], theirs[key]) for key in ours}
-        if type(ours) is type(theirs) and repr(ours) == repr(theirs):
-            return ours
-        nodes: list[fx.Node] = []
-        fx.map_arg((ours, theirs), nodes.append)
-        if nodes:
-            raise _DifferError
+        """The merged argument: a node, a constant, or the call of a `ByMode`; containers and slices item by item."""
+        others: list[Any] = []
+        if map_aggregate(ours, lambda _: None) != map_aggregate(theirs, others.append):
+            return self._constant(ours, theirs)
+        rest = iter(others)
+        return map_aggregate(ours, lambda value: self._item(value, next(rest)))
+
+    def _item(self, one: Any, other: Any) -> Any:
+        if isinstance(other, fx.Node) and self._twins.get(other) is one:
+            return one
+        is_same = not isinstance(one, fx.Node) and type(one) is type(other) and repr(one) == repr(other)
+        return one if is_same else self._constant(one, other)
+
+    def _constant(self, ours: Any, theirs: Any) -> fx.Node:
+        found: list[fx.Node] = []
+        fx.map_arg((ours, theirs), found.append)
+        if found:
+            raise ModesDifferError(*self._nodes)
         name = f"by_mode_{len(self._modules)}"
         self._modules[name] = ByMode(ours, theirs)
-        return self._graph.call_module(name)
+        return self._nodes[0].graph.call_module(name)

@@ -60,7 +60,7 @@ def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
     places = nest(graph, program, names)
     conditions = conditions_of(program, names, places)
     _call_layers(graph, model)
-    constants = {**call_constants(graph, program), **_name_graphs(graph, module, model)}
+    constants = name_constants(graph, program, module)
     if inside := next((path for part in constants.values() for path in _layers_in(part)), None):
         raise CaptureError(
             f"{inside} is called under torch.autocast or another grad mode, or in a branch of torch.cond, which has a "
@@ -137,36 +137,33 @@ def _call_layers(graph: fx.Graph, model: nn.Module) -> None:
             graph.erase_node(copied)
 
 
-def call_constants(graph: fx.Graph, program: ExportedProgram) -> dict[str, nn.Module]:
-    """Replace the reads of tensors that the forward of a program creates by calls of modules that return them.
+def name_constants(graph: fx.Graph, program: ExportedProgram, module: nn.Module) -> dict[str, nn.Module]:
+    """Number the graphs, and the tensors that a forward creates, in the order of their first use.
 
     Args:
-        graph: the graph of the program's module, which is changed.
+        graph: the graph of a program, which is changed: modules return the tensors.
         program: the program.
+        module: its module.
 
     Returns:
-        Name -> module, in the order of their first use.
+        Name -> graph or module.
     """
     names: dict[str, str] = {}
+    made: dict[str, nn.Module] = {}
     for node in graph.find_nodes(op="get_attr", sort=True):
         if node.users and node.target in program.graph_signature.lifted_tensor_constants:
+            value = program.constants[node.target].detach()
             name = names.setdefault(node.target, f"constant_{len(names)}")
+            made[name] = ByMode(value, value)
             with graph.inserting_before(min(node.users)):  # after the inputs, which have the device
-                call = graph.call_module(name, (program.constants[node.target].device,))
+                call = graph.call_module(name, (value.device,))
             call.meta = dict(node.meta)
             node.replace_all_uses_with(call)
             graph.erase_node(node)
-    values = {name: program.constants[old].detach() for old, name in names.items()}
-    return {name: ByMode(value, value) for name, value in values.items()}
-
-
-def _name_graphs(graph: fx.Graph, module: nn.Module, model: nn.Module) -> dict[str, nn.Module]:
-    """Number the graphs that are not the model's, in the order of their first use."""
-    names: dict[str, str] = {}
-    for node in graph.find_nodes(op="get_attr", sort=True):
-        if attribute(model, node.target) is None:
+        elif isinstance(block := attribute(module, node.target), fx.GraphModule):
             node.target = names.setdefault(node.target, f"block_{len(names)}")
-    return {new: attribute(module, old) for old, new in names.items()}
+            made[node.target] = block
+    return made
 
 
 def _read_by_own_names(graph: fx.Graph, model: nn.Module) -> None:

@@ -118,8 +118,9 @@ def _call_nested(graph: fx.Graph, find: Callable[[str], Any]) -> dict[str, nn.Mo
         name = f"nested_{len(made)}"
         made[name] = NestedGraph(str(node.target), bodies)
         with graph.inserting_before(node):
-            call = graph.call_module(name, tuple(arg for place, arg in enumerate(node.args) if place not in bodies))
-        call.kwargs, call.meta = node.kwargs, dict(node.meta)
+            args = tuple(arg for place, arg in enumerate(node.args) if place not in bodies)
+            call = graph.create_node("call_module", name, args, node.kwargs)
+        call.meta = dict(node.meta)
         node.replace_all_uses_with(call)
         graph.erase_node(node)
         for read in reads.values():

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import keyword
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection
 from typing import Any
 
 from torch import fx, nn
@@ -16,7 +15,7 @@ from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.target import META, NodeTag, find_kind
 from hra_fx.model.base_view import base_model_view
 from hra_fx.model.example_inputs import Call, example_call, normalize_inputs
-from hra_fx.model.graph_module import insert, remove_reflections, tag_adapted_layers
+from hra_fx.model.graph_module import insert, tag_adapted_layers
 from hra_fx.model.state import require_adapted_layers
 from hra_fx.tracing.capture_layers import capture_layers
 from hra_fx.tracing.graph_module import graph_module
@@ -123,7 +122,7 @@ def graph_of_call(model: nn.Module, call: Call) -> fx.GraphModule:
         AdapterError: `torch.export` cannot capture the call.
     """
     try:
-        with base_model_view(model), _plain_graphs_inside(model):
+        with base_model_view(model):
             module = capture_layers(model, call, is_trained=False)
     except CaptureError as error:
         raise AdapterError(
@@ -132,18 +131,6 @@ def graph_of_call(model: nn.Module, call: Call) -> fx.GraphModule:
         ) from error
     insert(module, model)
     return module
-
-
-@contextmanager
-def _plain_graphs_inside(model: nn.Module) -> Iterator[None]:
-    """A block in which the GraphModules in a model do not call reflections."""
-    with ExitStack() as undo:
-        for part in model.modules():
-            if isinstance(part, fx.GraphModule):
-                undo.callback(setattr, part, "graph", part.graph)
-                part.graph = copy.deepcopy(part.graph)
-                remove_reflections(part)
-        yield
 
 
 def plain_graphs(model: nn.Module) -> dict[str, fx.GraphModule]:

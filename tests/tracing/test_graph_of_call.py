@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 from adapting import randomise
-from graph_modules import X, traced
 from layers.checking import assert_same
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
@@ -215,26 +214,6 @@ class Tied(nn.Module):
 def test_only_the_adapted_layer_of_a_tied_weight_is_rotated() -> None:
     graph = check_call(adapted(Tied().double(), ["head", "first", "unused"]), torch.randint(0, 16, (2, 4)))
     assert reflections_in(graph) == {"head": 1, "first": 3}  # two calls, and a read of the weight
-
-
-class Holder(nn.Module):
-    """A GraphModule inside of a model that fx cannot trace."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = traced()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x if x.shape[0] < 100 else x[:100])
-
-
-def test_a_graph_module_in_a_model_is_inlined() -> None:
-    model = Holder()
-    hra_fx.transform(model.inner, hra_fx.HRAConfig(r=2, target_modules=["first", "second"]))
-    randomise(model)
-    code = model.inner.code
-    graph = check_call(model, X)
-    assert reflections_in(graph) == {"inner.first": 2, "inner.second": 2} and model.inner.code == code
 
 
 def state_of(model: nn.Module) -> Any:

@@ -22,7 +22,6 @@ from tracing.models import TRACED, Norms, Straight, Two
 import hra_fx
 from hra_fx.errors import CaptureError
 from hra_fx.layers.target import find_kind
-from hra_fx.tracing.by_mode import ByMode
 from hra_fx.tracing.trace import trace
 
 X = normal(7, 4, 6)
@@ -60,11 +59,6 @@ def test_outputs_gradients_and_buffers_are_those_of_the_model(make: type[nn.Modu
             assert buffers(mine).keys() == buffers(own).keys()
             for name, value in buffers(mine).items():
                 torch.testing.assert_close(value, buffers(own)[name], rtol=1e-10, atol=1e-10)
-
-
-def test_constants_of_a_mode_are_modules() -> None:
-    constant = ByMode(0.1, 0.0)
-    assert (constant(), constant.eval()(), repr(constant)) == (0.1, 0.0, "ByMode(train=0.1, eval=0.0)")
 
 
 def test_a_batch_norm_frozen_in_eval_mode_stays_frozen() -> None:
@@ -318,13 +312,3 @@ def test_a_torch_without_torchscript(monkeypatch: pytest.MonkeyPatch) -> None:
         base, model = pair(Two)
         assert not hasattr(torch.jit, "is_tracing")
     check(base, model, X)
-
-
-def test_a_layer_that_is_not_called_makes_no_trouble() -> None:
-    class Unused(Two):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.first(x)
-
-    model = Unused()
-    graph = trace(model, [model.first, model.second]).graph
-    assert [node.target for node in graph.find_nodes(op="call_module")] == ["first"]

@@ -60,17 +60,6 @@ def test_it_computes_what_the_eager_adapted_model_does(fields: dict[str, Any]) -
     check(base, model, X)
 
 
-def test_fold_gives_the_plain_graph() -> None:
-    base, model = traced()
-    with torch.no_grad():
-        before = model.eval()(X)
-    folded = hra_fx.fold(model)
-    assert_same(folded(X), before)
-    assert "hra_u" not in folded.code and list(folded.state_dict()) == list(base.state_dict())
-    plain = hra_fx.fold(hra_fx.transform(copy.deepcopy(base), config(), trace=True))
-    assert plain.code == folded.code
-
-
 def test_adapters_are_added_switched_deleted_saved_and_loaded(tmp_path: Path) -> None:
     base, model = traced(Dropout, "first", bias="hra_only")
     hra_fx.add_adapter(model, "other", config("second"))

@@ -112,16 +112,6 @@ def test_interpreter_and_transformer_run_over_it() -> None:
     assert_same(fx.Interpreter(model).run(IMAGES), expected)
     assert_same(fx.Transformer(model).transform()(IMAGES), expected)
 
-    class Names(fx.Interpreter):
-        seen: list[str] = []  # noqa: RUF012
-
-        def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-            self.seen.append(target)
-            return super().call_module(target, args, kwargs)
-
-    assert_same(Names(model).run(IMAGES), expected)
-    assert Names.seen == ["hra_factors", *targets_of(model)]
-
 
 class Reads(Mlp):
     """Reads the weight of a layer that it calls."""
@@ -208,15 +198,3 @@ def test_a_graph_of_a_transformed_model_is_refused_or_right() -> None:
     graph = hra_fx.graphs(whole)[""]
     with pytest.raises(AdapterError):
         hra_fx.transform(graph, config(r=2), "other")
-
-
-def test_a_layer_that_is_called_by_keyword() -> None:
-    class Keyword(Mlp):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.second(input=torch.tanh(self.first(input=x)))
-
-    base, model = adapted(Keyword)
-    check(base, model, X)
-    before = model(X)
-    assert_same(hra_fx.fold(model)(X), before)
-    assert model.code.replace("input = ", "") == base.code.replace("input = ", "")

@@ -135,20 +135,3 @@ def test_a_graph_module_inside_of_a_bigger_model() -> None:
     before = model.eval()(IMAGES)
     assert_same(hra_fx.fold(model)(IMAGES), before)
     assert model.inner.code == base.inner.code and list(model.state_dict()) == list(base.state_dict())
-
-
-def test_a_shared_layer_and_a_layer_that_is_not_called() -> None:
-    class Shared(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first = nn.Linear(6, 6)
-            self.second = self.first
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.second(torch.tanh(self.first(x)))
-
-    base, model = adapted(Shared, "first")
-    assert len(targets_of(model)) == 4
-    assert_same(model(X), run_dense(base, model, X))
-    folded = hra_fx.fold(model)
-    assert folded.code == base.code
