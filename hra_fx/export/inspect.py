@@ -12,7 +12,7 @@ from hra_fx.export.captured import get_metadata, rotations_of
 from hra_fx.export.editors import ProgramEditor
 from hra_fx.export.match import GraphLayer, find_layers, module_classes
 from hra_fx.export.ops import remove_rotation
-from hra_fx.export.select import build_skeleton, layer_of
+from hra_fx.export.select import build_skeleton, layer_of, make_layer
 from hra_fx.functional.chain import plain_chain
 from hra_fx.functional.rotated_energy import readable_rows
 from hra_fx.layers.target import REFLECTION, LayerKind, describe
@@ -75,7 +75,8 @@ def adapter_layers(program: ExportedProgram) -> list[LayerAdapter]:
         path, vectors, weight = container.removesuffix(f".{REFLECTION}"), rotation.vectors, rotation.weight
         chain = plain_chain(vectors, rotation.anchor, apply_GS=rotation.apply_GS)
         rows = readable_rows(weight, vectors.shape[0], columns=rotation.transposed)
-        description = _describe(layers[path], weight)
+        # A decomposition may have brought the weight of a linear layer into a form that is not recognized.
+        description = _describe(layers[path], weight) if path in layers else describe(make_layer("linear", weight))
         found.append(LayerAdapter(path, description, adapter, vectors.shape[1], chain, rows))
     return found
 

@@ -17,11 +17,10 @@ from hra_fx.compat import non_persistent_buffers
 from hra_fx.errors import AdapterError, CaptureError, UnsupportedLayerError
 from hra_fx.export.captured import is_program
 from hra_fx.export.editors import is_adapter_tensor
-from hra_fx.export.match import GraphLayer, find_layers, group_tied, module_classes
+from hra_fx.export.match import GraphLayer, WeightUse, find_layers, group_tied, module_classes
 from hra_fx.export.select import OUTPUTS, arguments_of, make_layer, model_type_of
-from hra_fx.export.weight_uses import WeightUse, module_path
 from hra_fx.selection.origin import Origin, keep_origin
-from hra_fx.tracing.canonical import CHECKS, name_constants, simplify
+from hra_fx.tracing.canonical import CHECKS, module_path, name_constants, simplify
 from hra_fx.tracing.graph_module import captured_module
 from hra_fx.tracing.inputs import InputChecks, argument_names, call_of, conditions_of, nest
 from hra_fx.tracing.trace import Traced

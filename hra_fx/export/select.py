@@ -17,8 +17,7 @@ from torch import Tensor, fx, nn
 from hra_fx.compat import is_higher_order, schema_of
 from hra_fx.config import HRAConfig
 from hra_fx.errors import ConfigError, SelectionError, UnsupportedLayerError
-from hra_fx.export.match import WEIGHTS, GraphLayer, find_layers, module_classes
-from hra_fx.export.weight_uses import find_weight_uses
+from hra_fx.export.match import WEIGHTS, GraphLayer, find_layers, find_weight_uses, module_classes
 from hra_fx.functional import householder
 from hra_fx.functional.rotate import as_rows
 from hra_fx.layers.target import LayerKind, weight_name

@@ -7,7 +7,7 @@ Here they get one form, so that they can be compared node by node.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -191,10 +191,28 @@ def _tied_names(model: nn.Module) -> dict[str, list[str]]:
     return {name: names for names in found.values() if len(names) > 1 for name in names}
 
 
-def module_path(node: fx.Node) -> str:
-    """The path of the innermost module in whose forward a node was made; `""` for the model itself."""
-    stack: Mapping[str, Any] = node.meta.get("nn_module_stack") or {}
-    return str(list(stack.values())[-1][0]) if stack else ""
+def module_path(node: fx.Node) -> str | None:
+    """The path of the module whose forward contains a node, `""` for the root; `None` if the graph does not have it.
+
+    Example:
+        >>> program = torch.export.export(torch.nn.Sequential(torch.nn.Linear(3, 2)), (torch.randn(1, 3),))
+        >>> module_path(program.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)[0])
+        '0'
+    """
+    stack = node.meta.get("nn_module_stack")
+    return normalize_path(list(stack.values())[-1][0]) if stack else None
+
+
+def normalize_path(path: str) -> str:
+    """A path of `nn_module_stack` in the form of `named_modules`; TorchDynamo writes it as Python source.
+
+    Example:
+        >>> normalize_path("L['self'].blocks[0].proj"), normalize_path("L['self']._modules['blocks']._modules['0']")
+        ('blocks.0.proj', 'blocks.0')
+    """
+    for before, after in (("L['self']", ""), ("._modules[", "["), ("['", "."), ("']", ""), ("[", "."), ("]", "")):
+        path = path.replace(before, after)
+    return path.strip(".")
 
 
 def _hoist_sizes(graph: fx.Graph, places: list[fx.Node]) -> None:
