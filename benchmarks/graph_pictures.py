@@ -14,7 +14,7 @@ import torchvision
 from torch import fx
 
 import hra_fx
-from hra_fx.tracing.trace_model import trace_model
+from hra_fx.tracing.graphs import trace_model
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.heatmap import Heatmap
 from hra_fx.view.opening import Block, opened

@@ -56,9 +56,8 @@ if TYPE_CHECKING:
         save_adapter as save_adapter,
     )
     from hra_fx.config import HRAConfig as HRAConfig
-    from hra_fx.export.freeze import freeze as freeze
     from hra_fx.export.lift import lift as lift
-    from hra_fx.export.lower import lower as lower
+    from hra_fx.export.lower import freeze as freeze, lower as lower
     from hra_fx.export.onnx_swap import adapter_inputs as adapter_inputs, make_swappable as make_swappable
     from hra_fx.export.training_step import export_training_step as export_training_step
     from hra_fx.integrations.peft_acceleration import accelerate_peft as accelerate_peft
@@ -108,7 +107,7 @@ _HOMES = {
     "export_training_step": "export.training_step",
     "fold": "api.fold",
     "fold_checkpoint": "checkpoint.disk.fold",
-    "freeze": "export.freeze",
+    "freeze": "export.lower",
     "from_peft": "api.from_peft",
     "get_layer_status": "api.status",
     "get_model_status": "api.status",

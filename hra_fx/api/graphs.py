@@ -7,8 +7,7 @@ from typing import Any
 from torch import fx, nn
 
 from hra_fx.model.example_inputs import normalize_inputs
-from hra_fx.tracing.graphs import adapted_graphs, graph_of_call
-from hra_fx.tracing.trace_model import is_graph_of_call
+from hra_fx.tracing.graphs import adapted_graphs, graph_of_call, is_graph_of_call
 
 
 def graphs(model: nn.Module, example_inputs: Any = None) -> dict[str, fx.GraphModule]:

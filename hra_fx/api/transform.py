@@ -20,7 +20,7 @@ from hra_fx.model.verify import check_against_folded
 from hra_fx.selection.check import select_checked
 from hra_fx.selection.origin import keep_origin, origin_of
 from hra_fx.selection.select import select, with_head
-from hra_fx.tracing.trace_model import trace_model
+from hra_fx.tracing.graphs import trace_model
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

@@ -16,14 +16,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from hra_fx.compat import OpOverload
+from hra_fx.compat import OpOverload, is_higher_order
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, UnsupportedLayerError
 from hra_fx.export.editors import ProgramEditor, replace_weights, set_trainable
-from hra_fx.export.insert import find_rotate_nodes, insert_rotation, remove_rotation, split_shared_uses
-from hra_fx.export.metadata import get_metadata, has_adapter, with_metadata, without_metadata
-from hra_fx.export.ops import ROTATE
-from hra_fx.export.select import context_of, init_adapter, select_layers
+from hra_fx.export.ops import find_rotate_nodes, insert_rotation, remove_rotation, split_shared_uses
+from hra_fx.export.select import init_adapter, select_layers
 from hra_fx.functional.chain import plain_chain
 from hra_fx.functional.rotate import check_finite, check_foldable, rotate_weight
 from hra_fx.layers.adapter_names import ANCHOR, check_adapter_name
@@ -34,26 +32,13 @@ if TYPE_CHECKING:
 
 
 def is_program(value: object) -> bool:
-    """Whether a value is a `torch.export.ExportedProgram`; does not import torch.export.
-
-    Example:
-        >>> is_program(torch.nn.Linear(2, 2))
-        False
-    """
+    """Whether a value is a `torch.export.ExportedProgram`; does not import torch.export."""
     module = sys.modules.get("torch.export")
     return module is not None and isinstance(value, module.ExportedProgram)
 
 
 def is_captured(value: object) -> bool:
-    """Whether a value is a program, or a `GraphModule` of ATen operators that read parameters, without layer calls.
-
-    Example:
-        >>> from torch import nn
-        >>> is_captured(fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2))))
-        False
-        >>> is_captured(torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),)).module())
-        True
-    """
+    """Whether a value is a program, or a `GraphModule` of ATen operators that read parameters, without layer calls."""
     if not isinstance(value, fx.GraphModule):
         return is_program(value)
     called = (value.get_submodule(str(node.target)) for node in value.graph.find_nodes(op="call_module"))
@@ -63,7 +48,7 @@ def is_captured(value: object) -> bool:
     nodes = [node for node in value.graph.find_nodes(op="get_attr") if node.target in parameters]
     users = [user.target for node in nodes for user in node.users]
     # All layers may be in nested graphs, as under torch.autocast.
-    return any(isinstance(target, OpOverload) or context_of(target) for target in users)
+    return any(isinstance(target, OpOverload) or is_higher_order(target) for target in users)
 
 
 def check_is_program(value: object, function: str) -> None:
@@ -107,12 +92,6 @@ def transform_captured(captured: ExportedProgram, config: HRAConfig, adapter_nam
         SelectionError: the configuration does not fit the graph.
         UnsupportedLayerError: a selected layer does not support reflections.
         AdapterError: the graph has another adapter, or `captured` is not a program.
-
-    Example:
-        >>> from torch import nn
-        >>> program = torch.export.export(nn.Sequential(nn.Linear(3, 2)), (torch.randn(1, 3),))
-        >>> list(transform_captured(program, HRAConfig(r=2, target_modules=["0"])).state_dict)
-        ['0.weight', '0.bias', '0.hra_u.default']
     """
     check_is_program(captured, "transform")
     check_adapter_name(adapter_name)
@@ -127,11 +106,11 @@ def transform_captured(captured: ExportedProgram, config: HRAConfig, adapter_nam
     layers = select_layers(editor.graph, editor.weights, editor.parameters, config)
     initials = [init_adapter(layer, editor.parameters[layer.name], config) for layer in layers]
     for layer, (vectors, anchor) in zip(layers, initials, strict=True):
-        weight, name = editor.weight_node(layer.source), f"{layer.path}.{REFLECTION}.{adapter_name}"
+        weight, name = editor.weights[layer.source][0], f"{layer.path}.{REFLECTION}.{adapter_name}"
         vectors_node = editor.add(name, vectors, weight)
         anchor_node = None if anchor is None else editor.add(name + ANCHOR, anchor, weight)
         insert_rotation(editor.graph, layer, weight, vectors_node, anchor_node, apply_GS=config.apply_GS)
-    split_shared_uses(layers, editor.weight_node)
+    split_shared_uses(layers, editor.weights)
     trainable = [name for name, parameter in editor.parameters.items() if parameter.requires_grad]
     set_trainable(editor, set())
     editor.graph_module.meta = with_metadata(editor.graph_module, config, adapter_name, trainable)
@@ -154,13 +133,6 @@ def fold_captured(captured: ExportedProgram) -> ExportedProgram:
         AdapterError: the graph has no reflections, or `captured` is not a program.
         FoldError: a weight or its vectors are on the meta device, or the folded weight would not be finite, or
             Gram-Schmidt gets linearly dependent vectors. `captured` is unchanged.
-
-    Example:
-        >>> from torch import nn
-        >>> program = torch.export.export(nn.Sequential(nn.Linear(3, 2)), (torch.randn(1, 3),))
-        >>> folded = fold_captured(transform_captured(program, HRAConfig(r=2, target_modules=["0"])))
-        >>> [node.name for node in folded.graph.nodes] == [node.name for node in program.graph.nodes]
-        True
     """
     check_is_program(captured, "fold")
     editor = ProgramEditor(captured)
@@ -185,7 +157,6 @@ class Rotation(NamedTuple):
 
     Attributes:
         node: the node.
-        result: the last node of a chain of rotations, of several adapters for one weight; else `node`.
         weight_name, vectors_name: names of the tensors.
         weight: the base weight.
         vectors, anchor: the adapter.
@@ -193,7 +164,6 @@ class Rotation(NamedTuple):
     """
 
     node: fx.Node
-    result: fx.Node
     weight_name: str
     vectors_name: str
     weight: Tensor
@@ -211,25 +181,15 @@ def rotations_of(editor: ProgramEditor) -> list[Rotation]:
     """
     found = []
     for node in find_rotate_nodes(editor.graph):
-        arguments: list[Any] = [_base_weight(node), *node.args[1:3]]
-        names: list[Any] = [None if argument is None else editor.name_of(argument) for argument in arguments]
+        arguments: list[Any] = list(node.args[:3])
+        names: list[Any] = [None if argument is None else editor.names[argument.name] for argument in arguments]
         weight, vectors, anchor = (None if name is None else editor.tensor(name).detach() for name in names)
         assert weight is not None and vectors is not None
         flags = (bool(argument) for argument in node.args[3:])
-        found.append(Rotation(node, _last_rotation(node), names[0], names[1], weight, vectors, anchor, *flags))
+        found.append(Rotation(node, names[0], names[1], weight, vectors, anchor, *flags))
     if not found:
         raise AdapterError("the graph has no reflections. Transform it first: hra_fx.transform(program, config).")
     return found
-
-
-def _base_weight(rotate: fx.Node) -> fx.Node:
-    weight = rotate.args[0]
-    assert isinstance(weight, fx.Node)
-    return _base_weight(weight) if weight.target is ROTATE else weight
-
-
-def _last_rotation(rotate: fx.Node) -> fx.Node:
-    return next((_last_rotation(user) for user in rotate.users if user.target is ROTATE), rotate)
 
 
 def _folded(rotation: Rotation, weight: Tensor) -> Tensor:
@@ -241,3 +201,56 @@ def _folded(rotation: Rotation, weight: Tensor) -> Tensor:
     folded = rotate_weight(weight.to(dtype), chain, transposed=rotation.transposed).to(weight.dtype)
     check_finite(name, folded)
     return folded
+
+
+# --- metadata ---------------------------------------------------------------------------------------------------------
+# Name and configuration of the adapter, and which parameters were trainable before: in `graph_module.meta["custom"]`,
+# the only entry that `torch.export.save` keeps.
+
+_KEY = "hra_fx"
+
+
+def get_metadata(graph_module: fx.GraphModule) -> Any:
+    """The metadata of the adapter, a dict with `adapter`, `config` and `trainable`; `None` if there is none."""
+    return graph_module.meta.get("custom", {}).get(_KEY)
+
+
+def with_metadata(
+    graph_module: fx.GraphModule, config: HRAConfig, adapter_name: str, trainable: list[str]
+) -> dict[str, Any]:
+    """The `meta` of a graph plus the metadata of its adapter, which JSON can represent.
+
+    Args:
+        graph_module: the graph; not modified.
+        config: the configuration of the adapter.
+        adapter_name: its name.
+        trainable: names of the parameters that required gradients before.
+    """
+    metadata = {"adapter": adapter_name, "config": config.to_dict(), "trainable": trainable}
+    return {**graph_module.meta, "custom": {**graph_module.meta.get("custom", {}), _KEY: metadata}}
+
+
+def without_metadata(graph_module: fx.GraphModule) -> dict[str, Any]:
+    """The `meta` of a graph without what `with_metadata` added."""
+    custom = {key: value for key, value in graph_module.meta.get("custom", {}).items() if key != _KEY}
+    rest = {key: value for key, value in graph_module.meta.items() if key != "custom"}
+    return {**rest, "custom": custom} if custom else rest
+
+
+def has_adapter(graph_module: fx.GraphModule, config: HRAConfig, adapter_name: str) -> bool:
+    """Whether a graph already has this adapter.
+
+    Raises:
+        AdapterError: it has another adapter, or another configuration.
+    """
+    metadata = get_metadata(graph_module)
+    if metadata is None and not find_rotate_nodes(graph_module.graph):
+        return False
+    if metadata is not None and metadata["adapter"] == adapter_name and metadata["config"] == config.to_dict():
+        return True
+    present = "reflections" if metadata is None else f"the adapter {metadata['adapter']!r}"
+    same_name = metadata is not None and metadata["adapter"] == adapter_name
+    raise AdapterError(
+        f"adapter {adapter_name!r}: the graph already has {present}{' with another configuration' * same_name}; a "
+        "captured graph can have only one adapter. Fold it first (hra_fx.fold), or transform the original graph."
+    )

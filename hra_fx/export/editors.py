@@ -21,12 +21,7 @@ if TYPE_CHECKING:
 
 
 def is_adapter_tensor(name: str) -> bool:
-    """Whether a tensor of a graph belongs to an adapter, by its name.
-
-    Example:
-        >>> is_adapter_tensor("layer.hra_u.default"), is_adapter_tensor("layer.weight")
-        (True, False)
-    """
+    """Whether a tensor of a graph belongs to an adapter, by its name."""
     return REFLECTION in name.split(".")[:-1]
 
 
@@ -36,6 +31,8 @@ class ProgramEditor:
     Attributes:
         graph_module: the graph module.
         graph: its graph.
+        state: name -> parameter or buffer.
+        names: name of a node -> that of its tensor.
         weights: name of a parameter -> the nodes that read it.
     """
 
@@ -51,20 +48,20 @@ class ProgramEditor:
         for node, copied in zip(program.graph.nodes, self.graph.nodes, strict=True):
             copied.name = node.name  # the copy renames nodes with names of Python builtins, such as "input"
         self._specs: list[InputSpec] = list(program.graph_signature.input_specs)
-        self._state: dict[str, Tensor] = dict(program.state_dict)
+        self.state: dict[str, Tensor] = dict(program.state_dict)
         self._constants = dict(program.constants)
         self._nodes = {node.name: node for node in self.graph.find_nodes(op="placeholder")}
-        self._names = {spec.arg.name: spec.target for spec in self._specs if spec.target in self._state}
+        self.names = {spec.arg.name: spec.target for spec in self._specs if spec.target in self.state}
         self.weights = {
             target: [self._nodes[name]]
-            for name, target in self._names.items()
-            if isinstance(self._state[target], nn.Parameter)
+            for name, target in self.names.items()
+            if isinstance(self.state[target], nn.Parameter)
         }
 
     @property
     def parameters(self) -> dict[str, Tensor]:
         """Name -> parameter, without those that were added."""
-        return {name: tensor for name, tensor in self._state.items() if name in self.weights}
+        return {name: tensor for name, tensor in self.state.items() if name in self.weights}
 
     @property
     def constant_nodes(self) -> dict[fx.Node, str]:
@@ -80,21 +77,8 @@ class ProgramEditor:
 
     def tensor(self, name: str) -> Tensor:
         """The parameter, buffer or constant of a name."""
-        found: Tensor = self._state[name] if name in self._state else self._constants[name]
+        found: Tensor = self.state[name] if name in self.state else self._constants[name]
         return found
-
-    def has(self, name: str) -> bool:
-        """Whether the graph has a tensor of this name."""
-        return name in self._state
-
-    def name_of(self, node: fx.Node) -> str:
-        """The name of the tensor of a node."""
-        return self._names[node.name]
-
-    def weight_node(self, name: str) -> fx.Node:
-        """The first node that reads a parameter."""
-        node: fx.Node = self.weights[name][0]
-        return node
 
     def add(self, name: str, tensor: Tensor, like: fx.Node) -> fx.Node:
         """Add a parameter, or a buffer if it is none; returns its node. `like` is a node of another tensor."""
@@ -110,7 +94,7 @@ class ProgramEditor:
         persistent = True if is_buffer else None
         spec = InputSpec(kinds[-1], TensorArgument(name=node.name), name, persistent=persistent)
         self._specs.insert(last + 1, spec)
-        self._state[name], self._nodes[node.name] = tensor, node
+        self.state[name], self._nodes[node.name] = tensor, node
         return node
 
     def remove_if_unused(self, node: fx.Node) -> None:
@@ -119,7 +103,7 @@ class ProgramEditor:
             return
         for spec in self._specs:
             if spec.arg.name == node.name and spec.target is not None:
-                tensors = self._state if spec.target in self._state else self._constants
+                tensors = self.state if spec.target in self.state else self._constants
                 del tensors[spec.target]
         self._specs = [spec for spec in self._specs if spec.arg.name != node.name]
         self.graph.erase_node(node)
@@ -130,7 +114,7 @@ class ProgramEditor:
 
         program = self._program
         for spec in self._specs:
-            parameter, node = self._state.get(spec.target or ""), self._nodes[spec.arg.name]
+            parameter, node = self.state.get(spec.target or ""), self._nodes[spec.arg.name]
             if isinstance(parameter, nn.Parameter) and node.meta["val"].requires_grad != parameter.requires_grad:
                 # torch reads there what a joint graph with the backward pass trains. Other programs have the value too.
                 node.meta["val"] = node.meta["val"].detach().requires_grad_(parameter.requires_grad)
@@ -140,17 +124,13 @@ class ProgramEditor:
             root=self.graph_module,
             graph=self.graph,
             graph_signature=signature,
-            state_dict=self._state,
+            state_dict=self.state,
             range_constraints=copy.deepcopy(program.range_constraints),
             module_call_graph=[_copy_entry(entry) for entry in program.module_call_graph],
             example_inputs=program.example_inputs,
             constants=self._constants,
             verifiers=program.verifiers,
         )
-
-    def replace(self, name: str, parameter: nn.Parameter) -> None:
-        """Replace a parameter."""
-        self._state[name] = parameter
 
 
 def replace_weights(editor: ProgramEditor, tensors: Mapping[str, Tensor]) -> None:
@@ -161,7 +141,7 @@ def replace_weights(editor: ProgramEditor, tensors: Mapping[str, Tensor]) -> Non
             unread = [name for name in names if not any(node.users for node in editor.weights.get(name, ()))]
             new |= {name: weight for weight in new.values() for name in unread}
         for name, weight in new.items():
-            editor.replace(name, weight)
+            editor.state[name] = weight
 
 
 def set_trainable(editor: ProgramEditor, trainable: set[str]) -> None:
@@ -172,7 +152,7 @@ def set_trainable(editor: ProgramEditor, trainable: set[str]) -> None:
         if tensor.requires_grad != wanted:
             alias = nn.Parameter(tensor.detach(), requires_grad=wanted)
             for name in names:
-                editor.replace(name, alias)
+                editor.state[name] = alias
 
 
 def _copy_entry(entry: ModuleCallEntry) -> ModuleCallEntry:

@@ -1,29 +1,35 @@
-"""`lift`: an exported program as a GraphModule that calls layers, from its names and operators alone."""
+"""`lift`: an exported program as a GraphModule that calls layers, from its names and operators alone.
+
+    y = aten.linear(x, encoder.0.weight, encoder.0.bias)        becomes        y = encoder.0(x)
+
+Operators that use a weight in another form still read it, by its name in the layer that they belong to.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, fx, nn
 
+from hra_fx.compat import non_persistent_buffers
 from hra_fx.errors import AdapterError, CaptureError, UnsupportedLayerError
 from hra_fx.export.captured import is_program
 from hra_fx.export.editors import is_adapter_tensor
-from hra_fx.export.layer_calls import call_layers
-from hra_fx.export.match import GraphLayer, find_layers, group_tied, module_classes
-from hra_fx.export.skeleton import OUTPUTS, model_type_of
+from hra_fx.export.match import GraphLayer, WeightUse, find_layers, group_tied, module_classes
+from hra_fx.export.select import OUTPUTS, arguments_of, make_layer, model_type_of
 from hra_fx.selection.origin import Origin, keep_origin
-from hra_fx.tracing.canonical import CHECKS, simplify
-from hra_fx.tracing.conditions import conditions_of
-from hra_fx.tracing.input_checks import InputChecks
-from hra_fx.tracing.nested_graphs import captured_module
-from hra_fx.tracing.signature import argument_names, call_of, nest
+from hra_fx.tracing.canonical import CHECKS, module_path, name_constants, simplify
+from hra_fx.tracing.graph_module import captured_module
+from hra_fx.tracing.inputs import InputChecks, argument_names, call_of, conditions_of, nest
 from hra_fx.tracing.trace import Traced
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+_aten = torch.ops.aten
+_SETTINGS = ("stride", "padding", "dilation", "groups")
 _TRANSFORM = "Pass the program itself to hra_fx.transform(program, config), which finds weights in other operators too"
 
 
@@ -70,26 +76,27 @@ def lift(program: ExportedProgram) -> fx.GraphModule:
     _check(program)
     module: Any = program.module(check_guards=False)
     graph: fx.Graph = module.graph
-    _hold_all(module, program.state_dict)
-    parameters = _own_parameters(module)
+    graph.owning_module = None  # it has no layers to call
+    root = _with_tensors_of(program)
+    parameters: dict[str, Tensor] = dict(root.named_parameters(remove_duplicate=False))
     weights: dict[str, list[fx.Node]] = {}
     for node in graph.find_nodes(op="get_attr"):
         if node.target in parameters:
             weights.setdefault(str(node.target), []).append(node)
     layers = find_layers(weights, parameters)
-    called = call_layers(module, _unambiguous(layers.values(), parameters), parameters)
+    called = _call_layers(graph, root, _unambiguous(layers.values(), parameters), parameters)
     if not called:
         raise AdapterError(_why_no_layer(layers.values()))
     origin = _origin_of(graph, called)
-    graph.owning_module = None
     names = argument_names(module, *call_of(program))
     try:
         places = nest(graph, program, names)
     except CaptureError as error:
         raise AdapterError(f"the program cannot be lifted: {error.reason}. {_TRANSFORM}.") from error
     conditions = conditions_of(program, names, places)
-    simplify(graph, places, module)
-    lifted = captured_module(module, {CHECKS: InputChecks(conditions, conditions)}, Traced(graph, {}))
+    parts = {CHECKS: InputChecks(conditions, conditions), **name_constants(graph, program, module)}
+    simplify(graph, places, root)
+    lifted = captured_module(root, parts, Traced(graph, {}))
     type(lifted).__name__ = origin.class_name
     keep_origin(lifted, origin)
     return lifted
@@ -113,36 +120,31 @@ def _check(program: Any) -> None:
         )
 
 
-def _hold_all(module: fx.GraphModule, state: Mapping[str, Tensor]) -> None:
-    """Add the tensors that the graph does not use, such as other names of a tied one."""
-    present = {
-        *dict(module.named_parameters(remove_duplicate=False)),
-        *dict(module.named_buffers(remove_duplicate=False)),
-    }
-    for name in (name for name in state if name not in present):
-        path, _, last = name.rpartition(".")
-        if path not in dict(module.named_modules(remove_duplicate=False)):
-            module.add_submodule(path, nn.Module())
-        owner, tensor = module.get_submodule(path), state[name]
+def _with_tensors_of(program: ExportedProgram) -> nn.Module:
+    """A module with the tensors of a program, in modules that only hold them.
+
+    Parameters are new ones on the same memory, so that the flags of the program do not change. Names that were tied
+    when the program was saved have one parameter again.
+    """
+    fleeting = program.graph_signature.non_persistent_buffers
+    state: dict[str, Tensor] = program.state_dict | {name: program.constants[name] for name in fleeting}
+    for names in group_tied({name: tensor for name, tensor in state.items() if isinstance(tensor, nn.Parameter)}):
+        tensor = state[names[0]]
+        own = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+        state |= dict.fromkeys(names, own)
+    root = nn.Module()
+    for name, tensor in state.items():
+        *path, last = name.split(".")
+        owner = root
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
         if isinstance(tensor, nn.Parameter):
             owner.register_parameter(last, tensor)
         else:
-            owner.register_buffer(last, tensor)
-
-
-def _own_parameters(module: fx.GraphModule) -> dict[str, Tensor]:
-    """Replace the parameters by new ones on the same memory, so that the flags of the program do not change.
-
-    Names that were tied when the program was saved have one parameter again.
-    """
-    parameters: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
-    for names in group_tied(parameters):
-        tensor = parameters[names[0]]
-        own = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
-        for name in names:
-            owner, _, last = name.rpartition(".")
-            module.get_submodule(owner)._parameters[last] = parameters[name] = own
-    return parameters
+            owner.register_buffer(last, tensor, persistent=name not in fleeting)
+    return root
 
 
 def _unambiguous(layers: Iterable[GraphLayer], parameters: Mapping[str, Tensor]) -> list[GraphLayer]:
@@ -170,3 +172,135 @@ def _why_no_layer(layers: Iterable[GraphLayer]) -> str:
         f"the program has no operator that can be the call of a layer: {found}. If the program was decomposed "
         f"(run_decompositions), lift it before. {_TRANSFORM}."
     )
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+class _Call(NamedTuple):
+    """An operator that a layer can compute.
+
+    Attributes:
+        node: the operator.
+        x: the name of the argument that is the input of the layer.
+        bias: the node of its bias, or `None`.
+        settings: the other arguments, of a convolution.
+    """
+
+    node: fx.Node
+    x: str
+    bias: Any
+    settings: dict[str, Any]
+
+
+def _call_layers(
+    graph: fx.Graph, root: nn.Module, layers: Iterable[GraphLayer], parameters: Mapping[str, Tensor]
+) -> list[str]:
+    """Put layers into a module and call them in its graph, in place.
+
+    Args:
+        graph: a graph of operators.
+        root: the module with its tensors, in submodules that only hold them.
+        layers: its layers. Each is called where an operator uses its weight as it is, with the bias of the same layer.
+        parameters: qualified name -> parameter; tied ones are the same object.
+
+    Returns:
+        The paths of the layers that are called.
+    """
+    found = {layer: _calls(layer, root, parameters) for layer in layers}
+    called = {layer: calls for layer, calls in found.items() if calls}
+    for layer, (first, *more) in called.items():
+        holder = root.get_submodule(layer.path)
+        has_bias = holder._parameters.get("bias") is not None
+        made = _filled(make_layer(layer.kind, parameters[layer.name], bias=has_bias, **first.settings), holder)
+        for path in (layer.path, *layer.aliases):
+            root.set_submodule(path, made)
+        for call in (first, *(call for call in more if call.settings == first.settings)):
+            _replace(call, layer.path)
+    for layer in called:
+        _read_by_own_names(graph, layer)
+    _call_embeddings(graph, root)
+    return [layer.path for layer in called]
+
+
+def _calls(layer: GraphLayer, root: nn.Module, parameters: Mapping[str, Tensor]) -> list[_Call]:
+    """The operators that the layer can compute; it has the bias of its name or none."""
+    bias = root.get_submodule(layer.path)._parameters.get("bias")
+    calls = [call for use in layer.uses if (call := _call(use))]
+    return [call for call in calls if _tensor(call.bias, parameters) is bias]
+
+
+def _call(use: WeightUse) -> _Call | None:
+    """The operator at the end of a use as the call of a layer, `None` if it uses another form of the weight."""
+    node = use.consumer
+    given = arguments_of(node)
+    if given.get("weight") is use.weight:
+        settings = {name: _plain(given[name]) for name in _SETTINGS if name in given}
+        is_constant = all(isinstance(value, (int, str, tuple)) for value in settings.values())
+        return _Call(node, "input", given["bias"], settings) if is_constant else None
+    if use.transposed or given.get("mat2") is not use.first_user:
+        return None
+    # What torch decomposes a linear layer into: mm(x, t(w)), or addmm(bias, x, t(w)).
+    if node.target is _aten.mm.default:
+        return _Call(node, "self", None, {})
+    if node.target is _aten.addmm.default and given["alpha"] == given["beta"] == 1:
+        return _Call(node, "mat1", given["self"], {})
+    return None
+
+
+def _plain(setting: Any) -> Any:
+    """A setting of a convolution as its class takes it; not an int, str or tuple if it depends on a size."""
+    if not isinstance(setting, (list, tuple)):
+        return setting
+    values = tuple(setting)
+    if not all(isinstance(value, int) for value in values):
+        return None
+    return values[0] if len(values) == 1 else values
+
+
+def _tensor(node: Any, parameters: Mapping[str, Tensor]) -> Any:
+    """The parameter that a node reads, `None` without a node, and the node itself if it reads no parameter."""
+    return parameters.get(str(node.target), node) if isinstance(node, fx.Node) else node
+
+
+def _filled(layer: nn.Module, holder: nn.Module) -> nn.Module:
+    for held in ("_parameters", "_buffers", "_modules"):
+        vars(layer)[held].update(vars(holder)[held])
+    for name in non_persistent_buffers(holder):
+        layer.register_buffer(name, layer._buffers[name], persistent=False)
+    return layer
+
+
+def _read_by_own_names(graph: fx.Graph, layer: GraphLayer) -> None:
+    """Read the weight by the name that it has in the layer of each use."""
+    for use, name in (*((use, layer.name) for use in layer.uses), *layer.others):
+        if use.weight.target == name or use.weight not in use.first_user.all_input_nodes:
+            continue
+        with graph.inserting_before(use.first_user):
+            read = graph.get_attr(name)
+        read.meta = dict(use.weight.meta)
+        use.first_user.replace_input_with(use.weight, read)
+
+
+def _call_embeddings(graph: fx.Graph, root: nn.Module) -> None:
+    """Call embeddings too: fx unpickles a read of a tied weight as a read by its first name, which may be rotated."""
+    for node in graph.find_nodes(op="call_function", target=_aten.embedding.default):
+        given, path = arguments_of(node), module_path(node) or ""
+        if given["weight"].op != "get_attr" or given["weight"].target != f"{path}.weight":
+            continue
+        holder = root.get_submodule(path)
+        if not isinstance(holder, nn.Embedding):
+            padding = None if given["padding_idx"] == -1 else given["padding_idx"]
+            options: Any = {name: given[name] for name in ("scale_grad_by_freq", "sparse")} | {"padding_idx": padding}
+            rows, width = holder._parameters["weight"].shape  # type: ignore[union-attr]
+            root.set_submodule(path, _filled(nn.Embedding(rows, width, **options, device="meta"), holder))
+        _replace(_Call(node, "indices", None, {}), path)
+
+
+def _replace(call: _Call, path: str) -> None:
+    graph = call.node.graph
+    with graph.inserting_before(call.node):
+        made = graph.call_module(path, (arguments_of(call.node)[call.x],))
+    made.meta = dict(call.node.meta)
+    call.node.replace_all_uses_with(made)
+    graph.erase_node(call.node)

@@ -1,22 +1,28 @@
-"""`lower`: replace `hra_fx::rotate` in a captured graph by core ATen operators, for exporters."""
+"""`lower` and `freeze`: programs with adapters for exporters, in core ATen operators, or with constant factors."""
 
 from __future__ import annotations
 
+import itertools
+import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 
-from hra_fx.export.captured import check_is_program
-from hra_fx.export.editors import ProgramEditor
-from hra_fx.export.metadata import without_metadata
-from hra_fx.export.ops import ROTATE
+from hra_fx.errors import AdapterError
+from hra_fx.export.captured import check_is_program, without_metadata
+from hra_fx.export.editors import ProgramEditor, is_adapter_tensor
+from hra_fx.export.ops import ROTATE, find_rotate_nodes
 from hra_fx.functional import exportable, householder
 from hra_fx.functional.rotate import rotate_weight
+from passes.freeze import FreezePass
 from passes.lower import LowerPass
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
+
+_FROZEN = "frozen"
 
 
 def lower(program: ExportedProgram) -> ExportedProgram:
@@ -44,7 +50,7 @@ def lower(program: ExportedProgram) -> ExportedProgram:
         (True, False)
     """
     check_is_program(program, "lower")
-    if not program.graph.find_nodes(op="call_function", target=ROTATE):
+    if not find_rotate_nodes(program.graph):
         return program
     editor = ProgramEditor(program)
     LowerPass({ROTATE: rotate_decomposition})(editor.graph_module)
@@ -55,12 +61,7 @@ def lower(program: ExportedProgram) -> ExportedProgram:
 def rotate_decomposition(
     weight: Tensor, vectors: Tensor, anchor: Tensor | None, apply_GS: bool, columns: bool
 ) -> Tensor:
-    """`hra_fx::rotate` in core ATen operators, with the arguments and the result of the operator.
-
-    Example:
-        >>> rotate_decomposition(torch.tensor([[2.0, 5.0]]), torch.tensor([[1.0], [0.0]]), None, False, False)
-        tensor([[-2.,  5.]])
-    """
+    """`hra_fx::rotate` in core ATen operators, with the arguments and the result of the operator."""
     dtype = householder.working_dtype(torch.promote_types(weight.dtype, vectors.dtype))
     chain = vectors.to(dtype)
     if apply_GS:
@@ -68,3 +69,75 @@ def rotate_decomposition(
     if anchor is not None:
         chain = torch.cat([anchor.to(dtype), chain], dim=1)
     return rotate_weight(weight, chain, transposed=columns, exportable_ops=True)
+
+
+def freeze(program: ExportedProgram) -> ExportedProgram:
+    """Precompute everything in a program that depends only on its adapters, for inference and export.
+
+    A Linear becomes `x - (x U) A` followed by the base layer; a convolution gets two thin parallel convolutions; a
+    rotated weight becomes `W - (W U) A`. The constants have rank k, and are buffers `<layer>.hra_u.frozen_<n>` that
+    replace the vectors. The weights are those of the base model, so another adapter of the same rank only needs other
+    constants. The result cannot be trained.
+
+    Args:
+        program: an `ExportedProgram` of a transformed model in eval mode, or of `hra_fx.transform(program, config)`,
+            which is not modified.
+
+    Returns:
+        A new program.
+
+    Raises:
+        AdapterError: the argument has another type, has no reflections, or has vectors on the meta device.
+        GraphInvariantError: a reflection depends on more than its vectors and weights.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import hra_fx
+        >>> model = hra_fx.transform(nn.Sequential(nn.Linear(3, 2)), hra_fx.HRAConfig(r=2, target_modules=["0"]))
+        >>> program = freeze(torch.export.export(model.eval(), (torch.randn(1, 3),)))
+        >>> {name: tuple(tensor.shape) for name, tensor in program.state_dict.items() if ".hra_u." in name}
+        {'0.hra_u.frozen_0': (3, 2), '0.hra_u.frozen_1': (2, 3)}
+    """
+    check_is_program(program, "freeze")
+    editor = ProgramEditor(lower(program))
+    names = editor.constant_nodes
+    tensors = {node: editor.tensor(name) for node, name in names.items()}
+    vectors = _vector_nodes(names, tensors)
+
+    def add_constant(value: Tensor, made_of: list[fx.Node]) -> fx.Node:
+        container = names[made_of[0]].rpartition(".")[0]
+        free = (name for count in itertools.count() if (name := f"{container}.{_FROZEN}_{count}") not in editor.state)
+        return editor.add(next(free), value, made_of[0])
+
+    FreezePass(tensors, vectors, add_constant)(editor.graph_module)
+    for node in (node for node, name in names.items() if is_adapter_tensor(name)):
+        editor.remove_if_unused(node)
+    return editor.build()
+
+
+def _vector_nodes(names: Mapping[fx.Node, str], tensors: Mapping[fx.Node, Tensor]) -> list[fx.Node]:
+    """The nodes of vectors and anchors that the graph uses.
+
+    Raises:
+        AdapterError: there are none, or one is on the meta device.
+    """
+    vectors = [
+        node
+        for node, name in names.items()
+        if is_adapter_tensor(name) and node.users and not _is_frozen(name, tensors[node])
+    ]
+    if not vectors:
+        raise AdapterError(
+            "freeze: the graph has no reflections. It is frozen already, or comes from a model that was folded or not "
+            "transformed; export it as it is."
+        )
+    for node in vectors:
+        if tensors[node].is_meta:
+            raise AdapterError(f"{names[node]} is on the meta device. Load the adapter before exporting the model.")
+    return vectors
+
+
+def _is_frozen(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor is a constant of an earlier `freeze`; an adapter of such a name has parameters, not buffers."""
+    return not isinstance(tensor, nn.Parameter) and bool(re.fullmatch(rf"{_FROZEN}_\d+", name.rpartition(".")[2]))

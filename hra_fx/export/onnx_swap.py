@@ -111,15 +111,8 @@ def adapter_inputs(
         >>> adapter_inputs(model, [SimpleNamespace(name="0.hra_u", shape=[3, 4])])["0.hra_u"].shape
         (3, 4)
     """
-    root, record = root_of(model)
-    name = _active_adapter(record) if adapter_name is None else names_in(record, adapter_name)[0]
-    if (path := _trained_copy(root, name)) is not None:
-        raise AdapterError(
-            f"adapter {name!r} has trained copies (modules_to_save or bias; of {path or 'the model'}), which are not "
-            "inputs of the graph. Export a separate graph for it."
-        )
-    layers = {path: layer.hra_u for path, layer in adapted_layers(model).items() if name in layer.hra_u}
-    slots = {_path(slot.name): slot for slot in inputs if slot.name.rpartition(".")[2] == REFLECTION}
+    name, layers = _adapter(model, adapter_name)
+    slots = {slot.name.rpartition(".")[0]: slot for slot in inputs if slot.name.rpartition(".")[2] == REFLECTION}
     for path in layers:
         if path not in slots:
             available = ", ".join(list(slots)[:4]) or "none"
@@ -132,16 +125,23 @@ def adapter_inputs(
     return {slot.name: _vectors(slot, layers.get(path), name, dtypes[path]).numpy() for path, slot in slots.items()}
 
 
-def _exported_adapter(model: nn.Module) -> tuple[str, dict[str, HouseholderAdapters]]:
-    """The active adapter, and the reflections of its layers."""
+def _adapter(model: nn.Module, adapter_name: str | None = None) -> tuple[str, dict[str, HouseholderAdapters]]:
+    """An adapter, by default the active one, and the reflections of its layers."""
     root, record = root_of(model)
-    name = _active_adapter(record)
-    if (path := _trained_copy(root, name)) is not None:
+    name = _active_adapter(record) if adapter_name is None else names_in(record, adapter_name)[0]
+    if (
+        path := next((path for path, (_, copies) in all_copies(root).items() if name in copies.copied), None)
+    ) is not None:
         raise AdapterError(
-            f"{path or 'the model'}: adapter {name!r} has a trained copy of it (modules_to_save or bias), which would "
-            f"be part of the graph for all other adapters. {_HOW_TO_EXPORT}"
+            f"{path or 'the model'}: adapter {name!r} has a trained copy of it (modules_to_save or bias), which cannot "
+            "be an input of a graph. Export a separate graph for this adapter, with torch.onnx.export alone."
         )
-    reflections = {path: layer.hra_u for path, layer in adapted_layers(model).items() if name in layer.hra_u}
+    return name, {path: layer.hra_u for path, layer in adapted_layers(model).items() if name in layer.hra_u}
+
+
+def _exported_adapter(model: nn.Module) -> tuple[str, dict[str, HouseholderAdapters]]:
+    """The active adapter, and the reflections of its layers, which are plain vectors."""
+    name, reflections = _adapter(model)
     for path, reflection in reflections.items():
         unsupported = {
             "Gram-Schmidt": reflection.specs[name].apply_GS,
@@ -166,11 +166,6 @@ def _active_adapter(record: AdapterState) -> str:
     return record.active[0]
 
 
-def _trained_copy(root: nn.Module, name: str) -> str | None:
-    """The first module that an adapter has trained copies of, or `None`."""
-    return next((path for path, (_, copies) in all_copies(root).items() if name in copies.copied), None)
-
-
 def _dtype(slot: Any, default: torch.dtype) -> torch.dtype:
     """The dtype of an input, if it has a `type`."""
     kind = str(getattr(slot, "type", "")).removeprefix("tensor(").removesuffix(")")
@@ -182,10 +177,6 @@ def _dtype(slot: Any, default: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def _path(name: str) -> str:
-    return name.rpartition(".")[0]
-
-
 def _vectors(slot: Any, reflection: HouseholderAdapters | None, name: str, dtype: torch.dtype) -> Tensor:
     """The vectors of a layer, padded with zeros to the shape of the input."""
     width, rank = (int(size) for size in slot.shape)
@@ -194,7 +185,7 @@ def _vectors(slot: Any, reflection: HouseholderAdapters | None, name: str, dtype
     chain = reflection.chain(name).detach().cpu()
     if chain.shape[0] != width or chain.shape[1] > rank:
         raise AdapterError(
-            f"{_path(slot.name)}: adapter {name!r} has {chain.shape[1]} reflections of width {chain.shape[0]} here, "
+            f"{slot.name}: adapter {name!r} has {chain.shape[1]} reflections of width {chain.shape[0]} here, "
             f"but the graph supports at most {rank} of width {width}. Export it with an adapter of higher rank."
         )
     return nn.functional.pad(chain.to(dtype), (0, rank - chain.shape[1])).contiguous()

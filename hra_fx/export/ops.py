@@ -1,4 +1,4 @@
-r"""The operator `hra_fx::rotate`: the rotated weight `W -> W Q` as one node of a captured graph.
+r"""The operator `hra_fx::rotate`, the rotated weight `W -> W Q` as one node of a captured graph, and its insertion.
 
     rotate(Tensor weight, Tensor vectors, Tensor? anchor, bool apply_GS, bool columns) -> Tensor
 
@@ -8,19 +8,24 @@ r"""The operator `hra_fx::rotate`: the rotated weight `W -> W Q` as one node of 
 names, so these must not change.
 
 Its gradient is that of the same formula, evaluated again, so second derivatives exist.
+
+    y = linear(x, w)        becomes        h = hra_fx.rotate(w, u, a, apply_GS, columns);  y = linear(x, h)
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from hra_fx.export.match import GraphLayer
 from hra_fx.functional import householder
 from hra_fx.functional.chain import plain_chain
 from hra_fx.functional.rotate import rotate_weight
+from hra_fx.layers.target import META, NodeTag
 
 # torch has no types for its libraries.
 _LIBRARY: Any = torch.library.Library("hra_fx", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -69,3 +74,64 @@ def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 _LIBRARY.impl("rotate", _rotate, "CompositeExplicitAutograd")
 torch.library.register_fake("hra_fx::rotate", _fake, lib=_LIBRARY)
 torch.library.register_autograd("hra_fx::rotate", _backward, setup_context=_setup_context, lib=_LIBRARY)
+
+
+def insert_rotation(
+    graph: fx.Graph, layer: GraphLayer, weight: fx.Node, vectors: fx.Node, anchor: fx.Node | None, *, apply_GS: bool
+) -> None:
+    """Rotate the weight of a layer by one node, inserted before its first use, for all its uses.
+
+    Args:
+        graph: the graph, which is modified.
+        layer: a layer of `graph`.
+        weight: the node of its weight.
+        vectors: the node of its vectors.
+        anchor: the node of its anchor, if it has one.
+        apply_GS: whether the adapter uses Gram-Schmidt.
+    """
+    users = {use.first_user for use in layer.uses}
+    first = next(node for node in graph.nodes if node in users)
+    consumer = next(use.consumer for use in layer.uses if use.first_user is first)
+    with graph.inserting_before(first):
+        arguments = (weight, vectors, anchor, apply_GS, layer.transposed)
+        rotated = graph.create_node("call_function", ROTATE, arguments, {}, name=f"{weight.name}_rotated")
+    rotated.meta = {key: consumer.meta[key] for key in ("nn_module_stack", "stack_trace") if key in consumer.meta}
+    values = [argument.meta.get("val") if isinstance(argument, fx.Node) else argument for argument in arguments]
+    if values[0] is not None and values[1] is not None:
+        with torch.no_grad():
+            rotated.meta["val"] = ROTATE(*values)
+    rotated.meta[META] = NodeTag(layer.path, layer.kind, "reflection")
+    for use in layer.uses:
+        use.first_user.replace_input_with(use.weight, rotated)
+
+
+def split_shared_uses(layers: Iterable[GraphLayer], nodes: Mapping[str, list[fx.Node]]) -> None:
+    """After all insertions: other layers with the same weight read it by their own names.
+
+    Args:
+        layers: the adapted layers.
+        nodes: name of a weight -> its nodes.
+    """
+    for layer in layers:
+        for use, name in layer.others:
+            # No effect on adapted layers: their first users read the rotated weight now.
+            use.first_user.replace_input_with(use.weight, nodes[name][0])
+
+
+def find_rotate_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes of `hra_fx::rotate`, in the order of the graph."""
+    return list(graph.find_nodes(op="call_function", target=ROTATE))
+
+
+def remove_rotation(graph: fx.Graph, rotated: fx.Node) -> list[fx.Node]:
+    """Replace a rotated weight by the base weight; returns the nodes of its vectors, which may have no users now.
+
+    Args:
+        graph: the graph, which is modified.
+        rotated: one of `find_rotate_nodes(graph)`.
+    """
+    weight, *adapter = rotated.args[:3]
+    assert isinstance(weight, fx.Node)
+    rotated.replace_all_uses_with(weight)
+    graph.erase_node(rotated)
+    return [node for node in adapter if isinstance(node, fx.Node)]

@@ -1,20 +1,26 @@
-"""Which layers of a captured graph a configuration selects, and the initial vectors of their adapters."""
+"""Which layers of a captured graph a configuration selects, and the initial vectors of their adapters.
+
+A captured graph has no layers, so they are selected on a skeleton, a model with a module for each path in the names of
+the graph, and the weights in layers of the kinds that use them. So a configuration selects the same layers, with the
+same errors, as in the original model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from hra_fx.compat import is_higher_order
+from hra_fx.compat import is_higher_order, schema_of
 from hra_fx.config import HRAConfig
 from hra_fx.errors import ConfigError, SelectionError, UnsupportedLayerError
-from hra_fx.export.match import WEIGHTS, GraphLayer, find_layers, module_classes
-from hra_fx.export.skeleton import build_skeleton
-from hra_fx.export.weight_uses import find_weight_uses
+from hra_fx.export.match import WEIGHTS, GraphLayer, find_layers, find_weight_uses, module_classes
 from hra_fx.functional import householder
 from hra_fx.functional.rotate import as_rows
+from hra_fx.layers.target import LayerKind, weight_name
 from hra_fx.selection.check import select_checked
 from hra_fx.selection.select import is_target
 
@@ -85,32 +91,14 @@ def _check_targets(
             raise UnsupportedLayerError(f"{path}: {layer.refusal}.")
 
 
-#: Operators of `torch.export` with a nested graph -> the context that it records by them.
-_CONTEXTS = {
-    "wrap_with_autocast": "torch.autocast",
-    "wrap_with_set_grad_enabled": "torch.no_grad() or another grad mode",
-}
-
-
-def context_of(target: object) -> str | None:
-    """The context that an operator of `torch.export` runs its graph under; `None` for other operators.
-
-    Example:
-        >>> context_of(torch.ops.higher_order.wrap_with_autocast)
-        'torch.autocast'
-        >>> context_of(torch.ops.aten.linear.default)
-    """
-    return _CONTEXTS.get(str(target)) if is_higher_order(target) else None
-
-
 def _why_not(consumers: list[fx.Node]) -> str:
     """Why a weight with these consumers is not that of a layer."""
     expected = "expected an operator of a linear layer or a convolution"
     if not consumers:
         return f"in this graph its weight is not used; {expected}"
     target = consumers[0].target
-    if context := context_of(target):
-        return f"the layer runs under {context}, which torch.export captures as a separate graph"
+    if is_higher_order(target):
+        return f"the layer runs in a block that torch.export captures as a graph of its own ({target})"
     return f"in this graph its weight is used by {target} (node {consumers[0].name!r}); {expected}"
 
 
@@ -135,3 +123,102 @@ def init_adapter(layer: GraphLayer, weight: Tensor, config: HRAConfig) -> tuple[
         )
         anchor = None if anchor is None else anchor.to(weight.device)
         return nn.Parameter(vectors.to(weight.device), requires_grad=not config.inference_mode), anchor
+
+
+#: The output layers of transformers' models (get_output_embeddings).
+OUTPUTS = ("lm_head", "lm_head.decoder", "cls.predictions.decoder", "embed_out", "proj_out", "output_projection")
+CONVOLUTIONS: dict[LayerKind, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
+    "conv1d": nn.Conv1d,
+    "conv2d": nn.Conv2d,
+    "conv3d": nn.Conv3d,
+}
+
+
+def build_skeleton(
+    layers: Mapping[str, GraphLayer], tensors: Mapping[str, Tensor], classes: Mapping[str, str], *, with_output: bool
+) -> nn.Module:
+    """The skeleton of a graph: a model that shares the weights of the graph and cannot be run.
+
+    Args:
+        layers: layer path -> layer.
+        tensors: qualified name -> parameter, for all parameters of the graph.
+        classes: module path -> qualified class name, as far as the graph has them.
+        with_output: whether the output layer of a transformers model counts as a layer.
+    """
+    root_class = classes.get("", "Module")
+    modules: dict[str, nn.Module] = {}
+    first = {alias: path for path, layer in layers.items() for alias in layer.aliases}
+    for path in _paths([*tensors, *(f"{path}." for path in classes)]):
+        layer = layers.get(path)
+        is_output = path in OUTPUTS and root_class.startswith("transformers.")
+        if path in first:
+            modules[path] = modules[first[path]]
+        elif layer is None or not layer.is_candidate or (is_output and not with_output):
+            modules[path] = _placeholder(classes.get(path, "Module"))
+        else:
+            modules[path] = layer_of(layer, tensors[layer.name].detach())
+        if path:
+            parent, _, child = path.rpartition(".")
+            modules[parent]._modules[child] = modules[path]
+    if model_type := model_type_of(root_class):
+        modules[""].config = {"model_type": model_type}  # type: ignore[assignment]
+    return modules[""]
+
+
+def _paths(names: Iterable[str]) -> list[str]:
+    """The paths of all modules in the names, parents first."""
+    paths: dict[str, None] = {"": None}
+    for name in names:
+        parts = name.split(".")[:-1]
+        paths |= dict.fromkeys(".".join(parts[: length + 1]) for length in range(len(parts)))
+    return list(paths)
+
+
+def _placeholder(kind: str) -> nn.Module:
+    """An empty module of a class with this name."""
+    module: nn.Module = type(kind.rpartition(".")[2], (nn.Module,), {})()
+    return module
+
+
+def layer_of(layer: GraphLayer, weight: Tensor) -> nn.Module:
+    """A layer of the right kind and shape with this weight; its other settings are arbitrary."""
+    weight = weight.mT if layer.transposed else weight
+    groups = (arguments_of(use.consumer)["groups"] for use in layer.uses if use.kind in CONVOLUTIONS)
+    options: dict[str, Any] = {"groups": next(groups)} if layer.kind in CONVOLUTIONS else {}
+    made = make_layer(layer.kind, weight, bias=False, **options)
+    made._parameters[weight_name(layer.kind)] = nn.Parameter(weight, requires_grad=False)
+    return made
+
+
+def make_layer(kind: LayerKind, weight: Tensor, **options: Any) -> nn.Module:
+    """A layer on the meta device for a weight `(out, d)`, or that of a convolution.
+
+    Args:
+        kind: the kind of layer.
+        weight: its weight.
+        options: more arguments of its class.
+    """
+    out, width = weight.shape[:2]
+    if kind in CONVOLUTIONS:
+        size, channels = tuple(weight.shape[2:]), width * options.get("groups", 1)
+        return CONVOLUTIONS[kind](channels, out, size, device="meta", **options)  # type: ignore[arg-type]
+    if kind == "attention":
+        return nn.MultiheadAttention(width, 1, device="meta", **options)
+    return nn.Linear(width, out, device="meta", **options)
+
+
+def arguments_of(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operator by their names, with its defaults."""
+    schema = schema_of(node.target)
+    arguments = () if schema is None else schema.arguments
+    defaults = {argument.name: argument.default_value for argument in arguments}
+    names = [argument.name for argument in arguments]
+    return {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def model_type_of(kind: str) -> str | None:
+    """The `model_type` of a transformers class, if its module is imported."""
+    module, _, name = kind.rpartition(".")
+    config = getattr(getattr(sys.modules.get(module), name, None), "config_class", None)
+    found = getattr(config, "model_type", None)
+    return found if isinstance(found, str) and module.startswith("transformers.") else None

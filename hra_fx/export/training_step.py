@@ -13,8 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hra_fx.compat import export_forward_backward, pytree
 from hra_fx.errors import AdapterError, CaptureError
 from hra_fx.export.captured import is_program
-from hra_fx.export.step_check import check_gradients, gradients_of, unchanged
-from hra_fx.export.step_module import StepModule
+from hra_fx.export.step import StepModule, check_gradients, gradients_of, unchanged
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.tracing.exported import exporting, without_caches
 

@@ -17,7 +17,7 @@ from hra_fx.model.state import get_state, require_adapted_layers
 from hra_fx.reporting.result import Report
 from hra_fx.reporting.row import Row, chain_of, change_of, turn_of, weight_rows
 from hra_fx.reporting.skipped_layers import not_adapted, not_adapted_in_program, skipped_parameters
-from hra_fx.tracing.capture import capture_layers
+from hra_fx.tracing.trace import capture_layers
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

@@ -8,14 +8,19 @@ and pickles of the graph work as for any other module.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 
 
 class ByMode(nn.Module):
     """Returns one constant in train mode and another in eval mode.
+
+    A tensor that the forward of a model creates is such a constant too, and not a buffer: it is not in the
+    `state_dict`, and `to(dtype)` does not change it.
 
     Example:
         >>> constant = ByMode(0.1, 0.0)
@@ -33,10 +38,11 @@ class ByMode(nn.Module):
         """Have the mode of another module of the graph from now on, which does not become a child."""
         vars(self)["followed"] = module
 
-    def forward(self) -> Any:
-        """The constant of the current mode."""
+    def forward(self, device: torch.device | None = None) -> Any:
+        """The constant of the current mode; a tensor on a device."""
         module = vars(self).get("followed", self)
-        return self.in_train if module.training else self.in_eval
+        constant = self.in_train if module.training else self.in_eval
+        return constant.to(device) if isinstance(constant, Tensor) else constant
 
     def extra_repr(self) -> str:
         """Both constants."""
@@ -77,64 +83,55 @@ def merge_modes(
     ours, theirs = list(in_train.nodes), list(in_eval.nodes)
     for one, other in zip(ours, theirs, strict=False):
         twins[other] = one
-        try:
-            if one.op != other.op or one.target != other.target:
-                raise _DifferError
-            with in_train.inserting_before(one):
-                merge = _Merge(in_train, twins, modules)
-                known = len(modules)
-                args, kwargs = merge(one.args, other.args), merge(one.kwargs, other.kwargs)
-            if len(modules) > known and not may_differ(one):
-                raise _DifferError
-            one.args, one.kwargs = args, kwargs
-        except _DifferError:
-            raise ModesDifferError(one, other) from None
+        known = len(modules)
+        if _form(one) != _form(other):
+            raise ModesDifferError(one, other)
+        with in_train.inserting_before(one):
+            merge = _Merge((one, other), twins, modules)
+            args = tuple(map(merge, one.args, other.args))
+            kwargs = {key: merge(value, other.kwargs[key]) for key, value in one.kwargs.items()}
+        if len(modules) > known and not may_differ(one):
+            raise ModesDifferError(one, other)
+        one.args, one.kwargs = args, kwargs
     if len(ours) != len(theirs):
         raise ModesDifferError(ours[-1], theirs[-1])
     return modules
 
 
-class _DifferError(Exception):
-    """Arguments differ in more than constants."""
+def _form(node: fx.Node) -> tuple[Any, ...]:
+    """What must be the same in both modes."""
+    return node.op, node.target, len(node.args), node.kwargs.keys()
 
 
 class _Merge:
-    """Merges arguments of two nodes."""
+    """Merges the arguments of two nodes."""
 
-    def __init__(self, graph: fx.Graph, twins: dict[fx.Node, fx.Node], modules: dict[str, ByMode]) -> None:
-        self._graph = graph
+    def __init__(
+        self, nodes: tuple[fx.Node, fx.Node], twins: dict[fx.Node, fx.Node], modules: dict[str, ByMode]
+    ) -> None:
+        self._nodes = nodes
         self._twins = twins
         self._modules = modules
 
     def __call__(self, ours: Any, theirs: Any) -> Any:
-        """The merged argument: a node, a constant, or the call of a `ByMode`."""
-        if isinstance(theirs, fx.Node):
-            if self._twins.get(theirs) is ours:
-                return ours
-            raise _DifferError
-        if isinstance(ours, (list, tuple)) and type(ours) is type(theirs) and len(ours) == len(theirs):
-            return type(ours)([self(a, b) for a, b in zip(ours, theirs, strict=True)])
-        if isinstance(ours, slice) and isinstance(theirs, slice):
-            ends = ("start", "stop", "step")
-            return slice(*(self(getattr(ours, end), getattr(theirs, end)) for end in ends))
-        if isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys():
-            return {key: self(ours[key], theirs[key]) for key in ours}
-        if type(ours) is type(theirs) and repr(ours) == repr(theirs):
-            return ours
-        if any(isinstance(value, fx.Node) for value in (*_walk(ours), *_walk(theirs))):
-            raise _DifferError
+        """The merged argument: a node, a constant, or the call of a `ByMode`; containers and slices item by item."""
+        others: list[Any] = []
+        if map_aggregate(ours, lambda _: None) != map_aggregate(theirs, others.append):
+            return self._constant(ours, theirs)
+        rest = iter(others)
+        return map_aggregate(ours, lambda value: self._item(value, next(rest)))
+
+    def _item(self, one: Any, other: Any) -> Any:
+        if isinstance(other, fx.Node) and self._twins.get(other) is one:
+            return one
+        is_same = not isinstance(one, fx.Node) and type(one) is type(other) and repr(one) == repr(other)
+        return one if is_same else self._constant(one, other)
+
+    def _constant(self, ours: Any, theirs: Any) -> fx.Node:
+        found: list[fx.Node] = []
+        fx.map_arg((ours, theirs), found.append)
+        if found:
+            raise ModesDifferError(*self._nodes)
         name = f"by_mode_{len(self._modules)}"
         self._modules[name] = ByMode(ours, theirs)
-        return self._graph.call_module(name)
-
-
-def _walk(value: Any) -> Iterator[Any]:
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _walk(item)
-    elif isinstance(value, dict):
-        yield from _walk(list(value.values()))
-    elif isinstance(value, slice):
-        yield from _walk([value.start, value.stop, value.step])
-    else:
-        yield value
+        return self._nodes[0].graph.call_module(name)

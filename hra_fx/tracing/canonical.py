@@ -7,7 +7,7 @@ Here they get one form, so that they can be compared node by node.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,11 +17,10 @@ from hra_fx.compat import ASSERT_METADATA
 from hra_fx.errors import CaptureError
 from hra_fx.layers.target import find_kind
 from hra_fx.layers.variants import has_own_forward
-from hra_fx.tracing.conditions import conditions_of
+from hra_fx.tracing.by_mode import ByMode
+from hra_fx.tracing.exported import CALL_LAYER, is_leaf
 from hra_fx.tracing.graph_module import attribute
-from hra_fx.tracing.input_checks import Condition
-from hra_fx.tracing.leaves import CALL_LAYER, is_leaf
-from hra_fx.tracing.signature import argument_names, call_of, nest
+from hra_fx.tracing.inputs import Condition, argument_names, call_of, conditions_of, nest
 from hra_fx.tracing.tracer import UnpicklingTracer
 
 if TYPE_CHECKING:
@@ -37,13 +36,13 @@ class Canonical(NamedTuple):
 
     Attributes:
         graph: it calls the model's layers, and `CHECKS` first.
-        constants: name -> tensor or graph that is not the model's.
+        constants: name -> graph that is not the model's, or tensor that its forward creates, as a `ByMode`.
         conditions: those of the inputs.
         sizes: for each size that may change: (index of the flat input, its dimension), of all inputs that have it.
     """
 
     graph: fx.Graph
-    constants: dict[str, Any]
+    constants: dict[str, nn.Module]
     conditions: list[Condition]
     sizes: list[list[tuple[int, int]]]
 
@@ -61,7 +60,7 @@ def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
     places = nest(graph, program, names)
     conditions = conditions_of(program, names, places)
     _call_layers(graph, model)
-    constants = _name_constants(graph, module, model)
+    constants = name_constants(graph, program, module)
     if inside := next((path for part in constants.values() for path in _layers_in(part)), None):
         raise CaptureError(
             f"{inside} is called under torch.autocast or another grad mode, or in a branch of torch.cond, which has a "
@@ -113,9 +112,9 @@ def _simplify_casts(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
-def _layers_in(constant: Any) -> Iterator[str]:
+def _layers_in(constant: nn.Module) -> Iterator[str]:
     """The paths of the layers that a nested graph calls."""
-    for part in constant.modules() if isinstance(constant, nn.Module) else ():
+    for part in constant.modules():
         if isinstance(part, fx.GraphModule):
             yield from (str(node.args[1]) for node in part.graph.find_nodes(op="call_function", target=CALL_LAYER))
 
@@ -138,13 +137,33 @@ def _call_layers(graph: fx.Graph, model: nn.Module) -> None:
             graph.erase_node(copied)
 
 
-def _name_constants(graph: fx.Graph, module: nn.Module, model: nn.Module) -> dict[str, Any]:
-    """Number the tensors and graphs that are not the model's, in the order of their first use."""
+def name_constants(graph: fx.Graph, program: ExportedProgram, module: nn.Module) -> dict[str, nn.Module]:
+    """Number the graphs, and the tensors that a forward creates, in the order of their first use.
+
+    Args:
+        graph: the graph of a program, which is changed: modules return the tensors.
+        program: the program.
+        module: its module.
+
+    Returns:
+        Name -> graph or module.
+    """
     names: dict[str, str] = {}
+    made: dict[str, nn.Module] = {}
     for node in graph.find_nodes(op="get_attr", sort=True):
-        if attribute(model, node.target) is None:
-            node.target = names.setdefault(node.target, f"constant_{len(names)}")
-    return {new: attribute(module, old) for old, new in names.items()}
+        if node.users and node.target in program.graph_signature.lifted_tensor_constants:
+            value = program.constants[node.target].detach()
+            name = names.setdefault(node.target, f"constant_{len(names)}")
+            made[name] = ByMode(value, value)
+            with graph.inserting_before(min(node.users)):  # after the inputs, which have the device
+                call = graph.call_module(name, (value.device,))
+            call.meta = dict(node.meta)
+            node.replace_all_uses_with(call)
+            graph.erase_node(node)
+        elif isinstance(block := attribute(module, node.target), fx.GraphModule):
+            node.target = names.setdefault(node.target, f"block_{len(names)}")
+            made[node.target] = block
+    return made
 
 
 def _read_by_own_names(graph: fx.Graph, model: nn.Module) -> None:
@@ -172,10 +191,28 @@ def _tied_names(model: nn.Module) -> dict[str, list[str]]:
     return {name: names for names in found.values() if len(names) > 1 for name in names}
 
 
-def module_path(node: fx.Node) -> str:
-    """The path of the innermost module in whose forward a node was made; `""` for the model itself."""
-    stack: Mapping[str, Any] = node.meta.get("nn_module_stack") or {}
-    return str(list(stack.values())[-1][0]) if stack else ""
+def module_path(node: fx.Node) -> str | None:
+    """The path of the module whose forward contains a node, `""` for the root; `None` if the graph does not have it.
+
+    Example:
+        >>> program = torch.export.export(torch.nn.Sequential(torch.nn.Linear(3, 2)), (torch.randn(1, 3),))
+        >>> module_path(program.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)[0])
+        '0'
+    """
+    stack = node.meta.get("nn_module_stack")
+    return normalize_path(list(stack.values())[-1][0]) if stack else None
+
+
+def normalize_path(path: str) -> str:
+    """A path of `nn_module_stack` in the form of `named_modules`; TorchDynamo writes it as Python source.
+
+    Example:
+        >>> normalize_path("L['self'].blocks[0].proj"), normalize_path("L['self']._modules['blocks']._modules['0']")
+        ('blocks.0.proj', 'blocks.0')
+    """
+    for before, after in (("L['self']", ""), ("._modules[", "["), ("['", "."), ("']", ""), ("[", "."), ("]", "")):
+        path = path.replace(before, after)
+    return path.strip(".")
 
 
 def _hoist_sizes(graph: fx.Graph, places: list[fx.Node]) -> None:

@@ -1,11 +1,12 @@
-"""Graphs of a model: by torch.fx, or from an example call."""
+"""Graphs of a whole model or of its parts, by torch.fx, or by torch.export from an example call."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import keyword
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection
+from typing import Any
 
 from torch import fx, nn
 
@@ -13,14 +14,75 @@ from hra_fx.errors import AdapterError, CaptureError
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.target import META, NodeTag, find_kind
 from hra_fx.model.base_view import base_model_view
-from hra_fx.model.example_inputs import Call
-from hra_fx.model.graph_module import insert, remove_reflections, tag_adapted_layers
+from hra_fx.model.example_inputs import Call, example_call, normalize_inputs
+from hra_fx.model.graph_module import insert, tag_adapted_layers
 from hra_fx.model.state import require_adapted_layers
-from hra_fx.tracing.capture import capture
 from hra_fx.tracing.capture_layers import capture_layers
 from hra_fx.tracing.graph_module import graph_module
-from hra_fx.tracing.trace import Traced
+from hra_fx.tracing.trace import Traced, capture, trace
 from passes.insert import InsertPass
+
+
+def is_graph_of_call(model: nn.Module, graph: fx.Graph, call: Call) -> bool:
+    """Whether a graph of torch.fx is that of a call; optional arguments have their defaults in the graph.
+
+    Args:
+        model: the model; the graph of a `GraphModule` is its own, with all arguments.
+        graph: the graph of the whole model.
+        call: the call.
+    """
+    if isinstance(model, fx.GraphModule):
+        return True
+    args, kwargs = call
+    names = [str(node.target) for node in graph.find_nodes(op="placeholder")]
+    try:
+        given = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
+    except TypeError:
+        return False
+    return list(given)[1:] == names
+
+
+def trace_model(
+    model: nn.Module, layers: Collection[nn.Module], example_inputs: Any = None, dynamic_shapes: Any = None
+) -> fx.GraphModule:
+    """Trace a model into a GraphModule that shares its modules and parameters, for train and eval mode.
+
+    Args:
+        model: a plain model; it is not changed.
+        layers: layers that must stay calls.
+        example_inputs: one tensor, a tuple of positional or a dictionary of keyword arguments. Where torch.fx cannot
+            trace the model, or the call gives optional arguments, `torch.export` captures this call. By default the
+            call is made from the model's configuration.
+        dynamic_shapes: see `capture_layers`; with it, `torch.export` is used.
+
+    Returns:
+        A graph that calls layers.
+
+    Raises:
+        AdapterError: the model cannot be traced; or `torch.export` is needed, and `example_inputs` is missing.
+    """
+    call = None if example_inputs is None else normalize_inputs(example_inputs)
+    reason = ""
+    if dynamic_shapes is None:
+        try:
+            traced = trace(model, layers)
+            if call is None or is_graph_of_call(model, traced.graph, call):
+                return graph_module(model, traced)
+        except CaptureError as error:
+            reason = f"torch.fx cannot trace {type(model).__name__}: {error.reason}. "
+    call = call or example_call(model)
+    if call is None:
+        raise AdapterError(
+            f"{reason}Pass example_inputs, the arguments of one call, for torch.export to capture, or leave out "
+            "trace=True."
+        )
+    try:
+        return capture_layers(model, call, dynamic_shapes)
+    except CaptureError as error:
+        raise AdapterError(
+            f"torch.export cannot capture {type(model).__name__}: {error.reason}. Leave out trace=True: the adapted "
+            "layers work without a graph."
+        ) from error
 
 
 def adapted_graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
@@ -35,12 +97,6 @@ def adapted_graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
 
     Raises:
         AdapterError: the model has no reflections.
-
-    Example:
-        >>> from hra_fx import HRAConfig, transform
-        >>> model = transform(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), HRAConfig(r=2, target_modules=["0"]))
-        >>> [node.target for node in adapted_graphs(model)[""].graph.nodes if node.op == "call_module"]
-        ['0.hra_u', '0', '1']
     """
     layers = require_adapted_layers(model)
     if isinstance(model, fx.GraphModule):  # its own graph has the reflections
@@ -48,7 +104,7 @@ def adapted_graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
         return {"": graph_module(model, Traced(copy.deepcopy(model.graph), {}))}
     captured = capture(model, layers)
     found = {path: _adapted(model, path, traced) for path, traced in captured.parts.items()}
-    found |= {path: _alone(path, layers[path]) for path, root in captured.roots.items() if root is None}
+    found |= {path: _alone(path, layers[path]) for path, (root, _) in captured.layers.items() if root is None}
     return dict(sorted(found.items()))
 
 
@@ -64,17 +120,9 @@ def graph_of_call(model: nn.Module, call: Call) -> fx.GraphModule:
 
     Raises:
         AdapterError: `torch.export` cannot capture the call.
-
-    Example:
-        >>> import torch
-        >>> from hra_fx import HRAConfig, transform
-        >>> model = transform(nn.Sequential(nn.Linear(6, 8)), HRAConfig(r=2, target_modules=["0"]))
-        >>> module = graph_of_call(model, ((torch.ones(1, 6),), {}))
-        >>> [node.target for node in module.graph.nodes if node.op == "call_module"]
-        ['check_inputs', '0.hra_u', '0']
     """
     try:
-        with base_model_view(model), _plain_graphs_inside(model):
+        with base_model_view(model):
             module = capture_layers(model, call, is_trained=False)
     except CaptureError as error:
         raise AdapterError(
@@ -85,18 +133,6 @@ def graph_of_call(model: nn.Module, call: Call) -> fx.GraphModule:
     return module
 
 
-@contextmanager
-def _plain_graphs_inside(model: nn.Module) -> Iterator[None]:
-    """A block in which the GraphModules in a model do not call reflections."""
-    with ExitStack() as undo:
-        for part in model.modules():
-            if isinstance(part, fx.GraphModule):
-                undo.callback(setattr, part, "graph", part.graph)
-                part.graph = copy.deepcopy(part.graph)
-                remove_reflections(part)
-        yield
-
-
 def plain_graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
     """The graph of a model without adapters, or of the largest parts that fx can trace.
 
@@ -105,10 +141,6 @@ def plain_graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
 
     Returns:
         Module path -> GraphModule over the model's own modules and parameters.
-
-    Example:
-        >>> list(plain_graphs(nn.Sequential(nn.Linear(6, 8), nn.ReLU())))
-        ['']
     """
     layers = {path: part for path, part in model.named_modules() if find_kind(part) is not None}
     parts = capture(model, layers).parts

@@ -1,25 +1,27 @@
-"""Trace the forward of one module into one graph for train and eval mode."""
+"""Trace a model with torch.fx, or the largest parts of it that fx can trace, into graphs for train and eval mode."""
 
 from __future__ import annotations
 
-import ast
 import keyword
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from inspect import Parameter, signature
+from typing import Any, NamedTuple
 
 from torch import fx, nn
 
 from hra_fx.errors import CaptureError
-from hra_fx.tracing.by_mode import ByMode, ModesDifferError, merge_modes
+from hra_fx.layers.class_swap import original_class
+from hra_fx.model.base_view import base_model_view
+from hra_fx.model.state import adapted_layers
+from hra_fx.tracing.by_mode import ModesDifferError, merge_modes
+from hra_fx.tracing.forward_state import Snapshot
 from hra_fx.tracing.tracer import ModelTracer
-from hra_fx.tracing.unchanged import Snapshot
 
 #: fx and torch.export patch classes for the whole process while they trace.
 LOCK = threading.RLock()
-#: Another thread may draw random numbers during a trace. After this many such traces, the forward draws them.
-_DRAWS = 5
 
 
 class Traced(NamedTuple):
@@ -31,7 +33,7 @@ class Traced(NamedTuple):
     """
 
     graph: fx.Graph
-    modules: dict[str, ByMode]
+    modules: Mapping[str, nn.Module]
 
 
 def trace(module: nn.Module, layers: Collection[nn.Module]) -> Traced:
@@ -50,10 +52,6 @@ def trace(module: nn.Module, layers: Collection[nn.Module]) -> Traced:
         return _Trace(module, layers).run()
 
 
-class _DrawnError(CaptureError):
-    """Random numbers were drawn during a trace."""
-
-
 class _Trace:
     """The traces of one module: after each failure, one more submodule becomes a call, until none is left."""
 
@@ -68,17 +66,12 @@ class _Trace:
 
     def run(self) -> Traced:
         """Trace until both modes succeed."""
-        draws = 0
         while True:
             try:
                 in_train, in_eval = self._once(True), self._once(False)
                 return Traced(in_train, merge_modes(in_train, in_eval, self._may_differ))
             except ModesDifferError as error:
                 self._keep_one_of(error)
-            except _DrawnError:
-                draws += 1
-                if draws == _DRAWS:
-                    raise
             except Exception as error:
                 if not self._keep_innermost():
                     raise _as_capture_error(error) from error
@@ -96,10 +89,11 @@ class _Trace:
             except BaseException:
                 self._stack = [part for _, part in tracer.innermost]
                 raise
-            if unwritable := next((name for name in map(str, _targets(graph)) if not _can_be_written(name)), None):
+            targets = (str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
+            if unwritable := next((name for name in targets if any(map(keyword.iskeyword, name.split(".")))), None):
                 raise CaptureError(f"the code of a graph cannot contain the name {unwritable!r}")
             if tracer.has_drawn:
-                raise _DrawnError(
+                raise CaptureError(
                     "it draws random numbers in Python or seeds a generator, which happens once in a trace"
                 )
             if changes := snapshot.changes():
@@ -137,19 +131,6 @@ class _Trace:
         raise CaptureError(f"{where} runs different operations in train mode and in eval mode")
 
 
-def _targets(graph: fx.Graph) -> Iterator[str]:
-    return (node.target for node in graph.nodes if node.op in ("call_module", "get_attr", "placeholder"))
-
-
-def _can_be_written(name: str) -> bool:
-    """Whether fx can write a name into the generated code of a graph, in quotation marks."""
-    try:
-        is_same: bool = ast.literal_eval(f'"{name}"') == name
-    except (SyntaxError, ValueError):
-        return False
-    return is_same and not any(map(keyword.iskeyword, name.split(".")))
-
-
 def _stack_of(node: fx.Node) -> list[str]:
     """The paths of the modules in whose forward a node was made, outermost first."""
     return [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
@@ -160,3 +141,93 @@ def _as_capture_error(error: Exception) -> CaptureError:
         return error
     line = str(error).strip().split("\n")[0]
     return CaptureError(f"fx cannot trace it ({type(error).__name__}: {line[:160]})")
+
+
+@dataclass
+class Captured:
+    """What fx traces of a model.
+
+    Attributes:
+        parts: path of a module -> its graph. The only key is `""` if the whole model is traced.
+        layers: path of a layer -> path of the module whose graph contains it, or `None`; and why no larger graph does,
+            `""` if it is in the graph of the whole model.
+    """
+
+    parts: dict[str, Traced] = field(default_factory=dict)
+    layers: dict[str, tuple[str | None, str]] = field(default_factory=dict)
+
+
+def capture(model: nn.Module, layers: Mapping[str, nn.Module]) -> Captured:
+    """Trace the whole model, or the largest parts of it that fx can trace.
+
+    Args:
+        model: the model; it is not changed.
+        layers: path -> layer that must stay a call.
+    """
+    search = _Search(layers)
+    with base_model_view(model):
+        search.visit("", model, "")
+    return search.found
+
+
+def capture_layers(model: nn.Module) -> dict[str, tuple[str | None, str]]:
+    """How much of a transformed model fx can trace.
+
+    Returns:
+        Path of an adapted layer -> (path of the module whose graph contains it, or `None`; why no larger graph does).
+    """
+    return capture(model, adapted_layers(model)).layers
+
+
+class _Search:
+    """A walk from the model down to its layers that stops at each module that can be traced."""
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self.found = Captured()
+        # A shared layer has several paths, and one name.
+        self._names = {layer: path for path, layer in layers.items()}
+
+    def visit(self, path: str, module: nn.Module, why: str) -> None:
+        """Visit a module; `why` is the reason why its parent has no graph."""
+        below = [part for part in module.modules() if part in self._names]
+        if not below:
+            return
+        if module in self._names:
+            self._note(below, None, why)
+            return
+        # A graph of one layer is no larger than that of the layer alone, and a container is never called.
+        if path and (len(below) == 1 or type(module).forward is nn.Module.forward):
+            self._visit_children(path, module, why)
+            return
+        try:
+            self.found.parts[path] = _trace_part(path, module, below)
+        except CaptureError as error:
+            reason = f"{path or 'the model'} ({original_class(module).__name__}): {error.reason}"
+            self._visit_children(path, module, reason)
+        else:
+            self._note(below, path, why)
+
+    def _visit_children(self, path: str, module: nn.Module, why: str) -> None:
+        for name, child in module.named_children():
+            self.visit(f"{path}.{name}".lstrip("."), child, why)
+
+    def _note(self, layers: list[nn.Module], root: str | None, why: str) -> None:
+        for layer in layers:
+            self.found.layers.setdefault(self._names[layer], (root, why))
+
+
+def _trace_part(path: str, module: nn.Module, layers: list[nn.Module]) -> Traced:
+    if "forward" in vars(module):
+        raise CaptureError("its forward is set on the instance")
+    if isinstance(module, fx.GraphModule) and path:
+        raise CaptureError("it is a GraphModule itself")
+    if path and (optional := _optional_arguments(module)):
+        names = ", ".join(optional)
+        raise CaptureError(f"forward has optional arguments ({names}), and it is unknown how it is called")
+    return trace(module, layers)
+
+
+def _optional_arguments(module: Any) -> list[str]:
+    """Arguments with defaults. For a submodule it is not known whether its callers pass them."""
+    parameters = list(signature(type(module).forward).parameters.values())[1:]
+    return [parameter.name for parameter in parameters if parameter.default is not Parameter.empty]

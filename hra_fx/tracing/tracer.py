@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import threading
+import operator
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NoReturn
 
@@ -17,11 +17,11 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import Attribute
 
-from hra_fx.compat import has_own_hooks
+from hra_fx.compat import has_own_hooks, pytree
 from hra_fx.errors import CaptureError
 from hra_fx.layers.target import find_kind
-from hra_fx.tracing.inplace_ops import SPECIAL_METHODS
-from hra_fx.tracing.recorded_state import GraphState, patched
+from hra_fx.model.example_inputs import preserve_rng_state
+from hra_fx.tracing.forward_state import GraphState, patched
 
 #: Attributes of a traced value that fx itself sets.
 _OWN = frozenset(("tracer", "node", "_node", "root", "attr"))
@@ -45,7 +45,7 @@ class TracedValue(fx.Proxy):
     @classmethod
     def __torch_function__(cls, orig_method: Any, types: Any, args: Any = None, kwargs: Any = None) -> Any:
         """A node for a function of torch."""
-        found = [value for value in _leaves([args, kwargs]) if issubclass(type(value), TracedValue)]
+        found = [value for value in pytree.tree_leaves((args, kwargs)) if issubclass(type(value), TracedValue)]
         with _tracer(found[0]).internal():
             return super().__torch_function__(orig_method, types, args, kwargs)
 
@@ -79,16 +79,32 @@ class TracedValue(fx.Proxy):
     __len__ = __int__ = __float__ = __complex__ = __index__ = _as_number
 
 
-for _name, _act in SPECIAL_METHODS.items():
+def _augment(name: str) -> None:
+    """Define an augmented assignment: `h += x` writes into the tensor `h`, which other variables may share.
 
-    def _augmented(self: TracedValue, other: Any, act: Any = _act) -> Any:
-        made = _tracer(self).create_proxy("call_function", act, (self, other), {})
-        object.__getattribute__(made, "node").meta["is_wrapped"] = (
-            True  # so that it stays a node when fx unpickles the graph
-        )
+    `fx.Proxy` does not define them, so Python evaluates `h = h + x`, and after `skip = h; h *= 0.5` the graph would
+    have the wrong `skip`. The target of the node is a function of this module, from which the code of the graph imports
+    it. For one of `operator`, fx generates the code `h += x`: if `h` is a number, that would reassign the variable of
+    another node.
+    """
+    act = getattr(operator, name)
+
+    def apply(value: Any, other: Any) -> Any:
+        return act(value, other)
+
+    def record(self: TracedValue, other: Any) -> Any:
+        made = _tracer(self).create_proxy("call_function", apply, (self, other), {})
+        # So that it stays a node when fx unpickles the graph.
+        object.__getattribute__(made, "node").meta["is_wrapped"] = True
         return made
 
-    setattr(TracedValue, _name, _augmented)
+    apply.__name__ = apply.__qualname__ = name
+    globals()[name] = apply
+    setattr(TracedValue, f"__{name}__", record)
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul"):
+    _augment(f"i{_name}")
 
 
 class TracedAttribute(TracedValue, Attribute):
@@ -98,17 +114,6 @@ class TracedAttribute(TracedValue, Attribute):
 def _tracer(proxy: Any) -> ModelTracer:
     tracer: ModelTracer = object.__getattribute__(proxy, "tracer")
     return tracer
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    kind = type(value)
-    if issubclass(kind, (list, tuple)):
-        for item in value:
-            yield from _leaves(item)
-    elif issubclass(kind, dict):
-        yield from _leaves(list(value.values()))
-    else:
-        yield value
 
 
 class ModelTracer(fx.Tracer):
@@ -130,7 +135,6 @@ class ModelTracer(fx.Tracer):
         """
         super().__init__()
         self._keep = keep
-        self._thread = threading.get_ident()
         self._state = GraphState()
         self._training = training
         self.has_drawn = False
@@ -158,7 +162,7 @@ class ModelTracer(fx.Tracer):
         Raises:
             CaptureError: the graph would not compute what the forward does.
         """
-        with torch.enable_grad(), patched(self.refuse):
+        with torch.enable_grad(), patched(self.refuse), preserve_rng_state():
             self._state = GraphState()
             try:
                 graph = super().trace(root)
@@ -195,8 +199,6 @@ class ModelTracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """A node for a leaf module; the nodes of the forward for any other module."""
-        if threading.get_ident() != self._thread:  # fx patches modules for all threads
-            return forward(*args, **kwargs)
         path = self.path_of_module(m)
         self.innermost.append((path, m))
         is_leaf = self.is_leaf_module(m, path)
@@ -212,12 +214,6 @@ class ModelTracer(fx.Tracer):
         if all(part.training == self._training for part in module.modules()):
             return None
         return "its train or eval mode is changed for this call, which a graph drops"
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """A parameter or buffer of a module."""
-        if threading.get_ident() != self._thread:
-            return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """A node, if the graph can represent the current state."""

@@ -17,7 +17,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from hra_fx.compat import fake_tensor_mode
 from hra_fx.errors import HRAWarning, VisualizeError
 from hra_fx.export.captured import is_captured, is_program
-from hra_fx.export.insert import find_rotate_nodes
+from hra_fx.export.ops import find_rotate_nodes
 from hra_fx.model.example_inputs import Call, normalize_inputs
 from hra_fx.model.graph_module import tag_adapted_layers
 from hra_fx.model.state import adapted_layers
@@ -25,8 +25,7 @@ from hra_fx.model.unwrap import unwrap
 from hra_fx.reporting.heat import is_identity
 from hra_fx.reporting.report import report
 from hra_fx.reporting.row import Row
-from hra_fx.tracing.graphs import adapted_graphs, graph_of_call, plain_graphs
-from hra_fx.tracing.trace_model import is_graph_of_call
+from hra_fx.tracing.graphs import adapted_graphs, graph_of_call, is_graph_of_call, plain_graphs
 from hra_fx.view.graph import leaves_of
 from hra_fx.view.scopes import scope_tree
 from hra_fx.view.subject import Subject, subject_of, subject_of_operators, subject_of_program

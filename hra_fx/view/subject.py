@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 
-from hra_fx.export.insert import find_rotate_nodes, remove_rotation
 from hra_fx.export.inspect import LayerAdapter, adapter_layers
-from hra_fx.export.match import GraphLayer, find_layers, group_tied, module_classes, parent_path
-from hra_fx.export.skeleton import build_skeleton
+from hra_fx.export.match import GraphLayer, find_layers, group_tied, module_classes
+from hra_fx.export.ops import find_rotate_nodes, remove_rotation
+from hra_fx.export.select import build_skeleton
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.target import META, REFLECTION, NodeTag, describe
 from hra_fx.model.state import AdapterState, adapted_layers, get_state
@@ -191,7 +191,7 @@ def _subject(module: fx.GraphModule, tensors: Mapping[str, Tensor], adapted: Ite
     skeleton = build_skeleton(found, own, classes, with_output=True)
     layers: dict[str, LayerFacts] = {}
     for layer in adapted:
-        parameters = sum(tensor.numel() for key, tensor in own.items() if parent_path(key) == layer.path)
+        parameters = sum(tensor.numel() for key, tensor in own.items() if key.rpartition(".")[0] == layer.path)
         width, detail = int(layer.chain.shape[0]), layer.description.replace("->", "→")
         rank = layer.r + (layers[layer.path].rank if layer.path in layers else 0)  # a weight may have several adapters
         layers[layer.path] = LayerFacts(detail, width, rank, parameters, vectors=width * rank)

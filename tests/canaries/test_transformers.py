@@ -17,7 +17,7 @@ from torch import nn
 
 import hra_fx
 from hra_fx.checkpoint.disk.ties import _config_tree
-from hra_fx.export.skeleton import OUTPUTS, model_type_of
+from hra_fx.export.select import OUTPUTS, model_type_of
 from hra_fx.layers.experts_weight import _IS_TRANSPOSED, is_transposed
 from hra_fx.layers.target import find_kind
 from hra_fx.model.tied import find_ties, set_tied
@@ -193,7 +193,7 @@ def test_conversions_of_checkpoints(tmp_path: Path) -> None:
 
 @of_transformers(
     "`config_class` of a model, or its `model_type`",
-    reader="hra_fx/export/skeleton.py",
+    reader="hra_fx/export/select.py",
     breaks="default targets of exported programs",
 )
 def test_the_type_of_a_model() -> None:
@@ -213,7 +213,7 @@ HEADS = {
 
 @of_transformers(
     "the paths of output layers",
-    reader="hra_fx/export/skeleton.py",
+    reader="hra_fx/export/select.py",
     breaks='target_modules="all-linear" of exported programs, which would adapt the output layer',
 )
 def test_output_layers() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
+from adapting import config as config
+from one_layer import F64 as F64, normal as normal
 from oracles import dense_q
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -14,18 +15,9 @@ from torch.export import ExportedProgram
 import hra_fx
 from hra_fx.export.captured import transform_captured
 
-F64 = torch.float64
 #: torch warns of its own copies of tree specifications, in saving and in run_decompositions.
 QUIET = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
 BATCH = torch.export.Dim.DYNAMIC
-
-
-def normal(seed: int, *shape: int, dtype: torch.dtype = F64) -> Tensor:
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def config(*targets: str, **fields: Any) -> hra_fx.HRAConfig:
-    return hra_fx.HRAConfig(**({"r": 3, "target_modules": list(targets)} | fields))
 
 
 class Mixed(nn.Module):

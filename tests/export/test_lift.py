@@ -12,13 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from export.programs import QUIET
-from graph_modules import COPIES
+from graph_modules import COPIES, X, config
 from layers.checking import assert_same, gradients, normal, randomise, vectors_of
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.experimental import _export_forward_backward
-from tracing.graph_mode import X, config
-from tracing.models import TRACED, Shared, Two
+from tracing.models import TRACED, Creates, Shared, Two
 
 import hra_fx
 from hra_fx.errors import AdapterError, HRAWarning, UnsupportedLayerError
@@ -85,7 +84,7 @@ class Tied(Two):
 
 
 #: TorchDynamo, which `strict` uses, has other names for tied tensors.
-MODELS = [(make, False) for make in (*TRACED, Tied)] + [(Tied, True), (Shared, True)]
+MODELS = [(make, False) for make in (*TRACED, Tied, Creates)] + [(Tied, True), (Shared, True)]
 
 
 @pytest.mark.parametrize(("make", "strict"), MODELS)

@@ -195,7 +195,10 @@ def odd() -> ExportedProgram:
             "up",
             "up: in this graph its weight is used by aten.conv_transpose1d.default (node 'conv_transpose1d'); expect",
         ),
-        ("guarded", "guarded: the layer runs under torch.autocast, which torch.export captures as a separate graph"),
+        (
+            "guarded",
+            "guarded: the layer runs in a block that torch.export captures as a graph of its own (wrap_with_auto",
+        ),
         ("unused", "unused: in this graph its weight is not used"),
         ("detached", "detached: in this graph its weight is used by aten.detach"),
     ],

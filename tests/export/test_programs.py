@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,9 +25,10 @@ from oracles import relative_error
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.experimental import _export_forward_backward
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import hra_fx
-from hra_fx.export.captured import fold_captured, transform_captured
+from hra_fx.export.captured import fold_captured, is_captured, transform_captured
 
 ALL = ("blocks.0", "blocks.1", "conv", "head")
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
@@ -316,3 +318,26 @@ def test_weights_that_are_read_by_another_module_or_in_parts(early: bool) -> Non
     assert relative_error(program.module()(x, y), model(x, y)) < 1e-12
     assert relative_error(torch.export.unflatten(program)(x, y), model(x, y)) < 1e-12
     assert relative_error(fold_captured(program).module()(x, y), model(x, y)) < 1e-12
+
+
+def test_is_captured() -> None:
+    model, ids = mixed()
+    assert is_captured(capture(model, ids).module())
+    assert is_captured(make_fx(nn.Linear(2, 2))(torch.ones(1, 2)))
+    assert not is_captured(fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2))))
+    assert not is_captured(model)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda module: hra_fx.transform(module, config("head")), hra_fx.fold, hra_fx.report, hra_fx.lower, hra_fx.freeze],
+    ids=["transform", "fold", "report", "lower", "freeze"],
+)
+def test_a_module_of_operators_is_refused_and_stays_as_it_was(function: Callable[[Any], Any]) -> None:
+    model, ids = mixed()
+    module = capture(model, ids).module()
+    code, keys = module.code, list(module.state_dict())
+    with pytest.raises(hra_fx.AdapterError, match=r"consists of operators, .* Pass the Exp.* hra_fx\.lift"):
+        function(module)
+    assert (module.code, list(module.state_dict())) == (code, keys)
+    assert all(parameter.requires_grad for parameter in module.parameters())

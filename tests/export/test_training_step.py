@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.utils import parametrizations
 from tracing.captured import CASES
-from tracing.graph_mode import Straight
+from tracing.models import Straight
 
 import hra_fx
 from hra_fx.errors import AdapterError, VerificationError

@@ -1,4 +1,4 @@
-"""Small models that torch.fx traces correctly here, though plain fx often does not."""
+"""Small models that torch.fx traces correctly here, though plain fx often does not, and some that it refuses."""
 
 from __future__ import annotations
 
@@ -25,6 +25,27 @@ class Two(nn.Module):
     def middle(self, hidden: Tensor) -> Any:
         """What is computed between both layers."""
         return torch.tanh(hidden)
+
+
+class Branches(Two):
+    """torch.fx refuses it; torch.export captures one call."""
+
+    def forward(self, x: Tensor, *, scale: float = 1.0) -> Any:
+        hidden = self.first(x)
+        hidden = hidden * 2 if hidden.shape[0] > 2 else hidden
+        return {"out": self.second(self.middle(hidden)) * scale}
+
+
+class Straight(torch.autograd.Function):
+    """A rounding whose gradient is that of the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 class Dropout(Two):
@@ -217,6 +238,19 @@ class Buffers(Two):
         share = 0.1 if self.training else 0.0
         self.total.mul_(1 - share).add_(share * hidden.detach().mean(0))
         return hidden + self.total.clone()
+
+
+class Creates(Two):
+    """Creates tensors in its forward, which torch.export makes constants; one is an attribute, and no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = torch.arange(8.0)
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        width = torch.tensor([0.5, 2.0])
+        width[0] = 0.25
+        return torch.tanh(hidden * width.repeat(4) + self.shift)
 
 
 TRACED: tuple[type[nn.Module], ...] = (

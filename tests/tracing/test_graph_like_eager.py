@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from graph_modules import COPIES, X, config
+from layers.checking import assert_same, gradients, randomise, vectors_of
 from torch import Tensor, nn
+from torch.export import Dim
 from torch.nn import functional as F
 from tracing.captured import bert, tokens
-from tracing.graph_mode import Branches, X, config
+from tracing.models import Branches, Creates, Two
 
 import hra_fx
 from hra_fx.errors import AdapterError
@@ -107,6 +110,16 @@ def test_inputs_that_take_another_branch_are_refused(
         graph(*call)
 
 
+def test_a_tensor_that_a_forward_creates_is_no_buffer() -> None:
+    base = Creates().double()
+    graph = hra_fx.transform(copy.deepcopy(base), config(r=2), trace=True, example_inputs=X, dynamic_shapes=({},))
+    for model in (graph, copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
+        assert not list(model.named_buffers())
+        torch.testing.assert_close(model(X), base(X), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(model.float()(X.float()), copy.deepcopy(base).float()(X.float()))
+        assert list(hra_fx.fold(model).state_dict()) == list(base.state_dict())
+
+
 class Counts(Branches):
     calls = 0
 
@@ -160,3 +173,28 @@ def test_captures_in_several_threads() -> None:
     assert len(graphs) == 3
     for graph, eager in graphs:
         torch.testing.assert_close(graph(X), eager(X), rtol=1e-12, atol=1e-12)
+
+
+class Blocks(Two):
+    def middle(self, hidden: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = hidden.abs().mean()
+            with torch.autocast("cpu", torch.bfloat16):
+                scale = scale * (hidden.float() @ hidden.float().T).double().mean()
+        return hidden * torch.sigmoid(scale)
+
+
+@pytest.mark.parametrize("copied", COPIES, ids=["copy", "pickle", "save"])
+def test_copies_of_a_graph_keep_the_context_of_its_blocks(copied: Callable[[Any], Any]) -> None:
+    torch.manual_seed(0)
+    base = Blocks().double()
+    eager = hra_fx.transform(copy.deepcopy(base), config())
+    randomise(eager)
+    graph = hra_fx.transform(base, config(), trace=True, example_inputs=X, dynamic_shapes=({0: Dim.AUTO},))
+    graph.load_state_dict(eager.state_dict())
+    found, wanted = copied(graph), eager(X)
+    output = found(X)
+    assert_same(output, wanted)
+    leaves = [list(vectors_of(model).values()) for model in (found, eager)]
+    for one, other in zip(gradients(output, leaves[0]), gradients(wanted, leaves[1]), strict=True):
+        assert_same(one, other, rtol=1e-8)

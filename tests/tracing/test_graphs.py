@@ -1,18 +1,22 @@
-"""`hra_fx.graphs`: what is returned, that it runs, and that it is a copy over shared parameters."""
+"""`hra_fx.graphs`: the graph of a whole model or of the largest parts that fx can trace, over shared parameters."""
 
 from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from adapting import picture
+from layers.checking import assert_same, normal, randomise
 from torch import Tensor, fx, nn
 
 import hra_fx
 from hra_fx.errors import AdapterError
 from hra_fx.layers.target import NodeTag
+from hra_fx.tracing.trace import capture_layers
 
 
 class Net(nn.Module):
@@ -28,78 +32,112 @@ class Net(nn.Module):
         return self.head(self.drop(x.mean((2, 3))))
 
 
-class Branching(nn.Module):
-    """Cannot be traced whole: it branches on a value. `mlp` can be, and `gate` is a single layer."""
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4))
+
+
+class Optional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.b(self.a(x)) if mask is None else self.b(self.a(x) * mask)
+
+
+class Host(nn.Module):
+    """It branches on a value; its parts are of every kind."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4))
+        self.mlp = mlp()
         self.gate = nn.Linear(4, 4)
+        self.one = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        self.optional = Optional()
+        self.graph = fx.symbolic_trace(mlp())
+        self.patched = mlp()
+        self.patched.forward = self.patched.forward  # type: ignore[method-assign]
+        self.shared = self.gate
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(x) if x.sum() > 0 else self.gate(x)
+        x = self.mlp(x) if x.sum() > 0 else self.gate(x)
+        return self.shared(self.patched(self.graph(self.optional(self.one(x), mask=x))))
 
 
-def randomised(model: nn.Module, *targets: str) -> nn.Module:
-    torch.manual_seed(0)
-    model = hra_fx.transform(model.double(), hra_fx.HRAConfig(r=3, target_modules=list(targets)))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".hra_u." in name:
-                parameter.normal_()
+def adapted(model: nn.Module) -> Any:
+    names = [name for name, part in model.named_modules() if isinstance(part, (nn.Linear, nn.Conv2d))]
+    model = hra_fx.transform(model.double(), hra_fx.HRAConfig(r=3, target_modules=names))
+    randomise(model)
     return model
 
 
-def net() -> nn.Module:
-    return randomised(Net(), "conv", "head")
+def net() -> Any:
+    torch.manual_seed(0)
+    return adapted(Net())
 
 
-def image() -> Tensor:
-    return torch.randn(2, 3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+IMAGE = normal(1, 2, 3, 5, 5)
 
 
-def test_whole_model_has_the_empty_key() -> None:
-    found = hra_fx.graphs(net())
-    assert list(found) == [""]
-    assert type(found[""]).__bases__[0] is fx.GraphModule
-    assert type(found[""]).__name__ == "Net"
+def calls(graph: fx.GraphModule) -> list[str]:
+    return [str(node.target) for node in graph.graph.find_nodes(op="call_module")]
 
 
-def test_parts_have_their_paths() -> None:
-    model = randomised(Branching(), "mlp.0", "mlp.2", "gate")
+def notes(graph: fx.GraphModule) -> list[NodeTag]:
+    return [node.meta["hra"] for node in graph.graph.nodes if "hra" in node.meta]
+
+
+def test_a_model_that_is_traced_whole() -> None:
+    model = net()
     found = hra_fx.graphs(model)
-    assert list(found) == ["gate", "mlp"]
-    assert [n.target for n in found["mlp"].graph.nodes if n.op == "call_module"] == [
-        "0.hra_u",
-        "0",
-        "1",
-        "2.hra_u",
-        "2",
+    assert list(found) == [""] and type(found[""]).__bases__[0] is fx.GraphModule and type(found[""]).__name__ == "Net"
+    assert capture_layers(model) == {"conv": ("", ""), "head": ("", "")}
+    assert [(note.path, note.kind, note.role) for note in notes(found[""])] == [
+        ("conv", "conv2d", "reflection"),
+        ("conv", "conv2d", "layer"),
+        ("head", "linear", "reflection"),
+        ("head", "linear", "layer"),
     ]
-    assert [n.target for n in found["gate"].graph.nodes if n.op == "call_module"] == ["gate.hra_u", "gate"]
-    x = torch.randn(3, 4, dtype=torch.float64)
-    torch.testing.assert_close(found["mlp"](x), model.mlp(x), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(found["gate"](x), model.gate(x), rtol=1e-12, atol=1e-12)
-
-
-def test_nodes_carry_notes() -> None:
-    model = randomised(Branching(), "mlp.0", "mlp.2", "gate")
-    found = hra_fx.graphs(model)
-    notes = [node.meta["hra"] for node in found["mlp"].graph.nodes if "hra" in node.meta]
-    assert notes == [
-        NodeTag("mlp.0", "linear", "reflection"),
-        NodeTag("mlp.0", "linear", "layer"),
-        NodeTag("mlp.2", "linear", "reflection"),
-        NodeTag("mlp.2", "linear", "layer"),
-    ]
-    assert [node.meta["hra"].path for node in found["gate"].graph.nodes if "hra" in node.meta] == ["gate", "gate"]
-    kinds = {node.meta["hra"].kind for node in hra_fx.graphs(net())[""].graph.nodes if "hra" in node.meta}
-    assert kinds == {"linear", "conv2d"}
-
-
-def test_reflection_nodes_keep_the_module_stack_of_their_layer() -> None:
-    nodes = {str(n.target): n for n in hra_fx.graphs(net())[""].graph.nodes if "hra" in n.meta}
+    nodes = {str(node.target): node for node in found[""].graph.nodes if "hra" in node.meta}
     assert nodes["conv.hra_u"].meta["nn_module_stack"] == nodes["conv"].meta["nn_module_stack"]
+
+
+def test_the_largest_parts_and_the_reasons() -> None:
+    model = adapted(Host())
+    before = picture(model)
+    found = capture_layers(model)
+    assert picture(model) == before
+    whole = "the model (Host): it branches on a value (if, while, and, or, not, assert)"
+    optional = "optional (Optional): forward has optional arguments (mask), and it is unknown how it is called"
+    graph = "graph (Sequential): it is a GraphModule itself"
+    patched = "patched (Sequential): its forward is set on the instance"
+    assert found == {
+        "mlp.0": ("mlp", whole),
+        "mlp.2": ("mlp", whole),
+        "gate": (None, whole),
+        "one.0": (None, whole),
+        "optional.a": (None, optional),
+        "optional.b": (None, optional),
+        "graph.0": (None, graph),
+        "graph.2": (None, graph),
+        "patched.0": (None, patched),
+        "patched.2": (None, patched),
+    }
+    graphs, x = hra_fx.graphs(model), normal(2, 3, 4)
+    assert set(graphs) == {root or path for path, (root, _) in found.items()}
+    assert calls(graphs["mlp"]) == ["0.hra_u", "0", "1", "2.hra_u", "2"]
+    assert calls(graphs["gate"]) == ["gate.hra_u", "gate"]
+    assert [note.path for note in notes(graphs["mlp"])] == ["mlp.0", "mlp.0", "mlp.2", "mlp.2"]
+    assert [note.path for note in notes(graphs["gate"])] == ["gate", "gate"]
+    for path in ("mlp", "gate"):
+        assert_same(graphs[path](x), model.get_submodule(path)(x))
+
+
+def test_a_part_in_eval_mode_does_not_change() -> None:
+    model = adapted(Host())
+    model.mlp.eval()
+    graph = hra_fx.graphs(model)["mlp"]
+    assert not graph.training and model.training and not model.mlp.training
 
 
 def test_parameters_are_the_models_own() -> None:
@@ -109,107 +147,59 @@ def test_parameters_are_the_models_own() -> None:
     for name, parameter in graph.named_parameters():
         assert parameter is own[name]
     assert dict(graph.named_parameters()).keys() == own.keys()
-    graph(image()).sum().backward()
+    graph(IMAGE).sum().backward()
     assert own["conv.hra_u.default"].grad is not None
-    with torch.no_grad():
-        own["head.hra_u.default"].add_(1)
-    model.eval()
-    torch.testing.assert_close(hra_fx.graphs(model)[""](image()), model(image()), rtol=1e-12, atol=1e-12)
 
 
 def test_one_graph_serves_both_modes() -> None:
     model = net()
     graph = hra_fx.graphs(model)[""]
+    twin = copy.deepcopy(model)
     assert graph.training and hra_fx.graphs(model.eval())[""].code == graph.code
     for training in (True, False):
         found = []
-        for each in (graph.train(training), model.train(training)):
+        for each in (graph.train(training), twin.train(training)):
             torch.manual_seed(3)
-            found.append(each(image()))
-        torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_graph_equals_the_model(training: bool) -> None:
-    model = net().train(training)
-    twin = copy.deepcopy(model)
-    torch.manual_seed(3)
-    expected = model(image())
-    graph = hra_fx.graphs(twin)[""]
-    torch.manual_seed(3)
-    torch.testing.assert_close(graph(image()), expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(twin.norm.running_mean, model.norm.running_mean, rtol=1e-12, atol=1e-12)
+            found.append(each(IMAGE))
+        assert_same(*found)
+        assert_same(model.norm.running_mean, twin.norm.running_mean)
 
 
 def test_editing_a_graph_does_not_change_the_model() -> None:
     model = net().eval()
-    before = model(image())
+    before = model(IMAGE)
     graph = hra_fx.graphs(model)[""]
-    for node in graph.graph.nodes:
-        if node.op == "output":
-            node.args = (next(n for n in graph.graph.nodes if n.target == "conv"),)
+    graph.graph.output_node().args = (next(node for node in graph.graph.nodes if node.target == "conv"),)
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    assert graph(image()).shape == (2, 4, 5, 5)
-    assert torch.equal(model(image()), before)
+    assert graph(IMAGE).shape == (2, 4, 5, 5)
+    assert torch.equal(model(IMAGE), before)
     assert hra_fx.graphs(model)[""].code != graph.code
 
 
-def test_interpreter_and_shape_propagation() -> None:
+def test_interpreters_shape_propagation_and_export() -> None:
     from torch.fx.passes.shape_prop import ShapeProp
 
     model = net().eval()
     graph = hra_fx.graphs(model)[""]
-    torch.testing.assert_close(fx.Interpreter(graph).run(image()), model(image()), rtol=1e-12, atol=1e-12)
-    ShapeProp(graph).propagate(image())
-    shapes = {
-        str(node.target): node.meta["tensor_meta"].shape
-        for node in graph.graph.nodes
-        if "hra" in node.meta and node.meta["hra"].role == "layer"
-    }
+    assert_same(fx.Interpreter(graph).run(IMAGE), model(IMAGE))
+    ShapeProp(graph).propagate(IMAGE)
+    layers = [node for node in graph.graph.nodes if "hra" in node.meta and node.meta["hra"].role == "layer"]
+    shapes = {str(node.target): node.meta["tensor_meta"].shape for node in layers}
     assert shapes == {"conv": (2, 4, 5, 5), "head": (2, 5)}
+    assert_same(torch.export.export(graph, (IMAGE,)).module()(IMAGE), model(IMAGE))
 
 
-def test_export_of_a_graph() -> None:
+def test_copies_of_a_graph_have_parameters_of_their_own() -> None:
     model = net().eval()
-    program = torch.export.export(hra_fx.graphs(model)[""], (image(),))
-    torch.testing.assert_close(program.module()(image()), model(image()), rtol=1e-12, atol=1e-12)
-
-
-def test_deepcopy_of_a_graph() -> None:
-    model = net().eval()
-    graph = hra_fx.graphs(model)[""]
-    twin = copy.deepcopy(graph)
-    expected = model(image())
-    torch.testing.assert_close(twin(image()), expected, rtol=1e-12, atol=1e-12)
-    assert [n.meta["hra"] for n in twin.graph.nodes if "hra" in n.meta] == [
-        n.meta["hra"] for n in graph.graph.nodes if "hra" in n.meta
-    ]
-    with torch.no_grad():
-        twin.get_parameter("conv.hra_u.default").add_(1)
-    torch.testing.assert_close(model(image()), expected, rtol=0, atol=0)
-
-
-def test_pickle_of_a_graph() -> None:
-    model = net().eval()
-    loaded = pickle.loads(pickle.dumps(hra_fx.graphs(model)[""]))
-    torch.testing.assert_close(loaded(image()), model(image()), rtol=1e-12, atol=1e-12)
-    calls = [str(node.target) for node in loaded.graph.nodes if node.op == "call_module"]
-    assert calls == [str(node.target) for node in hra_fx.graphs(model)[""].graph.nodes if node.op == "call_module"]
-
-
-def test_a_layer_called_twice_has_two_pairs_of_nodes_and_one_parameter() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lin = nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.lin(torch.tanh(self.lin(x)))
-
-    graph = hra_fx.graphs(randomised(Twice(), "lin"))[""]
-    assert [n.target for n in graph.graph.nodes if n.op == "call_module"] == ["lin.hra_u", "lin"] * 2
-    assert [name for name, p in graph.named_parameters() if p.requires_grad] == ["lin.hra_u.default"]
+    expected, graph = model(IMAGE), hra_fx.graphs(model)[""]
+    assert notes(copy.deepcopy(graph)) == notes(graph)
+    for twin in (copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
+        assert_same(twin(IMAGE), expected)
+        assert calls(twin) == calls(graph)
+        with torch.no_grad():
+            twin.get_parameter("conv.hra_u.default").add_(1)
+        assert_same(model(IMAGE), expected)
 
 
 def test_a_plain_model_has_no_graphs() -> None:

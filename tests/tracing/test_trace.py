@@ -6,7 +6,6 @@ import collections
 import contextlib
 import copy
 import random
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -18,13 +17,11 @@ from graph_modules import COPIES
 from layers.checking import assert_same, check, normal, randomise
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
-from tracing.graph_mode import Straight
-from tracing.models import TRACED, Containers, Norms, Two
+from tracing.models import TRACED, Norms, Straight, Two
 
 import hra_fx
 from hra_fx.errors import CaptureError
 from hra_fx.layers.target import find_kind
-from hra_fx.tracing.by_mode import ByMode
 from hra_fx.tracing.trace import trace
 
 X = normal(7, 4, 6)
@@ -62,11 +59,6 @@ def test_outputs_gradients_and_buffers_are_those_of_the_model(make: type[nn.Modu
             assert buffers(mine).keys() == buffers(own).keys()
             for name, value in buffers(mine).items():
                 torch.testing.assert_close(value, buffers(own)[name], rtol=1e-10, atol=1e-10)
-
-
-def test_constants_of_a_mode_are_modules() -> None:
-    constant = ByMode(0.1, 0.0)
-    assert (constant(), constant.eval()(), repr(constant)) == (0.1, 0.0, "ByMode(train=0.1, eval=0.0)")
 
 
 def test_a_batch_norm_frozen_in_eval_mode_stays_frozen() -> None:
@@ -320,48 +312,3 @@ def test_a_torch_without_torchscript(monkeypatch: pytest.MonkeyPatch) -> None:
         base, model = pair(Two)
         assert not hasattr(torch.jit, "is_tracing")
     check(base, model, X)
-
-
-def test_a_layer_that_is_not_called_makes_no_trouble() -> None:
-    class Unused(Two):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.first(x)
-
-    model = Unused()
-    graph = trace(model, [model.first, model.second]).graph
-    assert [node.target for node in graph.find_nodes(op="call_module")] == ["first"]
-
-
-# ---- threads ----
-
-
-def test_models_are_traced_and_run_in_several_threads_at_once() -> None:
-    """fx patches `nn.Module` for the whole process, and other threads go on."""
-    stop, errors = threading.Event(), []
-    torch.manual_seed(0)
-    running = Norms().double().eval()
-    wanted = running(X)
-
-    def run() -> None:
-        while not stop.is_set():
-            with torch.no_grad(), torch.autocast("cpu", enabled=False):
-                if not torch.equal(running(X), wanted) or torch.jit.is_tracing():
-                    errors.append("another output")
-
-    def traced() -> None:
-        try:
-            for make in (Two, Norms, Containers):
-                base, model = pair(make)
-                check(base, model, X)
-        except BaseException as error:
-            errors.append(error)
-
-    runner = threading.Thread(target=run)
-    tracers = [threading.Thread(target=traced) for _ in range(2)]
-    for thread in (runner, *tracers):
-        thread.start()
-    for thread in tracers:
-        thread.join()
-    stop.set()
-    runner.join()
-    assert not errors

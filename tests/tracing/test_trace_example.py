@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from graph_modules import X, config
 from layers.checking import assert_same, randomise
 from torch import Tensor, fx, nn
 from tracing.captured import CASES, Pair, bert, labeled, llama, tokens
-from tracing.graph_mode import Branches, X, config
+from tracing.models import Branches
 
 import hra_fx
 from hra_fx.errors import AdapterError

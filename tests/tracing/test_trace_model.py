@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from graph_modules import COPIES
+from graph_modules import COPIES, X, config
 from layers.checking import assert_same, check, gradients, normal, randomise, vectors_of
 from torch import Tensor, fx, nn
 from torchvision.models.swin_transformer import SwinTransformer
-from tracing.graph_mode import X, config
 from tracing.models import Dropout, Two
 
 import hra_fx
@@ -59,17 +58,6 @@ def test_it_computes_what_the_eager_adapted_model_does(fields: dict[str, Any]) -
             found.append([output, *gradients(output, list(vectors_of(each).values()))])
         assert_same(*found)
     check(base, model, X)
-
-
-def test_fold_gives_the_plain_graph() -> None:
-    base, model = traced()
-    with torch.no_grad():
-        before = model.eval()(X)
-    folded = hra_fx.fold(model)
-    assert_same(folded(X), before)
-    assert "hra_u" not in folded.code and list(folded.state_dict()) == list(base.state_dict())
-    plain = hra_fx.fold(hra_fx.transform(copy.deepcopy(base), config(), trace=True))
-    assert plain.code == folded.code
 
 
 def test_adapters_are_added_switched_deleted_saved_and_loaded(tmp_path: Path) -> None:

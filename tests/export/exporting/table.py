@@ -16,7 +16,7 @@ import multiprocessing as mp
 import os
 import sys
 import warnings
-from multiprocessing.connection import Connection
+from concurrent.futures import ProcessPoolExecutor
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,34 +25,14 @@ from export.exporting.cells import FORMS, LIMIT, error_of, expected, moved, prog
 from export.exporting.exporters import EXPORTERS
 from export.exporting.models import MODELS
 
-LIMIT_OF_SECONDS = 600
-
-
-def work(name: str, form: str, exporter: str, pipe: Connection) -> None:
-    """In the process of a cell."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    os.dup2(null, 2)
-    try:
-        pipe.send(error_of(name, form, exporter))
-    except Exception as error:
-        pipe.send(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-
 
 def cell(name: str, form: str, exporter: str) -> float | str:
     """An error, or why there is none."""
-    receiver, sender = mp.Pipe(duplex=False)
-    process = mp.get_context("fork").Process(target=work, args=(name, form, exporter, sender))
-    process.start()
-    sender.close()
-    try:
-        found: float | str = receiver.recv() if receiver.poll(LIMIT_OF_SECONDS) else "no end in ten minutes"
-    except EOFError:
-        process.join()
-        found = f"the process died with exit code {process.exitcode}"
-    process.kill()
-    process.join()
-    return found
+    with ProcessPoolExecutor(1, mp.get_context("fork")) as pool:
+        try:
+            return pool.submit(error_of, name, form, exporter).result()
+        except Exception as error:
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def prepare(name: str, form: str, exporters: list[str]) -> None:

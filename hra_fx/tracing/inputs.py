@@ -1,0 +1,287 @@
+"""Inputs and outputs of a captured graph: nested ones as nodes, and the conditions on its inputs.
+
+`torch.export` flattens the arguments and the result of a call outside of its graph. A plain graph, which fx can copy
+and pickle, has nodes for both:
+
+    input_ids = placeholder;  boxes = placeholder;  first = boxes[0]
+    ...
+    output = CausalLMOutputWithPast(logits=linear)
+
+`torch.export` also finds conditions such as "the length is at most 512" while it captures a call. They are kept as
+expressions in a module that the graph calls first, so that copies and pickles of the graph have them.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+import operator
+from collections import namedtuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from hra_fx.compat import guard_function, guards_of, pytree
+from hra_fx.errors import CaptureError
+from hra_fx.model.example_inputs import Call
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+
+def argument_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """The names of the arguments of a call, in its order; those of `*args` are numbered.
+
+    Example:
+        >>> argument_names(nn.Bilinear(2, 2, 2), (1,), {"input2": 2})
+        ['input1', 'input2']
+    """
+    names: list[str] = []
+    for parameter in inspect.signature(model.forward).parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            names += [f"{parameter.name}_{index}" for index in range(len(args) - len(names))]
+        elif parameter.kind is not inspect.Parameter.KEYWORD_ONLY and len(names) < len(args):
+            names.append(parameter.name)
+    return [*names, *kwargs]
+
+
+def call_of(program: ExportedProgram) -> Call:
+    """The arguments of a program, with the number of each flat input in its place.
+
+    Example:
+        >>> import torch
+        >>> call_of(torch.export.export(nn.Bilinear(2, 2, 2), (torch.ones(1, 2),), {"input2": torch.ones(1, 2)}))
+        ((0,), {'input2': 1})
+    """
+    spec: Any = program.call_spec.in_spec
+    call: Call = pytree.tree_unflatten(range(spec.num_leaves), spec)
+    return call
+
+
+def nest(graph: fx.Graph, program: ExportedProgram, names: list[str]) -> list[fx.Node]:
+    """Give a graph the nested arguments and results of its program, in place.
+
+    Args:
+        graph: the graph of the program's module, with one placeholder for each tensor.
+        program: the program.
+        names: the names of its arguments.
+
+    Returns:
+        The nodes of the flat inputs.
+
+    Raises:
+        CaptureError: a graph cannot create or take apart an argument or a result of this type.
+    """
+    flat = iter(graph.find_nodes(op="placeholder"))
+    specs = [spec for part in program.call_spec.in_spec.children() for spec in part.children()]
+    inputs: list[fx.Node] = []
+    for name, spec in zip(names, specs, strict=True):
+        parts = list(itertools.islice(flat, spec.num_leaves))
+        if spec.is_leaf():
+            parts[0].target = name
+        inputs += parts if spec.is_leaf() else _taken_apart(graph, name, spec, parts)
+    end: Any = graph.output_node()
+    results = iter(end.args[0])
+    with graph.inserting_before(end):
+        end.args = (_nested(graph, program.call_spec.out_spec, results),)
+    graph.set_codegen(fx.graph.CodeGen())
+    return inputs
+
+
+def _taken_apart(graph: fx.Graph, name: str, spec: Any, parts: list[fx.Node]) -> list[fx.Node]:
+    """Replace the placeholders of the tensors in a nested input by one, and nodes that take it apart."""
+    with graph.inserting_before(parts[0] if parts else next(iter(graph.nodes))):
+        made = list(_leaves(graph, graph.placeholder(name), spec))
+    for old, new in zip(parts, made, strict=True):
+        new.meta = dict(old.meta)
+        old.replace_all_uses_with(new)
+        graph.erase_node(old)
+    return made
+
+
+def _leaves(graph: fx.Graph, value: fx.Node, spec: Any) -> Iterator[fx.Node]:
+    """Nodes for the tensors in a nested input."""
+    if spec.is_leaf():
+        yield value
+        return
+    if spec.type not in (tuple, list, dict):
+        raise CaptureError(f"its input {value.name!r} holds a {spec.type.__name__}, which a graph cannot take apart")
+    keys = spec.context if spec.type is dict else range(spec.num_children)
+    for key, child in zip(keys, spec.children(), strict=True):
+        yield from _leaves(graph, graph.call_function(operator.getitem, (value, key)), child)
+
+
+def _nested(graph: fx.Graph, spec: Any, results: Iterator[Any]) -> Any:
+    """An argument of the output node: containers, and calls of the classes of outputs."""
+    if spec.is_leaf():
+        return next(results)
+    children = [_nested(graph, child, results) for child in spec.children()]
+    if spec.type in (tuple, list):
+        return spec.type(children)
+    if spec.type is dict:
+        return dict(zip(spec.context, children, strict=True))
+    if spec.type is namedtuple:
+        made = graph.call_function(spec.context, tuple(children))
+    elif issubclass(spec.type, dict):  # the outputs of transformers and diffusers
+        made = graph.call_function(spec.type, (), dict(zip(spec.context, children, strict=True)))
+    else:
+        raise CaptureError(f"it returns a {spec.type.__name__}, which a graph cannot create")
+    made.meta["is_wrapped"] = True  # so that it stays a node when fx unpickles the graph
+    return made
+
+
+# --- conditions -------------------------------------------------------------------------------------------------------
+
+
+class Condition(NamedTuple):
+    """One condition.
+
+    Attributes:
+        code: a Python expression over `args`, the inputs of the graph.
+        text: the same with the names of the inputs.
+    """
+
+    code: str
+    text: str
+
+
+class InputChecks(nn.Module):
+    """Checks the inputs of a graph in its current mode."""
+
+    #: Keeps the call in `graph.eliminate_dead_code()`, which would drop it because nothing reads its result.
+    _is_impure = True
+
+    def __init__(self, in_train: Sequence[Condition], in_eval: Sequence[Condition]) -> None:
+        """Store the conditions of both modes."""
+        super().__init__()
+        self.in_train = tuple(in_train)
+        self.in_eval = tuple(in_eval)
+        self._make()
+
+    def forward(self, *args: Any) -> None:
+        """Check all inputs.
+
+        Raises:
+            AssertionError: an input does not fit; the message says which, and what to do.
+        """
+        (self._check_train if self.training else self._check_eval)(*args)
+
+    def add(self, condition: Condition) -> None:
+        """Check one more condition, in both modes."""
+        self.in_train, self.in_eval = (*self.in_train, condition), (*self.in_eval, condition)
+        self._make()
+
+    def extra_repr(self) -> str:
+        """The conditions of the current mode."""
+        return ", ".join(condition.text for condition in (self.in_train if self.training else self.in_eval))
+
+    def _make(self) -> None:
+        self._check_train, self._check_eval = (guard_function(_code(part)) for part in (self.in_train, self.in_eval))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the functions, which are made from the conditions."""
+        return {name: value for name, value in vars(self).items() if name not in ("_check_train", "_check_eval")}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Make the functions again."""
+        vars(self).update(state)
+        self._make()
+
+
+def _code(conditions: Sequence[Condition]) -> str:
+    """The source of a function that asserts all conditions."""
+    lines = ["def check(*args):"]
+    for condition in conditions:
+        message = (
+            f"the graph was captured for inputs with `{condition.text}`. Call the original model, or capture it "
+            "for these inputs: pass them as `example_inputs` to hra_fx.transform(..., trace=True), or to "
+            "torch.export.export."
+        )
+        lines.append(f"    torch._assert({condition.code}, {message!r})")
+    return "\n".join([*lines, "    return None"])
+
+
+def conditions_of(program: ExportedProgram, names: list[str], places: list[fx.Node]) -> list[Condition]:
+    """What must hold for the inputs of a program.
+
+    Args:
+        program: the program.
+        names: the names of its arguments.
+        places: the nodes of its flat inputs.
+    """
+    args, kwargs = call_of(program)
+    given = dict(zip(names, (*args, *kwargs.values()), strict=True))
+    paths = [path for path, _ in pytree.tree_flatten_with_path(given)[0]]
+    sources = {}
+    for index, path in enumerate(paths):
+        sources[f"L['flat_args'][{index}]"] = sources[f"L{pytree.keystr(path)}"] = index
+        name, _, place = path[0].key.rpartition("_")
+        if place.isdigit():  # one of *args
+            sources[f"L['{name}'][{place}]{pytree.keystr(path[1:])}"] = index
+    shown = [f"{path[0].key}{pytree.keystr(path[1:])}" for path in paths]
+    found = dict.fromkeys([*_of_shapes(program, places), *guards_of(program)])
+    return [_condition(code, sources, shown) for code in found]
+
+
+def more_than_one(index: int, dimension: int, names: list[str]) -> Condition:
+    """That a size of an input is not 1.
+
+    Args:
+        index: that of the flat input.
+        dimension: the dimension of the size.
+        names: the names of the arguments, which are those of the inputs where none is nested.
+    """
+    name = names[index] if index < len(names) else f"input {index}"
+    return Condition(f"args[{index}].size()[{dimension}] != 1", f"{name}.size()[{dimension}] != 1")
+
+
+def _condition(code: str, sources: dict[str, int], names: list[str]) -> Condition:
+    text = code = code.replace("\n", "")
+    for source, index in sources.items():
+        code = code.replace(source, f"args[{index}]")
+        text = text.replace(source, names[index])
+    text = ast.unparse(ast.parse(text, mode="eval"))
+    return Condition(code, text)
+
+
+def _of_shapes(program: ExportedProgram, places: list[fx.Node]) -> Iterator[str]:
+    """Sizes and values that are constants of the graph, sizes that must be equal, and limits of sizes."""
+    first: dict[str, str] = {}
+    for index, place in enumerate(places):
+        value: Any = place.meta["val"]
+        source = f"L['flat_args'][{index}]"
+        if not isinstance(value, Tensor):
+            if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+                yield f"{source} == {value!r}" if value is not None else f"{source} is None"
+            continue
+        yield f"{source}.dim() == {value.dim()}"
+        yield _kind(source, value.dtype)
+        for dimension, size in enumerate(value.shape):
+            here = f"{source}.size()[{dimension}]"
+            if isinstance(size, int):
+                yield f"{here} == {size}"
+            elif (symbol := str(size)) in first:
+                yield f"{here} == {first[symbol]}"
+            else:
+                first[symbol] = here
+                yield from _limits(program, size, here)
+
+
+def _kind(source: str, dtype: torch.dtype) -> str:
+    """Masks of numbers and of booleans mean different things, and a model may ask which one it has."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return f"{source}.dtype.is_floating_point == {dtype.is_floating_point}"
+    return f"({source}.dtype == torch.bool) == {dtype is torch.bool} and not {source}.dtype.is_floating_point"
+
+
+def _limits(program: ExportedProgram, size: Any, source: str) -> Iterator[str]:
+    limits = program.range_constraints.get(size.node.expr)
+    if limits is None:
+        return
+    if limits.lower.is_finite and int(limits.lower) > 2:  # below, torch.export only excludes 0 and 1 as constants
+        yield f"{source} >= {int(limits.lower)}"
+    if limits.upper.is_finite and limits.upper.is_Integer:
+        yield f"{source} <= {int(limits.upper)}"
