@@ -13,11 +13,11 @@ import datasets
 import peft
 import pytest
 import torch
-from integrations.transformers_use.tiny import batch, llama, tokens_of, trainer_of, turn, vectors_of
 from integrations.trl_use.runs import SFT_CHATS, logs, redraw, tokenizer
 from layers.quantized.bases import rotated, values
 from layers.test_batching import batches
 from oracles import dense_q, relative_error
+from tiny_models import batch, llama, tokens_of, trainer_of, turn, vectors_of
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer

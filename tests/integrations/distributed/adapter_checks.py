@@ -14,7 +14,7 @@ import transformers
 from huggingface_hub.errors import HFValidationError
 from integrations.distributed.spawned import Check
 from integrations.distributed.trained import CASES, LAYERS, SIZES, WAYS, Case, output, part_of, shard, tokens, train
-from integrations.transformers_use.one_hub import one_hub
+from one_hub import one_hub
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict

@@ -10,8 +10,8 @@ import peft
 import pytest
 import torch
 from integrations.peft_acceleration.layers import adapted, turn
-from integrations.peft_parity.tiny import tiny
 from oracles import relative_error
+from tiny_models import tiny
 from torch import Tensor, nn
 from torch._dynamo import reset
 from torch.profiler import profile

@@ -10,9 +10,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from integrations.peft_parity.sides import F64, net, peft_warnings_ignored, randomise, tokens
 from model.many import config, moved, normal, seen, sequential, weights
 from oracles import relative_error
+from peft_sides import F64, net, peft_warnings_ignored, randomise, tokens
 from torch import Tensor, nn
 
 import hra_fx

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from integrations.peft_parity.sides import by_peft, by_us, opened_by_peft, randomise, saved_by_peft
-from integrations.peft_parity.tiny import inputs, tiny
 from integrations.transformers_use import tied
 from model.many import seen
 from oracles import relative_error
+from peft_sides import by_peft, by_us, opened_by_peft, randomise, saved_by_peft
 from safetensors.torch import load_file
+from tiny_models import inputs, tiny
 from torch import Tensor
 
 import hra_fx

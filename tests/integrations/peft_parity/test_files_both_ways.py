@@ -9,7 +9,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from integrations.peft_parity.sides import (
+from oracles import relative_error
+from peft_sides import (
     F32,
     F64,
     TOLERANCE,
@@ -26,7 +27,6 @@ from integrations.peft_parity.sides import (
     tokens,
     trained,
 )
-from oracles import relative_error
 from safetensors.torch import load_file, save_file
 from torch import nn
 

@@ -9,7 +9,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from integrations.peft_parity.sides import (
+from oracles import relative_error
+from peft_sides import (
     F64,
     agree,
     by_peft,
@@ -24,8 +25,7 @@ from integrations.peft_parity.sides import (
     tokens,
     trained,
 )
-from integrations.peft_parity.tiny import MODELS, inputs, tiny
-from oracles import relative_error
+from tiny_models import MODELS, inputs, tiny
 from torch import Tensor, nn
 
 import hra_fx

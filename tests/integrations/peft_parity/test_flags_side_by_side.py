@@ -9,7 +9,7 @@ from typing import Any
 
 import peft
 import pytest
-from integrations.peft_parity.sides import (
+from peft_sides import (
     by_peft,
     by_us,
     net,

@@ -8,7 +8,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from integrations.peft_parity.sides import (
+from oracles import relative_error
+from peft_sides import (
     F32,
     F64,
     Net,
@@ -21,8 +22,7 @@ from integrations.peft_parity.sides import (
     tokens,
     trained,
 )
-from integrations.peft_parity.tiny import inputs, tiny
-from oracles import relative_error
+from tiny_models import inputs, tiny
 from torch import nn
 
 import hra_fx

@@ -9,8 +9,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from integrations.peft_parity.sides import F64, Net, by_us, net, opened_by_peft, randomise, tokens
 from oracles import relative_error
+from peft_sides import F64, Net, by_us, net, opened_by_peft, randomise, tokens
 
 import hra_fx
 

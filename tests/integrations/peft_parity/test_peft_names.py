@@ -13,9 +13,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from integrations.peft_parity.sides import F64, by_peft, net, peft_warnings_ignored, randomise, same_line, tokens
-from integrations.peft_parity.tiny import inputs, tiny
 from oracles import relative_error
+from peft_sides import F64, by_peft, net, peft_warnings_ignored, randomise, same_line, tokens
+from tiny_models import inputs, tiny
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast

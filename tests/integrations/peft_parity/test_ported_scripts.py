@@ -14,7 +14,8 @@ import torch
 from diffusers.training_utils import EMAModel
 from diffusion_models import unet
 from integrations.diffusers_use.test_stable_diffusion import TARGETS
-from integrations.peft_parity.sides import (
+from oracles import relative_error
+from peft_sides import (
     F64,
     by_peft,
     by_us,
@@ -23,9 +24,8 @@ from integrations.peft_parity.sides import (
     randomise,
     saved_by_peft,
 )
-from integrations.transformers_use.tiny import batch, bert, llama, tokens_of, trainer_of
-from oracles import relative_error
 from safetensors.torch import load_file
+from tiny_models import batch, bert, llama, tokens_of, trainer_of
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, Trainer
 

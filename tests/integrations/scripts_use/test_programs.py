@@ -12,10 +12,10 @@ import peft
 import pytest
 import torch
 from integrations.scripts_use.programs import LOADERS, losses, merged, save_base, trainer
-from integrations.transformers_use.tiny import batch, vectors_of
 from oracles import relative_error
 from peft.tuners.hra.layer import HRALinear
 from safetensors.torch import load_file
+from tiny_models import batch, vectors_of
 from torch import Tensor
 from transformers import LlamaForCausalLM
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from integrations.transformers_use.tiny import SHAPES, config_for, llama, rotated, t5, tokens_of, turn
+from tiny_models import SHAPES, config_for, llama, rotated, t5, tokens_of, turn
 from torch import Tensor, nn
 
 import hra_fx

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from integrations.transformers_use.tiny import BASES, adapted, batch, pairs, turn
 from oracles import relative_error
+from tiny_models import BASES, adapted, batch, pairs, turn
 from torch import Tensor
 from torch.utils import checkpoint
 

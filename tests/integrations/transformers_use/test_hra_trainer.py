@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from integrations.transformers_use.tiny import BASES, SHAPES, batch, config_for, samples, trainer_of, vectors_of
 from oracles import relative_error
+from tiny_models import BASES, SHAPES, batch, config_for, samples, trainer_of, vectors_of
 from torch import Tensor, nn
 from transformers import Trainer
 

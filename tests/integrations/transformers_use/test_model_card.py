@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from integrations.transformers_use.one_hub import one_hub
-from integrations.transformers_use.tiny import adapted, batch, llama, trainer_of, turn
+from one_hub import one_hub
 from oracles import relative_error
+from tiny_models import adapted, batch, llama, trainer_of, turn
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, Trainer
 

@@ -6,8 +6,8 @@ import inspect
 from typing import Any
 
 import torch
-from integrations.transformers_use.tiny import BASES, adapted, batch, pairs, turn, vectors_of
 from oracles import relative_error
+from tiny_models import BASES, adapted, batch, pairs, turn, vectors_of
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, LlamaForCausalLM
 from transformers.utils import find_labels

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from integrations.transformers_use.tiny import (
+from safetensors.torch import load_file
+from tiny_models import (
     BASES,
     adapted,
     trained_in,
     trainer_of,
     vectors_of,
 )
-from safetensors.torch import load_file
 from transformers import Trainer
 
 LONG = {"max_steps": 40, "learning_rate": 3e-2}

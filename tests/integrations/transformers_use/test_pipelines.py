@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from integrations.transformers_use.tiny import BASES, VOCABULARY, adapted, rotated, turn
+from tiny_models import BASES, VOCABULARY, adapted, rotated, turn
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from integrations.transformers_use.tied import CASES, VOCABULARY, Case, case, logits, stored
-from integrations.transformers_use.tiny import turn
 from oracles import dense_q, dense_weight, relative_error
+from tiny_models import turn
 from torch import Tensor, nn
 from transformers import MobileBertConfig, MobileBertForMaskedLM
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from integrations.transformers_use.tiny import SHAPES, batch, bert, config_for, trainer_of, turn, vectors_of
 from safetensors.torch import load_file
+from tiny_models import SHAPES, batch, bert, config_for, trainer_of, turn, vectors_of
 from torch import Tensor
 from transformers import Trainer
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from integrations.transformers_use.tiny import BASES, adapted, batch, pairs, turn, vectors_of
 from oracles import relative_error
 from safetensors.torch import load_file
+from tiny_models import BASES, adapted, batch, pairs, turn, vectors_of
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,

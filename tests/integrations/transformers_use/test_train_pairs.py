@@ -12,9 +12,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from integrations.transformers_use.tiny import adapted, samples, trainer_of, vectors_of
 from integrations.trl_use import runs
 from oracles import relative_error
+from tiny_models import adapted, samples, trainer_of, vectors_of
 from torch import nn
 from transformers import Trainer
 

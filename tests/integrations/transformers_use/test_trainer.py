@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from integrations.transformers_use.tiny import BASES, adapted, batch, pairs, trained_in, trainer_of
+from tiny_models import BASES, adapted, batch, pairs, trained_in, trainer_of
 from torch import nn
 from transformers import Trainer, TrainerCallback
 

@@ -9,7 +9,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from integrations.transformers_use.tiny import (
+from oracles import relative_error
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny_models import (
     BASES,
     adapted,
     batch,
@@ -21,9 +24,6 @@ from integrations.transformers_use.tiny import (
     turn,
     vectors_of,
 )
-from oracles import relative_error
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from integrations.transformers_use.tied import CASES, Case, case, logits, stored
-from integrations.transformers_use.tiny import turn
 from model.failing import At, no_memory
 from model.many import seen
 from oracles import dense_q, dense_weight, relative_error
+from tiny_models import turn
 from torch import nn
 from transformers import LlamaForCausalLM
 
