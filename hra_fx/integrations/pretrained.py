@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ from hra_fx.checkpoint.saving import save_pretrained
 from hra_fx.errors import AdapterError
 from hra_fx.integrations import push
 from hra_fx.integrations.resize_embeddings import plain_output_layers
-from hra_fx.layers.class_swap import original_class
+from hra_fx.layers.class_swap import original_class, unwrap_class
 from hra_fx.layers.sharding import is_dtensor, on_first_rank
 from hra_fx.model.root import AdaptedModel
-from hra_fx.model.state import get_state, names_in
+from hra_fx.model.state import names_in, root_of
 
 
 class AdaptedPretrainedModel(AdaptedModel):
@@ -29,13 +28,18 @@ class AdaptedPretrainedModel(AdaptedModel):
 
     # transformers' Trainer calls it when it writes its own.
     create_or_update_model_card = push.create_or_update_model_card
+    push_to_hub = push.push_to_hub
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A new object (`from_pretrained`) is one of the base class; copies are made without arguments."""
+        return unwrap_class(cls)(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
         """Replace `fuse_qkv_projections` of diffusers, where the class has it."""
         methods = super().wrap(base)
         if hasattr(base, "fuse_qkv_projections"):
-            methods["fuse_qkv_projections"] = _fuse_unless_adapted(base)
+            methods["fuse_qkv_projections"] = _refuse_to_fuse
         return methods
 
     def save_pretrained(
@@ -67,20 +71,8 @@ class AdaptedPretrainedModel(AdaptedModel):
             AdapterError: `safe_serialization` is False, or the adapter does not exist.
             CheckpointError: the adapter cannot be written.
         """
-        options = {
-            "state_dict": state_dict,
-            "is_main_process": is_main_process,
-            "safe_serialization": safe_serialization,
-            "push_to_hub": push_to_hub,
-        }
-        save_adapters_or_model(self, save_directory, selected_adapters, options, kwargs)
-
-    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        """Same as `hra_fx.push_to_hub`: upload the adapters, with a model card if the repository has none."""
-        if get_state(self) is None:  # a new object of this class
-            base: Any = super()
-            return base.push_to_hub(repo_id, *args, **kwargs)
-        return push.push_to_hub(self, repo_id, *args, **kwargs)
+        saving: Any = {"state_dict": state_dict, "safe_serialization": safe_serialization}
+        save_adapters(self, save_directory, selected_adapters, is_main_process, push_to_hub, saving, kwargs)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Resize as the base class does; the resized output layer keeps its reflections.
@@ -93,31 +85,25 @@ class AdaptedPretrainedModel(AdaptedModel):
                 output layer. The model is unchanged.
         """
         base: Any = super()
-        if get_state(self) is None:  # a new object of this class
-            return base.resize_token_embeddings(*args, **kwargs)
         with plain_output_layers(self):
             return base.resize_token_embeddings(*args, **kwargs)
 
     def dequantize(self, *args: Any, **kwargs: Any) -> Any:
-        """Dequantize as the base class does, by replacing quantized layers.
+        """The base class would replace quantized layers.
 
         Raises:
-            AdapterError: the model has adapters, which the new layers would lose. The model is unchanged.
+            AdapterError: always; the new layers would have no adapters. The model is unchanged.
         """
-        if get_state(self) is not None:
-            raise AdapterError(
-                f"{type(self).__name__}: dequantize replaces the adapted layers, so they would lose their reflections. "
-                "Save the adapter (hra_fx.save_adapter), dequantize a model without it, and load it there "
-                "(hra_fx.load_adapter)."
-            )
-        base: Any = super()
-        return base.dequantize(*args, **kwargs)
+        raise AdapterError(
+            f"{type(self).__name__}: dequantize replaces the adapted layers, so they would lose their reflections. "
+            "Save the adapter (hra_fx.save_adapter), dequantize a model without it, and load it there "
+            "(hra_fx.load_adapter)."
+        )
 
     @property
     def _hf_peft_config_loaded(self) -> bool:
         """True for a quantized model with adapters, so that the Trainer accepts it as trainable."""
-        quantized = get_state(self) is not None and getattr(self, "is_quantized", False)
-        return bool(quantized or vars(self).get("_hf_peft_config_loaded", False))
+        return bool(getattr(self, "is_quantized", False) or vars(self).get("_hf_peft_config_loaded", False))
 
     @_hf_peft_config_loaded.setter
     def _hf_peft_config_loaded(self, value: bool) -> None:
@@ -127,60 +113,33 @@ class AdaptedPretrainedModel(AdaptedModel):
     @property
     def _keys_to_ignore_on_save(self) -> Any:
         """Keys that `save_pretrained` does not write; the Trainer accepts that they are missing when it resumes."""
-        if get_state(self) is None:  # a new object of this class
-            return vars(self).get("_keys_to_ignore_on_save")
         return set(self.state_dict()) - set(adapter_entries(self))
 
-    @_keys_to_ignore_on_save.setter
-    def _keys_to_ignore_on_save(self, value: Any) -> None:
-        """transformers sets it in `__init__`."""
-        vars(self)["_keys_to_ignore_on_save"] = value
+
+def _refuse_to_fuse(self: nn.Module) -> None:
+    raise AdapterError(
+        f"{type(self).__name__}: fuse_qkv_projections copies weights into new layers, which would have no reflections. "
+        "Fold the adapters first (hra_fx.fold)."
+    )
 
 
-def _fuse_unless_adapted(base: Any) -> Callable[..., Any]:
-    @functools.wraps(base.fuse_qkv_projections)
-    def fuse_qkv_projections(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if get_state(self) is not None:
-            raise AdapterError(
-                f"{type(self).__name__}: fuse_qkv_projections copies weights into new layers, which would have no "
-                "reflections. Fold the adapters first (hra_fx.fold)."
-            )
-        return base.fuse_qkv_projections(self, *args, **kwargs)
-
-    return fuse_qkv_projections
-
-
-def save_adapters_or_model(
+def save_adapters(
     model: nn.Module,
     directory: str | os.PathLike[str],
     selected_adapters: Iterable[str] | None,
-    options: Mapping[str, Any],
-    others: Mapping[str, Any],
+    is_main_process: bool,
+    push_to_hub: bool,
+    saving: Mapping[str, Any],
+    upload: Mapping[str, Any],
 ) -> None:
-    """Save the adapters of a model; a new object of an adapted class, without adapters, is saved by its base class.
-
-    Args:
-        model: the model.
-        directory: the folder.
-        selected_adapters: names; `None` for all.
-        options: for `hra_fx.checkpoint.saving.save_pretrained`, and whether to `push_to_hub`.
-        others: options of the upload, and of the base class.
-    """
-    record = get_state(model)
-    if record is not None:
-        saving = dict(options)
-        wants_push = saving.pop("push_to_hub")
-        save_pretrained(model, directory, selected_adapters, **saving)
-        shards = [p for p in model.parameters() if is_dtensor(p)] if options["state_dict"] is None else []
-        if wants_push and (options["is_main_process"] or shards):
-            names = names_in(record, record.configs if selected_adapters is None else selected_adapters)
-            repository = others.get("repo_id", Path(directory).name)
-            on_first_rank(shards, lambda: push.upload(Path(directory), repository, names, others))
-        return
-    defaults = {"state_dict": None, "is_main_process": True, "safe_serialization": True, "push_to_hub": False}
-    given = {name: value for name, value in options.items() if value is not defaults[name]}
-    base: Any = original_class(model)
-    base.save_pretrained(model, directory, **given, **others)
+    """Save adapters (`None` for all), and upload them if asked to, with the options of `push_to_hub` in `upload`."""
+    save_pretrained(model, directory, selected_adapters, is_main_process=is_main_process, **saving)
+    shards = [p for p in model.parameters() if is_dtensor(p)] if saving["state_dict"] is None else []
+    if push_to_hub and (is_main_process or shards):
+        record = root_of(model)[1]
+        names = names_in(record, record.configs if selected_adapters is None else selected_adapters)
+        repository = upload.get("repo_id", Path(directory).name)
+        on_first_rank(shards, lambda: push.upload(Path(directory), repository, names, upload))
 
 
 def root_class_for(model: nn.Module) -> type[AdaptedModel]:
