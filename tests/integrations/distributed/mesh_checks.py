@@ -34,7 +34,7 @@ def ways() -> dict[str, Way]:
     part = slice(over["data"].get_local_rank(), None, 2)
     return {
         f"{name}, {order.__name__}": Way(
-            SPLITS[name].case, functools.partial(made, name, order, over), part, within=1e-12
+            SPLITS[name].case, functools.partial(made, name, order, over), part, takes_full_state=False
         )
         for name in UNITS
         for order in (Split.after, Split.before)

@@ -88,8 +88,12 @@ def test_a_map_that_accelerate_infers_for_an_adapted_model() -> None:
 
 def test_every_function_does_what_it_does_on_one_device(tmp_path: Path) -> None:
     plain, model = MLP.model().eval(), WHEN["before"](MLP, (CPU, LAZY)).eval()
-    fold = partial(hra_fx.fold, adapter_names="default")
-    same_functions(model, plain, tmp_path, hra_fx.merge_adapter, hra_fx.unmerge_adapter, hra_fx.disable_adapters, fold)
+    more: list[Callable[[Any], object]] = [
+        *(hra_fx.merge_adapter, hra_fx.unmerge_adapter, hra_fx.disable_adapters),
+        lambda model: hra_fx.set_adapter(model, ["default", "b"]),
+        lambda model: hra_fx.fold(model, "default"),
+    ]
+    same_functions(model, plain, tmp_path, *more)
     x = MLP.data()[0]
     rows = ["b", "__base__"] * (len(x) // 2)
     found = []
