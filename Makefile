@@ -177,10 +177,10 @@ refresh-constraints: ## pin the newest releases in tests/constraints.txt, if all
 	$(REFRESHED)/bin/python -m pytest -q tests/test_versions.py
 
 zoo: $(VENV)/test.stamp ## check 580 models (an hour); write docs/zoo.md
-	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m zoo.run $(ZOO_FLAGS)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests:tests/support $(BIN)/python -m zoo.run $(ZOO_FLAGS)
 
 export-table: $(VENV)/test.stamp ## which models pass through which exporter
-	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m export.exporting.table $(EXPORT_FLAGS)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests:tests/support $(BIN)/python -m export.exporting.table $(EXPORT_FLAGS)
 
 release-check: ## build, check and try the package in a new environment (1 GB)
 	rm -rf dist $(RELEASE)

@@ -30,7 +30,12 @@ from hra_fx.errors import (
 from hra_fx.version import VERSION
 
 if TYPE_CHECKING:
-    from hra_fx.api.auto import (
+    from hra_fx.api.fold import fold as fold
+    from hra_fx.api.from_peft import from_peft as from_peft
+    from hra_fx.api.graphs import graphs as graphs
+    from hra_fx.api.load import load_adapter as load_adapter
+    from hra_fx.api.peft_model import HRAModel as HRAModel
+    from hra_fx.api.peft_names import (
         AutoPeftModel as AutoPeftModel,
         AutoPeftModelForCausalLM as AutoPeftModelForCausalLM,
         AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction,
@@ -38,13 +43,9 @@ if TYPE_CHECKING:
         AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM,
         AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification,
+        PeftModel as PeftModel,
+        get_peft_model as get_peft_model,
     )
-    from hra_fx.api.fold import fold as fold
-    from hra_fx.api.from_peft import from_peft as from_peft
-    from hra_fx.api.graphs import graphs as graphs
-    from hra_fx.api.load import load_adapter as load_adapter
-    from hra_fx.api.peft_model import HRAModel as HRAModel
-    from hra_fx.api.peft_names import PeftModel as PeftModel, get_peft_model as get_peft_model
     from hra_fx.api.status import get_layer_status as get_layer_status, get_model_status as get_model_status
     from hra_fx.api.transform import transform as transform
     from hra_fx.checkpoint.disk.fold import (
@@ -84,13 +85,13 @@ __version__ = VERSION
 
 #: Public name -> the module that it is imported from; the same as the block above, which type checkers read.
 _HOMES = {
-    "AutoPeftModel": "api.auto",
-    "AutoPeftModelForCausalLM": "api.auto",
-    "AutoPeftModelForFeatureExtraction": "api.auto",
-    "AutoPeftModelForQuestionAnswering": "api.auto",
-    "AutoPeftModelForSeq2SeqLM": "api.auto",
-    "AutoPeftModelForSequenceClassification": "api.auto",
-    "AutoPeftModelForTokenClassification": "api.auto",
+    "AutoPeftModel": "api.peft_names",
+    "AutoPeftModelForCausalLM": "api.peft_names",
+    "AutoPeftModelForFeatureExtraction": "api.peft_names",
+    "AutoPeftModelForQuestionAnswering": "api.peft_names",
+    "AutoPeftModelForSeq2SeqLM": "api.peft_names",
+    "AutoPeftModelForSequenceClassification": "api.peft_names",
+    "AutoPeftModelForTokenClassification": "api.peft_names",
     "FoldPlan": "model.fold",
     "HRAConfig": "config",
     "HRAModel": "api.peft_model",

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hra_fx.api.peft_model import HRAModel, as_hra_model, check_names
+from hra_fx.api.peft_model import as_hra_model, check_names
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.integrations.pretrained import root_class_for
@@ -54,45 +53,33 @@ def from_peft(model: nn.Module) -> Any:
         >>> bool(torch.allclose(from_peft(wrapped)(x), wanted, atol=1e-6))
         True
     """
-    root = _base_model(model)
-    found = _collect(root)
+    root: Any = _base_model(model)
+    layers: dict[str, Any] = {path: part for path, part in root.named_modules() if is_peft_layer(part)}
+    _check(root, layers)
+    wrappers: dict[str, Any] = {
+        path: part for path, part in root.named_modules() if {"original_module", "modules_to_save"} <= {*part._modules}
+    }
+    configs = {name: checked(root, config, name) for name, config in root.peft_config.items()}
+    vectors: dict[str, dict[str, Tensor]] = {
+        name: {path: layer.hra_u[name] for path, layer in layers.items() if name in layer.hra_u} for name in configs
+    }
+    trained = {name: any(u.requires_grad for u in held.values()) for name, held in vectors.items()}
+    first = next(iter(layers.values()))
+    active, disabled = tuple(name for name in first.active_adapters if name in configs), first.disable_adapters
     with torch.inference_mode(False), ExitStack() as undo:
-        _take_out(root, found, undo)
-        check_names(root, HRAModel)
+        _take_out(root, layers.values(), wrappers.values(), undo)
+        check_names(root)
         undo.callback(_remove_all, root)
-        for name, config in found.configs.items():
-            _add(root, name, config, found)
-        set_adapter(root, found.active)
+        for name, config in configs.items():
+            _add(root, name, config, vectors[name], _trained_tensors(wrappers, name))
+        set_adapter(root, active)
         parts = collect_parts(root)
-        for name in found.configs:
-            set_requires_grad(parts, (name,), found.trained[name])
-        if found.disabled:
+        for name in configs:
+            set_requires_grad(parts, (name,), trained[name])
+        if disabled:
             disable_adapters(root)
         undo.pop_all()
     return as_hra_model(root)
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What PEFT has added to a model.
-
-    Attributes:
-        configs: adapter name -> configuration.
-        replaced: layer or wrapper of PEFT -> the module of the base model inside it.
-        vectors: adapter name -> path of the layer -> `U: (d, r)`.
-        copies: adapter name -> (path of the module, name of its tensor) -> trained tensor.
-        active: names of the active adapters, in order.
-        trained: adapter name -> whether it is trained.
-        disabled: whether adapters are disabled.
-    """
-
-    configs: dict[str, HRAConfig]
-    replaced: dict[nn.Module, nn.Module]
-    vectors: dict[str, dict[str, Tensor]]
-    copies: dict[str, dict[tuple[str, str], Tensor]]
-    active: tuple[str, ...]
-    trained: dict[str, bool]
-    disabled: bool
 
 
 def _base_model(model: Any) -> nn.Module:
@@ -101,31 +88,6 @@ def _base_model(model: Any) -> nn.Module:
     if not isinstance(base, nn.Module):
         raise AdapterError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
     return base
-
-
-def _collect(root: Any) -> _Found:
-    layers: dict[str, Any] = {path: part for path, part in root.named_modules() if is_peft_layer(part)}
-    _check(root, layers)
-    first = next(iter(layers.values()))
-    configs = {name: checked(root, config, name) for name, config in root.peft_config.items()}
-    wrappers: dict[str, Any] = {
-        path: part for path, part in root.named_modules() if {"original_module", "modules_to_save"} <= {*part._modules}
-    }
-    vectors = {
-        name: {path: layer.hra_u[name] for path, layer in layers.items() if name in layer.hra_u} for name in configs
-    }
-    return _Found(
-        configs=configs,
-        replaced={
-            **{layer: layer.base_layer for layer in layers.values()},
-            **{wrapper: wrapper.original_module for wrapper in wrappers.values()},
-        },
-        vectors=vectors,
-        copies={name: _trained_tensors(wrappers, name) for name in configs},
-        active=tuple(name for name in first.active_adapters if name in configs),
-        trained={name: any(u.requires_grad for u in held.values()) for name, held in vectors.items()},
-        disabled=first.disable_adapters,
-    )
 
 
 def _check(root: nn.Module, layers: Mapping[str, Any]) -> None:
@@ -161,20 +123,28 @@ def _trained_tensors(wrappers: Mapping[str, Any], name: str) -> dict[tuple[str, 
     }
 
 
-def _take_out(root: nn.Module, found: _Found, undo: ExitStack) -> None:
+def _take_out(root: nn.Module, layers: Iterable[Any], wrappers: Iterable[Any], undo: ExitStack) -> None:
     """Replace PEFT's modules by those of the base model."""
-    for parent in [module for module in root.modules() if module not in found.replaced]:
+    replaced = {layer: layer.base_layer for layer in layers} | {one: one.original_module for one in wrappers}
+    for parent in [module for module in root.modules() if module not in replaced]:
         for name, child in parent._modules.items():
-            if child in found.replaced:
+            if child in replaced:
                 undo.callback(setattr, parent, name, child)
-                setattr(parent, name, found.replaced[child])
+                setattr(parent, name, replaced[child])
     for name in ("peft_config", "_hf_peft_config_loaded"):
         if name in vars(root):
             undo.callback(vars(root).__setitem__, name, vars(root).pop(name))
 
 
-def _add(root: nn.Module, name: str, config: HRAConfig, found: _Found) -> None:
-    config, vectors = without_unmatched(root, config), found.vectors[name]
+def _add(
+    root: nn.Module,
+    name: str,
+    config: HRAConfig,
+    vectors: Mapping[str, Tensor],
+    copies: Mapping[tuple[str, str], Tensor],
+) -> None:
+    """Add an adapter with the vectors of its layers, by path, and the tensors that it trains in modules."""
+    config = without_unmatched(root, config)
     if odd := sorted(select(root, config).keys() ^ vectors.keys()):
         raise AdapterError(
             f"adapter {name!r}: {odd[0]} does not match the adapter's configuration, which was changed in PEFT."
@@ -186,9 +156,9 @@ def _add(root: nn.Module, name: str, config: HRAConfig, found: _Found) -> None:
 
     record = get_state(root)
     if record is None:
-        set_up(root, config, name, fill, found.copies[name], root_class=root_class_for(root))
+        set_up(root, config, name, fill, copies, root_class=root_class_for(root))
     else:
-        add_filled_adapter(root, record, name, config, fill, found.copies[name])
+        add_filled_adapter(root, record, name, config, fill, copies)
 
 
 def _remove_all(root: nn.Module) -> None:

@@ -24,7 +24,7 @@ from hra_fx.export.captured import is_program
 from hra_fx.integrations import push
 from hra_fx.integrations.pretrained import save_adapters
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.class_swap import SwapMixin, original_class, swap, swapped_class
+from hra_fx.layers.class_swap import SwapMixin, original_class, swap, unwrap_class
 from hra_fx.layers.peft_layers import refuse_peft_layers
 from hra_fx.layers.sharding import reshard
 from hra_fx.model import merge, switch, trainable
@@ -86,8 +86,10 @@ class HRAModel(SwapMixin):
     create_or_update_model_card = push.create_or_update_model_card
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Adapt the given model. On a class that is already swapped (copies, unpickling), create a new object."""
-        return _adapted(*args, **kwargs) if cls is HRAModel else super().__new__(cls)
+        """Adapt the given model. The class of an adapted model makes a plain one; copies are made without arguments."""
+        if cls is HRAModel:
+            return _adapted(*args, **kwargs)
+        return unwrap_class(cls)(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
@@ -267,13 +269,8 @@ class HRAModel(SwapMixin):
         """
         if save_embedding_layers is True:
             raise AdapterError("save_embedding_layers=True is not supported: name the embeddings in modules_to_save.")
-        options = {
-            "state_dict": state_dict,
-            "is_main_process": is_main_process,
-            "safe_serialization": safe_serialization,
-            "push_to_hub": push_to_hub,
-        }
-        save_adapters(self, save_directory, selected_adapters, options, kwargs)
+        saving: Any = {"state_dict": state_dict, "safe_serialization": safe_serialization}
+        save_adapters(self, save_directory, selected_adapters, is_main_process, push_to_hub, saving, kwargs)
 
     @classmethod
     def from_pretrained(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -318,7 +315,7 @@ def _adapted(
             "hra_fx.transform(model, config), which returns a model of the same type."
         )
     if isinstance(model, nn.Module):
-        check_names(model, HRAModel)
+        check_names(model)
     given: Any = peft_config if config is None else config
     configs = dict(given) if isinstance(given, Mapping) else {adapter_name: given}
     first = adapter_name if adapter_name in configs else next(iter(configs), adapter_name)
@@ -343,25 +340,21 @@ def _loaded(
     **kwargs: Any,
 ) -> nn.Module:
     if isinstance(model, nn.Module):
-        check_names(model, HRAModel)
+        check_names(model)
     load_adapter(model, model_id, adapter_name, is_trainable=is_trainable, **_known_options(kwargs))
     return as_hra_model(model)
 
 
-def check_names(model: nn.Module, mixin: type[SwapMixin]) -> None:
-    """Check that the model's class can be subclassed, and that the new methods do not hide attributes of the model.
+def check_names(model: nn.Module) -> None:
+    """Check that the methods of `HRAModel` do not hide attributes of the model.
 
     Raises:
-        AdapterError: naming the class or the attribute.
+        AdapterError: naming the attribute.
         UnsupportedLayerError: the model has adapters of PEFT, whose wrapper has attributes of these names.
     """
     refuse_peft_layers(model)
     kind = original_class(model)
-    try:
-        swapped_class(mixin, kind)
-    except Exception as error:
-        raise AdapterError(f"{kind.__name__} cannot be subclassed ({type(error).__name__}: {error}).") from error
-    for name in vars(mixin):
+    for name in vars(HRAModel):
         if name.startswith("_"):
             continue
         held = any(name in space for space in (model._modules, model._parameters, model._buffers, vars(model)))

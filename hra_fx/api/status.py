@@ -11,7 +11,6 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor, nn
 
-from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.trained_copies import all_copies
@@ -93,11 +92,19 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         ('0', 'hra.HRALinear', ['default'], {'default': True})
     """
     root, record = root_of(model)
-    found = [_of_layer(path, layer, record) for path, layer in adapted_layers(root).items()]
+    found = []
+    for path, layer in adapted_layers(root).items():
+        scheme = quant_scheme_of(layer)
+        vectors: dict[str, list[Tensor]] = {name: [layer.hra_u[name]] for name in layer.hra_u}
+        status = _status(path, f"hra.HRA{original_class(layer).__name__}", vectors, record)
+        status.merged_adapters = [name for name in record.merged if name in vectors]
+        status.quantization_backend = scheme.words(layer) if scheme else None
+        found.append(status)
     saved: dict[str, dict[str, list[Tensor]]] = {}
     for name, config in record.configs.items():
         for path, module in saved_modules(root, config).items():
-            saved.setdefault(path, {})[name] = _copies(module, name)
+            trained = [t for owner, copies in all_copies(module).values() for t in copies.tensors(owner, name).values()]
+            saved.setdefault(path, {})[name] = [t for t in trained if isinstance(t, nn.Parameter)]
     return found + [_status(path, "ModulesToSaveWrapper", held, record) for path, held in saved.items()]
 
 
@@ -139,22 +146,6 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         },
         quantization_backend=backends.pop() if len(backends) == 1 else "irregular",
     )
-
-
-def _of_layer(path: str, layer: AdaptedLayer, record: AdapterState) -> TunerLayerStatus:
-    scheme = quant_scheme_of(layer)
-    vectors: dict[str, list[Tensor]] = {name: [layer.hra_u[name]] for name in layer.hra_u}
-    kind = f"hra.HRA{original_class(layer).__name__}"
-    status = _status(path, kind, vectors, record)
-    status.merged_adapters = [name for name in record.merged if name in vectors]
-    status.quantization_backend = scheme.words(layer) if scheme else None
-    return status
-
-
-def _copies(module: nn.Module, name: str) -> list[Tensor]:
-    """The parameters that an adapter trains in a module."""
-    tensors = [t for owner, copies in all_copies(module).values() for t in copies.tensors(owner, name).values()]
-    return [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
 
 
 def _status(path: str, kind: str, tensors: dict[str, list[Tensor]], record: AdapterState) -> TunerLayerStatus:

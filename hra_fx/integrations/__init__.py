@@ -10,13 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hra_fx.integrations.pair_callback import PairCallback as PairCallback
     from hra_fx.integrations.rotation import RotationCallback as RotationCallback
-    from hra_fx.integrations.trainer import HRATrainer as HRATrainer
+    from hra_fx.integrations.trainer import HRATrainer as HRATrainer, PairCallback as PairCallback
 
 __all__ = ["HRATrainer", "PairCallback", "RotationCallback"]
 
-_MODULES = {"HRATrainer": "trainer", "PairCallback": "pair_callback", "RotationCallback": "rotation"}
+_MODULES = {"HRATrainer": "trainer", "PairCallback": "trainer", "RotationCallback": "rotation"}
 
 
 def __getattr__(name: str) -> Any:

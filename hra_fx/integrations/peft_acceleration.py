@@ -2,24 +2,34 @@
 
 The class of each layer is swapped for a subclass of the same name. For models that are created later, the two classes
 are also replaced in PEFT's modules.
+
+The factors of all layers of a `PeftModel` are computed in batches: around each forward and `generate`, it enters
+`_enable_peft_forward_hooks` of its inner model, if that has the method (PEFT's LoRA does, for mixed batches). Layers
+that are injected into a model without a `PeftModel` compute their own factors.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakSet
 
+import torch
 from torch import nn
 
+from hra_fx.compat import is_replica
 from hra_fx.errors import AdapterError
 from hra_fx.integrations.peft_layers import COLLECTING, AcceleratedConv2d, AcceleratedLayer, AcceleratedLinear
-from hra_fx.integrations.peft_root import set_batches
+from hra_fx.layers.batching import factors_in_batches
 from hra_fx.layers.class_swap import mixins_of, swap, swapped_class, unswap
+from hra_fx.layers.sharding import is_sharded
 from hra_fx.layers.target import width_of
 
 #: Class of PEFT -> the mixin for it.
 _MIXINS: dict[str, type[AcceleratedLayer]] = {"HRALinear": AcceleratedLinear, "HRAConv2d": AcceleratedConv2d}
+_AROUND = "_enable_peft_forward_hooks"
 
 
 class Acceleration:
@@ -35,7 +45,7 @@ class Acceleration:
         self.layers = layers
         self.collects = collects
         if not _OPEN:
-            set_batches(enabled=True)
+            _set_batches(enabled=True)
         _OPEN.append(self)
         for layer in layers:
             _accelerate(layer)
@@ -55,7 +65,7 @@ class Acceleration:
             if not any(layer in other.layers for other in _OPEN):
                 _restore(layer)
         if not _OPEN:
-            set_batches(enabled=False)
+            _set_batches(enabled=False)
 
     def __enter__(self) -> Acceleration:
         """The handle, which is already open."""
@@ -159,3 +169,39 @@ def _check_vectors(path: str, layer: Any) -> None:
                 f"{path}: PEFT created the vectors of {name!r} with length {vectors.shape[0]}, but a row of the weight "
                 f"has {width} entries. Create the adapter after hra_fx.accelerate_peft()."
             )
+
+
+def _set_batches(*, enabled: bool) -> None:
+    """Compute the factors of PEFT's HRA models in batches, or stop doing so."""
+    tuner = importlib.import_module("peft").HRAModel
+    current = vars(tuner).get(_AROUND)
+    if enabled:
+        setattr(tuner, _AROUND, _with_batches(current))
+    elif (own := current.own) is not None:
+        setattr(tuner, _AROUND, own)
+    else:
+        delattr(tuner, _AROUND)
+
+
+def _with_batches(own: Any) -> Any:
+    """The method, which also calls PEFT's `own`."""
+
+    @contextmanager
+    def around(self: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
+        with ExitStack() as block:
+            if own is not None:
+                block.enter_context(own(self, *args, **kwargs))
+            if sites := _sites(self):
+                block.enter_context(factors_in_batches(sites))
+            yield
+
+    around.own = own  # type: ignore[attr-defined]
+    return around
+
+
+def _sites(tuner: nn.Module) -> list[nn.Module]:
+    """The active layers of a model; empty if their factors cannot be batched (see `hra_fx.model.root`)."""
+    if torch.compiler.is_compiling() or is_replica(tuner) or is_sharded(tuner):
+        return []
+    layers = (module for module in tuner.modules() if isinstance(module, AcceleratedLayer))
+    return [site for layer in layers if (site := layer.acting()) is not None]

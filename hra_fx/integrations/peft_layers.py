@@ -1,13 +1,12 @@
 """PEFT's HRA layers with the kernels of hra_fx.
 
-Everything else remains PEFT's: parameters and their names, active and merged adapters, files.
+A layer's vectors are read through a container of hra_fx, so that it runs the code of adapted layers. Everything else
+remains PEFT's: parameters and their names, active and merged adapters, files.
 """
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from types import SimpleNamespace
 from typing import Any
 from weakref import WeakSet
 
@@ -17,16 +16,68 @@ from torch import Tensor, nn
 
 from hra_fx.compat import has_hooks, is_replica
 from hra_fx.errors import UnsupportedLayerError
+from hra_fx.functional.chain import plain_chain
 from hra_fx.functional.rotate import rotate_weight
-from hra_fx.integrations.peft_vectors import PeftConvAdapters, PeftLinearAdapters, Site
+from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
 from hra_fx.layers.class_swap import SwapMixin
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.quantized.straight_through import call_quantized
-from hra_fx.layers.target import describe, width_of
+from hra_fx.layers.target import describe, kind_of, width_of
+from hra_fx.layers.variants import ConvAdapters, LinearAdapters
 
 #: New layers are added to these sets, one for each open handle of `accelerate_peft()`.
 COLLECTING: list[WeakSet[nn.Module]] = []
 _SITE = "_hra_site"
+
+
+class _PeftVectors(HouseholderAdapters):
+    """Reads the vectors of PEFT's layer at each use: loading, FSDP and `to_empty` replace parameters.
+
+    It holds no parameter itself, and it is not a child of the layer, so names and states stay PEFT's.
+    """
+
+    def read(self, layer: Any) -> None:
+        """Take the adapters of PEFT's layer."""
+        # Not by setattr, which would register them as children.
+        vars(self)["source"], vars(self)["base_layer"] = layer.hra_u, layer.get_base_layer()
+        self.specs = {name: AdapterSpec(r, layer.hra_apply_GS[name]) for name, r in layer.hra_r.items()}
+
+    def __getitem__(self, name: str) -> Any:
+        return vars(self)["source"][name]
+
+    def weight_of(self, layer: nn.Module) -> nn.Parameter:
+        """The base weight."""
+        weight: nn.Parameter = vars(self)["base_layer"].weight
+        return weight
+
+    def unit_chain(self, name: str, *, reverse: bool = False) -> Tensor:
+        """The reflections of an adapter, `(d, r)`, in float64 (float32 on MPS); `reverse` gives those of `Q^T`."""
+        vectors = self._held(name)
+        wide = vectors.float() if vectors.device.type == "mps" else vectors.double()
+        chain = plain_chain(wide, None, apply_GS=self.specs[name].apply_GS)
+        return chain.flip(-1) if reverse else chain
+
+
+class PeftLinearAdapters(_PeftVectors, LinearAdapters):
+    """The adapters of `peft.tuners.hra.layer.HRALinear`."""
+
+
+class PeftConvAdapters(_PeftVectors, ConvAdapters):
+    """The adapters of `peft.tuners.hra.layer.HRAConv2d`."""
+
+
+class Site(nn.Module):
+    """Represents a PEFT layer when factors are computed: a module whose child `hra_u` is a container of hra_fx."""
+
+    hra_u: PeftLinearAdapters | PeftConvAdapters
+
+    def __init__(self, layer: Any) -> None:
+        """Represent an `HRALinear` or `HRAConv2d` with its current adapters; none is active."""
+        super().__init__()
+        base = layer.get_base_layer()
+        is_conv = isinstance(base, nn.Conv2d)
+        self.hra_u = PeftConvAdapters(base) if is_conv else PeftLinearAdapters(width_of(base), kind_of(base))
+        self.hra_u.read(layer)
 
 
 class AcceleratedLayer(SwapMixin):
@@ -173,11 +224,7 @@ class AcceleratedConv2d(AcceleratedLayer):
         if r <= 0 or (base.groups == 1 and height == width):
             super().update_layer(adapter_name, r, *args, **kwargs)
             return
-        peft_layer: Any = super(AcceleratedLayer, self)
-        given = inspect.signature(peft_layer.update_layer).bind(adapter_name, r, *args, **kwargs)
-        given.apply_defaults()
-        # PEFT up to 0.19 passes the fields of the configuration one by one.
-        config = given.arguments.get("config", SimpleNamespace(**given.arguments))
+        config = kwargs["config"] if "config" in kwargs else args[0]
         self.hra_r[adapter_name], self.hra_apply_GS[adapter_name] = r, config.apply_GS
         self.hra_u[adapter_name] = nn.Parameter(torch.empty(width_of(base), r))
         draw = self.reset_hra_parameters if config.init_weights else self.reset_hra_parameters_random

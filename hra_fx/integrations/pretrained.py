@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from hra_fx.integrations.resize_embeddings import plain_output_layers
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.sharding import is_dtensor, on_first_rank
 from hra_fx.model.root import AdaptedModel
-from hra_fx.model.state import get_state, names_in
+from hra_fx.model.state import names_in, root_of
 
 
 class AdaptedPretrainedModel(AdaptedModel):
@@ -29,13 +28,14 @@ class AdaptedPretrainedModel(AdaptedModel):
 
     # transformers' Trainer calls it when it writes its own.
     create_or_update_model_card = push.create_or_update_model_card
+    push_to_hub = push.push_to_hub
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
         """Replace `fuse_qkv_projections` of diffusers, where the class has it."""
         methods = super().wrap(base)
         if hasattr(base, "fuse_qkv_projections"):
-            methods["fuse_qkv_projections"] = _refusal_to_fuse(base)
+            methods["fuse_qkv_projections"] = _refuse_to_fuse
         return methods
 
     def save_pretrained(
@@ -67,17 +67,8 @@ class AdaptedPretrainedModel(AdaptedModel):
             AdapterError: `safe_serialization` is False, or the adapter does not exist.
             CheckpointError: the adapter cannot be written.
         """
-        options = {
-            "state_dict": state_dict,
-            "is_main_process": is_main_process,
-            "safe_serialization": safe_serialization,
-            "push_to_hub": push_to_hub,
-        }
-        save_adapters(self, save_directory, selected_adapters, options, kwargs)
-
-    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        """Same as `hra_fx.push_to_hub`: upload the adapters, with a model card if the repository has none."""
-        return push.push_to_hub(self, repo_id, *args, **kwargs)
+        saving: Any = {"state_dict": state_dict, "safe_serialization": safe_serialization}
+        save_adapters(self, save_directory, selected_adapters, is_main_process, push_to_hub, saving, kwargs)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Resize as the base class does; the resized output layer keeps its reflections.
@@ -94,10 +85,10 @@ class AdaptedPretrainedModel(AdaptedModel):
             return base.resize_token_embeddings(*args, **kwargs)
 
     def dequantize(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: dequantizing replaces quantized layers, and new ones would have no adapters.
+        """The base class would replace quantized layers.
 
         Raises:
-            AdapterError: always. The model is unchanged.
+            AdapterError: always; the new layers would have no adapters. The model is unchanged.
         """
         raise AdapterError(
             f"{type(self).__name__}: dequantize replaces the adapted layers, so they would lose their reflections. "
@@ -108,8 +99,7 @@ class AdaptedPretrainedModel(AdaptedModel):
     @property
     def _hf_peft_config_loaded(self) -> bool:
         """True for a quantized model with adapters, so that the Trainer accepts it as trainable."""
-        quantized = getattr(self, "is_quantized", False)
-        return bool(quantized or vars(self).get("_hf_peft_config_loaded", False))
+        return bool(getattr(self, "is_quantized", False) or vars(self).get("_hf_peft_config_loaded", False))
 
     @_hf_peft_config_loaded.setter
     def _hf_peft_config_loaded(self, value: bool) -> None:
@@ -121,45 +111,28 @@ class AdaptedPretrainedModel(AdaptedModel):
         """Keys that `save_pretrained` does not write; the Trainer accepts that they are missing when it resumes."""
         return set(self.state_dict()) - set(adapter_entries(self))
 
-    @_keys_to_ignore_on_save.setter
-    def _keys_to_ignore_on_save(self, value: Any) -> None:
-        """transformers sets it in `__init__`."""
-        vars(self)["_keys_to_ignore_on_save"] = value
 
-
-def _refusal_to_fuse(base: Any) -> Callable[..., Any]:
-    @functools.wraps(base.fuse_qkv_projections)
-    def fuse_qkv_projections(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        raise AdapterError(
-            f"{type(self).__name__}: fuse_qkv_projections copies weights into new layers, which would have no "
-            "reflections. Fold the adapters first (hra_fx.fold)."
-        )
-
-    return fuse_qkv_projections
+def _refuse_to_fuse(self: nn.Module) -> None:
+    raise AdapterError(
+        f"{type(self).__name__}: fuse_qkv_projections copies weights into new layers, which would have no reflections. "
+        "Fold the adapters first (hra_fx.fold)."
+    )
 
 
 def save_adapters(
     model: nn.Module,
     directory: str | os.PathLike[str],
     selected_adapters: Iterable[str] | None,
-    options: Mapping[str, Any],
+    is_main_process: bool,
+    push_to_hub: bool,
+    saving: Mapping[str, Any],
     upload: Mapping[str, Any],
 ) -> None:
-    """Save adapters of a model, and upload them if that is wanted.
-
-    Args:
-        model: the model.
-        directory: the folder.
-        selected_adapters: names; `None` for all.
-        options: for `hra_fx.checkpoint.saving.save_pretrained`, and whether to `push_to_hub`.
-        upload: options of the upload.
-    """
-    record, saving = get_state(model), dict(options)
-    assert record is not None
-    wants_push = saving.pop("push_to_hub")
-    save_pretrained(model, directory, selected_adapters, **saving)
-    shards = [p for p in model.parameters() if is_dtensor(p)] if options["state_dict"] is None else []
-    if wants_push and (options["is_main_process"] or shards):
+    """Save adapters (`None` for all), and upload them if asked to, with the options of `push_to_hub` in `upload`."""
+    save_pretrained(model, directory, selected_adapters, is_main_process=is_main_process, **saving)
+    shards = [p for p in model.parameters() if is_dtensor(p)] if saving["state_dict"] is None else []
+    if push_to_hub and (is_main_process or shards):
+        record = root_of(model)[1]
         names = names_in(record, record.configs if selected_adapters is None else selected_adapters)
         repository = upload.get("repo_id", Path(directory).name)
         on_first_rank(shards, lambda: push.upload(Path(directory), repository, names, upload))

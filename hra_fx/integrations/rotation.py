@@ -116,18 +116,11 @@ class RotationCallback(TrainerCallback):
 
     def _move_to_front(self) -> None:
         # No argument of a callback leads to the handler that calls it, so find the handler by what it holds.
-        handlers = [one for one in gc.get_objects() if issubclass(type(one), CallbackHandler) and self in one.callbacks]
-        if not handlers:
-            warnings.warn(
-                "RotationCallback: no transformers.CallbackHandler has this callback, so it cannot run before the "
-                "callbacks that report. The angles are in trainer.state.log_history and in `history`.",
-                HRAWarning,
-                stacklevel=2,
-            )
-        for handler in handlers:
-            # Later callbacks keep their positions, also in a loop over the list that is running now.
-            handler.callbacks.remove(self)
-            handler.callbacks.insert(0, self)
+        for one in gc.get_objects():
+            if issubclass(type(one), CallbackHandler) and self in one.callbacks:
+                # Later callbacks keep their positions, also in a loop over the list that is running now.
+                one.callbacks.remove(self)
+                one.callbacks.insert(0, self)
 
 
 def _adapters(model: Any) -> list[str]:

@@ -1,4 +1,7 @@
-"""The Trainer of transformers, which trains HRA in pairs, and with the orthogonality regularizer of the paper."""
+"""The Trainer of transformers, which trains HRA in pairs, and with the orthogonality regularizer of the paper.
+
+The callback is for programs that make the Trainer and its optimizer themselves.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hra_fx.errors import ConfigError
 from hra_fx.model.orthogonality import orthogonality_loss
@@ -111,3 +114,34 @@ class HRATrainer(Trainer):
             logs["orthogonality"] = float(self._sum_since_log) / self._terms_since_log
             self._sum_since_log, self._terms_since_log = 0.0, 0
         super().log(logs, start_time)
+
+
+class PairCallback(TrainerCallback):
+    """Calls `hra_fx.train_pairs` when the Trainer of transformers, TRL and others begins to train.
+
+    Args:
+        difference: as in `train_pairs`.
+
+    Raises:
+        ConfigError: `difference` is not a finite number > 0.
+        AdapterError: see `train_pairs` (raised when the training begins).
+
+    Warns:
+        HRAWarning: see `train_pairs`; also if a tool flattened the parameters (FSDP1, DeepSpeed ZeRO).
+
+    Example:
+        >>> callback = PairCallback()  # Trainer(model, ..., callbacks=[callback])
+        >>> callback.difference
+        0.1
+    """
+
+    def __init__(self, difference: float = 0.1) -> None:
+        """Check the number."""
+        check_difference(difference)
+        self.difference = difference
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the optimizer train pairs. Its state is loaded by then."""
+        train_pairs_if_possible(kwargs["optimizer"], kwargs["model"], self.difference)

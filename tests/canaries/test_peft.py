@@ -95,7 +95,7 @@ def test_layers_that_are_made_later() -> None:
 @canary(
     "peft",
     "`_enable_peft_forward_hooks` of the inner model, which a `PeftModel` enters around forward and `generate`",
-    reader="hra_fx/integrations/peft_root.py",
+    reader="hra_fx/integrations/peft_acceleration.py",
     breaks="the batched factors of accelerate_peft: each layer would compute its own",
 )
 def test_around_a_forward() -> None:

@@ -13,11 +13,10 @@ import datasets
 import peft
 import pytest
 import torch
-from integrations.transformers_use.tiny import batch, llama, tokens_of, trainer_of, turn, vectors_of
 from integrations.trl_use.runs import SFT_CHATS, logs, redraw, tokenizer
 from layers.quantized.bases import rotated, values
-from layers.test_batching import batches
 from oracles import dense_q, relative_error
+from tiny_models import batch, llama, tokens_of, trainer_of, turn, vectors_of
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer
@@ -32,8 +31,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 FIELDS: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-PEFT, FAST, OURS, NAMED = "PEFT", "PEFT, accelerated", "transformed", "get_peft_model"
-KINDS = pytest.mark.parametrize("kind", [FAST, OURS, pytest.param(NAMED, marks=pytest.mark.slow)])
+PEFT, FAST, OURS = "PEFT", "PEFT, accelerated", "transformed"
 SLOW_FAST = pytest.param(FAST, marks=pytest.mark.slow)
 CHECKPOINTING: dict[str, dict[str, Any]] = {
     "plain": {"gradient_checkpointing": False},
@@ -86,9 +84,8 @@ def prepared(folder: Path, mode: str = "plain", compute: torch.dtype = torch.flo
 
 def with_adapter(kind: str, base: Any, **fields: Any) -> Any:
     """All kinds with the same vectors: pairs, with which the model is the base model."""
-    if kind in (OURS, NAMED):
-        adapt = hra_fx.transform if kind == OURS else hra_fx.get_peft_model
-        model = adapt(base, hra_fx.HRAConfig(**(FIELDS | fields)))
+    if kind == OURS:
+        model = hra_fx.transform(base, hra_fx.HRAConfig(**(FIELDS | fields)))
     else:
         model = peft.get_peft_model(base, peft.HRAConfig(**(FIELDS | fields)))
         if kind == FAST:
@@ -101,8 +98,6 @@ def reopened(kind: str, base: Any, adapter: Path) -> Any:
     """An adapter from its files, to be trained further."""
     if kind == OURS:
         return hra_fx.load_adapter(base, adapter, is_trainable=True)
-    if kind == NAMED:
-        return hra_fx.PeftModel.from_pretrained(base, adapter, is_trainable=True)
     model = peft.PeftModel.from_pretrained(base, adapter, is_trainable=True)
     hra_fx.accelerate_peft(model)
     return model
@@ -127,12 +122,7 @@ def losses_of_peft(exact: Path, tmp_path_factory: pytest.TempPathFactory) -> Ten
 
 
 @pytest.mark.parametrize(
-    ("kind", "mode"),
-    [
-        (FAST, "not reentrant"),
-        pytest.param(NAMED, "plain", marks=pytest.mark.slow),
-        pytest.param(OURS, "reentrant", marks=pytest.mark.slow),
-    ],
+    ("kind", "mode"), [(FAST, "not reentrant"), pytest.param(OURS, "reentrant", marks=pytest.mark.slow)]
 )
 def test_the_trainer(kind: str, mode: str, exact: Path, losses_of_peft: Tensor, tmp_path: Path) -> None:
     model = with_adapter(kind, prepared(exact, mode))
@@ -168,21 +158,7 @@ def test_gradients_are_those_of_the_dense_model(
         assert relative_error(vectors[path].grad, gradient) < bound, path
 
 
-@KINDS
-@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-def test_the_factors_are_computed_in_one_batch_for_each_shape(kind: str, compute: torch.dtype, folder: Path) -> None:
-    """The inputs are float32, and the weight was bfloat16: the second forward prepares what the first one asked for."""
-    model = with_adapter(kind, prepared(folder, compute=compute)).train()
-    inputs = {"input_ids": tokens_of(2, 8)}
-    first = model(**inputs).logits
-    again = model(**inputs).logits
-    assert torch.equal(first, again)
-    assert batches(again) == 2
-    with torch.autocast("cpu", torch.bfloat16):
-        assert batches(model(**inputs).logits) == 2
-
-
-@pytest.mark.parametrize("kind", [SLOW_FAST, OURS, pytest.param(NAMED, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [SLOW_FAST, OURS])
 def test_a_run_is_saved_opened_over_4_bits_and_goes_on(kind: str, folder: Path, tmp_path: Path) -> None:
     mode = "not reentrant"
     options = {**CHECKPOINTING[mode], "save_strategy": "steps", "save_steps": 3, "seed": 0}
@@ -263,21 +239,11 @@ def test_sft_of_trl(kind: str, mode: str, exact: Path, sft_losses_of_peft: Tenso
     torch.testing.assert_close(losses(trainer), sft_losses_of_peft, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("kind", [SLOW_FAST, OURS])
-def test_vectors_that_trl_leaves_in_bfloat16_hardly_train(kind: str, folder: Path, tmp_path: Path) -> None:
-    moved = {}
-    for wide in (False, True):
-        trainer = sft(kind, folder, tmp_path, "plain", learning_rate=2e-4, bf16=True)
-        if wide:
-            widen(trainer.model)
-            trainer.train()
-        else:
-            before = [vectors.detach().clone() for vectors in vectors_of(trainer.model).values()]
-            with pytest.warns(HRAWarning, match=r"its trained vectors are torch.bfloat16, .*\.float\(\)"):
-                trainer.train()
-        after = list(vectors_of(trainer.model).values())
-        moved[wide] = sum(int((new != old).sum()) for new, old in zip(after, before, strict=True))
-    assert moved[False] < 0.3 * moved[True]
+def test_vectors_that_trl_leaves_in_bfloat16_are_a_warning(folder: Path, tmp_path: Path) -> None:
+    trainer = sft(OURS, folder, tmp_path, "plain", bf16=True)
+    assert {vectors.dtype for vectors in vectors_of(trainer.model).values()} == {torch.bfloat16}
+    with pytest.warns(HRAWarning, match=r"its trained vectors are torch.bfloat16, .*\.float\(\)"):
+        trainer.train()
 
 
 def turned(folder: Path, output: Path) -> Path:

@@ -1,7 +1,7 @@
 """A base model, its adapted twin with random vectors, and the base model over dense weights `W Q` in float64.
 
 The oracle knows nothing of the library but where it keeps the vectors: `torch.func.functional_call` runs the base model
-with each adapted weight replaced by the product of explicit matrices of `tests/oracles.py`.
+with each adapted weight replaced by the product of explicit matrices of `tests/support/oracles.py`.
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from integrations.peft_parity.sides import by_peft, by_us, opened_by_peft, plain_name, randomise, same_tensors
 from layers.cases import SHARED
 from layers.checking import assert_same
 from oracles import relative_error
+from peft_sides import by_peft, by_us, opened_by_peft, plain_name, randomise, same_tensors
 from safetensors.torch import load_file
 from torch import Tensor, nn
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_models as tiny
 import torch
 from adapting import picture
-from integrations.transformers_use import tiny
 from model.many import adapted, assert_close, normal, oracle
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM

@@ -184,13 +184,6 @@ def test_a_model_without_reflections_is_refused(tmp_path: Path) -> None:
         trainer_of(model, tmp_path, [RotationCallback()]).train()
 
 
-def test_called_by_something_else_it_says_where_the_angles_are() -> None:
-    callback, model = RotationCallback(), llama()
-    arguments = TrainingArguments(output_dir="unused", report_to=[], use_cpu=True)
-    with pytest.warns(hra_fx.HRAWarning, match="cannot run before the callbacks that report"):
-        callback.on_train_begin(arguments, TrainerState(), TrainerControl(), model=model)
-
-
 def test_the_plot_is_written_at_the_end(tmp_path: Path) -> None:
     file = tmp_path / "rotation.svg"
     trainer_of(llama(), tmp_path, [RotationCallback(plot=file)]).train()

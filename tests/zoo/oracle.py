@@ -1,7 +1,7 @@
 """The oracle of the zoo: a plain copy of the base model, over weights `W Q` that are written into it.
 
 It knows nothing of the library but the names of its parameters. `Q` is multiplied out in float64, dense where that is
-small (`tests/oracles.py`), and else applied to `W` one reflection after the other.
+small (`tests/support/oracles.py`), and else applied to `W` one reflection after the other.
 """
 
 from __future__ import annotations

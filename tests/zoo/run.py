@@ -1,7 +1,9 @@
 """Runs the zoo, and writes what it found: JSON lines to build/zoo, a table to docs/zoo.md.
 
-    PYTHONPATH=tests python -m zoo.run                          # all of it
-    PYTHONPATH=tests python -m zoo.run --only 'timm/*' llama    # some, by shell patterns; docs/zoo.md stays as it is
+    PYTHONPATH=tests:tests/support python -m zoo.run    # all of it
+    PYTHONPATH=tests:tests/support python -m zoo.run --only 'timm/*' llama
+
+`--only` takes shell patterns, and leaves docs/zoo.md as it is.
 
 Each model has a process of its own, forked from one that has imported the libraries: what a model leaves behind goes
 with it, and one that hangs or crashes takes no other along.

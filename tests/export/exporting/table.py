@@ -1,7 +1,7 @@
 """Exports every model in every form by every exporter, and prints a table of errors.
 
-    PYTHONPATH=tests python -m export.exporting.table                       # all; some twenty minutes on two cores
-    PYTHONPATH=tests python -m export.exporting.table --models BERT --exporters onnx xnnpack
+    PYTHONPATH=tests:tests/support python -m export.exporting.table    # all; some twenty minutes on two cores
+    PYTHONPATH=tests:tests/support python -m export.exporting.table --models BERT --exporters onnx xnnpack
 
 An exporter whose package is not installed is left out, and named. Each cell has a process of its own, so that a
 runtime that crashes takes no other along.

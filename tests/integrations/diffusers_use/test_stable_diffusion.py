@@ -1,8 +1,10 @@
-"""Text encoder and UNet of a Stable Diffusion pipeline, adapted as PEFT's documentation of HRA does, and put back."""
+"""A Stable Diffusion pipeline, adapted as PEFT's documentation of HRA does, and what diffusers calls on a model."""
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,13 @@ import peft
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.training_utils import EMAModel
+from diffusion_models import unet
 from diffusion_pipelines import image, quiet, stable_diffusion as pipeline
+from model.many import seen
 from oracles import dense_q, dense_weight, relative_error
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 import hra_fx
@@ -126,18 +132,175 @@ def test_a_pipeline_saved_with_adapters_inside_keeps_them_and_once_folded_it_ope
     assert relative_error(image(quiet(Pipeline.from_pretrained(tmp_path / "folded"))), wanted) < 1e-4
 
 
-@pytest.mark.parametrize("part", TARGETS)
-def test_one_adapted_model_in_a_saved_pipeline_is_not_lost(part: str, tmp_path: Path) -> None:
-    """transformers with PEFT opens an adapter over the base that its configuration names; diffusers refuses."""
-    pipeline().save_pretrained(tmp_path / "base")
-    pipe = quiet(Pipeline.from_pretrained(tmp_path / "base"))
-    model = hra_fx.transform(getattr(pipe, part), hra_fx.HRAConfig(r=8, target_modules=TARGETS[part]))
+ways = pytest.mark.parametrize("way", WAYS)
+A, B = (
+    {"r": 2, "target_modules": ["to_q", "to_k"], "init_weights": False},
+    {"r": 4, "target_modules": ["to_v", "proj_in"], "init_weights": False},
+)
+CONFIGS = {"a": A, "b": B}
+
+
+def fresh() -> Any:
+    """The same random UNet each time."""
+    torch.manual_seed(0)
+    return unet().double().eval()
+
+
+def single(name: str) -> Any:
+    """A UNet with one of the adapters alone, drawn for its name."""
+    base = fresh()
+    torch.manual_seed(ord(name))
+    return hra_fx.HRAModel(base, hra_fx.HRAConfig(**CONFIGS[name]), name)
+
+
+def both() -> Any:
+    """A UNet with the adapters "a", which acts, and "b", drawn as in `single`."""
+    model = single("a")
+    torch.manual_seed(ord("b"))
+    model.add_adapter("b", hra_fx.HRAConfig(**B))
+    return model
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    latents, states = ((2, 4, 8, 8), (2, 5, 16))
+    return (
+        torch.randn(latents, dtype=torch.float64, generator=generator),
+        torch.tensor([3, 400]),
+        torch.randn(states, dtype=torch.float64, generator=generator),
+    )
+
+
+def run(model: Any) -> Tensor:
     with torch.no_grad():
-        for parameter in vectors(model).values():
-            parameter.normal_()
-    pipe.save_pretrained(tmp_path / "adapted")
-    if part == "unet":
-        with pytest.raises(OSError, match=r"Error no file named config\.json found in directory .*unet"):
-            Pipeline.from_pretrained(tmp_path / "adapted")
-    else:
-        assert relative_error(image(quiet(Pipeline.from_pretrained(tmp_path / "adapted"))), image(pipe)) < 1e-4
+        found: Tensor = model(*inputs()).sample
+    return found
+
+
+def test_set_adapters_switches_and_sets_strengths() -> None:
+    model, other = both(), both()
+    wanted = {name: run(single(name)) for name in CONFIGS}
+    assert relative_error(wanted["a"], wanted["b"]) > 1e-3
+    assert torch.equal(run(model), wanted["a"])
+    for name, given in (("b", "b"), ("a", ["a"])):
+        model.set_adapters(given)
+        assert model.active_adapters == [name]
+        assert torch.equal(run(model), wanted[name])
+    for strengths in (None, 0.5, [0.5, 0.25], 0.0):
+        model.set_adapters(["b", "a"], *([] if strengths is None else [strengths]))
+        other.set_adapter(["b", "a"])
+        alphas = strengths if isinstance(strengths, list) else [1.0 if strengths is None else strengths] * 2
+        for name, alpha in zip("ba", alphas, strict=True):
+            hra_fx.set_scale(other, name, alpha)
+        assert model.active_adapters == ["b", "a"]
+        assert torch.equal(run(model), run(other))
+    assert relative_error(run(model), run(fresh())) < 1e-12
+    model.set_adapters("a", weights=1.0)
+    assert torch.equal(run(model), wanted["a"])
+
+
+@pytest.mark.parametrize(
+    ("names", "weights", "message"),
+    [
+        (["a", "c"], None, "'c'"),
+        ("a", 2.0, r"`alpha` must be a number .* got 2\.0"),
+        (["a", "b"], 2.0, r"got 2\.0"),
+        (["a", "b"], [0.5, 2.0], r"got 2\.0"),
+        (["a", "b"], [0.5], "weights|shorter|longer"),
+        (["a", "b"], [0.5, 0.5, 0.5], "weights|shorter|longer"),
+    ],
+)
+def test_set_adapters_refuses_unknown_names_and_strengths_and_changes_nothing(
+    names: Any, weights: Any, message: str
+) -> None:
+    model = both()
+    before = seen(model)
+    with pytest.raises((hra_fx.AdapterError, ValueError), match=message):
+        model.set_adapters(names, *([] if weights is None else [weights]))
+    assert seen(model) == before
+
+
+@pytest.mark.parametrize("names", ["b", ["b"]])
+def test_delete_adapters(names: Any) -> None:
+    model = both()
+    model.peft_config.pop("a")  # of a copy of the table
+    assert list(model.peft_config) == ["a", "b"]
+    model.delete_adapters(names)
+    assert list(model.peft_config) == ["a"]
+    assert [key for key in model.state_dict() if key.endswith(".b")] == []
+    assert torch.equal(run(model), run(single("a")))
+    # The name is free again.
+    torch.manual_seed(ord("b"))
+    model.add_adapter("b", hra_fx.HRAConfig(**B))
+    with pytest.warns(hra_fx.HRAWarning, match="adapter 'a' was active and is deleted; 'b' is active now"):
+        model.delete_adapters("a")
+    assert torch.equal(run(model), run(single("b")))
+    before = seen(model)
+    message = "adapter 'b' is the only adapter of the model. Call unload() to get the base model."
+    with pytest.raises(hra_fx.AdapterError, match=re.escape(message)):
+        model.delete_adapters("b")
+    assert seen(model) == before
+
+
+@ways
+def test_the_class_of_an_adapted_model_builds_saves_and_loads_base_models(way: str, tmp_path: Path) -> None:
+    plain, model = fresh(), WAYS[way](fresh(), hra_fx.HRAConfig(**A))
+    kind, config = diffusers.UNet2DConditionModel, dict(model.config)
+    assert inspect.signature(type(model).__init__) == inspect.signature(kind.__init__)
+    built = type(model).from_config(model.config).double().eval()
+    assert isinstance(built, kind)
+    built.load_state_dict(plain.state_dict())
+    assert torch.equal(run(built), run(plain))
+    assert dict(model.config) == config
+    assert built.config["block_out_channels"] == (8, 16)
+
+    built.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "diffusion_pytorch_model.safetensors").keys() == plain.state_dict().keys()
+    assert type(kind.from_pretrained(tmp_path)) is kind
+    for loaded in (type(model).from_pretrained(tmp_path), model.from_pretrained(tmp_path)):
+        assert isinstance(loaded, kind)
+        assert loaded.state_dict().keys() == plain.state_dict().keys()
+        # It is written in float64 and loaded in float32.
+        assert relative_error(run(loaded.double().eval()), run(plain)) < 1e-5
+    # The object itself is as it was.
+    assert relative_error(run(model), run(plain)) > 1e-3
+
+
+def test_a_moving_average_of_the_vectors_acts_while_it_is_copied_to_them() -> None:
+    model, other = single("a"), single("a")
+    trained, copied = ([p for p in each.parameters() if p.requires_grad] for each in (model, other))
+    average = EMAModel(trained, decay=0.5, use_ema_warmup=False)
+    average.step(trained)  # the first step takes the values as they are
+    with torch.no_grad():
+        for vectors in trained:
+            vectors.neg_().add_(0.3)
+    average.step(trained)
+    moved = run(model)
+    average.store(trained)
+    average.copy_to(trained)
+    with torch.no_grad():
+        for vectors, shadow in zip(copied, average.shadow_params, strict=True):
+            vectors.copy_(shadow)
+    assert torch.equal(run(model), run(other))
+    assert relative_error(run(model), moved) > 1e-3
+    average.restore(trained)
+    assert torch.equal(run(model), moved)
+
+
+def test_projections_are_not_fused_under_reflections_and_are_after_a_fold() -> None:
+    model = single("a")
+    sample = torch.randn(1, 4, 8, 8, dtype=torch.float64), torch.tensor([3]), torch.randn(1, 3, 16, dtype=torch.float64)
+    with torch.no_grad():
+        adapted = model(*sample).sample
+    message = (
+        "UNet2DConditionModel: fuse_qkv_projections copies weights into new layers, which would have no reflections. "
+        "Fold the adapters first (hra_fx.fold)."
+    )
+    with pytest.raises(hra_fx.AdapterError, match=f"^{re.escape(message)}$"):
+        model.fuse_qkv_projections()
+    assert not any("to_qkv" in name for name, _ in model.named_modules())
+    folded = hra_fx.fold(model)
+    with torch.no_grad():
+        folded.fuse_qkv_projections()
+        assert relative_error(folded(*sample).sample, adapted) < 1e-12
+    assert any("to_qkv" in name for name, _ in folded.named_modules())

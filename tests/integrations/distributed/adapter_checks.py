@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -9,15 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
-import transformers
 from huggingface_hub.errors import HFValidationError
+from integrations.distributed.common_checks import as_lora, checkpoints, close, data_parallel, files
 from integrations.distributed.spawned import Check
-from integrations.distributed.trained import CASES, LAYERS, SIZES, WAYS, Case, output, part_of, shard, tokens, train
-from integrations.transformers_use.one_hub import one_hub
-from safetensors.torch import load_file
+from integrations.distributed.trained import CASES, SHARDED, WAYS, output, part_of, shard, train
+from one_hub import one_hub
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,52 +24,6 @@ import hra_fx
 from hra_fx.errors import AdapterError, CheckpointError, FoldError, UnsupportedLayerError
 
 MLP, COPIES, ATTENTION = (CASES[name] for name in ("mlp, whole", "mlp, copies", "attention"))
-GS = CASES["mlp, Gram-Schmidt"]
-SHARDED = {name: wrap for name, wrap in WAYS.items() if name != "DDP"}
-
-
-def mixtral() -> nn.Module:
-    sizes = {**SIZES, "num_key_value_heads": 1, "num_local_experts": 2, "experts_implementation": "eager"}
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, use_cache=False))
-
-
-EXPERTS = Case(mixtral, tokens, {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}, LAYERS)
-
-
-def every_way() -> list[tuple[str, Case, Callable[[], nn.Module]]]:
-    cases = {"whole": MLP, "copies": COPIES, "Gram-Schmidt": GS, "attention": ATTENTION}
-    pairs = [*zip(cases.items(), WAYS.items(), strict=True), *zip(cases.items(), reversed(WAYS.items()), strict=True)]
-    return [
-        (f"{name}-{way}", case, lambda case=case, wrap=wrap: wrap(case, case.model()))
-        for (name, case), (way, wrap) in pairs
-    ]
-
-
-def turned_away(model: nn.Module) -> nn.Module:
-    """With other vectors, which a load has to replace."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.mul_(-1.5).add_(0.1)
-    return model
-
-
-def close(model: nn.Module, case: Case, wanted: torch.Tensor) -> bool:
-    return bool((output(model, case) - wanted).abs().max() < 1e-13)
-
-
-def save_and_load(rank: int, folder: Path) -> None:
-    for name, case, make in every_way():
-        model, wanted = make(), output(case.model(), case)
-        assert close(model, case, wanted), name
-        hra_fx.save_adapter(model, folder / name)
-        torch.distributed.barrier()
-        assert close(hra_fx.load_adapter(case.base(), folder / name), case, wanted), name
-        other = turned_away(make())
-        assert not close(other, case, wanted), name
-        assert close(hra_fx.load_adapter(other, folder / name, is_trainable=True), case, wanted), name
-        train(other, case, part_of(rank), steps=1)
-        assert not close(other, case, wanted), name
 
 
 def who_writes(rank: int, folder: Path) -> None:
@@ -83,6 +36,8 @@ def who_writes(rank: int, folder: Path) -> None:
     (folder / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"file: is a file\. Give a folder"):
         hra_fx.save_adapter(WAYS["FSDP2, parts"](MLP, MLP.model()), folder / "file")
+    with pytest.raises(CheckpointError, match=r"file: is a file"):
+        hra_fx.save_as_lora(shard(MLP.model()), folder / "file")
     model = DistributedDataParallel(MLP.model())
     if rank == 1:
         hra_fx.save_adapter(model, folder / "one")
@@ -101,32 +56,6 @@ def save_pretrained(rank: int, folder: Path) -> None:
     model.save_pretrained(folder / "given", is_main_process=rank == 0, state_dict=entries)
     torch.distributed.barrier()
     assert close(hra_fx.load_adapter(llama.base(), folder / "given"), llama, output(llama.model(), llama))
-
-
-def as_lora(rank: int, folder: Path) -> None:
-    """Gathered layer by layer; the first process writes, and all get its result and its errors."""
-    cases = {"whole": MLP, "copies": COPIES, "Gram-Schmidt": GS, "convolutions": CASES["resnet"]}
-    for name, case in {**cases, "experts": EXPERTS}.items():
-        alone = hra_fx.save_as_lora(case.model(), folder / f"{name}-alone{rank}")
-        wanted = load_file(alone.path / "adapter_model.safetensors")
-        # The module that stands for a parameter of the experts has none to shard.
-        for way in ("FSDP2, whole", "FSDP2, parts" if name == "experts" else "FSDP2, every layer"):
-            wrap = SHARDED[way]
-            model = wrap(case, case.model())
-            parameters = dict(model.named_parameters())
-            result = hra_fx.save_as_lora(model, folder / f"{name}-{way}-{rank}")
-            assert (result.rows, result.path) == (alone.rows, folder / f"{name}-{way}-0"), (name, way)
-            assert (folder / f"{name}-{way}-{rank}").exists() is (rank == 0)
-            found = load_file(result.path / "adapter_model.safetensors")
-            assert found.keys() == wanted.keys()
-            assert all(torch.equal(found[key], wanted[key]) for key in wanted), (name, way)
-            assert all(p is parameters[key] for key, p in model.named_parameters())
-            assert close(model, case, output(case.model(), case))
-            found = hra_fx.convert_to_lora(model)[1]  # from what FSDP2 has gathered for a forward
-            assert all(torch.equal(found[key], wanted[key]) for key in wanted), (name, way)
-    (folder / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"file: is a file"):
-        hra_fx.save_as_lora(shard(MLP.model()), folder / "file")
 
 
 def uploads(rank: int, folder: Path) -> None:
@@ -191,15 +120,6 @@ def fold_under_ddp(rank: int, folder: Path) -> None:
     assert close(model, COPIES, wanted)
     assert close(hra_fx.fold(model), COPIES, wanted)
     assert list(model.module.state_dict()) == list(COPIES.base().state_dict())
-
-
-def merged_then_sharded(rank: int, folder: Path) -> None:
-    model = MLP.model()
-    hra_fx.merge_adapter(model)
-    shard(model, MLP.units)
-    assert close(model, MLP, output(MLP.model(), MLP))
-    hra_fx.unmerge_adapter(model)
-    assert close(model, MLP, output(MLP.model(), MLP))
 
 
 def wrap_one(model: nn.Module) -> nn.Module:
@@ -288,47 +208,29 @@ def flat_shards(rank: int, folder: Path) -> None:
             call()
 
 
-def checkpoints(rank: int, folder: Path) -> None:
-    for name, case, make in every_way():
-        for part, options in {
-            "whole": StateDictOptions(),
-            "adapter": StateDictOptions(ignore_frozen_params=True),
-        }.items():
-            model, wanted = make(), output(case.model(), case)
-            state = get_model_state_dict(model, options=options)
-            kept = [key for key in state if part == "whole" or key in _of_adapter(model, state)]
-            assert list(state) == kept, name
-            dcp.save(state, checkpoint_id=folder / f"{name}-{part}")
-            other = turned_away(make())
-            into = get_model_state_dict(other, options=options)
-            dcp.load(into, checkpoint_id=folder / f"{name}-{part}")
-            set_model_state_dict(other, into, options=StateDictOptions(strict=part == "whole"))
-            assert close(other, case, wanted), (name, part)
+#: Each case in two of the ways.
+PAIRS = [
+    *zip(("mlp, whole", "mlp, copies", "mlp, Gram-Schmidt", "attention"), WAYS, strict=False),
+    *zip(("attention", "mlp, Gram-Schmidt", "mlp, copies", "mlp, whole"), WAYS, strict=False),
+]
+#: The module that stands for a parameter of the experts has none to shard, so that it is no layer of its own.
+AS_LORA = [
+    (name, way)
+    for name in ("mlp, whole", "mlp, copies", "mlp, Gram-Schmidt", "resnet", "experts")
+    for way in ("FSDP2, whole", "FSDP2, parts" if name == "experts" else "FSDP2, every layer")
+]
 
 
-def _of_adapter(model: nn.Module, state: Any) -> set[str]:
-    trained = {name.removeprefix("module.") for name, p in model.named_parameters() if p.requires_grad}
-    return {key for key in state if key in trained or key.endswith("_anchor")}
-
-
-def full_state(rank: int, folder: Path) -> None:
-    """From shards to a plain model, and from there to shards."""
-    options = StateDictOptions(full_state_dict=True)
-    model = turned_away(shard(GS.model(), GS.units))
-    state = get_model_state_dict(model, options=options)
-    plain = GS.model()
-    plain.load_state_dict(state)
-    assert close(plain, GS, output(model, GS))
-    other = shard(GS.model(), GS.units)
-    set_model_state_dict(other, plain.state_dict(), options=options)
-    assert close(other, GS, output(model, GS))
+def shared(check: Any, pairs: list[tuple[str, str]], rank: int, folder: Path) -> None:
+    check({f"{name}, {way}": data_parallel(name, way) for name, way in pairs}, rank, folder)
 
 
 CHECKS: dict[str, Check] = {
-    **{"save and load": save_and_load, "who writes": who_writes, "save_pretrained": save_pretrained},
-    **{"as LoRA": as_lora, "uploads": uploads},
+    **{check.__name__: functools.partial(shared, check, PAIRS) for check in (files, checkpoints)},
+    "as LoRA": functools.partial(shared, as_lora, AS_LORA),
+    **{"who writes": who_writes, "save_pretrained": save_pretrained, "uploads": uploads},
     **{"strength and disabling": strength_and_disabling, "pictures": pictures},
-    **{"fold under DDP": fold_under_ddp, "merged, then sharded": merged_then_sharded, "under DDP": under_ddp},
+    **{"fold under DDP": fold_under_ddp, "under DDP": under_ddp},
     **{"refused when sharded": refused_when_sharded, "refused copies": refused_copies},
-    **{"flat shards": flat_shards, "checkpoints": checkpoints, "full state": full_state},
+    "flat shards": flat_shards,
 }

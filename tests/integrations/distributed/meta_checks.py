@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from integrations.distributed.spawned import Check
-from integrations.distributed.trained import CASES, F64, WAYS, Case, output, part_of, same, train, trained
+from integrations.distributed.trained import CASES, F64, SHARDED, Case, output, part_of, same, train, trained
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor
@@ -19,7 +19,6 @@ import hra_fx
 from hra_fx.errors import AdapterError
 
 SEED = 7
-SHARDED = {name: wrap for name, wrap in WAYS.items() if name != "DDP"}
 NAMES = [
     *("mlp, whole", "mlp, odd rank", "mlp, Gram-Schmidt", "mlp, Gram-Schmidt without anchor", "mlp, copies"),
     *("convolutions", "attention", "llama"),
@@ -78,35 +77,6 @@ def starts_and_training(name: str, rank: int, folder: Path) -> None:
         same(trained(alone), trained(model))
 
 
-def generators(rank: int, folder: Path) -> None:
-    """A generator in step with that of the first process stays in step; another one is left as it was."""
-    case = CASES["mlp, whole"]
-    model = with_weights(sharded_on_meta(case, SHARDED["FSDP2, whole"]), case, rank, broadcast=False)
-    eager(case)
-    advanced = torch.get_rng_state()
-    torch.manual_seed(SEED)
-    hra_fx.reset_adapters(model)
-    assert torch.equal(torch.get_rng_state(), advanced)
-    torch.manual_seed(SEED + rank)
-    before = torch.get_rng_state()
-    hra_fx.reset_adapters(model)
-    assert torch.equal(torch.get_rng_state(), before if rank else advanced)
-
-
-def reset_after_training(rank: int, folder: Path) -> None:
-    """From the parameters that FSDP2 has gathered for the last forward back to the start."""
-    case = CASES["mlp, odd rank"]
-    model = with_weights(sharded_on_meta(case, SHARDED["FSDP2, parts"]), case, rank, broadcast=False)
-    hra_fx.reset_adapters(model)
-    train(model, case, part_of(rank))
-    output(model, case)
-    torch.manual_seed(SEED)
-    hra_fx.reset_adapters(model)
-    assert (output(model, case) - output(eager(case), case)).abs().max() < 1e-13
-    alone = eager(case)
-    assert train(model, case, part_of(rank)) == pytest.approx(train(alone, case), abs=1e-13)
-
-
 def loaded(rank: int, folder: Path) -> None:
     for name in ("mlp, odd rank", "mlp, Gram-Schmidt", "mlp, copies", "llama"):
         case = CASES[name]
@@ -156,6 +126,6 @@ def report_of_this_rank(rank: int, folder: Path) -> None:
 
 CHECKS: dict[str, Check] = {
     **{f"starts and training: {name}": functools.partial(starts_and_training, name) for name in NAMES},
-    **{"generators": generators, "reset after training": reset_after_training, "loaded": loaded},
+    "loaded": loaded,
     **{"without memory": without_memory, "report of this rank": report_of_this_rank},
 }

@@ -7,10 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import accelerate
+import pytest
 import torch
-from integrations.distributed.trained import CASES, Case, adapted
+from integrations.distributed.trained import CASES, Case, adapted, close, output
+from safetensors.torch import load_file
 from second_device import LAZY
-from torch import nn
+from torch import Tensor, nn
+
+import hra_fx
 
 CPU = torch.device("cpu")
 
@@ -53,3 +57,46 @@ def offload(model: nn.Module, way: str, folder: Path) -> nn.Module:
     OFFLOADS[way](model.eval(), folder)
     assert any(parameter.is_meta for parameter in model.parameters())
     return model
+
+
+def saved(model: nn.Module, folder: Path, adapter: str = "default") -> dict[str, Tensor]:
+    hra_fx.save_adapter(model, folder, adapter)
+    hra_fx.save_as_lora(model, folder / "lora", adapter)
+    return load_file(folder / "adapter_model.safetensors") | load_file(folder / "lora" / "adapter_model.safetensors")
+
+
+def same_files(
+    model: nn.Module, plain: nn.Module, folder: Path, adapter: str = "default", within: float = 1e-9
+) -> None:
+    wanted, found = saved(plain, folder / "plain", adapter), saved(model, folder / "model", adapter)
+    assert wanted.keys() == found.keys()
+    assert all(close(wanted[key], found[key], within) for key in wanted)
+
+
+def same_functions(model: nn.Module, plain: nn.Module, folder: Path, *more: Callable[[nn.Module], object]) -> None:
+    """Both MLPs have the same outputs after every change of adapters; then the same report and files."""
+    second = hra_fx.transform(MLP.base(), hra_fx.HRAConfig(r=2, init_weights=False, target_modules=["0", "2"]))
+    hra_fx.save_adapter(second, folder / "second")
+    steps: list[Callable[[nn.Module], object]] = [
+        lambda model: hra_fx.load_adapter(model, folder / "second", "b", is_trainable=True),
+        lambda model: hra_fx.set_adapter(model, ["b", "default"]),
+        lambda model: hra_fx.set_scale(model, "b", 0.5),
+        lambda model: hra_fx.set_scale(model, "b", 1),
+        lambda model: hra_fx.load_adapter(model, folder / "second", "b", is_trainable=True),
+        lambda model: hra_fx.add_adapter(model, "c", hra_fx.HRAConfig(r=3, target_modules=["2", "4"])),
+        lambda model: hra_fx.combine(model, ["b", "default"], "both"),
+        lambda model: hra_fx.set_adapter(model, "both"),
+        lambda model: hra_fx.delete_adapter(model, "c"),
+        lambda model: hra_fx.reset_adapters(model, "b"),
+        lambda model: hra_fx.set_adapter(model, ["default", "b"]),
+        *more,
+    ]
+    for index, step in enumerate(steps):
+        for each in (plain, model):
+            torch.manual_seed(3)  # new vectors are random
+            step(each)
+        assert close(output(model, MLP), output(plain, MLP)), index
+        assert close(hra_fx.orthogonality_loss(model), hra_fx.orthogonality_loss(plain)), index
+    shares = [[row.share for row in hra_fx.report(each).rows] for each in (model, plain)]
+    assert shares[0] == pytest.approx(shares[1])
+    same_files(model, plain, folder, "b")

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
-from integrations.distributed.adapter_checks import close, turned_away
+from integrations.distributed.common_checks import (
+    EVERY,
+    PLAIN,
+    Way,
+    as_lora,
+    checkpoints,
+    close,
+    files,
+    losses_and_vectors,
+)
 from integrations.distributed.spawned import Check
 from integrations.distributed.split import SPLITS, Split
-from integrations.distributed.trained import Case, loss_of, output, same, train, trained
+from integrations.distributed.trained import output, same, train, trained
 from layers.quantized.bases import adapted
-from safetensors.torch import load_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_module, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.nn.utils import clip_grad_norm_
 from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -33,38 +39,6 @@ MLP, LLAMA = SPLITS["mlp"], SPLITS["llama"]
 ORDERS = (Split.after, Split.before)
 #: Biases that are split already cannot be copied.
 COPIES = ("biases", "copies")
-
-
-def gradients(model: nn.Module, case: Case) -> dict[str, torch.Tensor]:
-    x, labels = case.data()
-    loss_of(model(x), labels).backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
-    return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in found.items()}
-
-
-def losses_and_gradients(name: str, rank: int, folder: Path) -> None:
-    split = SPLITS[name]
-    alone, case = split.case.model(), split.case
-    start, wanted, losses = trained(alone), gradients(split.case.model(), case), train(alone, case)
-    assert max((start[key] - value).abs().max() for key, value in trained(alone).items()) > 1e-3
-    for order in ORDERS[: 1 if name in COPIES else 2]:
-        assert (output(order(split), case) - output(split.case.model(), case)).abs().max() < 1e-12
-        same(wanted, gradients(order(split), case), within=1e-12)
-        together = order(split)
-        assert any(isinstance(p, DTensor) for p in together.parameters())
-        assert train(together, case) == pytest.approx(losses, abs=1e-12), order
-        same(trained(alone), trained(together), within=1e-12)
-
-
-def pairs(rank: int, folder: Path) -> None:
-    """Steps in sums and differences."""
-    for split in (MLP, LLAMA):
-        alone = split.case.model()
-        losses = train(alone, split.case, pairs=True)
-        for order in ORDERS:
-            together = order(split)
-            assert train(together, split.case, pairs=True) == pytest.approx(losses, abs=1e-12), order
-            same(trained(alone), trained(together), within=1e-12)
 
 
 def collectives(rank: int, folder: Path) -> None:
@@ -104,44 +78,6 @@ class Sent(CommDebugMode):
         return found
 
 
-def save_and_load(rank: int, folder: Path) -> None:
-    for number, (name, split) in enumerate(SPLITS.items()):
-        case = split.case
-        wanted = output(case.model(), case)
-        place = folder / str(number)
-        hra_fx.save_adapter(split.after(), place)
-        torch.distributed.barrier()
-        alone = folder / f"{number} alone {rank}"
-        hra_fx.save_adapter(case.model(), alone)
-        assert (place / "adapter_config.json").read_text() == (alone / "adapter_config.json").read_text()
-        same(load_file(place / "adapter_model.safetensors"), load_file(alone / "adapter_model.safetensors"))
-        other = turned_away(split.after())
-        assert not close(other, case, wanted), name
-        assert close(hra_fx.load_adapter(other, place, is_trainable=True), case, wanted), name
-        train(other, case, steps=1)
-        assert not close(other, case, wanted), name
-        if name not in COPIES:
-            assert close(hra_fx.load_adapter(split.apply(case.base()), place), case, wanted), name
-
-
-def checkpoints(rank: int, folder: Path) -> None:
-    for number, split in enumerate(SPLITS.values()):
-        for part in ("whole", "adapter"):
-            options = StateDictOptions(ignore_frozen_params=part == "adapter")
-            case, model = split.case, split.after()
-            place = folder / f"{number} {part}"
-            dcp.save(get_model_state_dict(model, options=options), checkpoint_id=place)
-            other = turned_away(split.after())
-            into = get_model_state_dict(other, options=options)
-            dcp.load(into, checkpoint_id=place)
-            set_model_state_dict(other, into, options=StateDictOptions(strict=part == "whole"))
-            assert close(other, case, output(case.model(), case)), number
-        full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-        plain = turned_away(case.model())
-        plain.load_state_dict(full)
-        assert close(plain, case, output(case.model(), case))
-
-
 def several_adapters(rank: int, folder: Path) -> None:
     """Adapters are added, trained, combined, scaled, disabled and deleted in a model that is split already."""
     case, results = MLP.case, []
@@ -164,19 +100,6 @@ def several_adapters(rank: int, folder: Path) -> None:
         results.append(found)
     for other in results[1:]:
         assert all((one - two).abs().max() < 1e-12 for one, two in zip(results[0], other, strict=True))
-
-
-def regularizer(rank: int, folder: Path) -> None:
-    def term(model: nn.Module) -> Any:
-        return 0.1 * hra_fx.orthogonality_loss(model)
-
-    alone = MLP.case.model()
-    losses = train(alone, MLP.case, term=term)
-    for order in ORDERS:
-        model = order(MLP)
-        assert train(model, MLP.case, term=term) == pytest.approx(losses, abs=1e-12)
-        same(trained(alone), trained(model), within=1e-12)
-        clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
 
 
 def reported(rank: int, folder: Path) -> None:
@@ -206,64 +129,6 @@ def vectors_of_the_first(rank: int, folder: Path) -> None:
         every: list[Any] = [None, None]
         torch.distributed.all_gather_object(every, state)
         same(every[0], every[1], within=1e-300)
-
-
-def merged_then_split(rank: int, folder: Path) -> None:
-    case, model = MLP.case, MLP.case.model()
-    hra_fx.merge_adapter(model)
-    MLP.apply(model)
-    assert close(model, case, output(case.model(), case))
-    hra_fx.unmerge_adapter(model)
-    assert close(model, case, output(case.model(), case))
-    with hra_fx.disable_adapters(model):
-        assert close(model, case, output(case.base(), case))
-
-
-class Reader(nn.Module):
-    """Reads the weight of its layer as torch functions do, in place of calling the layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(8, 4)
-
-    def forward(self, x: Any) -> Any:
-        return nn.functional.linear(x, self.layer.weight, self.layer.bias)
-
-
-def other_readers(rank: int, folder: Path) -> None:
-    """`layer.weight` is `W Q`, with gradients, where it is split by rows or by columns."""
-    mesh = init_device_mesh("cpu", (2,))
-    x = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    for style in (ColwiseParallel, RowwiseParallel):
-        models = []
-        for split in (False, True):
-            torch.manual_seed(0)
-            model = hra_fx.transform(
-                Reader().double(), hra_fx.HRAConfig(r=3, init_weights=False, target_modules=["layer"])
-            )
-            models.append(parallelize_module(model, mesh, {"layer": style()}) if split else model)
-        alone, together = models
-        y = together(DTensor.from_local(x, mesh, [Replicate()])).full_tensor()
-        assert (y - alone(x)).abs().max() < 1e-12
-        assert close_without_gradients(together, mesh, x, y)
-        alone(x).square().sum().backward()
-        y.square().sum().backward()
-        assert (together.layer.hra_u["default"].grad - alone.layer.hra_u["default"].grad).abs().max() < 1e-12
-
-
-def close_without_gradients(model: nn.Module, mesh: Any, x: torch.Tensor, wanted: torch.Tensor) -> bool:
-    with torch.no_grad():
-        return bool((model(DTensor.from_local(x, mesh, [Replicate()])).full_tensor() - wanted).abs().max() < 1e-12)
-
-
-def as_lora(rank: int, folder: Path) -> None:
-    alone = hra_fx.convert_to_lora(MLP.case.model())[1]
-    for place, order in enumerate(ORDERS):
-        model = order(MLP)
-        hra_fx.save_as_lora(model, folder / str(place))
-        found = load_file(folder / str(place) / "adapter_model.safetensors")
-        assert found.keys() == alone.keys() and all(torch.equal(found[key], alone[key]) for key in alone)
-        assert close(model.eval(), MLP.case, output(MLP.case.model(), MLP.case))
 
 
 def refused(rank: int, folder: Path) -> None:
@@ -337,14 +202,6 @@ def interrupted(rank: int, folder: Path) -> None:
         model(MLP.case.data()[0])
 
 
-def compiled(rank: int, folder: Path) -> None:
-    alone = MLP.case.model()
-    losses = train(alone, MLP.case)
-    for order in ORDERS:
-        model = order(MLP)
-        assert train(torch.compile(model, backend="aot_eager"), MLP.case) == pytest.approx(losses, abs=1e-12)
-
-
 def loaded(folder: Path, rank: int, plan: str | dict[str, str] = "auto") -> Any:
     """A Llama that transformers splits while it loads it."""
     if rank == 0:
@@ -394,12 +251,31 @@ def transformers_refused(rank: int, folder: Path) -> None:
     assert not any(".hra_u" in name for name, _ in model.named_modules())
 
 
+def ways(names: Iterable[str], trainings: Any = (PLAIN,), orders: Any = ORDERS) -> dict[str, Way]:
+    return {
+        f"{name}, {order.__name__}": Way(SPLITS[name].case, functools.partial(order, SPLITS[name]), trainings=trainings)
+        for name in names
+        for order in orders
+        if order is Split.after or name not in COPIES
+    }
+
+
+def losses(name: str, rank: int, folder: Path) -> None:
+    trainings = {"mlp": EVERY, "llama": (PLAIN, {"pairs": True})}.get(name, (PLAIN,))
+    losses_and_vectors(ways([name], trainings), rank, folder)
+
+
+def written(check: Any, names: Iterable[str], orders: Any, rank: int, folder: Path) -> None:
+    check(ways(names, orders=orders), rank, folder)
+
+
 CHECKS: dict[str, Check] = {
-    **{f"losses and gradients: {name}": functools.partial(losses_and_gradients, name) for name in SPLITS},
-    **{"pairs": pairs, "collectives": collectives, "save and load": save_and_load, "checkpoints": checkpoints},
-    **{"several adapters": several_adapters, "regularizer": regularizer, "reported": reported},
-    **{"vectors of the first": vectors_of_the_first, "merged, then split": merged_then_split},
-    **{"other readers": other_readers, "as LoRA": as_lora, "refused": refused, "refused layers": refused_layers},
-    **{"interrupted": interrupted, "compiled": compiled},
+    **{f"losses and vectors: {name}": functools.partial(losses, name) for name in SPLITS},
+    "files": functools.partial(written, files, list(SPLITS), ORDERS),
+    "checkpoints": functools.partial(written, checkpoints, list(SPLITS), ORDERS[:1]),
+    "as LoRA": functools.partial(written, as_lora, ["mlp"], ORDERS),
+    **{"collectives": collectives, "several adapters": several_adapters, "reported": reported},
+    "vectors of the first": vectors_of_the_first,
+    **{"refused": refused, "refused layers": refused_layers, "interrupted": interrupted},
     **{"transformers' plan": transformers_plan, "transformers, refused": transformers_refused},
 }

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import accelerate
 import moe_models
@@ -20,11 +18,11 @@ from integrations.distributed.offloading import (
     OFFLOADS,
     WHEN,
     offload,
+    same_files,
+    same_functions,
 )
-from integrations.distributed.trained import CASES, F64, SIZES, adapted, close, output, train, trained
-from safetensors.torch import load_file
+from integrations.distributed.trained import CASES, F64, adapted, close, output, train, trained
 from second_device import LAZY
-from torch import Tensor, nn
 
 import hra_fx
 from hra_fx.errors import FoldError
@@ -80,61 +78,11 @@ def test_experts(way: str, when: str, implementation: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("when", WHEN)
 @pytest.mark.parametrize("way", OFFLOADS)
-def test_adapters_that_start_again(way: str, when: str, tmp_path: Path) -> None:
-    plain, model = MLP.model().eval(), WHEN[when](MLP, way, tmp_path)
-    for each in (plain, model):
-        torch.manual_seed(3)
-        hra_fx.reset_adapters(each)
-    found, wanted = (vectors_of(each) for each in (model, plain))
-    assert all(torch.equal(found[name].cpu(), wanted[name]) for name in wanted)
-    assert close(output(model, MLP), output(MLP.base(), MLP))
-
-
-def vectors_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach() for name, p in model.named_parameters() if ".hra_u." in name}
-
-
-@pytest.mark.parametrize("when", WHEN)
-@pytest.mark.parametrize("way", OFFLOADS)
 def test_functions_that_need_the_vectors(way: str, when: str, tmp_path: Path) -> None:
     plain, model = MLP.model().eval(), WHEN[when](MLP, way, tmp_path / "offload")
-    second = hra_fx.transform(MLP.base(), hra_fx.HRAConfig(r=2, init_weights=False, target_modules=["0", "2"]))
-    hra_fx.save_adapter(second, tmp_path / "second")
-    steps: list[Callable[[nn.Module], object]] = [
-        lambda model: hra_fx.add_adapter(model, "c", hra_fx.HRAConfig(r=4, target_modules=["0", "4"])),
-        lambda model: hra_fx.load_adapter(model, tmp_path / "second", "b"),
-        lambda model: hra_fx.set_adapter(model, ["b", "default"]),
-        lambda model: hra_fx.set_scale(model, "b", 0.5),
-        lambda model: hra_fx.set_scale(model, "b", 1),
-        lambda model: hra_fx.load_adapter(model, tmp_path / "second", "b"),
-        lambda model: hra_fx.combine(model, ["b", "default"], "both"),
-        lambda model: hra_fx.set_adapter(model, "both"),
-        lambda model: hra_fx.delete_adapter(model, "c"),
-        lambda model: hra_fx.set_adapter(model, ["default", "b"]),
-    ]
-    for index, step in enumerate(steps):
-        for each in (plain, model):
-            torch.manual_seed(3)  # new vectors are random
-            step(each)
-        assert close(output(model, MLP), output(plain, MLP)), index
-    assert close(hra_fx.orthogonality_loss(model), hra_fx.orthogonality_loss(plain))
-    for each in (plain, model):
-        torch.manual_seed(3)
-        hra_fx.reset_adapters(each, "b")
-    assert close(output(model, MLP), output(plain, MLP))
+    same_functions(model, plain, tmp_path)
     assert model[0]._parameters["weight"].is_meta
-    ours, theirs = hra_fx.report(model).rows, hra_fx.report(plain).rows
-    assert [row.share for row in ours] == pytest.approx([row.share for row in theirs])
-    wanted, found = saved(plain, tmp_path / "plain"), saved(model, tmp_path / "offloaded")
-    assert wanted.keys() == found.keys()
-    assert all(close(wanted[key], found[key]) for key in wanted)
     assert close(output(model, MLP), output(plain, MLP))
-
-
-def saved(model: nn.Module, folder: Path) -> dict[str, Tensor]:
-    hra_fx.save_adapter(model, folder, "default")
-    hra_fx.save_as_lora(model, folder / "lora")
-    return load_file(folder / "adapter_model.safetensors") | load_file(folder / "lora" / "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("way", OFFLOADS)
@@ -190,28 +138,6 @@ def test_a_fold_of_some_adapters_and_its_plan(tmp_path: Path) -> None:
     assert not hasattr(model[2], "hra_u")
 
 
-@pytest.mark.parametrize("when", WHEN)
-def test_a_fold_into_a_head_that_is_tied_leaves_the_embeddings(when: str) -> None:
-    def tied() -> Any:
-        torch.manual_seed(0)
-        sizes = {**SIZES, "num_key_value_heads": 1, "tie_word_embeddings": True}
-        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).to(F64)
-
-    plain, model = tied(), tied()
-    head = hra_fx.HRAConfig(r=4, init_weights=False, target_modules=["lm_head"])
-    for step in ["offload", "transform"] if when == "before" else ["transform", "offload"]:
-        torch.manual_seed(1)
-        hra_fx.transform(model, head) if step == "transform" else accelerate.cpu_offload(model, execution_device=CPU)
-    torch.manual_seed(1)
-    ids = torch.arange(5)[None]
-    wanted = hra_fx.transform(plain, head)(ids).logits
-    assert close(model(ids).logits, wanted)
-    with pytest.warns(hra_fx.HRAWarning, match="untied: lm_head"):
-        hra_fx.fold(model)
-    assert not model.config.tie_word_embeddings
-    assert close(model(ids).logits, wanted)
-
-
 def test_a_model_that_is_moved_as_a_whole() -> None:
     """`cpu_offload_with_hook` moves modules, and leaves no tensor without data."""
     case = CASES["mlp, Gram-Schmidt"]
@@ -232,25 +158,6 @@ def test_a_model_that_is_moved_as_a_whole() -> None:
             assert close(output(hra_fx.fold(model), case), wanted)
 
 
-class Generator(nn.Sequential):
-    """A model whose `generate` calls it twice."""
-
-    def generate(self, x: Tensor) -> Tensor:
-        return self(x) + self(x)
-
-
-def test_generate_of_a_model_that_its_first_call_moves() -> None:
-    """Factors that were computed at the start of `generate` are on the device of before, and are not used."""
-    plain, model = Generator(*MLP.base()), Generator(*MLP.base())
-    for each in (plain, model):
-        torch.manual_seed(3)
-        hra_fx.transform(each, hra_fx.HRAConfig(r=2, init_weights=False, target_modules=["0", "2", "4"]))
-    _, hook = accelerate.cpu_offload_with_hook(model, execution_device=LAZY)
-    hook.offload()
-    with torch.no_grad():
-        assert close(model.generate(MLP.data()[0].to(LAZY)), plain.generate(MLP.data()[0]))
-
-
 def test_a_checkpoint_that_is_loaded_from_its_files_in_each_call(tmp_path: Path) -> None:
     case = CASES["llama"]
     plain, ids = case.model().eval(), case.data()[0]
@@ -266,9 +173,7 @@ def test_a_checkpoint_that_is_loaded_from_its_files_in_each_call(tmp_path: Path)
     assert close(output(model, case), output(plain, case))
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
     assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
-    wanted, found = saved(plain, tmp_path / "plain"), saved(model, tmp_path / "offloaded")
-    assert wanted.keys() == found.keys()
-    assert all(close(wanted[key], found[key], 1e-6) for key in wanted)  # float32 in the files
+    same_files(model, plain, tmp_path, within=1e-6)  # float32 in the files
     with pytest.raises(FoldError, match=r"^model\.layers\.1\.\S+: accelerate loads its weight from files"):
         hra_fx.fold(model)
     assert close(output(model, case), output(plain, case))

@@ -1,41 +1,55 @@
-"""DDP and FSDP2 with two real processes. All checks of a kind run in one start of them."""
+"""DDP, FSDP2, tensor parallelism and their combination, in two or four real processes.
+
+All checks of a group run in one start of the processes.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import TypeAlias
+
 import pytest
-from integrations.distributed import accelerate_checks, adapter_checks, meta_checks, scale_checks, training_checks
-from integrations.distributed.spawned import run
+from integrations.distributed import (
+    accelerate_checks,
+    adapter_checks,
+    mesh_checks,
+    meta_checks,
+    scale_checks,
+    tensor_parallel_checks,
+    training_checks,
+)
+from integrations.distributed.spawned import WORLD, run
 
-QUICK = {**adapter_checks.CHECKS, **meta_checks.CHECKS, **scale_checks.CHECKS}
+#: The checks, and the number of processes. All but the first group are slow.
+GROUPS = {
+    "adapters": ({**adapter_checks.CHECKS, **meta_checks.CHECKS, **scale_checks.CHECKS}, WORLD),
+    "training": (training_checks.CHECKS, WORLD),
+    "accelerate and the Trainer": (accelerate_checks.CHECKS, WORLD),
+    "tensor parallelism": (tensor_parallel_checks.CHECKS, WORLD),
+    "mesh": (mesh_checks.CHECKS, mesh_checks.WORLD),
+}
+Failures: TypeAlias = Callable[[str], dict[str, str]]
 
 
 @pytest.fixture(scope="module")
-def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run(QUICK, tmp_path_factory.mktemp("quick"))
+def failures(tmp_path_factory: pytest.TempPathFactory) -> Failures:
+    @functools.cache
+    def failures_of(group: str) -> dict[str, str]:
+        checks, processes = GROUPS[group]
+        return run(checks, tmp_path_factory.mktemp("checks"), processes)
+
+    return failures_of
 
 
-@pytest.fixture(scope="module")
-def training_failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run(training_checks.CHECKS, tmp_path_factory.mktemp("training"))
-
-
-@pytest.fixture(scope="module")
-def accelerate_failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run(accelerate_checks.CHECKS, tmp_path_factory.mktemp("accelerate"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", accelerate_checks.CHECKS)
-def test_accelerate_and_the_trainer_in_two_processes(name: str, accelerate_failures: dict[str, str]) -> None:
-    assert not accelerate_failures[name], accelerate_failures[name]
-
-
-@pytest.mark.parametrize("name", QUICK)
-def test_adapters_in_two_processes(name: str, failures: dict[str, str]) -> None:
-    assert not failures[name], failures[name]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", training_checks.CHECKS)
-def test_training_in_two_processes(name: str, training_failures: dict[str, str]) -> None:
-    assert not training_failures[name], training_failures[name]
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [
+        pytest.param(group, name, marks=[] if group == "adapters" else pytest.mark.slow)
+        for group, (checks, _) in GROUPS.items()
+        for name in checks
+    ],
+)
+def test_a_check_in_several_processes(group: str, name: str, failures: Failures) -> None:
+    told = failures(group)[name]
+    assert not told, told

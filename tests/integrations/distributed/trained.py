@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,6 +52,11 @@ def llama(*, checkpointing: bool = False) -> nn.Module:
     if checkpointing:
         model.activation_checkpointing_enable()
     return model
+
+
+def mixtral() -> nn.Module:
+    sizes = {**SIZES, "num_key_value_heads": 1, "num_local_experts": 2, "experts_implementation": "eager"}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, use_cache=False))
 
 
 def bert() -> nn.Module:
@@ -144,6 +150,8 @@ CASES: dict[str, Case] = {
     "resnet": Case(resnet, images, {"target_modules": r".*conv\d|fc"}, ("layer1.0", "layer2", "layer3")),
 }
 
+EXPERTS = Case(mixtral, tokens, {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}, LAYERS)
+
 
 def shard(model: nn.Module, units: Iterable[str] = ()) -> nn.Module:
     for unit in units:
@@ -157,13 +165,31 @@ def sites(model: nn.Module) -> tuple[str, ...]:
     return tuple(path for path in paths if not path.endswith("out_proj"))
 
 
+def kept_whole(case: Case, model: nn.Module) -> nn.Module:
+    """FSDP2 that leaves parameters as they are between forward and backward."""
+    fully_shard(model.get_submodule(case.units[0]), reshard_after_forward=False)
+    return fully_shard(model, reshard_after_forward=False)
+
+
+def with_vectors_apart(case: Case, model: nn.Module, *, reshard_after_forward: bool = False) -> nn.Module:
+    """FSDP2 with all vectors in one group, which the root gathers at the start of its forward."""
+    boxes = [part for path, part in model.named_modules() if path.endswith(".hra_u")]
+    fully_shard(boxes, reshard_after_forward=reshard_after_forward)
+    return shard(model, case.units)
+
+
 #: How a model is shared among processes.
 WAYS: dict[str, Callable[[Case, nn.Module], nn.Module]] = {
     "DDP": lambda case, model: DistributedDataParallel(model),
     "FSDP2, whole": lambda case, model: shard(model),
     "FSDP2, parts": lambda case, model: shard(model, case.units),
     "FSDP2, every layer": lambda case, model: shard(model, sites(model)),
+    "FSDP2, kept whole": kept_whole,
+    "FSDP2, vectors apart": with_vectors_apart,
+    "FSDP2, vectors apart, gathered again": partial(with_vectors_apart, reshard_after_forward=True),
 }
+#: Those without the options of FSDP2.
+SHARDED = {name: WAYS[name] for name in ("FSDP2, whole", "FSDP2, parts", "FSDP2, every layer")}
 
 
 def loss_of(output: Any, labels: Tensor) -> Tensor:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from integrations.distributed.common_checks import EVERY, PLAIN, data_parallel, losses_and_vectors
 from integrations.distributed.spawned import Check
 from integrations.distributed.trained import (
     CASES,
     F64,
     WAYS,
-    Case,
     loss_of,
     output,
     part_of,
@@ -23,6 +22,7 @@ from integrations.distributed.trained import (
     shard,
     train,
     trained,
+    with_vectors_apart,
 )
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -38,69 +38,12 @@ from hra_fx.layers.sharding import full_tensor
 MLP, BERT = CASES["mlp, whole"], CASES["bert"]
 
 
-def losses_and_vectors(case: str, rank: int, folder: Path) -> None:
-    alone = CASES[case].model()
-    losses = train(alone, CASES[case])
-    for way, wrap in WAYS.items():
-        together = wrap(CASES[case], CASES[case].model())
-        assert train(together, CASES[case], part_of(rank)) == pytest.approx(losses, abs=1e-13), way
-        same(trained(alone), trained(together))
-
-
-def pairs(rank: int, folder: Path) -> None:
-    """Steps in sums and differences; FSDP2 has some rows of the vectors in each process."""
-    alone = MLP.model()
-    losses = train(alone, MLP, pairs=True)
-    assert losses[1:] != pytest.approx(train(MLP.model(), MLP)[1:], abs=1e-3)
-    for way, wrap in WAYS.items():
-        together = wrap(MLP, MLP.model())
-        assert train(together, MLP, part_of(rank), pairs=True) == pytest.approx(losses, abs=1e-13), way
-        same(trained(alone), trained(together))
-    columns = MLP.model()
+def vectors_by_columns(rank: int, folder: Path) -> None:
+    model = MLP.model()
     for path in MLP.units:
-        fully_shard(columns.get_submodule(path), shard_placement_fn=lambda one: Shard(one.dim() - 1))
+        fully_shard(model.get_submodule(path), shard_placement_fn=lambda one: Shard(one.dim() - 1))
     with pytest.warns(hra_fx.HRAWarning, match=r"0.hra_u.default \(sharded by columns\), 2.hra_u"):
-        train(columns, MLP, part_of(rank), pairs=True)
-
-
-def kept_whole(case: Any, model: nn.Module) -> nn.Module:
-    """FSDP2 that leaves parameters as they are between forward and backward."""
-    fully_shard(model.get_submodule(case.units[0]), reshard_after_forward=False)
-    return fully_shard(model, reshard_after_forward=False)
-
-
-def evaluation_between_steps(rank: int, folder: Path) -> None:
-    """FSDP2 then has whole parameters at the start of a step, and reduces gradients block by block."""
-    alone = MLP.model()
-    losses = train(alone, MLP)
-    for wrap in (*WAYS.values(), kept_whole):
-        together = wrap(MLP, MLP.model())
-        assert train(together, MLP, part_of(rank), evaluate=True) == pytest.approx(losses, abs=1e-13)
-        same(trained(alone), trained(together))
-
-
-def with_vectors_apart(case: Case, model: nn.Module, *, reshard_after_forward: bool = False) -> nn.Module:
-    """FSDP2 with all vectors in one group, which the root gathers at the start of its forward."""
-    boxes = [part for path, part in model.named_modules() if path.endswith(".hra_u")]
-    fully_shard(boxes, reshard_after_forward=reshard_after_forward)
-    return shard(model, case.units)
-
-
-def vectors_apart(rank: int, folder: Path) -> None:
-    """Their factors are computed in batches: as few operators as without shards, and one gather and one reduction."""
-    for name, case in CASES.items():
-        alone = case.model()
-        losses = train(alone, case)
-        for again in (False, True):
-            for evaluate in (False, True):
-                together = with_vectors_apart(case, case.model(), reshard_after_forward=again)
-                found = train(together, case, part_of(rank), evaluate=evaluate)
-                assert found == pytest.approx(losses, abs=1e-13), name
-                same(trained(alone), trained(together))
-        hra_fx.save_adapter(together, folder / name)
-        torch.distributed.barrier()
-        loaded = hra_fx.load_adapter(case.base(), folder / name)
-        assert (output(loaded, case) - output(alone.eval(), case)).abs().max() < 1e-12, name
+        train(model, MLP, part_of(rank), pairs=True)
 
 
 def gradients_of_inputs(rank: int, folder: Path) -> None:
@@ -116,51 +59,15 @@ def gradients_of_inputs(rank: int, folder: Path) -> None:
         same(*found)
 
 
-def launched(model: nn.Module, case: Case) -> tuple[int, dict[str, int]]:
-    """Operators of the factors, and collectives, of a step."""
-    x, labels = case.data()
-    for _ in range(2):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            loss_of(model(x), labels).backward()
-    names = [event.name for event in profile.events()]
-    collectives = {name: names.count(f"c10d::_{name}_base_") for name in ("allgather", "reduce_scatter")}
-    return sum(name.startswith("aten::") for name in names), collectives
-
-
-def launches(rank: int, folder: Path) -> None:
-    case = CASES["llama"]
-    alone, _ = launched(case.model(), case)
-    own, by_blocks = launched(shard(case.model(), case.units), case)
-    batched, apart = launched(with_vectors_apart(case, case.model()), case)
-    assert by_blocks == {"allgather": 2 * 2 + 1, "reduce_scatter": 2}
-    assert apart == {"allgather": 2 * 2 + 1 + 1, "reduce_scatter": 1}
-    assert batched - alone < (own - alone) / 2
-
-
-def orthogonality(rank: int, folder: Path) -> None:
-    def term(model: nn.Module) -> Any:
-        return 0.1 * hra_fx.orthogonality_loss(model)
-
-    alone = MLP.model()
-    train(alone, MLP, term=term)
-    without = MLP.model()
-    train(without, MLP)
-    assert (trained(alone)["0.hra_u.default"] - trained(without)["0.hra_u.default"]).abs().max() > 1e-3
-    for wrap in (*WAYS.values(), kept_whole, with_vectors_apart):
-        together = wrap(MLP, MLP.model())
-        train(together, MLP, part_of(rank), term=term)
-        same(trained(alone), trained(together))
-
-
 def orthogonality_apart(rank: int, folder: Path) -> None:
     """A backward of its own, after that of the loss has freed what was gathered."""
 
     def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
         x, labels = MLP.data()
         output(model, MLP)
-        loss, term = loss_of(model(x), labels), hra_fx.orthogonality_loss(model)
+        loss, regularizer = loss_of(model(x), labels), hra_fx.orthogonality_loss(model)
         loss.backward()
-        term.backward()
+        regularizer.backward()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.grad is not None:
@@ -168,30 +75,30 @@ def orthogonality_apart(rank: int, folder: Path) -> None:
         return trained(model)
 
     alone = gradients(MLP.model())
-    for wrap in (WAYS["FSDP2, whole"], WAYS["FSDP2, parts"], kept_whole, with_vectors_apart):
+    for wrap in (wrap for way, wrap in WAYS.items() if way != "DDP"):
         same(alone, gradients(wrap(MLP, MLP.model())))
 
 
-def several(wrap: Callable[[nn.Module], nn.Module], again: bool, part: slice) -> tuple[list[float], dict[str, Any]]:
-    model = MLP.model()
-    torch.manual_seed(5)
-    hra_fx.add_adapter(model, "b", hra_fx.HRAConfig(r=2, init_weights=False, target_modules=["0", "2"]))
-    wrapped = wrap(model)
-    losses = train(wrapped, MLP, part, steps=2)
-    output(wrapped, MLP)  # which leaves FSDP2 with whole parameters
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", hra_fx.HRAWarning)  # under DDP, to wrap the model again
-        hra_fx.set_adapter(wrapped, ["b", "default"])
-    wrapped = wrap(model) if again else wrapped
-    return losses + train(wrapped, MLP, part, steps=2), trained(wrapped)
-
-
 def several_adapters(rank: int, folder: Path) -> None:
-    losses, vectors = several(lambda model: model, False, slice(None))
+    """FSDP2 trains an adapter that is set later; a model under DDP is wrapped again."""
+    found = []
+    for wrap in (lambda model: model, DistributedDataParallel, lambda model: shard(model, MLP.units)):
+        model = MLP.model()
+        torch.manual_seed(5)
+        hra_fx.add_adapter(model, "b", hra_fx.HRAConfig(r=2, init_weights=False, target_modules=["0", "2"]))
+        wrapped = wrap(model)
+        part = part_of(rank) if found else slice(None)
+        losses = train(wrapped, MLP, part, steps=2)
+        output(wrapped, MLP)  # which leaves FSDP2 with whole parameters
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", hra_fx.HRAWarning)  # under DDP, to wrap the model again
+            hra_fx.set_adapter(wrapped, ["b", "default"])
+        wrapped = DistributedDataParallel(model) if wrap is DistributedDataParallel else wrapped
+        found.append((losses + train(wrapped, MLP, part, steps=2), trained(wrapped)))
+    (losses, vectors), *others = found
     assert {"0.hra_u.b", "4.hra_u.default"} <= vectors.keys()
-    for wrap, again in ((DistributedDataParallel, True), (lambda model: shard(model, MLP.units), False)):
-        found, together = several(wrap, again, part_of(rank))
-        assert found == pytest.approx(losses, abs=1e-13)
+    for other, together in others:
+        assert other == pytest.approx(losses, abs=1e-13)
         same(vectors, together)
 
 
@@ -212,16 +119,6 @@ def left_out_on_purpose(rank: int, folder: Path) -> None:
     names = [name for name, p in model.named_parameters() if name == "0.hra_u.default"]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     train(DistributedDataParallel(model), MLP, part_of(rank), steps=1)
-
-
-def compiled(rank: int, folder: Path) -> None:
-    alone = MLP.model()
-    losses = train(alone, MLP)
-    # TorchDynamo breaks the graph at the hooks of a group, and reads it of what it finds there.
-    warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf", UserWarning)
-    for wrap in (WAYS["DDP"], WAYS["FSDP2, whole"], with_vectors_apart):
-        together = torch.compile(wrap(MLP, MLP.model()), backend="aot_eager")
-        assert train(together, MLP, part_of(rank)) == pytest.approx(losses, abs=1e-13)
 
 
 def pipeline(rank: int, folder: Path) -> None:
@@ -290,17 +187,20 @@ def hra_trainer(rank: int, folder: Path) -> None:
     same(trained(alone), trained(model), within=1e-12)
 
 
+def losses(name: str, rank: int, folder: Path) -> None:
+    """In all ways for the MLPs, and in half of them for models that take longer."""
+    ways = list(WAYS) if name.startswith("mlp") else list(WAYS)[list(CASES).index(name) % 2 :: 2]
+    for way in ways:
+        every = EVERY if way in ("DDP", "FSDP2, whole", "FSDP2, vectors apart") else EVERY[:-1]  # torch.compile is slow
+        trainings = every if name == "mlp, whole" else (PLAIN,)
+        losses_and_vectors({way: data_parallel(name, way, trainings)}, rank, folder)
+
+
 CHECKS: dict[str, Check] = {
-    **{f"losses and vectors: {case}": functools.partial(losses_and_vectors, case) for case in CASES},
-    "pairs": pairs,
-    "an evaluation between steps": evaluation_between_steps,
-    **{
-        "vectors in a group of their own": vectors_apart,
-        "launches": launches,
-        "gradients of inputs": gradients_of_inputs,
-    },
-    **{"orthogonality": orthogonality, "orthogonality, a backward of its own": orthogonality_apart},
+    **{f"losses and vectors: {name}": functools.partial(losses, name) for name in CASES},
+    **{"vectors by columns": vectors_by_columns, "gradients of inputs": gradients_of_inputs},
+    **{"orthogonality, a backward of its own": orthogonality_apart},
     **{"several adapters": several_adapters, "an adapter that DDP does not know": unknown_to_ddp},
     **{"what DDP is told to ignore": left_out_on_purpose},
-    **{"torch.compile": compiled, "pipeline": pipeline, "mixed precision": mixed_precision, "HRATrainer": hra_trainer},
+    **{"pipeline": pipeline, "mixed precision": mixed_precision, "HRATrainer": hra_trainer},
 }

@@ -7,9 +7,9 @@ from typing import Any
 
 import peft
 import torch
-from integrations.peft_parity.sides import peft_warnings_ignored
 from one_layer import normal, upstream_for
 from oracles import dense_q, dense_weight
+from peft_sides import peft_warnings_ignored
 from torch import Tensor, nn
 
 import hra_fx

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
-from typing import Any, TypeAlias
+from typing import Any
 
-import peft
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings, strategies as st
-from one_layer import F64, normal
+from one_layer import F32, F64, normal
 from oracles import relative_error
+from peft_sides import agree, by_peft, by_us, randomise, trained
 from torch import Tensor, nn
 
-from hra_fx import HRAConfig, fold, transform
+from hra_fx import fold
 
-Layer: TypeAlias = nn.Linear | nn.Conv2d
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**31 - 1)
 
@@ -35,54 +33,21 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-def by_peft(model: nn.Module, **fields: Any) -> Any:
-    """A copy of `model` with PEFT's HRA injected into every direct child that has a weight."""
-    config = peft.HRAConfig(target_modules=targets(model), **fields)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The symmetric initialization")
-        return peft.inject_adapter_in_model(config, copy.deepcopy(model))
+def both(model: nn.Sequential, **fields: Any) -> tuple[Any, Any]:
+    """PEFT's model and ours over copies of `model`, with the layers that have a weight as targets."""
+    fields["target_modules"] = [name for name, child in model.named_children() if hasattr(child, "weight")]
+    return by_peft(model, **fields), by_us(model, **fields)
 
 
-def by_us(model: nn.Module, **fields: Any) -> Any:
-    return transform(copy.deepcopy(model), HRAConfig(target_modules=targets(model), **fields))
-
-
-def targets(model: nn.Module) -> list[str]:
-    return [name for name, child in model.named_children() if isinstance(child, (nn.Linear, nn.Conv2d))]
-
-
-def both(base: Layer, r: int, *, apply_GS: bool, seed: int = 0) -> tuple[Any, Any]:
-    """PEFT's model and ours over `base`, at the same random vectors in float64."""
-    model = nn.Sequential(base)
-    fields: dict[str, Any] = {"r": r, "apply_GS": apply_GS, "init_weights": False}
-    theirs, ours = by_peft(model, **fields).double(), by_us(model, **fields)
-    vectors = normal(seed, *ours[0].hra_u["default"].shape)
-    for adapted in (theirs, ours):
-        with torch.no_grad():
-            adapted[0].hra_u["default"].copy_(vectors)
-    for bias in (theirs[0].base_layer.bias, ours[0].bias):
-        if bias is not None:
-            bias.requires_grad_()
-    return theirs, ours
-
-
-def grads(model: Any, x: Tensor) -> list[Tensor]:
-    """Output, and the gradients of input, vectors and bias."""
-    x = x.clone().requires_grad_()
-    output = model(x)
-    leaves = [x, model[0].hra_u["default"]]
-    bias = getattr(model[0], "base_layer", model[0]).bias
-    if bias is not None:
-        leaves.append(bias)
-    return [output, *torch.autograd.grad(output, leaves, normal(99, *output.shape))]
-
-
-def agree(theirs: Any, ours: Any, x: Tensor, floor: float = 0.0) -> None:
-    """The same outputs, gradients and merged weight."""
-    for wanted, got in zip(grads(theirs, x), grads(ours, x), strict=True):
-        assert relative_error(got, wanted, floor=floor) < 1e-9
-    theirs[0].merge()
-    assert relative_error(fold(ours)[0].weight, theirs[0].base_layer.weight, floor=floor) < 1e-11
+def check(base: nn.Module, x: Tensor, seed: int = 0, **fields: Any) -> None:
+    """The same output, gradients and merged weight, at the same random vectors in float64."""
+    theirs, ours = both(nn.Sequential(base), init_weights=False, **fields)
+    for model in (theirs.double(), ours):
+        randomise(model, seed)
+    agree(theirs, ours, x, F64)
+    theirs.merge_adapter()
+    merged = theirs.base_model.model[0].base_layer.weight
+    assert relative_error(fold(ours)[0].weight, merged, floor=1.0) < 1e-11
 
 
 @pytest.mark.parametrize("apply_GS", [False, True])
@@ -91,7 +56,7 @@ def agree(theirs: Any, ours: Any, x: Tensor, floor: float = 0.0) -> None:
 def test_conv2d(kind: dict[str, Any], r: int, apply_GS: bool) -> None:
     base = nn.Conv2d(6, 4, **kind, dtype=F64)
     r = min(r, 3 * kind["kernel_size"] ** 2) if apply_GS else r  # half of the dimensions, for PEFT's recurrence
-    agree(*both(base, r, apply_GS=apply_GS), normal(1, 2, 6, 9, 8))
+    check(base, normal(1, 2, 6, 9, 8), r=r, apply_GS=apply_GS)
 
 
 @quick
@@ -99,8 +64,7 @@ def test_conv2d(kind: dict[str, Any], r: int, apply_GS: bool) -> None:
 def test_any_linear(d: int, out: int, r: int, apply_GS: bool, bias: bool, seed: int) -> None:
     # The error of PEFT's recurrence grows with the square of the condition number: use far fewer than d vectors.
     r = min(r, (d + 1) // 2) if apply_GS else r
-    theirs, ours = both(nn.Linear(d, out, bias=bias, dtype=F64), r, apply_GS=apply_GS, seed=seed)
-    agree(theirs, ours, normal(seed, 5, d), floor=1.0)
+    check(nn.Linear(d, out, bias=bias, dtype=F64), normal(seed, 5, d), seed, r=r, apply_GS=apply_GS)
 
 
 def some_layers(dtype: torch.dtype) -> nn.Sequential:
@@ -119,29 +83,41 @@ def some_layers(dtype: torch.dtype) -> nn.Sequential:
 )
 def test_the_same_seed_draws_pefts_vectors(r: int, apply_GS: bool, init_weights: bool) -> None:
     """An even rank's identity start, and every random start; odd and Gram-Schmidt identity starts are ours alone."""
-    model = some_layers(torch.float32)
-    torch.manual_seed(7)
-    theirs = by_peft(model, r=r, apply_GS=apply_GS, init_weights=init_weights)
-    after_theirs = torch.rand(3)
-    torch.manual_seed(7)
-    ours = by_us(model, r=r, apply_GS=apply_GS, init_weights=init_weights)
-    after_ours = torch.rand(3)
-    for name in targets(model):
-        wanted = theirs.get_submodule(name).hra_u["default"]
-        got = ours.get_submodule(name).hra_u["default"]
-        assert got.dtype == wanted.dtype
-        assert torch.equal(got, wanted)
-        assert ours.get_submodule(name).hra_u.anchor("default") is None
+    fields: dict[str, Any] = {"r": r, "apply_GS": apply_GS, "init_weights": init_weights}
+    drawn = []
+    for make in (by_peft, by_us):
+        model = some_layers(torch.float32)
+        torch.manual_seed(7)
+        vectors = trained(make(model, target_modules=["0", "2", "4"], **fields))
+        drawn.append((vectors, torch.rand(3)))
+    (wanted, after_theirs), (got, after_ours) = drawn
+    assert got.keys() == wanted.keys()
+    assert all(got[name].dtype == u.dtype and torch.equal(got[name], u) for name, u in wanted.items())
     assert torch.equal(after_ours, after_theirs)
 
 
 def test_a_dilated_convolution_is_still_wrong_in_peft() -> None:
     """This fails once PEFT fixes it: its unmerged and its merged convolution differ."""
-    base = nn.Conv2d(3, 4, 3, dilation=2, dtype=F64)
-    theirs, ours = both(base, 2, apply_GS=False)
+    theirs, ours = both(nn.Sequential(nn.Conv2d(3, 4, 3, dilation=2, dtype=F64)), r=2, init_weights=False)
+    for model in (theirs.double(), ours):
+        randomise(model)
     x = normal(1, 2, 3, 9, 9)
     unmerged = theirs(x)
-    theirs[0].merge()
-    merged = theirs(x)
-    assert unmerged.shape != merged.shape
-    assert relative_error(ours(x), merged) < 1e-9
+    theirs.merge_adapter()
+    assert unmerged.shape != theirs(x).shape
+    assert relative_error(ours(x), theirs(x)) < 1e-9
+
+
+def test_the_convolutions_of_a_resnet_as_in_pefts_documentation() -> None:
+    """PEFT is right in all of them, also unmerged: square kernels, zeros, equal strides, one group."""
+    # A quarter as wide inside: PEFT multiplies matrices as wide as the unfolded input of a layer, 4608 otherwise.
+    base = torchvision.models.resnet50(weights=None, num_classes=5, width_per_group=16).eval()
+    fields = {"r": 2, "target_modules": ["conv1", "conv2"]}
+    theirs, ours = by_peft(base, **fields), by_us(base, **fields)
+    assert len(trained(ours)) == 1 + 2 * (3 + 4 + 6 + 3)
+    for model in (theirs, ours):
+        randomise(model)
+    x = normal(1, 2, 3, 64, 64, dtype=F32)
+    assert trained(ours).keys() == trained(theirs).keys()
+    assert relative_error(ours(x), theirs(x)) < 1e-5
+    assert relative_error(ours(x), base(x)) > 1e-2

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from integrations.peft_parity.sides import by_peft, by_us, opened_by_peft, randomise, saved_by_peft
-from integrations.peft_parity.tiny import inputs, tiny
 from integrations.transformers_use import tied
 from model.many import seen
 from oracles import relative_error
+from peft_sides import by_peft, by_us, opened_by_peft, randomise, saved_by_peft
 from safetensors.torch import load_file
+from tiny_models import inputs, tiny
 from torch import Tensor
 
 import hra_fx
@@ -95,18 +95,6 @@ def test_an_adapter_of_a_larger_vocabulary_is_refused_with_both_shapes(tmp_path:
     ours = hra_fx.HRAModel.from_pretrained(other, tmp_path)
     assert torch.isfinite(logits(ours)).all()
     assert logits(ours).shape == (3, 7, 41)
-
-
-def test_it_loads_over_a_model_that_has_adapters_on_its_head_already(tmp_path: Path) -> None:
-    theirs = written(tmp_path, HEAD, {}, tiny("llama"))
-    ours = by_us(tiny("llama"), "first", **HEAD, init_weights=False)
-    ours.load_adapter(tmp_path, "second")
-    assert ours.active_adapters == ["first"]
-    ours.set_adapter("second")
-    assert relative_error(logits(ours), logits(theirs)) < 1e-9
-    # And in place of values that are there.
-    ours.load_adapter(tmp_path, "second")
-    assert relative_error(logits(ours), logits(theirs)) < 1e-9
 
 
 def test_our_file_of_a_reflected_head_holds_no_embeddings_and_peft_opens_it(tmp_path: Path) -> None:

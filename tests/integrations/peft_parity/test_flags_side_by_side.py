@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
-from integrations.peft_parity.sides import (
+from peft_sides import (
     by_peft,
     by_us,
     net,
@@ -24,7 +25,6 @@ from torch import nn
 import hra_fx
 
 Fields = dict[str, Any]
-Flag = tuple[str, str]
 FIRST: dict[str, Fields] = {
     "plain": {"r": 2, "target_modules": ["query", "value"]},
     "head": {"r": 2, "target_modules": ["query"], "modules_to_save": ["classifier"]},
@@ -39,38 +39,18 @@ firsts = pytest.mark.parametrize("first", FIRST.values(), ids=FIRST.keys())
 seconds = pytest.mark.parametrize("second", SECOND.values(), ids=SECOND.keys())
 
 
-def theirs_trained(model: nn.Module) -> set[Flag]:
-    """(tensor of the base model, adapter), for what PEFT trains; "base" where it is no adapter's own."""
-    found = set()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            name = name.removeprefix("base_model.model.").replace(".base_layer", "")
-            if ".hra_u." in name:
-                found.add((f"{name.partition('.hra_u.')[0]}.hra_u", name.partition(".hra_u.")[2]))
-            elif ".modules_to_save." in name:
-                owner, _, rest = name.partition(".modules_to_save.")
-                adapter, _, tensor = rest.partition(".")
-                found.add((f"{owner}.{tensor}", adapter))
-            else:
-                found.add((name.replace(".original_module", ""), "base"))
-    return found
+#: What PEFT and hra_fx put into the names of the base model's tensors.
+ADDED = re.compile(r"^base_model\.model\.|\.base_layer|\.original_module|\.(modules_to_save|hra_saved)\.\w+")
 
 
-def ours_trained(model: nn.Module) -> set[Flag]:
-    found = set()
-    for path, owner in model.named_modules():
-        saved = getattr(owner, "hra_saved", None)
-        for name, parameter in owner.named_parameters(recurse=False):
-            if not parameter.requires_grad:
-                continue
-            if ".hra_u" in path:
-                found.add((path, name))
-            elif ".hra_saved." in path:
-                found.add((f"{path.partition('.hra_saved.')[0]}.{name}", path.partition(".hra_saved.")[2]))
-            else:
-                whose = saved.in_place.get(name, "base") if saved is not None else "base"
-                found.add((f"{path}.{name}", "base" if whose == "base_layer" else whose))
-    return found
+def flags(model: nn.Module) -> set[str]:
+    """The names in the base model of all that is trained; names of vectors end in that of their adapter."""
+    return {ADDED.sub("", name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def adapters(model: nn.Module) -> set[str]:
+    """Those whose vectors are trained."""
+    return {name.rpartition(".hra_u.")[2] for name in flags(model) if ".hra_u." in name}
 
 
 def pair(first: Fields, second: Fields | None = None) -> tuple[Any, Any]:
@@ -83,11 +63,10 @@ def pair(first: Fields, second: Fields | None = None) -> tuple[Any, Any]:
 
 
 def same(theirs: nn.Module, ours: nn.Module) -> set[str]:
-    """The adapters that have trained parameters; which those are, and how many, is as in PEFT."""
-    got = ours_trained(ours)
-    assert got == theirs_trained(theirs)
+    """The adapters that are trained; which parameters those are, and how many, is as in PEFT."""
+    assert flags(ours) == flags(theirs)
     same_line(theirs, ours)
-    return {adapter for _, adapter in got}
+    return adapters(ours)
 
 
 def set_both(theirs: Any, ours: Any, name: str, **options: bool) -> set[str]:
@@ -101,11 +80,11 @@ def test_one_adapter(first: Fields) -> None:
     assert same(*pair(first | {"inference_mode": True})) == set()
     theirs, ours = pair(first)
     assert same(theirs, ours) == {"default"}
-    before = ours_trained(ours)
+    before = flags(ours)
     with theirs.disable_adapter(), ours.disable_adapter():
         # PEFT clears the flags here; ours stay, and nothing reads the parameters.
-        assert theirs_trained(theirs) == set()
-        assert ours_trained(ours) == before
+        assert flags(theirs) == set()
+        assert flags(ours) == before
         assert not ours(tokens()).requires_grad
     assert same(theirs, ours) == {"default"}
     for steps in (("disable_adapter_layers", "enable_adapter_layers"), ("merge_adapter", "unmerge_adapter")):
@@ -150,7 +129,7 @@ def test_a_deleted_adapter(first: Fields, second: Fields, active: str) -> None:
         model.set_adapter(active)
         with peft_warnings_ignored():
             model.delete_adapter("default")
-    assert theirs_trained(theirs) <= ours_trained(ours)
+    assert flags(theirs) <= flags(ours)
     theirs.set_adapter("other")
     assert same(theirs, ours) == {"other"}
     assert ours.active_adapters == theirs.active_adapters == ["other"]
@@ -181,7 +160,7 @@ def test_a_second_loaded_adapter(first: str, second: str, is_trainable: bool, tm
         with peft_warnings_ignored():
             model.load_adapter(tmp_path, "other", is_trainable=is_trainable)
     assert ours.training is theirs.training is is_trainable
-    assert {adapter for _, adapter in ours_trained(ours)} == {"default"}
+    assert adapters(ours) == {"default"}
     assert is_trainable or same(theirs, ours) == {"default"}
     for name in ("other", "default"):
         assert set_both(theirs, ours, name) == {name}

@@ -7,27 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import peft
 import pytest
 import torch
-from diffusers.training_utils import EMAModel
-from diffusion_models import unet
-from integrations.diffusers_use.test_stable_diffusion import TARGETS
-from integrations.peft_parity.sides import (
-    F64,
-    by_peft,
-    by_us,
-    opened_by_peft,
-    peft_warnings_ignored,
-    randomise,
-    saved_by_peft,
-)
-from integrations.transformers_use.tiny import batch, bert, llama, tokens_of, trainer_of
 from oracles import relative_error
-from safetensors.torch import load_file
+from peft_sides import F64, by_peft, by_us, opened_by_peft, peft_warnings_ignored, randomise, saved_by_peft
+from tiny_models import batch, bert, llama, tokens_of
 from torch import Tensor, nn
-from transformers import BertForSequenceClassification, Trainer
 
 import hra_fx
 
@@ -47,36 +33,6 @@ def logits(model: Any, kind: str) -> Tensor:
     with torch.no_grad():
         found: Tensor = model.eval()(input_ids=batch(kind)["input_ids"]).logits
     return found
-
-
-@pytest.mark.slow  # test_trainer.py trains it, test_files_of_tasks.py saves and opens it
-def test_a_classifier_is_trained_by_the_trainer_saved_opened_and_merged(tmp_path: Path) -> None:
-    base = bert(**WITHOUT_DROPOUT).double()
-    sides = {"theirs": by_peft(base, **CLASSES), "ours": by_us(base, **CLASSES)}
-    losses = {}
-    for name, model in sides.items():
-        randomise(model)
-        settings = {"optim": "sgd", "learning_rate": 0.1, "save_strategy": "steps", "save_steps": 3}
-        trainer = trainer_of(Trainer, "bert", model, tmp_path / name, **settings)
-        with peft_warnings_ignored():
-            trainer.train()
-            trainer.save_model(str(tmp_path / name / "last"))
-        losses[name] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(losses["ours"]) == 6
-    assert losses["ours"] == pytest.approx(losses["theirs"], rel=1e-6)
-    assert losses["ours"][-1] != losses["ours"][0]
-    theirs, ours = sides["theirs"], sides["ours"]
-    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
-    wanted = logits(theirs, "bert")
-    assert relative_error(logits(ours, "bert"), wanted) < TIGHT
-    for folder in ("last", "checkpoint-6"):
-        opened = hra_fx.HRAModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours" / folder)
-        assert torch.equal(logits(opened, "bert"), logits(ours, "bert"))
-        assert relative_error(logits(opened_by_peft(base, tmp_path / "ours" / folder), "bert"), wanted) < TIGHT
-    ours.merge_and_unload().save_pretrained(tmp_path / "merged")
-    merged = BertForSequenceClassification.from_pretrained(tmp_path / "merged", dtype=F64)
-    assert relative_error(logits(merged, "bert"), wanted) < TIGHT
-    assert relative_error(logits(base, "bert"), wanted) > 1e-3
 
 
 def test_a_language_model_with_a_reflected_head_is_trained_and_generates(tmp_path: Path) -> None:
@@ -111,67 +67,6 @@ def test_a_language_model_with_a_reflected_head_is_trained_and_generates(tmp_pat
         assert relative_error(logits(opened_by_peft(base, tmp_path / folder), "llama"), wanted) < TIGHT
     folded = models["ours"].merge_and_unload()
     assert torch.equal(folded.generate(**prompt, max_new_tokens=8, do_sample=False), said["theirs"])
-
-
-def noised() -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """Noised latents, steps and the text's states; and the noise."""
-    generator = torch.Generator().manual_seed(2)
-    latents, noise = (torch.randn(4, 4, 8, 8, dtype=F64, generator=generator) for _ in range(2))
-    states = torch.randn(4, 5, 16, dtype=F64, generator=generator)
-    return (latents + noise, torch.tensor([10, 300, 500, 900]), states), noise
-
-
-def dreambooth(model: Any) -> EMAModel:
-    """Four steps with the prior of the class preserved, and the moving average of what is trained."""
-    inputs, noise = noised()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
-    average = EMAModel(parameters, decay=0.7, use_ema_warmup=False)
-    model.train()
-    for _ in range(4):
-        instance, prior = (model(*inputs).sample - noise).square().chunk(2)
-        optimizer.zero_grad()
-        (instance.mean() + prior.mean()).backward()
-        optimizer.step()
-        average.step(parameters)
-    model.eval()
-    return average
-
-
-@pytest.mark.slow  # scripts_use/test_diffusers.py trains one too
-def test_a_unet_is_trained_as_in_dreambooth_with_a_moving_average(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    base = unet().double()
-    fields = {"r": 8, "target_modules": TARGETS["unet"]}
-    theirs, ours = by_peft(base, **fields), by_us(base, **fields)
-    ours.enable_gradient_checkpointing()
-    inputs, _ = noised()
-    found: dict[str, list[Tensor]] = {"theirs": [], "ours": []}
-    for name, model in (("theirs", theirs), ("ours", ours)):
-        randomise(model)
-        average = dreambooth(model)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        assert len(parameters) == 48
-        with torch.no_grad():
-            found[name].append(model(*inputs).sample)
-            average.store(parameters)
-            average.copy_to(parameters)
-            found[name].append(model(*inputs).sample)
-        model.save_pretrained(tmp_path / name)
-        average.restore(parameters)
-        with torch.no_grad():
-            assert torch.equal(model(*inputs).sample, found[name][0])
-    for got, wanted in zip(found["ours"], found["theirs"], strict=True):
-        assert relative_error(got, wanted) < TIGHT
-    assert relative_error(found["ours"][0], found["ours"][1]) > 1e-4
-
-    opened = hra_fx.HRAModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
-    assert torch.equal(opened(*inputs).sample, found["ours"][1])
-    assert relative_error(opened_by_peft(base, tmp_path / "ours").eval()(*inputs).sample, found["theirs"][1]) < TIGHT
-    opened.merge_and_unload().save_pretrained(tmp_path / "whole")
-    assert load_file(tmp_path / "whole" / "diffusion_pytorch_model.safetensors").keys() == base.state_dict().keys()
-    whole = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "whole", torch_dtype=F64).eval()
-    assert relative_error(whole(*inputs).sample, found["theirs"][1]) < TIGHT
 
 
 def randomise_all(model: Any, names: Iterable[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import peft
 import torch
-from integrations.transformers_use.tiny import llama, samples
+from tiny_models import llama, samples
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments

@@ -14,10 +14,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers.training_utils import cast_training_params
 from diffusion_pipelines import image, stable_diffusion
-from integrations.transformers_use.tiny import vectors_of
 from oracles import relative_error
 from peft.tuners.hra.layer import HRALinear
 from safetensors.torch import load_file, save_file
+from tiny_models import vectors_of
 from torch import Tensor
 
 import hra_fx

@@ -12,15 +12,14 @@ import peft
 import pytest
 import torch
 from integrations.scripts_use.programs import LOADERS, losses, merged, save_base, trainer
-from integrations.transformers_use.tiny import batch, vectors_of
 from oracles import relative_error
 from peft.tuners.hra.layer import HRALinear
 from safetensors.torch import load_file
+from tiny_models import batch, vectors_of
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import hra_fx
-from hra_fx.integrations import PairCallback
 
 # Names that transformers has had since 5.0, and means to rename; PEFT uses them.
 pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing\\w*` is deprecated:FutureWarning")
@@ -104,22 +103,6 @@ def test_accelerated_it_trains_as_with_peft(
             key = name.removesuffix(".default")
             assert relative_error(fast.files[key] - before, theirs.files[key] - before) < 1e-2, key
     assert relative_error(fast.logits, theirs.logits) < 3 * bound
-
-
-def test_a_callback_trains_in_pairs(tmp_path: Path) -> None:
-    save_base(tmp_path, torch.float32)
-    found = []
-    with hra_fx.accelerate_peft():
-        for name, checkpoint in (("vectors", None), ("pairs", None), ("pairs", "checkpoint-2")):
-            model = LOADERS["LLaMA-Factory"](tmp_path, torch.float32, True, None)
-            callbacks = [PairCallback()] if name == "pairs" else []
-            training = trainer("LLaMA-Factory", model, tmp_path / name, callbacks=callbacks)
-            training.train(resume_from_checkpoint=checkpoint and str(tmp_path / name / checkpoint))
-            found.append(losses(training))
-    vectors, pairs, resumed = found
-    assert vectors[0] == pairs[0]
-    assert abs(vectors[-1] - pairs[-1]) > 1e-2
-    assert resumed == pairs
 
 
 def entries(files: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from integrations.transformers_use.tiny import BASES, SHAPES, batch, config_for, samples, trainer_of, vectors_of
 from oracles import relative_error
+from tiny_models import BASES, SHAPES, batch, config_for, samples, trainer_of, vectors_of
 from torch import Tensor, nn
 from transformers import Trainer
 
 import hra_fx
 from hra_fx.integrations import HRATrainer
-from hra_fx.model.orthogonality import orthogonality_loss
 
 WEIGHT = 0.5
 LR = 0.1
@@ -100,17 +99,6 @@ def test_the_term_counts_once_per_step_however_many_batches_are_accumulated(
         assert relative_error(having - without, -LR * WEIGHT * gradient) < 1e-12
 
 
-def test_the_first_step_is_the_one_made_by_hand(tmp_path: Path) -> None:
-    model = adapted("llama")
-    before = copy.deepcopy(model)
-    trainer(Weighted, "llama", model, tmp_path, 8, gradient_accumulation_steps=4).train()
-    (before(**batch("llama", 8)).loss + WEIGHT * penalty(before)).backward()
-    for name, vectors in vectors_of(before).items():
-        assert vectors.grad is not None
-        # Llama computes its loss in float32, whatever its weights are.
-        assert relative_error(vectors_of(model)[name] - vectors, -LR * vectors.grad) < 1e-5
-
-
 @pytest.mark.parametrize("kind", ["llama", "bert", "bert, a mean loss"])
 def test_an_evaluation_does_not_contain_the_term(kind: str, tmp_path: Path) -> None:
     """Neither after training, nor between steps, nor of a model in training mode."""
@@ -123,28 +111,6 @@ def test_an_evaluation_does_not_contain_the_term(kind: str, tmp_path: Path) -> N
     assert ours.evaluate()["eval_loss"] == wanted
     data = batch(kind.partition(",")[0])
     assert torch.equal(*(each.prediction_step(model.train(), data, True)[0] for each in (stock, ours)))
-
-
-def test_compute_loss_adds_the_term_before_training_too(tmp_path: Path) -> None:
-    model = adapted("bert").train()
-    loss, outputs = trainer(Weighted, "bert", model, tmp_path).compute_loss(model, batch("bert"), return_outputs=True)
-    assert outputs.logits.shape == (4, 2)
-    assert relative_error(loss, outputs.loss + WEIGHT * penalty(model)) < 1e-14
-    none = partial(Weighted, compute_loss_func=lambda outputs, labels, num_items_in_batch: outputs.logits.sum() * 0)
-    loss = trainer(none, "bert", model, tmp_path).compute_loss(model, batch("bert"))
-    assert relative_error(loss, WEIGHT * penalty(model)) < 1e-14
-    assert relative_error(orthogonality_loss(model), penalty(model)) < 1e-14
-
-
-def test_without_a_weight_it_is_the_stock_trainer(tmp_path: Path) -> None:
-    models, histories = [adapted("bert"), adapted("bert")], []
-    for maker, model in zip((Trainer, partial(HRATrainer, pair_difference=None)), models, strict=True):
-        made = trainer(maker, "bert", model, tmp_path, 8, max_steps=3, logging_strategy="steps")
-        made.train()
-        histories.append([(entry.keys(), entry.get("loss")) for entry in made.state.log_history])
-    assert histories[0] == histories[1]
-    for wanted, found in zip(*(vectors_of(model).values() for model in models), strict=True):
-        assert torch.equal(wanted, found)
 
 
 def test_the_training_logs_have_the_mean_of_the_term(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from integrations.transformers_use.one_hub import one_hub
-from integrations.transformers_use.tiny import adapted, batch, llama, trainer_of, turn
+from one_hub import one_hub
 from oracles import relative_error
+from tiny_models import adapted, batch, llama, trainer_of, turn
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, Trainer
 
@@ -90,7 +90,6 @@ def test_several_adapters_and_a_model_of_no_library(tmp_path: Path) -> None:
     [
         ({"target_modules": r".*\.(0|1)"}, r"2 | `'.*\\.(0\|1)'`", None),
         ({"target_modules": ["0"], "rank_pattern": {"0": 3}}, "2, rank_pattern | `['0']`", "rank_pattern"),
-        ({"target_parameters": ["experts.up"]}, "2 | `['experts.up']`", "target_parameters"),
         (
             {"target_modules": ["0"], "target_parameters": ["experts.up"]},
             "2 | `['0']`, `['experts.up']`",
@@ -179,13 +178,3 @@ def test_save_pretrained_uploads_what_it_wrote(shape: str, files: dict[str, byte
     assert sorted(files) == ["README.md"]
     model.save_pretrained(folder, push_to_hub=True, selected_adapters=["default"], token="hf_x")
     assert sorted(files) == FILES and files["README.md"] == b"# Mine"
-
-
-def test_push_to_hub_of_a_plain_module_and_of_none(files: dict[str, bytes]) -> None:
-    model = hra_fx.transform(nn.Sequential(nn.Linear(4, 4)), hra_fx.HRAConfig(r=2, target_modules=["0"]))
-    hra_fx.push_to_hub(model, "user/name", token="hf_x", private=True)
-    assert sorted(files) == FILES
-    files.clear()
-    with pytest.raises(hra_fx.AdapterError, match="has no adapters"):
-        hra_fx.push_to_hub(hra_fx.fold(model), "user/name", token="hf_x")
-    assert not files

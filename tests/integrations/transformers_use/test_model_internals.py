@@ -1,32 +1,60 @@
-"""What transformers and torch ask of a model besides its forward: an adapted one answers as the model that it is."""
+"""An adapted model is the model that it was to transformers: its class, attributes and gradient checkpointing."""
 
 from __future__ import annotations
 
 import inspect
 from typing import Any
 
+import pytest
 import torch
-from integrations.transformers_use.tiny import BASES, adapted, batch, pairs, turn, vectors_of
 from oracles import relative_error
-from torch import Tensor, nn
+from tiny_models import BASES, adapted, batch, pairs, turn
+from torch import Tensor
 from transformers import BertForSequenceClassification, LlamaForCausalLM
 from transformers.utils import find_labels
 
 import hra_fx
 
-CLASSES = {"bert": BertForSequenceClassification, "llama": LlamaForCausalLM}
+# The names that transformers has had since 5.0; it means to rename them.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`gradient_checkpointing_(en|dis)able` is deprecated:FutureWarning",
+    "ignore:`gradient_checkpointing(_kwargs)?` is deprecated:FutureWarning",
+)
 
 
-def turned(kind: str, shape: str, **fields: object) -> Any:
-    model = adapted(kind, shape, **fields)
+def gradients(model: Any, kind: str, *, calls: int) -> dict[str, Tensor]:
+    """Of all that is trained, and a check of how often a layer in the first block is called."""
+    layer = next(part for name, part in model.named_modules() if name.endswith(("query", "q_proj")))
+    called: list[Any] = []
+    hook = layer.register_forward_hook(lambda *args: called.append(args))
+    model.zero_grad()
+    torch.manual_seed(3)
+    model.train()(**batch(kind)).loss.backward()
+    hook.remove()
+    assert len(called) == calls
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert [name for name, gradient in found.items() if gradient is None] == []
+    return {name: gradient.clone() for name, gradient in found.items()}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
+@pairs
+def test_the_gradients_are_those_without(kind: str, shape: str, use_reentrant: bool, when: str) -> None:
+    model = base = BASES[kind]()
+    if when == "after":
+        model = adapted(kind, shape, base=base)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    if when == "before":
+        model = adapted(kind, shape, base=base)
     turn(model)
-    return model.eval()
+    found = gradients(model, kind, calls=2)
+    model.gradient_checkpointing_disable()
+    wanted = gradients(model, kind, calls=1)
+    assert {name: error for name in wanted if (error := relative_error(found[name], wanted[name])) > 1e-5} == {}
 
 
-def logits(model: nn.Module, kind: str) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model(input_ids=batch(kind)["input_ids"]).logits
-    return out
+CLASSES = {"bert": BertForSequenceClassification, "llama": LlamaForCausalLM}
 
 
 @pairs
@@ -50,28 +78,3 @@ def test_it_is_its_class_with_its_name_attributes_and_signature(kind: str, shape
     # The Trainer reads the names of arguments.
     assert inspect.signature(model.forward) == inspect.signature(BASES[kind]().forward)
     assert find_labels(type(model)) == find_labels(CLASSES[kind]) == ["labels"]
-
-
-@pairs
-def test_the_parameters_are_counted(kind: str, shape: str) -> None:
-    base = BASES[kind]()
-    model = adapted(kind, shape)
-    vectors = sum(each.numel() for each in vectors_of(model).values())
-    head = 2 * 32 + 2 if kind == "bert" else 0
-    assert model.num_parameters() == base.num_parameters() + vectors + head
-    assert model.num_parameters(only_trainable=True) == vectors + head
-
-
-@pairs
-def test_modes_and_dtypes_reach_every_part_and_tying_again_changes_nothing(kind: str, shape: str) -> None:
-    model = turned(kind, shape)
-    wanted = logits(model, kind)
-    model.tie_weights()
-    assert torch.equal(logits(model, kind), wanted)
-    assert model.train() is model
-    assert all(part.training for part in model.modules())
-    assert model.eval() is model
-    assert not any(part.training for part in model.modules())
-    assert model.to(torch.float64) is model
-    assert {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()} == {torch.float64}
-    assert relative_error(logits(model, kind), wanted.double()) < 1e-5

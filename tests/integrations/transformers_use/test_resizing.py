@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from integrations.transformers_use.tied import CASES, VOCABULARY, Case, case, logits, stored
-from integrations.transformers_use.tiny import turn
 from oracles import dense_q, dense_weight, relative_error
+from tiny_models import turn
 from torch import Tensor, nn
 from transformers import MobileBertConfig, MobileBertForMaskedLM
 
@@ -20,7 +20,6 @@ import hra_fx
 EVERY = [(kind, True) for kind in CASES if kind != "bert_to_bert"] + [("llama", False), ("bert", False)]
 every = pytest.mark.parametrize(("kind", "tied"), EVERY)
 few = pytest.mark.parametrize(("kind", "tied"), [("llama", True), ("bert", False)])
-ties = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 sizes = pytest.mark.parametrize("size", [VOCABULARY + 8, VOCABULARY - 8])
 
 
@@ -112,52 +111,6 @@ def test_the_adapter_is_saved_and_loaded_over_either_size(kind: str, tied: bool,
     assert torch.equal(logits(plain), wanted)
 
 
-@ties
-def test_all_adapters_come_along_and_can_be_switched(tied: bool) -> None:
-    made = adapted("llama", tied=tied, shape=hra_fx.HRAModel)
-    model = made.model
-    model.add_adapter("second", hra_fx.HRAConfig(r=2, target_modules=["lm_head"], apply_GS=True))
-    turn(model, 9)
-    hra_fx.set_scale(model, "second", 0.5)
-    wanted = {}
-    for names in ("default", "second", ["default", "second"]):
-        model.set_adapter(names)
-        wanted[str(names)] = logits(model)
-    with model.disable_adapter():
-        off = logits(model)
-    resize(model, VOCABULARY + 8)
-    assert model.active_adapters == ["default", "second"]
-    for names in (["default", "second"], "second", "default"):
-        model.set_adapter(names)
-        assert relative_error(kept(logits(model), VOCABULARY), wanted[str(names)]) < 1e-12
-    assert not model.lm_head.hra_u["second"].requires_grad
-    with model.disable_adapter():
-        assert relative_error(kept(logits(model), VOCABULARY), off) < 1e-12
-    model.delete_adapter("second")
-    assert list(model.lm_head.hra_u) == ["default"]
-    plain = model.unload()
-    assert type(plain.lm_head) is nn.Linear
-    assert relative_error(kept(logits(plain), VOCABULARY), off) < 1e-12
-
-
-def test_new_tokens_are_the_mean_of_the_old_ones_unless_told_otherwise() -> None:
-    model = adapted("llama", tied=False).model
-    wanted = logits(model)
-    model.resize_token_embeddings(VOCABULARY + 8)
-    assert relative_error(kept(logits(model), VOCABULARY), wanted) < 1e-12
-    assert relative_error(logits(model)[..., -1], wanted.mean(dim=-1)) < 1e-3
-
-
-def test_a_multiple_is_padded_to_and_no_size_asks_only() -> None:
-    model = adapted("llama", tied=False).model
-    wanted = logits(model)
-    assert model.resize_token_embeddings() is model.model.embed_tokens
-    assert torch.equal(logits(model), wanted)
-    model.resize_token_embeddings(33, pad_to_multiple_of=8, mean_resizing=False)
-    assert model.lm_head.weight.shape[0] == model.config.vocab_size == 40
-    assert relative_error(kept(logits(model), VOCABULARY), wanted) < 1e-12
-
-
 def test_a_resize_that_transformers_refuses_changes_nothing() -> None:
     model = adapted("bert_to_bert").model
     wanted, kinds_of = logits(model), [type(module) for module in model.modules()]
@@ -219,7 +172,7 @@ def test_a_merged_head_must_be_unmerged_first() -> None:
 
 
 def mobilebert(*targets: str) -> Any:
-    """A model that resizes a layer of its own besides, and reads the weight of its output layer without a call."""
+    """A model that also resizes a layer below its output layer."""
     torch.manual_seed(0)
     sizes_of = {"hidden_size": 16, "embedding_size": 8, "intra_bottleneck_size": 8, "intermediate_size": 24}
     settings = MobileBertConfig(vocab_size=VOCABULARY, num_hidden_layers=1, num_attention_heads=2, **sizes_of)
@@ -235,16 +188,3 @@ def test_reflections_over_the_tokens_themselves_are_refused() -> None:
         r"^cls\.predictions\.dense: its vectors have length 32, the number of tokens, and would not fit after "
         r"resize_token_embeddings\. Resize before hra_fx\.transform, or fold or unload first\.$",
     )
-
-
-@sizes
-def test_an_output_layer_whose_weight_is_reflected_for_its_reader(size: int) -> None:
-    model = mobilebert("cls.predictions.decoder", "query")
-    wanted, head = logits(model), model.cls.predictions.decoder
-    model.resize_token_embeddings(size)
-    assert model.cls.predictions.decoder.hra_u is head.hra_u
-    assert relative_error(kept(logits(model), size), kept(wanted, size)) < 1e-12
-    moved = logits(model)
-    with pytest.warns(hra_fx.HRAWarning, match="^untied: "):
-        hra_fx.fold(model)
-    assert relative_error(logits(model), moved) < 1e-12

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from integrations.transformers_use.tiny import BASES, adapted, batch, pairs, turn, vectors_of
 from oracles import relative_error
-from safetensors.torch import load_file
+from tiny_models import BASES, adapted, batch, pairs, turn
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -100,6 +99,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"safe_serialization": False}, "safe_serialization must be True, got False: pickle files are never written."),
     ({"selected_adapters": ["other"]}, "the model has no adapter 'other'. It has 'default'."),
+    ({"selected_adapters": []}, "selected_adapters must not be empty. Use None to save all adapters."),
 ]
 
 
@@ -108,29 +108,6 @@ def test_what_is_refused_writes_nothing(options: dict[str, Any], message: str, t
     with pytest.raises(hra_fx.AdapterError, match=f"^{re.escape(message)}$"):
         adapted("llama", "transform").save_pretrained(tmp_path, **options)
     assert names_in(tmp_path) == set()
-
-
-def test_options_for_whole_models_change_nothing_and_other_processes_write_nothing(tmp_path: Path) -> None:
-    model = adapted("llama", "transform")
-    model.save_pretrained(tmp_path / "none", is_main_process=False)
-    assert not (tmp_path / "none").exists()
-    model.save_pretrained(tmp_path / "plain")
-    model.save_pretrained(tmp_path / "cut", max_shard_size="1KB", variant="fp16")
-    assert names_in(tmp_path / "cut") == FILES
-    for name in FILES:
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
-
-
-@pytest.mark.parametrize("folder", ["adapter", "checkpoint-5"])
-def test_a_gathered_state_dict_is_what_is_written(folder: str, tmp_path: Path) -> None:
-    """A wrapper (FSDP) gathers it since the model's own tensors are in parts."""
-    model = adapted("bert", "transform", r=4)
-    gathered = {name: tensor + 1 for name, tensor in model.state_dict().items()}
-    model.save_pretrained(tmp_path / folder, state_dict=gathered)
-    saved = load_file(tmp_path / folder / "adapter_model.safetensors")
-    for name in vectors_of(model):
-        assert torch.equal(saved["base_model.model." + name.removesuffix(".default")], gathered[name]), name
-    assert torch.equal(saved["base_model.model.classifier.weight"], gathered["classifier.weight"])
 
 
 def test_the_adapter_is_written_whether_it_is_merged_disabled_or_inactive(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from functools import partial
 from pathlib import Path
@@ -12,9 +11,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from integrations.transformers_use.tiny import adapted, samples, trainer_of, vectors_of
 from integrations.trl_use import runs
 from oracles import relative_error
+from tiny_models import adapted, samples, trainer_of, vectors_of
 from torch import nn
 from transformers import Trainer
 
@@ -103,45 +102,6 @@ def test_accelerate(when: str, scaled: bool) -> None:
             (scaler.scale(loss) if scaled and each is model else loss).backward()
             one.step()
     assert equal(*(vectors_of(each).values() for each in (model, plain)))
-
-
-class Flat:
-    """As DeepSpeed's wrapper: the parameters are flat copies."""
-
-    def __init__(self) -> None:
-        self.optimizer = AdamW([nn.Parameter(torch.zeros(9))])
-
-
-def test_an_optimizer_of_flat_parameters_is_a_warning() -> None:
-    model = adapted("llama", "transform")
-    with pytest.warns(hra_fx.HRAWarning, match=r"q_proj.hra_u.default \(not a parameter of the optimizer now\)"):
-        PairCallback().on_train_begin(None, None, None, optimizer=Flat(), model=model)  # type: ignore[arg-type]
-
-
-class Failing(torch.optim.AdamW):
-    """Fails in its second step."""
-
-    def step(self, closure: Any = None) -> Any:
-        super().step(closure)
-        if self.state[self.param_groups[0]["params"][0]]["step"] == 2:
-            raise KeyboardInterrupt
-
-
-def test_after_an_error_inside_accelerate_the_parameters_are_vectors() -> None:
-    """It took `step` before the optimizer trains pairs."""
-    Accelerator(cpu=True)  # the wrapper reads its state
-    model = adapted("llama", "transform")
-    data = {key: torch.stack([one[key] for one in samples("llama", 2)]) for key in ("input_ids", "labels")}
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    wrapped = AcceleratedOptimizer(Failing([one for one in model.parameters() if one.requires_grad]), scaler=scaler)
-    PairCallback().on_train_begin(None, None, None, optimizer=wrapped, model=model)  # type: ignore[arg-type]
-    lengths = []
-    for _ in range(2):
-        scaler.scale(model(**data).loss).backward()
-        with contextlib.suppress(KeyboardInterrupt):
-            wrapped.step()
-        lengths.append([float(one.detach().norm()) for one in vectors_of(model).values()])
-    assert lengths[1] == pytest.approx(lengths[0], rel=0.1), "those of sums and differences are much smaller"
 
 
 @pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing\\w*` is deprecated:FutureWarning")

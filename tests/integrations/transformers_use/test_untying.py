@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from integrations.transformers_use.tied import CASES, Case, case, logits, stored
-from integrations.transformers_use.tiny import turn
-from model.failing import At, no_memory
 from model.many import seen
 from oracles import dense_q, dense_weight, relative_error
-from torch import nn
-from transformers import LlamaForCausalLM
+from tiny_models import turn
 
 import hra_fx
 
@@ -111,22 +107,6 @@ def test_the_setting_of_what_is_untied_changes_and_no_other() -> None:
     assert model.config.encoder.tie_word_embeddings
 
 
-def test_a_tie_of_the_users_own_leaves_the_setting_alone() -> None:
-    made = case("llama")
-    first, second = (layer.self_attn.q_proj for layer in made.model.model.layers)
-    second.weight = first.weight
-    model = hra_fx.transform(made.model, hra_fx.HRAConfig(r=2, target_modules=["0.self_attn.q_proj"]))
-    turn(model)
-    wanted = logits(model)
-    assert folded(model) == (
-        "untied: model.layers.0.self_attn.q_proj (from model.layers.1.self_attn.q_proj.weight). Each has its own "
-        "weight now, so a saved model is larger."
-    )
-    assert model.config.tie_word_embeddings
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert relative_error(logits(model), wanted) < 1e-12
-
-
 @few
 def test_merge_and_unload_unties_and_unload_does_not(kind: str, tmp_path: Path) -> None:
     model = adapted(kind, shape=hra_fx.HRAModel).model
@@ -141,35 +121,7 @@ def test_merge_and_unload_unties_and_unload_does_not(kind: str, tmp_path: Path) 
     assert torch.equal(logits(plain), logits(case(kind).model))
 
 
-@pytest.mark.parametrize("call", [1, 2])
-def test_without_memory_for_what_is_untied_nothing_changes(call: int) -> None:
-    model = adapted("bart").model
-    wanted, parameters = logits(model), [id(parameter) for parameter in model.parameters()]
-    with At(torch.empty_like, call, no_memory), pytest.raises(torch.OutOfMemoryError, match="no memory is left"):
-        hra_fx.fold(model)
-    assert [id(parameter) for parameter in model.parameters()] == parameters
-    assert model.config.tie_word_embeddings
-    assert torch.equal(logits(model), wanted)
-    folded(model)
-    assert relative_error(logits(model), wanted) < 1e-12
-
-
 # With trained copies
-
-
-@pytest.mark.parametrize(("kind", "also"), [("bart", True), ("bert", False)])
-def test_a_trained_head_parts_all_that_the_setting_tied(kind: str, also: bool, tmp_path: Path) -> None:
-    made = adapted(kind, case(kind).inside, modules_to_save=[case(kind).head])
-    with torch.no_grad():
-        made.model.get_submodule(made.head).weight.add_(1.0)
-    wanted = logits(made.model)
-    with pytest.warns(
-        hra_fx.HRAWarning, match=r"^the embeddings remain untied because one of them was trained;"
-    ) as caught:
-        hra_fx.fold(made.model)
-    # BERT's bias is trained with its head, so that the setting tied nothing else.
-    assert str(caught[0].message).endswith("untied as well.") is also
-    assert relative_error(logits(loaded(made.model, tmp_path)), wanted) < 1e-12
 
 
 def test_a_trained_head_inside_another_model_survives_tie_weights_and_ties_again_when_it_goes() -> None:
@@ -184,17 +136,6 @@ def test_a_trained_head_inside_another_model_survives_tie_weights_and_ties_again
     hra_fx.delete_adapter(model, "default")
     assert config.decoder.tie_word_embeddings
     assert model.get_submodule(made.head).weight is model.get_submodule(made.embedding).weight
-
-
-def test_both_configurations_of_a_multimodal_model_come_back_with_the_tie() -> None:
-    model = adapted("llava", "k_proj", modules_to_save=["lm_head"]).model
-    assert not model.config.tie_word_embeddings
-    assert not model.config.text_config.tie_word_embeddings
-    other = copy.deepcopy(model)
-    hra_fx.delete_adapter(other, "default")
-    assert other.config.tie_word_embeddings
-    assert other.config.text_config.tie_word_embeddings
-    assert not model.config.tie_word_embeddings
 
 
 # Where a forward asks
@@ -212,61 +153,6 @@ def test_a_model_whose_forward_asks_for_the_tie_is_not_folded() -> None:
         hra_fx.fold(model)
     assert torch.equal(logits(model), wanted)
     assert stored(model.get_submodule(head)) is model.get_submodule(embedding).weight
-
-
-class AsksInAMethod(LlamaForCausalLM):
-    @property
-    def scale(self) -> float:
-        return self.computed()
-
-    def computed(self) -> float:
-        return 0.5 if self.config.tie_word_embeddings else 1.0
-
-    def forward(self, *args: Any, **inputs: Any) -> Any:
-        output = super().forward(*args, **inputs)
-        output.logits = output.logits * self.scale
-        return output
-
-
-class AsksInItsBase(AsksInAMethod):
-    def forward(self, *args: Any, **inputs: Any) -> Any:
-        return super().forward(*args, **inputs)
-
-
-def scale_of(config: Any) -> float:
-    return 0.5 if getattr(config, "tie_word_embeddings", False) else 1.0
-
-
-class AsksInAFunction(LlamaForCausalLM):
-    def forward(self, *args: Any, **inputs: Any) -> Any:
-        output = super().forward(*args, **inputs)
-        output.logits = (lambda logits: logits * scale_of(self.config))(output.logits)
-        return output
-
-
-class Norm(nn.Module):
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.config = config
-
-    def forward(self, hidden: Any) -> Any:
-        return hidden * scale_of(self.config)
-
-
-class AsksInAPart(LlamaForCausalLM):
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.model.norm = Norm(config)
-
-
-@pytest.mark.parametrize("asks", [AsksInAMethod, AsksInItsBase, AsksInAFunction, AsksInAPart])
-def test_it_may_ask_anywhere(asks: Any) -> None:
-    model = asks(case("llama").model.config).double().eval()
-    hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["lm_head"], init_weights=False))
-    wanted = logits(model)
-    with pytest.raises(hra_fx.FoldError, match=r"its forward depends on config\.tie_word_embeddings"):
-        hra_fx.fold(model)
-    assert torch.equal(logits(model), wanted)
 
 
 def test_such_a_model_takes_no_trained_copy_of_its_head() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from integrations.transformers_use.tiny import batch, config_for, llama, tokens_of, trainer_of, turn, vectors_of
+from tiny_models import batch, config_for, llama, tokens_of, trainer_of, turn, vectors_of
 from torchao.quantization import (
     Int8DynamicActivationInt8WeightConfig,
     Int8WeightOnlyConfig,

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from oracles import dense_q
 from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
 
 import hra_fx
 
@@ -29,8 +23,8 @@ SHAPES = {"transform": hra_fx.transform, "HRAModel": hra_fx.HRAModel}
 pairs = pytest.mark.parametrize(("kind", "shape"), [("bert", "transform"), ("llama", "HRAModel")])
 
 
-def bert(**fields: object) -> Any:
-    """A classifier with dropout, whose training depends on the random numbers."""
+def bert(kind: str = "BertForSequenceClassification", **fields: object) -> Any:
+    """A model with dropout, whose training depends on the random numbers."""
     torch.manual_seed(0)
     settings = {
         "vocab_size": VOCABULARY,
@@ -41,10 +35,10 @@ def bert(**fields: object) -> Any:
         "max_position_embeddings": 32,
         "initializer_range": 0.2,
     }
-    return BertForSequenceClassification(BertConfig(**(settings | fields)))
+    return getattr(transformers, kind)(transformers.BertConfig(**(settings | fields)))
 
 
-def llama(**fields: object) -> Any:
+def llama(kind: str = "LlamaForCausalLM", **fields: object) -> Any:
     torch.manual_seed(0)
     settings = {
         "vocab_size": VOCABULARY,
@@ -60,7 +54,7 @@ def llama(**fields: object) -> Any:
         # Ten times the usual, so that an untrained model does not say the same whatever it reads.
         "initializer_range": 0.2,
     }
-    return LlamaForCausalLM(LlamaConfig(**(settings | fields)))
+    return getattr(transformers, kind)(transformers.LlamaConfig(**(settings | fields)))
 
 
 def t5() -> Any:
@@ -75,7 +69,43 @@ def t5() -> Any:
     return model
 
 
-BASES = {"bert": bert, "llama": llama}
+def tied_t5() -> Any:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": 37}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+
+
+_SMALL = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 37}
+_LLAMA: dict[str, Any] = {**_SMALL, "num_key_value_heads": 1, "num_labels": 3, "pad_token_id": 0}
+#: For the task types and default targets of PEFT.
+MODELS: dict[str, Callable[[], Any]] = {
+    "bert": partial(bert, "BertModel", **_SMALL),
+    "bert, classes": partial(bert, num_labels=3, **_SMALL),
+    "bert, tokens": partial(bert, "BertForTokenClassification", num_labels=3, **_SMALL),
+    "bert, answers": partial(bert, "BertForQuestionAnswering", **_SMALL),
+    "llama": partial(llama, **_LLAMA),
+    "llama, classes": partial(llama, "LlamaForSequenceClassification", **_LLAMA),
+    "t5": tied_t5,
+}
+
+
+def tiny(name: str, dtype: torch.dtype = torch.float64) -> Any:
+    """One of `MODELS` in eval mode, with norms and biases that are not those of a new model."""
+    torch.manual_seed(0)
+    model = MODELS[name]().to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def inputs(model: nn.Module) -> dict[str, Tensor]:
+    """The arguments of one call of a model of `tiny`."""
+    ids = torch.randint(3, 37, (3, 7), generator=torch.Generator().manual_seed(1))
+    more = {"decoder_input_ids": ids[:, :5]} if hasattr(model, "decoder") or "T5" in type(model).__name__ else {}
+    return {"input_ids": ids, **more}
+
+
+BASES: dict[str, Callable[..., Any]] = {"bert": bert, "llama": llama}
 FIELDS: dict[str, dict[str, Any]] = {
     # An odd rank is anchored: the checkpoint has to bring the anchor back too.
     "bert": {"r": 3, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"},

@@ -1,8 +1,8 @@
-"""`HRAModel(...)` as PEFT's class is called, its methods in the order of both libraries, and what it refuses."""
+"""`HRAModel` beside PEFT's class: how it is called, its methods with PEFT's options, and what it refuses."""
 
 from __future__ import annotations
 
-import re
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from integrations.peft_parity.sides import F64, net, peft_warnings_ignored, randomise, tokens
-from model.many import config, moved, normal, seen, sequential, weights
+from model.many import config, normal, seen, sequential, weights
 from oracles import relative_error
-from torch import Tensor, nn
+from peft_sides import F64, Net, by_us, net, opened_by_peft, peft_warnings_ignored, randomise, tokens
+from torch import nn
 
 import hra_fx
 
@@ -92,59 +92,6 @@ def test_a_broken_configuration_leaves_the_model_as_it_was(broken: Any, message:
     assert seen(base) == before
 
 
-class Demanding(nn.Module):
-    """Subclasses of it have to say something."""
-
-    def __init_subclass__(cls, *, key: str, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.sum() > 1e9:
-            return x
-        return self.first(x)
-
-
-@pytest.mark.parametrize("way", ["new", "from a file"])
-def test_a_class_without_subclasses_is_refused_and_the_model_is_as_it_was(way: str, tmp_path: Path) -> None:
-    base = Demanding().double()
-    settings = config("first", init_weights=False)
-    before, wanted = seen(base), base(normal(3, 6))
-    message = r"^Demanding cannot be subclassed \(TypeError: .*'key'.*\)\."
-    if way == "from a file":
-        source = nn.Sequential()
-        source.add_module("first", nn.Linear(6, 6))
-        hra_fx.save_adapter(hra_fx.transform(source, settings), tmp_path)
-    with pytest.raises(hra_fx.AdapterError, match=message):
-        if way == "new":
-            hra_fx.HRAModel(base, settings)
-        else:
-            hra_fx.HRAModel.from_pretrained(base, tmp_path)
-    assert seen(base) == before
-    assert torch.equal(base(normal(3, 6)), wanted)
-    assert type(base) is Demanding
-    assert all(parameter.requires_grad for parameter in base.parameters())
-
-
-class DemandingLinear(nn.Linear):
-    """A layer whose subclasses have to say something."""
-
-    def __init_subclass__(cls, *, key: str, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-
-
-@pytest.mark.parametrize("way", [hra_fx.transform, hra_fx.HRAModel])
-def test_a_layer_whose_class_has_no_subclasses_is_refused_by_its_path(way: Callable[..., Any]) -> None:
-    base = nn.Sequential(nn.Linear(6, 6), DemandingLinear(6, 4)).double()
-    before = seen(base)
-    with pytest.raises(hra_fx.HRAError, match="DemandingLinear"):
-        way(base, config("1", init_weights=False))
-    assert seen(base) == before
-
-
 ADD: dict[str, Callable[[Any, hra_fx.HRAConfig], None]] = {
     "PEFT": lambda model, settings: model.add_adapter("b", settings),
     "PEFT, by name": lambda model, settings: model.add_adapter(adapter_name="b", peft_config=settings),
@@ -179,28 +126,91 @@ def test_add_adapter_refuses_what_is_neither_and_changes_nothing() -> None:
     assert seen(model) == before
 
 
-@pytest.mark.parametrize(
-    "fields", [{"modules_to_save": ["classifier"]}, {"bias": "hra_only"}, {"bias": "all"}], ids=str
-)
-def test_a_strength_warns_of_what_it_does_not_turn(fields: dict[str, Any]) -> None:
-    model: Any = net(F64)
-    hra_fx.HRAModel(model, hra_fx.HRAConfig(**FIELDS, **fields))
+CASES: dict[str, dict[str, Any]] = {
+    "odd rank": {"r": 3, "target_modules": ["query", "value"]},
+    "convolution, Gram-Schmidt": {"r": 2, "target_modules": ["conv", "out"], "apply_GS": True},
+    "trained modules and biases": {
+        "r": 2,
+        "target_modules": ["query"],
+        "modules_to_save": ["head"],
+        "bias": "hra_only",
+    },
+}
+
+
+def randomised(**fields: Any) -> Any:
+    model = by_us(net(F64), **fields)
     randomise(model)
-    copies = {
-        name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad and "hra_u" not in name
-    }
-    assert copies != {}
-    message = "adapter 'default': the strength only affects reflections, not trained modules and biases."
-    with pytest.warns(hra_fx.HRAWarning, match=f"^{re.escape(message)}$") as caught:
-        hra_fx.set_scale(model, "default", 0.0)
-    assert len(caught) == 1
-    # The base model with the trained copies is what acts at the strength 0.
-    plain = net(F64)
-    with torch.no_grad():
-        for name, tensor in copies.items():
-            plain.get_parameter(name).copy_(tensor)
-    assert relative_error(model(tokens()), plain(tokens())) < 1e-12
-    assert relative_error(model(tokens()), net(F64)(tokens())) > 1e-3
-    # Full strength is what it was trained for, and warns of nothing.
-    hra_fx.set_scale(model, "default", 1.0)
-    assert moved(model(tokens()), plain(tokens()))
+    return model
+
+
+@pytest.mark.parametrize("fields", CASES.values(), ids=CASES)
+def test_an_adapter_is_merged_unmerged_and_unloaded(fields: dict[str, Any]) -> None:
+    model, base, x = randomised(**fields), net(F64), tokens()
+    wanted, state = model(x), {key: value.clone() for key, value in model.state_dict().items()}
+    assert relative_error(wanted, base(x)) > 1e-3
+    with model.disable_adapter():
+        assert torch.equal(model(x), base(x))
+    for safe in (False, True):
+        model.merge_adapter(safe_merge=safe)
+        assert relative_error(model(x), wanted) < 1e-12
+        # The weights from before are kept, so that they come back bit for bit.
+        assert [key for key in model.state_dict() if not key.endswith("hra_u.unmerged")] == list(state)
+        assert any(not torch.equal(model.state_dict()[key], value) for key, value in state.items())
+        model.unmerge_adapter()
+        assert list(model.state_dict()) == list(state)
+        assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
+    unmerged = copy.deepcopy(model)
+    model.merge_adapter()
+    for plain, output in (
+        (unmerged.merge_and_unload(safe_merge=True, progressbar=False), wanted),
+        (copy.deepcopy(model).merge_and_unload(), wanted),
+        (model.unload(), base(x)),
+    ):
+        assert type(plain) is Net
+        assert list(plain.state_dict()) == list(base.state_dict())
+        assert relative_error(plain(x), output) < 1e-12
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in base.state_dict().items())
+
+
+def test_a_named_adapter_is_merged_and_unloaded() -> None:
+    model, x = randomised(**CASES["odd rank"]), tokens()
+    model.add_adapter("other", hra_fx.HRAConfig(r=3, target_modules=["out"], init_weights=False))
+    model.set_adapter("other")
+    wanted = model(x)
+    model.set_adapter("default")
+    with pytest.warns(hra_fx.HRAWarning, match="default"):
+        plain = model.merge_and_unload(adapter_names=["other"])
+    assert relative_error(plain(x), wanted) < 1e-12
+    assert list(plain.state_dict()) == list(net().state_dict())
+
+
+def test_from_pretrained_uses_the_given_configuration(tmp_path: Path) -> None:
+    """As in PEFT: `config=` is used instead of the folder's."""
+    randomised(**CASES["odd rank"], init_weights=False).save_pretrained(tmp_path)
+    theirs, ours = (kind.HRAConfig.from_pretrained(tmp_path) for kind in (peft, hra_fx))
+    theirs.apply_GS = ours.apply_GS = True
+    opened = opened_by_peft(net(F64), tmp_path, config=theirs)
+    model = hra_fx.HRAModel.from_pretrained(net(F64), tmp_path, config=ours)
+    assert relative_error(model(tokens()), opened(tokens())) < 1e-5
+
+
+def test_a_model_made_on_meta_and_filled() -> None:
+    model = randomised(r=4, target_modules=["query"])
+    empty = hra_fx.HRAModel(net(F64), hra_fx.HRAConfig(r=4, target_modules=["query"]), low_cpu_mem_usage=True)
+    meta = {name for name, tensor in empty.state_dict().items() if tensor.is_meta}
+    assert meta == {f"body.layers.{i}.query.hra_u.default" for i in range(3)}
+    empty.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(empty(tokens()), model(tokens()))
+
+
+def test_unknown_names_are_value_errors_as_in_peft() -> None:
+    for make, kind in ((hra_fx.HRAModel, hra_fx.HRAConfig), (peft.get_peft_model, peft.HRAConfig)):
+        with pytest.raises(ValueError, match="absent"):
+            make(net(), kind(target_modules=["absent"]))
+    model = randomised(**CASES["odd rank"])
+    for step in (model.delete_adapter, model.set_adapter):
+        with pytest.raises(ValueError, match=r"^the model has no adapter 'absent'\. It has 'default'\.$"):
+            step("absent")
+    with pytest.raises(ValueError, match="already exists"):
+        model.add_adapter("default", hra_fx.HRAConfig(target_modules=["query"]))
