@@ -29,9 +29,7 @@ _SYNONYMS = {
     "base_model": "base_model_name_or_path",
     "task": "task_type",
 }
-_NO_ALPHA = (
-    "HRA has no alpha, because Q is orthogonal. Remove it; hra_fx.set_scale(model, name, strength) sets a strength."
-)
+_NO_ALPHA = "HRA has no alpha, because Q is orthogonal. Remove it; hra_fx.set_scale sets how much of an adapter acts."
 #: Fields of PEFT's `LoraConfig` without a counterpart.
 _ONLY_IN_LORA = {
     "lora_alpha": _NO_ALPHA,

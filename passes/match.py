@@ -65,7 +65,7 @@ class MatchPass(PassBase):
         if node.op != "call_module":
             return None
         site = self._sites.get(target)
-        if site is not None and site.is_called:
+        if site is not None and site.reflects_input:
             return NodeTag(site.path, site.kind, "layer")
         if site is None and target not in self._above:
             return None

@@ -238,12 +238,12 @@ def _of_task(records: Sequence[Record], task: str) -> str:
 
 
 def _curve(records: Sequence[Record], task: str) -> str:
-    """The validation scores of LoRA and of pairs over the steps of a long run."""
-    methods = ("lora", "hra-pairs")
-    scores_of = [[f"{point[2]:.1f}" for point in final_runs(records, task, method)[0].curve] for method in methods]
-    steps = [str(point[0]) for point in final_runs(records, task, methods[0])[0].curve]
-    rows = [[ALL[method].label, *found] for method, found in zip(methods, scores_of, strict=True)]
-    return f"\nValidation {TASKS[task].metric} after so many steps:\n\n{_table(['method', *steps], rows)}"
+    """The validation scores of LoRA and of pairs over the steps of long runs, at each learning rate."""
+    found = [run for method in ("lora", "hra-pairs") for run in of(records, task, method)]
+    runs = sorted(found, key=lambda run: (run.method != "lora", run.lr))
+    rows = [[ALL[run.method].label, f"{run.lr:g}", *(f"{point[2]:.1f}" for point in run.curve)] for run in runs]
+    columns = ["method", "rate", *(str(point[0]) for point in runs[0].curve)]
+    return f"\nValidation {TASKS[task].metric} after so many steps:\n\n{_table(columns, rows)}"
 
 
 def _forgetting(records: Sequence[Record], tasks: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from learning.rates import RATES_FROM, below, chosen, missing_rates, searched
+from learning.rates import OWN_RATES, RATES_FROM, below, chosen, missing_rates, searched
 from learning.records import Record, of
 from learning.variants import ALL, VARIANTS, VARIED
 
@@ -84,7 +84,8 @@ def missing_of(records: Sequence[Record], task: str, method: str) -> list[Run]:
             return []
     elif tries := missing_rates(records, task, method):
         # A later test of the same run would cost another one: the first of a rate reads the validation split only.
-        return [] if task in RATES_FROM else [Run(task, method, seed, lr, None, test=seed > 0) for lr, seed in tries]
+        test, own = task in ONE_SEED, task in OWN_RATES or task not in RATES_FROM
+        return [Run(task, method, seed, lr, None, test=test or seed > 0) for lr, seed in tries] if own else []
     elif ALL[method].rates and not searched(records, task, method):
         return []  # another task has to choose the first rate
     lr, trial = chosen(records, task, method), method in VARIANTS

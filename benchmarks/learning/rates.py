@@ -14,6 +14,8 @@ RATES_FROM = {
     "newsgroups-5000": "newsgroups-1600",
     **dict.fromkeys(("language-4-passes", "language-long", "language-long-4-bit"), "language"),
 }
+#: Variations with rates of their own, and no others, because their runs take so long.
+OWN_RATES = {"language-long": (1.7e-3, 5.5e-3)}
 #: Tasks and methods whose scores are drawn over all learning rates.
 WIDE = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 WIDE_TASKS, WIDE_METHODS = ("language", "newsgroups-1600"), ("lora", "hra-pairs")
@@ -32,7 +34,7 @@ def searched(records: Sequence[Record], task: str, method: str) -> dict[float, f
 
 def _scores(records: Sequence[Record], task: str, method: str) -> dict[float, dict[int, float]]:
     """Validation scores by learning rate, in rising order, and seed; means where a run was repeated."""
-    task = RATES_FROM.get(task, task)
+    task = _with_rates(task)
     usual = matched_rank(records, task, method)
     found: dict[float, dict[int, list[float]]] = {}
     for record in of(records, task, method):
@@ -41,6 +43,11 @@ def _scores(records: Sequence[Record], task: str, method: str) -> dict[float, di
     return {
         lr: {seed: statistics.mean(scores) for seed, scores in seeds.items()} for lr, seeds in sorted(found.items())
     }
+
+
+def _with_rates(task: str) -> str:
+    """The task whose rates a task has."""
+    return task if task in OWN_RATES else RATES_FROM.get(task, task)
 
 
 def means(records: Sequence[Record], task: str, method: str) -> dict[float, float]:
@@ -54,7 +61,8 @@ def means(records: Sequence[Record], task: str, method: str) -> dict[float, floa
 
 def first_rates(task: str, method: str) -> Sequence[float]:
     """The learning rates that a grid starts with."""
-    return WIDE if task in WIDE_TASKS and method in WIDE_METHODS else ALL[method].rates
+    wide = WIDE if task in WIDE_TASKS and method in WIDE_METHODS else ALL[method].rates
+    return OWN_RATES.get(task, wide)
 
 
 def missing_rates(records: Sequence[Record], task: str, method: str) -> list[tuple[float, int]]:
@@ -63,11 +71,11 @@ def missing_rates(records: Sequence[Record], task: str, method: str) -> list[tup
     Seed 0 tries a grid, and then the neighbors of its best rate. `CHOICE_SEEDS` try the best rate and its neighbors,
     until the best mean has neighbors that are worse.
     """
-    task = RATES_FROM.get(task, task)
+    task = _with_rates(task)
     tried = searched(records, task, method)
     rates = first_rates(task, method)
     missing = [(lr, 0) for lr in rates if lr not in tried]
-    if missing or not tried or not rates:
+    if missing or not tried or not rates or task in OWN_RATES:
         return missing
     most = max(0, len(rates) + ADDED - len(tried))
     if missing := [(lr, 0) for lr in _around(best(tried, task)) if lr not in tried][:most]:

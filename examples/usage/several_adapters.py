@@ -29,9 +29,9 @@ def main() -> None:
     with hra_fx.disable_adapters(model):
         print("disabled, from the base model:      ", difference(model(x), at_base))
 
-    for strength in (0.0, 0.5, 1.0):  # along the geodesic: an orthogonal Q at every step
-        hra_fx.set_scale(model, "task", strength)
-        print(f"'task' at {strength}, from both in full:   ", difference(model(x), both))
+    for scale in (0.0, 0.5, 1.0):  # along the geodesic: an orthogonal Q at every step
+        hra_fx.set_scale(model, "task", scale)
+        print(f"'task' at {scale}, from both in full:   ", difference(model(x), both))
 
     hra_fx.combine(model, ["style", "task"], "both")
     hra_fx.set_adapter(model, "both")

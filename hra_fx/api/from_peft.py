@@ -154,13 +154,13 @@ def _add(
         spec = AdapterSpec(vectors[path].shape[1], config.apply_GS, init_weights=False)
         reflection.put(name, spec, vectors[path].detach(), None)
 
-    record = get_state(root)
-    if record is None:
+    state = get_state(root)
+    if state is None:
         set_up(root, config, name, fill, copies, root_class=root_class_for(root))
     else:
-        add_filled_adapter(root, record, name, config, fill, copies)
+        add_filled_adapter(root, state, name, config, fill, copies)
 
 
 def _remove_all(root: nn.Module) -> None:
-    if record := get_state(root):
-        remove_adapters(root, record, tuple(record.configs))
+    if state := get_state(root):
+        remove_adapters(root, state, tuple(state.configs))

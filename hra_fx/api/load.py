@@ -81,8 +81,8 @@ def load_adapter(
         if example_inputs is not None:
             normalize_inputs(example_inputs)
         plain = isinstance(model, nn.Module) and not any(get_state(part) for part in model.modules())
-        root, record = (model, None) if plain else root_of(model)
-        if record is not None:
+        root, state = (model, None) if plain else root_of(model)
+        if state is not None:
             load_vectors(root)
         folder = find(directory, subfolder, **hub)
         fitted = fit(folder, root, config, is_plain=plain, is_trainable=is_trainable)
@@ -94,21 +94,21 @@ def load_adapter(
             anchored = None if anchor is None else _like(anchor, *like)
             reflection.put(adapter_name, fitted.spec(path), _like(vectors, *like), anchored)
 
-        if record is None:
+        if state is None:
             root_class, layers = root_class_for(root), fitted.layers
             set_up(root, config, adapter_name, fill, fitted.copies, root_class=root_class, layers=layers)
-        elif adapter_name in record.configs:
-            _replace(root, record, adapter_name, fitted, is_trainable)
+        elif adapter_name in state.configs:
+            _replace(root, state, adapter_name, fitted, is_trainable)
         else:
-            add_filled_adapter(root, record, adapter_name, config, fill, fitted.copies)
+            add_filled_adapter(root, state, adapter_name, config, fill, fitted.copies)
     if not is_trainable:
         model.eval()
     return model
 
 
-def _replace(root: nn.Module, record: AdapterState, name: str, fitted: Fitted, is_trainable: bool) -> None:
+def _replace(root: nn.Module, state: AdapterState, name: str, fitted: Fitted, is_trainable: bool) -> None:
     """Copy new values into an adapter's parameters, which an optimizer may hold."""
-    check_replaceable(root, record, name)
+    check_replaceable(root, state, name)
     layers = layers_of(root, name)
     spec = next(iter(layers.values())).hra_u.specs[name]
     candidates = ((fitted.vectors, fitted.resume.config.apply_GS), (fitted.written, fitted.written_GS))
@@ -132,8 +132,8 @@ def _replace(root: nn.Module, record: AdapterState, name: str, fitted: Fitted, i
             "weights than in the file. Delete it first (hra_fx.delete_adapter), or load under another adapter_name."
         )
     replace_values(root, name, lambda path, _: values[path], fitted.copies)
-    record.configs[name].inference_mode = not is_trainable
-    set_requires_grad(collect_parts(root), (name,), is_trainable and name in record.active)
+    state.configs[name].inference_mode = not is_trainable
+    set_requires_grad(collect_parts(root), (name,), is_trainable and name in state.active)
 
 
 def _saved(owner: nn.Module, copies: Copies, name: str) -> list[str]:

@@ -31,7 +31,7 @@ from hra_fx.model import merge, switch, trainable
 from hra_fx.model.add import add_adapter
 from hra_fx.model.delete import delete_adapter, remove_adapters
 from hra_fx.model.merge import merge_adapter
-from hra_fx.model.scale import check_strength, set_scale
+from hra_fx.model.scale import check_scale, set_scale
 from hra_fx.model.state import AdapterState, check_no_foreign_class, collect_parts, get_state, names_in, root_of
 from hra_fx.model.switch import disable_adapters, set_adapter
 from hra_fx.model.trainable import set_requires_grad
@@ -195,13 +195,13 @@ class HRAModel(SwapMixin):
         self.disable_adapter_layers()
 
     def set_adapters(self, adapter_names: str | list[str], weights: float | list[float] | None = None) -> None:
-        """Same as `set_adapter`, with optional strengths from 0 to 1 (`hra_fx.set_scale`); the name in diffusers."""
+        """Same as `set_adapter`, with optional scales from 0 to 1 (`hra_fx.set_scale`); the name in diffusers."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         given = [] if weights is None else weights if isinstance(weights, list) else [weights] * len(names)
         if weights is not None and len(given) != len(names):
             raise AdapterError(f"weights must have one entry per adapter, got {len(given)} for {len(names)} adapters.")
         for weight in given:
-            check_strength(weight)
+            check_scale(weight)
         set_adapter(self, names)
         for name, weight in zip(names, given, strict=False):
             set_scale(self, name, weight)
@@ -227,9 +227,9 @@ class HRAModel(SwapMixin):
             HRAWarning: adapters are removed without being folded.
         """
         fold(self, adapter_names)
-        if record := get_state(self):
-            text = f"adapters {list(record.configs)} are removed without being folded. Use hra_fx.fold to keep them."
-            remove_adapters(self, record, tuple(record.configs))
+        if state := get_state(self):
+            text = f"adapters {list(state.configs)} are removed without being folded. Use hra_fx.fold to keep them."
+            remove_adapters(self, state, tuple(state.configs))
             warnings.warn(text, HRAWarning, stacklevel=2)
         return self
 
@@ -239,11 +239,11 @@ class HRAModel(SwapMixin):
         Returns:
             The model, now the base model again.
         """
-        record = self._record
-        if record.merged:
+        state = self._record
+        if state.merged:
             merge.unmerge_adapter(self)
         check_no_foreign_class(self)
-        remove_adapters(self, record, tuple(record.configs))
+        remove_adapters(self, state, tuple(state.configs))
         return self
 
     def save_pretrained(
@@ -325,9 +325,9 @@ def _adapted(
         for name, other in configs.items():
             add_adapter(model, name, other, low_cpu_mem_usage=low_cpu_mem_usage)
     except BaseException:
-        record = get_state(model)
-        if plain and record:
-            remove_adapters(model, record, tuple(record.configs))
+        state = get_state(model)
+        if plain and state:
+            remove_adapters(model, state, tuple(state.configs))
         raise
     return as_hra_model(model)
 

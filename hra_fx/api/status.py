@@ -91,21 +91,21 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         >>> status.name, status.module_type, status.active_adapters, status.requires_grad
         ('0', 'hra.HRALinear', ['default'], {'default': True})
     """
-    root, record = root_of(model)
+    root, state = root_of(model)
     found = []
     for path, layer in adapted_layers(root).items():
         scheme = quant_scheme_of(layer)
         vectors: dict[str, list[Tensor]] = {name: [layer.hra_u[name]] for name in layer.hra_u}
-        status = _status(path, f"hra.HRA{original_class(layer).__name__}", vectors, record)
-        status.merged_adapters = [name for name in record.merged if name in vectors]
-        status.quantization_backend = scheme.words(layer) if scheme else None
+        status = _status(path, f"hra.HRA{original_class(layer).__name__}", vectors, state)
+        status.merged_adapters = [name for name in state.merged if name in vectors]
+        status.quantization_backend = scheme.description(layer) if scheme else None
         found.append(status)
     saved: dict[str, dict[str, list[Tensor]]] = {}
-    for name, config in record.configs.items():
+    for name, config in state.configs.items():
         for path, module in saved_modules(root, config).items():
             trained = [t for owner, copies in all_copies(module).values() for t in copies.tensors(owner, name).values()]
             saved.setdefault(path, {})[name] = [t for t in trained if isinstance(t, nn.Parameter)]
-    return found + [_status(path, "ModulesToSaveWrapper", held, record) for path, held in saved.items()]
+    return found + [_status(path, "ModulesToSaveWrapper", held, state) for path, held in saved.items()]
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
@@ -121,39 +121,39 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         >>> status.base_model_type, status.trainable_params, status.enabled
         ('Sequential', 12, True)
     """
-    root, record = root_of(model)
+    root, state = root_of(model)
     layers = get_layer_status(root)
     trained, total = count_parameters(root)
     backends = {layer.quantization_backend for layer in layers}
     return TunerModelStatus(
         base_model_type=original_class(root).__name__,
         adapter_model_type="HRAModel",
-        peft_types=dict.fromkeys(record.configs, "HRA"),
+        peft_types=dict.fromkeys(state.configs, "HRA"),
         trainable_params=trained,
         total_params=total,
         num_adapter_layers=len(layers),
-        enabled=not record.disabled,
-        active_adapters=list(record.active),
-        merged_adapters=sorted(record.merged),
+        enabled=not state.disabled,
+        active_adapters=list(state.active),
+        merged_adapters=sorted(state.merged),
         requires_grad={
             name: _common([layer.requires_grad[name] for layer in layers if name in layer.requires_grad])
-            for name in record.configs
+            for name in state.configs
         },
-        available_adapters=sorted(record.configs),
+        available_adapters=sorted(state.configs),
         devices={
             name: sorted({device for layer in layers for device in layer.devices.get(name, ())})
-            for name in record.configs
+            for name in state.configs
         },
         quantization_backend=backends.pop() if len(backends) == 1 else "irregular",
     )
 
 
-def _status(path: str, kind: str, tensors: dict[str, list[Tensor]], record: AdapterState) -> TunerLayerStatus:
+def _status(path: str, kind: str, tensors: dict[str, list[Tensor]], state: AdapterState) -> TunerLayerStatus:
     return TunerLayerStatus(
         name=path,
         module_type=kind,
-        enabled=not record.disabled,
-        active_adapters=list(record.active),
+        enabled=not state.disabled,
+        active_adapters=list(state.active),
         merged_adapters=[],
         requires_grad={name: _common([t.requires_grad for t in held]) for name, held in tensors.items()},
         available_adapters=sorted(tensors),

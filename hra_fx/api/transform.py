@@ -139,12 +139,12 @@ def _traced(model: nn.Module, config: HRAConfig, example_inputs: Any, dynamic_sh
 
 
 def _is_done(model: nn.Module, config: HRAConfig, adapter_name: str) -> bool:
-    record = get_state(model)
+    state = get_state(model)
     carried = adapted_layers(model)
-    if record and not carried:  # its parts were folded one by one
+    if state and not carried:  # its parts were folded one by one
         detach_all(model)
-        record = None
-    present = record.configs if record else {}
+        state = None
+    present = state.configs if state else {}
     if present.get(adapter_name) == config:
         if odd := sorted(select(model, config).keys() ^ _layers_with(model, adapter_name)):
             raise AdapterError(

@@ -55,7 +55,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     --to peft` writes a folder for PEFT.
 
     The file's metadata keeps one row of a base weight, by which `load_adapter` and others refuse a base model that
-    already contains the adapter. Both files are written atomically. The adapter is saved at full strength (see
+    already contains the adapter. Both files are written atomically. The adapter is saved at full scale (see
     `set_scale`), with its trained copies of `modules_to_save` and biases.
 
     With DDP, one process calls this. With `fully_shard`, all processes have to call it: they gather the vectors, and

@@ -74,7 +74,7 @@ def adapter_layers(program: ExportedProgram) -> list[LayerAdapter]:
         container, _, adapter = rotation.vectors_name.rpartition(".")
         path, vectors, weight = container.removesuffix(f".{REFLECTION}"), rotation.vectors, rotation.weight
         chain = plain_chain(vectors, rotation.anchor, apply_GS=rotation.apply_GS)
-        rows = readable_rows(weight, vectors.shape[0], columns=rotation.transposed)
+        rows = readable_rows(weight, vectors.shape[0], fan_in_fan_out=rotation.transposed)
         # A decomposition may have brought the weight of a linear layer into a form that is not recognized.
         description = _describe(layers[path], weight) if path in layers else describe(make_layer("linear", weight))
         found.append(LayerAdapter(path, description, adapter, vectors.shape[1], chain, rows))

@@ -44,7 +44,7 @@ def make_swappable(onnx_program: ONNXProgram, model: nn.Module) -> ONNXProgram:
     Args:
         onnx_program: `torch.onnx.export(model, ..., dynamo=True, optimize=False)`; modified in place.
         model: the transformed model that was exported. It must have one active adapter of plain vectors: without
-            trained copies and Gram-Schmidt, at strength 1, and without an anchor (an even rank, or
+            trained copies and Gram-Schmidt, at scale 1, and without an anchor (an even rank, or
             `init_weights=False`).
 
     Returns:
@@ -88,7 +88,7 @@ def adapter_inputs(
 ) -> dict[str, numpy.ndarray[Any, Any]]:
     """The inputs for a graph from `make_swappable` that make it run an adapter of the model, active or not.
 
-    Gram-Schmidt, anchors and strengths are converted to plain vectors, and padded with zeros to the rank of the graph.
+    Gram-Schmidt, anchors and scales are converted to plain vectors, and padded with zeros to the rank of the graph.
     Layers without this adapter get zeros.
 
     Args:
@@ -146,7 +146,7 @@ def _exported_adapter(model: nn.Module) -> tuple[str, dict[str, HouseholderAdapt
         unsupported = {
             "Gram-Schmidt": reflection.specs[name].apply_GS,
             "an anchor (frozen reflections)": reflection.anchor(name) is not None,
-            "a strength other than 1": name in reflection.scales,
+            "a scale other than 1": name in reflection.scales,
         }
         for reason in (reason for reason, holds in unsupported.items() if holds):
             raise AdapterError(

@@ -1,4 +1,4 @@
-r"""Fractional rotations: the path from the identity to a chain of reflections, for the strength of an adapter.
+r"""Fractional rotations: the path from the identity to a chain of reflections, for the scale of an adapter.
 
 A chain `U: (d, k)` represents `Q = H_1 ... H_k` (see `hra_fx.functional.householder`). If its determinant is 1 it is a
 rotation, and the shortest path of rotations from `I` to `Q` is

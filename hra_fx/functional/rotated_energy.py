@@ -99,20 +99,20 @@ def weight_change(rows: Tensor, chain: Tensor) -> WeightChange:
     return WeightChange(min(float(part) / size, 1.0), math.sqrt(float(change) / size))
 
 
-def readable_rows(weight: Tensor, width: int, *, columns: bool) -> Tensor | None:
+def readable_rows(weight: Tensor, width: int, *, fan_in_fan_out: bool) -> Tensor | None:
     """A weight as the matrix `(out, d)` without a copy; `None` if it is quantized, packed, sharded or sparse.
 
     Args:
         weight: a layer's weight.
         width: `d`.
-        columns: whether the weight is stored as `(d, out)`.
+        fan_in_fan_out: whether the weight is stored as `(d, out)`.
 
     Example:
-        >>> readable_rows(torch.ones(3, 2, 5), 10, columns=False).shape
+        >>> readable_rows(torch.ones(3, 2, 5), 10, fan_in_fan_out=False).shape
         torch.Size([3, 10])
     """
     plain = type(weight.data) is Tensor and weight.layout is torch.strided and weight.dtype in _DTYPES
     if not plain or weight.dim() < 2:
         return None
-    rows = weight.mT if columns else weight.flatten(1)
+    rows = weight.mT if fan_in_fan_out else weight.flatten(1)
     return rows if rows.shape[1] == width else None

@@ -137,11 +137,11 @@ class AcceleratedLayer(SwapMixin):
         if site is None:
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
-        box = site.hra_u
-        output = self.adapted(x, box) if box.active else self.base_layer(x, *args, **kwargs)
+        adapters = site.hra_u
+        output = self.adapted(x, adapters) if adapters.active else self.base_layer(x, *args, **kwargs)
         return output.to(x.dtype)
 
-    def adapted(self, x: Tensor, box: Any) -> Tensor:
+    def adapted(self, x: Tensor, adapters: Any) -> Tensor:
         """The output of the layer with its active adapters."""
         raise NotImplementedError
 
@@ -199,19 +199,19 @@ class AcceleratedLayer(SwapMixin):
 class AcceleratedLinear(AcceleratedLayer):
     """`peft.tuners.hra.layer.HRALinear`: the input is reflected, the weight is only multiplied."""
 
-    def adapted(self, x: Tensor, box: PeftLinearAdapters) -> Tensor:
+    def adapted(self, x: Tensor, adapters: PeftLinearAdapters) -> Tensor:
         """`x: (..., d)` to `(..., out)`."""
         base = self.base_layer
         if quant_scheme_of(base) is not None:
-            output: Tensor = call_quantized(base, box.reflect(x), base)
+            output: Tensor = call_quantized(base, adapters.reflect(x), base)
             return output
         if not _is_plain(base, nn.Linear):  # offloaded, hooked, or with a forward of its own
-            output = base(box.reflect(x))
+            output = base(adapters.reflect(x))
             return output
-        if x.dtype is base.weight.dtype and (made := box.adapted_forward(x, base.weight, base)) is not None:
+        if x.dtype is base.weight.dtype and (made := adapters.adapted_forward(x, base.weight, base)) is not None:
             return made
         x, weight, bias = _same_dtype(x, base)
-        return F.linear(box.reflect(x), weight, bias)
+        return F.linear(adapters.reflect(x), weight, bias)
 
 
 class AcceleratedConv2d(AcceleratedLayer):
@@ -233,21 +233,21 @@ class AcceleratedConv2d(AcceleratedLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self.read_vectors()
 
-    def adapted(self, x: Tensor, box: PeftConvAdapters) -> Tensor:
+    def adapted(self, x: Tensor, adapters: PeftConvAdapters) -> Tensor:
         """`x: (n, c, height, width)` to `(n, out, ...)`."""
         base = self.base_layer
         if not _is_plain(base, nn.Conv2d):  # for example one that standardizes its weight, which then is W Q
-            return _with_rotated_weight(base, x, box)
-        if (output := box.adapted_forward(x, base.weight, base)) is not None:
+            return _with_rotated_weight(base, x, adapters)
+        if (output := adapters.adapted_forward(x, base.weight, base)) is not None:
             return output
         x, weight, bias = _same_dtype(x, base)
-        read = box.reflect(x)
+        read = adapters.reflect(x)
         plain: Tensor = base._conv_forward(x, weight, bias)
-        return plain if read is None else plain - box.project(read, weight)
+        return plain if read is None else plain - adapters.project(read, weight)
 
 
-def _with_rotated_weight(base: Any, x: Tensor, box: PeftConvAdapters) -> Tensor:
-    weight, chain = base.weight, box.joint_vectors(box.active)
+def _with_rotated_weight(base: Any, x: Tensor, adapters: PeftConvAdapters) -> Tensor:
+    weight, chain = base.weight, adapters.joint_vectors(adapters.active)
     if weight.is_meta and not x.is_meta:
         raise UnsupportedLayerError(
             f"{describe(base)}: its weight is offloaded, so W Q cannot be computed. Keep this layer on the device "
@@ -276,8 +276,8 @@ def _is_tuner_layer(module: nn.Module) -> bool:
 
 def _why_not_merged(base: nn.Module) -> str | None:
     """The scheme of a quantized weight; `None` for others."""
-    packing, weight = quant_scheme_of(base), base.weight
-    if packing is not None:
-        return packing.words(base)
+    scheme, weight = quant_scheme_of(base), base.weight
+    if scheme is not None:
+        return scheme.description(base)
     is_wide = isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize > 1
     return None if is_wide else str(weight.dtype)

@@ -132,8 +132,8 @@ def save_adapters(
     save_pretrained(model, directory, selected_adapters, is_main_process=is_main_process, **saving)
     shards = [p for p in model.parameters() if is_dtensor(p)] if saving["state_dict"] is None else []
     if push_to_hub and (is_main_process or shards):
-        record = root_of(model)[1]
-        names = names_in(record, record.configs if selected_adapters is None else selected_adapters)
+        state = root_of(model)[1]
+        names = names_in(state, state.configs if selected_adapters is None else selected_adapters)
         repository = upload.get("repo_id", Path(directory).name)
         on_first_rank(shards, lambda: push.upload(Path(directory), repository, names, upload))
 

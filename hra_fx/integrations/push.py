@@ -110,5 +110,5 @@ def create_or_update_model_card(model: nn.Module, output_dir: str | os.PathLike[
         AdapterError: the model has no adapters.
         CheckpointError: the file cannot be written.
     """
-    root, record = root_of(model)
-    write_card(Path(output_dir), root, record.configs)
+    root, state = root_of(model)
+    write_card(Path(output_dir), root, state.configs)

@@ -29,14 +29,14 @@ def plain_output_layers(model: nn.Module) -> Iterator[None]:
         AdapterError: the number of tokens cannot change because of what the adapters hold.
     """
     ends = _embeddings_and_heads(model)
-    sites = adapted_layers(model)
-    _check(model, sites, ends)
-    held = {path: _detach(layer) for path, layer in sites.items() if layer in ends}
+    layers = adapted_layers(model)
+    _check(model, layers, ends)
+    held = {path: _detach(layer) for path, layer in layers.items() if layer in ends}
     try:
         yield
     finally:
         for path, reflection in held.items():
-            layer = model.get_submodule(path).train(sites[path].training)
+            layer = model.get_submodule(path).train(layers[path].training)
             layer.add_module(REFLECTION, reflection)
             swap(layer, layer_class_for(layer))
 
@@ -48,7 +48,7 @@ def _detach(layer: AdaptedLayer) -> HouseholderAdapters:
     return reflection
 
 
-def _check(model: nn.Module, sites: dict[str, AdaptedLayer], ends: list[nn.Module]) -> None:
+def _check(model: nn.Module, layers: dict[str, AdaptedLayer], ends: list[nn.Module]) -> None:
     check_no_foreign_class(model)
     rows = getattr(ends[0], "num_embeddings", None) if ends else None
     for path, (owner, _) in all_copies(model).items():
@@ -58,7 +58,7 @@ def _check(model: nn.Module, sites: dict[str, AdaptedLayer], ends: list[nn.Modul
                 "does not resize. Resize before hra_fx.transform, or fold or unload first."
             )
     resizes_more = _overrides_resize(model)
-    for path, layer in sites.items():
+    for path, layer in layers.items():
         if layer in ends and layer.hra_u.unmerged is not None:
             raise AdapterError(
                 f"{path}: an adapter is merged into it, and its stored base weight has the old number of tokens. Call "

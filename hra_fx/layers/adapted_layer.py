@@ -163,7 +163,7 @@ class AdaptedLinear(AdaptedLayer):
         def forward(self: AdaptedLinear, input: Tensor, reflected: Tensor | None = None) -> Any:
             adapters: Any = self._modules[REFLECTION]
             weight = adapters.weight_of(self)
-            if adapters.columns:  # transformers' `Conv1D`
+            if adapters.fan_in_fan_out:  # transformers' `Conv1D`
                 weight = weight.mT
             if reflected is None:
                 output = adapters.adapted_forward(input, weight, self)

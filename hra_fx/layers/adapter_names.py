@@ -11,7 +11,7 @@ ANCHOR = "_anchor"
 SCALED = "_scaled"
 #: Attributes of the containers of vectors and of trained copies, and the names that stand for the base model.
 _RESERVED = (
-    *("kind", "columns", "weight_name", "is_called", "width", "specs", "active", "scales", "unmerged"),
+    *("kind", "fan_in_fan_out", "weight_name", "reflects_input", "width", "specs", "active", "scales", "unmerged"),
     *("trainable_at_full_scale", "acts", "inactive", "base_layer", "original_module", "would_change"),
     *("copied", "in_place", "make", "tensors", "activate_copies", "promote_to_base", "remove", "set_trainable"),
 )

@@ -48,29 +48,29 @@ class HouseholderAdapters(nn.ParameterDict):
     Attributes:
         layer_path: name of the layer in its model, for messages.
         kind: the kind of layer.
-        columns: whether the weight is `(in, out)`.
+        fan_in_fan_out: whether the weight is `(in, out)`.
         weight_name: the name of the weight in the layer.
-        is_called: whether a call of the layer is adapted by a reflection of its input; if not, only its weight is.
+        reflects_input: whether a call of the layer is adapted by a reflection of its input; if not, only its weight is.
         width: `d`.
         specs: adapter name -> `AdapterSpec`.
         active: names of the adapters in use, in the order of the product `W Q_a Q_b ...`.
-        scales: adapter name -> its strength, if that is not 1.
-        trainable_at_full_scale: adapter name -> whether it is trained once its strength is 1 again.
+        scales: adapter name -> its scale, if that is not 1.
+        trainable_at_full_scale: adapter name -> whether it is trained once its scale is 1 again.
         prepared: the factors of the layer, while TorchDynamo traces its model (`hra_fx.layers.batching.Prepared`).
         last_compute_dtype: the dtype in which the layer last needed factors that were not prepared in it.
         unmerged: the weight before a merge; `None` while nothing is merged.
     """
 
-    is_called: ClassVar[bool] = False
+    reflects_input: ClassVar[bool] = False
     layer_path: str = "a layer"
     is_read: bool = False  # whether the forward of the model has read the weight of a layer that is called
     unmerged: Tensor | None
 
-    def __init__(self, width: int, kind: LayerKind = "linear", *, columns: bool = False) -> None:
+    def __init__(self, width: int, kind: LayerKind = "linear", *, fan_in_fan_out: bool = False) -> None:
         """An empty container for vectors of length `width`."""
         super().__init__()
         self.kind = kind
-        self.columns = columns
+        self.fan_in_fan_out = fan_in_fan_out
         self.weight_name = weight_name(kind)
         self.width = width
         self.specs: dict[str, AdapterSpec] = {}
@@ -101,10 +101,10 @@ class HouseholderAdapters(nn.ParameterDict):
     def rotate(self, weight: Tensor) -> Tensor:
         """`W Q`, for the weight `W` of the layer."""
         vectors = self.vectors_for(weight)
-        return weight if vectors is None else rotated_weight(weight, vectors, self.columns)
+        return weight if vectors is None else rotated_weight(weight, vectors, self.fan_in_fan_out)
 
     def reflect(self, x: Any) -> Any:
-        """What the layer computes of its input; only for layers that are called (`is_called`)."""
+        """What the layer computes of its input; only for layers that are called (`reflects_input`)."""
         raise NotImplementedError
 
     def add(
@@ -176,14 +176,14 @@ class HouseholderAdapters(nn.ParameterDict):
         self.active = tuple(other for other in self.active if other != name)
 
     def set_trainable(self, name: str, wanted: bool) -> None:
-        """Train or freeze the vectors of an adapter; if its strength is not 1, once it is 1 again."""
+        """Train or freeze the vectors of an adapter; if its scale is not 1, once it is 1 again."""
         if name in self.scales:
             self.trainable_at_full_scale[name] = wanted
         else:
             self._parameters[name].requires_grad_(wanted)  # type: ignore[union-attr]
 
     def scaled(self, name: str, alpha: float) -> Tensor:
-        """The chain of an adapter at strength `alpha` (`geodesic.fractional_rotation`), float32 at least.
+        """The chain of an adapter at scale `alpha` (`geodesic.fractional_rotation`), float32 at least.
 
         Raises:
             AdapterError: its `Q` is not a rotation.
@@ -192,13 +192,13 @@ class HouseholderAdapters(nn.ParameterDict):
         return self.fraction(self.full_chain(name, dtype).detach(), alpha)
 
     def fraction(self, chain: Tensor, alpha: float) -> Tensor:
-        """A chain at strength `alpha`; errors as `scaled`."""
+        """A chain at scale `alpha`; errors as `scaled`."""
         return geodesic.fractional_rotation(chain, alpha)
 
     def scale(self, name: str, alpha: float, chain: Tensor | None = None) -> None:
-        """Set the strength of an adapter, whose chain `scaled` makes; 1 restores it.
+        """Set the scale of an adapter, whose chain `scaled` makes; 1 restores it.
 
-        At another strength the forward does not read the vectors, so they get no gradient.
+        At another scale the forward does not read the vectors, so they get no gradient.
         """
         vectors: nn.Parameter = self[name]
         made = self.scaled(name, alpha) if chain is None and alpha != 1 else chain
@@ -206,7 +206,7 @@ class HouseholderAdapters(nn.ParameterDict):
         self.scales.pop(name, None)
         self._buffers.pop(name + SCALED, None)
         if alpha != 1:
-            # Not in the state_dict, because it follows from the vectors and the strength.
+            # Not in the state_dict, because it follows from the vectors and the scale.
             self.register_buffer(name + SCALED, made, persistent=False)
             self.scales[name] = alpha
             self.trainable_at_full_scale[name] = trained
@@ -233,7 +233,7 @@ class HouseholderAdapters(nn.ParameterDict):
         return getattr(self, name + ANCHOR) if name + ANCHOR in self._buffers else None
 
     def chain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The adapter at its strength as plain reflections, `(d, k)`, computed in `dtype`."""
+        """The adapter at its scale as plain reflections, `(d, k)`, computed in `dtype`."""
         if name not in self.scales:
             return self.full_chain(name, dtype)
         if dtype is None:
@@ -242,7 +242,7 @@ class HouseholderAdapters(nn.ParameterDict):
         return self.fraction(self.full_chain(name, dtype), self.scales[name])
 
     def full_chain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The adapter at full strength, `[A | U]`, or `[A | V]` with Gram-Schmidt: `(d, k)`, computed in `dtype`.
+        """The adapter at full scale, `[A | U]`, or `[A | V]` with Gram-Schmidt: `(d, k)`, computed in `dtype`.
 
         With a `dtype`, shards of the vectors are gathered from all processes.
         """
@@ -297,13 +297,13 @@ class HouseholderAdapters(nn.ParameterDict):
         )
 
     def _is_idle(self, name: str) -> bool:
-        """Whether an adapter is at strength 0; read from the buffer, because an fx proxy has no shape."""
+        """Whether an adapter is at scale 0; read from the buffer, because an fx proxy has no shape."""
         scaled = self._buffers.get(name + SCALED) if name in self.scales else None
         return scaled is not None and not scaled.shape[-1]
 
     @property
     def acts(self) -> bool:
-        """Whether an adapter is active at a strength other than 0."""
+        """Whether an adapter is active at a scale other than 0."""
         return bool(self._acting_names(mixed_batch_of(self)))
 
     def _acting_names(self, batch: MixedBatch | None) -> list[str]:
@@ -322,7 +322,7 @@ class HouseholderAdapters(nn.ParameterDict):
 
     def rows(self, weight: Tensor) -> Tensor:
         """The weight, or a tensor of its shape, as the matrix `(out, d)` that is multiplied by `Q`."""
-        return as_rows(weight, transposed=self.columns)
+        return as_rows(weight, transposed=self.fan_in_fan_out)
 
     def vectors_for(self, x: Tensor) -> Tensor | None:
         """The vectors of all active adapters for an input `x`, `(d, k)`, of any length; `None` if they do nothing.
@@ -365,25 +365,25 @@ class HouseholderAdapters(nn.ParameterDict):
         )
 
 
-def rotated_weight(weight: Tensor, vectors: Tensor, columns: bool) -> Tensor:
+def rotated_weight(weight: Tensor, vectors: Tensor, fan_in_fan_out: bool) -> Tensor:
     """A weight as its readers see it, `W -> W Q`.
 
     Args:
         weight: `(out, ...)`, or `(in, out)`.
         vectors: `U: (d, k)`, of any length each.
-        columns: whether the weight is `(in, out)`.
+        fan_in_fan_out: whether the weight is `(in, out)`.
 
     Returns:
         A tensor of the shape, dtype and layout of `weight`.
 
     Example:
         >>> import torch
-        >>> rotated_weight(torch.tensor([[2.0, 5.0]]), torch.tensor([[3.0], [0.0]]), columns=False)
+        >>> rotated_weight(torch.tensor([[2.0, 5.0]]), torch.tensor([[3.0], [0.0]]), fan_in_fan_out=False)
         tensor([[-2.,  5.]])
     """
     if isinstance(weight, RotatedWeight):  # which fx has copied into a GraphModule, in place of the parameter
         weight = weight.base()
-    return rotate_weight(weight, vectors, transposed=columns)
+    return rotate_weight(weight, vectors, transposed=fan_in_fan_out)
 
 
 # One node for an fx tracer that traces into a layer.

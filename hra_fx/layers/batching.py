@@ -267,11 +267,11 @@ def _facts(chains: Sequence[_Chain]) -> tuple[list[object], list[Tensor]]:
 
 
 def _chains(layers: Iterable[nn.Module]) -> list[_Chain]:
-    """The layers that compute with factors, and whose adapters do something."""
+    """Those of some modules that compute with factors, and whose adapters do something."""
     found: list[_Chain] = []
     for layer in layers:
-        adapters: Any = layer._modules[REFLECTION]
-        if adapters.is_called:
+        adapters: Any = layer._modules.get(REFLECTION)
+        if adapters is not None and adapters.reflects_input:
             parts = adapters.chain_parts() if CURRENT.batch is None else _parts(adapters, mixed_batch_of(adapters))
             found.append((adapters, layer, parts))
     return [chain for chain in found if chain[2]]

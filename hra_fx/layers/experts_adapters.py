@@ -25,7 +25,7 @@ class ExpertsAdapters(HouseholderAdapters):
 
     def __init__(self, layer: ExpertsWeight) -> None:
         """An empty container for the experts of a parameter."""
-        super().__init__(layer.width, "experts", columns=layer.columns)
+        super().__init__(layer.width, "experts", fan_in_fan_out=layer.fan_in_fan_out)
         self.experts = layer.experts
 
     def initial(self, spec: AdapterSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -39,14 +39,14 @@ class ExpertsAdapters(HouseholderAdapters):
         return self.experts, self.width, r
 
     def fraction(self, chain: Tensor, alpha: float) -> Tensor:
-        """A chain of every expert at strength `alpha`, filled with zero columns to the same length."""
+        """A chain of every expert at scale `alpha`, filled with zero columns to the same length."""
         chains = [geodesic.fractional_rotation(one, alpha) for one in chain]
         longest = max(one.shape[1] for one in chains)
         return torch.stack([torch.nn.functional.pad(one, (0, longest - one.shape[1])) for one in chains])
 
     def rows(self, weight: Tensor) -> Tensor:
         """The weights as matrices `(experts, out, d)`."""
-        return as_rows(weight, transposed=self.columns, batched=True)
+        return as_rows(weight, transposed=self.fan_in_fan_out, batched=True)
 
     def vectors_at(self, index: Any) -> Tensor | None:
         """The vectors of all active adapters, `(experts, d, k)`, or of some experts; `None` if they do nothing.

@@ -28,7 +28,7 @@ class ExpertsWeight(nn.Module):
     Attributes:
         owner: the module that has the parameter. It is not a child of this one.
         parameter: its name.
-        columns: whether it is stored as `(experts, in, out)` instead of `(experts, out, in)`.
+        fan_in_fan_out: whether it is stored as `(experts, in, out)` instead of `(experts, out, in)`.
         experts: the number of experts.
         width: `d`, the size of the input.
     """
@@ -40,11 +40,11 @@ class ExpertsWeight(nn.Module):
         super().__init__()
         vars(self)["owner"] = owner  # setattr would make it a child
         self.parameter = parameter
-        self.columns = bool(is_transposed(owner))
+        self.fan_in_fan_out = bool(is_transposed(owner))
         weight: Tensor = owner._parameters[parameter]  # type: ignore[assignment]
         self.experts = weight.shape[0]
-        self.width = weight.shape[1 if self.columns else 2]
-        self.out = weight.shape[2 if self.columns else 1]
+        self.width = weight.shape[1 if self.fan_in_fan_out else 2]
+        self.out = weight.shape[2 if self.fan_in_fan_out else 1]
 
     @property
     def child(self) -> str:

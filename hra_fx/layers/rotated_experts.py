@@ -57,7 +57,7 @@ class RotatedExperts(RotatedWeight):
         vectors = None if adapters is None else adapters.vectors_at(self.index)
         if vectors is None:
             return self.base()
-        return rotate_weight(self.base(), vectors, transposed=adapters.columns is not self.flipped)
+        return rotate_weight(self.base(), vectors, transposed=adapters.fan_in_fan_out is not self.flipped)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """The rotated weight of the copied layer; of some experts, their values."""
@@ -81,7 +81,7 @@ class RotatedExperts(RotatedWeight):
     def _width_is_last(self) -> bool:
         """Whether the dimension that is reflected is the last one."""
         adapters: Any = self._adapters()
-        return adapters is not None and bool(adapters.columns is self.flipped)
+        return adapters is not None and bool(adapters.fan_in_fan_out is self.flipped)
 
 
 def _part(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> RotatedExperts | None:

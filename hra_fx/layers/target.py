@@ -34,13 +34,13 @@ class LayerTarget:
     Attributes:
         path: the layer's qualified name in the whole model, the first if it has several.
         kind: the kind of layer.
-        is_called: whether a call of it is adapted by a reflection of its input. Of any other layer (an attention, or
-            a class with a forward of its own) only the weight is.
+        reflects_input: whether a call of it is adapted by a reflection of its input. Of any other layer (an attention,
+            or a class with a forward of its own) only the weight is.
     """
 
     path: str
     kind: LayerKind
-    is_called: bool = True
+    reflects_input: bool = True
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def find_kind(layer: nn.Module) -> LayerKind | None:
         >>> find_kind(nn.Conv2d(3, 8, 3)), find_kind(nn.ReLU())
         ('conv2d', None)
     """
-    if isinstance(layer, nn.Linear) or has_columns(layer):
+    if isinstance(layer, nn.Linear) or is_conv1d(layer):
         return "linear"
     if isinstance(layer, nn.MultiheadAttention):
         return "attention"
@@ -93,7 +93,7 @@ def kind_of(layer: nn.Module) -> LayerKind:
     return kind
 
 
-def has_columns(layer: nn.Module) -> bool:
+def is_conv1d(layer: nn.Module) -> bool:
     """Whether a layer is transformers' `Conv1D`: a Linear whose weight is `(in, out)`, as GPT-2's are."""
     # If transformers is not loaded, no object can be of that class.
     kind = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
@@ -143,7 +143,7 @@ def width_of(layer: nn.Module) -> int:
     if isinstance(layer, nn.Linear) and not weight.is_floating_point():
         return layer.in_features  # the shape of a packed weight says nothing
     shape = full_shape(weight)
-    return shape[0] if has_columns(layer) else shape[1:].numel()
+    return shape[0] if is_conv1d(layer) else shape[1:].numel()
 
 
 def describe(layer: nn.Module) -> str:
@@ -155,7 +155,7 @@ def describe(layer: nn.Module) -> str:
     """
     if isinstance(layer, nn.Linear):
         return f"Linear {layer.in_features}->{layer.out_features}"
-    if has_columns(layer):
+    if is_conv1d(layer):
         weight: Tensor = layer._parameters["weight"]  # type: ignore[assignment]
         return "Conv1D {}->{}".format(*full_shape(weight))
     if isinstance(layer, nn.MultiheadAttention):

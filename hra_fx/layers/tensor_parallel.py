@@ -64,7 +64,7 @@ def why_not_distributed(layer: nn.Module) -> str | None:
     if not isinstance(layer, nn.Linear) or has_own_forward(layer):
         return f"tensor parallelism supports only adapted nn.Linear layers, got {type(layer).__name__}"
     if scheme := quant_scheme_of(layer):
-        return f"its weight is quantized ({scheme.words(layer)}), and cannot be split together with adapters"
+        return f"its weight is quantized ({scheme.description(layer)}), and cannot be split together with adapters"
     return None
 
 

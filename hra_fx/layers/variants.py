@@ -37,7 +37,7 @@ from hra_fx.layers.mixed import check_rows
 from hra_fx.layers.partitioned import full_shape
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.sharding import is_dtensor
-from hra_fx.layers.target import has_columns, kind_of, width_of
+from hra_fx.layers.target import is_conv1d, kind_of, width_of
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -129,7 +129,7 @@ def patch_image(coordinates: Tensor, chain: Tensor, weight: Tensor, groups: int)
 class LinearAdapters(HouseholderAdapters):
     """Reflects the input of a Linear: `x -> x Q^T`."""
 
-    is_called = True
+    reflects_input = True
 
     def reflect(self, x: Tensor) -> Tensor:
         """`x: (..., d)` to `(..., d)`, the same dtype."""
@@ -188,7 +188,7 @@ class ConvAdapters(HouseholderAdapters):
     (`project`). Patches are not unfolded, and neither the rotated weight nor the gradient of a weight is ever built.
     """
 
-    is_called = True
+    reflects_input = True
 
     def __init__(self, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
         """An empty container for a convolution; only the geometry is kept."""
@@ -301,11 +301,11 @@ def adapters_for(layer: nn.Module) -> HouseholderAdapters:
     if isinstance(layer, ExpertsWeight):
         return ExpertsAdapters(layer)
     if has_own_forward(layer):
-        return HouseholderAdapters(width_of(layer), kind_of(layer), columns=has_columns(layer))
+        return HouseholderAdapters(width_of(layer), kind_of(layer), fan_in_fan_out=is_conv1d(layer))
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return ConvAdapters(layer)
     form = LinearAdapters if quant_scheme_of(layer) is None else QuantizedAdapters
-    return form(width_of(layer), kind_of(layer), columns=has_columns(layer))
+    return form(width_of(layer), kind_of(layer), fan_in_fan_out=is_conv1d(layer))
 
 
 def has_own_forward(layer: nn.Module) -> bool:
@@ -320,7 +320,7 @@ def has_own_forward(layer: nn.Module) -> bool:
     standard: list[Any] = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d]
     if scheme := quant_scheme_of(layer):
         standard = [scheme.kind]
-    if has_columns(layer):
+    if is_conv1d(layer):
         standard = [next(kind for kind in type(layer).__mro__ if kind.__name__ == "Conv1D")]
     own: Any = original_class(layer)
     return isinstance(layer, (nn.MultiheadAttention, ExpertsWeight)) or own.forward not in [

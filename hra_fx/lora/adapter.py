@@ -37,7 +37,7 @@ class LoraLayer:
             `(experts, k, d)`.
         B: `(out, k)`, float64 on the CPU; of experts, `(experts, out, k)`.
         kernel: the kernel size of a convolution; empty for other layers.
-        columns: whether the layer stores its weight as `(in, out)`, as transformers' `Conv1D` does.
+        fan_in_fan_out: whether the layer stores its weight as `(in, out)`, as transformers' `Conv1D` does.
         error: `|W Q - W - B A|_F / |W Q - W|_F`; 0 unless a smaller rank was asked for.
         place: of experts, the position of the parameter among those of its module.
     """
@@ -47,7 +47,7 @@ class LoraLayer:
     A: Tensor
     B: Tensor
     kernel: tuple[int, ...] = ()
-    columns: bool = False
+    fan_in_fan_out: bool = False
     error: float = 0.0
     place: int = 0
 
@@ -99,7 +99,7 @@ class AdaptedWeight:
         matrices: its weight; of experts, that of each.
         noise: see `hra_fx.functional.low_rank.core`.
         kernel: see `LoraLayer`.
-        columns: see `LoraLayer`.
+        fan_in_fan_out: see `LoraLayer`.
         owner: of experts, the module with their parameter, which may be without data.
         size: the size of what is read, in bytes.
     """
@@ -109,7 +109,7 @@ class AdaptedWeight:
     matrices: Sequence[Matrix]
     noise: float
     kernel: tuple[int, ...] = ()
-    columns: bool = False
+    fan_in_fan_out: bool = False
     owner: nn.Module | None = None
     size: int = 0
 
@@ -124,7 +124,7 @@ class AdaptedWeight:
     def _with(self, changes: Sequence[WeightChange]) -> LoraLayer:
         if self.owner is None:
             A, B, error = changes[0]
-            return LoraLayer(self.path, self.kind, A, B, self.kernel, self.columns, error)
+            return LoraLayer(self.path, self.kind, A, B, self.kernel, self.fan_in_fan_out, error)
         longest = max(len(A) for A, _, _ in changes)
         A = torch.stack([F.pad(A, (0, 0, 0, longest - len(A))) for A, _, _ in changes])
         B = torch.stack([F.pad(B, (0, longest - B.shape[1])) for _, B, _ in changes])

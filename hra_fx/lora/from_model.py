@@ -38,7 +38,7 @@ _GATHERED = ("fully_shard", "tensor parallelism")
 def lora_adapter(
     model: nn.Module, adapter_names: str | Iterable[str] | None = None, rank: int | None = None
 ) -> LoraAdapter:
-    """Some adapters of a model, in their order and at their strengths, as one LoRA.
+    """Some adapters of a model, in their order and at their scales, as one LoRA.
 
     Args:
         model: a transformed model.
@@ -52,21 +52,21 @@ def lora_adapter(
         UnsupportedLayerError: a layer cannot be expressed as LoRA.
     """
     check_rank(rank)
-    root, record = root_of(model)
+    root, state = root_of(model)
     whole = unwrap(model)
     # Runtimes load the LoRA into the whole model, also where only a part of it was transformed.
     prefix = "".join(f"{path}." for path, module in state_modules(whole) if module is root and path)
-    names = _names(record, adapter_names)
-    sites = _checked_layers(root, record, names)
-    placed = {f"{prefix}{path}": layer for path, layer in sites.items()}
+    names = _names(state, adapter_names)
+    layers = _checked_layers(root, state, names)
+    placed = {f"{prefix}{path}": layer for path, layer in layers.items()}
     check_names(placed, model_type_of(whole), renamings_of(whole))
     check_reads(whole, placed)
-    present = {path: [name for name in names if name in layer.hra_u] for path, layer in sites.items()}
-    configs = [record.configs[name] for name in names]
+    present = {path: [name for name in names if name in layer.hra_u] for path, layer in layers.items()}
+    configs = [state.configs[name] for name in names]
     return from_configs(
         configs,
-        layers=tuple(_lora_layer(f"{prefix}{path}", layer, present[path], rank) for path, layer in sites.items()),
-        copies={f"{prefix}{key}": tensor for key, tensor in _copies(root, names, sites).items()},
+        layers=tuple(_lora_layer(f"{prefix}{path}", layer, present[path], rank) for path, layer in layers.items()),
+        copies={f"{prefix}{key}": tensor for key, tensor in _copies(root, names, layers).items()},
         modules=[path for path, _ in state_modules(whole) if path and not _is_ours(path)],
         auto_mapping=auto_mapping(whole, configs[0]),
         base_model=next(filter(None, (base_model_name(whole, config) for config in configs)), None),
@@ -74,7 +74,7 @@ def lora_adapter(
     )
 
 
-def _checked_layers(root: nn.Module, record: AdapterState, names: tuple[str, ...]) -> dict[str, AdaptedLayer]:
+def _checked_layers(root: nn.Module, state: AdapterState, names: tuple[str, ...]) -> dict[str, AdaptedLayer]:
     """The layers with one of the adapters, by path, all of which LoRA can express."""
     load_vectors(root)
     if (sharded := first_split(root)) and sharded[1] not in _GATHERED:
@@ -84,12 +84,12 @@ def _checked_layers(root: nn.Module, record: AdapterState, names: tuple[str, ...
         )
     reshard(root.modules())
     check_copies(root, collect_parts(root), names)
-    paths = {path for name in names for path in layers_with(root, record, name)}
-    sites = {path: layer for path, layer in adapted_layers(root).items() if path in paths}
-    check_places(root, sites)
-    for path, layer in sites.items():
+    paths = {path for name in names for path in layers_with(root, state, name)}
+    layers = {path: layer for path, layer in adapted_layers(root).items() if path in paths}
+    check_places(root, layers)
+    for path, layer in layers.items():
         check_expressible(path, layer, root.get_submodule(path.rpartition(".")[0]))
-    return sites
+    return layers
 
 
 def _lora_layer(path: str, layer: AdaptedLayer, names: Sequence[str], rank: int | None) -> LoraLayer:
@@ -100,22 +100,25 @@ def _lora_layer(path: str, layer: AdaptedLayer, names: Sequence[str], rank: int 
 
 
 def _adapted_weight(path: str, layer: AdaptedLayer, names: Sequence[str]) -> AdaptedWeight:
-    box: Any = layer.hra_u
+    adapters: Any = layer.hra_u
     for name in names:
-        check_foldable(path, layer.hra_base, box[name], apply_GS=box.specs[name].apply_GS, adapter=name)
-    anchored = [box[name] for name in names if box.specs[name].apply_GS and box.anchor(name) is not None]
+        check_foldable(path, layer.hra_base, adapters[name], apply_GS=adapters.specs[name].apply_GS, adapter=name)
+    anchored = [adapters[name] for name in names if adapters.specs[name].apply_GS and adapters.anchor(name) is not None]
     noise = sum(low_rank.anchor_noise(vectors.shape[-1], vectors.dtype) for vectors in anchored)
-    experts = box.kind == "experts"
-    packing = None if experts else quant_scheme_of(layer)
-    weight = (base_weight(layer) if packing is None else packing.values(layer)).detach()
-    rows = box.rows(weight) if experts else as_rows(weight, transposed=box.columns and packing is None)[None]
-    chain = box.joint_vectors(names, torch.float32 if weight.device.type == "mps" else torch.float64)
+    experts = adapters.kind == "experts"
+    scheme = None if experts else quant_scheme_of(layer)
+    weight = (base_weight(layer) if scheme is None else scheme.values(layer)).detach()
+    transposed = adapters.fan_in_fan_out and scheme is None
+    rows = adapters.rows(weight) if experts else as_rows(weight, transposed=transposed)[None]
+    chain = adapters.joint_vectors(names, torch.float32 if weight.device.type == "mps" else torch.float64)
     chain = torch.zeros(*rows.shape[:-2], rows.shape[-1], 0) if chain is None else chain
     chains = _finite(path, chain if chain.dim() == 3 else chain[None])
     matrices = [Matrix(own, len(W), partial(_project, path, W)) for W, own in zip(rows, chains, strict=True)]
     kernel = tuple(weight.shape[2:]) if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else ()
     module: Any = layer
-    return AdaptedWeight(path, box.kind, matrices, noise, kernel, box.columns, module.owner if experts else None)
+    return AdaptedWeight(
+        path, adapters.kind, matrices, noise, kernel, adapters.fan_in_fan_out, module.owner if experts else None
+    )
 
 
 def _project(path: str, rows: Tensor, V: Tensor) -> Tensor:
@@ -128,16 +131,16 @@ def _finite(path: str, values: Tensor) -> Tensor:
     return values
 
 
-def _names(record: AdapterState, adapter_names: str | Iterable[str] | None) -> tuple[str, ...]:
-    names = record.active if adapter_names is None else names_in(record, adapter_names)
-    if adapter_names is None and record.disabled:
+def _names(state: AdapterState, adapter_names: str | Iterable[str] | None) -> tuple[str, ...]:
+    names = state.active if adapter_names is None else names_in(state, adapter_names)
+    if adapter_names is None and state.disabled:
         raise AdapterError("adapters are disabled. Name the adapters, or leave the disable_adapters block.")
     if not names:
-        raise AdapterError(f"no adapter is active. Name at least one of {list(record.configs)}.")
+        raise AdapterError(f"no adapter is active. Name at least one of {list(state.configs)}.")
     return names
 
 
-def _copies(root: nn.Module, names: Iterable[str], sites: Mapping[str, AdaptedLayer]) -> dict[str, Tensor]:
+def _copies(root: nn.Module, names: Iterable[str], layers: Mapping[str, AdaptedLayer]) -> dict[str, Tensor]:
     """The trained copies of the adapters, by PEFT's keys without its prefix."""
     found: dict[str, Tensor] = {}
     for path, (owner, copies) in all_copies(root).items():
@@ -145,7 +148,7 @@ def _copies(root: nn.Module, names: Iterable[str], sites: Mapping[str, AdaptedLa
         for name in names:
             for entry, tensor in copies.tensors(owner, name).items():
                 if entry not in skipped:
-                    key = copy_key(path, entry, adapted=path in sites)
+                    key = copy_key(path, entry, adapted=path in layers)
                     found[key.removeprefix(PREFIX)] = full_tensor(tensor.detach()).cpu()
     return found
 

@@ -80,7 +80,7 @@ def _config(adapter: LoraAdapter, ranks: Mapping[str, int], parameters: Mapping[
         "lora_dropout": 0.0,
         "target_modules": exact_targets([path for path in ranks if path not in parameters], adapter.modules),
         "target_parameters": list(parameters.values()) or None,
-        "fan_in_fan_out": any(layer.columns for layer in adapter.layers),
+        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in adapter.layers),
         "bias": adapter.bias,
         "modules_to_save": list(adapter.modules_to_save) or None,
         "rank_pattern": other,

@@ -39,7 +39,7 @@ def convert_to_lora(
     Args:
         model: a transformed model; it is not changed. Adapters may be merged. With `fully_shard` and tensor
             parallelism, all processes have to call this.
-        adapter_names: the adapters, in the order of the product `W Q_a Q_b`, each at its strength (`set_scale`).
+        adapter_names: the adapters, in the order of the product `W Q_a Q_b`, each at its scale (`set_scale`).
             `None`: the active ones.
         rank: limit of each layer's rank, with the best approximation of the weight change. `None`: exact.
         rank_pattern: keep each layer's own rank, with PEFT's `rank_pattern` and `alpha_pattern`. By default all layers

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hra_fx.compat import state_modules
 from hra_fx.errors import UnsupportedLayerError
 from hra_fx.layers.accelerate_hooks import offloading_hook
 from hra_fx.layers.adapted_layer import AdaptedLayer
@@ -80,7 +81,7 @@ def _why_not(layer: AdaptedLayer, parent: nn.Module) -> str | None:
         return _IN_ENCODER_LAYER
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and (reason := why_not_convolution(layer)):
         return reason
-    own_forward = not layer.hra_u.is_called and layer.hra_u.kind != "attention"
+    own_forward = not layer.hra_u.reflects_input and layer.hra_u.kind != "attention"
     if own_forward and (offloading_hook(layer) is not None or not _adds_change(layer)):  # a hook loads the old weight
         return OWN_FORWARD
     return None
@@ -119,7 +120,7 @@ def _plain(layer: AdaptedLayer, x: Tensor, weight: Tensor) -> Tensor:
         convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(layer.kernel_size)]
         result: Tensor = convolve(x, weight, None, layer.stride, layer.padding)
         return result
-    return x @ (weight if layer.hra_u.columns else weight.mT)
+    return x @ (weight if layer.hra_u.fan_in_fan_out else weight.mT)
 
 
 def check_places(root: nn.Module, layers: Mapping[str, nn.Module]) -> None:
@@ -154,7 +155,7 @@ def check_reads(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     Raises:
         UnsupportedLayerError: naming the layer.
     """
-    owners = dict(model.named_modules(remove_duplicate=False))
+    owners = dict(state_modules(model, remove_duplicate=False))
     known: dict[type[nn.Module], set[_Chain]] = {}
     for path, layer in layers.items():
         seen = getattr(layer._modules.get(REFLECTION), "is_read", False)

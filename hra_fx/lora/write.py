@@ -159,7 +159,7 @@ def unchanged(adapters: Iterable[LoraAdapter]) -> list[str]:
     """A warning if no adapter changes any weight."""
     if any(layer.rank for adapter in adapters for layer in adapter.layers):
         return []
-    return ["the adapters do not change any weight (untrained, or at strength 0): the LoRA is zero."]
+    return ["the adapters do not change any weight (untrained, or at scale 0): the LoRA is zero."]
 
 
 def check_dtype(dtype: torch.dtype | str | None) -> torch.dtype:

@@ -23,7 +23,7 @@ from hra_fx.model.state import AdapterState, adapted_layers, names_in, root_of
 def combine(model: nn.Module, adapters: Sequence[str], adapter_name: str) -> None:
     """Add an adapter that is the exact product of several, `Q = Q_a Q_b ...`, with `r_a + r_b + ...` reflections.
 
-    Anchors and the current strengths are included. The new adapter is not active yet, does not use Gram-Schmidt, and is
+    Anchors and the current scales are included. The new adapter is not active yet, does not use Gram-Schmidt, and is
     on every layer that has one of the adapters. A layer that lacks some of them is padded with pairs of equal
     reflections, which cancel.
 
@@ -35,7 +35,7 @@ def combine(model: nn.Module, adapters: Sequence[str], adapter_name: str) -> Non
     Raises:
         AdapterError: the model has no such adapter, fewer than two are named, one has trained copies
             (`modules_to_save` or `bias`), a layer would have to be padded with an odd number of reflections, all have
-            strength 0, or the vectors are sharded.
+            scale 0, or the vectors are sharded.
 
     Example:
         >>> from hra_fx import HRAConfig, add_adapter, transform
@@ -74,7 +74,7 @@ def _combine(root: nn.Module, state: AdapterState, names: tuple[str, ...], adapt
     rank = max(sum(chain.shape[-1] for chain in parts) for parts in chains.values())
     if not rank:
         raise AdapterError(
-            f"adapters {list(names)}: all have strength 0, so their product is the identity. Call hra_fx.set_scale."
+            f"adapters {list(names)}: all have scale 0, so their product is the identity. Call hra_fx.set_scale."
         )
     joint = {path: _fill(path, torch.cat(parts, dim=-1), rank) for path, parts in chains.items()}
     stacked = [path for path, layer in adapted_layers(root).items() if path in chains and layer.hra_u.kind == "experts"]

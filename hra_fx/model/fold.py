@@ -90,7 +90,7 @@ class FoldJob:
     def measure(self, path: str, layer: AdaptedLayer, weight: FoldedWeight | None = None) -> FoldedLayer:
         """What the fold does to a layer."""
         scheme = quant_scheme_of(layer)
-        words = scheme.words(layer) if scheme else ""
+        words = scheme.description(layer) if scheme else ""
         names, untied = self.names[path], tuple(self.untied.get(path, ()))
         if not names:
             return FoldedLayer(path, 0.0, 0.0, untied, words)

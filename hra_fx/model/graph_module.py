@@ -82,7 +82,7 @@ def insert(module: fx.GraphModule, model: nn.Module, path: str = "") -> None:
         path: path in the model of the module whose forward the graph is.
     """
     adapted = {
-        layer: LayerTarget(name, layer.hra_u.kind, layer.hra_u.is_called)
+        layer: LayerTarget(name, layer.hra_u.kind, layer.hra_u.reflects_input)
         for name, layer in adapted_layers(model).items()
     }
     # All paths, because the graph may call a shared layer by any of them.

@@ -23,7 +23,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
 
     `model(..., adapter_names=...)` and `model.generate(..., adapter_names=...)` do the same for one call, as in PEFT's
     LoRA. Each adapted layer runs two batched products for all rows, for any number of adapters. The adapters may differ
-    in layers, rank, strength and Gram-Schmidt. In `generate`, a row's adapter also applies to its beams and returned
+    in layers, rank, scale and Gram-Schmidt. In `generate`, a row's adapter also applies to its beams and returned
     sequences. Other threads are not affected.
 
     Args:
@@ -86,7 +86,7 @@ def _checked(model: nn.Module, adapter_names: Sequence[str]) -> MixedBatch:
     layers = adapted_layers(root)
     for path, layer in layers.items():
         here = [name for name in used if name in layer.hra_u.specs]
-        if here and not layer.hra_u.is_called:
+        if here and not layer.hra_u.reflects_input:
             raise AdapterError(
                 f"{path} ({type(layer).__name__}): adapters {here} change the weight of this layer, but the rows of a "
                 "mixed batch would need different weights. Run the rows of each adapter in a separate batch."

@@ -20,13 +20,13 @@ def check_replaceable(root: nn.Module, state: AdapterState, name: str) -> None:
     """Refuse to replace the values of an adapter that are in use elsewhere, or that are shards without data.
 
     Raises:
-        AdapterError: it is merged, its strength is not 1, or its shards are on the meta device.
+        AdapterError: it is merged, its scale is not 1, or its shards are on the meta device.
     """
     if name in state.merged:
         raise AdapterError(f"adapter {name!r} is merged into the weights. Call unmerge_adapter first.")
     layers = layers_of(root, name)
     if any(name in layer.hra_u.scales for layer in layers.values()):
-        raise AdapterError(f"adapter {name!r} must have strength 1. Call hra_fx.set_scale(model, {name!r}, 1) first.")
+        raise AdapterError(f"adapter {name!r} must have scale 1. Call hra_fx.set_scale(model, {name!r}, 1) first.")
     for path, layer in layers.items():
         if is_dtensor(layer.hra_u[name]) and layer.hra_u[name].is_meta:
             raise AdapterError(

@@ -40,7 +40,7 @@ def reset_adapters(
         device: where to create vectors that are still on the meta device. `None` uses the device of their layer.
 
     Raises:
-        AdapterError: the model has no such adapter; one is merged or has a strength other than 1; a layer is on the
+        AdapterError: the model has no such adapter; one is merged or has a scale other than 1; a layer is on the
             meta device and `device` is not given, or its vectors are sharded there; or accelerate offloads its trained
             copies. The model is unchanged.
 

@@ -73,7 +73,7 @@ def folded_weight(layer: AdaptedLayer, names: Iterable[str]) -> FoldedWeight:
     exact = base if chain is None else rotate_weight(base, chain.detach())
     if scheme is None:
         stored = exact.to(weight.dtype)
-        return FoldedWeight(rows_to_weight(stored, weight, transposed=adapters.columns), base, exact, stored)
+        return FoldedWeight(rows_to_weight(stored, weight, transposed=adapters.fan_in_fan_out), base, exact, stored)
     if _relative(exact - base, base) < _UNTRAINED:  # requantizing would change it all the same
         return FoldedWeight(layer.hra_base, base, base, base)
     requantized = scheme.requantized(layer, exact)
@@ -215,7 +215,7 @@ def ties_of(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> dict[str, l
 
 
 def _quantized(layer: nn.Module, scheme: QuantScheme) -> str:
-    return f"its weight is quantized ({scheme.words(layer)})"
+    return f"its weight is quantized ({scheme.description(layer)})"
 
 
 def _is_expanded(weight: Tensor) -> bool:

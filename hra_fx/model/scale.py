@@ -1,4 +1,4 @@
-"""`set_scale`: the strength of an adapter, along the geodesic from the identity to its rotation."""
+"""`set_scale`: the scale of an adapter, along the geodesic from the identity to its rotation."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from hra_fx.model.state import adapted_layers, names_in, root_of
 
 
 def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
-    """Set the strength of an adapter: `Q` becomes `exp(alpha log Q)`, which is orthogonal for every `alpha`.
+    """Set the scale of an adapter: `Q` becomes `exp(alpha log Q)`, which is orthogonal for every `alpha`.
 
     At 0 the adapter is the identity, at 1 it has its full effect. In between, every rotation angle is multiplied by
-    `alpha`. (PEFT ignores a scale, with a warning.) An adapter is trained only at strength 1, and its strength is not
+    `alpha`. (PEFT ignores a scale, with a warning.) An adapter is trained only at scale 1, and its scale is not
     saved. Trained copies (`modules_to_save`, `bias`) are not affected.
 
     Args:
@@ -44,7 +44,7 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
     """
     root, state = root_of(model)
     (name,) = names_in(state, adapter_name)
-    check_strength(alpha)
+    check_scale(alpha)
     if name in state.merged:
         raise AdapterError(f"adapter {name!r} is merged into the weights. Call unmerge_adapter first.")
     load_vectors(root)
@@ -59,12 +59,12 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
     for path, reflection in layers.items():
         reflection.scale(name, float(alpha), chains.get(path))
     if alpha != 1 and any(name in copies.copied for _, copies in all_copies(root).values()):
-        text = f"adapter {name!r}: the strength only affects reflections, not trained modules and biases."
+        text = f"adapter {name!r}: the scale only affects reflections, not trained modules and biases."
         warnings.warn(text, HRAWarning, stacklevel=2)
 
 
-def check_strength(alpha: object) -> None:
-    """Check that a strength is a number from 0 to 1.
+def check_scale(alpha: object) -> None:
+    """Check that a scale is a number from 0 to 1.
 
     Raises:
         AdapterError: it is not.

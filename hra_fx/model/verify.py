@@ -58,8 +58,8 @@ def check_against_folded(model: nn.Module, call: Call) -> None:
     for path, layer in model.named_modules():
         if scheme := quant_scheme_of(layer):
             raise UnsupportedLayerError(
-                f"{path}: it is quantized ({scheme.words(layer)}), so verify=True has no exact folded weight for the "
-                "comparison. Leave verify out, or verify the model before quantization."
+                f"{path}: it is quantized ({scheme.description(layer)}), so verify=True has no exact folded weight for "
+                "the comparison. Leave verify out, or verify the model before quantization."
             )
         if offloading_hook(layer) is not None:
             raise UnsupportedLayerError(
@@ -176,7 +176,7 @@ def _through_rotation(model: nn.Module, containers: dict[str, Any], run: _Run) -
             continue
         layer: Any = model.get_submodule(path)
         chain = adapters.joint_vectors(adapters.active, torch.float64)
-        rotated = rotate_weight(base_weight(layer).double(), chain, transposed=adapters.columns)
+        rotated = rotate_weight(base_weight(layer).double(), chain, transposed=adapters.fan_in_fan_out)
         found += torch.autograd.grad(rotated, vectors, gradient.double())
     return run._replace(gradients=found)
 

@@ -55,7 +55,7 @@ def report(model: nn.Module | ExportedProgram, *, capture: bool = False) -> Repo
 
 
 def _rows(model: nn.Module, *, capture: bool) -> tuple[Row, ...]:
-    layers, record = require_adapted_layers(model), get_state(model)
+    layers, state = require_adapted_layers(model), get_state(model)
     graphs = capture_layers(model) if capture else {}
     rows: list[Row] = []
     for path, layer in layers.items():
@@ -63,7 +63,7 @@ def _rows(model: nn.Module, *, capture: bool) -> tuple[Row, ...]:
         with loaded(weight_place(layer)[0]):
             weight = weight_rows(layer)
         for name in reflection:
-            active = name in (record.active if record else reflection.active)
+            active = name in (state.active if state else reflection.active)
             d, r = reflection.width, reflection.specs[name].r
             parameters = math.prod(reflection.vectors_shape(r))
             graph, reason = graphs.get(path, (None, ""))

@@ -101,7 +101,7 @@ def change_of(rows: Tensor | None, chain: Tensor | None) -> WeightChange:
 
 
 def chain_of(layer: AdaptedLayer, adapter: str) -> Tensor | None:
-    """The reflection vectors of an adapter at its strength, `(d, k)`; `None` if they have no data, or are shards.
+    """The reflection vectors of an adapter at its scale, `(d, k)`; `None` if they have no data, or are shards.
 
     Those of experts are `(experts, d, k)`.
     """
@@ -118,18 +118,18 @@ def weight_rows(layer: AdaptedLayer) -> Tensor | None:
         return None
     if weight.is_meta:
         return None
-    packing = quant_scheme_of(layer)
-    if packing is None and isinstance(layer.hra_u, ExpertsAdapters):
+    scheme = quant_scheme_of(layer)
+    if scheme is None and isinstance(layer.hra_u, ExpertsAdapters):
         return layer.hra_u.rows(weight)
-    if packing is None:
-        return readable_rows(weight, layer.hra_u.width, columns=layer.hra_u.columns)
-    return _dequantized(layer, packing)
+    if scheme is None:
+        return readable_rows(weight, layer.hra_u.width, fan_in_fan_out=layer.hra_u.fan_in_fan_out)
+    return _dequantized(layer, scheme)
 
 
-def _dequantized(layer: AdaptedLayer, packing: QuantScheme) -> Tensor | None:
+def _dequantized(layer: AdaptedLayer, scheme: QuantScheme) -> Tensor | None:
     """A quantized weight as `(out, d)`; `None` if its library cannot dequantize it here."""
     try:
-        values = packing.values(layer)
+        values = scheme.values(layer)
     except Exception:  # each library has its own errors for a missing kernel; the report goes on without the value
         return None
-    return readable_rows(values, layer.hra_u.width, columns=False)
+    return readable_rows(values, layer.hra_u.width, fan_in_fan_out=False)

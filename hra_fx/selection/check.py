@@ -141,8 +141,8 @@ def _weight_problem(layer: nn.Module) -> str | None:
         return "its weight is not initialized. Run the model once first"
     if weight.is_meta and offloading_hook(owner) is not None and quant_scheme_of(layer):
         return "its weight is on the meta device and has no data. Load the weights first"
-    if packing := quant_scheme_of(layer):
-        return packing.why_not_adapted(layer) or _quantized_problem(layer, packing.words(layer))
+    if scheme := quant_scheme_of(layer):
+        return scheme.why_not_adapted(layer) or _quantized_problem(layer, scheme.description(layer))
     if not is_dtensor(weight) and is_split_by_old_transformers(layer):
         return "this version of transformers splits it without DTensor. Use transformers 5.16 or later"
     if is_dtensor(weight) and weight.dtype in _DTYPES:
@@ -194,7 +194,7 @@ def _warn_about_blocked_gradients(modules: Modules, layers: Iterable[nn.Module])
         path: reason
         for path, module in once(modules).items()
         if module not in adapted and get_adapters(module) is None
-        if (packing := quant_scheme_of(module)) and (reason := packing.why_no_gradient(module))
+        if (scheme := quant_scheme_of(module)) and (reason := scheme.why_no_gradient(module))
     }
     if blocked:
         path, reason = next(iter(blocked.items()))

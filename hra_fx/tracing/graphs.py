@@ -162,12 +162,12 @@ def _alone(path: str, layer: AdaptedLayer) -> fx.GraphModule:
     root = nn.Module()
     root.add_module(name, layer)
     graph = fx.Graph()
-    if layer.hra_u.is_called:
+    if layer.hra_u.reflects_input:
         marked = graph.call_module(name, (graph.placeholder("input"),))
     else:
         marked = graph.get_attr(f"{name}.{layer.hra_u.weight_name}")
     graph.output(marked)
-    marked.meta[META] = NodeTag(path, layer.hra_u.kind, "layer" if layer.hra_u.is_called else "weight")
+    marked.meta[META] = NodeTag(path, layer.hra_u.kind, "layer" if layer.hra_u.reflects_input else "weight")
     module = graph_module(root, Traced(graph, {}))
     InsertPass()(module)
     module.train(layer.training)

@@ -76,11 +76,11 @@ def subject_of(model: nn.Module, graphs: Mapping[str, fx.GraphModule]) -> Subjec
     layers = adapted_layers(model)
     first = {layer: path for path, layer in layers.items()}
     named = dict(model.named_modules(remove_duplicate=False))
-    record = get_state(model)
+    state = get_state(model)
     return Subject(
         model=model,
         graphs=graphs,
-        layers={path: _facts(layer, record) for path, layer in layers.items()},
+        layers={path: _facts(layer, state) for path, layer in layers.items()},
         aliases={path: first[part] for path, part in named.items() if part in first},
         classes={path: type(part).__name__ for path, part in named.items()} | _classes_in(model),
         parameters=sum(parameter.numel() for parameter in own_parameters(model)),
@@ -96,11 +96,11 @@ def _classes_in(model: nn.Module) -> dict[str, str]:
     return {path: kind for path, kind in found.items() if path in plain}
 
 
-def _facts(layer: AdaptedLayer, record: AdapterState | None) -> LayerFacts:
+def _facts(layer: AdaptedLayer, state: AdapterState | None) -> LayerFacts:
     reflection, used = layer.hra_u, layer.hra_u.active
-    if record is not None and reflection.unmerged is not None:  # merged adapters act too
-        held = {*reflection.active, *record.merged}
-        used = tuple(name for name in record.active if name in held and name in reflection)
+    if state is not None and reflection.unmerged is not None:  # merged adapters act too
+        held = {*reflection.active, *state.merged}
+        used = tuple(name for name in state.active if name in held and name in reflection)
     rank = sum(reflection.specs[name].r for name in used)
     parameters = sum(parameter.numel() for parameter in own_parameters(layer))
     vectors = sum(parameter.numel() for parameter in reflection.parameters())

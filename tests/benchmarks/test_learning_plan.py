@@ -69,6 +69,16 @@ def test_a_grid_goes_on_where_its_edge_is_best() -> None:
     assert chosen(records, TASK, "lora") == 1e-5, "six rates more, at most"
 
 
+def test_a_long_run_reads_the_test_data_at_each_of_its_own_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    long = "language-long"
+    monkeypatch.setattr("learning.plan.STAGES", ((long, ("lora",)),))
+    planned = missing([], [long])
+    assert [(run.lr, run.seed, run.test) for run in planned] == [(1.7e-3, 0, True), (5.5e-3, 0, True)]
+    records = [record(run, run.lr) for run in planned]
+    assert not missing(records, [long])
+    assert [run.lr for run in final_runs(records, long, "lora")] == [1.7e-3], "the smaller perplexity"
+
+
 @pytest.mark.parametrize(("lr", "higher"), [(1e-3, 1.7e-3), (3e-3, 5.5e-3), (5.5e-2, 1e-1), (5.5e-1, 1.0), (1.0, 1.7)])
 def test_rates_go_up_and_down_by_the_same_steps(lr: float, higher: float) -> None:
     assert above(lr) == higher

@@ -18,7 +18,7 @@ def check(name: str) -> None:
     """The values of a weight, and those of another one that is quantized in the same way, are what the layer uses."""
     layer: Any = quantized(name)[0]
     packing = quant_scheme_of(layer)
-    assert packing is not None and packing.words(layer) == SCHEMES[name].words
+    assert packing is not None and packing.description(layer) == SCHEMES[name].words
     assert packing.why_not_adapted(layer) is None
     values = packing.values(layer)
     assert torch.allclose(columns(layer), values, atol=SCHEMES[name].tolerance)

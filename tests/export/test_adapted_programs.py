@@ -110,7 +110,7 @@ def test_graphs_are_the_model(kind: Callable[[], nn.Module], mode: bool) -> None
     else:
         assert graphs.keys() == adapted_layers(model).keys()
         for path, layer in adapted_layers(model).items():
-            if layer.hra_u.is_called:
+            if layer.hra_u.reflects_input:
                 x = normal(5, 1, 3, 5) if path == "conv" else normal(5, 2, layer.hra_u.width)
                 assert_same(graphs[path](x), layer(x), rtol=1e-14)
             else:

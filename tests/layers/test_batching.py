@@ -63,7 +63,7 @@ def test_a_layer_that_is_called_alone_computes_its_own(apply_GS: bool) -> None:
     assert_right(model, output, apply_GS=apply_GS)
 
 
-def test_several_adapters_and_strengths_in_one_batch() -> None:
+def test_several_adapters_and_scales_in_one_batch() -> None:
     model = adapted(r=2, init_weights=False)
     other = hra_fx.HRAConfig(r=2, target_modules=["one", "two"], init_weights=False, apply_GS=True)
     hra_fx.add_adapter(model, "other", other)

@@ -84,7 +84,7 @@ def test_generate_that_is_not_a_method_is_left_alone() -> None:
 
 
 CHANGES: dict[str, Callable[[Any], object]] = {
-    "strength": lambda model: hra_fx.set_scale(model, "default", 0.0),
+    "scale": lambda model: hra_fx.set_scale(model, "default", 0.0),
     "vectors": lambda model: model.one.hra_u["default"].add_(1.0),
     "load_state_dict": lambda model: model.load_state_dict(
         {name: -0.5 + tensor for name, tensor in model.state_dict().items()}

@@ -215,7 +215,7 @@ def test_adapters_are_folded_one_after_another(case: Case) -> None:
 
 
 @every
-def test_strength(case: Case) -> None:
+def test_scale(case: Case) -> None:
     base, model = case.pair(r=2)
     full = case.dense(base, model)
     hra_fx.set_scale(model, "default", 0.0)

@@ -83,7 +83,7 @@ def test_subclasses_of_linear(layer: Callable[[], nn.Module], count: int, fields
     base, model = pair(lambda: Feeding(layer(), count), ["layer", "before"], **fields)
     plain = type(base.layer).__name__.startswith("NonDynamically")
     assert type(model.layer.hra_u) is (LinearAdapters if plain else HouseholderAdapters)
-    assert model.layer.hra_u.is_called is plain
+    assert model.layer.hra_u.reflects_input is plain
     assert type(model.before.hra_u) is LinearAdapters
     check(base, model, normal(1, 3, 6))
     check_fold(base, model, normal(1, 3, 6))

@@ -118,7 +118,7 @@ def test_numpy_and_lists() -> None:
     assert layer.weight[1, 2].item() == pytest.approx(float(wanted[1, 2]), abs=1e-12)
 
 
-@pytest.mark.parametrize("way", ["disabled", "strength 0", "merged", "folded"])
+@pytest.mark.parametrize("way", ["disabled", "scale 0", "merged", "folded"])
 def test_a_weight_that_no_adapter_rotates_is_the_parameter_itself(way: str) -> None:
     base, model = functional()
     parameter = model.read._parameters["weight"]
@@ -127,8 +127,8 @@ def test_a_weight_that_no_adapter_rotates_is_the_parameter_itself(way: str) -> N
             assert model.read.weight is parameter is model.read.hra_base
         assert type(model.read.weight) is RotatedWeight
         return
-    wanted = parameter if way == "strength 0" else dense_weights(base, model)["read.weight"].detach().clone()
-    if way == "strength 0":
+    wanted = parameter if way == "scale 0" else dense_weights(base, model)["read.weight"].detach().clone()
+    if way == "scale 0":
         hra_fx.set_scale(model, "default", 0.0)
     else:
         (hra_fx.merge_adapter if way == "merged" else hra_fx.fold)(model)

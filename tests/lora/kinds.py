@@ -57,7 +57,7 @@ def power(q: Tensor, alpha: float) -> Tensor:
 def dense_change(layer: Any, names: list[str]) -> Tensor:
     """`W Q - W: (out, d)` in float64."""
     weight = layer.hra_base.detach().double()
-    rows = weight.mT if layer.hra_u.columns else weight.flatten(1)
+    rows = weight.mT if layer.hra_u.fan_in_fan_out else weight.flatten(1)
     return rows @ (product(layer, names) - torch.eye(rows.shape[1], dtype=F64))
 
 

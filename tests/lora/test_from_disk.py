@@ -56,7 +56,7 @@ def check(
     assert set(found(lora)) == {path for own in chains for path in own}
     for path, layer in found(lora).items():
         weight, qs = weights[name(path)], [dense_q(own[path]) for own in chains if path in own]
-        rows = weight.double().mT if layer.columns else weight.double().flatten(1)
+        rows = weight.double().mT if layer.fan_in_fan_out else weight.double().flatten(1)
         due = torch.linalg.multi_dot([rows, *qs, torch.eye(rows.shape[1], dtype=torch.float64)]) - rows
         assert layer.kernel == tuple(weight.shape[2:])
         assert relative_error(change(layer), due) < (1e-6 if weight.dtype.itemsize == 2 else 1e-12), path
@@ -79,11 +79,11 @@ def test_the_same_as_of_the_model_in_memory(tmp_path: Path, name: str, sharded: 
     memory = lora_adapter(hra_fx.load_adapter(type(model).from_pretrained(base, dtype="auto"), adapter))
     for path, layer in found(memory).items():
         same = found(lora)[path]
-        assert (layer.kind, layer.rank, layer.kernel, layer.columns) == (
+        assert (layer.kind, layer.rank, layer.kernel, layer.fan_in_fan_out) == (
             same.kind,
             same.rank,
             same.kernel,
-            same.columns,
+            same.fan_in_fan_out,
         )
     for field in ("bias", "modules_to_save", "task_type", "auto_mapping", "base_model"):
         assert getattr(lora, field) == getattr(memory, field), field
@@ -260,12 +260,12 @@ print(peak() - before)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("columns", [False, True])
-def test_a_large_weight_is_never_converted_as_a_whole(tmp_path: Path, columns: bool) -> None:
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+def test_a_large_weight_is_never_converted_as_a_whole(tmp_path: Path, fan_in_fan_out: bool) -> None:
     width, out = 4096, 8192
     (tmp_path / "base").mkdir()
     weights = {"0.weight": (out, width), "1.weight": (16, 8)}
-    state = {name: torch.randn(shape[::-1] if columns else shape).bfloat16() for name, shape in weights.items()}
+    state = {name: torch.randn(shape[::-1] if fan_in_fan_out else shape).bfloat16() for name, shape in weights.items()}
     save_file(state, tmp_path / "base" / "model.safetensors")
     for i, size in enumerate((width, 8)):
         folder = made.stack_adapter(tmp_path / f"{i}", layers=1)

@@ -77,9 +77,7 @@ def test_nothing_of_the_model_changes(merged: bool) -> None:
 @pytest.mark.parametrize("apply_GS", [False, True])
 def test_a_fresh_adapter_is_a_zero_of_rank_one_with_a_warning(r: int, apply_GS: bool) -> None:
     model = hra_fx.transform(nn.Sequential(nn.Linear(12, 9)), HRAConfig(r=r, apply_GS=apply_GS, target_modules=["0"]))
-    with pytest.warns(
-        hra_fx.HRAWarning, match=r"^the adapters do not change any weight \(untrained, or at strength 0\)"
-    ):
+    with pytest.warns(hra_fx.HRAWarning, match=r"^the adapters do not change any weight \(untrained, or at scale 0\)"):
         config, tensors = hra_fx.convert_to_lora(model)
     assert config["r"] == 1
     assert [(tuple(t.shape), int(t.count_nonzero())) for t in tensors.values()] == [((1, 12), 0), ((9, 1), 0)]

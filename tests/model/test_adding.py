@@ -17,7 +17,7 @@ def test_an_added_adapter_keeps_flags_that_were_set_by_hand() -> None:
     model = adapted(net(), a=config("first", "second", modules_to_save=["norm"]))[1]
     model.first.hra_u["a"].requires_grad_(False)
     model.head.bias.requires_grad_(True)
-    with pytest.warns(hra_fx.HRAWarning, match="the strength only affects reflections"):
+    with pytest.warns(hra_fx.HRAWarning, match="the scale only affects reflections"):
         hra_fx.set_scale(model, "a", 0.5)
     hra_fx.add_adapter(model, "b", config("head"))
     assert model.norm.weight.requires_grad and model.head.bias.requires_grad

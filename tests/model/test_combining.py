@@ -74,7 +74,7 @@ def test_an_odd_difference_is_refused_with_its_layer() -> None:
         hra_fx.combine(model, ["a", "b"], "ab")
 
 
-def test_fewer_than_two_and_copies_and_only_strengths_of_zero_are_refused() -> None:
+def test_fewer_than_two_and_copies_and_only_scales_of_zero_are_refused() -> None:
     _, model = adapted(
         net(),
         a=config("first", "second"),
@@ -89,12 +89,12 @@ def test_fewer_than_two_and_copies_and_only_strengths_of_zero_are_refused() -> N
             hra_fx.combine(model, ["a", name], "new")
     for name in ("a", "b"):
         hra_fx.set_scale(model, name, 0)
-    text = r"^adapters \['a', 'b'\]: all have strength 0, so their product is the identity\. Call hra_fx\.set_scale\.$"
+    text = r"^adapters \['a', 'b'\]: all have scale 0, so their product is the identity\. Call hra_fx\.set_scale\.$"
     with refuses(model, text):
         hra_fx.combine(model, ["a", "b"], "new")
 
 
-def test_an_adapter_counts_at_the_strength_that_it_has() -> None:
+def test_an_adapter_counts_at_the_scale_that_it_has() -> None:
     plain, model = adapted(net(), a=config("first", "second", r=4), b=config("first", r=3))
     hra_fx.set_scale(model, "a", 0.5)
     hra_fx.set_adapter(model, ["a", "b"])

@@ -18,7 +18,7 @@ def four() -> tuple[nn.Module, nn.Module]:
 def test_the_base_model_acts_inside_nested_blocks_and_an_exception_restores_everything() -> None:
     plain, model = four()
     hra_fx.set_adapter(model, ["b", "a"])
-    text = r"^adapter 'a': the strength only affects reflections, not trained modules and biases\.$"
+    text = r"^adapter 'a': the scale only affects reflections, not trained modules and biases\.$"
     with pytest.warns(hra_fx.HRAWarning, match=text):
         hra_fx.set_scale(model, "a", 0.5)
     x, before = normal(4, 6), seen(model)

@@ -83,7 +83,7 @@ def test_merge_disable_and_scale(name: str) -> None:
     assert torch.equal(logits_of(name, model), wanted)
 
 
-def test_half_strength_twice_is_full_strength() -> None:
+def test_half_scale_twice_is_full_scale() -> None:
     model = model_of("qwen3_moe")
     wanted = logits_of("qwen3_moe", model)
     hra_fx.set_scale(model, "default", 0.5)

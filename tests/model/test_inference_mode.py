@@ -73,7 +73,7 @@ def test_a_product_that_is_made_in_inference_mode_is_trained_on() -> None:
     check_trainable(plain, model, "c")
 
 
-def test_a_strength_that_is_set_in_inference_mode_lets_gradients_through() -> None:
+def test_a_scale_that_is_set_in_inference_mode_lets_gradients_through() -> None:
     plain, model = adapted(net(), a=config("second"), b=config("first"))
     hra_fx.set_adapter(model, ["a", "b"])
     with torch.inference_mode():

@@ -193,7 +193,7 @@ def test_copies_of_weights_without_data_are_refused() -> None:
     ("change", "message"),
     [
         (hra_fx.merge_adapter, r"is merged into the weights\. Call unmerge_adapter first"),
-        (lambda model: hra_fx.set_scale(model, "default", 0.5), r"must have strength 1\. Call hra_fx\.set_scale"),
+        (lambda model: hra_fx.set_scale(model, "default", 0.5), r"must have scale 1\. Call hra_fx\.set_scale"),
     ],
 )
 def test_values_in_use_elsewhere_are_not_reset(change: Callable[[nn.Module], None], message: str) -> None:

@@ -57,7 +57,7 @@ def test_every_kind_of_adapter_follows_its_geodesic(fields: str, alpha: float) -
     assert_close(model.first.weight, plain.first.weight @ power(q, alpha), 1e-8)
 
 
-def test_each_of_several_adapters_has_its_own_strength() -> None:
+def test_each_of_several_adapters_has_its_own_scale() -> None:
     plain, model = adapted(net(), a=config("first", r=4), b=config("first", r=3))
     hra_fx.set_adapter(model, ["b", "a"])
     hra_fx.set_scale(model, "b", 0.5)
@@ -72,7 +72,7 @@ def test_each_of_several_adapters_has_its_own_strength() -> None:
 ODD = "first: adapter 'a': an odd number of reflections (determinant -1) has no path from the identity. Train with"
 
 
-def test_an_odd_rank_from_peft_can_have_full_strength_only(tmp_path: Path) -> None:
+def test_an_odd_rank_from_peft_can_have_full_scale_only(tmp_path: Path) -> None:
     settings = peft.HRAConfig(r=3, init_weights=False, target_modules=["first", "second"])
     peft.get_peft_model(net().float(), settings).save_pretrained(tmp_path)
     model = hra_fx.load_adapter(net(), tmp_path, "a", is_trainable=True)
@@ -101,7 +101,7 @@ def test_a_refusal_at_the_second_layer_restores_the_first(scale: float) -> None:
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan"), float("inf"), True, "half", None])
-def test_a_strength_that_is_not_in_the_range_is_refused(alpha: Any) -> None:
+def test_a_scale_that_is_not_in_the_range_is_refused(alpha: Any) -> None:
     model = one()[1]
     text = f"`alpha` must be a number from 0 (base model) to 1 (full adapter), got {alpha!r}."
     with refuses(model, f"^{re.escape(text)}$"):
@@ -126,7 +126,7 @@ def freeze(model: nn.Module) -> None:
     ],
     ids=["active", "inactive", "in inference", "frozen by hand"],
 )
-def test_a_scaled_adapter_is_not_trained_and_gets_its_flags_back_at_full_strength(name: str, before: Any) -> None:
+def test_a_scaled_adapter_is_not_trained_and_gets_its_flags_back_at_full_scale(name: str, before: Any) -> None:
     model = adapted(net(), a=config("first", "second"), b=config("first"))[1]
     before(model)
     wanted = flags(model)
@@ -137,7 +137,7 @@ def test_a_scaled_adapter_is_not_trained_and_gets_its_flags_back_at_full_strengt
     assert flags(model) == wanted
 
 
-def test_a_scaled_adapter_is_trained_after_switching_only_at_full_strength() -> None:
+def test_a_scaled_adapter_is_trained_after_switching_only_at_full_scale() -> None:
     model = adapted(net(), a=config("first"), b=config("second"))[1]
     hra_fx.set_scale(model, "b", 0.5)
     hra_fx.set_adapter(model, ["a", "b"])
@@ -147,7 +147,7 @@ def test_a_scaled_adapter_is_trained_after_switching_only_at_full_strength() -> 
     assert model.second.hra_u["b"].requires_grad
 
 
-def test_states_and_files_have_the_vectors_of_full_strength(tmp_path: Path) -> None:
+def test_states_and_files_have_the_vectors_of_full_scale(tmp_path: Path) -> None:
     (plain, model), (_, other) = one(), one()
     turn(other, seed=5)
     q, x = product(model.first, ["a"]), normal(4, 6)

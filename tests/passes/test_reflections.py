@@ -56,12 +56,12 @@ class Net(nn.Module):
 
 
 SITES = {
-    "twice": LayerTarget("twice", "linear", is_called=False),
-    "once": LayerTarget("once", "linear", is_called=False),
+    "twice": LayerTarget("twice", "linear", reflects_input=False),
+    "once": LayerTarget("once", "linear", reflects_input=False),
     "called": LayerTarget("called", "linear"),
     "named": LayerTarget("named", "linear"),
-    "attn": LayerTarget("attn", "attention", is_called=False),
-    "attn.out_proj": LayerTarget("attn.out_proj", "linear", is_called=False),
+    "attn": LayerTarget("attn", "attention", reflects_input=False),
+    "attn.out_proj": LayerTarget("attn.out_proj", "linear", reflects_input=False),
 }
 
 
@@ -143,7 +143,7 @@ def test_a_reader_names_only_sites_inside_it_and_one_of_two_paths_once() -> None
     assert match.calls == {"attn.out_proj": 1}
     assert notes(module) == [("attn", NodeTag("attn.out_proj", "linear", "reader"))]
     module = traced()
-    site = LayerTarget("first", "attention", is_called=False)
+    site = LayerTarget("first", "attention", reflects_input=False)
     match = MatchPass({"attn": site, "attn.again": site})
     match(module)
     assert notes(module) == [("attn", NodeTag("first", "attention", "reader"))]
@@ -151,7 +151,9 @@ def test_a_reader_names_only_sites_inside_it_and_one_of_two_paths_once() -> None
 
 def test_match_knows_where_in_the_model_the_graph_is() -> None:
     module = traced()
-    sites = {f"tower.{path}": LayerTarget(f"tower.{path}", site.kind, site.is_called) for path, site in SITES.items()}
+    sites = {
+        f"tower.{path}": LayerTarget(f"tower.{path}", site.kind, site.reflects_input) for path, site in SITES.items()
+    }
     match = MatchPass(sites | {"once": SITES["once"]}, "tower")
     match(module)
     assert match.calls.keys() == sites.keys()

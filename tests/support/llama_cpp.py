@@ -28,7 +28,7 @@ class Continuation(NamedTuple):
 
 
 def serve(base: Path, *adapters: Path) -> Any:
-    """A server of a model file with adapters, all at strength 1, until nothing refers to it."""
+    """A server of a model file with adapters, all at scale 1, until nothing refers to it."""
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(base)
     parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(path), 1.0) for path in adapters]
@@ -52,7 +52,7 @@ def complete(
         server: from `serve`.
         prompt: token ids.
         count: number of tokens.
-        scales: strengths of adapters by their numbers, for this request. `None`: all are 1.
+        scales: scales of adapters by their numbers, for this request. `None`: all are 1.
         top: size of the vocabulary, if the log-probabilities of all tokens are needed.
     """
     request: dict[str, Any] = {"prompt": list(prompt), "max_tokens": count, "temperature": 0, "logprobs": top or 1}

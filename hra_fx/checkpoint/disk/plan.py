@@ -38,7 +38,7 @@ from hra_fx.checkpoint.keys import reflection_key
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError
 from hra_fx.layers.experts_weight import parameter_of
-from hra_fx.layers.target import has_columns
+from hra_fx.layers.target import is_conv1d
 
 #: What a tensor becomes: another tensor of the base, a rotated one, or a new value in the checkpoint's dtype.
 Change: TypeAlias = StoredTensor | tuple[StoredTensor, Rotation] | Tensor
@@ -165,7 +165,7 @@ def _known(
         path = parameter_of(path)
     else:
         layer = None if architecture.in_rows else architecture.find(path)
-        by_config = False if architecture.in_rows else None if layer is None else has_columns(layer)
+        by_config = False if architecture.in_rows else None if layer is None else is_conv1d(layer)
     if given is None:
         return by_config
     said = any(path == name or path.endswith(f".{name}") for name in given)

@@ -24,7 +24,7 @@ class EightBit(QuantScheme):
         """For the class of the library that is loaded."""
         self.kind = kind
 
-    def words(self, layer: nn.Module) -> str:
+    def description(self, layer: nn.Module) -> str:
         """Library and scheme."""
         return "bitsandbytes, 8 bit"
 
@@ -68,7 +68,7 @@ class FourBit(QuantScheme):
         """For the class of the library that is loaded."""
         self.kind = kind
 
-    def words(self, layer: Any) -> str:
+    def description(self, layer: Any) -> str:
         """Library and scheme."""
         return f"bitsandbytes, 4 bit {layer.weight.quant_type}"
 

@@ -33,7 +33,7 @@ class QuantScheme(ABC):
     straight_through: bool = False
 
     @abstractmethod
-    def words(self, layer: nn.Module) -> str:
+    def description(self, layer: nn.Module) -> str:
         """The library and the scheme, for messages."""
 
     def why_not_adapted(self, layer: nn.Module) -> str | None:

@@ -26,7 +26,7 @@ class TorchAO(QuantScheme):
 
     straight_through = True
 
-    def words(self, layer: Any) -> str:
+    def description(self, layer: Any) -> str:
         """The library and the class."""
         weight = layer._parameters["weight"]
         size = getattr(weight, "target_dtype", None)

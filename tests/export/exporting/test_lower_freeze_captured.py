@@ -92,7 +92,7 @@ def test_an_exported_model_has_only_products_and_a_frozen_one_constants(fields: 
         assert relative_error(ours, theirs) < 1e-12
 
 
-def test_several_adapters_and_strengths_are_frozen_together() -> None:
+def test_several_adapters_and_scales_are_frozen_together() -> None:
     model = adapted(r=4)
     hra_fx.add_adapter(model, "b", hra_fx.HRAConfig(r=2, target_modules=["fc"]))
     randomise(model.named_parameters())

@@ -84,7 +84,7 @@ class ONNXProgram:
 
 
 @pytest.mark.parametrize(
-    ("fields", "reason"), [({"r": 3}, "an anchor"), ({"apply_GS": True}, "Gram-Schmidt"), ({}, "a strength other than")]
+    ("fields", "reason"), [({"r": 3}, "an anchor"), ({"apply_GS": True}, "Gram-Schmidt"), ({}, "a scale other than")]
 )
 def test_an_adapter_that_would_act_on_all_others_is_refused(fields: dict[str, Any], reason: str) -> None:
     model = net(**fields)

@@ -186,10 +186,10 @@ def test_set_adapters_switches_and_sets_strengths() -> None:
         model.set_adapters(given)
         assert model.active_adapters == [name]
         assert torch.equal(run(model), wanted[name])
-    for strengths in (None, 0.5, [0.5, 0.25], 0.0):
-        model.set_adapters(["b", "a"], *([] if strengths is None else [strengths]))
+    for scales in (None, 0.5, [0.5, 0.25], 0.0):
+        model.set_adapters(["b", "a"], *([] if scales is None else [scales]))
         other.set_adapter(["b", "a"])
-        alphas = strengths if isinstance(strengths, list) else [1.0 if strengths is None else strengths] * 2
+        alphas = scales if isinstance(scales, list) else [1.0 if scales is None else scales] * 2
         for name, alpha in zip("ba", alphas, strict=True):
             hra_fx.set_scale(other, name, alpha)
         assert model.active_adapters == ["b", "a"]
@@ -210,7 +210,7 @@ def test_set_adapters_switches_and_sets_strengths() -> None:
         (["a", "b"], [0.5, 0.5, 0.5], "weights|shorter|longer"),
     ],
 )
-def test_set_adapters_refuses_unknown_names_and_strengths_and_changes_nothing(
+def test_set_adapters_refuses_unknown_names_and_scales_and_changes_nothing(
     names: Any, weights: Any, message: str
 ) -> None:
     model = both()

@@ -229,7 +229,7 @@ CHECKS: dict[str, Check] = {
     **{check.__name__: functools.partial(shared, check, PAIRS) for check in (files, checkpoints)},
     "as LoRA": functools.partial(shared, as_lora, AS_LORA),
     **{"who writes": who_writes, "save_pretrained": save_pretrained, "uploads": uploads},
-    **{"strength and disabling": strength_and_disabling, "pictures": pictures},
+    **{"scale and disabling": strength_and_disabling, "pictures": pictures},
     **{"fold under DDP": fold_under_ddp, "under DDP": under_ddp},
     **{"refused when sharded": refused_when_sharded, "refused copies": refused_copies},
     "flat shards": flat_shards,

@@ -11,6 +11,7 @@ from integrations.transformers_use.tied import CASES, Case, case, logits, stored
 from model.many import seen
 from oracles import dense_q, dense_weight, relative_error
 from tiny_models import turn
+from transformers import LlamaForCausalLM
 
 import hra_fx
 
@@ -153,6 +154,26 @@ def test_a_model_whose_forward_asks_for_the_tie_is_not_folded() -> None:
         hra_fx.fold(model)
     assert torch.equal(logits(model), wanted)
     assert stored(model.get_submodule(head)) is model.get_submodule(embedding).weight
+
+
+class AsksInAMethod(LlamaForCausalLM):
+    @property
+    def scale(self) -> float:
+        return 0.5 if self.config.tie_word_embeddings else 1.0
+
+    def forward(self, *args: Any, **inputs: Any) -> Any:
+        output = super().forward(*args, **inputs)
+        output.logits = output.logits * self.scale
+        return output
+
+
+def test_it_may_ask_in_a_method() -> None:
+    model = AsksInAMethod(case("llama").model.config).double().eval()
+    hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["lm_head"], init_weights=False))
+    wanted = logits(model)
+    with pytest.raises(hra_fx.FoldError, match=r"its forward depends on config\.tie_word_embeddings"):
+        hra_fx.fold(model)
+    assert torch.equal(logits(model), wanted)
 
 
 def test_such_a_model_takes_no_trained_copy_of_its_head() -> None:
