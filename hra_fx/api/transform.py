@@ -11,7 +11,6 @@ from hra_fx.errors import AdapterError
 from hra_fx.export.captured import is_captured, transform_captured
 from hra_fx.integrations.pretrained import root_class_for
 from hra_fx.layers.accelerate_hooks import is_hooked
-from hra_fx.model.delete import detach_all
 from hra_fx.model.example_inputs import normalize_inputs
 from hra_fx.model.inject import random_init
 from hra_fx.model.setup import checked, set_up, valid_config
@@ -140,10 +139,6 @@ def _traced(model: nn.Module, config: HRAConfig, example_inputs: Any, dynamic_sh
 
 def _is_done(model: nn.Module, config: HRAConfig, adapter_name: str) -> bool:
     state = get_state(model)
-    carried = adapted_layers(model)
-    if state and not carried:  # its parts were folded one by one
-        detach_all(model)
-        state = None
     present = state.configs if state else {}
     if present.get(adapter_name) == config:
         if odd := sorted(select(model, config).keys() ^ _layers_with(model, adapter_name)):
@@ -157,7 +152,7 @@ def _is_done(model: nn.Module, config: HRAConfig, adapter_name: str) -> bool:
             f"adapter {adapter_name!r}: the model already has an adapter of this name, with another configuration. "
             "Fold it first, or choose another name."
         )
-    if carried:
+    if carried := adapted_layers(model):
         names = ", ".join(dict.fromkeys(name for layer in carried.values() for name in layer.hra_u))
         raise AdapterError(
             f"adapter {adapter_name!r}: {next(iter(carried))} already has reflections, of {names}. To add another "

@@ -102,17 +102,6 @@ def test_twice_changes_nothing() -> None:
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
 
 
-def test_a_model_whose_part_was_folded_is_transformed_again() -> None:
-    model = Wrapped()
-    settings = config("body.0")
-    hra_fx.transform(model, settings)
-    hra_fx.fold(model.body)
-    hra_fx.transform(model, settings)
-    assert keys(model) == {"body.0.hra_u.default", "body.0.hra_u.default_anchor"}
-    hra_fx.fold(model)
-    assert all(parameter.requires_grad for parameter in model.parameters())
-
-
 def test_a_layer_that_was_replaced_is_noticed() -> None:
     model = Wrapped()
     hra_fx.transform(model, config("body.0", "head"))

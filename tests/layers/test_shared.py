@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from layers.cases import SHARED
-from layers.checking import assert_same
 from oracles import relative_error
 from peft_sides import by_peft, by_us, opened_by_peft, plain_name, randomise, same_tensors
 from safetensors.torch import load_file
@@ -83,15 +82,3 @@ def test_every_call_is_in_a_graph_with_its_reflection(name: str) -> None:
         for node in called:
             assert node.args[1].target == f"{node.target}.hra_u"
             assert node.meta["hra"].path in SHARED[name].sites
-
-
-def test_a_part_that_is_folded_is_folded_for_the_other_parent_too() -> None:
-    case = SHARED["two parents"]
-    plain, model = case.pair()
-    wanted = case.dense(plain, model)
-    hra_fx.fold(model.left)
-    assert list(adapted_layers(model)) == ["right.own"]
-    assert_same(case.run(model), wanted)
-    hra_fx.fold(model)
-    assert_same(case.run(model), wanted)
-    assert model.left.shared is model.right.shared

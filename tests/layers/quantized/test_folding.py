@@ -195,19 +195,6 @@ def test_merge_and_unload_is_refused_and_unload_works() -> None:
 
 
 @pytest.mark.parametrize("scheme", FEW)
-def test_a_part_is_folded(scheme: str) -> None:
-    model = adapted(scheme)
-    due = rotated(model[0]).detach()
-    with pytest.raises(FoldError) as caught:
-        hra_fx.fold(model[0])
-    assert str(caught.value).startswith("the layer: its weight is quantized (")
-    with told() as texts:
-        hra_fx.fold(model[0], requantize=True)
-    assert len(texts) == 1 and relative_error(values(model[0]), due) < 0.15
-    assert [row.path for row in hra_fx.report(model)] == ["2"]
-
-
-@pytest.mark.parametrize("scheme", FEW)
 def test_a_shared_weight_is_untied(scheme: str) -> None:
     base = quantized(scheme, nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)))
     base[2].weight = base[0].weight
