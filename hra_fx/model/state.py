@@ -17,7 +17,7 @@ from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.class_swap import is_swapped, mixins_of
 from hra_fx.layers.graph_notes import read_notes, remove_note, write_note
 from hra_fx.layers.peft_layers import find_peft_layer
-from hra_fx.layers.sharding import first_sharded
+from hra_fx.layers.sharding import sharded_by
 from hra_fx.layers.target import REFLECTION
 from hra_fx.layers.trained_copies import Copies
 
@@ -166,11 +166,12 @@ def check_no_foreign_class(model: nn.Module) -> None:
     Raises:
         AdapterError: naming the part.
     """
-    if sharded := first_sharded(model):
-        raise AdapterError(
-            f"{sharded[0]}: {sharded[1]} has already sharded its parameters. Add and remove adapters before sharding."
-        )
     for path, module in model.named_modules():
+        if tool := sharded_by(module):
+            raise AdapterError(
+                f"{path or 'the model'}: {tool} has already sharded its parameters. Add and remove adapters before "
+                "sharding."
+            )
         if mixins_of(module) and not is_swapped(module):
             raise AdapterError(
                 f"{path or 'the model'}: another tool replaced its class ({type(module).__name__}). Undo that first "
