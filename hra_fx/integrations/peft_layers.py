@@ -83,6 +83,8 @@ class Site(nn.Module):
 class AcceleratedLayer(SwapMixin):
     """Common base of accelerated layers: when they are used, merging, and Q itself."""
 
+    _hra_makes_own = True  # PEFT makes new layers by calling it
+
     # Attributes of PEFT's layer, which the class is mixed into.
     base_layer: Any
     get_base_layer: Any

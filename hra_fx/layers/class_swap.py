@@ -26,7 +26,8 @@ class SwappedType(type):
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         """A new object, which has no adapters: one of the original class."""
-        return unwrap_class(cls)(*args, **kwargs)
+        kind: Any = cls
+        return super().__call__(*args, **kwargs) if kind._hra_makes_own else unwrap_class(cls)(*args, **kwargs)
 
     @property
     def __signature__(cls) -> inspect.Signature:
@@ -39,9 +40,11 @@ class SwapMixin(nn.Module):
 
     Attributes:
         _hra_priority: the order of several mixins on one module. A higher one wraps a lower one, whichever came first.
+        _hra_makes_own: whether a call of a swapped class makes an object of it, and not of the original class.
     """
 
     _hra_priority: int = 0
+    _hra_makes_own: bool = False
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:

@@ -17,17 +17,17 @@ BREAKS = "adapters in quantized layers, and fold(requantize=True)"
 def check(name: str) -> None:
     """The values of a weight, and those of another one that is quantized in the same way, are what the layer uses."""
     layer: Any = quantized(name)[0]
-    packing = quant_scheme_of(layer)
-    assert packing is not None and packing.description(layer) == SCHEMES[name].words
-    assert packing.why_not_adapted(layer) is None
-    values = packing.values(layer)
+    scheme = quant_scheme_of(layer)
+    assert scheme is not None and scheme.description(layer) == SCHEMES[name].words
+    assert scheme.why_not_adapted(layer) is None
+    values = scheme.values(layer)
     assert torch.allclose(columns(layer), values, atol=SCHEMES[name].tolerance)
-    assert (packing.why_not_requantized(layer) is None) is SCHEMES[name].refolds
+    assert (scheme.why_not_requantized(layer) is None) is SCHEMES[name].refolds
     if SCHEMES[name].refolds:
-        made = packing.repacked(layer, values.flip(0))
+        made = scheme.requantized(layer, values.flip(0))
         assert type(made.weight.data) is type(layer.weight.data)
         assert torch.allclose(made.values, values.flip(0), atol=0.03)
-        packing.put(layer, made.weight)
+        scheme.put(layer, made.weight)
         assert torch.allclose(columns(layer), made.values, atol=SCHEMES[name].tolerance)
 
 
