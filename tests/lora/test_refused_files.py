@@ -183,7 +183,7 @@ def test_a_square_weight_of_an_unknown_model(tmp_path: Path) -> None:
     assert "Pass columns=[] (--rows) if every weight is (out, in)" in refused(tmp_path)
     for columns in ([], ["0"]):
         (layer,) = read_as_lora([tmp_path / "adapter"], tmp_path / "base", columns=columns).layers
-        assert layer.columns is bool(columns)
+        assert layer.fan_in_fan_out is bool(columns)
 
 
 def test_adapters_that_exclude_each_other(tmp_path: Path) -> None:
