@@ -24,7 +24,7 @@ from hra_fx.export.captured import is_program
 from hra_fx.integrations import push
 from hra_fx.integrations.pretrained import save_adapters
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.class_swap import SwapMixin, original_class, swap, unwrap_class
+from hra_fx.layers.class_swap import SwapMixin, original_class, swap
 from hra_fx.layers.peft_layers import refuse_peft_layers
 from hra_fx.layers.sharding import reshard
 from hra_fx.model import merge, switch, trainable
@@ -86,10 +86,8 @@ class HRAModel(SwapMixin):
     create_or_update_model_card = push.create_or_update_model_card
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Adapt the given model. The class of an adapted model makes a plain one; copies are made without arguments."""
-        if cls is HRAModel:
-            return _adapted(*args, **kwargs)
-        return unwrap_class(cls)(*args, **kwargs) if args or kwargs else super().__new__(cls)
+        """Adapt the given model. Copies are made without arguments."""
+        return _adapted(*args, **kwargs) if cls is HRAModel else super().__new__(cls)
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Callable[..., Any]]:

@@ -163,12 +163,17 @@ class Adapter:
 
     @cached_property
     def _others(self) -> dict[str, Tensor]:
-        return {
-            key.removeprefix(PREFIX).replace(".base_layer.", "."): tensor
-            for key, tensor in self.tensors.items()
-            if key.rpartition(".")[2] not in (REFLECTION, VECTORS)
-            if not (self.config.bias == "all" and EXTRA_BIASES.search(key))
-        }
+        found: dict[str, Tensor] = {}
+        for key, tensor in self.tensors.items():
+            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+            if key.endswith((f".{REFLECTION}", f".{VECTORS}")):
+                continue
+            if self.config.bias == "all" and EXTRA_BIASES.search(key):
+                continue
+            if name in found:
+                raise _twice(self.file, f"{PREFIX}{name}", "'.base_layer.'")
+            found[name] = tensor
+        return found
 
     def _is_trained(self, name: str) -> bool:
         path, _, last = name.rpartition(".")
@@ -183,7 +188,7 @@ class Adapter:
                 f"{self.file}: {key} must have shape {shape}, got {tuple(tensor.shape)}: the configuration says "
                 f"r={r}. The two files are from different adapters; save it again."
             )
-        if config.apply_GS and (r > tensor.shape[-2] or inverse_condition(tensor) < 8 * torch.finfo(tensor.dtype).eps):
+        if config.apply_GS and (r > tensor.shape[-2] or inverse_condition(tensor) < _tolerance(tensor.dtype)):
             raise FoldError(
                 f"{self.file}: {key}: its {r} vectors of length {tensor.shape[-2]} are linearly dependent, so "
                 "Gram-Schmidt is not defined. Train with apply_GS=False, or with init_weights=True in hra_fx, which "
@@ -221,5 +226,16 @@ def read_adapter(source: str | os.PathLike[str], config: HRAConfig | None = None
     file = folder / WEIGHTS_NAME
     stored, metadata = read(file)
     # Some writers leave out PEFT's prefix.
+    if twice := next((key for key in stored if f"{PREFIX}{key}" in stored), None):
+        raise _twice(file, twice, f"the prefix {PREFIX!r}")
     tensors = {key if key.startswith(PREFIX) else f"{PREFIX}{key}": tensor for key, tensor in stored.items()}
     return Adapter(file, own, tensors, metadata if config is None else {}, read_base_row(file, metadata))
+
+
+def _twice(file: Path, key: str, part: str) -> CheckpointError:
+    return CheckpointError(f"{file}: duplicate key {key}, with and without {part}. Save the adapter again.")
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """The inverse condition below which vectors count as dependent; of float8, whose eps is 1/8, most would."""
+    return min(8 * torch.finfo(dtype).eps, 1 / 16)

@@ -111,6 +111,11 @@ class AdaptedPretrainedModel(AdaptedModel):
         """Keys that `save_pretrained` does not write; the Trainer accepts that they are missing when it resumes."""
         return set(self.state_dict()) - set(adapter_entries(self))
 
+    @_keys_to_ignore_on_save.setter
+    def _keys_to_ignore_on_save(self, value: Any) -> None:
+        """transformers sets it in `post_init`; it has no effect while the model has adapters."""
+        vars(self)["_keys_to_ignore_on_save"] = value
+
 
 def _refuse_to_fuse(self: nn.Module) -> None:
     raise AdapterError(

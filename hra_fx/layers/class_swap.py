@@ -27,12 +27,15 @@ class SwappedType(type):
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         """A new object, which has no adapters: one of the original class."""
         kind: Any = cls
-        return super().__call__(*args, **kwargs) if kind._hra_makes_own else unwrap_class(cls)(*args, **kwargs)
+        # A class that another tool or a user derived from a swapped one makes objects of its own.
+        if kind._hra_makes_own or "_hra_mixin" not in vars(cls):
+            return super().__call__(*args, **kwargs)
+        return unwrap_class(cls)(*args, **kwargs)
 
     @property
     def __signature__(cls) -> inspect.Signature:
         """That of the original class."""
-        return inspect.signature(unwrap_class(cls))
+        return inspect.signature(unwrap_class(cls) if "_hra_mixin" in vars(cls) else getattr(cls, "__init__"))  # noqa: B009
 
 
 class SwapMixin(nn.Module):

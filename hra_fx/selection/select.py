@@ -39,6 +39,8 @@ _TASK_HEADS = {
 }
 # PEFT shortens the entries of `target_modules` from this length on, which changes what layer indices select.
 _SHORTEN_FROM = 20
+#: A message names so many layers.
+_SHOWN = 8
 _EXCLUDING = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 _SUPPORTED = "nn.Linear, nn.Conv1d to nn.Conv3d, nn.MultiheadAttention and transformers' Conv1D"
 
@@ -346,7 +348,9 @@ def _wrong_type(path: str, module: nn.Module) -> str:
         )
     text = f"{path}: `target_modules` matches this {kind}, but only {_SUPPORTED} can be adapted. "
     if below := _adaptable_in(_own(walk(module))):
-        return text + f"To adapt the layers inside it, name them: {leaf_names(below)}."
+        names = [f"{path}.{inner}" for inner in below[:_SHOWN]]
+        more = " and so on" if len(below) > _SHOWN else ""
+        return text + f"To adapt the layers inside it, use target_modules={names}{more}."
     if hint := hint_inside(module, path):
         return text + hint
     return text + f"Remove it from `target_modules`, or add exclude_modules=[{path!r}]."
@@ -372,4 +376,10 @@ def _no_match(model: nn.Module, config: HRAConfig, modules: Modules) -> str:
     found = f"{len(matched)} module{'s' * (len(matched) > 1)} such as {matched[0]!r}"
     given = {name: getattr(config, name) for name in _EXCLUDING}
     fields = [f"{name}={value!r}" for name, value in given.items() if value not in (None, [], "")]
-    return f"{shown} matches {found}, but none is left after {' and '.join(fields)}."
+    text = f"{shown} matches {found}, but none is left after {' and '.join(fields)}."
+    if not _uses_indices(config):
+        return text
+    indices = {index for path in matched if (index := layer_index(config, path)) is not None}
+    if not indices:
+        return f"{text} Their paths have no layer index."
+    return f"{text} Their layer indices are {min(indices)} to {max(indices)}."

@@ -27,6 +27,8 @@ def suggestion(names: Collection[str] | str, paths: list[str], *, takes_str: boo
     if isinstance(names, str):
         if names in known:
             return f"A str must match the full path as a regex. To match the end of a path, use the list [{names!r}]."
+        if inside := next((path for path in paths if re.search(names, path)), None):
+            return f"A str must match the full path as a regex, but this one matches only a part of {inside!r}."
     elif regex := next((name for name in sorted(names) if any(_is_regex_for(name, path) for path in paths)), None):
         fix = f"Use the str {regex!r} instead of the list." if takes_str else "Use the end of a path."
         return f"In a list, {regex!r} is a name and not a regex. {fix}"

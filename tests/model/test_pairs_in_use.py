@@ -70,6 +70,18 @@ def test_after_an_error_everything_is_as_before(error: Any, scheduler_first: boo
         assert torch.equal(own, copied)
 
 
+def test_a_step_that_another_tool_took_before_is_in_pairs_and_ends_in_vectors() -> None:
+    models = adapted(), adapted()
+    optimizers = [torch.optim.AdamW(vectors_of(model).values(), lr=0.01) for model in models]
+    earlier = optimizers[0].step
+    for optimizer, model in zip(optimizers, models, strict=True):
+        train_pairs(optimizer, model)
+        loss_of(model).backward()
+    earlier()
+    optimizers[1].step()
+    same(values_of(models[0]), values_of(models[1]), 1e-300)
+
+
 def test_a_closure_runs_in_vectors() -> None:
     """LBFGS calls it several times a step. Dot products do not depend on the order of coordinates."""
     lbfgs = partial(torch.optim.LBFGS, lr=0.5, max_iter=4, line_search_fn="strong_wolfe")
