@@ -211,8 +211,8 @@ def _call_layers(
     called = {layer: calls for layer, calls in found.items() if calls}
     for layer, (first, *more) in called.items():
         holder = root.get_submodule(layer.path)
-        has_bias = holder._parameters.get("bias") is not None
-        made = _filled(make_layer(layer.kind, parameters[layer.name], bias=has_bias, **first.settings), holder)
+        # The holder has its bias, if it has one.
+        made = _filled(make_layer(layer.kind, parameters[layer.name], bias=False, **first.settings), holder)
         for path in (layer.path, *layer.aliases):
             root.set_submodule(path, made)
         for call in (first, *(call for call in more if call.settings == first.settings)):

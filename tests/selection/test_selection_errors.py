@@ -65,12 +65,13 @@ ALL_LEFT_OUT: list[Case] = [
         tiny_opt,
         {"layers_to_transform": [7]},
         "`target_modules=['q_proj', 'v_proj']`, the default for 'opt', matches 6 modules such as "
-        "'model.decoder.layers.0.self_attn.v_proj', but none is left after layers_to_transform=[7].",
+        "'model.decoder.layers.0.self_attn.v_proj', but none is left after layers_to_transform=[7]. "
+        "Their layer indices are 0 to 2.",
     ),
     (
         tiny_opt,
         {"target_modules": ["fc1"], "layers_to_transform": 0, "layers_pattern": "h"},
-        "none is left after layers_to_transform=0 and layers_pattern='h'.",
+        "none is left after layers_to_transform=0 and layers_pattern='h'. Their paths have no layer index.",
     ),
     (
         Nested,
@@ -83,8 +84,9 @@ WRONG_TYPE: list[Case] = [
         tiny_bert,
         {"target_modules": ["attention"]},
         "bert.encoder.layer.0.attention: `target_modules` matches this BertAttention, but only nn.Linear, nn.Conv1d to "
-        "nn.Conv3d, nn.MultiheadAttention and transformers' Conv1D can be adapted. To adapt the layers inside it, name "
-        "them: 'query', 'key', 'value', 'dense'.",
+        "nn.Conv3d, nn.MultiheadAttention and transformers' Conv1D can be adapted. To adapt the layers inside it, use "
+        "target_modules=['bert.encoder.layer.0.attention.self.query', 'bert.encoder.layer.0.attention.self.key', "
+        "'bert.encoder.layer.0.attention.self.value', 'bert.encoder.layer.0.attention.output.dense'].",
     ),
     (Nested, {"target_modules": ["embed"]}, "Remove it from `target_modules`, or add exclude_modules=['embed']."),
     (Nested, {"target_modules": ".*norm|.*head"}, "layers.0.norm: `target_modules` matches this LayerNorm"),
