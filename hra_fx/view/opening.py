@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 from hra_fx.errors import VisualizeError
 from hra_fx.reporting.heat import heat_named
@@ -44,7 +45,7 @@ class Options:
 
     def __post_init__(self) -> None:
         """Check each field."""
-        if isinstance(self.depth, bool) or not isinstance(self.depth, int | None) or (self.depth or 0) < 0:
+        if isinstance(self.depth, bool) or not isinstance(self.depth, Integral | None) or (self.depth or 0) < 0:
             raise VisualizeError(f"`depth` must be a non-negative int or None, got {self.depth!r}.")
         if not isinstance(self.focus, str | None):
             raise VisualizeError(
