@@ -126,7 +126,13 @@ class Snapshot:
     """A copy of the attributes of a module and its submodules, for comparing and restoring them."""
 
     def __init__(self, root: nn.Module) -> None:
-        """Save the attributes, and the items of dictionaries, lists and sets in them, one level deep."""
+        """Save the attributes, the values of tensors in them, and the items of containers, one level deep."""
+        self._tensors = [
+            (path, name, value, value.detach().clone(), compat.tensor_version(value))
+            for path, part in root.named_modules()
+            for name, value in vars(part).items()
+            if isinstance(value, torch.Tensor) and not value.is_inference()  # which has no version
+        ]
         self._parts = [
             (
                 path,
@@ -149,7 +155,9 @@ class Snapshot:
                 if attributes.get(name, _ABSENT) is not now.get(name, _ABSENT)
                 or (name in contents and _items(contents[name]) != _items(now[name]))
             ]
-        return found
+        return found + [
+            (path, name) for path, name, tensor, _, version in self._tensors if compat.tensor_version(tensor) != version
+        ]
 
     def is_plain(self, path: str, name: str) -> bool:
         """Whether an attribute is a number or a string now."""
@@ -158,6 +166,10 @@ class Snapshot:
 
     def restore(self) -> None:
         """Restore all attributes."""
+        with torch.no_grad():
+            for _, _, tensor, before, version in self._tensors:
+                if compat.tensor_version(tensor) != version:
+                    tensor.copy_(before)
         for _, part, attributes, contents in self._parts:
             for name, value in contents.items():
                 if _items(attributes[name]) != _items(value):

@@ -175,6 +175,11 @@ def data_set(self: Two, hidden: Tensor) -> Tensor:
     return hidden
 
 
+def summed(self: Any, hidden: Tensor) -> Tensor:
+    self.total.add_(1)
+    return hidden + self.total
+
+
 def mode_changed(self: Any, hidden: Tensor) -> Tensor:
     self.drop.training = True
     return self.drop(hidden)
@@ -187,6 +192,7 @@ class Keeps(Two):
         super().__init__()
         self.seen: list[int] = []
         self.table: dict[str, Tensor] = {}
+        self.total = torch.zeros(8)
         self.drop = nn.Dropout(0.5)
 
 
@@ -263,6 +269,7 @@ REFUSED: dict[str, tuple[type[nn.Module], str]] = {
     "attribute": (middle(counted), "its forward changes calls"),
     "list": (kept(appended), "its forward changes seen"),
     "cache": (kept(cached), "its forward changes table"),
+    "tensor": (kept(summed), "its forward changes total"),
     "mode of a part": (kept(mode_changed), "drop: its train or eval mode is changed for this call"),
     "hooks": (Hooked, "block: it has hooks"),
     "no arguments": (NoArguments, "its forward has no required argument"),
