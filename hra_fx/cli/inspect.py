@@ -42,7 +42,7 @@ def inspect(
 
 
 def _is_adapter(folder: Path) -> bool:
-    """Whether a path is an adapter's, such as any that does not exist here; raises an error if it is no model's."""
+    """Whether a path or a name on the Hub is that of an adapter; raises an error if it is neither that nor a model."""
     if not folder.exists() or (folder / _ADAPTER).exists() or any(folder.glob(f"*/{_ADAPTER}")):
         return True
     if not folder.is_file() and not (folder / _MODEL).exists() and not (folder / "model_index.json").exists():

@@ -18,7 +18,7 @@ from hra_fx.layers.class_swap import is_swapped, mixins_of
 from hra_fx.layers.graph_notes import read_notes, remove_note, write_note
 from hra_fx.layers.peft_layers import find_peft_layer
 from hra_fx.layers.sharding import sharded_by
-from hra_fx.layers.target import REFLECTION
+from hra_fx.layers.target import FACTORS, REFLECTION
 from hra_fx.layers.trained_copies import Copies
 
 #: Attribute under which a transformed model keeps its record.
@@ -70,8 +70,11 @@ class AdapterState:
 
 def get_state(model: nn.Module) -> AdapterState | None:
     """The state of this module, or `None` if it is not the root of a transformed model."""
-    notes = read_notes(model) if isinstance(model, fx.GraphModule) else vars(model)
-    state = notes.get(RECORD)
+    if isinstance(model, fx.GraphModule):
+        # A copy of a graph that was unpickled has no notes, but its children.
+        state = read_notes(model).get(RECORD) or getattr(model._modules.get(FACTORS), "state", None)
+    else:
+        state = vars(model).get(RECORD)
     return state if isinstance(state, AdapterState) else None
 
 
@@ -121,7 +124,7 @@ def collect_parts(model: nn.Module) -> AdaptedParts:
     seen = {model}
     for module in found.modules:  # it grows while it is read
         namespace = vars(module)
-        if RECORD in namespace or (isinstance(module, fx.GraphModule) and RECORD in module.meta):
+        if RECORD in namespace or (isinstance(module, fx.GraphModule) and get_state(module)):
             found.roots.append(module)
         for child in namespace["_modules"].values():
             if child is None or child in seen:

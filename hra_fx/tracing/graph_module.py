@@ -39,7 +39,7 @@ def graph_module(root: nn.Module, traced: Traced) -> fx.GraphModule:
         module.add_module(name, part.train(root.training))
     for node in traced.graph.find_nodes(op="get_attr"):
         if not hasattr(module, name := str(node.target).partition(".")[0]):
-            setattr(module, name, getattr(root, name))  # a tensor that is no buffer
+            setattr(module, name, getattr(root, name))  # a tensor that is not a buffer
     module.training = root.training
     module.graph = traced.graph
     return module

@@ -205,7 +205,7 @@ class _Search:
         if module in self._names:
             self._note(below, None, why)
             return
-        # A graph of one layer is no larger than that of the layer alone, and a container is never called.
+        # A graph of one layer shows no more than the layer itself, and a container is never called.
         if path and (len(below) == 1 or type(module).forward is nn.Module.forward):
             self._visit_children(path, module, why)
             return

@@ -200,7 +200,7 @@ def render_png(drawing: Drawing, options: Options) -> bytes:
     """A PNG file with two pixels per unit of the SVG picture, or one if two would be too many.
 
     Raises:
-        VisualizeError: the options do not fit the model, the picture is too large, or there is no font.
+        VisualizeError: the options do not fit the model, the picture is too large, or no font is installed.
     """
     svg = render_svg(drawing, options)
     root = ElementTree.fromstring(svg)
@@ -223,7 +223,7 @@ def rasterize(svg: str, *, scale: int = SCALE, system_fonts: bool = True, files:
         files: more font files; `None` for those of matplotlib, if it is installed.
 
     Raises:
-        VisualizeError: there is no font.
+        VisualizeError: no font is installed.
     """
     from resvg_py import svg_to_bytes
 

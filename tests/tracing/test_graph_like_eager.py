@@ -110,10 +110,11 @@ def test_inputs_that_take_another_branch_are_refused(
         graph(*call)
 
 
-def test_a_tensor_that_a_forward_creates_is_no_buffer() -> None:
+def test_a_tensor_that_a_forward_creates_is_not_a_buffer() -> None:
     base = Creates().double()
     graph = hra_fx.transform(copy.deepcopy(base), config(r=2), trace=True, example_inputs=X, dynamic_shapes=({},))
-    for model in (graph, copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
+    stored = pickle.dumps(graph)
+    for model in (graph, copy.deepcopy(graph), pickle.loads(stored), copy.deepcopy(pickle.loads(stored))):
         assert not list(model.named_buffers())
         torch.testing.assert_close(model(X), base(X), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(model.float()(X.float()), copy.deepcopy(base).float()(X.float()))

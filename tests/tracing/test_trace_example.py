@@ -108,7 +108,8 @@ def test_sizes_that_do_not_fit_are_named() -> None:
     graph = hra_fx.transform(llama(), config("q_proj"), trace=True, example_inputs=tokens(2, 5), dynamic_shapes=shapes)
     assert graph(**tokens(3, 5)).logits.shape == (3, 5, 16)
     message = r"captured for inputs with `input_ids\.size\(\)\[1\] == 5`.*pass them as `example_inputs`"
-    for other in (graph, copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
+    stored = pickle.dumps(graph)
+    for other in (graph, copy.deepcopy(graph), pickle.loads(stored), copy.deepcopy(pickle.loads(stored))):
         with pytest.raises(AssertionError, match=message):
             other(**tokens(2, 6))
 

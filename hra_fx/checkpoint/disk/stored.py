@@ -208,9 +208,7 @@ def _of_index(index: Path) -> WeightSet:
     for name in names:
         file = index.parent / name
         if file.parent != index.parent or not file.is_file():
-            raise CheckpointError(
-                f"{index}: lists {name!r}, but there is no such file in the folder. Download it again."
-            )
+            raise CheckpointError(f"{index}: lists {name!r}, which is missing from the folder. Download it again.")
         headers[name] = read_header(file)
     for key, name in places.items():
         if key not in headers[name].tensors:

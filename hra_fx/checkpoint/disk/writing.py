@@ -193,7 +193,7 @@ def _check_rows(file: Path, name: str, base: Tensor, written: Tensor, rotation: 
 
 @contextlib.contextmanager
 def bar(what: str, total: int, *, wanted: bool) -> Iterator[Callable[[int], object]]:
-    """Yield a function that advances the progress bar by some bytes; there is no bar unless `wanted`, on a terminal.
+    """Yield a function that advances a progress bar by some bytes. The bar is shown only if `wanted`, on a terminal.
 
     Example:
         >>> with bar("folding", 100, wanted=False) as advance:

@@ -194,7 +194,7 @@ def test_an_index_that_does_not_match_its_files(tmp_path: Path) -> None:
     cases = (
         (
             places | {"x": "y.safetensors"},
-            "lists 'y.safetensors', but there is no such file in the folder. Download it",
+            "lists 'y.safetensors', which is missing from the folder. Download it",
         ),
         (places | {"x": first}, f"lists 'x' in {first!r}, but the file does not have it. Download both"),
     )
