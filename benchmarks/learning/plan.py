@@ -20,7 +20,7 @@ STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("digits", ("head", "full")),
     ("language-4-passes", ("lora", "hra-pairs")),
     ("language-long", ("lora", "hra-pairs")),
-    ("language-long-4-bit", ("lora", "hra-pairs")),
+    ("language-4-bit", ("lora", "hra-pairs")),
     ("language", ("full", "dora", "oft", *VARIANTS)),
     ("newsgroups-5000", ("lora", "hra-pairs", "hra", "full")),
     ("newsgroups-1600", ("full", "dora", "oft")),
@@ -31,7 +31,7 @@ TASK_NAMES = (
     "language",
     "language-4-passes",
     "language-long",
-    "language-long-4-bit",
+    "language-4-bit",
     "newsgroups-1600",
     "newsgroups-5000",
     "digits",
@@ -39,7 +39,7 @@ TASK_NAMES = (
 )
 SEEDS = range(5)
 #: Tasks with one seed, because their runs take so long.
-ONE_SEED = ("language-long", "language-long-4-bit")
+ONE_SEED = ("language-long",)
 #: Variants of HRA have validation scores of so many seeds.
 TRIAL_SEEDS = range(3)
 #: Ranks of LoRA and of HRA in the plots over the number of parameters, with validation scores of three seeds and two

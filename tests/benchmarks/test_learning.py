@@ -20,7 +20,7 @@ from learning.variants import ALL
 from torch import nn
 
 #: Their runs have the same steps as those of the other tasks.
-SLOW = ("language", "language-long", "language-long-4-bit", "newsgroups-5000", "digits")
+SLOW = ("language", "language-long", "language-4-bit", "newsgroups-5000", "digits")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from learning.tasks.digits import FewDigits
-from learning.tasks.language import Language, Long, LongFourBit, MorePasses
+from learning.tasks.language import FourBit, Language, Long, MorePasses
 from learning.tasks.newsgroups import MoreNewsgroups, Newsgroups
 from learning.tasks.task import Task
 from learning.tasks.teachers import DenseTeacher, LowRankTeacher, RotatedTeacher
@@ -16,7 +16,7 @@ TASKS: dict[str, type[Task]] = {
         Language,
         MorePasses,
         Long,
-        LongFourBit,
+        FourBit,
         FewDigits,
         RotatedTeacher,
         LowRankTeacher,

@@ -98,11 +98,11 @@ class Long(Language):
     curve_steps: ClassVar[int] = 64
 
 
-class LongFourBit(Long):
+class FourBit(Language):
     """The same with a base in NF4."""
 
-    name: ClassVar[str] = "language-long-4-bit"
-    about: ClassVar[str] = "The same as `language-long` with QLoRA's base: bitsandbytes' NF4 weights."
+    name: ClassVar[str] = "language-4-bit"
+    about: ClassVar[str] = "The same as `language` with QLoRA's base: bitsandbytes' NF4 weights."
     bfloat16: ClassVar[bool] = False
 
     def model(self) -> nn.Module:
