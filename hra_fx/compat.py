@@ -1,119 +1,80 @@
-"""Private names of PyTorch, in one place.
-
-Each has a public replacement or a fallback for releases that lack it. Where a fallback cannot know the answer, it
-gives the safe one: the slower path, a cache miss or a copy. `make test-versions` tests the lowest and newest releases.
-"""
+"""Private names of PyTorch, in one place. `make test-versions` tests them with the lowest and newest releases."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx import _symbolic_trace
 from torch.nn.modules import module as nn_module
+from torch.utils import _pytree
 
 T = TypeVar("T", bound=Tensor)
 
 #: The child of the wrapper that `torch.distributed.algorithms._checkpoint.checkpoint_wrapper` puts around a module.
 _CHECKPOINTED = "_checkpoint_wrapped_module"
 
-_new_version = itertools.count(-2, -1)
-
-
-def _lookup(*paths: str) -> Any:
-    """The first of some dotted names that this release has."""
-    for path in paths:
-        owner, _, name = path.rpartition(".")
-        with contextlib.suppress(ImportError, AttributeError):
-            return getattr(importlib.import_module(owner), name)
-    raise ImportError(f"torch {torch.__version__} has none of {', '.join(paths)}, which hra_fx needs.")
-
-
-def _no() -> bool:
-    return False
-
-
-def _yes() -> bool:
-    return True
-
-
 # --- what is active around a call; bound once, since every forward asks -----------------------------------------------
 
-#: Whether a call is recorded by `torch.jit.trace`. TorchScript is deprecated since 2.9: without it, nothing is.
-is_torchscript_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", _no)
+#: Whether a call is recorded by `torch.jit.trace`. The public function is deprecated.
+is_torchscript_tracing: Callable[[], bool] = torch._C._is_tracing
 
-#: Whether a functorch transform (`torch.func.grad`, `vmap`) is active. No public name exists.
-is_functorch_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", _yes)
+#: Whether a functorch transform (`torch.func.grad`, `vmap`) is active.
+is_functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
-#: Truthy while a `TorchDispatchMode`, such as a FakeTensorMode, is active. No public name exists.
-is_dispatch_mode_active: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _yes)
+#: Truthy while a `TorchDispatchMode`, such as a FakeTensorMode, is active.
+is_dispatch_mode_active: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 #: Whether autocast is enabled for any device. The public functions ask for one device.
-is_autocast_active: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", _yes)
+is_autocast_active: Callable[[], bool] = torch._C._is_any_autocast_enabled
+
+#: Whether `torch.fx` traces symbolically.
+is_fx_tracing: Callable[[], bool] = _symbolic_trace.is_fx_symbolic_tracing
 
 
 def is_forward_ad_active() -> bool:
-    """Whether a `torch.autograd.forward_ad.dual_level` is open. No public name exists."""
-    return getattr(forward_ad, "_current_level", 0) >= 0
-
-
-def is_fx_tracing() -> bool:
-    """Whether `torch.fx` traces symbolically. The name is from 2.9, and has no public replacement."""
-    tracing = getattr(getattr(torch.fx, "_symbolic_trace", None), "is_fx_symbolic_tracing", None)
-    # A tracer replaces the call of modules for as long as it runs.
-    return nn.Module.__call__ is not _MODULE_CALL if tracing is None else bool(tracing())
-
-
-_MODULE_CALL = nn.Module.__call__
+    """Whether a `torch.autograd.forward_ad.dual_level` is open."""
+    return forward_ad._current_level >= 0
 
 
 def is_exporting() -> bool:
     """Whether `torch.export` runs. Inside `torch.compile`, the public function of torch 2.10 also returns True."""
-    exporting: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
-    return torch.compiler.is_exporting() if exporting is None else exporting
+    return torch.compiler._is_exporting_flag
 
 
 def export_forward_backward() -> Callable[..., Any]:
-    """torch's function that adds the backward pass to an exported program; experimental, without a public name."""
-    found: Callable[..., Any] = _lookup("torch.export.experimental._export_forward_backward")
-    return found
+    """torch's function that adds the backward pass to an exported program; experimental, and slow to import."""
+    from torch.export.experimental import _export_forward_backward
+
+    return _export_forward_backward
 
 
 def has_saved_tensors_hooks() -> bool:
-    """Whether saved-tensor hooks are active, as in activation checkpointing. It has no public name."""
-    top = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
-    return top is not None and top(True) is not None
+    """Whether saved-tensor hooks are active, as in activation checkpointing."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 # --- modules ----------------------------------------------------------------------------------------------------------
 
 
-def _has_global_hooks() -> bool:
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(nn_module, f"_global{name}", True) for name in names)
-
-
-#: Whether hooks are registered for all modules. The name is from 2.8; without it, look at each dictionary.
-has_global_module_hooks: Callable[[], bool] = getattr(nn_module, "_has_any_global_hook", _has_global_hooks)
+#: Whether hooks are registered for all modules.
+has_global_module_hooks: Callable[[], bool] = nn_module._has_any_global_hook
 
 
 def with_own_hooks(modules: Iterable[nn.Module]) -> set[nn.Module]:
-    """Those of some modules on which hooks are registered. No public name exists; without the private ones: all."""
-    every = set(modules)
-    try:
-        return {
-            m for m in every if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        }
-    except AttributeError:
-        return every
+    """Those of some modules on which hooks are registered."""
+    return {
+        part
+        for part in modules
+        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+    }
 
 
 def has_own_hooks(module: nn.Module) -> bool:
@@ -123,8 +84,8 @@ def has_own_hooks(module: nn.Module) -> bool:
 
 def has_backward_hooks(module: nn.Module) -> bool:
     """Whether the backward pass of a module runs hooks, its own or those of all modules."""
-    names = ("_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name, True) or getattr(nn_module, f"_global{name}", True) for name in names)
+    own = module._backward_hooks or module._backward_pre_hooks
+    return bool(own or nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -137,20 +98,17 @@ NON_PERSISTENT = "_non_persistent_buffers_set"
 
 
 def non_persistent_buffers(module: nn.Module) -> set[str]:
-    """The buffers that a module keeps out of its `state_dict`. Without torch's set, compare with a `state_dict`."""
-    names: set[str] | None = getattr(module, NON_PERSISTENT, None)
-    return set(module._buffers) - set(module.state_dict()) if names is None else names
+    """The buffers that a module keeps out of its `state_dict`."""
+    return module._non_persistent_buffers_set
 
 
 def is_replica(module: nn.Module) -> bool:
-    """Whether `nn.DataParallel` made a module for one forward. Without the mark, nothing is a replica."""
+    """Whether `nn.DataParallel` made a module for one forward."""
     return bool(getattr(module, "_is_replica", False))
 
 
 def conv_border(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
     """The padding of a convolution as `F.pad` takes it: (before, after) from the last dimension to the first.
-
-    torch keeps it as `_reversed_padding_repeated_twice`; this computes it from public attributes.
 
     Example:
         >>> conv_border(nn.Conv2d(1, 1, (2, 3), padding=(1, 2)))
@@ -158,14 +116,7 @@ def conv_border(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
         >>> conv_border(nn.Conv2d(1, 1, (2, 3), padding="same"))
         [1, 1, 0, 1]
     """
-    if conv.padding == "valid":
-        sides = [(0, 0) for _ in conv.kernel_size]
-    elif conv.padding == "same":
-        totals = [step * (size - 1) for step, size in zip(conv.dilation, conv.kernel_size, strict=True)]
-        sides = [(total // 2, total - total // 2) for total in totals]
-    else:
-        sides = [(int(size), int(size)) for size in conv.padding]
-    return [size for before_and_after in reversed(sides) for size in before_and_after]
+    return list(conv._reversed_padding_repeated_twice)
 
 
 def is_called_by_distribute_module() -> bool:
@@ -210,17 +161,16 @@ def state_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterato
 
 
 def tensor_version(tensor: Tensor) -> int:
-    """A number that changes when a tensor is written in place; without one, a new number each time.
+    """A number that changes when a tensor is written in place.
 
     A tensor made in inference mode has none, and gives -1: compare its values.
     """
-    return tensor_versions([tensor])[0]
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def tensor_versions(tensors: Iterable[Tensor]) -> list[int]:
     """The `tensor_version` of each tensor."""
-    found = [-1 if tensor.is_inference() else getattr(tensor, "_version", None) for tensor in tensors]
-    return [next(_new_version) if version is None else version for version in found]
+    return [tensor_version(tensor) for tensor in tensors]
 
 
 def wrapper_tensor(kind: type[T], like: Tensor) -> T:
@@ -233,16 +183,12 @@ def wrapper_tensor(kind: type[T], like: Tensor) -> T:
     return made
 
 
-def _without_overrides(function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-    with torch._C.DisableTorchFunctionSubclass():
-        return function(*args, **(kwargs or {}))
-
-
 #: `__torch_function__` of a tensor subclass that overrides nothing. torch's documentation uses the private name.
-disabled_torch_function: Any = getattr(torch._C, "_disabled_torch_function_impl", staticmethod(_without_overrides))
+disabled_torch_function: Any = torch._C._disabled_torch_function_impl
 
-#: Functions over nested containers, as torch itself flattens them. The public name is planned.
-pytree: ModuleType = _lookup("torch.utils._pytree", "torch.utils.pytree")
+
+#: Functions over nested containers, as torch itself flattens them.
+pytree: Any = _pytree
 
 
 def is_wrapper_subclass(tensor: Any) -> bool:
@@ -252,8 +198,7 @@ def is_wrapper_subclass(tensor: Any) -> bool:
 
 def fake_tensor_mode() -> Any:
     """A mode in which tensors have shapes and no values; real ones are converted."""
-    kind = _lookup("torch._subclasses.fake_tensor.FakeTensorMode", "torch._subclasses.FakeTensorMode")
-    return kind(allow_non_fake_inputs=True)
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 # --- operators --------------------------------------------------------------------------------------------------------
@@ -262,14 +207,9 @@ def fake_tensor_mode() -> Any:
 OpOverload: type[Any] = type(torch.ops.aten.add.Tensor)
 
 
-_HIGHER_ORDER: type[Any] | None = getattr(torch._ops, "HigherOrderOperator", None)
-
-
 def call_after_deepcopy(graph: Any, hook: Callable[[Any], None]) -> None:
-    """Call a function with each deepcopy of a `GraphModule`. Without the private method, it is not called."""
-    register = getattr(graph, "_register_deepcopy_hook", None)
-    if register is not None:
-        register(hook)
+    """Call a function with each deepcopy of a `GraphModule`."""
+    graph._register_deepcopy_hook(hook)
 
 
 #: The operator that checks the dtype and device of a tensor before a cast.
@@ -277,10 +217,8 @@ ASSERT_METADATA: Any = torch.ops.aten._assert_tensor_metadata.default
 
 
 def is_higher_order(target: object) -> bool:
-    """Whether a node's target takes graphs, as `torch.cond` does. Without the class, its module decides."""
-    if _HIGHER_ORDER is None:
-        return type(target).__module__.startswith("torch._higher_order_ops")
-    return isinstance(target, _HIGHER_ORDER)
+    """Whether a node's target takes graphs, as `torch.cond` does."""
+    return isinstance(target, HigherOrderOperator)
 
 
 def schema_of(target: object) -> Any:
@@ -307,7 +245,7 @@ def copy_all(targets: list[Tensor], values: list[Tensor]) -> None:
 
 def guards_of(program: Any) -> list[str]:
     """The conditions that `torch.export` found for the inputs, as Python expressions over `L`, the arguments."""
-    return list(getattr(program, "_guards_code", ()))
+    return list(program._guards_code)
 
 
 def guard_function(code: str) -> Callable[..., None]:
@@ -315,8 +253,9 @@ def guard_function(code: str) -> Callable[..., None]:
 
     TorchDynamo traces it, so that a compiled or exported graph keeps the conditions.
     """
-    functions = _lookup("torch.fx.experimental.symbolic_shapes.SYMPY_INTERP")
-    namespace: dict[str, Any] = {**functions, "math": math, "inf": math.inf, "torch": torch}
+    from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
+
+    namespace: dict[str, Any] = {**SYMPY_INTERP, "math": math, "inf": math.inf, "torch": torch}
     exec(code, namespace)
     check: Callable[..., None] = namespace["check"]
     return check

@@ -6,7 +6,6 @@ import ast
 import os
 import re
 import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,57 +118,6 @@ def test_private_names_of_torch_are_in_compat_alone() -> None:
     found = [name for file in files if file.name != "compat.py" for name in private_names(file)]
     assert not found, "\n".join(found)
     assert len(list(private_names(ROOT / "hra_fx" / "compat.py"))) > 5, "the scan finds them"
-
-
-#: Removes private names before hra_fx is imported, as a future release may.
-REMOVED = """
-import torch, torch.fx, torch.nn.modules.module as modules
-removed = []
-for owner, name in [
-    (torch._C, "_is_tracing"), (torch._C, "_are_functorch_transforms_active"), (torch._C, "_len_torch_dispatch_stack"),
-    (torch._C, "_is_any_autocast_enabled"),
-    (modules, "_has_any_global_hook"), (torch.fx._symbolic_trace, "is_fx_symbolic_tracing"),
-    (torch._ops, "HigherOrderOperator"),
-]:
-    removed.append((owner, name, getattr(owner, name)))
-    delattr(owner, name)
-import hra_fx.compat
-for owner, name, value in removed:
-    if owner is torch._C:  # torch cannot do without them
-        setattr(owner, name, value)
-"""
-WITHOUT = """
-import hra_fx
-from hra_fx import compat
-from torch import nn
-
-torch.manual_seed(0)
-model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(36, 5)).double()
-hra_fx.transform(model, hra_fx.HRAConfig(r=3, target_modules=["0", "2"]))
-for name, vectors in model.named_parameters():
-    if name.endswith("hra_u.default"):
-        nn.init.normal_(vectors)
-x = torch.randn(2, 3, 3, 3, dtype=torch.float64)
-adapted = model(x)
-adapted.square().sum().backward()
-assert all(vectors.grad is not None for name, vectors in model.named_parameters() if "hra_u.default" in name[-13:])
-assert torch.allclose(hra_fx.fold(model)(x), adapted, rtol=1e-12, atol=1e-12)
-
-assert not compat.is_torchscript_tracing() and not compat.is_fx_tracing()
-# Where nothing is known, the answer is the one that costs time and cannot be wrong.
-assert compat.is_functorch_active() and compat.is_dispatch_mode_active()
-assert not compat.has_global_module_hooks()
-with torch.nn.modules.module.register_module_forward_hook(lambda *_: None):
-    assert compat.has_global_module_hooks()
-assert compat.is_higher_order(torch.ops.higher_order.cond) and not compat.is_higher_order(torch.add)
-"""
-
-
-def test_without_the_private_names_the_answers_are_safe_and_the_results_equal() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", REMOVED + WITHOUT], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
 
 
 # ---- what the functions say ----

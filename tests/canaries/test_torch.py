@@ -1,4 +1,4 @@
-"""What hra_fx reads of torch without a fallback. The names that have one are in `tests/test_versions.py`."""
+"""What hra_fx reads of torch. What `hra_fx.compat` asks about a call or a tensor is in `tests/test_versions.py`."""
 
 from __future__ import annotations
 
