@@ -9,8 +9,8 @@ which is exactly a LoRA of rank `n` and scale 1. It is computed in three steps, 
 
 1. `core`: a thin QR `U = V R` gives `Q - I = V K V^T` with the small core `K = -R T R^T`.
 2. `project` computes `W V`; a caller that reads `W` from disk does so by itself, in blocks.
-3. `weight_change`: a thin QR of `(W V) K` and an SVD of its small triangle give the singular values of the change. They
-   show its numerical rank, give the best approximation of a smaller rank (Eckart and Young 1936,
+3. `low_rank_delta`: a thin QR of `(W V) K` and an SVD of its small triangle give the singular values of the change,
+   which show its numerical rank, give the best approximation of a smaller rank (Eckart and Young 1936,
    https://doi.org/10.1007/BF02288367), and are split evenly between both factors, so that half precision rounds both
    alike.
 """
@@ -30,7 +30,7 @@ _NEGLIGIBLE = 2.0**-27
 _BLOCK = 1 << 18
 
 
-class WeightChange(NamedTuple):
+class LowRankDelta(NamedTuple):
     """The change of a weight, `W Q - W = B A`.
 
     Attributes:
@@ -105,7 +105,7 @@ def project(rows: Tensor, V: Tensor) -> Tensor:
     return torch.cat(blocks).cpu().double()
 
 
-def weight_change(projected: Tensor, V: Tensor, K: Tensor, rank: int | None = None) -> WeightChange:
+def low_rank_delta(projected: Tensor, V: Tensor, K: Tensor, rank: int | None = None) -> LowRankDelta:
     """The factors of `W Q - W = (W V) K V^T`, of its numerical rank.
 
     Args:
@@ -120,14 +120,14 @@ def weight_change(projected: Tensor, V: Tensor, K: Tensor, rank: int | None = No
     Example:
         >>> W, U = torch.tensor([[2.0, 5.0]], dtype=torch.float64), torch.tensor([[3.0], [0.0]])
         >>> V, K = core(U)
-        >>> A, B, error = weight_change(W @ V, V, K)
+        >>> A, B, error = low_rank_delta(W @ V, V, K)
         >>> (W + B @ A).round(decimals=6), error
         (tensor([[-2.,  5.]], dtype=torch.float64), 0.0)
     """
     G, triangle = torch.linalg.qr(projected @ K)
     left, sigma, right = torch.linalg.svd(triangle, full_matrices=False)
     if not sigma.numel():
-        return WeightChange(V.mT[:0], projected[:, :0], 0.0)
+        return LowRankDelta(V.mT[:0], projected[:, :0], 0.0)
     tiny = max(_NEGLIGIBLE * float(sigma[0]), 8 * len(K) * torch.finfo(K.dtype).eps * float(projected.norm()))
     numerical = int((sigma > tiny).sum())
     kept = numerical if rank is None else min(rank, numerical)
@@ -135,7 +135,7 @@ def weight_change(projected: Tensor, V: Tensor, K: Tensor, rank: int | None = No
     A = root[:, None] * (V @ right[:kept].mT).mT
     B = (G @ left[:, :kept]) * root
     lost = float(sigma[kept:numerical].norm() / sigma.norm()) if numerical else 0.0
-    return WeightChange(A.contiguous(), B.contiguous(), lost)
+    return LowRankDelta(A.contiguous(), B.contiguous(), lost)
 
 
 def rounding_error(A: Tensor, B: Tensor, dtype: torch.dtype) -> float:

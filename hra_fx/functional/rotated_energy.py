@@ -26,7 +26,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CHUNK = 1 << 22
 
 
-class WeightChange(NamedTuple):
+class RelativeChange(NamedTuple):
     """How much a chain changes a weight `W: (out, d)`.
 
     Attributes:
@@ -63,7 +63,7 @@ def rotated_directions(chain: Tensor) -> tuple[Tensor, Tensor]:
     return basis @ left, left.mT @ moved
 
 
-def weight_change(rows: Tensor, chain: Tensor) -> WeightChange:
+def relative_change(rows: Tensor, chain: Tensor) -> RelativeChange:
     """How much a chain of reflections changes a weight.
 
     Makes no `d x d` matrix, and casts the weight piece by piece, to float32 at least.
@@ -76,13 +76,13 @@ def weight_change(rows: Tensor, chain: Tensor) -> WeightChange:
         Its share and its change; 0 for a weight of zeros, NaN if the weight or the chain has no data or is not finite.
 
     Example:
-        >>> weight_change(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]))
-        WeightChange(share=0.36, change=1.2)
+        >>> relative_change(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]))
+        RelativeChange(share=0.36, change=1.2)
     """
     if rows.is_meta or chain.is_meta or not bool(torch.isfinite(chain).all()):
-        return WeightChange(math.nan, math.nan)
+        return RelativeChange(math.nan, math.nan)
     if not chain.shape[1]:
-        return WeightChange(0.0, 0.0)
+        return RelativeChange(0.0, 0.0)
     directions, moved = (part.to(rows.device, working_dtype(rows.dtype)) for part in rotated_directions(chain))
     wide = torch.float32 if rows.device.type == "mps" else torch.float64
     part, change, whole = (torch.zeros((), dtype=wide, device=rows.device) for _ in range(3))
@@ -94,9 +94,9 @@ def weight_change(rows: Tensor, chain: Tensor) -> WeightChange:
             total += torch.linalg.vector_norm(matrix, dim=1).to(wide).square().sum()
     size = float(whole)
     if not size:
-        return WeightChange(0.0, 0.0)
+        return RelativeChange(0.0, 0.0)
     # Rounding can make the share slightly more than 1.
-    return WeightChange(min(float(part) / size, 1.0), math.sqrt(float(change) / size))
+    return RelativeChange(min(float(part) / size, 1.0), math.sqrt(float(change) / size))
 
 
 def readable_rows(weight: Tensor, width: int, *, fan_in_fan_out: bool) -> Tensor | None:

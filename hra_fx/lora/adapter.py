@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
-from hra_fx.functional.low_rank import WeightChange, core, weight_change
+from hra_fx.functional.low_rank import LowRankDelta, core, low_rank_delta
 from hra_fx.layers.experts_weight import is_transposed, parameter_of
 from hra_fx.layers.target import LayerKind
 from hra_fx.selection.suggestions import suffixes
@@ -78,15 +78,15 @@ class Matrix:
     out: int
     project: Callable[[Tensor], Tensor]
 
-    def unchanged(self) -> WeightChange:
+    def unchanged(self) -> LowRankDelta:
         """A change of rank 0."""
         A = torch.zeros(0, self.chain.shape[0], dtype=torch.float64)
-        return WeightChange(A, torch.zeros(self.out, 0, dtype=torch.float64), 0.0)
+        return LowRankDelta(A, torch.zeros(self.out, 0, dtype=torch.float64), 0.0)
 
-    def change(self, noise: float, rank: int | None) -> WeightChange:
+    def change(self, noise: float, rank: int | None) -> LowRankDelta:
         """The change of the weight; a weight that does not change is not read."""
         V, K = core(self.chain, noise)
-        return weight_change(self.project(V), V, K, rank) if len(K) else self.unchanged()
+        return low_rank_delta(self.project(V), V, K, rank) if len(K) else self.unchanged()
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class AdaptedWeight:
         """The layer as LoRA; `rank`: the largest rank, `None` for no limit."""
         return self._with([matrix.change(self.noise, rank) for matrix in self.matrices])
 
-    def _with(self, changes: Sequence[WeightChange]) -> LoraLayer:
+    def _with(self, changes: Sequence[LowRankDelta]) -> LoraLayer:
         if self.owner is None:
             A, B, error = changes[0]
             return LoraLayer(self.path, self.kind, A, B, self.kernel, self.fan_in_fan_out, error)

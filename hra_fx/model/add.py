@@ -11,7 +11,7 @@ from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.layers.partitioned import is_trained_by_zero
 from hra_fx.model.activate import sync_layers
-from hra_fx.model.inject import Fill, all_or_nothing, inject_adapter, random_init
+from hra_fx.model.inject import AdapterFactory, all_or_nothing, inject_adapter, random_init
 from hra_fx.model.setup import checked
 from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, root_of
 from hra_fx.model.trainable import make_copies, set_requires_grad
@@ -48,7 +48,7 @@ def add_filled_adapter(
     state: AdapterState,
     adapter_name: str,
     config: HRAConfig,
-    fill: Fill,
+    fill: AdapterFactory,
     copies: Mapping[tuple[str, str], Tensor] = MappingProxyType({}),
 ) -> None:
     """Add an adapter with the vectors that `fill` gives and with these trained copies; errors as `add_adapter`."""

@@ -37,7 +37,7 @@ from hra_fx.model.state import (
     collect_parts,
     root_of,
 )
-from hra_fx.model.tied import Place, Tie, always_tied, find_ties, set_tied, untied_copies, why_not_untie
+from hra_fx.model.tied import TensorRef, Tie, always_tied, find_ties, set_tied, untied_copies, why_not_untie
 
 _REQUANTIZE = (
     " To allow that, call hra_fx.fold(model, requantize=True). To see the error first, call "
@@ -106,9 +106,9 @@ class FoldJob:
         """
         check_no_foreign_class(self.model)
         state, layers = self.state, adapted_layers(self.model)
-        places = _places(layers, self.untied)
+        tensors = _tensor_refs(layers, self.untied)
         with torch.inference_mode(False), torch.no_grad():
-            also = untied_copies(self.model, self.ties, places, self.promoted)
+            also = untied_copies(self.model, self.ties, tensors, self.promoted)
             if state.merged:
                 unmerge_adapter(self.model)
             measured = []
@@ -238,7 +238,7 @@ def prepare_fold(model: nn.Module, adapter_names: str | Sequence[str] | None, *,
                 raise FoldError(f"{path}: its trained copy is not finite. Load a checkpoint from before it diverged.")
     adapters_to_remove = tuple(state.configs) if adapter_names is None else names
     untied = _untied(root, written, names, adapters_to_remove)
-    ties = _ties(root, state, _places(layers, untied), names)
+    ties = _ties(root, state, _tensor_refs(layers, untied), names)
     return FoldJob(root, state, present, names, adapters_to_remove, untied, ties)
 
 
@@ -279,18 +279,18 @@ def _untied(
     return {path: others for path, others in left.items() if others}
 
 
-def _places(layers: Mapping[str, AdaptedLayer], paths: Iterable[str]) -> set[Place]:
+def _tensor_refs(layers: Mapping[str, AdaptedLayer], paths: Iterable[str]) -> set[TensorRef]:
     return {weight_place(layers[path]) for path in paths}
 
 
-def _ties(root: nn.Module, state: AdapterState, places: set[Place], names: tuple[str, ...]) -> list[Tie]:
+def _ties(root: nn.Module, state: AdapterState, tensors: set[TensorRef], names: tuple[str, ...]) -> list[Tie]:
     """The settings of transformers that a fold turns off, or that a folded trained copy turned off already.
 
     Raises:
         FoldError: one of them cannot be turned off.
     """
     has_copies = any(name in copies.copied for _, copies in all_copies(root).values() for name in names)
-    ties = [*find_ties(root, places), *(state.untied if has_copies or places else ())]
+    ties = [*find_ties(root, tensors), *(state.untied if has_copies or tensors else ())]
     if reason := why_not_untie(root, ties):
         raise FoldError(f"{reason}. Leave it out with exclude_modules.")
     return ties

@@ -27,7 +27,7 @@ from hra_fx.model.state import check_no_foreign_class, is_adapted
 from hra_fx.selection.check import select_checked
 
 #: Adds an adapter to the container of a layer: (path, layer, container).
-Fill: TypeAlias = Callable[[str, nn.Module, HouseholderAdapters], None]
+AdapterFactory: TypeAlias = Callable[[str, nn.Module, HouseholderAdapters], None]
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def inject_adapter(
     model: nn.Module,
     name: str,
     config: HRAConfig,
-    fill: Fill,
+    fill: AdapterFactory,
     undo: ExitStack,
     layers: dict[str, nn.Module] | None = None,
 ) -> dict[str, nn.Module]:
@@ -93,7 +93,7 @@ def inject_adapter(
     return layers
 
 
-def random_init(name: str, config: HRAConfig, *, on_meta: bool) -> Fill:
+def random_init(name: str, config: HRAConfig, *, on_meta: bool) -> AdapterFactory:
     """New vectors, initialized as the configuration says."""
 
     def fill(path: str, layer: nn.Module, reflection: HouseholderAdapters) -> None:

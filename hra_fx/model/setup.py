@@ -18,7 +18,7 @@ from hra_fx.layers.class_swap import SwapMixin, swap, unswap
 from hra_fx.model.activate import activate
 from hra_fx.model.example_inputs import Call
 from hra_fx.model.graph_module import connect_factors
-from hra_fx.model.inject import Fill, all_or_nothing, inject_adapter
+from hra_fx.model.inject import AdapterFactory, all_or_nothing, inject_adapter
 from hra_fx.model.root import swap_body
 from hra_fx.model.state import AdapterState, attach_state, clear_state, collect_parts
 from hra_fx.model.trainable import freeze, make_copies
@@ -29,7 +29,7 @@ def set_up(
     model: nn.Module,
     config: HRAConfig,
     adapter_name: str,
-    fill: Fill,
+    fill: AdapterFactory,
     copies: Mapping[tuple[str, str], Tensor] = MappingProxyType({}),
     *,
     root_class: type[SwapMixin],

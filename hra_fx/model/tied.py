@@ -94,7 +94,7 @@ def _elements(tensor: Tensor) -> range:
 
 
 #: (module, name of its tensor).
-Place: TypeAlias = tuple[nn.Module, str]
+TensorRef: TypeAlias = tuple[nn.Module, str]
 #: The setting of a configuration by which transformers ties weights.
 TIE_SETTING = "tie_word_embeddings"
 #: The attribute in which a descriptor of a class keeps its function.
@@ -116,10 +116,10 @@ class Tie(NamedTuple):
     pairs: tuple[tuple[str, str], ...]
 
 
-def find_ties(model: nn.Module, places: Collection[Place]) -> list[Tie]:
+def find_ties(model: nn.Module, tensors: Collection[TensorRef]) -> list[Tie]:
     """What transformers ties by the settings that tie one of these tensors, as far as the settings are on."""
-    found = _all_ties(model) if places else []
-    touched = [tie for tie in found if any(place_of(model, name) in places for pair in tie.pairs for name in pair)]
+    found = _all_ties(model) if tensors else []
+    touched = [tie for tie in found if any(tensor_ref(model, name) in tensors for pair in tie.pairs for name in pair)]
     # BART and its inner model share one configuration, and both tie weights by it.
     settings = [config for tie in touched for config in tie.configs]
     return [tie for tie in found if any(config is one for config in tie.configs for one in settings)]
@@ -137,7 +137,7 @@ def _all_ties(model: nn.Module) -> list[Tie]:
     return found
 
 
-def place_of(model: nn.Module, name: str) -> Place:
+def tensor_ref(model: nn.Module, name: str) -> TensorRef:
     """The module that holds a tensor, and the name of the tensor there."""
     path, _, last = name.rpartition(".")
     return model.get_submodule(path), last
@@ -205,14 +205,14 @@ def ties_when_loaded(config: Any) -> bool:
 def is_tied(model: nn.Module, tie: Tie) -> bool:
     """Whether everything that the setting ties is one tensor, and none of it has trained copies."""
     for pair in tie.pairs:
-        (owner, name), (source, other) = (place_of(model, end) for end in pair)
+        (owner, name), (source, other) = (tensor_ref(model, end) for end in pair)
         if owner._parameters.get(name) is not source._parameters.get(other) or get_copies(owner) or get_copies(source):
             return False
     return True
 
 
 def untied_copies(
-    model: nn.Module, ties: Iterable[Tie], written: Collection[Place], folded: Collection[str]
+    model: nn.Module, ties: Iterable[Tie], written: Collection[TensorRef], folded: Collection[str]
 ) -> dict[str, tuple[nn.Module, str, nn.Parameter]]:
     """Memory for all that some settings tie, except for the tensors that get their own anyway.
 
@@ -230,7 +230,7 @@ def untied_copies(
     kept: set[int] = set()
     copies: dict[str, tuple[nn.Module, str, nn.Parameter]] = {}
     for full in names:
-        owner, name = place_of(model, full)
+        owner, name = tensor_ref(model, full)
         held = get_copies(owner)
         tensor: Tensor | None = owner._parameters.get(name)
         if held is not None and name in held.in_place:

@@ -19,7 +19,7 @@ from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import BASE, Copies, all_copies, get_copies, own_tensors
 from hra_fx.model.state import AdaptedParts, AdapterState
-from hra_fx.model.tied import Place, find_ties, is_tied, set_tied, tied_to, why_not_untie
+from hra_fx.model.tied import TensorRef, find_ties, is_tied, set_tied, tied_to, why_not_untie
 from hra_fx.selection.select import saved_modules
 
 #: Names of biases; the second one is that of q, k and v in nn.MultiheadAttention.
@@ -111,10 +111,10 @@ def make_copies(
     for path, (owner, names) in wanted.items():
         if reason := _why_not_copied(owner, names):
             raise UnsupportedLayerError(f"{path} ({type(owner).__name__}): {reason}.")
-    places = {(path, entry): getattr(owner, entry) for path, (owner, names) in wanted.items() for entry in names}
-    originals = {f"{path}.{entry}".lstrip("."): tensor for (path, entry), tensor in places.items()}
+    tensors = {(path, entry): getattr(owner, entry) for path, (owner, names) in wanted.items() for entry in names}
+    originals = {f"{path}.{entry}".lstrip("."): tensor for (path, entry), tensor in tensors.items()}
     tied = {other for others in tied_to(model, originals).values() for other in others}
-    parted = differ_by_place(places, values)
+    parted = differ_by_place(tensors, values)
     memo: dict[int, nn.Parameter] = {}
     for path, (owner, names) in wanted.items():
         copies = get_copies(owner)
@@ -146,9 +146,9 @@ def restore_ties(model: nn.Module, state: AdapterState) -> None:
     state.untied = tuple(tie for tie in state.untied if tie not in tied)
 
 
-def _untie(model: nn.Module, state: AdapterState, places: Collection[Place], undo: ExitStack) -> None:
+def _untie(model: nn.Module, state: AdapterState, tensors: Collection[TensorRef], undo: ExitStack) -> None:
     """Turn off the settings by which `tie_weights` of transformers would overwrite a trained copy."""
-    ties = find_ties(model, places)
+    ties = find_ties(model, tensors)
     if reason := why_not_untie(model, ties):
         raise UnsupportedLayerError(f"{reason}. Leave it out of modules_to_save.")
     undo.callback(setattr, state, "untied", state.untied)

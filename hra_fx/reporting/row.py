@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hra_fx.errors import AdapterError
-from hra_fx.functional.rotated_energy import WeightChange, readable_rows, weight_change
+from hra_fx.functional.rotated_energy import RelativeChange, readable_rows, relative_change
 from hra_fx.functional.statistics import RotationStats, rotation_stats
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.experts_adapters import ExpertsAdapters
@@ -84,20 +84,20 @@ def _joint(experts: list[RotationStats]) -> RotationStats:
     return RotationStats(rotation, tuple(angles), orthogonality)
 
 
-def change_of(rows: Tensor | None, chain: Tensor | None) -> WeightChange:
+def change_of(rows: Tensor | None, chain: Tensor | None) -> RelativeChange:
     """How much the reflections change the weight of `weight_rows`, NaN if one of them is `None`."""
     if rows is None or chain is None:
-        return WeightChange(math.nan, math.nan)
+        return RelativeChange(math.nan, math.nan)
     if chain.dim() == 2:
-        return weight_change(rows, chain)
+        return relative_change(rows, chain)
     sizes = [float(expert.double().square().sum()) for expert in rows]
-    changes = [weight_change(expert, own) for expert, own in zip(rows, chain, strict=True)]
+    changes = [relative_change(expert, own) for expert, own in zip(rows, chain, strict=True)]
     total = sum(sizes)
     if not total:
-        return WeightChange(0.0, 0.0)
+        return RelativeChange(0.0, 0.0)
     share = sum(size * one.share for size, one in zip(sizes, changes, strict=True)) / total
     change = sum(size * one.change**2 for size, one in zip(sizes, changes, strict=True)) / total
-    return WeightChange(share, math.sqrt(change))
+    return RelativeChange(share, math.sqrt(change))
 
 
 def chain_of(layer: AdaptedLayer, adapter: str) -> Tensor | None:

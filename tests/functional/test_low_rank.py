@@ -10,14 +10,14 @@ from oracles import dense_product, relative_error
 from torch import Tensor
 
 from hra_fx.functional import householder
-from hra_fx.functional.low_rank import WeightChange, core, rounding_error, weight_change
+from hra_fx.functional.low_rank import LowRankDelta, core, low_rank_delta, rounding_error
 
 sizes = st.integers(1, 12)
 
 
-def change_of(weight: Tensor, chain: Tensor, rank: int | None = None, noise: float = 0.0) -> WeightChange:
+def change_of(weight: Tensor, chain: Tensor, rank: int | None = None, noise: float = 0.0) -> LowRankDelta:
     V, K = core(chain, noise)
-    return weight_change(weight @ V, V, K, rank)
+    return low_rank_delta(weight @ V, V, K, rank)
 
 
 def dense_change(weight: Tensor, chain: Tensor) -> Tensor:
