@@ -179,6 +179,9 @@ refresh-constraints: ## pin the newest releases in tests/constraints.txt, if all
 zoo: $(VENV)/test.stamp ## check 580 models (an hour); write docs/zoo.md
 	OMP_NUM_THREADS=1 PYTHONPATH=tests:tests/support $(BIN)/python -m zoo.run $(ZOO_FLAGS)
 
+features: $(VENV)/test.stamp ## what hra_fx and PEFT's methods can do: the table of docs/comparison.md (1 minute)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/features.py
+
 export-table: $(VENV)/test.stamp ## which models pass through which exporter
 	OMP_NUM_THREADS=1 PYTHONPATH=tests:tests/support $(BIN)/python -m export.exporting.table $(EXPORT_FLAGS)
 

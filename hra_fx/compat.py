@@ -165,12 +165,12 @@ def tensor_version(tensor: Tensor) -> int:
 
     A tensor made in inference mode has none, and gives -1: compare its values.
     """
-    return -1 if tensor.is_inference() else tensor._version
+    return tensor_versions([tensor])[0]
 
 
 def tensor_versions(tensors: Iterable[Tensor]) -> list[int]:
     """The `tensor_version` of each tensor."""
-    return [tensor_version(tensor) for tensor in tensors]
+    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def wrapper_tensor(kind: type[T], like: Tensor) -> T:

@@ -203,6 +203,22 @@ def readme_table(records: Sequence[Record]) -> str:
     return results_table(records, README_TASKS, "docs/results.md")
 
 
+def comparison_table(records: Sequence[Record]) -> str:
+    """The table of docs/comparison.md: test scores, a column for each method."""
+    methods = ("hra-pairs", "hra", "lora", "dora", "oft", "full")
+    rows = [
+        [
+            f"[{task}](results.md#{task}), {TASKS[task].metric} {'↑' if TASKS[task].higher_is_better else '↓'}",
+            *(
+                _spread(scores(final_runs(records, task, method))) if finished(records, task, method) else "-"
+                for method in methods
+            ),
+        ]
+        for task in README_TASKS
+    ]
+    return _table(["task", *(ALL[method].label for method in methods)], rows)
+
+
 def _spread(values: Sequence[float]) -> str:
     """The mean and the standard deviation."""
     if not values:
