@@ -1,7 +1,7 @@
 """Runs the zoo, and writes what it found: JSON lines to build/zoo, a table to docs/zoo.md.
 
-    PYTHONPATH=tests:tests/support python -m zoo.run    # all of it
-    PYTHONPATH=tests:tests/support python -m zoo.run --only 'timm/*' llama
+    PYTHONPATH=tests:tests/support:benchmarks python -m zoo.run    # all of it
+    PYTHONPATH=tests:tests/support:benchmarks python -m zoo.run --only 'timm/*' llama
 
 `--only` takes shell patterns, and leaves docs/zoo.md as it is.
 
@@ -30,6 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
+from speed.environment import commit, processor, version
 from zoo.registry import named
 from zoo.result import Result
 
@@ -123,10 +124,10 @@ def main() -> int:
     parser.add_argument("--table", type=Path, help="where to write the table (default docs/zoo.md, for a whole run)")
     options = parser.parse_args()
 
-    begin, version = time.monotonic(), code_version()
+    begin, code = time.monotonic(), code_version()
     names = list(named(options.only))[:: options.every]
     results = (
-        {name: result for name, result in kept(options.results, version).items() if name in names}
+        {name: result for name, result in kept(options.results, code).items() if name in names}
         if options.resume
         else {}
     )
@@ -136,10 +137,18 @@ def main() -> int:
         found = run(left, jobs=options.jobs, timeout=options.timeout)
         for count, result in enumerate(found, 1):
             results[result.name] = result
-            file.write(json.dumps({"name": result.name, "code": version, "result": dataclasses.asdict(result)}) + "\n")
+            file.write(json.dumps({"name": result.name, "code": code, "result": dataclasses.asdict(result)}) + "\n")
             file.flush()
             print(f"[{count}/{len(left)}] {result.line()}", flush=True)
     return finish(results, options, time.monotonic() - begin)
+
+
+def measured() -> str:
+    """With which code, releases and processor the results were made."""
+    releases = ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "torchvision", "timm", "transformers", "diffusers")
+    )
+    return f"{releases}; commit {commit()}; {processor()}."
 
 
 def finish(results: dict[str, Result], options: argparse.Namespace, seconds: float) -> int:
@@ -149,7 +158,7 @@ def finish(results: dict[str, Result], options: argparse.Namespace, seconds: flo
     ordered = [results[name] for name in sorted(results)]
     whole = not options.only and options.every == 1
     if target := options.table or (TABLE if whole else None):
-        target.write_text(markdown(ordered, seconds))
+        target.write_text(markdown(ordered, measured()))
         print(f"The table is in {target}.")
     print("\n".join(f"{key}: {value}" for key, value in totals(ordered).items()), f"\n{seconds / 60:.1f} minutes")
     wrong = [result.name for result in ordered if not result.right]

@@ -34,8 +34,8 @@ def totals(results: list[Result]) -> dict[str, str]:
     return counts
 
 
-def markdown(results: list[Result], seconds: float) -> str:
-    """The whole page."""
+def markdown(results: list[Result], measured: str) -> str:
+    """The whole page; `measured` says with which code, releases and processor."""
     groups: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         groups[result.name.partition("/")[0]].append(result)
@@ -47,10 +47,11 @@ def markdown(results: list[Result], seconds: float) -> str:
             "`make zoo` writes this page; do not edit it. Every linear layer and convolution of every model is adapted",
             "(r = 3, random vectors), and the model is compared with the plain model over weights `W Q` in float64.",
             "",
+            measured,
+            "",
             "| | |",
             "|---|---|",
             *(f"| {key} | {value} |" for key, value in totals(results).items()),
-            f"| elapsed minutes | {seconds / 60:.0f} |",
             "",
             *_by_library(groups, order),
             *_troubles(results),
@@ -64,7 +65,7 @@ def markdown(results: list[Result], seconds: float) -> str:
 
 
 def _by_library(groups: dict[str, list[Result]], order: list[str]) -> Iterable[str]:
-    yield "| library | models | correct | torch.fx | layers | layers | refused layers |"
+    yield "| library | models | correct | traced | captured | layers | refused layers |"
     yield "|---|--:|--:|--:|--:|--:|--:|"
     for library in order:
         rows = groups[library]
