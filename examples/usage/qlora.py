@@ -1,9 +1,9 @@
-"""QLoRA with reflections: train over a 4-bit base, export as LoRA, and fold into the 16-bit base.
+"""QLoRA with reflections and TRL: train over a 4-bit base, export as LoRA, and fold into the 16-bit base.
 
     python examples/usage/qlora.py meta-llama/Llama-3.1-8B --output qlora    # on a GPU
     python examples/usage/qlora.py --tiny                                    # a random Llama, on a CPU
 
-It needs bitsandbytes and PEFT. The base is a name on the Hub or a folder.
+It needs bitsandbytes, PEFT and TRL. The base is a name on the Hub or a folder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import peft
 import torch
+from datasets import Dataset
 from huggingface_hub import snapshot_download
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,10 +27,11 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
     PrinterCallback,
-    Trainer,
-    TrainingArguments,
 )
+from trl import SFTConfig, SFTTrainer
 
 import hra_fx
 
@@ -48,58 +51,69 @@ def in_4_bits(base: Path) -> PreTrainedModel:
     return peft.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def train(model: PreTrainedModel, tokens: list[list[int]], folder: Path) -> list[float]:
-    """Train the vectors; return the losses."""
-    arguments = TrainingArguments(
-        str(folder), max_steps=20, per_device_train_batch_size=4, learning_rate=1e-3, logging_steps=1,
-        bf16=torch.cuda.is_available(), save_strategy="no", report_to=[], disable_tqdm=True, seed=0,
-        dataloader_pin_memory=torch.cuda.is_available(),
+def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[float]:
+    """Train the vectors in pairs; return the losses."""
+    on_gpu = torch.cuda.is_available()
+    arguments = SFTConfig(
+        str(folder), max_steps=20, per_device_train_batch_size=4, learning_rate=3e-3, logging_steps=1, max_length=128,
+        bf16=on_gpu, use_cpu=not on_gpu, save_strategy="no", report_to=[], disable_tqdm=True, seed=0,
+        dataloader_pin_memory=on_gpu,
     )  # fmt: skip
-    data = [{"input_ids": torch.tensor(row), "labels": torch.tensor(row)} for row in tokens]
-    trainer = Trainer(model, arguments, train_dataset=data)
+    texts = Dataset.from_list([{"text": TEXT}] * 80)
+    trainer = SFTTrainer(model, arguments, train_dataset=texts, processing_class=tokenizer)
+    for parameter in model.parameters():  # TRL casts them to bfloat16, in which they hardly train
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    hra_fx.train_pairs(trainer.create_optimizer(), model)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 @torch.no_grad()
-def loss_of(model: PreTrainedModel, tokens: list[list[int]]) -> float:
-    batch = torch.tensor(tokens[:4], device=model.device)
+def loss_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
+    batch = tokenizer(TEXT, return_tensors="pt").input_ids.to(model.device)
     return model(input_ids=batch, labels=batch).loss.item()
 
 
-def run(base: Path, tokens: list[list[int]], output: Path) -> None:
+def run(base: Path, output: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
     # Every Linear: bitsandbytes passes no gradient through others that a CPU with AVX512-BF16 has evaluated.
     config = hra_fx.HRAConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
     model = hra_fx.transform(in_4_bits(base), config)
-    losses = train(model, tokens, output / "run")
+    losses = train(model, tokenizer, output / "run")
     print(f"trained over 4 bits, loss {losses[0]:.2f} -> {losses[-1]:.2f}")
-    trained = loss_of(model, tokens)
+    trained = loss_of(model, tokenizer)
     hra_fx.save_adapter(model, output / "adapter")
     hra_fx.save_as_lora(model, output / "lora")  # of the 4-bit weights, to be served over them
     del model
 
     model = hra_fx.load_adapter(in_4_bits(base), output / "adapter")
-    print(f"opened over 4 bits, difference of the loss: {abs(loss_of(model, tokens) - trained):.1e}")
+    print(f"opened over 4 bits, difference of the loss: {abs(loss_of(model, tokenizer) - trained):.1e}")
     model = peft.PeftModel.from_pretrained(in_4_bits(base), output / "lora")
-    print(f"as LoRA over 4 bits, difference of the loss: {abs(loss_of(model, tokens) - trained):.1e}")
+    print(f"as LoRA over 4 bits, difference of the loss: {abs(loss_of(model, tokenizer) - trained):.1e}")
     del model
 
     hra_fx.fold_checkpoint(base, output / "adapter", output / "folded", overwrite=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     before, after = (
-        loss_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device), tokens)
+        loss_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device), tokenizer)
         for folder in (base, output / "folded")
     )
     print(f"folded into the 16-bit base, loss {before:.2f} -> {after:.2f}")
 
 
 def tiny(folder: Path) -> Path:
-    """A random Llama in bfloat16 on disk, which reads bytes."""
+    """A random Llama in bfloat16 on disk, which knows the words of the text."""
     torch.manual_seed(0)
+    words = dict.fromkeys(["<pad>", "<eos>", *TEXT.replace(".", " .").split()])
+    rules = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>"))
+    rules.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=rules, pad_token="<pad>", eos_token="<eos>")
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=256, initializer_range=0.2, bos_token_id=1, eos_token_id=2, **sizes)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokens = {"vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": 1}
+    LlamaForCausalLM(LlamaConfig(initializer_range=0.2, **tokens, **sizes)).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -111,15 +125,12 @@ def main() -> None:
     given = parser.parse_args()
     if given.tiny:
         with tempfile.TemporaryDirectory() as folder:
-            length = 32
-            rows = [list(TEXT.encode()[start : start + length]) for start in range(16)]
-            run(tiny(Path(folder, "base")), rows, Path(folder))
+            run(tiny(Path(folder, "base")), Path(folder))
         return
     base = Path(given.model)
     if not base.is_dir():
         base = Path(snapshot_download(given.model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
-    words = AutoTokenizer.from_pretrained(base)(TEXT * 20).input_ids
-    run(base, [words[start : start + 128] for start in range(0, 64, 4)], given.output)
+    run(base, given.output)
 
 
 if __name__ == "__main__":
