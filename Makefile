@@ -136,6 +136,12 @@ bench-moe: $(VENV)/test.stamp ## adapted experts in hra_fx and PEFT's LoRA
 bench-mixed: $(VENV)/test.stamp ## 64 adapters in one batch
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mixed.py
 
+bench-page: $(VENV)/test.stamp ## size of the HTML page, and the time to write and to open it
+	PYTHONPATH=benchmarks $(BIN)/python -W ignore benchmarks/page.py
+
+report: $(VENV)/test.stamp ## every measurement whose code has changed, into docs/measurements.md (hours, resumable)
+	PYTHONPATH=benchmarks $(BIN)/python -W ignore benchmarks/report.py $(REPORT_FLAGS)
+
 ##@ Maintenance
 
 check: $(VENV)/test.stamp $(PAGE_STAMP) ## lint, formatting, types, layering
