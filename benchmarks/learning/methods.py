@@ -48,7 +48,10 @@ class Method:
 def layer_shapes(model: nn.Module, targets: Sequence[str]) -> list[tuple[int, int]]:
     """`(out, in)` of each layer that is named; a convolution's `in` counts the elements of its kernel."""
     return [
-        (len(module.weight), module.weight[0].numel())
+        # A quantized weight is packed, so its shape does not tell.
+        (module.out_features, module.in_features)
+        if isinstance(module, nn.Linear)
+        else (len(module.weight), module.weight[0].numel())
         for name, module in model.named_modules()
         if any(name == target or name.endswith(f".{target}") for target in targets)
     ]
