@@ -36,32 +36,39 @@ def step_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[], N
     def step() -> None:
         model(**inputs).loss.backward()
         model.zero_grad()
+        if inputs["input_ids"].is_cuda:
+            torch.cuda.synchronize()
 
     return step
 
 
-def main() -> None:
+def steps(
+    width: int, layers: int, batch: int, length: int, *, rounds: int = ROUNDS, device: str = "cpu"
+) -> tuple[float, float]:
+    """The time of a step of the graph, relative to eager mode: with adapters, and without."""
     config = hra_fx.HRAConfig(r=8, target_modules="all-linear")
+    base = llama(width, layers).to(device)
+    ids = torch.randint(0, 512, (batch, length), device=device)
+    inputs = {"input_ids": ids, "labels": ids}
+    models = {
+        "eager": hra_fx.transform(copy.deepcopy(base), config),
+        "graph": hra_fx.transform(copy.deepcopy(base), config, trace=True, example_inputs=inputs),
+        "plain": base,
+        "plain graph": capture_layers(base, ((), inputs)),
+    }
+    times = in_turns({name: step_of(model, inputs) for name, model in models.items()}, rounds)
+    return ratio(times["graph"], times["eager"]), ratio(times["plain graph"], times["plain"])
+
+
+def main() -> None:
     for width, layers, batch, length in SIZES:
-        base = llama(width, layers)
-        ids = torch.randint(0, 512, (batch, length))
-        inputs = {"input_ids": ids, "labels": ids}
-        models = {
-            "eager": hra_fx.transform(copy.deepcopy(base), config),
-            "graph": hra_fx.transform(copy.deepcopy(base), config, trace=True, example_inputs=inputs),
-            "plain": base,
-            "plain graph": capture_layers(base, ((), inputs)),
-        }
-        times = in_turns({name: step_of(model, inputs) for name, model in models.items()}, ROUNDS)
-        adapted, plain = (
-            ratio(times[one], times[other]) for one, other in (("graph", "eager"), ("plain graph", "plain"))
-        )
+        adapted, plain = steps(width, layers, batch, length)
         print(
             f"{layers} layers of width {width}, {batch} x {length} tokens: a step of the graph takes {adapted:.2f} of "
             f"eager mode's; without adapters {plain:.2f}",
             flush=True,
         )
-    model = llama(64, LAYERS_CAPTURED)
+    model, config = llama(64, LAYERS_CAPTURED), hra_fx.HRAConfig(r=8, target_modules="all-linear")
     start = time.process_time()
     hra_fx.transform(model, config, trace=True)
     print(f"Capture of {LAYERS_CAPTURED} layers: {time.process_time() - start:.1f} s of CPU time")

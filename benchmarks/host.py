@@ -13,7 +13,7 @@ import functools
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,41 +34,42 @@ _OURS = str(Path(hra_fx.__file__).parent)
 BASE, LORA, OURS = "base", "PEFT LoRA", "hra_fx"
 
 
-def base_model() -> Any:
+def base_model(blocks: int = BLOCKS) -> Any:
     torch.manual_seed(0)
     sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_attention_heads": 2, "num_key_value_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=BLOCKS, vocab_size=32)).requires_grad_(False)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=blocks, vocab_size=32)).requires_grad_(False)
     model.model.layers[0].input_layernorm.weight.requires_grad_(True)  # a backward pass through all layers
     return model
 
 
-def adapted_model() -> Any:
-    return hra_fx.transform(base_model(), hra_fx.HRAConfig(r=RANK, target_modules=TARGETS))
+def adapted_model(blocks: int = BLOCKS) -> Any:
+    return hra_fx.transform(base_model(blocks), hra_fx.HRAConfig(r=RANK, target_modules=TARGETS))
 
 
-def models() -> dict[str, Any]:
+def models(blocks: int = BLOCKS) -> dict[str, Any]:
     """The base model, and adapted ones."""
     configs = {
         LORA: peft.LoraConfig(r=RANK, target_modules=TARGETS),
         "PEFT DoRA": peft.LoraConfig(r=RANK, target_modules=TARGETS, use_dora=True),
         "PEFT OFT": peft.OFTConfig(r=0, oft_block_size=RANK, target_modules=TARGETS),
     }
-    made: dict[str, Any] = {name: peft.get_peft_model(base_model(), config) for name, config in configs.items()}
-    return {BASE: base_model(), OURS: adapted_model(), **made}
+    made: dict[str, Any] = {name: peft.get_peft_model(base_model(blocks), config) for name, config in configs.items()}
+    return {BASE: base_model(blocks), OURS: adapted_model(blocks), **made}
 
 
 def train(model: Any) -> None:
-    model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    ids = IDS.to(model.device)
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
 
 def infer(model: Any) -> None:
     with torch.no_grad():
-        model(input_ids=IDS, use_cache=False)
+        model(input_ids=IDS.to(model.device), use_cache=False)
 
 
 def generate(model: Any) -> None:
     tokens = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
-    model.generate(input_ids=IDS, **tokens, do_sample=False, pad_token_id=0)
+    model.generate(input_ids=IDS.to(model.device), **tokens, do_sample=False, pad_token_id=0)
 
 
 WORK: dict[str, Callable[[Any], None]] = dict(zip(ROUNDS, (train, infer, generate), strict=True))
@@ -98,18 +99,27 @@ def frames(model: nn.Module) -> tuple[float, float]:
     return inside / len(layers), outside / len(layers)
 
 
+def added(made: dict[str, Any], rounds: dict[str, int]) -> Iterator[tuple[str, dict[str, float]]]:
+    """For each kind of work: what each method adds to the host time of the base model, relative to PEFT's LoRA.
+
+    On a GPU, the calls return before the device has finished, so the time is that of launching.
+    """
+    now = time.process_time if made[BASE].device.type == "cpu" else time.perf_counter
+    for what, work in WORK.items():
+        for model in made.values():
+            model.train(work is train)
+        times = in_turns({name: functools.partial(work, model) for name, model in made.items()}, rounds[what], now)
+        median = {name: statistics.median(own) for name, own in times.items()}
+        lora = median[LORA] - median[BASE]
+        yield what, {name: (own - median[BASE]) / lora for name, own in median.items() if name != BASE}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     made = models()
     print(f"{BLOCKS * len(TARGETS)} adapted layers, torch {torch.__version__}, peft {peft.__version__}")
-    for what, work in WORK.items():
-        for model in made.values():
-            model.train(work is train)
-        calls = {name: functools.partial(work, model) for name, model in made.items()}
-        times = in_turns(calls, ROUNDS[what], time.process_time)
-        median = {name: statistics.median(own) for name, own in times.items()}
-        added = {name: (own - median[BASE]) / (median[LORA] - median[BASE]) for name, own in median.items()}
-        print(f"{what:<26}" + ", ".join(f"{name} {added[name]:.2f}" for name in made if name != BASE), flush=True)
+    for what, found in added(made, ROUNDS):
+        print(f"{what:<26}" + ", ".join(f"{name} {value:.2f}" for name, value in found.items()), flush=True)
     inside, outside = frames(made[OURS].train())
     print(f"frames of hra_fx per layer: {inside:.1f} in the layer, {outside:.1f} in the batch")
 

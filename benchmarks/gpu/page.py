@@ -40,6 +40,10 @@ def _lines(report: Report) -> Iterator[str]:
         checks = [check for check in report.checks if check.group == group]
         yield from (f"| {check.words} | {check.verdict} | {check.detail} |" for check in checks)
         yield ""
+    for group in dict.fromkeys(ratio.group for ratio in report.ratios):
+        yield from (f"## {group}", "", "| | |", "|---|--:|")
+        yield from (f"| {ratio.words} | {ratio.value:.2f} |" for ratio in report.ratios if ratio.group == group)
+        yield ""
     yield from _launches(report)
     if report.cells:
         yield from ("## Time and memory", "", *tables(report.cells))

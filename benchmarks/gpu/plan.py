@@ -27,6 +27,8 @@ class Plan:
         graphs: settings that are captured, of mode `gradients` in float32; the first is compiled too.
         measured: settings whose steps are measured, with the methods, and `rounds` the most rounds of one.
         launches: settings in which launches are counted, of mode `gradients`, with the methods.
+        host_blocks: blocks of the tiny Llama whose host time is measured.
+        graph_steps: (width, layers, batch, length) of Llamas whose graph is compared with eager mode.
     """
 
     device: str
@@ -37,6 +39,8 @@ class Plan:
     measured: list[tuple[Setting, tuple[str, ...]]]
     rounds: int
     launches: list[tuple[Setting, tuple[str, ...]]]
+    host_blocks: int
+    graph_steps: tuple[tuple[int, int, int, int], ...]
 
 
 def for_gpu() -> Plan:
@@ -56,6 +60,8 @@ def for_gpu() -> Plan:
             (_on_gpu("llama-64x12", "gradients", 256), WITH_PEFT_HRA),
             (_on_gpu("convolutions-16x12", "gradients", 2), METHODS[1:]),
         ],
+        host_blocks=16,
+        graph_steps=((64, 4, 2, 16), (2048, 4, 4, 512)),
     )
 
 
@@ -104,4 +110,6 @@ def smoke() -> Plan:
         ],
         rounds=2,
         launches=[(Setting("llama-64x1", "gradients", 16), METHODS[1:])],
+        host_blocks=1,
+        graph_steps=((16, 1, 2, 8),),
     )

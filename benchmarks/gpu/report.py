@@ -33,6 +33,21 @@ class Check:
         return "not checked" if self.holds is None else "yes" if self.holds else "**no**"
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """A time relative to another one of the same run.
+
+    Attributes:
+        group: what it belongs to.
+        words: what is measured.
+        value: the ratio.
+    """
+
+    group: str
+    words: str
+    value: float
+
+
 @dataclass
 class Report:
     """A run.
@@ -42,6 +57,7 @@ class Report:
         checks: in the order in which they were made.
         cells: times and bytes, in the order in which they were measured.
         launches: what methods launch per site, by the unit that is counted.
+        ratios: of host time and of graph mode.
         failures: parts that ended with an error, with the reason.
     """
 
@@ -49,6 +65,7 @@ class Report:
     checks: list[Check] = field(default_factory=list)
     cells: list[Cell] = field(default_factory=list)
     launches: dict[str, list[PerSite]] = field(default_factory=dict)
+    ratios: list[Ratio] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
 
     def save(self, file: Path) -> None:

@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 
+import graphs as mode
+import host
 from speed.grid import Job
 from speed.launches import kernels, operators
 from speed.measuring import carry_out
@@ -16,12 +18,14 @@ from speed.timing import Budget, Measured, reason
 from gpu.correctness import correctness
 from gpu.graphs import compiled, graphs
 from gpu.plan import Plan
-from gpu.report import Check, Report
+from gpu.report import Check, Ratio, Report
 from gpu.waiting import waiting
 
 #: Of the time of a setting, for its rounds; the rest is for making models and warming up.
 FOR_ROUNDS = 0.5
 NEEDS_CUDA = "needs CUDA"
+HOST = "Host time that adapters add in a tiny Llama, relative to PEFT LoRA"
+GRAPH_MODE = "A training step of a graph of `transform(trace=True)`, relative to eager mode"
 
 
 class WrongResult(Exception):
@@ -62,6 +66,8 @@ class Run:
         self._part("waiting", lambda: self._checks(waiting(plan.waiting)))
         self._part("CUDA graphs", lambda: self._checks(graphs(plan.graphs)))
         self._part("reduce-overhead", lambda: self._checks(compiled(plan.graphs[0])))
+        self._part("host time", self._host)
+        self._part("graph mode", self._graph_mode)
         self._part("launches", self._launches)
         self._part("steps", self._steps)
 
@@ -82,6 +88,26 @@ class Run:
             self._tell(f"{check.words}: {check.verdict} ({check.detail})" if check.detail else f"{check.words}: yes")
             self._save()
         return made
+
+    def _host(self) -> None:
+        made = host.models(self._plan.host_blocks)
+        for model in made.values():
+            model.to(self._plan.device)
+        rounds = dict.fromkeys(host.ROUNDS, min(10, self._plan.rounds))
+        for what, found in host.added(made, rounds):
+            self._ratios(HOST, {f"{what}: {name}": value for name, value in found.items()})
+
+    def _graph_mode(self) -> None:
+        for width, layers, batch, length in self._plan.graph_steps:
+            size = f"Llama of {layers} layers of width {width}, {batch} x {length} tokens"
+            rounds = min(10, self._plan.rounds)
+            with_adapters, plain = mode.steps(width, layers, batch, length, rounds=rounds, device=self._plan.device)
+            self._ratios(GRAPH_MODE, {f"{size}, with adapters": with_adapters, f"{size}, without": plain})
+
+    def _ratios(self, group: str, found: dict[str, float]) -> None:
+        self.report.ratios += [Ratio(group, words, value) for words, value in found.items()]
+        self._tell(", ".join(f"{words} {value:.2f}" for words, value in found.items()))
+        self._save()
 
     def _launches(self) -> None:
         units = {"operators": operators} | ({"kernels": kernels} if self._plan.device == "cuda" else {})

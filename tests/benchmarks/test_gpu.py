@@ -53,6 +53,8 @@ def test_it_runs_without_the_project_installed(tmp_path: Path) -> None:
         assert (cell["measured"]["values"] == {}) is needs_cuda
         assert set(cell["measured"]["left_out"].values()) == ({"needs CUDA"} if needs_cuda else set())
     assert all(found["launches"]["operators"][0]["launches"][key] for key in ("lora", "ours", "ours-gs"))
+    assert all(ratio["value"] > 0 for ratio in found["ratios"])
+    assert len(found["ratios"]) == 3 * 4 + 2, "three kinds of work with four methods, and two graphs"
     text = (tmp_path / "benchmarks_gpu.md").read_text()
     assert "## Correctness" in text
     assert "| ResNet blocks of 32, 64 channels, latents of 16 | 1 image " in text
@@ -99,6 +101,7 @@ def test_a_part_that_fails_is_recorded_and_the_next_ones_run() -> None:
         waiting=[dataclasses.replace(tiny, workload="no-such")],
         graphs=[tiny],
         launches=[(tiny, ("lora",))],
+        graph_steps=(),
         measured=[(dataclasses.replace(tiny, mode="training"), ("base", "lora"))],
     )
     run = run_of(plan, 0.0, files)
