@@ -8,7 +8,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from zoo.entry import Entry
 from zoo.oracle import Oracle, randomise, stir
 from zoo.outputs import Differs, check_usable, seed
@@ -243,7 +243,12 @@ class Trial(Runs):
         # Where a layer has no effect, its gradient is rounding.
         zero = _ZERO[self.dtype] * max((float(gradient.abs().max()) for gradient in wanted.values()), default=0.0)
         large = [path for path, gradient in wanted.items() if float(gradient.abs().max()) > zero]
-        self._equal({path: found[path] for path in large}, {path: wanted[path] for path in large})
+
+        def noisy() -> dict[str, Tensor]:
+            made = self.noisy_gradients(False)
+            return {path: made[path] for path in large}
+
+        self.judge({path: found[path] for path in large}, {path: wanted[path] for path in large}, noisy)
 
     def check_fold(self) -> None:
         """The folded model has the keys and classes of the base model, and the rotated weights."""

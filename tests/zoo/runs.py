@@ -159,12 +159,13 @@ class Runs:
             found = {path: gradients[path] for path in wanted}
             return {path: torch.zeros_like(wanted[path]) if g is None else g.double() for path, g in found.items()}
 
-        def noisy() -> dict[str, Tensor]:
-            other = Oracle(self.base, self.model, _NOISE[self.dtype])
-            _backward(self.run(other.plain.train(training), grad=True))
-            return pick(other.gradients())
+        self.judge(pick(actual), wanted, lambda: pick(self.noisy_gradients(training)))
 
-        self.judge(pick(actual), wanted, noisy)
+    def noisy_gradients(self, training: bool) -> dict[str, Tensor]:
+        """The gradients of the vectors of the oracle with slightly changed weights."""
+        other = Oracle(self.base, self.model, _NOISE[self.dtype])
+        _backward(self.run(other.plain.train(training), grad=True))
+        return other.gradients()
 
 
 def _backward(output: dict[str, Tensor]) -> bool:
