@@ -1,4 +1,4 @@
-"""Regular expressions for the paths that entries of a configuration match, by PEFT's rules."""
+"""Regular expressions that match module paths with the entries of a configuration, by PEFT's rules."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def test_nothing_there_is_refused(tmp_path: Path) -> None:
 def test_a_file_is_refused(tmp_path: Path) -> None:
     file = saved(tmp_path) / WEIGHTS_NAME
     for source in (file, str(file)):
-        assert refused(source) == f"{file}: is a file. Give the folder that contains it."
+        assert refused(source) == f"{file}: is a file. Pass the folder that contains it."
 
 
 @pytest.mark.parametrize("name", BOTH)
