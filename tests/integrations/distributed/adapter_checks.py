@@ -173,7 +173,7 @@ def refused_copies(rank: int, folder: Path) -> None:
     """FSDP2 puts back the parameters that it found, so trained copies cannot change places."""
     model = shard(COPIES.model(), COPIES.units)
     output(model, COPIES)
-    message = "trained copies .* would have to be exchanged, but fully_shard restores"
+    message = "trained copies .* cannot be switched, because fully_shard restores"
     with pytest.raises(AdapterError, match=message), hra_fx.disable_adapters(model):
         pass
     with pytest.raises(AdapterError, match=message):
