@@ -252,7 +252,7 @@ def test_names_that_do_not_fit() -> None:
         assert refused(model, given) == f"{wrong}{given!r}."
     text = (
         "conv: adapter_names has 3 names, so the first dimension of the layer's input must be 3, got an input of shape "
-        "(2, 4, 8, 7). Give one name per row of the batch. "
+        "(2, 4, 8, 7). Pass one name per row of the batch. "
     )
     assert refused(model, ["even"] * 3).startswith(text)
     with hra_fx.mixed_batch(model, ["even"] * 4), pytest.raises(AdapterError, match=r"^one: .* got an input of shape"):
