@@ -184,7 +184,7 @@ def odd() -> ExportedProgram:
     [
         (
             "emb",
-            "emb: its weight is also used by aten.embedding.default (node 'embedding' in emb), which would see the",
+            "emb: its weight is also used by aten.embedding.default (node 'embedding' in emb), which would get the",
         ),
         ("penalised", "penalised: its weight is also used by aten.linalg_vector_norm.default"),
         (
@@ -197,7 +197,7 @@ def odd() -> ExportedProgram:
         ),
         (
             "guarded",
-            "guarded: the layer runs in a block that torch.export captures as a graph of its own (wrap_with_auto",
+            "guarded: the layer runs in a block that torch.export captures as a separate graph (wrap_with_auto",
         ),
         ("unused", "unused: in this graph its weight is not used"),
         ("detached", "detached: in this graph its weight is used by aten.detach"),
