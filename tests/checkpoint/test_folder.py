@@ -43,11 +43,11 @@ def test_the_files_may_be_links_as_in_the_cache_of_the_hub(tmp_path: Path) -> No
 
 def test_nothing_there_is_refused(tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere"
-    assert refused(nowhere) == f"{nowhere}: no such folder. Give the folder of an adapter."
+    assert refused(nowhere) == f"{nowhere}: no such folder. Pass the folder of an adapter."
     for source in (str(nowhere), "a/b/c", "two words", "", "../nowhere", "x" * 5000):
         message = refused(source)
         assert message.startswith(f"{source}: no such folder, and not a valid Hub repository name.")
-        assert "Give a folder, or a name such as 'user/name'." in message
+        assert "Pass a folder, or a name such as 'user/name'." in message
 
 
 def test_a_file_is_refused(tmp_path: Path) -> None:

@@ -133,8 +133,8 @@ def test_a_form_that_is_none(shelf: Shelf, tmp_path: Path) -> None:
 def test_experts_have_no_form_for_peft(tmp_path: Path) -> None:
     adapter = made.adapter_of(built("qwen3_moe"), tmp_path / "adapter", "q_proj", target_parameters=TARGETS)
     assert mistake("convert", adapter, tmp_path / "out", "--to", "peft") == (
-        f"{adapter / WEIGHTS}: the adapter is on parameters of experts (target_parameters={TARGETS}), which PEFT's HRA "
-        "does not support. Use --to lora."
+        f"{adapter / WEIGHTS}: the adapter adapts parameters of experts (target_parameters={TARGETS}), which PEFT's "
+        "HRA does not support. Use --to lora."
     )
     answer("convert", adapter, tmp_path / "out", "--to", "hra_fx")
     found, wanted = (load_file(folder / WEIGHTS) for folder in (tmp_path / "out", adapter))

@@ -160,7 +160,7 @@ def test_transform_warns_once() -> None:
 
 
 EXPERTS = (
-    "'gate_up_proj' is a 3-D parameter of MixtralExperts, which `target_modules` does not reach. Use "
+    "'gate_up_proj' is a 3-D parameter of MixtralExperts, which `target_modules` does not select. Use "
     "target_parameters=['experts.gate_up_proj']."
 )
 
@@ -170,7 +170,7 @@ def test_the_name_of_a_parameter_says_what_to_write_instead() -> None:
         select(mixtral(), HRAConfig(target_modules=["gate_up_proj", "down_proj"]))
     assert str(caught.value) == (
         "`target_modules=['down_proj', 'gate_up_proj']` matches no module of MixtralForCausalLM. 'down_proj' and "
-        "'gate_up_proj' are 3-D parameters of MixtralExperts, which `target_modules` does not reach. Use "
+        "'gate_up_proj' are 3-D parameters of MixtralExperts, which `target_modules` does not select. Use "
         "target_parameters=['experts.gate_up_proj', 'experts.down_proj']."
     )
     assert warned(mixtral(), target_modules=["q_proj", "gate_up_proj"]) == [
