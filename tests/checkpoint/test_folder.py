@@ -59,7 +59,7 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", BOTH)
 def test_a_missing_file_is_refused_by_name(tmp_path: Path, name: str) -> None:
     (saved(tmp_path) / name).unlink()
-    wanted = "no such file. Give the folder that an adapter was saved in (in PEFT, with safe_serialization=True)."
+    wanted = "no such file. Pass the folder that an adapter was saved in (in PEFT, with safe_serialization=True)."
     assert refused(tmp_path) == f"{tmp_path / name}: {wanted}"
     (tmp_path / name).mkdir()
     assert refused(tmp_path) == f"{tmp_path / name}: {wanted}"
@@ -77,10 +77,10 @@ def test_adapters_in_subfolders_are_named(tmp_path: Path) -> None:
     for name in ("b", "a", "deep/c"):
         saved(tmp_path / name)
     (saved(tmp_path / "unfinished") / WEIGHTS_NAME).unlink()
-    suggestion = "There are adapters in the subfolders 'a', 'b': give the path of one of them."
+    suggestion = "There are adapters in the subfolders 'a', 'b': pass the path of one of them."
     assert refused(tmp_path) == f"{tmp_path / CONFIG_NAME}: no such file. {suggestion}"
     assert refused(tmp_path, "other") == f"{tmp_path / 'other'}: no such folder. {suggestion}"
-    assert "subfolders 'deep/c': give the path of one of them." in refused(tmp_path, "deep")
+    assert "subfolders 'deep/c': pass the path of one of them." in refused(tmp_path, "deep")
 
 
 def test_an_unknown_option_is_named(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def test_a_part_of_a_pipeline_becomes_a_file_of_diffusers(tmp_path: Path) -> Non
     (tmp_path / "pipe" / "model_index.json").write_text("{}")
     adapter = made.adapter_of(unet(), tmp_path / "adapter", "to_q", "conv1")
     words = ("convert", adapter, tmp_path / "out", "--to", "lora", "--base")
-    assert mistake(*words, tmp_path / "pipe").endswith("Give the folder of the adapted part, one of unet.")
+    assert mistake(*words, tmp_path / "pipe").endswith("Pass the folder of the adapted part, one of unet.")
     assert "(diffusers, float32)" in answer(*words, tmp_path / "pipe" / "unet")
     model = type(unet()).from_pretrained(tmp_path / "pipe" / "unet")
     hra_fx.save_as_lora(hra_fx.load_adapter(model, adapter), tmp_path / "memory")

@@ -107,7 +107,7 @@ def test_mistakes(shelf: Shelf, tmp_path: Path) -> None:
     )
     assert "no/such/folder: no such folder, and not a valid Hub" in mistake("inspect", "no/such/folder")
     said = mistake("inspect", shelf.folder)
-    assert "There are adapters in the subfolders 'my-adapter', 'orthonormal', 'second': give the path of" in said
+    assert "There are adapters in the subfolders 'my-adapter', 'orthonormal', 'second': pass the path of" in said
     for part in ("unet", "vae"):
         (tmp_path / part).mkdir()
         (tmp_path / part / "config.json").write_text("{}")
