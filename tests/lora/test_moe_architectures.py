@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 #: Shared experts whose names PEFT converts, both layouts of experts, and a router with a forward of its own.
 SOME = ("dots1", "ernie4_5_moe", "hunyuan_v1_moe", "gpt_oss", "llama4_text")
 REASONS = re.compile(
-    "is the output projection of an attention|has its own forward|has groups|that another module reads|"
+    "is the output projection of attention|has its own forward|has groups|that another module reads|"
     "would not be found by PEFT|has a name that PEFT's LoRA does not support in Mamba models"
 )
 

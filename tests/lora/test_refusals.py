@@ -33,7 +33,7 @@ CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "layer: Conv2d 4->6 3x3 has padding_mode='reflect', but PEFT's LoRA always pads with zeros",
     ),
     "a standardized weight": (lambda: StdConv2d(4, 6, 3), "layer: Conv2d 4->6 3x3 has its own forward, for which"),
-    "a padded input": (lambda: Conv2dSame(4, 6, 3, stride=2), "layer: Conv2d 4->6 3x3 has its own forward, with"),
+    "a padded input": (lambda: Conv2dSame(4, 6, 3, stride=2), "layer: Conv2d 4->6 3x3 has its own forward, for"),
 }
 
 
