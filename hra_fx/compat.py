@@ -69,7 +69,7 @@ has_global_module_hooks: Callable[[], bool] = nn_module._has_any_global_hook
 
 
 def with_own_hooks(modules: Iterable[nn.Module]) -> set[nn.Module]:
-    """Those of `modules` that have registered hooks."""
+    """The modules in `modules` that have registered hooks."""
     return {
         part
         for part in modules
@@ -83,13 +83,13 @@ def has_own_hooks(module: nn.Module) -> bool:
 
 
 def has_backward_hooks(module: nn.Module) -> bool:
-    """Whether the backward pass of a module runs hooks, its own or those of all modules."""
+    """Whether the backward pass of a module runs hooks, either its own or global ones."""
     own = module._backward_hooks or module._backward_pre_hooks
     return bool(own or nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks)
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling a module runs hooks, its own or those of all modules."""
+    """Whether calling a module runs hooks, either its own or global ones."""
     return has_own_hooks(module) or has_global_module_hooks()
 
 

@@ -220,7 +220,7 @@ def layers_with(root: nn.Module, record: AdapterState, name: str) -> list[str]:
     """Paths of the layers with an adapter.
 
     Raises:
-        AdapterError: they are not those of its configuration.
+        AdapterError: the layers differ from those in its configuration.
     """
     sites = [path for path, layer in adapted_layers(root).items() if name in layer.hra_u]
     if odd := sorted(targeted(root, record.configs[name]).keys() ^ set(sites)):

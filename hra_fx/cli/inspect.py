@@ -55,7 +55,7 @@ def _is_adapter(folder: Path) -> bool:
 def _summarize_adapter(source: str) -> dict[str, Any]:
     """What `--json` prints for an adapter: `r` trained and `anchor` frozen vectors per layer; angles in radians.
 
-    The angles of a layer are those of `hra_fx.report`.
+    The angles of a layer are the same as in `hra_fx.report`.
     """
     from hra_fx.checkpoint.adapter import read_adapter
     from hra_fx.functional.householder import working_dtype

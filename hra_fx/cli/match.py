@@ -125,7 +125,7 @@ def _configuration(folder: Path | None, fields: dict[str, Any]) -> HRAConfig:
 
     if folder is None:
         return HRAConfig(**fields)
-    # A saved configuration has inference_mode=True, in which nothing is trained.
+    # A saved configuration has inference_mode=True, so nothing would be trained.
     return dataclasses.replace(HRAConfig.from_pretrained(folder), inference_mode=False, **fields)
 
 

@@ -47,7 +47,7 @@ def to_pairs(vectors: Tensor, length: float, difference: float) -> Tensor:
 
 
 def gradients_to_pairs(gradients: Tensor, length: float, difference: float) -> Tensor:
-    """Convert gradients to pair coordinates with the transposed map. The arguments are those of `to_pairs`."""
+    """Convert gradients to pair coordinates with the transposed map. The arguments are the same as for `to_pairs`."""
     return _sums_and_differences(gradients).mul_(_columns(gradients, length, length * difference))
 
 

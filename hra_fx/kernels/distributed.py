@@ -1,8 +1,8 @@
 r"""Reflected rows of a `DTensor`, for a Linear with a weight that is split over the processes of a mesh.
 
-Only the reflection is computed here, on local tensors. The product with the weight, and its collectives, are those of
-the layer without adapters. The vectors and their gradients are plain tensors that are the same in every process. With
-`Z = x F^T` and `h = x + Z R`:
+Only the reflection is computed here, on local tensors. The product with the weight and its collectives are the same as
+in the layer without adapters. The vectors and their gradients are plain tensors that are the same in every process.
+With `Z = x F^T` and `h = x + Z R`:
 
 - Column-wise: `x` and `h` are replicated. The gradient of `h` is summed over the processes, instead of the gradient of
   `x`.

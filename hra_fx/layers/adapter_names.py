@@ -21,7 +21,7 @@ def check_adapter_name(name: object) -> None:
     """Check that a name can be the name of both a parameter and a folder.
 
     Raises:
-        AdapterError: it cannot be used.
+        AdapterError: the name cannot be used.
 
     Example:
         >>> check_adapter_name("style-2")

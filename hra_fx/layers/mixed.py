@@ -97,7 +97,7 @@ def check_rows(adapters: nn.Module, x: Tensor, *, dims: int) -> None:
         dims: the minimum number of dimensions of the input.
 
     Raises:
-        AdapterError: it is not the batch.
+        AdapterError: the first dimension is not the batch.
     """
     batch, copies = CURRENT.batch, CURRENT.copies
     assert batch is not None

@@ -39,7 +39,7 @@ def refuse_peft_layers(model: nn.Module) -> None:
     """Check that a model does not have PEFT layers.
 
     Raises:
-        UnsupportedLayerError: it does; the message names the first one and a fix.
+        UnsupportedLayerError: the model has PEFT layers; the message names the first one and a fix.
     """
     if found := find_peft_layer(model):
         raise UnsupportedLayerError(f"{found[0]}: it already has a PEFT adapter. {found[1]}")

@@ -1,4 +1,4 @@
-"""Values of `W Q` that other code has moved, copied or viewed: a tensor that knows its layer."""
+"""Values of `W Q` that other code has moved, copied or viewed: a tensor that refers to its layer."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ TIED = "_hra_tied"
 class RotatedWeight(Tensor):
     """The weight of an adapted layer as other code sees it: a tensor with the values `W Q`.
 
-    Its metadata (shape, dtype, device) is that of the base weight. Any other operation first computes `W Q`, with
+    It has the metadata (shape, dtype, device) of the base weight. Any other operation first computes `W Q`, with
     gradients for the adapters that are active at that time: like a parameter, a stored weight follows its layer.
     Multiplying it by a number in place scales `W`. Other writes, also into a view, raise an error, because the result
     would be lost: write to `layer.hra_base`, or fold first. Functions that move or copy it return `RotatedValues`.

@@ -155,7 +155,7 @@ def check_names(paths: Iterable[str], model_type: str | None, renamings: Sequenc
         renamings: see `renamings_of`.
 
     Raises:
-        UnsupportedLayerError: it does not; the message names the layer and the reason.
+        UnsupportedLayerError: PEFT does not; the message names the layer and the reason.
     """
     for path in paths:
         if model_type in _MAMBA and path.rpartition(".")[2] in _NOT_IN_MAMBA:

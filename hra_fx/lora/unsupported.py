@@ -67,7 +67,7 @@ def check_expressible(path: str, layer: AdaptedLayer, parent: nn.Module) -> None
     """Check that PEFT's LoRA supports a layer and computes the same.
 
     Raises:
-        UnsupportedLayerError: it does not; the message names the layer and the reason.
+        UnsupportedLayerError: PEFT does not; the message names the layer and the reason.
     """
     if reason := _why_not(layer, parent):
         raise unsupported(path, describe(layer), reason)

@@ -131,7 +131,7 @@ def check_lora(adapters: Mapping[str, LoraAdapter], output: Output) -> list[str]
 
 
 def write_lora(adapters: Mapping[str, LoraAdapter], output: Output) -> LoraResult:
-    """Write adapters, and return a summary. Arguments and errors are those of `check_lora`.
+    """Write adapters, and return a summary. Arguments and errors are the same as for `check_lora`.
 
     Raises:
         AdapterError: a factor is out of the range of the dtype; see also `check_lora`.
@@ -198,7 +198,7 @@ def check_no_model(path: Path) -> None:
     """Check that a folder does not contain a model.
 
     Raises:
-        CheckpointError: it does.
+        CheckpointError: the folder contains a model.
     """
     model = next((name for name in _OF_MODELS if (path / name).exists()), None)
     if model:

@@ -292,7 +292,7 @@ def check_difference(difference: Any, field: str = "difference") -> None:
     """Check that `difference` is valid.
 
     Raises:
-        ConfigError: it is not a finite number > 0.
+        ConfigError: `difference` is not a finite number > 0.
     """
     is_number = isinstance(difference, (int, float)) and not isinstance(difference, bool)
     if not is_number or not 0 < difference < math.inf:

@@ -154,7 +154,7 @@ def check_not_on_disk(layers: Mapping[str, AdaptedLayer]) -> None:
     """Check that accelerate does not load any of the weights from disk.
 
     Raises:
-        FoldError: it does.
+        FoldError: a weight is on disk.
     """
     for path, layer in layers.items():
         if is_on_disk(*weight_place(layer)):

@@ -143,7 +143,7 @@ def root_of(model: nn.Module) -> tuple[nn.Module, AdapterState]:
     """The transformed model in `model`, and its state: `model` itself, or the module in a wrapper such as DDP.
 
     Raises:
-        AdapterError: there is no transformed model, or there are several.
+        AdapterError: no transformed model was found, or several.
     """
     return only_root(model, collect_parts(model))
 

@@ -106,8 +106,8 @@ class Tie(NamedTuple):
 
     Attributes:
         path: path of the transformers model within the whole model.
-        configs: the configurations with the setting turned on: its own and that of its text model, which transformers
-            reads when it loads a file.
+        configs: the configurations with the setting turned on: those of the model and of its text model, which
+            transformers reads when it loads a file.
         pairs: (name of the tied tensor, name of the tensor that it is tied to), within the whole model.
     """
 

@@ -48,7 +48,7 @@ def check_against_folded(model: nn.Module, call: Call) -> None:
         largest weight.
 
     Args:
-        model: a transformed model; it is neither run nor changed.
+        model: a transformed model; it is not run and not changed.
         call: positional and keyword arguments of one call.
 
     Raises:

@@ -52,7 +52,7 @@ def fit_table(
 
 
 def min_width(table: Table) -> int:
-    """The smallest width at which numbers and short words of a table are not broken."""
+    """The smallest width of a table at which no number or short word is broken across lines."""
     return sum(column.min_width or 0 for column in table.columns) + 3 * len(table.columns) + 1
 
 

@@ -137,7 +137,7 @@ def resolve_targets(model: nn.Module, config: HRAConfig, modules: Modules | None
     `modules` is the result of `walk`, if the caller has it.
 
     Raises:
-        SelectionError: `target_modules` is None and there is no default for `model.config.model_type`.
+        SelectionError: `target_modules` is None, and `model.config.model_type` does not have a default.
 
     >>> resolve_targets(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), HRAConfig(target_modules="all-linear"))
     {'0'}

@@ -75,7 +75,7 @@ def _refuse_state(model: nn.Module, *, is_trained: bool) -> None:
     """Check that a model has values, and does not checkpoint activations, because a graph would not do this.
 
     Raises:
-        CaptureError: it does not have values, or checkpoints activations.
+        CaptureError: the model does not have values, or checkpoints activations.
     """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:

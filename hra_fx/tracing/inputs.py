@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def argument_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-    """The names of the arguments of a call, in order; those of `*args` are numbered.
+    """The names of the arguments of a call, in order. Arguments in `*args` are numbered.
 
     Example:
         >>> argument_names(nn.Bilinear(2, 2, 2), (1,), {"input2": 2})

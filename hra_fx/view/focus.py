@@ -23,7 +23,7 @@ def focused(drawing: Drawing, focus: str | None) -> Drawing:
         focus: qualified name of the module; `None` or `""` for the model. All calls of a shared module are shown.
 
     Raises:
-        VisualizeError: there is no such module, or it does not have boxes.
+        VisualizeError: the module does not exist or does not have boxes.
     """
     if not focus:
         return drawing

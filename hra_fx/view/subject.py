@@ -1,6 +1,6 @@
 """The input of a picture for any type of model: traced graphs, their parent modules, and the adapted layers.
 
-A graph of ATen operators, such as that of a program, does not have modules. They are recovered from the names of
+A graph of ATen operators, such as an exported program, does not have modules. They are recovered from the names of
 weights, the operators and `nn_module_stack`. Rotations are removed from a copy of the graph, and the nodes of their
 layers are marked.
 """

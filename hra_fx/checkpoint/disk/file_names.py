@@ -200,7 +200,7 @@ class FileNames:
         """Check that transformers does not create a tensor that is not in the files from other tensors.
 
         Raises:
-            CheckpointError: it does.
+            CheckpointError: transformers creates it from other tensors.
         """
         if (loaded := self._architecture.lookup(self._sources, name)) is not None:
             stored = self._sources[loaded][0].stored

@@ -151,8 +151,8 @@ def unfold_checkpoint(
 ) -> CheckpointReport:
     """Undo `fold_checkpoint`, `W <- W' Q^T`, up to rounding.
 
-    Arguments, result and errors are those of `fold_checkpoint`. Pass several adapters in the order in which they were
-    folded. Untied weights stay untied.
+    Arguments, result and errors are the same as for `fold_checkpoint`. Pass several adapters in the order in which
+    they were folded. Untied weights stay untied.
 
     Raises:
         CheckpointError: an adapter has `modules_to_save` or biases, because the replaced values are lost; or see

@@ -218,8 +218,8 @@ def plan_fold(request: Request, columns: Collection[str] | None, *, inverse: boo
     """Plan every part, for a fold or its `inverse`; for `columns`, see `fold_checkpoint`.
 
     Raises:
-        CheckpointError: there is no checkpoint; an adapter does not fit it; or an adapter replaced values, which cannot
-            be restored.
+        CheckpointError: no checkpoint was found; an adapter does not fit it; or an adapter replaced values, which
+            cannot be restored.
         FoldError: tied weights cannot be untied.
     """
     plan = Plan()

@@ -164,7 +164,7 @@ def check_given(name: str, tensor: Tensor, stored: StoredTensor) -> torch.dtype:
     """Check that a new value fits the tensor that it replaces. Returns the dtype of that tensor.
 
     Raises:
-        CheckpointError: it does not fit.
+        CheckpointError: the value does not fit.
     """
     dtype = DTYPES.get(stored.dtype)
     if tuple(tensor.shape) != stored.shape or dtype is None or dtype.is_floating_point != tensor.is_floating_point():
@@ -183,7 +183,7 @@ def check_embeddings(
     `stored` finds a tensor in the files, or the tensor that it is tied to.
 
     Raises:
-        CheckpointError: they differ, or a tensor is unknown.
+        CheckpointError: the embeddings differ, or a tensor is unknown.
     """
     for adapter in adapters:
         for name, tensor in adapter.embeddings.items():
@@ -237,8 +237,8 @@ def check_base(adapters: Iterable[Adapter], folder: Path, found: WeightSet, name
         CheckpointError: the model contains one of the adapters; or with `folded`, it does not contain one.
 
     Warns:
-        HRAWarning: the name of an adapter's base model differs from the folder, and there is no row to show that it is
-            the same model, as in PEFT's files.
+        HRAWarning: the name of an adapter's base model differs from the folder, and the adapter has no row to show
+            that it is the same model, as in PEFT's files.
     """
     for adapter in adapters:
         row, state = adapter.base_row, "unknown"

@@ -159,7 +159,7 @@ def weight_sets(folder: Path) -> list[WeightSet]:
     """All sets in a folder, without its subfolders.
 
     Raises:
-        CheckpointError: there is no set, or a shard or an index is missing or damaged.
+        CheckpointError: no set was found, or a shard or an index is missing or damaged.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
