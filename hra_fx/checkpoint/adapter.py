@@ -126,7 +126,7 @@ class Adapter:
 
     @cached_property
     def resume(self) -> Resume:
-        """How to split the chains into anchors and trained vectors.
+        """Return how to split the chains into anchors and trained vectors.
 
         Raises:
             CheckpointError: the metadata does not match the configuration.
@@ -203,7 +203,7 @@ class Adapter:
         return bool(names) and any(".".join(parts[:i]).endswith(names) for i in range(1, len(parts) + 1))
 
     def noise(self, path: str) -> float:
-        """How far the `Q` of a new adapter may be from the identity; 0 for a layer that it does not adapt."""
+        """The largest distance of a new adapter's `Q` from the identity; 0 for a layer that it does not adapt."""
         config = self.resume.config
         if not (config.apply_GS and self.resume.has_anchors and path in self.chains):
             return 0.0

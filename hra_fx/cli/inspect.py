@@ -53,7 +53,7 @@ def _is_adapter(folder: Path) -> bool:
 
 
 def _summarize_adapter(source: str) -> dict[str, Any]:
-    """What `--json` prints for an adapter: `r` trained and `anchor` frozen vectors per layer; angles in radians.
+    """The output of `--json` for an adapter: `r` trained and `anchor` frozen vectors per layer; angles in radians.
 
     The angles of a layer are the same as in `hra_fx.report`.
     """
@@ -153,7 +153,7 @@ def _some(names: list[str] | str | None) -> str:
 
 
 def _summarize_model(path: Path) -> dict[str, Any]:
-    """What `--json` prints for a model: tied parameters count once, and each layer is listed once."""
+    """The output of `--json` for a model: tied parameters count once, and each layer is listed once."""
     from hra_fx.checkpoint.disk.stored import read_header
     from hra_fx.cli.building import build, summarize_layer
     from hra_fx.config import HRAConfig

@@ -92,7 +92,7 @@ def _check_targets(
 
 
 def _why_not(consumers: list[fx.Node]) -> str:
-    """Why a weight with these consumers does not belong to a supported layer."""
+    """Return why a weight with these consumers does not belong to a supported layer."""
     expected = "expected an operator of a linear layer or a convolution"
     if not consumers:
         return f"in this graph its weight is not used; {expected}"

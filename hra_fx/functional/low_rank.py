@@ -72,7 +72,7 @@ def core(chain: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor]:
 
 
 def anchor_noise(r: int, dtype: torch.dtype) -> float:
-    """How far the `Q` of a new Gram-Schmidt adapter may be from the identity, because its anchor is rounded.
+    """Bound the distance of a new Gram-Schmidt adapter's `Q` from the identity, which is caused by the rounded anchor.
 
     For vectors that were cast to 16 bits, the value for float32 is used: in 16 bits, a small rotation cannot be
     distinguished from rounding.

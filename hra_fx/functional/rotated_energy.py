@@ -1,4 +1,4 @@
-r"""How much a chain of reflections changes a weight: the share that it rotates, and the relative change.
+r"""The effect of a chain of reflections on a weight: the share that it rotates, and the relative change.
 
 `Q` rotates some directions and does not change their orthogonal complement. Let `P` be the projector on the rotated
 directions. A row `w` of the weight is `w P + w (I - P)`, and `Q` only changes the first part. `|W P|_F^2 / |W|_F^2` is
@@ -27,7 +27,7 @@ _CHUNK = 1 << 22
 
 
 class RelativeChange(NamedTuple):
-    """How much a chain changes a weight `W: (out, d)`.
+    """Compute how much a chain changes a weight `W: (out, d)`.
 
     Attributes:
         share: `|W P|_F^2 / |W|_F^2`, the share of the weight in the rotated directions, from 0 to 1.

@@ -15,7 +15,7 @@ from hra_fx.functional.householder import compact_wy, normalize, working_dtype
 
 
 class RotationStats(NamedTuple):
-    """How far `Q` is from the identity.
+    """Compute how far `Q` is from the identity.
 
     Attributes:
         rotation: `|Q - I|_F`.
@@ -102,7 +102,7 @@ def principal_block(chain: Tensor, factor: Tensor) -> Tensor:
 
 
 def inverse_condition(vectors: Tensor) -> float:
-    """How linearly independent the columns of `U: (d, r)` are: `min |R_ii| / max |R_ii|` of `U = V R`, in [0, 1].
+    """Measure the linear independence of the columns of `U: (d, r)`: `min |R_ii| / max |R_ii|` of `U = V R`, in [0, 1].
 
     For several matrices `(n, d, r)`, the smallest value. If the value is near the epsilon of the dtype of `U`, the
     Gram-Schmidt basis is rounding noise.

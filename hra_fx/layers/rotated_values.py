@@ -38,7 +38,7 @@ _Moves: TypeAlias = tuple[tuple[Callable[..., Tensor], Sequence[Any], dict[str, 
 
 
 class Moved(NamedTuple):
-    """How a parameter was created from the weight of a layer.
+    """The operations that created a parameter from the weight of a layer.
 
     Attributes:
         layer: a weak reference to the layer.

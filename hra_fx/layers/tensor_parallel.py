@@ -61,7 +61,7 @@ def is_tensor_parallel(layer: nn.Module, weight: Any) -> bool:
 
 
 def why_not_distributed(layer: nn.Module) -> str | None:
-    """Why a layer with adapters cannot be split over processes, or `None`; without the full stop."""
+    """Return why a layer with adapters cannot be split over processes, or `None`; without the full stop."""
     if not isinstance(layer, nn.Linear) or has_own_forward(layer):
         return f"tensor parallelism supports only adapted nn.Linear layers, got {type(layer).__name__}"
     if scheme := quant_scheme_of(layer):
@@ -70,7 +70,7 @@ def why_not_distributed(layer: nn.Module) -> str | None:
 
 
 def why_not_adapted(layer: nn.Module, weight: Any) -> str | None:
-    """Why a layer with a `DTensor` as its weight cannot be adapted, or `None`; without the full stop."""
+    """Return why a layer with a `DTensor` as its weight cannot be adapted, or `None`; without the full stop."""
     if reason := why_not_distributed(layer):
         return reason
     if not is_tensor_parallel(layer, weight):

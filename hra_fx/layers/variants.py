@@ -1,4 +1,4 @@
-r"""How a layer applies its reflections when it is called: to the rows of its input, or to the patches.
+r"""Variants of the forward pass: a layer applies its reflections to the rows of its input, or to the patches.
 
 Both give the result for `W Q`, with `W` reshaped to `(out, d)`, at the cost of two thin matrix products. `W Q` itself
 is never computed. A layer with its own forward uses `layer.weight`, which is `W Q` (`hra_fx.layers.rotated_weight`).

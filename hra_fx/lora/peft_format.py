@@ -55,7 +55,7 @@ def peft_form(
         if layer.kind == "experts":
             factors |= _experts_tensors(layer, adapter.layers, A, B)
             continue
-        # A convolution whose number of filters is the rank.
+        # A convolution with as many filters as the rank.
         factors[f"{path}.lora_A.weight"] = A.reshape(len(A), -1, *layer.kernel) if layer.kernel else A
         factors[f"{path}.lora_B.weight"] = B.reshape(*B.shape, *(1 for _ in layer.kernel))
         if layer.kind == "attention":
@@ -167,7 +167,7 @@ def check_names(paths: Iterable[str], model_type: str | None, renamings: Sequenc
 
 
 def renamings_of(model: Any) -> list[Any]:
-    """How transformers renames tensors in checkpoints of a model, if PEFT renames the tensors of a LoRA like this."""
+    """Return transformers' renamings of tensors in a model's checkpoint, if PEFT renames LoRA tensors the same way."""
     kind = model_type_of(model)
     if kind is None or _conversions().get_checkpoint_conversion_mapping(kind) is None:
         return []

@@ -49,7 +49,7 @@ def unsupported(path: str, description: str, reason: str) -> UnsupportedLayerErr
 
 
 def why_not_convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str | None:
-    """Why LoRA does not support a convolution, as the end of a sentence; `None` if it does.
+    """Return why LoRA does not support a convolution, as the end of a sentence; `None` if it does.
 
     >>> why_not_convolution(nn.Conv2d(4, 4, 3, groups=2))
     'has groups, so the change of its weight is not a LoRA of this rank'

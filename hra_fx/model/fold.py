@@ -319,7 +319,7 @@ def _requantized(layers: list[FoldedLayer]) -> str:
 
 
 def _versions(job: FoldJob) -> list[object]:
-    """What a plan depends on: the active adapters, and identity, memory and version of every tensor that is read."""
+    """The state that a plan depends on: active adapters, and identity, memory and version of each tensor it reads."""
     state, layers = job.state, adapted_layers(job.model).values()
     facts = (tuple(state.configs), state.active, state.merged, state.disabled)
     read: Iterable[Tensor] = (

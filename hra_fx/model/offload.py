@@ -29,7 +29,7 @@ def load_vectors(model: nn.Module) -> None:
 
 
 def offloaded_copy(model: nn.Module) -> str | None:
-    """Why trained copies cannot be read or switched now, and what to do; `None` if they can.
+    """Return why trained copies cannot be read or switched now, and what to do; `None` if they can.
 
     accelerate's hook loads tensors by name, without regard to which copy is in use.
 

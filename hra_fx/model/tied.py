@@ -144,7 +144,7 @@ def tensor_ref(model: nn.Module, name: str) -> TensorRef:
 
 
 def why_not_untie(model: nn.Module, ties: Iterable[Tie]) -> str | None:
-    """Why one of these settings cannot be turned off; `None` if all can."""
+    """Return why one of these settings cannot be turned off; `None` if all can."""
     for tie in ties:
         part = model.get_submodule(tie.path)
         if reads_tie_setting(part):

@@ -22,7 +22,7 @@ from hra_fx.model.state import AdaptedParts, AdapterState
 from hra_fx.model.tied import TensorRef, find_ties, is_tied, set_tied, tied_to, why_not_untie
 from hra_fx.selection.select import saved_modules
 
-#: Names of biases; the second one is that of q, k and v in nn.MultiheadAttention.
+#: Names of biases; the second one is the bias of q, k and v in nn.MultiheadAttention.
 _BIASES = ("bias", "in_proj_bias")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 

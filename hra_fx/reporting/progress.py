@@ -1,4 +1,4 @@
-"""How far a model is rotated at one training step: a few values per adapter that are cheap enough to log."""
+"""Statistics of the rotation at one training step: a few values per adapter that are cheap enough to log."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def _joint(experts: list[RotationStats]) -> RotationStats:
 
 
 def change_of(rows: Tensor | None, chain: Tensor | None) -> RelativeChange:
-    """How much the reflections change the weight from `weight_rows`; NaN if one of them is `None`."""
+    """Return how much the reflections change the weight from `weight_rows`; NaN if one of them is `None`."""
     if rows is None or chain is None:
         return RelativeChange(math.nan, math.nan)
     if chain.dim() == 2:

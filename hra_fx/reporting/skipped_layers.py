@@ -162,7 +162,7 @@ class Selection:
         return is_target(self.config, path, self.targets)
 
     def reason(self, path: str, kind: LayerKind) -> str:
-        """Why this adapter is not at the layer with this path."""
+        """Return the reason why this adapter is not on the layer with this path."""
         if self.selects(path):
             return "folded or replaced after transform"
         if not is_target(self._unrestricted, path, self.targets):
@@ -192,7 +192,7 @@ class Selection:
 
 
 def reason_of(selections: Mapping[str, Selection], path: str, kind: LayerKind) -> str:
-    """Why a layer does not have an adapter: one reason if it is the same for all adapters, otherwise one for each.
+    """Return why a layer does not have an adapter: one reason if all adapters have the same, otherwise one for each.
 
     Args:
         selections: adapter name -> its selection.

@@ -74,7 +74,7 @@ def _check_modules(modules: Modules, layers: Iterable[str]) -> None:
 
 
 def _module_problem(module: nn.Module, *, is_around: bool) -> str | None:
-    """Why a model with this module cannot be adapted, or `None`; without the full stop.
+    """Return why a model with this module cannot be adapted, or `None`; without the full stop.
 
     `is_around` says whether the module is a parent of a selected layer.
     """
@@ -102,7 +102,7 @@ def _module_problem(module: nn.Module, *, is_around: bool) -> str | None:
 
 
 def layer_problem(path: str, layer: nn.Module, config: HRAConfig) -> str | None:
-    """Why this layer cannot be adapted, or `None`; without the full stop."""
+    """Return why this layer cannot be adapted, or `None`; without the full stop."""
     problem = _state_problem(layer) or _weight_problem(layer) or _rank_problem(path, layer, config)
     if problem is not None and isinstance(layer, ExpertsWeight):
         new = _EXCLUDE_EXPERTS

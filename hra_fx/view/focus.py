@@ -98,7 +98,7 @@ def _below(place: tuple[str, ...], focus: str) -> tuple[str, ...]:
 
 
 def _unknown(drawing: Drawing, focus: str, leaves: Iterable[Leaf]) -> str:
-    """Why a module has no boxes, and similar names."""
+    """Return why a module does not have boxes, with similar names."""
     boxes = {path for leaf in leaves for path in leaf.paths}
     shown = boxes | {module_of(call) for leaf in leaves for call in leaf.place}
     known = drawing.picture.graph["classes"]

@@ -48,7 +48,7 @@ class Requests(NamedTuple):
 
 
 class Renaming(NamedTuple):
-    """How an adapter names the modules of a file, which may have another prefix or none.
+    """The prefix by which module names in an adapter differ from those in a file.
 
     Attributes:
         add: a prefix that the adapter has and the file does not.
@@ -134,7 +134,7 @@ def _refuse_aliases(found: WeightSet, changed: Iterable[str]) -> None:
 
 
 def renaming_of(adapter: Adapter, names: FileNames, architecture: Architecture) -> Renaming:
-    """How an adapter names the modules of a set of files."""
+    """Find the prefix by which module names in an adapter differ from those in a set of files."""
     for path in adapter.chains:
         refs = names.weights_of(path)
         name = names.loaded.get(refs[0].name, refs[0].name) if refs else f"{path}."

@@ -21,7 +21,7 @@ class EightBit(QuantScheme):
     """`Linear8bitLt`: int8 with one scale per row. The layer moves its data between weight and state."""
 
     def __init__(self, kind: type[nn.Module]) -> None:
-        """For the class of the library that is loaded."""
+        """Create the scheme for the class of the loaded library."""
         self.kind = kind
 
     def description(self, layer: nn.Module) -> str:
@@ -65,7 +65,7 @@ class FourBit(QuantScheme):
     """
 
     def __init__(self, kind: type[nn.Module]) -> None:
-        """For the class of the library that is loaded."""
+        """Create the scheme for the class of the loaded library."""
         self.kind = kind
 
     def description(self, layer: Any) -> str:

@@ -37,15 +37,15 @@ class QuantScheme(ABC):
         """The library and the scheme, for messages."""
 
     def why_not_adapted(self, layer: nn.Module) -> str | None:
-        """Why a layer cannot be adapted, or `None`; without a full stop."""
+        """Return why a layer cannot be adapted, or `None`; without a full stop."""
         return None
 
     def why_not_requantized(self, layer: nn.Module) -> str | None:
-        """Why its weight cannot be quantized again, or `None`; without a full stop."""
+        """Return why its weight cannot be quantized again, or `None`; without a full stop."""
         return None
 
     def why_no_gradient(self, layer: nn.Module) -> str | None:
-        """Why no gradient passes a layer without an adapter, or `None`; without a full stop."""
+        """Return why no gradient passes a layer without an adapter, or `None`; without a full stop."""
         return None
 
     def called(self, layer: nn.Module) -> AbstractContextManager[None]:
