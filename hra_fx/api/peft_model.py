@@ -151,8 +151,11 @@ class HRAModel(SwapMixin):
         peft_config: HRAConfig | None = None,
         adapter_config: HRAConfig | None = None,
     ) -> None:
-        """Same as `hra_fx.add_adapter`. Call it as `add_adapter(name, config)` like PEFT, or as
-        `add_adapter(config, name)` like transformers and diffusers."""
+        """Same as `hra_fx.add_adapter`.
+
+        Call it as `add_adapter(name, config)`, as in PEFT, or as `add_adapter(config, name)`, as in transformers and
+        diffusers.
+        """
         given = (first, second)
         config: Any = peft_config or adapter_config or next((x for x in given if not isinstance(x, str)), None)
         name = adapter_name or next((x for x in given if isinstance(x, str) and x != "default"), "default")

@@ -72,8 +72,10 @@ def single(rows: Collection[Row]) -> list[Group]:
 
 
 def grouped(rows: Collection[Row]) -> list[Group]:
-    """Group rows with the same type, rank and adapter and with paths that differ only in indices. Rows with a value
-    that could not be computed are in separate groups."""
+    """Group rows with the same type, rank and adapter and with paths that differ only in indices.
+
+    Rows with a value that could not be computed are in separate groups.
+    """
     found: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         unknown = math.isnan(row.rotation), math.isnan(row.weight_change)
@@ -98,8 +100,11 @@ def common_parent(names: Sequence[str]) -> str:
 
 
 def table_of(rows: Collection[Row]) -> tuple[list[Column], list[list[str]]]:
-    """The columns of a report, and the texts of each row. Unnecessary columns are left out: the adapter's name if there
-    is only one, and the graph if the model was not traced."""
+    """Return the columns of a report, and the texts of each row.
+
+    Unnecessary columns are left out: the adapter's name if there is only one, and the graph if the model was not
+    traced.
+    """
     return _table(single(rows), rows)
 
 

@@ -96,8 +96,11 @@ class _Nesting:
         return entering - border, leaving - border, [key for key in keys if key not in border]
 
     def _acyclic_groups(self, keys: list[str], depth: int) -> tuple[dict[str, _Group], nx.DiGraph[_Group]]:
-        """The item of each leaf, and the flow between items. A module with calls that are interleaved with others is
-        not one box, because contracting it would create a cycle. Its items are placed directly in this scope."""
+        """Return the item of each leaf, and the flow between items.
+
+        A module with calls that are interleaved with others is not one box, because contracting it would create a
+        cycle. Its items are placed directly in this scope.
+        """
         opened: set[_Group] = set()
         while True:
             groups = {key: self._group(key, depth, opened) for key in keys}
