@@ -26,12 +26,13 @@ from speed.setting import Setting
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks_launches.md"
 NOTES = """\
-A site is an adapted layer. Its launches are those of a step of the adapted model, without those of the frozen base
-model, divided by the number of sites. A step is forward and backward; the optimizer is not part of it. A launch is an
-operator with a kernel of its own, as torch's profiler records it on a CPU; views, allocations and what such an operator
-calls in turn do not count. In parentheses: how many times the launches of PEFT LoRA. Of a compiled model, a launch is a
-kernel that inductor generated or an operator that it calls. `make bench-gpu` counts kernels on CUDA, where the replay
-of a CUDA graph is one launch. Counts do not depend on widths, and on the number of tokens by less than 3%.
+A site is an adapted layer. Launches per site are the launches of a step of the adapted model, minus the launches of
+the frozen base model, divided by the number of sites. A step is forward and backward, without the optimizer. A launch
+is an operator with its own kernel, as torch's profiler records it on a CPU. Views, allocations, and operators that
+such an operator calls are not counted. The numbers in parentheses are relative to PEFT LoRA. In a compiled model, a
+launch is a kernel that inductor generated or an operator that it calls. `make bench-gpu` counts kernels on CUDA,
+where the replay of a CUDA graph is one launch. Counts do not depend on widths. With the number of tokens, they change
+by less than 3%.
 """
 
 

@@ -2,10 +2,10 @@
 
     model = hra_fx.transform(model, hra_fx.HRAConfig(r=8, target_modules=["q_proj", "v_proj"]))
     ...                                  # train as usual: only the adapters are trainable
-    print(hra_fx.report(model))          # the adapted layers, and how much each of them changed
+    print(hra_fx.report(model))          # the adapted layers and how much each one changed
     model = hra_fx.fold(model)           # a plain base model with the adapters in its weights
 
-Names are imported on first use, so that importing the package is fast and any submodule may be imported first.
+Names are imported when they are first used, so importing the package is fast, and any submodule can be imported first.
 """
 
 from __future__ import annotations

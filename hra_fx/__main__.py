@@ -1,4 +1,4 @@
-"""`python -m hra_fx`: the command line, where its script is not on the path."""
+"""`python -m hra_fx`: the command line, for systems on which the `hra-fx` script is not on the path."""
 
 from hra_fx.cli import main
 

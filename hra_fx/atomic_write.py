@@ -17,9 +17,9 @@ Content: TypeAlias = bytes | Callable[[Path], object]
 
 @contextlib.contextmanager
 def temporary_file(target: Path, content: Content) -> Iterator[Path]:
-    """A complete file on disk, to be renamed to `target`; it is removed at the end if it was not renamed.
+    """Write a complete file to disk, to be renamed to `target`. On exit, it is removed if it was not renamed.
 
-    It is opened like any other file, so that its permissions follow the umask.
+    It is opened like any other file, so its permissions follow the umask.
 
     Args:
         target: the final path; the temporary file is next to it.
@@ -51,7 +51,7 @@ def atomic_write(target: Path, content: Content) -> None:
 
 
 def flush(file: Path) -> None:
-    """Write what the system keeps of a file in memory to the disk."""
+    """Flush a file from the memory of the operating system to disk."""
     with open(file, "rb") as stream:
         os.fsync(stream.fileno())
 
@@ -81,7 +81,7 @@ def output_file(path: str | os.PathLike[str], formats: Collection[str], *, liste
     if not file.parent.is_dir():
         raise VisualizeError(f"path: the folder {str(file.parent)!r} does not exist. Create it, or choose another one.")
     if file.is_dir():
-        raise VisualizeError(f"path: {str(file)!r} is a folder. Give the name of a file.")
+        raise VisualizeError(f"path: {str(file)!r} is a folder. Pass the name of a file.")
     return file
 
 

@@ -21,7 +21,7 @@ T = TypeVar("T", bound=Tensor)
 #: The child of the wrapper that `torch.distributed.algorithms._checkpoint.checkpoint_wrapper` puts around a module.
 _CHECKPOINTED = "_checkpoint_wrapped_module"
 
-# --- what is active around a call; bound once, since every forward asks -----------------------------------------------
+# --- what is active during a call; looked up once here, because every forward uses it ---------------------------------
 
 #: Whether a call is recorded by `torch.jit.trace`. The public function is deprecated.
 is_torchscript_tracing: Callable[[], bool] = torch._C._is_tracing
@@ -69,7 +69,7 @@ has_global_module_hooks: Callable[[], bool] = nn_module._has_any_global_hook
 
 
 def with_own_hooks(modules: Iterable[nn.Module]) -> set[nn.Module]:
-    """Those of some modules on which hooks are registered."""
+    """The modules in `modules` that have registered hooks."""
     return {
         part
         for part in modules
@@ -83,27 +83,27 @@ def has_own_hooks(module: nn.Module) -> bool:
 
 
 def has_backward_hooks(module: nn.Module) -> bool:
-    """Whether the backward pass of a module runs hooks, its own or those of all modules."""
+    """Whether the backward pass of a module runs hooks, either its own or global ones."""
     own = module._backward_hooks or module._backward_pre_hooks
     return bool(own or nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks)
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling a module runs hooks, its own or those of all modules."""
+    """Whether calling a module runs hooks, either its own or global ones."""
     return has_own_hooks(module) or has_global_module_hooks()
 
 
-#: The attribute of a module that has the names of such buffers.
+#: The attribute of a module that contains the names of its non-persistent buffers.
 NON_PERSISTENT = "_non_persistent_buffers_set"
 
 
 def non_persistent_buffers(module: nn.Module) -> set[str]:
-    """The buffers that a module keeps out of its `state_dict`."""
+    """The names of the buffers that a module does not save in its `state_dict`."""
     return module._non_persistent_buffers_set
 
 
 def is_replica(module: nn.Module) -> bool:
-    """Whether `nn.DataParallel` made a module for one forward."""
+    """Whether `nn.DataParallel` created a module for one forward."""
     return bool(getattr(module, "_is_replica", False))
 
 
@@ -120,9 +120,10 @@ def conv_border(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
 
 
 def is_called_by_distribute_module() -> bool:
-    """Whether `torch.distributed.tensor.distribute_module` runs the caller of the function that calls this.
+    """Whether `torch.distributed.tensor.distribute_module` called the function that calls this one.
 
-    It reads and writes `_distribute_module_applied` of a module. A reader other than it must change nothing.
+    `distribute_module` reads and writes `_distribute_module_applied` of a module. If other code reads that attribute,
+    nothing must change.
     """
     distribute: Any = getattr(sys.modules.get("torch.distributed.tensor"), "distribute_module", None)
     return distribute is not None and sys._getframe(2).f_code is distribute.__code__
@@ -137,7 +138,7 @@ def is_split_by_old_transformers(module: nn.Module) -> bool:
 
 
 def is_compiled_module(module: nn.Module) -> bool:
-    """Whether `torch.compile(model)` made this module, which keeps the model as `_orig_mod`.
+    """Whether `torch.compile(model)` created this module, which stores the model as `_orig_mod`.
 
     TorchDynamo loads slowly, so this names its class (`torch._dynamo.eval_frame.OptimizedModule`) without an import.
     """
@@ -146,11 +147,11 @@ def is_compiled_module(module: nn.Module) -> bool:
 
 
 def state_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
-    """As `model.named_modules()`, with the paths that `state_dict` has.
+    """Like `model.named_modules()`, but with the paths that `state_dict` uses.
 
-    They lack the names that torch's activation checkpointing (`checkpoint_wrapper`, FSDP's `activation_checkpointing`)
-    puts between a block and its parts. A module in such a wrapper is found at the path of the wrapper;
-    `get_submodule` finds its parts too.
+    These paths do not contain the names that torch's activation checkpointing (`checkpoint_wrapper`, FSDP's
+    `activation_checkpointing`) inserts between a block and its parts. A module in such a wrapper has the path of the
+    wrapper; `get_submodule` finds its parts too.
     """
     for path, module in model.named_modules(remove_duplicate=remove_duplicate):
         if _CHECKPOINTED not in module._modules:
@@ -163,7 +164,7 @@ def state_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterato
 def tensor_version(tensor: Tensor) -> int:
     """A number that changes when a tensor is written in place.
 
-    A tensor made in inference mode has none, and gives -1: compare its values.
+    For a tensor created in inference mode, which has no such number, this is -1: compare its values instead.
     """
     return tensor_versions([tensor])[0]
 
@@ -174,9 +175,9 @@ def tensor_versions(tensors: Iterable[Tensor]) -> list[int]:
 
 
 def wrapper_tensor(kind: type[T], like: Tensor) -> T:
-    """A tensor of a subclass without data, with shape, strides, dtype and device of another tensor.
+    """Create a tensor of a subclass without data, with the shape, strides, dtype and device of another tensor.
 
-    The class overrides `__torch_dispatch__`. torch documents this constructor for wrapper subclasses, and has no other.
+    The class overrides `__torch_dispatch__`. torch documents only this constructor for wrapper subclasses.
     """
     make: Any = Tensor._make_wrapper_subclass
     made: T = make(kind, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device, layout=like.layout)
@@ -192,12 +193,12 @@ pytree: Any = _pytree
 
 
 def is_wrapper_subclass(tensor: Any) -> bool:
-    """Whether a tensor wraps others, as `torch.utils._python_dispatch.is_traceable_wrapper_subclass` decides it."""
+    """Whether a tensor wraps other tensors, by `torch.utils._python_dispatch.is_traceable_wrapper_subclass`."""
     return hasattr(tensor, "__tensor_flatten__") and hasattr(tensor, "__tensor_unflatten__")
 
 
 def fake_tensor_mode() -> Any:
-    """A mode in which tensors have shapes and no values; real ones are converted."""
+    """A mode in which tensors have shapes but no values; real tensors are converted."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
@@ -227,7 +228,7 @@ def schema_of(target: object) -> Any:
 
 
 def renew_step_of_accelerate(wrapper: Any) -> None:
-    """Let accelerate's wrapper of an optimizer call the present `step`, in place of the one that it took."""
+    """Make accelerate's wrapper of an optimizer call the current `step` instead of the one that it stored."""
     if hasattr(wrapper, "_optimizer_original_step_method"):
         from accelerate.optimizer import patch_optimizer_step  # type: ignore[import-untyped]
 
@@ -236,7 +237,7 @@ def renew_step_of_accelerate(wrapper: Any) -> None:
 
 
 def copy_all(targets: list[Tensor], values: list[Tensor]) -> None:
-    """Copy tensors of one device into others, in one operator for all. torch's optimizers use the private name."""
+    """Copy tensors on one device into others, with a single operator. torch's optimizers use the private name."""
     torch._foreach_copy_(targets, values)
 
 
@@ -244,12 +245,12 @@ def copy_all(targets: list[Tensor], values: list[Tensor]) -> None:
 
 
 def guards_of(program: Any) -> list[str]:
-    """The conditions that `torch.export` found for the inputs, as Python expressions over `L`, the arguments."""
+    """The conditions that `torch.export` found for the inputs, as Python expressions of `L`, the arguments."""
     return list(program._guards_code)
 
 
 def guard_function(code: str) -> Callable[..., None]:
-    """The function `check` of some source, whose expressions may be those of `guards_of`.
+    """Run source code and return the function `check` that it defines. It may contain expressions of `guards_of`.
 
     TorchDynamo traces it, so that a compiled or exported graph keeps the conditions.
     """

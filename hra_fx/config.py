@@ -37,9 +37,9 @@ class HRAConfig:
 
     Args:
         r: rank, the number of reflections per layer; a positive int.
-        rank_pattern: layer name -> rank, for layers whose rank is not `r`, as in PEFT's LoRA. A name is a regular
+        rank_pattern: layer name -> rank, for layers with a rank other than `r`, as in PEFT's LoRA. A name is a regular
             expression that matches a layer's full path, or the end of it after a dot; the first match wins. PEFT's
-            HRA lacks this field and refuses adapters that were saved with it: see `hra-fx convert --to peft`.
+            HRA does not have this field and does not load adapters that use it: see `hra-fx convert --to peft`.
         apply_GS: make the vectors of a layer orthonormal (Gram-Schmidt) before they are used as reflections.
         target_modules: the layers to adapt. A collection of names matches a layer if its path equals a name or ends
             with "." + name. A str is a regular expression that must match the full path, or "all-linear" for every
@@ -50,7 +50,7 @@ class HRAConfig:
             blocks. An empty list means no restriction.
         layers_pattern: one or more regular expressions for the name of the module list that `layers_to_transform`
             indexes, such as "h".
-        bias: which biases are trained: "none", "all", or "hra_only" for those of the adapted layers.
+        bias: which biases are trained: "none", "all", or "hra_only" for the biases of adapted layers.
         modules_to_save: names of modules that are trained and saved in full. Layers inside them are not adapted.
         target_parameters: names of 3-D parameters (experts) to adapt, as in PEFT's LoraConfig. A parameter matches if
             its path equals a name or ends with "." + name. `exclude_modules` and `layers_to_transform` do not restrict
@@ -224,7 +224,7 @@ class HRAConfig:
             ConfigError: an entry of `auto_mapping` or `extra` cannot be written as JSON.
         """
         try:
-            # Only the fields are sorted: the order of the patterns in `rank_pattern` counts.
+            # Only the fields are sorted, because the order of the patterns in `rank_pattern` matters.
             return json.dumps(dict(sorted(self.to_dict().items())), indent=2)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"`auto_mapping` or `extra` cannot be written as JSON: {error}.") from error
@@ -259,7 +259,7 @@ class HRAConfig:
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str], subfolder: str | None = None, **hub: Any) -> HRAConfig:
-        """Read `adapter_config.json` of hra_fx or PEFT.
+        """Read an `adapter_config.json` that hra_fx or PEFT wrote.
 
         Args:
             directory: a local folder; otherwise the name of a Hub repository.

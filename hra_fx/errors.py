@@ -26,13 +26,18 @@ class HRAError(Exception):
 
 
 class ConfigError(HRAError, ValueError):
-    """The configuration is invalid: an unknown field, a wrong type or value, fields that exclude each other, or a
-    configuration file that is missing, damaged, or for another method."""
+    """The configuration is invalid.
+
+    It has an unknown field, a wrong type or value, or fields that exclude each other. Or a configuration file is
+    missing, damaged, or for another method.
+    """
 
 
 class SelectionError(HRAError, ValueError):
-    """The configuration does not fit the model: no layer matches, a matched module is not of a supported type, or the
-    architecture has no default targets."""
+    """The configuration does not fit the model.
+
+    No layer matches, a matched module does not have a supported type, or the architecture has no default targets.
+    """
 
 
 class UnsupportedLayerError(HRAError):
@@ -53,8 +58,10 @@ class CaptureError(HRAError):
 
 
 class AdapterError(HRAError, ValueError):
-    """An adapter name is unknown, taken or not a valid module name, or the state of the adapters does not allow the
-    operation."""
+    """An adapter name cannot be used, or the operation is not possible now.
+
+    The name is unknown, taken or not a valid module name, or the state of the adapters does not allow the operation.
+    """
 
 
 class CheckpointError(HRAError, ValueError):
@@ -70,8 +77,10 @@ class GraphInvariantError(HRAError):
 
 
 class VerificationError(HRAError):
-    """`transform(..., verify=True)` found a difference between the adapted and the folded model. The message names the
-    first module that differs. The model was not changed."""
+    """`transform(..., verify=True)` found a difference between the adapted and the folded model.
+
+    The message names the first module that differs. The model was not changed.
+    """
 
 
 class VisualizeError(HRAError, ValueError):

@@ -1,4 +1,4 @@
-"""What to write instead of a keyword that `HRAConfig` does not have: its own field, or why HRA has none."""
+"""Hints for keywords that `HRAConfig` does not have: the field to use instead, or why HRA does not have one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SYNONYMS = {
     "base_model": "base_model_name_or_path",
     "task": "task_type",
 }
-_NO_ALPHA = "HRA has no alpha, because Q is orthogonal. Remove it; hra_fx.set_scale sets how much of an adapter acts."
+_NO_ALPHA = "HRA has no alpha, because Q is orthogonal. Remove it. To weaken an adapter, call hra_fx.set_scale."
 #: Fields of PEFT's `LoraConfig` without a counterpart.
 _ONLY_IN_LORA = {
     "lora_alpha": _NO_ALPHA,
@@ -44,7 +44,7 @@ _ONLY_IN_LORA = {
 
 
 def field_hint(name: str, fields: Collection[str]) -> str:
-    """A sentence that says what to write instead of the unknown field `name`.
+    """Return a sentence that says what to use instead of the unknown field `name`.
 
     >>> field_hint("lora_r", ["r", "bias"])
     'Did you mean `r`?'

@@ -25,7 +25,7 @@ OPTIONS = (
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Refuse keyword arguments that `download` does not have.
+    """Raise an error for keyword arguments that `download` does not support.
 
     Raises:
         TypeError: an unknown keyword argument.
@@ -36,7 +36,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def download(source: str | os.PathLike[str], patterns: Sequence[str], options: Mapping[str, Any]) -> Path:
-    """Download the files of a repository that match, and return its folder in the Hub cache.
+    """Download the matching files of a repository, and return its folder in the Hub cache.
 
     Args:
         source: the name of the repository; not a local folder.
@@ -54,14 +54,14 @@ def download(source: str | os.PathLike[str], patterns: Sequence[str], options: M
     from huggingface_hub.errors import HFValidationError
 
     if os.path.isfile(source):
-        raise CheckpointError(f"{os.fspath(source)}: is a file. Give the folder that contains it.")
+        raise CheckpointError(f"{os.fspath(source)}: is a file. Pass the folder that contains it.")
     if not isinstance(source, str):
-        raise CheckpointError(f"{os.fspath(source)}: no such folder. Give the folder of an adapter.")
+        raise CheckpointError(f"{os.fspath(source)}: no such folder. Pass the folder of an adapter.")
     try:
         return Path(snapshot_download(source, allow_patterns=list(patterns), **options))
     except HFValidationError as error:
         raise CheckpointError(
-            f"{source}: no such folder, and not a valid Hub repository name. Give a folder, or a name such as "
+            f"{source}: no such folder, and not a valid Hub repository name. Pass a folder, or a name such as "
             "'user/name'."
         ) from error
     # The Hub's errors and those of its transports have no common base class.

@@ -1,4 +1,4 @@
-"""Regular expressions for the paths that entries of a configuration match, by PEFT's rules."""
+"""Regular expressions that match module paths with the entries of a configuration, by PEFT's rules."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 
 def layer_index_regex(pattern: str | None) -> str:
-    """A regular expression whose group `idx` is the first block index in a path after a module list called `pattern`.
+    """A regular expression. Its group `idx` is the first block index in a path after a module list called `pattern`.
 
     With None, any name matches if there is a component before it, as in PEFT.
 

@@ -1,5 +1,5 @@
 """Rewrites of `torch.fx` graphs, one `PassBase` per file: match, insert, fold, verify, freeze, lower.
 
-Passes are independent of models and of each other. Each takes a graph module and returns a `PassResult`; what it found
-is stored in `node.meta["hra"]` (`hra_fx.layers.target.NodeTag`).
+Passes are independent of models and of each other. Each pass takes a graph module, returns a `PassResult`, and stores
+its marks in `node.meta["hra"]` (`hra_fx.layers.target.NodeTag`).
 """

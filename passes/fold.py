@@ -1,4 +1,4 @@
-"""fold: remove the reflections from a graph, once they are in the weights."""
+"""fold: remove the reflections from a graph after they are folded into the weights."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from hra_fx.layers.target import FACTORS, META, NodeTag, weight_name
 
 
 class FoldPass(PassBase):
-    """Undoes `insert`: the graph is the base model's again, node for node and without marks."""
+    """Undoes `insert`. The result is the graph of the base model, node for node and without marks."""
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite the graph and recompile it."""
         graph = graph_module.graph
         noted = [node for node in graph.nodes if isinstance(node.meta.get(META), NodeTag)]
-        # Backwards, so that a reflection of an input has no readers left when it is erased.
+        # In reverse order, so that a reflection of an input does not have readers when it is erased.
         for node in reversed(noted):
             note: NodeTag = node.meta.pop(META)
             if note.role == "layer":
@@ -23,7 +23,7 @@ class FoldPass(PassBase):
             elif note.role == "weight":
                 node.target = f"{str(node.target).rpartition('.')[0]}.{weight_name(note.kind)}"
             elif note.role == "reflection":
-                if node.users:  # of a weight
+                if node.users:  # a reflection of a weight
                     node.replace_all_uses_with(node.kwargs["weight"])
                 graph.erase_node(node)
         for node in graph.find_nodes(op="call_module", target=FACTORS):
@@ -33,5 +33,5 @@ class FoldPass(PassBase):
         return PassResult(graph_module, bool(noted))
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
-        """The graph is well formed."""
+        """Check that the graph is well formed."""
         graph_module.graph.lint()

@@ -1,9 +1,9 @@
-r"""freeze: values that only depend on adapters are computed once, and become constants of the graph.
+r"""freeze: compute values that only depend on adapters once, and store them as constants of the graph.
 
     t = f(u);  y = x - (x @ u) @ t      becomes      y = x - (x @ c_0) @ c_1
 
-A value that also depends on weights becomes a constant if it is smaller than each of them (such as `W U`). A rotated
-weight stays in the graph, because as a constant it would be a folded weight.
+A value that also depends on weights becomes a constant if it is smaller than each of these weights (such as `W U`). A
+rotated weight stays in the graph, because as a constant it would be a folded weight.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from hra_fx.compat import OpOverload, schema_of
 from hra_fx.errors import GraphInvariantError
 
-#: Adds a constant to the graph and returns its node; called with its value and the nodes of the vectors it depends on.
+#: Adds a constant to the graph and returns its node. Called with the value and the nodes of the vectors behind it.
 AddConstant = Callable[[Tensor, list[fx.Node]], fx.Node]
 
 
 class FreezePass(PassBase):
-    """Replaces values that depend on the vectors of adapters by constants."""
+    """Replaces values that depend on the vectors of adapters with constants."""
 
     def __init__(self, tensors: Mapping[fx.Node, Tensor], vectors: Iterable[fx.Node], add: AddConstant) -> None:
         """Prepare for one graph.
 
         Args:
-            tensors: the nodes of weights and vectors, whose values do not change -> their values.
+            tensors: node of a weight or vector, which does not change -> its value.
             vectors: the nodes of `tensors` that belong to adapters, in the order of the graph.
             add: adds a constant.
         """
@@ -54,7 +54,7 @@ class FreezePass(PassBase):
         return PassResult(graph_module, bool(values))
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
-        """The graph is well formed, and does not use vectors."""
+        """Check that the graph is well formed and does not use vectors."""
         graph_module.graph.lint()
         for vector in self._vectors:
             for reader in vector.users:
@@ -64,7 +64,7 @@ class FreezePass(PassBase):
                 )
 
     def _sources(self, graph: fx.Graph) -> dict[fx.Node, frozenset[fx.Node]]:
-        """The nodes whose values do not change -> the tensors that they depend on; in the order of the graph."""
+        """Node whose value does not change -> the tensors that it depends on, in the order of the graph."""
         found: dict[fx.Node, frozenset[fx.Node]] = {}
         for node in graph.nodes:
             if node in self._tensors:
@@ -93,7 +93,7 @@ class FreezePass(PassBase):
                 if node in needed and node not in values:
                     args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
                     values[node] = node.target(*args, **kwargs)
-            # Clones, because a value may be a view.
+            # Clone the values, because a value may be a view.
             return {
                 node: values[node].clone(memory_format=torch.contiguous_format)
                 for node in graph.nodes
@@ -101,7 +101,7 @@ class FreezePass(PassBase):
             }
 
     def _remove_unused(self, graph: fx.Graph, sources: Mapping[fx.Node, frozenset[fx.Node]]) -> None:
-        """Remove the nodes that only the constants needed, and assertions about them."""
+        """Remove the nodes that were only needed to compute the constants, and assertions about them."""
         removable = {node for node in sources if not sources[node].isdisjoint(self._vectors)}
         for node in list(sources)[::-1]:
             is_assertion = bool(node.all_input_nodes) and removable.issuperset(node.all_input_nodes)
@@ -116,7 +116,7 @@ def _is_pure(node: fx.Node) -> bool:
         return False
     if not isinstance(node.target, OpOverload):
         return node.target is operator.getitem
-    # Dropouts are composite operators, which torch does not tag.
+    # Dropout operators are composite, and torch does not tag them.
     random = torch.Tag.nondeterministic_seeded in node.target.tags or "dropout" in schema_of(node.target).name
     return not random and not schema_of(node.target).is_mutable
 

@@ -3,12 +3,12 @@ r"""insert: add a reflection before each marked call, and after each marked read
     y = layer(x)                    becomes        h = layer.hra_u(x, f);  y = layer(x, h)
     y = f(x, layer.weight)          becomes        w = layer.hra_u(weight=layer.hra_base);  y = f(x, w)
 
-For a Linear, `h = x Q^T` and the layer computes `h W^T = x (W Q)^T`. For a convolution, `h` holds the coordinates of
-the patches and the layer subtracts their image (`hra_fx.layers.variants.ConvAdapters`). The layer still gets `x`
-as its first argument, so that hooks on it see what they saw before. For a weight, `hra_base` is the base weight, and
-`w` is `W Q`. A reader (a module that is called as a whole) computes `W Q` itself: nothing is inserted.
+For a Linear, `h = x Q^T` and the layer computes `h W^T = x (W Q)^T`. For a convolution, `h` contains the coordinates of
+the patches, and the layer subtracts their image (`hra_fx.layers.variants.ConvAdapters`). The layer still gets `x` as
+its first argument, so that hooks on the layer get the same input. For a weight, `hra_base` is the base weight, and `w`
+is `W Q`. A reader (a module that is called as a whole) computes `W Q` itself, so nothing is inserted.
 
-If the graph has the child `hra_factors`, the first node calls it, and `f` is what it computes for all layers.
+If the graph has the child `hra_factors`, the first node calls it, and `f` is its result for all layers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hra_fx.layers.target import BASE_WEIGHT, FACTORS, META, REFLECTION, NodeTag
 
 
 class InsertPass(PassBase):
-    """Inserts one reflection node for everything that `match` marked; a second run changes nothing."""
+    """Inserts one reflection node for each node that `match` marked. A second run does not change anything."""
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite the graph and recompile it."""
@@ -39,7 +39,7 @@ class InsertPass(PassBase):
         return PassResult(graph_module, bool(marked))
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
-        """The graph is well formed."""
+        """Check that the graph is well formed."""
         graph_module.graph.lint()
 
 
@@ -66,7 +66,7 @@ def _factors(graph_module: fx.GraphModule) -> tuple[fx.Node, ...]:
 
 def _insert_before(graph: fx.Graph, node: fx.Node, factors: tuple[fx.Node, ...]) -> None:
     note: NodeTag = node.meta[META]
-    # A keyword argument has whatever name the layer's class uses.
+    # A keyword argument may have any name, depending on the layer's class.
     value = node.args[0] if node.args else next(iter(node.kwargs.values()))
     if not isinstance(value, fx.Node):
         raise GraphInvariantError(

@@ -1,8 +1,8 @@
-r"""lower: replace custom operators by graphs of ATen operators, for exporters.
+r"""lower: replace custom operators with graphs of ATen operators, for exporters.
 
     h = hra_fx.rotate(w, u, a, ...)     becomes     g = mm(t(u), u);  ...;  h = sub(w, mm(mm(w, u), ...))
 
-Each operator has a decomposition, a function that is traced with the shapes that the operator has in the graph.
+Each operator has a decomposition: a function that is traced with the shapes of the operator in the graph.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from hra_fx.layers.target import META
 
 
 class LowerPass(PassBase):
-    """Replaces operators by the graphs of their decompositions; all other nodes stay unchanged."""
+    """Replaces operators with the graphs of their decompositions. All other nodes do not change."""
 
     def __init__(self, decompositions: Mapping[Any, Callable[..., Tensor]]) -> None:
-        """Take the decompositions.
+        """Store the decompositions.
 
         Args:
-            decompositions: operator -> a function of the same arguments, in ATen operators, that returns one tensor.
+            decompositions: operator -> a function with the same arguments that uses ATen operators and returns one
+                tensor.
         """
         self._decompositions = decompositions
 
@@ -40,7 +41,7 @@ class LowerPass(PassBase):
         return PassResult(graph_module, bool(found))
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
-        """The graph is well formed."""
+        """Check that the graph is well formed."""
         graph_module.graph.lint()
 
 
@@ -54,7 +55,7 @@ def _replace(graph_module: fx.GraphModule, node: fx.Node, function: Callable[...
         return function(*arguments, **node.kwargs)
 
     inputs: list[Any] = [node.args[index] for index in indices]
-    # Fake tensors: those in the graph keep their symbolic shapes.
+    # Use fake tensors, because those in the graph keep their symbolic shapes.
     traced = make_fx(of_tensors, tracing_mode="fake")(*(_example(graph_module, argument, node) for argument in inputs))
     traced.graph.eliminate_dead_code()
     replacements = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
@@ -84,7 +85,7 @@ def _between(last: fx.Node, inputs: list[fx.Node]) -> set[fx.Node]:
 
 
 def _example(graph_module: fx.GraphModule, argument: fx.Node, node: fx.Node) -> Tensor:
-    """A tensor with the shape of an argument."""
+    """Create a tensor with the shape of an argument."""
     value = argument.meta.get("val")
     if value is None and argument.op == "get_attr":
         path, _, name = str(argument.target).rpartition(".")
@@ -92,6 +93,6 @@ def _example(graph_module: fx.GraphModule, argument: fx.Node, node: fx.Node) -> 
     if not isinstance(value, Tensor):
         raise GraphInvariantError(
             f"node {node.name!r}: the shape of its argument {argument.name!r} is unknown, so it cannot be traced. "
-            "Lower the program of torch.export, whose nodes have `meta['val']`."
+            "Lower a program of torch.export: its nodes have `meta['val']`."
         )
     return value

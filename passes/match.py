@@ -1,4 +1,4 @@
-"""match: mark the calls of adapted layers, and the reads of their weights, in a graph."""
+"""match: mark the calls of adapted layers and the nodes that read their weights."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from hra_fx.layers.target import META, LayerTarget, NodeTag, weight_name
 
-#: Attributes and methods that say nothing about the values of a weight.
+#: Attributes and methods that do not depend on the values of a weight.
 METADATA = frozenset(
     ("dtype", "device", "shape", "ndim", "is_cuda", "requires_grad", "layout", "size", "dim", "numel", "element_size")
 )
 
 
 class MatchPass(PassBase):
-    """Marks what a graph does with every adapted layer with a `NodeTag`; the graph itself is not changed.
+    """Marks the nodes that use adapted layers with a `NodeTag`. The graph itself is not changed.
 
-    A call of a layer whose input is reflected is a `"layer"`. A read of an adapted weight is a `"weight"`, unless only
+    A call of a layer that reflects its input is a `"layer"`. A read of an adapted weight is a `"weight"`, unless only
     its metadata, such as dtype or shape, is used. The call of a module that contains adapted layers, or of an adapted
     layer with its own forward, is a `"reader"`.
 
@@ -32,8 +32,8 @@ class MatchPass(PassBase):
         """Prepare for one graph.
 
         Args:
-            sites: each path of a layer in the model -> the adapted layer.
-            prefix: path in the model of the module whose forward was traced.
+            sites: path of a layer in the model -> the adapted layer, for every path of the layer.
+            prefix: path in the model of the traced module.
         """
         self._prefix = f"{prefix}." if prefix else ""
         below = {path: site for path, site in sites.items() if path.startswith(self._prefix)}
@@ -42,7 +42,7 @@ class MatchPass(PassBase):
         self.calls: dict[str, int] = {}
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Mark the nodes; `modified` says whether a mark is new."""
+        """Mark the nodes. `modified` is True if there is a new mark."""
         modified = False
         self.calls = {}
         for node in graph_module.graph.nodes:

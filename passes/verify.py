@@ -10,11 +10,12 @@ from hra_fx.layers.target import BASE_WEIGHT, FACTORS, META, REFLECTION, NodeTag
 
 
 class VerifyPass(PassBase):
-    """Checks a graph and changes nothing.
+    """Checks the invariants of a graph without changing it.
 
-    The invariants: the graph is well formed; every marked call reads one reflection, of its own layer and of the same
-    value that the layer reads; a reflection of an input is read only by calls of its layer; every marked weight is read
-    only by one reflection, of its own layer; nodes that call a reflection, or read a base weight, are marked.
+    The invariants are: the graph is well formed; every marked call reads one reflection, which belongs to its own layer
+    and has the same input as the layer; only calls of its layer read the reflection of an input; every marked weight is
+    read by exactly one reflection, which belongs to its own layer; nodes that call a reflection or read a base weight
+    are marked.
 
     Raises:
         GraphInvariantError: an invariant is violated. The message names the node.

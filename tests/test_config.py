@@ -175,7 +175,8 @@ BAD_FIELDS: list[tuple[str, list[Any], str]] = [
     (
         "lora_alpha",
         [16],
-        "HRAConfig has no field `lora_alpha`. HRA has no alpha, because Q is orthogonal. Remove it; hra_fx.set_scale",
+        "HRAConfig has no field `lora_alpha`. HRA has no alpha, because Q is orthogonal. Remove it. To weaken an "
+        "adapter, call hra_fx.set_scale",
     ),
     ("use_rslora", [True], "HRAConfig has no field `use_rslora`. HRA has no alpha, because Q is orthogonal"),
     ("lora_dropout", [0.1], "HRAConfig has no field `lora_dropout`. HRA has no dropout. Remove it"),

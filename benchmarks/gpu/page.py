@@ -16,12 +16,12 @@ takes one step, in random order, after a warm-up step of the same model. Columns
 first method. Training is forward, backward and AdamW; the frozen base runs the backward down to the output of its
 first layer. Adapted layers: q, k, v, gate and up of the Llama, all Linear layers of the ViT, the 3x3 convolutions of
 the ResNet blocks. Weights are random; adapters are float32. TF32 is off. Memory is
-`torch.cuda.max_memory_allocated` over two training steps, without what was allocated before.
+`torch.cuda.max_memory_allocated` over two training steps, minus the memory that was allocated before.
 """
 SITES = """\
-A site is an adapted layer. Its launches are those of forward and backward of the adapted model, without those of the
-frozen base model, divided by the number of sites. Operators are those with a kernel of their own; views and
-allocations do not count. Kernels are calls that launch a kernel, or the replay of a CUDA graph, which is one launch.
+A site is an adapted layer. Launches per site are the launches of the forward and backward pass of the adapted model,
+minus the launches of the frozen base model, divided by the number of sites. Only operators with their own kernel are
+counted, not views and allocations. Kernels are calls that launch a kernel; the replay of a CUDA graph is one launch.
 """
 
 

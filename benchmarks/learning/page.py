@@ -30,12 +30,12 @@ INTRODUCTION = """\
 <!-- Written by make bench-learning; do not edit. -->
 # Does HRA learn as well as LoRA?
 
-HRA and LoRA with numbers of trained parameters within 3% of each other, each at the learning rate that was best on
-validation data. "HRA, pairs" is HRA with `hra_fx.train_pairs`, "HRA, vectors" without it, as PEFT trains it. A seed
-draws the training examples, their order, the new head and the start of the adapter, and all methods share it. Scores
-are those of test data: mean and standard deviation over the seeds. "Gain" is how much better than LoRA a method is, so
-more is better for every metric; the interval is that of the paired differences, at 95%.
-[docs/training.md](training.md) says which settings follow from this.
+HRA and LoRA are compared at equal size: their numbers of trained parameters differ by at most 3%. Each method uses the
+learning rate that was best on validation data. "HRA, pairs" is HRA with `hra_fx.train_pairs`. "HRA, vectors" is HRA
+without it, as in PEFT. A seed determines the training examples, their order, the new head and the initial adapter, and
+is the same for all methods. Scores are on test data: mean and standard deviation over the seeds. "Gain" is how much
+better a method is than LoRA, so more is better for every metric, with the 95% interval of the paired differences.
+[docs/training.md](training.md) recommends settings based on these results.
 """
 
 PROTOCOL = """\
@@ -44,66 +44,67 @@ PROTOCOL = """\
 - Every method trains on the same examples in the same order, for the same number of steps, with AdamW, no weight decay,
   a linear schedule with 10% warmup, and gradients clipped to norm 1. A new head has one learning rate for all methods,
   except for "head only", which chooses its own.
-- Each method chooses its learning rate by validation scores: seed 0 tries four rates, on `language` and
-  `newsgroups-1600` eight for LoRA and pairs, and then more around the best one, in the steps of 1, 1.7, 3, 5.5, 10, at
-  most six. Seeds 1 and 2 try the best rate and its neighbors too, and the mean of the three seeds decides.
-  `language-4-passes` and the long runs have the rates of `language`, and `newsgroups-5000` those of `newsgroups-1600`.
-  No seed trains on validation examples.
+- The learning rate of each method is chosen by validation scores. Seed 0 tries four rates (LoRA and pairs try eight on
+  `language` and `newsgroups-1600`), and then at most six more around the best one, in the steps 1, 1.7, 3, 5.5, 10.
+  Seeds 1 and 2 also try the best rate and its neighbors, and the mean of the three seeds decides. `language-4-passes`
+  and the long runs use the rates of `language`, and `newsgroups-5000` uses the rates of `newsgroups-1600`. No seed
+  trains on validation examples.
 - `difference` of pairs is 0.1, which was chosen on validation data of `language`.
-- Intervals cover the choice of training examples and random starts. All seeds share the test examples: one accuracy on
-  1500 texts has a standard error of 1.2 points.
-- Test scores have no part in any choice, and only those of the chosen rate are shown.
-- Ranks: LoRA's is given. HRA gets the rank with the nearest number of parameters, OFT the nearest size of blocks, and
-  DoRA has LoRA's rank. LoRA has `lora_alpha = 2 r`.
-- On text and on CPUs with AMX, products with the weights of the base model are in bfloat16, everything else is in
-  float32: adapters, their products, optimizers. `--float32` makes a run without bfloat16. The runs of `newsgroups-1600`
+- Intervals include the choice of training examples and the random initial values. All seeds use the same test
+  examples: an accuracy on 1500 texts has a standard error of 1.2 points.
+- Test scores are not used for any choice. Only the test scores of the chosen rate are shown.
+- LoRA has `lora_alpha = 2 r`, and DoRA has LoRA's rank. HRA has the rank, and OFT the block size, with the nearest
+  number of parameters.
+- For text on CPUs with AMX, products with the weights of the base model are in bfloat16. Everything else is in float32:
+  adapters, their products and optimizers. With `--float32`, a run does not use bfloat16. The runs of `newsgroups-1600`
   in the table are from a CPU without AMX.
-- On the digits, OFT and PEFT's HRA are left out: PEFT's OFT fails for the convolutions, and its HRA takes many times as
-  long there. BOFT, PSOFT and ranks that differ by layer were not compared.
-- Time is CPU time on one thread of a machine that other programs shared, memory the growth of the process during
-  training. Both contain the base model's forward and backward pass. [benchmarks.md](benchmarks.md) compares speed.
+- `digits` does not include OFT and PEFT's HRA: PEFT's OFT fails for the convolutions, and its HRA takes many times as
+  long. BOFT, PSOFT and ranks that differ by layer were not compared.
+- Time is CPU time on one thread. Other programs ran on the same machine. Memory is the growth of the process during
+  training. Both include the base model's forward and backward pass. [benchmarks.md](benchmarks.md) compares speed.
 - In the plot over parameters, each point is the better of the chosen learning rate and the next lower one.
-- Each record in docs/results.json names the commit of the code that made it.
-- On `language`, the seed did not draw the start of the adapter before commit 82669ac: a run of an older record gives
-  other numbers.
+- Each record in docs/results.json contains the commit of the code that created it.
+- On `language`, the initial adapter did not depend on the seed before commit 82669ac. If you repeat an older run, its
+  numbers differ.
 
-To make one run again and print its record:
+To repeat one run and print its record:
 
 ```
 PYTHONPATH=benchmarks python -m learning --task digits --method hra-pairs --seed 0
 ```
 
-`make bench-learning` makes the runs that docs/results.json lacks, two at a time, and writes this page. You can stop it,
-and it continues from the records that are there. To repeat all runs, delete docs/results.json first.
+`make bench-learning` runs everything that is missing in docs/results.json, two runs at a time, and writes this page. If
+you stop it, the next call continues from the existing records. To repeat all runs, delete docs/results.json first.
 """
 
 
 FORGETTING = """\
 ## Forgetting
 
-What the model could do before, and still can after training at the learning rate that was chosen for the new task:
-means over the seeds. The last column is the paired difference with its 95% interval; more is better for every metric.
+How well the model does its original task before training, and after training at the learning rate that was chosen for
+the new task: means over the seeds. The last column is the paired difference with its 95% interval; more is better for
+every metric.
 
 """
 
 FORGETTING_PLOT = """
-Each curve is one method at rising learning rates, seed 0, without rates that are much too large: how well it learned
-the new task, and what it retained.
+Each curve shows one method at increasing learning rates, with seed 0 and without rates that are much too large: how
+well it learned the new task, and what it retained.
 
 ![What is retained over the validation score](results_forgetting.svg)
 """
 
 AT_EQUAL_SCORE = """
-LoRA and pairs where their validation scores on the new task are equal: that of the one that learned less at its chosen
-rate. The other is read from its curve, between two learning rates; seed 0.
+What LoRA and pairs retain at the same validation score on the new task, with seed 0. The score is the worse of the two
+scores at the chosen rates. The values of the other method are interpolated on its curve, between two learning rates.
 
 """
 
 PASSES = """\
 ## Several passes
 
-Validation over training loss on `language-4-passes`: a curve is a method at one learning rate, from its first pass
-over the posts to its fourth. Large marks are means over seeds, small ones are of one seed.
+Validation over training loss on `language-4-passes`. Each curve shows one method at one learning rate, from its first
+pass over the posts to its fourth. Large marks are means over seeds, small marks are single seeds.
 
 ![Validation perplexity over the training loss](results_passes.svg)
 """
@@ -119,7 +120,7 @@ Validation scores, means of three seeds.
 TRIALS = """\
 ## Settings
 
-What changes if HRA trains in pairs with another setting, at the same learning rate: the gain on validation data, in
+The effect of another setting when HRA trains in pairs, at the same learning rate: the gain on validation data in
 points, paired over three seeds, with its 95% interval. More is better.
 
 """
@@ -163,7 +164,7 @@ def _first_table(records: Sequence[Record], tasks: Sequence[str]) -> str:
     found = [row for task in tasks if (row := compare(records, task))]
     short = [row.task for row in found if row.task not in ONE_SEED and not row.holds]
     verdict = (
-        f"In pairs, HRA's mean falls short of LoRA's by more than one standard error of the difference on: "
+        f"In pairs, HRA's mean is worse than LoRA's by more than one standard error of the difference on: "
         f"{', '.join(short)}."
         if short
         else "In pairs, HRA's mean is at least LoRA's minus one standard error of the difference on every task."
@@ -259,7 +260,7 @@ def _curve(records: Sequence[Record], task: str) -> str:
     runs = sorted(found, key=lambda run: (run.method != "lora", run.lr))
     rows = [[ALL[run.method].label, f"{run.lr:g}", *(f"{point[2]:.1f}" for point in run.curve)] for run in runs]
     columns = ["method", "rate", *(str(point[0]) for point in runs[0].curve)]
-    return f"\nValidation {TASKS[task].metric} after so many steps:\n\n{_table(columns, rows)}"
+    return f"\nValidation {TASKS[task].metric} by number of steps:\n\n{_table(columns, rows)}"
 
 
 def _forgetting(records: Sequence[Record], tasks: Sequence[str]) -> str:
@@ -312,8 +313,8 @@ def _trial(records: Sequence[Record], task: str, method: str) -> str:
 def _cost(records: Sequence[Record]) -> str:
     hours = sum(record.seconds for record in records) / 3600
     return (
-        f"The {len(records)} runs trained for {hours:.1f} hours of CPU time in all, which two cores share; evaluations "
-        "come on top.\n"
+        f"The {len(records)} runs trained for {hours:.1f} hours of CPU time in total, on two cores, without "
+        "evaluations.\n"
     )
 
 
@@ -324,7 +325,7 @@ def _unfinished(records: Sequence[Record]) -> str:
         for task in TASK_NAMES
     }
     lines = [f"- `{task}`: {', '.join(labels)}\n" for task, labels in missing.items() if labels]
-    return f"Planned, and not finished yet:\n\n{''.join(lines)}" if lines else ""
+    return f"Planned, but not finished yet:\n\n{''.join(lines)}" if lines else ""
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

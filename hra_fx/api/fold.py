@@ -17,15 +17,15 @@ M = TypeVar("M", bound="nn.Module | ExportedProgram")
 
 
 def fold(model: M, adapter_names: str | Sequence[str] | None = None, *, requantize: bool = False) -> M:
-    """Fold adapters into the weights in place, `W <- W Q`. The result is a plain base model once all are folded.
+    """Fold adapters into the weights in place, `W <- W Q`. When all adapters are folded, the model is a plain model.
 
     It then has the classes, graph, `state_dict` keys and `requires_grad` flags from before `transform`. Only the values
     of the folded weights, and of tensors trained through `bias` and `modules_to_save`, differ.
 
-    All vectors and weights are checked first. Then layers are computed, in float64 if the device supports it, and
-    written one at a time, so folding needs extra memory for only a few copies of one layer. If it is interrupted, the
-    model still computes the same outputs, and another call of `fold` finishes the work. `plan_fold` shows the rounding
-    error of each layer beforehand.
+    All vectors and weights are checked first. Then the new weights are computed and written one layer at a time, in
+    float64 if the device supports it. So folding needs extra memory for only a few copies of one layer. If it is
+    interrupted, the model still computes the same outputs, and another call of `fold` finishes the work. To see the
+    rounding error of each layer before folding, use `plan_fold`.
 
     A weight that shares memory with other tensors (an output layer tied to the embeddings) is untied: the layer gets
     its own parameter, and the others are not changed. If transformers ties them by `config.tie_word_embeddings`, that
@@ -44,7 +44,8 @@ def fold(model: M, adapter_names: str | Sequence[str] | None = None, *, requanti
         `model`, or the new program.
 
     Raises:
-        AdapterError: the model has no adapters, or lacks one of these, or other active adapters come before them.
+        AdapterError: the model has no adapters or no adapter with one of these names, or other active adapters come
+            before them in the product.
         FoldError: a weight cannot be folded: it has no data, is quantized or not finite, has linearly dependent
             Gram-Schmidt vectors, or is tied in a model whose forward depends on that. No weight was changed.
 

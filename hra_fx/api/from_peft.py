@@ -124,7 +124,7 @@ def _trained_tensors(wrappers: Mapping[str, Any], name: str) -> dict[tuple[str, 
 
 
 def _take_out(root: nn.Module, layers: Iterable[Any], wrappers: Iterable[Any], undo: ExitStack) -> None:
-    """Replace PEFT's modules by those of the base model."""
+    """Replace PEFT's modules with those of the base model."""
     replaced = {layer: layer.base_layer for layer in layers} | {one: one.original_module for one in wrappers}
     for parent in [module for module in root.modules() if module not in replaced]:
         for name, child in parent._modules.items():

@@ -17,9 +17,9 @@ def graphs(model: nn.Module, example_inputs: Any = None) -> dict[str, fx.GraphMo
     the result is always one graph, as in graph mode: if torch.fx cannot trace the whole model, or if the call passes
     optional arguments, `torch.export` captures the call.
 
-    All graphs call the layers of the model, and have a node for each reflection. A graph from a call takes the
-    arguments of this call, in other sizes too as far as the model allows, and returns the model's outputs, with `None`
-    in place of objects that `torch.export` does not support, such as a cache.
+    All graphs call the layers of the model, and have a node for each reflection. With example inputs, the graph takes
+    the arguments of this call. Sizes may change if the model allows it. The graph returns the model's outputs, with
+    `None` instead of objects that `torch.export` does not support, such as a cache.
 
     Args:
         model: a transformed model.
@@ -27,9 +27,9 @@ def graphs(model: nn.Module, example_inputs: Any = None) -> dict[str, fx.GraphMo
 
     Returns:
         Without example inputs: module path -> GraphModule with the model's own modules and parameters. The key is `""`
-        if the whole model was traced; a layer outside of all other graphs has a graph under its own path. With example
-        inputs: `""` -> the graph of the whole model, with the model's own parameters. Changing a graph does not change
-        the model.
+        if the whole model was traced. A layer that is not part of another graph has a graph under its own path. With
+        example inputs: `""` -> the graph of the whole model, with the model's own parameters. Changing a graph does not
+        change the model.
 
     Raises:
         AdapterError: the model has no reflections, or `torch.export` cannot capture the call.

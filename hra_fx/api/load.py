@@ -42,9 +42,9 @@ def load_adapter(
 ) -> M:
     """Load an adapter saved by `save_adapter`, `save_pretrained` or PEFT. Pickle files are never read.
 
-    A plain model is transformed, and the adapter is active. In a transformed model, a new adapter stays inactive until
-    `set_adapter`; an existing adapter of this name gets new values in place. Both files are read and checked before the
-    model is changed.
+    A plain model is transformed, and the adapter is active. In a transformed model, a new adapter is inactive until you
+    call `set_adapter`; an existing adapter with this name gets new values in place. Both files are read and checked
+    before the model is changed.
 
     Args:
         model: the base model, or a transformed model.
@@ -62,7 +62,7 @@ def load_adapter(
     Raises:
         CheckpointError: a file is missing, damaged, or does not fit the model; the message names the file and the key.
         ConfigError: the configuration is invalid.
-        AdapterError: the model has an adapter of this name with another configuration, adapters are merged, or
+        AdapterError: the model has an adapter with this name and another configuration, adapters are merged, or
             accelerate offloads trained copies.
         UnsupportedLayerError: see `transform`. After any error the model is unchanged.
 
@@ -76,7 +76,7 @@ def load_adapter(
         >>> bool((other[0].hra_u["mine"] == model[0].hra_u["default"]).all())
         True
     """
-    # Tensors made in inference mode could never be trained.
+    # Tensors created in inference mode could never be trained.
     with torch.inference_mode(False):
         if example_inputs is not None:
             normalize_inputs(example_inputs)
@@ -141,6 +141,6 @@ def _saved(owner: nn.Module, copies: Copies, name: str) -> list[str]:
 
 
 def _like(tensor: Tensor, weight_dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Cast like PEFT (`autocast_adapter_dtype`): at least float32, and at least the layer's dtype."""
+    """Cast a tensor as PEFT does (`autocast_adapter_dtype`): at least float32, and at least the layer's dtype."""
     dtype = torch.float64 if tensor.dtype == torch.float64 else householder.working_dtype(weight_dtype)
     return tensor.to(device, dtype)

@@ -37,7 +37,7 @@ from hra_fx.model.switch import disable_adapters, set_adapter
 from hra_fx.model.trainable import set_requires_grad
 from hra_fx.selection.origin import DEFAULT_TARGETS
 
-#: Packages whose classes have methods of these names, which those of `HRAModel` replace.
+#: Packages with classes that have methods with the same names. The methods of `HRAModel` replace these.
 _REPLACED = ("transformers.", "diffusers.", "huggingface_hub.", "hra_fx.")
 
 
@@ -86,12 +86,12 @@ class HRAModel(SwapMixin):
     create_or_update_model_card = push.create_or_update_model_card
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Adapt the given model. Copies are made without arguments."""
+        """Adapt the given model. Copying and unpickling call this without arguments."""
         return _adapted(*args, **kwargs) if cls is HRAModel else super().__new__(cls)
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
-        """`base.__init__`, which does nothing for a model that exists already."""
+        """`base.__init__`, which does nothing for an existing model."""
         init: Callable[..., Any] = base.__init__
 
         @functools.wraps(init)
@@ -151,8 +151,11 @@ class HRAModel(SwapMixin):
         peft_config: HRAConfig | None = None,
         adapter_config: HRAConfig | None = None,
     ) -> None:
-        """Same as `hra_fx.add_adapter`. Call it as `add_adapter(name, config)` like PEFT, or as
-        `add_adapter(config, name)` like transformers and diffusers."""
+        """Same as `hra_fx.add_adapter`.
+
+        Call it as `add_adapter(name, config)`, as in PEFT, or as `add_adapter(config, name)`, as in transformers and
+        diffusers.
+        """
         given = (first, second)
         config: Any = peft_config or adapter_config or next((x for x in given if not isinstance(x, str)), None)
         name = adapter_name or next((x for x in given if isinstance(x, str) and x != "default"), "default")
@@ -172,7 +175,7 @@ class HRAModel(SwapMixin):
         """Same as `hra_fx.delete_adapter`, except that the last adapter is removed by `unload`.
 
         Raises:
-            AdapterError: the model has no such adapter, or no other, or adapters are merged.
+            AdapterError: the model has no such adapter, it is the only adapter, or adapters are merged.
         """
         if list(self.peft_config) == [adapter_name]:
             raise AdapterError(
@@ -189,11 +192,11 @@ class HRAModel(SwapMixin):
         disable_adapters(self).__enter__()
 
     def disable_adapters(self) -> None:
-        """Same as `disable_adapter_layers`; the name in transformers and diffusers."""
+        """Same as `disable_adapter_layers`. transformers and diffusers use this name."""
         self.disable_adapter_layers()
 
     def set_adapters(self, adapter_names: str | list[str], weights: float | list[float] | None = None) -> None:
-        """Same as `set_adapter`, with optional scales from 0 to 1 (`hra_fx.set_scale`); the name in diffusers."""
+        """Same as `set_adapter`, with optional scales from 0 to 1 (`hra_fx.set_scale`). diffusers uses this name."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         given = [] if weights is None else weights if isinstance(weights, list) else [weights] * len(names)
         if weights is not None and len(given) != len(names):
@@ -205,7 +208,7 @@ class HRAModel(SwapMixin):
             set_scale(self, name, weight)
 
     def delete_adapters(self, adapter_names: str | list[str]) -> None:
-        """Same as `delete_adapter`, for one or more adapters; the name in diffusers."""
+        """Same as `delete_adapter`, for one or more adapters. diffusers uses this name."""
         for name in [adapter_names] if isinstance(adapter_names, str) else list(adapter_names):
             self.delete_adapter(name)
 
@@ -257,8 +260,8 @@ class HRAModel(SwapMixin):
     ) -> None:
         """Write adapters as PEFT does: "default" into the folder, others into subfolders with their names.
 
-        `push_to_hub=True` also uploads them to the repository `repo_id`, by default one with the name of the folder. It
-        takes the options of `push_to_hub`.
+        `push_to_hub=True` also uploads them to the repository `repo_id`. By default, the repository has the name of the
+        folder. The options of `push_to_hub` are supported.
 
         Raises:
             AdapterError: `safe_serialization=False` (pickle files are never written), `save_embedding_layers=True` (use
@@ -347,7 +350,7 @@ def check_names(model: nn.Module) -> None:
     """Check that the methods of `HRAModel` do not hide attributes of the model.
 
     Raises:
-        AdapterError: naming the attribute.
+        AdapterError: a method would hide an attribute; the message names it.
         UnsupportedLayerError: the model has adapters of PEFT, whose wrapper has attributes of these names.
     """
     refuse_peft_layers(model)
@@ -365,13 +368,13 @@ def check_names(model: nn.Module) -> None:
 
 
 def as_hra_model(model: nn.Module) -> nn.Module:
-    """Add the methods of `HRAModel` to a transformed model, whose names were checked (`check_names`)."""
+    """Add the methods of `HRAModel` to a transformed model. Call `check_names` before."""
     if not isinstance(model, HRAModel):
         swap(model, HRAModel)
     return model
 
 
 def _known_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Remove PEFT options that are always on here: low memory, float32 vectors, new values in place."""
+    """Remove PEFT options that hra_fx always applies: low memory, float32 vectors, new values in place."""
     always = ("low_cpu_mem_usage", "autocast_adapter_dtype", "ephemeral_gpu_offload", "torch_device", "hotswap")
     return {name: value for name, value in options.items() if name not in always}

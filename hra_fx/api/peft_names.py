@@ -1,4 +1,4 @@
-"""Names of PEFT: `get_peft_model`, `PeftModel`, and the classes that load an adapter with the base model it names.
+"""PEFT's names: `get_peft_model`, `PeftModel`, and classes that load an adapter together with its base model.
 
 Source of the names and arguments: PEFT 0.21, `peft.mapping_func` and `peft.auto`.
 """
@@ -17,7 +17,7 @@ from hra_fx.config import HRAConfig
 from hra_fx.errors import ConfigError
 from hra_fx.hub import OPTIONS, download
 
-#: Libraries that `auto_mapping` may name a class of.
+#: Libraries whose classes `auto_mapping` may name.
 _LIBRARIES = ("transformers", "diffusers")
 _TOKENIZER = "tokenizer_config.json"
 
@@ -34,7 +34,7 @@ def get_peft_model(
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
 ) -> Any:
-    """`HRAModel(model, peft_config, adapter_name)`, with the arguments of `peft.get_peft_model`.
+    """Adapt a model and add PEFT's methods, like `HRAModel`, with the arguments of `peft.get_peft_model`.
 
     Args:
         model: any module that `hra_fx.transform` accepts, changed in place.
@@ -64,11 +64,11 @@ def get_peft_model(
 class AutoPeftModel:
     """Load the base model named in an adapter's configuration, then load the adapter into it.
 
-    The class of the base model follows from `task_type`, or else from `auto_mapping`.
+    `task_type` determines the class of the base model; without it, `auto_mapping` does.
 
     Attributes:
-        task_type: the task type of the adapters that this class loads (an adapter may also leave it out); `None` for
-            any.
+        task_type: the task type of the adapters that this class loads (adapters without a task type are also loaded);
+            `None` for any.
         auto_class: the transformers class that loads the base model.
     """
 
@@ -144,7 +144,7 @@ class AutoPeftModel:
         return getattr(importlib.import_module(library), kind)
 
 
-# Class statements, because type checkers accept no variables in annotations or as base classes.
+# Class statements, because type checkers do not accept variables in annotations or as base classes.
 class AutoPeftModelForCausalLM(AutoPeftModel):
     """`AutoPeftModel` for language models."""
 

@@ -50,7 +50,7 @@ class TunerLayerStatus:
 
 @dataclass
 class TunerModelStatus:
-    """The state of a model with adapters; a field is `"irregular"` if its layers differ.
+    """The state of a model with adapters. A field is `"irregular"` if the layers of the model differ.
 
     Attributes:
         base_model_type: class of the base model.
@@ -79,7 +79,7 @@ class TunerModelStatus:
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
-    """The state of every adapted layer, and of every module with a trained copy, as `peft.get_layer_status`.
+    """Return the state of every adapted layer and of every module with a trained copy, like `peft.get_layer_status`.
 
     Raises:
         AdapterError: the model has no adapters.
@@ -109,7 +109,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
-    """The state of a model with adapters, as `peft.get_model_status`.
+    """Return the state of a model with adapters, like `peft.get_model_status`.
 
     Raises:
         AdapterError: the model has no adapters.

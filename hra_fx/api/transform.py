@@ -38,17 +38,17 @@ def transform(
     dynamic_shapes: Any = None,
     verify: bool = False,
 ) -> M:
-    """Adapt a model in place, so that each selected weight `W` acts as `W Q`.
+    """Adapt a model in place, so that each selected layer uses `W Q` instead of its weight `W`.
 
-    Eager mode swaps the classes of layers; nothing is traced. Graph mode (`trace=True`, or a `GraphModule` or an
-    exported program as `model`) rewrites a graph. Both use the same mathematics and passes.
+    Eager mode changes the classes of layers and does not trace anything. Graph mode (`trace=True`, or a `GraphModule`
+    or an exported program as `model`) rewrites a graph. Both compute the same outputs.
 
-    The model remains the same object and an instance of its class. Its `state_dict` keeps all keys and gains
-    `<layer>.hra_u.<adapter>` of shape `(d, r)`, with `d = in_features` or `in_channels // groups * kh * kw` (and
-    `<layer>.hra_u.<adapter>_anchor`, if `init_weights=True` needs frozen vectors to start at the identity). Its own
-    parameters are frozen, and shared by all adapters. Biases and modules trained by `config.bias` and
-    `config.modules_to_save` are copies, which replace the originals while the adapter is active; the tensors that are
-    not in use are in `<module>.hra_saved`.
+    The model remains the same object and an instance of its class. Its `state_dict` keeps all keys and gets the new
+    keys `<layer>.hra_u.<adapter>` of shape `(d, r)`, with `d = in_features` or `in_channels // groups * kh * kw` (and
+    `<layer>.hra_u.<adapter>_anchor`, if `init_weights=True` needs frozen vectors to start at the identity). The base
+    model's parameters are frozen, and all adapters share them. Biases and modules that `config.bias` and
+    `config.modules_to_save` train are copies, which replace the originals while the adapter is active. The tensors that
+    are not in use are in `<module>.hra_saved`.
 
     Args:
         model: any module with layers that can be adapted (Linear, Conv1d to Conv3d, transformers' Conv1D, attention).
@@ -60,24 +60,25 @@ def transform(
             `load_state_dict(..., assign=True)`. Otherwise they are on the device of their layer, which may also be the
             meta device.
         trace: trace the model, and return a `torch.fx.GraphModule` in which each reflection is a separate node. It
-            shares the modules and parameters of `model`, and replaces it: training, and all functions on adapters, work
-            as in eager mode. The graph calls the model's layers, and is valid in train and eval mode. torch.fx makes it
-            where it can, and leaves optional arguments at their defaults; else `torch.export` captures one call, for
-            the arguments of this call and the dtype of the model. A call with `torch.export` is not possible if the
-            forward branches on values, adds backward hooks, or draws random numbers of Python or NumPy; other
-            generators of Python and NumPy, and hooks on autograd nodes, are not detected. Outputs such as caches, which
-            `torch.export` does not know, are `None`.
+            shares the modules and parameters of `model`; use it instead of `model`. Training and all functions for
+            adapters work as in eager mode. The graph calls the model's layers, and works in train and eval mode. If
+            possible, torch.fx traces the model, with optional arguments at their defaults. Otherwise `torch.export`
+            captures one call. The graph is then valid for the arguments of this call and the dtype of the model. This
+            raises an error if the forward branches on values, adds backward hooks, or uses random numbers of Python or
+            NumPy; other generators of Python and NumPy, and hooks on autograd nodes, are not detected. Outputs that
+            `torch.export` does not support, such as caches, are `None`.
         example_inputs: one tensor, a tuple of positional arguments or a dictionary of keyword arguments. `verify` runs
-            this call, and `trace` captures it if torch.fx cannot trace the model, or if the call passes optional
-            arguments. By default, it is made from the configuration of a transformers model: token ids and their mask,
-            images, or audio, without labels.
-        dynamic_shapes: the sizes of the captured call that may change, as in `torch.export.export`. By default all may,
-            but of images only the batch, as far as the model allows. A call with other sizes raises an error.
+            this call. `trace` captures it if torch.fx cannot trace the model, or if the call passes optional arguments.
+            By default, it is created from the configuration of a transformers model: token ids and their mask, images,
+            or audio, without labels.
+        dynamic_shapes: the sizes of the captured call that may change, as in `torch.export.export`. By default, all
+            sizes that the model allows may change; for images, only the batch size. A call with other sizes raises an
+            error.
         verify: before returning, check on copies of the model that random reflections and folded weights give the same
             outputs and gradients for `example_inputs`, in train and eval mode.
 
     Returns:
-        `model`, or the `GraphModule` created by `trace`. Repeating a call on the transformed model has no effect.
+        `model`, or the `GraphModule` created by `trace`. Repeating the call on the transformed model has no effect.
 
     Raises:
         ConfigError: `config` is not an `HRAConfig` of hra_fx or PEFT.
@@ -149,13 +150,13 @@ def _is_done(model: nn.Module, config: HRAConfig, adapter_name: str) -> bool:
         return True
     if adapter_name in present:
         raise AdapterError(
-            f"adapter {adapter_name!r}: the model already has an adapter of this name, with another configuration. "
+            f"adapter {adapter_name!r}: the model already has an adapter with this name and another configuration. "
             "Fold it first, or choose another name."
         )
     if carried := adapted_layers(model):
         names = ", ".join(dict.fromkeys(name for layer in carried.values() for name in layer.hra_u))
         raise AdapterError(
-            f"adapter {adapter_name!r}: {next(iter(carried))} already has reflections, of {names}. To add another "
+            f"adapter {adapter_name!r}: {next(iter(carried))} already has reflections of {names}. To add another "
             "adapter, call hra_fx.add_adapter on the transformed model. To start from the adapted weights, fold first."
         )
     return False

@@ -1,1 +1,1 @@
-"""Adapter files in PEFT's format: save, load and check them."""
+"""Save, load and check adapter files in PEFT's format."""

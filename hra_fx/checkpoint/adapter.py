@@ -1,7 +1,7 @@
-"""The two files of an adapter, read without a model: a chain of reflections for each layer, and trained tensors.
+"""Read the two files of an adapter without a model: a chain of reflections for each layer, and trained tensors.
 
-PEFT has no anchors, so the chain of an adapter with anchors is saved as plain reflections. The metadata of the file
-says how it splits into a frozen anchor and trained vectors, so that training can go on.
+PEFT does not have anchors, so the chain of an adapter with anchors is saved as plain reflections. The metadata of the
+file says how to split the chain into a frozen anchor and trained vectors, so that training can be continued.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _BIASES = ("bias", "in_proj_bias")
 
 @dataclass(frozen=True)
 class Resume:
-    """An adapter as it is trained.
+    """The form of an adapter for training.
 
     Attributes:
-        config: its configuration; that of the file has the ranks of the plain chains.
+        config: the configuration for training; the configuration in the file has the ranks of the plain chains.
         has_anchors: whether the chains start with the anchors of `householder.init_vectors`.
     """
 
@@ -52,11 +52,11 @@ class Resume:
 
     @property
     def chains(self) -> HRAConfig:
-        """The configuration of the plain chains, as it is saved."""
+        """The configuration of the plain chains, which is saved."""
         return _chains(self.config) if self.has_anchors else self.config
 
     def metadata(self) -> dict[str, str]:
-        """The entry of the file's metadata; none without anchors."""
+        """The entry for the file's metadata; empty without anchors."""
         if not self.has_anchors:
             return {}
         config = self.config
@@ -66,7 +66,7 @@ class Resume:
 
 
 def read_resume(file: Path, metadata: Mapping[str, str], config: HRAConfig) -> Resume:
-    """What was trained, from the metadata of a file and its configuration. Adapters saved by PEFT have no anchors.
+    """Read the form for training from the metadata of a file and its configuration. PEFT's files have no anchors.
 
     Raises:
         CheckpointError: the metadata does not match the configuration.
@@ -101,7 +101,7 @@ def _chains(config: HRAConfig) -> HRAConfig:
         return r + anchor_rank(r, apply_GS=config.apply_GS)
 
     ranks = {pattern: rank(r) for pattern, r in config.rank_pattern.items()}
-    # Ranks that the anchors make equal need no pattern, which PEFT does not know.
+    # If the ranks are equal with the anchors, no pattern is needed. PEFT does not support patterns.
     differ = any(r != rank(config.r) for r in ranks.values())
     return dataclasses.replace(config, r=rank(config.r), apply_GS=False, rank_pattern=ranks if differ else {})
 
@@ -114,8 +114,8 @@ class Adapter:
         file: the weights file.
         config: the configuration.
         tensors: all tensors, by their keys with PEFT's prefix.
-        metadata: of the weights file, without what a configuration of the caller's replaces.
-        base_row: a row of the base model; `None` in files of PEFT.
+        metadata: metadata of the weights file, without entries that the caller's configuration replaces.
+        base_row: a row of the base model; `None` in PEFT's files.
     """
 
     file: Path
@@ -126,7 +126,7 @@ class Adapter:
 
     @cached_property
     def resume(self) -> Resume:
-        """How the chains split into anchors and trained vectors.
+        """Return how to split the chains into anchors and trained vectors.
 
         Raises:
             CheckpointError: the metadata does not match the configuration.
@@ -140,8 +140,8 @@ class Adapter:
         Chains of experts are `(experts, d, k)`.
 
         Raises:
-            CheckpointError: there are none, or their shapes do not match the configuration.
-            FoldError: Gram-Schmidt of linearly dependent vectors.
+            CheckpointError: there are no vectors, or their shapes do not match the configuration.
+            FoldError: the vectors for Gram-Schmidt are linearly dependent.
         """
         keys = {key.removeprefix(PREFIX).rpartition("."): key for key in self.tensors}
         chains = {path: self._chain(path, key) for (path, _, last), key in keys.items() if last == REFLECTION}
@@ -197,13 +197,13 @@ class Adapter:
         return plain_chain(tensor.double() if config.apply_GS else tensor, None, apply_GS=config.apply_GS)
 
     def saves(self, path: str) -> bool:
-        """Whether a module, or one around it, is in `modules_to_save`; as in PEFT, entries match ends of paths."""
+        """Whether a module or one of its parents is in `modules_to_save`. As in PEFT, entries match ends of paths."""
         names = tuple(self.config.modules_to_save or ())
         parts = path.split(".")
         return bool(names) and any(".".join(parts[:i]).endswith(names) for i in range(1, len(parts) + 1))
 
     def noise(self, path: str) -> float:
-        """How far the `Q` of a fresh adapter may be from the identity; 0 for a layer that it does not adapt."""
+        """The largest distance of a new adapter's `Q` from the identity; 0 for a layer that it does not adapt."""
         config = self.resume.config
         if not (config.apply_GS and self.resume.has_anchors and path in self.chains):
             return 0.0
@@ -214,11 +214,11 @@ def read_adapter(source: str | os.PathLike[str], config: HRAConfig | None = None
     """Read an adapter saved by `save_adapter` or PEFT.
 
     Args:
-        source: its folder, or its name on the Hub.
+        source: the folder of the adapter, or its name on the Hub.
         config: replaces the configuration in the folder; the vectors are then used as stored.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the two do not match.
+        CheckpointError: a file is missing or damaged, or the two files do not match.
         ConfigError: the configuration is invalid.
     """
     folder = find(source)
@@ -237,5 +237,5 @@ def _twice(file: Path, key: str, part: str) -> CheckpointError:
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    """The inverse condition below which vectors count as dependent; of float8, whose eps is 1/8, most would."""
+    """The inverse condition below which vectors count as dependent. For float8 (eps 1/8), most vectors would."""
     return min(8 * torch.finfo(dtype).eps, 1 / 16)

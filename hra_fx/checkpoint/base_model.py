@@ -1,7 +1,7 @@
 """The base model of an adapter: its name and class, as PEFT writes them, and one row of a weight.
 
-The row tells a base model from the same model with an adapter folded into it. The metadata of an adapter's file keeps
-it, and in the folded model it is rotated.
+The row shows whether a model is the base model or the same model with the adapter folded into it: in the folded model,
+the row is rotated. It is stored in the metadata of an adapter's file.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ BASE_ROW = "hra_fx_base_row"
 
 
 def base_model_name(root: nn.Module, config: HRAConfig) -> str | None:
-    """PEFT's `base_model_name_or_path`: as configured, or as transformers knows it."""
+    """PEFT's `base_model_name_or_path`: the configured name, or the name that transformers stores."""
     return str(config.base_model_name_or_path or origin_of(root).name or "") or None
 
 
 def auto_mapping(root: nn.Module, config: HRAConfig) -> dict[str, Any] | None:
-    """PEFT's `auto_mapping`: the class of the base model, if it does not follow from a task type."""
+    """PEFT's `auto_mapping`: the class of the base model, if there is no task type that determines it."""
     origin = origin_of(root)
     mapping = {"base_model_class": origin.class_name, "parent_library": origin.library}
     return config.auto_mapping or (None if config.task_type else mapping)
 
 
 def compare_names(file: Path, config: HRAConfig, ours: object) -> None:
-    """Warn if the base model of an adapter has another name than this one; folders differ from machine to machine.
+    """Warn if the name of an adapter's base model differs from this model. The names of parent folders are ignored.
 
     Args:
         file: the adapter's weights, for the message.
@@ -56,7 +56,7 @@ def compare_names(file: Path, config: HRAConfig, ours: object) -> None:
 
 
 def is_same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal after rounding the wider dtype to the narrower; on the meta device, if shapes are.
+    """Whether two tensors are equal after rounding to the narrower dtype; on the meta device, only shapes are compared.
 
     >>> is_same(torch.tensor([0.1]), torch.tensor([0.1], dtype=torch.bfloat16))
     True
@@ -67,7 +67,7 @@ def is_same(one: Tensor, other: Tensor) -> bool:
 
 
 def other_embeddings(file: Path, name: str, tensor: Tensor, own: str) -> CheckpointError:
-    """The error for embeddings that PEFT saved with an adapter, and that are not the base model's own ones."""
+    """The error for embeddings that PEFT saved with an adapter and that differ from the base model's embeddings."""
     return CheckpointError(
         f"{file}: {name} of shape {tuple(tensor.shape)} is a copy of the base model's embeddings, but {own} has other "
         "values. Use the base model that the adapter was trained on."
@@ -75,7 +75,7 @@ def other_embeddings(file: Path, name: str, tensor: Tensor, own: str) -> Checkpo
 
 
 def _last(name: str) -> str:
-    """The last part of a model's name, or of the name of its repository if this is a folder in the Hub's cache.
+    """The last part of a model's name, or of the name of its repository if it is a folder in the Hub cache.
 
     >>> _last("org/tiny"), _last("models/tiny/"), _last("hub/models--org--tiny/snapshots/0123abc")
     ('tiny', 'tiny', 'tiny')
@@ -88,7 +88,7 @@ class BaseRow(NamedTuple):
     """The first row of a base weight.
 
     Attributes:
-        path: the layer.
+        path: path of the layer.
         values: `(d,)`, float32.
     """
 
@@ -103,17 +103,18 @@ class BaseRow(NamedTuple):
             row: the first row of the layer's weight in the model; `None` if it cannot be read.
 
         Returns:
-            `"unknown"` for other models, other adapters folded in, and adapters that hardly rotate the row.
+            `"unknown"` for other models, for models with other folded adapters, and for adapters that hardly rotate the
+            row.
         """
         if row is None or row.shape != self.values.shape or len(chain) != len(row):
             return "unknown"
         base, found = self.values.double(), row.double()
         from_folded, from_base = float(torch.dist(found, _rotated(base, chain))), float(torch.dist(found, base))
-        # A margin, because rounding to 16 bits moves a row, too.
+        # Use a margin, because rounding to 16 bits also changes a row.
         return "folded" if from_folded < from_base / 2 else "base" if from_base < from_folded / 2 else "unknown"
 
     def folded_error(self, file: Path, base: str) -> CheckpointError:
-        """The error for a model that has the adapter folded into it, where the base model is needed."""
+        """The error for a model that already contains the adapter, if the base model is needed."""
         return CheckpointError(
             f"{base} already contains the adapter {file} or a very similar one, folded into its weights (seen in "
             f"{self.path}). Use the base model that the adapter was trained on, or restore it with hra-fx unfold."
@@ -121,7 +122,7 @@ class BaseRow(NamedTuple):
 
 
 def write_base_row(layers: Mapping[str, nn.Module], chains: Mapping[str, Tensor]) -> dict[str, str]:
-    """The metadata entry: the row that is rotated most, of all layers whose weight can be read; may be empty.
+    """The metadata entry: the row that is rotated most, among all layers with a readable weight; may be empty.
 
     Args:
         layers: path -> adapted layer.
@@ -137,7 +138,7 @@ def write_base_row(layers: Mapping[str, nn.Module], chains: Mapping[str, Tensor]
 
 
 def _change(row: Tensor, chain: Tensor) -> float:
-    """`|w Q - w| / |w|`; 0 if it is not a number."""
+    """`|w Q - w| / |w|`; 0 instead of NaN."""
     change = float(torch.dist(_rotated(row, chain), row) / row.norm())
     return change if change > 0 else 0.0
 
@@ -147,7 +148,7 @@ def _rotated(row: Tensor, chain: Tensor) -> Tensor:
 
 
 def read_base_row(file: Path, metadata: Mapping[str, str]) -> BaseRow | None:
-    """The row in the metadata of a file; adapters saved by PEFT have none.
+    """The row in the metadata of a file; `None` for adapters saved by PEFT.
 
     Raises:
         CheckpointError: the entry is damaged.
@@ -171,7 +172,7 @@ def first_row(layer: nn.Module) -> Tensor | None:
         return None
     unmerged = getattr(getattr(layer, "hra_u", None), "unmerged", None)
     weight: Any = layer._parameters.get("weight") if unmerged is None else unmerged
-    # Subclasses of tensors are sharded or quantized.
+    # Tensor subclasses are sharded or quantized.
     if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta or not weight.is_floating_point():
         return None
     return weight.detach()[0].flatten().cpu() if weight.dim() > 1 else None

@@ -1,4 +1,4 @@
-"""Check an adapter's files against a model, before the model is changed."""
+"""Check that an adapter's files fit a model, before the model is changed."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from hra_fx.selection.suggestions import some_of
 
 _SHOWN = 5
 _OTHER_BASE = "Was the adapter trained on another base model, or its configuration edited?"
-#: Layers that PEFT regards as embeddings, by name.
+#: Names of layers that PEFT treats as embeddings.
 _EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|lm_head)\.weight$")
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """An adapter from a file, checked against a model.
+    """An adapter from a file that fits a model.
 
     Attributes:
         layers: the layers by path.
-        resume: the configuration for training on, whose ranks exclude the anchors.
+        resume: the configuration for further training, with ranks that exclude the anchors.
         vectors: path of a layer -> (`U: (d, r)`, anchor `A: (d, k)` or `None`).
         written: path of a layer -> (vectors as stored in the file, `None`).
         written_GS: whether Gram-Schmidt applies to `written`.
@@ -52,19 +52,19 @@ class Fitted:
     copies: dict[tuple[str, str], Tensor]
 
     def spec(self, path: str) -> AdapterSpec:
-        """Rank, Gram-Schmidt and initialization of a layer."""
+        """The rank, Gram-Schmidt setting and initialization of a layer."""
         config = self.resume.config
         return AdapterSpec(config.rank_of(path), config.apply_GS, init_weights=self.resume.has_anchors)
 
 
 def fit(folder: Path, model: nn.Module, given: HRAConfig | None, *, is_plain: bool, is_trainable: bool) -> Fitted:
-    """Read an adapter and check it against a model.
+    """Read an adapter and check that it fits a model.
 
     Args:
         folder: the folder with both files.
-        model: the base model or a transformed one.
+        model: the base model or a transformed model.
         given: replaces the configuration in the folder; the vectors are then used as stored.
-        is_plain: whether the model has no adapters yet. Then all is checked that `transform` checks.
+        is_plain: whether the model does not have adapters yet. If so, everything that `transform` checks is checked.
         is_trainable: whether the adapter will be trained.
 
     Raises:
@@ -73,7 +73,7 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None, *, is_plain: bo
         CheckpointError: the weights are damaged, or do not fit the model; missing and unexpected keys are listed.
 
     Warns:
-        HRAWarning: the configuration names another base model, and nothing shows that it is this one.
+        HRAWarning: the configuration names another base model, and nothing shows that it is this model.
     """
     adapter = read_adapter(folder, None if given is None else valid_config(given))
     adapter = dataclasses.replace(adapter, config=without_unmatched(model, adapter.config))
@@ -96,7 +96,7 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None, *, is_plain: bo
 
 
 def _copy_keys(adapter: Adapter, model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[tuple[str, str], str]:
-    """(module, tensor) -> key in the file; PEFT has two names for a bias, depending on its other adapters."""
+    """(module, tensor) -> key in the file. PEFT has two names for a bias, depending on its other adapters."""
     keys: dict[tuple[str, str], str] = {}
     for path, (owner, names) in to_copy(model, adapter.config, layers).items():
         for name in names:
@@ -131,7 +131,7 @@ def _check_keys(
 
 
 def _is_embedding(adapter: Adapter, model: nn.Module, key: str) -> bool:
-    """Whether a tensor is a copy of the base model's embeddings, which PEFT adds to the file if they are adapted."""
+    """Whether a tensor is a copy of the base model's embeddings. PEFT adds it to the file if they are adapted."""
     name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
     path, _, entry = name.rpartition(".")
     try:
@@ -185,7 +185,7 @@ def _split(adapter: Adapter, path: str, resume: Resume) -> tuple[Tensor, Tensor 
 
 
 def _check_base(adapter: Adapter, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Refuse a model that contains the adapter already, and warn of other names unless it is known to be the base."""
+    """Check that the model does not contain the adapter. Warn about another name unless the model is known to fit."""
     row, state = adapter.base_row, "unknown"
     if row is not None and row.path in layers:
         chain = plain_chain(adapter.tensors[reflection_key(row.path)], None, apply_GS=adapter.config.apply_GS)

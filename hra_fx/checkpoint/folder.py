@@ -31,11 +31,11 @@ from hra_fx.selection.suggestions import some_of
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLE_NAME = "adapter_model.bin"
 _MAX_LISTED = 10
-_SAVED_BY = "Give the folder that an adapter was saved in (in PEFT, with safe_serialization=True)."
+_SAVED_BY = "Pass the folder that an adapter was saved in (in PEFT, with safe_serialization=True)."
 
 
 def find(source: str | os.PathLike[str], subfolder: str | None = None, **hub: Any) -> Path:
-    """The local folder that holds `adapter_config.json` and `adapter_model.safetensors`.
+    """Find the local folder that contains `adapter_config.json` and `adapter_model.safetensors`.
 
     Args:
         source: a local folder; otherwise the name of a Hub repository, which is downloaded to the cache.
@@ -44,7 +44,7 @@ def find(source: str | os.PathLike[str], subfolder: str | None = None, **hub: An
             `local_files_only`.
 
     Raises:
-        CheckpointError: the folder or one of the two files is missing; the message names it.
+        CheckpointError: the folder or one of the two files is missing; the message says which.
         TypeError: an unknown keyword argument.
 
     >>> find("runs/of/mine")
@@ -70,16 +70,16 @@ def find(source: str | os.PathLike[str], subfolder: str | None = None, **hub: An
 
 
 def _suggestion(root: Path, folder: Path) -> str:
-    """What to do about a folder without an adapter: list its subfolders that have one."""
+    """Suggest what to do with a folder without an adapter: list its subfolders that have one."""
     configs = [config for config in folder.glob(f"*/{CONFIG_NAME}") if os.path.isfile(config.with_name(WEIGHTS_NAME))]
     if not configs:
         return _SAVED_BY
     found = sorted(repr(Path(os.path.relpath(config.parent, root)).as_posix()) for config in configs)
-    return f"There are adapters in the subfolders {some_of(found, _MAX_LISTED)}: give the path of one of them."
+    return f"There are adapters in the subfolders {some_of(found, _MAX_LISTED)}: pass the path of one of them."
 
 
 def _download(source: str | os.PathLike[str], inside: str, hub: Mapping[str, Any]) -> Path:
-    """Download the adapter's files; the repository's folder in the Hub cache."""
+    """Download the adapter's files. Returns the repository's folder in the Hub cache."""
     within = "" if inside == "." else glob.escape(inside) + "/"
     return download(source, [within + CONFIG_NAME, within + WEIGHTS_NAME], hub)
 
@@ -89,9 +89,9 @@ def write(
 ) -> None:
     """Write an adapter into `directory`, which is created if needed.
 
-    The folder always holds the old adapter or the new one: both files are written to disk under temporary names, then
-    renamed. A process killed between the two renames leaves the new configuration with the old weights; if the
-    configuration did not change, only the weights are renamed.
+    The folder always contains the old adapter or the new one: both files are written to disk with temporary names and
+    then renamed. If the process is killed between the two renames, the folder contains the new configuration and the
+    old weights. If the configuration does not change, only the weights are renamed.
 
     Args:
         directory: the folder.
@@ -111,7 +111,7 @@ def write(
     """
     folder = Path(directory)
     if os.path.exists(folder) and not os.path.isdir(folder):
-        raise CheckpointError(f"{folder}: is a file. Give a folder to save in.")
+        raise CheckpointError(f"{folder}: is a file. Pass a folder to save in.")
     data = _serialize(folder / WEIGHTS_NAME, tensors, metadata)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ def _serialize(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     storages: set[int] = set()
     for key, tensor in tensors.items():
         _check(path, key, tensor)
-        # safetensors writes raw memory, so lazy conjugation and negation are resolved; it refuses shared memory.
+        # safetensors writes raw memory, so resolve lazy conjugation and negation. It does not accept shared memory.
         own = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
         if own.untyped_storage().data_ptr() in storages:
             own = own.clone()
@@ -157,7 +157,7 @@ def _serialize(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
 
 
 def _sorted_metadata(data: bytes) -> bytes:
-    """A safetensors file with its metadata in order: safetensors writes it in a random one, and hashes would differ."""
+    """Sort the metadata of a safetensors file. safetensors writes it in random order, so hashes would differ."""
     end = 8 + struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -176,7 +176,7 @@ def _check(path: Path, key: str, tensor: Tensor) -> None:
 
 
 def _replace_both(folder: Path, config_text: bytes, data: bytes) -> None:
-    """Replace both files, or neither if an exception is raised in between."""
+    """Replace both files, or neither of them if an exception is raised."""
     config, weights = folder / CONFIG_NAME, folder / WEIGHTS_NAME
     try:
         before = config.read_bytes()
@@ -186,13 +186,13 @@ def _replace_both(folder: Path, config_text: bytes, data: bytes) -> None:
         if before == config_text:
             os.replace(new_weights, weights)
             return
-        # The backup is written first, since the disk may be full when it is needed.
+        # Write the backup first, because the disk may be full when it is needed.
         with temporary_file(config, config_text) as new_config, temporary_file(config, before or b"") as old_config:
             try:
                 os.replace(new_config, config)
                 os.replace(new_weights, weights)
             except BaseException:
-                # An interrupt can also arrive after the last rename, when all is done.
+                # An interrupt can also arrive after the last rename, when everything is done.
                 if new_weights.exists():
                     _restore(config, None if before is None else old_config)
                 raise
@@ -206,7 +206,7 @@ def _restore(config: Path, backup: Path | None) -> None:
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file, copied to CPU memory, and its metadata.
+    """Read the tensors of a safetensors file, copied to CPU memory, and its metadata.
 
     Raises:
         CheckpointError: the file cannot be read, is damaged, empty or not a safetensors file; vectors (keys that end in
@@ -219,7 +219,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     with opened(path) as file:
         metadata = dict(file.metadata() or {})
-        # Cloned: otherwise they would keep the file mapped, and change with it.
+        # Clone the tensors. Otherwise they would keep the file mapped and change with it.
         tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118, not a dict
     if not tensors:
         raise CheckpointError(f"{path}: the file has no tensors. Save the adapter again.")
@@ -234,7 +234,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 @contextlib.contextmanager
 def opened(path: Path, framework: str = "pt") -> Iterator[Any]:
-    """A safetensors file, opened by `safetensors.safe_open`, which checks its header and size.
+    """Open a safetensors file with `safetensors.safe_open`, which checks its header and size.
 
     Raises:
         CheckpointError: the file cannot be read, is damaged, or not a safetensors file.
@@ -259,7 +259,7 @@ def _check_finite(path: Path, key: str, tensor: Tensor, remedy: str) -> None:
 
 
 def non_finite(tensor: Tensor) -> int:
-    """Number of values that are infinite or NaN, for a tensor of any dtype.
+    """Count the values that are infinite or NaN, for a tensor of any dtype.
 
     >>> import torch
     >>> non_finite(torch.tensor([1.0, float("nan"), float("inf")]))

@@ -1,4 +1,4 @@
-"""Names of an adapter's tensors: keys in its file, which are those of PEFT, and entries in a model's `state_dict`."""
+"""Names of an adapter's tensors: keys in its file (PEFT's keys) and entries in a model's `state_dict`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from hra_fx.layers.trained_copies import BASE, all_copies
 from hra_fx.model.state import adapted_layers
 
 PREFIX = "base_model.model."
-#: The vectors before Gram-Schmidt, stored together with their orthonormal chain, to resume training.
+#: The key of the vectors before Gram-Schmidt, which are stored with their orthonormal chain to resume training.
 VECTORS = "hra_vectors"
-#: Keys that PEFT writes with bias="all" for each bias of a module in `modules_to_save`, besides the key that it reads.
+#: Other keys that PEFT writes with bias="all" for each bias of a module in `modules_to_save`, but does not read.
 EXTRA_BIASES = re.compile(r"\.(original_module|modules_to_save)\.(.*\.)?bias$")
 
 
@@ -34,7 +34,7 @@ def vectors_key(path: str) -> str:
 
 
 def copy_key(path: str, name: str, *, adapted: bool) -> str:
-    """Key of a trained copy; a bias in an adapted layer (`adapted`) has the name of PEFT's wrapper in it.
+    """Key of a trained copy. For a bias in an adapted layer (`adapted`), it contains the name of PEFT's wrapper.
 
     Example:
         >>> copy_key("encoder.query", "bias", adapted=True)
@@ -59,7 +59,7 @@ def anchor_entry(path: str, name: str) -> str:
 
 
 def copy_entry(path: str, name: str, tensor: str, *, in_place: bool) -> str:
-    """Entry of an adapter's copy of a tensor, which is active (`in_place`) or not."""
+    """Entry of an adapter's copy of a tensor, which is in use (`in_place`) or not."""
     return (f"{path}.{tensor}" if in_place else f"{path}.{SAVED}.{name}.{tensor}").lstrip(".")
 
 

@@ -1,6 +1,6 @@
-"""The model card of saved adapters: what they are, of which base model, and how to load and deploy them.
+"""The model card of saved adapters: their type, their base model, and how to load and deploy them.
 
-Source of the entries and of the file's name: PEFT 0.21, `PeftModel.create_or_update_model_card`.
+Source of the entries and of the file name: PEFT 0.21, `PeftModel.create_or_update_model_card`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hra_fx.selection.suggestions import format_names
 from hra_fx.version import VERSION
 
 CARD_NAME = "README.md"
-#: Stands for the place of the adapters, which the card cannot know.
+#: Placeholder for the location of the adapters, which is unknown when the card is written.
 PLACE = "folder-or-name-of-this-repository"
 _PIPELINES = {"CAUSAL_LM": "text-generation"}
 
@@ -79,7 +79,7 @@ _NOT_WITH_PEFT = "PEFT's HRA has no `{field}`. For PEFT, convert the adapter to 
 
 
 def write_card(directory: Path, root: nn.Module, configs: Mapping[str, HRAConfig]) -> None:
-    """Write `README.md` for adapters saved in a folder; one that exists gets its metadata updated, not its text.
+    """Write `README.md` for adapters saved in a folder. If it exists, only its metadata is updated.
 
     Args:
         directory: the folder of the adapters.
@@ -106,12 +106,12 @@ def _metadata(root: Any, configs: Mapping[str, HRAConfig], tags: list[str]) -> d
     base = _base(root, configs)
     library = original_class(root).__module__.partition(".")[0]
     own = ["hra", "hra_fx", *([library] if library in ("transformers", "diffusers", "timm") else [])]
-    # The Hub refuses a card that names a folder as the base model.
+    # The Hub does not accept a card with a folder as the base model.
     known = base is not None and not os.path.isdir(base)
     own += [f"base_model:adapter:{base}"] if known else []
     tasks = [config.task_type for config in configs.values() if config.task_type in _PIPELINES]
     return {
-        "library_name": "peft",  # whose format the files have
+        "library_name": "peft",  # the files have PEFT's format
         "tags": sorted({*tags, *own, *(getattr(root, "model_tags", None) or ())}),
         **({"base_model": base} if known else {}),
         **({"pipeline_tag": _PIPELINES[tasks[0]]} if tasks and tasks[0] else {}),
@@ -137,16 +137,16 @@ def _text(root: nn.Module, configs: Mapping[str, HRAConfig]) -> str:
 
 
 def _row(name: str, config: HRAConfig) -> str:
-    """The line of an adapter in the table."""
+    """The row of an adapter in the table."""
     rank = f"{config.r}{', rank_pattern' * bool(config.rank_pattern)}{', Gram-Schmidt' * config.apply_GS}"
     given = [names for names in (config.target_modules, config.target_parameters) if names]
     layers = ", ".join(f"`{format_names(names)}`" for names in given) or "`default of the model type`"
-    cell = layers.replace("|", r"\|")  # a bar ends the cell, also inside of code
+    cell = layers.replace("|", r"\|")  # a bar ends the cell, even in code
     return f"| {name} | {'.' if name == 'default' else name} | {rank} | {cell} |"
 
 
 def _loading(root: nn.Module, base: str | None) -> str:
-    """The lines that make the base model."""
+    """The lines of code that create the base model."""
     kind = original_class(root)
     library = kind.__module__.partition(".")[0]
     if base is None or library not in ("transformers", "diffusers"):

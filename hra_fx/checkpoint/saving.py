@@ -1,8 +1,8 @@
 """`save_adapter`: write an adapter in PEFT's format, so that PEFT loads it with the same outputs.
 
-PEFT has no anchors, so an adapter with an anchor (`householder.anchor`) is written as a plain chain of reflections,
-with `apply_GS=false` and the rank of that chain. The file's metadata says how to split it again to resume training
-(`hra_fx.checkpoint.adapter`), and a key that PEFT ignores holds the vectors before Gram-Schmidt.
+PEFT does not have anchors, so an adapter with an anchor (`householder.anchor`) is written as a plain chain of
+reflections, with `apply_GS=false` and the rank of that chain. The file's metadata says how to split it again to resume
+training (`hra_fx.checkpoint.adapter`), and a key that PEFT ignores contains the vectors before Gram-Schmidt.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from hra_fx.model.offload import load_vectors
 from hra_fx.model.state import AdapterState, adapted_layers, names_in, root_of
 from hra_fx.selection.select import resolve_targets, targeted
 
-#: Folder names of the checkpoints of transformers' Trainer.
+#: Folder names of checkpoints of transformers' Trainer.
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 #: Configuration, tensors and metadata of an adapter's two files.
@@ -51,20 +51,20 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     """Save an adapter to a folder: `adapter_config.json` and `adapter_model.safetensors`, in PEFT's format.
 
     PEFT loads the folder with the same outputs, unless layers have different ranks (`rank_pattern`): each layer is
-    saved with its own rank, but PEFT's HRA has a single rank and refuses the folder (size mismatch). `hra-fx convert
+    saved with its own rank, but PEFT's HRA has a single rank and raises an error (size mismatch). `hra-fx convert
     --to peft` writes a folder for PEFT.
 
-    The file's metadata keeps one row of a base weight, by which `load_adapter` and others refuse a base model that
-    already contains the adapter. Both files are written atomically. The adapter is saved at full scale (see
-    `set_scale`), with its trained copies of `modules_to_save` and biases.
+    The file's metadata contains one row of a base weight. With this row, `load_adapter` and other functions detect a
+    base model that already contains the adapter. Both files are written atomically. The adapter is saved at full scale
+    (see `set_scale`), with its trained copies of `modules_to_save` and biases.
 
-    With DDP, one process calls this. With `fully_shard`, all processes have to call it: they gather the vectors, and
-    the first one writes.
+    With DDP, one process calls this function. With `fully_shard`, all processes must call it: they gather the vectors,
+    and the first process writes.
 
     Args:
         model: a transformed model.
         directory: the folder, created if needed.
-        adapter_name: the adapter. `None`: the only one, or the only active one.
+        adapter_name: the adapter; `None` for the only adapter, or the only active one.
 
     Raises:
         AdapterError: the model has no such adapter, `None` is ambiguous, parts of the model were folded or replaced, or
@@ -98,7 +98,7 @@ def save_pretrained(
 ) -> None:
     """Save several adapters like PEFT's `save_pretrained`: "default" to the folder, others to subfolders.
 
-    A model card is written too, if the folder has none.
+    A model card is also written, if the folder does not contain one.
 
     In a checkpoint folder of transformers' Trainer, the adapters' entries of the `state_dict` are also saved to
     `model.safetensors`, from which the Trainer resumes.
@@ -106,14 +106,14 @@ def save_pretrained(
     Args:
         model: a transformed model.
         directory: the folder.
-        selected_adapters: names. `None`: all.
-        state_dict: the model's, if a wrapper (FSDP, DeepSpeed) has gathered it.
-        is_main_process: only the main process writes. With `fully_shard` and no `state_dict`, all processes have to
-            call this, as for `save_adapter`.
+        selected_adapters: names of adapters; `None` for all.
+        state_dict: the model's state, if a wrapper (FSDP, DeepSpeed) has gathered it.
+        is_main_process: only the main process writes. With `fully_shard` and no `state_dict`, all processes must call
+            this function, as for `save_adapter`.
         safe_serialization: must be True; pickle files are never written.
 
     Raises:
-        AdapterError: the adapter does not exist, `state_dict` lacks its entries, or `safe_serialization` is False.
+        AdapterError: the adapter does not exist, its entries are not in `state_dict`, or `safe_serialization` is False.
         CheckpointError: see `save_adapter`.
     """
     if not safe_serialization:
@@ -152,7 +152,7 @@ def save_pretrained(
 def get_peft_model_state_dict(
     model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default"
 ) -> dict[str, Tensor]:
-    """The tensors of an adapter under the keys of its file, like `peft.get_peft_model_state_dict`.
+    """Return the tensors of an adapter with the keys of its file, like `peft.get_peft_model_state_dict`.
 
     Args:
         model: a transformed model.
@@ -160,7 +160,7 @@ def get_peft_model_state_dict(
         adapter_name: name of the adapter.
 
     Raises:
-        AdapterError: the model has no such adapter, or is a model of PEFT.
+        AdapterError: the model has no such adapter, or is a PEFT model.
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -220,7 +220,7 @@ def layers_with(root: nn.Module, record: AdapterState, name: str) -> list[str]:
     """Paths of the layers with an adapter.
 
     Raises:
-        AdapterError: they are not those of its configuration.
+        AdapterError: the layers differ from those in its configuration.
     """
     sites = [path for path, layer in adapted_layers(root).items() if name in layer.hra_u]
     if odd := sorted(targeted(root, record.configs[name]).keys() ^ set(sites)):

@@ -40,7 +40,7 @@ _SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 
 def _unwrapped(text: str) -> str:
-    """Paragraphs as single lines, which the terminal wraps."""
+    """Join the lines of each paragraph, because the terminal wraps them."""
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
@@ -56,7 +56,7 @@ app = typer.Typer(
     epilog=_EXIT_CODES,
     no_args_is_help=True,
     context_settings=_SETTINGS,
-    # An unexpected error is a bug, and a bug report needs the plain traceback.
+    # An unexpected error is a bug, and bug reports need the plain traceback.
     pretty_exceptions_enable=False,
 )
 for _name, _function, _help, _examples in _COMMANDS:

@@ -1,4 +1,4 @@
-"""Models made from their `config.json`, on the meta device or with weights, and their layers for tables and JSON."""
+"""Build models from their `config.json`, on the meta device or with weights, and list their layers."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from hra_fx.reporting.table import Column
 
 #: Quantization methods whose layers can be adapted, by their names in transformers.
 _QUANTIZED = ("bitsandbytes", "torchao")
-_EXPECTED = "Give the folder of a transformers, diffusers or timm model."
+_EXPECTED = "Pass the folder of a transformers, diffusers or timm model."
 
 
 def build(path: Path, *, weights: bool = False) -> tuple[nn.Module, str]:
-    """The model of a folder or a `config.json`, in eval mode, and the name of its library.
+    """Build the model of a folder or a `config.json`. Returns the model in eval mode, and the name of its library.
 
     Args:
         path: the folder or file.
@@ -39,7 +39,7 @@ def build(path: Path, *, weights: bool = False) -> tuple[nn.Module, str]:
     """
     if (path / PIPELINE).is_file():
         parts = sorted(found.parent.name for found in path.glob(f"*/{CONFIG}"))
-        raise CheckpointError(f"{path}: is a diffusers pipeline. Give one of its parts: {', '.join(parts)}.")
+        raise CheckpointError(f"{path}: is a diffusers pipeline. Pass one of its parts: {', '.join(parts)}.")
     file = path / CONFIG if path.is_dir() else path
     entries = _entries(file)
     key = next((key for key in LIBRARIES if entries.get(key)), None)
@@ -55,7 +55,7 @@ def build(path: Path, *, weights: bool = False) -> tuple[nn.Module, str]:
             return create(file, entries, weights).eval(), library
     except CheckpointError:
         raise
-    # An unusual configuration may raise anything in the constructors of hundreds of models.
+    # With an unusual configuration, the constructors of hundreds of models may raise any error.
     except Exception as error:
         what = f"{file.parent}: {library} cannot load" if weights else f"{file}: {library} cannot build"
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -71,7 +71,7 @@ def _entries(file: Path) -> Mapping[str, Any]:
 
 
 def _warn_if_quantized(file: Path, entries: Mapping[str, Any]) -> None:
-    """The model is built with its layers before quantization, which some libraries replace by their own."""
+    """Warn that the model is built with its layers before quantization. Some libraries replace these layers."""
     given = entries.get("quantization_config")
     method = given.get("quant_method") if isinstance(given, dict) else None
     if method is not None and method not in _QUANTIZED:
@@ -87,7 +87,8 @@ def _warn_if_quantized(file: Path, entries: Mapping[str, Any]) -> None:
 class LayerSummary:
     """A layer that can be adapted.
 
-    `d` is the length of its vectors, `r` their number in a configuration; experts have that many `chains` of vectors.
+    `d` is the length of its vectors, and `r` is their number in a configuration; for experts, `chains` is the number of
+    experts.
     """
 
     path: str
@@ -112,9 +113,9 @@ def summarize_layer(path: str, layer: nn.Module, r: int | None = None) -> LayerS
 
 
 def show_layers(layers: Collection[LayerSummary]) -> None:
-    """Print a table of layers: those of one type, shape and rank whose paths differ only in a number are one row.
+    """Print a table of layers. Layers with the same type, shape and rank and paths that differ in a number are one row.
 
-    The parameters are those of an adapter if layers have a rank, else those of the layers.
+    The table shows the parameters of an adapter if layers have a rank, otherwise the parameters of the layers.
     """
     groups: dict[tuple[str, str, int, int | None], list[LayerSummary]] = {}
     for layer in layers:

@@ -105,7 +105,7 @@ def convert(
 
 
 def _refuse_options(context: typer.Context, to: Form, number: int) -> None:
-    """LoRA's options have no meaning for the other formats."""
+    """Raise an error if options of LoRA are used for another format."""
     if number > 1:
         raise typer.BadParameter(f"--to {to.value} converts one adapter, got {number}", param_hint="ADAPTER")
     for name in _OF_LORA:
@@ -126,10 +126,10 @@ def _check_free(out: Path, *, overwrite: bool) -> None:
 def _convert_hra(source: str, out: Path, *, for_peft: bool, as_json: bool) -> None:
     """Write an adapter in the format of PEFT or hra_fx, and print what was written.
 
-    Both have the same two files. Files of hra_fx may also contain the vectors before Gram-Schmidt, and metadata: how a
-    chain splits into an anchor and trained vectors, and a row of the base model. PEFT ignores these. Files of PEFT may
-    contain copies of base weights. PEFT has one rank for all layers: smaller ranks are padded with pairs of equal
-    reflections, which cancel.
+    Both formats have the same two files. hra_fx's files may also contain the vectors before Gram-Schmidt, and metadata:
+    how a chain is split into an anchor and trained vectors, and a row of the base model. PEFT ignores these. PEFT's
+    files may contain copies of base weights. PEFT has one rank for all layers: smaller ranks are padded with pairs of
+    equal reflections, which cancel.
     """
     from hra_fx.checkpoint.adapter import RESUME, read_adapter
     from hra_fx.checkpoint.base_model import BASE_ROW
@@ -138,7 +138,7 @@ def _convert_hra(source: str, out: Path, *, for_peft: bool, as_json: bool) -> No
     files = read_adapter(source)
     if for_peft and files.config.target_parameters:
         raise CheckpointError(
-            f"{files.file}: the adapter is on parameters of experts (target_parameters="
+            f"{files.file}: the adapter adapts parameters of experts (target_parameters="
             f"{files.config.target_parameters}), which PEFT's HRA does not support. Use --to lora."
         )
     kept = _kept(files, for_peft=for_peft)
@@ -172,14 +172,14 @@ def _convert_hra(source: str, out: Path, *, for_peft: bool, as_json: bool) -> No
 
 
 def _of_one_rank(files: Adapter, rank: int) -> dict[str, Tensor]:
-    """The chains of all layers, filled up to one rank."""
+    """Pad the chains of all layers to the same rank."""
     from hra_fx.checkpoint.keys import reflection_key
     from hra_fx.functional.chain import padded
     from hra_fx.model.example_inputs import preserve_rng_state, seed_everything
 
     chains = {}
     with preserve_rng_state():
-        seed_everything(0)  # the same files each time
+        seed_everything(0)  # so that the files are always the same
         for path, chain in files.chains.items():
             key = reflection_key(path)
             try:
@@ -193,7 +193,7 @@ def _of_one_rank(files: Adapter, rank: int) -> dict[str, Tensor]:
 
 
 def _kept(files: Adapter, *, for_peft: bool) -> dict[str, Tensor]:
-    """The tensors that the new format has."""
+    """The tensors that the new format contains."""
     from hra_fx.checkpoint.keys import PREFIX, VECTORS
     from hra_fx.layers.target import REFLECTION
 

@@ -1,4 +1,4 @@
-"""Errors and warnings as one line on stderr, and exit codes. Only unexpected errors show a traceback."""
+"""Print errors and warnings as one line on stderr, and set exit codes. Only unexpected errors show a traceback."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ErrorHandlingGroup(TyperGroup):
     """Runs commands, and prints their errors as one line."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Accept `--debug` in any place, since users append it to a command that has just failed."""
+        """Accept `--debug` anywhere, because users append it to a command that has failed."""
         before = [_DEBUG] if _DEBUG in args else []
         return super().parse_args(ctx, [*before, *(arg for arg in args if arg != _DEBUG)])
 
@@ -64,7 +64,7 @@ def _text(error: HRAError | OSError) -> str:
 
 @contextlib.contextmanager
 def _other_output(*, debug: bool) -> Iterator[None]:
-    """Print warnings of hra_fx as one line; hide log messages of libraries, such as those about missing hardware."""
+    """Print hra_fx's warnings as one line, and hide log messages of libraries, for example about missing hardware."""
     before, default_showwarning = logging.root.manager.disable, warnings.showwarning
 
     def show(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:

@@ -20,7 +20,7 @@ FOLD_EXAMPLES = (
 )
 UNFOLD_HELP = """Undo a fold on disk, up to rounding. BASE is the folder of the folded model.
 
-Adapters with biases or modules to save are refused, because the replaced values are lost.
+Adapters with biases or modules to save raise an error, because the replaced values are lost.
 """
 UNFOLD_EXAMPLES = (
     "hra-fx unfold folded my-adapter restored",

@@ -1,4 +1,4 @@
-"""`hra-fx inspect`: an adapter's two files without its base model, or a model's folder without its weights."""
+"""`hra-fx inspect`: show an adapter without its base model, or a model without its weights."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ def inspect(
 
 
 def _is_adapter(folder: Path) -> bool:
-    """Whether a path or a name on the Hub is that of an adapter; raises an error if it is neither that nor a model."""
+    """Whether a path or a Hub name belongs to an adapter. Raises an error if it is neither an adapter nor a model."""
     if not folder.exists() or (folder / _ADAPTER).exists() or any(folder.glob(f"*/{_ADAPTER}")):
         return True
     if not folder.is_file() and not (folder / _MODEL).exists() and not (folder / "model_index.json").exists():
         raise CheckpointError(
-            f"{folder}: does not contain {_ADAPTER} or {_MODEL}. Give the folder of an adapter or a model."
+            f"{folder}: does not contain {_ADAPTER} or {_MODEL}. Pass the folder of an adapter or a model."
         )
     return False
 
 
 def _summarize_adapter(source: str) -> dict[str, Any]:
-    """What `--json` prints for an adapter: `r` trained and `anchor` frozen vectors per layer; angles in radians.
+    """The output of `--json` for an adapter: `r` trained and `anchor` frozen vectors per layer; angles in radians.
 
-    The angles of a layer are those of `hra_fx.report`.
+    The angles of a layer are the same as in `hra_fx.report`.
     """
     from hra_fx.checkpoint.adapter import read_adapter
     from hra_fx.functional.householder import working_dtype
@@ -68,7 +68,7 @@ def _summarize_adapter(source: str) -> dict[str, Any]:
     layers = []
     for path in sorted(files.chains, key=_natural):
         chain, r = files.chains[path], trained.rank_of(path)
-        # In the file's precision: rounding errors of vectors that cancel each other are not angles.
+        # Use the file's precision, so that rounding errors of vectors that cancel are not shown as angles.
         turned = turn_of(chain.to(working_dtype(dtype)))
         sizes = {"d": chain.shape[-2], "r": r, "parameters": math.prod(chain.shape[:-1]) * r}
         angles = {"angle": turned.angle, "mean_angle": turned.mean_angle, "angles": turned.angles}
@@ -153,7 +153,7 @@ def _some(names: list[str] | str | None) -> str:
 
 
 def _summarize_model(path: Path) -> dict[str, Any]:
-    """What `--json` prints for a model: tied parameters count once, and each layer is listed once."""
+    """The output of `--json` for a model: tied parameters count once, and each layer is listed once."""
     from hra_fx.checkpoint.disk.stored import read_header
     from hra_fx.cli.building import build, summarize_layer
     from hra_fx.config import HRAConfig

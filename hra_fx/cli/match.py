@@ -125,17 +125,17 @@ def _configuration(folder: Path | None, fields: dict[str, Any]) -> HRAConfig:
 
     if folder is None:
         return HRAConfig(**fields)
-    # A saved configuration is for inference, in which nothing is trained.
+    # A saved configuration has inference_mode=True, so nothing would be trained.
     return dataclasses.replace(HRAConfig.from_pretrained(folder), inference_mode=False, **fields)
 
 
 def _summarize(path: Path, config: HRAConfig) -> dict[str, Any]:
-    """What `--json` prints: what `hra_fx.report` says after `hra_fx.transform` of the model without weights.
+    """Compute what `--json` prints: the result of `hra_fx.report` after `hra_fx.transform` of a model without weights.
 
-    `trained` is the number of adapter parameters, `trained_in_full` that of other trainable parameters (biases and
-    modules to save). Layers would be `adapted`, or are `missed`; `trained_layers` would be trained in full, and
-    `missed_parameters` are 3-D parameters (experts) that would not be adapted. With an `error`, the configuration does
-    not fit the model, and nothing else is known.
+    `trained` is the number of adapter parameters, and `trained_in_full` is the number of other trainable parameters
+    (biases and modules to save). `adapted` are the layers that would be adapted, `missed` are the other layers,
+    `trained_layers` would be trained in full, and `missed_parameters` are 3-D parameters (experts) that would not be
+    adapted. If there is an `error`, the configuration does not fit the model, and the other fields are empty.
     """
     from hra_fx.api.transform import transform
     from hra_fx.cli.building import build, summarize_layer

@@ -48,7 +48,7 @@ def scale(
     """Show memory and communication of adapters per process and training step, compared with LoRA.
 
     The model is built from its config.json, without weights, and is not run. The values come from formulas, which are
-    tested against measurements with two processes. Vectors are float32, the optimizer is AdamW.
+    tested against measurements with two processes. Vectors are float32, and the optimizer is AdamW.
     """
     import torch
 
@@ -59,7 +59,7 @@ def scale(
 
     model, library = build(path)
     dtype = getattr(getattr(model, "config", None), "dtype", None)
-    if isinstance(dtype, torch.dtype):  # the checkpoint's dtype, in which the model computes
+    if isinstance(dtype, torch.dtype):  # the model computes in the dtype of the checkpoint
         model.to(dtype)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     title = f"{type(model).__name__} ({library}), {parameters:,} parameters"

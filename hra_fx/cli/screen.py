@@ -20,7 +20,7 @@ from hra_fx.reporting.table import UNLIMITED, Column, fit_table, min_width
 
 
 def console_on(stream: TextIO) -> Console:
-    """A console for results (stdout) or messages (stderr); lines are not wrapped in a file or a pipe."""
+    """Create a console for results (stdout) or messages (stderr). Lines are not wrapped in a file or a pipe."""
     width = None if stream.isatty() or "COLUMNS" in os.environ or "FORCE_COLOR" in os.environ else UNLIMITED
     return Console(file=stream, width=width, highlight=False)
 
@@ -31,16 +31,16 @@ def show_result(result: Any, *, as_json: bool) -> None:
 
 
 def show_table(columns: Sequence[Column], rows: Collection[Sequence[str]]) -> None:
-    """Print a table with as many columns as fit; empty columns are left out."""
+    """Print a table with as many columns as fit. Empty columns are left out."""
     console = console_on(sys.stdout)
     table = fit_table(columns, rows, console.width)
-    # On a very narrow terminal, wrapped lines are better than no column with names.
+    # On a very narrow terminal, wrapped lines are better than a missing column of names.
     console.width = max(console.width, min_width(table))
     console.print(table)
 
 
 def show_heading(title: str, facts: Mapping[str, str]) -> None:
-    """Print a title, and facts below it; empty facts are left out."""
+    """Print a title with facts below it. Empty facts are left out."""
     console = console_on(sys.stdout)
     console.print(Text(title, style="bold"))
     grid = Table.grid(padding=(0, 2))
@@ -53,7 +53,7 @@ def show_heading(title: str, facts: Mapping[str, str]) -> None:
 
 
 def show_lines(heading: str, lines: Collection[str]) -> None:
-    """Print a heading, and lines below it."""
+    """Print a heading with lines below it."""
     console = console_on(sys.stdout)
     console.print(Text(heading, style="bold"))
     for line in lines:
@@ -67,14 +67,14 @@ def show_json(content: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A path, a set or a dataclass for JSON."""
+    """Convert a path, a set or a dataclass for JSON."""
     if isinstance(value, Path):
         return value.as_posix()
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else sorted(value)  # type: ignore[arg-type]
 
 
 def count(number: int, noun: str) -> str:
-    """A number with a noun.
+    """Format a number with a noun.
 
     >>> count(1, "layer"), count(2000, "layer")
     ('1 layer', '2,000 layers')
@@ -83,7 +83,7 @@ def count(number: int, noun: str) -> str:
 
 
 def span(numbers: Collection[int]) -> str:
-    """The smallest and the largest number.
+    """Format the smallest and the largest number.
 
     >>> span([4, 2, 3]), span([3, 3])
     ('2 to 4', '3')

@@ -54,7 +54,7 @@ def visualize(
     from hra_fx.view.opening import Options
     from hra_fx.view.picture import picture_file, visualize as draw
 
-    Options(depth, focus, heat)  # checked before the slow step of building the model, like the output file
+    Options(depth, focus, heat)  # check the options before the slow step of building the model, like the output file
     picture_file(out)
     made, _ = build(model, weights=weights or heat in _NEED_WEIGHTS)
     if adapter is not None:

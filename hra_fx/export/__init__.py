@@ -1,4 +1,4 @@
-"""Captured graphs: `torch.export.ExportedProgram`s, and `fx.GraphModule`s of ATen operators.
+"""Captured graphs: `torch.export.ExportedProgram`s and `fx.GraphModule`s with ATen operators.
 
 Importing this package registers the operator `hra_fx::rotate`, which `torch.export.load` needs for a program with
 reflections.

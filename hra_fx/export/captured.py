@@ -1,10 +1,10 @@
-"""`transform` and `fold` of programs of `torch.export`.
+"""`transform` and `fold` for programs of `torch.export`.
 
 program = hra_fx.transform(torch.export.export(model, args), config)
 module = program.module()                 # shares its parameters with the program: train it as usual
 program = hra_fx.fold(program)            # the original graph, with the trained adapter in its weights
 
-A program is not modified. Parameters are replaced by new ones on the same memory, so the model that was captured does
+A program is not modified. Parameters are replaced with new ones that share the same memory, so the captured model does
 not change.
 """
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def is_program(value: object) -> bool:
-    """Whether a value is a `torch.export.ExportedProgram`; does not import torch.export."""
+    """Whether a value is a `torch.export.ExportedProgram`. This does not import torch.export."""
     module = sys.modules.get("torch.export")
     return module is not None and isinstance(value, module.ExportedProgram)
 
@@ -47,12 +47,12 @@ def is_captured(value: object) -> bool:
     parameters = dict(value.named_parameters(remove_duplicate=False))
     nodes = [node for node in value.graph.find_nodes(op="get_attr") if node.target in parameters]
     users = [user.target for node in nodes for user in node.users]
-    # All layers may be in nested graphs, as under torch.autocast.
+    # All layers may be in nested graphs, for example under torch.autocast.
     return any(isinstance(target, OpOverload) or is_higher_order(target) for target in users)
 
 
 def check_is_program(value: object, function: str) -> None:
-    """Refuse anything but a program.
+    """Check that a value is a program.
 
     Raises:
         AdapterError: the value has another type.
@@ -62,8 +62,8 @@ def check_is_program(value: object, function: str) -> None:
     if isinstance(value, fx.GraphModule) and is_captured(value):
         raise AdapterError(
             f"{function}: the GraphModule consists of operators, not of calls of layers. Pass the ExportedProgram that "
-            "it was made from, or turn that into a GraphModule of layers: hra_fx.lift(program). "
-            "torch.export.export(module, args) makes a program of any module."
+            "it was created from, or convert that to a GraphModule with layers: hra_fx.lift(program). "
+            "torch.export.export(module, args) creates a program from any module."
         )
     raise AdapterError(
         f"{function}: expected an ExportedProgram, got {type(value).__name__}. Export the transformed model first: "
@@ -72,20 +72,20 @@ def check_is_program(value: object, function: str) -> None:
 
 
 def transform_captured(captured: ExportedProgram, config: HRAConfig, adapter_name: str = "default") -> ExportedProgram:
-    """Add reflections to a program: each selected weight is replaced by `W Q`, one node `hra_fx::rotate`.
+    """Add reflections to a program: each selected weight is replaced with `W Q`, one node `hra_fx::rotate`.
 
-    The parameters share memory with those before, and are frozen. The `state_dict` and the `graph_signature` have in
-    addition the parameter `<layer>.hra_u.<adapter>` of shape `(d, r)`, and the buffer
-    `<layer>.hra_u.<adapter>_anchor` if `init_weights=True` needs one. Tied weights are read by separate names, of which
-    only those of the selected layers are rotated.
+    The parameters share memory with the original ones, and are frozen. The `state_dict` and the `graph_signature` also
+    contain the parameter `<layer>.hra_u.<adapter>` of shape `(d, r)`, and the buffer `<layer>.hra_u.<adapter>_anchor`
+    if `init_weights=True` needs one. Tied weights get separate names, and only the weights of selected layers are
+    rotated.
 
     Args:
-        captured: a program of `torch.export.export`, decomposed or not.
-        config: which layers, by their names in the model, how many reflections, and the initialization.
-        adapter_name: name of the adapter, part of its parameters' names.
+        captured: a program from `torch.export.export`, decomposed or not.
+        config: the layers to adapt, by their names in the model, the rank, and the initialization.
+        adapter_name: name of the adapter, which is part of the names of its parameters.
 
     Returns:
-        A new program; `captured` itself if it has this adapter already.
+        A new program, or `captured` itself if it already has this adapter.
 
     Raises:
         ConfigError: the configuration trains more than reflections.
@@ -118,21 +118,21 @@ def transform_captured(captured: ExportedProgram, config: HRAConfig, adapter_nam
 
 
 def fold_captured(captured: ExportedProgram) -> ExportedProgram:
-    """Fold the reflections of a program into its weights: the original graph, node for node.
+    """Fold the reflections of a program into its weights. The result has the original graph, node for node.
 
-    All folded weights are computed and checked before any is written. They are new tensors; other parameters share
-    memory. Weights that were tied stay separate if only some of their layers are adapted.
+    All folded weights are computed and checked before any of them is written. They are new tensors; other parameters
+    share memory. Tied weights stay separate if only some of their layers are adapted.
 
     Args:
-        captured: a result of `transform_captured`, possibly decomposed, or saved and loaded.
+        captured: a result of `transform_captured`, which may have been decomposed, or saved and loaded.
 
     Returns:
         A new program.
 
     Raises:
         AdapterError: the graph has no reflections, or `captured` is not a program.
-        FoldError: a weight or its vectors are on the meta device, or the folded weight would not be finite, or
-            Gram-Schmidt gets linearly dependent vectors. `captured` is unchanged.
+        FoldError: a weight or its vectors are on the meta device, the folded weight would not be finite, or the vectors
+            for Gram-Schmidt are linearly dependent. `captured` is unchanged.
     """
     check_is_program(captured, "fold")
     editor = ProgramEditor(captured)
@@ -174,10 +174,10 @@ class Rotation(NamedTuple):
 
 
 def rotations_of(editor: ProgramEditor) -> list[Rotation]:
-    """The rotations of a graph, in its order.
+    """The rotations of a graph, in order.
 
     Raises:
-        AdapterError: there are none.
+        AdapterError: the graph does not have rotations.
     """
     found = []
     for node in find_rotate_nodes(editor.graph):
@@ -193,7 +193,7 @@ def rotations_of(editor: ProgramEditor) -> list[Rotation]:
 
 
 def _folded(rotation: Rotation, weight: Tensor) -> Tensor:
-    """The folded weight, computed in float64 (float32 on MPS), in the dtype of the base weight."""
+    """Compute a folded weight in float64 (float32 on MPS), and cast it to the dtype of the base weight."""
     name, apply_GS = rotation.weight_name, rotation.apply_GS
     check_foldable(name, weight, rotation.vectors, apply_GS=apply_GS)
     dtype = torch.float32 if weight.device.type == "mps" else torch.float64
@@ -204,8 +204,8 @@ def _folded(rotation: Rotation, weight: Tensor) -> Tensor:
 
 
 # --- metadata ---------------------------------------------------------------------------------------------------------
-# Name and configuration of the adapter, and which parameters were trainable before: in `graph_module.meta["custom"]`,
-# the only entry that `torch.export.save` keeps.
+# Name and configuration of the adapter, and which parameters were trainable before. They are stored in
+# `graph_module.meta["custom"]`, the only entry that `torch.export.save` keeps.
 
 _KEY = "hra_fx"
 
@@ -218,12 +218,12 @@ def get_metadata(graph_module: fx.GraphModule) -> Any:
 def with_metadata(
     graph_module: fx.GraphModule, config: HRAConfig, adapter_name: str, trainable: list[str]
 ) -> dict[str, Any]:
-    """The `meta` of a graph plus the metadata of its adapter, which JSON can represent.
+    """Add the metadata of an adapter, in a form that JSON can represent, to a copy of the `meta` of a graph.
 
     Args:
-        graph_module: the graph; not modified.
+        graph_module: the graph; it is not modified.
         config: the configuration of the adapter.
-        adapter_name: its name.
+        adapter_name: the name of the adapter.
         trainable: names of the parameters that required gradients before.
     """
     metadata = {"adapter": adapter_name, "config": config.to_dict(), "trainable": trainable}
@@ -241,7 +241,7 @@ def has_adapter(graph_module: fx.GraphModule, config: HRAConfig, adapter_name: s
     """Whether a graph already has this adapter.
 
     Raises:
-        AdapterError: it has another adapter, or another configuration.
+        AdapterError: the graph has another adapter, or this adapter with another configuration.
     """
     metadata = get_metadata(graph_module)
     if metadata is None and not find_rotate_nodes(graph_module.graph):

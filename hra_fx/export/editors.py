@@ -1,6 +1,6 @@
 """Edit a copy of a `torch.export.ExportedProgram`.
 
-Parameters are replaced by new objects, never written to.
+Parameters are replaced with new objects and never written to.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def is_adapter_tensor(name: str) -> bool:
 
 
 class ProgramEditor:
-    """A copy of a program's graph, input specifications and state, which can be modified; tensors are shared.
+    """A copy of a program's graph, input specifications and state that can be modified. Tensors are shared.
 
     Attributes:
         graph_module: the graph module.
-        graph: its graph.
+        graph: the graph of `graph_module`.
         state: name -> parameter or buffer.
-        names: name of a node -> that of its tensor.
+        names: name of a node -> name of its tensor.
         weights: name of a parameter -> the nodes that read it.
     """
 
@@ -40,7 +40,7 @@ class ProgramEditor:
         """Copy `program`, which is not modified."""
         self._program = program
         self.graph_module = fx.GraphModule(program.graph_module, copy.deepcopy(program.graph))
-        # torch.export.unflatten caches a module there, which belongs to the original program.
+        # torch.export.unflatten caches a module there, but that module belongs to the original program.
         self.graph_module.meta = {
             key: value for key, value in program.graph_module.meta.items() if key != "unflattened_module"
         }
@@ -60,12 +60,12 @@ class ProgramEditor:
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """Name -> parameter, without those that were added."""
+        """Name -> parameter, without added parameters."""
         return {name: tensor for name, tensor in self.state.items() if name in self.weights}
 
     @property
     def constant_nodes(self) -> dict[fx.Node, str]:
-        """Node -> name of each tensor that no call writes to: parameters, constants, and the buffers of adapters."""
+        """Node -> name, for tensors that no call writes to: parameters, constants, and the buffers of adapters."""
         from torch.export.graph_signature import InputKind
 
         constant_kinds = (InputKind.PARAMETER, InputKind.CONSTANT_TENSOR)
@@ -76,12 +76,12 @@ class ProgramEditor:
         }
 
     def tensor(self, name: str) -> Tensor:
-        """The parameter, buffer or constant of a name."""
+        """The parameter, buffer or constant with this name."""
         found: Tensor = self.state[name] if name in self.state else self._constants[name]
         return found
 
     def add(self, name: str, tensor: Tensor, like: fx.Node) -> fx.Node:
-        """Add a parameter, or a buffer if it is none; returns its node. `like` is a node of another tensor."""
+        """Add a tensor as a parameter or a buffer, and return its node. `like` is a node of another tensor."""
         from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
         is_buffer = not isinstance(tensor, nn.Parameter)
@@ -116,7 +116,7 @@ class ProgramEditor:
         for spec in self._specs:
             parameter, node = self.state.get(spec.target or ""), self._nodes[spec.arg.name]
             if isinstance(parameter, nn.Parameter) and node.meta["val"].requires_grad != parameter.requires_grad:
-                # torch reads there what a joint graph with the backward pass trains. Other programs have the value too.
+                # torch reads here which tensors a joint graph with a backward pass trains. Other programs have it too.
                 node.meta["val"] = node.meta["val"].detach().requires_grad_(parameter.requires_grad)
         signature: ExportGraphSignature = dataclasses.replace(program.graph_signature, input_specs=self._specs)
         self.graph_module.recompile()
@@ -134,7 +134,7 @@ class ProgramEditor:
 
 
 def replace_weights(editor: ProgramEditor, tensors: Mapping[str, Tensor]) -> None:
-    """Replace weights, and also tied names of them that no node reads."""
+    """Replace weights, including their tied names that no node reads."""
     for names in group_tied(editor.parameters):
         new = {name: nn.Parameter(tensors[name]) for name in names if name in tensors}
         if len(new) == 1:
@@ -145,7 +145,7 @@ def replace_weights(editor: ProgramEditor, tensors: Mapping[str, Tensor]) -> Non
 
 
 def set_trainable(editor: ProgramEditor, trainable: set[str]) -> None:
-    """Set which of the original parameters require gradients. Changed ones are new objects on the same memory."""
+    """Set which of the original parameters require gradients. Changed ones are new objects that share the memory."""
     parameters = editor.parameters
     for names in group_tied(parameters):
         tensor, wanted = parameters[names[0]], not trainable.isdisjoint(names)
@@ -156,7 +156,7 @@ def set_trainable(editor: ProgramEditor, trainable: set[str]) -> None:
 
 
 def _copy_entry(entry: ModuleCallEntry) -> ModuleCallEntry:
-    """A copy whose node names can change. The tree specs are shared: torch warns when they are copied."""
+    """Copy an entry so that its node names can change. Tree specs are shared, because copying them gives a warning."""
     signature = entry.signature
     if signature is None:
         return dataclasses.replace(entry)

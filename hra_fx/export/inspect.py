@@ -1,4 +1,4 @@
-"""The layers of a captured graph: those with an adapter, with its vectors and weights, and those without."""
+"""The layers of a captured graph: adapted layers with vectors and weights, and layers without an adapter."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class LayerAdapter:
 
 @dataclass(frozen=True)
 class UnadaptedLayers:
-    """The layers of a captured graph that have no reflections, but are of a supported kind.
+    """The layers of a captured graph that do not have reflections, but are of a supported kind.
 
     Attributes:
         skeleton: the model on which layers are selected.
-        config: the configuration of the adapter; `None` if the graph has lost its metadata.
+        config: the configuration of the adapter; `None` if the graph does not have its metadata anymore.
         adapter: name of the adapter.
         layers: path -> (kind, description, why the weight cannot be rotated or `None`).
     """
@@ -60,7 +60,7 @@ class UnadaptedLayers:
 
 
 def adapter_layers(program: ExportedProgram) -> list[LayerAdapter]:
-    """The adapter of a program, layer by layer, in the order of the graph.
+    """The adapter of each layer of a program, in the order of the graph.
 
     Raises:
         AdapterError: the graph has no reflections.
@@ -75,7 +75,7 @@ def adapter_layers(program: ExportedProgram) -> list[LayerAdapter]:
         path, vectors, weight = container.removesuffix(f".{REFLECTION}"), rotation.vectors, rotation.weight
         chain = plain_chain(vectors, rotation.anchor, apply_GS=rotation.apply_GS)
         rows = readable_rows(weight, vectors.shape[0], fan_in_fan_out=rotation.transposed)
-        # A decomposition may have brought the weight of a linear layer into a form that is not recognized.
+        # A decomposition may have changed the weight of a linear layer to a form that is not recognized.
         description = _describe(layers[path], weight) if path in layers else describe(make_layer("linear", weight))
         found.append(LayerAdapter(path, description, adapter, vectors.shape[1], chain, rows))
     return found
@@ -99,5 +99,5 @@ def unadapted_layers(program: ExportedProgram) -> UnadaptedLayers:
 
 
 def _describe(layer: GraphLayer, weight: Tensor) -> str:
-    """The text that `hra_fx.layers.target.describe` returns for the original layer."""
+    """Describe a layer as `hra_fx.layers.target.describe` describes the original layer."""
     return "Conv1D {}->{}".format(*weight.shape) if layer.transposed else describe(layer_of(layer, weight))

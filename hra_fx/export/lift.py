@@ -1,8 +1,8 @@
-"""`lift`: an exported program as a GraphModule that calls layers, from its names and operators alone.
+"""`lift`: convert an exported program to a GraphModule that calls layers, using only its names and operators.
 
     y = aten.linear(x, encoder.0.weight, encoder.0.bias)        becomes        y = encoder.0(x)
 
-Operators that use a weight in another form still read it, by its name in the layer that they belong to.
+Operators that use a weight in another form still read it, by its name in the layer that contains the operator.
 """
 
 from __future__ import annotations
@@ -34,33 +34,34 @@ _TRANSFORM = "Pass the program itself to hra_fx.transform(program, config), whic
 
 
 def lift(program: ExportedProgram) -> fx.GraphModule:
-    """Turn an exported program into a `GraphModule` that calls layers, for all functions on models with adapters.
+    """Convert an exported program to a `GraphModule` that calls layers and supports all functions for adapters.
 
     The code of the model is not needed: the program may come from `torch.export.load`. A linear operator or a
     convolution that reads `<path>.weight` becomes the call of an `nn.Linear` or `nn.Conv1d` to `nn.Conv3d` at `<path>`.
-    All other operators stay as they are, also those that use a weight in another form, such as a transposed one, or in
-    a block with a graph of its own. Their layers cannot be adapted, and `target_modules="all-linear"` leaves them out.
+    All other operators do not change. This includes operators that use a weight in another form (for example,
+    transposed) or in a block with a separate graph. Their layers cannot be adapted, and `target_modules="all-linear"`
+    does not select them.
 
-    The result is called as the program is, and refuses inputs for which the program was not captured. It computes what
-    the program does in the mode that the model had when it was exported: `train()` and `eval()` do not change dropout
-    or batch norm. `state_dict` has the names of the program.
+    The module takes the same arguments as the program, and raises an error for inputs that the program does not
+    support. It computes the same as the program, in the mode that the model had when it was exported: `train()` and
+    `eval()` do not change dropout or batch norm. The `state_dict` has the names of the program.
 
-    Parameters and buffers share memory with the program, and with the model that was exported, if it is still there. So
-    after training, `hra_fx.fold(module)` also writes the new weights into the program. Where it replaces a tensor, the
+    Parameters and buffers share memory with the program, and with the exported model if it still exists. So after
+    training, `hra_fx.fold(module)` also writes the new weights into the program. But if it replaces a tensor, the
     program keeps the old one: fold gives tied weights their own memory (with a warning), and copies trained by `bias`
-    and `modules_to_save` take the place of the originals. For a program with those, export the folded module again:
+    and `modules_to_save` replace the originals. To get a program with these tensors, export the folded module again:
     `torch.export.export(module, args)`.
 
     Args:
-        program: a program of `torch.export`. It is not changed. After `run_decompositions`, the layers are those whose
-            decomposition is one product, which is not all of them.
+        program: a program of `torch.export`. It is not changed. After `run_decompositions`, only those layers are found
+            that are decomposed into a single product.
 
     Returns:
         A new module, to pass to `transform` or `load_adapter`.
 
     Raises:
-        AdapterError: it is not an `ExportedProgram`; or it has adapters, no operator that can be the call of a layer,
-            or inputs or outputs of types that a graph cannot take.
+        AdapterError: `program` is not an `ExportedProgram`; it has adapters; it does not have an operator that a layer
+            can replace; or it has inputs or outputs of types that a graph does not support.
         UnsupportedLayerError: the program contains a backward pass.
 
     Example:
@@ -76,7 +77,7 @@ def lift(program: ExportedProgram) -> fx.GraphModule:
     _check(program)
     module: Any = program.module(check_guards=False)
     graph: fx.Graph = module.graph
-    graph.owning_module = None  # it has no layers to call
+    graph.owning_module = None  # this module does not have layers to call
     root = _with_tensors_of(program)
     parameters: dict[str, Tensor] = dict(root.named_parameters(remove_duplicate=False))
     weights: dict[str, list[fx.Node]] = {}
@@ -121,10 +122,10 @@ def _check(program: Any) -> None:
 
 
 def _with_tensors_of(program: ExportedProgram) -> nn.Module:
-    """A module with the tensors of a program, in modules that only hold them.
+    """Create a module with the tensors of a program, in submodules without any other contents.
 
-    Parameters are new ones on the same memory, so that the flags of the program do not change. Names that were tied
-    when the program was saved have one parameter again.
+    Parameters are new objects that share the memory, so that the flags of the program do not change. Names that were
+    tied when the program was saved share one parameter again.
     """
     fleeting = program.graph_signature.non_persistent_buffers
     state: dict[str, Tensor] = program.state_dict | {name: program.constants[name] for name in fleeting}
@@ -148,13 +149,13 @@ def _with_tensors_of(program: ExportedProgram) -> nn.Module:
 
 
 def _unambiguous(layers: Iterable[GraphLayer], parameters: Mapping[str, Tensor]) -> list[GraphLayer]:
-    """The layers for which the layer that each use of their weight belongs to is known."""
+    """The layers for which it is known to which layer each use of their weight belongs."""
     tied = {name for names in group_tied(parameters) if len(names) > 1 for name in names}
     return [layer for layer in layers if layer.is_candidate and (layer.refusal is None or layer.name not in tied)]
 
 
 def _origin_of(graph: fx.Graph, paths: Collection[str]) -> Origin:
-    """What the graph knows of the class of its model."""
+    """The information that the graph has about the class of its model."""
     kind = module_classes(graph).get("", "torch.nn.modules.module.Module")
     library, _, name = kind.rpartition(".")
     is_pretrained = library.startswith("transformers.")
@@ -170,7 +171,7 @@ def _why_no_layer(layers: Iterable[GraphLayer]) -> str:
         found = f"{layer.path}.weight is used by {layer.uses[0].consumer.target} in another form"
     return (
         f"the program has no operator that can be the call of a layer: {found}. If the program was decomposed "
-        f"(run_decompositions), lift it before. {_TRANSFORM}."
+        f"(run_decompositions), lift it before that. {_TRANSFORM}."
     )
 
 
@@ -178,13 +179,13 @@ def _why_no_layer(layers: Iterable[GraphLayer]) -> str:
 
 
 class _Call(NamedTuple):
-    """An operator that a layer can compute.
+    """An operator that a layer can replace.
 
     Attributes:
         node: the operator.
         x: the name of the argument that is the input of the layer.
-        bias: the node of its bias, or `None`.
-        settings: the other arguments, of a convolution.
+        bias: the node of the bias, or `None`.
+        settings: the other arguments of a convolution.
     """
 
     node: fx.Node
@@ -196,13 +197,14 @@ class _Call(NamedTuple):
 def _call_layers(
     graph: fx.Graph, root: nn.Module, layers: Iterable[GraphLayer], parameters: Mapping[str, Tensor]
 ) -> list[str]:
-    """Put layers into a module and call them in its graph, in place.
+    """Add layers to a module and call them in its graph, in place.
 
     Args:
         graph: a graph of operators.
-        root: the module with its tensors, in submodules that only hold them.
-        layers: its layers. Each is called where an operator uses its weight as it is, with the bias of the same layer.
-        parameters: qualified name -> parameter; tied ones are the same object.
+        root: the module with the tensors of the graph, from `_with_tensors_of`.
+        layers: the layers. Each one replaces the operators that use its weight directly, with the bias of the same
+            layer.
+        parameters: qualified name -> parameter; tied parameters are the same object.
 
     Returns:
         The paths of the layers that are called.
@@ -211,7 +213,7 @@ def _call_layers(
     called = {layer: calls for layer, calls in found.items() if calls}
     for layer, (first, *more) in called.items():
         holder = root.get_submodule(layer.path)
-        # The holder has its bias, if it has one.
+        # The holder has the bias of the layer, if there is one.
         made = _filled(make_layer(layer.kind, parameters[layer.name], bias=False, **first.settings), holder)
         for path in (layer.path, *layer.aliases):
             root.set_submodule(path, made)
@@ -224,14 +226,14 @@ def _call_layers(
 
 
 def _calls(layer: GraphLayer, root: nn.Module, parameters: Mapping[str, Tensor]) -> list[_Call]:
-    """The operators that the layer can compute; it has the bias of its name or none."""
+    """The operators that the layer can replace. The bias must have the layer's name or be missing."""
     bias = root.get_submodule(layer.path)._parameters.get("bias")
     calls = [call for use in layer.uses if (call := _call(use))]
     return [call for call in calls if _tensor(call.bias, parameters) is bias]
 
 
 def _call(use: WeightUse) -> _Call | None:
-    """The operator at the end of a use as the call of a layer, `None` if it uses another form of the weight."""
+    """The operator at the end of a use as the call of a layer; `None` if it uses another form of the weight."""
     node = use.consumer
     given = arguments_of(node)
     if given.get("weight") is use.weight:
@@ -240,7 +242,7 @@ def _call(use: WeightUse) -> _Call | None:
         return _Call(node, "input", given["bias"], settings) if is_constant else None
     if use.transposed or given.get("mat2") is not use.first_user:
         return None
-    # What torch decomposes a linear layer into: mm(x, t(w)), or addmm(bias, x, t(w)).
+    # torch decomposes a linear layer into mm(x, t(w)) or addmm(bias, x, t(w)).
     if node.target is _aten.mm.default:
         return _Call(node, "self", None, {})
     if node.target is _aten.addmm.default and given["alpha"] == given["beta"] == 1:
@@ -249,7 +251,7 @@ def _call(use: WeightUse) -> _Call | None:
 
 
 def _plain(setting: Any) -> Any:
-    """A setting of a convolution as its class takes it; not an int, str or tuple if it depends on a size."""
+    """A setting of a convolution in the form for its class. If it depends on a size, it is not an int, str or tuple."""
     if not isinstance(setting, (list, tuple)):
         return setting
     values = tuple(setting)
@@ -259,7 +261,7 @@ def _plain(setting: Any) -> Any:
 
 
 def _tensor(node: Any, parameters: Mapping[str, Tensor]) -> Any:
-    """The parameter that a node reads, `None` without a node, and the node itself if it reads no parameter."""
+    """The parameter that a node reads; `None` without a node; the node itself if it does not read a parameter."""
     return parameters.get(str(node.target), node) if isinstance(node, fx.Node) else node
 
 
@@ -272,7 +274,7 @@ def _filled(layer: nn.Module, holder: nn.Module) -> nn.Module:
 
 
 def _read_by_own_names(graph: fx.Graph, layer: GraphLayer) -> None:
-    """Read the weight by the name that it has in the layer of each use."""
+    """Read the weight by its name in the layer of each use."""
     for use, name in (*((use, layer.name) for use in layer.uses), *layer.others):
         if use.weight.target == name or use.weight not in use.first_user.all_input_nodes:
             continue
@@ -283,7 +285,7 @@ def _read_by_own_names(graph: fx.Graph, layer: GraphLayer) -> None:
 
 
 def _call_embeddings(graph: fx.Graph, root: nn.Module) -> None:
-    """Call embeddings too: fx unpickles a read of a tied weight as a read by its first name, which may be rotated."""
+    """Call embeddings too: fx unpickles a read of a tied weight by its first name, which may be a rotated weight."""
     for node in graph.find_nodes(op="call_function", target=_aten.embedding.default):
         given, path = arguments_of(node), module_path(node) or ""
         if given["weight"].op != "get_attr" or given["weight"].target != f"{path}.weight":

@@ -1,4 +1,4 @@
-"""`lower` and `freeze`: programs with adapters for exporters, in core ATen operators, or with constant factors."""
+"""`lower` and `freeze`: convert programs with adapters for exporters, to core ATen operators or constant factors."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ _FROZEN = "frozen"
 
 
 def lower(program: ExportedProgram) -> ExportedProgram:
-    """Replace the reflections of a program by products, sums and comparisons of core ATen.
+    """Replace the reflections of a program with products, sums and comparisons in core ATen operators.
 
-    For programs from `hra_fx.transform(program, config)`, whose reflections are operators `hra_fx::rotate`. Models that
+    Use this for programs from `hra_fx.transform(program, config)`, which have operators `hra_fx::rotate`. Models that
     were transformed before `torch.export` do not need it. The vectors remain trainable parameters. `fold`, `report`
-    and `visualize` do not work on a lowered program, because they look for the operator.
+    and `visualize` do not work on a lowered program, because they search for the operator.
 
     Args:
-        program: an `ExportedProgram`, which is not modified.
+        program: an `ExportedProgram`; it is not modified.
 
     Returns:
-        A new program, or `program` itself if it has no such operator.
+        A new program, or `program` itself if it does not have such an operator.
 
     Raises:
-        AdapterError: the argument has another type.
+        AdapterError: `program` is not an `ExportedProgram`.
 
     Example:
         >>> from torch import nn
@@ -80,14 +80,14 @@ def freeze(program: ExportedProgram) -> ExportedProgram:
     constants. The result cannot be trained.
 
     Args:
-        program: an `ExportedProgram` of a transformed model in eval mode, or of `hra_fx.transform(program, config)`,
-            which is not modified.
+        program: an `ExportedProgram` of a transformed model in eval mode, or a program from
+            `hra_fx.transform(program, config)`. It is not modified.
 
     Returns:
         A new program.
 
     Raises:
-        AdapterError: the argument has another type, has no reflections, or has vectors on the meta device.
+        AdapterError: `program` is not an `ExportedProgram`, has no reflections, or has vectors on the meta device.
         GraphInvariantError: a reflection depends on more than its vectors and weights.
 
     Example:
@@ -117,10 +117,10 @@ def freeze(program: ExportedProgram) -> ExportedProgram:
 
 
 def _vector_nodes(names: Mapping[fx.Node, str], tensors: Mapping[fx.Node, Tensor]) -> list[fx.Node]:
-    """The nodes of vectors and anchors that the graph uses.
+    """The nodes of the vectors and anchors that the graph uses.
 
     Raises:
-        AdapterError: there are none, or one is on the meta device.
+        AdapterError: there are no such nodes, or a vector is on the meta device.
     """
     vectors = [
         node
@@ -129,8 +129,8 @@ def _vector_nodes(names: Mapping[fx.Node, str], tensors: Mapping[fx.Node, Tensor
     ]
     if not vectors:
         raise AdapterError(
-            "freeze: the graph has no reflections. It is frozen already, or comes from a model that was folded or not "
-            "transformed; export it as it is."
+            "freeze: the graph has no reflections. It is already frozen, or comes from a model that was folded or not "
+            "transformed. Export it without freeze."
         )
     for node in vectors:
         if tensors[node].is_meta:
@@ -139,5 +139,5 @@ def _vector_nodes(names: Mapping[fx.Node, str], tensors: Mapping[fx.Node, Tensor
 
 
 def _is_frozen(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor is a constant of an earlier `freeze`; an adapter of such a name has parameters, not buffers."""
+    """Whether a tensor is a constant of an earlier `freeze`. An adapter with this name has parameters, not buffers."""
     return not isinstance(tensor, nn.Parameter) and bool(re.fullmatch(rf"{_FROZEN}_\d+", name.rpartition(".")[2]))

@@ -1,10 +1,10 @@
-"""The layers of a captured graph, found by the names of their weights and by the operators that use them.
+"""Find the layers of a captured graph by the names of their weights and the operators that use them.
 
 The path of a layer is the name of its weight without the last part. If a tensor has several names, each use belongs to
 the layer whose forward contains it (`nn_module_stack`).
 
 Each use of a weight is followed through transposes, casts and splits to the operator that multiplies with the weight.
-If it ends at any other operator, the kind of the use is unknown, and the weight must not be rotated.
+If it ends at any other operator, the kind of use is unknown, and the weight must not be rotated.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from hra_fx.compat import pytree
 from hra_fx.layers.target import LayerKind
 from hra_fx.tracing.canonical import module_path, normalize_path
 
-#: Names of parameters that can be rotated -> the kind of layer, if the name determines it.
+#: Name of a parameter that can be rotated -> the kind of layer, if the name determines it.
 WEIGHTS: dict[str, LayerKind | None] = {"weight": None, "in_proj_weight": "attention"}
 
 
 _aten = torch.ops.aten
 
-#: Matrix products: index of the argument with the matrix -> the dimension that is summed over.
+#: Matrix products: index of the matrix argument -> the dimension that is summed over.
 _MATMULS: dict[Any, dict[int, int]] = {
     _aten.linear.default: {1: 1},
     _aten.addmm.default: {1: 1, 2: 0},
@@ -80,10 +80,10 @@ class WeightUse:
 
     Attributes:
         name: the name of the weight.
-        weight: its node.
-        first_user: the user of `weight` through which it is used. Replacing the argument of this node changes the use.
-        consumer: the node at the end, which computes with the weight.
-        kind: the kind of layer that the consumer is; `None` for anything but a linear layer or a convolution.
+        weight: the node of the weight.
+        first_user: the first user of `weight` on the way. Replacing the argument of this node changes the use.
+        consumer: the last node, which computes with the weight.
+        kind: the kind of layer of the consumer; `None` if it is not a linear layer or a convolution.
         transposed: whether the consumer sums over the first dimension of the weight, as transformers' `Conv1D` does.
     """
 
@@ -96,7 +96,7 @@ class WeightUse:
 
     @property
     def path(self) -> str | None:
-        """The module in whose forward the consumer is, if the graph has this information."""
+        """The module whose forward contains the consumer, if the graph has this information."""
         return module_path(self.consumer)
 
 
@@ -111,10 +111,10 @@ class GraphLayer:
         transposed: whether its weight is stored as `(d, out)`.
         uses: the uses of the weight by this layer.
         refusal: why its weight cannot be rotated, and what to do; `None` if it can.
-        is_module: whether an operator inside of the layer's own forward uses the weight, so that the layer is a linear
-            layer or a convolution; an embedding whose weight a linear operator uses elsewhere is not.
+        is_module: whether an operator in the layer's own forward uses the weight, so that the layer is a linear layer
+            or a convolution. This is False for an embedding whose weight a linear operator uses somewhere else.
         aliases: other paths of the same layer.
-        others: uses of the same tensor by other layers, each with the name of the tensor there.
+        others: uses of the same tensor by other layers, each with the name of the tensor in that layer.
     """
 
     path: str
@@ -129,24 +129,24 @@ class GraphLayer:
 
     @property
     def source(self) -> str:
-        """The name by which the graph reads the weight; its own name if other layers use the same tensor."""
+        """The name that the graph uses to read the weight; its own name if other layers use the same tensor."""
         return self.name if self.others else self.uses[0].name
 
     @property
     def is_candidate(self) -> bool:
-        """Whether it counts as a layer: see `is_module`, or its weight can be rotated wherever it is used."""
+        """Whether it counts as a layer: `is_module` is True, or its weight can be rotated for all uses."""
         return self.is_module or self.refusal is None
 
 
 def find_layers(weights: Mapping[str, list[fx.Node]], tensors: Mapping[str, Tensor]) -> dict[str, GraphLayer]:
-    """All layers of a graph whose weight is used by a linear operator or a convolution, including unsupported ones.
+    """Find all layers with a weight that a linear operator or a convolution uses, including unsupported layers.
 
     Args:
         weights: qualified name of a parameter -> its nodes in the graph.
-        tensors: qualified name -> parameter; one tensor can have several names.
+        tensors: qualified name -> parameter; a tensor can have several names.
 
     Returns:
-        layer path -> layer, in the order of `tensors`.
+        Layer path -> layer, in the order of `tensors`.
     """
     found: dict[str, GraphLayer] = {}
     for names in group_tied(tensors):
@@ -159,7 +159,7 @@ def find_layers(weights: Mapping[str, list[fx.Node]], tensors: Mapping[str, Tens
 
 
 def group_tied(tensors: Mapping[str, Tensor]) -> list[list[str]]:
-    """The names of each tensor. After loading, tied tensors are different objects on the same memory.
+    """Group the names by tensor. After loading, tied tensors are different objects that share memory.
 
     Example:
         >>> import torch
@@ -190,9 +190,9 @@ def module_classes(graph: fx.Graph) -> dict[str, str]:
 
 
 def _group_by_layer(names: list[str], tensors: Mapping[str, Tensor], uses: list[WeightUse]) -> list[list[str]]:
-    """The names of one tensor, grouped by layer: a layer that is called by several paths has several names.
+    """Group the names of one tensor by layer: a layer that is called by several paths has several names.
 
-    Names belong to the same layer if all tensors next to the weight are the same, and the same operators use it.
+    Names belong to the same layer if all tensors next to the weight are the same and the same operators use it.
     """
     layers: dict[object, list[str]] = {}
     for name in names:
@@ -232,7 +232,7 @@ def _graph_layers(layers: list[list[str]], uses: list[WeightUse]) -> Iterable[Gr
 
 
 def _owner(use: WeightUse, paths: list[list[str]]) -> int | None:
-    """The index of the layer that a use belongs to: its forward contains the use, or it is the only one below that."""
+    """The index of the layer that a use belongs to: its forward contains it, or it is the only layer below it."""
     if len(paths) == 1:
         return 0
     path = use.path
@@ -246,15 +246,15 @@ def _refusal(own: list[WeightUse], others: list[WeightUse], owners: list[tuple[W
     unsupported = next((use for use in own if use.kind is None), None)
     if unsupported is not None:
         return (
-            f"its weight is also used by {_describe(unsupported)}, which would see the rotated weight. Exclude the "
+            f"its weight is also used by {_describe(unsupported)}, which would get the rotated weight. Exclude the "
             "layer with exclude_modules, or untie the two weights before capturing the model"
         )
     shared = {use.first_user for use in own} & {use.first_user for use in others}
     ambiguous = next((use for use, owner in owners if owner is None or use.first_user in shared), None)
     if ambiguous is not None:
         return (
-            f"its weight has several names, and the layer that its use by {_describe(ambiguous)} belongs to is not "
-            "known. Untie the weights before capturing the model, or exclude the layer with exclude_modules"
+            f"its weight has several names, and it is unknown which layer its use by {_describe(ambiguous)} belongs "
+            "to. Untie the weights before capturing the model, or exclude the layer with exclude_modules"
         )
     if len({use.transposed for use in own}) > 1:
         plain, transposed = (next(use for use in own if use.transposed is side) for side in (False, True))
@@ -275,7 +275,7 @@ def _describe(use: WeightUse) -> str:
 
 @dataclass(frozen=True)
 class _View:
-    """The weight after some operators: its form at `node`."""
+    """The form of a weight at `node`, after some operators."""
 
     node: fx.Node
     first_user: fx.Node
@@ -285,15 +285,15 @@ class _View:
 
 
 def find_weight_uses(weight: fx.Node, rank: int, name: str = "") -> list[WeightUse]:
-    """All uses of a weight except reads of its shape or dtype, in the order of the graph.
+    """Find all uses of a weight except reads of its shape or dtype, in the order of the graph.
 
     Args:
         weight: the placeholder or `get_attr` node of a parameter.
-        rank: the number of its dimensions.
-        name: its name, for the result.
+        rank: the number of dimensions of the weight.
+        name: the name of the weight, for the result.
 
     Returns:
-        One `WeightUse` for each consumer and each way to it.
+        One `WeightUse` for each consumer and each path to it.
     """
     return [use for user in weight.users for use in _follow(_View(weight, user, rank), user, (name, weight))]
 
@@ -318,7 +318,7 @@ def _follow(view: _View, user: fx.Node, origin: tuple[str, fx.Node]) -> Iterator
 
 
 def _step(view: _View, user: fx.Node) -> _View | None:
-    """The weight after an operator that only rearranges it; `None` for any other operator."""
+    """The form of the weight after an operator that only rearranges it; `None` for any other operator."""
     target = user.target
     if target in _CASTS or target is operator.getitem:
         return replace(view, node=user)
@@ -333,7 +333,7 @@ def _step(view: _View, user: fx.Node) -> _View | None:
 
 
 def _swaps(user: fx.Node) -> bool:
-    """Whether an operator that can transpose a matrix does so."""
+    """Whether an operator that can transpose a matrix really transposes it."""
     if user.target is _aten.permute.default:
         order: Any = user.args[1]
         return bool(order[0] % 2)
@@ -344,7 +344,7 @@ def _swaps(user: fx.Node) -> bool:
 
 
 def _classify(view: _View, user: fx.Node, index: int) -> tuple[LayerKind | None, bool]:
-    """Kind and `transposed` of an operator that has the weight as its argument `index`."""
+    """The kind of an operator with the weight as its argument `index`, and `transposed`."""
     if view.rank == 2 and index in _MATMULS.get(user.target, {}):
         summed = _MATMULS[user.target][index]
         summed = 1 - summed if view.transposed else summed

@@ -1,4 +1,4 @@
-"""One ONNX graph for many adapters: the vectors are inputs; their default values are the exported adapter.
+"""One ONNX graph for many adapters: the vectors are inputs with the exported adapter as default values.
 
 onnx_program = torch.onnx.export(model, args, dynamo=True, optimize=False)
 hra_fx.make_swappable(onnx_program, model).save("model.onnx")
@@ -6,7 +6,7 @@ session = onnxruntime.InferenceSession("model.onnx")
 factors = hra_fx.adapter_inputs(model, session.get_overridable_initializers(), "another")
 session.run(None, {"input_ids": ids, **factors})
 
-A vector of zeros is the identity, so a graph can run every adapter of its rank or less.
+A vector of zeros gives the identity, so a graph can run every adapter with the same or a lower rank.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 _HOW_TO_EXPORT = (
-    "Export with an adapter of plain vectors, whose rank is the largest that the graph can run: "
+    "Export with an adapter of plain vectors. Its rank is the largest that the graph can run: "
     "hra_fx.add_adapter(model, 'slot', HRAConfig(r=<even>, ...)); hra_fx.set_adapter(model, 'slot')."
 )
 #: onnxruntime's names of dtypes.
@@ -37,13 +37,14 @@ _DTYPES = {"float": torch.float32, "float16": torch.float16, "double": torch.flo
 
 
 def make_swappable(onnx_program: ONNXProgram, model: nn.Module) -> ONNXProgram:
-    """Make the vectors of the active adapter inputs `<layer>.hra_u` of an ONNX graph, with their values as the default.
+    """Turn the vectors of the active adapter into inputs `<layer>.hra_u` of an ONNX graph, with default values.
 
-    Afterwards the graph is optimized, as `torch.onnx.export` does by default, except for the vectors.
+    The default values are the vectors of the exported adapter. Then the graph is optimized, as `torch.onnx.export` does
+    by default, except for the vectors.
 
     Args:
-        onnx_program: `torch.onnx.export(model, ..., dynamo=True, optimize=False)`; modified in place.
-        model: the transformed model that was exported. It must have one active adapter of plain vectors: without
+        onnx_program: the result of `torch.onnx.export(model, ..., dynamo=True, optimize=False)`; modified in place.
+        model: the transformed model that was exported. It must have one active adapter with plain vectors: without
             trained copies and Gram-Schmidt, at scale 1, and without an anchor (an even rank, or
             `init_weights=False`).
 
@@ -73,7 +74,7 @@ def make_swappable(onnx_program: ONNXProgram, model: nn.Module) -> ONNXProgram:
         if value is None:
             raise AdapterError(
                 f"{path}: the graph does not use the vectors {REFLECTION}.{name}. Export this model with "
-                "torch.onnx.export(..., dynamo=True, optimize=False); the optimizer replaces them by constants."
+                "torch.onnx.export(..., dynamo=True, optimize=False); the optimizer replaces them with constants."
             )
     for path, value in values.items():
         assert value is not None
@@ -86,23 +87,23 @@ def make_swappable(onnx_program: ONNXProgram, model: nn.Module) -> ONNXProgram:
 def adapter_inputs(
     model: nn.Module, inputs: Iterable[Any], adapter_name: str | None = None
 ) -> dict[str, numpy.ndarray[Any, Any]]:
-    """The inputs for a graph from `make_swappable` that make it run an adapter of the model, active or not.
+    """Create the inputs that make a graph from `make_swappable` run an adapter of the model, active or not.
 
-    Gram-Schmidt, anchors and scales are converted to plain vectors, and padded with zeros to the rank of the graph.
-    Layers without this adapter get zeros.
+    Gram-Schmidt, anchors and scales are converted to plain vectors, which are padded with zeros to the rank of the
+    graph. Layers without this adapter get zeros.
 
     Args:
-        model: a transformed model with the layers of the exported one.
+        model: a transformed model with the same layers as the exported model.
         inputs: `InferenceSession.get_overridable_initializers()`, or objects with `name` and `shape`;
             inputs other than `<layer>.hra_u` are ignored.
         adapter_name: the adapter; `None` for the active one.
 
     Returns:
-        Name of an input -> array, in the dtype of that input if it has a `type`, else in the dtype of the vectors.
+        Name of an input -> array, in the dtype of this input if it has a `type`, otherwise in the dtype of the vectors.
 
     Raises:
-        AdapterError: the adapter has a higher rank than the graph, or layers without an input, or trained copies of
-            other parameters; or numpy does not support the dtype of the graph.
+        AdapterError: the adapter has a higher rank than the graph, layers without an input, or trained copies of other
+            parameters; or numpy does not support the dtype of the graph.
 
     Example:
         >>> import hra_fx
@@ -118,7 +119,7 @@ def adapter_inputs(
             available = ", ".join(list(slots)[:4]) or "none"
             raise AdapterError(
                 f"{path}: adapter {name!r} adapts this layer, but the graph has no input {path}.{REFLECTION}. The "
-                f"layers that have one: {available}. Export the graph with an adapter on all these layers."
+                f"layers with an input: {available}. Export the graph with an adapter on all these layers."
             )
     own = next((reflection[name].dtype for reflection in layers.values()), torch.float32)
     dtypes = {path: _dtype(slot, own) for path, slot in slots.items()}
@@ -126,7 +127,7 @@ def adapter_inputs(
 
 
 def _adapter(model: nn.Module, adapter_name: str | None = None) -> tuple[str, dict[str, HouseholderAdapters]]:
-    """An adapter, by default the active one, and the reflections of its layers."""
+    """The name of an adapter, by default the active one, and the reflections of its layers."""
     root, record = root_of(model)
     name = _active_adapter(record) if adapter_name is None else names_in(record, adapter_name)[0]
     if (
@@ -140,7 +141,7 @@ def _adapter(model: nn.Module, adapter_name: str | None = None) -> tuple[str, di
 
 
 def _exported_adapter(model: nn.Module) -> tuple[str, dict[str, HouseholderAdapters]]:
-    """The active adapter, and the reflections of its layers, which are plain vectors."""
+    """The name of the active adapter, and the reflections of its layers, which must be plain vectors."""
     name, reflections = _adapter(model)
     for path, reflection in reflections.items():
         unsupported = {
@@ -178,7 +179,7 @@ def _dtype(slot: Any, default: torch.dtype) -> torch.dtype:
 
 
 def _vectors(slot: Any, reflection: HouseholderAdapters | None, name: str, dtype: torch.dtype) -> Tensor:
-    """The vectors of a layer, padded with zeros to the shape of the input."""
+    """Pad the vectors of a layer with zeros to the shape of the input."""
     width, rank = (int(size) for size in slot.shape)
     if reflection is None:
         return torch.zeros(width, rank, dtype=dtype)

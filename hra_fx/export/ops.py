@@ -1,13 +1,13 @@
-r"""The operator `hra_fx::rotate`, the rotated weight `W -> W Q` as one node of a captured graph, and its insertion.
+r"""The operator `hra_fx::rotate`, which rotates a weight (`W -> W Q`) in one node of a captured graph.
 
     rotate(Tensor weight, Tensor vectors, Tensor? anchor, bool apply_GS, bool columns) -> Tensor
 
 `weight` is `(out, d)`, a convolution's `(out, c / groups, ...)`, or `(d, out)` if `columns` (transformers' `Conv1D`);
-`vectors` is `U: (d, r)`, `anchor` is `A: (d, k)`. The operator is opaque to tracers: it stays one node in
+`vectors` is `U: (d, r)`, `anchor` is `A: (d, k)`. Tracers do not see inside the operator: it stays one node in
 `run_decompositions`, saving, loading and `torch.compile`, so `fold` can find it. Saved programs contain its argument
 names, so these must not change.
 
-Its gradient is that of the same formula, evaluated again, so second derivatives exist.
+The backward pass evaluates the formula again and differentiates it, so second derivatives exist.
 
     y = linear(x, w)        becomes        h = hra_fx.rotate(w, u, a, apply_GS, columns);  y = linear(x, h)
 """
@@ -27,14 +27,14 @@ from hra_fx.functional.chain import plain_chain
 from hra_fx.functional.rotate import rotate_weight
 from hra_fx.layers.target import META, NodeTag
 
-# torch has no types for its libraries.
+# torch does not have types for its libraries.
 _LIBRARY: Any = torch.library.Library("hra_fx", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
     "rotate(Tensor weight, Tensor vectors, Tensor? anchor, bool apply_GS, bool columns) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
-#: The overload that is the target of graph nodes.
+#: The operator overload that graph nodes have as their target.
 ROTATE = torch.ops.hra_fx.rotate.default
 
 
@@ -66,7 +66,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Disable autocast, always: inside of a kernel torch does not report whether it is on."""
+    """Disable autocast in any case, because torch does not report in a kernel whether it is on."""
     device = tensor.device.type
     return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
@@ -79,14 +79,14 @@ torch.library.register_autograd("hra_fx::rotate", _backward, setup_context=_setu
 def insert_rotation(
     graph: fx.Graph, layer: GraphLayer, weight: fx.Node, vectors: fx.Node, anchor: fx.Node | None, *, apply_GS: bool
 ) -> None:
-    """Rotate the weight of a layer by one node, inserted before its first use, for all its uses.
+    """Rotate the weight of a layer for all its uses, with one node before the first use.
 
     Args:
         graph: the graph, which is modified.
         layer: a layer of `graph`.
         weight: the node of its weight.
         vectors: the node of its vectors.
-        anchor: the node of its anchor, if it has one.
+        anchor: the node of its anchor, or `None`.
         apply_GS: whether the adapter uses Gram-Schmidt.
     """
     users = {use.first_user for use in layer.uses}
@@ -106,7 +106,7 @@ def insert_rotation(
 
 
 def split_shared_uses(layers: Iterable[GraphLayer], nodes: Mapping[str, list[fx.Node]]) -> None:
-    """After all insertions: other layers with the same weight read it by their own names.
+    """After all insertions, make other layers with the same weight read it by their own names.
 
     Args:
         layers: the adapted layers.
@@ -114,7 +114,7 @@ def split_shared_uses(layers: Iterable[GraphLayer], nodes: Mapping[str, list[fx.
     """
     for layer in layers:
         for use, name in layer.others:
-            # No effect on adapted layers: their first users read the rotated weight now.
+            # This does not affect adapted layers, because their first users now read the rotated weight.
             use.first_user.replace_input_with(use.weight, nodes[name][0])
 
 
@@ -124,7 +124,7 @@ def find_rotate_nodes(graph: fx.Graph) -> list[fx.Node]:
 
 
 def remove_rotation(graph: fx.Graph, rotated: fx.Node) -> list[fx.Node]:
-    """Replace a rotated weight by the base weight; returns the nodes of its vectors, which may have no users now.
+    """Replace a rotated weight with the base weight. Returns the nodes of its vectors, which may now be unused.
 
     Args:
         graph: the graph, which is modified.

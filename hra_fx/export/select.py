@@ -1,7 +1,7 @@
-"""Which layers of a captured graph a configuration selects, and the initial vectors of their adapters.
+"""Select the layers of a captured graph by a configuration, and create the initial vectors of their adapters.
 
-A captured graph has no layers, so they are selected on a skeleton, a model with a module for each path in the names of
-the graph, and the weights in layers of the kinds that use them. So a configuration selects the same layers, with the
+A captured graph does not have layers, so they are selected on a skeleton: a model with a module for each path in the
+names of the graph, and a layer of the right kind for each weight. So a configuration selects the same layers, with the
 same errors, as in the original model.
 """
 
@@ -28,7 +28,7 @@ from hra_fx.selection.select import is_target
 def select_layers(
     graph: fx.Graph, weights: Mapping[str, list[fx.Node]], tensors: Mapping[str, Tensor], config: HRAConfig
 ) -> list[GraphLayer]:
-    """The layers that a configuration selects, all of which support reflections.
+    """Return the layers that a configuration selects, and check that all of them support reflections.
 
     Args:
         graph: the captured graph.
@@ -38,7 +38,7 @@ def select_layers(
 
     Raises:
         ConfigError: the configuration trains more than reflections.
-        SelectionError: it does not fit the graph.
+        SelectionError: the configuration does not fit the graph.
         UnsupportedLayerError: a selected layer does not support reflections.
     """
     if config.bias != "none" or config.modules_to_save:
@@ -67,7 +67,7 @@ def _check_targets(
     *,
     all_linear: bool,
 ) -> None:
-    """Raise for targets whose use in the graph is unsupported, with a better error than the selection would give."""
+    """Raise an error for targets with an unsupported use in the graph, with more detail than the selection's error."""
     known = {*layers, *(path for layer in layers.values() for path in layer.aliases)}
     for name, nodes in weights.items():
         path, _, last = name.rpartition(".")
@@ -92,25 +92,25 @@ def _check_targets(
 
 
 def _why_not(consumers: list[fx.Node]) -> str:
-    """Why a weight with these consumers is not that of a layer."""
+    """Return why a weight with these consumers does not belong to a supported layer."""
     expected = "expected an operator of a linear layer or a convolution"
     if not consumers:
         return f"in this graph its weight is not used; {expected}"
     target = consumers[0].target
     if is_higher_order(target):
-        return f"the layer runs in a block that torch.export captures as a graph of its own ({target})"
+        return f"the layer runs in a block that torch.export captures as a separate graph ({target})"
     return f"in this graph its weight is used by {target} (node {consumers[0].name!r}); {expected}"
 
 
 def init_adapter(layer: GraphLayer, weight: Tensor, config: HRAConfig) -> tuple[nn.Parameter, Tensor | None]:
-    """Initial vectors `U: (d, r)` and anchor of a layer, at least float32; as for the layer of the model and a seed.
+    """Initial vectors `U: (d, r)` and anchor of a layer, at least float32. With a seed, they equal those of the model.
 
     Raises:
         UnsupportedLayerError: the weight is on the meta device.
     """
     if weight.is_meta:
         raise UnsupportedLayerError(
-            f"{layer.path}: its weight is on the meta device, and the graph would keep vectors without data. Load the "
+            f"{layer.path}: its weight is on the meta device, so the vectors in the graph would have no data. Load the "
             "weights before capturing the model."
         )
     with torch.inference_mode(False):
@@ -142,7 +142,7 @@ def build_skeleton(
     Args:
         layers: layer path -> layer.
         tensors: qualified name -> parameter, for all parameters of the graph.
-        classes: module path -> qualified class name, as far as the graph has them.
+        classes: module path -> qualified class name, if the graph has this information.
         with_output: whether the output layer of a transformers model counts as a layer.
     """
     root_class = classes.get("", "Module")
@@ -191,12 +191,12 @@ def layer_of(layer: GraphLayer, weight: Tensor) -> nn.Module:
 
 
 def make_layer(kind: LayerKind, weight: Tensor, **options: Any) -> nn.Module:
-    """A layer on the meta device for a weight `(out, d)`, or that of a convolution.
+    """Create a layer on the meta device for a weight `(out, d)`, or for the weight of a convolution.
 
     Args:
         kind: the kind of layer.
-        weight: its weight.
-        options: more arguments of its class.
+        weight: the weight of the layer.
+        options: other arguments of its class.
     """
     out, width = weight.shape[:2]
     if kind in CONVOLUTIONS:
@@ -208,7 +208,7 @@ def make_layer(kind: LayerKind, weight: Tensor, **options: Any) -> nn.Module:
 
 
 def arguments_of(node: fx.Node) -> dict[str, Any]:
-    """The arguments of an operator by their names, with its defaults."""
+    """The arguments of an operator by name, including its defaults."""
     schema = schema_of(node.target)
     arguments = () if schema is None else schema.arguments
     defaults = {argument.name: argument.default_value for argument in arguments}

@@ -23,12 +23,12 @@ _TENSORS = ("_parameters", "_buffers", "_modules", NON_PERSISTENT)
 
 
 class StepModule(nn.Module):
-    """The loss of a model. Its parameters and buffers are those of the model, under the same names.
+    """Computes the loss of a model. It has the parameters and buffers of the model, with the same names.
 
     Args:
         model: the model.
         example_inputs: as in `transform`. Arguments without a tensor are constants.
-        loss: computes the loss; `None` if the model does.
+        loss: computes the loss; `None` if the model computes it.
         labels: the second argument of `loss`, if it has one.
 
     Attributes:
@@ -48,13 +48,13 @@ class StepModule(nn.Module):
         given = dict(zip(names, (*args, *kwargs.values()), strict=True))
         if labels is not None:
             if "labels" in given:
-                raise AdapterError("export_training_step: labels are in `example_inputs`, and given as `labels` too.")
+                raise AdapterError("export_training_step: pass labels in `example_inputs` or as `labels`, not both.")
             given["labels"] = labels
         self.inputs = {name: value for name, value in given.items() if _has_tensor(value)}
 
         def forward(*values: Any) -> Tensor:
             now = given | dict(zip(self.inputs, values, strict=True))
-            # The run that the program is compared with computes as the model always does.
+            # The run for comparison computes as the model usually does.
             with factors_in_exported_batches(model.modules()) if is_exporting() else nullcontext():
                 positional, keywords = names[: len(args)], names[len(args) :]
                 outputs = model(*(now[name] for name in positional), **{name: now[name] for name in keywords})
@@ -62,7 +62,7 @@ class StepModule(nn.Module):
                 return _loss_of(outputs)
             return _scalar(loss(outputs) if labels is None else loss(outputs, now["labels"]))
 
-        # torch.export reads the names of inputs there.
+        # torch.export reads the names of the inputs from the signature.
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         vars(forward)["__signature__"] = inspect.Signature([inspect.Parameter(name, kind) for name in self.inputs])
         vars(self)["forward"] = forward
@@ -105,16 +105,16 @@ def _scalar(loss: Any) -> Tensor:
 
 # --- comparison -------------------------------------------------------------------------------------------------------
 
-#: The largest relative difference between two computations of one gradient. Rounding in float32 reaches 1e-2, for batch
-#: norm over few values; wrong gradients were off by a third and more.
+#: The largest relative difference between two computations of the same gradient. Rounding in float32 reaches 1e-2, for
+#: batch norm over few values; wrong gradients differed by a third or more.
 _TOLERANCE = 3e-2
-#: What rounding leaves of a gradient that is zero, in units of the rounding of the largest gradient.
+#: The size of a gradient that is zero except for rounding, in units of the rounding of the largest gradient.
 _ROUNDING = 30
 
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """A block after which the buffers of a model and the random number generators are as before."""
+    """Context manager that restores the buffers of a model and the random number generators."""
     before = [
         (part, name, buffer, buffer.clone())
         for part in model.modules()
@@ -131,27 +131,27 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def gradients_of(step: StepModule) -> dict[str, Tensor]:
-    """The loss, under the name "", and the gradients of all parameters that require them and have an effect.
+    """The loss, with the name "", and the gradients of all parameters that require them and affect the loss.
 
     Raises:
-        AdapterError: the loss is not finite, nothing that is trained has an effect on it, or the gradients are random.
+        AdapterError: the loss is not finite, no trained parameter affects it, or the gradients are random.
     """
     with unchanged(step):
         first = _computed(step)
         seed = int(torch.randint(2**31, ()))
     with unchanged(step):
-        seed_everything(seed)  # a run that draws numbers draws others
+        seed_everything(seed)  # if a run draws random numbers, they differ
         second = _computed(step)
     if not bool(first[""].isfinite()):
         raise AdapterError(
-            f"export_training_step: the loss of the example is {float(first[''])}. Pass an example with a finite loss, "
-            "with labels of which some count, for example."
+            f"export_training_step: the loss of the example is {float(first[''])}. Pass an example with a finite loss. "
+            "For example, not all labels may be ignored."
         )
     if _different(first, second) is not None:
-        advice = "Call model.eval() first: dropout is off then, and the adapters are trained as before."
+        advice = "Call model.eval() first: this turns dropout off, and the adapters are still trained."
         training = any(part.training for part in step.modules())
         raise AdapterError(
-            "export_training_step: the gradients are random, so those of the program cannot be checked. "
+            "export_training_step: the gradients are random, so the gradients of the program cannot be checked. "
             + (advice if training else "The forward draws random numbers in eval mode; pass them as an input.")
         )
     return first
@@ -170,9 +170,9 @@ def check_gradients(program: ExportedProgram, step: StepModule, wanted: Mapping[
         what = f"the gradient of {name}" if name else "the loss"
         raise VerificationError(
             f"export_training_step: {what} in the program differs from PyTorch's by {error:.1e} of its norm. The "
-            f"backward pass of exported programs is experimental: torch {torch.__version__} may compute it wrong for "
-            "an operator of this model, and drops autograd functions of your own and hooks on parameters. Use basic "
-            "operators in their place. Weights in 16 bits round much; try float32."
+            f"backward pass of exported programs is experimental: torch {torch.__version__} may compute it incorrectly "
+            "for an operator of this model, and drops custom autograd functions and hooks on parameters. Use basic "
+            "operators instead. 16-bit weights have large rounding errors; try float32."
         )
 
 
@@ -182,7 +182,7 @@ def _computed(step: StepModule) -> dict[str, Tensor]:
         loss = step(*step.example())
         if not loss.requires_grad:
             raise AdapterError(
-                "export_training_step: the loss does not depend on anything that is trained. The adapters are merged "
+                "export_training_step: the loss does not depend on any trained parameter. The adapters are merged "
                 "(hra_fx.unmerge_adapter), disabled, or on layers that the call does not use; or the loss is detached."
             )
         gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
@@ -191,7 +191,7 @@ def _computed(step: StepModule) -> dict[str, Tensor]:
 
 
 def _different(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[str, float] | None:
-    """The first value that differs from the one that is wanted, and by what share of its norm."""
+    """The name of the first value that differs from the expected value, and the difference relative to its norm."""
     norms = {name: float(value.double().norm()) for name, value in wanted.items()}
     largest = max(norms.values())
     for name, value in wanted.items():

@@ -31,38 +31,38 @@ def export_training_step(
 ) -> ExportedProgram:
     """Export a training step: forward, loss and backward as one program, for runtimes without Python.
 
-    The program takes the arguments of `example_inputs` that have tensors, then `labels`, as positional arguments; other
-    arguments, such as `None` and flags, are constants. It returns the loss and
-    the gradients of the parameters that require them: those of the adapters, and what the configuration trains besides.
-    It does not change the parameters; an optimizer outside of it does. Parameters have the names that they have in the
-    model.
+    The positional arguments of the program are the arguments of `example_inputs` that contain tensors, and then
+    `labels`; other arguments, such as `None` and flags, are constants. The program returns the loss and the gradients
+    of the parameters that require them: those of the adapters, and everything else that the configuration trains. It
+    does not update the parameters; an optimizer outside of the program does this. Parameters have the same names as in
+    the model.
 
     Pass the program to `executorch.exir.to_edge` for ExecuTorch's training module, or to
     `torch._inductor.aoti_compile_and_package`. In Python, `step.module()` and a loaded AOTInductor package return
     `(loss, {name: gradient})`.
 
-    The model is exported in its mode. In train mode, layers with dropout make the gradients random, so that they cannot
-    be compared; call `model.eval()` first, which does not change what is trained.
+    The model is exported in its current mode. In train mode, layers with dropout make the gradients random, so they
+    cannot be compared. Call `model.eval()` first, which does not change what is trained.
 
-    The backward pass of exported programs is experimental in PyTorch. In torch 2.13 it gives wrong gradients for the
-    default kernels of attention on CPUs. So attention is exported in basic operators (`SDPBackend.MATH`), and the
+    The backward pass of exported programs is experimental in PyTorch. In torch 2.13, it gives wrong gradients for the
+    default attention kernels on CPUs. So attention is exported as basic operators (`SDPBackend.MATH`), and the
     gradients of the program for `example_inputs` are compared with those of the model.
 
     Args:
-        model: a model with adapters, or a `GraphModule` of one. Its parameters and gradients are not changed.
+        model: a model with adapters, or a `GraphModule` with adapters. Its parameters and gradients are not changed.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
         loss: computes the loss, `loss(outputs)` or `loss(outputs, labels)`, a tensor with one value. Without it, the
-            model has to return the loss: as a tensor, or as `outputs.loss`, as models of transformers do if
-            `example_inputs` has `labels`.
+            model must return the loss: as a tensor, or as `outputs.loss`, like transformers models if `example_inputs`
+            has `labels`.
         labels: an example of the second argument of `loss`.
-        dynamic_shapes: as in `torch.export.export`, a dict by the names of the arguments of `model.forward`, and
-            `"labels"`. Without it, the program takes the shapes of the example only.
+        dynamic_shapes: as in `torch.export.export`, a dict with the names of the arguments of `model.forward`, and
+            `"labels"`, as keys. Without it, the program only accepts the shapes of the example.
 
     Returns:
         The program. Its first output is the loss; the graph signature names the gradients.
 
     Raises:
-        AdapterError: the loss does not depend on a trained parameter; the loss is missing or not finite; the gradients
+        AdapterError: the loss does not depend on a trained parameter, is missing, or is not finite; the gradients
             are random; a layer is quantized; or `torch.export` cannot export the step.
         VerificationError: the gradients of the program differ from those of the model.
 
@@ -91,7 +91,7 @@ def export_training_step(
 def _check(model: Any, loss: Any, labels: Any) -> None:
     if is_program(model):
         raise AdapterError(
-            "export_training_step: expected a model, got an ExportedProgram. Turn it into a model first: "
+            "export_training_step: expected a model, got an ExportedProgram. Convert it to a model first: "
             "hra_fx.transform(hra_fx.lift(program), config)."
         )
     if not isinstance(model, nn.Module):
@@ -115,7 +115,7 @@ def _check(model: Any, loss: Any, labels: Any) -> None:
 
 @contextmanager
 def _frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """A block in which some parameters require no gradients."""
+    """Context manager in which some parameters do not require gradients."""
     changed = [parameter for parameter in parameters if parameter.requires_grad]
     for parameter in changed:
         parameter.requires_grad_(False)
@@ -134,7 +134,7 @@ def _shapes(step: StepModule, dynamic_shapes: Any) -> dict[str, Any] | None:
     if not is_dict or not dynamic_shapes.keys() <= step.inputs.keys():
         got = ", ".join(map(str, dynamic_shapes)) if is_dict else type(dynamic_shapes).__name__
         raise AdapterError(
-            "export_training_step: `dynamic_shapes` must be a dict by the names of inputs, which are "
+            "export_training_step: `dynamic_shapes` must be a dict with the names of inputs as keys, which are "
             f"{', '.join(step.inputs)}, got {got}."
         )
     return {name: dynamic_shapes.get(name) for name in step.inputs}
@@ -143,7 +143,7 @@ def _shapes(step: StepModule, dynamic_shapes: Any) -> dict[str, Any] | None:
 def _export(step: StepModule, model: nn.Module, dynamic_shapes: Any) -> ExportedProgram:
     shapes = _shapes(step, dynamic_shapes)
     try:
-        # Both calls need the kernels: the first one records attention, the second one takes it apart.
+        # Both calls need the kernels: the first one records attention, and the second one decomposes it.
         with exporting(), without_caches(model), sdpa_kernel([SDPBackend.MATH]), torch.enable_grad():
             forward = torch.export.export(step, step.example(), dynamic_shapes=shapes, strict=False)
             program: ExportedProgram = export_forward_backward()(forward)
@@ -153,7 +153,7 @@ def _export(step: StepModule, model: nn.Module, dynamic_shapes: Any) -> Exported
 
 
 def _drop_unread(program: ExportedProgram) -> None:
-    """Drop the parameters and buffers that the step does not read, such as those of adapters that are not active."""
+    """Remove the parameters and buffers that the step does not read, such as those of inactive adapters."""
     specs, written = program.graph_signature.input_specs, program.graph_signature.buffers_to_mutate.values()
     nodes = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
     for spec in [spec for spec in specs if spec.target in program.state_dict and spec.target not in written]:
@@ -165,7 +165,7 @@ def _drop_unread(program: ExportedProgram) -> None:
 
 
 def _fill_uninitialized(program: ExportedProgram) -> None:
-    """Replace `empty_permuted`, of which only the shape is used, and for which ExecuTorch has no kernel."""
+    """Replace `empty_permuted`: only its shape is used, and ExecuTorch does not have a kernel for it."""
     graph = program.graph
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.empty_permuted.default):
         value: Tensor = node.meta["val"]
@@ -179,7 +179,7 @@ def _fill_uninitialized(program: ExportedProgram) -> None:
 
 
 def _name_outputs(program: ExportedProgram) -> None:
-    """Let the program return `(loss, {name: gradient})`; torch leaves the structure of the loss alone."""
+    """Make the program return `(loss, {name: gradient})`; torch keeps the output structure of the loss alone."""
     signature = program.graph_signature.backward_signature
     entry = program.module_call_graph[0].signature
     if signature is None or entry is None:

@@ -1,1 +1,1 @@
-"""The mathematics: reflections, compact WY, geodesics, and forms that exporters understand."""
+"""The mathematics: reflections, compact WY, geodesics, and variants that exporters support."""

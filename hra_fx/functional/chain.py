@@ -17,28 +17,28 @@ class ChainPart(NamedTuple):
     anchor: Tensor | None = None
     apply_GS: bool = False
 
-    # Methods, because TorchDynamo of torch 2.10 does not trace properties of a NamedTuple.
+    # Methods, because torch 2.10's TorchDynamo cannot trace properties of a NamedTuple.
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors that it is computed from."""
+        """The tensors that the part is computed from."""
         return (self.vectors,) if self.anchor is None else (self.vectors, self.anchor)
 
     def signature(self) -> tuple[object, ...]:
-        """What must be the same for parts to be computed in one batch."""
+        """The properties that must be equal for parts to be computed in one batch."""
         vectors, anchor, apply_GS = self
         return apply_GS, vectors.shape, vectors.dtype, vectors.device, None if anchor is None else anchor.shape
 
 
 def plain_chain(vectors: Tensor, anchor: Tensor | None, *, apply_GS: bool) -> Tensor:
-    """An adapter as plain reflections: `[A | U]`, or `[A | V]` with Gram-Schmidt.
+    """Convert an adapter to plain reflections: `[A | U]`, or `[A | V]` with Gram-Schmidt.
 
     Args:
         vectors: `U: (..., d, r)`.
-        anchor: `A: (..., d, k)`, if it has one.
-        apply_GS: whether it runs Gram-Schmidt.
+        anchor: `A: (..., d, k)`, or `None`.
+        apply_GS: whether the adapter uses Gram-Schmidt.
 
     Returns:
-        `(..., d, k + r)`, in the dtype of `vectors`, float32 at least with Gram-Schmidt.
+        `(..., d, k + r)`, in the dtype of `vectors`; with Gram-Schmidt, at least float32.
 
     Example:
         >>> plain_chain(torch.ones(4, 2), torch.zeros(4, 1), apply_GS=False).shape
@@ -49,11 +49,11 @@ def plain_chain(vectors: Tensor, anchor: Tensor | None, *, apply_GS: bool) -> Te
 
 
 def padded(chain: Tensor, rank: int) -> Tensor:
-    """A chain with pairs of equal reflections added, which cancel (`H H = I`).
+    """Pad a chain with pairs of equal reflections, which cancel (`H H = I`).
 
     Args:
         chain: `(..., d, k)`.
-        rank: the number of columns of the result, `k` or `k` and an even number.
+        rank: the number of columns of the result: `k`, or `k` plus an even number.
 
     Returns:
         `(..., d, rank)`.

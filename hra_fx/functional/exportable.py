@@ -1,7 +1,7 @@
-r"""The factor `T` and Gram-Schmidt by matrix products only, because export runtimes have no triangular solve and no QR.
+r"""The factor `T` and Gram-Schmidt with matrix products only, because other runtimes lack triangular solve and QR.
 
-Both use products, sums and comparisons of core ATen, and are differentiable. The number of steps depends on the shape
-only, so the exported graph has no loops.
+Both use products, sums and comparisons of core ATen, and are differentiable. The number of steps depends only on the
+shape, so the exported graph does not have loops.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def compact_wy(chain: Tensor) -> Tensor:
-    r"""The factor `T` of a chain, by doubling: inverses of diagonal blocks give those of blocks of twice the size.
+    r"""Compute the factor `T` of a chain by doubling: inverses of diagonal blocks give inverses of larger blocks.
 
         T^-1 = D + N,    X_0 = D^-1,    X <- X - X (N o M_s) X    for s = 1, 2, 4, ... < k
 
@@ -37,7 +37,7 @@ def compact_wy(chain: Tensor) -> Tensor:
     row, column = index.unsqueeze(1), index.unsqueeze(0)
     upper = torch.where(row < column, chain.mT @ chain, 0.0)
     inverse = torch.where(row == column, halves.reciprocal(), 0.0)
-    # An entry belongs to the corner of a block in the step of the highest bit in which row and column differ.
+    # In each step, an entry belongs to the corner of a block if this is the highest bit in which row and column differ.
     difference = row ^ column
     size = 1
     while size < chain.shape[-1]:
@@ -48,7 +48,7 @@ def compact_wy(chain: Tensor) -> Tensor:
 
 
 def gram_schmidt(vectors: Tensor) -> Tensor:
-    """Gram-Schmidt by the recurrence, with each projection applied twice.
+    """Compute Gram-Schmidt by the recurrence, with each projection applied twice.
 
     A single projection loses orthogonality with the square of the condition number; the second one removes the rounding
     error of the first ("twice is enough", Giraud et al. 2005, https://doi.org/10.1007/s00211-005-0615-4).

@@ -1,7 +1,7 @@
 r"""Fractional rotations: the path from the identity to a chain of reflections, for the scale of an adapter.
 
-A chain `U: (d, k)` represents `Q = H_1 ... H_k` (see `hra_fx.functional.householder`). If its determinant is 1 it is a
-rotation, and the shortest path of rotations from `I` to `Q` is
+A chain `U: (d, k)` represents `Q = H_1 ... H_k` (see `hra_fx.functional.householder`). If its determinant is 1, `Q` is
+a rotation, and the shortest path of rotations from `I` to `Q` is
 
     Q(alpha) = exp(alpha log Q),            Q(0) = I,   Q(1) = Q,   Q(a) Q(b) = Q(a + b)
 
@@ -15,7 +15,7 @@ of one plane is a product of two reflections. So the task is to find the planes.
    `-i tan(theta / 2)`, and `i C` is Hermitian: an eigenvector `x + i y` of a negative eigenvalue spans the plane of
    `x` and `y`.
 
-Both steps need a Hermitian eigenbasis only, so equal angles, tiny angles and half turns lose no accuracy.
+Both steps only need a Hermitian eigenbasis, so equal angles, very small angles and angles of pi do not lose accuracy.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from hra_fx.functional.householder import compact_wy, normalize, rotate
 
 
 def fractional_rotation(chain: Tensor, alpha: float) -> Tensor:
-    """A chain for `Q(alpha)`, the point at `alpha` on the path from `I` to `Q`.
+    """Compute a chain for `Q(alpha)`, the point at `alpha` on the path from `I` to `Q`.
 
-    Computed in float64 on the CPU, without gradient. If `Q` rotates planes by pi (Gram-Schmidt without an anchor does),
-    the path is not unique; the result is deterministic.
+    It is computed in float64 on the CPU, without a gradient. If `Q` rotates planes by pi (as for Gram-Schmidt without
+    an anchor), the path is not unique, but the result is deterministic.
 
     Args:
-        chain: `U: (d, k)`; a zero column is the identity.
+        chain: `U: (d, k)`; a zero column gives the identity.
         alpha: from 0 (the identity) to 1 (`Q`).
 
     Returns:
-        `(d, m)` of unit vectors in the dtype and on the device of `chain`, with an even `m <= min(d, k)`: two for each
-        plane that is rotated, so `(d, 0)` for the identity.
+        `(d, m)`, unit vectors in the dtype and on the device of `chain`, with an even `m <= min(d, k)`: two for each
+        rotated plane, so `(d, 0)` for the identity.
 
     Raises:
         AdapterError: `alpha` is out of range; or the chain is on the meta device, not finite, or has determinant -1.
@@ -61,11 +61,11 @@ def fractional_rotation(chain: Tensor, alpha: float) -> Tensor:
         block = rotate(_identity(triangle.shape[0]), triangle, compact_wy(triangle))
         planes = _planes(block)
         angles = alpha * _angles(block, planes)
-        # Smaller angles are rounding errors of vectors that cancel each other.
+        # Smaller angles are rounding errors of vectors that cancel.
         rotated = angles.abs() > 8 * vectors.shape[1] * torch.finfo(vectors.dtype).eps
         first, second = planes[:, 0::2][:, rotated], planes[:, 1::2][:, rotated]
         halves = angles[rotated] / 2
-        # Two reflections rotate by twice the angle between their vectors, from the right one to the left one.
+        # Two reflections rotate by twice the angle between their vectors, from the right vector to the left vector.
         left = first * halves.cos() + second * halves.sin()
         part: Tensor = basis @ torch.stack([left, first], dim=2).flatten(1)
         return part.to(chain.dtype).to(chain.device)
@@ -75,7 +75,7 @@ def _unit_columns(chain: Tensor) -> Tensor:
     """The nonzero columns of `U: (d, k)` as `(d, n)` unit vectors, float64 on the CPU. Raises if `n` is odd."""
     if chain.is_meta:
         raise AdapterError("the vectors are on the meta device. Load the adapter's weights first.")
-    # Two steps, because some devices (mps) have no float64.
+    # Two steps, because some devices (mps) do not support float64.
     vectors = chain.detach().to("cpu").to(torch.float64)
     if not bool(torch.isfinite(vectors).all()):
         raise AdapterError("the vectors have NaN or infinite values. Load or train the adapter again.")
@@ -89,17 +89,17 @@ def _unit_columns(chain: Tensor) -> Tensor:
 
 
 def _planes(block: Tensor) -> Tensor:
-    """The planes of a rotation `B: (m, m)`: orthonormal columns `(m, 2 * (m // 2))`, two adjacent ones per plane."""
+    """The planes of a rotation `B: (m, m)`: orthonormal columns `(m, 2 * (m // 2))`, two adjacent columns per plane."""
     cosines, vectors = torch.linalg.eigh((block + block.mT) / 2)
     angles = torch.acos(cosines.clamp(-1, 1))
     back = angles > _cut(angles)
     halves = [(vectors[:, ~back], 1), (vectors[:, back], -1)]
-    # The back half has even size: both vectors of each plane, and the eigenvalue -1 an even number of times.
+    # The back half has an even size: it has both vectors of each plane, and an even number of eigenvalues -1.
     return torch.cat([half @ _skew_planes(sign * half.mT @ block @ half) for half, sign in halves], dim=1)
 
 
 def _cut(angles: Tensor) -> float:
-    """The middle of the largest gap between `angles: (m,)` from pi / 4 to 3 pi / 4."""
+    """The center of the largest gap between `angles: (m,)` from pi / 4 to 3 pi / 4."""
     ends = angles.new_tensor([math.pi / 4, 3 * math.pi / 4])
     marks = torch.cat([ends, angles[(angles > ends[0]) & (angles < ends[1])]]).sort().values
     gap = int(marks.diff().argmax())
@@ -113,14 +113,14 @@ def _skew_planes(block: Tensor) -> Tensor:
     vectors = torch.linalg.eigh(1j * (cayley - cayley.mT) / 2).eigenvectors
     negative = vectors[:, : block.shape[0] // 2]
     # An angle near 0 (in the back half, near pi) has an ill-conditioned eigenvector; its real and imaginary parts may
-    # even be parallel. QR makes orthonormal planes of them, in order of descending angles, so that it only changes
-    # planes whose rotation is a rounding error.
+    # even be parallel. QR makes the planes orthonormal in the order of descending angles, so it only changes planes
+    # with angles that are rounding errors.
     planes: Tensor = torch.linalg.qr(torch.view_as_real(negative).flatten(1)).Q
     return planes
 
 
 def _angles(block: Tensor, planes: Tensor) -> Tensor:
-    """The angles `(h,)` by which `B: (m, m)` rotates `planes: (m, 2 h)`, from the first vector to the second."""
+    """The angles `(h,)` of `B: (m, m)` in `planes: (m, 2 h)`, from the first to the second vector of each plane."""
     first, second = planes[:, 0::2], planes[:, 1::2]
     image_first, image_second = block @ first, block @ second
     cosines = (first * image_first + second * image_second).sum(dim=0)

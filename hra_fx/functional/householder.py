@@ -1,15 +1,15 @@
 r"""The mathematics of Householder Reflection Adaptation (HRA, https://arxiv.org/abs/2405.17484), as pure functions.
 
-A *chain* `U: (d, k)` holds the vectors of `k` reflections in its columns. It represents the orthogonal matrix
+A *chain* `U: (d, k)` contains the vectors of `k` reflections in its columns. It represents the orthogonal matrix
 
     Q = H_1 H_2 ... H_k,        H_i = I - 2 u_i u_i^T / (u_i^T u_i)             (paper, eq. 3)
 
-which is never formed. Its compact WY form (Schreiber and Van Loan 1989, https://doi.org/10.1137/0910005) needs one
+which is never computed. Its compact WY form (Schreiber and Van Loan 1989, https://doi.org/10.1137/0910005) needs one
 upper triangular `T: (k, k)`:
 
     Q = I - U T U^T,            T^-1 = diag(|u_i|^2 / 2) + strictly_upper(U^T U)
 
-An adapted layer computes with `W Q` instead of `W`, so it maps a row of inputs as `x -> x Q^T`. With Gram-Schmidt the
+An adapted layer uses `W Q` instead of `W`, so it maps a row of inputs as `x -> x Q^T`. With Gram-Schmidt, the
 paper's product is `Q = I - 2 V V^T` with orthonormal `V`, which is the chain of the columns of `V`.
 """
 
@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 from hra_fx import compat
 from hra_fx.functional import exportable
 
-# The fx tracer records each of these as one node: their branches cannot be traced.
+# The fx tracer records each of these functions as one node, because their branches cannot be traced.
 for _name in ("normalize", "compact_wy", "reflect", "rotate", "orthonormalize"):
     fx.wrap(_name)
 
@@ -46,7 +46,7 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Disable autocast on the device of a tensor."""
     device = tensor.device.type
-    # Not asked for the usual devices: TorchDynamo cannot trace the question in torch 2.10.
+    # Do not check the usual devices, because TorchDynamo cannot trace this check in torch 2.10.
     known = device in ("cpu", "cuda") or (device != "meta" and torch.amp.is_autocast_available(device))
     if known and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
@@ -54,11 +54,11 @@ def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object
 
 
 def normalize(chain: Tensor) -> Tensor:
-    """Scale each vector to length one, which does not change its reflection.
+    """Scale each vector to length 1, which does not change its reflection.
 
-    Unit vectors keep narrow dtypes in range (the scales of `U` and `U T` are inverse to each other) and avoid under-
-    and overflow of `|u|^2` in float32. The lengths are constants to autograd. The gradient stays correct, because `Q`
-    does not change along `u`.
+    Unit vectors keep values in the range of narrow dtypes (the scales of `U` and `U T` are inverse to each other), and
+    avoid underflow and overflow of `|u|^2` in float32. The lengths are constants for autograd. The gradient is still
+    correct, because `Q` does not change along `u`.
 
     Args:
         chain: `U: (..., d, k)`; a zero column stays zero.
@@ -73,7 +73,7 @@ def normalize(chain: Tensor) -> Tensor:
     """
     # detach, not no_grad: torch.export would record no_grad as a nested graph.
     constant = chain.detach()
-    # Two steps, because the squares of a column can overflow where its entries do not.
+    # Two steps, because the squares of a column can overflow even if its entries do not.
     largest = constant.abs().amax(dim=-2, keepdim=True)
     largest = torch.where(largest > 0, largest, 1.0)
     lengths = torch.linalg.vector_norm(constant / largest, dim=-2, keepdim=True)
@@ -82,16 +82,16 @@ def normalize(chain: Tensor) -> Tensor:
 
 
 def compact_wy(chain: Tensor) -> Tensor:
-    """The factor `T` of `Q = I - U T U^T`.
+    """Compute the factor `T` of `Q = I - U T U^T`.
 
-    A zero column is the identity (PEFT returns NaN), and its gradient is finite. Under torch.export only matrix
+    A zero column gives the identity (PEFT returns NaN), and its gradient is finite. Under torch.export, only matrix
     products are used (`hra_fx.functional.exportable`).
 
     Args:
         chain: `U: (..., d, k)`, floating; under torch.export, `(d, k)`.
 
     Returns:
-        `T: (..., k, k)`, upper triangular, at least float32, also under autocast.
+        `T: (..., k, k)`, upper triangular, at least float32, even under autocast.
 
     Example:
         >>> U = torch.tensor([[3.0], [4.0]])
@@ -105,7 +105,7 @@ def compact_wy(chain: Tensor) -> Tensor:
             return exportable.compact_wy(vectors)
         gram = vectors.mT @ vectors
         squares = gram.diagonal(dim1=-2, dim2=-1)
-        # A square below the smallest normal number has no usable inverse: that column counts as zero.
+        # A square below the smallest normal number does not have a usable inverse, so the column is treated as zero.
         halves = torch.where(squares > torch.finfo(gram.dtype).tiny, squares / 2, 1.0)
         inverse = gram.triu(1) + torch.diag_embed(halves)
         identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
@@ -117,7 +117,7 @@ def reflect(x: Tensor, chain: Tensor, factor: Tensor) -> Tensor:
     """Apply a chain to rows: `x Q^T = x - (x U) T^T U^T`, the input of a Linear with weight `W Q`.
 
     Args:
-        x: `(..., d)`; the products run in its dtype.
+        x: `(..., d)`; the products use its dtype.
         chain: `U: (d, k)`.
         factor: `T: (k, k)`, from `compact_wy(chain)`.
 
@@ -129,16 +129,16 @@ def reflect(x: Tensor, chain: Tensor, factor: Tensor) -> Tensor:
         >>> reflect(torch.tensor([[2.0, 5.0]]), U, compact_wy(U))
         tensor([[-2.,  5.]])
     """
-    # U T is computed before the cast, so that a narrow dtype rounds the product once.
+    # U T is computed before the cast, so that a narrow dtype rounds the product only once.
     projection = (chain.to(factor.dtype) @ factor).to(x.dtype)
     return x - ((x @ chain.to(x.dtype)) @ projection.mT).to(x.dtype)
 
 
 def rotate(weight: Tensor, chain: Tensor, factor: Tensor) -> Tensor:
-    """The product `W Q = W - (W U) T U^T` of matrices of one dtype; see `hra_fx.functional.rotate.rotate_weight`.
+    """Compute `W Q = W - (W U) T U^T` for matrices of one dtype; see `hra_fx.functional.rotate.rotate_weight`.
 
     Args:
-        weight: `W: (out, d)`; not cast, also under autocast.
+        weight: `W: (out, d)`; never cast, not even under autocast.
         chain: `U: (d, k)`, in the dtype of `weight`.
         factor: `T: (k, k)`, in the dtype of `weight`.
 
@@ -156,16 +156,16 @@ def rotate(weight: Tensor, chain: Tensor, factor: Tensor) -> Tensor:
 
 
 def orthonormalize(vectors: Tensor) -> Tensor:
-    """Gram-Schmidt by Householder QR: the thin factor `V` of `U = V R` with a positive diagonal of `R`.
+    """Compute Gram-Schmidt by Householder QR: the thin factor `V` of `U = V R`, where `R` has a positive diagonal.
 
     PEFT uses the classical recurrence, which loses orthogonality with the square of the condition number. Under
-    torch.export `hra_fx.functional.exportable.gram_schmidt` is used instead of QR.
+    torch.export, `hra_fx.functional.exportable.gram_schmidt` is used instead of QR.
 
     Args:
         vectors: `U: (..., d, r)` with `r <= d`, of full column rank (see `statistics.inverse_condition`).
 
     Returns:
-        `V: (..., d, r)` with `V^T V = I`, at least float32, also under autocast.
+        `V: (..., d, r)` with `V^T V = I`, at least float32, even under autocast.
 
     Example:
         >>> orthonormalize(torch.tensor([[3.0, 1.0], [0.0, 2.0]]))
@@ -175,7 +175,7 @@ def orthonormalize(vectors: Tensor) -> Tensor:
     with without_autocast(vectors):
         wide = vectors.to(working_dtype(vectors.dtype))
         if compat.is_exporting():
-            # The basis does not depend on the lengths; the squares of unit vectors are in range.
+            # The basis does not depend on the lengths, and the squares of unit vectors do not overflow.
             return exportable.gram_schmidt(normalize(wide))
         if wide.is_cuda:
             return cholesky_basis(wide)
@@ -187,16 +187,16 @@ def orthonormalize(vectors: Tensor) -> Tensor:
 
 
 def cholesky_basis(vectors: Tensor) -> Tensor:
-    """Gram-Schmidt by two Cholesky factorizations, for GPUs: a QR there runs dozens of kernels for each matrix.
+    """Compute Gram-Schmidt by two Cholesky factorizations, for GPUs, where QR runs dozens of kernels for each matrix.
 
-    CholeskyQR2 (Yamamoto et al. 2015, ETNA 44, pages 306 to 326) is as accurate as Householder QR up to a condition
-    number of about 1e8 in float64, in which it is computed.
+    CholeskyQR2 (Yamamoto et al. 2015, ETNA 44, pages 306 to 326) is computed in float64. There it is as accurate as
+    Householder QR up to a condition number of about 1e8.
 
     Args:
         vectors: `U: (..., d, r)` of full column rank, at least float32.
 
     Returns:
-        `V: (..., d, r)`, as `orthonormalize` returns it; NaN where a factorization fails.
+        `V: (..., d, r)`, as `orthonormalize` returns it; NaN if a factorization fails.
 
     Example:
         >>> cholesky_basis(torch.tensor([[3.0, 1.0], [0.0, 2.0]]))
@@ -219,19 +219,19 @@ def init_vectors(
     init_weights: bool,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor | None]:
-    """Initial vectors `U` of an adapter, and the frozen anchor `A` with which training starts at `Q(A) Q(U) = I`.
+    """Create initial vectors `U` of an adapter, and a frozen anchor `A`, so that training starts at `Q(A) Q(U) = I`.
 
-    `init_weights=True` draws half of the columns and repeats each, as PEFT does (for even `r` and the same seed, with
-    the same values), because `H H = I`. The last column of an odd rank stays single. Gram-Schmidt needs independent
-    columns, so all are drawn. These two starts cannot be the identity: an odd number of reflections has determinant -1,
-    and `I - 2 V V^T` has `r` eigenvalues -1. Both are their own inverse, so the anchor is a copy of what they reflect:
-    the last column, or all of `V`.
+    `init_weights=True` draws half of the columns and repeats each of them, as PEFT does (for even `r` and the same
+    seed, with the same values), because `H H = I`. With an odd rank, the last column has no partner. Gram-Schmidt needs
+    linearly independent columns, so all columns are drawn. In these two cases, `Q(U)` cannot be the identity: an odd
+    number of reflections has determinant -1, and `I - 2 V V^T` has `r` eigenvalues -1. But `Q(U)` is its own inverse,
+    so the anchor is a copy of the reflected directions: the last column, or all of `V`.
 
     Args:
         d: length of the vectors.
         r: number of vectors.
         apply_GS: whether the adapter uses Gram-Schmidt.
-        init_weights: start at the identity; if False, at random, without an anchor.
+        init_weights: start at the identity; if False, start with random vectors and without an anchor.
         dtype: dtype of both results.
 
     Returns:
@@ -257,13 +257,13 @@ def _draw(d: int, r: int, dtype: torch.dtype, *, paired: bool) -> Tensor:
 def _anchor(vectors: Tensor, *, apply_GS: bool) -> Tensor | None:
     """The anchor of `init_vectors`."""
     if apply_GS:
-        # torch.export.save warns of tensors that are not contiguous.
+        # torch.export.save warns about tensors that are not contiguous.
         return orthonormalize(vectors).to(vectors.dtype).contiguous()
     return vectors[:, -1:].clone().contiguous() if anchor_rank(vectors.shape[1], apply_GS=False) else None
 
 
 def anchor_rank(r: int, *, apply_GS: bool) -> int:
-    """The number of vectors in the anchor of `init_vectors`; 0 if it needs none.
+    """The number of vectors in the anchor of `init_vectors`; 0 if no anchor is needed.
 
     Example:
         >>> anchor_rank(3, apply_GS=False), anchor_rank(4, apply_GS=False), anchor_rank(4, apply_GS=True)

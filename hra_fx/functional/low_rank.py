@@ -1,18 +1,18 @@
 r"""The change that a chain of reflections makes to a weight, as a product of two thin matrices: its LoRA form.
 
-A chain `U: (d, k)` has `Q - I = -U T U^T` (see `hra_fx.functional.householder`), so the change of a weight has at most
-rank `k`:
+A chain `U: (d, k)` has `Q - I = -U T U^T` (see `hra_fx.functional.householder`), so the change of a weight has a rank
+of at most `k`:
 
     W Q - W = -(W U) T U^T = B A,        A: (n, d),  B: (out, n),  n <= k
 
-which is exactly a LoRA of rank `n` and scale 1. It is computed in three steps, of which none needs a `(d, d)` matrix:
+This is exactly a LoRA of rank `n` and scale 1. It is computed in three steps without any `(d, d)` matrix:
 
 1. `core`: a thin QR `U = V R` gives `Q - I = V K V^T` with the small core `K = -R T R^T`.
-2. `project` computes `W V`; a caller that reads `W` from disk does so by itself, in blocks.
-3. `low_rank_delta`: a thin QR of `(W V) K` and an SVD of its small triangle give the singular values of the change,
-   which show its numerical rank, give the best approximation of a smaller rank (Eckart and Young 1936,
-   https://doi.org/10.1007/BF02288367), and are split evenly between both factors, so that half precision rounds both
-   alike.
+2. `project` computes `W V`. A caller that reads `W` from disk computes it itself, in blocks.
+3. `low_rank_delta`: a thin QR of `(W V) K` and an SVD of its small triangle give the singular values of the change.
+   These show its numerical rank and give the best approximation of a smaller rank (Eckart and Young 1936,
+   https://doi.org/10.1007/BF02288367). They are split evenly between the factors, so that half precision rounds both
+   factors equally.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from torch import Tensor
 
 from hra_fx.functional.householder import compact_wy, normalize
 
-#: Singular values below this share of the largest one are rounding errors of float32 factors.
+#: Singular values below this fraction of the largest one are rounding errors of float32 factors.
 _NEGLIGIBLE = 2.0**-27
-#: Entries of a weight that are converted at a time: few enough for the cache of a processor.
+#: The number of entries of a weight that are converted at a time; they fit into the cache of a CPU.
 _BLOCK = 1 << 18
 
 
@@ -35,8 +35,8 @@ class LowRankDelta(NamedTuple):
 
     Attributes:
         A: `(n, d)`, with orthogonal rows.
-        B: `(out, n)`, with orthogonal columns as long as the rows of `A`.
-        error: `|W Q - W - B A|_F / |W Q - W|_F` of an approximation by a smaller rank, else 0.
+        B: `(out, n)`, with orthogonal columns that have the same lengths as the rows of `A`.
+        error: `|W Q - W - B A|_F / |W Q - W|_F` of an approximation of a smaller rank, otherwise 0.
     """
 
     A: Tensor
@@ -45,11 +45,11 @@ class LowRankDelta(NamedTuple):
 
 
 def core(chain: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor]:
-    """The small core of `Q - I = V K V^T`.
+    """Compute the small core of `Q - I = V K V^T`.
 
     Args:
-        chain: `U: (d, k)`, of any lengths; a zero column is the identity.
-        noise: a `Q` that differs from the identity by no more than this, in the spectral norm, is the identity.
+        chain: `U: (d, k)`; columns may have any length, and a zero column gives the identity.
+        noise: `Q` is treated as the identity if it differs from the identity by at most this, in the spectral norm.
 
     Returns:
         `V: (d, m)` with `V^T V = I` and `K: (m, m)`, `m <= min(d, k)`; float64 on the CPU, detached. `m = 0` if `Q`
@@ -61,7 +61,7 @@ def core(chain: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor]:
         tensor([[ 0.2800, -0.9600],
                 [-0.9600, -0.2800]])
     """
-    # Two steps, because some devices (mps) have no float64.
+    # Two steps, because some devices (mps) do not support float64.
     vectors = normalize(chain.detach().cpu().double())
     V, R = torch.linalg.qr(vectors)
     K = -R @ compact_wy(vectors) @ R.mT
@@ -72,22 +72,23 @@ def core(chain: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor]:
 
 
 def anchor_noise(r: int, dtype: torch.dtype) -> float:
-    """How far the `Q` of a fresh Gram-Schmidt adapter may be from the identity: its anchor is rounded to its dtype.
+    """Bound the distance of a new Gram-Schmidt adapter's `Q` from the identity, which is caused by the rounded anchor.
 
-    For vectors that were cast to 16 bits it stays that of float32: there, a small rotation is not told from rounding.
+    For vectors that were cast to 16 bits, the value for float32 is used: in 16 bits, a small rotation cannot be
+    distinguished from rounding.
 
     Args:
         r: the number of trained vectors.
-        dtype: of the anchor.
+        dtype: dtype of the anchor.
     """
     return 2 * r * min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
 
 
 def project(rows: Tensor, V: Tensor) -> Tensor:
-    """`W V` in float64 (float32 on MPS), without a copy of `W` in that dtype.
+    """Compute `W V` in float64 (float32 on MPS), without a copy of `W` in that dtype.
 
     Args:
-        rows: `W: (out, d)`, of any floating-point dtype, on any device.
+        rows: `W: (out, d)`, with any floating-point dtype, on any device.
         V: `(d, m)`, from `core`.
 
     Returns:
@@ -106,13 +107,13 @@ def project(rows: Tensor, V: Tensor) -> Tensor:
 
 
 def low_rank_delta(projected: Tensor, V: Tensor, K: Tensor, rank: int | None = None) -> LowRankDelta:
-    """The factors of `W Q - W = (W V) K V^T`, of its numerical rank.
+    """Compute the factors of `W Q - W = (W V) K V^T`, with its numerical rank.
 
     Args:
         projected: `W V: (out, m)`, float64.
         V: from `core`.
         K: from `core`.
-        rank: the largest rank of the result. `None`: no limit.
+        rank: the largest rank of the result; `None` for no limit.
 
     Returns:
         The factors in float64. They have rank 0 if the change is zero.
@@ -139,11 +140,11 @@ def low_rank_delta(projected: Tensor, V: Tensor, K: Tensor, rank: int | None = N
 
 
 def rounding_error(A: Tensor, B: Tensor, dtype: torch.dtype) -> float:
-    """`|B' A' - B A|_F / |B A|_F`, for the factors rounded to `dtype`; 0 for rank 0.
+    """The rounding error `|B' A' - B A|_F / |B A|_F` of the factors in `dtype`; 0 for rank 0.
 
     Args:
-        A: `(n, d)`, float64; or several of them, `(..., n, d)`.
-        B: `(out, n)`, float64; or `(..., out, n)`.
+        A: `(n, d)`, or a batch `(..., n, d)`; float64.
+        B: `(out, n)`, or a batch `(..., out, n)`; float64.
         dtype: a floating-point dtype.
 
     Example:
@@ -152,13 +153,13 @@ def rounding_error(A: Tensor, B: Tensor, dtype: torch.dtype) -> float:
         0.001953
     """
     rounded_A, rounded_B = A.to(dtype).to(A.dtype), B.to(dtype).to(B.dtype)
-    # B' A' - B A = [B' - B, B] [A'; A' - A], whose norm is that of two small triangles.
+    # B' A' - B A = [B' - B, B] [A'; A' - A]. Its norm can be computed from two small triangles.
     error = _norm_of_product(torch.cat([rounded_B - B, B], dim=-1), torch.cat([rounded_A, rounded_A - A], dim=-2))
     size = _norm_of_product(B, A)
     return error / size if size else 0.0
 
 
 def _norm_of_product(B: Tensor, A: Tensor) -> float:
-    """`|B A|_F`, without the product."""
+    """`|B A|_F`, without computing the product."""
     left, right = (torch.linalg.qr(factor, mode="r").R for factor in (B, A.mT))
     return float(torch.linalg.vector_norm(left @ right.mT))

@@ -1,13 +1,14 @@
 r"""Pair coordinates: the sum `m` and the difference `d` of two consecutive vectors of a chain.
 
-With `L` the length of a vector at its start and `c` the weight of differences, columns `2i` and `2i + 1` of `U` are
+With the initial length `L` of a vector and the weight `c` of differences, columns `2i` and `2i + 1` of `U` are
 
     u_1 = L (m + c d),    u_2 = L (m - c d).
 
-To first order in `d`, the pair of reflections takes inputs along `m` and sends them along `d`, and back, so `m` selects
-inputs as a row of LoRA's `A` does. At the start `d = 0`, where the gradients of `u_1` and `u_2` are opposite, and that
-of `m` is zero. AdamW divides a gradient by its mean square. In `u_1` and `u_2`, that of `d` dominates it, and `m`
-hardly turns; in `m` and `d`, each is divided by its own.
+To first order in `d`, the pair of reflections maps inputs along `m` to `d`, and inputs along `d` back to `m`. So `m`
+selects inputs like a row of LoRA's `A`. At the start, `d = 0`, the gradients of `u_1` and `u_2` are opposite, and the
+gradient of `m` is zero. AdamW divides a gradient by the root of its mean square. For `u_1` and `u_2`, the gradient of
+`d` dominates this value, so `m` hardly changes its direction. For `m` and `d`, each gradient is divided by its own
+value.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from torch import Tensor
 
 
 def start_length(d: int, r: int) -> float:
-    """`L`: the root mean square length of the vectors that `householder.init_vectors` draws in pairs.
+    """The initial length `L`: the root mean square length of vectors that `householder.init_vectors` draws in pairs.
 
-    Each entry is uniform up to `sqrt(2 / r)` on both sides of 0.
+    Each entry is uniform between `-sqrt(2 / r)` and `sqrt(2 / r)`.
 
     Example:
         >>> start_length(12, 8)
@@ -31,10 +32,10 @@ def start_length(d: int, r: int) -> float:
 
 
 def to_pairs(vectors: Tensor, length: float, difference: float) -> Tensor:
-    """Vectors in pair coordinates: columns `m_0, d_0, m_1, d_1, ...`.
+    """Convert vectors to pair coordinates: columns `m_0, d_0, m_1, d_1, ...`.
 
     Args:
-        vectors: `(..., d, r)`, `r` even.
+        vectors: `(..., d, r)` with an even `r`.
         length: `L`.
         difference: `c`.
 
@@ -46,7 +47,7 @@ def to_pairs(vectors: Tensor, length: float, difference: float) -> Tensor:
 
 
 def gradients_to_pairs(gradients: Tensor, length: float, difference: float) -> Tensor:
-    """The gradients with respect to pair coordinates, by the transposed map; arguments as `to_pairs`."""
+    """Convert gradients to pair coordinates with the transposed map. The arguments are the same as for `to_pairs`."""
     return _sums_and_differences(gradients).mul_(_columns(gradients, length, length * difference))
 
 
@@ -61,7 +62,7 @@ def from_pairs(pairs: Tensor, length: float, difference: float) -> Tensor:
 
 
 def _sums_and_differences(values: Tensor) -> Tensor:
-    # Faster than torch.stack, which interleaves columns slowly on CPUs; a product of matrices may round to TF32.
+    # This is faster than torch.stack, which interleaves columns slowly on CPUs. A matrix product may round to TF32.
     made = torch.empty_like(values)
     torch.add(values[..., 0::2], values[..., 1::2], out=made[..., 0::2])
     torch.sub(values[..., 0::2], values[..., 1::2], out=made[..., 1::2])

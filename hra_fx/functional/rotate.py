@@ -1,4 +1,4 @@
-"""Rotated weights, `W -> W Q`, in any layout and dtype; and the checks before and after folding one."""
+"""Rotated weights, `W -> W Q`, in any layout and dtype, and the checks before and after folding."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from hra_fx.functional import exportable
 from hra_fx.functional.householder import compact_wy, normalize, rotate, without_autocast, working_dtype
 from hra_fx.functional.statistics import inverse_condition
 
-# The fx tracer records it as one node: its branches cannot be traced.
+# The fx tracer records it as one node, because its branches cannot be traced.
 fx.wrap("rotate_weight")
 
 
 def rotate_weight(weight: Tensor, vectors: Tensor, *, transposed: bool = False, exportable_ops: bool = False) -> Tensor:
-    """The rotated weight `W Q = W - (W U) T U^T`; differentiable, and not affected by autocast.
+    """Compute the rotated weight `W Q = W - (W U) T U^T`. It is differentiable, and autocast does not affect it.
 
     Args:
         weight: `(out, d)`, the weight of a convolution `(out, ...)` with `d` entries per output channel, or
-            `(d, out)` if `transposed`; of several experts, `(experts, out, d)` or `(experts, d, out)`.
-        vectors: `U: (d, k)`, a chain of reflections (anchor and Gram-Schmidt already applied), of any lengths; of
-            several experts, `(experts, d, k)`.
-        transposed: whether the weight is stored as `(d, out)`, as transformers' `Conv1D` does.
-        exportable_ops: use matrix products only, without a triangular solve (`hra_fx.functional.exportable`).
+            `(d, out)` if `transposed`; for several experts, `(experts, out, d)` or `(experts, d, out)`.
+        vectors: `U: (d, k)`, a chain of reflections (with anchor and Gram-Schmidt already applied); the columns may
+            have any length. For several experts, `(experts, d, k)`.
+        transposed: whether the weight is stored as `(d, out)`, like that of transformers' `Conv1D`.
+        exportable_ops: use only matrix products, without a triangular solve (`hra_fx.functional.exportable`).
 
     Returns:
-        The rotated weight in the shape and dtype of `weight`, contiguous. It is computed in the wider dtype of both
-        arguments, at least float32; for float64, convert both.
+        The rotated weight with the shape and dtype of `weight`, contiguous. It is computed in the wider dtype of the
+        two arguments, but at least in float32; for float64, convert both arguments.
 
     Example:
         >>> rotate_weight(torch.tensor([[2.0, 5.0]]), torch.tensor([[3.0], [0.0]]))
@@ -45,12 +45,12 @@ def rotate_weight(weight: Tensor, vectors: Tensor, *, transposed: bool = False, 
 
 
 def as_rows(weight: Tensor, *, transposed: bool = False, batched: bool = False) -> Tensor:
-    """A weight as the matrix `(out, d)` that `Q` is multiplied with from the right; a view where possible.
+    """Reshape a weight to the matrix `(out, d)` that is multiplied by `Q` from the right; a view if possible.
 
     Args:
         weight: `(out, ...)`, or `(d, out)` if `transposed`.
         transposed: whether the weight is stored as `(d, out)`.
-        batched: whether the first dimension is that of experts, which is kept.
+        batched: whether the first dimension is the dimension of experts, which is kept.
 
     Example:
         >>> as_rows(torch.zeros(8, 4, 3, 3)).shape, as_rows(torch.zeros(4, 8), transposed=True).shape
@@ -60,7 +60,7 @@ def as_rows(weight: Tensor, *, transposed: bool = False, batched: bool = False) 
 
 
 def rows_to_weight(rows: Tensor, weight: Tensor, *, transposed: bool = False) -> Tensor:
-    """The inverse of `as_rows`: a matrix `(out, d)` in the shape and dtype of `weight`, contiguous.
+    """Undo `as_rows`: convert a matrix `(out, d)` to the shape and dtype of `weight`, contiguous.
 
     Example:
         >>> rows_to_weight(torch.ones(8, 36), torch.zeros(8, 4, 3, 3)).shape
@@ -70,7 +70,7 @@ def rows_to_weight(rows: Tensor, weight: Tensor, *, transposed: bool = False) ->
 
 
 def check_foldable(where: str, weight: Tensor, vectors: Tensor, *, apply_GS: bool, adapter: str | None = None) -> None:
-    """Refuse to fold an adapter that has no data, or no well-defined `Q`.
+    """Check that an adapter has data and a well-defined `Q`, so that it can be folded.
 
     Args:
         where: the path of the layer or the name of the weight, for the message.
@@ -80,7 +80,8 @@ def check_foldable(where: str, weight: Tensor, vectors: Tensor, *, apply_GS: boo
         adapter: the name of the adapter, for the message.
 
     Raises:
-        FoldError: weight or vectors are on the meta device, or Gram-Schmidt gets linearly dependent vectors.
+        FoldError: the weight or the vectors are on the meta device, or the vectors for Gram-Schmidt are linearly
+            dependent.
 
     Example:
         >>> check_foldable("fc", torch.ones(2, 3), torch.ones(3, 2), apply_GS=True, adapter="default")
@@ -98,10 +99,10 @@ def check_foldable(where: str, weight: Tensor, vectors: Tensor, *, apply_GS: boo
 
 
 def check_finite(where: str, folded: Tensor) -> None:
-    """Refuse to write a folded weight with NaN or infinity.
+    """Check that a folded weight is finite.
 
     Raises:
-        FoldError: the weight has such values.
+        FoldError: the weight contains NaN or infinity.
 
     Example:
         >>> check_finite("fc", torch.tensor([float("nan")]))

@@ -1,8 +1,8 @@
-r"""How much a chain of reflections changes a weight: the share that it rotates, and the relative change.
+r"""The effect of a chain of reflections on a weight: the share that it rotates, and the relative change.
 
-`Q` rotates some directions and leaves the orthogonal complement as it is. Let `P` be the projector on the rotated
-directions. A row `w` of the weight is `w P + w (I - P)`, and `Q` changes the first part only. `|W P|_F^2 / |W|_F^2` is
-that part of the whole weight: a bound on how much the adapter can change the layer, whatever its angles are.
+`Q` rotates some directions and does not change their orthogonal complement. Let `P` be the projector on the rotated
+directions. A row `w` of the weight is `w P + w (I - P)`, and `Q` only changes the first part. `|W P|_F^2 / |W|_F^2` is
+the share of this part in the whole weight. It limits how much the adapter can change the layer, for any angles.
 
 The rotated directions lie in the span of the vectors, `U = V R` (thin QR), where `Q` is the block `B = I - R T R^T`.
 `I - B` is normal with singular values `2 sin(angle / 2)`, so the left singular vectors `G` of the nonzero ones span the
@@ -22,15 +22,15 @@ from hra_fx.functional.householder import compact_wy, normalize, working_dtype
 from hra_fx.functional.statistics import min_angle
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Elements of a weight that are cast at a time.
+# The number of elements of a weight that are cast at a time.
 _CHUNK = 1 << 22
 
 
 class RelativeChange(NamedTuple):
-    """How much a chain changes a weight `W: (out, d)`.
+    """Compute how much a chain changes a weight `W: (out, d)`.
 
     Attributes:
-        share: `|W P|_F^2 / |W|_F^2`, the share of the weight in the directions that are rotated, from 0 to 1.
+        share: `|W P|_F^2 / |W|_F^2`, the share of the weight in the rotated directions, from 0 to 1.
         change: `|W Q - W|_F / |W|_F`, from 0 to 2.
     """
 
@@ -39,14 +39,14 @@ class RelativeChange(NamedTuple):
 
 
 def rotated_directions(chain: Tensor) -> tuple[Tensor, Tensor]:
-    """An orthonormal basis of the directions that a chain of reflections rotates or reflects, and what it does there.
+    """An orthonormal basis of the directions that a chain of reflections rotates or reflects, and its effect on them.
 
     Args:
         chain: `U: (d, k)`, finite and with data.
 
     Returns:
-        `D: (d, n)` with `n <= min(d, k)`: two columns for each plane, one for a reflected direction. And `M: (n, m)`
-        with `|W Q - W|_F = |W D M|_F`. Both are float64, on the CPU.
+        `D: (d, n)` with `n <= min(d, k)`: two columns for each plane, and one for a reflected direction; and
+        `M: (n, m)` with `|W Q - W|_F = |W D M|_F`. Both are float64, on the CPU.
 
     Example:
         >>> directions, _ = rotated_directions(torch.tensor([[0.0, 1.0, 1.0], [2.0, 0.0, 0.0]]))
@@ -64,16 +64,16 @@ def rotated_directions(chain: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def relative_change(rows: Tensor, chain: Tensor) -> RelativeChange:
-    """How much a chain of reflections changes a weight.
+    """Compute how much a chain of reflections changes a weight.
 
-    Makes no `d x d` matrix, and casts the weight piece by piece, to float32 at least.
+    This does not create a `d x d` matrix, and casts the weight in pieces, to at least float32.
 
     Args:
         rows: `W: (out, d)`, floating point.
         chain: `U: (d, k)`.
 
     Returns:
-        Its share and its change; 0 for a weight of zeros, NaN if the weight or the chain has no data or is not finite.
+        The share and the change; 0 for a weight of zeros, NaN if the weight or the chain has no data or is not finite.
 
     Example:
         >>> relative_change(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]))
@@ -90,7 +90,7 @@ def relative_change(rows: Tensor, chain: Tensor) -> RelativeChange:
         cast = piece.to(directions.dtype)
         inside = cast @ directions
         for total, matrix in ((part, inside), (change, inside @ moved), (whole, cast)):
-            # Row by row: a single float32 sum over millions of elements has only three correct digits.
+            # Sum each row separately: a single float32 sum over millions of elements has only three correct digits.
             total += torch.linalg.vector_norm(matrix, dim=1).to(wide).square().sum()
     size = float(whole)
     if not size:
@@ -100,7 +100,7 @@ def relative_change(rows: Tensor, chain: Tensor) -> RelativeChange:
 
 
 def readable_rows(weight: Tensor, width: int, *, fan_in_fan_out: bool) -> Tensor | None:
-    """A weight as the matrix `(out, d)` without a copy; `None` if it is quantized, packed, sharded or sparse.
+    """View a weight as the matrix `(out, d)` without a copy; `None` if it is quantized, packed, sharded or sparse.
 
     Args:
         weight: a layer's weight.

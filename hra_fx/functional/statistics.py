@@ -1,6 +1,6 @@
 """Statistics of a chain of reflections: rotation angles, distance from the identity, orthogonality error, condition.
 
-All are computed from `k x k` matrices; `Q: (d, d)` is never formed.
+All are computed from `k x k` matrices; `Q: (d, d)` is never computed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hra_fx.functional.householder import compact_wy, normalize, working_dtype
 
 
 class RotationStats(NamedTuple):
-    """How far `Q` is from the identity.
+    """Compute how far `Q` is from the identity.
 
     Attributes:
         rotation: `|Q - I|_F`.
@@ -39,11 +39,11 @@ class RotationStats(NamedTuple):
 
 
 def rotation_stats(chain: Tensor) -> RotationStats:
-    """Rotation angles and norms of a chain; NaN for a chain on the meta device, or with values that are not finite.
+    """Compute rotation angles and norms of a chain; NaN for a chain on the meta device or with non-finite values.
 
-    `Q` rotates orthogonal planes and leaves the rest of the space unchanged. If its determinant is -1 it also reflects
+    `Q` rotates orthogonal planes and does not change the rest of the space. If its determinant is -1, it also reflects
     one direction, which counts as an angle of pi. A plane has one angle, although it has two eigenvalues. Angles up to
-    `min_angle` are rounding errors of vectors that cancel each other, and are omitted.
+    `min_angle` are rounding errors of vectors that cancel, and are omitted.
 
     Args:
         chain: `U: (d, k)`.
@@ -62,8 +62,8 @@ def rotation_stats(chain: Tensor) -> RotationStats:
     identity = torch.eye(block.shape[0], dtype=block.dtype)
     norms = (torch.linalg.matrix_norm(matrix) for matrix in (block - identity, block.mT @ block - identity))
     rotation, orthogonality = (float(norm) for norm in norms)
-    # In descending order each plane has two equal angles, after a single pi if one direction is reflected: take every
-    # other one.
+    # In descending order, each plane has two equal angles, after a single pi if one direction is reflected. So take
+    # every second angle.
     angles = torch.linalg.eigvals(block).angle().abs().sort(descending=True).values[::2]
     return RotationStats(rotation, tuple(angles[angles > min_angle(chain)].tolist()), orthogonality)
 
@@ -82,7 +82,7 @@ def principal_block(chain: Tensor, factor: Tensor) -> Tensor:
     """`Q` restricted to the span of its vectors; outside of it, `Q` is the identity.
 
     With `U = V R` (thin QR), `Q = I - V (R T R^T) V^T`, so the block is `I - R T R^T`. It has the orthogonality error
-    of `Q`, and the eigenvalues of `Q` other than those of the rest of the space.
+    of `Q`, and the eigenvalues of `Q` except those of the rest of the space.
 
     Args:
         chain: `U: (d, k)`.
@@ -102,11 +102,10 @@ def principal_block(chain: Tensor, factor: Tensor) -> Tensor:
 
 
 def inverse_condition(vectors: Tensor) -> float:
-    """How linearly independent the columns of `U: (d, r)` are: `min |R_ii| / max |R_ii|` of `U = V R`, in [0, 1].
+    """Measure the linear independence of the columns of `U: (d, r)`: `min |R_ii| / max |R_ii|` of `U = V R`, in [0, 1].
 
-    Of several matrices `(n, d, r)`, it is the smallest.
-
-    Near the epsilon of the dtype of `U`, the Gram-Schmidt basis is rounding noise.
+    For several matrices `(n, d, r)`, the smallest value. If the value is near the epsilon of the dtype of `U`, the
+    Gram-Schmidt basis is rounding noise.
 
     Example:
         >>> inverse_condition(torch.tensor([[1.0, 1.0], [0.0, 0.0]]))

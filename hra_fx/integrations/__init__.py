@@ -1,7 +1,7 @@
-"""Use with transformers, diffusers and their Trainer.
+"""Integrations with transformers, diffusers and PEFT.
 
-The Trainer and its callbacks are imported on first use, because they need accelerate, which is not a dependency of
-hra_fx.
+The Trainer and its callbacks are imported when they are first used, because they need accelerate, which is not a
+dependency of hra_fx.
 """
 
 from __future__ import annotations

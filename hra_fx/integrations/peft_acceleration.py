@@ -1,11 +1,12 @@
 """Run PEFT's HRA layers with the kernels of hra_fx, until a handle is closed.
 
-The class of each layer is swapped for a subclass of the same name. For models that are created later, the two classes
+The class of each layer is replaced with a subclass of the same name. For models that are created later, the two classes
 are also replaced in PEFT's modules.
 
-The factors of all layers of a `PeftModel` are computed in batches: around each forward and `generate`, it enters
-`_enable_peft_forward_hooks` of its inner model, if that has the method (PEFT's LoRA does, for mixed batches). Layers
-that are injected into a model without a `PeftModel` compute their own factors.
+The factors of all layers of a `PeftModel` are computed in batches. This uses `_enable_peft_forward_hooks`: a
+`PeftModel` enters this context of its inner model around each forward and `generate`, if the inner model has the method
+(PEFT's LoRA has it for mixed batches). Layers that are injected into a model without a `PeftModel` compute their own
+factors.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from hra_fx.layers.class_swap import mixins_of, swap, swapped_class, unswap
 from hra_fx.layers.sharding import is_sharded
 from hra_fx.layers.target import width_of
 
-#: Class of PEFT -> the mixin for it.
+#: PEFT's class -> the mixin for it.
 _MIXINS: dict[str, type[AcceleratedLayer]] = {"HRALinear": AcceleratedLinear, "HRAConv2d": AcceleratedConv2d}
 _AROUND = "_enable_peft_forward_hooks"
 
 
 class Acceleration:
-    """The handle of `accelerate_peft`; as a context manager, it is closed at the end of the block.
+    """The handle that `accelerate_peft` returns. As a context manager, it is closed at the end of the block.
 
     Attributes:
         layers: the layers that it has accelerated.
@@ -68,11 +69,11 @@ class Acceleration:
             _set_batches(enabled=False)
 
     def __enter__(self) -> Acceleration:
-        """The handle, which is already open."""
+        """Return the handle, which is already open."""
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Close it."""
+        """Close the handle."""
         self.close()
 
 
@@ -82,7 +83,7 @@ _OPEN: list[Acceleration] = []
 def accelerate_peft(model: nn.Module | None = None) -> Acceleration:
     """Run PEFT's own HRA layers with the faster kernels of hra_fx.
 
-    Outputs and gradients are those of `W Q`, computed in less time and memory. Parameters and their names, files,
+    Outputs and gradients are those of `W Q`, but need less time and memory. Parameters and their names, files,
     active adapters, `merge_adapter`, `disable_adapter` and trainers that check for a `peft.PeftModel` work as before.
     Cases that PEFT computes incorrectly become correct: convolutions with dilation, non-square kernels, unequal strides
     or paddings, groups or padding modes; quantized base weights; zero vectors.
@@ -92,8 +93,8 @@ def accelerate_peft(model: nn.Module | None = None) -> Acceleration:
             layers that PEFT creates from now on, including those of trainers that take a `peft.HRAConfig`.
 
     Returns:
-        A handle, also usable as a context manager, whose `close()` restores PEFT's code in these and in new layers. A
-        copy of an accelerated model, even a pickled one, stays accelerated: call `accelerate_peft(copy).close()`.
+        A handle, which is also a context manager. Its method `close()` restores PEFT's code in these and in new layers.
+        A copy of an accelerated model, even a pickled one, stays accelerated: call `accelerate_peft(copy).close()`.
 
     Raises:
         ImportError: PEFT is not installed.
@@ -123,7 +124,7 @@ def accelerate_peft(model: nn.Module | None = None) -> Acceleration:
 
 
 def _peft_classes() -> dict[str, Any]:
-    """PEFT's classes of layers, by name.
+    """PEFT's layer classes, by name.
 
     Raises:
         ImportError: PEFT is not installed.
@@ -136,7 +137,7 @@ def _peft_classes() -> dict[str, Any]:
 
 
 def _name_classes(*, accelerated: bool) -> None:
-    """Set the classes that PEFT creates its layers from."""
+    """Set the classes that PEFT uses to create its layers."""
     module = importlib.import_module("peft.tuners.hra.model")
     for name, kind in _peft_classes().items():
         setattr(module, name, swapped_class(_MIXINS[name], kind) if accelerated else kind)
@@ -161,7 +162,7 @@ def _restore(layer: Any) -> None:
 
 
 def _check_vectors(path: str, layer: Any) -> None:
-    """Refuse vectors that are not as long as a row of the weight; PEFT creates such vectors for non-square kernels."""
+    """Check that vectors are as long as a row of the weight. PEFT creates wrong lengths for non-square kernels."""
     width = width_of(layer.get_base_layer())
     for name, vectors in layer.hra_u.items():
         if vectors.shape[0] != width:
@@ -184,7 +185,7 @@ def _set_batches(*, enabled: bool) -> None:
 
 
 def _with_batches(own: Any) -> Any:
-    """The method, which also calls PEFT's `own`."""
+    """Wrap PEFT's method `own` to also compute the factors in batches."""
 
     @contextmanager
     def around(self: Any, *args: Any, **kwargs: Any) -> Iterator[None]:

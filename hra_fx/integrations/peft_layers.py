@@ -1,7 +1,7 @@
 """PEFT's HRA layers with the kernels of hra_fx.
 
-A layer's vectors are read through a container of hra_fx, so that it runs the code of adapted layers. Everything else
-remains PEFT's: parameters and their names, active and merged adapters, files.
+A container of hra_fx reads the vectors of a layer, so that the layer runs the same code as adapted layers. Everything
+else remains PEFT's: parameters and their names, active and merged adapters, files.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _SITE = "_hra_site"
 
 
 class _PeftVectors(HouseholderAdapters):
-    """Reads the vectors of PEFT's layer at each use: loading, FSDP and `to_empty` replace parameters.
+    """Reads the vectors of PEFT's layer at each use, because loading, FSDP and `to_empty` replace parameters.
 
-    It holds no parameter itself, and it is not a child of the layer, so names and states stay PEFT's.
+    It does not have parameters, and it is not a child of the layer, so names and states stay PEFT's.
     """
 
     def read(self, layer: Any) -> None:
-        """Take the adapters of PEFT's layer."""
-        # Not by setattr, which would register them as children.
+        """Read the adapters of PEFT's layer."""
+        # Do not use setattr, which would register them as children.
         vars(self)["source"], vars(self)["base_layer"] = layer.hra_u, layer.get_base_layer()
         self.specs = {name: AdapterSpec(r, layer.hra_apply_GS[name]) for name, r in layer.hra_r.items()}
 
@@ -51,7 +51,7 @@ class _PeftVectors(HouseholderAdapters):
         return weight
 
     def unit_chain(self, name: str, *, reverse: bool = False) -> Tensor:
-        """The reflections of an adapter, `(d, r)`, in float64 (float32 on MPS); `reverse` gives those of `Q^T`."""
+        """The reflections of an adapter, `(d, r)`, in float64 (float32 on MPS), or those of `Q^T` if `reverse`."""
         vectors = self._held(name)
         wide = vectors.float() if vectors.device.type == "mps" else vectors.double()
         chain = plain_chain(wide, None, apply_GS=self.specs[name].apply_GS)
@@ -72,7 +72,7 @@ class Site(nn.Module):
     hra_u: PeftLinearAdapters | PeftConvAdapters
 
     def __init__(self, layer: Any) -> None:
-        """Represent an `HRALinear` or `HRAConv2d` with its current adapters; none is active."""
+        """Represent an `HRALinear` or `HRAConv2d` with its current adapters. No adapter is active."""
         super().__init__()
         base = layer.get_base_layer()
         is_conv = isinstance(base, nn.Conv2d)
@@ -81,9 +81,9 @@ class Site(nn.Module):
 
 
 class AcceleratedLayer(SwapMixin):
-    """Common base of accelerated layers: when they are used, merging, and Q itself."""
+    """Common base class of accelerated layers: the forward, merging, and the computation of Q."""
 
-    _hra_makes_own = True  # PEFT makes new layers by calling it
+    _hra_makes_own = True  # PEFT calls the class to create new layers
 
     # Attributes of PEFT's layer, which the class is mixed into.
     base_layer: Any
@@ -101,18 +101,18 @@ class AcceleratedLayer(SwapMixin):
     _move_adapter_to_device_of_base_layer: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's layer."""
+        """Create the layer like PEFT's layer."""
         super().__init__(*args, **kwargs)
         for layers in COLLECTING:
             layers.add(self)
 
     def read_vectors(self) -> None:
-        """Set up the vectors to compute with, once the layer has its adapters."""
-        # Not a child, so that parameters and states remain those of PEFT's layer.
+        """Set up the vectors for the computation, after the layer has its adapters."""
+        # This is not a child, so that parameters and states remain those of PEFT's layer.
         vars(self)[_SITE] = Site(self)
 
     def forget_vectors(self) -> None:
-        """Remove what `read_vectors` has set."""
+        """Undo `read_vectors`."""
         vars(self).pop(_SITE, None)
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
@@ -122,8 +122,8 @@ class AcceleratedLayer(SwapMixin):
         self.read_vectors()
 
     def acting(self) -> Site | None:
-        """The vectors to compute with, or `None` if PEFT's own code runs."""
-        # A replica of DataParallel shares the attributes, and so the vectors, of the original.
+        """The vectors for the computation, or `None` if PEFT's own code runs."""
+        # A replica of DataParallel shares the attributes of the original, including the vectors.
         if self.disable_adapters or self.merged or _is_tuner_layer(self.base_layer) or is_replica(self):
             return None
         site: Site = vars(self)[_SITE]
@@ -158,11 +158,11 @@ class AcceleratedLayer(SwapMixin):
         """Merge adapters into the base weight, `W <- W Q`, computed in float64.
 
         Args:
-            safe_merge: refuse to write a weight that is not finite.
-            adapter_names: `None` for the active ones.
+            safe_merge: raise an error instead of writing a weight that is not finite.
+            adapter_names: the adapters; `None` for the active ones.
 
         Raises:
-            ValueError: `safe_merge`, and the weight is not finite. That adapter is not merged.
+            ValueError: `safe_merge` is True and the weight is not finite. This adapter is not merged.
             UnsupportedLayerError: the weight is quantized.
         """
         from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -199,15 +199,15 @@ class AcceleratedLayer(SwapMixin):
 
 
 class AcceleratedLinear(AcceleratedLayer):
-    """`peft.tuners.hra.layer.HRALinear`: the input is reflected, the weight is only multiplied."""
+    """`peft.tuners.hra.layer.HRALinear` that reflects its input instead of rotating its weight."""
 
     def adapted(self, x: Tensor, adapters: PeftLinearAdapters) -> Tensor:
-        """`x: (..., d)` to `(..., out)`."""
+        """Compute `x: (..., d)` to `(..., out)`."""
         base = self.base_layer
         if quant_scheme_of(base) is not None:
             output: Tensor = call_quantized(base, adapters.reflect(x), base)
             return output
-        if not _is_plain(base, nn.Linear):  # offloaded, hooked, or with a forward of its own
+        if not _is_plain(base, nn.Linear):  # offloaded, with hooks, or with its own forward
             output = base(adapters.reflect(x))
             return output
         if x.dtype is base.weight.dtype and (made := adapters.adapted_forward(x, base.weight, base)) is not None:
@@ -220,7 +220,7 @@ class AcceleratedConv2d(AcceleratedLayer):
     """`peft.tuners.hra.layer.HRAConv2d`, for all groups, kernels, strides, dilations, paddings and padding modes."""
 
     def update_layer(self, adapter_name: str, r: int, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter. PEFT's own method refuses groups, and assumes square kernels."""
+        """Add an adapter. PEFT's own method does not support groups, and assumes square kernels."""
         base: Any = self.get_base_layer()
         height, width = base.kernel_size
         if r <= 0 or (base.groups == 1 and height == width):
@@ -236,9 +236,9 @@ class AcceleratedConv2d(AcceleratedLayer):
         self.read_vectors()
 
     def adapted(self, x: Tensor, adapters: PeftConvAdapters) -> Tensor:
-        """`x: (n, c, height, width)` to `(n, out, ...)`."""
+        """Compute `x: (n, c, height, width)` to `(n, out, ...)`."""
         base = self.base_layer
-        if not _is_plain(base, nn.Conv2d):  # for example one that standardizes its weight, which then is W Q
+        if not _is_plain(base, nn.Conv2d):  # for example, it standardizes its weight, which must then be W Q
             return _with_rotated_weight(base, x, adapters)
         if (output := adapters.adapted_forward(x, base.weight, base)) is not None:
             return output
@@ -266,18 +266,18 @@ def _is_plain(base: nn.Module, kind: type[nn.Linear] | type[nn.Conv2d]) -> bool:
 
 
 def _same_dtype(x: Tensor, base: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Input, weight and bias in the wider dtype of input and weight, as PEFT casts them."""
+    """Cast input, weight and bias to the wider dtype of input and weight, as PEFT does."""
     dtype = torch.promote_types(x.dtype, base.weight.dtype)
     return x.to(dtype), base.weight.to(dtype), None if base.bias is None else base.bias.to(dtype)
 
 
 def _is_tuner_layer(module: nn.Module) -> bool:
-    """Whether PEFT has put another method between this layer and the base layer; its own code takes care of that."""
+    """Whether there is a layer of another PEFT method between this layer and the base layer; PEFT's code handles it."""
     return hasattr(module, "get_base_layer")
 
 
 def _why_not_merged(base: nn.Module) -> str | None:
-    """The scheme of a quantized weight; `None` for others."""
+    """The scheme of a quantized weight; `None` for other weights."""
     scheme, weight = quant_scheme_of(base), base.weight
     if scheme is not None:
         return scheme.description(base)

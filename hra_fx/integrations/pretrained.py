@@ -21,18 +21,18 @@ from hra_fx.model.state import names_in, root_of
 
 
 class AdaptedPretrainedModel(AdaptedModel):
-    """A transformed model with `save_pretrained`, which writes its adapters only, as transformers does for PEFT.
+    """A transformed model whose `save_pretrained` writes only its adapters, as transformers does for PEFT.
 
-    The base class would write base weights and vectors into one file, and drop the vectors when it loads it.
+    The base class would write base weights and vectors into one file, and ignore the vectors when it loads the file.
     """
 
-    # transformers' Trainer calls it when it writes its own.
+    # transformers' Trainer calls it when it writes its model card.
     create_or_update_model_card = push.create_or_update_model_card
     push_to_hub = push.push_to_hub
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """Replace `fuse_qkv_projections` of diffusers, where the class has it."""
+        """Replace diffusers' `fuse_qkv_projections`, if the class has it."""
         methods = super().wrap(base)
         if hasattr(base, "fuse_qkv_projections"):
             methods["fuse_qkv_projections"] = _refuse_to_fuse
@@ -57,9 +57,10 @@ class AdaptedPretrainedModel(AdaptedModel):
             save_directory: the folder.
             is_main_process: only the main process writes.
             state_dict: the model's state, if a wrapper has gathered it.
-            selected_adapters: names; `None` for all.
+            selected_adapters: names of adapters; `None` for all.
             safe_serialization: must be true, because pickle files are never written.
-            push_to_hub: also upload the files to the repository `repo_id`, by default one with the name of the folder.
+            push_to_hub: also upload the files to the repository `repo_id`. By default, the repository has the name of
+                the folder.
             kwargs: `repo_id` and options of `push_to_hub`, such as `token` and `private`; other options of the base
                 class (`max_shard_size`, `variant`) are ignored.
 
@@ -71,10 +72,10 @@ class AdaptedPretrainedModel(AdaptedModel):
         save_adapters(self, save_directory, selected_adapters, is_main_process, push_to_hub, saving, kwargs)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """Resize as the base class does; the resized output layer keeps its reflections.
+        """Resize the embeddings like the base class. The resized output layer keeps its reflections.
 
-        Its vectors are as long as a hidden state, so they fit any number of tokens. They remain the same parameters, so
-        an optimizer that holds them keeps working.
+        The vectors of the output layer are as long as a hidden state, so they fit any number of tokens. They remain the
+        same parameters, so an optimizer keeps working.
 
         Raises:
             AdapterError: the embeddings or the output layer have trained copies, or an adapter is merged into the
@@ -85,10 +86,10 @@ class AdaptedPretrainedModel(AdaptedModel):
             return base.resize_token_embeddings(*args, **kwargs)
 
     def dequantize(self, *args: Any, **kwargs: Any) -> Any:
-        """The base class would replace quantized layers.
+        """Raise an error, because the base class would replace the adapted layers.
 
         Raises:
-            AdapterError: always; the new layers would have no adapters. The model is unchanged.
+            AdapterError: always; the new layers would not have adapters. The model is unchanged.
         """
         raise AdapterError(
             f"{type(self).__name__}: dequantize replaces the adapted layers, so they would lose their reflections. "
@@ -103,17 +104,17 @@ class AdaptedPretrainedModel(AdaptedModel):
 
     @_hf_peft_config_loaded.setter
     def _hf_peft_config_loaded(self, value: bool) -> None:
-        """transformers sets it when it loads a PEFT adapter."""
+        """Set by transformers when it loads a PEFT adapter."""
         vars(self)["_hf_peft_config_loaded"] = value
 
     @property
     def _keys_to_ignore_on_save(self) -> Any:
-        """Keys that `save_pretrained` does not write; the Trainer accepts that they are missing when it resumes."""
+        """Keys that `save_pretrained` does not write. The Trainer allows them to be missing when it resumes."""
         return set(self.state_dict()) - set(adapter_entries(self))
 
     @_keys_to_ignore_on_save.setter
     def _keys_to_ignore_on_save(self, value: Any) -> None:
-        """transformers sets it in `post_init`; it has no effect while the model has adapters."""
+        """Set by transformers in `post_init`; it has no effect while the model has adapters."""
         vars(self)["_keys_to_ignore_on_save"] = value
 
 
@@ -133,7 +134,7 @@ def save_adapters(
     saving: Mapping[str, Any],
     upload: Mapping[str, Any],
 ) -> None:
-    """Save adapters (`None` for all), and upload them if asked to, with the options of `push_to_hub` in `upload`."""
+    """Save adapters (`None` for all), and optionally upload them, with the options of `push_to_hub` in `upload`."""
     save_pretrained(model, directory, selected_adapters, is_main_process=is_main_process, **saving)
     shards = [p for p in model.parameters() if is_dtensor(p)] if saving["state_dict"] is None else []
     if push_to_hub and (is_main_process or shards):
@@ -144,6 +145,6 @@ def save_adapters(
 
 
 def root_class_for(model: nn.Module) -> type[AdaptedModel]:
-    """The class that is mixed into a model: models with `save_pretrained` need more methods replaced."""
+    """The class that is mixed into a model. For models with `save_pretrained`, it replaces more methods."""
     pretrained = callable(getattr(original_class(model), "save_pretrained", None))
     return AdaptedPretrainedModel if pretrained else AdaptedModel

@@ -34,9 +34,9 @@ def push_to_hub(
     selected_adapters: Iterable[str] | None = None,
     **ignored: Any,
 ) -> str:
-    """Upload adapters, with a model card if the repository has none. The repository is created if needed.
+    """Upload adapters, with a model card if the repository does not have one. The repository is created if needed.
 
-    With `fully_shard`, all processes have to call this, and the first one uploads.
+    With `fully_shard`, all processes must call this function, and the first process uploads.
 
     Args:
         model: a transformed model.
@@ -44,8 +44,8 @@ def push_to_hub(
         commit_message, commit_description, revision, create_pr: options of the commit.
         private: whether a new repository is private.
         token: token of the Hub; `None` for the stored one.
-        selected_adapters: names; `None` for all.
-        ignored: other options that `push_to_hub` of transformers and diffusers has.
+        selected_adapters: names of adapters; `None` for all.
+        ignored: other options of `push_to_hub` in transformers and diffusers.
 
     Returns:
         The URL of the commit.
@@ -68,13 +68,13 @@ def push_to_hub(
 
 
 def upload(folder: Path, repo_id: str, adapter_names: Iterable[str] | None, options: Mapping[str, Any]) -> str:
-    """Upload what `save_pretrained` wrote to a folder, except a model card that the repository has already.
+    """Upload the files that `save_pretrained` wrote, except a model card if the repository already has one.
 
     Args:
         folder: the folder.
         repo_id: name of the repository; it is created if needed.
         adapter_names: upload the files of these adapters and the model card; `None` for the whole folder.
-        options: those of `push_to_hub`; others are ignored.
+        options: options of `push_to_hub`; others are ignored.
 
     Returns:
         The URL of the commit.
@@ -100,7 +100,7 @@ def upload(folder: Path, repo_id: str, adapter_names: Iterable[str] | None, opti
 
 
 def create_or_update_model_card(model: nn.Module, output_dir: str | os.PathLike[str]) -> None:
-    """Write the model card of all adapters, or update the metadata of the one in the folder.
+    """Write the model card of all adapters, or update the metadata of the model card in the folder.
 
     Args:
         model: a transformed model.

@@ -1,7 +1,7 @@
-"""`resize_token_embeddings` of a transformed model: the reflections of the output layer move to the resized one.
+"""`resize_token_embeddings` of a transformed model: move the reflections of the output layer to the resized layer.
 
 The vectors of an output layer are as long as a hidden state, so they fit any number of tokens. transformers may create
-a new layer or put another tensor into the old one, so it gets plain output layers meanwhile.
+a new layer or replace a tensor of the old layer, so the output layers are plain layers during the resize.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from hra_fx.model.state import adapted_layers, check_no_foreign_class
 
 @contextmanager
 def plain_output_layers(model: nn.Module) -> Iterator[None]:
-    """Remove the reflections of the output layers inside the block, and add the same objects again after it.
+    """Context manager that removes the reflections of the output layers, and adds the same objects again at the end.
 
     Raises:
-        AdapterError: the number of tokens cannot change because of what the adapters hold.
+        AdapterError: the number of tokens cannot change because of trained copies, merged adapters or vectors.
     """
     ends = _embeddings_and_heads(model)
     layers = adapted_layers(model)
@@ -78,7 +78,7 @@ def _embeddings_and_heads(model: Any) -> list[nn.Module]:
 
 
 def _overrides_resize(model: nn.Module) -> bool:
-    """Whether a class resizes more layers than transformers' base class does, like MobileBERT."""
+    """Whether a class resizes more layers than transformers' base class, such as MobileBERT."""
     own: Any = original_class(model)
     base: Any = next((kind for kind in own.__mro__ if kind.__name__ == "PreTrainedModel"), None)
     return base is None or own.resize_token_embeddings is not base.resize_token_embeddings

@@ -1,8 +1,8 @@
 """Rotation angles in the logs of transformers' Trainer, and a plot at the end of the training.
 
-The Trainer calls its callbacks in order, and those that report (TensorBoard, Weights & Biases, ...) come before the
-user's. A callback can only add to the logs that they report if it comes first, so this one moves to the front when the
-training begins.
+The Trainer calls its callbacks in order, and callbacks that report (TensorBoard, Weights & Biases, ...) come before the
+user's callbacks. A callback can only add to the reported logs if it comes first, so this callback moves to the front
+when training begins.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ _MEAN, _LARGEST, _ERROR = "angle_mean_degrees", "angle_largest_degrees", "orthog
 
 
 class RotationCallback(TrainerCallback):
-    """Logs the rotation angles of the adapted layers with each training loss, to all reporters of the Trainer.
+    """Logs the rotation angles of the adapted layers with each training loss, for all reporters of the Trainer.
 
-    The logs, and `trainer.state.log_history`, contain for the active adapter
+    For the active adapter, the logs and `trainer.state.log_history` contain
 
-    - `angle_mean_degrees`: the mean over the layers of each layer's mean angle;
+    - `angle_mean_degrees`: the mean of the mean angles of all layers;
     - `angle_largest_degrees`: the largest angle of all layers;
     - `orthogonality_error`: the largest `|Q^T Q - I|_F`, a rounding error.
 
-    In a model with several adapters each key ends in `/<adapter>`. Only the vectors are read, on the first process. If
-    they are sharded (FSDP, DeepSpeed ZeRO-3) it warns and logs nothing.
+    In a model with several adapters, each key ends in `/<adapter>`. Only the vectors are read, in the first process. If
+    they are sharded (FSDP, DeepSpeed ZeRO-3), the callback warns and does not log angles.
 
     Args:
         plot: a `.svg`, `.png` or `.pdf` file for a plot of the whole training; needs matplotlib.
 
     Attributes:
-        history: one `Progress` for each adapter and logged step, and for the start and the end. After resuming, it
-            includes the points in the logs of the training before.
+        history: one `Progress` for each adapter and logged step, and for the start and the end. If training is resumed,
+            it includes the points from the previous logs.
 
     Raises:
         VisualizeError: the plot cannot be written: unknown extension, missing folder, or matplotlib is not installed.
@@ -55,7 +55,7 @@ class RotationCallback(TrainerCallback):
     """
 
     def __init__(self, plot: str | os.PathLike[str] | None = None) -> None:
-        """Check the path of the plot, before the training."""
+        """Check the path of the plot before training starts."""
         self.plot: Path | None = None
         if plot is not None:
             self.plot = check_plot(plot)
@@ -91,7 +91,7 @@ class RotationCallback(TrainerCallback):
         points = progress_of(kwargs["model"], state.global_step)
         entries = _entries(points, suffixed=len(_adapters(kwargs["model"])) > 1)
         logs.update(entries)
-        # The Trainer copied the logs before calling.
+        # The Trainer copied the logs before this call.
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(entries)
         self._add(points, state.global_step)
@@ -115,10 +115,10 @@ class RotationCallback(TrainerCallback):
         self.history = [point for point in self.history if point.step != step] + points
 
     def _move_to_front(self) -> None:
-        # No argument of a callback leads to the handler that calls it, so find the handler by what it holds.
+        # Callbacks do not get a reference to the handler that calls them, so find the handler by its contents.
         for one in gc.get_objects():
             if issubclass(type(one), CallbackHandler) and self in one.callbacks:
-                # Later callbacks keep their positions, also in a loop over the list that is running now.
+                # Later callbacks keep their positions, even in a loop over the list that is currently running.
                 one.callbacks.remove(self)
                 one.callbacks.insert(0, self)
 
@@ -139,7 +139,7 @@ def _entries(points: list[Progress], *, suffixed: bool) -> dict[str, float]:
 
 
 def _restored(log_history: list[dict[str, Any]], adapters: list[str]) -> list[Progress]:
-    """The points in a log; keys without an adapter name belong to the first adapter."""
+    """Read the points in a log. Keys without an adapter name belong to the first adapter."""
     points = []
     for entry in log_history:
         for key in entry:

@@ -1,6 +1,6 @@
-"""The Trainer of transformers, which trains HRA in pairs, and with the orthogonality regularizer of the paper.
+"""A transformers Trainer that trains HRA in pairs, optionally with the orthogonality regularizer of the paper.
 
-The callback is for programs that make the Trainer and its optimizer themselves.
+The callback is for programs that create the Trainer and its optimizer themselves.
 """
 
 from __future__ import annotations
@@ -18,25 +18,27 @@ from hra_fx.model.pairs import check_difference, refuse_states_of_pairs, train_p
 
 
 class HRATrainer(Trainer):
-    """The transformers Trainer, whose optimizer trains pairs of vectors (`hra_fx.train_pairs`).
+    """A transformers Trainer that trains the vectors in pairs (`hra_fx.train_pairs`).
 
-    `orthogonality_weight * orthogonality_loss(model)` is added to the training loss, once per optimizer step, for any
-    `gradient_accumulation_steps`, and not in evaluations. Training logs contain the unweighted mean of the term since
-    the last log as `orthogonality`.
+    `orthogonality_weight * orthogonality_loss(model)` is added to the training loss once per optimizer step, for any
+    `gradient_accumulation_steps`, but not during evaluation. Training logs contain the mean of the term without its
+    weight since the last log, as `orthogonality`.
 
     Use weight 0 with sharding that splits the vectors outside of the forward pass (DeepSpeed ZeRO-3, FSDP1). FSDP2
     works.
 
     Args:
-        args, kwargs: those of `transformers.Trainer`.
+        args, kwargs: arguments of `transformers.Trainer`.
         orthogonality_weight: the weight, finite and >= 0; 0 adds no term.
-        pair_difference: `difference` of `train_pairs`, also for an optimizer that you pass, unless that trains pairs
-            already; `None` lets the optimizer step the vectors, as the standard Trainer does. To continue a checkpoint,
-            pass the value that it was trained with, `None` for one of the standard Trainer.
+        pair_difference: `difference` of `train_pairs`. It is also used for an optimizer that you pass, unless that
+            optimizer already trains pairs. With `None`, the optimizer updates the vectors, as in the standard Trainer.
+            To continue a checkpoint, pass the value that it was trained with; for a checkpoint of the standard Trainer,
+            pass `None`.
 
     Raises:
-        ConfigError: the weight is not a finite number >= 0, or `pair_difference` neither `None` nor one > 0.
-        AdapterError: the weight is positive and the model has no reflections (raised at the first training step).
+        ConfigError: the weight is not a finite number >= 0, or `pair_difference` is neither `None` nor a finite number
+            > 0.
+        AdapterError: the weight is positive, but the model has no reflections (raised at the first training step).
 
     Warns:
         HRAWarning: see `train_pairs`.
@@ -50,7 +52,7 @@ class HRATrainer(Trainer):
     def __init__(
         self, *args: Any, orthogonality_weight: float = 0.0, pair_difference: float | None = 0.1, **kwargs: Any
     ) -> None:
-        """Check the two numbers; other arguments go to the Trainer."""
+        """Check the two numbers. Other arguments are passed to the Trainer."""
         if (
             isinstance(orthogonality_weight, bool)
             or not isinstance(orthogonality_weight, (int, float))
@@ -69,7 +71,7 @@ class HRATrainer(Trainer):
         self._terms_since_log = 0
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """The optimizer of the Trainer, which trains pairs unless `pair_difference` is `None`."""
+        """Create the optimizer of the Trainer, which trains pairs unless `pair_difference` is `None`."""
         optimizer = super().create_optimizer(*args, **kwargs)
         model: Any = self.model
         if self.pair_difference is not None:
@@ -85,7 +87,7 @@ class HRATrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """The loss of the Trainer, plus the term in a training step."""
+        """Compute the loss of the Trainer, and add the term in a training step."""
         computed = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # Evaluations run without gradients, even in training mode.
         if not (self.orthogonality_weight and model.training and torch.is_grad_enabled()):
@@ -94,7 +96,7 @@ class HRATrainer(Trainer):
         term = orthogonality_loss(model)
         self._sum_since_log = self._sum_since_log + term.detach()
         self._terms_since_log += 1
-        # Only the training loop sets it; any other call is for one batch.
+        # Only the training loop sets it; other calls are for one batch.
         batches = getattr(self, "current_gradient_accumulation_steps", 1)
         share = 1 if self._divides_the_loss(num_items_in_batch) else batches
         loss = loss + (self.orthogonality_weight / share) * term.to(loss.device)
@@ -109,7 +111,7 @@ class HRATrainer(Trainer):
         return not by_model and self.compute_loss_func is None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the mean of the term in training logs."""
+        """Log values, and add the mean of the term to training logs."""
         if "loss" in logs and self._terms_since_log:
             logs["orthogonality"] = float(self._sum_since_log) / self._terms_since_log
             self._sum_since_log, self._terms_since_log = 0.0, 0
@@ -117,7 +119,7 @@ class HRATrainer(Trainer):
 
 
 class PairCallback(TrainerCallback):
-    """Calls `hra_fx.train_pairs` when the Trainer of transformers, TRL and others begins to train.
+    """Calls `hra_fx.train_pairs` when a Trainer (of transformers, TRL or others) begins to train.
 
     Args:
         difference: as in `train_pairs`.
@@ -136,12 +138,12 @@ class PairCallback(TrainerCallback):
     """
 
     def __init__(self, difference: float = 0.1) -> None:
-        """Check the number."""
+        """Check `difference`."""
         check_difference(difference)
         self.difference = difference
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let the optimizer train pairs. Its state is loaded by then."""
+        """Make the optimizer train pairs. At this point, its state is already loaded."""
         train_pairs_if_possible(kwargs["optimizer"], kwargs["model"], self.difference)

@@ -1,12 +1,12 @@
 r"""The factors of the adapters of several layers, computed together.
 
-One layer's factors take a dozen small operators, and their gradient as many; those of all layers take no more.
-TorchDynamo records the batch as one operator, which AOTAutograd decomposes:
+The factors of one layer take about a dozen small operators, and so does their gradient. In a batch, the factors of all
+layers take the same number of operators. TorchDynamo records the batch as one operator, which AOTAutograd decomposes:
 
     hra_fx::batched_factors(tensors[], apply_GS[], anchored[], dtype) -> Tensor[]
 
-`tensors` are those of the first part of each layer's chain, then of the second, and so on. `apply_GS` and `anchored`
-have an entry for each part. The result is `R` and `F` of each layer in turn.
+`tensors` are the tensors of the first part of each layer's chain, then of the second part, and so on. `apply_GS` and
+`anchored` have an entry for each part. The result is `R` and `F` of the first layer, then of the second, and so on.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from hra_fx.kernels.factors import Factors, wy_factors
 
 
 def batched_factors(layers: Sequence[Sequence[ChainPart]], dtype: torch.dtype) -> list[Factors]:
-    """The factors of some layers, whose chains consist of parts of the same signatures.
+    """Compute the factors of several layers, with chains that consist of parts with the same signatures.
 
     Args:
-        layers: the parts of the chain of each layer; in a mixed batch `(m, d, r)`, those of `m` adapters.
-        dtype: dtype of the result; they are computed in float32 at least.
+        layers: the parts of the chain of each layer; in a mixed batch, the parts of `m` adapters, `(m, d, r)`.
+        dtype: dtype of the result; the factors are computed in at least float32.
 
     Returns:
-        `R` and `F: (k, d)` of each layer, or `(m, k, d)`. In the backward pass, a layer whose factors had no effect
-        gets no gradient.
+        `R` and `F: (k, d)` of each layer, or `(m, k, d)`. In the backward pass, a layer with unused factors does not
+        get a gradient.
 
     Example:
         >>> [(rows, down)] = batched_factors([[ChainPart(torch.tensor([[3.0], [0.0]]))]], torch.float32)
@@ -50,7 +50,7 @@ def batched_factors(layers: Sequence[Sequence[ChainPart]], dtype: torch.dtype) -
 
 
 def plain_factors(layers: Sequence[Sequence[ChainPart]]) -> list[Factors]:
-    """As `batched_factors`, in operators that `torch.export` records, and in the dtype that they are computed in."""
+    """Like `batched_factors`, with operators that `torch.export` can record, and without a final cast."""
     tensors = [tensor for place in range(len(layers[0])) for tensor in _column(layers, place)]
     chains = _chains(tensors, [p.apply_GS for p in layers[0]], [p.anchor is not None for p in layers[0]], torch.stack)
     unit = householder.normalize(chains)
@@ -59,7 +59,7 @@ def plain_factors(layers: Sequence[Sequence[ChainPart]]) -> list[Factors]:
 
 
 def _column(layers: Sequence[Sequence[ChainPart]], place: int) -> list[Tensor]:
-    """The vectors of one part of all layers, then the anchors if there are any."""
+    """The vectors of one part of all layers, followed by the anchors if there are any."""
     parts = [layer[place] for layer in layers]
     return [part.vectors for part in parts] + [part.anchor for part in parts if part.anchor is not None]
 
@@ -85,7 +85,7 @@ def _chains(tensors: list[Tensor], apply_GS: list[bool], anchored: list[bool], s
 
 
 def _again(tensors: list[Tensor], apply_GS: list[bool], anchored: list[bool]) -> Callable[[], Tensor] | None:
-    """Computes the chains again, for another backward pass, from vectors that must not have changed."""
+    """Return a function that computes the chains again for another backward pass. The vectors must not have changed."""
     if not torch.is_grad_enabled():
         return None
     versions = compat.tensor_versions(tensors)
@@ -94,7 +94,7 @@ def _again(tensors: list[Tensor], apply_GS: list[bool], anchored: list[bool]) ->
         gone = any(tensor.untyped_storage().size() == 0 for tensor in tensors)
         if gone or versions != compat.tensor_versions(tensors):
             raise RuntimeError(
-                "the vectors of an adapter were modified by an in-place operation, such as a step of an optimizer, or "
+                "the vectors of an adapter were modified by an in-place operation, such as an optimizer step, or "
                 "freed, between two backward passes of one forward. Run the forward again before the second one."
             )
         with torch.no_grad():
@@ -112,10 +112,10 @@ _LIBRARY.impl("batched_factors", _compute, "CompositeImplicitAutograd")
 
 
 def _gradients_where_reached() -> tuple[Any, Any]:
-    """Stack and unbind, with a gradient for those layers alone that the backward pass has reached.
+    """Return stack and unbind functions that only give gradients to layers that the backward pass has reached.
 
-    An optimizer moves parameters whose gradient is zero (by their momentum), and leaves those without one alone.
-    Transforms of functorch and forward-mode derivatives need the operators themselves.
+    This matters because an optimizer changes parameters with a zero gradient (by their momentum), but not parameters
+    without a gradient. functorch transforms and forward-mode derivatives use the plain operators.
     """
     if not torch.is_grad_enabled() or compat.is_functorch_active() or compat.is_forward_ad_active():
         return torch.stack, lambda factors: factors.movedim(-3, 1).flatten(0, 1).unbind()
@@ -124,7 +124,7 @@ def _gradients_where_reached() -> tuple[Any, Any]:
 
 
 class _Stack(torch.autograd.Function):
-    """`torch.stack`, with a gradient for those tensors alone whose layer the backward pass has reached."""
+    """`torch.stack`, with a gradient only for tensors of layers that the backward pass has reached."""
 
     @staticmethod
     def forward(ctx: Any, reached: set[int], *tensors: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class _Stack(torch.autograd.Function):
 
 
 class _Unbind(torch.autograd.Function):
-    """`(n, ..., 2, k, d)` to `R` and `F` of each layer in turn; its backward notes which layers it has reached."""
+    """`(n, ..., 2, k, d)` to `R` and `F` of each layer; the backward records which layers it has reached."""
 
     @staticmethod
     def forward(ctx: Any, reached: set[int], stacked: Tensor) -> tuple[Tensor, ...]:
@@ -148,7 +148,7 @@ class _Unbind(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, Tensor]:
-        ctx.reached.clear()  # of an earlier backward pass
+        ctx.reached.clear()  # from an earlier backward pass
         ctx.reached.update([place // 2 for place, grad in enumerate(grads) if grad is not None])
         filled = [torch.zeros(ctx.shape, **ctx.options) if grad is None else grad for grad in grads]
         return None, torch.stack(filled).view(-1, 2, *ctx.shape).movedim(1, -3)

@@ -1,7 +1,7 @@
 r"""Adapted convolutions, from the factors `R` and `F` of their adapters (`hra_fx.kernels.factors`).
 
-With `W` seen as `(out, d)` and a patch `p`, `(W Q) p = W p + (W R^T) (F p)`: the convolution and a correction of its
-output. The product `W R^T` costs as much as `k` patches. For few patches, `(W Q) p = W (p + R^T (F p))` is cheaper.
+With `W` reshaped to `(out, d)` and a patch `p`, `(W Q) p = W p + (W R^T) (F p)`: the convolution and a correction of
+its output. The product `W R^T` costs as much as `k` patches. For few patches, `(W Q) p = W (p + R^T (F p))` is cheaper.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hra_fx.kernels.factors import Factors
 
-#: The number of patches per vector from which the correction of the output is cheaper, as measured on CPUs.
+#: From this number of patches per vector, correcting the output is cheaper, as measured on CPUs.
 MIN_PATCHES_PER_VECTOR = 8
 
 
@@ -26,7 +26,7 @@ def convolve_patches(
     stride: tuple[int, ...],
     dilation: tuple[int, ...],
 ) -> Tensor:
-    """A Conv2d with the weight `W Q`, as matrix products with its patches.
+    """Compute a Conv2d with the weight `W Q`, as matrix products with its patches.
 
     Args:
         x: `(n, c, height, width)`, padded.
@@ -59,7 +59,7 @@ def convolve_patches(
 def positions(
     size: tuple[int, ...], kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
 ) -> list[int]:
-    """The size of the output of a convolution of a padded input.
+    """The output size of a convolution with a padded input.
 
     Example:
         >>> positions((9, 11), (3, 3), (2, 1), (1, 2))
@@ -70,7 +70,7 @@ def positions(
 
 
 def up_projection(rows: Tensor, weight: Tensor) -> Tensor:
-    """`D = W R^T: (out, k)`, for `R: (k, d)` in the dtype of `W: (out, ...)`.
+    """Compute `D = W R^T: (out, k)`, for `R: (k, d)` in the dtype of `W: (out, ...)`.
 
     Example:
         >>> up_projection(torch.tensor([[1.0, 0.0]]), torch.eye(2))
@@ -81,12 +81,12 @@ def up_projection(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def add_up_projection(output: Tensor, up: Tensor, projected: Tensor, dimensions: int) -> Tensor:
-    """`y + D z` at each position, as a matrix product; a 1x1 convolution takes several times as long.
+    """Compute `y + D z` at each position as a matrix product. A 1x1 convolution would take several times as long.
 
     Args:
         output: `y: (n, out, ...)` or `(out, ...)`, contiguous; modified in place if no gradient is needed.
         up: `D: (out, k)`.
-        projected: `z: (n, k, ...)` or `(k, ...)`, of the same positions.
+        projected: `z: (n, k, ...)` or `(k, ...)`, at the same positions.
         dimensions: number of spatial dimensions.
 
     Example:

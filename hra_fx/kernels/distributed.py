@@ -1,13 +1,13 @@
-r"""Reflected rows of a `DTensor`, for a Linear whose weight is split over the processes of a mesh.
+r"""Reflected rows of a `DTensor`, for a Linear with a weight that is split over the processes of a mesh.
 
-Only the reflection is computed here, on local tensors. The product with the weight, and its collectives, are those of
-the layer without adapters. The vectors are plain tensors, the same in every process, and so are their gradients. With
-`Z = x F^T` and `h = x + Z R`:
+Only the reflection is computed here, on local tensors. The product with the weight and its collectives are the same as
+in the layer without adapters. The vectors and their gradients are plain tensors that are the same in every process.
+With `Z = x F^T` and `h = x + Z R`:
 
-- Column-wise, `x` is replicated, and so is `h`. The gradient of `h` is summed over the processes,
-  in place of that of `x`.
-- Row-wise, each process has some columns of `x`, `R` and `F`. `Z`, `k` numbers per token, is summed over the processes,
-  and its gradient too; the gradients of the columns of `R` and `F` are gathered.
+- Column-wise: `x` and `h` are replicated. The gradient of `h` is summed over the processes, instead of the gradient of
+  `x`.
+- Row-wise: each process has some columns of `x`, `R` and `F`. `Z` (`k` numbers per token) and its gradient are summed
+  over the processes. The gradients of the columns of `R` and `F` are gathered.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def reflect_distributed(x: Any, factors: Factors) -> Any:
     """Apply a chain to the rows of a `DTensor`: `x Q^T`.
 
     Args:
-        x: a `DTensor` `(..., d)` on a mesh of one dimension: replicated, or split on its last or another dimension.
+        x: a `DTensor` `(..., d)` on a one-dimensional mesh: replicated, or split along its last or another dimension.
         factors: `R` and `F: (k, d)`, plain tensors that are the same in every process.
 
     Returns:
-        A `DTensor` `(..., d)` in the dtype of `x`, split as `x` is.
+        A `DTensor` `(..., d)` in the dtype of `x`, split like `x`.
     """
     from torch.distributed.tensor import Partial, Replicate, Shard
 
@@ -47,7 +47,7 @@ def reflect_distributed(x: Any, factors: Factors) -> Any:
 
 
 def as_dtensor(local: Tensor, mesh: Any, placements: Any, shape: Any) -> Any:
-    """The contiguous `DTensor` of this shape of which each process has a part, also if they differ in size."""
+    """Create a contiguous `DTensor` of this shape from the parts of all processes, which may differ in size."""
     from torch.distributed.tensor import DTensor
 
     stride = torch.empty(shape, device="meta").stride()
@@ -55,24 +55,24 @@ def as_dtensor(local: Tensor, mesh: Any, placements: Any, shape: Any) -> Any:
 
 
 def rotate_distributed(weight: Any, factors: Factors) -> Any:
-    """The rotated weight `W Q` of a `DTensor` `(out, d)`, split as it is: `Q^T` applied to its rows, transposed."""
+    """Compute the rotated weight `W Q` of a `DTensor` `(out, d)`, with the same split."""
     return reflect_distributed(weight, Factors(rows=factors.down, down=factors.rows))
 
 
 def _reflect_columns(x: Tensor, factors: Tensor, mesh: Any) -> Tensor:
-    """Some columns of `x Q^T`, from those columns of `x`, and of `R` and `F`, stacked."""
+    """Some columns of `x Q^T`, from the same columns of `x` and of the stacked factors `R` and `F`."""
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     rows, down = factors.unbind()
     partial: Any = DTensor.from_local(x.to(rows.dtype) @ down.mT, mesh, [Partial()], run_check=False)
     summed = partial.redistribute(placements=[Replicate()]).to_local()
-    # Each process uses the sum for its own columns, and has a part of its gradient.
+    # Each process uses the sum for its own columns, and has a part of the gradient of the sum.
     projected: Tensor = _replicated(summed, mesh).to_local(grad_placements=[Partial()])
     return x + (projected @ rows).to(x.dtype)
 
 
 def _replicated(tensor: Tensor, mesh: Any) -> Any:
-    """A tensor that is the same in every process, as a `DTensor`. It gets the sum of the gradients of all."""
+    """Convert a tensor that is the same in every process to a `DTensor`. It gets the sum of all gradients."""
     from torch.distributed.tensor import DTensor, Replicate
 
     return DTensor.from_local(tensor, mesh, [Replicate()], run_check=False)

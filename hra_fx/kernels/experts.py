@@ -1,6 +1,6 @@
-"""Products with the rotated weights of experts, `W_e Q_e`: the inputs are reflected, and the weights are not touched.
+"""Products with the rotated weights of experts, `W_e Q_e`: the inputs are reflected, and the weights are not changed.
 
-`reflect_groups` takes the function that multiplies, so that it computes with whatever kernel its caller chose.
+`reflect_groups` takes the function that multiplies, so that it uses the same kernel as its caller.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor
 from hra_fx.kernels.factors import Factors
 from hra_fx.kernels.linear import reflect_rows
 
-#: Kernels for grouped products need rows of a multiple of 16 bytes.
+#: Kernels for grouped products need rows with a multiple of 16 bytes.
 _ALIGNMENT = 16
 
 
 def reflect_each(x: Tensor, factors: Factors) -> Tensor:
-    """Reflect the rows of each matrix by a chain of its own, `X_i Q_i^T`.
+    """Reflect the rows of each matrix by its own chain, `X_i Q_i^T`.
 
     Args:
-        x: `(n, rows, d)`, or `(..., d)` for one chain.
-        factors: `R` and `F: (n, k, d)`, or `(k, d)`; the products run in their dtype.
+        x: `(n, rows, d)`, or `(..., d)` for a single chain.
+        factors: `R` and `F: (n, k, d)`, or `(k, d)`; the products use their dtype.
 
     Returns:
         A tensor of the shape and dtype of `x`.
@@ -64,21 +64,21 @@ def reflect_groups(x: Tensor, factors: Factors, multiply: Callable[[Tensor, Tens
 
 
 class GatheredProduct(torch.autograd.Function):
-    """`X_i W_i`, or `X_i W_i^T`, with frozen weights that were gathered from those of all experts, one for each `X_i`.
+    """`X_i W_i` or `X_i W_i^T`, with frozen weights that were gathered from all experts, one for each `X_i`.
 
-    The backward pass gathers them again. A plain product would keep them, which is a copy of a weight for each token.
+    The backward pass gathers the weights again. A plain product would keep a copy of a weight for each token.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gathered: Tensor, weight: Tensor, index: Tensor, transposed: bool) -> Tensor:
-        """The product of `X: (n, rows, a)` with `W = weight[index]: (n, a, b)`, or `(n, b, a)` if transposed."""
+        """Multiply `X: (n, rows, a)` by `W = weight[index]: (n, a, b)`, or `(n, b, a)` if transposed."""
         ctx.save_for_backward(weight, index)
         ctx.transposed = transposed
         return torch.bmm(x, gathered.mT if transposed else gathered)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
-        """The gradient of `X`."""
+        """Compute the gradient of `X`."""
         weight, index = ctx.saved_tensors
         gathered = weight[index]
         return torch.bmm(gradients[0], gathered if ctx.transposed else gathered.mT), None, None, None, None

@@ -33,12 +33,12 @@ class Factors(NamedTuple):
 
 
 def wy_factors(vectors: Tensor, again: Callable[[], Tensor] | None = None) -> Tensor:
-    """The factors of chains of one shape.
+    """Compute the factors of chains with the same shape.
 
     Args:
-        vectors: `U: (..., d, k)`, of any lengths, at least float32; a zero column is the identity.
-        again: computes them again, for another backward pass: the first one frees what was saved, and several passes
-            may each reach some of the chains, as those of several outputs of a model do.
+        vectors: `U: (..., d, k)`, at least float32; columns may have any length, and a zero column gives the identity.
+        again: computes the vectors again for another backward pass. The first backward pass frees the saved tensors,
+            and each of several passes may reach only some of the chains, for example for a model with several outputs.
 
     Returns:
         `R` and `F`, stacked: `(..., 2, k, d)` in the dtype of `vectors`.
@@ -57,8 +57,8 @@ def wy_factors(vectors: Tensor, again: Callable[[], Tensor] | None = None) -> Te
 
 
 def _plain_factors(vectors: Tensor) -> Tensor:
-    """The same in differentiable operators, for functorch, forward-mode derivatives and second derivatives."""
-    # The lengths are not constants here, as they are in `householder.normalize`: second derivatives depend on them.
+    """Compute the factors with differentiable operators, for functorch, forward-mode and second derivatives."""
+    # The lengths are not constants, unlike in `householder.normalize`, because second derivatives depend on them.
     scaled = householder.normalize(vectors)
     lengths = torch.linalg.vector_norm(scaled, dim=-2, keepdim=True)
     chain = scaled / torch.where(lengths > 0, lengths, 1.0)
@@ -90,7 +90,7 @@ class _WYFactors(torch.autograd.Function):
             through = factor.mT @ down_inner
             gram_grad = (through @ factor.mT).triu_(1)
             gram_grad = gram_grad + gram_grad.mT
-            # The length of a vector has no effect.
+            # The length of a vector does not change the result.
             along = (rows_inner - through + gram_grad @ gram).diagonal(dim1=1, dim2=2)
             inner = (gram_grad - torch.diag_embed(along)) * scale.unsqueeze(1)
             gradient = torch.baddbmm(joint.mT @ coefficients, rows.mT, inner.to(rows.dtype))
@@ -98,7 +98,7 @@ class _WYFactors(torch.autograd.Function):
 
 
 def _saved_values(ctx: Any) -> tuple[Tensor, ...]:
-    """What the forward saved; computed again if a backward pass has freed it."""
+    """The values that the forward saved; they are computed again if a backward pass has freed them."""
     try:
         values: tuple[Tensor, ...] = ctx.saved_tensors[1:]
     except RuntimeError:
@@ -110,8 +110,8 @@ def _saved_values(ctx: Any) -> tuple[Tensor, ...]:
 
 
 def _values(vectors: Tensor) -> tuple[Tensor, ...]:
-    """The factors of `vectors: (n, d, k)`, and what their gradient needs."""
-    # In float64: squares of float32 can overflow, and TF32, if enabled, is not accurate enough for `T`.
+    """The factors of `vectors: (n, d, k)`, and the values that their gradient needs."""
+    # Use float64, because squares of float32 can overflow, and TF32 (if enabled) is not accurate enough for `T`.
     wide = vectors if vectors.device.type == "mps" else vectors.double()
     gram = wide.mT @ wide
     squares = gram.diagonal(dim1=1, dim2=2)

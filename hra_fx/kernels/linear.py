@@ -1,8 +1,8 @@
-r"""Reflected rows, and a Linear over them, from the factors `R` and `F` of its adapters (`hra_fx.kernels.factors`).
+r"""Reflected rows, and a Linear of these rows, from the factors `R` and `F` of its adapters (`hra_fx.kernels.factors`).
 
-Input side: `y = h W^T + b` with `h = x + Z R`, `Z = x F^T`. Output side, as in LoRA: `y = x W^T + b + Z (R W^T)`. That
-needs a skinny product with `W`, which costs about as much as `k` rows, and no product with `W` in the backward if `x`
-needs no gradient, as in the first layers of a model.
+Input side: `y = h W^T + b` with `h = x + Z R`, `Z = x F^T`. Output side, as in LoRA: `y = x W^T + b + Z (R W^T)`. The
+output side needs a thin product with `W`, which costs about as much as `k` rows. But if `x` does not need a gradient,
+as in the first layers of a model, it does not need a product with `W` in the backward.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from hra_fx.kernels.dispatch import is_compiling
 from hra_fx.kernels.factors import Factors
 
-# The number of rows per vector from which the skinny product with `W` is cheaper than `G W`, as measured on CPUs.
+# From this number of rows per vector, the thin product with `W` is cheaper than `G W`, as measured on CPUs.
 _MIN_ROWS_PER_VECTOR = 4
 
 
@@ -23,7 +23,7 @@ def reflect_rows(x: Tensor, factors: Factors) -> Tensor:
 
     Args:
         x: `(..., d)`, floating.
-        factors: `R` and `F: (k, d)`; the products run in their dtype.
+        factors: `R` and `F: (k, d)`; the products use their dtype.
 
     Returns:
         `(..., d)`, in the dtype of `x`.
@@ -41,7 +41,7 @@ def reflect_rows(x: Tensor, factors: Factors) -> Tensor:
 
 
 def linear(x: Tensor, factors: Factors, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A Linear with the weight `W Q`.
+    """Compute a Linear with the weight `W Q`.
 
     Args:
         x: `(..., d)`.
@@ -69,8 +69,8 @@ def linear(x: Tensor, factors: Factors, weight: Tensor, bias: Tensor | None) -> 
 
 
 def _prefers_output_side(x: Tensor, rows: Tensor, weight: Tensor) -> bool:
-    """Whether the output side is cheaper, where `rows` needs a gradient and `x` does not: for many rows."""
+    """Whether the output side is cheaper: if `rows` needs a gradient, `x` does not, and there are many rows."""
     if weight.dtype is not x.dtype or weight.requires_grad or not torch.is_grad_enabled():
         return False
-    # A compiler would guard on the number of rows, and compile twice.
+    # A compiler would add a guard on the number of rows and compile twice.
     return is_compiling() or x.numel() >= _MIN_ROWS_PER_VECTOR * rows.numel()

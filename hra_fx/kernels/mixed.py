@@ -1,4 +1,4 @@
-"""Reflections of a batch whose rows have different adapters: two batched products per layer, for any number of them."""
+"""Reflections of a batch with different adapters for its rows: two batched products per layer, for any number."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from hra_fx.functional.chain import ChainPart, plain_chain
 
 
 class RowFactors(NamedTuple):
-    """`R` and `F` of several adapters of one layer, `(m, k, d)`, and which row of the batch has which.
+    """`R` and `F` of several adapters of one layer, `(m, k, d)`, and the adapter of each row of the batch.
 
     Attributes:
         rows: `R` of each adapter.
-        down: `F`, likewise.
-        places: the adapter of each row, `(n,)`; `None` if row `i` has adapter `i`.
+        down: `F` of each adapter.
+        places: the index of the adapter of each row, `(n,)`; `None` if row `i` has adapter `i`.
     """
 
     rows: Tensor
@@ -29,15 +29,15 @@ class RowFactors(NamedTuple):
 
 
 def stack_chains(parts: Sequence[ChainPart | None]) -> ChainPart:
-    """The chains of several adapters of one layer, for `batched_factors`.
+    """Stack the chains of several adapters of one layer, for `batched_factors`.
 
-    Adapters of different kinds become plain reflections, and have zeros for missing ones, which are the identity.
+    Adapters of different kinds are converted to plain reflections and padded with zeros, which give the identity.
 
     Args:
-        parts: the chain of each adapter, `None` for one that does nothing; at least one does something.
+        parts: the chain of each adapter, `None` for the identity; at least one is not `None`.
 
     Returns:
-        `(m, d, r)`, for the `m` adapters in turn.
+        `(m, d, r)`, for the `m` adapters in order.
 
     Example:
         >>> stack_chains([None, ChainPart(torch.ones(6, 2)), ChainPart(torch.ones(6, 3))]).vectors.shape
@@ -72,11 +72,11 @@ def reflect_mixed(x: Tensor, factors: RowFactors) -> Tensor:
     """Apply the chain of each row of the batch: `x Q^T`.
 
     Args:
-        x: `(n, ..., d)`, or a multiple of `n` rows, where the copies of a row follow each other.
-        factors: of `n` rows; the products run in their dtype.
+        x: `(n, ..., d)`, or a multiple of `n` rows with adjacent copies of each row.
+        factors: the factors of `n` rows; the products use their dtype.
 
     Returns:
-        The shape and dtype of `x`.
+        A tensor with the shape and dtype of `x`.
 
     Example:
         >>> from hra_fx.kernels.batch import batched_factors

@@ -1,1 +1,1 @@
-"""One adapted layer: the container of its adapters, the adapted classes, trained copies and quantized bases."""
+"""One adapted layer: the container of its adapters, the adapted classes, trained copies and quantized base layers."""

@@ -1,8 +1,8 @@
 """accelerate's hooks on the modules of a model, and how adapters handle them.
 
-`dispatch_model` (a `device_map`), `cpu_offload` and `disk_offload` put a hook on each module with tensors. It moves the
-inputs to the module's device. If it offloads, the tensors are in memory during the module's own forward only, and on
-the meta device otherwise. accelerate is not imported: if it is not loaded, no module has a hook.
+`dispatch_model` (a `device_map`), `cpu_offload` and `disk_offload` add a hook to each module with tensors. The hook
+moves the inputs to the module's device. If it offloads, the tensors are in memory only during the module's own forward,
+and otherwise on the meta device. accelerate is not imported: if it is not loaded, no module has a hook.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: Why a module whose hook offloads the tensors of its children too cannot have adapters inside; without the full stop.
+#: Why a module cannot contain adapters if its hook also offloads the tensors of its children; without the full stop.
 WHOLE = (
     "accelerate offloads it as a whole (preload_module_classes), with the tensors that it had when it was offloaded. "
     "Leave out preload_module_classes, or call accelerate.hooks.remove_hook_from_submodules(model) first"
@@ -32,7 +32,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def has_class_forward(module: nn.Module) -> bool:
-    """Whether the forward of a module, below a hook of accelerate, is the method of its class."""
+    """Whether the forward of a module, without accelerate's hook, is the method of its class."""
     name = "_old_forward" if is_hooked(module) else "forward"
     held = vars(module).get(name)
     bound = getattr(held, "__self__", None) is module and getattr(held, "__func__", None) is type(module).forward
@@ -40,7 +40,7 @@ def has_class_forward(module: nn.Module) -> bool:
 
 
 def calls_class_forward(module: nn.Module) -> bool:
-    """Whether calling a module runs the method of its class, with inputs that a hook of accelerate at most moves."""
+    """Whether calling a module runs the method of its class. A hook of accelerate may only move the inputs."""
     hook = vars(module).get("_hf_hook")
     moves = hook is None or (type(hook).__name__ == "AlignDevicesHook" and not hook.offload)
     return moves and has_class_forward(module)
@@ -61,7 +61,7 @@ def device_of(module: nn.Module, tensor: Tensor) -> torch.device:
 
 @contextmanager
 def loaded(module: nn.Module) -> Iterator[None]:
-    """A block in which the offloaded tensors of a module are in memory, as in its forward. Blocks may be nested."""
+    """Context manager in which the offloaded tensors of a module are in memory, as in its forward. Can be nested."""
     if offloading_hook(module) is None or not any(tensor.is_meta for tensor in module.parameters(recurse=False)):
         yield
         return
@@ -74,7 +74,7 @@ def loaded(module: nn.Module) -> Iterator[None]:
 
 
 def keep_loaded(module: nn.Module) -> None:
-    """Load the offloaded tensors of a module on the device where it computes, and do not offload them again."""
+    """Load the offloaded tensors of a module to its execution device, and do not offload them again."""
     hook = offloading_hook(module)
     if hook is None:
         return
@@ -84,25 +84,25 @@ def keep_loaded(module: nn.Module) -> None:
 
 
 def stored(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """The tensor that a module loads for `name` if it is offloaded to the CPU; else `tensor` itself."""
+    """The tensor that a module loads for `name` if it is offloaded to the CPU; otherwise `tensor`."""
     place = _place(module, name)
     return tensor if place is None or place[1] not in place[0] else place[0][place[1]]
 
 
 def store(module: nn.Module, name: str) -> None:
-    """Inside `loaded`: replace the stored CPU tensor that a module loads for `name` by the current one."""
+    """Inside `loaded`: replace the stored CPU tensor that a module loads for `name` with the current tensor."""
     if (place := _place(module, name)) is not None:
         place[0][place[1]] = module._parameters[name].detach().to("cpu", copy=True)  # type: ignore[union-attr]
 
 
 def is_on_disk(module: nn.Module, name: str) -> bool:
-    """Whether a tensor of a module is offloaded to the disk."""
+    """Whether a tensor of a module is offloaded to disk."""
     place = _place(module, name)
     return place is not None and place[1] not in place[0]
 
 
 def _place(module: nn.Module, name: str) -> tuple[MutableMapping[str, Tensor], str] | None:
-    """The tensors in memory among which an offloaded tensor is, unless it is on the disk, and its key."""
+    """The mapping in memory that contains an offloaded tensor, and its key; `None` if the tensor is on disk."""
     hook = offloading_hook(module)
     if hook is None:
         return None

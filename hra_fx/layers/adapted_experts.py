@@ -1,4 +1,4 @@
-"""The class of a module with adapted 3-D parameters: reading one of them gives the rotated experts."""
+"""The class of a module with adapted 3-D parameters. Reading an adapted parameter gives the rotated experts."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class AdaptedExperts(BaseParameters):
     """A module with adapted 3-D parameters. They stay in `_parameters`, and attribute access gives `W_e Q_e`."""
 
     def __getattr__(self, name: str) -> Any:
-        """The rotated experts for the name of an adapted parameter, else what the module has."""
+        """Return the rotated experts for the name of an adapted parameter, and the module's attribute otherwise."""
         layer = vars(self).get("_modules", {}).get(CHILD + name)
         if not isinstance(layer, AdaptedLayer) or REFLECTION not in layer._modules or name not in self._parameters:
             return super().__getattr__(name)
         try:
             return read_weight(layer, RotatedExperts, RotatedExperts)
-        except AttributeError as error:  # which Python would take for a missing attribute
+        except AttributeError as error:  # Python would treat it as a missing attribute
             raise RuntimeError(f"{type(self).__name__}.{name}: it cannot be rotated ({error})") from error
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Replace a parameter; `nn.Module` calls this for an attribute that is set.
+        """Replace a parameter. `nn.Module` calls this when an attribute is set.
 
         Raises:
             AdapterError: the parameter is read as `W_e Q_e`.
@@ -47,7 +47,7 @@ class AdaptedExperts(BaseParameters):
             super().register_parameter(name, param)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        """Load; with `assign=True`, torch assigns the base weights by their names."""
+        """Load a state. With `assign=True`, torch assigns the base weights by their names."""
         with ExitStack() as block:
             for layer in adapted_parameters(self):
                 block.enter_context(layer.hra_u.inactive())
@@ -55,12 +55,12 @@ class AdaptedExperts(BaseParameters):
 
 
 def adapted_parameters(owner: nn.Module) -> list[Any]:
-    """The layers that stand for the adapted parameters of a module."""
+    """The layers that represent the adapted parameters of a module."""
     return [child for child in owner._modules.values() if isinstance(child, ExpertsWeight)]
 
 
 def attach(layer: ExpertsWeight) -> None:
-    """Make a layer the child of its owner, which then reads its parameter through it.
+    """Make a layer a child of its owner. The owner then reads its parameter through this layer.
 
     Raises:
         UnsupportedLayerError: the class of the owner cannot be subclassed.

@@ -1,7 +1,7 @@
-"""The classes of adapted layers. A layer applies its own adapters, wherever it is called from.
+"""The classes of adapted layers. A layer applies its own adapters in every call.
 
-A graph that has already computed the reflection passes it as the second argument. Any other caller (a method such as
-timm's `forward_features`, `nn.Sequential(*model.children())`, a hook, a second parent) passes only the input and gets
+A graph that has already computed the reflection passes it as the second argument. All other callers (a method such as
+timm's `forward_features`, `nn.Sequential(*model.children())`, a hook, a second parent) pass only the input and get
 the same result. Reading `layer.weight` gives `W Q` (`hra_fx.layers.rotated_weight`); the base weight is
 `layer.hra_base`.
 """
@@ -30,7 +30,7 @@ from hra_fx.layers.variants import ConvAdapters, LinearAdapters, QuantizedAdapte
 
 
 class AdaptedLayer(BaseParameters):
-    """An adapted layer; this base class itself is for layers with their own forward, which reads the rotated weight."""
+    """An adapted layer. Layers with their own forward use this base class; their forward reads the rotated weight."""
 
     hra_u: HouseholderAdapters
 
@@ -44,7 +44,7 @@ class AdaptedLayer(BaseParameters):
 
     @property
     def _distribute_module_applied(self) -> bool:
-        """torch's mark of a module that `distribute_module` has split; it asks for it first, and sets it last."""
+        """torch's mark of a module that `distribute_module` has split, which reads it first and sets it last."""
         applied: bool = vars(self).get("_distribute_module_applied", False)
         if not applied and compat.is_called_by_distribute_module():
             set_aside(self)
@@ -56,7 +56,7 @@ class AdaptedLayer(BaseParameters):
         put_back(self)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Replace a parameter, the base weight as `hra_base`; `nn.Module` calls this for an attribute that is set.
+        """Replace a parameter; the base weight is `hra_base`. `nn.Module` calls this when an attribute is set.
 
         Raises:
             AdapterError: the parameter is the rotated weight itself, or replaces a weight that is read as `W Q`.
@@ -69,7 +69,7 @@ class AdaptedLayer(BaseParameters):
             )
         if name == BASE_WEIGHT:
             owner, own_name = weight_place(self)
-            MOVED.pop(param, None)  # a copy of W Q is meant as it is, if it is assigned by this name
+            MOVED.pop(param, None)  # if a copy of W Q is assigned to this name, use its values as they are
             owner._parameters[own_name] = param
             return
         adapters = self._modules.get(REFLECTION)
@@ -90,7 +90,7 @@ class AdaptedLayer(BaseParameters):
             super().register_parameter(name, param)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
-        """Load; with `assign=True`, torch assigns the base weight by its name."""
+        """Load a state. With `assign=True`, torch assigns the base weight by its name."""
         _, name = weight_place(self)
         weight = state_dict.get(prefix + name)
         if not local_metadata.get("assign_to_params_buffers") or REFLECTION not in self._modules or weight is None:
@@ -101,23 +101,23 @@ class AdaptedLayer(BaseParameters):
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """A property in place of the weight; the parameter itself stays in `_parameters`."""
+        """Add a property that replaces the weight. The parameter itself stays in `_parameters`."""
         name = "in_proj_weight" if issubclass(base, nn.MultiheadAttention) else "weight"
 
         def weight(self: AdaptedLayer) -> Any:
             owner, own = weight_place(self)
             if own not in owner._parameters and own not in vars(owner):
                 raise AttributeError(name)
-            # FSDP1 reads and stores its parameters here; while a forward runs, the weight is a plain attribute.
+            # FSDP1 reads and stores its parameters here. During a forward, the weight is a plain attribute.
             if getattr(owner._parameters.get(own), "_fsdp_flattened", False):
                 return self.hra_base
             try:
                 return read_weight(self)
-            except AttributeError as error:  # which would send Python to nn.Module.__getattr__, and the base weight
+            except AttributeError as error:  # Python would call nn.Module.__getattr__, which returns the base weight
                 raise RuntimeError(f"{type(self).__name__}: its weight cannot be rotated ({error})") from error
 
         def hold(self: AdaptedLayer, value: Any) -> None:
-            """As a plain attribute, in which FSDP1 and DataParallel keep the weight during a forward."""
+            """Store the weight as a plain attribute, as FSDP1 and DataParallel do during a forward."""
             vars(self)[name] = value
 
         def drop(self: AdaptedLayer) -> None:
@@ -131,15 +131,15 @@ def read_weight(
     kind: type[RotatedWeight] = RotatedWeight,
     without_gradient: type[RotatedWeight] = InferenceRotatedWeight,
 ) -> Any:
-    """What a reader of the weight gets; `kind` and `without_gradient` are the classes of the rotated weight."""
+    """The value of `layer.weight`. `kind` and `without_gradient` are the classes of the rotated weight."""
     base, adapters = layer.hra_base, layer.hra_u
     if torch.compiler.is_compiling() or compat.is_fx_tracing():  # a tracer needs the operations themselves
         return adapters(weight=base)
     if not adapters.acts:
         return base
     if is_dtensor(base):
-        # FSDP reads what it has sharded; while a module runs, its parameters are whole, or as tensor parallelism has
-        # split them. DTensors know no other subclass: torch functions have to compute W Q first.
+        # FSDP reads its shards. While a module runs, its parameters are whole, or as tensor parallelism has split them.
+        # DTensors do not support other subclasses, so torch functions must compute W Q first.
         if not is_tensor_parallel(layer, base):
             return base
         return link(layer, RotatedWeight) if torch.is_grad_enabled() else RotatedWeight(layer)
@@ -149,7 +149,7 @@ def read_weight(
 
 
 class AdaptedLinear(AdaptedLayer):
-    """A Linear over its reflected input."""
+    """A Linear that reflects its input."""
 
     hra_u: LinearAdapters
     weight: Tensor
@@ -157,7 +157,7 @@ class AdaptedLinear(AdaptedLayer):
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """The forward of `base` at `x Q^T`, where `reflected` is not given."""
+        """Call the forward of `base` with `reflected`, or with `x Q^T` if `reflected` is `None`."""
 
         @functools.wraps(base.forward)
         def forward(self: AdaptedLinear, input: Tensor, reflected: Tensor | None = None) -> Any:
@@ -176,11 +176,11 @@ class AdaptedLinear(AdaptedLayer):
 
 
 class AdaptedQuantizedLinear(AdaptedLinear):
-    """A quantized Linear over its reflected input: a gradient reaches that whatever the library does with it."""
+    """A quantized Linear that reflects its input. The input always gets a gradient, whatever the library does."""
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """As `AdaptedLinear`, straight through the layer where its library passes no gradient."""
+        """Like `AdaptedLinear`, with a straight-through gradient if the library does not pass one."""
 
         is_torchao = base.forward is nn.Linear.forward
 
@@ -193,12 +193,12 @@ class AdaptedQuantizedLinear(AdaptedLinear):
                 reflected = call(self.hra_u, input)
             return call_quantized(self, reflected, functools.partial(run, self))
 
-        # The forward of bitsandbytes reads its packed weight itself; nobody else can compute with that.
+        # The forward of bitsandbytes reads its packed weight itself; other code cannot use that weight.
         return {**super().wrap(base), "forward": forward} if is_torchao else {"forward": forward}
 
 
 class AdaptedConv(AdaptedLayer):
-    """A convolution whose output is corrected by what its reflections read of the input."""
+    """A convolution that corrects its output for the reflections."""
 
     hra_u: ConvAdapters
     weight: Tensor
@@ -206,7 +206,7 @@ class AdaptedConv(AdaptedLayer):
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """The forward of `base` less `project(read)`, where `read` is not given: that of the input."""
+        """Subtract `project(read)` from the forward of `base`. If `read` is `None`, it is computed from the input."""
 
         @functools.wraps(base.forward)
         def forward(self: Any, input: Tensor, read: tuple[Tensor, Tensor] | None = None) -> Any:
@@ -224,7 +224,7 @@ class AdaptedConv(AdaptedLayer):
 
 
 def layer_class_for(layer: nn.Module) -> type[AdaptedLayer]:
-    """The class to mix into a layer that has its container of adapters already."""
+    """The class to mix into a layer that already has its container of adapters."""
     adapters = layer._modules[REFLECTION]
     if isinstance(adapters, QuantizedAdapters):
         return AdaptedQuantizedLinear

@@ -1,4 +1,4 @@
-"""Names of adapters, and of the buffers that belong to one."""
+"""Names of adapters, and of the buffers that belong to an adapter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hra_fx.errors import AdapterError
 #: The suffix of the name of an adapter's anchor.
 ANCHOR = "_anchor"
 SCALED = "_scaled"
-#: Attributes of the containers of vectors and of trained copies, and the names that stand for the base model.
+#: Attributes of the containers of vectors and of trained copies, and the names that mean the base model.
 _RESERVED = (
     *("kind", "fan_in_fan_out", "weight_name", "reflects_input", "width", "specs", "active", "scales", "unmerged"),
     *("trainable_at_full_scale", "acts", "inactive", "base_layer", "original_module", "would_change"),
@@ -18,10 +18,10 @@ _RESERVED = (
 
 
 def check_adapter_name(name: object) -> None:
-    """Refuse a name that cannot be the name of both a parameter and a folder.
+    """Check that a name can be the name of both a parameter and a folder.
 
     Raises:
-        AdapterError: it cannot.
+        AdapterError: the name cannot be used.
 
     Example:
         >>> check_adapter_name("style-2")

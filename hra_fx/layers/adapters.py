@@ -1,7 +1,7 @@
 """The adapters of one layer: `<layer>.hra_u`, a `ParameterDict` that can be called.
 
-Keys and shapes are PEFT's (`hra_u.<adapter>`, `(d, r)`), so a `state_dict` reads the same. An adapter with an anchor
-(`householder.anchor`) keeps that frozen prefix in the buffer `hra_u.<adapter>_anchor`.
+Keys and shapes are PEFT's (`hra_u.<adapter>`, `(d, r)`), so both libraries have the same `state_dict`. An adapter with
+an anchor (`householder.anchor`) stores these frozen vectors in the buffer `hra_u.<adapter>_anchor`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class AdapterSpec:
     Attributes:
         r: number of trained vectors.
         apply_GS: whether Gram-Schmidt makes them orthonormal first.
-        init_weights: start at the identity (with an anchor if that takes one), or at random as PEFT's `False`.
+        init_weights: start at the identity (with an anchor if needed), or with random vectors like PEFT's `False`.
     """
 
     r: int
@@ -43,22 +43,22 @@ class AdapterSpec:
 
 
 class HouseholderAdapters(nn.ParameterDict):
-    """The adapters of one layer: adapter name -> `U: (d, r)`; calling it reflects the layer's input or its weight.
+    """The adapters of one layer: adapter name -> `U: (d, r)`. Calling it reflects the layer's input or its weight.
 
     Attributes:
         layer_path: name of the layer in its model, for messages.
         kind: the kind of layer.
         fan_in_fan_out: whether the weight is `(in, out)`.
         weight_name: the name of the weight in the layer.
-        reflects_input: whether a call of the layer is adapted by a reflection of its input; if not, only its weight is.
+        reflects_input: whether a call of the layer reflects its input; otherwise only the weight is rotated.
         width: `d`.
         specs: adapter name -> `AdapterSpec`.
         active: names of the adapters in use, in the order of the product `W Q_a Q_b ...`.
-        scales: adapter name -> its scale, if that is not 1.
-        trainable_at_full_scale: adapter name -> whether it is trained once its scale is 1 again.
+        scales: adapter name -> its scale, if the scale is not 1.
+        trainable_at_full_scale: adapter name -> whether it becomes trainable when its scale is 1 again.
         prepared: the factors of the layer, while TorchDynamo traces its model (`hra_fx.layers.batching.Prepared`).
-        last_compute_dtype: the dtype in which the layer last needed factors that were not prepared in it.
-        unmerged: the weight before a merge; `None` while nothing is merged.
+        last_compute_dtype: the last dtype for which the layer had to compute factors itself.
+        unmerged: the weight before a merge; `None` if no adapter is merged.
     """
 
     reflects_input: ClassVar[bool] = False
@@ -67,7 +67,7 @@ class HouseholderAdapters(nn.ParameterDict):
     unmerged: Tensor | None
 
     def __init__(self, width: int, kind: LayerKind = "linear", *, fan_in_fan_out: bool = False) -> None:
-        """An empty container for vectors of length `width`."""
+        """Create an empty container for vectors of length `width`."""
         super().__init__()
         self.kind = kind
         self.fan_in_fan_out = fan_in_fan_out
@@ -82,15 +82,15 @@ class HouseholderAdapters(nn.ParameterDict):
         self.register_buffer("unmerged", None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call it as a module: `nn.ParameterDict` refuses to be called."""
+        """Call the container like any module, because `nn.ParameterDict` cannot be called."""
         return nn.Module.__call__(self, *args, **kwargs)
 
     def forward(self, x: Tensor | None = None, start: Any = None, *, weight: Tensor | None = None) -> Any:
-        """What the layer computes of its input `x`; or `W Q`, for the weight `W` of the layer.
+        """Compute the reflection for the input `x` of the layer, or `W Q` for its weight `W`.
 
         Args:
             x: the input of the layer.
-            start: in a graph, what was computed for all layers at its start (`StartOfForward`).
+            start: in a graph, the factors computed for all layers at its start (`StartOfForward`).
             weight: the base weight.
         """
         if weight is not None:
@@ -99,24 +99,24 @@ class HouseholderAdapters(nn.ParameterDict):
             return self.reflect(x)
 
     def rotate(self, weight: Tensor) -> Tensor:
-        """`W Q`, for the weight `W` of the layer."""
+        """Compute `W Q` for the weight `W` of the layer."""
         vectors = self.vectors_for(weight)
         return weight if vectors is None else rotated_weight(weight, vectors, self.fan_in_fan_out)
 
     def reflect(self, x: Any) -> Any:
-        """What the layer computes of its input; only for layers that are called (`reflects_input`)."""
+        """Compute the reflection for the input; only for layers that reflect their input (`reflects_input`)."""
         raise NotImplementedError
 
     def add(
         self, name: str, spec: AdapterSpec, dtype: torch.dtype, device: torch.device, *, on_meta: bool = False
     ) -> None:
-        """Add an adapter with fresh vectors; it is not active yet.
+        """Add an adapter with new vectors. The adapter is not active.
 
-        The vectors come in `dtype`, float32 at least (as PEFT's `autocast_adapter_dtype=True`); `on_meta`, or the meta
-        device, makes them without data, and nothing is drawn.
+        The vectors have dtype `dtype`, but at least float32 (as with PEFT's `autocast_adapter_dtype=True`). With
+        `on_meta`, or on the meta device, they are created without data and without random numbers.
 
         Raises:
-            AdapterError: the name cannot be a parameter's name here.
+            AdapterError: the name cannot be the name of a parameter.
         """
         dtype, on_meta = householder.working_dtype(dtype), on_meta or device.type == "meta"
         vectors, anchor = self.initial_on_meta(spec, dtype) if on_meta else self.initial(spec, dtype)
@@ -124,13 +124,13 @@ class HouseholderAdapters(nn.ParameterDict):
         self.put(name, spec, vectors.to(device), None if anchor is None else anchor.to(device))
 
     def initial(self, spec: AdapterSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Fresh vectors `U: (d, r)` and their anchor (`householder.init_vectors`), on the CPU."""
+        """Create new vectors `U: (d, r)` and their anchor (`householder.init_vectors`), on the CPU."""
         return householder.init_vectors(
             self.width, spec.r, apply_GS=spec.apply_GS, init_weights=spec.init_weights, dtype=dtype
         )
 
     def initial_on_meta(self, spec: AdapterSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """As `initial`, on the meta device."""
+        """Like `initial`, on the meta device."""
         anchored = householder.anchor_rank(spec.r, apply_GS=spec.apply_GS) if spec.init_weights else 0
         made = [torch.empty(self.vectors_shape(r), dtype=dtype, device="meta") for r in (spec.r, anchored)]
         return made[0], made[1] if anchored else None
@@ -140,10 +140,10 @@ class HouseholderAdapters(nn.ParameterDict):
         return self.width, r
 
     def put(self, name: str, spec: AdapterSpec, vectors: Tensor, anchor: Tensor | None) -> None:
-        """Add an adapter with given vectors `U: (d, r)` and anchor `A: (d, k)`; it is not active yet.
+        """Add an adapter with given vectors `U: (d, r)` and anchor `A: (d, k)`. The adapter is not active.
 
         Raises:
-            AdapterError: the name cannot be a parameter's name here.
+            AdapterError: the name cannot be the name of a parameter.
         """
         check_adapter_name(name)
         if hasattr(self, name):
@@ -154,7 +154,7 @@ class HouseholderAdapters(nn.ParameterDict):
         self.specs[name] = spec
 
     def replace(self, name: str, vectors: Tensor, anchor: Tensor | None, device: torch.device) -> None:
-        """Copy vectors of the same shape, and an anchor, into an adapter; meta vectors are replaced, on `device`."""
+        """Copy vectors of the same shape, and an anchor, into an adapter. Meta vectors are created on `device`."""
         own = self[name]
         if own.is_meta:
             self[name] = nn.Parameter(vectors.to(device, own.dtype), requires_grad=own.requires_grad)
@@ -165,7 +165,7 @@ class HouseholderAdapters(nn.ParameterDict):
             self.register_buffer(name + ANCHOR, anchor.to(self[name].device, own.dtype))
 
     def remove(self, name: str) -> None:
-        """Remove an adapter, if it is there."""
+        """Remove an adapter, if it exists."""
         if name not in self.specs:
             return
         del self[name], self.specs[name]
@@ -176,29 +176,29 @@ class HouseholderAdapters(nn.ParameterDict):
         self.active = tuple(other for other in self.active if other != name)
 
     def set_trainable(self, name: str, wanted: bool) -> None:
-        """Train or freeze the vectors of an adapter; if its scale is not 1, once it is 1 again."""
+        """Train or freeze the vectors of an adapter. If its scale is not 1, this applies when it is 1 again."""
         if name in self.scales:
             self.trainable_at_full_scale[name] = wanted
         else:
             self._parameters[name].requires_grad_(wanted)  # type: ignore[union-attr]
 
     def scaled(self, name: str, alpha: float) -> Tensor:
-        """The chain of an adapter at scale `alpha` (`geodesic.fractional_rotation`), float32 at least.
+        """Compute the chain of an adapter at scale `alpha` (`geodesic.fractional_rotation`), in at least float32.
 
         Raises:
-            AdapterError: its `Q` is not a rotation.
+            AdapterError: the `Q` of the adapter is not a rotation.
         """
         dtype = householder.working_dtype(self[name].dtype)
         return self.fraction(self.full_chain(name, dtype).detach(), alpha)
 
     def fraction(self, chain: Tensor, alpha: float) -> Tensor:
-        """A chain at scale `alpha`; errors as `scaled`."""
+        """Compute a chain at scale `alpha`; raises the errors of `scaled`."""
         return geodesic.fractional_rotation(chain, alpha)
 
     def scale(self, name: str, alpha: float, chain: Tensor | None = None) -> None:
-        """Set the scale of an adapter, whose chain `scaled` makes; 1 restores it.
+        """Set the scale of an adapter. `scaled` computes its chain; a scale of 1 restores the adapter.
 
-        At another scale the forward does not read the vectors, so they get no gradient.
+        At other scales, the forward does not read the vectors, so they do not get a gradient.
         """
         vectors: nn.Parameter = self[name]
         made = self.scaled(name, alpha) if chain is None and alpha != 1 else chain
@@ -206,20 +206,20 @@ class HouseholderAdapters(nn.ParameterDict):
         self.scales.pop(name, None)
         self._buffers.pop(name + SCALED, None)
         if alpha != 1:
-            # Not in the state_dict, because it follows from the vectors and the scale.
+            # Not in the state_dict, because it can be computed from the vectors and the scale.
             self.register_buffer(name + SCALED, made, persistent=False)
             self.scales[name] = alpha
             self.trainable_at_full_scale[name] = trained
         vectors.requires_grad_(trained and alpha == 1)
 
     def _apply(self, fn: Any, recurse: bool = True) -> HouseholderAdapters:
-        """As any module; vectors that were on the meta device are NaN until something fills them."""
+        """Like `nn.Module._apply`, but vectors that were on the meta device become NaN until they are filled."""
         with nan_for_new_memory(self):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """Load, and update the scaled adapters."""
+        """Load a state, and update the scaled adapters."""
         super()._load_from_state_dict(state_dict, prefix, *rest)
         errors: list[str] = rest[-1]
         for name, alpha in list(self.scales.items()):
@@ -229,11 +229,11 @@ class HouseholderAdapters(nn.ParameterDict):
                 errors.append(f"{prefix}{name}: {error}")
 
     def anchor(self, name: str) -> Tensor | None:
-        """The frozen prefix `A` of an adapter, `(d, 1)` or `(d, r)`, or `None`."""
+        """The anchor `A` of an adapter, `(d, 1)` or `(d, r)`, or `None`."""
         return getattr(self, name + ANCHOR) if name + ANCHOR in self._buffers else None
 
     def chain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The adapter at its scale as plain reflections, `(d, k)`, computed in `dtype`."""
+        """The adapter at its current scale as plain reflections, `(d, k)`, computed in `dtype`."""
         if name not in self.scales:
             return self.full_chain(name, dtype)
         if dtype is None:
@@ -244,20 +244,20 @@ class HouseholderAdapters(nn.ParameterDict):
     def full_chain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The adapter at full scale, `[A | U]`, or `[A | V]` with Gram-Schmidt: `(d, k)`, computed in `dtype`.
 
-        With a `dtype`, shards of the vectors are gathered from all processes.
+        If `dtype` is given, shards of the vectors are gathered from all processes.
         """
         vectors: Tensor = self[name] if dtype is None else full_tensor(self[name]).to(dtype)
         return plain_chain(vectors, self.anchor(name), apply_GS=self.specs[name].apply_GS)
 
     def joint_vectors(self, names: Iterable[str], dtype: torch.dtype | None = None) -> Tensor | None:
-        """Some adapters as one chain of vectors of any length, in their order; `None` if they do nothing."""
+        """Several adapters as one chain of vectors of any length, in order; `None` if they are all the identity."""
         chains = [self.chain(name, dtype) for name in names if not self._is_idle(name)]
         if not chains:
             return None
         return chains[0] if len(chains) == 1 else torch.cat(chains, dim=-1)
 
     def chain_parts(self, names: Iterable[str] | None = None) -> list[ChainPart]:
-        """The active adapters, or these, that do something, in their order, as their chain is computed from them."""
+        """The parts of the chain: the active adapters (or `names`) that are not the identity, in order."""
         parts: list[ChainPart] = []
         buffers: Any = self._buffers
         for name in self.active if names is None else names:
@@ -270,12 +270,12 @@ class HouseholderAdapters(nn.ParameterDict):
         return parts
 
     def _held(self, name: str) -> Tensor:
-        """The vectors of an adapter, not an fx proxy of them; a replica of DataParallel has no parameters."""
+        """The vectors of an adapter, never an fx proxy; a replica of DataParallel does not have parameters."""
         held = self._parameters.get(name)
         return self[name] if held is None else held
 
     def device_of(self, layer: nn.Module) -> torch.device:
-        """The device on which the layer computes: that of its base weight, which may be offloaded between calls."""
+        """The device on which the layer computes: the device of its base weight, which may be offloaded."""
         return device_of(weight_place(layer)[0], self.weight_of(layer))
 
     def weight_of(self, layer: nn.Module) -> nn.Parameter:
@@ -292,28 +292,28 @@ class HouseholderAdapters(nn.ParameterDict):
             if (found := held.get(name)) is not None:
                 return found
         raise AdapterError(
-            f"{type(owner).__name__}: its {name} is not a parameter anymore, because weight_norm, pruning or similar "
+            f"{type(owner).__name__}: its {name} is no longer a parameter, because weight_norm, pruning or similar "
             "was applied after hra_fx.transform. Undo that first (remove_weight_norm, prune.remove)."
         )
 
     def _is_idle(self, name: str) -> bool:
-        """Whether an adapter is at scale 0; read from the buffer, because an fx proxy has no shape."""
+        """Whether an adapter has scale 0. This reads the buffer, because an fx proxy does not have a shape."""
         scaled = self._buffers.get(name + SCALED) if name in self.scales else None
         return scaled is not None and not scaled.shape[-1]
 
     @property
     def acts(self) -> bool:
-        """Whether an adapter is active at a scale other than 0."""
+        """Whether any adapter is active with a scale other than 0."""
         return bool(self._acting_names(mixed_batch_of(self)))
 
     def _acting_names(self, batch: MixedBatch | None) -> list[str]:
-        """The active adapters, or those of a mixed batch, that do something."""
+        """The active adapters, or the adapters of a mixed batch, that are not the identity."""
         names = self.active if batch is None else batch.names
         return [name for name in names if name in self.specs and not self._is_idle(name)]
 
     @contextmanager
     def inactive(self) -> Iterator[None]:
-        """A block in which no adapter is active, so that the layer is the base layer."""
+        """Context manager in which no adapter is active, so that the layer computes the base layer."""
         active, self.active = self.active, ()
         try:
             yield
@@ -321,14 +321,14 @@ class HouseholderAdapters(nn.ParameterDict):
             self.active = active
 
     def rows(self, weight: Tensor) -> Tensor:
-        """The weight, or a tensor of its shape, as the matrix `(out, d)` that is multiplied by `Q`."""
+        """Reshape the weight, or a tensor of its shape, to the matrix `(out, d)` that is multiplied by `Q`."""
         return as_rows(weight, transposed=self.fan_in_fan_out)
 
     def vectors_for(self, x: Tensor) -> Tensor | None:
-        """The vectors of all active adapters for an input `x`, `(d, k)`, of any length; `None` if they do nothing.
+        """The vectors of all active adapters for an input `x`, `(d, k)`, of any length; `None` for the identity.
 
         Raises:
-            AdapterError: they have no data yet, or each row of a mixed batch has its own.
+            AdapterError: the vectors have no data yet, or the rows of a mixed batch have different vectors.
         """
         if (batch := mixed_batch_of(self)) is not None:
             if names := self._acting_names(batch):
@@ -340,16 +340,16 @@ class HouseholderAdapters(nn.ParameterDict):
         return vectors
 
     def check_data(self, names: Iterable[str] | None = None) -> None:
-        """Refuse to compute with vectors on the meta device: operators would mix in memory that nothing has filled.
+        """Check that vectors are not on the meta device, because operators would use uninitialized memory.
 
         Args:
-            names: adapters; `None` for the active ones.
+            names: the adapters; `None` for the active ones.
 
         Raises:
             AdapterError: the vectors have no data yet.
         """
         wanted = self.active if names is None else names
-        # From the parameters, as in _is_idle.
+        # Read the parameters, for the same reason as in _is_idle.
         tensors = {name: (self._held(name), self.anchor(name)) for name in wanted}
         if empty := [name for name, held in tensors.items() if any(t is not None and t.is_meta for t in held)]:
             raise AdapterError(
@@ -366,7 +366,7 @@ class HouseholderAdapters(nn.ParameterDict):
 
 
 def rotated_weight(weight: Tensor, vectors: Tensor, fan_in_fan_out: bool) -> Tensor:
-    """A weight as its readers see it, `W -> W Q`.
+    """Rotate a weight, `W -> W Q`.
 
     Args:
         weight: `(out, ...)`, or `(in, out)`.
@@ -381,7 +381,7 @@ def rotated_weight(weight: Tensor, vectors: Tensor, fan_in_fan_out: bool) -> Ten
         >>> rotated_weight(torch.tensor([[2.0, 5.0]]), torch.tensor([[3.0], [0.0]]), fan_in_fan_out=False)
         tensor([[-2.,  5.]])
     """
-    if isinstance(weight, RotatedWeight):  # which fx has copied into a GraphModule, in place of the parameter
+    if isinstance(weight, RotatedWeight):  # fx copied it into a GraphModule instead of the parameter
         weight = weight.base()
     return rotate_weight(weight, vectors, transposed=fan_in_fan_out)
 
@@ -392,7 +392,7 @@ fx.wrap("rotated_weight")
 
 def get_adapters(layer: nn.Module) -> HouseholderAdapters | None:
     """The adapters of a layer, or `None`."""
-    # The children of a scripted module are not a dict.
+    # The children of a scripted module are not in a dict.
     if REFLECTION not in layer._modules:
         return None
     reflection = layer._modules[REFLECTION]

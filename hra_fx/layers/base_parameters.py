@@ -1,7 +1,7 @@
-"""Modules that keep the base weight `W` where other code reads a rotated weight, and stores or ties what it has read.
+"""Modules that keep the base weight `W`, even if other code reads a rotated weight and stores or ties the result.
 
-accelerate moves a parameter that it reads as an attribute, and writes the result into `_parameters`. It ties modules
-again by assigning the weight of one to the others.
+accelerate reads a parameter as an attribute, moves it, and writes the result into `_parameters`. It ties modules again
+by assigning the weight of one module to the others.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hra_fx.layers.target import weight_place
 
 
 class BaseParameters(SwapMixin):
-    """A module whose parameters are base weights, whatever other code stores of `layer.weight`."""
+    """A module with base weights as parameters, even if other code stores values of `layer.weight`."""
 
     @property
     def _parameters(self) -> dict[str, nn.Parameter | None]:
@@ -41,7 +41,7 @@ class BaseParameters(SwapMixin):
         vars(self)["_parameters"] = parameters
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As any module; a rotated weight that is tied again stands for the parameter."""
+        """Like `nn.Module.register_parameter`, but a rotated weight that is tied again means the parameter itself."""
         super().register_parameter(name, tied_again(param))
 
 
@@ -49,14 +49,14 @@ class TiedModule(BaseParameters):
     """A module that shares its weight with an adapted layer, and reads it as an attribute."""
 
     def __getattr__(self, name: str) -> Any:
-        """As any module, which reads the dictionary itself, past the property."""
+        """Like `nn.Module.__getattr__`, which reads the dictionary directly instead of the property."""
         if name in vars(self).get("_parameters", ()):
             return self._parameters[name]
         return super().__getattr__(name)
 
 
 def _become_base(parameter: nn.Parameter, origin: Moved) -> Any:
-    """The base weight in place of values of `W Q`: in the same object, unless the base weight is quantized."""
+    """Replace values of `W Q` with the base weight, in the same object unless the base weight is quantized."""
     base = moved_base(origin)
     if type(base) is not Tensor:
         return base
@@ -66,12 +66,12 @@ def _become_base(parameter: nn.Parameter, origin: Moved) -> Any:
 
 
 def tied_again(param: Any) -> Any:
-    """The base weight in place of a tied rotated weight; any other value is returned."""
+    """Return the base weight for a rotated weight that is tied, and any other value unchanged."""
     return param.base() if isinstance(param, RotatedWeight) and param._is_param else param
 
 
 def swap_tied_modules(model: nn.Module, layers: Collection[nn.Module], undo: ExitStack) -> None:
-    """Let all modules of a model that share a weight with adapted layers keep the base weight too."""
+    """Make all modules of a model that share a weight with adapted layers keep the base weight too."""
     places = {layer: weight_place(layer) for layer in layers}
     weights = {id(owner._parameters.get(name)): layer for layer, (owner, name) in places.items()}
     for module in model.modules():

@@ -1,8 +1,9 @@
 """The factors of all layers of a model, computed in batches at the start of its forward.
 
-Hooks, dtypes and chains are looked at there; a call of a layer asks only what may differ inside of a forward. A layer
-that is called outside of it, or whose vectors are not there at its start (FSDP2 gathers them layer by layer), computes
-its own factors. In a mixed batch (`hra_fx.layers.mixed`), it has the factors of each adapter of the batch.
+Hooks, dtypes and chains are checked at the start; a call of a layer only checks what may change during a forward. A
+layer computes its own factors if it is called outside of a forward, or if its vectors are not available at the start
+(FSDP2 gathers them layer by layer). In a mixed batch (`hra_fx.layers.mixed`), a layer has the factors of each adapter
+of the batch.
 """
 
 from __future__ import annotations
@@ -33,24 +34,24 @@ from hra_fx.layers.mixed import CURRENT, MixedBatch, mixed_batch_of
 from hra_fx.layers.partitioned import is_partitioned_by_zero3
 from hra_fx.layers.target import REFLECTION
 
-#: A container, its layer, and the parts of its chain; in a mixed batch, the chain of each adapter, or `None`.
+#: A container, its layer, and the parts of its chain. In a mixed batch, the chain (or `None`) of each adapter.
 _Chain: TypeAlias = tuple[HouseholderAdapters, nn.Module, list[Any]]
 #: The factors of a layer, the adapters that were active, and whether gradients were enabled.
 _Prepared: TypeAlias = tuple[Factors | RowFactors, tuple[str, ...], bool]
 #: Dtypes in which layers compute.
 _COMPUTING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-#: The number of chains that are computed together in a mixed batch; more would not fit into the caches of a CPU.
+#: The number of chains that are computed together in a mixed batch. More chains would not fit into a CPU's caches.
 _CHAINS_AT_ONCE = 64
 
 
 class StartOfForward(NamedTuple):
-    """What a forward, or `generate`, has computed at its start.
+    """The factors that a forward, or `generate`, has computed at its start.
 
     Attributes:
         prepared: container -> the factors of its layer.
-        direct: those of the containers that a layer need not call, because they have no hooks.
-        facts: what must be the same for them to be used in a forward that starts later.
-        vectors: the tensors from which they were computed, if they are to be used again.
+        direct: the factors of containers that a layer does not need to call, because they do not have hooks.
+        facts: values that must be the same to use the factors in a later forward.
+        vectors: the tensors that the factors were computed from, if the factors may be used again.
     """
 
     prepared: dict[HouseholderAdapters, _Prepared]
@@ -60,7 +61,7 @@ class StartOfForward(NamedTuple):
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """A block in which `factors_of` returns these factors."""
+        """Context manager in which `factors_of` returns these factors."""
         outer, _CURRENT.start = _CURRENT.start, self
         try:
             yield
@@ -68,7 +69,7 @@ class StartOfForward(NamedTuple):
             _CURRENT.start = outer
 
     def is_current(self, layers: Sequence[nn.Module]) -> bool:
-        """Whether the same would be computed now. Writes to `.data` of a tensor have no version, and are not seen."""
+        """Whether the factors are still valid. Writes to `.data` of a tensor are not detected."""
         if not self.facts:
             return False
         facts, vectors = _facts(_chains(layers))
@@ -76,7 +77,7 @@ class StartOfForward(NamedTuple):
 
 
 class _Current(threading.local):
-    """What the forward that this thread runs has computed at its start; for an export, the factors of each layer."""
+    """The factors computed at the start of this thread's forward; during an export, the factors of each layer."""
 
     def __init__(self) -> None:
         self.start: StartOfForward | None = None
@@ -88,11 +89,11 @@ _CURRENT = _Current()
 
 @contextmanager
 def factors_in_batches(layers: Sequence[nn.Module], *, reuse: bool = False) -> Iterator[None]:
-    """A block in which `factors_of` returns factors that were computed at its start.
+    """Context manager that computes factors at its start, which `factors_of` then returns.
 
     Args:
         layers: the adapted layers of a model.
-        reuse: whether blocks inside this one use them too, until the vectors or the adapters change.
+        reuse: whether nested blocks use the same factors, until the vectors or the adapters change.
     """
     outer = _CURRENT.start
     try:
@@ -105,10 +106,10 @@ def factors_in_batches(layers: Sequence[nn.Module], *, reuse: bool = False) -> I
 
 @contextmanager
 def factors_in_traced_batches(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """As `factors_in_batches`, while TorchDynamo traces.
+    """Like `factors_in_batches`, while TorchDynamo traces.
 
-    The factors are attributes of the containers: after a graph break, layers with the same code share a compiled graph,
-    in which only an attribute of the layer itself is that of the right layer.
+    The factors are attributes of the containers. After a graph break, layers with the same code share a compiled graph,
+    and in this graph only an attribute of the layer itself belongs to the right layer.
     """
     prepared = _prepare(_chains(layers))
     try:
@@ -122,9 +123,10 @@ def factors_in_traced_batches(layers: Sequence[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def factors_in_exported_batches(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """As `factors_in_batches`, while `torch.export` records, in plain operators.
+    """Like `factors_in_batches`, in plain operators while `torch.export` records.
 
-    `exported_factors` returns the factors. One layer alone takes some hundred nodes with its backward pass.
+    `exported_factors` returns the factors. Without batches, each layer would take about a hundred nodes, including its
+    backward pass.
     """
     groups: dict[tuple[object, ...], list[tuple[HouseholderAdapters, list[ChainPart]]]] = defaultdict(list)
     for adapters, _, parts in _chains(layers) if CURRENT.batch is None else ():
@@ -141,13 +143,13 @@ def factors_in_exported_batches(layers: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def exported_factors(adapters: HouseholderAdapters) -> Factors | None:
-    """`R` and `F` of a layer, from `factors_in_exported_batches`; `None` outside of it."""
+    """The factors `R` and `F` of a layer, from `factors_in_exported_batches`; `None` outside of it."""
     return _CURRENT.exported.get(adapters) if compat.is_exporting() else None
 
 
 @contextmanager
 def batch_of_rows(batch: MixedBatch) -> Iterator[None]:
-    """A block in which the rows of the batch have their own adapters."""
+    """Context manager in which each row of the batch has its own adapter."""
     outer = CURRENT.batch, _CURRENT.start
     try:
         CURRENT.batch, _CURRENT.start = batch, None
@@ -157,9 +159,10 @@ def batch_of_rows(batch: MixedBatch) -> Iterator[None]:
 
 
 def factors_for(adapters: HouseholderAdapters, x: Tensor) -> Factors | RowFactors | None:
-    """`R` and `F` of a layer for its input, in the dtype of their products.
+    """The factors `R` and `F` of a layer for its input, in the dtype of their products.
 
-    `None` if the layer must call its container: no adapter acts, it has hooks, or a tracer records the plain formulas.
+    `None` if the layer must call its container: no adapter is active, the container has hooks, or a tracer records the
+    plain formulas.
     """
     start = None if is_dynamo_compiling() else _CURRENT.start
     if start is not None and (prepared := start.direct.get(adapters)) is not None and type(x) in PLAIN:
@@ -179,16 +182,16 @@ def factors_for(adapters: HouseholderAdapters, x: Tensor) -> Factors | RowFactor
 
 
 def uses_factors(adapters: HouseholderAdapters, x: Tensor) -> bool:
-    """Whether a layer computes with its factors; tracers and subclasses of tensors get the plain formula."""
+    """Whether a layer computes with its factors. Tracers and tensor subclasses use the plain formula."""
     if not (is_plain_eager() or is_compiling()) or not is_plain(x):
         return False
     return has_batch(adapters) or all(is_plain(*part.tensors()) for part in adapters.chain_parts())
 
 
 def factors_of(adapters: HouseholderAdapters, dtype: torch.dtype) -> Factors | RowFactors | None:
-    """`R` and `F` of the active adapters of a layer, in `dtype`; `None` if they do nothing.
+    """The factors `R` and `F` of the active adapters of a layer, in `dtype`; `None` for the identity.
 
-    In a mixed batch, they are those of each of its adapters.
+    In a mixed batch, these are the factors of each adapter of the batch.
 
     Raises:
         AdapterError: the vectors have no data yet.
@@ -212,18 +215,18 @@ def factors_of(adapters: HouseholderAdapters, dtype: torch.dtype) -> Factors | R
         return _of_rows(batched_factors([[stack_chains(parts)]], dtype)[0], batch)
     if is_compiling():
         return batched_factors([parts], dtype)[0]
-    # A checkpointed block that runs again in the backward must save the tensors of its first run, which had a batch.
+    # A checkpointed block that is recomputed in the backward must save the same tensors as its first run, with a batch.
     with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
         return batched_factors([parts], dtype)[0]
 
 
 def is_in_forward() -> bool:
-    """Whether this thread runs a forward, or `generate`, that has computed factors at its start."""
+    """Whether this thread is in a forward, or in `generate`, that has computed factors at its start."""
     return _CURRENT.start is not None
 
 
 def has_batch(adapters: HouseholderAdapters) -> bool:
-    """Whether the factors of a layer were computed at the start of the forward that runs."""
+    """Whether the factors of a layer were computed at the start of the current forward."""
     return _prepared(adapters) is not None
 
 
@@ -235,14 +238,14 @@ def _prepared(adapters: HouseholderAdapters) -> _Prepared | None:
 
 
 def _must_be_called(adapters: nn.Module) -> bool:
-    """Whether calling the container does more than to run its forward."""
+    """Whether calling the container does more than running its forward."""
     if type(adapters).forward is not HouseholderAdapters.forward or compat.has_hooks(adapters):
         return True
     return "forward" in vars(adapters) and not calls_class_forward(adapters)
 
 
 def start_of_forward(layers: Sequence[nn.Module], *, reuse: bool = False) -> StartOfForward:
-    """The factors of some layers now."""
+    """Compute the factors of some layers now."""
     chains = _chains(layers)
     prepared = _prepare(chains)
     called = _called(prepared)
@@ -251,7 +254,7 @@ def start_of_forward(layers: Sequence[nn.Module], *, reuse: bool = False) -> Sta
 
 
 def _called(containers: Iterable[HouseholderAdapters]) -> set[nn.Module]:
-    """The containers that may do more than to run their forward when they are called."""
+    """The containers for which a call may do more than running their forward."""
     every: set[nn.Module] = set(containers)
     forward = HouseholderAdapters.forward
     replaced = {adapters for adapters in every if "forward" in vars(adapters) or type(adapters).forward is not forward}
@@ -259,7 +262,7 @@ def _called(containers: Iterable[HouseholderAdapters]) -> set[nn.Module]:
 
 
 def _facts(chains: Sequence[_Chain]) -> tuple[list[object], list[Tensor]]:
-    """What the factors of some layers depend on, and their vectors."""
+    """The values that the factors of some layers depend on, and their vectors."""
     vectors = [part.vectors for _, _, parts in chains for part in parts if part is not None]
     modes = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), CURRENT.batch]
     called = _called([adapters for adapters, _, _ in chains])
@@ -267,7 +270,7 @@ def _facts(chains: Sequence[_Chain]) -> tuple[list[object], list[Tensor]]:
 
 
 def _chains(layers: Iterable[nn.Module]) -> list[_Chain]:
-    """Those of some modules that compute with factors, and whose adapters do something."""
+    """The modules that compute with factors and have adapters that are not the identity."""
     found: list[_Chain] = []
     for layer in layers:
         adapters: Any = layer._modules.get(REFLECTION)
@@ -278,7 +281,7 @@ def _chains(layers: Iterable[nn.Module]) -> list[_Chain]:
 
 
 def _parts(adapters: HouseholderAdapters, batch: MixedBatch | None) -> list[Any]:
-    """The parts of the chain of a layer, or the chains of all adapters of a mixed batch; empty if they do nothing."""
+    """The parts of the chain of a layer, or the chains of all adapters of a mixed batch; empty for the identity."""
     if batch is None:
         return adapters.chain_parts()
     own = {name: part for name in batch.names if name in adapters.specs for part in adapters.chain_parts([name])}
@@ -288,7 +291,7 @@ def _parts(adapters: HouseholderAdapters, batch: MixedBatch | None) -> list[Any]
 def _prepare(chains: Sequence[_Chain]) -> dict[HouseholderAdapters, _Prepared]:
     batch, has_graph, compiling = CURRENT.batch, torch.is_grad_enabled(), is_compiling()
     has_autocast = compiling or compat.is_autocast_active()
-    has_zero = "deepspeed" in sys.modules  # otherwise, it partitions nothing
+    has_zero = "deepspeed" in sys.modules  # otherwise, no parameters are partitioned
     groups: dict[tuple[Any, ...], list[tuple[HouseholderAdapters, list[ChainPart]]]] = defaultdict(list)
     for adapters, layer, parts in chains:
         present = parts if batch is None else [part for part in parts if part is not None]
@@ -316,9 +319,9 @@ def _prepare(chains: Sequence[_Chain]) -> dict[HouseholderAdapters, _Prepared]:
 
 
 def _signature(parts: Sequence[Any], width: int, *, compiling: bool, has_zero: bool) -> tuple[object, ...] | None:
-    """What must be the same for chains of one batch; `None` if the data of a tensor are not here, or do not stay.
+    """The values that must be equal for chains of one batch; `None` if the data of a tensor may be unavailable.
 
-    FSDP, offloading and ZeRO-3 take the data of vectors away between calls of their layer.
+    FSDP, offloading and ZeRO-3 remove the data of vectors between calls of their layer.
     """
     found: tuple[object, ...] = ()
     for vectors, anchor, apply_GS in parts:
@@ -339,12 +342,13 @@ def _of_rows(factors: Factors, batch: MixedBatch) -> RowFactors:
 
 
 def _expected_dtype(adapters: HouseholderAdapters, layer: nn.Module, vectors: Tensor) -> torch.dtype:
-    """The dtype in which a layer will compute, as far as its weight tells.
+    """The dtype in which a layer is expected to compute, from its weight.
 
-    A 4-bit weight of bitsandbytes does not tell: PEFT's `prepare_model_for_kbit_training` makes the inputs float32.
+    For a 4-bit weight of bitsandbytes, this is unknown: PEFT's `prepare_model_for_kbit_training` casts inputs to
+    float32.
     """
     weight = adapters.weight_of(layer)
     packed = getattr(weight, "quant_state", None)  # bitsandbytes
     dtype: torch.dtype = weight.dtype if packed is None else adapters.last_compute_dtype or packed.dtype
-    # Weights in float8 are cast before they are used, and an offloaded weight is on no device.
+    # Weights in float8 are cast before they are used, and an offloaded weight is not on a device.
     return products_dtype(vectors.device, dtype if dtype in _COMPUTING else vectors.dtype)

@@ -1,9 +1,9 @@
-"""Swap the class of a module object for a subclass of the same name, and back.
+"""Replace the class of a module object with a subclass of the same name, and restore it.
 
-The object keeps its identity, attributes, parameters and hooks; `isinstance` stays true; the class prints, pickles and
-registers under the name that it had (transformers keys tables by `str(type(model))` and by `__name__`). A module may
-have several mixins, one over the other: a model of one layer is an adapted layer and an adapted model. A call of the
-class (`type(layer)(6, 4)`, `type(model).from_pretrained(...)`) makes an object of the original class.
+The object keeps its identity, attributes, parameters and hooks, and `isinstance` stays true. The class keeps its name
+for printing, pickling and registries (transformers uses `str(type(model))` and `__name__` as keys). A module may have
+several mixins: a model that consists of one layer is an adapted layer and an adapted model. Calling the class
+(`type(layer)(6, 4)`, `type(model).from_pretrained(...)`) creates an object of the original class.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ class SwappedType(type):
     """The metaclass of swapped classes."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        """A new object, which has no adapters: one of the original class."""
+        """Create a new object without adapters, which has the original class."""
         kind: Any = cls
-        # A class that another tool or a user derived from a swapped one makes objects of its own.
+        # A class that another tool or a user derived from a swapped class creates its own objects.
         if kind._hra_makes_own or "_hra_mixin" not in vars(cls):
             return super().__call__(*args, **kwargs)
         return unwrap_class(cls)(*args, **kwargs)
 
     @property
     def __signature__(cls) -> inspect.Signature:
-        """That of the original class."""
+        """The signature of the original class."""
         return inspect.signature(unwrap_class(cls) if "_hra_mixin" in vars(cls) else getattr(cls, "__init__"))  # noqa: B009
 
 
 class SwapMixin(nn.Module):
-    """Base class of all mixins: it adds methods to the class of a module, or wraps those that the class has.
+    """Base class of all mixins. A mixin adds methods to the class of a module, or wraps existing methods.
 
     Attributes:
-        _hra_priority: the order of several mixins on one module. A higher one wraps a lower one, whichever came first.
-        _hra_makes_own: whether a call of a swapped class makes an object of it, and not of the original class.
+        _hra_priority: the order of several mixins on one module. A higher one wraps a lower one.
+        _hra_makes_own: whether calling a swapped class creates an object of this class, not of the original class.
     """
 
     _hra_priority: int = 0
@@ -51,11 +51,11 @@ class SwapMixin(nn.Module):
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """The methods and properties that override those of `base`, by name."""
+        """Return the methods and properties that override those of `base`, by name."""
         return {}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle, deepcopy and `torch.save`: as the base class does, with the class given by its parts."""
+        """Support pickle, deepcopy and `torch.save` like the base class, with the class stored by its parts."""
         reduced = super().__reduce_ex__(protocol)
         if not is_swapped(self) or not isinstance(reduced, tuple) or reduced[1][:1] != (type(self),):
             return reduced
@@ -64,8 +64,8 @@ class SwapMixin(nn.Module):
 
 
 def swapped_class(mixin: type[C], base: type[nn.Module]) -> type[C]:
-    """The subclass of `mixin` and `base`; one for each pair, as long as an object of it exists."""
-    # A class knows its subclasses by weak references. A registry here would keep models' classes alive.
+    """The subclass of `mixin` and `base`. There is one for each pair while an object of it exists."""
+    # A class has weak references to its subclasses. A registry here would keep the classes of models alive.
     for known in type.__subclasses__(base):
         if vars(known).get("_hra_mixin") == (mixin, base):
             return known  # type: ignore[return-value]
@@ -83,16 +83,16 @@ def _make(mixin: type[C], base: type[nn.Module]) -> type[C]:
     kind = theirs if issubclass(theirs, SwappedType) else types.new_class("SwappedType", (SwappedType, theirs))
     made = types.new_class(base.__name__, (mixin, base), {"metaclass": kind}, lambda body: body.update(names))
     made.__qualname__ = base.__qualname__
-    # Last: a class whose `__init_subclass__` fails is among the subclasses of `base` for a while.
+    # Do this last: if `__init_subclass__` fails, the class stays among the subclasses of `base` for some time.
     made._hra_mixin = (mixin, base)  # type: ignore[attr-defined]
     return made
 
 
 def swap(module: nn.Module, mixin: type[SwapMixin]) -> None:
-    """Add a mixin to the class of a module, below those that are higher.
+    """Add a mixin to the class of a module, below mixins with a higher priority.
 
     Raises:
-        UnsupportedLayerError: its class cannot be subclassed.
+        UnsupportedLayerError: the class of the module cannot be subclassed.
     """
     if mixin in mixins_of(module):
         return
@@ -111,16 +111,16 @@ def swap(module: nn.Module, mixin: type[SwapMixin]) -> None:
 
 
 def unswap(module: nn.Module, mixin: type[SwapMixin]) -> None:
-    """Remove one mixin from the class of a module; keep the others."""
+    """Remove one mixin from the class of a module, and keep the others."""
     mixins = [other for other in mixins_of(module) if other is not mixin]
     set_class(module, _apply_mixins(mixins, original_class(module)))
 
 
 def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Set the class of a module. Its `forward`, where the module holds it as a bound method, becomes that of `kind`.
+    """Set the class of a module. If the module stores a bound `forward`, this becomes the `forward` of `kind`.
 
-    accelerate's hooks call `_old_forward`, which they bind when they are added, and leave `forward` bound when they are
-    removed. Both would bypass the new class.
+    accelerate's hooks call `_old_forward`, which is bound when a hook is added, and they leave a bound `forward` when
+    they are removed. Both would bypass the new class.
     """
     before = type(module).forward
     module.__class__ = kind
@@ -131,7 +131,7 @@ def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
 
 
 def mixins_of(module: nn.Module) -> tuple[type[SwapMixin], ...]:
-    """The mixins of a module, the innermost first."""
+    """The mixins of a module, from the innermost to the outermost."""
     mixins: list[type[SwapMixin]] = []
     kind = type(module)
     while parts := getattr(kind, "_hra_mixin", None):
@@ -141,19 +141,19 @@ def mixins_of(module: nn.Module) -> tuple[type[SwapMixin], ...]:
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module without mixins, and without a class that another tool (FSDP) put over them."""
+    """The class of a module without mixins, and without a class that another tool (FSDP) added on top of them."""
     return unwrap_class(type(module))
 
 
 def unwrap_class(kind: type) -> type[nn.Module]:
-    """The class below all swapped ones; a class that is not swapped is returned."""
+    """The class below all swapped classes; a class that is not swapped is returned unchanged."""
     while parts := getattr(kind, "_hra_mixin", None):
         kind = parts[1]
     return kind
 
 
 def is_swapped(module: nn.Module) -> bool:
-    """Whether a module's class is a swapped one, and not one that another tool derived from it."""
+    """Whether a module's class is a swapped class itself, not a class that another tool derived from it."""
     return "_hra_mixin" in vars(type(module))
 
 

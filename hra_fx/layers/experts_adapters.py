@@ -24,12 +24,12 @@ class ExpertsAdapters(HouseholderAdapters):
     """
 
     def __init__(self, layer: ExpertsWeight) -> None:
-        """An empty container for the experts of a parameter."""
+        """Create an empty container for the experts of a parameter."""
         super().__init__(layer.width, "experts", fan_in_fan_out=layer.fan_in_fan_out)
         self.experts = layer.experts
 
     def initial(self, spec: AdapterSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Fresh vectors of every expert, `(experts, d, r)`, and their anchors."""
+        """Create new vectors for every expert, `(experts, d, r)`, and their anchors."""
         made = [super(ExpertsAdapters, self).initial(spec, dtype) for _ in range(self.experts)]
         anchors = [anchor for _, anchor in made if anchor is not None]
         return torch.stack([vectors for vectors, _ in made]), torch.stack(anchors) if anchors else None
@@ -39,7 +39,7 @@ class ExpertsAdapters(HouseholderAdapters):
         return self.experts, self.width, r
 
     def fraction(self, chain: Tensor, alpha: float) -> Tensor:
-        """A chain of every expert at scale `alpha`, filled with zero columns to the same length."""
+        """Compute the chain of every expert at scale `alpha`, padded with zero columns to the same length."""
         chains = [geodesic.fractional_rotation(one, alpha) for one in chain]
         longest = max(one.shape[1] for one in chains)
         return torch.stack([torch.nn.functional.pad(one, (0, longest - one.shape[1])) for one in chains])
@@ -49,17 +49,17 @@ class ExpertsAdapters(HouseholderAdapters):
         return as_rows(weight, transposed=self.fan_in_fan_out, batched=True)
 
     def vectors_at(self, index: Any) -> Tensor | None:
-        """The vectors of all active adapters, `(experts, d, k)`, or of some experts; `None` if they do nothing.
+        """The vectors of all active adapters, `(experts, d, k)`, or of some experts; `None` for the identity.
 
         Args:
-            index: what selects experts from the first dimension; `None` for all. An integer gives `(d, k)`.
+            index: an index of the first dimension that selects experts; `None` for all. An integer gives `(d, k)`.
 
         Raises:
-            AdapterError: they have no data yet.
+            AdapterError: the vectors have no data yet.
         """
         many = isinstance(index, Tensor) and index.dim() > 0
         early, late = (None, index) if many else (index, None)
-        with loaded(self):  # nothing calls this module, so that a hook that offloads it does not run
+        with loaded(self):  # this module is never called, so a hook that offloads it does not run
             parts = self.chain_parts()
             if not parts:
                 return None
@@ -69,7 +69,7 @@ class ExpertsAdapters(HouseholderAdapters):
         return chain if late is None else chain[late]
 
     def factors_at(self, index: Any, dtype: torch.dtype) -> Factors | None:
-        """`R` and `F: (experts, k, d)` of the active adapters, or of some experts, in `dtype`; see `vectors_at`."""
+        """The factors `R` and `F: (experts, k, d)`, of all or some experts, in `dtype`; see `vectors_at`."""
         many = isinstance(index, Tensor) and index.dim() > 0
         vectors = self.vectors_at(None if many else index)
         if vectors is None:

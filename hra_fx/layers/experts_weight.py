@@ -1,7 +1,7 @@
-"""A 3-D parameter that holds the weights of several experts, as a layer that can be adapted.
+"""A layer that represents a 3-D parameter with the weights of several experts, so that it can be adapted.
 
-A mixture of experts keeps the weights of all its experts in one parameter of a module, such as `experts.gate_up_proj`.
-An adapter needs a separate layer for each of these: an `ExpertsWeight`, which becomes a child of the module,
+A mixture of experts stores the weights of all its experts in one parameter of a module, such as `experts.gate_up_proj`.
+Adapters need a separate layer for each such parameter: an `ExpertsWeight`. It becomes a child of the module,
 `experts.hra_gate_up_proj`, when it gets its first adapter. The parameter itself is not moved.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hra_fx.compat import state_modules
 
-#: Start of the name of the child of a module that stands for one of its parameters.
+#: Prefix of the name of a child that represents a parameter of its module.
 CHILD = "hra_"
 #: Whether experts of these transformers classes, which do not set `is_transposed`, store `(experts, in, out)`.
 _IS_TRANSPOSED = {
@@ -27,7 +27,7 @@ class ExpertsWeight(nn.Module):
 
     Attributes:
         owner: the module that has the parameter. It is not a child of this one.
-        parameter: its name.
+        parameter: the name of the parameter.
         fan_in_fan_out: whether it is stored as `(experts, in, out)` instead of `(experts, out, in)`.
         experts: the number of experts.
         width: `d`, the size of the input.
@@ -48,7 +48,7 @@ class ExpertsWeight(nn.Module):
 
     @property
     def child(self) -> str:
-        """The name that it has as a child of its owner."""
+        """Its name as a child of its owner."""
         return CHILD + self.parameter
 
     @property
@@ -63,12 +63,12 @@ class ExpertsWeight(nn.Module):
 
 
 def stands_for_parameter(path: str) -> bool:
-    """Whether the path of a layer is that of an `ExpertsWeight`."""
+    """Whether a path is the path of an `ExpertsWeight`."""
     return path.rpartition(".")[2].startswith(CHILD)
 
 
 def parameter_of(path: str) -> str:
-    """The name of the parameter that the layer of this path stands for.
+    """The name of the parameter that the layer with this path represents.
 
     >>> parameter_of("mlp.experts.hra_down_proj")
     'mlp.experts.down_proj'
@@ -78,7 +78,7 @@ def parameter_of(path: str) -> str:
 
 
 def is_transposed(owner: nn.Module) -> bool | None:
-    """Whether the 3-D parameters of a module are `(experts, in, out)`; `None` if the module does not say.
+    """Whether the 3-D parameters of a module are `(experts, in, out)`; `None` if this is unknown.
 
     transformers sets the attribute `is_transposed`. PEFT reads it too.
     """
@@ -87,7 +87,7 @@ def is_transposed(owner: nn.Module) -> bool | None:
 
 
 def describe_experts(layer: ExpertsWeight) -> str:
-    """A short description for tables and errors.
+    """Describe experts briefly, for tables and errors.
 
     Example:
         >>> owner = nn.Module()

@@ -1,7 +1,7 @@
-"""What a `GraphModule` carries besides its graph, through copies and pickles.
+"""Values that a `GraphModule` keeps in addition to its graph, in copies and pickles.
 
-A deepcopy of fx has `meta` but no other attributes, and a pickle has the attributes but not `meta`. So a note is in
-both.
+fx's deepcopy keeps `meta` but no other attributes, and a pickle keeps the attributes but not `meta`. So a note is
+stored in both.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _PREFIX = "_hra_"
 
 
 def write_note(graph: fx.GraphModule, key: str, value: Any) -> None:
-    """Keep a value under a key that starts with `_hra_`."""
+    """Store a value under a key that starts with `_hra_`."""
     if not read_notes(graph):
         call_after_deepcopy(graph, _renew)
     graph.meta[key] = vars(graph)[key] = value

@@ -1,4 +1,4 @@
-"""Warn about vectors that are trained in 16 bits, as `model.bfloat16()` and TRL's trainers cast them."""
+"""Warn about vectors that are trained in 16 bits, for example after `model.bfloat16()` or a cast by TRL's trainers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _WARNED: WeakSet[HouseholderAdapters] = WeakSet()
 def warn_of_low_precision(groups: Iterable[Sequence[tuple[HouseholderAdapters, Sequence[ChainPart]]]]) -> None:
     """Warn, once for each model, if 16-bit vectors are trained.
 
-    For `r=8`, entries start at up to 0.35, where bfloat16 values are 1e-3 apart; AdamW changes them by about the
-    learning rate. ZeRO and FSDP may keep float32 values elsewhere, so their vectors are left out.
+    For `r=8`, entries start at values up to 0.35. At this size, bfloat16 values are 1e-3 apart, and AdamW changes
+    entries by about the learning rate. ZeRO and FSDP may keep float32 values elsewhere, so their vectors are ignored.
 
     Args:
-        groups: layers with the parts of their chains, of one dtype in each group.
+        groups: layers with the parts of their chains, with one dtype in each group.
 
     Warns:
-        HRAWarning: they are.
+        HRAWarning: 16-bit vectors are trained.
     """
     found = [
         (adapters, part.vectors)
@@ -39,8 +39,8 @@ def warn_of_low_precision(groups: Iterable[Sequence[tuple[HouseholderAdapters, S
     if containers and _WARNED.isdisjoint(containers):
         _WARNED.update(containers)
         warnings.warn(
-            f"{containers[0].layer_path}: its trained vectors are {found[0][1].dtype}, so rounding undoes most "
-            "optimizer steps at usual learning rates. Train them in float32, also in a 16-bit or quantized model. "
+            f"{containers[0].layer_path}: its trained vectors are {found[0][1].dtype}, so rounding cancels most "
+            "optimizer steps at usual learning rates. Train them in float32, even in a 16-bit or quantized model. "
             "Before training, and after all casts (TRL's trainers cast them), set "
             "parameter.data = parameter.data.float() for each parameter with 'hra_u' in its name.",
             HRAWarning,

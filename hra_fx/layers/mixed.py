@@ -1,4 +1,4 @@
-"""The mixed batch that a thread computes: which row has which adapter (`hra_fx.mixed_batch`)."""
+"""The mixed batch of a thread: which row uses which adapter (`hra_fx.mixed_batch`)."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from hra_fx.errors import AdapterError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-#: The name that stands for the base model, as in PEFT.
+#: The name that means the base model, as in PEFT.
 BASE_ROW = "__base__"
 
 
 @dataclass(frozen=True, eq=False)
 class MixedBatch:
-    """A batch whose rows have different adapters.
+    """A batch in which rows use different adapters.
 
     Attributes:
-        names: the adapters, each once, `BASE_ROW` among them.
+        names: the adapters, each once; may include `BASE_ROW`.
         size: the number of rows.
-        places: the place in `names` of each row; `None` if row `i` has adapter `i`.
+        places: for each row, the position of its adapter in `names`; `None` if row `i` has adapter `i`.
         paths: container -> path of its layer, for all adapted layers of the model.
-        state: that of the model, whose adapters may be disabled.
+        state: state of the model; its adapters may be disabled.
     """
 
     names: tuple[str, ...]
@@ -35,7 +35,7 @@ class MixedBatch:
     state: Any
 
     def refuse_weight(self, adapters: nn.Module, names: list[str]) -> NoReturn:
-        """Refuse a computation with the rotated weight, of which a mixed batch has several.
+        """Raise an error for a computation with the rotated weight, because a mixed batch has several.
 
         Raises:
             AdapterError: always.
@@ -51,7 +51,7 @@ class _Current(threading.local):
 
     Attributes:
         batch: the batch.
-        copies: how often generation repeats each row, one after the other: for beams and returned sequences.
+        copies: how often generation repeats each row, for beams and returned sequences. Copies are adjacent.
     """
 
     def __init__(self) -> None:
@@ -63,11 +63,11 @@ CURRENT = _Current()
 
 
 def mixed_batch_of(adapters: nn.Module) -> MixedBatch | None:
-    """The mixed batch that the layer of a container is computed for; `None` if its active adapters act on all rows.
+    """The mixed batch that the layer of a container computes; `None` if its active adapters act on all rows.
 
     Raises:
-        AdapterError: adapters were merged, deleted or folded, or the model was set to training mode, since the batch
-            began.
+        AdapterError: adapters were merged, deleted or folded, or the model was set to training mode, after the batch
+            was started.
     """
     batch = CURRENT.batch
     if batch is None or batch.state.disabled or not (adapters in batch.paths or _is_new(adapters, batch)):
@@ -79,12 +79,12 @@ def mixed_batch_of(adapters: nn.Module) -> MixedBatch | None:
             f"adapters {list(batch.state.merged)} were merged inside a mixed batch. Call unmerge_adapter first."
         )
     if gone := [name for name in batch.names if name not in batch.state.configs and name != BASE_ROW]:
-        raise AdapterError(f"adapters {gone} were deleted or folded inside a mixed batch. Open a new block.")
+        raise AdapterError(f"adapters {gone} were deleted or folded inside a mixed batch. Start a new block.")
     return batch
 
 
 def _is_new(adapters: nn.Module, batch: MixedBatch) -> bool:
-    """Whether the layer of a container got its first adapter since the batch began."""
+    """Whether the layer of a container got its first adapter after the batch was started."""
     return any(adapters in layer._modules.values() for layer in batch.state.layers)
 
 
@@ -94,10 +94,10 @@ def check_rows(adapters: nn.Module, x: Tensor, *, dims: int) -> None:
     Args:
         adapters: the container of the layer.
         x: the input.
-        dims: the number of dimensions that it has at least.
+        dims: the minimum number of dimensions of the input.
 
     Raises:
-        AdapterError: it is not.
+        AdapterError: the first dimension is not the batch.
     """
     batch, copies = CURRENT.batch, CURRENT.copies
     assert batch is not None
@@ -106,6 +106,6 @@ def check_rows(adapters: nn.Module, x: Tensor, *, dims: int) -> None:
     expanded = f", or {batch.size * copies} in generation" if copies > 1 else ""
     raise AdapterError(
         f"{batch.paths[adapters]}: adapter_names has {batch.size} names, so the first dimension of the layer's input "
-        f"must be {batch.size}{expanded}, got an input of shape {tuple(x.shape)}. Give one name per row of the batch. "
-        "Layers that get other rows than those of the batch, such as experts, do not support mixed batches."
+        f"must be {batch.size}{expanded}, got an input of shape {tuple(x.shape)}. Pass one name per row of the batch. "
+        "Layers with inputs other than the rows of the batch, such as experts, do not support mixed batches."
     )

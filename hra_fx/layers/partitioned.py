@@ -1,4 +1,4 @@
-"""Parameters that DeepSpeed's ZeRO trains; its stage 3 replaces them by empty tensors between calls of their layer."""
+"""Parameters trained by DeepSpeed's ZeRO. Stage 3 replaces them with empty tensors between calls of their layer."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def is_partitioned(module: nn.Module) -> bool:
 
 
 def is_partitioned_by_zero3(tensor: Tensor) -> bool:
-    """Whether DeepSpeed partitions a parameter between the calls of its layer, although it may be whole now.
+    """Whether DeepSpeed partitions a parameter between the calls of its layer, although it may be complete now.
 
-    One process, and a prefetch, make it whole early. The backward pass of its layer partitions it again, and a gradient
-    that comes later does not fit.
+    With one process, or after a prefetch, it is complete early. The backward pass of its layer partitions it again, and
+    a gradient that arrives later does not fit.
 
     Example:
         >>> is_partitioned_by_zero3(nn.Linear(6, 4).weight)

@@ -1,4 +1,4 @@
-"""Recognize the layers of PEFT in a model, and say what to do with them."""
+"""Find PEFT's layers in a model, and suggest what to do with them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from hra_fx.errors import UnsupportedLayerError
 
 
 def is_peft_layer(module: nn.Module) -> bool:
-    """Whether a module is a layer of any method of PEFT, around a base layer.
+    """Whether a module is a layer of any PEFT method, which wraps a base layer.
 
     Example:
         >>> is_peft_layer(nn.Linear(2, 2))
         False
     """
-    tuners = sys.modules.get("peft.tuners.tuners_utils")  # if it is not loaded, nothing can be of its classes
+    tuners = sys.modules.get("peft.tuners.tuners_utils")  # if it is not loaded, no object has its classes
     return tuners is not None and isinstance(module, tuners.BaseTunerLayer)
 
 
@@ -27,7 +27,7 @@ def is_peft_hra_layer(module: nn.Module) -> bool:
 
 
 def find_peft_layer(model: nn.Module) -> tuple[str, str] | None:
-    """The path of the first layer of PEFT in a model, and what to do about it; `None` if there is none."""
+    """The path of the first PEFT layer in a model, and a suggestion what to do; `None` if there is none."""
     for path, module in model.named_modules():
         if is_peft_layer(module):
             keep = "Call hra_fx.from_peft(model) to use it with hra_fx, or" if is_peft_hra_layer(module) else "Call"
@@ -36,10 +36,10 @@ def find_peft_layer(model: nn.Module) -> tuple[str, str] | None:
 
 
 def refuse_peft_layers(model: nn.Module) -> None:
-    """Check that a model has no layers of PEFT.
+    """Check that a model does not have PEFT layers.
 
     Raises:
-        UnsupportedLayerError: naming the first one, and what to do about it.
+        UnsupportedLayerError: the model has PEFT layers; the message names the first one and a fix.
     """
     if found := find_peft_layer(model):
         raise UnsupportedLayerError(f"{found[0]}: it already has a PEFT adapter. {found[1]}")

@@ -1,8 +1,8 @@
-"""The 3-D parameter of adapted experts, as other code reads it: experts are rotated when they are used.
+"""The 3-D parameter of adapted experts, as other code reads it. Experts are rotated when they are used.
 
-`weight[i]` is the rotated weight of one expert, and its product with an input reflects the input instead: no rotated
-weight is computed, or kept for the backward pass. So are the products with all experts, by `torch.bmm` and by the
-grouped products of transformers. Any other operation computes `W_e Q_e` of the experts that it reads.
+`weight[i]` is the rotated weight of one expert. A product with it reflects the input instead: no rotated weight is
+computed or kept for the backward pass. The same applies to products with all experts, by `torch.bmm` and by the grouped
+products of transformers. All other operations compute `W_e Q_e` of the experts that they read.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _INTEGERS = (torch.int32, torch.int64)
 
 
 class RotatedExperts(RotatedWeight):
-    """The rotated weights of experts: `(experts, out, d)` or `(experts, d, out)`, or those of some experts.
+    """The rotated weights of all or some experts: `(experts, out, d)` or `(experts, d, out)`.
 
     Attributes:
-        index: what has selected experts; `None` for all.
+        index: the index that selected experts; `None` for all.
         flipped: whether the last two dimensions are swapped.
     """
 
@@ -40,7 +40,7 @@ class RotatedExperts(RotatedWeight):
     def __new__(
         cls, layer: nn.Module, index: Any = None, selected: Tensor | None = None, *, flipped: bool = False
     ) -> RotatedExperts:
-        """Represent the weight of a layer, or `selected`, the experts in it that `index` selects."""
+        """Represent the weight of a layer, or `selected`: the experts that `index` selects from it."""
         whole: Any = layer.hra_base if selected is None else selected
         made: RotatedExperts = compat.wrapper_tensor(cls, whole.mT if flipped else whole)
         made._layer, made.index, made._selected, made.flipped = layer, index, selected, flipped
@@ -60,12 +60,12 @@ class RotatedExperts(RotatedWeight):
         return rotate_weight(self.base(), vectors, transposed=adapters.fan_in_fan_out is not self.flipped)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        """The rotated weight of the copied layer; of some experts, their values."""
+        """Return the rotated weight of the copied layer; for some experts only, return their values."""
         return type(self)(copy.deepcopy(self._layer, memo)) if self._is_whole() else self.value().detach().clone()
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Select experts, or reflect the input of a product; else as every rotated weight."""
+        """Select experts, or reflect the input of a product. Otherwise act like every rotated weight."""
         kwargs = kwargs or {}
         if is_plain_eager():
             if (part := _part(func, args, kwargs)) is not None:
@@ -79,13 +79,13 @@ class RotatedExperts(RotatedWeight):
         return self.index is None and not self.flipped
 
     def _width_is_last(self) -> bool:
-        """Whether the dimension that is reflected is the last one."""
+        """Whether the reflected dimension is the last one."""
         adapters: Any = self._adapters()
         return adapters is not None and bool(adapters.fan_in_fan_out is self.flipped)
 
 
 def _part(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> RotatedExperts | None:
-    """Some of the experts, or the same with the last two dimensions swapped; `None` for any other function."""
+    """Handle functions that select experts or swap the last two dimensions; `None` for any other function."""
     weight = args[0] if args else None
     if kwargs or type(weight) is not RotatedExperts:
         return None
@@ -100,20 +100,20 @@ def _part(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any])
 
 
 def _selects(index: Any) -> bool:
-    """Whether an index selects experts: an integer, or a tensor of them with at most one dimension."""
+    """Whether an index selects experts: an integer, or a tensor of integers with at most one dimension."""
     if isinstance(index, Tensor):
         return type(index) is Tensor and index.dim() < 2 and index.dtype in _INTEGERS
     return isinstance(index, int) and not isinstance(index, bool)
 
 
 def _factors(weight: Any, x: Any, *, last: bool, dtype: torch.dtype | None = None) -> Any:
-    """The factors of the experts of a weight for an input `x`; `None` if the product must have their values.
+    """The factors of the experts of a weight for an input `x`; `None` if the product needs the rotated values.
 
     Args:
         weight: the weight.
-        x: what is multiplied by it.
+        x: the input of the product.
         last: whether the product sums over the last dimension of the weight.
-        dtype: that of the products with the factors.
+        dtype: the dtype of the products with the factors.
     """
     if type(weight) is not RotatedExperts or not isinstance(x, Tensor) or not is_plain(x):
         return None
@@ -140,7 +140,7 @@ def _matmul(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any
 
 
 def _bmm(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """`torch.bmm(x, weight)` or `torch.bmm(weight, x)`, for as many experts as there are matrices."""
+    """`torch.bmm(x, weight)` or `torch.bmm(weight, x)`, with one expert for each matrix."""
     first, second = args
     if (factors := _factors(second, first, last=False)) is not None:
         x = reflect_each(first, factors)
@@ -156,9 +156,10 @@ def _bmm(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) 
 
 
 def _gathers_again(weight: RotatedExperts, x: Tensor) -> bool:
-    """Whether the backward pass should gather the weights of some experts again, instead of keeping them.
+    """Whether the backward pass should gather the weights of some experts again instead of keeping them.
 
-    It takes time, so only where the base model does not keep them: an input without gradient, in the first layers.
+    This takes time, so it is only done if the base model does not keep them either: if the input does not need a
+    gradient, as in the first layers.
     """
     whole: Any = weight._layer.hra_base
     frozen = not x.requires_grad and not whole.requires_grad and x.dtype is whole.dtype
@@ -166,14 +167,14 @@ def _gathers_again(weight: RotatedExperts, x: Tensor) -> bool:
 
 
 def _gathered_product(x: Tensor, weight: RotatedExperts, transposed: bool) -> Tensor:
-    """`X_i W_i`, or `X_i W_i^T`, of the base weights that were selected."""
+    """`X_i W_i` or `X_i W_i^T` with the selected base weights."""
     whole, chosen = weight._layer.hra_base, weight._selected
     product: Tensor = GatheredProduct.apply(x, chosen, whole, weight.index, transposed)  # type: ignore[no-untyped-call]
     return product
 
 
 def _grouped_mm(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The product of rows that are sorted by expert with the weights of all experts."""
+    """The product of the weights of all experts with rows that are sorted by expert."""
     x, weight, *rest = args
     if not isinstance(x, Tensor) or x.dim() != 2:
         return None

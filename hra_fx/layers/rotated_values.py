@@ -1,4 +1,4 @@
-"""Values of `W Q` that other code has moved, copied or viewed: a plain tensor that knows from which layer it is."""
+"""Values of `W Q` that other code has moved, copied or viewed: a tensor that refers to its layer."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from hra_fx.layers.target import weight_place
 
 T = TypeVar("T")
 
-#: They give the same memory as they get, without its autograd history.
+#: Functions that return the same memory without its autograd history.
 _DETACHING = frozenset([Tensor.data.__get__, Tensor.detach, torch.detach])  # type: ignore[attr-defined]
-#: Scaling `W Q` is scaling `W`. RWKV divides weights in place when it changes between train and eval mode.
+#: Scaling `W Q` is the same as scaling `W`. RWKV divides weights in place when it switches between train and eval mode.
 _SCALING = frozenset(
     [
         *(Tensor.mul_, Tensor.div_, torch.ops.aten.mul_.Tensor, torch.ops.aten.div_.Tensor),
@@ -28,7 +28,7 @@ _SCALING = frozenset(
     ]
 )
 _FLAGS = frozenset([getattr(Tensor, name).__set__ for name in ("requires_grad", "grad")])
-#: What moves or copies a tensor, and changes at most its dtype.
+#: Functions that move or copy a tensor, and change at most its dtype.
 MOVES = _DETACHING.union(
     (Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.pin_memory, Tensor.clone, torch.clone, Tensor.contiguous),
     (Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.type, Tensor.type_as),
@@ -38,12 +38,12 @@ _Moves: TypeAlias = tuple[tuple[Callable[..., Tensor], Sequence[Any], dict[str, 
 
 
 class Moved(NamedTuple):
-    """How a parameter was made of the weight of a layer.
+    """The operations that created a parameter from the weight of a layer.
 
     Attributes:
         layer: a weak reference to the layer.
-        base: its base weight then.
-        moves: what was done with the rotated weight.
+        base: the base weight of the layer at that time.
+        moves: the functions that were applied to the rotated weight.
     """
 
     layer: weakref.ref[nn.Module]
@@ -51,21 +51,22 @@ class Moved(NamedTuple):
     moves: _Moves
 
 
-#: Parameters with values of `W Q`, which become the base weight if they are stored as the weight of their layer.
+#: Parameters with values of `W Q`. They become the base weight if they are stored as the weight of their layer.
 MOVED: Any = WeakIdKeyDictionary()
 
 
 class RotatedValues(Tensor):
-    """Values of `layer.weight`: moved, copied, detached, or a view of them such as a row.
+    """Values of `layer.weight` that were moved, copied or detached, or a view of them such as a row.
 
-    Code that moves a model reads a parameter, moves it, makes it a parameter, and stores that. As the weight of their
-    layer, stored values become the base weight `W`, moved in the same way (`hra_fx.layers.base_parameters`). Anywhere
-    else they are values of `W Q`, and a parameter of them is an ordinary one.
+    Code that moves a model reads a parameter, moves it, creates a new parameter from it, and stores that. If these
+    values are stored as the weight of their layer, they become the base weight `W`, moved in the same way
+    (`hra_fx.layers.base_parameters`). Everywhere else they are values of `W Q`, and a parameter created from them is an
+    ordinary parameter.
 
     Attributes:
-        layer: a weak reference to the layer whose weight was read.
-        moves: what was done with it since, or `None` if these values are only a part of it.
-        is_copy: whether they can be written. Otherwise a write would be lost, because the layer does not see it.
+        layer: a weak reference to the layer that the weight was read from.
+        moves: the functions that were applied since then, or `None` if these values are only a part of the weight.
+        is_copy: whether the values can be written. Otherwise a write would be lost, because the layer does not see it.
     """
 
     layer: weakref.ref[nn.Module]
@@ -74,7 +75,7 @@ class RotatedValues(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Compute with plain tensors; remember moves, and refuse writes that would be lost."""
+        """Compute with plain tensors, record moves, and raise an error for writes that would be lost."""
         kwargs = kwargs or {}
         if any(getattr(kind, "computes_when_used", False) for kind in types):
             return NotImplemented  # a rotated weight computes its values, and calls again
@@ -98,7 +99,7 @@ class RotatedValues(Tensor):
 
     @_is_param.setter
     def _is_param(self, value: bool) -> None:
-        """`nn.Parameter` sets it. The values become an ordinary parameter, whose origin is remembered elsewhere."""
+        """Make the values an ordinary parameter, as `nn.Parameter` requests. `MOVED` records its origin."""
         layer, moves = self.layer(), self.moves
         self.__class__ = nn.Parameter  # type: ignore[assignment]
         if layer is not None and moves:
@@ -112,7 +113,7 @@ class RotatedValues(Tensor):
         return values
 
     def release(self, func: Any) -> None:
-        """Turn this into a plain tensor before something writes into it.
+        """Turn this into a plain tensor before a write.
 
         Raises:
             AdapterError: the write would be lost.
@@ -122,14 +123,14 @@ class RotatedValues(Tensor):
         self.__class__ = Tensor  # type: ignore[assignment]
 
     def is_detached(self) -> bool:
-        """Whether these are the values of the weight itself, as `.data` and `detach` give them."""
+        """Whether these are the values of the weight itself, from `.data` or `detach`."""
         return self.moves is not None and all(func in _DETACHING for func, _, _ in self.moves)
 
     def check_leaf(self) -> None:
-        """Refuse to make the weight of a layer, which may be detached, a leaf of autograd.
+        """Check that these values can become a leaf of autograd. The weight of a layer, even detached, cannot.
 
         Raises:
-            AdapterError: always, except for values that were moved or copied.
+            AdapterError: these are not values that were moved or copied.
         """
         if self.is_detached():
             raise AdapterError(
@@ -138,22 +139,22 @@ class RotatedValues(Tensor):
             )
 
     def set_(self, *args: Any, **kwargs: Any) -> Tensor:
-        """It does not reach `__torch_function__`."""
+        """Handle `set_`, which does not call `__torch_function__`."""
         self.release(Tensor.set_)
         return self.set_(*args, **kwargs)
 
     def __imul__(self, other: Any) -> Tensor:  # type: ignore[misc]
-        """`layer.weight.data *= 2` would scale `W` and then assign the result, which is refused."""
+        """Raise an error: `layer.weight.data *= 2` would scale `W` and then try to assign the result."""
         self.release(Tensor.__imul__)
         return Tensor.__imul__(self, other)
 
     def __itruediv__(self, other: Any) -> Tensor:  # type: ignore[misc]
-        """As `*=`."""
+        """Raise an error, like `*=`."""
         self.release(Tensor.__itruediv__)
         return Tensor.__itruediv__(self, other)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        """A plain copy."""
+        """Return a plain copy."""
         values = self.plain()
         return copy.deepcopy(values, memo) if values.is_leaf else values.clone()
 
@@ -165,22 +166,22 @@ def _make(layer: weakref.ref[nn.Module], values: Tensor, moves: _Moves | None, *
 
 
 def moved_weight(weight: Any, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
-    """What a function of `MOVES` gives for a rotated weight, its first argument."""
+    """The result of a function in `MOVES` for a rotated weight as its first argument."""
     base, rest = weight.base(), tuple(args[1:])
     result: Tensor
     if any(str(value) == "meta" for value in (*rest, *kwargs.values())):
-        values = result = func(base.detach(), *rest, **kwargs)  # no values are needed
+        values = result = func(base.detach(), *rest, **kwargs)  # the values of W Q are not needed
     else:
         values = weight.value()
         result = func(values, *rest, **kwargs)
-    if values is base or type(result) is not Tensor:  # no adapter acts anymore; a DTensor
+    if values is base or type(result) is not Tensor:  # no adapter is active anymore, or a DTensor
         return result
     is_copy = func not in _DETACHING and not _shares_memory(result, values)
     return _make(weakref.ref(weight._layer), result, ((func, rest, kwargs),), is_copy=is_copy)
 
 
 def _moved(before: RotatedValues, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Tensor) -> Tensor:
-    """As `moved_weight`, for values that were moved before."""
+    """Like `moved_weight`, for values that were already moved."""
     moves = (*(before.moves or ()), (func, tuple(args[1:]), kwargs))
     if result is before:
         before.moves = moves
@@ -190,7 +191,7 @@ def _moved(before: RotatedValues, func: Any, args: Sequence[Any], kwargs: dict[s
 
 
 def moved_base(origin: Moved) -> Tensor:
-    """The base weight, moved as a parameter with values of `W Q` was."""
+    """The base weight, moved in the same way as a parameter with values of `W Q`."""
     moved = origin.base.detach()
     for func, rest, kwargs in origin.moves:
         moved = func(moved, *rest, **kwargs)
@@ -198,11 +199,11 @@ def moved_base(origin: Moved) -> Tensor:
 
 
 def views_of(values: Sequence[tuple[weakref.ref[nn.Module], Tensor]], result: Any) -> Any:
-    """A result, with its views of computed values marked as such, so that a write into them is not silently lost.
+    """Mark views of computed values in a result, so that a write into them is not silently lost.
 
     Args:
-        values: layers, with the values of their rotated weights.
-        result: a nested container, some of whose tensors may be views of the values.
+        values: layers with the values of their rotated weights.
+        result: a nested container with tensors that may be views of the values.
     """
 
     def mark(part: Any) -> Any:
@@ -215,10 +216,10 @@ def views_of(values: Sequence[tuple[weakref.ref[nn.Module], Tensor]], result: An
 
 
 def refuse_write(layer: nn.Module, func: Any) -> NoReturn:
-    """Refuse a write into the rotated weight of a layer.
+    """Raise an error for a write into the rotated weight of a layer.
 
     Raises:
-        AdapterError: always, naming the function.
+        AdapterError: always; the message names the function.
     """
     owner, name = weight_place(layer)
     raise AdapterError(
@@ -229,7 +230,7 @@ def refuse_write(layer: nn.Module, func: Any) -> NoReturn:
 
 
 def scales_by_number(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a function multiplies or divides its first argument by one number, in place."""
+    """Whether a function multiplies or divides its first argument by a number, in place."""
     if func not in _SCALING or len(args) != 2 or kwargs:
         return False
     factor = args[1]

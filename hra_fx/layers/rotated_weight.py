@@ -1,4 +1,4 @@
-"""`layer.weight` of an adapted layer: reading it gives `W Q`, which is computed when it is used."""
+"""`layer.weight` of an adapted layer. Reading it gives `W Q`, which is computed when it is used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hra_fx.layers.rotated_values import MOVES, moved_weight, refuse_write, scal
 from hra_fx.layers.sharding import call
 from hra_fx.layers.target import REFLECTION, weight_place
 
-#: Answered from the base weight, because they do not depend on its values.
+#: Functions that use the base weight, because their result does not depend on its values.
 _METADATA = frozenset(
     [
         *(
@@ -29,7 +29,7 @@ _METADATA = frozenset(
         *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.get_device),
     ]
 )
-#: Read and set on the base weight: code that freezes a weight, or clears its gradient, means the parameter.
+#: Attributes of the base weight: code that freezes a weight or clears its gradient means the parameter.
 _FLAGS = frozenset(
     [
         *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "grad")),
@@ -44,12 +44,12 @@ TIED = "_hra_tied"
 
 
 class RotatedWeight(Tensor):
-    """The weight of an adapted layer as other code sees it: a tensor whose values are `W Q`.
+    """The weight of an adapted layer as other code sees it: a tensor with the values `W Q`.
 
-    Its metadata (shape, dtype, device) are those of the base weight. Any other operation first computes `W Q`, with
-    gradients to the adapters that are active at that time: like a parameter, a stored weight follows its layer.
-    Multiplying it by a number in place scales `W`. Other writes, into a view of it too, are refused, because the result
-    would be lost: write to `layer.hra_base`, or fold first. What moves or copies it gives `RotatedValues`.
+    It has the metadata (shape, dtype, device) of the base weight. Any other operation first computes `W Q`, with
+    gradients for the adapters that are active at that time: like a parameter, a stored weight follows its layer.
+    Multiplying it by a number in place scales `W`. Other writes, also into a view, raise an error, because the result
+    would be lost: write to `layer.hra_base`, or fold first. Functions that move or copy it return `RotatedValues`.
     """
 
     computes_when_used = True
@@ -67,12 +67,13 @@ class RotatedWeight(Tensor):
     def _is_param(self) -> bool:  # type: ignore[override]
         """Whether `isinstance(weight, nn.Parameter)` is true, so that it can be assigned to another module.
 
-        It is if other modules share the base weight: accelerate ties them by assigning what it reads of one of them.
+        It is true if other modules share the base weight: accelerate reads the weight of one module and assigns it to
+        the others.
         """
         return TIED in vars(self._layer)
 
     def base(self) -> Tensor:
-        """The base weight `W`; once the adapters are folded or deleted, the weight of the plain layer."""
+        """The base weight `W`, or the weight of the plain layer after adapters are folded or deleted."""
         if self._adapters() is not None:
             return self._layer.hra_base  # type: ignore[return-value]
         owner, name = weight_place(self._layer)
@@ -85,10 +86,10 @@ class RotatedWeight(Tensor):
         return rotated
 
     def refuse(self, func: Any) -> NoReturn:
-        """Refuse a write into the values.
+        """Raise an error for a write into the values.
 
         Raises:
-            AdapterError: always, naming the function.
+            AdapterError: always; the message names the function.
         """
         refuse_write(self._layer, func)
 
@@ -96,42 +97,42 @@ class RotatedWeight(Tensor):
         return self._layer._modules.get(REFLECTION)
 
     def _trained(self) -> list[nn.Parameter]:
-        """What gets a gradient through this weight."""
+        """The parameters that get a gradient through this weight."""
         adapters = self._adapters()
         every = [] if adapters is None else [*adapters.parameters(), self.base()]
         return [tensor for tensor in every if isinstance(tensor, nn.Parameter) and tensor.requires_grad]
 
     def __imul__(self, other: Any) -> NoReturn:  # type: ignore[misc]
-        """`layer.weight *= 2` would scale `W` and then assign the result, which is refused."""
+        """Raise an error: `layer.weight *= 2` would scale `W` and then try to assign the result."""
         self.refuse(Tensor.__imul__)
 
     def __itruediv__(self, other: Any) -> NoReturn:  # type: ignore[misc]
-        """As `*=`."""
+        """Raise an error, like `*=`."""
         self.refuse(Tensor.__itruediv__)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        """The rotated weight of the copied layer."""
+        """Return the rotated weight of the copied layer."""
         return type(self)(copy.deepcopy(self._layer, memo))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        """Its class and shape; values are not computed."""
+        """Show the class and shape, without computing values."""
         return f"RotatedWeight({', '.join(map(str, self.shape))})"
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answer from the base weight, or compute with `W Q`."""
+        """Use the base weight for metadata, and `W Q` for everything else."""
         kwargs = kwargs or {}
         if func in _METADATA:
             return func(args[0].base(), *args[1:], **kwargs)
         if func in _FLAGS:
             return _answer_flag(func, args, kwargs)
-        if func is Tensor.data_ptr:  # by which accelerate knows tied parameters
+        if func is Tensor.data_ptr:  # accelerate uses it to find tied parameters
             return func(args[0].base())
         if func is Tensor.__repr__:
             return args[0].__repr__()
         if _scales(func, args, kwargs):
             return _scale(func, *args)
-        if not torch.compiler.is_compiling():  # TorchDynamo does not trace these questions
+        if not torch.compiler.is_compiling():  # TorchDynamo cannot trace these checks
             for weight in written(func, args, kwargs, RotatedWeight):
                 weight.refuse(func)
         if func in MOVES and is_plain_eager() and isinstance(args[0], RotatedWeight):
@@ -140,7 +141,7 @@ class RotatedWeight(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Below autograd, where code in C++ or with torch functions disabled has read the weight."""
+        """Handle reads below autograd, from C++ code or from code with torch functions disabled."""
         if _scales(func, args, kwargs or {}):
             return _scale(func, *args)
         found = [part for part in compat.pytree.tree_leaves((args, kwargs)) if isinstance(part, RotatedWeight)]
@@ -156,7 +157,7 @@ class RotatedWeight(Tensor):
 
 
 class InferenceRotatedWeight(RotatedWeight):
-    """The same if no gradient is needed, without overriding torch functions.
+    """A `RotatedWeight` that does not override torch functions, for use without gradients.
 
     torch takes the fast path through `nn.TransformerEncoderLayer` and `nn.MultiheadAttention` only with such weights.
     """
@@ -172,8 +173,8 @@ def _answer(name: str, func: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
-# These do not reach the dispatcher as such: without torch functions they would act on the empty tensor that stands for
-# W Q, or move values of which nobody knows that they are W Q.
+# These functions do not reach the dispatcher directly. Without torch functions, they would act on the empty tensor that
+# represents W Q, or move values without a record that they are W Q.
 for _name in (
     *("numpy", "tolist", "data_ptr", "untyped_storage", "requires_grad_", "share_memory_", "apply_", "map_"),
     *("__setitem__", "__reduce_ex__", "__dlpack__"),
@@ -186,10 +187,10 @@ for _name in ("data", "requires_grad", "grad"):
 
 
 def link(layer: nn.Module, kind: type[RotatedWeight] = RotatedWeight) -> RotatedWeight:
-    """The weight of a layer, with a gradient to its adapters for those readers too that compute their own.
+    """The weight of a layer. Its adapters also get a gradient from code that computes its own gradients.
 
-    Torch functions compute with `W Q`, and autograd sees that. The forward of a custom `torch.autograd.Function` runs
-    without gradients: what its backward returns for the weight comes back here.
+    Torch functions compute with `W Q`, which autograd records. But the forward of a custom `torch.autograd.Function`
+    runs without gradients. The gradient that its backward returns for the weight is passed on here.
     """
     weight = kind(layer)
     if trained := weight._trained():
@@ -199,7 +200,7 @@ def link(layer: nn.Module, kind: type[RotatedWeight] = RotatedWeight) -> Rotated
 
 
 class _Link(torch.autograd.Function):
-    """`(layer, class of the result, parameters that are trained) -> W Q`; its backward is that of `W Q`."""
+    """`(layer, class of the result, trained parameters) -> W Q`, with the backward of `W Q`."""
 
     @staticmethod
     def forward(ctx: Any, layer: nn.Module, kind: type[RotatedWeight], *trained: nn.Parameter) -> RotatedWeight:
@@ -231,7 +232,7 @@ def _scale(func: Callable[..., Any], weight: RotatedWeight, factor: Any) -> Rota
 
 
 def _computed(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The result of a function of the values `W Q`."""
+    """The result of a function with the values `W Q`."""
     found: list[tuple[weakref.ref[nn.Module], Tensor]] = []
 
     def value(part: Any) -> Any:
@@ -248,7 +249,7 @@ def _computed(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, A
 
 def _written_by_schema(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[RotatedWeight]:
     """The rotated weights that an operator of the dispatcher writes into."""
-    schema = compat.schema_of(func)  # operators of higher order have none
+    schema = compat.schema_of(func)  # higher-order operators do not have a schema
     arguments = schema.arguments if schema is not None and schema.is_mutable else ()
     into = [
         kwargs.get(argument.name, args[place] if place < len(args) else None)

@@ -1,6 +1,6 @@
 """Parameters that are sharded over several processes: FSDP2 (`fully_shard`), tensor parallelism.
 
-While a module of FSDP2 runs, its parameters are plain tensors, and adapters do not see shards. Outside of its forward
+While an FSDP2 module runs, its parameters are plain tensors, and adapters do not see shards. Outside of its forward,
 they are `DTensor`s, or plain tensors that FSDP2 frees later: call `reshard` before you change or keep a parameter.
 """
 
@@ -28,7 +28,7 @@ def sharded_by(module: nn.Module) -> str | None:
         >>> sharded_by(nn.Linear(6, 4)) is None
         True
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # if it is not loaded, nothing can be of its classes
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # if it is not loaded, no object has its classes
     if fsdp is None:
         return None
     if isinstance(module, fsdp.FSDPModule):
@@ -37,7 +37,7 @@ def sharded_by(module: nn.Module) -> str | None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a tool shards the parameters of any module of a model; quick where no processes work together."""
+    """Whether a tool shards the parameters of any module of a model. Fast if there is only one process."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return False
     return any(sharded_by(module) for module in model.modules())
@@ -50,13 +50,13 @@ def first_sharded(model: nn.Module) -> tuple[str, str] | None:
 
 
 def first_split(model: nn.Module) -> tuple[str, str] | None:
-    """As `first_sharded`, or path of the first module of which DeepSpeed or tensor parallelism leaves a part here."""
+    """Like `first_sharded`, but also finds modules that DeepSpeed or tensor parallelism splits."""
     found = ((path or "the model", tool) for path, module in model.named_modules() if (tool := _split_by(module)))
     return first_sharded(model) or next(found, None)
 
 
 def _split_by(module: nn.Module) -> str | None:
-    """The tool that leaves a part of a module with adapters or copies."""
+    """The tool that splits a module with adapters or copies, or `None`."""
     if REFLECTION not in module._modules and SAVED not in module._modules:
         return None
     if is_partitioned(module):
@@ -65,7 +65,7 @@ def _split_by(module: nn.Module) -> str | None:
 
 
 def is_dtensor(tensor: Tensor | None) -> bool:
-    """Whether a tensor is a `DTensor`, of which this process may hold a part only.
+    """Whether a tensor is a `DTensor`; this process may have only a part of it.
 
     Example:
         >>> is_dtensor(nn.Linear(6, 4).weight)
@@ -76,21 +76,21 @@ def is_dtensor(tensor: Tensor | None) -> bool:
 
 
 def reshard(modules: Iterable[nn.Module]) -> None:
-    """Free the unsharded parameters that modules of FSDP2, among these, still hold after their last forward."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # looked up once, to keep a switch of adapters fast
+    """Free unsharded parameters that FSDP2 modules among `modules` still have after their last forward."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # looked up once, so that switching adapters is fast
     for module in modules if fsdp else ():
         if isinstance(module, fsdp.FSDPModule):  # type: ignore[union-attr]
             module.reshard()
 
 
 def gather_groups(root: nn.Module, modules: Sequence[nn.Module]) -> bool:
-    """Gather the parameters of modules that `fully_shard` has made groups of their own, until the end of the backward.
+    """Gather the parameters of modules in separate `fully_shard` groups, until the end of the backward.
 
-    Call it in the forward of the root, which initializes FSDP2. The gradients of a group of which no module is called
-    are reduced at the end of the backward pass, so that all of them may come from one computation.
+    Call this in the forward of the root, which initializes FSDP2. If no module of a group is called, the gradients of
+    the group are reduced at the end of the backward pass, so all of them can come from one computation.
 
     Returns:
-        Whether all modules are such groups. If not, nothing is gathered.
+        Whether all modules are in such groups. Otherwise, nothing is gathered.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or not all(isinstance(module, fsdp.FSDPModule) for module in (root, *modules)):
@@ -102,9 +102,10 @@ def gather_groups(root: nn.Module, modules: Sequence[nn.Module]) -> bool:
 
 
 def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Call a module; without hooks if it is a group of FSDP2 that `gather_groups` has gathered.
+    """Call a module, without hooks if it is an FSDP2 group that `gather_groups` has gathered.
 
-    The hooks would reduce its gradients as soon as an input has its own, before a computation shared by layers does.
+    The hooks would reduce the gradients of the group as soon as the gradient of an input is complete. The gradients of
+    a computation that layers share are complete only later.
     """
     hooked = has_own_hooks(module) and sharded_by(module) == "fully_shard"
     if hooked and not any(map(is_dtensor, module._parameters.values())):
@@ -113,7 +114,7 @@ def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def device_of_values(device: torch.device) -> torch.device:
-    """The device for values that belong on a device; the CPU for the meta device, where they would be lost.
+    """Return the device, or the CPU for the meta device, where values would be lost.
 
     Example:
         >>> device_of_values(torch.device("meta"))
@@ -123,22 +124,22 @@ def device_of_values(device: torch.device) -> torch.device:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The full tensor of a `DTensor`; every process that holds a shard must call this. Differentiable.
+    """Return the full tensor of a `DTensor`. Every process that has a shard must call this. Differentiable.
 
-    Each process gets the gradient of its own shard, as if all of them computed the same.
+    Each process gets the gradient of its own shard, as if all processes computed the same values.
     """
     gathered: Any = tensor
     return gathered.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: its shard of a `DTensor`, else the tensor itself."""
+    """The local part of a tensor: the local shard of a `DTensor`, otherwise the tensor itself."""
     shards: Any = tensor
     return shards.to_local() if is_dtensor(tensor) else tensor
 
 
 def distribute_like(values: Tensor, like: Tensor) -> Tensor:
-    """Distribute values that every process has, or that are distributed, like the tensor `like`; no communication."""
+    """Distribute values that every process has, or that are distributed, like the tensor `like`. No communication."""
     if not is_dtensor(like) or is_dtensor(values):
         return values
     from torch.distributed.tensor import distribute_tensor
@@ -150,9 +151,9 @@ def distribute_like(values: Tensor, like: Tensor) -> Tensor:
 
 @contextmanager
 def gathered(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """A block in which modules have full tensors in place of their shards; not so their children.
+    """Context manager in which modules, but not their children, have full tensors instead of shards.
 
-    Every process that holds a shard must enter it, with the modules in the same order.
+    Every process that has a shard must enter it, with the modules in the same order.
     """
     found = [(module._parameters, name) for module in modules for name in module._parameters]
     shards = [(own, name, own[name]) for own, name in found if is_dtensor(own[name])]
@@ -166,9 +167,9 @@ def gathered(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def on_first_rank(tensors: Iterable[Tensor], act: Callable[[], T]) -> T:
-    """Call `act` on the first of the processes that hold shards of these tensors, while the others wait.
+    """Call `act` on the first process that has shards of these tensors, while the other processes wait.
 
-    Without shards, every caller acts. The result, or an error, of the first process is that of all.
+    Without shards, every caller calls `act`. All processes get the result, or the error, of the first process.
     """
     mesh = _mesh_of(tensors)
     if mesh is None:
@@ -188,10 +189,10 @@ def on_first_rank(tensors: Iterable[Tensor], act: Callable[[], T]) -> T:
 
 @contextmanager
 def random_numbers_of_first_rank(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """A block in which the CPU generators of all processes that hold shards of these tensors draw the same.
+    """Context manager in which all processes with shards of these tensors draw the same CPU random numbers.
 
-    The generator of the first process moves on, and so do those that were in the same state; others are left as they
-    were. Without shards, nothing is different.
+    The state of the first process's generator advances, as do the generators that were in the same state. Other
+    generators are restored afterwards. Without shards, this does nothing.
     """
     mesh = _mesh_of(tensors)
     if mesh is None:
@@ -208,14 +209,14 @@ def random_numbers_of_first_rank(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 def _mesh_of(tensors: Iterable[Tensor]) -> Any:
-    """The processes that hold shards of these tensors; `None` without shards."""
+    """The mesh of the processes that have shards of these tensors; `None` without shards."""
     meshes: list[Any] = [tensor.device_mesh for tensor in tensors if is_dtensor(tensor)]  # type: ignore[attr-defined]
-    # FSDP2 over tensor parallelism has tensors on a part of the mesh too.
+    # With FSDP2 and tensor parallelism, some tensors are on a part of the mesh.
     return max(meshes, key=lambda mesh: mesh.ndim, default=None)
 
 
 def _from_first_rank(value: Any, mesh: Any) -> Any:
-    """What the first process of a mesh has."""
+    """Broadcast a value from the first process of a mesh."""
     from torch import distributed
 
     adapters = [value]

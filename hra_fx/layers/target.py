@@ -13,15 +13,15 @@ from hra_fx.layers.partitioned import full_shape
 
 LayerKind: TypeAlias = Literal["linear", "conv1d", "conv2d", "conv3d", "attention", "experts"]
 
-#: Name of the child module that holds the adapters of a layer, and so of its `state_dict` keys (PEFT's name).
+#: Name of the child module with the adapters of a layer, which is part of its `state_dict` keys (PEFT's name).
 REFLECTION = "hra_u"
-#: Name of the child module that holds an adapter's trained copies of tensors while they are not in place.
+#: Name of the child module with trained copies of tensors that are not in use.
 SAVED = "hra_saved"
 #: Name of the child of a graph that computes the factors of all its layers.
 FACTORS = "hra_factors"
-#: Name of the attribute of an adapted layer that is its base weight.
+#: Name of the attribute of an adapted layer that contains its base weight.
 BASE_WEIGHT = "hra_base"
-#: Key of `torch.fx.Node.meta` under which the passes keep a `NodeTag`.
+#: Key of `torch.fx.Node.meta` under which the passes store a `NodeTag`.
 META = "hra"
 
 _CONVOLUTIONS: dict[type[nn.Module], LayerKind] = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d"}
@@ -29,13 +29,13 @@ _CONVOLUTIONS: dict[type[nn.Module], LayerKind] = {nn.Conv1d: "conv1d", nn.Conv2
 
 @dataclass(frozen=True)
 class LayerTarget:
-    """What a pass needs to know about an adapted layer.
+    """The facts about an adapted layer that a pass needs.
 
     Attributes:
-        path: the layer's qualified name in the whole model, the first if it has several.
+        path: the layer's qualified name in the whole model; the first one if it has several.
         kind: the kind of layer.
-        reflects_input: whether a call of it is adapted by a reflection of its input. Of any other layer (an attention,
-            or a class with a forward of its own) only the weight is.
+        reflects_input: whether a call of the layer reflects its input. For all other layers (attention, or a class with
+            its own forward), only the weight is rotated.
     """
 
     path: str
@@ -45,13 +45,13 @@ class LayerTarget:
 
 @dataclass(frozen=True)
 class NodeTag:
-    """The mark that passes leave on a node, in `node.meta["hra"]`.
+    """The mark that passes store on a node, in `node.meta["hra"]`.
 
     Attributes:
         path: the layer's qualified name in the whole model.
         kind: the kind of layer.
         role: `"layer"` for the call of the layer; `"reflection"` for the call of its `hra_u` container; `"weight"` for
-            a read of its weight; `"reader"` for the call of a module with adapted layers inside.
+            a read of its weight; `"reader"` for the call of a module that contains adapted layers.
         also: the other adapted layers inside the module.
     """
 
@@ -62,7 +62,7 @@ class NodeTag:
 
 
 def find_kind(layer: nn.Module) -> LayerKind | None:
-    """The kind of a layer that can be adapted, `None` for any other module.
+    """The kind of a layer that can be adapted; `None` for any other module.
 
     Example:
         >>> find_kind(nn.Conv2d(3, 8, 3)), find_kind(nn.ReLU())
@@ -81,7 +81,7 @@ def kind_of(layer: nn.Module) -> LayerKind:
     """The kind of a layer that can be adapted.
 
     Raises:
-        TypeError: it cannot.
+        TypeError: the layer cannot be adapted.
 
     Example:
         >>> kind_of(nn.Linear(3, 8))
@@ -94,19 +94,19 @@ def kind_of(layer: nn.Module) -> LayerKind:
 
 
 def is_conv1d(layer: nn.Module) -> bool:
-    """Whether a layer is transformers' `Conv1D`: a Linear whose weight is `(in, out)`, as GPT-2's are."""
-    # If transformers is not loaded, no object can be of that class.
+    """Whether a layer is transformers' `Conv1D`, a Linear with a weight `(in, out)`, as in GPT-2."""
+    # If transformers is not loaded, no object has that class.
     kind = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     return kind is not None and isinstance(layer, kind)
 
 
 def weight_name(kind: LayerKind) -> str:
-    """The name of the parameter that is rotated; that of an attention holds the projections of q, k and v in one."""
+    """The name of the rotated parameter. For attention, it contains the projections of q, k and v."""
     return "in_proj_weight" if kind == "attention" else "weight"
 
 
 def weight_place(layer: nn.Module) -> tuple[nn.Module, str]:
-    """The module that has the parameter which is rotated, and the name of the parameter in it.
+    """The module that has the rotated parameter, and the name of the parameter in this module.
 
     Example:
         >>> layer = nn.Linear(3, 8)
@@ -119,7 +119,7 @@ def weight_place(layer: nn.Module) -> tuple[nn.Module, str]:
 
 
 def weight_entry(path: str, layer: nn.Module) -> str:
-    """The entry of the parameter that is rotated in the `state_dict` of the model, for a layer with this path.
+    """The `state_dict` key of the rotated parameter, for a layer with this path in the model.
 
     Example:
         >>> weight_entry("encoder.query", nn.Linear(3, 8))
@@ -141,13 +141,13 @@ def width_of(layer: nn.Module) -> int:
         return layer.width
     weight: Tensor = layer._parameters[weight_name(kind_of(layer))]  # type: ignore[assignment]
     if isinstance(layer, nn.Linear) and not weight.is_floating_point():
-        return layer.in_features  # the shape of a packed weight says nothing
+        return layer.in_features  # the shape of a packed weight is unrelated
     shape = full_shape(weight)
     return shape[0] if is_conv1d(layer) else shape[1:].numel()
 
 
 def describe(layer: nn.Module) -> str:
-    """A short description for tables and errors.
+    """Describe a layer briefly, for tables and errors.
 
     Example:
         >>> describe(nn.Conv2d(8, 16, (3, 5), groups=2))

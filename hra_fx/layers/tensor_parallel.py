@@ -1,8 +1,8 @@
 """Adapted Linear layers under tensor parallelism, which splits their weights over processes.
 
-torch's `parallelize_module` splits parameters. transformers (`tp_plan`) also sets a `forward` on a layer that calls the
-method of its class of that time; the adapted class takes its place there. Vectors stay plain parameters, which are the
-same in every process (`hra_fx.kernels.distributed`).
+torch's `parallelize_module` splits parameters. transformers (`tp_plan`) also sets a `forward` on a layer, which calls
+the method of the class that the layer had; hra_fx makes it call the adapted class. Vectors stay plain parameters that
+are the same in every process (`hra_fx.kernels.distributed`).
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from hra_fx.layers.sharding import distribute_like, is_dtensor
 from hra_fx.layers.target import REFLECTION, SAVED, describe
 from hra_fx.layers.variants import has_own_forward
 
-#: Where a layer keeps its adapters and copies while `distribute_module` splits its own parameters.
+#: The attribute that stores the adapters and copies of a layer while `distribute_module` splits its own parameters.
 _ASIDE = "_hra_aside"
 
 
 def set_aside(layer: nn.Module) -> None:
-    """Temporarily remove adapters and copies from a layer, so that `distribute_module` sees a plain one.
+    """Temporarily remove adapters and copies from a layer, so that `distribute_module` sees a plain layer.
 
-    The styles of torch split each parameter of a Linear and of its children, and cannot register one of a child.
+    torch's parallel styles split each parameter of a Linear and of its children, but cannot register a parameter of a
+    child.
 
     Raises:
-        UnsupportedLayerError: its adapters need the whole weight. The layer is unchanged.
+        UnsupportedLayerError: the adapters of the layer need the whole weight. The layer is unchanged.
     """
     if reason := why_not_distributed(layer):
         raise UnsupportedLayerError(f"{describe(layer)}: {reason}. Leave it out of the plan, or exclude it.")
@@ -39,9 +40,9 @@ def set_aside(layer: nn.Module) -> None:
 
 
 def put_back(layer: nn.Module) -> None:
-    """Undo `set_aside` in a layer whose parameters are distributed now.
+    """Undo `set_aside` in a layer after its parameters were distributed.
 
-    As torch does for the weight, all processes get the vectors of the first one.
+    All processes get the vectors of the first process, as torch does for the weight.
     """
     held: dict[str, nn.Module] = vars(layer).pop(_ASIDE, {})
     layer._modules.update(held)
@@ -60,7 +61,7 @@ def is_tensor_parallel(layer: nn.Module, weight: Any) -> bool:
 
 
 def why_not_distributed(layer: nn.Module) -> str | None:
-    """Why a layer with adapters cannot be split over processes; without the full stop."""
+    """Return why a layer with adapters cannot be split over processes, or `None`; without the full stop."""
     if not isinstance(layer, nn.Linear) or has_own_forward(layer):
         return f"tensor parallelism supports only adapted nn.Linear layers, got {type(layer).__name__}"
     if scheme := quant_scheme_of(layer):
@@ -69,7 +70,7 @@ def why_not_distributed(layer: nn.Module) -> str | None:
 
 
 def why_not_adapted(layer: nn.Module, weight: Any) -> str | None:
-    """Why a layer whose weight is a `DTensor` cannot be adapted; without the full stop."""
+    """Return why a layer with a `DTensor` as its weight cannot be adapted, or `None`; without the full stop."""
     if reason := why_not_distributed(layer):
         return reason
     if not is_tensor_parallel(layer, weight):
@@ -79,7 +80,7 @@ def why_not_adapted(layer: nn.Module, weight: Any) -> str | None:
 
 @torch.no_grad()
 def replicate(adapters: nn.Module, weight: Any) -> None:
-    """Give all processes of the mesh of a distributed weight the vectors of the first one."""
+    """Send the vectors of the first process to all processes in the mesh of a distributed weight."""
     from torch.distributed.tensor import Replicate, distribute_tensor
 
     mesh = weight.device_mesh
@@ -105,7 +106,7 @@ def parallel_forward(layer: nn.Module) -> dict[str, CellType] | None:
 
 
 def call_adapted_class(layer: nn.Module) -> None:
-    """Let the `forward` that transformers set on a layer call its present class; without one, do nothing."""
+    """Make the `forward` that transformers set on a layer call the layer's current class, if there is one."""
     cells = parallel_forward(layer)
     if cells is None:
         return

@@ -1,9 +1,9 @@
-"""Trained copies of a module's own tensors: what `modules_to_save` and `bias` train, switched with their adapter.
+"""Trained copies of a module's own tensors, which `modules_to_save` and `bias` train. They are switched with adapters.
 
 While an adapter with a copy is active, the copy replaces the tensor itself (`classifier.weight`), so all code reads the
-trained one. Tensors that are not in use are in the child `<module>.hra_saved.<adapter>`, those of the base model in
-`hra_saved.base_layer`: they are moved and saved with the model. (PEFT keeps copies of whole modules in a wrapper, which
-renames the keys of the base model.)
+copy. Tensors that are not in use are in the child `<module>.hra_saved.<adapter>`; those of the base model are in
+`hra_saved.base_layer`. They are moved and saved with the model. (PEFT stores copies of whole modules in a wrapper,
+which renames the keys of the base model.)
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from hra_fx.layers.sharding import device_of_values
 from hra_fx.layers.target import SAVED
 from hra_fx.layers.without_values import nan_for_new_memory
 
-#: Stands for the base model in place of an adapter's name.
+#: The name of the base model where an adapter name is expected.
 BASE = "base_layer"
 
 
 class Copies(nn.Module):
-    """The tensors of one module that are not in place.
+    """The tensors of one module that are not in use.
 
     Attributes:
-        copied: adapter name -> names of the tensors of which it has a copy.
+        copied: adapter name -> names of the tensors that it has a copy of.
         in_place: tensor name -> its owner: an adapter, or `BASE`.
     """
 
     def __init__(self) -> None:
-        """No copies yet."""
+        """Start without copies."""
         super().__init__()
         self.copied: dict[str, tuple[str, ...]] = {}
         self.in_place: dict[str, str] = {}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Copies:
-        """As any module; tensors that were on the meta device are NaN until something fills them."""
+        """Like `nn.Module._apply`, but tensors that were on the meta device become NaN until they are filled."""
         with nan_for_new_memory(self):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
@@ -50,10 +50,10 @@ class Copies(nn.Module):
         memo: dict[int, nn.Parameter],
         values: Mapping[str, Tensor],
     ) -> None:
-        """Make copies of tensors of `owner` for an adapter; they are not in place yet.
+        """Create copies of tensors of `owner` for an adapter. They are not in use.
 
-        Their values are those of the base model, or those in `values`. `memo` maps the identity of an original to the
-        copy made for this adapter, so that a shared tensor stays shared.
+        The values come from the base model, or from `values`. `memo` maps the id of an original tensor to its copy for
+        this adapter, so that a shared tensor stays shared.
         """
         self.copied[adapter] = tuple(names)
         holder = nn.Module()
@@ -74,7 +74,7 @@ class Copies(nn.Module):
                 holder.register_buffer(name, value.clone(), persistent=persistent)
 
     def get(self, owner: nn.Module, adapter: str, name: str) -> Tensor:
-        """A tensor of an adapter or of `BASE`, in place or not."""
+        """A tensor of an adapter or of `BASE`, in use or not."""
         holder = owner if self.in_place[name] == adapter else self._modules[adapter]
         assert holder is not None
         tensor = holder._parameters[name] if name in holder._parameters else holder._buffers[name]
@@ -82,7 +82,7 @@ class Copies(nn.Module):
         return tensor
 
     def set(self, owner: nn.Module, adapter: str, name: str, tensor: Tensor) -> None:
-        """Replace a tensor of an adapter, in place or not."""
+        """Replace a tensor of an adapter, in use or not."""
         setattr(owner if self.in_place[name] == adapter else self._modules[adapter], name, tensor)
 
     def tensors(self, owner: nn.Module, adapter: str) -> dict[str, Tensor]:
@@ -96,14 +96,14 @@ class Copies(nn.Module):
                 tensor.requires_grad_(wanted and tensor.is_floating_point())
 
     def would_change(self, adapter: str) -> bool:
-        """Whether `activate_copies` would exchange anything."""
+        """Whether `activate_copies` would switch any tensor."""
         return any(self._wanted(adapter, name) != present for name, present in self.in_place.items())
 
     def _wanted(self, adapter: str, name: str) -> str:
         return adapter if name in self.copied.get(adapter, ()) else BASE
 
     def activate_copies(self, owner: nn.Module, adapter: str) -> None:
-        """Put the copies of `adapter` in place, and the tensors of the base model where it has none."""
+        """Use the copies of `adapter`, and the base model's tensors where `adapter` does not have a copy."""
         for name, present in self.in_place.items():
             wanted = self._wanted(adapter, name)
             if wanted != present:
@@ -113,7 +113,7 @@ class Copies(nn.Module):
                 self.in_place[name] = wanted
 
     def remove(self, owner: nn.Module, adapter: str) -> None:
-        """Remove an adapter's copies, and put the tensors of the base model in place."""
+        """Remove an adapter's copies, and use the tensors of the base model instead."""
         if adapter in self.copied:
             for name in self.copied[adapter]:
                 if self.in_place.get(name) == adapter:
@@ -170,7 +170,7 @@ class Copies(nn.Module):
 def all_copies(model: nn.Module) -> dict[str, tuple[nn.Module, Copies]]:
     """Path -> (owner, copies), for every module in `model` with trained copies."""
     found: dict[str, tuple[nn.Module, Copies]] = {}
-    for path, owner in state_modules(model):  # TorchDynamo does not trace the assignment in a comprehension
+    for path, owner in state_modules(model):  # TorchDynamo cannot trace an assignment in a comprehension
         copies = get_copies(owner)
         if copies is not None:
             found[path] = owner, copies
@@ -179,7 +179,7 @@ def all_copies(model: nn.Module) -> dict[str, tuple[nn.Module, Copies]]:
 
 def get_copies(module: nn.Module) -> Copies | None:
     """The copies of a module's own tensors, or `None`."""
-    # The children of a scripted module are not a dict.
+    # The children of a scripted module are not in a dict.
     if SAVED not in module._modules:
         return None
     child = module._modules[SAVED]

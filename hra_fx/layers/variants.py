@@ -1,7 +1,7 @@
-r"""How a layer applies its reflections when it is called: on the rows that it reads, or on the patches.
+r"""Variants of the forward pass: a layer applies its reflections to the rows of its input, or to the patches.
 
-Both compute with `W Q`, for `W` seen as `(out, d)`, at the cost of two skinny matmuls; `W Q` itself is never built. A
-layer with a forward of its own computes with `layer.weight`, which is `W Q` (`hra_fx.layers.rotated_weight`).
+Both give the result for `W Q`, with `W` reshaped to `(out, d)`, at the cost of two thin matrix products. `W Q` itself
+is never computed. A layer with its own forward uses `layer.weight`, which is `W Q` (`hra_fx.layers.rotated_weight`).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def reflected_rows(x: Tensor, vectors: Tensor) -> Tensor:
 
     Args:
         x: `(..., d)`.
-        vectors: `U: (d, k)`, of any length each.
+        vectors: `U: (d, k)`; the columns may have any length.
 
     Returns:
         `(..., d)`, in the dtype of `x`.
@@ -79,10 +79,10 @@ def patch_coordinates(
     """The coordinates of a convolution's patches in the span of the reflection vectors.
 
     Args:
-        x: `(n, c, ...)` or `(c, ...)`, with as many more dimensions as the kernel has.
-        vectors: `U: (d, k)`, of any length each.
+        x: `(n, c, ...)` or `(c, ...)`; the other dimensions are those of the kernel.
+        vectors: `U: (d, k)`; the columns may have any length.
         patch: `(c / groups, ...)`, the shape of a filter.
-        stride: of the convolution, as are the following.
+        stride: of the convolution.
         padding: of the convolution.
         dilation: of the convolution.
         groups: of the convolution.
@@ -91,7 +91,7 @@ def patch_coordinates(
 
     Returns:
         `T U^T p` for every patch and group, `(n, groups * k, ...)`, in the dtype of `x`, and the chain: `U` with
-        columns of length one.
+        columns of length 1.
 
     Example:
         >>> import torch
@@ -110,11 +110,11 @@ def patch_coordinates(
 
 
 def patch_image(coordinates: Tensor, chain: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """What is subtracted from the output of a convolution.
+    """Compute the correction that is subtracted from the output of a convolution.
 
     Args:
-        coordinates: `(n, groups * k, ...)` of `patch_coordinates`, as `chain` is.
-        chain: `(d, k)`.
+        coordinates: `(n, groups * k, ...)`, from `patch_coordinates`.
+        chain: `(d, k)`, from `patch_coordinates`.
         weight: `W: (out, c / groups, ...)`.
         groups: of the convolution.
 
@@ -132,7 +132,7 @@ class LinearAdapters(HouseholderAdapters):
     reflects_input = True
 
     def reflect(self, x: Tensor) -> Tensor:
-        """`x: (..., d)` to `(..., d)`, the same dtype."""
+        """Reflect `x: (..., d)`; the result has the same shape and dtype."""
         if is_dtensor(x):
             distributed = self._distributed_factors(x)
             return x if distributed is None else reflect_distributed(x, distributed)
@@ -148,7 +148,7 @@ class LinearAdapters(HouseholderAdapters):
         return x if vectors is None else reflected_rows(x, vectors)
 
     def rotate(self, weight: Tensor) -> Tensor:
-        """As `HouseholderAdapters.rotate`; the weight may be a `DTensor`."""
+        """Like `HouseholderAdapters.rotate`; the weight may be a `DTensor`."""
         _note_read(self)
         if not is_dtensor(weight):
             return super().rotate(weight)
@@ -163,41 +163,42 @@ class LinearAdapters(HouseholderAdapters):
         return factors
 
     def adapted_forward(self, x: Tensor, weight: Tensor, layer: nn.Linear) -> Tensor | None:
-        """The output of the layer over reflected rows, `(..., out)`; `None` if the container must be called."""
+        """The output of the layer for reflected rows, `(..., out)`; `None` if the container must be called."""
         factors = factors_for(self, x)
         if factors is None or isinstance(factors, RowFactors):
             return None
         own = vars(layer)["_parameters"]  # nn.Module.__getattr__ takes as long as a small operator
-        bias = own["bias"] if "bias" in own else layer.bias  # noqa: SIM401  # which `get` would always read
+        bias = own["bias"] if "bias" in own else layer.bias  # noqa: SIM401  # `get` would always read layer.bias
         return linear(x, factors, weight, bias)
 
 
 class QuantizedAdapters(LinearAdapters):
-    """Reflects the input of a Linear whose weight is quantized; only other readers of the weight need its values."""
+    """Reflects the input of a Linear with a quantized weight. Only other readers of the weight need its values."""
 
     def rotate(self, weight: Tensor) -> Tensor:
-        """`W Q`, for the quantized weight of the layer."""
+        """Compute `W Q` for the quantized weight of the layer."""
         return super().rotate(weight.dequantize())
 
 
 class ConvAdapters(HouseholderAdapters):
     """Computes the correction of a convolution's output.
 
-    With `W` seen as `(out, d)` and `p` a patch, `(W Q) p = W p - (W U) (T U^T p)`: the right parenthesis is a
-    convolution with `k` filters, computed here; the layer subtracts its image under the 1x1 convolution `W U`
-    (`project`). Patches are not unfolded, and neither the rotated weight nor the gradient of a weight is ever built.
+    With `W` reshaped to `(out, d)` and a patch `p`, `(W Q) p = W p - (W U) (T U^T p)`. The right parenthesis is a
+    convolution with `k` filters, which is computed here. The layer applies the 1x1 convolution `W U` to it (`project`)
+    and subtracts the result. Patches are not unfolded, and neither the rotated weight nor the gradient of a weight is
+    computed.
     """
 
     reflects_input = True
 
     def __init__(self, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
-        """An empty container for a convolution; only the geometry is kept."""
+        """Create an empty container for a convolution; only the geometry is stored."""
         super().__init__(width_of(conv), kind_of(conv))
         self.patch = tuple(full_shape(conv.weight)[1:])
         self.stride, self.dilation, self.groups = conv.stride, conv.dilation, conv.groups
         self.padding_mode = conv.padding_mode
         self.padding = conv.padding
-        # The list that torch gives to F.pad for padding modes other than zeros, 'same' included.
+        # The list that torch passes to F.pad for padding modes other than zeros, including 'same'.
         self.border = conv_border(conv)
 
     def reflect(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -209,7 +210,7 @@ class ConvAdapters(HouseholderAdapters):
         return patch_coordinates(x, vectors, self.patch, *geometry)
 
     def rotate(self, weight: Tensor) -> Tensor:
-        """As `HouseholderAdapters.rotate`."""
+        """Like `HouseholderAdapters.rotate`."""
         _note_read(self)
         return super().rotate(weight)
 
@@ -230,9 +231,9 @@ class ConvAdapters(HouseholderAdapters):
         return self._corrected(layer._conv_forward(x, weight, layer.bias), x, factors, weight)
 
     def _has_few_patches(self, x: Tensor, rows: Tensor) -> bool:
-        """Whether products with the patches themselves are cheaper than a correction of the output; on GPUs never.
+        """Whether products with the patches are cheaper than a correction of the output. On GPUs, this is False.
 
-        They launch more kernels, and for so few patches a GPU waits for launches.
+        These products launch more kernels, and with so few patches, a GPU waits for launches.
         """
         if not x.is_cpu or x.dim() != 4 or len(self.stride) != 2 or self.groups > 1:
             return False
@@ -244,7 +245,7 @@ class ConvAdapters(HouseholderAdapters):
         return len(x) * places[0] * places[1] <= MIN_PATCHES_PER_VECTOR * len(rows)
 
     def _corrected(self, output: Tensor, x: Tensor, factors: Factors, weight: Tensor) -> Tensor:
-        """The output of the base layer with its correction, which may be added in place."""
+        """Apply the correction to the output of the base layer, possibly in place."""
         convolve, stride = _CONVOLVE[len(self.stride)], self.stride
         kernel, up = factors.down.reshape(-1, *self.patch), up_projection(factors.rows, weight)
         if self.groups > 1:
@@ -259,7 +260,7 @@ class ConvAdapters(HouseholderAdapters):
         return output + convolve(coordinates, image, groups=self.groups)
 
     def _corrected_by_row(self, output: Tensor, x: Tensor, factors: RowFactors, weight: Tensor) -> Tensor:
-        """As `_corrected`, with factors for each row of a mixed batch: one grouped convolution for all rows."""
+        """Like `_corrected`, with factors for each row of a mixed batch: one grouped convolution for all rows."""
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self.border, mode=self.padding_mode), (0,) * len(self.stride)
@@ -269,24 +270,24 @@ class ConvAdapters(HouseholderAdapters):
         convolve, groups = _CONVOLVE[len(self.stride)], len(x) * self.groups
         read = convolve(x.reshape(1, -1, *x.shape[2:]), kernel, None, self.stride, padding, self.dilation, groups)
         read = read.reshape(len(x), self.groups, rows.shape[1], -1)
-        # (n, groups, out / groups, k), for W seen as (groups, out / groups, d).
+        # (n, groups, out / groups, k), for W reshaped to (groups, out / groups, d).
         up = torch.einsum("nkd,god->ngok", rows, weight.reshape(self.groups, -1, self.width))
         return output + (up.repeat_interleave(copies, dim=0) @ read).reshape(output.shape)
 
     def project(self, read: tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
-        """What the layer subtracts from its output: `patch_image` of the result of `forward`."""
+        """Compute the correction that the layer subtracts: `patch_image` of the result of `forward`."""
         coordinates, chain = read
         return patch_image(coordinates, chain, weight, self.groups)
 
 
 def _note_read(adapters: HouseholderAdapters) -> None:
-    """Note that the forward of the model reads a weight itself; anyone may read it at other times."""
+    """Record that the forward of the model reads a weight itself. Reads outside of a forward are not recorded."""
     if not is_compiling() and has_batch(adapters):
         adapters.is_read = True
 
 
 def adapters_for(layer: nn.Module) -> HouseholderAdapters:
-    """An empty container of the form that fits a layer.
+    """Create an empty container of the right class for a layer.
 
     Args:
         layer: a layer that can be adapted (`hra_fx.layers.target.find_kind`).
@@ -311,7 +312,7 @@ def adapters_for(layer: nn.Module) -> HouseholderAdapters:
 def has_own_forward(layer: nn.Module) -> bool:
     """Whether a layer has its own forward, so that it can only be adapted through its weight.
 
-    This includes attention, whose weight contains the projections of q, k and v.
+    This includes attention: its weight contains the projections of q, k and v.
 
     Example:
         >>> has_own_forward(nn.Linear(6, 4)), has_own_forward(nn.MultiheadAttention(4, 2))

@@ -1,4 +1,4 @@
-"""Tensors that `to_empty` gives memory: NaN until something fills them, so that no adapter trains from garbage."""
+"""Fill tensors that `to_empty` allocates with NaN, so that no adapter trains from uninitialized memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def nan_for_new_memory(module: nn.Module) -> Iterator[None]:
-    """A block that may give tensors of a module memory (`nn.Module._apply`); those get NaN, if they are floating.
+    """Context manager for `nn.Module._apply`: fills floating-point tensors that get new memory with NaN.
 
     Example:
         >>> layer = nn.Linear(2, 1, device="meta")

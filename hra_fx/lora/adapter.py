@@ -1,6 +1,6 @@
-"""One adapter in its LoRA form, before it is written in any format, and how an adapted layer becomes a LoRA.
+"""An adapter in its LoRA form, independent of the file format, and the conversion of adapted layers.
 
-The weight of the layer may be in memory or in files: it is only multiplied.
+The weight of a layer may be in memory or in files, because it is only multiplied.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hra_fx.layers.experts_weight import is_transposed, parameter_of
 from hra_fx.layers.target import LayerKind
 from hra_fx.selection.suggestions import suffixes
 
-#: HRA's `bias` -> LoRA's, from the least to the most.
+#: HRA's `bias` -> LoRA's `bias`, from the fewest to the most biases.
 _BIASES = {"none": "none", "hra_only": "lora_only", "all": "all"}
 
 
@@ -33,13 +33,13 @@ class LoraLayer:
     Attributes:
         path: the layer's qualified name in the model.
         kind: the kind of layer.
-        A: `(k, d)`, float64 on the CPU; of a convolution, `d` is the flattened `(in, *kernel)`; of experts,
+        A: `(k, d)`, float64 on the CPU; for a convolution, `d` is the flattened `(in, *kernel)`; for experts,
             `(experts, k, d)`.
-        B: `(out, k)`, float64 on the CPU; of experts, `(experts, out, k)`.
+        B: `(out, k)`, float64 on the CPU; for experts, `(experts, out, k)`.
         kernel: the kernel size of a convolution; empty for other layers.
         fan_in_fan_out: whether the layer stores its weight as `(in, out)`, as transformers' `Conv1D` does.
-        error: `|W Q - W - B A|_F / |W Q - W|_F`; 0 unless a smaller rank was asked for.
-        place: of experts, the position of the parameter among those of its module.
+        error: `|W Q - W - B A|_F / |W Q - W|_F`; 0 unless a smaller rank was requested.
+        place: for experts, the position of the parameter among the parameters of its module.
     """
 
     path: str
@@ -53,11 +53,11 @@ class LoraLayer:
 
     @property
     def rank(self) -> int:
-        """The number of rows of `A`, 0 for a layer that the adapter does not change."""
+        """The number of rows of `A`; 0 for a layer that the adapter does not change."""
         return self.A.shape[-2]
 
     def padded(self, rank: int) -> tuple[Tensor, Tensor]:
-        """`A: (..., rank, d)` and `B: (..., out, rank)`, with zeros for the rows and columns that are not there."""
+        """Return `A: (..., rank, d)` and `B: (..., out, rank)`, padded with zeros."""
         missing = rank - self.rank
         A = F.pad(self.A, (0, 0, 0, missing))
         return A, F.pad(self.B, (0, missing))
@@ -70,7 +70,7 @@ class Matrix:
     Attributes:
         chain: `U: (d, k)`.
         out: the number of rows.
-        project: makes `W V: (out, m)`, float64 on the CPU, of `V: (d, m)`; raises an error for values that are not
+        project: computes `W V: (out, m)`, float64 on the CPU, from `V: (d, m)`; raises an error for values that are not
             finite.
     """
 
@@ -84,7 +84,7 @@ class Matrix:
         return LowRankDelta(A, torch.zeros(self.out, 0, dtype=torch.float64), 0.0)
 
     def change(self, noise: float, rank: int | None) -> LowRankDelta:
-        """The change of the weight; a weight that does not change is not read."""
+        """Compute the change of the weight. If the weight does not change, it is not read."""
         V, K = core(self.chain, noise)
         return low_rank_delta(self.project(V), V, K, rank) if len(K) else self.unchanged()
 
@@ -96,12 +96,12 @@ class AdaptedWeight:
     Attributes:
         path: the layer's path in the model.
         kind: the kind of layer.
-        matrices: its weight; of experts, that of each.
+        matrices: the weight of the layer; for experts, the weight of each expert.
         noise: see `hra_fx.functional.low_rank.core`.
         kernel: see `LoraLayer`.
         fan_in_fan_out: see `LoraLayer`.
-        owner: of experts, the module with their parameter, which may be without data.
-        size: the size of what is read, in bytes.
+        owner: for experts, the module with their parameter, which may have no data.
+        size: the number of bytes that are read.
     """
 
     path: str
@@ -114,11 +114,11 @@ class AdaptedWeight:
     size: int = 0
 
     def unchanged(self) -> LoraLayer:
-        """The layer at rank 0; nothing is read."""
+        """The layer with rank 0; this does not read the weight."""
         return self._with([matrix.unchanged() for matrix in self.matrices])
 
     def as_lora(self, rank: int | None) -> LoraLayer:
-        """The layer as LoRA; `rank`: the largest rank, `None` for no limit."""
+        """Convert the layer to LoRA. `rank` is the largest rank, `None` for no limit."""
         return self._with([matrix.change(self.noise, rank) for matrix in self.matrices])
 
     def _with(self, changes: Sequence[LowRankDelta]) -> LoraLayer:
@@ -128,8 +128,8 @@ class AdaptedWeight:
         longest = max(len(A) for A, _, _ in changes)
         A = torch.stack([F.pad(A, (0, 0, 0, longest - len(A))) for A, _, _ in changes])
         B = torch.stack([F.pad(B, (0, longest - B.shape[1])) for _, B, _ in changes])
-        # PEFT takes the parameters of classes without `is_transposed` for `(experts, out, in)`. If they are stored the
-        # other way, the two factors change places.
+        # PEFT assumes `(experts, out, in)` for parameters of classes without `is_transposed`. If they are stored as
+        # `(experts, in, out)`, the two factors are swapped.
         if is_transposed(self.owner) and not getattr(self.owner, "is_transposed", False):
             A, B = B.mT.contiguous(), A.mT.contiguous()
         place = list(self.owner._parameters).index(parameter_of(self.path).rpartition(".")[2])
@@ -139,12 +139,12 @@ class AdaptedWeight:
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """An adapter as LoRA, independent of the format it is written in.
+    """An adapter as LoRA, independent of the file format.
 
     Attributes:
         layers: the adapted layers, in the order of the model.
         copies: trained tensors of `modules_to_save` and biases, by their keys in PEFT's file without its prefix.
-        modules: paths of all modules of the model, among which `target_modules` must match the adapted ones only.
+        modules: paths of all modules of the model. `target_modules` must match only the adapted ones.
         bias: LoRA's `bias`: "none", "all" or "lora_only".
         modules_to_save: PEFT's field.
         task_type: PEFT's field.
@@ -165,12 +165,12 @@ class LoraAdapter:
 
     @property
     def rank(self) -> int:
-        """The one rank of all layers: the largest, at least 1."""
+        """The common rank of all layers: the largest rank, at least 1."""
         return max([1, *(layer.rank for layer in self.layers)])
 
 
 def from_configs(configs: Sequence[HRAConfig], **fields: Any) -> LoraAdapter:
-    """One LoRA for adapters with these configurations; `fields`: all that does not follow from them.
+    """Create one LoRA for adapters with these configurations; `fields` are the other fields of the LoRA.
 
     >>> from_configs([HRAConfig(task_type="CAUSAL_LM"), HRAConfig(bias="hra_only")], layers=()).bias
     'lora_only'
@@ -188,21 +188,21 @@ def check_rank(rank: int | None) -> None:
     """Check the largest rank of a layer.
 
     Raises:
-        AdapterError: it is not a positive int or `None`.
+        AdapterError: `rank` is not a positive int or `None`.
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise AdapterError(f"`rank` must be a positive int or None, got {rank!r}.")
 
 
 def exact_targets(adapted: Collection[str], modules: Collection[str]) -> list[str] | str:
-    """The shortest names that match the adapted layers, and no other module, by PEFT's rules.
+    """Find the shortest names that match only the adapted layers, by PEFT's rules.
 
     Args:
         adapted: paths of the adapted layers.
         modules: paths of all modules of the model.
 
     Returns:
-        Ends of paths, sorted; or a regular expression, if a path is itself the end of another one.
+        Ends of paths, sorted; or a regular expression, if a path is itself the end of another path.
 
     Example:
         >>> exact_targets(["a.q", "b.q", "a.k"], ["a", "b", "a.q", "b.q", "a.k", "b.k"])

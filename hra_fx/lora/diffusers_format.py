@@ -1,7 +1,7 @@
-"""Adapters as the LoRA file of diffusers: `pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights(folder)`.
+"""Adapters in diffusers' LoRA format: `pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights(folder)`.
 
-Source of the format: diffusers 0.42, `LoraBaseMixin._save_lora_weights`: one file for all parts of a pipeline, with the
-name of the part before each of PEFT's keys, and the fields of each part's `LoraConfig` in the metadata, named likewise.
+Source of the format: diffusers 0.42, `LoraBaseMixin._save_lora_weights`. There is one file for all parts of a pipeline.
+The name of the part is a prefix of PEFT's keys, and of the fields of the part's `LoraConfig` in the metadata.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ from hra_fx.model.unwrap import unwrap
 
 LORA_NAME = "pytorch_lora_weights.safetensors"
 _CONFIG_KEY = "lora_adapter_metadata"
-# diffusers recognizes the keys of a text encoder by this spelling, or by PEFT's if q, k, v or out_proj are among them.
+# diffusers recognizes the keys of a text encoder by these names, or by PEFT's names if q, k, v or out_proj are adapted.
 _TEXT_ENCODER_NAMES = {".lora_A.": ".lora_linear_layer.down.", ".lora_B.": ".lora_linear_layer.up."}
 
-#: Parts that diffusers lists as loadable, but loads only with a further argument (`load_into_transformer_2=True`).
+#: Parts that diffusers lists as loadable, but loads only with another argument (`load_into_transformer_2=True`).
 _ON_REQUEST = ("transformer_2",)
 
 
 def write_diffusers(parts: Mapping[str, LoraAdapter], folder: Path, dtype: torch.dtype) -> None:
-    """Write the file, atomically; the folder is created if needed.
+    """Write the file atomically. The folder is created if needed.
 
     Args:
-        parts: part of a pipeline, such as "unet" -> its adapter. Each has one rank, with zeros for smaller layers.
+        parts: part of a pipeline, such as "unet" -> its adapter. Each part has one rank; smaller layers are padded with
+            zeros.
         folder: the folder.
-        dtype: of the factors.
+        dtype: dtype of the factors.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -63,7 +64,7 @@ def _key(part: str, name: str) -> str:
 
 
 def check_diffusers(parts: Mapping[str, LoraAdapter]) -> None:
-    """Check all but the values of the factors.
+    """Check everything except the values of the factors.
 
     Raises:
         CheckpointError: an adapter has trained modules or biases.
@@ -86,22 +87,22 @@ def check_diffusers(parts: Mapping[str, LoraAdapter]) -> None:
 
 
 def parts_of(model: Any) -> dict[str, nn.Module]:
-    """The adapted parts of a pipeline; of a UNet or transformer of diffusers, itself under the name of its part.
+    """The adapted parts of a pipeline. For a UNet or transformer of diffusers, the model itself, by its part name.
 
     Args:
         model: a diffusers pipeline, or a module.
 
     Returns:
         Name of the part, such as "unet", "transformer" or "text_encoder_2" -> model. Empty for a module that is not a
-        diffusers model with LoRA support: a text encoder alone is a transformers model, saved in PEFT's format.
+        diffusers model with LoRA support: a single text encoder is a transformers model, saved in PEFT's format.
 
     Raises:
-        AdapterError: it is neither a pipeline nor a module; or it has no adapters, or has some where
-            `pipe.load_lora_weights` does not load any.
+        AdapterError: `model` is neither a pipeline nor a module; it has no adapters; or it has adapters in parts that
+            `pipe.load_lora_weights` does not load.
     """
     if not isinstance(model, nn.Module):
         return _adapted_components(model)
-    # If diffusers is not loaded, no object is of its classes.
+    # If diffusers is not loaded, no object has its classes.
     loader = getattr(sys.modules.get("diffusers.loaders.peft"), "PeftAdapterMixin", None)
     inner = unwrap(model)
     if loader is None or not isinstance(inner, loader):
@@ -110,7 +111,7 @@ def parts_of(model: Any) -> dict[str, nn.Module]:
 
 
 def part_of_class(name: str | None) -> str | None:
-    """The part that a diffusers model is, by the name of its class; `None` for any other model.
+    """The name of the part for a diffusers model, by the name of its class; `None` for any other model.
 
     Raises:
         CheckpointError: diffusers is not installed.
@@ -156,15 +157,15 @@ def _adapted_components(pipeline: Any) -> dict[str, nn.Module]:
 def adapters_of(
     parts: Mapping[str, nn.Module], adapter_names: str | Iterable[str] | None, rank: int | None
 ) -> dict[str, LoraAdapter]:
-    """The adapter of each part, see `lora_adapter`.
+    """The adapter of each part; see `lora_adapter`.
 
     Args:
         parts: from `parts_of`.
-        adapter_names: the adapters; a part that has none of them is left out. `None`: the active ones of each part.
-        rank: the largest rank of a layer. `None`: no limit.
+        adapter_names: the adapters. A part without any of them is left out. `None` uses the active ones of each part.
+        rank: the largest rank of a layer; `None` for no limit.
 
     Raises:
-        AdapterError: no part has an adapter of one of the names, or there are none.
+        AdapterError: no part has an adapter with one of the names, or there are no adapters.
         Other errors: see `lora_adapter`; the message names the part.
     """
     if isinstance(adapter_names, str):

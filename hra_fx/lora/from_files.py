@@ -1,4 +1,4 @@
-"""Adapters and the weights of their base model in files as one LoRA; the model is never loaded."""
+"""Convert adapters in files to one LoRA, with the weights of their base model. The model is never loaded."""
 
 from __future__ import annotations
 
@@ -61,26 +61,26 @@ def read_as_lora(
     progress: bool = True,
     check: Callable[[LoraAdapter], object] = lambda adapter: None,
 ) -> LoraAdapter:
-    """The LoRA form of adapters on disk, applied in order.
+    """Convert adapters on disk, applied in order, to their LoRA form.
 
-    Only the weights of adapted layers are read, block by block. Products with 16-bit weights are computed in float32,
-    others in float64. A model is built, without weights, only to find out about convolutions, experts, tied output
-    layers, weights stored as `(in, out)` and weights that other modules may read; the classes of linear layers are not
-    checked as in `hra_fx.convert_to_lora`.
+    Only the weights of adapted layers are read, in blocks. Products with 16-bit weights are computed in float32, others
+    in float64. A model is only built (without weights) to find out about convolutions, experts, tied output layers,
+    weights stored as `(in, out)` and weights that other modules may read. Unlike `hra_fx.convert_to_lora`, this does
+    not check the classes of linear layers.
 
     Args:
         adapters: folders of adapters saved by PEFT or hra_fx, or their names on the Hub.
         base: folder of the base model, with safetensors files.
-        rank: the largest rank of a layer. `None`: no limit, and the LoRA is exact.
+        rank: the largest rank of a layer. With `None`, there is no limit, and the LoRA is exact.
         columns: layers that store their weight as `(in, out)`, see `hra_fx.fold_checkpoint`.
         progress: show a progress bar on a terminal.
-        check: called with the adapter at rank 0 before weights are read, to raise what can be known by then.
+        check: called with the adapter at rank 0 before weights are read, to raise errors as early as possible.
 
     Raises:
         CheckpointError: a file is missing or damaged, an adapter does not fit the base, a weight is quantized or not
             finite, or adapters exclude each other.
         AdapterError: `rank` is not positive.
-        UnsupportedLayerError: LoRA cannot express a layer, see `hra_fx.convert_to_lora`.
+        UnsupportedLayerError: LoRA does not support a layer, see `hra_fx.convert_to_lora`.
 
     Example:
         >>> import tempfile
@@ -96,7 +96,7 @@ def read_as_lora(
     """
     check_rank(rank)
     if not adapters:
-        raise CheckpointError("adapters must name at least one adapter. Give a folder, or several in order.")
+        raise CheckpointError("adapters must name at least one adapter. Pass one or more folders, in order.")
     files = [read_adapter(source) for source in adapters]
     opened = _open_base(base, files)
     check_base(files, opened.architecture.folder, opened.found, opened.names, folded=False)
@@ -123,7 +123,7 @@ def read_as_lora(
 
 
 def _converted(weights: Sequence[AdaptedWeight], rank: int | None, *, progress: bool) -> tuple[LoraLayer, ...]:
-    """Several at a time, because reading and multiplying block on different parts of the machine."""
+    """Convert several weights at a time, because reading and multiplying use different parts of the machine."""
     total, layers = sum(weight.size for weight in weights), []
     with bar("reading weights", total, wanted=progress) as advance, ThreadPoolExecutor(_THREADS, "hra_fx-lora") as pool:
         for weight, layer in zip(weights, pool.map(lambda each: each.as_lora(rank), weights), strict=True):
@@ -137,10 +137,10 @@ class _BaseFiles:
     """The weights of a base model.
 
     Attributes:
-        architecture: of its folder.
+        architecture: architecture in the folder of the model.
         found: the set of files.
-        names: names in it.
-        renaming: how the adapters name its modules.
+        names: names in the files.
+        renaming: how the adapters name the modules of the model.
     """
 
     architecture: Architecture
@@ -149,28 +149,28 @@ class _BaseFiles:
     renaming: Renaming
 
     def stored(self, name: str) -> StoredTensor | None:
-        """A tensor by its name in an adapter, or the one that it is tied to; `None` if there is none."""
+        """A tensor by its name in an adapter, or the tensor that it is tied to; `None` if there is no such tensor."""
         found = self.names.find(name) or tied_to(name, self.architecture, self.names)
         return None if found is None else self.found.tensors[found]
 
     def to_adapter(self, name: str) -> str:
-        """The adapters' name of a tensor in the file; any other name is theirs already."""
+        """The adapters' name of a tensor in the file. Any other name is already the adapters' name."""
         own = self.names.loaded.get(name, name)
         return self.renaming.to_adapter(own) if name in self.found.tensors else name
 
     def modules(self) -> Iterator[str]:
-        """Paths of all modules with tensors and of those around them, as the adapters name them; with repetitions."""
+        """Paths of all modules with tensors and of their parents, as the adapters name them. Paths may repeat."""
         for name in self.found.tensors:
             yield from _parents(self.to_adapter(name))
 
 
 def _open_base(base: Source, adapters: Sequence[Adapter]) -> _BaseFiles:
-    """Find the weights that adapters were trained for; no weight is read."""
+    """Find the weights that adapters were trained for, without reading any weight."""
     folder = base_folder(base)
     if (folder / PIPELINE).is_file():
         parts = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
         raise CheckpointError(
-            f"{base}: is a diffusers pipeline. Give the folder of the adapted part, one of {', '.join(parts)}."
+            f"{base}: is a diffusers pipeline. Pass the folder of the adapted part, one of {', '.join(parts)}."
         )
     architecture = Architecture(folder)
     found, names = _files_of(folder, architecture, adapters)
@@ -185,7 +185,7 @@ def _open_base(base: Source, adapters: Sequence[Adapter]) -> _BaseFiles:
 
 
 def _files_of(folder: Path, architecture: Architecture, adapters: Sequence[Adapter]) -> tuple[WeightSet, FileNames]:
-    """The set with the layers of the adapters; of several, the one that libraries load."""
+    """The set of files with the layers of the adapters. If there are several, the set that libraries load."""
     sets = [(found, FileNames(found, architecture)) for found in weight_sets(folder)]
     having = [pair for pair in sets if touches(adapters, pair[1])]
     loaded = [pair for pair in having if Path(pair[0].name).name.partition(SAFE)[0] in _LOADED]
@@ -197,7 +197,7 @@ def _files_of(folder: Path, architecture: Architecture, adapters: Sequence[Adapt
 
 
 def _parents(name: str) -> Iterator[str]:
-    """The paths of the modules around a tensor or module.
+    """The paths of the parents of a tensor or module.
 
     >>> list(_parents("encoder.0.weight"))
     ['encoder.0', 'encoder']
@@ -209,7 +209,7 @@ def _parents(name: str) -> Iterator[str]:
 def _weights_of(
     opened: _BaseFiles, requests: Requests, adapters: Sequence[Adapter], columns: Collection[str] | None
 ) -> list[AdaptedWeight]:
-    """The adapted weights, in the order of the numbers in their paths."""
+    """The adapted weights, sorted by the numbers in their paths."""
     parts: dict[str, list[tuple[StoredTensor, Rotation]]] = {}
     for name, chains in requests.chains.items():
         stored = opened.stored(name)
@@ -224,7 +224,7 @@ def _weights_of(
 def _adapted_weight(
     path: str, opened: _BaseFiles, parts: Sequence[tuple[StoredTensor, Rotation]], adapters: Sequence[Adapter]
 ) -> AdaptedWeight:
-    """A weight in one tensor; of experts, in all of them or in several for each."""
+    """The weight of a layer: one tensor, or for experts, one tensor for all or several tensors for each expert."""
     noise = sum(adapter.noise(path) for adapter in adapters)
     size = sum(stored.size for stored, _ in parts)
     if opened.names.parameter(path) is None:
@@ -236,7 +236,7 @@ def _adapted_weight(
     if owner is None:
         raise CheckpointError(
             f"{opened.architecture.folder}: there is no {CONFIG} of a transformers model with {parameter_of(path)}, so "
-            f"it is unknown how PEFT names the LoRA of its experts. {IN_MEMORY}"
+            f"PEFT's names for the LoRA of its experts are unknown. {IN_MEMORY}"
         )
     count = next(len(adapter.chains[path]) for adapter in adapters if path in adapter.chains)
     experts = [_matrix(parts[i::count]) for i in range(count)]
@@ -244,7 +244,7 @@ def _adapted_weight(
 
 
 def _matrix(parts: Sequence[tuple[StoredTensor, Rotation]]) -> Matrix:
-    """A weight in the rows of one or several tensors, which have the same rotation."""
+    """A weight that consists of the rows of one or more tensors with the same rotation."""
     out = sum(stored.shape[1 if rotation.columns else 0] for stored, rotation in parts)
     return Matrix(parts[0][1].chain, out, partial(_project, parts))
 
@@ -264,7 +264,7 @@ def _project(parts: Sequence[tuple[StoredTensor, Rotation]], V: Tensor) -> Tenso
 
 
 def _in_order(path: str) -> list[tuple[int, str]]:
-    """A key that sorts numbers in paths by their values."""
+    """A sort key for paths that compares numbers by value."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
 
 
@@ -285,10 +285,10 @@ def _copies_of(
 
 
 def _check_layers(opened: _BaseFiles, layers: Mapping[str, LayerKind]) -> None:
-    """Refuse layers, given by path, that LoRA cannot express.
+    """Check that LoRA supports these layers.
 
-    The shape of a convolution's weight does not show its groups, its dilation or its padding; the model does. It also
-    shows which weights other modules read, and how PEFT renames layers.
+    The shape of a convolution's weight does not show its groups, its dilation or its padding, but the model does. The
+    model also shows which weights other modules read, and how PEFT renames layers.
     """
     architecture = opened.architecture
     for path, kind in layers.items():
@@ -309,7 +309,7 @@ def _check_convolution(path: str, architecture: Architecture) -> None:
     if layer is None:
         raise CheckpointError(
             f"{architecture.folder}: there is no {CONFIG} of an installed transformers, diffusers or timm model with "
-            f"{path}, so it is unknown whether this convolution has groups or a dilation, which LoRA cannot express. "
+            f"{path}, so it is unknown whether this convolution has groups or a dilation, which LoRA does not support. "
             f"{IN_MEMORY}"
         )
     reason = why_not_convolution(layer) or (None if type(layer).forward in _PLAIN else OWN_FORWARD)

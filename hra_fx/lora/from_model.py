@@ -1,4 +1,4 @@
-"""Adapters of a model in memory as one LoRA."""
+"""Convert adapters of a model in memory to one LoRA."""
 
 from __future__ import annotations
 
@@ -31,30 +31,30 @@ from hra_fx.model.rotate import base_weight
 from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, names_in, root_of
 from hra_fx.model.unwrap import unwrap
 
-#: Tools whose shards are gathered layer by layer.
+#: Tools with shards that are gathered one layer at a time.
 _GATHERED = ("fully_shard", "tensor parallelism")
 
 
 def lora_adapter(
     model: nn.Module, adapter_names: str | Iterable[str] | None = None, rank: int | None = None
 ) -> LoraAdapter:
-    """Some adapters of a model, in their order and at their scales, as one LoRA.
+    """Convert adapters of a model, in order and at their scales, to one LoRA.
 
     Args:
         model: a transformed model.
-        adapter_names: the adapters, in the order of the product `W Q_a Q_b`. `None`: the active ones.
-        rank: the largest rank of a layer. `None`: no limit.
+        adapter_names: the adapters, in the order of the product `W Q_a Q_b`; `None` for the active ones.
+        rank: the largest rank of a layer; `None` for no limit.
 
     Raises:
         AdapterError: the model has no such adapters, `rank` is invalid, parameters are not in memory, or a tensor is
             not finite.
         FoldError: see `hra_fx.fold`.
-        UnsupportedLayerError: a layer cannot be expressed as LoRA.
+        UnsupportedLayerError: LoRA does not support a layer.
     """
     check_rank(rank)
     root, state = root_of(model)
     whole = unwrap(model)
-    # Runtimes load the LoRA into the whole model, also where only a part of it was transformed.
+    # Runtimes load the LoRA into the whole model, even if only a part of it was transformed.
     prefix = "".join(f"{path}." for path, module in state_modules(whole) if module is root and path)
     names = _names(state, adapter_names)
     layers = _checked_layers(root, state, names)
@@ -75,7 +75,7 @@ def lora_adapter(
 
 
 def _checked_layers(root: nn.Module, state: AdapterState, names: tuple[str, ...]) -> dict[str, AdaptedLayer]:
-    """The layers with one of the adapters, by path, all of which LoRA can express."""
+    """The layers with at least one of the adapters, by path. LoRA must support all of them."""
     load_vectors(root)
     if (sharded := first_split(root)) and sharded[1] not in _GATHERED:
         raise AdapterError(
@@ -93,7 +93,7 @@ def _checked_layers(root: nn.Module, state: AdapterState, names: tuple[str, ...]
 
 
 def _lora_layer(path: str, layer: AdaptedLayer, names: Sequence[str], rank: int | None) -> LoraLayer:
-    """The LoRA form of a layer under some of its adapters, in the order of the product."""
+    """Convert a layer with some of its adapters, in the order of the product, to its LoRA form."""
     owner = weight_place(layer)[0]
     with loaded(owner), gathered(dict.fromkeys((owner, layer, *layer.hra_u.modules()))):
         return _adapted_weight(path, layer, names).as_lora(rank)
@@ -141,7 +141,7 @@ def _names(state: AdapterState, adapter_names: str | Iterable[str] | None) -> tu
 
 
 def _copies(root: nn.Module, names: Iterable[str], layers: Mapping[str, AdaptedLayer]) -> dict[str, Tensor]:
-    """The trained copies of the adapters, by PEFT's keys without its prefix."""
+    """The trained copies of the adapters, by PEFT's keys without the prefix."""
     found: dict[str, Tensor] = {}
     for path, (owner, copies) in all_copies(root).items():
         skipped = non_persistent_buffers(owner)

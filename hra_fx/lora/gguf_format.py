@@ -1,9 +1,9 @@
-"""Write an adapter as a GGUF file, which llama.cpp and programs based on it load along with the base model's file.
+"""Write an adapter as a GGUF file, which llama.cpp and programs based on it load together with the base model's file.
 
 Sources, in https://github.com/ggml-org/llama.cpp: `convert_lora_to_gguf.py` for the format; the scripts in
-`conversion/` that write model files for architectures, tensor names and the order of rows; and `src/llama-adapter.cpp`,
-which reads adapters. It refuses an adapter of another architecture, and one with a tensor that the model file does not
-have, so that what it would refuse is refused here, before anything is written.
+`conversion/`, which write model files, for architectures, tensor names and the order of rows; and
+`src/llama-adapter.cpp`, which reads adapters. llama.cpp does not load an adapter for another architecture, or with a
+tensor that the model file does not have. These adapters raise an error here, before anything is written.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hra_fx.checkpoint.folder import non_finite
 from hra_fx.errors import AdapterError, CheckpointError, UnsupportedLayerError
 from hra_fx.lora.adapter import LoraAdapter, LoraLayer
 
-#: Model type of transformers -> architecture of llama.cpp.
+#: transformers' model type -> llama.cpp's architecture.
 ARCHITECTURES = {
     "gemma": "gemma",
     "gemma2": "gemma2",
@@ -41,12 +41,12 @@ ARCHITECTURES = {
     "smollm3": "smollm3",
     "starcoder2": "starcoder2",
 }
-#: Architectures whose rotary embedding rotates rows `2i` and `2i + 1` of a head, where transformers rotates rows `i`
-#: and `i + head_dim / 2`. Their model files have the rows of queries and keys reordered.
+#: Architectures with a rotary embedding that rotates rows `2i` and `2i + 1` of a head, while transformers rotates rows
+#: `i` and `i + head_dim / 2`. In their model files, the rows of queries and keys are reordered.
 _ROTATING_PAIRS = ("granite", "llama", "smollm3")
-#: Architectures whose output layer is tied to the embeddings where the configuration does not say it.
+#: Architectures with an output layer that is tied to the embeddings unless the configuration says otherwise.
 _TIED = ("gemma", "gemma2", "gemma3", "gpt2", "smollm3", "starcoder2")
-#: What to do about an adapter that llama.cpp cannot load.
+#: What to do with an adapter that llama.cpp cannot load.
 _INSTEAD = "Fold the model instead (hra_fx.fold), and convert the folded model with llama.cpp"
 _LEAVE_OUT = f"{_INSTEAD}; or leave the layer out with exclude_modules."
 _QUERIES_AND_KEYS = (".q_proj", ".k_proj")
@@ -54,15 +54,15 @@ _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def check_gguf(adapter: LoraAdapter, path: Path) -> None:
-    """Check all but the values of the factors, so that a caller can do so before it computes them.
+    """Check everything except the values of the factors, so that a caller can check before it computes them.
 
     Raises:
         AdapterError: llama.cpp cannot load such an adapter.
         UnsupportedLayerError: llama.cpp cannot adapt one of the layers.
-        CheckpointError: the package gguf is not installed, or there is a folder in the place of the file.
+        CheckpointError: the package gguf is not installed, or the path is a folder.
     """
     if path.is_dir():
-        raise CheckpointError(f"{path}: is a folder. Give the name of a file.")
+        raise CheckpointError(f"{path}: is a folder. Pass the name of a file.")
     _tensor_names(adapter, _package(path))
 
 
@@ -75,25 +75,25 @@ def write_gguf(adapter: LoraAdapter, path: Path, dtype: torch.dtype) -> None:
         dtype: `torch.float32`, `float16` or `bfloat16`.
 
     Raises:
-        AdapterError: a value is out of the range of `dtype`; otherwise see `check_gguf`.
-        CheckpointError: also if the file cannot be written.
+        AdapterError: a value is out of the range of `dtype`; see also `check_gguf`.
+        CheckpointError: the file cannot be written; see also `check_gguf`.
     """
     gguf = _package(path)
     names = _tensor_names(adapter, gguf)
     writer = gguf.GGUFWriter(None, _architecture_of(adapter))
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    # llama.cpp multiplies by alpha / rank of each tensor. With one rank for all layers, and alpha the same, this is
-    # exactly 1. It also takes alpha 0 for 1 at any rank, but other programs that read the file may take it for 0.
+    # llama.cpp multiplies by alpha / rank of each tensor. If all layers have the same rank and alpha equals it, this is
+    # exactly 1. llama.cpp also interprets alpha 0 as 1 for any rank, but other programs may interpret it as 0.
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(adapter.rank))
     if adapter.base_model:
         writer.add_base_model_count(1)
-        # The file is for others, who need no path of this machine.
+        # The file is for other users, so it must not contain a path of this machine.
         is_path = os.path.isabs(adapter.base_model) or os.path.isdir(adapter.base_model)
         writer.add_base_model_name(0, Path(adapter.base_model).name if is_path else adapter.base_model)
     for layer in adapter.layers:
         for suffix, tensor in _factors(layer, adapter, dtype).items():
-            # As bytes, since NumPy has no bfloat16.
+            # As bytes, because NumPy does not support bfloat16.
             data = tensor.contiguous().view(torch.uint8).numpy()
             writer.add_tensor(
                 f"{names[layer.path]}.{suffix}", data, raw_dtype=gguf.GGMLQuantizationType[_DTYPES[dtype]]
@@ -133,7 +133,7 @@ def _tensor_names(adapter: LoraAdapter, gguf: Any) -> dict[str, str]:
 
 
 def _factors(layer: LoraLayer, adapter: LoraAdapter, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The two tensors of a layer, by the ends of their names."""
+    """The two tensors of a layer, by the suffixes of their names."""
     A, B = layer.padded(adapter.rank)
     factors = {"lora_a": A.to(dtype), "lora_b": _rows_in_order(layer, adapter, B).to(dtype)}
     if any(non_finite(factor) for factor in factors.values()):
@@ -142,7 +142,7 @@ def _factors(layer: LoraLayer, adapter: LoraAdapter, dtype: torch.dtype) -> dict
 
 
 def _write(writer: Any, path: Path) -> None:
-    """Write to a file that is also open elsewhere, where it is then flushed to disk."""
+    """Write to a file that the caller has also opened and flushes to disk."""
     with closing(writer):
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
@@ -153,7 +153,7 @@ def _architecture_of(adapter: LoraAdapter) -> str:
     """llama.cpp's architecture of the base model.
 
     Raises:
-        AdapterError: the model type is unknown or not supported. The message lists those that are.
+        AdapterError: the model type is unknown or not supported. The message lists the supported ones.
 
     >>> _architecture_of(LoraAdapter((), model_config={"model_type": "mistral"}))
     'llama'
@@ -173,13 +173,13 @@ def _architecture_of(adapter: LoraAdapter) -> str:
 
 
 def is_tied(adapter: LoraAdapter) -> bool:
-    """Whether the output layer of the base model is tied to its embeddings, so that llama.cpp has no weight for it."""
+    """Whether the output layer of the base model is tied to its embeddings; llama.cpp then has no weight for it."""
     given = _text_config(adapter).get("tie_word_embeddings")
     return bool(given) if given is not None else ARCHITECTURES.get(adapter.model_config.get("model_type", "")) in _TIED
 
 
 def _text_config(adapter: LoraAdapter) -> dict[str, Any]:
-    """The configuration of the language model, which is a part of that of a multimodal model."""
+    """The configuration of the language model, which may be a part of a multimodal configuration."""
     config = dict(adapter.model_config)
     return {**config, **(config.get("text_config") or {})}
 
@@ -190,12 +190,12 @@ def _weight_name(layer: LoraLayer, adapter: LoraAdapter, names: Callable[[str], 
     Args:
         layer: the layer.
         adapter: the adapter.
-        names: from a module's path to the name of its tensor without ".weight"; `None` if llama.cpp has no such tensor.
+        names: path of a module -> name of its tensor without ".weight"; `None` if llama.cpp does not have the tensor.
 
     Raises:
-        UnsupportedLayerError: llama.cpp has no tensor for the layer. The message names it and the reason.
+        UnsupportedLayerError: llama.cpp has no tensor for the layer. The message names the layer and the reason.
     """
-    # A language model without head has no "model." before its layers; in a multimodal model it is one of the parts.
+    # In a language model without a head, layers do not have the prefix "model."; a multimodal model has several parts.
     path = layer.path.replace("language_model.", "")
     name = None if layer.kind != "linear" else names(path) or names(f"model.{path}")
     if name is None:
@@ -204,7 +204,7 @@ def _weight_name(layer: LoraLayer, adapter: LoraAdapter, names: Callable[[str], 
             f"{adapter.model_config['model_type']!r}, so a GGUF adapter cannot change it. {_LEAVE_OUT}"
         )
     if name == "output" and is_tied(adapter):
-        # llama.cpp looks for "output.weight", and refuses the whole adapter if the model file does not have it.
+        # llama.cpp searches "output.weight", and does not load the adapter if the model file does not have it.
         raise UnsupportedLayerError(
             f"{layer.path}: this layer is tied to the embeddings, so llama.cpp's model file has no weight of its own "
             f"for it, and a GGUF adapter cannot change it. {_LEAVE_OUT}"
@@ -213,7 +213,7 @@ def _weight_name(layer: LoraLayer, adapter: LoraAdapter, names: Callable[[str], 
 
 
 def _rows_in_order(layer: LoraLayer, adapter: LoraAdapter, B: Tensor) -> Tensor:
-    """`B: (out, rank)` with its rows in the order that llama.cpp's model files have them in.
+    """Sort the rows of `B: (out, rank)` in the order of llama.cpp's model files.
 
     Raises:
         AdapterError: the rows are not a multiple of the configuration's head dimension.

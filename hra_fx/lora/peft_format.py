@@ -1,9 +1,9 @@
-"""An adapter as PEFT's LoRA: the configuration and the tensors of the two files of its folder.
+"""An adapter in PEFT's LoRA format: the configuration and the tensors of the two files in its folder.
 
-Source of the format: PEFT 0.21, `LoraConfig` and `get_peft_model_state_dict`. All layers have one rank, because servers
-read one rank and one alpha for the whole adapter; layers of a smaller rank are padded with zeros.
+Source of the format: PEFT 0.21, `LoraConfig` and `get_peft_model_state_dict`. All layers have the same rank, because
+servers read one rank and one alpha for the whole adapter. Layers with a smaller rank are padded with zeros.
 
-PEFT converts the names in a LoRA for a model of transformers like those in a checkpoint. Source: PEFT 0.21,
+For transformers models, PEFT converts the names in a LoRA like the names in a checkpoint. Source: PEFT 0.21,
 `peft.utils.transformers_weight_conversion` and `_check_lora_target_modules_mamba`.
 """
 
@@ -22,13 +22,13 @@ from hra_fx.lora.adapter import LoraAdapter, LoraLayer, exact_targets
 from hra_fx.lora.unsupported import unsupported
 from hra_fx.selection.suggestions import suffixes
 
-#: Architecture whose checkpoints transformers converts -> names in `target_modules` that PEFT takes for single experts:
-#: it adapts their stacked parameter instead, with the ranks of all added up, and no layer of that name.
+#: Architecture with checkpoints that transformers converts -> names in `target_modules` that PEFT interprets as single
+#: experts: it adapts their stacked parameter instead, with the sum of all ranks, and no layer with that name.
 _OF_EXPERTS: Mapping[Any, Collection[str]] = {
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
     "mixtral": ("gate", "w1", "w2", "w3"),
 }
-#: Models that PEFT does not adapt layers with these names in.
+#: Models in which PEFT does not adapt layers with these names.
 _MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 _NOT_IN_MAMBA = ("out_proj", "conv1d")
 
@@ -40,17 +40,17 @@ def peft_form(
 
     Args:
         adapter: the adapter.
-        dtype: of the factors; trained copies keep theirs.
+        dtype: dtype of the factors; trained copies keep their dtype.
         rank_pattern: keep the rank of each layer, with PEFT's `rank_pattern` and `alpha_pattern`.
     """
     layers = {layer.path: layer for layer in adapter.layers}
     common = adapter.rank
     parameters = parameter_targets(adapter)
-    own = {path for path in layers if rank_pattern and path not in parameters}  # PEFT warns of ranks of parameters
+    own = {path for path in layers if rank_pattern and path not in parameters}  # PEFT warns about parameter ranks
     ranks = {path: max(1, layer.rank) if path in own else common for path, layer in layers.items()}
     factors: dict[str, Tensor] = {}
     for path, layer in layers.items():
-        # Cast at once, so that only one layer has a second copy in float64.
+        # Cast immediately, so that only one layer has a second copy in float64.
         A, B = (factor.to(dtype).contiguous() for factor in layer.padded(ranks[path]))
         if layer.kind == "experts":
             factors |= _experts_tensors(layer, adapter.layers, A, B)
@@ -66,7 +66,7 @@ def peft_form(
 
 def _config(adapter: LoraAdapter, ranks: Mapping[str, int], parameters: Mapping[str, str]) -> dict[str, Any]:
     """The fields of `peft.LoraConfig` that differ from its defaults, or that servers read."""
-    # PEFT compares a key with the end of a path, so a path that is itself the end of another one needs an anchor.
+    # PEFT compares a key with the end of a path, so a path that is itself the end of another path needs a "^".
     others = {end for path in ranks for end in suffixes(path) if end != path}
     other = {f"^{path}" if path in others else path: rank for path, rank in ranks.items() if rank != adapter.rank}
     return {
@@ -91,24 +91,24 @@ def _config(adapter: LoraAdapter, ranks: Mapping[str, int], parameters: Mapping[
 
 
 def _output_projection(path: str, width: int, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Zeros for the output projection of an attention, which PEFT adapts together with `in_proj_weight`."""
+    """Zeros for the output projection of attention, which PEFT adapts together with `in_proj_weight`."""
     key = f"{path}.base_layer.out_proj"
     A, B = torch.zeros(rank, width, dtype=dtype), torch.zeros(width, rank, dtype=dtype)
     return {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
 
 
 def _peft_key(key: str, layers: Mapping[str, LoraLayer]) -> str:
-    """The key of a trained copy; PEFT also wraps the output projection of an adapted attention."""
+    """The key of a trained copy. PEFT also wraps the output projection of adapted attention."""
     parent, _, name = key.removesuffix(".bias").rpartition(".")
     inside = name == "out_proj" and parent in layers and layers[parent].kind == "attention"
     return f"{parent}.base_layer.out_proj.base_layer.bias" if inside else key
 
 
 def _experts_tensors(layer: LoraLayer, layers: Iterable[LoraLayer], A: Tensor, B: Tensor) -> dict[str, Tensor]:
-    """The two tensors of the experts in one parameter, as PEFT's `ParamWrapper` has them.
+    """The two tensors of the experts in one parameter, in the layout of PEFT's `ParamWrapper`.
 
-    PEFT wraps a module once for each of its adapted parameters, one wrapper around the other; the last parameter has
-    the outermost. Source: `peft.tuners.lora.layer.ParamWrapper`, PEFT 0.21.
+    PEFT wraps a module once for each of its adapted parameters. The wrappers are nested, and the outermost one belongs
+    to the last parameter. Source: `peft.tuners.lora.layer.ParamWrapper`, PEFT 0.21.
 
     Args:
         layer: the experts.
@@ -117,8 +117,8 @@ def _experts_tensors(layer: LoraLayer, layers: Iterable[LoraLayer], A: Tensor, B
         B: `(experts, out, rank)`.
 
     Returns:
-        `lora_A.weight: (experts * rank, d)`, in which the ranks of an expert are together, and
-        `lora_B.weight: (out, rank * experts)`, in which the experts of a rank are.
+        `lora_A.weight: (experts * rank, d)`, with the ranks of each expert next to each other, and
+        `lora_B.weight: (out, rank * experts)`, with the experts of each rank next to each other.
     """
     owner = layer.path.rpartition(".")[0]
     outside = [one for one in layers if one.kind == "experts" and one.path.rpartition(".")[0] == owner]
@@ -131,7 +131,7 @@ def _experts_tensors(layer: LoraLayer, layers: Iterable[LoraLayer], A: Tensor, B
 def parameter_targets(adapter: LoraAdapter) -> dict[str, str]:
     """The layers that PEFT finds by a parameter in `target_parameters`: path -> parameter.
 
-    These are experts, and layers whose names PEFT takes for those of single experts.
+    These are experts, and layers with names that PEFT interprets as single experts.
     """
     found = {layer.path: parameter_of(layer.path) for layer in adapter.layers if layer.kind == "experts"}
     if has_experts(adapter.modules):
@@ -142,24 +142,24 @@ def parameter_targets(adapter: LoraAdapter) -> dict[str, str]:
 
 
 def has_experts(modules: Iterable[str]) -> bool:
-    """Whether a model has a module with the name of experts, for which transformers converts checkpoints."""
+    """Whether a model has a module with a name for experts, so that transformers converts checkpoints for it."""
     return any(path.rpartition(".")[2] == "experts" for path in modules)
 
 
 def check_names(paths: Iterable[str], model_type: str | None, renamings: Sequence[Any] = ()) -> None:
-    """Refuse layers that PEFT does not adapt, or would not find by their names in the file.
+    """Check that PEFT adapts these layers, and finds them by their names in the file.
 
     Args:
         paths: the adapted layers.
-        model_type: that of the model, if it is one of transformers.
+        model_type: the type of the model, if it is a transformers model.
         renamings: see `renamings_of`.
 
     Raises:
-        UnsupportedLayerError: naming the layer and the reason.
+        UnsupportedLayerError: PEFT does not; the message names the layer and the reason.
     """
     for path in paths:
         if model_type in _MAMBA and path.rpartition(".")[2] in _NOT_IN_MAMBA:
-            raise unsupported(path, "this layer", "has a name that PEFT's LoRA refuses in Mamba models")
+            raise unsupported(path, "this layer", "has a name that PEFT's LoRA does not support in Mamba models")
         renamed = _rename(path, renamings)
         if not f"{PREFIX}{path}".endswith(renamed):  # PEFT restores a prefix that is removed
             reason = f"would not be found by PEFT, which renames it to {renamed}, as transformers does in checkpoints"
@@ -167,7 +167,7 @@ def check_names(paths: Iterable[str], model_type: str | None, renamings: Sequenc
 
 
 def renamings_of(model: Any) -> list[Any]:
-    """How transformers renames tensors in checkpoints of a model, if PEFT does the same with those of a LoRA."""
+    """Return transformers' renamings of tensors in a model's checkpoint, if PEFT renames LoRA tensors the same way."""
     kind = model_type_of(model)
     if kind is None or _conversions().get_checkpoint_conversion_mapping(kind) is None:
         return []
@@ -177,7 +177,7 @@ def renamings_of(model: Any) -> list[Any]:
 
 
 def model_type_of(model: Any) -> str | None:
-    """The type of a model of transformers."""
+    """The type of a transformers model."""
     kind: str | None = getattr(getattr(model, "config", None), "model_type", None)
     return kind
 
@@ -187,7 +187,7 @@ def _names_of_experts(model_type: str | None) -> Collection[str]:
 
 
 def _conversions() -> Any:
-    return importlib.import_module("transformers.conversion_mapping")  # late, since it takes seconds
+    return importlib.import_module("transformers.conversion_mapping")  # imported late, because it takes seconds
 
 
 def _rename(path: str, renamings: Sequence[Any]) -> str:

@@ -1,4 +1,4 @@
-"""Convert adapters to LoRA: `convert_to_lora` and `save_as_lora` those of a model in memory, `convert_files` files."""
+"""Convert adapters to LoRA: of a model in memory (`convert_to_lora`, `save_as_lora`) or of files (`convert_files`)."""
 
 from __future__ import annotations
 
@@ -32,30 +32,31 @@ def convert_to_lora(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Convert adapters to a LoRA in PEFT's format, without approximation: `W Q = W + B A`.
 
-    The factors are computed in float64, at the numerical rank of each layer's change, and balanced: `A` and `B` have
-    the same singular values. The rank is at most `r`, or, with an anchor, `r + 1` for odd ranks and `2 r` for
+    The factors are computed in float64, with the numerical rank of each layer's change, and balanced: `A` and `B` have
+    the same singular values. The rank is at most `r`; with an anchor, it is at most `r + 1` for odd ranks and `2 r` for
     Gram-Schmidt. An untrained adapter does not change the weights and becomes a LoRA of rank 1 with zeros.
 
     Args:
         model: a transformed model; it is not changed. Adapters may be merged. With `fully_shard` and tensor
-            parallelism, all processes have to call this.
-        adapter_names: the adapters, in the order of the product `W Q_a Q_b`, each at its scale (`set_scale`).
-            `None`: the active ones.
-        rank: limit of each layer's rank, with the best approximation of the weight change. `None`: exact.
-        rank_pattern: keep each layer's own rank, with PEFT's `rank_pattern` and `alpha_pattern`. By default all layers
+            parallelism, all processes must call this function.
+        adapter_names: the adapters, in the order of the product `W Q_a Q_b`, each at its scale (`set_scale`); `None`
+            for the active ones.
+        rank: the largest rank of a layer, with the best approximation of the weight change; `None` for an exact LoRA.
+        rank_pattern: keep each layer's own rank, with PEFT's `rank_pattern` and `alpha_pattern`. By default, all layers
             have the same rank, padded with zeros, because servers read a single rank and alpha.
 
     Returns:
-        The configuration, fields of `peft.LoraConfig` as a dict, and the tensors of `adapter_model.safetensors`, with
-        PEFT's keys: factors in float32 on the CPU; `modules_to_save` and biases as trained.
+        The configuration, as a dict with fields of `peft.LoraConfig`, and the tensors of `adapter_model.safetensors`,
+        with PEFT's keys: factors in float32 on the CPU; `modules_to_save` and biases as trained.
 
     Raises:
         AdapterError: the model has no such adapters, `rank` is not positive, parameters are not in memory, or a tensor
             is not finite.
-        FoldError: an adapter has no well-defined `Q` (see `hra_fx.fold`).
-        UnsupportedLayerError: LoRA cannot express a layer: a convolution with groups, a dilation or a padding mode
-            other than zeros; a class that does more with its weight than multiply; a layer shared by modules, or whose
-            weight another module reads (see docs/serving.md); or a layer that PEFT does not find by its name.
+        FoldError: an adapter does not have a well-defined `Q` (see `hra_fx.fold`).
+        UnsupportedLayerError: LoRA does not support a layer: a convolution with groups, a dilation or a padding mode
+            other than zeros; a class whose forward is not a plain product with the weight; a layer that several modules
+            share, or whose weight another module reads (see docs/serving.md); or a layer that PEFT does not find by its
+            name.
 
     Warns:
         HRAWarning: the adapters do not change any weight.
@@ -87,19 +88,20 @@ def save_as_lora(
 ) -> LoraResult:
     """Save adapters as a LoRA that PEFT, vLLM, llama.cpp, diffusers and other runtimes load; see docs/serving.md.
 
-    With `fully_shard` and tensor parallelism, all processes have to call this: they gather one layer at a time, and the
-    first one writes.
+    With `fully_shard` and tensor parallelism, all processes must call this function: they gather one layer at a time,
+    and the first process writes.
 
     Args:
-        model_or_pipeline: a transformed model, which becomes a folder in PEFT's format; or a diffusers pipeline with
-            transformed parts, a UNet or a transformer of diffusers, which becomes a folder for
+        model_or_pipeline: a transformed model, which is saved as a folder in PEFT's format; or a diffusers pipeline
+            with transformed parts, or a UNet or transformer of diffusers, which is saved as a folder for
             `pipe.load_lora_weights`. It is not changed.
         path: the folder, created if needed; or a file that ends in ".gguf", for llama.cpp.
-        adapter_names: as in `convert_to_lora`. Parts of a pipeline that have none of them are left out.
+        adapter_names: as in `convert_to_lora`. Parts of a pipeline without any of them are left out.
         rank: as in `convert_to_lora`.
-        dtype: float32, float16 or bfloat16, as a torch dtype or its name. `None`: float32.
-        rank_pattern: as in `convert_to_lora`; for PEFT's format only.
-        check: the name of a server, such as "vllm", to warn about anything in this adapter that it does not accept.
+        dtype: float32, float16 or bfloat16, as a torch dtype or its name; `None` for float32.
+        rank_pattern: as in `convert_to_lora`; only for PEFT's format.
+        check: the name of a server, such as "vllm", to warn about anything in this adapter that the server does not
+            accept.
 
     Returns:
         The rank of each layer, the error of a smaller rank and the rounding error of `dtype`.
@@ -125,7 +127,7 @@ def save_as_lora(
     kind = "gguf" if Path(path).suffix.lower() == ".gguf" else "peft"
     if kind == "gguf" and not isinstance(model_or_pipeline, nn.Module):
         name = type(model_or_pipeline).__name__
-        raise AdapterError(f"GGUF files are for language models, got {name}. Give a folder to save a pipeline.")
+        raise AdapterError(f"GGUF files are for language models, got {name}. Pass a folder to save a pipeline.")
     parts = parts_of(model_or_pipeline) if kind == "peft" else {}
     if parts:
         kind, adapters = "diffusers", adapters_of(parts, adapter_names, rank)
@@ -152,13 +154,13 @@ def convert_files(
     columns: Collection[str] | None = None,
     progress: bool = True,
 ) -> LoraResult:
-    """Write adapters on disk, applied in order, as one LoRA, without a model in memory.
+    """Convert adapters on disk, applied in order, to one LoRA on disk, without loading the model.
 
     Args:
         adapters: as in `read_as_lora`, like `base`, `columns` and `progress`; other arguments as in `save_as_lora`.
         base: the base model.
-        out: a folder, in the format of diffusers if the base is a UNet or transformer of diffusers, else of PEFT; or a
-            file that ends in ".gguf".
+        out: a folder, in diffusers' format if the base is a UNet or transformer of diffusers, otherwise in PEFT's
+            format; or a file that ends in ".gguf".
 
     Raises:
         AdapterError, CheckpointError, FoldError, UnsupportedLayerError: see `read_as_lora` and `save_as_lora`.

@@ -1,6 +1,6 @@
-"""What servers refuse or ignore in a LoRA adapter.
+"""The parts of a LoRA adapter that servers do not accept or ignore.
 
-The facts are read from the sources of vLLM 0.33.0 (`vllm/lora`, `vllm/config/lora.py`), SGLang 0.5.23
+The facts are from the source code of vLLM 0.33.0 (`vllm/lora`, `vllm/config/lora.py`), SGLang 0.5.23
 (`sglang/srt/lora`), text-generation-inference 3.3.7 (`models/__init__.py`, `utils/adapter.py`), TensorRT-LLM
 (`_torch/peft/lora` at commit 1630fc3), llama.cpp (`src/llama-adapter.cpp`) and Ollama 0.33.0-rc2 (which starts the
 server of llama.cpp). docs/serving.md has a recipe for each.
@@ -24,24 +24,24 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class _Server:
-    """The facts about one server; `{}` in a sentence is a list of layers or modules.
+    """The facts about one server. In a sentence, `{}` is a list of layers or modules.
 
     Attributes:
-        name: the server, with the version that was read.
+        name: the server, with the version of the source code.
         bias: what it does with trained biases, as a verb.
         saved: what it does with `modules_to_save`, as a verb.
         saved_allowed: modules in `modules_to_save` that it loads.
-        ranks: the values that its rank option takes, if not any.
-        rank_default: rank up to which the option is not needed; 0 for no limit.
-        rank_option: how to raise that limit.
+        ranks: the values that its rank option accepts; empty if it accepts any.
+        rank_default: the largest rank for which the option is not needed; 0 for no limit.
+        rank_option: how to raise this limit.
         layers: pattern of the layer names that it accepts.
-        other_layers: sentence about the others.
-        companions: names of layers, each with another that must be adapted in the same block.
+        other_layers: sentence about other layers.
+        companions: name of a layer -> another layer that must be adapted in the same block.
         target_list: whether `target_modules` must be a list of names.
-        all_blocks: whether a kind of layer is ignored unless it is adapted in every block.
+        all_blocks: whether a layer name is ignored unless it is adapted in every block.
         tied_head: whether it loads an output layer that is tied to the embeddings.
         rank_pattern: whether it reads a rank for each layer.
-        formats: of adapters.
+        formats: the adapter formats that it reads.
     """
 
     name: str
@@ -105,17 +105,17 @@ _SERVERS = {
 def check_for_server(
     server: str, adapter: LoraAdapter, rank: int, *, kind: str = "peft", rank_pattern: bool = False
 ) -> list[str]:
-    """Sentences about what a server would refuse or ignore in this adapter; empty if nothing is known to.
+    """Return sentences about everything in this adapter that a server does not accept or ignores; may be empty.
 
     Args:
         server: "vllm", "sglang", "tgi", "tensorrt-llm", "llama.cpp" or "ollama".
         adapter: the adapter.
-        rank: the rank that all layers are written with, or the largest of them.
-        kind: the format that it is written in: "peft", "gguf" or "diffusers".
+        rank: the rank of all layers in the file, or the largest rank.
+        kind: the format of the file: "peft", "gguf" or "diffusers".
         rank_pattern: whether each layer has its own rank.
 
     Raises:
-        ConfigError: the server is not known.
+        ConfigError: the server is unknown.
 
     >>> from hra_fx.lora.adapter import LoraAdapter, exact_targets
     >>> check_for_server("vllm", LoraAdapter(()), rank=24)
@@ -143,7 +143,7 @@ def _rank(facts: _Server, rank: int) -> list[str]:
 
 
 def _copies(facts: _Server, adapter: LoraAdapter) -> list[str]:
-    """About trained tensors that are not factors."""
+    """Sentences about trained tensors that are not factors."""
     modules = sorted(set(adapter.modules_to_save) - set(facts.saved_allowed))
     found = [f"{facts.saved} `modules_to_save`, here {_shown(modules)}: fold the adapter"] if modules else []
     if adapter.bias != "none":
@@ -152,13 +152,13 @@ def _copies(facts: _Server, adapter: LoraAdapter) -> list[str]:
 
 
 def _kinds(facts: _Server, adapter: LoraAdapter) -> list[str]:
-    """About layers that are not linear, which no server adapts."""
+    """Sentences about layers that are not linear, which no server adapts."""
     others = [f"{layer.path} ({layer.kind})" for layer in adapter.layers if layer.kind != "linear"]
     return [f"adapts linear layers only, not {_shown(others)}: fold the adapter"] if others else []
 
 
 def _names(facts: _Server, adapter: LoraAdapter) -> list[str]:
-    """About linear layers that the server does not know, or only together with others."""
+    """Sentences about linear layers that the server does not support, or only together with others."""
     paths = [layer.path for layer in adapter.layers if layer.kind == "linear"]
     known = dict.fromkeys(path for path in paths if re.fullmatch(facts.layers, path))
     others = set(adapter.modules) - {layer.path for layer in adapter.layers}
@@ -175,12 +175,12 @@ def _names(facts: _Server, adapter: LoraAdapter) -> list[str]:
         )
     if facts.target_list and (hidden := [path for path in parameter_targets(adapter) if path in paths]):
         found.append(
-            f"does not load {_shown(hidden)}, which PEFT takes for experts in `target_modules`: fold the adapter"
+            f"does not load {_shown(hidden)}, which PEFT interprets as experts in `target_modules`: fold the adapter"
         )
     kinds = {_in_any_block(path) for path in known}
     missing = [path for path in adapter.modules if path not in known and _in_any_block(path) in kinds]
     if facts.all_blocks and missing:
-        found.append(f"ignores a kind of layer unless it is adapted in every block; not adapted: {_shown(missing)}")
+        found.append(f"ignores a layer name unless it is adapted in every block; not adapted: {_shown(missing)}")
     heads = [path for path in paths if path.rpartition(".")[2] == "lm_head"]
     if heads and not facts.tied_head and is_tied(adapter):
         found.append(f"has no tensor for {_shown(heads)}, which is tied to the embeddings: fold the adapter")

@@ -1,8 +1,9 @@
-"""Why PEFT's LoRA cannot express some layers, or computes them differently.
+"""Find layers that PEFT's LoRA does not support, or computes differently.
 
-It acts where a layer is called, so it has no effect where another module reads the weight. The source of the modules
-shows which layers they read and never call, since an export has no inputs to run them with. Other reads, as in a branch
-beside a call, are known once the adapted model has run (`HouseholderAdapters.is_read`).
+PEFT's LoRA only works if a layer is called, so it has no effect if another module reads the weight. An export does not
+have inputs to run the model, so the source code of the modules is used to find layers that they read and never call.
+Other reads, such as a read in one branch and a call in another, are only known after the adapted model has run
+(`HouseholderAdapters.is_read`).
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.target import REFLECTION, describe, find_kind, weight_name
 from passes.match import METADATA
 
-OUTPUT_PROJECTION = "is the output projection of an attention, whose change PEFT's LoRA (0.21) adds twice"
+OUTPUT_PROJECTION = "is the output projection of attention, whose change PEFT's LoRA (0.21) adds twice"
 _IN_ENCODER_LAYER = "is in an nn.TransformerEncoderLayer, which reads its weight, so PEFT's LoRA has no effect"
-OWN_FORWARD = "has its own forward, with which PEFT's LoRA would compute something else"
-_READ = "has a weight that another module reads, where PEFT's LoRA has no effect"
+OWN_FORWARD = "has its own forward, for which PEFT's LoRA would compute something else"
+_READ = "has a weight that another module reads, so PEFT's LoRA has no effect"
 #: Names after `self`, such as `("attn", "qkv", "weight")`.
 _Chain: TypeAlias = tuple[str, ...]
 
 
 def unsupported(path: str, description: str, reason: str) -> UnsupportedLayerError:
-    """The error for a layer that is not expressible as LoRA.
+    """The error for a layer that LoRA does not support.
 
     >>> unsupported("conv", "Conv2d 4->4 3x3", "is dilated")
     UnsupportedLayerError('conv: Conv2d 4->4 3x3 is dilated. Fold the model instead (hra_fx.fold), or leave the ...
@@ -48,7 +49,7 @@ def unsupported(path: str, description: str, reason: str) -> UnsupportedLayerErr
 
 
 def why_not_convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str | None:
-    """Why LoRA cannot express a convolution, as the end of a sentence; `None` if it can.
+    """Return why LoRA does not support a convolution, as the end of a sentence; `None` if it does.
 
     >>> why_not_convolution(nn.Conv2d(4, 4, 3, groups=2))
     'has groups, so the change of its weight is not a LoRA of this rank'
@@ -63,10 +64,10 @@ def why_not_convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str | None:
 
 
 def check_expressible(path: str, layer: AdaptedLayer, parent: nn.Module) -> None:
-    """Refuse a layer that PEFT's LoRA cannot express, or computes differently.
+    """Check that PEFT's LoRA supports a layer and computes the same.
 
     Raises:
-        UnsupportedLayerError: naming the layer and the reason.
+        UnsupportedLayerError: PEFT does not; the message names the layer and the reason.
     """
     if reason := _why_not(layer, parent):
         raise unsupported(path, describe(layer), reason)
@@ -89,9 +90,10 @@ def _why_not(layer: AdaptedLayer, parent: nn.Module) -> str | None:
 
 @torch.no_grad()
 def _adds_change(layer: AdaptedLayer) -> bool:
-    """Whether another weight changes the output of a layer as PEFT's LoRA does: by a plain layer with the difference.
+    """Whether a change of the weight adds a plain layer with the difference to the output, as PEFT's LoRA assumes.
 
-    A forward of its own may normalize the weight or pad the input first. One random input shows that, in float32.
+    The layer's own forward may first normalize the weight or pad the input. This is tested with one random input, in
+    float32.
     """
     probe = copy.deepcopy(layer).float().eval()
     weight, generator = probe.hra_base, torch.Generator().manual_seed(0)
@@ -104,18 +106,18 @@ def _adds_change(layer: AdaptedLayer) -> bool:
             probe._parameters[probe.hra_u.weight_name] = nn.Parameter(weight + change)
             actual = probe(x) - before
         expected = _plain(probe, x, change)
-    except Exception:  # a forward of the user's may raise anything
+    except Exception:  # the user's forward may raise any error
         return False
     return actual.shape == expected.shape and bool((actual - expected).norm() <= 1e-4 * expected.norm())
 
 
 def _image_size(weight: Tensor) -> tuple[int, ...]:
-    """The shape of an image that is larger than the kernel of a convolution."""
+    """An image shape that is larger than the kernel of a convolution."""
     return (weight.shape[1], *(2 * size + 1 for size in weight.shape[2:]))
 
 
 def _plain(layer: AdaptedLayer, x: Tensor, weight: Tensor) -> Tensor:
-    """A plain layer without a bias, of the same geometry."""
+    """Compute a plain layer with the same geometry, without a bias."""
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(layer.kernel_size)]
         result: Tensor = convolve(x, weight, None, layer.stride, layer.padding)
@@ -124,14 +126,14 @@ def _plain(layer: AdaptedLayer, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def check_places(root: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Refuse a layer that several modules own: PEFT's LoRA would replace it in the first one only.
+    """Check that no layer belongs to several modules, because PEFT's LoRA would replace it only in the first one.
 
     Args:
         root: the whole model.
         layers: the adapted layers, by path.
 
     Raises:
-        UnsupportedLayerError: naming the layer and its places.
+        UnsupportedLayerError: a layer does; the message names the layer and its paths.
     """
     paths = {layer: path for path, layer in layers.items()}
     owners: dict[str, list[str]] = {}
@@ -146,14 +148,14 @@ def check_places(root: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 
 
 def check_reads(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Refuse layers whose weight another module reads.
+    """Check that no other module reads the weight of a layer.
 
     Args:
         model: the whole model.
         layers: linear layers, convolutions and attentions in it, by path.
 
     Raises:
-        UnsupportedLayerError: naming the layer.
+        UnsupportedLayerError: another module reads a weight; the message names the layer.
     """
     owners = dict(state_modules(model, remove_duplicate=False))
     known: dict[type[nn.Module], set[_Chain]] = {}
@@ -166,7 +168,7 @@ def check_reads(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 def _is_only_read(
     path: str, layer: nn.Module, owners: Mapping[str, nn.Module], known: dict[type[nn.Module], set[_Chain]]
 ) -> bool:
-    """Whether the modules around a layer name its weight, and never the layer itself."""
+    """Whether the parents of a layer use its weight, but never the layer itself."""
     parts = path.split(".")
     uses: list[_Chain] = []
     for depth in range(len(parts)):
@@ -180,7 +182,7 @@ def _is_only_read(
 
 
 def _chains(kind: type[nn.Module]) -> Iterator[_Chain]:
-    """What the forward of a class, and the methods that it leads to, say after `self`."""
+    """The attribute chains after `self` in the forward of a class, and in the methods that it uses."""
     names = ["forward"]
     for name in names:  # it grows while it is read
         for function in _functions(kind, name):
@@ -191,7 +193,7 @@ def _chains(kind: type[nn.Module]) -> Iterator[_Chain]:
 
 
 def _functions(kind: type[nn.Module], name: str) -> Iterator[FunctionType]:
-    """The methods and properties of a name, also those that `super()` finds."""
+    """The methods and properties with this name, including those that `super()` finds."""
     for base in kind.__mro__:
         found: Any = None if base is nn.Module else vars(base).get(name)
         found = inspect.unwrap(getattr(found, "fget", None) or getattr(found, "__func__", None) or found)
@@ -202,7 +204,7 @@ def _functions(kind: type[nn.Module], name: str) -> Iterator[FunctionType]:
 def _chains_in(function: FunctionType) -> Iterator[_Chain]:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, SyntaxError):  # made by a program, or in the middle of a line
+    except (OSError, SyntaxError):  # generated code, or code in the middle of a line
         return
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     inner = {id(node.value) for node in nodes}

@@ -23,7 +23,7 @@ from hra_fx.lora.peft_format import peft_form
 from hra_fx.lora.servers import check_for_server
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-#: Files of models of transformers, timm and diffusers, and of pipelines.
+#: Files of transformers, timm and diffusers models, and of pipelines.
 _OF_MODELS = ("config.json", "model_index.json")
 
 
@@ -32,10 +32,10 @@ class LoraRow:
     """One layer of an export.
 
     Attributes:
-        path: its qualified name; in a diffusers pipeline, with its part.
-        rank: the rank of its change, before it is padded; 0 if the adapter does not change it.
-        error: `|W Q - W - B A|_F / |W Q - W|_F` in float64; 0 unless a smaller rank was asked for.
-        rounding: the error of rounding the factors to `dtype`, relative to the change in the same way.
+        path: the qualified name of the layer; in a diffusers pipeline, with its part.
+        rank: the rank of the weight change, before padding; 0 if the adapter does not change the layer.
+        error: `|W Q - W - B A|_F / |W Q - W|_F` in float64; 0 unless a smaller rank was requested.
+        rounding: the error of rounding the factors to `dtype`, also relative to the weight change.
     """
 
     path: str
@@ -52,9 +52,9 @@ class LoraResult:
         path: the folder or the file.
         format: "peft", "gguf" or "diffusers".
         rank: the rank of all layers in the file.
-        dtype: of the factors, such as "float32".
-        rows: one for each layer.
-        warnings: what the server given by `check` does not accept.
+        dtype: dtype of the factors, such as "float32".
+        rows: one row for each layer.
+        warnings: everything that the server in `check` does not accept.
 
     Example:
         >>> print(LoraResult(Path("out"), "peft", 8, "float32", (LoraRow("q_proj", 8, 0.0, 5e-8),)))
@@ -84,12 +84,12 @@ class LoraResult:
 
 @dataclass(frozen=True)
 class Output:
-    """Where and how adapters are written.
+    """The path and the format of the written adapters.
 
     Attributes:
         path: the folder or the file.
         kind: "peft", "gguf" or "diffusers".
-        dtype: of the factors.
+        dtype: dtype of the factors.
         rank_pattern: see `hra_fx.save_as_lora`.
         check: see `hra_fx.save_as_lora`.
     """
@@ -102,19 +102,19 @@ class Output:
 
 
 def check_lora(adapters: Mapping[str, LoraAdapter], output: Output) -> list[str]:
-    """Check all but the values of the factors, so that a caller can do so before it computes them.
+    """Check everything except the values of the factors, so that a caller can check before it computes them.
 
     Returns:
-        What the server does not accept.
+        Sentences about everything that the server does not accept.
 
     Args:
-        adapters: the adapter of each part of a pipeline; of a single model, under "".
-        output: where and how.
+        adapters: the adapter of each part of a pipeline; for a single model, under "".
+        output: the path and the format.
 
     Raises:
         AdapterError, UnsupportedLayerError: the format does not support a model, a layer or `rank_pattern`.
-        CheckpointError: the folder is not free for a LoRA, or a package is not installed.
-        ConfigError: the server is not known.
+        CheckpointError: the folder contains a model or an HRA adapter, or a package is not installed.
+        ConfigError: the server is unknown.
     """
     check_path(output.path)
     if output.rank_pattern and output.kind != "peft":
@@ -131,11 +131,11 @@ def check_lora(adapters: Mapping[str, LoraAdapter], output: Output) -> list[str]
 
 
 def write_lora(adapters: Mapping[str, LoraAdapter], output: Output) -> LoraResult:
-    """Write adapters, and say what was written; arguments and errors as `check_lora`.
+    """Write adapters, and return a summary. Arguments and errors are the same as for `check_lora`.
 
     Raises:
-        AdapterError: also if a factor is out of the range of the dtype.
-        CheckpointError: also if the files cannot be written.
+        AdapterError: a factor is out of the range of the dtype; see also `check_lora`.
+        CheckpointError: the files cannot be written; see also `check_lora`.
     """
     path, dtype = output.path, output.dtype
     warnings = [*unchanged(adapters.values()), *check_lora(adapters, output)]
@@ -156,17 +156,17 @@ def write_lora(adapters: Mapping[str, LoraAdapter], output: Output) -> LoraResul
 
 
 def unchanged(adapters: Iterable[LoraAdapter]) -> list[str]:
-    """A warning if no adapter changes any weight."""
+    """Return a warning if no adapter changes any weight."""
     if any(layer.rank for adapter in adapters for layer in adapter.layers):
         return []
     return ["the adapters do not change any weight (untrained, or at scale 0): the LoRA is zero."]
 
 
 def check_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
-    """The dtype of factors.
+    """Return the dtype of factors.
 
     Raises:
-        AdapterError: it is not one that LoRA adapters are stored in.
+        AdapterError: LoRA adapters cannot be stored in this dtype.
 
     >>> check_dtype("bfloat16"), check_dtype(None)
     (torch.bfloat16, torch.float32)
@@ -179,11 +179,11 @@ def check_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
 
 
 def check_path(path: Path) -> None:
-    """Refuse a folder in which a LoRA would do harm.
+    """Check that a LoRA can be written into a folder.
 
     Raises:
-        CheckpointError: it holds a model, which `from_pretrained` would load with the LoRA on top; or an HRA adapter,
-            which cannot be computed from its LoRA.
+        CheckpointError: the folder contains a model, because `from_pretrained` would load it together with the LoRA; or
+            an HRA adapter, which cannot be restored from its LoRA.
     """
     check_no_model(path)
     config = path / CONFIG_NAME
@@ -195,10 +195,10 @@ def check_path(path: Path) -> None:
 
 
 def check_no_model(path: Path) -> None:
-    """Refuse a folder with a model.
+    """Check that a folder does not contain a model.
 
     Raises:
-        CheckpointError: there is one.
+        CheckpointError: the folder contains a model.
     """
     model = next((name for name in _OF_MODELS if (path / name).exists()), None)
     if model:

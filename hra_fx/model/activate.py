@@ -15,7 +15,7 @@ from hra_fx.model.trainable import train_only
 
 
 def activate(parts: AdaptedParts, state: AdapterState, names: tuple[str, ...], *, trainable: bool) -> None:
-    """Activate and train these adapters, and only these."""
+    """Activate and train exactly these adapters."""
     state.active = names
     sync_layers(parts, state)
     train_only(parts, names if trainable else ())
@@ -27,14 +27,14 @@ def sync_layers(parts: AdaptedParts, state: AdapterState) -> None:
     acting = () if state.disabled else state.active
     unmerged = tuple(name for name in acting if name not in state.merged)
     for reflection in parts.reflections:
-        # nn.Module.__setattr__ takes longer than all else that a switch of adapters does with a layer.
+        # nn.Module.__setattr__ would take longer than everything else that happens to a layer here.
         vars(reflection)["active"] = tuple([name for name in unmerged if name in reflection.specs])
     for owner, copies in parts.copies:
         copies.activate_copies(owner, next((name for name in acting if name in copies.copied), BASE))
 
 
 def check_copies_can_switch(root: nn.Module, parts: AdaptedParts, acting: Iterable[str]) -> None:
-    """Refuse to exchange trained copies in a sharded or offloaded model.
+    """Raise an error if trained copies must be switched in a sharded or offloaded model.
 
     Args:
         root: the model.
@@ -42,7 +42,7 @@ def check_copies_can_switch(root: nn.Module, parts: AdaptedParts, acting: Iterab
         acting: the adapters that will be active.
 
     Raises:
-        AdapterError: a trained copy would have to be exchanged, and the model is sharded or offloaded.
+        AdapterError: a trained copy must be switched, but the model is sharded or offloaded.
     """
     tool, names = next(filter(None, map(sharded_by, parts.modules)), None) if parts.copies else None, tuple(acting)
     reason = offloaded_copy(root) if parts.copies else None
@@ -53,16 +53,16 @@ def check_copies_can_switch(root: nn.Module, parts: AdaptedParts, acting: Iterab
             if reason is not None:
                 raise AdapterError(reason)
             raise AdapterError(
-                f"{_path_of(root, owner)}: its trained copies (modules_to_save or bias) would have to be exchanged, "
-                f"but {tool} restores the parameters that it sharded. Set the adapters before sharding."
+                f"{_path_of(root, owner)}: its trained copies (modules_to_save or bias) cannot be switched, "
+                f"because {tool} restores the parameters that it sharded. Set the adapters before sharding."
             )
 
 
 def check_copies(root: nn.Module, parts: AdaptedParts, names: Iterable[str]) -> None:
-    """Refuse to activate several adapters that have trained copies of the same module.
+    """Check that at most one of these adapters has a trained copy of each module.
 
     Raises:
-        AdapterError: they do.
+        AdapterError: several adapters have trained copies of the same module.
     """
     wanted = tuple(names)
     for owner, copies in parts.copies:

@@ -19,16 +19,16 @@ from hra_fx.selection.select import with_head
 
 
 def add_adapter(model: nn.Module, adapter_name: str, config: HRAConfig, *, low_cpu_mem_usage: bool = False) -> None:
-    """Add another adapter to a transformed model, with its own layers, rank and Gram-Schmidt. It is not active yet.
+    """Add another adapter to a transformed model, with its own configuration. The new adapter is not active.
 
     Args:
         model: a transformed model.
-        adapter_name: its name.
-        config: as for `transform`.
-        low_cpu_mem_usage: create its vectors on the meta device, to be loaded later.
+        adapter_name: name of the new adapter.
+        config: the configuration, as for `transform`.
+        low_cpu_mem_usage: create the vectors on the meta device, to be loaded later.
 
     Raises:
-        AdapterError: the name is taken, adapters are merged, or DeepSpeed's ZeRO trains the model already.
+        AdapterError: the name is taken, adapters are merged, or DeepSpeed's ZeRO already trains the model.
         ConfigError, SelectionError, UnsupportedLayerError: see `transform`. After any error the model is unchanged.
 
     Example:
@@ -51,7 +51,7 @@ def add_filled_adapter(
     fill: AdapterFactory,
     copies: Mapping[tuple[str, str], Tensor] = MappingProxyType({}),
 ) -> None:
-    """Add an adapter with the vectors that `fill` gives and with these trained copies; errors as `add_adapter`."""
+    """Add an adapter with the vectors from `fill` and with these trained copies; raises the errors of `add_adapter`."""
     if adapter_name in state.configs:
         raise AdapterError(
             f"adapter {adapter_name!r} already exists in this model. Delete it first, or choose another name."
@@ -61,7 +61,7 @@ def add_filled_adapter(
     for path, layer in adapted_layers(root).items():
         if any(map(is_trained_by_zero, layer.hra_u.parameters())):
             raise AdapterError(
-                f"{path}: DeepSpeed trains it already, and would not manage the vectors of adapter {adapter_name!r}. "
+                f"{path}: DeepSpeed already trains it, and would not manage the vectors of adapter {adapter_name!r}. "
                 "Add it before deepspeed.initialize, which Trainer.train calls, or to a new model."
             )
     with all_or_nothing() as undo:

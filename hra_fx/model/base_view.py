@@ -15,7 +15,7 @@ from hra_fx.model.state import RECORD
 
 @contextmanager
 def base_model_view(model: nn.Module) -> Iterator[None]:
-    """The model as it was before it was transformed, except for trained copies that are in place."""
+    """Context manager in which the model is as before `transform`, except for trained copies that are in use."""
     with ExitStack() as restore:
         for module in list(model.modules()):
             if isinstance(module, AdaptedLayer) and REFLECTION in module._modules:
@@ -31,6 +31,6 @@ def base_model_view(model: nn.Module) -> Iterator[None]:
 
 
 def _refill(children: dict[str, nn.Module | None], before: dict[str, nn.Module | None]) -> None:
-    """In the order that they had, which is the order of parameters and of optimizer states."""
+    """Restore children in their previous order, which is the order of parameters and of optimizer states."""
     children.clear()
     children.update(before)

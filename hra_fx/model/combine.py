@@ -23,9 +23,9 @@ from hra_fx.model.state import AdapterState, adapted_layers, names_in, root_of
 def combine(model: nn.Module, adapters: Sequence[str], adapter_name: str) -> None:
     """Add an adapter that is the exact product of several, `Q = Q_a Q_b ...`, with `r_a + r_b + ...` reflections.
 
-    Anchors and the current scales are included. The new adapter is not active yet, does not use Gram-Schmidt, and is
-    on every layer that has one of the adapters. A layer that lacks some of them is padded with pairs of equal
-    reflections, which cancel.
+    Anchors and the current scales are included. The new adapter is not active, does not use Gram-Schmidt, and is
+    on every layer that has at least one of the adapters. If a layer does not have all of them, its vectors are padded
+    with pairs of equal reflections, which cancel.
 
     Args:
         model: a transformed model.
@@ -33,8 +33,8 @@ def combine(model: nn.Module, adapters: Sequence[str], adapter_name: str) -> Non
         adapter_name: name of the new adapter.
 
     Raises:
-        AdapterError: the model has no such adapter, fewer than two are named, one has trained copies
-            (`modules_to_save` or `bias`), a layer would have to be padded with an odd number of reflections, all have
+        AdapterError: the model has no such adapter, there are fewer than two names, an adapter has trained copies
+            (`modules_to_save` or `bias`), a layer would need an odd number of padding reflections, all adapters have
             scale 0, or the vectors are sharded.
 
     Example:

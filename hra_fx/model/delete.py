@@ -1,4 +1,4 @@
-"""`delete_adapter`, and removing adapters in general; a model without adapters is a plain model again."""
+"""Remove adapters: `delete_adapter` and related functions. A model without adapters is a plain model again."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ from hra_fx.model.trainable import FlagChanges, restore_ties
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Remove an adapter. Layers without other adapters become plain layers, and a model without others a plain model.
+    """Remove an adapter. Layers without other adapters become plain layers.
 
-    If it was the only active adapter, the first remaining one becomes active (as in PEFT).
+    A model without other adapters becomes a plain model. If the adapter was the only active one, the first remaining
+    adapter becomes active (as in PEFT).
 
     Raises:
         AdapterError: the model has no such adapter, adapters are merged, another tool replaced a class, or accelerate
@@ -86,9 +87,9 @@ def detach_all(model: nn.Module) -> None:
 
 
 def remove_adapters(root: nn.Module, state: AdapterState, names: tuple[str, ...]) -> None:
-    """Remove adapters; a layer without adapters becomes a plain layer, a model without adapters a plain model.
+    """Remove adapters. A layer or model without adapters becomes a plain one.
 
-    Check before with `check_no_foreign_class` that no other tool replaced a class; then nothing here fails.
+    First check with `check_no_foreign_class` that no other tool replaced a class. Then this function cannot fail.
     """
     for layer in adapted_layers(root).values():
         for name in names:

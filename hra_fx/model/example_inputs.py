@@ -21,14 +21,14 @@ Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def normalize_inputs(example_inputs: Any) -> Call:
-    """Example inputs as positional and keyword arguments.
+    """Return example inputs as positional and keyword arguments.
 
     Args:
         example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments (as a
             tokenizer returns it).
 
     Raises:
-        AdapterError: it is none of these.
+        AdapterError: `example_inputs` has another type.
 
     Example:
         >>> import torch
@@ -48,9 +48,9 @@ def normalize_inputs(example_inputs: Any) -> Call:
 
 
 def example_call(model: nn.Module) -> Call | None:
-    """A call of a transformers model with random inputs, from its configuration; `None` for other models.
+    """Create random inputs for a transformers model from its configuration; `None` for other models.
 
-    Two token sequences of length 8 with their mask, two images, or two recordings.
+    The inputs are two token sequences of length 8 with their mask, two images, or two audio recordings.
     """
     config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
     make = _EXAMPLES.get(main) if isinstance(main, str) else None
@@ -98,7 +98,7 @@ _EXAMPLES: dict[str, Callable[[Any], Tensor]] = {
 
 
 def clone_inputs(call: Call) -> Call:
-    """A call with its own tensors, because a forward may write into them; other objects (a cache) are copied too."""
+    """Copy the tensors and other objects (a cache) of a call, because a forward may write into them."""
 
     def own(value: Any) -> Any:
         return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
@@ -124,7 +124,7 @@ def preserve_rng_state() -> Iterator[None]:
 
 def seed_everything(seed: int) -> None:
     """Seed torch, Python and numpy."""
-    # `torch.manual_seed` would leave the seed for the time when devices are initialized.
+    # `torch.manual_seed` would also set the seed of devices that are initialized later.
     seed_torch = torch.manual_seed if _initialized_devices()[1] else torch.default_generator.manual_seed
     seed_torch(seed)
     random.seed(seed)
@@ -133,7 +133,7 @@ def seed_everything(seed: int) -> None:
 
 
 def _initialized_devices() -> tuple[str | None, range]:
-    """The type and the indices of all GPUs, if this process has initialized them, which takes seconds; else none."""
+    """Type and indices of all GPUs if this process has initialized them (this takes seconds); otherwise none."""
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None:
         return None, range(0)

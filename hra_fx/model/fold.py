@@ -40,7 +40,7 @@ from hra_fx.model.state import (
 from hra_fx.model.tied import TensorRef, Tie, always_tied, find_ties, set_tied, untied_copies, why_not_untie
 
 _REQUANTIZE = (
-    " To allow that, call hra_fx.fold(model, requantize=True). To see the error first, call "
+    " To allow this, call hra_fx.fold(model, requantize=True). To see the error first, call "
     "hra_fx.plan_fold(model, requantize=True), which changes nothing."
 )
 
@@ -50,7 +50,7 @@ class FoldedLayer:
     """The effect of a fold on one layer.
 
     Attributes:
-        path: the layer.
+        path: path of the layer.
         rounding: `|W'' - W'|_F / |W'|_F`, the error of casting the folded weight `W'` from float64 to the dtype of the
             weight, or of quantizing it again.
         change: `|W' - W|_F / |W|_F`, how much the adapter changes the weight.
@@ -67,13 +67,13 @@ class FoldedLayer:
 
 @dataclass(frozen=True)
 class FoldJob:
-    """A fold whose layers were all checked.
+    """A fold of which all layers have been checked.
 
     Attributes:
         model: a transformed model.
-        state: its state.
+        state: state of the model.
         names: path of a layer -> the adapters that are folded into it, in the order of the product.
-        promoted: adapters whose trained copies become the model's own tensors.
+        promoted: adapters with trained copies that become the model's own tensors.
         adapters_to_remove: adapters that are removed afterwards.
         untied: path -> names of the tensors that share memory with the weight.
         ties: settings of transformers that are turned off.
@@ -88,7 +88,7 @@ class FoldJob:
     ties: Sequence[Tie]
 
     def measure(self, path: str, layer: AdaptedLayer, weight: FoldedWeight | None = None) -> FoldedLayer:
-        """What the fold does to a layer."""
+        """Compute what the fold does to a layer."""
         scheme = quant_scheme_of(layer)
         words = scheme.description(layer) if scheme else ""
         names, untied = self.names[path], tuple(self.untied.get(path, ()))
@@ -101,8 +101,8 @@ class FoldJob:
     def run(self) -> None:
         """Write the weights, remove the folded adapters, and warn about everything else that changed.
 
-        A layer loses its folded adapters as soon as its weight is written. So if this is interrupted (Ctrl-C, no
-        memory), the model still computes the same, and another fold finishes the work.
+        The folded adapters of a layer are removed as soon as its weight is written. So if this is interrupted (Ctrl-C,
+        out of memory), the model still computes the same outputs, and another fold finishes the work.
         """
         check_no_foreign_class(self.model)
         state, layers = self.state, adapted_layers(self.model)
@@ -126,7 +126,7 @@ class FoldJob:
         self._warn(measured, list(also), trained=trained and not all_copies(self.model))
 
     def _write(self, path: str, layer: AdaptedLayer) -> FoldedLayer | None:
-        """Fold a layer; returns what that did to a quantized weight."""
+        """Fold a layer. Returns the effect if the weight is quantized."""
         names, scheme = self.names[path], quant_scheme_of(layer)
         if not names:
             return None
@@ -153,12 +153,12 @@ class FoldJob:
 
     def _warn(self, measured: list[FoldedLayer], also: list[str], *, trained: bool) -> None:
         untied = [f"{path or 'the model'} (from {', '.join(names)})" for path, names in self.untied.items()]
-        setting = "config.tie_word_embeddings is False now"
+        setting = "config.tie_word_embeddings is now False"
         more = f" The same setting tied {', '.join(also)}, which are untied as well." if also else ""
         if again := always_tied(self.ties):
             more += f" {again[0]} turns it on again when it is loaded: set it to False right after from_pretrained."
         if untied:
-            text = f"untied: {', '.join(untied)}. Each has its own weight now, so a saved model is larger"
+            text = f"untied: {', '.join(untied)}. Each now has its own weight, so a saved model is larger"
             text += f", and {setting}." if self.ties else "."
             warnings.warn(text + more, HRAWarning, stacklevel=4)
         elif trained:
@@ -179,7 +179,7 @@ class FoldPlan:
     """
 
     def __init__(self, job: FoldJob) -> None:
-        """Compute every folded weight of a job once, and measure it."""
+        """Compute every folded weight of a job once, to measure it."""
         self._job = job
         self.layers = [job.measure(path, layer) for path, layer in adapted_layers(job.model).items()]
         self._versions = _versions(job)
@@ -213,7 +213,7 @@ class FoldPlan:
 def plan_fold(
     model: nn.Module, adapter_names: str | Sequence[str] | None = None, *, requantize: bool = False
 ) -> FoldPlan:
-    """Dry run of `fold`, with the same arguments and errors: compute its effect on each layer, and change nothing.
+    """Dry run of `fold`: compute its effect on each layer without changing the model. Same arguments and errors.
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -225,7 +225,7 @@ def plan_fold(
 
 
 def prepare_fold(model: nn.Module, adapter_names: str | Sequence[str] | None, *, requantize: bool) -> FoldJob:
-    """Check that adapters can be folded, without changing anything; errors as `fold`."""
+    """Check that adapters can be folded, without changing anything; raises the errors of `fold`."""
     root, state = root_of(model)
     names = resolve_merge_order(state, adapter_names)
     check_copies(root, collect_parts(root), names)
@@ -245,7 +245,7 @@ def prepare_fold(model: nn.Module, adapter_names: str | Sequence[str] | None, *,
 def _check_layers(
     root: nn.Module, layers: Mapping[str, AdaptedLayer], names: Mapping[str, tuple[str, ...]], *, requantize: bool
 ) -> dict[str, AdaptedLayer]:
-    """Check every layer; returns those whose weights are written."""
+    """Check every layer. Returns the layers whose weights are written."""
     check_not_on_disk({path: layer for path, layer in layers.items() if names[path]})
     check_classes(root, layers)
     try:
@@ -266,7 +266,7 @@ def _check_layers(
 def _untied(
     root: nn.Module, written: Mapping[str, AdaptedLayer], names: tuple[str, ...], adapters_to_remove: tuple[str, ...]
 ) -> dict[str, tuple[str, ...]]:
-    """What the weights that are written share memory with, of all that is left after the fold."""
+    """The tensors that remain after the fold and share memory with weights that are written."""
     gone: set[str] = set()
     for path, (_, copies) in all_copies(root).items():
         promoted = {tensor for name in names for tensor in copies.copied.get(name, ())}
@@ -284,7 +284,7 @@ def _tensor_refs(layers: Mapping[str, AdaptedLayer], paths: Iterable[str]) -> se
 
 
 def _ties(root: nn.Module, state: AdapterState, tensors: set[TensorRef], names: tuple[str, ...]) -> list[Tie]:
-    """The settings of transformers that a fold turns off, or that a folded trained copy turned off already.
+    """The settings of transformers that a fold turns off, or that a folded trained copy has already turned off.
 
     Raises:
         FoldError: one of them cannot be turned off.
@@ -297,7 +297,7 @@ def _ties(root: nn.Module, state: AdapterState, tensors: set[TensorRef], names: 
 
 
 def _promote_copies(root: nn.Module, names: tuple[str, ...]) -> bool:
-    """Make the copies of folded adapters the model's own; whether there were any."""
+    """Make the copies of folded adapters the model's own tensors. Returns whether there were any."""
     promoted = False
     for owner, copies in all_copies(root).values():
         for name in names:
@@ -319,7 +319,7 @@ def _requantized(layers: list[FoldedLayer]) -> str:
 
 
 def _versions(job: FoldJob) -> list[object]:
-    """What a plan depends on: the active adapters, and identity, memory and version of every tensor that is read."""
+    """The state that a plan depends on: active adapters, and identity, memory and version of each tensor it reads."""
     state, layers = job.state, adapted_layers(job.model).values()
     facts = (tuple(state.configs), state.active, state.merged, state.disabled)
     read: Iterable[Tensor] = (

@@ -4,8 +4,8 @@ Its first node computes the factors of all layers in batches:
 
     f = hra_factors();  ...;  h = layer.hra_u(x, f);  y = layer(x, h)
 
-The forward of an adapted model does the same before it calls that of its class; the class of a `GraphModule` is not
-swapped, because fx gives each copy a class of its own.
+The forward of an adapted model does the same before it calls the forward of its class. The class of a `GraphModule` is
+not changed, because fx creates a separate class for each copy.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from passes.verify import VerifyPass
 
 
 class BatchedFactors(nn.Module):
-    """Computes the factors of all layers of a graph; it has no parameters, and no children."""
+    """Computes the factors of all layers of a graph. It does not have parameters or children."""
 
     def __init__(self) -> None:
-        """Know no layers yet."""
+        """Start without layers; `connect_factors` sets them."""
         super().__init__()
         self.state: Any = None
 
     def forward(self) -> StartOfForward | None:
-        """The factors; `None` if each layer is to compute its own: under torch.compile, for example."""
+        """Return the factors, or `None` if each layer computes its own, for example under torch.compile."""
         if self.state is None or self.state.disabled or is_replica(self) or is_exporting() or not is_plain_eager():
             return None
         if not self.state.active and CURRENT.batch is None:
@@ -55,14 +55,14 @@ def add_factors(module: fx.GraphModule, undo: ExitStack | None = None) -> None:
 
 
 def connect_factors(module: nn.Module) -> None:
-    """Let the child know the state of the model, which must be attached."""
+    """Pass the state of the model, which must be attached, to the child."""
     factors = module._modules.get(FACTORS)
     if isinstance(factors, BatchedFactors):
         factors.state = get_state(module)
 
 
 def rewrite(module: fx.GraphModule, undo: ExitStack | None = None) -> None:
-    """Insert the reflections of all adapted layers into the graph, in place of those that it has."""
+    """Insert the reflections of all adapted layers into the graph, instead of the ones that it has."""
     before, graph = module.graph, copy.deepcopy(module.graph)
     if undo is not None:
         undo.callback(setattr, module, "graph", before)
@@ -79,13 +79,13 @@ def insert(module: fx.GraphModule, model: nn.Module, path: str = "") -> None:
     Args:
         module: the graph.
         model: the model.
-        path: path in the model of the module whose forward the graph is.
+        path: path in the model of the module that the graph was traced from.
     """
     adapted = {
         layer: LayerTarget(name, layer.hra_u.kind, layer.hra_u.reflects_input)
         for name, layer in adapted_layers(model).items()
     }
-    # All paths, because the graph may call a shared layer by any of them.
+    # All paths, because the graph may call a shared layer by any path.
     names = model.named_modules(remove_duplicate=False)
     targets = {name: adapted[part] for name, part in names if isinstance(part, AdaptedLayer) and part in adapted}
     for step in (MatchPass(targets, path), InsertPass(), VerifyPass()):
@@ -93,7 +93,7 @@ def insert(module: fx.GraphModule, model: nn.Module, path: str = "") -> None:
 
 
 def restore(module: nn.Module) -> None:
-    """Make a `GraphModule` one without adapters again; other modules have nothing to remove."""
+    """Remove the reflections from a `GraphModule`; other modules are not changed."""
     if isinstance(module, fx.GraphModule):
         remove_reflections(module)
         module._modules.pop(FACTORS, None)
@@ -106,7 +106,7 @@ def remove_reflections(module: fx.GraphModule) -> None:
 
 
 def tag_adapted_layers(module: nn.Module) -> frozenset[str]:
-    """The paths of the adapted layers in the graph of a `GraphModule`; none for other modules."""
+    """Mark the adapted layers in the graph of a `GraphModule`, and return their paths; empty for other modules."""
     if not isinstance(module, fx.GraphModule):
         return frozenset()
     _restore_tags(module)
@@ -115,7 +115,7 @@ def tag_adapted_layers(module: nn.Module) -> frozenset[str]:
 
 
 def _restore_tags(module: fx.GraphModule) -> None:
-    """Restore the marks that a pickle has lost: fx keeps the code of a graph, not the `meta` of its nodes."""
+    """Restore the marks that a pickle does not contain: fx pickles the code of a graph, not the `meta` of its nodes."""
     paths = {layer: path for path, layer in adapted_layers(module).items()}
     for node in module.graph.find_nodes(op="call_module"):
         layer = str(node.target).removesuffix(f".{REFLECTION}")

@@ -32,9 +32,9 @@ AdapterFactory: TypeAlias = Callable[[str, nn.Module, HouseholderAdapters], None
 
 @contextmanager
 def all_or_nothing() -> Iterator[ExitStack]:
-    """A stack of undo steps, which run if the block raises.
+    """Context manager with a stack of undo steps, which run if the block raises an error.
 
-    Inference mode is off inside, because vectors created in it could never be trained.
+    Inference mode is off in the block, because vectors created in inference mode could never be trained.
     """
     with torch.inference_mode(False), ExitStack() as undo:
         yield undo
@@ -42,10 +42,10 @@ def all_or_nothing() -> Iterator[ExitStack]:
 
 
 def complete(act: Callable[[], None]) -> None:
-    """Call `act`, and once more if it is interrupted (Ctrl-C), so that it is never left half done.
+    """Call `act`, and call it again if it is interrupted (Ctrl-C), so that it always completes.
 
     Args:
-        act: may be repeated after any part of it.
+        act: a function that can be repeated after an interruption at any point.
     """
     try:
         act()
@@ -62,7 +62,7 @@ def inject_adapter(
     undo: ExitStack,
     layers: dict[str, nn.Module] | None = None,
 ) -> dict[str, nn.Module]:
-    """Add adapter `name` to every layer that `config` selects; it is not active yet.
+    """Add adapter `name` to every layer that `config` selects. The adapter is not active.
 
     `layers` is the result of `select_checked`, if the caller has it.
 
@@ -81,7 +81,7 @@ def inject_adapter(
         if path in new:
             _attach(path, layer, undo)
         reflection: Any = layer._modules[REFLECTION]
-        keep_loaded(reflection)  # its hook would look for the new vectors among those that it offloaded
+        keep_loaded(reflection)  # its hook would search the new vectors among the tensors that it offloaded
         undo.callback(reflection.remove, name)
         fill(path, layer, reflection)
         if is_dtensor(reflection.weight_of(layer)):
@@ -94,7 +94,7 @@ def inject_adapter(
 
 
 def random_init(name: str, config: HRAConfig, *, on_meta: bool) -> AdapterFactory:
-    """New vectors, initialized as the configuration says."""
+    """Create new vectors, initialized as configured."""
 
     def fill(path: str, layer: nn.Module, reflection: HouseholderAdapters) -> None:
         spec = AdapterSpec(config.rank_of(path), config.apply_GS, config.init_weights)
@@ -105,7 +105,7 @@ def random_init(name: str, config: HRAConfig, *, on_meta: bool) -> AdapterFactor
 
 
 def remove_adapter_layer(layer: nn.Module) -> None:
-    """Make an adapted layer a plain one again."""
+    """Make an adapted layer a plain layer again."""
     unswap(layer, layer_class_for(layer))
     del layer._modules[REFLECTION]
     if isinstance(layer, ExpertsWeight):

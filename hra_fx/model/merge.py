@@ -23,18 +23,18 @@ def merge_adapter(model: nn.Module, adapter_names: str | Iterable[str] | None = 
     """Fold adapters into the weights temporarily, `W <- W Q`, so that a forward is as fast as the base model's.
 
     Every merged layer keeps a copy of its base weight in the buffer `hra_u.unmerged`, so that `unmerge_adapter`
-    restores it bit for bit in every dtype. Until then the adapted weights take twice their memory, and the `state_dict`
-    contains both. A merged `state_dict` loads only into a model with merged adapters. To fold permanently, without
-    copies, call `fold`.
+    restores it bit for bit in every dtype. While adapters are merged, the adapted weights take twice their memory, and
+    the `state_dict` contains both. A merged `state_dict` can only be loaded into a model with merged adapters. To fold
+    permanently, without copies, call `fold`.
 
     Args:
         model: a transformed model.
-        adapter_names: the active adapters to merge, which must be the first ones in the order of the product; `None`
-            for all. An adapter that is not active becomes active, before the others.
+        adapter_names: the active adapters to merge, which must be the first ones in the product; `None` for all. An
+            adapter that is not active becomes active, before the other adapters.
 
     Raises:
-        AdapterError: the model has no such adapter, no adapter is active, others are already merged, or an adapter that
-            is not merged comes earlier in the product.
+        AdapterError: the model has no such adapter, no adapter is active, other adapters are already merged, or an
+            adapter that is not merged comes earlier in the product.
         FoldError: a weight cannot be rotated (see `fold`), for example a quantized one. After any error the model is
             unchanged.
 
@@ -62,13 +62,13 @@ def merge_adapter(model: nn.Module, adapter_names: str | Iterable[str] | None = 
 
 
 def unmerge_adapter(model: nn.Module) -> None:
-    """Restore the weights from before `merge_adapter`, bit for bit. The adapters are computed in the forward again.
+    """Restore the weights from before `merge_adapter`, bit for bit. The forward then computes the adapters again.
 
     Raises:
         AdapterError: the model has no adapters.
 
     Warns:
-        HRAWarning: nothing is merged.
+        HRAWarning: no adapter is merged.
     """
     root, state = root_of(model)
     if not state.merged:
@@ -86,7 +86,7 @@ def unmerge_adapter(model: nn.Module) -> None:
 
 
 def merge(root: nn.Module, state: AdapterState, names: tuple[str, ...]) -> None:
-    """Merge adapters whose order was resolved; every layer is checked before the first weight is written."""
+    """Merge adapters in the resolved order. Every layer is checked before the first weight is written."""
     layers = adapted_layers(root)
     check_copies(root, collect_parts(root), dict.fromkeys((*names, *state.active)))
     _check_in_memory(layers)
@@ -113,7 +113,7 @@ def _check_in_memory(layers: Mapping[str, AdaptedLayer]) -> None:
     for path, layer in layers.items():
         if offloading_hook(weight_place(layer)[0]) is not None:
             raise FoldError(
-                f"{path}: accelerate offloads its weight, but a merge keeps a copy of each weight in memory. Adapters "
+                f"{path}: accelerate offloads its weight, but merging keeps a copy of each weight in memory. Adapters "
                 "also work without being merged; hra_fx.fold writes the folded weights without copies."
             )
 
@@ -122,8 +122,8 @@ def resolve_merge_order(state: AdapterState, adapter_names: str | Iterable[str] 
     """The adapters to fold into the weights, in the order of the product; `None` means all active ones.
 
     Raises:
-        AdapterError: the model has no such adapter, none is active, all are disabled, or one that is not named comes
-            earlier in the product.
+        AdapterError: the model has no such adapter, no adapter is active, all are disabled, or an adapter that is not
+            in `adapter_names` comes earlier in the product.
     """
     if state.disabled:
         raise AdapterError(

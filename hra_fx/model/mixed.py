@@ -28,14 +28,15 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
 
     Args:
         model: a transformed model, in eval mode.
-        adapter_names: one name per row of the batch; `"__base__"` is the base model. Every adapted layer must see the
-            batch as the first dimension of its input.
+        adapter_names: one name per row of the batch; `"__base__"` is the base model. The batch must be the first
+            dimension of the input of every adapted layer.
 
     Raises:
         AdapterError: `adapter_names` is not a list of names; the model has no such adapter; the model is in training
             mode, sharded, or a captured graph; a mixed batch of another model is open; adapters are merged; the rows
             would need different trained copies (`modules_to_save`, `bias`); or an adapter is on a layer that is
-            adapted through its weight. In a forward: a layer gets another number of rows than there are names.
+            adapted through its weight. The forward raises it if the number of rows in the input of a layer differs
+            from the number of names.
 
     Example:
         >>> from hra_fx import HRAConfig, add_adapter, transform
@@ -55,10 +56,10 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
 
 @contextmanager
 def copied_rows(model: Any, options: dict[str, Any]) -> Iterator[None]:
-    """A block of a mixed batch for `generate`, which repeats each row for its beams and returned sequences.
+    """Context manager for `generate` in a mixed batch, which repeats each row for its beams and returned sequences.
 
     Args:
-        model: a model with `generate` of transformers.
+        model: a model with the `generate` method of transformers.
         options: the keyword arguments of `generate`.
     """
     config = options.get("generation_config") or getattr(model, "generation_config", None)
@@ -71,9 +72,9 @@ def copied_rows(model: Any, options: dict[str, Any]) -> Iterator[None]:
 
 
 def _checked(model: nn.Module, adapter_names: Sequence[str]) -> MixedBatch:
-    """The batch of these names; errors as `mixed_batch`."""
+    """Check the names and return their batch; raises the errors of `mixed_batch`."""
     own = get_state(model) if isinstance(model, nn.Module) else None
-    # TorchDynamo does not trace the search for the root; a compiled forward is that of the root itself.
+    # TorchDynamo cannot trace the search for the root; in a compiled forward, the model is the root itself.
     root, state = root_of(model) if own is None else (model, own)
     is_list = isinstance(adapter_names, Sequence) and not isinstance(adapter_names, str) and bool(adapter_names)
     if not is_list or not all(isinstance(name, str) for name in adapter_names):
@@ -92,7 +93,7 @@ def _checked(model: nn.Module, adapter_names: Sequence[str]) -> MixedBatch:
                 "mixed batch would need different weights. Run the rows of each adapter in a separate batch."
             )
     paths = {layer.hra_u: path for path, layer in layers.items()}
-    # If names repeat, in the order of the model: a compiled graph is then that of a set of adapters.
+    # If names repeat, use the order of the model, so that a compiled graph is valid for a set of adapters.
     names = rows if len(used) == len(rows) else tuple(name for name in (*state.configs, BASE_ROW) if name in used)
     places = None if len(used) == len(rows) else torch.tensor([names.index(name) for name in rows])
     return MixedBatch(names, len(rows), places, paths, state)
@@ -112,7 +113,7 @@ def _check_model(root: nn.Module, state: AdapterState) -> None:
 
 
 def _check_copies(root: nn.Module, names: Sequence[str]) -> None:
-    """Refuse rows that need another trained copy than the one in place."""
+    """Check that no row needs a trained copy other than the one in use."""
     for path, (_, copies) in all_copies(root).items():
         for entry, present in copies.in_place.items():
             for name in names:
@@ -120,6 +121,7 @@ def _check_copies(root: nn.Module, names: Sequence[str]) -> None:
                     owner = "the base model" if present == BASE else f"adapter {present!r}"
                     raise AdapterError(
                         f"{path}.{entry}".lstrip(".")
-                        + f": the copy in use is that of {owner}, but rows of {name!r} need another one "
-                        "(modules_to_save or bias). All rows of a batch share it: run these rows in a separate batch."
+                        + f": the copy in use is that of {owner}, but rows of {name!r} need another copy "
+                        "(modules_to_save or bias). All rows of a batch share one copy: run these rows in a separate "
+                        "batch."
                     )

@@ -1,8 +1,8 @@
-"""Vectors that are not in memory between calls: load them, or say why they cannot be read or written.
+"""Vectors that are not in memory between calls: load them, or explain why they cannot be read or written.
 
-accelerate's offloading (`cpu_offload`, `disk_offload`, a device map) puts tensors on the meta device in their place.
-Vectors are small: once something other than a forward needs them, they stay loaded. `FullyShardedDataParallel`, the
-older FSDP, and DeepSpeed's ZeRO-3 leave flat shards, or nothing.
+accelerate's offloading (`cpu_offload`, `disk_offload`, a device map) replaces them with tensors on the meta device.
+Vectors are small: when something other than a forward needs them, they are loaded and stay loaded.
+`FullyShardedDataParallel` (the older FSDP) and DeepSpeed's ZeRO-3 keep only flat shards, or no values at all.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from hra_fx.model.state import adapted_layers
 
 
 def load_vectors(model: nn.Module) -> None:
-    """Load the vectors that accelerate offloads, on the device of their layer; they are not offloaded again.
+    """Load the vectors that accelerate offloads to the device of their layer. They are not offloaded again.
 
     Raises:
-        AdapterError: vectors or trained copies cannot be read or written now; the message says what to do.
+        AdapterError: vectors or trained copies cannot be read or written in this state; the message says what to do.
     """
     if reason := _flat_shard(model) or _offloaded_as_a_whole(model) or offloaded_copy(model):
         raise AdapterError(reason)
@@ -29,9 +29,9 @@ def load_vectors(model: nn.Module) -> None:
 
 
 def offloaded_copy(model: nn.Module) -> str | None:
-    """Why trained copies cannot be read or exchanged now, and what to do; `None` if they can.
+    """Return why trained copies cannot be read or switched now, and what to do; `None` if they can.
 
-    A hook loads tensors by their names, whichever copy is in place.
+    accelerate's hook loads tensors by name, without regard to which copy is in use.
 
     Example:
         >>> offloaded_copy(nn.Linear(6, 4)) is None

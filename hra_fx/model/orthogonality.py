@@ -1,8 +1,8 @@
-"""The regularizer of the HRA paper, which pulls the vectors of each adapter towards orthogonality.
+"""The regularizer of the HRA paper, which makes the vectors of each adapter more orthogonal to each other.
 
 Source: HRA, https://arxiv.org/abs/2405.17484: the penalty `|I - U^T U|_F` on unit vectors, summed over the adapted
-layers as in the authors' code. `Q` is orthogonal without it. The penalty makes the reflections act in different
-directions; it is the soft version of Gram-Schmidt.
+layers as in the authors' code. `Q` is also orthogonal without it. The penalty makes the reflections act in different
+directions; it is a soft version of Gram-Schmidt.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from hra_fx.model.state import require_adapted_layers
 
 
 def orthogonality_loss(model: nn.Module) -> Tensor:
-    """The sum over adapted layers and active adapters of `|U_n^T U_n - I|_F`; add it to a training loss.
+    """Compute the sum of `|U_n^T U_n - I|_F` over adapted layers and active adapters; add it to the training loss.
 
-    `U: (d, r)` are the trained vectors of an adapter, without its frozen anchor, and `U_n` the same vectors normalized
-    (gradients include the normalization). Adapters with Gram-Schmidt are orthonormal and contribute zero. For two equal
-    vectors, as at the start with `init_weights=True`, the penalty is largest and its gradient is zero: the gradient of
-    the task has to separate them first.
+    `U: (d, r)` are the trained vectors of an adapter, without its frozen anchor, and `U_n` are the same vectors
+    normalized (gradients include the normalization). Adapters with Gram-Schmidt are orthonormal and contribute zero.
+    For two equal vectors, as at the start with `init_weights=True`, the penalty is largest and its gradient is zero:
+    the gradient of the task must separate them first.
 
-    Vectors sharded by `fully_shard` are gathered, so every process has to call this at the same time.
+    Vectors sharded by `fully_shard` are gathered, so every process must call this function at the same point.
 
     Args:
         model: a transformed model, unwrapped, wrapped (DDP, `torch.compile`) or sharded (FSDP2).
@@ -66,13 +66,13 @@ def orthogonality_loss(model: nn.Module) -> Tensor:
 
 
 def _penalty(vectors: Tensor) -> Tensor:
-    """`|U_n^T U_n - I|_F` of `U: (d, r)`, or the sum of it over the experts of `(experts, d, r)`; `()`."""
+    """`|U_n^T U_n - I|_F` of `U: (d, r)`, or its sum over the experts of `U: (experts, d, r)`; shape `()`."""
     device = vectors.device.type
     autocasts = torch.amp.is_autocast_available(device)
     with torch.autocast(device, enabled=False) if autocasts else contextlib.nullcontext():
         wide = vectors.to(householder.working_dtype(vectors.dtype))
-        # Scaled by constants first, because squares may leave the range of the dtype; then by differentiable lengths,
-        # whose result and derivative do not depend on the scale.
+        # First scale by constants, because squares may exceed the range of the dtype. Then divide by differentiable
+        # lengths: the result and its derivative do not depend on the scale.
         unit = F.normalize(householder.normalize(wide), dim=-2)
         identity = torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
         norm: Tensor = torch.linalg.matrix_norm(unit.mT @ unit - identity).sum()

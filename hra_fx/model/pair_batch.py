@@ -1,4 +1,4 @@
-"""Vectors of one shape, which are in pair coordinates while an optimizer steps."""
+"""Vectors with the same shape, which are converted to pair coordinates during a step of the optimizer."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hra_fx.layers.sharding import is_dtensor, local_tensor
 
 
 class PairBatch:
-    """Vectors of one shape, converted together: a few operators for any number of layers."""
+    """Vectors with the same shape, converted together: this takes a few operators for any number of layers."""
 
     def __init__(self, vectors: list[nn.Parameter], difference: float) -> None:
-        """Compute pair coordinates; nothing is changed yet, so that an error here leaves everything as it was."""
+        """Compute pair coordinates. This does not change anything, so an error here leaves the vectors unchanged."""
         self.constants = start_length(*vectors[0].shape[-2:]), difference
         self.vectors, self.gradients = vectors, [one.grad for one in vectors if one.grad is not None]
         self.values = [local_tensor(one) for one in vectors]
@@ -33,7 +33,7 @@ class PairBatch:
             vectors.grad = gradient
 
     def leave(self) -> None:
-        """Add what the step changed to the vectors: unchanged ones keep their bits."""
+        """Add the change of the step to the vectors, so that unchanged vectors keep their exact values."""
         values = self.before
         try:
             values = self.before + from_pairs(torch.stack(self.values).sub_(self.pairs), *self.constants)
@@ -45,5 +45,5 @@ class PairBatch:
 
 
 def _like(values: Tensor, other: Any) -> Any:
-    """What this process holds of a tensor, as a tensor that is distributed like another."""
+    """Distribute the local part of a tensor like another tensor."""
     return as_dtensor(values, other.device_mesh, other.placements, other.shape) if is_dtensor(other) else values

@@ -1,12 +1,12 @@
-"""Let an optimizer step in the sum and the difference of each pair of vectors (`hra_fx.functional.pairs`).
+"""Make an optimizer update the sum and the difference of each pair of vectors (`hra_fx.functional.pairs`).
 
-Parameters, files and everything that reads them keep the vectors: only inside of `optimizer.step` do the parameters and
-their gradients hold pair coordinates. Hooks of the optimizer convert them, because every way to call `step` runs them:
-schedulers, GradScaler and accelerate replace `optimizer.step`, also by one that they took before. They do not run after
-an error, so `optimizer.step` is wrapped too.
+The parameters and everything that reads them, such as files, contain the vectors. Only during `optimizer.step`, the
+parameters and their gradients contain pair coordinates. Hooks of the optimizer convert them, because hooks run for
+every way to call `step`: schedulers, GradScaler and accelerate replace `optimizer.step`, sometimes with a method that
+they stored before. Hooks do not run after an error, so `optimizer.step` is also wrapped.
 
-Each parameter group has `difference` under `hra_pair_difference`, so that it is saved with the optimizer's state, which
-is in pair coordinates.
+Each parameter group stores `difference` under `hra_pair_difference`, so that it is saved with the optimizer's state,
+which is in pair coordinates.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from hra_fx.layers.peft_layers import is_peft_hra_layer
 from hra_fx.layers.sharding import is_dtensor, local_tensor
 from hra_fx.model.pair_batch import PairBatch
 
-#: The entry of a parameter group that holds `difference`.
+#: The entry of a parameter group that stores `difference`.
 KEY = "hra_pair_difference"
-#: A warning names so many vectors.
+#: The number of vectors that a warning names.
 _LISTED = 8
-_LOST = "not a parameter of the optimizer now"
+_LOST = "no longer a parameter of the optimizer"
 _AVERAGES = "the optimizer averages parameters outside of its step"
 
 
 class _Vectors(NamedTuple):
-    """The vectors of an adapter of a layer, which an optimizer steps, and why not in pairs."""
+    """The vectors of an adapter in a layer that an optimizer updates, and why they are not trained in pairs."""
 
     path: str
     tensor: Any
@@ -48,33 +48,36 @@ class _Vectors(NamedTuple):
 
 
 def train_pairs(optimizer: Any, model: nn.Module, difference: float = 0.1) -> None:
-    """Let an optimizer step in the sum and the difference of each pair of vectors: HRA then learns as LoRA does.
+    """Train the vectors in pairs: the optimizer updates the sum and the difference of each pair of vectors.
 
-    Call it once, before the first step and before loading a state into the optimizer. The vectors `u_1`, `u_2` of a
-    pair are `L (m + c d)`, `L (m - c d)`, with `L` the length at which they start, and the optimizer steps `m` and `d`.
-    Without it, AdamW hardly turns `m`, the input direction of a pair. Between steps, parameters and gradients are those
-    of the vectors, so gradient clipping, files, folds and exports are the same.
+    HRA then learns almost as well as LoRA, at LoRA's learning rates. Call this function once, before the first step and
+    before you load a state into the optimizer. The vectors of a pair are `u_1 = L (m + c d)` and `u_2 = L (m - c d)`,
+    where `L` is their initial length, and the optimizer updates `m` and `d`. Otherwise, AdamW hardly changes the
+    direction of `m`, the input direction of a pair. Between steps, parameters and gradients are those of the vectors,
+    so gradient clipping, files, folds and exports do not change.
 
-    Any optimizer of torch or bitsandbytes works, and with DDP, FSDP2, tensor parallelism, GradScaler and schedulers.
-    Decoupled weight decay and that of SGD shrink `m` and `d` alike, so they change the lengths of vectors only, as
-    without pairs. Call it again for a copy of the optimizer. Other hooks of `step` may see pair coordinates.
+    This works with any optimizer of torch or bitsandbytes, and with DDP, FSDP2, tensor parallelism, GradScaler and
+    schedulers. Decoupled weight decay and the weight decay of SGD scale `m` and `d` by the same factor. So they only
+    change the lengths of vectors, as without pairs. Call this function again for a copy of the optimizer. Other hooks
+    of `step` may see pair coordinates.
 
     Args:
         optimizer: a `torch.optim.Optimizer`, or accelerate's wrapper of one.
-        model: a transformed model, or one with PEFT's HRA layers; wrapped or not. Adapters that are added to the same
-            layers later train in pairs too. For other layers, and other models of the same optimizer, call it again.
-        difference: `c`; a smaller one makes steps of differences smaller.
+        model: a transformed model, or a model with PEFT's HRA layers; wrapped or not. Adapters that are added to the
+            same layers later train in pairs too. For other layers, and for other models of the same optimizer, call
+            this function again.
+        difference: `c`; a smaller value makes the steps of `d` smaller.
 
     Raises:
         ConfigError: `difference` is not a finite number > 0.
-        AdapterError: the optimizer steps no vectors of the model; it has a state without pairs; or it trains pairs with
-            another `difference`. Loading a state that was saved without pairs, or with another `difference`, is refused
-            in the same way.
+        AdapterError: the optimizer does not update any vectors of the model; it has a state without pairs; or it trains
+            pairs with another `difference`. Loading a state that was saved without pairs, or with another `difference`,
+            raises the same error.
 
     Warns:
-        HRAWarning: some vectors are stepped as they are, and why: odd ranks, Gram-Schmidt, anchors, 16-bit vectors,
-            flat parameters (FSDP1, DeepSpeed ZeRO), and optimizers that average the parameters outside of `step`
-            (schedule-free ones, ASGD).
+        HRAWarning: some vectors are not trained in pairs; the message names the reason: odd ranks, Gram-Schmidt,
+            anchors, 16-bit vectors, flat parameters (FSDP1, DeepSpeed ZeRO), or an optimizer that averages the
+            parameters outside of `step` (schedule-free optimizers, ASGD).
 
     Example:
         >>> from hra_fx.config import HRAConfig
@@ -91,13 +94,13 @@ def train_pairs(optimizer: Any, model: nn.Module, difference: float = 0.1) -> No
     pairs = _Pairs(float(difference)) if known is None else known
     if pairs.difference != difference:
         raise AdapterError(
-            f"this optimizer trains pairs with difference={pairs.difference}, got {difference}. Make a new optimizer."
+            f"this optimizer trains pairs with difference={pairs.difference}, got {difference}. Create a new optimizer."
         )
     layers = _adapted_layers(model)
     found = list(_stepped(layers, optimizer))
     if not found:
         raise AdapterError(
-            f"the optimizer steps no vectors of {type(model).__name__}. Adapt the model first, pass trainable vectors "
+            f"the optimizer has no vectors of {type(model).__name__}. Adapt the model first, pass trainable vectors "
             "to the optimizer, and call train_pairs before a tool flattens the parameters (FSDP1, DeepSpeed ZeRO)."
         )
     if isinstance(optimizer, ASGD) or callable(getattr(optimizer, "eval", None)):
@@ -112,10 +115,10 @@ def train_pairs(optimizer: Any, model: nn.Module, difference: float = 0.1) -> No
 
 
 def train_pairs_if_possible(optimizer: Any, model: nn.Module, difference: float) -> None:
-    """Call `train_pairs` for the optimizer of a Trainer, unless that trains pairs already.
+    """Call `train_pairs` for the optimizer of a Trainer, unless it already trains pairs.
 
     Warns:
-        HRAWarning: the optimizer steps no vectors of the model, though some are trained.
+        HRAWarning: the optimizer does not have any vectors of the model, although some are trainable.
     """
     layers, inner = _adapted_layers(model), _unwrapped(optimizer)
     if inner in _KNOWN:
@@ -133,13 +136,13 @@ def train_pairs_if_possible(optimizer: Any, model: nn.Module, difference: float)
 
 
 def refuse_states_of_pairs(optimizer: Optimizer) -> None:
-    """Let an optimizer of vectors raise an `AdapterError` when it loads a state of pairs."""
+    """Make an optimizer without pairs raise an `AdapterError` when it loads a state with pairs."""
 
     def check(_: Any, state_dict: dict[str, Any]) -> None:
         saved = {group[KEY] for group in state_dict["param_groups"] if KEY in group}
         if saved:
             raise AdapterError(
-                f"the state was saved with pairs, difference={min(saved)}, but the optimizer steps vectors. Pass "
+                f"the state was saved with pairs, difference={min(saved)}, but the optimizer does not use pairs. Pass "
                 f"pair_difference={min(saved)}, or start without the state."
             )
 
@@ -147,14 +150,14 @@ def refuse_states_of_pairs(optimizer: Optimizer) -> None:
 
 
 class _Pairs:
-    """The conversion of the vectors that one optimizer steps.
+    """Converts the vectors that one optimizer updates.
 
     Attributes:
         difference: `c`.
-        layers: adapted layer, which is not kept alive -> its path.
-        batches: the vectors that are in pair coordinates now.
-        depth: how many calls of `step` run: one may call that of its base class.
-        warned: paths of vectors of which a warning has told that they are not stepped in pairs.
+        layers: adapted layer (a weak reference) -> its path.
+        batches: the vectors that are currently in pair coordinates.
+        depth: the number of nested calls of `step`: a `step` may call the `step` of its base class.
+        warned: paths of the vectors that a warning has already named.
     """
 
     def __init__(self, difference: float) -> None:
@@ -165,7 +168,7 @@ class _Pairs:
         self.warned: set[str] = set()
 
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Go to pair coordinates; a closure computes a loss and gradients, so it runs in vectors."""
+        """Convert to pair coordinates. A closure computes a loss and gradients, so it runs with vectors."""
         self.depth += 1
         if self.depth > 1:
             return args, kwargs
@@ -186,13 +189,13 @@ class _Pairs:
         return args, kwargs | {key: in_vectors(kwargs[key]) for key in kwargs if key == "closure"}
 
     def after_step(self, *_: Any) -> None:
-        """Go back to vectors."""
+        """Convert back to vectors."""
         self.depth -= 1
         if self.depth == 0:
             self._leave()
 
     def end(self) -> None:
-        """Go back to vectors, whatever has happened."""
+        """Convert back to vectors, even after an error."""
         self.depth = 0
         self._leave()
 
@@ -213,17 +216,17 @@ class _Pairs:
 
     @torch.no_grad()
     def _leave(self) -> None:
-        """Make all parameters and gradients vectors again, if they are not."""
+        """Convert all parameters and gradients that are in pair coordinates back to vectors."""
         while self.batches:
             self.batches.pop().leave()
 
     def warn(self, found: list[_Vectors]) -> None:
-        """Name the vectors that are not stepped in pairs, once each."""
+        """Warn about vectors that are not trained in pairs, once for each."""
         left = [f"{path} ({why})" for path, _, why in found if why is not None and path not in self.warned]
         self.warned.update(path for path, _, why in found if why is not None)
         if left:
             more = f" and {len(left) - _LISTED} more" if len(left) > _LISTED else ""
-            text = f"train_pairs: the optimizer does not step these in pairs: {', '.join(left[:_LISTED])}{more}."
+            text = f"train_pairs: these vectors are not trained in pairs: {', '.join(left[:_LISTED])}{more}."
             warnings.warn(text, HRAWarning, stacklevel=3)
 
 
@@ -245,10 +248,10 @@ def _install(optimizer: Optimizer, pairs: _Pairs) -> None:
 
 
 def _guarded(optimizer: Optimizer, pairs: _Pairs) -> Any:
-    """The method `step` of an optimizer, after which vectors are vectors again, whatever happens.
+    """Wrap the method `step` of an optimizer, so that parameters are vectors again afterwards, even after an error.
 
-    As the `step` that schedulers of torch set, it has no strong reference to the optimizer: in a cycle, this would keep
-    its state until a garbage collection.
+    Like the `step` that torch's schedulers set, it does not have a strong reference to the optimizer: a reference cycle
+    would keep the optimizer's state until the next garbage collection.
     """
     held, own = weakref.ref(optimizer), optimizer.step
     if isinstance(own, types.MethodType):
@@ -279,17 +282,17 @@ def _torch_optimizer(optimizer: Any) -> Optimizer:
 
 
 def _unwrapped(optimizer: Any) -> Any:
-    """What is inside of accelerate's wrappers."""
+    """Return the optimizer inside accelerate's wrappers."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
     return optimizer
 
 
 def check_difference(difference: Any, field: str = "difference") -> None:
-    """Check `difference`.
+    """Check that `difference` is valid.
 
     Raises:
-        ConfigError: it is not a finite number > 0.
+        ConfigError: `difference` is not a finite number > 0.
     """
     is_number = isinstance(difference, (int, float)) and not isinstance(difference, bool)
     if not is_number or not 0 < difference < math.inf:
@@ -297,7 +300,7 @@ def check_difference(difference: Any, field: str = "difference") -> None:
 
 
 def _check_groups(groups: Iterable[dict[str, Any]], difference: float) -> None:
-    """Refuse a state that is not in these pair coordinates."""
+    """Raise an error for a state that is not in these pair coordinates."""
     for group in groups:
         if (saved := group.get(KEY)) != difference:
             how = "without pairs" if saved is None else f"with difference={saved}"
@@ -309,18 +312,18 @@ def _check_groups(groups: Iterable[dict[str, Any]], difference: float) -> None:
 
 
 def _check_state(optimizer: Optimizer, found: list[_Vectors], difference: float) -> None:
-    """Refuse an optimizer that has a state, unless that is in these pair coordinates."""
+    """Raise an error if the optimizer has a state that is not in these pair coordinates."""
     if any(KEY in group for group in optimizer.param_groups):
         _check_groups(optimizer.param_groups, difference)
     elif any(_has_stepped(optimizer.state.get(one.tensor)) for one in found):
         raise AdapterError(
-            "the optimizer has a state of steps without pairs. Call train_pairs before the first step, and before "
-            "load_state_dict, or make a new optimizer."
+            "the optimizer has a state of steps without pairs. Call train_pairs before the first step and before "
+            "load_state_dict, or create a new optimizer."
         )
 
 
 def _has_stepped(state: Any) -> bool:
-    """Whether the state of a parameter is that of some steps. Adagrad has one before."""
+    """Whether the state of a parameter contains steps. Adagrad has a state before the first step."""
     return bool(state) and float(state.get("step", 1)) > 0
 
 
@@ -335,7 +338,7 @@ def _adapted_layers(model: Any) -> dict[nn.Module, str]:
 
 
 def _stepped(layers: Any, optimizer: Optimizer) -> Iterator[_Vectors]:
-    """The vectors that an optimizer steps; looked up in each step, because FSDP2 and others replace parameters."""
+    """The vectors that an optimizer updates, found in each step, because FSDP2 and other tools replace parameters."""
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for layer, path in layers.items():
         for name, tensor, why_not in _adapters(layer):
@@ -344,7 +347,7 @@ def _stepped(layers: Any, optimizer: Optimizer) -> Iterator[_Vectors]:
 
 
 def _adapters(layer: Any) -> Iterator[tuple[str, Any, str | None]]:
-    """Name, vectors, and why these are not stepped in pairs, of all adapters of a layer of hra_fx or PEFT."""
+    """Name, vectors and the reason not to use pairs (or `None`), for all adapters of a layer of hra_fx or PEFT."""
     own = get_adapters(layer)
     if own is None:
         ranks, parameters = dict(layer.hra_r), layer.hra_u._parameters

@@ -1,4 +1,4 @@
-"""New values for the vectors and trained copies of an adapter, in the parameters that an optimizer may hold."""
+"""Replace the values of an adapter's vectors and trained copies in place, because an optimizer may use them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from hra_fx.model.state import AdapterState, adapted_layers
 
 
 def check_replaceable(root: nn.Module, state: AdapterState, name: str) -> None:
-    """Refuse to replace the values of an adapter that are in use elsewhere, or that are shards without data.
+    """Check that the values of an adapter can be replaced.
 
     Raises:
-        AdapterError: it is merged, its scale is not 1, or its shards are on the meta device.
+        AdapterError: the adapter is merged, its scale is not 1, or its shards are on the meta device.
     """
     if name in state.merged:
         raise AdapterError(f"adapter {name!r} is merged into the weights. Call unmerge_adapter first.")
@@ -36,7 +36,7 @@ def check_replaceable(root: nn.Module, state: AdapterState, name: str) -> None:
 
 
 def layers_of(root: nn.Module, name: str) -> dict[str, AdaptedLayer]:
-    """Path -> layer with this adapter, in the order in which `transform` starts them: 3-D parameters are last."""
+    """Path -> layer with this adapter, in the order in which `transform` initializes them: 3-D parameters are last."""
     layers = {path: layer for path, layer in adapted_layers(root).items() if name in layer.hra_u.specs}
     return dict(sorted(layers.items(), key=lambda item: item[1].hra_u.kind == "experts"))
 
@@ -48,15 +48,15 @@ def replace_values(
     copies: Mapping[tuple[str, str], Tensor],
     device: torch.device | str | None = None,
 ) -> None:
-    """Replace the values of an adapter in place; tensors on the meta device, which have none, are replaced themselves.
+    """Replace the values of an adapter in place. Tensors on the meta device are replaced by new tensors.
 
     Args:
-        root: a transformed model that `check_replaceable` accepts; every process that holds shards calls this.
+        root: a transformed model that `check_replaceable` accepts; every process that has shards must call this.
         name: the adapter.
-        vectors: gives `U: (d, r)` and the anchor of a layer; called once for each, in the order of `layers_of`.
+        vectors: returns `U: (d, r)` and the anchor of a layer; called once for each layer, in the order of `layers_of`.
         copies: (path of a module, name of its tensor) -> value of a trained copy.
-        device: where tensors that are on the meta device are made; `None`: with the base weight, or on the CPU if that
-            is on the meta device too.
+        device: where to create tensors that are on the meta device. `None` uses the device of the base weight, or the
+            CPU if the base weight is also on the meta device.
     """
     reshard(root.modules())
     owners = all_copies(root)
@@ -89,20 +89,21 @@ def replace_values(
 
 
 def _fill_base(owner: nn.Module, copies: Copies) -> None:
-    """Fill the base model's tensors that `to_empty` has left NaN with those in place, if a trained copy is in place.
+    """Fill the base model's tensors that are NaN after `to_empty`, if a trained copy is in use instead of them.
 
-    `set_model_state_dict` of torch fills tensors by their names, and a copy in place has the name of the base model's.
+    torch's `set_model_state_dict` fills tensors by name, and a copy in use has the name of the base model's tensor. So
+    the copy has the values of the base model.
     """
     pairs = [(copies.get(owner, BASE, entry), copies.get(owner, of, entry)) for entry, of in copies.in_place.items()]
     floating = [base for base, _ in pairs if base.is_floating_point() and not base.is_meta]
     empty = {id(base) for base in floating if local_tensor(base).numel() and bool(local_tensor(base).isnan().all())}
     for base, present in pairs:
-        # Integers have no NaN: they are filled together with the others.
+        # Integers cannot be NaN: they are filled together with the other tensors.
         if id(base) in empty or (empty and not base.is_floating_point() and not base.is_meta):
             base.copy_(present)
 
 
 def _like(own: Tensor, value: Tensor, device: torch.device | str | None) -> Tensor:
-    """A tensor with this value in place of one without data."""
+    """Create a tensor with this value, to replace a tensor without data."""
     new = value.detach().to(device or value.device, own.dtype, copy=True)
     return nn.Parameter(new, own.requires_grad) if isinstance(own, nn.Parameter) else new

@@ -26,10 +26,10 @@ def reset_adapters(
 ) -> None:
     """Initialize adapters again as configured: vectors, anchors and trained copies.
 
-    `transform` of a model on the meta device creates vectors without data. Call this when the model has its weights
-    (after `to_empty` and `load_state_dict`, or `load_state_dict(assign=True)`). With the same seed, the vectors equal
-    those of `transform` and `add_adapter` on a model with weights, bit for bit. Trained copies (`modules_to_save`,
-    `bias`) get the values of the base model.
+    `transform` of a model on the meta device creates vectors without data. Call this function when the model has its
+    weights (after `to_empty` and `load_state_dict`, or `load_state_dict(assign=True)`). With the same seed, the vectors
+    equal those of `transform` and `add_adapter` on a model with weights, bit for bit. Trained copies
+    (`modules_to_save`, `bias`) get the values of the base model.
 
     With `fully_shard`, call this in every process after `to_empty`. All processes use the random numbers of the first
     one, and keep their shard of the vectors.
@@ -40,9 +40,9 @@ def reset_adapters(
         device: where to create vectors that are still on the meta device. `None` uses the device of their layer.
 
     Raises:
-        AdapterError: the model has no such adapter; one is merged or has a scale other than 1; a layer is on the
-            meta device and `device` is not given, or its vectors are sharded there; or accelerate offloads its trained
-            copies. The model is unchanged.
+        AdapterError: the model has no such adapter; an adapter is merged or has a scale other than 1; a layer is on the
+            meta device and `device` is not set, or its vectors are sharded on the meta device; or accelerate offloads
+            its trained copies. The model is unchanged.
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -67,7 +67,7 @@ def reset_adapters(
 
 
 def _start_of(state: AdapterState, name: str) -> Callable[[str, AdaptedLayer], tuple[Tensor, Tensor | None]]:
-    """Draws the vectors of a layer as `transform` does."""
+    """Return a function that draws the vectors of a layer as `transform` does."""
 
     def draw(path: str, layer: AdaptedLayer) -> tuple[Tensor, Tensor | None]:
         spec = dataclasses.replace(layer.hra_u.specs[name], init_weights=state.configs[name].init_weights)
@@ -88,7 +88,7 @@ def _base_values(root: nn.Module, name: str) -> dict[tuple[str, str], Tensor]:
 def _check_device(
     root: nn.Module, name: str, base: dict[tuple[str, str], Tensor], device: torch.device | str | None
 ) -> None:
-    """Refuse vectors and copies on the meta device if it is not known where they belong."""
+    """Check that the device of vectors and copies on the meta device is known."""
     layers = layers_of(root, name) if device is None else {}
     without_data = [path for path, layer in layers.items() if layer.hra_u.device_of(layer).type == "meta"]
     without_data += [f"{path}.{entry}" for (path, entry), tensor in base.items() if tensor.is_meta]

@@ -1,6 +1,6 @@
-"""The class of an adapted model: it loads a `state_dict` correctly, whichever adapter was active when it was saved.
+"""The class of an adapted model. It loads a `state_dict` even if another adapter was active when it was saved.
 
-A trained copy that is in place has the name of the tensor that it replaces, so the names in a `state_dict` depend on
+A trained copy that is in use has the name of the tensor that it replaces, so the names in a `state_dict` depend on
 the active adapter. Entries are renamed before they are loaded.
 """
 
@@ -36,7 +36,7 @@ class AdaptedModel(SwapMixin):
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """`forward` and `generate` of `base`; the factors of all layers are computed at their start.
+        """Wrap `forward` and `generate` of `base` to compute the factors of all layers at their start.
 
         Both take `adapter_names`, as in PEFT's LoRA: see `mixed_batch`.
         """
@@ -46,7 +46,7 @@ class AdaptedModel(SwapMixin):
             if (names := kwargs.pop("adapter_names", None)) is not None:
                 with mixed_batch(self, names):
                     return forward(self, *args, **kwargs)
-            if is_exporting():  # which records the state that a forward writes
+            if is_exporting():  # torch.export records the state that a forward writes
                 return base.forward(self, *args, **kwargs)
             layers = _acting_layers(self, in_forward=True)
             if not layers:
@@ -68,7 +68,7 @@ class AdaptedModel(SwapMixin):
                     block.enter_context(copied_rows(self, kwargs))
                 layers = _acting_layers(self)
                 if layers and not is_compiling():
-                    # Forwards with gradients, if it has any, do not use what was computed without.
+                    # Forwards with gradients, if there are any, do not use factors computed without gradients.
                     with torch.no_grad():
                         block.enter_context(factors_in_batches(layers, reuse=True))
                 return made(self, *args, **kwargs)
@@ -76,11 +76,11 @@ class AdaptedModel(SwapMixin):
         return {"forward": forward, "generate": generate}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Rename entries; this is called before the children load theirs."""
+        """Rename entries. This is called before the children load their entries."""
         self._refuse_across_a_merge(state_dict, prefix, rest[-1])
         parts = (key.rpartition(f".{REFLECTION}.") for key in state_dict if key.startswith(prefix))
         theirs = {name.removesuffix(ANCHOR) for path, _, name in parts if path}
-        # By every path of a shared module, because a state_dict has all of them.
+        # Every path of a shared module, because a state_dict has all of them.
         for path, owner in self.named_modules(remove_duplicate=False):
             copies = get_copies(owner)
             if copies is None:
@@ -93,7 +93,7 @@ class AdaptedModel(SwapMixin):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _refuse_across_a_merge(self, state: dict[str, Any], prefix: str, errors: list[str]) -> None:
-        """Merged weights in an unmerged model would be rotated twice; unmerged ones in a merged model never."""
+        """Report an error if only one of the two is merged: weights would be rotated twice or not at all."""
         given = [key for key in state if key.startswith(prefix)]
         there = any(key.endswith(f".{REFLECTION}.unmerged") for key in given)
         here = any(layer.hra_u.unmerged is not None for layer in adapted_layers(self).values())
@@ -102,16 +102,16 @@ class AdaptedModel(SwapMixin):
         side = "state_dict but not in the model" if there else "model but not in the state_dict"
         fix = "Call hra_fx.merge_adapter or hra_fx.unmerge_adapter first."
         errors.append(f"{prefix}: adapters are merged in the {side}. {fix}")
-        # The present values, so that a load that is going to fail changes nothing.
+        # Use the current values, so that a load that is going to fail does not change anything.
         state.update({f"{prefix}{key}": own for key, own in self.state_dict().items() if f"{prefix}{key}" in state})
 
 
 def _acting_layers(model: AdaptedModel, *, in_forward: bool = False) -> tuple[nn.Module, ...]:
-    """The adapted layers of a model whose adapters are active, if their factors can be computed together.
+    """The adapted layers of a model with active adapters, if their factors can be computed together.
 
-    They cannot in a replica of DataParallel, and where FSDP reduces the gradients of a block before the batch has its.
-    If all vectors are in groups of their own (`fully_shard` of the containers), they are gathered at the start of the
-    forward.
+    This is not possible in a replica of DataParallel, or if FSDP reduces the gradients of a block before the batch has
+    its gradients. If all vectors are in separate groups (`fully_shard` of the containers), they are gathered at the
+    start of the forward.
     """
     state = get_state(model)
     if state is None or state.disabled or is_replica(model):
@@ -126,18 +126,18 @@ def _acting_layers(model: AdaptedModel, *, in_forward: bool = False) -> tuple[nn
 
 
 def _rename(state: dict[str, Any], in_place: str, waiting: dict[str, str], ours: str, theirs: set[str]) -> None:
-    """Rename the copies of one tensor in a `state_dict` as in the model.
+    """Rename the copies of one tensor in a `state_dict` to their names in the model.
 
     Args:
         state: the `state_dict`.
         in_place: the tensor's own name.
-        waiting: adapter or `BASE` -> the name of its copy while it is not in place.
-        ours: the owner of the copy that is in place in the model.
+        waiting: adapter or `BASE` -> the name of its copy while the copy is not in use.
+        ours: the owner of the copy that is in use in the model.
         theirs: the adapters in the `state_dict`.
     """
     values: dict[str, Tensor] = {owner: state.pop(key) for owner, key in waiting.items() if key in state}
     if in_place in state:
-        # The one in place is the one without another name: an adapter of the state_dict, else the base model.
+        # The copy in use is the one without another name: of an adapter of the state_dict, else of the base model.
         owner = next((owner for owner in waiting if owner in theirs and owner not in values), BASE)
         if owner in values:  # that of an adapter that the model does not have; load_state_dict reports it
             state[waiting[BASE].replace(f".{BASE}.", ".of_another_adapter.")] = state.pop(in_place)
@@ -147,13 +147,13 @@ def _rename(state: dict[str, Any], in_place: str, waiting: dict[str, str], ours:
 
 
 class AdaptedBody(SwapMixin):
-    """The body of a transformed model: called alone, it computes the factors of its layers in batches as well."""
+    """The body of a transformed model. If it is called alone, it also computes the factors of its layers in batches."""
 
     _hra_priority = 1
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """`forward` of `base`; the factors of its layers are computed at its start, unless the model's forward runs."""
+        """Wrap `forward` of `base` to compute the factors at its start, unless the model's forward is running."""
 
         @functools.wraps(base.forward)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

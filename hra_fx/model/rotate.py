@@ -1,4 +1,4 @@
-"""Folded weights, `W Q`, for `fold` and `merge_adapter`: check a layer, compute its weight in float64, measure it.
+"""Folded weights `W Q` for `fold` and `merge_adapter`: check a layer, compute its weight in float64, measure errors.
 
 A quantized weight is dequantized, rotated and quantized again.
 """
@@ -36,10 +36,10 @@ class FoldedWeight(NamedTuple):
     """The weight of one layer with adapters folded into it.
 
     Attributes:
-        weight: in the shape and dtype of the layer's; a new parameter for a quantized layer.
+        weight: the new weight, with the shape and dtype of the layer's weight; a new parameter for a quantized layer.
         base: `W: (out, d)` in float64.
         exact: `W Q: (out, d)` in float64.
-        stored: what `weight` stands for, `(out, d)`: `exact` after the cast or the requantization.
+        stored: the values that `weight` represents, `(out, d)`: `exact` after the cast or the requantization.
     """
 
     weight: Tensor
@@ -59,7 +59,7 @@ class FoldedWeight(NamedTuple):
 
 
 def folded_weight(layer: AdaptedLayer, names: Iterable[str]) -> FoldedWeight:
-    """`W Q` of a layer, computed in float64 (float32 on MPS). Nothing is checked or written.
+    """Compute `W Q` of a layer in float64 (float32 on MPS), without any checks. The layer is not changed.
 
     Args:
         layer: the layer. If adapters are merged into it, `W` is the weight before the merge.
@@ -74,25 +74,25 @@ def folded_weight(layer: AdaptedLayer, names: Iterable[str]) -> FoldedWeight:
     if scheme is None:
         stored = exact.to(weight.dtype)
         return FoldedWeight(rows_to_weight(stored, weight, transposed=adapters.fan_in_fan_out), base, exact, stored)
-    if _relative(exact - base, base) < _UNTRAINED:  # requantizing would change it all the same
+    if _relative(exact - base, base) < _UNTRAINED:  # requantizing would change the weight anyway
         return FoldedWeight(layer.hra_base, base, base, base)
     requantized = scheme.requantized(layer, exact)
     return FoldedWeight(requantized.weight, base, exact, requantized.values)
 
 
 def base_weight(layer: AdaptedLayer) -> Tensor:
-    """The weight of a layer without its adapters, also without merged ones; detached."""
+    """The weight of a layer without its adapters, including merged ones; detached."""
     return layer.hra_base.detach() if layer.hra_u.unmerged is None else layer.hra_u.unmerged
 
 
 def check_layer(path: str, layer: AdaptedLayer, names: Collection[str]) -> bool:
     """Check that adapters can be folded into a layer, without keeping the result.
 
-    An orthogonal `Q` keeps the lengths of rows, so no entry of `W Q` is larger than the longest row of `W`. Only if
-    that length exceeds the range of the dtype, or for a quantized layer, `W Q` has to be computed.
+    An orthogonal `Q` keeps the lengths of rows, so no entry of `W Q` is larger than the length of the longest row of
+    `W`. `W Q` is only computed if this length exceeds the range of the dtype, or if the layer is quantized.
 
     Returns:
-        Whether the weight is written; not if it is quantized and the adapters have not been trained.
+        Whether the weight is written. It is not written if it is quantized and the adapters have not been trained.
 
     Raises:
         FoldError: the weight or the vectors are on the meta device or not finite, the vectors of a Gram-Schmidt adapter
@@ -127,10 +127,10 @@ def _fits_dtype(rows: Tensor) -> bool:
 
 
 def check_classes(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
-    """Check that every weight is here, as a whole, in a layer whose class is ours.
+    """Check that this process has every weight as a whole, in a layer with the adapted class.
 
     Raises:
-        FoldError: a tool moved, sharded or wrapped it.
+        FoldError: another tool moved, sharded or wrapped a layer.
     """
     try:
         load_vectors(model)
@@ -151,10 +151,10 @@ def check_classes(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
 
 
 def check_not_on_disk(layers: Mapping[str, AdaptedLayer]) -> None:
-    """Refuse to fold into weights that accelerate loads from the disk.
+    """Check that accelerate does not load any of the weights from disk.
 
     Raises:
-        FoldError: there is such a weight.
+        FoldError: a weight is on disk.
     """
     for path, layer in layers.items():
         if is_on_disk(*weight_place(layer)):
@@ -165,10 +165,10 @@ def check_not_on_disk(layers: Mapping[str, AdaptedLayer]) -> None:
 
 
 def check_no_ties(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
-    """Refuse to write weights in place that share memory with other tensors.
+    """Check that no weight shares memory with other tensors, so that it can be written in place.
 
     Raises:
-        FoldError: there is such a weight.
+        FoldError: a weight shares memory.
     """
     for path, others in ties_of(model, layers).items():
         (_, name), full = weight_place(layers[path]), weight_entry(path, layers[path])
@@ -180,12 +180,12 @@ def check_no_ties(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
 
 
 def check_floating(layers: Mapping[str, AdaptedLayer], names: Iterable[str], hint: str = "") -> None:
-    """Refuse to rotate quantized weights.
+    """Check that no weight is quantized.
 
     Args:
         layers: path -> layer.
         names: the adapters to fold.
-        hint: a sentence that says how to do it anyway.
+        hint: a sentence that says how to fold quantized weights.
 
     Raises:
         FoldError: one of the adapters is on a quantized layer.
@@ -206,7 +206,7 @@ def check_floating(layers: Mapping[str, AdaptedLayer], names: Iterable[str], hin
 
 
 def ties_of(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> dict[str, list[str]]:
-    """Path -> names of the tensors that share memory with the weight of an adapted layer, where there are any."""
+    """Path of an adapted layer -> names of the tensors that share memory with its weight, if there are any."""
     names = {path: weight_entry(path, layer) for path, layer in layers.items()}
     found = tied_to(
         model, {names[path]: stored(*weight_place(layer), layer.hra_base) for path, layer in layers.items()}

@@ -17,18 +17,19 @@ from hra_fx.model.state import adapted_layers, names_in, root_of
 def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
     """Set the scale of an adapter: `Q` becomes `exp(alpha log Q)`, which is orthogonal for every `alpha`.
 
-    At 0 the adapter is the identity, at 1 it has its full effect. In between, every rotation angle is multiplied by
-    `alpha`. (PEFT ignores a scale, with a warning.) An adapter is trained only at scale 1, and its scale is not
+    At 0 the adapter is the identity, and at 1 it has its full effect. In between, every rotation angle is multiplied by
+    `alpha`. (PEFT ignores a scale, with a warning.) An adapter can only be trained at scale 1, and the scale is not
     saved. Trained copies (`modules_to_save`, `bias`) are not affected.
 
     Args:
         model: a transformed model.
         adapter_name: the adapter, active or not.
-        alpha: 0 to 1.
+        alpha: the scale, from 0 to 1.
 
     Raises:
-        AdapterError: the model has no such adapter, it is merged, `alpha` is out of range, or the `Q` of some layer is
-            not a rotation: with an odd number of reflections, `Q` has no path to the identity. The model is unchanged.
+        AdapterError: the model has no such adapter, the adapter is merged, `alpha` is out of range, or the `Q` of a
+            layer is not a rotation: with an odd number of reflections, there is no path of rotations from the identity
+            to `Q`. The model is unchanged.
 
     Warns:
         HRAWarning: the adapter has trained copies.
@@ -67,7 +68,7 @@ def check_scale(alpha: object) -> None:
     """Check that a scale is a number from 0 to 1.
 
     Raises:
-        AdapterError: it is not.
+        AdapterError: `alpha` is not a number from 0 to 1.
     """
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not (math.isfinite(alpha) and 0 <= alpha <= 1):
         raise AdapterError(f"`alpha` must be a number from 0 (base model) to 1 (full adapter), got {alpha!r}.")

@@ -42,10 +42,10 @@ def set_up(
         model: the model, changed in place.
         config: validated by `checked`.
         adapter_name: name of the adapter.
-        fill: gives each adapted layer its vectors.
-        copies: (path of the module, name of its tensor) -> value of a trained copy, where it is not the base model's.
+        fill: sets the vectors of each adapted layer.
+        copies: (path of the module, name of its tensor) -> value of a trained copy, if it differs from the base model.
         root_class: mixed into the class of the model.
-        call: arguments of one call, to compare the result with its folded weights.
+        call: arguments of one call, to compare the adapted model with its folded weights.
         layers: the result of `select_checked`, if the caller has it.
     """
     with all_or_nothing() as steps:
@@ -70,7 +70,7 @@ def checked(model: Any, config: HRAConfig, adapter_name: str) -> HRAConfig:
     """Validate the arguments of `transform` and `add_adapter`.
 
     Returns:
-        A validated copy of the configuration: its fields may have been set since it was made.
+        A validated copy of the configuration, because fields may have been set after it was created.
 
     Raises:
         AdapterError: `model` is not a module, or `adapter_name` cannot be used.
@@ -86,12 +86,12 @@ def checked(model: Any, config: HRAConfig, adapter_name: str) -> HRAConfig:
 
 
 def valid_config(config: HRAConfig) -> HRAConfig:
-    """A validated copy of a configuration, which may also be a `peft.HRAConfig`.
+    """Return a validated copy of a configuration, which may also be a `peft.HRAConfig`.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: `config` is not an `HRAConfig` of hra_fx or PEFT.
     """
-    theirs = getattr(sys.modules.get("peft"), "HRAConfig", None)  # if PEFT is not loaded, nothing can be of its classes
+    theirs = getattr(sys.modules.get("peft"), "HRAConfig", None)  # if PEFT is not loaded, no object has its classes
     if theirs is not None and isinstance(config, theirs):
         return HRAConfig.from_dict(copy.deepcopy(config.to_dict()))
     if not isinstance(config, HRAConfig):

@@ -21,7 +21,7 @@ from hra_fx.layers.sharding import sharded_by
 from hra_fx.layers.target import FACTORS, REFLECTION
 from hra_fx.layers.trained_copies import Copies
 
-#: Attribute under which a transformed model keeps its record.
+#: The attribute in which a transformed model stores its state.
 RECORD = "_hra_record"
 
 
@@ -31,12 +31,12 @@ class AdapterState:
 
     Attributes:
         configs: adapter name -> configuration.
-        active: the active adapters, merged ones included, in the order of the product `W Q_a Q_b ...`.
+        active: the active adapters, including merged ones, in the order of the product `W Q_a Q_b ...`.
         merged: the active adapters that are merged into the weights.
         disabled: whether all adapters are disabled.
         disabled_blocks: the number of open `with disable_adapters(...)` blocks.
         requires_grad: parameter name -> (before, after), for parameters that `transform` changed.
-        untied: configurations of the model whose `tie_word_embeddings` was switched off by a trained copy.
+        untied: the ties of weights that a trained copy turned off (`tie_word_embeddings`).
     """
 
     configs: dict[str, HRAConfig] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class AdapterState:
 
     @property
     def layers(self) -> tuple[nn.Module, ...]:
-        """All adapted layers, so that a forward does not search for them. The model alone keeps them alive."""
+        """All adapted layers, so that a forward does not need to search for them. Only the model keeps them alive."""
         found = [reference() for reference in self._layers]
         return tuple([layer for layer in found if layer is not None])
 
@@ -59,11 +59,11 @@ class AdapterState:
         self._layers = [weakref.ref(layer) for layer in layers]
 
     def __getstate__(self) -> dict[str, Any]:
-        """The layers themselves, which are copied and pickled with the model."""
+        """Return the state with references to the layers, which are copied and pickled with the model."""
         return {**vars(self), "_layers": self.layers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """As `__getstate__` gives it."""
+        """Restore the state that `__getstate__` returned."""
         vars(self).update(state)
         self.layers = state["_layers"]
 
@@ -71,7 +71,7 @@ class AdapterState:
 def get_state(model: nn.Module) -> AdapterState | None:
     """The state of this module, or `None` if it is not the root of a transformed model."""
     if isinstance(model, fx.GraphModule):
-        # A copy of a graph that was unpickled has no notes, but its children.
+        # A copy of an unpickled graph does not have the notes, but it has the children.
         state = read_notes(model).get(RECORD) or getattr(model._modules.get(FACTORS), "state", None)
     else:
         state = vars(model).get(RECORD)
@@ -95,7 +95,7 @@ def clear_state(model: nn.Module) -> None:
 
 
 class AdaptedParts(NamedTuple):
-    """The adapted parts of a model, found in one walk without paths, to keep a switch of adapters fast.
+    """The adapted parts of a model, found in one pass without paths, so that switching adapters is fast.
 
     Attributes:
         modules: all modules of the model.
@@ -116,13 +116,13 @@ def collect_parts(model: nn.Module) -> AdaptedParts:
     """Collect the adapted parts of a model.
 
     Raises:
-        AdapterError: it is not a module.
+        AdapterError: `model` is not a module.
     """
     if not isinstance(model, nn.Module):
         raise AdapterError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
     found = AdaptedParts([model], [], [], [], [])
     seen = {model}
-    for module in found.modules:  # it grows while it is read
+    for module in found.modules:  # the list grows during the loop
         namespace = vars(module)
         if RECORD in namespace or (isinstance(module, fx.GraphModule) and get_state(module)):
             found.roots.append(module)
@@ -143,13 +143,13 @@ def root_of(model: nn.Module) -> tuple[nn.Module, AdapterState]:
     """The transformed model in `model`, and its state: `model` itself, or the module in a wrapper such as DDP.
 
     Raises:
-        AdapterError: there is none, or there are several.
+        AdapterError: no transformed model was found, or several.
     """
     return only_root(model, collect_parts(model))
 
 
 def only_root(model: nn.Module, found: AdaptedParts) -> tuple[nn.Module, AdapterState]:
-    """As `root_of`, with the adapted parts of `model` given."""
+    """Like `root_of`, for the given adapted parts of `model`."""
     kind = type(model).__name__
     if not found.roots and found.reflections:
         raise AdapterError(f"{kind} is a submodule of a transformed model. Pass the model that was transformed.")
@@ -164,10 +164,10 @@ def only_root(model: nn.Module, found: AdaptedParts) -> tuple[nn.Module, Adapter
 
 
 def check_no_foreign_class(model: nn.Module) -> None:
-    """Refuse a model if another tool sharded it, or swapped the class of an adapted part again.
+    """Check that no other tool sharded the model or replaced the class of an adapted part.
 
     Raises:
-        AdapterError: naming the part.
+        AdapterError: a tool did; the message names the part.
     """
     for path, module in model.named_modules():
         if tool := sharded_by(module):
@@ -183,10 +183,10 @@ def check_no_foreign_class(model: nn.Module) -> None:
 
 
 def names_in(state: AdapterState, names: str | Iterable[str]) -> tuple[str, ...]:
-    """Adapter names as a tuple.
+    """Check adapter names and return them as a tuple.
 
     Raises:
-        AdapterError: the model has no such adapter, or one is named twice.
+        AdapterError: the model has no such adapter, or a name occurs twice.
     """
     wanted = (names,) if isinstance(names, str) else tuple(names)
     for name in wanted:
@@ -204,12 +204,12 @@ def is_adapted(module: nn.Module) -> TypeGuard[AdaptedLayer]:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """Path -> layer, for every adapted layer in `model`; a shared layer once."""
+    """Path -> layer, for every adapted layer in `model`; a shared layer occurs once."""
     return {path: module for path, module in state_modules(model) if is_adapted(module)}
 
 
 def require_adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """As `adapted_layers`, if there are any.
+    """Like `adapted_layers`, but the result is never empty.
 
     Raises:
         AdapterError: the model has no adapted layers.
@@ -224,7 +224,7 @@ def require_adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
 
 def _no_adapters(model: nn.Module) -> AdapterError:
     kind = type(model).__name__
-    # The graph of torch.export: the vectors are parameters, but operators read them, not layers.
+    # A graph of torch.export: the vectors are parameters, but operators read them instead of layers.
     if isinstance(model, fx.GraphModule) and any(
         f".{REFLECTION}." in f".{name}" for name, _ in model.named_parameters()
     ):

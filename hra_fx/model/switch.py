@@ -22,25 +22,26 @@ R = TypeVar("R")
 
 
 def set_adapter(model: nn.Module, adapter_name: str | Iterable[str], *, inference_mode: bool = False) -> None:
-    """Set the active adapters, which are also trained. Several compute `W Q_a Q_b ...`, in the order given.
+    """Set the active adapters and make them trainable. Several adapters compute `W Q_a Q_b ...`, in the given order.
 
-    A layer that lacks one of them leaves it out of its product. Trained copies (`modules_to_save`, `bias`) are switched
-    with their adapter. Disabled adapters are enabled again, except inside a `with disable_adapters(model)` block.
+    If a layer does not have one of the adapters, its product does not contain it. Trained copies (`modules_to_save`,
+    `bias`) are switched with their adapter. Disabled adapters are enabled again, except inside a
+    `with disable_adapters(model)` block.
 
     `DistributedDataParallel` synchronizes only the gradients of parameters that were trainable when it wrapped the
-    model: wrap the model again after setting other adapters.
+    model: wrap the model again after you set other adapters.
 
     Args:
         model: a transformed model.
-        adapter_name: a name, or names in order; an empty list for none.
-        inference_mode: do not train them.
+        adapter_name: one or more names, in order; an empty list activates no adapter.
+        inference_mode: whether to freeze the adapters instead of making them trainable.
 
     Raises:
-        AdapterError: the model has no such adapter, or two of them have trained copies of the same module; or the
-            trained copies of a sharded model would have to be exchanged.
+        AdapterError: the model has no such adapter; two of them have trained copies of the same module; or the
+            trained copies of a sharded model would need to be switched.
 
     Warns:
-        HRAWarning: an adapter was merged, and is unmerged first (as in PEFT); or `model` is wrapped in
+        HRAWarning: merged adapters are unmerged first (as in PEFT); or `model` is wrapped in
             `DistributedDataParallel` and other parameters become trainable.
 
     Example:
@@ -79,9 +80,9 @@ def _trainable(model: nn.Module) -> set[str]:
 
 
 class disable_adapters:
-    """Disable all adapters of a model: reflections, trained copies and biases; the model computes as the base model.
+    """Disable all adapters of a model (reflections, trained copies and biases), so that it computes the base model.
 
-    Adapters are disabled when it is called. Without `with`, they stay disabled until `set_adapter` (or, on an
+    The call disables the adapters. Without `with`, they stay disabled until you call `set_adapter` (or, for an
     `HRAModel`, `enable_adapter_layers`). As a context manager, it restores the previous state on exit, including merged
     adapters. As a decorator, it disables the adapters during each call of the function.
 
@@ -89,7 +90,7 @@ class disable_adapters:
         model: a transformed model.
 
     Raises:
-        AdapterError: the model has no adapters, or the trained copies of a sharded model would have to be exchanged.
+        AdapterError: the model has no adapters, or the trained copies of a sharded model would need to be switched.
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -114,7 +115,7 @@ class disable_adapters:
         self._set(True, state.disabled_blocks)
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
-        """Decorate a function. The adapters are restored now, and disabled during each call."""
+        """Decorate a function. The adapters are enabled again now, and disabled during each call."""
         self.__exit__(None, None, None)
         root = self._root
 
@@ -126,11 +127,11 @@ class disable_adapters:
         return wrapper
 
     def __enter__(self) -> None:
-        """Open a block in which `set_adapter` chooses adapters but does not enable them."""
+        """Start a block in which `set_adapter` selects adapters but does not enable them."""
         self._set(True, self._record.disabled_blocks + 1)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """Restore the previous state, unless other adapters were set inside."""
+        """Restore the previous state, unless other adapters were set in the block."""
         self._set(*self._before)
         state = self._record
         if self._merged and state.active == self._active and not state.merged:
@@ -145,7 +146,7 @@ def enable_adapters(model: nn.Module) -> None:
     """Enable the active adapters again after `disable_adapters`.
 
     Raises:
-        AdapterError: the model has no adapters, or the trained copies of a sharded model would have to be exchanged.
+        AdapterError: the model has no adapters, or the trained copies of a sharded model would need to be switched.
     """
     parts = collect_parts(model)
     root, state = only_root(model, parts)

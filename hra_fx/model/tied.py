@@ -1,9 +1,9 @@
-"""Weights that share memory: find them, and untie them when one of them gets its own values.
+"""Find weights that share memory, and untie them when one of them gets its own values.
 
-transformers ties weights by `config.tie_word_embeddings` when it loads a model and whenever `tie_weights` is called,
-and saves only one of them. One setting may tie several pairs (T5 and BART: the embeddings of encoder and decoder; BERT:
-the bias of the head). So when one weight gets its own values, the setting is turned off, and everything else that it
-tied gets its own memory.
+If `config.tie_word_embeddings` is set, transformers ties weights when it loads a model and whenever `tie_weights` is
+called, and saves only one of them. One setting may tie several pairs (T5 and BART: the embeddings of encoder and
+decoder; BERT: the bias of the head). So when one weight gets its own values, the setting is turned off, and everything
+else that it tied gets its own memory.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from hra_fx.model.base_view import base_model_view
 
 
 def tied_to(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, list[str]]:
-    """Other parameters and buffers of the model that overlap a weight in memory.
+    """Find other parameters and buffers of the model that overlap a weight in memory.
 
-    A layer that is reached by several paths is one layer, and not tied to itself.
+    A layer with several paths is one layer, and is not tied to itself.
 
     Args:
         model: the model.
         weights: name -> tensor, each a parameter of `model`.
 
     Returns:
-        name -> names of the tensors that it is tied to, where there are any.
+        name -> names of the tensors that it is tied to, only for weights that are tied.
 
     Example:
         >>> class Tied(nn.Module):
@@ -69,7 +69,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _unwrap(tensor: Any) -> Tensor:
-    """A tensor with memory of its own: that of a wrapper subclass (a quantized weight) is in the tensors inside it."""
+    """Return a tensor that has memory. A wrapper subclass (a quantized weight) has its memory in inner tensors."""
     while is_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         tensor = getattr(tensor, names[0])
@@ -77,16 +77,16 @@ def _unwrap(tensor: Any) -> Tensor:
 
 
 def _storage(tensor: Tensor) -> object:
-    if tensor.is_meta:  # nothing has an address there; tied parameters are one object
+    if tensor.is_meta:  # tensors on the meta device do not have an address; tied parameters are one object
         return tensor.device, id(tensor)
     try:
         return tensor.device, tensor.untyped_storage().data_ptr()
-    except RuntimeError:  # lazy and XLA tensors have no storage: a tied one is the same object
+    except RuntimeError:  # lazy and XLA tensors have no storage; tied parameters are one object
         return id(tensor)
 
 
 def _elements(tensor: Tensor) -> range:
-    """The bytes of the storage from the first to the last element, so that two halves of a buffer are not tied."""
+    """The range of bytes in the storage from the first to the last element; two halves of a buffer are not tied."""
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     length = 1 + sum((size - 1) * stride for size, stride in steps) if tensor.numel() else 0
     start = int(tensor.storage_offset()) * tensor.element_size()
@@ -95,19 +95,19 @@ def _elements(tensor: Tensor) -> range:
 
 #: (module, name of its tensor).
 TensorRef: TypeAlias = tuple[nn.Module, str]
-#: The setting of a configuration by which transformers ties weights.
+#: The setting of a configuration that makes transformers tie weights.
 TIE_SETTING = "tie_word_embeddings"
-#: The attribute in which a descriptor of a class keeps its function.
+#: The attributes in which descriptors of a class store their function.
 _FUNCTION_OF = {property: "fget", cached_property: "func", classmethod: "__func__"}
 
 
 class Tie(NamedTuple):
-    """What one transformers model ties by its configuration.
+    """The weights that one transformers model ties because of its configuration.
 
     Attributes:
-        path: of the transformers model within the whole model.
-        configs: the configurations whose setting is on: its own and that of its text model, which transformers reads
-            when it loads a file.
+        path: path of the transformers model within the whole model.
+        configs: the configurations with the setting turned on: those of the model and of its text model, which
+            transformers reads when it loads a file.
         pairs: (name of the tied tensor, name of the tensor that it is tied to), within the whole model.
     """
 
@@ -117,17 +117,17 @@ class Tie(NamedTuple):
 
 
 def find_ties(model: nn.Module, tensors: Collection[TensorRef]) -> list[Tie]:
-    """What transformers ties by the settings that tie one of these tensors, as far as the settings are on."""
+    """Find the ties of all settings that are turned on and tie at least one of these tensors."""
     found = _all_ties(model) if tensors else []
     touched = [tie for tie in found if any(tensor_ref(model, name) in tensors for pair in tie.pairs for name in pair)]
-    # BART and its inner model share one configuration, and both tie weights by it.
+    # BART and its inner model share one configuration, and both use it to tie weights.
     settings = [config for tie in touched for config in tie.configs]
     return [tie for tie in found if any(config is one for config in tie.configs for one in settings)]
 
 
 def _all_ties(model: nn.Module) -> list[Tie]:
     found = []
-    # Some classes find what they tie by patterns over the parameter names, which must be those of the base model.
+    # Some classes find tied weights by patterns of parameter names, so these must be the names of the base model.
     with base_model_view(model):
         for path, module in model.named_modules():
             expand = getattr(module, "get_expanded_tied_weights_keys", None)
@@ -138,13 +138,13 @@ def _all_ties(model: nn.Module) -> list[Tie]:
 
 
 def tensor_ref(model: nn.Module, name: str) -> TensorRef:
-    """The module that holds a tensor, and the name of the tensor there."""
+    """The module that has a tensor, and the name of the tensor in this module."""
     path, _, last = name.rpartition(".")
     return model.get_submodule(path), last
 
 
 def why_not_untie(model: nn.Module, ties: Iterable[Tie]) -> str | None:
-    """Why one of these settings cannot be turned off, if so."""
+    """Return why one of these settings cannot be turned off; `None` if all can."""
     for tie in ties:
         part = model.get_submodule(tie.path)
         if reads_tie_setting(part):
@@ -156,7 +156,7 @@ def why_not_untie(model: nn.Module, ties: Iterable[Tie]) -> str | None:
 
 
 def reads_tie_setting(model: nn.Module) -> bool:
-    """Whether a forward in the model reads the setting itself: Switch Transformers scales its output by it."""
+    """Whether a forward in the model reads the setting: Switch Transformers scales its output depending on it."""
     codes = (code for kind in set(map(original_class, model.modules())) for code in _code_of_forward(kind))
     return any(TIE_SETTING in code.co_names or TIE_SETTING in code.co_consts for code in codes)
 
@@ -165,7 +165,7 @@ def _code_of_forward(kind: type[nn.Module]) -> Iterator[CodeType]:
     """The code of the forward of a class, and of all methods, properties and functions that it names."""
     waiting: list[Any] = _members(kind, "forward")
     seen: set[FunctionType] = set()
-    for found in waiting:  # it grows while it is read
+    for found in waiting:  # the list grows during the loop
         method = getattr(found, _FUNCTION_OF.get(type(found), ""), found)
         function = inspect.unwrap(method) if callable(method) else None
         if not isinstance(function, FunctionType) or function in seen:
@@ -180,7 +180,7 @@ def _code_of_forward(kind: type[nn.Module]) -> Iterator[CodeType]:
 
 
 def _members(kind: type, name: str) -> list[Any]:
-    """What a class and its bases have under a name."""
+    """The attributes with this name in a class and its bases."""
     return [vars(base)[name] for base in kind.__mro__ if name in vars(base)]
 
 
@@ -192,7 +192,7 @@ def set_tied(ties: Iterable[Tie], wanted: bool) -> None:
 
 
 def always_tied(ties: Iterable[Tie]) -> list[str]:
-    """Configuration classes that turn the setting on again when they are loaded, as T5's."""
+    """Names of configuration classes that turn the setting on again when they are loaded, such as T5's."""
     configs = [config for tie in ties for config in tie.configs]
     return list(dict.fromkeys(type(config).__name__ for config in configs if ties_when_loaded(config)))
 
@@ -214,18 +214,18 @@ def is_tied(model: nn.Module, tie: Tie) -> bool:
 def untied_copies(
     model: nn.Module, ties: Iterable[Tie], written: Collection[TensorRef], folded: Collection[str]
 ) -> dict[str, tuple[nn.Module, str, nn.Parameter]]:
-    """Memory for all that some settings tie, except for the tensors that get their own anyway.
+    """Create separate tensors for everything that some settings tie, except for tensors that get their own anyway.
 
     Args:
         model: the whole model.
         ties: the settings that are turned off.
         written: the tensors that get their own memory anyway.
-        folded: adapters whose trained copies become the model's own tensors.
+        folded: adapters with trained copies that become the model's own tensors.
 
     Returns:
         name -> (module, name of its tensor, its own parameter).
     """
-    # The sources come first, and keep their memory.
+    # The source tensors come first and keep their memory.
     names = dict.fromkeys(pair[end] for end in (1, 0) for tie in ties for pair in tie.pairs)
     kept: set[int] = set()
     copies: dict[str, tuple[nn.Module, str, nn.Parameter]] = {}

@@ -1,4 +1,4 @@
-"""Which parameters an adapted model trains: the vectors of the active adapters, and their trained copies."""
+"""Set which parameters of an adapted model are trainable: vectors and trained copies of the active adapters."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from hra_fx.model.state import AdaptedParts, AdapterState
 from hra_fx.model.tied import TensorRef, find_ties, is_tied, set_tied, tied_to, why_not_untie
 from hra_fx.selection.select import saved_modules
 
-#: Names of biases; the second one is that of q, k and v in nn.MultiheadAttention.
+#: Names of biases; the second one is the bias of q, k and v in nn.MultiheadAttention.
 _BIASES = ("bias", "in_proj_bias")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass(frozen=True)
 class FlagChanges:
-    """What `freeze` changed: parameter name -> `requires_grad` (before, after)."""
+    """The changes that `freeze` made: parameter name -> `requires_grad` (before, after)."""
 
     flags: dict[str, tuple[bool, bool]]
 
     def restore(self, model: nn.Module) -> None:
-        """Restore every flag that is still as `freeze` left it; a flag that was set since then stays."""
+        """Restore every flag that has not been set again since `freeze`."""
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for name, (before, after) in self.flags.items():
             if name in parameters and parameters[name].requires_grad is after:
@@ -45,7 +45,7 @@ def freeze(model: nn.Module) -> FlagChanges:
     """Freeze every parameter of the base model."""
     changes = FlagChanges({})
     try:
-        # Tied parameters under each of their names: a trained copy may untie them.
+        # List tied parameters under each of their names, because a trained copy may untie them.
         named = [item for item in model.named_parameters(remove_duplicate=False) if item[1].requires_grad]
         for name, parameter in named:
             if _is_base(name):
@@ -69,7 +69,7 @@ def train_only(parts: AdaptedParts, names: Iterable[str]) -> None:
 
 
 def set_requires_grad(parts: AdaptedParts, names: Iterable[str], wanted: bool) -> None:
-    """Train or freeze the vectors and copies of some adapters; those of others keep their flags."""
+    """Train or freeze the vectors and copies of some adapters. The flags of other adapters do not change."""
     for name in names:
         for reflection in parts.reflections:
             if name in reflection.specs:
@@ -79,7 +79,7 @@ def set_requires_grad(parts: AdaptedParts, names: Iterable[str], wanted: bool) -
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """The number of trainable and of all parameters, counted as in PEFT: a trained bias counts once."""
+    """Return the numbers of trainable and of all parameters, counted as in PEFT: a trained bias counts once."""
     waiting = {
         id(copies.get(owner, BASE, "bias"))
         for owner, copies in all_copies(model).values()
@@ -99,10 +99,10 @@ def make_copies(
     undo: ExitStack,
     values: Mapping[tuple[str, str], Tensor],
 ) -> None:
-    """Make the trained copies of adapter `name` (`config.modules_to_save` and `config.bias`); they are not used yet.
+    """Create the trained copies of adapter `name` (`config.modules_to_save` and `config.bias`). They are not in use.
 
-    `values`, (path of the module, name of its tensor) -> tensor, replaces the values of the base model.
-    Tensors that are tied in the base model have one copy, unless their values differ: PEFT trains a copy of each.
+    `values`, (path of the module, name of its tensor) -> tensor, replaces the values of the base model. Tensors that
+    are tied in the base model have one copy, unless their values differ, because PEFT trains a copy of each.
 
     Raises:
         UnsupportedLayerError: a tensor cannot be copied, or another adapter reflects the layer.
@@ -131,7 +131,7 @@ def make_copies(
 
 
 def differ_by_place(tensors: Mapping[tuple[str, str], Tensor], values: Mapping[tuple[str, str], Tensor]) -> bool:
-    """Whether a tensor that is in several places has different values for them."""
+    """Whether a tensor that several modules share has different values for them."""
     first: dict[int, Tensor] = {}
     pairs = [
         (first.setdefault(id(tensors[place]), value), value) for place, value in values.items() if place in tensors
@@ -140,14 +140,14 @@ def differ_by_place(tensors: Mapping[tuple[str, str], Tensor], values: Mapping[t
 
 
 def restore_ties(model: nn.Module, state: AdapterState) -> None:
-    """Turn the settings on again that trained copies turned off, where everything is one tensor again."""
+    """Turn settings that trained copies turned off on again, if all tied names are one tensor again."""
     tied = [tie for tie in state.untied if is_tied(model, tie)]
     set_tied(tied, True)
     state.untied = tuple(tie for tie in state.untied if tie not in tied)
 
 
 def _untie(model: nn.Module, state: AdapterState, tensors: Collection[TensorRef], undo: ExitStack) -> None:
-    """Turn off the settings by which `tie_weights` of transformers would overwrite a trained copy."""
+    """Turn off the settings that would make transformers' `tie_weights` overwrite a trained copy."""
     ties = find_ties(model, tensors)
     if reason := why_not_untie(model, ties):
         raise UnsupportedLayerError(f"{reason}. Leave it out of modules_to_save.")

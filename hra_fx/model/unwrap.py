@@ -12,7 +12,7 @@ M = TypeVar("M")
 
 
 def unwrap(model: M) -> M:
-    """The model inside `DistributedDataParallel`, `DataParallel` or `torch.compile`; any other model is returned as is.
+    """Return the model inside `DistributedDataParallel`, `DataParallel` or `torch.compile`, or else the model itself.
 
     Example:
         >>> layer = nn.Linear(6, 4)

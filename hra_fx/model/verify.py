@@ -1,8 +1,8 @@
 """`transform(..., verify=True)`: compare a transformed model with its folded weights, on a copy with random vectors.
 
-The copy runs with its adapters, and again after they are folded, in train and eval mode and from the same random
-numbers. Outputs must agree, and the gradient of the vectors must be that of the folded weight, taken back through `W
-Q`.
+The copy runs with its adapters, and again after they are folded, in train and eval mode and with the same random
+numbers. Outputs must agree. The gradient of the vectors must equal the gradient of the folded weight, propagated back
+through `W Q`.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class _Run(NamedTuple):
 
 
 def check_against_folded(model: nn.Module, call: Call) -> None:
-    """Compare a transformed model with its folded self, in float64 if it runs in that, else in float32.
+    """Compare a transformed model with its folded version, in float64 if it runs in float64, otherwise in float32.
 
-    Memory: a copy of the model and the gradients of its adapted weights, both in float64. Without activations, that is
-        four times the memory of a float32 model and eight times that of a bfloat16 model, and a few copies of its
+    Memory: a copy of the model and the gradients of its adapted weights, both in float64. Without activations, this is
+        four times the memory of a float32 model and eight times the memory of a bfloat16 model, and a few copies of its
         largest weight.
 
     Args:
@@ -53,7 +53,8 @@ def check_against_folded(model: nn.Module, call: Call) -> None:
 
     Raises:
         UnsupportedLayerError: the model has quantized layers, or tensors on the meta device.
-        VerificationError: naming the mode and the first module whose output differs, or the layer.
+        VerificationError: a result differs. The message names the mode, and the first module with a different output or
+            the layer.
     """
     for path, layer in model.named_modules():
         if scheme := quant_scheme_of(layer):
@@ -74,7 +75,7 @@ def check_against_folded(model: nn.Module, call: Call) -> None:
             )
     kind = type(model).__name__
     with preserve_rng_state(), torch.inference_mode(False), torch.enable_grad():
-        for dtype in (torch.float64, torch.float32, None):  # float64 first: no rounding changes a choice of experts
+        for dtype in (torch.float64, torch.float32, None):  # float64 first: rounding must not change chosen experts
             ours, theirs = _run_both(model, call, dtype)
             if isinstance(theirs[1], _Run):
                 break
@@ -107,7 +108,7 @@ def check_against_folded(model: nn.Module, call: Call) -> None:
 def _run_both(
     model: nn.Module, call: Call, dtype: torch.dtype | None, *, trace: bool = False
 ) -> tuple[list[_Run | Exception], list[_Run | Exception]]:
-    """Run a copy with random vectors in train and in eval mode; then fold it, and run it again."""
+    """Run a copy with random vectors in train and eval mode, then fold it and run it again."""
 
     def cast(value: Any) -> Any:
         return value.to(dtype) if dtype and isinstance(value, Tensor) and value.is_floating_point() else value
@@ -134,14 +135,14 @@ def _run_both(
     theirs: list[_Run | Exception] = []
     for training in (True, False):
         run = _run(copied, call, weights, training, trace)
-        # Mode by mode, because the gradients of all weights take as much memory as the copy.
+        # One mode at a time, because the gradients of all weights take as much memory as the copy.
         theirs.append(_through_rotation(model, containers, run) if isinstance(run, _Run) else run)
         del run
     return ours, theirs
 
 
 def _run(module: nn.Module, call: Call, selected: Sequence[Tensor], training: bool, trace: bool) -> _Run | Exception:
-    """Forward and backward of a random projection of the outputs; or the error of the model's own code."""
+    """Run the forward, and the backward of a random projection of the outputs; or return the error of the model."""
     seen: list[tuple[str, list[Tensor]]] = []
     parts = [(path, part) for path, part in module.named_modules() if trace and "hra_" not in path]
     hooks = [part.register_forward_hook(_recorder(path, seen)) for path, part in parts]
@@ -155,7 +156,7 @@ def _run(module: nn.Module, call: Call, selected: Sequence[Tensor], training: bo
         for hook in hooks:
             hook.remove()
     generator = torch.Generator().manual_seed(_SEED)
-    # Drawn for each output: in the folded model, more of them may have a gradient.
+    # Draw numbers for each output: in the folded model, more outputs may have a gradient.
     terms = [(out * torch.randn(out.shape, generator=generator).to(out)).sum() for out in outputs]
     terms = [term.to(terms[0]) for term in terms if term.requires_grad]
     grads: Any = torch.autograd.grad(terms, selected, allow_unused=True) if terms else (None,) * len(selected)
@@ -167,7 +168,7 @@ def _recorder(path: str, seen: list[tuple[str, list[Tensor]]]) -> Any:
 
 
 def _through_rotation(model: nn.Module, containers: dict[str, Any], run: _Run) -> _Run:
-    """The gradients of folded weights, as gradients of the vectors that they were folded from."""
+    """Convert the gradients of folded weights to gradients of the vectors."""
     found: list[Tensor | None] = []
     for (path, adapters), gradient in zip(containers.items(), run.gradients, strict=True):
         vectors = [adapters[name] for name in adapters.active]
@@ -183,7 +184,7 @@ def _through_rotation(model: nn.Module, containers: dict[str, Any], run: _Run) -
 
 def _compare_gradients(model: nn.Module, ours: list[Tensor | None], theirs: list[Tensor | None], mode: str) -> None:
     names = [(path, name) for path, layer in adapted_layers(model).items() for name in layer.hra_u.active]
-    # Next to the largest gradient, a small one may be rounding noise.
+    # Compared with the largest gradient, a small gradient may be rounding noise.
     largest = max((float(wanted.norm()) for wanted in theirs if wanted is not None), default=0.0)
     for (path, name), mine, wanted in zip(names, ours, theirs, strict=True):
         if wanted is None:
@@ -195,7 +196,7 @@ def _compare_gradients(model: nn.Module, ours: list[Tensor | None], theirs: list
 
 
 def _first_difference(ours: _Run | Exception, theirs: _Run | Exception) -> str:
-    """The first module, in the order in which they finish, whose output differs."""
+    """The first module with a different output, in the order in which modules finish."""
     if isinstance(ours, _Run) and isinstance(theirs, _Run):
         for (path, mine), (other, wanted) in zip(ours.modules, theirs.modules, strict=False):
             if path == other and not _all_close(mine, wanted):
@@ -218,7 +219,7 @@ def _all_close(ours: list[Tensor], theirs: list[Tensor]) -> bool:
 
 
 def _close(a: Tensor, b: Tensor, floor: float = 0.0) -> bool:
-    """Whether two results agree; `floor`: a smaller difference is rounding noise."""
+    """Whether two results agree. A difference smaller than `floor` is rounding noise."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     floor = floor or _noise(a.dtype) * math.sqrt(a.numel())

@@ -1,1 +1,1 @@
-"""What the adapters of a model did: the report, its formats and its plots. Import from the modules below."""
+"""Reports on the adapters of a model, their formats and plots. Import from the modules below."""

@@ -1,6 +1,6 @@
-"""The columns of a report, the same for the terminal, Markdown and notebooks.
+"""The columns of a report, which are the same in terminals, Markdown and notebooks.
 
-Rows that differ only in the indices of their blocks are one in a terminal: `layer.*.attention.self.query`.
+In a terminal, rows that differ only in the indices of their blocks are one row: `layer.*.attention.self.query`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hra_fx.reporting.heat import is_identity, with_unit
 from hra_fx.reporting.row import Row
 from hra_fx.reporting.table import Column
 
-#: Degrees from which a range has no decimals.
+#: From this number of degrees, a range is shown without decimals.
 _LARGE = 10
 _INDEX = re.compile(r"(?<![^\s.])\d+(?=[. ])|(?<=\.)\d+(?=[. ]|$)")
 
@@ -26,8 +26,8 @@ class Group:
     """One line of a table.
 
     Attributes:
-        name: the path of its layer; with `*` for the indices in which its layers differ.
-        rows: its rows, at least one.
+        name: the path of the layer, with `*` for the indices in which the layers of the group differ.
+        rows: the rows of the group, at least one.
     """
 
     name: str
@@ -35,11 +35,11 @@ class Group:
 
     @property
     def first(self) -> Row:
-        """A row; type, adapter, `d` and `r` are the same for all."""
+        """The first row. Type, adapter, `d` and `r` are the same for all rows."""
         return self.rows[0]
 
     def range(self, value: Callable[[Row], float], text: Callable[[float], str]) -> str:
-        """The smallest and the largest value.
+        """Format the smallest and the largest value.
 
         Args:
             value: the value of a row.
@@ -50,7 +50,7 @@ class Group:
         return high if low == high else f"{low.rstrip('°%')} to {high}"
 
     def angles(self, value: Callable[[Row], float]) -> str:
-        """The range of angles in degrees; without decimals if they are large, so that two columns fit a terminal."""
+        """Format a range of angles in degrees, without decimals if they are large, so that columns fit a terminal."""
         values = [math.degrees(value(row)) for row in self.rows]
         if len(values) > 1 and min(values) >= _LARGE:
             return self.range(lambda row: math.degrees(value(row)), lambda angle: f"{angle:.0f}°")
@@ -58,7 +58,7 @@ class Group:
 
 
 def starred(text: str) -> str:
-    """A text with `*` for the indices of layers.
+    """Replace the indices of layers in a text with `*`.
 
     >>> starred("model.layers.3.mlp.experts.0"), starred("layer1.conv2"), starred("0")
     ('model.layers.*.mlp.experts.*', 'layer1.conv2', '0')
@@ -67,13 +67,15 @@ def starred(text: str) -> str:
 
 
 def single(rows: Collection[Row]) -> list[Group]:
-    """Each row by itself."""
+    """One group for each row."""
     return [Group(row.path, (row,)) for row in rows]
 
 
 def grouped(rows: Collection[Row]) -> list[Group]:
-    """Rows with the same type, rank and adapter, whose paths differ in indices only, as one. Rows with a value that
-    could not be computed stay apart from the others."""
+    """Group rows with the same type, rank and adapter and with paths that differ only in indices.
+
+    Rows with a value that could not be computed are in separate groups.
+    """
     found: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         unknown = math.isnan(row.rotation), math.isnan(row.weight_change)
@@ -83,7 +85,7 @@ def grouped(rows: Collection[Row]) -> list[Group]:
 
 
 def common_parent(names: Sequence[str]) -> str:
-    """The modules that all names begin with, up to the list that an index is of; `""` for a single name.
+    """The common path prefix of all names, up to the list of blocks; `""` for a single name.
 
     >>> common_parent(["encoder.layer.*.query", "encoder.layer.*.value", "encoder.norm"])
     'encoder'
@@ -98,13 +100,16 @@ def common_parent(names: Sequence[str]) -> str:
 
 
 def table_of(rows: Collection[Row]) -> tuple[list[Column], list[list[str]]]:
-    """The columns of a report, and the texts of each row. Columns that say nothing are left out: the adapter's name if
-    there is only one, and the graph if the model was not traced."""
+    """Return the columns of a report, and the texts of each row.
+
+    Unnecessary columns are left out: the adapter's name if there is only one, and the graph if the model was not
+    traced.
+    """
     return _table(single(rows), rows)
 
 
 def grouped_table_of(rows: Collection[Row]) -> tuple[list[Column], list[list[str]]]:
-    """The same for a terminal: one line for rows that differ in the indices of their blocks only."""
+    """Like `table_of`, for a terminal: one line for rows that differ only in the indices of their blocks."""
     groups = grouped(rows)
     columns, lines = _table(groups, rows)
     parent = common_parent([group.name for group in groups])
@@ -129,7 +134,7 @@ def adapters_of(rows: Collection[Row]) -> list[str]:
 
 
 def is_traced(rows: Collection[Row]) -> bool:
-    """Whether the rows say by which graphs their layers are shown."""
+    """Whether the rows contain the graphs of their layers."""
     return any(row.graph is not None or row.graph_reason for row in rows)
 
 
@@ -144,7 +149,7 @@ def heading(rows: Collection[Row]) -> str:
 
 
 def _memory(rows: Collection[Row]) -> str:
-    """The memory of the vectors, and what this process holds of them if they are sharded."""
+    """The memory of the vectors, and the local memory in this process if they are sharded."""
     total, here = sum(row.bytes for row in rows), sum(row.bytes_here for row in rows)
     if not total:
         return ""
@@ -155,7 +160,7 @@ def _memory(rows: Collection[Row]) -> str:
 
 
 def degrees(angle: float) -> str:
-    """An angle in radians as text in degrees, with at least two digits.
+    """Format an angle in radians in degrees, with at least two digits.
 
     >>> degrees(0.0), degrees(math.pi / 4), degrees(1e-5)
     ('0°', '45.0°', '0.00057°')
@@ -164,7 +169,7 @@ def degrees(angle: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share as text in percent, with at least two digits.
+    """Format a share in percent, with at least two digits.
 
     >>> percent(0.0), percent(0.25), percent(0.0001)
     ('0%', '25.0%', '0.01%')
@@ -179,7 +184,7 @@ def _graph(group: Group) -> str:
 def _graph_of(row: Row) -> str:
     if row.graph is None:
         return "none"
-    # The root of a graph is a prefix of the layer's own path, which is in the same line.
+    # The root of a graph is a prefix of the layer's path, which is in the same line.
     return f"…{row.graph.rpartition('.')[2]}" if row.graph else "whole model"
 
 

@@ -1,4 +1,4 @@
-"""Footnotes of a report: which layers have no adapter and why, each reason once, and what looks wrong."""
+"""Footnotes of a report: which layers have no adapter and why (each reason once), and possible errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hra_fx.reporting.columns import starred
 from hra_fx.reporting.row import Row
 from hra_fx.reporting.skipped_layers import SkippedLayer, SkippedParameter
 
-# Limits of a printed report; the data have all reasons and names.
+# Limits of a printed report. The data contain all reasons and names.
 _REASONS = 6
 _NAMES = 5
 #: `|Q^T Q - I|` above this is an error, not rounding.
@@ -30,7 +30,7 @@ def footnotes(
     trained_in_full: Collection[str] = (),
     parameters: Collection[SkippedParameter] = (),
 ) -> list[Footnote]:
-    """The footnotes of a report that have any lines.
+    """The footnotes of a report that are not empty.
 
     Args:
         rows: the rows of the report.
@@ -79,7 +79,7 @@ def _by_reason(skipped: Collection[SkippedLayer]) -> list[str]:
 
 
 def _counted(texts: Collection[str]) -> dict[str, int]:
-    """Texts and how often they occur. Texts that differ only in the indices of layers are one, with `*` for these."""
+    """Count texts. Texts that differ only in the indices of layers are counted as one text with `*`."""
     same: dict[str, list[str]] = {}
     for text in texts:
         same.setdefault(starred(text), []).append(text)

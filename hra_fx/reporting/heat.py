@@ -1,8 +1,8 @@
 """The measures that colors and axes can show: a field of a report's rows, with its unit, its scale and its colors.
 
-The colors are parts of matplotlib's magma. On light pages they go from pale (little) to dark (much), on dark pages from
-purple to pale, so that much stands out on both. The order is visible with every kind of color blindness and in black
-and white prints.
+The colors are parts of matplotlib's magma. On light pages they go from pale (small values) to dark (large values), and
+on dark pages from purple to pale, so that large values stand out. The order is visible with every kind of color
+blindness and in black and white prints.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from hra_fx.errors import VisualizeError
 from hra_fx.reporting.row import Row
 
-#: Colors at equal steps of the scale; between them the channels are interpolated linearly.
+#: Colors at equal steps of the scale. Between them, the channels are interpolated linearly.
 PALETTE = ("#fcf7b9", "#fec88c", "#fd9869", "#f4675c", "#d8456c", "#ae347b", "#842681", "#5c167f", "#331067", "#0e0b2b")
-#: The same for dark pages. Each has a contrast of at least 3:1 with the boxes there.
+#: The colors for dark pages. Each has a contrast of at least 3:1 with the boxes.
 DARK_PALETTE = (
     *("#ca3e72", "#dc4869", "#ec5860", "#f66c5c", "#fb8560"),
     *("#fd9b6b", "#feb47b", "#feca8d", "#fde2a3", "#fcf7b9"),
@@ -25,11 +25,11 @@ DARK_PALETTE = (
 UNKNOWN = "#c9ced6"
 
 
-#: The ends of a scale are multiples of one of these and a power of ten, and about this many steps apart.
+#: The ends of a scale are multiples of one of these numbers times a power of ten, and about this many steps apart.
 _ROUND, _STEPS = (1.0, 2.0, 5.0, 10.0), 10
 #: Below this, powers of ten underflow to zero.
 _LEAST = 1e-290
-#: Values that differ by less, relative to the largest, count as equal.
+#: Values count as equal if they differ by less than this, relative to the largest value.
 _EQUAL = 1e-3
 _DEGREES = 180 / math.pi
 
@@ -51,7 +51,7 @@ def color(value: float, ends: tuple[float, float], palette: Sequence[str] = PALE
 
 
 def ink_on(fill: str) -> str:
-    """Black or white, whichever has the higher contrast on a color (at least 4.5:1).
+    """Black or white: the color with the higher contrast on another color (at least 4.5:1).
 
     >>> ink_on("#fcf7b9"), ink_on("#0e0b2b")
     ('#000000', '#ffffff')
@@ -72,13 +72,13 @@ def _luminance(fill: str) -> float:
 
 @dataclass(frozen=True)
 class Heat:
-    """One measure of how far a layer is rotated.
+    """A measure of how far a layer is rotated.
 
     Attributes:
         field: the field of a row.
-        words: its name in a legend.
-        unit: the unit of its values.
-        factor: factor from the field to that unit.
+        words: the name of the measure in a legend.
+        unit: the unit of the values.
+        factor: factor from the field to this unit.
     """
 
     field: str
@@ -87,11 +87,11 @@ class Heat:
     factor: float
 
     def value(self, row: Row) -> float:
-        """The value of a row in that unit."""
+        """The value of a row in the unit."""
         return float(getattr(row, self.field)) * self.factor
 
     def text(self, value: float) -> str:
-        """A value in that unit as text, the same in tables, pictures and the page.
+        """Format a value in the unit, in the same way for tables, pictures and the page.
 
         >>> HEATS["weight_change"].text(11.52), HEATS["rotation"].text(0.5), HEATS["angle"].text(math.nan)
         ('11.5%', '0.500', 'unknown')
@@ -114,7 +114,7 @@ HEATS: Mapping[str, Heat] = {
 
 
 def with_unit(value: float, unit: str) -> str:
-    """A value with its unit, with one decimal and at least two digits.
+    """Format a value with its unit, with one decimal and at least two digits.
 
     >>> with_unit(45, "°"), with_unit(0.00057, "%"), with_unit(0, "%")
     ('45.0°', '0.00057%', '0%')
@@ -122,19 +122,18 @@ def with_unit(value: float, unit: str) -> str:
     if 0 < value < 1e-6:
         return f"{value:.0e}{unit}".replace("e-0", "e-")  # as in JavaScript
     if 0 < value < 0.1:
-        # Without an exponent, which is hard to read in a column.
+        # No exponent, because it is hard to read in a column.
         return f"{value:.{1 - math.floor(math.log10(value))}f}".rstrip("0") + unit
     return f"{value:.1f}{unit}" if value else f"0{unit}"
 
 
 def default_heat(rows: Iterable[Row]) -> str:
-    """The measure that is shown unless another one is chosen: the change of the weight, or the mean angle if no weight
-    can be read."""
+    """The default measure: the change of the weight, or the mean angle if no weight can be read."""
     return "weight_change" if any(math.isfinite(row.weight_change) for row in rows) else "mean_angle"
 
 
 def is_identity(rows: Iterable[Row]) -> bool:
-    """Whether no adapter of a report rotates anything, as before training."""
+    """Whether all adapters of a report are the identity, as before training."""
     found = list(rows)
     return bool(found) and all(row.angles == () for row in found)
 
@@ -150,7 +149,7 @@ def largest(values: Iterable[float]) -> float:
 
 
 def heat_named(name: object) -> Heat:
-    """The measure of a name.
+    """The measure with this name.
 
     Raises:
         VisualizeError: the name is unknown.
@@ -165,7 +164,7 @@ def heat_named(name: object) -> Heat:
 
 
 def heat_of(rows: Iterable[Row], name: str) -> dict[str, float]:
-    """The value of every adapted layer in the unit of the legend: degrees, percent, or none.
+    """The value of every adapted layer in the unit of the legend: degrees, percent, or no unit.
 
     Args:
         rows: the rows of a report. A layer gets the largest value of its active adapters, and 0 if none is active.
@@ -178,7 +177,7 @@ def heat_of(rows: Iterable[Row], name: str) -> dict[str, float]:
 
 
 def scale(values: Iterable[float]) -> tuple[float, float]:
-    """Both ends of a legend: round numbers around the values. Values that are all equal have a scale from 0.
+    """The ends of a legend: round numbers around the values. If all values are equal, the scale starts at 0.
 
     >>> scale([79.2, 111.7]), scale([3.1, 17.4]), scale([0.031, float("nan")]), scale([0.0])
     ((75.0, 115.0), (2.0, 18.0), (0.0, 0.035), (0.0, 1.0))
@@ -190,13 +189,13 @@ def scale(values: Iterable[float]) -> tuple[float, float]:
     if high - low <= _EQUAL * high:
         low = 0.0
     step = _step((high - low) / _STEPS)
-    # Rounding noise must not lift 180 degrees, a reflection, to the next step.
+    # Rounding noise must not raise 180 degrees (a reflection) to the next step.
     steps = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
     bottom, top = (float(f"{count * step:.6g}") for count in steps)
     return bottom, top
 
 
 def _step(least: float) -> float:
-    """The smallest round number that is not smaller."""
+    """The smallest round number that is at least `least`."""
     power = 10.0 ** math.floor(math.log10(least))
     return next(step for step in _ROUND if step * power >= least * (1 - 1e-6)) * power

@@ -1,4 +1,4 @@
-"""Plots of what adapters did, by matplotlib (an optional dependency): layers, two adapters, and a training."""
+"""Plots of adapters with matplotlib (an optional dependency): all layers, two adapters, and the course of training."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 FORMATS = (".svg", ".png", ".pdf")
 INK, QUIET, GRID = "#1f2328", "#59636e", "#d8dee4"
-#: Okabe and Ito's colors that are readable on white, safe for color blindness.
+#: The colors of Okabe and Ito that are readable on white and safe for color blindness.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-#: Leave out the date and the version of matplotlib, so that equal values give equal files.
+#: Leave out the date and matplotlib's version, so that equal values give equal files.
 _METADATA: dict[str, dict[str, Any]] = {
     ".svg": {"Date": None, "Creator": None},
     ".png": {"Software": None},
@@ -33,7 +33,7 @@ _METADATA: dict[str, dict[str, Any]] = {
 }
 _STYLE: dict[str, Any] = {
     "svg.hashsalt": "hra_fx",
-    "svg.fonttype": "none",  # text as text, so that it can be searched and read aloud
+    "svg.fonttype": "none",  # text as text, so that it can be searched and read by screen readers
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib
     "font.size": 9.0,
@@ -68,21 +68,21 @@ def check_plot(path: str | os.PathLike[str]) -> Path:
 
 
 def style() -> Any:
-    """The rc context in which figures are made and written."""
+    """The rc context for creating and writing figures."""
     import matplotlib as mpl
 
     return mpl.rc_context(_STYLE)  # type: ignore[arg-type]
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty white figure outside of matplotlib's global state; width and height in inches."""
+    """Create an empty white figure outside of matplotlib's global state; width and height are in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), facecolor="white")
 
 
 def entitle(axes: Axes, title: str, subtitle: str = "", points: int = 8) -> None:
-    """A heading some points above the axes, and a line below it, both aligned with the left end of the axes."""
+    """Add a heading above the axes and a line below it, both aligned with the left end of the axes."""
     lines: list[tuple[str, dict[str, Any]]] = [(title, {"fontsize": 11, "fontweight": "bold"})]
     if subtitle:
         lines.append((subtitle, {"color": QUIET}))
@@ -92,14 +92,14 @@ def entitle(axes: Axes, title: str, subtitle: str = "", points: int = 8) -> None
 
 
 def write(figure: Figure, file: Path) -> Path:
-    """Write a figure, cropped to its content, as a whole file or not at all.
+    """Write a figure, cropped to its content, atomically.
 
     Raises:
         VisualizeError: the file could not be written.
     """
     ending, buffer = file.suffix.lower(), io.BytesIO()
     with warnings.catch_warnings():
-        # A missing glyph is drawn as a box, and in an SVG the reader's fonts draw it.
+        # A missing glyph is drawn as a box; in an SVG, the reader's fonts draw it.
         warnings.filterwarnings("ignore", r"Glyph .* missing from font", UserWarning)
         figure.savefig(
             buffer, format=ending[1:], dpi=160, bbox_inches="tight", pad_inches=0.15, metadata=_METADATA[ending]
@@ -109,7 +109,7 @@ def write(figure: Figure, file: Path) -> Path:
 
 
 def cell_of(path: str) -> tuple[str, str]:
-    """The block of a layer, a path up to its last number that is followed by a name, and the layer's name in it.
+    """The block of a layer (its path up to the last number that is followed by a name), and its name in the block.
 
     >>> cell_of("layer1.0.downsample.0"), cell_of("features.3"), cell_of("lm_head")
     (('layer1.0', 'downsample.0'), ('features.3', 'features'), ('', 'lm_head'))
@@ -171,7 +171,7 @@ def _heatmap(values: dict[str, float], measure: Heat, subtitle: str) -> Figure:
 
 
 def _color_bar(figure: Figure, ends: tuple[float, float], unit: str, *, unknown: bool) -> None:
-    """The scale to the right of the heatmap."""
+    """Draw the scale to the right of the heatmap."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
@@ -214,7 +214,7 @@ def draw_comparison(rows: Sequence[Row], path: str | os.PathLike[str], first: st
 
 
 def draw_training(history: Sequence[Progress], path: str | os.PathLike[str]) -> Path:
-    """Write the plot of a training: the mean and the largest angle of each adapter by step, and the error of `Q`.
+    """Write a plot of training: the mean and the largest angle of each adapter by step, and the error of `Q`.
 
     Args:
         history: the points in the order of steps.
@@ -240,7 +240,7 @@ def draw_training(history: Sequence[Progress], path: str | os.PathLike[str]) -> 
         for axes, title in ((angles, "rotation angles, degrees"), (errors, "largest |Q'Q - I| (rounding error)")):
             axes.set_ylim(bottom=0)
             _quiet(axes, title, "y")
-        errors.yaxis.set_major_formatter("{x:.1e}")  # matplotlib's own writes powers of ten as formulas
+        errors.yaxis.set_major_formatter("{x:.1e}")  # matplotlib's default writes powers of ten as formulas
         errors.set_xlabel("step")
         angles.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
         return write(figure, file)
@@ -250,7 +250,7 @@ _ANGLES = ("mean_angle", "angle")
 
 
 def _quiet(axes: Axes, title: str, grid: Any) -> None:
-    """A title on the left, lines of a grid, and no frame."""
+    """Set a title on the left, grid lines, and no frame."""
     axes.set_title(title, loc="left", fontsize=9, color=QUIET)
     axes.grid(axis=grid)
     axes.tick_params(length=0)
@@ -258,7 +258,7 @@ def _quiet(axes: Axes, title: str, grid: Any) -> None:
 
 
 def _shown(text: str, letters: int = 56) -> str:
-    """A name from a model as a label: one line, printable, shortened.
+    """Convert a name from a model to a label: one line, printable, shortened.
 
     >>> _shown("a\\nb"), _shown("x" * 99, 9)
     ('a b', 'xxxx…xxxx')

@@ -1,4 +1,4 @@
-"""How far a whole model is rotated at one step of a training: a few values per adapter, cheap enough to log."""
+"""Statistics of the rotation at one training step: a few values per adapter that are cheap enough to log."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Progress:
     Attributes:
         step: number of optimizer steps so far.
         adapter: name of the adapter.
-        mean_angle: mean of its layers' mean angles, in radians (see `hra_fx.reporting.row.Row`).
+        mean_angle: mean of the mean angles of its layers, in radians (see `hra_fx.reporting.row.Row`).
         angle: largest angle of all its layers, in radians.
         orthogonality: largest `|Q^T Q - I|_F` of all its layers.
     """
@@ -34,10 +34,10 @@ class Progress:
 
 
 def progress_of(model: nn.Module, step: int) -> list[Progress]:
-    """The progress of each active adapter. Reads no weight.
+    """The progress of each active adapter. This does not read weights.
 
     Args:
-        model: a transformed model, may be wrapped (DDP, `torch.compile`).
+        model: a transformed model; may be wrapped (DDP, `torch.compile`).
         step: the step to store in the entries.
 
     Raises:
@@ -61,7 +61,7 @@ def progress_of(model: nn.Module, step: int) -> list[Progress]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether this process holds only shards of some vectors (FSDP, ZeRO-3), so that angles cannot be computed.
+    """Whether this process has only shards of some vectors (FSDP, ZeRO-3), so that angles cannot be computed.
 
     Raises:
         AdapterError: the model has no adapters.

@@ -1,4 +1,4 @@
-"""`report`: what each adapter does at each layer, and which layers have no adapter."""
+"""`report`: describe what each adapter does at each layer, and list layers without an adapter."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 def report(model: nn.Module | ExportedProgram, *, capture: bool = False) -> Report:
     """Describe what each adapter does at each layer, and list the layers and 3-D parameters without an adapter.
 
-    The angles come from matrices of size `r x r`, and the change of the weight from one product of the weight with at
-    most `r + 1` columns, so that no `d x d` matrix is made.
+    The angles are computed from matrices of size `r x r`, and the change of the weight from one product of the weight
+    with a thin matrix, so no `d x d` matrix is created.
 
     Args:
         model: a transformed model or `ExportedProgram`.
         capture: also trace the model, and fill `Row.graph` and `Row.graph_reason`.
 
     Returns:
-        A `Report`. It holds the rows as data and prints as a table.
+        A `Report`. It contains the rows as data, and printing it shows a table.
 
     Raises:
         AdapterError: the model has no adapters.
@@ -89,7 +89,7 @@ def _report_of_program(program: Any, *, capture: bool) -> Report:
 
 
 def _measured(chain: Tensor | None, weight: Tensor | None) -> dict[str, Any]:
-    """The fields of a row that are measured."""
+    """The measured fields of a row."""
     found = turn_of(chain)
     angles = {"angle": found.angle, "mean_angle": found.mean_angle}
     changed = change_of(weight, chain)

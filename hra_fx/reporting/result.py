@@ -29,15 +29,15 @@ from hra_fx.reporting.table import UNLIMITED, fit_table
 
 @dataclass(frozen=True)
 class Report(JupyterMixin):
-    """What the adapters of a model do. It is shown as a table, with one line for layers that repeat in each block.
+    """The result of `hra_fx.report`. It is shown as a table, with one line for layers that repeat in each block.
 
-    The rows of all layers are in `rows`, `to_dicts()`, `to_json()` and `to_markdown()`.
+    `rows`, `to_dicts()`, `to_json()` and `to_markdown()` contain the rows of all layers.
 
     Attributes:
-        rows: one for each adapter of each layer, in model order.
-        skipped: the layers that could have an adapter and have none, with the reason, in model order.
-        trained_in_full: paths of the layers that are trained in full: those of `modules_to_save`, and new heads.
-        skipped_parameters: the 3-D parameters (experts) that have no adapter, in model order.
+        rows: one row for each adapter of each layer, in model order.
+        skipped: the layers that could have an adapter but do not, with the reason, in model order.
+        trained_in_full: paths of the layers that are trained in full: those in `modules_to_save`, and new heads.
+        skipped_parameters: the 3-D parameters (experts) without an adapter, in model order.
     """
 
     rows: tuple[Row, ...]
@@ -46,19 +46,19 @@ class Report(JupyterMixin):
     skipped_parameters: tuple[SkippedParameter, ...] = ()
 
     def __len__(self) -> int:
-        """Number of rows."""
+        """The number of rows."""
         return len(self.rows)
 
     def __iter__(self) -> Iterator[Row]:
-        """The rows."""
+        """Iterate over the rows."""
         return iter(self.rows)
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """The rows as plain dictionaries, ready for JSON or a data frame; the angles as a list."""
+        """Return the rows as plain dictionaries, for JSON or a data frame. The angles are a list."""
         return [dataclasses.asdict(row) | {"angles": list(row.angles)} for row in self.rows]
 
     def to_json(self, indent: int | None = None) -> str:
-        """A JSON object with the fields of the report, and `null` for NaN.
+        """Return a JSON object with the fields of the report, and `null` for NaN.
 
         Args:
             indent: spaces for each level; `None` for one line.
@@ -72,17 +72,17 @@ class Report(JupyterMixin):
         return json.dumps(without_nan(content), indent=indent, allow_nan=False)
 
     def to_markdown(self) -> str:
-        """The table of all layers in GitHub's Markdown, with its footnotes below."""
+        """Return the table of all layers in GitHub's Markdown, followed by the footnotes."""
         return as_markdown(self.rows, self._footnotes())
 
     def plot_heatmap(
         self, path: str | os.PathLike[str], heat: str | None = None, *, adapter: str | None = None
     ) -> Path:
-        """Plot how much each layer is changed: one row for each projection, one column for each block.
+        """Plot how much each layer is changed, with one row for each projection and one column for each block.
 
         Args:
             path: the file, ending in `.svg`, `.png` or `.pdf`; its folder must exist.
-            heat: the field that is shown: `"weight_change"` (the default), `"mean_angle"`, `"angle"`, `"rotation"` or
+            heat: the field to show: `"weight_change"` (the default), `"mean_angle"`, `"angle"`, `"rotation"` or
                 `"share"`.
             adapter: name of the adapter; `None` for the largest value among a layer's adapters.
 
@@ -90,7 +90,7 @@ class Report(JupyterMixin):
             The path of the file.
 
         Raises:
-            VisualizeError: unknown file ending, field or adapter, no such folder, or matplotlib is not installed.
+            VisualizeError: unknown file extension, field or adapter, no such folder, or matplotlib is not installed.
         """
         return draw_heatmap(self.rows, path, heat, adapter)
 
@@ -100,18 +100,18 @@ class Report(JupyterMixin):
         Args:
             path: the file, ending in `.svg`, `.png` or `.pdf`; its folder must exist.
             first: name of an adapter.
-            second: name of another one.
+            second: name of another adapter.
 
         Returns:
             The path of the file.
 
         Raises:
-            VisualizeError: unknown file ending or adapter, no such folder, or matplotlib is not installed.
+            VisualizeError: unknown file extension or adapter, no such folder, or matplotlib is not installed.
         """
         return draw_comparison(self.rows, path, first, second)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """The table with as many columns as fit, and its footnotes."""
+        """Render the table with as many columns as fit, and the footnotes."""
         yield Text(heading(self.rows), style="italic")
         yield fit_table(*grouped_table_of(self.rows), options.max_width)
         for footnote in self._footnotes():
@@ -119,7 +119,7 @@ class Report(JupyterMixin):
             yield from (Padding(Text(line), (0, 0, 0, 2)) for line in footnote.lines)
 
     def __str__(self) -> str:
-        """The table as text, and its footnotes: as many columns as fit if it is printed in a terminal, else all."""
+        """Return the table and the footnotes as text. In a terminal, the table has as many columns as fit."""
         width = get_terminal_size().columns if sys.stdout.isatty() else UNLIMITED
         console = Console(width=width, no_color=True, highlight=False, force_terminal=False, force_jupyter=False)
         with console.capture() as capture:
@@ -133,16 +133,16 @@ class Report(JupyterMixin):
 
 
 def without_nan(value: Any, text: Callable[[str], str] = str) -> Any:
-    """A value for JSON, which has no NaN.
+    """Convert a value for JSON, which does not support NaN.
 
     Args:
         value: the value.
-        text: applied to each string in it.
+        text: applied to each string in the value.
 
     >>> without_nan({"a": (1.5, float("nan"))})
     {'a': [1.5, None]}
     """
-    if isinstance(value, int):  # nearly all of a page
+    if isinstance(value, int):  # nearly all values of a page
         return value
     if isinstance(value, str):
         return text(value)
@@ -154,7 +154,7 @@ def without_nan(value: Any, text: Callable[[str], str] = str) -> Any:
 
 
 def as_markdown(rows: Collection[Row], footnotes: Collection[Footnote]) -> str:
-    """A table in GitHub's Markdown, and the footnotes below it as lists."""
+    """Format a table in GitHub's Markdown, followed by the footnotes as lists."""
     columns, cells = table_of(rows)
     lines = [f"**{escaped(heading(rows))}**", ""]
     lines.append(_line([escaped(column.name) for column in columns]))
@@ -166,12 +166,12 @@ def as_markdown(rows: Collection[Row], footnotes: Collection[Footnote]) -> str:
 
 
 def escaped(text: str) -> str:
-    r"""A text that Markdown shows literally: no emphasis, link, HTML or end of a cell.
+    r"""Escape a text so that Markdown shows it literally, without emphasis, links, HTML or ends of cells.
 
     >>> escaped("a*b|<b>")
     'a\\*b\\|\\<b\\>'
     """
-    # An underscore inside a word has no meaning, and stays readable.
+    # An underscore in a word does not have a special meaning, so it is not escaped.
     return re.sub(r"([\\`*\[\]<>|~&#!]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
 
 

@@ -1,4 +1,4 @@
-"""One row of a report: one adapter at one layer, and how its angles and its change of the weight are measured."""
+"""One row of a report: one adapter at one layer, and the computation of its angles and its change of the weight."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _UNKNOWN = RotationStats(math.nan, (math.nan,), math.nan)
 class Row:
     """One adapter at one layer.
 
-    Values that cannot be computed (vectors without data, or not finite) are NaN.
+    Values that cannot be computed (because vectors have no data or are not finite) are NaN.
 
     Attributes:
         path: qualified name of the layer.
@@ -35,18 +35,18 @@ class Row:
         rotation: `|Q - I|_F`.
         angle: largest rotation angle of `Q` in radians. It is pi for a reflection, and 0 for the identity.
         mean_angle: mean of `angles` in radians, 0 for the identity.
-        angles: rotation angle of each plane that `Q` rotates, in radians from 0 to pi, in descending order. A reflected
-            direction that is left over counts as one angle of pi. Angles below the rounding error are left out.
+        angles: rotation angle of each plane that `Q` rotates, in radians from 0 to pi, in descending order. A single
+            reflected direction counts as one angle of pi. Angles below the rounding error are left out.
         orthogonality: `|Q^T Q - I|_F` of `Q` in the precision of the forward pass.
-        share: share of the weight that `Q` changes: `|W P|_F^2 / |W|_F^2`, with `P` the projector on the directions
-            that `Q` does not leave as they are. A quantized weight is dequantized first. NaN if the weight cannot be
-            read (no data, sharded, or its library cannot dequantize it here).
+        share: share of the weight that `Q` changes: `|W P|_F^2 / |W|_F^2`, where `P` is the projector on the directions
+            that `Q` changes. A quantized weight is dequantized first. NaN if the weight cannot be read (it has no data,
+            is sharded, or its library cannot dequantize it on this machine).
         weight_change: `|W Q - W|_F / |W|_F`: how much `Q` changes the weight, relative to its size. NaN as for `share`.
         bytes: memory of the vectors; 0 in a report of a graph.
-        bytes_here: what this process holds of it, which is less if they are sharded.
-        graph: path of the traced graph that shows the layer (`""` for the whole model), `None` if there is none or
-            `report` was called without `capture=True`.
-        graph_reason: why that graph is not larger, `""` for the whole model.
+        bytes_here: memory of the vectors in this process, which is less if they are sharded.
+        graph: path of the traced graph that contains the layer (`""` for the whole model); `None` if there is none or
+            if `report` was called without `capture=True`.
+        graph_reason: why this graph is not larger; `""` for the whole model.
     """
 
     path: str
@@ -70,7 +70,7 @@ class Row:
 
 
 def turn_of(chain: Tensor | None) -> RotationStats:
-    """The angles of the reflections of `chain_of`, NaN for `None`; of experts, those of all together."""
+    """The angles of the reflections from `chain_of`; NaN for `None`. For experts, the angles of all experts."""
     if chain is None:
         return _UNKNOWN
     return rotation_stats(chain) if chain.dim() == 2 else _joint([rotation_stats(one) for one in chain])
@@ -85,7 +85,7 @@ def _joint(experts: list[RotationStats]) -> RotationStats:
 
 
 def change_of(rows: Tensor | None, chain: Tensor | None) -> RelativeChange:
-    """How much the reflections change the weight of `weight_rows`, NaN if one of them is `None`."""
+    """Return how much the reflections change the weight from `weight_rows`; NaN if one of them is `None`."""
     if rows is None or chain is None:
         return RelativeChange(math.nan, math.nan)
     if chain.dim() == 2:
@@ -101,9 +101,9 @@ def change_of(rows: Tensor | None, chain: Tensor | None) -> RelativeChange:
 
 
 def chain_of(layer: AdaptedLayer, adapter: str) -> Tensor | None:
-    """The reflection vectors of an adapter at its scale, `(d, k)`; `None` if they have no data, or are shards.
+    """The reflection vectors of an adapter at its scale, `(d, k)`, or `(experts, d, k)` for experts.
 
-    Those of experts are `(experts, d, k)`.
+    `None` if they have no data or are shards.
     """
     vectors = layer.hra_u[adapter]
     whole = type(vectors.data) is Tensor and vectors.shape == layer.hra_u.vectors_shape(layer.hra_u.specs[adapter].r)
@@ -114,7 +114,7 @@ def weight_rows(layer: AdaptedLayer) -> Tensor | None:
     """The base weight of a layer, before any merge, as `(out, d)`; `None` if it cannot be read."""
     try:
         weight = layer.hra_base.detach() if layer.hra_u.unmerged is None else layer.hra_u.unmerged
-    except AdapterError:  # parametrized or removed since
+    except AdapterError:  # it was parametrized or removed later
         return None
     if weight.is_meta:
         return None
@@ -127,9 +127,9 @@ def weight_rows(layer: AdaptedLayer) -> Tensor | None:
 
 
 def _dequantized(layer: AdaptedLayer, scheme: QuantScheme) -> Tensor | None:
-    """A quantized weight as `(out, d)`; `None` if its library cannot dequantize it here."""
+    """A quantized weight as `(out, d)`; `None` if its library cannot dequantize it on this machine."""
     try:
         values = scheme.values(layer)
-    except Exception:  # each library has its own errors for a missing kernel; the report goes on without the value
+    except Exception:  # each library has its own errors for a missing kernel; the report continues without the value
         return None
     return readable_rows(values, layer.hra_u.width, fan_in_fan_out=False)

@@ -1,7 +1,7 @@
 """Memory and communication of adapters in distributed training, computed from a model on the meta device.
 
-Communication is counted as rings send it: of `S` bytes over `n` processes, each sends `S (n - 1) / n` for an
-all-gather or a reduce-scatter, and twice that for an all-reduce. What the base model sends by itself is not included.
+Communication is counted for ring algorithms: for `S` bytes over `n` processes, each process sends `S (n - 1) / n` in an
+all-gather or a reduce-scatter, and twice as much in an all-reduce. The communication of the base model is not included.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.model.state import require_adapted_layers
 
 Strategy = Literal["ddp", "fsdp2", "zero3", "tp"]
-#: Bytes of the first and of the other buckets in which DDP reduces gradients, by default.
+#: Default sizes in bytes of the first and of the other buckets in which DDP reduces gradients.
 _BUCKETS = (1 << 20, 25 << 20)
 _FLOAT = 4
 #: AdamW keeps two values per parameter.
@@ -29,18 +29,18 @@ _MOMENTS = 2
 
 @dataclass(frozen=True)
 class Cost:
-    """What the adapters of one method cost one process, the one with the largest shards.
+    """The cost of the adapters of one method for one process: the process with the largest shards.
 
     Attributes:
         method: `"HRA"` or `"LoRA"`.
         rank: `r`, the largest of all layers.
         parameters: trained parameters of the whole model.
-        vectors: bytes of the parameters and anchors that this process holds between steps.
+        vectors: bytes of the parameters and anchors that this process has between steps.
         gradients: bytes of their gradients.
         optimizer: bytes of AdamW's two moments.
-        factors: bytes of `R` and `F`, which live from the forward to the backward pass; LoRA has none.
-        collectives: collectives per step that also carry adapters, or are for adapters alone.
-        sent: bytes of adapters, or for them, that this process sends per step.
+        factors: bytes of `R` and `F`, which exist from the forward to the backward pass; 0 for LoRA.
+        collectives: collectives per step that contain data of adapters, possibly together with other data.
+        sent: bytes that this process sends per step for adapters.
     """
 
     method: str
@@ -55,9 +55,9 @@ class Cost:
 
 
 class _Tensor(NamedTuple):
-    """A trained tensor: its first dimension, which is sharded, the size of the others, and its layer.
+    """A trained tensor: its first dimension, which is sharded, the size of the other dimensions, and its layer.
 
-    `style` is that of tensor parallelism which splits it, if any does.
+    `style` is the style of tensor parallelism that splits it, if there is one.
     """
 
     rows: int
@@ -66,22 +66,22 @@ class _Tensor(NamedTuple):
     style: str = ""
 
     def nbytes(self, parts: int = 1) -> int:
-        """The largest of some equal chunks."""
+        """The size in bytes of the largest chunk."""
         return math.ceil(self.rows / parts) * self.columns * _FLOAT
 
 
 def costs(model: nn.Module, gpus: int, strategy: Strategy, *, tokens: int = 4096) -> list[Cost]:
-    """The cost of the adapters of a model, of LoRA at equal rank, and of LoRA with about as many parameters.
+    """Compute the cost of a model's adapters, of LoRA with the same rank, and of LoRA with about as many parameters.
 
     Args:
-        model: a transformed model, whose adapters have float32 vectors; the meta device is enough.
+        model: a transformed model with float32 vectors; it may be on the meta device.
         gpus: number of processes.
-        strategy: `"ddp"`; `"fsdp2"`, `fully_shard` of each block and of the model; `"zero3"`, of each adapted layer by
-            itself; or `"tp"`, tensor parallelism by the plan of a transformers model.
+        strategy: `"ddp"`; `"fsdp2"`, `fully_shard` of each block and of the model; `"zero3"`, `fully_shard` of each
+            adapted layer; or `"tp"`, tensor parallelism with the plan of a transformers model.
         tokens: tokens per step and process, for the activations that tensor parallelism sums.
 
     Raises:
-        AdapterError: the model has no adapters, or no plan for tensor parallelism.
+        AdapterError: the model does not have adapters, or does not have a plan for tensor parallelism.
 
     Example:
         >>> import torch
@@ -136,7 +136,7 @@ def _cost(
 
 
 def _replicated(tensors: list[_Tensor], anchors: int, gpus: int) -> tuple[int, int]:
-    """DDP: an all-reduce for each bucket of gradients; anchors are buffers, which the first process broadcasts."""
+    """DDP: an all-reduce for each bucket of gradients. Anchors are buffers, which the first process broadcasts."""
     sizes, buckets, held = [t.nbytes() for t in reversed(tensors)], 0, 0
     for size in sizes:
         held += size
@@ -147,7 +147,7 @@ def _replicated(tensors: list[_Tensor], anchors: int, gpus: int) -> tuple[int, i
 
 
 def _sharded(tensors: list[_Tensor], model: nn.Module, gpus: int, *, each_layer: bool) -> tuple[int, int]:
-    """FSDP2: a unit is gathered for the forward and, but the root, for the backward pass; gradients are scattered."""
+    """FSDP2: a unit is gathered for the forward and (except the root) for the backward; gradients are scattered."""
     unit_of: Callable[[str], str] = (lambda path: path) if each_layer else _blocks(model)
     shards: dict[str, int] = defaultdict(int)
     for t in tensors:
@@ -157,11 +157,11 @@ def _sharded(tensors: list[_Tensor], model: nn.Module, gpus: int, *, each_layer:
 
 
 def _split(method: str, ranks: Mapping[str, int], model: nn.Module, gpus: int, tokens: int) -> tuple[int, int]:
-    """Tensor parallelism, beyond the collectives of the base model.
+    """Tensor parallelism, without the collectives of the base model.
 
-    Row-wise, `k` numbers per token are reduced in the forward and in the backward pass, and the gradients of `R` and
-    `F` are gathered. LoRA reduces `r` numbers per token in the forward pass; column-wise, the gradient of `A`, or that
-    of its output if there are fewer tokens.
+    Row-wise: `k` numbers per token are reduced in the forward and in the backward pass, and the gradients of `R` and
+    `F` are gathered. LoRA reduces `r` numbers per token in the forward pass. Column-wise: LoRA reduces the gradient of
+    `A`, or the gradient of its output if there are fewer tokens.
     """
     style_of = _styles(model)
     collectives = sent = 0
@@ -179,7 +179,7 @@ def _split(method: str, ranks: Mapping[str, int], model: nn.Module, gpus: int, t
 
 
 def _styles(model: nn.Module) -> Callable[[str], str]:
-    """Path -> style in the plan of a transformers model, whose names end paths, with `*` for the index of a block."""
+    """Path -> style in the plan of a transformers model. The plan has ends of paths, with `*` for block indices."""
     plan: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
     if not plan:
         raise AdapterError(
@@ -190,7 +190,7 @@ def _styles(model: nn.Module) -> Callable[[str], str]:
 
 
 def _blocks(model: nn.Module) -> Callable[[str], str]:
-    """Path -> the block that it is in: a child of the outermost list of modules; `""` for the root."""
+    """Path -> the block that contains it: a child of the outermost list of modules; `""` for the root."""
     lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     outermost = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
 
@@ -202,7 +202,7 @@ def _blocks(model: nn.Module) -> Callable[[str], str]:
 
 
 def _lora(layers: Mapping[str, AdaptedLayer], ranks: Mapping[str, int]) -> list[_Tensor]:
-    """`A: (r, d)` and `B: (out, r)` of each layer; of experts, those of all in one."""
+    """`A: (r, d)` and `B: (out, r)` of each layer; for experts, one tensor for all experts."""
     found = []
     for path, layer in layers.items():
         experts, d = math.prod(layer.hra_u.vectors_shape(1)) // layer.hra_u.width, layer.hra_u.width
@@ -213,7 +213,7 @@ def _lora(layers: Mapping[str, AdaptedLayer], ranks: Mapping[str, int]) -> list[
 
 
 def _length(layer: AdaptedLayer) -> int:
-    """`k`: the vectors of all adapters of a layer, and their anchors."""
+    """The number `k` of vectors of all adapters of a layer, including anchors."""
     tensors = (*layer.hra_u.parameters(), *layer.hra_u.buffers())
     return sum(tensor.shape[-1] for tensor in tensors)
 

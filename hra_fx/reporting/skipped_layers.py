@@ -1,4 +1,4 @@
-"""Which layers and 3-D parameters have no adapter, and why. The reasons come from the rules that select the layers."""
+"""Find layers and 3-D parameters without an adapter, and the reasons, which come from the rules of the selection."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hra_fx.selection.suggestions import format_names
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-#: The fields of a configuration that exclude layers which `target_modules` matches.
+#: The fields of a configuration that exclude layers that `target_modules` matches.
 _EXCLUDING: dict[str, Any] = dict.fromkeys(
     ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
 )
@@ -32,13 +32,13 @@ _SHOWN = 8
 
 @dataclass(frozen=True)
 class SkippedLayer:
-    """A layer that could have an adapter and has none.
+    """A layer that could have an adapter but does not have one.
 
     Attributes:
         path: qualified name of the layer.
         layer_type: class and shape of the layer.
-        reason: why it has no adapter.
-        targeted: whether the configuration of an adapter selects it, so that it should have one.
+        reason: why it does not have an adapter.
+        targeted: whether the configuration of an adapter selects it, so that it should have an adapter.
     """
 
     path: str
@@ -49,12 +49,12 @@ class SkippedLayer:
 
 @dataclass(frozen=True)
 class SkippedParameter:
-    """A 3-D parameter, such as the weights of the experts of a layer, that has no adapter and is not trained.
+    """A 3-D parameter, such as the weights of experts, that does not have an adapter and is not trained.
 
     Attributes:
         path: qualified name of the parameter.
         owner_type: class of the module that it belongs to.
-        shape: its shape, mostly `(experts, out, in)` or `(experts, in, out)`.
+        shape: its shape, usually `(experts, out, in)` or `(experts, in, out)`.
         share: its share of the parameters of the base model, from 0 to 1.
     """
 
@@ -65,13 +65,13 @@ class SkippedParameter:
 
 
 def not_adapted(model: nn.Module) -> tuple[tuple[SkippedLayer, ...], tuple[str, ...]]:
-    """The layers of a model without an adapter, in model order. Each is listed once, also if it has several paths.
+    """The layers of a model without an adapter, in model order. A layer with several paths is listed once.
 
     Args:
         model: a transformed model, a module that contains one, or a part of one (then the reasons are unknown).
 
     Returns:
-        The skipped layers, and the paths of those that are trained in full: because of `modules_to_save`, or because
+        The skipped layers, and the paths of layers that are trained in full because of `modules_to_save`, or because
         their weight requires gradients (a new head).
     """
     adapted = set(adapted_layers(model).values())
@@ -95,13 +95,13 @@ def not_adapted(model: nn.Module) -> tuple[tuple[SkippedLayer, ...], tuple[str, 
 
 
 def _requires_grad(layer: nn.Module, kind: LayerKind) -> bool:
-    """Whether the weight of a layer is trained itself."""
+    """Whether the weight of a layer itself is trained."""
     weight = layer._parameters.get(weight_name(kind))
     return weight is not None and weight.requires_grad
 
 
 def not_adapted_in_program(program: ExportedProgram) -> tuple[tuple[SkippedLayer, ...], tuple[str, ...]]:
-    """The same for an `ExportedProgram`, which does not train layers in full."""
+    """Like `not_adapted`, for an `ExportedProgram`, which does not train layers in full."""
     found = unadapted_layers(program)
     selections = {} if found.config is None else {found.adapter: Selection(found.skeleton, found.config)}
     skipped = []
@@ -116,7 +116,7 @@ def not_adapted_in_program(program: ExportedProgram) -> tuple[tuple[SkippedLayer
 
 
 def skipped_parameters(model: nn.Module) -> tuple[SkippedParameter, ...]:
-    """The 3-D parameters of a model without an adapter, in model order, a shared one once.
+    """The 3-D parameters of a model without an adapter, in model order. A shared parameter is listed once.
 
     Example:
         >>> import torch
@@ -134,10 +134,10 @@ def skipped_parameters(model: nn.Module) -> tuple[SkippedParameter, ...]:
 
 
 class Selection:
-    """What one adapter's configuration selects in a model, and what excludes the other layers."""
+    """The layers that an adapter's configuration selects in a model, and the reasons for the other layers."""
 
     def __init__(self, model: nn.Module, config: HRAConfig) -> None:
-        """Resolve "all-linear" or the default targets for a model, or for a skeleton of one."""
+        """Resolve "all-linear" or the default targets for a model, or for the skeleton of a model."""
         self.config = config
         self.targets = resolve_targets(model, config)
         self._saved = {part for saved in saved_modules(model, config).values() for part in saved.modules()}
@@ -149,20 +149,20 @@ class Selection:
         ]
 
     def _only(self, *names: str) -> HRAConfig:
-        """The configuration with only these of the fields that exclude layers."""
+        """The configuration without the other fields that exclude layers."""
         fields: dict[str, Any] = {name: getattr(self.config, name) for name in names}
         return dataclasses.replace(self._unrestricted, **fields)
 
     def trains_in_full(self, layer: nn.Module) -> bool:
-        """Whether the layer, an embedding and a norm too, is one of `modules_to_save`, or is inside of one."""
+        """Whether a layer (of any type, such as an embedding) is in `modules_to_save`, or in such a module."""
         return bool(layer._parameters) and layer in self._saved
 
     def selects(self, path: str) -> bool:
-        """Whether the layer of this path should have an adapter."""
+        """Whether the layer with this path should have an adapter."""
         return is_target(self.config, path, self.targets)
 
     def reason(self, path: str, kind: LayerKind) -> str:
-        """Why this adapter is not at the layer of this path."""
+        """Return the reason why this adapter is not on the layer with this path."""
         if self.selects(path):
             return "folded or replaced after transform"
         if not is_target(self._unrestricted, path, self.targets):
@@ -179,7 +179,7 @@ class Selection:
             what = "the output layer" if kind == "linear" else "not a linear layer"
             return f"{what}, which target_modules='all-linear' does not include"
         if targets is None and self.config.target_parameters:
-            return "not in target_parameters, and target_modules is not given"
+            return "not in target_parameters, and target_modules is not set"
         if targets is None:
             return f"not in the default target_modules of this architecture, {format_names(self.targets)}"
         return f"not {'matched by' if isinstance(targets, str) else 'in'} target_modules={format_names(targets)}"
@@ -187,15 +187,15 @@ class Selection:
     def _why_not_index(self, path: str) -> str:
         wanted = f"layers_to_transform={_shown_indices(self.config.layers_to_transform)}"
         if layer_index(self.config, path) is None:
-            return f"no layer index in its path, and {wanted} is given"
+            return f"no layer index in its path, and {wanted} is set"
         return f"layer index not in {wanted}"
 
 
 def reason_of(selections: Mapping[str, Selection], path: str, kind: LayerKind) -> str:
-    """Why no adapter is at a layer: one reason if it is the same for all adapters, else one for each.
+    """Return why a layer does not have an adapter: one reason if all adapters have the same, otherwise one for each.
 
     Args:
-        selections: adapter name -> what it selects.
+        selections: adapter name -> its selection.
         path: the layer's path below the transformed module.
         kind: the kind of layer.
     """
@@ -206,7 +206,7 @@ def reason_of(selections: Mapping[str, Selection], path: str, kind: LayerKind) -
 
 
 def _shown_indices(indices: Collection[int] | int | None) -> str:
-    """Indices as they were given, or both ends of a long list."""
+    """Format indices, or only both ends of a long list."""
     if indices is None or isinstance(indices, int) or len(indices) <= _SHOWN:
         return repr(indices)
     return f"[{min(indices)}, ..., {max(indices)}] ({len(indices)} of them)"
@@ -214,7 +214,7 @@ def _shown_indices(indices: Collection[int] | int | None) -> str:
 
 def _selections(root: nn.Module) -> dict[str, Selection]:
     record = get_state(root)
-    assert isinstance(record, AdapterState)  # `collect_parts` lists only modules that have one
+    assert isinstance(record, AdapterState)  # `collect_parts` only lists modules that have one
     return {name: Selection(root, config) for name, config in record.configs.items()}
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-#: Width of a console on which nothing is wrapped.
+#: A console width at which nothing is wrapped.
 UNLIMITED = 10_000
 _NARROWEST = 12  # characters per line of a text column
 
@@ -21,8 +21,8 @@ class Column:
 
     Attributes:
         name: its heading.
-        is_text: whether it holds text, aligned left and wrapped; numbers are aligned right.
-        priority: columns with the largest priority are dropped first where the table is too wide; 0 is never dropped.
+        is_text: whether it contains text, which is aligned left and wrapped; numbers are aligned right.
+        priority: columns with the largest priority are dropped first if the table is too wide; 0 is never dropped.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Column:
 def fit_table(
     columns: Sequence[Column], rows: Collection[Sequence[str]], width: int, title: str | None = None
 ) -> Table:
-    """A table with as many columns as fit into a width. Columns without any text are left out.
+    """Create a table with as many columns as fit into a width. Empty columns are left out.
 
     Args:
         columns: the columns.
@@ -52,7 +52,7 @@ def fit_table(
 
 
 def min_width(table: Table) -> int:
-    """The smallest width at which no number and no short word of a table is broken."""
+    """The smallest width of a table at which no number or short word is broken across lines."""
     return sum(column.min_width or 0 for column in table.columns) + 3 * len(table.columns) + 1
 
 
@@ -68,6 +68,6 @@ def _table(columns: Sequence[Column], rows: Collection[Sequence[str]], title: st
             min_width=min(_NARROWEST, longest) if column.is_text else longest,
         )
     for row in rows:
-        # As Text, because names from a model may hold rich's markup.
+        # Use Text, because names from a model may contain rich's markup.
         table.add_row(*map(Text, row))
     return table

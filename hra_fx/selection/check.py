@@ -34,16 +34,16 @@ _EXCLUDE_EXPERTS = "use longer names in `target_parameters`, which leave it out"
 
 
 def select_checked(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
-    """The layers of a model that a configuration selects, after a check that all of them can be adapted.
+    """Select the layers of a model by a configuration, and check that all of them can be adapted.
 
     Raises:
         SelectionError: see `select`.
-        UnsupportedLayerError: it gives the reason for the first unsupported layer and lists the others; or it names a
-            module that rules out adapters.
+        UnsupportedLayerError: a selected layer is not supported (the message gives the reason for the first one and
+            lists the others), or a module of the model prevents adapters (the message names it).
 
     Warns:
         HRAWarning: see `select`; the model has quantized layers that are not adapted and block gradients; or an entry
-            of `rank_pattern` matches none of the layers.
+            of `rank_pattern` does not match any layer.
 
     >>> model = nn.Sequential(nn.Linear(2, 2, dtype=torch.complex64))
     >>> select_checked(model, HRAConfig(target_modules=["0"]))
@@ -66,7 +66,7 @@ def select_checked(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
 
 
 def _check_modules(modules: Modules, layers: Iterable[str]) -> None:
-    """Raise an error if a module anywhere in the model rules out adapters, or one around a selected layer."""
+    """Raise an error if any module of the model, or a parent of a selected layer, prevents adapters."""
     around = {"", *(path[:i] for path in layers for i, letter in enumerate(path) if letter == ".")}
     for path, module in modules.items():
         if problem := _module_problem(module, is_around=path in around):
@@ -74,10 +74,13 @@ def _check_modules(modules: Modules, layers: Iterable[str]) -> None:
 
 
 def _module_problem(module: nn.Module, *, is_around: bool) -> str | None:
-    """Why no model that contains this module, maybe around a selected layer, can be adapted; without the full stop."""
+    """Return why a model with this module cannot be adapted, or `None`; without the full stop.
+
+    `is_around` says whether the module is a parent of a selected layer.
+    """
     if is_hooked(module) and isinstance(module, fx.GraphModule):
         return (
-            "it is a GraphModule, and accelerate put its hook into the class, which its graph replaces. Call "
+            "it is a GraphModule, and accelerate added its hook to the class, which the graph replaces. Call "
             "accelerate.hooks.remove_hook_from_submodules(model) first, and dispatch the model again afterwards"
         )
     if (hook := offloading_hook(module)) is not None and hook.place_submodules:
@@ -99,7 +102,7 @@ def _module_problem(module: nn.Module, *, is_around: bool) -> str | None:
 
 
 def layer_problem(path: str, layer: nn.Module, config: HRAConfig) -> str | None:
-    """Why this layer cannot be adapted; without the full stop."""
+    """Return why this layer cannot be adapted, or `None`; without the full stop."""
     problem = _state_problem(layer) or _weight_problem(layer) or _rank_problem(path, layer, config)
     if problem is not None and isinstance(layer, ExpertsWeight):
         new = _EXCLUDE_EXPERTS
@@ -122,7 +125,7 @@ def _state_problem(layer: nn.Module) -> str | None:
         return f"its class overrides `__call__`, which would bypass the adapter. {_EXCLUDE_IT}"
     if isinstance(layer, nn.MultiheadAttention) and {layer.kdim, layer.vdim} != {layer.embed_dim}:
         return (
-            "its `kdim` or `vdim` differs from `embed_dim`, so query, key and value have no joint weight. "
+            "its `kdim` or `vdim` differs from `embed_dim`, so query, key and value do not have a joint weight. "
             f"{_EXCLUDE_IT} and target its `out_proj`"
         )
     if parametrize.is_parametrized(owner, name) or name not in owner._parameters:
@@ -169,7 +172,7 @@ def _quantized_problem(layer: nn.Module, description: str) -> str | None:
 
 
 def _weight_shape(layer: nn.Module) -> tuple[int, ...] | None:
-    """The shape that the sizes of a layer imply; None for kinds that are not checked."""
+    """The expected shape of a weight from the sizes of its layer; None for kinds that are not checked."""
     if isinstance(layer, nn.Linear):
         return layer.out_features, layer.in_features
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
@@ -188,7 +191,7 @@ def _rank_problem(path: str, layer: nn.Module, config: HRAConfig) -> str | None:
 
 
 def _warn_about_blocked_gradients(modules: Modules, layers: Iterable[nn.Module]) -> None:
-    """Warn about quantized layers without an adapter that pass no gradient, but would with one."""
+    """Warn about quantized layers that do not pass gradients without an adapter, but would pass them with one."""
     adapted = set(layers)
     blocked = {
         path: reason
@@ -208,7 +211,7 @@ def _warn_about_blocked_gradients(modules: Modules, layers: Iterable[nn.Module])
 
 
 def _warn_about_unused_patterns(config: HRAConfig, paths: Sequence[str]) -> None:
-    """Warn about entries of `rank_pattern` that match none of the adapted layers."""
+    """Warn about entries of `rank_pattern` that do not match any adapted layer."""
     unused = [pattern for pattern in config.rank_pattern if not any(matches_rank(pattern, path) for path in paths)]
     if unused:
         warnings.warn(

@@ -1,7 +1,7 @@
 """The origin of a model: its class, name, configuration and output layer, and the default targets of its model type.
 
-A graph must know them of the model that it was traced from. A `GraphModule` has another class and none of these
-attributes, but `target_modules="all-linear"`, the defaults of a model type and the files of adapters depend on them.
+A graph stores these facts about the model that it was traced from, because a `GraphModule` has another class and does
+not have these attributes. `target_modules="all-linear"`, the defaults of a model type and adapter files depend on them.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Origin:
     """The facts about a model.
 
     Attributes:
-        class_name, library: the name of its class, and the module that defines it.
-        is_pretrained: whether it is a model of transformers.
+        class_name, library: the name of its class, and the module that defines the class.
+        is_pretrained: whether it is a transformers model.
         name: its name or folder.
         config: its configuration, or `None`.
         output: the path of its output layer, or `None`.
@@ -40,7 +40,7 @@ class Origin:
 
 
 def origin_of(model: nn.Module) -> Origin:
-    """The facts about a model, or about the one that a graph was traced from.
+    """The facts about a model, or about the model that a graph was traced from.
 
     Example:
         >>> origin_of(nn.Sequential()).class_name
@@ -51,7 +51,7 @@ def origin_of(model: nn.Module) -> Origin:
         if isinstance(known, Origin):
             return known
     kind, name = original_class(model), getattr(model, "name_or_path", None)
-    # If transformers is not loaded, no object can be of its classes.
+    # If transformers is not loaded, no object has its classes.
     pretrained = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
     is_pretrained = pretrained is not None and isinstance(model, pretrained)
     head = getattr(model, "get_output_embeddings")() if is_pretrained else None  # noqa: B009  (typed as a tensor)

@@ -1,7 +1,7 @@
-"""The 3-D parameters of a model: those that `target_parameters` names, by the rule of PEFT's LoRA, and hints at others.
+"""Select 3-D parameters of a model with `target_parameters`, by the rule of PEFT's LoRA, and suggest other parameters.
 
-In transformers 5, the experts of a layer are one module, with parameters of shape `(experts, out, in)` or
-`(experts, in, out)`. `target_modules` names modules, so it never reaches them.
+In transformers 5, the experts of a layer are one module with parameters of shape `(experts, out, in)` or
+`(experts, in, out)`. `target_modules` selects modules, so it never selects these parameters.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from hra_fx.selection.suggestions import format_names, suggestion
 
 
 def targeted_parameters(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
-    """The 3-D parameters that `config` targets, each as the layer that stands for it: path -> layer.
+    """The 3-D parameters that `config` targets: path -> layer that represents the parameter.
 
-    The path is that of the layer once it is adapted, `<path of the module>.hra_<parameter>`.
+    The path is the path of the adapted layer, `<path of the module>.hra_<parameter>`.
 
     >>> model = nn.ModuleDict({"experts": nn.Module()})
     >>> model["experts"].up = nn.Parameter(__import__("torch").ones(4, 8, 6))
@@ -36,7 +36,7 @@ def targeted_parameters(model: nn.Module, config: HRAConfig) -> dict[str, nn.Mod
 
 
 def matches_parameter(names: Iterable[str], parameter: str) -> bool:
-    """Whether one of the names is the path of a parameter, or the end of it after a dot.
+    """Whether one of the names is the path of a parameter, or the end of the path after a dot.
 
     >>> matches_parameter(["experts.up"], "mlp.experts.up"), matches_parameter(["perts.up"], "mlp.experts.up")
     (True, False)
@@ -45,7 +45,7 @@ def matches_parameter(names: Iterable[str], parameter: str) -> bool:
 
 
 def parameters_problem(model: nn.Module, config: HRAConfig) -> str | None:
-    """What is wrong with the entries of `target_parameters` for a model, or `None`."""
+    """The error message for entries of `target_parameters` that do not fit a model, or `None`."""
     names = config.target_parameters or ()
     if not names:
         return None
@@ -62,7 +62,7 @@ def parameters_problem(model: nn.Module, config: HRAConfig) -> str | None:
             )
         if not stacked:
             return (
-                f"`target_parameters={format_names(names)}`: {type(model).__name__} has no 3-D parameters. Name its "
+                f"`target_parameters={format_names(names)}`: {type(model).__name__} has no 3-D parameters. List its "
                 "layers in `target_modules`."
             )
         return f"`target_parameters`: {name!r} matches no 3-D parameter. " + suggestion(
@@ -76,14 +76,14 @@ def parameters_problem(model: nn.Module, config: HRAConfig) -> str | None:
     if unknown:
         first, owner = next(iter(unknown.items()))
         return (
-            f"{first}: {type(owner).__name__} does not say whether its parameters are (experts, out, in) or "
+            f"{first}: {type(owner).__name__} does not state whether its parameters are (experts, out, in) or "
             "(experts, in, out). Set the attribute `is_transposed` of the module to False or True."
         )
     return None
 
 
 def expert_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
-    """Path -> (its module, parameter), for the 3-D parameters of a model that belong to no layer, a shared one once.
+    """Path -> (module, parameter), for 3-D parameters of a model that do not belong to a layer; shared ones occur once.
 
     Parameters with a dimension of size 1, such as position embeddings of shape `(1, n, d)`, are left out.
 
@@ -103,7 +103,7 @@ def expert_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Paramet
 
 
 def hint_for(model: nn.Module, names: Collection[str]) -> str | None:
-    """What to write instead of those `names` in `target_modules` that are the names of 3-D parameters, if any."""
+    """A suggestion if some `names` in `target_modules` are names of 3-D parameters; otherwise `None`."""
     parameters = expert_parameters(model)
     found = {name: [path for path in parameters if matches_parameter([name], path)] for name in sorted(names)}
     paths = [path for path in parameters if any(path in held for held in found.values())]
@@ -113,12 +113,13 @@ def hint_for(model: nn.Module, names: Collection[str]) -> str | None:
     named = " and ".join(repr(name) for name, held in found.items() if held)
     what = "is a 3-D parameter" if sum(map(bool, found.values())) == 1 else "are 3-D parameters"
     return (
-        f"{named} {what} of {kind}, which `target_modules` does not reach. Use target_parameters={_short_names(paths)}."
+        f"{named} {what} of {kind}, which `target_modules` does not select. "
+        f"Use target_parameters={_short_names(paths)}."
     )
 
 
 def hint_inside(module: nn.Module, path: str) -> str | None:
-    """What to write instead of the path of a module that holds 3-D parameters."""
+    """A suggestion for a module path in `target_modules` if the module has 3-D parameters; otherwise `None`."""
     inside = [f"{path}.{name}" for name in expert_parameters(module)]
     return f"Its weights are 3-D parameters. Use target_parameters={_short_names(inside)}." if inside else None
 

@@ -27,7 +27,7 @@ from hra_fx.selection.origin import DEFAULT_TARGETS, origin_of
 from hra_fx.selection.parameters import hint_for, hint_inside, parameters_problem, targeted_parameters
 from hra_fx.selection.suggestions import format_names, leaf_names, suffixes, suggestion
 
-#: Path -> module. A shared module is under each of its paths, of which the first one comes first.
+#: Path -> module. A shared module occurs under each of its paths, in order.
 Modules: TypeAlias = Mapping[str, nn.Module]
 
 _ADAPTER_CHILDREN = {REFLECTION, SAVED}
@@ -37,9 +37,9 @@ _TASK_HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-# PEFT shortens the entries of `target_modules` from this length on, which changes what layer indices select.
+# PEFT shortens the entries of `target_modules` if there are so many, which changes what layer indices select.
 _SHORTEN_FROM = 20
-#: A message names so many layers.
+#: The number of layers that a message names.
 _SHOWN = 8
 _EXCLUDING = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 _SUPPORTED = "nn.Linear, nn.Conv1d to nn.Conv3d, nn.MultiheadAttention and transformers' Conv1D"
@@ -55,7 +55,7 @@ def walk(model: nn.Module) -> Modules:
 
 
 def select(model: nn.Module, config: HRAConfig, modules: Modules | None = None) -> dict[str, nn.Module]:
-    """The layers of `model` that `config` targets, as path -> layer in `named_modules` order.
+    """Select the layers of `model` that `config` targets: path -> layer, in `named_modules` order.
 
     A layer with several paths is listed once, under its first path. The arguments are not changed. `modules` is the
     result of `walk`, if the caller has it.
@@ -63,11 +63,11 @@ def select(model: nn.Module, config: HRAConfig, modules: Modules | None = None) 
     Raises:
         SelectionError: no layer matches (the message suggests names, or says which fields exclude the matches), a
             matched module is not of a supported type, the architecture has no default targets, an entry of
-            `modules_to_save` matches no module, or a layer would be both adapted and saved in full.
-        UnsupportedLayerError: the model has adapters of PEFT.
+            `modules_to_save` does not match any module, or a layer would be both adapted and saved in full.
+        UnsupportedLayerError: the model has PEFT adapters.
 
     Warns:
-        HRAWarning: `exclude_modules`, or an entry of `target_modules`, matches no module.
+        HRAWarning: `exclude_modules`, or an entry of `target_modules`, does not match any module.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
     >>> select(model, HRAConfig(target_modules="all-linear", exclude_modules=["2"]))
@@ -115,7 +115,7 @@ def is_target(config: HRAConfig, path: str, targets: Collection[str] | str | Non
         config: the configuration, with its exclusions and layer indices.
         path: a path as in `model.named_modules()`.
         targets: the result of `resolve_targets`, needed for "all-linear" and for the default targets of an
-            architecture. None uses `config.target_modules` as it is; if that is None too, nothing matches.
+            architecture. None uses `config.target_modules` directly; if that is also None, nothing matches.
 
     >>> config = HRAConfig(target_modules=["query"], layers_to_transform=1)
     >>> [is_target(config, f"encoder.layer.{i}.query") for i in range(3)]
@@ -132,12 +132,12 @@ def is_target(config: HRAConfig, path: str, targets: Collection[str] | str | Non
 
 
 def resolve_targets(model: nn.Module, config: HRAConfig, modules: Modules | None = None) -> set[str] | str:
-    """`config.target_modules`, with "all-linear" and None replaced by the names they select in `model`.
+    """Return `config.target_modules`, with "all-linear" and None replaced by the names that they select in `model`.
 
     `modules` is the result of `walk`, if the caller has it.
 
     Raises:
-        SelectionError: `target_modules` is None and there is no default for `model.config.model_type`.
+        SelectionError: `target_modules` is None, and `model.config.model_type` does not have a default.
 
     >>> resolve_targets(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), HRAConfig(target_modules="all-linear"))
     {'0'}
@@ -157,7 +157,7 @@ def resolve_targets(model: nn.Module, config: HRAConfig, modules: Modules | None
 def saved_modules(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
     """The modules that `config.modules_to_save` matches, as path -> module, with every path of a shared module.
 
-    As in PEFT, a path matches if it ends with an entry, whether or not a dot comes before it.
+    As in PEFT, a path matches if it ends with an entry, with or without a dot before it.
 
     >>> saved_modules(nn.Sequential(nn.ReLU(), nn.Tanh()), HRAConfig(modules_to_save=["1"]))
     {'1': Tanh()}
@@ -166,7 +166,7 @@ def saved_modules(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
 
 
 def with_head(model: nn.Module, config: HRAConfig) -> HRAConfig:
-    """`config` with the head of its `task_type` added to `modules_to_save`, if the model has one.
+    """Return `config` with the head of its `task_type` added to `modules_to_save`, if the model has such a head.
 
     PEFT's models for sequence classification, token classification and question answering do the same, because a
     randomly initialized head must be trained.
@@ -186,7 +186,7 @@ def with_head(model: nn.Module, config: HRAConfig) -> HRAConfig:
 
 
 def without_unmatched(model: nn.Module, config: HRAConfig) -> HRAConfig:
-    """`config` without the entries of `modules_to_save` that match no module (see `with_head`)."""
+    """Return `config` without entries of `modules_to_save` that do not match any module (see `with_head`)."""
     found = saved_modules(model, config)
     names = [name for name in config.modules_to_save or () if any(path.endswith(name) for path in found)]
     return dataclasses.replace(config, modules_to_save=names or None)
@@ -196,7 +196,7 @@ def without_unmatched(model: nn.Module, config: HRAConfig) -> HRAConfig:
 
 
 def _own(modules: Modules) -> Modules:
-    """The modules, without the model itself and what adapters added."""
+    """The modules, without the model itself and without modules that adapters added."""
     return {
         path: module
         for path, module in modules.items()
@@ -225,7 +225,7 @@ def _matches(names: Collection[str] | str, path: str) -> bool:
 
 
 def _is_excluded(config: HRAConfig, path: str) -> bool:
-    """Whether `path` is excluded whatever the targets are."""
+    """Whether `path` is excluded, independent of the targets."""
     if not _ADAPTER_CHILDREN.isdisjoint(path.split(".")):
         return True
     if config.exclude_modules and _matches(config.exclude_modules, path):
@@ -234,7 +234,7 @@ def _is_excluded(config: HRAConfig, path: str) -> bool:
 
 
 def _uses_indices(config: HRAConfig) -> bool:
-    """Whether layer indices are given. An empty list means no restriction, but index 0 is one."""
+    """Whether layer indices are set. An empty list means no restriction, but index 0 is a restriction."""
     return config.layers_to_transform is not None and config.layers_to_transform != []
 
 
@@ -249,10 +249,10 @@ def layer_index(config: HRAConfig, path: str) -> int | None:
 
 
 def _shortened(targets: set[str], paths: list[str]) -> set[str]:
-    """Replace each target by its shortest suffix that matches no other module, as PEFT does with long lists.
+    """Replace each target with its shortest suffix that does not match other modules, as PEFT does with long lists.
 
-    The same modules match, with one difference: a full path is not restricted by `layers_to_transform`, but the suffix
-    that replaces it is.
+    The same modules match, with one difference: `layers_to_transform` does not restrict a full path, but it restricts
+    the suffix that replaces the path.
     """
     others = {suffix for path in paths if not _matches(targets, path) for suffix in suffixes(path)}
     short = {next(suffix for suffix in suffixes(target) if suffix not in others) for target in targets}
@@ -261,7 +261,7 @@ def _shortened(targets: set[str], paths: list[str]) -> set[str]:
 
 def _all_linear(model: nn.Module, config: HRAConfig, modules: Modules) -> set[str]:
     """The paths of all linear layers, without the output layer of a transformers model."""
-    # If transformers is not loaded, nothing can be of its classes.
+    # If transformers is not loaded, no object has its classes.
     kinds = (nn.Linear, getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", nn.Linear))
     head = _output_layer(model, config)
     return {path for path, module in once(modules).items() if isinstance(module, kinds) and module is not head}
@@ -285,7 +285,7 @@ def _default_targets(model: nn.Module, modules: Modules) -> tuple[str, ...] | st
     what = f"model_type {model_type!r}" if model_type else f"{type(model).__name__}, which has no `config.model_type`"
     names = leaf_names(_adaptable_in(modules))
     layers = f"Its layers are called {names}" if names else "It has no layer that can be adapted"
-    raise SelectionError(f"`target_modules` must be given, because there is no default for {what}. {layers}.")
+    raise SelectionError(f"`target_modules` is required, because there is no default for {what}. {layers}.")
 
 
 def _model_type(model: nn.Module) -> str:
@@ -314,7 +314,7 @@ def _check_saved(config: HRAConfig, chosen: Modules, modules: Modules) -> None:
             raise SelectionError(f"`modules_to_save`: there is no module {name!r}. {hint}")
     for path, layer in chosen.items():
         if owner := next((s for s in saved if f"{path}.".startswith(f"{s}.")), None):
-            is_experts = isinstance(layer, ExpertsWeight)  # which `exclude_modules` does not restrict
+            is_experts = isinstance(layer, ExpertsWeight)  # `exclude_modules` does not restrict these
             field = "target_parameters" if is_experts else "target_modules"
             fix = "Use longer names in `target_parameters`" if is_experts else f"Add exclude_modules=[{path!r}]"
             raise SelectionError(
@@ -325,9 +325,9 @@ def _check_saved(config: HRAConfig, chosen: Modules, modules: Modules) -> None:
 
 
 def _warn_unmatched(model: nn.Module, config: HRAConfig, modules: Modules) -> None:
-    """Warn of each name in `target_modules` that is the end of no path; a regular expression has one part only."""
+    """Warn about each name in `target_modules` that does not match any path. A regular expression is a single entry."""
     names = config.target_modules
-    # A saved adapter may list the default names of its architecture, of which models have some.
+    # A saved adapter may list the default names of its architecture, but a model may have only some of them.
     if names is None or isinstance(names, str) or config.inference_mode:
         return
     known = {suffix for path in modules for suffix in suffixes(path)}
@@ -338,13 +338,13 @@ def _warn_unmatched(model: nn.Module, config: HRAConfig, modules: Modules) -> No
 
 
 def _wrong_type(path: str, module: nn.Module) -> str:
-    """The message for a matched module whose type is not supported."""
+    """The message for a matched module with an unsupported type."""
     kind = type(module).__name__
     if type(module).__module__.startswith("torch.ao."):
         return (
             f"{path}: `target_modules` matches this {kind} of torch.ao, a quantized layer that hides its weight and "
-            "passes no gradient. Adapt, train and fold the model before you quantize it, or quantize it with torchao, "
-            "for example with Int8DynamicActivationInt8WeightConfig."
+            "does not pass gradients. Adapt, train and fold the model before you quantize it, or quantize it with "
+            "torchao, for example with Int8DynamicActivationInt8WeightConfig."
         )
     text = f"{path}: `target_modules` matches this {kind}, but only {_SUPPORTED} can be adapted. "
     if below := _adaptable_in(_own(walk(module))):
@@ -357,7 +357,7 @@ def _wrong_type(path: str, module: nn.Module) -> str:
 
 
 def _no_match(model: nn.Module, config: HRAConfig, modules: Modules) -> str:
-    """The message for a configuration that selects no module."""
+    """The message for a configuration that does not select any module."""
     kind, default = type(model).__name__, config.target_modules is None
     if _adaptable(model):
         return f"The model itself is a layer ({kind}), and only layers inside a model can be adapted. Wrap it."

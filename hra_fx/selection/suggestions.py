@@ -16,11 +16,11 @@ def suffixes(path: str) -> list[str]:
 
 
 def suggestion(names: Collection[str] | str, paths: list[str], *, takes_str: bool = True) -> str:
-    """A sentence that helps to correct `names`, which match none of `paths`.
+    """Return a sentence that helps to correct `names`, which do not match any of `paths`.
 
     Args:
         names: the value of a field of the configuration, or some of its entries.
-        paths: what they should match.
+        paths: the paths that they should match.
         takes_str: whether the field can be a str, which is a regex.
     """
     known = {suffix for path in paths for suffix in suffixes(path)}
@@ -50,7 +50,7 @@ def _is_regex_for(name: str, path: str) -> bool:
 
 
 def some_of(names: Sequence[str], shown: int = _SHOWN) -> str:
-    """The first of several names, and how many more there are.
+    """Format the first of several names, and the number of other names.
 
     >>> some_of(["a", "b", "c"], 2)
     'a, b and 1 more'
@@ -66,7 +66,7 @@ def leaf_names(paths: Iterable[str]) -> str:
 
 
 def format_names(names: Collection[str] | str | None) -> str:
-    """The value of a field of names as Python source, sorted, and shortened if it is long.
+    """Format the value of a field of names as Python code, sorted, and shortened if it is long.
 
     >>> format_names({"value", "query"})
     "['query', 'value']"

@@ -1,1 +1,1 @@
-"""fx graphs of a model: tracing by torch.fx, capture of a call by torch.export, and the compile backend."""
+"""fx graphs of a model: tracing with torch.fx, and capture of a call with torch.export."""

@@ -1,4 +1,4 @@
-"""One graph for train and eval mode, if the traces of both modes differ only in constants.
+"""Merge the graphs of train and eval mode into one, if they differ only in constants.
 
     y = dropout(x, 0.1, training=True)      becomes      t = by_mode_0();  y = dropout(x, 0.1, training=t)
 
@@ -19,7 +19,7 @@ from torch.fx.node import map_aggregate
 class ByMode(nn.Module):
     """Returns one constant in train mode and another in eval mode.
 
-    A tensor that the forward of a model creates is such a constant too, and not a buffer: it is not in the
+    A tensor that the forward of a model creates is also such a constant. It is not a buffer: it is not in the
     `state_dict`, and `to(dtype)` does not change it.
 
     Example:
@@ -35,17 +35,17 @@ class ByMode(nn.Module):
         self.in_eval = in_eval
 
     def follow(self, module: nn.Module) -> None:
-        """Have the mode of another module of the graph from now on, which does not become a child."""
+        """From now on, use the mode of another module of the graph, which does not become a child."""
         vars(self)["followed"] = module
 
     def forward(self, device: torch.device | None = None) -> Any:
-        """The constant of the current mode; a tensor on a device."""
+        """Return the constant of the current mode; if it is a tensor, on this device."""
         module = vars(self).get("followed", self)
         constant = self.in_train if module.training else self.in_eval
         return constant.to(device) if isinstance(constant, Tensor) else constant
 
     def extra_repr(self) -> str:
-        """Both constants."""
+        """Show both constants."""
         return f"train={self.in_train!r}, eval={self.in_eval!r}"
 
 
@@ -53,7 +53,7 @@ class ModesDifferError(Exception):
     """The graphs of both modes have different nodes.
 
     Attributes:
-        nodes: the first pair that differs, of train and eval mode.
+        nodes: the first pair of nodes that differs, from train and eval mode.
     """
 
     def __init__(self, *nodes: fx.Node) -> None:
@@ -76,7 +76,7 @@ def merge_modes(
         Name -> module, for every module that is added to the graph.
 
     Raises:
-        ModesDifferError: they differ in more than such constants.
+        ModesDifferError: the graphs differ in more than such constants.
     """
     modules: dict[str, ByMode] = {}
     twins: dict[fx.Node, fx.Node] = {}
@@ -99,7 +99,7 @@ def merge_modes(
 
 
 def _form(node: fx.Node) -> tuple[Any, ...]:
-    """What must be the same in both modes."""
+    """The properties of a node that must be the same in both modes."""
     return node.op, node.target, len(node.args), node.kwargs.keys()
 
 
@@ -114,7 +114,7 @@ class _Merge:
         self._modules = modules
 
     def __call__(self, ours: Any, theirs: Any) -> Any:
-        """The merged argument: a node, a constant, or the call of a `ByMode`; containers and slices item by item."""
+        """Merge an argument: a node, a constant, or the call of a `ByMode`; containers and slices item by item."""
         others: list[Any] = []
         if map_aggregate(ours, lambda _: None) != map_aggregate(theirs, others.append):
             return self._constant(ours, theirs)

@@ -1,7 +1,7 @@
-"""A graph over the modules of a model, from a program that was captured with layers as operators.
+"""Convert a program that was captured with layers as operators into a graph that calls the modules of a model.
 
-Two captures of the same call, in train and in eval mode, differ in names and in the order of reads that mean nothing.
-Here they get one form, so that they can be compared node by node.
+Two captures of the same call, in train and in eval mode, have insignificant differences in names and in the order of
+reads. Here they get the same form, so that they can be compared node by node.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ _SIZE = torch.ops.aten.sym_size.int
 
 
 class Canonical(NamedTuple):
-    """One mode of a model.
+    """The graph of a model in one mode.
 
     Attributes:
-        graph: it calls the model's layers, and `CHECKS` first.
-        constants: name -> graph that is not the model's, or tensor that its forward creates, as a `ByMode`.
-        conditions: those of the inputs.
-        sizes: for each size that may change: (index of the flat input, its dimension), of all inputs that have it.
+        graph: the graph. It first calls `CHECKS`, then the model's layers.
+        constants: name -> nested graph that is not part of the model, or a tensor that its forward creates (a
+            `ByMode`).
+        conditions: the conditions on the inputs.
+        sizes: for each size that may change, (index of the flat input, dimension) of all inputs with this size.
     """
 
     graph: fx.Graph
@@ -48,14 +49,14 @@ class Canonical(NamedTuple):
 
 
 def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
-    """The graph of a program over the modules and tensors of the model that was captured.
+    """Convert the graph of a program to one that uses the modules and tensors of the captured model.
 
     Raises:
-        CaptureError: a layer is called in a block that has a graph of its own.
+        CaptureError: a layer is called in a block with a separate graph.
     """
     module: Any = program.module(check_guards=False)
     graph: fx.Graph = module.graph
-    graph.owning_module = None  # it has no layers to call
+    graph.owning_module = None  # this module does not have layers to call
     names = argument_names(model, *call_of(program))
     places = nest(graph, program, names)
     conditions = conditions_of(program, names, places)
@@ -64,7 +65,7 @@ def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
     if inside := next((path for part in constants.values() for path in _layers_in(part)), None):
         raise CaptureError(
             f"{inside} is called under torch.autocast or another grad mode, or in a branch of torch.cond, which has a "
-            "graph of its own"
+            "separate graph"
         )
     simplify(graph, places, model)
     _read_by_own_names(graph, model)
@@ -75,18 +76,18 @@ def _sizes(places: list[fx.Node]) -> list[list[tuple[int, int]]]:
     found = defaultdict(list)
     for index, place in enumerate(places):
         for dimension, size in enumerate(getattr(place.meta.get("val"), "shape", ())):
-            if str(size).isidentifier():  # a symbol, and no number or expression
+            if str(size).isidentifier():  # a symbol, not a number or an expression
                 found[str(size)].append((index, dimension))
     return list(found.values())
 
 
 def simplify(graph: fx.Graph, places: list[fx.Node], model: nn.Module) -> None:
-    """Make a graph of `torch.export` one that can be moved, copied and pickled, and that checks its inputs, in place.
+    """Change a graph of `torch.export` in place so that it can be moved, copied and pickled, and checks its inputs.
 
     Args:
-        graph: the graph, with its arguments and results nested.
-        places: the nodes of its flat inputs.
-        model: the module with its tensors.
+        graph: the graph, with nested arguments and results.
+        places: the nodes of the flat inputs.
+        model: the module with the tensors of the graph.
     """
     _simplify_casts(graph)
     _hoist_sizes(graph, places)
@@ -99,12 +100,12 @@ def simplify(graph: fx.Graph, places: list[fx.Node], model: nn.Module) -> None:
 
 
 def _is_kept(node: fx.Node) -> bool:
-    """Whether a node without users has effects: a batch norm updates its buffers."""
+    """Whether a node without users has side effects: batch norm updates its buffers."""
     return node.op == "call_module" or node.is_impure()
 
 
 def _simplify_casts(graph: fx.Graph) -> None:
-    """Remove the aliases of the capture, and the checks of dtypes, which refuse autocast: all casts are nodes."""
+    """Remove the aliases that the capture added, and the dtype checks, which fail under autocast. Casts are nodes."""
     for node in graph.find_nodes(op="call_function", target=ASSERT_METADATA):
         graph.erase_node(node)
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default):
@@ -122,7 +123,7 @@ def _layers_in(constant: nn.Module) -> Iterator[str]:
 def _call_layers(graph: fx.Graph, model: nn.Module) -> None:
     for node in graph.find_nodes(op="call_function", target=CALL_LAYER):
         layer = model.get_submodule(node.args[1])
-        # A layer that returns several tensors left its call behind: see `leaves`.
+        # If a layer returns several tensors, its call is still in the graph: see `leaves`.
         if not node.users and find_kind(layer) and has_own_forward(layer):
             graph.erase_node(node)
             continue
@@ -138,12 +139,12 @@ def _call_layers(graph: fx.Graph, model: nn.Module) -> None:
 
 
 def name_constants(graph: fx.Graph, program: ExportedProgram, module: nn.Module) -> dict[str, nn.Module]:
-    """Number the graphs, and the tensors that a forward creates, in the order of their first use.
+    """Number nested graphs, and tensors that a forward creates, in the order of their first use.
 
     Args:
-        graph: the graph of a program, which is changed: modules return the tensors.
+        graph: the graph of a program. It is changed: modules return the tensors.
         program: the program.
-        module: its module.
+        module: the module of the program.
 
     Returns:
         Name -> graph or module.
@@ -155,7 +156,7 @@ def name_constants(graph: fx.Graph, program: ExportedProgram, module: nn.Module)
             value = program.constants[node.target].detach()
             name = names.setdefault(node.target, f"constant_{len(names)}")
             made[name] = ByMode(value, value)
-            with graph.inserting_before(min(node.users)):  # after the inputs, which have the device
+            with graph.inserting_before(min(node.users)):  # after the inputs, because they determine the device
                 call = graph.call_module(name, (value.device,))
             call.meta = dict(node.meta)
             node.replace_all_uses_with(call)
@@ -167,7 +168,7 @@ def name_constants(graph: fx.Graph, program: ExportedProgram, module: nn.Module)
 
 
 def _read_by_own_names(graph: fx.Graph, model: nn.Module) -> None:
-    """Read each tensor where it is used, a tied one by the name that it has in the module around the operator."""
+    """Read each tensor where it is used. A tied tensor is read by its name in the module that contains the operator."""
     tied = _tied_names(model)
     for node in graph.find_nodes(op="get_attr", sort=True):
         names = tied.get(node.target, ())
@@ -192,7 +193,7 @@ def _tied_names(model: nn.Module) -> dict[str, list[str]]:
 
 
 def module_path(node: fx.Node) -> str | None:
-    """The path of the module whose forward contains a node, `""` for the root; `None` if the graph does not have it.
+    """The path of the module whose forward contains a node, `""` for the root; `None` if this is unknown.
 
     Example:
         >>> program = torch.export.export(torch.nn.Sequential(torch.nn.Linear(3, 2)), (torch.randn(1, 3),))
@@ -204,7 +205,7 @@ def module_path(node: fx.Node) -> str | None:
 
 
 def normalize_path(path: str) -> str:
-    """A path of `nn_module_stack` in the form of `named_modules`; TorchDynamo writes it as Python source.
+    """Convert a path of `nn_module_stack`, which TorchDynamo writes as Python code, to the form of `named_modules`.
 
     Example:
         >>> normalize_path("L['self'].blocks[0].proj"), normalize_path("L['self']._modules['blocks']._modules['0']")
@@ -216,7 +217,7 @@ def normalize_path(path: str) -> str:
 
 
 def _hoist_sizes(graph: fx.Graph, places: list[fx.Node]) -> None:
-    """Read each size of an input once, first, from the first input that has it."""
+    """Read each size of an input once, at the start of the graph, from the first input with this size."""
     first: dict[str, tuple[fx.Node, int]] = {}
     for place in places:
         for dimension, size in enumerate(getattr(place.meta.get("val"), "shape", ())):
@@ -225,7 +226,7 @@ def _hoist_sizes(graph: fx.Graph, places: list[fx.Node]) -> None:
     for node in graph.find_nodes(op="call_function", target=_SIZE):
         if node.args[0] in places:
             reads[str(node.args[0].meta["val"].shape[node.args[1]])].append(node)
-    for size in reversed([size for size in first if size in reads]):  # each goes before those that are there
+    for size in reversed([size for size in first if size in reads]):  # each is inserted before the previous ones
         with graph.inserting_after(max(places)):
             read = graph.call_function(_SIZE, first[size])
         read.meta = dict(reads[size][0].meta)
@@ -237,7 +238,7 @@ def _hoist_sizes(graph: fx.Graph, places: list[fx.Node]) -> None:
 def _follow_device(graph: fx.Graph, places: list[fx.Node], model: nn.Module) -> None:
     """Create new tensors on the device of the first input, so that the graph can be moved to another device.
 
-    A model on several devices keeps the devices that were captured.
+    A model on several devices keeps the captured devices.
     """
     tensors = [place for place in places if isinstance(place.meta.get("val"), Tensor)]
     devices = {value.device for value in (*model.parameters(), *model.buffers(), *(x.meta["val"] for x in tensors))}

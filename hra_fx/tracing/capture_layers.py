@@ -1,6 +1,6 @@
-"""Capture a model with `torch.export`, from an example call, into one GraphModule that calls its layers.
+"""Capture an example call of a model with `torch.export`, as one GraphModule that calls the model's layers.
 
-The graph is valid in train and in eval mode: it is made from a capture in each.
+The graph is valid in train and in eval mode, because it is created from one capture in each mode.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from hra_fx.tracing.tracer import UnpicklingTracer
 
 _SEED = 20240517
 _CONTIGUOUS = torch.ops.aten.contiguous.default
-#: The name of the module that runs the graph of the current mode, where the modes have different nodes.
+#: The name of the module that runs the graph of the current mode, if the modes have different nodes.
 BY_MODE = "graph_of_mode"
 
 
 def capture_layers(
     model: nn.Module, call: Call, dynamic_shapes: Any = None, *, is_trained: bool = True
 ) -> fx.GraphModule:
-    """Capture one call of a model, for other sizes and both modes.
+    """Capture one call of a model. The graph is valid for other sizes and for both modes.
 
     Args:
         model: the model; it is not changed.
         call: the example call.
-        dynamic_shapes: the sizes that may change, as in `torch.export.export`. By default all may change, but of images
-            only the batch, as far as the model allows it: the graph checks its inputs.
-        is_trained: refuse a graph whose gradients or random numbers would not be those of the model.
+        dynamic_shapes: the sizes that may change, as in `torch.export.export`. By default, all sizes that the model
+            allows may change; for images, only the batch size. The graph checks its inputs.
+        is_trained: raise an error if the gradients or random numbers of the graph would differ from the model.
 
     Returns:
-        A graph over the model's own modules and parameters, which is called as the model is with these arguments. It
-        calls layers of torch and those that can be adapted, and has operators for everything else. An output that
-        `torch.export` does not know, such as a cache, is `None`.
+        A graph with the model's own modules and parameters, which takes the arguments of this call like the model. It
+        calls the layers of torch and the layers that can be adapted, and has operators for everything else. An output
+        that `torch.export` does not support, such as a cache, is `None`.
 
     Raises:
         CaptureError: `torch.export` cannot capture the call, or see `is_trained`.
@@ -57,7 +57,7 @@ def capture_layers(
         makers = [all_dynamic, batch_dynamic] if dynamic_shapes is None else [lambda *_: dynamic_shapes]
         tries = [(with_batch_of_two(call) if dynamic_shapes is None else call, make) for make in makers]
         if dynamic_shapes is None:
-            tries.append((call, all_dynamic))  # for models that allow a single batch size
+            tries.append((call, all_dynamic))  # for models that allow only one batch size
         for example, make in tries:
             try:
                 made = _captured(model, example, make, call, is_trained=is_trained)
@@ -72,10 +72,10 @@ def capture_layers(
 
 
 def _refuse_state(model: nn.Module, *, is_trained: bool) -> None:
-    """Refuse a model without values, and one that checkpoints its activations, which a graph would not.
+    """Check that a model has values, and does not checkpoint activations, because a graph would not do this.
 
     Raises:
-        CaptureError: see above.
+        CaptureError: the model does not have values, or checkpoints activations.
     """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
@@ -88,7 +88,7 @@ def _refuse_state(model: nn.Module, *, is_trained: bool) -> None:
 def _captured(
     model: nn.Module, example: Call, make_shapes: Callable[[nn.Module, Call], Any], call: Call, *, is_trained: bool
 ) -> fx.GraphModule:
-    """The graph of an example, compared with the model for a call."""
+    """Capture the graph of an example, and compare it with the model for a call."""
     parts = ((path, part) for path, part in model.named_modules() if not is_leaf(part))
     odd = next((path for path, part in parts if part.training != model.training), None)
     try:
@@ -112,7 +112,7 @@ def _captured(
 
 
 def _allows_one(model: nn.Module, made: nn.Module, call: Call, places: list[tuple[int, int]]) -> bool:
-    """Whether the graph is right where a size is 1; torch.export assumes that it is not.
+    """Whether the graph is correct if a size is 1; torch.export assumes that it is not 1.
 
     Args:
         model: the model.
@@ -128,7 +128,7 @@ def _allows_one(model: nn.Module, made: nn.Module, call: Call, places: list[tupl
         with torch.no_grad(), without_caches(model):
             try:
                 wanted, found = (_outputs(each.train(training), smaller) for each in (model, made))
-            except Exception:  # of the model, which does not allow it; or of the graph, which is not a wrong output
+            except Exception:  # the model does not allow it, or the graph raises an error instead of a wrong output
                 continue
         if not all(map(_close, found, wanted)):
             return False
@@ -136,10 +136,10 @@ def _allows_one(model: nn.Module, made: nn.Module, call: Call, places: list[tupl
 
 
 def _compare(model: nn.Module, made: nn.Module, call: Call, functions: list[str]) -> None:
-    """Run a call through the model and its graph, and compare gradients too if there are custom autograd functions.
+    """Run a call with the model and its graph. With custom autograd functions, also compare gradients.
 
     Raises:
-        CaptureError: the graph does not run, or gives other values.
+        CaptureError: the graph does not run, or its values differ.
     """
     with without_caches(model), torch.set_grad_enabled(bool(functions)):
         wanted = _outputs(model, call)
@@ -149,7 +149,7 @@ def _compare(model: nn.Module, made: nn.Module, call: Call, functions: list[str]
             raise CaptureError(f"its graph does not run on the example: {error}") from error
         if not all(map(_close, found, wanted)):
             mode = "train" if model.training else "eval"
-            raise CaptureError(f"in {mode} mode the graph gives other outputs for the example than the model")
+            raise CaptureError(f"in {mode} mode, the outputs of the graph for the example differ from the model's")
         try:
             same = not functions or all(map(_close, _gradients(made, found), _gradients(model, wanted)))
         except RuntimeError:  # the function writes into a tensor that the backward of its operators needs
@@ -159,7 +159,7 @@ def _compare(model: nn.Module, made: nn.Module, call: Call, functions: list[str]
 
 
 def _outputs(model: nn.Module, call: Call) -> list[Tensor]:
-    """The tensors in the result of a call, which runs with copies of the buffers."""
+    """Run a call with copies of the buffers, and return the tensors in its result."""
     seed_everything(_SEED)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     output = torch.func.functional_call(model, buffers, *clone_inputs(call))
@@ -175,7 +175,7 @@ def _gradients(model: nn.Module, outputs: list[Tensor]) -> list[Tensor]:
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal, up to half of the digits of their dtype."""
+    """Whether two tensors are equal to half of the digits of their dtype."""
     one, other = one.detach(), other.detach()
     limit = torch.finfo(one.dtype).eps ** 0.5 if one.is_floating_point() or one.is_complex() else 0.0
     scale = float(other.abs().max()) if limit and other.numel() else 0.0
@@ -184,7 +184,7 @@ def _close(one: Tensor, other: Tensor) -> bool:
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """A block that leaves no trace in the attributes of a model, nor in random number generators."""
+    """Context manager that restores the attributes of a model and the random number generators."""
     with ExitStack() as restore:
         restore.callback(Snapshot(model).restore)
         restore.enter_context(preserve_rng_state())
@@ -195,7 +195,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
 
 
 class GraphOfMode(nn.Module):
-    """Runs one graph in train mode and another in eval mode, over the same layers.
+    """Runs one graph in train mode and another in eval mode, with the same layers.
 
     The graphs are not registered as children, because the model already has their layers under the same names.
     """
@@ -214,16 +214,16 @@ class GraphOfMode(nn.Module):
 def _in_both_modes(
     model: nn.Module, in_train: Canonical, in_eval: Canonical, checks: InputChecks, odd: str | None = None
 ) -> fx.GraphModule:
-    """A GraphModule over the modules and tensors of a model that is valid in both modes.
+    """Create a GraphModule with the modules and tensors of a model that is valid in both modes.
 
     Args:
         model: the model.
-        in_train, in_eval: the captures of its modes.
+        in_train, in_eval: the captures in both modes.
         checks: the child that checks the inputs.
-        odd: the path of a part that is in another mode than the model.
+        odd: the path of a part with a mode that differs from the model's mode.
 
     Raises:
-        CaptureError: the modes run different operators, and `odd` would be in the mode of the model.
+        CaptureError: the modes run different operators, and `odd` would get the mode of the model.
     """
     try:
         if not _same_constants(in_train.constants, in_eval.constants):
@@ -246,7 +246,7 @@ def _in_both_modes(
 
 
 def _set_place(constant: ByMode, made: fx.GraphModule, path: str | None) -> None:
-    """Let a constant follow the mode of the module that reads it, or of the innermost one around it that is left."""
+    """Make a constant follow the mode of the module that reads it, or of its innermost parent in the graph."""
     while path:
         with suppress(AttributeError):
             constant.follow(made.get_submodule(path))
@@ -264,7 +264,7 @@ def _same_constants(ours: Mapping[str, nn.Module], theirs: Mapping[str, nn.Modul
 
 
 def _drop_single_copies(ours: fx.Graph, theirs: fx.Graph) -> None:
-    """Remove each `contiguous` that only one of the graphs has: the other mode shows that it is not needed."""
+    """Remove each `contiguous` that only one of the graphs has; the other mode shows that it is not needed."""
     one, other = next(iter(ours.nodes)), next(iter(theirs.nodes))
     while one.op != "root" and other.op != "root":
         if one.target is not other.target and _CONTIGUOUS in (one.target, other.target):
@@ -280,7 +280,7 @@ def _drop_single_copies(ours: fx.Graph, theirs: fx.Graph) -> None:
 
 
 def _give_defaults(ours: fx.Graph, theirs: fx.Graph) -> None:
-    """Write out the default arguments of operators that only one of the graphs gives."""
+    """Add the default arguments of operators that only one of the graphs passes."""
     for one, other in zip(ours.nodes, theirs.nodes, strict=False):
         if one.target is other.target and isinstance(one.target, OpOverload) and len(one.args) != len(other.args):
             for node in (one, other):
@@ -289,10 +289,10 @@ def _give_defaults(ours: fx.Graph, theirs: fx.Graph) -> None:
 
 
 def _of_two_graphs(model: nn.Module, in_train: Canonical, in_eval: Canonical, checks: InputChecks) -> fx.GraphModule:
-    """A graph of one call, of the module that has both graphs.
+    """Create a graph with one call, to a module that has the graphs of both modes.
 
-    It reads the tensors of the model itself and passes them on, and has all modules that the graphs call, so that
-    changes of dtype, device and mode reach them.
+    The graph reads the model's own tensors and passes them to that module. It has all modules that the two graphs call,
+    so that changes of dtype, device and mode apply to them.
     """
     captures = {"train": in_train, "eval": in_eval}
     constants: dict[str, nn.Module] = {CHECKS: checks}
@@ -322,7 +322,7 @@ def _of_two_graphs(model: nn.Module, in_train: Canonical, in_eval: Canonical, ch
 
 
 def _own_tensors(graph: fx.Graph, model: nn.Module) -> Iterator[str]:
-    """The tensors of the model itself that a graph reads."""
+    """The model's own tensors that a graph reads."""
     for node in graph.find_nodes(op="get_attr"):
         name = str(node.target)
         if "." not in name and isinstance(getattr(model, name, None), torch.Tensor):
@@ -330,7 +330,7 @@ def _own_tensors(graph: fx.Graph, model: nn.Module) -> Iterator[str]:
 
 
 def _pass_in(graph: fx.Graph, names: Sequence[str]) -> None:
-    """Make tensors that a graph reads its last inputs."""
+    """Turn tensors that a graph reads into its last inputs."""
     last = graph.find_nodes(op="placeholder")[-1]
     for name in names:
         with graph.inserting_after(last):

@@ -2,9 +2,9 @@
 
     y = layer(x)        is captured as        y = hra_fx.call_layer(x, "encoder.0.query")
 
-`torch.export` records operators, in which layers can no longer be told apart. The operator stands for the call of a
-layer, which the finished graph calls as a module. Dropout and batch norm are layers too, so that one graph is valid in
-train and in eval mode.
+`torch.export` records operators, which do not show the layers. This operator represents the call of a layer; the final
+graph calls the layer as a module. Dropout and batch norm are also layers, so that one graph is valid in train and in
+eval mode.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LOUD = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor
 _OURS = (Path(torch.__file__).parent, Path(__file__).parents[1])
 #: Tensors with more dimensions are images: models branch on their height and width, so only their batch is dynamic.
 _LENGTHS = 3
-#: Methods that return the tensor itself if it has the dtype already.
+#: Methods that return the tensor itself if it already has the dtype.
 _CASTS = ("to", "type", "type_as", "float", "double", "half", "bfloat16", "long", "int", "bool")
 
 
@@ -53,7 +53,7 @@ def export_call(model: nn.Module, call: Call, dynamic_shapes: Any, *, training: 
         training: the mode of all modules.
 
     Raises:
-        CaptureError: `torch.export` refuses, with the line of the model's code.
+        CaptureError: `torch.export` fails; the message contains the line of the model's code.
     """
     args, kwargs = clone_inputs(call)
     model.train(training)
@@ -76,10 +76,10 @@ def export_call(model: nn.Module, call: Call, dynamic_shapes: Any, *, training: 
 
 @contextmanager
 def exporting() -> Iterator[None]:
-    """A block for `torch.export`, without what it prints.
+    """Context manager for calls of `torch.export`, without its output.
 
     Raises:
-        CaptureError: for any error in the block, with the line of the model's code.
+        CaptureError: any error in the block; the message contains the line of the model's code.
     """
     with _quiet():
         try:
@@ -92,10 +92,10 @@ def exporting() -> Iterator[None]:
 
 
 def _refuse_changes(state: Snapshot) -> None:
-    """Refuse a forward that counts or remembers in Python, because a graph does not.
+    """Check that the forward does not store numbers or strings in Python, because a graph would not do this.
 
     Raises:
-        CaptureError: it changes a number or a string of a module.
+        CaptureError: the forward changed a number or a string of a module.
     """
     for path, name in state.changes():
         where = f"{path}.{name}".lstrip(".")
@@ -104,7 +104,7 @@ def _refuse_changes(state: Snapshot) -> None:
 
 
 def all_dynamic(model: nn.Module, call: Call) -> Any:
-    """Dynamic shapes in which every size may change, but of images only the batch."""
+    """Dynamic shapes in which every size may change; for images, only the batch size."""
     return _dynamic(model, call, lambda x: range(x.dim() if x.dim() <= _LENGTHS else 1))
 
 
@@ -122,7 +122,7 @@ def _dynamic(model: nn.Module, call: Call, dimensions: Callable[[Tensor], range]
 
 
 def with_batch_of_two(call: Call) -> Call:
-    """A call whose batch of 1 is repeated: `torch.export` makes a size of 1 a constant."""
+    """Repeat a batch of 1 in a call, because `torch.export` makes a size of 1 a constant."""
     tensors = [value for value in pytree.tree_leaves(call) if isinstance(value, Tensor)]
     if not tensors or any(x.dim() == 0 or x.shape[0] != 1 for x in tensors):
         return call
@@ -132,7 +132,7 @@ def with_batch_of_two(call: Call) -> Call:
 
 @contextmanager
 def without_caches(model: nn.Module) -> Iterator[None]:
-    """A block in which models of transformers return no cache of keys and values, which a graph cannot return."""
+    """Context manager in which transformers models do not return a key-value cache, because a graph cannot do this."""
     configs = {id(value): value for part in model.modules() if (value := getattr(part, "config", None)) is not None}
     changed = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
     for config in changed:
@@ -145,7 +145,7 @@ def without_caches(model: nn.Module) -> Iterator[None]:
 
 
 def _without_unknown(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward with None in place of outputs that `torch.export` does not know, such as caches."""
+    """Wrap a forward to return None instead of outputs that `torch.export` does not support, such as caches."""
     known = (Tensor, int, float, str, type(None))
 
     @wraps(forward)
@@ -159,13 +159,13 @@ def _without_unknown(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _plain_operators() -> Iterator[None]:
-    """A block in which what is recorded depends neither on the mode nor on the dtypes of the example.
+    """Context manager in which the recorded operators do not depend on the mode or on the dtypes of the example.
 
-    - The fast path of torch's attention has no gradient.
-    - `Tensor.contiguous` is recorded only if the kernel before it gives other strides, and the kernel of attention
-      depends on dropout; here it is always recorded.
-    - A cast that changes nothing returns its input, which everything after it would read through the cast. Under
-      autocast that would be another value; here a cast gets an alias.
+    - The fast path of torch's attention does not have a gradient, so it is not used.
+    - `Tensor.contiguous` is recorded only if the previous kernel returns other strides, and the kernel of attention
+      depends on dropout. Here it is always recorded.
+    - A cast that does not change the dtype returns its input, and everything that reads the input would then read the
+      cast. Under autocast, this would be another value. Here a cast returns an alias.
     """
 
     def contiguous(x: Tensor, *, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
@@ -193,7 +193,7 @@ def _of_alias(cast: Any) -> Callable[..., Tensor]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """A block without warnings, and without the graph that `torch.export` prints to stderr where it refuses."""
+    """Context manager without warnings, and without the graph that `torch.export` prints to stderr if it fails."""
     loggers = [logging.getLogger(name) for name in _LOUD]
     before = [logger.disabled for logger in loggers]
     try:
@@ -208,7 +208,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _place(error: BaseException) -> str:
-    """The line of the model's code in which an error arose."""
+    """The line of the model's code that caused an error."""
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
@@ -226,31 +226,31 @@ def _place(error: BaseException) -> str:
 
 # --- layers as operators ----------------------------------------------------------------------------------------------
 
-# torch has no types for its libraries.
+# torch does not have types for its libraries.
 _LIBRARY: Any = torch.library.Library("hra_fx", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("call_layer(Tensor input, str path) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
-#: The overload that is the target of graph nodes.
+#: The operator overload that graph nodes have as their target.
 CALL_LAYER = torch.ops.hra_fx.call_layer.default
 
 _MODES = (
     *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
 )
-#: Ends of the names of classes that drop whole examples, as torchvision, timm and transformers call them.
+#: Suffixes of the names of classes that drop whole examples in torchvision, timm and transformers.
 _DROP_PATHS = ("DropPath", "StochasticDepth")
-#: Modules of `torch.nn.modules` with classes that take one tensor and return one.
+#: Modules of `torch.nn.modules` with classes that take one tensor and return one tensor.
 _OF_TORCH = (
     *("activation", "channelshuffle", "flatten", "fold", "instancenorm", "normalization", "padding", "pixelshuffle"),
     *("pooling", "sparse", "upsampling"),
 )
 _SEVERAL = (nn.MultiheadAttention, nn.EmbeddingBag)
-# The layers of the model that is being captured, by path. The lock of the capture is held.
+# The layers of the model that is being captured, by path. The capture holds a lock.
 _layers: dict[str, nn.Module] = {}
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a graph calls a module as a whole: layers of torch, and those that can be adapted.
+    """Whether a graph calls a module as a whole: layers of torch, and layers that can be adapted.
 
     Example:
         >>> is_leaf(nn.Conv2d(3, 8, 3)), is_leaf(nn.LayerNorm(8)), is_leaf(nn.Sequential())
@@ -270,7 +270,7 @@ def depends_on_mode(module: nn.Module) -> bool:
 
 @contextmanager
 def layers_as_operators(model: nn.Module) -> Iterator[None]:
-    """A block in which the call of each leaf of a model is one `hra_fx::call_layer`."""
+    """Context manager in which the call of each leaf of a model is recorded as one `hra_fx::call_layer`."""
     snapshot = Snapshot(model)
     _layers.update({path: part for path, part in model.named_modules() if path and is_leaf(part)})
     for path, layer in _layers.items():
@@ -292,17 +292,17 @@ def _call(path: str, *args: Any, **kwargs: Any) -> Any:
     except _SeveralOutputs:
         return original_class(layer).forward(layer, *args, **kwargs)
     if output.is_floating_point() and any(parameter.requires_grad for parameter in layer.parameters()):
-        # A model may ask for it, add hooks, and write into the copy, which `canonical` removes.
+        # A model may check the type of the result, add hooks to it, and write into the copy, which `canonical` removes.
         output = torch.ops.aten.clone.default(output.requires_grad_())
     return output
 
 
 class _SeveralOutputs(Exception):
-    """A layer returns more than one tensor, as routers that are an `nn.Linear` do; its operators are recorded."""
+    """A layer returns more than one tensor, such as a router that is an `nn.Linear`. Its operators are recorded."""
 
 
 class _Called(nn.ModuleDict):
-    """Calls a layer, so that it can be called with other tensors in place of its own."""
+    """Calls a layer, so that its own tensors can be replaced in the call."""
 
     def forward(self, x: Tensor) -> Any:
         layer = self["layer"]
@@ -310,12 +310,12 @@ class _Called(nn.ModuleDict):
 
 
 def _output_of(x: Tensor, path: str) -> Tensor:
-    """A tensor with the shape of a layer's output. Only fake tensors get here."""
+    """Create a tensor with the shape of a layer's output. Only fake tensors are passed here."""
     layer: Any = _layers[path]
     if depends_on_mode(layer):
         return torch.empty_like(x)
     tensors = layer.state_dict(keep_vars=True)
-    if isinstance(layer, nn.Linear) and not layer.weight.is_floating_point():  # packed, so its shape says nothing
+    if isinstance(layer, nn.Linear) and not layer.weight.is_floating_point():  # packed, so its shape is unrelated
         return x.new_empty((*x.shape[:-1], layer.out_features))
     fake = {f"layer.{name}": x.new_empty(t.shape, dtype=t.dtype) for name, t in tensors.items()}
     output = torch.func.functional_call(_Called({"layer": layer}), fake, (x,))

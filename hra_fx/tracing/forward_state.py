@@ -1,6 +1,6 @@
-"""What a forward changes or depends on, and a graph does not record.
+"""State that a forward changes or depends on, but a graph does not record.
 
-Grad mode, autocast, saved-tensor hooks, random generators, hooks of the backward pass, and the attributes of modules.
+This includes grad mode, autocast, saved-tensor hooks, random generators, backward hooks, and the attributes of modules.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class GraphState:
     def why_not(self) -> str | None:
         """The reason why no node can be recorded now, or `None`."""
         if torch.is_grad_enabled() != self._grad:
-            # A custom autograd function runs its forward without gradients too.
+            # A custom autograd function also runs its forward without gradients.
             return "it changes grad mode or calls a custom autograd function, which a graph drops"
         if _autocast() != self._autocast:
             return "it runs under its own autocast, which a graph drops"
@@ -60,10 +60,11 @@ def _random_states() -> list[Any]:
 
 @contextlib.contextmanager
 def patched(refuse: Callable[[str], NoReturn]) -> Iterator[None]:
-    """A block in which autocast must not be entered, and `torch.jit.is_tracing()` returns True.
+    """Context manager in which entering autocast is an error, and `torch.jit.is_tracing()` returns True.
 
-    A block that disables autocast where it is off already would change no state. Models that cache values between calls
-    (LeViT, EfficientFormer of timm) compute them in each call while TorchScript traces, so the graph computes them too.
+    `GraphState` cannot detect a block that disables autocast when it is already off. Models that cache values between
+    calls (timm's LeViT, EfficientFormer) compute them in each call while TorchScript traces, so the graph computes them
+    too.
     """
 
     def enter_autocast(context: torch.autocast) -> NoReturn:
@@ -78,17 +79,17 @@ def patched(refuse: Callable[[str], NoReturn]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def checked_capture(model: nn.Module) -> Iterator[list[str]]:
-    """A block in which `torch.export` captures a call of a model, for a graph that trains as the model does.
+    """Context manager in which `torch.export` captures a call of a model, for a graph that trains like the model.
 
-    `torch.export` records the operators of the forward. Hooks of the backward pass, the backward of a custom autograd
-    function and random numbers of Python are not in its graph, and it does not report them.
+    `torch.export` records the operators of the forward. Its graph does not contain backward hooks, the backward of
+    custom autograd functions, or Python's random numbers, and it does not report them.
 
     Yields:
         The names of the custom autograd functions that are called in the block.
 
     Raises:
-        CaptureError: the model has backward hooks; or in the block its forward added a hook to a tensor, drew random
-            numbers outside of torch or seeded a generator.
+        CaptureError: the model has backward hooks; or in the block, its forward adds a hook to a tensor, uses random
+            numbers that are not from torch, or seeds a generator.
     """
     for path, part in model.named_modules():
         if compat.has_backward_hooks(part):
@@ -99,7 +100,7 @@ def checked_capture(model: nn.Module) -> Iterator[list[str]]:
     register_hook: Any = torch.Tensor.register_hook
 
     def reported_apply(kind: type, *args: Any, **kwargs: Any) -> Any:
-        # torch runs functions of its own (torch._library, torch._higher_order_ops) for operators that the graph keeps.
+        # torch runs its own functions (torch._library, torch._higher_order_ops) for operators that the graph keeps.
         if not kind.__module__.startswith("torch._"):
             functions.append(kind.__name__)
         return apply.__get__(None, kind)(*args, **kwargs)
@@ -118,7 +119,7 @@ def checked_capture(model: nn.Module) -> Iterator[list[str]]:
             raise CaptureError("it registers a backward hook on a tensor, which a graph drops")
         if state.has_drawn():
             raise CaptureError(
-                "it draws random numbers of Python or NumPy, or seeds a generator, which happens once in a capture"
+                "it draws random numbers from Python or NumPy, or seeds a generator, which happens once in a capture"
             )
 
 
@@ -131,7 +132,7 @@ class Snapshot:
             (path, name, value, value.detach().clone(), compat.tensor_version(value))
             for path, part in root.named_modules()
             for name, value in vars(part).items()
-            if isinstance(value, torch.Tensor) and not value.is_inference()  # which has no version
+            if isinstance(value, torch.Tensor) and not value.is_inference()  # inference tensors have no version
         ]
         self._parts = [
             (
@@ -160,7 +161,7 @@ class Snapshot:
         ]
 
     def is_plain(self, path: str, name: str) -> bool:
-        """Whether an attribute is a number or a string now."""
+        """Whether an attribute is currently a number or a string."""
         part = next(part for where, part, *_ in self._parts if where == path)
         return isinstance(vars(part).get(name), (bool, int, float, str))
 
@@ -184,11 +185,11 @@ _CONTAINERS = (dict, list, set)
 
 
 def _copy(container: Any) -> Any:
-    """A plain copy of a container, which may be of a subclass."""
+    """Copy a container, which may have a subclass, to a plain one."""
     return next(kind(container) for kind in _CONTAINERS if isinstance(container, kind))
 
 
 def _items(container: Any) -> list[Any]:
-    """The items by their identity, because tensors do not compare."""
+    """The ids of the items, because tensors cannot be compared for equality."""
     values = container.values() if isinstance(container, dict) else ()
     return [set(container) if isinstance(container, set) else [*map(id, container)], *map(id, values)]

@@ -1,7 +1,7 @@
-"""Make a GraphModule that shares the modules and parameters of another module.
+"""Create a GraphModule that shares the modules and parameters of another module.
 
-Blocks with a graph of their own, such as one under `torch.no_grad`, become modules of a captured graph: fx unpickles a
-graph by tracing its code, which would inline such a graph without its context, but modules stay calls.
+Blocks with a separate graph, such as a block under `torch.no_grad`, become modules of a captured graph. fx unpickles a
+graph by tracing its code, which would inline such a graph without its context, but calls of modules stay calls.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from hra_fx.tracing.tracer import UnpicklingTracer
 
 
 def graph_module(root: nn.Module, traced: Traced) -> fx.GraphModule:
-    """A GraphModule with the modules and parameters of `root`, under the same names and in the same order.
+    """Create a GraphModule with the modules and parameters of `root`, with the same names in the same order.
 
-    The order decides by which name a configuration selects a shared layer, and the states of an optimizer. fx itself
-    keeps only what the graph uses, in the order of the graph, and a layer of which it reads only the weight as an empty
-    module, without the adapters.
+    The order determines the name of a shared layer for a configuration, and the states of an optimizer. fx itself keeps
+    only the modules that the graph uses, in the order of the graph. If the graph only reads the weight of a layer, fx
+    replaces the layer with an empty module, without the adapters.
     """
     module = fx.GraphModule(nn.Module(), fx.Graph(tracer_cls=UnpicklingTracer), type(root).__name__)
     for kind in ("_parameters", "_buffers", NON_PERSISTENT):
@@ -46,7 +46,7 @@ def graph_module(root: nn.Module, traced: Traced) -> fx.GraphModule:
 
 
 def _holder(part: nn.Module | None, used: set[nn.Module], holders: dict[nn.Module, nn.Module]) -> nn.Module | None:
-    """A part that the graph uses, or that has tensors; for others a new module that holds their children."""
+    """Return a part that the graph uses or that has tensors; otherwise, a new module with its children."""
     if part is None or part in used or part._parameters or part._buffers or not part._modules:
         return part
     if part not in holders:
@@ -60,7 +60,7 @@ def _holder(part: nn.Module | None, used: set[nn.Module], holders: dict[nn.Modul
 
 
 def attribute(owner: Any, path: Any) -> Any:
-    """An attribute by its dotted path, `None` if there is none."""
+    """Look up an attribute by its dotted path; `None` if it does not exist."""
     return reduce(lambda part, name: getattr(part, name, None), str(path).split("."), owner)
 
 
@@ -68,7 +68,7 @@ class NestedGraph(nn.Module):
     """Calls an operator of `torch.export` that runs graphs."""
 
     def __init__(self, operator: str, bodies: Mapping[int, nn.Module]) -> None:
-        """Store the name of the operator, and its graphs by their places among its arguments."""
+        """Store the name of the operator, and its graphs by their positions among the arguments."""
         super().__init__()
         self.operator = operator
         self.bodies = nn.ModuleDict({str(place): body for place, body in bodies.items()})
@@ -82,12 +82,12 @@ class NestedGraph(nn.Module):
 
 
 def captured_module(model: nn.Module, parts: Mapping[str, nn.Module], traced: Traced) -> fx.GraphModule:
-    """A GraphModule of a captured graph, over the modules and tensors of a model.
+    """Create a GraphModule from a captured graph, with the modules and tensors of a model.
 
     Args:
         model: the model.
-        parts: more modules, and nested graphs.
-        traced: the graph, which is changed.
+        parts: additional modules, and nested graphs.
+        traced: the graph; it is changed.
 
     Raises:
         CaptureError: the model has an attribute with the name of one of the parts.
@@ -100,11 +100,11 @@ def captured_module(model: nn.Module, parts: Mapping[str, nn.Module], traced: Tr
 
 
 def _call_nested(graph: fx.Graph, find: Callable[[str], Any]) -> dict[str, nn.Module]:
-    """Replace operators with graphs by calls of modules, in place; returns the modules.
+    """Replace operators that have graphs as arguments with calls of modules, in place. Returns the modules.
 
     Args:
         graph: the graph.
-        find: returns what a node reads, by its path.
+        find: returns the value that a node reads, by its path.
     """
     made: dict[str, nn.Module] = {}
     for node in [node for node in graph.nodes if is_higher_order(node.target)]:

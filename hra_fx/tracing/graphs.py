@@ -1,4 +1,4 @@
-"""Graphs of a whole model or of its parts, by torch.fx, or by torch.export from an example call."""
+"""Create graphs of a whole model or of its parts, with torch.fx, or with torch.export from an example call."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from passes.insert import InsertPass
 
 
 def is_graph_of_call(model: nn.Module, graph: fx.Graph, call: Call) -> bool:
-    """Whether a graph of torch.fx is that of a call; optional arguments have their defaults in the graph.
+    """Whether a graph of torch.fx is valid for a call. Optional arguments have their defaults in the graph.
 
     Args:
-        model: the model; the graph of a `GraphModule` is its own, with all arguments.
+        model: the model; a `GraphModule` has its own graph, with all arguments.
         graph: the graph of the whole model.
         call: the call.
     """
@@ -50,16 +50,16 @@ def trace_model(
     Args:
         model: a plain model; it is not changed.
         layers: layers that must stay calls.
-        example_inputs: one tensor, a tuple of positional or a dictionary of keyword arguments. Where torch.fx cannot
-            trace the model, or the call gives optional arguments, `torch.export` captures this call. By default the
-            call is made from the model's configuration.
+        example_inputs: one tensor, a tuple of positional or a dictionary of keyword arguments. If torch.fx cannot trace
+            the model, or if the call passes optional arguments, `torch.export` captures this call. By default, the
+            inputs are created from the model's configuration.
         dynamic_shapes: see `capture_layers`; with it, `torch.export` is used.
 
     Returns:
         A graph that calls layers.
 
     Raises:
-        AdapterError: the model cannot be traced; or `torch.export` is needed, and `example_inputs` is missing.
+        AdapterError: the model cannot be traced; or `torch.export` is needed, but `example_inputs` is missing.
     """
     call = None if example_inputs is None else normalize_inputs(example_inputs)
     reason = ""
@@ -73,8 +73,8 @@ def trace_model(
     call = call or example_call(model)
     if call is None:
         raise AdapterError(
-            f"{reason}Pass example_inputs, the arguments of one call, for torch.export to capture, or leave out "
-            "trace=True."
+            f"{reason}Pass example_inputs, the arguments of one call, so that torch.export can capture it, or leave "
+            "out trace=True."
         )
     try:
         return capture_layers(model, call, dynamic_shapes)
@@ -86,14 +86,14 @@ def trace_model(
 
 
 def adapted_graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
-    """The graph of a transformed model, or of the largest parts that torch.fx can trace, with their reflections.
+    """Trace a transformed model, or the largest parts of it that torch.fx can trace, with the reflections.
 
     Args:
         model: a transformed model; it is not changed.
 
     Returns:
-        Module path -> GraphModule over the model's own modules and parameters. The key is the layer's path for a layer
-        in no graph. For a `GraphModule`, a copy of its graph.
+        Module path -> GraphModule with the model's own modules and parameters. A layer that is not in another graph has
+        a graph under its own path. For a `GraphModule`, a copy of its graph.
 
     Raises:
         AdapterError: the model has no reflections.
@@ -109,14 +109,14 @@ def adapted_graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
 
 
 def graph_of_call(model: nn.Module, call: Call) -> fx.GraphModule:
-    """The graph of a model, adapted or not, with its reflections, captured from one call by `torch.export`.
+    """Capture one call of a model with `torch.export`. If the model is adapted, the graph has the reflections.
 
     Args:
         model: the model; it is not changed.
         call: the example call.
 
     Returns:
-        A GraphModule over the model's own modules and parameters, for train and eval mode.
+        A GraphModule with the model's own modules and parameters, for train and eval mode.
 
     Raises:
         AdapterError: `torch.export` cannot capture the call.
@@ -134,13 +134,13 @@ def graph_of_call(model: nn.Module, call: Call) -> fx.GraphModule:
 
 
 def plain_graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
-    """The graph of a model without adapters, or of the largest parts that fx can trace.
+    """Trace a model without adapters, or the largest parts of it that fx can trace.
 
     Args:
         model: any module; it is not changed.
 
     Returns:
-        Module path -> GraphModule over the model's own modules and parameters.
+        Module path -> GraphModule with the model's own modules and parameters.
     """
     layers = {path: part for path, part in model.named_modules() if find_kind(part) is not None}
     parts = capture(model, layers).parts
@@ -148,7 +148,7 @@ def plain_graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
 
 
 def _adapted(model: nn.Module, path: str, traced: Traced) -> fx.GraphModule:
-    """The graph of a part with its reflections."""
+    """Create the graph of a part with its reflections."""
     root = model.get_submodule(path)
     module = graph_module(root, traced)
     insert(module, model, path)
@@ -156,7 +156,7 @@ def _adapted(model: nn.Module, path: str, traced: Traced) -> fx.GraphModule:
 
 
 def _alone(path: str, layer: AdaptedLayer) -> fx.GraphModule:
-    """A graph of the one call, or of the weight that others read; its root holds the layer under its own name."""
+    """Create a graph of a single call, or of the weight that other modules read. The root has the layer as a child."""
     name = path.rpartition(".")[2]
     name = "layer" if keyword.iskeyword(name) else name
     root = nn.Module()

@@ -1,14 +1,14 @@
-"""Inputs and outputs of a captured graph: nested ones as nodes, and the conditions on its inputs.
+"""Inputs and outputs of a captured graph: nodes for nested values, and conditions on the inputs.
 
 `torch.export` flattens the arguments and the result of a call outside of its graph. A plain graph, which fx can copy
-and pickle, has nodes for both:
+and pickle, has nodes for this:
 
     input_ids = placeholder;  boxes = placeholder;  first = boxes[0]
     ...
     output = CausalLMOutputWithPast(logits=linear)
 
-`torch.export` also finds conditions such as "the length is at most 512" while it captures a call. They are kept as
-expressions in a module that the graph calls first, so that copies and pickles of the graph have them.
+`torch.export` also finds conditions such as "the length is at most 512" while it captures a call. They are stored as
+expressions in a module that the graph calls first, so that copies and pickles of the graph contain them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def argument_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-    """The names of the arguments of a call, in its order; those of `*args` are numbered.
+    """The names of the arguments of a call, in order. Arguments in `*args` are numbered.
 
     Example:
         >>> argument_names(nn.Bilinear(2, 2, 2), (1,), {"input2": 2})
@@ -49,7 +49,7 @@ def argument_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def call_of(program: ExportedProgram) -> Call:
-    """The arguments of a program, with the number of each flat input in its place.
+    """The arguments of a program, with each flat input replaced by its number.
 
     Example:
         >>> import torch
@@ -62,7 +62,7 @@ def call_of(program: ExportedProgram) -> Call:
 
 
 def nest(graph: fx.Graph, program: ExportedProgram, names: list[str]) -> list[fx.Node]:
-    """Give a graph the nested arguments and results of its program, in place.
+    """Add the nested arguments and results of a program to its graph, in place.
 
     Args:
         graph: the graph of the program's module, with one placeholder for each tensor.
@@ -73,7 +73,7 @@ def nest(graph: fx.Graph, program: ExportedProgram, names: list[str]) -> list[fx
         The nodes of the flat inputs.
 
     Raises:
-        CaptureError: a graph cannot create or take apart an argument or a result of this type.
+        CaptureError: a graph cannot create or unpack an argument or a result of this type.
     """
     flat = iter(graph.find_nodes(op="placeholder"))
     specs = [spec for part in program.call_spec.in_spec.children() for spec in part.children()]
@@ -92,7 +92,7 @@ def nest(graph: fx.Graph, program: ExportedProgram, names: list[str]) -> list[fx
 
 
 def _taken_apart(graph: fx.Graph, name: str, spec: Any, parts: list[fx.Node]) -> list[fx.Node]:
-    """Replace the placeholders of the tensors in a nested input by one, and nodes that take it apart."""
+    """Replace the placeholders of the tensors in a nested input with one placeholder and nodes that unpack it."""
     with graph.inserting_before(parts[0] if parts else next(iter(graph.nodes))):
         made = list(_leaves(graph, graph.placeholder(name), spec))
     for old, new in zip(parts, made, strict=True):
@@ -103,19 +103,19 @@ def _taken_apart(graph: fx.Graph, name: str, spec: Any, parts: list[fx.Node]) ->
 
 
 def _leaves(graph: fx.Graph, value: fx.Node, spec: Any) -> Iterator[fx.Node]:
-    """Nodes for the tensors in a nested input."""
+    """Create nodes for the tensors in a nested input."""
     if spec.is_leaf():
         yield value
         return
     if spec.type not in (tuple, list, dict):
-        raise CaptureError(f"its input {value.name!r} holds a {spec.type.__name__}, which a graph cannot take apart")
+        raise CaptureError(f"its input {value.name!r} contains a {spec.type.__name__}, which a graph cannot unpack")
     keys = spec.context if spec.type is dict else range(spec.num_children)
     for key, child in zip(keys, spec.children(), strict=True):
         yield from _leaves(graph, graph.call_function(operator.getitem, (value, key)), child)
 
 
 def _nested(graph: fx.Graph, spec: Any, results: Iterator[Any]) -> Any:
-    """An argument of the output node: containers, and calls of the classes of outputs."""
+    """Create an argument of the output node: containers, and calls of output classes."""
     if spec.is_leaf():
         return next(results)
     children = [_nested(graph, child, results) for child in spec.children()]
@@ -137,11 +137,11 @@ def _nested(graph: fx.Graph, spec: Any, results: Iterator[Any]) -> Any:
 
 
 class Condition(NamedTuple):
-    """One condition.
+    """A condition on the inputs of a graph.
 
     Attributes:
-        code: a Python expression over `args`, the inputs of the graph.
-        text: the same with the names of the inputs.
+        code: a Python expression of `args`, the inputs of the graph.
+        text: the same expression with the names of the inputs.
     """
 
     code: str
@@ -151,7 +151,7 @@ class Condition(NamedTuple):
 class InputChecks(nn.Module):
     """Checks the inputs of a graph in its current mode."""
 
-    #: Keeps the call in `graph.eliminate_dead_code()`, which would drop it because nothing reads its result.
+    #: Keeps the call in `graph.eliminate_dead_code()`, which would otherwise remove it because its result is not used.
     _is_impure = True
 
     def __init__(self, in_train: Sequence[Condition], in_eval: Sequence[Condition]) -> None:
@@ -165,28 +165,28 @@ class InputChecks(nn.Module):
         """Check all inputs.
 
         Raises:
-            AssertionError: an input does not fit; the message says which, and what to do.
+            AssertionError: an input violates a condition; the message names it and says what to do.
         """
         (self._check_train if self.training else self._check_eval)(*args)
 
     def add(self, condition: Condition) -> None:
-        """Check one more condition, in both modes."""
+        """Add a condition for both modes."""
         self.in_train, self.in_eval = (*self.in_train, condition), (*self.in_eval, condition)
         self._make()
 
     def extra_repr(self) -> str:
-        """The conditions of the current mode."""
+        """Show the conditions of the current mode."""
         return ", ".join(condition.text for condition in (self.in_train if self.training else self.in_eval))
 
     def _make(self) -> None:
         self._check_train, self._check_eval = (guard_function(_code(part)) for part in (self.in_train, self.in_eval))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the functions, which are made from the conditions."""
+        """Leave out the functions, which are created from the conditions."""
         return {name: value for name, value in vars(self).items() if name not in ("_check_train", "_check_eval")}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        """Make the functions again."""
+        """Create the functions again."""
         vars(self).update(state)
         self._make()
 
@@ -205,7 +205,7 @@ def _code(conditions: Sequence[Condition]) -> str:
 
 
 def conditions_of(program: ExportedProgram, names: list[str], places: list[fx.Node]) -> list[Condition]:
-    """What must hold for the inputs of a program.
+    """The conditions on the inputs of a program.
 
     Args:
         program: the program.
@@ -227,12 +227,12 @@ def conditions_of(program: ExportedProgram, names: list[str], places: list[fx.No
 
 
 def more_than_one(index: int, dimension: int, names: list[str]) -> Condition:
-    """That a size of an input is not 1.
+    """The condition that a size of an input is not 1.
 
     Args:
-        index: that of the flat input.
+        index: index of the flat input.
         dimension: the dimension of the size.
-        names: the names of the arguments, which are those of the inputs where none is nested.
+        names: the names of the arguments. If no argument is nested, these are the names of the inputs.
     """
     name = names[index] if index < len(names) else f"input {index}"
     return Condition(f"args[{index}].size()[{dimension}] != 1", f"{name}.size()[{dimension}] != 1")
@@ -271,7 +271,7 @@ def _of_shapes(program: ExportedProgram, places: list[fx.Node]) -> Iterator[str]
 
 
 def _kind(source: str, dtype: torch.dtype) -> str:
-    """Masks of numbers and of booleans mean different things, and a model may ask which one it has."""
+    """The condition on the kind of dtype: numeric and boolean masks have different meanings, and a model may check."""
     if dtype.is_floating_point or dtype.is_complex:
         return f"{source}.dtype.is_floating_point == {dtype.is_floating_point}"
     return f"({source}.dtype == torch.bool) == {dtype is torch.bool} and not {source}.dtype.is_floating_point"

@@ -1,4 +1,4 @@
-"""Trace a model with torch.fx, or the largest parts of it that fx can trace, into graphs for train and eval mode."""
+"""Trace a model, or the largest parts of it that torch.fx can trace, into graphs for train and eval mode."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Traced(NamedTuple):
 
     Attributes:
         graph: valid in train and in eval mode.
-        modules: name -> module, for modules that the graph calls and the traced module does not have.
+        modules: name -> module, for modules that the graph calls but the traced module does not have.
     """
 
     graph: fx.Graph
@@ -40,21 +40,21 @@ class Traced(NamedTuple):
 def trace(module: nn.Module, layers: Collection[nn.Module]) -> Traced:
     """Trace a module in both modes. The module is not changed.
 
-    A submodule that cannot be traced, and has no adapted layers inside, stays one call.
+    A submodule that cannot be traced and does not contain adapted layers stays one call.
 
     Args:
         module: the module.
         layers: layers that must stay calls, such as those to be adapted.
 
     Raises:
-        CaptureError: fx cannot trace it, or the graph would not compute what the forward does.
+        CaptureError: fx cannot trace the module, or the graph would not compute the same as the forward.
     """
     with LOCK:
         return _Trace(module, layers).run()
 
 
 class _Trace:
-    """The traces of one module: after each failure, one more submodule becomes a call, until none is left."""
+    """Traces one module repeatedly. After each failure, one more submodule becomes a call, until none is left."""
 
     def __init__(self, module: nn.Module, layers: Collection[nn.Module]) -> None:
         self._module = module
@@ -106,13 +106,13 @@ class _Trace:
     def _may_differ(self, node: fx.Node) -> bool:
         """Whether a node may have one constant in train mode and another in eval mode.
 
-        If not, its module becomes a call, which has its own mode, as a batch norm that is frozen in eval mode.
+        If not, its module becomes a call and has its own mode, such as a batch norm that is frozen in eval mode.
         """
         stack = _stack_of(node)
         return self._other_mode.isdisjoint(stack) and (not stack or self._paths[stack[-1]] in self._open)
 
     def _keep_innermost(self) -> bool:
-        """Turn the innermost module of the failed trace, and others of its class, into calls; False if none can be."""
+        """Turn the innermost module of the failed trace, and others of its class, into calls. False if not possible."""
         for part in reversed(self._stack):
             if part not in self._open and part not in self._keep:
                 self._keep |= {other for other in self._paths.values() if type(other) is type(part)} - self._open
@@ -142,7 +142,7 @@ def _can_be_written(name: str) -> bool:
 
 
 def _stack_of(node: fx.Node) -> list[str]:
-    """The paths of the modules in whose forward a node was made, outermost first."""
+    """The paths of the modules whose forward created a node, from the outermost to the innermost."""
     return [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
 
 
@@ -155,12 +155,12 @@ def _as_capture_error(error: Exception) -> CaptureError:
 
 @dataclass
 class Captured:
-    """What fx traces of a model.
+    """The graphs that fx traced of a model.
 
     Attributes:
         parts: path of a module -> its graph. The only key is `""` if the whole model is traced.
-        layers: path of a layer -> path of the module whose graph contains it, or `None`; and why no larger graph does,
-            `""` if it is in the graph of the whole model.
+        layers: path of a layer -> (path of the module whose graph contains it, or `None`; the reason why no larger
+            graph contains it, `""` if it is in the graph of the whole model).
     """
 
     parts: dict[str, Traced] = field(default_factory=dict)
@@ -181,31 +181,32 @@ def capture(model: nn.Module, layers: Mapping[str, nn.Module]) -> Captured:
 
 
 def capture_layers(model: nn.Module) -> dict[str, tuple[str | None, str]]:
-    """How much of a transformed model fx can trace.
+    """Find out which parts of a transformed model fx can trace.
 
     Returns:
-        Path of an adapted layer -> (path of the module whose graph contains it, or `None`; why no larger graph does).
+        Path of an adapted layer -> (path of the module whose graph contains it, or `None`; the reason why no larger
+        graph contains it).
     """
     return capture(model, adapted_layers(model)).layers
 
 
 class _Search:
-    """A walk from the model down to its layers that stops at each module that can be traced."""
+    """Searches from the model down to its layers, and stops at each module that can be traced."""
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         self.found = Captured()
-        # A shared layer has several paths, and one name.
+        # A shared layer has several paths, but one name.
         self._names = {layer: path for path, layer in layers.items()}
 
     def visit(self, path: str, module: nn.Module, why: str) -> None:
-        """Visit a module; `why` is the reason why its parent has no graph."""
+        """Visit a module; `why` is the reason why its parent does not have a graph."""
         below = [part for part in module.modules() if part in self._names]
         if not below:
             return
         if module in self._names:
             self._note(below, None, why)
             return
-        # A graph of one layer shows no more than the layer itself, and a container is never called.
+        # A graph of a single layer is not useful, and a container is never called.
         if path and (len(below) == 1 or type(module).forward is nn.Module.forward):
             self._visit_children(path, module, why)
             return
@@ -238,6 +239,6 @@ def _trace_part(path: str, module: nn.Module, layers: list[nn.Module]) -> Traced
 
 
 def _optional_arguments(module: Any) -> list[str]:
-    """Arguments with defaults. For a submodule it is not known whether its callers pass them."""
+    """Arguments with defaults. For a submodule, it is unknown whether its callers pass them."""
     parameters = list(signature(type(module).forward).parameters.values())[1:]
     return [parameter.name for parameter in parameters if parameter.default is not Parameter.empty]

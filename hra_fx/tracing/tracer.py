@@ -1,7 +1,7 @@
-"""A `torch.fx.Tracer` that raises an error where fx would record a wrong graph.
+"""A `torch.fx.Tracer` that raises an error if fx would record a wrong graph.
 
-Not detected: `is`, `type(x)` and f-strings of traced values, whose results are constants of the graph; changes of
-globals and of attributes of objects that are not modules; and a leaf module that returns None.
+The following is not detected: `is`, `type(x)` and f-strings of traced values, which give constants in the graph;
+changes of globals and of attributes of objects that are not modules; and a leaf module that returns None.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _OWN = frozenset(("tracer", "node", "_node", "root", "attr"))
 
 
 class TracedValue(fx.Proxy):
-    """A traced value that raises an error where fx would return a wrong answer.
+    """A traced value that raises an error if fx would return a wrong result.
 
     In fx, `isinstance(proxy, Tensor)` is False and `hasattr(proxy, ...)` is always True, and the graph would contain
-    the branch that follows from this answer.
+    the wrong branch.
     """
 
     @property  # type: ignore[misc]
@@ -39,38 +39,38 @@ class TracedValue(fx.Proxy):
         """The type, for fx only; `isinstance` reads `__class__` if `type(value)` does not match."""
         tracer = _tracer(self)
         if not tracer.is_internal:
-            tracer.refuse("it asks for the type of a value (isinstance), and a traced value has none")
+            tracer.refuse("it checks the type of a value (isinstance), which a traced value does not have")
         return type(self)
 
     @classmethod
     def __torch_function__(cls, orig_method: Any, types: Any, args: Any = None, kwargs: Any = None) -> Any:
-        """A node for a function of torch."""
+        """Record a node for a torch function."""
         found = [value for value in pytree.tree_leaves((args, kwargs)) if issubclass(type(value), TracedValue)]
         with _tracer(found[0]).internal():
             return super().__torch_function__(orig_method, types, args, kwargs)
 
     def __getattr__(self, name: str) -> Attribute:
-        """An attribute that tensors have."""
+        """Record an attribute that tensors have."""
         tracer = _tracer(self)
         if not hasattr(torch.Tensor, name) and not tracer.is_internal:
             tracer.refuse(f"it reads {name!r} of a value, which a tensor does not have")
         return TracedAttribute(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; only fx does. A graph has no node for `value.data = ...`."""
+        """Set an attribute; only fx may do this. A graph cannot represent `value.data = ...`."""
         if name not in _OWN:
             _tracer(self).refuse(f"it sets {name!r} of a value")
         object.__setattr__(self, name, value)
 
     def __setitem__(self, index: Any, value: Any) -> NoReturn:
-        """Refuse an assignment to an item, for which fx has no node."""
+        """Raise an error for an assignment to an item, because fx does not have a node for it."""
         _tracer(self).refuse("it writes into a part of a value (value[...] = ...)")
 
     def __hash__(self) -> int:
-        """The hash; only fx may use a traced value as a key."""
+        """Return the hash; only fx may use a traced value as a key."""
         tracer = _tracer(self)
         if not tracer.is_internal:
-            tracer.refuse("it looks a value up in a set or dictionary")
+            tracer.refuse("it looks up a value in a set or dictionary")
         return object.__hash__(self)
 
     def _as_number(self) -> NoReturn:
@@ -83,9 +83,9 @@ def _augment(name: str) -> None:
     """Define an augmented assignment: `h += x` writes into the tensor `h`, which other variables may share.
 
     `fx.Proxy` does not define them, so Python evaluates `h = h + x`, and after `skip = h; h *= 0.5` the graph would
-    have the wrong `skip`. The target of the node is a function of this module, from which the code of the graph imports
-    it. For one of `operator`, fx generates the code `h += x`: if `h` is a number, that would reassign the variable of
-    another node.
+    have the wrong `skip`. The target of the node is a function of this module, and the code of the graph imports it.
+    For a function of `operator`, fx generates the code `h += x`: if `h` is a number, this would reassign the variable
+    of another node.
     """
     act = getattr(operator, name)
 
@@ -94,7 +94,7 @@ def _augment(name: str) -> None:
 
     def record(self: TracedValue, other: Any) -> Any:
         made = _tracer(self).create_proxy("call_function", apply, (self, other), {})
-        # So that it stays a node when fx unpickles the graph.
+        # This keeps it a node when fx unpickles the graph.
         object.__getattribute__(made, "node").meta["is_wrapped"] = True
         return made
 
@@ -119,8 +119,8 @@ def _tracer(proxy: Any) -> ModelTracer:
 class ModelTracer(fx.Tracer):
     """Traces one module into a graph of calls to modules and operators.
 
-    The required arguments of the root are the placeholders; optional ones keep their defaults. Buffers are read as
-    parameters are, so that a write into one becomes a node.
+    The required arguments of the root are the placeholders; optional arguments keep their defaults. Buffers are read
+    like parameters, so that a write into a buffer becomes a node.
     """
 
     proxy_buffer_attributes = True
@@ -130,8 +130,8 @@ class ModelTracer(fx.Tracer):
         """Prepare for one trace.
 
         Args:
-            keep: modules that stay calls, whatever their class.
-            training: the mode in which all modules are traced.
+            keep: modules that stay calls, independent of their class.
+            training: the mode of all modules during the trace.
         """
         super().__init__()
         self._keep = keep
@@ -144,7 +144,7 @@ class ModelTracer(fx.Tracer):
 
     @contextlib.contextmanager
     def internal(self) -> Iterator[None]:
-        """A block in which fx itself looks at values."""
+        """Context manager for code in which fx itself inspects values."""
         before, self.is_internal = self.is_internal, True
         try:
             yield
@@ -152,7 +152,7 @@ class ModelTracer(fx.Tracer):
             self.is_internal = before
 
     def refuse(self, reason: str) -> NoReturn:
-        """Raise an error, and remember it in case the forward catches it."""
+        """Raise an error, and store it in case the forward catches it."""
         self.refused.append(reason)
         raise CaptureError(reason)
 
@@ -160,7 +160,7 @@ class ModelTracer(fx.Tracer):
         """Trace a module.
 
         Raises:
-            CaptureError: the graph would not compute what the forward does.
+            CaptureError: the graph would not compute the same as the forward.
         """
         with torch.enable_grad(), patched(self.refuse), preserve_rng_state():
             self._state = GraphState()
@@ -172,23 +172,23 @@ class ModelTracer(fx.Tracer):
             raise CaptureError(self.refused[0])
         graph._tracer_cls = UnpicklingTracer
         for node in graph.nodes:
-            node.type = None  # an annotation, which may be a string, and then fx cannot pickle the graph
+            node.type = None  # the annotation may be a string, and then fx cannot pickle the graph
         return graph
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """Refuse a branch on a value."""
+        """Raise an error for a branch on a value."""
         self.refuse("it branches on a value (if, while, and, or, not, assert)")
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        """Unpack a value, if the code shows the number of items."""
+        """Unpack a value if the code shows the number of items."""
         try:
             with self.internal():
                 return super().iter(obj)
         except fx.proxy.TraceError:
-            self.refuse("it loops over a value, or unpacks one into an unknown number of items")
+            self.refuse("it loops over a value, or unpacks a value into an unknown number of items")
 
     def keys(self, obj: fx.Proxy) -> NoReturn:
-        """Refuse a value that is unpacked as keyword arguments."""
+        """Raise an error for a value that is unpacked as keyword arguments."""
         self.refuse("it unpacks a value as keyword arguments")
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -198,7 +198,7 @@ class ModelTracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """A node for a leaf module; the nodes of the forward for any other module."""
+        """Record a node for a leaf module, or the nodes of the forward for any other module."""
         path = self.path_of_module(m)
         self.innermost.append((path, m))
         is_leaf = self.is_leaf_module(m, path)
@@ -216,14 +216,14 @@ class ModelTracer(fx.Tracer):
         return "its train or eval mode is changed for this call, which a graph drops"
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """A node, if the graph can represent the current state."""
+        """Create a node, if the graph can represent the current state."""
         if reason := self._state.why_not():
             self.refuse(reason)
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
-        """An argument of a node. Subclasses of list and dict are refused: fx would turn them into lists and dicts."""
-        kind = type(a)  # not isinstance, which asks a traced value for its class
+        """Create an argument of a node. Subclasses of list and dict raise an error: fx would drop their class."""
+        kind = type(a)  # not isinstance, which reads the class of a traced value
         if issubclass(kind, fx.Proxy):
             return object.__getattribute__(a, "node") if kind is not TracedAttribute else a.node
         container = issubclass(kind, (list, dict)) and kind not in (list, dict)
@@ -235,19 +235,19 @@ class ModelTracer(fx.Tracer):
             return super().create_arg(a)
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> Any:
-        """A node, and the traced value that represents it."""
+        """Create a node and the traced value that represents it."""
         with self.internal():
             return super().create_proxy(*args, **kwargs)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
-        """One placeholder for each required argument."""
+        """Create one placeholder for each required argument."""
         parameters = list(inspect.signature(type(self.root).forward).parameters.values())[1:]
         variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         names = [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in variadic]
         if not names:
-            self.refuse("its forward has no required argument")
+            self.refuse("its forward does not have a required argument")
         proxies = {name: self.create_proxy("placeholder", name, (), {}) for name in names}
         by_place = [p.name for p in parameters if p.name in proxies and p.kind is not inspect.Parameter.KEYWORD_ONLY]
 
@@ -263,7 +263,7 @@ class ModelTracer(fx.Tracer):
 
 
 class UnpicklingTracer(fx.Tracer):
-    """Traces the code of a graph, as fx does to unpickle one; reads of buffers are nodes, and not constants."""
+    """Traces the code of a graph, as fx does to unpickle it. Reads of buffers are nodes instead of constants."""
 
     proxy_buffer_attributes = True
 
@@ -278,7 +278,7 @@ def _why_not_inlined(module: nn.Module) -> str | None:
 
 
 def _leaf_result(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-    """The result of a leaf module: an attention without weights returns its output and None."""
+    """The result of a leaf module: attention without weights returns its output and None."""
     if isinstance(module, nn.Identity):
         return args[0] if args else result
     if not isinstance(module, nn.MultiheadAttention):

@@ -1,4 +1,4 @@
-"""Placed boxes: the text of every box, its size and its position."""
+"""Place boxes: compute the text, the size and the position of every box."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hra_fx.view.tree import Item, Leaf, Scope, notes, span
 NAME, DETAIL = 12.5, 11.0  # font sizes
 STRIP = 19.0  # height of the adapter strip on top of its layer
 HEADER = 27.0  # height of an open scope's title
-#: The looks of single boxes with the detail below the name; it is beside the name in others.
+#: The looks of single boxes with the detail below the name; in other boxes, it is next to the name.
 STACKED = ("adapted_layer", "closed")
 _PAD = 14.0
 _LETTERS, _PORT = 34, 48
@@ -26,14 +26,15 @@ class Box:
 
     Attributes:
         block: the block.
-        size: its size and ports.
-        name, detail, count, strip: its texts; `strip` is the text of the adapter, `count` is `"× 6"` for six modules.
-        tip: its tooltip; empty for the page, which writes its own.
+        size: the size and ports of the box.
+        name, detail, count, strip: the texts. `strip` is the text of the adapter, and `count` is `"× 6"` for six
+            modules.
+        tip: the tooltip; empty for the page, which writes its own tooltips.
         heat: the color of the adapter strip, if a heatmap is shown.
         cells: one cell for each adapted layer, if there are several.
-        parts: boxes inside.
-        routes: edges between them.
-        body: position of the inside.
+        parts: the boxes inside.
+        routes: the edges between the boxes inside.
+        body: the position of the inside.
     """
 
     block: Block
@@ -58,7 +59,7 @@ def place(block: Block, heatmap: Heatmap, *, root: bool = False) -> Box:
     Args:
         block: the block.
         heatmap: the colors of adapted layers.
-        root: whether it is the whole picture, which has no border and no title.
+        root: whether it is the whole picture, which does not have a border or a title.
     """
     item = block.item
     name = shorten(clean(span(item)), _PORT if block.look == "port" else _LETTERS)
@@ -70,7 +71,7 @@ def place(block: Block, heatmap: Heatmap, *, root: bool = False) -> Box:
 
 
 def _tip(item: Item, heatmap: Heatmap) -> str:
-    """The tooltip: all adapted layers, and why others have no adapter."""
+    """The tooltip: all adapted layers, and why other layers have no adapter."""
     if isinstance(item, Leaf):
         lines, more = [f"{item.target}: {item.detail or item.op}", *filter(None, [item.shape])], notes(item)
     else:
@@ -128,7 +129,7 @@ def _open(box: Box, blocks: tuple[Block, ...], heatmap: Heatmap, *, root: bool) 
 
 
 def scope_rows(scope: Scope) -> list[int]:
-    """The row of every item: by the edges if the scope is traced, else in order, with modules below each other."""
+    """The row of every item. In a traced scope, edges determine it; otherwise modules are below each other in order."""
     if not scope.eager:
         return rows_of(len(scope.items), scope.edges, scope.inputs)
     rows = [0]

@@ -1,4 +1,4 @@
-"""What every picture and page is made from: the graph of a model, and what its adapters did."""
+"""The data of every picture and page: the graph of a model, and the report on its adapters."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from hra_fx.view.tree import Leaf, Scope, prefixes
 
 @dataclass(frozen=True)
 class Drawing:
-    """A model as it is drawn.
+    """The data for drawing a model.
 
     Attributes:
         name: the class of the model.
-        title: the heading, `"ResNet with HRA"`.
+        title: the heading, such as `"ResNet with HRA"`.
         facts: one line: the number of adapted layers, their ranks and parameters, and what was traced.
         picture: the leaves, and the flow of values between them; see `graph.leaves_of`.
         rows: the rows of the report; empty for a plain model.
         skipped: path of a layer without an adapter -> the reason; empty for a plain model.
-        refused: the paths of those that should have an adapter: the configuration selects them.
+        refused: paths of skipped layers that should have an adapter because the configuration selects them.
         trained_in_full: paths of the layers that are trained in full.
     """
 
@@ -57,22 +57,22 @@ class Drawing:
     trained_in_full: tuple[str, ...] = ()
 
     def tree(self) -> Scope:
-        """The leaves grouped by module, with identical neighbors as one."""
+        """The leaves grouped by module, with identical neighbors as one item."""
         return scope_tree(self.picture, self.name)
 
 
 def drawing_of(model: Any, example_inputs: Any = None) -> Drawing:
-    """Collect what is drawn of a model. The model is not changed.
+    """Collect the data for drawing a model. The model is not changed.
 
     Args:
         model: a module, transformed, plain or folded, a `torch.fx.GraphModule` or a `torch.export.ExportedProgram`. A
             wrapper of a whole model (DDP, `torch.compile`) is removed.
-        example_inputs: inputs of one call, for shapes. `torch.export` captures this call where torch.fx cannot trace
-            the whole model, or where the call gives optional arguments.
+        example_inputs: inputs of one call, for shapes. `torch.export` captures this call if torch.fx cannot trace
+            the whole model, or if the call passes optional arguments.
 
     Raises:
         VisualizeError: the model has another type, or does not take example inputs.
-        AdapterError: `torch.export` is needed for the call, and cannot capture it.
+        AdapterError: `torch.export` is needed for the call, but cannot capture it.
     """
     model = unwrap(model)
     found = report(model) if _has_adapters(model) else None
@@ -96,7 +96,7 @@ def _has_adapters(model: Any) -> bool:
 
 
 def _find_subject(model: Any, example_inputs: Any) -> Subject:
-    """Any model, plain, adapted or folded, a graph or a program as a `Subject`."""
+    """Convert any model (plain, adapted or folded), graph or program to a `Subject`."""
     if is_captured(model):
         if example_inputs is not None:
             raise VisualizeError(
@@ -125,7 +125,7 @@ def _find_subject(model: Any, example_inputs: Any) -> Subject:
 def _graphs_of(model: nn.Module) -> dict[str, fx.GraphModule]:
     """Module path -> its traced graph, for the largest parts that fx can trace."""
     if isinstance(model, fx.GraphModule):
-        tag_adapted_layers(model)  # tags the nodes of its adapted layers again
+        tag_adapted_layers(model)  # marks the nodes of its adapted layers again
         return {"": model}
     return adapted_graphs(model) if adapted_layers(model) else plain_graphs(model)
 
@@ -133,7 +133,7 @@ def _graphs_of(model: nn.Module) -> dict[str, fx.GraphModule]:
 def _mark(
     picture: nx.DiGraph[str], skipped: Mapping[str, str], refused: Collection[str], trained: Collection[str]
 ) -> None:
-    """Note at each leaf which layers without an adapter it stands for."""
+    """Record at each leaf the layers without an adapter that it represents."""
     layers = {*skipped, *trained}
     below: dict[str, list[str]] = {}  # path of a module -> the layers that it is or contains
     for path in (*skipped, *trained):
@@ -141,7 +141,7 @@ def _mark(
             below.setdefault(module, []).append(path)
     leaves: dict[str, Leaf] = dict(picture.nodes(data="leaf"))
     for key, leaf in leaves.items():
-        # A graph of operators has no boxes of modules: a layer is shown where its parameters are read.
+        # A graph of operators does not have boxes for modules, so a layer is shown where its parameters are read.
         paths = [path for own in leaf.paths for path in below.get(own, ())]
         paths += [path for path in leaf.readers if path in layers]
         here = {path: skipped[path] for path in paths if path in skipped}
@@ -162,7 +162,7 @@ def _facts(subject: Subject) -> str:
 
 
 def _traced(subject: Subject) -> str:
-    """What of the model is drawn as a graph."""
+    """Describe which part of the model is drawn as a graph."""
     if "" in subject.graphs:
         return "traced as one graph"
     modules = len(subject.graphs.keys() - subject.layers.keys())
@@ -178,11 +178,11 @@ def note_shapes(module: fx.GraphModule, call: Call) -> None:
     """Store the fake value of every node in `node.meta["val"]`.
 
     Warns:
-        HRAWarning: the graph does not run on fake tensors (wrong inputs, or an operator without a fake kernel); then
-            the graph is not changed.
+        HRAWarning: the graph does not run on fake tensors (because of wrong inputs, or an operator without a fake
+            kernel). Then the graph is not changed.
 
     Args:
-        module: the graph of the whole model by torch.fx; its placeholders are the arguments of the call.
+        module: the graph of the whole model from torch.fx; its placeholders are the arguments of the call.
         call: the example inputs.
     """
     try:
@@ -201,7 +201,7 @@ def note_shapes(module: fx.GraphModule, call: Call) -> None:
 
 
 def _copy(module: fx.GraphModule, mode: Any) -> fx.GraphModule:
-    """A copy with fake tensors, because a forward may write into its buffers."""
+    """Copy a graph with fake tensors, because a forward may write into its buffers."""
     tensors = (*module.parameters(), *module.buffers())
     memo: dict[int, Any] = {id(tensor): mode.from_tensor(tensor) for tensor in tensors}
     # A copied GraphModule shares the tensors that its graph reads, unless they are in the memo.
@@ -209,7 +209,7 @@ def _copy(module: fx.GraphModule, mode: Any) -> fx.GraphModule:
 
 
 def _inputs(module: fx.GraphModule, call: Call) -> tuple[Any, ...]:
-    """One value for each placeholder.
+    """Return one value for each placeholder.
 
     Raises:
         TypeError: the graph does not have these arguments.

@@ -1,4 +1,4 @@
-"""A drawing of one module, with a box for each value that enters or leaves it."""
+"""Create a drawing of one module, with a box for each value that enters or leaves it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _SHOWN = 3
 
 
 def focused(drawing: Drawing, focus: str | None) -> Drawing:
-    """The drawing of one module.
+    """Create the drawing of one module.
 
     Args:
         drawing: the drawing of the model.
         focus: qualified name of the module; `None` or `""` for the model. All calls of a shared module are shown.
 
     Raises:
-        VisualizeError: there is no such module, or it has no boxes.
+        VisualizeError: the module does not exist or does not have boxes.
     """
     if not focus:
         return drawing
@@ -60,7 +60,7 @@ def _is_inside(leaf: Leaf, focus: str) -> bool:
 
 
 def _cut_out(picture: nx.DiGraph[str], focus: str, inside: dict[str, Leaf]) -> nx.DiGraph[str]:
-    """The leaves inside, one box for each value from outside, and one for each value that is read outside."""
+    """The leaves inside, one box for each value from outside, and one box for each value that is read outside."""
     part: nx.DiGraph[str] = nx.DiGraph()
     graph = picture.graph
     traced = not graph["traced"].isdisjoint(["", *prefixes(focus)])
@@ -86,19 +86,19 @@ def _cut_out(picture: nx.DiGraph[str], focus: str, inside: dict[str, Leaf]) -> n
 
 
 def _address(leaf: Leaf) -> str:
-    """The path of the module of a leaf, and the operation if it is one."""
+    """The path of the module of a leaf, and the name if the leaf is an operation."""
     if leaf.paths or not leaf.place:
         return leaf.target
     return f"{leaf.place[-1]}: {leaf.name}"
 
 
 def _below(place: tuple[str, ...], focus: str) -> tuple[str, ...]:
-    """A place without the focus and the modules around it."""
+    """A place without the focus and its parents."""
     return next((place[at + 1 :] for at, call in enumerate(place) if module_of(call) == focus), ())
 
 
 def _unknown(drawing: Drawing, focus: str, leaves: Iterable[Leaf]) -> str:
-    """Why a module has no boxes, and similar names."""
+    """Return why a module does not have boxes, with similar names."""
     boxes = {path for leaf in leaves for path in leaf.paths}
     shown = boxes | {module_of(call) for leaf in leaves for call in leaf.place}
     known = drawing.picture.graph["classes"]
@@ -106,7 +106,7 @@ def _unknown(drawing: Drawing, focus: str, leaves: Iterable[Leaf]) -> str:
     if focus in known and around:
         return f"{focus!r} is inside {around[-1]!r}, which is drawn as one box. Pass {around[-1]!r}."
     if focus in known:
-        return f"{focus!r} has no boxes, because it computes nothing that is drawn. Pass another module."
+        return f"{focus!r} has no boxes, because nothing that it computes is drawn. Pass another module."
     last = focus.rpartition(".")[2]
     same_end = sorted((path for path in shown if path.rpartition(".")[2] == last), key=lambda path: path.count("."))
     near = difflib.get_close_matches(focus, sorted(shown), _SHOWN) or same_end[:_SHOWN]

@@ -1,8 +1,8 @@
-"""From traced graphs to one networkx graph of leaves (boxes).
+"""Convert traced graphs to one networkx graph of leaves (boxes).
 
-Nodes are strings in drawing order, each with the attribute `leaf`. Edges are the flow of values inside a traced graph.
-The nodes of an adapted layer (its adapter, and the layer or its weight) become one leaf. Parameters belong to the leaf
-that reads them. Nodes that only compute shapes or pass a value on have no leaf. Modules outside of all traced graphs
+Nodes are strings in drawing order, each with the attribute `leaf`. Edges are the flow of values in a traced graph. The
+nodes of an adapted layer (its adapter, and the layer or its weight) become one leaf. Parameters belong to the leaf that
+reads them. Nodes that only compute shapes or pass on a value do not have a leaf. Modules outside of all traced graphs
 are leaves without edges.
 """
 
@@ -23,11 +23,11 @@ from hra_fx.view.values import Value, constant_masks, function_name, pass_throug
 
 
 def leaves_of(subject: Subject) -> nx.DiGraph[str]:
-    """The leaves of the whole model.
+    """Create the leaves of the whole model.
 
     Returns:
         An acyclic DiGraph. `graph["traced"]` has the paths of the traced modules, `graph["classes"]` the class names by
-        module path, `graph["details"]` class and shape of the modules without children. The marks of its leaves are
+        module path, and `graph["details"]` the class and shape of modules without children. The marks of the leaves are
         the adapted layers of the model, each exactly once.
     """
     builder = _Builder(subject)
@@ -62,7 +62,7 @@ class _Builder:
         self.model = self.subject.model
         self.graphs = self.subject.graphs
         self.visited: dict[int, str] = {}
-        for path in self.subject.layers:  # they count their own parameters, even if another node reads the weight first
+        for path in self.subject.layers:  # layers count their own parameters, even if another node reads the weight
             self._once(own_parameters(self.model.get_submodule(path)))
         self.busy = {""} | {prefix for path in (*self.graphs, *self.subject.layers) for prefix in prefixes(path)}
         details = {path: describe_module(part) for path, part in self.model.named_modules() if not _has_parts(part)}
@@ -71,7 +71,7 @@ class _Builder:
         self.picture.graph["details"] = details
 
     def draw(self) -> None:
-        """Add everything."""
+        """Add all leaves."""
         self.walk(self.model, "")
         for path in self.subject.layers:
             self.add_missing(path)
@@ -91,7 +91,7 @@ class _Builder:
         elif id(module) in self.visited:
             self._add_eager(path, f"same module as {self.visited[id(module)]}")
         elif path not in self.busy:
-            if any(True for _ in module.parameters()):  # dropout and the like are not worth a box
+            if any(True for _ in module.parameters()):  # modules such as dropout do not get a box
                 self._add_eager(path, type(module).__name__)
         else:
             self.visited[id(module)] = path
@@ -99,7 +99,7 @@ class _Builder:
                 self.walk(child, _join(path, name))
 
     def add_missing(self, path: str) -> None:
-        """Add an adapted layer that no traced graph shows, where it is defined."""
+        """Add an adapted layer that is not in a traced graph, at the place where it is defined."""
         if path not in self.drawn:
             self._add(f"layer:{path}", self._adapted_leaf(path, "eager", tuple(prefixes(_parent(path)))))
 
@@ -134,7 +134,7 @@ class _Builder:
         )
 
     def _reader_leaf(self, note: NodeTag, node: fx.Node, root: str, place: tuple[str, ...]) -> Leaf:
-        """The leaf of a node that reads rotated weights, with the marks of all their layers."""
+        """Create the leaf of a node that reads rotated weights, with the marks of all their layers."""
         leaf = joined([self._adapted_leaf(path, node.op, place) for path in (note.path, *note.also)])
         if node.op != "call_module":
             return leaf
@@ -175,7 +175,7 @@ class _Builder:
         stack = _stack(node, root)
         note = tag_of(node)
         if note is not None and note.role != "reader":
-            # An attention has more operators than those that read its weight.
+            # Attention has more operators than those that read its weight.
             inside = note.kind == "attention" and node.op == "call_function"
             owner = note.path if inside else _parent(note.path)
         elif node.op == "call_module":
@@ -211,14 +211,14 @@ class _Builder:
         return Leaf(name, detail, "op", node.op, name, place)
 
     def _once(self, parameters: Iterable[Tensor]) -> int:
-        """The number of elements of parameters that no earlier leaf counts."""
+        """The number of elements of parameters that no previous leaf counts."""
         fresh = {id(parameter): parameter.numel() for parameter in parameters if id(parameter) not in self.counted}
         self.counted |= fresh.keys()
         return sum(fresh.values())
 
 
 def _readers(root: str, weights: tuple[str, ...], place: tuple[str, ...]) -> tuple[str, ...]:
-    """The modules whose parameters an operation reads, and the one around it: a tied parameter has only one name."""
+    """The modules whose parameters an operation reads, and its own module, because a tied parameter has one name."""
     around = [module_of(call) for call in place[-1:] if weights]
     return tuple(dict.fromkeys([*(_join(root, _parent(name)) for name in weights), *around]))
 

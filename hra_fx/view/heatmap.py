@@ -1,4 +1,4 @@
-"""The heatmap of a picture: a value and a color for each adapted layer, on one scale, and how boxes show them."""
+"""The heatmap of a picture: a value and a color for each adapted layer on a common scale, and their form in boxes."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Cells:
     """A grid of colored cells, one for each adapted layer in a box, row by row.
 
     Attributes:
-        colors: their fills.
-        tips: their tooltips.
-        columns: cells per row.
+        colors: the fill colors of the cells.
+        tips: the tooltips of the cells.
+        columns: the number of cells per row.
     """
 
     colors: tuple[str, ...] = ()
@@ -34,7 +34,7 @@ class Cells:
 
     @property
     def height(self) -> float:
-        """Height of the rows and of the space above them."""
+        """The height of the rows and of the space above them."""
         return ceil(len(self.colors) / self.columns) * CELL + 5 if self.colors else 0.0
 
 
@@ -43,11 +43,11 @@ NO_CELLS = Cells()
 
 @dataclass(frozen=True)
 class Heatmap:
-    """The values of a picture; a heatmap without values is not shown.
+    """The values of a picture. A heatmap without values is not shown.
 
     Attributes:
-        name: which measure, a key of `HEATS`.
-        values: one for each adapted layer, in the unit of the legend.
+        name: name of the measure, a key of `HEATS`.
+        values: one value for each adapted layer, in the unit of the legend.
         ends: the ends of the legend.
         palette: the colors from one end to the other.
     """
@@ -56,16 +56,16 @@ class Heatmap:
     values: Mapping[str, float] = field(default_factory=dict)
     ends: tuple[float, float] = (0.0, 1.0)
     palette: Sequence[str] = PALETTE
-    #: Whether the page writes values and tips, and `strip` only says how much space a value needs.
+    #: Whether the page writes values and tips, so that `strip` only reserves the space for a value.
     is_live: ClassVar[bool] = False
 
     def mean(self, paths: Iterable[str]) -> float:
-        """The mean of some layers; NaN if there are none, or if one is unknown."""
+        """The mean of some layers; NaN if there are none, or if a value is unknown."""
         values = [self.values.get(path, math.nan) for path in paths]
         return sum(values) / len(values) if values else math.nan
 
     def text(self, value: float) -> str:
-        """A value with its unit."""
+        """Format a value with its unit."""
         return HEATS[self.name].text(value)
 
     def color(self, value: float) -> str:
@@ -73,11 +73,11 @@ class Heatmap:
         return color(value, self.ends, self.palette)
 
     def line(self, path: str) -> str:
-        """A line of a tooltip: an adapted layer with its value."""
+        """Format a line of a tooltip: an adapted layer with its value."""
         return f"{path} · {self.text(self.mean([path]))}" if self.values else path
 
     def strip(self, item: Item) -> tuple[str, str]:
-        """Text and color of the mean value in a box; empty without a heatmap or an adapted layer."""
+        """The text and the color of the mean value in a box; empty without a heatmap or an adapted layer."""
         if not self.values or not item.marks:
             return "", ""
         mean = self.mean(item.marks)
@@ -85,10 +85,10 @@ class Heatmap:
         return (f"mean {words}" if len(item.marks) > 1 else words), self.color(mean)
 
     def cells(self, item: Item, width: float) -> Cells:
-        """One cell for each adapted layer in a box. If the box stands for several modules, each has a column.
+        """Create one cell for each adapted layer in a box. If the box represents several modules, each has a column.
 
         Args:
-            item: what the box stands for.
+            item: the item that the box represents.
             width: width of the grid.
         """
         if not self.values or not item.marks:
@@ -100,12 +100,12 @@ class Heatmap:
 
 
 def heatmap_of(drawing: Drawing, name: str | None, theme: Theme = "light") -> Heatmap:
-    """The heatmap of a picture.
+    """Create the heatmap of a picture.
 
     Args:
         drawing: the drawing of a model.
-        name: the measure. `None` for `default_heat`, without values if no layer is rotated.
-        theme: which palette is used.
+        name: the measure; `None` for `default_heat`, without values if no layer is rotated.
+        theme: the theme of the palette.
 
     Raises:
         VisualizeError: the model has no adapters.
@@ -116,7 +116,7 @@ def heatmap_of(drawing: Drawing, name: str | None, theme: Theme = "light") -> He
     if not drawing.rows:
         raise VisualizeError(
             f"`heat` must be None for {drawing.title}, which has no adapters, got {name!r}. "
-            "Draw a model that went through hra_fx.transform."
+            "Draw a model that hra_fx.transform returned."
         )
     values = heat_of(drawing.rows, name)
     return Heatmap(name, values, scale(values.values()), DARK_PALETTE if theme == "dark" else PALETTE)

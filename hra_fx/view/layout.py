@@ -1,7 +1,7 @@
-"""Layout of one scope: boxes in rows from top to bottom. `html/script/layout.js` has the same for the page.
+"""Layout of one scope: boxes in rows from top to bottom.
 
-An edge to the next row is a curve between the rows. A longer edge goes around the rows between, on their right, so that
-no edge crosses a box; long edges of one source share their way.
+An edge to the next row is a curve between the rows. A longer edge passes the rows between on their right side, so that
+no edge crosses a box. Long edges from the same source share their path.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PER_ROW = 5
 
 @dataclass(frozen=True)
 class Size:
-    """A box to place: width, height, and where edges enter (top) and leave (bottom), relative to its middle."""
+    """A box to place: width, height, and where edges enter (top) and leave (bottom), relative to its center."""
 
     width: float
     height: float
@@ -30,9 +30,9 @@ class Route:
     """An edge: vertical segments `(x, from y, to y)`, joined by curves in the gaps between rows.
 
     Attributes:
-        source: the box it leaves, `None` for the scope's upper border.
-        target: the box it enters, `None` for the lower border.
-        pieces: from top to bottom.
+        source: the box that it leaves; `None` for the scope's upper border.
+        target: the box that it enters; `None` for the lower border.
+        pieces: the segments from top to bottom.
     """
 
     source: int | None
@@ -42,7 +42,7 @@ class Route:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """The layout of a scope: its size, the upper left corners of its boxes, its edges, and x of its ports."""
+    """The layout of a scope: its size, the upper left corners of its boxes, its edges, and the x of its ports."""
 
     width: float
     height: float
@@ -53,10 +53,12 @@ class Arrangement:
 
 
 def rows_of(count: int, edges: Sequence[tuple[int, int]], inputs: Sequence[int] = ()) -> list[int]:
-    """The row of every box: below its sources, not too full; boxes without sources are just above their readers.
+    """The row of every box: below its sources, with a limited width.
+
+    A box without sources is right above its readers.
 
     Args:
-        count: number of boxes, which are in a topological order.
+        count: number of boxes, which are in topological order.
         edges: `(i, j)`, i < j.
         inputs: boxes that get an edge from the upper border.
     """
@@ -89,18 +91,18 @@ def layered(
     """Place boxes so that every edge points down.
 
     Args:
-        sizes: the boxes, in a topological order.
+        sizes: the boxes, in topological order.
         edges: `(i, j)`, i < j.
         inputs: boxes that get an edge from the upper border.
         outputs: boxes that get an edge to the lower border.
-        rows: the row of every box, if not those of `rows_of`.
+        rows: the row of every box; by default, from `rows_of`.
     """
     rows = rows_of(len(sizes), edges, inputs) if rows is None else rows
     return _Layout(sizes, edges, inputs, outputs, rows).arrangement()
 
 
 class _Layout:
-    """The positions of all boxes. The borders are boxes without a size in rows of their own, the first and the last."""
+    """The positions of all boxes. The borders are boxes of size 0, which are alone in the first and the last row."""
 
     def __init__(
         self,
@@ -136,7 +138,7 @@ class _Layout:
         self.lanes = self._lanes()
 
     def _place(self, boxes: list[int]) -> None:
-        """Place a row: each box below its sources in the row above, with gaps between, and not more to one side."""
+        """Place a row: each box below its sources in the row above, with gaps between boxes, and balanced sides."""
         wanted = {}
         for box in boxes:
             above = [source for source in self.sources[box] if self.row[source] == self.row[box] - 1]
@@ -156,7 +158,7 @@ class _Layout:
         return self.x[box] + self.sizes[box].width / 2
 
     def _lanes(self) -> dict[int, float]:
-        """Source -> x of its long edges, beside the rows that they pass; short ones are nearer to the boxes."""
+        """Source -> x of its long edges, next to the rows that they pass. Shorter edges are closer to the boxes."""
         spans: dict[int, range] = {}
         for source, target in self.links:
             rows = range(self.row[source] + 1, self.row[target])
@@ -171,7 +173,7 @@ class _Layout:
         return lanes
 
     def _top(self, box: int) -> float:
-        """The upper edge of a box, which is in the middle of its row."""
+        """The upper edge of a box, which is vertically centered in its row."""
         row = self.row[box]
         return (self.tops[row] + self.bottoms[row] - self.sizes[box].height) / 2
 
@@ -196,7 +198,7 @@ class _Layout:
         return Route(source if source < count else None, target if target < count else None, shifted)
 
     def _ends(self) -> dict[tuple[int, int], float]:
-        """x at which each edge enters: the straightest one at the entry, the others on the side they come from."""
+        """The x at which each edge enters: the straightest edge at the entry, others on the side they come from."""
         ends: dict[tuple[int, int], float] = {}
         for target, sources in enumerate(self.sources):
             entry = self.x[target] + self.sizes[target].enter

@@ -1,7 +1,7 @@
 """Mermaid text (https://mermaid.js.org/syntax/flowchart.html), which GitHub draws in a README.
 
 Identical blocks are drawn once, as in the SVG picture. Comments list the adapted layers of each box, because GitHub
-shows no tooltips.
+does not show tooltips.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from hra_fx.view.svg import FRAMES, LOOKS
 from hra_fx.view.theme import clean, light, shorten
 from hra_fx.view.tree import Item, Leaf, Scope, span
 
-#: The limits of Mermaid on GitHub.
+#: Mermaid's limits on GitHub.
 EDGES, CHARACTERS = 500, 50_000
 _LETTERS = 48
-#: All other characters are written as numbers: quotes, brackets, and what Mermaid could read as a directive or entity.
+#: Other characters are written as numbers: quotes, brackets, and anything that could be a directive or an entity.
 _PLAIN = re.compile(r"[A-Za-z0-9 ._/,()=+-]")
 
 
 def render(drawing: Drawing, options: Options) -> str:
-    """The Mermaid text of a model, or of a part of it.
+    """Render the Mermaid text of a model, or of a part of it.
 
     Raises:
-        VisualizeError: the options do not fit the model, or Mermaid's limits are exceeded; the message names the depth
-            that would fit.
+        VisualizeError: the options do not fit the model, or Mermaid's limits are exceeded; the message names a depth
+            that fits.
     """
     heatmap, tree, focus = heatmap_of(drawing, options.heat), drawing.tree(), options.focus or ""
     text, edges = _text(drawing, opened(tree, options.depth, focus), heatmap)
@@ -53,7 +53,7 @@ def _fits(text: str, edges: int) -> bool:
 
 
 def escape(text: str) -> str:
-    """A text as it is written in a quoted label or a comment.
+    """Escape a text for a quoted label or a comment.
 
     >>> escape('a"b <i>'), escape("%%{init}"), escape("日本")
     ('a#34;b #60;i#62;', '#37;#37;#123;init#125;', '日本')
@@ -62,7 +62,7 @@ def escape(text: str) -> str:
 
 
 def _text(drawing: Drawing, block: Block, heatmap: Heatmap) -> tuple[str, int]:
-    """The text of a block, and its number of edges."""
+    """Render the text of a block, and count its edges."""
     flow = _Flowchart(heatmap)
     flow.inside(block)
     head = ["flowchart TD", f"  %% {escape(drawing.title)}", f"  %% {escape(drawing.facts)}"]
@@ -79,7 +79,7 @@ class _Flowchart:
     count: int = 0
 
     def inside(self, block: Block, indent: str = "  ") -> tuple[list[str], list[str]]:
-        """Add the parts of a block; returns the nodes at which edges enter and leave it."""
+        """Add the parts of a block. Returns the nodes at which edges enter and leave it."""
         ends = [self._part(part, indent) for part in block.parts or ()]
         if not isinstance(block.item, Scope):
             return [], []
@@ -109,7 +109,7 @@ class _Flowchart:
             self.fills[name] = fill
         label = "<br/>".join([_label(item), *map(escape, extra)])
         self.lines.append(f'{indent}{name}{opening}"{label}"{closing}')
-        if item.marks:  # one line for all layers of a box, because comments count towards the limits too
+        if item.marks:  # one line for all layers of a box, because comments also count towards the limits
             self.lines.append(
                 f"{indent}%% {name}: {' '.join(escape(path).replace(' ', '#32;') for path in item.marks)}"
             )
@@ -142,7 +142,7 @@ def _label(item: Item) -> str:
 
 
 def _facts(item: Item, value: str) -> list[str]:
-    """A line about adapters."""
+    """Create a line about adapters."""
     if not item.marks:
         return []
     words = f"{len(item.marks)} adapted" if isinstance(item, Scope) else f"r {item.rank} · d {item.width}"

@@ -1,4 +1,4 @@
-"""The graph of a model for other programs, every box by itself: `to_networkx`, GraphML and DOT.
+"""The graph of a model for other programs, with one node for every box: `to_networkx`, GraphML and DOT.
 
 The formats are http://graphml.graphdrawing.org and https://graphviz.org/doc/info/lang.html.
 """
@@ -27,7 +27,9 @@ _LIMITS = "nslimit=1, nslimit1=1, mclimit=0.5"
 
 
 def to_networkx(model: Any, example_inputs: Any = None) -> nx.DiGraph[str]:
-    """The graph of a model: one node for each layer and operation, which includes its parameters and adapters.
+    """Convert a model to a networkx graph with one node for each layer and operation.
+
+    A node includes the parameters and adapters of its layer.
 
     Every adapted layer is in exactly one node. Attributes are strings and numbers. All nodes have:
 
@@ -37,22 +39,22 @@ def to_networkx(model: Any, example_inputs: Any = None) -> nx.DiGraph[str]:
     * `shape` and `dtype` of its value, `""` if unknown (pass `example_inputs`);
     * `parameters`: number of its parameters; a shared parameter counts at the first node that reads it.
 
-    Adapted layers also have `adapted_layers` (their paths, one per line), `adapters`, `d` and `r`, and `rotation`,
-    `mean_angle` and `angle` of the report if these can be computed (the largest value of the active adapters, or of all
-    if none is active). In an adapted model, nodes of layers without an adapter have `skipped`, the reason; nodes of
-    layers that are trained in full have `trained_in_full`, their paths.
+    Adapted layers also have `adapted_layers` (their paths, one per line), `adapters`, `d` and `r`. If they can be
+    computed, they also have `rotation`, `mean_angle` and `angle` from the report (the largest value of the active
+    adapters, or of all adapters if none is active). In an adapted model, nodes of layers without an adapter have
+    `skipped` (the reason), and nodes of layers that are trained in full have `trained_in_full` (their paths).
 
     Args:
         model: a module, transformed, plain or folded, a `torch.fx.GraphModule` or a `torch.export.ExportedProgram`.
-        example_inputs: inputs of one call, for shapes. `torch.export` captures this call where torch.fx cannot trace
-            the whole model, or where the call gives optional arguments.
+        example_inputs: inputs of one call, for shapes. `torch.export` captures this call if torch.fx cannot trace
+            the whole model, or if the call passes optional arguments.
 
     Returns:
         An acyclic DiGraph. Edges are the flow of values. The graph has the attributes `title` and `facts`.
 
     Raises:
         VisualizeError: the model has another type, or does not take example inputs.
-        AdapterError: `torch.export` is needed for the call, and cannot capture it.
+        AdapterError: `torch.export` is needed for the call, but cannot capture it.
 
     Example:
         >>> from torch import nn
@@ -65,7 +67,7 @@ def to_networkx(model: Any, example_inputs: Any = None) -> nx.DiGraph[str]:
 
 
 def network(drawing: Drawing) -> nx.DiGraph[str]:
-    """The graph of a drawing with plain attributes; see `to_networkx`."""
+    """Convert a drawing to a graph with plain attributes; see `to_networkx`."""
     rows: dict[str, list[Row]] = {}
     for row in drawing.rows:
         rows.setdefault(row.path, []).append(row)
@@ -110,7 +112,7 @@ def _measured(leaf: Leaf, every: list[Row]) -> dict[str, str | int | float]:
 
 
 def render_graphml(drawing: Drawing, options: Options) -> bytes:
-    """The GraphML of a model, or of a part of it.
+    """Render the GraphML of a model, or of a part of it.
 
     Raises:
         VisualizeError: the options do not fit the model.
@@ -121,9 +123,9 @@ def render_graphml(drawing: Drawing, options: Options) -> bytes:
 
 
 def plain(drawing: Drawing, options: Options) -> nx.DiGraph[str]:
-    """The graph of `to_networkx` as GraphML can represent it, so that reading the file gives an equal graph.
+    """The graph of `to_networkx` in a form that GraphML can represent, so that reading the file gives an equal graph.
 
-    Characters that XML cannot hold become U+FFFD, and in the names of nodes escapes. Attributes that are empty or NaN
+    Characters that XML does not allow become U+FFFD; in the names of nodes, they are escaped. Empty and NaN attributes
     are left out. The values of `options.heat` are in the attribute `heat_<name>`.
     """
     part = collapsed(drawing, options.depth)
@@ -143,7 +145,7 @@ def plain(drawing: Drawing, options: Options) -> nx.DiGraph[str]:
 
 
 def render_dot(drawing: Drawing, options: Options) -> str:
-    """The DOT text of a model, or of a part of it, with modules as clusters.
+    """Render the DOT text of a model, or of a part of it, with modules as clusters.
 
     Raises:
         VisualizeError: the options do not fit the model.
@@ -158,13 +160,13 @@ def render_dot(drawing: Drawing, options: Options) -> str:
         fill = fill or light("violet-pale" if leaf.marks else "card")
         words = dict.fromkeys((leaf.name, leaf.detail, f"r {leaf.rank}" * bool(leaf.rank), value))
         label = quoted(*filter(None, words))
-        # A later call of a shared layer has no marks, and is not named again.
+        # A later call of a shared layer does not have marks, and is not named again.
         otherwise = leaf.op if leaf.kind == "adapted_layer" else leaf.target
         tip = quoted(*([*map(heat.line, leaf.marks), *notes(leaf)] or [otherwise]))
         return f'label={label}, tooltip={tip}, fillcolor="{fill}", fontcolor="{ink_on(fill)}"'
 
     def inside(leaves: Sequence[tuple[str, Leaf]], depth: int = 0) -> Iterator[str]:
-        """The boxes of one call of a module, and a cluster for each call inside it."""
+        """Render the boxes of one call of a module, and a cluster for each call inside it."""
         inner: dict[str, list[tuple[str, Leaf]]] = {}
         for name, leaf in leaves:
             if len(leaf.place) > depth:
@@ -173,7 +175,7 @@ def render_dot(drawing: Drawing, options: Options) -> str:
                 yield f"{name} [{attributes(leaf)}]"
         for call, members in inner.items():
             title = " · ".join(filter(None, (name_of(call), picture.graph["classes"].get(module_of(call), ""))))
-            # Graphviz joins clusters of one name, so each is named after its first box, which is unique at its depth.
+            # Graphviz joins clusters with the same name, so each is named after its first box, which is unique.
             yield f"subgraph cluster_{depth}_{members[0][0]} {{ label={quoted(title)}"
             yield from inside(members, depth + 1)
             yield "}"
@@ -184,7 +186,7 @@ def render_dot(drawing: Drawing, options: Options) -> str:
 
 
 def quoted(*lines: str) -> str:
-    r"""Lines as one quoted string, with quotes, backslashes and entities escaped.
+    r"""Join lines in one quoted string, with quotes, backslashes and entities escaped.
 
     >>> print(quoted('a"b', "\\N &lt;"))
     "a\"b\n\\N &amp;lt;"
@@ -194,9 +196,9 @@ def quoted(*lines: str) -> str:
 
 
 def collapsed(drawing: Drawing, depth: int | None) -> Drawing:
-    """A drawing with `depth` levels of modules open, `None` for all; each module below becomes one box.
+    """A drawing with `depth` levels of modules open (`None` for all). Each module below becomes one box.
 
-    Modules whose calls are interleaved depend on each other then, so the result may have cycles.
+    Modules with interleaved calls then depend on each other, so the result may have cycles.
     """
     if depth is None:
         return drawing
@@ -215,7 +217,7 @@ def collapsed(drawing: Drawing, depth: int | None) -> Drawing:
 
 
 def _module(leaves: list[Leaf], depth: int, classes: dict[str, str]) -> Leaf:
-    """One leaf for all leaves of a module."""
+    """Create one leaf for all leaves of a module."""
     call, inner = leaves[0].place[depth], joined(leaves)
     path = module_of(call)
     return replace(

@@ -1,4 +1,4 @@
-"""The options of a picture, and which modules are open: a number of levels, or as many as stay readable."""
+"""The options of a picture, and which modules are open: a number of levels, or as many as are readable."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hra_fx.reporting.heat import heat_named
 from hra_fx.view.theme import THEMES, Theme
 from hra_fx.view.tree import Item, Leaf, Scope, signature
 
-#: Number of boxes up to which modules are opened if no depth is given.
+#: If no depth is set, modules are opened up to this number of boxes.
 BUDGET = 60
 #: Modules with at most this many items are opened each time they occur.
 _SMALL = 3
@@ -22,12 +22,12 @@ class Options:
     """The options of a picture.
 
     Attributes:
-        depth: number of module levels that are open: with 0 the children of the model are closed, with 1 they show
-            their children. `None` leaves it to the format.
-        focus: qualified name of the module that is drawn, `None` for the model.
+        depth: number of open module levels: with 0, the children of the model are closed; with 1, they show their
+            children. `None` uses the default of the format.
+        focus: qualified name of the module to draw; `None` for the model.
         heat: the measure that colors adapted layers, a key of `reporting.heat.HEATS`; `None` for the change of the
             weight.
-        theme: `"light"` or `"dark"`; `None` leaves it to the format.
+        theme: `"light"` or `"dark"`; `None` uses the default of the format.
 
     Raises:
         VisualizeError: an option has the wrong type or value.
@@ -59,11 +59,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Block:
-    """A box of a picture: a leaf, a closed scope, or an open one with its parts.
+    """A box of a picture: a leaf, a closed scope, or an open scope with its parts.
 
     Attributes:
-        item: what it stands for.
-        parts: the blocks inside an open scope, `None` for a single box.
+        item: the item that it represents.
+        parts: the blocks inside an open scope; `None` for a single box.
     """
 
     item: Item
@@ -71,7 +71,7 @@ class Block:
 
     @property
     def look(self) -> str:
-        """How it is drawn."""
+        """The look of the box."""
         if isinstance(self.item, Scope):
             return "closed" if self.parts is None else "untraced" if self.item.eager else "traced"
         if self.item.kind in ("input", "output"):
@@ -87,12 +87,13 @@ def opened(root: Scope, depth: int | None, focus: str = "") -> Block:
 
 
 def open_scopes(root: Scope, depth: int | None, focus: str = "") -> set[int]:
-    """The ids of the scopes that are open at first.
+    """The ids of the scopes that are open first.
 
     Args:
         root: the tree of a model, or of a module in it.
-        depth: number of levels that are open, 0 for closed children. `None` opens outer modules first, the first one of
-            those that differ only in size, and only modules with adapted layers if there are any, up to `BUDGET` boxes.
+        depth: number of open levels, 0 for closed children. `None` opens up to `BUDGET` boxes: outer modules first,
+            only the first of several modules that differ only in size, and only modules with adapted layers if there
+            are any.
         focus: path of the module.
     """
     if depth is None:

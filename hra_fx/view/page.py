@@ -1,7 +1,7 @@
-"""The SVG picture: title, legend, and the boxes of the model; and the same as PNG.
+"""The SVG picture with title, legend, and the boxes of the model, and its conversion to PNG.
 
 resvg (https://github.com/linebender/resvg) renders the PNG without a browser. It silently leaves out text if there is
-no font. Systems without fonts use DejaVu Sans from matplotlib, and without any font an error is raised.
+no font. Systems without fonts use DejaVu Sans from matplotlib. Without any font, an error is raised.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _GAP = 18.0
 _STEPS, _STEP = 45, 4.0  # rectangles of the color bar, and their width
 
 
-#: Words of a look, and the dashes of its line.
+#: The description of a look, and the dashes of its line.
 _LOOKS = {
     "adapted_layer": ("adapted layer", ""),
     "trained": ("trained in full", ""),
@@ -51,7 +51,7 @@ _LETTER = '<svg xmlns="http://www.w3.org/2000/svg" width="20" height="20"><text 
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry: its width, and a function that draws it at a position."""
+    """An entry of the legend: its width, and a function that draws it at a position."""
 
     width: float
     draw: Callable[[Element, float, float], None]
@@ -64,7 +64,7 @@ def entries(looks: set[str], heatmap: Heatmap, skipped: int, refused: int) -> li
         looks: the looks of all boxes.
         heatmap: the colors of adapted layers.
         skipped: number of layers without an adapter.
-        refused: number of those that should have one.
+        refused: number of these layers that should have an adapter.
     """
     found: list[Entry] = []
     if heatmap.values:
@@ -73,7 +73,7 @@ def entries(looks: set[str], heatmap: Heatmap, skipped: int, refused: int) -> li
             found.append(_swatch("unknown", UNKNOWN, "edge"))
     elif "adapted_layer" in looks:
         found.append(_swatch("adapter: r vectors of length d", "violet-pale", "violet-line"))
-        looks = looks - {"adapted_layer"}  # one entry for the color of its box is enough
+        looks = looks - {"adapted_layer"}  # one entry for the color of the box is sufficient
     if skipped > refused:
         found.append(_skipped(f"{_layers(skipped - refused)} not targeted", refused=False))
     if refused:
@@ -85,7 +85,7 @@ def entries(looks: set[str], heatmap: Heatmap, skipped: int, refused: int) -> li
 
 
 def placed(legend: Collection[Entry], wide: float) -> list[tuple[Entry, float, int]]:
-    """Each entry with its x position and its line.
+    """Assign an x position and a line to each entry.
 
     Args:
         legend: the entries.
@@ -124,7 +124,7 @@ def _skipped(words: str, *, refused: bool) -> Entry:
 
 
 def _color_bar(heatmap: Heatmap) -> Entry:
-    """The color scale, with the values at its ends."""
+    """Create the color scale with the values at its ends."""
     unit, (bottom, top) = HEATS[heatmap.name].unit, heatmap.ends
     words, low, high = f"{HEATS[heatmap.name].words}:", f"{bottom:g}{unit}", f"{top:g}{unit}"
     bar = width(words, 12) + 6 + width(low, 12) + 6
@@ -142,7 +142,7 @@ def _color_bar(heatmap: Heatmap) -> Entry:
 
 
 def render_svg(drawing: Drawing, options: Options) -> str:
-    """An SVG file that shows a model, or a part of it.
+    """Render an SVG file of a model, or of a part of it.
 
     Raises:
         VisualizeError: the options do not fit the model.
@@ -153,11 +153,11 @@ def render_svg(drawing: Drawing, options: Options) -> str:
 
 
 def page(block: Block, drawing: Drawing, heatmap: Heatmap, theme: Theme = "light") -> str:
-    """An SVG file, with the same bytes for the same blocks.
+    """Render an SVG file, with the same bytes for the same blocks.
 
     Args:
-        block: what is drawn.
-        drawing: what the block is of, for the words above it.
+        block: the block to draw.
+        drawing: the drawing that the block belongs to, for the title and the facts.
         heatmap: the colors of adapted layers.
         theme: the colors of everything else.
     """
@@ -178,7 +178,7 @@ def page(block: Block, drawing: Drawing, heatmap: Heatmap, theme: Theme = "light
 
 
 def _canvas(wide: int, high: int, title: str, facts: str) -> Element:
-    """An SVG element with a background, the title and the facts."""
+    """Create an SVG element with a background, the title and the facts."""
     size = {"viewBox": f"0 0 {wide} {high}", "width": str(wide), "height": str(high)}
     root = Element("svg", {"xmlns": "http://www.w3.org/2000/svg", **size, "font-family": FONT})
     SubElement(root, "title").text = title
@@ -197,7 +197,7 @@ def _looks(block: Block) -> set[str]:
 
 
 def render_png(drawing: Drawing, options: Options) -> bytes:
-    """A PNG file with two pixels per unit of the SVG picture, or one if two would be too many.
+    """Render a PNG file with two pixels per unit of the SVG picture, or one if it would be too large.
 
     Raises:
         VisualizeError: the options do not fit the model, the picture is too large, or no font is installed.
@@ -214,13 +214,13 @@ def render_png(drawing: Drawing, options: Options) -> bytes:
 
 
 def rasterize(svg: str, *, scale: int = SCALE, system_fonts: bool = True, files: Sequence[Path] | None = None) -> bytes:
-    """An SVG text as PNG.
+    """Convert an SVG text to PNG.
 
     Args:
         svg: the text.
         scale: pixels per unit.
         system_fonts: whether to use the fonts of the system.
-        files: more font files; `None` for those of matplotlib, if it is installed.
+        files: additional font files; `None` for matplotlib's fonts, if it is installed.
 
     Raises:
         VisualizeError: no font is installed.
@@ -243,7 +243,7 @@ def rasterize(svg: str, *, scale: int = SCALE, system_fonts: bool = True, files:
 
 
 def matplotlib_fonts() -> list[Path]:
-    """The font files in matplotlib, which is not imported for that."""
+    """The font files in matplotlib, without importing it."""
     found = find_spec("matplotlib")
     if found is None or not found.submodule_search_locations:
         return []

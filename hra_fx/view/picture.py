@@ -1,4 +1,4 @@
-"""`visualize`: writes a picture of a model to a file, in the format of the file ending."""
+"""`visualize`: write a picture of a model to a file. The file extension selects the format."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hra_fx.view.theme import Theme
 
 
 class Format(NamedTuple):
-    """A format: what it is, the function that renders a drawing, and whether it can be dark."""
+    """A file format: its description, the function that renders a drawing, and whether it supports themes."""
 
     words: str
     render: Callable[[Drawing, Options], str | bytes]
@@ -45,7 +45,7 @@ def picture_file(path: str | os.PathLike[str]) -> Path:
         path: the path from the user.
 
     Raises:
-        VisualizeError: as `output_file`, or the format's package is not installed; the message lists the other formats.
+        VisualizeError: see `output_file`; or the format's package is not installed (the message lists other formats).
     """
     has_png = find_spec("resvg_py") is not None
     working = ", ".join(f"{end} ({form.words})" for end, form in FORMATS.items() if has_png or end != ".png")
@@ -59,12 +59,12 @@ def picture_file(path: str | os.PathLike[str]) -> Path:
 
 
 def rendered(file: Path, drawing: Drawing, options: Options) -> bytes:
-    """The content of a file which `picture_file` has checked.
+    """Render the content of a file. `picture_file` must have checked its path.
 
     Args:
         file: the path of the picture.
         drawing: the drawing of the whole model.
-        options: what of it is drawn.
+        options: the options of the picture.
 
     Raises:
         VisualizeError: the options do not fit the model.
@@ -91,31 +91,31 @@ def visualize(
 ) -> Path:
     """Write a picture of a model: its adapted layers, how far each is rotated, and which layers were skipped.
 
-    The file ending selects the format. `.svg`, `.png` and `.mmd` (Mermaid) draw identical blocks once. `.html` is an
-    interactive page. `.dot` and `.graphml` contain every box. Every adapted layer is in each of them exactly once.
+    The file extension selects the format. `.svg`, `.png` and `.mmd` (Mermaid) draw identical blocks once. `.html` is an
+    interactive page. `.dot` and `.graphml` contain every box. Every format shows each adapted layer exactly once.
 
     Args:
         model: a module, transformed, plain or folded, a `torch.fx.GraphModule` or a `torch.export.ExportedProgram`.
         path: the file; its folder must exist.
-        example_inputs: inputs of one call, for shapes. `torch.export` captures this call where torch.fx cannot trace
-            the whole model, or where the call gives optional arguments. Without them, modules that torch.fx cannot
-            trace are drawn without edges.
-        depth: number of module levels that are open: 0 shows the model with its children closed. `None` opens as
-            many as stay readable in pictures, and all in files for other programs.
+        example_inputs: inputs of one call, for shapes. `torch.export` captures this call if torch.fx cannot trace
+            the whole model, or if the call passes optional arguments. Without example inputs, modules that torch.fx
+            cannot trace are drawn without edges.
+        depth: number of open module levels: 0 shows the model with closed children. `None` opens as many as are
+            readable in pictures, and all in files for other programs.
         focus: qualified name of a module, to draw only that module and the values that enter and leave it.
         heat: color adapted layers by `"weight_change"` (`|W Q - W| / |W|` in percent, the default), `"mean_angle"`,
             `"angle"` (the largest), `"rotation"` (`|Q - I|_F`) or `"share"` (of the weight that the adapter rotates).
             The scale fits the values, and the legend shows its ends.
-        theme: `"light"` (the default) or `"dark"` for `.svg` and `.png`. Without it, a `.html` page has the theme of
-            the reader's system.
+        theme: `"light"` or `"dark"`, for `.svg`, `.png` and `.html`. The default for pictures is `"light"`; by default,
+            a `.html` page uses the theme of the reader's system.
 
     Returns:
-        The path of the file. The file is written as a whole; if an error is raised, an existing file is unchanged.
+        The path of the file. The file is written atomically: if an error is raised, an existing file is unchanged.
 
     Raises:
-        VisualizeError: unknown file ending, no such folder, a library that is not installed, options that do not fit
+        VisualizeError: unknown file extension, no such folder, a library that is not installed, options that do not fit
             the model, or a graph that is too large for the format.
-        AdapterError: `torch.export` is needed for the call, and cannot capture it.
+        AdapterError: `torch.export` is needed for the call, but cannot capture it.
 
     Example:
         >>> import hra_fx, tempfile, torch

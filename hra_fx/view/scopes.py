@@ -1,4 +1,4 @@
-"""From the flat graph of leaves to the tree of scopes, by the calls of modules."""
+"""Convert the flat graph of leaves to the tree of scopes, by the calls of modules."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from hra_fx.view.tree import Item, Leaf, Scope, contract, joined, merge_repeats,
 
 #: The names of several leaves in one box are listed up to this length.
 _LETTERS_SHOWN = 28
-#: Operations that only move data or change its view; neighbors of this kind share a box.
+#: Operations that only move data or change its view. Neighbors of this kind share a box.
 _VIEWS = frozenset(
     {"alias", "chunk", "clone", "contiguous", "expand", "expand_as", "flatten", "float", "getitem", "mT", "movedim"}
     | {"narrow", "permute", "slice", "t", "to_copy", "unsafe_view"}
     | {"repeat", "reshape", "roll", "select", "split", "squeeze", "swapaxes", "T", "to", "transpose", "type"}
     | {"type_as", "unbind", "unflatten", "unsqueeze", "view", "view_as"}
 )
-#: A module with more operations shows them in groups, but for these.
+#: A module with many operations shows them in groups, except for these.
 _OPERATIONS_SHOWN = 8
 _LANDMARKS = frozenset({"scaled_dot_product_attention", "softmax", "matmul", "bmm", "baddbmm", "einsum"})
 _Group: TypeAlias = "str | tuple[str, int]"  # a leaf's key, or a call's name and its depth
 
 
 def scope_tree(picture: nx.DiGraph[str], title: str) -> Scope:
-    """The tree of a model, with chains of operations joined and identical neighbors merged.
+    """Create the tree of a model, with chains of operations joined and identical neighbors merged.
 
     Args:
         picture: the result of `graph.leaves_of`.
@@ -45,13 +45,13 @@ class _Nesting:
         return leaf
 
     def scope(self, call: str, name: str, keys: list[str], depth: int) -> Scope:
-        """The scope of one call of a module.
+        """Create the scope of one call of a module.
 
         Args:
-            call: its name in the places of leaves.
+            call: the name of the call in the places of leaves.
             name: name of the scope.
             keys: the leaves inside, in order.
-            depth: number of entries of their places that are already handled.
+            depth: number of entries of their places that have already been processed.
         """
         path = module_of(call)
         entering, leaving, keys = self._ports(path, keys)
@@ -76,8 +76,11 @@ class _Nesting:
         return merge_repeats(_gather_plain(_gather_operations(_join_operations(scope))))
 
     def _ports(self, path: str, keys: list[str]) -> tuple[set[str], set[str], list[str]]:
-        """Leaves that read from outside, leaves that are read outside, and all leaves but the ports that the border of
-        a traced module inside of a model shows: its output, and its input if there is only one."""
+        """Leaves that read from outside, leaves that are read outside, and all leaves except ports.
+
+        Ports are the output of a traced module in a model, and its input if there is only one. The
+        border of the module shows them.
+        """
         inside = set(keys)
         entering = {key for key in keys if any(source not in inside for source in self.picture.pred[key])}
         leaving = {key for key in keys if any(reader not in inside for reader in self.picture.succ[key])}
@@ -93,8 +96,11 @@ class _Nesting:
         return entering - border, leaving - border, [key for key in keys if key not in border]
 
     def _acyclic_groups(self, keys: list[str], depth: int) -> tuple[dict[str, _Group], nx.DiGraph[_Group]]:
-        """The item of each leaf, and the flow between items. A module whose calls are interleaved with others is not
-        one box, because contracting it would make a cycle; its items are placed directly in this scope."""
+        """Return the item of each leaf, and the flow between items.
+
+        A module with calls that are interleaved with others is not one box, because contracting it would create a
+        cycle. Its items are placed directly in this scope.
+        """
         opened: set[_Group] = set()
         while True:
             groups = {key: self._group(key, depth, opened) for key in keys}
@@ -145,7 +151,7 @@ def _join_operations(scope: Scope) -> Scope:
 
 
 def _gather_operations(scope: Scope) -> Scope:
-    """In a module with many operations, such as the rotary positions and masks of language models: join neighbors."""
+    """Join neighbors in a module with many operations, such as the rotary positions and masks of language models."""
 
     def is_small(item: Item) -> bool:
         return isinstance(item, Leaf) and item.kind == "op" and item.name not in _LANDMARKS
@@ -156,13 +162,13 @@ def _gather_operations(scope: Scope) -> Scope:
     def follows(index: int) -> bool:
         return is_small(scope.items[index - 1]) and is_small(scope.items[index])
 
-    # The items are in topological order, so that joining neighbors makes no cycle.
+    # The items are in topological order, so joining neighbors does not create a cycle.
     runs = runs_where(len(scope.items), follows)
     return contract(scope, runs, lambda scope, run: _listing(_leaves(scope, run), ", "))
 
 
 def _gather_plain(scope: Scope) -> Scope:
-    """In a module that is not traced: join neighbors without adapters into one box."""
+    """Join neighbors without adapters into one box in a module that is not traced."""
 
     def follows(index: int) -> bool:
         return all(isinstance(item, Leaf) and item.kind == "eager" for item in scope.items[index - 1 : index + 1])
@@ -178,7 +184,7 @@ def _leaves(scope: Scope, run: range) -> list[Leaf]:
 
 
 def _listing(leaves: list[Leaf], separator: str) -> Leaf:
-    """One leaf with the names of several."""
+    """Create one leaf with the names of several leaves."""
     names = [leaf.name for leaf in leaves]
     shown = names[0]
     for index, name in enumerate(names[1:], start=1):
@@ -196,7 +202,7 @@ def _listing(leaves: list[Leaf], separator: str) -> Leaf:
 
 
 def _unwrap(scope: Scope, details: Mapping[str, str]) -> Item:
-    """A scope with one item is drawn as that item with both names, or as a module if the item is its whole forward."""
+    """Draw a scope with one item as the item with both names, or as a module if the item is its whole forward."""
     if len(scope.items) != 1:
         return scope
     item = scope.items[0]
@@ -207,7 +213,7 @@ def _unwrap(scope: Scope, details: Mapping[str, str]) -> Item:
 
 
 def _below(outer: str, inner: str) -> str:
-    """Two names as one; the inner may repeat the last part of the outer.
+    """Join two names. The inner name may repeat the last part of the outer name.
 
     >>> _below("blocks", "blocks.0"), _below("encoder", "layer.0")
     ('blocks.0', 'encoder.layer.0')

@@ -1,8 +1,8 @@
-"""The input of a picture, whatever the model is: traced graphs, the modules around them, and the adapted layers.
+"""The input of a picture for any type of model: traced graphs, their parent modules, and the adapted layers.
 
-A graph of ATen operators, such as that of a program, has no modules. They are recovered from the names of weights, the
-operators and `nn_module_stack`. Rotations are removed from a copy of the graph, and the nodes of their layers are
-tagged.
+A graph of ATen operators, such as an exported program, does not have modules. They are recovered from the names of
+weights, the operators and `nn_module_stack`. Rotations are removed from a copy of the graph, and the nodes of their
+layers are marked.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What the box of an adapted layer shows.
+    """The facts that the box of an adapted layer shows.
 
     Attributes:
         detail: class and shape of the layer.
         width: length `d` of its vectors.
-        rank: number of vectors in use, over all adapters; merged adapters are in use.
+        rank: number of vectors in use, over all adapters, including merged ones.
         parameters: number of parameters of the layer itself.
         vectors: number of parameters of all its adapters.
     """
@@ -50,10 +50,10 @@ class Subject:
     """A model to draw.
 
     Attributes:
-        model: the modules by name; for a program, a skeleton of the modules that its names and calls show.
+        model: the modules by name; for a program, a skeleton of modules from its names and calls.
         graphs: module path -> traced graph.
         layers: path -> facts, once for each adapted layer.
-        aliases: any path of an adapted layer -> its first one.
+        aliases: any path of an adapted layer -> its first path.
         classes: module path -> name of the class.
         parameters: number of parameters of the model, without its adapters.
     """
@@ -67,7 +67,7 @@ class Subject:
 
 
 def subject_of(model: nn.Module, graphs: Mapping[str, fx.GraphModule]) -> Subject:
-    """A model, adapted or not, with graphs that were traced from it.
+    """Create the subject of a model, adapted or not, with graphs that were traced from it.
 
     Args:
         model: the model.
@@ -88,7 +88,7 @@ def subject_of(model: nn.Module, graphs: Mapping[str, fx.GraphModule]) -> Subjec
 
 
 def _classes_in(model: nn.Module) -> dict[str, str]:
-    """The classes of the modules whose forwards are in a `GraphModule`, which holds plain modules in their places."""
+    """The classes of the modules whose forwards are in a `GraphModule`, which replaces them with plain modules."""
     if not isinstance(model, fx.GraphModule):
         return {}
     found = {path: kind.rpartition(".")[2] for path, kind in module_classes(model.graph).items()}
@@ -98,7 +98,7 @@ def _classes_in(model: nn.Module) -> dict[str, str]:
 
 def _facts(layer: AdaptedLayer, state: AdapterState | None) -> LayerFacts:
     reflection, used = layer.hra_u, layer.hra_u.active
-    if state is not None and reflection.unmerged is not None:  # merged adapters act too
+    if state is not None and reflection.unmerged is not None:  # merged adapters are also in use
         held = {*reflection.active, *state.merged}
         used = tuple(name for name in state.active if name in held and name in reflection)
     rank = sum(reflection.specs[name].r for name in used)
@@ -108,7 +108,7 @@ def _facts(layer: AdaptedLayer, state: AdapterState | None) -> LayerFacts:
 
 
 def name_of(path: str) -> str:
-    """The last part of a qualified name, with the part before it if the last one is a number.
+    """The last part of a qualified name; if it is a number, with the part before it.
 
     >>> name_of("encoder.layer.0.query"), name_of("encoder.layer.0")
     ('query', 'layer.0')
@@ -119,7 +119,7 @@ def name_of(path: str) -> str:
 
 
 def describe_module(module: nn.Module) -> str:
-    """Class and shape of a layer; the class of any other module.
+    """The class and shape of a layer, or the class of any other module.
 
     >>> describe_module(nn.Linear(4, 8)), describe_module(nn.ReLU())
     ('Linear 4→8', 'ReLU')
@@ -140,7 +140,7 @@ def own_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 def subject_of_program(program: ExportedProgram) -> Subject:
-    """An exported program, transformed or not; its graph is copied."""
+    """Create the subject of an exported program, transformed or not. Its graph is copied."""
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     names |= signature.inputs_to_lifted_tensor_constants
@@ -158,17 +158,17 @@ def subject_of_program(program: ExportedProgram) -> Subject:
 
 
 def subject_of_operators(module: fx.GraphModule) -> Subject:
-    """A `GraphModule` of ATen operators that reads parameters by name, without adapters; its graph is copied.
+    """Create the subject of a `GraphModule` of ATen operators that reads parameters by name. Its graph is copied.
 
     Args:
-        module: the module, one that `hra_fx.export.captured.is_captured` accepts.
+        module: a module without adapters that `hra_fx.export.captured.is_captured` accepts.
     """
     copied = fx.GraphModule(module, copy.deepcopy(module.graph), type(module).__name__)
     return _subject(copied, dict(module.named_parameters(remove_duplicate=False)), [])
 
 
 def _own_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a model without those of its adapters."""
+    """The tensors of a model without the tensors of its adapters."""
     return {name: tensor for name, tensor in tensors.items() if REFLECTION not in name.split(".")}
 
 
@@ -208,7 +208,7 @@ def _subject(module: fx.GraphModule, tensors: Mapping[str, Tensor], adapted: Ite
 
 
 def _read_by_name(graph: fx.Graph, node: fx.Node, name: str) -> None:
-    """Replace a placeholder by `get_attr`."""
+    """Replace a placeholder with `get_attr`."""
     with graph.inserting_before(node):
         read = graph.get_attr(name)
     read.meta = dict(node.meta)
@@ -217,6 +217,6 @@ def _read_by_name(graph: fx.Graph, node: fx.Node, name: str) -> None:
 
 
 def _tag(path: str, layer: GraphLayer) -> None:
-    """Tag the operators that read the weight of an adapted layer."""
+    """Mark the operators that read the weight of an adapted layer."""
     for use in layer.uses:
         use.consumer.meta[META] = NodeTag(path, layer.kind, "layer")

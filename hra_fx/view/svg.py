@@ -1,4 +1,4 @@
-"""Placed boxes as SVG elements: shapes and text. Colors are roles of a theme; see `theme.colored`."""
+"""Draw placed boxes as SVG elements: shapes and text. Colors are roles of a theme; see `theme.colored`."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ LOOKS = {
     "closed": ("module", "module-line", "ink"),
 }
 
-#: Fill, border and dashes of modules that show their inside.
+#: Fill, border and dashes of open modules.
 FRAMES = {"traced": ("module", "module-line", ""), "untraced": ("untraced", "amber-line", "4 3")}
 
 
 def number(value: float) -> str:
-    """A coordinate with at most one decimal.
+    """Format a coordinate with at most one decimal.
 
     >>> number(3.04), number(2.55)
     ('3', '2.5')
@@ -49,7 +49,7 @@ def shape(parent: Element, tag: str, **attributes: str | float) -> Element:
 def write(
     parent: Element, x: float, y: float, text: str, size: float, fill: str, *, bold: bool = False, anchor: str = "start"
 ) -> Element:
-    """Add one line of text with its base line at `y`."""
+    """Add one line of text with its baseline at `y`."""
     element = shape(parent, "text", x=x, y=y, font_size=size, fill=fill)
     if bold:
         element.set("font-weight", "600")
@@ -62,16 +62,16 @@ def write(
 def draw(
     parent: Element, box: Box, x: float, y: float, *, root: bool = False, index: Mapping[int, int] | None = None
 ) -> None:
-    """Draw a box and all inside it.
+    """Draw a box and everything inside it.
 
     Args:
         parent: the element that gets the shapes.
         box: the box.
-        x: its left edge.
-        y: its upper edge.
-        root: whether it is the whole picture, which has no frame.
-        index: for the page, which writes the tips itself: the number of each item by its id, as `data-index` of its
-            box; edges have `data-ends`, the numbers of what they join.
+        x: the left edge of the box.
+        y: the upper edge of the box.
+        root: whether it is the whole picture, which does not have a frame.
+        index: for the page, id of an item -> its number. It is written as `data-index` of its box, and edges get
+            `data-ends` with the numbers of both ends. The page writes the tips itself.
     """
     item = box.block.item
     group = shape(parent, "g", class_="root" if root else box.block.look)
@@ -108,7 +108,7 @@ def _outline(
 
 
 def _draw_single(group: Element, box: Box, x: float, y: float) -> None:
-    """A box with a name, and a strip on top if it is an adapted layer; a stack if it stands for several modules."""
+    """Draw a box with a name, and a strip on top for an adapted layer; or a stack for several modules."""
     look, wide, high = box.block.look, box.size.width, box.size.height
     fill, line, ink = LOOKS[look]
     if look == "closed" and box.count:
@@ -131,7 +131,7 @@ def _draw_single(group: Element, box: Box, x: float, y: float) -> None:
 
 
 def _draw_strip(group: Element, box: Box, x: float, y: float) -> None:
-    """The adapter as a strip on top of its layer."""
+    """Draw the adapter as a strip on top of its layer."""
     wide, corner = box.size.width, STRIP - 6
     top = f"M{number(x)} {number(y + STRIP)}v{number(-corner)}a6 6 0 0 1 6 -6h{number(wide - 12)}"
     top += f"a6 6 0 0 1 6 6v{number(corner)}z"
@@ -141,7 +141,7 @@ def _draw_strip(group: Element, box: Box, x: float, y: float) -> None:
 
 
 def _draw_cells(group: Element, box: Box, x: float, y: float) -> None:
-    """A cell for every adapted layer in the box, below its text."""
+    """Draw a cell for every adapted layer in the box, below its text."""
     cells, room = box.cells, box.size.width - 16
     wide = room / cells.columns
     for index, (fill, tip) in enumerate(zip(cells.colors, cells.tips, strict=True)):
@@ -158,7 +158,7 @@ def _draw_cells(group: Element, box: Box, x: float, y: float) -> None:
 
 
 def _badge(group: Element, box: Box, right: float, y: float) -> None:
-    """The number of modules that a box stands for."""
+    """Draw the number of modules that a box represents."""
     if box.count:
         wide = width(box.count, DETAIL, bold=True) + 10
         shape(group, "rect", x=right - wide, y=y, width=wide, height=16.0, rx=8.0, fill="card", stroke="ink")
@@ -166,7 +166,7 @@ def _badge(group: Element, box: Box, right: float, y: float) -> None:
 
 
 def _draw_frame(group: Element, box: Box, x: float, y: float) -> None:
-    """The frame and the title of an open module."""
+    """Draw the frame and the title of an open module."""
     _outline(group, box, x, y, 8, *FRAMES[box.block.look])
     title = write(group, x + 13, y + 18, box.name, NAME, "ink", bold=True)
     shape(title, "tspan", dx=8.0, font_size=DETAIL, fill="faint", font_weight="400").text = box.detail
@@ -190,9 +190,9 @@ def _draw_inside(group: Element, box: Box, left: float, top: float, index: Mappi
 
 
 def path_of(route: Route, left: float, top: float) -> str:
-    """The path data of an edge: vertical beside boxes, curved in the gaps between layers.
+    """The path data of an edge: vertical next to boxes, and curved in the gaps between rows.
 
-    No segment has length zero, because some viewers draw the arrow at the end of such a segment to the right.
+    Segments of length zero are avoided, because some viewers draw the arrow at the end of such a segment to the right.
     """
     x, begin, end = route.pieces[0]
     words, y = [f"M{number(left + x)} {number(top + begin)}"], number(top + begin)
@@ -208,7 +208,7 @@ def path_of(route: Route, left: float, top: float) -> str:
 
 
 def _down(words: list[str], start: str, end: str) -> str:
-    """Add a vertical line to a y position, unless it is reached."""
+    """Add a vertical line to a y position, unless the path is already there."""
     if start != end:
         words.append(f"V{end}")
     return end

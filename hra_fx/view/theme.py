@@ -1,7 +1,7 @@
-"""The texts and colors of pictures and of the page. Colors have roles: one for light and one for dark backgrounds.
+"""The texts and colors of pictures and of the page. Each color role has a color for light and for dark backgrounds.
 
-Text has a contrast of at least 4.5:1 with what is behind it, in both themes; lines and marks of adapters, of layers
-without one, and edges have at least 3:1 in the dark theme.
+Text has a contrast of at least 4.5:1 with its background in both themes. In the dark theme, edges, and the lines and
+marks of layers with and without adapters, have a contrast of at least 3:1.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from xml.etree.ElementTree import Element
 Theme: TypeAlias = Literal["light", "dark"]
 THEMES: tuple[Theme, ...] = get_args(Theme)
 
-#: Role -> the colors on light and on dark. `violet` is an adapter, `blue` a layer that is trained in full, `red` one
-#: that should have an adapter and has none, `amber` what is not traced.
+#: Role -> the colors on light and on dark backgrounds. `violet` is an adapter, `blue` a layer that is trained in full,
+#: `red` a layer that should have an adapter but does not, and `amber` anything that is not traced.
 COLORS: Mapping[str, tuple[str, str]] = {
     "paper": ("#f6f7fa", "#12161d"),
     "card": ("#ffffff", "#1b212b"),
@@ -56,11 +56,11 @@ _ILLEGAL = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 
 def colored(root: Element, theme: Theme | None) -> None:
-    """Replace the names of roles in the attributes of an SVG by the colors of a theme.
+    """Replace the names of roles in the attributes of an SVG with the colors of a theme.
 
     Args:
         root: the SVG.
-        theme: the theme; `None` for the properties of `as_css`, which follow that of the page.
+        theme: the theme; `None` for the properties of `as_css`, which follow the theme of the page.
     """
     for element in root.iter():
         for name in ("fill", "stroke"):
@@ -70,18 +70,18 @@ def colored(root: Element, theme: Theme | None) -> None:
 
 
 def light(role: str) -> str:
-    """The color of a role on light."""
+    """The color of a role on a light background."""
     return COLORS[role][0]
 
 
 def as_css() -> str:
-    """The roles as properties of a style sheet."""
+    """The roles as properties of a stylesheet."""
     lines = (f"  --{role}: light-dark({on_light}, {on_dark});\n" for role, (on_light, on_dark) in COLORS.items())
     return f":root {{\n{''.join(lines)}}}\n"
 
 
 def clean(text: str) -> str:
-    """The text with characters that XML does not allow replaced, and line breaks as spaces.
+    """Replace characters that XML does not allow, and line breaks with spaces.
 
     >>> clean("a\\x00b\\nc")
     'a\\ufffdb c'
@@ -90,7 +90,7 @@ def clean(text: str) -> str:
 
 
 def width(text: str, size: float, *, bold: bool = False) -> float:
-    """Upper estimate of the width of a text, in the unit of `size`.
+    """An upper estimate of the width of a text, in the unit of `size`.
 
     >>> width("relu", 10) < width("relu", 10, bold=True) < width("ReLU", 12, bold=True)
     True
@@ -100,7 +100,7 @@ def width(text: str, size: float, *, bold: bool = False) -> float:
 
 
 def shorten(text: str, letters: int) -> str:
-    """A text with at most `letters` characters, with the middle left out.
+    """Shorten a text to at most `letters` characters, by leaving out the middle.
 
     >>> shorten("scaled_dot_product_attention", 16)
     'scaled_d…tention'

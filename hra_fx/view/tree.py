@@ -1,7 +1,7 @@
 """The tree of a picture: leaves (single boxes) inside scopes (modules).
 
-A scope has its items in a topological order, and the edges between them as pairs of indices. So any run of neighbors
-can be contracted without making a cycle: a path that leaves the run never returns to an earlier index.
+The items of a scope are in topological order, and the edges between them are pairs of indices. So any run of neighbors
+can be contracted without creating a cycle: a path that leaves the run never returns to an earlier index.
 
 Identical neighbors are drawn once: `encoder.layer.0 … encoder.layer.5` becomes one block with "× 6". Two items are
 identical if their signatures are equal: the same classes, names (without numbers), operations and edges at all levels,
@@ -31,17 +31,17 @@ class Leaf:
         kind: how it is drawn.
         op: the fx opcode; `"eager"` for a module that is not traced.
         target: qualified name of the module, or name of the function.
-        place: qualified names of the modules around it, outermost first; the n-th call of a module has `@n` appended.
-        marks: paths of the adapted layers that the box stands for; empty for later calls of a shared layer.
+        place: qualified names of its parents, outermost first; the n-th call of a module has `@n` appended.
+        marks: paths of the adapted layers that the box represents; empty for later calls of a shared layer.
         width: length `d` of the reflection vectors (adapted layers only).
         rank: number of reflection vectors in use, over all adapters (adapted layers only).
         count: number of identical neighbors that are drawn as this box.
-        last: name of the last of them.
-        paths: qualified names of the modules that the box stands for; empty for an operation.
+        last: name of the last of these neighbors.
+        paths: qualified names of the modules that the box represents; empty for an operation.
         readers: qualified names of the modules whose forward contains an operation that reads parameters.
-        skipped: path of a layer without an adapter that the box stands for -> the reason.
-        refused: paths of those that should have an adapter: the configuration selects them.
-        trained: paths of the layers that it stands for and that are trained in full.
+        skipped: path of a layer without an adapter that the box represents -> the reason.
+        refused: paths of skipped layers that should have an adapter because the configuration selects them.
+        trained: paths of the represented layers that are trained in full.
         parameters: number of parameters of these modules, or of the weights that an operation reads, without adapters.
         shape: shape of the value, `"1×64×56×56"`, if known.
         dtype: dtype of the value, `"float32"`, if known.
@@ -70,19 +70,19 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Scope:
-    """A module with its inside.
+    """A module with its contents.
 
     Attributes:
-        path: qualified name, `""` for the model.
+        path: qualified name; `""` for the model.
         name: name below the enclosing scope.
-        class_name: its class.
-        eager: whether it is not traced; then its items are in the order of definition, without edges.
-        items: leaves and scopes, in a topological order.
+        class_name: name of its class.
+        eager: whether it is not traced. Then its items are in the order of definition, without edges.
+        items: leaves and scopes, in topological order.
         edges: `(i, j)`, i < j: item j reads a value of item i.
         inputs: items that read a value from outside.
-        outputs: items whose value is read outside.
+        outputs: items with a value that is read outside.
         count: number of identical neighbors that are drawn as this scope.
-        last: name of the last of them.
+        last: name of the last of these neighbors.
         paths: qualified names of all modules that are drawn as this scope.
     """
 
@@ -110,7 +110,7 @@ class Scope:
 
     @property
     def refused(self) -> tuple[str, ...]:
-        """Those that should have an adapter."""
+        """The skipped layers inside that should have an adapter."""
         return tuple(dict.fromkeys(path for item in self.items for path in item.refused))
 
     @property
@@ -123,7 +123,7 @@ Item: TypeAlias = Leaf | Scope
 
 
 def joined(leaves: Sequence[Leaf]) -> Leaf:
-    """The first of several leaves, with the layers and parameters of all of them."""
+    """The first of several leaves, with the layers and parameters of all leaves."""
     return replace(
         leaves[0],
         marks=tuple(mark for leaf in leaves for mark in leaf.marks),
@@ -136,13 +136,13 @@ def joined(leaves: Sequence[Leaf]) -> Leaf:
 
 
 def notes(item: Item) -> list[str]:
-    """Lines of a tooltip: why layers have no adapter, and which are trained in full."""
+    """Lines of a tooltip: why layers have no adapter, and which layers are trained in full."""
     skipped = [f"{path} has no adapter: {reason}" for path, reason in item.skipped.items()]
     return [*skipped, *(f"{path} is trained in full" for path in item.trained)]
 
 
 def contract(scope: Scope, runs: Sequence[range], combine: Callable[[Scope, range], Item]) -> Scope:
-    """A scope with each run of neighboring items replaced by the item that `combine` returns.
+    """Replace each run of neighboring items in a scope with the item that `combine` returns.
 
     Args:
         scope: the scope.
@@ -169,7 +169,7 @@ def contract(scope: Scope, runs: Sequence[range], combine: Callable[[Scope, rang
 
 
 def prefixes(path: str) -> list[str]:
-    """The qualified names of a module and of those around it, outermost first.
+    """The qualified names of a module and its parents, outermost first.
 
     >>> prefixes("a.b.c"), prefixes("")
     (['a', 'a.b', 'a.b.c'], [])
@@ -189,7 +189,7 @@ def module_of(call: str) -> str:
 
 
 def span(item: Item) -> str:
-    """The name of an item, or of the first and the last item that it stands for.
+    """The name of an item, or of the first and the last item that it represents.
 
     >>> span(Leaf("layer.0", "", "module", "call_module", "layer.0", (), count=6, last="layer.5"))
     'layer.0 … 5'
@@ -203,7 +203,7 @@ def span(item: Item) -> str:
 
 
 def _common_start(first: str, last: str) -> str:
-    """The common start of two names, up to the number in which they differ."""
+    """The common prefix of two names, up to the number in which they differ."""
     length = 0
     while length < min(len(first), len(last)) and first[length] == last[length]:
         length += 1
@@ -211,11 +211,11 @@ def _common_start(first: str, last: str) -> str:
 
 
 def signature(item: Item, *, sizes: bool = True) -> Hashable:
-    """What two items must have in common to be drawn as one, without their own names.
+    """The properties that two items must share to be drawn as one, without their own names.
 
     Args:
         item: the item.
-        sizes: whether to compare shapes and ranks too.
+        sizes: whether to also compare shapes and ranks.
     """
     if isinstance(item, Leaf):
         detail = item.detail if sizes else item.detail.partition(" ")[0]
@@ -235,7 +235,7 @@ def stem(name: str) -> str:
 
 
 def runs_where(length: int, follows: Callable[[int], bool]) -> list[range]:
-    """Maximal runs of at least two indices in which `follows` is true for each index but the first.
+    """Maximal runs of at least two indices in which `follows` is true for each index except the first.
 
     >>> runs_where(6, lambda index: index in (1, 2, 5))
     [range(0, 3), range(4, 6)]
@@ -252,7 +252,7 @@ def runs_where(length: int, follows: Callable[[int], bool]) -> list[range]:
 
 
 def merge_repeats(scope: Scope) -> Scope:
-    """A scope with every run of identical neighbors as one item. In a traced graph they must form a chain."""
+    """Merge every run of identical neighbors in a scope into one item. In a traced graph, they must form a chain."""
     looks = [(stem(item.name), signature(item)) for item in scope.items]
     edges = set(scope.edges)
 

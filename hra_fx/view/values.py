@@ -1,4 +1,4 @@
-"""The values of a traced graph: which boxes they come from, and which nodes get no box."""
+"""The values of a traced graph: which boxes they come from, and which nodes do not get a box."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from hra_fx.compat import OpOverload
 from hra_fx.layers.target import FACTORS, META, REFLECTION, NodeTag
 from hra_fx.tracing.by_mode import ByMode
 
-#: Attributes and methods whose result is not a tensor; nodes that use it compute shapes.
+#: Attributes and methods with results that are not tensors. Nodes that use these results compute shapes.
 _SHAPE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "is_cuda", "requires_grad"})
 _SHAPE_METHODS = frozenset({"size", "dim", "numel", "stride", "ndimension", "is_floating_point", "get_device"})
-#: The submodules by which programs and captured models check their inputs, and that of the factors.
+#: The submodules that check the inputs of programs and captured models, and the submodule of the factors.
 _UNSEEN = ("_guards_fn", "check_inputs", FACTORS)
-#: Operators that return their input where it has the dtype and device that they are asked for.
+#: Operators that return their input if it already has the requested dtype and device.
 _CASTS = frozenset({"alias", "detach", "to"})
-#: How `torch.export` names the tensors that a forward makes.
+#: How `torch.export` names the tensors that a forward creates.
 _LIFTED = "lifted_tensor_"
 
 
 @dataclass(frozen=True)
 class Value:
-    """What is known about a value of a traced graph.
+    """The facts about a value of a traced graph.
 
     Attributes:
         sources: keys of the boxes that computed it.
         parameters: names of the tensors in it that are shown.
         weights: names of the parameters in it.
-        is_shape: whether it is a shape or computed from shapes, not a tensor.
+        is_shape: whether it is a shape, or computed from shapes, and not a tensor.
     """
 
     sources: tuple[str, ...] = ()
@@ -60,12 +60,12 @@ def read(node: fx.Node, values: Mapping[fx.Node, Value]) -> Value:
 
 
 def pass_through(node: fx.Node, values: Mapping[fx.Node, Value], module: nn.Module | None) -> Value | None:
-    """The value of a node that gets no box, `None` if it gets one.
+    """The value of a node that does not get a box; `None` if it gets one.
 
     Args:
         node: the node.
-        values: the values of the nodes before it.
-        module: the module that it calls.
+        values: the values of previous nodes.
+        module: the module that the node calls.
     """
     note = tag_of(node)
     if note is not None:
@@ -79,7 +79,7 @@ def pass_through(node: fx.Node, values: Mapping[fx.Node, Value], module: nn.Modu
     if node.op in ("placeholder", "output", "call_module"):
         return None
     if not node.users and not node.all_input_nodes:
-        return Value()  # called for its side effect
+        return Value()  # it is called for its side effect
     before = read(node, values)
     if _computes_shape(node, before):
         return Value(is_shape=True)
@@ -91,7 +91,7 @@ def pass_through(node: fx.Node, values: Mapping[fx.Node, Value], module: nn.Modu
 
 
 def constant_masks(graph: fx.Graph) -> set[fx.Node]:
-    """The operators that compute masks from nothing but sizes, as those of causal attention; they get no box."""
+    """The operators that compute masks only from sizes, as for causal attention. They do not get a box."""
     constant: set[fx.Node] = set()
     for node in graph.nodes:
         if isinstance(node.meta.get("val"), int | torch.SymInt) or node.target is getattr:
@@ -118,7 +118,7 @@ def function_name(target: object) -> str:
 
 
 def shape_and_dtype(node: fx.Node) -> tuple[str, str]:
-    """Shape and dtype of a node's value, `"1×64×56×56"` and `"float32"`; empty if unknown."""
+    """The shape and dtype of a node's value, such as `"1×64×56×56"` and `"float32"`; empty if unknown."""
     value: Any = node.meta.get("val", node.meta.get("tensor_meta"))
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         return "", ""

@@ -130,14 +130,14 @@ def refused(act: Callable[[], object], model: nn.Module, message: str, kind: typ
             "body.0",
             {"r": 4},
             "default",
-            r"adapter 'default': the model already has an adapter of this name, with another configuration",
+            r"adapter 'default': the model already has an adapter with this name and another configuration",
         ),
         (
             "",
             "head",
             {},
             "default",
-            r"adapter 'default': the model already has an adapter of this name, with another configuration",
+            r"adapter 'default': the model already has an adapter with this name and another configuration",
         ),
         ("", "body.0", {}, "other", r"adapter 'other': body\.0 already has reflections, of default.*fold first"),
         ("", "head", {}, "other", r"adapter 'other': body\.0 already has reflections"),
@@ -165,7 +165,7 @@ def test_a_configuration_that_was_edited_is_checked_and_compared_again() -> None
     refused(
         lambda: hra_fx.transform(model, settings),
         model,
-        "already has an adapter of this name, with another configuration",
+        "already has an adapter with this name and another configuration",
     )
 
 

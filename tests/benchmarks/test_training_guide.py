@@ -38,7 +38,7 @@ def test_a_classifier_hardly_depends_on_the_rate_in_pairs(records: list[Record])
     lora, pairs = (searched(records, "newsgroups-1600", method) for method in ("lora", "hra-pairs"))
     found = [round(score, 1) for lr, score in pairs.items() if 1e-3 <= lr <= 3e-2]
     assert (min(found), max(found)) == (74.6, 75.8) and len(found) >= 6
-    assert "LoRA 73.6% to 76.4% up to 5.5e-3, and 6.0% at 1e-2" in GUIDE
+    assert "LoRA classifies 73.6% to 76.4% up to 5.5e-3, and 6.0% at 1e-2" in GUIDE
     found = [round(score, 1) for lr, score in lora.items() if 1e-3 <= lr <= 5.5e-3]
     assert (min(found), max(found), round(lora[1e-2], 1)) == (73.6, 76.4, 6.0)
 
@@ -54,7 +54,7 @@ def test_several_passes(records: list[Record]) -> None:
     assert all(min(curve) in curve[:2] for curve in lora)
     assert (min(map(min, lora)), max(map(min, lora))) == (107, 114)
     assert (min(c[-1] for c in lora), max(c[-1] for c in lora)) == (252, 315)
-    assert "is best after two (99 to 102) and ends at 151 to 169" in GUIDE
+    assert "is best after two passes (99 to 102) and ends at 151 to 169" in GUIDE
     assert all(min(curve) == curve[1] for curve in pairs)
     assert (min(map(min, pairs)), max(map(min, pairs))) == (99, 102)
     assert (min(c[-1] for c in pairs), max(c[-1] for c in pairs)) == (151, 169)
@@ -75,7 +75,7 @@ def test_random_starts(records: list[Record]) -> None:
 
 
 def test_gram_schmidt_cannot_turn_far(records: list[Record]) -> None:
-    assert "It misses the teacher that is rotated in four planes, which HRA finds exactly" in GUIDE
+    assert "It does not find the teacher that is rotated in four planes, which HRA finds exactly" in GUIDE
     errors = {method: searched(records, "teacher-rotation", method) for method in ("hra", "hra-gs")}
     assert min(errors["hra-gs"].values()) > 20
     assert min(errors["hra"].values()) < 0.01

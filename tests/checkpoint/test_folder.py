@@ -43,23 +43,23 @@ def test_the_files_may_be_links_as_in_the_cache_of_the_hub(tmp_path: Path) -> No
 
 def test_nothing_there_is_refused(tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere"
-    assert refused(nowhere) == f"{nowhere}: no such folder. Give the folder of an adapter."
+    assert refused(nowhere) == f"{nowhere}: no such folder. Pass the folder of an adapter."
     for source in (str(nowhere), "a/b/c", "two words", "", "../nowhere", "x" * 5000):
         message = refused(source)
         assert message.startswith(f"{source}: no such folder, and not a valid Hub repository name.")
-        assert "Give a folder, or a name such as 'user/name'." in message
+        assert "Pass a folder, or a name such as 'user/name'." in message
 
 
 def test_a_file_is_refused(tmp_path: Path) -> None:
     file = saved(tmp_path) / WEIGHTS_NAME
     for source in (file, str(file)):
-        assert refused(source) == f"{file}: is a file. Give the folder that contains it."
+        assert refused(source) == f"{file}: is a file. Pass the folder that contains it."
 
 
 @pytest.mark.parametrize("name", BOTH)
 def test_a_missing_file_is_refused_by_name(tmp_path: Path, name: str) -> None:
     (saved(tmp_path) / name).unlink()
-    wanted = "no such file. Give the folder that an adapter was saved in (in PEFT, with safe_serialization=True)."
+    wanted = "no such file. Pass the folder that an adapter was saved in (in PEFT, with safe_serialization=True)."
     assert refused(tmp_path) == f"{tmp_path / name}: {wanted}"
     (tmp_path / name).mkdir()
     assert refused(tmp_path) == f"{tmp_path / name}: {wanted}"
@@ -77,10 +77,10 @@ def test_adapters_in_subfolders_are_named(tmp_path: Path) -> None:
     for name in ("b", "a", "deep/c"):
         saved(tmp_path / name)
     (saved(tmp_path / "unfinished") / WEIGHTS_NAME).unlink()
-    suggestion = "There are adapters in the subfolders 'a', 'b': give the path of one of them."
+    suggestion = "There are adapters in the subfolders 'a', 'b': pass the path of one of them."
     assert refused(tmp_path) == f"{tmp_path / CONFIG_NAME}: no such file. {suggestion}"
     assert refused(tmp_path, "other") == f"{tmp_path / 'other'}: no such folder. {suggestion}"
-    assert "subfolders 'deep/c': give the path of one of them." in refused(tmp_path, "deep")
+    assert "subfolders 'deep/c': pass the path of one of them." in refused(tmp_path, "deep")
 
 
 def test_an_unknown_option_is_named(tmp_path: Path) -> None:

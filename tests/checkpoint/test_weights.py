@@ -199,7 +199,7 @@ def test_no_tensors_and_metadata_that_is_no_text_are_refused(tmp_path: Path) -> 
 def test_a_file_in_place_of_the_folder_or_above_it_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("kept")
-    with pytest.raises(CheckpointError, match=r"is a file\. Give a folder to save in"):
+    with pytest.raises(CheckpointError, match=r"is a file\. Pass a folder to save in"):
         saved(file)
     with pytest.raises(CheckpointError, match="cannot write the adapter"):
         saved(file / "adapter")

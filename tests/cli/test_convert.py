@@ -133,8 +133,8 @@ def test_a_form_that_is_none(shelf: Shelf, tmp_path: Path) -> None:
 def test_experts_have_no_form_for_peft(tmp_path: Path) -> None:
     adapter = made.adapter_of(built("qwen3_moe"), tmp_path / "adapter", "q_proj", target_parameters=TARGETS)
     assert mistake("convert", adapter, tmp_path / "out", "--to", "peft") == (
-        f"{adapter / WEIGHTS}: the adapter is on parameters of experts (target_parameters={TARGETS}), which PEFT's HRA "
-        "does not support. Use --to lora."
+        f"{adapter / WEIGHTS}: the adapter adapts parameters of experts (target_parameters={TARGETS}), which PEFT's "
+        "HRA does not support. Use --to lora."
     )
     answer("convert", adapter, tmp_path / "out", "--to", "hra_fx")
     found, wanted = (load_file(folder / WEIGHTS) for folder in (tmp_path / "out", adapter))
@@ -180,7 +180,7 @@ def test_a_part_of_a_pipeline_becomes_a_file_of_diffusers(tmp_path: Path) -> Non
     (tmp_path / "pipe" / "model_index.json").write_text("{}")
     adapter = made.adapter_of(unet(), tmp_path / "adapter", "to_q", "conv1")
     words = ("convert", adapter, tmp_path / "out", "--to", "lora", "--base")
-    assert mistake(*words, tmp_path / "pipe").endswith("Give the folder of the adapted part, one of unet.")
+    assert mistake(*words, tmp_path / "pipe").endswith("Pass the folder of the adapted part, one of unet.")
     assert "(diffusers, float32)" in answer(*words, tmp_path / "pipe" / "unet")
     model = type(unet()).from_pretrained(tmp_path / "pipe" / "unet")
     hra_fx.save_as_lora(hra_fx.load_adapter(model, adapter), tmp_path / "memory")

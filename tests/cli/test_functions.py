@@ -54,7 +54,7 @@ def test_a_part_of_a_pipeline(tmp_path: Path) -> None:
     adapter = made.stack_adapter(tmp_path / "adapter", layers=1)
     words = ("fold", tmp_path / "pipe", adapter, tmp_path / "out")
     said = mistake(*words)
-    assert "no subfolder with an adapter is named like a part of the pipeline" in said
+    assert "no subfolder with an adapter has the name of a part of the pipeline" in said
     assert said.endswith("(--part unet).")
     assert "out/unet" not in answer(*words, "--part", "unet")
     assert made.picture(tmp_path / "out").keys() == made.picture(tmp_path / "pipe").keys()

@@ -103,13 +103,13 @@ def test_narrow_terminals_lose_columns_and_no_letters(shelf: Shelf, name: str, c
 
 def test_mistakes(shelf: Shelf, tmp_path: Path) -> None:
     assert mistake("inspect", tmp_path) == (
-        f"{tmp_path}: does not contain adapter_config.json or config.json. Give the folder of an adapter or a model."
+        f"{tmp_path}: does not contain adapter_config.json or config.json. Pass the folder of an adapter or a model."
     )
     assert "no/such/folder: no such folder, and not a valid Hub" in mistake("inspect", "no/such/folder")
     said = mistake("inspect", shelf.folder)
-    assert "There are adapters in the subfolders 'my-adapter', 'orthonormal', 'second': give the path of" in said
+    assert "There are adapters in the subfolders 'my-adapter', 'orthonormal', 'second': pass the path of" in said
     for part in ("unet", "vae"):
         (tmp_path / part).mkdir()
         (tmp_path / part / "config.json").write_text("{}")
     (tmp_path / "model_index.json").write_text("{}")
-    assert "is a diffusers pipeline. Give one of its parts: unet, vae." in mistake("inspect", tmp_path)
+    assert "is a diffusers pipeline. Pass one of its parts: unet, vae." in mistake("inspect", tmp_path)

@@ -219,7 +219,7 @@ def test_quantized_weights(shelf: Shelf, tmp_path: Path, method: str) -> None:
 def test_a_folder_without_one(tmp_path: Path) -> None:
     said = mistake("match", tmp_path)
     assert "config.json: cannot read the file as JSON ([Errno 2] No such file or directory" in said
-    assert said.endswith("Give the folder of a transformers, diffusers or timm model.")
+    assert said.endswith("Pass the folder of a transformers, diffusers or timm model.")
 
 
 def test_the_code_of_a_checkpoint_is_never_run(tmp_path: Path) -> None:

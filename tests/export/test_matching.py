@@ -113,7 +113,7 @@ def test_a_model_of_transformers_has_the_layers_that_peft_gives_it() -> None:
         (config("nothing"), "matches no module of Mixed. Available names: 'conv', 'head', '0', '1'."),
         (config("blocks"), "blocks: `target_modules` matches this Module, but only"),
         (config("0", "1", layers_to_transform=7), "none is left after layers_to_transform=7"),
-        (hra_fx.HRAConfig(), "`target_modules` must be given, because there is no default for Mixed"),
+        (hra_fx.HRAConfig(), "`target_modules` is required, because there is no default for Mixed"),
     ],
 )
 def test_a_configuration_that_does_not_fit(settings: hra_fx.HRAConfig, wanted: str) -> None:
@@ -184,7 +184,7 @@ def odd() -> ExportedProgram:
     [
         (
             "emb",
-            "emb: its weight is also used by aten.embedding.default (node 'embedding' in emb), which would see the",
+            "emb: its weight is also used by aten.embedding.default (node 'embedding' in emb), which would get the",
         ),
         ("penalised", "penalised: its weight is also used by aten.linalg_vector_norm.default"),
         (
@@ -197,7 +197,7 @@ def odd() -> ExportedProgram:
         ),
         (
             "guarded",
-            "guarded: the layer runs in a block that torch.export captures as a graph of its own (wrap_with_auto",
+            "guarded: the layer runs in a block that torch.export captures as a separate graph (wrap_with_auto",
         ),
         ("unused", "unused: in this graph its weight is not used"),
         ("detached", "detached: in this graph its weight is used by aten.detach"),

@@ -186,13 +186,15 @@ def test_refusals_say_what_to_do() -> None:
         hra_fx.export_training_step(mlp(), X, loss=F.cross_entropy, labels=torch.full_like(LABELS, -100))
     merged = mlp()
     hra_fx.merge_adapter(merged)
-    with pytest.raises(AdapterError, match=r"does not depend on anything that is trained\. The adapters are merged"):
+    with pytest.raises(AdapterError, match=r"does not depend on any trained parameter\. The adapters are merged"):
         step_of(merged)
-    with pytest.raises(AdapterError, match="must be a dict by the names of inputs, which are input, labels, got x"):
+    with pytest.raises(
+        AdapterError, match="must be a dict with the names of inputs as keys, which are input, labels, got x"
+    ):
         step_of(mlp(), dynamic_shapes={"x": {0: BATCH}})
     with pytest.raises(AdapterError, match="example_inputs do not fit Sequential: too many positional arguments"):
         hra_fx.export_training_step(mlp(), (X, X))
-    with pytest.raises(AdapterError, match=r"got an ExportedProgram\. Turn it into a model first: hra_fx\.transform"):
+    with pytest.raises(AdapterError, match=r"got an ExportedProgram\. Convert it to a model first: hra_fx\.transform"):
         step_of(torch.export.export(nn.Linear(6, 4).double(), (X,)))  # type: ignore[arg-type]
     random = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 4)).double()
     with pytest.raises(AdapterError, match=r"gradients are random, .* Call model\.eval\(\) first"):

@@ -166,10 +166,10 @@ def test_models_and_files_that_are_refused(tmp_path: Path, monkeypatch: pytest.M
     model, pipe = adapted("q_proj"), SimpleNamespace(components={})
     ranks = r"^`rank_pattern` needs PEFT's format; the gguf format has one rank"
     refused(model, hra_fx.AdapterError, ranks, rank_pattern=True)
-    refused(pipe, hra_fx.AdapterError, r"^GGUF files are for language models, got SimpleNamespace\. Give a fold")
+    refused(pipe, hra_fx.AdapterError, r"^GGUF files are for language models, got SimpleNamespace\. Pass a fold")
     assert not list(tmp_path.iterdir())
     (tmp_path / "d.gguf").mkdir()
-    refused(model, hra_fx.CheckpointError, r"d\.gguf: is a folder\. Give the name of a file\.$", "d.gguf")
+    refused(model, hra_fx.CheckpointError, r"d\.gguf: is a folder\. Pass the name of a file\.$", "d.gguf")
     (tmp_path / "file").write_text("mine")
     said = r"a\.gguf: cannot write the file \((File exists|Not a directory)\)\."
     refused(model, hra_fx.CheckpointError, said, "file/a.gguf")

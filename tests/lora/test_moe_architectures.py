@@ -23,8 +23,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 #: Shared experts whose names PEFT converts, both layouts of experts, and a router with a forward of its own.
 SOME = ("dots1", "ernie4_5_moe", "hunyuan_v1_moe", "gpt_oss", "llama4_text")
 REASONS = re.compile(
-    "is the output projection of an attention|has its own forward|has groups|that another module reads|"
-    "would not be found by PEFT|has a name that PEFT's LoRA refuses in Mamba models"
+    "is the output projection of attention|has its own forward|has groups|that another module reads|"
+    "would not be found by PEFT|has a name that PEFT's LoRA does not support in Mamba models"
 )
 
 
@@ -137,8 +137,8 @@ def test_layers_that_are_named_as_parameters_have_the_common_rank(tmp_path: Path
 
 REFUSED = {
     "laguna": r"1\.mlp\.shared_experts\.\w+: this layer would not be found by PEFT, which renames it to model\.",
-    "nemotron_h": r"0\.mixer\.out_proj: this layer has a name that PEFT's LoRA refuses in Mamba models",
-    "longcat_flash": r"0\.mlp\.router\.classifier: Linear 16->6 has a weight that another module reads, where PEFT's",
+    "nemotron_h": r"0\.mixer\.out_proj: this layer has a name that PEFT's LoRA does not support in Mamba models",
+    "longcat_flash": r"0\.mlp\.router\.classifier: Linear 16->6 has a weight that another module reads, so PEFT's",
 }
 
 

@@ -32,8 +32,8 @@ CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
         "layer: Conv2d 4->6 3x3 has padding_mode='reflect', but PEFT's LoRA always pads with zeros",
     ),
-    "a standardized weight": (lambda: StdConv2d(4, 6, 3), "layer: Conv2d 4->6 3x3 has its own forward, with which"),
-    "a padded input": (lambda: Conv2dSame(4, 6, 3, stride=2), "layer: Conv2d 4->6 3x3 has its own forward, with"),
+    "a standardized weight": (lambda: StdConv2d(4, 6, 3), "layer: Conv2d 4->6 3x3 has its own forward, for which"),
+    "a padded input": (lambda: Conv2dSame(4, 6, 3, stride=2), "layer: Conv2d 4->6 3x3 has its own forward, for"),
 }
 
 
@@ -87,7 +87,7 @@ class Dropping(nn.Linear):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_forward_of_its_own_is_tried_in_float32_and_eval_mode(dtype: torch.dtype) -> None:
-    message = r"^layer: Linear 6->4 has its own forward, with which PEFT's LoRA"
+    message = r"^layer: Linear 6->4 has its own forward, for which PEFT's LoRA"
     refused(one_layer(Scaled(6, 4).to(dtype)), UnsupportedLayerError, message)
     model = one_layer(Dropping(6, 4).to(dtype)).train()
     before = model["layer"].hra_base
@@ -100,7 +100,7 @@ SHARED = nn.Linear(6, 6)
 PLACES: dict[str, tuple[nn.Module, str]] = {
     "linear1": (nn.TransformerEncoderLayer(6, 2, 8), "is in an nn.TransformerEncoderLayer, which"),
     "self_attn": (nn.TransformerEncoderLayer(6, 2, 8), "is in an nn.TransformerEncoderLayer, which"),
-    "out_proj": (nn.MultiheadAttention(6, 2), "is the output projection of an attention, whose change"),
+    "out_proj": (nn.MultiheadAttention(6, 2), "is the output projection of attention, whose change"),
     "a.0": (
         nn.ModuleDict({"a": nn.Sequential(SHARED), "b": nn.Sequential(SHARED)}),
         "is also block.b.0, but PEFT's LoRA would change it in one place only",
@@ -137,7 +137,7 @@ def test_folders_and_files_that_are_taken(tmp_path: Path) -> None:
     for _ in range(2):
         hra_fx.save_as_lora(model, tmp_path / "lora")
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"out: is a file\. Give a folder to save in\.$"):
+    with pytest.raises(CheckpointError, match=r"out: is a file\. Pass a folder to save in\.$"):
         hra_fx.save_as_lora(model, tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
 
@@ -187,7 +187,7 @@ def test_copies_of_one_module_by_two_adapters() -> None:
     refused(model, AdapterError, r"each have a trained copy of head", adapter_names=["a", "b"])
 
 
-READ = r"^{}: .* has a weight that another module reads, where PEFT's LoRA has no effect\. Fold the model instead"
+READ = r"^{}: .* has a weight that another module reads, so PEFT's LoRA has no effect\. Fold the model instead"
 
 
 def test_swin_of_torchvision(tmp_path: Path) -> None:

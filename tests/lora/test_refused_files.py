@@ -139,7 +139,7 @@ CASES: dict[Callable[[Path], Any], tuple[type[HRAError], str]] = {
     ),
     pipeline: (
         CheckpointError,
-        "base: is a diffusers pipeline. Give the folder of the adapted part, one of unet.",
+        "base: is a diffusers pipeline. Pass the folder of the adapted part, one of unet.",
     ),
     two_sets: (
         CheckpointError,
@@ -147,7 +147,7 @@ CASES: dict[Callable[[Path], Any], tuple[type[HRAError], str]] = {
     ),
     output_projection: (
         UnsupportedLayerError,
-        "attn.out_proj: this layer is the output projection of an attention, whose change PEFT's LoRA (0.21) adds "
+        "attn.out_proj: this layer is the output projection of attention, whose change PEFT's LoRA (0.21) adds "
         f"twice. {FOLD}",
     ),
     grouped: (
@@ -157,13 +157,13 @@ CASES: dict[Callable[[Path], Any], tuple[type[HRAError], str]] = {
     ),
     padded_in_its_forward: (
         UnsupportedLayerError,
-        f"conv_stem: Conv2d 3->16 3x3 has its own forward, with which PEFT's LoRA would compute something else. {FOLD}",
+        f"conv_stem: Conv2d 3->16 3x3 has its own forward, for which PEFT's LoRA would compute something else. {FOLD}",
     ),
     **{
         unknown_model(entries): (
             CheckpointError,
             "base: there is no config.json of an installed transformers, diffusers or timm model with 0, so it is "
-            "unknown whether this convolution has groups or a dilation, which LoRA cannot express. Load the model",
+            "unknown whether this convolution has groups or a dilation, which LoRA does not support. Load the model",
         )
         for entries in ({}, {"model_type": "of mine"}, {"_class_name": "of mine"}, {"architecture": "of mine"})
     },

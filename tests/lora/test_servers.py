@@ -59,7 +59,9 @@ def test_shared_experts_that_peft_finds_by_a_parameter(server: str) -> None:
     shared = tuple(f"model.layers.1.mlp.shared_experts.{name}" for name in MLP)
     found = adapter(*shared, modules=(*shared, "model.layers.1.mlp.experts"), model_config={"model_type": "dots1"})
     names = ", ".join(f"`{path}`" for path in shared)
-    said = f"SGLang 0.5.23 does not load {names}, which PEFT takes for experts in `target_modules`: fold the adapter."
+    said = (
+        f"SGLang 0.5.23 does not load {names}, which PEFT interprets as experts in `target_modules`: fold the adapter."
+    )
     assert check(server, found) == [said] * (server == "sglang")
 
 

@@ -48,7 +48,7 @@ def test_a_model_that_deepspeed_trains_takes_no_other_adapter(mark: str) -> None
     """The marks of ZeRO 1 and 2, and of ZeRO 3; the slow tests of DeepSpeed have models with its own."""
     model = adapted(net(), a=config("first"))[1]
     setattr(model.first.hra_u["a"], mark, None)
-    with refuses(model, r"^first: DeepSpeed trains it already, .* adapter 'b'\. Add it before deepspeed\.initialize"):
+    with refuses(model, r"^first: DeepSpeed already trains it, .* adapter 'b'\. Add it before deepspeed\.initialize"):
         hra_fx.add_adapter(model, "b", config("second"))
 
 

@@ -252,7 +252,7 @@ def test_names_that_do_not_fit() -> None:
         assert refused(model, given) == f"{wrong}{given!r}."
     text = (
         "conv: adapter_names has 3 names, so the first dimension of the layer's input must be 3, got an input of shape "
-        "(2, 4, 8, 7). Give one name per row of the batch. "
+        "(2, 4, 8, 7). Pass one name per row of the batch. "
     )
     assert refused(model, ["even"] * 3).startswith(text)
     with hra_fx.mixed_batch(model, ["even"] * 4), pytest.raises(AdapterError, match=r"^one: .* got an input of shape"):
@@ -285,8 +285,8 @@ def test_trained_copies(fields: dict[str, Any]) -> None:
     randomise(model)
     entry = "two.weight" if "modules_to_save" in fields else "one.bias"
     assert refused(model, ["own", "plain"]) == (
-        f"{entry}: the copy in use is that of adapter 'own', but rows of 'plain' need another one (modules_to_save or "
-        "bias). All rows of a batch share it: run these rows in a separate batch."
+        f"{entry}: the copy in use is that of adapter 'own', but rows of 'plain' need another copy (modules_to_save or "
+        "bias). All rows of a batch share one copy: run these rows in a separate batch."
     )
     x = inputs(2)
     torch.testing.assert_close(model(x, adapter_names=["own", "own"]), model(x), rtol=1e-9, atol=1e-9)

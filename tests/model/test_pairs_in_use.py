@@ -217,7 +217,7 @@ def test_a_saved_state_continues_and_another_one_is_refused(tmp_path: Path) -> N
 
     with pytest.raises(AdapterError, match=r"difference=0.3, but the state was saved without pairs. Leave train_pairs"):
         after.load_state_dict(plain)
-    with pytest.raises(AdapterError, match=r"trains pairs with difference=0.3, got 0.1. Make a new optimizer"):
+    with pytest.raises(AdapterError, match=r"trains pairs with difference=0.3, got 0.1. Create a new optimizer"):
         train_pairs(after, resumed)
     other = AdamW(vectors_of(resumed).values())
     train_pairs(other, resumed, 0.1)
@@ -276,7 +276,7 @@ def test_other_vectors_are_stepped_as_they_are_with_one_warning() -> None:
         optimizer = AdamW(vectors_of(each).values())
         if each is model:
             wanted = (
-                "train_pairs: the optimizer does not step these in pairs: 0.hra_u.odd (odd rank 3), "
+                "train_pairs: these vectors are not trained in pairs: 0.hra_u.odd (odd rank 3), "
                 "0.hra_u.orthonormal (Gram-Schmidt), 0.hra_u.narrow (bfloat16)."
             )
             with pytest.warns(HRAWarning, match=re.escape(wanted)):
@@ -325,7 +325,7 @@ def test_parameters_that_are_replaced_later_give_a_warning() -> None:
     train_pairs(optimizer, model)
     optimizer.param_groups[0]["params"] = [nn.Parameter(torch.zeros(3))]
     with pytest.warns(
-        HRAWarning, match=r"does not step these in pairs: 0 \(not a parameter of the optimizer now\), 2 "
+        HRAWarning, match=r"these vectors are not trained in pairs: 0 \(no longer a parameter of the optimizer\), 2 "
     ):
         optimizer.step()
     with warnings.catch_warnings():
@@ -344,7 +344,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(AdapterError, match=r"`model` must be a torch.nn.Module, got AdamW"):
         train_pairs(optimizer, optimizer)  # type: ignore[arg-type]
     for wrong in (base(), adapted()):
-        with pytest.raises(AdapterError, match=r"the optimizer steps no vectors of Sequential. Adapt the model first"):
+        with pytest.raises(AdapterError, match=r"the optimizer has no vectors of Sequential. Adapt the model first"):
             train_pairs(optimizer, wrong)
     assert "hra_pair_difference" not in optimizer.param_groups[0]
 

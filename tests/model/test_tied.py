@@ -32,7 +32,7 @@ class Tied(nn.Module):
 
 
 TOKENS = torch.arange(9)
-UNTIED = "untied: {}. Each has its own weight now, so a saved model is larger."
+UNTIED = "untied: {}. Each now has its own weight, so a saved model is larger."
 
 
 def folds(model: nn.Module, untied: str, names: str | None = None) -> None:

@@ -76,7 +76,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], str, str]] = {
         blocks,
         {"target_modules": ["proj"], "layers_to_transform": [0, 1], "layers_pattern": "blocks"},
         "out.proj",
-        "no layer index in its path, and layers_to_transform=[0, 1] is given",
+        "no layer index in its path, and layers_to_transform=[0, 1] is set",
     ),
     "two reasons": (
         llama,

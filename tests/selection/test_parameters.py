@@ -58,7 +58,7 @@ def test_experts_of_a_class_that_does_not_say_its_layout() -> None:
     model = nn.ModuleDict({"experts": nn.Module()})
     model["experts"].up = nn.Parameter(torch.ones(3, 4, 5))
     config = hra_fx.HRAConfig(r=2, target_parameters=["up"])
-    with pytest.raises(hra_fx.SelectionError, match=r"experts.up: Module does not say .* Set the attribute"):
+    with pytest.raises(hra_fx.SelectionError, match=r"experts.up: Module does not state .* Set the attribute"):
         hra_fx.transform(model, config)
     model["experts"].is_transposed = True
     assert hra_fx.transform(model, config)["experts"].hra_up.hra_u["default"].shape == (3, 4, 2)
@@ -78,7 +78,7 @@ def test_names_that_match_nothing_that_can_be_adapted(names: list[str], message:
 
 
 def test_a_model_without_such_parameters() -> None:
-    with pytest.raises(hra_fx.SelectionError, match=r"Sequential has no 3-D parameters. Name its layers"):
+    with pytest.raises(hra_fx.SelectionError, match=r"Sequential has no 3-D parameters. List its layers"):
         hra_fx.transform(nn.Sequential(nn.Linear(2, 2)), experts_config())
 
 

@@ -55,7 +55,7 @@ NO_NAME: list[Case] = [
     ),
     (tiny_opt, {"target_modules": ["("]}, "Available names:"),
     (Nested, {}, "because there is no default for Nested, which has no `config.model_type`. Its layers are"),
-    (tiny_vit, {}, "`target_modules` must be given, because there is no default for model_type 'vit'. Its layers are"),
+    (tiny_vit, {}, "`target_modules` is required, because there is no default for model_type 'vit'. Its layers are"),
     (nn.ReLU, {}, "It has no layer that can be adapted."),
     (nn.ReLU, {"target_modules": ["q"]}, "ReLU has no layer that can be adapted. Supported layers: nn.Linear, nn"),
     (bare_linear, {"target_modules": "all-linear"}, "The model itself is a layer (Linear), and only layers inside a"),
@@ -160,7 +160,7 @@ def test_transform_warns_once() -> None:
 
 
 EXPERTS = (
-    "'gate_up_proj' is a 3-D parameter of MixtralExperts, which `target_modules` does not reach. Use "
+    "'gate_up_proj' is a 3-D parameter of MixtralExperts, which `target_modules` does not select. Use "
     "target_parameters=['experts.gate_up_proj']."
 )
 
@@ -170,7 +170,7 @@ def test_the_name_of_a_parameter_says_what_to_write_instead() -> None:
         select(mixtral(), HRAConfig(target_modules=["gate_up_proj", "down_proj"]))
     assert str(caught.value) == (
         "`target_modules=['down_proj', 'gate_up_proj']` matches no module of MixtralForCausalLM. 'down_proj' and "
-        "'gate_up_proj' are 3-D parameters of MixtralExperts, which `target_modules` does not reach. Use "
+        "'gate_up_proj' are 3-D parameters of MixtralExperts, which `target_modules` does not select. Use "
         "target_parameters=['experts.gate_up_proj', 'experts.down_proj']."
     )
     assert warned(mixtral(), target_modules=["q_proj", "gate_up_proj"]) == [

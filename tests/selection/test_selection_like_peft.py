@@ -41,12 +41,12 @@ REFUSALS: list[tuple[type[Exception], str, str, str]] = [
         "no layer",
         "^`target_modules=.*(is empty|matches no module of|none is left)",
     ),
-    (KeyError, "model_type", "no default", "^`target_modules` must be given, because there is no default for"),
+    (KeyError, "model_type", "no default", "^`target_modules` is required, because there is no default for"),
     (
         ValueError,
         "Please specify `target_modules`",
         "no default",
-        "^`target_modules` must be given, because there is no default for",
+        "^`target_modules` is required, because there is no default for",
     ),
     (TypeError, "only `torch.nn.Linear` and", "unsupported", "only nn.Linear, .* can be adapted"),
     (

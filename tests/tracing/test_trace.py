@@ -226,9 +226,9 @@ class Outputs(Two):
         return out if self.training else (out, x)
 
 
-BRANCH, TYPE, NUMBER = "it branches on a value", "it asks for the type of a value", "it uses a value as a Python number"
+BRANCH, TYPE, NUMBER = "it branches on a value", "it checks the type of a value", "it uses a value as a Python number"
 AUTOCAST, GRAD = "it runs under its own autocast", "it changes grad mode"
-SAVED = "it asks for the type of a value"  # `checkpoint` does, of its arguments
+SAVED = "it checks the type of a value"  # `checkpoint` does, of its arguments
 HOOKS = "it checkpoints activations or changes what is saved for backward"
 RANDOM, OTHER = "it draws random numbers in Python", "runs different operations in train mode"
 REFUSED: dict[str, tuple[type[nn.Module], str]] = {
@@ -272,7 +272,7 @@ REFUSED: dict[str, tuple[type[nn.Module], str]] = {
     "tensor": (kept(summed), "its forward changes total"),
     "mode of a part": (kept(mode_changed), "drop: its train or eval mode is changed for this call"),
     "hooks": (Hooked, "block: it has hooks"),
-    "no arguments": (NoArguments, "its forward has no required argument"),
+    "no arguments": (NoArguments, "its forward does not have a required argument"),
     "modes": (Modes, f"Modes {OTHER}"),
     "outputs": (Outputs, f"Outputs {OTHER}"),
 }

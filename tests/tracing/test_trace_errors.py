@@ -191,9 +191,9 @@ class CallsOperator(Branches):
         (HooksTensor, "it registers a backward hook on a tensor, which a graph drops"),
         (HooksModule, "backward hooks are registered for first, which a graph drops"),
         (PreHooksModule, "backward hooks are registered for PreHooksModule, which a graph drops"),
-        (DrawsInPython, "it draws random numbers of Python or NumPy, or seeds a generator, which happens once"),
-        (DrawsInNumpy, "it draws random numbers of Python or NumPy, or seeds a generator, which happens once"),
-        (Seeds, "it draws random numbers of Python or NumPy, or seeds a generator, which happens once"),
+        (DrawsInPython, "it draws random numbers from Python or NumPy, or seeds a generator, which happens once"),
+        (DrawsInNumpy, "it draws random numbers from Python or NumPy, or seeds a generator, which happens once"),
+        (Seeds, "it draws random numbers from Python or NumPy, or seeds a generator, which happens once"),
     ],
 )
 def test_a_graph_that_would_train_differently_is_refused(make: type[nn.Module], reason: str) -> None:

@@ -56,7 +56,7 @@ def test_it_is_the_object_that_was_given_and_a_second_transform_does_nothing() -
         "first.hra_u.default",
         "second.hra_u.default",
     ]
-    with pytest.raises(AdapterError, match="the model already has an adapter of this name, with another configuration"):
+    with pytest.raises(AdapterError, match="the model already has an adapter with this name and another configuration"):
         hra_fx.transform(model, config(r=2))
 
 

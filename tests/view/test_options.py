@@ -37,7 +37,7 @@ def test_wrong_types_and_values(options: dict[str, Any], message: str) -> None:
         ("resnet", "backbone.fc", r"no module 'backbone\.fc'; did you mean 'fc'\?"),
         ("resnet", "zzz", r"no module 'zzz'\. See model\.named_modules\(\)"),
         ("bert", "embeddings.word_embeddings", r"is inside 'embeddings', which is drawn as one box\. Pass"),
-        ("bert", "encoder.layer.0.output.dropout", r"has no boxes, because it computes nothing that is drawn"),
+        ("bert", "encoder.layer.0.output.dropout", r"has no boxes, because nothing that it computes is drawn"),
     ],
 )
 def test_a_focus_without_boxes_names_other_modules(name: str, focus: str, message: str) -> None:

@@ -26,9 +26,10 @@ class FewDigits(Task):
 
     name: ClassVar[str] = "digits"
     about: ClassVar[str] = (
-        "A ResNet-18 that was trained on the handwritten digits 0 to 4 learns 5 to 9 from 100 images, in 30 passes "
-        "with batches of 20; 400 images to validate, 1250 to test. Adapters are on all convolutions and the hidden "
-        "layer. What it retains is the accuracy on 500 images of 0 to 4, with their own head."
+        "A ResNet-18 that was trained on the handwritten digits 0 to 4 learns the digits 5 to 9 from 100 images, in "
+        "30 passes with batches of 20. 400 images are used for validation, 1250 for the test. All convolutions and "
+        "the hidden layer have adapters. Retention is measured as the accuracy on 500 images of the digits 0 to 4, "
+        "with the original head."
     )
     metric: ClassVar[str] = "accuracy, %"
     higher_is_better: ClassVar[bool] = True

@@ -29,11 +29,12 @@ class Language(Task):
 
     name: ClassVar[str] = "language"
     about: ClassVar[str] = (
-        "SmolLM2-135M-Instruct (4-bit weights, read as float32) learns to continue posts of 20 Newsgroups from 256 "
-        "posts of 64 tokens: 64 steps with batches of 4; 48 posts to validate, 64 to test. What the model retains is "
-        "the perplexity of 48 passages of Grimm's tales, lower is better, and the percentage of 52 facts that it still "
-        "completes right. The posts have no capitals, digits or punctuation, so a model that adopts this style also "
-        "fails facts whose answer starts with a capital."
+        "SmolLM2-135M-Instruct (4-bit weights, converted to float32) learns to continue posts of 20 Newsgroups from "
+        "256 posts of 64 tokens: 64 steps with batches of 4. 48 posts are used for validation, 64 for the test. "
+        "Retention is measured as the perplexity of 48 passages of Grimm's tales (lower is better) and as the "
+        "percentage of 52 facts that the model still completes correctly. The posts do not have capital letters, "
+        "digits or punctuation, so a model that adopts this style also fails at facts with an answer that starts with "
+        "a capital letter."
     )
     metric: ClassVar[str] = "perplexity"
     higher_is_better: ClassVar[bool] = False
@@ -90,8 +91,8 @@ class Long(Language):
 
     name: ClassVar[str] = "language-long"
     about: ClassVar[str] = (
-        "The same with two passes over 1536 posts, one seed: 768 steps, and validation after every 64. A run takes "
-        "about 40 minutes of one core."
+        "The same task with two passes over 1536 posts and one seed: 768 steps, with validation after every 64 steps. "
+        "A run takes about 40 minutes on one core."
     )
     posts: ClassVar[int] = 1536
     epochs: ClassVar[int] = 2
@@ -102,7 +103,9 @@ class FourBit(Language):
     """The same with a base in NF4."""
 
     name: ClassVar[str] = "language-4-bit"
-    about: ClassVar[str] = "The same as `language` with QLoRA's base: bitsandbytes' NF4 weights."
+    about: ClassVar[str] = (
+        "The same as `language`, but with a quantized base model as in QLoRA: bitsandbytes' NF4 weights."
+    )
     bfloat16: ClassVar[bool] = False
 
     def model(self) -> nn.Module:
@@ -118,7 +121,9 @@ class MorePasses(Language):
     """The same with four passes over the 256 posts."""
 
     name: ClassVar[str] = "language-4-passes"
-    about: ClassVar[str] = "The same with four passes over the 256 posts: 256 steps, and validation after each pass."
+    about: ClassVar[str] = (
+        "The same task with four passes over the 256 posts: 256 steps, with validation after each pass."
+    )
     epochs: ClassVar[int] = 4
     curve_steps: ClassVar[int] = 64
 

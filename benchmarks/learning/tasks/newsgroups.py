@@ -23,9 +23,9 @@ class Newsgroups(Task):
 
     name: ClassVar[str] = "newsgroups-1600"
     about: ClassVar[str] = (
-        "MiniLM (22.6 million parameters) with a new head finds the group of a post. 1600 posts, two passes in batches "
-        "of 16, 48 tokens of each post; 500 posts to validate, 1500 to test. The posts have no capitals, digits or "
-        "punctuation."
+        "MiniLM (22.6 million parameters) with a new head classifies posts by newsgroup. It trains on 48 tokens of "
+        "each of 1600 posts, in two passes with batches of 16. 500 posts are used for validation, 1500 for the test. "
+        "The posts do not have capital letters, digits or punctuation."
     )
     metric: ClassVar[str] = "accuracy, %"
     higher_is_better: ClassVar[bool] = True
@@ -82,7 +82,7 @@ class MoreNewsgroups(Newsgroups):
     """The same with 5000 texts and one pass."""
 
     name: ClassVar[str] = "newsgroups-5000"
-    about: ClassVar[str] = "The same with 5000 posts and one pass."
+    about: ClassVar[str] = "The same task with 5000 posts and one pass."
     epochs: ClassVar[int] = 1
     texts: ClassVar[int] = 5000
 

@@ -83,9 +83,9 @@ class RotatedTeacher(Teacher):
 
     name: ClassVar[str] = "teacher-rotation"
     about: ClassVar[str] = (
-        "An MLP of two layers of width 64 learns from the outputs of a teacher, whose weights are its own, rotated in "
-        "4 planes. The error is in percent of the outputs' variance. 8 reflections can be the answer, and so can LoRA "
-        "with rank 8, which has twice as many parameters."
+        "An MLP with two layers of width 64 learns from the outputs of a teacher. The weights of the teacher are the "
+        "weights of the MLP, rotated in 4 planes. The error is in percent of the variance of the outputs. 8 "
+        "reflections can represent this change. So can LoRA with rank 8, which has twice as many parameters."
     )
 
     def changed(self, weight: Tensor, generator: torch.Generator) -> Tensor:
@@ -104,9 +104,9 @@ class LowRankTeacher(Teacher):
 
     name: ClassVar[str] = "teacher-low-rank"
     about: ClassVar[str] = (
-        "The same with a teacher whose weights differ by a random matrix of rank 4, as large as the change by "
-        "rotation. LoRA can be the answer. HRA cannot at any rank: a rotation keeps the singular values of a weight, "
-        "and this change does not."
+        "The same, but the weights of the teacher differ by a random matrix of rank 4, which is as large as the change "
+        "by rotation. LoRA can represent this change. HRA cannot at any rank: a rotation preserves the singular values "
+        "of a weight, and this change does not."
     )
 
     def changed(self, weight: Tensor, generator: torch.Generator) -> Tensor:
@@ -120,9 +120,9 @@ class DenseTeacher(Teacher):
 
     name: ClassVar[str] = "teacher-dense"
     about: ClassVar[str] = (
-        "The same with a teacher whose weights differ by a random matrix of full rank and the same size. No adapter of "
-        "this size can be the answer. LoRA comes closer: a part of a random change stretches the weights, which HRA "
-        "cannot."
+        "The same, but the weights of the teacher differ by a random matrix of full rank and the same size. No adapter "
+        "of this size can represent this change. LoRA comes closer: a part of a random change stretches the weights, "
+        "which a rotation cannot do."
     )
 
     def changed(self, weight: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,1 +1,1 @@
-"""Folding a checkpoint on disk: safetensors files streamed tensor by tensor, with no model in memory."""
+"""Fold a checkpoint on disk: safetensors files are processed one after the other, without loading the model."""

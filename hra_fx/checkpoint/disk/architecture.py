@@ -1,4 +1,4 @@
-"""The model that a `config.json` describes, built without weights, and its names. Code next to it is never run."""
+"""The model that a `config.json` describes, built without weights, and its names. Code in its folder is never run."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch import nn
 from hra_fx.errors import CheckpointError
 
 CONFIG = "config.json"
-#: What to do where the files do not say enough.
+#: What to do if the files do not contain enough information.
 IN_MEMORY = "Load the model instead: hra_fx.load_adapter, then hra_fx.fold or hra_fx.save_as_lora."
-#: Otherwise transformers asks on the terminal whether to run code next to a configuration.
+#: Without this, transformers asks in the terminal whether to run code in the folder of a configuration.
 _LOCAL_ONLY = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -27,7 +27,7 @@ def _from_transformers(file: Path, entries: Mapping[str, Any], weights: bool) ->
     given = entries.get("architectures")
     names = [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
     kind: Any = next((found for name in names if (found := getattr(transformers, name, None))), None)
-    # From this file, which may be one of several in its folder.
+    # Use this file, which may be one of several in its folder.
     config = transformers.AutoConfig.from_pretrained(str(file), **_LOCAL_ONLY)
     made: nn.Module
     if weights:
@@ -66,14 +66,14 @@ LIBRARIES: Mapping[str, tuple[str, Callable[[Path, Mapping[str, Any], bool], nn.
 
 
 def build_empty(file: Path, entries: Mapping[str, Any]) -> nn.Module | None:
-    """The model of a `config.json` on the meta device; `None` if no installed library can build it."""
+    """Build the model of a `config.json` on the meta device; `None` if no installed library can build it."""
     key = next((key for key in LIBRARIES if entries.get(key)), None)
     if key is None or find_spec(LIBRARIES[key][0]) is None:
         return None
     try:
         with torch.device("meta"):
             return LIBRARIES[key][1](file, entries, False)
-    # An unusual configuration may raise anything in the constructors of hundreds of models.
+    # With an unusual configuration, the constructors of hundreds of models may raise any error.
     except Exception:
         return None
 
@@ -83,7 +83,7 @@ class Architecture:
 
     Attributes:
         folder: the folder.
-        entries: entries of the file; empty if there is none.
+        entries: entries of the file; empty if there is no file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -113,16 +113,16 @@ class Architecture:
 
     @cached_property
     def _built(self) -> nn.Module | None:
-        """The model of any library."""
+        """The model, from any library."""
         return build_empty(self.folder / CONFIG, self.entries)
 
     def find(self, path: str) -> nn.Module | None:
-        """The module of a path, also with the prefix added or removed; `None` if unknown."""
+        """The module with this path, possibly with the prefix added or removed; `None` if unknown."""
         found = self.place(path)
         return None if found is None else self._modules[found]
 
     def place(self, path: str) -> str | None:
-        """The path in the model, with the prefix added or removed; `None` if unknown."""
+        """The path in the model, possibly with the prefix added or removed; `None` if unknown."""
         return self.lookup(self._modules, path)
 
     @cached_property
@@ -130,7 +130,7 @@ class Architecture:
         return {} if self._built is None else dict(self._built.named_modules(remove_duplicate=False))
 
     def lookup(self, present: Collection[str], *names: str) -> str | None:
-        """The first of several names that is present, or else is with the prefix added or removed."""
+        """The first of several names that is present, directly or with the prefix added or removed."""
         if exact := next((name for name in names if name in present), None):
             return exact
         prefix = self.prefix
@@ -139,7 +139,7 @@ class Architecture:
 
     @property
     def prefix(self) -> str:
-        """The prefix that names have in a model with a head, and do not have without it; with its dot."""
+        """The prefix that names have in a model with a head but not in a model without it, including the dot."""
         prefix = getattr(self.model, "base_model_prefix", "")
         return f"{prefix}." if prefix else ""
 

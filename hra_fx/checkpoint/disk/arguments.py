@@ -1,4 +1,4 @@
-"""Check the arguments of a fold: folders must not overlap, and each folder of weights has its adapters, in order."""
+"""Check the arguments of a fold: folders must not overlap, and each folder of weights gets its adapters, in order."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Request:
     """The checked arguments.
 
     Attributes:
-        base: folder of the base, without symbolic links.
-        out: folder to be created.
+        base: folder of the base model, without symbolic links.
+        out: folder to create.
         adapters: folder in the base -> its adapters.
         files: path in the base -> file.
-        folders: path in the base -> folder, including the base itself under ".".
+        folders: path in the base -> folder, including the base itself as ".".
     """
 
     base: Path
@@ -42,7 +42,7 @@ def read_request(base_dir: Source, adapter_dir: Adapters | Mapping[str, Adapters
     """Check folders, and read adapters.
 
     Raises:
-        CheckpointError: a folder does not exist, or two overlap; or it is unknown which part an adapter is for.
+        CheckpointError: a folder does not exist, two folders overlap, or the part for an adapter is unknown.
     """
     base, out = base_folder(base_dir), Path(os.path.realpath(out_dir))
     if os.path.isfile(out):
@@ -69,7 +69,7 @@ def base_folder(base_dir: Source) -> Path:
     """
     base = Path(os.path.realpath(base_dir))
     if not base.is_dir():
-        what = "is a file. Give a folder" if base.is_file() else "no such folder. Give one"
+        what = "is a file. Pass a folder" if base.is_file() else "no such folder. Pass one"
         raise CheckpointError(
             f"{base_dir}: {what} with config.json and safetensors files, such as save_pretrained(folder) or "
             "`hf download NAME --local-dir FOLDER` writes."
@@ -83,7 +83,7 @@ def _by_folder(base: Path, adapter_dir: Adapters | Mapping[str, Adapters]) -> di
     else:
         named = {"": _listed(adapter_dir)}
     if not named or not all(named.values()):
-        raise CheckpointError("adapter_dir must name at least one adapter. Give a folder, or several in order.")
+        raise CheckpointError("adapter_dir must name at least one adapter. Pass one or more folders, in order.")
     if isinstance(adapter_dir, Mapping) or not (base / PIPELINE).is_file():
         return named
     parts: dict[str, list[Source]] = {}
@@ -94,20 +94,20 @@ def _by_folder(base: Path, adapter_dir: Adapters | Mapping[str, Adapters]) -> di
 
 
 def _parts_of(base: Path, source: Source) -> list[Path]:
-    """Subfolders of an adapter folder, one for each part of a pipeline with the same name."""
+    """The subfolders of an adapter folder that have the name of a part of the pipeline."""
     found = [file.parent for file in sorted(Path(source).glob(f"*/{CONFIG_NAME}"))]
     placed = [folder for folder in found if (base / folder.name).is_dir()]
     if not placed:
         raise CheckpointError(
-            f"{source}: no subfolder with an adapter is named like a part of the pipeline {base}, such as 'unet'. Use "
-            f"adapter_dir={{'unet': {str(source)!r}}} (--part unet)."
+            f"{source}: no subfolder with an adapter has the name of a part of the pipeline {base}, such as 'unet'. "
+            f"Use adapter_dir={{'unet': {str(source)!r}}} (--part unet)."
         )
     left = [folder for folder in found if folder not in placed]
     left += [Path(source)] if (Path(source) / CONFIG_NAME).is_file() else []
     if left:
         named = ", ".join(f"{folder.name!r}: {str(folder)!r}" for folder in placed)
         raise CheckpointError(
-            f"{left[0]}: has an adapter, but the pipeline {base} has no part of that name. Name the parts: "
+            f"{left[0]}: has an adapter, but the pipeline {base} has no part with this name. Name the parts: "
             f"adapter_dir={{{named}}} (--part, one part at a time)."
         )
     return placed
@@ -126,7 +126,7 @@ def _inside(base: Path, name: str) -> str:
 
 
 def _tree(base: Path) -> tuple[dict[str, Path], dict[str, Path]]:
-    """All folders, including the base itself under ".", and all files. Links are followed, as in the Hub cache."""
+    """All folders, including the base itself as ".", and all files. Links are followed, as in the Hub cache."""
     folders, files = {}, {}
     for folder, _, names in os.walk(base, followlinks=True):
         folders[Path(folder).relative_to(base).as_posix()] = Path(folder)

@@ -1,8 +1,8 @@
-"""The names in a set of weight files, looked up by the layers of an adapter.
+"""Find the names in a set of weight files for the layers of an adapter.
 
 transformers renames, merges and transposes tensors when it loads a checkpoint. Its own list of conversions says which
-tensors a 3-D parameter of a model is made of: itself, or one tensor for each expert. Only conversions that keep the
-inputs of every expert in one dimension are accepted.
+tensors form a 3-D parameter of a model: one tensor, or one tensor for each expert. Only conversions that keep the
+inputs of every expert in one dimension are supported.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class TensorRef(NamedTuple):
     """A tensor in a file that a layer adapts.
 
     Attributes:
-        name: its name.
-        expert: the expert whose weight it is; `None` if it has those of all, or is not of experts.
-        columns: of experts, whether it is `(..., in, out)`; `None` if unknown, as for other layers.
+        name: the name of the tensor.
+        expert: the expert that the weight belongs to; `None` if it contains all experts, or is not for experts.
+        columns: for experts, whether the tensor is `(..., in, out)`; `None` if unknown, and for other layers.
     """
 
     name: str
@@ -39,8 +39,8 @@ class LoadedFrom(NamedTuple):
 
     Attributes:
         stored: the tensor in the file.
-        converter: transformers' `WeightConverter` that makes the tensor of the model; `None` if it is the same.
-        pattern: the one of the converter's patterns that the name in the file matches.
+        converter: transformers' `WeightConverter` that creates the model's tensor; `None` if it is the same tensor.
+        pattern: the converter's pattern that matches the name in the file.
     """
 
     stored: StoredTensor
@@ -49,7 +49,7 @@ class LoadedFrom(NamedTuple):
 
 
 class Stacked(NamedTuple):
-    """A 3-D parameter, as it is in the files.
+    """A 3-D parameter and its tensors in the files.
 
     Attributes:
         shape: its shape in the model.
@@ -63,14 +63,14 @@ class Stacked(NamedTuple):
 
     @property
     def converter(self) -> Any:
-        """transformers' `WeightConverter` for it; `None` if it is a tensor of the files, under any name."""
+        """transformers' `WeightConverter` for it; `None` if it is a single tensor in the files, with any name."""
         return self.sources[0].converter
 
     def refs(self, parameter: str) -> list[TensorRef]:
-        """Its tensors. Those of one expert have the same inputs, and are in the order of its outputs.
+        """The tensors of the parameter. Those of one expert have the same inputs, and are in the order of its outputs.
 
         Raises:
-            CheckpointError: the conversion is not known to be one of those that can be folded, or tensors are missing.
+            CheckpointError: the conversion is not supported, or tensors are missing.
         """
         patterns: list[str | None] = [None] if self.converter is None else self.converter.source_patterns
         first = self.sources[0].stored
@@ -81,7 +81,7 @@ class Stacked(NamedTuple):
         if any(len(found) != expected for found in matching.values()):
             counts = ", ".join(f"{len(found)} for {pattern or parameter}" for pattern, found in matching.items())
             raise CheckpointError(
-                f"{first.file}: {parameter} is made of {expected} tensors of each kind, but the checkpoint has "
+                f"{first.file}: {parameter} consists of {expected} tensors of each kind, but the checkpoint has "
                 f"{counts}. Download it again."
             )
         columns = self.columns
@@ -94,7 +94,7 @@ class Stacked(NamedTuple):
         ]
 
     def _layout(self, parameter: str, operations: list[Any], parts: int, first: StoredTensor) -> bool:
-        """Whether the tensors are `(..., in, out)` before the operations that follow a merge of experts."""
+        """Whether the tensors are `(..., in, out)` before the operations that follow the merge of experts."""
         if self.columns is not None and len(self.converter.target_patterns) == 1:
             last = operations[0] if len(operations) == 1 else None
             if (not operations or _is(last, "Force16BytesAlignment")) and parts == 1:
@@ -106,13 +106,13 @@ class Stacked(NamedTuple):
                 return self.columns if kept else not self.columns
         steps = ", ".join(type(operation).__name__ for operation in self.converter.operations)
         raise CheckpointError(
-            f"{first.file}: transformers makes {parameter} from tensors such as {first.name} by {steps}, and it is not "
-            f"known which of their dimensions are the inputs of the experts. {IN_MEMORY}"
+            f"{first.file}: transformers creates {parameter} from tensors such as {first.name} by {steps}, and it is "
+            f"unknown which of their dimensions are the inputs of the experts. {IN_MEMORY}"
         )
 
 
 def sources_in(tensors: Mapping[str, StoredTensor], architecture: Architecture) -> dict[str, list[LoadedFrom]]:
-    """What each tensor of a model is loaded from, by its name in the model; empty if transformers has no such model."""
+    """Name of a tensor in a model -> the tensors that it is loaded from; empty if transformers has no such model."""
     model: Any = architecture.model
     if model is None:
         return {}
@@ -125,14 +125,14 @@ def sources_in(tensors: Mapping[str, StoredTensor], architecture: Architecture) 
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     state: dict[str, Any] = model.state_dict()
     found: dict[str, list[LoadedFrom]] = {}
-    # In the order of transformers, which is that of the experts.
+    # In the order of transformers, which is the order of the experts.
     for key in sorted(tensors, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
         if name not in state and key in state:
             name, pattern = key, None
         converter = None if pattern is None else by_pattern[pattern]
         first, *others = ("",) if converter is None else converter.target_patterns
-        for target in (first, *others):  # the name is that of the first one
+        for target in (first, *others):  # the first one has the name
             found.setdefault(name.replace(first, target, 1), []).append(LoadedFrom(tensors[key], converter, pattern))
     return found
 
@@ -140,9 +140,9 @@ def sources_in(tensors: Mapping[str, StoredTensor], architecture: Architecture) 
 def stacked_in(
     tensors: Mapping[str, StoredTensor], sources: Mapping[str, list[LoadedFrom]], architecture: Architecture
 ) -> dict[str, Stacked]:
-    """The 3-D parameters of a model that are in some files, by their names in the model.
+    """The 3-D parameters of a model that are in these files, by their names in the model.
 
-    Without a model that transformers knows, they are the 3-D tensors of the files.
+    If transformers does not support the model, these are the 3-D tensors of the files.
     """
     model = architecture.model
     if model is None:
@@ -164,14 +164,14 @@ def _is(operation: Any, kind: str, **fields: int) -> bool:
 
 
 class FileNames:
-    """The names in a set of files, which may differ from those in the model.
+    """The names in a set of files, which may differ from the names in the model.
 
     Attributes:
-        loaded: name in the files -> name in the model, of tensors that are loaded as they are.
+        loaded: name in the files -> name in the model, for tensors that are loaded without conversion.
     """
 
     def __init__(self, found: WeightSet, architecture: Architecture) -> None:
-        """Build the model without weights, if there is one, to see what it loads."""
+        """Build the model without weights, if possible, to find out what it loads."""
         self._found, self._architecture = found, architecture
         self._sources: dict[str, list[LoadedFrom]] = sources_in(found.tensors, architecture)
         single = {name: sources[0] for name, sources in self._sources.items() if len(sources) == 1}
@@ -185,39 +185,39 @@ class FileNames:
         return stacked_in(self._found.tensors, self._sources, self._architecture)
 
     def find(self, *names: str) -> str | None:
-        """The name in the files of the first of several tensors that is there; see `Architecture.lookup`."""
+        """The name in the files of the first of several tensors that exists; see `Architecture.lookup`."""
         found = self._architecture.lookup(self._stored, *names)
         return None if found is None else self._stored[found]
 
     def near(self, name: str) -> str:
-        """A sentence with the most similar names."""
+        """Return a sentence with the most similar names."""
         last = ".".join(name.split(".")[-3:])
         same_end = [other for other in self._found.tensors if other.endswith(f".{last}")]
         names = (same_end or difflib.get_close_matches(name, self._found.tensors))[:3]
         return f"Similar names: {', '.join(names)}." if names else "No name is similar."
 
     def check_new(self, name: str) -> None:
-        """Check that a tensor that is not in the files is not made of those that are.
+        """Check that transformers does not create a tensor that is not in the files from other tensors.
 
         Raises:
-            CheckpointError: it is.
+            CheckpointError: transformers creates it from other tensors.
         """
         if (loaded := self._architecture.lookup(self._sources, name)) is not None:
             stored = self._sources[loaded][0].stored
             raise CheckpointError(
-                f"{stored.file}: the adapter replaces {name}, which transformers makes from tensors such as "
+                f"{stored.file}: the adapter replaces {name}, which transformers creates from tensors such as "
                 f"{stored.name}. {IN_MEMORY}"
             )
 
     def parameter(self, path: str) -> str | None:
-        """The name in `stacked` of the parameter that an adapter's layer stands for; `None` if it is not there."""
+        """The name in `stacked` of the parameter that an adapter's layer represents; `None` if it does not exist."""
         return self._architecture.lookup(self.stacked, parameter_of(path)) if stands_for_parameter(path) else None
 
     def weights_of(self, path: str) -> list[TensorRef]:
-        """The tensors with the weight of an adapter's layer, of which only experts can have several; empty if none.
+        """The tensors with the weight of an adapter's layer. Only experts can have several; empty if there are none.
 
         Raises:
-            CheckpointError: it is not certain which these are.
+            CheckpointError: the tensors cannot be determined.
         """
         if name := self.find(*(f"{path}.{weight}" for weight in WEIGHTS)):
             return [TensorRef(name)]

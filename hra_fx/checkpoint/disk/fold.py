@@ -27,13 +27,13 @@ class CheckpointReport:
         folder: the new checkpoint.
         rotated: names of the tensors that were rotated.
         given: names of the tensors that an adapter replaced or added (`modules_to_save`, `bias`).
-        untied: names of new tensors -> names of the tensors they were tied to in the base.
+        untied: name of a new tensor -> name of the tensor that it was tied to in the base model.
         rounding: largest relative error `|W'' - W'|_F / |W'|_F` of the cast to the file's dtype, measured on the first
             rows of each weight.
         roughest: the tensor with this error.
         bytes: total size of the folder.
         seconds: run time.
-        kept: files that were copied although they contain weights of the base.
+        kept: files that were copied although they contain weights of the base model.
         verified: whether row norms and copies were checked.
 
     Example:
@@ -83,15 +83,16 @@ def fold_checkpoint(
 ) -> CheckpointReport:
     """Fold adapters into a checkpoint on disk, `W <- W Q`, one file after the other, without loading the model.
 
-    All other tensors, metadata, the tokenizer and other files are copied unchanged; dtypes are kept. 16-bit weights are
-    rotated in float32, wider ones in float64. Trained `bias` and `modules_to_save` replace the base model's. A weight
-    tied to the embeddings gets its own tensor, and `tie_word_embeddings` becomes False in `config.json`, as in
-    `hra_fx.fold`. Experts may be stored as 3-D tensors, or as one matrix each, which transformers merges on loading.
+    All other tensors, metadata, the tokenizer and other files are copied unchanged; dtypes do not change. 16-bit
+    weights are rotated in float32, wider ones in float64. Trained `bias` and `modules_to_save` replace the tensors of
+    the base model. A weight tied to the embeddings gets its own tensor, and `tie_word_embeddings` becomes False in
+    `config.json`, as in `hra_fx.fold`. Experts may be stored as 3-D tensors, or as one matrix for each expert, which
+    transformers merges when it loads the model.
 
     Files are written to a hidden folder `.<name>.*.partial` next to `out_dir`, which is renamed at the end and removed
-    after an error; `out_dir` is complete or unchanged. A process that is killed leaves the hidden folder behind. The
-    layout of weights, their names and which of them are tied are those of the model that `config.json` describes, built
-    without weights, if an installed library knows it.
+    after an error. So `out_dir` is complete or unchanged. A process that is killed leaves the hidden folder. To find
+    the layout of weights, their names and tied weights, the model that `config.json` describes is built without
+    weights, if an installed library supports it.
 
     Args:
         base_dir: a folder with safetensors files, as saved by `save_pretrained` of transformers, diffusers or timm; one
@@ -101,14 +102,15 @@ def fold_checkpoint(
             adapters are in subfolders with the names of the pipeline's parts.
         out_dir: the folder to create. It must not be inside `base_dir` or contain it.
         columns: layers that store their weight as `(in, out)`: ends of their paths, or of the names of parameters.
-            `None`: the `Conv1D` layers of transformers, according to `config.json`. It must not contradict
+            `None` uses `config.json` to find transformers' `Conv1D` layers. `columns` must not contradict
             `config.json`.
-        overwrite: replace `out_dir` if it exists, once everything is written.
-        verify: read the result again: row norms must be preserved up to rounding, and everything else must be equal.
+        overwrite: replace `out_dir` if it exists, after everything is written.
+        verify: read the result again, and check that row norms are preserved up to rounding and everything else is
+            equal.
         progress: show a progress bar on a terminal.
 
     Returns:
-        A report, which prints in a few lines.
+        A report. Printing it shows a summary in a few lines.
 
     Raises:
         CheckpointError: a file is missing, damaged, a pickle, or does not fit; or writing failed. The message names the
@@ -117,8 +119,8 @@ def fold_checkpoint(
             any error, `base_dir` and `out_dir` are unchanged.
 
     Warns:
-        HRAWarning: the folder still has other files with weights of the base; or the model ties its weights again when
-            it is loaded.
+        HRAWarning: the folder still contains other files with weights of the base model; or the model ties its weights
+            again when it is loaded.
 
     Example:
         >>> import tempfile
@@ -149,11 +151,12 @@ def unfold_checkpoint(
 ) -> CheckpointReport:
     """Undo `fold_checkpoint`, `W <- W' Q^T`, up to rounding.
 
-    Arguments, result and errors are those of `fold_checkpoint`; several adapters are given in the order in which they
-    were folded. Untied weights stay untied.
+    Arguments, result and errors are the same as for `fold_checkpoint`. Pass several adapters in the order in which
+    they were folded. Untied weights stay untied.
 
     Raises:
-        CheckpointError: also if an adapter has `modules_to_save` or biases, because the replaced values are lost.
+        CheckpointError: an adapter has `modules_to_save` or biases, because the replaced values are lost; or see
+            `fold_checkpoint`.
 
     Example:
         >>> unfold_checkpoint("nowhere", "adapter", "out")

@@ -1,6 +1,6 @@
 """Plan everything that a call writes, for all parts of a checkpoint, before anything is written.
 
-All names and shapes are checked: what adapters change is a rotation, a replacement, or a new tensor.
+All names and shapes are checked. A change is a rotation, a replacement, or a new tensor.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from hra_fx.errors import CheckpointError
 from hra_fx.layers.experts_weight import parameter_of
 from hra_fx.layers.target import is_conv1d
 
-#: What a tensor becomes: another tensor of the base, a rotated one, or a new value in the checkpoint's dtype.
+#: The change of a tensor: another tensor of the base model, a rotation, or a new value in the checkpoint's dtype.
 Change: TypeAlias = StoredTensor | tuple[StoredTensor, Rotation] | Tensor
 
 
@@ -51,10 +51,10 @@ def changes_for(
     names: FileNames,
     columns: Collection[str] | None,
 ) -> tuple[dict[str, Change], Untying]:
-    """What adapters, applied in order, change in a set of files.
+    """Compute the changes that adapters, applied in order, make in a set of files.
 
     Returns:
-        Name of an old or a new tensor -> its change; and what is untied.
+        Name of an old or a new tensor -> its change; and the tensors to untie.
 
     Raises:
         CheckpointError: an adapter does not fit; the message names the key.
@@ -95,7 +95,7 @@ def rotation_of(
     architecture: Architecture,
     columns: Collection[str] | None,
 ) -> Rotation:
-    """The rotation of a weight by the chains of some adapters, in order; for `columns`, see `in_columns`.
+    """The rotation of a weight by the chains of adapters, in order; for `columns`, see `in_columns`.
 
     Raises:
         CheckpointError: the weight is quantized, or a chain does not fit it.
@@ -111,7 +111,7 @@ def rotation_of(
 
 
 def _new(name: str, tensor: Tensor, found: WeightSet) -> Tensor:
-    """A tensor that the base does not have, such as a new classification head, in the dtype of the largest weight."""
+    """Cast a tensor that is not in the base model, such as a new head, to the dtype of the largest weight."""
     weights = [stored for stored in found.tensors.values() if stored.dtype in FLOATS]
     dtype = FLOATS[max(weights, key=lambda stored: stored.size).dtype]
     tensor = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
@@ -126,10 +126,10 @@ def in_columns(
     """Whether a layer's weight is `(in, out)`.
 
     Args:
-        chain: what an adapter does to the layer.
-        weight: `(out, ...)` or `(in, out)`; of all experts, with them in front.
-        architecture: of the checkpoint.
-        given: the user's list of such layers, ends of their paths; `None` to find out.
+        chain: the chain of an adapter for the layer.
+        weight: `(out, ...)` or `(in, out)`; for all experts, with the experts as the first dimension.
+        architecture: architecture of the checkpoint.
+        given: the user's list of such layers, as ends of paths; `None` to use `config.json`.
 
     Raises:
         CheckpointError: the length of the vectors does not fit, the layout is unknown, or the user contradicts
@@ -183,9 +183,9 @@ class FilePlan:
     """A planned file with weights.
 
     Attributes:
-        part: the start of its path in the new folder.
+        part: the prefix of its path in the new folder.
         header: the header of the file that it replaces.
-        tensors: name -> what is written.
+        tensors: name -> the written value.
     """
 
     part: str
@@ -195,14 +195,14 @@ class FilePlan:
 
 @dataclass
 class Plan:
-    """The planned result. Paths and names of tensors start with the part of the pipeline that they are in.
+    """The planned result. Paths and names of tensors start with the name of their part of the pipeline.
 
     Attributes:
         files: path in the new folder -> changed weights, or a new text; other files are copied.
         rotated: names of rotated tensors.
         given: names of tensors from an adapter.
-        untied: names of new tensors -> names of the tensors they were tied to.
-        kept: files of the base with weights that are copied unchanged.
+        untied: name of a new tensor -> name of the tensor that it was tied to.
+        kept: files with weights of the base model that are copied unchanged.
         retied_by: see `Untying.retied_by`.
     """
 
@@ -218,7 +218,7 @@ def plan_fold(request: Request, columns: Collection[str] | None, *, inverse: boo
     """Plan every part, for a fold or its `inverse`; for `columns`, see `fold_checkpoint`.
 
     Raises:
-        CheckpointError: there is no checkpoint, or an adapter does not fit it; or an adapter replaced values, which
+        CheckpointError: no checkpoint was found; an adapter does not fit it; or an adapter replaced values, which
             cannot be restored.
         FoldError: tied weights cannot be untied.
     """
@@ -229,7 +229,7 @@ def plan_fold(request: Request, columns: Collection[str] | None, *, inverse: boo
 
 
 def _reversed(adapter: Adapter) -> Adapter:
-    """`Q^T`: the same reflections in reverse order."""
+    """Return the adapter for `Q^T`: the same reflections in reverse order."""
     if adapter.full:
         raise CheckpointError(
             f"{adapter.file}: the adapter replaced {next(iter(adapter.full))} (modules_to_save or bias), whose old "
@@ -249,7 +249,7 @@ def _plan_part(
     *,
     inverse: bool,
 ) -> None:
-    """Add the fold of adapters, in order, into the checkpoint of a folder; `inverse` if it undoes a fold."""
+    """Add the fold of adapters, in order, into the checkpoint of a folder to the plan; `inverse` undoes a fold."""
     if (folder / CONFIG_NAME).exists():
         raise CheckpointError(
             f"{folder / CONFIG_NAME}: there is an adapter in the base model's folder, and from_pretrained would load "
@@ -258,7 +258,7 @@ def _plan_part(
     sets = weight_sets(folder)
     architecture = Architecture(folder)
     named = [(found, FileNames(found, architecture)) for found in sets]
-    # If no set has any layer, the first one reports what is missing.
+    # If no set has any layer, the first set reports what is missing.
     folded = [pair for pair in named if touches(adapters, pair[1])] or named[:1]
     for found, names in folded:
         check_base(adapters, folder, found, names, folded=inverse)
@@ -291,7 +291,7 @@ def _plan_set(plan: Plan, part: str, found: WeightSet, changes: Mapping[str, Cha
 
 
 def _index(found: WeightSet, added: Mapping[str, Change], file: str) -> bytes:
-    """The index as transformers writes it, with new tensors in the last file; totals that are not numbers are kept."""
+    """The index in transformers' format, with new tensors in the last file. Totals that are not numbers are kept."""
     entries: dict[str, Any] = dict(found.index_entries or {})
     entries["weight_map"] = {**entries["weight_map"], **dict.fromkeys(added, file)}
     if isinstance(entries.get("metadata"), dict):

@@ -1,4 +1,4 @@
-"""What adapters change in one set of weight files, by the names of the files; checked before any weight is changed."""
+"""The changes that adapters make in one set of weight files, by the names in the files. All changes are checked."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from hra_fx.selection.select import is_target
 
 
 class LayerChain(NamedTuple):
-    """What one adapter does to a tensor.
+    """The chain of one adapter for a tensor.
 
     Attributes:
-        path: the layer.
-        vectors: `U: (d, k)`; of a tensor with all experts, `(experts, d, k)`.
+        path: path of the layer.
+        vectors: `U: (d, k)`; for a tensor with all experts, `(experts, d, k)`.
         columns: see `TensorRef`.
     """
 
@@ -36,10 +36,10 @@ class LayerChain(NamedTuple):
 
 
 class Requests(NamedTuple):
-    """What adapters, applied in order, change. Names are those in the file, or the adapter's if it does not have them.
+    """The changes that adapters, applied in order, make. Names are those in the file, otherwise those of the adapter.
 
     Attributes:
-        chains: name of a weight -> what each adapter does to it, in order.
+        chains: name of a weight -> the chain of each adapter, in order.
         full: name of a tensor -> its new value.
     """
 
@@ -48,7 +48,7 @@ class Requests(NamedTuple):
 
 
 class Renaming(NamedTuple):
-    """How an adapter names the modules of a file, which may have no prefix or another one.
+    """The prefix by which module names in an adapter differ from those in a file.
 
     Attributes:
         add: a prefix that the adapter has and the file does not.
@@ -73,10 +73,10 @@ def touches(adapters: Iterable[Adapter], names: FileNames) -> bool:
 
 
 def requests_of(adapters: Iterable[Adapter], found: WeightSet, names: FileNames) -> Requests:
-    """What adapters, applied in order, change in a set of files.
+    """Collect the changes that adapters, applied in order, make in a set of files.
 
     Raises:
-        CheckpointError: two adapters exclude each other, a tensor shares its memory with another one, or an adapter has
+        CheckpointError: two adapters exclude each other, a tensor shares memory with another tensor, or an adapter has
             another number of experts.
     """
     chains: dict[str, list[LayerChain]] = {}
@@ -134,7 +134,7 @@ def _refuse_aliases(found: WeightSet, changed: Iterable[str]) -> None:
 
 
 def renaming_of(adapter: Adapter, names: FileNames, architecture: Architecture) -> Renaming:
-    """How an adapter names the modules of a set of files."""
+    """Find the prefix by which module names in an adapter differ from those in a set of files."""
     for path in adapter.chains:
         refs = names.weights_of(path)
         name = names.loaded.get(refs[0].name, refs[0].name) if refs else f"{path}."
@@ -147,7 +147,7 @@ def renaming_of(adapter: Adapter, names: FileNames, architecture: Architecture) 
 
 
 def unknown_tensor(name: str, found: WeightSet, adapters: Iterable[Adapter], names: FileNames) -> CheckpointError:
-    """The error for a tensor that an adapter changes and a set of files does not have."""
+    """The error for a tensor that an adapter changes but a set of files does not have."""
     adapter = next(a for a in adapters if name in a.full or any(name == _weight_name(path) for path in a.chains))
     return CheckpointError(
         f"{adapter.file}: the adapter changes {name}, which is not in {found.name}. {names.near(name)} Was it trained "
@@ -156,15 +156,15 @@ def unknown_tensor(name: str, found: WeightSet, adapters: Iterable[Adapter], nam
 
 
 def is_new(name: str, adapters: Iterable[Adapter]) -> bool:
-    """Whether a tensor that a set of files does not have may be new: it is in `modules_to_save`, such as a new head."""
+    """Whether a tensor that is not in a set of files may be new: it is in `modules_to_save`, such as a new head."""
     return any(name in adapter.full and adapter.saves(name.rpartition(".")[0]) for adapter in adapters)
 
 
 def check_given(name: str, tensor: Tensor, stored: StoredTensor) -> torch.dtype:
-    """Check that a new value fits the tensor that it replaces; the dtype of that tensor.
+    """Check that a new value fits the tensor that it replaces. Returns the dtype of that tensor.
 
     Raises:
-        CheckpointError: it does not fit.
+        CheckpointError: the value does not fit.
     """
     dtype = DTYPES.get(stored.dtype)
     if tuple(tensor.shape) != stored.shape or dtype is None or dtype.is_floating_point != tensor.is_floating_point():
@@ -178,12 +178,12 @@ def check_given(name: str, tensor: Tensor, stored: StoredTensor) -> torch.dtype:
 def check_embeddings(
     found: WeightSet, adapters: Iterable[Adapter], names: FileNames, stored: Callable[[str], StoredTensor | None]
 ) -> None:
-    """Check that the base model's embeddings, which PEFT saves with adapters of output layers, are those of this base.
+    """Check that embeddings, which PEFT saves with adapters on output layers, equal those of this base model.
 
-    `stored` finds a tensor in the files, or the one that it is tied to.
+    `stored` finds a tensor in the files, or the tensor that it is tied to.
 
     Raises:
-        CheckpointError: they are not, or a tensor is unknown.
+        CheckpointError: the embeddings differ, or a tensor is unknown.
     """
     for adapter in adapters:
         for name, tensor in adapter.embeddings.items():
@@ -202,7 +202,7 @@ def check_complete(found: WeightSet, adapter: Adapter, architecture: Architectur
     """Check that every target layer and parameter that the model loads has vectors.
 
     Raises:
-        CheckpointError: one has none.
+        CheckpointError: one does not have vectors.
     """
     keys = {place.name for path in adapter.chains for place in names.weights_of(path)}
     renaming = renaming_of(adapter, names, architecture)
@@ -211,7 +211,7 @@ def check_complete(found: WeightSet, adapter: Adapter, architecture: Architectur
         theirs = renaming.to_adapter(path)
         if key in keys or last not in WEIGHTS or len(stored.shape) < 2 or not is_target(adapter.config, theirs):
             continue
-        # Files may have layers that the model does not load, such as heads for multi-token prediction.
+        # Files may contain layers that the model does not load, such as heads for multi-token prediction.
         if architecture.model is None or architecture.find(path) is not None:
             raise _incomplete(adapter, theirs, found)
     if adapter.config.target_parameters:
@@ -229,16 +229,16 @@ def _incomplete(adapter: Adapter, name: str, found: WeightSet) -> CheckpointErro
 
 
 def check_base(adapters: Iterable[Adapter], folder: Path, found: WeightSet, names: FileNames, *, folded: bool) -> None:
-    """Check the model in a folder by the row that the files of adapters have of their base model.
+    """Check the model in a folder with the row of the base model that adapter files contain.
 
-    `folded` says whether the adapters have to be folded into it.
+    `folded` says whether the adapters must be folded into it.
 
     Raises:
-        CheckpointError: the model contains one of the adapters; or with `folded`, it does not.
+        CheckpointError: the model contains one of the adapters; or with `folded`, it does not contain one.
 
     Warns:
-        HRAWarning: the base model of an adapter has another name than the folder, and no row shows that it is the
-            same, as for files of PEFT.
+        HRAWarning: the name of an adapter's base model differs from the folder, and the adapter has no row to show
+            that it is the same model, as in PEFT's files.
     """
     for adapter in adapters:
         row, state = adapter.base_row, "unknown"
@@ -248,8 +248,8 @@ def check_base(adapters: Iterable[Adapter], folder: Path, found: WeightSet, name
                 raise row.folded_error(adapter.file, str(folder))
             if state == "base" and folded:
                 raise CheckpointError(
-                    f"{folder} does not contain the adapter {adapter.file} (seen in {row.path}). Use the model into "
-                    "which it was folded."
+                    f"{folder} does not contain the adapter {adapter.file} (seen in {row.path}). Use the model that "
+                    "it was folded into."
                 )
         if state == "unknown" and not folded:
             compare_names(adapter.file, adapter.config, str(folder))

@@ -1,6 +1,6 @@
 """Rotate the weights of files: `W Q = W - (W U) (T U^T)`.
 
-16-bit weights are multiplied in float32, wider ones in float64.
+16-bit weights are multiplied in float32, wider weights in float64.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from hra_fx.checkpoint.disk.stored import StoredTensor
 from hra_fx.errors import FoldError
 from hra_fx.functional import householder
 
-#: Number of values in a block.
+#: The number of values in a block.
 _BLOCK = 1 << 19
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """`W -> W Q`.
+    """The rotation `W -> W Q` of a stored weight.
 
     Attributes:
-        chain: `U: (d, k)` of `Q`; of a tensor with all experts, `(experts, d, k)`.
+        chain: `U: (d, k)` of `Q`; for a tensor with all experts, `(experts, d, k)`.
         columns: whether the weight is `(in, out)`.
     """
 
@@ -34,7 +34,7 @@ class Rotation:
     columns: bool
 
     def matrices(self, stored: StoredTensor) -> Iterator[tuple[StoredTensor, Rotation]]:
-        """The weight itself, or that of each expert in it, with its rotation."""
+        """The weight itself, or the weight of each expert, with its rotation."""
         if self.chain.dim() == 2:
             yield stored, self
             return
@@ -43,7 +43,7 @@ class Rotation:
             yield one, dataclasses.replace(self, chain=chain)
 
     def split(self, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The weight itself, or that of each expert in it, as a matrix, with its chain."""
+        """The weight itself, or the weight of each expert, as a matrix, with its chain."""
         if self.chain.dim() == 2:
             yield weight.flatten(1), self.chain
         else:
@@ -51,12 +51,12 @@ class Rotation:
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of products with a weight: float32 if it has 16 bits, else float64."""
+    """The dtype of products with a weight: float32 for 16-bit weights, otherwise float64."""
     return torch.float32 if dtype.itemsize == 2 else torch.float64
 
 
 def project(left: Tensor, weight: Tensor, *, columns: bool) -> Tensor:
-    """`V^T W^T: (k, out)` of a weight `W: (out, d)`.
+    """Compute `V^T W^T: (k, out)` for a weight `W: (out, d)`.
 
     Args:
         left: `V^T: (k, d)`, in `product_dtype(weight.dtype)`.
@@ -72,11 +72,11 @@ def project(left: Tensor, weight: Tensor, *, columns: bool) -> Tensor:
 
 
 def rotated(stored: StoredTensor, weight: Tensor, rotation: Rotation) -> tuple[Tensor, float]:
-    """A rotated weight in its dtype, and the relative error `|W'' - W'|_F / |W'|_F` of the cast to it.
+    """Rotate a weight. Returns it in its dtype, and the relative error `|W'' - W'|_F / |W'|_F` of the cast.
 
     Args:
-        stored: where the weight is from, for messages.
-        weight: the weight, of a floating-point dtype.
+        stored: the origin of the weight, for messages.
+        weight: the weight, with a floating-point dtype.
         rotation: its rotation.
 
     Raises:
@@ -97,7 +97,7 @@ def rotated(stored: StoredTensor, weight: Tensor, rotation: Rotation) -> tuple[T
 
 
 def _rotate(matrix: Tensor, left: Tensor, right: Tensor, target: Tensor, *, columns: bool) -> float:
-    """Write a rotated matrix; the error of the cast on its first rows, infinite if the result is not finite."""
+    """Write a rotated matrix. Returns the error of the cast in its first rows; infinite if the result is not finite."""
     projected = project(left, matrix, columns=True) if columns else None
     rounding, largest = 0.0, torch.finfo(matrix.dtype).max
     for rows in _blocks(matrix):
@@ -115,14 +115,14 @@ def _rotate(matrix: Tensor, left: Tensor, right: Tensor, target: Tensor, *, colu
 
 
 def _blocks(matrix: Tensor) -> Iterator[slice]:
-    """Blocks of rows that fit into the cache of a processor."""
+    """Blocks of rows that fit into the cache of a CPU."""
     step = max(1, _BLOCK // matrix.shape[1])
     yield from (slice(first, first + step) for first in range(0, len(matrix), step))
 
 
 def _factors(chain: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`U^T` and `T U^T`, both `(k, d)`, computed in float64."""
-    # Column-major, since every operation below runs along columns.
+    # Column-major, because every operation below runs along columns.
     chain = householder.normalize(chain.double().mT.contiguous().mT)
     left, right = chain.mT, householder.compact_wy(chain) @ chain.mT
     return left.to(dtype).contiguous(), right.to(dtype).contiguous()

@@ -1,6 +1,6 @@
-"""The weights in a folder: safetensors files, of which one or several hold a state dict.
+"""The weights in a folder: one or more safetensors files with a state dict.
 
-Names, dtypes and shapes are read from the headers, values when they are needed.
+Names, dtypes and shapes are read from the headers; values are read when they are needed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SAFE = ".safetensors"
 _INDEX = f"{SAFE}.index.json"
 #: Weights in other formats, which are never read.
 OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx")
-#: Files with these extensions that training saves next to a model, and that have no weights.
+#: Files that training saves next to a model and that do not contain weights.
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 #: Dtypes of weights that can be folded, by their names in the format.
 FLOATS: Mapping[str, torch.dtype] = {
@@ -50,9 +50,9 @@ class StoredTensor:
 
     Attributes:
         file: the file.
-        name: its key.
-        dtype: its name in the format, such as "BF16".
-        shape: its shape.
+        name: the key of the tensor.
+        dtype: the name of its dtype in the format, such as "BF16".
+        shape: the shape of the tensor.
         index: the entry of the first dimension; `None` for the whole tensor.
     """
 
@@ -64,11 +64,11 @@ class StoredTensor:
 
     @property
     def size(self) -> int:
-        """Size in bytes, if its dtype is in `DTYPES`."""
+        """The size in bytes, if the dtype is in `DTYPES`."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     def read(self) -> Tensor:
-        """The values, as a view of the file in memory where possible.
+        """Read the values, as a view of the file in memory if possible.
 
         Raises:
             CheckpointError: the file cannot be read, or is damaged.
@@ -86,7 +86,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of a file says.
+    """The header of a file.
 
     Attributes:
         file: the file.
@@ -109,7 +109,7 @@ def read_header(file: Path) -> Header:
     Traceback (most recent call last):
     hra_fx.errors.CheckpointError: nowhere.safetensors: cannot read the file (No such file or directory...).
     """
-    # For torch, safe_open reserves memory for the whole file.
+    # With the framework torch, safe_open reserves memory for the whole file.
     with opened(file, framework="numpy") as opened_file:
         metadata = dict(opened_file.metadata() or {})
         slices = {key: opened_file.get_slice(key) for key in opened_file.keys()}  # noqa: SIM118, not a dict
@@ -122,12 +122,12 @@ def read_header(file: Path) -> Header:
 
 @dataclass(frozen=True)
 class WeightSet:
-    """Files of one state dict.
+    """The files of one state dict.
 
     Attributes:
-        files: their headers, sorted by name.
+        files: the headers of the files, sorted by name.
         index: the index file, if there is one.
-        index_entries: its content.
+        index_entries: the content of the index file.
     """
 
     files: tuple[Header, ...]
@@ -136,7 +136,7 @@ class WeightSet:
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
-        """Key -> tensor, of all files."""
+        """Key -> tensor, for all files."""
         return {name: tensor for header in self.files for name, tensor in header.tensors.items()}
 
     @property
@@ -146,7 +146,7 @@ class WeightSet:
 
     @cached_property
     def aliases(self) -> dict[str, str]:
-        """Removed key -> key of the tensor that it shared, as recorded by `safetensors.torch.save_model`."""
+        """Removed key -> key of the shared tensor, as recorded by `safetensors.torch.save_model`."""
         found: dict[str, str] = {}
         for header in self.files:
             for name, kept in header.metadata.items():
@@ -159,7 +159,7 @@ def weight_sets(folder: Path) -> list[WeightSet]:
     """All sets in a folder, without its subfolders.
 
     Raises:
-        CheckpointError: there is none, or a shard or an index is missing or damaged.
+        CheckpointError: no set was found, or a shard or an index is missing or damaged.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -181,15 +181,15 @@ def weight_sets(folder: Path) -> list[WeightSet]:
             "model.save_pretrained(folder)."
         )
     below = sorted(file.parent.relative_to(folder).as_posix() for file in folder.glob(f"*/*{SAFE}"))
-    suggestion = "Give the folder of a checkpoint."
+    suggestion = "Pass the folder of a checkpoint."
     if below:
         names = ", ".join(map(repr, dict.fromkeys(below)))
-        suggestion = f"The subfolders {names} have some: give one of them, or adapter_dir={{name: adapter}} (--part)."
+        suggestion = f"The subfolders {names} have some: pass one of them, or adapter_dir={{name: adapter}} (--part)."
     raise CheckpointError(f"{folder}: no {SAFE} files found. {suggestion}")
 
 
 def foreign(folder: Path) -> Iterator[Path]:
-    """Files at any depth that may have weights in another format."""
+    """Files at any depth that may contain weights in another format."""
     for file in folder.rglob("*"):
         if file.suffix in OTHERS and not file.name.startswith(_NO_WEIGHTS):
             yield file

@@ -24,10 +24,10 @@ class Untying:
 
     Attributes:
         sources: name of a tensor that is not in the file -> name of the tensor that it is tied to.
-        changed: those of them that change -> the caller's name for them; the others are written unchanged.
-        stay_tied: the caller's names of tensors that change together with the tensor they are tied to.
-        configs: where `tie_word_embeddings` becomes False in `config.json`: keys down to the object.
-        retied_by: configuration classes that set it to True again whenever one is loaded, like T5's.
+        changed: name of such a tensor that changes -> the caller's name for it; the others are written unchanged.
+        stay_tied: the caller's names of tensors that change together with the tensor that they are tied to.
+        configs: the objects in `config.json` in which `tie_word_embeddings` becomes False, each as a tuple of keys.
+        retied_by: configuration classes that set it to True again when they are loaded, such as T5's.
     """
 
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -38,21 +38,21 @@ class Untying:
 
 
 def untying(architecture: Architecture, names: FileNames, changed: Mapping[str, Tensor | None]) -> Untying:
-    """What to untie if some tensors change.
+    """Find out what to untie if some tensors change.
 
-    `changed` is a name, in the file or as the adapter has it -> new value, `None` for a rotation.
+    `changed`: name in the file or in the adapter -> new value, `None` for a rotation.
 
     Raises:
         FoldError: the tensors cannot be untied.
     """
     model: Any = architecture.model
     if model is None:
-        # Models tie embeddings and output layers, which are not in a numbered block.
+        # Models tie embeddings and output layers. These are not in a numbered block.
         outside = [name for name in changed if not any(part.isdigit() for part in name.split("."))]
         if architecture.says_tied and outside:
             raise FoldError(
-                f"{architecture.folder / 'config.json'}: {TIE_SETTING} is True, but transformers does not know this "
-                f"model, so that it is unknown which tensors are tied to {outside[0]}. {IN_MEMORY}"
+                f"{architecture.folder / 'config.json'}: {TIE_SETTING} is True, but transformers does not support this "
+                f"model, so it is unknown which tensors are tied to {outside[0]}. {IN_MEMORY}"
             )
         return Untying()
     own, groups = _ties(architecture)
@@ -83,7 +83,7 @@ def untying(architecture: Architecture, names: FileNames, changed: Mapping[str, 
 
 
 def untied_config(architecture: Architecture, paths: Sequence[tuple[str, ...]]) -> bytes:
-    """`config.json` with tied embeddings off."""
+    """The content of `config.json` with tied embeddings turned off."""
     entries: dict[str, Any] = json.loads(json.dumps(architecture.entries))
     for path in paths:
         place = entries
@@ -94,7 +94,10 @@ def untied_config(architecture: Architecture, paths: Sequence[tuple[str, ...]]) 
 
 
 def tied_to(name: str, architecture: Architecture, names: FileNames) -> str | None:
-    """The tensor in the files that a tensor outside of them, as an adapter names it, is tied to; `None` if unknown."""
+    """The tensor in the files to which a tensor outside of the files is tied; `None` if unknown.
+
+    `name` is the adapter's name of the tensor.
+    """
     if architecture.model is None:
         return None
     own, groups = _ties(architecture)
@@ -104,13 +107,13 @@ def tied_to(name: str, architecture: Architecture, names: FileNames) -> str | No
 
 
 def _ties(architecture: Architecture) -> tuple[Collection[str], list[list[str]]]:
-    """All names in the model, and those of each tied tensor."""
+    """All names in the model, and the names of each tied tensor."""
     model: Any = architecture.model
     return model.state_dict(), _groups(model.get_expanded_tied_weights_keys(all_submodels=True))
 
 
 def _groups(ties: Mapping[str, str]) -> list[list[str]]:
-    """Names of each tied tensor, of which the first is the one that others are tied to."""
+    """The names of each tied tensor. The other names are tied to the first name."""
     groups: dict[str, list[str]] = {}
     for name, source in ties.items():
         while source in ties:
@@ -120,7 +123,7 @@ def _groups(ties: Mapping[str, str]) -> list[list[str]]:
 
 
 def _same_values(group: list[str], changed: Mapping[str, Tensor | None]) -> bool:
-    """Whether a group gets the same values everywhere, because an adapter trained tied embeddings as one."""
+    """Whether all tensors of a group get the same values, because an adapter trained tied embeddings as one tensor."""
     values = [changed.get(name) for name in group]
     first = values[0]
     return first is not None and all(other is not None and first.equal(other) for other in values)

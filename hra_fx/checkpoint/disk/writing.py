@@ -1,7 +1,7 @@
 """Write a planned result into a temporary folder next to the output folder, which is renamed at the end.
 
-A written file can be verified: a rotated weight has the row norms of the base, since a rotation preserves them, and
-everything else is identical.
+A written file can be verified: a rotated weight has the row norms of the base model, because a rotation preserves them,
+and everything else is identical.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def write_result(request: Request, plan: Plan, *, overwrite: bool, verify: bool,
         Path and name of each rotated tensor -> its relative rounding error.
 
     Raises:
-        CheckpointError: the output folder is not empty, or the disk is full or refuses.
+        CheckpointError: the output folder is not empty, or the disk is full or cannot be written.
         FoldError: a rotated weight is not finite, or `verify` finds a difference.
     """
     out = request.out
@@ -53,12 +53,12 @@ def write_result(request: Request, plan: Plan, *, overwrite: bool, verify: bool,
                 rounding |= _write(plan.files.get(path), file, folder / path, verify=verify)
                 advance(file.stat().st_size)
             for path, source in request.folders.items():
-                (folder / path).chmod(source.stat().st_mode & 0o777 | 0o700)  # it is still to be renamed
+                (folder / path).chmod(source.stat().st_mode & 0o777 | 0o700)  # it will be renamed later
     return rounding
 
 
 def _write(plan: FilePlan | bytes | None, source: Path, target: Path, *, verify: bool) -> dict[str, float]:
-    """Write one file: new text, changed weights, or a copy. The rounding errors of rotated weights."""
+    """Write one file: new text, changed weights, or a copy. Returns the rounding errors of rotated weights."""
     rounding: dict[str, float] = {}
     if plan is None:
         shutil.copyfile(source, target)
@@ -84,7 +84,7 @@ def _write_weights(plan: FilePlan, target: Path) -> dict[str, float]:
                 tensors[name] = change
                 continue
             stored = change[0] if isinstance(change, tuple) else change
-            # A new tensor is a copy of another one, whose memory it must not share.
+            # A new tensor is a copy of another tensor, and must not share its memory.
             tensor = file.get_tensor(name) if name in plan.header.tensors else stored.read().clone()
             if isinstance(change, tuple):
                 tensor, rounding[plan.part + name] = rotated(stored, tensor, change[1])
@@ -95,7 +95,7 @@ def _write_weights(plan: FilePlan, target: Path) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _staged(out: Path) -> Iterator[Path]:
-    """A new folder that becomes the output folder, unless an exception is raised; an old one is replaced."""
+    """Create a folder that becomes the output folder unless an exception is raised. An old one is replaced."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.parent) as hidden:
         (content := Path(hidden, "content")).mkdir()
@@ -104,7 +104,7 @@ def _staged(out: Path) -> Iterator[Path]:
 
 
 def _publish(content: Path, out: Path, replaced: Path) -> None:
-    """Rename the new folder to the output folder; an old one first makes room, and comes back if that fails."""
+    """Rename the new folder to the output folder. An old one is moved away first, and restored if this fails."""
     try:
         if out.is_dir():
             out.rename(replaced)
@@ -126,11 +126,11 @@ def _check_space(out: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def _explained_errors(out: Path) -> Iterator[None]:
-    """Say what exists and what to do if the disk refuses."""
+    """Convert errors of the disk to an error that says what to do."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        # The text of an OSError would name the temporary folder.
+        # The text of an OSError would contain the temporary folder.
         reason = f"[Errno {error.errno}] {error.strerror}" if isinstance(error, OSError) else error
         raise CheckpointError(
             f"{out}: cannot write the result ({reason}). The output folder is unchanged. Free some space, check the "
@@ -142,7 +142,7 @@ def check_copy(source: Path, target: Path) -> None:
     """Check a copied file.
 
     Raises:
-        FoldError: it differs.
+        FoldError: the copy differs.
     """
     if not filecmp.cmp(source, target, shallow=False):
         raise FoldError(f"{target}: the copy differs from {source}. Check the disk.")
@@ -152,7 +152,7 @@ def check_file(plan: FilePlan, file: Path) -> None:
     """Check a written file against the base.
 
     Raises:
-        FoldError: it differs; the message names the tensor.
+        FoldError: a value differs; the message names the tensor.
     """
     with opened(file) as written:
         if set(written.keys()) != plan.tensors.keys() or (written.metadata() or {}) != plan.header.metadata:
@@ -168,13 +168,13 @@ def check_file(plan: FilePlan, file: Path) -> None:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """The memory of a tensor, in which NaN equals itself."""
+    """The bytes of a tensor, for which NaN equals NaN."""
     return tensor.contiguous().flatten().view(torch.uint8)
 
 
 def _check_rows(file: Path, name: str, base: Tensor, written: Tensor, rotation: Rotation) -> None:
     info = torch.finfo(base.dtype)
-    # Without a wider dtype to compute in, reflections that nearly cancel each other add errors.
+    # Without a wider dtype for the computation, reflections that nearly cancel add errors.
     steps = 64 * (1 + rotation.chain.shape[-1]) if base.dtype == torch.float64 else 64
     # Half a unit in the last place of each entry, and the rounding of products.
     relative = info.eps / 2 + steps * torch.finfo(product_dtype(base.dtype)).eps
@@ -193,7 +193,7 @@ def _check_rows(file: Path, name: str, base: Tensor, written: Tensor, rotation: 
 
 @contextlib.contextmanager
 def bar(what: str, total: int, *, wanted: bool) -> Iterator[Callable[[int], object]]:
-    """Yield a function that advances a progress bar by some bytes. The bar is shown only if `wanted`, on a terminal.
+    """Yield a function that advances a progress bar by some bytes. The bar is only shown if `wanted`, on a terminal.
 
     Example:
         >>> with bar("folding", 100, wanted=False) as advance:

@@ -1,1 +1,1 @@
-"""Linear layers with a quantized weight, of bitsandbytes and torchao; neither library is imported here."""
+"""Linear layers with weights quantized by bitsandbytes or torchao. Neither library is imported here."""

@@ -1,4 +1,4 @@
-"""bitsandbytes' `Linear8bitLt` and `Linear4bit`, whose own autograd functions compute the gradient of the input."""
+"""bitsandbytes' `Linear8bitLt` and `Linear4bit`. Their own autograd functions compute the gradient of the input."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hra_fx.layers.quantized.scheme import QuantScheme, Requantized
 
-#: Whether a layer may change its layout for the CPU.
+#: The attribute that says whether a layer may change its layout for the CPU.
 _FAST = "support_avx512bf16_for_cpu"
 _UNPACKED = "bitsandbytes quantizes its weight when it is first moved to a device. Call model.to(device) first"
 
@@ -21,7 +21,7 @@ class EightBit(QuantScheme):
     """`Linear8bitLt`: int8 with one scale per row. The layer moves its data between weight and state."""
 
     def __init__(self, kind: type[nn.Module]) -> None:
-        """For the class of the library that is loaded."""
+        """Create the scheme for the class of the loaded library."""
         self.kind = kind
 
     def description(self, layer: nn.Module) -> str:
@@ -29,10 +29,10 @@ class EightBit(QuantScheme):
         return "bitsandbytes, 8 bit"
 
     def why_not_adapted(self, layer: Any) -> str | None:
-        """Floating-point weights are quantized in each forward, from a copy that a fold does not change."""
+        """Floating-point weights are quantized in each forward, from a copy that folding does not change."""
         if layer.state.has_fp16_weights:
             return (
-                "it also keeps a floating-point weight (has_fp16_weights=True), which a fold would not change. Create "
+                "it also keeps a floating-point weight (has_fp16_weights=True), which fold would not change. Create "
                 "it with has_fp16_weights=False, or leave it out with exclude_modules"
             )
         return None if layer.weight.dtype == torch.int8 else _UNPACKED
@@ -44,15 +44,15 @@ class EightBit(QuantScheme):
         return _scaled(weight.data, scale)
 
     def requantized(self, layer: Any, rows: Tensor) -> Requantized:
-        """By way of float16, as the library does it."""
+        """Quantize from float16, as the library does."""
         weight = layer.weight
-        # It quantizes what comes to a device from the CPU, and nothing else.
+        # The library only quantizes weights that are moved from the CPU to a device.
         fresh = _class("Int8Params")(rows.to("cpu", torch.float32), requires_grad=False, has_fp16_weights=False)
         made = fresh.to(weight.device)
         return Requantized(made, _scaled(made.data, made.SCB))
 
     def put(self, layer: Any, weight: nn.Parameter) -> None:
-        """Also reset the state, which would keep using the old weight."""
+        """Set the weight and reset the state, which would otherwise keep the old weight."""
         layer._parameters["weight"] = weight
         layer.state.reset_grads()
 
@@ -65,7 +65,7 @@ class FourBit(QuantScheme):
     """
 
     def __init__(self, kind: type[nn.Module]) -> None:
-        """For the class of the library that is loaded."""
+        """Create the scheme for the class of the loaded library."""
         self.kind = kind
 
     def description(self, layer: Any) -> str:
@@ -73,18 +73,18 @@ class FourBit(QuantScheme):
         return f"bitsandbytes, 4 bit {layer.weight.quant_type}"
 
     def why_not_adapted(self, layer: Any) -> str | None:
-        """A weight that was not set by the library has no scales."""
+        """A weight that the library has not quantized does not have scales."""
         return None if getattr(layer.weight, "quant_state", None) is not None else _UNPACKED
 
     def why_no_gradient(self, layer: Any) -> str | None:
-        """After a forward without gradients, if that changed the layout."""
+        """No gradient after a forward without gradients, if that forward changed the layout."""
         if layer.weight.device.type != "cpu" or not getattr(layer, _FAST, False):
             return None
         return "on this CPU, bitsandbytes does not pass gradients after a call without gradients"
 
     @contextmanager
     def called(self, layer: Any) -> Iterator[None]:
-        """Keep the layout in which the weight is stored."""
+        """Keep the layout of the stored weight."""
         _unpack(layer)
         fast = getattr(layer, _FAST, None)
         if fast:
@@ -96,15 +96,15 @@ class FourBit(QuantScheme):
                 setattr(layer, _FAST, fast)
 
     def values(self, layer: Any) -> Tensor:
-        """In the dtype that the weight had before quantization."""
+        """Return values in the dtype that the weight had before quantization."""
         _unpack(layer)
         return _dequantized(layer.weight)
 
     def requantized(self, layer: Any, rows: Tensor) -> Requantized:
-        """With the block size, the type and the nesting that it has."""
+        """Quantize with the same block size, type and nesting."""
         _unpack(layer)
         weight = layer.weight
-        # Without `module`, which would get the new scales at once.
+        # Without `module`, which would immediately get the new scales.
         fresh = _class("Params4bit")(
             rows.to(weight.quant_state.dtype),
             requires_grad=False,
@@ -117,14 +117,14 @@ class FourBit(QuantScheme):
         return Requantized(made, _dequantized(made))
 
     def put(self, layer: Any, weight: Any) -> None:
-        """With the scales, which the layer keeps a second time."""
+        """Set the weight and its scales, which the layer stores a second time."""
         weight.module = layer
         layer._parameters["weight"], layer.quant_state = weight, weight.quant_state
 
 
 def bitsandbytes_scheme(layer: nn.Module) -> QuantScheme | None:
-    """The scheme of a layer of bitsandbytes; `None` for any other."""
-    # If the library is not loaded, no object can be of its classes.
+    """The scheme of a bitsandbytes layer; `None` for any other layer."""
+    # If the library is not loaded, no object has its classes.
     library: Any = sys.modules.get("bitsandbytes.nn")
     if library is None:
         return None
@@ -134,7 +134,7 @@ def bitsandbytes_scheme(layer: nn.Module) -> QuantScheme | None:
 
 
 def _class(name: str) -> Any:
-    """The library's class of such a weight: a pickle brings it back as a plain parameter, with all its attributes."""
+    """The library's class of such a weight. Unpickling gives a plain parameter with all its attributes instead."""
     return getattr(sys.modules["bitsandbytes.nn"], name)
 
 
@@ -151,6 +151,6 @@ def _dequantized(weight: Any) -> Tensor:
 def _unpack(layer: Any) -> None:
     state = layer.weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):
-        layer.state_dict()  # before it is read for a file, the library unpacks it for good
-    if state.absmax.dim() == 2:  # transposed still, and in bfloat16
+        layer.state_dict()  # this makes the library unpack the weight permanently
+    if state.absmax.dim() == 2:  # still transposed, and in bfloat16
         state.absmax = state.absmax.mT.reshape(-1).to(torch.float32)

@@ -10,7 +10,7 @@ from hra_fx.layers.quantized.torchao_weights import torchao_scheme
 
 
 def quant_scheme_of(layer: nn.Module) -> QuantScheme | None:
-    """The scheme of a quantized Linear; `None` for other layers, and for libraries that hra_fx does not know.
+    """The scheme of a quantized Linear; `None` for other layers, and for libraries that hra_fx does not support.
 
     Example:
         >>> quant_scheme_of(nn.Linear(6, 4)) is None

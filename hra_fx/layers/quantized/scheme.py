@@ -1,4 +1,4 @@
-"""The interface to a library's quantized Linear: its values, and how to quantize other values in the same way."""
+"""The interface to a library's quantized Linear: read its values, and quantize other values in the same way."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Requantized(NamedTuple):
     """A weight that was quantized again.
 
     Attributes:
-        weight: a parameter that replaces the layer's.
-        values: its dequantized values, `(out, d)`.
+        weight: a parameter that replaces the layer's weight.
+        values: the dequantized values, `(out, d)`.
     """
 
     weight: nn.Parameter
@@ -22,11 +22,11 @@ class Requantized(NamedTuple):
 
 
 class QuantScheme(ABC):
-    """A quantization scheme of a library; it has no state and is valid for every layer of that scheme.
+    """A quantization scheme of a library. It does not have state, and works for every layer with this scheme.
 
     Attributes:
-        kind: the class whose forward is the library's own.
-        straight_through: whether the gradient of the layer's input is computed here, because the library has none.
+        kind: the class with the library's own forward.
+        straight_through: whether hra_fx computes the gradient of the layer's input, because the library does not.
     """
 
     kind: type[nn.Module] = nn.Linear
@@ -37,19 +37,19 @@ class QuantScheme(ABC):
         """The library and the scheme, for messages."""
 
     def why_not_adapted(self, layer: nn.Module) -> str | None:
-        """Why a layer cannot be adapted, or `None`; without a full stop."""
+        """Return why a layer cannot be adapted, or `None`; without a full stop."""
         return None
 
     def why_not_requantized(self, layer: nn.Module) -> str | None:
-        """Why its weight cannot be quantized again, or `None`; without a full stop."""
+        """Return why its weight cannot be quantized again, or `None`; without a full stop."""
         return None
 
     def why_no_gradient(self, layer: nn.Module) -> str | None:
-        """Why no gradient passes a layer without an adapter, or `None`; without a full stop."""
+        """Return why no gradient passes a layer without an adapter, or `None`; without a full stop."""
         return None
 
     def called(self, layer: nn.Module) -> AbstractContextManager[None]:
-        """A context in which the layer is called."""
+        """Context manager in which the layer is called."""
         return nullcontext()
 
     @abstractmethod
@@ -58,8 +58,8 @@ class QuantScheme(ABC):
 
     @abstractmethod
     def requantized(self, layer: nn.Module, rows: Tensor) -> Requantized:
-        """Other values `(out, d)`, quantized as the weight of a layer is; the layer is not changed."""
+        """Quantize other values `(out, d)` like the weight of a layer. The layer is not changed."""
 
     def put(self, layer: Any, weight: nn.Parameter) -> None:
-        """Set a weight of `requantized` on a layer."""
+        """Set a weight from `requantized` on a layer."""
         layer._parameters["weight"] = weight

@@ -1,7 +1,7 @@
-"""The gradient of a quantized layer's input, if the library has none: the straight-through estimator.
+"""The gradient of a quantized layer's input, if the library does not compute one: the straight-through estimator.
 
-With `y = W x` for the dequantized weight, the gradient of `x` is `W^T` times that of `y`. If inputs are quantized too,
-the backward pass ignores their rounding, as in quantization-aware training (Bengio et al., 2013,
+With `y = W x` for the dequantized weight, the gradient of `x` is `W^T` times the gradient of `y`. If inputs are also
+quantized, the backward pass ignores their rounding, as in quantization-aware training (Bengio et al., 2013,
 https://arxiv.org/abs/1308.3432).
 """
 
@@ -18,18 +18,18 @@ from hra_fx.layers.quantized.scheme import QuantScheme
 
 
 def call_quantized(layer: nn.Module, x: Tensor, run: Callable[[Tensor], Any]) -> Any:
-    """Call a quantized layer, with a gradient to its input whatever the library does.
+    """Call a quantized layer. Its input always gets a gradient, whatever the library does.
 
     Args:
         layer: the layer.
-        x: `(..., d)`, its input.
-        run: the library's own forward of it.
+        x: `(..., d)`, the input of the layer.
+        run: the library's own forward of the layer.
 
     Returns:
         `(..., out)`.
     """
     scheme = quant_scheme_of(layer)
-    if scheme is None:  # another tool has put another weight into it
+    if scheme is None:  # another tool has set another weight
         return run(x)
     made = scheme.straight_through and torch.is_grad_enabled() and x.requires_grad
     with scheme.called(layer):

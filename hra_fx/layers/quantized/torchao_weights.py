@@ -1,4 +1,4 @@
-"""torchao: a plain Linear whose weight is a tensor subclass; some of them quantize the layer's input too."""
+"""torchao: a plain Linear with a tensor subclass as its weight. Some of these also quantize the layer's input."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from hra_fx.layers.quantized.scheme import QuantScheme, Requantized
 
-#: Tensor subclasses that can be made again from what they keep.
+#: Tensor subclasses that store enough to quantize other values in the same way.
 _MADE = ("Int8Tensor", "IntxUnpackedToInt8Tensor")
-#: What a tensor says that quantizes inputs, whichever name its class has for it.
+#: The attributes of tensors that quantize inputs; the name depends on the class.
 _OF_INPUTS = ("act_quant_kwargs", "activation_quantization")
 
 
 class TorchAO(QuantScheme):
     """A weight of torchao.
 
-    torchao has no gradient of the input if inputs are quantized, and otherwise keeps a floating-point copy of the
-    weight from forward to backward. So the gradient is always computed here.
+    torchao does not compute the gradient of the input if inputs are quantized, and otherwise keeps a floating-point
+    copy of the weight from the forward to the backward. So hra_fx always computes this gradient.
     """
 
     straight_through = True
@@ -34,13 +34,13 @@ class TorchAO(QuantScheme):
         return f"torchao, {type(weight).__name__}{of}"
 
     def why_no_gradient(self, layer: Any) -> str | None:
-        """If inputs are quantized."""
+        """No gradient if inputs are quantized."""
         weight = layer._parameters["weight"]
         rounds = any(getattr(weight, name, None) is not None for name in _OF_INPUTS)
         return "its input is quantized, and torchao does not pass gradients through that" if rounds else None
 
     def why_not_requantized(self, layer: Any) -> str | None:
-        """Only some classes record how they were made."""
+        """Only some classes record how they were quantized."""
         weight = layer._parameters["weight"]
         name = type(weight).__name__
         if name not in _MADE:
@@ -50,7 +50,7 @@ class TorchAO(QuantScheme):
         return None
 
     def values(self, layer: Any) -> Tensor:
-        """From `dequantize`, or else from the layer's outputs for the unit vectors."""
+        """Use `dequantize`, or else the layer's outputs for the unit vectors."""
         weight = layer._parameters["weight"]
         if type(weight).dequantize is not Tensor.dequantize:  # the default is for tensors of torch.ao
             values: Tensor = weight.dequantize()
@@ -60,15 +60,15 @@ class TorchAO(QuantScheme):
             return F.linear(unit, weight).mT
 
     def requantized(self, layer: Any, rows: Tensor) -> Requantized:
-        """With its block size, symmetry and handling of inputs."""
+        """Quantize with the same block size, symmetry and handling of inputs."""
         old = layer._parameters["weight"].data
         new = (_int8 if type(old).__name__ == "Int8Tensor" else _intx)(old, rows.to(old.dtype))
         return Requantized(nn.Parameter(new, requires_grad=False), new.dequantize())
 
 
 def torchao_scheme(layer: nn.Module) -> QuantScheme | None:
-    """The scheme of a Linear whose weight is a tensor of torchao; `None` for other layers."""
-    # If the library is not imported, no object has one of its classes.
+    """The scheme of a Linear with a torchao weight; `None` for other layers."""
+    # If the library is not imported, no object has its classes.
     kind = getattr(sys.modules.get("torchao.utils"), "TorchAOBaseTensor", None)
     fits = kind is not None and isinstance(layer, nn.Linear) and isinstance(layer._parameters.get("weight"), kind)
     return TorchAO() if fits else None

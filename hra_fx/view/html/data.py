@@ -1,4 +1,4 @@
-"""The data of a page: the report, and all boxes as a list, each before those inside it."""
+"""The data of a page: the report, and a list of all boxes. Each box comes before the boxes inside it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hra_fx.view.tree import Item, Leaf, Scope, span
 
 
 def page_data(drawing: Drawing, tree: Scope, options: Options) -> dict[str, Any]:
-    """The data of the script; `script/data.js` reads it.
+    """Create the data for the script; `script/data.js` reads it.
 
     Args:
         drawing: the drawing of a model.
-        tree: its tree.
-        options: which heatmap is shown at first.
+        tree: the tree of the drawing.
+        options: the heatmap that is shown first.
     """
     items = items_of(tree)
     box = {path: index for index, item in reversed([*enumerate(items)]) for path in item["paths"]}
@@ -51,7 +51,7 @@ def walk(item: Item) -> Iterator[Item]:
 
 
 def items_of(tree: Scope) -> Sequence[dict[str, Any]]:
-    """The boxes of a tree, each with the number of the scope around it."""
+    """The boxes of a tree, each with the number of its scope."""
     items = [*walk(tree)]
     index = {id(item): number for number, item in enumerate(items)}
     around = {id(part): index[id(item)] for item in items if isinstance(item, Scope) for part in item.items}
@@ -96,7 +96,7 @@ def _heats(drawing: Drawing) -> dict[str, Any]:
 
 
 def _box(path: str, box: Mapping[str, int]) -> int:
-    """The box that stands for a module, else the innermost box around it."""
+    """The box that represents a module, or else the innermost box that contains it."""
     while path and path not in box:
         path = path.rpartition(".")[0]
     return box.get(path, 0)

@@ -1,7 +1,7 @@
-"""The page as text: the template with style, script, pictures, data and a strict content security policy.
+"""Render the page: the template with style, script, pictures, data and a strict content security policy.
 
-There is one picture of the model, and one of each module that is closed in another picture. They are drawn as the SVG
-picture. The script shows one at a time, and colors its adapted layers.
+There is one picture of the model, and one of each module that is closed in another picture. They are drawn like the SVG
+picture. The script shows one picture at a time and colors its adapted layers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from hra_fx.view.tree import Item, Leaf, Scope
 _MARGIN = 28.0
 #: The files of the style; later ones have priority.
 STYLES = ("colors", "controls", "drawing", "panel", "media")
-#: The files of the script, each before those that import it.
+#: The files of the script. Each file comes before the files that import it.
 SCRIPTS = ("data", "elements", "heat", "stage", "spectrum", "panel", "search", "keyboard", "main")
 _IMPORT = re.compile(r'^import (\{[^}]*\}) from "\./(\w+)\.js";$', re.MULTILINE)
 _EXPORT = re.compile(r"^export (?=(?:class|const|function) (\w+))", re.MULTILINE)
@@ -41,22 +41,22 @@ _SLOT = re.compile(r"\{\{(\w+)\}\}")
 
 @dataclass(frozen=True)
 class _Space(Heatmap):
-    """The space for the values of each heatmap, which the script writes and colors."""
+    """Reserves the space for the values of heatmaps, which the script writes and colors."""
 
     is_live: ClassVar[bool] = True
     heatmaps: tuple[Heatmap, ...] = ()
 
     def strip(self, item: Item) -> tuple[str, str]:
-        """The longest text; none in a module."""
+        """The longest text; empty in a module."""
         texts = (heatmap.strip(item)[0] for heatmap in self.heatmaps) if isinstance(item, Leaf) else ()
         return max(texts, key=len, default=""), ""
 
     def color(self, value: float) -> str:
-        """The color of cells until the script colors them."""
+        """The color of cells before the script colors them."""
         return "violet-line"
 
     def line(self, path: str) -> str:
-        """No tip."""
+        """Return an empty tooltip."""
         return ""
 
 
@@ -65,8 +65,8 @@ def pictures(drawing: Drawing, tree: Scope, options: Options) -> str:
 
     Args:
         drawing: the drawing of a model.
-        tree: its tree.
-        options: what is open in the picture of the model.
+        tree: the tree of the drawing.
+        options: the modules that are open in the picture of the model.
     """
     index = {id(item): number for number, item in enumerate(walk(tree))}
     heatmaps = tuple(heatmap_of(drawing, name) for name in HEATS) if drawing.rows else ()
@@ -85,7 +85,7 @@ def pictures(drawing: Drawing, tree: Scope, options: Options) -> str:
 
 
 def legend(drawing: Drawing, tree: Scope) -> str:
-    """The looks of boxes and markers as items of a list, without the colors of the heatmap."""
+    """The legend of boxes and markers as list items, without the colors of the heatmap."""
     looks = {Block(item, ()).look if isinstance(item, Scope) else Block(item).look for item in walk(tree)}
     found = []
     for entry in entries(looks, Heatmap(), len(drawing.skipped), len(drawing.refused)):
@@ -115,11 +115,11 @@ def _text(root: Element) -> str:
 
 
 def render(drawing: Drawing, options: Options) -> str:
-    """The page of a drawing: one self-contained HTML file.
+    """Render the page of a drawing: one self-contained HTML file.
 
     Args:
         drawing: the drawing of a model.
-        options: levels that are open at first, the module that is the root, the heatmap that is shown at first.
+        options: the levels that are open first, the module that is the root, and the heatmap that is shown first.
 
     Example:
         >>> import hra_fx, torch
@@ -145,7 +145,7 @@ def render(drawing: Drawing, options: Options) -> str:
 
 
 def as_json(data: Any) -> str:
-    """Data as JSON that cannot be read as markup: ASCII, without `<`.
+    """Convert data to JSON that cannot be interpreted as markup: ASCII, without `<`.
 
     >>> as_json({"name": "</script>"})
     '{"name":"\\\\u003c/script>"}'
@@ -154,7 +154,7 @@ def as_json(data: Any) -> str:
 
 
 def _hash(text: str) -> str:
-    """The source expression that allows only this text inside the page (https://www.w3.org/TR/CSP3/)."""
+    """The source expression that only allows this text in the page (https://www.w3.org/TR/CSP3/)."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
@@ -169,7 +169,7 @@ def _style() -> str:
 
 @cache
 def _script() -> str:
-    """The modules of the script as one text; each is a function with its own names that returns its exports."""
+    """The modules of the script as one text. Each module is a function with its own names that returns its exports."""
     return "\n" + "\n".join(_as_function(name, _file(f"script/{name}.js")) for name in SCRIPTS)
 
 

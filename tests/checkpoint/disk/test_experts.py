@@ -173,7 +173,7 @@ def test_parameters_of_an_unknown_model(tmp_path: Path) -> None:
     hra_fx.fold_checkpoint(base, adapter, tmp_path / "out")
     known = made.tensors(tmp_path / "known")
     assert all(torch.equal(tensor, known[key]) for key, tensor in made.tensors(tmp_path / "out").items())
-    with pytest.raises(hra_fx.CheckpointError, match="so it is unknown how PEFT names the LoRA of its experts"):
+    with pytest.raises(hra_fx.CheckpointError, match="so PEFT's names for the LoRA of its experts are unknown"):
         read_as_lora([adapter], base, progress=False)
 
 
@@ -228,7 +228,7 @@ def change(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
 BASE, FILE = "base/model.safetensors", "adapter/adapter_model.safetensors"
 IN_MEMORY = "Load the model instead: hra_fx.load_adapter, then hra_fx.fold or hra_fx.save_as_lora."
 REFUSED: dict[Callable[[Path, pytest.MonkeyPatch], None], str] = {
-    missing_expert: f"{BASE}: model.layers.1.mlp.experts.gate_up_proj is made of 4 tensors of each kind, but the "
+    missing_expert: f"{BASE}: model.layers.1.mlp.experts.gate_up_proj consists of 4 tensors of each kind, but the "
     "checkpoint has 4 for mlp.experts.*.gate_proj.weight, 3 for mlp.experts.*.up_proj.weight. Download it again.",
     fewer_experts: f"{BASE}: model.layers.0.mlp.experts.down_proj has 4 experts "
     "(model.layers.0.mlp.experts.0.down_proj.weight has shape (16, 16)), but the adapter's vectors of "
@@ -238,8 +238,8 @@ REFUSED: dict[Callable[[Path, pytest.MonkeyPatch], None], str] = {
     vectors_of_one_expert: f"{FILE}: base_model.model.model.layers.0.mlp.experts.hra_down_proj.hra_u must have shape "
     "(experts, d, 4), got (16, 4): the configuration says r=4. The two files are from different adapters; save it "
     "again.",
-    unknown_conversion: f"{BASE}: transformers makes model.layers.0.mlp.experts.down_proj from tensors such as "
-    "model.layers.0.mlp.experts.0.down_proj.weight by MergeModulelist, Transpose, and it is not known which of their "
+    unknown_conversion: f"{BASE}: transformers creates model.layers.0.mlp.experts.down_proj from tensors such as "
+    "model.layers.0.mlp.experts.0.down_proj.weight by MergeModulelist, Transpose, and it is unknown which of their "
     f"dimensions are the inputs of the experts. {IN_MEMORY}",
 }
 
@@ -271,7 +271,7 @@ def test_experts_that_are_trained_in_full(tmp_path: Path) -> None:
     made.base_of(model, tmp_path / "base", torch.float32)
     made.adapter_of(model, tmp_path / "adapter", "o_proj", modules_to_save=["experts"])
     assert refused(tmp_path) == (
-        f"{BASE}: the adapter replaces model.layers.0.mlp.experts.down_proj, which transformers makes from tensors "
+        f"{BASE}: the adapter replaces model.layers.0.mlp.experts.down_proj, which transformers creates from tensors "
         f"such as model.layers.0.block_sparse_moe.experts.0.w2.weight. {IN_MEMORY}"
     )
 
@@ -285,6 +285,6 @@ def test_a_trained_layer_that_is_a_part_of_a_tensor(tmp_path: Path, monkeypatch:
     assert "model.layers.0.mlp.gate_up_proj.weight" in made.tensors(made.base_of(model, tmp_path / "base"))
     made.adapter_of(model, tmp_path / "adapter", "o_proj", modules_to_save=["up_proj"])
     assert refused(tmp_path) == (
-        f"{BASE}: the adapter replaces model.layers.0.mlp.up_proj.weight, which transformers makes from tensors such "
+        f"{BASE}: the adapter replaces model.layers.0.mlp.up_proj.weight, which transformers creates from tensors such "
         f"as model.layers.0.mlp.gate_up_proj.weight. {IN_MEMORY}"
     )

@@ -155,7 +155,7 @@ CASES: dict[str, tuple[Callable[[Path], None], type[HRAError], str]] = {
     "tied in an unknown model": (
         tied_in_an_unknown_model,
         FoldError,
-        "base/config.json: tie_word_embeddings is True, but transformers does not know this model, so that it is "
+        "base/config.json: tie_word_embeddings is True, but transformers does not support this model, so it is "
         f"unknown which tensors are tied to embed.weight. {IN_MEMORY}",
     ),
     "other head": (

@@ -62,9 +62,9 @@ def test_an_output_folder_that_cannot_be_created(tmp_path: Path) -> None:
 
 def test_a_base_that_does_not_exist_or_is_a_file(tmp_path: Path) -> None:
     stack(tmp_path)
-    assert refused(tmp_path, base_dir=tmp_path / "none") == f"none: no such folder. Give one {MODEL}"
+    assert refused(tmp_path, base_dir=tmp_path / "none") == f"none: no such folder. Pass one {MODEL}"
     message = refused(tmp_path, base_dir=tmp_path / "base" / "model.safetensors.index.json")
-    assert message == f"base/model.safetensors.index.json: is a file. Give a folder {MODEL}"
+    assert message == f"base/model.safetensors.index.json: is a file. Pass a folder {MODEL}"
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.gguf"])
@@ -80,10 +80,10 @@ def test_pickles_and_other_formats(tmp_path: Path, name: str) -> None:
 def test_a_folder_without_weights(tmp_path: Path) -> None:
     made.stack_adapter(tmp_path / "adapter")
     (tmp_path / "base").mkdir()
-    assert refused(tmp_path) == "base: no .safetensors files found. Give the folder of a checkpoint."
+    assert refused(tmp_path) == "base: no .safetensors files found. Pass the folder of a checkpoint."
     made.linear_stack(tmp_path / "base" / "unet")
     assert refused(tmp_path) == (
-        "base: no .safetensors files found. The subfolders 'unet' have some: give one of them, or "
+        "base: no .safetensors files found. The subfolders 'unet' have some: pass one of them, or "
         "adapter_dir={name: adapter} (--part)."
     )
 
@@ -114,7 +114,7 @@ def test_an_adapter_in_the_folder_of_the_base(tmp_path: Path) -> None:
 def test_no_adapter(tmp_path: Path, given: Any) -> None:
     stack(tmp_path)
     assert refused(tmp_path, given) == (
-        "adapter_dir must name at least one adapter. Give a folder, or several in order."
+        "adapter_dir must name at least one adapter. Pass one or more folders, in order."
     )
 
 
@@ -132,7 +132,7 @@ def test_an_adapter_for_an_unknown_part_of_a_pipeline(tmp_path: Path) -> None:
     for source in ("user/name", tmp_path / "adapter"):
         shown = str(source).replace(f"{tmp_path}/", "")
         assert refused(tmp_path, source) == (
-            f"{shown}: no subfolder with an adapter is named like a part of the pipeline base, such as 'unet'. Use "
+            f"{shown}: no subfolder with an adapter has the name of a part of the pipeline base, such as 'unet'. Use "
             f"adapter_dir={{'unet': {shown!r}}} (--part unet)."
         )
 
@@ -143,7 +143,7 @@ def test_an_adapter_for_a_part_that_the_pipeline_does_not_have(tmp_path: Path) -
     for name in ("unet", "text_encoder_2"):
         made.stack_adapter(tmp_path / "adapter" / name)
     end = (
-        "has an adapter, but the pipeline base has no part of that name. Name the parts: "
+        "has an adapter, but the pipeline base has no part with this name. Name the parts: "
         "adapter_dir={'unet': 'adapter/unet'} (--part, one part at a time)."
     )
     assert refused(tmp_path) == f"adapter/text_encoder_2: {end}"

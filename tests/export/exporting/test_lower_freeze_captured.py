@@ -144,7 +144,7 @@ def test_a_model_is_refused() -> None:
 
 
 def test_a_graph_without_reflections_cannot_be_frozen() -> None:
-    text = r"freeze: the graph has no reflections. It is frozen already, or comes from a model that was folded or not"
+    text = r"freeze: the graph has no reflections. It is already frozen, or comes from a model that was folded or not"
     model = hra_fx.transform(nn.Sequential(nn.Linear(3, 2)).eval(), hra_fx.HRAConfig(r=2, target_modules=["0"]))
     frozen = hra_fx.freeze(torch.export.export(model, (torch.ones(1, 3),)))
     for captured in (frozen, torch.export.export(hra_fx.fold(model), (torch.ones(1, 3),))):

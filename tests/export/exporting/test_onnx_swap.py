@@ -118,11 +118,11 @@ def test_an_adapter_that_is_too_large_for_a_graph_is_refused() -> None:
 
 def test_an_adapter_on_layers_that_the_graph_has_no_inputs_for_is_refused() -> None:
     text = (
-        r"3: adapter 'slot' adapts this layer, but the graph has no input 3.hra_u. The layers that have one: 0. Export"
+        r"3: adapter 'slot' adapts this layer, but the graph has no input 3.hra_u. The layers with an input: 0. Export"
     )
     with pytest.raises(hra_fx.AdapterError, match=text):
         hra_fx.adapter_inputs(net(), INPUTS[:1])
-    with pytest.raises(hra_fx.AdapterError, match="The layers that have one: none"):
+    with pytest.raises(hra_fx.AdapterError, match="The layers with an input: none"):
         hra_fx.adapter_inputs(net(), [SimpleNamespace(name="input", shape=[1])])
 
 

@@ -34,7 +34,7 @@ def who_writes(rank: int, folder: Path) -> None:
     hra_fx.save_adapter(WAYS["FSDP2, parts"](MLP, MLP.model()), folder / str(rank))
     assert (folder / str(rank)).exists() is (rank == 0)
     (folder / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"file: is a file\. Give a folder"):
+    with pytest.raises(CheckpointError, match=r"file: is a file\. Pass a folder"):
         hra_fx.save_adapter(WAYS["FSDP2, parts"](MLP, MLP.model()), folder / "file")
     with pytest.raises(CheckpointError, match=r"file: is a file"):
         hra_fx.save_as_lora(shard(MLP.model()), folder / "file")
@@ -173,7 +173,7 @@ def refused_copies(rank: int, folder: Path) -> None:
     """FSDP2 puts back the parameters that it found, so trained copies cannot change places."""
     model = shard(COPIES.model(), COPIES.units)
     output(model, COPIES)
-    message = "trained copies .* would have to be exchanged, but fully_shard restores"
+    message = "trained copies .* cannot be switched, because fully_shard restores"
     with pytest.raises(AdapterError, match=message), hra_fx.disable_adapters(model):
         pass
     with pytest.raises(AdapterError, match=message):

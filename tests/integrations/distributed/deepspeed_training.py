@@ -74,7 +74,7 @@ def main(model_path: str, stage: str, steps: str, output: str, resume: bool) -> 
         warnings.simplefilter("always", hra_fx.HRAWarning)
         trainer.train(resume_from_checkpoint=resume)
     if deepspeed:
-        assert any("does not step these in pairs" in str(one.message) for one in caught), [
+        assert any("these vectors are not trained in pairs" in str(one.message) for one in caught), [
             str(one.message) for one in caught
         ]
         check_refused(model)

@@ -177,7 +177,7 @@ def test_a_graph_module_with_a_hook_is_refused() -> None:
     graph = fx.symbolic_trace(MLP.base())
     add_hook_to_module(graph, ModelHook())
     before = output(graph, MLP)
-    with pytest.raises(hra_fx.UnsupportedLayerError, match="it is a GraphModule, and accelerate put its hook into"):
+    with pytest.raises(hra_fx.UnsupportedLayerError, match="it is a GraphModule, and accelerate added its hook to"):
         hra_fx.transform(graph, config("0"))
     assert torch.equal(output(graph, MLP), before)
     remove_hook_from_submodules(graph)

@@ -44,7 +44,7 @@ def refuses(model: nn.Module, kind: type[Exception], message: str, call: Callabl
 @pytest.mark.parametrize("way", OFFLOADS)
 def test_merges_and_folds_into_files(way: str, when: str, tmp_path: Path) -> None:
     model = WHEN[when](MLP, way, tmp_path)
-    message = "^0: accelerate offloads its weight, but a merge keeps a copy of each weight in memory"
+    message = "^0: accelerate offloads its weight, but merging keeps a copy of each weight in memory"
     refuses(model, FoldError, message, lambda: hra_fx.merge_adapter(model))
     if not way.startswith("CPU"):
         message = "^0: accelerate loads its weight from files.*fold_checkpoint"

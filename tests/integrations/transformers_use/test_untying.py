@@ -53,7 +53,7 @@ def test_a_fold_unties_the_head_and_a_saved_model_loads_equal(kind: str, tmp_pat
     weight = dense_weight(stored(layer).detach(), q)
     text = folded(model)
     assert text.startswith(f"untied: {head} (from {embedding}.weight")
-    assert "config.tie_word_embeddings is False now." in text
+    assert "config.tie_word_embeddings is now False." in text
     assert relative_error(model.get_submodule(head).weight, weight) < 1e-12
     assert torch.equal(model.get_submodule(embedding).weight, before)
     assert relative_error(logits(model), wanted) < 1e-12
