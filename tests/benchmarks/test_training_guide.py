@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from learning.rates import chosen, final_runs, means, searched
 from learning.records import Record, of, read
-from learning.summary import scores
+from learning.summary import scores, validation_gain
 
 GUIDE = " ".join((Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text().split())
 FACTS, TALES = "facts, %", "perplexity of tales"
@@ -109,3 +109,11 @@ def test_what_the_digits_forget(records: list[Record]) -> None:
     ]
     between = max(map(statistics.mean, kept)) - min(map(statistics.mean, kept))
     assert between < min(max(values) - min(values) for values in kept)
+
+
+def test_schedule_warmup_and_weight_decay(records: list[Record]) -> None:
+    said = {"cosine": "a linear one", "constant": "a constant rate", "no-warmup": "no warmup", "decay": "decay 0.1"}
+    for name, words in said.items():
+        found = validation_gain(records, "language", f"hra-pairs-{name}")
+        assert f"{words} {found.mean:+.1f} ± {found.half:.1f}" in GUIDE
+        assert abs(found.mean) < found.half, "no measurable difference"
