@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import oracles
@@ -17,7 +18,7 @@ import torch
 from gpu import cli, correctness, dense, graphs, waiting
 from gpu.page import page
 from gpu.plan import for_gpu, smoke
-from gpu.report import Check, Report
+from gpu.report import Report
 from gpu.run import Run, WrongResult, verdicts
 from speed.models import WORKLOADS
 from speed.setting import Setting
@@ -109,27 +110,22 @@ def test_a_part_that_fails_is_recorded_and_the_next_ones_run() -> None:
     assert list(verdicts(run.report)) == ["waiting ended with KeyError: 'no-such'"]
 
 
-def test_a_check_that_does_not_hold_is_told() -> None:
-    report = Report({}, [Check("Group", "one", False, "why"), Check("Group", "two", None, "needs CUDA")])
-    assert list(verdicts(report)) == ["Group: not so for one (why)"]
-
-
-@pytest.mark.parametrize(("factor", "error"), [(1.0, 0.0), (1.5, 0.5), (float("nan"), float("nan"))])
-def test_gradients_of_two_steps_are_compared(factor: float, error: float) -> None:
+@pytest.mark.parametrize(
+    ("factor", "error"), [(1.0, 0.0), (1.5, 0.5), (float("nan"), float("nan")), (None, float("inf"))]
+)
+def test_gradients_of_two_steps_are_compared(factor: float | None, error: float) -> None:
+    """Without a factor, the second step gives none."""
     model, x = nn.Linear(3, 2), torch.randn(4, 3)
 
     def gradients(times: float) -> None:
         model.zero_grad()
         (times * model(x)).square().sum().backward()
 
-    found = graphs.largest_error(model, lambda: gradients(1.0), lambda _, __: lambda: gradients(factor**0.5))
+    def second(*_: object) -> Callable[[], None]:
+        return model.zero_grad if factor is None else lambda: gradients(factor**0.5)
+
+    found = graphs.largest_error(model, lambda: gradients(1.0), second)
     assert found == pytest.approx(error, abs=1e-6, nan_ok=True)
-
-
-def test_a_gradient_that_is_missing_is_an_infinite_error() -> None:
-    model = nn.Linear(3, 2)
-    found = graphs.largest_error(model, lambda: model(torch.ones(3)).sum().backward(), lambda _, __: model.zero_grad)
-    assert found == float("inf")
 
 
 def test_operators_that_read_values_are_found() -> None:

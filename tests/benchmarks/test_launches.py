@@ -11,7 +11,6 @@ from typing import Any
 import launches
 import pytest
 import torch
-from speed.launch_table import table
 from speed.launches import GENERATED, launch_calls, operators, within
 from speed.methods import METHODS
 from speed.models import WORKLOADS, linear
@@ -123,13 +122,6 @@ def test_a_compiled_model_launches_generated_kernels_and_operators(monkeypatch: 
 def counted(**totals: float) -> PerSite:
     launched = {key.replace("_", "-"): {"aten::mm": total} for key, total in totals.items()}
     return PerSite(Setting("llama-64x12", "gradients", 16), 100, launched, {"PEFT OFT": "ValueError: no"})
-
-
-def test_a_table_has_ratios_to_lora_and_what_was_left_out() -> None:
-    text = "\n".join(table("Title", {"3 layers": counted(lora=10, ours=7), "12 layers": counted(lora=8)}))
-    assert "| PEFT LoRA | 10.00 | 8.00 |" in text
-    assert "| hra_fx | 7.00 (0.70) | - |" in text
-    assert "Left out (3 layers): PEFT OFT, ValueError: no" in text
 
 
 def test_targets_are_met_up_to_their_limits() -> None:

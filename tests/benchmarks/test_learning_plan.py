@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from learning.page import page
 from learning.plan import RANKS, SEEDS, Run, missing
-from learning.rates import above, below, chosen, final_runs
+from learning.rates import chosen, final_runs
 from learning.records import FILE, Record, read, write
 from learning.running import run_all
 from learning.summary import compare, difference, gain, retained_at, retention_curve
@@ -77,12 +77,6 @@ def test_a_long_run_reads_the_test_data_at_each_of_its_own_rates(monkeypatch: py
     records = [record(run, run.lr) for run in planned]
     assert not missing(records, [long])
     assert [run.lr for run in final_runs(records, long, "lora")] == [1.7e-3], "the smaller perplexity"
-
-
-@pytest.mark.parametrize(("lr", "higher"), [(1e-3, 1.7e-3), (3e-3, 5.5e-3), (5.5e-2, 1e-1), (5.5e-1, 1.0), (1.0, 1.7)])
-def test_rates_go_up_and_down_by_the_same_steps(lr: float, higher: float) -> None:
-    assert above(lr) == higher
-    assert below(higher) == lr
 
 
 def make(planned: Run) -> Record:

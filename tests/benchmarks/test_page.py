@@ -1,4 +1,4 @@
-"""The page: its order, the summary, the plot, and what makes it unsure."""
+"""The page: the summary, the tables, the plot, and what makes it unsure."""
 
 from __future__ import annotations
 
@@ -27,22 +27,6 @@ def test_a_plot_is_drawn_of_two_sizes_or_more(tmp_path: Path) -> None:
     drawn = files[1].read_text()
     assert "PEFT LoRA" in drawn
     assert "5.0×" in drawn, "the value of PEFT HRA, which has an axis of its own"
-    curves = drawn[: drawn.index('id="legend_')]
-    assert curves.rindex("#d55e00") > curves.rindex("#0072b2"), "hra_fx is in front of LoRA"
-
-
-def test_results_come_first_and_targets_last() -> None:
-    cell = Cell(Setting(grid.LLAMA, "training", 512), Measured({"base": [1.0], "lora": [2.0], "ours": [1.5]}))
-    text = page(Results({"run": "full", "torch": "2.10"}, [cell]), plot="benchmarks.svg")
-    parts = [
-        "hra_fx / PEFT LoRA",
-        "](benchmarks.svg)",
-        "### Training step",
-        "| torch | 2.10 |",
-        "## Performance targets",
-    ]
-    places = [text.index(part) for part in parts]
-    assert places == sorted(places)
 
 
 def test_the_summary_divides_by_each_peer() -> None:

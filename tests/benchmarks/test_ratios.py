@@ -7,32 +7,28 @@ import math
 import pytest
 from speed.ratios import Ratio, median, ranks_outside, ratio
 
-
-def test_the_ratio_is_the_median_of_pairs_and_not_the_ratio_of_medians() -> None:
-    # Pairs 2, 1, 0.5, 3, 1: sorted 0.5, 1, 1, 2, 3. The medians are 4 and 2, whose ratio is 2.
-    found = ratio([4.0, 2.0, 1.0, 6.0, 9.0], [2.0, 2.0, 2.0, 2.0, 9.0])
-    assert found == Ratio(median=1.0, low=0.5, high=3.0, rounds=5)
+ONES = [1.0] * 9
 
 
-def test_the_median_of_an_even_number_of_pairs_lies_between_the_middle_two() -> None:
-    found = ratio([1.0, 2.0, 3.0, 8.0], [1.0, 1.0, 1.0, 1.0])
-    assert found == Ratio(median=2.5, low=1.0, high=8.0, rounds=4)
-
-
-def test_a_round_in_which_one_sat_out_is_no_pair() -> None:
-    found = ratio([None, 2.0, 3.0, 4.0], [1.0, None, 1.0, 2.0])
-    assert found == Ratio(median=2.5, low=2.0, high=3.0, rounds=2)
-
-
-def test_what_slows_a_whole_round_changes_nothing() -> None:
-    own, peer = [1.0, 2.0, 3.0], [2.0, 2.0, 2.0]
-    slowed = ratio([1.0, 20.0, 3.0], [2.0, 20.0, 2.0])
-    assert slowed == ratio(own, peer)
-
-
-def test_without_a_round_in_common_there_is_no_ratio() -> None:
-    assert ratio([None, 1.0], [1.0, None]) is None
-    assert ratio([], []) is None
+@pytest.mark.parametrize(
+    ("own", "peer", "wanted"),
+    [
+        # Pairs 2, 1, 0.5, 3, 1. The medians are 4 and 2, whose ratio is 2.
+        ([4.0, 2.0, 1.0, 6.0, 9.0], [2.0, 2.0, 2.0, 2.0, 9.0], Ratio(median=1.0, low=0.5, high=3.0, rounds=5)),
+        # What slows a whole round changes nothing.
+        ([4.0, 20.0, 1.0, 6.0, 9.0], [2.0, 20.0, 2.0, 2.0, 9.0], Ratio(median=1.0, low=0.5, high=3.0, rounds=5)),
+        ([1.0, 2.0, 3.0, 8.0], ONES[:4], Ratio(median=2.5, low=1.0, high=8.0, rounds=4)),
+        ([None, 2.0, 3.0, 4.0], [1.0, None, 1.0, 2.0], Ratio(median=2.5, low=2.0, high=3.0, rounds=2)),
+        ([float(k) for k in range(1, 10)], ONES, Ratio(median=5.0, low=2.0, high=8.0, rounds=9)),
+        ([None, 1.0], [1.0, None], None),
+        ([], [], None),
+    ],
+)
+def test_the_ratio_is_the_median_of_pairs(
+    own: list[float | None], peer: list[float | None], wanted: Ratio | None
+) -> None:
+    """Over the rounds in which both took part; the interval of nine pairs leaves out the least and the largest."""
+    assert ratio(own, peer) == wanted
 
 
 def test_rounds_that_do_not_belong_together_are_an_error() -> None:
@@ -45,11 +41,6 @@ def test_the_interval_is_that_of_the_sign_test(count: int, outside: int) -> None
     assert ranks_outside(count) == outside
     below = sum(math.comb(count, k) for k in range(outside + 1)) / 2**count
     assert count < 6 or below <= 0.025 < below + math.comb(count, outside + 1) / 2**count
-
-
-def test_the_interval_of_nine_pairs_leaves_out_the_least_and_the_largest() -> None:
-    found = ratio([float(k) for k in range(1, 10)], [1.0] * 9)
-    assert found == Ratio(median=5.0, low=2.0, high=8.0, rounds=9)
 
 
 def test_noise_is_how_far_the_interval_reaches_from_one() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -33,18 +32,6 @@ def test_the_rows_are_those_of_float32() -> None:
         tokens = int(cells[1].split()[0])
         if tokens in SIZES:
             assert f"{ratios(PAGE)['hra_fx'][tokens]:.2f}" == f"{float(cells[7]):.2f}"
-
-
-def test_hra_fx_is_in_front() -> None:
-    assert list(LOOKS)[-1] == "hra_fx"
-    assert LOOKS["hra_fx"][1] == max(wide for _, wide, _ in LOOKS.values())
-
-
-def test_a_page_without_the_table() -> None:
-    with pytest.raises(ValueError, match="the page has no table"):
-        ratios("# Speed")
-    with pytest.raises(ValueError, match="does not have all sizes"):
-        ratios(re.sub(r"512(.tokens \| float32)", r"511\1", PAGE))
 
 
 def test_it_is_written_for_both_themes(tmp_path: Path) -> None:

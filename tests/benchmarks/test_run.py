@@ -59,42 +59,9 @@ def test_every_method_is_measured_in_every_round(run: tuple[Results, Path]) -> N
 def test_the_json_has_what_it_was_measured_on(run: tuple[Results, Path]) -> None:
     _, file = run
     about = json.loads(file.read_text())["about"]
-    wanted = {
-        "run",
-        "measured",
-        "seconds",
-        "date",
-        "commit",
-        "torch",
-        "transformers",
-        "peft",
-        "processor",
-        "cores",
-        "threads",
-    }
-    assert wanted | {"load average at start", "load average at end", "minutes"} <= set(about)
+    assert {"run", "date", "commit", "processor", "cores", "load average at start", "load average at end"} <= set(about)
     assert about["torch"] == torch.__version__
     assert about["threads"] in range(1, 1 + (os.cpu_count() or 1))
-
-
-def test_the_page_has_a_table_of_every_model_and_mode(run: tuple[Results, Path]) -> None:
-    results, _ = run
-    text = page(results)
-    heads = [line for line in text.splitlines() if line.startswith("### ")]
-    assert heads == [
-        "### Training step: Llama, d=64, 1 layer, float32, r=4",
-        "### Inference: Llama, d=64, 1 layer, float32, r=4",
-        "### `generate`, 8 tokens after a prompt: Llama, d=64, 1 layer, float32, r=4",
-        "### Insert the adapter: Llama, d=64, 1 layer, float32, r=4",
-        "### Merge it into the weights: Llama, d=64, 1 layer, float32, r=4",
-    ]
-    tables = [block.splitlines() for block in text.split("\n\n") if "| PEFT LoRA | " in block]
-    assert len(tables) == 5
-    assert all(len({line.count("|") for line in table}) == 1 for table in tables), "all rows have all columns"
-    assert tables[0][0] == (
-        "| size | frozen base | PEFT LoRA | PEFT OFT | PEFT HRA | hra_fx | hra_fx, GS | hra_fx / PEFT LoRA |"
-    )
-    assert tables[0][2].startswith("| 4\N{NO-BREAK SPACE}tokens | ") and "\N{NO-BREAK SPACE}ms | " in tables[0][2]
 
 
 def test_targets_that_were_not_measured_are_not_met(run: tuple[Results, Path]) -> None:

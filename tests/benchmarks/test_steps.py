@@ -6,14 +6,12 @@ import dataclasses
 
 import pytest
 import torch
-from speed import grid, measuring
-from speed.grid import Job
+from speed import grid
 from speed.memory import peaks
-from speed.methods import ALL, METHODS, Method
+from speed.methods import METHODS, Method
 from speed.models import WORKLOADS, Workload, linear, resnet50
 from speed.setting import Mode, Setting
 from speed.steps import plain_model, run_of, steps_of
-from speed.timing import Budget
 
 TINY = "llama-64x1"
 
@@ -94,10 +92,6 @@ def test_methods_share_base_weights_unless_they_need_their_own() -> None:
     assert {key for key, place in places.items() if place != places["base"]} == {"base-again", "folded"}
 
 
-def test_titles_tell_methods_apart() -> None:
-    assert len({method.title for method in ALL.values()}) == len(ALL)
-
-
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_a_training_step_is_its_gradients_and_an_optimizer() -> None:
     moved, grads = dict[str, bool](), dict[str, torch.Tensor]()
@@ -112,11 +106,6 @@ def test_a_training_step_is_its_gradients_and_an_optimizer() -> None:
         moved[mode] = any(not torch.equal(now, then) for now, then in zip(trained, before, strict=True))
     assert moved == {"gradients": False, "training": True}
     torch.testing.assert_close(grads["gradients"], grads["training"])
-
-
-def test_a_job_is_carried_out_by_its_mode() -> None:
-    cell = measuring.carry_out(Job(Setting(TINY, "training", 1), ("base", "ours"), Budget(seconds=0, least=2)))
-    assert set(cell.measured.values) == {"base", "ours"}
 
 
 def test_peak_memory_is_that_of_a_process_of_its_own() -> None:

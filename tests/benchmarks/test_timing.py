@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from speed.timing import Budget, Step, attendance, clocked, evenly, interleave
+from speed.timing import Budget, Step, attendance, clocked, interleave
 
 
 def counting(name: str, calls: list[str]) -> Step:
@@ -69,12 +69,3 @@ def test_a_slow_method_sits_most_rounds_out() -> None:
     turns = attendance({"a": 1.0, "slow": 12.0}, Budget(seconds=80))
     assert turns["a"] == [True] * 30
     assert [turn for turn, there in enumerate(turns["slow"]) if there] == [0, 14, 29]
-
-
-def test_few_rounds_lie_evenly() -> None:
-    assert sorted(evenly(5, 9)) == [0, 2, 4, 6, 8]
-    assert evenly(3, 3) == {0, 1, 2}
-
-
-def test_nothing_to_measure_is_nothing_measured() -> None:
-    assert interleave({}, Budget(1), clocked).values == {}
