@@ -82,37 +82,6 @@ def q_of(layer: Any, name: str) -> Tensor:
     return dense_q(layer.hra_u[name].detach(), apply_GS=layer.hra_apply_GS[name])
 
 
-def test_a_zero_vector_is_the_identity() -> None:
-    layer = one_layer(nn.Linear(10, 6, dtype=F64), r=3)
-    with torch.no_grad():
-        layer.hra_u["default"][:, 1] = 0
-    x = normal(1, 5, 10)
-    output, x_grad, gradient = results(layer, x)
-    wanted = dense_results_of_the_others(layer, x)
-    assert relative_error(output, wanted) < 1e-12
-    assert torch.isfinite(x_grad).all()
-    assert torch.isfinite(gradient).all()
-    layer.merge(safe_merge=True)
-    assert relative_error(layer(x), wanted) < 1e-12
-
-
-def dense_results_of_the_others(layer: Any, x: Tensor) -> Tensor:
-    q = dense_q(layer.hra_u["default"].detach())  # in which a zero vector is the identity
-    return nn.functional.linear(x, layer.base_layer.weight @ q, layer.base_layer.bias)
-
-
-def test_without_an_active_adapter_and_disabled_it_is_the_base_layer() -> None:
-    layer = one_layer(nn.Linear(10, 6))
-    x = normal(1, 5, 10, dtype=F32)
-    wanted = layer.base_layer(x)
-    assert relative_error(layer(x), wanted) > 1e-2
-    layer.enable_adapters(False)
-    assert torch.equal(layer(x), wanted)
-    layer.enable_adapters(True)
-    layer._active_adapter = ["of other layers"]
-    assert torch.equal(layer(x), wanted)
-
-
 @pytest.mark.parametrize("base_dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("kind", ["linear", "conv"])

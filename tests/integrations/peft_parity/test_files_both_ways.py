@@ -20,7 +20,6 @@ from peft_sides import (
     net,
     opened_by_peft,
     peft_warnings_ignored,
-    plain_name,
     randomise,
     same_line,
     same_tensors,
@@ -351,26 +350,3 @@ def test_a_head_tied_to_the_embedding_counts_once() -> None:
     base.tie_weights()
     assert base.lm_head.weight is base.model.embed_tokens.weight
     same_line(by_peft(base, r=4), by_us(base, r=4))
-
-
-@pytest.mark.parametrize("name", ["hra", "ünï"])
-def test_the_name_of_an_adapter_is_no_part_of_its_file(name: str, tmp_path: Path) -> None:
-    theirs = by_peft(net(F64), name, r=2, target_modules=["query", "conv"], modules_to_save=["classifier"])
-    with torch.no_grad():
-        for seed, (_, parameter) in enumerate(theirs.named_parameters()):
-            if parameter.requires_grad:
-                parameter.normal_(generator=torch.Generator().manual_seed(seed))
-    saved_by_peft(theirs, tmp_path)
-    assert folders(tmp_path) == {f"{name}/adapter_config.json", f"{name}/adapter_model.safetensors"}
-    for chosen in (name, "default", "mine"):
-        ours = hra_fx.HRAModel.from_pretrained(net(F64), tmp_path, chosen, subfolder=name)
-        assert ours.active_adapter == chosen
-        assert relative_error(ours(tokens()), theirs(tokens())) < 1e-9
-    wanted = {plain_name(n, name).removesuffix(f".{name}") for n, p in theirs.named_parameters() if p.requires_grad}
-    ours.set_adapter("mine")
-    assert {n.removesuffix(".mine") for n in trained(ours)} == wanted
-    ours.save_pretrained(tmp_path / "again")
-    assert folders(tmp_path / "again") == {"mine/adapter_config.json", "mine/adapter_model.safetensors"}
-    theirs.load_adapter(tmp_path / "again" / "mine", "back")
-    theirs.set_adapter("back")
-    assert relative_error(ours(tokens()), theirs(tokens())) < 1e-9

@@ -13,8 +13,8 @@ import torch
 from huggingface_hub import ModelCard
 from one_hub import one_hub
 from oracles import relative_error
-from tiny_models import adapted, batch, llama, trainer_of, turn
-from torch import Tensor, nn
+from tiny_models import adapted, llama, logits_of, trainer_of, turn
+from torch import nn
 from transformers import LlamaForCausalLM, Trainer
 
 import hra_fx
@@ -30,12 +30,6 @@ def saved(folder: Path, base: str = "base", **fields: Any) -> Any:
     return model
 
 
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model.eval()(input_ids=batch("llama")["input_ids"]).logits
-    return out
-
-
 def test_its_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model = saved(tmp_path)
@@ -43,16 +37,16 @@ def test_its_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load, by_peft, as_lora, fold = re.findall(r"```python\n(.*?)```", text, re.S)
     names: dict[str, Any] = {}
     exec(load, names)
-    assert relative_error(logits(names["model"]), logits(model)) < 1e-5
+    assert relative_error(logits_of(names["model"], "llama"), logits_of(model, "llama")) < 1e-5
     exec(as_lora, names)
     assert (tmp_path / "lora" / "adapter_model.safetensors").exists()
     exec(fold, names)
     assert type(names["model"]) is LlamaForCausalLM
-    assert relative_error(logits(names["model"]), logits(model)) < 1e-5
+    assert relative_error(logits_of(names["model"], "llama"), logits_of(model, "llama")) < 1e-5
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT reads an attribute that transformers has renamed
         exec(load.split("model =")[0] + by_peft, names)
-    assert relative_error(logits(names["model"]), logits(model)) < 1e-5
+    assert relative_error(logits_of(names["model"], "llama"), logits_of(model, "llama")) < 1e-5
 
 
 def test_its_metadata(tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 from oracles import relative_error
-from tiny_models import BASES, adapted, batch, pairs, turn
-from torch import Tensor, nn
+from tiny_models import BASES, adapted, batch, logits_of, pairs, turn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -25,12 +24,6 @@ import hra_fx
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 CLASSES: dict[str, Any] = {"bert": BertForSequenceClassification, "llama": LlamaForCausalLM}
 AUTO: dict[str, Any] = {"bert": AutoModelForSequenceClassification, "llama": AutoModelForCausalLM}
-
-
-def logits(model: nn.Module, kind: str) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model.eval()(input_ids=batch(kind)["input_ids"]).logits
-    return out
 
 
 def names_in(folder: Path) -> set[str]:
@@ -64,20 +57,20 @@ def test_transformers_opens_the_folder_over_the_base_that_it_names(
     assert named == str(tmp_path / "base")
     opened = AUTO[kind].from_pretrained(tmp_path / "adapter")
     assert type(opened) is CLASSES[kind]
-    assert relative_error(logits(opened, kind), logits(model, kind)) < 1e-5
+    assert relative_error(logits_of(opened, kind), logits_of(model, kind)) < 1e-5
     # What the Trainer resumes from lies next to the adapter, and is not taken for the model.
     model.save_pretrained(tmp_path / "checkpoint-3")
     assert names_in(tmp_path / "checkpoint-3") == FILES | {"model.safetensors"}
     for maker in (AUTO[kind], CLASSES[kind]):
         opened = maker.from_pretrained(tmp_path / "checkpoint-3", local_files_only=True)
-        assert relative_error(logits(opened, kind), logits(model, kind)) < 1e-5
+        assert relative_error(logits_of(opened, kind), logits_of(model, kind)) < 1e-5
     plain = CLASSES[kind].from_pretrained(tmp_path / "base")
     loaded = CLASSES[kind].from_pretrained(tmp_path / "base")
     loaded.load_adapter(str(tmp_path / "adapter"))  # of transformers, which calls PEFT
-    assert relative_error(logits(loaded, kind), logits(model, kind)) < 1e-5
+    assert relative_error(logits_of(loaded, kind), logits_of(model, kind)) < 1e-5
     ours = hra_fx.from_peft(loaded)
-    assert relative_error(logits(ours, kind), logits(model, kind)) < 1e-5
-    assert relative_error(logits(plain, kind), logits(model, kind)) > 1e-2
+    assert relative_error(logits_of(ours, kind), logits_of(model, kind)) < 1e-5
+    assert relative_error(logits_of(plain, kind), logits_of(model, kind)) > 1e-2
 
 
 def test_a_folder_that_names_no_base_is_not_opened_as_a_model_without_its_adapter(tmp_path: Path) -> None:
@@ -126,8 +119,10 @@ def test_the_adapter_is_written_whether_it_is_merged_disabled_or_inactive(tmp_pa
 @pairs
 def test_a_folded_model_saves_itself_in_full_again(kind: str, shape: str, tmp_path: Path) -> None:
     model = stepped(kind, shape, tmp_path)
-    assert relative_error(logits(model, kind), logits(CLASSES[kind].from_pretrained(tmp_path / "base"), kind)) > 1e-2
-    wanted = logits(model, kind)
+    assert (
+        relative_error(logits_of(model, kind), logits_of(CLASSES[kind].from_pretrained(tmp_path / "base"), kind)) > 1e-2
+    )
+    wanted = logits_of(model, kind)
     folded = hra_fx.fold(model)
     assert type(folded) is CLASSES[kind]
     assert folded.save_pretrained.__func__ is PreTrainedModel.save_pretrained
@@ -135,5 +130,5 @@ def test_a_folded_model_saves_itself_in_full_again(kind: str, shape: str, tmp_pa
     assert FILES.isdisjoint(names_in(tmp_path / "folded"))
     opened, found = CLASSES[kind].from_pretrained(tmp_path / "folded", output_loading_info=True)
     assert not found["missing_keys"] and not found["unexpected_keys"]
-    assert torch.equal(logits(opened, kind), logits(folded, kind))
-    assert relative_error(logits(opened, kind), wanted) < 1e-5
+    assert torch.equal(logits_of(opened, kind), logits_of(folded, kind))
+    assert relative_error(logits_of(opened, kind), wanted) < 1e-5

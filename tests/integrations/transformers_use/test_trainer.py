@@ -10,15 +10,18 @@ import peft
 import pytest
 import torch
 from oracles import relative_error
-from safetensors import safe_open
-from tiny_models import BASES, adapted, batch, config_for, llama, pairs, trained_in, trainer_of, turn, vectors_of
+from tiny_models import BASES, adapted, config_for, logits_of, pairs, trained_in, trainer_of, turn, vectors_of
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 import hra_fx
 from hra_fx.integrations import HRATrainer
 
-pytestmark = pytest.mark.usefixtures("nothing_is_logged")
+pytestmark = [
+    pytest.mark.usefixtures("nothing_is_logged"),
+    # PEFT asks transformers for an attribute by its old name.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 Settings = dict[str, float | None]
 TRAINERS: dict[str, tuple[type[Trainer], Settings]] = {
@@ -149,62 +152,21 @@ def test_the_best_model_is_loaded_at_the_end(kind: str, shape: str, tmp_path: Pa
         assert torch.equal(value, trained_in(model)[name]), name
 
 
-pytestmark = [
-    pytest.mark.usefixtures("nothing_is_logged"),
-    # PEFT asks transformers for an attribute by its old name.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-]
-
-EVERY_THIRD = {"save_strategy": "steps", "save_steps": 3}
-SITES = {
-    "bert": [f"bert.encoder.layer.{i}.attention.self.{name}" for i in (0, 1) for name in ("query", "value")],
-    "llama": [
-        f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
-    ],
-}
-HEAD = {"bert": ["classifier.weight", "classifier.bias"], "llama": []}
-TRAINERS_OWN = {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json", "training_args.bin"}
-
-
-def trained(kind: str, shape: str, folder: Path) -> tuple[Any, Path]:
-    """A model after six steps, and its last checkpoint."""
-    model = adapted(kind, shape)
-    trainer_of(Trainer, kind, model, folder, **EVERY_THIRD).train()
-    return model.eval(), folder / "checkpoint-6"
-
-
 def logits(model: nn.Module, kind: str) -> Tensor:
     """In float64, where two ways to compute the same do not differ by their rounding."""
-    with torch.no_grad():
-        out: Tensor = copy.deepcopy(model).double().eval()(input_ids=batch(kind)["input_ids"]).logits
-    return out
-
-
-def keys_of(path: Path) -> set[str]:
-    with safe_open(path, "pt") as file:
-        return set(file.keys())
+    return logits_of(copy.deepcopy(model).double(), kind)
 
 
 @pairs
-def test_a_checkpoint_holds_the_adapter_alone_and_peft_opens_it(kind: str, shape: str, tmp_path: Path) -> None:
-    model, folder = trained(kind, shape, tmp_path)
-    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
-    assert files - TRAINERS_OWN == {
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "model.safetensors",
-    }
-    chains = {f"base_model.model.{site}.hra_u" for site in SITES[kind]}
-    assert keys_of(folder / "adapter_model.safetensors") == chains | {f"base_model.model.{n}" for n in HEAD[kind]}
-    vectors = {f"{site}.hra_u.default" for site in SITES[kind]}
-    anchors = {f"{name}_anchor" for name in vectors} if kind == "bert" else set()
-    assert keys_of(folder / "model.safetensors") == vectors | anchors | set(HEAD[kind])
-    opened = peft.PeftModel.from_pretrained(BASES[kind](), str(folder))
+def test_a_checkpoint_of_the_trainer_is_opened_by_peft(kind: str, shape: str, tmp_path: Path) -> None:
+    model = adapted(kind, shape)
+    trainer_of(Trainer, kind, model, tmp_path, **EVERY_THIRD).train()
+    opened = peft.PeftModel.from_pretrained(BASES[kind](), str(tmp_path / "checkpoint-6"))
     assert type(opened) is {"bert": peft.PeftModelForSequenceClassification, "llama": peft.PeftModelForCausalLM}[kind]
     assert relative_error(logits(opened, kind), logits(model, kind)) < 1e-6
     assert (logits(BASES[kind](), kind) - logits(model, kind)).abs().max() > 1e-4
-    assert torch.equal(logits(hra_fx.load_adapter(BASES[kind](), folder), kind), logits(model, kind))
+    loaded = hra_fx.load_adapter(BASES[kind](), tmp_path / "checkpoint-6")
+    assert torch.equal(logits(loaded, kind), logits(model, kind))
 
 
 def test_a_run_resumes_while_another_adapter_acts_and_each_has_its_own_head(tmp_path: Path) -> None:
@@ -228,17 +190,3 @@ def test_a_run_resumes_while_another_adapter_acts_and_each_has_its_own_head(tmp_
         assert torch.equal(logits(fresh, "bert"), logits(model, "bert"))
         heads.append(model.classifier.weight.detach().clone())
     assert not torch.equal(*heads)
-
-
-def test_the_trainer_saves_the_model_for_use_without_what_only_it_needs(tmp_path: Path) -> None:
-    model = adapted("llama", "HRAModel")
-    training = trainer_of(Trainer, "llama", model, tmp_path / "runs")
-    training.train()
-    training.save_model(str(tmp_path / "out"))
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "adapter_config.json",
-        "README.md",
-        "adapter_model.safetensors",
-        "training_args.bin",
-    }
-    assert torch.equal(logits(hra_fx.load_adapter(llama(), tmp_path / "out"), "llama"), logits(model, "llama"))
