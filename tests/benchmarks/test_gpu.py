@@ -15,7 +15,7 @@ from pathlib import Path
 import oracles
 import pytest
 import torch
-from gpu import cli, correctness, dense, graphs, waiting
+from gpu import correctness, dense, graphs, waiting
 from gpu.page import page
 from gpu.plan import for_gpu, smoke
 from gpu.report import Report
@@ -57,12 +57,6 @@ def test_it_runs_without_the_project_installed(tmp_path: Path) -> None:
     text = (tmp_path / "benchmarks_gpu.md").read_text()
     assert "## Correctness" in text
     assert "| ResNet blocks of 32, 64 channels, latents of 16 | 1 image " in text
-
-
-def test_without_a_device_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cli.main([]) == 1
-    assert "no CUDA device" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("apply_GS", [False, True])

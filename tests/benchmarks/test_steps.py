@@ -6,11 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from speed import grid
 from speed.memory import peaks
 from speed.methods import METHODS, Method
-from speed.models import WORKLOADS, Workload, linear, resnet50
-from speed.setting import Mode, Setting
+from speed.models import WORKLOADS, Workload, linear
+from speed.setting import Setting
 from speed.steps import plain_model, run_of, steps_of
 
 TINY = "llama-64x1"
@@ -54,17 +53,6 @@ def test_one_linear_gives_the_gradient_of_its_input_with_and_without_adapters(
         step.run(None)
         assert inputs[key].dtype == getattr(torch, dtype)
         assert inputs[key].grad is not None and inputs[key].grad.shape == (4, 16), key
-
-
-@pytest.mark.parametrize("mode", grid.STEPS)
-def test_convolutions_are_measured_at_any_size_of_image(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(WORKLOADS, "resnet50-32", resnet50(32))
-    steps, left_out = steps_of(Setting("resnet50-32", mode, 2), ("base", "lora", "ours"))
-    assert left_out == {}
-    for step in steps.values():
-        step.run(None)
-    pixels = [WORKLOADS[name].batch(2)["x"].shape[-1] for name in ("resnet50-32", "resnet50", "resnet50-224")]
-    assert pixels == [32, 64, 224]
 
 
 def test_a_compiled_method_is_one_graph() -> None:

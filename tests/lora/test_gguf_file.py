@@ -143,26 +143,11 @@ def adapted(*targets: str, model: Any = None, **fields: Any) -> Any:
     return model
 
 
-def test_a_vision_tower(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = tiny("gemma3_text").config.to_dict()
-    model = transformers.Gemma3ForConditionalGeneration(
-        transformers.Gemma3Config(text_config=text, vision_config=sizes)
-    )
-    adapted("vision_tower.encoder.layers.0.self_attn.q_proj", model=model)
-    with pytest.raises(hra_fx.UnsupportedLayerError, match=r"^model.vision_tower.*\.q_proj: llama.cpp has no weight"):
-        hra_fx.save_as_lora(model, tmp_path / "a.gguf")
-
-
 def test_models_and_files_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(model: Any, kind: type[hra_fx.HRAError], message: str, name: str = "a.gguf", **options: Any) -> None:
         with pytest.raises(kind, match=message):
             hra_fx.save_as_lora(model, tmp_path / name, **options)
 
-    saved = adapted("q_proj", modules_to_save=["lm_head"])
-    refused(saved, hra_fx.AdapterError, r"^lm_head.weight: .* modules_to_save. Fold the model instead")
-    tied = adapted("lm_head", model=tiny("llama", tie_word_embeddings=True))
-    refused(tied, hra_fx.UnsupportedLayerError, r"^lm_head: this layer is tied to the embeddings")
     model, pipe = adapted("q_proj"), SimpleNamespace(components={})
     ranks = r"^`rank_pattern` needs PEFT's format; the gguf format has one rank"
     refused(model, hra_fx.AdapterError, ranks, rank_pattern=True)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import _data
-import gguf
 import pytest
-import smollm2_newsgroups
 import torch
 import transformers
 from adapting import randomise
@@ -141,48 +138,3 @@ def test_the_language_model_of_a_multimodal_model(tmp_path: Path) -> None:
     adapt(model, *(path for path in linears(model) if ".language_model." in path))
     hra_fx.save_as_lora(model, tmp_path / "adapter.gguf")
     check(model, answer(base, tmp_path / "adapter.gguf"), TABULATED)
-
-
-def test_llama_cpp_refuses_an_adapter_of_a_tied_output_layer(tmp_path: Path) -> None:
-    """Why `save_as_lora` refuses it: the file that it would be does not load."""
-    base = write_model(tiny("llama", tie_word_embeddings=True), tmp_path / "base.gguf")
-    untied = tiny("llama")
-    adapt(untied, "lm_head")
-    hra_fx.save_as_lora(untied, tmp_path / "adapter.gguf")
-    names = [tensor.name for tensor in gguf.GGUFReader(tmp_path / "adapter.gguf").tensors]
-    assert names == ["output.weight.lora_a", "output.weight.lora_b"]
-    with pytest.raises(RuntimeError, match="Failed to init server"):
-        serve(base, tmp_path / "adapter.gguf")
-
-
-@pytest.mark.slow
-def test_smollm2_over_its_4_bit_file(tmp_path: Path) -> None:
-    """Real weights, trained for five steps: llama.cpp reads the file in 4 bits that PyTorch reads dequantized."""
-    torch.manual_seed(0)
-    model, tokenizer = smollm2_newsgroups.load()
-    posts = smollm2_newsgroups.posts(tokenizer, "train", 32)[:20, :32]
-    hra_fx.transform(model, smollm2_newsgroups.CONFIG)
-    optimizer = torch.optim.Adam([vectors for vectors in model.parameters() if vectors.requires_grad], lr=3e-3)
-    for batch in posts.split(4):
-        optimizer.zero_grad()
-        smollm2_newsgroups.loss_of(smollm2_newsgroups.Logits(model), batch).backward()
-        optimizer.step()
-    hra_fx.save_as_lora(model, tmp_path / "adapter.gguf")
-
-    prompt = tokenizer(smollm2_newsgroups.SENTENCE)["input_ids"]
-    files = _data.smollm2()
-    server = serve(Path(files["pretrained_model_name_or_path"], files["gguf_file"]), tmp_path / "adapter.gguf")
-    after, before = complete(server, prompt, 9), complete(server, prompt, 5, {0: 0.0})
-    # So far, the second most probable tokens are farther away than the rounding errors of llama.cpp.
-    check_greedy(model, after, prompt)
-    with hra_fx.disable_adapters(model):
-        check_greedy(model, before, prompt)
-    assert after.text == tokenizer.decode(after.tokens)
-    assert after.tokens[:5] != before.tokens
-
-
-def check_greedy(model: nn.Module, continuation: Continuation, prompt: list[int]) -> None:
-    """The same greedy tokens. llama.cpp rounds inputs of layers in 4 bits to 8 bits, with or without an adapter."""
-    highest = log_probabilities(model, continuation, prompt).max(dim=-1)
-    assert continuation.tokens == highest.indices.tolist()
-    assert float((continuation.chosen - highest.values).abs().mean()) < 0.1

@@ -97,6 +97,7 @@ def same_functions(model: nn.Module, plain: nn.Module, folder: Path, *more: Call
             step(each)
         assert close(output(model, MLP), output(plain, MLP)), index
         assert close(hra_fx.orthogonality_loss(model), hra_fx.orthogonality_loss(plain)), index
-    shares = [[row.share for row in hra_fx.report(each).rows] for each in (model, plain)]
-    assert shares[0] == pytest.approx(shares[1])
+    ours, theirs = hra_fx.report(model).rows, hra_fx.report(plain).rows
+    for name in ("share", "angle", "orthogonality"):
+        assert [getattr(row, name) for row in ours] == pytest.approx([getattr(row, name) for row in theirs]), name
     same_files(model, plain, folder, "b")

@@ -13,7 +13,7 @@ import accelerate
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
-from adapting import config, randomise
+from adapting import config
 from integrations.distributed.offloading import same_functions
 from integrations.distributed.trained import CASES, F64, Case, adapted, close, output, train, trained
 from refusals import refused
@@ -150,24 +150,6 @@ def test_hooks_come_and_go(way: str) -> None:
     hra_fx.delete_adapter(model, "default")
     assert close(output(model, MLP), wanted)
     assert [type(part) for part in model] == [type(part) for part in MLP.base()]
-
-
-@pytest.mark.parametrize("when", WHEN)
-def test_generate(when: str) -> None:
-    case = CASES["llama"]
-    plain, model = case.model().eval(), WHEN[when](case, (CPU,)).eval()
-    ids = case.data()[0][:2]
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
-    for each in (plain, model):
-        torch.manual_seed(3)
-        randomise(each)
-    wanted = plain.generate(ids, **options)
-    assert torch.equal(model.generate(ids, **options), wanted)
-    rows = ["default", "__base__"]
-    mixed = plain.generate(ids, **options, adapter_names=rows)
-    assert torch.equal(model.generate(ids, **options, adapter_names=rows), mixed)
-    hra_fx.delete_adapter(model, "default")
-    assert not torch.equal(model.generate(ids, **options), wanted)
 
 
 # ---- what is refused ----

@@ -82,21 +82,6 @@ def test_old_tokens_come_out_as_before_and_new_ones_are_rotated_too(kind: str, t
 
 
 @few
-def test_an_optimizer_from_before_trains_on_and_a_frozen_adapter_stays_frozen(kind: str, tied: bool) -> None:
-    made = adapted(kind, tied=tied)
-    optimizer = torch.optim.SGD([p for p in made.model.parameters() if p.requires_grad], lr=0.1)
-    resize(made.model, VOCABULARY + 8)
-    vectors = made.model.get_submodule(made.head).hra_u["default"]
-    start = vectors.detach().clone()
-    logits(made.model.train()).square().mean().backward()
-    optimizer.step()
-    assert not torch.equal(vectors, start)
-    model = adapted(kind, tied=tied, inference_mode=True).model
-    resize(model, VOCABULARY + 8)
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-
-
-@few
 def test_the_adapter_is_saved_and_loaded_over_either_size(kind: str, tied: bool, tmp_path: Path) -> None:
     plain = adapted(kind, tied=tied).model
     before = logits(plain)
