@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import launches
 import pytest
@@ -79,14 +78,3 @@ def test_targets_are_met_up_to_their_limits() -> None:
     assert met == "- met: hra_fx / PEFT LoRA, Llama of 12 layers, r=8: 0.80; limit 0.80"
     assert missed.startswith("- **NOT met**: hra_fx, GS / PEFT LoRA") and missed.endswith("1.21; limit 1.20")
     assert all(line.startswith("- not measured") for line in launches.verdicts(counted(lora=10)))
-
-
-@pytest.mark.slow
-def test_the_page_has_both_kinds_of_models(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    assert launches.main(["--layers", "3", "--compiled", "--names", "ours", "--docs", str(page)]) == 0
-    text = page.read_text()
-    assert text.count("\n### ") == 2
-    assert all(f"| {METHODS[key].title} | " in text for key in launches.LLAMA.methods)
-    assert "Left out" not in text
-    assert "aten::mm" in text

@@ -1,16 +1,26 @@
-"""What is measured: the steps, whose weights they use, and memory."""
+"""What the speed benchmark measures: the steps, whose weights they use, memory; and a whole run on a tiny model."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
+from speed import cli, running
+from speed.grid import Job
 from speed.memory import peaks
-from speed.methods import METHODS, Method
+from speed.methods import INFERENCE, METHODS, TRAINING, Method
 from speed.models import WORKLOADS, Workload, linear
-from speed.setting import Setting
+from speed.page import page
+from speed.results import Results, load
+from speed.setting import Mode, Setting
 from speed.steps import plain_model, run_of, steps_of
+from speed.target_report import as_text
+from speed.targets import TARGETS, findings
+from speed.timing import Budget
 
 TINY = "llama-64x1"
 
@@ -55,15 +65,6 @@ def test_one_linear_gives_the_gradient_of_its_input_with_and_without_adapters(
         assert inputs[key].grad is not None and inputs[key].grad.shape == (4, 16), key
 
 
-def test_a_compiled_method_is_one_graph() -> None:
-    key = "ours"
-    compiled = dataclasses.replace(METHODS[key], compiled={"backend": "aot_eager", "fullgraph": True})
-    steps, left_out = steps_of(Setting(TINY, "training", 4, compiled=True), [key], {key: compiled})
-    assert left_out == {}
-    steps[key].run(None)
-    torch._dynamo.reset()
-
-
 def test_methods_share_base_weights_unless_they_need_their_own() -> None:
     setting = Setting(TINY, "training", 4)
     models: dict[str, torch.nn.Module] = {}
@@ -103,3 +104,69 @@ def test_peak_memory_is_that_of_a_process_of_its_own() -> None:
     (grown,) = measured.values["ours"]
     # Logits of 512 x 1024 in float32 and their gradient are 4 MB; the whole model is less than that.
     assert grown is not None and 4e6 < grown < 60e6
+
+
+TWO = Budget(seconds=0, least=2)
+
+
+def jobs() -> list[Job]:
+    modes: list[tuple[Mode, int, tuple[str, ...]]] = [
+        ("training", 4, TRAINING),
+        ("inference", 4, INFERENCE),
+        ("generate", 2, ("base", "lora", "ours")),
+        ("transform", 0, ("lora", "peft-hra", "ours")),
+        ("fold", 0, ("lora", "peft-hra", "ours")),
+    ]
+    return [Job(Setting(TINY, mode, size, r=4), methods, TWO) for mode, size, methods in modes]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Path]:
+    """A run of the command line, whose only jobs are tiny, and the file of its numbers."""
+    file = tmp_path_factory.mktemp("speed") / "numbers.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(running.RUNS, "full", jobs)
+        assert cli.main(["--json", str(file)]) == 0
+    return load(file), file
+
+
+def test_every_method_is_measured_in_every_round(run: tuple[Results, Path]) -> None:
+    results, _ = run
+    assert [cell.setting for cell in results.cells] == [job.setting for job in jobs()]
+    for cell, job in zip(results.cells, jobs(), strict=True):
+        assert cell.measured.left_out == {}
+        assert set(cell.measured.values) == set(job.methods) == set(cell.measured.first)
+        assert all(value > 0 for value in cell.measured.first.values())
+        assert {len(values) for values in cell.measured.values.values()} == {2}
+        assert all(value for values in cell.measured.values.values() for value in values if value is not None)
+        fast = cell.measured.values["base" if "base" in job.methods else "lora"]
+        assert None not in fast
+
+
+def test_the_json_has_what_it_was_measured_on(run: tuple[Results, Path]) -> None:
+    _, file = run
+    about = json.loads(file.read_text())["about"]
+    assert {"run", "date", "commit", "processor", "cores", "load average at start", "load average at end"} <= set(about)
+    assert about["torch"] == torch.__version__
+    assert about["threads"] in range(1, 1 + (os.cpu_count() or 1))
+
+
+def test_targets_that_were_not_measured_are_not_met(run: tuple[Results, Path]) -> None:
+    results, _ = run
+    assert not any(finding.met for finding in findings(results))
+    assert as_text(findings(results)).count("not measured") == len(TARGETS)
+    assert f"## Performance targets: 0 of {len(TARGETS)} met" in page(results)
+
+
+def test_docs_are_written_only_where_asked_for(run: tuple[Results, Path], tmp_path: Path) -> None:
+    _, file = run
+    before = sorted((cli.ROOT / "docs").iterdir())
+    assert cli.main(["--from", str(file)]) == 0
+    assert sorted((cli.ROOT / "docs").iterdir()) == before
+    assert cli.main(["--from", str(file), "--docs", str(tmp_path)]) == 0
+    assert [made.name for made in tmp_path.iterdir()] == ["benchmarks.md"], "one size of tokens is no curve"
+
+
+@pytest.mark.parametrize(("words", "found"), [(["bert"], True), (["bert", "inference"], False), (["r=*", "16"], True)])
+def test_jobs_are_chosen_by_all_words(words: list[str], found: bool) -> None:
+    assert running.wanted(Job(Setting("bert", "training", 16), (), TWO), words) is found
