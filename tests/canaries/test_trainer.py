@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from canaries.canary import canary
-from integrations.transformers_use import test_hra_trainer, test_model_card, test_trainer as test_resuming
+from integrations.transformers_use import test_hra_trainer, test_saving_models, test_trainer as test_resuming
 from tiny_models import adapted, trainer_of
 from transformers import Trainer, TrainerCallback
 
@@ -99,5 +99,5 @@ def test_checkpoints(tmp_path: Path) -> None:
     reader="hra_fx/integrations/pretrained.py",
     breaks="the model cards of adapters that the Trainer writes",
 )
-def test_model_cards(tmp_path: Path) -> None:
-    test_model_card.test_the_trainers_card_gets_the_metadata("transform", tmp_path)
+def test_saving_modelss(tmp_path: Path) -> None:
+    test_saving_models.test_the_trainers_card_gets_the_metadata("transform", tmp_path)

@@ -18,6 +18,7 @@ from adapting import picture
 from integrations.distributed.offloading import (
     COPIES,
     CPU,
+    DEVICES,
     EVERY,
     MLP,
     OFFLOADS,
@@ -33,20 +34,41 @@ from torch import nn
 import hra_fx
 from hra_fx.errors import AdapterError, FoldError, UnsupportedLayerError
 
+#: Where vectors are trained that are added to offloaded layers.
+TRAINED = ("CPU", "CPU, for another device", "disk")
+
 
 @pytest.mark.parametrize("when", WHEN)
 @pytest.mark.parametrize(("name", "way"), EVERY)
-def test_a_model_runs_as_in_memory(name: str, way: str, when: str, tmp_path: Path) -> None:
+def test_a_model_does_what_it_does_in_memory(name: str, way: str, when: str, tmp_path: Path) -> None:
+    """It computes, is trained where it can be, and is folded unless its weights are in files."""
     case = CASES[name]
-    wanted = output(case.model().eval(), case)
-    model = WHEN[when](case, way, tmp_path)
+    plain, model = case.model().eval(), WHEN[when](case, way, tmp_path)
     for _ in range(2):
-        assert close(output(model, case), wanted)
-    assert any(parameter.is_meta for parameter in model.parameters())
+        assert close(output(model, case), output(plain, case))
     with hra_fx.disable_adapters(model):
         assert close(output(model, case), output(case.base().eval(), case))
-    hra_fx.delete_adapter(model, "default")
-    assert close(output(model, case), output(case.base().eval(), case))
+    if way in DEVICES or (when == "before" and way in TRAINED):
+        assert {parameter.device for parameter in model.parameters()} == set(DEVICES.get(way, ())) or way in TRAINED
+        wanted, losses = train(plain.train(), case), train(model.train(), case)
+        assert losses == pytest.approx(wanted, abs=1e-9) and wanted[0] != wanted[-1]
+        found, expected = trained(model), trained(plain)
+        assert found.keys() == expected.keys()
+        assert all(close(found[key], expected[key]) for key in expected)
+    if way in ("disk", "device map"):
+        hra_fx.delete_adapter(model, "default")
+        assert close(output(model.eval(), case), output(case.base().eval(), case))
+        return
+    plans = [hra_fx.plan_fold(each.eval()) for each in (model, plain)]
+    assert [layer.change for layer in plans[0].layers] == pytest.approx([layer.change for layer in plans[1].layers])
+    for plan in plans:
+        plan.apply()
+    assert not any("hra_" in key for key in model.state_dict())
+    assert next(model.parameters()).is_meta is (way in OFFLOADS)
+    assert close(output(model, case), output(plain, case))
+    remove_hook_from_submodules(model)
+    found, expected = model.state_dict(), plain.state_dict()
+    assert all(close(found[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -89,37 +111,6 @@ def test_functions_that_need_the_vectors(way: str, when: str, tmp_path: Path) ->
     same_functions(model, plain, tmp_path)
     assert model[0]._parameters["weight"].is_meta
     assert close(output(model, MLP), output(plain, MLP))
-
-
-@pytest.mark.parametrize("way", ["CPU", "CPU, for another device", "disk"])
-def test_vectors_are_trained_while_weights_are_offloaded(way: str, tmp_path: Path) -> None:
-    plain, model = MLP.model(), WHEN["before"](MLP, way, tmp_path)
-    assert train(model, MLP) == pytest.approx(train(plain, MLP), abs=1e-9)
-    found, wanted = trained(model), trained(plain)
-    assert found.keys() == wanted.keys()
-    assert all(close(found[key], wanted[key]) for key in wanted)
-
-
-# ---- folding ----
-
-
-@pytest.mark.parametrize("when", WHEN)
-@pytest.mark.parametrize("way", ["CPU", "CPU, for another device", "CPU, in a device map"])
-@pytest.mark.parametrize("name", ["mlp, whole", "convolutions"])
-def test_a_fold_goes_layer_by_layer(name: str, way: str, when: str, tmp_path: Path) -> None:
-    case = CASES[name]
-    model, folded = WHEN[when](case, way, tmp_path), case.model()
-    ours, theirs = hra_fx.plan_fold(model), hra_fx.plan_fold(folded)
-    assert [layer.change for layer in ours.layers] == pytest.approx([layer.change for layer in theirs.layers])
-    ours.apply()
-    theirs.apply()
-    wanted = output(folded, case)
-    assert not any("hra_" in key for key in model.state_dict())
-    assert next(model.parameters()).is_meta
-    assert close(output(model, case), wanted)
-    remove_hook_from_submodules(model)
-    found, expected = model.state_dict(), folded.state_dict()
-    assert all(close(found[key], expected[key]) for key in expected)
 
 
 def test_a_model_that_is_moved_as_a_whole() -> None:

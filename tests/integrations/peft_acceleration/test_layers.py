@@ -192,6 +192,10 @@ def test_a_merged_layer_computes_the_same(kind: str, safe: bool, apply_GS: bool)
     layer.unmerge()
     assert relative_error(layer.base_layer.weight, before) < 1e-14
     assert relative_error(layer(x), wanted) < 1e-12
+    layer.merge()
+    layer.enable_adapters(False)
+    assert relative_error(layer(x), layer.base_layer(x)) < 1e-12
+    assert not layer.merged and relative_error(layer.base_layer.weight, before) < 1e-14
 
 
 def test_several_adapters_come_out_in_the_reverse_order() -> None:

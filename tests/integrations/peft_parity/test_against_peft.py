@@ -93,15 +93,3 @@ def test_the_same_seed_draws_pefts_vectors(r: int, apply_GS: bool, init_weights:
     assert got.keys() == wanted.keys()
     assert all(got[name].dtype == u.dtype and torch.equal(got[name], u) for name, u in wanted.items())
     assert torch.equal(after_ours, after_theirs)
-
-
-def test_a_dilated_convolution_is_still_wrong_in_peft() -> None:
-    """This fails once PEFT fixes it: its unmerged and its merged convolution differ."""
-    theirs, ours = both(nn.Sequential(nn.Conv2d(3, 4, 3, dilation=2, dtype=F64)), r=2, init_weights=False)
-    for model in (theirs.double(), ours):
-        randomise(model)
-    x = normal(1, 2, 3, 9, 9)
-    unmerged = theirs(x)
-    theirs.merge_adapter()
-    assert unmerged.shape != theirs(x).shape
-    assert relative_error(ours(x), theirs(x)) < 1e-9

@@ -1,4 +1,4 @@
-"""To transformers an adapted model is what it was: its class, checkpointing, generation and pipelines."""
+"""To transformers an adapted model is what it was: its class and attributes, generation and pipelines."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import relative_error
 from tiny_models import (
     BASES,
     SHAPES,
     VOCABULARY,
     adapted,
-    batch,
     config_for,
     llama,
     pairs,
@@ -30,45 +28,6 @@ from transformers import BertForSequenceClassification, LlamaForCausalLM, PreTra
 from transformers.utils import find_labels
 
 import hra_fx
-
-# The names that transformers has had since 5.0; it means to rename them.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`gradient_checkpointing_(en|dis)able` is deprecated:FutureWarning",
-    "ignore:`gradient_checkpointing(_kwargs)?` is deprecated:FutureWarning",
-)
-
-
-def gradients(model: Any, kind: str, *, calls: int) -> dict[str, Tensor]:
-    """Of all that is trained, and a check of how often a layer in the first block is called."""
-    layer = next(part for name, part in model.named_modules() if name.endswith(("query", "q_proj")))
-    called: list[Any] = []
-    hook = layer.register_forward_hook(lambda *args: called.append(args))
-    model.zero_grad()
-    torch.manual_seed(3)
-    model.train()(**batch(kind)).loss.backward()
-    hook.remove()
-    assert len(called) == calls
-    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert [name for name, gradient in found.items() if gradient is None] == []
-    return {name: gradient.clone() for name, gradient in found.items()}
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
-@pairs
-def test_the_gradients_are_those_without(kind: str, shape: str, use_reentrant: bool, when: str) -> None:
-    model = base = BASES[kind]()
-    if when == "after":
-        model = adapted(kind, shape, base=base)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
-    if when == "before":
-        model = adapted(kind, shape, base=base)
-    turn(model)
-    found = gradients(model, kind, calls=2)
-    model.gradient_checkpointing_disable()
-    wanted = gradients(model, kind, calls=1)
-    assert {name: error for name in wanted if (error := relative_error(found[name], wanted[name])) > 1e-5} == {}
-
 
 CLASSES = {"bert": BertForSequenceClassification, "llama": LlamaForCausalLM}
 
