@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -19,12 +18,9 @@ from gpu import correctness, dense, graphs, waiting
 from gpu.page import page
 from gpu.plan import for_gpu, smoke
 from gpu.report import Report
-from gpu.run import Run, WrongResult, verdicts
+from gpu.run import Run, WrongResult
 from speed.models import WORKLOADS
-from speed.setting import Setting
 from torch import nn
-
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Where packages lie. Without `site`, .pth files are not read, so an editable installation is not seen.
@@ -84,24 +80,6 @@ def test_a_wrong_result_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
         run.all()
     assert run.report.cells == []
     assert re.search(r"\| Linear, input 64 x \d+, float32 \| \*\*no\*\* \|", files[-1])
-
-
-def test_a_part_that_fails_is_recorded_and_the_next_ones_run() -> None:
-    files = list[str]()
-    tiny = Setting("llama-64x1", "gradients", 4)
-    plan = dataclasses.replace(
-        smoke(),
-        waiting=[dataclasses.replace(tiny, workload="no-such")],
-        graphs=[tiny],
-        launches=[(tiny, ("lora",))],
-        measured=[(dataclasses.replace(tiny, mode="training"), ("base", "lora"))],
-    )
-    run = run_of(plan, 0.0, files)
-    run.all()
-    assert run.report.failures == {"waiting": "KeyError: 'no-such'"}
-    assert [cell.measured.left_out["lora"] for cell in run.report.cells] == ["no time was left"]
-    assert '**The part "waiting" ended with an error**' in files[-1]
-    assert list(verdicts(run.report)) == ["waiting ended with KeyError: 'no-such'"]
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,6 @@ from speed.per_site import PerSite, adapted_layers, per_site
 from speed.setting import Setting
 from speed.steps import plain_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 X = torch.randn(4, 6)
 W = torch.randn(6, 6, requires_grad=True)
 

@@ -65,23 +65,6 @@ def test_one_linear_gives_the_gradient_of_its_input_with_and_without_adapters(
         assert inputs[key].grad is not None and inputs[key].grad.shape == (4, 16), key
 
 
-def test_methods_share_base_weights_unless_they_need_their_own() -> None:
-    setting = Setting(TINY, "training", 4)
-    models: dict[str, torch.nn.Module] = {}
-
-    def keeping(key: str) -> Method:
-        def put(base: torch.nn.Module, workload: object, r: int) -> torch.nn.Module:
-            models[key] = base
-            return base
-
-        return dataclasses.replace(METHODS[key], put=put)
-
-    steps_of(setting, list(METHODS), {key: keeping(key) for key in METHODS})
-    places = {key: next(model.parameters()).data_ptr() for key, model in models.items()}
-    assert {key for key, place in places.items() if place != places["base"]} == {"base-again", "folded"}
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_a_training_step_is_its_gradients_and_an_optimizer() -> None:
     moved, grads = dict[str, bool](), dict[str, torch.Tensor]()
     for mode in ("gradients", "training"):
@@ -165,8 +148,3 @@ def test_docs_are_written_only_where_asked_for(run: tuple[Results, Path], tmp_pa
     assert sorted((cli.ROOT / "docs").iterdir()) == before
     assert cli.main(["--from", str(file), "--docs", str(tmp_path)]) == 0
     assert [made.name for made in tmp_path.iterdir()] == ["benchmarks.md"], "one size of tokens is no curve"
-
-
-@pytest.mark.parametrize(("words", "found"), [(["bert"], True), (["bert", "inference"], False), (["r=*", "16"], True)])
-def test_jobs_are_chosen_by_all_words(words: list[str], found: bool) -> None:
-    assert running.wanted(Job(Setting("bert", "training", 16), (), TWO), words) is found

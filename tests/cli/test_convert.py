@@ -25,7 +25,6 @@ from torch import Tensor
 import hra_fx
 from hra_fx.lora.save import convert_files
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 

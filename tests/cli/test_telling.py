@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import typer
 from cli.conftest import Shelf
-from cli.shell import Answer, answer, usage
+from cli.shell import Answer, answer
 from typer.testing import CliRunner
 
 import hra_fx
@@ -98,19 +98,6 @@ def test_the_help_lists_all_commands_and_exit_codes() -> None:
     text = answer("--help", columns=100)
     assert all(re.search(rf"^│ {command} ", text, re.MULTILINE) for command in COMMANDS)
     assert "Exit codes: 0 success; 1 the configuration does not match the model" in text
-
-
-def test_a_command_that_is_none() -> None:
-    assert "No such command 'fodl'" in usage("fodl")
-    assert "No such option: --nothing" in usage("inspect", "--nothing")
-
-
-def test_completion() -> None:
-    runner = CliRunner()
-    env = {"_HRA_FX_COMPLETE": "complete_bash", "COMP_WORDS": "hra-fx un", "COMP_CWORD": "1"}
-    from hra_fx.cli.app import app
-
-    assert runner.invoke(app, [], env=env, prog_name="hra-fx").stdout.split() == ["unfold"]
 
 
 def test_markup_in_names_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:

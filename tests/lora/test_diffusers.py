@@ -221,16 +221,10 @@ REFUSED: list[tuple[Callable[[], Any], type[HRAError], str]] = [
     (stable_diffusion, AdapterError, "StableDiffusionPipeline: none of its parts has adapters (vae, text_encoder,"),
     (lambda: "pipe", AdapterError, "`model_or_pipeline` must be a torch.nn.Module or a diffusers pipeline, got str."),
     (unconditional, AdapterError, "unet: load_lora_weights of diffusers loads into no part of this pipeline"),
-    *(
-        (
-            lambda fields=fields: adapted(targets={"text_encoder": ["k_proj"]}, **fields),  # type: ignore[misc]
-            CheckpointError,
-            f"{key}: diffusers does not load trained modules or biases with a LoRA",
-        )
-        for fields, key in (
-            ({"bias": "hra_only"}, ".layers.1.self_attn.k_proj.base_layer.bias"),
-            ({"modules_to_save": ["final_layer_norm"]}, "final_layer_norm.bias"),
-        )
+    (
+        lambda: adapted(targets={"text_encoder": ["k_proj"]}, modules_to_save=["final_layer_norm"]),
+        CheckpointError,
+        "final_layer_norm.bias: diffusers does not load trained modules or biases with a LoRA",
     ),
     (circular, UnsupportedLayerError, "unet: conv_in: "),
     (attention, UnsupportedLayerError, "transformer.attention: diffusers has no keys for an nn.Mu"),

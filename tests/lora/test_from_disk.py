@@ -25,7 +25,6 @@ from hra_fx.lora.adapter import LoraAdapter, LoraLayer
 from hra_fx.lora.from_files import read_as_lora
 from hra_fx.lora.from_model import lora_adapter
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 U = "base_model.model.{}.hra_u"
 
 

@@ -127,11 +127,8 @@ def test_the_configuration_is_one_of_peft() -> None:
     assert (made.r, made.lora_alpha, made.task_type, made.inference_mode) == (4, 4, "CAUSAL_LM", True)
 
 
-# PEFT asks transformers for it, and warns of every tied model that has an adapter on its output layer.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True` and:UserWarning"),
-]
+# PEFT warns of every tied model that has an adapter on its output layer.
+pytestmark = pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True` and:UserWarning")
 IDS = torch.arange(24).view(2, 12)
 SIZES = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = {**SIZES, "hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2}

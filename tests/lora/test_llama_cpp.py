@@ -86,16 +86,10 @@ REFUSED = {
         hra_fx.AdapterError,
         r"GGUF adapters can be written for the model types gemma, .*, starcoder2, got 'bert'\. Fold the model",
     ),
-    "a model without configuration": (adapter(layer("0"), config={}), hra_fx.AdapterError, "got None"),
     "a layer that llama.cpp does not have": (
         adapter(layer("score")),
         hra_fx.UnsupportedLayerError,
         "^score: llama.cpp has no weight for this linear layer of a model of type 'llama'",
-    ),
-    "a convolution": (
-        adapter(layer("model.layers.0.mlp.up_proj", kind="conv1d", kernel=(1,))),
-        hra_fx.UnsupportedLayerError,
-        "^model.layers.0.mlp.up_proj: llama.cpp has no weight for this conv1d layer",
     ),
     "a tied output layer": (
         adapter(layer("lm_head"), config=LLAMA | {"tie_word_embeddings": True}),

@@ -24,9 +24,6 @@ from transformers import CLIPTextModel
 
 import hra_fx
 
-# PEFT asks transformers for it, wherever it opens an adapter.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 Pipeline = diffusers.StableDiffusionPipeline
 TARGETS = {
     "text_encoder": ["k_proj", "q_proj", "v_proj", "out_proj", "fc1", "fc2"],
@@ -193,10 +190,8 @@ def test_set_adapters_switches_and_sets_strengths() -> None:
     [
         (["a", "c"], None, "'c'"),
         ("a", 2.0, r"`alpha` must be a number .* got 2\.0"),
-        (["a", "b"], 2.0, r"got 2\.0"),
         (["a", "b"], [0.5, 2.0], r"got 2\.0"),
         (["a", "b"], [0.5], "weights|shorter|longer"),
-        (["a", "b"], [0.5, 0.5, 0.5], "weights|shorter|longer"),
     ],
 )
 def test_set_adapters_refuses_unknown_names_and_scales_and_changes_nothing(

@@ -188,17 +188,6 @@ def test_its_metadata(tmp_path: Path) -> None:
     assert 'base = LlamaForCausalLM.from_pretrained("user/base")' in card.text
 
 
-def test_several_adapters_and_a_model_of_no_library(tmp_path: Path) -> None:
-    model = hra_fx.HRAModel(nn.Sequential(nn.Linear(4, 4)), hra_fx.HRAConfig(r=2, target_modules=["0"]), "first")
-    model.add_adapter("second", hra_fx.HRAConfig(r=3, target_modules=["0"], apply_GS=True, init_weights=False))
-    model.save_pretrained(tmp_path)
-    card = ModelCard.load(tmp_path / "README.md")
-    assert "| first | first | 2 | `['0']` |\n| second | second | 3, Gram-Schmidt | `['0']` |" in card.text
-    assert f'hra_fx.load_adapter(base, "{PLACE}", subfolder="first")' in card.text
-    assert "base = ...  # the base model, a Sequential" in card.text
-    assert card.data.to_dict() == {"library_name": "peft", "tags": ["hra", "hra_fx"]}
-
-
 @pytest.mark.parametrize(
     ("fields", "cells", "field"),
     [

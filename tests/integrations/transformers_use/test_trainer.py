@@ -17,11 +17,7 @@ from transformers import Trainer, TrainerCallback
 import hra_fx
 from hra_fx.integrations import HRATrainer
 
-pytestmark = [
-    pytest.mark.usefixtures("nothing_is_logged"),
-    # PEFT asks transformers for an attribute by its old name.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-]
+pytestmark = pytest.mark.usefixtures("nothing_is_logged")
 
 Settings = dict[str, float | None]
 TRAINERS: dict[str, tuple[type[Trainer], Settings]] = {
