@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from pathlib import Path
@@ -13,7 +12,7 @@ from speed import cli, running
 from speed.grid import Job
 from speed.memory import peaks
 from speed.methods import INFERENCE, METHODS, TRAINING, Method
-from speed.models import WORKLOADS, Workload, linear
+from speed.models import WORKLOADS
 from speed.page import page
 from speed.results import Results, load
 from speed.setting import Mode, Setting
@@ -38,31 +37,6 @@ def test_the_frozen_base_runs_backward_through_all_layers() -> None:
     steps["frozen"].run(None)
     assert sorted(reached) == ["lm_head", "model.layers.0.mlp.down_proj", "model.layers.0.self_attn.q_proj"]
     assert all(weight.grad is None for weight in plain.parameters())
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_one_linear_gives_the_gradient_of_its_input_with_and_without_adapters(
-    dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(WORKLOADS, "linear-16", linear(16))
-    inputs: dict[str, torch.Tensor] = {}
-
-    def watched(key: str) -> Method:
-        def put(base: torch.nn.Module, workload: Workload, r: int) -> torch.nn.Module:
-            model = METHODS[key].put(base, workload, r)
-            model.register_forward_pre_hook(lambda *given: inputs.update({key: given[-1]["input"]}), with_kwargs=True)
-            return model
-
-        return dataclasses.replace(METHODS[key], put=put)
-
-    methods = ("base", "lora", "peft-hra", "ours", "ours-gs")
-    known = {key: watched(key) for key in methods}
-    steps, left_out = steps_of(Setting("linear-16", "training", 4, dtype), methods, known)
-    assert left_out == {}
-    for key, step in steps.items():
-        step.run(None)
-        assert inputs[key].dtype == getattr(torch, dtype)
-        assert inputs[key].grad is not None and inputs[key].grad.shape == (4, 16), key
 
 
 def test_a_training_step_is_its_gradients_and_an_optimizer() -> None:

@@ -8,7 +8,6 @@ import peft
 import pytest
 import torch
 from integrations.peft_acceleration.layers import adapted, dense_results, one_layer, results, turn
-from integrations.peft_parity.test_against_peft import RIGHT_CONVOLUTIONS
 from layers.quantized.bases import FEW, SCHEMES, WIDTH, quantized
 from one_layer import BF16, CONVOLUTIONS, F32, F64, normal
 from oracles import dense_q, relative_error
@@ -42,12 +41,6 @@ def against_peft(base: nn.Module, x: Tensor, **fields: Any) -> None:
 def test_a_linear_is_pefts(rows: int, r: int, apply_GS: bool, dtype: torch.dtype) -> None:
     base = nn.Linear(12, 7, bias=rows > 1, dtype=dtype)
     against_peft(base, normal(1, rows, 12, dtype=dtype), r=r, apply_GS=apply_GS)
-
-
-@DTYPES
-@pytest.mark.parametrize("kind", RIGHT_CONVOLUTIONS, ids=str)
-def test_a_convolution_is_pefts_where_it_is_right(kind: dict[str, Any], dtype: torch.dtype) -> None:
-    against_peft(nn.Conv2d(6, 4, **kind, dtype=dtype), normal(1, 2, 6, 9, 8, dtype=dtype), r=4)
 
 
 # Of torch, also for the base layer.

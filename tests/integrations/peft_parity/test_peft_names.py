@@ -191,9 +191,7 @@ AUTO = [
 
 @pytest.mark.parametrize(("name", "kind", "task"), AUTO)
 def test_an_auto_class_loads_the_base_model_and_the_adapter(name: str, kind: str, task: Any, tmp_path: Path) -> None:
-    fields = {} if task in (None, "FEATURE_EXTRACTION") else {"task_type": task}
-    if task == "FEATURE_EXTRACTION":
-        fields = {"task_type": task}
+    fields = {} if task is None else {"task_type": task}
     model = hra_fx.get_peft_model(saved_base(name, tmp_path), hra_fx.HRAConfig(r=4, **fields))
     randomise(model)
     model.save_pretrained(tmp_path / "adapter")
@@ -231,7 +229,6 @@ def test_embeddings_are_resized_to_the_tokenizer_in_the_folder(tmp_path: Path) -
 
 
 def test_what_an_auto_class_refuses(tmp_path: Path) -> None:
-    hra_fx.transform(net(), hra_fx.HRAConfig(r=2, target_modules=["query"])).eval()
     for folder, values in {
         "no base": {},
         "task": {"base_model_name_or_path": "x", "task_type": "SEQ_CLS"},

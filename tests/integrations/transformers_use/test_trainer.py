@@ -1,4 +1,4 @@
-"""Training with the stock Trainer and with ours: it learns, saves adapters, stops and goes on as if it never had."""
+"""The stock Trainer and ours: a run that was stopped goes on as if it never had, and checkpoints are PEFT's."""
 
 from __future__ import annotations
 
