@@ -15,7 +15,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from integrations.trl_use import runs
 from oracles import relative_error
 from tiny_models import BASES, SHAPES, adapted, batch, config_for, samples, trainer_of, vectors_of
 from torch import Tensor, nn
@@ -244,6 +243,8 @@ def test_accelerate(when: str, scaled: bool) -> None:
 @pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing\\w*` is deprecated:FutureWarning")
 def test_trl(tmp_path: Path) -> None:
     """A transformed model, and PEFT's HRA, which the Trainer makes from a configuration."""
+    from integrations.trl_use import runs  # only here: the canaries import this file with the lowest releases
+
     found = []
     for kind, by in ((runs.OURS, None), (runs.OURS, "a line"), (runs.FAST, "a callback")):
         trainer = runs.trainer(kind, "SFT", tmp_path)
