@@ -25,7 +25,7 @@ from hra_fx.layers.rotated_values import MOVED
 from hra_fx.layers.rotated_weight import InferenceRotatedWeight, RotatedWeight, link
 from hra_fx.layers.sharding import call, is_dtensor
 from hra_fx.layers.target import BASE_WEIGHT, REFLECTION, weight_place
-from hra_fx.layers.tensor_parallel import is_tensor_parallel, put_back, set_aside
+from hra_fx.layers.tensor_parallel import half_split, is_tensor_parallel, put_back, set_aside
 from hra_fx.layers.variants import ConvAdapters, LinearAdapters, QuantizedAdapters
 
 
@@ -105,6 +105,8 @@ class AdaptedLayer(BaseParameters):
         name = "in_proj_weight" if issubclass(base, nn.MultiheadAttention) else "weight"
 
         def weight(self: AdaptedLayer) -> Any:
+            if REFLECTION not in self._modules:  # set aside while `distribute_module` splits the weight
+                return nn.Module.__getattr__(self, name)
             owner, own = weight_place(self)
             if own not in owner._parameters and own not in vars(owner):
                 raise AttributeError(name)
@@ -161,7 +163,9 @@ class AdaptedLinear(AdaptedLayer):
 
         @functools.wraps(base.forward)
         def forward(self: AdaptedLinear, input: Tensor, reflected: Tensor | None = None) -> Any:
-            adapters: Any = self._modules[REFLECTION]
+            adapters: Any = self._modules.get(REFLECTION)
+            if adapters is None:
+                raise half_split(self)
             weight = adapters.weight_of(self)
             if adapters.fan_in_fan_out:  # transformers' `Conv1D`
                 weight = weight.mT

@@ -54,6 +54,13 @@ def put_back(layer: nn.Module) -> None:
             holder.register_parameter(name, nn.Parameter(distribute_like(own.detach(), in_place), own.requires_grad))
 
 
+def half_split(layer: nn.Module) -> UnsupportedLayerError:
+    """The error for a call of a layer whose adapters are still set aside, because `distribute_module` failed."""
+    return UnsupportedLayerError(
+        f"{describe(layer)}: parallelize_module failed, and left it without its adapters. Build the model again."
+    )
+
+
 def is_tensor_parallel(layer: nn.Module, weight: Any) -> bool:
     """Whether a distributed weight was split by tensor parallelism only, without FSDP."""
     applied = "_distribute_module_applied" in vars(layer) or parallel_forward(layer) is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import warnings
 from collections.abc import Iterator
@@ -13,6 +12,9 @@ import peft
 import pytest
 import torch
 from canaries.canary import canary
+from integrations.peft_acceleration import test_handle
+from integrations.peft_parity import test_from_peft
+from lora import test_moe_architectures
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_HRA_TARGET_MODULES_MAPPING as DEFAULTS
 from torch import nn
 
@@ -65,33 +67,6 @@ def test_attributes_of_the_layers() -> None:
     assert torch.allclose(model(X), expected, atol=1e-5)
 
 
-@on_layers(
-    "`update_layer` of `HRAConv2d` and the methods that it calls", breaks="accelerate_peft of grouped convolutions"
-)
-@pytest.mark.parametrize("init_weights", [False, True])
-def test_a_layer_that_peft_cannot_set_up(init_weights: bool) -> None:
-    with hra_fx.accelerate_peft():
-        config = peft.HRAConfig(r=2, target_modules=["0"], init_weights=init_weights)
-        model: Any = peft.get_peft_model(nn.Sequential(nn.Conv2d(4, 4, (1, 3), groups=2)), config)
-        vectors = model.base_model.model[0].hra_u["default"]
-        assert vectors.shape == (6, 2) and vectors.requires_grad
-        assert torch.equal(vectors[:, 0], vectors[:, 1]) is init_weights
-        hra_fx.accelerate_peft(model).close()
-
-
-@canary(
-    "peft",
-    "`HRALinear` and `HRAConv2d` in the module of `HRAModel`, from which it makes layers",
-    reader="hra_fx/integrations/peft_acceleration.py",
-    breaks="accelerate_peft() for models that are created later",
-)
-def test_layers_that_are_made_later() -> None:
-    with hra_fx.accelerate_peft() as handle:
-        model = adapted()
-        assert len(handle.layers) == 2
-        hra_fx.accelerate_peft(model).close()
-
-
 @canary(
     "peft",
     "`_enable_peft_forward_hooks` of the inner model, which a `PeftModel` enters around forward and `generate`",
@@ -125,24 +100,6 @@ def test_layers_are_recognized() -> None:
 
 @canary(
     "peft",
-    "`peft_config`, `active_adapters`, or `original_module` and `modules_to_save` of its wrappers",
-    reader="hra_fx/api/from_peft.py",
-    breaks="from_peft",
-)
-def test_a_peft_model_is_converted() -> None:
-    model = adapted(target_modules=["0"], modules_to_save=["2"])
-    with torch.no_grad():
-        model.base_model.model[2].modules_to_save["default"].weight.mul_(2)
-    expected = model(X)
-    model.add_adapter("other", peft.HRAConfig(r=2, target_modules=["0"]))
-    ours = hra_fx.from_peft(model)
-    assert torch.allclose(ours(X), expected, atol=1e-5)
-    assert list(ours.peft_config) == ["default", "other"] and ours.active_adapters == ["default"]
-    assert not any(type(module).__module__.startswith("peft.") for module in ours.modules())
-
-
-@canary(
-    "peft",
     "its table of default targets",
     reader="hra_fx/selection/origin.py",
     breaks="configurations without target_modules: they would select other layers than in PEFT",
@@ -152,6 +109,34 @@ def test_default_targets() -> None:
     assert ours == DEFAULTS
 
 
+@on_layers(
+    "`update_layer` of `HRAConv2d` and the methods that it calls", breaks="accelerate_peft of grouped convolutions"
+)
+def test_a_layer_that_peft_cannot_set_up() -> None:
+    test_handle.test_an_oblong_kernel_starts_as_the_base_model()
+
+
+@canary(
+    "peft",
+    "`HRALinear` and `HRAConv2d` in the module of `HRAModel`, from which it makes layers",
+    reader="hra_fx/integrations/peft_acceleration.py",
+    breaks="accelerate_peft() for models that are created later",
+)
+def test_layers_that_are_made_later() -> None:
+    test_handle.test_models_made_later_are_accelerated_until_it_is_closed()
+
+
+@canary(
+    "peft",
+    "`peft_config`, `active_adapters`, or `original_module` and `modules_to_save` of its wrappers",
+    reader="hra_fx/api/from_peft.py",
+    breaks="from_peft",
+)
+def test_a_peft_model_is_converted() -> None:
+    test_from_peft.test_outputs_gradients_and_counts_are_those_of_peft("trained modules")
+    test_from_peft.test_all_adapters_and_the_order_of_the_active_ones(["other", "default"])
+
+
 @canary(
     "peft",
     "`ParamWrapper`: the names and shapes of the LoRA of experts",
@@ -159,19 +144,4 @@ def test_default_targets() -> None:
     breaks="the LoRA export of experts",
 )
 def test_lora_of_experts(tmp_path: Path) -> None:
-    class Experts(nn.Module):
-        is_transposed = False
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.down = nn.Parameter(torch.randn(3, 8, 6)), nn.Parameter(torch.randn(3, 6, 8))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.einsum("nd,eod,eio->ni", x, self.up, self.down)
-
-    model, x = nn.Sequential(Experts()), torch.randn(4, 6)
-    base = copy.deepcopy(model)
-    hra_fx.transform(model, hra_fx.HRAConfig(r=2, init_weights=False, target_parameters=["0.up", "0.down"]))
-    hra_fx.save_as_lora(model, tmp_path)
-    loaded = peft.PeftModel.from_pretrained(base, tmp_path)
-    assert torch.allclose(loaded(x), model(x), rtol=1e-4, atol=1e-4)
+    test_moe_architectures.test_other_configurations("qwen3_moe", {"apply_GS": True}, tmp_path)

@@ -7,6 +7,7 @@ import pickle
 import warnings
 from typing import Any
 
+import pytest
 import torch
 from canaries.canary import canary
 from canaries.one_process import mesh_of_one
@@ -14,7 +15,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 import hra_fx
 from hra_fx import compat
@@ -36,11 +37,12 @@ def adapted() -> nn.Module:
     reader="hra_fx/layers/adapted_layer.py",
     breaks="parallelize_module of a model with adapters",
 )
-def test_tensor_parallelism() -> None:
+@pytest.mark.parametrize("style", [ColwiseParallel, RowwiseParallel])
+def test_tensor_parallelism(style: type[ParallelStyle]) -> None:
     model: Any = adapted()
     expected = model(X)
     with mesh_of_one() as mesh:
-        parallelize_module(model, mesh, {"0": ColwiseParallel()})
+        parallelize_module(model, mesh, {"0": style()})
         assert isinstance(model[0].hra_base, DTensor)
         assert not any(isinstance(vectors, DTensor) for vectors in model[0].hra_u.parameters())
         assert torch.allclose(model(X), expected, rtol=1e-12)

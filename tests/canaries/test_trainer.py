@@ -9,48 +9,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from canaries.canary import canary
-from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from integrations.transformers_use import test_hra_trainer, test_saving_models, test_trainer as test_resuming
+from tiny_models import adapted, trainer_of
+from transformers import Trainer, TrainerCallback
 
 import hra_fx
-from hra_fx.integrations import HRATrainer, RotationCallback
+from hra_fx.integrations import RotationCallback
 
 of_the_trainer = functools.partial(canary, "transformers")
-WEIGHT, RATE = 0.5, 0.1
-
-
-class Regression(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(3, 2)
-
-    def forward(self, x: Tensor, labels: Tensor, num_items_in_batch: Any = None) -> dict[str, Tensor]:
-        errors = (self.layer(x) - labels).square()
-        return {"loss": errors.mean() if num_items_in_batch is None else errors.sum() / num_items_in_batch}
-
-
-def regression() -> Any:
-    torch.manual_seed(0)
-    config = hra_fx.HRAConfig(r=4, init_weights=False, target_modules=["layer"])
-    return hra_fx.transform(Regression(), config)
-
-
-def bert(seed: int = 0) -> Any:
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = BertForSequenceClassification(BertConfig(**sizes, vocab_size=8))
-    return hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["query"]))
-
-
-def trainer(model: nn.Module, folder: Path, kind: Any = Trainer, callbacks: Any = None, **arguments: Any) -> Trainer:
-    settings = {"per_device_train_batch_size": 1, "max_steps": 1, "max_grad_norm": 0.0, "optim": "sgd"}
-    settings |= {"learning_rate": RATE, "lr_scheduler_type": "constant", "save_strategy": "no", "report_to": []}
-    settings |= {"use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False, "logging_steps": 1}
-    data = [{"x": torch.randn(3), "labels": torch.randn(2)} for _ in range(4)]
-    chosen = TrainingArguments(output_dir=str(folder), **(settings | arguments))  # type: ignore[arg-type]
-    return kind(model=model, args=chosen, train_dataset=data, callbacks=callbacks)  # type: ignore[no-any-return]
 
 
 class Reporter(TrainerCallback):
@@ -68,7 +35,8 @@ class Reporter(TrainerCallback):
 )
 def test_callbacks(tmp_path: Path) -> None:
     reporter = Reporter()
-    trainer(regression(), tmp_path, callbacks=[reporter, RotationCallback()]).train()
+    maker: Any = functools.partial(Trainer, callbacks=[reporter, RotationCallback()])
+    trainer_of(maker, "llama", adapted("llama", "transform"), tmp_path, max_steps=1).train()
     assert "angle_mean_degrees" in reporter.logs[0]
 
 
@@ -78,26 +46,11 @@ def test_callbacks(tmp_path: Path) -> None:
     reader="hra_fx/integrations/trainer.py",
     breaks="HRATrainer: its regularizer would not count once per step",
 )
-@pytest.mark.parametrize("accepts", [False, True])
-def test_the_loss_of_accumulated_batches(accepts: bool, tmp_path: Path) -> None:
-    steps = []
-    for weight in (0.0, WEIGHT):
-        model = regression()
-        model.accepts_loss_kwargs = accepts
-        made = trainer(
-            model,
-            tmp_path,
-            functools.partial(HRATrainer, orthogonality_weight=weight, pair_difference=None),
-            gradient_accumulation_steps=4,
-            seed=1,
-        )
-        torch.manual_seed(2)
-        made.train()
-        steps.append(model.layer.hra_u.default.detach())
-    start = regression()
-    hra_fx.orthogonality_loss(start).backward()
-    expected = -RATE * WEIGHT * start.layer.hra_u.default.grad
-    assert torch.allclose(steps[1] - steps[0], expected, rtol=1e-3, atol=1e-6)
+@pytest.mark.parametrize("kind", ["bert", "bert, a mean loss"])
+def test_the_loss_of_accumulated_batches(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    test_hra_trainer.test_the_term_counts_once_per_step_however_many_batches_are_accumulated(
+        kind, 4, 4, None, None, tmp_path, monkeypatch
+    )
 
 
 @of_the_trainer(
@@ -106,11 +59,11 @@ def test_the_loss_of_accumulated_batches(accepts: bool, tmp_path: Path) -> None:
     breaks="the Trainer on quantized models: it would refuse them",
 )
 def test_quantized_models(tmp_path: Path) -> None:
-    model = bert()
+    model = adapted("bert", "transform")
     model.is_quantized, model.hf_quantizer = True, SimpleNamespace(is_trainable=True)
-    trainer(model, tmp_path)
+    trainer_of(Trainer, "bert", model, tmp_path)
     with pytest.raises(ValueError, match="purely quantized"):
-        trainer(hra_fx.fold(model), tmp_path)
+        trainer_of(Trainer, "bert", hra_fx.fold(model), tmp_path)
 
 
 @of_the_trainer(
@@ -119,8 +72,8 @@ def test_quantized_models(tmp_path: Path) -> None:
     breaks="the Trainer when it resumes: it would warn of missing keys, and not tie the weights",
 )
 def test_keys_that_a_checkpoint_may_lack(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = bert()
-    made: Any = trainer(model, tmp_path)
+    model = adapted("llama", "transform")
+    made: Any = trainer_of(Trainer, "llama", model, tmp_path)
     held = {name: value for name, value in model.state_dict().items() if ".hra_u." in name}
     logger = logging.getLogger("transformers.trainer")
     logger.addHandler(caplog.handler)
@@ -138,14 +91,7 @@ def test_keys_that_a_checkpoint_may_lack(tmp_path: Path, caplog: pytest.LogCaptu
     breaks="the Trainer when it resumes: it would not find the adapters",
 )
 def test_checkpoints(tmp_path: Path) -> None:
-    vectors = []
-    for resumes in (False, True):
-        model = bert(seed=int(resumes))
-        made = trainer(model, tmp_path, save_strategy="steps", save_steps=1)
-        made.train_dataset = [{"input_ids": torch.arange(4), "labels": torch.tensor(1)}]
-        made.train(resume_from_checkpoint=resumes)
-        vectors.append(model.bert.encoder.layer[0].attention.self.query.hra_u.default)
-    assert torch.equal(*vectors), "the second run starts at its end with the vectors of the first one"
+    test_resuming.test_a_run_that_was_stopped_goes_on_bitwise("stock", True, "bert", "transform", tmp_path)
 
 
 @of_the_trainer(
@@ -153,8 +99,5 @@ def test_checkpoints(tmp_path: Path) -> None:
     reader="hra_fx/integrations/pretrained.py",
     breaks="the model cards of adapters that the Trainer writes",
 )
-def test_model_cards(tmp_path: Path) -> None:
-    made = trainer(bert(), tmp_path)
-    (tmp_path / "README.md").write_text("---\nlibrary_name: peft\n---\n")
-    made.create_model_card()
-    assert "hra_fx" in (tmp_path / "README.md").read_text()
+def test_saving_modelss(tmp_path: Path) -> None:
+    test_saving_models.test_the_trainers_card_gets_the_metadata("transform", tmp_path)

@@ -13,6 +13,8 @@ import torch
 import transformers
 from canaries.canary import canary
 from canaries.one_process import mesh_of_one
+from integrations.transformers_use import test_output_layers
+from lora import test_from_disk
 from torch import nn
 
 import hra_fx
@@ -20,7 +22,6 @@ from hra_fx.checkpoint.disk.ties import _config_tree
 from hra_fx.export.select import OUTPUTS, model_type_of
 from hra_fx.layers.experts_weight import _IS_TRANSPOSED, is_transposed
 from hra_fx.layers.target import find_kind
-from hra_fx.model.tied import find_ties, set_tied
 from hra_fx.reporting.scale import costs
 from hra_fx.selection.select import select
 
@@ -142,16 +143,8 @@ def test_the_layout_of_experts(name: str) -> None:
     reader="hra_fx/model/tied.py",
     breaks="fold of an output layer that is tied to the embeddings",
 )
-def test_tied_weights() -> None:
-    model = llama(tie_word_embeddings=True)
-    head, embeddings = model.lm_head, model.model.embed_tokens
-    (tie,) = find_ties(model, [(head, "weight")])
-    assert tie.path == "" and tie.configs == (model.config,)
-    assert tie.pairs == (("lm_head.weight", "model.embed_tokens.weight"),)
-    set_tied([tie], False)
-    head.weight = nn.Parameter(torch.zeros_like(head.weight))
-    model.tie_weights()
-    assert head.weight is not embeddings.weight, "`tie_word_embeddings` says whether `tie_weights` ties"
+def test_tied_weights(tmp_path: Path) -> None:
+    test_output_layers.test_a_fold_unties_the_head_and_a_saved_model_loads_equal("llama", tmp_path)
 
 
 @of_transformers(
@@ -175,20 +168,7 @@ def test_conversions_of_checkpoints(tmp_path: Path) -> None:
     loading = importlib.import_module("transformers.core_model_loading")
     transpose = loading.Transpose(1, 2, check_dims=True) if release() >= (5, 4) else loading.Transpose(1, 2)
     assert vars(transpose) == {"dim0": 1, "dim1": 2} | ({"check_dims": True} if release() >= (5, 4) else {})
-    torch.manual_seed(0)
-    config = transformers.MixtralConfig(**SIZES, num_local_experts=2)
-    model = transformers.MixtralForCausalLM(config)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter)
-    base = tmp_path / "base"
-    model.save_pretrained(base)
-    names = ["experts.gate_up_proj", "experts.down_proj"]
-    hra_fx.transform(model, hra_fx.HRAConfig(r=2, init_weights=False, target_parameters=names))
-    hra_fx.save_adapter(model, tmp_path / "adapter")
-    hra_fx.fold_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
-    folded = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "out")
-    for name, expected in hra_fx.fold(model).state_dict().items():
-        torch.testing.assert_close(folded.state_dict()[name], expected, rtol=1e-4, atol=1e-5)
+    test_from_disk.test_experts_are_those_of_the_model_in_memory("mixtral", {}, tmp_path)
 
 
 @of_transformers(
@@ -216,7 +196,7 @@ HEADS = {
     reader="hra_fx/export/select.py",
     breaks='target_modules="all-linear" of exported programs, which would adapt the output layer',
 )
-def test_output_layers() -> None:
+def test_paths_of_output_layers() -> None:
     for name, fields in HEADS.items():
         config = getattr(transformers, f"{name}Config")(**SIZES, **fields)
         kind = f"{name}LMHeadModel" if name == "Bert" else f"{name}ForCausalLM"

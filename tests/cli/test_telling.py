@@ -1,4 +1,4 @@
-"""Error output, help, the version, and other things that all commands share."""
+"""Error output, help, the version, the page docs/cli.md, and other things that all commands share."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import typer
 from cli.conftest import Shelf
-from cli.shell import Answer, answer, usage
+from cli.shell import Answer, answer
 from typer.testing import CliRunner
 
 import hra_fx
@@ -98,19 +100,6 @@ def test_the_help_lists_all_commands_and_exit_codes() -> None:
     assert "Exit codes: 0 success; 1 the configuration does not match the model" in text
 
 
-def test_a_command_that_is_none() -> None:
-    assert "No such command 'fodl'" in usage("fodl")
-    assert "No such option: --nothing" in usage("inspect", "--nothing")
-
-
-def test_completion() -> None:
-    runner = CliRunner()
-    env = {"_HRA_FX_COMPLETE": "complete_bash", "COMP_WORDS": "hra-fx un", "COMP_CWORD": "1"}
-    from hra_fx.cli.app import app
-
-    assert runner.invoke(app, [], env=env, prog_name="hra-fx").stdout.split() == ["unfold"]
-
-
 def test_markup_in_names_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
     screen.show_heading("a [bold]title[/bold]", {"[red]": "[/]"})
     screen.show_table([Column("[b]", is_text=True)], [("layers[0]",)])
@@ -168,3 +157,38 @@ def test_a_terminal_without_the_signs_that_are_printed(shelf: Shelf, tmp_path: P
         done = shell(SCRIPT, "inspect", tmp_path / "adäptér", **env)
         assert done.returncode == 0, done.stderr
         assert "model.layers.1.self_attn.v_proj" in done.stdout and "?" in done.stdout
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
+
+
+def calls(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Commands and the lines below them, of all blocks of a console."""
+    for block in re.findall(r"^```console\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        for call in block.split("$ ")[1:]:
+            command, *lines = call.splitlines()
+            yield command, lines
+
+
+def printed(done: Answer, here: Path) -> list[str]:
+    text = (done.err + done.out).replace(f"{here}/", "")
+    return re.sub(r"in \d+\.\d s$", "in 0.1 s", text, flags=re.MULTILINE).splitlines()
+
+
+def test_the_page(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("my-model", "my-adapter", "second"):
+        shutil.copytree(shelf / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    seen, done = set(), None
+    for command, lines in calls(PAGE.read_text(encoding="utf-8")):
+        if command == "echo $?":
+            assert done is not None and lines == [str(done.code)]
+            continue
+        program, *words = shlex.split(command)
+        done = Answer(*words, columns=80)
+        seen.add(words[0])
+        found = [line.rstrip() for line in printed(done, tmp_path.resolve())]
+        while found and not found[-1]:
+            found.pop()
+        assert (program, found) == ("hra-fx", lines), command
+    assert seen >= {"inspect", "match", "scale", "fold", "unfold", "convert", "visualize"}

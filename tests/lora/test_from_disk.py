@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import timm
 import torch
@@ -26,7 +25,6 @@ from hra_fx.lora.adapter import LoraAdapter, LoraLayer
 from hra_fx.lora.from_files import read_as_lora
 from hra_fx.lora.from_model import lora_adapter
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 U = "base_model.model.{}.hra_u"
 
 
@@ -124,27 +122,6 @@ def test_several_adapters_are_applied_in_their_order(tmp_path: Path) -> None:
         ranks = {(path.rpartition(".")[2], layer.rank) for path, layer in found(lora).items()}
         assert ranks == {("q_proj", 6), ("o_proj", 4), ("v_proj", 2)}
         assert (lora.bias, lora.modules_to_save, set(lora.copies)) == ("lora_only", ("lm_head",), {"lm_head.weight"})
-
-
-@pytest.mark.parametrize("fields", [{}, {"apply_GS": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}])
-def test_adapters_of_peft(tmp_path: Path, fields: dict[str, Any]) -> None:
-    model = made.llama(attention_bias=True)
-    base = made.base_of(model, tmp_path / "base", torch.float32, max_shard_size="6KB")
-    torch.manual_seed(3)
-    config = peft.HRAConfig(**{"r": 3, "target_modules": ["q_proj", "gate_proj"], "init_weights": False, **fields})
-    wrapped: Any = peft.get_peft_model(model, config)
-    wrapped.save_pretrained(tmp_path / "adapter")
-    lora, weights = read_as_lora([tmp_path / "adapter"], base), made.tensors(base)
-    merged = wrapped.merge_and_unload().state_dict()
-    assert len(lora.layers) == 4
-    for path, layer in found(lora).items():
-        assert layer.rank == 3
-        before = weights[f"{path}.weight"].double()
-        assert relative_error(before + change(layer), merged[f"{path}.weight"]) < 1e-6
-    saved = {"lm_head.weight"} if "modules_to_save" in fields else set()
-    biases = {f"model.layers.{i}.self_attn.{n}_proj.bias" for i in range(2) for n in "kvo"}
-    biases |= {f"model.layers.{i}.self_attn.q_proj.base_layer.bias" for i in range(2)}
-    assert set(lora.copies) == (biases if "bias" in fields else saved)
 
 
 def test_a_smaller_rank_is_the_best_approximation(tmp_path: Path) -> None:

@@ -1,13 +1,15 @@
-"""GGUF adapters in llama.cpp, against the adapted model in PyTorch: greedy tokens and all their log-probabilities."""
+"""GGUF adapters: their content, what is refused, and llama.cpp against the adapted model in PyTorch."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-import _data
 import gguf
 import pytest
-import smollm2_newsgroups
 import torch
 import transformers
 from adapting import randomise
@@ -17,6 +19,164 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import hra_fx
+from hra_fx.lora.adapter import LoraAdapter, LoraLayer
+from hra_fx.lora.gguf_format import ARCHITECTURES, is_tied, write_gguf
+
+LLAMA = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2}
+
+
+def layer(path: str, rank: int = 1, out: int = 8, **fields: Any) -> LoraLayer:
+    torch.manual_seed(0)
+    factors = {"A": torch.randn(rank, 8).double(), "B": torch.randn(out, rank).double()}
+    return LoraLayer(**{"path": path, "kind": "linear"} | factors | fields)
+
+
+def adapter(*layers: LoraLayer, config: Mapping[str, Any] = LLAMA, **fields: Any) -> LoraAdapter:
+    return LoraAdapter(layers, model_config=config, **fields)
+
+
+def write(path: Path, *layers: LoraLayer, dtype: torch.dtype = torch.float32, **fields: Any) -> dict[str, Any]:
+    """Write an adapter, and read its tensors."""
+    write_gguf(adapter(*layers, **fields), path, dtype)
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+
+
+def test_the_fields_that_llama_cpp_reads(tmp_path: Path) -> None:
+    """A base model in a folder is named without its path."""
+    for base in ("someone/llama", str(tmp_path / "my-llama")):
+        write(tmp_path / "new" / "a.gguf", layer("model.layers.11.mlp.up_proj", 3), base_model=base)
+        read = gguf.GGUFReader(tmp_path / "new" / "a.gguf").fields
+        assert {key: field.contents() for key, field in read.items() if not key.startswith("GGUF.")} == {
+            "general.architecture": "llama",
+            "general.type": "adapter",
+            "adapter.type": "lora",
+            "adapter.lora.alpha": 3.0,
+            "general.base_model.count": 1,
+            "general.base_model.0.name": base.removeprefix(f"{tmp_path}/"),
+        }
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["a.gguf"]
+
+
+def test_all_layers_have_one_rank(tmp_path: Path) -> None:
+    low, high = layer("model.layers.11.mlp.up_proj", 1), layer("model.layers.2.mlp.down_proj", 3)
+    tensors = write(tmp_path / "a.gguf", low, high)
+    a, b = tensors["blk.11.ffn_up.weight.lora_a"].data, tensors["blk.11.ffn_up.weight.lora_b"].data
+    assert a.shape == (3, 8)
+    assert b.shape == (8, 3)
+    torch.testing.assert_close(torch.tensor(b @ a), (low.B @ low.A).float())
+    assert (tensors["blk.2.ffn_down.weight.lora_a"].data == high.A.float().numpy()).all()
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float32, "F32"), (torch.float16, "F16"), (torch.bfloat16, "BF16")])
+def test_dtypes(dtype: torch.dtype, name: str, tmp_path: Path) -> None:
+    found = layer("model.layers.0.mlp.up_proj", 2)
+    tensor = write(tmp_path / "a.gguf", found, dtype=dtype)["blk.0.ffn_up.weight.lora_a"]
+    assert tensor.tensor_type.name == name
+    values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    assert (values == found.A.to(dtype).float().numpy()).all()
+
+
+def test_every_architecture_that_is_offered_is_tested() -> None:
+    assert {*MODELS, "gemma3"} == {*ARCHITECTURES}  # gemma3 has a vision tower
+
+
+REFUSED = {
+    "an unknown architecture": (
+        adapter(layer("bert.encoder.layer.0.attention.self.query"), config={"model_type": "bert"}),
+        hra_fx.AdapterError,
+        r"GGUF adapters can be written for the model types gemma, .*, starcoder2, got 'bert'\. Fold the model",
+    ),
+    "a layer that llama.cpp does not have": (
+        adapter(layer("score")),
+        hra_fx.UnsupportedLayerError,
+        "^score: llama.cpp has no weight for this linear layer of a model of type 'llama'",
+    ),
+    "a tied output layer": (
+        adapter(layer("lm_head"), config=LLAMA | {"tie_word_embeddings": True}),
+        hra_fx.UnsupportedLayerError,
+        "^lm_head: this layer is tied to the embeddings",
+    ),
+    "an output layer that is tied by default": (
+        adapter(layer("lm_head"), config={"model_type": "gemma3_text"}),
+        hra_fx.UnsupportedLayerError,
+        "^lm_head: this layer is tied to the embeddings",
+    ),
+    "a bias": (
+        adapter(layer("model.layers.0.mlp.up_proj"), copies={"model.layers.0.mlp.up_proj.bias": torch.zeros(8)}),
+        hra_fx.AdapterError,
+        "^model.layers.0.mlp.up_proj.bias: a GGUF adapter can only change weights of layers, not biases",
+    ),
+    "heads of another size": (
+        adapter(layer("model.layers.0.self_attn.q_proj", out=6)),
+        hra_fx.AdapterError,
+        "^model.layers.0.self_attn.q_proj: its 6 rows are not a multiple of 4, the head dimension",
+    ),
+    "a gemma3 that makes embeddings": (
+        adapter(layer("0"), config={"model_type": "gemma3_text", "use_bidirectional_attention": True}),
+        hra_fx.AdapterError,
+        r"^`use_bidirectional_attention` is True: llama\.cpp has another archite",
+    ),
+    "a value that float16 does not have": (
+        adapter(layer("model.layers.0.mlp.up_proj", A=torch.full((1, 8), 1e6, dtype=torch.float64))),
+        hra_fx.AdapterError,
+        "^model.layers.0.mlp.up_proj: its factors are out of the range of torch.float16. Use float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_anything_is_written(case: str, tmp_path: Path) -> None:
+    found, error, message = REFUSED[case]
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b"old")
+    with pytest.raises(error, match=message):
+        write_gguf(found, path, torch.float16)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def adapted(*targets: str, model: Any = None, **fields: Any) -> Any:
+    model = tiny("llama") if model is None else model
+    hra_fx.transform(model, hra_fx.HRAConfig(r=4, target_modules=list(targets), init_weights=False, **fields))
+    return model
+
+
+def test_models_and_files_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(model: Any, kind: type[hra_fx.HRAError], message: str, name: str = "a.gguf", **options: Any) -> None:
+        with pytest.raises(kind, match=message):
+            hra_fx.save_as_lora(model, tmp_path / name, **options)
+
+    model, pipe = adapted("q_proj"), SimpleNamespace(components={})
+    ranks = r"^`rank_pattern` needs PEFT's format; the gguf format has one rank"
+    refused(model, hra_fx.AdapterError, ranks, rank_pattern=True)
+    refused(pipe, hra_fx.AdapterError, r"^GGUF files are for language models, got SimpleNamespace\. Pass a fold")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "d.gguf").mkdir()
+    refused(model, hra_fx.CheckpointError, r"d\.gguf: is a folder\. Pass the name of a file\.$", "d.gguf")
+    (tmp_path / "file").write_text("mine")
+    said = r"a\.gguf: cannot write the file \((File exists|Not a directory)\)\."
+    refused(model, hra_fx.CheckpointError, said, "file/a.gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    refused(model, hra_fx.CheckpointError, r"which is not installed\. Run: pip install gguf\.$")
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_which_model_types_tie_their_output_layer(model_type: str) -> None:
+    """A `config.json` may leave it out where it is the default of the class."""
+    config = transformers.AutoConfig.for_model(model_type).get_text_config()
+    assert is_tied(adapter(config={"model_type": model_type})) == config.tie_word_embeddings
+    assert not is_tied(adapter(config={"model_type": model_type, "text_config": {"tie_word_embeddings": False}}))
+
+
+def test_the_result_says_what_was_written(tmp_path: Path) -> None:
+    """Also a suffix in capitals, and a symbolic link, which stays."""
+    (tmp_path / "link.GGUF").symlink_to(tmp_path / "a.gguf")
+    result = hra_fx.save_as_lora(adapted("q_proj"), tmp_path / "link.GGUF", rank=2)
+    assert (result.format, result.rank) == ("gguf", 2)
+    assert all(0 < row.error < 1 for row in result.rows)
+    assert (tmp_path / "link.GGUF").is_symlink()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.gguf", "link.GGUF"]
+
 
 PROMPT = [1, 50, 77, 120, 9, 20, 33]
 COUNT = 12
@@ -141,48 +301,3 @@ def test_the_language_model_of_a_multimodal_model(tmp_path: Path) -> None:
     adapt(model, *(path for path in linears(model) if ".language_model." in path))
     hra_fx.save_as_lora(model, tmp_path / "adapter.gguf")
     check(model, answer(base, tmp_path / "adapter.gguf"), TABULATED)
-
-
-def test_llama_cpp_refuses_an_adapter_of_a_tied_output_layer(tmp_path: Path) -> None:
-    """Why `save_as_lora` refuses it: the file that it would be does not load."""
-    base = write_model(tiny("llama", tie_word_embeddings=True), tmp_path / "base.gguf")
-    untied = tiny("llama")
-    adapt(untied, "lm_head")
-    hra_fx.save_as_lora(untied, tmp_path / "adapter.gguf")
-    names = [tensor.name for tensor in gguf.GGUFReader(tmp_path / "adapter.gguf").tensors]
-    assert names == ["output.weight.lora_a", "output.weight.lora_b"]
-    with pytest.raises(RuntimeError, match="Failed to init server"):
-        serve(base, tmp_path / "adapter.gguf")
-
-
-@pytest.mark.slow
-def test_smollm2_over_its_4_bit_file(tmp_path: Path) -> None:
-    """Real weights, trained for five steps: llama.cpp reads the file in 4 bits that PyTorch reads dequantized."""
-    torch.manual_seed(0)
-    model, tokenizer = smollm2_newsgroups.load()
-    posts = smollm2_newsgroups.posts(tokenizer, "train", 32)[:20, :32]
-    hra_fx.transform(model, smollm2_newsgroups.CONFIG)
-    optimizer = torch.optim.Adam([vectors for vectors in model.parameters() if vectors.requires_grad], lr=3e-3)
-    for batch in posts.split(4):
-        optimizer.zero_grad()
-        smollm2_newsgroups.loss_of(smollm2_newsgroups.Logits(model), batch).backward()
-        optimizer.step()
-    hra_fx.save_as_lora(model, tmp_path / "adapter.gguf")
-
-    prompt = tokenizer(smollm2_newsgroups.SENTENCE)["input_ids"]
-    files = _data.smollm2()
-    server = serve(Path(files["pretrained_model_name_or_path"], files["gguf_file"]), tmp_path / "adapter.gguf")
-    after, before = complete(server, prompt, 9), complete(server, prompt, 5, {0: 0.0})
-    # So far, the second most probable tokens are farther away than the rounding errors of llama.cpp.
-    check_greedy(model, after, prompt)
-    with hra_fx.disable_adapters(model):
-        check_greedy(model, before, prompt)
-    assert after.text == tokenizer.decode(after.tokens)
-    assert after.tokens[:5] != before.tokens
-
-
-def check_greedy(model: nn.Module, continuation: Continuation, prompt: list[int]) -> None:
-    """The same greedy tokens. llama.cpp rounds inputs of layers in 4 bits to 8 bits, with or without an adapter."""
-    highest = log_probabilities(model, continuation, prompt).max(dim=-1)
-    assert continuation.tokens == highest.indices.tolist()
-    assert float((continuation.chosen - highest.values).abs().mean()) < 0.1

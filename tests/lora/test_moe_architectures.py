@@ -19,7 +19,6 @@ import hra_fx
 from hra_fx.errors import UnsupportedLayerError
 from hra_fx.lora.save import convert_files
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 #: Shared experts whose names PEFT converts, both layouts of experts, and a router with a forward of its own.
 SOME = ("dots1", "ernie4_5_moe", "hunyuan_v1_moe", "gpt_oss", "llama4_text")
 REASONS = re.compile(

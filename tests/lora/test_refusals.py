@@ -10,16 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from layers.test_weight_reads import TARGETS, USES, Reading
 from lora.kinds import move
-from oracles import relative_error
 from timm.layers import Conv2dSame, StdConv2d
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.swin_transformer import SwinTransformer
 
 import hra_fx
 from hra_fx import HRAConfig
@@ -188,18 +185,6 @@ def test_copies_of_one_module_by_two_adapters() -> None:
 
 
 READ = r"^{}: .* has a weight that another module reads, so PEFT's LoRA has no effect\. Fold the model instead"
-
-
-def test_swin_of_torchvision(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    base = SwinTransformer([4, 4], embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=[4, 4], num_classes=5)
-    with pytest.raises(UnsupportedLayerError, match=READ.format(r"features\.1\.0\.attn\.qkv")):
-        hra_fx.save_as_lora(adapted(copy.deepcopy(base)), tmp_path / "lora")
-    assert not (tmp_path / "lora").exists()
-    model, x = adapted(copy.deepcopy(base), exclude_modules=["attn.qkv", "attn.proj"]), torch.randn(1, 3, 32, 32)
-    hra_fx.save_as_lora(model, tmp_path / "lora")
-    loaded = peft.PeftModel.from_pretrained(base.eval(), tmp_path / "lora")
-    assert relative_error(loaded(x), model(x)) < 1e-5
 
 
 class Parent(nn.Module):

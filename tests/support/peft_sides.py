@@ -95,6 +95,16 @@ def by_us(base: nn.Module, adapter_name: str = "default", **fields: Any) -> Any:
     return hra_fx.HRAModel(copy.deepcopy(base), hra_fx.HRAConfig(**fields), adapter_name)
 
 
+def pair(first: dict[str, Any], second: dict[str, Any] | None = None) -> tuple[Any, Any]:
+    """The model of PEFT and ours, with one adapter or with two, "default" and "other"."""
+    theirs, ours = by_peft(net(), **first), by_us(net(), **first)
+    if second:
+        with peft_warnings_ignored():
+            theirs.add_adapter("other", peft.HRAConfig(**copy.deepcopy(second)))
+        ours.add_adapter("other", hra_fx.HRAConfig(**second))
+    return theirs, ours
+
+
 def opened_by_peft(base: nn.Module, folder: Path, adapter_name: str = "default", **options: Any) -> Any:
     with peft_warnings_ignored():
         return peft.PeftModel.from_pretrained(copy.deepcopy(base), folder, adapter_name, **options)

@@ -173,6 +173,13 @@ def batch(kind: str, count: int = 4) -> dict[str, Tensor]:
     return {key: torch.stack([sample[key] for sample in data]) for key in data[0]}
 
 
+def logits_of(model: Any, kind: str) -> Tensor:
+    """The logits of `batch`, in eval mode."""
+    with torch.no_grad():
+        found: Tensor = model.eval()(input_ids=batch(kind)["input_ids"]).logits
+    return found
+
+
 def trainer_of(maker: type[Trainer], kind: str, model: nn.Module, folder: Path, **arguments: Any) -> Trainer:
     """A run of six steps of AdamW on one small set of data."""
     settings: dict[str, Any] = {

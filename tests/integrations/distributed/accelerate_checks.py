@@ -23,9 +23,9 @@ from integrations.distributed.trained import (
     PROJECTIONS,
     Case,
     llama,
-    loss_of,
     part_of,
     same,
+    train,
     trained,
 )
 from safetensors.torch import load_file
@@ -71,39 +71,25 @@ def forget(environment: dict[str, str]) -> None:
     os.environ.update(environment)
 
 
+def momentum(model: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer with a state."""
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5, momentum=0.5)
+
+
 def prepared(model: nn.Module, **options: Any) -> tuple[Accelerator, nn.Module, Any]:
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **options)
     accelerator = Accelerator(fsdp_plugin=plugin, cpu=True)
-    vectors = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return accelerator, *accelerator.prepare(model, torch.optim.SGD(vectors, lr=0.5, momentum=0.5))
+    return accelerator, *accelerator.prepare(model, momentum(model))
 
 
 def steps(accelerator: Accelerator, model: nn.Module, optimizer: Any, case: Case, count: int) -> list[float]:
-    x, labels = case.data()
     part = part_of(accelerator.process_index)
-    losses = []
-    for _ in range(count):
-        loss = loss_of(model(x[part]), labels[part])
-        accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(accelerator.reduce(loss.detach(), "mean")))
-    return losses
+    return train(model, case, part, count, optimizer=optimizer, backward=accelerator.backward)
 
 
 def alone(case: Case, count: int) -> tuple[list[float], nn.Module]:
     model = case.model()
-    vectors = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(vectors, lr=0.5, momentum=0.5)
-    x, labels = case.data()
-    losses = []
-    for _ in range(count):
-        loss = loss_of(model(x), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses, model
+    return train(model, case, steps=count, optimizer=momentum(model)), model
 
 
 def without_values(model: nn.Module) -> nn.Module:
@@ -180,17 +166,9 @@ def states(kind: str, rank: int, folder: Path) -> None:
         same(trained(wanted), trained(model), within=1e-12)
 
 
-class Items(torch.utils.data.Dataset[Any]):
+def tokens() -> torch.Tensor:
     """Four batches of eight, all of them different."""
-
-    def __init__(self) -> None:
-        self.x = torch.randint(0, 19, (32, 6), generator=torch.Generator().manual_seed(2))
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.x[index], "labels": self.x[index]}
+    return torch.randint(0, 19, (32, 6), generator=torch.Generator().manual_seed(2))
 
 
 def of_peft(base: nn.Module, config: hra_fx.HRAConfig) -> nn.Module:
@@ -223,14 +201,15 @@ def trainer_of(make: str, folder: Path, count: int, config: dict[str, Any]) -> T
         **{"logging_steps": 1, "disable_tqdm": True, "dataloader_pin_memory": False},
         **{"train_sampling_strategy": "sequential", "fsdp": True, "fsdp_config": {"version": 2, **config}},
     )
-    return Trainer(made(make), arguments, train_dataset=Items())
+    items: Any = [{"input_ids": row, "labels": row} for row in tokens()]
+    return Trainer(made(make), arguments, train_dataset=items)
 
 
 def by_hand(make: str) -> Any:
     model = made(make)
     vectors = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(vectors, lr=0.01, weight_decay=0.0)
-    for batch in Items().x.split(8):
+    for batch in tokens().split(8):
         model(input_ids=batch, labels=batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(vectors, 0.01)
         optimizer.step()

@@ -1,10 +1,10 @@
-"""Tensor parallelism with two processes: the losses, gradients and files are those of one process."""
+"""Tensor parallelism, also under FSDP2: losses, gradients and files are those of one process."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from integrations.distributed.split import SPLITS, Split
 from integrations.distributed.trained import output, same, train, trained
 from layers.quantized.bases import adapted
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_module, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -278,4 +279,45 @@ CHECKS: dict[str, Check] = {
     "vectors of the first": vectors_of_the_first,
     **{"refused": refused, "refused layers": refused_layers, "interrupted": interrupted},
     **{"transformers' plan": transformers_plan, "transformers, refused": transformers_refused},
+}
+
+
+#: In a mesh of two times two processes.
+MESH_WORLD = 4
+UNITS = {"mlp": ["0", "2"], "Gram-Schmidt": ["0"], "odd rank": ["2"], "llama": ["model.layers.0", "model.layers.1"]}
+
+
+def mesh() -> DeviceMesh:
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+
+
+def sharded(name: str, model: nn.Module, over: DeviceMesh) -> nn.Module:
+    for unit in UNITS[name]:
+        fully_shard(model.get_submodule(unit), mesh=over["data"])
+    return fully_shard(model, mesh=over["data"])
+
+
+def mesh_ways() -> dict[str, Way]:
+    """Adapted before and after it is split; sharded last."""
+    over = mesh()
+    part = slice(over["data"].get_local_rank(), None, 2)
+    return {
+        f"{name}, {order.__name__}": Way(
+            SPLITS[name].case, functools.partial(made, name, order, over), part, takes_full_state=False
+        )
+        for name in UNITS
+        for order in (Split.after, Split.before)
+    }
+
+
+def made(name: str, order: Callable[..., nn.Module], over: DeviceMesh) -> nn.Module:
+    return sharded(name, order(SPLITS[name], over["tensor"]), over)
+
+
+def in_mesh(check: Any, rank: int, folder: Path) -> None:
+    check(mesh_ways(), rank, folder)
+
+
+MESH_CHECKS: dict[str, Check] = {
+    check.__name__: functools.partial(in_mesh, check) for check in (losses_and_vectors, files, checkpoints)
 }

@@ -1,11 +1,9 @@
-"""Models that accelerate dispatches over devices, before or after `transform`, against the same model without hooks."""
+"""Models that accelerate dispatches over devices, and its hooks: what works as without them, and what is refused."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -13,65 +11,15 @@ import accelerate
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
-from adapting import config, randomise
-from integrations.distributed.offloading import same_functions
-from integrations.distributed.trained import CASES, F64, Case, adapted, close, output, train, trained
+from adapting import config
+from integrations.distributed.offloading import CPU, MLP, WHEN, on_devices, same_functions
+from integrations.distributed.trained import F64, adapted, close, output
 from refusals import refused
 from second_device import LAZY
 from tiny_models import llama
 from torch import fx, nn
 
 import hra_fx
-
-CPU = torch.device("cpu")
-MLP = CASES["mlp, whole"]
-#: Models whose base computes the same on both devices, to 1e-13. Llama's norms are in float32, which rounds.
-ON_TWO = ["mlp, whole", "mlp, Gram-Schmidt", "mlp, copies", "convolutions", "attention"]
-ON_ONE = ["llama", "llama, checkpointing", "resnet"]
-RUNS = [*((name, (CPU, LAZY)) for name in ON_TWO), *((name, (CPU,)) for name in ON_ONE)]
-#: The parts of a case that are on a device of their own; those of the other cases are `case.units`.
-UNITS = {CASES["mlp, Gram-Schmidt"].units: ("0", "2")}
-
-
-def dispatch(model: nn.Module, units: Sequence[str], devices: Sequence[torch.device]) -> nn.Module:
-    """The units in turn on these devices, and all else on the CPU, with hooks on every module."""
-    units = UNITS.get(tuple(units), units)
-    places: dict[str, torch.device] = {}
-    for path, _ in model.named_modules():
-        if path in units:
-            places[path] = devices[units.index(path) % len(devices)]
-        inside = any(path.startswith(f"{place}.") for place in places)
-        if path not in units and path and not inside and not any(unit.startswith(f"{path}.") for unit in units):
-            places[path] = CPU
-    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it takes the CPU for a place to offload to
-    return accelerate.dispatch_model(model, places, main_device="cpu", force_hooks=True)
-
-
-WHEN: dict[str, Callable[[Case, Sequence[torch.device]], nn.Module]] = {
-    "before": lambda case, devices: adapted(dispatch(case.base(), case.units, devices), case),
-    "after": lambda case, devices: dispatch(case.model(), case.units, devices),
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "devices", "when"), [(*run, when) for run, when in zip(RUNS, cycle(WHEN), strict=False)]
-)
-def test_outputs_losses_and_trained_vectors(name: str, devices: Sequence[torch.device], when: str) -> None:
-    case = CASES[name]
-    plain, model = case.model(), WHEN[when](case, devices)
-    assert {parameter.device for parameter in model.parameters()} == set(devices)
-    assert close(output(model.eval(), case), output(plain.eval(), case))
-    wanted, losses = train(plain.train(), case), train(model.train(), case)
-    assert max(abs(a - b) for a, b in zip(wanted, losses, strict=True)) < 1e-9
-    assert wanted[0] != wanted[-1]
-    found, expected = trained(model), trained(plain)
-    assert found.keys() == expected.keys()
-    assert all(close(found[key], expected[key]) for key in expected)
-    hra_fx.fold(model)
-    assert close(output(model.eval(), case), output(plain.eval(), case))
-    assert not any("hra_" in key for key in model.state_dict())
-    remove_hook_from_submodules(model)
-    assert close(output(model.to(CPU), case), output(plain, case))
 
 
 def test_a_map_that_accelerate_infers_for_an_adapted_model() -> None:
@@ -87,7 +35,7 @@ def test_a_map_that_accelerate_infers_for_an_adapted_model() -> None:
 
 
 def test_every_function_does_what_it_does_on_one_device(tmp_path: Path) -> None:
-    plain, model = MLP.model().eval(), WHEN["before"](MLP, (CPU, LAZY)).eval()
+    plain, model = MLP.model().eval(), WHEN["before"](MLP, "two devices", tmp_path).eval()
     more: list[Callable[[Any], object]] = [
         *(hra_fx.merge_adapter, hra_fx.unmerge_adapter, hra_fx.disable_adapters),
         lambda model: hra_fx.set_adapter(model, ["default", "b"]),
@@ -105,7 +53,7 @@ def test_every_function_does_what_it_does_on_one_device(tmp_path: Path) -> None:
 
 #: With all weights on the CPU.
 HOOKS: dict[str, Callable[[nn.Module], object]] = {
-    "dispatched": lambda model: dispatch(model, (), ()),
+    "dispatched": lambda model: on_devices(model),
     "offloaded": lambda model: accelerate.cpu_offload(model, execution_device=CPU),
 }
 
@@ -136,7 +84,7 @@ def test_hooks_come_and_go(way: str) -> None:
     plain = MLP.model()
     wanted, model = output(plain, MLP), MLP.base()
     acts: dict[str, Callable[[nn.Module], object]] = {
-        "hooks": lambda model: dispatch(model, MLP.units, (CPU,)),
+        "hooks": lambda model: on_devices(model),
         "transform": lambda model: adapted(model, MLP),
         "off": remove_hook_from_submodules,
         "fold": hra_fx.fold,
@@ -150,24 +98,6 @@ def test_hooks_come_and_go(way: str) -> None:
     hra_fx.delete_adapter(model, "default")
     assert close(output(model, MLP), wanted)
     assert [type(part) for part in model] == [type(part) for part in MLP.base()]
-
-
-@pytest.mark.parametrize("when", WHEN)
-def test_generate(when: str) -> None:
-    case = CASES["llama"]
-    plain, model = case.model().eval(), WHEN[when](case, (CPU,)).eval()
-    ids = case.data()[0][:2]
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
-    for each in (plain, model):
-        torch.manual_seed(3)
-        randomise(each)
-    wanted = plain.generate(ids, **options)
-    assert torch.equal(model.generate(ids, **options), wanted)
-    rows = ["default", "__base__"]
-    mixed = plain.generate(ids, **options, adapter_names=rows)
-    assert torch.equal(model.generate(ids, **options, adapter_names=rows), mixed)
-    hra_fx.delete_adapter(model, "default")
-    assert not torch.equal(model.generate(ids, **options), wanted)
 
 
 # ---- what is refused ----
@@ -185,7 +115,7 @@ def test_a_graph_module_with_a_hook_is_refused() -> None:
 
 
 def test_a_graph_of_a_model_with_hooks_is_refused() -> None:
-    model = dispatch(MLP.base(), MLP.units, (CPU,))
+    model = on_devices(MLP.base())
     before = output(model, MLP)
     with pytest.raises(hra_fx.AdapterError, match="trace=True: the model has a hook of accelerate, which a graph"):
         hra_fx.transform(model, config("0"), trace=True)
@@ -197,5 +127,5 @@ def test_a_graph_of_a_model_with_hooks_is_refused() -> None:
 def test_a_forward_of_the_users_below_a_hook_is_refused() -> None:
     model = MLP.base()
     model[0].forward = lambda x: x @ torch.zeros(8, 16, dtype=F64)
-    dispatch(model, MLP.units, (CPU,))
+    on_devices(model)
     assert "its `forward` is set on the instance" in refused(model, config("0"))

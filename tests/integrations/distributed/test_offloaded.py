@@ -1,18 +1,24 @@
-"""Models that accelerate offloads, before or after `transform`, against the same model in memory."""
+"""Models that accelerate offloads, before or after `transform`, against the same model in memory; and refusals."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import accelerate
+import bitsandbytes
 import moe_models
 import pytest
 import torch
 import transformers
 from accelerate.hooks import remove_hook_from_submodules
+from adapting import picture
 from integrations.distributed.offloading import (
+    COPIES,
     CPU,
+    DEVICES,
     EVERY,
     MLP,
     OFFLOADS,
@@ -23,24 +29,46 @@ from integrations.distributed.offloading import (
 )
 from integrations.distributed.trained import CASES, F64, adapted, close, output, train, trained
 from second_device import LAZY
+from torch import nn
 
 import hra_fx
-from hra_fx.errors import FoldError
+from hra_fx.errors import AdapterError, FoldError, UnsupportedLayerError
+
+#: Where vectors are trained that are added to offloaded layers.
+TRAINED = ("CPU", "CPU, for another device", "disk")
 
 
 @pytest.mark.parametrize("when", WHEN)
 @pytest.mark.parametrize(("name", "way"), EVERY)
-def test_a_model_runs_as_in_memory(name: str, way: str, when: str, tmp_path: Path) -> None:
+def test_a_model_does_what_it_does_in_memory(name: str, way: str, when: str, tmp_path: Path) -> None:
+    """It computes, is trained where it can be, and is folded unless its weights are in files."""
     case = CASES[name]
-    wanted = output(case.model().eval(), case)
-    model = WHEN[when](case, way, tmp_path)
+    plain, model = case.model().eval(), WHEN[when](case, way, tmp_path)
     for _ in range(2):
-        assert close(output(model, case), wanted)
-    assert any(parameter.is_meta for parameter in model.parameters())
+        assert close(output(model, case), output(plain, case))
     with hra_fx.disable_adapters(model):
         assert close(output(model, case), output(case.base().eval(), case))
-    hra_fx.delete_adapter(model, "default")
-    assert close(output(model, case), output(case.base().eval(), case))
+    if way in DEVICES or (when == "before" and way in TRAINED):
+        assert {parameter.device for parameter in model.parameters()} == set(DEVICES.get(way, ())) or way in TRAINED
+        wanted, losses = train(plain.train(), case), train(model.train(), case)
+        assert losses == pytest.approx(wanted, abs=1e-9) and wanted[0] != wanted[-1]
+        found, expected = trained(model), trained(plain)
+        assert found.keys() == expected.keys()
+        assert all(close(found[key], expected[key]) for key in expected)
+    if way in ("disk", "device map"):
+        hra_fx.delete_adapter(model, "default")
+        assert close(output(model.eval(), case), output(case.base().eval(), case))
+        return
+    plans = [hra_fx.plan_fold(each.eval()) for each in (model, plain)]
+    assert [layer.change for layer in plans[0].layers] == pytest.approx([layer.change for layer in plans[1].layers])
+    for plan in plans:
+        plan.apply()
+    assert not any("hra_" in key for key in model.state_dict())
+    assert next(model.parameters()).is_meta is (way in OFFLOADS)
+    assert close(output(model, case), output(plain, case))
+    remove_hook_from_submodules(model)
+    found, expected = model.state_dict(), plain.state_dict()
+    assert all(close(found[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -85,59 +113,6 @@ def test_functions_that_need_the_vectors(way: str, when: str, tmp_path: Path) ->
     assert close(output(model, MLP), output(plain, MLP))
 
 
-@pytest.mark.parametrize("way", OFFLOADS)
-def test_a_report_of_offloaded_vectors(way: str, tmp_path: Path) -> None:
-    model = WHEN["after"](MLP, way, tmp_path)
-    assert model[0].hra_u["default"].is_meta
-    ours, theirs = hra_fx.report(model).rows, hra_fx.report(MLP.model()).rows
-    for name in ("share", "angle", "orthogonality"):
-        assert [getattr(row, name) for row in ours] == pytest.approx([getattr(row, name) for row in theirs])
-    assert model[0].hra_u["default"].is_meta
-
-
-@pytest.mark.parametrize("way", ["CPU", "CPU, for another device", "disk"])
-def test_vectors_are_trained_while_weights_are_offloaded(way: str, tmp_path: Path) -> None:
-    plain, model = MLP.model(), WHEN["before"](MLP, way, tmp_path)
-    assert train(model, MLP) == pytest.approx(train(plain, MLP), abs=1e-9)
-    found, wanted = trained(model), trained(plain)
-    assert found.keys() == wanted.keys()
-    assert all(close(found[key], wanted[key]) for key in wanted)
-
-
-# ---- folding ----
-
-
-@pytest.mark.parametrize("when", WHEN)
-@pytest.mark.parametrize("way", ["CPU", "CPU, for another device", "CPU, in a device map"])
-@pytest.mark.parametrize("name", ["mlp, whole", "convolutions"])
-def test_a_fold_goes_layer_by_layer(name: str, way: str, when: str, tmp_path: Path) -> None:
-    case = CASES[name]
-    model, folded = WHEN[when](case, way, tmp_path), hra_fx.fold(case.model())
-    wanted = output(folded, case)
-    hra_fx.fold(model)
-    assert not any("hra_" in key for key in model.state_dict())
-    assert next(model.parameters()).is_meta
-    assert close(output(model, case), wanted)
-    remove_hook_from_submodules(model)
-    found, expected = model.state_dict(), folded.state_dict()
-    assert all(close(found[key], expected[key]) for key in expected)
-
-
-def test_a_fold_of_some_adapters_and_its_plan(tmp_path: Path) -> None:
-    model, plain = WHEN["before"](MLP, "CPU", tmp_path), MLP.model()
-    for each in (model, plain):
-        torch.manual_seed(3)
-        hra_fx.add_adapter(each, "b", hra_fx.HRAConfig(r=2, init_weights=False, target_modules=["0"]))
-        hra_fx.set_adapter(each, ["default", "b"])
-    ours, theirs = hra_fx.plan_fold(model, "default"), hra_fx.plan_fold(plain, "default")
-    assert [layer.change for layer in ours.layers] == pytest.approx([layer.change for layer in theirs.layers])
-    ours.apply()
-    theirs.apply()
-    assert close(output(model, MLP), output(plain, MLP))
-    assert list(model[0].hra_u) == ["b"]
-    assert not hasattr(model[2], "hra_u")
-
-
 def test_a_model_that_is_moved_as_a_whole() -> None:
     """`cpu_offload_with_hook` moves modules, and leaves no tensor without data."""
     case = CASES["mlp, Gram-Schmidt"]
@@ -178,3 +153,105 @@ def test_a_checkpoint_that_is_loaded_from_its_files_in_each_call(tmp_path: Path)
         hra_fx.fold(model)
     assert close(output(model, case), output(plain, case))
     assert {path: path.read_bytes() for path in files} == files
+
+
+def refuses(model: nn.Module, kind: type[Exception], message: str, call: Callable[[], object]) -> None:
+    before, values = picture(model), output(model, MLP)
+    found = picture(model)  # a forward replaces the tensors that are offloaded
+    with pytest.raises(kind, match=message):
+        call()
+    after = picture(model)
+    assert after["classes"] == before["classes"]
+    assert after["keys"] == before["keys"]
+    assert after["modes"] == found["modes"]
+    assert [entry[2] for entry in after["parameters"]] == [entry[2] for entry in before["parameters"]]  # type: ignore[attr-defined]
+    assert torch.equal(output(model, MLP), values)
+
+
+@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("way", OFFLOADS)
+def test_merges_and_folds_into_files(way: str, when: str, tmp_path: Path) -> None:
+    model = WHEN[when](MLP, way, tmp_path)
+    message = "^0: accelerate offloads its weight, but merging keeps a copy of each weight in memory"
+    refuses(model, FoldError, message, lambda: hra_fx.merge_adapter(model))
+    if not way.startswith("CPU"):
+        message = "^0: accelerate loads its weight from files.*fold_checkpoint"
+        refuses(model, FoldError, message, lambda: hra_fx.fold(model))
+        refuses(model, FoldError, message, lambda: hra_fx.plan_fold(model))
+    remove_hook_from_submodules(model)
+    model.to(CPU)  # new vectors are where their layers were executed
+    hra_fx.merge_adapter(model)
+    assert close(output(hra_fx.fold(model), MLP), output(MLP.model(), MLP))
+
+
+def test_a_comparison_with_folded_weights(tmp_path: Path) -> None:
+    model, x = offload(MLP.base(), "CPU", tmp_path), MLP.data()[0]
+    settings = hra_fx.HRAConfig(r=2, target_modules=["0"])
+    message = "^0: accelerate offloads it, but verify=True needs a copy of the whole model"
+    refuses(
+        model,
+        UnsupportedLayerError,
+        message,
+        lambda: hra_fx.transform(model, settings, verify=True, example_inputs=x),
+    )
+    hra_fx.transform(model, settings)
+
+
+@pytest.mark.parametrize("fields", [{"modules_to_save": ["2"]}, {"bias": "all"}])
+def test_new_trained_copies(fields: dict[str, Any], tmp_path: Path) -> None:
+    model = offload(MLP.base(), "CPU", tmp_path)
+    settings = hra_fx.HRAConfig(r=2, target_modules=["0"], **fields)
+    message = "accelerate offloads it, and would overwrite a trained copy with the base model's tensors"
+    refuses(model, UnsupportedLayerError, message, lambda: hra_fx.transform(model, settings))
+    hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["0"]))
+    refuses(model, UnsupportedLayerError, message, lambda: hra_fx.add_adapter(model, "b", settings))
+
+
+@pytest.mark.parametrize("way", OFFLOADS)
+def test_trained_copies_that_are_offloaded(way: str, tmp_path: Path) -> None:
+    hra_fx.save_adapter(COPIES.model(), tmp_path / "adapter")
+    wanted = output(COPIES.model(), COPIES)
+    model = offload(COPIES.model(), way, tmp_path / "offload")
+    assert close(output(model, COPIES), wanted)
+    message = "accelerate offloads it, with its trained copies|accelerate loads its weight from files"
+    calls: list[tuple[type[Exception], Callable[[], object]]] = [
+        (AdapterError, lambda: hra_fx.disable_adapters(model)),
+        (AdapterError, lambda: hra_fx.delete_adapter(model, "default")),
+        (AdapterError, lambda: hra_fx.save_adapter(model, tmp_path / "other")),
+        (AdapterError, lambda: hra_fx.load_adapter(model, tmp_path / "adapter")),
+        (AdapterError, lambda: hra_fx.save_as_lora(model, tmp_path / "lora")),
+        (FoldError, lambda: hra_fx.fold(model)),
+    ]
+    for kind, call in calls:
+        refuses(model, kind, message, call)
+    hra_fx.set_adapter(model, "default")  # exchanges nothing
+    remove_hook_from_submodules(model)
+    assert close(output(hra_fx.fold(model.to(CPU)), COPIES), wanted)
+
+
+def test_modules_that_are_offloaded_as_a_whole(tmp_path: Path) -> None:
+    blocks = ["Sequential"]
+    base = accelerate.cpu_offload(nn.Sequential(MLP.base()), execution_device=CPU, preload_module_classes=blocks)
+    settings = hra_fx.HRAConfig(r=2, target_modules=["0.0"])
+    message = r"the model: accelerate offloads it as a whole \(preload_module_classes\)"
+    refuses(base, UnsupportedLayerError, message, lambda: hra_fx.transform(base, settings))
+    model = hra_fx.transform(nn.Sequential(MLP.base()), settings)
+    wanted = output(model, MLP)
+    accelerate.cpu_offload(model, execution_device=CPU, preload_module_classes=blocks)
+    assert close(output(model, MLP), wanted)
+    calls: list[tuple[type[Exception], Callable[[], object]]] = [
+        (AdapterError, lambda: hra_fx.save_adapter(model, tmp_path / "other")),
+        (AdapterError, lambda: hra_fx.orthogonality_loss(model)),
+        (FoldError, lambda: hra_fx.fold(model)),
+        (UnsupportedLayerError, lambda: hra_fx.add_adapter(model, "b", settings)),
+    ]
+    for kind, call in calls:
+        refuses(model, kind, message, call)
+
+
+def test_quantized_weights_without_data() -> None:
+    """accelerate cannot load them again on a CPU, with or without an adapter."""
+    model = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64)).to("cpu")
+    accelerate.cpu_offload(model, execution_device=CPU)
+    with pytest.raises(UnsupportedLayerError, match="its weight is on the meta device and has no data"):
+        hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["0"]))

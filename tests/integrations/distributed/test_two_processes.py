@@ -13,7 +13,6 @@ import pytest
 from integrations.distributed import (
     accelerate_checks,
     adapter_checks,
-    mesh_checks,
     meta_checks,
     scale_checks,
     tensor_parallel_checks,
@@ -27,7 +26,7 @@ GROUPS = {
     "training": (training_checks.CHECKS, WORLD),
     "accelerate and the Trainer": (accelerate_checks.CHECKS, WORLD),
     "tensor parallelism": (tensor_parallel_checks.CHECKS, WORLD),
-    "mesh": (mesh_checks.CHECKS, mesh_checks.WORLD),
+    "mesh": (tensor_parallel_checks.MESH_CHECKS, tensor_parallel_checks.MESH_WORLD),
 }
 Failures: TypeAlias = Callable[[str], dict[str, str]]
 

@@ -205,6 +205,8 @@ def train(
     term: Callable[..., Any] | None = None,
     evaluate: bool = False,
     pairs: bool = False,
+    optimizer: Any = None,
+    backward: Callable[[Tensor], object] = Tensor.backward,
 ) -> list[float]:
     """The losses of whole batches.
 
@@ -216,11 +218,14 @@ def train(
         term: an additional loss, of the model.
         evaluate: whether to call the model without gradients before each step.
         pairs: whether the optimizer trains pairs.
+        optimizer: that of the trained parameters; SGD by default.
+        backward: called with the loss.
     """
     x, labels = case.data()
     if isinstance(model, FSDPModule):
         model.reshard()  # after a forward without backward, parameters() gives what is thrown away
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    if optimizer is None:
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     if pairs:
         hra_fx.train_pairs(optimizer, model)
     losses = []
@@ -228,7 +233,7 @@ def train(
         if evaluate:
             output(model, case)
         loss = loss_of(model(x[part]), labels[part])
-        (loss if term is None else loss + term(model)).backward()
+        backward(loss if term is None else loss + term(model))
         optimizer.step()
         optimizer.zero_grad()
         mean = loss.detach().clone()

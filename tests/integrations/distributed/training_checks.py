@@ -152,17 +152,6 @@ def mixed_precision(rank: int, folder: Path) -> None:
     assert (found.to(F64) - wanted).abs().max() < 2e-2
 
 
-class Items(torch.utils.data.Dataset[Any]):
-    def __init__(self) -> None:
-        self.x, self.labels = BERT.data()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.x[index], "labels": self.labels[index]}
-
-
 def hra_trainer(rank: int, folder: Path) -> None:
     """The whole batch is 8: four for each of two processes, against one process with all and a loop by hand."""
     model = BERT.model()
@@ -173,12 +162,13 @@ def hra_trainer(rank: int, folder: Path) -> None:
         average_tokens_across_devices=False,
         **{"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False},
     )
-    trainer = HRATrainer(model, arguments, train_dataset=Items(), orthogonality_weight=0.1, pair_difference=None)
+    x, labels = BERT.data()
+    items: Any = [{"input_ids": row, "labels": label} for row, label in zip(x, labels, strict=True)]
+    trainer = HRATrainer(model, arguments, train_dataset=items, orthogonality_weight=0.1, pair_difference=None)
     trainer.train()
     assert isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
     alone: Any = BERT.model()
     optimizer = torch.optim.SGD([p for p in alone.parameters() if p.requires_grad], lr=0.1)
-    x, labels = BERT.data()
     for _ in range(2):
         loss = alone(input_ids=x, labels=labels).loss + 0.1 * hra_fx.orthogonality_loss(alone)
         optimizer.zero_grad()

@@ -214,16 +214,6 @@ def test_gradients_are_pefts(apply_GS: bool, dtype: torch.dtype) -> None:
         agree(gradients(model), wanted, 1e-4 if dtype is torch.float32 else 1e-9)
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
-def test_gradient_checkpointing(use_reentrant: bool) -> None:
-    model = llama()
-    wanted = gradients(model)
-    hra_fx.accelerate_peft(model)
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
-    agree(gradients(model), wanted)
-
-
 def test_it_compiles_as_one_graph() -> None:
     base = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 4)).double()
     model = adapted(base, "0", "2", "4", r=2, apply_GS=True).double()
@@ -246,34 +236,6 @@ def test_generate_is_pefts() -> None:
         assert not torch.equal(model.generate(input_ids=TOKENS, **options), wanted)
     with hra_fx.accelerate_peft(model):
         assert torch.equal(model.generate(input_ids=TOKENS, **options), wanted)
-
-
-def test_adapters_that_are_disabled_merged_and_unloaded() -> None:
-    model = llama().eval()
-    hra_fx.accelerate_peft(model)
-    wanted, base = model(TOKENS).logits, tiny("llama")(TOKENS).logits
-    assert relative_error(wanted, base) > 1e-2
-    with model.disable_adapter():
-        assert torch.equal(model(TOKENS).logits, base)
-    model.merge_adapter()
-    assert relative_error(model(TOKENS).logits, wanted) < 1e-12
-    with model.disable_adapter():
-        assert relative_error(model(TOKENS).logits, base) < 1e-12
-    assert relative_error(model(TOKENS).logits, wanted) < 1e-12
-    assert relative_error(model.merge_and_unload()(TOKENS).logits, wanted) < 1e-12
-
-
-def test_a_model_into_which_the_adapter_is_injected() -> None:
-    """As transformers and diffusers do it, without a PeftModel."""
-    base = tiny("llama", torch.float32)
-    with hra_fx.accelerate_peft():
-        config = peft.HRAConfig(r=2, target_modules=TARGETS, init_weights=False)
-        model = peft.inject_adapter_in_model(config, copy.deepcopy(base))
-        assert len(hra_fx.accelerate_peft(model).layers) == 8
-        fast = model(TOKENS).logits
-    hra_fx.accelerate_peft(model).close()
-    assert relative_error(fast, model(TOKENS).logits) < 1e-5
-    assert relative_error(fast, base(TOKENS).logits) > 1e-2
 
 
 def test_a_second_adapter_with_more_layers() -> None:

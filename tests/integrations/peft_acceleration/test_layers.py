@@ -8,7 +8,6 @@ import peft
 import pytest
 import torch
 from integrations.peft_acceleration.layers import adapted, dense_results, one_layer, results, turn
-from integrations.peft_parity.test_against_peft import RIGHT_CONVOLUTIONS
 from layers.quantized.bases import FEW, SCHEMES, WIDTH, quantized
 from one_layer import BF16, CONVOLUTIONS, F32, F64, normal
 from oracles import dense_q, relative_error
@@ -44,12 +43,6 @@ def test_a_linear_is_pefts(rows: int, r: int, apply_GS: bool, dtype: torch.dtype
     against_peft(base, normal(1, rows, 12, dtype=dtype), r=r, apply_GS=apply_GS)
 
 
-@DTYPES
-@pytest.mark.parametrize("kind", RIGHT_CONVOLUTIONS, ids=str)
-def test_a_convolution_is_pefts_where_it_is_right(kind: dict[str, Any], dtype: torch.dtype) -> None:
-    against_peft(nn.Conv2d(6, 4, **kind, dtype=dtype), normal(1, 2, 6, 9, 8, dtype=dtype), r=4)
-
-
 # Of torch, also for the base layer.
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 @pytest.mark.parametrize("size", [(9, 8), (40, 36)], ids=["few patches", "many"])
@@ -80,37 +73,6 @@ def test_adapters_act_in_the_order_of_peft(order: list[str], apply_GS: bool) -> 
 
 def q_of(layer: Any, name: str) -> Tensor:
     return dense_q(layer.hra_u[name].detach(), apply_GS=layer.hra_apply_GS[name])
-
-
-def test_a_zero_vector_is_the_identity() -> None:
-    layer = one_layer(nn.Linear(10, 6, dtype=F64), r=3)
-    with torch.no_grad():
-        layer.hra_u["default"][:, 1] = 0
-    x = normal(1, 5, 10)
-    output, x_grad, gradient = results(layer, x)
-    wanted = dense_results_of_the_others(layer, x)
-    assert relative_error(output, wanted) < 1e-12
-    assert torch.isfinite(x_grad).all()
-    assert torch.isfinite(gradient).all()
-    layer.merge(safe_merge=True)
-    assert relative_error(layer(x), wanted) < 1e-12
-
-
-def dense_results_of_the_others(layer: Any, x: Tensor) -> Tensor:
-    q = dense_q(layer.hra_u["default"].detach())  # in which a zero vector is the identity
-    return nn.functional.linear(x, layer.base_layer.weight @ q, layer.base_layer.bias)
-
-
-def test_without_an_active_adapter_and_disabled_it_is_the_base_layer() -> None:
-    layer = one_layer(nn.Linear(10, 6))
-    x = normal(1, 5, 10, dtype=F32)
-    wanted = layer.base_layer(x)
-    assert relative_error(layer(x), wanted) > 1e-2
-    layer.enable_adapters(False)
-    assert torch.equal(layer(x), wanted)
-    layer.enable_adapters(True)
-    layer._active_adapter = ["of other layers"]
-    assert torch.equal(layer(x), wanted)
 
 
 @pytest.mark.parametrize("base_dtype", [F32, BF16], ids=str)
@@ -223,6 +185,10 @@ def test_a_merged_layer_computes_the_same(kind: str, safe: bool, apply_GS: bool)
     layer.unmerge()
     assert relative_error(layer.base_layer.weight, before) < 1e-14
     assert relative_error(layer(x), wanted) < 1e-12
+    layer.merge()
+    layer.enable_adapters(False)
+    assert relative_error(layer(x), layer.base_layer(x)) < 1e-12
+    assert not layer.merged and relative_error(layer.base_layer.weight, before) < 1e-14
 
 
 def test_several_adapters_come_out_in_the_reverse_order() -> None:

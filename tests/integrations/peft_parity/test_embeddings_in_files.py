@@ -18,9 +18,6 @@ from torch import Tensor
 
 import hra_fx
 
-# PEFT asks transformers for it, wherever it opens an adapter.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 HEAD: dict[str, Any] = {"r": 2, "target_modules": ["q_proj", "lm_head"], "task_type": "CAUSAL_LM"}
 BODY: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
 HEAD_KEYS = {"lm_head.base_layer.weight", "model.embed_tokens.weight"}

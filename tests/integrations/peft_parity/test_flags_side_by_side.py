@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import re
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 from peft_sides import (
     by_peft,
-    by_us,
     net,
     opened_by_peft,
+    pair,
     peft_warnings_ignored,
     same_line,
     saved_by_peft,
@@ -51,15 +49,6 @@ def flags(model: nn.Module) -> set[str]:
 def adapters(model: nn.Module) -> set[str]:
     """Those whose vectors are trained."""
     return {name.rpartition(".hra_u.")[2] for name in flags(model) if ".hra_u." in name}
-
-
-def pair(first: Fields, second: Fields | None = None) -> tuple[Any, Any]:
-    theirs, ours = by_peft(net(), **first), by_us(net(), **first)
-    if second:
-        with peft_warnings_ignored():
-            theirs.add_adapter("other", peft.HRAConfig(**copy.deepcopy(second)))
-        ours.add_adapter("other", hra_fx.HRAConfig(**second))
-    return theirs, ours
 
 
 def same(theirs: nn.Module, ours: nn.Module) -> set[str]:

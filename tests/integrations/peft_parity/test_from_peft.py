@@ -96,18 +96,6 @@ def test_frozen_and_disabled_adapters_stay_so() -> None:
     assert relative_error(ours(tokens()), net(F64)(tokens())) > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("name", "task"), [("bert, classes", "SEQ_CLS"), ("llama", "CAUSAL_LM"), ("llama, classes", "SEQ_CLS")]
-)
-def test_models_of_transformers(name: str, task: str) -> None:
-    with peft_warnings_ignored():
-        theirs = peft.get_peft_model(tiny(name), peft.HRAConfig(r=4, task_type=task))
-    randomise(theirs)
-    kept = copy.deepcopy(theirs)
-    ours = hra_fx.from_peft(theirs)
-    agree(kept, ours, inputs(tiny(name)), F64)
-
-
 def test_a_model_with_the_layers_of_peft_inside() -> None:
     """As `add_adapter` of transformers makes it."""
     model = tiny("llama")

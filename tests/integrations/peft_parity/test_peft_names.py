@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from oracles import relative_error
-from peft_sides import F64, by_peft, net, peft_warnings_ignored, randomise, same_line, tokens
+from peft_sides import F64, by_peft, net, pair, peft_warnings_ignored, randomise, same_line, tokens
 from tiny_models import inputs, tiny
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -104,18 +104,6 @@ def statuses(model: Any, library: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return dataclasses.asdict(library.get_model_status(model)), layers
 
 
-def both(fields: dict[str, Any]) -> tuple[Any, Any]:
-    theirs = by_peft(net(), **fields)
-    return theirs, hra_fx.HRAModel(net(), hra_fx.HRAConfig(**fields))
-
-
-def add_to_both(theirs: Any, ours: Any) -> None:
-    more = {"r": 2, "target_modules": ["query", "value"]}
-    with peft_warnings_ignored():
-        theirs.add_adapter("other", peft.HRAConfig(**copy.deepcopy(more)))
-    ours.add_adapter("other", hra_fx.HRAConfig(**more))
-
-
 CHANGES: dict[str, Any] = {
     "new": lambda model: None,
     "other": lambda model: model.set_adapter("other"),
@@ -131,8 +119,7 @@ CHANGES: dict[str, Any] = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("case", ["even rank", "trained modules", "convolution"])
 def test_statuses_are_those_of_peft(case: str, change: str) -> None:
-    theirs, ours = both(FIELDS[case])
-    add_to_both(theirs, ours)
+    theirs, ours = pair(FIELDS[case], {"r": 2, "target_modules": ["query", "value"]})
     for model in (theirs, ours):
         CHANGES[change](model)
     model_wanted, wanted = statuses(theirs, peft)
@@ -191,9 +178,7 @@ AUTO = [
 
 @pytest.mark.parametrize(("name", "kind", "task"), AUTO)
 def test_an_auto_class_loads_the_base_model_and_the_adapter(name: str, kind: str, task: Any, tmp_path: Path) -> None:
-    fields = {} if task in (None, "FEATURE_EXTRACTION") else {"task_type": task}
-    if task == "FEATURE_EXTRACTION":
-        fields = {"task_type": task}
+    fields = {} if task is None else {"task_type": task}
     model = hra_fx.get_peft_model(saved_base(name, tmp_path), hra_fx.HRAConfig(r=4, **fields))
     randomise(model)
     model.save_pretrained(tmp_path / "adapter")
@@ -231,7 +216,6 @@ def test_embeddings_are_resized_to_the_tokenizer_in_the_folder(tmp_path: Path) -
 
 
 def test_what_an_auto_class_refuses(tmp_path: Path) -> None:
-    hra_fx.transform(net(), hra_fx.HRAConfig(r=2, target_modules=["query"])).eval()
     for folder, values in {
         "no base": {},
         "task": {"base_model_name_or_path": "x", "task_type": "SEQ_CLS"},

@@ -1,36 +1,36 @@
-"""`save_pretrained` of an adapted model: what it writes always has the adapter, and `from_pretrained` opens it."""
+"""`save_pretrained` of an adapted model: what it writes, opens and uploads, and the model card."""
 
 from __future__ import annotations
 
 import json
 import re
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from one_hub import one_hub
 from oracles import relative_error
-from tiny_models import BASES, adapted, batch, pairs, turn
-from torch import Tensor, nn
+from tiny_models import BASES, adapted, batch, llama, logits_of, pairs, trainer_of, turn
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
     LlamaForCausalLM,
     PreTrainedModel,
+    Trainer,
 )
 
 import hra_fx
+from hra_fx.checkpoint.model_card import PLACE
 
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 CLASSES: dict[str, Any] = {"bert": BertForSequenceClassification, "llama": LlamaForCausalLM}
 AUTO: dict[str, Any] = {"bert": AutoModelForSequenceClassification, "llama": AutoModelForCausalLM}
-
-
-def logits(model: nn.Module, kind: str) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model.eval()(input_ids=batch(kind)["input_ids"]).logits
-    return out
 
 
 def names_in(folder: Path) -> set[str]:
@@ -64,20 +64,20 @@ def test_transformers_opens_the_folder_over_the_base_that_it_names(
     assert named == str(tmp_path / "base")
     opened = AUTO[kind].from_pretrained(tmp_path / "adapter")
     assert type(opened) is CLASSES[kind]
-    assert relative_error(logits(opened, kind), logits(model, kind)) < 1e-5
+    assert relative_error(logits_of(opened, kind), logits_of(model, kind)) < 1e-5
     # What the Trainer resumes from lies next to the adapter, and is not taken for the model.
     model.save_pretrained(tmp_path / "checkpoint-3")
     assert names_in(tmp_path / "checkpoint-3") == FILES | {"model.safetensors"}
     for maker in (AUTO[kind], CLASSES[kind]):
         opened = maker.from_pretrained(tmp_path / "checkpoint-3", local_files_only=True)
-        assert relative_error(logits(opened, kind), logits(model, kind)) < 1e-5
+        assert relative_error(logits_of(opened, kind), logits_of(model, kind)) < 1e-5
     plain = CLASSES[kind].from_pretrained(tmp_path / "base")
     loaded = CLASSES[kind].from_pretrained(tmp_path / "base")
     loaded.load_adapter(str(tmp_path / "adapter"))  # of transformers, which calls PEFT
-    assert relative_error(logits(loaded, kind), logits(model, kind)) < 1e-5
+    assert relative_error(logits_of(loaded, kind), logits_of(model, kind)) < 1e-5
     ours = hra_fx.from_peft(loaded)
-    assert relative_error(logits(ours, kind), logits(model, kind)) < 1e-5
-    assert relative_error(logits(plain, kind), logits(model, kind)) > 1e-2
+    assert relative_error(logits_of(ours, kind), logits_of(model, kind)) < 1e-5
+    assert relative_error(logits_of(plain, kind), logits_of(model, kind)) > 1e-2
 
 
 def test_a_folder_that_names_no_base_is_not_opened_as_a_model_without_its_adapter(tmp_path: Path) -> None:
@@ -126,8 +126,10 @@ def test_the_adapter_is_written_whether_it_is_merged_disabled_or_inactive(tmp_pa
 @pairs
 def test_a_folded_model_saves_itself_in_full_again(kind: str, shape: str, tmp_path: Path) -> None:
     model = stepped(kind, shape, tmp_path)
-    assert relative_error(logits(model, kind), logits(CLASSES[kind].from_pretrained(tmp_path / "base"), kind)) > 1e-2
-    wanted = logits(model, kind)
+    assert (
+        relative_error(logits_of(model, kind), logits_of(CLASSES[kind].from_pretrained(tmp_path / "base"), kind)) > 1e-2
+    )
+    wanted = logits_of(model, kind)
     folded = hra_fx.fold(model)
     assert type(folded) is CLASSES[kind]
     assert folded.save_pretrained.__func__ is PreTrainedModel.save_pretrained
@@ -135,5 +137,144 @@ def test_a_folded_model_saves_itself_in_full_again(kind: str, shape: str, tmp_pa
     assert FILES.isdisjoint(names_in(tmp_path / "folded"))
     opened, found = CLASSES[kind].from_pretrained(tmp_path / "folded", output_loading_info=True)
     assert not found["missing_keys"] and not found["unexpected_keys"]
-    assert torch.equal(logits(opened, kind), logits(folded, kind))
-    assert relative_error(logits(opened, kind), wanted) < 1e-5
+    assert torch.equal(logits_of(opened, kind), logits_of(folded, kind))
+    assert relative_error(logits_of(opened, kind), wanted) < 1e-5
+
+
+def saved(folder: Path, base: str = "base", **fields: Any) -> Any:
+    """A language model over the base model of a folder; its adapter is in "adapter"."""
+    llama().save_pretrained(folder / base)
+    model = adapted("llama", "HRAModel", base=LlamaForCausalLM.from_pretrained(folder / base), **fields)
+    turn(model)
+    model.save_pretrained(folder / "adapter")
+    return model
+
+
+def test_its_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = saved(tmp_path)
+    text = (tmp_path / "adapter" / "README.md").read_text().replace(PLACE, str(tmp_path / "adapter"))
+    load, by_peft, as_lora, fold = re.findall(r"```python\n(.*?)```", text, re.S)
+    names: dict[str, Any] = {}
+    exec(load, names)
+    assert relative_error(logits_of(names["model"], "llama"), logits_of(model, "llama")) < 1e-5
+    exec(as_lora, names)
+    assert (tmp_path / "lora" / "adapter_model.safetensors").exists()
+    exec(fold, names)
+    assert type(names["model"]) is LlamaForCausalLM
+    assert relative_error(logits_of(names["model"], "llama"), logits_of(model, "llama")) < 1e-5
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT reads an attribute that transformers has renamed
+        exec(load.split("model =")[0] + by_peft, names)
+    assert relative_error(logits_of(names["model"], "llama"), logits_of(model, "llama")) < 1e-5
+
+
+def test_its_metadata(tmp_path: Path) -> None:
+    model = saved(tmp_path, task_type="CAUSAL_LM")
+    data = ModelCard.load(tmp_path / "adapter" / "README.md").data.to_dict()
+    # A folder cannot be named as the base model: the Hub refuses such a card.
+    assert data == {
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["hra", "hra_fx", "transformers"],
+    }
+    model.name_or_path = "user/base"
+    model.peft_config["default"].base_model_name_or_path = "user/base"
+    model.create_or_update_model_card(tmp_path / "new")
+    card = ModelCard.load(tmp_path / "new" / "README.md")
+    assert card.data.base_model == "user/base"
+    assert card.data.tags == ["base_model:adapter:user/base", "hra", "hra_fx", "transformers"]
+    assert card.text.lstrip().startswith("# HRA adapter of user/base\n")
+    assert 'base = LlamaForCausalLM.from_pretrained("user/base")' in card.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "cells", "field"),
+    [
+        ({"target_modules": r".*\.(0|1)"}, r"2 | `'.*\\.(0\|1)'`", None),
+        ({"target_modules": ["0"], "rank_pattern": {"0": 3}}, "2, rank_pattern | `['0']`", "rank_pattern"),
+        (
+            {"target_modules": ["0"], "target_parameters": ["experts.up"]},
+            "2 | `['0']`, `['experts.up']`",
+            "target_parameters",
+        ),
+    ],
+)
+def test_what_is_adapted_and_whether_peft_loads_it(
+    fields: dict[str, Any], cells: str, field: str | None, tmp_path: Path
+) -> None:
+    experts = nn.Module()
+    experts.is_transposed = False
+    experts.up = nn.Parameter(torch.ones(2, 4, 4))
+    model = nn.ModuleDict({"0": nn.Linear(4, 4), "1": nn.ModuleDict({"1": nn.Linear(4, 4)}), "experts": experts})
+    hra_fx.HRAModel(model, hra_fx.HRAConfig(r=2, **fields)).save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert f"| default | . | {cells} |\n" in text
+    assert ("peft.PeftModel" in text) is (field is None)
+    assert (f"PEFT's HRA has no `{field}`." in text) is (field is not None)
+
+
+def test_a_card_of_the_users_keeps_its_text(tmp_path: Path) -> None:
+    path = tmp_path / "adapter" / "README.md"
+    path.parent.mkdir()
+    path.write_text("---\nlicense: mit\ntags:\n- poems\n---\n\n# Mine\n")
+    model = saved(tmp_path)
+    assert path.read_text() == "---\nlicense: mit\ntags:\n- poems\n---\n\n# Mine\n"
+    model.create_or_update_model_card(path.parent)
+    card = ModelCard.load(path)
+    assert card.text.strip() == "# Mine"
+    assert card.data.license == "mit"
+    assert card.data.tags == ["hra", "hra_fx", "poems", "transformers"]
+    path.write_text("---\n- not\n- a mapping\n---\n")
+    with pytest.raises(hra_fx.CheckpointError, match=rf"^{re.escape(str(path))}: cannot write the model card \("):
+        model.create_or_update_model_card(path.parent)
+
+
+@pytest.mark.parametrize("shape", ["transform", "HRAModel"])
+def test_the_trainers_card_gets_the_metadata(shape: str, tmp_path: Path) -> None:
+    model = adapted("llama", shape)
+    trainer = trainer_of(Trainer, "llama", model, tmp_path, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card(model_name="mine")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "# mine" in card.text and "hra_fx" in card.data.tags and card.data.library_name == "peft"
+
+
+@pytest.fixture
+def files() -> Iterator[dict[str, bytes]]:
+    """The files of the repository `user/name` of a Hub."""
+    with one_hub() as held:
+        yield held
+
+
+@pytest.mark.parametrize("shape", ["transform", "HRAModel"])
+def test_push_to_hub_uploads_the_adapter_and_a_card(shape: str, files: dict[str, bytes], tmp_path: Path) -> None:
+    model = adapted("llama", shape)
+    url = model.push_to_hub("user/name", token="hf_x", commit_message="Mine", max_shard_size="1GB")
+    assert url.endswith("/user/name/commit/1") and files.keys() == FILES
+    model.save_pretrained(tmp_path)
+    assert files == {name: (tmp_path / name).read_bytes() for name in FILES}
+    # The card of the repository is somebody's by now.
+    files["README.md"] = b"# Mine"
+    model.push_to_hub("user/name", token="hf_x")
+    assert files["README.md"] == b"# Mine"
+
+
+@pytest.mark.parametrize("shape", ["transform", "HRAModel"])
+def test_save_pretrained_uploads_what_it_wrote(shape: str, files: dict[str, bytes], tmp_path: Path) -> None:
+    model = adapted("llama", shape)
+    hra_fx.add_adapter(model, "second", hra_fx.HRAConfig(r=2, target_modules=["q_proj"]))
+    folder = tmp_path / "user" / "name"
+    (folder / "checkpoint-1").mkdir(parents=True)
+    (folder / "checkpoint-1" / "adapter_config.json").write_text("of the Trainer")
+    model.save_pretrained(folder, push_to_hub=True, repo_id="user/name", token="hf_x", max_shard_size="1GB")
+    written = [*FILES, "second/adapter_config.json", "second/adapter_model.safetensors"]
+    assert files == {name: (folder / name).read_bytes() for name in written}
+    files.clear()
+    files["README.md"] = b"# Mine"
+    # The repository is named as the folder is; another process uploads nothing.
+    model.save_pretrained(folder, push_to_hub=True, is_main_process=False)
+    assert sorted(files) == ["README.md"]
+    model.save_pretrained(folder, push_to_hub=True, selected_adapters=["default"], token="hf_x")
+    assert files.keys() == FILES and files["README.md"] == b"# Mine"

@@ -21,12 +21,9 @@ from integrations.trl_use.runs import (
     trainer,
     vectors_of,
 )
-from layers.test_batching import batches
 from oracles import relative_error
 from peft.tuners.hra.layer import HRALinear
-from transformers import LlamaModel, set_seed
-
-import hra_fx
+from transformers import set_seed
 
 # Names that transformers has had since 5.0, and means to rename; PEFT and TRL use them.
 pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing\\w*` is deprecated:FutureWarning")
@@ -89,18 +86,6 @@ def test_sft(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     _, fast = trained_alike(kind, "SFT", tmp_path, "mean_token_accuracy", **options)
     layer = fast.model.get_submodule(("" if kind == OURS else "base_model.model.") + "model.layers.0.mlp.down_proj")
     assert type(layer) is not HRALinear
-
-
-@pytest.mark.parametrize("kind", [OURS, NAMED])
-def test_sft_computes_the_factors_in_one_batch_for_each_shape(kind: str, tmp_path: Path) -> None:
-    """TRL replaces the forward of the model, and calls its body."""
-    made = trainer(kind, "SFT", tmp_path)
-    loss = made.compute_loss(made.model, next(iter(made.get_train_dataloader())))
-    assert batches(loss) == 2
-    layer = made.model.model.layers[0].self_attn.q_proj
-    assert batches(layer(torch.ones(1, 16))) == 1
-    plain = hra_fx.fold(made.model)
-    assert type(plain.model) is LlamaModel
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,28 @@
-"""One and two processes under DeepSpeed's ZeRO-2 and ZeRO-3 train as one process without it does.
+"""Processes of launchers: DeepSpeed's ZeRO-2 and ZeRO-3 against one process without it, and the example.
 
 DeepSpeed is on the path of the processes that are started here only: transformers, accelerate and TRL import it
-wherever they find it. `make test-all` installs it beside the environment.
+wherever they find it. `make test-all` installs it beside the environment. By itself, the example runs in
+`tests/test_examples.py`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from canaries.canary import DEEPSPEED, canary
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).resolve().parent
-DEEPSPEED = Path(sys.prefix, "deepspeed")
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +35,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def losses(base: Path, stage: int, steps: int, output: Path, *options: str, processes: int = 2) -> list[float]:
-    assert (DEEPSPEED / "deepspeed").is_dir(), "DeepSpeed is missing. Run `make test-all`, which installs it."
+    assert Path(DEEPSPEED, "deepspeed").is_dir(), "DeepSpeed is missing. Run `make test-all`, which installs it."
     script = [str(HERE / "deepspeed_training.py"), str(base), str(stage), str(steps), str(output), *options]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if stage else []
-    path = os.pathsep.join([*([str(DEEPSPEED)] if stage else []), *sys.path])
+    path = os.pathsep.join([*([DEEPSPEED] if stage else []), *sys.path])
     done = subprocess.run(
         [sys.executable, *launcher, *script],
         **{"capture_output": True, "text": True, "timeout": 400},
@@ -73,6 +75,53 @@ def test_zero_3_and_a_restart_from_its_checkpoint(base: Path, plain: tuple[list[
     check_saved(tmp_path, plain[1])
 
 
+@canary(
+    "deepspeed",
+    "`ds_shape` and `ds_persist` of a parameter that ZeRO-3 partitions",
+    reader="hra_fx/layers/partitioned.py",
+    breaks="adapters in models that ZeRO-3 partitions",
+)
 def test_zero_3_in_one_process(base: Path, plain: tuple[list[float], Path], tmp_path: Path) -> None:
     """It makes vectors whole at the start of a step, and partitions them in the middle of the backward pass."""
     assert losses(base, 3, 3, tmp_path, processes=1) == pytest.approx(plain[0][:3], abs=1e-5)
+
+
+EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "usage" / "distributed.py"
+# Their ports are whichever are free.
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = ["accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
+def printed_under(*launcher: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, str(EXAMPLE)],
+        **{"capture_output": True, "text": True, "timeout": 240, "env": {**os.environ, "OMP_NUM_THREADS": "1"}},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def check_two_processes(printed: str) -> None:
+    """Once, and not once for each process that was started."""
+    assert printed.count("one group:") == printed.count("one group: ranks (0, 1) in 2 processes\n") == 1, printed
+    assert "one process: 1.0308 -> 0.9964\n" in printed
+    for wrapper in ("DDP", "FSDP2"):
+        (difference,) = re.findall(rf"^{wrapper}, largest difference of a loss: (\S+)$", printed, re.MULTILINE)
+        assert float(difference) < 1e-5
+    assert "the file, loaded into a plain model: 0.0e+00\n" in printed
+    assert "the shards, 4 of them, loaded again: 0.0e+00\n" in printed
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, [*ACCELERATE, "--multi_gpu"]], ids=["torchrun", "accelerate"])
+def test_a_launcher_starts_two_processes(launcher: list[str]) -> None:
+    printed = printed_under(*launcher)
+    assert printed.startswith("started by a launcher\n"), printed
+    check_two_processes(printed)
+
+
+def test_accelerate_on_a_cpu_starts_one_process_and_the_example_two() -> None:
+    """As docs/distributed.md says of it."""
+    printed = printed_under(*ACCELERATE, "--cpu")
+    assert printed.startswith("started by this program\n"), printed
+    check_two_processes(printed)

@@ -1,0 +1,128 @@
+"""To transformers an adapted model is what it was: its class and attributes, generation and pipelines."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import (
+    BASES,
+    SHAPES,
+    VOCABULARY,
+    adapted,
+    config_for,
+    llama,
+    pairs,
+    rotated,
+    t5,
+    tokens_of,
+    turn,
+)
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor, nn
+from transformers import BertForSequenceClassification, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers.utils import find_labels
+
+import hra_fx
+
+CLASSES = {"bert": BertForSequenceClassification, "llama": LlamaForCausalLM}
+
+
+@pairs
+def test_it_is_its_class_with_its_name_attributes_and_signature(kind: str, shape: str) -> None:
+    base = BASES[kind]()
+    embeddings, head, settings = base.get_input_embeddings(), base.get_output_embeddings(), base.config
+    model = adapted(kind, shape, base=base)
+    assert isinstance(model, CLASSES[kind])
+    assert isinstance(model, hra_fx.HRAModel) is (shape == "HRAModel")
+    assert type(model).__name__ == CLASSES[kind].__name__
+    assert str(type(model)) == str(CLASSES[kind])
+    assert model is base
+    assert model.config is settings
+    assert model.device == torch.device("cpu")
+    assert model.dtype == torch.float32
+    assert adapted(kind, shape, base=BASES[kind]().bfloat16()).dtype == torch.bfloat16
+    assert model.get_input_embeddings() is embeddings
+    assert model.get_output_embeddings() is head
+    assert model.main_input_name == "input_ids"
+    assert model.can_generate() is (kind == "llama")
+    # The Trainer reads the names of arguments.
+    assert inspect.signature(model.forward) == inspect.signature(BASES[kind]().forward)
+    assert find_labels(type(model)) == find_labels(CLASSES[kind]) == ["labels"]
+
+
+PROMPT = tokens_of(2, 6)
+LENGTH = {"max_new_tokens": 10, "min_new_tokens": 10}
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "greedy without a cache": {"do_sample": False, "use_cache": False},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "sampling": {"do_sample": True, "temperature": 1.5},
+    "a static cache": {"do_sample": False, "cache_implementation": "static"},
+    "several answers": {"do_sample": True, "num_return_sequences": 2},
+}
+T5_TARGETS = ["q", "v", "wi", "wo"]
+
+
+def an_adapted(name: str, shape: str) -> tuple[nn.Module, Any]:
+    """A base model in float64, whose best token no rounding decides, and an adapted one that is far from it."""
+    base, copied = (llama().double(), llama().double()) if name == "llama" else (t5().double(), t5().double())
+    targets = {"target_modules": T5_TARGETS, "task_type": "SEQ_2_SEQ_LM"} if name == "t5" else {}
+    model = SHAPES[shape](copied.eval(), config_for("llama", **targets))
+    turn(model)
+    return base.eval(), model
+
+
+def say(model: Any, prompt: Tensor = PROMPT, **way: Any) -> Tensor:
+    torch.manual_seed(11)
+    said: Tensor = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **(LENGTH | way))
+    return said
+
+
+EVERY = [("llama", "transform", way) for way in WAYS] + [("t5", "HRAModel", "beams")]
+
+
+@pytest.mark.parametrize(("kind", "shape", "way"), EVERY)
+def test_a_model_generates_as_with_the_rotated_weights(kind: str, shape: str, way: str) -> None:
+    base, model = an_adapted(kind, shape)
+    said = say(model, **WAYS[way])
+    assert torch.equal(said, say(rotated(base, model), **WAYS[way]))
+    assert not torch.equal(said, say(base, **WAYS[way]))
+    if kind == "llama":
+        assert said.shape[1] == 16
+        hra_fx.merge_adapter(model)
+        assert torch.equal(said, say(model, **WAYS[way]))
+        hra_fx.unmerge_adapter(model)
+    assert torch.equal(said, say(hra_fx.fold(model), **WAYS[way]))
+
+
+TEXTS = ["w5 w7 w9", "w30 w8 w61 w4 w12"]
+DECODING = {"max_new_tokens": 6, "do_sample": False}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A word for each token."""
+    words = {"<s>": 0, "</s>": 1, "<pad>": 2} | {f"w{index}": index for index in range(3, VOCABULARY)}
+    plain = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    plain.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=plain, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
+    )
+
+
+# A pipeline says aloud that it does not support a model whose class it does not know.
+@pytest.mark.usefixtures("nothing_is_logged")
+def test_a_pipeline() -> None:
+    texts = []
+    base, model = (BASES["llama"](pad_token_id=2).double() for _ in range(2))
+    model = adapted("llama", "transform", base=model)
+    turn(model)
+    for each in (model.eval(), rotated(base, model)):
+        generate = pipeline("text-generation", model=each, tokenizer=tokenizer(), device="cpu")
+        texts.append(generate(TEXTS, batch_size=2, **DECODING))
+    assert texts[0] == texts[1]
+    assert all(answer[0]["generated_text"].startswith(text) for answer, text in zip(texts[0], TEXTS, strict=True))
