@@ -11,7 +11,7 @@ from oracles import dense_product
 from reporting.made import oracle_angles, oracle_share
 from torch import Tensor
 
-from hra_fx.functional.rotated_energy import weight_change
+from hra_fx.functional.rotated_energy import relative_change
 from hra_fx.functional.statistics import min_angle, rotation_stats
 from hra_fx.reporting.row import change_of
 
@@ -70,30 +70,30 @@ def test_vectors_without_values_have_no_angles(chain: Tensor) -> None:
 @pytest.mark.parametrize(("d", "k"), [(5, 5), (4, 9), (3, 12)])
 def test_as_many_reflections_as_dimensions(d: int, k: int) -> None:
     weight, chain = normal(1, 6, d), normal(2, d, k)
-    assert weight_change(weight, chain).share == pytest.approx(oracle_share(weight, dense_product(chain)))
-    assert weight_change(weight, chain).share <= 1
+    assert relative_change(weight, chain).share == pytest.approx(oracle_share(weight, dense_product(chain)))
+    assert relative_change(weight, chain).share <= 1
     moved = weight @ dense_product(chain) - weight
-    assert weight_change(weight, chain).change == pytest.approx(float(moved.norm() / weight.norm()))
+    assert relative_change(weight, chain).change == pytest.approx(float(moved.norm() / weight.norm()))
 
 
 def test_a_weight_that_is_cast_in_pieces() -> None:
     weight, chain = normal(1, 3000, 2000).float(), normal(2, 2000, 3)
     basis = torch.linalg.qr(chain).Q
     wanted = float((weight.double() @ basis).square().sum() / weight.double().square().sum())
-    assert weight_change(weight, chain).share == pytest.approx(wanted, rel=1e-5)
+    assert relative_change(weight, chain).share == pytest.approx(wanted, rel=1e-5)
 
 
 def test_reflections_that_cancel_do_not_count() -> None:
     chain = torch.zeros(6, 4)
     chain[0, :2], chain[1, 2], chain[2, 3] = 1.0, 1.0, 1.0
-    assert weight_change(torch.eye(6), chain).share == pytest.approx(2 / 6)
+    assert relative_change(torch.eye(6), chain).share == pytest.approx(2 / 6)
 
 
 def test_zeros_nan_and_infinity() -> None:
     chain = normal(0, 4, 2)
-    assert weight_change(torch.zeros(3, 4), chain) == (0.0, 0.0)
-    assert all(map(math.isnan, weight_change(torch.full((3, 4), math.nan), chain)))
-    assert all(map(math.isnan, weight_change(torch.ones(3, 4), torch.full((4, 2), math.inf))))
+    assert relative_change(torch.zeros(3, 4), chain) == (0.0, 0.0)
+    assert all(map(math.isnan, relative_change(torch.full((3, 4), math.nan), chain)))
+    assert all(map(math.isnan, relative_change(torch.ones(3, 4), torch.full((4, 2), math.inf))))
 
 
 def test_a_change_of_experts_is_that_of_all_together() -> None:
