@@ -153,22 +153,6 @@ def test_the_fast_path_over_nested_tensors(targets: list[str]) -> None:
     assert_same(model(SEQUENCES, src_key_padding_mask=PADDED)[~PADDED], slow[~PADDED])
 
 
-def test_the_fast_path_is_really_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = []
-    real = torch._transformer_encoder_layer_fwd
-
-    def spy(*args: Any) -> Tensor:
-        taken.append(args)
-        return real(*args)
-
-    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", spy)
-    base, model = pair(encoder, EVERY)
-    with torch.no_grad():
-        wanted = run_dense(base, model, SEQUENCES)
-        assert_same(model(SEQUENCES), wanted)
-    assert len(taken) == 4  # two layers, of the base model over dense weights and of the adapted one
-
-
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_encoder_and_decoder(batch_first: bool) -> None:
     def make() -> nn.Module:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import gc
 import threading
-import weakref
 from typing import Any
 
 import pytest
@@ -17,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import hra_fx
-from hra_fx.layers import batching
 
 both = pytest.mark.parametrize("apply_GS", [False, True])
 narrow = pytest.mark.filterwarnings("ignore:.*its trained vectors are torch.bfloat16:hra_fx.HRAWarning")
@@ -32,24 +29,11 @@ def assert_right(model: Any, found: Tensor, x: Tensor = X, *, apply_GS: bool = F
         assert relative_error(one, other, floor=1e-3) < 1e-9
 
 
-def batches(output: Tensor) -> int:
-    """How many nodes of factors are behind an output."""
-    waiting: list[Any] = [output.grad_fn]
-    seen: set[Any] = set()
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting += [function for function, _ in node.next_functions]
-    return sum(node.name() == "_WYFactorsBackward" for node in seen)
-
-
 @both
 @pytest.mark.parametrize("init_weights", [False, True])
-def test_one_batch_for_each_shape(apply_GS: bool, init_weights: bool) -> None:
+def test_outputs_and_gradients(apply_GS: bool, init_weights: bool) -> None:
     model = adapted(apply_GS=apply_GS, init_weights=init_weights)
     output = model(X)
-    assert batches(output) == 2
     assert_right(model, output, apply_GS=apply_GS)
     with torch.no_grad():
         assert torch.equal(model(X), output)
@@ -59,19 +43,16 @@ def test_one_batch_for_each_shape(apply_GS: bool, init_weights: bool) -> None:
 def test_a_layer_that_is_called_alone_computes_its_own(apply_GS: bool) -> None:
     model = adapted(apply_GS=apply_GS)
     output = model.three(torch.tanh(model.two(torch.tanh(model.one(X)))))
-    assert batches(output) == 3
     assert_right(model, output, apply_GS=apply_GS)
 
 
-def test_several_adapters_and_scales_in_one_batch() -> None:
+def test_several_adapters_and_scales() -> None:
     model = adapted(r=2, init_weights=False)
     other = hra_fx.HRAConfig(r=2, target_modules=["one", "two"], init_weights=False, apply_GS=True)
     hra_fx.add_adapter(model, "other", other)
     hra_fx.set_adapter(model, ["default", "other"])
-    assert batches(model(X)) == 2
     hra_fx.set_scale(model, "default", 0.5)
     output = model(X)
-    assert batches(output) == 1, "of the last layer, nothing is trained any more"
     assert relative_error(output, hra_fx.fold(copy.deepcopy(model))(X)) < 1e-12
     hra_fx.set_scale(model, "other", 0.0)
     assert relative_error(model(X), hra_fx.fold(copy.deepcopy(model))(X)) < 1e-12
@@ -245,79 +226,22 @@ def test_a_model_called_within_another_and_in_another_thread() -> None:
     thread.start()
     thread.join()
     assert_right(outer, found)
-    assert [batches(result) for result in results] == [2, 2]
     for result in results:
         assert_right(inner, result)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_a_forward_that_is_interrupted(error: type[BaseException]) -> None:
+def test_a_forward_that_is_interrupted() -> None:
     model = adapted()
 
     def stop(*_: object) -> None:
-        raise error
+        raise KeyboardInterrupt
 
     handle = model.two.register_forward_pre_hook(stop)
-    with pytest.raises(error):
+    with pytest.raises(KeyboardInterrupt):
         model(X)
     handle.remove()
-    assert not batching.is_in_forward()
     model.one.hra_u["default"].data.neg_().add_(1.0)
     assert_right(model, model.three(torch.tanh(model.two(torch.tanh(model.one(X))))))
-
-
-@pytest.mark.parametrize("folded", [False, True])
-def test_nothing_is_kept_alive(folded: bool) -> None:
-    model = adapted()
-    model(X)
-    vectors, whole = weakref.ref(model.two.hra_u["default"]), weakref.ref(model)
-    if folded:
-        model = hra_fx.fold(model)
-    else:
-        del model
-    gc.collect()
-    assert vectors() is None
-    assert (whole() is None) is not folded
-
-
-class Towers(nn.Module):
-    """Two layers in one batch, and an output of each."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(12, 12, dtype=F64), nn.Linear(12, 12, dtype=F64)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.a(x), self.b(x)
-
-
-@pytest.mark.parametrize("retain", [False, True])
-def test_a_backward_pass_for_each_output(retain: bool) -> None:
-    model = hra_fx.transform(Towers(), hra_fx.HRAConfig(r=2, target_modules=["a", "b"]))
-    first, second = (layer.hra_u["default"] for layer in (model.a, model.b))
-    a, b = model(X)
-    a.square().sum().backward(retain_graph=retain)
-    assert second.grad is None
-    wanted = first.grad.clone()
-    model.zero_grad()
-    b.square().sum().backward()
-    assert first.grad is None
-    assert second.grad is not None
-    model.zero_grad()
-    sum(output.square().sum() for output in model(X)).backward()
-    assert relative_error(first.grad, wanted) < 1e-12
-
-
-def test_batched_gradients() -> None:
-    model = adapted()
-    output = model(X)
-    each = torch.eye(output.numel(), dtype=F64).view(-1, *output.shape)
-    found = torch.autograd.grad(output, vectors_of(model), each, retain_graph=True, is_grads_batched=True)
-    one_by_one = zip(
-        *(torch.autograd.grad(output, vectors_of(model), one, retain_graph=True) for one in each), strict=True
-    )
-    for one, other in zip(found, map(torch.stack, one_by_one), strict=True):
-        assert relative_error(one, other) < 1e-12
 
 
 class Island(nn.Module):

@@ -11,14 +11,12 @@ import torch.nn.functional as F
 import transformers
 from adapting import config
 from layers.checking import check, check_fold, normal, pair
-from timm.layers import CondConv2d, Conv2dSame, ScaledStdConv2d, StdConv2d
+from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 import hra_fx
-from hra_fx.layers.adapters import HouseholderAdapters
-from hra_fx.layers.variants import ConvAdapters, LinearAdapters
 
 # ---- forwards of their own ----
 
@@ -81,10 +79,6 @@ LINEARS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 @pytest.mark.parametrize("fields", [{"r": 2}, {"r": 3, "apply_GS": True}], ids=["even", "GS"])
 def test_subclasses_of_linear(layer: Callable[[], nn.Module], count: int, fields: dict[str, Any]) -> None:
     base, model = pair(lambda: Feeding(layer(), count), ["layer", "before"], **fields)
-    plain = type(base.layer).__name__.startswith("NonDynamically")
-    assert type(model.layer.hra_u) is (LinearAdapters if plain else HouseholderAdapters)
-    assert model.layer.hra_u.reflects_input is plain
-    assert type(model.before.hra_u) is LinearAdapters
     check(base, model, normal(1, 3, 6))
     check_fold(base, model, normal(1, 3, 6))
 
@@ -112,7 +106,6 @@ def test_subclasses_of_conv2d(layer: Callable[[], nn.Module], fields: dict[str, 
         return model
 
     base, model = pair(settled, ["0", "1"], **fields)
-    assert type(model[1].hra_u) is HouseholderAdapters
     check(base, model, normal(2, 2, 3, 8, 8), rtol=1e-9)
     check_fold(base, model, normal(2, 2, 3, 8, 8), rtol=1e-9)
 
@@ -152,56 +145,7 @@ def test_gpt2_whole() -> None:
 
 # ---- convolutions of one, two and three axes ----
 
-GEOMETRY: dict[str, dict[str, Any]] = {
-    "pointwise": {"kernel_size": 1},
-    "plain": {"kernel_size": 3},
-    "no bias": {"kernel_size": 2, "bias": False},
-    "stride": {"kernel_size": 3, "stride": 2},
-    "stride over the kernel": {"kernel_size": 1, "stride": 2},
-    "padding": {"kernel_size": 3, "padding": 2},
-    "dilation": {"kernel_size": 2, "dilation": 2},
-    "same": {"kernel_size": 3, "padding": "same"},
-    "same, even": {"kernel_size": 4, "padding": "same"},
-    "valid": {"kernel_size": 3, "padding": "valid"},
-    "groups": {"kernel_size": 3, "groups": 2},
-    "depthwise": {"kernel_size": 3, "groups": 4, "padding": "same"},
-    "replicate": {"kernel_size": 3, "padding": 1, "padding_mode": "replicate"},
-    "circular": {"kernel_size": 3, "padding": 1, "padding_mode": "circular"},
-    "reflect": {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
-    "circular, same, dilated": {"kernel_size": 3, "padding": "same", "dilation": 2, "padding_mode": "circular"},
-    "everything": {"kernel_size": 3, "stride": 2, "padding": 2, "dilation": 1, "groups": 2, "padding_mode": "circular"},
-}
 AXES: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-
-
-class Convolved(nn.Module):
-    def __init__(self, conv: nn.Module) -> None:
-        super().__init__()
-        self.conv = conv
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.conv(x))
-
-
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-@pytest.mark.parametrize(
-    ("geometry", "axes", "batched"),
-    [(name, axes, (number + axes) % 2 == 0) for number, name in enumerate(GEOMETRY) for axes in AXES],
-)
-def test_convolutions(axes: int, geometry: str, batched: bool) -> None:
-    base, model = pair(lambda: Convolved(AXES[axes](4, 8, **GEOMETRY[geometry])), ["conv"])
-    assert isinstance(model.conv.hra_u, ConvAdapters)
-    x = normal(5, *(2,) * batched, 4, *((9, 6, 7)[-axes:]))
-    check(base, model, x)
-    check_fold(base, model, x)
-
-
-def test_oblong_kernels_of_three_axes() -> None:
-    settings = {"kernel_size": (1, 3, 2), "stride": (1, 2, 1), "padding": (0, 2, 1), "dilation": (2, 1, 2), "groups": 2}
-    base, model = pair(lambda: Convolved(nn.Conv3d(4, 6, **settings)), ["conv"], apply_GS=True)
-    assert model.conv.hra_u.default.shape == (2 * 6, 3)
-    check(base, model, normal(6, 2, 4, 5, 8, 9))
-    check_fold(base, model, normal(6, 2, 4, 5, 8, 9))
 
 
 @pytest.mark.parametrize("axes", AXES)
@@ -210,16 +154,3 @@ def test_reports_say_what_they_are(axes: int) -> None:
     (row,) = hra_fx.report(model).rows
     size = "x".join("3" * axes)
     assert row.layer_type == f"Conv{axes}d 4->6 {size}, groups 2"
-
-
-def test_transposed_convolutions_are_named_as_what_cannot_be() -> None:
-    with pytest.raises(hra_fx.SelectionError, match="0: `target_modules` matches this ConvTranspose1d, but only"):
-        hra_fx.transform(nn.Sequential(nn.ConvTranspose1d(4, 6, 3), nn.Linear(2, 2)), config("0", "1"))
-
-
-def test_a_mixture_of_experts_in_one_convolution_is_none() -> None:
-    """timm's CondConv2d holds one vector of all weights for each expert: no layer by class."""
-    layer = CondConv2d(4, 6, 3)
-    assert not isinstance(layer, nn.Conv2d)
-    with pytest.raises(hra_fx.SelectionError, match="matches this CondConv2d"):
-        hra_fx.transform(nn.Sequential(layer), config("0"))

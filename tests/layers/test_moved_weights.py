@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import gc
 import pickle
-import weakref
 from collections.abc import Callable
 
 import moe_models
 import pytest
 import torch
-import torch.nn.functional as F
 from accelerate.utils import set_module_tensor_to_device
 from hypothesis import given, settings, strategies as st
 from layers.checking import assert_same, run_dense
@@ -118,13 +115,6 @@ def test_a_tied_weight_that_is_moved_by_its_adapted_layer_stays_tied() -> None:
 # ---- anywhere else ----
 
 
-def test_a_copy_that_is_assigned_to_hra_base_is_the_rotated_weight() -> None:
-    base, layer = layer_pair()
-    wanted = dense(base, layer).detach()
-    layer.hra_base = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-    assert_same(layer.hra_base, wanted)
-
-
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_copy_in_another_module_is_the_rotated_weight_and_trains(grad: bool) -> None:
     base, layer = layer_pair()
@@ -139,44 +129,3 @@ def test_a_copy_in_another_module_is_the_rotated_weight_and_trains(grad: bool) -
     torch.optim.SGD(other.parameters(), lr=0.5).step()
     assert_same(other.weight, wanted - X.flatten(0, -2).sum(0).expand(4, 6))
     assert torch.equal(layer.hra_base, base.weight)
-
-
-def test_a_copy_can_be_written_and_has_a_gradient() -> None:
-    base, layer = layer_pair()
-    wanted = dense(base, layer)
-    moved = layer.weight.to(torch.float32).double()
-    (gradient,) = torch.autograd.grad(F.linear(X, moved).square().sum(), layer.hra_u["default"])
-    (oracle,) = torch.autograd.grad(F.linear(X, wanted).square().sum(), layer.hra_u["default"])
-    assert_same(gradient, oracle, rtol=1e-5)
-    clone = layer.weight.detach().clone()
-    clone[0].zero_()
-    clone += 1
-    clone /= 2
-    assert type(clone) is Tensor
-    assert_same(clone, torch.cat([torch.zeros(1, 6, dtype=F64), wanted.detach()[1:]]) / 2 + 0.5)
-
-
-def test_a_copy_under_another_name_or_in_another_adapted_layer_is_the_rotated_weight() -> None:
-    base, model = functional()
-    layer, wanted = model.read, dense(base.read, model.read).detach()
-    layer.start = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-    model.both._parameters["weight"] = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-    assert len(list(model.parameters())) == len(list(base.parameters())) + 4
-    assert_same(layer.start, wanted)
-    assert_same(model.both.hra_base, wanted)
-    assert torch.equal(layer.hra_base, base.read.weight)
-
-
-def test_a_parameter_of_a_copy_is_an_ordinary_one_that_can_be_adapted_and_keeps_no_layer_alive() -> None:
-    base, layer = layer_pair()
-    wanted = dense(base, layer).detach()
-    other = nn.Sequential(nn.Linear(6, 4, bias=False).double())
-    other[0].weight = nn.Parameter(layer.weight.detach().cpu().clone())
-    copied, alive = layer.weight.detach().cpu().clone(), weakref.ref(layer)
-    del layer
-    gc.collect()
-    assert alive() is None
-    assert type(other[0].weight) is nn.Parameter
-    assert_same(copied, wanted)
-    copied.zero_()
-    assert_same(hra_fx.transform(other, hra_fx.HRAConfig(r=2, target_modules=["0"]))(X), X @ wanted.mT)

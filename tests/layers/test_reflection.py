@@ -88,33 +88,45 @@ def test_conv2d_in_channels_last(name: str) -> None:
     assert model(x).stride() == base(x).stride()
 
 
+CONVOLVED: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
 @st.composite
-def convolutions(draw: st.DrawFn) -> nn.Conv2d:
-    pair = st.tuples(st.integers(1, 3), st.integers(1, 3))
-    groups = draw(st.sampled_from([1, 2, 3]))
-    stride = draw(pair)
-    paddings: list[Any] = ["valid", (0, 1), (1, 0), (2, 2), 1]
-    return nn.Conv2d(
+def convolutions(draw: st.DrawFn) -> tuple[Any, int]:
+    """A convolution, and how many axes it has."""
+    axes = draw(st.sampled_from(list(CONVOLVED)))
+
+    def each(*values: int) -> tuple[int, ...]:
+        return tuple(draw(st.sampled_from(values)) for _ in range(axes))
+
+    groups, stride = draw(st.sampled_from([1, 2, 3])), each(1, 2, 3)
+    paddings: list[Any] = ["valid", each(0, 1), each(1, 2), 1]
+    layer = CONVOLVED[axes](
         groups * draw(st.integers(1, 2)),
         groups * draw(st.integers(1, 2)),
-        draw(pair),
+        each(1, 2, 3),
         stride=stride,
-        dilation=draw(pair),
+        dilation=each(1, 2, 3) if axes < 3 else each(1, 2),
         groups=groups,
         bias=draw(st.booleans()),
-        padding=draw(st.sampled_from([*paddings, "same"] if stride == (1, 1) else paddings)),
+        padding=draw(st.sampled_from([*paddings, "same"] if set(stride) == {1} else paddings)),
         padding_mode=draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"])),
         dtype=F64,
     )
+    return layer, axes
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-@quick
-@given(convolutions(), st.integers(1, 33), st.booleans(), st.booleans(), seeds)
-def test_any_conv2d(base: nn.Conv2d, r: int, apply_GS: bool, init_weights: bool, seed: int) -> None:
+@settings(quick, max_examples=100)
+@given(convolutions(), st.integers(1, 33), st.booleans(), st.booleans(), st.booleans(), seeds)
+def test_any_convolution(
+    drawn: tuple[Any, int], r: int, apply_GS: bool, init_weights: bool, batched: bool, seed: int
+) -> None:
+    base, axes = drawn
     r = min(r, base.weight[0].numel()) if apply_GS else r
     model = adapted(base, r, apply_GS=apply_GS, init_weights=init_weights, seed=seed)
-    check(base, model, normal(seed, 2, base.in_channels, 8, 9), apply_GS=apply_GS, bound=1e-9, floor=1.0)
+    x = normal(seed, *(2,) * batched, base.in_channels, *(9, 7, 8)[:axes])
+    check(base, model, x, apply_GS=apply_GS, bound=1e-9, floor=1.0)
 
 
 # A zero column

@@ -15,25 +15,12 @@ from layers.checking import assert_same, dense_weights, normal, run_dense, vecto
 from layers.reading_weights import X, assert_gradients, dense, functional, layer_pair
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 import hra_fx
 from hra_fx.layers.rotated_weight import RotatedWeight
 
 F64 = torch.float64
 modes = pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
-
-
-@modes
-def test_a_weight_held_since_before_a_fold_is_the_folded_weight(grad: bool) -> None:
-    base, model = functional()
-    wanted = dense(base.read, model.read).detach()
-    with torch.set_grad_enabled(grad):
-        held, detached = model.read.weight, model.read.weight.detach()
-        hra_fx.fold(model)
-        assert held.shape == wanted.shape and held.requires_grad == model.read.weight.requires_grad
-        for same in (held, detached, model.read.weight):
-            assert_same(same * 1, wanted)
 
 
 # ---- copies, files, dtypes ----
@@ -54,26 +41,6 @@ def test_copies_of_a_weight(grad: bool) -> None:
         assert type(loaded) is type(unpickled) is Tensor
         for same in (twin.clone(), loaded, unpickled):
             assert_same(same, wanted)
-
-
-@pytest.mark.parametrize(("dtype", "rtol"), [(torch.bfloat16, 4e-2), (torch.float16, 4e-3), (torch.float32, 1e-5)])
-def test_a_model_moves_to_another_dtype(dtype: torch.dtype, rtol: float) -> None:
-    base, model = functional()
-    wanted = run_dense(base, model, X)
-    model.to(dtype)
-    assert model.read.weight.dtype == model.read.hra_base.dtype == dtype
-    assert_same(model(X.to(dtype)), wanted, rtol=rtol)
-    assert model.double().read.weight.dtype == F64
-    assert torch.equal(model.read.weight.clone(), model.read.hra_u(weight=model.read._parameters["weight"]))
-
-
-def test_a_model_moves_to_the_meta_device_and_back() -> None:
-    base, model = functional()
-    state = model.state_dict()
-    model.to("meta")
-    assert model.read.weight.is_meta and model.read.weight.sum().is_meta
-    model.load_state_dict(state, assign=True)
-    assert_same(model(X), run_dense(base, model, X))
 
 
 # ---- tied weights ----
@@ -113,27 +80,11 @@ def test_an_adapted_head_that_is_tied_to_the_embedding(read: bool) -> None:
 # ---- compilers, tracers, transformations ----
 
 
-def test_one_graph_of_torch_compile() -> None:
-    base, model = functional()
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert_gradients(compiled(X), run_dense(base, model, X), list(vectors_of(model).values()))
-
-
 def test_a_compiled_function_that_gets_a_weight() -> None:
     base, layer = layer_pair()
     torch._dynamo.reset()
     compiled = torch.compile(lambda x, w: F.linear(x, w) * w.shape[0], backend="eager", fullgraph=True)
     assert_gradients(compiled(X, layer.weight), 4 * X @ dense(base, layer).mT, [layer.hra_u["default"]])
-
-
-@pytest.mark.parametrize("strict", [False, True])
-def test_torch_export_of_functional_reads(strict: bool) -> None:
-    base, model = functional()
-    program = torch.export.export(model, (X,), strict=strict).module()
-    assert_same(program(X), run_dense(base, model, X))
-    names = {name for name, _ in program.named_parameters()}
-    assert {"read.weight", "read.hra_u.default"} <= names
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -145,17 +96,6 @@ def test_activation_checkpointing(reentrant: bool) -> None:
     wanted = torch.autograd.grad((run_dense(base, model, X) * normal(3, 3, 6)).sum(), leaves)
     for leaf, oracle in zip(leaves, wanted, strict=True):
         assert_same(leaf.grad, oracle)
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
-def test_forward_mode_derivatives_and_flop_counts() -> None:
-    base, layer = layer_pair()
-    tangent = normal(5, 3, 6)
-    _, derivative = torch.func.jvp(lambda x: F.linear(x, layer.weight), (X,), (tangent,))
-    assert_same(derivative, tangent @ dense(base, layer).mT)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        F.linear(X, layer.weight)
-    assert counter.get_total_flops() >= 2 * 3 * 6 * 4
 
 
 def test_functional_call_and_vmap() -> None:

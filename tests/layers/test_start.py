@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import pytest
@@ -18,13 +17,6 @@ from hra_fx import HRAConfig, transform
 Layer: TypeAlias = nn.Linear | nn.Conv2d
 #: The last one takes all dimensions of the square layer.
 RANKS = [1, 2, 3, 8, 16]
-LAYERS: dict[str, Callable[..., tuple[Any, tuple[int, ...]]]] = {
-    "linear": lambda: (nn.Linear(20, 12, dtype=F64), (5, 20)),
-    "square": lambda: (nn.Linear(16, 16, bias=False, dtype=F64), (5, 16)),
-    "conv": lambda: (nn.Conv2d(4, 6, 3, padding=1, dtype=F64), (2, 4, 6, 7)),
-    "oblong": lambda: (nn.Conv2d(4, 6, (3, 5), stride=(2, 1), groups=2, dtype=F64), (2, 4, 8, 9)),
-    "reflect": lambda: (nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect", dtype=F64), (2, 2, 6, 7)),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -37,19 +29,12 @@ def adapt(base: nn.Module, r: int, *, apply_GS: bool, init_weights: bool = True)
     return transform(nn.Sequential(copy.deepcopy(base)), config)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(F64, 1e-9), (torch.float32, 1e-5), (torch.bfloat16, 5e-3), (torch.float16, 2e-3)]
+)
 @pytest.mark.parametrize("apply_GS", [False, True])
 @pytest.mark.parametrize("r", RANKS)
-@pytest.mark.parametrize("kind", LAYERS)
-def test_the_start_is_the_base_layer(kind: str, r: int, apply_GS: bool) -> None:
-    base, shape = LAYERS[kind]()
-    x = normal(1, *shape)
-    assert relative_error(adapt(base, r, apply_GS=apply_GS)(x), base(x)) < 1e-9
-
-
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3), (torch.float16, 2e-3)])
-@pytest.mark.parametrize("apply_GS", [False, True])
-@pytest.mark.parametrize("r", RANKS)
-def test_the_start_in_narrow_dtypes(r: int, apply_GS: bool, dtype: torch.dtype, bound: float) -> None:
+def test_the_start_is_the_base_layer(r: int, apply_GS: bool, dtype: torch.dtype, bound: float) -> None:
     base = nn.Linear(384, 64, dtype=dtype)
     x = normal(1, 8, 384).to(dtype)
     wanted = copy.deepcopy(base).double()(x.double())
@@ -103,14 +88,3 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, target: 
     loss.backward()
     optimizer.step()
     return float(loss.detach())
-
-
-def test_the_same_seed_gives_the_same_start_and_another_seed_another() -> None:
-    drawn = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        model = adapt(nn.Linear(10, 4), 3, apply_GS=False)
-        drawn.append((model[0].hra_u["default"].detach(), model[0].hra_u.anchor("default")))
-    assert torch.equal(drawn[0][0], drawn[1][0])
-    assert torch.equal(drawn[0][1], drawn[1][1])
-    assert not torch.equal(drawn[0][0], drawn[2][0])

@@ -161,9 +161,3 @@ def test_a_part_that_is_saved_alone() -> None:
         if path != "blocks":
             x = normal(7, 3, 6 if path == "stem" else 8)
             assert torch.equal(again.eval()(x), part.eval()(x))
-
-
-def test_another_object_of_the_class_is_not_touched() -> None:
-    adapt(Two)
-    plain = Two()
-    assert type(plain) is Two and "forward" in vars(Two) and not hasattr(plain.first, "hra_u")

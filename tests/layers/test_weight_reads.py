@@ -150,14 +150,6 @@ def test_called_by_one_parent_and_read_by_another() -> None:
     check_fold(base, model, X)
 
 
-def test_hooks_on_a_layer_that_is_read_do_not_change_what_it_is() -> None:
-    base, model = pair(lambda: Reading("called and read"), TARGETS)
-    seen = []
-    model.fc.register_forward_hook(lambda module, args, output: seen.append(output.shape))
-    assert_same(model(X), run_dense(base, model, X))
-    assert seen == [(3, 6)]
-
-
 def test_a_reader_that_comes_after_the_adapters() -> None:
     base, model = pair(lambda: Reading("called and read"), TARGETS)
     hra_fx.add_adapter(model, "other", config("fc"))

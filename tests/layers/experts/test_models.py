@@ -47,26 +47,20 @@ def check(name: str, implementation: str | None, dtype: torch.dtype, tolerance: 
         assert relative_error(model(**call).logits, wanted) <= tolerance
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_each_model_equals_dense_rotated_experts(name: str) -> None:
-    check(name, "eager", torch.float64, 1e-9)
+EXACT, NARROW = (torch.float64, 1e-9), (torch.float32, 1e-5)
+CASES: list[tuple[str, str, tuple[torch.dtype, float], dict[str, object]]] = [
+    *((name, "eager", EXACT, {}) for name in NAMES),
+    *((name, "eager", EXACT, fields) for name in ("mixtral", "llama4") for fields in ({"apply_GS": True}, {"r": 3})),
+    *((name, "batched_mm", EXACT, {}) for name in ("qwen3_moe", "gpt_oss")),
+    *((name, "grouped_mm", NARROW, {"r": r}) for name in ("qwen3_moe", "gpt_oss") for r in (2, 3)),
+]
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
-def test_batched_products(name: str) -> None:
-    check(name, "batched_mm", torch.float64, 1e-9)
-
-
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
-@pytest.mark.parametrize("r", [2, 3])
-def test_grouped_products(name: str, r: int) -> None:
-    check(name, "grouped_mm", torch.float32, 1e-5, r=r)
-
-
-@pytest.mark.parametrize("fields", [{"apply_GS": True}, {"r": 3}], ids=str)
-@pytest.mark.parametrize("name", ["mixtral", "llama4"])
-def test_other_configurations(name: str, fields: dict[str, object]) -> None:
-    check(name, "eager", torch.float64, 1e-9, **fields)
+@pytest.mark.parametrize(("name", "implementation", "accuracy", "fields"), CASES, ids=str)
+def test_each_model_equals_dense_rotated_experts(
+    name: str, implementation: str, accuracy: tuple[torch.dtype, float], fields: dict[str, object]
+) -> None:
+    check(name, implementation, *accuracy, **fields)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])

@@ -9,7 +9,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from layers.quantized.bases import FEW, SCHEMES, adapted, config, dense, inputs, plain, quantized, turn
+from layers.quantized.bases import FEW, SCHEMES, adapted, config, dense, inputs, plain, quantized
 from oracles import relative_error
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -43,16 +43,6 @@ def test_an_adapter_is_loaded_over_a_quantized_base(scheme: str, tmp_path: Path)
     assert torch.equal(empty.train()(x), model(x))
 
 
-@pytest.mark.parametrize("scheme", FEW)
-def test_the_way_without_loss(scheme: str, tmp_path: Path) -> None:
-    """What every refusal of a fold names: the adapter over the weights before quantization."""
-    hra_fx.save_adapter(adapted(scheme), tmp_path)
-    base = hra_fx.load_adapter(plain(), tmp_path)
-    due = hra_fx.transform(plain(), config())
-    turn(due)
-    assert relative_error(hra_fx.fold(base)(inputs()), due(inputs())) < 1e-5
-
-
 @pytest.mark.parametrize("scheme", PLAIN_STATES)
 def test_a_state_dict_goes_round(scheme: str) -> None:
     model, other = adapted(scheme), hra_fx.transform(quantized(scheme), config())
@@ -82,13 +72,6 @@ def test_a_whole_model_is_pickled(scheme: str) -> None:
     assert torch.equal(again.train()(inputs()), model.train()(inputs()))
 
 
-@pytest.mark.parametrize("make", [quantized, adapted], ids=["plain", "adapted"])
-def test_torchao_keeps_a_module_from_being_pickled(make: object) -> None:
-    """By what it puts on the layers to print them; with adapters or without."""
-    with pytest.raises(AttributeError, match=r"'functools.partial' object has no attribute '__name__'"):
-        pickle.dumps(make("ao int8"))
-
-
 @pytest.mark.parametrize("scheme", ["bnb nf4", "ao int8 dynamic"])
 def test_reports_and_pictures(scheme: str, tmp_path: Path) -> None:
     model = adapted(scheme)
@@ -111,13 +94,6 @@ class Branching(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x if x.shape[0] < 100 else x[:100])
-
-
-@pytest.mark.parametrize("name", ["ao int8", "bnb nf4"])
-def test_a_call_is_captured(name: str) -> None:
-    model = Branching(adapted(name))
-    graph = hra_fx.graphs(model, inputs())[""]
-    torch.testing.assert_close(graph(inputs()), model(inputs()), rtol=1e-5, atol=1e-5)
 
 
 def test_a_call_is_drawn() -> None:

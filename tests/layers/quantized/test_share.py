@@ -58,17 +58,6 @@ def test_after_evaluation_too() -> None:
         assert [row.share for row in hra_fx.report(model)] == before
 
 
-def test_each_adapter_has_its_own() -> None:
-    model = adapted("ao int4")
-    hra_fx.add_adapter(model, "other", config("0", r=7))
-    turn(model, 5)
-    shares = {(row.path, row.adapter): row.share for row in hra_fx.report(model)}
-    assert shares["0", "other"] > shares["0", "default"]
-    for (path, name), share in shares.items():
-        layer = model[int(path)]
-        assert share == pytest.approx(due(values(layer), turned(layer, name)), rel=1e-5)
-
-
 def test_what_is_read_through_the_layer() -> None:
     base, packed = opaque()
     model = hra_fx.transform(base, config("0"))
@@ -83,15 +72,3 @@ def test_what_no_kernel_can_read_is_not_a_number() -> None:
     (row,) = hra_fx.report(model)
     assert math.isnan(row.share)
     assert row.angle > 0
-
-
-def test_without_data_it_is_not_a_number() -> None:
-    model = adapted("ao int8").to("meta")
-    assert all(math.isnan(row.share) for row in hra_fx.report(model))
-
-
-def test_a_plain_weight_that_came_in_its_place_is_read() -> None:
-    model = adapted("ao int8")
-    model[0].hra_base = nn.Parameter(torch.randn(128, 64, generator=torch.Generator().manual_seed(2)))
-    row, _ = hra_fx.report(model)
-    assert row.share == pytest.approx(due(model[0]._parameters["weight"].detach().double(), turned(model[0])), rel=1e-4)
