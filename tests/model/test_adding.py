@@ -26,23 +26,6 @@ def test_an_added_adapter_keeps_flags_that_were_set_by_hand() -> None:
     assert model.second.hra_u["a"].requires_grad
 
 
-def test_adapters_on_the_meta_device_wait_for_their_values() -> None:
-    plain, model = adapted(net(), a=config("first"))
-    hra_fx.add_adapter(model, "b", config("first", "second"), low_cpu_mem_usage=True)
-    x = normal(4, 6)
-    assert model.second.hra_u["b"].is_meta
-    assert_close(model(x), oracle(plain, model, ["a"], x))
-    hra_fx.set_adapter(model, "b")
-    with pytest.raises(
-        hra_fx.AdapterError,
-        match=r"^first: the vectors of b are on the meta device, without data\. Call .*assign=True\)",
-    ):
-        model(x)
-    state = {f"{path}.hra_u.b": normal(width, 2) for path, width in (("first", 6), ("second", 8))}
-    model.load_state_dict(model.state_dict() | state, assign=True)
-    assert_close(model(x), oracle(plain, model, ["b"], x))
-
-
 @pytest.mark.parametrize("mark", ["_hp_mapping", "ds_id"])
 def test_a_model_that_deepspeed_trains_takes_no_other_adapter(mark: str) -> None:
     """The marks of ZeRO 1 and 2, and of ZeRO 3; the slow tests of DeepSpeed have models with its own."""

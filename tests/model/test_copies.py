@@ -145,7 +145,6 @@ def test_two_adapters_with_copies_of_one_module_are_not_used_together() -> None:
     for act, names in (
         (lambda: hra_fx.set_adapter(model, ["a", "b"]), "ab"),
         (lambda: hra_fx.set_adapter(model, ["c", "b"]), "cb"),
-        (lambda: hra_fx.merge_adapter(model, ["b", "a"]), "ba"),
         (lambda: hra_fx.fold(model, ["b", "a"]), "ba"),
         (lambda: hra_fx.merge_adapter(model, "b"), "ba"),  # `b` would act before the active `a`
     ):

@@ -67,7 +67,7 @@ def test_the_others_can_be_trained_while_some_are_merged() -> None:
 
 
 @pytest.mark.parametrize("act", [hra_fx.merge_adapter, hra_fx.fold])
-@pytest.mark.parametrize("wrong", [["b"], ["b", "a"], ["c"], ["a", "c"], ["c", "a"]])
+@pytest.mark.parametrize("wrong", [["b"], ["b", "a"], ["a", "c"]])
 def test_a_subset_out_of_order_is_refused(wrong: list[str], act: Callable[..., Any]) -> None:
     model = three()[1]
     text = (
@@ -125,13 +125,6 @@ def test_a_repeated_merge_or_unmerge_only_warns() -> None:
         ):
             hra_fx.merge_adapter(model, names)
     assert seen(model) == before
-
-
-def test_a_merged_model_is_converted_with_the_base_weights_that_it_keeps() -> None:
-    plain, model = three()
-    hra_fx.merge_adapter(model)
-    hra_fx.unmerge_adapter(model.float())
-    assert torch.equal(stored(model, "first.weight"), plain.first.weight.float())
 
 
 def test_a_fold_of_merged_adapters_starts_from_the_weights_before() -> None:

@@ -162,13 +162,6 @@ def test_vectors_without_data_name_their_layer_and_those_without_values_give_nan
         assert empty(x).isnan().all()
 
 
-def test_an_anchor_without_data_is_refused_too() -> None:
-    model = hra_fx.transform(mlp(), config("0", r=3), low_cpu_mem_usage=True)
-    model.load_state_dict({"0.hra_u.default": torch.ones(model[0].in_features, 3)}, strict=False, assign=True)
-    with pytest.raises(AdapterError, match=r"^0: the vectors of default are on the meta device"):
-        model(torch.randn(2, model[0].in_features))
-
-
 def test_vectors_on_another_device_than_the_weights() -> None:
     model = hra_fx.transform(on_meta(mlp), config("0", r=3))
     with pytest.raises(AdapterError, match=r"^0: its weight is on the meta device\. Call model\.to_empty.*`device`"):

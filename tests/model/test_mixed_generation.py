@@ -106,14 +106,6 @@ def test_beams_of_the_generation_config_and_a_block() -> None:
     assert torch.equal(model.generate(ids, generation_config=given, adapter_names=NAMES), wanted)
 
 
-def test_several_samples_of_a_prompt_have_its_adapter() -> None:
-    model, ids = adapted(llama), prompts()
-    options = {"max_new_tokens": 3, "top_k": 1, "do_sample": True}
-    wanted = alone(model, ids, **options).repeat_interleave(2, dim=0)
-    found = model.generate(ids, adapter_names=NAMES, num_return_sequences=2, **options)
-    assert torch.equal(found, wanted)
-
-
 @pytest.mark.parametrize("names", [NAMES, ["fr", "en", "__base__", "en"]], ids=str)
 def test_logits_of_a_transformed_model(names: list[str]) -> None:
     model, ids = adapted(llama, nn.Module), prompts()

@@ -20,17 +20,21 @@ BAD += ["_anchor", "y_scaled", "base_layer", "original_module", "copied", "specs
 @pytest.mark.parametrize("name", BAD)
 def test_an_impossible_name_is_refused(name: str) -> None:
     model = adapted(net(), a=config("first", modules_to_save=["head"]), b=config("first"), c=config("second"))[1]
-    plain = net()
     text = (
         "`adapter_name` must be a string that can name a parameter and a folder: no dots, slashes or backslashes, no "
         f"spaces at its ends, not ending in '_anchor' or '_scaled', and not a reserved name; got {name!r}."
     )
+    with refuses(model, f"^{re.escape(text)}$"):
+        hra_fx.add_adapter(model, name, config("first"))
+
+
+def test_transform_and_combine_refuse_an_impossible_name() -> None:
+    plain, model = adapted(net(), a=config("first"), b=config("first"))
     for given, act in (
-        (model, lambda: hra_fx.add_adapter(model, name, config("first"))),
-        (model, lambda: hra_fx.combine(model, ["b", "c"], name)),
-        (plain, lambda: hra_fx.transform(plain, config("first"), name)),
+        (model, lambda: hra_fx.combine(model, ["a", "b"], "a.b")),
+        (plain, lambda: hra_fx.transform(plain, config("first"), "a.b")),
     ):
-        with refuses(given, f"^{re.escape(text)}$"):
+        with refuses(given, "^`adapter_name` must be a string that can name"):
             act()
 
 
@@ -66,7 +70,6 @@ def test_a_possible_name_names_parameters_and_copies(name: str) -> None:
 def test_a_taken_name_is_refused() -> None:
     model = adapted(net(), a=config("first"), b=config("second"))[1]
     for act in (
-        lambda: hra_fx.add_adapter(model, "b", config("first")),
         lambda: hra_fx.add_adapter(model, "b", config("second")),
         lambda: hra_fx.combine(model, ["a", "b"], "b"),
     ):
@@ -75,22 +78,13 @@ def test_a_taken_name_is_refused() -> None:
             act()
 
 
-USES: dict[str, Callable[[nn.Module, Any], Any]] = {
-    "set_adapter": lambda model, name: hra_fx.set_adapter(model, name),
-    "merge_adapter": lambda model, name: hra_fx.merge_adapter(model, name),
-    "fold": lambda model, name: hra_fx.fold(model, name),
-    "delete_adapter": lambda model, name: hra_fx.delete_adapter(model, name),
-    "set_scale": lambda model, name: hra_fx.set_scale(model, name, 0.5),
-    "combine": lambda model, name: hra_fx.combine(model, ["a", name], "c"),
-    "save_adapter": lambda model, name: hra_fx.save_adapter(model, "unused", name),
-}
+USES: list[Callable[[nn.Module, Any], Any]] = [hra_fx.set_adapter, hra_fx.merge_adapter, hra_fx.fold]
 
 
 @pytest.mark.parametrize("use", USES)
-def test_unknown_and_repeated_names_are_refused(use: str) -> None:
+def test_unknown_and_repeated_names_are_refused(use: Callable[[nn.Module, Any], Any]) -> None:
     model = adapted(net(), a=config("first"), b=config("second"))[1]
     with refuses(model, r"^the model has no adapter 'ab'\. It has 'a', 'b'\.$"):
-        USES[use](model, "ab")
-    if use in ("set_adapter", "merge_adapter", "fold"):
-        with refuses(model, r"^adapter names must be unique, got \['a', 'b', 'a'\]\.$"):
-            USES[use](model, ["a", "b", "a"])
+        use(model, "ab")
+    with refuses(model, r"^adapter names must be unique, got \['a', 'b', 'a'\]\.$"):
+        use(model, ["a", "b", "a"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import hra_fx
-from hra_fx.model.state import get_state
 
 
 class Twice(nn.Module):
@@ -52,10 +50,8 @@ STEPS: dict[str, tuple[type[Exception], Callable[[Any], object]]] = {
     "delete": (hra_fx.AdapterError, lambda model: hra_fx.delete_adapter(model, "x")),
     "add": (hra_fx.AdapterError, lambda model: hra_fx.add_adapter(model, "z", config("c"))),
     "fold": (hra_fx.FoldError, lambda model: hra_fx.fold(model)),
-    "fold one": (hra_fx.FoldError, lambda model: hra_fx.fold(model, "x")),
     "merge": (hra_fx.FoldError, lambda model: hra_fx.merge_adapter(model)),
     "unload": (hra_fx.AdapterError, lambda model: model.unload()),
-    "merge and unload": (hra_fx.FoldError, lambda model: model.merge_and_unload()),
 }
 
 
@@ -118,30 +114,20 @@ def with_scripted() -> tuple[nn.Sequential, nn.Sequential]:
     return plain, nn.Sequential(*copy.deepcopy(plain)[:3], scripted(copy.deepcopy(plain[3])))
 
 
-def test_a_model_with_a_scripted_child_has_adapters_as_any_other(tmp_path: Path) -> None:
+def test_a_model_with_a_scripted_child_has_adapters_as_any_other() -> None:
     plain, model = with_scripted()
     x, keys = normal(4, 6), list(model.state_dict())
     hra_fx.transform(model, config("0"), "a")
     hra_fx.add_adapter(model, "b", config("0", "2"))
     turn(model)
-    hra_fx.save_adapter(model, tmp_path, "b")
-    for names in (["a"], ["b"], ["b", "a"], ["a", "b"]):
+    for names in (["a"], ["b", "a"], ["a", "b"]):
         hra_fx.set_adapter(model, names)
         assert_close(run(model, x), oracle(plain, model, names, x))
-    both, last = oracle(plain, model, ["a", "b"], x), oracle(plain, model, ["b"], x)
-    assert [row.path for row in hra_fx.report(model).rows] == ["0", "0", "2"]
+    both = oracle(plain, model, ["a", "b"], x)
     hra_fx.merge_adapter(model)
     assert_close(run(model, x), both)
     hra_fx.unmerge_adapter(model)
-    hra_fx.delete_adapter(model, "a")
-    assert_close(run(model, x), last)
     hra_fx.fold(model)
-    assert_close(run(model, x), last)
+    assert_close(run(model, x), both)
     assert list(model.state_dict()) == keys
     assert not any(hasattr(part, "hra_u") for part in model)
-    _, again = with_scripted()
-    hra_fx.load_adapter(again, tmp_path, "b")
-    assert_close(run(again, x), last)
-    hra_fx.delete_adapter(again, "b")
-    assert torch.equal(run(again, x), run(plain, x))
-    assert get_state(again) is None

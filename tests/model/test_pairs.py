@@ -16,17 +16,13 @@ from model.pair_steps import (
     base,
     by_oracle,
     by_pairs,
-    loss_of,
     loss_of_experts,
     off_start,
     same,
-    values_of,
-    vectors_of,
 )
 from moe_models import built, experts_config
 
 import hra_fx
-from hra_fx import train_pairs
 from hra_fx.functional.householder import init_vectors
 from hra_fx.functional.pairs import start_length
 
@@ -54,18 +50,3 @@ def test_a_vector_starts_at_length_one() -> None:
     for r in (2, 8):
         drawn = init_vectors(4096, r, apply_GS=False, init_weights=True, dtype=F64)[0]
         assert float(drawn.norm(dim=0).square().mean().sqrt()) == pytest.approx(start_length(4096, r), rel=0.02)
-
-
-def test_with_equal_weights_sgd_is_sgd_of_another_rate() -> None:
-    """The map is then an orthogonal one times `sqrt(2) L`, and SGD does not depend on orthogonal coordinates."""
-    model = adapted(target_modules=["0"])
-    plain, rate = copy.deepcopy(model), 0.1
-    for each, lr in ((model, rate), (plain, rate * 2 * start_length(6, 4) ** 2)):
-        optimizer = torch.optim.SGD(vectors_of(each).values(), lr=lr)
-        if each is model:
-            train_pairs(optimizer, model, 1.0)
-        for step in range(3):
-            optimizer.zero_grad()
-            loss_of(each, step).backward()
-            optimizer.step()
-    same(values_of(model), values_of(plain))

@@ -20,7 +20,6 @@ import torch
 from model.pair_steps import (
     AdamW,
     C,
-    HalfStep,
     adapted,
     base,
     by_oracle,
@@ -70,18 +69,6 @@ def test_after_an_error_everything_is_as_before(error: Any, scheduler_first: boo
         assert torch.equal(own, copied)
 
 
-def test_a_step_that_another_tool_took_before_is_in_pairs_and_ends_in_vectors() -> None:
-    models = adapted(), adapted()
-    optimizers = [torch.optim.AdamW(vectors_of(model).values(), lr=0.01) for model in models]
-    earlier = optimizers[0].step
-    for optimizer, model in zip(optimizers, models, strict=True):
-        train_pairs(optimizer, model)
-        loss_of(model).backward()
-    earlier()
-    optimizers[1].step()
-    same(values_of(models[0]), values_of(models[1]), 1e-300)
-
-
 def test_a_closure_runs_in_vectors() -> None:
     """LBFGS calls it several times a step. Dot products do not depend on the order of coordinates."""
     lbfgs = partial(torch.optim.LBFGS, lr=0.5, max_iter=4, line_search_fn="strong_wolfe")
@@ -104,46 +91,6 @@ def test_a_closure_runs_in_vectors() -> None:
     held, now = explicit_pairs(explicit)
     trained(lbfgs(held), lambda: loss_of(lambda x: functional_call(explicit, now(), x)))
     same(values_of(model), now(), 1e-9)
-
-
-def test_a_closure_that_a_step_passes_to_its_base_class() -> None:
-    model = adapted()
-    explicit = copy.deepcopy(model)
-    optimizer = HalfStep(vectors_of(model).values(), lr=0.02)
-    train_pairs(optimizer, model, C)
-    held, now = explicit_pairs(explicit)
-    other = HalfStep(held, lr=0.02)
-    for each, loss in (
-        (optimizer, lambda: loss_of(model)),
-        (other, lambda: loss_of(lambda x: functional_call(explicit, now(), x))),
-    ):
-
-        def closure(each: Any = each, loss: Any = loss) -> Any:
-            each.zero_grad()
-            value = loss()
-            value.backward()
-            return value
-
-        closure()  # vectors without a gradient are not converted
-        for _ in range(2):
-            each.step(closure)
-    same(values_of(model), now())
-
-
-def test_after_an_error_in_a_closure_everything_is_as_before() -> None:
-    def closure() -> Any:
-        seen.append(values_of(model))
-        raise Stopped
-
-    model, seen = adapted(), []
-    optimizer = torch.optim.SGD(vectors_of(model).values())
-    train_pairs(optimizer, model)
-    loss_of(model).backward()
-    before = values_of(model)
-    with pytest.raises(Stopped):
-        optimizer.step(closure=closure)
-    same(seen[0], before, 1e-300)
-    same(values_of(model), before, 1e-300)
 
 
 def test_a_step_that_a_scaler_skips_changes_nothing() -> None:

@@ -5,37 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from model.many import adapted, assert_close, config, net, normal, oracle, three
-from torch import nn
 
 import hra_fx
-
-
-def test_the_remaining_adapters_act_on_the_new_weights_alone_and_together() -> None:
-    plain, model = three()
-    x = normal(4, 6)
-    sets = {("b",): ["a", "b"], ("c",): ["a", "c"], ("c", "b"): ["a", "c", "b"], (): ["a"]}
-    wanted = {names: oracle(plain, model, whole, x) for names, whole in sets.items()}
-    hra_fx.fold(model, "a")
-    for names, output in wanted.items():
-        hra_fx.set_adapter(model, names)
-        assert_close(model(x), output)
-
-
-def test_the_report_and_the_graph_show_what_is_left() -> None:
-    model = three()[1]
-    plan = hra_fx.plan_fold(model, "a")
-    assert [(layer.path, layer.change > 0.1) for layer in plan.layers] == [("first", True), ("second", False)]
-    plan.apply()
-    assert [(row.path, row.adapter) for row in hra_fx.report(model)] == [
-        ("first", "b"),
-        ("second", "b"),
-        ("second", "c"),
-    ]
-    hra_fx.fold(model, "b")
-    assert [(row.path, row.adapter) for row in hra_fx.report(model)] == [("second", "c")]
-    called = [str(node.target) for node in hra_fx.graphs(model)[""].graph.nodes if node.op == "call_module"]
-    assert [target for target in called if "hra_u" in target] == ["second.hra_u"]
-    assert type(model.first) is nn.Linear
 
 
 def test_a_fold_without_names_warns_of_adapters_that_are_not_active() -> None:

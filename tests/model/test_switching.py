@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from model.many import SAVED, adapted, assert_close, config, net, normal, oracle, refuses
+from model.many import adapted, assert_close, config, net, normal, oracle, refuses
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import hra_fx
 
@@ -28,30 +27,6 @@ def test_three_adapters_act_in_their_order_and_only_flags_change() -> None:
         }
         after = [(name, id(tensor), tensor._version) for name, tensor in model.state_dict(keep_vars=True).items()]
         assert after == before
-
-
-class Operators(TorchDispatchMode):
-    """Lists the operators that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_switch_runs_no_operator_so_that_it_never_waits_for_a_device() -> None:
-    layers = {"a": config("first", "second", **SAVED), "b": config("second", **SAVED), "c": config("first")}
-    _, model = adapted(net(), **layers)
-    hra_fx.set_scale(model, "c", 0.5)
-    with Operators() as operators:
-        for names in ("a", ["c", "b"], [], "b", "c"):
-            hra_fx.set_adapter(model, names)
-        assert operators.names == []
-        model(normal(4, 6))
-    assert operators.names, "the list has operators"
 
 
 class Holder(nn.Module):
