@@ -13,8 +13,6 @@ from layers.checking import assert_same, check, check_fold, normal, pair, run_de
 from refusals import refused
 from torch import Tensor, nn
 
-import hra_fx
-
 
 class Attending(nn.Module):
     """Self-attention, or attention to another sequence, with whatever else is given."""
@@ -105,14 +103,6 @@ def test_inputs_of_different_widths_are_refused_for_the_attention_and_not_for_it
     args = (X, normal(4, 6, 2, 5), normal(5, 6, 2, 7))
     check(base, adapted, *args)
     check_fold(base, adapted, *args)
-
-
-def test_a_graph_calls_it_whole() -> None:
-    _, model = pair(WithNorm, ["attn", "out_proj", "fc"])
-    calls = [node for node in hra_fx.graphs(model)[""].graph.nodes if node.op == "call_module"]
-    assert [node.target for node in calls] == ["norm", "attn", "fc.hra_u", "fc"]
-    note = calls[1].meta["hra"]
-    assert note.role == "reader" and {note.path, *note.also} == {"attn", "attn.out_proj"}
 
 
 # ---- torch's own layers over it, and the fast paths that they take in eval mode without gradients ----

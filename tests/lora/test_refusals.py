@@ -13,7 +13,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from layers.test_weight_reads import TARGETS, USES, Reading
+from layers.reading_weights import TARGETS, USES, Reading
 from lora.kinds import move
 from oracles import relative_error
 from timm.layers import Conv2dSame, StdConv2d

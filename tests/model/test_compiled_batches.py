@@ -184,27 +184,12 @@ class Activated(Switched):
         return first + self.k(x) + middle
 
 
-class Body(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        def body(z: Tensor) -> Tensor:
-            z.mul_(2)
-            return z.sum()
-
-        total: Tensor = checkpoint(body, x, use_reentrant=False)
-        return total
-
-
 class ReluByPlace(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.relu(x, True)
 
 
-@pytest.mark.filterwarnings("ignore:.*remat_using_tags_for_fwd_loss_bwd_graph:UserWarning")  # torch 2.10, of a body
-@pytest.mark.parametrize(
-    "act",
-    [nn.LeakyReLU(0.1, inplace=True), ReluByPlace(), Body()],
-    ids=lambda act: type(act).__name__,
-)
+@pytest.mark.parametrize("act", [nn.LeakyReLU(0.1, inplace=True), ReluByPlace()], ids=lambda act: type(act).__name__)
 def test_activations_in_place_between_sites(seen: Recorder, act: nn.Module) -> None:
     base = Activated(act)
     model = hra_fx.transform(copy.deepcopy(base), hra_fx.HRAConfig(r=2, target_modules=["q", "k"], init_weights=False))
@@ -227,7 +212,7 @@ class WithGradients(Switched):
             return self.k(torch.relu(self.q(x)))
 
 
-@pytest.mark.parametrize(("inside", "outside"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(("inside", "outside"), [(True, False), (False, True)])
 def test_gradients_are_on_where_they_were(seen: Recorder, inside: bool, outside: bool) -> None:
     model = hra_fx.transform(WithGradients(inside), hra_fx.HRAConfig(r=2, target_modules=["q", "k"]))
     randomise(model)

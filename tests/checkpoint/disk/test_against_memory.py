@@ -100,25 +100,17 @@ def test_tied_layers_in_blocks_are_untied(tmp_path: Path) -> None:
 
 
 def test_a_model_that_ties_again_when_it_is_loaded_is_named(tmp_path: Path) -> None:
-    model = made.t5()
-    base = made.base_of(model, tmp_path / "base")
-    adapter = made.adapter_of(model, tmp_path / "adapter", "q", "lm_head")
     with pytest.warns(hra_fx.HRAWarning, match="T5Config sets tie_word_embeddings=True when it is loaded"):
-        report = hra_fx.fold_checkpoint(base, adapter, tmp_path / "out")
-    loaded = type(model).from_pretrained(base, dtype="auto")
-    memory = made.folded_in_memory(loaded, tmp_path / "memory", adapter)
-    made.equal_but_for_steps(made.tensors(tmp_path / "out"), made.tensors(memory))
+        report, out, memory = both(tmp_path, made.t5, ["q", "lm_head"], torch.bfloat16)
+    made.equal_but_for_steps(made.tensors(out), made.tensors(memory))
     assert set(report.untied) == {"lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
 
 
 def test_embeddings_that_were_trained_as_one_stay_one(tmp_path: Path) -> None:
-    model = made.llama(tie_word_embeddings=True)
-    base = made.base_of(model, tmp_path / "base")
-    adapter = made.adapter_of(model, tmp_path / "adapter", "q_proj", modules_to_save=["embed_tokens", "lm_head"])
-    report = hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", verify=True)
-    loaded = type(model).from_pretrained(base, dtype="auto")
-    memory = made.folded_in_memory(loaded, tmp_path / "memory", adapter)
-    made.equal_but_for_steps(made.tensors(tmp_path / "out"), made.tensors(memory))
+    saved = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    build = TIED["Llama"][0]
+    report, out, memory = both(tmp_path, build, ["q_proj"], torch.bfloat16, **saved)
+    made.equal_but_for_steps(made.tensors(out), made.tensors(memory))
     assert not report.untied and report.given == ("model.embed_tokens.weight",)
 
 

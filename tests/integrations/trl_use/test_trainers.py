@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from adapting import batches
 from integrations.trl_use.runs import (
     FAST,
     NAMED,
@@ -21,7 +22,6 @@ from integrations.trl_use.runs import (
     trainer,
     vectors_of,
 )
-from layers.test_batching import batches
 from oracles import relative_error
 from peft.tuners.hra.layer import HRALinear
 from transformers import LlamaModel, set_seed

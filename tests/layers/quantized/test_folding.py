@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -146,22 +145,6 @@ def test_layers_that_nothing_turns_are_the_same_after_forwards(scheme: str) -> N
         hra_fx.fold(model, "other", requantize=True)  # which starts at the identity, and stays there
         assert model[2]._parameters["weight"] is kept and torch.equal(values(model[2]), before)
         assert relative_error(model(x), due) < 0.15
-
-
-@pytest.mark.parametrize("called", [False, True])
-@pytest.mark.parametrize("scheme", ["bnb int8", "bnb nf4", "bnb fp4 nested"])
-def test_a_pickled_model_is_folded_as_the_original(scheme: str, called: bool) -> None:
-    """A pickle of bitsandbytes' parameter is a plain one, with its attributes."""
-    model, x = adapted(scheme).eval(), inputs()
-    with torch.no_grad():
-        if called:
-            model(x)
-        again = pickle.loads(pickle.dumps(model))
-        with told():
-            hra_fx.fold(model, requantize=True)
-            hra_fx.fold(again, requantize=True)
-        assert torch.equal(values(again[0]), values(model[0])) and torch.equal(values(again[2]), values(model[2]))
-        assert torch.equal(again(x), model(x))
 
 
 @pytest.mark.parametrize("scheme", FEW)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from layers.quantized import bases
 from layers.quantized.bases import FEW, SCHEMES, adapted, config, dense, inputs, quantized, rotated, turn, values
 from oracles import relative_error
 from torch import Tensor, nn
@@ -195,3 +196,24 @@ def test_one_graph_of_a_compiler_computes_and_trains_the_same(scheme: str) -> No
     due = gradients(model, model(x), weights)
     for ours, theirs in zip(gradients(model, compiled(x), weights), due, strict=True):
         assert relative_error(ours, theirs) < 1e-5
+
+
+# ---- mixed batches over quantized layers, against the dense products of each row's adapter ----
+
+
+@pytest.mark.parametrize("scheme", bases.FEW)
+def test_rows_have_their_adapters(scheme: str) -> None:
+    model = bases.adapted(scheme)
+    hra_fx.add_adapter(model, "odd", bases.config("2", r=3))
+    bases.turn(model)
+    x, names = bases.inputs(4), ["default", "odd", "__base__", "odd"]
+    with torch.no_grad(), hra_fx.mixed_batch(model.eval(), names):
+        mixed = model(x)
+    for row, name in enumerate(names):
+        first, _, last = model
+        weights = [
+            bases.rotated(layer, name) if name in layer.hra_u.specs else bases.values(layer) for layer in (first, last)
+        ]
+        hidden = torch.tanh(x[row].double() @ weights[0].mT + first.bias.double())
+        wanted = hidden @ weights[1].mT + last.bias.double()
+        assert relative_error(mixed[row].double(), wanted) < max(3e-2, bases.SCHEMES[scheme].tolerance), name
