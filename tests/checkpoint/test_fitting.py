@@ -1,4 +1,4 @@
-"""Loading over other adapters; what is accepted; and what is not saved."""
+"""Loading over other adapters and wrapped blocks; what is accepted; and what is not saved."""
 
 from __future__ import annotations
 

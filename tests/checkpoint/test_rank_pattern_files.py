@@ -1,8 +1,7 @@
-"""Adapters with a `rank_pattern` in files: saved and loaded, folded on disk, shown, and converted for PEFT."""
+"""Adapters with a `rank_pattern` in files: saved and loaded, shown, and converted for PEFT."""
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -102,18 +101,6 @@ def test_odd_and_even_chains_have_no_form_for_peft(tmp_path: Path) -> None:
     text = mistake("convert", tmp_path / "ours", tmp_path / "theirs", "--to", "peft")
     assert ": model.layers.0.self_attn.q_proj: 2 reflections cannot be padded to 3: the difference must be" in text
     assert not (tmp_path / "theirs").exists()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_fold_on_disk(tmp_path: Path, kind: str) -> None:
-    model = trained(kind)
-    made.base_of(copy.deepcopy(base()), tmp_path / "base", torch.float32)
-    plain = made.transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
-    model.load_state_dict(plain.state_dict(), strict=False)
-    hra_fx.save_adapter(model, tmp_path / "adapter")
-    hra_fx.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "folded", verify=True)
-    folded = made.transformers.LlamaForCausalLM.from_pretrained(tmp_path / "folded")
-    torch.testing.assert_close(logits(folded), logits(model), rtol=1e-4, atol=1e-4)
 
 
 def test_a_dry_run_shows_it(tmp_path: Path) -> None:

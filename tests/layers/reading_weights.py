@@ -1,4 +1,4 @@
-"""An adapted layer beside its base, and a model that reads weights functionally, for tests of `layer.weight`."""
+"""Adapted layers beside their base, and models that read weights functionally, for tests of `layer.weight`."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torchvision
 from adapting import config
 from layers.checking import assert_same, check, check_fold, normal, pair, run_dense
 from refusals import refused
@@ -154,22 +153,3 @@ def test_encoder_and_decoder(batch_first: bool) -> None:
     args = (normal(7, 3, 3, 12), normal(8, 3, 3, 12))
     check(base, model, *args)
     check_fold(base, model, *args)
-
-
-def vision_transformer() -> nn.Module:
-    return torchvision.models.VisionTransformer(8, 4, 2, 2, 12, 16, num_classes=3)
-
-
-@pytest.mark.parametrize(
-    "targets", [["self_attention"], ["out_proj"], ["self_attention", "out_proj", "conv_proj", "head"]]
-)
-def test_torchvisions_vision_transformer(targets: list[str]) -> None:
-    def make() -> nn.Module:
-        model = vision_transformer()
-        nn.init.normal_(model.heads.head.weight)
-        return model
-
-    base, model = pair(make, targets)
-    images = normal(9, 2, 3, 8, 8)
-    check(base, model, images)
-    check_fold(base, model, images)

@@ -1,4 +1,4 @@
-"""Factors in batches: how many there are, when a layer computes its own, and that both give the right gradients."""
+"""Factors that are computed in batches give the right outputs and gradients; in `generate` and narrow dtypes too."""
 
 from __future__ import annotations
 

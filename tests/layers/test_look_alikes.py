@@ -1,4 +1,4 @@
-"""Layers that are almost a Linear or a Conv2d: own forwards, GPT-2's Conv1D, and convolutions of every dimension."""
+"""Layers that are almost a Linear or a Conv2d: own forwards; and models out of the ordinary."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from adapting import config
 from layers.checking import assert_same, check, check_fold, normal, pair, run_dense
 from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d
@@ -107,30 +106,6 @@ def test_subclasses_of_conv2d(layer: Callable[[], nn.Module], fields: dict[str, 
     base, model = pair(settled, ["0", "1"], **fields)
     check(base, model, normal(2, 2, 3, 8, 8), rtol=1e-9)
     check_fold(base, model, normal(2, 2, 3, 8, 8), rtol=1e-9)
-
-
-# ---- GPT-2, of transformers' Conv1D ----
-
-
-def gpt2(**kwargs: Any) -> nn.Module:
-    sizes = {"n_embd": 12, "n_layer": 2, "n_head": 2, "vocab_size": 17, "n_positions": 32}
-    settings = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=16, pad_token_id=16, **kwargs)
-    return transformers.GPT2LMHeadModel(settings)
-
-
-IDS = torch.randint(0, 16, (2, 7), generator=torch.Generator().manual_seed(0))
-
-
-def test_gpt2_whole() -> None:
-    base, model = pair(gpt2, ["c_attn", "c_proj", "c_fc"])
-    assert len(hra_fx.report(model)) == 8
-    check(base, model, input_ids=IDS, labels=IDS, use_cache=False)
-    with torch.no_grad():
-        written = model.generate(IDS, max_new_tokens=6, do_sample=False)
-    folded = check_fold(base, model, input_ids=IDS, use_cache=False)
-    assert torch.equal(folded.generate(IDS, max_new_tokens=6, do_sample=False), written)
-    base.load_state_dict(folded.state_dict())
-    assert torch.equal(base.generate(IDS, max_new_tokens=6, do_sample=False), written)
 
 
 # ---- convolutions of one, two and three axes ----

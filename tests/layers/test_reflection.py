@@ -1,4 +1,4 @@
-"""Layers that carry reflections against the dense oracle: output and every gradient, for each kind of layer."""
+"""Adapted layers against the dense oracle: output and every gradient, in every dtype, at the start and in training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models whose weights are read as `W Q`: copied, saved, moved, tied, compiled, exported, transformed and trained."""
+"""Models whose weights are read as `W Q`: copied, saved, moved, tied, compiled, transformed, and read in every way."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_an_adapted_head_that_is_tied_to_the_embedding(read: bool) -> None:
     assert len([*model.parameters()]) == len([*base.parameters()]) + 2
 
 
-# ---- compilers, tracers, transformations ----
+# ---- compilers, checkpoints and replicas ----
 
 
 def test_a_compiled_function_that_gets_a_weight() -> None:
@@ -111,25 +111,6 @@ def test_activation_checkpointing(reentrant: bool) -> None:
         assert_same(leaf.grad, oracle)
 
 
-def test_vmap() -> None:
-    base, model = functional()
-    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    wanted = run_dense(base, model, X)
-
-    def run(vectors: Tensor, x: Tensor) -> Tensor:
-        return torch.func.functional_call(model, state | {"read.hra_u.default": vectors}, (x,))
-
-    vectors = model.read.hra_u["default"]
-    # A batch of adapters over one input, and one adapter over a batch of inputs.
-    batch = torch.stack([vectors.detach(), normal(6, *vectors.shape)])
-    for u, output in zip(batch, torch.vmap(run, (0, None))(batch, X), strict=True):
-        other = copy.deepcopy(model)
-        with torch.no_grad():
-            other.read.hra_u["default"].copy_(u)
-        assert_same(output, run_dense(base, other, X))
-    assert_same(torch.vmap(run, (None, 0))(vectors.detach(), X), wanted)
-
-
 def test_a_replica_of_data_parallel_has_its_tensors_as_plain_attributes() -> None:
     base, model = functional()
     moved: Any = copy.deepcopy(base)
@@ -143,9 +124,6 @@ def test_a_replica_of_data_parallel_has_its_tensors_as_plain_attributes() -> Non
             setattr(twin, key, parameter * 1.5 if (name, key) == ("read", "weight") else parameter.view_as(parameter))
         replica._modules[name] = twin
     assert_gradients(replica(X), run_dense(moved, model, X), list(vectors_of(model).values()))
-
-
-# ---- optimizers ----
 
 
 # ---- weights that a tool moves and stores again ----

@@ -1,4 +1,4 @@
-"""`add_adapter`: flags, modes and the order of parameters, which optimizer states depend on, do not change."""
+"""`add_adapter`: flags, modes and the order of parameters do not change; which names an adapter can have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""After an error or a warning at any step, the model is unchanged or completely changed, or computes the same."""
+"""After an error, a model is unchanged or completely changed; a plan of a fold is not applied to a changed model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`modules_to_save` and `bias`: every adapter has copies of its own, which are in place while it is active."""
+"""`modules_to_save` and `bias`: every adapter has copies of its own; which parameters are trained, as in PEFT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model frees what it no longer needs: classes, replaced layers, factors."""
+"""A model frees what it no longer needs, such as classes and factors, and needs little memory for a fold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`merge_adapter`: the same outputs from plain weights, and back again bit for bit."""
+"""`merge_adapter`, and `fold` of some adapters: the same outputs from plain weights, and back again."""
 
 from __future__ import annotations
 

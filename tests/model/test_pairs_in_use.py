@@ -1,4 +1,4 @@
-"""`train_pairs` with schedulers, closures, errors, saved states and other optimizers, and what it refuses."""
+"""`train_pairs` against an oracle; with schedulers, closures, errors and saved states; and what it refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`set_adapter`: several adapters act as `W Q_a Q_b ...` in the order that was asked for, also through a wrapper."""
+"""`set_adapter` and `delete_adapter`: which adapters act, in which order; through wrappers and `torch.compile` too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The values of a report's rows against dense products in float64, and the report as a table."""
+"""The values of a report's rows, its angles and shares, against dense products in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layers without an adapter, each with its reason."""
+"""The layers without an adapter, each with its reason, of models and of programs; and the rows of programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a graph of one call could differ from the model without an error: it does the same, or says that it cannot."""
+"""Where a graph could differ from the model without an error: it does the same, or a refusal says why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`transform(..., trace=True)` of models that torch.fx cannot trace: a graph does what eager mode does."""
+"""`transform(..., trace=True)`, with and without an example: a graph does what eager mode does."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 from graph_modules import COPIES, X, config
-from layers.checking import assert_same, check, normal, randomise
+from layers.checking import assert_same, randomise
 from torch import Tensor, fx, nn
-from torchvision.models.swin_transformer import SwinTransformer
 from tracing.captured import CASES, bert, llama, made_pair, pair_of, tokens
 from tracing.models import Branches, Dropout, Two
 
@@ -294,35 +293,6 @@ def test_adapters_are_added_switched_deleted_saved_and_loaded(tmp_path: Path) ->
     assert "second.hra_u" not in calls(model)
     for copied in COPIES:
         assert_same(copied(model)(X), model(X))
-
-
-def swin() -> nn.Module:
-    return SwinTransformer([2, 2], 8, [1, 1], [1, 2], [2, 2], num_classes=3, stochastic_depth_prob=0.3)
-
-
-def beit() -> nn.Module:
-    import timm
-
-    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 3}
-    model: Any = timm.create_model("beit_base_patch16_224", **sizes, drop_path_rate=0.3, init_values=1.0)
-    nn.init.normal_(model.head.weight)  # it starts near zero
-    return model
-
-
-@pytest.mark.parametrize(
-    ("make", "targets", "reads"),
-    [
-        (swin, ["qkv", "proj", "mlp.0", "mlp.3"], "features.1.0.attn.qkv.hra_u"),
-        (beit, ["qkv", "attn.proj", "fc1", "fc2"], "blocks.0.attn.qkv.hra_u"),
-    ],
-    ids=["swin", "beit"],
-)
-def test_vision_models_and_readers_of_weights(make: Callable[[], nn.Module], targets: list[str], reads: str) -> None:
-    base, model = traced(make, *targets)
-    of_weights = [str(node.target) for node in model.graph.nodes if "weight" in node.kwargs and "hra" in node.meta]
-    assert reads in of_weights
-    check(base, model, normal(3, 2, 3, 16, 16))
-    check(base, copy.deepcopy(model), normal(3, 2, 3, 16, 16))
 
 
 class Unused(Two):

@@ -1,4 +1,4 @@
-"""DOT and GraphML: files for other programs."""
+"""DOT, GraphML and Mermaid: files for other programs."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ class Long(nn.Module):
 
 
 def test_more_edges_than_github_draws_are_refused_with_the_depth_that_fits() -> None:
-    found = drawing_of(Long(45))
+    found = drawing_of(Long(60))
     gives = r"`depth=3` gives [\d,]+ edges and [\d,]+ characters; GitHub draws at most 500 edges and 50,000 characters"
     with pytest.raises(hra_fx.VisualizeError, match=rf"{gives}\. `depth=1` fits\."):
         render(found, Options(depth=3))

@@ -1,4 +1,4 @@
-"""`to_networkx`: every model that can be looked at, against what fx, hooks and torch.export say of it."""
+"""`to_networkx`: every model and state that can be looked at, against what fx, hooks and torch.export say of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which modules are open: within the budget, and every adapted layer in exactly one box."""
+"""Which modules are open, within the budget; the options of a picture, and a module by itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From models to leaves and scopes: every site once, values as they flow in the captured graph."""
+"""From models to leaves, scopes and a layout: every site once, values as they flow in the captured graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The colors of light and dark pictures: contrast, and that every picture uses them."""
+"""The colors of light and dark pictures: contrast, that every picture uses them, and the heat."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A fold that is killed, interrupted or refused by the disk leaves the base and the output folder as they were."""
+"""A fold that is killed, interrupted or refused by the disk leaves the folders as they were; `verify` finds damage."""
 
 from __future__ import annotations
 

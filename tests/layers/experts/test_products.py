@@ -1,4 +1,4 @@
-"""The 3-D parameter of adapted experts as its readers see it, against dense rotated weights."""
+"""The 3-D parameter of adapted experts as its readers and whole models see it, against dense rotated weights."""
 
 from __future__ import annotations
 

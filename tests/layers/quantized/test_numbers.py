@@ -1,4 +1,4 @@
-"""Outputs and gradients over quantized weights, against dense products in float64 over what the weights stand for."""
+"""Outputs and gradients over quantized weights, also of mixed batches, against dense products in float64."""
 
 from __future__ import annotations
 

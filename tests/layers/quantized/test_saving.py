@@ -1,4 +1,4 @@
-"""Adapters over quantized weights are saved and loaded as over any; whole models as far as their libraries go."""
+"""Adapters over quantized weights are saved, loaded and reported as over any; whole models as far as libraries go."""
 
 from __future__ import annotations
 
