@@ -29,15 +29,6 @@ def test_an_added_adapter_keeps_flags_that_were_set_by_hand() -> None:
     assert model.second.hra_u["a"].requires_grad
 
 
-@pytest.mark.parametrize("mark", ["_hp_mapping", "ds_id"])
-def test_a_model_that_deepspeed_trains_takes_no_other_adapter(mark: str) -> None:
-    """The marks of ZeRO 1 and 2, and of ZeRO 3; the slow tests of DeepSpeed have models with its own."""
-    model = adapted(net(), a=config("first"))[1]
-    setattr(model.first.hra_u["a"], mark, None)
-    with refuses(model, r"^first: DeepSpeed trains it already, .* adapter 'b'\. Add it before deepspeed\.initialize"):
-        hra_fx.add_adapter(model, "b", config("second"))
-
-
 def test_an_adapter_has_the_mode_of_its_layer_and_can_be_trained_though_added_in_inference_mode() -> None:
     model = adapted(net(), a=config("first"))[1].train()
     model.second.eval()

@@ -125,9 +125,6 @@ def test_a_configuration_that_does_not_fit_is_refused(case: str) -> None:
     assert torch.equal(torch.get_rng_state(), state) is (case != "adapted by another")
 
 
-# Warnings, which are errors in these tests, come after the change
-
-
 # Weights that are written in place
 
 

@@ -150,13 +150,6 @@ def test_disabled_adapters_are_the_base_model() -> None:
         torch.testing.assert_close(model(x), wanted, rtol=1e-9, atol=1e-9)
 
 
-def test_no_adapter_need_be_active() -> None:
-    model, x, names = net(), inputs(2), ["even", "odd"]
-    wanted = alone(model, x, names)
-    hra_fx.set_adapter(model, [])
-    torch.testing.assert_close(model(x, adapter_names=names), wanted, rtol=1e-9, atol=1e-9)
-
-
 def test_threads_have_batches_of_their_own() -> None:
     model, x = net(), inputs(2)
     lists = [["even", "odd"], ["odd", "weak"], ["__base__", "wide"]]

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import hra_fx
-from hra_fx import HRAConfig, fold, report, transform
-from hra_fx.errors import AdapterError
+from hra_fx import HRAConfig, report, transform
 from hra_fx.functional.rotated_energy import relative_change
 from hra_fx.functional.statistics import min_angle, rotation_stats
 from hra_fx.reporting.row import change_of
@@ -165,11 +164,6 @@ def test_scaled_merged_and_disabled_adapters() -> None:
     hra_fx.set_scale(model, "default", 0.0)
     (none,) = report(model).rows
     assert (none.angles, none.mean_angle, none.share) == ((), 0.0, 0.0)
-
-
-def test_a_model_without_adapters_is_refused() -> None:
-    with pytest.raises(AdapterError, match="transform"):
-        report(fold(one_linear()))
 
 
 def test_capture_names_the_graph_that_shows_each_layer() -> None:

@@ -317,28 +317,6 @@ def test_unused_layers_keep_their_keys_and_adapters() -> None:
     assert hra_fx.fold(model).state_dict().keys() == base.state_dict().keys()
 
 
-class Late(Two):
-    """Its first layers, one of them shared, are called last."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.token = nn.Parameter(torch.zeros(8))
-        self.inner = nn.ModuleDict({"shared": self.second, "own": nn.Linear(8, 8)})
-        self.scale = nn.Parameter(torch.ones(8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.inner["own"](self.first(x)) * self.scale + self.token
-        return self.inner["shared"](hidden)
-
-
-def test_modules_and_parameters_keep_their_order_and_first_names() -> None:
-    base, model = traced(Late, "second")
-    assert list(dict(fx.symbolic_trace(base).named_modules())) == ["", "first", "inner", "inner.own", "second"]
-    eager = hra_fx.transform(copy.deepcopy(base), config("second"))
-    assert list(dict(model.named_parameters())) == list(dict(eager.named_parameters()))
-    assert "second.hra_u.default" in dict(model.named_parameters())
-
-
 def test_with_an_example_torch_fx_still_goes_first() -> None:
     model = hra_fx.transform(Dropout().double(), config(), trace=True, example_inputs=X, verify=True)
     assert calls(model)[0] == "first.hra_u"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import struct
 from pathlib import Path
@@ -78,14 +77,6 @@ def test_a_very_long_name_does_not_widen_the_page() -> None:
     root = picture(hra_fx.transform(named(name), hra_fx.HRAConfig(r=2, target_modules=[name])))
     assert float(root.get("width", "inf")) < 1000
     assert name in words(root)
-
-
-def test_the_title_fits_the_page() -> None:
-    found = drawing("bert")
-    title = "encoder.layer.0.attention.self in BertModel with HRA"
-    root = ElementTree.fromstring(render(dataclasses.replace(found, title=title), Options(depth=0)))
-    assert title in words(root)
-    assert float(root.get("width", "0")) >= round(64 + width(title, 22, bold=True))
 
 
 def test_heat_has_a_legend_with_numbers_and_a_cell_for_each_site() -> None:

@@ -168,7 +168,7 @@ def overlapping(sizes: list[Size], placed: Arrangement) -> list[tuple[int, int]]
 
 @settings(max_examples=60, deadline=None)
 @given(graphs())
-def test_boxes_are_apart_and_edges_cross_none(graph: Graph) -> None:
+def test_boxes_are_apart_and_edges_go_down_to_their_boxes_and_cross_none(graph: Graph) -> None:
     sizes, edges, inputs, outputs = graph
     placed = layered(*graph)
     assert overlapping(sizes, placed) == []
@@ -184,13 +184,6 @@ def test_boxes_are_apart_and_edges_cross_none(graph: Graph) -> None:
                 inside = left + 1e-6 < x < left + size.width - 1e-6 and top + 1e-6 < y < top + size.height - 1e-6
                 assert not inside, f"edge {route.source} -> {route.target} crosses box {box}"
 
-
-@settings(max_examples=60, deadline=None)
-@given(graphs())
-def test_edges_go_down_and_end_at_their_boxes(graph: Graph) -> None:
-    sizes, *_ = graph
-    placed = layered(*graph)
-    for route in placed.routes:
         heights = [y for _, top, bottom in route.pieces for y in (top, bottom)]
         assert heights == sorted(heights)
         if route.source is not None:

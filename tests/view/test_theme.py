@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -74,17 +72,6 @@ def test_every_heat_can_be_seen_and_read() -> None:
         assert min(contrast(fill, COLORS[behind][DARK]) for fill in (*fills, UNKNOWN)) >= 3
     # On light, strips have the line of an adapted layer, and cells that of an edge.
     assert min(contrast(COLORS[line][0], "#ffffff") for line in ("violet-line", "edge")) >= 3
-
-
-def test_the_order_of_colors_is_visible_without_colors() -> None:
-    def lightness(step: int, palette: Sequence[str]) -> float:
-        """L* of CIELAB."""
-        y = luminance(color(step / 60, (0, 1), palette))
-        return 116 * (y ** (1 / 3) if y > 216 / 24389 else (24389 / 27 * y + 16) / 116) - 16
-
-    for palette, sign, least in ((PALETTE, -1, 0.5), (DARK_PALETTE, 1, 0.3)):
-        steps = [lightness(step, palette) for step in range(61)]
-        assert all(sign * (after - before) > least for before, after in pairwise(steps))
 
 
 def test_the_page_has_the_same_colors() -> None:
