@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import resource
 import signal
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,28 +61,3 @@ def files_of_at_most(size: int) -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
-
-
-def interrupted(act: Callable[[], object], function: str, step: int) -> bool:
-    """Whether an act ended before the `step`-th opcode of a function in it, where Ctrl-C arrives."""
-    left = [step]
-
-    def trace(frame: Any, event: str, _: object) -> Any:
-        if frame.f_code.co_name != function:
-            return None
-        frame.f_trace_opcodes = True
-        left[0] -= event == "opcode"
-        if left[0] == 0:
-            left[0] = -1
-            raise KeyboardInterrupt
-        return trace
-
-    outer = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        act()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(outer)
-    return False

@@ -1,9 +1,11 @@
-"""Loading over other adapters; what is accepted; and what is not saved."""
+"""Loading over other adapters and wrapped blocks; what is accepted; and what is not saved."""
 
 from __future__ import annotations
 
 import copy
 import json
+import warnings
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from checkpoint.damaging import (
 from checkpoint.disk import made
 from oracles import dense_q, dense_weight, relative_error
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 import hra_fx
 from hra_fx import AdapterError, CheckpointError, HRAWarning
@@ -234,16 +237,44 @@ def test_an_adapter_that_diverged_is_not_saved(fields: dict[str, Any], tmp_path:
     assert "Nothing was written. Save a state from before the training diverged." in message
 
 
-def test_of_several_adapters_the_one_that_cannot_be_saved_stays_as_it_was_saved(tmp_path: Path) -> None:
-    model = hra_fx.HRAModel(mlp(), config("0"))
-    model.add_adapter("second", config("3"))
-    randomise(model)
-    model.save_pretrained(tmp_path)
-    before = made.picture(tmp_path / "second")
-    with torch.no_grad():
-        model[3].hra_u["second"][0] = float("inf")
-    with pytest.raises(CheckpointError) as caught:
-        model.save_pretrained(tmp_path)
-    assert str(caught.value).startswith(f"{tmp_path / 'second' / WEIGHTS_NAME}: '{PREFIX}3.hra_u' has ")
-    assert made.picture(tmp_path / "second") == before
-    hra_fx.load_adapter(mlp(), tmp_path)
+# ---- blocks in torch's `checkpoint_wrapper`, which puts a name into the paths of modules, but not of `state_dict` ----
+
+CONFIG = hra_fx.HRAConfig(r=3, target_modules=["up"], modules_to_save=["down"], bias="all", init_weights=False)
+
+
+def base(*, wrapped: bool) -> nn.Module:
+    torch.manual_seed(0)
+    blocks = [OrderedDict(up=nn.Linear(6, 6), down=nn.Linear(6, 6)) for _ in range(2)]
+    model = nn.Sequential(*map(nn.Sequential, blocks)).double()
+    return wrap(model) if wrapped else model
+
+
+def wrap(model: nn.Module) -> nn.Module:
+    apply_activation_checkpointing(model, check_fn=lambda part: type(part) is nn.Sequential and part is not model)
+    return model
+
+
+@pytest.mark.parametrize("first", ["wrapped", "adapted"])
+def test_adapters_are_those_of_the_model_without_wrappers(first: str, tmp_path: Path) -> None:
+    x = torch.randn(4, 6, dtype=torch.float64)
+    torch.manual_seed(1)
+    plain = hra_fx.transform(base(wrapped=False), CONFIG)
+    wanted = plain(x)
+    torch.manual_seed(1)
+    model = hra_fx.transform(base(wrapped=first == "wrapped"), CONFIG)
+    model = model if first == "wrapped" else wrap(model)
+    for part, folder in ((plain, "plain"), (model, "model")):
+        hra_fx.save_adapter(part, tmp_path / folder)
+    files = [(tmp_path / folder / "adapter_model.safetensors").read_bytes() for folder in ("plain", "model")]
+    assert files[0] == files[1]
+    torch.testing.assert_close(model(x), wanted)
+    hra_fx.reset_adapters(model)
+    assert not torch.equal(model(x), wanted)
+    hra_fx.load_adapter(model, tmp_path / "plain")
+    torch.testing.assert_close(model(x), wanted)
+    assert [row.path for row in hra_fx.report(model).rows] == ["0.up", "1.up"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(hra_fx.fold(model)(x), wanted)
+    loaded = hra_fx.load_adapter(base(wrapped=True), tmp_path / "model")
+    torch.testing.assert_close(loaded(x), wanted)

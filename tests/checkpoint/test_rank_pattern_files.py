@@ -1,8 +1,7 @@
-"""Adapters with a `rank_pattern` in files: saved and loaded, folded on disk, shown, and converted for PEFT."""
+"""Adapters with a `rank_pattern` in files: saved and loaded, shown, and converted for PEFT."""
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,10 @@ import pytest
 import torch
 from checkpoint.disk import made
 from cli.shell import Answer, answer, mistake
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import hra_fx
-from hra_fx.errors import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 IDS = torch.arange(3, 15).view(2, 6)
@@ -96,12 +94,6 @@ def test_peft_opens_what_is_converted(tmp_path: Path, kind: str) -> None:
     torch.testing.assert_close(logits(back), logits(model), rtol=1e-4, atol=1e-4)
 
 
-def test_peft_refuses_what_is_saved(tmp_path: Path) -> None:
-    hra_fx.save_adapter(trained("even"), tmp_path)
-    with pytest.warns(UserWarning, match="rank_pattern"), pytest.raises(RuntimeError, match="size mismatch"):
-        peft.PeftModel.from_pretrained(base(), tmp_path)
-
-
 def test_odd_and_even_chains_have_no_form_for_peft(tmp_path: Path) -> None:
     fields = {"r": 2, "rank_pattern": {"v_proj": 3}, "init_weights": False}
     model = hra_fx.transform(base(), hra_fx.HRAConfig(target_modules=["q_proj", "v_proj"], **fields))
@@ -109,18 +101,6 @@ def test_odd_and_even_chains_have_no_form_for_peft(tmp_path: Path) -> None:
     text = mistake("convert", tmp_path / "ours", tmp_path / "theirs", "--to", "peft")
     assert ": model.layers.0.self_attn.q_proj: 2 reflections cannot be padded to 3: the difference must be" in text
     assert not (tmp_path / "theirs").exists()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_fold_on_disk(tmp_path: Path, kind: str) -> None:
-    model = trained(kind)
-    made.base_of(copy.deepcopy(base()), tmp_path / "base", torch.float32)
-    plain = made.transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
-    model.load_state_dict(plain.state_dict(), strict=False)
-    hra_fx.save_adapter(model, tmp_path / "adapter")
-    hra_fx.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "folded", verify=True)
-    folded = made.transformers.LlamaForCausalLM.from_pretrained(tmp_path / "folded")
-    torch.testing.assert_close(logits(folded), logits(model), rtol=1e-4, atol=1e-4)
 
 
 def test_a_dry_run_shows_it(tmp_path: Path) -> None:
@@ -136,17 +116,3 @@ def test_a_dry_run_shows_it(tmp_path: Path) -> None:
     assert found["trained"] == sum(row.parameters for row in report)
     lines = answer(*words).splitlines()
     assert any("layers.0.self_attn.q_proj" in line and " 6 " in line for line in lines)
-
-
-def test_files_of_two_adapters(tmp_path: Path) -> None:
-    hra_fx.save_adapter(trained("mixed"), tmp_path)
-    config = json.loads((tmp_path / CONFIG).read_text())
-    (tmp_path / CONFIG).write_text(json.dumps(config | {"rank_pattern": {"v_proj": 6}}))
-    with pytest.raises(CheckpointError, match="does not match r=4"):
-        hra_fx.load_adapter(base(), tmp_path)
-    (tmp_path / CONFIG).write_text(json.dumps(config))
-    tensors = load_file(tmp_path / WEIGHTS)
-    metadata = {"format": "pt", "hra_fx": json.dumps({"r": 4, "apply_GS": False, "anchor": 0, "rank_pattern": [3]})}
-    save_file(tensors, tmp_path / WEIGHTS, metadata)
-    with pytest.raises(CheckpointError, match="does not match r=4"):
-        hra_fx.load_adapter(base(), tmp_path)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -125,42 +121,6 @@ def torchvision_swin() -> nn.Module:
 
 def torchvision_vit() -> nn.Module:
     return torchvision.models.VisionTransformer(8, 4, 2, 2, 12, 16, num_classes=3)
-
-
-class Untouched(nn.Module):
-    """Layers that no graph contains: a forward that cannot be traced calls them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attn = nn.MultiheadAttention(6, 2)
-        self.fc = nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x if float(x.detach().sum()) < 1e9 else -x
-        return F.linear(self.attn(x, x, x)[0], self.fc.weight)
-
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
-    "mixed": (Mixed, TARGETS),
-    "mixed, untraced": (MixedUntraced, TARGETS),
-    "swin": (torchvision_swin, ["qkv", "proj", "mlp.0"]),
-    "vit": (torchvision_vit, ["self_attention", "out_proj", "head"]),
-    "untouched": (Untouched, ["attn", "out_proj", "fc"]),
-    "encoder": (lambda: nn.TransformerEncoderLayer(6, 2, 8), ["self_attn", "out_proj", "linear1", "linear2"]),
-}
-
-
-@pytest.mark.parametrize(("make", "targets"), MODELS.values(), ids=MODELS)
-def test_the_picture_marks_every_adapted_layer_once(
-    make: Callable[[], nn.Module], targets: list[str], tmp_path: Path
-) -> None:
-    _, model = pair(make, targets)
-    picture = leaves_of(subject_of(model, hra_fx.graphs(model)))
-    marks = Counter(path for _, leaf in picture.nodes(data="leaf") for path in leaf.marks)
-    assert marks == dict.fromkeys(adapted_layers(model), 1)
-    assert not re.search("hra_u|hra_base", " ".join(leaf.name for _, leaf in picture.nodes(data="leaf")))
-    hra_fx.visualize(model, tmp_path / "adapters.svg")
-    assert len(list(ElementTree.parse(tmp_path / "adapters.svg").getroot().iter())) > len(marks)
 
 
 def test_an_attention_is_one_box_with_the_marks_of_its_layers() -> None:

@@ -25,10 +25,9 @@ from oracles import relative_error
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.experimental import _export_forward_backward
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import hra_fx
-from hra_fx.export.captured import fold_captured, is_captured, transform_captured
+from hra_fx.export.captured import fold_captured, transform_captured
 
 ALL = ("blocks.0", "blocks.1", "conv", "head")
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
@@ -92,14 +91,6 @@ def test_a_whole_program_with_a_tied_head(early: bool, late: bool) -> None:
     more = torch.cat([ids, ids.flip(0)])
     assert relative_error(program.module()(more), model(more)) < 1e-12
     assert relative_error(fold_captured(program).module()(more), model(more)) < 1e-12
-
-
-def test_the_initial_program_computes_what_the_model_does() -> None:
-    model, ids = mixed()
-    captured = capture(model, ids)
-    for r, apply_GS in ((2, False), (5, False), (5, True)):
-        program = transform_captured(captured, config(*ALL, r=r, apply_GS=apply_GS))
-        assert relative_error(program.module()(ids), model(ids)) < 1e-12
 
 
 def test_the_given_program_and_its_model_do_not_change() -> None:
@@ -318,14 +309,6 @@ def test_weights_that_are_read_by_another_module_or_in_parts(early: bool) -> Non
     assert relative_error(program.module()(x, y), model(x, y)) < 1e-12
     assert relative_error(torch.export.unflatten(program)(x, y), model(x, y)) < 1e-12
     assert relative_error(fold_captured(program).module()(x, y), model(x, y)) < 1e-12
-
-
-def test_is_captured() -> None:
-    model, ids = mixed()
-    assert is_captured(capture(model, ids).module())
-    assert is_captured(make_fx(nn.Linear(2, 2))(torch.ones(1, 2)))
-    assert not is_captured(fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2))))
-    assert not is_captured(model)
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,9 @@ def logits_loss(outputs: Any) -> Tensor:
     return loss
 
 
-@pytest.mark.parametrize(("name", "traced"), [("llama", False), ("bert", True), ("resnet", True)])
+@pytest.mark.parametrize(
+    ("name", "traced"), [("llama", False), ("resnet", True), pytest.param("bert", True, marks=pytest.mark.slow)]
+)
 def test_gradients_at_another_size_are_those_of_the_model(name: str, traced: bool) -> None:
     case = CASES[name]
     example, other = (without_labels(case.call(batch, length)) for batch, length in ((2, 5), (3, 7)))
@@ -78,7 +80,7 @@ def without_labels(call: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in doubled.items() if name != "labels"}
 
 
-@pytest.mark.parametrize("fields", [{"apply_GS": True}, {"bias": "all"}, {"modules_to_save": ["2"]}, {"r": 1}], ids=str)
+@pytest.mark.parametrize("fields", [{"apply_GS": True, "bias": "all"}, {"r": 1, "modules_to_save": ["2"]}], ids=str)
 def test_what_a_configuration_trains_has_gradients(fields: dict[str, Any]) -> None:
     targets = ["0"] if "modules_to_save" in fields else ["0", "2"]
     model = mlp(**fields, target_modules=targets)
@@ -104,21 +106,17 @@ def test_several_adapters_and_batch_norm() -> None:
     assert not any("default" in name for name in program.state_dict)  # what is not read takes no place in files
 
 
-def test_a_program_goes_through_a_file() -> None:
-    model = mlp()
-    file = io.BytesIO()
-    torch.export.save(step_of(model), file)
-    program = torch.export.load(io.BytesIO(file.getvalue()))
-    check_same(program, model, (X, LABELS), F.cross_entropy(model(X), LABELS))
-
-
-def test_inputs_have_the_names_of_the_model_and_the_model_is_unchanged() -> None:
+def test_a_program_has_the_names_of_the_model_goes_through_a_file_and_leaves_the_model_unchanged() -> None:
     model = mlp()
     keys, attributes = list(model.state_dict()), set(vars(model))
     program = step_of(model, dynamic_shapes={"input": {0: BATCH}, "labels": {0: BATCH}})
     assert list(program.graph_signature.user_inputs) == ["input", "labels"]
     assert list(model.state_dict()) == keys and set(vars(model)) == attributes
     assert all(parameter.grad is None for parameter in model.parameters())
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    loaded = torch.export.load(io.BytesIO(file.getvalue()))
+    check_same(loaded, model, (X, LABELS), F.cross_entropy(model(X), LABELS))
 
 
 def test_constants_and_unread_parameters() -> None:

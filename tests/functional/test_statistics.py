@@ -1,4 +1,4 @@
-"""Statistics of chains against dense matrices. Angles are tested with the report (tests/reporting/test_angles.py)."""
+"""Statistics of chains against dense matrices. Angles are tested with the report (tests/reporting/test_rows.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapted layer beside its base, and a model that reads weights functionally, for tests of `layer.weight`."""
+"""Adapted layers beside their base, and models that read weights functionally, for tests of `layer.weight`."""
 
 from __future__ import annotations
 
@@ -60,3 +60,75 @@ def assert_gradients(output: Tensor, wanted: Tensor, leaves: list[Tensor]) -> No
     ):
         assert float(oracle.abs().max()) > 1e-6
         assert_same(mine, oracle)
+
+
+class ReadByAnother(nn.Module):
+    """Reads the weight of a layer that it was given."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.given = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.given.weight)
+
+
+class ReadAtTheCall(nn.Module):
+    """Reads the weight of a layer that its call gives it."""
+
+    def forward(self, x: Tensor, given: nn.Linear) -> Tensor:
+        return F.linear(x, given.weight)
+
+
+class Reading(nn.Module):
+    """Three layers, `fc` read in one of the `USES`."""
+
+    def __init__(self, use: str, branches: bool = False) -> None:
+        super().__init__()
+        self.before = nn.Linear(6, 6)
+        self.fc = nn.Linear(6, 6)
+        self.after = nn.Linear(6, 4)
+        self.at_the_call = ReadAtTheCall()
+        if use == "called, and read by another module":
+            self.another = ReadByAnother(self.fc)
+        self.use, self.branches = USES[use], branches
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.branches and float(x.detach().sum()) > 1e9:  # which no trace can answer
+            x = x + 1
+        return self.after(self.use(self, torch.tanh(self.before(x))))
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.fc.weight
+
+
+def by_metadata(model: Reading, x: Tensor) -> Tensor:
+    """Asks the weight what it is, and makes tensors like it."""
+    weight = model.fc.weight
+    x = x.to(weight.dtype).to(weight.device) + torch.zeros_like(weight).sum() + weight.new_zeros(1)
+    return F.linear(x, weight.reshape(weight.shape[0], weight.size(1)))
+
+
+def by_loop(model: Reading, x: Tensor) -> Tensor:
+    for layer in (model.fc, model.before):
+        x = torch.tanh(F.linear(x, layer.weight))
+    return x
+
+
+USES: dict[str, Callable[[Reading, Tensor], Tensor]] = {
+    "functional": lambda model, x: F.linear(x, model.fc.weight, model.fc.bias),
+    "transposed": lambda model, x: x @ model.fc.weight.T + model.fc.weight.sum(0),
+    # Otherwise than as a matrix on rows.
+    "inside": lambda model, x: x @ torch.softmax(model.fc.weight, -1) @ model.fc.weight,
+    "metadata": by_metadata,
+    "property": lambda model, x: F.linear(x, model.matrix),
+    "getattr": lambda model, x: F.linear(x, getattr(model.fc, "weight")),  # noqa: B009
+    "loop": by_loop,
+    "called and read": lambda model, x: model.fc(x) + F.linear(2 * x, model.fc.weight),
+    "called, and read by another module": lambda model, x: model.fc(x) + model.another(x),
+    "called, and given to another module": lambda model, x: model.fc(x) + model.at_the_call(x, model.fc),
+}
+
+
+TARGETS = "before|after|fc"

@@ -7,13 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-import torchvision
 from adapting import config
 from layers.checking import assert_same, check, check_fold, normal, pair, run_dense
 from refusals import refused
 from torch import Tensor, nn
-
-import hra_fx
 
 
 class Attending(nn.Module):
@@ -107,14 +104,6 @@ def test_inputs_of_different_widths_are_refused_for_the_attention_and_not_for_it
     check_fold(base, adapted, *args)
 
 
-def test_a_graph_calls_it_whole() -> None:
-    _, model = pair(WithNorm, ["attn", "out_proj", "fc"])
-    calls = [node for node in hra_fx.graphs(model)[""].graph.nodes if node.op == "call_module"]
-    assert [node.target for node in calls] == ["norm", "attn", "fc.hra_u", "fc"]
-    note = calls[1].meta["hra"]
-    assert note.role == "reader" and {note.path, *note.also} == {"attn", "attn.out_proj"}
-
-
 # ---- torch's own layers over it, and the fast paths that they take in eval mode without gradients ----
 
 
@@ -153,22 +142,6 @@ def test_the_fast_path_over_nested_tensors(targets: list[str]) -> None:
     assert_same(model(SEQUENCES, src_key_padding_mask=PADDED)[~PADDED], slow[~PADDED])
 
 
-def test_the_fast_path_is_really_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = []
-    real = torch._transformer_encoder_layer_fwd
-
-    def spy(*args: Any) -> Tensor:
-        taken.append(args)
-        return real(*args)
-
-    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", spy)
-    base, model = pair(encoder, EVERY)
-    with torch.no_grad():
-        wanted = run_dense(base, model, SEQUENCES)
-        assert_same(model(SEQUENCES), wanted)
-    assert len(taken) == 4  # two layers, of the base model over dense weights and of the adapted one
-
-
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_encoder_and_decoder(batch_first: bool) -> None:
     def make() -> nn.Module:
@@ -180,22 +153,3 @@ def test_encoder_and_decoder(batch_first: bool) -> None:
     args = (normal(7, 3, 3, 12), normal(8, 3, 3, 12))
     check(base, model, *args)
     check_fold(base, model, *args)
-
-
-def vision_transformer() -> nn.Module:
-    return torchvision.models.VisionTransformer(8, 4, 2, 2, 12, 16, num_classes=3)
-
-
-@pytest.mark.parametrize(
-    "targets", [["self_attention"], ["out_proj"], ["self_attention", "out_proj", "conv_proj", "head"]]
-)
-def test_torchvisions_vision_transformer(targets: list[str]) -> None:
-    def make() -> nn.Module:
-        model = vision_transformer()
-        nn.init.normal_(model.heads.head.weight)
-        return model
-
-    base, model = pair(make, targets)
-    images = normal(9, 2, 3, 8, 8)
-    check(base, model, images)
-    check_fold(base, model, images)

@@ -1,23 +1,58 @@
-"""Factors in batches: how many there are, when a layer computes its own, and that both give the right gradients."""
+"""Factors that are computed in batches give the right outputs and gradients; in `generate` and narrow dtypes too."""
 
 from __future__ import annotations
 
 import copy
-import gc
 import threading
-import weakref
+from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
-from layers.three_layers import Net, X, adapted, vectors_of, wanted
 from one_layer import BF16, F32, F64, normal
 from oracles import dense_q, relative_error
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import hra_fx
-from hra_fx.layers import batching
+
+X = normal(1, 4, 12)
+
+
+class Net(nn.Module):
+    """Three layers, two of one width."""
+
+    def __init__(self, dtype: torch.dtype = F64) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(12, 12, dtype=dtype), nn.Linear(12, 7, dtype=dtype)
+        self.three = nn.Linear(7, 5, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.three(torch.tanh(self.two(torch.tanh(self.one(x)))))
+
+
+def adapted(make: Callable[[], nn.Module] = Net, *, r: int = 3, dtype: torch.dtype = F64, **settings: Any) -> Any:
+    config = hra_fx.HRAConfig(r=r, target_modules="all-linear", exclude_modules=[], **settings)
+    model: Any = hra_fx.transform(make().to(dtype), config)
+    for seed, layer in enumerate((model.one, model.two, model.three)):
+        with torch.no_grad():
+            layer.hra_u["default"].copy_(normal(seed, *layer.hra_u["default"].shape))
+    return model
+
+
+def vectors_of(model: Any) -> list[nn.Parameter]:
+    return [layer.hra_u["default"] for layer in (model.one, model.two, model.three)]
+
+
+def wanted(model: Any, x: Tensor, *, apply_GS: bool = False) -> Tensor:
+    for layer in (model.one, model.two, model.three):
+        box = layer.hra_u
+        weight = layer.hra_base.double() @ dense_q(box["default"], apply_GS=apply_GS, anchor=box.anchor("default"))
+        x = nn.functional.linear(x, weight, layer.bias.double())
+        x = x if layer is model.three else torch.tanh(x)
+    return x
+
 
 both = pytest.mark.parametrize("apply_GS", [False, True])
 narrow = pytest.mark.filterwarnings("ignore:.*its trained vectors are torch.bfloat16:hra_fx.HRAWarning")
@@ -32,49 +67,11 @@ def assert_right(model: Any, found: Tensor, x: Tensor = X, *, apply_GS: bool = F
         assert relative_error(one, other, floor=1e-3) < 1e-9
 
 
-def batches(output: Tensor) -> int:
-    """How many nodes of factors are behind an output."""
-    waiting: list[Any] = [output.grad_fn]
-    seen: set[Any] = set()
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting += [function for function, _ in node.next_functions]
-    return sum(node.name() == "_WYFactorsBackward" for node in seen)
-
-
-@both
-@pytest.mark.parametrize("init_weights", [False, True])
-def test_one_batch_for_each_shape(apply_GS: bool, init_weights: bool) -> None:
-    model = adapted(apply_GS=apply_GS, init_weights=init_weights)
-    output = model(X)
-    assert batches(output) == 2
-    assert_right(model, output, apply_GS=apply_GS)
-    with torch.no_grad():
-        assert torch.equal(model(X), output)
-
-
 @both
 def test_a_layer_that_is_called_alone_computes_its_own(apply_GS: bool) -> None:
     model = adapted(apply_GS=apply_GS)
     output = model.three(torch.tanh(model.two(torch.tanh(model.one(X)))))
-    assert batches(output) == 3
     assert_right(model, output, apply_GS=apply_GS)
-
-
-def test_several_adapters_and_scales_in_one_batch() -> None:
-    model = adapted(r=2, init_weights=False)
-    other = hra_fx.HRAConfig(r=2, target_modules=["one", "two"], init_weights=False, apply_GS=True)
-    hra_fx.add_adapter(model, "other", other)
-    hra_fx.set_adapter(model, ["default", "other"])
-    assert batches(model(X)) == 2
-    hra_fx.set_scale(model, "default", 0.5)
-    output = model(X)
-    assert batches(output) == 1, "of the last layer, nothing is trained any more"
-    assert relative_error(output, hra_fx.fold(copy.deepcopy(model))(X)) < 1e-12
-    hra_fx.set_scale(model, "other", 0.0)
-    assert relative_error(model(X), hra_fx.fold(copy.deepcopy(model))(X)) < 1e-12
 
 
 def test_layers_that_the_loss_does_not_reach_get_no_gradient() -> None:
@@ -188,24 +185,6 @@ def test_layers_that_run_again_in_the_backward(
         assert relative_error(vectors.grad, gradient, floor=1e-3) < (5e-2 if autocast else 1e-9)
 
 
-@pytest.mark.parametrize("outer", [torch.no_grad, torch.inference_mode])
-def test_gradients_inside_of_a_forward_without_them(outer: Any) -> None:
-    """As classifier guidance asks for them."""
-    model, found = adapted(), list[Tensor]()
-
-    def guide(layer: nn.Module, args: Any, output: Tensor) -> None:
-        with torch.inference_mode(False), torch.enable_grad():
-            found.append(model.one(X.clone()))
-
-    model.two.register_forward_hook(guide)
-    with outer():
-        model(X)
-    weight = model.one.hra_base @ dense_q(model.one.hra_u["default"], anchor=model.one.hra_u.anchor("default"))
-    sought = nn.functional.linear(X, weight, model.one.bias)
-    got, right = (torch.autograd.grad(one.square().sum(), model.one.hra_u["default"])[0] for one in (found[0], sought))
-    assert relative_error(got, right) < 1e-9
-
-
 @both
 def test_factors_are_float32_under_autocast(apply_GS: bool) -> None:
     model, x = adapted(apply_GS=apply_GS, dtype=F32), X.float()
@@ -245,79 +224,22 @@ def test_a_model_called_within_another_and_in_another_thread() -> None:
     thread.start()
     thread.join()
     assert_right(outer, found)
-    assert [batches(result) for result in results] == [2, 2]
     for result in results:
         assert_right(inner, result)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_a_forward_that_is_interrupted(error: type[BaseException]) -> None:
+def test_a_forward_that_is_interrupted() -> None:
     model = adapted()
 
     def stop(*_: object) -> None:
-        raise error
+        raise KeyboardInterrupt
 
     handle = model.two.register_forward_pre_hook(stop)
-    with pytest.raises(error):
+    with pytest.raises(KeyboardInterrupt):
         model(X)
     handle.remove()
-    assert not batching.is_in_forward()
     model.one.hra_u["default"].data.neg_().add_(1.0)
     assert_right(model, model.three(torch.tanh(model.two(torch.tanh(model.one(X))))))
-
-
-@pytest.mark.parametrize("folded", [False, True])
-def test_nothing_is_kept_alive(folded: bool) -> None:
-    model = adapted()
-    model(X)
-    vectors, whole = weakref.ref(model.two.hra_u["default"]), weakref.ref(model)
-    if folded:
-        model = hra_fx.fold(model)
-    else:
-        del model
-    gc.collect()
-    assert vectors() is None
-    assert (whole() is None) is not folded
-
-
-class Towers(nn.Module):
-    """Two layers in one batch, and an output of each."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(12, 12, dtype=F64), nn.Linear(12, 12, dtype=F64)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.a(x), self.b(x)
-
-
-@pytest.mark.parametrize("retain", [False, True])
-def test_a_backward_pass_for_each_output(retain: bool) -> None:
-    model = hra_fx.transform(Towers(), hra_fx.HRAConfig(r=2, target_modules=["a", "b"]))
-    first, second = (layer.hra_u["default"] for layer in (model.a, model.b))
-    a, b = model(X)
-    a.square().sum().backward(retain_graph=retain)
-    assert second.grad is None
-    wanted = first.grad.clone()
-    model.zero_grad()
-    b.square().sum().backward()
-    assert first.grad is None
-    assert second.grad is not None
-    model.zero_grad()
-    sum(output.square().sum() for output in model(X)).backward()
-    assert relative_error(first.grad, wanted) < 1e-12
-
-
-def test_batched_gradients() -> None:
-    model = adapted()
-    output = model(X)
-    each = torch.eye(output.numel(), dtype=F64).view(-1, *output.shape)
-    found = torch.autograd.grad(output, vectors_of(model), each, retain_graph=True, is_grads_batched=True)
-    one_by_one = zip(
-        *(torch.autograd.grad(output, vectors_of(model), one, retain_graph=True) for one in each), strict=True
-    )
-    for one, other in zip(found, map(torch.stack, one_by_one), strict=True):
-        assert relative_error(one, other) < 1e-12
 
 
 class Island(nn.Module):
@@ -338,3 +260,113 @@ def test_a_layer_in_a_wider_dtype_than_its_batch() -> None:
     with torch.autocast("cpu", dtype=BF16):
         found = model(X.float())
     assert relative_error(found, model(X.float())) < 1e-6
+
+
+# ---- `generate` computes the factors of a model once, and its forwards use them ----
+
+
+class Generator(Net):
+    """Calls itself several times, as language models do."""
+
+    def generate(self, x: Tensor, between: Callable[[Any], object] = lambda model: None) -> list[Tensor]:
+        found = []
+        for _ in range(3):
+            found.append(self(x))
+            between(self)
+        return found
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_generate_has_the_vectors_of_its_call(guard: Any) -> None:
+    model = adapted(Generator)
+    with guard():
+        for output in model.generate(X):
+            assert relative_error(output, wanted(model, X)) < 1e-12
+    with torch.no_grad():
+        model.one.hra_u["default"].data.mul_(-1).add_(1)
+        assert relative_error(model.generate(X)[0], wanted(model, X)) < 1e-12
+
+
+def test_generate_with_gradients_trains() -> None:
+    model = adapted(Generator)
+    output = model.generate(X)[1]
+    found = torch.autograd.grad(output.square().sum(), vectors_of(model))
+    sought = torch.autograd.grad(wanted(model, X).square().sum(), vectors_of(model))
+    for one, other in zip(found, sought, strict=True):
+        assert relative_error(one, other) < 1e-9
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "scale": lambda model: hra_fx.set_scale(model, "default", 0.0),
+    "vectors": lambda model: model.one.hra_u["default"].add_(1.0),
+    "load_state_dict": lambda model: model.load_state_dict(
+        {name: -0.5 + tensor for name, tensor in model.state_dict().items()}
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_in_the_middle_of_generate(change: str) -> None:
+    sought: list[Tensor] = []
+
+    def between(model: Any) -> None:
+        if not sought:
+            CHANGES[change](model)
+            sought.append(hra_fx.fold(copy.deepcopy(model))(X))
+
+    with torch.no_grad():
+        first, second, _ = adapted(Generator, init_weights=False, r=2).generate(X, between)
+    assert relative_error(second, sought[0]) < 1e-12
+    assert relative_error(second, first) > 1e-3
+
+
+# ---- a warning of vectors that are trained in 16 bits, and lose most steps of an optimizer ----
+
+
+def as_trl_does(model: nn.Module) -> nn.Module:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(BF16)
+    return model
+
+
+def by_peft(model: nn.Module) -> Any:
+    config = peft.HRAConfig(r=4, target_modules=["one", "two", "three"])
+    made = peft.get_peft_model(Net().to(BF16), config, autocast_adapter_dtype=False)
+    hra_fx.accelerate_peft(made)
+    return made.to(BF16)
+
+
+CASTS: dict[str, Callable[[nn.Module], Any]] = {
+    "bfloat16": nn.Module.bfloat16,
+    "half": nn.Module.half,
+    "TRL": as_trl_does,
+    "PEFT": by_peft,
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_vectors_trained_in_16_bits_are_reported_once(cast: str) -> None:
+    model = CASTS[cast](adapted(dtype=F32))
+    x = X.to(next(model.parameters()).dtype)
+    with torch.no_grad():
+        model(x)
+    copy.deepcopy(model).eval()(x)
+    text = rf"^(one|a layer): its trained vectors are {x.dtype}, .* parameter\.data = parameter\.data\.float\(\) for"
+    with pytest.warns(hra_fx.HRAWarning, match=text) as caught:
+        for _ in range(3):
+            model(x).float().sum().backward()
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("kind", ["float32 vectors", "frozen", "disabled"])
+def test_what_loses_nothing_is_not_reported(kind: str) -> None:
+    model = adapted(dtype=F32).bfloat16()
+    if kind == "float32 vectors":  # as the warning says
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    if kind == "frozen":
+        model.requires_grad_(False)
+    if kind == "disabled":
+        hra_fx.disable_adapters(model).__enter__()
+    model(X.to(BF16))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from adapting import config
-from layers.cases import CASES, Case
+from layers.cases import CASES, SHARED, Case
 from layers.checking import (
     assert_same,
     check,
@@ -22,9 +22,13 @@ from layers.checking import (
     run_dense,
     vectors_of,
 )
+from oracles import relative_error
+from peft_sides import by_peft, by_us, opened_by_peft, plain_name, randomise as randomise_trained, same_tensors
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import hra_fx
+from hra_fx.model.state import adapted_layers
 
 every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 ARRAYS = {name: case for name, case in CASES.items() if isinstance(case.x, Tensor)}
@@ -84,14 +88,6 @@ def test_state_dict(case: Case, fields: dict[str, Any]) -> None:
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert sorted(trained) == sorted(f"{path}.hra_u.default" for path in vectors_of(model))
     assert set(dict(base.named_parameters())) <= set(dict(model.named_parameters()))
-
-
-@every
-def test_a_second_transform_adds_nothing(case: Case) -> None:
-    _, model = case.pair()
-    parameters = [id(p) for p in model.parameters()]
-    assert hra_fx.transform(model, config(*case.targets)) is model
-    assert [id(p) for p in model.parameters()] == parameters
 
 
 @every
@@ -295,3 +291,46 @@ def test_functional_calls(case: Case) -> None:
         for name, parameter in scaled.named_parameters():
             parameter.copy_(moved[name])
     assert_same(got, case.dense(scaled, model))
+
+
+# ---- layers that are reached by several paths ----
+
+cases = pytest.mark.parametrize("name", SHARED)
+
+
+def base(name: str) -> nn.Module:
+    return SHARED[name].pair()[0]
+
+
+def run(name: str, model: nn.Module) -> Tensor:
+    output = SHARED[name].run(model)
+    return getattr(output, "logits", output)
+
+
+@cases
+def test_each_layer_carries_one_reflection(name: str) -> None:
+    _, model = SHARED[name].pair()
+    sites = list(SHARED[name].sites)
+    assert list(adapted_layers(model)) == sites
+    assert len({id(layer.hra_u) for layer in adapted_layers(model).values()}) == len(sites)
+    assert [row.path for row in hra_fx.report(model).rows] == sites
+    plan = hra_fx.plan_fold(model)
+    assert [(layer.path, layer.untied) for layer in plan.layers] == [(path, ()) for path in sites]
+    names = [name for name, _ in model.named_parameters() if ".hra_u." in name]
+    assert names == [f"{path}.hra_u.default" for path in sites]
+
+
+@cases
+def test_a_file_has_each_layer_once_and_goes_through_peft(name: str, tmp_path: Path) -> None:
+    fields = {"r": 4, "target_modules": list(SHARED[name].targets), "init_weights": False}
+    ours, theirs = by_us(base(name), **fields).eval(), by_peft(base(name), **fields).eval()
+    trained = {plain_name(key) for key, value in theirs.named_parameters() if value.requires_grad}
+    assert {plain_name(key) for key, value in ours.named_parameters() if value.requires_grad} == trained
+    randomise_trained(ours)
+    ours.save_pretrained(tmp_path / "ours")
+    kept = [key for key in load_file(tmp_path / "ours" / "adapter_model.safetensors") if key.endswith(".hra_u")]
+    assert sorted(kept) == sorted(f"base_model.model.{path}.hra_u" for path in SHARED[name].sites)
+    opened_by_peft(base(name), tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    same_tensors(tmp_path / "ours", tmp_path / "theirs")
+    again = hra_fx.load_adapter(base(name), tmp_path / "theirs")
+    assert relative_error(run(name, again), run(name, ours)) < 1e-6

@@ -1,4 +1,4 @@
-"""Layers that are almost a Linear or a Conv2d: own forwards, GPT-2's Conv1D, and convolutions of every dimension."""
+"""Layers that are almost a Linear or a Conv2d: own forwards; and models out of the ordinary."""
 
 from __future__ import annotations
 
@@ -7,18 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-import transformers
 from adapting import config
-from layers.checking import check, check_fold, normal, pair
-from timm.layers import CondConv2d, Conv2dSame, ScaledStdConv2d, StdConv2d
+from layers.checking import assert_same, check, check_fold, normal, pair, run_dense
+from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.models.falcon.modeling_falcon import FalconLinear
-from transformers.pytorch_utils import Conv1D
 
 import hra_fx
-from hra_fx.layers.adapters import HouseholderAdapters
-from hra_fx.layers.variants import ConvAdapters, LinearAdapters
 
 # ---- forwards of their own ----
 
@@ -81,10 +77,6 @@ LINEARS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 @pytest.mark.parametrize("fields", [{"r": 2}, {"r": 3, "apply_GS": True}], ids=["even", "GS"])
 def test_subclasses_of_linear(layer: Callable[[], nn.Module], count: int, fields: dict[str, Any]) -> None:
     base, model = pair(lambda: Feeding(layer(), count), ["layer", "before"], **fields)
-    plain = type(base.layer).__name__.startswith("NonDynamically")
-    assert type(model.layer.hra_u) is (LinearAdapters if plain else HouseholderAdapters)
-    assert model.layer.hra_u.reflects_input is plain
-    assert type(model.before.hra_u) is LinearAdapters
     check(base, model, normal(1, 3, 6))
     check_fold(base, model, normal(1, 3, 6))
 
@@ -112,96 +104,13 @@ def test_subclasses_of_conv2d(layer: Callable[[], nn.Module], fields: dict[str, 
         return model
 
     base, model = pair(settled, ["0", "1"], **fields)
-    assert type(model[1].hra_u) is HouseholderAdapters
     check(base, model, normal(2, 2, 3, 8, 8), rtol=1e-9)
     check_fold(base, model, normal(2, 2, 3, 8, 8), rtol=1e-9)
 
 
-# ---- transformers' Conv1D ----
-
-
-@pytest.mark.parametrize("fields", [{"r": 2}, {"r": 3}, {"r": 3, "apply_GS": True}], ids=["even", "odd", "GS"])
-def test_conv1d_of_transformers(fields: dict[str, Any]) -> None:
-    base, model = pair(lambda: nn.Sequential(Conv1D(4, 6), nn.Tanh(), nn.Linear(4, 2)), ["0", "2"], **fields)
-    assert model[0].hra_u.default.shape == (6, fields["r"])
-    check(base, model, normal(4, 2, 3, 6))
-    folded = check_fold(base, model, normal(4, 2, 3, 6))
-    assert folded[0].weight.shape == (6, 4)
-
-
-def gpt2(**kwargs: Any) -> nn.Module:
-    sizes = {"n_embd": 12, "n_layer": 2, "n_head": 2, "vocab_size": 17, "n_positions": 32}
-    settings = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=16, pad_token_id=16, **kwargs)
-    return transformers.GPT2LMHeadModel(settings)
-
-
-IDS = torch.randint(0, 16, (2, 7), generator=torch.Generator().manual_seed(0))
-
-
-def test_gpt2_whole() -> None:
-    base, model = pair(gpt2, ["c_attn", "c_proj", "c_fc"])
-    assert len(hra_fx.report(model)) == 8
-    check(base, model, input_ids=IDS, labels=IDS, use_cache=False)
-    with torch.no_grad():
-        written = model.generate(IDS, max_new_tokens=6, do_sample=False)
-    folded = check_fold(base, model, input_ids=IDS, use_cache=False)
-    assert torch.equal(folded.generate(IDS, max_new_tokens=6, do_sample=False), written)
-    base.load_state_dict(folded.state_dict())
-    assert torch.equal(base.generate(IDS, max_new_tokens=6, do_sample=False), written)
-
-
 # ---- convolutions of one, two and three axes ----
 
-GEOMETRY: dict[str, dict[str, Any]] = {
-    "pointwise": {"kernel_size": 1},
-    "plain": {"kernel_size": 3},
-    "no bias": {"kernel_size": 2, "bias": False},
-    "stride": {"kernel_size": 3, "stride": 2},
-    "stride over the kernel": {"kernel_size": 1, "stride": 2},
-    "padding": {"kernel_size": 3, "padding": 2},
-    "dilation": {"kernel_size": 2, "dilation": 2},
-    "same": {"kernel_size": 3, "padding": "same"},
-    "same, even": {"kernel_size": 4, "padding": "same"},
-    "valid": {"kernel_size": 3, "padding": "valid"},
-    "groups": {"kernel_size": 3, "groups": 2},
-    "depthwise": {"kernel_size": 3, "groups": 4, "padding": "same"},
-    "replicate": {"kernel_size": 3, "padding": 1, "padding_mode": "replicate"},
-    "circular": {"kernel_size": 3, "padding": 1, "padding_mode": "circular"},
-    "reflect": {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
-    "circular, same, dilated": {"kernel_size": 3, "padding": "same", "dilation": 2, "padding_mode": "circular"},
-    "everything": {"kernel_size": 3, "stride": 2, "padding": 2, "dilation": 1, "groups": 2, "padding_mode": "circular"},
-}
 AXES: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-
-
-class Convolved(nn.Module):
-    def __init__(self, conv: nn.Module) -> None:
-        super().__init__()
-        self.conv = conv
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.conv(x))
-
-
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-@pytest.mark.parametrize(
-    ("geometry", "axes", "batched"),
-    [(name, axes, (number + axes) % 2 == 0) for number, name in enumerate(GEOMETRY) for axes in AXES],
-)
-def test_convolutions(axes: int, geometry: str, batched: bool) -> None:
-    base, model = pair(lambda: Convolved(AXES[axes](4, 8, **GEOMETRY[geometry])), ["conv"])
-    assert isinstance(model.conv.hra_u, ConvAdapters)
-    x = normal(5, *(2,) * batched, 4, *((9, 6, 7)[-axes:]))
-    check(base, model, x)
-    check_fold(base, model, x)
-
-
-def test_oblong_kernels_of_three_axes() -> None:
-    settings = {"kernel_size": (1, 3, 2), "stride": (1, 2, 1), "padding": (0, 2, 1), "dilation": (2, 1, 2), "groups": 2}
-    base, model = pair(lambda: Convolved(nn.Conv3d(4, 6, **settings)), ["conv"], apply_GS=True)
-    assert model.conv.hra_u.default.shape == (2 * 6, 3)
-    check(base, model, normal(6, 2, 4, 5, 8, 9))
-    check_fold(base, model, normal(6, 2, 4, 5, 8, 9))
 
 
 @pytest.mark.parametrize("axes", AXES)
@@ -212,14 +121,87 @@ def test_reports_say_what_they_are(axes: int) -> None:
     assert row.layer_type == f"Conv{axes}d 4->6 {size}, groups 2"
 
 
-def test_transposed_convolutions_are_named_as_what_cannot_be() -> None:
-    with pytest.raises(hra_fx.SelectionError, match="0: `target_modules` matches this ConvTranspose1d, but only"):
-        hra_fx.transform(nn.Sequential(nn.ConvTranspose1d(4, 6, 3), nn.Linear(2, 2)), config("0", "1"))
+# ---- other models and layers that are out of the ordinary ----
+
+X = normal(1, 5, 6)
 
 
-def test_a_mixture_of_experts_in_one_convolution_is_none() -> None:
-    """timm's CondConv2d holds one vector of all weights for each expert: no layer by class."""
-    layer = CondConv2d(4, 6, 3)
-    assert not isinstance(layer, nn.Conv2d)
-    with pytest.raises(hra_fx.SelectionError, match="matches this CondConv2d"):
-        hra_fx.transform(nn.Sequential(layer), config("0"))
+@pytest.mark.parametrize("first", ["reflected", "saved"])
+def test_an_attention_is_not_reflected_by_one_adapter_and_saved_by_another(first: str) -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(6, 2), "other": nn.Linear(6, 2)})
+    reflected = hra_fx.HRAConfig(r=2, target_modules=["attention"])
+    saved = hra_fx.HRAConfig(r=2, target_modules=["other"], modules_to_save=["attention"])
+    hra_fx.transform(model, reflected if first == "reflected" else saved, "one")
+    with pytest.raises(hra_fx.UnsupportedLayerError, match=r"^attention"):
+        hra_fx.add_adapter(model, "two", saved if first == "reflected" else reflected)
+        hra_fx.set_adapter(model, "two")
+    assert list(model["attention"].state_dict()) and model["attention"].in_proj_weight.shape == (18, 6)
+
+
+def test_the_bias_of_an_attention_is_trained_too() -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(6, 2), "other": nn.Linear(6, 2)})
+    hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["attention"], bias="hra_only"))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == ["attention.in_proj_bias", "attention.hra_u.default"]
+
+
+class Fused(nn.Module):
+    """Calls its layers, or reads their weights, by a setting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.fused = nn.Linear(6, 4), nn.Linear(6, 4), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = [self.left, self.right]
+        if self.fused:
+            weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+            return F.linear(x, weight, bias)
+        return torch.cat([layer(x) for layer in layers], dim=-1)
+
+
+def test_a_model_that_reads_weights_after_a_setting_changed() -> None:
+    base, model = pair(Fused, ["left", "right"])
+    for model.fused in (False, True, False):
+        assert_same(model(X), run_dense(base, model, X))
+
+
+class Outputs(nn.Module):
+    """An output that depends on no reflection, before one that does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 6), nn.Linear(6, 4)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.embed(ids)
+        return hidden, self.head(hidden)
+
+
+class AsksForGradients(Outputs):
+    """As wav2vec2 does of what it makes of its input."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        hidden = x * 2
+        if self.training:
+            hidden.requires_grad = True
+        return hidden, self.head(hidden)
+
+
+def still() -> nn.Module:
+    """The mean before the last norm is zero but for rounding."""
+    norms = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), norms[0], nn.Conv2d(4, 4, 1, bias=False), norms[1])
+
+
+@pytest.mark.parametrize(
+    ("model", "targets", "inputs"),
+    [
+        (Outputs(), ["head"], torch.tensor([[1, 2, 3]])),
+        (AsksForGradients(), ["head"], torch.randn(2, 6)),
+        (still(), ["0", "2"], torch.randn(2, 3, 6, 6)),
+    ],
+)
+def test_verify_raises_no_false_alarm(model: nn.Module, targets: list[str], inputs: Tensor) -> None:
+    hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=targets), example_inputs=inputs, verify=True)
+    assert len(hra_fx.report(model)) == len(targets)

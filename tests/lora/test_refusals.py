@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from layers.test_weight_reads import TARGETS, USES, Reading
+from layers.reading_weights import TARGETS, USES, Reading
 from lora.kinds import move
 from timm.layers import Conv2dSame, StdConv2d
 from torch import Tensor, nn

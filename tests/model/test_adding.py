@@ -1,14 +1,17 @@
-"""`add_adapter`: flags, modes and the order of parameters, which optimizer states depend on, do not change."""
+"""`add_adapter`: flags, modes and the order of parameters do not change; which names an adapter can have."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from model.many import adapted, assert_close, config, net, normal, oracle, refuses, run
-from torch import nn
+from oracles import dense_q
+from torch import Tensor, nn
 
 import hra_fx
 
@@ -24,23 +27,6 @@ def test_an_added_adapter_keeps_flags_that_were_set_by_hand() -> None:
     hra_fx.set_scale(model, "a", 1)
     assert not model.first.hra_u["a"].requires_grad
     assert model.second.hra_u["a"].requires_grad
-
-
-def test_adapters_on_the_meta_device_wait_for_their_values() -> None:
-    plain, model = adapted(net(), a=config("first"))
-    hra_fx.add_adapter(model, "b", config("first", "second"), low_cpu_mem_usage=True)
-    x = normal(4, 6)
-    assert model.second.hra_u["b"].is_meta
-    assert_close(model(x), oracle(plain, model, ["a"], x))
-    hra_fx.set_adapter(model, "b")
-    with pytest.raises(
-        hra_fx.AdapterError,
-        match=r"^first: the vectors of b are on the meta device, without data\. Call .*assign=True\)",
-    ):
-        model(x)
-    state = {f"{path}.hra_u.b": normal(width, 2) for path, width in (("first", 6), ("second", 8))}
-    model.load_state_dict(model.state_dict() | state, assign=True)
-    assert_close(model(x), oracle(plain, model, ["b"], x))
 
 
 @pytest.mark.parametrize("mark", ["_hp_mapping", "ds_id"])
@@ -77,34 +63,9 @@ def test_an_adapter_can_be_added_to_a_disabled_model_and_not_to_a_plain_or_merge
         hra_fx.add_adapter(model, "c", config("second"))
 
 
-# The order of parameters
+# The order of parameters, by which an optimizer's state is saved
 
 
-def order(model: nn.Module, besides: str = "") -> dict[str, list[str]]:
-    """Names of children, parameters, buffers and the state, in their order, without those of one adapter."""
-    found = {path: list(part._modules) for path, part in model.named_modules()}
-    found["parameters"] = [name for name, _ in model.named_parameters()]
-    found["buffers"] = [name for name, _ in model.named_buffers()]
-    found["state"] = list(model.state_dict())
-    if not besides:
-        return found
-    return {
-        path: [name for name in names if besides not in name.split(".")]
-        for path, names in found.items()
-        if besides not in path.split(".")
-    }
-
-
-def two_in_both_orders() -> tuple[nn.Module, nn.Module]:
-    """`second` has trained copies before it gets reflections, and `first` the other way round."""
-    saved: dict[str, Any] = {"bias": "all", "modules_to_save": ["norm"]}
-    plain, model = adapted(net(), a=config("first", **saved), b=config("second"))
-    assert list(model.second._modules) == ["hra_saved", "hra_u"]
-    assert list(model.first._modules) == ["hra_u", "hra_saved"]
-    return plain, model
-
-
-@pytest.mark.parametrize("loaded", [False, True])
 @pytest.mark.parametrize(
     ("targets", "fields"),
     [
@@ -113,27 +74,150 @@ def two_in_both_orders() -> tuple[nn.Module, nn.Module]:
         (["second"], {"modules_to_save": ["head"]}),
     ],
 )
-def test_another_adapter_leaves_the_order(
-    targets: list[str], fields: dict[str, Any], loaded: bool, tmp_path: Path
-) -> None:
-    plain, model = two_in_both_orders()
+def test_another_adapter_leaves_the_order(targets: list[str], fields: dict[str, Any], tmp_path: Path) -> None:
+    """`second` has trained copies before it gets reflections, and `first` the other way round."""
+    saved: dict[str, Any] = {"bias": "all", "modules_to_save": ["norm"]}
+    model = adapted(net(), a=config("first", **saved), b=config("second"))[1]
+    before = [list(dict(model.named_parameters())), list(model.state_dict())]
+    hra_fx.save_adapter(adapted(net(), c=config(*targets, **fields))[1], tmp_path)
+    for add in (
+        lambda: hra_fx.add_adapter(model, "c", config(*targets, **fields)),
+        lambda: hra_fx.load_adapter(model, tmp_path, "c"),
+    ):
+        add()
+        after = [list(dict(model.named_parameters())), list(model.state_dict())]
+        assert [[name for name in names if "c" not in name.split(".")] for names in after] == before
+        hra_fx.delete_adapter(model, "c")
+        assert [list(dict(model.named_parameters())), list(model.state_dict())] == before
+
+
+# ---- what is made in inference mode, also from a file, can be trained outside of it ----
+
+
+def gradient(plain: nn.Module, vectors: Tensor, x: Tensor) -> Tensor:
+    """Of the sum of the outputs of `Net`, by the dense product, by the vectors of its second layer."""
+    leaf = vectors.detach().clone().requires_grad_()
+    new = {"second.weight": plain.second.weight.detach() @ dense_q(leaf)}
+    torch.func.functional_call(plain, new, (x,)).sum().backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def check_trainable(plain: nn.Module, model: nn.Module, name: str) -> None:
     x = normal(3, 6)
-    before, wanted = order(model), run(model, x)
-    if loaded:
-        hra_fx.save_adapter(adapted(net(), a=config(*targets, **fields))[1], tmp_path)
-        hra_fx.load_adapter(model, tmp_path, "c")
-    else:
-        hra_fx.add_adapter(model, "c", config(*targets, **fields))
-    after = order(model, besides="c")
-    for path, names in before.items():
-        assert [name for name in after[path] if name in names] == names
-    for path in ("first", "second"):
-        assert after[path] == before[path]
-    assert torch.equal(run(model, x), wanted)
-    if not fields:
-        hra_fx.set_adapter(model, "c")
-        assert_close(run(model, x), oracle(plain, model, ["c"], x))
+    vectors = model.second.hra_u[name]
+    assert not vectors.is_inference()
+    assert vectors.requires_grad
+    run(model, x).sum().backward()
+    assert_close(vectors.grad, gradient(plain, vectors, x))
+    torch.optim.SGD([vectors], lr=0.1).step()
+    assert_close(run(model, x), oracle(plain, model, [name], x))
+
+
+@pytest.mark.parametrize("into", ["plain", "beside", "in place"])
+def test_what_is_loaded_in_inference_mode_is_trained_on(into: str, tmp_path: Path) -> None:
+    plain, other = adapted(net(), a=config("second", r=4))
+    hra_fx.save_adapter(other, tmp_path)
+    model = net()
+    if into != "plain":
+        name, target = ("a", "second") if into == "in place" else ("z", "first")
+        hra_fx.transform(model, config(target, r=4), name)
+    with torch.inference_mode():
+        hra_fx.load_adapter(model, tmp_path, "a", is_trainable=True)
         hra_fx.set_adapter(model, "a")
-    hra_fx.delete_adapter(model, "c")
-    assert order(model) == before
-    assert torch.equal(run(model, x), wanted)
+    assert torch.equal(model.second.hra_u["a"], other.second.hra_u["a"])
+    check_trainable(plain, model, "a")
+
+
+def test_copies_that_are_loaded_in_inference_mode_are_trained_on(tmp_path: Path) -> None:
+    _, other = adapted(net(), a=config("second", modules_to_save=["head"]))
+    hra_fx.save_adapter(other, tmp_path)
+    model = net()
+    with torch.inference_mode():
+        hra_fx.load_adapter(model, tmp_path, "a", is_trainable=True)
+    x = normal(3, 6)
+    assert not any(tensor.is_inference() for tensor in model.state_dict(keep_vars=True).values())
+    assert torch.equal(run(model, x), run(other, x))
+    run(model, x).sum().backward()
+    hidden = torch.tanh(other.second(torch.tanh(other.norm(other.first(x)))))
+    assert_close(model.head.weight.grad, hidden.sum(dim=0).expand(3, 8))
+
+
+# ---- the names of adapters ----
+
+#: Names that are no part of a path or not a folder, and names that modules of ours use.
+BAD = ["", " ", " a", "a ", "a.b", "a/b", "a\\b", "a\0b", "keys", "update", "forward", "width", "unmerged", "x_anchor"]
+BAD += ["_anchor", "y_scaled", "base_layer", "original_module", "copied", "specs", "active", "remove"]
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_an_impossible_name_is_refused(name: str) -> None:
+    model = adapted(net(), a=config("first", modules_to_save=["head"]), b=config("first"), c=config("second"))[1]
+    text = (
+        "`adapter_name` must be a string that can name a parameter and a folder: no dots, slashes or backslashes, no "
+        f"spaces at its ends, not ending in '_anchor' or '_scaled', and not a reserved name; got {name!r}."
+    )
+    with refuses(model, f"^{re.escape(text)}$"):
+        hra_fx.add_adapter(model, name, config("first"))
+
+
+def test_transform_and_combine_refuse_an_impossible_name() -> None:
+    plain, model = adapted(net(), a=config("first"), b=config("first"))
+    for given, act in (
+        (model, lambda: hra_fx.combine(model, ["a", "b"], "a.b")),
+        (plain, lambda: hra_fx.transform(plain, config("first"), "a.b")),
+    ):
+        with refuses(given, "^`adapter_name` must be a string that can name"):
+            act()
+
+
+@pytest.mark.parametrize("name", ["training", "add"])
+def test_a_name_that_every_module_uses_is_refused(name: str) -> None:
+    plain, model = adapted(net(), a=config("first"))
+    for given, act in (
+        (model, lambda: hra_fx.add_adapter(model, name, config("first", "second"))),
+        (plain, lambda: hra_fx.transform(plain, config("first"), name)),
+    ):
+        with refuses(given, rf"^adapter '{name}' already exists\. Choose another name\.$"):
+            act()
+
+
+def test_a_name_that_is_not_a_string_is_refused() -> None:
+    model = adapted(net(), a=config("first"))[1]
+    with refuses(model, r"^`adapter_name` must be a string such as 'default', got 3\.$"):
+        hra_fx.add_adapter(model, 3, config("first"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["style-2", "été", "class", "a b", "0", "default", "hra_u", "_x", "weight", "bias"])
+def test_a_possible_name_names_parameters_and_copies(name: str) -> None:
+    model = adapted(net(), a=config("first", modules_to_save=["head"]))[1]
+    hra_fx.add_adapter(model, name, config("first", modules_to_save=["head"]))
+    hra_fx.set_adapter(model, name)
+    assert f"first.hra_u.{name}" in model.state_dict()
+    hra_fx.set_adapter(model, "a")
+    assert f"head.hra_saved.{name}.weight" in model.state_dict()
+    hra_fx.delete_adapter(model, name)
+    assert not any(f"hra_u.{name}" in key or f"hra_saved.{name}." in key for key in model.state_dict())
+
+
+def test_a_taken_name_is_refused() -> None:
+    model = adapted(net(), a=config("first"), b=config("second"))[1]
+    for act in (
+        lambda: hra_fx.add_adapter(model, "b", config("second")),
+        lambda: hra_fx.combine(model, ["a", "b"], "b"),
+    ):
+        text = r"^adapter 'b' already exists in this model\. Delete it first, or choose another name\.$"
+        with refuses(model, text):
+            act()
+
+
+USES: list[Callable[[nn.Module, Any], Any]] = [hra_fx.set_adapter, hra_fx.merge_adapter, hra_fx.fold]
+
+
+@pytest.mark.parametrize("use", USES)
+def test_unknown_and_repeated_names_are_refused(use: Callable[[nn.Module, Any], Any]) -> None:
+    model = adapted(net(), a=config("first"), b=config("second"))[1]
+    with refuses(model, r"^the model has no adapter 'ab'\. It has 'a', 'b'\.$"):
+        use(model, "ab")
+    with refuses(model, r"^adapter names must be unique, got \['a', 'b', 'a'\]\.$"):
+        use(model, ["a", "b", "a"])

@@ -1,16 +1,15 @@
-"""After an error or a warning at any step, the model is unchanged or completely changed, or computes the same."""
+"""After an error, a model is unchanged or completely changed; a plan of a fold is not applied to a changed model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from model.failing import At, folded, no_memory
 from model.many import (
+    F64,
     adapted,
     assert_close,
     config,
@@ -21,108 +20,62 @@ from model.many import (
     run,
     seen,
     stored,
+    turn,
     weights,
 )
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import hra_fx
-import hra_fx.model.add
-import hra_fx.model.inject
-import hra_fx.model.setup
-from hra_fx.errors import GraphInvariantError
-from hra_fx.layers.adapters import HouseholderAdapters
-from hra_fx.layers.trained_copies import Copies
 from hra_fx.model.state import get_state
 
+
+class At(TorchFunctionMode):
+    """Does something at one call of a tensor's method, before the call itself; `calls` counts them."""
+
+    def __init__(self, method: Any, call: int, do: Callable[[], None]) -> None:
+        super().__init__()
+        self.method, self.call, self.do, self.calls = method, call, do, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is self.method:
+            self.calls += 1
+            if self.calls == self.call:
+                self.do()
+        return func(*args, **(kwargs or {}))
+
+
+def no_memory() -> None:
+    raise torch.OutOfMemoryError("no memory is left.")
+
+
+def folded(plain: nn.Module, model: nn.Module, wanted: dict[str, Tensor]) -> None:
+    """The model is the plain one with these weights."""
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert [type(part) for part in model.modules()] == [type(part) for part in plain.modules()]
+    assert get_state(model) is None
+    for name, value in model.state_dict().items():
+        assert_close(value, wanted.get(name, plain.state_dict()[name]), 1e-12)
+
+
 BOTH: dict[str, Any] = {"modules_to_save": ["head", "norm"], "bias": "hra_only"}
-#: Where a step is looked up, and at which of its calls it fails.
-Step = tuple[ModuleType | type, str, int]
-COMMON: list[Step] = [
-    (hra_fx.model.inject, "adapters_for", 1),
-    (hra_fx.model.inject, "swap", 1),
-    (HouseholderAdapters, "put", 1),
-    (HouseholderAdapters, "put", 2),
-    (Copies, "make", 1),
-    (Copies, "make", 2),
-]
-ADDING: list[Step] = [*COMMON, (hra_fx.model.add, "inject_adapter", 1), (hra_fx.model.add, "make_copies", 1)]
-STARTING: list[Step] = [
-    *COMMON,
-    *(
-        (hra_fx.model.setup, name, 1)
-        for name in ("inject_adapter", "freeze", "make_copies", "attach_state", "activate")
-    ),
-]
-COMBINING: list[Step] = [
-    (HouseholderAdapters, "put", 1),
-    (HouseholderAdapters, "put", 2),
-    (hra_fx.model.add, "sync_layers", 1),
-]
 
 
 def second() -> tuple[nn.Module, nn.Module]:
     return adapted(net(), a=config("first", modules_to_save=["head"]), c=config("first", bias="all"))
 
 
-def two() -> tuple[nn.Module, nn.Module]:
-    return adapted(net(), a=config("first", "second"), c=config("first"))
-
-
-#: The model, what is done to it (the folder holds an adapter), and the steps of it.
-ACTS: dict[str, tuple[Callable[[], tuple[nn.Module, nn.Module]], Callable[[nn.Module, Path], object], list[Step]]] = {
-    "add": (second, lambda model, folder: hra_fx.add_adapter(model, "b", config("first", "second", **BOTH)), ADDING),
-    "load": (lambda: (net(), net()), lambda model, folder: hra_fx.load_adapter(model, folder, "b"), STARTING),
-    "load another": (second, lambda model, folder: hra_fx.load_adapter(model, folder, "b"), ADDING),
-    "combine": (two, lambda model, folder: hra_fx.combine(model, ["a", "c"], "b"), COMBINING),
+#: The model, and what is done to it (the folder holds an adapter).
+ACTS: dict[str, tuple[Callable[[], tuple[nn.Module, nn.Module]], Callable[[nn.Module, Path], object]]] = {
+    "add": (second, lambda model, folder: hra_fx.add_adapter(model, "b", config("first", "second", **BOTH))),
+    "load": (lambda: (net(), net()), lambda model, folder: hra_fx.load_adapter(model, folder, "b")),
+    "load another": (second, lambda model, folder: hra_fx.load_adapter(model, folder, "b")),
 }
 
 
-class Failing:
-    """Replaces a function by one that fails at one of its calls."""
-
-    def __init__(self, real: Callable[..., Any], call: int) -> None:
-        self.real, self.call, self.calls = real, call, 0
-
-    def __get__(self, owner: Any, kind: Any = None) -> Callable[..., Any]:
-        return lambda *args, **kwargs: self(owner, *args, **kwargs)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls += 1
-        if self.calls == self.call:
-            raise GraphInvariantError("node 'x': put there by the test.")
-        return self.real(*args, **kwargs)
-
-
-@pytest.mark.parametrize(
-    ("name", "step"),
-    [
-        pytest.param(name, step, id=f"{name} {step[1]} {step[2]}")
-        for name, (*_, steps) in ACTS.items()
-        for step in steps
-    ],
-)
-def test_an_error_at_any_step_leaves_the_model_as_it_was(
-    name: str, step: Step, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    make, act, _ = ACTS[name]
-    hra_fx.save_adapter(adapted(net(), b=config("first", "second", r=3, **BOTH))[1], tmp_path)
-    plain, model = make()
-    x, (where, function, call) = normal(4, 6), step
-    wanted = run(model, x)
-    with monkeypatch.context() as patch:
-        patch.setattr(where, function, Failing(getattr(where, function), call))
-        with refuses(model, "put there by the test", GraphInvariantError):
-            act(model, tmp_path)
-    assert torch.equal(run(model, x), wanted)
-    act(model, tmp_path)
-    hra_fx.set_adapter(model, "b")
-    if name == "add":
-        assert_close(model(x), oracle(plain, model, ["b"], x))
-
-
-@pytest.mark.parametrize("name", ["add", "load", "load another"])
+@pytest.mark.parametrize("name", ACTS)
 def test_memory_that_runs_out_at_any_copy_leaves_the_model_as_it_was(name: str, tmp_path: Path) -> None:
-    make, act, _ = ACTS[name]
+    make, act = ACTS[name]
     _, source = adapted(net(), b=config("first", "second", r=3, **BOTH))
     hra_fx.save_adapter(source, tmp_path)
     (_, model), (_, other), x = make(), make(), normal(3, 6)
@@ -136,7 +89,7 @@ def test_memory_that_runs_out_at_any_copy_leaves_the_model_as_it_was(name: str, 
         assert torch.equal(run(model, x), output)
     act(model, tmp_path)
     hra_fx.set_adapter(model, "b")
-    if name != "add":
+    if name.startswith("load"):
         assert_close(run(model, x), run(source, x), 1e-14)
 
 
@@ -172,41 +125,6 @@ def test_a_configuration_that_does_not_fit_is_refused(case: str) -> None:
     assert torch.equal(torch.get_rng_state(), state) is (case != "adapted by another")
 
 
-@pytest.mark.parametrize("name", ["first.weight", "second.hra_u"])
-def test_a_file_that_does_not_fit_is_refused(name: str, tmp_path: Path) -> None:
-    class Wide(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.Linear(6 + (name == "first.weight"), 8), nn.Linear(9, 8)
-
-    hra_fx.save_adapter(hra_fx.transform(Wide(), config("first", "second")), tmp_path)
-    model = adapted(net(), a=config("first", modules_to_save=["head"]))[1]
-    for adapter in ("a", "b"):
-        with refuses(model, r"hra_u must have shape \(\d, 2\), got", hra_fx.CheckpointError):
-            hra_fx.load_adapter(model, tmp_path, adapter)
-
-
-# Warnings, which are errors in these tests, come after the change
-
-
-def test_a_fold_is_complete_when_it_warns_of_removed_adapters() -> None:
-    plain, model = adapted(net(), a=config("first", "second"), b=config("second"))
-    wanted = weights(plain, model, ["a"])
-    with pytest.raises(hra_fx.HRAWarning, match=r"adapters \['b'\] were not active and are removed"):
-        hra_fx.fold(model)
-    folded(plain, model, wanted)
-
-
-def test_a_deletion_is_complete_when_it_warns_of_the_new_active_adapter() -> None:
-    plain, model = adapted(net(), a=config("first", "second"), b=config("second"))
-    x = normal(3, 6)
-    wanted = oracle(plain, model, ["b"], x)
-    with pytest.raises(hra_fx.HRAWarning, match="adapter 'a' was active and is deleted; 'b' is active now"):
-        hra_fx.delete_adapter(model, "a")
-    assert (list(get_state(model).configs), get_state(model).active) == (["b"], ("b",))
-    assert_close(run(model, x), wanted)
-
-
 # Weights that are written in place
 
 
@@ -238,14 +156,11 @@ INTERRUPTED: dict[str, tuple[Callable[[nn.Module], object], bool]] = {
 }
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory is left."), KeyboardInterrupt()], ids=type)
 @pytest.mark.parametrize("write", [1, 2, 3])
 @pytest.mark.parametrize("name", INTERRUPTED)
-def test_an_interrupted_fold_or_unmerge_leaves_the_outputs_and_a_second_fold_finishes_it(
-    name: str, write: int, error: BaseException
-) -> None:
+def test_an_interrupted_fold_or_unmerge_leaves_the_outputs_and_a_second_fold_finishes_it(name: str, write: int) -> None:
     def fail() -> None:
-        raise error
+        raise KeyboardInterrupt
 
     act, merged = INTERRUPTED[name]
     plain, model = adapted(net(), a=config("first", "second", "head"), b=config("second"))
@@ -254,10 +169,128 @@ def test_an_interrupted_fold_or_unmerge_leaves_the_outputs_and_a_second_fold_fin
     output = run(model, x)
     if merged:
         hra_fx.merge_adapter(model)
-    with At(Tensor.copy_, write, fail), pytest.raises(type(error)):
+    with At(Tensor.copy_, write, fail), pytest.raises(KeyboardInterrupt):
         act(model)
     assert_close(run(model, x), output)
     if act is hra_fx.fold:
         act(model)
         assert_close(run(model, x), output)
         folded(plain, model, wanted)
+
+
+# ---- plans of a fold ----
+
+
+class Whole(nn.Module):
+    """A body and a head: `(n, 6) -> (n, 3)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+def whole(**configs: hra_fx.HRAConfig) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    return adapted(Whole().to(F64).eval(), **configs)
+
+
+def test_a_part_of_a_transformed_model_is_not_folded_alone() -> None:
+    _, model = whole(a=config("0", "2"))
+    for fold in (hra_fx.fold, hra_fx.plan_fold):
+        with refuses(model, r"^Sequential is a submodule of a transformed model\. Pass the model that was transformed"):
+            fold(model.body)
+
+
+NOT_MATCHING = (
+    r"^adapter 'a': body\.0 does not match the adapter's configuration, because a part of the model was folded or "
+    r"replaced after transform\. The saved file could not be loaded\. Fold the whole model instead\.$"
+)
+
+
+def test_an_adapter_of_a_layer_that_was_replaced_cannot_be_saved(tmp_path: Path) -> None:
+    _, model = whole(a=config("0", "2"), b=config("2"))
+    model.body[0] = nn.Linear(6, 6, dtype=F64)
+    with pytest.raises(hra_fx.AdapterError, match=NOT_MATCHING):
+        hra_fx.save_adapter(model, tmp_path / "a", "a")
+    assert not (tmp_path / "a").exists()
+    hra_fx.save_adapter(model, tmp_path / "b", "b")
+    torch.manual_seed(0)
+    other = hra_fx.load_adapter(Whole().to(F64), tmp_path / "b", "b")
+    assert torch.equal(other.body[2].hra_u["b"], model.body[2].hra_u["b"])
+
+
+# A plan
+
+
+def step(model: nn.Module, folder: Path) -> None:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(normal(3, 6)).square().sum().backward()
+    optimizer.step()
+
+
+def load(model: nn.Module, folder: Path) -> None:
+    hra_fx.load_adapter(model, folder, "a")
+
+
+def successor(tensor: Tensor) -> nn.Parameter:
+    """Another parameter of that shape, which was written to as many times."""
+    made = nn.Parameter(torch.randn_like(tensor))
+    while made._version < tensor._version:
+        made.mul_(1.0)
+    return made
+
+
+def assign(model: nn.Module, folder: Path) -> None:
+    state = {name: successor(tensor) for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+CHANGES: dict[str, Callable[[Any, Path], object]] = {
+    "set another": lambda model, folder: hra_fx.set_adapter(model, "b"),
+    "load in place": load,
+    "load a state": lambda model, folder: model.load_state_dict(model.state_dict()),
+    "assign a state": assign,
+    "train": step,
+    "scale": lambda model, folder: hra_fx.set_scale(model, "a", 0.5),
+    "merge": lambda model, folder: hra_fx.merge_adapter(model),
+    "delete": lambda model, folder: hra_fx.delete_adapter(model, "b"),
+    "another layer": lambda model, folder: setattr(model.body, "0", nn.Linear(6, 6, dtype=F64)),
+    "apply": lambda model, folder: hra_fx.plan_fold(model, "a").apply(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_plan_cannot_be_applied_after_a_change(change: str, tmp_path: Path) -> None:
+    _, other = whole(a=config("0", "2"))
+    turn(other, seed=8)
+    hra_fx.save_adapter(other, tmp_path)
+    plain, model = whole(a=config("0", "2"), b=config("0", "2"))
+    x, before = normal(3, 6), seen(model)
+    plan = hra_fx.plan_fold(model)
+    assert seen(model) == before
+    with torch.set_grad_enabled(change == "train"):
+        CHANGES[change](model, tmp_path)
+    output = run(model, x)
+    with refuses(model, r"the model has changed since plan_fold\. Call plan_fold again\.$", hra_fx.FoldError):
+        plan.apply()
+    assert torch.equal(run(model, x), output)
+    if change == "load in place":
+        assert_close(output, oracle(plain, model, ["a"], x))
+
+
+def test_a_plan_is_applied_once_and_not_while_adapters_are_disabled() -> None:
+    plain, model = whole(a=config("0", "2"))
+    x = normal(3, 6)
+    wanted = oracle(plain, model, ["a"], x)
+    plan = hra_fx.plan_fold(model)
+    with hra_fx.disable_adapters(model), pytest.raises(hra_fx.FoldError, match="Call plan_fold again"):
+        plan.apply()
+    assert_close(run(model, x), wanted)
+    plan.apply()
+    with pytest.raises(hra_fx.FoldError, match="Call plan_fold again"):
+        plan.apply()
+    assert_close(run(model, x), wanted)

@@ -109,19 +109,6 @@ def test_an_adapter_counts_at_the_scale_that_it_has() -> None:
     assert_close(model(x), oracle(plain, model, ["b"], x))
 
 
-def test_the_parts_can_be_deleted_and_the_new_one_trained_on() -> None:
-    plain, model = adapted(net(), a=config("first"), b=config("second"))
-    x = normal(4, 6)
-    wanted = oracle(plain, model, ["a", "b"], x)
-    hra_fx.combine(model, ["a", "b"], "ab")
-    hra_fx.set_adapter(model, "ab")
-    for name in ("a", "b"):
-        hra_fx.delete_adapter(model, name)
-    assert_close(model(x), wanted)
-    hra_fx.fold(model)
-    assert_close(model(x), wanted)
-
-
 class Alike(nn.Module):
     """Paths that end alike, and a dot that as a pattern would name another layer (`0.1` and `041`)."""
 

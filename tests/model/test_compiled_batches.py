@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
-import transformers
 from adapting import randomise
 from one_layer import normal
 from oracles import dense_q, relative_error
@@ -32,26 +32,12 @@ def _fresh() -> Iterator[None]:
 
 
 def llama(layers: int = 2) -> Any:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers, "num_attention_heads": 4}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=64)).double()
+    return tiny_models.llama(num_hidden_layers=layers).double()
 
 
 def adapted(model: nn.Module, **fields: Any) -> Any:
     made = hra_fx.transform(model, hra_fx.HRAConfig(**{"r": 4, "target_modules": TARGETS, **fields}))
     randomise(made)
-    return made
-
-
-def with_dense_weights(base: nn.Module, model: nn.Module) -> Any:
-    """The model without us: `W Q` by dense products, in its place."""
-    made = copy.deepcopy(base)
-    for path, layer in model.named_modules():
-        if "hra_u" in layer._modules:
-            box: Any = layer.hra_u
-            spec = box.specs["default"]
-            q = dense_q(box["default"].detach(), apply_GS=spec.apply_GS, anchor=box.anchor("default"))
-            with torch.no_grad():
-                made.get_submodule(path).weight.copy_(made.get_submodule(path).weight @ q)
     return made
 
 
@@ -94,7 +80,7 @@ def test_a_training_step_is_one_graph_with_one_batch(seen: Recorder) -> None:
     output = compiled(**inputs)
     output.loss.backward()
     assert seen.batches == [[5]]
-    assert relative_error(output.logits, with_dense_weights(base, model)(**inputs).logits) < 1e-11
+    assert relative_error(output.logits, tiny_models.rotated(base, model)(**inputs).logits) < 1e-11
     found = gradients(model)
     assert found.keys() == eager.keys()
     for name, gradient in found.items():
@@ -110,7 +96,7 @@ def test_with_inductor() -> None:
     output = compiled(input_ids=ids(2, 7), labels=ids(2, 7), use_cache=False)
     output.loss.backward()
     found = gradients(model)
-    wanted = with_dense_weights(base, model)(input_ids=ids(2, 7)).logits
+    wanted = tiny_models.rotated(base, model)(input_ids=ids(2, 7)).logits
     # The angles of positions are float32 in any Llama, and inductor's sines are not those of eager PyTorch.
     assert relative_error(output.logits, wanted) < 1e-6
     model(input_ids=ids(2, 7), labels=ids(2, 7), use_cache=False).loss.backward()
@@ -133,7 +119,7 @@ def test_generate_with_a_cache(seen: Recorder) -> None:
 def test_lengths_that_change_are_one_graph_more(seen: Recorder) -> None:
     base = llama()
     model = adapted(copy.deepcopy(base))
-    dense = with_dense_weights(base, model)
+    dense = tiny_models.rotated(base, model)
     compiled = torch.compile(model, backend=seen)
     for length in (7, 9, 12, 5):
         got = compiled(input_ids=ids(2, length), use_cache=False).logits
@@ -186,24 +172,6 @@ def test_a_graph_break_costs_no_correctness(seen: Recorder) -> None:
     assert [layers for found in seen.batches for layers in found] == [2]
 
 
-class Writing(Switched):
-    def forward(self, x: Tensor) -> Tensor:
-        x = x * 1
-        first = self.q(x)
-        x.mul_(2)
-        return first * self.k(x)
-
-
-def test_a_value_that_is_written_into_is_read_again(seen: Recorder) -> None:
-    base = Writing()
-    model = hra_fx.transform(copy.deepcopy(base), hra_fx.HRAConfig(r=2, target_modules=["q", "k"], init_weights=False))
-    x = normal(1, 3, 6)
-    q, k = (dense_q(getattr(model, layer).hra_u["default"].detach()) for layer in ("q", "k"))
-    with torch.no_grad():
-        got = torch.compile(model, backend=seen)(x)
-    assert relative_error(got, base.q(x @ q.mT) * base.k(2 * x @ k.mT)) < 1e-12
-
-
 class Activated(Switched):
     def __init__(self, act: nn.Module) -> None:
         super().__init__()
@@ -216,27 +184,12 @@ class Activated(Switched):
         return first + self.k(x) + middle
 
 
-class Body(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        def body(z: Tensor) -> Tensor:
-            z.mul_(2)
-            return z.sum()
-
-        total: Tensor = checkpoint(body, x, use_reentrant=False)
-        return total
-
-
 class ReluByPlace(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.relu(x, True)
 
 
-@pytest.mark.filterwarnings("ignore:.*remat_using_tags_for_fwd_loss_bwd_graph:UserWarning")  # torch 2.10, of a body
-@pytest.mark.parametrize(
-    "act",
-    [nn.LeakyReLU(0.1, inplace=True), ReluByPlace(), Body()],
-    ids=lambda act: type(act).__name__,
-)
+@pytest.mark.parametrize("act", [nn.LeakyReLU(0.1, inplace=True), ReluByPlace()], ids=lambda act: type(act).__name__)
 def test_activations_in_place_between_sites(seen: Recorder, act: nn.Module) -> None:
     base = Activated(act)
     model = hra_fx.transform(copy.deepcopy(base), hra_fx.HRAConfig(r=2, target_modules=["q", "k"], init_weights=False))
@@ -259,7 +212,7 @@ class WithGradients(Switched):
             return self.k(torch.relu(self.q(x)))
 
 
-@pytest.mark.parametrize(("inside", "outside"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(("inside", "outside"), [(True, False), (False, True)])
 def test_gradients_are_on_where_they_were(seen: Recorder, inside: bool, outside: bool) -> None:
     model = hra_fx.transform(WithGradients(inside), hra_fx.HRAConfig(r=2, target_modules=["q", "k"]))
     randomise(model)
@@ -320,19 +273,3 @@ def test_blocks_that_are_compiled_one_by_one_share_a_graph(seen: Recorder) -> No
         assert relative_error(model(x), wanted) < 1e-12
     assert all(found == [1] for found in seen.batches)
     assert len(seen.batches) <= len(model.blocks)
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # TorchDynamo's own look at it
-def test_a_hook_that_breaks_the_graph(seen: Recorder) -> None:
-    model = adapted(nn.Sequential(*(nn.Linear(6, 6) for _ in range(3))).double(), target_modules=list("012"))
-    x = normal(1, 3, 6)
-    wanted = model(x)
-    wanted.sum().backward()
-    eager = gradients(model)
-    model[0].register_forward_hook(lambda *_: torch._dynamo.graph_break())
-    for _ in range(2):
-        found = torch.compile(model, backend=seen)(x)
-        found.sum().backward()
-        assert relative_error(found, wanted) < 1e-12
-        for name, gradient in gradients(model).items():
-            assert relative_error(gradient, eager[name]) < 1e-9, name

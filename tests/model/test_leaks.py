@@ -1,19 +1,19 @@
-"""A model frees what it no longer needs: classes, replaced layers, factors."""
+"""A model frees what it no longer needs, such as classes and factors, and needs little memory for a fold."""
 
 from __future__ import annotations
 
-import copy
 import gc
-import pickle
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from adapting import config
 from layers.checking import assert_same, normal, pair, run_dense
+from model.many import config
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hra_fx
 
@@ -58,19 +58,6 @@ def test_the_class_of_a_model_and_what_it_closes_over_are_freed(way: Callable[..
     del model
     gc.collect()
     assert [reference() for reference in references] == [None, None, None]
-
-
-def test_a_layer_that_was_replaced_is_freed() -> None:
-    base, model = pair(lambda: nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)), "0|2")
-    model(X)
-    removed = weakref.ref(model[2])
-    model[2], base[2] = nn.Identity(), nn.Identity()
-    gc.collect()
-    assert removed() is None
-    wanted = run_dense(base, model, X).detach()
-    for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
-        assert_same(same(X), wanted)
-        assert_same(hra_fx.fold(same)(X), wanted)
 
 
 def tensors() -> set[int]:
@@ -126,3 +113,67 @@ def test_backward_passes_over_two_calls_of_a_layer() -> None:
         vectors.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an in-place operation"):
         second.sum().backward()
+
+
+# ---- peak memory of `fold`, `merge_adapter` and `verify=True` on a model of many equal layers ----
+
+WIDTH = 64
+#: Bytes of one weight in float64, which a fold computes with.
+LAYER = WIDTH * WIDTH * 8
+
+
+class Allocated(TorchDispatchMode):
+    """Counts the bytes of storages that are made inside, and still referenced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.peak, self.seen = 0, 0, set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        before = {id(t.untyped_storage()) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in pytree.tree_leaves(output):
+            if isinstance(tensor, Tensor) and id(storage := tensor.untyped_storage()) not in before | self.seen:
+                self.seen.add(id(storage))
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._free, id(storage), storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return output
+
+    def _free(self, identity: int, size: int) -> None:
+        self.seen.discard(identity)
+        self.live -= size
+
+
+def peak(act: Callable[[nn.Module], object], layers: int, dtype: torch.dtype) -> int:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False, dtype=dtype) for _ in range(layers)))
+    hra_fx.transform(model, config(*map(str, range(layers)), init_weights=False))
+    with Allocated() as allocated:
+        act(model)
+    return allocated.peak
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_fold_holds_a_few_copies_of_one_layer(dtype: torch.dtype) -> None:
+    few, many = peak(hra_fx.fold, 4, dtype), peak(hra_fx.fold, 40, dtype)
+    assert 0 < few < 6 * LAYER
+    assert many < few + LAYER
+    assert peak(lambda model: hra_fx.plan_fold(model).apply(), 40, dtype) < 6 * LAYER
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_merge_holds_one_copy_of_each_base_weight(dtype: torch.dtype) -> None:
+    few, many = peak(hra_fx.merge_adapter, 4, dtype), peak(hra_fx.merge_adapter, 40, dtype)
+    weight = WIDTH * WIDTH * dtype.itemsize
+    assert many < few + 36 * weight + LAYER
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_verification_holds_a_copy_and_its_gradients_in_float64(dtype: torch.dtype) -> None:
+    layers = 40
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False, dtype=dtype) for _ in range(layers)))
+    with Allocated() as allocated:
+        names = map(str, range(layers))
+        hra_fx.transform(model, config(*names), verify=True, example_inputs=torch.randn(2, WIDTH, dtype=dtype))
+    assert allocated.peak < 2 * layers * LAYER + 16 * LAYER

@@ -162,13 +162,6 @@ def test_vectors_without_data_name_their_layer_and_those_without_values_give_nan
         assert empty(x).isnan().all()
 
 
-def test_an_anchor_without_data_is_refused_too() -> None:
-    model = hra_fx.transform(mlp(), config("0", r=3), low_cpu_mem_usage=True)
-    model.load_state_dict({"0.hra_u.default": torch.ones(model[0].in_features, 3)}, strict=False, assign=True)
-    with pytest.raises(AdapterError, match=r"^0: the vectors of default are on the meta device"):
-        model(torch.randn(2, model[0].in_features))
-
-
 def test_vectors_on_another_device_than_the_weights() -> None:
     model = hra_fx.transform(on_meta(mlp), config("0", r=3))
     with pytest.raises(AdapterError, match=r"^0: its weight is on the meta device\. Call model\.to_empty.*`device`"):
@@ -203,13 +196,6 @@ def test_values_in_use_elsewhere_are_not_reset(change: Callable[[nn.Module], Non
     with pytest.raises(AdapterError, match=message):
         hra_fx.reset_adapters(model)
     same(model, before)
-
-
-def test_unknown_adapters_and_models_without_any() -> None:
-    with pytest.raises(AdapterError, match="the model has no adapter 'b'"):
-        hra_fx.reset_adapters(hra_fx.transform(mlp(), config("0")), ["default", "b"])
-    with pytest.raises(AdapterError, match="has no adapters"):
-        hra_fx.reset_adapters(mlp())
 
 
 LOADED: dict[str, dict[str, Any]] = {
@@ -308,27 +294,10 @@ def test_what_needs_values_is_refused(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_plain_meta_model_is_not_verified() -> None:
-    model = on_meta(mlp)
-    with pytest.raises(UnsupportedLayerError, match=r"^0\.weight: it is on the meta device.*load the weights first"):
-        hra_fx.transform(model, config("0"), example_inputs=torch.ones(2, 6), verify=True)
-    assert list(model.state_dict()) == list(mlp().state_dict())
-
-
 def test_a_program_captured_on_meta_is_refused() -> None:
     program = torch.export.export(on_meta(mlp), (torch.ones(2, mlp()[0].in_features, device="meta"),))
     with pytest.raises(UnsupportedLayerError, match=r"^0: its weight is on the meta device"):
         hra_fx.transform(program, config("0"))
-
-
-def test_a_traced_model_and_a_compiled_one_are_reset_too() -> None:
-    base = mlp()
-    torch.manual_seed(SEED)
-    wanted = hra_fx.transform(copy.deepcopy(base), config("0", "3", r=3), trace=True)
-    model = assigned(hra_fx.transform(on_meta(mlp), config("0", "3", r=3), trace=True), base)
-    torch.manual_seed(SEED)
-    hra_fx.reset_adapters(torch.compile(model))  # type: ignore[arg-type]
-    same(model, wanted)
 
 
 def test_a_copy_of_tied_embeddings_is_untied_on_meta() -> None:
@@ -344,16 +313,16 @@ def test_a_copy_of_tied_embeddings_is_untied_on_meta() -> None:
     assert not model.config.tie_word_embeddings
 
 
-def llama_70b() -> nn.Module:
-    sizes = {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "intermediate_size": 28672}
+def wide_llama() -> nn.Module:
+    sizes = {"hidden_size": 8192, "num_hidden_layers": 2, "num_attention_heads": 64, "intermediate_size": 28672}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=8, vocab_size=128256))
 
 
 def test_the_report_of_a_large_model_counts_parameters_and_bytes() -> None:
-    model = hra_fx.transform(on_meta(llama_70b), hra_fx.HRAConfig(r=8, target_modules="all-linear"))
+    model = hra_fx.transform(on_meta(wide_llama), hra_fx.HRAConfig(r=8, target_modules="all-linear"))
     found = hra_fx.report(model)
-    total = 80 * 8 * (6 * 8192 + 28672)
-    assert sum(row.parameters for row in found) == total == 49_807_360
+    total = 2 * 8 * (6 * 8192 + 28672)
+    assert sum(row.parameters for row in found) == total == 1_245_184
     assert sum(row.bytes for row in found) == sum(row.bytes_here for row in found) == 4 * total
-    assert f"560 adapted layers, {total:,} adapter parameters (199.2 MB), adapter default" in str(found)
+    assert f"14 adapted layers, {total:,} adapter parameters (5.0 MB), adapter default" in str(found)
     assert all(vectors.is_meta for name, vectors in model.named_parameters() if ".hra_u." in name)

@@ -129,26 +129,6 @@ def test_gradients_of_inputs_and_vectors() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
-def test_two_batched_products_per_layer_for_any_number_of_adapters() -> None:
-    torch.manual_seed(0)
-    model: Any = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
-    hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["0", "2"]), "a0")
-    for place in range(1, 16):
-        hra_fx.add_adapter(model, f"a{place}", hra_fx.HRAConfig(r=2, target_modules=["0", "2"]))
-    x = torch.randn(16, 3, 8)
-    model.eval()
-
-    def launched(names: list[str]) -> dict[str, int]:
-        with torch.no_grad(), hra_fx.mixed_batch(model, names), torch.profiler.profile(acc_events=True) as profile:
-            model(x)
-        counts = {event.key: event.count for event in profile.key_averages()}
-        return {name: counts.get(f"aten::{name}", 0) for name in ("baddbmm", "addmm", "index_put_", "stack")}
-
-    many = launched([f"a{place}" for place in range(16)])
-    assert many == launched(["a0", "a1"] * 8)
-    assert (many["baddbmm"], many["index_put_"]) == (2, 0)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_narrow_dtypes_and_autocast(dtype: torch.dtype) -> None:
     model, names = net(torch.float32), ["even", "odd", "__base__", "odd"]
@@ -168,13 +148,6 @@ def test_disabled_adapters_are_the_base_model() -> None:
         torch.testing.assert_close(model(x, adapter_names=["even", "odd"]), wanted, rtol=1e-9, atol=1e-9)
     with hra_fx.mixed_batch(model, ["even", "odd"]), hra_fx.disable_adapters(model):
         torch.testing.assert_close(model(x), wanted, rtol=1e-9, atol=1e-9)
-
-
-def test_no_adapter_need_be_active() -> None:
-    model, x, names = net(), inputs(2), ["even", "odd"]
-    wanted = alone(model, x, names)
-    hra_fx.set_adapter(model, [])
-    torch.testing.assert_close(model(x, adapter_names=names), wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_threads_have_batches_of_their_own() -> None:
@@ -320,56 +293,3 @@ def test_blocks_of_two_models_are_not_nested() -> None:
             hra_fx.mixed_batch(two, ["a", "__base__"]),
         ):
             pass
-
-
-def test_adapters_that_are_merged_inside_of_a_block_are_refused() -> None:
-    model = small()
-    with hra_fx.mixed_batch(model, ["a", "__base__"]):
-        hra_fx.merge_adapter(model)
-        with pytest.raises(hra_fx.AdapterError, match=r"^adapters \['a'\] were merged inside a mixed batch"):
-            model(torch.ones(2, 6, dtype=torch.float64))
-
-
-def test_training_mode_inside_of_a_block_is_refused() -> None:
-    model = small()
-    with hra_fx.mixed_batch(model, ["a", "__base__"]):
-        model.train()
-        with pytest.raises(
-            hra_fx.AdapterError, match=r"^the model was set to training mode inside a mixed batch\. Call"
-        ):
-            model(torch.ones(2, 6, dtype=torch.float64))
-
-
-def test_adapters_deleted_or_folded_inside_of_a_block_are_refused() -> None:
-    for remove in (hra_fx.delete_adapter, lambda model, name: hra_fx.fold(model, [name])):
-        model = small()
-        hra_fx.add_adapter(model, "kept", hra_fx.HRAConfig(r=2, target_modules=["1"], init_weights=False))
-        hra_fx.set_adapter(model, ["a", "kept"])
-        with hra_fx.mixed_batch(model, ["a", "__base__"]):
-            remove(model, "a")
-            with pytest.raises(hra_fx.AdapterError, match=r"^adapters \['a'\] were deleted or folded inside a mixed"):
-                model(torch.ones(2, 6, dtype=torch.float64))
-
-
-def test_an_adapter_added_and_activated_inside_of_a_block_acts_on_no_row() -> None:
-    model, x = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4)).double().eval(), torch.ones(2, 6, dtype=torch.float64)
-    hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["0"], init_weights=False), "a")
-    with torch.no_grad(), hra_fx.mixed_batch(model, ["a", "__base__"]):
-        before = model(x)
-        hra_fx.add_adapter(model, "new", hra_fx.HRAConfig(r=2, target_modules=["0", "1"], init_weights=False))
-        hra_fx.set_adapter(model, "new")
-        assert torch.allclose(model(x), before, rtol=0, atol=1e-12)
-    with torch.no_grad():
-        assert not torch.allclose(model(x), before, rtol=0, atol=1e-3)
-
-
-def test_a_submodule_called_in_a_block_sees_what_has_changed() -> None:
-    model, x = small(), torch.ones(2, 6, dtype=torch.float64)
-    with torch.no_grad(), hra_fx.mixed_batch(model, ["a", "__base__"]):
-        before = model[0](x)
-        hra_fx.set_scale(model, "a", 0.5)
-        after = model[0](x)
-    hra_fx.set_adapter(model, "a")
-    with torch.no_grad():
-        assert torch.allclose(after[0], model[0](x)[0], rtol=0, atol=1e-12)
-    assert not torch.allclose(before[0], after[0], rtol=0, atol=1e-3)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers
@@ -106,14 +104,6 @@ def test_beams_of_the_generation_config_and_a_block() -> None:
     assert torch.equal(model.generate(ids, generation_config=given, adapter_names=NAMES), wanted)
 
 
-def test_several_samples_of_a_prompt_have_its_adapter() -> None:
-    model, ids = adapted(llama), prompts()
-    options = {"max_new_tokens": 3, "top_k": 1, "do_sample": True}
-    wanted = alone(model, ids, **options).repeat_interleave(2, dim=0)
-    found = model.generate(ids, adapter_names=NAMES, num_return_sequences=2, **options)
-    assert torch.equal(found, wanted)
-
-
 @pytest.mark.parametrize("names", [NAMES, ["fr", "en", "__base__", "en"]], ids=str)
 def test_logits_of_a_transformed_model(names: list[str]) -> None:
     model, ids = adapted(llama, nn.Module), prompts()
@@ -123,24 +113,6 @@ def test_logits_of_a_transformed_model(names: list[str]) -> None:
         torch.testing.assert_close(
             found[row : row + 1], model(input_ids=ids[row : row + 1]).logits, rtol=1e-9, atol=1e-9
         )
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_it_is_a_lora_of_pefts() -> None:
-    """PEFT's LoRA computes the same, with the adapters as LoRA."""
-    model, ids = adapted(llama), prompts()
-    wanted = model(input_ids=ids, adapter_names=NAMES).logits
-    base = copy.deepcopy(model).unload()
-    for name in ("en", "fr"):
-        fields, tensors = hra_fx.convert_to_lora(model, [name])
-        config = peft.LoraConfig(**{key: fields[key] for key in ("r", "lora_alpha", "target_modules")})
-        if name == "en":
-            theirs = peft.get_peft_model(base, config, name, autocast_adapter_dtype=False)
-        else:
-            theirs.add_adapter(name, config)
-        peft.set_peft_model_state_dict(theirs, tensors, name)
-    theirs = theirs.double().eval()
-    torch.testing.assert_close(theirs(input_ids=ids, adapter_names=NAMES).logits, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_compiled_models() -> None:

@@ -115,23 +115,9 @@ def test_a_step_and_a_switch(kind: str, adapters: str) -> None:
     assert all(tensor.grad is not None for name, tensor in model.named_parameters() if ".hra_u." in name)
 
 
-def test_a_scaled_adapter() -> None:
-    model = hra_fx.transform(nn.Sequential(nn.Linear(8, 6)), hra_fx.HRAConfig(r=4, target_modules=["0"]))
-    hra_fx.set_scale(model, "default", 0.5)
-    x = normal(1, 3, 8, dtype=torch.float32).requires_grad_()
-    with no_waiting():
-        step(model, x)
-
-
 @pytest.mark.parametrize("scheme", [name for name in SCHEMES if "dynamic" not in name])
 def test_a_quantized_base(scheme: str) -> None:
     model, x = quantized(scheme), inputs()
     step(model, x)
     with no_waiting():
         step(model, x)
-
-
-@pytest.mark.parametrize("read", [bool, float, Tensor.tolist, lambda value: torch.equal(value, value), torch.nonzero])
-def test_the_check_itself(read: Callable[[Tensor], object]) -> None:
-    with pytest.raises(AssertionError), no_waiting():
-        read(torch.ones(1))

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from oracles import relative_error
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 import hra_fx
 from hra_fx.layers.adapters import AdapterSpec
@@ -156,35 +152,3 @@ def test_the_loss_is_computed_in_float32_at_least_and_in_the_widest_dtype(
     assert loss.dtype == expected
     assert relative_error(loss, wanted) < bound
     assert orthogonality_loss(model.to("meta")).is_meta
-
-
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.usefixtures("process_group")
-def test_a_wrapped_model_gives_the_same() -> None:
-    x = torch.ones(2, 7, dtype=F64)
-    model = one_layer(3)
-    wanted = penalty(vectors_of(model))
-    for wrapped in (torch.compile(model, backend="eager"), nn.ModuleDict({"inner": model})):
-        assert relative_error(orthogonality_loss(wrapped), wanted) < EXACT
-    wrapped = DistributedDataParallel(copy.deepcopy(model))
-    (wrapped(x).square().sum() + orthogonality_loss(wrapped)).backward()
-    (gradient,) = torch.autograd.grad(model(x).square().sum() + wanted, vectors_of(model))
-    assert relative_error(vectors_of(wrapped.module).grad, gradient) < 1e-13
-
-
-@pytest.mark.parametrize(
-    ("wrong", "text"),
-    [
-        (nn.Linear(3, 2), r"^Linear has no adapters\. Call hra_fx\.transform\(model, config\) first\.$"),
-        (3, r"^`model` must be a torch\.nn\.Module, got int\.$"),
-    ],
-)
-def test_what_is_not_an_adapted_model_is_refused(wrong: Any, text: str) -> None:
-    with pytest.raises(hra_fx.AdapterError, match=text):
-        orthogonality_loss(wrong)

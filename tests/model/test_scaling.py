@@ -6,10 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
-from model.many import F64, adapted, assert_close, config, net, normal, oracle, product, refuses, turn
+from model.many import F64, adapted, assert_close, config, net, normal, product, refuses, turn
 from oracles import dense_product
 from torch import Tensor, nn
 
@@ -67,22 +66,6 @@ def test_each_of_several_adapters_has_its_own_scale() -> None:
     assert_close(model(x), output(plain, q, x), 1e-8)
     hra_fx.merge_adapter(model)
     assert_close(model(x), output(plain, q, x), 1e-8)
-
-
-ODD = "first: adapter 'a': an odd number of reflections (determinant -1) has no path from the identity. Train with"
-
-
-def test_an_odd_rank_from_peft_can_have_full_scale_only(tmp_path: Path) -> None:
-    settings = peft.HRAConfig(r=3, init_weights=False, target_modules=["first", "second"])
-    peft.get_peft_model(net().float(), settings).save_pretrained(tmp_path)
-    model = hra_fx.load_adapter(net(), tmp_path, "a", is_trainable=True)
-    x = normal(4, 6)
-    wanted = oracle(net(), model, ["a"], x)
-    for alpha in (1, 1.0):
-        hra_fx.set_scale(model, "a", alpha)
-        with refuses(model, f"^{re.escape(ODD)}"):
-            hra_fx.set_scale(model, "a", 0.5)
-        assert_close(model(x), wanted)
 
 
 @pytest.mark.parametrize("scale", [1, 0.3])

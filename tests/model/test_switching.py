@@ -1,15 +1,16 @@
-"""`set_adapter`: several adapters act as `W Q_a Q_b ...` in the order that was asked for, also through a wrapper."""
+"""`set_adapter` and `delete_adapter`: which adapters act, in which order; through wrappers and `torch.compile` too."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from model.many import SAVED, adapted, assert_close, config, net, normal, oracle, refuses
+from model.many import SAVED, adapted, assert_close, config, net, normal, oracle, refuses, seen
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._dynamo.utils import counters
 
 import hra_fx
 
@@ -28,30 +29,6 @@ def test_three_adapters_act_in_their_order_and_only_flags_change() -> None:
         }
         after = [(name, id(tensor), tensor._version) for name, tensor in model.state_dict(keep_vars=True).items()]
         assert after == before
-
-
-class Operators(TorchDispatchMode):
-    """Lists the operators that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_switch_runs_no_operator_so_that_it_never_waits_for_a_device() -> None:
-    layers = {"a": config("first", "second", **SAVED), "b": config("second", **SAVED), "c": config("first")}
-    _, model = adapted(net(), **layers)
-    hra_fx.set_scale(model, "c", 0.5)
-    with Operators() as operators:
-        for names in ("a", ["c", "b"], [], "b", "c"):
-            hra_fx.set_adapter(model, names)
-        assert operators.names == []
-        model(normal(4, 6))
-    assert operators.names, "the list has operators"
 
 
 class Holder(nn.Module):
@@ -104,3 +81,118 @@ def test_what_is_not_one_transformed_model_is_refused() -> None:
     ):
         with refuses(both, text):
             hra_fx.set_adapter(wrong, "a")
+
+
+# ---- `torch.compile` compiles each set of adapters once ----
+
+
+@pytest.fixture
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled_graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.parametrize(
+    "copies", [{}, pytest.param({"modules_to_save": ["head"], "bias": "hra_only"}, marks=pytest.mark.slow)]
+)
+def test_torch_compile_does_not_compile_again_for_a_set_that_it_knows(copies: dict[str, Any]) -> None:
+    plain, model = adapted(net(), a=config("first", "second", **copies), b=config("first", r=3))
+    fast, x = torch.compile(model, backend="eager", fullgraph=True), normal(4, 6)
+    sets = (["a"], ["b"], ["a", "b"], [])
+    for order in sets:
+        hra_fx.set_adapter(model, order)
+        fast(x)
+    graphs = compiled_graphs()
+    assert graphs
+    for order in (*sets, *reversed(sets)):
+        hra_fx.set_adapter(model, order)
+        assert_close(fast(x), model(x))
+        if not copies:
+            assert_close(fast(x), oracle(plain, model, order, x))
+    assert compiled_graphs() == graphs
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+def test_torch_compile_sees_disabled_merged_and_scaled_adapters() -> None:
+    plain, model = adapted(net(), a=config("first", "second"), b=config("first", r=3))
+    fast, x = torch.compile(model, backend="eager", fullgraph=True), normal(4, 6)
+    hra_fx.set_adapter(model, ["a", "b"])
+    wanted = oracle(plain, model, ["a", "b"], x)
+    for _ in range(2):
+        assert_close(fast(x), wanted)
+        with hra_fx.disable_adapters(model):
+            assert torch.equal(fast(x), plain(x))
+        hra_fx.merge_adapter(model, ["a"])
+        assert_close(fast(x), wanted)
+        hra_fx.unmerge_adapter(model)
+        hra_fx.set_scale(model, "b", 0)
+        assert_close(fast(x), oracle(plain, model, ["a"], x))
+        hra_fx.set_scale(model, "b", 1)
+
+
+# ---- `delete_adapter`: which adapter is active afterwards; with the last one the model is the base model again ----
+
+
+def test_if_the_only_active_adapter_is_deleted_the_first_remaining_one_becomes_active() -> None:
+    plain, model = adapted(net(), a=config("first"), b=config("second"), c=config("head"))
+    with pytest.warns(hra_fx.HRAWarning, match=r"^adapter 'a' was active and is deleted; 'b' is active now\.$"):
+        hra_fx.delete_adapter(model, "a")
+    x = normal(4, 6)
+    assert_close(model(x), oracle(plain, model, ["b"], x))
+    assert [key for key, p in model.named_parameters() if p.requires_grad] == ["second.hra_u.b"]
+
+
+@pytest.mark.parametrize(("active", "deleted", "left"), [(["c", "b"], "ca", ["b"]), ([], "a", [])])
+def test_otherwise_no_adapter_becomes_active_and_nothing_is_warned_of(
+    active: list[str], deleted: str, left: list[str]
+) -> None:
+    plain, model = adapted(net(), a=config("first"), b=config("second"), c=config("head"))
+    hra_fx.set_adapter(model, active)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in deleted:
+            hra_fx.delete_adapter(model, name)
+    x = normal(4, 6)
+    assert_close(model(x), oracle(plain, model, left, x))
+
+
+def test_the_last_one_leaves_the_base_model() -> None:
+    base = net()
+    for index, parameter in enumerate(base.parameters()):
+        parameter.requires_grad_(index % 2 == 0)
+    before, x = seen(base), normal(4, 6)
+    wanted = base(x)
+    hra_fx.transform(base, config("first", **SAVED), "a")
+    hra_fx.add_adapter(base, "b", config("first", "second", r=3))
+    hra_fx.delete_adapter(base, "b")
+    hra_fx.delete_adapter(base, "a")
+    assert seen(base) == before
+    assert torch.equal(base(x), wanted)
+
+
+def test_copies_are_deleted_with_their_adapter_and_its_name_can_be_used_again() -> None:
+    plain, model = adapted(net(), a=config("first", modules_to_save=["head"]), b=config("first", bias="hra_only"))
+    with pytest.warns(hra_fx.HRAWarning, match="'b' is active now"):
+        hra_fx.delete_adapter(model, "a")
+    assert torch.equal(model.head.weight, plain.head.weight)
+    assert "hra_saved" not in dict(model.head.named_children())
+    x = normal(4, 6)
+    assert_close(model(x), oracle(plain, model, ["b"], x, **{"first.bias": model.first.bias.detach()}))
+    assert not torch.equal(model.first.bias, plain.first.bias)
+    hra_fx.add_adapter(model, "a", config("head", r=3, init_weights=False))
+    hra_fx.set_adapter(model, "a")
+    assert_close(model(x), oracle(plain, model, ["a"], x))
+
+
+def test_deleting_from_a_merged_model_is_refused() -> None:
+    model = adapted(net(), a=config("first"), b=config("second"))[1]
+    hra_fx.merge_adapter(model)
+    with refuses(model, r"^adapters \['a'\] are merged into the weights\. Call unmerge_ada"):
+        hra_fx.delete_adapter(model, "b")

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from accelerate.state import AcceleratorState
-from named_models import tiny_llama
 from torch import nn
 from transformers import (
     Trainer,
@@ -37,8 +37,7 @@ class Recorder(TrainerCallback):
 
 
 def llama(*adapters: str, **fields: Any) -> Any:
-    torch.manual_seed(0)
-    model: Any = tiny_llama()
+    model = tiny_models.llama()
     hra = hra_fx.HRAConfig(r=4, target_modules=["q_proj", "v_proj"], **fields)
     first, *others = adapters or ("default",)
     model = hra_fx.transform(model, hra, first)
@@ -47,27 +46,12 @@ def llama(*adapters: str, **fields: Any) -> Any:
     return model
 
 
-def data(count: int = 8) -> list[dict[str, torch.Tensor]]:
-    tokens = torch.randint(3, 11, (count, 6), generator=torch.Generator().manual_seed(1))
-    return [{"input_ids": row, "labels": row} for row in tokens]
-
-
-def trainer_of(
-    model: nn.Module, folder: Path, callbacks: list[TrainerCallback], kind: type[Trainer] = Trainer, **arguments: Any
-) -> Trainer:
-    settings: dict[str, Any] = {
-        "per_device_train_batch_size": 2,
-        "max_steps": 5,
-        "learning_rate": 0.05,
-        "logging_steps": 2,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
-    chosen = TrainingArguments(output_dir=str(folder), **(settings | arguments))
-    return kind(model=model, args=chosen, train_dataset=data(), eval_dataset=data(2), callbacks=callbacks)
+def trainer_of(model: nn.Module, folder: Path, callbacks: list[TrainerCallback], **arguments: Any) -> Trainer:
+    settings = {"max_steps": 5, "learning_rate": 0.05, "logging_steps": 2} | arguments
+    trainer = tiny_models.trainer_of(Trainer, "llama", model, folder, **settings)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    return trainer
 
 
 def wanted(model: nn.Module, adapter: str = "default") -> dict[str, float]:
@@ -101,7 +85,11 @@ def test_logs_and_reporters_get_the_numbers_of_the_report_with_each_loss(tmp_pat
     others = [entry for entry in recorder.seen if "loss" not in entry]
     assert len(others) >= 5, "evaluations, and the summary of the run"
     assert not any(KEYS & entry.keys() for entry in others)
-    assert trainer.state.log_history == recorder.seen
+    # A callback of transformers removes the number of operations before a later one sees it.
+    history = [
+        {key: value for key, value in entry.items() if key != "total_flos"} for entry in trainer.state.log_history
+    ]
+    assert history == recorder.seen
     assert [point.step for point in callback.history] == [0, 2, 4, 5]
     assert callback.history[0].mean_angle == callback.history[0].angle == 0.0
     last = callback.history[-1]

@@ -108,7 +108,7 @@ def run_oracle(base: Layer, model: Any, x: Tensor, *, apply_GS: bool) -> Passed:
     bias = None if base.bias is None else base.bias.detach().double().requires_grad_()
     prefix = reflection.anchor("default")
     turned = dense_weight(weight, dense_q(vectors, apply_GS=apply_GS, anchor=prefix))
-    if isinstance(base, nn.Conv2d):
+    if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         output = copy.deepcopy(base).double()._conv_forward(x, turned, bias)
     else:
         output = nn.functional.linear(x, turned, bias)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -85,13 +86,13 @@ CASES = {
 class Pair:
     """The same model in eager and in graph mode, with the same vectors."""
 
-    def __init__(self, case: Case, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(self, case: Case) -> None:
         torch.manual_seed(0)
-        base = case.make().to(dtype)
-        self.inputs = [_cast(case.call(*sizes), dtype) for sizes in case.others]
+        base = case.make().double()
+        self.inputs = [_doubled(case.call(*sizes)) for sizes in case.others]
         config = hra_fx.HRAConfig(r=4, **case.fields)
         self.eager: Any = hra_fx.transform(copy.deepcopy(base), config)
-        example = _cast(case.call(*case.example), dtype)
+        example = _doubled(case.call(*case.example))
         self.graph: Any = hra_fx.transform(base, config, trace=True, example_inputs=example)
         randomise(self.eager)
         self.graph.load_state_dict(self.eager.state_dict())
@@ -124,5 +125,15 @@ def run(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in values.items()} | gradients | dict(model.named_buffers())
 
 
-def _cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+def _doubled(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+
+
+@cache
+def made_pair(name: str) -> Pair:
+    """Tracing takes long, so each pair is made once. Tests that change it take a copy."""
+    return Pair(CASES[name])
+
+
+def pair_of(name: str) -> Pair:
+    return copy.deepcopy(made_pair(name))

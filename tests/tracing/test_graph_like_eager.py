@@ -1,25 +1,27 @@
-"""Where a graph of one call could differ from the model without an error: it does the same, or says that it cannot."""
+"""Where a graph could differ from the model without an error: it does the same, or a refusal says why."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-import threading
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from adapting import picture
 from graph_modules import COPIES, X, config
 from layers.checking import assert_same, gradients, randomise, vectors_of
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional as F
 from tracing.captured import bert, tokens
-from tracing.models import Branches, Creates, Two
+from tracing.models import Branches, Creates, Dropout, Straight, Two
 
 import hra_fx
-from hra_fx.errors import AdapterError
+from hra_fx.errors import AdapterError, SelectionError
 
 
 def traced(model: nn.Module, *example: Any, targets: tuple[str, ...] = ("first", "second")) -> tuple[Any, Any]:
@@ -129,17 +131,10 @@ class Counts(Branches):
         return self.second(self.first(x if x.shape[0] < 100 else x[:100]))
 
 
-class Named(Branches):
-    def __init__(self) -> None:
-        super().__init__()
-        self.check_inputs = nn.Linear(6, 6)
-
-
 @pytest.mark.parametrize(
     ("make", "example", "message"),
     [
         (Counts, (X,), "its forward changes calls, which a graph drops"),
-        (Named, (X,), "its attribute 'check_inputs' has a name that a graph uses"),
         (Branches, (X, X, X), "the example does not fit its forward"),
     ],
 )
@@ -160,20 +155,6 @@ class InPlace(Branches):
 def test_writes_into_the_output_of_a_layer_and_variadic_arguments() -> None:
     graph, eager = traced(InPlace().double(), X, 3)
     torch.testing.assert_close(graph(X[:3], 3), eager(X[:3], 3), rtol=1e-12, atol=1e-12)
-
-
-def test_captures_in_several_threads() -> None:
-    before = torch.Tensor.contiguous
-    graphs: list[Any] = []
-    threads = [threading.Thread(target=lambda: graphs.append(traced(One().double(), X))) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert torch.Tensor.contiguous is before
-    assert len(graphs) == 3
-    for graph, eager in graphs:
-        torch.testing.assert_close(graph(X), eager(X), rtol=1e-12, atol=1e-12)
 
 
 class Blocks(Two):
@@ -199,3 +180,141 @@ def test_copies_of_a_graph_keep_the_context_of_its_blocks(copied: Callable[[Any]
     leaves = [list(vectors_of(model).values()) for model in (found, eager)]
     for one, other in zip(gradients(output, leaves[0]), gradients(wanted, leaves[1]), strict=True):
         assert_same(one, other, rtol=1e-8)
+
+
+# ---- errors of a trace ----
+
+
+class Breaks(Two):
+    """Neither torch.fx nor torch.export can trace it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        return self.second(hidden * 2 if float(hidden.sum().detach()) > 0 else hidden)
+
+
+def under(context: Callable[[], Any]) -> type[Two]:
+    """A model that torch.fx cannot trace, with all layers under a context."""
+
+    def forward(self: Branches, x: Tensor) -> dict[str, Tensor]:
+        with context():
+            return Branches.forward(self, x)
+
+    return type("Under", (Branches,), {"forward": forward})
+
+
+ERRORS: dict[str, tuple[type[nn.Module], dict[str, Any], type[Exception], str]] = {
+    "torch.fx": (Branches, {}, AdapterError, r"torch\.fx cannot trace Branches: it branches on a value"),
+    "torch.export": (Breaks, {"example_inputs": X}, AdapterError, "torch.export cannot capture Breaks"),
+    "autocast": (
+        under(lambda: torch.autocast("cpu", torch.bfloat16)),
+        {"example_inputs": X},
+        AdapterError,
+        r"first is called under torch\.autocast or another grad mode",
+    ),
+    "no_grad": (
+        under(torch.no_grad),
+        {"example_inputs": X},
+        AdapterError,
+        r"first is called under torch\.autocast or another grad mode",
+    ),
+    "selection": (Dropout, {"config": config("nowhere")}, SelectionError, "nowhere"),
+    "modules_to_save": (Dropout, {"config": config(modules_to_save=["nowhere"])}, SelectionError, "nowhere"),
+    "example_inputs": (Branches, {"example_inputs": 3}, AdapterError, "example_inputs must be a tensor, .*, got int"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")  # a new name in transformers 6
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model.to("meta"), "bert.embeddings.word_embeddings.weight is on the meta device"),
+        (lambda model: model.train().gradient_checkpointing_enable(), "checkpoints its activations, which a graph"),
+    ],
+)
+def test_a_state_that_a_graph_would_drop_is_refused(change: Callable[[Any], object], message: str) -> None:
+    model = bert()
+    change(model)
+    before = picture(model)
+    with pytest.raises(AdapterError, match=message):
+        hra_fx.transform(model, config("query"), trace=True, example_inputs=tokens(2, 5))
+    assert picture(model) == before
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_leaves_the_model_as_it_was(name: str) -> None:
+    make, options, kind, message = ERRORS[name]
+    model = make().double().eval()
+    before = picture(model)
+    with pytest.raises(kind, match=message):
+        hra_fx.transform(model, **({"config": config(), "trace": True} | options))
+    assert picture(model) == before
+    assert model(X) is not None
+
+
+def test_a_model_with_adapters_is_refused() -> None:
+    model = hra_fx.transform(Dropout(), config("first"))
+    with pytest.raises(AdapterError, match=r"trace=True: Dropout already has adapters.*hra_fx\.graphs\(model\)"):
+        hra_fx.transform(model, config("second"), "other", trace=True)
+
+
+# ---- what a graph of torch.export drops: the backward pass, and random numbers of Python ----
+
+
+class Rounds(Branches):
+    def middle(self, hidden: Tensor) -> Any:
+        return Straight.apply(hidden)  # type: ignore[no-untyped-call]
+
+
+class HooksTensor(Branches):
+    def middle(self, hidden: Tensor) -> Tensor:
+        hidden.register_hook(lambda grad: grad * 2)
+        return hidden
+
+
+class HooksModule(Branches):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first.register_full_backward_hook(lambda module, given, grads: None)
+
+
+class DrawsInPython(Branches):
+    def middle(self, hidden: Tensor) -> Tensor:
+        return hidden if random.random() < 0.5 else torch.tanh(hidden)
+
+
+class DrawsInNumpy(Branches):
+    def middle(self, hidden: Tensor) -> Tensor:
+        return hidden if np.random.rand() < 0.5 else torch.tanh(hidden)
+
+
+class Seeds(Branches):
+    def middle(self, hidden: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return hidden
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (Rounds, "it calls the custom autograd function Straight, whose backward a graph drops"),
+        (HooksTensor, "it registers a backward hook on a tensor, which a graph drops"),
+        (HooksModule, "backward hooks are registered for first, which a graph drops"),
+        (DrawsInPython, "it draws random numbers from Python or NumPy, or seeds a generator, which happens once"),
+        (DrawsInNumpy, "it draws random numbers from Python or NumPy, or seeds a generator, which happens once"),
+        (Seeds, "it draws random numbers from Python or NumPy, or seeds a generator, which happens once"),
+    ],
+)
+def test_a_graph_that_would_train_differently_is_refused(make: type[nn.Module], reason: str) -> None:
+    model = make().double()
+    before, draws = picture(model), (random.getstate(), np.random.get_state()[2])
+    message = rf"torch\.export cannot capture {make.__name__}: {reason}.*\. Leave out trace=True"
+    with pytest.raises(AdapterError, match=message):
+        hra_fx.transform(model, config(), trace=True, example_inputs=X)
+    assert picture(model) == before
+    assert (random.getstate(), np.random.get_state()[2]) == draws
+
+
+def test_a_graph_to_look_at_is_made() -> None:
+    model = hra_fx.transform(Rounds().double(), config())
+    assert_same(hra_fx.graphs(model, X)[""](X), model(X))

@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from adapting import randomise
 from layers.checking import assert_same
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
-from tracing.captured import CASES, SIZES, Case, tokens
+from tracing.captured import CASES
 
 import hra_fx
 from hra_fx.errors import AdapterError
@@ -100,61 +99,16 @@ def check_call(model: nn.Module, inputs: Any) -> fx.GraphModule:
     return graph
 
 
-def gpt2() -> nn.Module:
-    settings = {"vocab_size": 16, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 8}
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings)).eval()
-
-
-def mamba() -> nn.Module:
-    return transformers.MambaForCausalLM(transformers.MambaConfig(**SIZES, state_size=2)).eval()
-
-
-MODELS = {name: CASES[name] for name in ("llama", "bert", "t5", "resnet")} | {
-    "gpt2": Case(gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"]}, tokens),
-    "mamba": Case(mamba, {"target_modules": ["in_proj", "x_proj", "dt_proj", "out_proj", "conv1d"]}, tokens),
-}
-
-
-@pytest.mark.parametrize("name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in MODELS)])
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("bert", "t5", "resnet"))]
+)
 def test_a_model_of_transformers_is_one_graph(name: str) -> None:
-    case = MODELS[name]
+    case = CASES[name]
     model, inputs = adapted(case.make(), None, **case.fields), case.call(*case.example)
     inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
     graph = check_call(model, inputs)
     assert reflections_in(graph) == {row.path: 1 for row in hra_fx.report(model)}
     assert [node.target for node in graph.graph.find_nodes(op="placeholder")] == list(inputs)
-
-
-@pytest.mark.slow
-def test_a_unet_of_diffusers_is_one_graph() -> None:
-    from diffusers import UNet2DConditionModel
-
-    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
-    sizes = {"block_out_channels": (8,), "layers_per_block": 1, "cross_attention_dim": 8, "attention_head_dim": 4}
-    model = UNet2DConditionModel(sample_size=4, norm_num_groups=4, mid_block_type=None, **blocks, **sizes).eval()
-    inputs = {
-        "sample": torch.randn(1, 4, 4, 4).double(),
-        "timestep": torch.tensor([3]),
-        "encoder_hidden_states": torch.randn(1, 3, 8).double(),
-    }
-    check_call(adapted(model, r".*(to_q|to_v|conv1|conv_in|conv_out)"), inputs)
-
-
-class Scaled(nn.Module):
-    """fx traces it, with the optional argument at its default."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(2, 4, 3)
-
-    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        return self.conv(x) * scale
-
-
-def test_a_call_that_the_graph_of_fx_covers_gives_that_graph() -> None:
-    model = adapted(Scaled().double(), ["conv"])
-    assert hra_fx.graphs(model, image())[""].code == hra_fx.graphs(model)[""].code
-    assert reflections_in(check_call(model, (image(), 3.0))) == {"conv": 1}
 
 
 @pytest.mark.parametrize("fields", [{"r": 3}, {"apply_GS": True}], ids=str)
@@ -163,9 +117,8 @@ def test_each_use_of_a_layer_has_a_reflection(fields: dict[str, Any]) -> None:
     assert reflections_in(graph) == {"conv": 1, "attention": 1, "attention.out_proj": 1, "head": 2}
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_an_attention_is_rotated_whatever_is_trained(training: bool) -> None:
-    model = branching(inference_mode=True).train(training)
+def test_an_attention_is_rotated_though_nothing_is_trained() -> None:
+    model = branching(inference_mode=True)
     inputs = (image(), 1.0)
     graph = hra_fx.graphs(model, inputs)[""]
     wanted = tensors_in(run(copy.deepcopy(model), inputs))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from typing import Any
 
 import pytest
@@ -188,18 +187,6 @@ def test_interpreters_shape_propagation_and_export() -> None:
     shapes = {str(node.target): node.meta["tensor_meta"].shape for node in layers}
     assert shapes == {"conv": (2, 4, 5, 5), "head": (2, 5)}
     assert_same(torch.export.export(graph, (IMAGE,)).module()(IMAGE), model(IMAGE))
-
-
-def test_copies_of_a_graph_have_parameters_of_their_own() -> None:
-    model = net().eval()
-    expected, graph = model(IMAGE), hra_fx.graphs(model)[""]
-    assert notes(copy.deepcopy(graph)) == notes(graph)
-    for twin in (copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
-        assert_same(twin(IMAGE), expected)
-        assert calls(twin) == calls(graph)
-        with torch.no_grad():
-            twin.get_parameter("conv.hra_u.default").add_(1)
-        assert_same(model(IMAGE), expected)
 
 
 def test_a_plain_model_has_no_graphs() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import copy
 import random
 from collections.abc import Callable
@@ -125,12 +124,6 @@ def swallowed(self: Two, hidden: Tensor) -> Tensor:
         return hidden * 3
 
 
-def suppressed(self: Two, hidden: Any) -> Tensor:
-    with contextlib.suppress(Exception):
-        hidden = hidden.logits
-    return hidden * 2
-
-
 def looped(self: Two, hidden: Tensor) -> Tensor:
     return torch.stack([row * 2 for row in hidden])
 
@@ -140,23 +133,9 @@ def written(self: Two, hidden: Tensor) -> Tensor:
     return hidden
 
 
-def asserted(self: Two, hidden: Tensor) -> Tensor:
-    assert hidden.shape[0] < 9
-    return hidden
-
-
 def counted(self: Any, hidden: Tensor) -> Tensor:
     self.calls = getattr(self, "calls", 0) + 1
     return hidden
-
-
-def few_rows(x: Tensor) -> Tensor | None:
-    return x if x.shape[0] > 3 else None
-
-
-def asked(self: Two, hidden: Tensor) -> Tensor:
-    found = few_rows(hidden)
-    return hidden if found is None else hidden * 2
 
 
 def appended(self: Any, hidden: Tensor) -> Tensor:
@@ -235,32 +214,23 @@ REFUSED: dict[str, tuple[type[nn.Module], str]] = {
     "autocast": (under(lambda: torch.autocast("cpu", dtype=torch.bfloat16)), AUTOCAST),
     "autocast off": (under(lambda: torch.amp.autocast("cpu", enabled=False)), AUTOCAST),
     "no_grad": (under(torch.no_grad), GRAD),
-    "set_grad_enabled": (under(lambda: torch.set_grad_enabled(False)), GRAD),
-    "inference_mode": (under(torch.inference_mode), GRAD),
     "saved-tensor hooks": (under(lambda: torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone)), HOOKS),
     "autograd function": (middle(lambda self, hidden: Straight.apply(hidden)), TYPE),
     "checkpoint": (middle(lambda self, hidden: checkpoint(torch.tanh, hidden, use_reentrant=False)), SAVED),
-    "reentrant checkpoint": (middle(lambda self, hidden: checkpoint(torch.tanh, hidden, use_reentrant=True)), SAVED),
     "Python random": (middle(lambda self, hidden: hidden * random.random()), RANDOM),
     "NumPy random": (middle(lambda self, hidden: hidden * float(np.random.rand())), RANDOM),
     "torch random": (middle(lambda self, hidden: (torch.rand(1), hidden)[1]), RANDOM),
     "seed": (middle(lambda self, hidden: (torch.manual_seed(3), hidden)[1]), RANDOM),
     "isinstance": (middle(lambda self, hidden: hidden * 2 if isinstance(hidden, Tensor) else hidden), TYPE),
-    "is_tensor": (middle(lambda self, hidden: hidden * 2 if torch.is_tensor(hidden) else hidden), TYPE),
     "caught refusal": (middle(swallowed), TYPE),
     "hasattr": (middle(lambda self, hidden: hidden if hasattr(hidden, "logits") else hidden * 2), "it reads 'logits'"),
-    "suppressed": (middle(suppressed), "it reads 'logits' of a value, which a tensor does not have"),
     "if": (middle(lambda self, hidden: hidden * 2 if hidden.sum() > 0 else hidden), BRANCH),
-    "a function that may return None": (middle(asked), BRANCH),
-    "and": (middle(lambda self, hidden: hidden.shape[0] and hidden), BRANCH),
-    "assert": (middle(asserted), BRANCH),
     "loop": (middle(looped), "it loops over a value"),
     "len": (middle(lambda self, hidden: hidden * len(hidden)), NUMBER),
     "int": (middle(lambda self, hidden: hidden * int(hidden.shape[0])), NUMBER),
     "float": (middle(lambda self, hidden: hidden * float(hidden.shape[0])), NUMBER),
     "range": (middle(lambda self, hidden: hidden * sum(range(hidden.shape[0]))), NUMBER),
     "set": (middle(lambda self, hidden: hidden * (2 if hidden.shape[0] in {3, 4} else 1)), "in a set or dictionary"),
-    "dictionary": (middle(lambda self, hidden: hidden * {4: 2}.get(hidden.shape[0], 1)), "in a set or dictionary"),
     "keywords": (middle(lambda self, hidden: torch.add(**hidden)), "it unpacks a value as keyword arguments"),
     "index assignment": (middle(written), "it writes into a part of a value"),
     "attribute of a value": (middle(data_set), "it sets 'data' of a value"),
@@ -310,12 +280,3 @@ def test_a_trace_changes_nothing_either() -> None:
         before, patched = state_of(model), [look() for look in PATCHED]
         trace(model, list(layers_of(model).values()))
         assert state_of(model) == before and [look() for look in PATCHED] == patched
-
-
-def test_a_torch_without_torchscript(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is deprecated, and models ask `torch.jit.is_tracing()` whether to keep what they compute."""
-    with monkeypatch.context() as without:
-        without.delattr(torch.jit, "is_tracing")
-        base, model = pair(Two)
-        assert not hasattr(torch.jit, "is_tracing")
-    check(base, model, X)

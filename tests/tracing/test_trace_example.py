@@ -1,4 +1,4 @@
-"""`transform(..., trace=True)` of models that torch.fx cannot trace: a graph does what eager mode does."""
+"""`transform(..., trace=True)`, with and without an example: a graph does what eager mode does."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from graph_modules import X, config
+from graph_modules import COPIES, X, config
 from layers.checking import assert_same, randomise
 from torch import Tensor, fx, nn
-from tracing.captured import CASES, Pair, bert, labeled, llama, tokens
-from tracing.models import Branches
+from tracing.captured import CASES, bert, llama, made_pair, pair_of, tokens
+from tracing.models import Branches, Dropout, Two
 
 import hra_fx
 from hra_fx.errors import AdapterError
@@ -22,9 +22,10 @@ from hra_fx.errors import AdapterError
 
 @pytest.mark.parametrize("name", ["llama", "bert", *(pytest.param(n, marks=pytest.mark.slow) for n in CASES)])
 def test_a_graph_does_what_eager_mode_does(name: str, tmp_path: Path) -> None:
-    pair = Pair(CASES[name])
-    assert isinstance(pair.graph, fx.GraphModule)
-    pair.check()
+    first = made_pair(name)
+    assert isinstance(first.graph, fx.GraphModule)
+    first.check()
+    pair = pair_of(name)
     for kind, model in (("eager", pair.eager), ("graph", pair.graph)):
         hra_fx.save_adapter(model, tmp_path / kind)
     for file in ("adapter_model.safetensors", "adapter_config.json"):
@@ -51,7 +52,7 @@ def test_a_graph_does_what_eager_mode_does(name: str, tmp_path: Path) -> None:
 
 
 def test_adapters_are_combined_and_written_as_lora(tmp_path: Path) -> None:
-    pair = Pair(CASES["llama"])
+    pair = pair_of("llama")
     pair.both(lambda model: hra_fx.add_adapter(model, "second", hra_fx.HRAConfig(r=2, target_modules=["v_proj"])))
     randomise(pair.eager)
     pair.graph.load_state_dict(pair.eager.state_dict())
@@ -78,19 +79,29 @@ def mixed_logits(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 
 def test_a_graph_is_compiled_and_exported() -> None:
-    pair = Pair(CASES["llama"])
+    pair = pair_of("llama")
+    compiled = torch.compile(pair.graph.eval(), backend="eager", dynamic=True)
     for inputs in pair.inputs:
         wanted = pair.eager.eval()(**inputs).logits
-        compiled = torch.compile(pair.graph.eval(), backend="eager", dynamic=True)
         torch.testing.assert_close(compiled(**inputs).logits, wanted, rtol=1e-9, atol=1e-10)
     exported = torch.export.export(pair.graph, (), inputs).module()
     torch.testing.assert_close(exported(**inputs).logits, wanted, rtol=1e-9, atol=1e-10)
 
 
+class Normed(Branches):
+    """Casts, as the norms of language models do."""
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        return hidden * torch.rsqrt(hidden.float().square().mean(-1, keepdim=True) + 1e-6)
+
+
 def test_a_graph_runs_under_autocast() -> None:
-    pair, inputs = Pair(CASES["llama"], torch.float32), labeled(2, 3)
+    base, x = Normed(), X.float()
+    eager = hra_fx.transform(copy.deepcopy(base), config(init_weights=False))
+    graph = hra_fx.transform(base, config(init_weights=False), trace=True, example_inputs=x)
+    graph.load_state_dict(eager.state_dict())
     with torch.autocast("cpu", torch.bfloat16):
-        found, wanted = (model(**inputs).logits for model in (pair.graph, pair.eager))
+        found, wanted = (model(x)["out"] for model in (graph, eager))
     assert found.dtype is wanted.dtype is torch.bfloat16
     torch.testing.assert_close(found, wanted)
 
@@ -170,22 +181,10 @@ def exported() -> Any:
     return program.module()
 
 
-FOR_LAYERS: dict[str, Callable[[Any], object]] = {
-    "save_adapter": lambda graph: hra_fx.save_adapter(graph, "adapter"),
-    "set_scale": lambda graph: hra_fx.set_scale(graph, "default", 0.5),
-    "set_adapter": lambda graph: hra_fx.set_adapter(graph, "default"),
-    "disable_adapters": hra_fx.disable_adapters,
-    "orthogonality_loss": hra_fx.orthogonality_loss,
-    "plan_fold": hra_fx.plan_fold,
-    "graphs": hra_fx.graphs,
-}
-
-
-def test_the_module_of_a_program_says_what_works_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_module_of_a_program_says_what_works_on_it() -> None:
     graph = exported()
-    for function in FOR_LAYERS.values():
-        message = r"GraphModule consists of operators, .*load_state_dict\(graph\.state_dict\(\), strict=False\)"
+    message = r"GraphModule consists of operators, .*load_state_dict\(graph\.state_dict\(\), strict=False\)"
+    for function in (lambda graph: hra_fx.set_adapter(graph, "default"), hra_fx.plan_fold, hra_fx.graphs):
         with pytest.raises(AdapterError, match=message):
             function(graph)
 
@@ -242,3 +241,82 @@ def test_a_layer_that_returns_several_tensors_is_recorded_by_its_operators(targe
     x = torch.randn(9, 6).double()
     assert_same(graph(x), eager(x))
     assert_same(hra_fx.fold(graph)(x), eager(x))
+
+
+# ---- traced without an example ----
+
+
+def traced(make: Callable[[], nn.Module] = Dropout, *targets: str, **fields: Any) -> tuple[nn.Module, Any]:
+    """A base model, and its adapted GraphModule with random vectors."""
+    torch.manual_seed(0)
+    base = make().double()
+    model = hra_fx.transform(copy.deepcopy(base), config(*targets, **fields), trace=True)
+    randomise(model)
+    return base, model
+
+
+def calls(model: fx.GraphModule) -> list[str]:
+    targets = [str(node.target) for node in model.graph.find_nodes(op="call_module")]
+    return [target for target in targets if target != "hra_factors"]
+
+
+def test_each_reflection_is_a_node_and_modules_are_shared() -> None:
+    torch.manual_seed(0)
+    base = Dropout().double()
+    parameters, keys = dict(base.named_parameters()), list(base.state_dict())
+    model = hra_fx.transform(base, config(), trace=True)
+    assert isinstance(model, fx.GraphModule) and type(model).__name__ == "Dropout"
+    assert calls(model)[:2] == ["first.hra_u", "first"] and calls(model)[-2:] == ["second.hra_u", "second"]
+    now = dict(model.named_parameters())
+    assert all(now[name] is parameter for name, parameter in parameters.items())
+    assert [key for key in model.state_dict() if "hra_u" not in key] == keys
+    assert hra_fx.transform(model, config(), trace=True) is model
+
+
+def test_adapters_are_added_switched_deleted_saved_and_loaded(tmp_path: Path) -> None:
+    base, model = traced(Dropout, "first", bias="hra_only")
+    hra_fx.add_adapter(model, "other", config("second"))
+    randomise(model)
+    assert calls(model)[-2:] == ["second.hra_u", "second"]
+    for name in ("default", "other"):
+        hra_fx.set_adapter(model, name)
+        hra_fx.save_adapter(model, tmp_path / name, name)
+        for loaded in (
+            hra_fx.load_adapter(copy.deepcopy(base), tmp_path / name),
+            hra_fx.load_adapter(fx.symbolic_trace(copy.deepcopy(base).eval()), tmp_path / name),
+        ):
+            assert_same(loaded.eval()(X), model.eval()(X))
+    with hra_fx.disable_adapters(model):
+        assert_same(model(X), base.eval()(X))
+    hra_fx.set_adapter(model, "default")
+    hra_fx.delete_adapter(model, "other")
+    assert "second.hra_u" not in calls(model)
+    for copied in COPIES:
+        assert_same(copied(model)(X), model(X))
+
+
+class Unused(Two):
+    """Has tensors that no call uses, and a buffer that is not saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5))
+        self.token = nn.Parameter(torch.zeros(3))
+        self.register_buffer("table", torch.ones(8, dtype=torch.float64), persistent=False)
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        return torch.tanh(hidden * self.table)
+
+
+def test_unused_layers_keep_their_keys_and_adapters() -> None:
+    base, model = traced(Unused, "first", "second", "head.0")
+    eager = hra_fx.transform(copy.deepcopy(base), config("first", "second", "head.0"))
+    assert model.state_dict().keys() == eager.state_dict().keys()
+    eager.load_state_dict(model.state_dict())
+    assert_same(model(X), eager(X))
+    assert hra_fx.fold(model).state_dict().keys() == base.state_dict().keys()
+
+
+def test_with_an_example_torch_fx_still_goes_first() -> None:
+    model = hra_fx.transform(Dropout().double(), config(), trace=True, example_inputs=X, verify=True)
+    assert calls(model)[0] == "first.hra_u"

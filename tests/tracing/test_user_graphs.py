@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from graph_modules import COPIES, IMAGES, Cnn, Mlp, X, adapted, check_folded, config, targets_of, traced, untyped
-from layers.checking import assert_same, check, normal, randomise, run_dense
+from layers.checking import assert_same, check, normal, randomise
 from torch import Tensor, fx, nn
-from torchvision.models import resnet18
+from torchvision.models.resnet import BasicBlock, ResNet
 
 import hra_fx
 from hra_fx.errors import AdapterError
@@ -19,9 +19,9 @@ from hra_fx.errors import AdapterError
 MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor, list[str]]] = {
     "mlp": (Mlp, X, ["first", "second"]),
     "cnn": (Cnn, IMAGES, ["conv", "grouped", "first"]),
-    "resnet18": (
-        lambda: resnet18(num_classes=5),
-        normal(5, 2, 3, 32, 32),
+    "resnet": (
+        lambda: ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5),
+        normal(5, 2, 3, 16, 16),
         ["layer1.0.conv1", "layer2.0.downsample.0", "fc"],
     ),
 }
@@ -60,12 +60,6 @@ def test_it_is_the_object_that_was_given_and_a_second_transform_does_nothing() -
         hra_fx.transform(model, config(r=2))
 
 
-def relu_for_tanh(module: fx.GraphModule) -> None:
-    for node in module.graph.nodes:
-        if node.target is torch.tanh:
-            node.target = torch.relu
-
-
 def doubled(module: fx.GraphModule) -> None:
     output = module.graph.find_nodes(op="output")[0]
     with module.graph.inserting_before(output):
@@ -79,7 +73,7 @@ def another_layer(module: fx.GraphModule) -> None:
         output.args = (module.graph.call_module("third", output.args),)
 
 
-@pytest.mark.parametrize("change", [relu_for_tanh, doubled, another_layer])
+@pytest.mark.parametrize("change", [doubled, another_layer])
 def test_a_pass_of_the_users_after_transform(change: Callable[[fx.GraphModule], None]) -> None:
     base, model = adapted()
     for module in (base, model):
@@ -92,25 +86,6 @@ def test_a_pass_of_the_users_after_transform(change: Callable[[fx.GraphModule], 
     check(base, model, X)
     again = copy.deepcopy(base)
     assert hra_fx.fold(model).code == again.code
-
-
-def test_dead_code_goes_with_its_reflections_and_recompile_changes_nothing() -> None:
-    base, model = adapted()
-    code = model.code
-    model.recompile()
-    assert model.code == code and len(targets_of(model)) == 8
-    assert model.graph.eliminate_dead_code()
-    model.recompile()
-    assert len(targets_of(model)) == 6
-    check(base, model, X)
-
-
-def test_interpreter_and_transformer_run_over_it() -> None:
-    base, model = adapted(Cnn, "conv", "grouped", "first")
-    base.eval(), model.eval()
-    expected = run_dense(base, model, IMAGES)
-    assert_same(fx.Interpreter(model).run(IMAGES), expected)
-    assert_same(fx.Transformer(model).transform()(IMAGES), expected)
 
 
 class Reads(Mlp):
@@ -224,28 +199,6 @@ def test_copies_and_pickles_are_adapted_and_on_their_own(
     check_folded(base, twin, example)
     assert not [target for target in targets_of(twin) if "hra_u" in target]
     check(copy.deepcopy(base), model, example)
-
-
-def test_several_adapters() -> None:
-    base, model = adapted(Mlp, "first")
-    hra_fx.add_adapter(model, "other", config("second", r=2))
-    randomise(model, 5)
-    assert len(targets_of(model)) == 8
-    hra_fx.set_adapter(model, ["default", "other"])
-    assert_same(model(X), run_dense(base, model, X, adapters=("default", "other")))
-    hra_fx.set_adapter(model, "other")
-    assert_same(model(X), run_dense(base, model, X, adapters=("other",)))
-    with hra_fx.disable_adapters(model):
-        assert_same(model(X), base(X))
-    hra_fx.merge_adapter(model)
-    assert_same(model(X), run_dense(base, model, X, adapters=("other",)))
-    hra_fx.unmerge_adapter(model)
-    hra_fx.set_adapter(model, "default")
-    hra_fx.delete_adapter(model, "other")
-    assert [target for target in targets_of(model) if "second.hra_u" in target] == []
-    check(base, model, X)
-    assert [row.path for row in hra_fx.report(model)] == ["first"]
-    check_folded(base, model, X)
 
 
 def test_the_last_adapter_deleted_leaves_the_graph_that_there_was() -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from drawn_models import MAKERS, Residual, drawing, drawn
 from torch import nn
+from transformers import BertConfig, BertModel
 
 import hra_fx
 from hra_fx.view.drawing import Drawing, drawing_of
@@ -94,7 +95,10 @@ def test_a_focus_has_the_layers_of_its_module(tmp_path: Path) -> None:
 
 
 def test_one_call_of_an_untraced_model_has_every_layer_once(tmp_path: Path) -> None:
-    recorded = drawing_of(drawn("bert"), (torch.zeros(1, 3, dtype=torch.long),))
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertModel(BertConfig(vocab_size=11, **sizes)).eval()
+    hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["query", "value", "dense"]))
+    recorded = drawing_of(model, (torch.zeros(1, 3, dtype=torch.long),))
     for ending, found in written(recorded, tmp_path):
         assert all(found[row.path] == 1 for row in recorded.rows), ending
 

@@ -1,22 +1,24 @@
-"""`to_networkx`: every model that can be looked at, against what fx, hooks and torch.export say of it."""
+"""`to_networkx`: every model and state that can be looked at, against what fx, hooks and torch.export say of it."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import networkx as nx
 import pytest
 import torch
 import torchvision
+from graph_modules import Cnn
 from torch import Tensor, fx, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import hra_fx
-from hra_fx.errors import AdapterError, VisualizeError
+from hra_fx.errors import AdapterError, HRAWarning, VisualizeError
 
-TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 31}
+TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 31}
 IDS = torch.arange(10).reshape(2, 5)
 
 
@@ -134,7 +136,7 @@ def test_a_call_shows_a_whole_graph_of_a_model_that_fx_cannot_trace(adapted: boo
     graph = hra_fx.to_networkx(model, {"input_ids": IDS})
     paths = sorted(
         f"model.layers.{i}.{part}"
-        for i in range(3)
+        for i in range(2)
         for part in ("self_attn.q_proj", "self_attn.v_proj", "mlp.gate_proj")
     )
     assert sites_in(graph) == (paths if adapted else [])
@@ -170,7 +172,7 @@ def test_an_exported_program_shows_its_layers(decomposed: bool) -> None:
     adapted = hra_fx.transform(program, hra_fx.HRAConfig(r=3, target_modules=["q_proj", "down_proj"]))
     graph = hra_fx.to_networkx(adapted)
     assert sites_in(graph) == sorted(
-        f"model.layers.{i}.{part}" for i in range(3) for part in ("self_attn.q_proj", "mlp.down_proj")
+        f"model.layers.{i}.{part}" for i in range(2) for part in ("self_attn.q_proj", "mlp.down_proj")
     )
     site = next(
         data for _, data in graph.nodes(data=True) if data.get("adapted_layers") == "model.layers.1.mlp.down_proj"
@@ -205,7 +207,7 @@ def test_a_shared_layer_is_one_site_and_counts_once() -> None:
 
 
 def test_looking_changes_nothing() -> None:
-    for model, inputs in ((resnet().train(), torch.randn(2, 3, 64, 64)), (llama().train(), {"input_ids": IDS})):
+    for model, inputs in ((Cnn().train(), torch.randn(2, 3, 8, 8)), (bert().train(), {"input_ids": IDS})):
         state = copy.deepcopy(model.state_dict())
         kinds = [type(part) for part in model.modules()]
         random = torch.get_rng_state()
@@ -227,3 +229,105 @@ def test_what_cannot_be_looked_at_is_refused() -> None:
             hra_fx.to_networkx(captured, torch.ones(1, 3))
     with pytest.raises(AdapterError, match=r"torch\.export cannot capture LlamaForCausalLM"):
         hra_fx.to_networkx(llama(), {"tokens": IDS})
+
+
+# ---- adapters that are merged, disabled or missing ----
+
+
+def two_adapters() -> Any:
+    layers = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 3))
+    model = hra_fx.transform(layers, hra_fx.HRAConfig(r=4, target_modules=["0", "2"]))
+    hra_fx.add_adapter(model, "two", hra_fx.HRAConfig(r=2, target_modules=["0"]))
+    hra_fx.set_adapter(model, ["default", "two"])
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "hra_u" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def picture(model: nn.Module, folder: Path) -> str:
+    return hra_fx.visualize(model, folder / "a.svg").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("names", [None, ["default"]])
+def test_a_merged_adapter_is_in_use(names: list[str] | None, tmp_path: Path) -> None:
+    model = two_adapters()
+    before = picture(model, tmp_path)
+    assert "r 6 · d 12" in before
+    hra_fx.merge_adapter(model, names)
+    assert picture(model, tmp_path) == before
+
+
+def test_adapters_that_are_off_turn_nothing(tmp_path: Path) -> None:
+    model = two_adapters()
+    with hra_fx.disable_adapters(model):
+        shown = picture(model, tmp_path)
+    assert shown.count(">no active adapter<") == 2
+
+
+@pytest.mark.parametrize("model", [nn.Linear(3, 4), nn.Identity(), nn.Sequential(nn.ReLU())])
+def test_a_model_without_parts_that_hold_numbers_is_one_box(model: nn.Module, tmp_path: Path) -> None:
+    (data,) = dict(hra_fx.to_networkx(model).nodes(data=True)).values()
+    assert (data["name"], data["parameters"]) == (type(model).__name__, sum(p.numel() for p in model.parameters()))
+    for ending in ("svg", "html", "mmd", "dot", "graphml"):
+        file = hra_fx.visualize(model, tmp_path / f"a.{ending}")
+        assert type(model).__name__ in file.read_text(encoding="utf-8")
+
+
+def test_a_single_adapted_layer_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    layer = two_adapters()[0]
+    assert [row.path for row in hra_fx.report(layer)] == ["", ""]
+    with pytest.raises(VisualizeError, match=r"`model` is a single adapted layer \(Linear\).*path as `focus`"):
+        hra_fx.visualize(layer, tmp_path / "a.svg")
+
+
+def test_inputs_that_do_not_fit_are_told_of(tmp_path: Path) -> None:
+    with pytest.warns(HRAWarning, match=r"The graph does not run on `example_inputs` .*no shapes"):
+        hra_fx.visualize(two_adapters(), tmp_path / "a.svg", example_inputs=torch.zeros(2, 5))
+
+
+class Net(nn.Module):
+    """Of its three layers one is adapted; circular padding makes two operators of one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 12), nn.Linear(12, 3)
+        self.c = nn.Conv1d(1, 1, 3, padding=1, padding_mode="circular")
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(self.c(self.a(x)[:, None])[:, 0])
+        return y
+
+
+def program() -> Any:
+    exported = torch.export.export(Net(), (torch.randn(2, 8),))
+    return hra_fx.transform(exported, hra_fx.HRAConfig(r=2, target_modules=["a"]))
+
+
+def skipped_at(model: Any) -> list[str]:
+    """The modules of the nodes that are marked."""
+    graph = hra_fx.to_networkx(model)
+    return sorted(data["module"] for _, data in graph.nodes(data=True) if "skipped" in data)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own, in run_decompositions
+def test_a_program_marks_each_skipped_layer_once() -> None:
+    adapted = program()
+    for form in (adapted, adapted.run_decompositions()):
+        assert skipped_at(form) == ["b", "c"] == sorted(layer.path for layer in hra_fx.report(form).skipped)
+
+
+@pytest.mark.parametrize("depth", [None, 0])
+def test_files_for_other_programs_have_every_reason(depth: int | None, tmp_path: Path) -> None:
+    dot = hra_fx.visualize(program(), tmp_path / "a.dot", depth=depth).read_text(encoding="utf-8")
+    for path in ("b", "c"):
+        assert dot.count(f"{path} has no adapter: ") == 1
+
+
+def test_a_module_that_is_one_box_tells_of_the_layers_inside() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 4))
+    model = hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=r"1"))
+    reasons = [data.get("skipped") for _, data in hra_fx.to_networkx(model).nodes(data=True)]
+    assert [reason for reason in reasons if reason] == ["not matched by target_modules='1'"]

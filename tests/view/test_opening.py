@@ -1,17 +1,25 @@
-"""Which modules are open: within the budget, and every adapted layer in exactly one box."""
+"""Which modules are open, within the budget; the options of a picture, and a module by itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
+import networkx as nx
 import pytest
 import torchvision
 import transformers
+from drawn_models import Residual, drawing
 from torch import nn
 
 import hra_fx
-from hra_fx.view.drawing import drawing_of
-from hra_fx.view.opening import BUDGET, Block, opened
+from hra_fx.view.drawing import Drawing, drawing_of
+from hra_fx.view.focus import focused
+from hra_fx.view.heatmap import heatmap_of
+from hra_fx.view.html.rendering import render
+from hra_fx.view.opening import BUDGET, Block, Options, opened
+from hra_fx.view.page import render_svg
 from hra_fx.view.tree import Item, Leaf, Scope
 
 
@@ -25,18 +33,96 @@ def t5() -> nn.Module:
     return transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=11, **sizes))
 
 
-MODELS = {
-    torchvision.models.resnet50: r".*(conv\d|downsample\.0)",
-    torchvision.models.mobilenet_v3_small: r".*\.\d+\.0|.*fc\d",
-    t5: r".*\.(q|v|wi|wo)",
+MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "resnet50": (torchvision.models.resnet50, r".*(conv\d|downsample\.0)"),
+    "mobilenet": (torchvision.models.mobilenet_v3_small, r".*\.\d+\.0|.*fc\d"),
+    "t5": (t5, r".*\.(q|v|wi|wo)"),
 }
 
 
-@pytest.mark.parametrize("make", MODELS)
-def test_a_large_model_has_open_and_closed_blocks(make: Callable[[], nn.Module]) -> None:
-    model = hra_fx.transform(make().eval(), hra_fx.HRAConfig(r=2, target_modules=MODELS[make]))
-    block = opened(drawing_of(model).tree(), None)
-    boxes = single(block)
+@cache
+def large(name: str) -> Drawing:
+    make, targets = MODELS[name]
+    return drawing_of(hra_fx.transform(make().eval(), hra_fx.HRAConfig(r=2, target_modules=targets)))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_large_model_has_open_and_closed_blocks(name: str) -> None:
+    boxes = single(opened(large(name).tree(), None))
     assert len(boxes) <= BUDGET
     assert any(isinstance(item, Scope) and item.marks for item in boxes)
     assert any(isinstance(item, Leaf) and item.marks for item in boxes)
+
+
+def test_repeats_are_one_box_and_a_page_is_small() -> None:
+    text = render_svg(large("resnet50"), Options())
+    for shown in ("53 adapted layers", "layer3.1 … 5", "× 5"):
+        assert shown in text
+    assert len(render(large("resnet50"), Options()).encode()) < 250_000
+
+
+# ---- the options of a picture: their errors, and a module by itself with the values that enter and leave it ----
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(({"depth": depth}, "`depth` must be a non-negative int or None, got ") for depth in (-1, 1.0, True, "1")),
+        *(({"heat": heat}, "`heat` must be one of 'weight_change', 'mean_angle', .*, got ") for heat in ("", 1, "off")),
+        ({"focus": nn.ReLU()}, r"`focus` must be a module's name as in model\.named_modules\(\), got ReLU\."),
+    ],
+)
+def test_wrong_types_and_values(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(hra_fx.VisualizeError, match=f"^{message}"):
+        Options(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "focus", "message"),
+    [
+        ("resnet", "layer3.0.conv9", r"no module 'layer3\.0\.conv9'; did you mean 'layer3\.0\.conv\d' or"),
+        ("resnet", "backbone.fc", r"no module 'backbone\.fc'; did you mean 'fc'\?"),
+        ("resnet", "zzz", r"no module 'zzz'\. See model\.named_modules\(\)"),
+        ("bert", "embeddings.word_embeddings", r"is inside 'embeddings', which is drawn as one box\. Pass"),
+        ("bert", "encoder.layer.0.output.dropout", r"has no boxes, because nothing that it computes is drawn"),
+    ],
+)
+def test_a_focus_without_boxes_names_other_modules(name: str, focus: str, message: str) -> None:
+    with pytest.raises(hra_fx.VisualizeError, match=message):
+        focused(drawing(name), focus)
+
+
+def test_heat_needs_adapters() -> None:
+    adapted = hra_fx.transform(nn.Sequential(Residual(), nn.Tanh()), hra_fx.HRAConfig(r=2, target_modules=["fc1"]))
+    for part in (drawing_of(nn.Sequential(nn.Linear(4, 4))), focused(drawing_of(adapted), "1")):
+        with pytest.raises(hra_fx.VisualizeError, match=r"^`heat` must be None for .*no adapters, got 'angle'"):
+            heatmap_of(part, "angle")
+
+
+def leaves(drawing: Drawing) -> list[Leaf]:
+    return [leaf for _, leaf in drawing.picture.nodes(data="leaf")]
+
+
+def test_a_focus_is_the_root_with_what_enters_and_leaves() -> None:
+    part = focused(drawing("resnet"), "layer2")
+    assert part.title == "layer2 in ResNet with HRA"
+    assert part.facts.startswith("5 of 21 adapted layers · ")
+    assert {row.path for row in part.rows} == {path for leaf in leaves(part) for path in leaf.marks}
+    tree = part.tree()
+    assert [item.name for item in tree.items] == ["from layer1.1.relu", "layer2.0", "layer2.1", "to layer3.0.conv1 + 1"]
+    assert tree.edges == ((0, 1), (1, 2), (2, 3))
+    assert [leaf.name for leaf in leaves(focused(drawing("resnet"), "fc"))] == ["from flatten", "fc", "to output"]
+
+
+@pytest.mark.parametrize("focus", ["block", "block.fc1"])
+def test_all_calls_of_a_shared_module_are_shown(focus: str) -> None:
+    part = focused(drawing("shared"), focus)
+    assert sum(leaf.target == "block.fc1" for leaf in leaves(part)) == 3
+    assert nx.is_directed_acyclic_graph(part.picture)
+
+
+def test_a_module_that_is_not_traced_has_no_ports() -> None:
+    part = focused(drawing("bert"), "encoder.layer.1")
+    assert not any(leaf.kind in ("input", "output") for leaf in leaves(part))
+    assert part.tree().eager
+    assert len(part.rows) == 6

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import struct
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import networkx as nx
 import pytest
-import torchvision
 from drawn_models import HOSTILE, UNSPEAKABLE, Residual, drawing, drawn, named
 from torch import nn
 
@@ -58,13 +55,6 @@ def test_every_layer_is_on_the_page_once_below_the_legend_with_its_text_inside(
                 assert width(words(line), float(line.get("font-size", "0"))) <= room
 
 
-def test_repeats_are_one_box() -> None:
-    model = torchvision.models.resnet50().eval()
-    root = picture(hra_fx.transform(model, hra_fx.HRAConfig(r=8, target_modules=r".*(conv\d|downsample\.0)")))
-    for text in ("53 adapted layers", "layer3.1 … 5", "× 5"):
-        assert text in words(root)
-
-
 def test_no_name_breaks_the_file() -> None:
     leaves = tuple(
         Leaf(name, name, "adapted_layer", "call_module", name, (name,), (name,), 4, 2)
@@ -89,14 +79,6 @@ def test_a_very_long_name_does_not_widen_the_page() -> None:
     assert name in words(root)
 
 
-def test_the_title_fits_the_page() -> None:
-    found = drawing("bert")
-    title = "encoder.layer.0.attention.self in BertModel with HRA"
-    root = ElementTree.fromstring(render(dataclasses.replace(found, title=title), Options(depth=0)))
-    assert title in words(root)
-    assert float(root.get("width", "0")) >= round(64 + width(title, 22, bold=True))
-
-
 def test_heat_has_a_legend_with_numbers_and_a_cell_for_each_site() -> None:
     root = picture("bert", heat="mean_angle", depth=0)
     ends = scale(heat_of(hra_fx.report(drawn("bert")).rows, "mean_angle").values())
@@ -113,20 +95,6 @@ def test_a_skipped_layer_has_a_mark_and_its_reason() -> None:
     assert any("lm_head has no adapter: " in tip for tip in tips)
     assert any("layers.2.mlp.down_proj has no adapter: " in tip for tip in tips)
     assert "10 layers not targeted" in words(root)
-
-
-def test_no_edge_ends_in_a_piece_of_no_length() -> None:
-    for edge in picture("resnet").iter(f"{SVG}path"):
-        if edge.get("class") == "edge":
-            heights = re.findall(r"(?:V|M\S+ |C\S+ \S+ \S+ \S+ \S+ )([\d.]+)", edge.get("d", ""))
-            assert all(a != b for a, b in pairwise(heights)), edge.get("d")
-
-
-@pytest.mark.parametrize("depth", [None, 0, 3])
-def test_a_plain_model_has_boxes_but_no_sites(depth: int | None) -> None:
-    text = words(picture(torchvision.models.resnet18().eval(), depth=depth))
-    assert "11,689,512 parameters · no adapters" in text
-    assert "not adapted" not in text
 
 
 def test_a_layer_that_should_have_an_adapter_is_marked_in_red() -> None:

@@ -1,17 +1,19 @@
-"""The colors of light and dark pictures: contrast, and that every picture uses them."""
+"""The colors of light and dark pictures: contrast, that every picture uses them, and the heat."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
-from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from drawn_models import drawn
+from drawn_models import drawing, drawn
+from hypothesis import example, given, strategies as st
 
 import hra_fx
-from hra_fx.reporting.heat import DARK_PALETTE, PALETTE, UNKNOWN, color, ink_on
+from hra_fx.reporting.heat import DARK_PALETTE, HEATS, PALETTE, UNKNOWN, color, heat_of, ink_on, scale
+from hra_fx.view.heatmap import heatmap_of
 from hra_fx.view.theme import COLORS, THEMES, as_css
 
 #: What text is written in, and what is behind it.
@@ -72,17 +74,6 @@ def test_every_heat_can_be_seen_and_read() -> None:
     assert min(contrast(COLORS[line][0], "#ffffff") for line in ("violet-line", "edge")) >= 3
 
 
-def test_the_order_of_colors_is_visible_without_colors() -> None:
-    def lightness(step: int, palette: Sequence[str]) -> float:
-        """L* of CIELAB."""
-        y = luminance(color(step / 60, (0, 1), palette))
-        return 116 * (y ** (1 / 3) if y > 216 / 24389 else (24389 / 27 * y + 16) / 116) - 16
-
-    for palette, sign, least in ((PALETTE, -1, 0.5), (DARK_PALETTE, 1, 0.3)):
-        steps = [lightness(step, palette) for step in range(61)]
-        assert all(sign * (after - before) > least for before, after in pairwise(steps))
-
-
 def test_the_page_has_the_same_colors() -> None:
     for role, pair in COLORS.items():
         assert f"--{role}: light-dark({', '.join(pair)});" in as_css()
@@ -112,3 +103,51 @@ def test_other_formats_have_no_theme(tmp_path: Path) -> None:
         hra_fx.visualize(drawn("one layer"), tmp_path / "a.dot", theme="dark")
     with pytest.raises(hra_fx.VisualizeError, match=r"^`theme` must be one of 'light', 'dark', got 'sepia'\."):
         hra_fx.visualize(drawn("one layer"), tmp_path / "a.svg", theme="sepia")  # type: ignore[arg-type]
+
+
+# ---- heat ----
+
+
+@given(st.lists(st.floats(0, 1e9), min_size=1))
+@example([5e-324])
+def test_a_scale_is_round_and_holds_all_values(values: list[float]) -> None:
+    bottom, top = scale(values)
+    low, high = min(values), max(values)
+    assert bottom <= low * (1 + 1e-5) and top >= high * (1 - 1e-5)
+    if high - low > 1e-2 * high and high > 1e-200:
+        assert (top - bottom) <= 1.5 * (high - low), "it fits the values"
+    else:
+        assert bottom <= low <= high * (1 + 1e-6) <= max(top * (1 + 1e-5), 1.0)
+
+
+def test_the_heat_is_that_of_the_report() -> None:
+    rows = hra_fx.report(drawn("resnet")).rows
+    for name in HEATS:
+        factor = {"mean_angle": 180 / math.pi, "angle": 180 / math.pi, "rotation": 1}.get(name, 100)
+        values = heat_of(rows, name)
+        assert values == {row.path: pytest.approx(factor * getattr(row, name)) for row in rows}
+
+
+def test_of_several_adapters_the_largest_counts_and_what_is_unknown_stays_so() -> None:
+    row = hra_fx.report(drawn("one layer")).rows[0]
+    three = [dataclasses.replace(row, adapter=str(value), rotation=value) for value in (1.0, 3.0, 2.0)]
+    assert heat_of(three, "rotation") == {"0": 3.0}
+    unknown = [*three, dataclasses.replace(row, rotation=math.nan)]
+    assert math.isnan(heat_of(unknown, "rotation")["0"])
+    assert math.isnan(heat_of(unknown[::-1], "rotation")["0"])
+
+
+def test_a_layer_without_an_active_adapter_has_no_heat() -> None:
+    rows = [dataclasses.replace(row, active=False) for row in hra_fx.report(drawn("one layer")).rows]
+    assert all(heat_of(rows, name) == {"0": 0.0} for name in HEATS)
+
+
+def test_the_default_is_the_change_of_the_weight() -> None:
+    rotated_model = drawing("resnet")
+    row = dataclasses.replace(rotated_model.rows[0], angles=(0.1,), weight_change=0.02, mean_angle=0.1)
+    shown = heatmap_of(dataclasses.replace(rotated_model, rows=(row,)), None)
+    assert (shown.name, shown.values) == ("weight_change", {row.path: pytest.approx(2.0)})
+    without_weight = dataclasses.replace(row, weight_change=math.nan)
+    assert heatmap_of(dataclasses.replace(rotated_model, rows=(without_weight,)), None).name == "mean_angle"
+    fresh = dataclasses.replace(row, angles=())
+    assert not heatmap_of(dataclasses.replace(rotated_model, rows=(fresh,)), None).values

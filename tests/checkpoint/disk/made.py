@@ -51,6 +51,7 @@ CASES: dict[str, tuple[Callable[[], Any], list[str], torch.dtype, dict[str, Any]
         torch.bfloat16,
         {"apply_GS": True, "init_weights": False},
     ),
+    "Llama, several ranks": (llama, ["q_proj", "v_proj"], torch.bfloat16, {"rank_pattern": {"v_proj": 5}}),
     "BERT": (bert, ["query", "value"], torch.float16, {}),
     "BERT, a classifier": (
         lambda: bert("BertForSequenceClassification"),

@@ -1,4 +1,4 @@
-"""Folds on disk give the files of `load_adapter`, `fold` and `save_pretrained` in memory."""
+"""Folds on disk give the files of a fold in memory and `save_pretrained`, and of PEFT."""
 
 from __future__ import annotations
 
@@ -7,17 +7,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
+import timm
 import torch
 import transformers
 from checkpoint.disk import made
+from diffusion_models import text_encoder, unet
 from oracles import dense_q, dense_weight, relative_error
 from safetensors.torch import load_file
+from timm.models import save_for_hf
+from torch import nn
 
 import hra_fx
 from hra_fx.errors import CheckpointError
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*untied.*:hra_fx.HRAWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*untied.*:hra_fx.HRAWarning"),
+    # PEFT asks transformers for it, wherever it opens an adapter.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 TIED: dict[str, tuple[Callable[[], Any], list[str], dict[str, Any], dict[str, str]]] = {
     "Llama": (
@@ -100,25 +109,17 @@ def test_tied_layers_in_blocks_are_untied(tmp_path: Path) -> None:
 
 
 def test_a_model_that_ties_again_when_it_is_loaded_is_named(tmp_path: Path) -> None:
-    model = made.t5()
-    base = made.base_of(model, tmp_path / "base")
-    adapter = made.adapter_of(model, tmp_path / "adapter", "q", "lm_head")
     with pytest.warns(hra_fx.HRAWarning, match="T5Config sets tie_word_embeddings=True when it is loaded"):
-        report = hra_fx.fold_checkpoint(base, adapter, tmp_path / "out")
-    loaded = type(model).from_pretrained(base, dtype="auto")
-    memory = made.folded_in_memory(loaded, tmp_path / "memory", adapter)
-    made.equal_but_for_steps(made.tensors(tmp_path / "out"), made.tensors(memory))
+        report, out, memory = both(tmp_path, made.t5, ["q", "lm_head"], torch.bfloat16)
+    made.equal_but_for_steps(made.tensors(out), made.tensors(memory))
     assert set(report.untied) == {"lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
 
 
 def test_embeddings_that_were_trained_as_one_stay_one(tmp_path: Path) -> None:
-    model = made.llama(tie_word_embeddings=True)
-    base = made.base_of(model, tmp_path / "base")
-    adapter = made.adapter_of(model, tmp_path / "adapter", "q_proj", modules_to_save=["embed_tokens", "lm_head"])
-    report = hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", verify=True)
-    loaded = type(model).from_pretrained(base, dtype="auto")
-    memory = made.folded_in_memory(loaded, tmp_path / "memory", adapter)
-    made.equal_but_for_steps(made.tensors(tmp_path / "out"), made.tensors(memory))
+    saved = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    build = TIED["Llama"][0]
+    report, out, memory = both(tmp_path, build, ["q_proj"], torch.bfloat16, **saved)
+    made.equal_but_for_steps(made.tensors(out), made.tensors(memory))
     assert not report.untied and report.given == ("model.embed_tokens.weight",)
 
 
@@ -204,3 +205,114 @@ def test_what_an_adapter_replaced_is_lost(tmp_path: Path) -> None:
         "(modules_to_save or bias), whose old value is lost. Use the base checkpoint."
     )
     assert not (tmp_path / "back").exists()
+
+
+# ---- against PEFT, which merges an adapter into a model in memory ----
+
+
+def peft_adapter(model: Any, folder: Path, targets: Any, **fields: Any) -> Any:
+    """Write an adapter with random vectors by PEFT; its model."""
+    torch.manual_seed(3)
+    wrapped: Any = peft.get_peft_model(model, peft.HRAConfig(**{"r": 4, "target_modules": targets, **fields}))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if parameter.requires_grad or "hra_u" in name:
+                parameter.normal_()
+    wrapped.save_pretrained(folder)
+    return wrapped
+
+
+TRANSFORMERS: dict[str, tuple[Callable[[], Any], list[str], dict[str, Any]]] = {
+    "Llama": (made.llama, ["q_proj", "k_proj", "gate_proj"], {}),
+    "Llama, biases": (lambda: made.llama(attention_bias=True), ["q_proj", "k_proj"], {"bias": "hra_only"}),
+    "Llama, Gram-Schmidt": (made.llama, ["q_proj"], {"apply_GS": True, "init_weights": False}),
+    "BERT, a classifier": (
+        lambda: made.bert("BertForSequenceClassification"),
+        ["query", "dense"],
+        {"task_type": "SEQ_CLS", "bias": "all"},
+    ),
+    "T5": (made.t5, ["q", "v"], {}),
+    "Llama, an output layer": (made.llama, ["q_proj", "lm_head"], {}),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+def test_models_of_transformers(tmp_path: Path, name: str) -> None:
+    build, targets, fields = TRANSFORMERS[name]
+    model = build()
+    base = made.base_of(model, tmp_path / "base", torch.bfloat16, max_shard_size="6KB")
+    wrapped = peft_adapter(model, tmp_path / "adapter", targets, **fields)
+    wrapped.merge_and_unload().save_pretrained(tmp_path / "peft")
+    report = hra_fx.fold_checkpoint(base, tmp_path / "adapter", tmp_path / "out", verify=True)
+    made.equal_but_for_steps(made.tensors(tmp_path / "out"), made.tensors(tmp_path / "peft"))
+    assert report.rotated and not report.untied and len(list(base.glob("*.safetensors"))) > 1
+
+
+def pipeline(folder: Path) -> dict[str, Any]:
+    """A pipeline's folder with two parts that are adapted, and one that is not."""
+    parts = {"unet": unet(), "text_encoder": text_encoder()}
+    for name, model in parts.items():
+        made.base_of(model, folder / name, torch.float16)
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text("{}")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    return parts
+
+
+TARGETS = {"unet": ["to_q", "to_k", "conv1", "conv_shortcut", "proj_in"], "text_encoder": ["q_proj", "v_proj"]}
+
+
+@pytest.mark.parametrize("as_mapping", [False, True])
+def test_a_pipeline_of_diffusers(tmp_path: Path, as_mapping: bool) -> None:
+    parts = pipeline(tmp_path / "base")
+    for name, model in parts.items():
+        wrapped = peft_adapter(model.float(), tmp_path / "adapter" / name, TARGETS[name])
+        wrapped.merge_and_unload().half().save_pretrained(tmp_path / "peft" / name)
+    given: Any = {name: tmp_path / "adapter" / name for name in parts} if as_mapping else tmp_path / "adapter"
+    report = hra_fx.fold_checkpoint(tmp_path / "base", given, tmp_path / "out", verify=True)
+    for name in parts:
+        made.equal_but_for_steps(made.tensors(tmp_path / "out" / name), made.tensors(tmp_path / "peft" / name))
+    assert {name.partition("/")[0] for name in report.rotated} == {"unet", "text_encoder"}
+    untouched = ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "unet/tokenizer.json")
+    for name in untouched:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "base" / name).read_bytes()
+
+
+def test_one_part_of_a_pipeline(tmp_path: Path) -> None:
+    parts = pipeline(tmp_path / "base")
+    peft_adapter(parts["unet"], tmp_path / "adapter", TARGETS["unet"])
+    hra_fx.fold_checkpoint(tmp_path / "base", {"unet": tmp_path / "adapter"}, tmp_path / "out")
+    changed = {
+        name for name, data in made.picture(tmp_path / "base").items() if (tmp_path / "out" / name).read_bytes() != data
+    }
+    assert changed == {"unet/diffusion_pytorch_model.safetensors"}
+
+
+TIMM: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "vit": (
+        lambda: timm.create_model("vit_tiny_patch16_224", embed_dim=24, depth=2, num_heads=2, num_classes=5),
+        ["qkv", "fc1", "proj"],
+    ),
+    "convnext": (
+        lambda: timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_classes=5),
+        ["fc1", "downsample.1", "stem.0"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_models_of_timm(tmp_path: Path, name: str) -> None:
+    build, targets = TIMM[name]
+    model = build()
+    save_for_hf(model, tmp_path / "base", safe_serialization="both")
+    (tmp_path / "base" / "pytorch_model.bin").unlink()
+    wrapped = peft_adapter(model, tmp_path / "adapter", targets)
+    merged = wrapped.merge_and_unload()
+    report = hra_fx.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", verify=True)
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    assert len(report.rotated) == sum("hra_u" in key for key in made.tensors(tmp_path / "adapter"))
+    for key, due in merged.state_dict().items():
+        torch.testing.assert_close(state[key], due, rtol=1e-4, atol=1e-5)
+    build().load_state_dict(state)

@@ -1,4 +1,4 @@
-"""A fold that is killed, interrupted or refused by the disk leaves the base and the output folder as they were."""
+"""A fold that is killed, interrupted or refused by the disk leaves the folders as they were; `verify` finds damage."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint.disk import made
-from checkpoint.folders import files_of_at_most, interrupted
-from safetensors.torch import save_file
+from checkpoint.folders import files_of_at_most
+from oracles import dense_q, dense_weight, relative_error
+from safetensors.torch import load_file, save_file
 
 import hra_fx
-from hra_fx.errors import CheckpointError
+from hra_fx.checkpoint.disk.arguments import read_request
+from hra_fx.checkpoint.disk.plan import FilePlan, plan_fold
+from hra_fx.checkpoint.disk.writing import check_copy, check_file
+from hra_fx.errors import CheckpointError, FoldError
 
 
 def prepared(tmp_path: Path, layers: int = 4, width: int = 64) -> tuple[Path, Path]:
@@ -78,28 +81,6 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
 
 
-@pytest.mark.slow
-def test_ctrl_c_between_the_renames_leaves_the_old_folder_or_the_new_one(tmp_path: Path) -> None:
-    base, adapter = prepared(tmp_path, layers=1)
-    hra_fx.fold_checkpoint(base, adapter, tmp_path / "new", columns=[])
-    old, new = {"old": b"x"}, made.picture(tmp_path / "new")
-    outcomes, out = [], tmp_path / "out"
-
-    def fold() -> None:
-        hra_fx.fold_checkpoint(base, adapter, out, columns=[], overwrite=True, progress=False)
-
-    while True:
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir()
-        (out / "old").write_bytes(b"x")
-        if not interrupted(fold, "_publish", len(outcomes) + 1):
-            break
-        outcomes.append("old" if made.picture(out) == old else made.contents(out))
-        assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "new", "out"}
-    assert outcomes[0] == "old" and outcomes[-1] == made.contents(tmp_path / "new")
-    assert all(outcome in ("old", outcomes[-1]) for outcome in outcomes) and made.picture(tmp_path / "new") == new
-
-
 def test_a_disk_that_refuses_leaves_the_old_folder(tmp_path: Path) -> None:
     base, adapter = prepared(tmp_path)
     big = {"3.weight": torch.ones(400, 64), "3.bias": torch.ones(400)}
@@ -132,3 +113,71 @@ def test_a_base_that_is_larger_than_the_disk_is_refused_at_once(tmp_path: Path) 
         hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", columns=[])
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
     assert os.path.getsize(base / "x.safetensors") > size
+
+
+# ---- what `verify=True` finds ----
+
+
+def written(tmp_path: Path, *targets: str, gpt2: bool = False) -> tuple[FilePlan, Path]:
+    """The plan of a fold, and the weights that it gave."""
+    model = made.gpt2() if gpt2 else made.bert("BertForSequenceClassification")
+    base = made.base_of(model, tmp_path / "base")
+    saved = {} if gpt2 else {"modules_to_save": ["classifier"]}
+    adapter = made.adapter_of(model, tmp_path / "adapter", *targets, **saved)
+    report = hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", verify=True)
+    assert report.verified and "verified: row norms are preserved" in str(report)
+    plan = plan_fold(read_request(base, adapter, tmp_path / "elsewhere"), None, inverse=False)
+    planned = plan.files["model.safetensors"]
+    assert isinstance(planned, FilePlan)
+    return planned, tmp_path / "out" / "model.safetensors"
+
+
+QUERY = "bert.encoder.layer.1.attention.self.query.weight"
+C_ATTN = "transformer.h.0.attn.c_attn.weight"
+#: What was adapted, the changed value: tensor, place, by how much; and the message.
+CHANGES: dict[str, tuple[str, str, tuple[int, ...], float, str]] = {
+    "norm of a row": ("query", QUERY, (3, 2), 2.0, rf"row 3 of {QUERY} has norm .+ in the base, and a rotation pres"),
+    "norm of a column": ("c_attn", C_ATTN, (3, 2), 2.0, rf"row 2 of {C_ATTN} has norm "),
+    "NaN": ("query", QUERY, (5, 2), float("nan"), rf"row 5 of {QUERY} has norm nan"),
+    "a copy": ("query", "bert.pooler.dense.bias", (0,), 1.0, r"bert.pooler.dense.bias differs from what was written\."),
+    "a new value": ("query", "classifier.weight", (0, 0), 1.0, r"classifier.weight differs from what was written\."),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_changed_value_is_found(tmp_path: Path, what: str) -> None:
+    target, name, place, by, message = CHANGES[what]
+    plan, file = written(tmp_path, target, gpt2=target == "c_attn")
+    check_file(plan, file)
+    state = load_file(file)
+    state[name][place] += by
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(FoldError, match=rf"^{file}: {message}.*Check the disk"):
+        check_file(plan, file)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("spread", [1.0, 1e-3, 1e-6])
+def test_reflections_that_nearly_cancel_each_other_pass(tmp_path: Path, dtype: torch.dtype, spread: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    (tmp_path / "base").mkdir()
+    weight = torch.randn(40, 64, dtype=torch.float64, generator=generator).to(dtype)
+    save_file({"0.weight": weight}, tmp_path / "base" / "model.safetensors")
+    adapter = made.stack_adapter(tmp_path / "adapter", layers=1, width=64, r=63)
+    near = torch.randn(64, 1, dtype=torch.float64, generator=generator)
+    near = near + spread * torch.randn(64, 63, dtype=torch.float64, generator=generator)
+    save_file({"base_model.model.0.hra_u": near}, adapter / "adapter_model.safetensors", {"format": "pt"})
+    report = hra_fx.fold_checkpoint(tmp_path / "base", adapter, tmp_path / "out", columns=[], verify=True)
+    assert 0 <= report.rounding < max(torch.finfo(dtype).eps / 2, 1e-15)
+    folded = load_file(tmp_path / "out" / "model.safetensors")["0.weight"]
+    assert relative_error(folded, dense_weight(weight, dense_q(near))) < max(torch.finfo(dtype).eps, 1e-12)
+
+
+def test_a_file_that_was_copied_and_differs(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for file in (one, other):
+        file.write_bytes(b"the same")
+    check_copy(one, other)
+    other.write_bytes(b"not same")
+    with pytest.raises(FoldError, match=rf"^{other}: the copy differs from {one}\. Check the disk\.$"):
+        check_copy(one, other)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -180,24 +178,6 @@ def test_an_empty_folder_is_taken_and_a_full_one_replaced_if_asked(
     hra_fx.fold_checkpoint(base, adapter, tmp_path / "new" / "deep" / "out", columns=[])
     assert made.contents(tmp_path / "new" / "deep" / "out") == due
     assert capfd.readouterr() == ("", ""), "there is no progress bar without a terminal"
-
-
-@pytest.mark.slow
-def test_a_progress_bar_on_a_terminal(tmp_path: Path) -> None:
-    base, adapter = made.linear_stack(tmp_path / "base"), made.stack_adapter(tmp_path / "adapter")
-    code = (
-        "import sys, hra_fx; base, adapter, out = sys.argv[1:]\n"
-        "for progress in (True, False): hra_fx.fold_checkpoint(base, adapter, out + str(progress), columns=[], "
-        "progress=progress)"
-    )
-    terminal, end = os.openpty()
-    arguments = [sys.executable, "-c", code, str(base), str(adapter), str(tmp_path / "out")]
-    subprocess.run(arguments, stderr=end, check=True, timeout=120, env={**os.environ, "TERM": "xterm"})
-    os.close(end)
-    shown = os.read(terminal, 1 << 16).decode()
-    os.close(terminal)
-    assert "writing outTrue" in shown and "kB" in shown
-    assert "writing outFalse" not in shown
 
 
 def test_layers_that_have_other_names_in_the_file(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -201,24 +200,6 @@ def test_a_square_weight_of_an_unknown_model(tmp_path: Path) -> None:
         hra_fx.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / name, columns=columns)
         results[name] = made.tensors(tmp_path / name)["0.weight"]
     assert not torch.allclose(results["rows"], results["columns"])
-
-
-def test_a_model_whose_forward_depends_on_tied_embeddings(tmp_path: Path) -> None:
-    import transformers
-
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 37}
-    config = transformers.SwitchTransformersConfig(
-        **sizes, num_decoder_layers=1, num_experts=2, decoder_start_token_id=0
-    )
-    model: Any = transformers.SwitchTransformersForConditionalGeneration(config)
-    made.base_of(model, tmp_path / "base", torch.float32)
-    made.stack_adapter(tmp_path / "adapter", layers=1, width=16)
-    save_file({U.format("lm_head"): torch.ones(16, 2)}, tmp_path / FILE)
-    rewrite(tmp_path, target_modules=["lm_head"])
-    assert refused(tmp_path, kind=FoldError) == (
-        "SwitchTransformersForConditionalGeneration.forward depends on config.tie_word_embeddings, so the output layer "
-        "cannot be untied from the embeddings. Leave it out with exclude_modules."
-    )
 
 
 def test_two_adapters_that_replace_the_same_tensor(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -148,22 +147,6 @@ def test_layers_that_nothing_turns_are_the_same_after_forwards(scheme: str) -> N
         assert relative_error(model(x), due) < 0.15
 
 
-@pytest.mark.parametrize("called", [False, True])
-@pytest.mark.parametrize("scheme", ["bnb int8", "bnb nf4", "bnb fp4 nested"])
-def test_a_pickled_model_is_folded_as_the_original(scheme: str, called: bool) -> None:
-    """A pickle of bitsandbytes' parameter is a plain one, with its attributes."""
-    model, x = adapted(scheme).eval(), inputs()
-    with torch.no_grad():
-        if called:
-            model(x)
-        again = pickle.loads(pickle.dumps(model))
-        with told():
-            hra_fx.fold(model, requantize=True)
-            hra_fx.fold(again, requantize=True)
-        assert torch.equal(values(again[0]), values(model[0])) and torch.equal(values(again[2]), values(model[2]))
-        assert torch.equal(again(x), model(x))
-
-
 @pytest.mark.parametrize("scheme", FEW)
 def test_only_quantized_layers_of_the_adapter_stand_in_the_way(scheme: str) -> None:
     model = nn.ModuleDict({"packed": quantized(scheme), "head": nn.Linear(32, 8)})
@@ -176,11 +159,8 @@ def test_only_quantized_layers_of_the_adapter_stand_in_the_way(scheme: str) -> N
 def test_merging_is_refused(scheme: str) -> None:
     model = adapted(scheme)
     before = picture(model)
-    with pytest.raises(FoldError) as caught:
+    with pytest.raises(FoldError, match=r"its weight is quantized.* Adapters also work without being merged\."):
         hra_fx.merge_adapter(model)
-    assert "its weight is quantized" in str(caught.value) and "Adapters also work without being merged." in str(
-        caught.value
-    )
     assert picture(model) == before
 
 
@@ -209,14 +189,6 @@ def test_a_shared_weight_is_untied(scheme: str) -> None:
     assert torch.equal(values(model[2]), before) and model[0].weight is not model[2].weight
 
 
-def test_a_plan_is_stale_once_a_weight_was_replaced() -> None:
-    model = adapted("ao int8")
-    plan = hra_fx.plan_fold(model, requantize=True)
-    model[0].hra_base = quantized("ao int8")[0].weight
-    with pytest.raises(FoldError, match="the model has changed since plan_fold"):
-        plan.apply()
-
-
 @pytest.mark.parametrize("scheme", FEW)
 def test_vectors_that_are_not_finite_change_nothing(scheme: str) -> None:
     model = adapted(scheme)
@@ -226,17 +198,3 @@ def test_vectors_that_are_not_finite_change_nothing(scheme: str) -> None:
     with pytest.raises(FoldError, match="2: the folded weight is not finite"):
         hra_fx.fold(model, requantize=True)
     assert picture(model) == before
-
-
-def test_rows_beyond_float16_are_not_finite_in_eight_bits() -> None:
-    """bitsandbytes quantizes by way of float16, where a row of 64 numbers of 6e4 cannot be turned into one."""
-    model = quantized("bnb int8", nn.Sequential(nn.Linear(64, 32)))
-    model[0].weight.data.fill_(127)
-    model[0].weight.SCB.fill_(6e4)
-    hra_fx.transform(model, config("0"))
-    with torch.no_grad():
-        row, axis = torch.ones(64) / 8, torch.eye(64)[0]
-        model[0].hra_u["default"].copy_(torch.stack([row - axis, *torch.zeros(3, 64)], dim=1))
-    assert float(rotated(model[0]).detach().abs().max()) > 4e5
-    with pytest.raises(FoldError, match="0: the folded weight is not finite"):
-        hra_fx.fold(model, requantize=True)

@@ -8,8 +8,7 @@ import bitsandbytes
 import pytest
 import torch
 import torch.nn.functional as F
-from layers.quantized.bases import FEW, SCHEMES, config, inputs, plain, quantized, torchao, values
-from layers.quantized.unreadable import int4, opaque
+from layers.quantized.bases import FEW, SCHEMES, config, inputs, int4, opaque, plain, quantized, torchao, values
 from refusals import refused
 from torch import Tensor, nn
 from torchao.quantization import Int8StaticActivationInt8WeightConfig, Int8WeightOnlyConfig

@@ -56,7 +56,7 @@ def logits(model: Any) -> torch.Tensor:
         return model.eval()(input_ids=tokens_of(2, 8)).logits
 
 
-@pytest.mark.parametrize("name", ["bnb nf4", "ao int8 dynamic"])
+@pytest.mark.parametrize("name", ["bnb int8", "ao int8 dynamic"])
 def test_the_trainer_trains_evaluates_and_goes_on(name: str, folder: Path, tmp_path: Path) -> None:
     model = adapted(folder, name)
     assert len(hra_fx.report(model)) == 14
@@ -69,18 +69,6 @@ def test_the_trainer_trains_evaluates_and_goes_on(name: str, folder: Path, tmp_p
     loss = model.train()(**batch("llama")).loss
     gradients = torch.autograd.grad(loss, list(vectors_of(model).values()))
     assert all(gradient.norm() > 0 for gradient in gradients)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_gradient_checkpointing_gives_the_same_gradients(name: str, folder: Path) -> None:
-    model = adapted(folder, name).train()
-    turn(model)
-    vectors = list(vectors_of(model).values())
-    due = torch.autograd.grad(model(**batch("llama")).loss, vectors)
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable()
-    for one, other in zip(torch.autograd.grad(model(**batch("llama")).loss, vectors), due, strict=True):
-        assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -112,7 +100,7 @@ def test_folded_models_are_saved_and_loaded(name: str, folder: Path, tmp_path: P
     assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model), atol=1e-3)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["bnb nf4", "ao int8"])
 def test_the_vocabulary_is_resized(name: str, folder: Path) -> None:
     model = adapted(folder, name)
     turn(model)

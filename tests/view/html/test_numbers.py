@@ -104,26 +104,35 @@ def test_layers_in_modules_to_save_are_trained_and_not_skipped(open_page: Open) 
     assert page.locator("#scroller g.trained").count() == 1
 
 
-@pytest.mark.parametrize("name", HEATS)
-def test_heat_has_the_colors_and_means_of_the_report(open_page: Open, name: str) -> None:
+def test_heat_has_the_colors_and_means_of_the_report(open_page: Open) -> None:
+    """The page opens with the change of the weight."""
     model = trained_net()
-    page = open_page(page_of(model, heat=name))
-    values = heat_of(hra_fx.report(model).rows, name)
-    ends = scale(values.values())
-    assert page.locator("#heat").input_value() == name
-    for layer in ("up", "down"):
-        cells = box(page, layer).locator(".cell").evaluate_all("all => all.map(cell => getComputedStyle(cell).fill)")
-        paths = [f"blocks.{index}.{layer}" for index in range(3)]
-        assert cells == [rgb(color(values[path], ends)) for path in paths]
-        mean = sum(values[path] for path in paths) / 3
-        assert box(page, layer).locator(".strip").evaluate(FILL) == rgb(color(mean, ends))
-    assert page.locator("#scale").inner_text().split() == [f"{end:g}{HEATS[name].unit}" for end in ends]
-    assert page.evaluate(OUTSIDE) == []
+    page = open_page(page_of(model))
     box(page, "down").click()
-    said = HEATS[name].text(mean)  # of the layers "down", the last ones above
-    assert strip(page, "down").endswith(f" · mean {said}")
-    assert page.locator("#panel .means h3").inner_text() == "Mean of 3 layers"
-    assert page.locator(f"#panel .means dt:text-is('{HEATS[name].words}') + dd").inner_text() == said
+    assert page.locator("#heat").input_value() == "weight_change"
+    for name in HEATS:
+        page.select_option("#heat", name)
+        values = heat_of(hra_fx.report(model).rows, name)
+        ends = scale(values.values())
+        for layer in ("up", "down"):
+            cells = (
+                box(page, layer).locator(".cell").evaluate_all("all => all.map(cell => getComputedStyle(cell).fill)")
+            )
+            paths = [f"blocks.{index}.{layer}" for index in range(3)]
+            assert cells == [rgb(color(values[path], ends)) for path in paths]
+            mean = sum(values[path] for path in paths) / 3
+            assert box(page, layer).locator(".strip").evaluate(FILL) == rgb(color(mean, ends))
+        assert page.locator("#scale").inner_text().split() == [f"{end:g}{HEATS[name].unit}" for end in ends]
+        assert page.evaluate(OUTSIDE) == []
+        said = HEATS[name].text(mean)  # of the layers "down", the last ones above
+        assert strip(page, "down") == f"r 4 · d 24 · mean {said}"
+        assert page.locator("#panel .means h3").inner_text() == "Mean of 3 layers"
+        assert page.locator(f"#panel .means dt:text-is('{HEATS[name].words}') + dd").inner_text() == said
+    page.select_option("#heat", label="off")
+    assert box(page, "down").locator(".strip").evaluate("strip => strip.style.fill") == ""
+    assert strip(page, "down") == "r 4 · d 24"
+    assert page.locator("#scale").inner_text() == ""
+    assert open_page(page_of(model, heat="angle")).locator("#heat").input_value() == "angle"
 
 
 def test_heat_on_dark_has_the_other_palette(open_page: Open) -> None:
@@ -133,19 +142,3 @@ def test_heat_on_dark_has_the_other_palette(open_page: Open) -> None:
     wanted = color(sum(values[f"blocks.{i}.up"] for i in range(3)) / 3, scale(values.values()), DARK_PALETTE)
     assert box(page, "up").locator(".strip").evaluate(FILL) == rgb(wanted)
     assert box(page, "up").locator(".strip + text").evaluate(FILL) == rgb(ink_on(wanted))
-
-
-def test_heat_is_the_change_of_the_weight_unless_chosen_otherwise(open_page: Open) -> None:
-    model = trained_net()
-    page = open_page(page_of(model))
-    assert page.locator("#heat").input_value() == "weight_change"
-    tinted = box(page, "up").locator(".strip")
-    page.select_option("#heat", "angle")
-    values = heat_of(hra_fx.report(model).rows, "angle")
-    mean = sum(values[f"blocks.{index}.up"] for index in range(3)) / 3
-    assert tinted.evaluate(FILL) == rgb(color(mean, scale(values.values())))
-    assert strip(page, "up") == f"r 4 · d 12 · mean {HEATS['angle'].text(mean)}"
-    page.select_option("#heat", label="off")
-    assert tinted.evaluate("strip => strip.style.fill") == ""
-    assert strip(page, "up") == "r 4 · d 12"
-    assert page.locator("#scale").inner_text() == ""
