@@ -139,10 +139,10 @@ def refused(act: Callable[[], object], model: nn.Module, message: str, kind: typ
             "default",
             r"adapter 'default': the model already has an adapter with this name and another configuration",
         ),
-        ("", "body.0", {}, "other", r"adapter 'other': body\.0 already has reflections, of default.*fold first"),
+        ("", "body.0", {}, "other", r"adapter 'other': body\.0 already has reflections of default.*fold first"),
         ("", "head", {}, "other", r"adapter 'other': body\.0 already has reflections"),
         ("body", "3", {}, "default", r"0 already has reflections"),
-        ("parent", "last", {}, "default", r"model\.body\.0 already has reflections, of default"),
+        ("parent", "last", {}, "default", r"model\.body\.0 already has reflections of default"),
     ],
 )
 def test_an_adapted_model_its_parts_and_its_parents_are_refused(
