@@ -300,11 +300,10 @@ class Attending(nn.Module):
 
 
 @QUIET
-@pytest.mark.parametrize("early", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["captured", "decomposed"])
-def test_weights_that_are_read_by_another_module_or_in_parts(early: bool) -> None:
+def test_weights_that_are_read_by_another_module_or_in_parts() -> None:
     model, x, y = Attending(), normal(1, 2, 3, 8), normal(2, 2, 3, 8)
     settings = config("attention", "out_proj")
-    program = adapted(decomposed(capture(model, x, y), early), settings)
+    program = adapted(capture(model, x, y), settings)
     with_dense_weights(model, program, settings)
     assert relative_error(program.module()(x, y), model(x, y)) < 1e-12
     assert relative_error(torch.export.unflatten(program)(x, y), model(x, y)) < 1e-12
