@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import hra_fx
 
@@ -37,15 +35,3 @@ def randomise(model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
             if ".hra_u." in name:
                 parameter.normal_()
-
-
-def batches(output: Tensor) -> int:
-    """How many nodes of factors are behind an output."""
-    waiting: list[Any] = [output.grad_fn]
-    seen: set[Any] = set()
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting += [function for function, _ in node.next_functions]
-    return sum(node.name() == "_WYFactorsBackward" for node in seen)
