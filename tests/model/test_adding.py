@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from model.many import adapted, assert_close, config, net, normal, oracle, refuses, run
+from model.many import F64, adapted, assert_close, config, moved, net, normal, oracle, refuses, run
 from oracles import dense_q
 from torch import Tensor, nn
 
@@ -141,6 +141,33 @@ def test_copies_that_are_loaded_in_inference_mode_are_trained_on(tmp_path: Path)
     run(model, x).sum().backward()
     hidden = torch.tanh(other.second(torch.tanh(other.norm(other.first(x)))))
     assert_close(model.head.weight.grad, hidden.sum(dim=0).expand(3, 8))
+
+
+def test_a_product_that_is_made_in_inference_mode_is_trained_on() -> None:
+    plain, model = adapted(net(), a=config("second"), b=config("second", r=4))
+    x = normal(3, 6)
+    wanted = oracle(plain, model, ["a", "b"], x)
+    with torch.inference_mode():
+        hra_fx.combine(model, ["a", "b"], "c")
+        hra_fx.set_adapter(model, "c")
+    assert_close(run(model, x), wanted)
+    check_trainable(plain, model, "c")
+
+
+def test_a_scale_that_is_set_in_inference_mode_lets_gradients_through() -> None:
+    plain, model = adapted(net(), a=config("second"), b=config("first"))
+    hra_fx.set_adapter(model, ["a", "b"])
+    with torch.inference_mode():
+        hra_fx.set_scale(model, "a", 0.5)
+    x = normal(3, 6).requires_grad_()
+    run(model, x).sum().backward()
+    folded = hra_fx.fold(model)
+    again = x.detach().clone().requires_grad_()
+    run(folded, again).sum().backward()
+    assert_close(x.grad, again.grad)
+    half = torch.linalg.solve(plain.second.weight, folded.second.weight.detach())
+    assert_close(half @ half.mT, torch.eye(8, dtype=F64))
+    assert moved(half, torch.eye(8, dtype=F64))
 
 
 # ---- the names of adapters ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -198,3 +199,33 @@ def test_vectors_that_are_not_finite_change_nothing(scheme: str) -> None:
     with pytest.raises(FoldError, match="2: the folded weight is not finite"):
         hra_fx.fold(model, requantize=True)
     assert picture(model) == before
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("scheme", ["bnb int8", "bnb nf4", "bnb fp4 nested"])
+def test_a_pickled_model_is_folded_as_the_original(scheme: str, called: bool) -> None:
+    """A pickle of bitsandbytes' parameter is a plain one, with its attributes."""
+    model, x = adapted(scheme).eval(), inputs()
+    with torch.no_grad():
+        if called:
+            model(x)
+        again = pickle.loads(pickle.dumps(model))
+        with told():
+            hra_fx.fold(model, requantize=True)
+            hra_fx.fold(again, requantize=True)
+        assert torch.equal(values(again[0]), values(model[0])) and torch.equal(values(again[2]), values(model[2]))
+        assert torch.equal(again(x), model(x))
+
+
+def test_rows_beyond_float16_are_not_finite_in_eight_bits() -> None:
+    """bitsandbytes quantizes by way of float16, where a row of 64 numbers of 6e4 cannot be turned into one."""
+    model = quantized("bnb int8", nn.Sequential(nn.Linear(64, 32)))
+    model[0].weight.data.fill_(127)
+    model[0].weight.SCB.fill_(6e4)
+    hra_fx.transform(model, config("0"))
+    with torch.no_grad():
+        row, axis = torch.ones(64) / 8, torch.eye(64)[0]
+        model[0].hra_u["default"].copy_(torch.stack([row - axis, *torch.zeros(3, 64)], dim=1))
+    assert float(rotated(model[0]).detach().abs().max()) > 4e5
+    with pytest.raises(FoldError, match="0: the folded weight is not finite"):
+        hra_fx.fold(model, requantize=True)
