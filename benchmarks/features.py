@@ -69,7 +69,7 @@ def near(one: Tensor, other: Tensor) -> bool:
 
 
 def moved(model: nn.Module) -> None:
-    """Change everything that is trained, as far as training does: OFT computes rotations to the fifth order."""
+    """Change everything that is trained, as far as training does."""
     torch.manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -270,7 +270,7 @@ PROBES: dict[str, Callable[[Adapt], None]] = {
     "`nn.MultiheadAttention`": on_layer(Attention, (2, 5, WIDTH)),
     "3-D weights of experts": experts,
     "4-bit layers of bitsandbytes": on_layer(four_bit, (3, WIDTH), merges=False),
-    "an odd rank starts at the base model": odd_rank,
+    "a new adapter changes no outputs, at an odd rank too": odd_rank,
     "singular values are kept": singular_values,
     "several adapters act together": several_at_once,
     "an adapter for each row of a batch": one_for_each_row,

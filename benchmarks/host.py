@@ -20,7 +20,7 @@ from typing import Any
 
 import peft
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from turns import in_turns
 
@@ -57,19 +57,24 @@ def models(blocks: int = BLOCKS) -> dict[str, Any]:
     return {BASE: base_model(blocks), OURS: adapted_model(blocks), **made}
 
 
+@functools.cache
+def ids_on(device: torch.device) -> Tensor:
+    return IDS.to(device)
+
+
 def train(model: Any) -> None:
-    ids = IDS.to(model.device)
+    ids = ids_on(model.device)
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
 
 def infer(model: Any) -> None:
     with torch.no_grad():
-        model(input_ids=IDS.to(model.device), use_cache=False)
+        model(input_ids=ids_on(model.device), use_cache=False)
 
 
 def generate(model: Any) -> None:
     tokens = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
-    model.generate(input_ids=IDS.to(model.device), **tokens, do_sample=False, pad_token_id=0)
+    model.generate(input_ids=ids_on(model.device), **tokens, do_sample=False, pad_token_id=0)
 
 
 WORK: dict[str, Callable[[Any], None]] = dict(zip(ROUNDS, (train, infer, generate), strict=True))
@@ -102,14 +107,19 @@ def frames(model: nn.Module) -> tuple[float, float]:
 def added(made: dict[str, Any], rounds: dict[str, int]) -> Iterator[tuple[str, dict[str, float]]]:
     """For each kind of work: what each method adds to the host time of the base model, relative to PEFT's LoRA.
 
-    On a GPU, the calls return before the device has finished, so the time is that of launching.
+    On a GPU, calls return before the device has finished, so the time is that of launching; between them, the device
+    finishes.
     """
-    now = time.process_time if made[BASE].device.type == "cpu" else time.perf_counter
+    on_cpu = made[BASE].device.type == "cpu"
+    now, settle = (time.process_time, lambda: None) if on_cpu else (time.perf_counter, torch.cuda.synchronize)
     for what, work in WORK.items():
         for model in made.values():
             model.train(work is train)
-        times = in_turns({name: functools.partial(work, model) for name, model in made.items()}, rounds[what], now)
-        median = {name: statistics.median(own) for name, own in times.items()}
+        calls: dict[str, Callable[[], object]] = {}
+        for name, model in made.items():
+            calls |= {f"before {name}": settle, name: functools.partial(work, model)}
+        times = in_turns(calls, rounds[what], now)
+        median = {name: statistics.median(times[name]) for name in made}
         lora = median[LORA] - median[BASE]
         yield what, {name: (own - median[BASE]) / lora for name, own in median.items() if name != BASE}
 

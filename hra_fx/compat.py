@@ -116,7 +116,16 @@ def conv_border(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
         >>> conv_border(nn.Conv2d(1, 1, (2, 3), padding="same"))
         [1, 1, 0, 1]
     """
-    return list(conv._reversed_padding_repeated_twice)
+    if conv.padding_mode != "zeros":
+        return list(conv._reversed_padding_repeated_twice)  # which torch pads with
+    if conv.padding == "valid":
+        sides = [(0, 0) for _ in conv.kernel_size]
+    elif conv.padding == "same":
+        totals = [step * (size - 1) for step, size in zip(conv.dilation, conv.kernel_size, strict=True)]
+        sides = [(total // 2, total - total // 2) for total in totals]
+    else:  # it may have changed since the layer was made
+        sides = [(int(size), int(size)) for size in conv.padding]
+    return [size for before_and_after in reversed(sides) for size in before_and_after]
 
 
 def is_called_by_distribute_module() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ from packaging.version import Version
 from torch import nn
 from torch.autograd import forward_ad
 
+import hra_fx
 from hra_fx import compat
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -167,6 +169,18 @@ def test_hooks_of_a_module_and_of_all_modules() -> None:
 def test_the_border_of_a_convolution_is_that_of_torch(padding: object, kernel: tuple[int, int]) -> None:
     conv = nn.Conv2d(2, 2, kernel, padding=padding, dilation=(1, 2))  # type: ignore[arg-type]
     assert compat.conv_border(conv) == list(conv._reversed_padding_repeated_twice)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+def test_a_padding_that_has_changed_is_the_one_that_torch_uses(mode: str) -> None:
+    """torch reads `padding` for zeros, and the list that it made at first for other modes."""
+    conv = nn.Conv2d(3, 4, 3, stride=2, padding=1, padding_mode=mode).double()
+    conv.stride, conv.padding, conv.dilation = (1, 1), (2, 2), (2, 2)
+    model = hra_fx.transform(nn.Sequential(conv), hra_fx.HRAConfig(r=4, target_modules=["0"], init_weights=False))
+    for size in (6, 12, 40):  # few and many patches
+        x = torch.randn(1, 3, size, size, dtype=torch.float64)
+        folded = hra_fx.fold(copy.deepcopy(model))
+        torch.testing.assert_close(model(x), folded(x))
 
 
 def test_a_version_counts_writes() -> None:

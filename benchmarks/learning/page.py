@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from learning import plots
-from learning.plan import ONE_SEED, TASK_NAMES, TEACHERS, finished, methods_of, untrained
+from learning.plan import ONE_SEED, SEEDS, TASK_NAMES, TEACHERS, finished, methods_of, untrained
 from learning.rates import RATES_FROM, final_runs
 from learning.records import FILE, Record, of
 from learning.summary import (
@@ -211,7 +211,7 @@ def comparison_table(records: Sequence[Record]) -> str:
         [
             f"[{task}](results.md#{task}), {TASKS[task].metric} {'↑' if TASKS[task].higher_is_better else '↓'}",
             *(
-                _spread(scores(final_runs(records, task, method))) if finished(records, task, method) else "-"
+                _spread(tested) if len(tested := scores(final_runs(records, task, method))) == len(SEEDS) else "-"
                 for method in methods
             ),
         ]

@@ -54,8 +54,13 @@ def put_back(layer: nn.Module) -> None:
             holder.register_parameter(name, nn.Parameter(distribute_like(own.detach(), in_place), own.requires_grad))
 
 
+def is_half_split(layer: nn.Module) -> bool:
+    """Whether the adapters of a layer are set aside."""
+    return _ASIDE in vars(layer)
+
+
 def half_split(layer: nn.Module) -> UnsupportedLayerError:
-    """The error for a call of a layer whose adapters are still set aside, because `distribute_module` failed."""
+    """The error for a layer whose adapters are still set aside, because `distribute_module` failed."""
     return UnsupportedLayerError(
         f"{describe(layer)}: parallelize_module failed, and left it without its adapters. Build the model again."
     )

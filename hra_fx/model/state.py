@@ -19,6 +19,7 @@ from hra_fx.layers.graph_notes import read_notes, remove_note, write_note
 from hra_fx.layers.peft_layers import find_peft_layer
 from hra_fx.layers.sharding import sharded_by
 from hra_fx.layers.target import FACTORS, REFLECTION
+from hra_fx.layers.tensor_parallel import half_split, is_half_split
 from hra_fx.layers.trained_copies import Copies
 
 #: The attribute in which a transformed model stores its state.
@@ -164,12 +165,14 @@ def only_root(model: nn.Module, found: AdaptedParts) -> tuple[nn.Module, Adapter
 
 
 def check_no_foreign_class(model: nn.Module) -> None:
-    """Check that no other tool sharded the model or replaced the class of an adapted part.
+    """Check that no other tool sharded the model, in part or as a whole, or replaced the class of an adapted part.
 
     Raises:
         AdapterError: a tool did; the message names the part.
     """
     for path, module in model.named_modules():
+        if is_half_split(module):
+            raise AdapterError(f"{path}: {half_split(module)}")
         if tool := sharded_by(module):
             raise AdapterError(
                 f"{path or 'the model'}: {tool} has already sharded its parameters. Add and remove adapters before "

@@ -295,6 +295,13 @@ def test_gram_schmidt_cannot_turn_far(records: list[Record]) -> None:
     assert min(errors["hra"].values()) < 0.01
 
 
+def test_a_4_bit_base(records: list[Record]) -> None:
+    assert "is 132 with LoRA and 138 in pairs, and the model completes 53% and 66% of the facts" in GUIDE
+    runs = [final_runs(records, "language-4-bit", method) for method in ("lora", "hra-pairs")]
+    assert [round(statistics.mean(scores(own))) for own in runs] == [132, 138]
+    assert [round(statistics.mean(run.retention[FACTS] for run in own)) for own in runs] == [53, 66]
+
+
 def test_schedule_warmup_and_weight_decay(records: list[Record]) -> None:
     said = {"cosine": "a linear one", "constant": "a constant rate", "no-warmup": "no warmup", "decay": "decay 0.1"}
     for name, words in said.items():

@@ -99,5 +99,5 @@ def test_checkpoints(tmp_path: Path) -> None:
     reader="hra_fx/integrations/pretrained.py",
     breaks="the model cards of adapters that the Trainer writes",
 )
-def test_saving_modelss(tmp_path: Path) -> None:
+def test_model_cards(tmp_path: Path) -> None:
     test_saving_models.test_the_trainers_card_gets_the_metadata("transform", tmp_path)

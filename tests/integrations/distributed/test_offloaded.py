@@ -113,6 +113,21 @@ def test_functions_that_need_the_vectors(way: str, when: str, tmp_path: Path) ->
     assert close(output(model, MLP), output(plain, MLP))
 
 
+def test_a_fold_of_some_adapters_and_its_plan(tmp_path: Path) -> None:
+    model, plain = WHEN["before"](MLP, "CPU", tmp_path), MLP.model()
+    for each in (model, plain):
+        torch.manual_seed(3)
+        hra_fx.add_adapter(each, "b", hra_fx.HRAConfig(r=2, init_weights=False, target_modules=["0"]))
+        hra_fx.set_adapter(each, ["default", "b"])
+    ours, theirs = hra_fx.plan_fold(model, "default"), hra_fx.plan_fold(plain, "default")
+    assert [layer.change for layer in ours.layers] == pytest.approx([layer.change for layer in theirs.layers])
+    ours.apply()
+    theirs.apply()
+    assert close(output(model, MLP), output(plain, MLP))
+    assert list(model[0].hra_u) == ["b"]
+    assert not hasattr(model[2], "hra_u")
+
+
 def test_a_model_that_is_moved_as_a_whole() -> None:
     """`cpu_offload_with_hook` moves modules, and leaves no tensor without data."""
     case = CASES["mlp, Gram-Schmidt"]

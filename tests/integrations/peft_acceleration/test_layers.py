@@ -242,3 +242,22 @@ def test_the_delta_weight_is_q_and_its_gradient_pefts(apply_GS: bool) -> None:
     for one, other in zip(got, wanted, strict=True):
         assert one.dtype is other.dtype
         assert relative_error(one, other) < 1e-12
+
+
+def test_a_zero_vector_is_the_identity() -> None:
+    layer = one_layer(nn.Linear(10, 6, dtype=F64), r=3)
+    with torch.no_grad():
+        layer.hra_u["default"][:, 1] = 0
+    x = normal(1, 5, 10)
+    output, x_grad, gradient = results(layer, x)
+    wanted = dense_results_of_the_others(layer, x)
+    assert relative_error(output, wanted) < 1e-12
+    assert torch.isfinite(x_grad).all()
+    assert torch.isfinite(gradient).all()
+    layer.merge(safe_merge=True)
+    assert relative_error(layer(x), wanted) < 1e-12
+
+
+def dense_results_of_the_others(layer: Any, x: Tensor) -> Tensor:
+    q = dense_q(layer.hra_u["default"].detach())  # in which a zero vector is the identity
+    return nn.functional.linear(x, layer.base_layer.weight @ q, layer.base_layer.bias)

@@ -242,6 +242,12 @@ def test_old_tokens_come_out_as_before_and_new_ones_are_rotated_too(kind: str, t
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_a_frozen_adapter_stays_frozen_when_the_embeddings_are_resized() -> None:
+    model = adapted("llama", inference_mode=True).model
+    resize(model, VOCABULARY + 8)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_a_resize_that_transformers_refuses_changes_nothing() -> None:
     model = adapted("bert_to_bert").model
     wanted, kinds_of = logits(model), [type(module) for module in model.modules()]
