@@ -140,7 +140,7 @@ class Adapter:
         Chains of experts are `(experts, d, k)`.
 
         Raises:
-            CheckpointError: there are no vectors, or their shapes do not match the configuration.
+            CheckpointError: the file has no vectors, or their shapes do not match the configuration.
             FoldError: the vectors for Gram-Schmidt are linearly dependent.
         """
         keys = {key.removeprefix(PREFIX).rpartition("."): key for key in self.tensors}

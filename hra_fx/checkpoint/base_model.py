@@ -32,7 +32,7 @@ def base_model_name(root: nn.Module, config: HRAConfig) -> str | None:
 
 
 def auto_mapping(root: nn.Module, config: HRAConfig) -> dict[str, Any] | None:
-    """PEFT's `auto_mapping`: the class of the base model, if there is no task type that determines it."""
+    """PEFT's `auto_mapping`: the class of the base model, unless the task type determines it."""
     origin = origin_of(root)
     mapping = {"base_model_class": origin.class_name, "parent_library": origin.library}
     return config.auto_mapping or (None if config.task_type else mapping)

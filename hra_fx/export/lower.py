@@ -120,7 +120,7 @@ def _vector_nodes(names: Mapping[fx.Node, str], tensors: Mapping[fx.Node, Tensor
     """The nodes of the vectors and anchors that the graph uses.
 
     Raises:
-        AdapterError: there are no such nodes, or a vector is on the meta device.
+        AdapterError: the program has no such nodes, or a vector is on the meta device.
     """
     vectors = [
         node

@@ -165,7 +165,7 @@ def adapters_of(
         rank: the largest rank of a layer; `None` for no limit.
 
     Raises:
-        AdapterError: no part has an adapter with one of the names, or there are no adapters.
+        AdapterError: the pipeline has no adapters, or none with these names.
         Other errors: see `lora_adapter`; the message names the part.
     """
     if isinstance(adapter_names, str):

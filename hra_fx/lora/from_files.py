@@ -71,7 +71,7 @@ def read_as_lora(
     Args:
         adapters: folders of adapters saved by PEFT or hra_fx, or their names on the Hub.
         base: folder of the base model, with safetensors files.
-        rank: the largest rank of a layer. With `None`, there is no limit, and the LoRA is exact.
+        rank: the largest rank of a layer. `None` sets no limit, and the LoRA is exact.
         columns: layers that store their weight as `(in, out)`, see `hra_fx.fold_checkpoint`.
         progress: show a progress bar on a terminal.
         check: called with the adapter at rank 0 before weights are read, to raise errors as early as possible.
@@ -149,7 +149,7 @@ class _BaseFiles:
     renaming: Renaming
 
     def stored(self, name: str) -> StoredTensor | None:
-        """A tensor by its name in an adapter, or the tensor that it is tied to; `None` if there is no such tensor."""
+        """A tensor by its name in an adapter, or the tensor that it is tied to; `None` if it is unknown."""
         found = self.names.find(name) or tied_to(name, self.architecture, self.names)
         return None if found is None else self.found.tensors[found]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import pickle
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from canaries.one_process import mesh_of_one
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 import hra_fx
@@ -46,6 +47,21 @@ def test_tensor_parallelism(style: type[ParallelStyle]) -> None:
         assert isinstance(model[0].hra_base, DTensor)
         assert not any(isinstance(vectors, DTensor) for vectors in model[0].hra_u.parameters())
         assert torch.allclose(model(X), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "operation", [lambda model: model(X), hra_fx.fold, lambda m: hra_fx.delete_adapter(m, "default")]
+)
+def test_a_layer_that_was_split_in_part_is_refused(operation: Callable[[Any], object]) -> None:
+    def fail(name: str, module: nn.Module, mesh: object) -> None:
+        raise ValueError("out of memory")
+
+    model: Any = adapted()
+    with mesh_of_one() as mesh:
+        with pytest.raises(ValueError, match="out of memory"):
+            distribute_module(model[0], mesh, fail)
+        with pytest.raises(hra_fx.HRAError, match=r"Linear 3->4: parallelize_module failed.* Build the model again"):
+            operation(model)
 
 
 @canary(

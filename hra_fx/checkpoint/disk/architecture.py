@@ -83,7 +83,7 @@ class Architecture:
 
     Attributes:
         folder: the folder.
-        entries: entries of the file; empty if there is no file.
+        entries: entries of the file; empty without a file.
     """
 
     def __init__(self, folder: Path) -> None:
