@@ -151,7 +151,7 @@ def is_compiled_module(module: nn.Module) -> bool:
 
     TorchDynamo loads slowly, so this names its class (`torch._dynamo.eval_frame.OptimizedModule`) without an import.
     """
-    dynamo = any(kind.__module__.startswith("torch._dynamo") for kind in type(module).__mro__)
+    dynamo = any(cls.__module__.startswith("torch._dynamo") for cls in type(module).__mro__)
     return dynamo and "_orig_mod" in module._modules
 
 
@@ -183,13 +183,13 @@ def tensor_versions(tensors: Iterable[Tensor]) -> list[int]:
     return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
-def wrapper_tensor(kind: type[T], like: Tensor) -> T:
+def wrapper_tensor(cls: type[T], like: Tensor) -> T:
     """Create a tensor of a subclass without data, with the shape, strides, dtype and device of another tensor.
 
     The class overrides `__torch_dispatch__`. torch documents only this constructor for wrapper subclasses.
     """
     make: Any = Tensor._make_wrapper_subclass
-    made: T = make(kind, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device, layout=like.layout)
+    made: T = make(cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device, layout=like.layout)
     return made
 
 

@@ -354,15 +354,15 @@ def check_names(model: nn.Module) -> None:
         UnsupportedLayerError: the model has adapters of PEFT, whose wrapper has attributes of these names.
     """
     refuse_peft_layers(model)
-    kind = original_class(model)
+    cls = original_class(model)
     for name in vars(HRAModel):
         if name.startswith("_"):
             continue
         held = any(name in space for space in (model._modules, model._parameters, model._buffers, vars(model)))
-        home = next((base for base in kind.__mro__ if name in vars(base)), None)
+        home = next((base for base in cls.__mro__ if name in vars(base)), None)
         if held or (home and not f"{home.__module__}.".startswith(_REPLACED)):
             raise AdapterError(
-                f"{name}: {kind.__name__} has an attribute of this name, which HRAModel would hide. Rename it, or use "
+                f"{name}: {cls.__name__} has an attribute of this name, which HRAModel would hide. Rename it, or use "
                 "hra_fx.transform and the functions of hra_fx instead."
             )
 

@@ -147,11 +147,11 @@ def _row(name: str, config: HRAConfig) -> str:
 
 def _loading(root: nn.Module, base: str | None) -> str:
     """The lines of code that create the base model."""
-    kind = original_class(root)
-    library = kind.__module__.partition(".")[0]
+    cls = original_class(root)
+    library = cls.__module__.partition(".")[0]
     if base is None or library not in ("transformers", "diffusers"):
-        return f"\nbase = ...  # the base model, a {kind.__name__}"
-    return f'from {library} import {kind.__name__}\n\nbase = {kind.__name__}.from_pretrained("{base}")'
+        return f"\nbase = ...  # the base model, a {cls.__name__}"
+    return f'from {library} import {cls.__name__}\n\nbase = {cls.__name__}.from_pretrained("{base}")'
 
 
 def _base(root: nn.Module, configs: Mapping[str, HRAConfig]) -> str | None:

@@ -156,11 +156,11 @@ def _unambiguous(layers: Iterable[GraphLayer], parameters: Mapping[str, Tensor])
 
 def _origin_of(graph: fx.Graph, paths: Collection[str]) -> Origin:
     """The information that the graph has about the class of its model."""
-    kind = module_classes(graph).get("", "torch.nn.modules.module.Module")
-    library, _, name = kind.rpartition(".")
+    class_name = module_classes(graph).get("", "torch.nn.modules.module.Module")
+    library, _, name = class_name.rpartition(".")
     is_pretrained = library.startswith("transformers.")
     output = next((path for path in OUTPUTS if path in paths), None) if is_pretrained else None
-    model_type = model_type_of(kind)
+    model_type = model_type_of(class_name)
     return Origin(name, library, is_pretrained, config=model_type and {"model_type": model_type}, output=output)
 
 

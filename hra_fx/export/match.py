@@ -183,8 +183,8 @@ def module_classes(graph: fx.Graph) -> dict[str, str]:
     """The classes of the modules in the `nn_module_stack`s of a graph: path -> qualified name of the class."""
     classes: dict[str, str] = {}
     for node in graph.nodes:
-        for path, kind in (node.meta.get("nn_module_stack") or {}).values():
-            text = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+        for path, cls in (node.meta.get("nn_module_stack") or {}).values():
+            text = cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
             classes.setdefault(normalize_path(path), text)
     return classes
 

@@ -174,9 +174,9 @@ def _paths(names: Iterable[str]) -> list[str]:
     return list(paths)
 
 
-def _placeholder(kind: str) -> nn.Module:
+def _placeholder(class_name: str) -> nn.Module:
     """An empty module of a class with this name."""
-    module: nn.Module = type(kind.rpartition(".")[2], (nn.Module,), {})()
+    module: nn.Module = type(class_name.rpartition(".")[2], (nn.Module,), {})()
     return module
 
 
@@ -216,9 +216,9 @@ def arguments_of(node: fx.Node) -> dict[str, Any]:
     return {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
-def model_type_of(kind: str) -> str | None:
+def model_type_of(class_name: str) -> str | None:
     """The `model_type` of a transformers class, if its module is imported."""
-    module, _, name = kind.rpartition(".")
+    module, _, name = class_name.rpartition(".")
     config = getattr(getattr(sys.modules.get(module), name, None), "config_class", None)
     found = getattr(config, "model_type", None)
     return found if isinstance(found, str) and module.startswith("transformers.") else None

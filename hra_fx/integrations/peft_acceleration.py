@@ -139,12 +139,12 @@ def _peft_classes() -> dict[str, Any]:
 def _name_classes(*, accelerated: bool) -> None:
     """Set the classes that PEFT uses to create its layers."""
     module = importlib.import_module("peft.tuners.hra.model")
-    for name, kind in _peft_classes().items():
-        setattr(module, name, swapped_class(_MIXINS[name], kind) if accelerated else kind)
+    for name, cls in _peft_classes().items():
+        setattr(module, name, swapped_class(_MIXINS[name], cls) if accelerated else cls)
 
 
 def _mixin_of(layer: nn.Module) -> type[AcceleratedLayer]:
-    return next(_MIXINS[name] for name, kind in _peft_classes().items() if isinstance(layer, kind))
+    return next(_MIXINS[name] for name, cls in _peft_classes().items() if isinstance(layer, cls))
 
 
 def _accelerate(layer: Any) -> None:

@@ -260,9 +260,9 @@ def _with_rotated_weight(base: Any, x: Tensor, adapters: PeftConvAdapters) -> Te
     return output
 
 
-def _is_plain(base: nn.Module, kind: type[nn.Linear] | type[nn.Conv2d]) -> bool:
-    """Whether calling a layer only runs the forward of `kind`."""
-    return type(base).forward is kind.forward and "forward" not in vars(base) and not has_hooks(base)
+def _is_plain(base: nn.Module, cls: type[nn.Linear] | type[nn.Conv2d]) -> bool:
+    """Whether calling a layer only runs the forward of `cls`."""
+    return type(base).forward is cls.forward and "forward" not in vars(base) and not has_hooks(base)
 
 
 def _same_dtype(x: Tensor, base: Any) -> tuple[Tensor, Tensor, Tensor | None]:

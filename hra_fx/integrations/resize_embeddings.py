@@ -80,5 +80,5 @@ def _embeddings_and_heads(model: Any) -> list[nn.Module]:
 def _overrides_resize(model: nn.Module) -> bool:
     """Whether a class resizes more layers than transformers' base class, such as MobileBERT."""
     own: Any = original_class(model)
-    base: Any = next((kind for kind in own.__mro__ if kind.__name__ == "PreTrainedModel"), None)
+    base: Any = next((cls for cls in own.__mro__ if cls.__name__ == "PreTrainedModel"), None)
     return base is None or own.resize_token_embeddings is not base.resize_token_embeddings

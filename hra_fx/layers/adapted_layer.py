@@ -130,10 +130,10 @@ class AdaptedLayer(BaseParameters):
 
 def read_weight(
     layer: AdaptedLayer,
-    kind: type[RotatedWeight] = RotatedWeight,
+    cls: type[RotatedWeight] = RotatedWeight,
     without_gradient: type[RotatedWeight] = InferenceRotatedWeight,
 ) -> Any:
-    """The value of `layer.weight`. `kind` and `without_gradient` are the classes of the rotated weight."""
+    """The value of `layer.weight`. `cls` and `without_gradient` are the classes of the rotated weight."""
     base, adapters = layer.hra_base, layer.hra_u
     if torch.compiler.is_compiling() or compat.is_fx_tracing():  # a tracer needs the operations themselves
         return adapters(weight=base)
@@ -147,7 +147,7 @@ def read_weight(
         return link(layer, RotatedWeight) if torch.is_grad_enabled() else RotatedWeight(layer)
     if not is_plain_eager():
         return RotatedWeight(layer)
-    return link(layer, kind) if torch.is_grad_enabled() else without_gradient(layer)
+    return link(layer, cls) if torch.is_grad_enabled() else without_gradient(layer)
 
 
 class AdaptedLinear(AdaptedLayer):

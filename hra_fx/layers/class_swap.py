@@ -26,9 +26,9 @@ class SwappedType(type):
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         """Create a new object without adapters, which has the original class."""
-        kind: Any = cls
+        swapped: Any = cls
         # A class that another tool or a user derived from a swapped class creates its own objects.
-        if kind._hra_makes_own or "_hra_mixin" not in vars(cls):
+        if swapped._hra_makes_own or "_hra_mixin" not in vars(cls):
             return super().__call__(*args, **kwargs)
         return unwrap_class(cls)(*args, **kwargs)
 
@@ -80,8 +80,8 @@ def _make(mixin: type[C], base: type[nn.Module]) -> type[C]:
         **mixin.wrap(base),
     }
     theirs = type(base)
-    kind = theirs if issubclass(theirs, SwappedType) else types.new_class("SwappedType", (SwappedType, theirs))
-    made = types.new_class(base.__name__, (mixin, base), {"metaclass": kind}, lambda body: body.update(names))
+    metaclass = theirs if issubclass(theirs, SwappedType) else types.new_class("SwappedType", (SwappedType, theirs))
+    made = types.new_class(base.__name__, (mixin, base), {"metaclass": metaclass}, lambda body: body.update(names))
     made.__qualname__ = base.__qualname__
     # Do this last: if `__init_subclass__` fails, the class stays among the subclasses of `base` for some time.
     made._hra_mixin = (mixin, base)  # type: ignore[attr-defined]
@@ -97,12 +97,12 @@ def swap(module: nn.Module, mixin: type[SwapMixin]) -> None:
     if mixin in mixins_of(module):
         return
     over: list[type[SwapMixin]] = []
-    kind = type(module)
-    while "_hra_mixin" in vars(kind) and vars(kind)["_hra_mixin"][0]._hra_priority > mixin._hra_priority:
-        outer, kind = vars(kind)["_hra_mixin"]
+    cls = type(module)
+    while "_hra_mixin" in vars(cls) and vars(cls)["_hra_mixin"][0]._hra_priority > mixin._hra_priority:
+        outer, cls = vars(cls)["_hra_mixin"]
         over.insert(0, outer)
     try:
-        set_class(module, _apply_mixins([mixin, *over], kind))
+        set_class(module, _apply_mixins([mixin, *over], cls))
     except TypeError as error:
         name = type(module).__name__
         raise UnsupportedLayerError(
@@ -116,27 +116,27 @@ def unswap(module: nn.Module, mixin: type[SwapMixin]) -> None:
     set_class(module, _apply_mixins(mixins, original_class(module)))
 
 
-def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Set the class of a module. If the module stores a bound `forward`, this becomes the `forward` of `kind`.
+def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Set the class of a module. If the module stores a bound `forward`, this becomes the `forward` of `cls`.
 
     accelerate's hooks call `_old_forward`, which is bound when a hook is added, and they leave a bound `forward` when
     they are removed. Both would bypass the new class.
     """
     before = type(module).forward
-    module.__class__ = kind
+    module.__class__ = cls
     for name in ("forward", "_old_forward"):
         held = vars(module).get(name)
         if getattr(held, "__self__", None) is module and getattr(held, "__func__", None) is before:
-            vars(module)[name] = types.MethodType(kind.forward, module)
+            vars(module)[name] = types.MethodType(cls.forward, module)
 
 
 def mixins_of(module: nn.Module) -> tuple[type[SwapMixin], ...]:
     """The mixins of a module, from the innermost to the outermost."""
     mixins: list[type[SwapMixin]] = []
-    kind = type(module)
-    while parts := getattr(kind, "_hra_mixin", None):
+    cls = type(module)
+    while parts := getattr(cls, "_hra_mixin", None):
         mixins.append(parts[0])
-        kind = parts[1]
+        cls = parts[1]
     return tuple(reversed(mixins))
 
 
@@ -145,11 +145,11 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return unwrap_class(type(module))
 
 
-def unwrap_class(kind: type) -> type[nn.Module]:
+def unwrap_class(cls: type) -> type[nn.Module]:
     """The class below all swapped classes; a class that is not swapped is returned unchanged."""
-    while parts := getattr(kind, "_hra_mixin", None):
-        kind = parts[1]
-    return kind
+    while parts := getattr(cls, "_hra_mixin", None):
+        cls = parts[1]
+    return cls
 
 
 def is_swapped(module: nn.Module) -> bool:
@@ -158,7 +158,7 @@ def is_swapped(module: nn.Module) -> bool:
 
 
 def _apply_mixins(mixins: Iterable[type[SwapMixin]], base: type[nn.Module]) -> type[nn.Module]:
-    return functools.reduce(lambda kind, mixin: swapped_class(mixin, kind), mixins, base)
+    return functools.reduce(lambda cls, mixin: swapped_class(mixin, cls), mixins, base)
 
 
 def _rebuild(

@@ -77,7 +77,7 @@ class RotatedValues(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute with plain tensors, record moves, and raise an error for writes that would be lost."""
         kwargs = kwargs or {}
-        if any(getattr(kind, "computes_when_used", False) for kind in types):
+        if any(getattr(cls, "computes_when_used", False) for cls in types):
             return NotImplemented  # a rotated weight computes its values, and calls again
         if func in (Tensor.__repr__, Tensor.__reduce_ex__):
             return func(args[0].plain(), *args[1:], **kwargs)
@@ -244,7 +244,7 @@ def _shares_memory(one: Tensor, other: Tensor) -> bool:
     return False
 
 
-def written(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], kind: type[T]) -> list[T]:
+def written(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], cls: type[T]) -> list[T]:
     """The tensors of a class that a function writes into: `w.add_(...)`, `w[...] = ...`, `w.data = ...`, `out=w`."""
     first = args[0] if args else next(iter(kwargs.values()), None)  # torch.nn.init passes its tensor by name
     name = getattr(func, "__name__", "")
@@ -252,4 +252,4 @@ def written(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any
     augmented = name.startswith("__i") and name.endswith("__") and name not in ("__index__", "__int__", "__invert__")
     into = [first] if in_place or augmented or kwargs.get("inplace") is True else []
     found = compat.pytree.tree_leaves((into, kwargs.get("out")))  # torch._foreach_add_ takes a list
-    return [part for part in found if isinstance(part, kind)]
+    return [part for part in found if isinstance(part, cls)]

@@ -186,15 +186,15 @@ for _name in ("data", "requires_grad", "grad"):
     setattr(InferenceRotatedWeight, _name, property(_get, _set))
 
 
-def link(layer: nn.Module, kind: type[RotatedWeight] = RotatedWeight) -> RotatedWeight:
+def link(layer: nn.Module, cls: type[RotatedWeight] = RotatedWeight) -> RotatedWeight:
     """The weight of a layer. Its adapters also get a gradient from code that computes its own gradients.
 
     Torch functions compute with `W Q`, which autograd records. But the forward of a custom `torch.autograd.Function`
     runs without gradients. The gradient that its backward returns for the weight is passed on here.
     """
-    weight = kind(layer)
+    weight = cls(layer)
     if trained := weight._trained():
-        weight = _Link.apply(layer, kind, *trained)  # type: ignore[no-untyped-call]
+        weight = _Link.apply(layer, cls, *trained)  # type: ignore[no-untyped-call]
         weight._is_linked = True
     return weight
 
@@ -203,9 +203,9 @@ class _Link(torch.autograd.Function):
     """`(layer, class of the result, trained parameters) -> W Q`, with the backward of `W Q`."""
 
     @staticmethod
-    def forward(ctx: Any, layer: nn.Module, kind: type[RotatedWeight], *trained: nn.Parameter) -> RotatedWeight:
+    def forward(ctx: Any, layer: nn.Module, cls: type[RotatedWeight], *trained: nn.Parameter) -> RotatedWeight:
         ctx.layer, ctx.trained = layer, trained
-        return kind(layer)
+        return cls(layer)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

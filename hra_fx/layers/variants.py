@@ -320,10 +320,10 @@ def has_own_forward(layer: nn.Module) -> bool:
     """
     standard: list[Any] = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d]
     if scheme := quant_scheme_of(layer):
-        standard = [scheme.kind]
+        standard = [scheme.cls]
     if is_conv1d(layer):
-        standard = [next(kind for kind in type(layer).__mro__ if kind.__name__ == "Conv1D")]
+        standard = [next(cls for cls in type(layer).__mro__ if cls.__name__ == "Conv1D")]
     own: Any = original_class(layer)
     return isinstance(layer, (nn.MultiheadAttention, ExpertsWeight)) or own.forward not in [
-        kind.forward for kind in standard
+        cls.forward for cls in standard
     ]

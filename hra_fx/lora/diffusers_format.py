@@ -123,9 +123,9 @@ def part_of_class(name: str | None) -> str | None:
         return None
     if importlib.util.find_spec("diffusers") is None:
         raise CheckpointError(f"{name}: is a class of diffusers, which is not installed. Run: pip install diffusers.")
-    kind = getattr(importlib.import_module("diffusers"), name, None)
+    cls = getattr(importlib.import_module("diffusers"), name, None)
     loader = importlib.import_module("diffusers.loaders.peft").PeftAdapterMixin
-    return _part(name) if isinstance(kind, type) and issubclass(kind, loader) else None
+    return _part(name) if isinstance(cls, type) and issubclass(cls, loader) else None
 
 
 def _part(class_name: str) -> str:
@@ -134,15 +134,15 @@ def _part(class_name: str) -> str:
 
 
 def _adapted_components(pipeline: Any) -> dict[str, nn.Module]:
-    kind = type(pipeline).__name__
+    class_name = type(pipeline).__name__
     components = getattr(pipeline, "components", None)
     if not isinstance(components, Mapping):
-        raise AdapterError(f"`model_or_pipeline` must be a torch.nn.Module or a diffusers pipeline, got {kind}.")
+        raise AdapterError(f"`model_or_pipeline` must be a torch.nn.Module or a diffusers pipeline, got {class_name}.")
     modules = {name: unwrap(part) for name, part in components.items() if isinstance(part, nn.Module)}
     adapted = {name: part for name, part in modules.items() if collect_parts(part).reflections}
     if not adapted:
         names = ", ".join(modules) or "no modules"
-        raise AdapterError(f"{kind}: none of its parts has adapters ({names}). Call hra_fx.transform on one first.")
+        raise AdapterError(f"{class_name}: no part of it has adapters ({names}). Call hra_fx.transform on one first.")
     loadable = [name for name in getattr(pipeline, "_lora_loadable_modules", ()) if name not in _ON_REQUEST]
     for name in adapted:
         if name not in loadable:

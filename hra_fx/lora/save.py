@@ -124,17 +124,17 @@ def save_as_lora(
         (['adapter_config.json', 'adapter_model.safetensors'], 2, True)
     """
     chosen = check_dtype(dtype)
-    kind = "gguf" if Path(path).suffix.lower() == ".gguf" else "peft"
-    if kind == "gguf" and not isinstance(model_or_pipeline, nn.Module):
+    file_format = "gguf" if Path(path).suffix.lower() == ".gguf" else "peft"
+    if file_format == "gguf" and not isinstance(model_or_pipeline, nn.Module):
         name = type(model_or_pipeline).__name__
         raise AdapterError(f"GGUF files are for language models, got {name}. Pass a folder to save a pipeline.")
-    parts = parts_of(model_or_pipeline) if kind == "peft" else {}
+    parts = parts_of(model_or_pipeline) if file_format == "peft" else {}
     if parts:
-        kind, adapters = "diffusers", adapters_of(parts, adapter_names, rank)
+        file_format, adapters = "diffusers", adapters_of(parts, adapter_names, rank)
     else:
         adapters = {"": lora_adapter(model_or_pipeline, adapter_names, rank)}
         parts = {"": model_or_pipeline}
-    output = Output(Path(path), kind, chosen, rank_pattern, check)
+    output = Output(Path(path), file_format, chosen, rank_pattern, check)
     tensors = [tensor for part in parts.values() for tensor in part.parameters()]
     result = on_first_rank(tensors, lambda: write_lora(adapters, output))
     for text in result.warnings:

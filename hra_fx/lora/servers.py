@@ -103,7 +103,7 @@ _SERVERS = {
 
 
 def check_for_server(
-    server: str, adapter: LoraAdapter, rank: int, *, kind: str = "peft", rank_pattern: bool = False
+    server: str, adapter: LoraAdapter, rank: int, *, file_format: str = "peft", rank_pattern: bool = False
 ) -> list[str]:
     """Return sentences about everything in this adapter that a server does not accept or ignores; may be empty.
 
@@ -111,7 +111,7 @@ def check_for_server(
         server: "vllm", "sglang", "tgi", "tensorrt-llm", "llama.cpp" or "ollama".
         adapter: the adapter.
         rank: the rank of all layers in the file, or the largest rank.
-        kind: the format of the file: "peft", "gguf" or "diffusers".
+        file_format: the format of the file: "peft", "gguf" or "diffusers".
         rank_pattern: whether each layer has its own rank.
 
     Raises:
@@ -124,8 +124,8 @@ def check_for_server(
     if server not in _SERVERS:
         raise ConfigError(f"`check` must be one of {', '.join(map(repr, _SERVERS))}, got {server!r}.")
     facts = _SERVERS[server]
-    if kind not in facts.formats:
-        return [f"{facts.name} reads the format of {' or '.join(facts.formats)}, not that of {kind}."]
+    if file_format not in facts.formats:
+        return [f"{facts.name} reads the format of {' or '.join(facts.formats)}, not that of {file_format}."]
     found = [*_rank(facts, rank), *_copies(facts, adapter), *_kinds(facts, adapter), *_names(facts, adapter)]
     if rank_pattern and not facts.rank_pattern:
         found.append("expects one rank for all layers: omit `rank_pattern`")

@@ -172,29 +172,29 @@ def _is_only_read(
     parts = path.split(".")
     uses: list[_Chain] = []
     for depth in range(len(parts)):
-        kind, own = original_class(owners[".".join(parts[:depth])]), tuple(parts[depth:])
-        if kind not in known:
-            known[kind] = set(_chains(kind))
-        uses += [chain[len(own) :] for chain in known[kind] if chain[: len(own)] == own]
+        cls, own = original_class(owners[".".join(parts[:depth])]), tuple(parts[depth:])
+        if cls not in known:
+            known[cls] = set(_chains(cls))
+        uses += [chain[len(own) :] for chain in known[cls] if chain[: len(own)] == own]
     weight = weight_name(find_kind(layer) or "linear")
     reads = [use for use in uses if use[:1] == (weight,) and METADATA.isdisjoint(use[1:2])]
     return bool(reads) and not any(use[:1] in ((), ("forward",)) for use in uses)
 
 
-def _chains(kind: type[nn.Module]) -> Iterator[_Chain]:
+def _chains(cls: type[nn.Module]) -> Iterator[_Chain]:
     """The attribute chains after `self` in the forward of a class, and in the methods that it uses."""
     names = ["forward"]
     for name in names:  # it grows while it is read
-        for function in _functions(kind, name):
+        for function in _functions(cls, name):
             for chain in _chains_in(function):
                 yield chain
                 if chain[0] not in names:
                     names.append(chain[0])
 
 
-def _functions(kind: type[nn.Module], name: str) -> Iterator[FunctionType]:
+def _functions(cls: type[nn.Module], name: str) -> Iterator[FunctionType]:
     """The methods and properties with this name, including those that `super()` finds."""
-    for base in kind.__mro__:
+    for base in cls.__mro__:
         found: Any = None if base is nn.Module else vars(base).get(name)
         found = inspect.unwrap(getattr(found, "fget", None) or getattr(found, "__func__", None) or found)
         if isinstance(found, FunctionType):

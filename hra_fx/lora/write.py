@@ -88,14 +88,14 @@ class Output:
 
     Attributes:
         path: the folder or the file.
-        kind: "peft", "gguf" or "diffusers".
+        file_format: "peft", "gguf" or "diffusers".
         dtype: dtype of the factors.
         rank_pattern: see `hra_fx.save_as_lora`.
         check: see `hra_fx.save_as_lora`.
     """
 
     path: Path
-    kind: str
+    file_format: str
     dtype: torch.dtype
     rank_pattern: bool = False
     check: str | None = None
@@ -117,15 +117,15 @@ def check_lora(adapters: Mapping[str, LoraAdapter], output: Output) -> list[str]
         ConfigError: the server is unknown.
     """
     check_path(output.path)
-    if output.rank_pattern and output.kind != "peft":
-        raise AdapterError(f"`rank_pattern` needs PEFT's format; the {output.kind} format has one rank. Omit it.")
-    if output.kind == "gguf":
+    if output.rank_pattern and output.file_format != "peft":
+        raise AdapterError(f"`rank_pattern` needs PEFT's format; {output.file_format} has one rank. Omit it.")
+    if output.file_format == "gguf":
         check_gguf(adapters[""], output.path)
-    elif output.kind == "diffusers":
+    elif output.file_format == "diffusers":
         check_diffusers(adapters)
     if output.check is None:
         return []
-    options: Any = {"kind": output.kind, "rank_pattern": output.rank_pattern}
+    options: Any = {"file_format": output.file_format, "rank_pattern": output.rank_pattern}
     texts = (check_for_server(output.check, adapter, adapter.rank, **options) for adapter in adapters.values())
     return list(dict.fromkeys(chain.from_iterable(texts)))
 
@@ -139,9 +139,9 @@ def write_lora(adapters: Mapping[str, LoraAdapter], output: Output) -> LoraResul
     """
     path, dtype = output.path, output.dtype
     warnings = [*unchanged(adapters.values()), *check_lora(adapters, output)]
-    if output.kind == "diffusers":
+    if output.file_format == "diffusers":
         write_diffusers(adapters, path, dtype)
-    elif output.kind == "gguf":
+    elif output.file_format == "gguf":
         write_gguf(adapters[""], path, dtype)
     else:
         config, tensors = peft_form(adapters[""], dtype, rank_pattern=output.rank_pattern)
@@ -152,7 +152,7 @@ def write_lora(adapters: Mapping[str, LoraAdapter], output: Output) -> LoraResul
         for layer in adapter.layers
     ]
     rank = max(adapter.rank for adapter in adapters.values())
-    return LoraResult(path, output.kind, rank, str(dtype).removeprefix("torch."), tuple(rows), tuple(warnings))
+    return LoraResult(path, output.file_format, rank, str(dtype).removeprefix("torch."), tuple(rows), tuple(warnings))
 
 
 def unchanged(adapters: Iterable[LoraAdapter]) -> list[str]:

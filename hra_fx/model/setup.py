@@ -95,9 +95,9 @@ def valid_config(config: HRAConfig) -> HRAConfig:
     if theirs is not None and isinstance(config, theirs):
         return HRAConfig.from_dict(copy.deepcopy(config.to_dict()))
     if not isinstance(config, HRAConfig):
-        kind = f"{type(config).__module__}.{type(config).__qualname__}"
+        class_name = f"{type(config).__module__}.{type(config).__qualname__}"
         raise ConfigError(
-            f"`config` must be an hra_fx.HRAConfig or a peft.HRAConfig, got {kind}. Create one with "
+            f"`config` must be an hra_fx.HRAConfig or a peft.HRAConfig, got {class_name}. Create one with "
             "hra_fx.HRAConfig(r=..., target_modules=...), or read one with hra_fx.HRAConfig.from_pretrained(folder)."
         )
     return copy.deepcopy(dataclasses.replace(config))

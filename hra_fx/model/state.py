@@ -151,14 +151,14 @@ def root_of(model: nn.Module) -> tuple[nn.Module, AdapterState]:
 
 def only_root(model: nn.Module, found: AdaptedParts) -> tuple[nn.Module, AdapterState]:
     """Like `root_of`, for the given adapted parts of `model`."""
-    kind = type(model).__name__
+    class_name = type(model).__name__
     if not found.roots and found.reflections:
-        raise AdapterError(f"{kind} is a submodule of a transformed model. Pass the model that was transformed.")
+        raise AdapterError(f"{class_name} is a submodule of a transformed model. Pass the model that was transformed.")
     if not found.roots:
         raise _no_adapters(model)
     if len(found.roots) > 1:
         paths = ", ".join(repr(path) for path, part in model.named_modules() if part in found.roots)
-        raise AdapterError(f"{kind} contains several transformed models ({paths}). Pass one of them.")
+        raise AdapterError(f"{class_name} contains several transformed models ({paths}). Pass one of them.")
     state = get_state(found.roots[0])
     assert state is not None
     return found.roots[0], state
@@ -226,16 +226,16 @@ def require_adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
 
 
 def _no_adapters(model: nn.Module) -> AdapterError:
-    kind = type(model).__name__
+    class_name = type(model).__name__
     # A graph of torch.export: the vectors are parameters, but operators read them instead of layers.
     if isinstance(model, fx.GraphModule) and any(
         f".{REFLECTION}." in f".{name}" for name, _ in model.named_parameters()
     ):
         return AdapterError(
-            f"{kind} consists of operators, not of layers with adapters. Load its state_dict into a model, or into "
-            "hra_fx.transform(hra_fx.lift(program), config) of the base program: "
+            f"{class_name} consists of operators, not of layers with adapters. Load its state_dict into a model, or "
+            "into hra_fx.transform(hra_fx.lift(program), config) of the base program: "
             "load_state_dict(graph.state_dict(), strict=False)."
         )
     if found := find_peft_layer(model):
-        return AdapterError(f"{kind} has PEFT adapters ({found[0]}), but none of hra_fx. {found[1]}")
-    return AdapterError(f"{kind} has no adapters. Call hra_fx.transform(model, config) first.")
+        return AdapterError(f"{class_name} has PEFT adapters ({found[0]}), but none of hra_fx. {found[1]}")
+    return AdapterError(f"{class_name} has no adapters. Call hra_fx.transform(model, config) first.")

@@ -157,13 +157,13 @@ def why_not_untie(model: nn.Module, ties: Iterable[Tie]) -> str | None:
 
 def reads_tie_setting(model: nn.Module) -> bool:
     """Whether a forward in the model reads the setting: Switch Transformers scales its output depending on it."""
-    codes = (code for kind in set(map(original_class, model.modules())) for code in _code_of_forward(kind))
+    codes = (code for cls in set(map(original_class, model.modules())) for code in _code_of_forward(cls))
     return any(TIE_SETTING in code.co_names or TIE_SETTING in code.co_consts for code in codes)
 
 
-def _code_of_forward(kind: type[nn.Module]) -> Iterator[CodeType]:
+def _code_of_forward(cls: type[nn.Module]) -> Iterator[CodeType]:
     """The code of the forward of a class, and of all methods, properties and functions that it names."""
-    waiting: list[Any] = _members(kind, "forward")
+    waiting: list[Any] = _members(cls, "forward")
     seen: set[FunctionType] = set()
     for found in waiting:  # the list grows during the loop
         method = getattr(found, _FUNCTION_OF.get(type(found), ""), found)
@@ -175,13 +175,13 @@ def _code_of_forward(kind: type[nn.Module]) -> Iterator[CodeType]:
         for code in codes:
             codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
             for name in code.co_names:
-                waiting += [*_members(kind, name), function.__globals__.get(name)]
+                waiting += [*_members(cls, name), function.__globals__.get(name)]
         yield from codes
 
 
-def _members(kind: type, name: str) -> list[Any]:
+def _members(cls: type, name: str) -> list[Any]:
     """The attributes with this name in a class and its bases."""
-    return [vars(base)[name] for base in kind.__mro__ if name in vars(base)]
+    return [vars(base)[name] for base in cls.__mro__ if name in vars(base)]
 
 
 def set_tied(ties: Iterable[Tie], wanted: bool) -> None:

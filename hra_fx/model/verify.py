@@ -73,7 +73,7 @@ def check_against_folded(model: nn.Module, call: Call) -> None:
                 f"{name}: it is on the meta device, so verify=True has no values to compare. Leave verify out, or load "
                 "the weights first."
             )
-    kind = type(model).__name__
+    class_name = type(model).__name__
     with preserve_rng_state(), torch.inference_mode(False), torch.enable_grad():
         for dtype in (torch.float64, torch.float32, None):  # float64 first: rounding must not change chosen experts
             ours, theirs = _run_both(model, call, dtype)
@@ -84,7 +84,7 @@ def check_against_folded(model: nn.Module, call: Call) -> None:
                 raise our
             if isinstance(their, Exception):
                 raise VerificationError(
-                    f"example_inputs: in {mode} mode, {kind} fails on them without adapters "
+                    f"example_inputs: in {mode} mode, {class_name} fails on them without adapters "
                     f"({type(their).__name__}: {their}). Pass inputs that work with the base model in both modes."
                 ) from their
             if isinstance(our, Exception):
@@ -94,8 +94,8 @@ def check_against_folded(model: nn.Module, call: Call) -> None:
                 ) from our
             if not their.outputs:
                 raise VerificationError(
-                    f"example_inputs: in {mode} mode, {kind} returns no floating-point tensor to compare. Pass other "
-                    "inputs, or leave verify out."
+                    f"example_inputs: in {mode} mode, {class_name} returns no floating-point tensor to compare. Pass "
+                    "other inputs, or leave verify out."
                 )
             if not _all_close(our.outputs, their.outputs):
                 where = _first_difference(*(runs[mode == "eval"] for runs in _run_both(model, call, dtype, trace=True)))

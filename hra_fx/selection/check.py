@@ -57,8 +57,8 @@ def select_checked(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
     if unsupported:
         first, *others = unsupported
         also = f" Also unsupported: {', '.join(others)}." if others else ""
-        kind = type(layers[first]).__name__
-        raise UnsupportedLayerError(f"{first} ({kind}): {unsupported[first]}.{also}")
+        class_name = type(layers[first]).__name__
+        raise UnsupportedLayerError(f"{first} ({class_name}): {unsupported[first]}.{also}")
     if not config.inference_mode:
         _warn_about_blocked_gradients(modules, layers.values())
     _warn_about_unused_patterns(config, list(layers))

@@ -50,15 +50,15 @@ def origin_of(model: nn.Module) -> Origin:
         known = read_notes(model).get(_KEY)
         if isinstance(known, Origin):
             return known
-    kind, name = original_class(model), getattr(model, "name_or_path", None)
+    cls, name = original_class(model), getattr(model, "name_or_path", None)
     # If transformers is not loaded, no object has its classes.
     pretrained = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
     is_pretrained = pretrained is not None and isinstance(model, pretrained)
     head = getattr(model, "get_output_embeddings")() if is_pretrained else None  # noqa: B009  (typed as a tensor)
     output = None if head is None else next((path for path, part in model.named_modules() if part is head), None)
     return Origin(
-        kind.__name__,
-        kind.__module__,
+        cls.__name__,
+        cls.__module__,
         is_pretrained,
         name if isinstance(name, str) else None,
         getattr(model, "config", None),

@@ -109,11 +109,11 @@ def hint_for(model: nn.Module, names: Collection[str]) -> str | None:
     paths = [path for path in parameters if any(path in held for held in found.values())]
     if not paths:
         return None
-    kind = type(parameters[paths[0]][0]).__name__
+    class_name = type(parameters[paths[0]][0]).__name__
     named = " and ".join(repr(name) for name, held in found.items() if held)
     what = "is a 3-D parameter" if sum(map(bool, found.values())) == 1 else "are 3-D parameters"
     return (
-        f"{named} {what} of {kind}, which `target_modules` does not select. "
+        f"{named} {what} of {class_name}, which `target_modules` does not select. "
         f"Use target_parameters={_short_names(paths)}."
     )
 

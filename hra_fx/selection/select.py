@@ -339,14 +339,14 @@ def _warn_unmatched(model: nn.Module, config: HRAConfig, modules: Modules) -> No
 
 def _wrong_type(path: str, module: nn.Module) -> str:
     """The message for a matched module with an unsupported type."""
-    kind = type(module).__name__
+    class_name = type(module).__name__
     if type(module).__module__.startswith("torch.ao."):
         return (
-            f"{path}: `target_modules` matches this {kind} of torch.ao, a quantized layer that hides its weight and "
-            "does not pass gradients. Adapt, train and fold the model before you quantize it, or quantize it with "
+            f"{path}: `target_modules` matches this {class_name} of torch.ao, a quantized layer that hides its weight "
+            "and does not pass gradients. Adapt, train and fold the model before you quantize it, or quantize it with "
             "torchao, for example with Int8DynamicActivationInt8WeightConfig."
         )
-    text = f"{path}: `target_modules` matches this {kind}, but only {_SUPPORTED} can be adapted. "
+    text = f"{path}: `target_modules` matches this {class_name}, but only {_SUPPORTED} can be adapted. "
     if below := _adaptable_in(_own(walk(module))):
         names = [f"{path}.{inner}" for inner in below[:_SHOWN]]
         more = " and so on" if len(below) > _SHOWN else ""
@@ -358,21 +358,21 @@ def _wrong_type(path: str, module: nn.Module) -> str:
 
 def _no_match(model: nn.Module, config: HRAConfig, modules: Modules) -> str:
     """The message for a configuration that does not select any module."""
-    kind, default = type(model).__name__, config.target_modules is None
+    class_name, default = type(model).__name__, config.target_modules is None
     if _adaptable(model):
-        return f"The model itself is a layer ({kind}), and only layers inside a model can be adapted. Wrap it."
+        return f"The model itself is a layer ({class_name}), and only layers inside a model can be adapted. Wrap it."
     layers = _adaptable_in(modules)
     if not layers:
-        return f"{kind} has no layer that can be adapted. Supported layers: {_SUPPORTED}."
+        return f"{class_name} has no layer that can be adapted. Supported layers: {_SUPPORTED}."
     targets = resolve_targets(model, config, modules)
     shown = f"`target_modules={format_names(targets if default else config.target_modules)}`"
     shown += f", the default for {_model_type(model)!r}," * default
     if not targets:
-        return f"{shown} is empty. The layers of {kind} are called {leaf_names(layers)}."
+        return f"{shown} is empty. The layers of {class_name} are called {leaf_names(layers)}."
     matched = [path for path in once(modules) if _matches(targets, path)]
     if not matched:
         hint = hint_for(model, [targets] if isinstance(targets, str) else targets)
-        return f"{shown} matches no module of {kind}. {hint or suggestion(targets, layers)}"
+        return f"{shown} matches no module of {class_name}. {hint or suggestion(targets, layers)}"
     found = f"{len(matched)} module{'s' * (len(matched) > 1)} such as {matched[0]!r}"
     given = {name: getattr(config, name) for name in _EXCLUDING}
     fields = [f"{name}={value!r}" for name, value in given.items() if value not in (None, [], "")]

@@ -99,11 +99,11 @@ def checked_capture(model: nn.Module) -> Iterator[list[str]]:
     apply: Any = vars(torch.autograd.Function)["apply"]  # a class method, in Python or in C
     register_hook: Any = torch.Tensor.register_hook
 
-    def reported_apply(kind: type, *args: Any, **kwargs: Any) -> Any:
+    def reported_apply(cls: type, *args: Any, **kwargs: Any) -> Any:
         # torch runs its own functions (torch._library, torch._higher_order_ops) for operators that the graph keeps.
-        if not kind.__module__.startswith("torch._"):
-            functions.append(kind.__name__)
-        return apply.__get__(None, kind)(*args, **kwargs)
+        if not cls.__module__.startswith("torch._"):
+            functions.append(cls.__name__)
+        return apply.__get__(None, cls)(*args, **kwargs)
 
     def reported_hook(tensor: torch.Tensor, hook: Any) -> Any:
         hooks.append(hook)
@@ -186,7 +186,7 @@ _CONTAINERS = (dict, list, set)
 
 def _copy(container: Any) -> Any:
     """Copy a container, which may have a subclass, to a plain one."""
-    return next(kind(container) for kind in _CONTAINERS if isinstance(container, kind))
+    return next(cls(container) for cls in _CONTAINERS if isinstance(container, cls))
 
 
 def _items(container: Any) -> list[Any]:

@@ -223,13 +223,13 @@ class ModelTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """Create an argument of a node. Subclasses of list and dict raise an error: fx would drop their class."""
-        kind = type(a)  # not isinstance, which reads the class of a traced value
-        if issubclass(kind, fx.Proxy):
-            return object.__getattribute__(a, "node") if kind is not TracedAttribute else a.node
-        container = issubclass(kind, (list, dict)) and kind not in (list, dict)
-        if (container or dataclasses.is_dataclass(kind)) and not kind.__module__.startswith("torch.fx"):
-            self.refuse(f"it creates or returns a {kind.__name__}, which a graph turns into a plain container")
-        if issubclass(kind, torch.Tensor) and kind is not nn.Parameter and a not in self.tensor_attrs:
+        cls = type(a)  # not isinstance, which reads the class of a traced value
+        if issubclass(cls, fx.Proxy):
+            return object.__getattribute__(a, "node") if cls is not TracedAttribute else a.node
+        container = issubclass(cls, (list, dict)) and cls not in (list, dict)
+        if (container or dataclasses.is_dataclass(cls)) and not cls.__module__.startswith("torch.fx"):
+            self.refuse(f"it creates or returns a {cls.__name__}, which a graph turns into a plain container")
+        if issubclass(cls, torch.Tensor) and cls is not nn.Parameter and a not in self.tensor_attrs:
             self.refuse("it creates a tensor in Python, which would become a constant")
         with self.internal():
             return super().create_arg(a)

@@ -218,7 +218,7 @@ REFUSED: list[tuple[Callable[[], Any], type[HRAError], str]] = [
         AdapterError,
         "vae: load_lora_weights of diffusers loads only into unet, text_encoder without",
     ),
-    (stable_diffusion, AdapterError, "StableDiffusionPipeline: none of its parts has adapters (vae, text_encoder,"),
+    (stable_diffusion, AdapterError, "StableDiffusionPipeline: no part of it has adapters (vae, text_encoder,"),
     (lambda: "pipe", AdapterError, "`model_or_pipeline` must be a torch.nn.Module or a diffusers pipeline, got str."),
     (unconditional, AdapterError, "unet: load_lora_weights of diffusers loads into no part of this pipeline"),
     (

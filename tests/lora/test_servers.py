@@ -167,13 +167,13 @@ def test_a_rank_for_each_layer(server: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("server", "kind", "formats"),
+    ("server", "file_format", "formats"),
     [("vllm", "gguf", "peft"), ("sglang", "diffusers", "peft"), ("llama.cpp", "peft", "gguf")],
 )
-def test_a_format_that_the_server_does_not_read(server: str, kind: str, formats: str) -> None:
-    (text,) = check(server, adapter(*LLAMA, bias="all"), 1000, kind=kind)
-    assert text.endswith(f" reads the format of {formats}, not that of {kind}.")
-    assert check("ollama", kind="gguf") == []
+def test_a_format_that_the_server_does_not_read(server: str, file_format: str, formats: str) -> None:
+    (text,) = check(server, adapter(*LLAMA, bias="all"), 1000, file_format=file_format)
+    assert text.endswith(f" reads the format of {formats}, not that of {file_format}.")
+    assert check("ollama", file_format="gguf") == []
 
 
 def test_save_as_lora_warns_and_writes(tmp_path: Path) -> None:

@@ -26,25 +26,25 @@ def _from_transformers(file: Path, entries: Mapping[str, Any], weights: bool) ->
     transformers = importlib.import_module("transformers")
     given = entries.get("architectures")
     names = [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
-    kind: Any = next((found for name in names if (found := getattr(transformers, name, None))), None)
+    cls: Any = next((found for name in names if (found := getattr(transformers, name, None))), None)
     # Use this file, which may be one of several in its folder.
     config = transformers.AutoConfig.from_pretrained(str(file), **_LOCAL_ONLY)
     made: nn.Module
     if weights:
         transformers.utils.logging.disable_progress_bar()
-        kind = kind or transformers.AutoModel
-        made = kind.from_pretrained(file.parent, config=config, use_safetensors=True, **_LOCAL_ONLY)
+        cls = cls or transformers.AutoModel
+        made = cls.from_pretrained(file.parent, config=config, use_safetensors=True, **_LOCAL_ONLY)
     else:
-        made = transformers.AutoModel.from_config(config) if kind is None else kind(config)
+        made = transformers.AutoModel.from_config(config) if cls is None else cls(config)
     return made
 
 
 def _from_diffusers(file: Path, entries: Mapping[str, Any], weights: bool) -> nn.Module:
-    kind: Any = getattr(importlib.import_module("diffusers"), str(entries["_class_name"]), None)
-    if not hasattr(kind, "from_config"):
+    cls: Any = getattr(importlib.import_module("diffusers"), str(entries["_class_name"]), None)
+    if not hasattr(cls, "from_config"):
         raise CheckpointError(f"{file}: the installed diffusers has no model {entries['_class_name']!r}.")
     options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
-    made: nn.Module = kind.from_pretrained(file.parent, **options) if weights else kind.from_config(dict(entries))
+    made: nn.Module = cls.from_pretrained(file.parent, **options) if weights else cls.from_config(dict(entries))
     return made
 
 

@@ -20,9 +20,9 @@ _UNPACKED = "bitsandbytes quantizes its weight when it is first moved to a devic
 class EightBit(QuantScheme):
     """`Linear8bitLt`: int8 with one scale per row. The layer moves its data between weight and state."""
 
-    def __init__(self, kind: type[nn.Module]) -> None:
+    def __init__(self, cls: type[nn.Module]) -> None:
         """Create the scheme for the class of the loaded library."""
-        self.kind = kind
+        self.cls = cls
 
     def description(self, layer: nn.Module) -> str:
         """Library and scheme."""
@@ -64,9 +64,9 @@ class FourBit(QuantScheme):
     gradients, and the conversion back (0.50) rounds the scales and reorders them. So this change is prevented.
     """
 
-    def __init__(self, kind: type[nn.Module]) -> None:
+    def __init__(self, cls: type[nn.Module]) -> None:
         """Create the scheme for the class of the loaded library."""
-        self.kind = kind
+        self.cls = cls
 
     def description(self, layer: Any) -> str:
         """Library and scheme."""

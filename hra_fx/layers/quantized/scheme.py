@@ -25,11 +25,11 @@ class QuantScheme(ABC):
     """A quantization scheme of a library. It does not have state, and works for every layer with this scheme.
 
     Attributes:
-        kind: the class with the library's own forward.
+        cls: the class with the library's own forward.
         straight_through: whether hra_fx computes the gradient of the layer's input, because the library does not.
     """
 
-    kind: type[nn.Module] = nn.Linear
+    cls: type[nn.Module] = nn.Linear
     straight_through: bool = False
 
     @abstractmethod

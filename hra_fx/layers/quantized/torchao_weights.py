@@ -69,8 +69,8 @@ class TorchAO(QuantScheme):
 def torchao_scheme(layer: nn.Module) -> QuantScheme | None:
     """The scheme of a Linear with a torchao weight; `None` for other layers."""
     # If the library is not imported, no object has its classes.
-    kind = getattr(sys.modules.get("torchao.utils"), "TorchAOBaseTensor", None)
-    fits = kind is not None and isinstance(layer, nn.Linear) and isinstance(layer._parameters.get("weight"), kind)
+    cls = getattr(sys.modules.get("torchao.utils"), "TorchAOBaseTensor", None)
+    fits = cls is not None and isinstance(layer, nn.Linear) and isinstance(layer._parameters.get("weight"), cls)
     return TorchAO() if fits else None
 
 
