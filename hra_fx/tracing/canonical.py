@@ -123,8 +123,8 @@ def _layers_in(constant: nn.Module) -> Iterator[str]:
 def _call_layers(graph: fx.Graph, model: nn.Module) -> None:
     for node in graph.find_nodes(op="call_function", target=CALL_LAYER):
         layer = model.get_submodule(node.args[1])
-        # If a layer returns several tensors, its call is still in the graph: see `leaves`.
-        if not node.users and find_kind(layer) and has_own_forward(layer):
+        # If a layer does not return one tensor, its call is still in the graph (`hra_fx.tracing.exported`).
+        if not node.users and (has_own_forward(layer) if find_kind(layer) else next(layer.buffers(), None) is None):
             graph.erase_node(node)
             continue
         with graph.inserting_before(node):

@@ -45,8 +45,8 @@ def capture_layers(
 
     Returns:
         A graph with the model's own modules and parameters, which takes the arguments of this call like the model. It
-        calls the layers of torch and the layers that can be adapted, and has operators for everything else. An output
-        that `torch.export` does not support, such as a cache, is `None`.
+        calls the layers that can be adapted, and modules without children that map one tensor to one tensor. It has
+        operators for everything else. An output that `torch.export` does not support, such as a cache, is `None`.
 
     Raises:
         CaptureError: `torch.export` cannot capture the call, or see `is_trained`.

@@ -3,13 +3,14 @@
     y = layer(x)        is captured as        y = hra_fx.call_layer(x, "encoder.0.query")
 
 `torch.export` records operators, which do not show the layers. This operator represents the call of a layer; the final
-graph calls the layer as a module. Dropout and batch norm are also layers, so that one graph is valid in train and in
-eval mode.
+graph calls the layer as a module. Every module without children that takes and returns one tensor is a layer. Dropout
+and batch norm are among them, so one graph is valid in train and in eval mode.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import linecache
 import logging
@@ -25,7 +26,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from hra_fx.compat import pytree
+from hra_fx.compat import forget_forward_hooks, pytree
 from hra_fx.errors import CaptureError
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.target import find_kind
@@ -239,28 +240,23 @@ _MODES = (
 )
 #: Suffixes of the names of classes that drop whole examples in torchvision, timm and transformers.
 _DROP_PATHS = ("DropPath", "StochasticDepth")
-#: Modules of `torch.nn.modules` with classes that take one tensor and return one tensor.
-_OF_TORCH = (
-    *("activation", "channelshuffle", "flatten", "fold", "instancenorm", "normalization", "padding", "pixelshuffle"),
-    *("pooling", "sparse", "upsampling"),
-)
-_SEVERAL = (nn.MultiheadAttention, nn.EmbeddingBag)
 # The layers of the model that is being captured, by path. The capture holds a lock.
 _layers: dict[str, nn.Module] = {}
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a graph calls a module as a whole: layers of torch, and layers that can be adapted.
+    """Whether a graph calls a module as a whole: layers that can be adapted, and modules without children.
+
+    If `forward` is set on the instance of another module, its operators are recorded.
 
     Example:
-        >>> is_leaf(nn.Conv2d(3, 8, 3)), is_leaf(nn.LayerNorm(8)), is_leaf(nn.Sequential())
+        >>> is_leaf(nn.Conv2d(3, 8, 3)), is_leaf(nn.LayerNorm(8)), is_leaf(nn.Sequential(nn.ReLU()))
         (True, True, False)
     """
     if depends_on_mode(module) or find_kind(module) not in (None, "attention", "experts"):
         return True
-    folder, _, file = original_class(module).__module__.rpartition(".")
-    several = isinstance(module, _SEVERAL) or getattr(module, "return_indices", False)
-    return folder == "torch.nn.modules" and file in _OF_TORCH and not several
+    has_code = type(module).forward is not nn.Module.forward and not isinstance(module, nn.Identity)
+    return has_code and not module._modules and "forward" not in vars(module)
 
 
 def depends_on_mode(module: nn.Module) -> bool:
@@ -275,6 +271,7 @@ def layers_as_operators(model: nn.Module) -> Iterator[None]:
     _layers.update({path: part for path, part in model.named_modules() if path and is_leaf(part)})
     for path, layer in _layers.items():
         vars(layer)["forward"] = partial(_call, path)
+        forget_forward_hooks(layer)  # the graph calls the layer, which runs them
     try:
         yield
     finally:
@@ -283,14 +280,15 @@ def layers_as_operators(model: nn.Module) -> Iterator[None]:
 
 
 def _call(path: str, *args: Any, **kwargs: Any) -> Any:
-    given = (*args, *kwargs.values())
     layer = _layers[path]
-    if len(given) != 1:
-        return original_class(layer).forward(layer, *args, **kwargs)
+    forward = original_class(layer).forward
+    given = inspect.signature(forward).bind(layer, *args, **kwargs)
+    if len(given.args) != 2 or given.kwargs or not isinstance(given.args[1], Tensor):
+        return forward(layer, *args, **kwargs)
     try:
-        output = CALL_LAYER(given[0], path)
+        output = CALL_LAYER(given.args[1], path)
     except _SeveralOutputs:
-        return original_class(layer).forward(layer, *args, **kwargs)
+        return forward(layer, *args, **kwargs)
     if output.is_floating_point() and any(parameter.requires_grad for parameter in layer.parameters()):
         # A model may check the type of the result, add hooks to it, and write into the copy, which `canonical` removes.
         output = torch.ops.aten.clone.default(output.requires_grad_())
@@ -298,7 +296,7 @@ def _call(path: str, *args: Any, **kwargs: Any) -> Any:
 
 
 class _SeveralOutputs(Exception):
-    """A layer returns more than one tensor, such as a router that is an `nn.Linear`. Its operators are recorded."""
+    """A layer does not return one tensor, such as a router that is an `nn.Linear`. Its operators are recorded."""
 
 
 class _Called(nn.ModuleDict):
