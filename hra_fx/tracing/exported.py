@@ -238,6 +238,8 @@ _MODES = (
     *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
 )
+#: Modules without children whose operators are recorded; those of a TorchScript module have no Python code to call.
+_RECORDED = (nn.Identity, torch.jit.ScriptModule)
 #: Suffixes of the names of classes that drop whole examples in torchvision, timm and transformers.
 _DROP_PATHS = ("DropPath", "StochasticDepth")
 # The layers of the model that is being captured, by path. The capture holds a lock.
@@ -255,8 +257,9 @@ def is_leaf(module: nn.Module) -> bool:
     """
     if depends_on_mode(module) or find_kind(module) not in (None, "attention", "experts"):
         return True
-    has_code = type(module).forward is not nn.Module.forward and not isinstance(module, nn.Identity)
-    return has_code and not module._modules and "forward" not in vars(module)
+    if isinstance(module, _RECORDED) or module._modules or "forward" in vars(module):
+        return False
+    return type(module).forward is not nn.Module.forward
 
 
 def depends_on_mode(module: nn.Module) -> bool:

@@ -263,3 +263,10 @@ def test_a_module_without_children_that_maps_one_tensor_to_one_is_called() -> No
     assert_same(graph.float()(image().float()), model.float()(image().float()), rtol=1e-6)
     with torch.autocast("cpu", torch.bfloat16):
         assert_same(graph(image().float()), model(image().float()), rtol=1e-6)
+
+
+def test_a_torchscript_module_is_refused() -> None:
+    model = Branching()
+    model.drop = torch.jit.script(nn.ReLU())  # type: ignore[assignment]
+    with pytest.raises(AdapterError, match="torch.export cannot capture Branching"):
+        hra_fx.graphs(adapted(model, ["head"]), image().float())
