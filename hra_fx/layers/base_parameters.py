@@ -6,7 +6,7 @@ by assigning the weight of one module to the others.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -70,11 +70,11 @@ def tied_again(param: Any) -> Any:
     return param.base() if isinstance(param, RotatedWeight) and param._is_param else param
 
 
-def swap_tied_modules(model: nn.Module, layers: Collection[nn.Module], undo: ExitStack) -> None:
-    """Make all modules of a model that share a weight with adapted layers keep the base weight too."""
+def swap_tied_modules(modules: Iterable[nn.Module], layers: Collection[nn.Module], undo: ExitStack) -> None:
+    """Make all modules that share a weight with adapted layers keep the base weight too."""
     places = {layer: weight_place(layer) for layer in layers}
     weights = {id(owner._parameters.get(name)): layer for layer, (owner, name) in places.items()}
-    for module in model.modules():
+    for module in modules:
         for name, parameter in module._parameters.items():
             layer = None if parameter is None else weights.get(id(parameter))
             if layer is None or (module, name) == places[layer]:

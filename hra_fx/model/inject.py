@@ -23,8 +23,9 @@ from hra_fx.layers.target import REFLECTION
 from hra_fx.layers.tensor_parallel import call_adapted_class, replicate
 from hra_fx.layers.variants import adapters_for
 from hra_fx.model.graph_module import rewrite
-from hra_fx.model.state import check_no_foreign_class, is_adapted
+from hra_fx.model.state import is_adapted
 from hra_fx.selection.check import select_checked
+from hra_fx.selection.select import walk
 
 #: Adds an adapter to the container of a layer: (path, layer, container).
 AdapterFactory: TypeAlias = Callable[[str, nn.Module, HouseholderAdapters], None]
@@ -73,10 +74,9 @@ def inject_adapter(
         SelectionError: the configuration does not fit the model.
         UnsupportedLayerError: a selected layer cannot be adapted.
     """
-    layers = select_checked(model, config) if layers is None else layers
+    modules = walk(model)
+    layers = select_checked(model, config, modules) if layers is None else layers
     new = {path: layer for path, layer in layers.items() if not is_adapted(layer)}
-    if new or config.modules_to_save or config.bias != "none":
-        check_no_foreign_class(model)
     for path, layer in layers.items():
         if path in new:
             _attach(path, layer, undo)
@@ -87,7 +87,7 @@ def inject_adapter(
         if is_dtensor(reflection.weight_of(layer)):
             replicate(reflection, reflection.weight_of(layer))
     if new:
-        swap_tied_modules(model, new.values(), undo)
+        swap_tied_modules(modules.values(), new.values(), undo)
     if new and isinstance(model, fx.GraphModule):
         rewrite(model, undo)
     return layers

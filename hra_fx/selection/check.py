@@ -33,8 +33,10 @@ _EXCLUDE_IT = "E" + _EXCLUDE[1:]
 _EXCLUDE_EXPERTS = "use longer names in `target_parameters`, which leave it out"
 
 
-def select_checked(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
+def select_checked(model: nn.Module, config: HRAConfig, modules: Modules | None = None) -> dict[str, nn.Module]:
     """Select the layers of a model by a configuration, and check that all of them can be adapted.
+
+    `modules` is the result of `walk`, if the caller has it.
 
     Raises:
         SelectionError: see `select`.
@@ -50,7 +52,7 @@ def select_checked(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
     Traceback (most recent call last):
     hra_fx.errors.UnsupportedLayerError: 0 (Linear): its weight must be a plain floating-point tensor, got torch.c...
     """
-    modules = walk(model)
+    modules = walk(model) if modules is None else modules
     layers = select(model, config, modules)
     _check_modules(modules, layers)
     unsupported = {path: problem for path, layer in layers.items() if (problem := layer_problem(path, layer, config))}
