@@ -12,11 +12,13 @@ from __future__ import annotations
 import functools
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 import peft
 import torch
@@ -28,6 +30,7 @@ import hra_fx
 
 BLOCKS, WIDTH, RANK, NEW_TOKENS = 16, 32, 8, 12
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CONFIG = hra_fx.HRAConfig(r=RANK, target_modules=TARGETS)
 IDS = torch.arange(2).unsqueeze(0)
 ROUNDS = {"training step": 60, "forward without gradients": 100, "generate": 20}
 _OURS = str(Path(hra_fx.__file__).parent)
@@ -43,7 +46,7 @@ def base_model(blocks: int = BLOCKS) -> Any:
 
 
 def adapted_model(blocks: int = BLOCKS) -> Any:
-    return hra_fx.transform(base_model(blocks), hra_fx.HRAConfig(r=RANK, target_modules=TARGETS))
+    return hra_fx.transform(base_model(blocks), CONFIG)
 
 
 def models(blocks: int = BLOCKS) -> dict[str, Any]:
@@ -124,6 +127,20 @@ def added(made: dict[str, Any], rounds: dict[str, int]) -> Iterator[tuple[str, d
         yield what, {name: (own - median[BASE]) / lora for name, own in median.items() if name != BASE}
 
 
+def walks(model: nn.Module, act: Callable[[nn.Module], object]) -> int:
+    """How many times a function walks over all modules of a model."""
+    found, named_modules = 0, nn.Module.named_modules
+
+    def counted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        nonlocal found
+        found += module is model
+        return named_modules(module, *args, **kwargs)
+
+    with mock.patch.object(nn.Module, "named_modules", counted):
+        act(model)
+    return found
+
+
 def main() -> None:
     torch.set_num_threads(1)
     made = models()
@@ -132,6 +149,11 @@ def main() -> None:
         print(f"{what:<26}" + ", ".join(f"{name} {value:.2f}" for name, value in found.items()), flush=True)
     inside, outside = frames(made[OURS].train())
     print(f"frames of hra_fx per layer: {inside:.1f} in the layer, {outside:.1f} in the batch")
+    transformed = walks(base_model(1), lambda model: hra_fx.transform(model, CONFIG))
+    with tempfile.TemporaryDirectory() as folder:
+        hra_fx.save_adapter(adapted_model(1), folder)
+        loaded = walks(base_model(1), lambda model: hra_fx.load_adapter(model, folder))
+    print(f"walks over the modules: {transformed} in transform, {loaded} in load_adapter")
 
 
 if __name__ == "__main__":
