@@ -36,7 +36,7 @@ def adapter(*paths: str, modules: tuple[str, ...] = LLAMA, kind: LayerKind = "li
 
 def check(server: str, found: LoraAdapter | None = None, rank: int = 8, **more: Any) -> list[str]:
     """What is said of an adapter of all layers, or of another one, in the format that the server reads."""
-    options = {"kind": "gguf" if server == "llama.cpp" else "peft"} | more
+    options = {"file_format": "gguf" if server == "llama.cpp" else "peft"} | more
     return servers.check_for_server(server, adapter(*LLAMA) if found is None else found, rank, **options)
 
 
