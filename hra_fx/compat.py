@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -81,11 +80,6 @@ def with_own_hooks(modules: Iterable[nn.Module]) -> set[nn.Module]:
 def has_own_hooks(module: nn.Module) -> bool:
     """Whether hooks are registered on a module."""
     return bool(with_own_hooks([module]))
-
-
-def forget_forward_hooks(module: nn.Module) -> None:
-    """Give a module new, empty containers for its forward hooks."""
-    module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
 
 
 def has_backward_hooks(module: nn.Module) -> bool:

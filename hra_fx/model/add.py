@@ -13,7 +13,7 @@ from hra_fx.layers.partitioned import is_trained_by_zero
 from hra_fx.model.activate import sync_layers
 from hra_fx.model.inject import AdapterFactory, all_or_nothing, inject_adapter, random_init
 from hra_fx.model.setup import checked
-from hra_fx.model.state import AdapterState, adapted_layers, check_no_foreign_class, collect_parts, root_of
+from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, root_of
 from hra_fx.model.trainable import make_copies, set_requires_grad
 from hra_fx.selection.select import with_head
 
@@ -66,7 +66,6 @@ def add_filled_adapter(
             )
     with all_or_nothing() as undo:
         layers = inject_adapter(root, adapter_name, config, fill, undo)
-        check_no_foreign_class(root)
         make_copies(root, adapter_name, config, layers, state, undo, copies)
         state.configs[adapter_name] = config
         undo.callback(state.configs.pop, adapter_name, None)

@@ -53,7 +53,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     (name,) = names_in(state, adapter_name)
     if state.merged:
         raise AdapterError(f"adapters {list(state.merged)} are merged into the weights. Call unmerge_adapter first.")
-    check_no_foreign_class(root)
+    check_no_foreign_class(dict(root.named_modules()))
     if reason := offloaded_copy(root):
         raise AdapterError(reason)
     was_active = name in state.active

@@ -104,7 +104,7 @@ class FoldJob:
         The folded adapters of a layer are removed as soon as its weight is written. So if this is interrupted (Ctrl-C,
         out of memory), the model still computes the same outputs, and another fold finishes the work.
         """
-        check_no_foreign_class(self.model)
+        check_no_foreign_class(dict(self.model.named_modules()))
         state, layers = self.state, adapted_layers(self.model)
         tensors = _tensor_refs(layers, self.untied)
         with torch.inference_mode(False), torch.no_grad():
@@ -249,7 +249,7 @@ def _check_layers(
     check_not_on_disk({path: layer for path, layer in layers.items() if names[path]})
     check_classes(root, layers)
     try:
-        check_no_foreign_class(root)
+        check_no_foreign_class(dict(root.named_modules()))
     except AdapterError as error:
         raise FoldError(str(error)) from error
     if not requantize:

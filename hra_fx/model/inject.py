@@ -23,7 +23,7 @@ from hra_fx.layers.target import REFLECTION
 from hra_fx.layers.tensor_parallel import call_adapted_class, replicate
 from hra_fx.layers.variants import adapters_for
 from hra_fx.model.graph_module import rewrite
-from hra_fx.model.state import is_adapted
+from hra_fx.model.state import check_no_foreign_class, is_adapted
 from hra_fx.selection.check import select_checked
 from hra_fx.selection.select import walk
 
@@ -77,6 +77,8 @@ def inject_adapter(
     modules = walk(model)
     layers = select_checked(model, config, modules) if layers is None else layers
     new = {path: layer for path, layer in layers.items() if not is_adapted(layer)}
+    if new or config.modules_to_save or config.bias != "none":
+        check_no_foreign_class(modules)
     for path, layer in layers.items():
         if path in new:
             _attach(path, layer, undo)

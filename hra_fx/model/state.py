@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeGuard
 
@@ -164,13 +164,16 @@ def only_root(model: nn.Module, found: AdaptedParts) -> tuple[nn.Module, Adapter
     return found.roots[0], state
 
 
-def check_no_foreign_class(model: nn.Module) -> None:
-    """Check that no other tool sharded the model, in part or as a whole, or replaced the class of an adapted part.
+def check_no_foreign_class(modules: Mapping[str, nn.Module]) -> None:
+    """Check that no other tool sharded a model, in part or as a whole, or replaced the class of an adapted part.
+
+    Args:
+        modules: path -> module, for all modules of the model.
 
     Raises:
         AdapterError: a tool did; the message names the part.
     """
-    for path, module in model.named_modules():
+    for path, module in modules.items():
         if is_half_split(module):
             raise AdapterError(f"{path}: {half_split(module)}")
         if tool := sharded_by(module):

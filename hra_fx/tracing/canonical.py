@@ -16,9 +16,8 @@ from torch import Tensor, fx, nn
 from hra_fx.compat import ASSERT_METADATA
 from hra_fx.errors import CaptureError
 from hra_fx.layers.target import find_kind
-from hra_fx.layers.variants import has_own_forward
 from hra_fx.tracing.by_mode import ByMode
-from hra_fx.tracing.exported import CALL_LAYER, is_leaf
+from hra_fx.tracing.exported import CALL_LAYER
 from hra_fx.tracing.graph_module import attribute
 from hra_fx.tracing.inputs import Condition, argument_names, call_of, conditions_of, nest
 from hra_fx.tracing.tracer import UnpicklingTracer
@@ -48,11 +47,27 @@ class Canonical(NamedTuple):
     sizes: list[list[tuple[int, int]]]
 
 
+class InBlockError(CaptureError):
+    """Layers are called in a block that has a separate graph.
+
+    Attributes:
+        paths: the layers.
+    """
+
+    def __init__(self, paths: list[str]) -> None:
+        """Store the paths."""
+        super().__init__(
+            f"{paths[0]} is called under torch.autocast or another grad mode, or in a branch of torch.cond, which has "
+            "a separate graph"
+        )
+        self.paths = paths
+
+
 def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
     """Convert the graph of a program to one that uses the modules and tensors of the captured model.
 
     Raises:
-        CaptureError: a layer is called in a block with a separate graph.
+        InBlockError: layers are called in a block with a separate graph.
     """
     module: Any = program.module(check_guards=False)
     graph: fx.Graph = module.graph
@@ -60,13 +75,10 @@ def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
     names = argument_names(model, *call_of(program))
     places = nest(graph, program, names)
     conditions = conditions_of(program, names, places)
-    _call_layers(graph, model)
+    _call_layers(graph)
     constants = name_constants(graph, program, module)
-    if inside := next((path for part in constants.values() for path in _layers_in(part)), None):
-        raise CaptureError(
-            f"{inside} is called under torch.autocast or another grad mode, or in a branch of torch.cond, which has a "
-            "separate graph"
-        )
+    if inside := [path for part in constants.values() for path in _layers_in(part)]:
+        raise InBlockError(inside)
     simplify(graph, places, model)
     _read_by_own_names(graph, model)
     return Canonical(graph, constants, conditions, _sizes(places))
@@ -120,13 +132,8 @@ def _layers_in(constant: nn.Module) -> Iterator[str]:
             yield from (str(node.args[1]) for node in part.graph.find_nodes(op="call_function", target=CALL_LAYER))
 
 
-def _call_layers(graph: fx.Graph, model: nn.Module) -> None:
+def _call_layers(graph: fx.Graph) -> None:
     for node in graph.find_nodes(op="call_function", target=CALL_LAYER):
-        layer = model.get_submodule(node.args[1])
-        # If a layer does not return one tensor, its call is still in the graph (`hra_fx.tracing.exported`).
-        if not node.users and (has_own_forward(layer) if find_kind(layer) else next(layer.buffers(), None) is None):
-            graph.erase_node(node)
-            continue
         with graph.inserting_before(node):
             call = graph.call_module(node.args[1], node.args[:1])
         call.meta = dict(node.meta)
@@ -177,7 +184,7 @@ def _read_by_own_names(graph: fx.Graph, model: nn.Module) -> None:
         for user in list(node.users) if names else ():
             own = f"{module_path(user)}.{node.target.rpartition('.')[2]}"
             # A module that adapters may change comes last.
-            free = [name for name in names if not is_leaf(model.get_submodule(name.rpartition(".")[0]))]
+            free = [name for name in names if find_kind(model.get_submodule(name.rpartition(".")[0])) is None]
             with graph.inserting_before(user):
                 user.replace_input_with(node, graph.get_attr(own if own in names else [*free, *names][0]))
         if not node.users:

@@ -15,10 +15,19 @@ from torch import Tensor, fx, nn
 
 from hra_fx.compat import OpOverload, pytree, schema_of
 from hra_fx.errors import CaptureError
+from hra_fx.layers.target import find_kind
 from hra_fx.model.example_inputs import Call, clone_inputs, preserve_rng_state, seed_everything
 from hra_fx.tracing.by_mode import ByMode, ModesDifferError, merge_modes
-from hra_fx.tracing.canonical import CHECKS, Canonical, canonical, module_path
-from hra_fx.tracing.exported import all_dynamic, batch_dynamic, export_call, is_leaf, with_batch_of_two, without_caches
+from hra_fx.tracing.canonical import CHECKS, Canonical, InBlockError, canonical, module_path
+from hra_fx.tracing.exported import (
+    all_dynamic,
+    batch_dynamic,
+    depends_on_mode,
+    export_call,
+    is_leaf,
+    with_batch_of_two,
+    without_caches,
+)
 from hra_fx.tracing.forward_state import Snapshot, checked_capture
 from hra_fx.tracing.graph_module import captured_module
 from hra_fx.tracing.inputs import InputChecks, argument_names, more_than_one
@@ -95,12 +104,7 @@ def _captured(
         shapes = make_shapes(model, example)
     except TypeError as error:
         raise CaptureError(f"the example does not fit its forward: {error}") from error
-    modes, functions = [], list[str]()
-    for training in (True, False):
-        with checked_capture(model) if is_trained else nullcontext(list[str]()) as called:
-            program = export_call(model, example, shapes, training=training)
-        functions += called
-        modes.append(canonical(program, model))
+    modes, functions = _both_modes(model, example, shapes, is_trained=is_trained)
     checks = InputChecks(modes[0].conditions, modes[1].conditions)
     made = _in_both_modes(model, modes[0], modes[1], checks, odd)
     for training in (True, False):
@@ -109,6 +113,28 @@ def _captured(
         if not _allows_one(model, made, example, places):
             checks.add(more_than_one(*places[0], argument_names(model, *example)))
     return made
+
+
+def _both_modes(model: nn.Module, example: Call, shapes: Any, *, is_trained: bool) -> tuple[list[Canonical], list[str]]:
+    """Capture both modes. Also returns the names of custom autograd functions that are called.
+
+    Leaves in a block with a separate graph, which could not call them, are inlined.
+    """
+    inlined: set[str] = set()
+    while True:
+        modes, functions = [], list[str]()
+        try:
+            for training in (True, False):
+                with checked_capture(model) if is_trained else nullcontext(list[str]()) as called:
+                    program = export_call(model, example, shapes, training=training, inlined=inlined)
+                functions += called
+                modes.append(canonical(program, model))
+            return modes, functions
+        except InBlockError as error:
+            inside = {path: model.get_submodule(path) for path in error.paths}
+            if any(depends_on_mode(part) or find_kind(part) for part in inside.values()):
+                raise
+            inlined |= inside.keys()
 
 
 def _allows_one(model: nn.Module, made: nn.Module, call: Call, places: list[tuple[int, int]]) -> bool:

@@ -16,7 +16,7 @@ import linecache
 import logging
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from functools import partial, wraps
 from pathlib import Path
@@ -26,7 +26,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from hra_fx.compat import forget_forward_hooks, pytree
+from hra_fx.compat import has_own_hooks, pytree
 from hra_fx.errors import CaptureError
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.target import find_kind
@@ -44,7 +44,9 @@ _LENGTHS = 3
 _CASTS = ("to", "type", "type_as", "float", "double", "half", "bfloat16", "long", "int", "bool")
 
 
-def export_call(model: nn.Module, call: Call, dynamic_shapes: Any, *, training: bool) -> ExportedProgram:
+def export_call(
+    model: nn.Module, call: Call, dynamic_shapes: Any, *, training: bool, inlined: Collection[str] = ()
+) -> ExportedProgram:
     """Capture a call in one mode.
 
     Args:
@@ -52,6 +54,7 @@ def export_call(model: nn.Module, call: Call, dynamic_shapes: Any, *, training: 
         call: the example call.
         dynamic_shapes: as in `torch.export.export`.
         training: the mode of all modules.
+        inlined: the paths of leaves whose operators are recorded.
 
     Raises:
         CaptureError: `torch.export` fails; the message contains the line of the model's code.
@@ -62,7 +65,7 @@ def export_call(model: nn.Module, call: Call, dynamic_shapes: Any, *, training: 
         for block in (
             exporting(),
             without_caches(model),
-            layers_as_operators(model),
+            layers_as_operators(model, inlined),
             _plain_operators(),
             torch.enable_grad(),
         ):
@@ -71,6 +74,9 @@ def export_call(model: nn.Module, call: Call, dynamic_shapes: Any, *, training: 
         stack.callback(vars(model).pop, "forward", None)
         state = Snapshot(model)
         program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+        for node in program.graph.find_nodes(op="call_function", target=CALL_LAYER):
+            if node.args[1] in _recorded and not node.users:
+                program.graph.erase_node(node)
         _refuse_changes(state)
         return program
 
@@ -238,18 +244,20 @@ _MODES = (
     *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
 )
-#: Modules without children whose operators are recorded; those of a TorchScript module have no Python code to call.
-_RECORDED = (nn.Identity, torch.jit.ScriptModule)
+#: Modules that return their input, and those without Python code, are not leaves.
+_RECORDED = (nn.Identity, nn.Sequential, torch.jit.ScriptModule)
 #: Suffixes of the names of classes that drop whole examples in torchvision, timm and transformers.
 _DROP_PATHS = ("DropPath", "StochasticDepth")
 # The layers of the model that is being captured, by path. The capture holds a lock.
 _layers: dict[str, nn.Module] = {}
+# The paths of layers whose operators had to be recorded after a call was.
+_recorded: set[str] = set()
 
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether a graph calls a module as a whole: layers that can be adapted, and modules without children.
 
-    If `forward` is set on the instance of another module, its operators are recorded.
+    The operators of a module of another library are recorded if its call may do more than running its forward.
 
     Example:
         >>> is_leaf(nn.Conv2d(3, 8, 3)), is_leaf(nn.LayerNorm(8)), is_leaf(nn.Sequential(nn.ReLU()))
@@ -257,9 +265,18 @@ def is_leaf(module: nn.Module) -> bool:
     """
     if depends_on_mode(module) or find_kind(module) not in (None, "attention", "experts"):
         return True
-    if isinstance(module, _RECORDED) or module._modules or "forward" in vars(module):
+    if module._modules or isinstance(module, _RECORDED):
         return False
-    return type(module).forward is not nn.Module.forward
+    return _is_of_torch(module) or (
+        inspect.isfunction(inspect.getattr_static(module, "forward"))
+        and type(module).forward is not nn.Module.forward
+        and type(module).__call__ is nn.Module.__call__
+        and not ("forward" in vars(module) or has_own_hooks(module))
+    )
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    return original_class(module).__module__.startswith("torch.nn.")
 
 
 def depends_on_mode(module: nn.Module) -> bool:
@@ -268,38 +285,44 @@ def depends_on_mode(module: nn.Module) -> bool:
 
 
 @contextmanager
-def layers_as_operators(model: nn.Module) -> Iterator[None]:
-    """Context manager in which the call of each leaf of a model is recorded as one `hra_fx::call_layer`."""
+def layers_as_operators(model: nn.Module, inlined: Collection[str] = ()) -> Iterator[None]:
+    """Context manager in which the call of each leaf of a model is recorded as one `hra_fx::call_layer`.
+
+    The operators of the leaves in `inlined` are recorded.
+    """
     snapshot = Snapshot(model)
-    _layers.update({path: part for path, part in model.named_modules() if path and is_leaf(part)})
+    leaves = {path: part for path, part in model.named_modules() if path and is_leaf(part)}
+    _layers.update({path: part for path, part in leaves.items() if path not in inlined})
     for path, layer in _layers.items():
         vars(layer)["forward"] = partial(_call, path)
-        forget_forward_hooks(layer)  # the graph calls the layer, which runs them
     try:
         yield
     finally:
         snapshot.restore()
         _layers.clear()
+        _recorded.clear()
 
 
 def _call(path: str, *args: Any, **kwargs: Any) -> Any:
     layer = _layers[path]
-    forward = original_class(layer).forward
-    given = inspect.signature(forward).bind(layer, *args, **kwargs)
-    if len(given.args) != 2 or given.kwargs or not isinstance(given.args[1], Tensor):
-        return forward(layer, *args, **kwargs)
+    forward = partial(original_class(layer).forward, layer)
+    given = (*args, *kwargs.values())
+    named = kwargs and not (depends_on_mode(layer) or find_kind(layer) or _is_of_torch(layer))
+    if len(given) != 1 or named or not isinstance(given[0], Tensor):
+        return forward(*args, **kwargs)
     try:
-        output = CALL_LAYER(given.args[1], path)
-    except _SeveralOutputs:
-        return forward(layer, *args, **kwargs)
+        output = CALL_LAYER(given[0], path)
+    except _MustBeRecordedError:
+        _recorded.add(path)
+        return forward(*args, **kwargs)
     if output.is_floating_point() and any(parameter.requires_grad for parameter in layer.parameters()):
         # A model may check the type of the result, add hooks to it, and write into the copy, which `canonical` removes.
         output = torch.ops.aten.clone.default(output.requires_grad_())
     return output
 
 
-class _SeveralOutputs(Exception):
-    """A layer does not return one tensor, such as a router that is an `nn.Linear`. Its operators are recorded."""
+class _MustBeRecordedError(Exception):
+    """A layer does not return one tensor, such as a router that is an `nn.Linear`, or it sets attributes."""
 
 
 class _Called(nn.ModuleDict):
@@ -315,13 +338,15 @@ def _output_of(x: Tensor, path: str) -> Tensor:
     layer: Any = _layers[path]
     if depends_on_mode(layer):
         return torch.empty_like(x)
-    tensors = layer.state_dict(keep_vars=True)
+    tensors = dict(layer.named_parameters()) | dict(layer.named_buffers())
     if isinstance(layer, nn.Linear) and not layer.weight.is_floating_point():  # packed, so its shape is unrelated
         return x.new_empty((*x.shape[:-1], layer.out_features))
     fake = {f"layer.{name}": x.new_empty(t.shape, dtype=t.dtype) for name, t in tensors.items()}
+    state = Snapshot(nn.Identity() if find_kind(layer) else layer)
     output = torch.func.functional_call(_Called({"layer": layer}), fake, (x,))
-    if not isinstance(output, Tensor):
-        raise _SeveralOutputs
+    if state.changes() or not isinstance(output, Tensor):
+        state.restore()
+        raise _MustBeRecordedError
     return output.clone()
 
 

@@ -224,42 +224,51 @@ class Doubled(torch.autograd.Function):
 class Part(nn.Module):
     """A module without children, with its own parameter."""
 
-    def __init__(self, forward: str) -> None:
+    def __init__(self, forward: str = "") -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(4))
         self.wanted = forward
 
-    def forward(self, x: Tensor, shift: Any = None, *, power: Any = None) -> Any:
+    def forward(self, x: Tensor, shift: Any = None) -> Any:
         if self.wanted == "custom gradient":
             return Doubled.apply(x) * self.scale  # type: ignore[no-untyped-call]
         if self.wanted == "dtype":
             return (x.float() * self.scale.float()).to(x.dtype)
         if self.wanted == "two tensors":
             return x * self.scale, x.sum(-1)
-        return (x * self.scale if shift is None else x + shift * self.scale) ** (1 if power is None else power)
+        if self.wanted == "in place":
+            return x.clamp_(-4, 4)
+        if self.wanted == "attribute":
+            self.last = x.sum(-1, keepdim=True)
+        return x * self.scale if shift is None else x + shift * self.scale
 
 
 class Parts(Branching):
     def __init__(self) -> None:
         super().__init__()
         self.gradient, self.cast, self.pair = Part("custom gradient"), Part("dtype"), Part("two tensors")
-        self.shifted, self.powered, self.hooked = Part(""), Part(""), Part("")
-        for layer in (self.hooked, self.conv):
-            layer.register_forward_hook(lambda *args: 2 * args[-1] + 1)
+        self.clamp, self.keeps, self.frozen = Part("in place"), Part("attribute"), Part()
+        self.shifted, self.named, self.hooked, self.tied = Part(), Part(), Part(), Part()
+        self.hooked.register_forward_hook(lambda *args: 2 * args[-1] + 1)
+        self.tied.scale = self.head.weight
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         rows = self.cast(self.gradient(self.norm(self.conv(x)).flatten(2).mT))
         rows, sums = self.pair(rows)
-        rows = self.shifted(rows, shift=sums.unsqueeze(-1)) + self.powered(x=rows) + self.powered(rows, power=2)
-        return self.head(self.hooked(rows[:100] if x.shape[0] > 100 else rows))
+        self.clamp(rows)
+        rows = self.shifted(rows, shift=sums.unsqueeze(-1)) + self.named(x=rows)
+        rows = self.keeps(rows) + self.keeps.last
+        with torch.no_grad():
+            rows = rows + self.frozen(rows)
+        return self.head(self.hooked(rows[:100] if x.shape[0] > 100 else rows)) + self.tied.scale.sum()
 
 
 def test_a_module_without_children_that_maps_one_tensor_to_one_is_called() -> None:
     model = adapted(Parts().double(), ["conv", "head"])
     graph = check_call(model, image())
     called = {str(node.target) for node in graph.graph.find_nodes(op="call_module")}
-    assert called >= {"gradient", "cast", "powered", "hooked", "norm"}
-    assert called.isdisjoint({"pair", "shifted"})
+    assert called >= {"gradient", "cast", "clamp", "norm"}
+    assert called.isdisjoint({"pair", "shifted", "named", "keeps", "frozen", "hooked"})
     assert_same(graph.float()(image().float()), model.float()(image().float()), rtol=1e-6)
     with torch.autocast("cpu", torch.bfloat16):
         assert_same(graph(image().float()), model(image().float()), rtol=1e-6)
@@ -268,5 +277,5 @@ def test_a_module_without_children_that_maps_one_tensor_to_one_is_called() -> No
 def test_a_torchscript_module_is_refused() -> None:
     model = Branching()
     model.drop = torch.jit.script(nn.ReLU())  # type: ignore[assignment]
-    with pytest.raises(AdapterError, match="torch.export cannot capture Branching"):
+    with pytest.raises(AdapterError, match=r"torch\.export cannot capture Branching"):
         hra_fx.graphs(adapted(model, ["head"]), image().float())
