@@ -24,7 +24,7 @@ from learning.summary import (
 from learning.tasks import TASKS
 from learning.variants import ALL, VARIANTS, VARIED_TASK
 
-README_TASKS = ("language", "newsgroups-1600", "digits", *TEACHERS)
+README_TASKS = ("language", "newsgroups-1600", "newsgroups-5000", "digits", *TEACHERS)
 
 INTRODUCTION = """\
 <!-- Written by make bench-learning; do not edit. -->
