@@ -15,7 +15,6 @@ from torch import Tensor, fx, nn
 
 from hra_fx.compat import ASSERT_METADATA
 from hra_fx.errors import CaptureError
-from hra_fx.layers.target import find_kind
 from hra_fx.tracing.by_mode import ByMode
 from hra_fx.tracing.exported import CALL_LAYER
 from hra_fx.tracing.graph_module import attribute
@@ -80,7 +79,7 @@ def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
     if inside := [path for part in constants.values() for path in _layers_in(part)]:
         raise InBlockError(inside)
     simplify(graph, places, model)
-    _read_by_own_names(graph, model)
+    _read_where_used(graph)
     return Canonical(graph, constants, conditions, _sizes(places))
 
 
@@ -174,29 +173,13 @@ def name_constants(graph: fx.Graph, program: ExportedProgram, module: nn.Module)
     return made
 
 
-def _read_by_own_names(graph: fx.Graph, model: nn.Module) -> None:
-    """Read each tensor where it is used. A tied tensor is read by its name in the module that contains the operator."""
-    tied = _tied_names(model)
+def _read_where_used(graph: fx.Graph) -> None:
+    """Read each tensor before its first use."""
     for node in graph.find_nodes(op="get_attr", sort=True):
-        names = tied.get(node.target, ())
         if node.users:
             min(node.users).prepend(node)
-        for user in list(node.users) if names else ():
-            own = f"{module_path(user)}.{node.target.rpartition('.')[2]}"
-            # A module that adapters may change comes last.
-            free = [name for name in names if find_kind(model.get_submodule(name.rpartition(".")[0])) is None]
-            with graph.inserting_before(user):
-                user.replace_input_with(node, graph.get_attr(own if own in names else [*free, *names][0]))
-        if not node.users:
+        else:
             graph.erase_node(node)
-
-
-def _tied_names(model: nn.Module) -> dict[str, list[str]]:
-    found = defaultdict(list)
-    for tensors in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
-        for name, tensor in tensors:
-            found[id(tensor)].append(name)
-    return {name: names for names in found.values() if len(names) > 1 for name in names}
 
 
 def module_path(node: fx.Node) -> str | None:

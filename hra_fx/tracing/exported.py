@@ -66,6 +66,7 @@ def export_call(
             exporting(),
             without_caches(model),
             layers_as_operators(model, inlined),
+            _untied(model),
             _plain_operators(),
             torch.enable_grad(),
         ):
@@ -162,6 +163,28 @@ def _without_unknown(forward: Callable[..., Any]) -> Callable[..., Any]:
         return output if kept is None else kept
 
     return run
+
+
+@contextmanager
+def _untied(model: nn.Module) -> Iterator[None]:
+    """Context manager in which each name of a tied parameter has an object of its own, so that the names are recorded.
+
+    A read of the weight of an adapted layer is W Q, and a read of another name of the same tensor is W.
+    """
+    seen: set[int] = set()
+    replaced: list[tuple[dict[str, Any], str, nn.Parameter]] = []
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if type(parameter) is nn.Parameter and id(parameter) in seen:
+                replaced.append((module._parameters, name, parameter))
+            seen.add(id(parameter))
+    try:
+        for parameters, name, parameter in replaced:
+            parameters[name] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+        yield
+    finally:
+        for parameters, name, parameter in replaced:
+            parameters[name] = parameter
 
 
 @contextmanager

@@ -172,7 +172,7 @@ def test_a_scale_that_is_set_in_inference_mode_lets_gradients_through() -> None:
 
 # ---- the names of adapters ----
 
-#: Names that are no part of a path or not a folder, and names that modules of ours use.
+#: Names that cannot be part of a path or the name of a folder, and names that modules of hra_fx use.
 BAD = ["", " ", " a", "a ", "a.b", "a/b", "a\\b", "a\0b", "keys", "update", "forward", "width", "unmerged", "x_anchor"]
 BAD += ["_anchor", "y_scaled", "base_layer", "original_module", "copied", "specs", "active", "remove"]
 

@@ -161,12 +161,13 @@ class Tied(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = self.embed(tokens if tokens.shape[0] < 100 else tokens[:100])
-        return self.head(self.second(self.first(hidden)) @ self.first.weight)
+        hidden = self.second(self.first(hidden)) @ self.first.weight
+        return self.head(hidden) + hidden @ self.head.weight.T - 2 * hidden @ self.embed.weight.T
 
 
 def test_only_the_adapted_layer_of_a_tied_weight_is_rotated() -> None:
     graph = check_call(adapted(Tied().double(), ["head", "first", "unused"]), torch.randint(0, 16, (2, 4)))
-    assert reflections_in(graph) == {"head": 1, "first": 3}  # two calls, and a read of the weight
+    assert reflections_in(graph) == {"head": 2, "first": 3}  # one and two calls, and a read of each weight
 
 
 def state_of(model: nn.Module) -> Any:
