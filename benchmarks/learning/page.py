@@ -46,9 +46,9 @@ PROTOCOL = """\
   except for "head only", which chooses its own.
 - The learning rate of each method is chosen by validation scores. Seed 0 tries four rates (LoRA and pairs try eight on
   `language` and `newsgroups-1600`), and then at most six more around the best one, in the steps 1, 1.7, 3, 5.5, 10.
-  Seeds 1 and 2 also try the best rate and its neighbors, and the mean of the three seeds decides. `language-4-passes`
-  and the long runs use the rates of `language`, and `newsgroups-5000` uses the rates of `newsgroups-1600`. No seed
-  trains on validation examples.
+  Seeds 1 and 2 also try the best rate and its neighbors, and the mean of the three seeds decides. For DoRA, OFT and
+  full fine-tuning on these two tasks, seed 0 decides alone. `language-4-passes` and the long runs use the rates of
+  `language`, and `newsgroups-5000` uses the rates of `newsgroups-1600`. No seed trains on validation examples.
 - `difference` of pairs is 0.1, which was chosen on validation data of `language`.
 - Intervals include the choice of training examples and the random initial values. All seeds use the same test
   examples: an accuracy on 1500 texts has a standard error of 1.2 points.
@@ -112,7 +112,7 @@ pass over the posts to its fourth. Large marks are means over seeds, small marks
 PARAMETERS = """\
 ## Parameters
 
-Validation scores, means of three seeds.
+Validation scores: means of three seeds for the teachers, and one seed for `language`.
 
 ![Validation scores over the number of trained parameters](results_ranks.svg)
 """

@@ -167,9 +167,9 @@ def by_size(records: Sequence[Record], task: str, method: str) -> list[Point]:
     lr = chosen(records, task, method)
     found: dict[int, dict[float, dict[int, float]]] = {}
     for record in of(records, task, method):
-        if record.lr in (lr, below(lr)) and record.seed in RANK_SEEDS:
+        if record.lr in (lr, below(lr)) and record.seed in RANK_SEEDS[task]:
             found.setdefault(record.trainable, {}).setdefault(record.lr, {})[record.seed] = record.validation
-    whole = len(RANK_SEEDS)
+    whole = len(RANK_SEEDS[task])
     means = {
         size: [sign * statistics.mean(by_seed.values()) for by_seed in rates.values() if len(by_seed) == whole]
         for size, rates in found.items()
