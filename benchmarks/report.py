@@ -2,8 +2,8 @@
 
     make report
 
-A measurement is current if neither hra_fx nor the program that makes it has changed since its commit. It takes hours if
-nothing is current; stop it at any time, and it goes on with what is missing. Run it on an idle machine.
+A measurement is current if hra_fx, its own program and the helpers of all programs have not changed since its commit.
+It takes hours if nothing is current. Stop it at any time; it goes on with what is missing. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from speed.environment import commit, processor, version
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "measurements.md"
+#: What every measurement depends on.
+SHARED = ("hra_fx", "passes", "benchmarks/turns.py", "benchmarks/speed")
 INTRODUCTION = """\
 <!-- Written by make report; do not edit. -->
 # Measurements
@@ -91,8 +93,9 @@ def is_current(measurement: Measurement, at: str | None) -> bool:
     """Whether nothing that a measurement depends on has changed since a commit."""
     if at is None:
         return False
-    paths = ["hra_fx", "passes", measurement.program]
-    done = subprocess.run(["git", "diff", "--quiet", at, "--", *paths], cwd=ROOT, capture_output=True)
+    done = subprocess.run(
+        ["git", "diff", "--quiet", at, "--", *SHARED, measurement.program], cwd=ROOT, capture_output=True
+    )
     return done.returncode == 0
 
 

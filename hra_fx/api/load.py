@@ -85,7 +85,8 @@ def load_adapter(
         if state is not None:
             load_vectors(root)
         folder = find(directory, subfolder, **hub)
-        fitted = fit(folder, root, config, is_plain=plain, is_trainable=is_trainable)
+        is_new = state is None or adapter_name not in state.configs
+        fitted = fit(folder, root, config, is_new=is_new, is_trainable=is_trainable)
         config = checked(root, fitted.resume.config, adapter_name)
 
         def fill(path: str, layer: nn.Module, reflection: HouseholderAdapters) -> None:
@@ -100,7 +101,7 @@ def load_adapter(
         elif adapter_name in state.configs:
             _replace(root, state, adapter_name, fitted, is_trainable)
         else:
-            add_filled_adapter(root, state, adapter_name, config, fill, fitted.copies)
+            add_filled_adapter(root, state, adapter_name, config, fill, fitted.copies, fitted.layers)
     if not is_trainable:
         model.eval()
     return model

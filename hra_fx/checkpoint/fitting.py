@@ -17,7 +17,7 @@ from hra_fx.compat import non_persistent_buffers
 from hra_fx.config import HRAConfig
 from hra_fx.errors import CheckpointError, SelectionError
 from hra_fx.functional.chain import plain_chain
-from hra_fx.layers.adapters import AdapterSpec
+from hra_fx.layers.adapters import AdapterSpec, get_adapters
 from hra_fx.layers.variants import adapters_for
 from hra_fx.model.setup import valid_config
 from hra_fx.model.trainable import to_copy
@@ -57,19 +57,19 @@ class Fitted:
         return AdapterSpec(config.rank_of(path), config.apply_GS, init_weights=self.resume.has_anchors)
 
 
-def fit(folder: Path, model: nn.Module, given: HRAConfig | None, *, is_plain: bool, is_trainable: bool) -> Fitted:
+def fit(folder: Path, model: nn.Module, given: HRAConfig | None, *, is_new: bool, is_trainable: bool) -> Fitted:
     """Read an adapter and check that it fits a model.
 
     Args:
         folder: the folder with both files.
         model: the base model or a transformed model.
         given: replaces the configuration in the folder; the vectors are then used as stored.
-        is_plain: whether the model does not have adapters yet. If so, everything that `transform` checks is checked.
+        is_new: whether the adapter will be added. If so, everything that `transform` checks is checked.
         is_trainable: whether the adapter will be trained.
 
     Raises:
         ConfigError: the configuration is invalid.
-        UnsupportedLayerError: the model is plain and cannot be adapted.
+        UnsupportedLayerError: the adapter is new, and one of its layers cannot be adapted.
         CheckpointError: the weights are damaged, or do not fit the model; missing and unexpected keys are listed.
 
     Warns:
@@ -80,7 +80,7 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None, *, is_plain: bo
     config, resume = adapter.config, adapter.resume
     resume = dataclasses.replace(resume, config=dataclasses.replace(resume.config, inference_mode=not is_trainable))
     try:
-        layers = select_checked(model, resume.config) if is_plain else select(model, config)
+        layers = select_checked(model, resume.config) if is_new else select(model, config)
     except SelectionError as error:
         raise CheckpointError(
             f"{folder}: the configuration does not fit {type(model).__name__}: {error} Is this the right base model?"
@@ -151,16 +151,17 @@ def _check_shapes(
     adapter: Adapter, model: nn.Module, layers: Mapping[str, nn.Module], copies: Mapping[tuple[str, str], str]
 ) -> None:
     for path, layer in layers.items():
-        shape = adapters_for(layer).vectors_shape(adapter.config.rank_of(path))
-        _check_shape(adapter, reflection_key(path), shape)
+        own = get_adapters(layer)
+        adapters = adapters_for(layer) if own is None else own
+        _check_shape(adapter, reflection_key(path), adapters.vectors_shape(adapter.config.rank_of(path)))
     for (path, name), key in copies.items():
-        own: Tensor = getattr(model.get_submodule(path), name)
-        _check_shape(adapter, key, tuple(own.shape))
+        tensor: Tensor = getattr(model.get_submodule(path), name)
+        _check_shape(adapter, key, tuple(tensor.shape))
         dtype = adapter.tensors[key].dtype
-        if dtype.is_floating_point is not own.is_floating_point():
+        if dtype.is_floating_point is not tensor.is_floating_point():
             raise CheckpointError(
-                f"{adapter.file}: {key} must have a dtype like the model's {own.dtype}, got {dtype}. Is this the right "
-                "base model?"
+                f"{adapter.file}: {key} must have a dtype like the model's {tensor.dtype}, got {dtype}. Is this the "
+                "right base model?"
             )
 
 

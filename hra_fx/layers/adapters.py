@@ -292,7 +292,7 @@ class HouseholderAdapters(nn.ParameterDict):
             if (found := held.get(name)) is not None:
                 return found
         raise AdapterError(
-            f"{type(owner).__name__}: its {name} is no longer a parameter, because weight_norm, pruning or similar "
+            f"{self.layer_path}: its {name} is no longer a parameter, because weight_norm, pruning or similar "
             "was applied after hra_fx.transform. Undo that first (remove_weight_norm, prune.remove)."
         )
 

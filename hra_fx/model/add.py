@@ -50,8 +50,12 @@ def add_filled_adapter(
     config: HRAConfig,
     fill: AdapterFactory,
     copies: Mapping[tuple[str, str], Tensor] = MappingProxyType({}),
+    layers: dict[str, nn.Module] | None = None,
 ) -> None:
-    """Add an adapter with the vectors from `fill` and with these trained copies; raises the errors of `add_adapter`."""
+    """Add an adapter with the vectors from `fill` and with these trained copies; raises the errors of `add_adapter`.
+
+    `layers` is the result of `select_checked`, if the caller has it.
+    """
     if adapter_name in state.configs:
         raise AdapterError(
             f"adapter {adapter_name!r} already exists in this model. Delete it first, or choose another name."
@@ -65,7 +69,7 @@ def add_filled_adapter(
                 "Add it before deepspeed.initialize, which Trainer.train calls, or to a new model."
             )
     with all_or_nothing() as undo:
-        layers = inject_adapter(root, adapter_name, config, fill, undo)
+        layers = inject_adapter(root, adapter_name, config, fill, undo, layers)
         make_copies(root, adapter_name, config, layers, state, undo, copies)
         state.configs[adapter_name] = config
         undo.callback(state.configs.pop, adapter_name, None)

@@ -117,6 +117,12 @@ def _state_problem(layer: nn.Module) -> str | None:
     copies = get_copies(owner)
     if copies is not None and name in copies.in_place:
         return "another adapter trains it in full (`modules_to_save`). Fold or delete that adapter first"
+    if parametrize.is_parametrized(owner, name) or name not in owner._parameters:
+        return (
+            f"its `{name}` is computed from other parameters in each call, so it cannot be folded. Call "
+            "torch.nn.utils.parametrize.remove_parametrizations (or torch.nn.utils.remove_weight_norm) first, or "
+            f"{_EXCLUDE}"
+        )
     if get_adapters(layer) is not None:
         return None  # It was checked when it got its first adapter.
     if not has_class_forward(layer) and parallel_forward(layer) is None:
@@ -129,12 +135,6 @@ def _state_problem(layer: nn.Module) -> str | None:
         return (
             "its `kdim` or `vdim` differs from `embed_dim`, so query, key and value do not have a joint weight. "
             f"{_EXCLUDE_IT} and target its `out_proj`"
-        )
-    if parametrize.is_parametrized(owner, name) or name not in owner._parameters:
-        return (
-            f"its `{name}` is computed from other parameters in each call, so it cannot be folded. Call "
-            "torch.nn.utils.parametrize.remove_parametrizations (or torch.nn.utils.remove_weight_norm) first, or "
-            f"{_EXCLUDE}"
         )
     return None
 
