@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib
-import inspect
-import re
+from typing import Any
 
 import peft
 import pytest
@@ -16,7 +14,6 @@ from transformers import LongcatFlashConfig
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
 
 import hra_fx
-from hra_fx.layers.experts_weight import is_transposed
 
 RULES = [
     ["experts.gate_up_proj"],
@@ -64,59 +61,45 @@ def test_experts_of_a_class_that_does_not_say_its_layout() -> None:
     assert hra_fx.transform(model, config)["experts"].hra_up.hra_u["default"].shape == (3, 4, 2)
 
 
-MESSAGES = [
-    (["experts.gate_up"], r"`target_parameters`: 'experts.gate_up' matches no 3-D parameter. Did you mean"),
-    (["q_proj.weight"], r"q_proj.weight: `target_parameters` matches this parameter of shape \(16, 16\), but only par"),
-    ([".*gate_up_proj"], r"'\.\*gate_up_proj' is a name and not a regex\. Use the end of a path\."),
+#: Fields of an adapter of the experts, and the message of the refusal.
+REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
+    (
+        {"target_parameters": ["experts.gate_up"]},
+        hra_fx.SelectionError,
+        r"`target_parameters`: 'experts.gate_up' matches no 3-D parameter. Did you mean",
+    ),
+    (
+        {"target_parameters": ["q_proj.weight"]},
+        hra_fx.SelectionError,
+        r"q_proj.weight: `target_parameters` matches this parameter of shape \(16, 16\), but only par",
+    ),
+    (
+        {"target_parameters": [".*gate_up_proj"]},
+        hra_fx.SelectionError,
+        r"'\.\*gate_up_proj' is a name and not a regex\. Use the end of a path\.",
+    ),
+    (
+        {"modules_to_save": ["experts"]},
+        hra_fx.SelectionError,
+        r"`target_parameters` matches .*hra_gate_up_proj' .*\. Use longer names in `target_parameters`, or use a l",
+    ),
+    (
+        {"r": 17, "apply_GS": True},
+        hra_fx.UnsupportedLayerError,
+        r"hra_gate_up_proj .*`r` must be at most 16.*, or use longer names in `target_parameters`, which leave it",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("names", "message"), MESSAGES)
-def test_names_that_match_nothing_that_can_be_adapted(names: list[str], message: str) -> None:
-    with pytest.raises(hra_fx.SelectionError, match=message):
-        ours(names)
+@pytest.mark.parametrize(("fields", "kind", "message"), REFUSED)
+def test_what_does_not_fit_is_refused(fields: dict[str, Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        hra_fx.transform(built("qwen3_moe"), experts_config(**fields))
 
 
 def test_a_model_without_such_parameters() -> None:
     with pytest.raises(hra_fx.SelectionError, match=r"Sequential has no 3-D parameters. List its layers"):
         hra_fx.transform(nn.Sequential(nn.Linear(2, 2)), experts_config())
-
-
-def test_gram_schmidt_needs_no_more_vectors_than_entries() -> None:
-    config = hra_fx.HRAConfig(r=17, apply_GS=True, target_parameters=["experts.gate_up_proj"])
-    message = r"hra_gate_up_proj .*`r` must be at most 16.*, or use longer names in `target_parameters`, which leave it"
-    with pytest.raises(hra_fx.UnsupportedLayerError, match=message):
-        hra_fx.transform(built("qwen3_moe"), config)
-
-
-def test_experts_that_are_also_saved_in_full() -> None:
-    message = (
-        r"`target_parameters` matches .*hra_gate_up_proj' .*\. Use longer names in `target_parameters`, or use a l"
-    )
-    with pytest.raises(hra_fx.SelectionError, match=message):
-        hra_fx.transform(built("qwen3_moe"), experts_config(modules_to_save=["experts"]))
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "longcat_flash.LongcatFlashExperts",
-        "step3p7.Step3p7Experts",
-        "inkling.InklingSharedExperts",
-        "jetmoe.JetMoeParallelExperts",
-    ],
-)
-def test_layouts_that_transformers_does_not_say(kind: str) -> None:
-    """Their source names the sizes of each parameter: the input is the last one."""
-    folder, _, name = kind.partition(".")
-    source = inspect.getsource(
-        getattr(importlib.import_module(f"transformers.models.{folder}.modeling_{folder}"), name)
-    )
-    sizes = re.findall(r"self\.(\w+) = nn\.Parameter\(\s*torch\.empty\((.*?)\)\s*\)", source)
-    assert sizes
-    inputs = {"down_proj": "intermediate", "weight": "input"}
-    assert all(re.search(inputs.get(own, "hidden"), size.split(",")[-1]) for own, size in sizes)
-    assert is_transposed(type(name, (nn.Module,), {})()) is False
 
 
 def test_longcats_experts_equal_dense_ones() -> None:

@@ -93,18 +93,6 @@ def test_a_captured_program_and_a_graph_have_the_same_ranks() -> None:
     assert {row.path: row.r for row in hra_fx.report(graph)} == RANKS
 
 
-def test_it_is_combined() -> None:
-    model = hra_fx.transform(net(), config(rank_pattern={"first": 2}), "a")
-    hra_fx.add_adapter(model, "b", config(r=2, rank_pattern={"1": 6}))
-    randomise(model)
-    x = torch.randn(5, 6, dtype=torch.float64)
-    hra_fx.set_adapter(model, ["a", "b"])
-    expected = model(x)
-    hra_fx.combine(model, ["a", "b"], "both")
-    hra_fx.set_adapter(model, "both")
-    torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
-
-
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
