@@ -131,7 +131,6 @@ class Alike(nn.Module):
     [
         ({"target_modules": ["fc"]}, ["fc", "inner.fc"]),
         ({"target_modules": "fc"}, ["fc"]),
-        ({"target_modules": ["fc"], "exclude_modules": ["inner.fc"]}, ["fc"]),
         ({"target_modules": ["0.1"]}, ["0.1"]),
     ],
 )
