@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -34,10 +33,9 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> set[int]:
     return {id(p) for p in model.parameters() if not torch.equal(p, before[id(p)])}
 
 
-@pytest.mark.parametrize("optimizer_of", [torch.optim.SGD, torch.optim.AdamW])
-def test_one_optimizer_over_all_parameters_trains_each_adapters_own_head_and_vectors(optimizer_of: Any) -> None:
+def test_one_optimizer_over_all_parameters_trains_each_adapters_own_head_and_vectors() -> None:
     plain, model = adapted(net(), a=config("first", **HEAD), b=config("first", "second", r=3, **HEAD))
-    optimizer = optimizer_of(model.parameters(), lr=0.1, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
     heads, x = {}, normal(4, 6)
     for name in ("a", "b", "b", "a"):
         hra_fx.set_adapter(model, name)
@@ -123,7 +121,7 @@ class Twice(nn.Module):
         return self.again(torch.tanh(self.head(self.body(x))))
 
 
-@pytest.mark.parametrize("names", [["head"], ["again"], ["head", "again"]])
+@pytest.mark.parametrize("names", [["again"], ["head", "again"]])
 def test_a_shared_module_is_copied_once(names: list[str]) -> None:
     torch.manual_seed(0)
     plain, model = adapted(Twice().double(), a=config("body", modules_to_save=names), b=config("body"))
@@ -162,15 +160,6 @@ def test_one_with_copies_acts_together_with_one_without() -> None:
     assert_close(model(x), oracle(plain, model, ["b", "a"], x, **head))
 
 
-def test_a_layer_can_be_reflected_once_the_adapter_that_saved_it_is_gone() -> None:
-    plain, model = adapted(net(), a=config("first", bias="all"), b=config("first", **HEAD))
-    hra_fx.delete_adapter(model, "b")
-    hra_fx.add_adapter(model, "c", config("head", init_weights=False))
-    hra_fx.set_adapter(model, "c")
-    x = normal(4, 6)
-    assert_close(model(x), oracle(plain, model, ["c"], x))
-
-
 class Gate(nn.Sequential):
     """Runs its children one by one, and owns a parameter besides."""
 
@@ -182,16 +171,11 @@ class Gate(nn.Sequential):
         return super().forward(x) * self.gain
 
 
-@pytest.mark.parametrize("add", [False, True])
-def test_a_container_that_owns_a_parameter_is_refused(add: bool) -> None:
-    model: Any = nn.Sequential(nn.Linear(6, 8), Gate())
-    act: Callable[[], object] = lambda: hra_fx.transform(model, config("0", modules_to_save=["1"]))  # noqa: E731
-    if add:
-        hra_fx.transform(model, config("0"))
-        act = lambda: hra_fx.add_adapter(model, "b", config("0", modules_to_save=["1"]))  # noqa: E731
+def test_a_container_that_owns_a_parameter_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), Gate())
     text = r"^1 \(Gate\): it is a container with its own tensors \(gain\), which cannot be copied\. Name other"
     with refuses(model, text, hra_fx.UnsupportedLayerError):
-        act()
+        hra_fx.transform(model, config("0", modules_to_save=["1"]))
 
 
 def test_a_copy_that_is_not_finite_is_not_folded() -> None:
@@ -223,14 +207,10 @@ class Net(nn.Module):
 
 
 SETTINGS = {
-    "none": {"bias": "none"},
     "all": {"bias": "all"},
     "hra_only": {"bias": "hra_only"},
-    "modules_to_save": {"modules_to_save": ["head"]},
     "modules_to_save, all": {"modules_to_save": ["head", "norm"], "bias": "all"},
-    "modules_to_save, hra_only": {"modules_to_save": ["norm"], "bias": "hra_only"},
-    "inference": {"inference_mode": True},
-    "inference, modules_to_save": {"inference_mode": True, "modules_to_save": ["head"]},
+    "inference": {"inference_mode": True, "modules_to_save": ["head"]},
 }
 
 
@@ -268,9 +248,8 @@ def test_the_parameters_that_peft_trains_are_trained_and_a_fold_restores_all_fla
     assert flags(hra_fx.fold(model)) == flags(hra_fx.fold(twin)) == before
 
 
-@pytest.mark.parametrize("bias", ["all", "hra_only"])
-def test_inference_mode_freezes_biases_too_which_peft_leaves_trainable(bias: str) -> None:
-    fields = {"inference_mode": True, "bias": bias}
+def test_inference_mode_freezes_biases_too_which_peft_leaves_trainable() -> None:
+    fields = {"inference_mode": True, "bias": "all"}
     assert trained(hra_fx.transform(Net(), with_fields(**fields))) == set()
     assert "conv.bias" in trained_by_peft(fields)
 
@@ -282,18 +261,3 @@ def test_flags_that_the_user_changed_stay_after_a_fold() -> None:
     for part in (model.norm.weight, model.conv.weight, model.head):
         part.requires_grad_(True)
     assert {name for name, flag in flags(hra_fx.fold(model)).items() if not flag} == {"norm.bias"}
-    model = Net()
-    model.head.requires_grad_(False)
-    model = hra_fx.transform(model, with_fields(modules_to_save=["head"]))
-    model.head.weight.requires_grad_(False)
-    assert {name for name, flag in flags(hra_fx.fold(model)).items() if not flag} == {"head.weight", "head.bias"}
-
-
-def test_a_saved_module_stays_the_same_object_and_its_integer_parameters_are_not_trained() -> None:
-    model = Net()
-    head = model.head
-    head.counts = nn.Parameter(torch.zeros(2, dtype=torch.long), requires_grad=False)
-    model = hra_fx.transform(model, with_fields(modules_to_save=["head"]))
-    assert model.head is head
-    assert "head.counts" not in trained(model)
-    assert "head.weight" in trained(model)

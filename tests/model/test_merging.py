@@ -52,7 +52,7 @@ def test_the_others_can_be_trained_while_some_are_merged() -> None:
 
 
 @pytest.mark.parametrize("act", [hra_fx.merge_adapter, hra_fx.fold])
-@pytest.mark.parametrize("wrong", [["b"], ["b", "a"], ["a", "c"]])
+@pytest.mark.parametrize("wrong", [["b", "a"], ["a", "c"]])
 def test_a_subset_out_of_order_is_refused(wrong: list[str], act: Callable[..., Any]) -> None:
     model = three()[1]
     text = (
@@ -85,15 +85,6 @@ def test_switching_unmerges_with_a_warning() -> None:
     x = normal(4, 6)
     assert_close(model(x), oracle(plain, model, ["c", "a"], x))
     assert torch.equal(stored(model, "first.weight"), plain.first.weight)
-
-
-@pytest.mark.parametrize("broken", ["vectors", "weight"])
-def test_a_result_that_is_not_finite_is_refused(broken: str) -> None:
-    model = three()[1]
-    with torch.no_grad():
-        (model.second.hra_u["b"] if broken == "vectors" else stored(model, "second.weight"))[0, 0] = float("nan")
-    with refuses(model, r"^second: the folded weight is not finite\. Check the base weight", hra_fx.FoldError):
-        hra_fx.merge_adapter(model)
 
 
 def test_a_repeated_merge_or_unmerge_only_warns() -> None:
