@@ -76,7 +76,7 @@ def test_the_backward_pass_frees_the_factors_while_the_loss_is_kept() -> None:
 
 
 def test_backward_passes_over_parts_of_a_batch() -> None:
-    """One after the other, again over a kept graph, and an error over one that was freed, as without adapters."""
+    """One after the other, again over a kept graph, and errors over what was freed or changed, as without adapters."""
     base, model = pair(two_outputs, "body|left|right")
     left, right = model(X)
     wanted_left, wanted_right = run_dense(base, model, X)
@@ -91,28 +91,11 @@ def test_backward_passes_over_parts_of_a_batch() -> None:
                 assert_same(mine, oracle)
     with pytest.raises(RuntimeError, match="second time"):
         right.sum().backward()
-
-
-def test_backward_passes_over_two_calls_of_a_layer() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = nn.Linear(6, 6)
-
-        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            return self.body(x), self.body(y)
-
-    base, model = pair(Twice, "body")
-    vectors = model.body.hra_u["default"]
-    for output, wanted in zip(model(X, 2 * X), run_dense(base, model, X, 2 * X), strict=True):
-        (found,) = torch.autograd.grad(output.square().sum(), vectors)
-        assert_same(found, torch.autograd.grad(wanted.square().sum(), vectors, retain_graph=True)[0])
-    first, second = model(X, 2 * X)
-    first.sum().backward()
+    _, right = model(X)
     with torch.no_grad():
-        vectors.mul_(2)
+        model.right.hra_u["default"].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an in-place operation"):
-        second.sum().backward()
+        right.sum().backward()
 
 
 # ---- peak memory of `fold`, `merge_adapter` and `verify=True` on a model of many equal layers ----
@@ -145,35 +128,32 @@ class Allocated(TorchDispatchMode):
         self.live -= size
 
 
-def peak(act: Callable[[nn.Module], object], layers: int, dtype: torch.dtype) -> int:
+def peak(act: Callable[[nn.Module], object], layers: int) -> int:
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False, dtype=dtype) for _ in range(layers)))
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.bfloat16) for _ in range(layers)))
     hra_fx.transform(model, config(*map(str, range(layers)), init_weights=False))
     with Allocated() as allocated:
         act(model)
     return allocated.peak
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_fold_holds_a_few_copies_of_one_layer(dtype: torch.dtype) -> None:
-    few, many = peak(hra_fx.fold, 4, dtype), peak(hra_fx.fold, 40, dtype)
+def test_a_fold_holds_a_few_copies_of_one_layer() -> None:
+    few, many = peak(hra_fx.fold, 4), peak(hra_fx.fold, 40)
     assert 0 < few < 6 * LAYER
     assert many < few + LAYER
-    assert peak(lambda model: hra_fx.plan_fold(model).apply(), 40, dtype) < 6 * LAYER
+    assert peak(lambda model: hra_fx.plan_fold(model).apply(), 40) < 6 * LAYER
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_merge_holds_one_copy_of_each_base_weight(dtype: torch.dtype) -> None:
-    few, many = peak(hra_fx.merge_adapter, 4, dtype), peak(hra_fx.merge_adapter, 40, dtype)
-    weight = WIDTH * WIDTH * dtype.itemsize
+def test_a_merge_holds_one_copy_of_each_base_weight() -> None:
+    few, many = peak(hra_fx.merge_adapter, 4), peak(hra_fx.merge_adapter, 40)
+    weight = WIDTH * WIDTH * torch.bfloat16.itemsize
     assert many < few + 36 * weight + LAYER
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_verification_holds_a_copy_and_its_gradients_in_float64(dtype: torch.dtype) -> None:
+def test_verification_holds_a_copy_and_its_gradients_in_float64() -> None:
     layers = 40
-    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False, dtype=dtype) for _ in range(layers)))
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.bfloat16) for _ in range(layers)))
     with Allocated() as allocated:
         names = map(str, range(layers))
-        hra_fx.transform(model, config(*names), verify=True, example_inputs=torch.randn(2, WIDTH, dtype=dtype))
+        hra_fx.transform(model, config(*names), verify=True, example_inputs=torch.randn(2, WIDTH, dtype=torch.bfloat16))
     assert allocated.peak < 2 * layers * LAYER + 16 * LAYER

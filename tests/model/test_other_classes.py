@@ -9,14 +9,8 @@ import pytest
 import torch
 from model.many import F64, adapted, assert_close, config, normal, oracle, refuses, run
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 import hra_fx
-
-
-class Twice(nn.Module):
-    def forward(self, w: Tensor) -> Tensor:
-        return 2 * w
 
 
 class Scaled(nn.Module):
@@ -74,20 +68,3 @@ def test_a_class_over_ours_is_refused_and_all_works_again_without_it(path: str) 
     hra_fx.fold(model)
     assert_close(run(model, x), later)
     assert [type(part) for part in [*model.modules()][1:]] == [type(part) for part in [*plain.modules()][1:]]
-
-
-def test_a_parametrization_can_be_over_the_model_or_a_plain_layer() -> None:
-    plain, model = adapted(Scaled(), x=config("a"), y=config("b"))
-    x = normal(3, 6)
-    for each in (plain, model):
-        parametrize.register_parametrization(each.c, "weight", Twice())
-        parametrize.register_parametrization(each, "scale", Twice())
-    hra_fx.set_adapter(model, ["x", "y"])
-    wanted, one = oracle(plain, model, ["x", "y"], x), oracle(plain, model, ["y"], x)
-    assert_close(run(model, x), wanted)
-    for part in (plain, model):
-        parametrize.remove_parametrizations(part, "scale")
-    hra_fx.delete_adapter(model, "x")
-    assert_close(run(model, x), one)
-    assert_close(run(hra_fx.fold(model), x), one)
-    assert type(model.c).__name__ == "ParametrizedLinear"
