@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import transformers
 from moe_models import call_of
 from oracles import relative_error
 from torch import Tensor, nn
@@ -36,17 +35,11 @@ class HalfStep(torch.optim.RMSprop):
 
 OPTIMIZERS: dict[str, Any] = {
     "AdamW": AdamW,
-    "AdamW, foreach": partial(AdamW, foreach=True),
     "AdamW, fused": partial(AdamW, fused=True),
     "SGD": partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
-    "RMSprop": partial(torch.optim.RMSprop, lr=0.01),
+    "Adafactor": partial(torch.optim.Adafactor, lr=0.02),
     "Adagrad, which has a state before its first step": partial(torch.optim.Adagrad, lr=0.02),
     "a step around that of the base class": partial(HalfStep, lr=0.02),
-}
-#: These see rows and columns, so the oracle is one parameter with the columns m, d, m, d, ...
-BY_ROWS = {
-    "torch's Adafactor": partial(torch.optim.Adafactor, lr=0.02),
-    "transformers' Adafactor": partial(transformers.Adafactor, lr=0.02, relative_step=False, scale_parameter=False),
 }
 
 

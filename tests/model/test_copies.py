@@ -189,33 +189,12 @@ def test_a_copy_that_is_not_finite_is_not_folded() -> None:
 # ---- which parameters are trained ----
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.norm = nn.BatchNorm2d(4)
-        self.body = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4, bias=False)])
-        self.head = nn.Linear(4, 2)
-        self.bias = nn.Parameter(torch.zeros(2))
-        self.some_bias = nn.Parameter(torch.zeros(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.conv(x)).mean((2, 3))
-        for layer in self.body:
-            x = layer(x)
-        return self.head(x) + self.bias + self.some_bias
-
-
 SETTINGS = {
     "all": {"bias": "all"},
     "hra_only": {"bias": "hra_only"},
     "modules_to_save, all": {"modules_to_save": ["head", "norm"], "bias": "all"},
     "inference": {"inference_mode": True, "modules_to_save": ["head"]},
 }
-
-
-def with_fields(**fields: object) -> hra_fx.HRAConfig:
-    return hra_fx.HRAConfig(r=2, target_modules=["conv", "body.0", "body.1"], **fields)
 
 
 def flags(model: nn.Module) -> dict[str, bool]:
@@ -227,22 +206,22 @@ def trained(model: nn.Module) -> set[str]:
 
 
 def trained_by_peft(fields: dict[str, Any]) -> set[str]:
-    settings = peft.HRAConfig(r=2, target_modules=["conv", "body.0", "body.1"], **fields)
-    names = trained(peft.get_peft_model(Net(), settings))
+    settings = peft.HRAConfig(r=2, target_modules=["first", "second"], **fields)
+    names = trained(peft.get_peft_model(net(), settings))
     plain = {name.replace("base_model.model.", "").replace(".base_layer", "") for name in names}
     return {name.replace(".modules_to_save.default", "") for name in plain}
 
 
 @pytest.mark.parametrize("fields", SETTINGS.values(), ids=SETTINGS.keys())
 def test_the_parameters_that_peft_trains_are_trained_and_a_fold_restores_all_flags(fields: dict[str, Any]) -> None:
-    model = Net()
+    model = net()
     model.norm.weight.requires_grad_(False)
-    model.body[0].weight.requires_grad_(False)
+    model.first.weight.requires_grad_(False)
     before = flags(model)
-    hra_fx.transform(model, with_fields(**fields))
+    hra_fx.transform(model, config("first", "second", **fields))
     assert trained(model) == trained_by_peft(fields)
     if trained(model):
-        model(torch.randn(2, 3, 5, 5)).sum().backward()
+        model(normal(4, 6)).sum().backward()
     assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained(model)
     twin = copy.deepcopy(model)
     assert flags(hra_fx.fold(model)) == flags(hra_fx.fold(twin)) == before
@@ -250,14 +229,14 @@ def test_the_parameters_that_peft_trains_are_trained_and_a_fold_restores_all_fla
 
 def test_inference_mode_freezes_biases_too_which_peft_leaves_trainable() -> None:
     fields = {"inference_mode": True, "bias": "all"}
-    assert trained(hra_fx.transform(Net(), with_fields(**fields))) == set()
-    assert "conv.bias" in trained_by_peft(fields)
+    assert trained(hra_fx.transform(net(), config("first", **fields))) == set()
+    assert "first.bias" in trained_by_peft(fields)
 
 
 def test_flags_that_the_user_changed_stay_after_a_fold() -> None:
-    model = Net()
+    model = net()
     model.norm.requires_grad_(False)
-    hra_fx.transform(model, with_fields())
-    for part in (model.norm.weight, model.conv.weight, model.head):
+    hra_fx.transform(model, config("first"))
+    for part in (model.norm.weight, model.first.weight, model.head):
         part.requires_grad_(True)
     assert {name for name, flag in flags(hra_fx.fold(model)).items() if not flag} == {"norm.bias"}

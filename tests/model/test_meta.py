@@ -71,7 +71,7 @@ def same(model: nn.Module, wanted: nn.Module) -> None:
     assert flags[0] == flags[1]
 
 
-@pytest.mark.parametrize(("name", "give_weights"), zip(NAMES, cycle([filled, assigned]), strict=False))
+@pytest.mark.parametrize(("name", "give_weights"), [*zip(NAMES, cycle([filled, assigned]), strict=False)])
 def test_a_model_adapted_on_meta_starts_bit_for_bit_as_one_with_weights(
     name: str, give_weights: Callable[[nn.Module, nn.Module], nn.Module]
 ) -> None:

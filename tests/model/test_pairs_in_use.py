@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import re
 import warnings
@@ -17,7 +16,6 @@ import pytest
 import torch
 from integrations.peft_acceleration.layers import accelerated, adapted as peft_adapted
 from model.pair_steps import (
-    BY_ROWS,
     F64,
     OPTIMIZERS,
     AdamW,
@@ -45,18 +43,13 @@ from hra_fx.functional.householder import init_vectors
 from hra_fx.functional.pairs import start_length
 
 
-class Stopped(Exception):
-    pass
-
-
-@pytest.mark.parametrize("error", [Stopped, KeyboardInterrupt])
 @pytest.mark.parametrize("scheduler_first", [False, True])
-def test_after_an_error_everything_is_as_before(error: Any, scheduler_first: bool) -> None:
+def test_after_an_interruption_everything_is_as_before(scheduler_first: bool) -> None:
     class Failing(torch.optim.SGD):
         @torch.no_grad()
         def step(self, closure: Any = None) -> Any:
             inside.append(self.param_groups[0]["params"][0].clone())
-            raise error
+            raise KeyboardInterrupt
 
     model, inside = adapted(), []
     optimizer = Failing(vectors_of(model).values())
@@ -66,7 +59,7 @@ def test_after_an_error_everything_is_as_before(error: Any, scheduler_first: boo
     loss_of(model).backward()
     before = values_of(model)
     gradients = [(p.grad, p.grad.clone()) for p in vectors_of(model).values()]
-    with pytest.raises(error):
+    with pytest.raises(KeyboardInterrupt):
         optimizer.step()
     assert not torch.equal(inside[0], next(iter(before.values()))), "it failed in pair coordinates"
     same(values_of(model), before, 1e-300)
@@ -121,22 +114,17 @@ def test_a_step_that_a_scaler_skips_changes_nothing() -> None:
     same(values_of(model), values_of(plain), 1e-6)
 
 
-@pytest.mark.parametrize("scheduler_first", [False, True])
-def test_schedulers_work(scheduler_first: bool) -> None:
+def test_a_scheduler_works() -> None:
     """torch warns if `step` is replaced in another way."""
     model = adapted()
     optimizer = AdamW(vectors_of(model).values())
-    schedulers = [LinearLR(optimizer)] if scheduler_first else []
     train_pairs(optimizer, model)
-    schedulers = schedulers or [LinearLR(optimizer)]
-    assert "closure" in inspect.signature(optimizer.step).parameters
+    scheduler = LinearLR(optimizer)
     rate = optimizer.param_groups[0]["lr"]
     loss_of(model).backward()
-    before = values_of(model)
     optimizer.step()
-    schedulers[0].step()
+    scheduler.step()
     assert optimizer.param_groups[0]["lr"] > rate
-    assert all(not torch.equal(before[name], vectors) for name, vectors in vectors_of(model).items())
 
 
 def test_a_saved_state_continues_and_another_one_is_refused(tmp_path: Path) -> None:
@@ -175,26 +163,13 @@ def test_a_saved_state_continues_and_another_one_is_refused(tmp_path: Path) -> N
         AdapterError, match=r"has a state of steps without pairs. Call train_pairs before the first step"
     ):
         train_pairs(stepped, resumed)
-    loaded = AdamW(vectors_of(resumed).values())
-    loaded.load_state_dict(saved)
-    with pytest.raises(AdapterError, match=r"saved with difference=0.3"):
-        train_pairs(loaded, resumed, 0.1)
-    train_pairs(loaded, resumed, C)
 
 
-class Averaging(torch.optim.SGD):
-    """As schedule-free optimizers: their state has values of the parameters, which `eval` uses."""
-
-    def eval(self) -> None:
-        pass
-
-
-@pytest.mark.parametrize("make", [torch.optim.ASGD, Averaging])
-def test_an_optimizer_that_averages_parameters_steps_vectors(make: Any) -> None:
+def test_an_optimizer_that_averages_parameters_steps_vectors() -> None:
     model = adapted()
     plain = copy.deepcopy(model)
     for each in (model, plain):
-        optimizer = make(vectors_of(each).values(), lr=0.1)
+        optimizer = torch.optim.ASGD(vectors_of(each).values(), lr=0.1)
         if each is model:
             with pytest.warns(HRAWarning, match=r"0.hra_u.default \(the optimizer averages parameters outside of its"):
                 train_pairs(optimizer, model)
@@ -291,10 +266,9 @@ def test_what_is_refused() -> None:
     assert "hra_pair_difference" not in optimizer.param_groups[0]
 
 
-@pytest.mark.parametrize("smallest", [16, 4096])
-def test_the_8_bit_optimizer_of_bitsandbytes(smallest: int) -> None:
-    """With states of 8 bits, and of 32 bits for small tensors; its blocks mix columns, as those of the oracle do."""
-    make = partial(bitsandbytes.optim.AdamW8bit, lr=0.02, min_8bit_size=smallest)
+def test_the_8_bit_optimizer_of_bitsandbytes() -> None:
+    """Its blocks mix columns, as those of the oracle do."""
+    make = partial(bitsandbytes.optim.AdamW8bit, lr=0.02, min_8bit_size=16)
     model, loss = adapted(base().float()), partial(loss_of, dtype=torch.float32)
     wanted = by_oracle(copy.deepcopy(model), make, loss, joint=True)
     plain = copy.deepcopy(model)
@@ -313,13 +287,12 @@ def test_the_8_bit_optimizer_of_bitsandbytes(smallest: int) -> None:
 # ---- steps against an oracle ----
 
 
-@pytest.mark.parametrize("name", [*OPTIMIZERS, *BY_ROWS])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_steps_are_those_of_sums_and_differences(name: str) -> None:
-    joint = name in BY_ROWS
+    """Adafactor sees rows and columns, so the oracle is one parameter with the columns m, d, m, d, ..."""
     model = adapted()
-    wanted = by_oracle(copy.deepcopy(model), (OPTIMIZERS | BY_ROWS)[name], joint=joint)
-    # transformers' Adafactor computes with float32.
-    same(by_pairs(model, (OPTIMIZERS | BY_ROWS)[name]), wanted, 1e-6 if name.startswith("transformers") else 1e-12)
+    wanted = by_oracle(copy.deepcopy(model), OPTIMIZERS[name], joint=name == "Adafactor")
+    same(by_pairs(model, OPTIMIZERS[name]), wanted)
 
 
 def test_experts_and_layers_of_peft() -> None:

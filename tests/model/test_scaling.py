@@ -37,7 +37,7 @@ def output(plain: nn.Module, q: Tensor, x: Tensor) -> Tensor:
     return torch.func.functional_call(plain, {"first.weight": plain.first.weight @ q}, (x,))
 
 
-@pytest.mark.parametrize("alpha", [0, 0.1, 0.5, 0.8, 1, 1.0])
+@pytest.mark.parametrize("alpha", [0, 0.3, 1])
 @pytest.mark.parametrize("fields", FIELDS)
 def test_every_kind_of_adapter_follows_its_geodesic(fields: str, alpha: float) -> None:
     plain, model = one(**FIELDS[fields])
@@ -68,10 +68,9 @@ def test_each_of_several_adapters_has_its_own_scale() -> None:
     assert_close(model(x), output(plain, q, x), 1e-8)
 
 
-@pytest.mark.parametrize("scale", [1, 0.3])
-def test_a_refusal_at_the_second_layer_restores_the_first(scale: float) -> None:
+def test_a_refusal_at_the_second_layer_restores_the_first() -> None:
     model = adapted(net(), a=config("first", "second"))[1]
-    hra_fx.set_scale(model, "a", scale)
+    hra_fx.set_scale(model, "a", 0.3)
     with torch.no_grad():
         model.second.hra_u["a"][:, 1] = 0
     before, x = model.first.hra_u.chain("a").clone(), normal(4, 6)
@@ -79,11 +78,10 @@ def test_a_refusal_at_the_second_layer_restores_the_first(scale: float) -> None:
     with pytest.raises(hra_fx.AdapterError, match=r"^second: adapter 'a': an odd number of reflections"):
         hra_fx.set_scale(model, "a", 0.5)
     assert torch.equal(model.first.hra_u.chain("a"), before)
-    assert [layer.hra_u.scales.get("a", 1) for layer in (model.first, model.second)] == [scale, scale]
     assert torch.equal(model(x), wanted)
 
 
-@pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan"), float("inf"), True, "half", None])
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan"), True, "half"])
 def test_a_scale_that_is_not_in_the_range_is_refused(alpha: Any) -> None:
     model = one()[1]
     text = f"`alpha` must be a number from 0 (base model) to 1 (full adapter), got {alpha!r}."
@@ -95,17 +93,13 @@ def flags(model: nn.Module) -> dict[str, bool]:
     return {key: parameter.requires_grad for key, parameter in model.named_parameters()}
 
 
-def freeze(model: nn.Module) -> None:
-    model.first.hra_u["a"].requires_grad_(False)
-
-
 @pytest.mark.parametrize(
     ("name", "before"),
     [
         ("a", lambda model: None),
         ("b", lambda model: None),  # it is not active
         ("a", lambda model: hra_fx.set_adapter(model, "a", inference_mode=True)),
-        ("a", freeze),
+        ("a", lambda model: model.first.hra_u["a"].requires_grad_(False)),
     ],
     ids=["active", "inactive", "in inference", "frozen by hand"],
 )
@@ -118,16 +112,11 @@ def test_a_scaled_adapter_is_not_trained_and_gets_its_flags_back_at_full_scale(n
         assert not any(flag for key, flag in flags(model).items() if key.endswith(f"hra_u.{name}"))
     hra_fx.set_scale(model, name, 1)
     assert flags(model) == wanted
-
-
-def test_a_scaled_adapter_is_trained_after_switching_only_at_full_scale() -> None:
-    model = adapted(net(), a=config("first"), b=config("second"))[1]
-    hra_fx.set_scale(model, "b", 0.5)
+    hra_fx.set_scale(model, name, 0.5)
     hra_fx.set_adapter(model, ["a", "b"])
-    assert model.first.hra_u["a"].requires_grad
-    assert not model.second.hra_u["b"].requires_grad
-    hra_fx.set_scale(model, "b", 1)
-    assert model.second.hra_u["b"].requires_grad
+    assert not any(flag for key, flag in flags(model).items() if key.endswith(f"hra_u.{name}"))
+    hra_fx.set_scale(model, name, 1)
+    assert all(flag for key, flag in flags(model).items() if key.endswith(f"hra_u.{name}"))
 
 
 def test_states_and_files_have_the_vectors_of_full_scale(tmp_path: Path) -> None:

