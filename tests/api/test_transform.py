@@ -1,8 +1,10 @@
-"""`hra_fx.transform`: what it makes of a model, a second time too, and what it refuses, leaving the model as it was."""
+"""hra_fx.transform: what it makes of a model, a second time too, and what it refuses; the public names agree."""
 
 from __future__ import annotations
 
+import ast
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,7 @@ from adapting import config, mlp, picture, randomise
 from torch import Tensor, nn
 
 import hra_fx
+from hra_fx import errors
 from hra_fx.errors import AdapterError, ConfigError, SelectionError, UnsupportedLayerError
 
 
@@ -26,10 +29,6 @@ class Wrapped(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(x)[..., :4])
-
-
-def keys(model: nn.Module) -> set[str]:
-    return {name for name in model.state_dict() if "hra_u" in name}
 
 
 # ---- what it makes ----
@@ -82,7 +81,7 @@ def test_a_layer_that_was_replaced_is_noticed() -> None:
     with pytest.raises(AdapterError, match=r"and head does not match the configuration\. Fold the model"):
         hra_fx.transform(model, config("body.0", "head"))
     hra_fx.transform(hra_fx.fold(model), config("body.0", "head"))
-    assert {name.split(".hra_u")[0] for name in keys(model)} == {"body.0", "head"}
+    assert [row.path for row in hra_fx.report(model)] == ["body.0", "head"]
 
 
 # ---- what it refuses ----
@@ -105,15 +104,7 @@ def refused(act: Callable[[], object], model: nn.Module, message: str, kind: typ
             "default",
             r"adapter 'default': the model already has an adapter with this name and another configuration",
         ),
-        (
-            "",
-            "head",
-            {},
-            "default",
-            r"adapter 'default': the model already has an adapter with this name and another configuration",
-        ),
         ("", "body.0", {}, "other", r"adapter 'other': body\.0 already has reflections of default.*fold first"),
-        ("", "head", {}, "other", r"adapter 'other': body\.0 already has reflections"),
         ("body", "3", {}, "default", r"0 already has reflections"),
         ("parent", "last", {}, "default", r"model\.body\.0 already has reflections of default"),
     ],
@@ -166,3 +157,31 @@ def test_every_unsupported_layer_is_named_at_once() -> None:
     model = nn.Sequential(*(nn.Linear(4, 4, dtype=dtype) for dtype in (torch.complex64, None, torch.complex64)))
     text = r"^0 \(Linear\): .* Also unsupported: 2\.$"
     refused(lambda: hra_fx.transform(model, config("0", "1", "2")), model, text, UnsupportedLayerError)
+
+
+# ---- public names: what is loaded lazily, what type checkers read, and the errors ----
+
+
+def for_type_checkers() -> dict[str, str]:
+    """Public name -> module, of the imports under `if TYPE_CHECKING`."""
+    tree = ast.parse(inspect.getsource(hra_fx))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    assert all(alias.asname == alias.name for node in imports for alias in node.names)
+    return {alias.name: str(node.module).removeprefix("hra_fx.") for node in imports for alias in node.names}
+
+
+def test_lazy_names_are_those_that_type_checkers_see() -> None:
+    assert for_type_checkers() == hra_fx._HOMES
+
+
+def test_every_error_is_public_and_nothing_else() -> None:
+    assert set(hra_fx.__all__) == {*hra_fx._HOMES, *errors.__all__}
+    assert all(getattr(hra_fx, name) is getattr(errors, name) for name in errors.__all__)
+    defined = {name for name, value in vars(errors).items() if inspect.isclass(value)}
+    assert defined - set(errors.__all__) == {"CaptureError"}  # caught inside the library
+
+
+def test_every_public_name_is_loaded_from_its_home() -> None:
+    for name in hra_fx.__all__:
+        assert getattr(hra_fx, name).__name__ == ("HRAModel" if name == "PeftModel" else name)

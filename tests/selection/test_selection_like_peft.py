@@ -1,4 +1,4 @@
-"""Random configurations on six architectures: PEFT and hra_fx adapt the same layers, or refuse for the same reason.
+"""Random configurations on five architectures: PEFT and hra_fx adapt the same layers, or refuse for the same reason.
 
 `select` and `transform` are compared with `peft.inject_adapter_in_model`; for the task SEQ_CLS `transform` is compared
 with `peft.get_peft_model`, since both leave out the head, which injection alone does not.
@@ -228,7 +228,7 @@ def compare(model: nn.Module, plain: nn.Module, fields: Fields, *, whole: bool) 
     return "groups"
 
 
-@pytest.mark.parametrize("make", [tiny_llama, tiny_bert, tiny_t5, tiny_swin, unet, Nested])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_bert, tiny_t5, tiny_swin, Nested])
 def test_what_peft_adapts_is_adapted_and_what_it_refuses_refused(make: Callable[[], nn.Module]) -> None:
     model = built(make)
     plain, seen = for_peft(model), Counter[str]()
