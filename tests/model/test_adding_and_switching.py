@@ -51,21 +51,28 @@ def test_an_adapter_can_be_added_to_a_disabled_model_and_not_to_a_plain_or_merge
         (["second"], {"modules_to_save": ["head"]}),
     ],
 )
-def test_another_adapter_leaves_the_order(targets: list[str], fields: dict[str, Any], tmp_path: Path) -> None:
+def test_another_adapter_leaves_the_order_and_the_flags(
+    targets: list[str], fields: dict[str, Any], tmp_path: Path
+) -> None:
     """`second` has trained copies before it gets reflections, and `first` the other way round."""
     saved: dict[str, Any] = {"bias": "all", "modules_to_save": ["norm"]}
     model = adapted(net(), a=config("first", **saved), b=config("second"))[1]
-    before = [list(dict(model.named_parameters())), list(model.state_dict())]
+    hra_fx.set_adapter(model, "a")
+
+    def seen() -> list[tuple[str, bool]]:
+        tensors = [*model.named_parameters(), *model.state_dict(keep_vars=True).items()]
+        return [(name, tensor.requires_grad) for name, tensor in tensors]
+
+    before = seen()
     hra_fx.save_adapter(adapted(net(), c=config(*targets, **fields))[1], tmp_path)
     for add in (
         lambda: hra_fx.add_adapter(model, "c", config(*targets, **fields)),
         lambda: hra_fx.load_adapter(model, tmp_path, "c"),
     ):
         add()
-        after = [list(dict(model.named_parameters())), list(model.state_dict())]
-        assert [[name for name in names if "c" not in name.split(".")] for names in after] == before
+        assert [(name, flag) for name, flag in seen() if "c" not in name.split(".")] == before
         hra_fx.delete_adapter(model, "c")
-        assert [list(dict(model.named_parameters())), list(model.state_dict())] == before
+        assert seen() == before
 
 
 # ---- what is made in inference mode can be trained outside of it ----

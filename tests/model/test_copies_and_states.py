@@ -235,13 +235,15 @@ def test_inference_mode_freezes_biases_too_which_peft_leaves_trainable() -> None
     assert "first.bias" in trained_by_peft(fields)
 
 
-def test_flags_that_the_user_changed_stay_after_a_fold() -> None:
+def test_flags_that_the_user_changed_stay_after_a_fold_and_integers_are_not_trained() -> None:
     model = net()
     model.norm.requires_grad_(False)
-    hra_fx.transform(model, config("first"))
-    for part in (model.norm.weight, model.first.weight, model.head):
+    model.head.counts = nn.Parameter(torch.zeros(2, dtype=torch.long), requires_grad=False)
+    hra_fx.transform(model, config("first", modules_to_save=["head"]))
+    assert trained(model) == {"first.hra_u.default", "head.weight", "head.bias"}
+    for part in (model.norm.weight, model.first.weight):
         part.requires_grad_(True)
-    assert {name for name, flag in flags(hra_fx.fold(model)).items() if not flag} == {"norm.bias"}
+    assert {name for name, flag in flags(hra_fx.fold(model)).items() if not flag} == {"norm.bias", "head.counts"}
 
 
 # ---- copies, pickles and state_dicts of a model with several adapters contain all of its state ----

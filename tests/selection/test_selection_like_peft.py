@@ -255,6 +255,7 @@ def test_what_peft_adapts_is_adapted_and_what_it_refuses_refused(make: Callable[
         (Nested, {"target_modules": "all-linear", "exclude_modules": ["eq", "q.7"]}, "adapted"),
         (Nested, {"target_modules": ["q", "conv", "depthwise"]}, "groups"),
         (Nested, {"target_modules": ["conv1d"]}, "adapted"),
+        (Nested, {"target_modules": r"st|.*\.w1"}, "adapted"),
         (Nested, {"target_modules": ["conv1d", "norm"]}, "unsupported"),
         (Nested, {"target_modules": ["w1"], "layers_to_transform": 3}, "no layer"),
         (Nested, {"target_modules": None}, "no default"),
