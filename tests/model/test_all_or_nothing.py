@@ -189,7 +189,6 @@ CHANGES: dict[str, Callable[[Any, Path], object]] = {
     "scale": lambda model, folder: hra_fx.set_scale(model, "a", 0.5),
     "merge": lambda model, folder: hra_fx.merge_adapter(model),
     "disable": lambda model, folder: hra_fx.disable_adapters(model),
-    "another layer": lambda model, folder: setattr(model, "first", nn.Linear(6, 8, dtype=F64)),
     "apply": lambda model, folder: hra_fx.plan_fold(model, "a").apply(),
 }
 

@@ -241,12 +241,6 @@ def test_what_needs_values_is_refused(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_program_captured_on_meta_is_refused() -> None:
-    program = torch.export.export(on_meta(mlp), (torch.ones(2, mlp()[0].in_features, device="meta"),))
-    with pytest.raises(UnsupportedLayerError, match=r"^0: its weight is on the meta device"):
-        hra_fx.transform(program, config("0"))
-
-
 def test_a_copy_of_tied_embeddings_is_untied_on_meta() -> None:
     def make() -> nn.Module:
         sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}

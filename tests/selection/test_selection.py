@@ -242,11 +242,6 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         "its `in_proj_weight` is computed from other parameters",
         "remove_parametrizations",
     ),
-    "attention of several widths": (
-        lambda: nn.MultiheadAttention(6, 2, vdim=4),
-        "its `kdim` or `vdim` differs from `embed_dim`",
-        "target its `out_proj`",
-    ),
     "int8": (lambda: with_weight(torch.ones(6, 6, dtype=torch.int8)), "got torch.int8", "Exclude the layer"),
     "subclass": (
         lambda: with_weight(torch.ones(6, 6).as_subclass(Marked)),
