@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torchvision
 import transformers
 from oracles import dense_q, dense_weight, relative_error
 from torch import Tensor, nn
@@ -64,11 +63,6 @@ def net(dtype: torch.dtype = F64) -> Net:
 def sequential() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 4)).to(F64).eval()
-
-
-def resnet() -> nn.Module:
-    torch.manual_seed(0)
-    return torchvision.models.resnet18(num_classes=5).to(F64).eval()
 
 
 def llama(**options: Any) -> nn.Module:

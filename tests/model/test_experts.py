@@ -75,35 +75,23 @@ def test_merge_disable_and_scale(name: str) -> None:
     with hra_fx.disable_adapters(model):
         assert torch.equal(logits_of(name, model), base)
     hra_fx.set_scale(model, "default", 0.5)
-    half = logits_of(name, model)
-    assert relative_error(half, wanted) > 0.01 and relative_error(half, base) > 0.01
+    assert relative_error(logits_of(name, model), wanted) > 0.01
+    # Half of it, folded, and half again is the whole.
+    again = hra_fx.transform(hra_fx.fold(copy.deepcopy(model)), experts_config())
+    randomise(again)
+    hra_fx.set_scale(again, "default", 0.5)
+    assert relative_error(logits_of(name, again), wanted) <= 1e-9
     hra_fx.set_scale(model, "default", 0)
     assert relative_error(logits_of(name, model), base) <= 1e-12
     hra_fx.set_scale(model, "default", 1)
     assert torch.equal(logits_of(name, model), wanted)
 
 
-def test_half_scale_twice_is_full_scale() -> None:
-    model = model_of("qwen3_moe")
-    wanted = logits_of("qwen3_moe", model)
-    hra_fx.set_scale(model, "default", 0.5)
-    hra_fx.fold(model)
-    again = hra_fx.transform(model, experts_config())
-    randomise(again)
-    hra_fx.set_scale(again, "default", 0.5)
-    assert relative_error(logits_of("qwen3_moe", again), wanted) <= 1e-9
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_several_adapters_in_order(name: str) -> None:
     model = model_of(name)
     alone = logits_of(name, model)
-    hra_fx.add_adapter(model, "b", experts_config(r=4, target_modules=["q_proj"]))
-    with torch.no_grad():
-        for parameter, vectors in model.named_parameters():
-            if parameter.endswith(".hra_u.b"):
-                vectors.normal_()
-    assert torch.equal(logits_of(name, model), alone)
+    hra_fx.add_adapter(model, "b", experts_config(r=4, target_modules=["q_proj"], init_weights=False))
     hra_fx.set_adapter(model, ["default", "b"])
     both = logits_of(name, model)
     hra_fx.set_adapter(model, ["b", "default"])
@@ -112,19 +100,16 @@ def test_several_adapters_in_order(name: str) -> None:
     hra_fx.set_adapter(model, "ab")
     assert relative_error(logits_of(name, model), both) <= 1e-12
     hra_fx.set_adapter(model, ["default", "b"])
-    partly = copy.deepcopy(model)
-    hra_fx.fold(partly, ["default"])
+    partly = hra_fx.fold(copy.deepcopy(model), ["default"])
     assert relative_error(logits_of(name, partly), both) <= 1e-12
-    for adapter in ("ab", "b"):
-        hra_fx.delete_adapter(model, adapter)
-    hra_fx.set_adapter(model, "default")
+    hra_fx.delete_adapter(model, "ab")
+    hra_fx.delete_adapter(model, "b")
     assert torch.equal(logits_of(name, model), alone)
     hra_fx.delete_adapter(model, "default")
     assert list(model.state_dict()) == list(base_of(name).state_dict())
 
 
-@pytest.mark.parametrize("fields", [{}, {"apply_GS": True}, {"r": 3}], ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "fields"), [("qwen3_moe", {"r": 3}), ("llama4", {"apply_GS": True})])
 def test_files(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
     model = model_of(name, **fields)
     wanted = logits_of(name, model)
@@ -138,27 +123,15 @@ def test_files(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
     randomise(loaded, seed=4)
     hra_fx.load_adapter(loaded, tmp_path, is_trainable=True)
     assert relative_error(logits_of(name, loaded), wanted) <= 1e-12
-    hra_fx.add_adapter(loaded, "other", experts_config())
     hra_fx.load_adapter(loaded, tmp_path, "third")
     hra_fx.set_adapter(loaded, "third")
     assert relative_error(logits_of(name, loaded), wanted) <= 1e-12
 
 
-def test_verify_and_train() -> None:
-    call = call_of("qwen3_moe")
-    model = hra_fx.transform(base_of("qwen3_moe"), experts_config(), verify=True, example_inputs=call)
-    optimizer = torch.optim.SGD(vectors_of(model).values(), lr=0.1)
-    losses = []
-    for _ in range(4):
-        loss = model(**call, labels=call["input_ids"]).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0]
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
-        name for name in dict(model.named_parameters()) if ".hra_u." in name
-    ]
+def test_verify() -> None:
+    model = hra_fx.transform(base_of("qwen3_moe"), experts_config(), verify=True, example_inputs=call_of("qwen3_moe"))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == [name for name, _ in model.named_parameters() if ".hra_u." in name]
 
 
 def test_report_and_pictures(tmp_path: Path) -> None:
@@ -173,35 +146,22 @@ def test_report_and_pictures(tmp_path: Path) -> None:
     vectors = next(iter(vectors_of(model).values())).detach()
     dense = torch.block_diag(*(dense_product(own) for own in vectors))
     assert abs(row.rotation - float((dense - torch.eye(len(dense))).norm())) < 1e-9
-    for ending in ("html", "svg", "mmd", "dot", "graphml"):
-        hra_fx.visualize(model, tmp_path / f"picture.{ending}")
-    assert hra_fx.to_networkx(model).number_of_nodes() > 0
+    hra_fx.visualize(model, tmp_path / "picture.html")
     assert len(hra_fx.graphs(model)) == 4
     assert float(hra_fx.orthogonality_loss(model).detach()) > 0
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing(_kwargs)?` is deprecated:FutureWarning")
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing(use_reentrant: bool) -> None:
+def test_gradient_checkpointing() -> None:
     model = model_of("qwen3_moe")
     wanted = gradients(model)
     for part in model.modules():
         if hasattr(part, "attention_dropout"):
             part.attention_dropout = 0.0
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     found = gradients(model.train())
-    for name, gradient in wanted.items():
-        assert relative_error(found[name], gradient) <= 1e-9
-
-
-@pytest.mark.slow  # test_products.py compiles the experts alone
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # in TorchDynamo
-def test_compilation() -> None:
-    model = model_of("qwen3_moe")
-    wanted = gradients(model)
-    found = gradients(model, torch.compile(model, backend="aot_eager"))
     for name, gradient in wanted.items():
         assert relative_error(found[name], gradient) <= 1e-9
 
@@ -211,17 +171,6 @@ def gradients(model: nn.Module, call: Any = None) -> dict[str, Tensor]:
     model.zero_grad()
     (model if call is None else call)(**call_of("qwen3_moe")).logits.square().sum().backward()
     return {name: vectors.grad.clone() for name, vectors in vectors_of(model).items()}
-
-
-def test_graphs() -> None:
-    call = call_of("qwen3_moe")
-    model = hra_fx.transform(built("qwen3_moe", implementation="batched_mm"), experts_config())
-    randomise(model)
-    graph = hra_fx.graphs(model, call)[""]
-    torch.testing.assert_close(graph(**call).logits, model(**call).logits, rtol=1e-9, atol=1e-10)
-    wanted = gradients(model)
-    for name, gradient in gradients(model, graph).items():
-        assert relative_error(gradient, wanted[name]) <= 1e-9
 
 
 def test_saved_in_full_by_another_adapter() -> None:

@@ -13,14 +13,13 @@ import pytest
 import tiny_models as tiny
 import torch
 from adapting import picture
-from model.many import adapted, assert_close, normal, oracle
+from model.many import normal
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import hra_fx
 import hra_fx.model.inject
-from hra_fx.errors import AdapterError, HRAWarning, VerificationError
-from hra_fx.layers.variants import LinearAdapters
+from hra_fx.errors import AdapterError, VerificationError
 
 X = normal(4, 6)
 IMAGES = normal(3, 3, 8, 8)
@@ -47,23 +46,18 @@ class Two(nn.Module):
         return self.second(torch.tanh(self.first(x))) if float(x.detach().sum()) < 1e9 else x
 
 
-class Cnn(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = nn.Sequential(
-            nn.ReLU(inplace=True),
-            nn.Conv2d(3, 6, 3, padding=1, stride=2),
-            nn.BatchNorm2d(6),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(6, 8, 3, groups=2, dilation=2, padding="same", padding_mode="reflect"),
-            nn.Dropout2d(0.3),
-        )
-        self.first = nn.Linear(8, 6)
-        self.second = nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.features(x).mean(dim=(2, 3))
-        return self.second(nn.functional.dropout(self.first(hidden), 0.2, self.training))
+def cnn() -> nn.Sequential:
+    return nn.Sequential(
+        nn.ReLU(inplace=True),
+        nn.Conv2d(3, 6, 3, padding=1, stride=2),
+        nn.BatchNorm2d(6),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(6, 8, 3, groups=2, dilation=2, padding="same", padding_mode="reflect"),
+        nn.Dropout2d(0.3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    )
 
 
 def targets(model: nn.Module) -> list[str]:
@@ -97,12 +91,9 @@ def mixtral() -> Any:
 
 GOOD: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any]]] = {
     "anchored": (Two, X.float(), {"r": 3, "apply_GS": True}),
-    "no training": (Two, X.float(), {"inference_mode": True}),
-    "cnn with a trained head": (Cnn, IMAGES.float(), {"target_modules": ["first"], "modules_to_save": ["second"]}),
-    "biases": (Cnn, IMAGES.float(), {"bias": "all"}),
+    "cnn with a trained head": (cnn, IMAGES.float(), {"target_modules": ["1", "4"], "modules_to_save": ["8"]}),
     "bert with labels": (tiny.bert, TOKENS | {"labels": torch.tensor([0, 1])}, {"target_modules": "all-linear"}),
     "tied llama": (lambda: tiny.llama(tie_word_embeddings=True), TOKENS, {"target_modules": ["q_proj", "lm_head"]}),
-    "t5": (tiny.t5, {"input_ids": IDS, "labels": IDS}, {"target_modules": ["q", "k", "v", "o", "wi", "wo"]}),
     "mixtral": (mixtral, TOKENS, {"target_modules": ["q_proj", "o_proj", "lm_head"]}),
 }
 
@@ -126,13 +117,6 @@ def test_correct_models_pass_and_are_not_changed(name: str, dtype: torch.dtype) 
     flags = [[(n, p.requires_grad, p.grad is None) for n, p in each.named_parameters()] for each in (model, twin)]
     assert flags[0] == flags[1]
     assert random.getstate() == state[1] and (np.random.get_state()[1] == state[2]).all()
-
-
-def test_a_verified_model_equals_the_oracle() -> None:
-    config = hra_fx.HRAConfig(r=2, target_modules=["first", "second"])
-    plain, model = adapted(fresh(Two()), default=config)
-    hra_fx.transform(model, config, example_inputs=X, verify=True)
-    assert_close(model(X), oracle(plain, model, ["default"], X))
 
 
 class Draws(Two):
@@ -179,12 +163,6 @@ class Rounded(Two):
         return super().forward(x)
 
 
-class Shared(Two):
-    def __init__(self) -> None:
-        super().__init__()
-        self.second = self.first
-
-
 @dataclasses.dataclass
 class Output:
     value: Tensor
@@ -196,7 +174,7 @@ class Structured(Two):
         return {"out": [Output(super().forward(x))], "label": "text", "count": 3}
 
 
-@pytest.mark.parametrize("make", [Draws, Rotary, InPlace, Rounded, Shared, Structured])
+@pytest.mark.parametrize("make", [Draws, Rotary, InPlace, Rounded, Structured])
 def test_unusual_forwards_pass(make: Any) -> None:
     torch.manual_seed(0)
     model, example = make(), X.float()
@@ -206,60 +184,34 @@ def test_unusual_forwards_pass(make: Any) -> None:
     assert not getattr(model, "mean", torch.zeros(1)).any()
 
 
-def test_warnings_of_the_fold_are_not_shown() -> None:
-    model = tiny.llama(tie_word_embeddings=True)
-    verified(model, TOKENS, target_modules=["lm_head"])
-    assert model.config.tie_word_embeddings and model.lm_head.hra_base is model.model.embed_tokens.weight
-    with pytest.warns(HRAWarning, match="untied: lm_head"):
-        hra_fx.fold(model)
-
-
 # Refusals
 
 
-def wrong(
-    monkeypatch: pytest.MonkeyPatch, change: Callable[[nn.Module, Tensor], Tensor], layer: nn.Module | None = None
-) -> None:
-    """Let `transform` make reflections of this layer, or of all layers, whose output is changed."""
+def wrong(layer: nn.Module, change: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    """Change the output of a layer while it has adapters, so that it is not that of its folded weight."""
 
-    class Wrong(LinearAdapters):
-        def forward(self, input: Tensor) -> Tensor:
-            return change(self, super().forward(input))
+    def hook(part: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return change(part, output) if hasattr(part, "hra_u") else output
 
-    def make(given: nn.Module, **options: Any) -> Any:
-        reflection = ours(given, **options)
-        if layer is None or given is layer:
-            reflection.__class__ = Wrong
-        return reflection
-
-    ours = hra_fx.model.inject.adapters_for
-    monkeypatch.setattr(hra_fx.model.inject, "adapters_for", make)
+    layer.register_forward_hook(hook)
 
 
-def crash(reflection: nn.Module, output: Tensor) -> Tensor:
+def crash(part: nn.Module, output: Tensor) -> Tensor:
     raise ZeroDivisionError("by design")
 
 
-class Blocks(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.right = (nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6)) for _ in range(2))
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.right(self.left(x)))
+def blocks() -> nn.Sequential:
+    return fresh(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)))
 
 
-@pytest.mark.parametrize("layer", ["left.2", "right.0", "head"])
-def test_the_first_module_whose_output_differs_is_named(monkeypatch: pytest.MonkeyPatch, layer: str) -> None:
-    model = fresh(Blocks())
-    wrong(monkeypatch, lambda _, output: output * 1.01, model.get_submodule(layer))
+@pytest.mark.parametrize("layer", ["0", "2", "4"])
+def test_the_first_module_whose_output_differs_is_named(layer: str) -> None:
+    model = blocks()
+    wrong(model.get_submodule(layer), lambda _, output: output * 1.01)
     assert refused(model, X) == (
         f"{layer}: in train mode, its outputs with adapters and with folded weights differ. The model is "
         "unchanged. Leave the layers out with exclude_modules, and please open an issue."
     )
-    monkeypatch.undo()
-    verified(model, X)
 
 
 @pytest.mark.parametrize(
@@ -267,38 +219,38 @@ def test_the_first_module_whose_output_differs_is_named(monkeypatch: pytest.Monk
     [
         (
             lambda _, output: output.detach(),
-            "left.0: in train mode, the gradient of its vectors 'default' is missing. ",
+            "0: in train mode, the gradient of its vectors 'default' is missing. ",
         ),
         (
             lambda _, output: (output + output.detach()) / 2,
-            "left.0: in train mode, the gradient of its vectors 'default' is wrong. ",
+            "0: in train mode, the gradient of its vectors 'default' is wrong. ",
         ),
         (crash, "the model: in train mode, it runs with folded weights, but not with adapters (ZeroDivision"),
     ],
     ids=["missing", "wrong", "crash"],
 )
-def test_wrong_gradients_and_errors_are_reported(monkeypatch: pytest.MonkeyPatch, change: Any, text: str) -> None:
+def test_wrong_gradients_and_errors_are_reported(change: Any, text: str) -> None:
     """The gradients of the layers before a wrong one are wrong too, so the first one is named."""
-    model = fresh(Blocks())
-    wrong(monkeypatch, change, model.left[2])
+    model = blocks()
+    wrong(model[2], change)
     with torch.inference_mode():
         assert refused(model, X).startswith(text)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("training", [True, False])
-def test_both_modes_are_compared(monkeypatch: pytest.MonkeyPatch, mode: str, training: bool) -> None:
-    wrong(monkeypatch, lambda part, output: output * (1.01 if part.training is (mode == "train") else 1.0))
-    assert f"in {mode} mode, its outputs with adapters and with folded weights differ" in refused(
-        fresh(Two()).train(training), X
-    )
+def test_both_modes_are_compared(mode: str, training: bool) -> None:
+    model = fresh(Two()).train(training)
+    wrong(model.first, lambda part, output: output * (1.01 if part.training is (mode == "train") else 1.0))
+    assert f"in {mode} mode, its outputs with adapters and with folded weights differ" in refused(model, X)
 
 
 @pytest.mark.parametrize("make", [Rounded, Structured])
-def test_float32_and_structured_outputs_are_compared(monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
+def test_float32_and_structured_outputs_are_compared(make: Any) -> None:
     torch.manual_seed(0)
-    wrong(monkeypatch, lambda _, output: output * 1.01)
-    assert "in train mode, its outputs with adapters and with folded weights differ" in refused(make(), X.float())
+    model = make()
+    wrong(model.first, lambda _, output: output * 1.01)
+    assert "in train mode, its outputs with adapters and with folded weights differ" in refused(model, X.float())
 
 
 class NoTensor(Two):
@@ -311,11 +263,10 @@ def test_unsuitable_example_inputs_are_refused() -> None:
         "example_inputs: in train mode, NoTensor returns no floating-point tensor to compare. Pass other inputs, or "
         "leave verify out."
     )
-    model = Cnn()
-    model.features.append(nn.AdaptiveAvgPool2d(1)).append(nn.BatchNorm2d(8))
+    model = nn.Sequential(*cnn()[:7], nn.BatchNorm2d(8), nn.Flatten())
     message = refused(model.eval(), IMAGES[:1].float())
-    assert message.startswith("example_inputs: in train mode, Cnn fails on them without adapters (ValueE")
+    assert message.startswith("example_inputs: in train mode, Sequential fails on them without adapters (ValueE")
     assert message.endswith("Pass inputs that work with the base model in both modes.")
     verified(model.eval(), IMAGES.float())
-    assert not model.training and not model.features[2].training
+    assert not any(part.training for part in model.modules())
     assert refused(Two(), None, AdapterError).startswith("verify=True needs `example_inputs`")

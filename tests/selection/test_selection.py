@@ -1,85 +1,180 @@
-"""What `select` returns; `test_selection_like_peft.py` compares it with PEFT."""
+"""What is selected and what is refused: defaults, messages, warnings. Another file compares the selection with PEFT."""
 
 from __future__ import annotations
 
+import re
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
-from named_models import Nested, built, tiny_opt
+import torch
+import torch.nn.functional as F
+import transformers
+from adapting import config
+from named_models import Nested, built, tiny_bert, tiny_opt, tiny_vit
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_HRA_TARGET_MODULES_MAPPING as PEFT_DEFAULTS
-from torch import nn
+from refusals import mlp, refused
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
+import hra_fx
 from hra_fx.config import HRAConfig
-from hra_fx.errors import SelectionError
+from hra_fx.errors import HRAWarning, SelectionError, UnsupportedLayerError
 from hra_fx.selection.origin import DEFAULT_TARGETS
-from hra_fx.selection.select import is_target, resolve_targets, saved_modules, select
+from hra_fx.selection.select import select
+
+Case = tuple[Callable[[], nn.Module], dict[str, Any], str]
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "path", "expected"),
-    [
-        ({"target_modules": ["q"]}, "a.q", True),
-        ({"target_modules": ["q"]}, "a.seq", False),
-        ({"target_modules": ["q"]}, "q.a", False),
-        ({"target_modules": ["a.q"]}, "b.a.q", True),
-        ({"target_modules": ["a.q"]}, "aa.q", False),
-        ({"target_modules": "q"}, "a.q", False),
-        ({"target_modules": r".*\.q"}, "a.q.b", False),
-        ({"target_modules": None}, "q", False),
-        ({"target_modules": ".*"}, "", False),
-        ({"target_modules": [""]}, "", False),
-        ({"target_modules": ["q"], "exclude_modules": ["a.q"]}, "b.a.q", False),
-        ({"target_modules": ["q"], "exclude_modules": ["a"]}, "a.q", True),
-        ({"target_modules": ["q"], "exclude_modules": "a.*"}, "a.q", False),
-        ({"target_modules": ["q"], "modules_to_save": ["a"]}, "b.a.c.q", False),
-        ({"target_modules": ["q"], "modules_to_save": ["a"]}, "b.aa.q", True),
-        ({"target_modules": ["q"], "layers_to_transform": 1}, "m.h.1.q", True),
-        ({"target_modules": ["q"], "layers_to_transform": 1}, "h.1.q", False),
-        ({"target_modules": ["q"], "layers_to_transform": 1, "layers_pattern": "h"}, "h.1.q", True),
-        ({"target_modules": ["q"], "layers_to_transform": 1, "layers_pattern": ["x", "h"]}, "h.1.q", True),
-        ({"target_modules": ["q"], "layers_to_transform": 1, "layers_pattern": "e"}, "m.h.0.e.1.q", True),
-        ({"target_modules": ["m.h.0.q"], "layers_to_transform": 1}, "m.h.0.q", True),
-        ({"target_modules": ["1"], "layers_to_transform": 1}, "m.h.1", False),
-        ({"target_modules": ".*"}, "a.q.hra_u", False),
-        ({"target_modules": ".*"}, "a.hra_unlike", True),
-    ],
+def bare_linear() -> nn.Module:
+    return nn.Linear(2, 2)
+
+
+NO_NAME: list[Case] = [
+    (
+        tiny_bert,
+        {"target_modules": ["qeury"]},
+        "`target_modules=['qeury']` matches no module of BertForSequenceClassification. Did you mean 'query'?",
+    ),
+    (tiny_bert, {"target_modules": ["self.qery"]}, "Did you mean 'self.query' or 'self.key' or 'self.value'?"),
+    (tiny_bert, {"target_modules": "qeury"}, "Did you mean ['query']?"),
+    (
+        tiny_bert,
+        {"target_modules": "query"},
+        "A str must match the full path as a regex. To match the end of a path, use the list ['query'].",
+    ),
+    (
+        tiny_bert,
+        {"target_modules": [".*query"]},
+        "In a list, '.*query' is a name and not a regex. Use the str",
+    ),
+    (
+        tiny_bert,
+        {"target_modules": []},
+        "`target_modules=[]` is empty. The layers of BertForSequenceClassification are called",
+    ),
+    (tiny_opt, {"target_modules": ["("]}, "Available names:"),
+    (Nested, {}, "because there is no default for Nested, which has no `config.model_type`. Its layers are"),
+    (tiny_vit, {}, "`target_modules` is required, because there is no default for model_type 'vit'. Its layers are"),
+    (nn.ReLU, {"target_modules": ["q"]}, "ReLU has no layer that can be adapted. Supported layers: nn.Linear, nn"),
+    (bare_linear, {"target_modules": "all-linear"}, "The model itself is a layer (Linear), and only layers inside a"),
+]
+ALL_LEFT_OUT: list[Case] = [
+    (
+        tiny_opt,
+        {"layers_to_transform": [7]},
+        "`target_modules=['q_proj', 'v_proj']`, the default for 'opt', matches 6 modules such as "
+        "'model.decoder.layers.0.self_attn.v_proj', but none is left after layers_to_transform=[7]. "
+        "Their layer indices are 0 to 2.",
+    ),
+    (
+        Nested,
+        {"target_modules": ["head"], "exclude_modules": "he.*"},
+        "['head']` matches 1 module such as 'head', but none is left after exclude_modules='he.*'.",
+    ),
+]
+WRONG_TYPE: list[Case] = [
+    (
+        tiny_bert,
+        {"target_modules": ["attention"]},
+        "bert.encoder.layer.0.attention: `target_modules` matches this BertAttention, but only nn.Linear, nn.Conv1d to "
+        "nn.Conv3d, nn.MultiheadAttention and transformers' Conv1D can be adapted. To adapt the layers inside it, use "
+        "target_modules=['bert.encoder.layer.0.attention.self.query', 'bert.encoder.layer.0.attention.self.key', "
+        "'bert.encoder.layer.0.attention.self.value', 'bert.encoder.layer.0.attention.output.dense'].",
+    ),
+    (Nested, {"target_modules": ["embed"]}, "Remove it from `target_modules`, or add exclude_modules=['embed']."),
+]
+TO_SAVE: list[Case] = [
+    (
+        tiny_bert,
+        {"modules_to_save": ["clasifier"]},
+        "`modules_to_save`: there is no module 'clasifier'. Did you mean 'classifier'?",
+    ),
+    (
+        Nested,
+        {"target_modules": ["sub_head"], "modules_to_save": ["head"]},
+        "sub_head: a layer cannot be both adapted and saved in full, but `target_modules` matches 'sub_head' and "
+        "`modules_to_save=['head']` matches 'sub_head'. Add exclude_modules=['sub_head'], or use a longer name",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "kwargs", "message"), NO_NAME + ALL_LEFT_OUT + WRONG_TYPE + TO_SAVE)
+def test_messages(make: Callable[[], nn.Module], kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(SelectionError, match=re.escape(message)) as caught:
+        select(built(make), HRAConfig(**kwargs))
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("excluded", [["fc3"], "fc1"])
+def test_unused_exclusion_warns(excluded: Any) -> None:
+    config = HRAConfig(target_modules=["fc1"], exclude_modules=excluded)
+    with pytest.warns(HRAWarning, match="`exclude_modules=.*` matches no module") as caught:
+        hra_fx.transform(tiny_opt(), config)
+    assert len(caught) == 1
+
+
+def mixtral() -> nn.Module:
+    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**sizes, num_attention_heads=2, num_local_experts=3)
+    )
+
+
+def warned(model: nn.Module, **fields: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert select(model, HRAConfig(**fields))
+    assert all(warning.category is HRAWarning for warning in caught)
+    return [str(warning.message) for warning in caught]
+
+
+def test_each_name_that_matches_nothing_is_named_once() -> None:
+    model = built(tiny_bert)
+    assert warned(model, target_modules=["query", "valeu", "self.kye"]) == [
+        "`target_modules`: the entry 'self.kye' matches no module of BertForSequenceClassification. Did you mean "
+        "'self.key' or 'self.value' or 'self.query'?",
+        "`target_modules`: the entry 'valeu' matches no module of BertForSequenceClassification. Did you mean 'value'?",
+    ]
+    # Names that match something are silent, also where another field excludes it.
+    quiet = {"exclude_modules": ["value"], "modules_to_save": ["classifier"], "layers_to_transform": [0]}
+    assert warned(model, target_modules=["query", "value", "classifier"], **quiet) == []
+    assert warned(model, target_modules=r".*(query|valeu)") == []
+    assert warned(built(Nested), target_modules=["layers.1.seq", "encoder.again.seq"]) == []  # one layer
+    # So is a saved adapter, which may list the default names of its architecture.
+    assert warned(model, target_modules=["query", "valeu"], inference_mode=True) == []
+
+
+EXPERTS = (
+    "'gate_up_proj' is a 3-D parameter of MixtralExperts, which `target_modules` does not select. Use "
+    "target_parameters=['experts.gate_up_proj']."
 )
-def test_is_target(kwargs: dict[str, Any], path: str, expected: bool) -> None:
-    assert is_target(HRAConfig(**kwargs), path) is expected
 
 
-def test_is_target_with_resolved_targets() -> None:
-    config = HRAConfig(target_modules="all-linear", exclude_modules=["fc2"])
-    targets = resolve_targets(built(tiny_opt), config)
-    assert is_target(config, "model.decoder.layers.0.fc1", targets)
-    assert not is_target(config, "model.decoder.layers.0.fc2", targets)
+def test_the_name_of_a_parameter_says_what_to_write_instead() -> None:
+    with pytest.raises(SelectionError) as caught:
+        select(mixtral(), HRAConfig(target_modules=["gate_up_proj", "down_proj"]))
+    assert str(caught.value) == (
+        "`target_modules=['down_proj', 'gate_up_proj']` matches no module of MixtralForCausalLM. 'down_proj' and "
+        "'gate_up_proj' are 3-D parameters of MixtralExperts, which `target_modules` does not select. Use "
+        "target_parameters=['experts.gate_up_proj', 'experts.down_proj']."
+    )
+    assert warned(mixtral(), target_modules=["q_proj", "gate_up_proj"]) == [
+        f"`target_modules`: the entry 'gate_up_proj' matches no module of MixtralForCausalLM. {EXPERTS}"
+    ]
+    with pytest.raises(SelectionError) as caught:
+        select(mixtral(), HRAConfig(target_modules=["experts"]))
+    assert str(caught.value).endswith(
+        "Its weights are 3-D parameters. Use target_parameters=['experts.gate_up_proj', 'experts.down_proj']."
+    )
 
 
 def test_default_targets_are_pefts() -> None:
     assert {name: t if isinstance(t, str) else list(t) for name, t in DEFAULT_TARGETS.items()} == PEFT_DEFAULTS
-
-
-class Configured(nn.Module):
-    """A model whose `config` is what it is given."""
-
-    def __init__(self, config: object) -> None:
-        super().__init__()
-        self.config = config
-        self.layers = nn.ModuleList(nn.ModuleDict({"q_proj": nn.Linear(2, 2), "o": nn.Linear(2, 2)}) for _ in range(2))
-
-
-class Typed:
-    model_type = "opt"
-
-
-@pytest.mark.parametrize("config", [{"model_type": "opt"}, Typed()])
-def test_default_targets_by_every_kind_of_config(config: object) -> None:
-    assert list(select(Configured(config), HRAConfig())) == ["layers.0.q_proj", "layers.1.q_proj"]
-
-
-def test_a_layer_on_two_paths_is_listed_once() -> None:
-    chosen = select(built(Nested), HRAConfig(target_modules=["seq"]))
-    assert list(chosen) == [*(f"layers.{i}.seq" for i in range(3)), *(f"encoder.h.{i}.seq" for i in range(2))]
 
 
 def test_what_an_earlier_adapter_added_is_not_selected() -> None:
@@ -92,8 +187,116 @@ def test_what_an_earlier_adapter_added_is_not_selected() -> None:
             select(model, HRAConfig(**fields))
 
 
-def test_saved_modules_end_with_an_entry() -> None:
-    model = built(Nested)
-    assert list(saved_modules(model, HRAConfig(modules_to_save=["head"]))) == ["head", "sub_head"]
-    assert "encoder.again.norm" in saved_modules(model, HRAConfig(modules_to_save=["norm"]))
-    assert saved_modules(model, HRAConfig()) == {}
+# ---- layers and models that cannot be adapted: the message, and that the model is unchanged ----
+
+
+# ---- the layer itself ----
+
+
+class OwnCall(nn.Linear):
+    """Bypasses forward."""
+
+    def __call__(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight)
+
+
+def with_layer(layer: nn.Module) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(plain=nn.Linear(6, 6), odd=layer))
+
+
+def with_instance_forward() -> nn.Module:
+    layer = nn.Linear(6, 6)
+    layer.forward = lambda x: x
+    return layer
+
+
+def with_old_tp_plan() -> nn.Module:
+    layer: Any = nn.Linear(6, 6)
+    layer._hf_tp_plan = "colwise"  # as transformers 5.0 to 5.15 sets it
+    return layer
+
+
+def with_weight(weight: Tensor) -> nn.Module:
+    layer = nn.Linear(6, 6)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+class Marked(Tensor):
+    """A tensor subclass, such as a quantized or distributed one is."""
+
+
+#: name -> (layer, reason, what to do)
+LAYERS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
+    "instance forward": (with_instance_forward, "its `forward` is set on the instance", "Delete it, or exclude"),
+    "old tp_plan": (with_old_tp_plan, "splits it without DTensor", "Use transformers 5.16 or later"),
+    "own call": (lambda: OwnCall(6, 6), "its class overrides `__call__`", "`exclude_modules`"),
+    "LazyLinear": (lambda: nn.LazyLinear(6), "not initialized", "Run the model once first"),
+    "weight_norm": (
+        lambda: parametrizations.weight_norm(nn.Linear(6, 6)),
+        "its `weight` is computed from other parameters in each call, so it cannot be folded. ",
+        "remove_parametrizations",
+    ),
+    "orthogonal, attention": (
+        lambda: parametrizations.orthogonal(nn.MultiheadAttention(6, 2), "in_proj_weight"),
+        "its `in_proj_weight` is computed from other parameters",
+        "remove_parametrizations",
+    ),
+    "int8": (lambda: with_weight(torch.ones(6, 6, dtype=torch.int8)), "got torch.int8", "Exclude the layer"),
+    "subclass": (
+        lambda: with_weight(torch.ones(6, 6).as_subclass(Marked)),
+        "its weight must be a plain floating-point tensor, got Marked",
+        "Exclude the layer",
+    ),
+    "packed": (lambda: with_weight(torch.ones(18, 2)), "must have shape (6, 6), got (18, 2)", "Exclude the layer"),
+}
+
+
+@pytest.mark.parametrize(("make", "reason", "fix"), LAYERS.values(), ids=LAYERS.keys())
+def test_layer_is_refused(make: Callable[[], nn.Module], reason: str, fix: str) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Lazy modules are a new feature", UserWarning)
+        model = with_layer(make())
+    kind = type(model[1]).__name__
+    message = refused(model, config("plain", "odd"))
+    assert message.startswith(f"odd ({kind}): ")
+    assert reason in message
+    assert fix in message
+    assert message.endswith(".")
+
+
+def test_an_unsupported_layer_that_is_not_selected_is_ignored() -> None:
+    model = with_layer(LAYERS["weight_norm"][0]())
+    hra_fx.transform(model, config("plain"))
+    assert [row.path for row in hra_fx.report(model)] == ["plain"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "width"), [(nn.Linear(4, 9), 4), (nn.Conv2d(6, 6, (1, 3), groups=6), 3)], ids=["Linear", "Conv2d"]
+)
+def test_more_vectors_than_dimensions(layer: nn.Module, width: int) -> None:
+    message = refused(nn.Sequential(layer), config("0", r=width + 1, apply_GS=True))
+    assert f"with `apply_GS=True`, `r` must be at most {width}, the input dimension of the layer" in message
+    assert f"got {width + 1}. Lower `r`, set `apply_GS=False`" in message
+
+
+# ---- the model ----
+
+
+def test_peft_adapter_inside() -> None:
+    wrapped = peft.get_peft_model(mlp(), peft.LoraConfig(r=2, target_modules=["0"]))
+    message = refused(wrapped, config("2"))
+    assert message.startswith("base_model.model.0: it already has a PEFT adapter. ")
+    assert "`merge_and_unload()` or `unload()`" in message
+    hra_fx.transform(wrapped.merge_and_unload(), config("0", "2"))
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel], ids=["torch.compile", "DataParallel"])
+@pytest.mark.parametrize("use", ["transform", "load_adapter"])
+def test_a_wrapper_that_renames_parameters_comes_after(wrap: Any, use: str, tmp_path: Path) -> None:
+    settings = hra_fx.HRAConfig(r=2, target_modules=["0"])
+    hra_fx.save_adapter(hra_fx.transform(nn.Sequential(nn.Linear(6, 4)), settings), tmp_path)
+    argument = tmp_path if use == "load_adapter" else settings
+    name = "DataParallel" if wrap is nn.DataParallel else r"torch\.compile"
+    with pytest.raises(UnsupportedLayerError, match=f"^the model: {name} adds a prefix .* Adapt the model first, then"):
+        getattr(hra_fx, use)(wrap(nn.Sequential(nn.Linear(6, 4))), argument)

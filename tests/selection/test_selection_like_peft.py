@@ -1,4 +1,4 @@
-"""Random configurations on six architectures: PEFT and hra_fx adapt the same layers, or refuse for the same reason.
+"""Random configurations on five architectures: PEFT and hra_fx adapt the same layers, or refuse for the same reason.
 
 `select` and `transform` are compared with `peft.inject_adapter_in_model`; for the task SEQ_CLS `transform` is compared
 with `peft.get_peft_model`, since both leave out the head, which injection alone does not.
@@ -228,7 +228,7 @@ def compare(model: nn.Module, plain: nn.Module, fields: Fields, *, whole: bool) 
     return "groups"
 
 
-@pytest.mark.parametrize("make", [tiny_llama, tiny_bert, tiny_t5, tiny_swin, unet, Nested])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_bert, tiny_t5, tiny_swin, Nested])
 def test_what_peft_adapts_is_adapted_and_what_it_refuses_refused(make: Callable[[], nn.Module]) -> None:
     model = built(make)
     plain, seen = for_peft(model), Counter[str]()
@@ -247,13 +247,15 @@ def test_what_peft_adapts_is_adapted_and_what_it_refuses_refused(make: Callable[
 @pytest.mark.parametrize(
     ("make", "fields", "outcome"),
     [
-        (Nested, {"target_modules": ["q"], "layers_to_transform": 1, "layers_pattern": "h"}, "adapted"),
+        (Nested, {"target_modules": ["q"], "layers_to_transform": 1, "layers_pattern": ["x", "h"]}, "adapted"),
+        (Nested, {"target_modules": ["seq"], "exclude_modules": ["0.seq"]}, "adapted"),
         (tiny_llama, {"target_modules": ["q_proj"], "layers_to_transform": 0}, "adapted"),
         (tiny_bert, {"target_modules": ["query", "classifier"], "task_type": "SEQ_CLS"}, "adapted"),
         (tiny_bert, {"target_modules": ["classifier"], "task_type": "SEQ_CLS"}, "no layer"),
         (Nested, {"target_modules": "all-linear", "exclude_modules": ["eq", "q.7"]}, "adapted"),
         (Nested, {"target_modules": ["q", "conv", "depthwise"]}, "groups"),
         (Nested, {"target_modules": ["conv1d"]}, "adapted"),
+        (Nested, {"target_modules": r"st|.*\.w1"}, "adapted"),
         (Nested, {"target_modules": ["conv1d", "norm"]}, "unsupported"),
         (Nested, {"target_modules": ["w1"], "layers_to_transform": 3}, "no layer"),
         (Nested, {"target_modules": None}, "no default"),
@@ -267,7 +269,7 @@ def test_each_outcome_of_a_whole_transform(make: Callable[[], nn.Module], fields
 
 
 @pytest.mark.parametrize("make", MAKERS)
-@pytest.mark.parametrize("task_type", [None, "SEQ_CLS", "CAUSAL_LM"])
+@pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])
 def test_all_linear_and_defaults(make: Callable[[], nn.Module], task_type: str | None) -> None:
     model = built(make)
     for targets in ("all-linear", None):
@@ -284,10 +286,3 @@ def test_long_lists_lose_whole_paths_to_layer_indices() -> None:
         fields: Fields = {"target_modules": names, "layers_to_transform": [0]}
         assert compare(model, for_peft(model), fields, whole=False) == "adapted"
         assert by_us(model, fields, whole=False)[0] == wanted
-
-
-def test_long_lists_that_cannot_become_shorter_stay_whole_paths() -> None:
-    leaves = {f"fc{i}": nn.Linear(2, 2) for i in range(24)}
-    model = nn.ModuleDict({"m": nn.ModuleDict({"h": nn.ModuleList([nn.ModuleDict(leaves)])})})
-    fields: Fields = {"target_modules": [f"m.h.0.{name}" for name in leaves], "layers_to_transform": [1]}
-    assert compare(model, model, fields, whole=False) == "adapted"

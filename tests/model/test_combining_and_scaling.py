@@ -1,0 +1,278 @@
+"""`combine` and `set_scale`: one adapter that is the exact product of several, and a part of an adapter."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from model.many import (
+    F64,
+    PAIRS,
+    adapted,
+    assert_close,
+    config,
+    ids,
+    llama,
+    moved,
+    net,
+    normal,
+    oracle,
+    product,
+    refuses,
+    run,
+    turn,
+)
+from oracles import dense_product
+from torch import Tensor, nn
+
+import hra_fx
+from hra_fx.model.state import adapted_layers
+
+
+@pytest.mark.parametrize("fields", PAIRS)
+def test_the_new_one_is_the_product(fields: str) -> None:
+    left, right, rank = PAIRS[fields]
+    plain, model = adapted(net(), a=config("first", "second", **left), b=config("first", "second", **right))
+    hra_fx.combine(model, ["b", "a"], "ba")
+    assert model.first.hra_u["ba"].shape == (6, rank)
+    assert hra_fx.report(model).rows[-1].r == rank
+    for layer in adapted_layers(model).values():
+        assert layer.hra_u.anchor("ba") is None
+        assert_close(dense_product(layer.hra_u["ba"].detach()), product(layer, ["b", "a"]))
+    x = normal(4, 6)
+    for active, factors in ((["a"], ["a"]), (["b", "a"], ["b", "a"]), (["a", "b"], ["a", "b"]), (["ba"], ["b", "a"])):
+        hra_fx.set_adapter(model, active)
+        assert_close(model(x), oracle(plain, model, factors, x))
+    assert model.first.hra_u["ba"].requires_grad
+
+
+def test_layers_of_one_alone_are_filled_with_pairs_that_cancel() -> None:
+    plain, model = adapted(net(), a=config("first", "head"), b=config("first", "second", r=3), c=config("second"))
+    hra_fx.combine(model, ["c", "a", "b"], "all")
+    for path, layer in adapted_layers(model).items():
+        assert layer.hra_u["all"].shape == (layer.in_features, 6), path
+        assert bool(layer.hra_u["all"].ne(0).any(dim=0).all()), path
+        assert_close(dense_product(layer.hra_u["all"].detach()), product(layer, ["c", "a", "b"]))
+    hra_fx.set_adapter(model, "all")
+    x = normal(4, 6)
+    assert_close(model(x), oracle(plain, model, ["c", "a", "b"], x))
+    model(x).square().sum().backward()
+    assert all(bool(layer.hra_u["all"].grad.ne(0).any(dim=0).all()) for layer in adapted_layers(model).values())
+
+
+def test_an_odd_difference_is_refused_with_its_layer() -> None:
+    odd = {"r": 3, "init_weights": False}
+    model = adapted(net(), a=config("first", "second"), b=config("first", **odd))[1]
+    text = (
+        "second: it has 2 reflections of these adapters, but other layers have 5. The difference must be even, because "
+        "layers are padded with pairs that cancel. Combine adapters of even ranks."
+    )
+    with refuses(model, f"^{re.escape(text)}$"):
+        hra_fx.combine(model, ["a", "b"], "ab")
+
+
+def test_fewer_than_two_and_copies_and_only_scales_of_zero_are_refused() -> None:
+    _, model = adapted(
+        net(),
+        a=config("first", "second"),
+        b=config("second"),
+        c=config("first", modules_to_save=["head"]),
+        d=config("first", bias="all"),
+    )
+    with refuses(model, r"^combine needs at least two adapters, got \['a'\]\.$"):
+        hra_fx.combine(model, ["a"], "new")
+    for name in ("c", "d"):
+        with refuses(model, rf"^adapter '{name}': it has trained copies of modules or biases"):
+            hra_fx.combine(model, ["a", name], "new")
+    for name in ("a", "b"):
+        hra_fx.set_scale(model, name, 0)
+    text = r"^adapters \['a', 'b'\]: all have scale 0, so their product is the identity\. Call hra_fx\.set_scale\.$"
+    with refuses(model, text):
+        hra_fx.combine(model, ["a", "b"], "new")
+
+
+def test_an_adapter_counts_at_the_scale_that_it_has() -> None:
+    plain, model = adapted(net(), a=config("first", "second", r=4), b=config("first", r=3))
+    hra_fx.set_scale(model, "a", 0.5)
+    hra_fx.set_adapter(model, ["a", "b"])
+    x = normal(4, 6)
+    wanted = model(x).detach()
+    hra_fx.combine(model, ["a", "b"], "mix")
+    hra_fx.set_adapter(model, "mix")
+    assert_close(model(x), wanted)
+    hra_fx.set_scale(model, "a", 0)
+    hra_fx.combine(model, ["a", "b"], "rest")
+    hra_fx.set_adapter(model, "rest")
+    assert_close(model(x), oracle(plain, model, ["b"], x))
+
+
+class Alike(nn.Module):
+    """Two paths that end alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.inner, self.last = nn.Linear(6, 6), nn.ModuleDict({"fc": nn.Linear(6, 6)}), nn.Linear(6, 6)
+        self.to(F64).eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.inner["fc"](torch.tanh(self.fc(x))))
+
+
+@pytest.mark.parametrize(("targets", "layers"), [(["fc"], ["fc", "inner.fc"]), ("fc", ["fc"])])
+def test_the_product_is_on_exactly_the_layers_of_its_parts_also_in_a_file(
+    targets: Any, layers: list[str], tmp_path: Path
+) -> None:
+    def layers_of(model: nn.Module, name: str) -> list[str]:
+        return [path for path, layer in adapted_layers(model).items() if name in layer.hra_u]
+
+    plain, model = adapted(
+        Alike(), a=config(target_modules=targets), b=config(target_modules=targets), z=config("last")
+    )
+    x = normal(3, 6)
+    hra_fx.combine(model, ["a", "b"], "c")
+    assert layers_of(model, "c") == layers
+    hra_fx.set_adapter(model, ["c", "z"])
+    assert_close(run(model, x), oracle(plain, model, ["a", "b", "z"], x))
+    hra_fx.set_adapter(model, "c")
+    assert moved(run(model, x), run(plain, x))
+    hra_fx.save_adapter(model, tmp_path, "c")
+    again = hra_fx.load_adapter(Alike(), tmp_path)
+    assert layers_of(again, "default") == layers
+    assert_close(run(again, x), run(model, x), 1e-14)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_peft_opens_it_with_the_same_outputs(tmp_path: Path) -> None:
+    left, right = config("q_proj", "gate_proj", r=3), config("gate_proj", "down_proj", r=2, apply_GS=True)
+    plain, model = adapted(llama().float(), a=left, b=right)
+    hra_fx.combine(model, ["a", "b"], "ab")
+    hra_fx.save_adapter(model, tmp_path, "ab")
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path).eval()
+    hra_fx.set_adapter(model, "ab")
+    assert_close(run(theirs, ids()), run(model, ids()).detach(), 1e-5)
+
+
+# ---- `set_scale`: the geodesic from the base model to the adapter, orthogonal at every step ----
+
+#: Kinds of adapters whose number of reflections is even.
+FIELDS: dict[str, dict[str, Any]] = {
+    "even rank": {"r": 4},
+    "anchor": {"r": 3},
+    "Gram-Schmidt": {"r": 2, "apply_GS": True},
+    "odd Gram-Schmidt": {"r": 3, "apply_GS": True},
+}
+
+
+def one(**fields: Any) -> tuple[nn.Module, nn.Module]:
+    return adapted(net(), a=config("first", **fields or {"r": 4}))
+
+
+def power(q: Tensor, alpha: float) -> Tensor:
+    """`exp(alpha log Q)` of a rotation without an angle of pi, by its complex eigenvalues."""
+    values, vectors = torch.linalg.eig(q)
+    return (vectors @ torch.diag(torch.exp(1j * alpha * values.angle())) @ torch.linalg.inv(vectors)).real
+
+
+def output(plain: nn.Module, q: Tensor, x: Tensor) -> Tensor:
+    return torch.func.functional_call(plain, {"first.weight": plain.first.weight @ q}, (x,))
+
+
+@pytest.mark.parametrize("alpha", [0, 0.3, 1])
+@pytest.mark.parametrize("fields", FIELDS)
+def test_every_kind_of_adapter_follows_its_geodesic(fields: str, alpha: float) -> None:
+    plain, model = one(**FIELDS[fields])
+    q, x = product(model.first, ["a"]), normal(4, 6)
+    full = model(x)
+    hra_fx.set_scale(model, "a", alpha)
+    assert_close(model(x), output(plain, power(q, alpha), x), 1e-8)
+    if alpha in (0, 1):
+        assert torch.equal(model(x), full if alpha else plain(x))
+    part = dense_product(model.first.hra_u.chain("a").detach())
+    assert float((part.mT @ part - torch.eye(6, dtype=F64)).norm()) < 1e-12
+    row = hra_fx.report(model).rows[0]
+    assert row.angle == pytest.approx(alpha * float(torch.linalg.eigvals(q).angle().max()), abs=1e-6)
+    assert row.orthogonality < 1e-12
+    hra_fx.fold(model)
+    assert_close(model.first.weight, plain.first.weight @ power(q, alpha), 1e-8)
+
+
+def test_each_of_several_adapters_has_its_own_scale() -> None:
+    plain, model = adapted(net(), a=config("first", r=4), b=config("first", r=3))
+    hra_fx.set_adapter(model, ["b", "a"])
+    hra_fx.set_scale(model, "b", 0.5)
+    hra_fx.set_scale(model, "a", 0.25)
+    q = power(product(model.first, ["b"]), 0.5) @ power(product(model.first, ["a"]), 0.25)
+    x = normal(4, 6)
+    assert_close(model(x), output(plain, q, x), 1e-8)
+    hra_fx.merge_adapter(model)
+    assert_close(model(x), output(plain, q, x), 1e-8)
+
+
+def test_a_refusal_at_the_second_layer_restores_the_first() -> None:
+    model = adapted(net(), a=config("first", "second"))[1]
+    hra_fx.set_scale(model, "a", 0.3)
+    with torch.no_grad():
+        model.second.hra_u["a"][:, 1] = 0
+    before, x = model.first.hra_u.chain("a").clone(), normal(4, 6)
+    wanted = model(x)
+    with pytest.raises(hra_fx.AdapterError, match=r"^second: adapter 'a': an odd number of reflections"):
+        hra_fx.set_scale(model, "a", 0.5)
+    assert torch.equal(model.first.hra_u.chain("a"), before)
+    assert torch.equal(model(x), wanted)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan"), True, "half"])
+def test_a_scale_that_is_not_in_the_range_is_refused(alpha: Any) -> None:
+    model = one()[1]
+    text = f"`alpha` must be a number from 0 (base model) to 1 (full adapter), got {alpha!r}."
+    with refuses(model, f"^{re.escape(text)}$"):
+        hra_fx.set_scale(model, "a", alpha)
+
+
+def flags(model: nn.Module) -> dict[str, bool]:
+    return {key: parameter.requires_grad for key, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [
+        ("a", lambda model: None),
+        ("b", lambda model: None),  # it is not active
+        ("a", lambda model: hra_fx.set_adapter(model, "a", inference_mode=True)),
+        ("a", lambda model: model.first.hra_u["a"].requires_grad_(False)),
+    ],
+    ids=["active", "inactive", "in inference", "frozen by hand"],
+)
+def test_a_scaled_adapter_is_not_trained_and_gets_its_flags_back_at_full_scale(name: str, before: Any) -> None:
+    model = adapted(net(), a=config("first", "second"), b=config("first"))[1]
+    before(model)
+    wanted = flags(model)
+    for alpha in (0.5, 0.5, 0):
+        hra_fx.set_scale(model, name, alpha)
+        assert not any(flag for key, flag in flags(model).items() if key.endswith(f"hra_u.{name}"))
+    hra_fx.set_scale(model, name, 1)
+    assert flags(model) == wanted
+    hra_fx.set_scale(model, name, 0.5)
+    hra_fx.set_adapter(model, ["a", "b"])
+    assert not any(flag for key, flag in flags(model).items() if key.endswith(f"hra_u.{name}"))
+    hra_fx.set_scale(model, name, 1)
+    assert all(flag for key, flag in flags(model).items() if key.endswith(f"hra_u.{name}"))
+
+
+def test_states_and_files_have_the_vectors_of_full_scale(tmp_path: Path) -> None:
+    (plain, model), (_, other) = one(), one()
+    turn(other, seed=5)
+    q, x = product(model.first, ["a"]), normal(4, 6)
+    hra_fx.set_scale(model, "a", 0.2)
+    hra_fx.set_scale(other, "a", 0.5)
+    other.load_state_dict(model.state_dict())
+    assert_close(other(x), output(plain, power(q, 0.5), x), 1e-8)
+    hra_fx.set_scale(other, "a", 1)
+    assert_close(other(x), output(plain, q, x))
+    hra_fx.save_adapter(model, tmp_path)
+    assert_close(hra_fx.load_adapter(net(), tmp_path)(x), output(plain, q, x))

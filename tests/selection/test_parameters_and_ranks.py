@@ -1,0 +1,227 @@
+"""target_parameters and rank_pattern: what they select, as PEFT's LoRA does, and what they refuse."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from model.many import adapted, assert_close, config, net, normal, oracle
+from moe_models import built, dense_experts, experts_config, randomise, vectors_of
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers import LongcatFlashConfig
+from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
+
+import hra_fx
+from hra_fx.errors import ConfigError, HRAWarning, UnsupportedLayerError
+
+RULES = [
+    ["experts.gate_up_proj"],
+    ["gate_up_proj", "experts.down_proj"],
+    ["model.layers.1.mlp.experts.down_proj"],
+    ["1.mlp.experts.gate_up_proj"],
+]
+
+
+def ours(names: list[str], **fields: object) -> set[str]:
+    """The parameters that are adapted."""
+    model = hra_fx.transform(built("qwen3_moe"), hra_fx.HRAConfig(r=2, target_parameters=names, **fields))
+    entries = [n.partition(".hra_u.")[0] for n in model.state_dict() if ".hra_u." in n]
+    return {entry.replace(".hra_", ".") for entry in entries}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("names", RULES, ids=str)
+def test_the_same_parameters_as_peft_lora(names: list[str]) -> None:
+    model = peft.get_peft_model(built("qwen3_moe"), peft.LoraConfig(r=2, target_modules=[], target_parameters=names))
+    wanted = {
+        f"{path.removeprefix('base_model.model.').replace('.base_layer', '')}.{part.parameter_name}"
+        for path, part in model.named_modules()
+        if type(part).__name__ == "ParamWrapper"
+    }
+    assert ours(names) == wanted and wanted
+
+
+def test_with_modules_and_exclusions_that_do_not_restrict_parameters() -> None:
+    found = ours(["experts.down_proj"], target_modules=["q_proj"], layers_to_transform=[0], exclude_modules=["k_proj"])
+    assert found == {
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.mlp.experts.down_proj",
+        "model.layers.1.mlp.experts.down_proj",
+    }
+
+
+def test_experts_of_a_class_that_does_not_say_its_layout() -> None:
+    model = nn.ModuleDict({"experts": nn.Module()})
+    model["experts"].up = nn.Parameter(torch.ones(3, 4, 5))
+    config = hra_fx.HRAConfig(r=2, target_parameters=["up"])
+    with pytest.raises(hra_fx.SelectionError, match=r"experts.up: Module does not state .* Set the attribute"):
+        hra_fx.transform(model, config)
+    model["experts"].is_transposed = True
+    assert hra_fx.transform(model, config)["experts"].hra_up.hra_u["default"].shape == (3, 4, 2)
+
+
+#: Fields of an adapter of the experts, and the message of the refusal.
+REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
+    (
+        {"target_parameters": ["experts.gate_up"]},
+        hra_fx.SelectionError,
+        r"`target_parameters`: 'experts.gate_up' matches no 3-D parameter. Did you mean",
+    ),
+    (
+        {"target_parameters": ["q_proj.weight"]},
+        hra_fx.SelectionError,
+        r"q_proj.weight: `target_parameters` matches this parameter of shape \(16, 16\), but only par",
+    ),
+    (
+        {"target_parameters": [".*gate_up_proj"]},
+        hra_fx.SelectionError,
+        r"'\.\*gate_up_proj' is a name and not a regex\. Use the end of a path\.",
+    ),
+    (
+        {"modules_to_save": ["experts"]},
+        hra_fx.SelectionError,
+        r"`target_parameters` matches .*hra_gate_up_proj' .*\. Use longer names in `target_parameters`, or use a l",
+    ),
+    (
+        {"r": 17, "apply_GS": True},
+        hra_fx.UnsupportedLayerError,
+        r"hra_gate_up_proj .*`r` must be at most 16.*, or use longer names in `target_parameters`, which leave it",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "kind", "message"), REFUSED)
+def test_what_does_not_fit_is_refused(fields: dict[str, Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        hra_fx.transform(built("qwen3_moe"), experts_config(**fields))
+
+
+def test_a_model_without_such_parameters() -> None:
+    with pytest.raises(hra_fx.SelectionError, match=r"Sequential has no 3-D parameters. List its layers"):
+        hra_fx.transform(nn.Sequential(nn.Linear(2, 2)), experts_config())
+
+
+def test_longcats_experts_equal_dense_ones() -> None:
+    """Those that return their input have rows in one of the two parameters."""
+    config = LongcatFlashConfig(hidden_size=8, expert_ffn_hidden_size=6, n_routed_experts=3, zero_expert_num=2)
+    experts = LongcatFlashExperts(config).double()
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter)
+    base = copy.deepcopy(experts)
+    model = hra_fx.transform(nn.ModuleDict({"experts": experts}), experts_config())
+    randomise(model)
+    for name, vectors in vectors_of(model).items():
+        weight = base.get_parameter(name.removeprefix("experts."))
+        weight.data = dense_experts(weight, vectors, transposed=False).detach()
+    call = (torch.randn(10, 8).double(), torch.arange(20).view(10, 2) % 5, torch.rand(10, 2).double())
+    torch.testing.assert_close(model["experts"](*call), base(*call), rtol=1e-9, atol=1e-9)
+
+
+def test_the_field() -> None:
+    assert "target_parameters" not in hra_fx.HRAConfig().to_dict()
+    assert hra_fx.HRAConfig(target_parameters=[]).target_parameters is None
+    config = hra_fx.HRAConfig(target_parameters=("b", "a"))
+    assert hra_fx.HRAConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(hra_fx.ConfigError, match=r"must be a list of names, got the str 'a'. Use \['a'\]"):
+        hra_fx.HRAConfig(target_parameters="a")
+    with pytest.raises(hra_fx.ConfigError, match=r"got the entry 3"):
+        hra_fx.HRAConfig(target_parameters=[3])
+
+
+# ---- rank_pattern: ranks of some layers, matched as PEFT's LoRA matches them ----
+
+
+WORDS = st.sampled_from(["q", "v", "k_proj", "q_proj", "layers", "0", "1", "10", "block"])
+PATHS = st.lists(WORDS, min_size=1, max_size=4).map(".".join)
+PATTERNS = st.one_of(PATHS, st.sampled_from([r"layers\.\d", ".*proj", "q|v", r"^q", r"[01]\.q"]))
+
+
+@given(st.dictionaries(PATTERNS, st.integers(1, 9), max_size=4), PATHS)
+def test_the_first_match_counts_as_in_lora(pattern: dict[str, int], path: str) -> None:
+    wanted = pattern.get(get_pattern_key(list(pattern), path), 20)
+    assert hra_fx.HRAConfig(r=20, rank_pattern=pattern).rank_of(path) == wanted
+
+
+RANKS = {"first": 3, "second": 2, "head": 4}
+
+
+def ranked(**fields: Any) -> hra_fx.HRAConfig:
+    return config("first", "second", "head", **{"r": 4, "rank_pattern": {"first": 3, r"sec\w+d": 2}, **fields})
+
+
+@pytest.mark.parametrize("fields", [{}, {"apply_GS": True}, {"init_weights": False}], ids=str)
+def test_ranks_start_outputs_and_a_fold(fields: dict[str, Any]) -> None:
+    x = normal(5, 6)
+    if fields.get("init_weights", True):
+        assert_close(hra_fx.transform(net(), ranked(**fields))(x), net()(x))
+    plain, model = adapted(net(), a=ranked(**fields))
+    assert {row.path: row.r for row in hra_fx.report(model)} == RANKS
+    vectors = [p for p in model.parameters() if p.requires_grad]
+    assert [tuple(u.shape) for u in vectors] == [(6, 3), (8, 2), (8, 4)]
+    wanted = oracle(plain, model, ["a"], x)
+    assert_close(model(x), wanted)
+    assert_close(hra_fx.fold(model)(x), wanted)
+
+
+def test_a_captured_program_and_a_graph_have_the_same_ranks() -> None:
+    program = hra_fx.transform(torch.export.export(net(), (normal(5, 6),)), ranked())
+    assert {row.path: row.r for row in hra_fx.report(program)} == RANKS
+    graph = hra_fx.transform(net(), ranked(), trace=True)
+    assert {row.path: row.r for row in hra_fx.report(graph)} == RANKS
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ({"q": 0}, "`rank_pattern['q']` must be a positive int, got 0."),
+        ({"q": True}, "`rank_pattern['q']` must be a positive int, got True."),
+        ([("q", 1)], "`rank_pattern` must be a dict of names and ranks, got [('q', 1)]."),
+        ({"": 1}, "`rank_pattern` must be a dict of names and ranks, got {'': 1}."),
+        ({"(": 1}, "`rank_pattern`: '(' is not a valid regular expression: missing ), unterminated subpattern"),
+        ({"(?i)q": 1}, "`rank_pattern`: '(?i)q' is not a valid regular expression inside"),
+    ],
+)
+def test_bad_patterns(pattern: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        hra_fx.HRAConfig(rank_pattern=pattern)
+    assert str(error.value).startswith(message)
+
+
+def test_a_pattern_without_layers_is_named() -> None:
+    with pytest.warns(HRAWarning) as seen:
+        hra_fx.transform(net(), ranked(rank_pattern={"first": 2, "frist": 3, "2": 1}))
+    text = "rank_pattern: 'frist', '2' matches none of the adapted layers, which are first, second, head."
+    assert [str(warning.message) for warning in seen] == [text]
+
+
+def test_a_rank_that_gram_schmidt_cannot_have() -> None:
+    with pytest.raises(UnsupportedLayerError, match=r"first \(Linear\): with `apply_GS=True`, `r` must be .* got 7\."):
+        hra_fx.transform(net(), ranked(apply_GS=True, rank_pattern={"first": 7}))
+
+
+def test_the_order_is_kept_in_the_file_and_an_empty_pattern_is_not_written(tmp_path: Path) -> None:
+    ordered = ranked(rank_pattern={"v": 1, "a": 2, "0.v": 3})
+    ordered.save_pretrained(tmp_path)
+    assert list(hra_fx.HRAConfig.from_pretrained(tmp_path).rank_pattern) == ["v", "a", "0.v"]
+    assert "rank_pattern" not in json.loads(hra_fx.HRAConfig().to_json_string())
+    with pytest.warns(UserWarning, match=r"\['rank_pattern'\]"):
+        peft.HRAConfig.from_pretrained(str(tmp_path))
+
+
+def test_the_rank_of_experts_goes_by_the_name_of_their_parameter() -> None:
+    model = built("mixtral")
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    pattern = {"experts.down_proj": 2}
+    hra_fx.transform(
+        model, hra_fx.HRAConfig(r=4, rank_pattern=pattern, target_modules=["q_proj"], target_parameters=names)
+    )
+    vectors = {name: tuple(value.shape) for name, value in model.named_parameters() if ".hra_u." in name}
+    assert {shape[-1] for name, shape in vectors.items() if "down_proj" in name} == {2}
+    assert {shape[-1] for name, shape in vectors.items() if "down_proj" not in name} == {4}
