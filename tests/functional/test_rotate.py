@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from functional.test_householder import F64, normal, quick, seeds
+from functional.test_householder import quick, seeds
 from hypothesis import given, strategies as st
+from one_layer import F64, normal
 from oracles import dense_product, relative_error
 
 from hra_fx.errors import FoldError
