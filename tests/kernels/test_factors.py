@@ -98,24 +98,6 @@ def test_a_linear_on_both_sides(
         assert relative_error(one, other, floor=1e-1) < 1e-9
 
 
-@pytest.mark.parametrize("layout", ["expanded", "transposed", "strided", "one row", "none", "dimensions"])
-def test_rows_in_any_layout(layout: str) -> None:
-    rows = {
-        "expanded": normal(1, 1, 8).expand(6, 8),
-        "transposed": normal(1, 8, 6).mT,
-        "strided": normal(1, 6, 16)[:, ::2],
-        "one row": normal(1, 8),
-        "none": normal(1, 2, 0, 8),
-        "dimensions": normal(1, 2, 3, 8),
-    }[layout]
-    vectors = leaf(2, 8, 3)
-    found, wanted = reflect_rows(rows, Factors(*wy_factors(vectors))), rows @ dense_q(vectors).mT
-    assert relative_error(found, wanted, floor=1.0) < 1e-12
-    upstream = normal(3, 1).expand(found.shape)
-    got, sought = (torch.autograd.grad(one, vectors, upstream)[0] for one in (found, wanted))
-    assert relative_error(got, sought, floor=1.0) < 1e-12
-
-
 def test_under_autocast_products_are_narrow_and_rows_are_not() -> None:
     x, vectors = leaf(1, 6, 64, dtype=F32), leaf(2, 64, 4, dtype=F32)
 
@@ -126,13 +108,7 @@ def test_under_autocast_products_are_narrow_and_rows_are_not() -> None:
 
     with torch.autocast("cpu", dtype=BF16):
         y = reflected(vectors)
-        y.sum().backward()
-    assert y.dtype == F32
-    wanted = x.double() @ dense_q(vectors).mT
-    assert relative_error(y, wanted) < 5e-3
-    sought = torch.autograd.grad(wanted, (x, vectors), torch.ones(6, 64, dtype=F64))
-    assert relative_error(x.grad, sought[0]) < 5e-3
-    assert relative_error(vectors.grad, sought[1]) < 1e-2
-    # What is added to the rows is small where the reflections do little: the rows themselves keep their digits.
-    with torch.autocast("cpu", dtype=BF16):
+        # What is added to the rows is small where the reflections do little: the rows themselves keep their digits.
         assert relative_error(reflected(vectors.detach()[:, :1].repeat(1, 2)), x) < 1e-6
+    assert y.dtype == F32
+    assert relative_error(y, x.double() @ dense_q(vectors).mT) < 5e-3
