@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from layers.quantized.bases import (
     config,
     inputs,
     int4,
-    opaque,
     plain,
     quantized,
     turn,
@@ -69,22 +67,14 @@ def test_a_state_dict_goes_round(scheme: str) -> None:
     assert torch.equal(other.train()(inputs()), model.train()(inputs()))
 
 
-@pytest.mark.parametrize("scheme", ["bnb int8", "bnb nf4"])
-def test_a_whole_model_is_pickled(scheme: str) -> None:
-    model = adapted(scheme)
-    again = pickle.loads(pickle.dumps(model))
-    assert torch.equal(again.train()(inputs()), model.train()(inputs()))
-
-
 @pytest.mark.parametrize("scheme", ["bnb nf4", "ao int8 dynamic"])
-def test_reports_and_pictures(scheme: str, tmp_path: Path) -> None:
+def test_a_report_a_picture_and_a_graph(scheme: str, tmp_path: Path) -> None:
     model = adapted(scheme)
     rows = hra_fx.report(model).rows
     assert [(row.path, row.d, row.r) for row in rows] == [("0", 64, 4), ("2", 128, 4)]
     assert all(row.rotation > 1 for row in rows)
-    for ending in ("svg", "html", "mmd", "dot", "graphml"):
-        hra_fx.visualize(model, tmp_path / f"adapters.{ending}")
-        assert (tmp_path / f"adapters.{ending}").stat().st_size
+    hra_fx.visualize(model, tmp_path / "adapters.svg")
+    assert (tmp_path / "adapters.svg").stat().st_size
     (graph,) = hra_fx.graphs(model).values()
     assert torch.equal(graph(inputs()), model(inputs()))
 
@@ -97,15 +87,14 @@ def turned(layer: Any, name: str = "default") -> Tensor:
     return dense_q(layer.hra_u[name].detach(), apply_GS=gram_schmidt, anchor=layer.hra_u.anchor(name))
 
 
-@pytest.mark.parametrize("apply_GS", [False, True])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_it_is_of_the_rounded_weight_and_changes_nothing(scheme: str, apply_GS: bool) -> None:
+def test_it_is_of_the_rounded_weight_and_changes_nothing(scheme: str) -> None:
     """The weights are chosen so that rounding shows: all of a row but one entry is lost in 8 bits, and more in 4."""
     base = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 32))
     with torch.no_grad():
         for layer in (base[0], base[2]):
             layer.weight.mul_(1e-3)[:, 0] = 1.0
-    model = hra_fx.transform(quantized(scheme, base), config(apply_GS=apply_GS))
+    model = hra_fx.transform(quantized(scheme, base), config(apply_GS=scheme in FEW))
     assert [row.share for row in hra_fx.report(model)] == [0.0, 0.0]
     turn(model)
     x = inputs()
@@ -125,14 +114,6 @@ def test_after_evaluation_too() -> None:
         with torch.no_grad():
             model.eval()(inputs())
         assert [row.share for row in hra_fx.report(model)] == before
-
-
-def test_what_is_read_through_the_layer() -> None:
-    base, packed = opaque()
-    model = hra_fx.transform(base, config("0"))
-    turn(model)
-    (row,) = hra_fx.report(model)
-    assert row.share == pytest.approx(oracle_share(packed.double(), turned(model[0])), rel=1e-5)
 
 
 def test_what_no_kernel_can_read_is_not_a_number() -> None:
