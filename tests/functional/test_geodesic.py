@@ -160,15 +160,6 @@ def test_an_even_gram_schmidt_chain_has_a_path(d: int, r: int) -> None:
     assert float((basis.mT @ half @ basis).trace()) == pytest.approx(0, abs=1e-5)
 
 
-@pytest.mark.parametrize("moved", [0.0, 1e-12, 1e-2])
-@pytest.mark.parametrize(("r", "apply_GS"), [(3, False), (4, True), (5, True)])
-def test_an_anchored_chain_has_a_path_from_the_start_of_training_on(r: int, apply_GS: bool, moved: float) -> None:
-    vectors, anchor = init_vectors(12, r, apply_GS=apply_GS, init_weights=True, dtype=F64)
-    vectors = vectors + moved * normal(8, 12, r)
-    assert anchor is not None
-    assert_a_path(torch.cat([anchor, orthonormalize(vectors) if apply_GS else vectors], dim=1))
-
-
 @pytest.mark.parametrize("noise", [0.0, 1e-14, 1e-9, 1e-4])
 @pytest.mark.parametrize("k", [2, 24])
 def test_nearly_parallel_vectors_have_a_path(k: int, noise: float) -> None:

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings, strategies as st
 from one_layer import BF16, F32, F64, normal
 from oracles import dense_q, relative_error
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from hra_fx.kernels.factors import Factors, wy_factors
-from hra_fx.kernels.linear import linear, reflect_rows
+from hra_fx.kernels.linear import reflect_rows
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -67,35 +67,6 @@ def test_second_derivatives_and_transforms() -> None:
     step = 1e-6
     moved = (dense_q(one + step * tangent) - dense_q(one - step * tangent)) / (2 * step)
     assert relative_error(pushed, moved) < 1e-8
-
-
-@quick
-@given(
-    n=st.integers(0, 99),
-    d=st.integers(1, 20),
-    out=st.integers(1, 20),
-    k=st.integers(1, 22),
-    biased=st.booleans(),
-    wants_gradient=st.booleans(),
-    seed=st.integers(0, 99),
-)
-def test_a_linear_on_both_sides(
-    n: int, d: int, out: int, k: int, biased: bool, wants_gradient: bool, seed: int
-) -> None:
-    x, vectors, weight = (
-        normal(seed, n, d).requires_grad_(wants_gradient),
-        leaf(seed + 1, d, k),
-        normal(seed + 2, out, d),
-    )
-    bias = normal(seed + 3, out) if biased else None
-    got = linear(x, Factors(*wy_factors(vectors)), weight, bias)
-    wanted = nn.functional.linear(x, weight @ dense_q(vectors), bias)
-    assert got.shape == wanted.shape
-    assert relative_error(got, wanted, floor=1e-3) < 1e-11
-    upstream, asked = normal(seed + 4, n, out), (vectors, x)[: 1 + wants_gradient]
-    found, sought = (torch.autograd.grad(one, asked, upstream) for one in (got, wanted))
-    for one, other in zip(found, sought, strict=True):
-        assert relative_error(one, other, floor=1e-1) < 1e-9
 
 
 def test_under_autocast_products_are_narrow_and_rows_are_not() -> None:

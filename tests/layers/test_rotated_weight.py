@@ -15,7 +15,7 @@ from adapting import config
 from layers.checking import assert_same, normal, rotation, run_dense, turned, vectors_of
 from layers.reading_weights import X, assert_gradients, dense, functional, layer_pair, linear, weight_of
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
+from torch.nn.utils import parametrizations, parametrize, prune
 from transformers.pytorch_utils import Conv1D
 
 import hra_fx
@@ -50,21 +50,6 @@ def test_the_value_is_the_dense_product(make: Callable[[], nn.Module], fields: d
     for same in (weight_of(layer).clone(), weight_of(layer).detach().clone(), weight_of(layer).data + 0):
         assert_same(same, wanted)
     assert type(weight_of(layer) + 0) is type(weight_of(layer).data + 0) is Tensor
-
-
-@modes
-def test_metadata(grad: bool) -> None:
-    base, layer = layer_pair(lambda: nn.Conv2d(4, 6, (3, 2)))
-    plain = weight_of(base)
-    with torch.set_grad_enabled(grad):
-        weight = weight_of(layer)
-        for name in ("shape", "dtype", "device", "layout", "ndim", "is_cpu", "is_meta", "is_leaf", "grad", "nbytes"):
-            assert getattr(weight, name) == getattr(plain, name), name
-        for name in ("dim", "size", "stride", "numel", "__len__", "element_size", "is_floating_point"):
-            assert getattr(weight, name)() == getattr(plain, name)(), name
-        assert weight.is_contiguous() and weight.size(0) == plain.shape[0]
-        assert weight.requires_grad is layer.hra_base.requires_grad is False
-        assert repr(weight) == f"RotatedWeight({', '.join(map(str, plain.shape))})"
 
 
 def test_the_dtype_of_a_narrow_weight_is_kept() -> None:
@@ -306,11 +291,9 @@ def test_reparametrizing_an_adapted_layer_is_refused(act: Callable[[nn.Module], 
     assert torch.equal(layer.hra_base, base.weight)
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
-@pytest.mark.parametrize("act", [weight_norm, parametrizations.weight_norm])
-def test_weight_norm_fails_at_the_latest_when_the_layer_is_called(act: Callable[[nn.Module], Any]) -> None:
+def test_weight_norm_fails_at_the_latest_when_the_layer_is_called() -> None:
     _, layer = layer_pair()
     with pytest.raises(
         hra_fx.AdapterError, match=r"weight_norm, pruning or similar was applied after hra_fx\.transform"
     ):
-        act(layer)(X)
+        parametrizations.weight_norm(layer)(X)

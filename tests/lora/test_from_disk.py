@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-import transformers
 from checkpoint.disk import made
 from diffusion_models import unet
 from moe_models import NAMES, TARGETS, built
@@ -146,12 +145,6 @@ def convnext(folder: Path) -> nn.Module:
     return model
 
 
-def resnet(folder: Path) -> nn.Module:
-    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
-    model = transformers.ResNetForImageClassification(config)
-    return made.base_of(model, folder, torch.float32) and model
-
-
 def diffusion(folder: Path) -> nn.Module:
     model: Any = unet()
     return made.base_of(model, folder, torch.float32) and model
@@ -161,7 +154,6 @@ def diffusion(folder: Path) -> nn.Module:
 OTHERS: dict[Callable[[Path], nn.Module], tuple[list[str], set[str]]] = {
     attention: (["attn"], {"attention"}),
     convnext: (["stem.0", "downsample.1"], {"conv2d"}),
-    resnet: (["convolution"], {"conv2d"}),
     diffusion: (["conv1", "conv_shortcut", "to_q"], {"conv2d", "linear"}),
 }
 

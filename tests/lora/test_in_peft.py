@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,15 +113,6 @@ def test_all_layers_have_one_rank_padded_with_zeros_or_their_own(rank_pattern: b
     assert (A.shape, B.shape) == ((rank, 12), (9, rank))
     assert A[2:].count_nonzero() == 0
     assert relative_error(exported_change(tensors, "first"), dense_change(model["first"], ["a"])) < 1e-6
-
-
-def test_the_configuration_is_one_of_peft() -> None:
-    model = adapted("Linear", HRAConfig(r=4, target_modules=["0"], task_type="CAUSAL_LM"))
-    config, _ = hra_fx.convert_to_lora(model)
-    fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    assert config.keys() <= fields
-    made: Any = peft.LoraConfig(**{key: value for key, value in config.items() if key != "peft_type"})
-    assert (made.r, made.lora_alpha, made.task_type, made.inference_mode) == (4, 4, "CAUSAL_LM", True)
 
 
 # PEFT warns of every tied model that has an adapter on its output layer.

@@ -96,11 +96,6 @@ REFUSED = {
         hra_fx.UnsupportedLayerError,
         "^lm_head: this layer is tied to the embeddings",
     ),
-    "an output layer that is tied by default": (
-        adapter(layer("lm_head"), config={"model_type": "gemma3_text"}),
-        hra_fx.UnsupportedLayerError,
-        "^lm_head: this layer is tied to the embeddings",
-    ),
     "a bias": (
         adapter(layer("model.layers.0.mlp.up_proj"), copies={"model.layers.0.mlp.up_proj.bias": torch.zeros(8)}),
         hra_fx.AdapterError,
