@@ -31,9 +31,7 @@ PADDED = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
 
 CALLS: dict[str, tuple[dict[str, Any], tuple[Tensor, ...], dict[str, Any]]] = {
     "self": ({}, (X,), {}),
-    "no weights": ({}, (X,), {"need_weights": False}),
     "cross": ({}, (X, MEMORY), {}),
-    "batch first": ({"batch_first": True}, (X, X), {"need_weights": False}),
     "no bias": ({"bias": False}, (X,), {}),
     "bias of k and v": ({"add_bias_kv": True}, (X, MEMORY), {}),
     "zero attention": ({"add_zero_attn": True}, (X,), {}),

@@ -184,21 +184,6 @@ def test_after_a_deletion_the_model_is_as_if_that_adapter_had_never_been_there(c
 
 
 @every
-def test_adapters_are_folded_one_after_another(case: Case) -> None:
-    base, model = two(case)
-    hra_fx.set_adapter(model, ["default", "other"])
-    wanted = case.dense(base, model, "default", "other")
-    weights = {name: weight.detach() for name, weight in dense_weights(base, model, ("default", "other")).items()}
-    for adapter in ("default", "other"):
-        hra_fx.fold(model, adapter)
-        assert_same(case.run(model), wanted)
-    assert [type(part) for part in model.modules()] == [type(part) for part in base.modules()]
-    for name, value in model.state_dict().items():
-        if name in weights:
-            assert_same(value, weights[name])
-
-
-@every
 def test_scale(case: Case) -> None:
     base, model = case.pair(r=2)
     full = case.dense(base, model)

@@ -191,16 +191,6 @@ def disabled() -> Any:
     return pipe
 
 
-def attention() -> Any:
-    model = diffusers.ControlNetModel(
-        block_out_channels=(8,), down_block_types=("DownBlock2D",), layers_per_block=1, norm_num_groups=4,
-        conditioning_embedding_out_channels=(4, 4),
-    )  # fmt: skip
-    model.attention = nn.MultiheadAttention(8, 2)
-    adapt(model, ["attention"])
-    return model
-
-
 #: What is saved, the error and a part of its message.
 REFUSED: list[tuple[Callable[[], Any], type[HRAError], str]] = [
     (
@@ -217,7 +207,6 @@ REFUSED: list[tuple[Callable[[], Any], type[HRAError], str]] = [
         "final_layer_norm.bias: diffusers does not load trained modules or biases with a LoRA",
     ),
     (circular, UnsupportedLayerError, "unet: conv_in: "),
-    (attention, UnsupportedLayerError, "transformer.attention: diffusers has no keys for an nn.Mu"),
     (disabled, AdapterError, "unet: adapters are disabled."),
 ]
 

@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from layers.quantized.bases import (
@@ -17,31 +16,17 @@ from layers.quantized.bases import (
     config,
     inputs,
     int4,
-    plain,
     quantized,
     turn,
     values,
 )
-from oracles import dense_q, relative_error
+from oracles import dense_q
 from reporting.made import oracle_share
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import hra_fx
 
 PLAIN_STATES = [name for name in FEW if name != "bnb nf4"]
-
-
-@pytest.mark.parametrize("scheme", FEW)
-def test_the_file_is_that_of_peft_over_plain_weights(scheme: str, tmp_path: Path) -> None:
-    hra_fx.save_adapter(adapted(scheme), tmp_path / "ours")
-    theirs = peft.get_peft_model(plain(), peft.HRAConfig(r=4, target_modules=["0", "2"]))
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours, due = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("ours", "theirs"))
-    assert {key: (t.shape, t.dtype) for key, t in ours.items()} == {key: (t.shape, t.dtype) for key, t in due.items()}
-    over_plain = peft.PeftModel.from_pretrained(plain(), tmp_path / "ours")
-    loaded = hra_fx.load_adapter(plain(), tmp_path / "ours")
-    assert relative_error(over_plain(inputs()), loaded(inputs())) < 1e-5
 
 
 @pytest.mark.parametrize("scheme", FEW)
