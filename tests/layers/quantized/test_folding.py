@@ -143,16 +143,6 @@ def test_only_quantized_layers_of_the_adapter_stand_in_the_way() -> None:
     assert type(model["head"]) is nn.Linear
 
 
-def test_merge_and_unload_is_refused_and_unload_works() -> None:
-    base = quantized("bnb nf4")
-    kept = base[0].weight
-    model = hra_fx.HRAModel(base, config())
-    with pytest.raises(FoldError, match=r"hra_fx\.fold\(model, requantize=True\)"):
-        model.merge_and_unload()
-    plain = model.unload()
-    assert type(plain[0]) is type(quantized("bnb nf4")[0]) and plain[0].weight is kept
-
-
 @pytest.mark.parametrize("scheme", FEW)
 def test_a_shared_weight_is_untied(scheme: str) -> None:
     base = quantized(scheme, nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)))

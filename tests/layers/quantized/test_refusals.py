@@ -124,14 +124,10 @@ def test_scales_of_inputs_are_not_those_of_another_weight() -> None:
 # ---- what a CPU cannot run, to where it stops ----
 
 
-def test_int4_of_gpus_is_adapted_and_called_with_what_it_reads() -> None:
+def test_int4_of_gpus_is_adapted_and_not_folded() -> None:
     model = hra_fx.transform(int4(), config("0"))
     assert model[0].hra_u["default"].shape == (64, 4) and model[0].hra_u["default"].dtype == torch.float32
-    with pytest.raises(AttributeError, match="mslk"):  # torchao's own kernel, which is not there
-        model(torch.randn(2, 64, dtype=torch.bfloat16))
-    with pytest.raises(
-        FoldError, match=r"torchao, Int4Tensor\), and its Int4Tensor does not record how it was quantized"
-    ):
+    with pytest.raises(FoldError, match=r"torchao, Int4Tensor\), and its Int4Tensor does not record how it was quant"):
         hra_fx.fold(model)
 
 
