@@ -90,15 +90,6 @@ def assert_a_path(chain: Tensor, a: float = 0.3, b: float = 0.45) -> None:
 # Against known planes and angles
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
-@pytest.mark.parametrize(
-    "angles", [[0.3], [3.1, 0.1], [1.0, 2.0, 3.0], [1.0, 1.0, -1.0], [1e-6, 3.0], [math.pi / 2] * 3]
-)
-def test_a_part_turns_the_same_planes_by_a_part_of_their_angles(angles: list[float], alpha: float) -> None:
-    chain = reflections_of(rotation(1, 9, angles))
-    assert distance(part(chain, alpha), rotation(1, 9, angles, alpha)) < 1e-13
-
-
 @quick
 @given(
     st.lists(st.sampled_from(SPECIAL) | st.floats(-3.1, 3.1), max_size=6),
@@ -112,13 +103,14 @@ def test_any_angles_below_pi_are_divided(angles: list[float], more: int, seed: i
     assert distance(part(chain, alpha), rotation(seed, d, angles, alpha)) < 1e-12
 
 
-@pytest.mark.parametrize("pairs", [1, 7])
-def test_pairs_that_do_nothing_change_nothing_and_more_vectors_than_dimensions_are_fine(pairs: int) -> None:
-    angles = [0.7, 2.9, 1.5]
+@pytest.mark.parametrize(("angles", "pairs"), [([0.7, 2.9, 1.5], 1), ([0.7, 2.9, 1.5], 7), ([], 16)])
+def test_pairs_that_do_nothing_change_nothing_and_add_no_vectors(angles: list[float], pairs: int) -> None:
+    """Also with more vectors than dimensions."""
     idle = normal(3, 8, pairs).repeat_interleave(2, dim=1)
     chain = torch.cat([idle, reflections_of(rotation(2, 8, angles)), idle], dim=1)
     for alpha in ALPHAS:
         assert distance(part(chain, alpha), rotation(2, 8, angles, alpha)) < 1e-13
+    assert fractional_rotation(chain, 0.5).shape == (8, 2 * len(angles))
 
 
 @pytest.mark.parametrize(
@@ -158,10 +150,9 @@ def test_half_turns_that_are_nearly_exact_have_a_path(d: int, half: int, exponen
     assert_a_path(basis + 10**-exponent * normal(seed + 1, *basis.shape))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
-@pytest.mark.parametrize(("d", "r"), [(2, 2), (9, 4), (16, 16), (40, 8)])
-def test_an_even_gram_schmidt_chain_has_a_path(d: int, r: int, dtype: torch.dtype) -> None:
-    basis = orthonormalize(init_vectors(d, r, apply_GS=True, init_weights=True, dtype=dtype)[0]).double()
+@pytest.mark.parametrize(("d", "r"), [(2, 2), (9, 4), (16, 16)])
+def test_an_even_gram_schmidt_chain_has_a_path(d: int, r: int) -> None:
+    basis = orthonormalize(init_vectors(d, r, apply_GS=True, init_weights=True, dtype=F64)[0])
     assert_a_path(basis)
     # Half a turn by pi is a quarter turn of all of the span: applied twice it is Q, and its trace there is 0.
     half = part(basis, 0.5)
@@ -169,93 +160,38 @@ def test_an_even_gram_schmidt_chain_has_a_path(d: int, r: int, dtype: torch.dtyp
     assert float((basis.mT @ half @ basis).trace()) == pytest.approx(0, abs=1e-5)
 
 
-@pytest.mark.parametrize("moved", [0.0, 1e-12, 1e-2, 1.0])
-@pytest.mark.parametrize(("r", "apply_GS"), [(3, False), (4, True), (5, True)])
-def test_an_anchored_chain_has_a_path_from_the_start_of_training_on(r: int, apply_GS: bool, moved: float) -> None:
-    vectors, anchor = init_vectors(12, r, apply_GS=apply_GS, init_weights=True, dtype=F64)
-    vectors = vectors + moved * normal(8, 12, r)
-    assert anchor is not None
-    assert_a_path(torch.cat([anchor, orthonormalize(vectors) if apply_GS else vectors], dim=1))
-
-
 @pytest.mark.parametrize("noise", [0.0, 1e-14, 1e-9, 1e-4])
-@pytest.mark.parametrize("k", [2, 10, 24])
+@pytest.mark.parametrize("k", [2, 24])
 def test_nearly_parallel_vectors_have_a_path(k: int, noise: float) -> None:
     assert_a_path(normal(9, 16, 1) + noise * normal(10, 16, k))
 
 
-@pytest.mark.parametrize(("d", "half"), [(1, 1), (3, 8), (20, 4), (33, 16)])
-def test_paired_vectors_are_the_identity_at_every_alpha(d: int, half: int) -> None:
-    chain = normal(11, d, half).repeat_interleave(2, dim=1)
-    assert all(distance(part(chain, alpha), identity(d)) < 1e-13 for alpha in ALPHAS)
-
-
-# Columns
-
-
-def test_a_zero_column_is_the_identity() -> None:
+def test_zero_columns_and_the_lengths_of_the_others_do_not_matter() -> None:
     chain, zeros = normal(12, 6, 4), torch.zeros(6, 1, dtype=F64)
     padded = torch.cat([zeros, chain[:, :1], zeros, chain[:, 1:], zeros], dim=1)
     assert torch.equal(fractional_rotation(padded, 0.3), fractional_rotation(chain, 0.3))
     assert all(fractional_rotation(torch.zeros(5, k), 0.5).shape == (5, 0) for k in (0, 1, 4))
-
-
-def test_the_length_of_a_column_does_not_matter() -> None:
-    chain = normal(13, 6, 4)
     scaled = chain * torch.tensor([2.0**-1000, 2.0**900, -1.0, 3.0], dtype=F64)
     assert relative_error(part(scaled, 0.4), part(chain, 0.4)) < 1e-13
 
 
-@pytest.mark.parametrize("k", [2, 6, 40])
-def test_no_more_vectors_than_planes_turn(k: int) -> None:
-    idle = normal(15, 20, k).repeat_interleave(2, dim=1)
-    chain = torch.cat([reflections_of(rotation(14, 20, [0.4, 1.2])), idle], dim=1)
-    assert fractional_rotation(chain, 0.5).shape == (20, 4)
-
-
-# A constant, always the same
-
-
-def test_the_chain_is_left_as_it_is_and_gets_no_gradient() -> None:
-    chain = normal(18, 8, 4).requires_grad_()
-    kept = chain.detach().clone()
-    assert not fractional_rotation(chain, 0.5).requires_grad
-    assert torch.equal(chain, kept)
-
-
-def test_neither_a_default_device_nor_autocast_nor_inference_mode_reaches_in() -> None:
-    chain = normal(19, 8, 4).float()
-    wanted = fractional_rotation(chain, 0.5)
+def test_it_is_a_constant_in_every_context() -> None:
+    chain = normal(19, 8, 4).float().requires_grad_()
+    kept, wanted = chain.detach().clone(), fractional_rotation(chain, 0.5)
     with torch.device("meta"), torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
         result = fractional_rotation(chain, 0.5)
-    assert torch.equal(result, wanted)
+    assert not wanted.requires_grad and torch.equal(result, wanted) and torch.equal(chain, kept)
 
 
 # Refusals
 
 
-REFUSED = [
-    *(
-        (
-            normal(20, d, k),
-            0.5,
-            "an odd number of reflections (determinant -1) has no path from the identity. Train with",
-        )
-        for d, k in [(1, 1), (6, 3), (3, 7)]
-    ),
+RANGE = "`alpha` must be between 0 (base model) and 1 (the adapter), got {!r}."
+REFUSED: list[tuple[Tensor, float, str]] = [
+    (normal(20, 6, 3), 0.5, "an odd number of reflections (determinant -1) has no path from the identity. Train with"),
     (normal(21, 6, 4) * torch.tensor([1, 1, 0, 1]), 1.0, "an odd number of reflections"),
-    *(
-        (normal(22, 6, 4), alpha, f"`alpha` must be between 0 (base model) and 1 (the adapter), got {alpha!r}.")
-        for alpha in [-1e-9, 1 + 1e-9, 2, math.inf, -math.inf, math.nan]
-    ),
-    *(
-        (
-            normal(23, 6, 4).index_fill(0, torch.tensor([2]), value),
-            0.5,
-            "the vectors have NaN or infinite values. Load or",
-        )
-        for value in [math.nan, math.inf, -math.inf]
-    ),
+    *((normal(22, 6, 4), alpha, RANGE.format(alpha)) for alpha in (-1e-9, 1 + 1e-9, math.nan)),
+    (normal(23, 6, 4).index_fill(0, torch.tensor([2]), math.inf), 0.5, "the vectors have NaN or infinite values. Load"),
     (torch.empty(6, 4, device="meta"), 0.5, "the vectors are on the meta device. Load the adapter's weights first."),
 ]
 

@@ -1,15 +1,17 @@
-"""Rotated weights against the dense product, in all layouts and dtypes; and the errors of folding."""
+"""Rotated weights, and their change as LoRA, against the dense product and its SVD in float64."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from functional.test_householder import F64, normal, quick, seeds
+from functional.test_householder import quick, seeds
 from hypothesis import given, strategies as st
+from one_layer import F64, normal
 from oracles import dense_product, relative_error
+from torch import Tensor
 
-from hra_fx.errors import FoldError
-from hra_fx.functional.rotate import check_finite, check_foldable, rotate_weight
+from hra_fx.functional.low_rank import LowRankDelta, core, low_rank_delta
+from hra_fx.functional.rotate import rotate_weight
 
 SHAPES = [(5, 7), (4, 2, 3, 3), (4, 6, 3), (3, 2, 2, 1, 2)]
 
@@ -51,13 +53,61 @@ def test_the_wider_dtype_is_used() -> None:
     assert rotate_weight(weight.float(), vectors.double()).dtype == torch.float32
 
 
-def test_what_cannot_be_folded_is_refused() -> None:
-    weight, vectors = torch.ones(2, 3, dtype=F64), torch.ones(3, 2, dtype=F64)
-    check_foldable("fc", weight, vectors, apply_GS=False)
-    with pytest.raises(FoldError, match=r"^fc: the weight or the vectors of 'a' are on the meta device\. Load them"):
-        check_foldable("fc", weight.to("meta"), vectors, apply_GS=False, adapter="a")
-    with pytest.raises(FoldError, match=r"^fc: the vectors are linearly dependent, .* apply_GS=False, or with init_we"):
-        check_foldable("fc", weight, vectors, apply_GS=True)
-    check_finite("fc", weight)
-    with pytest.raises(FoldError, match=r"^fc: the folded weight is not finite\. Check the base weight"):
-        check_finite("fc", weight / 0)
+# As LoRA
+
+sizes = st.integers(1, 12)
+
+
+def change_of(weight: Tensor, chain: Tensor, rank: int | None = None, noise: float = 0.0) -> LowRankDelta:
+    V, K = core(chain, noise)
+    return low_rank_delta(weight @ V, V, K, rank)
+
+
+def dense_change(weight: Tensor, chain: Tensor) -> Tensor:
+    return weight @ (dense_product(chain) - torch.eye(len(chain), dtype=F64))
+
+
+@quick
+@given(sizes, sizes, st.integers(0, 9), st.integers(-60, 60), st.integers(0, 2), seeds)
+def test_it_is_the_dense_change_at_its_rank_and_balanced(
+    out: int, d: int, k: int, scale: int, zeros: int, seed: int
+) -> None:
+    weight, chain = normal(seed, out, d), normal(seed + 1, d, k) * 2.0**scale
+    chain[:, :zeros] = 0
+    wanted = dense_change(weight, chain)
+    A, B, error = change_of(weight, chain)
+    assert relative_error(B @ A, wanted) < 1e-9
+    assert error == 0
+    assert len(A) == int(torch.linalg.matrix_rank(wanted, rtol=1e-9))
+    assert relative_error(A @ A.mT, B.mT @ B) < 1e-9
+    assert relative_error(A @ A.mT, torch.diag((A @ A.mT).diagonal())) < 1e-9
+
+
+@quick
+@given(st.integers(2, 9), st.integers(1, 9), seeds)
+def test_a_smaller_rank_is_the_best_approximation_of_the_change(k: int, rank: int, seed: int) -> None:
+    weight, chain = normal(seed, 14, 12), normal(seed + 1, 12, k)
+    wanted = dense_change(weight, chain)
+    left, sigma, right = torch.linalg.svd(wanted)
+    A, B, error = change_of(weight, chain, rank)
+    best = (left[:, :rank] * sigma[:rank]) @ right[:rank]
+    assert len(A) == min(k, rank)
+    assert relative_error(B @ A, best) < 1e-9
+    assert error == pytest.approx(relative_error(best, wanted), abs=1e-9)
+
+
+@pytest.mark.parametrize(("angle", "bound"), [(1e-2, 1e-12), (1e-5, 1e-9), (1e-8, 1e-6)])
+def test_a_small_rotation_loses_no_accuracy(angle: float, bound: float) -> None:
+    weight, first, other = normal(0, 20, 16), normal(1, 16, 1), normal(2, 16, 1)
+    chain = torch.cat([first, first + angle * other], dim=1)
+    A, B, _ = change_of(weight, chain)
+    assert len(A) == 2
+    assert relative_error(B @ A, dense_change(weight, chain)) < bound
+
+
+def test_a_rotation_within_the_noise_is_the_identity() -> None:
+    first, other = normal(0, 16, 1), normal(1, 16, 1)
+    chain = torch.cat([first, first + 1e-8 * other], dim=1)
+    size = float(torch.linalg.matrix_norm(dense_product(chain) - torch.eye(16, dtype=F64), 2))
+    assert core(chain, 0.9 * size)[1].shape == (2, 2)
+    assert core(chain, 1.1 * size)[1].shape == (0, 0)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from layers.checking import normal, pair, run_dense
-from model.many import bert, ids, llama, net, sequential
+from model.many import bert, ids, llama, net
 from torch import Tensor, nn
 from transformers import AlbertConfig, AlbertForMaskedLM
 from transformers.pytorch_utils import Conv1D
@@ -79,13 +79,6 @@ class TwoPaths(nn.Module):
         return self.again(torch.tanh(self.between(torch.tanh(self.first(x)))))
 
 
-class OtherPathOnly(TwoPaths):
-    """Only the later name is called."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.again(torch.tanh(self.between(torch.tanh(x))))
-
-
 class TwoParents(nn.Module):
     """Two traced parents share a layer under a root that cannot be traced."""
 
@@ -113,20 +106,6 @@ class SharedBlocks(nn.Module):
         for layer in self.layers:
             x = x + layer(x)
         return x
-
-
-class SharedConv(nn.Module):
-    """A convolution by two paths."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(2, 2, 3, padding=1)
-        self.last = self.first
-        self.out = nn.Linear(9, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.last(torch.tanh(self.first(x.view(-1, 2, 3, 1))))
-        return self.out(x.repeat(1, 1, 1, 3).flatten(2))[:, 0]
 
 
 def albert() -> nn.Module:
@@ -173,17 +152,13 @@ ROWS = normal(1, 4, 6)
 #: Layers that are reached more than once.
 SHARED = {
     "two paths": Case(TwoPaths, ("first", "between"), ROWS, sites=("first", "between")),
-    "two paths, both named": Case(TwoPaths, ("first", "again"), ROWS, sites=("first",)),
-    "the other path only": Case(OtherPathOnly, ("first", "between"), ROWS, sites=("first", "between")),
     "two parents": Case(TwoParents, ("own", "shared"), ROWS, sites=("left.own", "left.shared", "right.own")),
-    "two parents, shared alone": Case(TwoParents, ("shared",), ROWS, sites=("left.shared",)),
     "a list with a block twice": Case(
         SharedBlocks,
         ("own", "shared"),
         ROWS,
         sites=("layers.0.own", "layers.0.shared", "layers.1.own", "layers.1.shared"),
     ),
-    "a convolution by two paths": Case(SharedConv, ("first", "out"), ROWS, sites=("first", "out")),
     "albert": Case(
         albert,
         ("query", "ffn", "ffn_output"),
@@ -201,7 +176,6 @@ CASES = {
     "Conv2d": Case(lambda: Calling(nn.Conv2d(4, 6, 3, padding=1, groups=2)), ("fc", "after"), normal(1, 2, 4, 5, 6)),
     "Conv3d": Case(lambda: Calling(nn.Conv3d(2, 4, (1, 2, 3), padding=(0, 0, 1))), ("fc",), normal(1, 2, 2, 3, 4, 6)),
     "net": Case(net, ("first", "second"), ROWS, others=("second", "head")),
-    "sequential": Case(sequential, ("0",), ROWS, others=("0", "3")),
     "llama": Case(llama, ("q_proj", "gate_proj"), ids(), others=("gate_proj", "down_proj", "lm_head")),
     "bert": Case(bert, ("query", "classifier"), ids(), others=("value", "query", "pooler.dense")),
     **SHARED,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from one_layer import F64, normal
-from oracles import dense_product, dense_q
+from oracles import dense_q
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -155,8 +155,3 @@ def check_fold(base: nn.Module, model: nn.Module, *args: Any, rtol: float = 1e-1
         name: p.requires_grad for name, p in base.named_parameters()
     }
     return folded
-
-
-def product(*chains: Tensor) -> Tensor:
-    """`Q` of several chains after one another."""
-    return dense_product(torch.cat(chains, dim=1))

@@ -110,12 +110,6 @@ def by_metadata(model: Reading, x: Tensor) -> Tensor:
     return F.linear(x, weight.reshape(weight.shape[0], weight.size(1)))
 
 
-def by_loop(model: Reading, x: Tensor) -> Tensor:
-    for layer in (model.fc, model.before):
-        x = torch.tanh(F.linear(x, layer.weight))
-    return x
-
-
 USES: dict[str, Callable[[Reading, Tensor], Tensor]] = {
     "functional": lambda model, x: F.linear(x, model.fc.weight, model.fc.bias),
     "transposed": lambda model, x: x @ model.fc.weight.T + model.fc.weight.sum(0),
@@ -123,8 +117,6 @@ USES: dict[str, Callable[[Reading, Tensor], Tensor]] = {
     "inside": lambda model, x: x @ torch.softmax(model.fc.weight, -1) @ model.fc.weight,
     "metadata": by_metadata,
     "property": lambda model, x: F.linear(x, model.matrix),
-    "getattr": lambda model, x: F.linear(x, getattr(model.fc, "weight")),  # noqa: B009
-    "loop": by_loop,
     "called and read": lambda model, x: model.fc(x) + F.linear(2 * x, model.fc.weight),
     "called, and read by another module": lambda model, x: model.fc(x) + model.another(x),
     "called, and given to another module": lambda model, x: model.fc(x) + model.at_the_call(x, model.fc),

@@ -25,31 +25,13 @@ class Attending(nn.Module):
         return self.attn(x, memory, memory, **kwargs)
 
 
-class WithNorm(nn.Module):
-    """What fx can trace: the attention is one call in it."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(12)
-        self.attn = nn.MultiheadAttention(12, 3, batch_first=True, **kwargs)
-        self.fc = nn.Linear(12, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(x)
-        y, _ = self.attn(y, y, y, need_weights=False)
-        return self.fc(x + y)
-
-
-TARGETS = {"in": ["attn"], "out": ["out_proj"], "both": ["attn", "out_proj"]}
 X, MEMORY = normal(1, 5, 2, 12), normal(2, 7, 2, 12)
 CAUSAL = torch.triu(torch.full((5, 5), float("-inf"), dtype=torch.float64), 1)
 PADDED = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
 
 CALLS: dict[str, tuple[dict[str, Any], tuple[Tensor, ...], dict[str, Any]]] = {
     "self": ({}, (X,), {}),
-    "no weights": ({}, (X,), {"need_weights": False}),
     "cross": ({}, (X, MEMORY), {}),
-    "batch first": ({"batch_first": True}, (X, X), {"need_weights": False}),
     "no bias": ({"bias": False}, (X,), {}),
     "bias of k and v": ({"add_bias_kv": True}, (X, MEMORY), {}),
     "zero attention": ({"add_zero_attn": True}, (X,), {}),
@@ -59,7 +41,7 @@ CALLS: dict[str, tuple[dict[str, Any], tuple[Tensor, ...], dict[str, Any]]] = {
     "padding": ({}, (X,), {"key_padding_mask": PADDED}),
     "padding, batch first": (
         {"batch_first": True},
-        (X.mT.mT.transpose(0, 1).contiguous(),),
+        (X.transpose(0, 1).contiguous(),),
         {"key_padding_mask": PADDED},
     ),
     "unbatched": ({}, (X[:, 0],), {}),
@@ -67,21 +49,20 @@ CALLS: dict[str, tuple[dict[str, Any], tuple[Tensor, ...], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize(("made", "args", "kwargs"), CALLS.values(), ids=CALLS)
 def test_it_computes_with_the_rotated_weights(
-    made: dict[str, Any], args: tuple[Tensor, ...], kwargs: dict[str, Any], targets: list[str]
+    made: dict[str, Any], args: tuple[Tensor, ...], kwargs: dict[str, Any]
 ) -> None:
-    base, model = pair(lambda: Attending(**made), targets)
+    base, model = pair(lambda: Attending(**made), ["attn", "out_proj"])
     check(base, model, *args, **kwargs)
     check_fold(base, model, *args, **kwargs)
 
 
-@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
-@pytest.mark.parametrize("fields", [{"r": 4}, {"r": 3}, {"r": 2, "apply_GS": True}, {"r": 3, "init_weights": False}])
-def test_every_sort_of_adapter(fields: dict[str, Any], targets: list[str]) -> None:
-    base, model = pair(WithNorm, targets, **fields)
-    check(base, model, normal(3, 2, 5, 12))
+@pytest.mark.parametrize("targets", [["attn"], ["out_proj"]])
+def test_one_of_its_weights_alone(targets: list[str]) -> None:
+    base, model = pair(Attending, targets)
+    check(base, model, X, MEMORY)
+    check_fold(base, model, X, MEMORY)
 
 
 def test_inputs_of_different_widths_are_refused_for_the_attention_and_not_for_its_out_proj() -> None:
@@ -90,15 +71,11 @@ def test_inputs_of_different_widths_are_refused_for_the_attention_and_not_for_it
     assert message.startswith("0 (MultiheadAttention): its `kdim` or `vdim` differs from `embed_dim`")
     assert message.endswith("Exclude the layer with `exclude_modules` and target its `out_proj`.")
 
-    class Wide(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attn = nn.MultiheadAttention(12, 3, kdim=5, vdim=7)
-
-        def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    class Wide(Attending):
+        def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
             return self.attn(x, k, v)[0]
 
-    base, adapted = pair(Wide, ["out_proj"])
+    base, adapted = pair(lambda: Wide(kdim=5, vdim=7), ["out_proj"])
     args = (X, normal(4, 6, 2, 5), normal(5, 6, 2, 7))
     check(base, adapted, *args)
     check_fold(base, adapted, *args)
@@ -112,19 +89,14 @@ def encoder(**kwargs: Any) -> nn.Module:
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=not kwargs.get("norm_first"))
 
 
-ENCODERS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "norm first": {"norm_first": True},
-    "gelu": {"activation": "gelu", "dropout": 0.0},
-}
+ENCODERS: dict[str, dict[str, Any]] = {"norm first": {"norm_first": True}, "gelu": {"activation": "gelu"}}
 EVERY = ["self_attn", "out_proj", "linear1", "linear2"]
 SEQUENCES = normal(6, 2, 5, 12)
 
 
-@pytest.mark.parametrize("targets", [*([each] for each in EVERY), EVERY], ids=[*EVERY, "every"])
 @pytest.mark.parametrize("kwargs", ENCODERS.values(), ids=ENCODERS)
-def test_transformer_encoder(kwargs: dict[str, Any], targets: list[str]) -> None:
-    base, model = pair(lambda: encoder(**kwargs), targets)
+def test_transformer_encoder(kwargs: dict[str, Any]) -> None:
+    base, model = pair(lambda: encoder(**kwargs), EVERY)
     check(base, model, SEQUENCES)
     check_fold(base, model, SEQUENCES)
 
@@ -133,6 +105,7 @@ def test_transformer_encoder(kwargs: dict[str, Any], targets: list[str]) -> None
 @pytest.mark.parametrize("targets", [*([each] for each in EVERY), EVERY], ids=[*EVERY, "every"])
 def test_the_fast_path_over_nested_tensors(targets: list[str]) -> None:
     base, model = pair(encoder, targets)
+    check(base, model, SEQUENCES)
     with torch.no_grad():
         slow = run_dense(base, model, SEQUENCES, src_key_padding_mask=PADDED)
         fast = model(SEQUENCES, src_key_padding_mask=PADDED)
@@ -142,14 +115,10 @@ def test_the_fast_path_over_nested_tensors(targets: list[str]) -> None:
     assert_same(model(SEQUENCES, src_key_padding_mask=PADDED)[~PADDED], slow[~PADDED])
 
 
-@pytest.mark.parametrize("batch_first", [True, False])
-def test_encoder_and_decoder(batch_first: bool) -> None:
-    def make() -> nn.Module:
-        return nn.Transformer(12, 2, 1, 1, 16, batch_first=batch_first)
-
+def test_encoder_and_decoder() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "enable_nested_tensor is True", UserWarning)
-        base, model = pair(make, [*EVERY, "multihead_attn"])
+        base, model = pair(lambda: nn.Transformer(12, 2, 1, 1, 16), [*EVERY, "multihead_attn"])
     args = (normal(7, 3, 3, 12), normal(8, 3, 3, 12))
     check(base, model, *args)
     check_fold(base, model, *args)

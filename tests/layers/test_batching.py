@@ -113,24 +113,11 @@ def test_factors_without_gradients_follow_every_change(guard: Any) -> None:
         model(X).sum().backward()
 
 
-@both
-def test_training_follows_the_oracle(apply_GS: bool) -> None:
-    """Each step changes the vectors in place."""
-    model = adapted(apply_GS=apply_GS)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    for _ in range(5):
-        optimizer.zero_grad()
-        assert_right(model, model(X), apply_GS=apply_GS)
-        model(X).square().sum().backward()
-        optimizer.step()
-
-
-@both
 @narrow
 @pytest.mark.parametrize("away", ["no storage", "no shape", "another dtype"])
-def test_vectors_that_a_tool_provides_only_while_a_layer_runs(apply_GS: bool, away: str) -> None:
+def test_vectors_that_a_tool_provides_only_while_a_layer_runs(away: str) -> None:
     """As FSDP, DeepSpeed and layerwise casts do."""
-    model = adapted(apply_GS=apply_GS)
+    model = adapted(apply_GS=True)
     vectors = model.two.hra_u["default"]
     values = normal(60, *vectors.shape)
     if away == "another dtype":
@@ -155,7 +142,8 @@ def test_vectors_that_a_tool_provides_only_while_a_layer_runs(apply_GS: bool, aw
     model.two.register_forward_hook(withdraw)
     found = model(X)
     provide()
-    assert relative_error(found, wanted(model, X, apply_GS=apply_GS)) < 1e-12 if away != "another dtype" else 1e-6
+    # Vectors in a narrow dtype are computed with in float32.
+    assert relative_error(found, wanted(model, X, apply_GS=True)) < (1e-6 if away == "another dtype" else 1e-12)
 
 
 class Checkpointed(Net):
@@ -168,19 +156,16 @@ class Checkpointed(Net):
         return self.three(checkpoint(run, x, use_reentrant=self.reentrant))  # type: ignore[no-any-return]
 
 
-@both
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_layers_that_run_again_in_the_backward(
-    monkeypatch: pytest.MonkeyPatch, reentrant: bool, apply_GS: bool, autocast: bool
-) -> None:
-    monkeypatch.setattr(Checkpointed, "reentrant", reentrant)
+def test_layers_that_run_again_in_the_backward(reentrant: bool, autocast: bool) -> None:
     dtype = F32 if autocast else F64
-    model = adapted(Checkpointed, apply_GS=apply_GS, dtype=dtype)
+    model = adapted(Checkpointed, apply_GS=True, dtype=dtype)
+    model.reentrant = reentrant
     x = X.to(dtype).requires_grad_()
     with torch.autocast("cpu", dtype=BF16, enabled=autocast):
         model(x).to(dtype).square().sum().backward()
-    sought = torch.autograd.grad(wanted(model, x.double(), apply_GS=apply_GS).square().sum(), vectors_of(model))
+    sought = torch.autograd.grad(wanted(model, x.double(), apply_GS=True).square().sum(), vectors_of(model))
     for vectors, gradient in zip(vectors_of(model), sought, strict=True):
         assert relative_error(vectors.grad, gradient, floor=1e-3) < (5e-2 if autocast else 1e-9)
 
@@ -195,24 +180,16 @@ def test_factors_are_float32_under_autocast(apply_GS: bool) -> None:
     assert all(vectors.grad is not None and vectors.grad.dtype is F32 for vectors in vectors_of(model))
 
 
-@both
 @narrow
-@pytest.mark.parametrize("swapped", [False, True])
-def test_another_dtype_from_now_on(apply_GS: bool, swapped: bool) -> None:
-    model = adapted(apply_GS=apply_GS, dtype=F32)
-    before = torch.__future__.get_swap_module_params_on_conversion()
-    torch.__future__.set_swap_module_params_on_conversion(swapped)
-    try:
-        for dtype, tolerance in ((F32, 1e-5), (F64, 1e-12), (BF16, 5e-2), (F32, 1e-5)):
-            model.to(dtype)
-            found = model(X.to(dtype))
-            assert relative_error(found, wanted(model, X, apply_GS=apply_GS)) < tolerance
-            found.sum().backward()
-            del found
-            model.zero_grad()
-            model.load_state_dict(model.state_dict())
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(before)
+def test_another_dtype_from_now_on() -> None:
+    model = adapted(apply_GS=True, dtype=F32)
+    for dtype, tolerance in ((F32, 1e-5), (F64, 1e-12), (BF16, 5e-2), (F32, 1e-5)):
+        model.to(dtype)
+        found = model(X.to(dtype))
+        assert relative_error(found, wanted(model, X, apply_GS=True)) < tolerance
+        found.sum().backward()
+        model.zero_grad()
+        model.load_state_dict(model.state_dict())
 
 
 def test_a_model_called_within_another_and_in_another_thread() -> None:
@@ -289,11 +266,7 @@ def test_generate_has_the_vectors_of_its_call(guard: Any) -> None:
 
 def test_generate_with_gradients_trains() -> None:
     model = adapted(Generator)
-    output = model.generate(X)[1]
-    found = torch.autograd.grad(output.square().sum(), vectors_of(model))
-    sought = torch.autograd.grad(wanted(model, X).square().sum(), vectors_of(model))
-    for one, other in zip(found, sought, strict=True):
-        assert relative_error(one, other) < 1e-9
+    assert_right(model, model.generate(X)[1])
 
 
 CHANGES: dict[str, Callable[[Any], object]] = {
@@ -323,12 +296,6 @@ def test_a_change_in_the_middle_of_generate(change: str) -> None:
 # ---- a warning of vectors that are trained in 16 bits, and lose most steps of an optimizer ----
 
 
-def as_trl_does(model: nn.Module) -> nn.Module:
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(BF16)
-    return model
-
-
 def by_peft(model: nn.Module) -> Any:
     config = peft.HRAConfig(r=4, target_modules=["one", "two", "three"])
     made = peft.get_peft_model(Net().to(BF16), config, autocast_adapter_dtype=False)
@@ -336,17 +303,9 @@ def by_peft(model: nn.Module) -> Any:
     return made.to(BF16)
 
 
-CASTS: dict[str, Callable[[nn.Module], Any]] = {
-    "bfloat16": nn.Module.bfloat16,
-    "half": nn.Module.half,
-    "TRL": as_trl_does,
-    "PEFT": by_peft,
-}
-
-
-@pytest.mark.parametrize("cast", CASTS)
-def test_vectors_trained_in_16_bits_are_reported_once(cast: str) -> None:
-    model = CASTS[cast](adapted(dtype=F32))
+@pytest.mark.parametrize("cast", [nn.Module.half, by_peft])
+def test_vectors_trained_in_16_bits_are_reported_once(cast: Callable[[nn.Module], Any]) -> None:
+    model = cast(adapted(dtype=F32))
     x = X.to(next(model.parameters()).dtype)
     with torch.no_grad():
         model(x)

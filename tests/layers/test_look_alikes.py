@@ -1,14 +1,17 @@
-"""Layers that are almost a Linear or a Conv2d: own forwards; and models out of the ordinary."""
+"""Layers that are almost a Linear or a Conv2d: own forwards; models out of the ordinary; and their classes."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from adapting import config
-from layers.checking import assert_same, check, check_fold, normal, pair, run_dense
+from layers.checking import assert_same, check, check_fold, dense_weights, normal, pair, run_dense
+from named_models import tiny_llama
 from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,11 +20,6 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 import hra_fx
 
 # ---- forwards of their own ----
-
-
-class Scaled(nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, 2 * self.weight, self.bias)
 
 
 class Around(nn.Linear):
@@ -50,11 +48,6 @@ class Feeding(nn.Module):
         return torch.tanh(self.layer(x) if self.count == 1 else self.layer(x, 2 * x))
 
 
-class ScaledConv(nn.Conv2d):
-    def forward(self, input: Tensor) -> Tensor:
-        return 2 * super().forward(input)
-
-
 class Demodulated(nn.Conv2d):
     """Uses the weight in another way than its rows."""
 
@@ -67,58 +60,32 @@ class Demodulated(nn.Conv2d):
 LINEARS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "FalconLinear": (lambda: FalconLinear(6, 4), 1),
     "NonDynamicallyQuantizableLinear": (lambda: nn.modules.linear.NonDynamicallyQuantizableLinear(6, 4), 1),
-    "scaled": (lambda: Scaled(6, 4), 1),
     "around": (lambda: Around(6, 4, bias=False), 1),
     "two arguments": (lambda: Twice(6, 4), 2),
 }
 
 
 @pytest.mark.parametrize(("layer", "count"), LINEARS.values(), ids=LINEARS)
-@pytest.mark.parametrize("fields", [{"r": 2}, {"r": 3, "apply_GS": True}], ids=["even", "GS"])
-def test_subclasses_of_linear(layer: Callable[[], nn.Module], count: int, fields: dict[str, Any]) -> None:
-    base, model = pair(lambda: Feeding(layer(), count), ["layer", "before"], **fields)
+def test_subclasses_of_linear(layer: Callable[[], nn.Module], count: int) -> None:
+    base, model = pair(lambda: Feeding(layer(), count), ["layer", "before"], apply_GS=True)
     check(base, model, normal(1, 3, 6))
     check_fold(base, model, normal(1, 3, 6))
 
 
 CONVS: dict[str, Callable[[], nn.Module]] = {
-    "StdConv2d": lambda: StdConv2d(4, 6, 3, padding=1),
     "StdConv2d of a group": lambda: StdConv2d(4, 6, 3, padding=1, groups=2),
     "ScaledStdConv2d": lambda: ScaledStdConv2d(4, 6, 3),
     "Conv2dSame": lambda: Conv2dSame(4, 6, 3, stride=2),
     "Conv2dSame, dilated": lambda: Conv2dSame(4, 6, (3, 2), dilation=2, bias=False),
-    "scaled": lambda: ScaledConv(4, 6, 3),
     "demodulated": lambda: Demodulated(4, 6, 3, padding=1),
 }
 
 
 @pytest.mark.parametrize("layer", CONVS.values(), ids=CONVS)
-@pytest.mark.parametrize("fields", [{"r": 2}, {"r": 2, "apply_GS": True}], ids=["even", "GS"])
-def test_subclasses_of_conv2d(layer: Callable[[], nn.Module], fields: dict[str, Any]) -> None:
-    def make() -> nn.Module:
-        return nn.Sequential(nn.Conv2d(3, 4, 1), layer(), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
-
-    def settled() -> nn.Module:
-        model = make()
-        model(torch.zeros(1, 3, 8, 8))
-        return model
-
-    base, model = pair(settled, ["0", "1"], **fields)
+def test_subclasses_of_conv2d(layer: Callable[[], nn.Module]) -> None:
+    base, model = pair(lambda: nn.Sequential(nn.Conv2d(3, 4, 1), layer(), nn.ReLU()), ["0", "1"], r=2)
     check(base, model, normal(2, 2, 3, 8, 8), rtol=1e-9)
     check_fold(base, model, normal(2, 2, 3, 8, 8), rtol=1e-9)
-
-
-# ---- convolutions of one, two and three axes ----
-
-AXES: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-
-
-@pytest.mark.parametrize("axes", AXES)
-def test_reports_say_what_they_are(axes: int) -> None:
-    model = hra_fx.transform(nn.Sequential(AXES[axes](4, 6, 3, groups=2)), config("0"))
-    (row,) = hra_fx.report(model).rows
-    size = "x".join("3" * axes)
-    assert row.layer_type == f"Conv{axes}d 4->6 {size}, groups 2"
 
 
 # ---- other models and layers that are out of the ordinary ----
@@ -178,30 +145,33 @@ class Outputs(nn.Module):
         return hidden, self.head(hidden)
 
 
-class AsksForGradients(Outputs):
-    """As wav2vec2 does of what it makes of its input."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        hidden = x * 2
-        if self.training:
-            hidden.requires_grad = True
-        return hidden, self.head(hidden)
+def test_verify_raises_no_false_alarm() -> None:
+    config = hra_fx.HRAConfig(r=2, target_modules=["head"])
+    model = hra_fx.transform(Outputs(), config, example_inputs=torch.tensor([[1, 2, 3]]), verify=True)
+    assert len(hra_fx.report(model)) == 1
 
 
-def still() -> nn.Module:
-    """The mean before the last norm is zero but for rounding."""
-    norms = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
-    return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), norms[0], nn.Conv2d(4, 4, 1, bias=False), norms[1])
+# ---- new objects of adapted classes are plain ----
 
 
-@pytest.mark.parametrize(
-    ("model", "targets", "inputs"),
-    [
-        (Outputs(), ["head"], torch.tensor([[1, 2, 3]])),
-        (AsksForGradients(), ["head"], torch.randn(2, 6)),
-        (still(), ["0", "2"], torch.randn(2, 3, 6, 6)),
-    ],
-)
-def test_verify_raises_no_false_alarm(model: nn.Module, targets: list[str], inputs: Tensor) -> None:
-    hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=targets), example_inputs=inputs, verify=True)
-    assert len(hra_fx.report(model)) == len(targets)
+def test_a_slice_of_an_adapted_sequential_runs_its_adapted_layers() -> None:
+    base, model = pair(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), ["0", "2"])
+    whole = model(X)
+    hidden = torch.relu(F.linear(X, dense_weights(base, model)["0.weight"], base[0].bias))
+    first, last = model[:2], model[2:]
+    assert (len(first), len(last)) == (2, 1)
+    assert_same(first(X), hidden)
+    assert_same(last(first(X)), whole)
+    # The slice shares the layers, and the model is unchanged.
+    assert first[0] is model[0]
+    assert torch.equal(model(X), whole)
+
+
+@pytest.mark.parametrize("way", [hra_fx.transform, hra_fx.HRAModel])
+def test_the_class_of_a_model_of_transformers_loads_base_models(way: Callable[..., Any], tmp_path: Path) -> None:
+    plain = tiny_llama()
+    plain.save_pretrained(tmp_path)
+    model = way(copy.deepcopy(plain), config("q_proj"))
+    for loaded in (type(model).from_pretrained(tmp_path), model.from_pretrained(tmp_path)):
+        assert type(loaded) is type(plain)
+        assert all(map(torch.equal, loaded.state_dict().values(), plain.state_dict().values()))

@@ -63,22 +63,23 @@ def convolution(name: str, dtype: torch.dtype = F64) -> nn.Conv2d:
     return nn.Conv2d(**{"in_channels": 4, "out_channels": 6, "dtype": dtype, **CONVOLUTIONS[name]})
 
 
-BATCH, ONE, NONE = (2, 4, 9, 11), (4, 9, 11), (0, 4, 9, 11)
-#: A batch, one image, and an empty batch, where torch's layer takes it.
+BATCH, FEW, ONE, NONE = (2, 4, 9, 11), (1, 4, 6, 7), (4, 9, 11), (0, 4, 9, 11)
+#: A batch, one with few patches, one image, and an empty batch, where torch's layer takes it.
 INPUTS = [
     *((name, BATCH) for name in CONVOLUTIONS),
-    *((name, ONE) for name in CONVOLUTIONS if name != "circular, same, dilation"),
-    *((name, NONE) for name in ("3x3", "groups", "1x1", "same")),
+    *((name, FEW) for name in CONVOLUTIONS),
+    *((name, ONE) for name in ("3x3", "same, even kernel", "reflect", "groups")),
+    *((name, NONE) for name in ("3x3", "groups", "same")),
 ]
 
 
 # torch says so, once, for the base layer too.
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-@pytest.mark.parametrize("apply_GS", [False, True])
 @pytest.mark.parametrize(("name", "shape"), INPUTS)
-def test_conv2d_of_every_kind(name: str, shape: tuple[int, ...], apply_GS: bool) -> None:
+def test_conv2d_of_every_kind(name: str, shape: tuple[int, ...]) -> None:
     base = convolution(name)
-    r = min(3, base.weight[0].numel())
+    apply_GS = list(CONVOLUTIONS).index(name) % 2 == 0
+    r = min(6 if shape is FEW else 3, base.weight[0].numel())
     # With as many orthonormal vectors as dimensions Q = -I, and their gradient is zero.
     floor = float(apply_GS and r == base.weight[0].numel())
     model = adapted(base, r, apply_GS=apply_GS)
@@ -128,15 +129,12 @@ def test_any_convolution(
 
 # ---- in narrow dtypes ----
 
-NARROW = [
-    pytest.param(F32, 1e-5, id="float32"),
-    pytest.param(BF16, 6e-3, id="bfloat16"),
-]
+narrow = pytest.mark.parametrize(("dtype", "bound"), [(F32, 1e-5), (BF16, 6e-3)], ids=["float32", "bfloat16"])
 
 
-@pytest.mark.parametrize(("dtype", "bound"), NARROW)
+@narrow
 @pytest.mark.parametrize("apply_GS", [False, True])
-@pytest.mark.parametrize("r", [1, 2, 8, 32])
+@pytest.mark.parametrize("r", [1, 8])
 def test_linear_in_narrow_dtypes(r: int, apply_GS: bool, dtype: torch.dtype, bound: float) -> None:
     base = nn.Linear(96, 64, dtype=dtype)
     model = adapted(base, r, apply_GS=apply_GS)
@@ -144,8 +142,8 @@ def test_linear_in_narrow_dtypes(r: int, apply_GS: bool, dtype: torch.dtype, bou
     check(base, model, normal(1, 32, 96, dtype=dtype), apply_GS=apply_GS, bound=bound)
 
 
-@pytest.mark.parametrize(("dtype", "bound"), NARROW)
-@pytest.mark.parametrize("name", ["3x3", "3x5", "same", "reflect", "groups", "depthwise", "circular"])
+@narrow
+@pytest.mark.parametrize("name", ["3x5", "reflect", "groups"])
 def test_conv2d_in_narrow_dtypes(name: str, dtype: torch.dtype, bound: float) -> None:
     # As wide as the small layers of real models: with a handful of values, the rounding of one or two decides.
     wide = {"in_channels": 16, "out_channels": 24, **CONVOLUTIONS[name]}
@@ -154,7 +152,7 @@ def test_conv2d_in_narrow_dtypes(name: str, dtype: torch.dtype, bound: float) ->
     check(base, adapted(base, 3), x, apply_GS=False, bound=bound)
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e5])
+@pytest.mark.parametrize("scale", [1e-6, 1e5])
 @pytest.mark.parametrize("base", [nn.Linear(96, 64), nn.Conv2d(6, 4, 4)], ids=str)
 def test_float16_does_not_depend_on_the_scale_of_the_vectors(base: Layer, scale: float) -> None:
     base = copy.deepcopy(base).half()
@@ -170,9 +168,6 @@ def test_float16_does_not_depend_on_the_scale_of_the_vectors(base: Layer, scale:
 
 # ---- the start, and training ----
 
-#: The last one takes all dimensions of the square layer.
-RANKS = [1, 2, 3, 8, 16]
-
 
 def adapt(base: nn.Module, r: int, *, apply_GS: bool, init_weights: bool = True) -> Any:
     config = HRAConfig(r=r, apply_GS=apply_GS, init_weights=init_weights, target_modules=["0"])
@@ -183,7 +178,7 @@ def adapt(base: nn.Module, r: int, *, apply_GS: bool, init_weights: bool = True)
     ("dtype", "bound"), [(F64, 1e-9), (torch.float32, 1e-5), (torch.bfloat16, 5e-3), (torch.float16, 2e-3)]
 )
 @pytest.mark.parametrize("apply_GS", [False, True])
-@pytest.mark.parametrize("r", RANKS)
+@pytest.mark.parametrize("r", [1, 2, 16])
 def test_the_start_is_the_base_layer(r: int, apply_GS: bool, dtype: torch.dtype, bound: float) -> None:
     base = nn.Linear(384, 64, dtype=dtype)
     x = normal(1, 8, 384).to(dtype)
@@ -191,20 +186,11 @@ def test_the_start_is_the_base_layer(r: int, apply_GS: bool, dtype: torch.dtype,
     assert relative_error(adapt(base, r, apply_GS=apply_GS)(x), wanted) < bound
 
 
-@pytest.mark.parametrize("apply_GS", [False, True])
-@pytest.mark.parametrize("r", RANKS)
-def test_the_start_has_a_gradient(r: int, apply_GS: bool) -> None:
-    """An identity that cannot leave itself would be no start."""
-    model = adapt(nn.Linear(20, 12, dtype=F64), r, apply_GS=apply_GS)
-    model(normal(1, 5, 20)).square().sum().backward()
-    assert float(model[0].hra_u["default"].grad.norm()) > 1e-3
-
-
 @pytest.mark.parametrize(
     ("kind", "r", "apply_GS", "init_weights"),
     [
         (kind, r, apply_GS, (kind == "conv") ^ apply_GS)
-        for kind, r, apply_GS in itertools.product(["linear", "conv"], [*RANKS, 33], [False, True])
+        for kind, r, apply_GS in itertools.product(["linear", "conv"], [1, 2, 3, 33], [False, True])
     ],
 )
 def test_twenty_steps_keep_the_matrix_orthogonal(kind: str, r: int, apply_GS: bool, init_weights: bool) -> None:

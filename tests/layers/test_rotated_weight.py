@@ -1,7 +1,10 @@
-"""`layer.weight` of an adapted layer: `W Q` for every reader, computed when it is used."""
+"""`layer.weight` of an adapted layer: `W Q` for every reader, computed when it is used; copied, saved and moved."""
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 import re
 from collections.abc import Callable
 from typing import Any
@@ -12,14 +15,26 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from adapting import config
-from layers.checking import assert_same, dense_weights, normal, rotation, run_dense, turned, vectors_of
-from layers.reading_weights import X, assert_gradients, dense, functional, layer_pair, linear, weight_of
+from hypothesis import given, settings, strategies as st
+from layers.checking import assert_same, check, check_fold, normal, pair, rotation, run_dense, turned, vectors_of
+from layers.reading_weights import (
+    TARGETS,
+    USES,
+    Reading,
+    X,
+    assert_gradients,
+    dense,
+    functional,
+    layer_pair,
+    linear,
+    weight_of,
+)
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import hra_fx
-from hra_fx.layers.rotated_weight import InferenceRotatedWeight, RotatedWeight
 
 F64 = torch.float64
 
@@ -44,31 +59,13 @@ def test_the_value_is_the_dense_product(make: Callable[[], nn.Module], fields: d
     base, layer = layer_pair(make, **fields)
     wanted, plain = dense(base, layer), weight_of(base)
     with torch.no_grad():
-        assert type(weight_of(layer)) is InferenceRotatedWeight
         assert_same(weight_of(layer).clone(), wanted)
-    assert type(weight_of(layer)) is RotatedWeight
     assert_gradients(weight_of(layer) * 2, wanted * 2, [layer.hra_u["default"]])
     assert torch.equal(layer.hra_base, plain)
     assert float((wanted - plain).detach().abs().max()) > 1e-3
     for same in (weight_of(layer).clone(), weight_of(layer).detach().clone(), weight_of(layer).data + 0):
         assert_same(same, wanted)
     assert type(weight_of(layer) + 0) is type(weight_of(layer).data + 0) is Tensor
-
-
-@kinds
-@modes
-def test_metadata(make: Callable[[], nn.Module], grad: bool) -> None:
-    base, layer = layer_pair(make)
-    plain = weight_of(base)
-    with torch.set_grad_enabled(grad):
-        weight = weight_of(layer)
-        for name in ("shape", "dtype", "device", "layout", "ndim", "is_cpu", "is_meta", "is_leaf", "grad", "nbytes"):
-            assert getattr(weight, name) == getattr(plain, name), name
-        for name in ("dim", "size", "stride", "numel", "__len__", "element_size", "is_floating_point"):
-            assert getattr(weight, name)() == getattr(plain, name)(), name
-        assert weight.is_contiguous() and weight.size(0) == plain.shape[0]
-        assert weight.requires_grad is layer.hra_base.requires_grad is False
-        assert repr(weight) == f"RotatedWeight({', '.join(map(str, plain.shape))})"
 
 
 def test_the_dtype_of_a_narrow_weight_is_kept() -> None:
@@ -94,24 +91,6 @@ def test_numpy_and_lists() -> None:
     assert layer.weight[1, 2].item() == pytest.approx(float(wanted[1, 2]), abs=1e-12)
 
 
-@pytest.mark.parametrize("way", ["disabled", "scale 0", "merged", "folded"])
-def test_a_weight_that_no_adapter_rotates_is_the_parameter_itself(way: str) -> None:
-    base, model = functional()
-    parameter = model.read._parameters["weight"]
-    if way == "disabled":
-        with hra_fx.disable_adapters(model):
-            assert model.read.weight is parameter is model.read.hra_base
-        assert type(model.read.weight) is RotatedWeight
-        return
-    wanted = parameter if way == "scale 0" else dense_weights(base, model)["read.weight"].detach().clone()
-    if way == "scale 0":
-        hra_fx.set_scale(model, "default", 0.0)
-    else:
-        (hra_fx.merge_adapter if way == "merged" else hra_fx.fold)(model)
-    assert model.read.weight is parameter is dict(model.named_parameters())["read.weight"]
-    assert_same(parameter, wanted)
-
-
 # ---- gradients ----
 
 
@@ -125,16 +104,6 @@ def test_functional_reads_pass_gradients_to_every_adapter() -> None:
     leaves = [*vectors_of(model).values(), *vectors_of(model, "other").values()]
     assert len(leaves) == 5
     assert_gradients(model(X), run_dense(base, model, X, adapters=("default", "other")), leaves)
-
-
-def test_a_base_weight_that_is_trained_gets_its_gradient() -> None:
-    base, layer = layer_pair()
-    layer.weight.requires_grad_(True)
-    plain = weight_of(base).detach().requires_grad_()
-    wanted = turned(base, plain, rotation(nn.ModuleDict({"layer": layer}), "layer"))
-    (F.linear(X, layer.weight) * normal(2, 3, 4)).sum().backward()
-    (F.linear(X, wanted) * normal(2, 3, 4)).sum().backward()
-    assert_same(layer.hra_base.grad, plain.grad)
 
 
 @modes
@@ -186,18 +155,13 @@ def add_assign(w: Any) -> None:
 
 WRITES: dict[str, Callable[[Any], Any]] = {
     "add_": lambda w: w.add_(1),
-    "copy_": lambda w: w.copy_(torch.zeros(4, 6)),
     "data.copy_": lambda w: w.data.copy_(torch.zeros(4, 6)),
-    "detach().add_": lambda w: w.detach().add_(2),
     "data =": assign_data,
     "w[0] =": assign_item,
     "+=": add_assign,
     "out=": lambda w: torch.add(torch.ones(4, 6, dtype=F64), 1, out=w),
     "init.normal_": lambda w: nn.init.normal_(w),
-    "relu, inplace": lambda w: F.relu(w, inplace=True),
-    "foreach": lambda w: torch._foreach_add_([w], 1),
     "a row": lambda w: w[0].zero_(),
-    "a part": lambda w: w.chunk(2)[1].mul_(2),
 }
 
 
@@ -234,26 +198,6 @@ def test_a_weight_can_be_scaled_by_a_number(factor: Any) -> None:
         layer.weight.mul_(torch.ones(4, 6, dtype=F64))
 
 
-@modes
-def test_values_that_are_copied_by_data_or_into_a_file(grad: bool) -> None:
-    base, layer = layer_pair()
-    wanted = dense(base, layer).detach()
-    with torch.set_grad_enabled(grad):
-        other = nn.Linear(6, 4).double()
-        other.weight.data = layer.weight.data
-        assert_same(other.weight, wanted)
-        plain = torch.zeros(4, 6, dtype=F64)
-        plain.data = layer.weight.detach()
-        assert_same(plain, wanted)
-        kept = layer.weight.detach()
-        for weight in (kept, layer.weight.data):
-            saved = safetensors.torch.load(safetensors.torch.save({"w": weight}))
-            assert_same(saved["w"], wanted)
-        with torch.no_grad():
-            layer.hra_u["default"].neg_().add_(1.0)
-        assert_same(kept * 1, wanted)  # the values of then
-
-
 class Multiply(torch.autograd.Function):
     """A product with a backward of its own, as fused losses have."""
 
@@ -269,17 +213,14 @@ class Multiply(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_a_custom_autograd_function_passes_gradients(trained: bool) -> None:
+@pytest.mark.parametrize("multiply", [F.linear, Multiply.apply], ids=["F.linear", "a custom function"])
+def test_gradients_of_products(multiply: Callable[..., Tensor], trained: bool) -> None:
     base, layer = layer_pair()
-    layer.hra_base.requires_grad_(trained)
+    layer.weight.requires_grad_(trained)
     x = X.flatten(0, -2).clone().requires_grad_()
-    found, wanted = Multiply.apply(x, layer.weight), x @ dense(base, layer).mT
-    assert_gradients(found, wanted, [x, layer.hra_u["default"]])
-    if trained:
-        q = rotation(nn.ModuleDict({"layer": layer}), "layer")
-        sought = torch.autograd.grad((x @ (layer.hra_base @ q).mT).sum(), layer.hra_base)[0]
-        (got,) = torch.autograd.grad(Multiply.apply(x, layer.weight).sum(), layer.hra_base)
-        assert_same(got, sought)
+    plain = layer.hra_base if trained else weight_of(base).detach()
+    wanted = x @ turned(base, plain, rotation(nn.ModuleDict({"layer": layer}), "layer")).mT
+    assert_gradients(multiply(x, layer.weight), wanted, [x, layer.hra_u["default"], *[plain] * trained])
 
 
 def test_writes_into_the_base_weight_are_seen() -> None:
@@ -308,39 +249,139 @@ def test_assigning_a_weight_that_is_read_as_rotated_is_refused() -> None:
     assert layer.hra_base is before
 
 
-@modes
-def test_a_rotated_weight_does_not_become_a_parameter(grad: bool) -> None:
-    base, layer = layer_pair()
-    with torch.set_grad_enabled(grad):
-        for weight in (layer.weight, layer.weight.data):
-            with pytest.raises(hra_fx.AdapterError, match=r"layer\.weight\.detach\(\)\.clone\(\)"):
-                nn.Parameter(weight)
-        assert_same(nn.Parameter(layer.weight.detach().clone()), dense(base, layer))
-
-
 REPARAMETRIZATIONS: dict[str, Callable[[nn.Module], object]] = {
     "pruning": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
-    "random pruning": lambda layer: prune.random_structured(layer, "weight", 0.5, dim=0),
     "spectral_norm": parametrizations.spectral_norm,
-    "orthogonal": parametrizations.orthogonal,
     "parametrize": lambda layer: parametrize.register_parametrization(layer, "weight", nn.Identity()),
 }
 
 
-@modes
 @pytest.mark.parametrize("act", REPARAMETRIZATIONS.values(), ids=REPARAMETRIZATIONS)
-def test_reparametrizing_an_adapted_layer_is_refused(act: Callable[[nn.Module], object], grad: bool) -> None:
+def test_reparametrizing_an_adapted_layer_is_refused(act: Callable[[nn.Module], object]) -> None:
     base, layer = layer_pair()
-    with torch.set_grad_enabled(grad), pytest.raises(hra_fx.AdapterError):
+    with pytest.raises(hra_fx.AdapterError):
         act(layer)
     assert torch.equal(layer.hra_base, base.weight)
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
-@pytest.mark.parametrize("act", [weight_norm, parametrizations.weight_norm])
-def test_weight_norm_fails_at_the_latest_when_the_layer_is_called(act: Callable[[nn.Module], Any]) -> None:
+def test_weight_norm_fails_at_the_latest_when_the_layer_is_called() -> None:
     _, layer = layer_pair()
     with pytest.raises(
         hra_fx.AdapterError, match=r"weight_norm, pruning or similar was applied after hra_fx\.transform"
     ):
-        act(layer)(X)
+        parametrizations.weight_norm(layer)(X)
+
+
+# ---- copies, and weights that a tool moves and stores again ----
+
+
+@modes
+def test_copies_of_a_weight(grad: bool) -> None:
+    base, layer = layer_pair()
+    wanted = dense(base, layer).detach().clone()
+    with torch.set_grad_enabled(grad):
+        twin, kept, other = copy.deepcopy(layer.weight), layer.weight.detach(), nn.Linear(6, 4).double()
+        other.weight.data = layer.weight.data
+        file = io.BytesIO()
+        torch.save(kept, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=True), pickle.loads(pickle.dumps(kept))
+        saved = safetensors.torch.load(safetensors.torch.save({"w": kept, "data": layer.weight.data + 0}))
+        with torch.no_grad():
+            layer.hra_base.zero_()
+        for same in (twin.clone(), *loaded, *saved.values(), other.weight, kept * 1):
+            assert_same(same, wanted)
+
+
+MOVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "to": lambda w: w.to("cpu", F64),
+    "copy": lambda w: w.to("cpu", copy=True),
+    "cpu": lambda w: w.cpu(),
+    "data": lambda w: w.data,
+    "detach": lambda w: w.detach(),
+    "clone": lambda w: w.clone(),
+    "contiguous": lambda w: w.contiguous(),
+    "double": lambda w: w.double(),
+    "type": lambda w: w.type(F64),
+}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.sampled_from(sorted(MOVES)), max_size=4), st.booleans(), st.booleans())
+def test_a_moved_weight_that_is_stored_in_its_layer_is_the_base_weight(
+    moves: list[str], grad: bool, trained: bool
+) -> None:
+    base, model = functional()
+    for path in ("called", "read", "both"):
+        layer = model.get_submodule(path)
+        with torch.set_grad_enabled(grad):
+            weight = layer.weight
+            for move in moves:
+                weight = MOVES[move](weight)
+            if {*moves} <= {"data", "detach"}:  # the weight itself, which cannot be a leaf of autograd
+                with pytest.raises(hra_fx.AdapterError, match=r"layer\.weight\.detach\(\)\.clone\(\)"):
+                    nn.Parameter(weight)
+                continue
+            layer._parameters["weight"] = nn.Parameter(weight, requires_grad=trained)
+        parameter = dict(model.named_parameters())[f"{path}.weight"]
+        assert type(parameter) is nn.Parameter and parameter.requires_grad is trained
+        assert torch.equal(parameter, base.get_submodule(path).weight)
+    wanted = run_dense(base, model, X).detach()
+    assert_same(model(X), wanted)
+    assert_same(hra_fx.fold(model)(X), wanted)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_copy_in_another_module_is_the_rotated_weight_and_trains(grad: bool) -> None:
+    base, layer = layer_pair()
+    wanted = dense(base, layer).detach()
+    other = nn.Linear(6, 4).double()
+    with torch.set_grad_enabled(grad):
+        other.weight = nn.Parameter(layer.weight.clone())
+    for same in (other.weight, copy.deepcopy(other).weight, pickle.loads(pickle.dumps(other)).weight):
+        assert isinstance(same, nn.Parameter) and same.requires_grad
+        assert_same(same, wanted)
+    (other(X) * 2).sum().backward()
+    torch.optim.SGD(other.parameters(), lr=0.5).step()
+    assert_same(other.weight, wanted - X.flatten(0, -2).sum(0).expand(4, 6))
+    assert torch.equal(layer.hra_base, base.weight)
+
+
+# ---- every reader of a weight gets `W Q` ----
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("branches", [False, True], ids=["traceable", "untraceable"])
+def test_every_reader_gets_the_rotated_weight(use: str, branches: bool) -> None:
+    base, model = pair(lambda: Reading(use, branches), TARGETS, apply_GS=branches)
+    check(base, model, X)
+    if not branches:
+        graph = hra_fx.graphs(model)[""]
+        assert_same(graph(X), run_dense(base, model, X))
+    assert type(check_fold(base, model, X)) is Reading
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant: bool) -> None:
+    base, model = functional()
+    x = X.clone().requires_grad_()
+    (checkpoint(model, x, use_reentrant=reentrant) * normal(3, 3, 6)).sum().backward()
+    leaves = list(vectors_of(model).values())
+    wanted = torch.autograd.grad((run_dense(base, model, X) * normal(3, 3, 6)).sum(), leaves)
+    for leaf, oracle in zip(leaves, wanted, strict=True):
+        assert_same(leaf.grad, oracle)
+
+
+def test_a_replica_of_data_parallel_has_its_tensors_as_plain_attributes() -> None:
+    base, model = functional()
+    moved: Any = copy.deepcopy(base)
+    with torch.no_grad():
+        moved.read.weight.mul_(1.5)
+    replica = model._replicate_for_data_parallel()
+    for name, child in model.named_children():
+        twin = child._replicate_for_data_parallel()
+        for key, parameter in child._parameters.items():
+            twin._parameters.pop(key, None)
+            setattr(twin, key, parameter * 1.5 if (name, key) == ("read", "weight") else parameter.view_as(parameter))
+        replica._modules[name] = twin
+    assert_gradients(replica(X), run_dense(moved, model, X), list(vectors_of(model).values()))

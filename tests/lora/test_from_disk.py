@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-import transformers
 from checkpoint.disk import made
 from diffusion_models import unet
 from moe_models import NAMES, TARGETS, built
@@ -65,8 +63,8 @@ del CASES["Llama, Gram-Schmidt without an anchor"]  # its file has vectors befor
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("sharded", [False, True])
-def test_the_same_as_of_the_model_in_memory(tmp_path: Path, name: str, sharded: bool) -> None:
+def test_the_same_as_of_the_model_in_memory(tmp_path: Path, name: str) -> None:
+    sharded = name.startswith("Llama")
     build, targets, dtype, fields = CASES[name]
     model = build()
     base = made.base_of(model, tmp_path / "base", dtype, **({"max_shard_size": "6KB"} if sharded else {}))
@@ -124,17 +122,6 @@ def test_several_adapters_are_applied_in_their_order(tmp_path: Path) -> None:
         assert (lora.bias, lora.modules_to_save, set(lora.copies)) == ("lora_only", ("lm_head",), {"lm_head.weight"})
 
 
-def test_a_smaller_rank_is_the_best_approximation(tmp_path: Path) -> None:
-    made.linear_stack(tmp_path / "base", layers=1, dtype=torch.float64)
-    made.stack_adapter(tmp_path / "adapter", layers=1, r=4)
-    (whole,) = read_as_lora([tmp_path / "adapter"], tmp_path / "base", columns=[]).layers
-    (layer,) = read_as_lora([tmp_path / "adapter"], tmp_path / "base", rank=2, columns=[]).layers
-    due = change(whole)
-    lost = float(torch.linalg.svdvals(due)[2:].norm() / due.norm())
-    assert layer.rank == 2 and layer.error == pytest.approx(lost, rel=1e-9)
-    assert relative_error(change(layer), due) == pytest.approx(lost, rel=1e-9)
-
-
 @pytest.mark.parametrize("apply_GS", [False, True])
 def test_a_fresh_adapter_has_rank_0(tmp_path: Path, apply_GS: bool) -> None:
     base = made.base_of(made.llama(), tmp_path / "base")
@@ -158,12 +145,6 @@ def convnext(folder: Path) -> nn.Module:
     return model
 
 
-def resnet(folder: Path) -> nn.Module:
-    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
-    model = transformers.ResNetForImageClassification(config)
-    return made.base_of(model, folder, torch.float32) and model
-
-
 def diffusion(folder: Path) -> nn.Module:
     model: Any = unet()
     return made.base_of(model, folder, torch.float32) and model
@@ -173,7 +154,6 @@ def diffusion(folder: Path) -> nn.Module:
 OTHERS: dict[Callable[[Path], nn.Module], tuple[list[str], set[str]]] = {
     attention: (["attn"], {"attention"}),
     convnext: (["stem.0", "downsample.1"], {"conv2d"}),
-    resnet: (["convolution"], {"conv2d"}),
     diffusion: (["conv1", "conv_shortcut", "to_q"], {"conv2d", "linear"}),
 }
 
@@ -222,44 +202,10 @@ def test_the_weights_are_from_the_file_that_libraries_load(tmp_path: Path) -> No
     check(read_as_lora([adapter], tmp_path / "base"), {"0.weight": weights["model"]}, adapter)
 
 
-MEASURE = """
-import sys
-from hra_fx.lora.save import convert_files
-from hra_fx.lora.from_files import read_as_lora
-def peak():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-read_as_lora([sys.argv[1]], sys.argv[3], progress=False)
-before = peak()
-read_as_lora([sys.argv[2]], sys.argv[3], progress=False)
-print(peak() - before)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("fan_in_fan_out", [False, True])
-def test_a_large_weight_is_never_converted_as_a_whole(tmp_path: Path, fan_in_fan_out: bool) -> None:
-    width, out = 4096, 8192
-    (tmp_path / "base").mkdir()
-    weights = {"0.weight": (out, width), "1.weight": (16, 8)}
-    state = {name: torch.randn(shape[::-1] if fan_in_fan_out else shape).bfloat16() for name, shape in weights.items()}
-    save_file(state, tmp_path / "base" / "model.safetensors")
-    for i, size in enumerate((width, 8)):
-        folder = made.stack_adapter(tmp_path / f"{i}", layers=1)
-        save_file({U.format(i): torch.randn(size, 2)}, folder / "adapter_model.safetensors")
-        hra_fx.HRAConfig(r=2, target_modules=[str(i)]).save_pretrained(folder)
-    # The small layer first, so that everything that a call needs once is there.
-    command = [sys.executable, "-W", "ignore", "-c", MEASURE, *(str(tmp_path / name) for name in ("1", "0", "base"))]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    # The pages of the file are mapped, and the products are of a wider dtype.
-    assert int(done.stdout) < 4 * out * width, "the weight in float32"
-
-
-@pytest.mark.parametrize("fields", [{}, {"apply_GS": True, "rank": 3}], ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "fields"), [*zip(NAMES, itertools.cycle([{}, {"apply_GS": True}]), strict=False)])
 def test_experts_are_those_of_the_model_in_memory(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    rank = 3 if fields else None
     model: Any = built(name, torch.float32)
-    rank = fields.pop("rank", None)
     base = made.base_of(model, tmp_path / "base", torch.float32)
     adapter = made.adapter_of(model, tmp_path / "adapter", "o_proj", target_parameters=TARGETS, **fields)
     loaded = hra_fx.load_adapter(type(model).from_pretrained(base, dtype="auto"), adapter)
@@ -270,4 +216,4 @@ def test_experts_are_those_of_the_model_in_memory(name: str, fields: dict[str, A
         other = wanted[path]
         assert (layer.kind, layer.place, layer.rank) == (other.kind, other.place, other.rank), path
         # The file has orthonormal vectors in float32, and the model computes them in float64.
-        assert relative_error(change(layer), change(other)) < (1e-6 if "apply_GS" in fields else 1e-11), path
+        assert relative_error(change(layer), change(other)) < (1e-6 if fields else 1e-11), path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import peft
 import pytest
 import torch
 from functional.test_householder import quick, seeds
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from layers.quantized.bases import SCHEMES, WIDTH, adapted as quantized_model, quantized, values
 from lora.kinds import KINDS, adapted, dense_change, exported_change, move, product
 from oracles import relative_error
@@ -37,7 +36,7 @@ def test_the_factors_are_the_change_of_the_weight(kind: str, r: int, apply_GS: b
     assert relative_error(A, B) < 1e-5
 
 
-@quick
+@settings(quick, max_examples=15)
 @given(st.sampled_from(list(KINDS)), st.booleans(), st.floats(0.05, 1), st.floats(0.05, 1), seeds)
 def test_several_adapters_act_in_their_order_and_at_their_strengths(
     kind: str, apply_GS: bool, first: float, second: float, seed: int
@@ -69,23 +68,21 @@ def test_nothing_of_the_model_changes(merged: bool) -> None:
     assert all(after[name].equal(value) and after[name]._version == v for name, (value, v) in before.items())
 
 
-@pytest.mark.parametrize("r", [3, 8])
 @pytest.mark.parametrize("apply_GS", [False, True])
-def test_a_fresh_adapter_is_a_zero_of_rank_one_with_a_warning(r: int, apply_GS: bool) -> None:
-    model = hra_fx.transform(nn.Sequential(nn.Linear(12, 9)), HRAConfig(r=r, apply_GS=apply_GS, target_modules=["0"]))
+def test_a_fresh_adapter_is_a_zero_of_rank_one_with_a_warning(apply_GS: bool) -> None:
+    model = hra_fx.transform(nn.Sequential(nn.Linear(12, 9)), HRAConfig(r=3, apply_GS=apply_GS, target_modules=["0"]))
     with pytest.warns(hra_fx.HRAWarning, match=r"^the adapters do not change any weight \(untrained, or at scale 0\)"):
         config, tensors = hra_fx.convert_to_lora(model)
     assert config["r"] == 1
     assert [(tuple(t.shape), int(t.count_nonzero())) for t in tensors.values()] == [((1, 12), 0), ((9, 1), 0)]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_trained_adapter_of_a_narrow_model_keeps_its_change(dtype: torch.dtype) -> None:
+def test_a_trained_adapter_of_a_narrow_model_keeps_its_change() -> None:
     """Its anchor is rounded to the dtype, and the change may be of the size of that rounding."""
     torch.manual_seed(0)
     model: Any = hra_fx.transform(nn.Sequential(nn.Linear(64, 48)), HRAConfig(r=8, apply_GS=True, target_modules=["0"]))
     move(model, 1, size=0.05)
-    model.to(dtype)
+    model.to(torch.bfloat16)
     wanted = dense_change(model[0], ["default"])
     _, tensors = hra_fx.convert_to_lora(model)
     assert wanted.norm() < 0.2 * model[0].hra_base.norm()
@@ -116,15 +113,6 @@ def test_all_layers_have_one_rank_padded_with_zeros_or_their_own(rank_pattern: b
     assert (A.shape, B.shape) == ((rank, 12), (9, rank))
     assert A[2:].count_nonzero() == 0
     assert relative_error(exported_change(tensors, "first"), dense_change(model["first"], ["a"])) < 1e-6
-
-
-def test_the_configuration_is_one_of_peft() -> None:
-    model = adapted("Linear", HRAConfig(r=4, target_modules=["0"], task_type="CAUSAL_LM"))
-    config, _ = hra_fx.convert_to_lora(model)
-    fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    assert config.keys() <= fields
-    made: Any = peft.LoraConfig(**{key: value for key, value in config.items() if key != "peft_type"})
-    assert (made.r, made.lora_alpha, made.task_type, made.inference_mode) == (4, 4, "CAUSAL_LM", True)
 
 
 # PEFT warns of every tied model that has an adapter on its output layer.
@@ -187,9 +175,8 @@ def test_the_logits_are_those_of_the_adapted_model(name: str, tmp_path: Path) ->
         assert relative_error(logits(lora.merge_and_unload()) - before, wanted - before) < 1e-5
 
 
-@pytest.mark.parametrize("rank_pattern", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_layer_with_its_biases_and_saved_modules(kind: str, rank_pattern: bool, tmp_path: Path) -> None:
+def test_every_kind_of_layer_with_its_biases_and_saved_modules(kind: str, tmp_path: Path) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -204,7 +191,7 @@ def test_every_kind_of_layer_with_its_biases_and_saved_modules(kind: str, rank_p
     layer: Any = base.one
     shape = (2, *layer.weight.shape[1:2], *(9,) * (layer.weight.dim() - 2)) if hasattr(layer, "stride") else (2, 5, 12)
     x, y = torch.randn(shape), torch.randn(3, 4)
-    hra_fx.save_as_lora(model, tmp_path, rank_pattern=rank_pattern)
+    hra_fx.save_as_lora(model, tmp_path, rank_pattern=kind.startswith("Conv"))
     with torch.no_grad():
         before, wanted = base.eval()(x, y), model.eval()(x, y)
         assert relative_error(loaded(base, tmp_path)(x, y) - before, wanted - before) < 1e-5
@@ -248,10 +235,6 @@ def test_a_rank_for_a_path_that_ends_another_one(tmp_path: Path) -> None:
         assert relative_error(lora.base_model.model.get_submodule(path)(x) - before, wanted - before) < 1e-5
 
 
-def bfloat16_error(A: Tensor, B: Tensor) -> float:
-    return relative_error(B.bfloat16().double() @ A.bfloat16().double(), B @ A)
-
-
 def test_the_result_tells_the_rounding_error_of_each_layer(tmp_path: Path) -> None:
     make, targets = LANGUAGE_MODELS["Llama"]
     base, model = pair(make, HRAConfig(r=4, target_modules=targets))
@@ -260,8 +243,8 @@ def test_the_result_tells_the_rounding_error_of_each_layer(tmp_path: Path) -> No
     exact = hra_fx.convert_to_lora(model)[1]
     for row in result.rows:
         A, B = (exact[f"base_model.model.{row.path}.lora_{name}.weight"].double() for name in "AB")
-        assert row.rounding == pytest.approx(bfloat16_error(A, B), rel=1e-2)
-        assert (row.rank, row.error) == (4, 0)
+        error = relative_error(B.bfloat16().double() @ A.bfloat16().double(), B @ A)
+        assert (row.rank, row.error, row.rounding) == (4, 0, pytest.approx(error, rel=1e-2))
     wanted, before = logits(model), logits(base)
     assert relative_error(logits(loaded(base, tmp_path)) - before, wanted - before) < 4e-3
 
@@ -276,7 +259,7 @@ def test_the_factors_are_the_change_of_the_dequantized_weight(scheme: str) -> No
 
 
 @pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without:UserWarning")
-@pytest.mark.parametrize("scheme", ["bnb nf4", "bnb fp4 nested", "ao int8", "ao int4"])
+@pytest.mark.parametrize("scheme", ["bnb fp4 nested", "ao int4"])
 def test_peft_adds_the_change_to_the_same_quantized_base(scheme: str, tmp_path: Path) -> None:
     base, model = quantized(scheme), quantized_model(scheme)
     hra_fx.save_as_lora(model, tmp_path)

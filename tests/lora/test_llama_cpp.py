@@ -96,11 +96,6 @@ REFUSED = {
         hra_fx.UnsupportedLayerError,
         "^lm_head: this layer is tied to the embeddings",
     ),
-    "an output layer that is tied by default": (
-        adapter(layer("lm_head"), config={"model_type": "gemma3_text"}),
-        hra_fx.UnsupportedLayerError,
-        "^lm_head: this layer is tied to the embeddings",
-    ),
     "a bias": (
         adapter(layer("model.layers.0.mlp.up_proj"), copies={"model.layers.0.mlp.up_proj.bias": torch.zeros(8)}),
         hra_fx.AdapterError,
@@ -251,43 +246,36 @@ def test_hot_swap_of_two_adapters_in_one_server(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model_type", MODELS)
 def test_every_layer_of_every_architecture(model_type: str, tmp_path: Path) -> None:
-    """Also with an adapter that was not trained, which changes nothing."""
     tolerance = tolerance_of(model_type)
     model = tiny(model_type)
     base = write_model(model, tmp_path / "base.gguf")
     before = answer(base)
     check(model, before, tolerance)
-    hra_fx.transform(model, hra_fx.HRAConfig(r=4, target_modules=linears(model)))
-    with pytest.warns(hra_fx.HRAWarning, match="do not change any weight"):
-        hra_fx.save_as_lora(model, tmp_path / "fresh.gguf")
-    check(model, answer(base, tmp_path / "fresh.gguf"), tolerance)
-    randomise(model)
+    adapt(model)
     hra_fx.save_as_lora(model, tmp_path / "adapter.gguf")
     after = answer(base, tmp_path / "adapter.gguf")
     check(model, after, tolerance)
     assert float((after.log_probabilities[0] - before.log_probabilities[0]).abs().max()) > 0.5
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 5e-3), (torch.bfloat16, 5e-2)])
-def test_half_precision(dtype: torch.dtype, tolerance: float, tmp_path: Path) -> None:
-    """llama.cpp also rounds the inputs of a layer to the dtype of its factors: a relative error of 5e-4, or 4e-3."""
+def test_half_precision(tmp_path: Path) -> None:
+    """llama.cpp also rounds the inputs of a layer to the dtype of its factors: a relative error of 5e-4."""
     model = tiny("llama")
     base = write_model(model, tmp_path / "base.gguf")
     adapt(model)
-    hra_fx.save_as_lora(model, tmp_path / "adapter.gguf", dtype=dtype)
+    hra_fx.save_as_lora(model, tmp_path / "adapter.gguf", dtype=torch.float16)
     said = answer(base, tmp_path / "adapter.gguf")
-    assert float((said.log_probabilities - log_probabilities(model, said)).abs().max()) < tolerance
+    assert float((said.log_probabilities - log_probabilities(model, said)).abs().max()) < 5e-3
     with hra_fx.disable_adapters(model):
         assert float((said.log_probabilities - log_probabilities(model, said)).abs().max()) > 0.5
 
 
-@pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt2"])
-def test_a_model_without_head(model_type: str, tmp_path: Path) -> None:
-    model = tiny(model_type)
+def test_a_model_without_head(tmp_path: Path) -> None:
+    model = tiny("llama")
     base = write_model(model, tmp_path / "base.gguf")
     adapt(model.base_model)
     hra_fx.save_as_lora(model.base_model, tmp_path / "adapter.gguf")
-    check(model, answer(base, tmp_path / "adapter.gguf"), tolerance_of(model_type))
+    check(model, answer(base, tmp_path / "adapter.gguf"))
 
 
 def test_the_language_model_of_a_multimodal_model(tmp_path: Path) -> None:

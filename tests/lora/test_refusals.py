@@ -60,13 +60,7 @@ def test_a_layer_that_lora_cannot_express(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "layer",
-    [
-        nn.Conv2d(4, 6, 1, dilation=2),
-        nn.Conv2d(4, 6, 3, padding_mode="circular"),
-        nn.Conv2d(4, 6, 3, padding="valid", padding_mode="circular"),
-    ],
-    ids=["dilation of one entry", "no padding", "valid"],
+    "layer", [nn.Conv2d(4, 6, 1, dilation=2), nn.Conv2d(4, 6, 3, padding="valid", padding_mode="circular")], ids=str
 )
 def test_settings_without_effect_are_accepted(layer: nn.Module, tmp_path: Path) -> None:
     assert hra_fx.save_as_lora(one_layer(layer), tmp_path).rank == 2
@@ -82,11 +76,10 @@ class Dropping(nn.Linear):
         return F.dropout(super().forward(x), 0.5, self.training)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_forward_of_its_own_is_tried_in_float32_and_eval_mode(dtype: torch.dtype) -> None:
+def test_a_forward_of_its_own_is_tried_in_float32_and_eval_mode() -> None:
     message = r"^layer: Linear 6->4 has its own forward, for which PEFT's LoRA"
-    refused(one_layer(Scaled(6, 4).to(dtype)), UnsupportedLayerError, message)
-    model = one_layer(Dropping(6, 4).to(dtype)).train()
+    refused(one_layer(Scaled(6, 4).bfloat16()), UnsupportedLayerError, message)
+    model = one_layer(Dropping(6, 4).bfloat16()).train()
     before = model["layer"].hra_base
     assert hra_fx.convert_to_lora(model)[0]["r"] == 2
     assert model.training and model["layer"].hra_base is before
@@ -139,17 +132,14 @@ def test_folders_and_files_that_are_taken(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text() == "mine"
 
 
-@pytest.mark.parametrize("rank", [0, -1, True, 2.0])
-def test_a_rank(rank: Any) -> None:
-    message = rf"^`rank` must be a positive int or None, got {rank!r}\.$"
-    refused(one_layer(nn.Linear(6, 4)), AdapterError, message, rank=rank)
-
-
-@pytest.mark.parametrize("dtype", ["int8", "half-baked", torch.float64])
-def test_a_dtype(dtype: Any, tmp_path: Path) -> None:
-    with pytest.raises(AdapterError) as caught:
-        hra_fx.save_as_lora(one_layer(nn.Linear(6, 4)), tmp_path / "out", dtype=dtype)
-    assert str(caught.value) == f"`dtype` must be one of float32, float16, bfloat16, got {dtype!r}."
+def test_a_rank_and_a_dtype(tmp_path: Path) -> None:
+    model = one_layer(nn.Linear(6, 4))
+    for rank in (0, True, 2.0):
+        refused(model, AdapterError, rf"^`rank` must be a positive int or None, got {rank!r}\.$", rank=rank)
+    for dtype in ("int8", torch.float64):
+        with pytest.raises(AdapterError) as caught:
+            hra_fx.save_as_lora(model, tmp_path / "out", dtype=dtype)
+        assert str(caught.value) == f"`dtype` must be one of float32, float16, bfloat16, got {dtype!r}."
 
 
 def test_names_and_states() -> None:
@@ -208,11 +198,6 @@ class ByProperty(Parent):
         return self.helper(x)
 
 
-class Inherited(ByProperty):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)
-
-
 class OfAnInnerModule(Parent):
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(x) @ self.inner.own.weight.T
@@ -235,7 +220,6 @@ class CalledElsewhere(Parent):
 
 SOURCES: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
     "by a property": (ByProperty, "fc"),
-    "by an inherited method": (Inherited, "fc"),
     "of an inner module": (OfAnInnerModule, r"inner\.own"),
     "of a part": (lambda: nn.Sequential(nn.Identity(), ByProperty()), r"1\.fc"),
     "metadata": (Metadata, None),
@@ -254,10 +238,9 @@ def test_reads_in_the_source_of_a_model_that_was_not_run(name: str) -> None:
 
 
 @pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("training", [False, True])
-def test_reads_of_the_last_run(use: str, training: bool) -> None:
+def test_reads_of_the_last_run(use: str) -> None:
     model = adapted(Reading(use), target_modules=TARGETS)
-    with torch.set_grad_enabled(training):
+    with torch.set_grad_enabled(list(USES).index(use) % 2 == 0):
         model(torch.randn(2, 6))
     refused(copy.deepcopy(model), UnsupportedLayerError, READ.format("(fc|before)") + "|is also another")
 

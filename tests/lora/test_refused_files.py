@@ -47,24 +47,11 @@ def missing_layer(folder: Path) -> None:
     save_file({f"base_model.model.{i}.hra_u": torch.ones(6, 2) for i in range(2)}, folder / FILE)
 
 
-def another_head(folder: Path) -> None:
-    made.base_of(made.bert("BertForSequenceClassification", num_labels=2), folder / "base")
-    model = made.bert("BertForSequenceClassification", num_labels=5)
-    made.adapter_of(model, folder / "adapter", "query", modules_to_save=["classifier"])
-
-
 def embeddings_of_another_base(folder: Path) -> None:
     model = made.llama(tie_word_embeddings=True)
     made.base_of(model, folder / "base")
     made.adapter_of(model, folder / "adapter", "q_proj", "lm_head")
     add(folder, **{"base_model.model.lm_head.base_layer.weight": torch.ones(37, 16)})
-
-
-def pipeline(folder: Path) -> None:
-    made.linear_stack(folder / "base" / "unet")
-    made.stack_adapter(folder / "adapter")
-    (folder / "base" / "model_index.json").write_text("{}")
-    (folder / "base" / "unet" / "config.json").write_text("{}")
 
 
 def two_sets(folder: Path) -> None:
@@ -109,10 +96,6 @@ def unknown_model(folder: Path) -> None:
 #: How the folders are arranged -> type and start of the error.
 CASES: dict[Callable[[Path], Any], tuple[type[HRAError], str]] = {
     missing_layer: (CheckpointError, f"{FILE}: the file has no vectors for 2, which the configuration names."),
-    another_head: (
-        CheckpointError,
-        "base/model.safetensors: classifier.bias is BF16 of shape (2,), but the adapter's classifier.bias is",
-    ),
     embeddings_of_another_base: (
         CheckpointError,
         f"{FILE}: lm_head.weight of shape (37, 16) is a copy of the base model's embeddings, but",
@@ -121,10 +104,6 @@ CASES: dict[Callable[[Path], Any], tuple[type[HRAError], str]] = {
         CheckpointError,
         "base/model.safetensors: 0.weight has values that are infinite, NaN, or too large for products in "
         "torch.float32. Download the base model again, or store it in a wider dtype.",
-    ),
-    pipeline: (
-        CheckpointError,
-        "base: is a diffusers pipeline. Pass the folder of the adapted part, one of unet.",
     ),
     two_sets: (
         CheckpointError,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -61,10 +59,7 @@ READS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     # Of a weight `(experts, out, d)` and rows `(7, d)`.
     "linear": lambda w, x: F.linear(x, w[1]),
     "linear, index": lambda w, x: F.linear(x, w[torch.tensor(2)], torch.ones(OUT, dtype=x.dtype)),
-    "linear, by keyword": lambda w, x: F.linear(input=x, weight=w[1]),
     "matmul": lambda w, x: x @ w[1].T,
-    "matmul, by keyword": lambda w, x: torch.matmul(input=x, other=w[1].mT),
-    "matmul of a part": lambda w, x: x @ w[1, :3].T,
     "dense": lambda w, x: w.exp().sum() * x,
     "einsum": lambda w, x: torch.einsum("eod,nd->eno", w, x),
     "slice": lambda w, x: torch.bmm(w[1:3], x.mT.expand(2, -1, -1)),
@@ -75,7 +70,6 @@ READS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "bmm, gathered and swapped": lambda w, x: torch.bmm(x[: len(IDS)].unsqueeze(1), w[IDS].mT),
     "bmm, rows": lambda w, x: torch.bmm(x.expand(EXPERTS, -1, -1), w.transpose(-2, -1)),
     "matmul, batch": lambda w, x: x.expand(EXPERTS, -1, -1) @ w.mT,
-    "matmul, broadcast": lambda w, x: x @ w.mT,
     "outputs": lambda w, x: F.linear(w[0], torch.ones(3, D, dtype=x.dtype)).sum() * x,
 }
 if hasattr(torch.ops.transformers, "grouped_mm_fallback"):  # transformers 5.0 has none
@@ -88,15 +82,18 @@ def test_reads_equal_those_of_dense_weights(read: str, is_transposed: bool) -> N
     experts, leaf, dense = adapted(is_transposed)
     x = torch.randn(7, D, dtype=torch.float64, requires_grad=True)
     own = x.detach().clone().requires_grad_()
-    weight, other = (w.mT if is_transposed else w for w in (experts.up, dense))
-    actual, wanted = READS[read](weight, x), READS[read](other, own)
+
+    def result(weight: Tensor, x: Tensor) -> Tensor:
+        return READS[read](weight.mT if is_transposed else weight, x)
+
+    actual, wanted = result(experts.up, x), result(dense, own)
     assert relative_error(actual, wanted) <= 1e-12
     actual.square().sum().backward()
     wanted.square().sum().backward()
     assert relative_error(experts.hra_up.hra_u["default"].grad, leaf.grad) <= 1e-9
     assert relative_error(x.grad, own.grad) <= 1e-9
     with torch.no_grad():
-        assert relative_error(READS[read](experts.up if not is_transposed else experts.up.mT, x), wanted) <= 1e-12
+        assert relative_error(result(experts.up, x), wanted) <= 1e-12
 
 
 def gathered_product(experts: nn.Module, weight: Tensor) -> Tensor:
@@ -116,14 +113,13 @@ def test_a_base_that_is_trained_too(is_transposed: bool) -> None:
     assert relative_error(base.grad, own.grad) <= 1e-12
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bits(dtype: torch.dtype) -> None:
+def test_16_bits() -> None:
     experts, _, dense = adapted(False)
-    model = experts.to(dtype)
-    x = torch.randn(7, D, dtype=dtype)
+    model = experts.bfloat16()
+    x = torch.randn(7, D, dtype=torch.bfloat16)
     for index in (1, torch.tensor(1)):
         output = F.linear(x, model.up[index])
-        assert output.dtype is dtype
+        assert output.dtype is torch.bfloat16
         assert relative_error(output, x.double() @ dense[1].T) < 0.03
 
 
@@ -139,37 +135,18 @@ def test_autocast_computes_in_its_dtype() -> None:
     assert experts.hra_up.hra_u["default"].grad.isfinite().all()
 
 
-@pytest.mark.parametrize("is_transposed", [False, True])
-def test_compiled(is_transposed: bool) -> None:
-    experts, leaf, dense = adapted(is_transposed)
+def test_compiled() -> None:
+    experts, leaf, dense = adapted(True)
     x = torch.randn(7, D, dtype=torch.float64)
-    other = dense.mT if is_transposed else dense
 
-    def read() -> Tensor:
-        weight = experts.up.mT if is_transposed else experts.up
-        return torch.bmm(weight, x.mT.expand(EXPERTS, -1, -1)) + F.linear(x, weight[1]).sum()
+    def read(weight: Tensor) -> Tensor:
+        return torch.bmm(weight.mT, x.mT.expand(EXPERTS, -1, -1)) + F.linear(x, weight.mT[1]).sum()
 
-    actual = torch.compile(read, backend="aot_eager", fullgraph=True)()
-    wanted = torch.bmm(other, x.mT.expand(EXPERTS, -1, -1)) + F.linear(x, other[1]).sum()
+    actual, wanted = torch.compile(lambda: read(experts.up), backend="aot_eager", fullgraph=True)(), read(dense)
     assert relative_error(actual, wanted) <= 1e-12
     actual.square().sum().backward()
     wanted.square().sum().backward()
     assert relative_error(experts.hra_up.hra_u["default"].grad, leaf.grad) <= 1e-9
-
-
-def test_metadata_copies_and_pickles() -> None:
-    experts, _, dense = adapted(False)
-    assert experts.up.shape == (EXPERTS, OUT, D) and experts.up[1].shape == (OUT, D)
-    assert experts.up.mT.shape == (EXPERTS, D, OUT) and experts.up.dtype is torch.float64
-    assert torch.equal(copy.deepcopy(experts.up).detach(), experts.up.detach())
-    assert torch.equal(copy.deepcopy(experts.up[1]), experts.up[1].detach())
-    for other in (copy.deepcopy(experts), pickle.loads(pickle.dumps(experts))):
-        assert relative_error(other.up + 0, dense) <= 1e-12
-        assert type(other).__name__ == "Experts" and other.hra_up.owner is other
-        with torch.no_grad():
-            other.hra_up.hra_u["default"].zero_()
-            other.hra_up.hra_u["default"][:, 0].fill_(1)
-        assert relative_error(experts.up + 0, dense) <= 1e-12
 
 
 def test_writes_are_refused() -> None:

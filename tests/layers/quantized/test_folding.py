@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from layers.quantized.bases import FEW, SCHEMES, adapted, config, dense, inputs, quantized, rotated, turn, values
+from layers.quantized.bases import FEW, SCHEMES, adapted, config, dense, inputs, plain, quantized, rotated, turn, values
 from oracles import relative_error
 from torch import nn
 
@@ -44,7 +44,7 @@ def picture(model: nn.Module) -> list[object]:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_fold_is_refused_unless_it_is_asked_for(scheme: str) -> None:
+def test_fold_and_merge_are_refused_unless_it_is_asked_for(scheme: str) -> None:
     model = adapted(scheme)
     before = picture(model)
     with pytest.raises(FoldError) as caught:
@@ -53,6 +53,9 @@ def test_fold_is_refused_unless_it_is_asked_for(scheme: str) -> None:
     assert message.startswith(f"0 (and 1 more): its weight is quantized ({SCHEMES[scheme].words}), and ")
     assert message.endswith(HINT)
     assert ("hra_fx.fold(model, requantize=True)" in message) is SCHEMES[scheme].refolds
+    with pytest.raises(FoldError, match="its weight is quantized") as of_a_merge:
+        hra_fx.merge_adapter(model)
+    assert ("Adapters also work without being merged." in str(of_a_merge.value)) is SCHEMES[scheme].refolds
     assert picture(model) == before
 
 
@@ -61,6 +64,10 @@ def test_fold_rotates_and_quantizes_again(scheme: str) -> None:
     model, x = adapted(scheme), inputs()
     due = [rotated(model[0]).detach(), rotated(model[2]).detach()]
     before = [values(model[0]), values(model[2])]
+    anew = plain()
+    for path, weight in zip((0, 2), due, strict=True):
+        anew[path].weight.data.copy_(weight)
+    anew = quantized(scheme, anew)
     kinds, kept = [type(layer) for layer in quantized(scheme)], vars(model[0]._parameters["weight"]) | {}
     plan = hra_fx.plan_fold(model, requantize=True)
     assert torch.equal(values(model[0]), before[0]), "a plan writes nothing"
@@ -75,8 +82,8 @@ def test_fold_rotates_and_quantizes_again(scheme: str) -> None:
         assert planned.quantized == SCHEMES[scheme].words
         assert planned.rounding == pytest.approx(relative_error(values(layer), new), rel=1e-3)
         assert planned.change == pytest.approx(relative_error(new, old), rel=1e-3)
-        bits = 8 if "int8" in scheme else 4
-        assert planned.rounding < {8: 1e-2, 4: 0.15}[bits]
+        # As the library quantizes the rotated weight; single entries may be rounded to the other side.
+        assert relative_error(values(layer), values(anew[int(planned.path)])) < 2e-3
     with torch.no_grad():
         hidden = torch.tanh(x.double() @ values(model[0]).mT + model[0].bias.double())
         wanted = hidden @ values(model[2]).mT + model[2].bias.double()
@@ -92,11 +99,17 @@ def test_fold_rotates_and_quantizes_again(scheme: str) -> None:
 
 @pytest.mark.parametrize("scheme", FEW)
 def test_an_adapter_that_does_nothing_leaves_the_weight(scheme: str) -> None:
-    """Quantized again, torchao's would move though nothing has turned them."""
-    model = hra_fx.transform(quantized(scheme), config())
-    before = [model[0]._parameters["weight"], model[2]._parameters["weight"]]
-    hra_fx.fold(model, requantize=True)
-    assert model[0].weight is before[0] and model[2].weight is before[1]
+    """Quantized again, torchao's would move though nothing has turned them.
+
+    After a first forward bitsandbytes keeps scales in the layer's state alone, which a new weight would clear.
+    """
+    model, x = hra_fx.transform(quantized(scheme), config()).eval(), inputs()
+    with torch.no_grad():
+        due = model(x)
+        before = [model[0]._parameters["weight"], model[2]._parameters["weight"]]
+        hra_fx.fold(model, requantize=True)
+        assert model[0].weight is before[0] and model[2].weight is before[1]
+        assert relative_error(model(x), due) < SCHEMES[scheme].tolerance
 
 
 @pytest.mark.parametrize("scheme", ["ao int8", "ao int4"])
@@ -127,52 +140,11 @@ def test_one_of_two_adapters_is_folded_and_the_other_stays(scheme: str) -> None:
     assert relative_error(model(x), dense(model, x, "other")) < SCHEMES[scheme].tolerance
 
 
-@pytest.mark.parametrize("scheme", FEW)
-def test_layers_that_nothing_turns_are_the_same_after_forwards(scheme: str) -> None:
-    """After a first forward bitsandbytes keeps scales in the layer's state alone, which a new weight would clear."""
-    model, x = hra_fx.transform(quantized(scheme), config("0", inference_mode=True)).eval(), inputs()
-    hra_fx.add_adapter(model, "other", config("2"))
-    hra_fx.set_adapter(model, ["default", "other"])
-    with torch.no_grad():
-        model[0].hra_u["default"].normal_(generator=torch.Generator().manual_seed(3))
-        due = model(x)
-    kept, due_weight = model[2]._parameters["weight"], rotated(model[0], "default").detach()
-    before = values(model[2])
-    with told():
-        hra_fx.fold(model, "default", requantize=True)
-    assert relative_error(values(model[0]), due_weight) < 0.15
-    with torch.no_grad():
-        assert relative_error(model(x), due) < 0.15
-        hra_fx.fold(model, "other", requantize=True)  # which starts at the identity, and stays there
-        assert model[2]._parameters["weight"] is kept and torch.equal(values(model[2]), before)
-        assert relative_error(model(x), due) < 0.15
-
-
-@pytest.mark.parametrize("scheme", FEW)
-def test_only_quantized_layers_of_the_adapter_stand_in_the_way(scheme: str) -> None:
-    model = nn.ModuleDict({"packed": quantized(scheme), "head": nn.Linear(32, 8)})
+def test_only_quantized_layers_of_the_adapter_stand_in_the_way() -> None:
+    model = nn.ModuleDict({"packed": quantized("bnb nf4"), "head": nn.Linear(32, 8)})
     hra_fx.transform(model, config("head", inference_mode=True))
     hra_fx.fold(model)
     assert type(model["head"]) is nn.Linear
-
-
-@pytest.mark.parametrize("scheme", FEW)
-def test_merging_is_refused(scheme: str) -> None:
-    model = adapted(scheme)
-    before = picture(model)
-    with pytest.raises(FoldError, match=r"its weight is quantized.* Adapters also work without being merged\."):
-        hra_fx.merge_adapter(model)
-    assert picture(model) == before
-
-
-def test_merge_and_unload_is_refused_and_unload_works() -> None:
-    base = quantized("bnb nf4")
-    kept = base[0].weight
-    model = hra_fx.HRAModel(base, config())
-    with pytest.raises(FoldError, match=r"hra_fx\.fold\(model, requantize=True\)"):
-        model.merge_and_unload()
-    plain = model.unload()
-    assert type(plain[0]) is type(quantized("bnb nf4")[0]) and plain[0].weight is kept
 
 
 @pytest.mark.parametrize("scheme", FEW)
@@ -215,17 +187,3 @@ def test_a_pickled_model_is_folded_as_the_original(scheme: str, called: bool) ->
             hra_fx.fold(again, requantize=True)
         assert torch.equal(values(again[0]), values(model[0])) and torch.equal(values(again[2]), values(model[2]))
         assert torch.equal(again(x), model(x))
-
-
-def test_rows_beyond_float16_are_not_finite_in_eight_bits() -> None:
-    """bitsandbytes quantizes by way of float16, where a row of 64 numbers of 6e4 cannot be turned into one."""
-    model = quantized("bnb int8", nn.Sequential(nn.Linear(64, 32)))
-    model[0].weight.data.fill_(127)
-    model[0].weight.SCB.fill_(6e4)
-    hra_fx.transform(model, config("0"))
-    with torch.no_grad():
-        row, axis = torch.ones(64) / 8, torch.eye(64)[0]
-        model[0].hra_u["default"].copy_(torch.stack([row - axis, *torch.zeros(3, 64)], dim=1))
-    assert float(rotated(model[0]).detach().abs().max()) > 4e5
-    with pytest.raises(FoldError, match="0: the folded weight is not finite"):
-        hra_fx.fold(model, requantize=True)

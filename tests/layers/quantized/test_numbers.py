@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from layers.quantized import bases
 from layers.quantized.bases import FEW, SCHEMES, adapted, config, dense, inputs, quantized, rotated, turn, values
 from oracles import relative_error
 from torch import Tensor, nn
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 import hra_fx
 
 DYNAMIC = [name for name in SCHEMES if "dynamic" in name]
-EXACT = [name for name in SCHEMES if name not in DYNAMIC]
 
 
 def gradients(model: nn.Sequential, output: Tensor, weights: Tensor) -> list[Tensor]:
@@ -26,9 +24,13 @@ def weighting(rows: int = 5) -> Tensor:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_output_is_that_of_the_rotated_weight(scheme: str) -> None:
-    model, x = adapted(scheme), inputs()
-    assert relative_error(model(x), dense(model, x)) < SCHEMES[scheme].tolerance
+def test_output_and_gradient_are_those_of_the_rotated_weight(scheme: str) -> None:
+    model, x, weights = adapted(scheme), inputs(), weighting()
+    output, wanted = model(x), dense(model, x)
+    assert relative_error(output, wanted) < SCHEMES[scheme].tolerance
+    if scheme not in DYNAMIC:
+        for ours, due in zip(gradients(model, output, weights), gradients(model, wanted, weights), strict=True):
+            assert relative_error(ours, due) < 1e-5
     with torch.no_grad():
         # bitsandbytes rounds inputs to 8 bits where it does not train.
         tolerance = max(SCHEMES[scheme].tolerance, 3e-2 if scheme == "bnb int8" else 0)
@@ -41,13 +43,6 @@ def test_start_is_the_base_model(scheme: str) -> None:
     base, model = quantized(scheme).train(), hra_fx.transform(quantized(scheme), config(r=3, apply_GS=True)).train()
     # Rounding of inputs to 8 bits may tip, and does so by one step in 255.
     assert relative_error(model(x), base(x)) < (1e-2 if scheme in DYNAMIC else 1e-5)
-
-
-@pytest.mark.parametrize("scheme", EXACT)
-def test_gradient_is_that_of_the_dense_product(scheme: str) -> None:
-    model, x, weights = adapted(scheme), inputs(), weighting()
-    for ours, due in zip(gradients(model, model(x), weights), gradients(model, dense(model, x), weights), strict=True):
-        assert relative_error(ours, due) < 1e-5
 
 
 class Reader(nn.Module):
@@ -133,14 +128,6 @@ def test_several_adapters_switch_scale_and_come_off(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", FEW)
-def test_biases_are_trained_beside(scheme: str) -> None:
-    model, x, weights = adapted(scheme, bias="hra_only"), inputs(), weighting()
-    (model(x) * weights).sum().backward()
-    assert relative_error(model[2].bias.grad, weights.sum(0)) < 1e-6
-    assert model[0].hra_u["default"].grad is not None
-
-
-@pytest.mark.parametrize("scheme", FEW)
 def test_under_autocast(scheme: str) -> None:
     model, x, weights = adapted(scheme), inputs(), weighting()
     with torch.autocast("cpu", torch.bfloat16):
@@ -169,9 +156,8 @@ def test_no_floating_point_weight_waits_for_the_backward(scheme: str) -> None:
 
 # TorchDynamo makes an object of every custom autograd function that it meets, bitsandbytes' too.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("scheme", ["bnb nf4", pytest.param("ao int8 dynamic", marks=pytest.mark.slow)])
-def test_one_graph_of_a_compiler_computes_and_trains_the_same(scheme: str) -> None:
-    model, x, weights = adapted(scheme), inputs(), weighting()
+def test_one_graph_of_a_compiler_computes_and_trains_the_same() -> None:
+    model, x, weights = adapted("bnb nf4"), inputs(), weighting()
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     due = gradients(model, model(x), weights)
@@ -179,22 +165,17 @@ def test_one_graph_of_a_compiler_computes_and_trains_the_same(scheme: str) -> No
         assert relative_error(ours, theirs) < 1e-5
 
 
-# ---- mixed batches over quantized layers, against the dense products of each row's adapter ----
-
-
-@pytest.mark.parametrize("scheme", bases.FEW)
-def test_rows_have_their_adapters(scheme: str) -> None:
-    model = bases.adapted(scheme)
-    hra_fx.add_adapter(model, "odd", bases.config("2", r=3))
-    bases.turn(model)
-    x, names = bases.inputs(4), ["default", "odd", "__base__", "odd"]
+@pytest.mark.parametrize("scheme", FEW)
+def test_rows_of_a_mixed_batch_have_their_adapters(scheme: str) -> None:
+    model = adapted(scheme)
+    hra_fx.add_adapter(model, "odd", config("2", r=3))
+    turn(model)
+    x, names = inputs(4), ["default", "odd", "__base__", "odd"]
     with torch.no_grad(), hra_fx.mixed_batch(model.eval(), names):
         mixed = model(x)
+    first, _, last = model
     for row, name in enumerate(names):
-        first, _, last = model
-        weights = [
-            bases.rotated(layer, name) if name in layer.hra_u.specs else bases.values(layer) for layer in (first, last)
-        ]
+        weights = [rotated(layer, name) if name in layer.hra_u.specs else values(layer) for layer in (first, last)]
         hidden = torch.tanh(x[row].double() @ weights[0].mT + first.bias.double())
         wanted = hidden @ weights[1].mT + last.bias.double()
-        assert relative_error(mixed[row].double(), wanted) < max(3e-2, bases.SCHEMES[scheme].tolerance), name
+        assert relative_error(mixed[row].double(), wanted) < max(3e-2, SCHEMES[scheme].tolerance), name

@@ -8,7 +8,7 @@ import bitsandbytes
 import pytest
 import torch
 import torch.nn.functional as F
-from layers.quantized.bases import FEW, SCHEMES, config, inputs, int4, opaque, plain, quantized, torchao, values
+from layers.quantized.bases import config, inputs, int4, opaque, plain, quantized, torchao
 from refusals import refused
 from torch import Tensor, nn
 from torchao.quantization import Int8StaticActivationInt8WeightConfig, Int8WeightOnlyConfig
@@ -63,24 +63,17 @@ def test_a_forward_of_its_own(layer: nn.Module, words: str) -> None:
     assert f"needs the rotated weight, and a quantized weight ({words}) cannot be rotated. Exclude the layer" in message
 
 
-@pytest.mark.parametrize("scheme", FEW)
-def test_a_trained_copy(scheme: str) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*(lets no gradient|does not pass gradients)", HRAWarning)
-        message = refused(quantized(scheme), config("0", modules_to_save=["2"]))
+def test_a_trained_copy() -> None:
+    message = refused(quantized("ao int8"), config("0", modules_to_save=["2"]))
     assert message.startswith("2 (Linear") and "cannot be copied for training" in message
 
 
-@pytest.mark.parametrize("scheme", FEW)
-def test_verifying(scheme: str) -> None:
-    model = quantized(scheme)
-    with pytest.raises(UnsupportedLayerError) as caught:
+def test_verifying() -> None:
+    model = quantized("ao int8")
+    message = r"^0: it is quantized \(torchao, Int8Tensor\), so verify=True .*verify the model before quantization"
+    with pytest.raises(UnsupportedLayerError, match=message):
         hra_fx.transform(model, config(), example_inputs=inputs(), verify=True)
-    assert str(caught.value).startswith(
-        f"0: it is quantized ({SCHEMES[scheme].words}), so verify=True has no exact folded weight"
-    )
-    assert "verify the model before quantization" in str(caught.value)
-    assert type(model[0]) is type(quantized(scheme)[0])
+    assert type(model[0]) is nn.Linear
 
 
 def test_a_convolution() -> None:
@@ -131,14 +124,10 @@ def test_scales_of_inputs_are_not_those_of_another_weight() -> None:
 # ---- what a CPU cannot run, to where it stops ----
 
 
-def test_int4_of_gpus_is_adapted_and_called_with_what_it_reads() -> None:
+def test_int4_of_gpus_is_adapted_and_not_folded() -> None:
     model = hra_fx.transform(int4(), config("0"))
     assert model[0].hra_u["default"].shape == (64, 4) and model[0].hra_u["default"].dtype == torch.float32
-    with pytest.raises(AttributeError, match="mslk"):  # torchao's own kernel, which is not there
-        model(torch.randn(2, 64, dtype=torch.bfloat16))
-    with pytest.raises(
-        FoldError, match=r"torchao, Int4Tensor\), and its Int4Tensor does not record how it was quantized"
-    ):
+    with pytest.raises(FoldError, match=r"torchao, Int4Tensor\), and its Int4Tensor does not record how it was quant"):
         hra_fx.fold(model)
 
 
@@ -150,11 +139,3 @@ def test_a_weight_that_cannot_be_dequantized_is_read_through_the_layer() -> None
     model(x).sum().backward()
     assert torch.allclose(x.grad, (torch.ones(5, 32) @ packed.float()) @ q, atol=1e-4)
     assert model[0].hra_u["default"].grad.norm() > 0
-
-
-def test_the_oracle_reads_what_the_libraries_say() -> None:
-    """`values` is by the libraries' formulas; to a plain weight it is as near as the bits allow."""
-    wanted = plain()[0].weight.detach()
-    for scheme in SCHEMES:
-        near = float((values(quantized(scheme)[0]) - wanted.double()).norm() / wanted.double().norm())
-        assert 1e-4 < near < 0.15

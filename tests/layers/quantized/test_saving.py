@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from layers.quantized.bases import (
@@ -18,32 +17,22 @@ from layers.quantized.bases import (
     config,
     inputs,
     int4,
-    opaque,
-    plain,
     quantized,
     turn,
     values,
 )
-from oracles import dense_q, relative_error
+from oracles import dense_q
 from reporting.made import oracle_share
-from safetensors.torch import load_file
+from tiny_models import batch, config_for, llama, tokens_of, trainer_of, turn as turn_model, vectors_of
 from torch import Tensor, nn
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, IntxWeightOnlyConfig
+from torchao.quantization.granularity import PerGroup
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig, Trainer
 
 import hra_fx
+from hra_fx.errors import AdapterError, HRAWarning
 
 PLAIN_STATES = [name for name in FEW if name != "bnb nf4"]
-
-
-@pytest.mark.parametrize("scheme", FEW)
-def test_the_file_is_that_of_peft_over_plain_weights(scheme: str, tmp_path: Path) -> None:
-    hra_fx.save_adapter(adapted(scheme), tmp_path / "ours")
-    theirs = peft.get_peft_model(plain(), peft.HRAConfig(r=4, target_modules=["0", "2"]))
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours, due = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("ours", "theirs"))
-    assert {key: (t.shape, t.dtype) for key, t in ours.items()} == {key: (t.shape, t.dtype) for key, t in due.items()}
-    over_plain = peft.PeftModel.from_pretrained(plain(), tmp_path / "ours")
-    loaded = hra_fx.load_adapter(plain(), tmp_path / "ours")
-    assert relative_error(over_plain(inputs()), loaded(inputs())) < 1e-5
 
 
 @pytest.mark.parametrize("scheme", FEW)
@@ -69,22 +58,14 @@ def test_a_state_dict_goes_round(scheme: str) -> None:
     assert torch.equal(other.train()(inputs()), model.train()(inputs()))
 
 
-@pytest.mark.parametrize("scheme", ["bnb int8", "bnb nf4"])
-def test_a_whole_model_is_pickled(scheme: str) -> None:
-    model = adapted(scheme)
-    again = pickle.loads(pickle.dumps(model))
-    assert torch.equal(again.train()(inputs()), model.train()(inputs()))
-
-
 @pytest.mark.parametrize("scheme", ["bnb nf4", "ao int8 dynamic"])
-def test_reports_and_pictures(scheme: str, tmp_path: Path) -> None:
+def test_a_report_a_picture_and_a_graph(scheme: str, tmp_path: Path) -> None:
     model = adapted(scheme)
     rows = hra_fx.report(model).rows
     assert [(row.path, row.d, row.r) for row in rows] == [("0", 64, 4), ("2", 128, 4)]
     assert all(row.rotation > 1 for row in rows)
-    for ending in ("svg", "html", "mmd", "dot", "graphml"):
-        hra_fx.visualize(model, tmp_path / f"adapters.{ending}")
-        assert (tmp_path / f"adapters.{ending}").stat().st_size
+    hra_fx.visualize(model, tmp_path / "adapters.svg")
+    assert (tmp_path / "adapters.svg").stat().st_size
     (graph,) = hra_fx.graphs(model).values()
     assert torch.equal(graph(inputs()), model(inputs()))
 
@@ -97,15 +78,14 @@ def turned(layer: Any, name: str = "default") -> Tensor:
     return dense_q(layer.hra_u[name].detach(), apply_GS=gram_schmidt, anchor=layer.hra_u.anchor(name))
 
 
-@pytest.mark.parametrize("apply_GS", [False, True])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_it_is_of_the_rounded_weight_and_changes_nothing(scheme: str, apply_GS: bool) -> None:
+def test_it_is_of_the_rounded_weight_and_changes_nothing(scheme: str) -> None:
     """The weights are chosen so that rounding shows: all of a row but one entry is lost in 8 bits, and more in 4."""
     base = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 32))
     with torch.no_grad():
         for layer in (base[0], base[2]):
             layer.weight.mul_(1e-3)[:, 0] = 1.0
-    model = hra_fx.transform(quantized(scheme, base), config(apply_GS=apply_GS))
+    model = hra_fx.transform(quantized(scheme, base), config(apply_GS=scheme in FEW))
     assert [row.share for row in hra_fx.report(model)] == [0.0, 0.0]
     turn(model)
     x = inputs()
@@ -127,17 +107,110 @@ def test_after_evaluation_too() -> None:
         assert [row.share for row in hra_fx.report(model)] == before
 
 
-def test_what_is_read_through_the_layer() -> None:
-    base, packed = opaque()
-    model = hra_fx.transform(base, config("0"))
-    turn(model)
-    (row,) = hra_fx.report(model)
-    assert row.share == pytest.approx(oracle_share(packed.double(), turned(model[0])), rel=1e-5)
-
-
 def test_what_no_kernel_can_read_is_not_a_number() -> None:
     model = hra_fx.transform(int4(), config("0"))
     turn(model)
     (row,) = hra_fx.report(model)
     assert math.isnan(row.share)
     assert row.angle > 0
+
+
+# ---- models of transformers that are quantized as they are loaded, the usual way in ----
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "bnb int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
+    "bnb nf4": lambda: BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    ),
+    "ao int8 dynamic": lambda: TorchAoConfig(Int8DynamicActivationInt8WeightConfig()),
+    "ao int4": lambda: TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    llama(hidden_size=64, intermediate_size=128).save_pretrained(path)
+    return path
+
+
+def loaded(folder: Path, name: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=CONFIGS[name]())
+
+
+def adapted_model(folder: Path, name: str) -> Any:
+    torch.manual_seed(1)
+    return hra_fx.transform(loaded(folder, name), config_for("llama", target_modules="all-linear"))
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=tokens_of(2, 8)).logits
+
+
+def test_the_trainer_trains_evaluates_and_goes_on(folder: Path, tmp_path: Path) -> None:
+    model = adapted_model(folder, "bnb int8")
+    assert len(hra_fx.report(model)) == 14
+    start = {key: vectors.detach().clone() for key, vectors in vectors_of(model).items()}
+    trainer = trainer_of(Trainer, "llama", model, tmp_path, eval_strategy="steps", eval_steps=3)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert all(not torch.equal(vectors, start[key]) for key, vectors in vectors_of(model).items())
+    loss = model.train()(**batch("llama")).loss
+    gradients = torch.autograd.grad(loss, list(vectors_of(model).values()))
+    assert all(gradient.norm() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_adapters_are_saved_loaded_and_generate(name: str, folder: Path, tmp_path: Path) -> None:
+    model = adapted_model(folder, name)
+    turn_model(model)
+    model.save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    again = hra_fx.load_adapter(loaded(folder, name), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    assert not torch.allclose(logits(again), logits(loaded(folder, name)), atol=1.0)
+    text = model.generate(tokens_of(2, 4), max_new_tokens=4, do_sample=False)
+    assert torch.equal(again.generate(tokens_of(2, 4), max_new_tokens=4, do_sample=False), text)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_folded_models_are_saved_and_loaded(name: str, folder: Path, tmp_path: Path) -> None:
+    model = adapted_model(folder, name)
+    turn_model(model)
+    with pytest.warns(HRAWarning, match="14 weights were quantized again"):
+        hra_fx.fold(model, requantize=True)
+    model.save_pretrained(
+        tmp_path
+    )  # first, for bitsandbytes changes the layout of weights where it evaluates (AVX512-BF16)
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["bnb nf4", "ao int4"])
+def test_the_vocabulary_is_resized(name: str, folder: Path) -> None:
+    model = adapted_model(folder, name)
+    turn_model(model)
+    before = logits(model)
+    model.resize_token_embeddings(80, mean_resizing=False)
+    assert torch.allclose(logits(model)[..., :64], before, atol=1e-4)
+
+
+def test_dequantize_is_refused_and_works_before(folder: Path, tmp_path: Path) -> None:
+    model = adapted_model(folder, "bnb int8")
+    turn_model(model)
+    with pytest.raises(
+        AdapterError, match="dequantize replaces the adapted layers, so they would lose their reflections"
+    ):
+        model.dequantize()
+    model.save_pretrained(tmp_path)
+    plain = hra_fx.load_adapter(loaded(folder, "bnb int8").dequantize(), tmp_path)
+    folded = hra_fx.fold(plain)
+    assert torch.allclose(logits(folded), model.train()(input_ids=tokens_of(2, 8)).logits, atol=1e-2)

@@ -1,0 +1,224 @@
+"""Factors of chains, and adapted layers with frozen weights: outputs, gradients and higher derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from one_layer import BF16, F32, F64, adapted, normal
+from oracles import dense_q, dense_weight, relative_error
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from hra_fx.kernels.factors import Factors, wy_factors
+from hra_fx.kernels.linear import reflect_rows
+
+quick = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+def leaf(seed: int, *shape: int, dtype: torch.dtype = F64) -> Tensor:
+    return normal(seed, *shape, dtype=dtype).requires_grad_()
+
+
+def q_of(vectors: Tensor) -> Tensor:
+    """`Q` of each chain of a batch, from its factors: `x Q^T = x + (x F^T) R`."""
+    rows, down = wy_factors(vectors).unbind(-3)
+    return torch.eye(vectors.shape[-2], dtype=vectors.dtype) + rows.mT @ down
+
+
+@quick
+@given(
+    n=st.integers(1, 4),
+    d=st.integers(1, 24),
+    k=st.integers(1, 26),
+    scale=st.integers(-140, 140),
+    seed=st.integers(0, 99),
+)
+def test_a_batch_and_its_gradient_at_any_size_and_length(n: int, d: int, k: int, scale: int, seed: int) -> None:
+    vectors = (normal(seed, n, d, k) * 10.0**scale).requires_grad_()
+    upstream = normal(seed + 1, n, d, d)
+    found = q_of(vectors)
+    sought = torch.stack([dense_q(one) for one in vectors])
+    assert relative_error(found, sought) < 1e-11
+    got, wanted = (torch.autograd.grad(one, vectors, upstream)[0] * 10.0**scale for one in (found, sought))
+    # In one dimension Q does not depend on the vectors.
+    assert relative_error(got, wanted, floor=1e-1) < 1e-9
+
+
+@pytest.mark.parametrize("lengths", [(1.0, 1e-25), (1e25, 1.0), (1e-25, 1e-25), (0.0, 1.0), (1e-9, 1e9)])
+def test_lengths_beyond_the_range_of_float32(lengths: tuple[float, float]) -> None:
+    vectors = (normal(2, 16, 2, dtype=F32) * torch.tensor(lengths)).requires_grad_()
+    turned = q_of(vectors)
+    turned.backward(normal(3, 16, 16, dtype=F32))
+    assert relative_error(turned, dense_q(vectors)) < 1e-6
+    assert vectors.grad is not None
+    assert bool(torch.isfinite(vectors.grad).all())
+
+
+def test_second_derivatives_and_transforms() -> None:
+    vectors = leaf(1, 2, 5, 3)
+    assert torch.autograd.gradcheck(q_of, (vectors,))
+    assert torch.autograd.gradgradcheck(q_of, (vectors,))
+    one, tangent = normal(2, 5, 3), normal(3, 5, 3)
+    each = torch.func.jacfwd(q_of)(one)
+    with forward_ad.dual_level():
+        pushed = forward_ad.unpack_dual(q_of(forward_ad.make_dual(one, tangent))).tangent
+    assert relative_error(pushed, (each * tangent).sum((-1, -2))) < 1e-12
+    step = 1e-6
+    moved = (dense_q(one + step * tangent) - dense_q(one - step * tangent)) / (2 * step)
+    assert relative_error(pushed, moved) < 1e-8
+
+
+def test_under_autocast_products_are_narrow_and_rows_are_not() -> None:
+    x, vectors = leaf(1, 6, 64, dtype=F32), leaf(2, 64, 4, dtype=F32)
+
+    def reflected(u: Tensor) -> Tensor:
+        rows, down = wy_factors(u)
+        assert rows.dtype is F32
+        return reflect_rows(x, Factors(rows.to(BF16), down.to(BF16)))
+
+    with torch.autocast("cpu", dtype=BF16):
+        y = reflected(vectors)
+        # What is added to the rows is small where the reflections do little: the rows themselves keep their digits.
+        assert relative_error(reflected(vectors.detach()[:, :1].repeat(1, 2)), x) < 1e-6
+    assert y.dtype == F32
+    assert relative_error(y, x.double() @ dense_q(vectors).mT) < 5e-3
+
+
+# ---- layers ----
+
+LAYERS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
+    "Linear": (lambda **options: nn.Linear(48, 24, **options), (2, 3, 48)),
+    "Linear, many rows": (lambda **options: nn.Linear(48, 24, **options), (2, 300, 48)),
+    "Conv2d, few patches": (lambda **options: nn.Conv2d(16, 24, 3, padding=1, stride=(2, 1), **options), (2, 16, 4, 5)),
+    "Conv2d": (lambda **options: nn.Conv2d(16, 24, 3, **options), (2, 16, 7, 7)),
+}
+layers = pytest.mark.parametrize("name", LAYERS)
+
+
+def frozen(name: str, dtype: torch.dtype = F64) -> tuple[Any, Tensor]:
+    """A model of one layer of which the vectors alone are trained, and an input."""
+    make, shape = LAYERS[name]
+    torch.manual_seed(0)
+    model = adapted(make(dtype=dtype), 4).requires_grad_(False)
+    model[0].hra_u["default"].requires_grad_()
+    return model, normal(1, *shape, dtype=dtype)
+
+
+def oracle(model: Any, x: Tensor) -> Tensor:
+    layer = model[0]
+    weight = dense_weight(layer.hra_base, dense_q(layer.hra_u["default"]))
+    bias = layer.bias.double()
+    if isinstance(layer, nn.Conv2d):
+        output: Tensor = layer._conv_forward(x.double(), weight, bias)
+        return output
+    return nn.functional.linear(x.double(), weight, bias)
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "frozen": lambda layer: None,
+    "trained weight": lambda layer: layer.hra_base.requires_grad_(),
+    "trained bias": lambda layer: layer.bias.requires_grad_(),
+    "hook": lambda layer: layer.hra_u.register_forward_hook(lambda *_: None),
+}
+
+
+@layers
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("of_input", [False, True])
+def test_outputs_and_gradients(name: str, change: str, of_input: bool) -> None:
+    model, x = frozen(name)
+    CHANGES[change](model[0])
+    output, wanted = model(x.requires_grad_(of_input)), oracle(model, x)
+    assert output.is_contiguous()
+    assert relative_error(output, wanted) < 1e-11
+    asked = [tensor for tensor in (x, *model.parameters()) if tensor.requires_grad]
+    upstream = normal(2, *output.shape)
+    found, sought = (torch.autograd.grad(one, asked, upstream) for one in (output, wanted))
+    for one, other in zip(found, sought, strict=True):
+        assert relative_error(one, other) < 1e-10
+
+
+@layers
+def test_outputs_can_be_modified_in_place(name: str) -> None:
+    model, x = frozen(name)
+    vectors = model[0].hra_u["default"]
+    output, plain = model(x), oracle(model, x)
+    output[:, 0] = 0
+    output.add_(1).relu_()
+    wanted = (torch.cat([torch.zeros_like(plain[:, :1]), plain[:, 1:]], dim=1) + 1).relu()
+    assert relative_error(output, wanted) < 1e-12
+    found, sought = (torch.autograd.grad(one.sum(), vectors)[0] for one in (output, wanted))
+    assert relative_error(found, sought) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["Linear", "Conv2d"])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_the_same_bits_with_and_without_gradients(name: str, dtype: torch.dtype) -> None:
+    """So that a loaded adapter can be compared with the saved one."""
+    model, x = frozen(name, dtype)
+    trained = model(x)
+    with torch.no_grad():
+        assert torch.equal(model(x), trained)
+    if name == "Linear":
+        assert torch.equal(model.requires_grad_(False)(x), trained)
+
+
+@layers
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16(name: str, autocast: bool) -> None:
+    model, x = frozen(name, BF16)
+    vectors = model[0].hra_u["default"]
+    x.requires_grad_()
+    with torch.autocast("cpu", dtype=BF16, enabled=autocast):
+        output = model(x)
+    wanted = oracle(model, x)
+    assert output.dtype == BF16
+    assert relative_error(output, wanted) < 6e-3
+    upstream = normal(2, *output.shape, dtype=BF16)
+    found = torch.autograd.grad(output, (x, vectors), upstream)
+    assert [gradient.dtype for gradient in found] == [BF16, F32]
+    for one, other in zip(found, torch.autograd.grad(wanted, (x, vectors), upstream.double()), strict=True):
+        assert relative_error(one, other) < 6e-3
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_the_memory_format_of_the_output_is_that_of_the_layer(with_gradient: bool) -> None:
+    model, x = frozen("Conv2d")
+    model, x = (one.to(memory_format=torch.channels_last) for one in (model, x))
+    with torch.set_grad_enabled(with_gradient):
+        found = model(x)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert relative_error(found, oracle(model, x)) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["Linear", "Linear, many rows"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_second_derivatives_of_a_layer_that_is_called_twice(name: str, trained: bool) -> None:
+    model, x = frozen(name)
+    model[0].hra_base.requires_grad_(trained)
+    vectors = model[0].hra_u["default"]
+
+    def loss(call: Callable[[Tensor], Tensor]) -> Tensor:
+        return call(torch.tanh(call(x)).repeat_interleave(2, dim=-1)).square().sum()
+
+    found, sought = (
+        torch.autograd.grad(loss(call), vectors, create_graph=True)[0] for call in (model, lambda x: oracle(model, x))
+    )
+    assert relative_error(found, sought) < 1e-10
+    again, wanted = (torch.autograd.grad(one.square().sum(), vectors)[0] for one in (found, sought))
+    assert relative_error(again, wanted) < 1e-9
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_gradients_in_a_batch(trained: bool) -> None:
+    model, _ = frozen("Linear")
+    x = normal(1, 2, 48)
+    model[0].hra_base.requires_grad_(trained)
+    found = torch.autograd.functional.jacobian(model, x, vectorize=True)
+    turned = model[0].hra_base @ dense_q(model[0].hra_u["default"])
+    assert relative_error(found[0, :, 0], turned) < 1e-12
+    assert relative_error(found[1, :, 1], turned) < 1e-12
