@@ -9,21 +9,15 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 from layers.checking import assert_same, randomise
+from tiny_models import config_for, llama
 from torch import Tensor, nn
 from torch.export import Dim
 
 import hra_fx
 
-SIZES = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 SHAPES = {name: {0: Dim("batch", min=2, max=4), 1: Dim("length", min=3, max=8)} for name in ("input_ids", "labels")}
 STEPS, LR = 4, 0.5
-
-
-def base() -> nn.Module:
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:
@@ -33,8 +27,7 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 
 
 def adapted() -> nn.Module:
-    config = hra_fx.HRAConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
-    model = hra_fx.transform(base(), config)
+    model = hra_fx.transform(llama(num_hidden_layers=1).eval(), config_for("llama"))
     randomise(model)
     return model
 
@@ -75,7 +68,11 @@ def test_executorch_trains_the_vectors_and_peft_loads_them(tmp_path: Path) -> No
     model.load_state_dict({**model.state_dict(), **trained})
     hra_fx.save_adapter(model, tmp_path)
     ids = data[0][0]
-    assert_same(peft.PeftModel.from_pretrained(base(), tmp_path)(ids).logits, eager(ids).logits, rtol=1e-4)
+    assert_same(
+        peft.PeftModel.from_pretrained(llama(num_hidden_layers=1).eval(), tmp_path)(ids).logits,
+        eager(ids).logits,
+        rtol=1e-4,
+    )
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -112,6 +112,9 @@ def check_both_ways(
     same_line(theirs, ours)
     ours.save_pretrained(tmp_path / "ours")
     saved_by_peft(theirs, tmp_path / "theirs")
+    states = peft.get_peft_model_state_dict(theirs), hra_fx.get_peft_model_state_dict(ours)
+    wanted = {key: states[0][key] for key in states[1]}
+    torch.testing.assert_close(states[1], wanted, rtol=1e-12, atol=1e-12)
     opened = opened_by_peft(base, tmp_path / "ours", is_trainable=True)
     agree(opened, ours, x, F64)
     again = hra_fx.HRAModel.from_pretrained(copy.deepcopy(base), tmp_path / "theirs", is_trainable=True)
@@ -203,25 +206,10 @@ def sites(model: nn.Module) -> set[str]:
     return {name.partition(".hra_u.")[0] for name in model.state_dict() if ".hra_u." in name}
 
 
-def check_same_configuration(name: str, base: nn.Module, tmp_path: Path) -> None:
-    theirs, ours = (json.loads((tmp_path / side / "adapter_config.json").read_text()) for side in ("theirs", "ours"))
-    for config in (theirs, ours):
-        del config["peft_version"]
-        assert config["target_modules"] is not None
-        named = hra_fx.HRAConfig(target_modules=config["target_modules"], task_type=config["task_type"])
-        # PEFT shortens a long list of names; what counts is which layers they name.
-        config["target_modules"] = sorted(sites(hra_fx.transform(tiny(name), named)))
-        # PEFT names heads that the model does not have ("score" beside "classifier"), in an order of its own.
-        saved = config["modules_to_save"] or []
-        config["modules_to_save"] = sorted({n for n in saved if any(p.endswith(n) for p, _ in base.named_modules())})
-    assert ours == theirs
-
-
 @pytest.mark.parametrize(("name", "fields"), TASKS.values(), ids=TASKS.keys())
 def test_tasks_go_both_ways(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
     base = tiny(name)
     check_both_ways(base, inputs(base), {"r": 4} | fields, False, tmp_path)
-    check_same_configuration(name, base, tmp_path)
 
 
 def test_a_configuration_that_peft_wrote_starts_a_new_adapter(tmp_path: Path) -> None:
@@ -256,24 +244,6 @@ def several(make: Any) -> Any:
     return model
 
 
-def outputs_of_each(model: Any) -> dict[str, Tensor]:
-    outputs = {}
-    for name in SEVERAL:
-        model.set_adapter(name)
-        outputs[name] = model(tokens()).detach()
-    model.set_adapter("default")
-    return outputs
-
-
-def assert_equal_outputs(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert got.keys() == wanted.keys()
-    for name, output in wanted.items():
-        # PEFT runs a layer that the active adapter does not have in float32, whatever the model's dtype.
-        assert relative_error(got[name], output) < 1e-6, name
-    values = list(wanted.values())
-    assert all(relative_error(a, b) > 1e-3 for i, a in enumerate(values) for b in values[:i])
-
-
 def folders(directory: Path) -> set[str]:
     return {path.relative_to(directory).as_posix() for path in directory.rglob("adapter_*")}
 
@@ -285,11 +255,17 @@ def test_files_of_several_adapters_go_both_ways(tmp_path: Path) -> None:
     assert folders(tmp_path / "ours") == folders(tmp_path / "theirs")
     opened = opened_by_peft(net(F64), tmp_path / "ours")
     again = hra_fx.HRAModel.from_pretrained(net(F64), tmp_path / "theirs")
-    for name in list(SEVERAL)[1:]:
-        opened.load_adapter(tmp_path / "ours" / name, name)
-        again.load_adapter(tmp_path / "theirs", name, subfolder=name)
-    assert_equal_outputs(outputs_of_each(ours), outputs_of_each(opened))
-    assert_equal_outputs(outputs_of_each(again), outputs_of_each(theirs))
+    base = net(F64)(tokens())
+    for name in SEVERAL:
+        if name != "default":
+            opened.load_adapter(tmp_path / "ours" / name, name)
+            again.load_adapter(tmp_path / "theirs", name, subfolder=name)
+        for one, other in ((ours, opened), (again, theirs)):
+            one.set_adapter(name)
+            other.set_adapter(name)
+            # PEFT runs a layer that the active adapter does not have in float32, whatever the model's dtype.
+            assert relative_error(one(tokens()), other(tokens())) < 1e-6, name
+            assert relative_error(one(tokens()), base) > 1e-3, name
     for number, selected in enumerate((["french"], ["with head", "default"])):
         ours.save_pretrained(tmp_path / f"ours{number}", selected_adapters=selected)
         saved_by_peft(theirs, tmp_path / f"theirs{number}", selected_adapters=selected)

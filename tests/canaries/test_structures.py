@@ -1,26 +1,26 @@
-"""What hra_fx reads of torch. What `hra_fx.compat` asks about a call or a tensor is in `tests/test_versions.py`."""
+"""What hra_fx reads of torch and transformers. What it asks about a call or a tensor is in `tests/test_versions.py`."""
 
 from __future__ import annotations
 
 import functools
-import pickle
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+import transformers
+from accelerate.state import AcceleratorState
 from canaries.canary import canary
-from canaries.one_process import mesh_of_one
-from torch import nn
+from torch import distributed, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 import hra_fx
 from hra_fx import compat
-from hra_fx.model.unwrap import unwrap
+from hra_fx.export.select import OUTPUTS
 
 in_compat = functools.partial(canary, "torch", reader="hra_fx/compat.py")
 X = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3)
@@ -30,6 +30,17 @@ def adapted() -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU()).double()
     return hra_fx.transform(model, hra_fx.HRAConfig(r=2, init_weights=False, target_modules=["0"]))
+
+
+@contextmanager
+def mesh_of_one() -> Iterator[DeviceMesh]:
+    """A mesh of one process, in which the code of several processes runs."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        distributed.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)  # or later tests would look for the group
 
 
 @canary(
@@ -64,24 +75,6 @@ def test_a_layer_that_was_split_in_part_is_refused(operation: Callable[[Any], ob
             operation(model)
 
 
-@canary(
-    "torch",
-    "`_fsdp_flattened` of the parameters that FSDP1 flattens",
-    reader="hra_fx/layers/adapted_layer.py",
-    breaks="FullyShardedDataParallel of a model with adapters: it would flatten the rotated weight",
-)
-def test_fsdp_1() -> None:
-    model: Any = adapted()
-    expected, base = model(X), model[0].hra_base.detach().clone()
-    with mesh_of_one():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # one process gets NO_SHARD, which is deprecated
-            wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
-        assert torch.allclose(wrapped(X), expected, rtol=1e-12)
-        with FullyShardedDataParallel.summon_full_params(wrapped):
-            assert torch.equal(model[0].hra_base, base)
-
-
 @in_compat("`_checkpoint_wrapped_module`", breaks="names of layers and files under activation checkpointing")
 def test_activation_checkpointing() -> None:
     model = nn.Sequential(checkpoint_wrapper(nn.Sequential(nn.Linear(3, 2))))
@@ -90,36 +83,31 @@ def test_activation_checkpointing() -> None:
     assert {key.rpartition(".")[0] for key in model.state_dict()} == {"0.0"}
 
 
-@in_compat("`_orig_mod` and the module of the class `OptimizedModule`", breaks="every function on a compiled model")
-def test_a_compiled_model() -> None:
-    model = adapted()
-    assert unwrap(torch.compile(model, backend="eager")) is model  # type: ignore[arg-type]
+SIZES = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "vocab_size": 16}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+
+
+#: Models whose output layers have all the names that there are.
+HEADS = {
+    "Llama": {},
+    "Bert": {"is_decoder": True},
+    "Roberta": {"is_decoder": True},
+    "GPTNeoX": {},
+    "BioGpt": {},
+}
 
 
 @canary(
-    "torch",
-    "`_tracer_cls` of a graph, by which it is traced again when it is unpickled",
-    reader="hra_fx/tracing/tracer.py",
-    breaks="pickles and copies of traced models: the buffers that they read would be constants",
+    "transformers",
+    "the paths of output layers",
+    reader="hra_fx/export/select.py",
+    breaks='target_modules="all-linear" of exported programs, which would adapt the output layer',
 )
-def test_a_pickled_graph() -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(3, 2)
-            self.register_buffer("shift", torch.zeros(2))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            shifted: torch.Tensor = self.layer(x) + self.shift
-            return shifted
-
-    model = hra_fx.transform(Model(), hra_fx.HRAConfig(r=2, target_modules=["layer"]), trace=True)
-    loaded: Any = pickle.loads(pickle.dumps(model))
-    assert "shift" in [node.target for node in loaded.graph.nodes if node.op == "get_attr"]
-
-
-@in_compat("`_is_replica`", breaks="models in nn.DataParallel")
-def test_a_replica() -> None:
-    model: Any = nn.Linear(3, 2)
-    assert not compat.is_replica(model)
-    assert compat.is_replica(model._replicate_for_data_parallel())
+def test_paths_of_output_layers() -> None:
+    for name, fields in HEADS.items():
+        config = getattr(transformers, f"{name}Config")(**SIZES, **fields)
+        kind = f"{name}LMHeadModel" if name == "Bert" else f"{name}ForCausalLM"
+        with torch.device("meta"):
+            model: Any = getattr(transformers, kind)(config)
+        path = next(path for path, module in model.named_modules() if module is model.get_output_embeddings())
+        assert path in OUTPUTS, name
