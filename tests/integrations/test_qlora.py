@@ -13,7 +13,7 @@ import datasets
 import peft
 import pytest
 import torch
-from integrations.trl_use.runs import SFT_CHATS, logs, redraw, tokenizer
+from integrations.trl_use.runs import SFT_CHATS, logs, own_cache, redraw, tokenizer  # noqa: F401
 from tiny_models import llama, tokens_of, trainer_of, vectors_of
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer
@@ -29,7 +29,6 @@ pytestmark = pytest.mark.filterwarnings(
 
 FIELDS: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 PEFT, FAST, OURS = "PEFT", "PEFT, accelerated", "transformed"
-SLOW_FAST = pytest.param(FAST, marks=pytest.mark.slow)
 CHECKPOINTING: dict[str, dict[str, Any]] = {
     "plain": {"gradient_checkpointing": False},
     "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
@@ -50,13 +49,6 @@ def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("exact")
     llama(hidden_size=64, intermediate_size=128).save_pretrained(path)
     return path
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No file outside of the folder of the test."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
 
 
 def in_4_bits(folder: Path) -> Any:
@@ -110,7 +102,7 @@ def losses(trainer: Trainer) -> Tensor:
     return torch.tensor(logs(trainer, "loss")).flatten()
 
 
-@pytest.mark.parametrize("kind", [SLOW_FAST, OURS])
+@pytest.mark.parametrize("kind", [pytest.param(FAST, marks=pytest.mark.slow), OURS])
 def test_a_run_is_saved_opened_over_4_bits_and_goes_on(kind: str, folder: Path, tmp_path: Path) -> None:
     mode = "not reentrant"
     options = {**CHECKPOINTING[mode], "save_strategy": "steps", "save_steps": 3, "seed": 0}

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import hra_fx
 from hra_fx.errors import AdapterError, CheckpointError, FoldError, UnsupportedLayerError
 
-MLP, COPIES, ATTENTION = (CASES[name] for name in ("mlp, whole", "mlp, copies", "attention"))
+MLP, COPIES = CASES["mlp, whole"], CASES["mlp, copies"]
 
 
 def who_writes(rank: int, folder: Path) -> None:

@@ -133,13 +133,18 @@ def test_the_training_logs_have_the_mean_of_the_term(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("weight", [-1e-6, float("nan"), True, "1e-6"])
-def test_an_invalid_weight_is_refused(weight: Any) -> None:
+def test_an_invalid_weight_or_difference_is_refused(weight: Any) -> None:
     with pytest.raises(hra_fx.ConfigError) as caught:
         HRATrainer(orthogonality_weight=weight)
     assert str(caught.value) == (
         f"`orthogonality_weight` must be a finite number >= 0, got {weight!r}. Use 0.0 to disable the term, or a small "
         "value such as 1e-6."
     )
+    for difference in (0.0, weight):
+        with pytest.raises(hra_fx.ConfigError, match="`pair_difference` must be a finite number > 0"):
+            HRATrainer(pair_difference=difference)
+        with pytest.raises(hra_fx.ConfigError, match="`difference` must be a finite number > 0"):
+            PairCallback(difference)
 
 
 def test_a_model_without_reflections_is_refused_with_a_weight_and_trained_without(tmp_path: Path) -> None:
@@ -228,11 +233,3 @@ def test_accelerate(when: str) -> None:
             (scaler.scale(loss) if each is model else loss).backward()
             one.step()
     assert equal(*(vectors_of(each).values() for each in (model, plain)))
-
-
-@pytest.mark.parametrize("difference", [0.0, float("nan"), True, "0.1"])
-def test_an_invalid_difference_is_refused(difference: Any) -> None:
-    with pytest.raises(hra_fx.ConfigError, match="`pair_difference` must be a finite number > 0"):
-        HRATrainer(pair_difference=difference)
-    with pytest.raises(hra_fx.ConfigError, match="`difference` must be a finite number > 0"):
-        PairCallback(difference)

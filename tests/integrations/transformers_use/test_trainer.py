@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,10 @@ from hra_fx.integrations import HRATrainer
 
 pytestmark = pytest.mark.usefixtures("nothing_is_logged")
 
-Settings = dict[str, float | None]
-TRAINERS: dict[str, tuple[type[Trainer], Settings]] = {
-    "stock": (Trainer, {}),
-    "ours": (HRATrainer, {"pair_difference": None}),
-    "ours with the term, in pairs": (HRATrainer, {"orthogonality_weight": 1e-3}),
+TRAINERS: dict[str, Any] = {
+    "stock": Trainer,
+    "ours": partial(HRATrainer, pair_difference=None),
+    "ours with the term, in pairs": partial(HRATrainer, orthogonality_weight=1e-3),
 }
 EVERY_THIRD = {"save_strategy": "steps", "save_steps": 3}
 
@@ -36,11 +36,7 @@ class StopAt(TrainerCallback):
 
 
 def run(trainer: str, kind: str, model: nn.Module, folder: Path, **arguments: Any) -> Trainer:
-    maker, settings = TRAINERS[trainer]
-    made = trainer_of(maker, kind, model, folder, **arguments)
-    for name, value in settings.items():
-        setattr(made, name, value)
-    return made
+    return trainer_of(TRAINERS[trainer], kind, model, folder, **arguments)
 
 
 def losses(trainer: Trainer) -> list[float]:
