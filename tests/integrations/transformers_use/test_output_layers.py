@@ -13,6 +13,7 @@ from model.many import seen
 from oracles import dense_q, dense_weight, relative_error
 from tiny_models import turn
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 import hra_fx
 
@@ -128,6 +129,24 @@ def test_a_model_whose_forward_asks_for_the_tie_is_not_folded_and_takes_no_copy_
     with pytest.raises(hra_fx.UnsupportedLayerError, match=r"its forward depends on .* modules_to_save\.$"):
         hra_fx.transform(model, config)
     assert seen(model) == before
+
+
+class AsksInAMethod(LlamaForCausalLM):
+    @property
+    def scale(self) -> float:
+        return 0.5 if self.config.tie_word_embeddings else 1.0
+
+    def forward(self, *args: Any, **inputs: Any) -> Any:
+        output = super().forward(*args, **inputs)
+        output.logits = output.logits * self.scale
+        return output
+
+
+def test_it_may_ask_in_a_method() -> None:
+    model = AsksInAMethod(case("llama").model.config)
+    hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["lm_head"], init_weights=False))
+    with pytest.raises(hra_fx.FoldError, match=r"its forward depends on config\.tie_word_embeddings"):
+        hra_fx.fold(model)
 
 
 #: Every architecture, tied; an encoder-decoder of two models cannot be resized.
