@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,16 +12,13 @@ import transformers
 from accelerate.state import AcceleratorState
 from canaries.canary import canary
 from torch import distributed, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 import hra_fx
-from hra_fx import compat
 from hra_fx.export.select import OUTPUTS
 
-in_compat = functools.partial(canary, "torch", reader="hra_fx/compat.py")
 X = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3)
 
 
@@ -73,14 +69,6 @@ def test_a_layer_that_was_split_in_part_is_refused(operation: Callable[[Any], ob
             distribute_module(model[0], mesh, fail)
         with pytest.raises(hra_fx.HRAError, match=r"Linear 3->4: parallelize_module failed.* Build the model again"):
             operation(model)
-
-
-@in_compat("`_checkpoint_wrapped_module`", breaks="names of layers and files under activation checkpointing")
-def test_activation_checkpointing() -> None:
-    model = nn.Sequential(checkpoint_wrapper(nn.Sequential(nn.Linear(3, 2))))
-    paths = [path for path, _ in compat.state_modules(model)]
-    assert paths == ["", "0", "0.0"]
-    assert {key.rpartition(".")[0] for key in model.state_dict()} == {"0.0"}
 
 
 SIZES = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "vocab_size": 16}
