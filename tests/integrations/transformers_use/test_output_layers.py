@@ -86,7 +86,7 @@ def test_a_fold_unties_the_head_and_a_saved_model_loads_equal(kind: str, tmp_pat
     ("kind", "also"),
     [
         ("llama", ""),
-        ("t5", "encoder.embed_tokens.weight, decoder.embed_tokens.weight"),
+        ("bart", "model.decoder.embed_tokens.weight, model.encoder.embed_tokens.weight"),
         ("bert_to_bert", "decoder.cls.predictions.decoder.bias"),
     ],
 )

@@ -39,6 +39,14 @@ def t5() -> Case:
     return Case(transformers.T5ForConditionalGeneration(config), "lm_head", "shared", "q")
 
 
+def bart() -> Case:
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 32}
+    tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "forced_eos_token_id": None}
+    config = transformers.BartConfig(vocab_size=VOCABULARY, d_model=16, **layers, **heads, **tokens)
+    return Case(transformers.BartForConditionalGeneration(config), "lm_head", "model.shared", "v_proj")
+
+
 def bert() -> Case:
     model = transformers.BertForMaskedLM(transformers.BertConfig(**_TEXT))
     return Case(model, "cls.predictions.decoder", "bert.embeddings.word_embeddings", "query")
@@ -72,6 +80,7 @@ def switch() -> Case:
 CASES = {
     "llama": llama,
     "t5": t5,
+    "bart": bart,
     "bert": bert,
     "bert_to_bert": bert_to_bert,
     "llava": llava,

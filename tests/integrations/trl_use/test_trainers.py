@@ -28,7 +28,6 @@ from transformers import set_seed
 # Names that transformers has had since 5.0, and means to rename; PEFT and TRL use them.
 pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing\\w*` is deprecated:FutureWarning")
 
-SLOW_FAST = pytest.param(FAST, marks=pytest.mark.slow)
 SLOW_OURS = pytest.param(OURS, marks=pytest.mark.slow)
 
 
@@ -100,7 +99,7 @@ def test_training_resumes(kind: str, method: str, options: dict[str, Any], tmp_p
         assert torch.equal(vectors, vectors_of(whole.model)[name]), name
 
 
-@pytest.mark.parametrize("kind", [SLOW_FAST, OURS])
+@pytest.mark.parametrize("kind", [pytest.param(FAST, marks=pytest.mark.slow), OURS])
 def test_dpo_with_the_base_model_as_its_reference(kind: str, tmp_path: Path) -> None:
     keys = ("rewards/chosen", "rewards/rejected", "logps/chosen")
     _, fast = trained_alike(kind, "DPO", tmp_path, *keys, ours={"precompute_ref_log_probs": True})
