@@ -1,19 +1,26 @@
-"""Links in the documents lead to files and headings that exist, as GitHub and the site show them."""
+"""Links in the documents lead to files and headings that exist, and the reference has every public name once."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from documents import DOCS, ROOT, anchors, links
+from torch.fx.passes.infra.pass_base import PassBase
+
+import hra_fx
+from hra_fx import integrations
 
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 
 
-def broken(document: Path, text: str | None = None) -> list[str]:
+def broken(document: Path) -> list[str]:
     """What is wrong with the links of a document."""
-    text = document.read_text(encoding="utf-8") if text is None else text
+    text = document.read_text(encoding="utf-8")
     found = []
     for link in links(text):
         if re.match(r"[a-z]+:", link):
@@ -39,28 +46,28 @@ def test_the_usual_documents_are_there() -> None:
     assert names >= {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/index.md", "docs/api/core.md"}
 
 
-def test_broken_links_are_found() -> None:
-    text = (
-        "# A `b_c`, (d)\n[1](peft.md) [2](#a-b_c-d) [3](no.md) [4](#none) ![5](no.svg) [6](../README.md#none)\n"
-        '[7](https://example.com/none) `[8](no.md)` <img src="no.png"> [9](../../outside.md)\n'
-        "```\n[10](no.md)\n# None\n```\n"
-    )
-    assert broken(DOCS / "made_up.md", text) == [
-        "no.md: no such file",
-        "#none: no such heading",
-        "no.svg: no such file",
-        "../README.md#none: no such heading",
-        "no.png: no such file",
-        "../../outside.md: no such file",
-    ]
-
-
-def test_anchors_of_equal_headings_are_numbered() -> None:
-    assert anchors("# A\n## A\n## A\n```\n# B\n```\n") == {"a", "a-1", "a-2"}
-
-
 def test_every_page_is_in_the_navigation_once() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
     pages = re.findall(r"[\w/-]+\.md$", navigation, re.MULTILINE)
     of_docs = {document.relative_to(DOCS).as_posix() for document in DOCS.rglob("*.md")}
     assert sorted(pages) == sorted({*of_docs, "changelog.md", "contributing.md"})
+
+
+def passes() -> set[str]:
+    """The passes, each by the name of its module and its own."""
+    found = set()
+    for file in (ROOT / "passes").glob("[!_]*.py"):
+        module = importlib.import_module(f"passes.{file.stem}")
+        for name, value in vars(module).items():
+            if inspect.isclass(value) and issubclass(value, PassBase) and value.__module__ == module.__name__:
+                found.add(f"{module.__name__}.{name}")
+    return found
+
+
+def test_every_public_name_is_in_the_reference_once() -> None:
+    pages = [page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md")]
+    shown = Counter(re.findall(r"^::: (\S+)$", "\n".join(pages), re.MULTILINE))
+    names = {f"hra_fx.{name}" for name in hra_fx.__all__}
+    names |= {f"hra_fx.integrations.{name}" for name in integrations.__all__}
+    assert shown == Counter(names | passes())
+    assert len(passes()) == 6

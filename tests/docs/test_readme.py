@@ -1,14 +1,15 @@
-"""README.md: its numbers agree with their sources, and its programs run as they stand there."""
+"""README.md and docs/comparison.md agree with what was measured, and the programs of the README run as they stand."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import features
 import pytest
 import transformers
 from documents import ROOT, python_blocks
-from learning.page import readme_table
+from learning.page import comparison_table, readme_table
 from learning.records import read
 from learning.summary import retention_gain
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -28,8 +29,8 @@ def speed_rows(text: str) -> dict[str, list[str]]:
     return {row[0]: row[-3:] for row in rows}
 
 
-def section(name: str) -> str:
-    return README.split(f"\n## {name}\n")[1].split("\n## ")[0]
+def section(name: str, text: str = README) -> str:
+    return text.split(f"\n## {name}\n")[1].split("\n## ")[0]
 
 
 def test_it_is_short() -> None:
@@ -109,3 +110,28 @@ def test_graph_mode_prints_what_the_comments_say(
     expected = re.findall(r"^# (\[.*\])$", PROGRAMS[1], re.MULTILINE)
     assert len(expected) == 1
     assert capsys.readouterr().out.splitlines() == expected
+
+
+COMPARISON = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
+
+
+def comparison_rows(name: str) -> list[str]:
+    """The rows of the tables in a section."""
+    return [line for line in section(name, COMPARISON).splitlines() if line.startswith("|") and line[:3] != "|--"]
+
+
+def test_the_scores_in_the_comparison_are_those_of_the_records() -> None:
+    assert comparison_table(read()) in COMPARISON, "write the table of learning.page.comparison_table(read())"
+
+
+def test_the_speeds_in_the_comparison_are_those_of_the_benchmark() -> None:
+    measured = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8").splitlines()
+    told = comparison_rows("Speed and memory")
+    assert len(told) == 8
+    assert set(told) <= set(measured)
+
+
+def test_the_features_are_those_that_were_tried() -> None:
+    for row, (label, probe) in zip(comparison_rows("Features")[1:], features.PROBES.items(), strict=True):
+        cells = [features.tried(probe, adapt)[0] for adapt in features.METHODS.values()]
+        assert row == f"| {label} | {' | '.join(cells)} |"

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from integrations.distributed.common_checks import as_lora, checkpoints, close, data_parallel, files
 from integrations.distributed.spawned import Check
-from integrations.distributed.trained import CASES, SHARDED, WAYS, output, part_of, shard, train
+from integrations.distributed.trained import CASES, WAYS, output, part_of, shard, train
 from one_hub import one_hub
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import hra_fx
 from hra_fx.errors import AdapterError, CheckpointError, FoldError, UnsupportedLayerError
 
-MLP, COPIES, ATTENTION = (CASES[name] for name in ("mlp, whole", "mlp, copies", "attention"))
+MLP, COPIES = CASES["mlp, whole"], CASES["mlp, copies"]
 
 
 def who_writes(rank: int, folder: Path) -> None:
@@ -60,19 +60,16 @@ def save_pretrained(rank: int, folder: Path) -> None:
 
 def uploads(rank: int, folder: Path) -> None:
     """Each process has a Hub of its own: the first one uploads, and all get the URL and the error."""
-    llama = CASES["llama"]
-    for wrap in SHARDED.values():
-        model: Any = wrap(llama, llama.model())
+    llama, place = CASES["llama"], folder / "user" / "name"
+    model: Any = shard(llama.model(), llama.units)
+    with one_hub() as files:
+        url = hra_fx.push_to_hub(model, "user/name", token="hf_x")
+        assert bool(files) is (rank == 0) and url.endswith("/user/name/commit/1")
+    for options in ({}, {"is_main_process": rank == 0}):
         with one_hub() as files:
-            url = hra_fx.push_to_hub(model, "user/name", token="hf_x")
-            assert bool(files) is (rank == 0) and url.endswith("/user/name/commit/1")
-        for options in ({}, {"is_main_process": rank == 0}):
-            with one_hub() as files:
-                name = folder / "user" / "name"
-                model.save_pretrained(name, push_to_hub=True, repo_id="user/name", token="hf_x", **options)
-                assert bool(files) is (rank == 0)
-                names = ("README.md", "adapter_config.json", "adapter_model.safetensors")
-                assert rank or files == {entry: (name / entry).read_bytes() for entry in names}
+            model.save_pretrained(place, push_to_hub=True, repo_id="user/name", token="hf_x", **options)
+            names = ("README.md", "adapter_config.json", "adapter_model.safetensors")
+            assert files == ({} if rank else {name: (place / name).read_bytes() for name in names})
     with one_hub(), pytest.raises(HFValidationError):
         hra_fx.push_to_hub(model, "not/a/name", token="hf_x")
 
@@ -94,8 +91,6 @@ def strength_and_disabling(rank: int, folder: Path) -> None:
 def pictures(rank: int, folder: Path) -> None:
     """By one process alone: nothing is gathered for it, so what is sharded has no numbers."""
     bare = MLP.model()
-    compiled = torch.compile(bare)
-    hra_fx.visualize(compiled, folder / f"compiled{rank}.dot")
     for way, wrap in WAYS.items():
         model = wrap(MLP, MLP.model())
         if rank == 1:

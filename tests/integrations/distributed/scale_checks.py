@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import warnings
 from collections import defaultdict
@@ -95,10 +96,22 @@ WRAPS: dict[Strategy, Callable[[Case, nn.Module], nn.Module]] = {
 }
 
 
-def measured(case: Case, r: int, strategy: Strategy, rank: int) -> tuple[Cost, Traffic]:
+def lora_model(case: Case, r: int) -> nn.Module:
+    """PEFT's LoRA of the same layers and rank."""
+    config = peft.LoraConfig(r=r, target_modules=case.config["target_modules"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a name that transformers has renamed
+        return peft.get_peft_model(case.make(), config)  # type: ignore[arg-type]
+
+
+def measured(case: Case, r: int, strategy: Strategy, rank: int, *, lora: bool = False) -> tuple[Cost, Traffic]:
     """Computed and counted; what is held must be equal, in the process with the largest shards."""
-    cost, _, _ = costs(hra_model(case, r).to("meta"), WORLD, strategy)
-    model = WRAPS[strategy](case, hra_model(case, r))
+    cost = costs(hra_model(case, r).to("meta"), WORLD, strategy)[1 if lora else 0]
+    if lora:
+        units = tuple(f"base_model.model.{unit}" for unit in case.units)
+        model = WRAPS[strategy](dataclasses.replace(case, units=units), lora_model(case, r))
+    else:
+        model = WRAPS[strategy](case, hra_model(case, r))
     traffic = step(model, case)
     if rank == 0:
         assert memory(model) == {name: getattr(cost, name) for name in ("vectors", "gradients", "optimizer")}
@@ -129,26 +142,12 @@ def replicated(rank: int, folder: Path) -> None:
 
 
 def lora(rank: int, folder: Path) -> None:
-    """PEFT's LoRA of the same layers and rank; of rank 1, the second process has no row of `A`, and sends as much."""
+    """Of rank 1, the second process has no row of `A`, and sends as much."""
     for strategy in ("ddp", "fsdp2"):
-        found = []
-        for r in (1, 4, 8):
-            _, cost, _ = costs(hra_model(LLAMA, r).to("meta"), WORLD, strategy)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a name that transformers has renamed
-                made: Any = peft.get_peft_model(
-                    llama(), peft.LoraConfig(r=r, target_modules=PROJECTIONS["target_modules"])
-                )
-            if strategy == "ddp":
-                made = DistributedDataParallel(made)
-            else:
-                shard(made, [f"base_model.model.{unit}" for unit in LAYERS])
-            traffic = step(made, LLAMA)
-            if rank == 0:
-                assert memory(made) == {name: getattr(cost, name) for name in ("vectors", "gradients", "optimizer")}
+        found = [measured(LLAMA, r, strategy, rank, lora=True) for r in (1, 4, 8)]
+        for cost, traffic in found:
             # The gather of the root, or the broadcast of its buffers, is the base model's.
-            assert cost.collectives == sum(traffic.counts.values()) - 1, (strategy, r)
-            found.append((cost, traffic))
+            assert cost.collectives == sum(traffic.counts.values()) - 1, (strategy, cost.rank)
         for (low, few), (high, many) in itertools.pairwise(found):
             assert high.sent - low.sent == many.sent - few.sent, (strategy, low.rank)
 

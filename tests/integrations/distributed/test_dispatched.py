@@ -103,25 +103,19 @@ def test_hooks_come_and_go(way: str) -> None:
 # ---- what is refused ----
 
 
-def test_a_graph_module_with_a_hook_is_refused() -> None:
-    graph = fx.symbolic_trace(MLP.base())
+def test_graphs_of_models_with_hooks_are_refused() -> None:
+    graph, model = fx.symbolic_trace(MLP.base()), on_devices(MLP.base())
     add_hook_to_module(graph, ModelHook())
-    before = output(graph, MLP)
-    with pytest.raises(hra_fx.UnsupportedLayerError, match="it is a GraphModule, and accelerate added its hook to"):
-        hra_fx.transform(graph, config("0"))
-    assert torch.equal(output(graph, MLP), before)
-    remove_hook_from_submodules(graph)
-    hra_fx.transform(graph, config("0"))
-
-
-def test_a_graph_of_a_model_with_hooks_is_refused() -> None:
-    model = on_devices(MLP.base())
-    before = output(model, MLP)
-    with pytest.raises(hra_fx.AdapterError, match="trace=True: the model has a hook of accelerate, which a graph"):
-        hra_fx.transform(model, config("0"), trace=True)
-    assert torch.equal(output(model, MLP), before)
-    remove_hook_from_submodules(model)
-    hra_fx.transform(model, config("0"), trace=True)
+    for made, trace, kind, message in (
+        (graph, False, hra_fx.UnsupportedLayerError, "it is a GraphModule, and accelerate added its hook to"),
+        (model, True, hra_fx.AdapterError, "trace=True: the model has a hook of accelerate, which a graph"),
+    ):
+        before = output(made, MLP)
+        with pytest.raises(kind, match=message):
+            hra_fx.transform(made, config("0"), trace=trace)
+        assert torch.equal(output(made, MLP), before)
+        remove_hook_from_submodules(made)
+        hra_fx.transform(made, config("0"), trace=trace)
 
 
 def test_a_forward_of_the_users_below_a_hook_is_refused() -> None:

@@ -93,17 +93,21 @@ ACCELERATE = ["accelerate.commands.launch", "--num_processes", "2", "--num_machi
 ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
-def printed_under(*launcher: str) -> str:
+@pytest.mark.parametrize(
+    ("launcher", "starter"),
+    [(TORCHRUN, "a launcher"), ([*ACCELERATE, "--multi_gpu"], "a launcher"), ([*ACCELERATE, "--cpu"], "this program")],
+    ids=["torchrun", "accelerate", "accelerate on a CPU"],
+)
+def test_the_example_runs_in_two_processes(launcher: list[str], starter: str) -> None:
+    """On a CPU, accelerate starts one process, and the example two; docs/distributed.md says so."""
     done = subprocess.run(
         [sys.executable, "-m", *launcher, str(EXAMPLE)],
         **{"capture_output": True, "text": True, "timeout": 240, "env": {**os.environ, "OMP_NUM_THREADS": "1"}},
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def check_two_processes(printed: str) -> None:
-    """Once, and not once for each process that was started."""
+    printed = done.stdout
+    assert printed.startswith(f"started by {starter}\n"), printed
+    # Once, and not once for each process that was started.
     assert printed.count("one group:") == printed.count("one group: ranks (0, 1) in 2 processes\n") == 1, printed
     assert "one process: 1.0308 -> 0.9964\n" in printed
     for wrapper in ("DDP", "FSDP2"):
@@ -111,17 +115,3 @@ def check_two_processes(printed: str) -> None:
         assert float(difference) < 1e-5
     assert "the file, loaded into a plain model: 0.0e+00\n" in printed
     assert "the shards, 4 of them, loaded again: 0.0e+00\n" in printed
-
-
-@pytest.mark.parametrize("launcher", [TORCHRUN, [*ACCELERATE, "--multi_gpu"]], ids=["torchrun", "accelerate"])
-def test_a_launcher_starts_two_processes(launcher: list[str]) -> None:
-    printed = printed_under(*launcher)
-    assert printed.startswith("started by a launcher\n"), printed
-    check_two_processes(printed)
-
-
-def test_accelerate_on_a_cpu_starts_one_process_and_the_example_two() -> None:
-    """As docs/distributed.md says of it."""
-    printed = printed_under(*ACCELERATE, "--cpu")
-    assert printed.startswith("started by this program\n"), printed
-    check_two_processes(printed)

@@ -208,18 +208,9 @@ def train(
     optimizer: Any = None,
     backward: Callable[[Tensor], object] = Tensor.backward,
 ) -> list[float]:
-    """The losses of whole batches.
+    """The losses of whole batches, of which this process takes a part.
 
-    Args:
-        model: the model.
-        case: its case.
-        part: what this process takes of each batch.
-        steps: number of steps.
-        term: an additional loss, of the model.
-        evaluate: whether to call the model without gradients before each step.
-        pairs: whether the optimizer trains pairs.
-        optimizer: that of the trained parameters; SGD by default.
-        backward: called with the loss.
+    With a term, an additional loss of the model; with `evaluate`, each step comes after a call without gradients.
     """
     x, labels = case.data()
     if isinstance(model, FSDPModule):

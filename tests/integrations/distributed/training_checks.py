@@ -22,61 +22,17 @@ from integrations.distributed.trained import (
     shard,
     train,
     trained,
-    with_vectors_apart,
 )
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
-from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
 import hra_fx
 from hra_fx.integrations import HRATrainer
-from hra_fx.layers.sharding import full_tensor
 
 MLP, BERT = CASES["mlp, whole"], CASES["bert"]
-
-
-def vectors_by_columns(rank: int, folder: Path) -> None:
-    model = MLP.model()
-    for path in MLP.units:
-        fully_shard(model.get_submodule(path), shard_placement_fn=lambda one: Shard(one.dim() - 1))
-    with pytest.warns(hra_fx.HRAWarning, match=r"0.hra_u.default \(sharded by columns\), 2.hra_u"):
-        train(model, MLP, part_of(rank), pairs=True)
-
-
-def gradients_of_inputs(rank: int, folder: Path) -> None:
-    """FSDP2's hooks would reduce the gradients of the group when the input of the first layer has its own."""
-    for name in ("mlp, whole", "convolutions", "attention"):
-        case = CASES[name]
-        found = []
-        for model, part in ((case.model(), slice(None)), (with_vectors_apart(case, case.model()), part_of(rank))):
-            x, labels = case.data()
-            loss_of(model(x[part].requires_grad_()), labels[part]).backward()
-            gradients = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
-            found.append({key: full_tensor(gradient) for key, gradient in gradients.items()})
-        same(*found)
-
-
-def orthogonality_apart(rank: int, folder: Path) -> None:
-    """A backward of its own, after that of the loss has freed what was gathered."""
-
-    def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-        x, labels = MLP.data()
-        output(model, MLP)
-        loss, regularizer = loss_of(model(x), labels), hra_fx.orthogonality_loss(model)
-        loss.backward()
-        regularizer.backward()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    parameter.sub_(parameter.grad)
-        return trained(model)
-
-    alone = gradients(MLP.model())
-    for wrap in (wrap for way, wrap in WAYS.items() if way != "DDP"):
-        same(alone, gradients(wrap(MLP, MLP.model())))
 
 
 def several_adapters(rank: int, folder: Path) -> None:
@@ -112,13 +68,6 @@ def unknown_to_ddp(rank: int, folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         hra_fx.set_adapter(wrapped, [])
-
-
-def left_out_on_purpose(rank: int, folder: Path) -> None:
-    model = MLP.model()
-    names = [name for name, p in model.named_parameters() if name == "0.hra_u.default"]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
-    train(DistributedDataParallel(model), MLP, part_of(rank), steps=1)
 
 
 def pipeline(rank: int, folder: Path) -> None:
@@ -188,9 +137,6 @@ def losses(name: str, rank: int, folder: Path) -> None:
 
 CHECKS: dict[str, Check] = {
     **{f"losses and vectors: {name}": functools.partial(losses, name) for name in CASES},
-    **{"vectors by columns": vectors_by_columns, "gradients of inputs": gradients_of_inputs},
-    **{"orthogonality, a backward of its own": orthogonality_apart},
     **{"several adapters": several_adapters, "an adapter that DDP does not know": unknown_to_ddp},
-    **{"what DDP is told to ignore": left_out_on_purpose},
     **{"pipeline": pipeline, "mixed precision": mixed_precision, "HRATrainer": hra_trainer},
 }

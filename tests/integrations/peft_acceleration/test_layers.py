@@ -17,7 +17,6 @@ import hra_fx
 from hra_fx.layers.quantized.detect import quant_scheme_of
 
 TOLERANCE = {F32: 1e-5, F64: 1e-9}
-DTYPES = pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 
 
 def agree(got: list[Tensor], wanted: list[Tensor], bound: float) -> None:
@@ -26,37 +25,21 @@ def agree(got: list[Tensor], wanted: list[Tensor], bound: float) -> None:
         assert relative_error(one, other, floor=floor) < bound
 
 
-def against_peft(base: nn.Module, x: Tensor, **fields: Any) -> None:
-    theirs = adapted(nn.Sequential(base), "0", **fields).to(x.dtype)
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("apply_GS", [False, True], ids=["plain", "GS"])
+@pytest.mark.parametrize(("rows", "r"), [(1, 1), (300, 3)])
+def test_a_linear_is_pefts(rows: int, r: int, apply_GS: bool, dtype: torch.dtype) -> None:
+    base, x = nn.Linear(12, 7, bias=rows > 1, dtype=dtype), normal(1, rows, 12, dtype=dtype)
+    theirs = adapted(nn.Sequential(base), "0", r=r, apply_GS=apply_GS).to(dtype)
     turn(theirs)
     layer = theirs.base_model.model[0]
     wanted = results(layer, x)
     with hra_fx.accelerate_peft(theirs):
-        agree(results(layer, x), wanted, TOLERANCE[x.dtype])
-
-
-@DTYPES
-@pytest.mark.parametrize("apply_GS", [False, True], ids=["plain", "GS"])
-@pytest.mark.parametrize(("rows", "r"), [(1, 1), (5, 4), (300, 3)])
-def test_a_linear_is_pefts(rows: int, r: int, apply_GS: bool, dtype: torch.dtype) -> None:
-    base = nn.Linear(12, 7, bias=rows > 1, dtype=dtype)
-    against_peft(base, normal(1, rows, 12, dtype=dtype), r=r, apply_GS=apply_GS)
-
-
-# Of torch, also for the base layer.
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
-@pytest.mark.parametrize("size", [(9, 8), (40, 36)], ids=["few patches", "many"])
-@pytest.mark.parametrize("kind", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
-def test_every_convolution_is_the_dense_product(kind: dict[str, Any], size: tuple[int, int]) -> None:
-    base = nn.Conv2d(**({"in_channels": 4, "out_channels": 6, "dtype": F64} | kind))
-    layer = one_layer(base, r=3)
-    assert type(layer).__name__ == "HRAConv2d"
-    x = normal(1, 2, 4, *size)
-    agree(results(layer, x), dense_results(layer, x), 1e-9)
+        agree(results(layer, x), wanted, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("apply_GS", [False, True], ids=["plain", "GS"])
-@pytest.mark.parametrize("order", [["one", "two"], ["two", "one"], ["two"]], ids="+".join)
+@pytest.mark.parametrize("order", [["one", "two"], ["two", "one"]], ids="+".join)
 def test_adapters_act_in_the_order_of_peft(order: list[str], apply_GS: bool) -> None:
     model = adapted(nn.Sequential(nn.Linear(10, 6)), "0", adapter="one")
     model.add_adapter("two", peft.HRAConfig(r=2, apply_GS=apply_GS, target_modules=["0"]))
@@ -107,27 +90,17 @@ class Doubled(nn.Linear):
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_a_base_layer_with_a_forward_of_its_own(kind: str) -> None:
+def test_a_base_layer_with_a_forward_and_a_hook_of_its_own(kind: str) -> None:
     base = Doubled(8, 6, dtype=F64) if kind == "linear" else Centered(2, 3, 3, dtype=F64)
     x = normal(1, 5, 8) if kind == "linear" else normal(1, 2, 2, 6, 5)
     layer = one_layer(base)
-    agree(results(layer, x), dense_results(layer, x), 1e-9)
-    before = layer(x)
-    layer.merge()
-    assert relative_error(layer(x), before) < 1e-12
-
-
-@pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_hooks_of_a_base_layer_run(kind: str) -> None:
-    base = nn.Linear(8, 6, dtype=F64) if kind == "linear" else nn.Conv2d(2, 3, 3, dtype=F64)
-    x = normal(1, 5, 8) if kind == "linear" else normal(1, 2, 2, 6, 5)
-    layer = one_layer(base)
-    wanted = layer(x)
     seen: list[Tensor] = []
     layer.base_layer.register_forward_hook(lambda module, given, output: seen.append(output))
-    assert relative_error(layer(x), wanted) < 1e-12
-    assert len(seen) == 1
-    assert relative_error(seen[0], wanted) < 1e-12
+    agree(results(layer, x), dense_results(layer, x), 1e-9)
+    before = layer(x)
+    assert relative_error(seen[0], before) < 1e-12
+    layer.merge()
+    assert relative_error(layer(x), before) < 1e-12
 
 
 def test_an_offloaded_convolution_is_refused() -> None:
@@ -170,21 +143,21 @@ def inputs_of(layer: Any) -> torch.Tensor:
     return normal(1, 5, 10) if isinstance(layer.base_layer, nn.Linear) else normal(1, 2, 4, 9, 8)
 
 
-@pytest.mark.parametrize("apply_GS", [False, True], ids=["plain", "GS"])
-@pytest.mark.parametrize("safe", [False, True], ids=["plain merge", "safe merge"])
+@pytest.mark.parametrize(("safe", "apply_GS"), [(False, True), (True, False)])
 @pytest.mark.parametrize("kind", BASES)
-def test_a_merged_layer_computes_the_same(kind: str, safe: bool, apply_GS: bool) -> None:
+def test_a_layer_is_the_dense_product_also_merged(kind: str, safe: bool, apply_GS: bool) -> None:
     layer = one_layer(BASES[kind](F64), r=3, apply_GS=apply_GS)
     x, parameter, before = inputs_of(layer), layer.base_layer.weight, layer.base_layer.weight.detach().clone()
-    wanted = dense_results(layer, x)[0]
+    wanted = dense_results(layer, x)
+    agree(results(layer, x), wanted, 1e-9)
     layer.merge(safe_merge=safe)
     assert layer.merged_adapters == ["default"]
     assert layer.base_layer.weight is parameter
-    assert relative_error(layer.base_layer(x), wanted) < 1e-12
+    assert relative_error(layer.base_layer(x), wanted[0]) < 1e-12
     assert torch.equal(layer(x), layer.base_layer(x))
     layer.unmerge()
     assert relative_error(layer.base_layer.weight, before) < 1e-14
-    assert relative_error(layer(x), wanted) < 1e-12
+    assert relative_error(layer(x), wanted[0]) < 1e-12
     layer.merge()
     layer.enable_adapters(False)
     assert relative_error(layer(x), layer.base_layer(x)) < 1e-12
@@ -229,35 +202,23 @@ def test_a_merge_of_values_that_are_not_finite_is_refused() -> None:
 
 
 @pytest.mark.parametrize("apply_GS", [False, True], ids=["plain", "GS"])
-def test_the_delta_weight_is_q_and_its_gradient_pefts(apply_GS: bool) -> None:
+def test_the_delta_weight_is_q(apply_GS: bool) -> None:
     model = adapted(nn.Sequential(nn.Linear(10, 6)), "0", apply_GS=apply_GS).double()
     turn(model)
     layer = model.base_model.model[0]
-    vectors, upstream = layer.hra_u["default"], normal(1, 10, 10)
     wanted = [layer.get_delta_weight("default", reverse=reverse) for reverse in (False, True)]
-    (gradient,) = torch.autograd.grad(wanted[0], vectors, upstream)
     with hra_fx.accelerate_peft(model):
         got = [layer.get_delta_weight("default", reverse=reverse) for reverse in (False, True)]
-        assert relative_error(torch.autograd.grad(got[0], vectors, upstream)[0], gradient) < 1e-9
     for one, other in zip(got, wanted, strict=True):
         assert one.dtype is other.dtype
         assert relative_error(one, other) < 1e-12
 
 
 def test_a_zero_vector_is_the_identity() -> None:
-    layer = one_layer(nn.Linear(10, 6, dtype=F64), r=3)
+    layer, x = one_layer(nn.Linear(10, 6, dtype=F64), r=3), normal(1, 5, 10)
     with torch.no_grad():
         layer.hra_u["default"][:, 1] = 0
-    x = normal(1, 5, 10)
-    output, x_grad, gradient = results(layer, x)
-    wanted = dense_results_of_the_others(layer, x)
+    output, *gradients = results(layer, x)
+    wanted = nn.functional.linear(x, layer.base_layer.weight @ dense_q(layer.hra_u["default"]), layer.base_layer.bias)
     assert relative_error(output, wanted) < 1e-12
-    assert torch.isfinite(x_grad).all()
-    assert torch.isfinite(gradient).all()
-    layer.merge(safe_merge=True)
-    assert relative_error(layer(x), wanted) < 1e-12
-
-
-def dense_results_of_the_others(layer: Any, x: Tensor) -> Tensor:
-    q = dense_q(layer.hra_u["default"].detach())  # in which a zero vector is the identity
-    return nn.functional.linear(x, layer.base_layer.weight @ q, layer.base_layer.bias)
+    assert all(gradient.isfinite().all() for gradient in gradients)

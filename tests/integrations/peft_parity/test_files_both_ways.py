@@ -28,7 +28,7 @@ from peft_sides import (
     tokens,
     trained,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny_models import MODELS, inputs, tiny
 from torch import Tensor, nn
 
@@ -37,7 +37,6 @@ import hra_fx
 LIST = ["query", "value"]
 OPTIONS: dict[str, dict[str, Any]] = {
     "r=1": {"r": 1, "init_weights": False},
-    "r=2": {"r": 2},
     "r=7, random": {"r": 7, "init_weights": False},
     "GS, even": {"r": 4, "apply_GS": True, "init_weights": False},
     "all-linear": {"target_modules": "all-linear"},
@@ -45,9 +44,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "conv, GS": {"target_modules": ["conv"], "r": 4, "apply_GS": True, "init_weights": False},
     "conv and linear": {"target_modules": ["conv", "query", "head.0"]},
     "bias all": {"bias": "all"},
-    "bias hra_only": {"bias": "hra_only"},
-    "save nested head": {"modules_to_save": ["head"]},
-    "save embedding": {"modules_to_save": ["embed"]},
     "save all kinds": {"modules_to_save": ["embed", "head", "classifier"]},
     "save head, bias all": {"modules_to_save": ["head"], "bias": "all"},
     "save, bias hra_only": {"modules_to_save": ["head"], "bias": "hra_only"},
@@ -64,9 +60,8 @@ ANCHORED: dict[str, dict[str, Any]] = {
     "bias": {"r": 3, "bias": "all"},
     "head": {"r": 2, "apply_GS": True, "modules_to_save": ["head", "embed"], "bias": "hra_only"},
 }
-GOING_ON = ANCHORED | {name: OPTIONS[name] for name in ("r=2", "GS, even", "conv and linear", "save head, bias all")}
+GOING_ON = ANCHORED | {name: OPTIONS[name] for name in ("GS, even", "conv and linear", "save head, bias all")}
 anchored = pytest.mark.parametrize("fields", ANCHORED.values(), ids=ANCHORED.keys())
-dtypes = pytest.mark.parametrize("dtype", [F32, F64], ids=["float32", "float64"])
 
 
 def full(fields: dict[str, Any]) -> dict[str, Any]:
@@ -80,9 +75,9 @@ def moved_statistics(model: nn.Module) -> None:
     model.eval()
 
 
-def trained_by(make: Any, dtype: torch.dtype, fields: dict[str, Any]) -> Any:
-    """A model of either side with random values, and for BatchNorm other buffers than the base model's."""
-    model = make(net(dtype), **full(fields))
+def trained_by_us(dtype: torch.dtype, fields: dict[str, Any]) -> Any:
+    """A model with random values, and for BatchNorm other buffers than the base model's."""
+    model = by_us(net(dtype), **full(fields))
     randomise(model)
     if "head" in (fields.get("modules_to_save") or ()):
         moved_statistics(model)
@@ -117,6 +112,9 @@ def check_both_ways(
     same_line(theirs, ours)
     ours.save_pretrained(tmp_path / "ours")
     saved_by_peft(theirs, tmp_path / "theirs")
+    states = peft.get_peft_model_state_dict(theirs), hra_fx.get_peft_model_state_dict(ours)
+    wanted = {key: states[0][key] for key in states[1]}
+    torch.testing.assert_close(states[1], wanted, rtol=1e-12, atol=1e-12)
     opened = opened_by_peft(base, tmp_path / "ours", is_trainable=True)
     agree(opened, ours, x, F64)
     again = hra_fx.HRAModel.from_pretrained(copy.deepcopy(base), tmp_path / "theirs", is_trainable=True)
@@ -134,30 +132,13 @@ def test_options_go_both_ways(fields: dict[str, Any], tmp_path: Path) -> None:
     check_same_file(tmp_path, fields)
 
 
-@pytest.mark.parametrize("name", ["bias all", "save head, bias all", "conv and linear", "r=7, random", "GS, even"])
-def test_injected_by_peft_and_saved_by_hand(name: str, tmp_path: Path) -> None:
-    """What diffusers and others do without a PeftModel: the keys have no prefix."""
-    fields = full(OPTIONS[name])
-    if "head" in fields.get("modules_to_save", ()):
-        fields |= {"modules_to_save": None}  # injection knows none
-    with peft_warnings_ignored():
-        theirs = peft.inject_adapter_in_model(peft.HRAConfig(**fields), net(F64))
-    randomise(theirs)
-    config = theirs.peft_config["default"]
-    config.save_pretrained(tmp_path)
-    tensors = peft.get_peft_model_state_dict(theirs)
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / "adapter_model.safetensors")
-    agree(theirs, hra_fx.load_adapter(net(F64), tmp_path, is_trainable=True), tokens(), F64)
-
-
-@dtypes
 @anchored
-def test_anchored_written_here_opened_by_peft(fields: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
+def test_anchored_written_here_opened_by_peft(fields: dict[str, Any], tmp_path: Path) -> None:
     """PEFT has the anchor as trained vectors too; without Gram-Schmidt, the last vectors are ours."""
-    ours = trained_by(by_us, dtype, fields)
+    ours = trained_by_us(F64, fields)
     ours.save_pretrained(tmp_path)
-    theirs = opened_by_peft(net(dtype), tmp_path, is_trainable=True)
-    assert relative_error(ours(tokens()), theirs(tokens())) < TOLERANCE[dtype]
+    theirs = opened_by_peft(net(F64), tmp_path, is_trainable=True)
+    assert relative_error(ours(tokens()), theirs(tokens())) < TOLERANCE[F64]
     assert theirs.peft_config["default"].apply_GS is False
     assert trained(theirs).keys() == trained(ours).keys()
     for model in (theirs, ours):
@@ -169,14 +150,13 @@ def test_anchored_written_here_opened_by_peft(fields: dict[str, Any], dtype: tor
                 continue
             assert wanted is not None
             wanted = wanted[:, -parameter.shape[1] :]
-        assert wanted is not None
-        assert got is not None
-        assert relative_error(got, wanted) < 10 * TOLERANCE[dtype], name
+        assert wanted is not None and got is not None
+        assert relative_error(got, wanted) < 10 * TOLERANCE[F64], name
 
 
 @pytest.mark.parametrize("fields", GOING_ON.values(), ids=GOING_ON.keys())
 def test_loaded_here_again_bit_for_bit_and_training_goes_on(fields: dict[str, Any], tmp_path: Path) -> None:
-    ours = trained_by(by_us, F32, fields)
+    ours = trained_by_us(F32, fields)
     hra_fx.save_adapter(ours, tmp_path / "a")
     again = hra_fx.load_adapter(net(), tmp_path / "a", is_trainable=True)
     same_state(ours, again)
@@ -209,22 +189,16 @@ def two_steps(model: nn.Module) -> None:
 
 TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "default targets, bert": ("bert", {}),
-    "default targets, llama": ("llama", {}),
     "default targets, t5": ("t5", {}),
     "all-linear, t5": ("t5", {"target_modules": "all-linear", "task_type": "SEQ_2_SEQ_LM"}),
-    "features": ("bert", {"task_type": "FEATURE_EXTRACTION"}),
     "classes": ("bert, classes", {"task_type": "SEQ_CLS"}),
-    "classes, all-linear": ("bert, classes", {"task_type": "SEQ_CLS", "target_modules": "all-linear"}),
     "classes, pooler too": ("bert, classes", {"task_type": "SEQ_CLS", "modules_to_save": ["pooler"]}),
-    "classes, biases": ("bert, classes", {"task_type": "SEQ_CLS", "bias": "all"}),
     "classes, own biases": ("bert, classes", {"task_type": "SEQ_CLS", "bias": "hra_only"}),
-    "classes, llama": ("llama, classes", {"task_type": "SEQ_CLS"}),
     "classes, llama, all-linear": ("llama, classes", {"task_type": "SEQ_CLS", "target_modules": "all-linear"}),
     "tokens": ("bert, tokens", {"task_type": "TOKEN_CLS"}),
     "answers": ("bert, answers", {"task_type": "QUESTION_ANS"}),
     "text": ("llama", {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "down_proj"]}),
     "text, head saved": ("llama", {"task_type": "CAUSAL_LM", "modules_to_save": ["lm_head", "embed_tokens"]}),
-    "sequence to sequence": ("t5", {"task_type": "SEQ_2_SEQ_LM"}),
 }
 
 
@@ -232,25 +206,10 @@ def sites(model: nn.Module) -> set[str]:
     return {name.partition(".hra_u.")[0] for name in model.state_dict() if ".hra_u." in name}
 
 
-def check_same_configuration(name: str, base: nn.Module, tmp_path: Path) -> None:
-    theirs, ours = (json.loads((tmp_path / side / "adapter_config.json").read_text()) for side in ("theirs", "ours"))
-    for config in (theirs, ours):
-        del config["peft_version"]
-        assert config["target_modules"] is not None
-        named = hra_fx.HRAConfig(target_modules=config["target_modules"], task_type=config["task_type"])
-        # PEFT shortens a long list of names; what counts is which layers they name.
-        config["target_modules"] = sorted(sites(hra_fx.transform(tiny(name), named)))
-        # PEFT names heads that the model does not have ("score" beside "classifier"), in an order of its own.
-        saved = config["modules_to_save"] or []
-        config["modules_to_save"] = sorted({n for n in saved if any(p.endswith(n) for p, _ in base.named_modules())})
-    assert ours == theirs
-
-
 @pytest.mark.parametrize(("name", "fields"), TASKS.values(), ids=TASKS.keys())
 def test_tasks_go_both_ways(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
     base = tiny(name)
     check_both_ways(base, inputs(base), {"r": 4} | fields, False, tmp_path)
-    check_same_configuration(name, base, tmp_path)
 
 
 def test_a_configuration_that_peft_wrote_starts_a_new_adapter(tmp_path: Path) -> None:
@@ -268,7 +227,6 @@ SEVERAL: dict[str, dict[str, Any]] = {
     "default": {"r": 4, "target_modules": ["query", "value"]},
     "french": {"r": 3, "target_modules": ["value", "out"], "init_weights": False},
     "with head": {"r": 2, "target_modules": ["conv"], "modules_to_save": ["head", "classifier"]},
-    "gs": {"r": 2, "apply_GS": True, "init_weights": False, "target_modules": ["query"], "bias": "none"},
 }
 
 
@@ -286,24 +244,6 @@ def several(make: Any) -> Any:
     return model
 
 
-def outputs_of_each(model: Any) -> dict[str, Tensor]:
-    outputs = {}
-    for name in SEVERAL:
-        model.set_adapter(name)
-        outputs[name] = model(tokens()).detach()
-    model.set_adapter("default")
-    return outputs
-
-
-def assert_equal_outputs(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert got.keys() == wanted.keys()
-    for name, output in wanted.items():
-        # PEFT runs a layer that the active adapter does not have in float32, whatever the model's dtype.
-        assert relative_error(got[name], output) < 1e-6, name
-    values = list(wanted.values())
-    assert all(relative_error(a, b) > 1e-3 for i, a in enumerate(values) for b in values[:i])
-
-
 def folders(directory: Path) -> set[str]:
     return {path.relative_to(directory).as_posix() for path in directory.rglob("adapter_*")}
 
@@ -315,12 +255,18 @@ def test_files_of_several_adapters_go_both_ways(tmp_path: Path) -> None:
     assert folders(tmp_path / "ours") == folders(tmp_path / "theirs")
     opened = opened_by_peft(net(F64), tmp_path / "ours")
     again = hra_fx.HRAModel.from_pretrained(net(F64), tmp_path / "theirs")
-    for name in list(SEVERAL)[1:]:
-        opened.load_adapter(tmp_path / "ours" / name, name)
-        again.load_adapter(tmp_path / "theirs", name, subfolder=name)
-    assert_equal_outputs(outputs_of_each(ours), outputs_of_each(opened))
-    assert_equal_outputs(outputs_of_each(again), outputs_of_each(theirs))
-    for number, selected in enumerate((["french"], ["gs", "default"])):
+    base = net(F64)(tokens())
+    for name in SEVERAL:
+        if name != "default":
+            opened.load_adapter(tmp_path / "ours" / name, name)
+            again.load_adapter(tmp_path / "theirs", name, subfolder=name)
+        for one, other in ((ours, opened), (again, theirs)):
+            one.set_adapter(name)
+            other.set_adapter(name)
+            # PEFT runs a layer that the active adapter does not have in float32, whatever the model's dtype.
+            assert relative_error(one(tokens()), other(tokens())) < 1e-6, name
+            assert relative_error(one(tokens()), base) > 1e-3, name
+    for number, selected in enumerate((["french"], ["with head", "default"])):
         ours.save_pretrained(tmp_path / f"ours{number}", selected_adapters=selected)
         saved_by_peft(theirs, tmp_path / f"theirs{number}", selected_adapters=selected)
         assert folders(tmp_path / f"ours{number}") == folders(tmp_path / f"theirs{number}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import peft
 import pytest
 import torch
 from oracles import relative_error
-from peft_sides import F64, by_peft, net, pair, peft_warnings_ignored, randomise, same_line, tokens
+from peft_sides import F64, by_peft, net, opened_by_peft, pair, peft_warnings_ignored, randomise, same_line, tokens
 from tiny_models import inputs, tiny
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -26,25 +27,6 @@ FIELDS: dict[str, dict[str, Any]] = {
     "biases": {"r": 2, "target_modules": ["query", "out"], "bias": "hra_only"},
 }
 fields = pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
-
-
-@fields
-def test_a_script_with_the_other_import(fields: dict[str, Any], tmp_path: Path) -> None:
-    """One function, with `peft` and with `hra_fx` as its library."""
-
-    def script(library: Any, folder: Path) -> Any:
-        model = library.get_peft_model(net(F64), library.HRAConfig(**fields))
-        randomise(model)
-        model.save_pretrained(folder)
-        return library.PeftModel.from_pretrained(net(F64), folder)
-
-    with peft_warnings_ignored():
-        theirs, ours = script(peft, tmp_path / "peft"), script(hra_fx, tmp_path / "ours")
-    assert relative_error(ours(tokens()), theirs(tokens())) < 1e-9
-    wanted, got = peft.get_peft_model_state_dict(theirs), hra_fx.get_peft_model_state_dict(ours)
-    assert got.keys() == wanted.keys()
-    for key, tensor in wanted.items():
-        assert torch.equal(got[key], tensor), key
 
 
 @fields
@@ -107,13 +89,16 @@ def statuses(model: Any, library: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 CHANGES: dict[str, Any] = {
     "new": lambda model: None,
     "other": lambda model: model.set_adapter("other"),
+    "both": lambda model: tuner(model).set_adapter(["other", "default"]),
+    "in inference mode": lambda model: model.set_adapter("other", inference_mode=True),
+    "trained again": lambda model: (CHANGES["in inference mode"](model), model.set_adapter("default")),
     "merged": lambda model: model.merge_adapter(),
-    "disabled": lambda model: (
-        model.base_model.disable_adapter_layers()
-        if isinstance(model, peft.PeftModel)
-        else model.disable_adapter_layers()
-    ),
+    "disabled": lambda model: tuner(model).disable_adapter_layers(),
 }
+
+
+def tuner(model: Any) -> Any:
+    return model.base_model if isinstance(model, peft.PeftModel) else model
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -143,6 +128,56 @@ def test_statuses_are_those_of_peft(case: str, change: str) -> None:
         model_got,
         hra_fx.get_layer_status(ours),
     )
+
+
+#: What PEFT and hra_fx put into the names of the base model's tensors.
+ADDED = re.compile(r"^base_model\.model\.|\.base_layer|\.original_module|\.(modules_to_save|hra_saved)\.\w+")
+
+
+def flags(model: Any) -> set[str]:
+    """The names in the base model of all that is trained; names of vectors end in that of their adapter."""
+    return {ADDED.sub("", name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def same_flags(theirs: Any, ours: Any) -> set[str]:
+    """The adapters that are trained; which parameters those are, and how many, is as in PEFT."""
+    assert flags(ours) == flags(theirs)
+    same_line(theirs, ours)
+    return {name.rpartition(".hra_u.")[2] for name in flags(ours) if ".hra_u." in name}
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_what_is_trained_of_loaded_and_after_deleted_adapters(is_trainable: bool, tmp_path: Path) -> None:
+    """Loading for inference puts the model into eval mode. PEFT also trains a second loaded adapter, which does not
+    act; and it forgets the head of the adapter that is left, until it is set once more."""
+    for name, case in (("first", "trained modules"), ("second", "convolution")):
+        model = by_peft(net(), **FIELDS[case])
+        with peft_warnings_ignored():
+            model.save_pretrained(tmp_path / name)
+    theirs = opened_by_peft(net().train(), tmp_path / "first", is_trainable=is_trainable)
+    ours = hra_fx.HRAModel.from_pretrained(net().train(), tmp_path / "first", is_trainable=is_trainable)
+    assert ours.training is ours.body.layers[0].training is theirs.training is is_trainable
+    assert same_flags(theirs, ours) == ({"default"} if is_trainable else set())
+    for model in (theirs, ours):
+        model.train()
+        model.set_adapter("default")
+        with peft_warnings_ignored():
+            model.load_adapter(tmp_path / "second", "other", is_trainable=is_trainable)
+    assert ours.training is theirs.training is is_trainable
+    assert {name.rpartition(".hra_u.")[2] for name in flags(ours) if ".hra_u." in name} == {"default"}
+    assert is_trainable or same_flags(theirs, ours) == {"default"}
+    for name in ("other", "default"):
+        for model in (theirs, ours):
+            model.set_adapter(name)
+        assert same_flags(theirs, ours) == {name}
+    for model in (theirs, ours):
+        with peft_warnings_ignored():
+            model.delete_adapter("default" if is_trainable else "other")
+    left = "other" if is_trainable else "default"
+    assert flags(theirs) <= flags(ours)
+    theirs.set_adapter(left)
+    assert same_flags(theirs, ours) == {left}
+    assert ours.active_adapters == theirs.active_adapters == [left]
 
 
 def test_irregular_flags_and_no_adapters() -> None:

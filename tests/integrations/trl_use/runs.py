@@ -9,7 +9,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import datasets
 import peft
+import pytest
 import torch
 from datasets import Dataset
 from one_layer import normal
@@ -41,6 +43,13 @@ _TEMPLATE = (
     "{{ '<bot> ' }}{% generation %}{{ m['content'] + ' <eos> ' }}{% endgeneration %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<bot> ' }}{% endif %}"
 )
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file of `datasets` outside of the folder of the test; a file has this fixture if it imports it."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
 
 
 def tokenizer() -> Any:

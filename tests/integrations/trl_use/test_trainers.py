@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from integrations.trl_use.runs import (
@@ -16,6 +15,7 @@ from integrations.trl_use.runs import (
     QUESTION,
     base_model,
     logs,
+    own_cache,  # noqa: F401
     redraw,
     tokenizer,
     trainer,
@@ -28,15 +28,7 @@ from transformers import set_seed
 # Names that transformers has had since 5.0, and means to rename; PEFT and TRL use them.
 pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing\\w*` is deprecated:FutureWarning")
 
-SLOW_FAST = pytest.param(FAST, marks=pytest.mark.slow)
 SLOW_OURS = pytest.param(OURS, marks=pytest.mark.slow)
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No file outside of the folder of the test."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
 
 
 def trained_alike(
@@ -107,7 +99,7 @@ def test_training_resumes(kind: str, method: str, options: dict[str, Any], tmp_p
         assert torch.equal(vectors, vectors_of(whole.model)[name]), name
 
 
-@pytest.mark.parametrize("kind", [SLOW_FAST, OURS])
+@pytest.mark.parametrize("kind", [pytest.param(FAST, marks=pytest.mark.slow), OURS])
 def test_dpo_with_the_base_model_as_its_reference(kind: str, tmp_path: Path) -> None:
     keys = ("rewards/chosen", "rewards/rejected", "logps/chosen")
     _, fast = trained_alike(kind, "DPO", tmp_path, *keys, ours={"precompute_ref_log_probs": True})
@@ -151,15 +143,9 @@ def test_grpo_with_the_adapters_off_as_its_reference(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [FAST, SLOW_OURS])
 def test_reward(kind: str, tmp_path: Path) -> None:
     theirs, fast = trained_alike(kind, "reward", tmp_path, "margin")
-    heads = [one.model.get_submodule(path) for one, path in ((theirs, PEFT_HEAD), (fast, head_of(kind)))]
-    trained = [module.weight for module in heads]
-    assert trained[1].requires_grad
-    assert relative_error(trained[1], trained[0]) < 1e-4
-    assert relative_error(trained[1], base_model("reward").score.weight) > 1e-3
-
-
-PEFT_HEAD = "base_model.model.score.modules_to_save.default"
-
-
-def head_of(kind: str) -> str:
-    return "score" if kind == OURS else PEFT_HEAD
+    head = "base_model.model.score.modules_to_save.default"
+    wanted = theirs.model.get_submodule(head).weight
+    found = fast.model.get_submodule("score" if kind == OURS else head).weight
+    assert found.requires_grad
+    assert relative_error(found, wanted) < 1e-4
+    assert relative_error(found, base_model("reward").score.weight) > 1e-3

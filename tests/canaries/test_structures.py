@@ -1,0 +1,101 @@
+"""What hra_fx reads of torch and transformers. What it asks about a call or a tensor is in `tests/test_versions.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from accelerate.state import AcceleratorState
+from canaries.canary import canary
+from torch import distributed, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_module
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+
+import hra_fx
+from hra_fx.export.select import OUTPUTS
+
+X = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3)
+
+
+def adapted() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU()).double()
+    return hra_fx.transform(model, hra_fx.HRAConfig(r=2, init_weights=False, target_modules=["0"]))
+
+
+@contextmanager
+def mesh_of_one() -> Iterator[DeviceMesh]:
+    """A mesh of one process, in which the code of several processes runs."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        distributed.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)  # or later tests would look for the group
+
+
+@canary(
+    "torch",
+    "`_distribute_module_applied`, which `distribute_module` reads first and sets last",
+    reader="hra_fx/layers/adapted_layer.py",
+    breaks="parallelize_module of a model with adapters",
+)
+@pytest.mark.parametrize("style", [ColwiseParallel, RowwiseParallel])
+def test_tensor_parallelism(style: type[ParallelStyle]) -> None:
+    model: Any = adapted()
+    expected = model(X)
+    with mesh_of_one() as mesh:
+        parallelize_module(model, mesh, {"0": style()})
+        assert isinstance(model[0].hra_base, DTensor)
+        assert not any(isinstance(vectors, DTensor) for vectors in model[0].hra_u.parameters())
+        assert torch.allclose(model(X), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "operation", [lambda model: model(X), hra_fx.fold, lambda m: hra_fx.delete_adapter(m, "default")]
+)
+def test_a_layer_that_was_split_in_part_is_refused(operation: Callable[[Any], object]) -> None:
+    def fail(name: str, module: nn.Module, mesh: object) -> None:
+        raise ValueError("out of memory")
+
+    model: Any = adapted()
+    with mesh_of_one() as mesh:
+        with pytest.raises(ValueError, match="out of memory"):
+            distribute_module(model[0], mesh, fail)
+        with pytest.raises(hra_fx.HRAError, match=r"Linear 3->4: parallelize_module failed.* Build the model again"):
+            operation(model)
+
+
+SIZES = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "vocab_size": 16}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+
+
+#: Models whose output layers have all the names that there are.
+HEADS = {
+    "Llama": {},
+    "Bert": {"is_decoder": True},
+    "Roberta": {"is_decoder": True},
+    "GPTNeoX": {},
+    "BioGpt": {},
+}
+
+
+@canary(
+    "transformers",
+    "the paths of output layers",
+    reader="hra_fx/export/select.py",
+    breaks='target_modules="all-linear" of exported programs, which would adapt the output layer',
+)
+def test_paths_of_output_layers() -> None:
+    for name, fields in HEADS.items():
+        config = getattr(transformers, f"{name}Config")(**SIZES, **fields)
+        kind = f"{name}LMHeadModel" if name == "Bert" else f"{name}ForCausalLM"
+        with torch.device("meta"):
+            model: Any = getattr(transformers, kind)(config)
+        path = next(path for path, module in model.named_modules() if module is model.get_output_embeddings())
+        assert path in OUTPUTS, name
