@@ -83,6 +83,7 @@ def assert_a_path(chain: Tensor, a: float = 0.3, b: float = 0.45) -> None:
     assert distance(part(chain, 1), q) < 1e-10
     assert distance(at_a.mT @ at_a, eye) < 1e-12
     assert distance(at_a @ part(chain, b), part(chain, a + b)) < 1e-9
+    assert distance(part(chain, 0.5) @ part(chain, 0.5), q) < 1e-9
     assert distance(at_a @ q, q @ at_a) < 1e-10
     assert float(torch.linalg.det(at_a)) == pytest.approx(1, abs=1e-10)
 
@@ -148,6 +149,7 @@ def test_half_turns_that_are_nearly_exact_have_a_path(d: int, half: int, exponen
     """`I - 2 V V^T` turns planes by pi; the noise makes angles of pi less anything, down to rounding."""
     basis = torch.linalg.qr(normal(seed, d, min(d // 2, half) * 2)).Q
     assert_a_path(basis + 10**-exponent * normal(seed + 1, *basis.shape))
+    assert_a_path(torch.cat([basis, normal(seed + 2, len(basis), 2)], dim=1))
 
 
 @pytest.mark.parametrize(("d", "r"), [(2, 2), (9, 4), (16, 16)])

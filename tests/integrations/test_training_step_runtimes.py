@@ -9,25 +9,41 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from layers.checking import assert_same, randomise
 from torch import Tensor, nn
 from torch.export import Dim
 
 import hra_fx
 
+SIZES = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+SHAPES = {name: {0: Dim("batch", min=2, max=4), 1: Dim("length", min=3, max=8)} for name in ("input_ids", "labels")}
 STEPS, LR = 4, 0.5
 
 
-def base() -> nn.Sequential:
+def base() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    """Of several sizes."""
+    ids = [torch.randint(0, 16, (2 + step % 3, 4 + step)) for step in range(STEPS)]
+    return [(part, part) for part in ids]
+
+
+def adapted() -> nn.Module:
+    config = hra_fx.HRAConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = hra_fx.transform(base(), config)
+    randomise(model)
+    return model
 
 
 def trained_by_torch(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> list[float]:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], LR)
     losses = []
-    for x, labels in data:
-        loss = nn.functional.cross_entropy(model(x), labels)
+    for ids, labels in data:
+        loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -38,21 +54,11 @@ def trained_by_torch(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> lis
 # Messages of these packages about their own code.
 @pytest.mark.filterwarnings("ignore")
 def test_executorch_trains_the_vectors_and_peft_loads_them(tmp_path: Path) -> None:
-    """In batches of several sizes."""
     from executorch.exir import to_edge
     from executorch.extension.training import _load_for_executorch_for_training_from_buffer, get_sgd_optimizer
 
-    model = hra_fx.transform(base(), hra_fx.HRAConfig(r=2, target_modules=["0", "2"]))
-    randomise(model)
-    data = [(torch.randn(2 + step % 3, 6), torch.randint(0, 4, (2 + step % 3,))) for step in range(STEPS)]
-    size = {0: Dim("batch", min=2, max=4)}
-    program = hra_fx.export_training_step(
-        model,
-        data[0][0],
-        loss=nn.functional.cross_entropy,
-        labels=data[0][1],
-        dynamic_shapes={"input": size, "labels": size},
-    )
+    model, data = adapted(), batches()
+    program = hra_fx.export_training_step(model, dict(zip(SHAPES, data[0], strict=True)), dynamic_shapes=SHAPES)
     eager = copy.deepcopy(model)
     wanted = trained_by_torch(eager, data)
     module = _load_for_executorch_for_training_from_buffer(to_edge(program).to_executorch().buffer)
@@ -68,8 +74,8 @@ def test_executorch_trains_the_vectors_and_peft_loads_them(tmp_path: Path) -> No
     assert trained.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
     model.load_state_dict({**model.state_dict(), **trained})
     hra_fx.save_adapter(model, tmp_path)
-    x = data[0][0]
-    assert_same(peft.PeftModel.from_pretrained(base(), tmp_path)(x), eager(x), rtol=1e-4)
+    ids = data[0][0]
+    assert_same(peft.PeftModel.from_pretrained(base(), tmp_path)(ids).logits, eager(ids).logits, rtol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
@@ -30,6 +31,7 @@ from integrations.distributed.trained import (
 from safetensors.torch import load_file
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 import hra_fx
@@ -58,10 +60,15 @@ def fsdp_on_cpu() -> Iterator[None]:
         patch.setattr(AcceleratorState, "__init__", __init__)
         try:
             yield
-        finally:  # what accelerate keeps in the process
-            AcceleratorState._reset_state(reset_partial_state=True)
-            os.environ.clear()
-            os.environ.update(environment)
+        finally:
+            forget(environment)
+
+
+def forget(environment: dict[str, str]) -> None:
+    """What accelerate keeps in the process: its state, and variables."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 def momentum(model: nn.Module) -> torch.optim.Optimizer:
@@ -93,8 +100,17 @@ def without_values(model: nn.Module) -> nn.Module:
     return model
 
 
+def falls_back(rank: int, folder: Path) -> None:
+    """Without a word; docs/large-models.md says so."""
+    environment = dict(os.environ)
+    accelerator, model, _ = prepared(CASES["llama"].model(), **BY_BLOCK)
+    assert isinstance(model, DistributedDataParallel) and not accelerator.is_fsdp2
+    forget(environment)
+
+
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "blocks": ("llama", BY_BLOCK),
+    "blocks that stay gathered": ("llama", {**BY_BLOCK, "reshard_after_forward": False}),
     "activation checkpointing": ("llama", {**BY_BLOCK, "activation_checkpointing": True}),
     "weights of the first process": ("llama", {**BY_BLOCK, "cpu_ram_efficient_loading": True}),
     "checkpointing of the model": ("llama, checkpointing", BY_BLOCK),
@@ -102,6 +118,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     # Its _no_split_modules are nested, which accelerate 1.15 shards twice.
     "BERT": ("bert", {**BY_BLOCK, "transformer_cls_names_to_wrap": ["BertLayer"], "cpu_ram_efficient_loading": True}),
     "whole": ("mlp, odd rank", {"auto_wrap_policy": "NO_WRAP"}),
+    "by size": ("mlp, Gram-Schmidt", {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 100}),
 }
 
 
@@ -154,7 +171,21 @@ def tokens() -> torch.Tensor:
     return torch.randint(0, 19, (32, 6), generator=torch.Generator().manual_seed(2))
 
 
-MAKES: dict[str, Callable[..., nn.Module]] = {"transform": hra_fx.transform, "get_peft_model": hra_fx.get_peft_model}
+def of_peft(base: nn.Module, config: hra_fx.HRAConfig) -> nn.Module:
+    own = peft.HRAConfig(r=config.r, target_modules=config.target_modules)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a name that transformers has renamed
+        model: Any = peft.get_peft_model(base, own)
+    model.to(F64)
+    hra_fx.accelerate_peft(model)
+    return model
+
+
+MAKES: dict[str, Callable[..., nn.Module]] = {
+    "transform": hra_fx.transform,
+    "get_peft_model": hra_fx.get_peft_model,
+    "PEFT's HRA": of_peft,
+}
 
 
 def made(make: str) -> Any:
@@ -198,12 +229,13 @@ def with_trainer(make: str, config: dict[str, Any], rank: int, folder: Path) -> 
         wanted.save_pretrained(folder / "wanted")
     for count in (2, 4):
         with fsdp_on_cpu(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # those of the Trainer
+            warnings.simplefilter("ignore")  # those of PEFT and of the Trainer
             trainer = trainer_of(make, folder / "out", count, config)
             trainer.train(resume_from_checkpoint=count == 4)
             assert trainer.accelerator.is_fsdp2
             trainer.save_model(str(folder / f"final-{count}"))
-            hra_fx.save_adapter(trainer.model, folder / f"own-{count}")
+            if make != "PEFT's HRA":
+                hra_fx.save_adapter(trainer.model, folder / f"own-{count}")
             distributed.barrier()
             # With state_dict_type="SHARDED_STATE_DICT", the Trainer saves shards in checkpoints, and no model.
             files = {path.name for path in (folder / f"final-{count}").glob("adapter*")}
@@ -213,6 +245,7 @@ def with_trainer(make: str, config: dict[str, Any], rank: int, folder: Path) -> 
 
 
 CHECKS: dict[str, Check] = {
+    "accelerate falls back to DDP on CPUs": falls_back,
     **{f"accelerate: {way}": functools.partial(trains, way) for way in WAYS},
     **{f"accelerate: {kind}": functools.partial(states, kind) for kind in ("SHARDED_STATE_DICT", "FULL_STATE_DICT")},
     **{
@@ -224,6 +257,7 @@ CHECKS: dict[str, Check] = {
             ("get_peft_model", PARTS, "cpu_ram_efficient_loading"),
             ("transform", PARTS, "activation_checkpointing"),
             ("transform", FULL, "cpu_ram_efficient_loading"),
+            ("PEFT's HRA", FULL, "cpu_ram_efficient_loading"),
         ]
     },
 }
