@@ -24,7 +24,6 @@ import hra_fx
 from hra_fx.cli import screen
 from hra_fx.cli.error_output import ErrorHandlingGroup
 from hra_fx.errors import CheckpointError, HRAWarning
-from hra_fx.reporting.table import Column
 
 COMMANDS = ["inspect", "match", "scale", "fold", "unfold", "convert", "visualize"]
 SCRIPT = Path(sys.executable).with_name("hra-fx")
@@ -98,15 +97,6 @@ def test_the_help_lists_all_commands_and_exit_codes() -> None:
     text = answer("--help", columns=100)
     assert all(re.search(rf"^│ {command} ", text, re.MULTILINE) for command in COMMANDS)
     assert "Exit codes: 0 success; 1 the configuration does not match the model" in text
-
-
-def test_markup_in_names_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    screen.show_heading("a [bold]title[/bold]", {"[red]": "[/]"})
-    screen.show_table([Column("[b]", is_text=True)], [("layers[0]",)])
-    screen.show_lines("[i]", ["[/i]"])
-    shown = capsys.readouterr().out
-    for words in ("a [bold]title[/bold]", "[red]  [/]", "[b]", "layers[0]", "[i]", "[/i]"):
-        assert words in shown
 
 
 def test_json_has_null_for_what_is_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
