@@ -28,6 +28,7 @@ from checkpoint.damaging import (
 )
 from checkpoint.disk import made
 from oracles import dense_q, dense_weight, relative_error
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
@@ -167,6 +168,14 @@ def test_several_ranks_are_loaded_bit_for_bit(fields: dict[str, Any], tmp_path: 
     hra_fx.load_adapter(again, folder)
     if not fields:
         assert relative_error(again.eval()(X), by_oracle(folder)) < 1e-5
+
+
+def test_keys_without_pefts_prefix_are_let_through(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "0", r=2, modules_to_save=["3"])
+    wanted = hra_fx.load_adapter(mlp(), folder).eval()(X)
+    stored = weights(folder)
+    save_file({key.removeprefix(PREFIX): tensor for key, tensor in stored.items()}, folder / WEIGHTS_NAME)
+    assert torch.equal(hra_fx.load_adapter(mlp(), folder).eval()(X), wanted)
 
 
 def test_entries_of_a_newer_peft_are_let_through_and_kept(tmp_path: Path) -> None:

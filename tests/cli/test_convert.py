@@ -16,6 +16,7 @@ from cli.conftest import Shelf
 from cli.shell import Answer, answer, mistake, usage
 from diffusion_models import unet
 from moe_models import TARGETS, built
+from oracles import relative_error
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -150,6 +151,13 @@ def test_experts_have_no_form_for_peft(tmp_path: Path) -> None:
     answer("convert", adapter, tmp_path / "out", "--to", "hra_fx")
     found, wanted = (load_file(folder / WEIGHTS) for folder in (tmp_path / "out", adapter))
     torch.testing.assert_close(found, wanted, atol=0, rtol=0)
+
+
+def test_the_logits_of_peft_are_those_of_the_adapted_model(shelf: Shelf, tmp_path: Path) -> None:
+    adapters = (shelf / "my-adapter", shelf / "second")
+    answer("convert", *adapters, tmp_path, "--to", "lora", "--base", shelf / "my-model")
+    wanted, before = by_us(shelf, *adapters), logits(plain(shelf))
+    assert relative_error(by_peft(shelf, tmp_path) - before, wanted - before) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -79,15 +79,13 @@ def test_a_model(shelf: Shelf) -> None:
     assert look["default_targets"] == ["q_proj", "v_proj"]
     (file,) = look["files"]
     assert file["dtypes"] == ["BF16"] and file["bytes"] == (shelf / "my-model" / "model.safetensors").stat().st_size
-    text = answer("inspect", shelf / "my-model")
-    assert "model.layers.*.self_attn.q_proj       2   Linear 16->16" in text
+    assert "model.layers.*.self_attn.q_proj       2   Linear 16->16" in answer("inspect", shelf / "my-model")
 
 
 def test_what_cannot_be_inspected(shelf: Shelf, tmp_path: Path) -> None:
     assert mistake("inspect", tmp_path) == (
         f"{tmp_path}: does not contain adapter_config.json or config.json. Pass the folder of an adapter or a model."
     )
-    assert "no/such/folder: no such folder, and not a valid Hub" in mistake("inspect", "no/such/folder")
     said = mistake("inspect", shelf.folder)
     assert "There are adapters in the subfolders 'my-adapter', 'orthonormal', 'second': pass the path of" in said
     for part in ("unet", "vae"):
@@ -175,19 +173,10 @@ def test_options_are_those_of_the_function(shelf: Shelf, tmp_path: Path, ending:
     assert out.read_text() == hra_fx.visualize(model, tmp_path / f"b.{ending}", **options).read_text()
 
 
-def test_weights_of_timm_and_transformers_are_loaded(shelf: Shelf, tmp_path: Path) -> None:
-    torch.manual_seed(0)
+def test_weights_of_timm_are_loaded(tmp_path: Path) -> None:
     model = timm.create_model("test_vit", num_classes=3)
     timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
-    for folder, whole in ((tmp_path, model), (shelf / "my-model", shelf.model)):
-        loaded = build(folder, weights=True)[0].state_dict()
-        assert all(torch.equal(loaded[key], tensor) for key, tensor in whole.state_dict().items())
-
-
-def test_a_folder_that_is_not_there_is_named_before_the_model_is_built(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "no such type"}')
-    said = mistake("visualize", tmp_path, tmp_path / "absent" / "a.svg")
-    assert re.match(r"path: the folder '.*absent' does not exist\. Create it", said)
+    torch.testing.assert_close(build(tmp_path, weights=True)[0].state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
