@@ -83,7 +83,6 @@ STRUCTURES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "another rank": (("0",), {"r": 5}),
     "Gram-Schmidt": (("0",), {"r": 3, "apply_GS": True}),
     "a head": (("0",), {"r": 3, "modules_to_save": ["3"]}),
-    "biases": (("0",), {"r": 3, "bias": "hra_only"}),
 }
 
 

@@ -196,10 +196,8 @@ def test_a_gguf_file(shelf: Shelf, tmp_path: Path) -> None:
     words = ("convert", shelf / "my-adapter", out, "--to", "gguf", "--base", shelf / "my-model")
     assert answer(*words).startswith(f"{out}: 4 layers as LoRA of rank 4 (gguf, float32)")
     before = out.read_bytes()
-    (tmp_path / "function").mkdir()
-    function = tmp_path / "function" / "adapter.gguf"
-    convert_files([shelf / "my-adapter"], shelf / "my-model", function, progress=False)
-    assert before == function.read_bytes()
+    convert_files([shelf / "my-adapter"], shelf / "my-model", tmp_path / "function.gguf", progress=False)
+    assert before == (tmp_path / "function.gguf").read_bytes()
     assert mistake(*words) == f"{out}: already exists. Choose another name, or --overwrite."
     answer(*words, "--overwrite", "--dtype", "float16")
     assert len(out.read_bytes()) < len(before)

@@ -22,10 +22,6 @@ from hra_fx import HRAConfig, fold, report, transform
 from hra_fx.errors import AdapterError
 
 
-def convolution() -> Any:
-    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4, 2))
-
-
 def reasons(model: Any) -> dict[str, str]:
     return {layer.path: layer.reason for layer in report(model).skipped}
 
@@ -48,7 +44,7 @@ CASES: list[tuple[Callable[[], Any], dict[str, Any], dict[str, str]]] = [
         {"lm_head": "the output layer, which target_modules='all-linear' does not include"},
     ),
     (
-        convolution,
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4, 2)),
         {"target_modules": "all-linear"},
         {"0": "not a linear layer, which target_modules='all-linear' does not include"},
     ),
