@@ -82,6 +82,15 @@ def test_what_is_active_around_a_call() -> None:
     assert not any(look())
 
 
+def test_hooks_of_a_module_and_of_all_modules() -> None:
+    layer = nn.Linear(2, 2)
+    assert not compat.has_hooks(layer)
+    with layer.register_forward_pre_hook(lambda *_: None):
+        assert compat.has_hooks(layer) and not compat.has_global_module_hooks()
+    with torch.nn.modules.module.register_module_forward_hook(lambda *_: None):
+        assert compat.has_hooks(layer) and compat.has_global_module_hooks()
+
+
 @pytest.mark.parametrize("mode", ["zeros", "circular"])
 def test_a_padding_that_has_changed_is_the_one_that_torch_uses(mode: str) -> None:
     """torch reads `padding` for zeros, and the list that it made at first for other modes."""

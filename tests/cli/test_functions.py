@@ -41,13 +41,8 @@ def test_they_are_those_of_the_report_of_the_model(shelf: Shelf, name: str, tmp_
     for row in rows:
         for field in ("d", "r", "parameters", "rotation", "angle", "mean_angle"):
             assert found[row["path"]][field] == pytest.approx(row[field], rel=1e-4), field
-
-
-def test_what_an_adapter_is(shelf: Shelf) -> None:
-    look = inspected(shelf / "orthonormal")
-    assert (look["r"], look["gram_schmidt"], look["anchor"], look["parameters"]) == (2, True, 2, 4 * 2 * 16)
-    text = answer("inspect", shelf / "orthonormal")
-    assert "r = 2, orthonormalized by Gram-Schmidt, and 2 frozen anchor vectors" in text
+    if name == "orthonormal":
+        assert "r = 2, orthonormalized by Gram-Schmidt, and 2 frozen anchor vectors" in answer("inspect", adapter)
 
 
 def test_an_adapter_of_peft(shelf: Shelf, tmp_path: Path) -> None:

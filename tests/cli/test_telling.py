@@ -79,7 +79,6 @@ def test_there_is_one_version() -> None:
     assert releases[0][0] == hra_fx.__version__
     assert re.findall(r"^version: (.*)$", citation, re.MULTILINE) == [hra_fx.__version__]
     assert re.findall(r'^date-released: "(.*)"$', citation, re.MULTILINE) == [releases[0][1]]
-    assert re.search(r'^dynamic = \["version"\]$', project, re.MULTILINE)
     assert re.search(r'^version = \{ attr = "hra_fx.version.VERSION" \}$', project, re.MULTILINE)
     assert importlib.metadata.version("hra-fx") == hra_fx.__version__
 

@@ -34,7 +34,6 @@ LAYERS: dict[str, Any] = {
     "more vectors than inputs": lambda: nn.Linear(5, 9),
     "conv": lambda: nn.Conv2d(3, 8, (3, 2)),
     "conv with groups": lambda: nn.Conv2d(8, 12, 3, groups=4),
-    "conv3d": lambda: nn.Conv3d(2, 4, (2, 2, 3)),
     "gpt-2": lambda: Conv1D(9, 14),
     "attention": lambda: nn.MultiheadAttention(12, 3),
 }
