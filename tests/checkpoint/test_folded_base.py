@@ -6,37 +6,36 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 import hra_fx
 from hra_fx.errors import CheckpointError, HRAWarning
 from hra_fx.lora.save import convert_files
 
-LAYERS = {"linear": (lambda: nn.Linear(24, 16), "0"), "conv": (lambda: nn.Conv2d(4, 16, 3), "0")}
+Case = tuple[nn.Module, dict[str, Any]]
+CASES: dict[str, Callable[[], Case]] = {
+    "linear": lambda: (nn.Linear(24, 16), {}),
+    "linear, Gram-Schmidt": lambda: (nn.Linear(24, 16).bfloat16(), {"apply_GS": True, "init_weights": False}),
+    "conv": lambda: (nn.Conv2d(4, 16, 3).bfloat16(), {}),
+}
 
 
-@pytest.fixture(params=["float32", "bfloat16"])
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return getattr(torch, request.param)
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    """A model of one layer, and fields of the configuration."""
+    layer, fields = CASES[request.param]()
+    return nn.Sequential(layer), fields
 
 
-@pytest.fixture(params=LAYERS)
-def base(request: pytest.FixtureRequest, dtype: torch.dtype) -> nn.Module:
-    return nn.Sequential(LAYERS[request.param][0]()).to(dtype)
-
-
-@pytest.fixture(params=[{}, {"apply_GS": True, "init_weights": False}], ids=str)
-def config(request: pytest.FixtureRequest) -> hra_fx.HRAConfig:
-    return hra_fx.HRAConfig(r=3, target_modules=["0"], **request.param)
-
-
-def adapted(base: nn.Module, config: hra_fx.HRAConfig) -> nn.Module:
+def adapted(base: nn.Module, **fields: Any) -> nn.Module:
     """A trained adapter that changes the weights by some percent."""
+    config = hra_fx.HRAConfig(**{"r": 3, "target_modules": ["0"], **fields})
     model = hra_fx.transform(copy.deepcopy(base), config)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -50,22 +49,22 @@ def on_disk(model: nn.Module, folder: Path) -> Path:
     return folder
 
 
-USES: dict[str, Callable[[nn.Module, Path, Path], object]] = {
-    "load_adapter": lambda model, adapter, folder: hra_fx.load_adapter(model, adapter),
-    "fold_checkpoint": lambda model, adapter, folder: hra_fx.fold_checkpoint(
-        on_disk(model, folder / "base"), adapter, folder / "out"
-    ),
-    "convert": lambda model, adapter, folder: convert_files(
-        [adapter], on_disk(model, folder / "base"), folder / "out", check=None
-    ),
-}
+def load(model: nn.Module, adapter: Path, folder: Path) -> None:
+    hra_fx.load_adapter(model, adapter)
 
 
-@pytest.mark.parametrize("use", USES.values(), ids=USES)
-def test_a_folded_base_is_refused(
-    use: Callable[[nn.Module, Path, Path], object], base: nn.Module, config: hra_fx.HRAConfig, tmp_path: Path
-) -> None:
-    model = adapted(base, config)
+def fold(model: nn.Module, adapter: Path, folder: Path) -> None:
+    hra_fx.fold_checkpoint(on_disk(model, folder / "base"), adapter, folder / "out")
+
+
+def convert(model: nn.Module, adapter: Path, folder: Path) -> None:
+    convert_files([adapter], on_disk(model, folder / "base"), folder / "out", check=None)
+
+
+@pytest.mark.parametrize("use", [load, fold, convert])
+def test_a_folded_base_is_refused(use: Callable[[nn.Module, Path, Path], None], case: Case, tmp_path: Path) -> None:
+    base, fields = case
+    model = adapted(base, **fields)
     hra_fx.save_adapter(model, tmp_path / "adapter")
     folded = hra_fx.fold(model)
     with pytest.raises(
@@ -77,45 +76,33 @@ def test_a_folded_base_is_refused(
 
 
 @pytest.mark.parametrize("other", ["the same", "another dtype", "another model", "another adapter folded"])
-def test_other_bases_are_not_refused(other: str, base: nn.Sequential, config: hra_fx.HRAConfig, tmp_path: Path) -> None:
-    hra_fx.save_adapter(adapted(base, config), tmp_path / "adapter")
+def test_other_bases_are_not_refused(other: str, case: Case, tmp_path: Path) -> None:
+    base, fields = case
+    hra_fx.save_adapter(adapted(base, **fields), tmp_path / "adapter")
     if other == "another dtype":
         base = base.to(torch.float16)
     elif other == "another model":
-        base = base.apply(lambda part: part.reset_parameters() if hasattr(part, "reset_parameters") else None)
+        nn.init.normal_(base[0].weight)
     elif other == "another adapter folded":
-        base = hra_fx.fold(adapted(base, config))
-    for name, use in USES.items():
-        if name == "convert" and isinstance(base[0], nn.Conv2d):
+        base = hra_fx.fold(adapted(base, **fields))
+    for use in (load, fold, convert):
+        if use is convert and isinstance(base[0], nn.Conv2d):
             continue  # needs a config.json to know the padding and groups
-        (tmp_path / name).mkdir()
-        use(copy.deepcopy(base), tmp_path / "adapter", tmp_path / name)
+        (tmp_path / use.__name__).mkdir()
+        use(copy.deepcopy(base), tmp_path / "adapter", tmp_path / use.__name__)
 
 
-def test_a_fresh_adapter_fits_its_own_folded_base(base: nn.Module, tmp_path: Path) -> None:
-    model = hra_fx.transform(base, hra_fx.HRAConfig(r=3, target_modules=["0"]))
-    hra_fx.save_adapter(model, tmp_path)
-    hra_fx.load_adapter(hra_fx.fold(model), tmp_path)
-
-
-def test_the_row_of_a_merged_model_is_that_of_the_base(tmp_path: Path) -> None:
+def test_a_fresh_adapter_fits_its_own_folded_base_and_a_merged_one_does_not(tmp_path: Path) -> None:
     base = nn.Sequential(nn.Linear(24, 16))
-    model = adapted(base, hra_fx.HRAConfig(r=3, target_modules=["0"]))
-    hra_fx.merge_adapter(model)
-    hra_fx.save_adapter(model, tmp_path)
+    fresh = hra_fx.transform(copy.deepcopy(base), hra_fx.HRAConfig(r=3, target_modules=["0"]))
+    hra_fx.save_adapter(fresh, tmp_path)
+    hra_fx.load_adapter(hra_fx.fold(fresh), tmp_path)
+    merged = adapted(base)
+    hra_fx.merge_adapter(merged)
+    hra_fx.save_adapter(merged, tmp_path)
     hra_fx.load_adapter(base, tmp_path)
     with pytest.raises(CheckpointError, match="This Sequential already contains the adapter"):
-        hra_fx.load_adapter(hra_fx.fold(model), tmp_path)
-
-
-@pytest.mark.parametrize("entry", ["nope", '{"row": ""}', '{"layer": "0", "row": "AAA="}'])
-def test_damaged_metadata(entry: str, tmp_path: Path) -> None:
-    base = nn.Sequential(nn.Linear(24, 16))
-    hra_fx.save_adapter(adapted(base, hra_fx.HRAConfig(r=4, target_modules=["0"])), tmp_path / "adapter")
-    file = tmp_path / "adapter" / "adapter_model.safetensors"
-    save_file(load_file(file), file, {"format": "pt", "hra_fx_base_row": entry})
-    with pytest.raises(CheckpointError, match="the metadata hra_fx_base_row is damaged"):
-        hra_fx.load_adapter(base, tmp_path / "adapter")
+        hra_fx.load_adapter(hra_fx.fold(merged), tmp_path)
 
 
 def test_the_row_is_of_the_layer_that_is_rotated_most(tmp_path: Path) -> None:
@@ -130,8 +117,9 @@ def test_the_row_is_of_the_layer_that_is_rotated_most(tmp_path: Path) -> None:
         hra_fx.load_adapter(hra_fx.fold(model), tmp_path)
 
 
-def test_unfolding_starts_from_a_folded_base(base: nn.Module, config: hra_fx.HRAConfig, tmp_path: Path) -> None:
-    model = adapted(base, config)
+def test_unfolding_starts_from_a_folded_base(case: Case, tmp_path: Path) -> None:
+    base, fields = case
+    model = adapted(base, **fields)
     hra_fx.save_adapter(model, tmp_path / "adapter")
     with pytest.raises(CheckpointError, match=r"base does not contain the adapter .* \(seen in 0\)\. Use"):
         hra_fx.unfold_checkpoint(on_disk(base, tmp_path / "base"), tmp_path / "adapter", tmp_path / "out")
@@ -139,8 +127,10 @@ def test_unfolding_starts_from_a_folded_base(base: nn.Module, config: hra_fx.HRA
     hra_fx.unfold_checkpoint(folded, tmp_path / "adapter", tmp_path / "out")
 
 
-@pytest.mark.parametrize("use", ["fold_checkpoint", "convert"])
-def test_files_of_peft_have_the_name_of_the_base_only(use: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("use", [fold, convert])
+def test_files_of_peft_have_the_name_of_the_base_only(
+    use: Callable[[nn.Module, Path, Path], None], tmp_path: Path
+) -> None:
     base = nn.Sequential(nn.Linear(24, 16))
     for name in ("org/base", "org/other"):
         config = peft.HRAConfig(r=4, target_modules=["0"])
@@ -148,6 +138,6 @@ def test_files_of_peft_have_the_name_of_the_base_only(use: str, tmp_path: Path) 
         file = tmp_path / name / "adapter_config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": name}))
     (tmp_path / "same").mkdir()
-    USES[use](base, tmp_path / "org/base", tmp_path / "same")  # the folder is called "base"
+    use(base, tmp_path / "org/base", tmp_path / "same")  # the folder is called "base"
     with pytest.warns(HRAWarning, match=r"was trained on 'org/other', but this model is '.*base'. Make sure"):
-        USES[use](base, tmp_path / "org/other", tmp_path)
+        use(base, tmp_path / "org/other", tmp_path)

@@ -1,9 +1,11 @@
-"""The folder of an adapter: found, or refused by name."""
+"""The folder of an adapter: found, or refused by name; written completely or not at all; and read as it was written."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import stat
 import threading
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,11 +16,44 @@ from urllib.parse import unquote
 import huggingface_hub
 import pytest
 import torch
-from checkpoint.folders import BOTH, KEY, normal, picture, refused, saved
+from checkpoint.disk.made import files_of_at_most, picture
+from model.many import bert, config, ids, run, turn
+from oracles import relative_error
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
 
-from hra_fx.checkpoint.folder import WEIGHTS_NAME, find, read
+import hra_fx
+from hra_fx.checkpoint.folder import WEIGHTS_NAME, find, read, write
 from hra_fx.config import CONFIG_NAME, HRAConfig
 from hra_fx.errors import CheckpointError, ConfigError
+
+KEY = "base_model.model.0.hra_u"
+CONFIG = HRAConfig(r=2, target_modules=["0"]).to_json_string()
+BOTH = [CONFIG_NAME, WEIGHTS_NAME]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def saved(folder: Path, seed: int = 0) -> Path:
+    write(folder, CONFIG, {KEY: normal(6, 2, seed=seed)}, {})
+    return folder
+
+
+def refused(source: Any, subfolder: str | None = None, **hub: Any) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        find(source, subfolder, **hub)
+    return str(caught.value)
+
+
+def unwritten(folder: Path, tensors: Mapping[str, Tensor], config: str = CONFIG) -> str:
+    """The message of a refusal to write, after a look that the folder is as it was."""
+    before = picture(folder)
+    with pytest.raises(CheckpointError) as caught:
+        write(folder, config, tensors, {})
+    assert picture(folder) == before
+    return str(caught.value)
 
 
 def test_a_local_folder_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,47 +65,19 @@ def test_a_local_folder_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.Mon
     assert find("mine", "") == find("mine", ".") == Path("mine")
     for subfolder in ("adapters/first", "adapters/first/", "./adapters//first", "adapters/other/../first"):
         assert find("mine", subfolder) == Path("mine/adapters/first")
+    with pytest.raises(TypeError, match=r"^unexpected keyword argument 'sub_folder'\. Use subfolder, cache_dir, "):
+        find("mine", sub_folder="a")
 
 
-def test_the_files_may_be_links_as_in_the_cache_of_the_hub(tmp_path: Path) -> None:
-    real = saved(tmp_path / "real")
-    linked = tmp_path / "linked"
-    linked.mkdir()
-    for name in BOTH:
-        (linked / name).symlink_to(real / name)
-    assert find(linked) == linked
-
-
-def test_nothing_there_is_refused(tmp_path: Path) -> None:
+def test_nothing_there_or_a_file_is_refused(tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere"
     assert refused(nowhere) == f"{nowhere}: no such folder. Pass the folder of an adapter."
     for source in (str(nowhere), "a/b/c", "two words", "", "../nowhere", "x" * 5000):
         message = refused(source)
         assert message.startswith(f"{source}: no such folder, and not a valid Hub repository name.")
         assert "Pass a folder, or a name such as 'user/name'." in message
-
-
-def test_a_file_is_refused(tmp_path: Path) -> None:
     file = saved(tmp_path) / WEIGHTS_NAME
-    for source in (file, str(file)):
-        assert refused(source) == f"{file}: is a file. Pass the folder that contains it."
-
-
-@pytest.mark.parametrize("name", BOTH)
-def test_a_missing_file_is_refused_by_name(tmp_path: Path, name: str) -> None:
-    (saved(tmp_path) / name).unlink()
-    wanted = "no such file. Pass the folder that an adapter was saved in (in PEFT, with safe_serialization=True)."
-    assert refused(tmp_path) == f"{tmp_path / name}: {wanted}"
-    (tmp_path / name).mkdir()
-    assert refused(tmp_path) == f"{tmp_path / name}: {wanted}"
-
-
-def test_a_pickle_is_refused(tmp_path: Path) -> None:
-    os.replace(saved(tmp_path) / WEIGHTS_NAME, tmp_path / "adapter_model.bin")
-    assert refused(tmp_path) == (
-        f"{tmp_path / 'adapter_model.bin'}: pickle files are never read. Load the adapter with PEFT and save it again "
-        "with safe_serialization=True."
-    )
+    assert refused(file) == f"{file}: is a file. Pass the folder that contains it."
 
 
 def test_adapters_in_subfolders_are_named(tmp_path: Path) -> None:
@@ -83,27 +90,20 @@ def test_adapters_in_subfolders_are_named(tmp_path: Path) -> None:
     assert "subfolders 'deep/c': pass the path of one of them." in refused(tmp_path, "deep")
 
 
-def test_an_unknown_option_is_named(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"^unexpected keyword argument 'sub_folder'\. Use subfolder, cache_dir, "):
-        find(saved(tmp_path), sub_folder="a")
-
-
 # Found on the Hub: a server on this machine that answers as the Hub does
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The repository `user/name` with a folder as its content, and `user/gated`, which may not be read."""
+    """The repository `user/name` with a folder as its content."""
 
     root: Path
 
     def do_GET(self) -> None:
         head, _, path = self.path.partition(f"/{COMMIT}")
         path = unquote(path.split("?")[0].lstrip("/"))
-        if "gated" in head:
-            self.answer(403, b"", {"X-Error-Code": "GatedRepo"})
-        elif head == "/api/models/user/name/revision/main":
+        if head == "/api/models/user/name/revision/main":
             self.answer(200, json.dumps({"id": "user/name", "sha": COMMIT, "siblings": []}).encode())
         elif head == "/api/models/user/name/tree":
             self.answer(200, json.dumps([self.entry(p) for p in self.root.rglob("*") if p.is_file()]).encode())
@@ -152,19 +152,13 @@ def test_a_repository_is_fetched_and_only_the_two_files_of_it(hub: dict[str, Any
     assert sorted(picture(folder)) == BOTH
     assert torch.equal(read(folder / WEIGHTS_NAME)[0][KEY], normal(6, 2, seed=1))
     assert find("user/name", cache_dir=hub["cache_dir"], local_files_only=True) == folder
-
-
-def test_a_subfolder_of_a_repository_is_fetched(hub: dict[str, Any]) -> None:
-    folder = find("user/name", "other [1]", **hub)
-    assert sorted(picture(folder.parent)) == ["other [1]", *(f"other [1]/{name}" for name in BOTH)]
-    assert torch.equal(read(folder / WEIGHTS_NAME)[0][KEY], normal(6, 2, seed=2))
+    assert torch.equal(read(find("user/name", "other [1]", **hub) / WEIGHTS_NAME)[0][KEY], normal(6, 2, seed=2))
 
 
 @pytest.mark.parametrize(
     ("source", "options", "reason"),
     [
         ("user/nobody", {}, "Repository Not Found"),
-        ("user/gated", {}, "Cannot access gated repo"),
         ("user/name", {"revision": "v9"}, "Revision Not Found"),
         ("user/name", {"local_files_only": True}, "outgoing traffic has been disabled"),
         ("user/name", {"endpoint": "http://127.0.0.1:9"}, "ConnectError"),
@@ -194,3 +188,153 @@ def test_a_configuration_is_fetched_alone(hub: dict[str, Any], tmp_path: Path) -
             HRAConfig.from_pretrained(source, **options)
     with pytest.raises(TypeError, match=r"^unexpected keyword argument 'sub_folder'\. Use subfolder, cache_dir, "):
         HRAConfig.from_pretrained("user/name", sub_folder="a")
+
+
+# ---- written and read ----
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+def test_every_dtype_is_read_and_nan_is_found_in_each(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    saved = {f"{dtype}.hra_u": normal(6, 3).to(dtype) for dtype in DTYPES}
+    saved |= {"steps": torch.tensor(7), "none": torch.empty(0, 3), "mask": torch.tensor([True, False])}
+    path.write_bytes(save(saved, {"format": "pt", "note": "ours"}))
+    tensors, metadata = read(path)
+    assert tensors.keys() == saved.keys() and metadata == {"format": "pt", "note": "ours"}
+    for key, tensor in saved.items():
+        assert tensors[key].dtype == tensor.dtype and torch.equal(tensors[key].double(), tensor.double())
+    for dtype in DTYPES:
+        vectors = normal(6, 3)
+        vectors[1, 2] = vectors[4, 0] = float("nan")
+        path.write_bytes(save({"fine": normal(2), KEY: vectors.to(dtype)}))
+        with pytest.raises(CheckpointError, match=f"^{path}: {KEY!r} has 2 of 18 values that are infinite or NaN"):
+            read(path)
+
+
+def test_what_is_written_is_read_by_safetensors(tmp_path: Path) -> None:
+    table = normal(8, 6)
+    tensors = {
+        KEY: nn.Parameter(normal(6, 2)),
+        "strided": table.mT,
+        "whole": table,
+        "part": table[2:4],
+        "narrow": normal(3).bfloat16(),
+        "conjugate": torch.tensor([1 + 2j]).conj(),
+        "negative": torch.tensor([1 + 2j]).conj().imag,
+        "steps": torch.tensor(3),
+    }
+    folder = tmp_path / "new" / "folder"
+    write(folder, CONFIG, tensors, {"written_by": "a test", "format": "other"})
+    assert sorted(file.name for file in folder.iterdir()) == [CONFIG_NAME, WEIGHTS_NAME]
+    found = load_file(folder / WEIGHTS_NAME)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], tensors[key]) and found[key].dtype == tensors[key].dtype for key in tensors)
+    assert read(folder / WEIGHTS_NAME)[1] == {"format": "pt", "written_by": "a test"}
+    assert (folder / CONFIG_NAME).read_text(encoding="utf-8") == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("tensor", "reason"),
+    [
+        (
+            torch.tensor([1.0, float("nan"), float("inf")]),
+            "'bad' has 2 of 3 values that are infinite or NaN. Nothing was written. Save a state from before the "
+            "training diverged.",
+        ),
+        (torch.empty(3, device="meta"), "'bad' is on the meta device and has no values. Load the model first."),
+    ],
+)
+def test_a_tensor_that_cannot_be_saved_leaves_the_folder_as_it_was(tmp_path: Path, tensor: Tensor, reason: str) -> None:
+    tensors = {KEY: normal(6, 4), "bad": tensor}
+    for folder in (saved(tmp_path), tmp_path / "new"):
+        message = unwritten(folder, tensors, HRAConfig(r=4).to_json_string())
+        assert message.startswith(f"{folder / WEIGHTS_NAME}: {reason}")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_permissions_are_those_of_any_new_file(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        saved(tmp_path / "adapter")
+        (tmp_path / "plain").touch()
+    finally:
+        os.umask(before)
+    wanted = stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+    assert [stat.S_IMODE((tmp_path / "adapter" / name).stat().st_mode) for name in BOTH] == [wanted, wanted]
+
+
+def test_a_second_save_replaces_the_first_and_who_reads_the_old_file_goes_on_reading_it(tmp_path: Path) -> None:
+    saved(tmp_path)
+    size = (tmp_path / WEIGHTS_NAME).stat().st_size
+    with open(tmp_path / WEIGHTS_NAME, "rb") as opened:
+        saved(tmp_path, seed=1)
+        assert torch.equal(read(tmp_path / WEIGHTS_NAME)[0][KEY], normal(6, 2, seed=1))
+        assert len(opened.read()) == size
+    write(tmp_path, HRAConfig(r=2).to_json_string(), {KEY: normal(6, 2)}, {})
+    assert HRAConfig.from_pretrained(tmp_path).target_modules is None
+    assert sorted(os.listdir(tmp_path)) == BOTH
+
+
+def test_a_file_in_place_of_the_folder_or_above_it_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("kept")
+    with pytest.raises(CheckpointError, match=r"is a file\. Pass a folder to save in"):
+        saved(file)
+    with pytest.raises(CheckpointError, match="cannot write the adapter"):
+        saved(file / "adapter")
+    assert file.read_text() == "kept"
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("other_is_there", [True, False])
+def test_a_rename_that_fails_is_taken_back(tmp_path: Path, name: str, other_is_there: bool) -> None:
+    saved(tmp_path)
+    (other,) = set(BOTH) - {name}
+    (tmp_path / name).unlink()
+    (tmp_path / name / "inside").mkdir(parents=True)
+    if not other_is_there:
+        (tmp_path / other).unlink()
+    message = unwritten(tmp_path, {KEY: normal(6, 2, seed=1)}, HRAConfig(r=4).to_json_string())
+    assert message.startswith(f"{tmp_path}: cannot write the adapter (")
+    assert "The old files, if any, are unchanged" in message
+
+
+def test_a_full_disk_leaves_the_old_adapter(tmp_path: Path) -> None:
+    saved(tmp_path)
+    with files_of_at_most(20_000):
+        message = unwritten(tmp_path, {KEY: torch.ones(100, 100)}, CONFIG + " ")
+    assert message.startswith(f"{tmp_path}: cannot write the adapter ([Errno 27] File too large)")
+
+
+def test_the_same_adapter_gives_the_same_bytes(tmp_path: Path) -> None:
+    """safetensors itself writes metadata in a random order."""
+    tensors, entries = {"ä.hra_u": normal(6, 2), KEY: normal(5, 1)}, {name: name * 5 for name in ("z", "ü", "a", "b")}
+    for i in range(5):
+        write(tmp_path / str(i), "{}", tensors, entries)
+    assert len({(tmp_path / str(i) / WEIGHTS_NAME).read_bytes() for i in range(5)}) == 1
+
+
+def test_a_whole_model_in_the_folder_of_a_checkpoint_is_left_whole(tmp_path: Path) -> None:
+    """The Trainer's own checkpoints have the adapters' state in model.safetensors. Here that file is of a user."""
+    adapter = ["README.md", *BOTH]
+    model = hra_fx.transform(bert(), config("query", "value"))
+    turn(model)
+    model.save_pretrained(tmp_path / "my-checkpoint-3")
+    assert sorted(os.listdir(tmp_path / "my-checkpoint-3")) == adapter
+    folder = tmp_path / "checkpoint-3"
+    bert().save_pretrained(folder)
+    before = picture(folder)
+    assert sorted(before) == ["config.json", "model.safetensors"]
+    message = (
+        f"{folder}: the adapters were saved next to a full model. from_pretrained of diffusers, or of transformers "
+        "without PEFT, loads that model without them: use hra_fx.load_adapter, or another folder."
+    )
+    with pytest.warns(hra_fx.HRAWarning, match=f"^{re.escape(message)}$") as caught:
+        model.save_pretrained(folder)
+    assert len(caught) == 1
+    after = picture(folder)
+    assert {name: after[name] for name in before} == before
+    assert sorted(after) == [*adapter, "config.json", "model.safetensors"]
+    opened = hra_fx.load_adapter(bert(), folder)
+    assert relative_error(run(opened, ids()), run(model, ids())) < 1e-13

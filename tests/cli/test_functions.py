@@ -1,4 +1,4 @@
-"""`scale`, `fold`, `unfold` and `visualize` do what the functions of the library do."""
+"""`inspect`, `scale`, `fold`, `unfold` and `visualize` do what the functions of the library do."""
 
 from __future__ import annotations
 
@@ -9,16 +9,88 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import timm
 import torch
 from checkpoint.disk import made
 from cli.conftest import Shelf
-from cli.shell import Answer, answer, mistake, usage
+from cli.shell import Answer, answer, mistake
+from moe_models import TARGETS, built
 
 import hra_fx
 from hra_fx.cli.building import build
 from hra_fx.reporting.scale import Strategy, costs
+
+# ---- inspect ----
+
+
+def inspected(*words: object) -> Any:
+    return Answer("inspect", *words, "--json").json
+
+
+@pytest.mark.parametrize("name", ["my-adapter", "orthonormal", "experts"])
+def test_they_are_those_of_the_report_of_the_model(shelf: Shelf, name: str, tmp_path: Path) -> None:
+    model, adapter = copy.deepcopy(shelf.model), shelf / name
+    if name == "experts":
+        model = built("gpt_oss", torch.float32)
+        adapter = made.adapter_of(model, tmp_path, target_parameters=TARGETS, target_modules=None)
+    rows = hra_fx.report(hra_fx.load_adapter(model, adapter)).to_dicts()
+    found = {layer["path"]: layer for layer in inspected(adapter)["layers"]}
+    assert found.keys() == {row["path"] for row in rows}
+    for row in rows:
+        for field in ("d", "r", "parameters", "rotation", "angle", "mean_angle"):
+            assert found[row["path"]][field] == pytest.approx(row[field], rel=1e-4), field
+    if name == "orthonormal":
+        assert "r = 2, orthonormalized by Gram-Schmidt, and 2 frozen anchor vectors" in answer("inspect", adapter)
+
+
+def test_an_adapter_of_peft(shelf: Shelf, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = peft.HRAConfig(r=4, target_modules=["q_proj"], init_weights=False, modules_to_save=["lm_head"])
+    model = copy.deepcopy(shelf.model)
+    model.name_or_path = str(shelf / "my-model")
+    peft.get_peft_model(model, config).save_pretrained(tmp_path)
+    look = inspected(tmp_path)
+    assert look["written_by"] == f"PEFT {peft.__version__}"
+    assert look["base_model"] == str(shelf / "my-model")
+    assert (look["r"], look["anchor"], look["saved"]) == (4, 0, ["lm_head.weight"])
+    assert "also trained  lm_head.weight" in answer("inspect", tmp_path)
+
+
+def test_layers_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    folder = made.stack_adapter(tmp_path / "stack", layers=12)
+    assert [layer["path"] for layer in inspected(folder)["layers"]] == [str(i) for i in range(12)]
+
+
+def test_a_model(shelf: Shelf) -> None:
+    look = inspected(shelf / "my-model")
+    linear = {path: m for path, m in shelf.model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert [(layer["path"], layer["d"], layer["parameters"]) for layer in look["layers"]] == [
+        (path, module.in_features, module.weight.numel()) for path, module in linear.items()
+    ]
+    assert (look["kind"], look["model"], look["library"]) == ("model", "LlamaForCausalLM", "transformers")
+    assert look["parameters"] == sum(p.numel() for p in shelf.model.parameters())
+    assert look["default_targets"] == ["q_proj", "v_proj"]
+    (file,) = look["files"]
+    assert file["dtypes"] == ["BF16"] and file["bytes"] == (shelf / "my-model" / "model.safetensors").stat().st_size
+    assert "model.layers.*.self_attn.q_proj       2   Linear 16->16" in answer("inspect", shelf / "my-model")
+
+
+def test_what_cannot_be_inspected(shelf: Shelf, tmp_path: Path) -> None:
+    assert mistake("inspect", tmp_path) == (
+        f"{tmp_path}: does not contain adapter_config.json or config.json. Pass the folder of an adapter or a model."
+    )
+    said = mistake("inspect", shelf.folder)
+    assert "There are adapters in the subfolders 'my-adapter', 'orthonormal', 'second': pass the path of" in said
+    for part in ("unet", "vae"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text("{}")
+    (tmp_path / "model_index.json").write_text("{}")
+    assert "is a diffusers pipeline. Pass one of its parts: unet, vae." in mistake("inspect", tmp_path)
+
+
+# ---- scale, fold, unfold ----
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3", "tp"])
@@ -27,11 +99,6 @@ def test_the_costs_of_a_model(shelf: Shelf, strategy: Strategy) -> None:
     found = Answer("scale", shelf / "my-model", *words, "--json")
     model = hra_fx.transform(copy.deepcopy(shelf.model), hra_fx.HRAConfig(r=3, target_modules=["q_proj", "down_proj"]))
     assert found.json == [dataclasses.asdict(cost) for cost in costs(model, 4, strategy, tokens=100)]
-
-
-def test_wrong_options(shelf: Shelf) -> None:
-    assert "--gpus" in usage("scale", shelf / "my-model", "--gpus", "0")
-    assert "--strategy" in usage("scale", shelf / "my-model", "--strategy", "zero4")
 
 
 def test_the_same_folder_as_by_the_function_and_the_way_back(shelf: Shelf, tmp_path: Path) -> None:
@@ -53,31 +120,26 @@ def test_a_part_of_a_pipeline(tmp_path: Path) -> None:
     (tmp_path / "pipe" / "model_index.json").write_text("{}")
     adapter = made.stack_adapter(tmp_path / "adapter", layers=1)
     words = ("fold", tmp_path / "pipe", adapter, tmp_path / "out")
-    said = mistake(*words)
-    assert "no subfolder with an adapter has the name of a part of the pipeline" in said
-    assert said.endswith("(--part unet).")
+    assert mistake(*words).endswith("(--part unet).")
     assert "out/unet" not in answer(*words, "--part", "unet")
     assert made.picture(tmp_path / "out").keys() == made.picture(tmp_path / "pipe").keys()
 
 
 def test_errors_and_warnings_of_the_library_are_printed(shelf: Shelf, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+    out, base = tmp_path / "out", tmp_path / "base"
     out.mkdir()
     (out / "mine.txt").write_text("mine")
-    shutil.copytree(shelf / "my-model", tmp_path / "base")
-    (tmp_path / "base" / "pytorch_model.bin").write_bytes(b"pickle")
-    words = ("fold", tmp_path / "base", shelf / "my-adapter", out)
-    assert mistake(*words) == (
-        f"{out}: the output folder is not empty. Choose another folder, or overwrite=True (--overwrite)."
-    )
+    shutil.copytree(shelf / "my-model", base)
+    (base / "pytorch_model.bin").write_bytes(b"pickle")
+    words = ("fold", base, shelf / "my-adapter", out)
+    assert mistake(*words).startswith(f"{out}: the output folder is not empty.")
     assert made.picture(out) == {"mine.txt": b"mine"}
     done = Answer(*words, "--overwrite")
     assert done.code == 0 and "mine.txt" not in made.picture(out)
     assert done.err.startswith(f"warning: {out}: pytorch_model.bin still contain the base model's weights.")
-    assert "Missing argument 'ADAPTER'" in usage("fold", tmp_path / "base", out)
 
 
-@pytest.mark.parametrize("ending", ["svg", "html", "mmd", "dot", "graphml"])
+@pytest.mark.parametrize("ending", ["svg", "html", "mmd", "graphml"])
 def test_an_adapter_without_weights_is_drawn_as_with_them(shelf: Shelf, tmp_path: Path, ending: str) -> None:
     words = ["--adapter", shelf / "my-adapter", "--heat", "mean_angle"]
     out = tmp_path / f"picture.{ending}"
@@ -106,19 +168,10 @@ def test_options_are_those_of_the_function(shelf: Shelf, tmp_path: Path, ending:
     assert out.read_text() == hra_fx.visualize(model, tmp_path / f"b.{ending}", **options).read_text()
 
 
-def test_weights_of_timm_and_transformers_are_loaded(shelf: Shelf, tmp_path: Path) -> None:
-    torch.manual_seed(0)
+def test_weights_of_timm_are_loaded(tmp_path: Path) -> None:
     model = timm.create_model("test_vit", num_classes=3)
     timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
-    for folder, whole in ((tmp_path, model), (shelf / "my-model", shelf.model)):
-        loaded = build(folder, weights=True)[0].state_dict()
-        assert all(torch.equal(loaded[key], tensor) for key, tensor in whole.state_dict().items())
-
-
-def test_a_folder_that_is_not_there_is_named_before_the_model_is_built(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "no such type"}')
-    said = mistake("visualize", tmp_path, tmp_path / "absent" / "a.svg")
-    assert re.match(r"path: the folder '.*absent' does not exist\. Create it", said)
+    torch.testing.assert_close(build(tmp_path, weights=True)[0].state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -128,5 +181,5 @@ def test_a_folder_that_is_not_there_is_named_before_the_model_is_built(tmp_path:
         (["a.svg", "--heat", "angle"], "`heat` must be None for LlamaForCausalLM, which has no adapters, got 'angle'."),
     ],
 )
-def test_mistakes(shelf: Shelf, words: list[str], said: str) -> None:
+def test_what_cannot_be_drawn(shelf: Shelf, words: list[str], said: str) -> None:
     assert mistake("visualize", shelf / "my-model", *words).startswith(said)

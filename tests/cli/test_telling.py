@@ -24,7 +24,6 @@ import hra_fx
 from hra_fx.cli import screen
 from hra_fx.cli.error_output import ErrorHandlingGroup
 from hra_fx.errors import CheckpointError, HRAWarning
-from hra_fx.reporting.table import Column
 
 COMMANDS = ["inspect", "match", "scale", "fold", "unfold", "convert", "visualize"]
 SCRIPT = Path(sys.executable).with_name("hra-fx")
@@ -80,7 +79,6 @@ def test_there_is_one_version() -> None:
     assert releases[0][0] == hra_fx.__version__
     assert re.findall(r"^version: (.*)$", citation, re.MULTILINE) == [hra_fx.__version__]
     assert re.findall(r'^date-released: "(.*)"$', citation, re.MULTILINE) == [releases[0][1]]
-    assert re.search(r'^dynamic = \["version"\]$', project, re.MULTILINE)
     assert re.search(r'^version = \{ attr = "hra_fx.version.VERSION" \}$', project, re.MULTILINE)
     assert importlib.metadata.version("hra-fx") == hra_fx.__version__
 
@@ -98,15 +96,6 @@ def test_the_help_lists_all_commands_and_exit_codes() -> None:
     text = answer("--help", columns=100)
     assert all(re.search(rf"^│ {command} ", text, re.MULTILINE) for command in COMMANDS)
     assert "Exit codes: 0 success; 1 the configuration does not match the model" in text
-
-
-def test_markup_in_names_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    screen.show_heading("a [bold]title[/bold]", {"[red]": "[/]"})
-    screen.show_table([Column("[b]", is_text=True)], [("layers[0]",)])
-    screen.show_lines("[i]", ["[/i]"])
-    shown = capsys.readouterr().out
-    for words in ("a [bold]title[/bold]", "[red]  [/]", "[b]", "layers[0]", "[i]", "[/i]"):
-        assert words in shown
 
 
 def test_json_has_null_for_what_is_not_finite(capsys: pytest.CaptureFixture[str]) -> None:

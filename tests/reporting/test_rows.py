@@ -1,13 +1,19 @@
-"""The values of a report's rows, its angles and shares, against dense products in float64."""
+"""The values of a report's rows against dense products in float64, and costs against PEFT and formulas by hand.
+
+Two processes check memory and communication with DDP and shards (`integrations/distributed/scale_checks.py`).
+"""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import peft
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from moe_models import built
+from named_models import tiny_llama
 from oracles import dense_product, dense_q
 from reporting.made import oracle_angles, oracle_share
 from torch import Tensor, nn
@@ -15,17 +21,19 @@ from transformers.pytorch_utils import Conv1D
 
 import hra_fx
 from hra_fx import HRAConfig, report, transform
+from hra_fx.errors import AdapterError
 from hra_fx.functional.rotated_energy import relative_change
 from hra_fx.functional.statistics import min_angle, rotation_stats
+from hra_fx.layers.batching import factors_of
 from hra_fx.reporting.row import change_of
+from hra_fx.reporting.scale import costs
 
 F64 = torch.float64
 LAYERS: dict[str, Any] = {
     "linear": lambda: nn.Linear(14, 9),
+    "more vectors than inputs": lambda: nn.Linear(5, 9),
     "conv": lambda: nn.Conv2d(3, 8, (3, 2)),
     "conv with groups": lambda: nn.Conv2d(8, 12, 3, groups=4),
-    "conv1d": lambda: nn.Conv1d(6, 4, 3),
-    "conv3d": lambda: nn.Conv3d(2, 4, (2, 2, 3)),
     "gpt-2": lambda: Conv1D(9, 14),
     "attention": lambda: nn.MultiheadAttention(12, 3),
 }
@@ -36,27 +44,14 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-class Holder(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Any:
-        return self.layer(x)
-
-
-def adapt(kind: str, dtype: torch.dtype, *, scale: float, **fields: Any) -> Any:
+def adapt(layer: nn.Module, dtype: torch.dtype = F64, *, scale: float = 0.0, **fields: Any) -> Any:
     """A model of one layer whose vectors were moved off their start by `scale`."""
-    model: Any = transform(Holder(LAYERS[kind]()).to(dtype), HRAConfig(target_modules=["layer"], **fields))
-    vectors = model.layer.hra_u["default"]
+    config = HRAConfig(**{"r": 2, "target_modules": ["0"], **fields})
+    model: Any = transform(nn.Sequential(layer).to(dtype), config)
+    vectors = model[0].hra_u["default"]
     with torch.no_grad():
         vectors.add_(scale * torch.randn(vectors.shape, dtype=F64, generator=torch.Generator().manual_seed(1)))
     return model
-
-
-def one_linear(d: int = 6, **fields: Any) -> Any:
-    config = HRAConfig(**({"r": 2, "target_modules": ["0"], "init_weights": False} | fields))
-    return transform(nn.Sequential(nn.Linear(d, 4, dtype=F64)), config)
 
 
 def weight_of(layer: Any) -> Tensor:
@@ -83,9 +78,11 @@ def q_of(layer: Any, *, apply_GS: bool = False) -> Tensor:
 def test_a_row_has_the_values_of_the_dense_product(
     kind: str, r: int, apply_GS: bool, init_weights: bool, scale: float
 ) -> None:
-    model = adapt(kind, F64, scale=scale, r=r, apply_GS=apply_GS, init_weights=init_weights)
+    if kind == "more vectors than inputs":
+        r, apply_GS = r + 4, False
+    model = adapt(LAYERS[kind](), F64, scale=scale, r=r, apply_GS=apply_GS, init_weights=init_weights)
     (row,) = report(model)
-    q = q_of(model.layer, apply_GS=apply_GS)
+    q, weight = q_of(model[0], apply_GS=apply_GS), weight_of(model[0])
     angles = oracle_angles(q)
     assert row.rotation == pytest.approx(float((q - torch.eye(row.d, dtype=F64)).norm()), rel=1e-9, abs=1e-10)
     assert row.angles == pytest.approx(angles, abs=1e-6)
@@ -94,28 +91,30 @@ def test_a_row_has_the_values_of_the_dense_product(
     assert 0 <= row.orthogonality < 1e-11
     assert (row.d, row.r, row.parameters) == (q.shape[0], r, q.shape[0] * r)
     if scale > 0.01:
-        assert row.share == pytest.approx(oracle_share(weight_of(model.layer), q), rel=1e-9)
+        assert row.share == pytest.approx(oracle_share(weight, q), rel=1e-9)
+        assert row.weight_change == pytest.approx(float((weight @ q - weight).norm() / weight.norm()), rel=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_the_share_of_a_weight_in_lower_precision(kind: str, dtype: torch.dtype) -> None:
-    model = adapt(kind, dtype, scale=0.2, r=3)
+    model = adapt(LAYERS[kind](), dtype, scale=0.2, r=3)
     (row,) = report(model)
-    assert row.share == pytest.approx(oracle_share(weight_of(model.layer), q_of(model.layer)), rel=1e-4)
+    assert row.share == pytest.approx(oracle_share(weight_of(model[0]), q_of(model[0])), rel=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [F64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("apply_GS", [False, True])
 def test_a_new_adapter_rotates_nothing(apply_GS: bool, dtype: torch.dtype) -> None:
-    for r in (1, 2, 6):
-        (row,) = report(adapt("conv", dtype, scale=0.0, r=r, apply_GS=apply_GS))
+    """Rounding is not an angle."""
+    for r in (1, 2, 16):
+        (row,) = report(adapt(LAYERS["conv"](), dtype, scale=0.0, r=r, apply_GS=apply_GS))
         assert max(row.rotation, row.angle, row.orthogonality) < (1e-12 if dtype == F64 else 1e-5)
         assert (row.angles, row.mean_angle, row.share) == ((), 0.0, 0.0)
 
 
 def test_the_report_changes_nothing_and_draws_no_random_numbers() -> None:
-    model = adapt("conv", F64, scale=0.1, r=3)
+    model = adapt(LAYERS["conv"](), F64, scale=0.1, r=3)
     before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
     assert report(model) == report(model)
     assert torch.equal(torch.get_rng_state(), state)
@@ -125,7 +124,7 @@ def test_the_report_changes_nothing_and_draws_no_random_numbers() -> None:
 
 def test_zero_vectors_nan_and_missing_data() -> None:
     for r in (1, 3):
-        model = one_linear(r=r)
+        model = adapt(nn.Linear(6, 4), r=r, init_weights=False)
         with torch.no_grad():
             model[0].hra_u["default"].zero_()
         (row,) = report(model)
@@ -135,7 +134,7 @@ def test_zero_vectors_nan_and_missing_data() -> None:
         (row,) = report(model)
         assert all(math.isnan(value) for value in (row.rotation, row.angle, row.orthogonality, row.share))
         assert "nan" in str(report(model))
-    (row,) = report(one_linear().to("meta"))
+    (row,) = report(adapt(nn.Linear(6, 4)).to("meta"))
     assert math.isnan(row.share)
     assert math.isnan(row.angle)
     assert (row.d, row.r) == (6, 2)
@@ -143,14 +142,14 @@ def test_zero_vectors_nan_and_missing_data() -> None:
 
 def test_a_dense_product_would_not_fit_into_memory() -> None:
     """`Q` of 200,000 x 200,000 takes 320 GB."""
-    (row,) = report(one_linear(200_000, r=3))
+    (row,) = report(adapt(nn.Linear(200_000, 4), r=3, init_weights=False))
     assert len(row.angles) == 2
     assert 0 < row.share < 1e-3
 
 
 def test_scaled_merged_and_disabled_adapters() -> None:
     """Scaling scales every angle. Merging and disabling an adapter do not change its row."""
-    model = adapt("linear", F64, scale=0.1, r=4)
+    model = adapt(LAYERS["linear"](), F64, scale=0.1, r=4)
     (whole,) = report(model).rows
     hra_fx.merge_adapter(model)
     assert report(model).rows == (whole,)
@@ -185,33 +184,12 @@ def normal(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
-@settings(max_examples=80, deadline=None)
-@given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 1000))
-def test_random_chains(d: int, k: int, seed: int) -> None:
-    """Odd and even numbers of reflections, also more than dimensions."""
-    chain = normal(seed, d, k)
-    q, found = dense_product(chain), rotation_stats(chain)
-    angles = oracle_angles(q)
-    assert found.angles == pytest.approx(angles, abs=1e-6), (len(found.angles), len(angles))
-    assert found.mean_angle == pytest.approx(sum(angles) / len(angles) if angles else 0.0, abs=1e-6)
-    assert found.angle == pytest.approx(max(angles, default=0.0), abs=1e-6)
-    assert found.rotation == pytest.approx(float((q - torch.eye(d, dtype=F64)).norm()), rel=1e-10)
-
-
 def test_zero_columns_and_pairs_that_cancel_rotate_nothing() -> None:
     vector = normal(3, 7, 1)
     assert rotation_stats(torch.zeros(7, 3, dtype=F64)).angles == ()
     assert rotation_stats(torch.cat([vector, vector], dim=1)).angles == ()
     assert rotation_stats(torch.cat([vector, torch.zeros(7, 1), -2 * vector], dim=1)).angles == ()
     assert rotation_stats(torch.cat([vector, torch.zeros(7, 1)], dim=1)).angles == pytest.approx([math.pi])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rounding_at_the_start_is_not_an_angle(dtype: torch.dtype) -> None:
-    for r in (2, 8, 32):
-        chain = normal(r, 64, r // 2).to(dtype).repeat_interleave(2, dim=1)
-        assert rotation_stats(chain).angles == ()
-        assert rotation_stats(chain + 1e-2 * normal(5, 64, r).to(dtype)).angles
 
 
 def test_angles_below_the_floor_are_left_out() -> None:
@@ -221,22 +199,6 @@ def test_angles_below_the_floor_are_left_out() -> None:
     floor = min_angle(pair(0.1))
     assert rotation_stats(pair(3 * floor)).angles == pytest.approx([3 * floor], rel=0.3)
     assert rotation_stats(pair(floor / 3)).angles == ()
-
-
-@pytest.mark.parametrize("chain", [torch.full((4, 2), math.nan), torch.empty(4, 2, device="meta")], ids=["nan", "meta"])
-def test_vectors_without_values_have_no_angles(chain: Tensor) -> None:
-    found = rotation_stats(chain)
-    assert [math.isnan(angle) for angle in found.angles] == [True]
-    assert all(math.isnan(value) for value in (found.mean_angle, found.angle, found.rotation))
-
-
-@pytest.mark.parametrize(("d", "k"), [(5, 5), (4, 9), (3, 12)])
-def test_as_many_reflections_as_dimensions(d: int, k: int) -> None:
-    weight, chain = normal(1, 6, d), normal(2, d, k)
-    assert relative_change(weight, chain).share == pytest.approx(oracle_share(weight, dense_product(chain)))
-    assert relative_change(weight, chain).share <= 1
-    moved = weight @ dense_product(chain) - weight
-    assert relative_change(weight, chain).change == pytest.approx(float(moved.norm() / weight.norm()))
 
 
 def test_a_weight_that_is_cast_in_pieces() -> None:
@@ -252,11 +214,10 @@ def test_reflections_that_cancel_do_not_count() -> None:
     assert relative_change(torch.eye(6), chain).share == pytest.approx(2 / 6)
 
 
-def test_zeros_nan_and_infinity() -> None:
+def test_weights_of_zeros_and_nan() -> None:
     chain = normal(0, 4, 2)
     assert relative_change(torch.zeros(3, 4), chain) == (0.0, 0.0)
     assert all(map(math.isnan, relative_change(torch.full((3, 4), math.nan), chain)))
-    assert all(map(math.isnan, relative_change(torch.ones(3, 4), torch.full((4, 2), math.inf))))
 
 
 def test_a_change_of_experts_is_that_of_all_together() -> None:
@@ -266,3 +227,81 @@ def test_a_change_of_experts_is_that_of_all_together() -> None:
     moved = [weight @ dense_product(vectors) - weight for weight, vectors in zip(rows, chain, strict=True)]
     wanted = float(torch.stack(moved).norm() / rows.norm())
     assert change_of(rows, chain).change == pytest.approx(wanted)
+
+
+# ---- costs ----
+
+TARGETS = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
+
+
+def wide(*widths: int) -> Any:
+    with torch.device("meta"):
+        layers = [nn.Linear(d, out, bias=False) for d, out in zip(widths[::2], widths[1::2], strict=True)]
+    return nn.Sequential(*layers)
+
+
+def adapted(model: Any, **fields: Any) -> Any:
+    return hra_fx.transform(model, hra_fx.HRAConfig(**{"target_modules": "all-linear", **fields}))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # which PEFT reads
+def test_lora_has_the_parameters_of_peft() -> None:
+    _, lora, equal = costs(adapted(tiny_llama(), r=4, target_modules=TARGETS), 2, "ddp")
+    for cost in (lora, equal):
+        theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=cost.rank, target_modules=TARGETS))
+        assert cost.parameters == theirs.get_nb_trainable_parameters()[0]
+    assert lora.rank == 4
+
+
+def test_lora_with_equal_parameters() -> None:
+    hra, _, equal = costs(adapted(wide(64, 64, 64, 192), r=16), 2, "ddp")
+    assert (hra.parameters, equal.rank, equal.parameters) == (2 * 64 * 16, 5, 5 * (64 + 64 + 64 + 192))
+
+
+@pytest.mark.parametrize("fields", [{"r": 4}, {"r": 3}, {"r": 4, "apply_GS": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_factors_have_the_size_of_those_of_a_forward(fields: dict[str, Any], dtype: torch.dtype) -> None:
+    model = adapted(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4)).to(dtype), **fields)
+    made = [factors_of(layer.hra_u, dtype) for layer in model]
+    assert costs(model, 2, "fsdp2")[0].factors == sum(t.nbytes for pair in made if pair for t in pair)
+
+
+def test_experts_count_each() -> None:
+    model = built("qwen3_moe")
+    hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_parameters=["experts.down_proj"]))
+    hra, lora, _ = costs(model, 2, "ddp")
+    layers = [module for name, module in model.named_modules() if name.endswith("hra_down_proj")]
+    experts, out, d = layers[0].hra_base.shape
+    assert hra.parameters == len(layers) * experts * d * 2
+    assert lora.parameters == len(layers) * experts * 2 * (d + out)
+
+
+def test_ddp_reduces_in_buckets_the_first_of_which_is_small() -> None:
+    """32 KiB, 1 MiB and 25 MiB of gradients, the last layer first: it alone fills the first bucket."""
+    d, r = 1024, 8
+    assert costs(adapted(wide(d, 8), r=r), 4, "ddp")[0].collectives == 1
+    hra = costs(adapted(wide(d, 8, 32 * d, 8, d, 8, 800 * d, 8, 32 * d, 8), r=r), 4, "ddp")[0]
+    assert hra.collectives == 3
+    assert hra.sent == 2 * hra.gradients * 3 // 4 == 2 * (866 * d * r * 4) * 3 // 4
+
+
+def test_tensor_parallelism_sums_numbers_of_tokens_before_row_wise_layers() -> None:
+    model = adapted(tiny_llama(), r=4, target_modules=["q_proj", "o_proj"])
+    layers = [layer for layer in model.modules() if hasattr(layer, "hra_u")]
+    blocks, d = len(layers) // 2, layers[0].hra_u.width
+    hra, lora, _ = costs(model, 2, "tp", tokens=1000)
+    assert (hra.collectives, lora.collectives) == (3 * blocks, 2 * blocks)
+    assert hra.sent == blocks * (2 * 1000 * 4 + d * 4) * 4
+    assert lora.sent == blocks * (1000 * 4 + d * 4) * 4
+    assert (hra.vectors, hra.parameters) == (4 * hra.parameters, 2 * blocks * d * 4)
+    outs = [layer.hra_base.shape[0] for layer in layers[:2]]
+    assert lora.vectors == blocks * 4 * 4 * (d + outs[0] // 2 + d // 2 + outs[1]), (
+        "half of B column-wise, of A row-wise"
+    )
+
+
+def test_a_model_without_a_plan_or_without_adapters() -> None:
+    with pytest.raises(AdapterError, match=r"^Sequential has no plan for tensor parallelism \(`tp_plan`\)"):
+        costs(adapted(wide(8, 8)), 2, "tp")
+    with pytest.raises(AdapterError, match="has no adapters"):
+        costs(wide(8, 8), 2, "ddp")

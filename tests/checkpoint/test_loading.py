@@ -1,0 +1,373 @@
+"""Adapters that are loaded: over others, damaged ones, and ones that differ from what we write."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapting import config, mlp, randomise
+from checkpoint.damaging import (
+    CONFIG_NAME,
+    MODELS,
+    PREFIX,
+    WEIGHTS_NAME,
+    refused,
+    saved,
+    weights,
+    with_config,
+    with_metadata,
+    with_weights,
+)
+from checkpoint.disk import made
+from oracles import dense_q, dense_weight, relative_error
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+import hra_fx
+from hra_fx import AdapterError, CheckpointError, ConfigError, HRAWarning
+
+X = torch.linspace(-1, 1, 12).view(2, 6)
+
+
+def named(name: str, model: nn.Module | None = None) -> Any:
+    model = mlp() if model is None else model
+    model.name_or_path = name
+    return model
+
+
+def test_another_name_of_the_base_is_warned_of_and_loaded(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "0", base=lambda: named("org/small-v1"))
+    assert json.loads((folder / CONFIG_NAME).read_text())["base_model_name_or_path"] == "org/small-v1"
+    model = named("org/small-v2")
+    hra_fx.load_adapter(copy.deepcopy(model), folder)  # the weights are those of the base model
+    with torch.no_grad():
+        model[0].weight.normal_()
+    with pytest.warns(HRAWarning) as caught:
+        hra_fx.load_adapter(model, folder)
+    assert [str(each.message) for each in caught] == [
+        f"{folder / WEIGHTS_NAME}: the adapter was trained on 'org/small-v1', but this model is 'org/small-v2'. Make "
+        "sure that it has the same weights, without an adapter folded or merged into them."
+    ]
+    assert caught[0].filename == __file__
+    assert torch.equal(model[0].hra_u["default"], weights(folder)[f"{PREFIX}0.hra_u"][:, 1:])
+
+
+# ---- adapters that are in the way ----
+
+
+def adapted(*targets: str, **fields: Any) -> Any:
+    model = hra_fx.transform(mlp(), config(*targets, **fields))
+    randomise(model)
+    return model
+
+
+def test_merged_adapters_are_in_the_way(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "0")
+    model = adapted("0")
+    hra_fx.merge_adapter(model)
+    message = refused(lambda model: hra_fx.load_adapter(model, folder), model, AdapterError)
+    assert "merged into the weights. Call unmerge_adapter first." in message
+
+
+STRUCTURES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "other layers": (("3",), {"r": 3}),
+    "another rank": (("0",), {"r": 5}),
+    "Gram-Schmidt": (("0",), {"r": 3, "apply_GS": True}),
+    "a head": (("0",), {"r": 3, "modules_to_save": ["3"]}),
+}
+
+
+@pytest.mark.parametrize("kind", STRUCTURES)
+def test_an_adapter_of_another_structure_is_in_the_way(kind: str, tmp_path: Path) -> None:
+    targets, fields = STRUCTURES[kind]
+    ours, theirs = saved(tmp_path / "ours", "0"), saved(tmp_path / "theirs", *targets, **fields)
+    for present, folder in (((("0",), {"r": 3}), theirs), ((targets, fields), ours)):
+        model = adapted(*present[0], **present[1])
+        message = refused(lambda model, folder=folder: hra_fx.load_adapter(model, folder), model, AdapterError)
+        assert message.startswith("adapter 'default' exists in the model, but with other ")
+        assert "Delete it first (hra_fx.delete_adapter), or load under another adapter_name." in message
+
+
+# ---- let through ----
+
+
+def by_oracle(folder: Path) -> Tensor:
+    """Output of the base with the file's plain chains multiplied into its weights, in float64."""
+    base = mlp().double().eval()
+    rotated = {}
+    for key, chain in weights(folder).items():
+        name = key.removeprefix(PREFIX).replace("hra_u", "weight")
+        rotated[name] = dense_weight(base.get_parameter(name), dense_q(chain))
+    return torch.func.functional_call(base, rotated, X.double())
+
+
+@pytest.mark.parametrize(("present", "file"), [(3, 3), (4, 4), (4, 3)])
+def test_an_adapter_of_the_same_rank_is_replaced_whatever_its_start_was(
+    present: int, file: int, tmp_path: Path
+) -> None:
+    """With r=3, the chain in the file has four vectors, one of which was frozen."""
+    folder = saved(tmp_path, "0", r=file)
+    model = adapted("0", r=present)
+    held = model[0].hra_u["default"]
+    hra_fx.load_adapter(model, folder)
+    assert model[0].hra_u["default"] is held
+    assert relative_error(model.eval()(X), by_oracle(folder)) < 1e-5
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_an_interrupted_load_restores_the_old_values(
+    call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(tmp_path, "0", r=3, modules_to_save=["3"])
+    model = adapted("0", r=3, modules_to_save=["3"])
+    before, copy_, calls = copy.deepcopy(model.state_dict()), Tensor.copy_, [0]
+
+    def interrupted(own: Tensor, *args: Any) -> Tensor:
+        calls[0] += 1
+        if calls[0] == call:
+            raise KeyboardInterrupt
+        return copy_(own, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Tensor, "copy_", interrupted)
+        hra_fx.load_adapter(model, folder)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    hra_fx.load_adapter(model, folder)
+    assert torch.equal(model[3].weight, weights(folder)[f"{PREFIX}3.weight"])
+
+
+@pytest.mark.parametrize(("dtype", "r"), [(torch.float16, 3), (torch.bfloat16, 4), (torch.float8_e4m3fn, 3)])
+def test_a_narrow_file_is_float32_inside(dtype: torch.dtype, r: int, tmp_path: Path) -> None:
+    folder = saved(tmp_path, "0", "3", r=r)
+    with_weights(lambda tensors: tensors.update({key: tensor.to(dtype) for key, tensor in tensors.items()}))(folder)
+    for state, make in MODELS.items():
+        model: Any = make(folder)
+        hra_fx.load_adapter(model, folder)
+        hra_fx.set_adapter(model, "default")
+        assert model[0].hra_u["default"].dtype == torch.float32, state
+        assert relative_error(model.eval()(X), by_oracle(folder)) < 1e-5, state
+
+
+@pytest.mark.parametrize("fields", [{}, {"apply_GS": True}, {"apply_GS": True, "init_weights": False}], ids=str)
+def test_several_ranks_are_loaded_bit_for_bit(fields: dict[str, Any], tmp_path: Path) -> None:
+    folder = saved(tmp_path / "first", "0", "3", r=3, rank_pattern={"3": 2}, **fields)
+    again = hra_fx.load_adapter(mlp(), folder, is_trainable=True)
+    assert [again[place].hra_u["default"].shape[1] for place in (0, 3)] == [3, 2]
+    hra_fx.save_adapter(again, tmp_path / "again")
+    assert made.picture(tmp_path / "again") == made.picture(folder)
+    hra_fx.load_adapter(again, folder)
+    if not fields:
+        assert relative_error(again.eval()(X), by_oracle(folder)) < 1e-5
+
+
+def test_keys_without_pefts_prefix_are_let_through(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "0", r=2, modules_to_save=["3"])
+    wanted = hra_fx.load_adapter(mlp(), folder).eval()(X)
+    stored = weights(folder)
+    save_file({key.removeprefix(PREFIX): tensor for key, tensor in stored.items()}, folder / WEIGHTS_NAME)
+    assert torch.equal(hra_fx.load_adapter(mlp(), folder).eval()(X), wanted)
+
+
+def test_entries_of_a_newer_peft_are_let_through_and_kept(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "newer", "0")
+    newer = {"peft_version": "9.1.0", "rotation_kind": "cayley", "options": {"a": [1, None]}}
+    with_config(**newer)(folder)
+    model = hra_fx.load_adapter(mlp(), folder)
+    hra_fx.save_adapter(model, tmp_path / "again")
+    assert newer.items() <= json.loads((tmp_path / "again" / CONFIG_NAME).read_text()).items()
+
+
+@pytest.mark.parametrize("fields", [{"r": 2}, {"r": 3, "apply_GS": True}], ids=str)
+def test_an_adapter_that_diverged_is_not_saved(fields: dict[str, Any], tmp_path: Path) -> None:
+    folder = saved(tmp_path, "0")
+    model = adapted("0", **fields)
+    with torch.no_grad():
+        model[0].hra_u["default"][1, 0] = float("nan")
+    before = made.picture(folder)
+    with pytest.raises(
+        CheckpointError, match=rf"adapter_model\.safetensors: '{PREFIX}0\.hra_u' has .* NaN\. Nothing was"
+    ):
+        hra_fx.save_adapter(model, folder)
+    assert made.picture(folder) == before
+
+
+# ---- blocks in torch's `checkpoint_wrapper`, which puts a name into the paths of modules, but not of `state_dict` ----
+
+
+def base() -> nn.Module:
+    torch.manual_seed(0)
+    blocks = [OrderedDict(up=nn.Linear(6, 6), down=nn.Linear(6, 6)) for _ in range(2)]
+    return nn.Sequential(*map(nn.Sequential, blocks)).double()
+
+
+def wrap(model: nn.Module) -> nn.Module:
+    apply_activation_checkpointing(model, check_fn=lambda part: type(part) is nn.Sequential and part is not model)
+    return model
+
+
+@pytest.mark.parametrize("first", ["wrapped", "adapted"])
+def test_adapters_are_those_of_the_model_without_wrappers(first: str, tmp_path: Path) -> None:
+    x = torch.randn(4, 6, dtype=torch.float64)
+    fields: dict[str, Any] = {"target_modules": ["up"], "modules_to_save": ["down"], "bias": "all"}
+    settings = hra_fx.HRAConfig(r=3, init_weights=False, **fields)
+    torch.manual_seed(1)
+    plain = hra_fx.transform(base(), settings)
+    torch.manual_seed(1)
+    model = hra_fx.transform(wrap(base()), settings) if first == "wrapped" else wrap(hra_fx.transform(base(), settings))
+    for part, folder in ((plain, "plain"), (model, "model")):
+        hra_fx.save_adapter(part, tmp_path / folder)
+    assert made.picture(tmp_path / "plain") == made.picture(tmp_path / "model")
+    wanted = plain(x)
+    torch.testing.assert_close(model(x), wanted)
+    hra_fx.reset_adapters(model)
+    assert not torch.equal(model(x), wanted)
+    hra_fx.load_adapter(model, tmp_path / "plain")
+    torch.testing.assert_close(model(x), wanted)
+    assert [row.path for row in hra_fx.report(model).rows] == ["0.up", "1.up"]
+    torch.testing.assert_close(hra_fx.fold(model)(x), wanted)
+    torch.testing.assert_close(hra_fx.load_adapter(wrap(base()), tmp_path / "model")(x), wanted)
+
+
+# ---- damaged files are refused by file and key, before the model is changed ----
+
+FIRST, LAST = f"{PREFIX}0.hra_u", f"{PREFIX}3.hra_u"
+VECTORS = f"{PREFIX}0.hra_vectors"
+HEAD, HEAD_BIAS = f"{PREFIX}3.weight", f"{PREFIX}3.bias"
+
+# What was saved: targets, and fields of the configuration.
+Saved = tuple[tuple[str, ...], dict[str, Any]]
+CHAIN: Saved = (("0", "3"), {"r": 4})
+ANCHORED: Saved = (("0",), {"r": 3})
+GRAM_SCHMIDT: Saved = (("0",), {"r": 3, "apply_GS": True})
+WITH_HEAD: Saved = (("0",), {"r": 2, "modules_to_save": ["3"]})
+
+
+def text_in(name: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(text, encoding="utf-8")
+
+
+def without(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).unlink()
+
+
+def cut(folder: Path) -> None:
+    whole = (folder / WEIGHTS_NAME).read_bytes()
+    (folder / WEIGHTS_NAME).write_bytes(whole[:-7])
+
+
+def only_a_pickle(folder: Path) -> None:
+    torch.save(weights(folder), folder / "adapter_model.bin")
+    (folder / WEIGHTS_NAME).unlink()
+
+
+def put(key: str, tensor: Tensor) -> Callable[[Path], None]:
+    return with_weights(lambda tensors: tensors.update({key: tensor}))
+
+
+def drop(*keys: str) -> Callable[[Path], None]:
+    return with_weights(lambda tensors: [tensors.pop(key) for key in keys])
+
+
+def seven_more(tensors: dict[str, Tensor]) -> None:
+    tensors |= {f"{PREFIX}deeper.{i}.hra_u": torch.ones(6, 4) for i in range(7)}
+
+
+NO_FILE = "no such file. Pass the folder that an adapter was saved in (in PEFT, with safe_serialization=True)."
+NO_FORMAT = "truncated, damaged, or not a safetensors file"
+OTHER = "does not match r=4, apply_GS=False in the configuration. The two files are from different adapters"
+
+
+def shape(key: str, found: object, expected: object) -> str:
+    return f"{key} must have shape {expected}, got {found}."
+
+
+#: What was saved, how it is damaged, and the message, which starts with the file of the weights.
+WEIGHTS: dict[str, tuple[Saved, Callable[[Path], object], str]] = {
+    "no weights": (CHAIN, without(WEIGHTS_NAME), NO_FILE),
+    "cut short": (CHAIN, cut, NO_FORMAT),
+    "a pointer of git-lfs": (CHAIN, text_in(WEIGHTS_NAME, "version https://git-lfs.github.com/spec/v1"), NO_FORMAT),
+    "no tensors": (CHAIN, with_weights(dict.clear), "the file has no tensors"),
+    # the vectors
+    "width": (CHAIN, put(LAST, torch.ones(6, 4)), shape(LAST, (6, 4), (8, 4))),
+    "nan": (
+        CHAIN,
+        with_weights(lambda tensors: tensors[LAST][1, :2].fill_(float("nan"))),
+        f"'{LAST}' has 2 of 32 values that are infinite or NaN",
+    ),
+    "many unexpected": (
+        CHAIN,
+        with_weights(seven_more),
+        ", ".join(f"{PREFIX}deeper.{i}.hra_u" for i in range(5)) + " and 2 more.",
+    ),
+    # modules to save
+    "no head": (WITH_HEAD, drop(HEAD, HEAD_BIAS), f"missing keys {HEAD_BIAS}, {HEAD}."),
+    "shape of the head": (WITH_HEAD, put(HEAD, torch.ones(5, 8)), shape(HEAD, (5, 8), (4, 8))),
+    # the vectors before Gram-Schmidt
+    "no vectors": (GRAM_SCHMIDT, drop(VECTORS), f"missing key {VECTORS}, the vectors before Gram-Schmidt."),
+    "shape of the vectors": (GRAM_SCHMIDT, put(VECTORS, torch.ones(6, 6)), shape(VECTORS, (6, 6), (6, 3))),
+    # a configuration or metadata that do not match the weights
+    "another rank": (CHAIN, with_config(r=8), shape(FIRST, (6, 4), (6, 8))),
+    "fewer targets": (
+        CHAIN,
+        with_config(target_modules=["0"]),
+        f"unexpected keys {LAST}. Was the adapter trained on another base model, or its configuration edited?",
+    ),
+    "more targets": (ANCHORED, with_config(target_modules=["0", "3"]), f"missing keys {LAST}."),
+    "Gram-Schmidt of an anchored adapter": (ANCHORED, with_config(apply_GS=True), OTHER.replace("False", "True")),
+    "metadata of another adapter": (ANCHORED, with_metadata('{"r": 5, "apply_GS": false, "anchor": 1}'), OTHER),
+}
+#: Name, what was saved, how it is damaged, the named file, the message, the type of the error.
+DAMAGES: dict[str, tuple[Saved, Callable[[Path], object], str, str, type[Exception]]] = {
+    **{name: (before, act, WEIGHTS_NAME, text, CheckpointError) for name, (before, act, text) in WEIGHTS.items()},
+    "no rank": (CHAIN, with_config(r=0), CONFIG_NAME, "`r` must be a positive int, got 0.", ConfigError),
+    "no configuration": (CHAIN, without(CONFIG_NAME), CONFIG_NAME, NO_FILE, CheckpointError),
+    "only a pickle": (
+        CHAIN,
+        only_a_pickle,
+        "adapter_model.bin",
+        "pickle files are never read. Load the adapter with PEFT and save it again with safe_serialization=True.",
+        CheckpointError,
+    ),
+    "other targets": (
+        CHAIN,
+        with_config(target_modules=["query"]),
+        "",
+        "the configuration does not fit Sequential: `target_modules=['query']` matches no module of Sequential",
+        CheckpointError,
+    ),
+}
+#: Each damage is loaded into one kind of model, in turns.
+CASES = [
+    pytest.param(state, *damage, id=f"{name}, {state}")
+    for (name, damage), state in zip(DAMAGES.items(), itertools.cycle(MODELS), strict=False)
+]
+
+
+@pytest.mark.parametrize(("state", "before", "damage", "file", "reason", "kind"), CASES)
+def test_damage_is_refused_and_leaves_the_model_unchanged(
+    state: str,
+    before: Saved,
+    damage: Callable[[Path], object],
+    file: str,
+    reason: str,
+    kind: type[Exception],
+    tmp_path: Path,
+) -> None:
+    targets, fields = before
+    whole = saved(tmp_path / "whole", *targets, **fields)
+    folder = shutil.copytree(whole, tmp_path / "damaged")
+    damage(folder)
+    model = MODELS[state](whole)
+    message = refused(lambda model: hra_fx.load_adapter(model, folder, is_trainable=True), model, kind)
+    assert message.startswith(f"{folder / file}: ")
+    assert reason in message
+    hra_fx.load_adapter(model, whole)
