@@ -97,6 +97,19 @@ def test_a_folder_imports_only_from_folders_below_it() -> None:
     assert not wrong
 
 
+def test_no_file_imports_a_name_that_starts_with_an_underscore() -> None:
+    nodes = [(name, node) for name, file in FILES.items() for node in ast.walk(ast.parse(file.read_text("utf-8")))]
+    ours = [(name, node) for name, node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    private = [
+        f"{name}: {alias.name}"
+        for name, node in ours
+        if str(node.module).split(".")[0] in PACKAGES
+        for alias in node.names
+        if alias.name.startswith("_")
+    ]
+    assert not private
+
+
 def test_every_folder_has_its_place() -> None:
     assert {_folder(name) for name in FILES if name != LAZY} == set(ORDER)
 

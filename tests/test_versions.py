@@ -1,9 +1,12 @@
-"""Supported versions: the pins that are tested, and what `hra_fx.compat` reads of torch."""
+"""Supported versions: the pins that are tested, and private names of torch in one file."""
 
 from __future__ import annotations
 
+import ast
 import copy
+import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,19 @@ import hra_fx
 from hra_fx import compat
 
 ROOT = Path(__file__).resolve().parent.parent
+#: Private attributes of torch's objects: they are read through `hra_fx.compat`.
+ATTRIBUTES = {
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_is_replica",
+    "_non_persistent_buffers_set",
+    "_qkv_same_embed_dim",
+    "_reversed_padding_repeated_twice",
+    "_schema",
+    "_version",
+}
 
 
 def requirements(*extras: str) -> list[Requirement]:
@@ -48,6 +64,31 @@ def test_every_requirement_has_a_version_that_passed_the_tests() -> None:
     for need in requirements():
         assert need.specifier.contains(found[canonicalize_name(need.name)]), need
     assert not [name for name, version in found.items() if version.local], "builds of torch for CUDA and for CPUs fit"
+
+
+def private_names(file: Path) -> Iterator[str]:
+    """Where a file names something private of torch."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.split(".")[0] == "torch"]
+        elif isinstance(node, ast.Attribute):
+            text = ast.unparse(node)
+            names = [text] if text.startswith("torch.") and node.attr.startswith("_") else []
+            names += [f"torch.{node.attr}"] if node.attr in ATTRIBUTES else []
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names = [f"torch.{node.value}"] if node.value in ATTRIBUTES else []  # of getattr
+        private = [name for name in names if re.search(r"\._(?!_)", name) and name != "torch._assert"]  # documented
+        yield from (f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}: {name}" for name in private)
+
+
+def test_private_names_of_torch_are_in_compat_alone() -> None:
+    files = [file for package in ("hra_fx", "passes") for file in (ROOT / package).rglob("*.py")]
+    found = [name for file in files if file.name != "compat.py" for name in private_names(file)]
+    assert not found, "\n".join(found)
+    assert len(list(private_names(ROOT / "hra_fx" / "compat.py"))) > 5, "the scan finds them"
 
 
 # ---- hra_fx.compat ----
