@@ -32,7 +32,8 @@ runnable       = $(shell for p in $$(which -a $(1)) $(PYTHON); do $$p -c 'import
 LOWEST_PYTHON ?= $(call runnable,python3.11 python3.12)
 NEWEST_PYTHON ?= $(call runnable,python3.13)
 VERSION_TESTS := tests/functional tests/kernels tests/layers tests/passes tests/api tests/tracing tests/export \
-	tests/model tests/zoo/test_zoo.py tests/test_versions.py tests/canaries
+	tests/model tests/zoo/test_zoo.py tests/test_versions.py tests/canaries tests/integrations/peft_parity \
+	tests/integrations/peft_acceleration tests/integrations/transformers_use tests/integrations/distributed/test_offloaded.py
 
 export HF_HUB_OFFLINE := 1
 
