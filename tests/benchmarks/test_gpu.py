@@ -8,13 +8,12 @@ import re
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
 from pathlib import Path
 
 import oracles
 import pytest
 import torch
-from gpu import correctness, dense, graphs, waiting
+from gpu import correctness, dense, waiting
 from gpu.page import page
 from gpu.plan import for_gpu, smoke
 from gpu.report import Report
@@ -82,24 +81,6 @@ def test_a_wrong_result_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
         run.all()
     assert run.report.cells == []
     assert re.search(r"\| Linear, input 64 x \d+, float32 \| \*\*no\*\* \|", files[-1])
-
-
-@pytest.mark.parametrize(
-    ("factor", "error"), [(1.0, 0.0), (1.5, 0.5), (float("nan"), float("nan")), (None, float("inf"))]
-)
-def test_gradients_of_two_steps_are_compared(factor: float | None, error: float) -> None:
-    """Without a factor, the second step gives none."""
-    model, x = nn.Linear(3, 2), torch.randn(4, 3)
-
-    def gradients(times: float) -> None:
-        model.zero_grad()
-        (times * model(x)).square().sum().backward()
-
-    def second(*_: object) -> Callable[[], None]:
-        return model.zero_grad if factor is None else lambda: gradients(factor**0.5)
-
-    found = graphs.largest_error(model, lambda: gradients(1.0), second)
-    assert found == pytest.approx(error, abs=1e-6, nan_ok=True)
 
 
 def test_operators_that_read_values_are_found() -> None:

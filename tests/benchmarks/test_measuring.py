@@ -11,32 +11,17 @@ import torch
 from speed import cli, running
 from speed.grid import Job
 from speed.memory import peaks
-from speed.methods import INFERENCE, METHODS, TRAINING, Method
+from speed.methods import INFERENCE, METHODS, TRAINING
 from speed.models import WORKLOADS
 from speed.page import page
 from speed.results import Results, load
 from speed.setting import Mode, Setting
-from speed.steps import plain_model, run_of, steps_of
+from speed.steps import plain_model, run_of
 from speed.target_report import as_text
 from speed.targets import TARGETS, findings
 from speed.timing import Budget
 
 TINY = "llama-64x1"
-
-
-def test_the_frozen_base_runs_backward_through_all_layers() -> None:
-    setting = Setting(TINY, "training", 4)
-    plain = plain_model(setting)
-    reached: list[str] = []
-    for path in ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "lm_head"):
-        layer = plain.get_submodule(path)
-        layer.register_full_backward_hook(lambda *_, path=path: reached.append(path))
-    frozen = Method("frozen", lambda base, workload, r: plain)
-    steps, left_out = steps_of(setting, ["frozen"], {"frozen": frozen})
-    assert left_out == {}
-    steps["frozen"].run(None)
-    assert sorted(reached) == ["lm_head", "model.layers.0.mlp.down_proj", "model.layers.0.self_attn.q_proj"]
-    assert all(weight.grad is None for weight in plain.parameters())
 
 
 def test_a_training_step_is_its_gradients_and_an_optimizer() -> None:

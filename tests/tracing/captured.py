@@ -57,11 +57,6 @@ def bert() -> nn.Module:
     return transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, **HEADS))
 
 
-def t5() -> nn.Module:
-    sizes = {"vocab_size": 16, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
-    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
-
-
 def resnet() -> nn.Module:
     sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
     return transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes))
@@ -77,7 +72,6 @@ def mixtral() -> nn.Module:
 CASES = {
     "llama": Case(llama, {"target_modules": "all-linear", "rank_pattern": {"q_proj": 2}}, labeled, example=(1, 5)),
     "bert": Case(bert, {"target_modules": "all-linear", "task_type": "SEQ_CLS", "bias": "hra_only"}, classified),
-    "t5": Case(t5, {"target_modules": ["q", "v", "wo"]}, labeled),
     "resnet": Case(resnet, {"target_modules": ".*convolution", "modules_to_save": ["classifier"]}, images),
     "mixtral": Case(mixtral, {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}, tokens),
 }

@@ -99,13 +99,9 @@ def check_call(model: nn.Module, inputs: Any) -> fx.GraphModule:
     return graph
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("bert", "t5", "resnet"))]
-)
-def test_a_model_of_transformers_is_one_graph(name: str) -> None:
-    case = CASES[name]
+def test_a_model_of_transformers_is_one_graph() -> None:
+    case = CASES["llama"]
     model, inputs = adapted(case.make(), None, **case.fields), case.call(*case.example)
-    inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
     graph = check_call(model, inputs)
     assert reflections_in(graph) == {row.path: 1 for row in hra_fx.report(model)}
     assert [node.target for node in graph.graph.find_nodes(op="placeholder")] == list(inputs)
@@ -273,10 +269,3 @@ def test_a_module_without_children_that_maps_one_tensor_to_one_is_called() -> No
     assert_same(graph.float()(image().float()), model.float()(image().float()), rtol=1e-6)
     with torch.autocast("cpu", torch.bfloat16):
         assert_same(graph(image().float()), model(image().float()), rtol=1e-6)
-
-
-def test_a_torchscript_module_is_refused() -> None:
-    model = Branching()
-    model.drop = torch.jit.script(nn.ReLU())  # type: ignore[assignment]
-    with pytest.raises(AdapterError, match=r"torch\.export cannot capture Branching"):
-        hra_fx.graphs(adapted(model, ["head"]), image().float())

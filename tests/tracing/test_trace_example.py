@@ -14,13 +14,15 @@ from graph_modules import COPIES, X, config
 from layers.checking import assert_same, randomise
 from torch import Tensor, fx, nn
 from tracing.captured import CASES, bert, llama, made_pair, pair_of, tokens
-from tracing.models import Branches, Dropout, Two
+from tracing.models import Branches, Dropout, Optional, Two
 
 import hra_fx
-from hra_fx.errors import AdapterError
+
+#: Convolutions and experts.
+SLOW = ("resnet", "mixtral")
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", *(pytest.param(n, marks=pytest.mark.slow) for n in CASES)])
+@pytest.mark.parametrize("name", ["llama", "bert", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
 def test_a_graph_does_what_eager_mode_does(name: str, tmp_path: Path) -> None:
     first = made_pair(name)
     assert isinstance(first.graph, fx.GraphModule)
@@ -153,7 +155,16 @@ def test_modes_with_other_operators_are_two_graphs_in_one_module() -> None:
             found, wanted = (model.train(training)(inputs) for model in (other, twin))
             torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
             torch.testing.assert_close(dict(other.named_buffers()), dict(twin.named_buffers()))
+        # What is done to the module is done to both graphs.
+        other.float()
+        twin.float()
+        inputs_in_float = [{"x": pair["x"].float()} for pair in inputs]
+        torch.testing.assert_close(other(inputs_in_float), twin(inputs_in_float))
+        state = {name: torch.rand_like(value.double()) for name, value in twin.double().state_dict().items()}
+        for model in (other.double(), twin):
+            model.load_state_dict(state, assign=True)
         wanted = twin(inputs)
+        torch.testing.assert_close(other(inputs), wanted, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(hra_fx.fold(other)(inputs), wanted, rtol=1e-10, atol=1e-10)
 
 
@@ -176,38 +187,12 @@ def test_options_and_tied_layers_are_as_in_eager_mode(options: dict[str, Any]) -
     assert_same(graph(X), eager(X))
 
 
-def exported() -> Any:
-    program = hra_fx.transform(torch.export.export(Branches().double().eval(), (X,)), config())
-    return program.module()
-
-
-def test_the_module_of_a_program_says_what_works_on_it() -> None:
-    graph = exported()
-    message = r"GraphModule consists of operators, .*load_state_dict\(graph\.state_dict\(\), strict=False\)"
-    for function in (lambda graph: hra_fx.set_adapter(graph, "default"), hra_fx.plan_fold, hra_fx.graphs):
-        with pytest.raises(AdapterError, match=message):
-            function(graph)
-
-
-class Optional(nn.Module):
-    """A forward with an argument that fx leaves at its default."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(6, 6)
-
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        return self.layer(x) if scale is None else self.layer(x) * scale
-
-
-@pytest.mark.parametrize("with_scale", [False, True])
-def test_the_graph_is_called_as_in_the_example(with_scale: bool) -> None:
+@pytest.mark.parametrize("more", [{}, {"mask": torch.randn(8).double()}], ids=["default", "mask"])
+def test_the_graph_is_called_as_in_the_example(more: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    base = Optional().double()
-    inputs = {"x": torch.randn(3, 6).double()} | ({"scale": torch.randn(6).double()} if with_scale else {})
-    settings = hra_fx.HRAConfig(r=2, target_modules=["layer"], init_weights=False)
-    graph = hra_fx.transform(copy.deepcopy(base), settings, trace=True, example_inputs=inputs)
-    eager = hra_fx.transform(copy.deepcopy(base), settings)
+    base, inputs = Optional().double(), {"x": X} | more
+    graph = hra_fx.transform(copy.deepcopy(base), config(init_weights=False), trace=True, example_inputs=inputs)
+    eager = hra_fx.transform(copy.deepcopy(base), config(init_weights=False))
     eager.load_state_dict(graph.state_dict())
     torch.testing.assert_close(graph(**inputs), eager(**inputs), rtol=1e-12, atol=1e-13)
 
@@ -230,9 +215,8 @@ class Routed(nn.Module):
         return gathered
 
 
-@pytest.mark.parametrize("targets", [["first"], ["first", "router"]])
-def test_a_layer_that_returns_several_tensors_is_recorded_by_its_operators(targets: list[str]) -> None:
-    base, settings = Routed().double(), hra_fx.HRAConfig(r=2, target_modules=targets)
+def test_a_layer_that_returns_several_tensors_is_recorded_by_its_operators() -> None:
+    base, settings = Routed().double(), config("first", "router", r=2)
     eager = hra_fx.transform(copy.deepcopy(base), settings)
     graph = hra_fx.transform(base, settings, trace=True, example_inputs=X)
     randomise(eager)
