@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import networkx as nx
 import pytest
 import torchvision
 import transformers
@@ -112,17 +111,3 @@ def test_a_focus_is_the_root_with_what_enters_and_leaves() -> None:
     assert [item.name for item in tree.items] == ["from layer1.1.relu", "layer2.0", "layer2.1", "to layer3.0.conv1 + 1"]
     assert tree.edges == ((0, 1), (1, 2), (2, 3))
     assert [leaf.name for leaf in leaves(focused(drawing("resnet"), "fc"))] == ["from flatten", "fc", "to output"]
-
-
-@pytest.mark.parametrize("focus", ["block", "block.fc1"])
-def test_all_calls_of_a_shared_module_are_shown(focus: str) -> None:
-    part = focused(drawing("shared"), focus)
-    assert sum(leaf.target == "block.fc1" for leaf in leaves(part)) == 3
-    assert nx.is_directed_acyclic_graph(part.picture)
-
-
-def test_a_module_that_is_not_traced_has_no_ports() -> None:
-    part = focused(drawing("bert"), "encoder.layer.1")
-    assert not any(leaf.kind in ("input", "output") for leaf in leaves(part))
-    assert part.tree().eager
-    assert len(part.rows) == 6

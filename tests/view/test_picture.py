@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import networkx as nx
 import pytest
-from drawn_models import HOSTILE, UNSPEAKABLE, Residual, drawing, drawn, named
+from drawn_models import HOSTILE, UNSPEAKABLE, Residual, drawing, drawn
 from torch import nn
 
 import hra_fx
@@ -70,13 +70,6 @@ def test_no_name_breaks_the_file() -> None:
     tags = {"svg", "title", "defs", "marker", "path", "rect", "g", "text", "tspan", "circle"}
     assert {element.tag.removeprefix(SVG) for element in root.iter()} <= tags
     assert "href" not in text and text.count("http") == 1, "it loads nothing"
-
-
-def test_a_very_long_name_does_not_widen_the_page() -> None:
-    name = "m" * 4000
-    root = picture(hra_fx.transform(named(name), hra_fx.HRAConfig(r=2, target_modules=[name])))
-    assert float(root.get("width", "inf")) < 1000
-    assert name in words(root)
 
 
 def test_heat_has_a_legend_with_numbers_and_a_cell_for_each_site() -> None:

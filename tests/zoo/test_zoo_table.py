@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from zoo.result import CHECKS, LEAVES, NOT_APPLICABLE, OK, REFUSED, YES, Result
-from zoo.table import markdown, totals
+from zoo.table import markdown
 
 ROOT = Path(__file__).parents[2]
 RIGHT = Result("timm/a", matched=4, traced=YES, checks=dict.fromkeys(CHECKS, OK) | {"size": NOT_APPLICABLE})
@@ -26,20 +26,10 @@ PARTLY = Result(
 WRONG = Result("timm/c", matched=1, traced=LEAVES, checks={"transform": OK, "eval": "off by 1 | 2"}, inert=["fc"])
 
 
-def test_totals() -> None:
-    found = totals([RIGHT, PARTLY, WRONG])
-    assert found["models"] == "3"
-    assert found["layers adapted"] == "10"
-    assert found["models traced by torch.fx"] == found["models captured by torch.export"] == "1"
-    assert found["layers refused"] == "2"
-    assert found["models with a wrong result"] == "1"
-    assert found["layers without a gradient"] == "1"
-    assert found["transform time / symbolic_trace time: median, largest"] == "3.0, 3.0"
-
-
 def test_the_page() -> None:
     lines = markdown([RIGHT, PARTLY, WRONG], "torch 2; commit abc.").splitlines()
-    assert "torch 2; commit abc." in lines
+    assert {"torch 2; commit abc.", "| models with a wrong result | 1 |", "| layers adapted | 10 |"} < set(lines)
+    assert "| transform time / symbolic_trace time: median, largest | 3.0, 3.0 |" in lines
     assert "| timm | 2 | 1 | 1 | 1 | 5 | 0 |" in lines
     assert "| it branches on a value. | `transformers/b` |" in lines
     assert "- `timm/c`: eval: off by 1 \\| 2" in lines
@@ -48,14 +38,6 @@ def test_the_page() -> None:
     row = next(line for line in lines if line.startswith("| `b`"))
     assert row == "| `b` | 5 | 2 | no | ✓ | ✓ | ✓ | ✓ | ✓ | ✓ | ✓ | ✓ | ✓ | ⊘ | 0.90s (3.0×) |"
     assert lines.index("## timm") < lines.index("## transformers")
-
-
-def test_no_part_on_what_is_wrong_where_nothing_is() -> None:
-    assert "## Wrong results" not in markdown([RIGHT], "")
-
-
-def test_a_row_that_was_not_looked_at_is_not_right() -> None:
-    assert not Result("timm/d").right
 
 
 @pytest.mark.slow

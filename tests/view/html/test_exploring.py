@@ -82,23 +82,6 @@ def test_the_keyboard_does_it_all(closed: Page) -> None:
     assert not closed.locator("#panel").is_visible()
 
 
-def test_keys_of_the_page(closed: Page) -> None:
-    press = closed.keyboard.press
-    zoom = closed.locator("#zoom")
-    for key, shown in (("+", "125%"), ("-", "100%"), ("-", "80%"), ("0", "100%")):
-        press(key)
-        assert zoom.inner_text() == shown
-    press("/")
-    expect(closed.locator("#query")).to_be_focused()
-    closed.keyboard.type("+-?0")
-    assert closed.locator("#query").input_value() == "+-?0"
-    press("Escape")
-    press("?")
-    assert closed.locator("#help").is_visible()
-    press("Escape")
-    assert not closed.locator("#help").is_visible()
-
-
 def test_the_mouse_zooms_and_pans(open_page: Open) -> None:
     page = open_page(page_of(trained_net(), depth=2), viewport={"width": 600, "height": 400})
     scroller = page.locator("#scroller")
@@ -118,14 +101,6 @@ def test_the_mouse_zooms_and_pans(open_page: Open) -> None:
     assert not page.locator("#panel").is_visible(), "a drag selects nothing"
 
 
-def test_the_edges_of_the_selected_box_are_highlighted(closed: Page) -> None:
-    box(closed, "stem").click()
-    assert closed.locator("#scroller .edge.lit").count() == 2
-    box(closed, "head").click()
-    assert selected(closed) == "head"
-    assert closed.locator("#scroller .edge.lit").count() == 2
-
-
 def test_skipped_layers_are_marked_listed_and_explained(closed: Page) -> None:
     assert closed.locator("#scroller circle.skipped").count() == 2
     assert closed.locator("#skipped").inner_text() == "2 layers not adapted"
@@ -135,16 +110,6 @@ def test_skipped_layers_are_marked_listed_and_explained(closed: Page) -> None:
     assert selected(closed) == "head"
     assert "not in target_modules" in closed.locator("#panel .reason").inner_text()
     assert facts(closed)["class"] == "Linear 12→4"
-
-
-def test_skipped_layers_inside_a_closed_module_are_counted(open_page: Open) -> None:
-    page = open_page(page_of(trained_net(target_modules=["up"]), depth=0))
-    assert "· 3 not adapted" in (box(page, BLOCKS).text_content() or "")
-    assert "3 not adapted" in (box(page, BLOCKS).get_attribute("aria-label") or "")
-    search(page, "blocks.1.down")
-    page.keyboard.press("Enter")
-    assert selected(page) == "down"
-    assert page.locator("#panel .not-adapted li").all_inner_texts() == [f"blocks.{i}.down" for i in range(3)]
 
 
 #: Whether one element lies on another one.
@@ -165,18 +130,6 @@ def test_nothing_covers_the_drawing(open_page: Open, width: int) -> None:
             assert not page.evaluate(COVERS, [part, "#stage"]), part
         assert page.locator("#legend").is_visible()
         assert page.evaluate("document.documentElement.scrollWidth") <= width
-
-
-def test_a_phone_has_a_small_toolbar_and_the_left_edge_of_the_drawing(open_page: Open) -> None:
-    page = open_page(page_of(trained_net(), depth=2), viewport={"width": 420, "height": 800})
-    height = page.locator(".top").evaluate("element => element.getBoundingClientRect().height")
-    assert height <= 140
-    assert page.locator("#scroller").evaluate("element => element.scrollLeft") == 0
-    assert place(page, "x")["x"] >= 0
-    box(page, "down").click()
-    stage, panel = (page.locator(part).bounding_box() for part in ("#stage", "#panel"))
-    assert stage and panel and stage["height"] + panel["height"] < 800 - height
-    expect(box(page, "down").locator(":scope > .frame")).to_be_in_viewport(ratio=0.9)
 
 
 def test_a_layer_that_should_have_an_adapter_is_red_and_others_are_not(open_page: Open) -> None:

@@ -87,23 +87,6 @@ def test_a_repeat_has_a_row_for_each_of_its_layers(open_page: Open) -> None:
     assert page.locator("#panel h3.instance").inner_text() == "blocks.1.down"
 
 
-def test_two_adapters_of_a_layer_are_both_told(open_page: Open) -> None:
-    model = trained_net()
-    hra_fx.add_adapter(model, "second", hra_fx.HRAConfig(r=2, target_modules=["up"]))
-    page = open_page(page_of(model))
-    choose(page, "blocks.0.up")
-    assert page.locator("#panel h3").all_inner_texts()[2:4] == ["Adapter default", "Adapter second, inactive"]
-    assert facts(page)["r"] == "2"
-
-
-def test_layers_in_modules_to_save_are_trained_and_not_skipped(open_page: Open) -> None:
-    page = open_page(page_of(trained_net(modules_to_save=["head"])))
-    assert page.locator("#skipped").inner_text() == "1 layer not adapted"
-    choose(page, "head")
-    assert page.locator("#panel h3").all_inner_texts() == ["Trained in full"]
-    assert page.locator("#scroller g.trained").count() == 1
-
-
 def test_heat_has_the_colors_and_means_of_the_report(open_page: Open) -> None:
     """The page opens with the change of the weight."""
     model = trained_net()
