@@ -26,12 +26,10 @@ from learning.variants import ALL
 from torch import nn
 
 #: Their runs have the same steps as those of the other tasks.
-SLOW = ("language", "language-long", "language-4-bit", "newsgroups-5000", "digits")
+ALIKE = ("language", "language-long", "language-4-bit", "newsgroups-5000", "digits")
 
 
-@pytest.mark.parametrize(
-    "task", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in TASK_NAMES]
-)
+@pytest.mark.parametrize("task", [name for name in TASK_NAMES if name not in ALIKE])
 def test_a_tiny_run_of_each_task(task: str) -> None:
     record = run(task, "hra-pairs", 0, 1e-2, test=True, tiny=True)
     assert (record.task, record.method, record.seed, record.lr) == (task, "hra-pairs", 0, 1e-2)

@@ -62,18 +62,10 @@ def resnet() -> nn.Module:
     return transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes))
 
 
-def mixtral() -> nn.Module:
-    config = transformers.MixtralConfig(
-        **SIZES, **HEADS, num_key_value_heads=2, num_local_experts=4, experts_implementation="batched_mm"
-    )
-    return transformers.MixtralForCausalLM(config)
-
-
 CASES = {
     "llama": Case(llama, {"target_modules": "all-linear", "rank_pattern": {"q_proj": 2}}, labeled, example=(1, 5)),
     "bert": Case(bert, {"target_modules": "all-linear", "task_type": "SEQ_CLS", "bias": "hra_only"}, classified),
     "resnet": Case(resnet, {"target_modules": ".*convolution", "modules_to_save": ["classifier"]}, images),
-    "mixtral": Case(mixtral, {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}, tokens),
 }
 
 

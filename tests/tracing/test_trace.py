@@ -127,11 +127,6 @@ def counted(self: Any, hidden: Tensor) -> Tensor:
     return hidden
 
 
-def appended(self: Any, hidden: Tensor) -> Tensor:
-    self.seen.append(1)
-    return hidden
-
-
 def cached(self: Any, hidden: Tensor) -> Tensor:
     if "gain" not in self.table:
         self.table["gain"] = hidden.new_full((8,), 2.0)
@@ -158,7 +153,6 @@ class Keeps(Two):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[int] = []
         self.table: dict[str, Tensor] = {}
         self.total = torch.zeros(8)
         self.drop = nn.Dropout(0.5)
@@ -219,7 +213,6 @@ REFUSED: dict[str, tuple[type[nn.Module], str]] = {
     "attribute of a value": (middle(data_set), "it sets 'data' of a value"),
     "constant tensor": (middle(lambda self, hidden: hidden * torch.tensor(2.0)), "it creates a tensor in Python"),
     "attribute": (middle(counted), "its forward changes calls"),
-    "list": (kept(appended), "its forward changes seen"),
     "cache": (kept(cached), "its forward changes table"),
     "tensor": (kept(summed), "its forward changes total"),
     "mode of a part": (kept(mode_changed), "drop: its train or eval mode is changed for this call"),

@@ -18,11 +18,8 @@ from tracing.models import Branches, Dropout, Optional, Two
 
 import hra_fx
 
-#: Convolutions and experts.
-SLOW = ("resnet", "mixtral")
 
-
-@pytest.mark.parametrize("name", ["llama", "bert", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
+@pytest.mark.parametrize("name", ["llama", "bert", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_a_graph_does_what_eager_mode_does(name: str, tmp_path: Path) -> None:
     first = made_pair(name)
     assert isinstance(first.graph, fx.GraphModule)

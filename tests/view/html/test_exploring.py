@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from pages import box, facts, page_of, place, search, strip, trail, trained_net
+from pages import box, facts, page_of, search, strip, trail, trained_net
 from playwright.sync_api import Page, expect
 from torch import nn
 
@@ -82,25 +82,6 @@ def test_the_keyboard_does_it_all(closed: Page) -> None:
     assert not closed.locator("#panel").is_visible()
 
 
-def test_the_mouse_zooms_and_pans(open_page: Open) -> None:
-    page = open_page(page_of(trained_net(), depth=2), viewport={"width": 600, "height": 400})
-    scroller = page.locator("#scroller")
-    before = place(page, "stem")
-    page.mouse.move(before["x"] + 10, before["y"] + 10)
-    page.keyboard.down("Control")
-    page.mouse.wheel(0, -200)
-    page.keyboard.up("Control")
-    expect(page.locator("#zoom")).to_have_text("149%")
-    assert place(page, "stem")["width"] == pytest.approx(1.49 * before["width"], rel=0.02)
-    top = scroller.evaluate("element => element.scrollTop")
-    page.mouse.move(300, 300)
-    page.mouse.down()
-    page.mouse.move(300, 200, steps=4)
-    page.mouse.up()
-    assert scroller.evaluate("element => element.scrollTop") == top + 100
-    assert not page.locator("#panel").is_visible(), "a drag selects nothing"
-
-
 def test_skipped_layers_are_marked_listed_and_explained(closed: Page) -> None:
     assert closed.locator("#scroller circle.skipped").count() == 2
     assert closed.locator("#skipped").inner_text() == "2 layers not adapted"
@@ -110,26 +91,6 @@ def test_skipped_layers_are_marked_listed_and_explained(closed: Page) -> None:
     assert selected(closed) == "head"
     assert "not in target_modules" in closed.locator("#panel .reason").inner_text()
     assert facts(closed)["class"] == "Linear 12→4"
-
-
-#: Whether one element lies on another one.
-COVERS = """([one, other]) => {
-  const [a, b] = [one, other].map((name) => document.querySelector(name).getBoundingClientRect());
-  return a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1;
-}"""
-
-
-@pytest.mark.parametrize("width", [1440, 420])
-def test_nothing_covers_the_drawing(open_page: Open, width: int) -> None:
-    page = open_page(page_of(trained_net(target_modules=["up"])), viewport={"width": width, "height": 800})
-    for opened in (False, True):
-        if opened:
-            box(page, "up").click()
-        assert page.locator("#panel").is_visible() == opened
-        for part in ("#legend", ".top", *["#panel"] * opened):
-            assert not page.evaluate(COVERS, [part, "#stage"]), part
-        assert page.locator("#legend").is_visible()
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_a_layer_that_should_have_an_adapter_is_red_and_others_are_not(open_page: Open) -> None:

@@ -10,7 +10,7 @@ from pages import box, facts, page_of, search, strip, trained_net
 from playwright.sync_api import Page
 
 import hra_fx
-from hra_fx.reporting.heat import DARK_PALETTE, HEATS, color, heat_of, ink_on, scale
+from hra_fx.reporting.heat import HEATS, color, heat_of, scale
 from hra_fx.reporting.row import Row
 
 Open = Callable[..., Page]
@@ -116,12 +116,3 @@ def test_heat_has_the_colors_and_means_of_the_report(open_page: Open) -> None:
     assert strip(page, "down") == "r 4 · d 24"
     assert page.locator("#scale").inner_text() == ""
     assert open_page(page_of(model, heat="angle")).locator("#heat").input_value() == "angle"
-
-
-def test_heat_on_dark_has_the_other_palette(open_page: Open) -> None:
-    model = trained_net()
-    page = open_page(page_of(model), color_scheme="dark")
-    values = heat_of(hra_fx.report(model).rows, "weight_change")
-    wanted = color(sum(values[f"blocks.{i}.up"] for i in range(3)) / 3, scale(values.values()), DARK_PALETTE)
-    assert box(page, "up").locator(".strip").evaluate(FILL) == rgb(wanted)
-    assert box(page, "up").locator(".strip + text").evaluate(FILL) == rgb(ink_on(wanted))

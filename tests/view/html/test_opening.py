@@ -121,16 +121,3 @@ def test_dark_and_light_follow_the_system_and_the_button(open_page: Open) -> Non
     assert luminance(dark, "body") > 200 > 60 > luminance(light, "body")
     light.emulate_media(media="print")
     assert luminance(light, "body") > 200, "paper is never dark"
-
-
-def test_paper_has_the_whole_picture_and_no_controls(open_page: Open) -> None:
-    page = open_page(page_of(trained_net(), depth=2), color_scheme="dark")
-    page.emulate_media(media="print")
-    page.set_viewport_size({"width": 700, "height": 1000})  # A4 between its margins
-    assert page.evaluate("document.documentElement.scrollWidth") <= 700
-    for control in ("#query", "#heat", "#legend .group"):
-        assert not page.locator(control).is_visible()
-    assert page.locator("#scale").is_visible()
-    picture = page.locator("#scroller > svg").bounding_box()
-    assert picture and picture["width"] <= 700 and picture["height"] <= 832
-    assert page.pdf(format="A4").startswith(b"%PDF")
