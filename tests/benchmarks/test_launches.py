@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import host
 import launches
 import pytest
 import torch
+import transformers
 from speed.launches import operators
 from speed.models import WORKLOADS, linear
 from speed.per_site import PerSite, per_site
 from speed.setting import Setting
+
+import hra_fx
 
 X = torch.randn(4, 6)
 W = torch.randn(6, 6, requires_grad=True)
@@ -52,3 +56,18 @@ def test_targets_are_met_up_to_their_limits() -> None:
     assert met == "- met: hra_fx / PEFT LoRA, Llama of 12 layers, r=8: 0.80; limit 0.80"
     assert missed.startswith("- **NOT met**: hra_fx, GS / PEFT LoRA") and missed.endswith("1.21; limit 1.20")
     assert all(line.startswith("- not measured") for line in launches.verdicts(counted(lora=10)))
+
+
+# ---- functions of hra_fx that a training step passes; the times themselves are in no test ----
+
+
+def test_an_adapted_linear_and_the_batch_pass_few_functions() -> None:
+    inside, outside = host.frames(host.adapted_model().train())
+    assert inside < 6.1, "in each layer; the first ones ask which side is cheaper"
+    assert outside < 3, "in the batch, for each layer"
+
+
+def test_so_do_linears_with_transposed_weights() -> None:
+    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32)
+    model = hra_fx.transform(transformers.GPT2LMHeadModel(config), hra_fx.HRAConfig(r=2, target_modules=["c_attn"]))
+    assert host.frames(model.train())[0] < 7.1

@@ -125,15 +125,6 @@ def test_the_noise_of_a_control_is_added_to_the_limit(own: float, control: float
     assert f"{own:.3f}, {own:.3f} to {own:.3f}, 3 pairs; limit {limit}" in as_text([found])
 
 
-@pytest.mark.parametrize(
-    ("values", "verdict"), [([0.9, 0.95, 1.1], "met, unsure"), ([0.9, 1.05, 1.1], "not met, unsure")]
-)
-def test_an_interval_on_both_sides_of_the_limit_is_unsure(values: list[float | None], verdict: str) -> None:
-    target = TARGETS[0]
-    cell = Cell(target.setting, Measured({target.own: values, target.peer: [1.0, 1.0, 1.0]}))
-    assert findings(Results({"run": "full"}, [cell]))[0].verdict == verdict
-
-
 def test_both_runs_measure_all_targets_and_the_short_one_nothing_else() -> None:
     needed: dict[Setting, set[str]] = {}
     for target in TARGETS:

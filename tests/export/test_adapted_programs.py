@@ -7,15 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from layers.checking import assert_same, gradients, normal, pair, run_dense, vectors_of
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import hra_fx
 from hra_fx.model.state import adapted_layers
-from hra_fx.view.graph import leaves_of
-from hra_fx.view.subject import describe_module, subject_of
 
 
 class Doubling(nn.Linear):
@@ -104,17 +101,3 @@ def test_graphs_are_the_model(kind: Callable[[], nn.Module]) -> None:
             else:
                 name = "in_proj_weight" if path == "attn" else "weight"
                 assert_same(graphs[path](), getattr(layer, name), rtol=1e-14)
-
-
-def torchvision_swin() -> nn.Module:
-    sizes = {"patch_size": [4, 4], "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": [4, 4]}
-    return torchvision.models.SwinTransformer(**sizes, num_classes=3)
-
-
-def test_a_rotated_weight_is_drawn_before_its_consumer() -> None:
-    _, model = pair(torchvision_swin, ["qkv"])
-    picture = leaves_of(subject_of(model, hra_fx.graphs(model)))
-    for key, leaf in picture.nodes(data="leaf"):
-        if leaf.marks:
-            assert leaf.name == "qkv" and leaf.detail == describe_module(model.get_submodule(leaf.target))
-            assert picture.out_degree(key) >= 1 and picture.in_degree(key) == 0

@@ -131,13 +131,6 @@ def test_the_largest_parts_and_the_reasons() -> None:
         assert_same(graphs[path](x), model.get_submodule(path)(x))
 
 
-def test_a_part_in_eval_mode_does_not_change() -> None:
-    model = adapted(Host())
-    model.mlp.eval()
-    graph = hra_fx.graphs(model)["mlp"]
-    assert not graph.training and model.training and not model.mlp.training
-
-
 def test_interpreters_shape_propagation_and_export() -> None:
     from torch.fx.passes.shape_prop import ShapeProp
 

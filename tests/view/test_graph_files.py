@@ -10,7 +10,7 @@ from itertools import pairwise
 import networkx as nx
 import pytest
 from drawn_models import MAKERS, drawing, drawn
-from torch import Tensor, nn
+from torch import nn
 
 import hra_fx
 from hra_fx.view.drawing import Drawing, drawing_of
@@ -130,24 +130,16 @@ def test_hostile_names_are_read_as_they_are() -> None:
     assert not set("\"`<>&#;%{}[]|:\\~^$@!?*'") & set(re.sub(r"#\d+;", "", escape(text)))
 
 
-class Long(nn.Module):
+def long(modules: int) -> nn.Sequential:
     """A chain in modules of ten layers, all of them different."""
-
-    def __init__(self, modules: int) -> None:
-        super().__init__()
-        self.part = nn.ModuleList(
-            nn.Sequential(*(nn.Linear(4 + (7 * i + j) % 5, 4 + (7 * i + j + 1) % 5) for j in range(10)))
-            for i in range(modules)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        for part in self.part:
-            x = part(x[..., :1].expand(*x.shape[:-1], part[0].in_features))
-        return x
+    widths = [[4 + 5 * place + step for step in range(5)] for place in range(modules)]
+    return nn.Sequential(
+        *(nn.Sequential(*(part for w in own for part in (nn.Linear(4, w), nn.Linear(w, 4)))) for own in widths)
+    )
 
 
 def test_more_edges_than_github_draws_are_refused_with_the_depth_that_fits() -> None:
-    found = drawing_of(Long(60))
+    found = drawing_of(long(60))
     gives = r"`depth=3` gives [\d,]+ edges and [\d,]+ characters; GitHub draws at most 500 edges and 50,000 characters"
     with pytest.raises(hra_fx.VisualizeError, match=rf"{gives}\. `depth=1` fits\."):
         render(found, Options(depth=3))

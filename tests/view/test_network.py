@@ -12,7 +12,7 @@ import pytest
 import torch
 import torchvision
 from graph_modules import Cnn
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import hra_fx
@@ -156,22 +156,6 @@ def test_an_exported_program_shows_its_layers() -> None:
         assert nx.utils.graphs_equal(hra_fx.to_networkx(without), plain)
     with pytest.raises(AdapterError, match=r"consists of operators, .* Pass the ExportedProgram"):
         hra_fx.to_networkx(adapted.module())
-
-
-def test_a_shared_layer_is_one_site_and_counts_once() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(4, 4)
-            self.again = self.layer
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.again(torch.relu(self.layer(x)))
-
-    for model in (Twice(), rotated(Twice(), r=2, target_modules=["layer"])):
-        graph = hra_fx.to_networkx(model)
-        assert sum(data["parameters"] for _, data in graph.nodes(data=True)) == 20
-    assert sites_in(graph) == ["layer"]
 
 
 def test_looking_changes_nothing() -> None:

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 
 import networkx as nx
 import pytest
-import torch
 import torchvision
 from drawn_models import Residual
 from hypothesis import given, settings, strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 import hra_fx
 from hra_fx.view.graph import leaves_of
@@ -73,28 +72,6 @@ def test_identical_blocks_are_counted_and_different_ones_are_not() -> None:
         other := nn.Sequential(Residual(), Residual()).eval(), hra_fx.HRAConfig(r=2, target_modules=["0.fc1"])
     )
     assert [scope.count for scope in scopes(tree(other)) if scope.class_name == "Residual"] == [1, 1]
-
-
-def test_parameters_are_folded_into_what_reads_them_and_identities_are_left_out() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(4))
-            self.skip = nn.Identity()
-            self.fc = nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.skip(self.fc(x) * self.scale).reshape(x.shape[0], -1)
-
-    root = tree(adapted(Net()))
-    assert [(item.name, item.detail) for item in root.items if isinstance(item, Leaf)] == [
-        ("x", ""),
-        ("fc", "Linear 4→4"),
-        ("mul", "scale"),
-        ("reshape", ""),
-        ("output", ""),
-    ]
-    assert root.edges == ((0, 1), (1, 2), (2, 3), (3, 4))
 
 
 # ---- the layout ----

@@ -126,19 +126,6 @@ def test_a_layer_that_is_neither_adapted_nor_refused_is_found(monkeypatch: pytes
     assert check(ENTRY).failures["transform"] == "neither adapted nor refused: 6"
 
 
-def test_refused_layers_are_left_out_and_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def choosy(model: Any, config: hra_fx.HRAConfig, **options: Any) -> Any:
-        if "|6|" in str(config.target_modules):
-            raise hra_fx.UnsupportedLayerError("6 (Linear): it is Tuesday. Wait. Also unsupported: 8.")
-        return TRANSFORM(model, config, **options)
-
-    monkeypatch.setattr(hra_fx, "transform", choosy)
-    result = check(ENTRY)
-    assert result.right
-    assert result.refused == {"6": "it is Tuesday. Wait."}
-    assert result.matched == 2
-
-
 def test_a_wrong_graph_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(model: Any, config: hra_fx.HRAConfig, **options: Any) -> Any:
         made = TRANSFORM(model, config, **options)

@@ -51,35 +51,6 @@ MASKED: dict[str, Any] = {
     "decoder_num_attention_heads": 2,
     "decoder_intermediate_size": 32,
 }
-DEPTH: dict[str, Any] = {
-    "num_hidden_layers": 4,
-    "backbone_out_indices": [0, 1, 2, 3],
-    "neck_hidden_sizes": [8, 8, 8, 8],
-    "fusion_hidden_size": 8,
-    "is_hybrid": False,
-}
-ANYTHING: dict[str, Any] = {
-    "backbone_config": {
-        "model_type": "dinov2",
-        **PATCHES,
-        "out_features": ["stage1", "stage2"],
-        "reshape_hidden_states": False,
-    },
-    "patch_size": 8,
-    "reassemble_hidden_size": 16,
-    "reassemble_factors": [2, 1],
-    "neck_hidden_sizes": [8, 8],
-    "fusion_hidden_size": 8,
-    "head_hidden_size": 8,
-}
-FOUR: dict[str, Any] = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_stages": 4}
-UPER: dict[str, Any] = {
-    "backbone_config": {"model_type": "convnext", **FOUR, "out_features": ["stage1", "stage2", "stage3", "stage4"]},
-    "hidden_size": 16,
-    "auxiliary_channels": 8,
-    "auxiliary_in_channels": 16,
-    "pool_scales": [1, 2],
-}
 GPT: dict[str, Any] = {"vocab_size": 51, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "use_cache": False}
 PROMPTED: dict[str, Any] = {"hidden_size": 16, "image_size": 32, "patch_size": 8, "mask_input_channels": 4}
 SAM: dict[str, Any] = {
@@ -146,10 +117,7 @@ ENTRIES: list[Entry] = [
     _vision("poolformer", "PoolFormerForImageClassification", **PYRAMID, drop_path_rate=0.1),
     _vision("pvt", "PvtForImageClassification", sizes=1, **PYRAMID, image_size=32),
     _vision("pvt_v2", "PvtV2ForImageClassification", **PYRAMID),
-    _vision("dpt", "DPTForDepthEstimation", **PATCHES | DEPTH),
-    _vision("depth_anything", "DepthAnythingForDepthEstimation", **ANYTHING),
     _vision("glpn", "GLPNForDepthEstimation", images((32, 64)), **PYRAMID, decoder_hidden_size=16),
-    _vision("upernet", "UperNetForSemanticSegmentation", **UPER),
     _vision("yolos", "YolosForObjectDetection", **PATCHES | {"image_size": [32, 32]}, num_detection_tokens=4),
     _vision("detr", "DetrForObjectDetection", **DETECTOR),
     _vision("conditional_detr", "ConditionalDetrForObjectDetection", **DETECTOR),

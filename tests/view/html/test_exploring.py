@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytest
 from pages import box, facts, page_of, search, strip, trail, trained_net
 from playwright.sync_api import Page, expect
-from torch import nn
 
 from hra_fx.model.state import adapted_layers
 
@@ -91,19 +90,3 @@ def test_skipped_layers_are_marked_listed_and_explained(closed: Page) -> None:
     assert selected(closed) == "head"
     assert "not in target_modules" in closed.locator("#panel .reason").inner_text()
     assert facts(closed)["class"] == "Linear 12→4"
-
-
-def test_a_layer_that_should_have_an_adapter_is_red_and_others_are_not(open_page: Open) -> None:
-    model = trained_net(modules_to_save=["head"])
-    model.blocks[0].up = nn.Linear(12, 24)  # it is targeted, and has no adapter
-    page = open_page(page_of(model))
-    line = "element => getComputedStyle(element).stroke"
-    for mark, color in ((".refused", "rgb(204, 66, 55)"), (".skipped", "rgb(123, 134, 150)")):
-        assert page.locator(f"#scroller {mark}").count() == 1
-        assert page.locator(f"#scroller {mark}").evaluate(line) == color
-    assert page.locator("#scroller .trained > .frame").evaluate(line) == "rgb(75, 134, 196)"
-    assert page.locator("#skipped.alarm").count() == 1
-    words = page.locator("#legend li").all_text_contents()
-    assert {"1 layer not targeted", "1 layer targeted, but not adapted", "trained in full"} <= set(words)
-    quiet = open_page(page_of(trained_net()))
-    assert quiet.locator(".refused, .alarm").count() == 0

@@ -43,13 +43,6 @@ def test_the_page_tells_what_it_shows(open_page: Open) -> None:
     assert "Linear 6→12" in (box(page, "stem").text_content() or "")
 
 
-@pytest.mark.parametrize(("depth", "shown"), [(0, False), (2, True)])
-def test_the_option_says_how_many_levels_are_open(open_page: Open, depth: int, shown: bool) -> None:
-    page = open_page(page_of(trained_net(), depth=depth))
-    assert ("up" in labels(page)) == shown
-    assert (page.locator("#scroller .opens").count() == 0) == shown
-
-
 def test_every_box_is_in_one_picture_and_pictures_stay_small(open_page: Open) -> None:
     """A model of 32 blocks that all differ."""
     blocks = (nn.Sequential(nn.Linear(8, 8 + i), nn.ReLU(), nn.Linear(8 + i, 8)) for i in range(32))
