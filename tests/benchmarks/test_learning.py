@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,7 +16,7 @@ from learning.plan import RANKS, SEEDS, TASK_NAMES, Run, methods_of, missing
 from learning.rates import chosen, final_runs, means, searched
 from learning.records import FILE, Record, of, read, write
 from learning.running import run_all
-from learning.summary import compare, difference, gain, retained_at, retention_curve, scores, validation_gain
+from learning.summary import difference, scores
 from learning.tasks import TASKS
 from learning.tasks.language import config
 from learning.tasks.task import Task
@@ -145,36 +144,6 @@ def test_differences_are_paired_by_seed() -> None:
     assert found.half == pytest.approx(4.303 * error), "Student's t with two degrees of freedom"
 
 
-def scored(made: dict[str, tuple[float, ...]]) -> list[Record]:
-    """Runs with test scores, by method and seed."""
-    return [
-        record(Run(TASK, method, seed, 1e-3, None, test=test), 0.0, score)
-        for method, scores in made.items()
-        for seed, score in enumerate(scores)
-        for test in (False, True)
-    ]
-
-
-def test_a_smaller_error_is_a_gain() -> None:
-    records = scored({"lora": (4.9, 5.1), "hra-pairs": (3.0, 3.0)})
-    assert gain(records, TASK, "hra-pairs", "lora").mean == pytest.approx(2.0)
-    found = compare(records, TASK)
-    assert found is not None
-    assert (found.lora, found.other, found.holds) == ([4.9, 5.1], [3.0, 3.0], True)
-
-
-def test_what_is_retained_between_two_rates() -> None:
-    planned = [Run("digits", "lora", 0, lr, None, test=False) for lr in (1e-3, 3e-3, 1e-2)]
-    scores = {1e-3: (70.0, 90.0), 3e-3: (80.0, 80.0), 1e-2: (60.0, 10.0)}
-    records = [
-        dataclasses.replace(record(one, scores[one.lr][0]), retention={"kept": scores[one.lr][1]}) for one in planned
-    ]
-    curve = retention_curve(records, "digits", "lora", "kept")
-    assert curve == [scores[1e-3], scores[3e-3]], "up to the best rate"
-    assert retained_at(curve, 77.5) == pytest.approx(82.5)
-    assert retained_at(curve, 65.0) is None
-
-
 def test_docs_results_md_follows_from_docs_results_json() -> None:
     text = FILE.with_suffix(".md").read_text()
     assert text == page(read()), "write it with: PYTHONPATH=benchmarks python -m learning --page"
@@ -249,14 +218,6 @@ def test_what_the_guide_says_of_seeds_and_gram_schmidt(records: list[Record]) ->
     errors = {method: searched(records, "teacher-rotation", method) for method in ("hra", "hra-gs")}
     assert min(errors["hra-gs"].values()) > 20
     assert min(errors["hra"].values()) < 0.01
-
-
-def test_what_the_guide_says_of_schedule_warmup_and_weight_decay(records: list[Record]) -> None:
-    said = {"cosine": "a linear one", "constant": "a constant rate", "no-warmup": "no warmup", "decay": "decay 0.1"}
-    for name, words in said.items():
-        found = validation_gain(records, "language", f"hra-pairs-{name}")
-        assert f"{words} {found.mean:+.1f} ± {found.half:.1f}" in GUIDE
-        assert abs(found.mean) < found.half, "no measurable difference"
 
 
 def test_what_the_guide_says_of_forgetting(records: list[Record]) -> None:

@@ -5,32 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from speed import cli, running
 from speed.grid import Job
-from speed.methods import INFERENCE, METHODS, TRAINING
-from speed.models import WORKLOADS
+from speed.methods import INFERENCE, TRAINING
 from speed.results import Results, load
 from speed.setting import Mode, Setting
-from speed.steps import plain_model, run_of
 from speed.timing import Budget
 
 TINY = "llama-64x1"
-
-
-def test_a_training_step_is_its_gradients_and_an_optimizer() -> None:
-    moved, grads = dict[str, bool](), dict[str, torch.Tensor]()
-    for mode in ("gradients", "training"):
-        setting = Setting(TINY, mode, 4)  # type: ignore[arg-type]
-        model = METHODS["lora"].put(plain_model(setting), WORKLOADS[TINY], 8)
-        trained = [weight for weight in model.parameters() if weight.requires_grad]
-        before = [weight.detach().clone() for weight in trained]
-        run = run_of(model, METHODS["lora"], setting)
-        run()
-        grads[mode] = torch.cat([weight.grad.flatten() for weight in trained if weight.grad is not None])
-        moved[mode] = any(not torch.equal(now, then) for now, then in zip(trained, before, strict=True))
-    assert moved == {"gradients": False, "training": True}
-    torch.testing.assert_close(grads["gradients"], grads["training"])
 
 
 TWO = Budget(seconds=0, least=2)

@@ -16,7 +16,7 @@ from speed.results import Cell, Results
 from speed.setting import Setting
 from speed.target_report import as_text
 from speed.targets import TARGETS, findings
-from speed.timing import Budget, Measured, Step, attendance, clocked, interleave
+from speed.timing import Budget, Measured, Step, clocked, interleave
 
 ONES = [1.0] * 9
 
@@ -82,13 +82,6 @@ def test_a_method_that_fails_is_left_out_with_the_reason() -> None:
     measured = interleave({"a": Step(fail), "b": Step(lambda _: None)}, Budget(seconds=0, least=2), clocked)
     assert measured.left_out == {"a": "ValueError: no such kernel"}
     assert list(measured.values) == ["b"]
-
-
-def test_a_slow_method_sits_most_rounds_out() -> None:
-    # Of 80 seconds 60 are for 30 rounds of two seconds, 20 for the slow one: one run, which is less than the least.
-    turns = attendance({"a": 1.0, "slow": 12.0}, Budget(seconds=80))
-    assert turns["a"] == [True] * 30
-    assert [turn for turn, there in enumerate(turns["slow"]) if there] == [0, 14, 29]
 
 
 def measured_in(index: int, own: float, peer: float, control: float = 1.0) -> Results:

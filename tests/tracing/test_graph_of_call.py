@@ -13,7 +13,6 @@ from adapting import randomise
 from layers.checking import assert_same
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
-from tracing.captured import CASES
 
 import hra_fx
 from hra_fx.errors import AdapterError
@@ -97,14 +96,6 @@ def check_call(model: nn.Module, inputs: Any) -> fx.GraphModule:
     assert {name for name, _ in model.named_parameters()} <= shared.keys()
     graph.graph.lint()
     return graph
-
-
-def test_a_model_of_transformers_is_one_graph() -> None:
-    case = CASES["llama"]
-    model, inputs = adapted(case.make(), None, **case.fields), case.call(*case.example)
-    graph = check_call(model, inputs)
-    assert reflections_in(graph) == {row.path: 1 for row in hra_fx.report(model)}
-    assert [node.target for node in graph.graph.find_nodes(op="placeholder")] == list(inputs)
 
 
 @pytest.mark.parametrize("fields", [{"r": 3}, {"apply_GS": True}], ids=str)

@@ -13,7 +13,7 @@ import torch
 from graph_modules import COPIES, X, config
 from layers.checking import assert_same, randomise
 from torch import Tensor, fx, nn
-from tracing.captured import CASES, bert, llama, made_pair, pair_of, tokens
+from tracing.captured import CASES, bert, llama, made_pair, pair_of, tokens, twins
 from tracing.models import Branches, Dropout, Optional, Two
 
 import hra_fx
@@ -78,13 +78,11 @@ def mixed_logits(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 
 def test_a_graph_is_compiled_and_exported() -> None:
-    pair = pair_of("llama")
-    compiled = torch.compile(pair.graph.eval(), backend="eager", dynamic=True)
-    for inputs in pair.inputs:
-        wanted = pair.eager.eval()(**inputs).logits
-        torch.testing.assert_close(compiled(**inputs).logits, wanted, rtol=1e-9, atol=1e-10)
-    exported = torch.export.export(pair.graph, (), inputs).module()
-    torch.testing.assert_close(exported(**inputs).logits, wanted, rtol=1e-9, atol=1e-10)
+    graph, eager = twins(Branches().double().eval(), X)
+    compiled = torch.compile(graph, backend="eager", dynamic=True)
+    for x in (X, torch.cat([X, X])):
+        assert_same(compiled(x), eager(x))
+    assert_same(torch.export.export(graph, (X,)).module()(X), eager(X))
 
 
 class Normed(Branches):
@@ -95,10 +93,8 @@ class Normed(Branches):
 
 
 def test_a_graph_runs_under_autocast() -> None:
-    base, x = Normed(), X.float()
-    eager = hra_fx.transform(copy.deepcopy(base), config(init_weights=False))
-    graph = hra_fx.transform(base, config(init_weights=False), trace=True, example_inputs=x)
-    graph.load_state_dict(eager.state_dict())
+    x = X.float()
+    graph, eager = twins(Normed(), x)
     with torch.autocast("cpu", torch.bfloat16):
         found, wanted = (model(x)["out"] for model in (graph, eager))
     assert found.dtype is wanted.dtype is torch.bfloat16
@@ -140,12 +136,8 @@ class Modes(nn.Module):
 
 
 def test_modes_with_other_operators_are_two_graphs_in_one_module() -> None:
-    torch.manual_seed(0)
-    base = Modes().double()
-    eager = hra_fx.transform(copy.deepcopy(base), config(init_weights=False))
     inputs = [{"x": X}, {"x": X.flip(0)}]
-    graph = hra_fx.transform(base, config(init_weights=False), trace=True, example_inputs={"pairs": inputs})
-    graph.load_state_dict(eager.state_dict())
+    graph, eager = twins(Modes().double(), {"pairs": inputs})
     for other in (graph, copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
         twin = copy.deepcopy(eager)
         for training in (True, False):
@@ -176,21 +168,14 @@ class Tied(Branches):
 
 @pytest.mark.parametrize("options", [{}, {"verify": True}, {"low_cpu_mem_usage": True}], ids=str)
 def test_options_and_tied_layers_are_as_in_eager_mode(options: dict[str, Any]) -> None:
-    torch.manual_seed(0)
-    base = Tied().double()
-    eager = hra_fx.transform(copy.deepcopy(base), config(init_weights=False))
-    graph = hra_fx.transform(base, config(init_weights=False), trace=True, example_inputs=X, **options)
-    graph.load_state_dict(eager.state_dict(), assign=True)
+    graph, eager = twins(Tied().double(), X, assign=True, **options)
     assert_same(graph(X), eager(X))
 
 
 @pytest.mark.parametrize("more", [{}, {"mask": torch.randn(8).double()}], ids=["default", "mask"])
 def test_the_graph_is_called_as_in_the_example(more: dict[str, Any]) -> None:
-    torch.manual_seed(0)
-    base, inputs = Optional().double(), {"x": X} | more
-    graph = hra_fx.transform(copy.deepcopy(base), config(init_weights=False), trace=True, example_inputs=inputs)
-    eager = hra_fx.transform(copy.deepcopy(base), config(init_weights=False))
-    eager.load_state_dict(graph.state_dict())
+    inputs = {"x": X} | more
+    graph, eager = twins(Optional().double(), inputs)
     torch.testing.assert_close(graph(**inputs), eager(**inputs), rtol=1e-12, atol=1e-13)
 
 
@@ -213,11 +198,7 @@ class Routed(nn.Module):
 
 
 def test_a_layer_that_returns_several_tensors_is_recorded_by_its_operators() -> None:
-    base, settings = Routed().double(), config("first", "router", r=2)
-    eager = hra_fx.transform(copy.deepcopy(base), settings)
-    graph = hra_fx.transform(base, settings, trace=True, example_inputs=X)
-    randomise(eager)
-    graph.load_state_dict(eager.state_dict())
+    graph, eager = twins(Routed().double(), X, config("first", "router"))
     assert "router" not in {node.target for node in graph.graph.find_nodes(op="call_module")}  # type: ignore[attr-defined]
     x = torch.randn(9, 6).double()
     assert_same(graph(x), eager(x))
@@ -296,8 +277,3 @@ def test_unused_layers_keep_their_keys_and_adapters() -> None:
     eager.load_state_dict(model.state_dict())
     assert_same(model(X), eager(X))
     assert hra_fx.fold(model).state_dict().keys() == base.state_dict().keys()
-
-
-def test_with_an_example_torch_fx_still_goes_first() -> None:
-    model = hra_fx.transform(Dropout().double(), config(), trace=True, example_inputs=X, verify=True)
-    assert calls(model)[0] == "first.hra_u"

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torchvision
-import transformers
 from drawn_models import Residual, drawing
 from torch import nn
 
@@ -27,15 +26,9 @@ def single(block: Block) -> list[Item]:
     return [block.item] if block.parts is None else [item for part in block.parts for item in single(part)]
 
 
-def t5() -> nn.Module:
-    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 4, "num_heads": 2}
-    return transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=11, **sizes))
-
-
 MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "resnet50": (torchvision.models.resnet50, r".*(conv\d|downsample\.0)"),
     "mobilenet": (torchvision.models.mobilenet_v3_small, r".*\.\d+\.0|.*fc\d"),
-    "t5": (t5, r".*\.(q|v|wi|wo)"),
 }
 
 

@@ -81,15 +81,6 @@ def test_heat_has_a_legend_with_numbers_and_a_cell_for_each_site() -> None:
     assert sorted(cells) == sorted(row.path for row in hra_fx.report(drawn("bert")) if "layer" in row.path)
 
 
-def test_a_skipped_layer_has_a_mark_and_its_reason() -> None:
-    root = picture("llama", depth=9)
-    marked = [group for group in root.iter(f"{SVG}g") if group.find(f"{SVG}circle[@class='skipped']") is not None]
-    tips = [str(group.findtext(f"{SVG}title")) for group in marked]
-    assert any("lm_head has no adapter: " in tip for tip in tips)
-    assert any("layers.2.mlp.down_proj has no adapter: " in tip for tip in tips)
-    assert "10 layers not targeted" in words(root)
-
-
 def test_a_layer_that_should_have_an_adapter_is_marked_in_red() -> None:
     model = hra_fx.transform(nn.Sequential(Residual(), Residual()), hra_fx.HRAConfig(r=2, target_modules=["fc1"]))
     model[1].fc1 = nn.Linear(4, 8)  # it is targeted, and has no adapter

@@ -64,16 +64,6 @@ def test_a_residual_block_keeps_its_skip_edge() -> None:
     assert block.outputs == (3,)
 
 
-def test_identical_blocks_are_counted_and_different_ones_are_not() -> None:
-    model = adapted(nn.Sequential(*(Residual() for _ in range(5)), nn.ReLU()))
-    blocks = [scope for scope in scopes(tree(model)) if scope.class_name == "Residual"]
-    assert [(scope.count, len(scope.marks)) for scope in blocks] == [(5, 10)]
-    hra_fx.transform(
-        other := nn.Sequential(Residual(), Residual()).eval(), hra_fx.HRAConfig(r=2, target_modules=["0.fc1"])
-    )
-    assert [scope.count for scope in scopes(tree(other)) if scope.class_name == "Residual"] == [1, 1]
-
-
 # ---- the layout ----
 
 Graph = tuple[list[Size], list[tuple[int, int]], list[int], list[int]]

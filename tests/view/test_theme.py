@@ -118,11 +118,6 @@ def test_of_several_adapters_the_largest_counts_and_what_is_unknown_stays_so() -
     assert math.isnan(heat_of(unknown[::-1], "rotation")["0"])
 
 
-def test_a_layer_without_an_active_adapter_has_no_heat() -> None:
-    rows = [dataclasses.replace(row, active=False) for row in hra_fx.report(drawn("one layer")).rows]
-    assert all(heat_of(rows, name) == {"0": 0.0} for name in HEATS)
-
-
 def test_the_default_is_the_change_of_the_weight() -> None:
     rotated_model = drawing("resnet")
     row = dataclasses.replace(rotated_model.rows[0], angles=(0.1,), weight_change=0.02, mean_angle=0.1)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from zoo.checks import check
 from zoo.entry import Call, Entry
-from zoo.result import CHECKS, NOT_APPLICABLE, OK, YES, Result
+from zoo.result import CHECKS, OK, YES, Result
 
 import hra_fx
 
@@ -101,21 +101,6 @@ def test_damage_is_found(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     assert not result.right
     assert expected <= result.failures.keys(), result.checks
     assert result.inert == ["6"] * (name == "the reflections are missed")
-
-
-def test_a_layer_that_no_output_depends_on_is_not_called_inert() -> None:
-    class Unused(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.used, self.unused = nn.Linear(6, 6), nn.Linear(6, 6)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.used(x)
-
-    result = check(Entry("toy/unused", Unused, lambda batch, size: ((torch.randn(batch, 6),), {}), sizes=1))
-    assert result.right
-    assert (result.inert, result.untouched) == ([], ["unused"])
-    assert result.checks["size"] == NOT_APPLICABLE
 
 
 def test_a_layer_that_is_neither_adapted_nor_refused_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,10 +23,6 @@ WAVES: dict[str, Any] = SMALL | {
     "num_codevectors_per_group": 4,
     "codevector_dim": 8,
     "proj_codevector_dim": 8,
-    "tdnn_dim": [16, 16],
-    "tdnn_kernel": [3, 1],
-    "tdnn_dilation": [1, 1],
-    "xvector_output_dim": 16,
 }
 SPEECH: dict[str, Any] = {
     **TEXT,
@@ -78,7 +74,6 @@ WHISPERED = _spectra(MELS, (40, 40), first="bins", decoder_input_ids=words)
 ENTRIES: list[Entry] = [
     _audio("wav2vec2", "Wav2Vec2ForCTC", **WAVES),
     _audio("wav2vec2_stable", "Wav2Vec2ForSequenceClassification", **WAVES, do_stable_layer_norm=True),
-    _audio("wav2vec2_xvector", "Wav2Vec2ForXVector", **WAVES),
     _audio("wav2vec2_conformer", "Wav2Vec2ConformerForCTC", **WAVES, conv_depthwise_kernel_size=3),
     _audio("wav2vec2_bert", "Wav2Vec2BertForCTC", BINS, **BERT),
     _audio("hubert", "HubertForCTC", **WAVES),

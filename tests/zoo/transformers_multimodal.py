@@ -23,14 +23,6 @@ SPEAKER: dict[str, Any] = TEXT | {"num_key_value_heads": 1, "head_dim": 8}
 LAYOUT: dict[str, Any] = TEXT | {"max_2d_position_embeddings": 32}
 #: Four coordinates and two shapes fill the hidden size.
 LAYOUT3: dict[str, Any] = LAYOUT | {"coordinate_size": 3, "shape_size": 2, "input_size": SIDE, "patch_size": 8}
-QUERIES: dict[str, Any] = {
-    "vision_config": EYES,
-    "qformer_config": WORDS | {"encoder_hidden_size": 16, "cross_attention_frequency": 1},
-    "text_config": WORDS | {"model_type": "opt", "ffn_dim": 32, "word_embed_proj_dim": 16},
-    "num_query_tokens": 4,
-    "image_token_index": IMAGE,
-    "image_text_hidden_size": 16,
-}
 LLAVA: dict[str, Any] = {
     "text_config": SPEAKER | {"model_type": "llama"},
     "vision_config": EYES | {"model_type": "clip_vision_model"},
@@ -129,7 +121,6 @@ ENTRIES: list[Entry] = [
     _joint("altclip", "AltCLIPModel", SEEN, **TWO),
     _joint("clipseg", "CLIPSegForImageSegmentation", SEEN, **TWO, extract_layers=[0, 1], reduce_dim=8),
     _joint("blip", "BlipForConditionalGeneration", SEEN, **TWO, image_text_hidden_size=16),
-    _joint("blip_2", "Blip2ForConditionalGeneration", QUERIED, **QUERIES),
     _joint("owlvit", "OwlViTForObjectDetection", SEEN, **TWO),
     _joint("vilt", "ViltForQuestionAnswering", SEEN, **WORDS, image_size=SIDE, patch_size=8, num_labels=5),
     _joint("git", "GitForCausalLM", SEEN, **WORDS, vision_config=EYES),

@@ -104,9 +104,6 @@ ENTRIES: list[Entry] = [
     _vision("ijepa", "IJepaForImageClassification", FREE, **PATCHES),
     _vision("swin", "SwinForImageClassification", **WINDOWS),
     _vision("swinv2", "Swinv2ForImageClassification", **WINDOWS),
-    _vision(
-        "swin2sr", "Swin2SRForImageSuperResolution", images((8, 16)), **WINDOWS | {"image_size": 16, "patch_size": 1}
-    ),
     _vision("focalnet", "FocalNetForImageClassification", **WINDOWS),
     _vision("convnext", "ConvNextForImageClassification", **STAGES, drop_path_rate=0.1),
     _vision("convnextv2", "ConvNextV2ForImageClassification", **STAGES, drop_path_rate=0.1),
