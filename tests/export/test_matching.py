@@ -275,6 +275,13 @@ def test_it_is_the_dense_product_with_two_derivatives(anchored: bool, apply_GS: 
         assert relative_error(ours, theirs) < 1e-10
 
 
+def test_autocast_changes_nothing_of_it() -> None:
+    weight, vectors = normal(0, 40, 64, dtype=torch.float32), normal(1, 64, 5, dtype=torch.float32)
+    plain = ROTATE(weight, vectors, None, True, False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ROTATE(weight, vectors, None, True, False), plain)
+
+
 # torch reads the gradient of a copy, and hides its warning only where warnings are not errors.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_torch_finds_the_operator_well_defined() -> None:

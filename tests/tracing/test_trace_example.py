@@ -121,15 +121,17 @@ def test_sizes_that_do_not_fit_are_named() -> None:
 
 
 class Modes(nn.Module):
-    """Other operators in each mode, batch norm, and nested inputs and outputs."""
+    """Other operators in each mode, batch norm, tensors of the model itself, and nested inputs and outputs."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 3)
         self.norm = nn.BatchNorm1d(6)
+        self.shift = nn.Parameter(torch.ones(6))
+        self.register_buffer("factor", torch.full((6,), 2.0))
 
     def forward(self, pairs: list[dict[str, Tensor]], bias: Tensor | None = None) -> dict[str, Any]:
-        hidden = self.norm(self.first(pairs[0]["x"])) + pairs[1]["x"]
+        hidden = self.norm(self.first(pairs[0]["x"])) * self.factor + self.shift + pairs[1]["x"]
         if self.training:
             return {"out": (self.second(hidden).exp(), [hidden])}
         return {"out": (self.second(torch.tanh(hidden)) + (0 if bias is None else bias), [hidden])}

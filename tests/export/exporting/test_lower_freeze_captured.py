@@ -54,8 +54,8 @@ def adapted(**fields: Any) -> Net:
     return model
 
 
-def exported(model: nn.Module) -> torch.export.ExportedProgram:
-    return torch.export.export(model, (image(),), dynamic_shapes=({0: BATCH},))
+def exported(model: nn.Module, x: Tensor | None = None) -> torch.export.ExportedProgram:
+    return torch.export.export(model, (image() if x is None else x,), dynamic_shapes=({0: BATCH},))
 
 
 def operators(graph: torch.fx.Graph) -> set[str]:
@@ -121,6 +121,7 @@ def test_a_program_that_was_transformed_is_lowered_and_frozen(
     for made in (hra_fx.lower(program), frozen):
         assert relative_error(made.module()(image(5)), expected) < 1e-14
         assert "hra_fx" not in str(operators(made.graph))
+        assert all("nn_module_stack" in node.meta for node in made.graph.nodes if node.op == "call_function")
     assert [str(node.target) for node in frozen.graph.nodes].count("aten.mm.default") == len(TARGETS)
 
 
@@ -130,6 +131,18 @@ def test_a_model_is_refused() -> None:
         hra_fx.freeze(adapted())
     with pytest.raises(hra_fx.AdapterError, match=r"lower: expected an ExportedProgram, got Net\."):
         hra_fx.lower(adapted())
+
+
+class Casts(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+def test_vectors_that_are_read_under_autocast_cannot_be_frozen() -> None:
+    model = hra_fx.transform(Casts().eval(), hra_fx.HRAConfig(r=2, target_modules=["fc"]))
+    with pytest.raises(hra_fx.errors.GraphInvariantError, match="Export the model in eval mode and without autocast"):
+        hra_fx.freeze(exported(model, image().float()))
 
 
 def test_a_graph_without_reflections_cannot_be_frozen() -> None:
