@@ -117,11 +117,6 @@ def swallowed(self: Two, hidden: Tensor) -> Tensor:
         return hidden * 3
 
 
-def written(self: Two, hidden: Tensor) -> Tensor:
-    hidden[..., 0] = 0
-    return hidden
-
-
 def counted(self: Any, hidden: Tensor) -> Tensor:
     self.calls = getattr(self, "calls", 0) + 1
     return hidden
@@ -209,7 +204,6 @@ REFUSED: dict[str, tuple[type[nn.Module], str]] = {
     "if": (middle(lambda self, hidden: hidden * 2 if hidden.sum() > 0 else hidden), BRANCH),
     "int": (middle(lambda self, hidden: hidden * int(hidden.shape[0])), NUMBER),
     "set": (middle(lambda self, hidden: hidden * (2 if hidden.shape[0] in {3, 4} else 1)), "in a set or dictionary"),
-    "index assignment": (middle(written), "it writes into a part of a value"),
     "attribute of a value": (middle(data_set), "it sets 'data' of a value"),
     "constant tensor": (middle(lambda self, hidden: hidden * torch.tensor(2.0)), "it creates a tensor in Python"),
     "attribute": (middle(counted), "its forward changes calls"),

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 from graph_modules import COPIES, IMAGES, Cnn, Mlp, X, adapted, check_folded, config, targets_of, traced, untyped
-from layers.checking import assert_same, check, normal, randomise
+from layers.checking import assert_same, check, randomise
 from torch import Tensor, fx, nn
-from torchvision.models.resnet import BasicBlock, ResNet
 
 import hra_fx
 from hra_fx.errors import AdapterError
@@ -19,11 +18,6 @@ from hra_fx.errors import AdapterError
 MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor, list[str]]] = {
     "mlp": (Mlp, X, ["first", "second"]),
     "cnn": (Cnn, IMAGES, ["conv", "grouped", "first"]),
-    "resnet": (
-        lambda: ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5),
-        normal(5, 2, 3, 16, 16),
-        ["layer1.0.conv1", "layer2.0.downsample.0", "fc"],
-    ),
 }
 
 

@@ -125,12 +125,3 @@ def test_a_wrong_graph_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_fold_that_does_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hra_fx, "fold", lambda model: model)
     assert list(check(ENTRY).failures) == ["fold"]
-
-
-def test_a_model_that_does_not_run_is_no_success() -> None:
-    def fails(batch: int, size: int) -> Call:
-        return (torch.randn(batch, 4, 8, 8),), {}
-
-    result = check(Entry("toy/fails", toy, fails))
-    assert not result.right
-    assert "RuntimeError" in result.failures["transform"]
