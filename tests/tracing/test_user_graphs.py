@@ -15,15 +15,13 @@ from torch import Tensor, fx, nn
 import hra_fx
 from hra_fx.errors import AdapterError
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor, list[str]]] = {
-    "mlp": (Mlp, X, ["first", "second"]),
-    "cnn": (Cnn, IMAGES, ["conv", "grouped", "first"]),
-}
 
-
-@pytest.mark.parametrize("name", MODELS)
-def test_outputs_gradients_and_fold_are_those_of_the_oracle(name: str) -> None:
-    make, example, targets = MODELS[name]
+@pytest.mark.parametrize(
+    ("make", "example", "targets"),
+    [(Mlp, X, ["first", "second"]), (Cnn, IMAGES, ["conv", "grouped", "first"])],
+    ids=["mlp", "cnn"],
+)
+def test_outputs_gradients_and_fold_are_those_of_the_oracle(make: Any, example: Tensor, targets: list[str]) -> None:
     base, model = adapted(make, *targets)
     assert type(model) is not type(base) and isinstance(model, fx.GraphModule)
     calls = targets_of(model)

@@ -141,9 +141,9 @@ def long(modules: int) -> nn.Sequential:
 def test_more_edges_than_github_draws_are_refused_with_the_depth_that_fits() -> None:
     found = drawing_of(long(60))
     gives = r"`depth=3` gives [\d,]+ edges and [\d,]+ characters; GitHub draws at most 500 edges and 50,000 characters"
-    with pytest.raises(hra_fx.VisualizeError, match=rf"{gives}\. `depth=1` fits\."):
+    with pytest.raises(hra_fx.VisualizeError, match=rf"{gives}\. `depth=0` fits\."):
         render(found, Options(depth=3))
-    for depth in (None, 1):
+    for depth in (None, 0):
         assert len(render(found, Options(depth=depth))) <= CHARACTERS
         assert len(chart(found, depth=depth)[1]) <= EDGES
 

@@ -79,6 +79,16 @@ def test_the_keyboard_does_it_all(closed: Page) -> None:
     assert (trail(closed), selected(closed)) == ([], BLOCKS)
     press("Escape")
     assert not closed.locator("#panel").is_visible()
+    press("/")
+    expect(closed.locator("#query")).to_be_focused()
+
+
+def test_layers_in_modules_to_save_are_trained_and_not_skipped(open_page: Open) -> None:
+    page = open_page(page_of(trained_net(modules_to_save=["head"])))
+    assert page.locator("#skipped").inner_text() == "1 layer not adapted"
+    assert page.locator("#scroller g.trained").count() == 1
+    box(page, "head").click()
+    assert page.locator("#panel h3").all_inner_texts() == ["Trained in full"]
 
 
 def test_skipped_layers_are_marked_listed_and_explained(closed: Page) -> None:
