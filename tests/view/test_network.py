@@ -11,6 +11,7 @@ import networkx as nx
 import pytest
 import torch
 import torchvision
+from adapting import randomise
 from graph_modules import Cnn
 from torch import fx, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
@@ -42,10 +43,7 @@ def bert() -> BertModel:
 def rotated(model: Any, **fields: Any) -> Any:
     """A transformed model whose vectors were moved off their start."""
     model = hra_fx.transform(model, hra_fx.HRAConfig(**fields))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".hra_u." in name:
-                parameter.add_(torch.randn_like(parameter))
+    randomise(model)
     return model
 
 
@@ -191,11 +189,7 @@ def two_adapters() -> Any:
     model = hra_fx.transform(layers, hra_fx.HRAConfig(r=4, target_modules=["0", "2"]))
     hra_fx.add_adapter(model, "two", hra_fx.HRAConfig(r=2, target_modules=["0"]))
     hra_fx.set_adapter(model, ["default", "two"])
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "hra_u" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    randomise(model)
     return model
 
 
