@@ -5,12 +5,9 @@ from __future__ import annotations
 import host
 import launches
 import pytest
-import transformers
 from speed.models import WORKLOADS, linear
 from speed.per_site import PerSite, per_site
 from speed.setting import Setting
-
-import hra_fx
 
 
 def test_lora_on_one_layer_launches_what_one_counts_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,9 +40,3 @@ def test_an_adapted_linear_and_the_batch_pass_few_functions() -> None:
     inside, outside = host.frames(host.adapted_model().train())
     assert inside < 6.1, "in each layer; the first ones ask which side is cheaper"
     assert outside < 3, "in the batch, for each layer"
-
-
-def test_so_do_linears_with_transposed_weights() -> None:
-    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32)
-    model = hra_fx.transform(transformers.GPT2LMHeadModel(config), hra_fx.HRAConfig(r=2, target_modules=["c_attn"]))
-    assert host.frames(model.train())[0] < 7.1

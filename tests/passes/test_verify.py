@@ -21,14 +21,14 @@ from passes.verify import VerifyPass
 
 
 class Net(nn.Module):
-    """A weight that is read, and layers that are called."""
+    """A weight that is read, one of which only the dtype is read, and layers that are called."""
 
     def __init__(self) -> None:
         super().__init__()
         self.read, self.other, self.named = (nn.Linear(4, 4) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.read(F.linear(x, self.read.weight))
+        x = self.read(F.linear(x.to(self.other.weight.dtype), self.read.weight))
         return self.named(input=torch.tanh(self.other(x)))
 
 
@@ -128,3 +128,18 @@ def test_each_node_of_an_adapted_layer_is_marked() -> None:
         ("read", NodeTag("read", "linear", "layer")),
     ]
     assert [target for target, _ in notes[1:]] == targets_of(module)
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attn(x, x, x)[0]
+
+
+def test_the_call_of_a_module_names_all_adapted_layers_in_it() -> None:
+    (graph,) = hra_fx.graphs(hra_fx.transform(Attends(), config("attn", "attn.out_proj"))).values()
+    notes = [node.meta[META] for node in graph.graph.nodes if META in node.meta]
+    assert notes == [NodeTag("attn", "attention", "reader", ("attn.out_proj",))]
