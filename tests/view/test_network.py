@@ -12,6 +12,7 @@ import pytest
 import torch
 import torchvision
 from adapting import randomise
+from drawn_models import drawn
 from graph_modules import Cnn
 from torch import fx, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
@@ -154,6 +155,11 @@ def test_an_exported_program_shows_its_layers() -> None:
         assert nx.utils.graphs_equal(hra_fx.to_networkx(without), plain)
     with pytest.raises(AdapterError, match=r"consists of operators, .* Pass the ExportedProgram"):
         hra_fx.to_networkx(adapted.module())
+
+
+def test_a_shared_layer_counts_once() -> None:
+    counted = sum(data["parameters"] for _, data in hra_fx.to_networkx(drawn("shared")).nodes(data=True))
+    assert counted == sum(p.numel() for name, p in drawn("shared").named_parameters() if ".hra_u." not in name)
 
 
 def test_looking_changes_nothing() -> None:

@@ -53,14 +53,11 @@ def test_a_model_of_the_zoo(name: str) -> None:
     assert result.matched
 
 
-def test_the_tables_have_every_torchvision_model_and_family_of_timm() -> None:
+def test_the_table_has_every_torchvision_model() -> None:
     names = {
         name for kind in (torchvision.models, detection, segmentation) for name in torchvision.models.list_models(kind)
     }
     assert names == {entry.partition("/")[2] for entry in ENTRIES if entry.startswith("torchvision/")}
-    assert sum(name.startswith("timm/") for name in ENTRIES) >= 239
-    assert sum(name.startswith("transformers/") for name in ENTRIES) >= 45
-    assert sum(name.startswith("diffusers/") for name in ENTRIES) >= 7
 
 
 def test_entries_are_named_by_patterns_with_or_without_the_library() -> None:

@@ -8,8 +8,6 @@ import pytest
 from pages import box, facts, page_of, search, strip, trail, trained_net
 from playwright.sync_api import Page, expect
 
-from hra_fx.model.state import adapted_layers
-
 Open = Callable[..., Page]
 BLOCKS = "blocks.0 … 2"
 
@@ -36,15 +34,6 @@ def test_a_click_shows_the_inside_of_a_module_and_the_trail_leads_back(closed: P
     closed.locator("#trail").get_by_text("Net").click()
     assert trail(closed) == []
     expect(box(closed, "stem")).to_be_in_viewport()
-
-
-def test_every_adapted_layer_is_found_once_and_shown(closed: Page) -> None:
-    closed.click("#regex")
-    for path in adapted_layers(trained_net()):
-        assert search(closed, f"^{path.replace('.', '[.]')}$") == [path]
-        closed.keyboard.press("Enter")
-        assert selected(closed) == path.rpartition(".")[2]
-        assert closed.locator("#panel h3.instance").inner_text() == path
 
 
 def test_a_search_knows_classes_and_expressions_and_says_what_is_wrong(closed: Page) -> None:
