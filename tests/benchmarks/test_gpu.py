@@ -8,19 +8,15 @@ import re
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
 from pathlib import Path
 
-import oracles
 import pytest
 import torch
-from gpu import correctness, dense, graphs, waiting
+from gpu import correctness
 from gpu.page import page
-from gpu.plan import for_gpu, smoke
+from gpu.plan import smoke
 from gpu.report import Report
 from gpu.run import Run, WrongResult
-from speed.models import WORKLOADS
-from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Where packages lie. Without `site`, .pth files are not read, so an editable installation is not seen.
@@ -57,18 +53,6 @@ def test_it_runs_without_the_project_installed(tmp_path: Path) -> None:
     assert "| ResNet blocks of 32, 64 channels, latents of 16 | 1 image " in text
 
 
-@pytest.mark.parametrize("apply_GS", [False, True])
-@pytest.mark.parametrize("layer", [nn.Linear(8, 6), nn.Conv2d(3, 4, 3, padding=1)])
-def test_the_dense_product_is_that_of_the_tests(layer: nn.Linear | nn.Conv2d, apply_GS: bool) -> None:
-    layer = layer.double()
-    vectors = torch.randn(layer.weight[0].numel(), 4, dtype=torch.float64)
-    x = torch.randn(5, 8, dtype=torch.float64) if isinstance(layer, nn.Linear) else torch.randn(2, 3, 5, 5).double()
-    found = dense.output(layer, x, vectors, apply_GS=apply_GS)
-    with torch.no_grad():
-        layer.weight.copy_(oracles.dense_weight(layer.weight, oracles.dense_q(vectors, apply_GS=apply_GS)))
-    torch.testing.assert_close(found, layer(x))
-
-
 def run_of(plan: object, budget: float, files: list[str]) -> Run:
     report = Report({"run": "smoke"})
     return Run(plan, report, budget, lambda: files.append(page(report)))  # type: ignore[arg-type]
@@ -82,37 +66,3 @@ def test_a_wrong_result_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
         run.all()
     assert run.report.cells == []
     assert re.search(r"\| Linear, input 64 x \d+, float32 \| \*\*no\*\* \|", files[-1])
-
-
-@pytest.mark.parametrize(
-    ("factor", "error"), [(1.0, 0.0), (1.5, 0.5), (float("nan"), float("nan")), (None, float("inf"))]
-)
-def test_gradients_of_two_steps_are_compared(factor: float | None, error: float) -> None:
-    """Without a factor, the second step gives none."""
-    model, x = nn.Linear(3, 2), torch.randn(4, 3)
-
-    def gradients(times: float) -> None:
-        model.zero_grad()
-        (times * model(x)).square().sum().backward()
-
-    def second(*_: object) -> Callable[[], None]:
-        return model.zero_grad if factor is None else lambda: gradients(factor**0.5)
-
-    found = graphs.largest_error(model, lambda: gradients(1.0), second)
-    assert found == pytest.approx(error, abs=1e-6, nan_ok=True)
-
-
-def test_operators_that_read_values_are_found() -> None:
-    x = torch.ones(3)
-    assert waiting.reading_values(lambda: (x @ x, x.view(3, 1).sum(), torch.where(x > 0, x, 0))) == set()
-    assert waiting.reading_values(lambda: x.sum().item()) == {"aten::item", "aten::_local_scalar_dense"}
-    assert waiting.reading_values(lambda: (torch.equal(x, x + 1), x[x > 0])) == {"aten::equal", "aten::nonzero"}
-
-
-def test_all_settings_for_a_gpu_can_be_built() -> None:
-    plan = for_gpu()
-    measured = [setting for setting, _ in (*plan.measured, *plan.launches)] + plan.waiting + plan.graphs
-    assert {setting.device for setting in measured} == {"cuda"}
-    for workload in {setting.workload for setting in measured}:
-        with torch.device("meta"):
-            assert sum(weight.numel() for weight in WORKLOADS[workload].build().parameters()) > 0

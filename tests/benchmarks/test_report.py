@@ -31,8 +31,3 @@ def test_each_measurement_is_made_once_and_is_on_the_page(tmp_path: Path) -> Non
     for target, text in found.items():
         assert "commit" in text and f"output of {target}" in text
         assert report.commit_in(text) or "uncommitted" in text
-
-
-def test_a_measurement_of_an_unknown_commit_is_made_again() -> None:
-    assert not report.is_current(report.MEASUREMENTS[0], None)
-    assert not report.is_current(report.MEASUREMENTS[0], "0" * 40)

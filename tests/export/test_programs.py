@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -35,10 +34,8 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "linear of one row": (nn.Linear(12, 7, bias=False, dtype=F64), (3, 12)),
     "conv1d": (nn.Conv1d(4, 6, 3, stride=2, padding=1, dtype=F64), (2, 4, 9)),
     "conv1d, same": (nn.Conv1d(4, 6, 3, padding="same", dtype=F64), (2, 4, 9)),
-    "conv2d": (nn.Conv2d(4, 6, (3, 1), dtype=F64), (2, 4, 7, 8)),
     "conv2d, stride and padding": (nn.Conv2d(4, 6, 3, stride=(2, 1), padding=(1, 0), dtype=F64), (2, 4, 7, 8)),
     "conv2d, dilation and groups": (nn.Conv2d(4, 6, 3, dilation=2, groups=2, bias=False, dtype=F64), (2, 4, 7, 8)),
-    "conv2d, depthwise": (nn.Conv2d(4, 8, 3, groups=4, dtype=F64), (2, 4, 7, 8)),
     "conv2d, same": (nn.Conv2d(4, 6, (2, 3), padding="same", dilation=(2, 1), dtype=F64), (2, 4, 7, 8)),
     "conv2d, reflect": (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect", dtype=F64), (2, 4, 7, 8)),
     "conv3d": (nn.Conv3d(2, 4, (1, 3, 2), stride=2, padding=1, dtype=F64), (2, 2, 5, 5, 6)),
@@ -55,10 +52,6 @@ CASES = [
 ]
 
 
-def decomposed(program: ExportedProgram, really: bool) -> ExportedProgram:
-    return program.run_decompositions() if really else program
-
-
 @QUIET
 @pytest.mark.parametrize(("kind", "fields", "early"), CASES, ids=str)
 def test_output_and_gradients_are_those_of_the_dense_weight(kind: str, fields: dict[str, Any], early: bool) -> None:
@@ -66,7 +59,8 @@ def test_output_and_gradients_are_those_of_the_dense_weight(kind: str, fields: d
     model = nn.Sequential(copy.deepcopy(layer))
     x = normal(1, *shape)
     settings = config("0", **fields)
-    program = adapted(decomposed(capture(model, x), early), settings)
+    program = capture(model, x)
+    program = adapted(program.run_decompositions() if early else program, settings)
     other = normal(2, shape[0] + 3, *shape[1:]).requires_grad_()
     ours = program.module()(other)
     with_dense_weights(model, program, settings)
@@ -79,11 +73,10 @@ def test_output_and_gradients_are_those_of_the_dense_weight(kind: str, fields: d
 
 
 @QUIET
-@pytest.mark.parametrize(("early", "late"), [(True, False), pytest.param(False, True, marks=pytest.mark.slow)])
-def test_a_whole_program_with_a_tied_head(early: bool, late: bool) -> None:
+def test_a_whole_program_with_a_tied_head() -> None:
     model, ids = mixed()
     settings = config(*ALL)
-    program = decomposed(adapted(decomposed(capture(model, ids), early), settings), late)
+    program = adapted(capture(model, ids).run_decompositions(), settings)
     rotations = program.graph.find_nodes(op="call_function", target=torch.ops.hra_fx.rotate.default)
     assert len(rotations) == len(ALL)
     assert all(node.meta["nn_module_stack"] and node.meta["val"].dtype == F64 for node in rotations)
@@ -116,14 +109,11 @@ def test_parameters_are_shared_and_frozen_and_vectors_are_parameters_of_the_sign
     names = [f"{path}.hra_u.style-2" for path in ALL]
     anchors = [f"{name}_anchor" for name in names]
     assert program.state_dict.keys() - given.state_dict.keys() == {*names, *anchors}
-    assert [program.state_dict[name].shape for name in names] == [(6, 3), (6, 3), (9, 3), (6, 3)]
     assert set(names) < set(program.graph_signature.parameters)
     assert set(anchors) < set(program.graph_signature.buffers)
     module = program.module()
     assert [name for name, parameter in module.named_parameters() if parameter.requires_grad] == names
     assert all(parameter is program.state_dict[name] for name, parameter in module.named_parameters())
-    assert program.range_constraints == given.range_constraints
-    assert [entry.fqn for entry in program.module_call_graph] == [entry.fqn for entry in given.module_call_graph]
 
 
 def test_training_from_the_same_seed_is_that_of_the_eager_model() -> None:
@@ -238,19 +228,9 @@ def test_a_joint_graph_has_the_gradients_of_what_is_trained_and_no_others() -> N
         wanted = {name: parameter.grad for name, parameter in module.named_parameters() if parameter.requires_grad}
         assert found.keys() == wanted.keys()
         assert all(relative_error(found[name], wanted[name]) < 1e-9 for name in wanted)
-
-
-def test_one_compiled_training_step_is_the_plain_one() -> None:
-    model, ids = mixed()
-    module = adapted(capture(model, ids), config(*ALL, apply_GS=True)).module()
-    grads = []
-    for run in (module, torch.compile(module, backend="aot_eager", fullgraph=True)):
-        module.zero_grad()
-        run(ids).square().mean().backward()
-        grads.append({name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None})
-    assert grads[0].keys() == {f"{path}.hra_u.default" for path in ALL} == grads[1].keys()
-    for name, grad in grads[0].items():
-        assert relative_error(grads[1][name], grad) < 1e-12
+    for function in (hra_fx.lift, lambda joint: hra_fx.transform(joint, config("conv"))):
+        with pytest.raises(hra_fx.UnsupportedLayerError, match="contains a backward pass"):
+            function(_export_forward_backward(base))
 
 
 class Twice(nn.Module):
@@ -310,16 +290,22 @@ def test_weights_that_are_read_by_another_module_or_in_parts() -> None:
     assert relative_error(fold_captured(program).module()(x, y), model(x, y)) < 1e-12
 
 
-@pytest.mark.parametrize(
-    "function",
-    [lambda module: hra_fx.transform(module, config("head")), hra_fx.fold, hra_fx.report, hra_fx.lower, hra_fx.freeze],
-    ids=["transform", "fold", "report", "lower", "freeze"],
-)
-def test_a_module_of_operators_is_refused_and_stays_as_it_was(function: Callable[[Any], Any]) -> None:
+PASS = r"consists of operators, .* Pass the Exp.* hra_fx\.lift"
+LOAD = r"GraphModule consists of operators, .*load_state_dict\(graph\.state_dict\(\), strict=False\)"
+
+
+def test_a_module_of_operators_is_refused_and_stays_as_it_was() -> None:
     model, ids = mixed()
-    module = capture(model, ids).module()
-    code, keys = module.code, list(module.state_dict())
-    with pytest.raises(hra_fx.AdapterError, match=r"consists of operators, .* Pass the Exp.* hra_fx\.lift"):
-        function(module)
-    assert (module.code, list(module.state_dict())) == (code, keys)
-    assert all(parameter.requires_grad for parameter in module.parameters())
+    plain = capture(model, ids).module()
+    code, keys = plain.code, list(plain.state_dict())
+    transformed = adapted(capture(model, ids), config("head")).module()
+    for function, module, message in (
+        (lambda module: hra_fx.transform(module, config("head")), plain, PASS),
+        *((function, plain, PASS) for function in (hra_fx.fold, hra_fx.report, hra_fx.lower, hra_fx.freeze)),
+        (lambda module: hra_fx.set_adapter(module, "default"), transformed, LOAD),
+        *((function, transformed, LOAD) for function in (hra_fx.plan_fold, hra_fx.graphs)),
+    ):
+        with pytest.raises(hra_fx.AdapterError, match=message):
+            function(module)
+    assert (plain.code, list(plain.state_dict())) == (code, keys)
+    assert all(parameter.requires_grad for parameter in plain.parameters())

@@ -60,9 +60,7 @@ def logits_loss(outputs: Any) -> Tensor:
     return loss
 
 
-@pytest.mark.parametrize(
-    ("name", "traced"), [("llama", False), ("resnet", True), pytest.param("bert", True, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("name", "traced"), [("llama", False), ("resnet", True)])
 def test_gradients_at_another_size_are_those_of_the_model(name: str, traced: bool) -> None:
     case = CASES[name]
     example, other = (without_labels(case.call(batch, length)) for batch, length in ((2, 5), (3, 7)))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from graph_modules import config
 from layers.checking import randomise
 from torch import Tensor, nn
 
@@ -57,29 +58,15 @@ def bert() -> nn.Module:
     return transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, **HEADS))
 
 
-def t5() -> nn.Module:
-    sizes = {"vocab_size": 16, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
-    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
-
-
 def resnet() -> nn.Module:
     sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
     return transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes))
 
 
-def mixtral() -> nn.Module:
-    config = transformers.MixtralConfig(
-        **SIZES, **HEADS, num_key_value_heads=2, num_local_experts=4, experts_implementation="batched_mm"
-    )
-    return transformers.MixtralForCausalLM(config)
-
-
 CASES = {
     "llama": Case(llama, {"target_modules": "all-linear", "rank_pattern": {"q_proj": 2}}, labeled, example=(1, 5)),
     "bert": Case(bert, {"target_modules": "all-linear", "task_type": "SEQ_CLS", "bias": "hra_only"}, classified),
-    "t5": Case(t5, {"target_modules": ["q", "v", "wo"]}, labeled),
     "resnet": Case(resnet, {"target_modules": ".*convolution", "modules_to_save": ["classifier"]}, images),
-    "mixtral": Case(mixtral, {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}, tokens),
 }
 
 
@@ -90,12 +77,8 @@ class Pair:
         torch.manual_seed(0)
         base = case.make().double()
         self.inputs = [_doubled(case.call(*sizes)) for sizes in case.others]
-        config = hra_fx.HRAConfig(r=4, **case.fields)
-        self.eager: Any = hra_fx.transform(copy.deepcopy(base), config)
-        example = _doubled(case.call(*case.example))
-        self.graph: Any = hra_fx.transform(base, config, trace=True, example_inputs=example)
-        randomise(self.eager)
-        self.graph.load_state_dict(self.eager.state_dict())
+        settings = hra_fx.HRAConfig(r=4, **case.fields)
+        self.graph, self.eager = twins(base, _doubled(case.call(*case.example)), settings)
 
     def both(self, act: Callable[[Any], Any]) -> None:
         """Do the same to both, in place or with a result that replaces the model."""
@@ -110,6 +93,18 @@ class Pair:
                 assert wanted.keys() == found.keys(), wanted.keys() ^ found.keys()
                 for name, value in wanted.items():
                     torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-10)
+
+
+def twins(
+    base: nn.Module, example: Any, settings: hra_fx.HRAConfig | None = None, *, assign: bool = False, **options: Any
+) -> tuple[Any, Any]:
+    """The graph and the eager model, with the same vectors."""
+    settings = settings or config()
+    eager = hra_fx.transform(copy.deepcopy(base), settings)
+    randomise(eager)
+    graph = hra_fx.transform(base, settings, trace=True, example_inputs=example, **options)
+    graph.load_state_dict(eager.state_dict(), assign=assign)
+    return graph, eager
 
 
 def run(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:

@@ -204,29 +204,6 @@ class Optional(Two):
         return self.second(torch.relu(hidden)) * gain
 
 
-class Asserts(Two):
-    """`torch._assert` is a node, its message a constant."""
-
-    def middle(self, hidden: Tensor) -> Tensor:
-        torch._assert(hidden.shape[1] == 8, f"expected 8 columns, got {hidden.shape[1]}")
-        return torch.tanh(hidden)
-
-
-class Convolutions(nn.Module):
-    """Images, `(batch, 6)` reshaped, with in-place activations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 4, (1, 3), padding="same", padding_mode="circular")
-        self.norm = nn.BatchNorm2d(4)
-        self.grouped = nn.Conv2d(4, 6, (2, 2), groups=2)
-        self.second = nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu_(self.norm(self.conv(x.view(-1, 1, 2, 3))))
-        return self.second(F.dropout2d(self.grouped(x), 0.2, self.training).mean(dim=(2, 3)))
-
-
 class Buffers(Two):
     """A buffer is written to in train mode."""
 
@@ -267,7 +244,5 @@ TRACED: tuple[type[nn.Module], ...] = (
     Shared,
     Reads,
     Optional,
-    Asserts,
-    Convolutions,
     Buffers,
 )

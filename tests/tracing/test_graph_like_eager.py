@@ -13,72 +13,51 @@ import pytest
 import torch
 from adapting import picture
 from graph_modules import COPIES, X, config
-from layers.checking import assert_same, gradients, randomise, vectors_of
+from layers.checking import assert_same, gradients, vectors_of
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional as F
-from tracing.captured import bert, tokens
+from tracing.captured import bert, tokens, twins
 from tracing.models import Branches, Creates, Dropout, Straight, Two
 
 import hra_fx
 from hra_fx.errors import AdapterError, SelectionError
 
 
-def traced(model: nn.Module, *example: Any, targets: tuple[str, ...] = ("first", "second")) -> tuple[Any, Any]:
-    """The graph and the eager model, with the same vectors."""
-    torch.manual_seed(0)
-    eager = hra_fx.transform(copy.deepcopy(model), config(*targets, init_weights=False))
-    graph = hra_fx.transform(model, config(*targets, init_weights=False), trace=True, example_inputs=example)
-    graph.load_state_dict(eager.state_dict())
-    return graph, eager
-
-
-class Attention(Branches):
-    """Dropout of an attention is another operator in train mode; the model has a parameter and a buffer itself."""
+class Drops(nn.Module):
+    """A part with dropout and a child, which is not one call in the graph."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 3)
-        self.mix, self.drop = nn.MultiheadAttention(6, 2, dropout=0.3), nn.Dropout(0.5)
-        self.shift = nn.Parameter(torch.ones(6))
-        self.register_buffer("scale", torch.full((6,), 2.0))
+        self.inner = nn.Tanh()
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        hidden: Any = self.first(x if x.shape[0] < 100 else x[:100]) * self.scale + self.shift
-        return self.second(self.drop(self.mix(hidden, hidden, hidden)[0]))
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.inner(x), 0.5, self.training)
 
 
-def test_two_graphs_have_the_mode_the_dtype_and_the_tensors_of_the_model() -> None:
-    graph, eager = traced(Attention(), X.float())
-    assert graph.training and "graph_of_mode" in graph._modules
-    for model in (graph, copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
-        torch.testing.assert_close(model.eval()(X.float()), eager.eval()(X.float()))
-        model.double()
-        torch.testing.assert_close(model(X), copy.deepcopy(eager).double()(X))
-        state = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
-        model.load_state_dict(state, assign=True)
-        other = copy.deepcopy(eager).double()
-        other.load_state_dict(state)
-        torch.testing.assert_close(model(X), other(X))
+class InParts(Branches):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Drops()
+
+    def middle(self, hidden: Tensor) -> Any:
+        return self.part(hidden)
 
 
 def test_parts_of_a_graph_have_modes_of_their_own() -> None:
-    graph = hra_fx.transform(bert().train(), config("query"), trace=True, example_inputs=tokens(2, 5))
+    graph = hra_fx.transform(InParts().double().train(), config(), trace=True, example_inputs=X)
     assert graph.training and graph.by_mode_0.training
-    graph.bert.eval(), graph.dropout.eval()
+    graph.part.eval()
     for model in (graph, copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
-        runs = [model(**tokens_of(seed)).logits for seed in (1, 2)]
-        assert torch.equal(*runs)  # no dropout is left
-        model.bert.train()
-        runs = [model(**tokens_of(seed)).logits for seed in (1, 2)]
-        assert not torch.equal(*runs)
+        assert torch.equal(*(seeded(model, seed) for seed in (1, 2)))  # no dropout is left
+        model.part.train()
+        assert not torch.equal(*(seeded(model, seed) for seed in (1, 2)))
 
 
-def tokens_of(seed: int) -> dict[str, Any]:
-    torch.manual_seed(0)
-    inputs = tokens(3, 6)
+def seeded(model: nn.Module, seed: int) -> Tensor:
     torch.manual_seed(seed)
-    return inputs
+    found: Tensor = model(X)["out"]
+    return found
 
 
 class One(Branches):
@@ -105,7 +84,7 @@ class Masked(Branches):
 def test_inputs_that_take_another_branch_are_refused(
     make: type[nn.Module], example: Any, call: Any, condition: str
 ) -> None:
-    graph, _ = traced(make().double(), *example)
+    graph, _ = twins(make().double(), example)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     with pytest.raises(AssertionError, match=condition):
@@ -131,18 +110,6 @@ class Counts(Branches):
         return self.second(self.first(x if x.shape[0] < 100 else x[:100]))
 
 
-@pytest.mark.parametrize(
-    ("make", "example", "message"),
-    [
-        (Counts, (X,), "its forward changes calls, which a graph drops"),
-        (Branches, (X, X, X), "the example does not fit its forward"),
-    ],
-)
-def test_what_a_graph_cannot_do_is_refused(make: Callable[[], nn.Module], example: Any, message: str) -> None:
-    with pytest.raises(AdapterError, match=message):
-        hra_fx.transform(make().double(), config(), trace=True, example_inputs=example)
-
-
 class InPlace(Branches):
     def forward(self, *given: Any) -> Any:  # type: ignore[override]
         x, factor = given
@@ -153,7 +120,7 @@ class InPlace(Branches):
 
 
 def test_writes_into_the_output_of_a_layer_and_variadic_arguments() -> None:
-    graph, eager = traced(InPlace().double(), X, 3)
+    graph, eager = twins(InPlace().double(), (X, 3))
     torch.testing.assert_close(graph(X[:3], 3), eager(X[:3], 3), rtol=1e-12, atol=1e-12)
 
 
@@ -166,20 +133,14 @@ class Blocks(Two):
         return hidden * torch.sigmoid(scale)
 
 
-@pytest.mark.parametrize("copied", COPIES, ids=["copy", "pickle", "save"])
-def test_copies_of_a_graph_keep_the_context_of_its_blocks(copied: Callable[[Any], Any]) -> None:
-    torch.manual_seed(0)
-    base = Blocks().double()
-    eager = hra_fx.transform(copy.deepcopy(base), config())
-    randomise(eager)
-    graph = hra_fx.transform(base, config(), trace=True, example_inputs=X, dynamic_shapes=({0: Dim.AUTO},))
-    graph.load_state_dict(eager.state_dict())
-    found, wanted = copied(graph), eager(X)
-    output = found(X)
-    assert_same(output, wanted)
-    leaves = [list(vectors_of(model).values()) for model in (found, eager)]
-    for one, other in zip(gradients(output, leaves[0]), gradients(wanted, leaves[1]), strict=True):
-        assert_same(one, other, rtol=1e-8)
+def test_copies_of_a_graph_keep_the_context_of_its_blocks() -> None:
+    graph, eager = twins(Blocks().double(), X, dynamic_shapes=({0: Dim.AUTO},))
+    for found in (copied(graph) for copied in COPIES):
+        output, wanted = found(X), eager(X)
+        assert_same(output, wanted)
+        leaves = [list(vectors_of(model).values()) for model in (found, eager)]
+        for one, other in zip(gradients(output, leaves[0]), gradients(wanted, leaves[1]), strict=True):
+            assert_same(one, other, rtol=1e-8)
 
 
 # ---- errors of a trace ----
@@ -218,7 +179,8 @@ ERRORS: dict[str, tuple[type[nn.Module], dict[str, Any], type[Exception], str]] 
         AdapterError,
         r"first is called under torch\.autocast or another grad mode",
     ),
-    "selection": (Dropout, {"config": config("nowhere")}, SelectionError, "nowhere"),
+    "counter": (Counts, {"example_inputs": X}, AdapterError, "its forward changes calls, which a graph drops"),
+    "arguments": (Branches, {"example_inputs": (X, X, X)}, AdapterError, "the example does not fit its forward"),
     "modules_to_save": (Dropout, {"config": config(modules_to_save=["nowhere"])}, SelectionError, "nowhere"),
     "example_inputs": (Branches, {"example_inputs": 3}, AdapterError, "example_inputs must be a tensor, .*, got int"),
 }
@@ -261,51 +223,37 @@ def test_a_model_with_adapters_is_refused() -> None:
 # ---- what a graph of torch.export drops: the backward pass, and random numbers of Python ----
 
 
-class Rounds(Branches):
-    def middle(self, hidden: Tensor) -> Any:
-        return Straight.apply(hidden)  # type: ignore[no-untyped-call]
-
-
-class HooksTensor(Branches):
-    def middle(self, hidden: Tensor) -> Tensor:
-        hidden.register_hook(lambda grad: grad * 2)
-        return hidden
-
-
 class HooksModule(Branches):
     def __init__(self) -> None:
         super().__init__()
         self.first.register_full_backward_hook(lambda module, given, grads: None)
 
 
-class DrawsInPython(Branches):
-    def middle(self, hidden: Tensor) -> Tensor:
-        return hidden if random.random() < 0.5 else torch.tanh(hidden)
+def middle(change: Callable[[Tensor], Any]) -> type[nn.Module]:
+    """A model that does something between its two layers."""
+    return type("Changed", (Branches,), {"middle": lambda self, hidden: change(hidden)})
 
 
-class DrawsInNumpy(Branches):
-    def middle(self, hidden: Tensor) -> Tensor:
-        return hidden if np.random.rand() < 0.5 else torch.tanh(hidden)
+DRAWS = "it draws random numbers from Python or NumPy, or seeds a generator, which happens once"
+TRAINS_DIFFERENTLY = {
+    "autograd function": (
+        middle(lambda hidden: Straight.apply(hidden)),
+        "it calls the custom autograd function Straight, whose backward a graph drops",
+    ),
+    "tensor hook": (
+        middle(lambda hidden: (hidden.register_hook(lambda grad: grad * 2), hidden)[1]),
+        "it registers a backward hook on a tensor, which a graph drops",
+    ),
+    "module hook": (HooksModule, "backward hooks are registered for first, which a graph drops"),
+    "random": (middle(lambda hidden: hidden if random.random() < 0.5 else torch.tanh(hidden)), DRAWS),
+    "numpy": (middle(lambda hidden: hidden if np.random.rand() < 0.5 else torch.tanh(hidden)), DRAWS),
+    "seed": (middle(lambda hidden: (torch.manual_seed(3), hidden)[1]), DRAWS),
+}
 
 
-class Seeds(Branches):
-    def middle(self, hidden: Tensor) -> Tensor:
-        torch.manual_seed(3)
-        return hidden
-
-
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (Rounds, "it calls the custom autograd function Straight, whose backward a graph drops"),
-        (HooksTensor, "it registers a backward hook on a tensor, which a graph drops"),
-        (HooksModule, "backward hooks are registered for first, which a graph drops"),
-        (DrawsInPython, "it draws random numbers from Python or NumPy, or seeds a generator, which happens once"),
-        (DrawsInNumpy, "it draws random numbers from Python or NumPy, or seeds a generator, which happens once"),
-        (Seeds, "it draws random numbers from Python or NumPy, or seeds a generator, which happens once"),
-    ],
-)
-def test_a_graph_that_would_train_differently_is_refused(make: type[nn.Module], reason: str) -> None:
+@pytest.mark.parametrize("name", TRAINS_DIFFERENTLY)
+def test_a_graph_that_would_train_differently_is_refused(name: str) -> None:
+    make, reason = TRAINS_DIFFERENTLY[name]
     model = make().double()
     before, draws = picture(model), (random.getstate(), np.random.get_state()[2])
     message = rf"torch\.export cannot capture {make.__name__}: {reason}.*\. Leave out trace=True"
@@ -316,5 +264,5 @@ def test_a_graph_that_would_train_differently_is_refused(make: type[nn.Module], 
 
 
 def test_a_graph_to_look_at_is_made() -> None:
-    model = hra_fx.transform(Rounds().double(), config())
+    model = hra_fx.transform(middle(Straight.apply)().double(), config())
     assert_same(hra_fx.graphs(model, X)[""](X), model(X))

@@ -13,14 +13,13 @@ import torch
 from graph_modules import COPIES, X, config
 from layers.checking import assert_same, randomise
 from torch import Tensor, fx, nn
-from tracing.captured import CASES, bert, llama, made_pair, pair_of, tokens
-from tracing.models import Branches, Dropout, Two
+from tracing.captured import CASES, bert, llama, made_pair, pair_of, tokens, twins
+from tracing.models import Branches, Dropout, Optional, Two
 
 import hra_fx
-from hra_fx.errors import AdapterError
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", *(pytest.param(n, marks=pytest.mark.slow) for n in CASES)])
+@pytest.mark.parametrize("name", ["llama", "bert", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_a_graph_does_what_eager_mode_does(name: str, tmp_path: Path) -> None:
     first = made_pair(name)
     assert isinstance(first.graph, fx.GraphModule)
@@ -79,13 +78,11 @@ def mixed_logits(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 
 def test_a_graph_is_compiled_and_exported() -> None:
-    pair = pair_of("llama")
-    compiled = torch.compile(pair.graph.eval(), backend="eager", dynamic=True)
-    for inputs in pair.inputs:
-        wanted = pair.eager.eval()(**inputs).logits
-        torch.testing.assert_close(compiled(**inputs).logits, wanted, rtol=1e-9, atol=1e-10)
-    exported = torch.export.export(pair.graph, (), inputs).module()
-    torch.testing.assert_close(exported(**inputs).logits, wanted, rtol=1e-9, atol=1e-10)
+    graph, eager = twins(Branches().double().eval(), X)
+    compiled = torch.compile(graph, backend="eager", dynamic=True)
+    for x in (X, torch.cat([X, X])):
+        assert_same(compiled(x), eager(x))
+    assert_same(torch.export.export(graph, (X,)).module()(X), eager(X))
 
 
 class Normed(Branches):
@@ -96,10 +93,8 @@ class Normed(Branches):
 
 
 def test_a_graph_runs_under_autocast() -> None:
-    base, x = Normed(), X.float()
-    eager = hra_fx.transform(copy.deepcopy(base), config(init_weights=False))
-    graph = hra_fx.transform(base, config(init_weights=False), trace=True, example_inputs=x)
-    graph.load_state_dict(eager.state_dict())
+    x = X.float()
+    graph, eager = twins(Normed(), x)
     with torch.autocast("cpu", torch.bfloat16):
         found, wanted = (model(x)["out"] for model in (graph, eager))
     assert found.dtype is wanted.dtype is torch.bfloat16
@@ -126,34 +121,41 @@ def test_sizes_that_do_not_fit_are_named() -> None:
 
 
 class Modes(nn.Module):
-    """Other operators in each mode, batch norm, and nested inputs and outputs."""
+    """Other operators in each mode, batch norm, tensors of the model itself, and nested inputs and outputs."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 3)
         self.norm = nn.BatchNorm1d(6)
+        self.shift = nn.Parameter(torch.ones(6))
+        self.register_buffer("factor", torch.full((6,), 2.0))
 
     def forward(self, pairs: list[dict[str, Tensor]], bias: Tensor | None = None) -> dict[str, Any]:
-        hidden = self.norm(self.first(pairs[0]["x"])) + pairs[1]["x"]
+        hidden = self.norm(self.first(pairs[0]["x"])) * self.factor + self.shift + pairs[1]["x"]
         if self.training:
             return {"out": (self.second(hidden).exp(), [hidden])}
         return {"out": (self.second(torch.tanh(hidden)) + (0 if bias is None else bias), [hidden])}
 
 
 def test_modes_with_other_operators_are_two_graphs_in_one_module() -> None:
-    torch.manual_seed(0)
-    base = Modes().double()
-    eager = hra_fx.transform(copy.deepcopy(base), config(init_weights=False))
     inputs = [{"x": X}, {"x": X.flip(0)}]
-    graph = hra_fx.transform(base, config(init_weights=False), trace=True, example_inputs={"pairs": inputs})
-    graph.load_state_dict(eager.state_dict())
+    graph, eager = twins(Modes().double(), {"pairs": inputs})
     for other in (graph, copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
         twin = copy.deepcopy(eager)
         for training in (True, False):
             found, wanted = (model.train(training)(inputs) for model in (other, twin))
             torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
             torch.testing.assert_close(dict(other.named_buffers()), dict(twin.named_buffers()))
+        # What is done to the module is done to both graphs.
+        other.float()
+        twin.float()
+        inputs_in_float = [{"x": pair["x"].float()} for pair in inputs]
+        torch.testing.assert_close(other(inputs_in_float), twin(inputs_in_float))
+        state = {name: torch.rand_like(value.double()) for name, value in twin.double().state_dict().items()}
+        for model in (other.double(), twin):
+            model.load_state_dict(state, assign=True)
         wanted = twin(inputs)
+        torch.testing.assert_close(other(inputs), wanted, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(hra_fx.fold(other)(inputs), wanted, rtol=1e-10, atol=1e-10)
 
 
@@ -168,47 +170,14 @@ class Tied(Branches):
 
 @pytest.mark.parametrize("options", [{}, {"verify": True}, {"low_cpu_mem_usage": True}], ids=str)
 def test_options_and_tied_layers_are_as_in_eager_mode(options: dict[str, Any]) -> None:
-    torch.manual_seed(0)
-    base = Tied().double()
-    eager = hra_fx.transform(copy.deepcopy(base), config(init_weights=False))
-    graph = hra_fx.transform(base, config(init_weights=False), trace=True, example_inputs=X, **options)
-    graph.load_state_dict(eager.state_dict(), assign=True)
+    graph, eager = twins(Tied().double(), X, assign=True, **options)
     assert_same(graph(X), eager(X))
 
 
-def exported() -> Any:
-    program = hra_fx.transform(torch.export.export(Branches().double().eval(), (X,)), config())
-    return program.module()
-
-
-def test_the_module_of_a_program_says_what_works_on_it() -> None:
-    graph = exported()
-    message = r"GraphModule consists of operators, .*load_state_dict\(graph\.state_dict\(\), strict=False\)"
-    for function in (lambda graph: hra_fx.set_adapter(graph, "default"), hra_fx.plan_fold, hra_fx.graphs):
-        with pytest.raises(AdapterError, match=message):
-            function(graph)
-
-
-class Optional(nn.Module):
-    """A forward with an argument that fx leaves at its default."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(6, 6)
-
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        return self.layer(x) if scale is None else self.layer(x) * scale
-
-
-@pytest.mark.parametrize("with_scale", [False, True])
-def test_the_graph_is_called_as_in_the_example(with_scale: bool) -> None:
-    torch.manual_seed(0)
-    base = Optional().double()
-    inputs = {"x": torch.randn(3, 6).double()} | ({"scale": torch.randn(6).double()} if with_scale else {})
-    settings = hra_fx.HRAConfig(r=2, target_modules=["layer"], init_weights=False)
-    graph = hra_fx.transform(copy.deepcopy(base), settings, trace=True, example_inputs=inputs)
-    eager = hra_fx.transform(copy.deepcopy(base), settings)
-    eager.load_state_dict(graph.state_dict())
+@pytest.mark.parametrize("more", [{}, {"mask": torch.randn(8).double()}], ids=["default", "mask"])
+def test_the_graph_is_called_as_in_the_example(more: dict[str, Any]) -> None:
+    inputs = {"x": X} | more
+    graph, eager = twins(Optional().double(), inputs)
     torch.testing.assert_close(graph(**inputs), eager(**inputs), rtol=1e-12, atol=1e-13)
 
 
@@ -230,13 +199,8 @@ class Routed(nn.Module):
         return gathered
 
 
-@pytest.mark.parametrize("targets", [["first"], ["first", "router"]])
-def test_a_layer_that_returns_several_tensors_is_recorded_by_its_operators(targets: list[str]) -> None:
-    base, settings = Routed().double(), hra_fx.HRAConfig(r=2, target_modules=targets)
-    eager = hra_fx.transform(copy.deepcopy(base), settings)
-    graph = hra_fx.transform(base, settings, trace=True, example_inputs=X)
-    randomise(eager)
-    graph.load_state_dict(eager.state_dict())
+def test_a_layer_that_returns_several_tensors_is_recorded_by_its_operators() -> None:
+    graph, eager = twins(Routed().double(), X, config("first", "router"))
     assert "router" not in {node.target for node in graph.graph.find_nodes(op="call_module")}  # type: ignore[attr-defined]
     x = torch.randn(9, 6).double()
     assert_same(graph(x), eager(x))
@@ -315,8 +279,3 @@ def test_unused_layers_keep_their_keys_and_adapters() -> None:
     eager.load_state_dict(model.state_dict())
     assert_same(model(X), eager(X))
     assert hra_fx.fold(model).state_dict().keys() == base.state_dict().keys()
-
-
-def test_with_an_example_torch_fx_still_goes_first() -> None:
-    model = hra_fx.transform(Dropout().double(), config(), trace=True, example_inputs=X, verify=True)
-    assert calls(model)[0] == "first.hra_u"

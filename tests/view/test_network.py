@@ -11,8 +11,10 @@ import networkx as nx
 import pytest
 import torch
 import torchvision
+from adapting import randomise
+from drawn_models import Shared
 from graph_modules import Cnn
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import hra_fx
@@ -42,10 +44,7 @@ def bert() -> BertModel:
 def rotated(model: Any, **fields: Any) -> Any:
     """A transformed model whose vectors were moved off their start."""
     model = hra_fx.transform(model, hra_fx.HRAConfig(**fields))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".hra_u." in name:
-                parameter.add_(torch.randn_like(parameter))
+    randomise(model)
     return model
 
 
@@ -128,45 +127,19 @@ def test_shapes_are_those_that_hooks_see() -> None:
     assert {data["dtype"] for _, data in graph.nodes(data=True) if data["shape"]} == {"float32"}
 
 
-@pytest.mark.parametrize("adapted", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_a_call_shows_a_whole_graph_of_a_model_that_fx_cannot_trace(adapted: bool) -> None:
-    model = llama()
-    if adapted:
-        model = rotated(model, r=2, target_modules=["q_proj", "v_proj", "gate_proj"])
+def test_a_call_shows_a_whole_graph_of_a_model_that_fx_cannot_trace() -> None:
+    model = rotated(llama(), r=2, target_modules=["q_proj", "v_proj", "gate_proj"])
     graph = hra_fx.to_networkx(model, {"input_ids": IDS})
-    paths = sorted(
-        f"model.layers.{i}.{part}"
-        for i in range(2)
-        for part in ("self_attn.q_proj", "self_attn.v_proj", "mlp.gate_proj")
-    )
-    assert sites_in(graph) == (paths if adapted else [])
+    assert sites_in(graph) == sorted(row.path for row in hra_fx.report(model))
     assert nx.is_weakly_connected(graph)
     path = "model.layers.1.self_attn.q_proj"
     layer = next(data for _, data in graph.nodes(data=True) if path in (data["target"], data["module"]))
     assert layer["shape"] == "2×5×16"
 
 
-def test_a_call_that_cannot_be_captured_is_refused_and_the_parts_are_shown_without_it() -> None:
-    class Breaks(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.first(x)
-            return self.second(x) if float(x.detach().sum()) > 0 else x
-
-    model = rotated(Breaks(), r=2, target_modules=["first", "second"])
-    with pytest.raises(AdapterError, match=r"torch\.export cannot capture Breaks.*Without example_inputs"):
-        hra_fx.to_networkx(model, torch.randn(3, 4))
-    assert sites_in(hra_fx.to_networkx(model)) == ["first", "second"]
-
-
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # torch's own, in a deepcopy
-@pytest.mark.parametrize("decomposed", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_an_exported_program_shows_its_layers(decomposed: bool) -> None:
+def test_an_exported_program_shows_its_layers() -> None:
     program = torch.export.export(llama(), (), {"input_ids": IDS, "use_cache": False}, strict=False)
-    program = program.run_decompositions() if decomposed else program
     plain = hra_fx.to_networkx(program)
     assert not sites_in(plain)
     adapted = hra_fx.transform(program, hra_fx.HRAConfig(r=3, target_modules=["q_proj", "down_proj"]))
@@ -184,26 +157,10 @@ def test_an_exported_program_shows_its_layers(decomposed: bool) -> None:
         hra_fx.to_networkx(adapted.module())
 
 
-def test_a_graph_module_of_the_users_is_drawn_as_it_stands() -> None:
-    graph = hra_fx.to_networkx(rotated(fx.symbolic_trace(resnet()), r=2, target_modules=["fc"]))
-    assert sites_in(graph) == ["fc"]
-    assert [data["target"] for _, data in graph.nodes(data=True) if data["op"] == "call_module"] == called(resnet())
-
-
-def test_a_shared_layer_is_one_site_and_counts_once() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(4, 4)
-            self.again = self.layer
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.again(torch.relu(self.layer(x)))
-
-    for model in (Twice(), rotated(Twice(), r=2, target_modules=["layer"])):
-        graph = hra_fx.to_networkx(model)
-        assert sum(data["parameters"] for _, data in graph.nodes(data=True)) == 20
-    assert sites_in(graph) == ["layer"]
+def test_a_shared_layer_counts_once() -> None:
+    model = Shared()
+    counted = sum(data["parameters"] for _, data in hra_fx.to_networkx(model).nodes(data=True))
+    assert counted == sum(p.numel() for p in model.parameters())
 
 
 def test_looking_changes_nothing() -> None:
@@ -239,11 +196,7 @@ def two_adapters() -> Any:
     model = hra_fx.transform(layers, hra_fx.HRAConfig(r=4, target_modules=["0", "2"]))
     hra_fx.add_adapter(model, "two", hra_fx.HRAConfig(r=2, target_modules=["0"]))
     hra_fx.set_adapter(model, ["default", "two"])
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "hra_u" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    randomise(model)
     return model
 
 
@@ -251,20 +204,14 @@ def picture(model: nn.Module, folder: Path) -> str:
     return hra_fx.visualize(model, folder / "a.svg").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("names", [None, ["default"]])
-def test_a_merged_adapter_is_in_use(names: list[str] | None, tmp_path: Path) -> None:
+def test_a_merged_adapter_is_in_use_and_one_that_is_off_is_not(tmp_path: Path) -> None:
     model = two_adapters()
     before = picture(model, tmp_path)
     assert "r 6 · d 12" in before
-    hra_fx.merge_adapter(model, names)
-    assert picture(model, tmp_path) == before
-
-
-def test_adapters_that_are_off_turn_nothing(tmp_path: Path) -> None:
-    model = two_adapters()
     with hra_fx.disable_adapters(model):
-        shown = picture(model, tmp_path)
-    assert shown.count(">no active adapter<") == 2
+        assert picture(model, tmp_path).count(">no active adapter<") == 2
+    hra_fx.merge_adapter(model, ["default"])
+    assert picture(model, tmp_path) == before
 
 
 @pytest.mark.parametrize("model", [nn.Linear(3, 4), nn.Identity(), nn.Sequential(nn.ReLU())])
@@ -286,44 +233,6 @@ def test_a_single_adapted_layer_is_refused_with_the_way_out(tmp_path: Path) -> N
 def test_inputs_that_do_not_fit_are_told_of(tmp_path: Path) -> None:
     with pytest.warns(HRAWarning, match=r"The graph does not run on `example_inputs` .*no shapes"):
         hra_fx.visualize(two_adapters(), tmp_path / "a.svg", example_inputs=torch.zeros(2, 5))
-
-
-class Net(nn.Module):
-    """Of its three layers one is adapted; circular padding makes two operators of one layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(8, 12), nn.Linear(12, 3)
-        self.c = nn.Conv1d(1, 1, 3, padding=1, padding_mode="circular")
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.b(self.c(self.a(x)[:, None])[:, 0])
-        return y
-
-
-def program() -> Any:
-    exported = torch.export.export(Net(), (torch.randn(2, 8),))
-    return hra_fx.transform(exported, hra_fx.HRAConfig(r=2, target_modules=["a"]))
-
-
-def skipped_at(model: Any) -> list[str]:
-    """The modules of the nodes that are marked."""
-    graph = hra_fx.to_networkx(model)
-    return sorted(data["module"] for _, data in graph.nodes(data=True) if "skipped" in data)
-
-
-@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own, in run_decompositions
-def test_a_program_marks_each_skipped_layer_once() -> None:
-    adapted = program()
-    for form in (adapted, adapted.run_decompositions()):
-        assert skipped_at(form) == ["b", "c"] == sorted(layer.path for layer in hra_fx.report(form).skipped)
-
-
-@pytest.mark.parametrize("depth", [None, 0])
-def test_files_for_other_programs_have_every_reason(depth: int | None, tmp_path: Path) -> None:
-    dot = hra_fx.visualize(program(), tmp_path / "a.dot", depth=depth).read_text(encoding="utf-8")
-    for path in ("b", "c"):
-        assert dot.count(f"{path} has no adapter: ") == 1
 
 
 def test_a_module_that_is_one_box_tells_of_the_layers_inside() -> None:

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 
 import networkx as nx
 import pytest
-import torch
 import torchvision
 from drawn_models import Residual
 from hypothesis import given, settings, strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 import hra_fx
 from hra_fx.view.graph import leaves_of
@@ -43,23 +42,6 @@ def scopes(item: Item) -> Iterator[Scope]:
             yield from scopes(part)
 
 
-class Pair(nn.Module):
-    """Both layers belong to one module whose own forward is never called, so their order is the caller's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(4, 4), nn.Linear(4, 4)
-
-
-class Interleaved(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = Pair(), Pair()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b.fc2(self.a.fc2(self.b.fc1(self.a.fc1(x))))
-
-
 def test_sites_reach_each_other_as_in_the_captured_graph() -> None:
     model = adapted(torchvision.models.resnet18(), r".*(conv\d|downsample\.0|fc)")
     captured = hra_fx.graphs(model)[""]
@@ -80,50 +62,6 @@ def test_a_residual_block_keeps_its_skip_edge() -> None:
     assert block.edges == ((0, 1), (1, 2), (2, 3))
     assert block.inputs == (0, 3)
     assert block.outputs == (3,)
-
-
-def test_identical_blocks_are_counted_and_different_ones_are_not() -> None:
-    model = adapted(nn.Sequential(*(Residual() for _ in range(5)), nn.ReLU()))
-    blocks = [scope for scope in scopes(tree(model)) if scope.class_name == "Residual"]
-    assert [(scope.count, len(scope.marks)) for scope in blocks] == [(5, 10)]
-    hra_fx.transform(
-        other := nn.Sequential(Residual(), Residual()).eval(), hra_fx.HRAConfig(r=2, target_modules=["0.fc1"])
-    )
-    assert [scope.count for scope in scopes(tree(other)) if scope.class_name == "Residual"] == [1, 1]
-
-
-def test_calls_of_two_modules_that_alternate_are_no_cycle() -> None:
-    root = tree(adapted(Interleaved()))
-    assert [item.name for item in root.items if isinstance(item, Leaf) and item.kind == "adapted_layer"] == [
-        "a.fc1",
-        "b.fc1",
-        "a.fc2",
-        "b.fc2",
-    ]
-    assert all(i < j for i, j in root.edges)
-    assert len(root.marks) == 4
-
-
-def test_parameters_are_folded_into_what_reads_them_and_identities_are_left_out() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(4))
-            self.skip = nn.Identity()
-            self.fc = nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.skip(self.fc(x) * self.scale).reshape(x.shape[0], -1)
-
-    root = tree(adapted(Net()))
-    assert [(item.name, item.detail) for item in root.items if isinstance(item, Leaf)] == [
-        ("x", ""),
-        ("fc", "Linear 4→4"),
-        ("mul", "scale"),
-        ("reshape", ""),
-        ("output", ""),
-    ]
-    assert root.edges == ((0, 1), (1, 2), (2, 3), (3, 4))
 
 
 # ---- the layout ----
@@ -194,13 +132,3 @@ def test_boxes_are_apart_and_edges_go_down_to_their_boxes_and_cross_none(graph: 
             (left, top), size = placed.corners[route.target], sizes[route.target]
             assert left <= route.pieces[-1][0] <= left + size.width
             assert route.pieces[-1][2] == pytest.approx(top)
-
-
-def test_a_port_of_a_box_is_met_by_its_edge() -> None:
-    placed = layered([Size(40, 20), Size(200, 60, enter=-70, leave=50), Size(40, 20)], [(0, 1), (1, 2)])
-    first, second = placed.routes
-    left = placed.corners[1][0]
-    assert first.pieces[-1][0] == pytest.approx(left + 100 - 70)
-    assert first.pieces[0][0] == pytest.approx(first.pieces[-1][0])
-    assert second.pieces[0][0] == pytest.approx(left + 100 + 50)
-    assert second.pieces[-1][0] == pytest.approx(second.pieces[0][0])

@@ -8,9 +8,10 @@ import warnings
 from typing import Any
 
 import torch
+from layers.checking import randomise
 from torch import Tensor, fx, nn
 from zoo.entry import Entry
-from zoo.oracle import Oracle, randomise, stir
+from zoo.oracle import Oracle, stir
 from zoo.outputs import Differs, check_usable, seed
 from zoo.refusing import candidates, transform_most
 from zoo.result import CHECKS, LEAVES, NOT_APPLICABLE, OK, REFUSED, YES, Result

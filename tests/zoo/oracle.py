@@ -11,24 +11,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from layers.checking import vectors_of
 from oracles import dense_product
 from torch import Tensor, nn
 
 _MARK = ".hra_u."
 _DENSE = 64
-
-
-def vectors_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Layer path -> its trained vectors `U: (d, r)`."""
-    return {name.partition(_MARK)[0]: p for name, p in model.named_parameters() if _MARK in name}
-
-
-def randomise(model: nn.Module, value: int = 1) -> None:
-    """Give every vector random values, far from the start."""
-    generator = torch.Generator().manual_seed(value)
-    with torch.no_grad():
-        for vectors in vectors_of(model).values():
-            vectors.copy_(torch.randn(vectors.shape, generator=generator, dtype=torch.float64))
 
 
 def weight_name(layer: nn.Module) -> str:

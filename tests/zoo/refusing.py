@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Collection, Sequence
-from typing import Any
 
-import torch
+from adapting import picture
 from torch import nn
 
 import hra_fx
@@ -64,13 +63,13 @@ def transform_most(
     left = candidates(model, parameters)
     refused: dict[str, str] = {}
     while left:
-        before = picture(model)
+        before = state_of(model)
         config = config_for(left)
         begin = time.perf_counter()
         try:
             hra_fx.transform(model, config)
         except hra_fx.UnsupportedLayerError as error:
-            changed = [key for key, value in picture(model).items() if not same(before[key], value)]
+            changed = [key for key, value in state_of(model).items() if before[key] != value]
             assert not changed, f"a refused transform changed the model's {', '.join(changed)}"
             named = _named(str(error), left)
             if not named:
@@ -97,27 +96,6 @@ def _named(message: str, left: dict[str, nn.Module]) -> dict[str, str]:
     return dict.fromkeys([first, *alike], match["reason"])
 
 
-def picture(model: nn.Module) -> dict[str, list[Any]]:
-    """All that `transform` could change, by identity; buffers by value as well."""
-    modules = list(model.named_modules())
-    return {
-        "classes": [(path, id(module), type(module)) for path, module in modules],
-        "attributes": [(path, key, id(value)) for path, module in modules for key, value in vars(module).items()],
-        "modes": [module.training for _, module in modules],
-        "parameters": [(name, id(p), p.requires_grad, p._version) for name, p in model.named_parameters()],
-        "buffers": [(name, id(b), b.clone()) for name, b in model.named_buffers()],
-        "keys": list(model.state_dict()),
-    }
-
-
-def same(before: list[Any], after: list[Any]) -> bool:
-    """Whether two lists of a picture agree."""
-    return len(before) == len(after) and all(map(_equal, before, after))
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, tuple):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one.nan_to_num(), other.nan_to_num()) if one.is_floating_point() else torch.equal(one, other)
-    return bool(one == other)
+def state_of(model: nn.Module) -> dict[str, object]:
+    """All that `transform` could change, by identity, and how often buffers were written."""
+    return picture(model) | {"buffers": [(name, id(b), b._version) for name, b in model.named_buffers()]}

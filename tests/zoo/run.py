@@ -116,7 +116,6 @@ def main() -> int:
     """Run; the exit code is 1 where anything is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="names, or shell patterns of names")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="take each N-th model only")
     parser.add_argument("--jobs", type=int, default=2, help="models at a time (default 2)")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one model (default 300)")
     parser.add_argument("--resume", action="store_true", help="keep results that this very code gave before")
@@ -125,7 +124,7 @@ def main() -> int:
     options = parser.parse_args()
 
     begin, code = time.monotonic(), code_version()
-    names = list(named(options.only))[:: options.every]
+    names = list(named(options.only))
     results = (
         {name: result for name, result in kept(options.results, code).items() if name in names}
         if options.resume
@@ -156,8 +155,7 @@ def finish(results: dict[str, Result], options: argparse.Namespace, seconds: flo
     from zoo.table import markdown, totals
 
     ordered = [results[name] for name in sorted(results)]
-    whole = not options.only and options.every == 1
-    if target := options.table or (TABLE if whole else None):
+    if target := options.table or (None if options.only else TABLE):
         target.write_text(markdown(ordered, measured()))
         print(f"The table is in {target}.")
     print("\n".join(f"{key}: {value}" for key, value in totals(ordered).items()), f"\n{seconds / 60:.1f} minutes")

@@ -9,9 +9,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from layers.checking import vectors_of
 from torch import Tensor, nn
 from zoo.entry import Entry
-from zoo.oracle import Oracle, buffers_of, kept_buffers, vectors_of
+from zoo.oracle import Oracle, buffers_of, kept_buffers
 from zoo.outputs import LOOSEST, TIGHT, Differs, cast, check_usable, distances, flat, seed
 from zoo.result import Result
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torchvision
 import transformers
+from adapting import randomise
 from diffusion_models import unet
 from export import programs
 from torch import Tensor, nn
@@ -56,10 +57,7 @@ class Model:
     def adapted(self) -> One:
         torch.manual_seed(0)
         model = hra_fx.transform(self.build().eval(), self.adapter)
-        with torch.no_grad():
-            for name, vectors in model.named_parameters():
-                if ".hra_u." in name:
-                    vectors.normal_()
+        randomise(model)
         return One(model, self.output, **dict(self.settings)).eval()
 
     def folded(self) -> One:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from documents import DOCS, python_blocks, run_blocks
 from export.exporting import exporters
-from export.exporting.cells import LIMIT, error_of, moved
+from export.exporting.table import LIMIT, error_of, moved
 from export.programs import QUIET
 
 import hra_fx

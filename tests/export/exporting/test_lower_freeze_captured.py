@@ -54,20 +54,17 @@ def adapted(**fields: Any) -> Net:
     return model
 
 
-def exported(model: nn.Module, strict: bool = False) -> torch.export.ExportedProgram:
-    return torch.export.export(model, (image(),), dynamic_shapes=({0: BATCH},), strict=strict)
+def exported(model: nn.Module, x: Tensor | None = None) -> torch.export.ExportedProgram:
+    return torch.export.export(model, (image() if x is None else x,), dynamic_shapes=({0: BATCH},))
 
 
 def operators(graph: torch.fx.Graph) -> set[str]:
     return {str(node.target) for node in graph.nodes if node.op == "call_function"}
 
 
-@pytest.mark.parametrize(
-    ("fields", "strict"), [(ANCHORED, False), pytest.param(GRAM_SCHMIDT, True, marks=pytest.mark.slow)]
-)
-def test_an_exported_model_has_only_products_and_a_frozen_one_constants(fields: dict[str, Any], strict: bool) -> None:
-    model = adapted(**fields)
-    program = exported(model, strict)
+def test_an_exported_model_has_only_products_and_a_frozen_one_constants() -> None:
+    model = adapted(**ANCHORED)
+    program = exported(model)
     assert not [name for name in operators(program.graph) if "linalg_qr" in name or "solve" in name or "hra_fx" in name]
     frozen = hra_fx.freeze(program)
     expected = model(image(5))
@@ -76,7 +73,7 @@ def test_an_exported_model_has_only_products_and_a_frozen_one_constants(fields: 
     assert len(frozen.graph.nodes) < len(program.graph.nodes) / 4
     names = [name for name in frozen.state_dict if ".hra_u." in name]
     assert len(names) == 8
-    assert all(".frozen_" in name for name in names)
+    assert all(".frozen_" in name and frozen.state_dict[name].is_contiguous() for name in names)
     # The original program is unchanged.
     assert [name for name in program.state_dict if name.endswith(".default")]
     assert relative_error(program.module()(image(5)), expected) < 1e-14
@@ -90,6 +87,11 @@ def test_an_exported_model_has_only_products_and_a_frozen_one_constants(fields: 
     grads = [torch.autograd.grad(function(image()).square().sum(), vectors) for function in (module, model)]
     for ours, theirs in zip(*grads, strict=True):
         assert relative_error(ours, theirs) < 1e-12
+    # Constants have their own memory.
+    with torch.no_grad():
+        for vector in vectors:
+            vector.zero_()
+    assert relative_error(frozen.module()(image(5)), expected) < 1e-14
 
 
 def test_several_adapters_and_scales_are_frozen_together() -> None:
@@ -119,20 +121,8 @@ def test_a_program_that_was_transformed_is_lowered_and_frozen(
     for made in (hra_fx.lower(program), frozen):
         assert relative_error(made.module()(image(5)), expected) < 1e-14
         assert "hra_fx" not in str(operators(made.graph))
+        assert all("nn_module_stack" in node.meta for node in made.graph.nodes if node.op == "call_function")
     assert [str(node.target) for node in frozen.graph.nodes].count("aten.mm.default") == len(TARGETS)
-
-
-def test_a_lowered_program_has_the_gradients_of_the_operator(base: torch.export.ExportedProgram) -> None:
-    program = hra_fx.transform(base, hra_fx.HRAConfig(r=3, apply_GS=True, target_modules=TARGETS))
-    randomise(program.state_dict.items())
-    grads = []
-    for made in (program, hra_fx.lower(program)):
-        module = made.module()
-        vectors = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        assert len(vectors) == 4
-        grads.append(torch.autograd.grad(module(image()).square().sum(), vectors))
-    for ours, theirs in zip(*grads, strict=True):
-        assert relative_error(ours, theirs) < 1e-11
 
 
 def test_a_model_is_refused() -> None:
@@ -143,6 +133,18 @@ def test_a_model_is_refused() -> None:
         hra_fx.lower(adapted())
 
 
+class Casts(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+def test_vectors_that_are_read_under_autocast_cannot_be_frozen() -> None:
+    model = hra_fx.transform(Casts().eval(), hra_fx.HRAConfig(r=2, target_modules=["fc"]))
+    with pytest.raises(hra_fx.errors.GraphInvariantError, match="Export the model in eval mode and without autocast"):
+        hra_fx.freeze(exported(model, image().float()))
+
+
 def test_a_graph_without_reflections_cannot_be_frozen() -> None:
     text = r"freeze: the graph has no reflections. It is already frozen, or comes from a model that was folded or not"
     model = hra_fx.transform(nn.Sequential(nn.Linear(3, 2)).eval(), hra_fx.HRAConfig(r=2, target_modules=["0"]))
@@ -150,11 +152,3 @@ def test_a_graph_without_reflections_cannot_be_frozen() -> None:
     for captured in (frozen, torch.export.export(hra_fx.fold(model), (torch.ones(1, 3),))):
         with pytest.raises(hra_fx.AdapterError, match=text):
             hra_fx.freeze(captured)
-
-
-def test_vectors_on_the_meta_device_cannot_be_frozen() -> None:
-    model = hra_fx.transform(nn.Sequential(nn.Linear(3, 2)).eval(), hra_fx.HRAConfig(r=2, target_modules=["0"]))
-    program = torch.export.export(model, (torch.ones(1, 3),))
-    program.state_dict["0.hra_u.default"] = nn.Parameter(torch.empty(3, 2, device="meta"))
-    with pytest.raises(hra_fx.AdapterError, match=r"0.hra_u.default is on the meta device. Load the adapter"):
-        hra_fx.freeze(program)

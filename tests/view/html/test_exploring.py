@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from pages import box, facts, page_of, place, search, strip, trail, trained_net
+from pages import box, facts, page_of, search, strip, trail, trained_net
 from playwright.sync_api import Page, expect
-from torch import nn
-
-from hra_fx.model.state import adapted_layers
 
 Open = Callable[..., Page]
 BLOCKS = "blocks.0 … 2"
@@ -37,15 +34,6 @@ def test_a_click_shows_the_inside_of_a_module_and_the_trail_leads_back(closed: P
     closed.locator("#trail").get_by_text("Net").click()
     assert trail(closed) == []
     expect(box(closed, "stem")).to_be_in_viewport()
-
-
-def test_every_adapted_layer_is_found_once_and_shown(closed: Page) -> None:
-    closed.click("#regex")
-    for path in adapted_layers(trained_net()):
-        assert search(closed, f"^{path.replace('.', '[.]')}$") == [path]
-        closed.keyboard.press("Enter")
-        assert selected(closed) == path.rpartition(".")[2]
-        assert closed.locator("#panel h3.instance").inner_text() == path
 
 
 def test_a_search_knows_classes_and_expressions_and_says_what_is_wrong(closed: Page) -> None:
@@ -80,50 +68,16 @@ def test_the_keyboard_does_it_all(closed: Page) -> None:
     assert (trail(closed), selected(closed)) == ([], BLOCKS)
     press("Escape")
     assert not closed.locator("#panel").is_visible()
-
-
-def test_keys_of_the_page(closed: Page) -> None:
-    press = closed.keyboard.press
-    zoom = closed.locator("#zoom")
-    for key, shown in (("+", "125%"), ("-", "100%"), ("-", "80%"), ("0", "100%")):
-        press(key)
-        assert zoom.inner_text() == shown
     press("/")
     expect(closed.locator("#query")).to_be_focused()
-    closed.keyboard.type("+-?0")
-    assert closed.locator("#query").input_value() == "+-?0"
-    press("Escape")
-    press("?")
-    assert closed.locator("#help").is_visible()
-    press("Escape")
-    assert not closed.locator("#help").is_visible()
 
 
-def test_the_mouse_zooms_and_pans(open_page: Open) -> None:
-    page = open_page(page_of(trained_net(), depth=2), viewport={"width": 600, "height": 400})
-    scroller = page.locator("#scroller")
-    before = place(page, "stem")
-    page.mouse.move(before["x"] + 10, before["y"] + 10)
-    page.keyboard.down("Control")
-    page.mouse.wheel(0, -200)
-    page.keyboard.up("Control")
-    expect(page.locator("#zoom")).to_have_text("149%")
-    assert place(page, "stem")["width"] == pytest.approx(1.49 * before["width"], rel=0.02)
-    top = scroller.evaluate("element => element.scrollTop")
-    page.mouse.move(300, 300)
-    page.mouse.down()
-    page.mouse.move(300, 200, steps=4)
-    page.mouse.up()
-    assert scroller.evaluate("element => element.scrollTop") == top + 100
-    assert not page.locator("#panel").is_visible(), "a drag selects nothing"
-
-
-def test_the_edges_of_the_selected_box_are_highlighted(closed: Page) -> None:
-    box(closed, "stem").click()
-    assert closed.locator("#scroller .edge.lit").count() == 2
-    box(closed, "head").click()
-    assert selected(closed) == "head"
-    assert closed.locator("#scroller .edge.lit").count() == 2
+def test_layers_in_modules_to_save_are_trained_and_not_skipped(open_page: Open) -> None:
+    page = open_page(page_of(trained_net(modules_to_save=["head"])))
+    assert page.locator("#skipped").inner_text() == "1 layer not adapted"
+    assert page.locator("#scroller g.trained").count() == 1
+    box(page, "head").click()
+    assert page.locator("#panel h3").all_inner_texts() == ["Trained in full"]
 
 
 def test_skipped_layers_are_marked_listed_and_explained(closed: Page) -> None:
@@ -135,61 +89,3 @@ def test_skipped_layers_are_marked_listed_and_explained(closed: Page) -> None:
     assert selected(closed) == "head"
     assert "not in target_modules" in closed.locator("#panel .reason").inner_text()
     assert facts(closed)["class"] == "Linear 12→4"
-
-
-def test_skipped_layers_inside_a_closed_module_are_counted(open_page: Open) -> None:
-    page = open_page(page_of(trained_net(target_modules=["up"]), depth=0))
-    assert "· 3 not adapted" in (box(page, BLOCKS).text_content() or "")
-    assert "3 not adapted" in (box(page, BLOCKS).get_attribute("aria-label") or "")
-    search(page, "blocks.1.down")
-    page.keyboard.press("Enter")
-    assert selected(page) == "down"
-    assert page.locator("#panel .not-adapted li").all_inner_texts() == [f"blocks.{i}.down" for i in range(3)]
-
-
-#: Whether one element lies on another one.
-COVERS = """([one, other]) => {
-  const [a, b] = [one, other].map((name) => document.querySelector(name).getBoundingClientRect());
-  return a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1;
-}"""
-
-
-@pytest.mark.parametrize("width", [1440, 420])
-def test_nothing_covers_the_drawing(open_page: Open, width: int) -> None:
-    page = open_page(page_of(trained_net(target_modules=["up"])), viewport={"width": width, "height": 800})
-    for opened in (False, True):
-        if opened:
-            box(page, "up").click()
-        assert page.locator("#panel").is_visible() == opened
-        for part in ("#legend", ".top", *["#panel"] * opened):
-            assert not page.evaluate(COVERS, [part, "#stage"]), part
-        assert page.locator("#legend").is_visible()
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-
-
-def test_a_phone_has_a_small_toolbar_and_the_left_edge_of_the_drawing(open_page: Open) -> None:
-    page = open_page(page_of(trained_net(), depth=2), viewport={"width": 420, "height": 800})
-    height = page.locator(".top").evaluate("element => element.getBoundingClientRect().height")
-    assert height <= 140
-    assert page.locator("#scroller").evaluate("element => element.scrollLeft") == 0
-    assert place(page, "x")["x"] >= 0
-    box(page, "down").click()
-    stage, panel = (page.locator(part).bounding_box() for part in ("#stage", "#panel"))
-    assert stage and panel and stage["height"] + panel["height"] < 800 - height
-    expect(box(page, "down").locator(":scope > .frame")).to_be_in_viewport(ratio=0.9)
-
-
-def test_a_layer_that_should_have_an_adapter_is_red_and_others_are_not(open_page: Open) -> None:
-    model = trained_net(modules_to_save=["head"])
-    model.blocks[0].up = nn.Linear(12, 24)  # it is targeted, and has no adapter
-    page = open_page(page_of(model))
-    line = "element => getComputedStyle(element).stroke"
-    for mark, color in ((".refused", "rgb(204, 66, 55)"), (".skipped", "rgb(123, 134, 150)")):
-        assert page.locator(f"#scroller {mark}").count() == 1
-        assert page.locator(f"#scroller {mark}").evaluate(line) == color
-    assert page.locator("#scroller .trained > .frame").evaluate(line) == "rgb(75, 134, 196)"
-    assert page.locator("#skipped.alarm").count() == 1
-    words = page.locator("#legend li").all_text_contents()
-    assert {"1 layer not targeted", "1 layer targeted, but not adapted", "trained in full"} <= set(words)
-    quiet = open_page(page_of(trained_net()))
-    assert quiet.locator(".refused, .alarm").count() == 0

@@ -10,7 +10,7 @@ from pages import box, facts, page_of, search, strip, trained_net
 from playwright.sync_api import Page
 
 import hra_fx
-from hra_fx.reporting.heat import DARK_PALETTE, HEATS, color, heat_of, ink_on, scale
+from hra_fx.reporting.heat import HEATS, color, heat_of, scale
 from hra_fx.reporting.row import Row
 
 Open = Callable[..., Page]
@@ -87,23 +87,6 @@ def test_a_repeat_has_a_row_for_each_of_its_layers(open_page: Open) -> None:
     assert page.locator("#panel h3.instance").inner_text() == "blocks.1.down"
 
 
-def test_two_adapters_of_a_layer_are_both_told(open_page: Open) -> None:
-    model = trained_net()
-    hra_fx.add_adapter(model, "second", hra_fx.HRAConfig(r=2, target_modules=["up"]))
-    page = open_page(page_of(model))
-    choose(page, "blocks.0.up")
-    assert page.locator("#panel h3").all_inner_texts()[2:4] == ["Adapter default", "Adapter second, inactive"]
-    assert facts(page)["r"] == "2"
-
-
-def test_layers_in_modules_to_save_are_trained_and_not_skipped(open_page: Open) -> None:
-    page = open_page(page_of(trained_net(modules_to_save=["head"])))
-    assert page.locator("#skipped").inner_text() == "1 layer not adapted"
-    choose(page, "head")
-    assert page.locator("#panel h3").all_inner_texts() == ["Trained in full"]
-    assert page.locator("#scroller g.trained").count() == 1
-
-
 def test_heat_has_the_colors_and_means_of_the_report(open_page: Open) -> None:
     """The page opens with the change of the weight."""
     model = trained_net()
@@ -133,12 +116,3 @@ def test_heat_has_the_colors_and_means_of_the_report(open_page: Open) -> None:
     assert strip(page, "down") == "r 4 · d 24"
     assert page.locator("#scale").inner_text() == ""
     assert open_page(page_of(model, heat="angle")).locator("#heat").input_value() == "angle"
-
-
-def test_heat_on_dark_has_the_other_palette(open_page: Open) -> None:
-    model = trained_net()
-    page = open_page(page_of(model), color_scheme="dark")
-    values = heat_of(hra_fx.report(model).rows, "weight_change")
-    wanted = color(sum(values[f"blocks.{i}.up"] for i in range(3)) / 3, scale(values.values()), DARK_PALETTE)
-    assert box(page, "up").locator(".strip").evaluate(FILL) == rgb(wanted)
-    assert box(page, "up").locator(".strip + text").evaluate(FILL) == rgb(ink_on(wanted))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import networkx as nx
 import pytest
-from pages import Net, box, boxes, facts, page_of, search, strip, trained_net
+from pages import Net, box, boxes, facts, page_of, search, trained_net
 from playwright.sync_api import Page
 from torch import nn
 
@@ -43,13 +43,6 @@ def test_the_page_tells_what_it_shows(open_page: Open) -> None:
     assert "Linear 6→12" in (box(page, "stem").text_content() or "")
 
 
-@pytest.mark.parametrize(("depth", "shown"), [(0, False), (2, True)])
-def test_the_option_says_how_many_levels_are_open(open_page: Open, depth: int, shown: bool) -> None:
-    page = open_page(page_of(trained_net(), depth=depth))
-    assert ("up" in labels(page)) == shown
-    assert (page.locator("#scroller .opens").count() == 0) == shown
-
-
 def test_every_box_is_in_one_picture_and_pictures_stay_small(open_page: Open) -> None:
     """A model of 32 blocks that all differ."""
     blocks = (nn.Sequential(nn.Linear(8, 8 + i), nn.ReLU(), nn.Linear(8 + i, 8)) for i in range(32))
@@ -64,15 +57,6 @@ def test_every_box_is_in_one_picture_and_pictures_stay_small(open_page: Open) ->
         assert labels(page) == [block, *(f"{block}.{part}" for part in range(3))]
 
 
-def test_a_module_is_shown_by_itself(open_page: Open) -> None:
-    page = open_page(page_of(trained_net(), focus="blocks.1"))
-    assert page.locator("h1").inner_text() == "blocks.1 in Net with HRA"
-    assert {"norm", "up", "act", "down", "add"} < set(labels(page))
-    assert "stem" not in labels(page)
-    assert search(page, "blocks.1.up") == ["blocks.1.up"]
-    assert search(page, "blocks.0.up") == []
-
-
 @pytest.mark.parametrize("model", [Net(), hra_fx.fold(trained_net())], ids=["plain", "folded"])
 def test_a_model_without_adapters_has_a_plain_view(open_page: Open, model: nn.Module) -> None:
     page = open_page(page_of(model))
@@ -81,15 +65,6 @@ def test_a_model_without_adapters_has_a_plain_view(open_page: Open, model: nn.Mo
         assert not page.locator(control).is_visible()
     box(page, "stem").click()
     assert facts(page)["parameters"] == "84"
-
-
-def test_layers_that_nothing_rotated_are_said_to_be_so(open_page: Open) -> None:
-    model = hra_fx.transform(Net(), hra_fx.HRAConfig(r=4, target_modules=["up", "down"]))
-    page = open_page(page_of(model))
-    assert "not trained yet (identity)" in page.locator("#scale").inner_text()
-    assert strip(page, "up") == "r 4 · d 12"
-    page.select_option("#heat", "angle")
-    assert strip(page, "up") == "r 4 · d 12 · mean 0°"
 
 
 def hostile_drawing() -> Drawing:
@@ -125,31 +100,6 @@ def test_hostile_names_are_shown_and_do_nothing(open_page: Open) -> None:
     assert page.locator("img, #scroller b, #panel b, #hits script").count() == 0
 
 
-def test_the_policy_stops_scripts_and_styles_that_are_not_the_pages(browser, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    file = tmp_path / "page.html"
-    file.write_text(page_of(trained_net()), encoding="utf-8", newline="\n")
-    page = browser.new_page()
-    blocked: list[str] = []
-    page.on("console", lambda message: blocked.append(message.text))
-    page.goto(file.as_uri())
-    page.evaluate(
-        """() => {
-            const script = document.createElement("script");
-            script.textContent = "window.ran = true";
-            document.body.append(script);
-            const image = document.createElement("img");
-            image.src = "https://example.invalid/x.png";
-            image.setAttribute("onerror", "window.ran = true");
-            document.body.append(image);
-        }"""
-    )
-    page.wait_for_timeout(100)
-    assert page.evaluate("window.ran") is None
-    assert any("script-src" in text for text in blocked)
-    assert any("img-src" in text or "default-src" in text for text in blocked)
-    page.close()
-
-
 def luminance(page: Page, selector: str) -> float:
     color = page.locator(selector).first.evaluate("element => getComputedStyle(element).backgroundColor")
     return sum(map(int, re.findall(r"\d+", color)[:3])) / 3
@@ -164,16 +114,3 @@ def test_dark_and_light_follow_the_system_and_the_button(open_page: Open) -> Non
     assert luminance(dark, "body") > 200 > 60 > luminance(light, "body")
     light.emulate_media(media="print")
     assert luminance(light, "body") > 200, "paper is never dark"
-
-
-def test_paper_has_the_whole_picture_and_no_controls(open_page: Open) -> None:
-    page = open_page(page_of(trained_net(), depth=2), color_scheme="dark")
-    page.emulate_media(media="print")
-    page.set_viewport_size({"width": 700, "height": 1000})  # A4 between its margins
-    assert page.evaluate("document.documentElement.scrollWidth") <= 700
-    for control in ("#query", "#heat", "#legend .group"):
-        assert not page.locator(control).is_visible()
-    assert page.locator("#scale").is_visible()
-    picture = page.locator("#scroller > svg").bounding_box()
-    assert picture and picture["width"] <= 700 and picture["height"] <= 832
-    assert page.pdf(format="A4").startswith(b"%PDF")
