@@ -44,11 +44,40 @@ KL: dict[str, Any] = {
     "norm_num_groups": 4,
     "sample_size": 16,
 }
+ASYMMETRIC: dict[str, Any] = {
+    "down_block_out_channels": (8, 16),
+    "up_block_out_channels": (8, 16),
+    "down_block_types": ("DownEncoderBlock2D", "DownEncoderBlock2D"),
+    "up_block_types": ("UpDecoderBlock2D", "UpDecoderBlock2D"),
+    "norm_num_groups": 4,
+}
 HEADS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8}
 MEMORY: dict[str, Any] = {"joint_attention_dim": 16, "caption_projection_dim": 16, "pooled_projection_dim": 16}
 VIDEO: dict[str, Any] = UNET | {
     "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
     "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
+}
+FRAMES: dict[str, Any] = {
+    "block_out_channels": (32, 32),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+    "up_block_types": ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+    "cross_attention_dim": 16,
+    "num_attention_heads": 2,
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 12,
+    "num_frames": 2,
+}
+MOTION: dict[str, Any] = {
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlockMotion", "CrossAttnDownBlockMotion"),
+    "up_block_types": ("CrossAttnUpBlockMotion", "UpBlockMotion"),
+    "cross_attention_dim": 16,
+    "num_attention_heads": 2,
+    "motion_num_attention_heads": 2,
+    "motion_max_seq_length": 4,
+    "norm_num_groups": 4,
 }
 PIXART: dict[str, Any] = {
     "in_channels": 4,
@@ -67,6 +96,16 @@ FLUX: dict[str, Any] = {
     "pooled_projection_dim": 16,
     "guidance_embeds": True,
     "axes_dims_rope": (2, 2, 4),
+}
+AURA: dict[str, Any] = {
+    "sample_size": 8,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "num_mmdit_layers": 1,
+    "num_single_dit_layers": 1,
+    "joint_attention_dim": 16,
+    "caption_projection_dim": 16,
+    "pos_embed_max_size": 64,
 }
 SANA: dict[str, Any] = HEADS | {
     "in_channels": 4,
@@ -87,6 +126,18 @@ WAN: dict[str, Any] = {
     "ffn_dim": 32,
     "num_layers": 2,
 }
+DC: dict[str, Any] = {
+    "latent_channels": 4,
+    "attention_head_dim": 4,
+    "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
+    "decoder_block_types": ("ResBlock", "EfficientViTBlock"),
+    "encoder_block_out_channels": (8, 16),
+    "decoder_block_out_channels": (8, 16),
+    "encoder_layers_per_block": (1, 1),
+    "decoder_layers_per_block": (1, 1),
+    "encoder_qkv_multiscales": ((), (5,)),
+    "decoder_qkv_multiscales": ((), (5,)),
+}
 
 
 def _steps(batch: int, _size: int) -> Tensor:
@@ -96,6 +147,11 @@ def _steps(batch: int, _size: int) -> Tensor:
 def _states(batch: int, size: int) -> Tensor:
     """What a text encoder said `(batch, length, 16)`."""
     return torch.randn(batch, LENGTHS[size], 16)
+
+
+def _told(batch: int, size: int) -> Tensor:
+    """The same for each of two frames."""
+    return _states(batch, size).repeat_interleave(2, 0)
 
 
 def _pooled(batch: int, _size: int) -> Tensor:
@@ -147,14 +203,25 @@ def _flux(batch: int, size: int) -> Call:
     }
 
 
-def _video(name: str = "sample", **extra: Any) -> Inputs:
-    """Latents of two frames, `(batch, 4, 2, side, side)`."""
+def _video(name: str = "sample", *, frames_first: bool = False, channels: int = 4, **extra: Any) -> Inputs:
+    """Latents of two frames, `(batch, channels, 2, side, side)`, or the frames before the channels."""
 
     def call(batch: int, size: int) -> Call:
-        latents = torch.randn(batch, 4, 2, SIDES[size], SIDES[size])
+        order = (2, channels) if frames_first else (channels, 2)
+        latents = torch.randn(batch, *order, SIDES[size], SIDES[size])
         return (), {name: latents, "timestep": _steps(batch, size)} | drawn(extra, batch, size)
 
     return call
+
+
+def _ids(batch: int, _size: int) -> Tensor:
+    """Frames a second, motion, noise `(batch, 3)`."""
+    return torch.rand(batch, 3)
+
+
+def _one(batch: int, _size: int) -> Tensor:
+    """What an image encoder said `(batch, 1, 16)`."""
+    return torch.randn(batch, 1, 16)
 
 
 def _diffusers(model: str, call: Inputs, note: str = "", **config: Any) -> Entry:
@@ -177,12 +244,21 @@ ENTRIES: list[Entry] = [
         conditioning_embedding_out_channels=(4, 8, 8, 8),
     ),
     _diffusers("UNet3DConditionModel", _video(**TEXT), **VIDEO),
+    _diffusers("UNetMotionModel", _video(encoder_hidden_states=_told), **MOTION),
+    _diffusers(
+        "UNetSpatioTemporalConditionModel",
+        _video(frames_first=True, channels=8, encoder_hidden_states=_one, added_time_ids=_ids),
+        **FRAMES,
+    ),
     _diffusers("DiTTransformer2DModel", CLASSED, **HEADS, num_embeds_ada_norm=1000, norm_num_groups=4, dropout=0.1),
     _diffusers("PixArtTransformer2DModel", _latents(4, "hidden_states", **TEXT), **HEADS, **PIXART),
     _diffusers("FluxTransformer2DModel", _flux, **FLUX),
     _diffusers("SD3Transformer2DModel", JOINT, **HEADS, **MEMORY, in_channels=4, out_channels=4, pos_embed_max_size=8),
+    _diffusers("AuraFlowTransformer2DModel", _latents(4, "hidden_states", **TEXT), **AURA),
     _diffusers("SanaTransformer2DModel", _latents(4, "hidden_states", **TEXT), **SANA),
     _diffusers("WanTransformer3DModel", _video("hidden_states", **TEXT), **WAN),
     _diffusers("AutoencoderKL", _pictures, **KL),
+    _diffusers("AsymmetricAutoencoderKL", _pictures, **ASYMMETRIC),
     _diffusers("VQModel", _pictures, **KL, num_vq_embeddings=8),
+    _diffusers("AutoencoderDC", _pictures, **DC),
 ]

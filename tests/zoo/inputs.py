@@ -84,16 +84,21 @@ def padding(batch: int, length: int) -> Tensor:
     return mask
 
 
+def leading(batch: int, length: int) -> Tensor:
+    """A mask `(batch, length)` that has the first token alone."""
+    return (torch.arange(length) == 0).long().expand(batch, length)
+
+
 def drawn(extra: dict[str, Any], batch: int, length: int) -> dict[str, Any]:
     """The inputs of a table: what is callable is made for this batch and length (or side), the rest is as it stands."""
     return {name: value(batch, length) if callable(value) else value for name, value in extra.items()}
 
 
-def tokens(*, masked: bool = True, **extra: Any) -> Inputs:
+def tokens(lengths: tuple[int, ...] = LENGTHS, *, masked: bool = True, **extra: Any) -> Inputs:
     """Inputs of a text model: `input_ids`, `attention_mask` where `masked`, and `extra`, tensors or makers of them."""
 
     def call(batch: int, size: int) -> Call:
-        length = LENGTHS[size]
+        length = lengths[size]
         inputs: dict[str, Any] = {"input_ids": words(batch, length)}
         if masked:
             inputs["attention_mask"] = padding(batch, length)

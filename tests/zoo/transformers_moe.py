@@ -39,6 +39,15 @@ GATED: dict[str, Any] = {
     "linear_num_value_heads": 2,
     "layer_types": ["linear_attention", "full_attention"],
 }
+#: One layer of each kind.
+HYBRID: dict[str, Any] = {
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
+    "mamba_d_state": 4,
+    "mamba_dt_rank": 2,
+}
 #: One layer whose attention looks at a chunk, one that looks at all.
 LLAMA4: dict[str, Any] = {
     "intermediate_size_mlp": 32,
@@ -46,6 +55,15 @@ LLAMA4: dict[str, Any] = {
     "attention_chunk_size": 8,
     "max_position_embeddings": 32,
     "num_key_value_heads": 1,
+}
+DBRX: dict[str, Any] = {
+    "d_model": 16,
+    "n_heads": 2,
+    "n_layers": 2,
+    "max_seq_len": 32,
+    "resid_pdrop": 0.1,
+    "attn_config": {"kv_n_heads": 1, "attn_pdrop": 0.1, "clip_qkv": 8.0, "rope_theta": 10000.0},
+    "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
 }
 SWITCH: dict[str, Any] = {
     "d_model": 16,
@@ -80,6 +98,8 @@ ENTRIES: list[Entry] = [
     _moe("phimoe", "PhimoeForCausalLM", hidden_dropout=0.1),
     _moe("gpt_oss", "GptOssForCausalLM", sliding_window=4, max_position_embeddings=None),
     _moe("llama4", "Llama4ForCausalLM", **LLAMA4),
+    _moe("dbrx", "DbrxForCausalLM", **DBRX),
+    _moe("jamba", "JambaForCausalLM", **HYBRID),
     _moe("jetmoe", "JetMoeForCausalLM", kv_channels=8),
     _moe("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", moe_num_experts=4, moe_k=2, moe_layer_start_index=1),
     _moe("minimax", "MiniMaxForCausalLM", block_size=4, layer_types=["linear_attention", "full_attention"]),

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 from zoo.entry import Entry
-from zoo.inputs import BOTH_SIDES, TEXT, Inputs, hugging, tokens, words
+from zoo.inputs import BOTH_SIDES, TEXT, Inputs, hugging, leading, tokens, words
 
 T5: dict[str, Any] = {
     "d_model": 16,
@@ -23,6 +23,15 @@ BART: dict[str, Any] = BOTH_SIDES | {
     "decoder_start_token_id": 2,
     "forced_eos_token_id": 2,
 }
+PROPHET: dict[str, Any] = {
+    "num_encoder_layers": 2,
+    "num_decoder_layers": 2,
+    "num_encoder_attention_heads": 2,
+    "num_decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "decoder_start_token_id": 1,
+}
 
 
 def _shorter(batch: int, length: int) -> Tensor:
@@ -33,6 +42,14 @@ def _shorter(batch: int, length: int) -> Tensor:
 def _pair(name: str, model: str, call: Inputs | None = None, **config: Any) -> Entry:
     """An entry of the usual sizes, with those of `config` in place of them; None takes one out."""
     return Entry(f"transformers/{name}", hugging(model, **TEXT | config), call or tokens(decoder_input_ids=_shorter))
+
+
+LED: dict[str, Any] = BART | {
+    "attention_window": [4, 4],
+    "max_encoder_position_embeddings": 32,
+    "max_decoder_position_embeddings": 32,
+}
+GLOBAL = tokens((8, 12), decoder_input_ids=_shorter, global_attention_mask=leading)
 
 
 ENTRIES: list[Entry] = [
@@ -51,5 +68,7 @@ ENTRIES: list[Entry] = [
     _pair("m2m_100", "M2M100ForConditionalGeneration", **BART, encoder_layerdrop=0.0, decoder_layerdrop=0.0),
     _pair("blenderbot", "BlenderbotForConditionalGeneration", **BART),
     _pair("blenderbot_small", "BlenderbotSmallForConditionalGeneration", **BART),
+    _pair("led", "LEDForConditionalGeneration", GLOBAL, **LED),
     _pair("fsmt", "FSMTForConditionalGeneration", **BART, src_vocab_size=50, tgt_vocab_size=50, langs=["a", "b"]),
+    _pair("prophetnet", "ProphetNetForConditionalGeneration", **PROPHET, num_hidden_layers=None),
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from zoo.entry import Entry
-from zoo.inputs import TEXT, Inputs, hugging, tokens
+from zoo.inputs import TEXT, Inputs, hugging, leading, tokens
 
 
 def _text(name: str, model: str, call: Inputs | None = None, *, sizes: int = 2, **config: Any) -> Entry:
@@ -16,6 +16,17 @@ def _text(name: str, model: str, call: Inputs | None = None, *, sizes: int = 2, 
 NARROW: dict[str, Any] = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
 GROUPED: dict[str, Any] = {"num_key_value_heads": 1, "head_dim": 8}
 BIASED: dict[str, Any] = {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]}
+#: Without dropout, for which it reseeds torch by the clock.
+REFORMER: dict[str, Any] = {
+    "attn_layers": ["local", "local"],
+    "local_attn_chunk_length": 4,
+    "axial_pos_embds": False,
+    "attention_head_size": 8,
+    "feed_forward_size": 32,
+    "is_decoder": False,
+    "hidden_dropout_prob": 0.0,
+    "local_attention_probs_dropout_prob": 0.0,
+}
 #: Of those whose configuration refuses to be told the depth or the longest text.
 UNTOLD: dict[str, Any] = {"num_hidden_layers": None, "max_position_embeddings": None}
 UNMASKED = tokens(masked=False)
@@ -41,8 +52,16 @@ ENTRIES: list[Entry] = [
     _text("nystromformer", "NystromformerForMaskedLM", UNMASKED, sizes=1, num_landmarks=3, segment_means_seq_len=9),
     _text("yoso", "YosoForMaskedLM", use_expectation=True),
     _text("big_bird", "BigBirdForMaskedLM", attention_type="original_full", sep_token_id=2),
+    _text(
+        "longformer",
+        "LongformerForMaskedLM",
+        tokens(global_attention_mask=leading),
+        attention_window=[4, 4],
+        sep_token_id=2,
+    ),
     _text("funnel", "FunnelForMaskedLM", **UNTOLD, d_model=16, n_head=2, d_head=8, d_inner=32, block_sizes=[1, 1]),
     _text("canine", "CanineForTokenClassification", num_hash_buckets=32, local_transformer_stride=4),
+    _text("reformer", "ReformerForMaskedLM", tokens((8, 12)), **REFORMER),
     _text("ibert", "IBertForMaskedLM"),
     _text("xlm", "XLMWithLMHeadModel", emb_dim=16, n_heads=2),
     _text("xlnet", "XLNetLMHeadModel", **UNTOLD, d_model=16, n_layer=2, n_head=2, d_inner=32, use_mems_eval=False),
