@@ -28,7 +28,7 @@ from hra_fx.tracing.exported import (
     with_batch_of_two,
     without_caches,
 )
-from hra_fx.tracing.forward_state import Snapshot, checked_capture
+from hra_fx.tracing.forward_state import Snapshot, autograd_functions, checked_capture
 from hra_fx.tracing.graph_module import captured_module
 from hra_fx.tracing.inputs import InputChecks, argument_names, more_than_one
 from hra_fx.tracing.trace import LOCK, Traced
@@ -104,32 +104,33 @@ def _captured(
         shapes = make_shapes(model, example)
     except TypeError as error:
         raise CaptureError(f"the example does not fit its forward: {error}") from error
-    modes, functions = _both_modes(model, example, shapes, is_trained=is_trained)
+    modes = _both_modes(model, example, shapes, is_trained=is_trained)
     checks = InputChecks(modes[0].conditions, modes[1].conditions)
     made = _in_both_modes(model, modes[0], modes[1], checks, odd)
     for training in (True, False):
-        _compare(model.train(training), made.train(training), call, functions)
+        _compare(model.train(training), made.train(training), call)
+        if is_trained:
+            _compare_gradients(model, made, call)
     for places in modes[0].sizes:
         if not _allows_one(model, made, example, places):
             checks.add(more_than_one(*places[0], argument_names(model, *example)))
     return made
 
 
-def _both_modes(model: nn.Module, example: Call, shapes: Any, *, is_trained: bool) -> tuple[list[Canonical], list[str]]:
-    """Capture both modes. Also returns the names of custom autograd functions that are called.
+def _both_modes(model: nn.Module, example: Call, shapes: Any, *, is_trained: bool) -> list[Canonical]:
+    """Capture both modes.
 
     Leaves in a block with a separate graph, which could not call them, are inlined.
     """
     inlined: set[str] = set()
     while True:
-        modes, functions = [], list[str]()
+        modes = []
         try:
             for training in (True, False):
-                with checked_capture(model) if is_trained else nullcontext(list[str]()) as called:
+                with checked_capture(model) if is_trained else nullcontext():
                     program = export_call(model, example, shapes, training=training, inlined=inlined)
-                functions += called
                 modes.append(canonical(program, model))
-            return modes, functions
+            return modes
         except InBlockError as error:
             inside = {path: model.get_submodule(path) for path in error.paths}
             if any(depends_on_mode(part) or find_kind(part) for part in inside.values()):
@@ -161,27 +162,55 @@ def _allows_one(model: nn.Module, made: nn.Module, call: Call, places: list[tupl
     return True
 
 
-def _compare(model: nn.Module, made: nn.Module, call: Call, functions: list[str]) -> None:
-    """Run a call with the model and its graph. With custom autograd functions, also compare gradients.
+def _compare(model: nn.Module, made: nn.Module, call: Call) -> None:
+    """Run a call with the model and its graph, and compare the outputs.
 
     Raises:
         CaptureError: the graph does not run, or its values differ.
     """
-    with without_caches(model), torch.set_grad_enabled(bool(functions)):
+    with without_caches(model), torch.no_grad():
         wanted = _outputs(model, call)
         try:
             found = _outputs(made, call)
         except AssertionError as error:
             raise CaptureError(f"its graph does not run on the example: {error}") from error
-        if not all(map(_close, found, wanted)):
-            mode = "train" if model.training else "eval"
-            raise CaptureError(f"in {mode} mode, the outputs of the graph for the example differ from the model's")
+    if not all(map(_close, found, wanted)):
+        mode = "train" if model.training else "eval"
+        raise CaptureError(f"in {mode} mode, the outputs of the graph for the example differ from the model's")
+
+
+def _compare_gradients(model: nn.Module, made: nn.Module, call: Call) -> None:
+    """Compare the gradients of a call if the model calls custom autograd functions, whose backward a graph drops.
+
+    Raises:
+        CaptureError: the gradients differ.
+    """
+    with without_caches(model), torch.enable_grad(), _all_trainable(model):
         try:
-            same = not functions or all(map(_close, _gradients(made, found), _gradients(model, wanted)))
+            wanted, found = _outputs(model, call), _outputs(made, call)
+        except RuntimeError:  # an operator does not have a gradient
+            return
+        dropped = autograd_functions(wanted) - autograd_functions(found)
+        try:
+            same = not dropped or all(map(_close, _gradients(made, found), _gradients(model, wanted)))
         except RuntimeError:  # the function writes into a tensor that the backward of its operators needs
             same = False
-        if not same:
-            raise CaptureError(f"it calls the custom autograd function {functions[0]}, whose backward a graph drops")
+    if not same:
+        names = ", ".join(sorted(dropped))
+        raise CaptureError(f"it calls the custom autograd function {names}, whose backward a graph drops")
+
+
+@contextmanager
+def _all_trainable(model: nn.Module) -> Iterator[None]:
+    """Context manager in which all parameters require gradients: those of adapters pass through frozen layers too."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point() and not p.is_inference()]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def _outputs(model: nn.Module, call: Call) -> list[Tensor]:

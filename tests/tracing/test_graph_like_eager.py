@@ -240,6 +240,10 @@ TRAINS_DIFFERENTLY = {
         middle(lambda hidden: Straight.apply(hidden)),
         "it calls the custom autograd function Straight, whose backward a graph drops",
     ),
+    "autograd function, bound before": (
+        middle(Straight.apply),
+        "it calls the custom autograd function Straight, whose backward a graph drops",
+    ),
     "tensor hook": (
         middle(lambda hidden: (hidden.register_hook(lambda grad: grad * 2), hidden)[1]),
         "it registers a backward hook on a tensor, which a graph drops",
@@ -261,6 +265,13 @@ def test_a_graph_that_would_train_differently_is_refused(name: str) -> None:
         hra_fx.transform(model, config(), trace=True, example_inputs=X)
     assert picture(model) == before
     assert (random.getstate(), np.random.get_state()[2]) == draws
+
+
+def test_an_autograd_function_of_a_frozen_model_is_found() -> None:
+    model = middle(Straight.apply)().double().requires_grad_(False)
+    with pytest.raises(AdapterError, match="calls the custom autograd function Straight"):
+        hra_fx.transform(model, config(), trace=True, example_inputs=X)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_graph_to_look_at_is_made() -> None:
