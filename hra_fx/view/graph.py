@@ -139,7 +139,9 @@ class _Builder:
         if node.op != "call_module":
             return leaf
         path = _join(root, str(node.target))
-        return replace(leaf, name=name_of(path), detail=describe_module(self.model.get_submodule(path)), target=path)
+        module = self.model.get_submodule(path)
+        count = leaf.parameters + self._once(own_parameters(module))
+        return replace(leaf, name=name_of(path), detail=describe_module(module), target=path, parameters=count)
 
     def _add_graph(self, root: str, graph: fx.GraphModule) -> None:
         values: dict[fx.Node, Value] = {}

@@ -163,6 +163,13 @@ def test_a_shared_layer_counts_once() -> None:
     assert counted == sum(p.numel() for p in model.parameters())
 
 
+def test_a_module_that_reads_rotated_weights_shows_all_of_its_parameters() -> None:
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
+    count = sum(p.numel() for p in model.parameters())
+    hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["self_attn", "linear1"]))
+    assert sum(data["parameters"] for _, data in hra_fx.to_networkx(model).nodes(data=True)) == count
+
+
 def test_looking_changes_nothing() -> None:
     for model, inputs in ((Cnn().train(), torch.randn(2, 3, 8, 8)), (bert().train(), {"input_ids": IDS})):
         state = copy.deepcopy(model.state_dict())
