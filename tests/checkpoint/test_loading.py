@@ -70,6 +70,17 @@ def adapted(*targets: str, **fields: Any) -> Any:
     return model
 
 
+@pytest.mark.parametrize("first", ["a", "d"])
+def test_a_second_adapter_for_a_parametrized_layer_is_refused(first: str, tmp_path: Path) -> None:
+    def base() -> nn.Sequential:
+        return nn.Sequential(OrderedDict(zip("abcd", mlp(), strict=True)))
+
+    folder, model = saved(tmp_path, "d", base=base), hra_fx.transform(base(), config(first))
+    nn.utils.parametrizations.weight_norm(model.d)
+    with pytest.raises(hra_fx.UnsupportedLayerError, match=r"^d \(ParametrizedLinear\): its `weight` is computed from"):
+        hra_fx.load_adapter(model, folder, "second")
+
+
 def test_merged_adapters_are_in_the_way(tmp_path: Path) -> None:
     folder = saved(tmp_path, "0")
     model = adapted("0")
