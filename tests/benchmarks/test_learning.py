@@ -16,7 +16,7 @@ from learning.plan import RANKS, SEEDS, TASK_NAMES, Run, methods_of, missing
 from learning.rates import chosen, final_runs, means, searched
 from learning.records import FILE, Record, of, read, write
 from learning.running import run_all
-from learning.summary import difference, scores
+from learning.summary import difference, scores, validation_gain
 from learning.tasks import TASKS
 from learning.tasks.language import config
 from learning.tasks.task import Task
@@ -218,6 +218,14 @@ def test_what_the_guide_says_of_seeds_and_gram_schmidt(records: list[Record]) ->
     errors = {method: searched(records, "teacher-rotation", method) for method in ("hra", "hra-gs")}
     assert min(errors["hra-gs"].values()) > 20
     assert min(errors["hra"].values()) < 0.01
+
+
+def test_what_the_guide_says_of_schedule_warmup_and_weight_decay(records: list[Record]) -> None:
+    said = {"cosine": "a linear one", "constant": "a constant rate", "no-warmup": "no warmup", "decay": "decay 0.1"}
+    for name, words in said.items():
+        found = validation_gain(records, "language", f"hra-pairs-{name}")
+        assert f"{words} {found.mean:+.1f} ± {found.half:.1f}" in GUIDE
+        assert abs(found.mean) < found.half, "no measurable difference"
 
 
 def test_what_the_guide_says_of_forgetting(records: list[Record]) -> None:
