@@ -28,7 +28,8 @@ from hra_fx.tracing.exported import (
     with_batch_of_two,
     without_caches,
 )
-from hra_fx.tracing.forward_state import Snapshot, autograd_functions, checked_capture
+from hra_fx.tracing.forward_state import Snapshot, checked_capture
+from hra_fx.tracing.gradients import compare_gradients, is_close
 from hra_fx.tracing.graph_module import captured_module
 from hra_fx.tracing.inputs import InputChecks, argument_names, more_than_one
 from hra_fx.tracing.trace import LOCK, Traced
@@ -104,33 +105,35 @@ def _captured(
         shapes = make_shapes(model, example)
     except TypeError as error:
         raise CaptureError(f"the example does not fit its forward: {error}") from error
-    modes = _both_modes(model, example, shapes, is_trained=is_trained)
+    modes, functions = _both_modes(model, example, shapes, is_trained=is_trained)
     checks = InputChecks(modes[0].conditions, modes[1].conditions)
     made = _in_both_modes(model, modes[0], modes[1], checks, odd)
     for training in (True, False):
         _compare(model.train(training), made.train(training), call)
         if is_trained:
-            _compare_gradients(model, made, call)
+            with without_caches(model):
+                compare_gradients(model, made, lambda module: _outputs(module, call), functions)
     for places in modes[0].sizes:
         if not _allows_one(model, made, example, places):
             checks.add(more_than_one(*places[0], argument_names(model, *example)))
     return made
 
 
-def _both_modes(model: nn.Module, example: Call, shapes: Any, *, is_trained: bool) -> list[Canonical]:
-    """Capture both modes.
+def _both_modes(model: nn.Module, example: Call, shapes: Any, *, is_trained: bool) -> tuple[list[Canonical], list[str]]:
+    """Capture both modes. Also returns the names of custom autograd functions that are called.
 
     Leaves in a block with a separate graph, which could not call them, are inlined.
     """
     inlined: set[str] = set()
     while True:
-        modes = []
+        modes, functions = [], list[str]()
         try:
             for training in (True, False):
-                with checked_capture(model) if is_trained else nullcontext():
+                with checked_capture(model) if is_trained else nullcontext(list[str]()) as called:
                     program = export_call(model, example, shapes, training=training, inlined=inlined)
+                functions += called
                 modes.append(canonical(program, model))
-            return modes
+            return modes, functions
         except InBlockError as error:
             inside = {path: model.get_submodule(path) for path in error.paths}
             if any(depends_on_mode(part) or find_kind(part) for part in inside.values()):
@@ -157,7 +160,7 @@ def _allows_one(model: nn.Module, made: nn.Module, call: Call, places: list[tupl
                 wanted, found = (_outputs(each.train(training), smaller) for each in (model, made))
             except Exception:  # the model does not allow it, or the graph raises an error instead of a wrong output
                 continue
-        if not all(map(_close, found, wanted)):
+        if not all(map(is_close, found, wanted)):
             return False
     return True
 
@@ -174,43 +177,9 @@ def _compare(model: nn.Module, made: nn.Module, call: Call) -> None:
             found = _outputs(made, call)
         except AssertionError as error:
             raise CaptureError(f"its graph does not run on the example: {error}") from error
-    if not all(map(_close, found, wanted)):
+    if not all(map(is_close, found, wanted)):
         mode = "train" if model.training else "eval"
         raise CaptureError(f"in {mode} mode, the outputs of the graph for the example differ from the model's")
-
-
-def _compare_gradients(model: nn.Module, made: nn.Module, call: Call) -> None:
-    """Compare the gradients of a call if the model calls custom autograd functions, whose backward a graph drops.
-
-    Raises:
-        CaptureError: the gradients differ.
-    """
-    with without_caches(model), torch.enable_grad(), _all_trainable(model):
-        try:
-            wanted, found = _outputs(model, call), _outputs(made, call)
-        except RuntimeError:  # an operator does not have a gradient
-            return
-        dropped = autograd_functions(wanted) - autograd_functions(found)
-        try:
-            same = not dropped or all(map(_close, _gradients(made, found), _gradients(model, wanted)))
-        except RuntimeError:  # the function writes into a tensor that the backward of its operators needs
-            same = False
-    if not same:
-        names = ", ".join(sorted(dropped))
-        raise CaptureError(f"it calls the custom autograd function {names}, whose backward a graph drops")
-
-
-@contextmanager
-def _all_trainable(model: nn.Module) -> Iterator[None]:
-    """Context manager in which all parameters require gradients: those of adapters pass through frozen layers too."""
-    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point() and not p.is_inference()]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
 
 
 def _outputs(model: nn.Module, call: Call) -> list[Tensor]:
@@ -219,22 +188,6 @@ def _outputs(model: nn.Module, call: Call) -> list[Tensor]:
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     output = torch.func.functional_call(model, buffers, *clone_inputs(call))
     return [value for value in pytree.tree_leaves(output) if isinstance(value, Tensor)]
-
-
-def _gradients(model: nn.Module, outputs: list[Tensor]) -> list[Tensor]:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    losses = [output.pow(2).sum() for output in outputs if output.requires_grad]
-    if not parameters or not losses:
-        return []
-    return list(torch.autograd.grad(torch.stack(losses).sum(), parameters, allow_unused=True, materialize_grads=True))
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal to half of the digits of their dtype."""
-    one, other = one.detach(), other.detach()
-    limit = torch.finfo(one.dtype).eps ** 0.5 if one.is_floating_point() or one.is_complex() else 0.0
-    scale = float(other.abs().max()) if limit and other.numel() else 0.0
-    return one.shape == other.shape and torch.allclose(one, other, rtol=limit, atol=limit * scale, equal_nan=True)
 
 
 @contextmanager

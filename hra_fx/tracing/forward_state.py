@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 from unittest import mock
 
@@ -79,11 +78,14 @@ def patched(refuse: Callable[[str], NoReturn]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def checked_capture(model: nn.Module) -> Iterator[None]:
+def checked_capture(model: nn.Module) -> Iterator[list[str]]:
     """Context manager in which `torch.export` captures a call of a model, for a graph that trains like the model.
 
-    `torch.export` records the operators of the forward. Its graph does not contain backward hooks or Python's random
-    numbers, and it does not report them.
+    `torch.export` records the operators of the forward. Its graph does not contain backward hooks, the backward of
+    custom autograd functions, or Python's random numbers, and it does not report them.
+
+    Yields:
+        The names of the custom autograd functions that are called in the block.
 
     Raises:
         CaptureError: the model has backward hooks; or in the block, its forward adds a hook to a tensor, uses random
@@ -93,45 +95,32 @@ def checked_capture(model: nn.Module) -> Iterator[None]:
         if compat.has_backward_hooks(part):
             name = path or type(part).__name__
             raise CaptureError(f"backward hooks are registered for {name}, which a graph drops")
-    state, hooks = GraphState(), list[Any]()
+    state, functions, hooks = GraphState(), list[str](), list[Any]()
+    apply: Any = vars(torch.autograd.Function)["apply"]  # a class method, in Python or in C
     register_hook: Any = torch.Tensor.register_hook
+
+    def reported_apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        # torch runs its own functions (torch._library, torch._higher_order_ops) for operators that the graph keeps.
+        if not cls.__module__.startswith("torch._"):
+            functions.append(cls.__name__)
+        return apply.__get__(None, cls)(*args, **kwargs)
 
     def reported_hook(tensor: torch.Tensor, hook: Any) -> Any:
         hooks.append(hook)
         return register_hook(tensor, hook)
 
-    with preserve_rng_state(), mock.patch.object(torch.Tensor, "register_hook", reported_hook):
-        yield
+    with (
+        preserve_rng_state(),
+        mock.patch.object(torch.autograd.Function, "apply", classmethod(reported_apply)),
+        mock.patch.object(torch.Tensor, "register_hook", reported_hook),
+    ):
+        yield functions
         if hooks:
             raise CaptureError("it registers a backward hook on a tensor, which a graph drops")
         if state.has_drawn():
             raise CaptureError(
                 "it draws random numbers from Python or NumPy, or seeds a generator, which happens once in a capture"
             )
-
-
-def autograd_functions(outputs: Iterable[torch.Tensor]) -> Counter[str]:
-    """Count the calls of custom autograd functions in the backward graph of some outputs, by the name of the class.
-
-    Example:
-        >>> class Double(torch.autograd.Function):
-        ...     @staticmethod
-        ...     def forward(ctx, x):
-        ...         return 2 * x
-        >>> autograd_functions([Double.apply(torch.ones(2, requires_grad=True)).sum()])
-        Counter({'Double': 1})
-    """
-    seen, todo = set[Any](), [output.grad_fn for output in outputs]
-    found = Counter[str]()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        todo += [parent for parent, _ in node.next_functions]
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            found[type(node).__name__.removesuffix("Backward")] += 1
-    return found
 
 
 class Snapshot:

@@ -267,11 +267,46 @@ def test_a_graph_that_would_train_differently_is_refused(name: str) -> None:
     assert (random.getstate(), np.random.get_state()[2]) == draws
 
 
-def test_an_autograd_function_of_a_frozen_model_is_found() -> None:
-    model = middle(Straight.apply)().double().requires_grad_(False)
-    with pytest.raises(AdapterError, match="calls the custom autograd function Straight"):
+class Stops(torch.autograd.Function):
+    """Has no node in the backward graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        output = x * 2
+        ctx.mark_non_differentiable(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class Doubles(torch.autograd.Function):
+    """Its gradient is that of its operators, and it needs none for a frozen weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        assert not ctx.needs_input_grad[1]
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * 2, None
+
+
+@pytest.mark.parametrize(("function", "name"), [(Straight.apply, "Straight"), (lambda x: x + Stops.apply(x), "Stops")])
+def test_an_autograd_function_of_a_frozen_model_is_found(function: Callable[[Tensor], Tensor], name: str) -> None:
+    model = middle(function)().double().requires_grad_(False)
+    with pytest.raises(AdapterError, match=f"calls the custom autograd function {name}"):
         hra_fx.transform(model, config(), trace=True, example_inputs=X)
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_an_autograd_function_with_the_gradient_of_its_operators_is_captured() -> None:
+    two = torch.full((), 2.0, dtype=torch.float64)
+    model = middle(lambda hidden: Doubles.apply(hidden, two))().double()
+    graph = hra_fx.transform(copy.deepcopy(model), config(), trace=True, example_inputs=X)
+    assert_same(graph(X), model(X))
 
 
 def test_a_graph_to_look_at_is_made() -> None:
