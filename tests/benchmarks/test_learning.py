@@ -249,6 +249,8 @@ def test_what_the_guide_says_of_forgetting(records: list[Record]) -> None:
     facts = kept("language", FACTS, *TWO)
     said = f"rises from {base} to {tales[0]} with LoRA and to {tales[1]} in pairs"
     assert f"{said}, and the model still completes {facts[0]}% and {facts[1]}%" in GUIDE
+    full = [kept("language", name, "full")[0] for name in (TALES, FACTS)]
+    assert f"learns as much as LoRA and retains the most: {full[0]} and {full[1]}%" in GUIDE
 
 
 def test_what_the_digits_forget(records: list[Record]) -> None:
