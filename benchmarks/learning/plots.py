@@ -189,6 +189,9 @@ def _forgetting_panel(records: Sequence[Record], task: str, name: str) -> Callab
             points = [(run.validation, run.retention[name]) for run in sorted(runs, key=lambda run: run.lr)]
             _curve(axes, method, points)
         axes.set_ylabel(name)
+        if name.startswith("perplexity"):
+            axes.set_yscale("log")
+            _plain(axes.yaxis)
         if TASKS[task].metric == "perplexity":
             axes.set_xscale("log")
             _plain(axes.xaxis)
