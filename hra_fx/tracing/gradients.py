@@ -45,7 +45,7 @@ def compare_gradients(
             return
         try:
             wanted, found = (_gradients(model, partial(run, module)) for module in (model, made))
-            same = all(is_close(found[key], wanted[key]) for key in found.keys() & wanted.keys())
+            same = all(_is_same(found[key], wanted[key]) for key in found.keys() & wanted.keys())
         except RuntimeError:  # a function writes into a tensor that the backward of its operators needs
             same = False
     if not same:
@@ -82,8 +82,15 @@ def is_close(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one, other, rtol=limit, atol=limit * scale, equal_nan=True)
 
 
-def _gradients(model: nn.Module, run: Callable[[], list[Tensor]]) -> dict[tuple[str, int], Tensor]:
-    """The gradients of `z` in one run: (path of the layer, number of its call) -> gradient."""
+def _is_same(found: Tensor | None, wanted: Tensor | None) -> bool:
+    """Whether two gradients are equal. If both are zeros, as behind a ReLU, another example may show a difference."""
+    if found is None or wanted is None:
+        return found is wanted
+    return bool(wanted.any()) and is_close(found, wanted)
+
+
+def _gradients(model: nn.Module, run: Callable[[], list[Tensor]]) -> dict[tuple[str, int], Tensor | None]:
+    """The gradients of `z` in one run: (path of the layer, number of its call) -> gradient, `None` if unused."""
     zeros: dict[tuple[str, int], Tensor] = {}
 
     def add_zeros(path: str, output: Tensor) -> Tensor:
@@ -94,9 +101,8 @@ def _gradients(model: nn.Module, run: Callable[[], list[Tensor]]) -> dict[tuple[
     with _changed_outputs(model, add_zeros):
         losses = [output.pow(2).sum() for output in run() if output.requires_grad]
     if not losses or not zeros:
-        return zeros  # no gradient arrives at them
-    loss = torch.stack(losses).sum()
-    found = torch.autograd.grad(loss, list(zeros.values()), allow_unused=True, materialize_grads=True)
+        return dict.fromkeys(zeros)
+    found = torch.autograd.grad(torch.stack(losses).sum(), list(zeros.values()), allow_unused=True)
     return dict(zip(zeros, found, strict=True))
 
 

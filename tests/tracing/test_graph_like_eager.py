@@ -302,6 +302,13 @@ def test_an_autograd_function_of_a_frozen_model_is_found(function: Callable[[Ten
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_an_autograd_function_whose_example_has_no_gradient_is_refused() -> None:
+    """Behind a ReLU of negative values, the gradients are equal for this example alone."""
+    model = middle(lambda hidden: torch.relu(Straight.apply(hidden) - 100))().double()
+    with pytest.raises(AdapterError, match="calls the custom autograd function Straight"):
+        hra_fx.transform(model, config(), trace=True, example_inputs=X)
+
+
 def test_an_autograd_function_with_the_gradient_of_its_operators_is_captured() -> None:
     two = torch.full((), 2.0, dtype=torch.float64)
     model = middle(lambda hidden: Doubles.apply(hidden, two))().double()

@@ -330,7 +330,7 @@ def test_a_broken_link(tmp_path: Path) -> None:
     assert refused(tmp_path) == message
 
 
-@pytest.mark.parametrize("data", [b"", b"some text that is no header"])
+@pytest.mark.parametrize("data", [b"", b"some text that is not a header"])
 def test_a_damaged_file(tmp_path: Path, data: bytes) -> None:
     stack(tmp_path)
     (tmp_path / "base" / "model-00001-of-00003.safetensors").write_bytes(data)

@@ -60,7 +60,7 @@ def assert_same_training(model: nn.Module, other: nn.Module) -> None:
 def test_a_run_that_was_stopped_goes_on_bitwise(
     trainer: str, latest: bool, kind: str, shape: str, tmp_path: Path
 ) -> None:
-    """Six steps at once against three, and three more with all objects made anew from other random numbers."""
+    """Six steps at once against three, and three more with new objects from other random numbers."""
     model = adapted(kind, shape)
     whole = run(trainer, kind, model, tmp_path / "whole")
     whole.train()

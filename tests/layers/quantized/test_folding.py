@@ -64,10 +64,10 @@ def test_fold_rotates_and_quantizes_again(scheme: str) -> None:
     model, x = adapted(scheme), inputs()
     due = [rotated(model[0]).detach(), rotated(model[2]).detach()]
     before = [values(model[0]), values(model[2])]
-    anew = plain()
+    fresh = plain()
     for path, weight in zip((0, 2), due, strict=True):
-        anew[path].weight.data.copy_(weight)
-    anew = quantized(scheme, anew)
+        fresh[path].weight.data.copy_(weight)
+    fresh = quantized(scheme, fresh)
     kinds, kept = [type(layer) for layer in quantized(scheme)], vars(model[0]._parameters["weight"]) | {}
     plan = hra_fx.plan_fold(model, requantize=True)
     assert torch.equal(values(model[0]), before[0]), "a plan writes nothing"
@@ -83,7 +83,7 @@ def test_fold_rotates_and_quantizes_again(scheme: str) -> None:
         assert planned.rounding == pytest.approx(relative_error(values(layer), new), rel=1e-3)
         assert planned.change == pytest.approx(relative_error(new, old), rel=1e-3)
         # As the library quantizes the rotated weight; single entries may be rounded to the other side.
-        assert relative_error(values(layer), values(anew[int(planned.path)])) < 2e-3
+        assert relative_error(values(layer), values(fresh[int(planned.path)])) < 2e-3
     with torch.no_grad():
         hidden = torch.tanh(x.double() @ values(model[0]).mT + model[0].bias.double())
         wanted = hidden @ values(model[2]).mT + model[2].bias.double()
