@@ -13,13 +13,18 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from hra_fx.cli.convert import EXAMPLES as CONVERT_EXAMPLES, convert
-from hra_fx.cli.error_output import ErrorHandlingGroup
-from hra_fx.cli.fold import FOLD_EXAMPLES, FOLD_HELP, UNFOLD_EXAMPLES, UNFOLD_HELP, fold_or_unfold
-from hra_fx.cli.inspect import EXAMPLES as INSPECT_EXAMPLES, inspect
-from hra_fx.cli.match import EXAMPLES as MATCH_EXAMPLES, match
-from hra_fx.cli.scale import EXAMPLES as SCALE_EXAMPLES, scale
-from hra_fx.cli.visualize import EXAMPLES as VISUALIZE_EXAMPLES, visualize
+from hra_fx.cli.convert import (
+    CONVERT_EXAMPLES,
+    FOLD_EXAMPLES,
+    FOLD_HELP,
+    UNFOLD_EXAMPLES,
+    UNFOLD_HELP,
+    convert,
+    fold_or_unfold,
+)
+from hra_fx.cli.inspect import INSPECT_EXAMPLES, inspect
+from hra_fx.cli.models import MATCH_EXAMPLES, SCALE_EXAMPLES, VISUALIZE_EXAMPLES, match, scale, visualize
+from hra_fx.cli.screen import ErrorHandlingGroup
 
 _HELP = "Inspect, fold, convert and draw Householder reflection adapters (HRA)."
 _EXIT_CODES = (

@@ -6,15 +6,12 @@ import json
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from hra_fx.checkpoint.disk.architecture import CONFIG, LIBRARIES
-from hra_fx.checkpoint.disk.arguments import PIPELINE
+from hra_fx.checkpoint.disk.architecture import CONFIG, EXPECTED, PIPELINE, build_model
 from hra_fx.cli.screen import show_table
 from hra_fx.errors import CheckpointError, HRAWarning
 from hra_fx.layers.experts_weight import ExpertsWeight
@@ -24,50 +21,26 @@ from hra_fx.reporting.table import Column
 
 #: Quantization methods whose layers can be adapted, by their names in transformers.
 _QUANTIZED = ("bitsandbytes", "torchao")
-_EXPECTED = "Pass the folder of a transformers, diffusers or timm model."
 
 
 def build(path: Path, *, weights: bool = False) -> tuple[nn.Module, str]:
-    """Build the model of a folder or a `config.json`. Returns the model in eval mode, and the name of its library.
+    """Build the model of a folder or a `config.json`, on the meta device unless with `weights`, in eval mode.
 
-    Args:
-        path: the folder or file.
-        weights: whether to load the weights. Otherwise the model is on the meta device.
-
-    Raises:
-        CheckpointError: the file is missing, its model type is unknown, or the model cannot be built or loaded.
+    Returns the model, and the name of its library.
     """
     if (path / PIPELINE).is_file():
         parts = sorted(found.parent.name for found in path.glob(f"*/{CONFIG}"))
         raise CheckpointError(f"{path}: is a diffusers pipeline. Pass one of its parts: {', '.join(parts)}.")
     file = path / CONFIG if path.is_dir() else path
-    entries = _entries(file)
-    key = next((key for key in LIBRARIES if entries.get(key)), None)
-    if key is None:
-        raise CheckpointError(f"{file}: has none of the keys {', '.join(LIBRARIES)}. {_EXPECTED}")
-    library, create = LIBRARIES[key]
-    if find_spec(library) is None:
-        raise CheckpointError(f"{file}: {library} is not installed. Run: pip install {library}.")
-    if not weights:
-        _warn_if_quantized(file, entries)
-    try:
-        with torch.device("cpu" if weights else "meta"):
-            return create(file, entries, weights).eval(), library
-    except CheckpointError:
-        raise
-    # With an unusual configuration, the constructors of hundreds of models may raise any error.
-    except Exception as error:
-        what = f"{file.parent}: {library} cannot load" if weights else f"{file}: {library} cannot build"
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise CheckpointError(f"{what} the model ({reason}).") from error
-
-
-def _entries(file: Path) -> Mapping[str, Any]:
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: cannot read the file as JSON ({error}). {_EXPECTED}") from error
-    return entries if isinstance(entries, dict) else {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot read the file as JSON ({error}). {EXPECTED}") from error
+    entries = entries if isinstance(entries, dict) else {}
+    if not weights:
+        _warn_if_quantized(file, entries)
+    model, library = build_model(file, entries, weights=weights)
+    return model.eval(), library
 
 
 def _warn_if_quantized(file: Path, entries: Mapping[str, Any]) -> None:
@@ -85,11 +58,7 @@ def _warn_if_quantized(file: Path, entries: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """A layer that can be adapted.
-
-    `d` is the length of its vectors, and `r` is their number in a configuration; for experts, `chains` is the number of
-    experts.
-    """
+    """A layer that can be adapted; `chains` is the number of experts, and `r` the rank in a configuration."""
 
     path: str
     site: str

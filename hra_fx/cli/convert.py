@@ -1,16 +1,15 @@
-"""`hra-fx convert`: convert adapters to LoRA, or between the formats of PEFT's HRA and `hra_fx.save_adapter`."""
+"""The commands that write files: `hra-fx fold` and `unfold`, with the same arguments, and `hra-fx convert`."""
 
 from __future__ import annotations
 
 import dataclasses
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
-from hra_fx.cli.options import Columns, Json, Overwrite, Quiet, Rows
-from hra_fx.cli.screen import count, show_heading, show_json, show_result, span
+from hra_fx.cli.screen import Json, count, show_heading, show_json, show_result, span
 from hra_fx.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -18,13 +17,83 @@ if TYPE_CHECKING:
 
     from hra_fx.checkpoint.adapter import Adapter
 
-EXAMPLES = (
+Columns: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--columns",
+        metavar="NAME",
+        help="A layer that stores its weight as (in, out), by the end of its path. Repeatable. Not needed for models "
+        "with a config.json.",
+    ),
+]
+Overwrite: TypeAlias = Annotated[
+    bool, typer.Option("--overwrite", help="Replace OUT if it exists, after everything is written.")
+]
+Quiet: TypeAlias = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.")]
+Rows: TypeAlias = Annotated[
+    bool, typer.Option("--rows", help="Every weight is (out, in). Not needed for models with a config.json.")
+]
+
+FOLD_HELP = """Fold adapters into a checkpoint on disk. OUT is the base model with rotated weights.
+
+Weights are read file by file, and all other files are copied unchanged. OUT is complete, or unchanged after an error.
+"""
+FOLD_EXAMPLES = (
+    "hra-fx fold my-model my-adapter folded",
+    "hra-fx fold my-model first second folded --verify",
+    "hra-fx fold my-pipeline my-adapter folded --part unet",
+)
+UNFOLD_HELP = """Undo a fold on disk, up to rounding. BASE is the folder of the folded model.
+
+Adapters with biases or modules to save raise an error, because the replaced values are lost.
+"""
+UNFOLD_EXAMPLES = (
+    "hra-fx unfold folded my-adapter restored",
+    "hra-fx unfold folded first second restored --verify",
+)
+CONVERT_EXAMPLES = (
     "hra-fx convert my-adapter for-vllm --to lora --base my-model --check vllm",
     "hra-fx convert first second adapter.gguf --to gguf --base my-model --dtype float16",
     "hra-fx convert my-adapter for-peft --to peft",
     "hra-fx convert from-peft my-adapter --to hra_fx",
 )
 _OF_LORA = ("base", "rank", "dtype", "rank_pattern", "check", "columns", "rows")
+
+
+def fold_or_unfold(
+    context: typer.Context,
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Folder of the model.")],
+    adapters: Annotated[
+        list[str],
+        typer.Argument(metavar="ADAPTER", help="Folders of adapters, in the order of folding."),
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Output folder.")],
+    part: Annotated[
+        str | None, typer.Option("--part", metavar="FOLDER", help="The part of a pipeline to change, such as unet.")
+    ] = None,
+    columns: Columns = None,
+    rows: Rows = False,
+    overwrite: Overwrite = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Re-read the result; check that row norms and all other values are preserved."),
+    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Run the command that the user typed."""
+    from hra_fx.checkpoint.disk.fold import fold_checkpoint, unfold_checkpoint
+
+    report = (unfold_checkpoint if context.info_name == "unfold" else fold_checkpoint)(
+        base,
+        {part: adapters} if part else adapters,
+        out,
+        columns=[] if rows else columns or None,
+        overwrite=overwrite,
+        verify=verify,
+        progress=not quiet,
+    )
+    show_result(report, as_json=as_json)
 
 
 class Form(StrEnum):
@@ -116,7 +185,7 @@ def _refuse_options(context: typer.Context, to: Form, number: int) -> None:
 
 
 def _check_free(out: Path, *, overwrite: bool) -> None:
-    from hra_fx.lora.write import check_no_model
+    from hra_fx.lora.save import check_no_model
 
     check_no_model(out)
     if not overwrite and out.exists() and (out.is_file() or any(out.iterdir())):
@@ -173,7 +242,7 @@ def _convert_hra(source: str, out: Path, *, for_peft: bool, as_json: bool) -> No
 
 def _of_one_rank(files: Adapter, rank: int) -> dict[str, Tensor]:
     """Pad the chains of all layers to the same rank."""
-    from hra_fx.checkpoint.keys import reflection_key
+    from hra_fx.checkpoint.folder import reflection_key
     from hra_fx.functional.chain import padded
     from hra_fx.model.example_inputs import preserve_rng_state, seed_everything
 
@@ -194,7 +263,7 @@ def _of_one_rank(files: Adapter, rank: int) -> dict[str, Tensor]:
 
 def _kept(files: Adapter, *, for_peft: bool) -> dict[str, Tensor]:
     """The tensors that the new format contains."""
-    from hra_fx.checkpoint.keys import PREFIX, VECTORS
+    from hra_fx.checkpoint.folder import PREFIX, VECTORS
     from hra_fx.layers.target import REFLECTION
 
     kept = {}

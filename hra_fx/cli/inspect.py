@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from hra_fx.cli.options import Json
-from hra_fx.cli.screen import count, show_heading, show_json, show_table, span
+from hra_fx.cli.screen import Json, count, show_heading, show_json, show_table, span
 from hra_fx.errors import CheckpointError, SelectionError
 from hra_fx.reporting.table import Column
+from hra_fx.selection.suggestions import some_of
 
-EXAMPLES = (
+INSPECT_EXAMPLES = (
     "hra-fx inspect my-adapter",
     "hra-fx inspect my-model",
     "hra-fx inspect my-adapter --json | jq '.layers[].mean_angle'",
@@ -66,8 +65,8 @@ def _summarize_adapter(source: str) -> dict[str, Any]:
     config, trained = files.config, files.resume.config
     dtype = next(tensor.dtype for key, tensor in files.tensors.items() if key.endswith(f".{REFLECTION}"))
     layers = []
-    for path in sorted(files.chains, key=_natural):
-        chain, r = files.chains[path], trained.rank_of(path)
+    for path, chain in files.chains.items():
+        r = trained.rank_of(path)
         # Use the file's precision, so that rounding errors of vectors that cancel are not shown as angles.
         turned = turn_of(chain.to(working_dtype(dtype)))
         sizes = {"d": chain.shape[-2], "r": r, "parameters": math.prod(chain.shape[:-1]) * r}
@@ -88,19 +87,10 @@ def _summarize_adapter(source: str) -> dict[str, Any]:
         "anchor": max(map(files.resume.anchor, files.chains)),
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": sum(layer["parameters"] for layer in layers),
-        "saved": sorted(files.full, key=_natural),
+        "saved": list(files.full),
         "layers": layers,
         "kind": "adapter",
     }
-
-
-def _natural(path: str) -> list[str]:
-    """A sort key for paths that compares numbers as numbers.
-
-    >>> sorted(["h.10.q", "h.2.q"], key=_natural)
-    ['h.2.q', 'h.10.q']
-    """
-    return re.sub(r"\d+", lambda number: number[0].zfill(9), path).split(".")
 
 
 def _writer(file: Path) -> str:
@@ -146,10 +136,7 @@ def _show_adapter(summary: dict[str, Any]) -> None:
 
 
 def _some(names: list[str] | str | None) -> str:
-    if isinstance(names, str):
-        return names
-    names = names or []
-    return ", ".join(names[:6]) + f" and {len(names) - 6} more" * (len(names) > 6)
+    return names if isinstance(names, str) else some_of(names or [], 6)
 
 
 def _summarize_model(path: Path) -> dict[str, Any]:

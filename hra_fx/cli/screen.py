@@ -1,22 +1,39 @@
-"""Print tables, headings and JSON."""
+"""What commands print: tables, headings and JSON; and errors and warnings as one line on stderr, with exit codes.
+
+Only unexpected errors show a traceback.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import logging
 import os
 import sys
-from collections.abc import Collection, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO, TypeAlias
 
 import typer
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
+from typer.core import TyperGroup
 
+from hra_fx.errors import HRAError, HRAWarning
 from hra_fx.reporting.table import UNLIMITED, Column, fit_table, min_width
+
+Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print only JSON to stdout.")]
+#: Exit code if a check failed.
+CHECK_FAILED = 1
+#: Exit code of errors.
+FAILED = 2
+#: Exit code of shells for a program stopped by Ctrl-C.
+INTERRUPTED = 130
+_DEBUG = "--debug"
 
 
 def console_on(stream: TextIO) -> Console:
@@ -74,18 +91,67 @@ def _plain(value: Any) -> Any:
 
 
 def count(number: int, noun: str) -> str:
-    """Format a number with a noun.
-
-    >>> count(1, "layer"), count(2000, "layer")
-    ('1 layer', '2,000 layers')
-    """
+    """Format a number with a noun: "1 layer", "2,000 layers"."""
     return f"{number:,} {noun}" + "s" * (number != 1)
 
 
 def span(numbers: Collection[int]) -> str:
-    """Format the smallest and the largest number.
-
-    >>> span([4, 2, 3]), span([3, 3])
-    ('2 to 4', '3')
-    """
+    """Format the smallest and the largest number: "2 to 4", or "3" if they are equal."""
     return str(min(numbers)) if len(set(numbers)) == 1 else f"{min(numbers)} to {max(numbers)}"
+
+
+class ErrorHandlingGroup(TyperGroup):
+    """Runs commands, and prints their errors as one line."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Accept `--debug` anywhere, because users append it to a command that has failed."""
+        before = [_DEBUG] if _DEBUG in args else []
+        return super().parse_args(ctx, [*before, *(arg for arg in args if arg != _DEBUG)])
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        debug = ctx.params["debug"]
+        try:
+            with _other_output(debug=debug):
+                return super().invoke(ctx)
+        except (HRAError, OSError) as error:
+            # A closed pipe is handled by the caller.
+            if debug or isinstance(error, BrokenPipeError):
+                raise
+            print_message("error", _text(error), "bold red")
+            raise typer.Exit(FAILED) from error
+        except KeyboardInterrupt as error:
+            print_message("interrupted", "nothing was written", "bold yellow")
+            raise typer.Exit(INTERRUPTED) from error
+
+
+def print_message(kind: str, text: str, style: str) -> None:
+    """Print one line to stderr, without wrapping if it is not a terminal."""
+    console_on(sys.stderr).print(Text.assemble((kind, style), ": ", text))
+
+
+def _text(error: HRAError | OSError) -> str:
+    if isinstance(error, HRAError) or error.filename is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror or type(error).__name__}."
+
+
+@contextlib.contextmanager
+def _other_output(*, debug: bool) -> Iterator[None]:
+    """Print hra_fx's warnings as one line, and hide log messages of libraries, for example about missing hardware."""
+    before, default_showwarning = logging.root.manager.disable, warnings.showwarning
+
+    def show(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+        if issubclass(category, HRAWarning):
+            print_message("warning", str(message), "bold yellow")
+        else:
+            default_showwarning(message, category, filename, lineno, file or sys.stderr, line)
+
+    logging.disable(before if debug else logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("always", category=HRAWarning)
+            warnings.showwarning = show
+            yield
+    finally:
+        logging.disable(before)

@@ -1,29 +1,42 @@
-"""`hra-fx match`: find the layers that a configuration would adapt, from the model's `config.json` alone."""
+"""The commands that build a model from its `config.json`: `hra-fx match`, `hra-fx scale` and `hra-fx visualize`."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hra_fx.cli.error_output import CHECK_FAILED, print_message
-from hra_fx.cli.options import Json
-from hra_fx.cli.screen import count, show_heading, show_json, show_lines
+from hra_fx.cli.screen import CHECK_FAILED, Json, count, print_message, show_heading, show_json, show_lines, show_table
 from hra_fx.errors import SelectionError, UnsupportedLayerError
+from hra_fx.reporting.table import Column
 
 if TYPE_CHECKING:
     from hra_fx.config import HRAConfig
+    from hra_fx.reporting.scale import Cost
 
-EXAMPLES = (
+MATCH_EXAMPLES = (
     "hra-fx match my-model",
     "hra-fx match my-model --target q_proj --target v_proj --layers 0-3,7",
     "hra-fx match my-model --target all-linear --exclude lm_head --rank 16",
     "hra-fx match my-model --regex '.*self_attn\\.[qv]_proj'",
     "hra-fx match my-model --config my-adapter",
 )
+SCALE_EXAMPLES = (
+    "hra-fx scale my-model --gpus 8",
+    "hra-fx scale my-model --gpus 64 --strategy fsdp2 --target q_proj --target v_proj --rank 16",
+    "hra-fx scale my-model --gpus 8 --strategy tp --tokens 8192",
+)
+VISUALIZE_EXAMPLES = (
+    "hra-fx visualize my-model model.html",
+    "hra-fx visualize my-model adapters.svg --adapter my-adapter --heat mean_angle",
+    "hra-fx visualize my-model block.png --adapter my-adapter --focus model.layers.0",
+)
+#: The heat values that are computed from weights.
+_NEED_WEIGHTS = ("weight_change", "share")
 _ALL = "all-linear"
 
 
@@ -105,11 +118,7 @@ def _targets(names: list[str] | None, regex: str | None) -> list[str] | str | No
 
 
 def _indices(text: str) -> list[int]:
-    """Parse numbers and inclusive ranges.
-
-    >>> _indices("0-2,7")
-    [0, 1, 2, 7]
-    """
+    """Parse numbers and inclusive ranges, such as "0-2,7"."""
     indices: list[int] = []
     for part in text.split(","):
         found = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part.strip())
@@ -186,3 +195,109 @@ def _show(found: dict[str, Any]) -> None:
     show_layers(adapted)
     for footnote in footnotes((), found["missed"], found["trained_layers"], found["missed_parameters"]):
         show_lines(footnote.heading, footnote.lines)
+
+
+class StrategyName(StrEnum):
+    """How training is distributed."""
+
+    ddp = "ddp"
+    fsdp2 = "fsdp2"
+    zero3 = "zero3"
+    tp = "tp"
+
+
+def scale(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder of a model, or its config.json.")],
+    gpus: Annotated[int, typer.Option("--gpus", "-n", min=1, help="Number of processes.")] = 8,
+    strategy: Annotated[
+        StrategyName, typer.Option("--strategy", "-s", help="How training is distributed.")
+    ] = StrategyName.fsdp2,
+    target: Annotated[
+        list[str] | None,
+        typer.Option("--target", "-t", metavar="NAME", help="A layer, by the end of its path. Default: all linear."),
+    ] = None,
+    rank: Annotated[int, typer.Option("--rank", "-r", help="Number of reflections.")] = 8,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens per step and process, for tp.")] = 4096,
+    as_json: Json = False,
+) -> None:
+    """Show memory and communication of adapters per process and training step, compared with LoRA.
+
+    The model is built from its config.json, without weights, and is not run. The values come from formulas, which are
+    tested against measurements with two processes. Vectors are float32, and the optimizer is AdamW.
+    """
+    import torch
+
+    from hra_fx.api.transform import transform
+    from hra_fx.cli.building import build
+    from hra_fx.config import HRAConfig
+    from hra_fx.reporting.scale import costs
+
+    model, library = build(path)
+    dtype = getattr(getattr(model, "config", None), "dtype", None)
+    if isinstance(dtype, torch.dtype):  # the model computes in the dtype of the checkpoint
+        model.to(dtype)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    title = f"{type(model).__name__} ({library}), {parameters:,} parameters"
+    transform(model, HRAConfig(r=rank, target_modules=target or "all-linear"))
+    found = costs(model, gpus, strategy.value, tokens=tokens)
+    if as_json:
+        show_json(found)
+        return
+    show_heading(title, {"processes": str(gpus), "strategy": strategy.value})
+    names = [f"{cost.method}, r = {cost.rank}" for cost in found]
+    show_table([Column("per process", is_text=True), *map(Column, names)], _rows(found))
+
+
+def _rows(found: list[Cost]) -> list[list[str]]:
+    from rich.filesize import decimal
+
+    rows = [["trainable parameters (total)", *(f"{cost.parameters:,}" for cost in found)]]
+    for field in ("vectors", "gradients", "optimizer", "factors"):
+        rows.append([field, *(decimal(getattr(cost, field)) for cost in found)])
+    rows.append(["collectives per step", *(f"{cost.collectives:,}" for cost in found)])
+    rows.append(["sent per step", *(decimal(cost.sent) for cost in found)])
+    return rows
+
+
+def visualize(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a model, or its config.json.")],
+    out: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="Output file: .svg, .png, .html, .mmd, .dot or .graphml."),
+    ],
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", "-a", metavar="FOLDER", help="An adapter to show in the model.")
+    ] = None,
+    depth: Annotated[
+        int | None, typer.Option("--depth", "-d", help="Number of module levels to expand; 0 collapses all.")
+    ] = None,
+    focus: Annotated[str | None, typer.Option("--focus", "-f", metavar="MODULE", help="Draw this module only.")] = None,
+    heat: Annotated[
+        str | None,
+        typer.Option(
+            "--heat",
+            metavar="NAME",
+            help="Color layers by weight_change, mean_angle, angle, rotation or share.",
+        ),
+    ] = None,
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Load the weights. Implied by --heat weight_change and share.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Draw a model, optionally with an adapter. The extension of OUT selects the format.
+
+    The model is built from its config.json, without weights if possible.
+    """
+    from hra_fx.api.load import load_adapter
+    from hra_fx.cli.building import build
+    from hra_fx.view.opening import Options
+    from hra_fx.view.picture import picture_file, visualize as draw
+
+    Options(depth, focus, heat)  # check the options before the slow step of building the model, like the output file
+    picture_file(out)
+    made, _ = build(model, weights=weights or heat in _NEED_WEIGHTS)
+    if adapter is not None:
+        load_adapter(made, adapter)
+    file = draw(made, out, depth=depth, focus=focus, heat=heat)
+    show_json({"file": file}) if as_json else typer.echo(file)
