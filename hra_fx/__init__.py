@@ -63,8 +63,11 @@ if TYPE_CHECKING:
     from hra_fx.export.training_step import export_training_step as export_training_step
     from hra_fx.integrations.peft_acceleration import accelerate_peft as accelerate_peft
     from hra_fx.integrations.push import push_to_hub as push_to_hub
-    from hra_fx.lora.save import convert_to_lora as convert_to_lora, save_as_lora as save_as_lora
-    from hra_fx.lora.write import LoraResult as LoraResult
+    from hra_fx.lora.save import (
+        LoraResult as LoraResult,
+        convert_to_lora as convert_to_lora,
+        save_as_lora as save_as_lora,
+    )
     from hra_fx.model.add import add_adapter as add_adapter
     from hra_fx.model.combine import combine as combine
     from hra_fx.model.delete import delete_adapter as delete_adapter
@@ -95,7 +98,7 @@ _HOMES = {
     "FoldPlan": "model.fold",
     "HRAConfig": "config",
     "HRAModel": "api.peft_model",
-    "LoraResult": "lora.write",
+    "LoraResult": "lora.save",
     "PeftModel": "api.peft_names",
     "Report": "reporting.result",
     "accelerate_peft": "integrations.peft_acceleration",

@@ -25,11 +25,7 @@ OPTIONS = (
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raise an error for keyword arguments that `download` does not support.
-
-    Raises:
-        TypeError: an unknown keyword argument.
-    """
+    """Raise an error for keyword arguments that `download` does not support."""
     for option in options:
         if option not in OPTIONS:
             raise TypeError(f"unexpected keyword argument {option!r}. Use subfolder, {', '.join(OPTIONS)}.")
@@ -38,17 +34,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 def download(source: str | os.PathLike[str], patterns: Sequence[str], options: Mapping[str, Any]) -> Path:
     """Download the matching files of a repository, and return its folder in the Hub cache.
 
-    Args:
-        source: the name of the repository; not a local folder.
-        patterns: names of files, as for `huggingface_hub.snapshot_download(allow_patterns=...)`.
-        options: other arguments of `huggingface_hub.snapshot_download`.
-
-    Raises:
-        CheckpointError: `source` is not a valid name, or the download failed.
-
-    >>> download("runs/of/mine", ["adapter_config.json"], {})
-    Traceback (most recent call last):
-    hra_fx.errors.CheckpointError: runs/of/mine: no such folder, and not a valid Hub repository name. ...
+    `patterns` and `options` are arguments of `huggingface_hub.snapshot_download`.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError

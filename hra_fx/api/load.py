@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hra_fx.checkpoint.fitting import Fitted, fit
+from hra_fx.checkpoint.adapter import Fitted, fit
 from hra_fx.checkpoint.folder import find
 from hra_fx.compat import non_persistent_buffers
 from hra_fx.config import HRAConfig

@@ -1,4 +1,4 @@
-"""Read the two files of an adapter without a model: a chain of reflections for each layer, and trained tensors.
+"""Read the two files of an adapter: a chain of reflections for each layer, and trained tensors; and fit it to a model.
 
 PEFT does not have anchors, so the chain of an adapter with anchors is saved as plain reflections. The metadata of the
 file says how to split the chain into a frozen anchor and trained vectors, so that training can be continued.
@@ -9,38 +9,58 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hra_fx.checkpoint.base_model import BaseRow, read_base_row
-from hra_fx.checkpoint.folder import WEIGHTS_NAME, find, read
-from hra_fx.checkpoint.keys import EXTRA_BIASES, PREFIX, VECTORS, reflection_key
+from hra_fx.checkpoint.base_model import BaseRow, compare_names, first_row, is_same, other_embeddings, read_base_row
+from hra_fx.checkpoint.folder import (
+    EXTRA_BIASES,
+    PREFIX,
+    VECTORS,
+    WEIGHTS_NAME,
+    copy_key,
+    find,
+    read,
+    reflection_key,
+    vectors_key,
+)
+from hra_fx.compat import non_persistent_buffers
 from hra_fx.config import HRAConfig
-from hra_fx.errors import CheckpointError, FoldError
+from hra_fx.errors import CheckpointError, FoldError, SelectionError
 from hra_fx.functional.chain import plain_chain
 from hra_fx.functional.householder import anchor_rank
 from hra_fx.functional.low_rank import anchor_noise
 from hra_fx.functional.statistics import inverse_condition
+from hra_fx.layers.adapters import AdapterSpec, get_adapters
 from hra_fx.layers.experts_weight import stands_for_parameter
 from hra_fx.layers.target import REFLECTION
+from hra_fx.layers.variants import adapters_for
+from hra_fx.model.setup import valid_config
+from hra_fx.model.trainable import to_copy
+from hra_fx.selection.check import select_checked
+from hra_fx.selection.select import saved_modules, select, without_unmatched
+from hra_fx.selection.suggestions import some_of
 
 #: Metadata key in `adapter_model.safetensors`.
 RESUME = "hra_fx"
 _BIASES = ("bias", "in_proj_bias")
+_SHOWN = 5
+_OTHER_BASE = "Was the adapter trained on another base model, or its configuration edited?"
+#: Names of layers that PEFT treats as embeddings.
+_EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|lm_head)\.weight$")
 
 
 @dataclass(frozen=True)
 class Resume:
     """The form of an adapter for training.
 
-    Attributes:
-        config: the configuration for training; the configuration in the file has the ranks of the plain chains.
-        has_anchors: whether the chains start with the anchors of `householder.init_vectors`.
+    `config` has the ranks without anchors; with `has_anchors`, the chains in the file start with the anchors.
     """
 
     config: HRAConfig
@@ -65,35 +85,6 @@ class Resume:
         return {RESUME: json.dumps({"r": config.r, "apply_GS": config.apply_GS, "anchor": anchor, **ranks})}
 
 
-def read_resume(file: Path, metadata: Mapping[str, str], config: HRAConfig) -> Resume:
-    """Read the form for training from the metadata of a file and its configuration. PEFT's files have no anchors.
-
-    Raises:
-        CheckpointError: the metadata does not match the configuration.
-    """
-    if RESUME not in metadata:
-        return Resume(config, has_anchors=False)
-    try:
-        entry = json.loads(metadata[RESUME])
-        trained = HRAConfig.from_dict(
-            {
-                **config.to_dict(),
-                "r": int(entry["r"]),
-                "apply_GS": bool(entry["apply_GS"]),
-                "rank_pattern": entry.get("rank_pattern", {}),
-            }
-        )
-        anchor = anchor_rank(trained.r, apply_GS=trained.apply_GS)
-        if _chains(trained) == config != trained and int(entry["anchor"]) == anchor:
-            return Resume(trained, has_anchors=True)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        pass
-    raise CheckpointError(
-        f"{file}: the metadata {RESUME}={metadata[RESUME][:80]!r} does not match r={config.r}, "
-        f"apply_GS={config.apply_GS} in the configuration. The two files are from different adapters; save it again."
-    )
-
-
 def _chains(config: HRAConfig) -> HRAConfig:
     """The configuration of `[A | U]`, or `[A | V]`."""
 
@@ -110,12 +101,7 @@ def _chains(config: HRAConfig) -> HRAConfig:
 class Adapter:
     """The content of an adapter's two files.
 
-    Attributes:
-        file: the weights file.
-        config: the configuration.
-        tensors: all tensors, by their keys with PEFT's prefix.
-        metadata: metadata of the weights file, without entries that the caller's configuration replaces.
-        base_row: a row of the base model; `None` in PEFT's files.
+    `tensors` have PEFT's prefix, and `base_row` is `None` in PEFT's files.
     """
 
     file: Path
@@ -126,23 +112,23 @@ class Adapter:
 
     @cached_property
     def resume(self) -> Resume:
-        """Return how to split the chains into anchors and trained vectors.
-
-        Raises:
-            CheckpointError: the metadata does not match the configuration.
-        """
-        return read_resume(self.file, self.metadata, self.config)
+        """How to split the chains into anchors and trained vectors. PEFT's files have no anchors."""
+        config, text = self.config, self.metadata.get(RESUME)
+        if text is None:
+            return Resume(config, has_anchors=False)
+        entry = {"rank_pattern": {}, **json.loads(text)}
+        fields = {name: entry[name] for name in ("r", "apply_GS", "rank_pattern")}
+        trained = dataclasses.replace(config, **fields)
+        if _chains(trained) != config:
+            raise CheckpointError(
+                f"{self.file}: the metadata {RESUME}={text[:80]!r} does not match r={config.r}, apply_GS="
+                f"{config.apply_GS} in the configuration. The two files are from different adapters; save it again."
+            )
+        return Resume(trained, has_anchors=True)
 
     @cached_property
     def chains(self) -> dict[str, Tensor]:
-        """Path of a layer -> `U: (d, k)`, plain reflections, in the dtype of the file, float64 after Gram-Schmidt.
-
-        Chains of experts are `(experts, d, k)`.
-
-        Raises:
-            CheckpointError: the file has no vectors, or their shapes do not match the configuration.
-            FoldError: the vectors for Gram-Schmidt are linearly dependent.
-        """
+        """Path of a layer -> `U: (d, k)` or `(experts, d, k)`, plain reflections; float64 after Gram-Schmidt."""
         keys = {key.removeprefix(PREFIX).rpartition("."): key for key in self.tensors}
         chains = {path: self._chain(path, key) for (path, _, last), key in keys.items() if last == REFLECTION}
         if not chains:
@@ -154,26 +140,20 @@ class Adapter:
     @cached_property
     def full(self) -> dict[str, Tensor]:
         """Name of a fully trained tensor -> its value."""
-        return {name: tensor for name, tensor in self._others.items() if self._is_trained(name)}
+        return {name: tensor for name, tensor in self._others().items() if self._is_trained(name)}
 
     @cached_property
     def embeddings(self) -> dict[str, Tensor]:
         """Name of a copied tensor of the base model -> its value."""
-        return {name: tensor for name, tensor in self._others.items() if not self._is_trained(name)}
+        return {name: tensor for name, tensor in self._others().items() if not self._is_trained(name)}
 
-    @cached_property
     def _others(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for key, tensor in self.tensors.items():
-            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-            if key.endswith((f".{REFLECTION}", f".{VECTORS}")):
-                continue
-            if self.config.bias == "all" and EXTRA_BIASES.search(key):
-                continue
-            if name in found:
-                raise _twice(self.file, f"{PREFIX}{name}", "'.base_layer.'")
-            found[name] = tensor
-        return found
+        extra = EXTRA_BIASES.search if self.config.bias == "all" else (lambda key: None)
+        return {
+            key.removeprefix(PREFIX).replace(".base_layer.", "."): tensor
+            for key, tensor in self.tensors.items()
+            if not key.endswith((f".{REFLECTION}", f".{VECTORS}")) and not extra(key)
+        }
 
     def _is_trained(self, name: str) -> bool:
         path, _, last = name.rpartition(".")
@@ -188,7 +168,9 @@ class Adapter:
                 f"{self.file}: {key} must have shape {shape}, got {tuple(tensor.shape)}: the configuration says "
                 f"r={r}. The two files are from different adapters; save it again."
             )
-        if config.apply_GS and (r > tensor.shape[-2] or inverse_condition(tensor) < _tolerance(tensor.dtype)):
+        # For float8 (eps 1/8), most vectors would count as dependent.
+        least = min(8 * torch.finfo(tensor.dtype).eps, 1 / 16) if config.apply_GS else 0.0
+        if config.apply_GS and (r > tensor.shape[-2] or inverse_condition(tensor) < least):
             raise FoldError(
                 f"{self.file}: {key}: its {r} vectors of length {tensor.shape[-2]} are linearly dependent, so "
                 "Gram-Schmidt is not defined. Train with apply_GS=False, or with init_weights=True in hra_fx, which "
@@ -211,31 +193,169 @@ class Adapter:
 
 
 def read_adapter(source: str | os.PathLike[str], config: HRAConfig | None = None) -> Adapter:
-    """Read an adapter saved by `save_adapter` or PEFT.
+    """Read an adapter saved by `save_adapter` or PEFT, from a folder or the Hub, in the order of block numbers.
 
-    Args:
-        source: the folder of the adapter, or its name on the Hub.
-        config: replaces the configuration in the folder; the vectors are then used as stored.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or the two files do not match.
-        ConfigError: the configuration is invalid.
+    `config` replaces the configuration in the folder; the vectors are then used as stored.
     """
     folder = find(source)
     own = HRAConfig.from_pretrained(folder) if config is None else config
     file = folder / WEIGHTS_NAME
     stored, metadata = read(file)
     # Some writers leave out PEFT's prefix.
-    if twice := next((key for key in stored if f"{PREFIX}{key}" in stored), None):
-        raise _twice(file, twice, f"the prefix {PREFIX!r}")
-    tensors = {key if key.startswith(PREFIX) else f"{PREFIX}{key}": tensor for key, tensor in stored.items()}
-    return Adapter(file, own, tensors, metadata if config is None else {}, read_base_row(file, metadata))
+    keys = sorted(stored, key=lambda key: re.sub(r"\d+", lambda number: number[0].zfill(9), key).split("."))
+    tensors = {key if key.startswith(PREFIX) else f"{PREFIX}{key}": stored[key] for key in keys}
+    return Adapter(file, own, tensors, metadata if config is None else {}, read_base_row(metadata))
 
 
-def _twice(file: Path, key: str, part: str) -> CheckpointError:
-    return CheckpointError(f"{file}: duplicate key {key}, with and without {part}. Save the adapter again.")
+@dataclass(frozen=True)
+class Fitted:
+    """An adapter from a file that fits a model.
+
+    Attributes:
+        layers: the layers by path.
+        resume: the configuration for further training, with ranks that exclude the anchors.
+        vectors: path of a layer -> (`U: (d, r)`, anchor `A: (d, k)` or `None`).
+        written: path of a layer -> (vectors as stored in the file, `None`); `written_GS` says whether they need
+            Gram-Schmidt.
+        copies: (path of a module, name of its tensor) -> tensor.
+    """
+
+    layers: dict[str, nn.Module]
+    resume: Resume
+    vectors: dict[str, tuple[Tensor, Tensor | None]]
+    written: dict[str, tuple[Tensor, None]]
+    written_GS: bool
+    copies: dict[tuple[str, str], Tensor]
+
+    def spec(self, path: str) -> AdapterSpec:
+        """The rank, Gram-Schmidt setting and initialization of a layer."""
+        config = self.resume.config
+        return AdapterSpec(config.rank_of(path), config.apply_GS, init_weights=self.resume.has_anchors)
 
 
-def _tolerance(dtype: torch.dtype) -> float:
-    """The inverse condition below which vectors count as dependent. For float8 (eps 1/8), most vectors would."""
-    return min(8 * torch.finfo(dtype).eps, 1 / 16)
+def fit(folder: Path, model: nn.Module, given: HRAConfig | None, *, is_new: bool, is_trainable: bool) -> Fitted:
+    """Read an adapter and check that it fits a base model or a transformed model.
+
+    `given` replaces the configuration in the folder; the vectors are then used as stored. If the adapter `is_new`,
+    everything that `transform` checks is checked.
+    """
+    adapter = read_adapter(folder, None if given is None else valid_config(given))
+    adapter = dataclasses.replace(adapter, config=without_unmatched(model, adapter.config))
+    config, resume = adapter.config, adapter.resume
+    resume = dataclasses.replace(resume, config=dataclasses.replace(resume.config, inference_mode=not is_trainable))
+    try:
+        layers = select_checked(model, resume.config) if is_new else select(model, config)
+    except SelectionError as error:
+        raise CheckpointError(
+            f"{folder}: the configuration does not fit {type(model).__name__}: {error} Is this the right base model?"
+        ) from error
+    copies = _copy_keys(adapter, model, layers)
+    _check_keys(adapter, model, layers, copies)
+    _check_shapes(adapter, model, layers, copies)
+    _check_base(adapter, model, layers)
+    vectors = {path: _split(adapter, path, resume) for path in layers}
+    written: dict[str, tuple[Tensor, None]] = {path: (adapter.tensors[reflection_key(path)], None) for path in layers}
+    values = {place: adapter.tensors[key] for place, key in copies.items()}
+    return Fitted(layers, resume, vectors, written, config.apply_GS, values)
+
+
+def _copy_keys(adapter: Adapter, model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[tuple[str, str], str]:
+    """(module, tensor) -> key in the file. PEFT has two names for a bias, depending on its other adapters."""
+    keys: dict[tuple[str, str], str] = {}
+    for path, (owner, names) in to_copy(model, adapter.config, layers).items():
+        for name in names:
+            if name not in non_persistent_buffers(owner):
+                spellings = [copy_key(path, name, adapted=adapted) for adapted in (path in layers, path not in layers)]
+                keys[path, name] = next((key for key in spellings if key in adapter.tensors), spellings[0])
+    return keys
+
+
+def _check_keys(
+    adapter: Adapter, model: nn.Module, layers: Iterable[str], copies: Mapping[tuple[str, str], str]
+) -> None:
+    config, tensors = adapter.config, adapter.tensors
+    expected = {*(reflection_key(path) for path in layers), *copies.values()}
+    # Other names of a shared module.
+    allowed = {
+        f"{PREFIX}{path}.{key}" for path, part in saved_modules(model, config).items() for key in part.state_dict()
+    }
+    allowed |= {vectors_key(path) for path in layers}
+    missing = sorted(expected - tensors.keys())
+    ignored = EXTRA_BIASES.search if config.bias == "all" else (lambda key: None)
+    others = sorted(key for key in tensors.keys() - expected - allowed if not ignored(key))
+    extra = [key for key in others if not _is_embedding(adapter, model, key)]
+    if missing or extra:
+        found = [
+            f"missing keys {some_of(missing, _SHOWN)}" if missing else "",
+            f"unexpected keys {some_of(extra, _SHOWN)}" if extra else "",
+        ]
+        raise CheckpointError(
+            f"{adapter.file}: does not fit {type(model).__name__}: {'; '.join(filter(None, found))}. {_OTHER_BASE}"
+        )
+
+
+def _is_embedding(adapter: Adapter, model: nn.Module, key: str) -> bool:
+    """Whether a tensor is a copy of the base model's embeddings. PEFT adds it to the file if they are adapted."""
+    name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+    path, _, entry = name.rpartition(".")
+    try:
+        owner = model.get_submodule(path)
+    except AttributeError:
+        return False
+    own = owner._parameters.get(entry)
+    if own is None or not (isinstance(owner, nn.Embedding) or _EMBEDDINGS.search(name)):
+        return False
+    if not is_same(own, adapter.tensors[key]):
+        place = f"this model's {name} of shape {tuple(own.shape)}"
+        raise other_embeddings(adapter.file, key, adapter.tensors[key], place)
+    return True
+
+
+def _check_shapes(
+    adapter: Adapter, model: nn.Module, layers: Mapping[str, nn.Module], copies: Mapping[tuple[str, str], str]
+) -> None:
+    for path, layer in layers.items():
+        own = get_adapters(layer)
+        adapters = adapters_for(layer) if own is None else own
+        _check_shape(adapter, reflection_key(path), adapters.vectors_shape(adapter.config.rank_of(path)))
+    for (path, name), key in copies.items():
+        tensor: Tensor = getattr(model.get_submodule(path), name)
+        _check_shape(adapter, key, tuple(tensor.shape))
+        dtype = adapter.tensors[key].dtype
+        if dtype.is_floating_point is not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{adapter.file}: {key} must have a dtype like the model's {tensor.dtype}, got {dtype}. Is this the "
+                "right base model?"
+            )
+
+
+def _check_shape(adapter: Adapter, key: str, expected: tuple[int, ...]) -> None:
+    if (shape := tuple(adapter.tensors[key].shape)) != expected:
+        raise CheckpointError(f"{adapter.file}: {key} must have shape {expected}, got {shape}. {_OTHER_BASE}")
+
+
+def _split(adapter: Adapter, path: str, resume: Resume) -> tuple[Tensor, Tensor | None]:
+    chain, anchor = adapter.tensors[reflection_key(path)], resume.anchor(path)
+    if not anchor:
+        return chain, None
+    if not resume.config.apply_GS:
+        return chain[..., anchor:].contiguous(), chain[..., :anchor].contiguous()
+    key = vectors_key(path)
+    if key not in adapter.tensors:
+        raise CheckpointError(
+            f"{adapter.file}: missing key {key}, the vectors before Gram-Schmidt. Save the adapter again."
+        )
+    _check_shape(adapter, key, (*chain.shape[:-1], resume.config.rank_of(path)))
+    return adapter.tensors[key], chain[..., :anchor].contiguous()
+
+
+def _check_base(adapter: Adapter, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Check that the model does not contain the adapter. Warn about another name unless the model is known to fit."""
+    row, state = adapter.base_row, "unknown"
+    if row is not None and row.path in layers:
+        chain = plain_chain(adapter.tensors[reflection_key(row.path)], None, apply_GS=adapter.config.apply_GS)
+        state = row.state(chain, first_row(layers[row.path]))
+        if state == "folded":
+            raise row.folded_error(adapter.file, f"This {type(model).__name__}")
+    if state == "unknown":
+        compare_names(adapter.file, adapter.config, getattr(model, "name_or_path", None))

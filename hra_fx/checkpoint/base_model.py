@@ -39,12 +39,9 @@ def auto_mapping(root: nn.Module, config: HRAConfig) -> dict[str, Any] | None:
 
 
 def compare_names(file: Path, config: HRAConfig, ours: object) -> None:
-    """Warn if the name of an adapter's base model differs from this model. The names of parent folders are ignored.
+    """Warn if the name of an adapter's base model differs from `ours`, unless `ours` is not a name.
 
-    Args:
-        file: the adapter's weights, for the message.
-        config: the adapter's configuration.
-        ours: name or folder of this model; not compared if it is empty or not a string.
+    The names of parent folders are ignored.
     """
     theirs = config.base_model_name_or_path
     if theirs and isinstance(ours, str) and ours and _last(os.fspath(theirs)) != _last(ours):
@@ -56,11 +53,7 @@ def compare_names(file: Path, config: HRAConfig, ours: object) -> None:
 
 
 def is_same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal after rounding to the narrower dtype; on the meta device, only shapes are compared.
-
-    >>> is_same(torch.tensor([0.1]), torch.tensor([0.1], dtype=torch.bfloat16))
-    True
-    """
+    """Whether two tensors are equal after rounding to the narrower dtype; on the meta device, shapes are compared."""
     if one.shape != other.shape or one.is_meta:
         return one.shape == other.shape
     return torch.equal(other.to(one), one) or torch.equal(one.to(other), other)
@@ -85,26 +78,16 @@ def _last(name: str) -> str:
 
 
 class BaseRow(NamedTuple):
-    """The first row of a base weight.
-
-    Attributes:
-        path: path of the layer.
-        values: `(d,)`, float32.
-    """
+    """The first row `(d,)` of the base weight of a layer, in float32."""
 
     path: str
     values: Tensor
 
     def state(self, chain: Tensor, row: Tensor | None) -> Literal["base", "folded", "unknown"]:
-        """Whether a model is the base model, or has the adapter folded into it.
+        """Whether a model is the base model or has the adapter folded into it, by the same row of the model.
 
-        Args:
-            chain: `U: (d, k)` of the layer.
-            row: the first row of the layer's weight in the model; `None` if it cannot be read.
-
-        Returns:
-            `"unknown"` for other models, for models with other folded adapters, and for adapters that hardly rotate the
-            row.
+        It is `"unknown"` without a row, for other models, for models with other folded adapters, and for adapters that
+        hardly rotate the row.
         """
         if row is None or row.shape != self.values.shape or len(chain) != len(row):
             return "unknown"
@@ -122,12 +105,7 @@ class BaseRow(NamedTuple):
 
 
 def write_base_row(layers: Mapping[str, nn.Module], chains: Mapping[str, Tensor]) -> dict[str, str]:
-    """The metadata entry: the row that is rotated most, among all layers with a readable weight; may be empty.
-
-    Args:
-        layers: path -> adapted layer.
-        chains: path -> `U: (d, k)`.
-    """
+    """The metadata entry: the row that is rotated most, among all layers with a readable weight; may be empty."""
     rows = {path: row.float() for path, layer in layers.items() if (row := first_row(layer)) is not None}
     changes = {path: _change(row, chains[path]) for path, row in rows.items() if not chains[path].is_meta}
     path = max(changes, key=changes.__getitem__, default="")
@@ -147,20 +125,13 @@ def _rotated(row: Tensor, chain: Tensor) -> Tensor:
     return rotate_weight(row[None], chain.detach().cpu().to(row.dtype))[0]
 
 
-def read_base_row(file: Path, metadata: Mapping[str, str]) -> BaseRow | None:
-    """The row in the metadata of a file; `None` for adapters saved by PEFT.
-
-    Raises:
-        CheckpointError: the entry is damaged.
-    """
+def read_base_row(metadata: Mapping[str, str]) -> BaseRow | None:
+    """The row in the metadata of a file; `None` for adapters saved by PEFT."""
     if BASE_ROW not in metadata:
         return None
-    try:
-        entry = json.loads(metadata[BASE_ROW])
-        values = torch.frombuffer(bytearray(base64.b64decode(entry["row"])), dtype=torch.float32)
-        return BaseRow(str(entry["layer"]), values)
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: the metadata {BASE_ROW} is damaged. Save the adapter again.") from error
+    entry = json.loads(metadata[BASE_ROW])
+    values = torch.frombuffer(bytearray(base64.b64decode(entry["row"])), dtype=torch.float32)
+    return BaseRow(entry["layer"], values)
 
 
 def first_row(layer: nn.Module) -> Tensor | None:

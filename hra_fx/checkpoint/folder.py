@@ -1,4 +1,4 @@
-"""The folder of an adapter: find it locally or on the Hub, read its weights, and write it atomically.
+"""The folder of an adapter: find it locally or on the Hub, read its weights, write it, and name its tensors.
 
 Source of the layout: PEFT 0.21, `PeftModel.save_pretrained`: `adapter_config.json` and `adapter_model.safetensors`.
 """
@@ -10,24 +10,31 @@ import glob
 import json
 import os
 import posixpath
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from hra_fx.atomic_write import atomic_write, temporary_file
-from hra_fx.checkpoint.keys import VECTORS
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError
 from hra_fx.hub import check_options, download
-from hra_fx.layers.target import REFLECTION
+from hra_fx.layers.adapter_names import ANCHOR
+from hra_fx.layers.target import REFLECTION, SAVED
+from hra_fx.layers.trained_copies import BASE, all_copies
+from hra_fx.model.state import adapted_layers
 from hra_fx.selection.suggestions import some_of
 
+PREFIX = "base_model.model."
+#: The key of the vectors before Gram-Schmidt, which are stored with their orthonormal chain to resume training.
+VECTORS = "hra_vectors"
+#: Other keys that PEFT writes with bias="all" for each bias of a module in `modules_to_save`, but does not read.
+EXTRA_BIASES = re.compile(r"\.(original_module|modules_to_save)\.(.*\.)?bias$")
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLE_NAME = "adapter_model.bin"
 _MAX_LISTED = 10
@@ -35,25 +42,17 @@ _SAVED_BY = "Pass the folder that an adapter was saved in (in PEFT, with safe_se
 
 
 def find(source: str | os.PathLike[str], subfolder: str | None = None, **hub: Any) -> Path:
-    """Find the local folder that contains `adapter_config.json` and `adapter_model.safetensors`.
+    """Find the folder with both files of an adapter, in a local folder or in a repository of the Hub.
 
-    Args:
-        source: a local folder; otherwise the name of a Hub repository, which is downloaded to the cache.
-        subfolder: path of the adapter in `source`, with "/" between names.
-        hub: passed to `huggingface_hub.snapshot_download`, such as `revision`, `token`, `cache_dir`,
-            `local_files_only`.
-
-    Raises:
-        CheckpointError: the folder or one of the two files is missing; the message says which.
-        TypeError: an unknown keyword argument.
-
-    >>> find("runs/of/mine")
-    Traceback (most recent call last):
-    hra_fx.errors.CheckpointError: runs/of/mine: no such folder, and not a valid Hub repository name. ...
+    `subfolder` has "/" between names; `hub` are arguments of `huggingface_hub.snapshot_download`.
     """
     check_options(hub)
     inside = posixpath.normpath((subfolder or "").replace("\\", "/"))
-    root = Path(source) if os.path.isdir(source) else _download(source, inside, hub)
+    if os.path.isdir(source):
+        root = Path(source)
+    else:
+        within = "" if inside == "." else glob.escape(inside) + "/"
+        root = download(source, [within + CONFIG_NAME, within + WEIGHTS_NAME], hub)
     folder = root / inside
     if not os.path.isdir(folder):
         raise CheckpointError(f"{folder}: no such folder. {_suggestion(root, root)}")
@@ -78,36 +77,13 @@ def _suggestion(root: Path, folder: Path) -> str:
     return f"There are adapters in the subfolders {some_of(found, _MAX_LISTED)}: pass the path of one of them."
 
 
-def _download(source: str | os.PathLike[str], inside: str, hub: Mapping[str, Any]) -> Path:
-    """Download the adapter's files. Returns the repository's folder in the Hub cache."""
-    within = "" if inside == "." else glob.escape(inside) + "/"
-    return download(source, [within + CONFIG_NAME, within + WEIGHTS_NAME], hub)
-
-
 def write(
     directory: str | os.PathLike[str], config_text: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write an adapter into `directory`, which is created if needed.
+    """Write an adapter into `directory`, which is created if needed. After an error, an old adapter is unchanged.
 
-    The folder always contains the old adapter or the new one: both files are written to disk with temporary names and
-    then renamed. If the process is killed between the two renames, the folder contains the new configuration and the
-    old weights. If the configuration does not change, only the weights are renamed.
-
-    Args:
-        directory: the folder.
-        config_text: content of `adapter_config.json`.
-        tensors: on any device, with any strides; they may share memory. Floating-point values must be finite.
-        metadata: entries of the safetensors file in addition to PEFT's `format: pt`.
-
-    Raises:
-        CheckpointError: a tensor cannot be saved, or the files cannot be written; the old adapter is unchanged. The
-            message names the key or the folder.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write(folder, "{}", {"base_model.model.0.hra_u": torch.ones(3, 2)}, {})
-    ...     sorted(os.listdir(folder))
-    ['adapter_config.json', 'adapter_model.safetensors']
+    Both files are written to disk with temporary names and then renamed. If the process is stopped between the two
+    renames, the folder contains the new weights and the old configuration.
     """
     folder = Path(directory)
     if os.path.exists(folder) and not os.path.isdir(folder):
@@ -115,7 +91,9 @@ def write(
     data = _serialize(folder / WEIGHTS_NAME, tensors, metadata)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace_both(folder, config_text.encode(), data)
+        with temporary_file(folder / CONFIG_NAME, config_text.encode()) as config:
+            atomic_write(folder / WEIGHTS_NAME, data)
+            os.replace(config, folder / CONFIG_NAME)
     except OSError as error:
         raise CheckpointError(
             f"{folder}: cannot write the adapter ({error}). The old files, if any, are unchanged. Choose another "
@@ -136,28 +114,22 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def _serialize(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    if not tensors:
-        raise CheckpointError(f"{path}: there are no tensors to save. Save an adapter that has vectors.")
     plain: dict[str, Tensor] = {}
     storages: set[int] = set()
     for key, tensor in tensors.items():
-        _check(path, key, tensor)
+        if tensor.is_meta:
+            raise CheckpointError(f"{path}: {key!r} is on the meta device and has no values. Load the model first.")
+        _check_finite(
+            path, key, tensor.detach(), "Nothing was written. Save a state from before the training diverged."
+        )
         # safetensors writes raw memory, so resolve lazy conjugation and negation. It does not accept shared memory.
         own = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
         if own.untyped_storage().data_ptr() in storages:
             own = own.clone()
         storages.add(own.untyped_storage().data_ptr())
         plain[key] = own
-    try:
-        return _sorted_metadata(save(plain, {**metadata, "format": "pt"}))
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: safetensors cannot store this ({error}). Use plain tensors and text."
-        ) from error
-
-
-def _sorted_metadata(data: bytes) -> bytes:
-    """Sort the metadata of a safetensors file. safetensors writes it in random order, so hashes would differ."""
+    data = save(plain, {**metadata, "format": "pt"})
+    # Sort the metadata. safetensors writes it in random order, so hashes would differ.
     end = 8 + struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -166,57 +138,8 @@ def _sorted_metadata(data: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text + data[end:]
 
 
-def _check(path: Path, key: str, tensor: Tensor) -> None:
-    if tensor.is_meta:
-        raise CheckpointError(f"{path}: {key!r} is on the meta device and has no values. Load the model first.")
-    if tensor.layout is not torch.strided:
-        raise CheckpointError(f"{path}: {key!r} must be dense, got {tensor.layout}. Call to_dense() on it first.")
-    remedy = "Nothing was written. Save a state from before the training diverged."
-    _check_finite(path, key, tensor.detach(), remedy)
-
-
-def _replace_both(folder: Path, config_text: bytes, data: bytes) -> None:
-    """Replace both files, or neither of them if an exception is raised."""
-    config, weights = folder / CONFIG_NAME, folder / WEIGHTS_NAME
-    try:
-        before = config.read_bytes()
-    except FileNotFoundError:
-        before = None
-    with temporary_file(weights, data) as new_weights:
-        if before == config_text:
-            os.replace(new_weights, weights)
-            return
-        # Write the backup first, because the disk may be full when it is needed.
-        with temporary_file(config, config_text) as new_config, temporary_file(config, before or b"") as old_config:
-            try:
-                os.replace(new_config, config)
-                os.replace(new_weights, weights)
-            except BaseException:
-                # An interrupt can also arrive after the last rename, when everything is done.
-                if new_weights.exists():
-                    _restore(config, None if before is None else old_config)
-                raise
-
-
-def _restore(config: Path, backup: Path | None) -> None:
-    if backup is None:
-        config.unlink(missing_ok=True)
-    else:
-        os.replace(backup, config)
-
-
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors of a safetensors file, copied to CPU memory, and its metadata.
-
-    Raises:
-        CheckpointError: the file cannot be read, is damaged, empty or not a safetensors file; vectors (keys that end in
-            "hra_u" or "hra_vectors") are not floating point; a value is infinite or NaN. The message names the file
-            and the key.
-
-    >>> read(Path("nowhere", "adapter_model.safetensors"))
-    Traceback (most recent call last):
-    hra_fx.errors.CheckpointError: nowhere/adapter_model.safetensors: cannot read the file (No such file or directory...
-    """
+    """Read the tensors of a safetensors file, copied to CPU memory, and its metadata."""
     with opened(path) as file:
         metadata = dict(file.metadata() or {})
         # Clone the tensors. Otherwise they would keep the file mapped and change with it.
@@ -224,21 +147,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not tensors:
         raise CheckpointError(f"{path}: the file has no tensors. Save the adapter again.")
     for key, tensor in tensors.items():
-        if key.endswith((REFLECTION, VECTORS)) and not tensor.is_floating_point():
-            raise CheckpointError(
-                f"{path}: {key!r} must have a floating-point dtype, got {tensor.dtype}. Save the adapter again."
-            )
         _check_finite(path, key, tensor, "Use a file from before the training diverged.")
     return tensors, metadata
 
 
 @contextlib.contextmanager
 def opened(path: Path, framework: str = "pt") -> Iterator[Any]:
-    """Open a safetensors file with `safetensors.safe_open`, which checks its header and size.
-
-    Raises:
-        CheckpointError: the file cannot be read, is damaged, or not a safetensors file.
-    """
+    """Open a safetensors file with `safetensors.safe_open`, which checks its header and size."""
     try:
         file = safe_open(path, framework=framework)
     except OSError as error:
@@ -259,14 +174,55 @@ def _check_finite(path: Path, key: str, tensor: Tensor, remedy: str) -> None:
 
 
 def non_finite(tensor: Tensor) -> int:
-    """Count the values that are infinite or NaN, for a tensor of any dtype.
-
-    >>> import torch
-    >>> non_finite(torch.tensor([1.0, float("nan"), float("inf")]))
-    2
-    """
+    """Count the values that are infinite or NaN, for a tensor of any dtype."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return 0
     # isfinite is not implemented for every 8-bit float.
     wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
     return int(wide.isfinite().logical_not().sum())
+
+
+def reflection_key(path: str) -> str:
+    """Key of an adapted layer's vectors."""
+    return f"{PREFIX}{path}.{REFLECTION}"
+
+
+def vectors_key(path: str) -> str:
+    """Key of an adapted layer's vectors before Gram-Schmidt; PEFT ignores it."""
+    return f"{PREFIX}{path}.{VECTORS}"
+
+
+def copy_key(path: str, name: str, *, adapted: bool) -> str:
+    """Key of a trained copy. For a bias in an adapted layer (`adapted`), it contains the name of PEFT's wrapper."""
+    return f"{PREFIX}{path}.base_layer.{name}" if adapted else f"{PREFIX}{path}.{name}"
+
+
+def vectors_entry(path: str, name: str) -> str:
+    """Entry of an adapter's vectors in the model's `state_dict`."""
+    return f"{path}.{REFLECTION}.{name}"
+
+
+def anchor_entry(path: str, name: str) -> str:
+    """Entry of an adapter's anchor."""
+    return f"{path}.{REFLECTION}.{name}{ANCHOR}"
+
+
+def copy_entry(path: str, name: str, tensor: str, *, in_place: bool) -> str:
+    """Entry of an adapter's copy of a tensor, which is in use (`in_place`) or not."""
+    return (f"{path}.{tensor}" if in_place else f"{path}.{SAVED}.{name}.{tensor}").lstrip(".")
+
+
+def adapter_entries(model: nn.Module) -> list[str]:
+    """Entries of the model's `state_dict` that belong to adapters, including active trained copies."""
+    entries = [
+        f"{path}.{REFLECTION}.{name}"
+        for path, layer in adapted_layers(model).items()
+        for name in layer.hra_u.state_dict()
+        if name != "unmerged"
+    ]
+    for path, (_, copies) in all_copies(model).items():
+        entries += [f"{path}.{name}".lstrip(".") for name, whose in copies.in_place.items() if whose != BASE]
+        entries += [
+            f"{path}.{SAVED}.{key}".lstrip(".") for key in copies.state_dict() if not key.startswith(f"{BASE}.")
+        ]
+    return entries

@@ -74,21 +74,13 @@ _WITH_PEFT = """With PEFT, instead of the last line:
 import peft
 
 model = peft.PeftModel.from_pretrained(base, "{place}"{option})
-```"""
+```
+"""
 _NOT_WITH_PEFT = "PEFT's HRA has no `{field}`. For PEFT, convert the adapter to a LoRA as shown below."
 
 
 def write_card(directory: Path, root: nn.Module, configs: Mapping[str, HRAConfig]) -> None:
-    """Write `README.md` for adapters saved in a folder. If it exists, only its metadata is updated.
-
-    Args:
-        directory: the folder of the adapters.
-        root: the transformed model.
-        configs: name and configuration of the saved adapters.
-
-    Raises:
-        CheckpointError: the file cannot be written, or is not a model card.
-    """
+    """Write `README.md` for adapters saved in a folder. If it exists, only its metadata is updated."""
     from huggingface_hub import ModelCard, ModelCardData
 
     path = directory / CARD_NAME

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from hra_fx.checkpoint.adapter import Resume
 from hra_fx.checkpoint.base_model import auto_mapping, base_model_name, write_base_row
-from hra_fx.checkpoint.folder import write, write_weights
-from hra_fx.checkpoint.keys import (
+from hra_fx.checkpoint.folder import (
     adapter_entries,
     anchor_entry,
     copy_entry,
@@ -28,6 +27,8 @@ from hra_fx.checkpoint.keys import (
     reflection_key,
     vectors_entry,
     vectors_key,
+    write,
+    write_weights,
 )
 from hra_fx.checkpoint.model_card import CARD_NAME, write_card
 from hra_fx.compat import non_persistent_buffers
@@ -98,23 +99,11 @@ def save_pretrained(
 ) -> None:
     """Save several adapters like PEFT's `save_pretrained`: "default" to the folder, others to subfolders.
 
-    A model card is also written, if the folder does not contain one.
+    A model card is also written, if the folder does not contain one. In a checkpoint folder of transformers' Trainer,
+    the adapters' entries of the state are also saved to `model.safetensors`, from which the Trainer resumes.
 
-    In a checkpoint folder of transformers' Trainer, the adapters' entries of the `state_dict` are also saved to
-    `model.safetensors`, from which the Trainer resumes.
-
-    Args:
-        model: a transformed model.
-        directory: the folder.
-        selected_adapters: names of adapters; `None` for all.
-        state_dict: the model's state, if a wrapper (FSDP, DeepSpeed) has gathered it.
-        is_main_process: only the main process writes. With `fully_shard` and no `state_dict`, all processes must call
-            this function, as for `save_adapter`.
-        safe_serialization: must be True; pickle files are never written.
-
-    Raises:
-        AdapterError: the adapter does not exist, its entries are not in `state_dict`, or `safe_serialization` is False.
-        CheckpointError: see `save_adapter`.
+    `state_dict` is the model's state, if a wrapper (FSDP, DeepSpeed) has gathered it. With `fully_shard` and no
+    `state_dict`, all processes must call this function, as for `save_adapter`. Errors are those of `save_adapter`.
     """
     if not safe_serialization:
         raise AdapterError("safe_serialization must be True, got False: pickle files are never written.")
@@ -217,11 +206,7 @@ def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[s
 
 
 def layers_with(root: nn.Module, record: AdapterState, name: str) -> list[str]:
-    """Paths of the layers with an adapter.
-
-    Raises:
-        AdapterError: the layers differ from those in its configuration.
-    """
+    """Paths of the layers with an adapter, which must be those in its configuration."""
     sites = [path for path, layer in adapted_layers(root).items() if name in layer.hra_u]
     if odd := sorted(targeted(root, record.configs[name]).keys() ^ set(sites)):
         raise AdapterError(

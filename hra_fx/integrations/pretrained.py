@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hra_fx.checkpoint.keys import adapter_entries
+from hra_fx.checkpoint.folder import adapter_entries
 from hra_fx.checkpoint.saving import save_pretrained
 from hra_fx.errors import AdapterError
 from hra_fx.integrations import push

@@ -65,43 +65,30 @@ class LoraLayer:
 
 @dataclass(frozen=True)
 class Matrix:
-    """The weight of a layer or of one expert, `W: (out, d)`, and the reflections that rotate it.
+    """The weight of a layer or of one expert, `W: (out, d)`, and the reflections `U: (d, k)` that rotate it.
 
-    Attributes:
-        chain: `U: (d, k)`.
-        out: the number of rows.
-        project: computes `W V: (out, m)`, float64 on the CPU, from `V: (d, m)`; raises an error for values that are not
-            finite.
+    `project` computes `W V: (out, m)`, float64 on the CPU, from `V: (d, m)`; it raises an error for values that are not
+    finite.
     """
 
     chain: Tensor
     out: int
     project: Callable[[Tensor], Tensor]
 
-    def unchanged(self) -> LowRankDelta:
-        """A change of rank 0."""
-        A = torch.zeros(0, self.chain.shape[0], dtype=torch.float64)
-        return LowRankDelta(A, torch.zeros(self.out, 0, dtype=torch.float64), 0.0)
-
     def change(self, noise: float, rank: int | None) -> LowRankDelta:
         """Compute the change of the weight. If the weight does not change, it is not read."""
         V, K = core(self.chain, noise)
-        return low_rank_delta(self.project(V), V, K, rank) if len(K) else self.unchanged()
+        if len(K):
+            return low_rank_delta(self.project(V), V, K, rank)
+        A = torch.zeros(0, self.chain.shape[0], dtype=torch.float64)
+        return LowRankDelta(A, torch.zeros(self.out, 0, dtype=torch.float64), 0.0)
 
 
 @dataclass(frozen=True)
 class AdaptedWeight:
-    """The weight of an adapted layer.
+    """The weight of an adapted layer, for experts the weight of each; see `LoraLayer` and `low_rank.core` (`noise`).
 
-    Attributes:
-        path: the layer's path in the model.
-        kind: the kind of layer.
-        matrices: the weight of the layer; for experts, the weight of each expert.
-        noise: see `hra_fx.functional.low_rank.core`.
-        kernel: see `LoraLayer`.
-        fan_in_fan_out: see `LoraLayer`.
-        owner: for experts, the module with their parameter, which may have no data.
-        size: the number of bytes that are read.
+    `owner` is the module with the parameter of experts, which may have no data, and `size` the number of bytes to read.
     """
 
     path: str
@@ -113,15 +100,9 @@ class AdaptedWeight:
     owner: nn.Module | None = None
     size: int = 0
 
-    def unchanged(self) -> LoraLayer:
-        """The layer with rank 0; this does not read the weight."""
-        return self._with([matrix.unchanged() for matrix in self.matrices])
-
     def as_lora(self, rank: int | None) -> LoraLayer:
         """Convert the layer to LoRA. `rank` is the largest rank, `None` for no limit."""
-        return self._with([matrix.change(self.noise, rank) for matrix in self.matrices])
-
-    def _with(self, changes: Sequence[LowRankDelta]) -> LoraLayer:
+        changes = [matrix.change(self.noise, rank) for matrix in self.matrices]
         if self.owner is None:
             A, B, error = changes[0]
             return LoraLayer(self.path, self.kind, A, B, self.kernel, self.fan_in_fan_out, error)
@@ -139,18 +120,11 @@ class AdaptedWeight:
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """An adapter as LoRA, independent of the file format.
+    """An adapter as LoRA, independent of the file format. Fields with names of PEFT's are those of `LoraConfig`.
 
-    Attributes:
-        layers: the adapted layers, in the order of the model.
-        copies: trained tensors of `modules_to_save` and biases, by their keys in PEFT's file without its prefix.
-        modules: paths of all modules of the model. `target_modules` must match only the adapted ones.
-        bias: LoRA's `bias`: "none", "all" or "lora_only".
-        modules_to_save: PEFT's field.
-        task_type: PEFT's field.
-        auto_mapping: PEFT's field.
-        base_model: name or path of the base model.
-        model_config: content of the model's `config.json`; empty if it has none.
+    `copies` are trained tensors of `modules_to_save` and biases, by their keys in PEFT's file without its prefix.
+    `modules` are the paths of all modules of the model, of which `target_modules` must match only the adapted ones.
+    `model_config` is the content of the model's `config.json`; empty if it has none.
     """
 
     layers: tuple[LoraLayer, ...]
@@ -170,11 +144,7 @@ class LoraAdapter:
 
 
 def from_configs(configs: Sequence[HRAConfig], **fields: Any) -> LoraAdapter:
-    """Create one LoRA for adapters with these configurations; `fields` are the other fields of the LoRA.
-
-    >>> from_configs([HRAConfig(task_type="CAUSAL_LM"), HRAConfig(bias="hra_only")], layers=()).bias
-    'lora_only'
-    """
+    """Create one LoRA for adapters with these configurations; `fields` are the other fields of the LoRA."""
     saved = dict.fromkeys(name for config in configs for name in config.modules_to_save or ())
     return LoraAdapter(
         bias=_BIASES[max((config.bias for config in configs), key=list(_BIASES).index)],
@@ -185,11 +155,7 @@ def from_configs(configs: Sequence[HRAConfig], **fields: Any) -> LoraAdapter:
 
 
 def check_rank(rank: int | None) -> None:
-    """Check the largest rank of a layer.
-
-    Raises:
-        AdapterError: `rank` is not a positive int or `None`.
-    """
+    """Check the largest rank of a layer."""
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise AdapterError(f"`rank` must be a positive int or None, got {rank!r}.")
 
@@ -197,18 +163,12 @@ def check_rank(rank: int | None) -> None:
 def exact_targets(adapted: Collection[str], modules: Collection[str]) -> list[str] | str:
     """Find the shortest names that match only the adapted layers, by PEFT's rules.
 
-    Args:
-        adapted: paths of the adapted layers.
-        modules: paths of all modules of the model.
+    Returns ends of paths, sorted; or a regular expression, if a path is itself the end of another path.
 
-    Returns:
-        Ends of paths, sorted; or a regular expression, if a path is itself the end of another path.
-
-    Example:
-        >>> exact_targets(["a.q", "b.q", "a.k"], ["a", "b", "a.q", "b.q", "a.k", "b.k"])
-        ['a.k', 'q']
-        >>> exact_targets(["fc"], ["fc", "block", "block.fc"])
-        'fc'
+    >>> exact_targets(["a.q", "b.q", "a.k"], ["a", "b", "a.q", "b.q", "a.k", "b.k"])
+    ['a.k', 'q']
+    >>> exact_targets(["fc"], ["fc", "block", "block.fc"])
+    'fc'
     """
     chosen = set(adapted)
     others = {suffix for path in modules if path not in chosen for suffix in suffixes(path)}

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hra_fx.checkpoint.folder import write_weights
-from hra_fx.checkpoint.keys import PREFIX
+from hra_fx.checkpoint.folder import PREFIX, write_weights
 from hra_fx.errors import AdapterError, CheckpointError, HRAError, UnsupportedLayerError
 from hra_fx.lora.adapter import LoraAdapter
 from hra_fx.lora.from_model import lora_adapter
 from hra_fx.lora.peft_format import peft_form
 from hra_fx.model.state import collect_parts, root_of
 from hra_fx.model.unwrap import unwrap
+from hra_fx.selection.suggestions import some_of
 
 LORA_NAME = "pytorch_lora_weights.safetensors"
 _CONFIG_KEY = "lora_adapter_metadata"
@@ -37,18 +37,12 @@ _ON_REQUEST = ("transformer_2",)
 def write_diffusers(parts: Mapping[str, LoraAdapter], folder: Path, dtype: torch.dtype) -> None:
     """Write the file atomically. The folder is created if needed.
 
-    Args:
-        parts: part of a pipeline, such as "unet" -> its adapter. Each part has one rank; smaller layers are padded with
-            zeros.
-        folder: the folder.
-        dtype: dtype of the factors.
-
-    Raises:
-        CheckpointError: the file cannot be written.
+    Each part of a pipeline has one rank; smaller layers are padded with zeros.
     """
     tensors: dict[str, Tensor] = {}
     configs: dict[str, Any] = {}
     for part, adapter in parts.items():
+        _check(part, adapter)
         config, factors = peft_form(adapter, dtype)
         tensors |= {f"{part}.{_key(part, name)}": factor for name, factor in factors.items()}
         configs |= {f"{part}.{name}": value for name, value in config.items()}
@@ -63,42 +57,26 @@ def _key(part: str, name: str) -> str:
     return key
 
 
-def check_diffusers(parts: Mapping[str, LoraAdapter]) -> None:
-    """Check everything except the values of the factors.
-
-    Raises:
-        CheckpointError: an adapter has trained modules or biases.
-        UnsupportedLayerError: an `nn.MultiheadAttention` is adapted.
-    """
-    for part, adapter in parts.items():
-        if adapter.copies:
-            names = ", ".join(f"{part}.{key}" for key in list(adapter.copies)[:3])
-            more = f" and {len(adapter.copies) - 3} more" if len(adapter.copies) > 3 else ""
-            raise CheckpointError(
-                f"{names}{more}: diffusers does not load trained modules or biases with a LoRA. Fold {part} instead "
-                "(hra_fx.fold) and save the whole pipeline, or train with bias='none' and without modules_to_save."
+def _check(part: str, adapter: LoraAdapter) -> None:
+    """Check that diffusers loads everything in an adapter."""
+    if adapter.copies:
+        names = some_of([f"{part}.{key}" for key in adapter.copies], 3)
+        raise CheckpointError(
+            f"{names}: diffusers does not load trained modules or biases with a LoRA. Fold {part} instead "
+            "(hra_fx.fold) and save the whole pipeline, or train with bias='none' and without modules_to_save."
+        )
+    for layer in adapter.layers:
+        if layer.kind == "attention":
+            raise UnsupportedLayerError(
+                f"{part}.{layer.path}: diffusers has no keys for an nn.MultiheadAttention. Fold {part} instead "
+                "(hra_fx.fold), or leave the layer out with exclude_modules."
             )
-        for layer in adapter.layers:
-            if layer.kind == "attention":
-                raise UnsupportedLayerError(
-                    f"{part}.{layer.path}: diffusers has no keys for an nn.MultiheadAttention. Fold {part} instead "
-                    "(hra_fx.fold), or leave the layer out with exclude_modules."
-                )
 
 
 def parts_of(model: Any) -> dict[str, nn.Module]:
-    """The adapted parts of a pipeline. For a UNet or transformer of diffusers, the model itself, by its part name.
+    """The adapted parts of a pipeline, such as "unet". For a UNet or transformer of diffusers, the model itself.
 
-    Args:
-        model: a diffusers pipeline, or a module.
-
-    Returns:
-        Name of the part, such as "unet", "transformer" or "text_encoder_2" -> model. Empty for a module that is not a
-        diffusers model with LoRA support: a single text encoder is a transformers model, saved in PEFT's format.
-
-    Raises:
-        AdapterError: `model` is neither a pipeline nor a module; it has no adapters; or it has adapters in parts that
-            `pipe.load_lora_weights` does not load.
+    Empty for other modules: a single text encoder, for example, is a transformers model, saved in PEFT's format.
     """
     if not isinstance(model, nn.Module):
         return _adapted_components(model)
@@ -111,14 +89,7 @@ def parts_of(model: Any) -> dict[str, nn.Module]:
 
 
 def part_of_class(name: str | None) -> str | None:
-    """The name of the part for a diffusers model, by the name of its class; `None` for any other model.
-
-    Raises:
-        CheckpointError: diffusers is not installed.
-
-    >>> part_of_class("UNet2DConditionModel"), part_of_class("UNet2DModel"), part_of_class(None)
-    ('unet', None, None)
-    """
+    """The name of the part for a diffusers model, by the name of its class; `None` for any other model."""
     if not name:
         return None
     if importlib.util.find_spec("diffusers") is None:
@@ -157,16 +128,9 @@ def _adapted_components(pipeline: Any) -> dict[str, nn.Module]:
 def adapters_of(
     parts: Mapping[str, nn.Module], adapter_names: str | Iterable[str] | None, rank: int | None
 ) -> dict[str, LoraAdapter]:
-    """The adapter of each part; see `lora_adapter`.
+    """The adapter of each part. A part without any of the named adapters is left out.
 
-    Args:
-        parts: from `parts_of`.
-        adapter_names: the adapters. A part without any of them is left out. `None` uses the active ones of each part.
-        rank: the largest rank of a layer; `None` for no limit.
-
-    Raises:
-        AdapterError: the pipeline has no adapters, or none with these names.
-        Other errors: see `lora_adapter`; the message names the part.
+    `None` uses the active ones of each part. Errors name the part.
     """
     if isinstance(adapter_names, str):
         adapter_names = [adapter_names]

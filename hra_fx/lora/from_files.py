@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -15,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from hra_fx.checkpoint.adapter import Adapter, read_adapter
-from hra_fx.checkpoint.disk.architecture import CONFIG, IN_MEMORY, Architecture
-from hra_fx.checkpoint.disk.arguments import PIPELINE, Source, base_folder
-from hra_fx.checkpoint.disk.file_names import FileNames
+from hra_fx.checkpoint.disk.architecture import CONFIG, IN_MEMORY, PIPELINE, Architecture, Source, base_folder
+from hra_fx.checkpoint.disk.file_names import FileNames, tied_to
 from hra_fx.checkpoint.disk.plan import rotation_of
 from hra_fx.checkpoint.disk.requests import (
+    LayerChain,
     Renaming,
-    Requests,
     check_base,
     check_complete,
     check_embeddings,
@@ -32,11 +30,17 @@ from hra_fx.checkpoint.disk.requests import (
     touches,
     unknown_tensor,
 )
-from hra_fx.checkpoint.disk.rotation import Rotation, product_dtype, project
-from hra_fx.checkpoint.disk.stored import FLOATS, SAFE, StoredTensor, WeightSet, weight_sets
-from hra_fx.checkpoint.disk.ties import tied_to
+from hra_fx.checkpoint.disk.stored import (
+    FLOATS,
+    SAFE,
+    Rotation,
+    StoredTensor,
+    product_dtype,
+    project,
+    weight_sets,
+)
 from hra_fx.checkpoint.disk.writing import bar
-from hra_fx.checkpoint.keys import PREFIX, copy_key
+from hra_fx.checkpoint.folder import PREFIX, copy_key
 from hra_fx.errors import CheckpointError
 from hra_fx.layers.experts_weight import parameter_of
 from hra_fx.layers.target import LayerKind, describe
@@ -59,67 +63,38 @@ def read_as_lora(
     rank: int | None = None,
     columns: Collection[str] | None = None,
     progress: bool = True,
-    check: Callable[[LoraAdapter], object] = lambda adapter: None,
 ) -> LoraAdapter:
     """Convert adapters on disk, applied in order, to their LoRA form.
 
     Only the weights of adapted layers are read, in blocks. Products with 16-bit weights are computed in float32, others
     in float64. A model is only built (without weights) to find out about convolutions, experts, tied output layers,
     weights stored as `(in, out)` and weights that other modules may read. Unlike `hra_fx.convert_to_lora`, this does
-    not check the classes of linear layers.
-
-    Args:
-        adapters: folders of adapters saved by PEFT or hra_fx, or their names on the Hub.
-        base: folder of the base model, with safetensors files.
-        rank: the largest rank of a layer. `None` sets no limit, and the LoRA is exact.
-        columns: layers that store their weight as `(in, out)`, see `hra_fx.fold_checkpoint`.
-        progress: show a progress bar on a terminal.
-        check: called with the adapter at rank 0 before weights are read, to raise errors as early as possible.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, an adapter does not fit the base, a weight is quantized or not
-            finite, or adapters exclude each other.
-        AdapterError: `rank` is not positive.
-        UnsupportedLayerError: LoRA does not support a layer, see `hra_fx.convert_to_lora`.
-
-    Example:
-        >>> import tempfile
-        >>> from safetensors.torch import save_file
-        >>> from hra_fx import HRAConfig, save_adapter, transform
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_file(nn.Sequential(nn.Linear(6, 4)).state_dict(), Path(folder, "model.safetensors"))
-        ...     model = transform(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=3, target_modules=["0"]))
-        ...     save_adapter(model, Path(folder, "adapter"))
-        ...     lora = read_as_lora([Path(folder, "adapter")], folder)
-        >>> [(layer.path, layer.rank) for layer in lora.layers]
-        [('0', 0)]
+    not check the classes of linear layers. For `columns`, see `hra_fx.fold_checkpoint`.
     """
     check_rank(rank)
     if not adapters:
         raise CheckpointError("adapters must name at least one adapter. Pass one or more folders, in order.")
     files = [read_adapter(source) for source in adapters]
     opened = _open_base(base, files)
-    check_base(files, opened.architecture.folder, opened.found, opened.names, folded=False)
-    requests = requests_of(files, opened.found, opened.names)
-    weights = _weights_of(opened, requests, files, columns)
+    check_base(files, opened.names, folded=False)
+    chains, full = requests_of(files, opened.names)
+    weights = _weights_of(opened, chains, files, columns)
     _check_layers(opened, {weight.path: weight.kind for weight in weights})
-    copies = _copies_of(opened, requests, files, {weight.path for weight in weights})
-    check_embeddings(opened.found, files, opened.names, opened.stored)
+    copies = _copies_of(opened, full, files, {weight.path for weight in weights})
+    check_embeddings(files, opened.names, opened.stored)
     for file in files:
-        check_complete(opened.found, file, opened.architecture, opened.names)
+        check_complete(file, opened.names)
     configs = [file.config for file in files]
     paths = [*opened.modules(), *(path for weight in weights for path in (weight.path, *_parents(weight.path)))]
-    planned = from_configs(
+    return from_configs(
         configs,
-        layers=tuple(weight.unchanged() for weight in weights),
+        layers=_converted(weights, rank, progress=progress),
         copies=copies,
         modules=tuple(dict.fromkeys(paths)),
         auto_mapping=next((config.auto_mapping for config in configs if config.auto_mapping), None),
         base_model=next((str(name) for config in configs if (name := config.base_model_name_or_path)), os.fspath(base)),
-        model_config=opened.architecture.entries,
+        model_config=opened.names.architecture.entries,
     )
-    check(planned)
-    return dataclasses.replace(planned, layers=_converted(weights, rank, progress=progress))
 
 
 def _converted(weights: Sequence[AdaptedWeight], rank: int | None, *, progress: bool) -> tuple[LoraLayer, ...]:
@@ -134,33 +109,24 @@ def _converted(weights: Sequence[AdaptedWeight], rank: int | None, *, progress: 
 
 @dataclass(frozen=True)
 class _BaseFiles:
-    """The weights of a base model.
+    """The weights of a base model, and how the adapters name its modules."""
 
-    Attributes:
-        architecture: architecture in the folder of the model.
-        found: the set of files.
-        names: names in the files.
-        renaming: how the adapters name the modules of the model.
-    """
-
-    architecture: Architecture
-    found: WeightSet
     names: FileNames
     renaming: Renaming
 
     def stored(self, name: str) -> StoredTensor | None:
         """A tensor by its name in an adapter, or the tensor that it is tied to; `None` if it is unknown."""
-        found = self.names.find(name) or tied_to(name, self.architecture, self.names)
-        return None if found is None else self.found.tensors[found]
+        found = self.names.find(name) or tied_to(name, self.names)
+        return None if found is None else self.names.found.tensors[found]
 
     def to_adapter(self, name: str) -> str:
         """The adapters' name of a tensor in the file. Any other name is already the adapters' name."""
         own = self.names.loaded.get(name, name)
-        return self.renaming.to_adapter(own) if name in self.found.tensors else name
+        return self.renaming.to_adapter(own) if name in self.names.found.tensors else name
 
     def modules(self) -> Iterator[str]:
         """Paths of all modules with tensors and of their parents, as the adapters name them. Paths may repeat."""
-        for name in self.found.tensors:
+        for name in self.names.found.tensors:
             yield from _parents(self.to_adapter(name))
 
 
@@ -172,53 +138,51 @@ def _open_base(base: Source, adapters: Sequence[Adapter]) -> _BaseFiles:
         raise CheckpointError(
             f"{base}: is a diffusers pipeline. Pass the folder of the adapted part, one of {', '.join(parts)}."
         )
-    architecture = Architecture(folder)
-    found, names = _files_of(folder, architecture, adapters)
-    first, *others = [renaming_of(adapter, names, architecture) for adapter in adapters]
+    names = _files_of(folder, adapters)
+    first, *others = [renaming_of(adapter, names) for adapter in adapters]
     for adapter, renaming in zip(adapters[1:], others, strict=True):
         if renaming != first:
             raise CheckpointError(
                 f"{adapter.file}: names layers with another prefix than {adapters[0].file}, because they were trained "
                 "on models with and without a head. Convert them one by one."
             )
-    return _BaseFiles(architecture, found, names, first)
+    return _BaseFiles(names, first)
 
 
-def _files_of(folder: Path, architecture: Architecture, adapters: Sequence[Adapter]) -> tuple[WeightSet, FileNames]:
+def _files_of(folder: Path, adapters: Sequence[Adapter]) -> FileNames:
     """The set of files with the layers of the adapters. If there are several, the set that libraries load."""
-    sets = [(found, FileNames(found, architecture)) for found in weight_sets(folder)]
-    having = [pair for pair in sets if touches(adapters, pair[1])]
-    loaded = [pair for pair in having if Path(pair[0].name).name.partition(SAFE)[0] in _LOADED]
+    architecture = Architecture(folder)
+    sets = [FileNames(found, architecture) for found in weight_sets(folder)]
+    having = [names for names in sets if touches(adapters, names)]
+    loaded = [names for names in having if Path(names.found.name).name.partition(SAFE)[0] in _LOADED]
     chosen = loaded or having or sets[:1]  # without any layer, the first set reports what is missing
     if len(chosen) > 1:
-        listed = " and ".join(Path(each.name).name for each, _ in chosen)
+        listed = " and ".join(Path(names.found.name).name for names in chosen)
         raise CheckpointError(f"{folder}: {listed} all have the adapter's layers. Use a folder with one of them.")
     return chosen[0]
 
 
 def _parents(name: str) -> Iterator[str]:
-    """The paths of the parents of a tensor or module.
-
-    >>> list(_parents("encoder.0.weight"))
-    ['encoder.0', 'encoder']
-    """
+    """The paths of the parents of a tensor or module, from the inside out."""
     while name := name.rpartition(".")[0]:
         yield name
 
 
 def _weights_of(
-    opened: _BaseFiles, requests: Requests, adapters: Sequence[Adapter], columns: Collection[str] | None
+    opened: _BaseFiles,
+    chains: Mapping[str, list[LayerChain]],
+    adapters: Sequence[Adapter],
+    columns: Collection[str] | None,
 ) -> list[AdaptedWeight]:
-    """The adapted weights, sorted by the numbers in their paths."""
+    """The adapted weights, in the order of the adapters' layers."""
     parts: dict[str, list[tuple[StoredTensor, Rotation]]] = {}
-    for name, chains in requests.chains.items():
+    for name, own in chains.items():
         stored = opened.stored(name)
         if stored is None:
-            raise unknown_tensor(name, opened.found, adapters, opened.names)
-        rotation = rotation_of(stored, chains, opened.architecture, columns)
-        parts.setdefault(chains[0].path, []).extend(rotation.matrices(stored))
-    weights = [_adapted_weight(path, opened, own, adapters) for path, own in parts.items()]
-    return sorted(weights, key=lambda weight: _in_order(weight.path))
+            raise unknown_tensor(name, adapters, opened.names)
+        rotation = rotation_of(stored, own, opened.names.architecture, columns)
+        parts.setdefault(own[0].path, []).extend(rotation.matrices(stored))
+    return [_adapted_weight(path, opened, tensors, adapters) for path, tensors in parts.items()]
 
 
 def _adapted_weight(
@@ -232,11 +196,11 @@ def _adapted_weight(
         kind: LayerKind = "attention" if stored.name.endswith("in_proj_weight") else _KINDS[len(stored.shape)]
         kernel = stored.shape[2:]
         return AdaptedWeight(path, kind, [_matrix(parts)], noise, kernel, rotation.columns, size=size)
-    owner = opened.architecture.find(path.rpartition(".")[0])
+    owner = opened.names.architecture.find(path.rpartition(".")[0])
     if owner is None:
         raise CheckpointError(
-            f"{opened.architecture.folder}: there is no {CONFIG} of a transformers model with {parameter_of(path)}, so "
-            f"PEFT's names for the LoRA of its experts are unknown. {IN_MEMORY}"
+            f"{opened.names.architecture.folder}: there is no {CONFIG} of a transformers model with "
+            f"{parameter_of(path)}, so PEFT's names for the LoRA of its experts are unknown. {IN_MEMORY}"
         )
     count = next(len(adapter.chains[path]) for adapter in adapters if path in adapter.chains)
     experts = [_matrix(parts[i::count]) for i in range(count)]
@@ -263,22 +227,17 @@ def _project(parts: Sequence[tuple[StoredTensor, Rotation]], V: Tensor) -> Tenso
     return torch.cat(products, dim=1).mT.double()
 
 
-def _in_order(path: str) -> list[tuple[int, str]]:
-    """A sort key for paths that compares numbers by value."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
-
-
 def _copies_of(
-    opened: _BaseFiles, requests: Requests, adapters: Sequence[Adapter], adapted: Collection[str]
+    opened: _BaseFiles, full: Mapping[str, Tensor], adapters: Sequence[Adapter], adapted: Collection[str]
 ) -> dict[str, Tensor]:
     """Trained biases and modules, by their keys in PEFT's file without its prefix."""
     copies = {}
-    for name, tensor in requests.full.items():
+    for name, tensor in full.items():
         stored = opened.stored(name)
         if stored is not None:
             check_given(name, tensor, stored)
         elif not is_new(name, adapters):
-            raise unknown_tensor(name, opened.found, adapters, opened.names)
+            raise unknown_tensor(name, adapters, opened.names)
         path, _, entry = opened.to_adapter(name).rpartition(".")
         copies[copy_key(path, entry, adapted=path in adapted).removeprefix(PREFIX)] = tensor
     return copies
@@ -290,7 +249,7 @@ def _check_layers(opened: _BaseFiles, layers: Mapping[str, LayerKind]) -> None:
     The shape of a convolution's weight does not show its groups, its dilation or its padding, but the model does. The
     model also shows which weights other modules read, and how PEFT renames layers.
     """
-    architecture = opened.architecture
+    architecture = opened.names.architecture
     for path, kind in layers.items():
         parent, _, name = path.rpartition(".")
         if name == "out_proj" and opened.names.find(f"{parent}.in_proj_weight", f"{parent}.q_proj_weight"):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hra_fx.checkpoint.base_model import auto_mapping, base_model_name
-from hra_fx.checkpoint.keys import PREFIX, copy_key
+from hra_fx.checkpoint.folder import PREFIX, copy_key
 from hra_fx.checkpoint.saving import layers_with
 from hra_fx.compat import non_persistent_buffers, state_modules
 from hra_fx.errors import AdapterError
@@ -40,16 +40,7 @@ def lora_adapter(
 ) -> LoraAdapter:
     """Convert adapters of a model, in order and at their scales, to one LoRA.
 
-    Args:
-        model: a transformed model.
-        adapter_names: the adapters, in the order of the product `W Q_a Q_b`; `None` for the active ones.
-        rank: the largest rank of a layer; `None` for no limit.
-
-    Raises:
-        AdapterError: the model has no such adapters, `rank` is invalid, parameters are not in memory, or a tensor is
-            not finite.
-        FoldError: see `hra_fx.fold`.
-        UnsupportedLayerError: LoRA does not support a layer.
+    `adapter_names` are in the order of the product `W Q_a Q_b`; `None` for the active ones. `rank` is the largest rank.
     """
     check_rank(rank)
     root, state = root_of(model)

@@ -53,32 +53,16 @@ _QUERIES_AND_KEYS = (".q_proj", ".k_proj")
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-def check_gguf(adapter: LoraAdapter, path: Path) -> None:
-    """Check everything except the values of the factors, so that a caller can check before it computes them.
-
-    Raises:
-        AdapterError: llama.cpp cannot load such an adapter.
-        UnsupportedLayerError: llama.cpp cannot adapt one of the layers.
-        CheckpointError: the package gguf is not installed, or the path is a folder.
-    """
+def write_gguf(adapter: LoraAdapter, path: Path, dtype: torch.dtype) -> None:
+    """Write a LoRA adapter for llama.cpp. The folder is created if needed; on error, an old file is unchanged."""
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder. Pass the name of a file.")
-    _tensor_names(adapter, _package(path))
-
-
-def write_gguf(adapter: LoraAdapter, path: Path, dtype: torch.dtype) -> None:
-    """Write a LoRA adapter for llama.cpp. After any error, an old file is unchanged.
-
-    Args:
-        adapter: the adapter.
-        path: the file, replaced if it exists. Its folder is created if needed.
-        dtype: `torch.float32`, `float16` or `bfloat16`.
-
-    Raises:
-        AdapterError: a value is out of the range of `dtype`; see also `check_gguf`.
-        CheckpointError: the file cannot be written; see also `check_gguf`.
-    """
-    gguf = _package(path)
+    try:
+        gguf: Any = importlib.import_module("gguf")
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path}: GGUF files need the package gguf, which is not installed. Run: pip install gguf."
+        ) from error
     names = _tensor_names(adapter, gguf)
     writer = gguf.GGUFWriter(None, _architecture_of(adapter))
     writer.add_type(gguf.GGUFType.ADAPTER)
@@ -105,15 +89,6 @@ def write_gguf(adapter: LoraAdapter, path: Path, dtype: torch.dtype) -> None:
         raise CheckpointError(
             f"{path}: cannot write the file ({error.strerror}). The old file, if any, is unchanged. Choose another "
             "path."
-        ) from error
-
-
-def _package(path: Path) -> Any:
-    try:
-        return importlib.import_module("gguf")
-    except ImportError as error:
-        raise CheckpointError(
-            f"{path}: GGUF files need the package gguf, which is not installed. Run: pip install gguf."
         ) from error
 
 
@@ -150,14 +125,7 @@ def _write(writer: Any, path: Path) -> None:
 
 
 def _architecture_of(adapter: LoraAdapter) -> str:
-    """llama.cpp's architecture of the base model.
-
-    Raises:
-        AdapterError: the model type is unknown or not supported. The message lists the supported ones.
-
-    >>> _architecture_of(LoraAdapter((), model_config={"model_type": "mistral"}))
-    'llama'
-    """
+    """llama.cpp's architecture of the base model."""
     model_type = adapter.model_config.get("model_type")
     if model_type not in ARCHITECTURES:
         raise AdapterError(
@@ -187,13 +155,7 @@ def _text_config(adapter: LoraAdapter) -> dict[str, Any]:
 def _weight_name(layer: LoraLayer, adapter: LoraAdapter, names: Callable[[str], str | None]) -> str:
     """The name of the base weight of a layer, such as "blk.0.attn_q.weight".
 
-    Args:
-        layer: the layer.
-        adapter: the adapter.
-        names: path of a module -> name of its tensor without ".weight"; `None` if llama.cpp does not have the tensor.
-
-    Raises:
-        UnsupportedLayerError: llama.cpp has no tensor for the layer. The message names the layer and the reason.
+    `names` maps the path of a module to the name of its tensor without ".weight", or to `None`.
     """
     # In a language model without a head, layers do not have the prefix "model."; a multimodal model has several parts.
     path = layer.path.replace("language_model.", "")
@@ -213,17 +175,7 @@ def _weight_name(layer: LoraLayer, adapter: LoraAdapter, names: Callable[[str], 
 
 
 def _rows_in_order(layer: LoraLayer, adapter: LoraAdapter, B: Tensor) -> Tensor:
-    """Sort the rows of `B: (out, rank)` in the order of llama.cpp's model files.
-
-    Raises:
-        AdapterError: the rows are not a multiple of the configuration's head dimension.
-
-    >>> import torch
-    >>> config = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2}
-    >>> layer = LoraLayer("model.layers.0.self_attn.q_proj", "linear", torch.zeros(1, 8), torch.arange(8.0)[:, None])
-    >>> _rows_in_order(layer, LoraAdapter((layer,), model_config=config), layer.B).flatten()
-    tensor([0., 2., 1., 3., 4., 6., 5., 7.])
-    """
+    """Sort the rows of `B: (out, rank)` in the order of llama.cpp's model files."""
     if _architecture_of(adapter) not in _ROTATING_PAIRS or not layer.path.endswith(_QUERIES_AND_KEYS):
         return B
     config = _text_config(adapter)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hra_fx.checkpoint.keys import PREFIX
+from hra_fx.checkpoint.folder import PREFIX
 from hra_fx.layers.experts_weight import parameter_of
 from hra_fx.lora.adapter import LoraAdapter, LoraLayer, exact_targets
 from hra_fx.lora.unsupported import unsupported
@@ -38,10 +38,7 @@ def peft_form(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The content of `adapter_config.json` and of `adapter_model.safetensors`.
 
-    Args:
-        adapter: the adapter.
-        dtype: dtype of the factors; trained copies keep their dtype.
-        rank_pattern: keep the rank of each layer, with PEFT's `rank_pattern` and `alpha_pattern`.
+    The factors get the dtype; trained copies keep theirs. With `rank_pattern`, layers keep their ranks.
     """
     layers = {layer.path: layer for layer in adapter.layers}
     common = adapter.rank
@@ -108,17 +105,9 @@ def _experts_tensors(layer: LoraLayer, layers: Iterable[LoraLayer], A: Tensor, B
     """The two tensors of the experts in one parameter, in the layout of PEFT's `ParamWrapper`.
 
     PEFT wraps a module once for each of its adapted parameters. The wrappers are nested, and the outermost one belongs
-    to the last parameter. Source: `peft.tuners.lora.layer.ParamWrapper`, PEFT 0.21.
-
-    Args:
-        layer: the experts.
-        layers: all layers of the adapter.
-        A: `(experts, rank, d)`.
-        B: `(experts, out, rank)`.
-
-    Returns:
-        `lora_A.weight: (experts * rank, d)`, with the ranks of each expert next to each other, and
-        `lora_B.weight: (out, rank * experts)`, with the experts of each rank next to each other.
+    to the last parameter. Source: `peft.tuners.lora.layer.ParamWrapper`, PEFT 0.21. From `A: (experts, rank, d)` and
+    `B: (experts, out, rank)`, they are `lora_A.weight: (experts * rank, d)`, with the ranks of each expert next to each
+    other, and `lora_B.weight: (out, rank * experts)`, with the experts of each rank next to each other.
     """
     owner = layer.path.rpartition(".")[0]
     outside = [one for one in layers if one.kind == "experts" and one.path.rpartition(".")[0] == owner]
@@ -149,13 +138,7 @@ def has_experts(modules: Iterable[str]) -> bool:
 def check_names(paths: Iterable[str], model_type: str | None, renamings: Sequence[Any] = ()) -> None:
     """Check that PEFT adapts these layers, and finds them by their names in the file.
 
-    Args:
-        paths: the adapted layers.
-        model_type: the type of the model, if it is a transformers model.
-        renamings: see `renamings_of`.
-
-    Raises:
-        UnsupportedLayerError: PEFT does not; the message names the layer and the reason.
+    For `renamings`, see `renamings_of`.
     """
     for path in paths:
         if model_type in _MAMBA and path.rpartition(".")[2] in _NOT_IN_MAMBA:

@@ -2,25 +2,90 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hra_fx.checkpoint.disk.architecture import Architecture
-from hra_fx.checkpoint.disk.arguments import Source, base_folder
-from hra_fx.errors import AdapterError, HRAWarning
+from hra_fx.checkpoint.disk.architecture import Architecture, Source, base_folder
+from hra_fx.checkpoint.folder import write
+from hra_fx.config import CONFIG_NAME
+from hra_fx.errors import AdapterError, CheckpointError, HRAWarning
+from hra_fx.functional.low_rank import rounding_error
 from hra_fx.layers.sharding import on_first_rank
 from hra_fx.lora.adapter import LoraAdapter
-from hra_fx.lora.diffusers_format import adapters_of, part_of_class, parts_of
+from hra_fx.lora.diffusers_format import adapters_of, part_of_class, parts_of, write_diffusers
 from hra_fx.lora.from_files import read_as_lora
 from hra_fx.lora.from_model import lora_adapter
+from hra_fx.lora.gguf_format import write_gguf
 from hra_fx.lora.peft_format import peft_form
-from hra_fx.lora.write import LoraResult, Output, check_dtype, check_lora, unchanged, write_lora
+from hra_fx.lora.servers import check_for_server
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: Files of transformers, timm and diffusers models, and of pipelines.
+_OF_MODELS = ("config.json", "model_index.json")
+
+
+@dataclass(frozen=True)
+class LoraRow:
+    """One layer of an export.
+
+    Attributes:
+        path: the qualified name of the layer; in a diffusers pipeline, with its part.
+        rank: the rank of the weight change, before padding; 0 if the adapter does not change the layer.
+        error: `|W Q - W - B A|_F / |W Q - W|_F` in float64; 0 unless a smaller rank was requested.
+        rounding: the error of rounding the factors to `dtype`, also relative to the weight change.
+    """
+
+    path: str
+    rank: int
+    error: float
+    rounding: float
+
+
+@dataclass(frozen=True)
+class LoraResult:
+    """The result of `hra_fx.save_as_lora` or `hra-fx convert`.
+
+    Attributes:
+        path: the folder or the file.
+        format: "peft", "gguf" or "diffusers".
+        rank: the rank of all layers in the file.
+        dtype: dtype of the factors, such as "float32".
+        rows: one row for each layer.
+        warnings: everything that the server in `check` does not accept.
+
+    Example:
+        >>> print(LoraResult(Path("out"), "peft", 8, "float32", (LoraRow("q_proj", 8, 0.0, 5e-8),)))
+        out: 1 layer as LoRA of rank 8 (peft, float32)
+          rounding error up to 5.0e-08 of the weight change (q_proj)
+    """
+
+    path: Path
+    format: str
+    rank: int
+    dtype: str
+    rows: tuple[LoraRow, ...]
+    warnings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """A summary in a few lines."""
+        count = f"{len(self.rows)} layer{'s' * (len(self.rows) != 1)}"
+        lines = [f"{self.path}: {count} as LoRA of rank {self.rank} ({self.format}, {self.dtype})"]
+        rough = max(self.rows, key=lambda row: row.rounding)
+        if rough.rounding:
+            lines.append(f"  rounding error up to {rough.rounding:.1e} of the weight change ({rough.path})")
+        cut = max(self.rows, key=lambda row: row.error)
+        if cut.error:
+            lines.append(f"  error of the smaller rank up to {cut.error:.1e} of the weight change ({cut.path})")
+        return "\n".join([*lines, *(f"  warning: {text}" for text in self.warnings)])
 
 
 def convert_to_lora(
@@ -71,7 +136,7 @@ def convert_to_lora(
         {'base_model.model.0.lora_A.weight': (2, 6), 'base_model.model.0.lora_B.weight': (4, 2)}
     """
     adapter = lora_adapter(model, adapter_names, rank)
-    for text in unchanged([adapter]):
+    for text in _unchanged([adapter]):
         warnings.warn(text, HRAWarning, stacklevel=2)
     return peft_form(adapter, torch.float32, rank_pattern=rank_pattern)
 
@@ -123,7 +188,6 @@ def save_as_lora(
         ...     sorted(os.listdir(folder)), result.rank, result.rows[0].rounding < 0.01
         (['adapter_config.json', 'adapter_model.safetensors'], 2, True)
     """
-    chosen = check_dtype(dtype)
     file_format = "gguf" if Path(path).suffix.lower() == ".gguf" else "peft"
     if file_format == "gguf" and not isinstance(model_or_pipeline, nn.Module):
         name = type(model_or_pipeline).__name__
@@ -134,9 +198,9 @@ def save_as_lora(
     else:
         adapters = {"": lora_adapter(model_or_pipeline, adapter_names, rank)}
         parts = {"": model_or_pipeline}
-    output = Output(Path(path), file_format, chosen, rank_pattern, check)
+    options: Any = {"dtype": _dtype(dtype), "rank_pattern": rank_pattern, "check": check}
     tensors = [tensor for part in parts.values() for tensor in part.parameters()]
-    result = on_first_rank(tensors, lambda: write_lora(adapters, output))
+    result = on_first_rank(tensors, lambda: _write(adapters, Path(path), file_format, **options))
     for text in result.warnings:
         warnings.warn(text, HRAWarning, stacklevel=2)
     return result
@@ -156,22 +220,85 @@ def convert_files(
 ) -> LoraResult:
     """Convert adapters on disk, applied in order, to one LoRA on disk, without loading the model.
 
-    Args:
-        adapters: as in `read_as_lora`, like `base`, `columns` and `progress`; other arguments as in `save_as_lora`.
-        base: the base model.
-        out: a folder, in diffusers' format if the base is a UNet or transformer of diffusers, otherwise in PEFT's
-            format; or a file that ends in ".gguf".
-
-    Raises:
-        AdapterError, CheckpointError, FoldError, UnsupportedLayerError: see `read_as_lora` and `save_as_lora`.
+    The arguments are those of `read_as_lora` and `save_as_lora`. The format is that of llama.cpp if `out` ends in
+    ".gguf", that of diffusers if the base is a UNet or transformer of diffusers, and otherwise PEFT's.
     """
-    chosen, path = check_dtype(dtype), Path(out)
-    to_gguf = path.suffix.lower() == ".gguf"
-    part = "" if to_gguf else part_of_class(Architecture(base_folder(base)).entries.get("_class_name")) or ""
-    output = Output(path, "gguf" if to_gguf else "diffusers" if part else "peft", chosen, rank_pattern, check)
+    path = Path(out)
+    options: Any = {"dtype": _dtype(dtype), "rank_pattern": rank_pattern, "check": check}
+    file_format, part = "gguf" if path.suffix.lower() == ".gguf" else "peft", ""
+    if file_format == "peft":
+        part = part_of_class(Architecture(base_folder(base)).entries.get("_class_name")) or ""
+        file_format = "diffusers" if part else "peft"
+    adapter = read_as_lora(adapters, base, rank=rank, columns=columns, progress=progress)
+    return _write({part: adapter}, path, file_format, **options)
 
-    def check_first(adapter: LoraAdapter) -> None:
-        check_lora({part: adapter}, output)
 
-    adapter = read_as_lora(adapters, base, rank=rank, columns=columns, progress=progress, check=check_first)
-    return write_lora({part: adapter}, output)
+def _write(
+    adapters: Mapping[str, LoraAdapter],
+    path: Path,
+    file_format: str,
+    *,
+    dtype: torch.dtype,
+    rank_pattern: bool,
+    check: str | None,
+) -> LoraResult:
+    """Write the adapter of each part of a pipeline, or under "" that of a single model; and return a summary."""
+    _check_folder(path)
+    if rank_pattern and file_format != "peft":
+        raise AdapterError(f"`rank_pattern` needs PEFT's format; {file_format} has one rank. Omit it.")
+    texts = _unchanged(adapters.values())
+    if check is not None:
+        options: Any = {"file_format": file_format, "rank_pattern": rank_pattern}
+        for adapter in adapters.values():
+            texts += check_for_server(check, adapter, adapter.rank, **options)
+    if file_format == "diffusers":
+        write_diffusers(adapters, path, dtype)
+    elif file_format == "gguf":
+        write_gguf(adapters[""], path, dtype)
+    else:
+        config, tensors = peft_form(adapters[""], dtype, rank_pattern=rank_pattern)
+        write(path, json.dumps(config, indent=2, sort_keys=True), tensors, {})
+    rows = [
+        LoraRow(f"{part}.{layer.path}".lstrip("."), layer.rank, layer.error, rounding_error(layer.A, layer.B, dtype))
+        for part, adapter in adapters.items()
+        for layer in adapter.layers
+    ]
+    rank = max(adapter.rank for adapter in adapters.values())
+    name = str(dtype).removeprefix("torch.")
+    return LoraResult(path, file_format, rank, name, tuple(rows), tuple(dict.fromkeys(texts)))
+
+
+def _unchanged(adapters: Iterable[LoraAdapter]) -> list[str]:
+    """Return a warning if no adapter changes any weight."""
+    if any(layer.rank for adapter in adapters for layer in adapter.layers):
+        return []
+    return ["the adapters do not change any weight (untrained, or at scale 0): the LoRA is zero."]
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else torch.float32 if dtype is None else dtype
+    if found not in _DTYPES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
+        raise AdapterError(f"`dtype` must be one of {names}, got {dtype!r}.")
+    return found
+
+
+def _check_folder(path: Path) -> None:
+    """Check that a folder contains no model, and no HRA adapter, which cannot be restored from its LoRA."""
+    check_no_model(path)
+    config = path / CONFIG_NAME
+    if config.is_file() and re.search(r'"peft_type":\s*"HRA"', config.read_text(encoding="utf-8")):
+        raise CheckpointError(
+            f"{path}: contains an HRA adapter, which the LoRA would overwrite and cannot restore. Choose another "
+            "folder."
+        )
+
+
+def check_no_model(path: Path) -> None:
+    """Check that a folder contains no model, because `from_pretrained` would load it together with an adapter."""
+    model = next((name for name in _OF_MODELS if (path / name).exists()), None)
+    if model:
+        raise CheckpointError(
+            f"{path}: contains a model ({model}), and from_pretrained would load the adapter with it. Choose another "
+            "folder."
+        )

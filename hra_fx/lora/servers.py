@@ -16,8 +16,7 @@ from hra_fx.errors import ConfigError
 from hra_fx.lora.adapter import LoraAdapter, exact_targets
 from hra_fx.lora.gguf_format import is_tied
 from hra_fx.lora.peft_format import parameter_targets
-
-__all__ = ["check_for_server"]
+from hra_fx.selection.suggestions import some_of
 
 _SHOWN = 3
 
@@ -26,22 +25,10 @@ _SHOWN = 3
 class _Server:
     """The facts about one server. In a sentence, `{}` is a list of layers or modules.
 
-    Attributes:
-        name: the server, with the version of the source code.
-        bias: what it does with trained biases, as a verb.
-        saved: what it does with `modules_to_save`, as a verb.
-        saved_allowed: modules in `modules_to_save` that it loads.
-        ranks: the values that its rank option accepts; empty if it accepts any.
-        rank_default: the largest rank for which the option is not needed; 0 for no limit.
-        rank_option: how to raise this limit.
-        layers: pattern of the layer names that it accepts.
-        other_layers: sentence about other layers.
-        companions: name of a layer -> another layer that must be adapted in the same block.
-        target_list: whether `target_modules` must be a list of names.
-        all_blocks: whether a layer name is ignored unless it is adapted in every block.
-        tied_head: whether it loads an output layer that is tied to the embeddings.
-        rank_pattern: whether it reads a rank for each layer.
-        formats: the adapter formats that it reads.
+    `bias` and `saved` are verbs: what it does with trained biases and `modules_to_save`. `ranks` are the values of its
+    rank option, which is not needed up to `rank_default`. A layer in `companions` needs another one in the same block.
+    With `target_list`, `target_modules` must be a list of names; with `all_blocks`, a layer name is ignored unless it
+    is adapted in every block. `tied_head` says whether it loads an output layer that is tied to the embeddings.
     """
 
     name: str
@@ -107,19 +94,7 @@ def check_for_server(
 ) -> list[str]:
     """Return sentences about everything in this adapter that a server does not accept or ignores; may be empty.
 
-    Args:
-        server: "vllm", "sglang", "tgi", "tensorrt-llm", "llama.cpp" or "ollama".
-        adapter: the adapter.
-        rank: the rank of all layers in the file, or the largest rank.
-        file_format: the format of the file: "peft", "gguf" or "diffusers".
-        rank_pattern: whether each layer has its own rank.
-
-    Raises:
-        ConfigError: the server is unknown.
-
-    >>> from hra_fx.lora.adapter import LoraAdapter, exact_targets
-    >>> check_for_server("vllm", LoraAdapter(()), rank=24)
-    ['vLLM 0.33.0 accepts ranks up to 16 by default, but the adapter has 24: start it with `--max-lora-rank 32`.']
+    `rank` is the rank of all layers in the file; with `rank_pattern`, the largest one.
     """
     if server not in _SERVERS:
         raise ConfigError(f"`check` must be one of {', '.join(map(repr, _SERVERS))}, got {server!r}.")
@@ -192,5 +167,4 @@ def _in_any_block(path: str) -> str:
 
 
 def _shown(names: list[str]) -> str:
-    rest = len(names) - _SHOWN
-    return ", ".join(f"`{name}`" for name in names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+    return some_of([f"`{name}`" for name in names], _SHOWN)

@@ -37,11 +37,7 @@ _Chain: TypeAlias = tuple[str, ...]
 
 
 def unsupported(path: str, description: str, reason: str) -> UnsupportedLayerError:
-    """The error for a layer that LoRA does not support.
-
-    >>> unsupported("conv", "Conv2d 4->4 3x3", "is dilated")
-    UnsupportedLayerError('conv: Conv2d 4->4 3x3 is dilated. Fold the model instead (hra_fx.fold), or leave the ...
-    """
+    """The error for a layer that LoRA does not support."""
     return UnsupportedLayerError(
         f"{path}: {description} {reason}. Fold the model instead (hra_fx.fold), or leave the layer out with "
         "exclude_modules."
@@ -49,11 +45,7 @@ def unsupported(path: str, description: str, reason: str) -> UnsupportedLayerErr
 
 
 def why_not_convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str | None:
-    """Return why LoRA does not support a convolution, as the end of a sentence; `None` if it does.
-
-    >>> why_not_convolution(nn.Conv2d(4, 4, 3, groups=2))
-    'has groups, so the change of its weight is not a LoRA of this rank'
-    """
+    """Return why LoRA does not support a convolution, as the end of a sentence; `None` if it does."""
     if layer.groups > 1:
         return "has groups, so the change of its weight is not a LoRA of this rank"
     if any(step > 1 and size > 1 for step, size in zip(layer.dilation, layer.kernel_size, strict=True)):
@@ -64,28 +56,22 @@ def why_not_convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str | None:
 
 
 def check_expressible(path: str, layer: AdaptedLayer, parent: nn.Module) -> None:
-    """Check that PEFT's LoRA supports a layer and computes the same.
-
-    Raises:
-        UnsupportedLayerError: PEFT does not; the message names the layer and the reason.
-    """
-    if reason := _why_not(layer, parent):
-        raise unsupported(path, describe(layer), reason)
-
-
-def _why_not(layer: AdaptedLayer, parent: nn.Module) -> str | None:
-    if layer.hra_u.kind == "experts":
-        return None
+    """Check that PEFT's LoRA supports a layer and computes the same."""
+    adapters, reason = layer.hra_u, None
+    if adapters.kind == "experts":
+        return
+    own_forward = not adapters.reflects_input and adapters.kind != "attention"
     if isinstance(parent, nn.MultiheadAttention):
-        return OUTPUT_PROJECTION
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        return _IN_ENCODER_LAYER
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and (reason := why_not_convolution(layer)):
-        return reason
-    own_forward = not layer.hra_u.reflects_input and layer.hra_u.kind != "attention"
-    if own_forward and (offloading_hook(layer) is not None or not _adds_change(layer)):  # a hook loads the old weight
-        return OWN_FORWARD
-    return None
+        reason = OUTPUT_PROJECTION
+    elif isinstance(parent, nn.TransformerEncoderLayer):
+        reason = _IN_ENCODER_LAYER
+    elif isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        reason = why_not_convolution(layer)
+    # A hook of accelerate would load the old weight.
+    if reason is None and own_forward and (offloading_hook(layer) is not None or not _adds_change(layer)):
+        reason = OWN_FORWARD
+    if reason:
+        raise unsupported(path, describe(layer), reason)
 
 
 @torch.no_grad()
@@ -98,7 +84,9 @@ def _adds_change(layer: AdaptedLayer) -> bool:
     probe = copy.deepcopy(layer).float().eval()
     weight, generator = probe.hra_base, torch.Generator().manual_seed(0)
     change = torch.randn(weight.shape, generator=generator).to(weight)
-    width = (probe.hra_u.width,) if probe.hra_u.kind == "linear" else _image_size(weight)
+    # An image must be larger than the kernel of the convolution.
+    image = (weight.shape[1], *(2 * size + 1 for size in weight.shape[2:]))
+    width = (probe.hra_u.width,) if probe.hra_u.kind == "linear" else image
     x = torch.randn(1, *width, generator=generator).to(weight)
     try:
         with probe.hra_u.inactive():
@@ -111,11 +99,6 @@ def _adds_change(layer: AdaptedLayer) -> bool:
     return actual.shape == expected.shape and bool((actual - expected).norm() <= 1e-4 * expected.norm())
 
 
-def _image_size(weight: Tensor) -> tuple[int, ...]:
-    """An image shape that is larger than the kernel of a convolution."""
-    return (weight.shape[1], *(2 * size + 1 for size in weight.shape[2:]))
-
-
 def _plain(layer: AdaptedLayer, x: Tensor, weight: Tensor) -> Tensor:
     """Compute a plain layer with the same geometry, without a bias."""
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
@@ -126,15 +109,7 @@ def _plain(layer: AdaptedLayer, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def check_places(root: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Check that no layer belongs to several modules, because PEFT's LoRA would replace it only in the first one.
-
-    Args:
-        root: the whole model.
-        layers: the adapted layers, by path.
-
-    Raises:
-        UnsupportedLayerError: a layer does; the message names the layer and its paths.
-    """
+    """Check that no layer belongs to several modules, because PEFT's LoRA would replace it only in the first one."""
     paths = {layer: path for path, layer in layers.items()}
     owners: dict[str, list[str]] = {}
     for owner, module in root.named_modules():
@@ -148,15 +123,7 @@ def check_places(root: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 
 
 def check_reads(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Check that no other module reads the weight of a layer.
-
-    Args:
-        model: the whole model.
-        layers: linear layers, convolutions and attentions in it, by path.
-
-    Raises:
-        UnsupportedLayerError: another module reads a weight; the message names the layer.
-    """
+    """Check that no other module of the whole model reads the weight of a linear layer, convolution or attention."""
     owners = dict(state_modules(model, remove_duplicate=False))
     known: dict[type[nn.Module], set[_Chain]] = {}
     for path, layer in layers.items():

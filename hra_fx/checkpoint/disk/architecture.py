@@ -1,25 +1,43 @@
-"""The model that a `config.json` describes, built without weights, and its names. Code in its folder is never run."""
+"""The folder of a base model, and the model that its `config.json` describes. Code in the folder is never run."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
 from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from hra_fx.errors import CheckpointError
 
+#: A folder, or for adapters also a name on the Hub.
+Source: TypeAlias = str | os.PathLike[str]
 CONFIG = "config.json"
+#: The file that describes a diffusers pipeline.
+PIPELINE = "model_index.json"
+EXPECTED = "Pass the folder of a transformers, diffusers or timm model."
 #: What to do if the files do not contain enough information.
 IN_MEMORY = "Load the model instead: hra_fx.load_adapter, then hra_fx.fold or hra_fx.save_as_lora."
 #: Without this, transformers asks in the terminal whether to run code in the folder of a configuration.
 _LOCAL_ONLY = {"local_files_only": True, "trust_remote_code": False}
+
+
+def base_folder(base_dir: Source) -> Path:
+    """The folder of a base model, without symbolic links."""
+    base = Path(os.path.realpath(base_dir))
+    if not base.is_dir():
+        what = "is a file. Pass a folder" if base.is_file() else "no such folder. Pass one"
+        raise CheckpointError(
+            f"{base_dir}: {what} with config.json and safetensors files, such as save_pretrained(folder) or "
+            "`hf download NAME --local-dir FOLDER` writes."
+        )
+    return base
 
 
 def _from_transformers(file: Path, entries: Mapping[str, Any], weights: bool) -> nn.Module:
@@ -58,47 +76,45 @@ def _from_timm(file: Path, entries: Mapping[str, Any], weights: bool) -> nn.Modu
 
 
 #: Key that identifies a library's configuration -> name of the library, function that creates the model.
-LIBRARIES: Mapping[str, tuple[str, Callable[[Path, Mapping[str, Any], bool], nn.Module]]] = {
+_LIBRARIES: Mapping[str, tuple[str, Callable[[Path, Mapping[str, Any], bool], nn.Module]]] = {
     "model_type": ("transformers", _from_transformers),
     "_class_name": ("diffusers", _from_diffusers),
     "architecture": ("timm", _from_timm),
 }
 
 
-def build_empty(file: Path, entries: Mapping[str, Any]) -> nn.Module | None:
-    """Build the model of a `config.json` on the meta device; `None` if no installed library can build it."""
-    key = next((key for key in LIBRARIES if entries.get(key)), None)
-    if key is None or find_spec(LIBRARIES[key][0]) is None:
-        return None
+def build_model(file: Path, entries: Mapping[str, Any], *, weights: bool = False) -> tuple[nn.Module, str]:
+    """Build the model of a `config.json`, on the meta device unless with `weights`; and the name of its library."""
+    key = next((key for key in _LIBRARIES if entries.get(key)), None)
+    if key is None:
+        raise CheckpointError(f"{file}: has none of the keys {', '.join(_LIBRARIES)}. {EXPECTED}")
+    library, create = _LIBRARIES[key]
+    if find_spec(library) is None:
+        raise CheckpointError(f"{file}: {library} is not installed. Run: pip install {library}.")
     try:
-        with torch.device("meta"):
-            return LIBRARIES[key][1](file, entries, False)
+        with torch.device("cpu" if weights else "meta"):
+            return create(file, entries, weights), library
+    except CheckpointError:
+        raise
     # With an unusual configuration, the constructors of hundreds of models may raise any error.
-    except Exception:
-        return None
+    except Exception as error:
+        what = f"{file.parent}: {library} cannot load" if weights else f"{file}: {library} cannot build"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise CheckpointError(f"{what} the model ({reason}).") from error
 
 
 class Architecture:
-    """The model described by a folder's `config.json`.
-
-    Attributes:
-        folder: the folder.
-        entries: entries of the file; empty without a file.
-    """
+    """The model described by a folder's `config.json`, with `entries`; empty without a file."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the file.
-
-        Raises:
-            CheckpointError: the file is not a JSON object.
-        """
+        """Read the file, which must be a JSON object."""
         self.folder = folder
         self.entries: dict[str, Any] = {}
         if (file := folder / CONFIG).is_file():
             try:
                 self.entries = json.loads(file.read_text(encoding="utf-8"))
                 self.entries.keys()
-            except (ValueError, AttributeError, RecursionError) as error:
+            except (ValueError, AttributeError) as error:
                 raise CheckpointError(f"{file}: must be a JSON object ({error}). Download it again.") from error
 
     @property
@@ -114,7 +130,10 @@ class Architecture:
     @cached_property
     def _built(self) -> nn.Module | None:
         """The model, from any library."""
-        return build_empty(self.folder / CONFIG, self.entries)
+        try:
+            return build_model(self.folder / CONFIG, self.entries)[0]
+        except CheckpointError:
+            return None
 
     def find(self, path: str) -> nn.Module | None:
         """The module with this path, possibly with the prefix added or removed; `None` if unknown."""

@@ -1,21 +1,29 @@
-"""Find the names in a set of weight files for the layers of an adapter.
+"""Find the names in a set of weight files for the layers of an adapter, and untie weights.
 
 transformers renames, merges and transposes tensors when it loads a checkpoint. Its own list of conversions says which
 tensors form a 3-D parameter of a model: one tensor, or one tensor for each expert. Only conversions that keep the
 inputs of every expert in one dimension are supported.
+
+A changed tensor that transformers ties to another gets its own entry in the file. As in `hra_fx.fold`,
+`tie_word_embeddings` becomes False, and everything that it tied is written to the file.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from hra_fx.checkpoint.disk.architecture import IN_MEMORY, Architecture
 from hra_fx.checkpoint.disk.stored import StoredTensor, WeightSet
-from hra_fx.errors import CheckpointError
+from hra_fx.errors import CheckpointError, FoldError
 from hra_fx.layers.experts_weight import is_transposed, parameter_of, stacked_parameters, stands_for_parameter
+from hra_fx.model.tied import TIE_SETTING, reads_tie_setting, ties_when_loaded
 
 WEIGHTS = ("weight", "in_proj_weight")
 
@@ -23,10 +31,8 @@ WEIGHTS = ("weight", "in_proj_weight")
 class TensorRef(NamedTuple):
     """A tensor in a file that a layer adapts.
 
-    Attributes:
-        name: the name of the tensor.
-        expert: the expert that the weight belongs to; `None` if it contains all experts, or is not for experts.
-        columns: for experts, whether the tensor is `(..., in, out)`; `None` if unknown, and for other layers.
+    `expert` is the one that the weight belongs to, or `None` if there are several or none. For experts, `columns` says
+    whether the tensor is `(..., in, out)`; `None` if unknown.
     """
 
     name: str
@@ -37,10 +43,8 @@ class TensorRef(NamedTuple):
 class LoadedFrom(NamedTuple):
     """A tensor in a file that a tensor of a model is loaded from.
 
-    Attributes:
-        stored: the tensor in the file.
-        converter: transformers' `WeightConverter` that creates the model's tensor; `None` if it is the same tensor.
-        pattern: the converter's pattern that matches the name in the file.
+    `converter` is transformers' `WeightConverter` that creates the model's tensor, and `pattern` its pattern that
+    matches the name in the file; both are `None` if it is the same tensor.
     """
 
     stored: StoredTensor
@@ -49,12 +53,9 @@ class LoadedFrom(NamedTuple):
 
 
 class Stacked(NamedTuple):
-    """A 3-D parameter and its tensors in the files.
+    """A 3-D parameter, and the tensors that it is loaded from, in the order in which they are merged.
 
-    Attributes:
-        shape: its shape in the model.
-        columns: whether it is `(experts, in, out)` in the model; `None` if unknown.
-        sources: the tensors that it is loaded from, in the order in which they are merged.
+    `columns` says whether it is `(experts, in, out)` in the model; `None` if unknown.
     """
 
     shape: tuple[int, ...]
@@ -67,11 +68,7 @@ class Stacked(NamedTuple):
         return self.sources[0].converter
 
     def refs(self, parameter: str) -> list[TensorRef]:
-        """The tensors of the parameter. Those of one expert have the same inputs, and are in the order of its outputs.
-
-        Raises:
-            CheckpointError: the conversion is not supported, or tensors are missing.
-        """
+        """The tensors of the parameter. Those of one expert have the same inputs, in the order of its outputs."""
         patterns: list[str | None] = [None] if self.converter is None else self.converter.source_patterns
         first = self.sources[0].stored
         operations = [] if self.converter is None else list(self.converter.operations)
@@ -111,7 +108,7 @@ class Stacked(NamedTuple):
         )
 
 
-def sources_in(tensors: Mapping[str, StoredTensor], architecture: Architecture) -> dict[str, list[LoadedFrom]]:
+def _sources_in(tensors: Mapping[str, StoredTensor], architecture: Architecture) -> dict[str, list[LoadedFrom]]:
     """Name of a tensor in a model -> the tensors that it is loaded from; empty if transformers has no such model."""
     model: Any = architecture.model
     if model is None:
@@ -137,27 +134,6 @@ def sources_in(tensors: Mapping[str, StoredTensor], architecture: Architecture) 
     return found
 
 
-def stacked_in(
-    tensors: Mapping[str, StoredTensor], sources: Mapping[str, list[LoadedFrom]], architecture: Architecture
-) -> dict[str, Stacked]:
-    """The 3-D parameters of a model that are in these files, by their names in the model.
-
-    If transformers does not support the model, these are the 3-D tensors of the files.
-    """
-    model = architecture.model
-    if model is None:
-        return {
-            name: Stacked(stored.shape, None, [LoadedFrom(stored)])
-            for name, stored in tensors.items()
-            if len(stored.shape) == 3
-        }
-    return {
-        name: Stacked(tuple(getattr(owner, last).shape), is_transposed(owner), sources[name])
-        for path, owner, last in stacked_parameters(model)
-        if (name := f"{path}.{last}".lstrip(".")) in sources
-    }
-
-
 def _is(operation: Any, kind: str, **fields: int) -> bool:
     """Whether an operation of transformers has a type and these fields."""
     return type(operation).__name__ == kind and all(getattr(operation, key) == value for key, value in fields.items())
@@ -166,14 +142,13 @@ def _is(operation: Any, kind: str, **fields: int) -> bool:
 class FileNames:
     """The names in a set of files, which may differ from the names in the model.
 
-    Attributes:
-        loaded: name in the files -> name in the model, for tensors that are loaded without conversion.
+    `loaded` has name in the files -> name in the model, for tensors that are loaded without conversion.
     """
 
     def __init__(self, found: WeightSet, architecture: Architecture) -> None:
         """Build the model without weights, if possible, to find out what it loads."""
-        self._found, self._architecture = found, architecture
-        self._sources: dict[str, list[LoadedFrom]] = sources_in(found.tensors, architecture)
+        self.found, self.architecture = found, architecture
+        self._sources: dict[str, list[LoadedFrom]] = _sources_in(found.tensors, architecture)
         single = {name: sources[0] for name, sources in self._sources.items() if len(sources) == 1}
         self.loaded = {source.stored.name: name for name, source in single.items() if source.converter is None}
         self._stored = dict(zip(found.tensors, found.tensors, strict=True))
@@ -181,28 +156,39 @@ class FileNames:
 
     @cached_property
     def stacked(self) -> dict[str, Stacked]:
-        """The 3-D parameters of the model that are in the files, by their names in the model."""
-        return stacked_in(self._found.tensors, self._sources, self._architecture)
+        """The 3-D parameters of the model that are in the files, by their names in the model.
+
+        If transformers does not support the model, these are the 3-D tensors of the files.
+        """
+        model = self.architecture.model
+        if model is None:
+            found = self.found.tensors.items()
+            return {
+                name: Stacked(stored.shape, None, [LoadedFrom(stored)])
+                for name, stored in found
+                if len(stored.shape) == 3
+            }
+        return {
+            name: Stacked(tuple(getattr(owner, last).shape), is_transposed(owner), self._sources[name])
+            for path, owner, last in stacked_parameters(model)
+            if (name := f"{path}.{last}".lstrip(".")) in self._sources
+        }
 
     def find(self, *names: str) -> str | None:
         """The name in the files of the first of several tensors that exists; see `Architecture.lookup`."""
-        found = self._architecture.lookup(self._stored, *names)
+        found = self.architecture.lookup(self._stored, *names)
         return None if found is None else self._stored[found]
 
     def near(self, name: str) -> str:
         """Return a sentence with the most similar names."""
         last = ".".join(name.split(".")[-3:])
-        same_end = [other for other in self._found.tensors if other.endswith(f".{last}")]
-        names = (same_end or difflib.get_close_matches(name, self._found.tensors))[:3]
+        same_end = [other for other in self.found.tensors if other.endswith(f".{last}")]
+        names = (same_end or difflib.get_close_matches(name, self.found.tensors))[:3]
         return f"Similar names: {', '.join(names)}." if names else "No name is similar."
 
     def check_new(self, name: str) -> None:
-        """Check that transformers does not create a tensor that is not in the files from other tensors.
-
-        Raises:
-            CheckpointError: transformers creates it from other tensors.
-        """
-        if (loaded := self._architecture.lookup(self._sources, name)) is not None:
+        """Raise an error if transformers creates a tensor that is not in the files from other tensors."""
+        if (loaded := self.architecture.lookup(self._sources, name)) is not None:
             stored = self._sources[loaded][0].stored
             raise CheckpointError(
                 f"{stored.file}: the adapter replaces {name}, which transformers creates from tensors such as "
@@ -211,15 +197,123 @@ class FileNames:
 
     def parameter(self, path: str) -> str | None:
         """The name in `stacked` of the parameter that an adapter's layer represents; `None` if it does not exist."""
-        return self._architecture.lookup(self.stacked, parameter_of(path)) if stands_for_parameter(path) else None
+        return self.architecture.lookup(self.stacked, parameter_of(path)) if stands_for_parameter(path) else None
 
     def weights_of(self, path: str) -> list[TensorRef]:
-        """The tensors with the weight of an adapter's layer. Only experts can have several; empty if there are none.
-
-        Raises:
-            CheckpointError: the tensors cannot be determined.
-        """
+        """The tensors with the weight of an adapter's layer. Only experts can have several; empty if there are none."""
         if name := self.find(*(f"{path}.{weight}" for weight in WEIGHTS)):
             return [TensorRef(name)]
         parameter = self.parameter(path)
         return [] if parameter is None else self.stacked[parameter].refs(parameter)
+
+
+@dataclass(frozen=True)
+class Untying:
+    """Tensors to untie.
+
+    Attributes:
+        sources: name of a tensor that is not in the file -> name of the tensor that it is tied to.
+        changed: name of such a tensor that changes -> the caller's name for it; the others are written unchanged.
+        stay_tied: the caller's names of tensors that change together with the tensor that they are tied to.
+        configs: the objects in `config.json` in which `tie_word_embeddings` becomes False, each as a tuple of keys.
+        retied_by: configuration classes that set it to True again when they are loaded, such as T5's.
+    """
+
+    sources: Mapping[str, str] = field(default_factory=dict)
+    changed: Mapping[str, str] = field(default_factory=dict)
+    stay_tied: Collection[str] = ()
+    configs: tuple[tuple[str, ...], ...] = ()
+    retied_by: tuple[str, ...] = ()
+
+
+def untying(names: FileNames, changed: Mapping[str, Tensor | None]) -> Untying:
+    """Find out what to untie if some tensors change.
+
+    `changed`: name in the file or in the adapter -> new value, `None` for a rotation.
+    """
+    architecture = names.architecture
+    model: Any = architecture.model
+    if model is None:
+        # Models tie embeddings and output layers. These are not in a numbered block.
+        outside = [name for name in changed if not any(part.isdigit() for part in name.split("."))]
+        if architecture.says_tied and outside:
+            raise FoldError(
+                f"{architecture.folder / 'config.json'}: {TIE_SETTING} is True, but transformers does not support this "
+                f"model, so it is unknown which tensors are tied to {outside[0]}. {IN_MEMORY}"
+            )
+        return Untying()
+    own, groups = _ties(architecture)
+    called = {found: name for name in changed if (found := architecture.lookup(own, names.loaded.get(name, name)))}
+    values = {name: changed[given] for name, given in called.items()}
+    touched = [group for group in groups if values.keys() & set(group)]
+    if all(_same_values(group, values) for group in touched):
+        return Untying(stay_tied=[called[name] for group in touched for name in group])
+    if reads_tie_setting(model):
+        raise FoldError(
+            f"{type(model).__name__}.forward depends on config.{TIE_SETTING}, so the output layer cannot be untied "
+            "from the embeddings. Leave it out with exclude_modules."
+        )
+    sources: dict[str, str] = {}
+    for group in groups:
+        stored = {name: names.find(name) for name in group}
+        source = next((found for found in stored.values() if found), None)
+        if source is not None:
+            sources |= {name: source for name, found in stored.items() if found is None}
+    configs = {path: config for path, config in _config_tree(model.config) if getattr(config, TIE_SETTING, False)}
+    return Untying(
+        sources,
+        {name: called[name] for name in sources if name in called},
+        (),
+        tuple(configs),
+        tuple(dict.fromkeys(type(config).__name__ for config in configs.values() if ties_when_loaded(config))),
+    )
+
+
+def untied_config(architecture: Architecture, paths: Sequence[tuple[str, ...]]) -> bytes:
+    """The content of `config.json` with tied embeddings turned off."""
+    entries: dict[str, Any] = json.loads(json.dumps(architecture.entries))
+    for path in paths:
+        place = entries
+        for key in path:
+            place = place.setdefault(key, {})
+        place[TIE_SETTING] = False
+    return (json.dumps(entries, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def tied_to(name: str, names: FileNames) -> str | None:
+    """The tensor in the files to which a tensor outside of the files is tied; `None` if unknown.
+
+    `name` is the adapter's name of the tensor.
+    """
+    if names.architecture.model is None:
+        return None
+    own, groups = _ties(names.architecture)
+    found = names.architecture.lookup(own, name)
+    group = next((group for group in groups if found in group), [])
+    return next((stored for other in group if (stored := names.find(other))), None)
+
+
+def _ties(architecture: Architecture) -> tuple[Collection[str], list[list[str]]]:
+    """All names in the model, and the names of each tied tensor. The other names are tied to the first name."""
+    model: Any = architecture.model
+    ties = model.get_expanded_tied_weights_keys(all_submodels=True)
+    groups: dict[str, list[str]] = {}
+    for name, source in ties.items():
+        while source in ties:  # tied in an inner model
+            source = ties[source]
+        groups.setdefault(source, [source]).append(name)
+    return model.state_dict(), list(groups.values())
+
+
+def _same_values(group: list[str], changed: Mapping[str, Tensor | None]) -> bool:
+    """Whether all tensors of a group get the same values, because an adapter trained tied embeddings as one tensor."""
+    values = [changed.get(name) for name in group]
+    first = values[0]
+    return first is not None and all(other is not None and first.equal(other) for other in values)
+
+
+def _config_tree(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    yield path, config
+    for key in getattr(config, "sub_configs", {}):
+        if (inner := getattr(config, key, None)) is not None:
+            yield from _config_tree(inner, (*path, key))

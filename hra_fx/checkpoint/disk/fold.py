@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from rich.filesize import decimal
 
-from hra_fx.checkpoint.disk.arguments import Adapters, Source, read_request
+from hra_fx.checkpoint.adapter import read_adapter
+from hra_fx.checkpoint.disk.architecture import PIPELINE, Source, base_folder
 from hra_fx.checkpoint.disk.plan import plan_fold
 from hra_fx.checkpoint.disk.writing import write_result
-from hra_fx.errors import HRAWarning
+from hra_fx.config import CONFIG_NAME
+from hra_fx.errors import CheckpointError, HRAWarning
 from hra_fx.selection.suggestions import some_of
 
 _SHOWN = 4
+Adapters: TypeAlias = Source | Sequence[Source]
 
 
 @dataclass(frozen=True)
@@ -178,20 +183,23 @@ def _run(
     inverse: bool,
 ) -> CheckpointReport:
     begin = time.perf_counter()
-    request = read_request(base_dir, adapter_dir, out_dir)
-    plan = plan_fold(request, columns, inverse=inverse)
-    rounding = write_result(request, plan, overwrite=overwrite, verify=verify, progress=progress)
+    base, out = base_folder(base_dir), Path(os.path.realpath(out_dir))
+    sources = _by_folder(base, adapter_dir)
+    _check_apart(base, out, (source for several in sources.values() for source in several))
+    adapters = {part: [read_adapter(source) for source in several] for part, several in sources.items()}
+    plan = plan_fold(base, adapters, columns, inverse=inverse)
+    rounding = write_result(base, out, plan, overwrite=overwrite, verify=verify, progress=progress)
     roughest = max(rounding, key=lambda name: rounding[name], default="")
     report = CheckpointReport(
-        folder=request.out,
+        folder=out,
         rotated=tuple(plan.rotated),
         given=tuple(plan.given),
         untied=plan.untied,
         rounding=rounding.get(roughest, 0.0),
         roughest=roughest,
-        bytes=sum(file.stat().st_size for file in request.out.rglob("*") if file.is_file()),
+        bytes=sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
         seconds=time.perf_counter() - begin,
-        kept=tuple(file.relative_to(request.base) for file in plan.kept),
+        kept=tuple(file.relative_to(base) for file in plan.kept),
         verified=verify,
     )
     if plan.retied_by:
@@ -205,3 +213,63 @@ def _run(
         text = f"{report.folder}: {names} still contain the base model's weights. Delete them, or do not load them."
         warnings.warn(text, HRAWarning, stacklevel=3)
     return report
+
+
+def _check_apart(base: Path, out: Path, sources: Iterable[Source]) -> None:
+    """Check that the output folder does not overlap with the base or with an adapter."""
+    if out.is_file():
+        raise CheckpointError(f"{out}: is a file. Choose another output folder.")
+    inputs = {"the base": base} | {f"adapter {source}": Path(os.path.realpath(source)) for source in sources}
+    for name, folder in inputs.items():
+        if out == folder or out in folder.parents or (name == "the base" and folder in out.parents):
+            raise CheckpointError(
+                f"{out}: the output folder overlaps with {name}, {folder}. Choose a folder outside of it."
+            )
+
+
+def _by_folder(base: Path, adapter_dir: Adapters | Mapping[str, Adapters]) -> dict[str, list[Source]]:
+    if isinstance(adapter_dir, Mapping):
+        named = {_inside(base, name): _listed(given) for name, given in adapter_dir.items()}
+    else:
+        named = {"": _listed(adapter_dir)}
+    if not named or not all(named.values()):
+        raise CheckpointError("adapter_dir must name at least one adapter. Pass one or more folders, in order.")
+    if isinstance(adapter_dir, Mapping) or not (base / PIPELINE).is_file():
+        return named
+    parts: dict[str, list[Source]] = {}
+    for source in named[""]:
+        for folder in _parts_of(base, source):
+            parts.setdefault(folder.name, []).append(folder)
+    return parts
+
+
+def _parts_of(base: Path, source: Source) -> list[Path]:
+    """The subfolders of an adapter folder that have the name of a part of the pipeline."""
+    found = [file.parent for file in sorted(Path(source).glob(f"*/{CONFIG_NAME}"))]
+    placed = [folder for folder in found if (base / folder.name).is_dir()]
+    if not placed:
+        raise CheckpointError(
+            f"{source}: no subfolder with an adapter has the name of a part of the pipeline {base}, such as 'unet'. "
+            f"Use adapter_dir={{'unet': {str(source)!r}}} (--part unet)."
+        )
+    left = [folder for folder in found if folder not in placed]
+    left += [Path(source)] if (Path(source) / CONFIG_NAME).is_file() else []
+    if left:
+        named = ", ".join(f"{folder.name!r}: {str(folder)!r}" for folder in placed)
+        raise CheckpointError(
+            f"{left[0]}: has an adapter, but the pipeline {base} has no part with this name. Name the parts: "
+            f"adapter_dir={{{named}}} (--part, one part at a time)."
+        )
+    return placed
+
+
+def _listed(given: Adapters | None) -> list[Source]:
+    return [given] if isinstance(given, (str, os.PathLike)) else list(given or ())
+
+
+def _inside(base: Path, name: str) -> str:
+    folder = Path(os.path.normpath(base / name))
+    if not folder.is_dir() or (folder != base and base not in folder.parents):
+        parts = ", ".join(repr(part.name) for part in sorted(base.iterdir()) if part.is_dir())
+        raise CheckpointError(f"{base}: no such subfolder {name!r} (adapter_dir, --part). It has {parts or 'none'}.")
+    return "" if folder == base else folder.relative_to(base).as_posix()

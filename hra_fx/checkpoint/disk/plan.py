@@ -18,8 +18,7 @@ from torch import Tensor
 
 from hra_fx.checkpoint.adapter import Adapter
 from hra_fx.checkpoint.disk.architecture import CONFIG, Architecture
-from hra_fx.checkpoint.disk.arguments import Request
-from hra_fx.checkpoint.disk.file_names import FileNames
+from hra_fx.checkpoint.disk.file_names import FileNames, Untying, untied_config, untying
 from hra_fx.checkpoint.disk.requests import (
     LayerChain,
     check_base,
@@ -31,10 +30,17 @@ from hra_fx.checkpoint.disk.requests import (
     touches,
     unknown_tensor,
 )
-from hra_fx.checkpoint.disk.rotation import Rotation
-from hra_fx.checkpoint.disk.stored import DTYPES, FLOATS, Header, StoredTensor, WeightSet, foreign, weight_sets
-from hra_fx.checkpoint.disk.ties import Untying, untied_config, untying
-from hra_fx.checkpoint.keys import reflection_key
+from hra_fx.checkpoint.disk.stored import (
+    DTYPES,
+    FLOATS,
+    Header,
+    Rotation,
+    StoredTensor,
+    WeightSet,
+    foreign,
+    weight_sets,
+)
+from hra_fx.checkpoint.folder import reflection_key
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError
 from hra_fx.layers.experts_weight import parameter_of
@@ -45,30 +51,21 @@ Change: TypeAlias = StoredTensor | tuple[StoredTensor, Rotation] | Tensor
 
 
 def changes_for(
-    found: WeightSet,
-    adapters: Sequence[Adapter],
-    architecture: Architecture,
-    names: FileNames,
-    columns: Collection[str] | None,
+    adapters: Sequence[Adapter], names: FileNames, columns: Collection[str] | None
 ) -> tuple[dict[str, Change], Untying]:
     """Compute the changes that adapters, applied in order, make in a set of files.
 
-    Returns:
-        Name of an old or a new tensor -> its change; and the tensors to untie.
-
-    Raises:
-        CheckpointError: an adapter does not fit; the message names the key.
-        FoldError: tied weights cannot be untied.
+    Returns name of an old or a new tensor -> its change; and the tensors to untie.
     """
-    chains, full = requests_of(adapters, found, names)
+    found, (chains, full) = names.found, requests_of(adapters, names)
     changed: dict[str, Tensor | None] = {**dict.fromkeys(chains), **full}
 
     def change_of(name: str, stored: StoredTensor) -> Change:
         if name in full:
             return full[name].to(check_given(name, full[name], stored)).contiguous()
-        return stored, rotation_of(stored, chains[name], architecture, columns)
+        return stored, rotation_of(stored, chains[name], names.architecture, columns)
 
-    apart = untying(architecture, names, changed)
+    apart = untying(names, changed)
     changes: dict[str, Change] = {}
     for new, name in apart.sources.items():
         stored = found.tensors[name]
@@ -78,14 +75,12 @@ def changes_for(
             changes[name] = change_of(name, found.tensors[name])
         elif name not in apart.changed.values() and name not in apart.stay_tied:
             if not is_new(name, adapters):
-                raise unknown_tensor(name, found, adapters, names)
+                raise unknown_tensor(name, adapters, names)
             names.check_new(name)
             changes[name] = _new(name, full[name], found)
-    check_embeddings(
-        found, adapters, names, lambda name: found.tensors.get(names.find(name) or apart.sources.get(name, ""))
-    )
+    check_embeddings(adapters, names, lambda name: found.tensors.get(names.find(name) or apart.sources.get(name, "")))
     for adapter in adapters:
-        check_complete(found, adapter, architecture, names)
+        check_complete(adapter, names)
     return changes, apart
 
 
@@ -95,11 +90,7 @@ def rotation_of(
     architecture: Architecture,
     columns: Collection[str] | None,
 ) -> Rotation:
-    """The rotation of a weight by the chains of adapters, in order; for `columns`, see `in_columns`.
-
-    Raises:
-        CheckpointError: the weight is quantized, or a chain does not fit it.
-    """
+    """The rotation of a weight by the chains of adapters, in order; for `columns`, see `fold_checkpoint`."""
     if stored.dtype not in FLOATS or len(stored.shape) < 2 or not math.prod(stored.shape):
         raise CheckpointError(
             f"{stored.file}: {stored.name} must be {', '.join(FLOATS)} with at least two dimensions, got "
@@ -125,15 +116,7 @@ def in_columns(
 ) -> bool:
     """Whether a layer's weight is `(in, out)`.
 
-    Args:
-        chain: the chain of an adapter for the layer.
-        weight: `(out, ...)` or `(in, out)`; for all experts, with the experts as the first dimension.
-        architecture: architecture of the checkpoint.
-        given: the user's list of such layers, as ends of paths; `None` to use `config.json`.
-
-    Raises:
-        CheckpointError: the length of the vectors does not fit, the layout is unknown, or the user contradicts
-            `config.json`.
+    `given` is the user's list of such layers, as ends of paths; `None` to use `config.json`.
     """
     d = chain.vectors.shape[-2]
     rows, *others = weight.shape[chain.vectors.dim() - 2 :]
@@ -180,13 +163,7 @@ def _known(
 
 @dataclass(frozen=True)
 class FilePlan:
-    """A planned file with weights.
-
-    Attributes:
-        part: the prefix of its path in the new folder.
-        header: the header of the file that it replaces.
-        tensors: name -> the written value.
-    """
+    """A planned file: the prefix of its path in the new folder, the header of the base file, and the new values."""
 
     part: str
     header: Header
@@ -214,17 +191,13 @@ class Plan:
     retied_by: list[str] = field(default_factory=list)
 
 
-def plan_fold(request: Request, columns: Collection[str] | None, *, inverse: bool) -> Plan:
-    """Plan every part, for a fold or its `inverse`; for `columns`, see `fold_checkpoint`.
-
-    Raises:
-        CheckpointError: no checkpoint was found; an adapter does not fit it; or an adapter replaced values, which
-            cannot be restored.
-        FoldError: tied weights cannot be untied.
-    """
+def plan_fold(
+    base: Path, adapters: Mapping[str, Sequence[Adapter]], columns: Collection[str] | None, *, inverse: bool
+) -> Plan:
+    """Plan a fold or its `inverse`. `adapters` are those of each folder in the base, in order."""
     plan = Plan()
-    for part, adapters in request.adapters.items():
-        _plan_part(plan, f"{part}/" if part else "", request.base / part, adapters, columns, inverse=inverse)
+    for part, own in adapters.items():
+        _plan_part(plan, f"{part}/" if part else "", base / part, own, columns, inverse=inverse)
     return plan
 
 
@@ -257,19 +230,19 @@ def _plan_part(
         )
     sets = weight_sets(folder)
     architecture = Architecture(folder)
-    named = [(found, FileNames(found, architecture)) for found in sets]
+    named = [FileNames(found, architecture) for found in sets]
     # If no set has any layer, the first set reports what is missing.
-    folded = [pair for pair in named if touches(adapters, pair[1])] or named[:1]
-    for found, names in folded:
-        check_base(adapters, folder, found, names, folded=inverse)
+    folded = [names for names in named if touches(adapters, names)] or named[:1]
+    for names in folded:
+        check_base(adapters, names, folded=inverse)
         ordered = [_reversed(adapter) for adapter in reversed(adapters)] if inverse else adapters
-        changes, apart = changes_for(found, ordered, architecture, names, columns)
-        _plan_set(plan, part, found, changes)
+        changes, apart = changes_for(ordered, names, columns)
+        _plan_set(plan, part, names.found, changes)
         if apart.configs:
             plan.files[part + CONFIG] = untied_config(architecture, apart.configs)
         plan.untied |= {part + new: part + source for new, source in apart.sources.items()}
         plan.retied_by += apart.retied_by
-    taken = {header.file for found, _ in folded for header in found.files}
+    taken = {header.file for names in folded for header in names.found.files}
     plan.kept += [header.file for found in sets for header in found.files if header.file not in taken]
     plan.kept += sorted(foreign(folder))
 

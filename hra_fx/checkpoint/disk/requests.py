@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from hra_fx.checkpoint.adapter import Adapter
 from hra_fx.checkpoint.base_model import compare_names, is_same, other_embeddings
-from hra_fx.checkpoint.disk.architecture import IN_MEMORY, Architecture
+from hra_fx.checkpoint.disk.architecture import IN_MEMORY
 from hra_fx.checkpoint.disk.file_names import WEIGHTS, FileNames, TensorRef
 from hra_fx.checkpoint.disk.stored import DTYPES, FLOATS, StoredTensor, WeightSet
 from hra_fx.errors import CheckpointError
@@ -22,12 +21,9 @@ from hra_fx.selection.select import is_target
 
 
 class LayerChain(NamedTuple):
-    """The chain of one adapter for a tensor.
+    """The chain of one adapter for a tensor: `U: (d, k)`, or `(experts, d, k)` for a tensor with all experts.
 
-    Attributes:
-        path: path of the layer.
-        vectors: `U: (d, k)`; for a tensor with all experts, `(experts, d, k)`.
-        columns: see `TensorRef`.
+    For `columns`, see `TensorRef`.
     """
 
     path: str
@@ -35,35 +31,14 @@ class LayerChain(NamedTuple):
     columns: bool | None = None
 
 
-class Requests(NamedTuple):
-    """The changes that adapters, applied in order, make. Names are those in the file, otherwise those of the adapter.
-
-    Attributes:
-        chains: name of a weight -> the chain of each adapter, in order.
-        full: name of a tensor -> its new value.
-    """
-
-    chains: dict[str, list[LayerChain]]
-    full: dict[str, Tensor]
-
-
 class Renaming(NamedTuple):
-    """The prefix by which module names in an adapter differ from those in a file.
-
-    Attributes:
-        add: a prefix that the adapter has and the file does not.
-        remove: a prefix that the file has and the adapter does not.
-    """
+    """The prefix by which module names differ: the adapter has `add`, and the file has `remove`."""
 
     add: str = ""
     remove: str = ""
 
     def to_adapter(self, path: str) -> str:
-        """The adapter's name of a module.
-
-        >>> Renaming(add="bert.").to_adapter("encoder"), Renaming(remove="bert.").to_adapter("bert.encoder")
-        ('bert.encoder', 'encoder')
-        """
+        """The adapter's name of a module."""
         return f"{self.add}{path.removeprefix(self.remove)}"
 
 
@@ -72,19 +47,18 @@ def touches(adapters: Iterable[Adapter], names: FileNames) -> bool:
     return any(names.weights_of(path) for adapter in adapters for path in adapter.chains)
 
 
-def requests_of(adapters: Iterable[Adapter], found: WeightSet, names: FileNames) -> Requests:
+def requests_of(adapters: Iterable[Adapter], names: FileNames) -> tuple[dict[str, list[LayerChain]], dict[str, Tensor]]:
     """Collect the changes that adapters, applied in order, make in a set of files.
 
-    Raises:
-        CheckpointError: two adapters exclude each other, a tensor shares memory with another tensor, or an adapter has
-            another number of experts.
+    Returns name of a weight -> the chain of each adapter, in order; and name of a tensor -> its new value. Names are
+    those in the file, otherwise those of the adapter.
     """
     chains: dict[str, list[LayerChain]] = {}
     full: dict[str, Tensor] = {}
     for adapter in adapters:
         for path, chain in adapter.chains.items():
             refs = names.weights_of(path) or [TensorRef(_weight_name(path))]
-            _check_experts(adapter, path, chain, found, refs)
+            _check_experts(adapter, path, chain, names.found, refs)
             for name, expert, columns in refs:
                 own = chain if expert is None else chain[expert]
                 chains.setdefault(name, []).append(LayerChain(path, own, columns))
@@ -96,13 +70,13 @@ def requests_of(adapters: Iterable[Adapter], found: WeightSet, names: FileNames)
                     "bias), and only one can replace it. Leave out one of them."
                 )
             full[name] = tensor
-    _refuse_aliases(found, (*chains, *full))
+    _refuse_aliases(names.found, (*chains, *full))
     if both := chains.keys() & full.keys():
         raise CheckpointError(
-            f"{found.name}: one adapter rotates {min(both)}, and another one replaces it (modules_to_save). Leave out "
-            "one of them."
+            f"{names.found.name}: one adapter rotates {min(both)}, and another one replaces it (modules_to_save). "
+            "Leave out one of them."
         )
-    return Requests(chains, full)
+    return chains, full
 
 
 def _weight_name(path: str) -> str:
@@ -133,25 +107,25 @@ def _refuse_aliases(found: WeightSet, changed: Iterable[str]) -> None:
             )
 
 
-def renaming_of(adapter: Adapter, names: FileNames, architecture: Architecture) -> Renaming:
+def renaming_of(adapter: Adapter, names: FileNames) -> Renaming:
     """Find the prefix by which module names in an adapter differ from those in a set of files."""
     for path in adapter.chains:
         refs = names.weights_of(path)
         name = names.loaded.get(refs[0].name, refs[0].name) if refs else f"{path}."
         if not name.startswith(f"{path}."):
-            prefix = architecture.prefix
+            prefix = names.architecture.prefix
             if name.startswith(prefix) is path.startswith(prefix) and stands_for_parameter(path):
                 continue  # experts have other names in the file
             return Renaming(add=prefix) if path.startswith(prefix) else Renaming(remove=prefix)
     return Renaming()
 
 
-def unknown_tensor(name: str, found: WeightSet, adapters: Iterable[Adapter], names: FileNames) -> CheckpointError:
+def unknown_tensor(name: str, adapters: Iterable[Adapter], names: FileNames) -> CheckpointError:
     """The error for a tensor that an adapter changes but a set of files does not have."""
     adapter = next(a for a in adapters if name in a.full or any(name == _weight_name(path) for path in a.chains))
     return CheckpointError(
-        f"{adapter.file}: the adapter changes {name}, which is not in {found.name}. {names.near(name)} Was it trained "
-        f"on another base model, or on one that transformers loads under other names? {IN_MEMORY}"
+        f"{adapter.file}: the adapter changes {name}, which is not in {names.found.name}. {names.near(name)} Was it "
+        f"trained on another base model, or on one that transformers loads under other names? {IN_MEMORY}"
     )
 
 
@@ -161,11 +135,7 @@ def is_new(name: str, adapters: Iterable[Adapter]) -> bool:
 
 
 def check_given(name: str, tensor: Tensor, stored: StoredTensor) -> torch.dtype:
-    """Check that a new value fits the tensor that it replaces. Returns the dtype of that tensor.
-
-    Raises:
-        CheckpointError: the value does not fit.
-    """
+    """Check that a new value fits the tensor that it replaces. Returns the dtype of that tensor."""
     dtype = DTYPES.get(stored.dtype)
     if tuple(tensor.shape) != stored.shape or dtype is None or dtype.is_floating_point != tensor.is_floating_point():
         raise CheckpointError(
@@ -176,21 +146,18 @@ def check_given(name: str, tensor: Tensor, stored: StoredTensor) -> torch.dtype:
 
 
 def check_embeddings(
-    found: WeightSet, adapters: Iterable[Adapter], names: FileNames, stored: Callable[[str], StoredTensor | None]
+    adapters: Iterable[Adapter], names: FileNames, stored: Callable[[str], StoredTensor | None]
 ) -> None:
     """Check that embeddings, which PEFT saves with adapters on output layers, equal those of this base model.
 
     `stored` finds a tensor in the files, or the tensor that it is tied to.
-
-    Raises:
-        CheckpointError: the embeddings differ, or a tensor is unknown.
     """
     for adapter in adapters:
         for name, tensor in adapter.embeddings.items():
             own = stored(name)
             if own is None:
                 raise CheckpointError(
-                    f"{adapter.file}: unexpected key {name}, which is not in modules_to_save or in {found.name}. "
+                    f"{adapter.file}: unexpected key {name}, which is not in modules_to_save or in {names.found.name}. "
                     f"{names.near(name)} Was the adapter trained on another base model?"
                 )
             if own.dtype not in DTYPES or own.shape != tuple(tensor.shape) or not is_same(own.read(), tensor):
@@ -198,27 +165,23 @@ def check_embeddings(
                 raise other_embeddings(adapter.file, name, tensor, place)
 
 
-def check_complete(found: WeightSet, adapter: Adapter, architecture: Architecture, names: FileNames) -> None:
-    """Check that every target layer and parameter that the model loads has vectors.
-
-    Raises:
-        CheckpointError: one does not have vectors.
-    """
+def check_complete(adapter: Adapter, names: FileNames) -> None:
+    """Check that every target layer and parameter that the model loads has vectors."""
     keys = {place.name for path in adapter.chains for place in names.weights_of(path)}
-    renaming = renaming_of(adapter, names, architecture)
-    for key, stored in found.tensors.items():
+    renaming, architecture = renaming_of(adapter, names), names.architecture
+    for key, stored in names.found.tensors.items():
         path, _, last = names.loaded.get(key, key).rpartition(".")
         theirs = renaming.to_adapter(path)
         if key in keys or last not in WEIGHTS or len(stored.shape) < 2 or not is_target(adapter.config, theirs):
             continue
         # Files may contain layers that the model does not load, such as heads for multi-token prediction.
         if architecture.model is None or architecture.find(path) is not None:
-            raise _incomplete(adapter, theirs, found)
+            raise _incomplete(adapter, theirs, names.found)
     if adapter.config.target_parameters:
         own = {names.parameter(path) for path in adapter.chains}
         for parameter in names.stacked:
             if parameter not in own and matches_parameter(adapter.config.target_parameters, parameter):
-                raise _incomplete(adapter, parameter, found)
+                raise _incomplete(adapter, parameter, names.found)
 
 
 def _incomplete(adapter: Adapter, name: str, found: WeightSet) -> CheckpointError:
@@ -228,22 +191,17 @@ def _incomplete(adapter: Adapter, name: str, found: WeightSet) -> CheckpointErro
     )
 
 
-def check_base(adapters: Iterable[Adapter], folder: Path, found: WeightSet, names: FileNames, *, folded: bool) -> None:
+def check_base(adapters: Iterable[Adapter], names: FileNames, *, folded: bool) -> None:
     """Check the model in a folder with the row of the base model that adapter files contain.
 
-    `folded` says whether the adapters must be folded into it.
-
-    Raises:
-        CheckpointError: the model contains one of the adapters; or with `folded`, it does not contain one.
-
-    Warns:
-        HRAWarning: the name of an adapter's base model differs from the folder, and the adapter has no row to show
-            that it is the same model, as in PEFT's files.
+    If `folded`, the adapters must be folded into it. Without a row, as in PEFT's files, the names of the models are
+    compared.
     """
+    folder = names.architecture.folder
     for adapter in adapters:
         row, state = adapter.base_row, "unknown"
         if row is not None and row.path in adapter.chains:
-            state = row.state(adapter.chains[row.path], _first_row(found, names, row.path, len(row.values)))
+            state = row.state(adapter.chains[row.path], _first_row(names, row.path, len(row.values)))
             if state == "folded" and not folded:
                 raise row.folded_error(adapter.file, str(folder))
             if state == "base" and folded:
@@ -255,9 +213,9 @@ def check_base(adapters: Iterable[Adapter], folder: Path, found: WeightSet, name
             compare_names(adapter.file, adapter.config, str(folder))
 
 
-def _first_row(found: WeightSet, names: FileNames, path: str, width: int) -> Tensor | None:
+def _first_row(names: FileNames, path: str, width: int) -> Tensor | None:
     for name, _, _ in names.weights_of(path):
-        stored = found.tensors[name]
+        stored = names.found.tensors[name]
         if stored.dtype in FLOATS and math.prod(stored.shape[1:]) == width:
             return stored.first_row()
     return None

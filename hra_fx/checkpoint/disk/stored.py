@@ -1,10 +1,12 @@
-"""The weights in a folder: one or more safetensors files with a state dict.
+"""The weights in a folder: one or more safetensors files with a state dict; and `W Q = W - (W U) (T U^T)`.
 
-Names, dtypes and shapes are read from the headers; values are read when they are needed.
+Names, dtypes and shapes are read from the headers; values are read when they are needed. 16-bit weights are multiplied
+in float32, wider weights in float64.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -17,7 +19,8 @@ import torch
 from torch import Tensor
 
 from hra_fx.checkpoint.folder import opened
-from hra_fx.errors import CheckpointError
+from hra_fx.errors import CheckpointError, FoldError
+from hra_fx.functional import householder
 
 SAFE = ".safetensors"
 _INDEX = f"{SAFE}.index.json"
@@ -42,18 +45,15 @@ DTYPES: Mapping[str, torch.dtype] = {
     "I32": torch.int32,
     "I64": torch.int64,
 }
+#: The number of values in a block.
+_BLOCK = 1 << 19
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a safetensors file, or one entry of its first dimension.
+    """A tensor in a safetensors file, or the entry `index` of its first dimension.
 
-    Attributes:
-        file: the file.
-        name: the key of the tensor.
-        dtype: the name of its dtype in the format, such as "BF16".
-        shape: the shape of the tensor.
-        index: the entry of the first dimension; `None` for the whole tensor.
+    `dtype` is the name in the format, such as "BF16".
     """
 
     file: Path
@@ -68,11 +68,7 @@ class StoredTensor:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     def read(self) -> Tensor:
-        """Read the values, as a view of the file in memory if possible.
-
-        Raises:
-            CheckpointError: the file cannot be read, or is damaged.
-        """
+        """Read the values, as a view of the file in memory if possible."""
         with opened(self.file) as file:
             values: Tensor = file.get_tensor(self.name) if self.index is None else file.get_slice(self.name)[self.index]
         return values
@@ -86,13 +82,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Header:
-    """The header of a file.
-
-    Attributes:
-        file: the file.
-        metadata: text entries.
-        tensors: key -> tensor.
-    """
+    """The header of a file: text entries, and key -> tensor."""
 
     file: Path
     metadata: Mapping[str, str]
@@ -100,15 +90,7 @@ class Header:
 
 
 def read_header(file: Path) -> Header:
-    """Read and check a header.
-
-    Raises:
-        CheckpointError: the file cannot be read, is truncated or damaged.
-
-    >>> read_header(Path("nowhere.safetensors"))
-    Traceback (most recent call last):
-    hra_fx.errors.CheckpointError: nowhere.safetensors: cannot read the file (No such file or directory...).
-    """
+    """Read and check a header."""
     # With the framework torch, safe_open reserves memory for the whole file.
     with opened(file, framework="numpy") as opened_file:
         metadata = dict(opened_file.metadata() or {})
@@ -122,13 +104,7 @@ def read_header(file: Path) -> Header:
 
 @dataclass(frozen=True)
 class WeightSet:
-    """The files of one state dict.
-
-    Attributes:
-        files: the headers of the files, sorted by name.
-        index: the index file, if there is one.
-        index_entries: the content of the index file.
-    """
+    """The files of one state dict, sorted by name, with the index file and its content."""
 
     files: tuple[Header, ...]
     index: Path | None = None
@@ -156,18 +132,7 @@ class WeightSet:
 
 
 def weight_sets(folder: Path) -> list[WeightSet]:
-    """All sets in a folder, without its subfolders.
-
-    Raises:
-        CheckpointError: no set was found, or a shard or an index is missing or damaged.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     _ = Path(folder, "pytorch_model.bin").write_bytes(b"")
-    ...     weight_sets(Path(folder))
-    Traceback (most recent call last):
-    hra_fx.errors.CheckpointError: ...pytorch_model.bin: only safetensors files are read. Load the model and save it ...
-    """
+    """All sets in a folder, without its subfolders."""
     indices = sorted(folder.glob(f"*{_INDEX}"))
     sets = [_of_index(index) for index in indices]
     taken = {header.file for found in sets for header in found.files}
@@ -200,7 +165,7 @@ def _of_index(index: Path) -> WeightSet:
         entries = json.loads(index.read_text(encoding="utf-8"))
         places: dict[str, str] = dict(entries["weight_map"])
         names = sorted(set(places.values()))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{index}: cannot read the file, or it has no weight_map ({error!r}). Download it again."
         ) from error
@@ -216,3 +181,96 @@ def _of_index(index: Path) -> WeightSet:
                 f"{index}: lists {key!r} in {name!r}, but the file does not have it. Download both again."
             )
     return WeightSet(tuple(headers[name] for name in names), index, entries)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The rotation `W -> W Q` of a stored weight, `(in, out)` if `columns`, otherwise `(out, in)`.
+
+    `chain` is `U: (d, k)` of `Q`; for a tensor with all experts, `(experts, d, k)`.
+    """
+
+    chain: Tensor
+    columns: bool
+
+    def matrices(self, stored: StoredTensor) -> Iterator[tuple[StoredTensor, Rotation]]:
+        """The weight itself, or the weight of each expert, with its rotation."""
+        if self.chain.dim() == 2:
+            yield stored, self
+            return
+        for i, chain in enumerate(self.chain):
+            one = dataclasses.replace(stored, shape=stored.shape[1:], index=i)
+            yield one, dataclasses.replace(self, chain=chain)
+
+    def split(self, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The weight itself, or the weight of each expert, as a matrix, with its chain."""
+        if self.chain.dim() == 2:
+            yield weight.flatten(1), self.chain
+        else:
+            yield from zip(weight, self.chain, strict=True)
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of products with a weight: float32 for 16-bit weights, otherwise float64."""
+    return torch.float32 if dtype.itemsize == 2 else torch.float64
+
+
+def project(left: Tensor, weight: Tensor, *, columns: bool) -> Tensor:
+    """Compute `V^T W^T: (k, out)` for a weight `W: (out, d)`, or `(d, out)` if `columns`.
+
+    `left` is `V^T: (k, d)`, in `product_dtype(weight.dtype)`.
+    """
+    if not columns:
+        return torch.cat([left @ weight[rows].to(left.dtype).mT for rows in _blocks(weight)], dim=1)
+    result = left.new_zeros(left.shape[0], weight.shape[1])
+    for rows in _blocks(weight):
+        result.addmm_(left[:, rows], weight[rows].to(left.dtype))
+    return result
+
+
+def rotated(stored: StoredTensor, weight: Tensor, rotation: Rotation) -> tuple[Tensor, float]:
+    """Rotate a weight. Returns it in its dtype, and the relative error `|W'' - W'|_F / |W'|_F` of the cast."""
+    result = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    targets = [matrix for matrix, _ in rotation.split(result)]
+    errors = []
+    for (matrix, chain), target in zip(rotation.split(weight), targets, strict=True):
+        left, right = _factors(chain, product_dtype(weight.dtype))
+        errors.append(_rotate(matrix, left, right, target, columns=rotation.columns))
+    if not math.isfinite(rounding := max(errors)):
+        raise FoldError(
+            f"{stored.file}: the folded {stored.name} is not finite in {stored.dtype}. Check the base weight for NaN "
+            "and inf, or store the base model in a wider dtype."
+        )
+    return result, rounding
+
+
+def _rotate(matrix: Tensor, left: Tensor, right: Tensor, target: Tensor, *, columns: bool) -> float:
+    """Write a rotated matrix. Returns the error of the cast in its first rows; infinite if the result is not finite."""
+    projected = project(left, matrix, columns=True) if columns else None
+    rounding, largest = 0.0, torch.finfo(matrix.dtype).max
+    for rows in _blocks(matrix):
+        wide = matrix[rows].to(left.dtype, copy=True)
+        if projected is None:
+            wide.addmm_((left @ wide.mT).mT, right, alpha=-1)
+        else:
+            wide.addmm_(right[:, rows].mT, projected, alpha=-1)
+        target[rows] = wide
+        if not float(torch.linalg.vector_norm(wide, math.inf)) <= largest:  # NaN compares false
+            return math.inf
+        if rows.start == 0 and (size := float(torch.linalg.vector_norm(wide))):
+            rounding = float(torch.dist(target[rows].to(wide.dtype), wide)) / size
+    return rounding
+
+
+def _blocks(matrix: Tensor) -> Iterator[slice]:
+    """Blocks of rows that fit into the cache of a CPU."""
+    step = max(1, _BLOCK // matrix.shape[1])
+    yield from (slice(first, first + step) for first in range(0, len(matrix), step))
+
+
+def _factors(chain: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`U^T` and `T U^T`, both `(k, d)`, computed in float64."""
+    # Column-major, because every operation below runs along columns.
+    chain = householder.normalize(chain.double().mT.contiguous().mT)
+    left, right = chain.mT, householder.compact_wy(chain) @ chain.mT
+    return left.to(dtype).contiguous(), right.to(dtype).contiguous()

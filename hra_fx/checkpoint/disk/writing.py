@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import filecmp
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,41 +21,46 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hra_fx.atomic_write import flush
-from hra_fx.checkpoint.disk.arguments import Request
 from hra_fx.checkpoint.disk.plan import FilePlan, Plan
-from hra_fx.checkpoint.disk.rotation import Rotation, product_dtype, rotated
+from hra_fx.checkpoint.disk.stored import Rotation, product_dtype, rotated
 from hra_fx.checkpoint.folder import opened
 from hra_fx.errors import CheckpointError, FoldError
 
 
-def write_result(request: Request, plan: Plan, *, overwrite: bool, verify: bool, progress: bool) -> dict[str, float]:
-    """Write a planned result.
-
-    Returns:
-        Path and name of each rotated tensor -> its relative rounding error.
-
-    Raises:
-        CheckpointError: the output folder is not empty, or the disk is full or cannot be written.
-        FoldError: a rotated weight is not finite, or `verify` finds a difference.
-    """
-    out = request.out
+def write_result(
+    base: Path, out: Path, plan: Plan, *, overwrite: bool, verify: bool, progress: bool
+) -> dict[str, float]:
+    """Write a planned result. Returns path and name of each rotated tensor -> its relative rounding error."""
+    folders, files = _tree(base)
     rounding: dict[str, float] = {}
     with _explained_errors(out):
         if out.is_dir() and any(out.iterdir()) and not overwrite:
             raise CheckpointError(
                 f"{out}: the output folder is not empty. Choose another folder, or overwrite=True (--overwrite)."
             )
-        total = sum(file.stat().st_size for file in request.files.values())
+        total = sum(file.stat().st_size for file in files.values())
         with _staged(out) as folder, bar(f"writing {out.name}", total, wanted=progress) as advance:
             _check_space(out, total)
-            for path in request.folders:
+            for path in folders:
                 (folder / path).mkdir(parents=True, exist_ok=True)
-            for path, file in request.files.items():
+            for path, file in files.items():
                 rounding |= _write(plan.files.get(path), file, folder / path, verify=verify)
                 advance(file.stat().st_size)
-            for path, source in request.folders.items():
+            for path, source in folders.items():
                 (folder / path).chmod(source.stat().st_mode & 0o777 | 0o700)  # it will be renamed later
     return rounding
+
+
+def _tree(base: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """All folders, including the base itself as ".", and all files. Links are followed, as in the Hub cache."""
+    folders, files = {}, {}
+    for folder, _, names in os.walk(base, followlinks=True):
+        folders[Path(folder).relative_to(base).as_posix()] = Path(folder)
+        for path in (Path(folder, name) for name in names):
+            if not path.is_file():
+                raise CheckpointError(f"{path}: is a broken link, or not a regular file. Remove it from the base.")
+            files[path.relative_to(base).as_posix()] = path
+    return folders, files
 
 
 def _write(plan: FilePlan | bytes | None, source: Path, target: Path, *, verify: bool) -> dict[str, float]:
@@ -139,21 +145,13 @@ def _explained_errors(out: Path) -> Iterator[None]:
 
 
 def check_copy(source: Path, target: Path) -> None:
-    """Check a copied file.
-
-    Raises:
-        FoldError: the copy differs.
-    """
+    """Raise an error if a copied file differs."""
     if not filecmp.cmp(source, target, shallow=False):
         raise FoldError(f"{target}: the copy differs from {source}. Check the disk.")
 
 
 def check_file(plan: FilePlan, file: Path) -> None:
-    """Check a written file against the base.
-
-    Raises:
-        FoldError: a value differs; the message names the tensor.
-    """
+    """Raise an error if a written file differs from the plan or from the base; the message names the tensor."""
     with opened(file) as written:
         if set(written.keys()) != plan.tensors.keys() or (written.metadata() or {}) != plan.header.metadata:
             raise FoldError(f"{file}: the names or the metadata differ from what was written. Check the disk.")
@@ -193,12 +191,7 @@ def _check_rows(file: Path, name: str, base: Tensor, written: Tensor, rotation: 
 
 @contextlib.contextmanager
 def bar(what: str, total: int, *, wanted: bool) -> Iterator[Callable[[int], object]]:
-    """Yield a function that advances a progress bar by some bytes. The bar is only shown if `wanted`, on a terminal.
-
-    Example:
-        >>> with bar("folding", 100, wanted=False) as advance:
-        ...     _ = advance(100)
-    """
+    """Yield a function that advances a progress bar by some bytes. It is shown if `wanted`, on a terminal."""
     if not wanted:
         yield lambda count: None
         return

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hra_fx
-from hra_fx.checkpoint.disk.arguments import read_request
+from hra_fx.checkpoint.adapter import read_adapter
 from hra_fx.checkpoint.disk.plan import plan_fold
 from hra_fx.checkpoint.disk.writing import check_copy, check_file
 from hra_fx.errors import CheckpointError, FoldError
@@ -303,7 +303,7 @@ def test_a_changed_value_is_found(tmp_path: Path, what: str) -> None:
     adapter = made.adapter_of(model, tmp_path / "adapter", target, modules_to_save=saved)
     report = hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", verify=True)
     assert report.verified and "verified: row norms are preserved" in str(report)
-    plan: Any = plan_fold(read_request(base, adapter, tmp_path / "elsewhere"), None, inverse=False)
+    plan: Any = plan_fold(base, {"": [read_adapter(adapter)]}, None, inverse=False)
     file = tmp_path / "out" / "model.safetensors"
     check_file(plan.files[file.name], file)
     state = load_file(file)
