@@ -44,17 +44,14 @@ def write_diffusers(parts: Mapping[str, LoraAdapter], folder: Path, dtype: torch
     for part, adapter in parts.items():
         _check(part, adapter)
         config, factors = peft_form(adapter, dtype)
-        tensors |= {f"{part}.{_key(part, name)}": factor for name, factor in factors.items()}
+        renamed = _TEXT_ENCODER_NAMES if part.startswith("text_encoder") else {}
+        for name, factor in factors.items():
+            key = name.removeprefix(PREFIX)
+            for ours, theirs in renamed.items():
+                key = key.replace(ours, theirs)
+            tensors[f"{part}.{key}"] = factor
         configs |= {f"{part}.{name}": value for name, value in config.items()}
     write_weights(folder / LORA_NAME, tensors, {_CONFIG_KEY: json.dumps(configs, indent=2, sort_keys=True)})
-
-
-def _key(part: str, name: str) -> str:
-    key = name.removeprefix(PREFIX)
-    if part.startswith("text_encoder"):
-        for ours, theirs in _TEXT_ENCODER_NAMES.items():
-            key = key.replace(ours, theirs)
-    return key
 
 
 def _check(part: str, adapter: LoraAdapter) -> None:

@@ -54,14 +54,15 @@ def lora_adapter(
     check_reads(whole, placed)
     present = {path: [name for name in names if name in layer.hra_u] for path, layer in layers.items()}
     configs = [state.configs[name] for name in names]
+    config: Any = getattr(whole, "config", None)
     return from_configs(
         configs,
         layers=tuple(_lora_layer(f"{prefix}{path}", layer, present[path], rank) for path, layer in layers.items()),
         copies={f"{prefix}{key}": tensor for key, tensor in _copies(root, names, layers).items()},
-        modules=[path for path, _ in state_modules(whole) if path and not _is_ours(path)],
+        modules=[path for path, _ in state_modules(whole) if path and {REFLECTION, SAVED}.isdisjoint(path.split("."))],
         auto_mapping=auto_mapping(whole, configs[0]),
-        base_model=next(filter(None, (base_model_name(whole, config) for config in configs)), None),
-        model_config=_model_config(whole),
+        base_model=next(filter(None, (base_model_name(whole, own) for own in configs)), None),
+        model_config=config.to_dict() if hasattr(config, "to_dict") else {},
     )
 
 
@@ -142,13 +143,3 @@ def _copies(root: nn.Module, names: Iterable[str], layers: Mapping[str, AdaptedL
                     key = copy_key(path, entry, adapted=path in layers)
                     found[key.removeprefix(PREFIX)] = full_tensor(tensor.detach()).cpu()
     return found
-
-
-def _is_ours(path: str) -> bool:
-    return not {REFLECTION, SAVED}.isdisjoint(path.split("."))
-
-
-def _model_config(root: nn.Module) -> dict[str, Any]:
-    config: Any = getattr(root, "config", None)
-    entries = config.to_dict() if hasattr(config, "to_dict") else {}
-    return entries if isinstance(entries, dict) else {}

@@ -56,7 +56,10 @@ def peft_form(
         factors[f"{path}.lora_A.weight"] = A.reshape(len(A), -1, *layer.kernel) if layer.kernel else A
         factors[f"{path}.lora_B.weight"] = B.reshape(*B.shape, *(1 for _ in layer.kernel))
         if layer.kind == "attention":
-            factors |= _output_projection(path, A.shape[1], ranks[path], dtype)
+            # PEFT adapts the output projection together with `in_proj_weight`.
+            key, width, rank = f"{path}.base_layer.out_proj", A.shape[1], ranks[path]
+            factors[f"{key}.lora_A.weight"] = torch.zeros(rank, width, dtype=dtype)
+            factors[f"{key}.lora_B.weight"] = torch.zeros(width, rank, dtype=dtype)
     copies = {_peft_key(key, layers): tensor for key, tensor in adapter.copies.items()}
     return _config(adapter, ranks, parameters), {f"{PREFIX}{key}": tensor for key, tensor in (factors | copies).items()}
 
@@ -85,13 +88,6 @@ def _config(adapter: LoraAdapter, ranks: Mapping[str, int], parameters: Mapping[
         "use_rslora": False,
         "use_dora": False,
     }
-
-
-def _output_projection(path: str, width: int, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Zeros for the output projection of attention, which PEFT adapts together with `in_proj_weight`."""
-    key = f"{path}.base_layer.out_proj"
-    A, B = torch.zeros(rank, width, dtype=dtype), torch.zeros(width, rank, dtype=dtype)
-    return {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
 
 
 def _peft_key(key: str, layers: Mapping[str, LoraLayer]) -> str:
@@ -124,7 +120,8 @@ def parameter_targets(adapter: LoraAdapter) -> dict[str, str]:
     """
     found = {layer.path: parameter_of(layer.path) for layer in adapter.layers if layer.kind == "experts"}
     if has_experts(adapter.modules):
-        names = _names_of_experts(adapter.model_config.get("model_type"))
+        patterns = getattr(_conversions(), "_MODEL_TO_CONVERSION_PATTERN", {})
+        names = _OF_EXPERTS.get(patterns.get(adapter.model_config.get("model_type")), ())
         linear = [layer.path for layer in adapter.layers if layer.kind == "linear"]
         found |= {path: f"{path}.weight" for path in linear if path.rpartition(".")[2] in names}
     return found
@@ -163,10 +160,6 @@ def model_type_of(model: Any) -> str | None:
     """The type of a transformers model."""
     kind: str | None = getattr(getattr(model, "config", None), "model_type", None)
     return kind
-
-
-def _names_of_experts(model_type: str | None) -> Collection[str]:
-    return _OF_EXPERTS.get(getattr(_conversions(), "_MODEL_TO_CONVERSION_PATTERN", {}).get(model_type), ())
 
 
 def _conversions() -> Any:

@@ -161,8 +161,3 @@ class Architecture:
         """The prefix that names have in a model with a head but not in a model without it, including the dot."""
         prefix = getattr(self.model, "base_model_prefix", "")
         return f"{prefix}." if prefix else ""
-
-    @property
-    def says_tied(self) -> bool:
-        """Whether the file says that embeddings are tied."""
-        return '"tie_word_embeddings": true' in json.dumps(self.entries)

@@ -236,7 +236,7 @@ def untying(names: FileNames, changed: Mapping[str, Tensor | None]) -> Untying:
     if model is None:
         # Models tie embeddings and output layers. These are not in a numbered block.
         outside = [name for name in changed if not any(part.isdigit() for part in name.split("."))]
-        if architecture.says_tied and outside:
+        if outside and f'"{TIE_SETTING}": true' in json.dumps(architecture.entries):
             raise FoldError(
                 f"{architecture.folder / 'config.json'}: {TIE_SETTING} is True, but transformers does not support this "
                 f"model, so it is unknown which tensors are tied to {outside[0]}. {IN_MEMORY}"

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TypeAlias
 
 from rich.filesize import decimal
+from torch import Tensor
 
 from hra_fx.checkpoint.adapter import read_adapter
 from hra_fx.checkpoint.disk.architecture import PIPELINE, Source, base_folder
-from hra_fx.checkpoint.disk.plan import plan_fold
+from hra_fx.checkpoint.disk.plan import FilePlan, plan_fold
 from hra_fx.checkpoint.disk.writing import write_result
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError, HRAWarning
@@ -189,11 +190,17 @@ def _run(
     adapters = {part: [read_adapter(source) for source in several] for part, several in sources.items()}
     plan = plan_fold(base, adapters, columns, inverse=inverse)
     rounding = write_result(base, out, plan, overwrite=overwrite, verify=verify, progress=progress)
+    changes = [
+        (file.part + name, change)
+        for file in plan.files.values()
+        if isinstance(file, FilePlan)
+        for name, change in file.tensors.items()
+    ]
     roughest = max(rounding, key=lambda name: rounding[name], default="")
     report = CheckpointReport(
         folder=out,
-        rotated=tuple(plan.rotated),
-        given=tuple(plan.given),
+        rotated=tuple(name for name, change in changes if isinstance(change, tuple)),
+        given=tuple(name for name, change in changes if isinstance(change, Tensor)),
         untied=plan.untied,
         rounding=rounding.get(roughest, 0.0),
         roughest=roughest,

@@ -31,7 +31,6 @@ from hra_fx.checkpoint.disk.requests import (
     unknown_tensor,
 )
 from hra_fx.checkpoint.disk.stored import (
-    DTYPES,
     FLOATS,
     Header,
     Rotation,
@@ -77,7 +76,7 @@ def changes_for(
             if not is_new(name, adapters):
                 raise unknown_tensor(name, adapters, names)
             names.check_new(name)
-            changes[name] = _new(name, full[name], found)
+            changes[name] = _new(full[name], found)
     check_embeddings(adapters, names, lambda name: found.tensors.get(names.find(name) or apart.sources.get(name, "")))
     for adapter in adapters:
         check_complete(adapter, names)
@@ -96,22 +95,18 @@ def rotation_of(
             f"{stored.file}: {stored.name} must be {', '.join(FLOATS)} with at least two dimensions, got "
             f"{stored.dtype} of shape {stored.shape}. Use a base model that is not quantized."
         )
-    layouts = [in_columns(chain, stored, architecture, columns) for chain in chains]
-    vectors = [chain.vectors for chain in chains]
-    return Rotation(torch.cat(vectors, dim=-1) if len(vectors) > 1 else vectors[0], layouts[0])
+    layouts = [_in_columns(chain, stored, architecture, columns) for chain in chains]
+    return Rotation(torch.cat([chain.vectors for chain in chains], dim=-1), layouts[0])
 
 
-def _new(name: str, tensor: Tensor, found: WeightSet) -> Tensor:
+def _new(tensor: Tensor, found: WeightSet) -> Tensor:
     """Cast a tensor that is not in the base model, such as a new head, to the dtype of the largest weight."""
     weights = [stored for stored in found.tensors.values() if stored.dtype in FLOATS]
     dtype = FLOATS[max(weights, key=lambda stored: stored.size).dtype]
-    tensor = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
-    if tensor.dtype not in DTYPES.values():
-        raise CheckpointError(f"{name}: unsupported dtype {tensor.dtype} in the adapter. Save it in another dtype.")
-    return tensor
+    return (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
 
 
-def in_columns(
+def _in_columns(
     chain: LayerChain, weight: StoredTensor, architecture: Architecture, given: Collection[str] | None
 ) -> bool:
     """Whether a layer's weight is `(in, out)`.
@@ -176,16 +171,12 @@ class Plan:
 
     Attributes:
         files: path in the new folder -> changed weights, or a new text; other files are copied.
-        rotated: names of rotated tensors.
-        given: names of tensors from an adapter.
         untied: name of a new tensor -> name of the tensor that it was tied to.
         kept: files with weights of the base model that are copied unchanged.
         retied_by: see `Untying.retied_by`.
     """
 
     files: dict[str, FilePlan | bytes] = field(default_factory=dict)
-    rotated: list[str] = field(default_factory=list)
-    given: list[str] = field(default_factory=list)
     untied: dict[str, str] = field(default_factory=dict)
     kept: list[Path] = field(default_factory=list)
     retied_by: list[str] = field(default_factory=list)
@@ -256,11 +247,6 @@ def _plan_set(plan: Plan, part: str, found: WeightSet, changes: Mapping[str, Cha
             plan.files[part + header.file.name] = FilePlan(part, header, {**header.tensors, **own})
     if added and found.index is not None:
         plan.files[part + found.index.name] = _index(found, added, last.file.name)
-    for name in (*found.tensors, *added):
-        if isinstance(changes.get(name), tuple):
-            plan.rotated.append(part + name)
-        elif isinstance(changes.get(name), Tensor):
-            plan.given.append(part + name)
 
 
 def _index(found: WeightSet, added: Mapping[str, Change], file: str) -> bytes:

@@ -40,7 +40,11 @@ def write_result(
             )
         total = sum(file.stat().st_size for file in files.values())
         with _staged(out) as folder, bar(f"writing {out.name}", total, wanted=progress) as advance:
-            _check_space(out, total)
+            if total > (free := shutil.disk_usage(out.parent).free):
+                raise CheckpointError(
+                    f"{out.parent}: {total:,} bytes are needed, but only {free:,} are free. Free some space, or choose "
+                    "an output folder on another disk."
+                )
             for path in folders:
                 (folder / path).mkdir(parents=True, exist_ok=True)
             for path, file in files.items():
@@ -106,28 +110,15 @@ def _staged(out: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.parent) as hidden:
         (content := Path(hidden, "content")).mkdir()
         yield content
-        _publish(content, out, Path(hidden, "replaced"))
-
-
-def _publish(content: Path, out: Path, replaced: Path) -> None:
-    """Rename the new folder to the output folder. An old one is moved away first, and restored if this fails."""
-    try:
-        if out.is_dir():
-            out.rename(replaced)
-        content.rename(out)
-    except BaseException:
-        if replaced.is_dir() and not out.exists():
-            replaced.rename(out)
-        raise
-
-
-def _check_space(out: Path, needed: int) -> None:
-    free = shutil.disk_usage(out.parent).free
-    if needed > free:
-        raise CheckpointError(
-            f"{out.parent}: {needed:,} bytes are needed, but only {free:,} are free. Free some space, or choose an "
-            "output folder on another disk."
-        )
+        replaced = Path(hidden, "replaced")
+        try:
+            if out.is_dir():
+                out.rename(replaced)
+            content.rename(out)
+        except BaseException:
+            if replaced.is_dir() and not out.exists():
+                replaced.rename(out)
+            raise
 
 
 @contextlib.contextmanager
