@@ -148,11 +148,10 @@ class Adapter:
         return {name: tensor for name, tensor in self._others().items() if not self._is_trained(name)}
 
     def _others(self) -> dict[str, Tensor]:
-        extra = EXTRA_BIASES.search if self.config.bias == "all" else (lambda key: None)
         return {
             key.removeprefix(PREFIX).replace(".base_layer.", "."): tensor
             for key, tensor in self.tensors.items()
-            if not key.endswith((f".{REFLECTION}", f".{VECTORS}")) and not extra(key)
+            if not key.endswith((f".{REFLECTION}", f".{VECTORS}"))
         }
 
     def _is_trained(self, name: str) -> bool:
@@ -168,15 +167,16 @@ class Adapter:
                 f"{self.file}: {key} must have shape {shape}, got {tuple(tensor.shape)}: the configuration says "
                 f"r={r}. The two files are from different adapters; save it again."
             )
+        if not config.apply_GS:
+            return tensor
         # For float8 (eps 1/8), most vectors would count as dependent.
-        least = min(8 * torch.finfo(tensor.dtype).eps, 1 / 16) if config.apply_GS else 0.0
-        if config.apply_GS and (r > tensor.shape[-2] or inverse_condition(tensor) < least):
+        if r > tensor.shape[-2] or inverse_condition(tensor) < min(8 * torch.finfo(tensor.dtype).eps, 1 / 16):
             raise FoldError(
                 f"{self.file}: {key}: its {r} vectors of length {tensor.shape[-2]} are linearly dependent, so "
                 "Gram-Schmidt is not defined. Train with apply_GS=False, or with init_weights=True in hra_fx, which "
                 "starts from independent vectors."
             )
-        return plain_chain(tensor.double() if config.apply_GS else tensor, None, apply_GS=config.apply_GS)
+        return plain_chain(tensor.double(), None, apply_GS=True)
 
     def saves(self, path: str) -> bool:
         """Whether a module or one of its parents is in `modules_to_save`. As in PEFT, entries match ends of paths."""
@@ -201,6 +201,8 @@ def read_adapter(source: str | os.PathLike[str], config: HRAConfig | None = None
     own = HRAConfig.from_pretrained(folder) if config is None else config
     file = folder / WEIGHTS_NAME
     stored, metadata = read(file)
+    if own.bias == "all":
+        stored = {key: tensor for key, tensor in stored.items() if not EXTRA_BIASES.search(key)}
     # Some writers leave out PEFT's prefix.
     keys = sorted(stored, key=lambda key: re.sub(r"\d+", lambda number: number[0].zfill(9), key).split("."))
     tensors = {key if key.startswith(PREFIX) else f"{PREFIX}{key}": stored[key] for key in keys}
@@ -209,22 +211,15 @@ def read_adapter(source: str | os.PathLike[str], config: HRAConfig | None = None
 
 @dataclass(frozen=True)
 class Fitted:
-    """An adapter from a file that fits a model.
+    """An adapter from a file that fits a model: its layers by path, its configuration for training, and its values.
 
-    Attributes:
-        layers: the layers by path.
-        resume: the configuration for further training, with ranks that exclude the anchors.
-        vectors: path of a layer -> (`U: (d, r)`, anchor `A: (d, k)` or `None`).
-        written: path of a layer -> (vectors as stored in the file, `None`); `written_GS` says whether they need
-            Gram-Schmidt.
-        copies: (path of a module, name of its tensor) -> tensor.
+    `vectors` are path of a layer -> (`U: (d, r)`, anchor `A: (d, k)` or `None`), and `copies` are (path of a module,
+    name of its tensor) -> tensor.
     """
 
     layers: dict[str, nn.Module]
     resume: Resume
     vectors: dict[str, tuple[Tensor, Tensor | None]]
-    written: dict[str, tuple[Tensor, None]]
-    written_GS: bool
     copies: dict[tuple[str, str], Tensor]
 
     def spec(self, path: str) -> AdapterSpec:
@@ -254,9 +249,8 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None, *, is_new: bool
     _check_shapes(adapter, model, layers, copies)
     _check_base(adapter, model, layers)
     vectors = {path: _split(adapter, path, resume) for path in layers}
-    written: dict[str, tuple[Tensor, None]] = {path: (adapter.tensors[reflection_key(path)], None) for path in layers}
     values = {place: adapter.tensors[key] for place, key in copies.items()}
-    return Fitted(layers, resume, vectors, written, config.apply_GS, values)
+    return Fitted(layers, resume, vectors, values)
 
 
 def _copy_keys(adapter: Adapter, model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[tuple[str, str], str]:
@@ -273,17 +267,13 @@ def _copy_keys(adapter: Adapter, model: nn.Module, layers: Mapping[str, nn.Modul
 def _check_keys(
     adapter: Adapter, model: nn.Module, layers: Iterable[str], copies: Mapping[tuple[str, str], str]
 ) -> None:
-    config, tensors = adapter.config, adapter.tensors
+    tensors = adapter.tensors
     expected = {*(reflection_key(path) for path in layers), *copies.values()}
-    # Other names of a shared module.
-    allowed = {
-        f"{PREFIX}{path}.{key}" for path, part in saved_modules(model, config).items() for key in part.state_dict()
-    }
-    allowed |= {vectors_key(path) for path in layers}
+    allowed = {vectors_key(path) for path in layers}
+    for path, part in saved_modules(model, adapter.config).items():  # also other names of a shared module
+        allowed |= {f"{PREFIX}{path}.{key}" for key in part.state_dict()}
     missing = sorted(expected - tensors.keys())
-    ignored = EXTRA_BIASES.search if config.bias == "all" else (lambda key: None)
-    others = sorted(key for key in tensors.keys() - expected - allowed if not ignored(key))
-    extra = [key for key in others if not _is_embedding(adapter, model, key)]
+    extra = [key for key in sorted(tensors.keys() - expected - allowed) if not _is_embedding(adapter, model, key)]
     if missing or extra:
         found = [
             f"missing keys {some_of(missing, _SHOWN)}" if missing else "",

@@ -3,6 +3,8 @@
 PEFT does not have anchors, so an adapter with an anchor (`householder.anchor`) is written as a plain chain of
 reflections, with `apply_GS=false` and the rank of that chain. The file's metadata says how to split it again to resume
 training (`hra_fx.checkpoint.adapter`), and a key that PEFT ignores contains the vectors before Gram-Schmidt.
+
+Source of the model card: PEFT 0.21, `PeftModel.create_or_update_model_card`.
 """
 
 from __future__ import annotations
@@ -13,10 +15,12 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
+from hra_fx.atomic_write import atomic_write
 from hra_fx.checkpoint.adapter import Resume
 from hra_fx.checkpoint.base_model import auto_mapping, base_model_name, write_base_row
 from hra_fx.checkpoint.folder import (
@@ -30,19 +34,78 @@ from hra_fx.checkpoint.folder import (
     write,
     write_weights,
 )
-from hra_fx.checkpoint.model_card import CARD_NAME, write_card
 from hra_fx.compat import non_persistent_buffers
-from hra_fx.config import HRAConfig
-from hra_fx.errors import AdapterError, HRAWarning
+from hra_fx.config import NOT_IN_PEFT, HRAConfig
+from hra_fx.errors import AdapterError, CheckpointError, HRAWarning
 from hra_fx.functional.chain import plain_chain
+from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.sharding import full_tensor, is_dtensor, on_first_rank
 from hra_fx.layers.trained_copies import all_copies
 from hra_fx.model.offload import load_vectors
 from hra_fx.model.state import AdapterState, adapted_layers, names_in, root_of
 from hra_fx.selection.select import resolve_targets, targeted
+from hra_fx.selection.suggestions import format_names
+from hra_fx.version import VERSION
 
 #: Folder names of checkpoints of transformers' Trainer.
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
+
+CARD_NAME = "README.md"
+#: Placeholder for the location of the adapters, which is unknown when the card is written.
+PLACE = "folder-or-name-of-this-repository"
+_PIPELINES = {"CAUSAL_LM": "text-generation"}
+
+_CARD = """---
+library_name: peft
+---
+
+# {title}
+
+{kind} of Householder reflection adaptation ([HRA](https://arxiv.org/abs/2405.17484)), saved by hra_fx in PEFT's format.
+
+| adapter | folder | rank | layers |
+|---|---|---|---|
+{rows}
+
+## How to load
+
+```python
+import hra_fx
+{base}
+model = hra_fx.load_adapter(base, "{place}"{option})
+```
+
+{with_peft}
+
+## How to deploy
+
+As a LoRA with the same outputs, for servers such as vLLM and llama.cpp:
+
+```python
+hra_fx.save_as_lora(model, "lora")
+```
+
+Or folded into the weights, as a plain base model:
+
+```python
+model = hra_fx.fold(model)
+```
+
+### Framework versions
+
+- hra_fx {version}
+- PyTorch {torch}
+"""
+
+_WITH_PEFT = """With PEFT, instead of the last line:
+
+```python
+import peft
+
+model = peft.PeftModel.from_pretrained(base, "{place}"{option})
+```
+"""
+_NOT_WITH_PEFT = "PEFT's HRA has no `{field}`. For PEFT, convert the adapter to a LoRA as shown below."
 
 #: Configuration, tensors and metadata of an adapter's two files.
 _Contents: TypeAlias = tuple[HRAConfig, dict[str, Tensor], dict[str, str]]
@@ -230,3 +293,74 @@ def _inference_config(root: nn.Module, config: HRAConfig) -> HRAConfig:
         base_model_name_or_path=base_model_name(root, config),
         auto_mapping=auto_mapping(root, config),
     )
+
+
+def write_card(directory: Path, root: nn.Module, configs: Mapping[str, HRAConfig]) -> None:
+    """Write `README.md` for adapters saved in a folder. If it exists, only its metadata is updated."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    path = directory / CARD_NAME
+    try:
+        card = ModelCard.load(path) if path.exists() else ModelCard(_card_text(root, configs))
+        present = card.data.to_dict()
+        card.data = ModelCardData(**{**present, **_card_metadata(root, configs, present.get("tags") or [])})
+        directory.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, str(card).encode())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot write the model card ({error}). The old file is unchanged.") from error
+
+
+def _card_metadata(root: Any, configs: Mapping[str, HRAConfig], tags: list[str]) -> dict[str, Any]:
+    base = _base(root, configs)
+    library = original_class(root).__module__.partition(".")[0]
+    own = ["hra", "hra_fx", *([library] if library in ("transformers", "diffusers", "timm") else [])]
+    # The Hub does not accept a card with a folder as the base model.
+    known = base is not None and not os.path.isdir(base)
+    own += [f"base_model:adapter:{base}"] if known else []
+    tasks = [config.task_type for config in configs.values() if config.task_type in _PIPELINES]
+    return {
+        "library_name": "peft",  # the files have PEFT's format
+        "tags": sorted({*tags, *own, *(getattr(root, "model_tags", None) or ())}),
+        **({"base_model": base} if known else {}),
+        **({"pipeline_tag": _PIPELINES[tasks[0]]} if tasks and tasks[0] else {}),
+    }
+
+
+def _card_text(root: nn.Module, configs: Mapping[str, HRAConfig]) -> str:
+    base, first = _base(root, configs), "default" if "default" in configs else next(iter(configs))
+    option = "" if first == "default" else f', subfolder="{first}"'
+    missing = next((field for field in NOT_IN_PEFT if getattr(configs[first], field)), None)
+    with_peft = _NOT_WITH_PEFT.format(field=missing) if missing else _WITH_PEFT.format(place=PLACE, option=option)
+    return _CARD.format(
+        title=f"HRA adapter of {base or original_class(root).__name__}",
+        kind="An adapter" if len(configs) == 1 else "Adapters",
+        rows="\n".join(_row(name, config) for name, config in configs.items()),
+        base=_loading(root, base),
+        place=PLACE,
+        option=option,
+        with_peft=with_peft,
+        version=VERSION,
+        torch=torch.__version__,
+    )
+
+
+def _row(name: str, config: HRAConfig) -> str:
+    """The row of an adapter in the table."""
+    rank = f"{config.r}{', rank_pattern' * bool(config.rank_pattern)}{', Gram-Schmidt' * config.apply_GS}"
+    given = [names for names in (config.target_modules, config.target_parameters) if names]
+    layers = ", ".join(f"`{format_names(names)}`" for names in given) or "`default of the model type`"
+    cell = layers.replace("|", r"\|")  # a bar ends the cell, even in code
+    return f"| {name} | {'.' if name == 'default' else name} | {rank} | {cell} |"
+
+
+def _loading(root: nn.Module, base: str | None) -> str:
+    """The lines of code that create the base model."""
+    cls = original_class(root)
+    library = cls.__module__.partition(".")[0]
+    if base is None or library not in ("transformers", "diffusers"):
+        return f"\nbase = ...  # the base model, a {cls.__name__}"
+    return f'from {library} import {cls.__name__}\n\nbase = {cls.__name__}.from_pretrained("{base}")'
+
+
+def _base(root: nn.Module, configs: Mapping[str, HRAConfig]) -> str | None:
+    return next((name for config in configs.values() if (name := base_model_name(root, config))), None)

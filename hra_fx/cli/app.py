@@ -7,40 +7,65 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from hra_fx.cli.convert import (
-    CONVERT_EXAMPLES,
-    FOLD_EXAMPLES,
-    FOLD_HELP,
-    UNFOLD_EXAMPLES,
-    UNFOLD_HELP,
-    convert,
-    fold_or_unfold,
-)
-from hra_fx.cli.inspect import INSPECT_EXAMPLES, inspect
-from hra_fx.cli.models import MATCH_EXAMPLES, SCALE_EXAMPLES, VISUALIZE_EXAMPLES, match, scale, visualize
+from hra_fx.cli.convert import convert, fold_or_unfold
+from hra_fx.cli.inspect import inspect
+from hra_fx.cli.models import match, scale, visualize
 from hra_fx.cli.screen import ErrorHandlingGroup
+from hra_fx.version import VERSION
 
 _HELP = "Inspect, fold, convert and draw Householder reflection adapters (HRA)."
 _EXIT_CODES = (
     "Exit codes: 0 success; 1 the configuration does not match the model; 2 error, see stderr; 130 interrupted."
 )
 
-#: Name, function, help and examples.
+_FOLD_HELP = """Fold adapters into a checkpoint on disk. OUT is the base model with rotated weights.
+
+Weights are read file by file, and all other files are copied unchanged. OUT is complete, or unchanged after an error.
+"""
+_UNFOLD_HELP = """Undo a fold on disk, up to rounding. BASE is the folder of the folded model.
+
+Adapters with biases or modules to save raise an error, because the replaced values are lost.
+"""
+#: Name, function and help.
 _COMMANDS = (
-    ("inspect", inspect, inspect.__doc__, INSPECT_EXAMPLES),
-    ("match", match, match.__doc__, MATCH_EXAMPLES),
-    ("scale", scale, scale.__doc__, SCALE_EXAMPLES),
-    ("fold", fold_or_unfold, FOLD_HELP, FOLD_EXAMPLES),
-    ("unfold", fold_or_unfold, UNFOLD_HELP, UNFOLD_EXAMPLES),
-    ("convert", convert, convert.__doc__, CONVERT_EXAMPLES),
-    ("visualize", visualize, visualize.__doc__, VISUALIZE_EXAMPLES),
+    ("inspect", inspect, inspect.__doc__),
+    ("match", match, match.__doc__),
+    ("scale", scale, scale.__doc__),
+    ("fold", fold_or_unfold, _FOLD_HELP),
+    ("unfold", fold_or_unfold, _UNFOLD_HELP),
+    ("convert", convert, convert.__doc__),
+    ("visualize", visualize, visualize.__doc__),
 )
+_EXAMPLES = r"""
+hra-fx inspect my-adapter
+hra-fx inspect my-model
+hra-fx inspect my-adapter --json | jq '.layers[].mean_angle'
+hra-fx match my-model
+hra-fx match my-model --target q_proj --target v_proj --layers 0-3,7
+hra-fx match my-model --target all-linear --exclude lm_head --rank 16
+hra-fx match my-model --regex '.*self_attn\.[qv]_proj'
+hra-fx match my-model --config my-adapter
+hra-fx scale my-model --gpus 8
+hra-fx scale my-model --gpus 64 --strategy fsdp2 --target q_proj --target v_proj --rank 16
+hra-fx scale my-model --gpus 8 --strategy tp --tokens 8192
+hra-fx fold my-model my-adapter folded
+hra-fx fold my-model first second folded --verify
+hra-fx fold my-pipeline my-adapter folded --part unet
+hra-fx unfold folded my-adapter restored
+hra-fx unfold folded first second restored --verify
+hra-fx convert my-adapter for-vllm --to lora --base my-model --check vllm
+hra-fx convert first second adapter.gguf --to gguf --base my-model --dtype float16
+hra-fx convert my-adapter for-peft --to peft
+hra-fx convert from-peft my-adapter --to hra_fx
+hra-fx visualize my-model model.html
+hra-fx visualize my-model adapters.svg --adapter my-adapter --heat mean_angle
+hra-fx visualize my-model block.png --adapter my-adapter --focus model.layers.0
+"""
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 
@@ -49,9 +74,10 @@ def _unwrapped(text: str) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
-def _list_examples(examples: Iterable[str]) -> str:
+def _examples(command: str) -> str:
     """One example per paragraph, because older releases of typer join lines."""
-    return "\n\n".join(["Examples:", *(f"  {escape(example)}" for example in examples)])
+    found = [line for line in _EXAMPLES.splitlines() if line.startswith(f"hra-fx {command} ")]
+    return "\n\n".join(["Examples:", *(f"  {escape(example)}" for example in found)])
 
 
 app = typer.Typer(
@@ -64,16 +90,13 @@ app = typer.Typer(
     # An unexpected error is a bug, and bug reports need the plain traceback.
     pretty_exceptions_enable=False,
 )
-for _name, _function, _help, _examples in _COMMANDS:
-    app.command(_name, help=_unwrapped(_help or ""), epilog=_list_examples(_examples), context_settings=_SETTINGS)(
-        _function
-    )
+for _name, _function, _help in _COMMANDS:
+    _options: Any = {"help": _unwrapped(_help or ""), "epilog": _examples(_name), "context_settings": _SETTINGS}
+    app.command(_name, **_options)(_function)
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from hra_fx.version import VERSION
-
         typer.echo(f"hra-fx {VERSION}")
         raise typer.Exit
 

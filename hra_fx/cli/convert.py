@@ -34,29 +34,6 @@ Rows: TypeAlias = Annotated[
     bool, typer.Option("--rows", help="Every weight is (out, in). Not needed for models with a config.json.")
 ]
 
-FOLD_HELP = """Fold adapters into a checkpoint on disk. OUT is the base model with rotated weights.
-
-Weights are read file by file, and all other files are copied unchanged. OUT is complete, or unchanged after an error.
-"""
-FOLD_EXAMPLES = (
-    "hra-fx fold my-model my-adapter folded",
-    "hra-fx fold my-model first second folded --verify",
-    "hra-fx fold my-pipeline my-adapter folded --part unet",
-)
-UNFOLD_HELP = """Undo a fold on disk, up to rounding. BASE is the folder of the folded model.
-
-Adapters with biases or modules to save raise an error, because the replaced values are lost.
-"""
-UNFOLD_EXAMPLES = (
-    "hra-fx unfold folded my-adapter restored",
-    "hra-fx unfold folded first second restored --verify",
-)
-CONVERT_EXAMPLES = (
-    "hra-fx convert my-adapter for-vllm --to lora --base my-model --check vllm",
-    "hra-fx convert first second adapter.gguf --to gguf --base my-model --dtype float16",
-    "hra-fx convert my-adapter for-peft --to peft",
-    "hra-fx convert from-peft my-adapter --to hra_fx",
-)
 _OF_LORA = ("base", "rank", "dtype", "rank_pattern", "check", "columns", "rows")
 
 
@@ -227,10 +204,8 @@ def _convert_hra(source: str, out: Path, *, for_peft: bool, as_json: bool) -> No
         return
     left_out = [count(len(dropped), "tensor")] if dropped else []
     left_out += [f"configuration fields {', '.join(fields)}"] if fields else []
-    ranks, anchor = (
-        span([*map(config.rank_of, files.chains)]),
-        f", {frozen} of them previously frozen" if frozen else "",
-    )
+    ranks = span([*map(config.rank_of, files.chains)])
+    anchor = f", {frozen} of them previously frozen" if frozen else ""
     show_heading(
         f"HRA adapter in {out}, in the format of {'PEFT' if for_peft else 'hra_fx'}",
         {

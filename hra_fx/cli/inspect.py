@@ -14,11 +14,6 @@ from hra_fx.errors import CheckpointError, SelectionError
 from hra_fx.reporting.table import Column
 from hra_fx.selection.suggestions import some_of
 
-INSPECT_EXAMPLES = (
-    "hra-fx inspect my-adapter",
-    "hra-fx inspect my-model",
-    "hra-fx inspect my-adapter --json | jq '.layers[].mean_angle'",
-)
 _ADAPTER = "adapter_config.json"
 _MODEL = "config.json"
 

@@ -18,23 +18,6 @@ if TYPE_CHECKING:
     from hra_fx.config import HRAConfig
     from hra_fx.reporting.scale import Cost
 
-MATCH_EXAMPLES = (
-    "hra-fx match my-model",
-    "hra-fx match my-model --target q_proj --target v_proj --layers 0-3,7",
-    "hra-fx match my-model --target all-linear --exclude lm_head --rank 16",
-    "hra-fx match my-model --regex '.*self_attn\\.[qv]_proj'",
-    "hra-fx match my-model --config my-adapter",
-)
-SCALE_EXAMPLES = (
-    "hra-fx scale my-model --gpus 8",
-    "hra-fx scale my-model --gpus 64 --strategy fsdp2 --target q_proj --target v_proj --rank 16",
-    "hra-fx scale my-model --gpus 8 --strategy tp --tokens 8192",
-)
-VISUALIZE_EXAMPLES = (
-    "hra-fx visualize my-model model.html",
-    "hra-fx visualize my-model adapters.svg --adapter my-adapter --heat mean_angle",
-    "hra-fx visualize my-model block.png --adapter my-adapter --focus model.layers.0",
-)
 #: The heat values that are computed from weights.
 _NEED_WEIGHTS = ("weight_change", "share")
 _ALL = "all-linear"

@@ -11,8 +11,7 @@ from typing import Any
 from torch import nn
 
 from hra_fx.checkpoint.folder import WEIGHTS_NAME
-from hra_fx.checkpoint.model_card import CARD_NAME, write_card
-from hra_fx.checkpoint.saving import save_pretrained
+from hra_fx.checkpoint.saving import CARD_NAME, save_pretrained, write_card
 from hra_fx.config import CONFIG_NAME
 from hra_fx.layers.sharding import on_first_rank
 from hra_fx.model.state import root_of

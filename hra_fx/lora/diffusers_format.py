@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from hra_fx.checkpoint.folder import PREFIX, write_weights
 from hra_fx.errors import AdapterError, CheckpointError, HRAError, UnsupportedLayerError
-from hra_fx.lora.adapter import LoraAdapter
+from hra_fx.lora.adapter import LoraAdapter, peft_form
 from hra_fx.lora.from_model import lora_adapter
-from hra_fx.lora.peft_format import peft_form
 from hra_fx.model.state import collect_parts, root_of
 from hra_fx.model.unwrap import unwrap
 from hra_fx.selection.suggestions import some_of

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hra_fx.checkpoint.adapter import Adapter, read_adapter
 from hra_fx.checkpoint.disk.architecture import CONFIG, IN_MEMORY, PIPELINE, Architecture, Source, base_folder
-from hra_fx.checkpoint.disk.file_names import FileNames, tied_to
+from hra_fx.checkpoint.disk.file_names import FileNames
 from hra_fx.checkpoint.disk.plan import rotation_of
 from hra_fx.checkpoint.disk.requests import (
     LayerChain,
@@ -44,8 +44,17 @@ from hra_fx.checkpoint.folder import PREFIX, copy_key
 from hra_fx.errors import CheckpointError
 from hra_fx.layers.experts_weight import parameter_of
 from hra_fx.layers.target import LayerKind, describe
-from hra_fx.lora.adapter import AdaptedWeight, LoraAdapter, LoraLayer, Matrix, check_rank, from_configs
-from hra_fx.lora.peft_format import check_names, has_experts, renamings_of
+from hra_fx.lora.adapter import (
+    AdaptedWeight,
+    LoraAdapter,
+    LoraLayer,
+    Matrix,
+    check_names,
+    check_rank,
+    from_configs,
+    has_experts,
+    renamings_of,
+)
 from hra_fx.lora.unsupported import OUTPUT_PROJECTION, OWN_FORWARD, check_reads, unsupported, why_not_convolution
 
 _THREADS = min(4, os.cpu_count() or 1)
@@ -81,7 +90,7 @@ def read_as_lora(
     weights = _weights_of(opened, chains, files, columns)
     _check_layers(opened, {weight.path: weight.kind for weight in weights})
     copies = _copies_of(opened, full, files, {weight.path for weight in weights})
-    check_embeddings(files, opened.names, opened.stored)
+    check_embeddings(files, opened.names)
     for file in files:
         check_complete(file, opened.names)
     configs = [file.config for file in files]
@@ -113,11 +122,6 @@ class _BaseFiles:
 
     names: FileNames
     renaming: Renaming
-
-    def stored(self, name: str) -> StoredTensor | None:
-        """A tensor by its name in an adapter, or the tensor that it is tied to; `None` if it is unknown."""
-        found = self.names.find(name) or tied_to(name, self.names)
-        return None if found is None else self.names.found.tensors[found]
 
     def to_adapter(self, name: str) -> str:
         """The adapters' name of a tensor in the file. Any other name is already the adapters' name."""
@@ -177,7 +181,7 @@ def _weights_of(
     """The adapted weights, in the order of the adapters' layers."""
     parts: dict[str, list[tuple[StoredTensor, Rotation]]] = {}
     for name, own in chains.items():
-        stored = opened.stored(name)
+        stored = opened.names.stored(name)
         if stored is None:
             raise unknown_tensor(name, adapters, opened.names)
         rotation = rotation_of(stored, own, opened.names.architecture, columns)
@@ -233,7 +237,7 @@ def _copies_of(
     """Trained biases and modules, by their keys in PEFT's file without its prefix."""
     copies = {}
     for name, tensor in full.items():
-        stored = opened.stored(name)
+        stored = opened.names.stored(name)
         if stored is not None:
             check_given(name, tensor, stored)
         elif not is_new(name, adapters):

@@ -22,8 +22,17 @@ from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.sharding import first_split, full_tensor, gathered, reshard
 from hra_fx.layers.target import REFLECTION, SAVED, weight_place
 from hra_fx.layers.trained_copies import all_copies
-from hra_fx.lora.adapter import AdaptedWeight, LoraAdapter, LoraLayer, Matrix, check_rank, from_configs
-from hra_fx.lora.peft_format import check_names, model_type_of, renamings_of
+from hra_fx.lora.adapter import (
+    AdaptedWeight,
+    LoraAdapter,
+    LoraLayer,
+    Matrix,
+    check_names,
+    check_rank,
+    from_configs,
+    model_type_of,
+    renamings_of,
+)
 from hra_fx.lora.unsupported import check_expressible, check_places, check_reads
 from hra_fx.model.activate import check_copies
 from hra_fx.model.offload import load_vectors

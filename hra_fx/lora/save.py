@@ -20,12 +20,11 @@ from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import AdapterError, CheckpointError, HRAWarning
 from hra_fx.functional.low_rank import rounding_error
 from hra_fx.layers.sharding import on_first_rank
-from hra_fx.lora.adapter import LoraAdapter
+from hra_fx.lora.adapter import LoraAdapter, peft_form
 from hra_fx.lora.diffusers_format import adapters_of, part_of_class, parts_of, write_diffusers
 from hra_fx.lora.from_files import read_as_lora
 from hra_fx.lora.from_model import lora_adapter
 from hra_fx.lora.gguf_format import write_gguf
-from hra_fx.lora.peft_format import peft_form
 from hra_fx.lora.servers import check_for_server
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -243,7 +242,13 @@ def _write(
     check: str | None,
 ) -> LoraResult:
     """Write the adapter of each part of a pipeline, or under "" that of a single model; and return a summary."""
-    _check_folder(path)
+    check_no_model(path)
+    config_file = path / CONFIG_NAME
+    if config_file.is_file() and re.search(r'"peft_type":\s*"HRA"', config_file.read_text(encoding="utf-8")):
+        raise CheckpointError(
+            f"{path}: contains an HRA adapter, which the LoRA would overwrite and cannot restore. Choose another "
+            "folder."
+        )
     if rank_pattern and file_format != "peft":
         raise AdapterError(f"`rank_pattern` needs PEFT's format; {file_format} has one rank. Omit it.")
     texts = _unchanged(adapters.values())
@@ -281,17 +286,6 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
         names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
         raise AdapterError(f"`dtype` must be one of {names}, got {dtype!r}.")
     return found
-
-
-def _check_folder(path: Path) -> None:
-    """Check that a folder contains no model, and no HRA adapter, which cannot be restored from its LoRA."""
-    check_no_model(path)
-    config = path / CONFIG_NAME
-    if config.is_file() and re.search(r'"peft_type":\s*"HRA"', config.read_text(encoding="utf-8")):
-        raise CheckpointError(
-            f"{path}: contains an HRA adapter, which the LoRA would overwrite and cannot restore. Choose another "
-            "folder."
-        )
 
 
 def check_no_model(path: Path) -> None:

@@ -13,9 +13,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from hra_fx.errors import ConfigError
-from hra_fx.lora.adapter import LoraAdapter, exact_targets
+from hra_fx.lora.adapter import LoraAdapter, exact_targets, parameter_targets
 from hra_fx.lora.gguf_format import is_tied
-from hra_fx.lora.peft_format import parameter_targets
 from hra_fx.selection.suggestions import some_of
 
 _SHOWN = 3

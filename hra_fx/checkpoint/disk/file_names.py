@@ -186,14 +186,20 @@ class FileNames:
         names = (same_end or difflib.get_close_matches(name, self.found.tensors))[:3]
         return f"Similar names: {', '.join(names)}." if names else "No name is similar."
 
-    def check_new(self, name: str) -> None:
-        """Raise an error if transformers creates a tensor that is not in the files from other tensors."""
-        if (loaded := self.architecture.lookup(self._sources, name)) is not None:
-            stored = self._sources[loaded][0].stored
-            raise CheckpointError(
-                f"{stored.file}: the adapter replaces {name}, which transformers creates from tensors such as "
-                f"{stored.name}. {IN_MEMORY}"
-            )
+    def stored(self, name: str) -> StoredTensor | None:
+        """A tensor by its name in an adapter, or the tensor that it is tied to; `None` if it is unknown."""
+        found = self.find(name)
+        if found is None and self.architecture.model is not None:
+            own, groups = _ties(self.architecture)
+            known = self.architecture.lookup(own, name)
+            group = next((group for group in groups if known in group), [])
+            found = next((tied for other in group if (tied := self.find(other))), None)
+        return None if found is None else self.found.tensors[found]
+
+    def made_from(self, name: str) -> StoredTensor | None:
+        """The first of the tensors from which transformers creates one; `None` if it does not."""
+        loaded = self.architecture.lookup(self._sources, name)
+        return None if loaded is None else self._sources[loaded][0].stored
 
     def parameter(self, path: str) -> str | None:
         """The name in `stacked` of the parameter that an adapter's layer represents; `None` if it does not exist."""
@@ -278,19 +284,6 @@ def untied_config(architecture: Architecture, paths: Sequence[tuple[str, ...]]) 
             place = place.setdefault(key, {})
         place[TIE_SETTING] = False
     return (json.dumps(entries, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def tied_to(name: str, names: FileNames) -> str | None:
-    """The tensor in the files to which a tensor outside of the files is tied; `None` if unknown.
-
-    `name` is the adapter's name of the tensor.
-    """
-    if names.architecture.model is None:
-        return None
-    own, groups = _ties(names.architecture)
-    found = names.architecture.lookup(own, name)
-    group = next((group for group in groups if found in group), [])
-    return next((stored for other in group if (stored := names.find(other))), None)
 
 
 def _ties(architecture: Architecture) -> tuple[Collection[str], list[list[str]]]:

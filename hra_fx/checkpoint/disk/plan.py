@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hra_fx.checkpoint.adapter import Adapter
-from hra_fx.checkpoint.disk.architecture import CONFIG, Architecture
+from hra_fx.checkpoint.disk.architecture import CONFIG, IN_MEMORY, Architecture
 from hra_fx.checkpoint.disk.file_names import FileNames, Untying, untied_config, untying
 from hra_fx.checkpoint.disk.requests import (
     LayerChain,
@@ -75,9 +75,13 @@ def changes_for(
         elif name not in apart.changed.values() and name not in apart.stay_tied:
             if not is_new(name, adapters):
                 raise unknown_tensor(name, adapters, names)
-            names.check_new(name)
+            if source := names.made_from(name):
+                raise CheckpointError(
+                    f"{source.file}: the adapter replaces {name}, which transformers creates from tensors such as "
+                    f"{source.name}. {IN_MEMORY}"
+                )
             changes[name] = _new(full[name], found)
-    check_embeddings(adapters, names, lambda name: found.tensors.get(names.find(name) or apart.sources.get(name, "")))
+    check_embeddings(adapters, names)
     for adapter in adapters:
         check_complete(adapter, names)
     return changes, apart

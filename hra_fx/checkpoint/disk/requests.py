@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import torch
@@ -98,11 +99,14 @@ def _check_experts(adapter: Adapter, path: str, chain: Tensor, found: WeightSet,
 
 
 def _refuse_aliases(found: WeightSet, changed: Iterable[str]) -> None:
+    """Refuse tensors that `safetensors.torch.save_model` stored once; its metadata has removed key -> kept key."""
+    texts = {name: kept for header in found.files for name, kept in header.metadata.items()}
+    aliases = {name: kept for name, kept in texts.items() if name not in found.tensors and kept in found.tensors}
     for name in changed:
-        also = [alias for alias, kept in found.aliases.items() if name in (alias, kept)]
+        also = [alias for alias, kept in aliases.items() if name in (alias, kept)]
         if also:
             raise CheckpointError(
-                f"{found.name}: {found.aliases[also[0]]} and {', '.join(also)} share one tensor, and the file does not "
+                f"{found.name}: {aliases[also[0]]} and {', '.join(also)} share one tensor, and the file does not "
                 f"say whether they are one layer. {IN_MEMORY}"
             )
 
@@ -145,16 +149,11 @@ def check_given(name: str, tensor: Tensor, stored: StoredTensor) -> torch.dtype:
     return dtype
 
 
-def check_embeddings(
-    adapters: Iterable[Adapter], names: FileNames, stored: Callable[[str], StoredTensor | None]
-) -> None:
-    """Check that embeddings, which PEFT saves with adapters on output layers, equal those of this base model.
-
-    `stored` finds a tensor in the files, or the tensor that it is tied to.
-    """
+def check_embeddings(adapters: Iterable[Adapter], names: FileNames) -> None:
+    """Check that embeddings, which PEFT saves with adapters on output layers, equal those of this base model."""
     for adapter in adapters:
         for name, tensor in adapter.embeddings.items():
-            own = stored(name)
+            own = names.stored(name)
             if own is None:
                 raise CheckpointError(
                     f"{adapter.file}: unexpected key {name}, which is not in modules_to_save or in {names.found.name}. "
@@ -217,5 +216,5 @@ def _first_row(names: FileNames, path: str, width: int) -> Tensor | None:
     for name, _, _ in names.weights_of(path):
         stored = names.found.tensors[name]
         if stored.dtype in FLOATS and math.prod(stored.shape[1:]) == width:
-            return stored.first_row()
+            return dataclasses.replace(stored, index=0).read().flatten()
     return None

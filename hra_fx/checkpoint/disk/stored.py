@@ -73,12 +73,6 @@ class StoredTensor:
             values: Tensor = file.get_tensor(self.name) if self.index is None else file.get_slice(self.name)[self.index]
         return values
 
-    def first_row(self) -> Tensor:
-        """The first entry of the first dimension, flattened; raises the errors of `read`."""
-        with opened(self.file) as file:
-            row: Tensor = file.get_slice(self.name)[0]
-        return row.flatten()
-
 
 @dataclass(frozen=True)
 class Header:
@@ -119,16 +113,6 @@ class WeightSet:
     def name(self) -> str:
         """The index or the only file, for messages."""
         return str(self.index or self.files[0].file)
-
-    @cached_property
-    def aliases(self) -> dict[str, str]:
-        """Removed key -> key of the shared tensor, as recorded by `safetensors.torch.save_model`."""
-        found: dict[str, str] = {}
-        for header in self.files:
-            for name, kept in header.metadata.items():
-                if name not in self.tensors and kept in self.tensors:
-                    found[name] = kept
-        return found
 
 
 def weight_sets(folder: Path) -> list[WeightSet]:

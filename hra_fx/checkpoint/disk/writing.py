@@ -183,14 +183,11 @@ def _check_rows(file: Path, name: str, base: Tensor, written: Tensor, rotation: 
 @contextlib.contextmanager
 def bar(what: str, total: int, *, wanted: bool) -> Iterator[Callable[[int], object]]:
     """Yield a function that advances a progress bar by some bytes. It is shown if `wanted`, on a terminal."""
-    if not wanted:
-        yield lambda count: None
-        return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not (wanted and console.is_terminal)) as progress:
         task = progress.add_task(what, total=total)
         yield lambda count: progress.advance(task, count)
