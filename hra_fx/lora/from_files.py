@@ -30,15 +30,7 @@ from hra_fx.checkpoint.disk.requests import (
     touches,
     unknown_tensor,
 )
-from hra_fx.checkpoint.disk.stored import (
-    FLOATS,
-    SAFE,
-    Rotation,
-    StoredTensor,
-    product_dtype,
-    project,
-    weight_sets,
-)
+from hra_fx.checkpoint.disk.stored import FLOATS, SAFE, Rotation, StoredTensor, product_dtype, project, weight_sets
 from hra_fx.checkpoint.disk.writing import bar
 from hra_fx.checkpoint.folder import PREFIX, copy_key
 from hra_fx.errors import CheckpointError

@@ -176,10 +176,6 @@ def _chains_in(function: FunctionType) -> Iterator[_Chain]:
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     inner = {id(node.value) for node in nodes}
     for node in nodes:
-        names: list[str] = []
-        part: ast.expr = node
-        while isinstance(part, ast.Attribute):
-            names.insert(0, part.attr)
-            part = part.value
-        if isinstance(part, ast.Name) and part.id == "self" and id(node) not in inner:
+        first, *names = ast.unparse(node).split(".")
+        if first == "self" and all(map(str.isidentifier, names)) and id(node) not in inner:
             yield tuple(names)

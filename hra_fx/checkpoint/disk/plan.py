@@ -30,15 +30,7 @@ from hra_fx.checkpoint.disk.requests import (
     touches,
     unknown_tensor,
 )
-from hra_fx.checkpoint.disk.stored import (
-    FLOATS,
-    Header,
-    Rotation,
-    StoredTensor,
-    WeightSet,
-    foreign,
-    weight_sets,
-)
+from hra_fx.checkpoint.disk.stored import FLOATS, Header, Rotation, StoredTensor, WeightSet, foreign, weight_sets
 from hra_fx.checkpoint.folder import reflection_key
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError
