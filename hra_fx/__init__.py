@@ -76,8 +76,7 @@ if TYPE_CHECKING:
     from hra_fx.model.reset import reset_adapters as reset_adapters
     from hra_fx.model.scale import set_scale as set_scale
     from hra_fx.model.switch import disable_adapters as disable_adapters, set_adapter as set_adapter
-    from hra_fx.reporting.report import report as report
-    from hra_fx.reporting.result import Report as Report
+    from hra_fx.reporting.report import Report as Report, report as report
     from hra_fx.view import visualize as visualize
     from hra_fx.view.network import to_networkx as to_networkx
 
@@ -97,7 +96,7 @@ _HOMES = {
     "HRAModel": "api.peft_model",
     "LoraResult": "lora.write",
     "PeftModel": "api.peft_names",
-    "Report": "reporting.result",
+    "Report": "reporting.report",
     "accelerate_peft": "integrations.peft_acceleration",
     "adapter_inputs": "export.onnx_swap",
     "add_adapter": "model.add",

@@ -96,7 +96,8 @@ def costs(model: nn.Module, gpus: int, strategy: Strategy, *, tokens: int = 4096
     tensors = [(path, tensor) for path, layer in layers.items() for tensor in layer.hra_u.parameters()]
     vectors = [_Tensor(len(tensor), tensor[0].numel(), path) for path, tensor in tensors]
     anchors = sum(buffer.nbytes for layer in layers.values() for buffer in layer.hra_u.buffers())
-    factors = sum(_factors(layer) for layer in layers.values())
+    sizes = [(layer, math.prod(layer.hra_u.vectors_shape(1)) * layer.hra_base.itemsize) for layer in layers.values()]
+    factors = sum(2 * _length(layer) * size for layer, size in sizes)
     ranks = {path: max(spec.r for spec in layer.hra_u.specs.values()) for path, layer in layers.items()}
     per_rank = sum(t.rows * t.columns for t in _lora(layers, dict.fromkeys(ranks, 1)))
     equal = max(1, round(sum(t.rows * t.columns for t in vectors) / per_rank))
@@ -214,9 +215,4 @@ def _lora(layers: Mapping[str, AdaptedLayer], ranks: Mapping[str, int]) -> list[
 
 def _length(layer: AdaptedLayer) -> int:
     """The number `k` of vectors of all adapters of a layer, including anchors."""
-    tensors = (*layer.hra_u.parameters(), *layer.hra_u.buffers())
-    return sum(tensor.shape[-1] for tensor in tensors)
-
-
-def _factors(layer: AdaptedLayer) -> int:
-    return 2 * _length(layer) * math.prod(layer.hra_u.vectors_shape(1)) * layer.hra_base.itemsize
+    return sum(tensor.shape[-1] for tensor in (*layer.hra_u.parameters(), *layer.hra_u.buffers()))

@@ -30,22 +30,13 @@ class Column:
     priority: int = 0
 
 
-def fit_table(
-    columns: Sequence[Column], rows: Collection[Sequence[str]], width: int, title: str | None = None
-) -> Table:
-    """Create a table with as many columns as fit into a width. Empty columns are left out.
-
-    Args:
-        columns: the columns.
-        rows: one text for each column.
-        width: characters per line.
-        title: the heading.
-    """
+def fit_table(columns: Sequence[Column], rows: Collection[Sequence[str]], width: int) -> Table:
+    """Create a table with as many columns as fit into a width in characters. Empty columns are left out."""
     used = [i for i, column in enumerate(columns) if not rows or any(row[i] for row in rows)]
     console = Console(width=UNLIMITED)
     for limit in sorted({columns[i].priority for i in used}, reverse=True):
         kept = [i for i in used if columns[i].priority <= limit]
-        table = _table([columns[i] for i in kept], [[row[i] for i in kept] for row in rows], title)
+        table = _table([columns[i] for i in kept], [[row[i] for i in kept] for row in rows])
         if console.measure(table).maximum <= width:
             break
     return table
@@ -56,8 +47,8 @@ def min_width(table: Table) -> int:
     return sum(column.min_width or 0 for column in table.columns) + 3 * len(table.columns) + 1
 
 
-def _table(columns: Sequence[Column], rows: Collection[Sequence[str]], title: str | None) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=None if title is None else Text(title), title_justify="left")
+def _table(columns: Sequence[Column], rows: Collection[Sequence[str]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
     for i, column in enumerate(columns):
         longest = max(len(text) for text in (column.name, *(row[i] for row in rows)))
         table.add_column(

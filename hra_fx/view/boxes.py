@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from hra_fx.reporting.heat import shorten
 from hra_fx.view.heatmap import NO_CELLS, Cells, Heatmap
 from hra_fx.view.layout import PER_ROW, Route, Size, layered, rows_of
 from hra_fx.view.opening import Block
-from hra_fx.view.theme import clean, shorten, width
+from hra_fx.view.theme import clean, width
 from hra_fx.view.tree import Item, Leaf, Scope, notes, span
 
 NAME, DETAIL = 12.5, 11.0  # font sizes

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from hra_fx.errors import VisualizeError
-from hra_fx.reporting.heat import ink_on
+from hra_fx.reporting.heat import ink_on, shorten
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.heatmap import Heatmap, heatmap_of
 from hra_fx.view.opening import Block, Options, opened
 from hra_fx.view.svg import FRAMES, LOOKS
-from hra_fx.view.theme import clean, light, shorten
+from hra_fx.view.theme import clean, light
 from hra_fx.view.tree import Item, Leaf, Scope, span
 
 #: Mermaid's limits on GitHub.

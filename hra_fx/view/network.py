@@ -13,8 +13,8 @@ from typing import Any
 
 import networkx as nx
 
-from hra_fx.reporting.heat import ink_on, largest
-from hra_fx.reporting.row import Row
+from hra_fx.reporting.heat import ink_on
+from hra_fx.reporting.row import Row, largest
 from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.heatmap import heatmap_of
 from hra_fx.view.opening import Options

@@ -16,13 +16,13 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement, tostring
 
 from hra_fx.errors import VisualizeError
-from hra_fx.reporting.heat import HEATS, UNKNOWN
+from hra_fx.reporting.heat import HEATS, UNKNOWN, shorten
 from hra_fx.view.boxes import place
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.heatmap import Heatmap, heatmap_of
 from hra_fx.view.opening import Block, Options, opened
 from hra_fx.view.svg import FONT, FRAMES, LOOKS, draw, shape, skipped_marker, write
-from hra_fx.view.theme import Theme, clean, colored, shorten, width
+from hra_fx.view.theme import Theme, clean, colored, width
 
 LINE = 22.0  # height of a line
 _GAP = 18.0

@@ -97,15 +97,3 @@ def width(text: str, size: float, *, bold: bool = False) -> float:
     """
     ems = sum(_WIDTHS.get(letter, 0.63 if letter < "\u0250" else 1.05) for letter in text)
     return ems * size * (1.1 if bold else 1.0)
-
-
-def shorten(text: str, letters: int) -> str:
-    """Shorten a text to at most `letters` characters, by leaving out the middle.
-
-    >>> shorten("scaled_dot_product_attention", 16)
-    'scaled_d…tention'
-    """
-    if len(text) <= letters:
-        return text
-    tail = (letters - 1) // 2
-    return f"{text[: letters - 1 - tail]}…{text[len(text) - tail :]}"

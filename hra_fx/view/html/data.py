@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hra_fx.reporting.heat import DARK_PALETTE, HEATS, PALETTE, UNKNOWN, default_heat, heat_of, is_identity, scale
-from hra_fx.reporting.result import without_nan
+from hra_fx.reporting.report import without_nan
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.opening import Options
-from hra_fx.view.theme import clean
 from hra_fx.view.tree import Item, Leaf, Scope, span
 
 
@@ -39,7 +38,7 @@ def page_data(drawing: Drawing, tree: Scope, options: Options) -> dict[str, Any]
         ],
         "full": [{"path": path, "item": _box(path, box)} for path in drawing.trained_in_full],
     }
-    plain: dict[str, Any] = without_nan(data, clean)
+    plain: dict[str, Any] = without_nan(data)
     return plain
 
 
