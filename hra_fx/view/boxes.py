@@ -8,7 +8,7 @@ from hra_fx.reporting.heat import shorten
 from hra_fx.view.heatmap import NO_CELLS, Cells, Heatmap
 from hra_fx.view.layout import PER_ROW, Route, Size, layered, rows_of
 from hra_fx.view.opening import Block
-from hra_fx.view.theme import clean, width
+from hra_fx.view.theme import width
 from hra_fx.view.tree import Item, Leaf, Scope, notes, span
 
 NAME, DETAIL = 12.5, 11.0  # font sizes
@@ -23,48 +23,29 @@ _LINES = 20  # of notes in a tooltip
 
 @dataclass(frozen=True)
 class Box:
-    """A placed block. `x` and `y` are the position of its upper left corner in its parent.
-
-    Attributes:
-        block: the block.
-        size: the size and ports of the box.
-        name, detail, count, strip: the texts. `strip` is the text of the adapter, and `count` is `"× 6"` for six
-            modules.
-        tip: the tooltip; empty for the page, which writes its own tooltips.
-        heat: the color of the adapter strip, if a heatmap is shown.
-        cells: one cell for each adapted layer, if there are several.
-        parts: the boxes inside.
-        routes: the edges between the boxes inside.
-        body: the position of the inside.
-    """
+    """A placed block. `x` and `y` are the position of its upper left corner in its parent."""
 
     block: Block
     size: Size
     name: str
     detail: str
-    count: str
-    tip: str
-    strip: str = ""
-    heat: str = ""
+    count: str  # "× 6" for six modules
+    tip: str  # the tooltip; empty for the page, which writes its own tooltips
+    strip: str = ""  # the text of the adapter
+    heat: str = ""  # the color of the strip, if a heatmap is shown
     cells: Cells = NO_CELLS
     x: float = 0.0
     y: float = 0.0
     parts: tuple[Box, ...] = ()
     routes: tuple[Route, ...] = ()
-    body: tuple[float, float] = (0.0, 0.0)
+    body: tuple[float, float] = (0.0, 0.0)  # the position of the inside
 
 
 def place(block: Block, heatmap: Heatmap, *, root: bool = False) -> Box:
-    """Compute the size of a block, and place everything inside it.
-
-    Args:
-        block: the block.
-        heatmap: the colors of adapted layers.
-        root: whether it is the whole picture, which does not have a border or a title.
-    """
+    """Compute the size of a block, and place everything inside it. The root does not have a border or a title."""
     item = block.item
-    name = shorten(clean(span(item)), _PORT if block.look == "port" else _LETTERS)
-    detail = shorten(clean(item.detail if isinstance(item, Leaf) else item.class_name), _LETTERS)
+    name = shorten(span(item), _PORT if block.look == "port" else _LETTERS)
+    detail = shorten(item.detail if isinstance(item, Leaf) else item.class_name, _LETTERS)
     count = f"× {item.count}" if item.count > 1 else ""
     tip = "" if heatmap.is_live else _tip(item, heatmap)
     box = Box(block, Size(0, 0), name, "" if detail == name else detail, count, tip)
@@ -74,11 +55,12 @@ def place(block: Block, heatmap: Heatmap, *, root: bool = False) -> Box:
 def _tip(item: Item, heatmap: Heatmap) -> str:
     """The tooltip: all adapted layers, and why other layers have no adapter."""
     if isinstance(item, Leaf):
-        lines, more = [f"{item.target}: {item.detail or item.op}", *filter(None, [item.shape])], notes(item)
+        lines = [f"{item.target}: {item.detail or item.op}", *filter(None, [item.shape])]
     else:
-        lines, more = [f"{item.path or item.name}: {item.class_name}"], notes(item)
+        lines = [f"{item.path or item.name}: {item.class_name}"]
+    more = notes(item)
     cut = [f"… and {len(more) - _LINES} more"] if len(more) > _LINES else []
-    return "\n".join(map(clean, [*lines, *map(heatmap.line, item.marks), *more[:_LINES], *cut]))
+    return "\n".join([*lines, *map(heatmap.line, item.marks), *more[:_LINES], *cut])
 
 
 def _single(box: Box, heatmap: Heatmap) -> Box:

@@ -16,7 +16,7 @@ from hra_fx.view.drawing import Drawing
 from hra_fx.view.heatmap import Heatmap, heatmap_of
 from hra_fx.view.opening import Block, Options, opened
 from hra_fx.view.svg import FRAMES, LOOKS
-from hra_fx.view.theme import clean, light
+from hra_fx.view.theme import COLORS
 from hra_fx.view.tree import Item, Leaf, Scope, span
 
 #: Mermaid's limits on GitHub.
@@ -27,12 +27,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9 ._/,()=+-]")
 
 
 def render(drawing: Drawing, options: Options) -> str:
-    """Render the Mermaid text of a model, or of a part of it.
-
-    Raises:
-        VisualizeError: the options do not fit the model, or Mermaid's limits are exceeded; the message names a depth
-            that fits.
-    """
+    """Render the Mermaid text of a model, or of a part of it. Too large a text is an error with a depth that fits."""
     heatmap, tree, focus = heatmap_of(drawing, options.heat), drawing.tree(), options.focus or ""
     text, edges = _text(drawing, opened(tree, options.depth, focus), heatmap)
     if _fits(text, edges):
@@ -58,7 +53,7 @@ def escape(text: str) -> str:
     >>> escape('a"b <i>'), escape("%%{init}"), escape("日本")
     ('a#34;b #60;i#62;', '#37;#37;#123;init#125;', '日本')
     """
-    return "".join(c if _PLAIN.fullmatch(c) or c >= "\u00a0" else f"#{ord(c)};" for c in clean(text))
+    return "".join(c if _PLAIN.fullmatch(c) or c >= "\u00a0" else f"#{ord(c)};" for c in text)
 
 
 def _text(drawing: Drawing, block: Block, heatmap: Heatmap) -> tuple[str, int]:
@@ -103,7 +98,10 @@ class _Flowchart:
             return enter or [name], leave or [name]
         name = self._name("n", look)
         words, fill = self.heatmap.strip(item)
-        extra = [*_facts(item, words), *([f"{len(item.skipped)} not adapted"] if item.skipped else [])]
+        extra = [f"{len(item.skipped)} not adapted"] if item.skipped else []
+        if item.marks:
+            facts = f"{len(item.marks)} adapted" if isinstance(item, Scope) else f"r {item.rank} · d {item.width}"
+            extra.insert(0, facts + (f" · {words}" if words else ""))
         opening, closing = {"port": ("([", "])"), "closed": ("[[", "]]")}.get(look, ("[", "]"))
         if fill:
             self.fills[name] = fill
@@ -118,7 +116,7 @@ class _Flowchart:
     def styles(self) -> Iterator[str]:
         """The colors of boxes, readable on light and dark pages."""
         for look, names in self.classes.items():
-            fill, line, ink = map(light, _COLORS[look])
+            fill, line, ink = (COLORS[role][0] for role in _COLORS[look])
             dashes = ",stroke-dasharray:4 3" if look in ("eager", "untraced") else ""
             yield f"  classDef {look} fill:{fill},stroke:{line},color:{ink}{dashes}"
             yield f"  class {','.join(names)} {look}"
@@ -137,13 +135,5 @@ def _label(item: Item) -> str:
     """Name, count and class, escaped."""
     count = f" × {item.count}" if item.count > 1 else ""
     detail = item.detail if isinstance(item, Leaf) else item.class_name
-    words = [shorten(clean(span(item)), _LETTERS) + count, *([shorten(clean(detail), _LETTERS)] if detail else [])]
+    words = [shorten(span(item), _LETTERS) + count, *([shorten(detail, _LETTERS)] if detail else [])]
     return (" · " if isinstance(item, Scope) else "<br/>").join(map(escape, dict.fromkeys(words)))
-
-
-def _facts(item: Item, value: str) -> list[str]:
-    """Create a line about adapters."""
-    if not item.marks:
-        return []
-    words = f"{len(item.marks)} adapted" if isinstance(item, Scope) else f"r {item.rank} · d {item.width}"
-    return [words + (f" · {value}" if value else "")]

@@ -19,7 +19,7 @@ from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.heatmap import heatmap_of
 from hra_fx.view.opening import Options
 from hra_fx.view.subject import name_of
-from hra_fx.view.theme import clean, light
+from hra_fx.view.theme import COLORS
 from hra_fx.view.tree import Leaf, joined, module_of, notes
 
 #: Graphviz takes minutes for a thousand boxes unless its search is limited.
@@ -73,29 +73,18 @@ def network(drawing: Drawing) -> nx.DiGraph[str]:
         rows.setdefault(row.path, []).append(row)
     graph: nx.DiGraph[str] = nx.DiGraph(title=drawing.title, facts=drawing.facts)
     for key, leaf in drawing.picture.nodes(data="leaf"):
-        graph.add_node(key, **_described(leaf))
+        names = ("name", "detail", "kind", "op", "target", "shape", "dtype", "parameters")
+        graph.add_node(
+            key, module=leaf.place[-1] if leaf.place else "", **{name: getattr(leaf, name) for name in names}
+        )
         if leaf.kind == "adapted_layer" and leaf.marks:
             graph.add_node(key, **_measured(leaf, [row for path in leaf.marks for row in rows.get(path, ())]))
         elif leaf.skipped:
-            graph.add_node(key, skipped="\n".join(dict.fromkeys(leaf.skipped.values())))
+            graph.add_node(key, skipped="\n".join(dict.fromkeys(layer.reason for layer in leaf.skipped)))
         if leaf.trained:
             graph.add_node(key, trained_in_full="\n".join(leaf.trained))
     graph.add_edges_from(drawing.picture.edges)
     return graph
-
-
-def _described(leaf: Leaf) -> dict[str, str | int]:
-    return {
-        "name": leaf.name,
-        "detail": leaf.detail,
-        "kind": leaf.kind,
-        "op": leaf.op,
-        "target": leaf.target,
-        "module": leaf.place[-1] if leaf.place else "",
-        "shape": leaf.shape,
-        "dtype": leaf.dtype,
-        "parameters": leaf.parameters,
-    }
 
 
 def _measured(leaf: Leaf, every: list[Row]) -> dict[str, str | int | float]:
@@ -112,11 +101,7 @@ def _measured(leaf: Leaf, every: list[Row]) -> dict[str, str | int | float]:
 
 
 def render_graphml(drawing: Drawing, options: Options) -> bytes:
-    """Render the GraphML of a model, or of a part of it.
-
-    Raises:
-        VisualizeError: the options do not fit the model.
-    """
+    """Render the GraphML of a model, or of a part of it."""
     buffer = io.BytesIO()
     nx.write_graphml(plain(drawing, options), buffer, named_key_ids=True)
     return buffer.getvalue()
@@ -125,8 +110,7 @@ def render_graphml(drawing: Drawing, options: Options) -> bytes:
 def plain(drawing: Drawing, options: Options) -> nx.DiGraph[str]:
     """The graph of `to_networkx` in a form that GraphML can represent, so that reading the file gives an equal graph.
 
-    Characters that XML does not allow become U+FFFD; in the names of nodes, they are escaped. Empty and NaN attributes
-    are left out. The values of `options.heat` are in the attribute `heat_<name>`.
+    Empty and NaN attributes are left out. The values of `options.heat` are in the attribute `heat_<name>`.
     """
     part = collapsed(drawing, options.depth)
     graph, heat = network(part), heatmap_of(part, options.heat)
@@ -137,19 +121,13 @@ def plain(drawing: Drawing, options: Options) -> nx.DiGraph[str]:
                 graph.nodes[key][f"heat_{heat.name}"] = heat.mean(leaf.marks)
     for data in (graph.graph, *(data for _, data in graph.nodes(data=True))):
         for name, value in list(data.items()):
-            if isinstance(value, str):
-                data[name] = "\n".join(map(clean, value.split("\n")))
             if value == "" or (isinstance(value, float) and math.isnan(value)):
                 del data[name]
-    return nx.relabel_nodes(graph, {key: ascii(key) for key in graph if clean(key) != key})
+    return graph
 
 
 def render_dot(drawing: Drawing, options: Options) -> str:
-    """Render the DOT text of a model, or of a part of it, with modules as clusters.
-
-    Raises:
-        VisualizeError: the options do not fit the model.
-    """
+    """Render the DOT text of a model, or of a part of it, with modules as clusters."""
     part = collapsed(drawing, options.depth)
     picture, heat = part.picture, heatmap_of(part, options.heat)
     names = {key: f"n{index}" for index, key in enumerate(picture)}
@@ -157,7 +135,7 @@ def render_dot(drawing: Drawing, options: Options) -> str:
 
     def attributes(leaf: Leaf) -> str:
         value, fill = heat.strip(leaf)
-        fill = fill or light("violet-pale" if leaf.marks else "card")
+        fill = fill or COLORS["violet-pale" if leaf.marks else "card"][0]
         words = dict.fromkeys((leaf.name, leaf.detail, f"r {leaf.rank}" * bool(leaf.rank), value))
         label = quoted(*filter(None, words))
         # A later call of a shared layer does not have marks, and is not named again.
@@ -191,7 +169,7 @@ def quoted(*lines: str) -> str:
     >>> print(quoted('a"b', "\\N &lt;"))
     "a\"b\n\\N &amp;lt;"
     """
-    safe = (clean(line).replace("\\", r"\\").replace('"', r"\"").replace("&", "&amp;") for line in lines)
+    safe = (line.replace("\\", r"\\").replace('"', r"\"").replace("&", "&amp;") for line in lines)
     return '"' + r"\n".join(safe) + '"'
 
 

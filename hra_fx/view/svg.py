@@ -88,7 +88,7 @@ def draw(
         group.set("data-adapted", str(len(item.marks)))
     _draw_single(group, box, x, y)
     if item.skipped:
-        skipped_marker(group, x, y, refused=bool(item.refused))
+        skipped_marker(group, x, y, refused=any(layer.targeted for layer in item.skipped))
 
 
 def skipped_marker(parent: Element, x: float, y: float, *, refused: bool) -> None:

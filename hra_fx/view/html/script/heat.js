@@ -67,7 +67,7 @@ export class Heatmap {
     const fills = light.map((fill, step) => pair([fill, dark[step]]));
     bar.style.background = `linear-gradient(to right, ${fills.join(", ")})`;
     const [low, high] = heat.ends.map((value) => `${Number(value.toPrecision(6))}${heat.unit}`);
-    element.replaceChildren(html("span", { class: "measure" }, heat.words), low, bar, high, ...note);
+    element.replaceChildren(low, bar, high, ...note);
   }
 }
 
