@@ -69,9 +69,7 @@ def write_insert(folder: Path) -> None:
     named = ((before, "Captured graph"), (after, "After insert"))
     blocks = [opened(replace(drawing.tree(), name=name), 0) for drawing, name in named]
     root = Scope("", "", "", eager=False, items=tuple(block.item for block in blocks))
-    whole = Drawing(
-        "", f"{BLOCK} of ResNet-18", "torch.fx graph before and after the insert pass", after.picture, ()
-    )
+    whole = Drawing("", f"{BLOCK} of ResNet-18", "torch.fx graph before and after the insert pass", after.picture, ())
     for theme in THEMES:
         text = page(Block(root, tuple(blocks)), whole, Heatmap(), theme)
         (folder / f"insert-{theme}.svg").write_text(text, encoding="utf-8")

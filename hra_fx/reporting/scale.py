@@ -29,29 +29,17 @@ _MOMENTS = 2
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of the adapters of one method for one process: the process with the largest shards.
+    """The cost of the adapters of one method for one process: the process with the largest shards."""
 
-    Attributes:
-        method: `"HRA"` or `"LoRA"`.
-        rank: `r`, the largest of all layers.
-        parameters: trained parameters of the whole model.
-        vectors: bytes of the parameters and anchors that this process has between steps.
-        gradients: bytes of their gradients.
-        optimizer: bytes of AdamW's two moments.
-        factors: bytes of `R` and `F`, which exist from the forward to the backward pass; 0 for LoRA.
-        collectives: collectives per step that contain data of adapters, possibly together with other data.
-        sent: bytes that this process sends per step for adapters.
-    """
-
-    method: str
-    rank: int
-    parameters: int
-    vectors: int
-    gradients: int
-    optimizer: int
-    factors: int
-    collectives: int
-    sent: int
+    method: str  # "HRA" or "LoRA"
+    rank: int  # `r`, the largest of all layers
+    parameters: int  # trained parameters of the whole model
+    vectors: int  # bytes of the parameters and anchors that this process has between steps
+    gradients: int  # bytes of their gradients
+    optimizer: int  # bytes of AdamW's two moments
+    factors: int  # bytes of `R` and `F`, which exist from the forward to the backward pass; 0 for LoRA
+    collectives: int  # collectives per step that contain data of adapters, possibly together with other data
+    sent: int  # bytes that this process sends per step for adapters
 
 
 class _Tensor(NamedTuple):

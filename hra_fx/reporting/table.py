@@ -17,17 +17,11 @@ _NARROWEST = 12  # characters per line of a text column
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table.
-
-    Attributes:
-        name: its heading.
-        is_text: whether it contains text, which is aligned left and wrapped; numbers are aligned right.
-        priority: columns with the largest priority are dropped first if the table is too wide; 0 is never dropped.
-    """
+    """A column of a table with its heading."""
 
     name: str
-    is_text: bool = False
-    priority: int = 0
+    is_text: bool = False  # text is aligned left and wrapped; numbers are aligned right
+    priority: int = 0  # the largest is dropped first if the table is too wide; 0 is never dropped
 
 
 def fit_table(columns: Sequence[Column], rows: Collection[Sequence[str]], width: int) -> Table:

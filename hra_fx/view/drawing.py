@@ -34,25 +34,15 @@ from hra_fx.view.tree import Leaf, Scope, prefixes
 
 @dataclass(frozen=True)
 class Drawing:
-    """The data for drawing a model.
+    """The data for drawing a model."""
 
-    Attributes:
-        name: the class of the model.
-        title: the heading, such as `"ResNet with HRA"`.
-        facts: one line: the number of adapted layers, their ranks and parameters, and what was traced.
-        picture: the leaves, and the flow of values between them; see `graph.leaves_of`.
-        rows: the rows of the report; empty for a plain model.
-        skipped: the layers without an adapter; empty for a plain model.
-        trained_in_full: paths of the layers that are trained in full.
-    """
-
-    name: str
-    title: str
-    facts: str
-    picture: nx.DiGraph[str]
-    rows: tuple[Row, ...]
+    name: str  # the class of the model
+    title: str  # such as "ResNet with HRA"
+    facts: str  # one line: the number of adapted layers, their ranks and parameters, and what was traced
+    picture: nx.DiGraph[str]  # the leaves, and the flow of values between them; see `graph.leaves_of`
+    rows: tuple[Row, ...]  # of the report; empty for a plain model
     skipped: tuple[SkippedLayer, ...] = ()
-    trained_in_full: tuple[str, ...] = ()
+    trained_in_full: tuple[str, ...] = ()  # paths of layers
 
     def tree(self) -> Scope:
         """The leaves grouped by module, with identical neighbors as one item."""
@@ -133,7 +123,7 @@ def _facts(subject: Subject) -> str:
     traced = "traced as one graph"
     if "" not in subject.graphs:
         modules = len(subject.graphs.keys() - subject.layers.keys())
-        what = f"{_number(modules, 'module')} traced" if modules else "not traced"
+        what = f"{modules:,} module{'s' * (modules != 1)} traced" if modules else "not traced"
         traced = f"{what}: pass example_inputs to draw the whole data flow"
     if not subject.layers:
         return f"{subject.parameters:,} parameters · no adapters · {traced}"
@@ -141,12 +131,9 @@ def _facts(subject: Subject) -> str:
     span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     adapter = sum(layer.vectors for layer in subject.layers.values())
     share = adapter / max(subject.parameters, 1)
-    words = f"{_number(len(subject.layers), 'adapted layer')} · r = {span} · {adapter:,} adapter parameters"
+    count = len(subject.layers)
+    words = f"{count:,} adapted layer{'s' * (count != 1)} · r = {span} · {adapter:,} adapter parameters"
     return f"{words} ({share:.2%} of {subject.parameters:,}) · {traced}"
-
-
-def _number(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def _note_shapes(module: fx.GraphModule, call: Call) -> None:

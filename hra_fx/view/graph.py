@@ -70,7 +70,7 @@ def _stack(node: fx.Node, root: str) -> list[tuple[str, str]]:
 class _Builder:
     subject: Subject
     picture: nx.DiGraph[str] = field(default_factory=nx.DiGraph)
-    drawn: dict[str, str] = field(default_factory=dict)  # adapted layer -> the leaf that has its mark
+    drawn: set[str] = field(default_factory=set)  # paths of the adapted layers that a leaf has as marks
     counted: set[int] = field(default_factory=set)  # ids of the parameters that a leaf counts
 
     def __post_init__(self) -> None:
@@ -123,7 +123,7 @@ class _Builder:
             self._add(f"layer:{path}", self._adapted_leaf(path, "eager", tuple(prefixes(_parent(path)))))
 
     def _add(self, key: str, leaf: Leaf, sources: tuple[str, ...] = ()) -> None:
-        self.drawn.update(dict.fromkeys(leaf.marks, key))
+        self.drawn.update(leaf.marks)
         self.picture.add_node(key, leaf=leaf)
         self.picture.add_edges_from((source, key) for source in sources)
 

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import networkx as nx
+
 GAP_X, GAP_Y = 22.0, 24.0
 LANE = 14.0  # distance of long edges from boxes and from each other
 PER_ROW = 5
@@ -27,16 +29,10 @@ class Size:
 
 @dataclass(frozen=True)
 class Route:
-    """An edge: vertical segments `(x, from y, to y)`, joined by curves in the gaps between rows.
+    """An edge: vertical segments `(x, from y, to y)` from top to bottom, joined by curves in the gaps between rows."""
 
-    Attributes:
-        source: the box that it leaves; `None` for the scope's upper border.
-        target: the box that it enters; `None` for the lower border.
-        pieces: the segments from top to bottom.
-    """
-
-    source: int | None
-    target: int | None
+    source: int | None  # the box that it leaves; `None` for the scope's upper border
+    target: int | None  # the box that it enters; `None` for the lower border
     pieces: tuple[tuple[float, float, float], ...]
 
 
@@ -55,29 +51,22 @@ class Arrangement:
 def rows_of(count: int, edges: Sequence[tuple[int, int]], inputs: Sequence[int] = ()) -> list[int]:
     """The row of every box: below its sources, with a limited width.
 
-    A box without sources is right above its readers.
-
-    Args:
-        count: number of boxes, which are in topological order.
-        edges: `(i, j)`, i < j.
-        inputs: boxes that get an edge from the upper border.
+    A box without sources is right above its readers, unless it is one of `inputs`, which get an edge from the upper
+    border. The boxes are in topological order: an edge `(i, j)` has i < j.
     """
+    graph: nx.DiGraph[int] = nx.DiGraph(edges)
+    graph.add_nodes_from(range(count))
     rows: list[int] = []
     filled: Counter[int] = Counter()
-    sources: list[list[int]] = [[] for _ in range(count)]
-    readers: list[list[int]] = [[] for _ in range(count)]
-    for source, reader in edges:
-        sources[reader].append(source)
-        readers[source].append(reader)
     for box in range(count):
-        low = max((rows[source] + 1 for source in sources[box]), default=0)
+        low = max((rows[source] + 1 for source in graph.pred[box]), default=0)
         while filled[low] >= PER_ROW:
             low += 1
         rows.append(low)
         filled[low] += 1
     for box in reversed(range(count)):
-        if box not in inputs and not sources[box]:
-            rows[box] = max(rows[box], min((rows[reader] for reader in readers[box]), default=0) - 1)
+        if box not in inputs and not graph.pred[box]:
+            rows[box] = max(rows[box], min((rows[reader] for reader in graph.succ[box]), default=0) - 1)
     return rows
 
 
@@ -88,14 +77,9 @@ def layered(
     outputs: Sequence[int] = (),
     rows: Sequence[int] | None = None,
 ) -> Arrangement:
-    """Place boxes so that every edge points down.
+    """Place boxes in rows (by default those of `rows_of`), so that every edge points down.
 
-    Args:
-        sizes: the boxes, in topological order.
-        edges: `(i, j)`, i < j.
-        inputs: boxes that get an edge from the upper border.
-        outputs: boxes that get an edge to the lower border.
-        rows: the row of every box; by default, from `rows_of`.
+    `inputs` get an edge from the upper border, and `outputs` one to the lower border.
     """
     rows = rows_of(len(sizes), edges, inputs) if rows is None else rows
     return _Layout(sizes, edges, inputs, outputs, rows).arrangement()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from numbers import Integral
 
@@ -79,26 +79,20 @@ def opened(root: Scope, depth: int | None, focus: str = "") -> Block:
             are any.
         focus: path of the module.
     """
-    if depth is None:
-        return _block(root, _readable(root))
-    levels = depth + len(focus.split(".")) * bool(focus)
-    return _block(root, {id(scope) for scope in _scopes(root) if not scope.path or scope.path.count(".") < levels})
+    readable = _readable(root) if depth is None else set()
+    levels = (depth or 0) + len(focus.split(".")) * bool(focus)
 
+    def block(item: Item) -> Block:
+        if isinstance(item, Leaf):
+            return Block(item)
+        is_open = id(item) in readable if depth is None else not item.path or item.path.count(".") < levels
+        return Block(item, tuple(map(block, item.items)) if is_open else None)
 
-def _block(item: Item, is_open: set[int]) -> Block:
-    if isinstance(item, Leaf) or id(item) not in is_open:
-        return Block(item)
-    return Block(item, tuple(_block(part, is_open) for part in item.items))
-
-
-def _scopes(root: Scope) -> Iterator[Scope]:
-    yield root
-    for item in root.items:
-        if isinstance(item, Scope):
-            yield from _scopes(item)
+    return block(root)
 
 
 def _readable(root: Scope) -> set[int]:
+    """The ids of the scopes that are open by default."""
     level, is_open, seen = [root], {id(root)}, set[Hashable]()
     boxes = len(root.items)
     while level:

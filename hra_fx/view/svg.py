@@ -62,16 +62,10 @@ def write(
 def draw(
     parent: Element, box: Box, x: float, y: float, *, root: bool = False, index: Mapping[int, int] | None = None
 ) -> None:
-    """Draw a box and everything inside it.
+    """Draw a box and everything inside it. The root does not have a frame.
 
-    Args:
-        parent: the element that gets the shapes.
-        box: the box.
-        x: the left edge of the box.
-        y: the upper edge of the box.
-        root: whether it is the whole picture, which does not have a frame.
-        index: for the page, id of an item -> its number. It is written as `data-index` of its box, and edges get
-            `data-ends` with the numbers of both ends. The page writes the tips itself.
+    `index` is for the page, which writes the tips itself: id of an item -> its number. It is written as `data-index` of
+    its box, and edges get `data-ends` with the numbers of both ends.
     """
     item = box.block.item
     group = shape(parent, "g", class_="root" if root else box.block.look)

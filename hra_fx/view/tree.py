@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Literal, TypeAlias
 
 from hra_fx.reporting.skipped_layers import SkippedLayer
@@ -23,78 +24,43 @@ _NUMBER = re.compile(r"@?\d+")
 
 @dataclass(frozen=True)
 class Leaf:
-    """One box: a node of a traced graph, or a module that is not traced.
+    """One box: a node of a traced graph, or a module that is not traced."""
 
-    Attributes:
-        name: name of the box inside its module.
-        detail: class and shape, or the parameters that an operation reads.
-        kind: how it is drawn.
-        op: the fx opcode; `"eager"` for a module that is not traced.
-        target: qualified name of the module, or name of the function.
-        place: qualified names of its parents, outermost first; the n-th call of a module has `@n` appended.
-        marks: paths of the adapted layers that the box represents; empty for later calls of a shared layer.
-        width: length `d` of the reflection vectors (adapted layers only).
-        rank: number of reflection vectors in use, over all adapters (adapted layers only).
-        count: number of identical neighbors that are drawn as this box.
-        last: name of the last of these neighbors.
-        paths: qualified names of the modules that the box represents; empty for an operation.
-        readers: qualified names of the modules whose forward contains an operation that reads parameters.
-        skipped: the represented layers without an adapter.
-        trained: paths of the represented layers that are trained in full.
-        parameters: number of parameters of these modules, or of the weights that an operation reads, without adapters.
-        shape: shape of the value, `"1×64×56×56"`, if known.
-        dtype: dtype of the value, `"float32"`, if known.
-    """
-
-    name: str
-    detail: str
-    kind: LeafKind
-    op: str
-    target: str
-    place: tuple[str, ...]
-    marks: tuple[str, ...] = ()
-    width: int = 0
-    rank: int = 0
-    count: int = 1
-    last: str = ""
-    paths: tuple[str, ...] = ()
-    readers: tuple[str, ...] = ()
-    skipped: tuple[SkippedLayer, ...] = ()
-    trained: tuple[str, ...] = ()
-    parameters: int = 0
-    shape: str = ""
-    dtype: str = ""
+    name: str  # inside its module
+    detail: str  # class and shape, or the parameters that an operation reads
+    kind: LeafKind  # how it is drawn
+    op: str  # the fx opcode; "eager" for a module that is not traced
+    target: str  # qualified name of the module, or name of the function
+    place: tuple[str, ...]  # qualified names of its parents, outermost first; the n-th call of one has `@n` appended
+    marks: tuple[str, ...] = ()  # paths of the adapted layers in it; empty for later calls of a shared layer
+    width: int = 0  # length `d` of the reflection vectors
+    rank: int = 0  # number of reflection vectors in use, over all adapters
+    count: int = 1  # number of identical neighbors that are drawn as this box
+    last: str = ""  # name of the last of these neighbors
+    paths: tuple[str, ...] = ()  # qualified names of the modules in it; empty for an operation
+    readers: tuple[str, ...] = ()  # of the modules whose forward contains an operation that reads parameters
+    skipped: tuple[SkippedLayer, ...] = ()  # the layers in it without an adapter
+    trained: tuple[str, ...] = ()  # paths of the layers in it that are trained in full
+    parameters: int = 0  # of these modules, or of the weights that an operation reads, without adapters
+    shape: str = ""  # of the value, "1×64×56×56", if known
+    dtype: str = ""  # of the value, "float32", if known
 
 
 @dataclass(frozen=True)
 class Scope:
-    """A module with its contents.
+    """A module with its contents."""
 
-    Attributes:
-        path: qualified name; `""` for the model.
-        name: name below the enclosing scope.
-        class_name: name of its class.
-        eager: whether it is not traced. Then its items are in the order of definition, without edges.
-        items: leaves and scopes, in topological order.
-        edges: `(i, j)`, i < j: item j reads a value of item i.
-        inputs: items that read a value from outside.
-        outputs: items with a value that is read outside.
-        count: number of identical neighbors that are drawn as this scope.
-        last: name of the last of these neighbors.
-        paths: qualified names of all modules that are drawn as this scope.
-    """
-
-    path: str
-    name: str
+    path: str  # "" for the model
+    name: str  # below the enclosing scope
     class_name: str
-    eager: bool
-    items: tuple[Item, ...]
-    edges: tuple[tuple[int, int], ...] = ()
-    inputs: tuple[int, ...] = ()
-    outputs: tuple[int, ...] = ()
-    count: int = 1
-    last: str = ""
-    paths: tuple[str, ...] = ()
+    eager: bool  # not traced; then its items are in the order of definition, without edges
+    items: tuple[Item, ...]  # in topological order
+    edges: tuple[tuple[int, int], ...] = ()  # `(i, j)`, i < j: item j reads a value of item i
+    inputs: tuple[int, ...] = ()  # items that read a value from outside
+    outputs: tuple[int, ...] = ()  # items with a value that is read outside
+    count: int = 1  # number of identical neighbors that are drawn as this scope
+    last: str = ""  # name of the last of these neighbors
+    paths: tuple[str, ...] = ()  # of all modules that are drawn as this scope
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -190,10 +156,8 @@ def span(item: Item) -> str:
 
 def _common_start(first: str, last: str) -> str:
     """The common prefix of two names, up to the number in which they differ."""
-    length = 0
-    while length < min(len(first), len(last)) and first[length] == last[length]:
-        length += 1
-    return first[:length].rstrip("0123456789")
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    return "".join(letter for letter, _ in same).rstrip("0123456789")
 
 
 def signature(item: Item, *, sizes: bool = True) -> Hashable:

@@ -154,7 +154,6 @@ def page_data(drawing: Drawing, tree: Scope, options: Options) -> Any:
         "rows": [vars(row) for row in drawing.rows],
         "heats": _heats(drawing),
         "heat": options.heat or ("" if is_identity(drawing.rows) else default_heat(drawing.rows)),
-        "trained": not is_identity(drawing.rows),
         "palettes": [PALETTE, DARK_PALETTE],
         "unknown": UNKNOWN,
         "skipped": [

@@ -24,24 +24,10 @@
  * @property {string[]} trained layers in it that are trained in full
  */
 
-/**
- * A row of `hra_fx.report`.
- * @typedef {object} Row
- * @property {string} path
- * @property {string} layer_type
- * @property {string} adapter
- * @property {boolean} active
- * @property {number} d
- * @property {number} r
- * @property {number} parameters
- * @property {number} rotation
- * @property {number} angle
- * @property {number} orthogonality
- * @property {number} mean_angle
- * @property {number[]} angles
- * @property {number} share
- * @property {number} weight_change
- */
+/** A row of `hra_fx.report`.
+ * @typedef {{path: string, adapter: string, active: boolean, d: number, r: number, parameters: number,
+ *   rotation: number, angle: number, orthogonality: number, mean_angle: number, angles: number[], share: number,
+ *   weight_change: number}} Row */
 
 /** @typedef {{words: string, unit: string, ends: [number, number], values: Map<string, number>}} Heat */
 /** @typedef {{path: string, reason: string, refused: boolean, item: Item}} SkippedLayer */
@@ -54,7 +40,6 @@
  * @property {Map<string, Row[]>} rows by layer; several adapters are several rows
  * @property {Map<string, Heat>} heats by name
  * @property {string} heat the heatmap that is shown at first, or "" for none
- * @property {boolean} trained whether any layer is rotated
  * @property {[string[], string[]]} palettes of the heatmap, on light and on dark
  * @property {string} unknown color of a value that could not be computed
  * @property {SkippedLayer[]} skipped

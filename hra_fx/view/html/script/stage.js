@@ -200,11 +200,9 @@ export class Stage {
       (x + width) * this.zoom <= scroller.scrollLeft + scroller.clientWidth &&
       (y + height) * this.zoom <= scroller.scrollTop + scroller.clientHeight;
     if (seen) return;
-    const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
     scroller.scrollTo({
       left: center(x, width, scroller.clientWidth),
       top: center(y, height, scroller.clientHeight),
-      behavior: still ? "auto" : "smooth",
     });
   }
 
