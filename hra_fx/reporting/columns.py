@@ -162,14 +162,10 @@ def percent(share: float) -> str:
 
 
 def _graph(group: Group) -> str:
-    return ", ".join(dict.fromkeys(map(_graph_of, group.rows)))
-
-
-def _graph_of(row: Row) -> str:
-    if row.graph is None:
-        return "none"
-    # The root of a graph is a prefix of the layer's path, which is in the same line.
-    return f"…{row.graph.rpartition('.')[2]}" if row.graph else "whole model"
+    # The root of a graph is a prefix of the layer's path, which is in the same line, so only its end is shown.
+    roots = dict.fromkeys(row.graph for row in group.rows)
+    names = {None: "none", "": "whole model"}
+    return ", ".join(dict.fromkeys(names.get(root) or f"…{str(root).rpartition('.')[2]}" for root in roots))
 
 
 _COLUMNS: tuple[tuple[Column, Callable[[Group], str]], ...] = (

@@ -222,8 +222,10 @@ class _Builder:
             return Leaf(str(node.target), "", "input", node.op, str(node.target), place)
         if node.op == "output":
             return Leaf("output", "", "output", node.op, "output", place)
-        name, detail = function_name(node.target), ", ".join(before.parameters)
-        return Leaf(name, detail, "op", node.op, name, place)
+        weights = dict.fromkeys(name.rpartition(".")[2] for name in before.weights)
+        shown = (name for name in weights if name not in ("weight", "bias") and not name.startswith(_LIFTED))
+        name = function_name(node.target)
+        return Leaf(name, ", ".join(shown), "op", node.op, name, place)
 
     def _once(self, parameters: Iterable[Tensor]) -> int:
         """The number of elements of parameters that no previous leaf counts."""
@@ -243,7 +245,6 @@ class Value:
     """The facts about a value of a traced graph."""
 
     sources: tuple[str, ...] = ()  # keys of the boxes that computed it
-    parameters: tuple[str, ...] = ()  # names of the tensors in it that are shown
     weights: tuple[str, ...] = ()  # names of the parameters in it
     is_shape: bool = False  # it is a shape, or computed from shapes, and not a tensor
 
@@ -258,10 +259,9 @@ def read(node: fx.Node, values: Mapping[fx.Node, Value]) -> Value:
     """The union of all values that a node reads, in order."""
     values_read = [values[source] for source in node.all_input_nodes]
     sources = dict.fromkeys(key for value in values_read for key in value.sources)
-    parameters = dict.fromkeys(name for value in values_read for name in value.parameters)
     weights = dict.fromkeys(name for value in values_read for name in value.weights)
     only_shapes = bool(values_read) and all(value.is_shape for value in values_read)
-    return Value(tuple(sources), tuple(parameters), tuple(weights), only_shapes)
+    return Value(tuple(sources), tuple(weights), only_shapes)
 
 
 def pass_through(node: fx.Node, values: Mapping[fx.Node, Value], module: nn.Module | None) -> Value | None:
@@ -270,7 +270,8 @@ def pass_through(node: fx.Node, values: Mapping[fx.Node, Value], module: nn.Modu
     if note is not None:
         return read(node, values) if note.role == "reflection" else None
     if node.op == "get_attr":
-        return _tensor(str(node.target))
+        name = str(node.target)
+        return Value() if REFLECTION in name.split(".")[-2:-1] else Value(weights=(name,))
     if node.op == "placeholder" and node.args:
         return Value()  # an optional argument, left at its default
     if module is not None:
@@ -286,7 +287,7 @@ def pass_through(node: fx.Node, values: Mapping[fx.Node, Value], module: nn.Modu
     if _returns_its_input(node) or isinstance(node.target, type):  # such as the class of a model's outputs
         return before
     picks = node.target is operator.getitem and isinstance(node.args[1], int)
-    only_parameters = bool(before.parameters or before.weights) and not before.sources
+    only_parameters = bool(before.weights) and not before.sources
     return before if picks or only_parameters else None
 
 
@@ -324,14 +325,6 @@ def shape_and_dtype(node: fx.Node) -> tuple[str, str]:
         return "", ""
     sizes = "×".join(str(size) for size in value.shape)
     return sizes or "scalar", str(value.dtype).removeprefix("torch.")
-
-
-def _tensor(name: str) -> Value:
-    path, _, last = name.rpartition(".")
-    if path.rpartition(".")[2] == REFLECTION:
-        return Value()
-    is_plain = last in ("weight", "bias") or last.startswith(_LIFTED)
-    return Value(parameters=() if is_plain else (last,), weights=(name,))
 
 
 def _returns_its_input(node: fx.Node) -> bool:

@@ -18,9 +18,9 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 from hra_fx.errors import VisualizeError
 from hra_fx.reporting.heat import HEATS, UNKNOWN, shorten
 from hra_fx.reporting.skipped_layers import SkippedLayer
-from hra_fx.view.boxes import place
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.heatmap import Heatmap, heatmap_of
+from hra_fx.view.layout import place
 from hra_fx.view.opening import Block, Options, opened
 from hra_fx.view.svg import FONT, FRAMES, LOOKS, draw, shape, skipped_marker, write
 from hra_fx.view.theme import Theme, colored, width

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 from hra_fx.atomic_write import output_file, write_output_file
 from hra_fx.errors import VisualizeError
-from hra_fx.view import mermaid, page
+from hra_fx.view import page
 from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.heatmap import heatmap_of
 from hra_fx.view.html import rendering
-from hra_fx.view.network import render_dot, render_graphml
+from hra_fx.view.network import render_dot, render_graphml, render_mermaid
 from hra_fx.view.opening import Options, focused
 from hra_fx.view.theme import Theme
 
@@ -31,7 +31,7 @@ FORMATS: Mapping[str, Format] = {
     ".svg": Format("picture", page.render_svg, themed=True),
     ".png": Format("picture", page.render_png, themed=True),
     ".html": Format("interactive page", rendering.render, themed=True),
-    ".mmd": Format("Mermaid, for READMEs", mermaid.render),
+    ".mmd": Format("Mermaid, for READMEs", render_mermaid),
     ".dot": Format("Graphviz", render_dot),
     ".graphml": Format("networkx, Gephi, yEd", render_graphml),
 }

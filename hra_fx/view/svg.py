@@ -7,9 +7,8 @@ from itertools import pairwise
 from xml.etree.ElementTree import Element, SubElement
 
 from hra_fx.reporting.heat import ink_on
-from hra_fx.view.boxes import DETAIL, NAME, STACKED, STRIP, Box, count_width
 from hra_fx.view.heatmap import CELL
-from hra_fx.view.layout import Route
+from hra_fx.view.layout import DETAIL, NAME, STACKED, STRIP, Box, Route, count_width
 from hra_fx.view.theme import width
 
 FONT = "'Segoe UI', Roboto, 'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"

@@ -17,9 +17,9 @@ from xml.etree.ElementTree import Element, tostring
 
 from hra_fx.reporting.heat import DARK_PALETTE, HEATS, PALETTE, UNKNOWN, default_heat, heat_of, is_identity, scale
 from hra_fx.reporting.report import without_nan
-from hra_fx.view.boxes import place
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.heatmap import Heatmap, heatmap_of
+from hra_fx.view.heatmap import Heatmap
+from hra_fx.view.layout import place
 from hra_fx.view.opening import Block, Options, opened
 from hra_fx.view.page import LINE, entries
 from hra_fx.view.svg import draw, number
@@ -42,12 +42,11 @@ class _Space(Heatmap):
     """Reserves the space for the values of heatmaps, which the script writes and colors."""
 
     is_live: ClassVar[bool] = True
-    heatmaps: tuple[Heatmap, ...] = ()
 
     def strip(self, item: Item) -> tuple[str, str]:
-        """The longest text; empty in a module."""
-        texts = (heatmap.strip(item)[0] for heatmap in self.heatmaps) if isinstance(item, Leaf) else ()
-        return max(texts, key=len, default=""), ""
+        """A text as long as the longest of all measures; empty in a module."""
+        words = "mean " * (len(item.marks) > 1) + "0.000000%"
+        return words * isinstance(item, Leaf), ""
 
     def color(self, value: float) -> str:
         """The color of cells before the script colors them."""
@@ -61,8 +60,7 @@ class _Space(Heatmap):
 def pictures(drawing: Drawing, tree: Scope, options: Options) -> str:
     """The pictures as SVG elements. `data-index` is the number of a box in the data."""
     index = {id(item): number for number, item in enumerate(walk(tree))}
-    heatmaps = tuple(heatmap_of(drawing, name) for name in HEATS) if drawing.rows else ()
-    space = _Space(heatmaps[0].name, heatmaps[0].values, heatmaps=heatmaps) if heatmaps else Heatmap()
+    space = _Space(values=heat_of(drawing.rows, "rotation"))
     found: list[str] = []
     blocks = [opened(tree, options.depth, options.focus or "")]
     for block in blocks:

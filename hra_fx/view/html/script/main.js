@@ -19,7 +19,7 @@ const panel = new Panel(byId("panel"), drawing, heatmap, choose);
 const help = /** @type {HTMLDialogElement} */ (byId("help"));
 const input = /** @type {HTMLInputElement} */ (byId("query"));
 const elements = { input, regex: byId("regex"), status: byId("found"), hits: byId("hits") };
-new Search(elements, drawing, choose).listen();
+new Search(elements, drawing, choose);
 let chosenPath = "";
 
 /**

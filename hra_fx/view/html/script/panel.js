@@ -5,7 +5,6 @@
 import { marksOf, skippedIn } from "./data.js";
 import { counted, html, svg, withUnit } from "./elements.js";
 
-const LISTED = 200;
 const [WIDTH, HEIGHT] = [300, 92];
 const [LEFT, TOP, BOTTOM] = [34, 8, 18];
 const STEPS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 45, 90, 180];
@@ -66,7 +65,7 @@ export class Panel {
       ...this.#skipped(item),
       ...trainedInFull(item),
       ...(marks.length > 1 ? this.#means(marks) : []),
-      ...(one ? this.#layer(item, marks, one) : []),
+      ...(one ? this.#layer(marks, one) : []),
       ...(marks.length > 1 || (item.isScope && marks.length) ? this.#layers(item, marks, one) : []),
       ...this.#paths(item, marks),
     ]);
@@ -77,9 +76,7 @@ export class Panel {
     const { parent } = item;
     if (!parent?.parent) return [];
     const go = () => this.choose(parent);
-    return [
-      html("p", { class: "around" }, "in ", html("button", { class: "link", onclick: go }, ...broken(nameOf(parent)))),
-    ];
+    return [html("p", { class: "around" }, "in ", html("button", { class: "link", onclick: go }, nameOf(parent)))];
   }
 
   /**
@@ -130,11 +127,10 @@ export class Panel {
     }
     const items = new Map(this.drawing.skipped.map(({ path, item }) => [path, item]));
     return [...groups].flatMap(([reason, group]) => {
-      const buttons = group.slice(0, LISTED).map((path) => {
+      const buttons = group.map((path) => {
         const go = () => this.choose(/** @type {Item} */ (items.get(path)), path);
-        return html("li", {}, html("button", { class: "link", onclick: go }, ...broken(path)));
+        return html("li", {}, html("button", { class: "link", onclick: go }, path));
       });
-      if (group.length > LISTED) buttons.push(html("li", {}, `and ${group.length - LISTED} more`));
       return [html("p", { class: "reason" }, reason), html("ul", {}, ...buttons)];
     });
   }
@@ -162,38 +158,11 @@ export class Panel {
   }
 
   /**
-   * Which of the layers that a box stands for is shown, with buttons for its neighbors.
-   * @param {Item} item
-   * @param {string[]} marks
-   * @param {string} path
-   */
-  #instance(item, marks, path) {
-    const place = marks.indexOf(path);
-    const button = (/** @type {string} */ text, /** @type {string} */ label, /** @type {number} */ step) =>
-      html(
-        "button",
-        { "aria-label": label, disabled: !marks[place + step], onclick: () => this.choose(item, marks[place + step]) },
-        text,
-      );
-    const buttons = [button("‹", "Previous layer", -1), button("›", "Next layer", 1)];
-    return [
-      html(
-        "p",
-        { class: "which" },
-        `Layer ${place + 1} of ${marks.length}`,
-        html("span", { class: "group" }, ...buttons),
-      ),
-      html("h3", { class: "instance" }, ...broken(path)),
-    ];
-  }
-
-  /**
    * The rows of the report for one layer.
-   * @param {Item} item
    * @param {string[]} marks the layers that the box stands for
    * @param {string} path
    */
-  #layer(item, marks, path) {
+  #layer(marks, path) {
     const rows = this.drawing.rows.get(path) ?? [];
     const sections = rows.map((row) => {
       const name = rows.length > 1 || row.adapter !== "default" ? `Adapter ${row.adapter}` : "Adapter";
@@ -201,7 +170,9 @@ export class Panel {
       const chart = row.angles.length ? [spectrum(row.angles)] : [];
       return html("section", { class: "adapter" }, title, list(adapterFacts(row)), ...chart);
     });
-    return [...(marks.length > 1 ? this.#instance(item, marks, path) : []), ...sections];
+    if (marks.length < 2) return sections;
+    const which = html("p", { class: "which" }, `Layer ${marks.indexOf(path) + 1} of ${marks.length}`);
+    return [which, html("h3", { class: "instance" }, path), ...sections];
   }
 
   /**
@@ -215,25 +186,19 @@ export class Panel {
     const several = new Set(rows.map((row) => row.adapter)).size > 1;
     const named = ["layer", ...(several ? ["adapter"] : []), "r", "change", "mean", "largest"];
     const head = html("tr", {}, ...named.map((name) => html("th", { scope: "col" }, name)));
-    const body = rows.slice(0, LISTED).map((row) => {
+    const body = rows.map((row) => {
       const tint = html("i", { class: "tint", "aria-hidden": "true" });
       const value = this.heatmap.mean([row.path]);
       tint.style.background = value === undefined ? "" : this.heatmap.colors(value).fill;
       const go = () => this.choose(item.isScope ? this.#holder(row.path) : item, row.path);
-      const name = html(
-        "th",
-        { scope: "row" },
-        tint,
-        html("button", { class: "link", onclick: go }, ...broken(row.path)),
-      );
+      const name = html("th", { scope: "row" }, tint, html("button", { class: "link", onclick: go }, row.path));
       const cells = [...(several ? [row.adapter] : []), String(row.r), percent(row.weight_change)];
       const values = [...cells, degrees(row.mean_angle), degrees(row.angle)].map((text) => html("td", {}, text));
       return html("tr", row.path === chosen ? { "aria-current": "true" } : {}, name, ...values);
     });
-    const more = rows.length > LISTED ? [html("p", {}, `and ${rows.length - LISTED} more`)] : [];
     const table = html("table", {}, html("thead", {}, head), html("tbody", {}, ...body));
     const title = item.isScope ? "Adapted layers" : `All ${marks.length} layers`;
-    return [html("section", {}, html("h3", {}, title), html("div", { class: "wide" }, table), ...more)];
+    return [html("section", {}, html("h3", {}, title), html("div", { class: "wide" }, table))];
   }
 
   /**
@@ -251,8 +216,7 @@ export class Panel {
    */
   #paths(item, marks) {
     if (item.paths.length < 2 || (!item.isScope && marks.length > 1) || item.skipped.length) return [];
-    const lines = item.paths.slice(0, LISTED).map((path) => html("li", {}, ...broken(path)));
-    if (item.paths.length > LISTED) lines.push(html("li", {}, `and ${item.paths.length - LISTED} more`));
+    const lines = item.paths.map((path) => html("li", {}, path));
     return [html("section", {}, html("h3", {}, "Modules"), html("ul", { class: "plain" }, ...lines))];
   }
 }
@@ -279,7 +243,7 @@ function adapterFacts(row) {
 /** @param {Item} item */
 function trainedInFull(item) {
   if (!item.trained.length) return [];
-  const lines = item.trained.map((path) => html("li", {}, ...broken(path)));
+  const lines = item.trained.map((path) => html("li", {}, path));
   return [html("section", {}, html("h3", {}, "Trained in full"), html("ul", { class: "plain" }, ...lines))];
 }
 
@@ -290,18 +254,9 @@ function list(facts) {
     "dl",
     {},
     ...shown.map(([name, value, exact]) =>
-      html("div", {}, html("dt", {}, name), html("dd", exact ? { title: exact } : {}, ...broken(value))),
+      html("div", {}, html("dt", {}, name), html("dd", exact ? { title: exact } : {}, value)),
     ),
   );
-}
-
-/**
- * A text that may wrap after each dot.
- * @param {string} text
- * @returns {(Node | string)[]}
- */
-function broken(text) {
-  return text.split(/(?<=\.)/).flatMap((part, index) => (index ? [html("wbr"), part] : [part]));
 }
 
 /**
