@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -118,32 +118,35 @@ class _Nesting:
         return _unwrap(self.scope(call, name_of(call), keys, level + 1), self.picture.graph["details"])
 
 
+def _is_small(item: Item) -> bool:
+    return isinstance(item, Leaf) and item.kind == "op" and item.name not in _LANDMARKS
+
+
 def _gather(scope: Scope) -> Scope:
-    """Join neighbors: modules that are not traced, and operations in a chain, or in a module with many of them.
+    """Join neighbors: modules that are not traced, operations in a chain, and all operations if there are still many.
 
     The items are in topological order, so joining neighbors does not create a cycle.
     """
-
-    def is_small(item: Item) -> bool:
-        return isinstance(item, Leaf) and item.kind == "op" and item.name not in _LANDMARKS
-
-    is_full = sum(map(is_small, scope.items)) > _OPERATIONS_SHOWN
     edges = set(scope.edges)
     readers = Counter([*(i for i, _ in edges), *scope.outputs])
     sources = Counter([*(j for _, j in edges), *scope.inputs])
 
     def follows(index: int) -> bool:
         pair = scope.items[index - 1 : index + 1]
-        if all(map(is_small, pair)):
-            is_chain = (index - 1, index) in edges and readers[index - 1] == sources[index] == 1
-            return is_full or is_chain
+        if all(map(_is_small, pair)):
+            return (index - 1, index) in edges and readers[index - 1] == sources[index] == 1
         return all(isinstance(item, Leaf) and item.kind == "eager" for item in pair)
 
-    return contract(scope, follows, lambda run: _listing([item for item in run if isinstance(item, Leaf)]))
+    joined_chains = contract(scope, follows, _listing)
+    items = joined_chains.items
+    if sum(map(_is_small, items)) <= _OPERATIONS_SHOWN:
+        return joined_chains
+    return contract(joined_chains, lambda index: all(map(_is_small, items[index - 1 : index + 1])), _listing)
 
 
-def _listing(leaves: list[Leaf]) -> Leaf:
+def _listing(items: Sequence[Item]) -> Leaf:
     """Create one leaf with the names of several leaves."""
+    leaves = [item for item in items if isinstance(item, Leaf)]
     names, details = [leaf.name for leaf in leaves], [leaf.detail for leaf in leaves]
     shown = names[0]
     for index, name in enumerate(names[1:], start=1):
