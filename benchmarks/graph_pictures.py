@@ -40,7 +40,7 @@ def drawing_of_nodes(graph: fx.GraphModule, block: str) -> Drawing:
         picture.add_edges_from((source.name, node.name) for source in node.all_input_nodes)
     picture.add_node("out", leaf=_port("to the next block", "output"))
     picture.add_edge(part[-1].name, "out")
-    return Drawing(block, "", "", picture, (), {})
+    return Drawing(block, "", "", picture, ())
 
 
 def _port(name: str, kind: LeafKind) -> Leaf:
@@ -69,9 +69,7 @@ def write_insert(folder: Path) -> None:
     named = ((before, "Captured graph"), (after, "After insert"))
     blocks = [opened(replace(drawing.tree(), name=name), 0) for drawing, name in named]
     root = Scope("", "", "", eager=False, items=tuple(block.item for block in blocks))
-    whole = Drawing(
-        "", f"{BLOCK} of ResNet-18", "torch.fx graph before and after the insert pass", after.picture, (), {}
-    )
+    whole = Drawing("", f"{BLOCK} of ResNet-18", "torch.fx graph before and after the insert pass", after.picture, ())
     for theme in THEMES:
         text = page(Block(root, tuple(blocks)), whole, Heatmap(), theme)
         (folder / f"insert-{theme}.svg").write_text(text, encoding="utf-8")

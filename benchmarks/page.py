@@ -73,7 +73,7 @@ def without_repeats(count: int = 10_000) -> Drawing:
             skipped = list(picture)[index - 7] if index % 5 == 0 and index > 7 else before
             picture.add_edge(skipped, path)
         before = path
-    return Drawing("Made", "Made with HRA", f"{count} nodes", picture, tuple(rows), {})
+    return Drawing("Made", "Made with HRA", f"{count} nodes", picture, tuple(rows))
 
 
 MODELS: dict[str, Callable[[], Drawing]] = {

@@ -79,10 +79,9 @@ if TYPE_CHECKING:
     from hra_fx.model.reset import reset_adapters as reset_adapters
     from hra_fx.model.scale import set_scale as set_scale
     from hra_fx.model.switch import disable_adapters as disable_adapters, set_adapter as set_adapter
-    from hra_fx.reporting.report import report as report
-    from hra_fx.reporting.result import Report as Report
-    from hra_fx.view import visualize as visualize
+    from hra_fx.reporting.report import Report as Report, report as report
     from hra_fx.view.network import to_networkx as to_networkx
+    from hra_fx.view.picture import visualize as visualize
 
 __version__ = VERSION
 
@@ -100,7 +99,7 @@ _HOMES = {
     "HRAModel": "api.peft_model",
     "LoraResult": "lora.save",
     "PeftModel": "api.peft_names",
-    "Report": "reporting.result",
+    "Report": "reporting.report",
     "accelerate_peft": "integrations.peft_acceleration",
     "adapter_inputs": "export.onnx_swap",
     "add_adapter": "model.add",
@@ -138,7 +137,7 @@ _HOMES = {
     "transform": "api.transform",
     "unfold_checkpoint": "checkpoint.disk.fold",
     "unmerge_adapter": "model.merge",
-    "visualize": "view",
+    "visualize": "view.picture",
 }
 
 __all__ = sorted({*_HOMES, *errors.__all__})

@@ -162,8 +162,7 @@ def _summarize(path: Path, config: HRAConfig) -> dict[str, Any]:
 
 def _show(found: dict[str, Any]) -> None:
     from hra_fx.cli.building import show_layers
-    from hra_fx.reporting.columns import percent
-    from hra_fx.reporting.footnotes import footnotes
+    from hra_fx.reporting.columns import footnotes, percent
 
     adapted, in_full = found["adapted"], found["trained_in_full"]
     share = percent(found["trained"] / found["parameters"])
@@ -176,8 +175,8 @@ def _show(found: dict[str, Any]) -> None:
         },
     )
     show_layers(adapted)
-    for footnote in footnotes((), found["missed"], found["trained_layers"], found["missed_parameters"]):
-        show_lines(footnote.heading, footnote.lines)
+    for title, lines in footnotes((), found["missed"], found["trained_layers"], found["missed_parameters"]).items():
+        show_lines(title, lines)
 
 
 class StrategyName(StrEnum):

@@ -20,7 +20,7 @@ from transformers.trainer_callback import CallbackHandler
 from hra_fx.errors import HRAWarning
 from hra_fx.model.state import require_adapted_layers
 from hra_fx.reporting.plots import check_plot, draw_training
-from hra_fx.reporting.progress import Progress, is_sharded, progress_of
+from hra_fx.reporting.row import Progress, is_sharded, progress_of
 
 _MEAN, _LARGEST, _ERROR = "angle_mean_degrees", "angle_largest_degrees", "orthogonality_error"
 

@@ -1,4 +1,4 @@
-"""The columns of a report, which are the same in terminals, Markdown and notebooks.
+"""The columns and footnotes of a report, which are the same in terminals, Markdown and notebooks.
 
 In a terminal, rows that differ only in the indices of their blocks are one row: `layer.*.attention.self.query`.
 """
@@ -14,8 +14,14 @@ from rich.filesize import decimal
 
 from hra_fx.reporting.heat import is_identity, with_unit
 from hra_fx.reporting.row import Row
+from hra_fx.reporting.skipped_layers import SkippedLayer, SkippedParameter
 from hra_fx.reporting.table import Column
 
+# Limits of the footnotes. The data contain all reasons and names.
+_REASONS = 6
+_NAMES = 5
+#: `|Q^T Q - I|` above this is an error, not rounding.
+_NOT_ORTHOGONAL = 1e-3
 #: From this number of degrees, a range is shown without decimals.
 _LARGE = 10
 _INDEX = re.compile(r"(?<![^\s.])\d+(?=[. ])|(?<=\.)\d+(?=[. ]|$)")
@@ -23,12 +29,7 @@ _INDEX = re.compile(r"(?<![^\s.])\d+(?=[. ])|(?<=\.)\d+(?=[. ]|$)")
 
 @dataclass(frozen=True)
 class Group:
-    """One line of a table.
-
-    Attributes:
-        name: the path of the layer, with `*` for the indices in which the layers of the group differ.
-        rows: the rows of the group, at least one.
-    """
+    """One line of a table: its name, with `*` for the indices in which its layers differ, and its rows."""
 
     name: str
     rows: tuple[Row, ...]
@@ -39,22 +40,15 @@ class Group:
         return self.rows[0]
 
     def range(self, value: Callable[[Row], float], text: Callable[[float], str]) -> str:
-        """Format the smallest and the largest value.
-
-        Args:
-            value: the value of a row.
-            text: the text of a value, with its unit at the end.
-        """
+        """Format the smallest and the largest value, each with its unit at the end."""
         values = [value(row) for row in self.rows]
         low, high = text(min(values)), text(max(values))
         return high if low == high else f"{low.rstrip('°%')} to {high}"
 
     def angles(self, value: Callable[[Row], float]) -> str:
         """Format a range of angles in degrees, without decimals if they are large, so that columns fit a terminal."""
-        values = [math.degrees(value(row)) for row in self.rows]
-        if len(values) > 1 and min(values) >= _LARGE:
-            return self.range(lambda row: math.degrees(value(row)), lambda angle: f"{angle:.0f}°")
-        return self.range(lambda row: math.degrees(value(row)), lambda angle: with_unit(angle, "°"))
+        is_large = len(self.rows) > 1 and math.degrees(min(map(value, self.rows))) >= _LARGE
+        return self.range(value, (lambda angle: f"{math.degrees(angle):.0f}°") if is_large else degrees)
 
 
 def starred(text: str) -> str:
@@ -64,11 +58,6 @@ def starred(text: str) -> str:
     ('model.layers.*.mlp.experts.*', 'layer1.conv2', '0')
     """
     return _INDEX.sub("*", text)
-
-
-def single(rows: Collection[Row]) -> list[Group]:
-    """One group for each row."""
-    return [Group(row.path, (row,)) for row in rows]
 
 
 def grouped(rows: Collection[Row]) -> list[Group]:
@@ -105,7 +94,7 @@ def table_of(rows: Collection[Row]) -> tuple[list[Column], list[list[str]]]:
     Unnecessary columns are left out: the adapter's name if there is only one, and the graph if the model was not
     traced.
     """
-    return _table(single(rows), rows)
+    return _table([Group(row.path, (row,)) for row in rows], rows)
 
 
 def grouped_table_of(rows: Collection[Row]) -> tuple[list[Column], list[list[str]]]:
@@ -122,7 +111,7 @@ def grouped_table_of(rows: Collection[Row]) -> tuple[list[Column], list[list[str
 
 def _table(groups: Collection[Group], rows: Collection[Row]) -> tuple[list[Column], list[list[str]]]:
     hidden = set() if len(adapters_of(rows)) > 1 else {"adapter"}
-    if not is_traced(rows):
+    if all(row.graph is None and not row.graph_reason for row in rows):
         hidden.add("graph")
     shown = [(column, text) for column, text in _COLUMNS if column.name not in hidden]
     return [column for column, _ in shown], [[text(group) for _, text in shown] for group in groups]
@@ -131,11 +120,6 @@ def _table(groups: Collection[Group], rows: Collection[Row]) -> tuple[list[Colum
 def adapters_of(rows: Collection[Row]) -> list[str]:
     """The names of the adapters, in the order of the rows."""
     return list(dict.fromkeys(row.adapter for row in rows))
-
-
-def is_traced(rows: Collection[Row]) -> bool:
-    """Whether the rows contain the graphs of their layers."""
-    return any(row.graph is not None or row.graph_reason for row in rows)
 
 
 def heading(rows: Collection[Row]) -> str:
@@ -178,14 +162,10 @@ def percent(share: float) -> str:
 
 
 def _graph(group: Group) -> str:
-    return ", ".join(dict.fromkeys(map(_graph_of, group.rows)))
-
-
-def _graph_of(row: Row) -> str:
-    if row.graph is None:
-        return "none"
-    # The root of a graph is a prefix of the layer's path, which is in the same line.
-    return f"…{row.graph.rpartition('.')[2]}" if row.graph else "whole model"
+    # The root of a graph is a prefix of the layer's path, which is in the same line, so only its end is shown.
+    roots = dict.fromkeys(row.graph for row in group.rows)
+    names = {None: "none", "": "whole model"}
+    return ", ".join(dict.fromkeys(names.get(root) or f"…{str(root).rpartition('.')[2]}" for root in roots))
 
 
 _COLUMNS: tuple[tuple[Column, Callable[[Group], str]], ...] = (
@@ -202,3 +182,72 @@ _COLUMNS: tuple[tuple[Column, Callable[[Group], str]], ...] = (
     (Column("|Q - I|", priority=5), lambda group: group.range(lambda row: row.rotation, "{:.3f}".format)),
     (Column("share of W", priority=4), lambda group: group.range(lambda row: row.share, percent)),
 )
+
+
+def footnotes(
+    rows: Collection[Row],
+    skipped: Collection[SkippedLayer],
+    trained_in_full: Collection[str],
+    parameters: Collection[SkippedParameter],
+) -> dict[str, list[str]]:
+    """Heading -> lines of the footnotes: which layers have no adapter and why (each reason once), possible errors."""
+    trained = [_listed(_counted(trained_in_full))] if trained_in_full else []
+    lost, others = ([layer for layer in skipped if layer.targeted is wanted] for wanted in (True, False))
+    share = sum(parameter.share for parameter in parameters)
+    found = {
+        f"Targeted, but not adapted: {_layers(lost)}": _by_reason(lost),
+        f"Not adapted: 3-D parameters, {share:.1%} of the base model": _experts(parameters),
+        "Not traced as one graph:": _untraced(rows),
+        "Trained in full:": trained,
+        f"Not adapted: {_layers(others)}": _by_reason(others),
+        "Q is not orthogonal:": _not_orthogonal(rows),
+    }
+    return {title: lines for title, lines in found.items() if lines}
+
+
+def _layers(layers: Collection[SkippedLayer]) -> str:
+    return f"{len(layers):,} layer{'s' * (len(layers) != 1)}"
+
+
+def _experts(parameters: Collection[SkippedParameter]) -> list[str]:
+    counted = _counted([parameter.path for parameter in parameters])
+    names = list(dict.fromkeys(".".join(parameter.path.split(".")[-2:]) for parameter in parameters))
+    return [f"{_listed(counted)}: to adapt them, use target_parameters={names}"] if parameters else []
+
+
+def _untraced(rows: Collection[Row]) -> list[str]:
+    counted = _counted(dict.fromkeys(row.graph_reason for row in rows if row.graph_reason))
+    return [f"{reason} ({count} times)" if count > 1 else reason for reason, count in counted.items()]
+
+
+def _by_reason(skipped: Collection[SkippedLayer]) -> list[str]:
+    by_reason: dict[str, list[str]] = {}
+    for layer in skipped:
+        by_reason.setdefault(layer.reason, []).append(layer.path)
+    lines = [f"{_listed(_counted(paths))}: {reason}" for reason, paths in by_reason.items()]
+    if len(lines) <= _REASONS:
+        return lines
+    rest = sum(map(len, list(by_reason.values())[_REASONS:]))
+    return [*lines[:_REASONS], f"{rest:,} more layers, for {len(lines) - _REASONS} other reasons"]
+
+
+def _counted(texts: Collection[str]) -> dict[str, int]:
+    """Count texts. Texts that differ only in the indices of layers are counted as one text with `*`."""
+    same: dict[str, list[str]] = {}
+    for text in texts:
+        same.setdefault(starred(text), []).append(text)
+    return {key if len(found) > 1 else found[0]: len(found) for key, found in same.items()}
+
+
+def _listed(names: dict[str, int]) -> str:
+    shown = [f"{name} ({count})" if count > 1 else name for name, count in names.items()]
+    rest = sum(list(names.values())[_NAMES:])
+    return ", ".join(shown[:_NAMES]) + f" and {rest:,} more" * (rest > 0)
+
+
+def _not_orthogonal(rows: Collection[Row]) -> list[str]:
+    wrong = [row for row in rows if row.orthogonality > _NOT_ORTHOGONAL]
+    if not wrong:
+        return []
+    worst = max(wrong, key=lambda row: row.orthogonality)
+    return [f"|Q'Q - I| is up to {worst.orthogonality:.0e}, at {worst.path} ({worst.adapter})"]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hra_fx.errors import VisualizeError
-from hra_fx.reporting.row import Row
+from hra_fx.reporting.row import Row, largest
 
 #: Colors at equal steps of the scale. Between them, the channels are interpolated linearly.
 PALETTE = ("#fcf7b9", "#fec88c", "#fd9869", "#f4675c", "#d8456c", "#ae347b", "#842681", "#5c167f", "#331067", "#0e0b2b")
@@ -23,14 +23,8 @@ DARK_PALETTE = (
 )
 #: The color of a value that could not be computed.
 UNKNOWN = "#c9ced6"
-
-
 #: The ends of a scale are multiples of one of these numbers times a power of ten, and about this many steps apart.
 _ROUND, _STEPS = (1.0, 2.0, 5.0, 10.0), 10
-#: Below this, powers of ten underflow to zero.
-_LEAST = 1e-290
-#: Values count as equal if they differ by less than this, relative to the largest value.
-_EQUAL = 1e-3
 _DEGREES = 180 / math.pi
 
 
@@ -56,30 +50,20 @@ def ink_on(fill: str) -> str:
     >>> ink_on("#fcf7b9"), ink_on("#0e0b2b")
     ('#000000', '#ffffff')
     """
-    return "#000000" if (_luminance(fill) + 0.05) ** 2 > 0.05 * 1.05 else "#ffffff"
+    # The relative luminance of https://www.w3.org/TR/WCAG22/#dfn-relative-luminance
+    shares = [channel / 255 for channel in _channels(fill)]
+    red, green, blue = (share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares)
+    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    return "#000000" if (luminance + 0.05) ** 2 > 0.05 * 1.05 else "#ffffff"
 
 
 def _channels(fill: str) -> Sequence[int]:
     return [int(fill[start : start + 2], 16) for start in (1, 3, 5)]
 
 
-def _luminance(fill: str) -> float:
-    """Relative luminance (https://www.w3.org/TR/WCAG22/#dfn-relative-luminance)."""
-    shares = [channel / 255 for channel in _channels(fill)]
-    red, green, blue = (share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
 @dataclass(frozen=True)
 class Heat:
-    """A measure of how far a layer is rotated.
-
-    Attributes:
-        field: the field of a row.
-        words: the name of the measure in a legend.
-        unit: the unit of the values.
-        factor: factor from the field to this unit.
-    """
+    """A measure of how far a layer is rotated: a field of a row, times a factor, in a unit. `words` is its name."""
 
     field: str
     words: str
@@ -138,38 +122,15 @@ def is_identity(rows: Iterable[Row]) -> bool:
     return bool(found) and all(row.angles == () for row in found)
 
 
-def largest(values: Iterable[float]) -> float:
-    """The largest of at least one value, or NaN if one is NaN (which `max` may miss).
-
-    >>> largest([1.0, 3.0]), largest([1.0, math.nan])
-    (3.0, nan)
-    """
-    found = list(values)
-    return math.nan if any(map(math.isnan, found)) else max(found)
-
-
 def heat_named(name: object) -> Heat:
-    """The measure with this name.
-
-    Raises:
-        VisualizeError: the name is unknown.
-
-    Example:
-        >>> heat_named("angle").words
-        'largest angle'
-    """
+    """The measure with this name; an error if there is none."""
     if not isinstance(name, str) or name not in HEATS:
         raise VisualizeError(f"`heat` must be one of {', '.join(map(repr, HEATS))}, got {name!r}.")
     return HEATS[name]
 
 
 def heat_of(rows: Iterable[Row], name: str) -> dict[str, float]:
-    """The value of every adapted layer in the unit of the legend: degrees, percent, or no unit.
-
-    Args:
-        rows: the rows of a report. A layer gets the largest value of its active adapters, and 0 if none is active.
-        name: one of `HEATS`.
-    """
+    """Layer -> the largest value of its active adapters, in the unit of the measure; 0 if none is active."""
     active: dict[str, list[Row]] = {}
     for row in rows:
         active.setdefault(row.path, []).extend([row] if row.active else [])
@@ -184,18 +145,26 @@ def scale(values: Iterable[float]) -> tuple[float, float]:
     """
     known = [value for value in values if math.isfinite(value)]
     low, high = min(known, default=0.0), max(known, default=0.0)
-    if high < _LEAST:
+    if high < 1e-290:  # powers of ten underflow to zero below it
         return 0.0, 1.0
-    if high - low <= _EQUAL * high:
+    if high - low <= 1e-3 * high:
         low = 0.0
-    step = _step((high - low) / _STEPS)
+    least = (high - low) / _STEPS
+    power = 10.0 ** math.floor(math.log10(least))
+    step = next(step for step in _ROUND if step * power >= least * (1 - 1e-6)) * power
     # Rounding noise must not raise 180 degrees (a reflection) to the next step.
     steps = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
     bottom, top = (float(f"{count * step:.6g}") for count in steps)
     return bottom, top
 
 
-def _step(least: float) -> float:
-    """The smallest round number that is at least `least`."""
-    power = 10.0 ** math.floor(math.log10(least))
-    return next(step for step in _ROUND if step * power >= least * (1 - 1e-6)) * power
+def shorten(text: str, letters: int) -> str:
+    """Shorten a text to at most `letters` characters, by leaving out the middle.
+
+    >>> shorten("scaled_dot_product_attention", 16)
+    'scaled_d…tention'
+    """
+    if len(text) <= letters:
+        return text
+    tail = (letters - 1) // 2
+    return f"{text[: letters - 1 - tail]}…{text[len(text) - tail :]}"

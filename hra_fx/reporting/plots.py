@@ -13,9 +13,20 @@ from typing import TYPE_CHECKING, Any
 from hra_fx.atomic_write import output_file, write_output_file
 from hra_fx.errors import VisualizeError
 from hra_fx.reporting.columns import adapters_of
-from hra_fx.reporting.heat import HEATS, PALETTE, UNKNOWN, Heat, color, default_heat, heat_named, heat_of, ink_on, scale
-from hra_fx.reporting.progress import Progress, adapters_in
-from hra_fx.reporting.row import Row
+from hra_fx.reporting.heat import (
+    HEATS,
+    PALETTE,
+    UNKNOWN,
+    Heat,
+    color,
+    default_heat,
+    heat_named,
+    heat_of,
+    ink_on,
+    scale,
+    shorten,
+)
+from hra_fx.reporting.row import Progress, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,11 +62,7 @@ _STYLE: dict[str, Any] = {
 
 
 def check_plot(path: str | os.PathLike[str]) -> Path:
-    """Check the path of a plot before the work starts, and return it.
-
-    Raises:
-        VisualizeError: unknown file ending, no such folder, or matplotlib is not installed.
-    """
+    """Check the path of a plot, and that matplotlib is installed, before the work starts."""
     file = output_file(path, FORMATS)
     try:
         import matplotlib.figure  # noqa: F401
@@ -92,11 +99,7 @@ def entitle(axes: Axes, title: str, subtitle: str = "", points: int = 8) -> None
 
 
 def write(figure: Figure, file: Path) -> Path:
-    """Write a figure, cropped to its content, atomically.
-
-    Raises:
-        VisualizeError: the file could not be written.
-    """
+    """Write a figure, cropped to its content, atomically."""
     ending, buffer = file.suffix.lower(), io.BytesIO()
     with warnings.catch_warnings():
         # A missing glyph is drawn as a box; in an SVG, the reader's fonts draw it.
@@ -124,11 +127,7 @@ def cell_of(path: str) -> tuple[str, str]:
 
 
 def draw_heatmap(rows: Sequence[Row], path: str | os.PathLike[str], heat: str | None, adapter: str | None) -> Path:
-    """Write the heatmap of some rows; see `Report.plot_heatmap`.
-
-    Raises:
-        VisualizeError: unknown file ending, field or adapter, no such folder, or matplotlib is not installed.
-    """
+    """Write the heatmap of some rows; see `Report.plot_heatmap`."""
     file = check_plot(path)
     measure = heat_named(default_heat(rows) if heat is None else heat)
     known = adapters_of(rows)
@@ -184,11 +183,7 @@ def _color_bar(figure: Figure, ends: tuple[float, float], unit: str, *, unknown:
 
 
 def draw_comparison(rows: Sequence[Row], path: str | os.PathLike[str], first: str, second: str) -> Path:
-    """Write the plot of two adapters; see `Report.plot_comparison`.
-
-    Raises:
-        VisualizeError: unknown file ending or adapter, no such folder, or matplotlib is not installed.
-    """
+    """Write the plot of two adapters; see `Report.plot_comparison`."""
     file = check_plot(path)
     known = adapters_of(rows)
     for name in (first, second):
@@ -214,25 +209,18 @@ def draw_comparison(rows: Sequence[Row], path: str | os.PathLike[str], first: st
 
 
 def draw_training(history: Sequence[Progress], path: str | os.PathLike[str]) -> Path:
-    """Write a plot of training: the mean and the largest angle of each adapter by step, and the error of `Q`.
-
-    Args:
-        history: the points in the order of steps.
-        path: the file, ending in `.svg`, `.png` or `.pdf`; its folder must exist.
-
-    Raises:
-        VisualizeError: unknown file ending, no such folder, an empty history, or matplotlib is not installed.
-    """
+    """Write a plot of training: the mean and the largest angle of each adapter by step, and the error of `Q`."""
     file = check_plot(path)
     if not history:
         raise VisualizeError("`history` is empty. Train with a RotationCallback first.")
     with style():
         figure = new_figure(6.4, 4.4)
         angles, errors = figure.add_axes((0, 0.37, 1, 0.63)), figure.add_axes((0, 0, 1, 0.25))
-        for place, adapter in enumerate(adapters_in(history)):
+        for place, adapter in enumerate(dict.fromkeys(point.adapter for point in history)):
             points = [point for point in history if point.adapter == adapter]
             tint, name = _COLORS[place % len(_COLORS)], _shown(adapter)
-            mean, largest = ([math.degrees(getattr(point, field)) for point in points] for field in _ANGLES)
+            mean = [math.degrees(point.mean_angle) for point in points]
+            largest = [math.degrees(point.angle) for point in points]
             steps, marker = [point.step for point in points], "." if len(points) < 30 else ""
             angles.plot(steps, mean, color=tint, marker=marker, label=f"{name}, mean")
             angles.plot(steps, largest, ":", color=tint, marker=marker, label=f"{name}, largest")
@@ -246,9 +234,6 @@ def draw_training(history: Sequence[Progress], path: str | os.PathLike[str]) -> 
         return write(figure, file)
 
 
-_ANGLES = ("mean_angle", "angle")
-
-
 def _quiet(axes: Axes, title: str, grid: Any) -> None:
     """Set a title on the left, grid lines, and no frame."""
     axes.set_title(title, loc="left", fontsize=9, color=QUIET)
@@ -257,12 +242,6 @@ def _quiet(axes: Axes, title: str, grid: Any) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _shown(text: str, letters: int = 56) -> str:
-    """Convert a name from a model to a label: one line, printable, shortened.
-
-    >>> _shown("a\\nb"), _shown("x" * 99, 9)
-    ('a b', 'xxxx…xxxx')
-    """
-    line = "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(text.split()))
-    tail = (letters - 1) // 2
-    return line if len(line) <= letters else f"{line[: letters - 1 - tail]}…{line[len(line) - tail :]}"
+def _shown(text: str) -> str:
+    """A name from a model as a label: one short line."""
+    return shorten(" ".join(text.split()), 56)

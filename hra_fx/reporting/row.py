@@ -1,11 +1,13 @@
-"""One row of a report: one adapter at one layer, and the computation of its angles and its change of the weight."""
+"""The numbers of a report: one adapter at one layer, and a few values per adapter that are cheap enough to log."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from hra_fx.errors import AdapterError
 from hra_fx.functional.rotated_energy import RelativeChange, readable_rows, relative_change
@@ -13,7 +15,7 @@ from hra_fx.functional.statistics import RotationStats, rotation_stats
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.experts_adapters import ExpertsAdapters
 from hra_fx.layers.quantized.detect import quant_scheme_of
-from hra_fx.layers.quantized.scheme import QuantScheme
+from hra_fx.model.state import require_adapted_layers
 
 _UNKNOWN = RotationStats(math.nan, (math.nan,), math.nan)
 
@@ -73,15 +75,12 @@ def turn_of(chain: Tensor | None) -> RotationStats:
     """The angles of the reflections from `chain_of`; NaN for `None`. For experts, the angles of all experts."""
     if chain is None:
         return _UNKNOWN
-    return rotation_stats(chain) if chain.dim() == 2 else _joint([rotation_stats(one) for one in chain])
-
-
-def _joint(experts: list[RotationStats]) -> RotationStats:
-    """The statistics of `Q` of all experts together, a block-diagonal matrix."""
+    if chain.dim() == 2:
+        return rotation_stats(chain)
+    experts = [rotation_stats(one) for one in chain]
     angles = sorted((angle for expert in experts for angle in expert.angles), reverse=True)
-    norms = (math.hypot(*(getattr(expert, name) for expert in experts)) for name in ("rotation", "orthogonality"))
-    rotation, orthogonality = norms
-    return RotationStats(rotation, tuple(angles), orthogonality)
+    rotation = math.hypot(*(expert.rotation for expert in experts))  # `Q` of all experts is block-diagonal
+    return RotationStats(rotation, tuple(angles), math.hypot(*(expert.orthogonality for expert in experts)))
 
 
 def change_of(rows: Tensor | None, chain: Tensor | None) -> RelativeChange:
@@ -123,13 +122,63 @@ def weight_rows(layer: AdaptedLayer) -> Tensor | None:
         return layer.hra_u.rows(weight)
     if scheme is None:
         return readable_rows(weight, layer.hra_u.width, fan_in_fan_out=layer.hra_u.fan_in_fan_out)
-    return _dequantized(layer, scheme)
-
-
-def _dequantized(layer: AdaptedLayer, scheme: QuantScheme) -> Tensor | None:
-    """A quantized weight as `(out, d)`; `None` if its library cannot dequantize it on this machine."""
     try:
         values = scheme.values(layer)
     except Exception:  # each library has its own errors for a missing kernel; the report continues without the value
         return None
     return readable_rows(values, layer.hra_u.width, fan_in_fan_out=False)
+
+
+def largest(values: Iterable[float]) -> float:
+    """The largest of at least one value, or NaN if one is NaN (which `max` may miss).
+
+    >>> largest([1.0, 3.0]), largest([1.0, math.nan])
+    (3.0, nan)
+    """
+    found = list(values)
+    return math.nan if any(map(math.isnan, found)) else max(found)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One adapter at one step.
+
+    Attributes:
+        step: number of optimizer steps so far.
+        adapter: name of the adapter.
+        mean_angle: mean of the mean angles of its layers, in radians (see `Row`).
+        angle: largest angle of all its layers, in radians.
+        orthogonality: largest `|Q^T Q - I|_F` of all its layers.
+    """
+
+    step: int
+    adapter: str
+    mean_angle: float
+    angle: float
+    orthogonality: float
+
+
+def progress_of(model: nn.Module, step: int) -> list[Progress]:
+    """The progress of each active adapter. This does not read weights."""
+    turns: dict[str, list[RotationStats]] = {}
+    with torch.no_grad():
+        for layer in require_adapted_layers(model).values():
+            for name in layer.hra_u.active:
+                turns.setdefault(name, []).append(turn_of(chain_of(layer, name)))
+    return [
+        Progress(
+            step,
+            adapter,
+            sum(turn.mean_angle for turn in found) / len(found),
+            largest(turn.angle for turn in found),
+            largest(turn.orthogonality for turn in found),
+        )
+        for adapter, found in turns.items()
+    ]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this process has only shards of some vectors (FSDP, ZeRO-3), so that angles cannot be computed."""
+    return any(
+        chain_of(layer, name) is None for layer in require_adapted_layers(model).values() for name in layer.hra_u
+    )

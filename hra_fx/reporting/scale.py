@@ -29,29 +29,17 @@ _MOMENTS = 2
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of the adapters of one method for one process: the process with the largest shards.
+    """The cost of the adapters of one method for one process: the process with the largest shards."""
 
-    Attributes:
-        method: `"HRA"` or `"LoRA"`.
-        rank: `r`, the largest of all layers.
-        parameters: trained parameters of the whole model.
-        vectors: bytes of the parameters and anchors that this process has between steps.
-        gradients: bytes of their gradients.
-        optimizer: bytes of AdamW's two moments.
-        factors: bytes of `R` and `F`, which exist from the forward to the backward pass; 0 for LoRA.
-        collectives: collectives per step that contain data of adapters, possibly together with other data.
-        sent: bytes that this process sends per step for adapters.
-    """
-
-    method: str
-    rank: int
-    parameters: int
-    vectors: int
-    gradients: int
-    optimizer: int
-    factors: int
-    collectives: int
-    sent: int
+    method: str  # "HRA" or "LoRA"
+    rank: int  # `r`, the largest of all layers
+    parameters: int  # trained parameters of the whole model
+    vectors: int  # bytes of the parameters and anchors that this process has between steps
+    gradients: int  # bytes of their gradients
+    optimizer: int  # bytes of AdamW's two moments
+    factors: int  # bytes of `R` and `F`, which exist from the forward to the backward pass; 0 for LoRA
+    collectives: int  # collectives per step that contain data of adapters, possibly together with other data
+    sent: int  # bytes that this process sends per step for adapters
 
 
 class _Tensor(NamedTuple):
@@ -96,7 +84,8 @@ def costs(model: nn.Module, gpus: int, strategy: Strategy, *, tokens: int = 4096
     tensors = [(path, tensor) for path, layer in layers.items() for tensor in layer.hra_u.parameters()]
     vectors = [_Tensor(len(tensor), tensor[0].numel(), path) for path, tensor in tensors]
     anchors = sum(buffer.nbytes for layer in layers.values() for buffer in layer.hra_u.buffers())
-    factors = sum(_factors(layer) for layer in layers.values())
+    sizes = [(layer, math.prod(layer.hra_u.vectors_shape(1)) * layer.hra_base.itemsize) for layer in layers.values()]
+    factors = sum(2 * _length(layer) * size for layer, size in sizes)
     ranks = {path: max(spec.r for spec in layer.hra_u.specs.values()) for path, layer in layers.items()}
     per_rank = sum(t.rows * t.columns for t in _lora(layers, dict.fromkeys(ranks, 1)))
     equal = max(1, round(sum(t.rows * t.columns for t in vectors) / per_rank))
@@ -214,9 +203,4 @@ def _lora(layers: Mapping[str, AdaptedLayer], ranks: Mapping[str, int]) -> list[
 
 def _length(layer: AdaptedLayer) -> int:
     """The number `k` of vectors of all adapters of a layer, including anchors."""
-    tensors = (*layer.hra_u.parameters(), *layer.hra_u.buffers())
-    return sum(tensor.shape[-1] for tensor in tensors)
-
-
-def _factors(layer: AdaptedLayer) -> int:
-    return 2 * _length(layer) * math.prod(layer.hra_u.vectors_shape(1)) * layer.hra_base.itemsize
+    return sum(tensor.shape[-1] for tensor in (*layer.hra_u.parameters(), *layer.hra_u.buffers()))

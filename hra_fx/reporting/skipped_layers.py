@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from hra_fx.config import HRAConfig
 from hra_fx.export.inspect import unadapted_layers
 from hra_fx.layers.experts_weight import CHILD
 from hra_fx.layers.target import REFLECTION, SAVED, LayerKind, describe, find_kind, weight_name
-from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, get_state
+from hra_fx.model.state import adapted_layers, collect_parts, get_state
 from hra_fx.selection.parameters import expert_parameters
 from hra_fx.selection.select import is_target, layer_index, resolve_targets, saved_modules
 from hra_fx.selection.suggestions import format_names
@@ -76,7 +76,13 @@ def not_adapted(model: nn.Module) -> tuple[tuple[SkippedLayer, ...], tuple[str, 
     """
     adapted = set(adapted_layers(model).values())
     roots = set(collect_parts(model).roots)
-    selections = {path: _selections(root) for path, root in state_modules(model) if root in roots}
+    selections: dict[str, dict[str, Selection]] = {}
+    for path, part in state_modules(model):
+        if part in roots and (state := get_state(part)) is not None:
+            selections[path] = {name: Selection(part, config) for name, config in state.configs.items()}
+    outside = f"outside of the transformed module {' and '.join(map(repr, selections))}"
+    if not selections:
+        outside = "unknown: this module is a part of a transformed model"
     skipped, trained = [], []
     for path, layer in state_modules(model):
         kind = find_kind(layer)
@@ -86,18 +92,13 @@ def not_adapted(model: nn.Module) -> tuple[tuple[SkippedLayer, ...], tuple[str, 
         inside, below = {} if root is None else selections[root], path[len(root or "") :].lstrip(".")
         targeted = any(selection.selects(below) for selection in inside.values())
         in_full = any(selection.trains_in_full(layer) for selection in inside.values())
-        if in_full or (kind and selections and not targeted and _requires_grad(layer, kind)):
+        weight = layer._parameters.get(weight_name(kind)) if kind else None
+        if in_full or (selections and not targeted and weight is not None and weight.requires_grad):
             trained.append(path)
         elif kind:
-            reason = _why_outside(selections) if root is None else reason_of(inside, below, kind)
+            reason = outside if root is None else reason_of(inside, below, kind)
             skipped.append(SkippedLayer(path, describe(layer), reason, targeted))
     return tuple(skipped), tuple(trained)
-
-
-def _requires_grad(layer: nn.Module, kind: LayerKind) -> bool:
-    """Whether the weight of a layer itself is trained."""
-    weight = layer._parameters.get(weight_name(kind))
-    return weight is not None and weight.requires_grad
 
 
 def not_adapted_in_program(program: ExportedProgram) -> tuple[tuple[SkippedLayer, ...], tuple[str, ...]]:
@@ -106,11 +107,9 @@ def not_adapted_in_program(program: ExportedProgram) -> tuple[tuple[SkippedLayer
     selections = {} if found.config is None else {found.adapter: Selection(found.skeleton, found.config)}
     skipped = []
     for path, (kind, layer_type, refusal) in found.layers.items():
-        reason = refusal
-        if reason is None and selections:
-            reason = reason_of(selections, path, kind)
+        known = reason_of(selections, path, kind) if selections else "unknown: the graph has no adapter configuration"
+        reason = known if refusal is None else refusal
         targeted = any(selection.selects(path) for selection in selections.values())
-        reason = reason or "unknown: the graph has no adapter configuration"
         skipped.append(SkippedLayer(path, layer_type, reason, targeted))
     return tuple(skipped), ()
 
@@ -194,10 +193,7 @@ class Selection:
 def reason_of(selections: Mapping[str, Selection], path: str, kind: LayerKind) -> str:
     """Return why a layer does not have an adapter: one reason if all adapters have the same, otherwise one for each.
 
-    Args:
-        selections: adapter name -> its selection.
-        path: the layer's path below the transformed module.
-        kind: the kind of layer.
+    `path` is the layer's path below the transformed module.
     """
     reasons = {name: selection.reason(path, kind) for name, selection in selections.items()}
     if len(set(reasons.values())) == 1:
@@ -210,15 +206,3 @@ def _shown_indices(indices: Collection[int] | int | None) -> str:
     if indices is None or isinstance(indices, int) or len(indices) <= _SHOWN:
         return repr(indices)
     return f"[{min(indices)}, ..., {max(indices)}] ({len(indices)} of them)"
-
-
-def _selections(root: nn.Module) -> dict[str, Selection]:
-    record = get_state(root)
-    assert isinstance(record, AdapterState)  # `collect_parts` only lists modules that have one
-    return {name: Selection(root, config) for name, config in record.configs.items()}
-
-
-def _why_outside(roots: Iterable[str]) -> str:
-    if not roots:
-        return "unknown: this module is a part of a transformed model"
-    return f"outside of the transformed module {' and '.join(map(repr, roots))}"

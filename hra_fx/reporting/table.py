@@ -17,35 +17,20 @@ _NARROWEST = 12  # characters per line of a text column
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table.
-
-    Attributes:
-        name: its heading.
-        is_text: whether it contains text, which is aligned left and wrapped; numbers are aligned right.
-        priority: columns with the largest priority are dropped first if the table is too wide; 0 is never dropped.
-    """
+    """A column of a table with its heading."""
 
     name: str
-    is_text: bool = False
-    priority: int = 0
+    is_text: bool = False  # text is aligned left and wrapped; numbers are aligned right
+    priority: int = 0  # the largest is dropped first if the table is too wide; 0 is never dropped
 
 
-def fit_table(
-    columns: Sequence[Column], rows: Collection[Sequence[str]], width: int, title: str | None = None
-) -> Table:
-    """Create a table with as many columns as fit into a width. Empty columns are left out.
-
-    Args:
-        columns: the columns.
-        rows: one text for each column.
-        width: characters per line.
-        title: the heading.
-    """
+def fit_table(columns: Sequence[Column], rows: Collection[Sequence[str]], width: int) -> Table:
+    """Create a table with as many columns as fit into a width in characters. Empty columns are left out."""
     used = [i for i, column in enumerate(columns) if not rows or any(row[i] for row in rows)]
     console = Console(width=UNLIMITED)
     for limit in sorted({columns[i].priority for i in used}, reverse=True):
         kept = [i for i in used if columns[i].priority <= limit]
-        table = _table([columns[i] for i in kept], [[row[i] for i in kept] for row in rows], title)
+        table = _table([columns[i] for i in kept], [[row[i] for i in kept] for row in rows])
         if console.measure(table).maximum <= width:
             break
     return table
@@ -56,8 +41,8 @@ def min_width(table: Table) -> int:
     return sum(column.min_width or 0 for column in table.columns) + 3 * len(table.columns) + 1
 
 
-def _table(columns: Sequence[Column], rows: Collection[Sequence[str]], title: str | None) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=None if title is None else Text(title), title_justify="left")
+def _table(columns: Sequence[Column], rows: Collection[Sequence[str]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
     for i, column in enumerate(columns):
         longest = max(len(text) for text in (column.name, *(row[i] for row in rows)))
         table.add_column(

@@ -8,18 +8,33 @@ are leaves without edges.
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
 
 import networkx as nx
+import torch
 from torch import Tensor, fx, nn
 
-from hra_fx.layers.target import NodeTag
+from hra_fx.compat import OpOverload
+from hra_fx.layers.target import FACTORS, META, REFLECTION, NodeTag
+from hra_fx.tracing.by_mode import ByMode
 from hra_fx.tracing.canonical import normalize_path
 from hra_fx.view.subject import Subject, describe_module, name_of, own_parameters
 from hra_fx.view.tree import Leaf, joined, module_of, prefixes
-from hra_fx.view.values import Value, constant_masks, function_name, pass_through, read, shape_and_dtype, tag_of
+
+#: Attributes and methods with results that are not tensors. Nodes that use these results compute shapes.
+_SHAPE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "is_cuda", "requires_grad"})
+_SHAPE_METHODS = frozenset({"size", "dim", "numel", "stride", "ndimension", "is_floating_point", "get_device"})
+#: The submodules that check the inputs of programs and captured models, and the submodule of the factors.
+_UNSEEN = ("_guards_fn", "check_inputs", FACTORS)
+#: Operators that return their input if it already has the requested dtype and device.
+_CASTS = frozenset({"alias", "detach", "to"})
+#: How `torch.export` names the tensors that a forward creates.
+_LIFTED = "lifted_tensor_"
 
 
 def leaves_of(subject: Subject) -> nx.DiGraph[str]:
@@ -55,7 +70,7 @@ def _stack(node: fx.Node, root: str) -> list[tuple[str, str]]:
 class _Builder:
     subject: Subject
     picture: nx.DiGraph[str] = field(default_factory=nx.DiGraph)
-    drawn: dict[str, str] = field(default_factory=dict)  # adapted layer -> the leaf that has its mark
+    drawn: set[str] = field(default_factory=set)  # paths of the adapted layers that a leaf has as marks
     counted: set[int] = field(default_factory=set)  # ids of the parameters that a leaf counts
 
     def __post_init__(self) -> None:
@@ -65,7 +80,11 @@ class _Builder:
         for path in self.subject.layers:  # layers count their own parameters, even if another node reads the weight
             self._once(own_parameters(self.model.get_submodule(path)))
         self.busy = {""} | {prefix for path in (*self.graphs, *self.subject.layers) for prefix in prefixes(path)}
-        details = {path: describe_module(part) for path, part in self.model.named_modules() if not _has_parts(part)}
+        details = {
+            path: describe_module(part)
+            for path, part in self.model.named_modules()
+            if next(part.children(), None) is None
+        }
         self.picture.graph["traced"] = frozenset(self.graphs)
         self.picture.graph["classes"] = dict(self.subject.classes)
         self.picture.graph["details"] = details
@@ -91,7 +110,7 @@ class _Builder:
         elif id(module) in self.visited:
             self._add_eager(path, f"same module as {self.visited[id(module)]}")
         elif path not in self.busy:
-            if any(True for _ in module.parameters()):  # modules such as dropout do not get a box
+            if next(module.parameters(), None) is not None:  # modules such as dropout do not get a box
                 self._add_eager(path, type(module).__name__)
         else:
             self.visited[id(module)] = path
@@ -104,7 +123,7 @@ class _Builder:
             self._add(f"layer:{path}", self._adapted_leaf(path, "eager", tuple(prefixes(_parent(path)))))
 
     def _add(self, key: str, leaf: Leaf, sources: tuple[str, ...] = ()) -> None:
-        self.drawn.update(dict.fromkeys(leaf.marks, key))
+        self.drawn.update(leaf.marks)
         self.picture.add_node(key, leaf=leaf)
         self.picture.add_edges_from((source, key) for source in sources)
 
@@ -166,11 +185,8 @@ class _Builder:
                 self._add(key, replace(leaf, shape=shape, dtype=dtype), before.sources)
                 value = Value((key,))
             values[node] = value
-        unread = [key for key in _input_keys(values) if self._is_unread_input(key)]
-        self.picture.remove_nodes_from(unread)
-
-    def _is_unread_input(self, key: str) -> bool:
-        return self.picture.nodes[key]["leaf"].kind == "input" and not self.picture.out_degree(key)
+        inputs = [key for node, value in values.items() if node.op == "placeholder" for key in value.sources]
+        self.picture.remove_nodes_from([key for key in inputs if not self.picture.out_degree(key)])
 
     def _place(self, node: fx.Node, root: str, before: Value) -> tuple[str, ...]:
         """The modules around a node. Without `nn_module_stack`, an operation is placed with its input."""
@@ -185,15 +201,12 @@ class _Builder:
         elif stack:
             owner = stack[-1][1]
         elif before.sources and node.op not in ("placeholder", "output"):
-            return self._leaf_of(before.sources[-1]).place
+            source: Leaf = self.picture.nodes[before.sources[-1]]["leaf"]
+            return source.place
         else:
             owner = root
         calls = {path: call for call, path in stack}
         return tuple(calls.get(prefix, prefix) for prefix in prefixes(owner))
-
-    def _leaf_of(self, key: str) -> Leaf:
-        leaf: Leaf = self.picture.nodes[key]["leaf"]
-        return leaf
 
     def _leaf(self, node: fx.Node, root: str, module: nn.Module | None, place: tuple[str, ...], before: Value) -> Leaf:
         note = tag_of(node)
@@ -209,8 +222,10 @@ class _Builder:
             return Leaf(str(node.target), "", "input", node.op, str(node.target), place)
         if node.op == "output":
             return Leaf("output", "", "output", node.op, "output", place)
-        name, detail = function_name(node.target), ", ".join(before.parameters)
-        return Leaf(name, detail, "op", node.op, name, place)
+        weights = dict.fromkeys(name.rpartition(".")[2] for name in before.weights)
+        shown = (name for name in weights if name not in ("weight", "bias") and not name.startswith(_LIFTED))
+        name = function_name(node.target)
+        return Leaf(name, ", ".join(shown), "op", node.op, name, place)
 
     def _once(self, parameters: Iterable[Tensor]) -> int:
         """The number of elements of parameters that no previous leaf counts."""
@@ -225,12 +240,110 @@ def _readers(root: str, weights: tuple[str, ...], place: tuple[str, ...]) -> tup
     return tuple(dict.fromkeys([*(_join(root, _parent(name)) for name in weights), *around]))
 
 
-def _has_parts(module: nn.Module) -> bool:
-    return any(True for _ in module.children())
+@dataclass(frozen=True)
+class Value:
+    """The facts about a value of a traced graph."""
+
+    sources: tuple[str, ...] = ()  # keys of the boxes that computed it
+    weights: tuple[str, ...] = ()  # names of the parameters in it
+    is_shape: bool = False  # it is a shape, or computed from shapes, and not a tensor
 
 
-def _input_keys(values: Mapping[fx.Node, Value]) -> Iterator[str]:
-    """The keys of the leaves of a graph's placeholders."""
-    for node, value in values.items():
-        if node.op == "placeholder":
-            yield from value.sources
+def tag_of(node: fx.Node) -> NodeTag | None:
+    """The tag of an adapted layer on a node."""
+    note = node.meta.get(META)
+    return note if isinstance(note, NodeTag) else None
+
+
+def read(node: fx.Node, values: Mapping[fx.Node, Value]) -> Value:
+    """The union of all values that a node reads, in order."""
+    values_read = [values[source] for source in node.all_input_nodes]
+    sources = dict.fromkeys(key for value in values_read for key in value.sources)
+    weights = dict.fromkeys(name for value in values_read for name in value.weights)
+    only_shapes = bool(values_read) and all(value.is_shape for value in values_read)
+    return Value(tuple(sources), tuple(weights), only_shapes)
+
+
+def pass_through(node: fx.Node, values: Mapping[fx.Node, Value], module: nn.Module | None) -> Value | None:
+    """The value of a node that does not get a box; `None` if it gets one. `module` is the module that it calls."""
+    note = tag_of(node)
+    if note is not None:
+        return read(node, values) if note.role == "reflection" else None
+    if node.op == "get_attr":
+        name = str(node.target)
+        return Value() if REFLECTION in name.split(".")[-2:-1] else Value(weights=(name,))
+    if node.op == "placeholder" and node.args:
+        return Value()  # an optional argument, left at its default
+    if module is not None:
+        is_dropped = isinstance(module, nn.Identity | ByMode) or (isinstance(module, nn.Dropout) and module.p == 0)
+        return read(node, values) if is_dropped or node.target in _UNSEEN else None
+    if node.op in ("placeholder", "output", "call_module"):
+        return None
+    if not node.users and not node.all_input_nodes:
+        return Value()  # it is called for its side effect
+    before = read(node, values)
+    if _computes_shape(node, before):
+        return Value(is_shape=True)
+    if _returns_its_input(node) or isinstance(node.target, type):  # such as the class of a model's outputs
+        return before
+    picks = node.target is operator.getitem and isinstance(node.args[1], int)
+    only_parameters = bool(before.weights) and not before.sources
+    return before if picks or only_parameters else None
+
+
+def constant_masks(graph: fx.Graph) -> set[fx.Node]:
+    """The operators that compute masks only from sizes, as for causal attention. They do not get a box."""
+    constant: set[fx.Node] = set()
+    for node in graph.nodes:
+        if isinstance(node.meta.get("val"), int | torch.SymInt) or node.target is getattr:
+            constant.add(node)
+        elif isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded not in node.target.tags:
+            constant |= {node} if constant.issuperset(node.all_input_nodes) else set()
+    masks: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node in constant and isinstance(node.meta.get("val"), Tensor):
+            is_bool = getattr(node.meta.get("val"), "dtype", None) is torch.bool
+            masks |= {node} if is_bool or (node.users and masks.issuperset(node.users)) else set()
+    return masks
+
+
+def function_name(target: object) -> str:
+    """The name of a function or method, without the overload of an operator."""
+    if isinstance(target, str):
+        return target
+    if isinstance(target, OpOverload):
+        return str(target.overloadpacket.__name__).strip("_")
+    if isinstance(target, FunctionType | BuiltinFunctionType):
+        return target.__name__.strip("_")
+    return str(getattr(target, "__name__", target))
+
+
+def shape_and_dtype(node: fx.Node) -> tuple[str, str]:
+    """The shape and dtype of a node's value, such as `"1×64×56×56"` and `"float32"`; empty if unknown."""
+    value: Any = node.meta.get("val", node.meta.get("tensor_meta"))
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        return "", ""
+    sizes = "×".join(str(size) for size in value.shape)
+    return sizes or "scalar", str(value.dtype).removeprefix("torch.")
+
+
+def _returns_its_input(node: fx.Node) -> bool:
+    if not isinstance(node.target, OpOverload) or function_name(node.target) not in _CASTS:
+        return False
+    before, after = (one.meta.get("val") for one in (node.all_input_nodes[0], node))
+    kinds = [(value.dtype, value.device) for value in (before, after) if isinstance(value, Tensor)]
+    return len(kinds) == 2 and kinds[0] == kinds[1]
+
+
+def _computes_shape(node: fx.Node, before: Value) -> bool:
+    if node.target is torch._assert or function_name(node.target).startswith(("assert_", "sym_")):
+        return True
+    if node.op == "call_method":
+        return str(node.target) in _SHAPE_METHODS
+    if node.target is getattr:
+        return node.args[1] in _SHAPE_ATTRIBUTES
+    value: Any = node.meta.get("val")
+    if isinstance(value, int | float | torch.SymInt | torch.SymFloat | torch.SymBool) and not isinstance(value, Tensor):
+        return True
+    module = getattr(node.target, "__module__", "")
+    return before.is_shape and module in ("_operator", "operator", "builtins", "math")

@@ -11,7 +11,7 @@ from typing import ClassVar
 from hra_fx.errors import VisualizeError
 from hra_fx.reporting.heat import DARK_PALETTE, HEATS, PALETTE, color, default_heat, heat_of, is_identity, scale
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.theme import Theme, clean
+from hra_fx.view.theme import Theme
 from hra_fx.view.tree import Item
 
 CELL = 8.0  # height of a row of heat cells
@@ -20,13 +20,7 @@ _NARROWEST = 3.0  # width of a cell
 
 @dataclass(frozen=True)
 class Cells:
-    """A grid of colored cells, one for each adapted layer in a box, row by row.
-
-    Attributes:
-        colors: the fill colors of the cells.
-        tips: the tooltips of the cells.
-        columns: the number of cells per row.
-    """
+    """A grid of colored cells with tooltips, one for each adapted layer in a box, row by row."""
 
     colors: tuple[str, ...] = ()
     tips: tuple[str, ...] = ()
@@ -43,13 +37,9 @@ NO_CELLS = Cells()
 
 @dataclass(frozen=True)
 class Heatmap:
-    """The values of a picture. A heatmap without values is not shown.
+    """One value for each adapted layer, in the unit and between the ends of the legend. Without values, none is shown.
 
-    Attributes:
-        name: name of the measure, a key of `HEATS`.
-        values: one value for each adapted layer, in the unit of the legend.
-        ends: the ends of the legend.
-        palette: the colors from one end to the other.
+    `name` is a key of `HEATS`.
     """
 
     name: str = ""
@@ -85,31 +75,17 @@ class Heatmap:
         return (f"mean {words}" if len(item.marks) > 1 else words), self.color(mean)
 
     def cells(self, item: Item, width: float) -> Cells:
-        """Create one cell for each adapted layer in a box. If the box represents several modules, each has a column.
-
-        Args:
-            item: the item that the box represents.
-            width: width of the grid.
-        """
+        """Create one cell for each adapted layer in a box. If the box represents several modules, each has a column."""
         if not self.values or not item.marks:
             return NO_CELLS
         fitting = max(int(width / _NARROWEST), 1)
         columns = item.count if 1 < item.count <= fitting else ceil(len(item.marks) / ceil(len(item.marks) / fitting))
         colors = tuple(self.color(self.mean([path])) for path in item.marks)
-        return Cells(colors, tuple(clean(self.line(path)) for path in item.marks), columns)
+        return Cells(colors, tuple(map(self.line, item.marks)), columns)
 
 
 def heatmap_of(drawing: Drawing, name: str | None, theme: Theme = "light") -> Heatmap:
-    """Create the heatmap of a picture.
-
-    Args:
-        drawing: the drawing of a model.
-        name: the measure; `None` for `default_heat`, without values if no layer is rotated.
-        theme: the theme of the palette.
-
-    Raises:
-        VisualizeError: the model has no adapters.
-    """
+    """Create the heatmap of a picture. `None` is `default_heat`, or no heatmap if no layer is rotated."""
     if name is None and (not drawing.rows or is_identity(drawing.rows)):
         return Heatmap()
     name = name or default_heat(drawing.rows)

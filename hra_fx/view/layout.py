@@ -1,4 +1,4 @@
-"""Layout of one scope: boxes in rows from top to bottom.
+"""Layout: the text, the size and the position of every box, in rows from top to bottom.
 
 An edge to the next row is a curve between the rows. A longer edge passes the rows between on their right side, so that
 no edge crosses a box. Long edges from the same source share their path.
@@ -8,8 +8,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import networkx as nx
+
+from hra_fx.reporting.heat import shorten
+from hra_fx.view.heatmap import NO_CELLS, Cells, Heatmap
+from hra_fx.view.opening import Block
+from hra_fx.view.theme import width
+from hra_fx.view.tree import Item, Leaf, Scope, notes, span
+
+NAME, DETAIL = 12.5, 11.0  # font sizes
+STRIP = 19.0  # height of the adapter strip on top of its layer
+HEADER = 27.0  # height of an open scope's title
+#: The looks of single boxes with the detail below the name; in other boxes, it is next to the name.
+STACKED = ("adapted_layer", "closed")
+_PAD = 14.0
+_LETTERS, _PORT = 34, 48
+_LINES = 20  # of notes in a tooltip
 GAP_X, GAP_Y = 22.0, 24.0
 LANE = 14.0  # distance of long edges from boxes and from each other
 PER_ROW = 5
@@ -27,16 +43,10 @@ class Size:
 
 @dataclass(frozen=True)
 class Route:
-    """An edge: vertical segments `(x, from y, to y)`, joined by curves in the gaps between rows.
+    """An edge: vertical segments `(x, from y, to y)` from top to bottom, joined by curves in the gaps between rows."""
 
-    Attributes:
-        source: the box that it leaves; `None` for the scope's upper border.
-        target: the box that it enters; `None` for the lower border.
-        pieces: the segments from top to bottom.
-    """
-
-    source: int | None
-    target: int | None
+    source: int | None  # the box that it leaves; `None` for the scope's upper border
+    target: int | None  # the box that it enters; `None` for the lower border
     pieces: tuple[tuple[float, float, float], ...]
 
 
@@ -55,29 +65,22 @@ class Arrangement:
 def rows_of(count: int, edges: Sequence[tuple[int, int]], inputs: Sequence[int] = ()) -> list[int]:
     """The row of every box: below its sources, with a limited width.
 
-    A box without sources is right above its readers.
-
-    Args:
-        count: number of boxes, which are in topological order.
-        edges: `(i, j)`, i < j.
-        inputs: boxes that get an edge from the upper border.
+    A box without sources is right above its readers, unless it is one of `inputs`, which get an edge from the upper
+    border. The boxes are in topological order: an edge `(i, j)` has i < j.
     """
+    graph: nx.DiGraph[int] = nx.DiGraph(edges)
+    graph.add_nodes_from(range(count))
     rows: list[int] = []
     filled: Counter[int] = Counter()
-    sources: list[list[int]] = [[] for _ in range(count)]
-    readers: list[list[int]] = [[] for _ in range(count)]
-    for source, reader in edges:
-        sources[reader].append(source)
-        readers[source].append(reader)
     for box in range(count):
-        low = max((rows[source] + 1 for source in sources[box]), default=0)
+        low = max((rows[source] + 1 for source in graph.pred[box]), default=0)
         while filled[low] >= PER_ROW:
             low += 1
         rows.append(low)
         filled[low] += 1
     for box in reversed(range(count)):
-        if box not in inputs and not sources[box]:
-            rows[box] = max(rows[box], min((rows[reader] for reader in readers[box]), default=0) - 1)
+        if box not in inputs and not graph.pred[box]:
+            rows[box] = max(rows[box], min((rows[reader] for reader in graph.succ[box]), default=0) - 1)
     return rows
 
 
@@ -88,14 +91,9 @@ def layered(
     outputs: Sequence[int] = (),
     rows: Sequence[int] | None = None,
 ) -> Arrangement:
-    """Place boxes so that every edge points down.
+    """Place boxes in rows (by default those of `rows_of`), so that every edge points down.
 
-    Args:
-        sizes: the boxes, in topological order.
-        edges: `(i, j)`, i < j.
-        inputs: boxes that get an edge from the upper border.
-        outputs: boxes that get an edge to the lower border.
-        rows: the row of every box; by default, from `rows_of`.
+    `inputs` get an edge from the upper border, and `outputs` one to the lower border.
     """
     rows = rows_of(len(sizes), edges, inputs) if rows is None else rows
     return _Layout(sizes, edges, inputs, outputs, rows).arrangement()
@@ -216,3 +214,109 @@ class _Layout:
                 for place, source in enumerate(others, start=1):
                     ends[source, target] = entry + side * step * place
         return ends
+
+
+@dataclass(frozen=True)
+class Box:
+    """A placed block. `x` and `y` are the position of its upper left corner in its parent."""
+
+    block: Block
+    size: Size
+    name: str
+    detail: str
+    count: str  # "× 6" for six modules
+    tip: str  # the tooltip; empty for the page, which writes its own tooltips
+    strip: str = ""  # the text of the adapter
+    heat: str = ""  # the color of the strip, if a heatmap is shown
+    cells: Cells = NO_CELLS
+    x: float = 0.0
+    y: float = 0.0
+    parts: tuple[Box, ...] = ()
+    routes: tuple[Route, ...] = ()
+    body: tuple[float, float] = (0.0, 0.0)  # the position of the inside
+
+
+def place(block: Block, heatmap: Heatmap, *, root: bool = False) -> Box:
+    """Compute the size of a block, and place everything inside it. The root does not have a border or a title."""
+    item = block.item
+    name = shorten(span(item), _PORT if block.look == "port" else _LETTERS)
+    detail = shorten(item.detail if isinstance(item, Leaf) else item.class_name, _LETTERS)
+    count = f"× {item.count}" if item.count > 1 else ""
+    tip = "" if heatmap.is_live else _tip(item, heatmap)
+    box = Box(block, Size(0, 0), name, "" if detail == name else detail, count, tip)
+    return _single(box, heatmap) if block.parts is None else _open(box, block.parts, heatmap, root=root)
+
+
+def _tip(item: Item, heatmap: Heatmap) -> str:
+    """The tooltip: all adapted layers, and why other layers have no adapter."""
+    if isinstance(item, Leaf):
+        lines = [f"{item.target}: {item.detail or item.op}", *filter(None, [item.shape])]
+    else:
+        lines = [f"{item.path or item.name}: {item.class_name}"]
+    more = notes(item)
+    cut = [f"… and {len(more) - _LINES} more"] if len(more) > _LINES else []
+    return "\n".join([*lines, *map(heatmap.line, item.marks), *more[:_LINES], *cut])
+
+
+def _single(box: Box, heatmap: Heatmap) -> Box:
+    item, look = box.block.item, box.block.look
+    if look not in STACKED:
+        wide = width(box.name, NAME) + (7 + width(box.detail, DETAIL) if box.detail else 0) + count_width(box.count)
+        least, high = (60, 24) if look == "port" else (70, 29)
+        return replace(box, size=Size(max(wide + 2 * _PAD, least), high))
+    words, heat = heatmap.strip(item)
+    strip, value, detail = "", "", box.detail
+    if isinstance(item, Scope):
+        detail += f" · {len(item.marks)} adapted" * bool(item.marks) + f" · {words}" * bool(words)
+        detail += f" · {len(item.skipped)} not adapted" * bool(item.skipped)
+    elif not item.marks:
+        strip = "same layer, called again"
+    elif item.op == "eager":
+        strip = f"r {item.rank} · d {item.width} · not traced"
+    elif item.rank:
+        strip, value = f"r {item.rank} · d {item.width}", f" · {words}" * bool(words)
+    else:
+        strip, heat = "no active adapter", ""  # nothing is rotated
+    name = width(box.name, NAME, bold=True) + count_width(box.count)
+    wide = max(name, width(detail, DETAIL), width(strip + value, DETAIL, bold=True) + 12)
+    cells = heatmap.cells(item, wide) if look == "closed" or len(item.marks) > 1 else NO_CELLS
+    size = Size(wide + 2 * _PAD, (STRIP if strip else 8) + 39 + cells.height)
+    heat, strip = heat if strip else "", strip + value * (not heatmap.is_live)
+    return replace(box, size=size, detail=detail, strip=strip, heat=heat, cells=cells)
+
+
+def _open(box: Box, blocks: tuple[Block, ...], heatmap: Heatmap, *, root: bool) -> Box:
+    scope = box.block.item
+    assert isinstance(scope, Scope)  # only scopes have parts
+    parts = [place(block, heatmap) for block in blocks]
+    sizes = [part.size for part in parts]
+    inner = layered(sizes, scope.edges, scope.inputs, scope.outputs, scope_rows(scope))
+    left, top, wide, high = 0.0, 0.0, inner.width, inner.height
+    if not root:
+        title = width(box.name, NAME, bold=True) + 8 + width(box.detail, DETAIL) + count_width(box.count)
+        wide = max(title, inner.width) + 2 * _PAD
+        left, top = (wide - inner.width) / 2, HEADER + (0 if scope.inputs else 12)
+        high = top + inner.height + (0 if scope.outputs else 12)
+    return replace(
+        box,
+        size=Size(wide, high, left + inner.enter - wide / 2, left + inner.leave - wide / 2),
+        parts=tuple(replace(part, x=x, y=y) for part, (x, y) in zip(parts, inner.corners, strict=True)),
+        routes=inner.routes,
+        body=(left, top),
+    )
+
+
+def scope_rows(scope: Scope) -> list[int]:
+    """The row of every item. In a traced scope, edges determine it; otherwise modules are below each other in order."""
+    if not scope.eager:
+        return rows_of(len(scope.items), scope.edges, scope.inputs)
+    rows = [0]
+    for index in range(1, len(scope.items)):
+        alone = any(isinstance(item, Scope) for item in scope.items[index - 1 : index + 1])
+        rows.append(rows[-1] + (alone or rows.count(rows[-1]) >= PER_ROW))
+    return rows
+
+
+def count_width(count: str) -> float:
+    """The width that the number of modules takes in a box."""
+    return width(count, DETAIL, bold=True) + 22 if count else 0.0

@@ -1,29 +1,38 @@
-"""The graph of a model for other programs, with one node for every box: `to_networkx`, GraphML and DOT.
+"""The graph of a model for other programs: `to_networkx`, GraphML and DOT with a node for every box, and Mermaid.
 
-The formats are http://graphml.graphdrawing.org and https://graphviz.org/doc/info/lang.html.
+The formats are http://graphml.graphdrawing.org, https://graphviz.org/doc/info/lang.html and
+https://mermaid.js.org/syntax/flowchart.html, which GitHub draws in a README.
 """
 
 from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import networkx as nx
 
-from hra_fx.reporting.heat import ink_on, largest
-from hra_fx.reporting.row import Row
+from hra_fx.errors import VisualizeError
+from hra_fx.reporting.heat import ink_on, shorten
+from hra_fx.reporting.row import Row, largest
 from hra_fx.view.drawing import Drawing, drawing_of
-from hra_fx.view.heatmap import heatmap_of
-from hra_fx.view.opening import Options
+from hra_fx.view.heatmap import Heatmap, heatmap_of
+from hra_fx.view.opening import Block, Options, opened
 from hra_fx.view.subject import name_of
-from hra_fx.view.theme import clean, light
-from hra_fx.view.tree import Leaf, joined, module_of, notes
+from hra_fx.view.svg import FRAMES, LOOKS
+from hra_fx.view.theme import COLORS
+from hra_fx.view.tree import Item, Leaf, Scope, joined, module_of, notes, span
 
 #: Graphviz takes minutes for a thousand boxes unless its search is limited.
 _LIMITS = "nslimit=1, nslimit1=1, mclimit=0.5"
+#: Mermaid's limits on GitHub.
+EDGES, CHARACTERS = 500, 50_000
+_LETTERS = 48
+#: Other characters are written as numbers: quotes, brackets, and anything that could be a directive or an entity.
+_PLAIN = re.compile(r"[A-Za-z0-9 ._/,()=+-]")
 
 
 def to_networkx(model: Any, example_inputs: Any = None) -> nx.DiGraph[str]:
@@ -73,29 +82,18 @@ def network(drawing: Drawing) -> nx.DiGraph[str]:
         rows.setdefault(row.path, []).append(row)
     graph: nx.DiGraph[str] = nx.DiGraph(title=drawing.title, facts=drawing.facts)
     for key, leaf in drawing.picture.nodes(data="leaf"):
-        graph.add_node(key, **_described(leaf))
+        names = ("name", "detail", "kind", "op", "target", "shape", "dtype", "parameters")
+        graph.add_node(
+            key, module=leaf.place[-1] if leaf.place else "", **{name: getattr(leaf, name) for name in names}
+        )
         if leaf.kind == "adapted_layer" and leaf.marks:
             graph.add_node(key, **_measured(leaf, [row for path in leaf.marks for row in rows.get(path, ())]))
         elif leaf.skipped:
-            graph.add_node(key, skipped="\n".join(dict.fromkeys(leaf.skipped.values())))
+            graph.add_node(key, skipped="\n".join(dict.fromkeys(layer.reason for layer in leaf.skipped)))
         if leaf.trained:
             graph.add_node(key, trained_in_full="\n".join(leaf.trained))
     graph.add_edges_from(drawing.picture.edges)
     return graph
-
-
-def _described(leaf: Leaf) -> dict[str, str | int]:
-    return {
-        "name": leaf.name,
-        "detail": leaf.detail,
-        "kind": leaf.kind,
-        "op": leaf.op,
-        "target": leaf.target,
-        "module": leaf.place[-1] if leaf.place else "",
-        "shape": leaf.shape,
-        "dtype": leaf.dtype,
-        "parameters": leaf.parameters,
-    }
 
 
 def _measured(leaf: Leaf, every: list[Row]) -> dict[str, str | int | float]:
@@ -112,11 +110,7 @@ def _measured(leaf: Leaf, every: list[Row]) -> dict[str, str | int | float]:
 
 
 def render_graphml(drawing: Drawing, options: Options) -> bytes:
-    """Render the GraphML of a model, or of a part of it.
-
-    Raises:
-        VisualizeError: the options do not fit the model.
-    """
+    """Render the GraphML of a model, or of a part of it."""
     buffer = io.BytesIO()
     nx.write_graphml(plain(drawing, options), buffer, named_key_ids=True)
     return buffer.getvalue()
@@ -125,8 +119,7 @@ def render_graphml(drawing: Drawing, options: Options) -> bytes:
 def plain(drawing: Drawing, options: Options) -> nx.DiGraph[str]:
     """The graph of `to_networkx` in a form that GraphML can represent, so that reading the file gives an equal graph.
 
-    Characters that XML does not allow become U+FFFD; in the names of nodes, they are escaped. Empty and NaN attributes
-    are left out. The values of `options.heat` are in the attribute `heat_<name>`.
+    Empty and NaN attributes are left out. The values of `options.heat` are in the attribute `heat_<name>`.
     """
     part = collapsed(drawing, options.depth)
     graph, heat = network(part), heatmap_of(part, options.heat)
@@ -137,19 +130,13 @@ def plain(drawing: Drawing, options: Options) -> nx.DiGraph[str]:
                 graph.nodes[key][f"heat_{heat.name}"] = heat.mean(leaf.marks)
     for data in (graph.graph, *(data for _, data in graph.nodes(data=True))):
         for name, value in list(data.items()):
-            if isinstance(value, str):
-                data[name] = "\n".join(map(clean, value.split("\n")))
             if value == "" or (isinstance(value, float) and math.isnan(value)):
                 del data[name]
-    return nx.relabel_nodes(graph, {key: ascii(key) for key in graph if clean(key) != key})
+    return graph
 
 
 def render_dot(drawing: Drawing, options: Options) -> str:
-    """Render the DOT text of a model, or of a part of it, with modules as clusters.
-
-    Raises:
-        VisualizeError: the options do not fit the model.
-    """
+    """Render the DOT text of a model, or of a part of it, with modules as clusters."""
     part = collapsed(drawing, options.depth)
     picture, heat = part.picture, heatmap_of(part, options.heat)
     names = {key: f"n{index}" for index, key in enumerate(picture)}
@@ -157,7 +144,7 @@ def render_dot(drawing: Drawing, options: Options) -> str:
 
     def attributes(leaf: Leaf) -> str:
         value, fill = heat.strip(leaf)
-        fill = fill or light("violet-pale" if leaf.marks else "card")
+        fill = fill or COLORS["violet-pale" if leaf.marks else "card"][0]
         words = dict.fromkeys((leaf.name, leaf.detail, f"r {leaf.rank}" * bool(leaf.rank), value))
         label = quoted(*filter(None, words))
         # A later call of a shared layer does not have marks, and is not named again.
@@ -191,7 +178,7 @@ def quoted(*lines: str) -> str:
     >>> print(quoted('a"b', "\\N &lt;"))
     "a\"b\n\\N &amp;lt;"
     """
-    safe = (clean(line).replace("\\", r"\\").replace('"', r"\"").replace("&", "&amp;") for line in lines)
+    safe = (line.replace("\\", r"\\").replace('"', r"\"").replace("&", "&amp;") for line in lines)
     return '"' + r"\n".join(safe) + '"'
 
 
@@ -233,3 +220,122 @@ def _module(leaves: list[Leaf], depth: int, classes: dict[str, str]) -> Leaf:
         shape="",
         dtype="",
     )
+
+
+def render_mermaid(drawing: Drawing, options: Options) -> str:
+    """Render the Mermaid text of a model, or of a part of it. Too large a text is an error with a depth that fits.
+
+    Identical blocks are drawn once, as in the SVG picture. Comments list the adapted layers of each box, because GitHub
+    does not show tooltips.
+    """
+    heatmap, tree, focus = heatmap_of(drawing, options.heat), drawing.tree(), options.focus or ""
+    text, edges = _mermaid_text(drawing, opened(tree, options.depth, focus), heatmap)
+    if _fits(text, edges):
+        return text
+    levels = max(len(leaf.place) for _, leaf in drawing.picture.nodes(data="leaf"))
+    smaller = reversed(range(min(options.depth or 0, levels)))
+    fitting = next(
+        (depth for depth in smaller if _fits(*_mermaid_text(drawing, opened(tree, depth, focus), heatmap))), None
+    )
+    fix = "Pass the path of a module as `focus`, or write an .svg." if fitting is None else f"`depth={fitting}` fits."
+    asked = f"`depth={options.depth}` gives" if options.depth is not None else "The smallest Mermaid text has"
+    raise VisualizeError(
+        f"{asked} {edges:,} edges and {len(text):,} characters; GitHub draws at most {EDGES:,} edges and "
+        f"{CHARACTERS:,} characters. {fix}"
+    )
+
+
+def _fits(text: str, edges: int) -> bool:
+    return edges <= EDGES and len(text) <= CHARACTERS
+
+
+def escape(text: str) -> str:
+    """Escape a text for a quoted label or a comment.
+
+    >>> escape('a"b <i>'), escape("%%{init}"), escape("日本")
+    ('a#34;b #60;i#62;', '#37;#37;#123;init#125;', '日本')
+    """
+    return "".join(c if _PLAIN.fullmatch(c) or c >= "\u00a0" else f"#{ord(c)};" for c in text)
+
+
+def _mermaid_text(drawing: Drawing, block: Block, heatmap: Heatmap) -> tuple[str, int]:
+    """Render the text of a block, and count its edges."""
+    flow = _Flowchart(heatmap)
+    flow.inside(block)
+    head = ["flowchart TD", f"  %% {escape(drawing.title)}", f"  %% {escape(drawing.facts)}"]
+    return "\n".join([*head, *flow.lines, *flow.edges, *flow.styles()]) + "\n", len(flow.edges)
+
+
+@dataclass
+class _Flowchart:
+    heatmap: Heatmap
+    lines: list[str] = field(default_factory=list)
+    edges: dict[str, None] = field(default_factory=dict)
+    classes: dict[str, list[str]] = field(default_factory=dict)
+    fills: dict[str, str] = field(default_factory=dict)
+    count: int = 0
+
+    def inside(self, block: Block, indent: str = "  ") -> tuple[list[str], list[str]]:
+        """Add the parts of a block. Returns the nodes at which edges enter and leave it."""
+        ends = [self._part(part, indent) for part in block.parts or ()]
+        if not isinstance(block.item, Scope):
+            return [], []
+        pairs = ((source, target) for i, j in block.item.edges for source in ends[i][1] for target in ends[j][0])
+        self.edges.update(dict.fromkeys(f"  {source} --> {target}" for source, target in pairs))
+        entering = [node for i in block.item.inputs for node in ends[i][0]]
+        return entering, [node for i in block.item.outputs for node in ends[i][1]]
+
+    def _name(self, letter: str, look: str) -> str:
+        self.count += 1
+        self.classes.setdefault(look, []).append(f"{letter}{self.count}")
+        return f"{letter}{self.count}"
+
+    def _part(self, part: Block, indent: str) -> tuple[list[str], list[str]]:
+        item, look = part.item, part.look
+        if part.parts is not None:
+            name = self._name("m", look)
+            self.lines.append(f'{indent}subgraph {name}["{_label(item)}"]')
+            enter, leave = self.inside(part, indent + "  ")
+            self.lines.append(f"{indent}end")
+            return enter or [name], leave or [name]
+        name = self._name("n", look)
+        words, fill = self.heatmap.strip(item)
+        extra = [f"{len(item.skipped)} not adapted"] if item.skipped else []
+        if item.marks:
+            facts = f"{len(item.marks)} adapted" if isinstance(item, Scope) else f"r {item.rank} · d {item.width}"
+            extra.insert(0, facts + (f" · {words}" if words else ""))
+        opening, closing = {"port": ("([", "])"), "closed": ("[[", "]]")}.get(look, ("[", "]"))
+        if fill:
+            self.fills[name] = fill
+        label = "<br/>".join([_label(item), *map(escape, extra)])
+        self.lines.append(f'{indent}{name}{opening}"{label}"{closing}')
+        if item.marks:  # one line for all layers of a box, because comments also count towards the limits
+            self.lines.append(
+                f"{indent}%% {name}: {' '.join(escape(path).replace(' ', '#32;') for path in item.marks)}"
+            )
+        return [name], [name]
+
+    def styles(self) -> Iterator[str]:
+        """The colors of boxes, readable on light and dark pages."""
+        for look, names in self.classes.items():
+            fill, line, ink = (COLORS[role][0] for role in _COLORS[look])
+            dashes = ",stroke-dasharray:4 3" if look in ("eager", "untraced") else ""
+            yield f"  classDef {look} fill:{fill},stroke:{line},color:{ink}{dashes}"
+            yield f"  class {','.join(names)} {look}"
+        for name, fill in self.fills.items():
+            yield f"  style {name} fill:{fill},color:{ink_on(fill)}"
+
+
+_COLORS = {
+    **LOOKS,
+    "adapted_layer": ("violet-pale", "violet-line", "violet"),
+    **{look: (fill, line, "ink") for look, (fill, line, _) in FRAMES.items()},
+}
+
+
+def _label(item: Item) -> str:
+    """Name, count and class, escaped."""
+    count = f" × {item.count}" if item.count > 1 else ""
+    detail = item.detail if isinstance(item, Leaf) else item.class_name
+    words = [shorten(span(item), _LETTERS) + count, *([shorten(detail, _LETTERS)] if detail else [])]
+    return (" · " if isinstance(item, Scope) else "<br/>").join(map(escape, dict.fromkeys(words)))

@@ -1,15 +1,19 @@
-"""The options of a picture, and which modules are open: a number of levels, or as many as are readable."""
+"""The part of a model that a picture shows: its options, one module with its inputs and outputs, the open modules."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+import difflib
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from numbers import Integral
 
+import networkx as nx
+
 from hra_fx.errors import VisualizeError
 from hra_fx.reporting.heat import heat_named
+from hra_fx.view.drawing import Drawing
 from hra_fx.view.theme import THEMES, Theme
-from hra_fx.view.tree import Item, Leaf, Scope, signature
+from hra_fx.view.tree import Item, Leaf, Scope, module_of, prefixes, signature
 
 #: If no depth is set, modules are opened up to this number of boxes.
 BUDGET = 60
@@ -19,18 +23,7 @@ _SMALL = 3
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a picture.
-
-    Attributes:
-        depth: number of open module levels: with 0, the children of the model are closed; with 1, they show their
-            children. `None` uses the default of the format.
-        focus: qualified name of the module to draw; `None` for the model.
-        heat: the measure that colors adapted layers, a key of `reporting.heat.HEATS`; `None` for the change of the
-            weight.
-        theme: `"light"` or `"dark"`; `None` uses the default of the format.
-
-    Raises:
-        VisualizeError: an option has the wrong type or value.
+    """The options of a picture; see `visualize`. A wrong type or value is an error.
 
     >>> Options(theme="sepia")
     Traceback (most recent call last):
@@ -59,12 +52,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Block:
-    """A box of a picture: a leaf, a closed scope, or an open scope with its parts.
-
-    Attributes:
-        item: the item that it represents.
-        parts: the blocks inside an open scope; `None` for a single box.
-    """
+    """A box of a picture: a leaf, a closed scope, or an open scope with the blocks inside it (else `None`)."""
 
     item: Item
     parts: tuple[Block, ...] | None = None
@@ -82,12 +70,7 @@ class Block:
 
 
 def opened(root: Scope, depth: int | None, focus: str = "") -> Block:
-    """The blocks of a model, or of a module in it; see `open_scopes`."""
-    return _block(root, open_scopes(root, depth, focus))
-
-
-def open_scopes(root: Scope, depth: int | None, focus: str = "") -> set[int]:
-    """The ids of the scopes that are open first.
+    """The blocks of a model, or of a module in it.
 
     Args:
         root: the tree of a model, or of a module in it.
@@ -96,26 +79,20 @@ def open_scopes(root: Scope, depth: int | None, focus: str = "") -> set[int]:
             are any.
         focus: path of the module.
     """
-    if depth is None:
-        return _readable(root)
-    levels = depth + len(focus.split(".")) * bool(focus)
-    return {id(scope) for scope in _scopes(root) if not scope.path or scope.path.count(".") < levels}
+    readable = _readable(root) if depth is None else set()
+    levels = (depth or 0) + len(focus.split(".")) * bool(focus)
 
+    def block(item: Item) -> Block:
+        if isinstance(item, Leaf):
+            return Block(item)
+        is_open = id(item) in readable if depth is None else not item.path or item.path.count(".") < levels
+        return Block(item, tuple(map(block, item.items)) if is_open else None)
 
-def _block(item: Item, is_open: set[int]) -> Block:
-    if isinstance(item, Leaf) or id(item) not in is_open:
-        return Block(item)
-    return Block(item, tuple(_block(part, is_open) for part in item.items))
-
-
-def _scopes(root: Scope) -> Iterator[Scope]:
-    yield root
-    for item in root.items:
-        if isinstance(item, Scope):
-            yield from _scopes(item)
+    return block(root)
 
 
 def _readable(root: Scope) -> set[int]:
+    """The ids of the scopes that are open by default."""
     level, is_open, seen = [root], {id(root)}, set[Hashable]()
     boxes = len(root.items)
     while level:
@@ -130,3 +107,91 @@ def _readable(root: Scope) -> set[int]:
                 level.append(scope)
                 boxes += more
     return is_open
+
+
+def focused(drawing: Drawing, focus: str | None) -> Drawing:
+    """The drawing of one module, with a box for each value that enters or leaves it.
+
+    All calls of a shared module are shown. `None` or `""` is the model. A module without boxes is an error.
+    """
+    if not focus:
+        return drawing
+    leaves: dict[str, Leaf] = dict(drawing.picture.nodes(data="leaf"))
+    inside = {
+        key: leaf
+        for key, leaf in leaves.items()
+        if focus in map(module_of, leaf.place) or focus in leaf.paths or (leaf.kind != "op" and leaf.target == focus)
+    }
+    if not inside:
+        raise VisualizeError(f"`focus`: {_unknown(drawing, focus, leaves.values())}")
+    rows = tuple(row for row in drawing.rows if _within(row.path, focus))
+    adapted = {path for leaf in inside.values() for path in leaf.marks}
+    parameters = sum(row.parameters for row in rows)
+    facts = f"a part · whole model: {drawing.facts}"
+    if drawing.rows:
+        total = len({row.path for row in drawing.rows})
+        facts = f"{len(adapted)} of {total} adapted layers · {parameters:,} adapter parameters here"
+    return replace(
+        drawing,
+        title=f"{focus} in {drawing.title}",
+        facts=facts,
+        picture=_cut_out(drawing.picture, focus, inside),
+        rows=rows,
+        skipped=tuple(layer for layer in drawing.skipped if _within(layer.path, focus)),
+        trained_in_full=tuple(path for path in drawing.trained_in_full if _within(path, focus)),
+    )
+
+
+def _within(path: str, focus: str) -> bool:
+    return path == focus or path.startswith(f"{focus}.")
+
+
+def _cut_out(picture: nx.DiGraph[str], focus: str, inside: dict[str, Leaf]) -> nx.DiGraph[str]:
+    """The leaves inside, one box for each value from outside, and one box for each value that is read outside."""
+    part: nx.DiGraph[str] = nx.DiGraph()
+    graph = picture.graph
+    traced = not graph["traced"].isdisjoint(["", *prefixes(focus)])
+    parts = {path for path in graph["traced"] if path.startswith(f"{focus}.")}
+    part.graph.update(graph, traced=frozenset(parts | ({""} if traced else set())))
+    part.graph["classes"] = {**graph["classes"], "": graph["classes"].get(focus, "")}
+    address = {key: _address(leaf) for key, leaf in picture.nodes(data="leaf")}
+    for source in dict.fromkeys(source for key in inside for source in picture.pred[key] if source not in inside):
+        name = f"from {address[source]}"
+        part.add_node(f"from:{source}", leaf=Leaf(name, "", "input", "placeholder", name, ()))
+        part.add_edges_from((f"from:{source}", key) for key in picture.succ[source] if key in inside)
+    for key, leaf in inside.items():
+        below = (leaf.place[at + 1 :] for at, call in enumerate(leaf.place) if module_of(call) == focus)
+        part.add_node(key, leaf=replace(leaf, place=next(below, ())))
+        part.add_edges_from((source, key) for source in picture.pred[key] if source in inside)
+    for key in inside:
+        readers = [reader for reader in picture.succ[key] if reader not in inside]
+        if readers:
+            more = f" + {len(readers) - 1}" if len(readers) > 1 else ""
+            part.add_edge(key, f"to:{key}")
+            name = f"to {address[readers[0]]}{more}"
+            part.nodes[f"to:{key}"]["leaf"] = Leaf(name, "", "output", "output", name, ())
+    return part
+
+
+def _address(leaf: Leaf) -> str:
+    """The path of the module of a leaf, and the name if the leaf is an operation."""
+    if leaf.paths or not leaf.place:
+        return leaf.target
+    return f"{leaf.place[-1]}: {leaf.name}"
+
+
+def _unknown(drawing: Drawing, focus: str, leaves: Iterable[Leaf]) -> str:
+    """Return why a module does not have boxes, with similar names."""
+    boxes = {path for leaf in leaves for path in leaf.paths}
+    shown = boxes | {module_of(call) for leaf in leaves for call in leaf.place}
+    known = drawing.picture.graph["classes"]
+    around = [focus[:end] for end in range(len(focus)) if focus[end] == "." and focus[:end] in boxes]
+    if focus in known and around:
+        return f"{focus!r} is inside {around[-1]!r}, which is drawn as one box. Pass {around[-1]!r}."
+    if focus in known:
+        return f"{focus!r} has no boxes, because nothing that it computes is drawn. Pass another module."
+    last = focus.rpartition(".")[2]
+    same_end = sorted((path for path in shown if path.rpartition(".")[2] == last), key=lambda path: path.count("."))
+    near = difflib.get_close_matches(focus, sorted(shown), 3) or same_end[:3]
+    similar = f"; did you mean {' or '.join(map(repr, near))}?" if near else ". See model.named_modules()."
+    return f"the model has no module {focus!r}{similar}"

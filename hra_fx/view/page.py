@@ -7,7 +7,7 @@ no font. Systems without fonts use DejaVu Sans from matplotlib. Without any font
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,19 +16,18 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement, tostring
 
 from hra_fx.errors import VisualizeError
-from hra_fx.reporting.heat import HEATS, UNKNOWN
-from hra_fx.view.boxes import place
+from hra_fx.reporting.heat import HEATS, UNKNOWN, shorten
+from hra_fx.reporting.skipped_layers import SkippedLayer
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.heatmap import Heatmap, heatmap_of
+from hra_fx.view.layout import place
 from hra_fx.view.opening import Block, Options, opened
 from hra_fx.view.svg import FONT, FRAMES, LOOKS, draw, shape, skipped_marker, write
-from hra_fx.view.theme import Theme, clean, colored, shorten, width
+from hra_fx.view.theme import Theme, colored, width
 
 LINE = 22.0  # height of a line
 _GAP = 18.0
 _STEPS, _STEP = 45, 4.0  # rectangles of the color bar, and their width
-
-
 #: The description of a look, and the dashes of its line.
 _LOOKS = {
     "adapted_layer": ("adapted layer", ""),
@@ -57,15 +56,8 @@ class Entry:
     draw: Callable[[Element, float, float], None]
 
 
-def entries(looks: set[str], heatmap: Heatmap, skipped: int, refused: int) -> list[Entry]:
-    """The entries of a picture's legend.
-
-    Args:
-        looks: the looks of all boxes.
-        heatmap: the colors of adapted layers.
-        skipped: number of layers without an adapter.
-        refused: number of these layers that should have an adapter.
-    """
+def entries(looks: set[str], heatmap: Heatmap, skipped: Sequence[SkippedLayer]) -> list[Entry]:
+    """The entries of a picture's legend: the looks of its boxes, the heatmap, and the layers without an adapter."""
     found: list[Entry] = []
     if heatmap.values:
         found.append(_color_bar(heatmap))
@@ -74,23 +66,17 @@ def entries(looks: set[str], heatmap: Heatmap, skipped: int, refused: int) -> li
     elif "adapted_layer" in looks:
         found.append(_swatch("adapter: r vectors of length d", "violet-pale", "violet-line"))
         looks = looks - {"adapted_layer"}  # one entry for the color of the box is sufficient
-    if skipped > refused:
-        found.append(_skipped(f"{_layers(skipped - refused)} not targeted", refused=False))
-    if refused:
-        found.append(_skipped(f"{_layers(refused)} targeted, but not adapted", refused=True))
+    for targeted, words in ((False, "not targeted"), (True, "targeted, but not adapted")):
+        if count := sum(layer.targeted is targeted for layer in skipped):
+            found.append(_skipped(f"{count} layer{'s' * (count != 1)} {words}", refused=targeted))
     if looks & {"closed", "traced"}:
         looks = looks | {"module"}
     colors = {**LOOKS, **FRAMES, "module": FRAMES["traced"]}
     return found + [_swatch(words, *colors[look][:2], dash) for look, (words, dash) in _LOOKS.items() if look in looks]
 
 
-def placed(legend: Collection[Entry], wide: float) -> list[tuple[Entry, float, int]]:
-    """Assign an x position and a line to each entry.
-
-    Args:
-        legend: the entries.
-        wide: maximum width of a line.
-    """
+def placed(legend: Sequence[Entry], wide: float) -> list[tuple[Entry, float, int]]:
+    """Assign an x position and a line to each entry. A line is at most `wide`."""
     places: list[tuple[Entry, float, int]] = []
     x, line = 0.0, 0
     for entry in legend:
@@ -109,10 +95,6 @@ def _swatch(words: str, fill: str, line: str, dashes: str = "") -> Entry:
         write(parent, x + 31, y + 12, words, 12, "faint")
 
     return Entry(31 + width(words, 12), draw)
-
-
-def _layers(count: int) -> str:
-    return f"{count} layer{'s' * (count != 1)}"
 
 
 def _skipped(words: str, *, refused: bool) -> Entry:
@@ -142,30 +124,19 @@ def _color_bar(heatmap: Heatmap) -> Entry:
 
 
 def render_svg(drawing: Drawing, options: Options) -> str:
-    """Render an SVG file of a model, or of a part of it.
-
-    Raises:
-        VisualizeError: the options do not fit the model.
-    """
+    """Render an SVG file of a model, or of a part of it."""
     theme = options.theme or "light"
     block = opened(drawing.tree(), options.depth, options.focus or "")
     return page(block, drawing, heatmap_of(drawing, options.heat, theme), theme)
 
 
 def page(block: Block, drawing: Drawing, heatmap: Heatmap, theme: Theme = "light") -> str:
-    """Render an SVG file, with the same bytes for the same blocks.
-
-    Args:
-        block: the block to draw.
-        drawing: the drawing that the block belongs to, for the title and the facts.
-        heatmap: the colors of adapted layers.
-        theme: the colors of everything else.
-    """
+    """Render an SVG file of a block, with the title, facts and skipped layers of its drawing."""
     box = place(block, heatmap, root=True)
-    title = shorten(clean(drawing.title), _LETTERS)
+    title = shorten(drawing.title, _LETTERS)
     words = max(width(title, 22, bold=True), width(drawing.facts, 13))
     card = max(box.size.width + 2 * _INSET, _NARROWEST - 2 * _MARGIN, words)
-    legend = placed(entries(_looks(block), heatmap, len(drawing.skipped), len(drawing.refused)), card)
+    legend = placed(entries(_looks(block), heatmap, drawing.skipped), card)
     top = _TOP + LINE * (1 + max((line for *_, line in legend), default=-1)) + 14
     high = box.size.height + 2 * _INSET
     root = _canvas(round(card + 2 * _MARGIN), round(top + high + _MARGIN), title, drawing.facts)
@@ -187,7 +158,7 @@ def _canvas(wide: int, high: int, title: str, facts: str) -> Element:
     shape(marker, "path", d="M0 0.6L8 4L0 7.4z", fill="edge")
     shape(root, "rect", width="100%", height="100%", fill="paper")
     write(root, _MARGIN, 46, title, 22, "ink", bold=True)
-    write(root, _MARGIN, 70, clean(facts), 13, "faint")
+    write(root, _MARGIN, 70, facts, 13, "faint")
     return root
 
 
@@ -197,11 +168,7 @@ def _looks(block: Block) -> set[str]:
 
 
 def render_png(drawing: Drawing, options: Options) -> bytes:
-    """Render a PNG file with two pixels per unit of the SVG picture, or one if it would be too large.
-
-    Raises:
-        VisualizeError: the options do not fit the model, the picture is too large, or no font is installed.
-    """
+    """Render a PNG file with two pixels per unit of the SVG picture, or one if it would be too large."""
     svg = render_svg(drawing, options)
     root = ElementTree.fromstring(svg)
     side = max(int(root.get("width", "0")), int(root.get("height", "0")))
@@ -214,17 +181,7 @@ def render_png(drawing: Drawing, options: Options) -> bytes:
 
 
 def rasterize(svg: str, *, scale: int = SCALE, system_fonts: bool = True, files: Sequence[Path] | None = None) -> bytes:
-    """Convert an SVG text to PNG.
-
-    Args:
-        svg: the text.
-        scale: pixels per unit.
-        system_fonts: whether to use the fonts of the system.
-        files: additional font files; `None` for matplotlib's fonts, if it is installed.
-
-    Raises:
-        VisualizeError: no font is installed.
-    """
+    """Convert an SVG text to PNG with the fonts of the system, and those in `files`, or else in matplotlib."""
     from resvg_py import svg_to_bytes
 
     # Text widths are estimated for DejaVu Sans, so it is preferred.

@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 
 from hra_fx.atomic_write import output_file, write_output_file
 from hra_fx.errors import VisualizeError
-from hra_fx.view import mermaid, page
+from hra_fx.view import page
 from hra_fx.view.drawing import Drawing, drawing_of
-from hra_fx.view.focus import focused
 from hra_fx.view.heatmap import heatmap_of
 from hra_fx.view.html import rendering
-from hra_fx.view.network import render_dot, render_graphml
-from hra_fx.view.opening import Options
+from hra_fx.view.network import render_dot, render_graphml, render_mermaid
+from hra_fx.view.opening import Options, focused
 from hra_fx.view.theme import Theme
 
 
@@ -32,21 +31,14 @@ FORMATS: Mapping[str, Format] = {
     ".svg": Format("picture", page.render_svg, themed=True),
     ".png": Format("picture", page.render_png, themed=True),
     ".html": Format("interactive page", rendering.render, themed=True),
-    ".mmd": Format("Mermaid, for READMEs", mermaid.render),
+    ".mmd": Format("Mermaid, for READMEs", render_mermaid),
     ".dot": Format("Graphviz", render_dot),
     ".graphml": Format("networkx, Gephi, yEd", render_graphml),
 }
 
 
 def picture_file(path: str | os.PathLike[str]) -> Path:
-    """Check the path of a picture before the work starts, and return it.
-
-    Args:
-        path: the path from the user.
-
-    Raises:
-        VisualizeError: see `output_file`; or the format's package is not installed (the message lists other formats).
-    """
+    """Check the path of a picture, and that the format's package is installed, before the work starts."""
     has_png = find_spec("resvg_py") is not None
     working = ", ".join(f"{end} ({form.words})" for end, form in FORMATS.items() if has_png or end != ".png")
     file = output_file(path, FORMATS, listed=working)
@@ -59,16 +51,7 @@ def picture_file(path: str | os.PathLike[str]) -> Path:
 
 
 def rendered(file: Path, drawing: Drawing, options: Options) -> bytes:
-    """Render the content of a file. `picture_file` must have checked its path.
-
-    Args:
-        file: the path of the picture.
-        drawing: the drawing of the whole model.
-        options: the options of the picture.
-
-    Raises:
-        VisualizeError: the options do not fit the model.
-    """
+    """Render the content of a file, whose path `picture_file` has checked, from the drawing of the whole model."""
     form = FORMATS[file.suffix.lower()]
     if options.theme and not form.themed:
         known = ", ".join(ending for ending, other in FORMATS.items() if other.themed)

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import networkx as nx
 
 from hra_fx.view.subject import name_of
-from hra_fx.view.tree import Item, Leaf, Scope, contract, joined, merge_repeats, module_of, prefixes, runs_where
+from hra_fx.view.tree import Item, Leaf, Scope, contract, joined, merge_repeats, module_of, prefixes
 
 #: The names of several leaves in one box are listed up to this length.
 _LETTERS_SHOWN = 28
-#: Operations that only move data or change its view. Neighbors of this kind share a box.
-_VIEWS = frozenset(
-    {"alias", "chunk", "clone", "contiguous", "expand", "expand_as", "flatten", "float", "getitem", "mT", "movedim"}
-    | {"narrow", "permute", "slice", "t", "to_copy", "unsafe_view"}
-    | {"repeat", "reshape", "roll", "select", "split", "squeeze", "swapaxes", "T", "to", "transpose", "type"}
-    | {"type_as", "unbind", "unflatten", "unsqueeze", "view", "view_as"}
-)
 #: A module with many operations shows them in groups, except for these.
 _OPERATIONS_SHOWN = 8
 _LANDMARKS = frozenset({"scaled_dot_product_attention", "softmax", "matmul", "bmm", "baddbmm", "einsum"})
@@ -27,12 +21,7 @@ _Group: TypeAlias = "str | tuple[str, int]"  # a leaf's key, or a call's name an
 
 
 def scope_tree(picture: nx.DiGraph[str], title: str) -> Scope:
-    """Create the tree of a model, with chains of operations joined and identical neighbors merged.
-
-    Args:
-        picture: the result of `graph.leaves_of`.
-        title: name of the root.
-    """
+    """Create the tree of a model from its leaves, with operations joined and identical neighbors merged."""
     return _Nesting(picture).scope("", title, list(picture), 0)
 
 
@@ -73,7 +62,7 @@ class _Nesting:
             outputs=tuple(sorted({place[groups[key]] for key in leaving})),
             paths=(path,) if path else (),
         )
-        return merge_repeats(_gather_plain(_gather_operations(_join_operations(scope))))
+        return merge_repeats(_gather(scope))
 
     def _ports(self, path: str, keys: list[str]) -> tuple[set[str], set[str], list[str]]:
         """Leaves that read from outside, leaves that are read outside, and all leaves except ports.
@@ -129,63 +118,36 @@ class _Nesting:
         return _unwrap(self.scope(call, name_of(call), keys, level + 1), self.picture.graph["details"])
 
 
-def _join_operations(scope: Scope) -> Scope:
-    """Join chains of operations that only change views into one box."""
-    readers = {index: [j for i, j in scope.edges if i == index] for index in range(len(scope.items))}
-    sources = {index: [i for i, j in scope.edges if j == index] for index in range(len(scope.items))}
+def _is_small(item: Item) -> bool:
+    return isinstance(item, Leaf) and item.kind == "op" and item.name not in _LANDMARKS
+
+
+def _gather(scope: Scope) -> Scope:
+    """Join neighbors: modules that are not traced, operations in a chain, and all operations if there are still many.
+
+    The items are in topological order, so joining neighbors does not create a cycle.
+    """
+    edges = set(scope.edges)
+    readers = Counter([*(i for i, _ in edges), *scope.outputs])
+    sources = Counter([*(j for _, j in edges), *scope.inputs])
 
     def follows(index: int) -> bool:
-        return (
-            all(isinstance(item, Leaf) and item.name in _VIEWS for item in scope.items[index - 1 : index + 1])
-            and readers[index - 1] == [index]
-            and sources[index] == [index - 1]
-            and index not in scope.inputs
-            and index - 1 not in scope.outputs
-        )
+        pair = scope.items[index - 1 : index + 1]
+        if all(map(_is_small, pair)):
+            return (index - 1, index) in edges and readers[index - 1] == sources[index] == 1
+        return all(isinstance(item, Leaf) and item.kind == "eager" for item in pair)
 
-    def join(scope: Scope, run: range) -> Item:
-        leaves = _leaves(scope, run)
-        return replace(_listing(leaves, " > "), detail=", ".join(leaf.detail for leaf in leaves if leaf.detail))
-
-    return contract(scope, runs_where(len(scope.items), follows), join)
+    joined_chains = contract(scope, follows, _listing)
+    items = joined_chains.items
+    if sum(map(_is_small, items)) <= _OPERATIONS_SHOWN:
+        return joined_chains
+    return contract(joined_chains, lambda index: all(map(_is_small, items[index - 1 : index + 1])), _listing)
 
 
-def _gather_operations(scope: Scope) -> Scope:
-    """Join neighbors in a module with many operations, such as the rotary positions and masks of language models."""
-
-    def is_small(item: Item) -> bool:
-        return isinstance(item, Leaf) and item.kind == "op" and item.name not in _LANDMARKS
-
-    if sum(map(is_small, scope.items)) <= _OPERATIONS_SHOWN:
-        return scope
-
-    def follows(index: int) -> bool:
-        return is_small(scope.items[index - 1]) and is_small(scope.items[index])
-
-    # The items are in topological order, so joining neighbors does not create a cycle.
-    runs = runs_where(len(scope.items), follows)
-    return contract(scope, runs, lambda scope, run: _listing(_leaves(scope, run), ", "))
-
-
-def _gather_plain(scope: Scope) -> Scope:
-    """Join neighbors without adapters into one box in a module that is not traced."""
-
-    def follows(index: int) -> bool:
-        return all(isinstance(item, Leaf) and item.kind == "eager" for item in scope.items[index - 1 : index + 1])
-
-    def gather(scope: Scope, run: range) -> Item:
-        return replace(_listing(_leaves(scope, run), ", "), detail=f"{len(run)} modules")
-
-    return contract(scope, runs_where(len(scope.items), follows), gather)
-
-
-def _leaves(scope: Scope, run: range) -> list[Leaf]:
-    return [item for item in scope.items[run[0] : run[-1] + 1] if isinstance(item, Leaf)]
-
-
-def _listing(leaves: list[Leaf], separator: str) -> Leaf:
+def _listing(items: Sequence[Item]) -> Leaf:
     """Create one leaf with the names of several leaves."""
-    names = [leaf.name for leaf in leaves]
+    leaves = [item for item in items if isinstance(item, Leaf)]
+    names, details = [leaf.name for leaf in leaves], [leaf.detail for leaf in leaves]
     shown = names[0]
     for index, name in enumerate(names[1:], start=1):
         if len(shown) + len(name) > _LETTERS_SHOWN:
@@ -195,7 +157,8 @@ def _listing(leaves: list[Leaf], separator: str) -> Leaf:
     return replace(
         joined(leaves),
         name=shown,
-        target=separator.join(names),
+        detail=f"{len(names)} modules" if leaves[0].kind == "eager" else ", ".join(filter(None, details)),
+        target=", ".join(names),
         shape=leaves[-1].shape,
         dtype=leaves[-1].dtype,
     )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx, nn
 
 from hra_fx.export.inspect import LayerAdapter, adapter_layers
-from hra_fx.export.match import GraphLayer, find_layers, group_tied, module_classes
+from hra_fx.export.match import find_layers, group_tied, module_classes
 from hra_fx.export.ops import find_rotate_nodes, remove_rotation
 from hra_fx.export.select import build_skeleton
 from hra_fx.layers.adapted_layer import AdaptedLayer
@@ -28,51 +28,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """The facts that the box of an adapted layer shows.
+    """The facts that the box of an adapted layer shows."""
 
-    Attributes:
-        detail: class and shape of the layer.
-        width: length `d` of its vectors.
-        rank: number of vectors in use, over all adapters, including merged ones.
-        parameters: number of parameters of the layer itself.
-        vectors: number of parameters of all its adapters.
-    """
-
-    detail: str
-    width: int
-    rank: int
-    parameters: int
-    vectors: int
+    detail: str  # class and shape of the layer
+    width: int  # length `d` of its vectors
+    rank: int  # number of vectors in use, over all adapters, including merged ones
+    parameters: int  # of the layer itself
+    vectors: int  # number of parameters of all its adapters
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to draw.
+    """A model to draw."""
 
-    Attributes:
-        model: the modules by name; for a program, a skeleton of modules from its names and calls.
-        graphs: module path -> traced graph.
-        layers: path -> facts, once for each adapted layer.
-        aliases: any path of an adapted layer -> its first path.
-        classes: module path -> name of the class.
-        parameters: number of parameters of the model, without its adapters.
-    """
-
-    model: nn.Module
-    graphs: Mapping[str, fx.GraphModule]
-    layers: Mapping[str, LayerFacts]
-    aliases: Mapping[str, str]
-    classes: Mapping[str, str]
-    parameters: int
+    model: nn.Module  # the modules by name; for a program, a skeleton of modules from its names and calls
+    graphs: Mapping[str, fx.GraphModule]  # by path of the module
+    layers: Mapping[str, LayerFacts]  # by path, once for each adapted layer
+    aliases: Mapping[str, str]  # any path of an adapted layer -> its first path
+    classes: Mapping[str, str]  # path of a module -> name of the class
+    parameters: int  # of the model, without its adapters
 
 
 def subject_of(model: nn.Module, graphs: Mapping[str, fx.GraphModule]) -> Subject:
-    """Create the subject of a model, adapted or not, with graphs that were traced from it.
-
-    Args:
-        model: the model.
-        graphs: module path -> traced graph.
-    """
+    """Create the subject of a model, adapted or not, with graphs that were traced from it."""
     layers = adapted_layers(model)
     first = {layer: path for path, layer in layers.items()}
     named = dict(model.named_modules(remove_duplicate=False))
@@ -158,35 +136,21 @@ def subject_of_program(program: ExportedProgram) -> Subject:
 
 
 def subject_of_operators(module: fx.GraphModule) -> Subject:
-    """Create the subject of a `GraphModule` of ATen operators that reads parameters by name. Its graph is copied.
-
-    Args:
-        module: a module without adapters that `hra_fx.export.captured.is_captured` accepts.
-    """
+    """Create the subject of a `GraphModule` of ATen operators without adapters. Its graph is copied."""
     copied = fx.GraphModule(module, copy.deepcopy(module.graph), type(module).__name__)
     return _subject(copied, dict(module.named_parameters(remove_duplicate=False)), [])
 
 
-def _own_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a model without the tensors of its adapters."""
-    return {name: tensor for name, tensor in tensors.items() if REFLECTION not in name.split(".")}
-
-
-def _remove_rotations(module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> dict[str, GraphLayer]:
-    """Remove the rotations and the dead code from a graph, and find its layers."""
+def _subject(module: fx.GraphModule, tensors: Mapping[str, Tensor], adapted: Iterable[LayerAdapter]) -> Subject:
+    own = {name: tensor for name, tensor in tensors.items() if REFLECTION not in name.split(".")}
     for node in find_rotate_nodes(module.graph):
         remove_rotation(module.graph, node)
     module.graph.eliminate_dead_code()
     weights: dict[str, list[fx.Node]] = {}
     for node in module.graph.find_nodes(op="get_attr"):
-        if node.target in tensors:
+        if node.target in own:
             weights.setdefault(str(node.target), []).append(node)
-    return find_layers(weights, tensors)
-
-
-def _subject(module: fx.GraphModule, tensors: Mapping[str, Tensor], adapted: Iterable[LayerAdapter]) -> Subject:
-    own = _own_tensors(tensors)
-    found = _remove_rotations(module, own)
+    found = find_layers(weights, own)
     classes = module_classes(module.graph)
     skeleton = build_skeleton(found, own, classes, with_output=True)
     layers: dict[str, LayerFacts] = {}
@@ -196,7 +160,8 @@ def _subject(module: fx.GraphModule, tensors: Mapping[str, Tensor], adapted: Ite
         rank = layer.r + (layers[layer.path].rank if layer.path in layers else 0)  # a weight may have several adapters
         layers[layer.path] = LayerFacts(detail, width, rank, parameters, vectors=width * rank)
         if layer.path in found:
-            _tag(layer.path, found[layer.path])
+            for use in found[layer.path].uses:  # the operators that read its weight
+                use.consumer.meta[META] = NodeTag(layer.path, found[layer.path].kind, "layer")
     return Subject(
         model=skeleton,
         graphs={"": module},
@@ -214,9 +179,3 @@ def _read_by_name(graph: fx.Graph, node: fx.Node, name: str) -> None:
     read.meta = dict(node.meta)
     node.replace_all_uses_with(read)
     graph.erase_node(node)
-
-
-def _tag(path: str, layer: GraphLayer) -> None:
-    """Mark the operators that read the weight of an adapted layer."""
-    for use in layer.uses:
-        use.consumer.meta[META] = NodeTag(path, layer.kind, "layer")

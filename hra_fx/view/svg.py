@@ -7,9 +7,8 @@ from itertools import pairwise
 from xml.etree.ElementTree import Element, SubElement
 
 from hra_fx.reporting.heat import ink_on
-from hra_fx.view.boxes import DETAIL, NAME, STACKED, STRIP, Box, count_width
 from hra_fx.view.heatmap import CELL
-from hra_fx.view.layout import Route
+from hra_fx.view.layout import DETAIL, NAME, STACKED, STRIP, Box, Route, count_width
 from hra_fx.view.theme import width
 
 FONT = "'Segoe UI', Roboto, 'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"
@@ -62,16 +61,10 @@ def write(
 def draw(
     parent: Element, box: Box, x: float, y: float, *, root: bool = False, index: Mapping[int, int] | None = None
 ) -> None:
-    """Draw a box and everything inside it.
+    """Draw a box and everything inside it. The root does not have a frame.
 
-    Args:
-        parent: the element that gets the shapes.
-        box: the box.
-        x: the left edge of the box.
-        y: the upper edge of the box.
-        root: whether it is the whole picture, which does not have a frame.
-        index: for the page, id of an item -> its number. It is written as `data-index` of its box, and edges get
-            `data-ends` with the numbers of both ends. The page writes the tips itself.
+    `index` is for the page, which writes the tips itself: id of an item -> its number. It is written as `data-index` of
+    its box, and edges get `data-ends` with the numbers of both ends.
     """
     item = box.block.item
     group = shape(parent, "g", class_="root" if root else box.block.look)
@@ -88,7 +81,7 @@ def draw(
         group.set("data-adapted", str(len(item.marks)))
     _draw_single(group, box, x, y)
     if item.skipped:
-        skipped_marker(group, x, y, refused=bool(item.refused))
+        skipped_marker(group, x, y, refused=any(layer.targeted for layer in item.skipped))
 
 
 def skipped_marker(parent: Element, x: float, y: float, *, refused: bool) -> None:

@@ -6,7 +6,6 @@ marks of layers with and without adapters, have a contrast of at least 3:1.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Literal, TypeAlias, get_args
 from xml.etree.ElementTree import Element
@@ -43,8 +42,6 @@ COLORS: Mapping[str, tuple[str, str]] = {
     "skipped": ("#7b8696", "#8b97a9"),
     "focus": ("#0b63ce", "#6cb0ff"),
 }
-
-
 #: Widths in em of DejaVu Sans, the widest of the common sans-serif fonts, so that text fits its box in all of them.
 _WIDTHS = {
     **dict.fromkeys("ijl.,:;'|! I", 0.34),
@@ -52,16 +49,10 @@ _WIDTHS = {
     **dict.fromkeys("mwMW@%…→", 0.97),
     **dict.fromkeys("ABCDEFGHKNOPQRSTUVXYZ&<>+=×", 0.74),
 }
-_ILLEGAL = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def colored(root: Element, theme: Theme | None) -> None:
-    """Replace the names of roles in the attributes of an SVG with the colors of a theme.
-
-    Args:
-        root: the SVG.
-        theme: the theme; `None` for the properties of `as_css`, which follow the theme of the page.
-    """
+    """Replace the names of roles in the attributes of an SVG with colors; for `None`, with properties of `as_css`."""
     for element in root.iter():
         for name in ("fill", "stroke"):
             role = element.get(name, "")
@@ -69,24 +60,10 @@ def colored(root: Element, theme: Theme | None) -> None:
                 element.set(name, COLORS[role][THEMES.index(theme)] if theme else f"var(--{role})")
 
 
-def light(role: str) -> str:
-    """The color of a role on a light background."""
-    return COLORS[role][0]
-
-
 def as_css() -> str:
     """The roles as properties of a stylesheet."""
     lines = (f"  --{role}: light-dark({on_light}, {on_dark});\n" for role, (on_light, on_dark) in COLORS.items())
     return f":root {{\n{''.join(lines)}}}\n"
-
-
-def clean(text: str) -> str:
-    """Replace characters that XML does not allow, and line breaks with spaces.
-
-    >>> clean("a\\x00b\\nc")
-    'a\\ufffdb c'
-    """
-    return text if text.isprintable() else re.sub(r"\s", " ", _ILLEGAL.sub("\ufffd", text))
 
 
 def width(text: str, size: float, *, bold: bool = False) -> float:
@@ -97,15 +74,3 @@ def width(text: str, size: float, *, bold: bool = False) -> float:
     """
     ems = sum(_WIDTHS.get(letter, 0.63 if letter < "\u0250" else 1.05) for letter in text)
     return ems * size * (1.1 if bold else 1.0)
-
-
-def shorten(text: str, letters: int) -> str:
-    """Shorten a text to at most `letters` characters, by leaving out the middle.
-
-    >>> shorten("scaled_dot_product_attention", 16)
-    'scaled_d…tention'
-    """
-    if len(text) <= letters:
-        return text
-    tail = (letters - 1) // 2
-    return f"{text[: letters - 1 - tail]}…{text[len(text) - tail :]}"

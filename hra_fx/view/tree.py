@@ -11,92 +11,56 @@ and optionally the same shapes and ranks.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Literal, TypeAlias
 
+from hra_fx.reporting.skipped_layers import SkippedLayer
+
 LeafKind: TypeAlias = Literal["input", "output", "adapted_layer", "module", "op", "eager"]
-
-
 _NUMBER = re.compile(r"@?\d+")
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """One box: a node of a traced graph, or a module that is not traced.
+    """One box: a node of a traced graph, or a module that is not traced."""
 
-    Attributes:
-        name: name of the box inside its module.
-        detail: class and shape, or the parameters that an operation reads.
-        kind: how it is drawn.
-        op: the fx opcode; `"eager"` for a module that is not traced.
-        target: qualified name of the module, or name of the function.
-        place: qualified names of its parents, outermost first; the n-th call of a module has `@n` appended.
-        marks: paths of the adapted layers that the box represents; empty for later calls of a shared layer.
-        width: length `d` of the reflection vectors (adapted layers only).
-        rank: number of reflection vectors in use, over all adapters (adapted layers only).
-        count: number of identical neighbors that are drawn as this box.
-        last: name of the last of these neighbors.
-        paths: qualified names of the modules that the box represents; empty for an operation.
-        readers: qualified names of the modules whose forward contains an operation that reads parameters.
-        skipped: path of a layer without an adapter that the box represents -> the reason.
-        refused: paths of skipped layers that should have an adapter because the configuration selects them.
-        trained: paths of the represented layers that are trained in full.
-        parameters: number of parameters of these modules, or of the weights that an operation reads, without adapters.
-        shape: shape of the value, `"1×64×56×56"`, if known.
-        dtype: dtype of the value, `"float32"`, if known.
-    """
-
-    name: str
-    detail: str
-    kind: LeafKind
-    op: str
-    target: str
-    place: tuple[str, ...]
-    marks: tuple[str, ...] = ()
-    width: int = 0
-    rank: int = 0
-    count: int = 1
-    last: str = ""
-    paths: tuple[str, ...] = ()
-    readers: tuple[str, ...] = ()
-    skipped: Mapping[str, str] = field(default_factory=dict)
-    refused: tuple[str, ...] = ()
-    trained: tuple[str, ...] = ()
-    parameters: int = 0
-    shape: str = ""
-    dtype: str = ""
+    name: str  # inside its module
+    detail: str  # class and shape, or the parameters that an operation reads
+    kind: LeafKind  # how it is drawn
+    op: str  # the fx opcode; "eager" for a module that is not traced
+    target: str  # qualified name of the module, or name of the function
+    place: tuple[str, ...]  # qualified names of its parents, outermost first; the n-th call of one has `@n` appended
+    marks: tuple[str, ...] = ()  # paths of the adapted layers in it; empty for later calls of a shared layer
+    width: int = 0  # length `d` of the reflection vectors
+    rank: int = 0  # number of reflection vectors in use, over all adapters
+    count: int = 1  # number of identical neighbors that are drawn as this box
+    last: str = ""  # name of the last of these neighbors
+    paths: tuple[str, ...] = ()  # qualified names of the modules in it; empty for an operation
+    readers: tuple[str, ...] = ()  # of the modules whose forward contains an operation that reads parameters
+    skipped: tuple[SkippedLayer, ...] = ()  # the layers in it without an adapter
+    trained: tuple[str, ...] = ()  # paths of the layers in it that are trained in full
+    parameters: int = 0  # of these modules, or of the weights that an operation reads, without adapters
+    shape: str = ""  # of the value, "1×64×56×56", if known
+    dtype: str = ""  # of the value, "float32", if known
 
 
 @dataclass(frozen=True)
 class Scope:
-    """A module with its contents.
+    """A module with its contents."""
 
-    Attributes:
-        path: qualified name; `""` for the model.
-        name: name below the enclosing scope.
-        class_name: name of its class.
-        eager: whether it is not traced. Then its items are in the order of definition, without edges.
-        items: leaves and scopes, in topological order.
-        edges: `(i, j)`, i < j: item j reads a value of item i.
-        inputs: items that read a value from outside.
-        outputs: items with a value that is read outside.
-        count: number of identical neighbors that are drawn as this scope.
-        last: name of the last of these neighbors.
-        paths: qualified names of all modules that are drawn as this scope.
-    """
-
-    path: str
-    name: str
+    path: str  # "" for the model
+    name: str  # below the enclosing scope
     class_name: str
-    eager: bool
-    items: tuple[Item, ...]
-    edges: tuple[tuple[int, int], ...] = ()
-    inputs: tuple[int, ...] = ()
-    outputs: tuple[int, ...] = ()
-    count: int = 1
-    last: str = ""
-    paths: tuple[str, ...] = ()
+    eager: bool  # not traced; then its items are in the order of definition, without edges
+    items: tuple[Item, ...]  # in topological order
+    edges: tuple[tuple[int, int], ...] = ()  # `(i, j)`, i < j: item j reads a value of item i
+    inputs: tuple[int, ...] = ()  # items that read a value from outside
+    outputs: tuple[int, ...] = ()  # items with a value that is read outside
+    count: int = 1  # number of identical neighbors that are drawn as this scope
+    last: str = ""  # name of the last of these neighbors
+    paths: tuple[str, ...] = ()  # of all modules that are drawn as this scope
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -104,14 +68,9 @@ class Scope:
         return tuple(mark for item in self.items for mark in item.marks)
 
     @property
-    def skipped(self) -> Mapping[str, str]:
-        """The layers inside without an adapter, each with the reason."""
-        return {path: reason for item in self.items for path, reason in item.skipped.items()}
-
-    @property
-    def refused(self) -> tuple[str, ...]:
-        """The skipped layers inside that should have an adapter."""
-        return tuple(dict.fromkeys(path for item in self.items for path in item.refused))
+    def skipped(self) -> tuple[SkippedLayer, ...]:
+        """The layers inside without an adapter."""
+        return tuple(dict.fromkeys(layer for item in self.items for layer in item.skipped))
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -128,8 +87,7 @@ def joined(leaves: Sequence[Leaf]) -> Leaf:
         leaves[0],
         marks=tuple(mark for leaf in leaves for mark in leaf.marks),
         paths=tuple(path for leaf in leaves for path in leaf.paths),
-        skipped={path: reason for leaf in leaves for path, reason in leaf.skipped.items()},
-        refused=tuple(dict.fromkeys(path for leaf in leaves for path in leaf.refused)),
+        skipped=tuple(dict.fromkeys(layer for leaf in leaves for layer in leaf.skipped)),
         trained=tuple(dict.fromkeys(path for leaf in leaves for path in leaf.trained)),
         parameters=sum(leaf.parameters for leaf in leaves),
     )
@@ -137,28 +95,22 @@ def joined(leaves: Sequence[Leaf]) -> Leaf:
 
 def notes(item: Item) -> list[str]:
     """Lines of a tooltip: why layers have no adapter, and which layers are trained in full."""
-    skipped = [f"{path} has no adapter: {reason}" for path, reason in item.skipped.items()]
+    skipped = [f"{layer.path} has no adapter: {layer.reason}" for layer in item.skipped]
     return [*skipped, *(f"{path} is trained in full" for path in item.trained)]
 
 
-def contract(scope: Scope, runs: Sequence[range], combine: Callable[[Scope, range], Item]) -> Scope:
-    """Replace each run of neighboring items in a scope with the item that `combine` returns.
-
-    Args:
-        scope: the scope.
-        runs: disjoint ranges of item indices.
-        combine: called with the scope and a run.
-    """
-    head = {run[0]: run for run in runs}
-    inside = {index for run in runs for index in run[1:]}
+def contract(scope: Scope, follows: Callable[[int], bool], combine: Callable[[tuple[Item, ...]], Item]) -> Scope:
+    """Replace each run of neighboring items, for which `follows` is true from the second on, by one item."""
     items: list[Item] = []
     where: dict[int, int] = {}
-    for index, item in enumerate(scope.items):
-        if index in inside:
-            where[index] = len(items) - 1
+    start = 0
+    for index in range(1, len(scope.items) + 1):
+        if index < len(scope.items) and follows(index):
             continue
-        where[index] = len(items)
-        items.append(combine(scope, head[index]) if index in head else item)
+        where.update(dict.fromkeys(range(start, index), len(items)))
+        run = scope.items[start:index]
+        items.append(combine(run) if len(run) > 1 else run[0])
+        start = index
     return replace(
         scope,
         items=tuple(items),
@@ -204,19 +156,12 @@ def span(item: Item) -> str:
 
 def _common_start(first: str, last: str) -> str:
     """The common prefix of two names, up to the number in which they differ."""
-    length = 0
-    while length < min(len(first), len(last)) and first[length] == last[length]:
-        length += 1
-    return first[:length].rstrip("0123456789")
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    return "".join(letter for letter, _ in same).rstrip("0123456789")
 
 
 def signature(item: Item, *, sizes: bool = True) -> Hashable:
-    """The properties that two items must share to be drawn as one, without their own names.
-
-    Args:
-        item: the item.
-        sizes: whether to also compare shapes and ranks.
-    """
+    """The properties that two items must share to be drawn as one, without their own names, and maybe without sizes."""
     if isinstance(item, Leaf):
         detail = item.detail if sizes else item.detail.partition(" ")[0]
         own = (item.width, item.rank) if sizes else ()
@@ -234,23 +179,6 @@ def stem(name: str) -> str:
     return _NUMBER.sub("", name)
 
 
-def runs_where(length: int, follows: Callable[[int], bool]) -> list[range]:
-    """Maximal runs of at least two indices in which `follows` is true for each index except the first.
-
-    >>> runs_where(6, lambda index: index in (1, 2, 5))
-    [range(0, 3), range(4, 6)]
-    """
-    runs: list[range] = []
-    start = 0
-    for index in range(1, length + 1):
-        if index < length and follows(index):
-            continue
-        if index - start > 1:
-            runs.append(range(start, index))
-        start = index
-    return runs
-
-
 def merge_repeats(scope: Scope) -> Scope:
     """Merge every run of identical neighbors in a scope into one item. In a traced graph, they must form a chain."""
     looks = [(stem(item.name), signature(item)) for item in scope.items]
@@ -262,16 +190,10 @@ def merge_repeats(scope: Scope) -> Scope:
         linked = scope.eager or (index - 1, index) in edges
         return drawable and linked and item.count == 1 and looks[index - 1] == looks[index]
 
-    runs = runs_where(len(scope.items), follows)
-    return contract(scope, runs, _once)
+    return contract(scope, follows, lambda run: replace(_overlay(run), count=len(run), last=run[-1].name))
 
 
-def _once(scope: Scope, run: range) -> Item:
-    items = [scope.items[index] for index in run]
-    return replace(_overlay(items), count=len(items), last=items[-1].name)
-
-
-def _overlay(items: list[Item]) -> Item:
+def _overlay(items: Sequence[Item]) -> Item:
     """The first item, with the marks of all items at every leaf."""
     first = items[0]
     if isinstance(first, Leaf):
@@ -279,4 +201,4 @@ def _overlay(items: list[Item]) -> Item:
     scopes = [item for item in items if isinstance(item, Scope)]
     columns = zip(*(scope.items for scope in scopes), strict=True)
     paths = tuple(path for scope in scopes for path in scope.paths)
-    return replace(first, items=tuple(_overlay(list(column)) for column in columns), paths=paths)
+    return replace(first, items=tuple(map(_overlay, columns)), paths=paths)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hra_fx import HRAConfig, transform
-from hra_fx.reporting.result import Report
+from hra_fx.reporting.report import Report
 from hra_fx.reporting.row import Row
 from hra_fx.reporting.skipped_layers import SkippedLayer
 

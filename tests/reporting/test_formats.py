@@ -24,9 +24,8 @@ from hra_fx.errors import VisualizeError
 from hra_fx.reporting.columns import grouped
 from hra_fx.reporting.heat import color
 from hra_fx.reporting.plots import draw_training
-from hra_fx.reporting.progress import Progress
-from hra_fx.reporting.result import Report
-from hra_fx.reporting.row import Row
+from hra_fx.reporting.report import Report
+from hra_fx.reporting.row import Progress, Row
 from hra_fx.reporting.skipped_layers import SkippedLayer
 
 WORDS = ["layer", "type", "d", "r", "params", "weight change", "mean angle", "max angle", "|Q - I|", "share of W"]

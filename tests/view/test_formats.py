@@ -20,7 +20,6 @@ import hra_fx
 from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.opening import Options
 from hra_fx.view.picture import rendered
-from hra_fx.view.theme import clean
 
 SVG = "{http://www.w3.org/2000/svg}"
 _VALUE = re.compile(r" · (unknown|[\d.]+[°%]?)$")
@@ -81,7 +80,7 @@ def written(found: Drawing, folder: Path, **options: Any) -> Iterable[tuple[str,
 def test_every_adapted_layer_is_in_every_format_exactly_once(
     name: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    paths = {clean(row.path) for row in drawing(name).rows}
+    paths = {row.path for row in drawing(name).rows}
     for ending, found in written(drawing(name), tmp_path, **options):
         assert {path: found[path] for path in paths} == dict.fromkeys(paths, 1), ending
 

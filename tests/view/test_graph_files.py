@@ -14,8 +14,16 @@ from torch import nn
 
 import hra_fx
 from hra_fx.view.drawing import Drawing, drawing_of
-from hra_fx.view.mermaid import CHARACTERS, EDGES, escape, render
-from hra_fx.view.network import collapsed, plain, render_dot, render_graphml
+from hra_fx.view.network import (
+    CHARACTERS,
+    EDGES,
+    collapsed,
+    escape,
+    plain,
+    render_dot,
+    render_graphml,
+    render_mermaid as render,
+)
 from hra_fx.view.opening import Options
 from hra_fx.view.tree import Leaf
 

@@ -12,10 +12,9 @@ from torch import nn
 
 import hra_fx
 from hra_fx.view.drawing import Drawing, drawing_of
-from hra_fx.view.focus import focused
 from hra_fx.view.heatmap import heatmap_of
 from hra_fx.view.html.rendering import render
-from hra_fx.view.opening import BUDGET, Block, Options, opened
+from hra_fx.view.opening import BUDGET, Block, Options, focused, opened
 from hra_fx.view.page import render_svg
 from hra_fx.view.tree import Item, Leaf, Scope
 

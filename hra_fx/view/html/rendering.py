@@ -1,4 +1,4 @@
-"""Render the page: the template with style, script, pictures, data and a strict content security policy.
+"""Render the page: the template with style, script, pictures and data.
 
 There is one picture of the model, and one of each module that is closed in another picture. They are drawn like the SVG
 picture. The script shows one picture at a time and colors its adapted layers.
@@ -6,36 +6,34 @@ picture. The script shows one picture at a time and colors its adapted layers.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import html
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from importlib import resources
 from typing import Any, ClassVar
 from xml.etree.ElementTree import Element, tostring
 
-from hra_fx.reporting.heat import HEATS
-from hra_fx.view.boxes import place
+from hra_fx.reporting.heat import DARK_PALETTE, HEATS, PALETTE, UNKNOWN, default_heat, heat_of, is_identity, scale
+from hra_fx.reporting.report import without_nan
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.heatmap import Heatmap, heatmap_of
-from hra_fx.view.html.data import page_data, walk
+from hra_fx.view.heatmap import Heatmap
+from hra_fx.view.layout import place
 from hra_fx.view.opening import Block, Options, opened
 from hra_fx.view.page import LINE, entries
 from hra_fx.view.svg import draw, number
-from hra_fx.view.theme import as_css, clean, colored
-from hra_fx.view.tree import Item, Leaf, Scope
+from hra_fx.view.theme import as_css, colored
+from hra_fx.view.tree import Item, Leaf, Scope, span
 
 _MARGIN = 28.0
 #: The files of the style; later ones have priority.
-STYLES = ("colors", "controls", "drawing", "panel", "media")
-#: The files of the script. Each file comes before the files that import it.
-SCRIPTS = ("data", "elements", "heat", "stage", "spectrum", "panel", "search", "keyboard", "main")
-_IMPORT = re.compile(r'^import (\{[^}]*\}) from "\./(\w+)\.js";$', re.MULTILINE)
-_EXPORT = re.compile(r"^export (?=(?:class|const|function) (\w+))", re.MULTILINE)
+STYLES = ("controls", "drawing", "panel", "media")
+#: The files of the script, in one module. Each file comes before the files that import it.
+SCRIPTS = ("data", "elements", "heat", "stage", "panel", "search", "main")
+_IMPORT_OR_EXPORT = re.compile(r"^(?:import .*;\n|export )", re.MULTILINE)
+#: What the script gets of a leaf, with these names.
+_LEAF_FIELDS = ("kind", "detail", "op", "target", "shape", "dtype", "marks", "rank", "parameters")
 _SLOT = re.compile(r"\{\{(\w+)\}\}")
 
 
@@ -44,12 +42,11 @@ class _Space(Heatmap):
     """Reserves the space for the values of heatmaps, which the script writes and colors."""
 
     is_live: ClassVar[bool] = True
-    heatmaps: tuple[Heatmap, ...] = ()
 
     def strip(self, item: Item) -> tuple[str, str]:
-        """The longest text; empty in a module."""
-        texts = (heatmap.strip(item)[0] for heatmap in self.heatmaps) if isinstance(item, Leaf) else ()
-        return max(texts, key=len, default=""), ""
+        """A text as long as the longest of all measures; empty in a module."""
+        words = "mean " * (len(item.marks) > 1) + "0.000000%"
+        return words * isinstance(item, Leaf), ""
 
     def color(self, value: float) -> str:
         """The color of cells before the script colors them."""
@@ -61,16 +58,9 @@ class _Space(Heatmap):
 
 
 def pictures(drawing: Drawing, tree: Scope, options: Options) -> str:
-    """The pictures as SVG elements. `data-index` is the number of a box in `data.items_of`.
-
-    Args:
-        drawing: the drawing of a model.
-        tree: the tree of the drawing.
-        options: the modules that are open in the picture of the model.
-    """
+    """The pictures as SVG elements. `data-index` is the number of a box in the data."""
     index = {id(item): number for number, item in enumerate(walk(tree))}
-    heatmaps = tuple(heatmap_of(drawing, name) for name in HEATS) if drawing.rows else ()
-    space = _Space(heatmaps[0].name, heatmaps[0].values, heatmaps=heatmaps) if heatmaps else Heatmap()
+    space = _Space(values=heat_of(drawing.rows, "rotation"))
     found: list[str] = []
     blocks = [opened(tree, options.depth, options.focus or "")]
     for block in blocks:
@@ -88,7 +78,7 @@ def legend(drawing: Drawing, tree: Scope) -> str:
     """The legend of boxes and markers as list items, without the colors of the heatmap."""
     looks = {Block(item, ()).look if isinstance(item, Scope) else Block(item).look for item in walk(tree)}
     found = []
-    for entry in entries(looks, Heatmap(), len(drawing.skipped), len(drawing.refused)):
+    for entry in entries(looks, Heatmap(), drawing.skipped):
         root = _svg(entry.width, LINE)
         entry.draw(root, 0.5, 3.5)
         found.append(f"<li>{_text(root)}</li>")
@@ -117,10 +107,6 @@ def _text(root: Element) -> str:
 def render(drawing: Drawing, options: Options) -> str:
     """Render the page of a drawing: one self-contained HTML file.
 
-    Args:
-        drawing: the drawing of a model.
-        options: the levels that are open first, the module that is the root, and the heatmap that is shown first.
-
     Example:
         >>> import hra_fx, torch
         >>> from hra_fx.view.drawing import drawing_of
@@ -129,17 +115,15 @@ def render(drawing: Drawing, options: Options) -> str:
         >>> render(drawing_of(model), Options())[:15]
         '<!doctype html>'
     """
-    style, script, tree = _style(), _script(), drawing.tree()
+    tree = drawing.tree()
     words = {
-        "policy": f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
-        "base-uri 'none'; form-action 'none'",
         "theme": f' data-theme="{options.theme}"' if options.theme else "",
-        "title": html.escape(clean(drawing.title)),
-        "style": style,
+        "title": html.escape(drawing.title),
+        "style": "\n".join(["", as_css(), *(_file(f"style/{name}.css") for name in STYLES)]),
         "legend": legend(drawing, tree),
         "pictures": pictures(drawing, tree, options),
         "data": as_json(page_data(drawing, tree, options)),
-        "script": script,
+        "script": "\n" + "\n".join(_IMPORT_OR_EXPORT.sub("", _file(f"script/{name}.js")) for name in SCRIPTS),
     }
     return _SLOT.sub(lambda slot: words[slot[1]], _file("page.html"))
 
@@ -153,27 +137,69 @@ def as_json(data: Any) -> str:
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
-def _hash(text: str) -> str:
-    """The source expression that only allows this text in the page (https://www.w3.org/TR/CSP3/)."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
 def _file(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
-@cache
-def _style() -> str:
-    return "\n".join(["", as_css(), *(_file(f"style/{name}.css") for name in STYLES)])
+def page_data(drawing: Drawing, tree: Scope, options: Options) -> Any:
+    """The data for `script/data.js`: the report, and all boxes, each before the boxes inside it."""
+    items = _items(tree)
+    box = {path: index for index, item in reversed([*enumerate(items)]) for path in item["paths"]}
+    data = {
+        "title": drawing.title,
+        "facts": drawing.facts,
+        "items": items,
+        "rows": [vars(row) for row in drawing.rows],
+        "heats": _heats(drawing),
+        "heat": options.heat or ("" if is_identity(drawing.rows) else default_heat(drawing.rows)),
+        "palettes": [PALETTE, DARK_PALETTE],
+        "unknown": UNKNOWN,
+        "skipped": [
+            {"path": own.path, "reason": own.reason, "refused": own.targeted, "item": _box(own.path, box)}
+            for own in drawing.skipped
+        ],
+        "full": [{"path": path, "item": _box(path, box)} for path in drawing.trained_in_full],
+    }
+    return without_nan(data)
 
 
-@cache
-def _script() -> str:
-    """The modules of the script as one text. Each module is a function with its own names that returns its exports."""
-    return "\n" + "\n".join(_as_function(name, _file(f"script/{name}.js")) for name in SCRIPTS)
+def walk(item: Item) -> Iterator[Item]:
+    """A box and all boxes inside it, in the order of their numbers."""
+    yield item
+    for part in item.items if isinstance(item, Scope) else ():
+        yield from walk(part)
 
 
-def _as_function(name: str, text: str) -> str:
-    exports = ", ".join(_EXPORT.findall(text))
-    body = _EXPORT.sub("", _IMPORT.sub(r"const \1 = $\2;", text))
-    return f"const ${name} = (() => {{\n{body}return {{ {exports} }};\n}})();\n"
+def _items(tree: Scope) -> list[dict[str, Any]]:
+    """The boxes of a tree, each with the number of its scope."""
+    items = [*walk(tree)]
+    index = {id(item): number for number, item in enumerate(items)}
+    around = {id(part): index[id(item)] for item in items if isinstance(item, Scope) for part in item.items}
+    found = []
+    for item in items:
+        fields: dict[str, Any] = {"parent": around.get(id(item), 0), "label": span(item)}
+        fields |= {"paths": item.paths, "count": item.count}
+        if isinstance(item, Scope):
+            kind = "untraced" if item.eager else "traced"
+            fields |= {"kind": kind, "detail": item.class_name, "target": item.path}
+        else:
+            fields |= {name: getattr(item, name) for name in _LEAF_FIELDS}
+        found.append(fields)
+    return found
+
+
+def _heats(drawing: Drawing) -> dict[str, Any]:
+    """The value of every adapted layer, for each heatmap."""
+    heats: dict[str, Any] = {}
+    for name, heat in HEATS.items() if drawing.rows else ():
+        values = heat_of(drawing.rows, name)
+        ends = scale(values.values())
+        heats[name] = {"words": heat.words, "unit": heat.unit, "ends": ends, "values": list(values.items())}
+    return heats
+
+
+def _box(path: str, box: Mapping[str, int]) -> int:
+    """The box that represents a module, or else the innermost box that contains it."""
+    while path and path not in box:
+        path = path.rpartition(".")[0]
+    return box.get(path, 0)

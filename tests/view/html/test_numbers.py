@@ -80,11 +80,6 @@ def test_a_repeat_has_a_row_for_each_of_its_layers(open_page: Open) -> None:
     box(page, "down").locator(".cell").nth(1).click()
     assert page.locator("#panel h3.instance").inner_text() == "blocks.1.down"
     assert page.locator("#panel .which").inner_text().startswith("Layer 2 of 3")
-    page.get_by_role("button", name="Next layer").click()
-    assert page.locator("#panel h3.instance").inner_text() == "blocks.2.down"
-    assert page.get_by_role("button", name="Next layer").is_disabled()
-    page.get_by_role("button", name="Previous layer").click()
-    assert page.locator("#panel h3.instance").inner_text() == "blocks.1.down"
 
 
 def test_heat_has_the_colors_and_means_of_the_report(open_page: Open) -> None:

@@ -1,4 +1,4 @@
-// The data from Python (hra_fx/view/html/data.py) as objects.
+// The data from Python (hra_fx/view/html/rendering.py) as objects.
 
 /**
  * A box: a leaf, or a scope with the boxes inside it.
@@ -21,28 +21,13 @@
  * @property {number} parameters number of parameters of the modules
  * @property {number} count number of identical neighbors that it stands for
  * @property {string[]} skipped layers without an adapter in it
- * @property {string[]} refused those that should have an adapter
  * @property {string[]} trained layers in it that are trained in full
  */
 
-/**
- * A row of `hra_fx.report`.
- * @typedef {object} Row
- * @property {string} path
- * @property {string} layer_type
- * @property {string} adapter
- * @property {boolean} active
- * @property {number} d
- * @property {number} r
- * @property {number} parameters
- * @property {number} rotation
- * @property {number} angle
- * @property {number} orthogonality
- * @property {number} mean_angle
- * @property {number[]} angles
- * @property {number} share
- * @property {number} weight_change
- */
+/** A row of `hra_fx.report`.
+ * @typedef {{path: string, adapter: string, active: boolean, d: number, r: number, parameters: number,
+ *   rotation: number, angle: number, orthogonality: number, mean_angle: number, angles: number[], share: number,
+ *   weight_change: number}} Row */
 
 /** @typedef {{words: string, unit: string, ends: [number, number], values: Map<string, number>}} Heat */
 /** @typedef {{path: string, reason: string, refused: boolean, item: Item}} SkippedLayer */
@@ -55,14 +40,10 @@
  * @property {Map<string, Row[]>} rows by layer; several adapters are several rows
  * @property {Map<string, Heat>} heats by name
  * @property {string} heat the heatmap that is shown at first, or "" for none
- * @property {boolean} trained whether any layer is rotated
  * @property {[string[], string[]]} palettes of the heatmap, on light and on dark
  * @property {string} unknown color of a value that could not be computed
  * @property {SkippedLayer[]} skipped
  */
-
-/** The numbers of a row that may be NaN, which is `null` in JSON. */
-const NUMBERS = ["rotation", "angle", "mean_angle", "orthogonality", "share", "weight_change"];
 
 /**
  * @param {any[]} records
@@ -72,7 +53,7 @@ function itemsOf(records) {
   /** @type {Item[]} */
   const items = [];
   records.forEach(({ parent, ...record }, index) => {
-    const lists = { parts: [], skipped: [], refused: [], trained: [] };
+    const lists = { parts: [], skipped: [], trained: [] };
     const item = { marks: [], ...record, ...lists, index };
     item.isScope = item.kind === "traced" || item.kind === "untraced";
     item.parent = index ? items[parent] : null;
@@ -89,21 +70,8 @@ function itemsOf(records) {
 function rowsOf(rows) {
   /** @type {Map<string, Row[]>} */
   const byPath = new Map();
-  for (const row of rows) {
-    for (const name of NUMBERS) row[name] ??= NaN;
-    row.angles = row.angles.map((/** @type {number | null} */ angle) => angle ?? NaN);
-    byPath.set(row.path, [...(byPath.get(row.path) ?? []), row]);
-  }
+  for (const row of rows) byPath.set(row.path, [...(byPath.get(row.path) ?? []), row]);
   return byPath;
-}
-
-/**
- * @param {any} heat
- * @returns {Heat}
- */
-function heatOf(heat) {
-  const values = heat.values.map((/** @type {[string, number | null]} */ [path, value]) => [path, value ?? NaN]);
-  return { ...heat, values: new Map(values) };
 }
 
 /**
@@ -111,15 +79,14 @@ function heatOf(heat) {
  * @returns {Drawing}
  */
 export function read(json) {
-  const data = JSON.parse(json);
+  const data = JSON.parse(json, (_, value) => value ?? NaN); // JSON has no NaN, only null
   const items = itemsOf(data.items);
-  const heats = new Map(Object.entries(data.heats).map(([name, heat]) => [name, heatOf(heat)]));
+  /** @type {Map<string, Heat>} */
+  const heats = new Map();
+  for (const [name, heat] of Object.entries(data.heats)) heats.set(name, { ...heat, values: new Map(heat.values) });
   /** @type {SkippedLayer[]} */
   const skipped = data.skipped.map((/** @type {any} */ layer) => ({ ...layer, item: items[layer.item] }));
-  for (const { path, item, refused } of skipped) {
-    item.skipped.push(path);
-    if (refused) item.refused.push(path);
-  }
+  for (const { path, item } of skipped) item.skipped.push(path);
   for (const { path, item } of data.full) items[item].trained.push(path);
   return { ...data, items, rows: rowsOf(data.rows), heats, skipped };
 }

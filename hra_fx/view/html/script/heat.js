@@ -57,17 +57,14 @@ export class Heatmap {
    */
   explain(element) {
     const heat = this.shown;
-    const note = this.drawing.trained ? [] : [html("span", { class: "note" }, "not trained yet (identity)")];
-    if (!heat) {
-      element.replaceChildren(...note);
-      return;
-    }
+    element.replaceChildren();
+    if (!heat) return;
     const bar = html("span", { class: "bar" });
     const [light, dark] = this.drawing.palettes;
     const fills = light.map((fill, step) => pair([fill, dark[step]]));
     bar.style.background = `linear-gradient(to right, ${fills.join(", ")})`;
     const [low, high] = heat.ends.map((value) => `${Number(value.toPrecision(6))}${heat.unit}`);
-    element.replaceChildren(html("span", { class: "measure" }, heat.words), low, bar, high, ...note);
+    element.append(low, bar, high);
   }
 }
 

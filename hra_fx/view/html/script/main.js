@@ -4,7 +4,6 @@
 import { read } from "./data.js";
 import { byId, counted, html } from "./elements.js";
 import { Heatmap } from "./heat.js";
-import { listenToKeys } from "./keyboard.js";
 import { Panel } from "./panel.js";
 import { Search } from "./search.js";
 import { Stage } from "./stage.js";
@@ -20,7 +19,7 @@ const panel = new Panel(byId("panel"), drawing, heatmap, choose);
 const help = /** @type {HTMLDialogElement} */ (byId("help"));
 const input = /** @type {HTMLInputElement} */ (byId("query"));
 const elements = { input, regex: byId("regex"), status: byId("found"), hits: byId("hits") };
-new Search(elements, drawing, choose).listen();
+new Search(elements, drawing, choose);
 let chosenPath = "";
 
 /**
@@ -117,21 +116,57 @@ stage.whenZoomed = () => {
 };
 stage.whenZoomed();
 panel.whenClosed = () => scroller.focus({ preventScroll: true });
-listenToKeys(stage, {
-  select,
-  open,
-  back: () => {
+
+/** @type {Record<string, () => void>} */
+const KEYS = {
+  "/": () => input.focus(),
+  "?": () => help.showModal(),
+  "+": () => stage.zoomBy(1),
+  "=": () => stage.zoomBy(1),
+  "-": () => stage.zoomBy(-1),
+  0: () => stage.fit(),
+};
+/** The keys that work while the drawing has the focus.
+ * @type {Record<string, () => void>} */
+const DRAWING_KEYS = {
+  ...KEYS,
+  ArrowDown: () => step(1),
+  ArrowRight: () => step(1),
+  ArrowUp: () => step(-1),
+  ArrowLeft: () => step(-1),
+  Home: () => select(stage.boxes[0]),
+  Enter: () => stage.selected && open(stage.selected),
+  " ": () => stage.selected && open(stage.selected),
+  Backspace: () => {
     const item = stage.back();
     if (item) select(item);
   },
-  search: () => input.focus(),
-  help: () => help.showModal(),
-  escape: () => {
-    if (document.activeElement === input) input.blur();
-    else if (!help.open) panel.close();
-  },
-  zoom: (steps) => stage.zoomBy(steps),
-  fit: () => stage.fit(),
+};
+
+/**
+ * Select the next or the previous box, in the order of the drawing.
+ * @param {number} steps
+ */
+function step(steps) {
+  const { boxes, selected } = stage;
+  const next = selected ? boxes[boxes.indexOf(selected) + steps] : boxes[0];
+  if (next) select(next);
+}
+
+function leave() {
+  if (document.activeElement === input) input.blur();
+  else if (!help.open) panel.close();
+}
+
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.key === "Escape") leave();
+  const target = /** @type {Element} */ (event.target);
+  if (target.closest("input, select, dialog")) return;
+  const keys = target === document.body || target.closest("#scroller") ? DRAWING_KEYS : KEYS;
+  if (!Object.hasOwn(keys, event.key)) return;
+  keys[event.key]();
+  event.preventDefault();
 });
 showHeat();
 performance.mark("drawn");

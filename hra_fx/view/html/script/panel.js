@@ -3,10 +3,11 @@
 /** @import { Drawing, Item, Row } from "./data.js" */
 /** @import { Heatmap } from "./heat.js" */
 import { marksOf, skippedIn } from "./data.js";
-import { counted, html, withUnit } from "./elements.js";
-import { spectrum } from "./spectrum.js";
+import { counted, html, svg, withUnit } from "./elements.js";
 
-const LISTED = 200;
+const [WIDTH, HEIGHT] = [300, 92];
+const [LEFT, TOP, BOTTOM] = [34, 8, 18];
+const STEPS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 45, 90, 180];
 
 /** Rows of a fact list: name, value and tooltip.
  * @typedef {[string, string, string?][]} Facts */
@@ -64,7 +65,7 @@ export class Panel {
       ...this.#skipped(item),
       ...trainedInFull(item),
       ...(marks.length > 1 ? this.#means(marks) : []),
-      ...(one ? this.#layer(item, marks, one) : []),
+      ...(one ? this.#layer(marks, one) : []),
       ...(marks.length > 1 || (item.isScope && marks.length) ? this.#layers(item, marks, one) : []),
       ...this.#paths(item, marks),
     ]);
@@ -75,9 +76,7 @@ export class Panel {
     const { parent } = item;
     if (!parent?.parent) return [];
     const go = () => this.choose(parent);
-    return [
-      html("p", { class: "around" }, "in ", html("button", { class: "link", onclick: go }, ...broken(nameOf(parent)))),
-    ];
+    return [html("p", { class: "around" }, "in ", html("button", { class: "link", onclick: go }, nameOf(parent)))];
   }
 
   /**
@@ -128,11 +127,10 @@ export class Panel {
     }
     const items = new Map(this.drawing.skipped.map(({ path, item }) => [path, item]));
     return [...groups].flatMap(([reason, group]) => {
-      const buttons = group.slice(0, LISTED).map((path) => {
+      const buttons = group.map((path) => {
         const go = () => this.choose(/** @type {Item} */ (items.get(path)), path);
-        return html("li", {}, html("button", { class: "link", onclick: go }, ...broken(path)));
+        return html("li", {}, html("button", { class: "link", onclick: go }, path));
       });
-      if (group.length > LISTED) buttons.push(html("li", {}, `and ${group.length - LISTED} more`));
       return [html("p", { class: "reason" }, reason), html("ul", {}, ...buttons)];
     });
   }
@@ -160,38 +158,11 @@ export class Panel {
   }
 
   /**
-   * Which of the layers that a box stands for is shown, with buttons for its neighbors.
-   * @param {Item} item
-   * @param {string[]} marks
-   * @param {string} path
-   */
-  #instance(item, marks, path) {
-    const place = marks.indexOf(path);
-    const button = (/** @type {string} */ text, /** @type {string} */ label, /** @type {number} */ step) =>
-      html(
-        "button",
-        { "aria-label": label, disabled: !marks[place + step], onclick: () => this.choose(item, marks[place + step]) },
-        text,
-      );
-    const buttons = [button("‹", "Previous layer", -1), button("›", "Next layer", 1)];
-    return [
-      html(
-        "p",
-        { class: "which" },
-        `Layer ${place + 1} of ${marks.length}`,
-        html("span", { class: "group" }, ...buttons),
-      ),
-      html("h3", { class: "instance" }, ...broken(path)),
-    ];
-  }
-
-  /**
    * The rows of the report for one layer.
-   * @param {Item} item
    * @param {string[]} marks the layers that the box stands for
    * @param {string} path
    */
-  #layer(item, marks, path) {
+  #layer(marks, path) {
     const rows = this.drawing.rows.get(path) ?? [];
     const sections = rows.map((row) => {
       const name = rows.length > 1 || row.adapter !== "default" ? `Adapter ${row.adapter}` : "Adapter";
@@ -199,7 +170,9 @@ export class Panel {
       const chart = row.angles.length ? [spectrum(row.angles)] : [];
       return html("section", { class: "adapter" }, title, list(adapterFacts(row)), ...chart);
     });
-    return [...(marks.length > 1 ? this.#instance(item, marks, path) : []), ...sections];
+    if (marks.length < 2) return sections;
+    const which = html("p", { class: "which" }, `Layer ${marks.indexOf(path) + 1} of ${marks.length}`);
+    return [which, html("h3", { class: "instance" }, path), ...sections];
   }
 
   /**
@@ -213,25 +186,19 @@ export class Panel {
     const several = new Set(rows.map((row) => row.adapter)).size > 1;
     const named = ["layer", ...(several ? ["adapter"] : []), "r", "change", "mean", "largest"];
     const head = html("tr", {}, ...named.map((name) => html("th", { scope: "col" }, name)));
-    const body = rows.slice(0, LISTED).map((row) => {
+    const body = rows.map((row) => {
       const tint = html("i", { class: "tint", "aria-hidden": "true" });
       const value = this.heatmap.mean([row.path]);
       tint.style.background = value === undefined ? "" : this.heatmap.colors(value).fill;
       const go = () => this.choose(item.isScope ? this.#holder(row.path) : item, row.path);
-      const name = html(
-        "th",
-        { scope: "row" },
-        tint,
-        html("button", { class: "link", onclick: go }, ...broken(row.path)),
-      );
+      const name = html("th", { scope: "row" }, tint, html("button", { class: "link", onclick: go }, row.path));
       const cells = [...(several ? [row.adapter] : []), String(row.r), percent(row.weight_change)];
       const values = [...cells, degrees(row.mean_angle), degrees(row.angle)].map((text) => html("td", {}, text));
       return html("tr", row.path === chosen ? { "aria-current": "true" } : {}, name, ...values);
     });
-    const more = rows.length > LISTED ? [html("p", {}, `and ${rows.length - LISTED} more`)] : [];
     const table = html("table", {}, html("thead", {}, head), html("tbody", {}, ...body));
     const title = item.isScope ? "Adapted layers" : `All ${marks.length} layers`;
-    return [html("section", {}, html("h3", {}, title), html("div", { class: "wide" }, table), ...more)];
+    return [html("section", {}, html("h3", {}, title), html("div", { class: "wide" }, table))];
   }
 
   /**
@@ -249,8 +216,7 @@ export class Panel {
    */
   #paths(item, marks) {
     if (item.paths.length < 2 || (!item.isScope && marks.length > 1) || item.skipped.length) return [];
-    const lines = item.paths.slice(0, LISTED).map((path) => html("li", {}, ...broken(path)));
-    if (item.paths.length > LISTED) lines.push(html("li", {}, `and ${item.paths.length - LISTED} more`));
+    const lines = item.paths.map((path) => html("li", {}, path));
     return [html("section", {}, html("h3", {}, "Modules"), html("ul", { class: "plain" }, ...lines))];
   }
 }
@@ -277,7 +243,7 @@ function adapterFacts(row) {
 /** @param {Item} item */
 function trainedInFull(item) {
   if (!item.trained.length) return [];
-  const lines = item.trained.map((path) => html("li", {}, ...broken(path)));
+  const lines = item.trained.map((path) => html("li", {}, path));
   return [html("section", {}, html("h3", {}, "Trained in full"), html("ul", { class: "plain" }, ...lines))];
 }
 
@@ -288,18 +254,9 @@ function list(facts) {
     "dl",
     {},
     ...shown.map(([name, value, exact]) =>
-      html("div", {}, html("dt", {}, name), html("dd", exact ? { title: exact } : {}, ...broken(value))),
+      html("div", {}, html("dt", {}, name), html("dd", exact ? { title: exact } : {}, value)),
     ),
   );
-}
-
-/**
- * A text that may wrap after each dot.
- * @param {string} text
- * @returns {(Node | string)[]}
- */
-function broken(text) {
-  return text.split(/(?<=\.)/).flatMap((part, index) => (index ? [html("wbr"), part] : [part]));
 }
 
 /**
@@ -331,4 +288,38 @@ function trainedOf(rows) {
  */
 function sum(items) {
   return items.reduce((total, item) => total + (item.isScope ? sum(item.parts) : item.parameters), 0);
+}
+
+/**
+ * One bar for each plane, in degrees, the largest first.
+ * @param {number[]} angles in radians
+ */
+function spectrum(angles) {
+  const degrees = angles.map((angle) => (angle * 180) / Math.PI);
+  const largest = Math.max(...degrees, 0);
+  const top = STEPS.find((step) => step >= largest * (1 - 1e-6)) ?? 180;
+  const base = HEIGHT - BOTTOM;
+  const chart = svg("svg", { class: "spectrum", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img" });
+  chart.setAttribute("aria-label", `Angles: ${degrees.map((angle) => `${angle.toFixed(1)}°`).join(", ")}`);
+  for (const share of [0, 0.5, 1]) {
+    const y = base - share * (base - TOP);
+    chart.append(svg("path", { class: "rule", d: `M${LEFT} ${y}H${WIDTH}` }));
+    chart.append(
+      svg("text", { x: LEFT - 5, y: y + 3.5, "text-anchor": "end" }, `${Number((share * top).toPrecision(3))}°`),
+    );
+  }
+  const step = (WIDTH - LEFT) / degrees.length;
+  const wide = Math.min(step - (step > 4 ? 2 : 0.3), 26);
+  degrees.forEach((angle, index) => {
+    const height = Number.isNaN(angle) ? 0 : (angle / top) * (base - TOP);
+    const bar = svg("rect", { class: "bar", height });
+    bar.setAttribute("x", (LEFT + index * step + (step - wide) / 2).toFixed(2));
+    bar.setAttribute("y", (base - height).toFixed(2));
+    bar.setAttribute("width", wide.toFixed(2));
+    bar.append(svg("title", {}, `plane ${index + 1}: ${angle.toFixed(2)}°`));
+    chart.append(bar);
+  });
+  const words = degrees.length === 1 ? "1 plane" : `planes 1 to ${degrees.length}, largest angle first`;
+  chart.append(svg("text", { x: (LEFT + WIDTH) / 2, y: HEIGHT - 4, "text-anchor": "middle" }, words));
+  return html("figure", {}, html("figcaption", {}, "Angle by plane"), chart);
 }

@@ -22,10 +22,7 @@ export class Search {
     /** @type {Entry[]} */
     this.found = [];
     this.active = -1;
-  }
-
-  listen() {
-    const { input, regex, hits } = this.elements;
+    const { input, regex, hits } = elements;
     input.addEventListener("input", () => this.update());
     input.addEventListener("focus", () => this.update());
     input.addEventListener("keydown", (event) => this.#key(event));

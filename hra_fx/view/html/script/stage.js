@@ -9,7 +9,7 @@ const STEP = 1.25;
 const [SMALLEST, LARGEST] = [0.05, 4];
 const READABLE = 0.6; // minimum zoom for fitting a picture
 const CLICK = 4; // a pointer that moves further is dragging
-const LISTED = 12; // paths in a tooltip
+const TIP_PATHS = 12; // paths in a tooltip
 
 /** @typedef {{x: number, y: number, width: number, height: number}} Place the outline of a box in its picture */
 
@@ -42,7 +42,8 @@ export class Stage {
     pictures.remove();
     this.root = items[0];
     this.show(this.root);
-    this.#listen();
+    this.#listenToWheel();
+    this.#listenToDrags();
   }
 
   /** @returns {SVGSVGElement} */
@@ -199,15 +200,13 @@ export class Stage {
       (x + width) * this.zoom <= scroller.scrollLeft + scroller.clientWidth &&
       (y + height) * this.zoom <= scroller.scrollTop + scroller.clientHeight;
     if (seen) return;
-    const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
     scroller.scrollTo({
       left: center(x, width, scroller.clientWidth),
       top: center(y, height, scroller.clientHeight),
-      behavior: still ? "auto" : "smooth",
     });
   }
 
-  #listen() {
+  #listenToWheel() {
     this.scroller.addEventListener(
       "wheel",
       (event) => {
@@ -218,12 +217,10 @@ export class Stage {
       },
       { passive: false },
     );
-    this.#listenToDrags(this.scroller);
-    this.#listenToPinches(this.scroller);
   }
 
-  /** @param {HTMLElement} scroller */
-  #listenToDrags(scroller) {
+  #listenToDrags() {
+    const { scroller } = this;
     /** @type {{x: number, y: number, left: number, top: number, moved: boolean} | null} */
     let drag = null;
     scroller.addEventListener("pointerdown", (event) => {
@@ -253,32 +250,6 @@ export class Stage {
     scroller.addEventListener("pointerup", stop);
     scroller.addEventListener("pointercancel", stop);
   }
-
-  /** @param {HTMLElement} scroller */
-  #listenToPinches(scroller) {
-    let apart = 0;
-    scroller.addEventListener("touchstart", (event) => {
-      apart = event.touches.length === 2 ? spread(event.touches) : 0;
-    });
-    scroller.addEventListener(
-      "touchmove",
-      (event) => {
-        if (event.touches.length !== 2 || !apart) return;
-        event.preventDefault();
-        const [one, other] = event.touches;
-        const now = spread(event.touches);
-        const point = { x: (one.clientX + other.clientX) / 2, y: (one.clientY + other.clientY) / 2 };
-        this.setZoom((this.zoom * now) / apart, point);
-        apart = now;
-      },
-      { passive: false },
-    );
-  }
-}
-
-/** @param {TouchList} touches */
-function spread([one, other]) {
-  return Math.hypot(one.clientX - other.clientX, one.clientY - other.clientY);
 }
 
 /**
@@ -306,8 +277,8 @@ function describe(group, item, opens) {
   group.setAttribute("aria-label", words.filter(Boolean).join(", "));
   group.classList.toggle("opens", opens);
   const paths = item.marks.length ? item.marks : item.paths;
-  const lines = [item.label, item.detail, item.shape, ...paths.slice(0, LISTED)].filter(Boolean);
-  if (paths.length > LISTED) lines.push(`… and ${paths.length - LISTED} more`);
+  const lines = [item.label, item.detail, item.shape, ...paths.slice(0, TIP_PATHS)].filter(Boolean);
+  if (paths.length > TIP_PATHS) lines.push(`… and ${paths.length - TIP_PATHS} more`);
   if (item.parent) group.prepend(svg("title", {}, [...new Set(lines)].join("\n")));
   const frame = group.querySelector(":scope > .frame");
   if (!opens || !frame) return;
