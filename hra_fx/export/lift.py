@@ -7,23 +7,21 @@ Operators that use a weight in another form still read it, by its name in the la
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from hra_fx.compat import non_persistent_buffers
-from hra_fx.errors import AdapterError, CaptureError, UnsupportedLayerError
-from hra_fx.export.captured import is_program
-from hra_fx.export.editors import is_adapter_tensor
+from hra_fx.errors import AdapterError, CaptureError
+from hra_fx.export.captured import check_has_no_backward, is_program
 from hra_fx.export.match import GraphLayer, WeightUse, find_layers, group_tied, module_classes
-from hra_fx.export.select import OUTPUTS, arguments_of, make_layer, model_type_of
-from hra_fx.selection.origin import Origin, keep_origin
-from hra_fx.tracing.canonical import CHECKS, module_path, name_constants, simplify
-from hra_fx.tracing.graph_module import captured_module
+from hra_fx.export.program import is_adapter_tensor
+from hra_fx.export.select import arguments_of, make_layer, origin_of_graph
+from hra_fx.selection.origin import keep_origin
+from hra_fx.tracing.graph_module import CHECKS, captured_module, module_path, name_constants, simplify
 from hra_fx.tracing.inputs import InputChecks, argument_names, call_of, conditions_of, nest
-from hra_fx.tracing.trace import Traced
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -88,7 +86,7 @@ def lift(program: ExportedProgram) -> fx.GraphModule:
     called = _call_layers(graph, root, _unambiguous(layers.values(), parameters), parameters)
     if not called:
         raise AdapterError(_why_no_layer(layers.values()))
-    origin = _origin_of(graph, called)
+    origin = origin_of_graph(module_classes(graph), called)
     names = argument_names(module, *call_of(program))
     try:
         places = nest(graph, program, names)
@@ -97,7 +95,7 @@ def lift(program: ExportedProgram) -> fx.GraphModule:
     conditions = conditions_of(program, names, places)
     parts = {CHECKS: InputChecks(conditions, conditions), **name_constants(graph, program, module)}
     simplify(graph, places, root)
-    lifted = captured_module(root, parts, Traced(graph, {}))
+    lifted = captured_module(root, parts, graph)
     type(lifted).__name__ = origin.class_name
     keep_origin(lifted, origin)
     return lifted
@@ -109,11 +107,7 @@ def _check(program: Any) -> None:
             f"lift: expected an ExportedProgram, got {type(program).__name__}. Call torch.export.export(model, args) "
             "or torch.export.load(file) first. hra_fx.transform takes models and GraphModules as they are."
         )
-    if program.graph_signature.backward_signature is not None:
-        raise UnsupportedLayerError(
-            "the program contains a backward pass, which would not compute gradients of the reflections. Lift it "
-            "before adding the backward pass."
-        )
+    check_has_no_backward(program, "Lift")
     if adapter := next(filter(is_adapter_tensor, program.state_dict), None):
         raise AdapterError(
             f"the program already has the adapter {adapter}. Fold it (hra_fx.fold) before lifting, or lift the program "
@@ -154,16 +148,6 @@ def _unambiguous(layers: Iterable[GraphLayer], parameters: Mapping[str, Tensor])
     return [layer for layer in layers if layer.is_candidate and (layer.refusal is None or layer.name not in tied)]
 
 
-def _origin_of(graph: fx.Graph, paths: Collection[str]) -> Origin:
-    """The information that the graph has about the class of its model."""
-    class_name = module_classes(graph).get("", "torch.nn.modules.module.Module")
-    library, _, name = class_name.rpartition(".")
-    is_pretrained = library.startswith("transformers.")
-    output = next((path for path in OUTPUTS if path in paths), None) if is_pretrained else None
-    model_type = model_type_of(class_name)
-    return Origin(name, library, is_pretrained, config=model_type and {"model_type": model_type}, output=output)
-
-
 def _why_no_layer(layers: Iterable[GraphLayer]) -> str:
     layer = next(iter(layers), None)
     found = "no linear layer or convolution has a parameter named '<layer>.weight'"
@@ -197,18 +181,7 @@ class _Call(NamedTuple):
 def _call_layers(
     graph: fx.Graph, root: nn.Module, layers: Iterable[GraphLayer], parameters: Mapping[str, Tensor]
 ) -> list[str]:
-    """Add layers to a module and call them in its graph, in place.
-
-    Args:
-        graph: a graph of operators.
-        root: the module with the tensors of the graph, from `_with_tensors_of`.
-        layers: the layers. Each one replaces the operators that use its weight directly, with the bias of the same
-            layer.
-        parameters: qualified name -> parameter; tied parameters are the same object.
-
-    Returns:
-        The paths of the layers that are called.
-    """
+    """Add layers to a module and call them in its graph, in place. Returns the paths of the layers."""
     found = {layer: _calls(layer, root, parameters) for layer in layers}
     called = {layer: calls for layer, calls in found.items() if calls}
     for layer, (first, *more) in called.items():

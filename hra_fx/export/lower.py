@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from hra_fx.errors import AdapterError
-from hra_fx.export.captured import check_is_program, without_metadata
-from hra_fx.export.editors import ProgramEditor, is_adapter_tensor
-from hra_fx.export.ops import ROTATE, find_rotate_nodes
+from hra_fx.export.captured import check_is_program, drop_metadata
+from hra_fx.export.program import ROTATE, ProgramEditor, find_rotate_nodes, is_adapter_tensor
 from hra_fx.functional import exportable, householder
 from hra_fx.functional.rotate import rotate_weight
 from passes.freeze import FreezePass
@@ -54,7 +53,7 @@ def lower(program: ExportedProgram) -> ExportedProgram:
         return program
     editor = ProgramEditor(program)
     LowerPass({ROTATE: rotate_decomposition})(editor.graph_module)
-    editor.graph_module.meta = without_metadata(editor.graph_module)
+    drop_metadata(editor.graph_module)
     return editor.build()
 
 
@@ -117,11 +116,7 @@ def freeze(program: ExportedProgram) -> ExportedProgram:
 
 
 def _vector_nodes(names: Mapping[fx.Node, str], tensors: Mapping[fx.Node, Tensor]) -> list[fx.Node]:
-    """The nodes of the vectors and anchors that the graph uses.
-
-    Raises:
-        AdapterError: the program has no such nodes, or a vector is on the meta device.
-    """
+    """The nodes of the vectors and anchors that the graph uses."""
     vectors = [
         node
         for node, name in names.items()

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from hra_fx.compat import pytree
 from hra_fx.layers.target import LayerKind
-from hra_fx.tracing.canonical import module_path, normalize_path
+from hra_fx.tracing.graph_module import module_path, normalize_path
 
 #: Name of a parameter that can be rotated -> the kind of layer, if the name determines it.
 WEIGHTS: dict[str, LayerKind | None] = {"weight": None, "in_proj_weight": "attention"}
@@ -139,15 +139,7 @@ class GraphLayer:
 
 
 def find_layers(weights: Mapping[str, list[fx.Node]], tensors: Mapping[str, Tensor]) -> dict[str, GraphLayer]:
-    """Find all layers with a weight that a linear operator or a convolution uses, including unsupported layers.
-
-    Args:
-        weights: qualified name of a parameter -> its nodes in the graph.
-        tensors: qualified name -> parameter; a tensor can have several names.
-
-    Returns:
-        Layer path -> layer, in the order of `tensors`.
-    """
+    """Find all layers with a weight that a linear operator or a convolution uses, including unsupported layers."""
     found: dict[str, GraphLayer] = {}
     for names in group_tied(tensors):
         rank = tensors[names[0]].dim()
@@ -285,16 +277,7 @@ class _View:
 
 
 def find_weight_uses(weight: fx.Node, rank: int, name: str = "") -> list[WeightUse]:
-    """Find all uses of a weight except reads of its shape or dtype, in the order of the graph.
-
-    Args:
-        weight: the placeholder or `get_attr` node of a parameter.
-        rank: the number of dimensions of the weight.
-        name: the name of the weight, for the result.
-
-    Returns:
-        One `WeightUse` for each consumer and each path to it.
-    """
+    """Find all uses of a weight except reads of its shape or dtype, in the order of the graph."""
     return [use for user in weight.users for use in _follow(_View(weight, user, rank), user, (name, weight))]
 
 

@@ -65,19 +65,7 @@ class ModesDifferError(Exception):
 def merge_modes(
     in_train: fx.Graph, in_eval: fx.Graph, may_differ: Callable[[fx.Node], bool] = lambda _: True
 ) -> dict[str, ByMode]:
-    """Change the graph of train mode into a graph for both modes, in place.
-
-    Args:
-        in_train: the graph of a forward in train mode.
-        in_eval: the graph of the same forward in eval mode.
-        may_differ: whether constants of a node of `in_train` may differ.
-
-    Returns:
-        Name -> module, for every module that is added to the graph.
-
-    Raises:
-        ModesDifferError: the graphs differ in more than such constants.
-    """
+    """Change the graph of train mode into a graph for both modes, in place."""
     modules: dict[str, ByMode] = {}
     twins: dict[fx.Node, fx.Node] = {}
     ours, theirs = list(in_train.nodes), list(in_eval.nodes)

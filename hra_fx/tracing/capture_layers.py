@@ -18,7 +18,6 @@ from hra_fx.errors import CaptureError
 from hra_fx.layers.target import find_kind
 from hra_fx.model.example_inputs import Call, clone_inputs, preserve_rng_state, seed_everything
 from hra_fx.tracing.by_mode import ByMode, ModesDifferError, merge_modes
-from hra_fx.tracing.canonical import CHECKS, Canonical, InBlockError, canonical, module_path
 from hra_fx.tracing.exported import (
     all_dynamic,
     batch_dynamic,
@@ -28,11 +27,9 @@ from hra_fx.tracing.exported import (
     with_batch_of_two,
     without_caches,
 )
-from hra_fx.tracing.forward_state import Snapshot, checked_capture
-from hra_fx.tracing.gradients import compare_gradients, is_close
-from hra_fx.tracing.graph_module import captured_module
+from hra_fx.tracing.forward_state import LOCK, Snapshot, checked_capture, compare_gradients, is_close
+from hra_fx.tracing.graph_module import CHECKS, Canonical, InBlockError, canonical, captured_module, module_path
 from hra_fx.tracing.inputs import InputChecks, argument_names, more_than_one
-from hra_fx.tracing.trace import LOCK, Traced
 from hra_fx.tracing.tracer import UnpicklingTracer
 
 _SEED = 20240517
@@ -44,22 +41,12 @@ BY_MODE = "graph_of_mode"
 def capture_layers(
     model: nn.Module, call: Call, dynamic_shapes: Any = None, *, is_trained: bool = True
 ) -> fx.GraphModule:
-    """Capture one call of a model. The graph is valid for other sizes and for both modes.
+    """Capture one call of a model. The graph is valid for other sizes and for both modes, and checks its inputs.
 
-    Args:
-        model: the model; it is not changed.
-        call: the example call.
-        dynamic_shapes: the sizes that may change, as in `torch.export.export`. By default, all sizes that the model
-            allows may change; for images, only the batch size. The graph checks its inputs.
-        is_trained: raise an error if the gradients or random numbers of the graph would differ from the model.
-
-    Returns:
-        A graph with the model's own modules and parameters, which takes the arguments of this call like the model. It
-        calls the layers that can be adapted, and modules without children that map one tensor to one tensor. It has
-        operators for everything else. An output that `torch.export` does not support, such as a cache, is `None`.
-
-    Raises:
-        CaptureError: `torch.export` cannot capture the call, or see `is_trained`.
+    By default, all sizes that the model allows may change; for images, only the batch size. `is_trained` raises an
+    error if the gradients or random numbers of the graph would differ from the model. The graph calls the layers that
+    can be adapted, and modules without children that map one tensor to one tensor. It has operators for everything
+    else. An output that `torch.export` does not support, such as a cache, is `None`.
     """
     _refuse_state(model, is_trained=is_trained)
     modes = {path: part.training for path, part in model.named_modules(remove_duplicate=False)}
@@ -82,11 +69,7 @@ def capture_layers(
 
 
 def _refuse_state(model: nn.Module, *, is_trained: bool) -> None:
-    """Check that a model has values, and does not checkpoint activations, because a graph would not do this.
-
-    Raises:
-        CaptureError: the model does not have values, or checkpoints activations.
-    """
+    """Check that a model has values, and does not checkpoint activations, because a graph would not do this."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise CaptureError(f"{name} is on the meta device. Load the weights first")
@@ -105,35 +88,34 @@ def _captured(
         shapes = make_shapes(model, example)
     except TypeError as error:
         raise CaptureError(f"the example does not fit its forward: {error}") from error
-    modes, functions = _both_modes(model, example, shapes, is_trained=is_trained)
+    modes = _both_modes(model, example, shapes, is_trained=is_trained)
     checks = InputChecks(modes[0].conditions, modes[1].conditions)
     made = _in_both_modes(model, modes[0], modes[1], checks, odd)
     for training in (True, False):
         _compare(model.train(training), made.train(training), call)
         if is_trained:
             with without_caches(model):
-                compare_gradients(model, made, lambda module: _outputs(module, call), functions)
+                compare_gradients(model, made, lambda module: _outputs(module, call))
     for places in modes[0].sizes:
         if not _allows_one(model, made, example, places):
             checks.add(more_than_one(*places[0], argument_names(model, *example)))
     return made
 
 
-def _both_modes(model: nn.Module, example: Call, shapes: Any, *, is_trained: bool) -> tuple[list[Canonical], list[str]]:
-    """Capture both modes. Also returns the names of custom autograd functions that are called.
+def _both_modes(model: nn.Module, example: Call, shapes: Any, *, is_trained: bool) -> list[Canonical]:
+    """Capture both modes.
 
     Leaves in a block with a separate graph, which could not call them, are inlined.
     """
     inlined: set[str] = set()
     while True:
-        modes, functions = [], list[str]()
+        modes = []
         try:
             for training in (True, False):
-                with checked_capture(model) if is_trained else nullcontext(list[str]()) as called:
+                with checked_capture(model) if is_trained else nullcontext():
                     program = export_call(model, example, shapes, training=training, inlined=inlined)
-                functions += called
                 modes.append(canonical(program, model))
-            return modes, functions
+            return modes
         except InBlockError as error:
             inside = {path: model.get_submodule(path) for path in error.paths}
             if any(depends_on_mode(part) or find_kind(part) for part in inside.values()):
@@ -142,14 +124,7 @@ def _both_modes(model: nn.Module, example: Call, shapes: Any, *, is_trained: boo
 
 
 def _allows_one(model: nn.Module, made: nn.Module, call: Call, places: list[tuple[int, int]]) -> bool:
-    """Whether the graph is correct if a size is 1; torch.export assumes that it is not 1.
-
-    Args:
-        model: the model.
-        made: its graph.
-        call: a call.
-        places: (index of the input, dimension) of all inputs with this size.
-    """
+    """Whether the graph is correct if a size is 1; torch.export assumes that it is not 1."""
     leaves, spec = pytree.tree_flatten(call)
     for index, dimension in places:
         leaves[index] = leaves[index].narrow(dimension, 0, 1)
@@ -166,11 +141,7 @@ def _allows_one(model: nn.Module, made: nn.Module, call: Call, places: list[tupl
 
 
 def _compare(model: nn.Module, made: nn.Module, call: Call) -> None:
-    """Run a call with the model and its graph, and compare the outputs.
-
-    Raises:
-        CaptureError: the graph does not run, or its values differ.
-    """
+    """Run a call with the model and its graph, and compare the outputs."""
     with without_caches(model), torch.no_grad():
         wanted = _outputs(model, call)
         try:
@@ -222,17 +193,7 @@ class GraphOfMode(nn.Module):
 def _in_both_modes(
     model: nn.Module, in_train: Canonical, in_eval: Canonical, checks: InputChecks, odd: str | None = None
 ) -> fx.GraphModule:
-    """Create a GraphModule with the modules and tensors of a model that is valid in both modes.
-
-    Args:
-        model: the model.
-        in_train, in_eval: the captures in both modes.
-        checks: the child that checks the inputs.
-        odd: the path of a part with a mode that differs from the model's mode.
-
-    Raises:
-        CaptureError: the modes run different operators, and `odd` would get the mode of the model.
-    """
+    """Create a GraphModule with the modules and tensors of a model that is valid in both modes."""
     try:
         if not _same_constants(in_train.constants, in_eval.constants):
             raise ModesDifferError
@@ -246,7 +207,7 @@ def _in_both_modes(
                 f"{odd} is in another mode than the model. Call train() or eval() on the whole model"
             ) from None
         return _of_two_graphs(model, in_train, in_eval, checks)
-    made = captured_module(model, {CHECKS: checks, **in_train.constants}, Traced(graph, modules))
+    made = captured_module(model, {CHECKS: checks, **in_train.constants, **modules}, graph)
     for call in graph.find_nodes(op="call_module"):
         if call.target in modules:
             _set_place(modules[str(call.target)], made, module_path(next(iter(call.users))))
@@ -312,7 +273,7 @@ def _of_two_graphs(model: nn.Module, in_train: Canonical, in_eval: Canonical, ch
     names = sorted({name for part in captures.values() for name in _own_tensors(part.graph, model)})
     for part in captures.values():
         _pass_in(part.graph, names)
-    inner = [captured_module(model, constants, Traced(part.graph, {})) for part in captures.values()]
+    inner = [captured_module(model, constants, part.graph) for part in captures.values()]
     graph = fx.Graph(tracer_cls=UnpicklingTracer)
     places = [graph.placeholder(str(node.target)) for node in in_train.graph.find_nodes(op="placeholder")]
     del places[len(places) - len(names) :]
@@ -320,7 +281,7 @@ def _of_two_graphs(model: nn.Module, in_train: Canonical, in_eval: Canonical, ch
         graph.erase_node(node)
     reads = [graph.get_attr(name) for name in names]
     graph.output(graph.call_module(BY_MODE, (*places, *reads)))
-    made = captured_module(model, {BY_MODE: GraphOfMode(*inner), **constants}, Traced(graph, {}))
+    made = captured_module(model, {BY_MODE: GraphOfMode(*inner), **constants}, graph)
     present = {path for path, _ in made.named_modules(remove_duplicate=False)}
     for module in inner:
         for call in module.graph.find_nodes(op="call_module"):

@@ -47,18 +47,7 @@ _CASTS = ("to", "type", "type_as", "float", "double", "half", "bfloat16", "long"
 def export_call(
     model: nn.Module, call: Call, dynamic_shapes: Any, *, training: bool, inlined: Collection[str] = ()
 ) -> ExportedProgram:
-    """Capture a call in one mode.
-
-    Args:
-        model: the model; its attributes may change.
-        call: the example call.
-        dynamic_shapes: as in `torch.export.export`.
-        training: the mode of all modules.
-        inlined: the paths of leaves whose operators are recorded.
-
-    Raises:
-        CaptureError: `torch.export` fails; the message contains the line of the model's code.
-    """
+    """Capture a call in one mode."""
     args, kwargs = clone_inputs(call)
     model.train(training)
     with ExitStack() as stack:
@@ -84,11 +73,7 @@ def export_call(
 
 @contextmanager
 def exporting() -> Iterator[None]:
-    """Context manager for calls of `torch.export`, without its output.
-
-    Raises:
-        CaptureError: any error in the block; the message contains the line of the model's code.
-    """
+    """Context manager for calls of `torch.export`, without its output."""
     with _quiet():
         try:
             yield
@@ -100,11 +85,7 @@ def exporting() -> Iterator[None]:
 
 
 def _refuse_changes(state: Snapshot) -> None:
-    """Check that the forward does not store numbers or strings in Python, because a graph would not do this.
-
-    Raises:
-        CaptureError: the forward changed a number or a string of a module.
-    """
+    """Check that the forward does not store numbers or strings in Python, because a graph would not do this."""
     for path, name in state.changes():
         where = f"{path}.{name}".lstrip(".")
         if state.is_plain(path, name):

@@ -62,19 +62,7 @@ def call_of(program: ExportedProgram) -> Call:
 
 
 def nest(graph: fx.Graph, program: ExportedProgram, names: list[str]) -> list[fx.Node]:
-    """Add the nested arguments and results of a program to its graph, in place.
-
-    Args:
-        graph: the graph of the program's module, with one placeholder for each tensor.
-        program: the program.
-        names: the names of its arguments.
-
-    Returns:
-        The nodes of the flat inputs.
-
-    Raises:
-        CaptureError: a graph cannot create or unpack an argument or a result of this type.
-    """
+    """Add the nested arguments and results of a program to its graph, in place."""
     flat = iter(graph.find_nodes(op="placeholder"))
     specs = [spec for part in program.call_spec.in_spec.children() for spec in part.children()]
     inputs: list[fx.Node] = []
@@ -162,11 +150,7 @@ class InputChecks(nn.Module):
         self._make()
 
     def forward(self, *args: Any) -> None:
-        """Check all inputs.
-
-        Raises:
-            AssertionError: an input violates a condition; the message names it and says what to do.
-        """
+        """Check all inputs."""
         (self._check_train if self.training else self._check_eval)(*args)
 
     def add(self, condition: Condition) -> None:
@@ -205,13 +189,7 @@ def _code(conditions: Sequence[Condition]) -> str:
 
 
 def conditions_of(program: ExportedProgram, names: list[str], places: list[fx.Node]) -> list[Condition]:
-    """The conditions on the inputs of a program.
-
-    Args:
-        program: the program.
-        names: the names of its arguments.
-        places: the nodes of its flat inputs.
-    """
+    """The conditions on the inputs of a program."""
     args, kwargs = call_of(program)
     given = dict(zip(names, (*args, *kwargs.values()), strict=True))
     paths = [path for path, _ in pytree.tree_flatten_with_path(given)[0]]
@@ -227,13 +205,7 @@ def conditions_of(program: ExportedProgram, names: list[str], places: list[fx.No
 
 
 def more_than_one(index: int, dimension: int, names: list[str]) -> Condition:
-    """The condition that a size of an input is not 1.
-
-    Args:
-        index: index of the flat input.
-        dimension: the dimension of the size.
-        names: the names of the arguments. If no argument is nested, these are the names of the inputs.
-    """
+    """The condition that a size of an input is not 1."""
     name = names[index] if index < len(names) else f"input {index}"
     return Condition(f"args[{index}].size()[{dimension}] != 1", f"{name}.size()[{dimension}] != 1")
 

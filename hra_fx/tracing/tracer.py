@@ -127,12 +127,7 @@ class ModelTracer(fx.Tracer):
     trace_asserts = True
 
     def __init__(self, keep: Collection[nn.Module], training: bool) -> None:
-        """Prepare for one trace.
-
-        Args:
-            keep: modules that stay calls, independent of their class.
-            training: the mode of all modules during the trace.
-        """
+        """Prepare for one trace."""
         super().__init__()
         self._keep = keep
         self._state = GraphState()
@@ -157,11 +152,7 @@ class ModelTracer(fx.Tracer):
         raise CaptureError(reason)
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
-        """Trace a module.
-
-        Raises:
-            CaptureError: the graph would not compute the same as the forward.
-        """
+        """Trace a module."""
         with torch.enable_grad(), patched(self.refuse), preserve_rng_state():
             self._state = GraphState()
             try:

@@ -17,7 +17,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from hra_fx.compat import fake_tensor_mode
 from hra_fx.errors import HRAWarning, VisualizeError
 from hra_fx.export.captured import is_captured, is_program
-from hra_fx.export.ops import find_rotate_nodes
+from hra_fx.export.program import find_rotate_nodes
 from hra_fx.model.example_inputs import Call, normalize_inputs
 from hra_fx.model.graph_module import tag_adapted_layers
 from hra_fx.model.state import adapted_layers

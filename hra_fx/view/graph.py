@@ -16,7 +16,7 @@ import networkx as nx
 from torch import Tensor, fx, nn
 
 from hra_fx.layers.target import NodeTag
-from hra_fx.tracing.canonical import normalize_path
+from hra_fx.tracing.graph_module import normalize_path
 from hra_fx.view.subject import Subject, describe_module, name_of, own_parameters
 from hra_fx.view.tree import Leaf, joined, module_of, prefixes
 from hra_fx.view.values import Value, constant_masks, function_name, pass_through, read, shape_and_dtype, tag_of
