@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -48,9 +48,14 @@ def capture_layers(
     can be adapted, and modules without children that map one tensor to one tensor. It has operators for everything
     else. An output that `torch.export` does not support, such as a cache, is `None`.
     """
-    _refuse_state(model, is_trained=is_trained)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise CaptureError(f"{name} is on the meta device. Load the weights first")
     modes = {path: part.training for path, part in model.named_modules(remove_duplicate=False)}
-    with LOCK, _unchanged(model), torch.inference_mode(False):
+    with LOCK, ExitStack() as stack:
+        stack.callback(Snapshot(model).restore)
+        for block in (preserve_rng_state(), without_caches(model), torch.inference_mode(False)):
+            stack.enter_context(block)
         makers = [all_dynamic, batch_dynamic] if dynamic_shapes is None else [lambda *_: dynamic_shapes]
         tries = [(with_batch_of_two(call) if dynamic_shapes is None else call, make) for make in makers]
         if dynamic_shapes is None:
@@ -66,16 +71,6 @@ def capture_layers(
     for path, part in made.named_modules(remove_duplicate=False):
         part.training = modes.get(path, model.training)
     return made
-
-
-def _refuse_state(model: nn.Module, *, is_trained: bool) -> None:
-    """Check that a model has values, and does not checkpoint activations, because a graph would not do this."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            raise CaptureError(f"{name} is on the meta device. Load the weights first")
-    for path, part in model.named_modules():
-        if is_trained and getattr(part, "gradient_checkpointing", False) is True:
-            raise CaptureError(f"{path or 'it'} checkpoints its activations, which a graph drops. Disable that first")
 
 
 def _captured(
@@ -94,8 +89,7 @@ def _captured(
     for training in (True, False):
         _compare(model.train(training), made.train(training), call)
         if is_trained:
-            with without_caches(model):
-                compare_gradients(model, made, lambda module: _outputs(module, call))
+            compare_gradients(model, made, lambda module: _outputs(module, call))
     for places in modes[0].sizes:
         if not _allows_one(model, made, example, places):
             checks.add(more_than_one(*places[0], argument_names(model, *example)))
@@ -130,7 +124,7 @@ def _allows_one(model: nn.Module, made: nn.Module, call: Call, places: list[tupl
         leaves[index] = leaves[index].narrow(dimension, 0, 1)
     smaller = pytree.tree_unflatten(leaves, spec)
     for training in (True, False):
-        with torch.no_grad(), without_caches(model):
+        with torch.no_grad():
             try:
                 wanted, found = (_outputs(each.train(training), smaller) for each in (model, made))
             except Exception:  # the model does not allow it, or the graph raises an error instead of a wrong output
@@ -142,7 +136,7 @@ def _allows_one(model: nn.Module, made: nn.Module, call: Call, places: list[tupl
 
 def _compare(model: nn.Module, made: nn.Module, call: Call) -> None:
     """Run a call with the model and its graph, and compare the outputs."""
-    with without_caches(model), torch.no_grad():
+    with torch.no_grad():
         wanted = _outputs(model, call)
         try:
             found = _outputs(made, call)
@@ -159,15 +153,6 @@ def _outputs(model: nn.Module, call: Call) -> list[Tensor]:
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     output = torch.func.functional_call(model, buffers, *clone_inputs(call))
     return [value for value in pytree.tree_leaves(output) if isinstance(value, Tensor)]
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Context manager that restores the attributes of a model and the random number generators."""
-    with ExitStack() as restore:
-        restore.callback(Snapshot(model).restore)
-        restore.enter_context(preserve_rng_state())
-        yield
 
 
 # --- both modes -------------------------------------------------------------------------------------------------------

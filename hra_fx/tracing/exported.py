@@ -36,7 +36,6 @@ from hra_fx.tracing.forward_state import Snapshot
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-_LOUD = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor", "torch._export.non_strict_utils")
 _OURS = (Path(torch.__file__).parent, Path(__file__).parents[1])
 #: Tensors with more dimensions are images: models branch on their height and width, so only their batch is dynamic.
 _LENGTHS = 3
@@ -47,49 +46,46 @@ _CASTS = ("to", "type", "type_as", "float", "double", "half", "bfloat16", "long"
 def export_call(
     model: nn.Module, call: Call, dynamic_shapes: Any, *, training: bool, inlined: Collection[str] = ()
 ) -> ExportedProgram:
-    """Capture a call in one mode."""
+    """Capture a call in one mode, with each leaf as one `hra_fx::call_layer`, except for the paths in `inlined`."""
     args, kwargs = clone_inputs(call)
     model.train(training)
-    with ExitStack() as stack:
-        for block in (
-            exporting(),
-            without_caches(model),
-            layers_as_operators(model, inlined),
-            _untied(model),
-            _plain_operators(),
-            torch.enable_grad(),
-        ):
+    state = Snapshot(model)
+    leaves = {path: part for path, part in model.named_modules() if path and is_leaf(part) and path not in inlined}
+    with exporting(), ExitStack() as stack:
+        for restore in (_layers.clear, _recorded.clear, state.restore):
+            stack.callback(restore)
+        for block in (_untied(model), _plain_operators(), torch.enable_grad()):
             stack.enter_context(block)
+        _layers.update(leaves)
+        for path, layer in leaves.items():
+            vars(layer)["forward"] = partial(_call, path)
         vars(model)["forward"] = _without_unknown(model.forward)
-        stack.callback(vars(model).pop, "forward", None)
-        state = Snapshot(model)
         program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         for node in program.graph.find_nodes(op="call_function", target=CALL_LAYER):
             if node.args[1] in _recorded and not node.users:
                 program.graph.erase_node(node)
-        _refuse_changes(state)
+        for path, name in state.changes():
+            if state.is_plain(path, name):
+                raise CaptureError(f"its forward changes {f'{path}.{name}'.lstrip('.')}, which a graph drops")
         return program
 
 
 @contextmanager
 def exporting() -> Iterator[None]:
-    """Context manager for calls of `torch.export`, without its output."""
-    with _quiet():
-        try:
+    """Context manager for calls of `torch.export`, without warnings, log entries, and the graph that it prints."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
             yield
-        except CaptureError:
-            raise
-        except Exception as error:
-            line = str(error).strip().split("\n")[0]
-            raise CaptureError(f"torch.export fails{_place(error)} ({type(error).__name__}: {line[:200]})") from error
-
-
-def _refuse_changes(state: Snapshot) -> None:
-    """Check that the forward does not store numbers or strings in Python, because a graph would not do this."""
-    for path, name in state.changes():
-        where = f"{path}.{name}".lstrip(".")
-        if state.is_plain(path, name):
-            raise CaptureError(f"its forward changes {where}, which a graph drops")
+    except CaptureError:
+        raise
+    except Exception as error:
+        line = str(error).strip().split("\n")[0]
+        raise CaptureError(f"torch.export fails{_place(error)} ({type(error).__name__}: {line[:200]})") from error
+    finally:
+        logging.disable(before)
 
 
 def all_dynamic(model: nn.Module, call: Call) -> Any:
@@ -202,22 +198,6 @@ def _of_alias(cast: Any) -> Callable[..., Tensor]:
     return run
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Context manager without warnings, and without the graph that `torch.export` prints to stderr if it fails."""
-    loggers = [logging.getLogger(name) for name in _LOUD]
-    before = [logger.disabled for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.disabled = True
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, was in zip(loggers, before, strict=True):
-            logger.disabled = was
-
-
 def _place(error: BaseException) -> str:
     """The line of the model's code that caused an error."""
     frames = [
@@ -286,25 +266,6 @@ def _is_of_torch(module: nn.Module) -> bool:
 def depends_on_mode(module: nn.Module) -> bool:
     """Whether a layer acts differently in train mode; its output has the shape of its input."""
     return isinstance(module, _MODES) or type(module).__name__.endswith(_DROP_PATHS)
-
-
-@contextmanager
-def layers_as_operators(model: nn.Module, inlined: Collection[str] = ()) -> Iterator[None]:
-    """Context manager in which the call of each leaf of a model is recorded as one `hra_fx::call_layer`.
-
-    The operators of the leaves in `inlined` are recorded.
-    """
-    snapshot = Snapshot(model)
-    leaves = {path: part for path, part in model.named_modules() if path and is_leaf(part)}
-    _layers.update({path: part for path, part in leaves.items() if path not in inlined})
-    for path, layer in _layers.items():
-        vars(layer)["forward"] = partial(_call, path)
-    try:
-        yield
-    finally:
-        snapshot.restore()
-        _layers.clear()
-        _recorded.clear()
 
 
 def _call(path: str, *args: Any, **kwargs: Any) -> Any:

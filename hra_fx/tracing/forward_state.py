@@ -95,6 +95,8 @@ def checked_capture(model: nn.Module) -> Iterator[None]:
         if compat.has_backward_hooks(part):
             name = path or type(part).__name__
             raise CaptureError(f"backward hooks are registered for {name}, which a graph drops")
+        if getattr(part, "gradient_checkpointing", False) is True:
+            raise CaptureError(f"{path or 'it'} checkpoints its activations, which a graph drops. Disable that first")
     state, hooks = GraphState(), list[Any]()
     register_hook: Any = Tensor.register_hook
 
