@@ -57,8 +57,6 @@ def _factors(graph_module: fx.GraphModule) -> tuple[fx.Node, ...]:
     graph = graph_module.graph
     if not hasattr(graph_module, FACTORS):
         return ()
-    if present := graph.find_nodes(op="call_module", target=FACTORS):
-        return (present[0],)
     first = next(node for node in graph.nodes if node.op != "placeholder")
     with graph.inserting_before(first):
         return (graph.call_module(FACTORS),)

@@ -70,8 +70,6 @@ class MatchPass(PassBase):
         if site is None and target not in self._above:
             return None
         inside = [s for path, s in self._sites.items() if path == target or path.startswith(f"{target}.")]
-        if not inside:
-            return None
         first, *others = dict.fromkeys(inside)
         return NodeTag(first.path, first.kind, "reader", tuple(other.path for other in others))
 

@@ -27,7 +27,6 @@ from hra_fx.export.program import (
     remove_rotation,
     replace_weights,
     set_trainable,
-    split_shared_uses,
 )
 from hra_fx.export.select import build_skeleton, init_adapter, layer_of, make_layer, select_layers
 from hra_fx.functional.chain import plain_chain
@@ -106,7 +105,9 @@ def transform_captured(captured: ExportedProgram, config: HRAConfig, adapter_nam
         vectors_node = editor.add(name, vectors, weight)
         anchor_node = None if anchor is None else editor.add(name + ANCHOR, anchor, weight)
         insert_rotation(editor.graph, layer, weight, vectors_node, anchor_node, apply_GS=config.apply_GS)
-    split_shared_uses(layers, editor.weights)
+    for use, name in (other for layer in layers for other in layer.others):
+        # Other layers with the same weight read it by their own names; the uses by adapted layers are replaced already.
+        use.first_user.replace_input_with(use.weight, editor.weights[name][0])
     trainable = [name for name, parameter in editor.parameters.items() if parameter.requires_grad]
     set_trainable(editor, set())
     metadata = {"adapter": adapter_name, "config": config.to_dict(), "trainable": trainable}

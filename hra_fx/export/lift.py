@@ -18,10 +18,18 @@ from hra_fx.errors import AdapterError, CaptureError
 from hra_fx.export.captured import check_has_no_backward, is_program
 from hra_fx.export.match import GraphLayer, WeightUse, find_layers, group_tied, module_classes
 from hra_fx.export.program import is_adapter_tensor
-from hra_fx.export.select import arguments_of, make_layer, origin_of_graph
+from hra_fx.export.select import arguments_of, make_layer, module_paths, origin_of_graph
 from hra_fx.selection.origin import keep_origin
-from hra_fx.tracing.graph_module import CHECKS, captured_module, module_path, name_constants, simplify
-from hra_fx.tracing.inputs import InputChecks, argument_names, call_of, conditions_of, nest
+from hra_fx.tracing.graph_module import (
+    CHECKS,
+    captured_module,
+    module_path,
+    name_constants,
+    open_program,
+    replace_node,
+    simplify,
+)
+from hra_fx.tracing.inputs import InputChecks
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -73,9 +81,11 @@ def lift(program: ExportedProgram) -> fx.GraphModule:
         True
     """
     _check(program)
-    module: Any = program.module(check_guards=False)
-    graph: fx.Graph = module.graph
-    graph.owning_module = None  # this module does not have layers to call
+    try:
+        module, places, conditions = open_program(program)
+    except CaptureError as error:
+        raise AdapterError(f"the program cannot be lifted: {error.reason}. {_TRANSFORM}.") from error
+    graph = module.graph
     root = _with_tensors_of(program)
     parameters: dict[str, Tensor] = dict(root.named_parameters(remove_duplicate=False))
     weights: dict[str, list[fx.Node]] = {}
@@ -87,12 +97,6 @@ def lift(program: ExportedProgram) -> fx.GraphModule:
     if not called:
         raise AdapterError(_why_no_layer(layers.values()))
     origin = origin_of_graph(module_classes(graph), called)
-    names = argument_names(module, *call_of(program))
-    try:
-        places = nest(graph, program, names)
-    except CaptureError as error:
-        raise AdapterError(f"the program cannot be lifted: {error.reason}. {_TRANSFORM}.") from error
-    conditions = conditions_of(program, names, places)
     parts = {CHECKS: InputChecks(conditions, conditions), **name_constants(graph, program, module)}
     simplify(graph, places, root)
     lifted = captured_module(root, parts, graph)
@@ -128,13 +132,11 @@ def _with_tensors_of(program: ExportedProgram) -> nn.Module:
         own = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
         state |= dict.fromkeys(names, own)
     root = nn.Module()
+    for path in module_paths(state):
+        root.set_submodule(path, nn.Module())
     for name, tensor in state.items():
-        *path, last = name.split(".")
-        owner = root
-        for part in path:
-            if part not in owner._modules:
-                owner.add_module(part, nn.Module())
-            owner = owner.get_submodule(part)
+        path, _, last = name.rpartition(".")
+        owner = root.get_submodule(path)
         if isinstance(tensor, nn.Parameter):
             owner.register_parameter(last, tensor)
         else:
@@ -166,7 +168,6 @@ class _Call(NamedTuple):
     """An operator that a layer can replace.
 
     Attributes:
-        node: the operator.
         x: the name of the argument that is the input of the layer.
         bias: the node of the bias, or `None`.
         settings: the other arguments of a convolution.
@@ -191,7 +192,7 @@ def _call_layers(
         for path in (layer.path, *layer.aliases):
             root.set_submodule(path, made)
         for call in (first, *(call for call in more if call.settings == first.settings)):
-            _replace(call, layer.path)
+            replace_node(call.node, "call_module", layer.path, (arguments_of(call.node)[call.x],))
     for layer in called:
         _read_by_own_names(graph, layer)
     _call_embeddings(graph, root)
@@ -269,13 +270,4 @@ def _call_embeddings(graph: fx.Graph, root: nn.Module) -> None:
             options: Any = {name: given[name] for name in ("scale_grad_by_freq", "sparse")} | {"padding_idx": padding}
             rows, width = holder._parameters["weight"].shape  # type: ignore[union-attr]
             root.set_submodule(path, _filled(nn.Embedding(rows, width, **options, device="meta"), holder))
-        _replace(_Call(node, "indices", None, {}), path)
-
-
-def _replace(call: _Call, path: str) -> None:
-    graph = call.node.graph
-    with graph.inserting_before(call.node):
-        made = graph.call_module(path, (arguments_of(call.node)[call.x],))
-    made.meta = dict(call.node.meta)
-    call.node.replace_all_uses_with(made)
-    graph.erase_node(call.node)
+        replace_node(node, "call_module", path, (given["indices"],))

@@ -79,8 +79,6 @@ class WeightUse:
     """One use of a weight.
 
     Attributes:
-        name: the name of the weight.
-        weight: the node of the weight.
         first_user: the first user of `weight` on the way. Replacing the argument of this node changes the use.
         consumer: the last node, which computes with the weight.
         kind: the kind of layer of the consumer; `None` if it is not a linear layer or a convolution.
@@ -105,11 +103,8 @@ class GraphLayer:
     """A layer of a captured graph.
 
     Attributes:
-        path: the qualified name of the layer.
         name: the qualified name of its weight.
-        kind: the kind of layer.
         transposed: whether its weight is stored as `(d, out)`.
-        uses: the uses of the weight by this layer.
         refusal: why its weight cannot be rotated, and what to do; `None` if it can.
         is_module: whether an operator in the layer's own forward uses the weight, so that the layer is a linear layer
             or a convolution. This is False for an embedding whose weight a linear operator uses somewhere else.
@@ -151,14 +146,7 @@ def find_layers(weights: Mapping[str, list[fx.Node]], tensors: Mapping[str, Tens
 
 
 def group_tied(tensors: Mapping[str, Tensor]) -> list[list[str]]:
-    """Group the names by tensor. After loading, tied tensors are different objects that share memory.
-
-    Example:
-        >>> import torch
-        >>> weight = torch.ones(2)
-        >>> group_tied({"a": weight, "b": torch.ones(2), "c": weight.detach()})
-        [['a', 'c'], ['b']]
-    """
+    """Group the names by tensor. After loading, tied tensors are different objects that share memory."""
     groups: dict[object, list[str]] = {}
     for name, tensor in tensors.items():
         groups.setdefault(_identity(tensor), []).append(name)

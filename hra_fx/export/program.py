@@ -17,20 +17,20 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from hra_fx.export.match import GraphLayer, group_tied
-from hra_fx.functional import householder
+from hra_fx.functional import exportable, householder
 from hra_fx.functional.chain import plain_chain
 from hra_fx.functional.rotate import rotate_weight
 from hra_fx.layers.target import META, REFLECTION, NodeTag
 
 if TYPE_CHECKING:
-    from torch.export import ExportedProgram, ModuleCallEntry
+    from torch.export import ExportedProgram
     from torch.export.graph_signature import ExportGraphSignature, InputSpec
 
 # torch does not have types for its libraries.
@@ -44,11 +44,26 @@ _LIBRARY.define(
 ROTATE = torch.ops.hra_fx.rotate.default
 
 
-def _rotate(weight: Tensor, vectors: Tensor, anchor: Tensor | None, apply_GS: bool, columns: bool) -> Tensor:
-    dtype = householder.working_dtype(torch.promote_types(weight.dtype, vectors.dtype))
+def rotated_weight(
+    weight: Tensor,
+    vectors: Tensor,
+    anchor: Tensor | None,
+    apply_GS: bool,
+    columns: bool,
+    *,
+    exportable_ops: bool = False,
+) -> Tensor:
+    """The result of the operator, optionally with core ATen operators only."""
+    chain = vectors.to(householder.working_dtype(torch.promote_types(weight.dtype, vectors.dtype)))
+    if apply_GS and exportable_ops:
+        chain, apply_GS = exportable.gram_schmidt(householder.normalize(chain)), False
+    chain = plain_chain(chain, anchor, apply_GS=apply_GS)
+    return rotate_weight(weight, chain, transposed=columns, exportable_ops=exportable_ops)
+
+
+def _rotate(weight: Tensor, *rest: Any) -> Tensor:
     with _no_autocast(weight):
-        chain = plain_chain(vectors.to(dtype), anchor, apply_GS=apply_GS)
-        return rotate_weight(weight, chain, transposed=columns)
+        return rotated_weight(weight, *rest)
 
 
 def _fake(weight: Tensor, vectors: Tensor, anchor: Tensor | None, apply_GS: bool, columns: bool) -> Tensor:
@@ -93,21 +108,12 @@ def insert_rotation(
         arguments = (weight, vectors, anchor, apply_GS, layer.transposed)
         rotated = graph.create_node("call_function", ROTATE, arguments, {}, name=f"{weight.name}_rotated")
     rotated.meta = {key: consumer.meta[key] for key in ("nn_module_stack", "stack_trace") if key in consumer.meta}
-    values = [argument.meta.get("val") if isinstance(argument, fx.Node) else argument for argument in arguments]
-    if values[0] is not None and values[1] is not None:
-        with torch.no_grad():
-            rotated.meta["val"] = ROTATE(*values)
+    values = [argument.meta["val"] if isinstance(argument, fx.Node) else argument for argument in arguments]
+    with torch.no_grad():
+        rotated.meta["val"] = ROTATE(*values)
     rotated.meta[META] = NodeTag(layer.path, layer.kind, "reflection")
     for use in layer.uses:
         use.first_user.replace_input_with(use.weight, rotated)
-
-
-def split_shared_uses(layers: Iterable[GraphLayer], nodes: Mapping[str, list[fx.Node]]) -> None:
-    """After all insertions, make other layers with the same weight read it by their own names."""
-    for layer in layers:
-        for use, name in layer.others:
-            # This does not affect adapted layers, because their first users now read the rotated weight.
-            use.first_user.replace_input_with(use.weight, nodes[name][0])
 
 
 def find_rotate_nodes(graph: fx.Graph) -> list[fx.Node]:
@@ -135,9 +141,9 @@ def is_adapter_tensor(name: str) -> bool:
 class ProgramEditor:
     """A copy of a program's graph, input specifications and state that can be modified. Tensors are shared.
 
+    Parameters are replaced with new objects and never written to.
+
     Attributes:
-        graph_module: the graph module.
-        graph: the graph of `graph_module`.
         state: name -> parameter or buffer.
         names: name of a node -> name of its tensor.
         weights: name of a parameter -> the nodes that read it.
@@ -233,7 +239,7 @@ class ProgramEditor:
             graph_signature=signature,
             state_dict=self.state,
             range_constraints=copy.deepcopy(program.range_constraints),
-            module_call_graph=[_copy_entry(entry) for entry in program.module_call_graph],
+            module_call_graph=list(program.module_call_graph),
             example_inputs=program.example_inputs,
             constants=self._constants,
             verifiers=program.verifiers,
@@ -260,12 +266,3 @@ def set_trainable(editor: ProgramEditor, trainable: set[str]) -> None:
             alias = nn.Parameter(tensor.detach(), requires_grad=wanted)
             for name in names:
                 editor.state[name] = alias
-
-
-def _copy_entry(entry: ModuleCallEntry) -> ModuleCallEntry:
-    """Copy an entry so that its node names can change. Tree specs are shared, because copying them gives a warning."""
-    signature = entry.signature
-    if signature is None:
-        return dataclasses.replace(entry)
-    inputs, outputs = copy.deepcopy(signature.inputs), copy.deepcopy(signature.outputs)
-    return dataclasses.replace(entry, signature=dataclasses.replace(signature, inputs=inputs, outputs=outputs))

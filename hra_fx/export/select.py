@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from hra_fx.compat import is_higher_order, schema_of
 from hra_fx.config import HRAConfig
-from hra_fx.errors import ConfigError, SelectionError, UnsupportedLayerError
+from hra_fx.errors import ConfigError, UnsupportedLayerError
 from hra_fx.export.match import WEIGHTS, GraphLayer, find_layers, find_weight_uses, module_classes
 from hra_fx.functional import householder
 from hra_fx.functional.rotate import as_rows
@@ -37,8 +37,7 @@ def select_layers(
             f"graph. Remove {field}, or transform the model before capturing it."
         )
     layers = find_layers(weights, tensors)
-    all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
-    _check_targets(layers, weights, tensors, config, all_linear=all_linear)
+    _check_targets(layers, weights, tensors, config)
     skeleton = build_skeleton(layers, tensors, module_classes(graph))
     chosen = [layers[path] for path in select_checked(skeleton, config)]
     for layer in chosen:
@@ -52,10 +51,9 @@ def _check_targets(
     weights: Mapping[str, list[fx.Node]],
     tensors: Mapping[str, Tensor],
     config: HRAConfig,
-    *,
-    all_linear: bool,
 ) -> None:
     """Raise an error for targets with an unsupported use in the graph, with more detail than the selection's error."""
+    all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     known = {*layers, *(path for layer in layers.values() for path in layer.aliases)}
     for name, nodes in weights.items():
         path, _, last = name.rpartition(".")
@@ -68,12 +66,6 @@ def _check_targets(
                 f"{path}: {_why_not(consumers)}. Exclude it with exclude_modules, or transform the model before "
                 "capturing it (without trace=True)."
             )
-    if not layers:
-        raise SelectionError(
-            "target_modules: the graph has no linear layer or convolution with a parameter named '<layer>.weight'. Its "
-            f"parameters are {', '.join(list(weights)[:8]) or '(none)'}. Capture the model with torch.export.export, "
-            "which keeps the names."
-        )
     for path, layer in layers.items():
         if not all_linear and layer.refusal and is_target(config, path):
             raise UnsupportedLayerError(f"{path}: {layer.refusal}.")
@@ -125,22 +117,21 @@ def build_skeleton(
     origin = origin_of_graph(classes, [path for path, layer in layers.items() if layer.is_candidate])
     root = fx.GraphModule(nn.Module(), fx.Graph(), origin.class_name)
     keep_origin(root, origin)
-    modules: dict[str, nn.Module] = {"": root}
     first = {alias: path for path, layer in layers.items() for alias in layer.aliases}
-    for path in _paths([*tensors, *(f"{path}." for path in classes)]):
+    for path in module_paths([*tensors, *(f"{path}." for path in classes)]):
         layer = layers.get(path)
+        made: nn.Module
         if path in first:
-            modules[path] = modules[first[path]]
+            made = root.get_submodule(first[path])
         elif layer is None or not layer.is_candidate:
-            modules[path] = type(classes.get(path, "Module").rpartition(".")[2], (nn.Module,), {})()
+            made = type(classes.get(path, "Module").rpartition(".")[2], (nn.Module,), {})()
         else:
-            modules[path] = layer_of(layer, tensors[layer.name].detach())
-        parent, _, child = path.rpartition(".")
-        modules[parent]._modules[child] = modules[path]
+            made = layer_of(layer, tensors[layer.name].detach())
+        root.set_submodule(path, made)
     return root
 
 
-def _paths(names: Iterable[str]) -> list[str]:
+def module_paths(names: Iterable[str]) -> list[str]:
     """The paths of all modules in the names except the root, parents first."""
     paths: dict[str, None] = {}
     for name in names:

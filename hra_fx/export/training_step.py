@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from hra_fx.layers.batching import factors_in_exported_batches
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.model.example_inputs import clone_inputs, normalize_inputs, preserve_rng_state, seed_everything
 from hra_fx.tracing.exported import exporting, without_caches
+from hra_fx.tracing.graph_module import replace_node
 from hra_fx.tracing.inputs import argument_names
 
 if TYPE_CHECKING:
@@ -84,7 +85,10 @@ def export_training_step(
     _check(model, loss, labels)
     step = StepModule(model, example_inputs, loss, labels)
     wanted = gradients_of(step)
-    with unchanged(model), _frozen(parameter for name, parameter in step.named_parameters() if name not in wanted):
+    with unchanged(model), ExitStack() as stack:
+        for name, parameter in step.named_parameters():
+            if parameter.requires_grad and name not in wanted:
+                stack.callback(parameter.requires_grad_(False).requires_grad_, True)
         program = _export(step, model, dynamic_shapes)
     _drop_unread(program)
     _fill_uninitialized(program)
@@ -99,8 +103,6 @@ def _check(model: Any, loss: Any, labels: Any) -> None:
             "export_training_step: expected a model, got an ExportedProgram. Convert it to a model first: "
             "hra_fx.transform(hra_fx.lift(program), config)."
         )
-    if not isinstance(model, nn.Module):
-        raise AdapterError(f"export_training_step: expected a model, got {type(model).__name__}.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise AdapterError(
             "export_training_step: no parameter requires gradients. Call hra_fx.transform(model, config) first, or "
@@ -116,19 +118,6 @@ def _check(model: Any, loss: Any, labels: Any) -> None:
             "export_training_step: `labels` needs `loss`, which is called with the outputs and the labels. If the "
             "model computes the loss itself, pass the labels in `example_inputs`."
         )
-
-
-@contextmanager
-def _frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Context manager in which some parameters do not require gradients."""
-    changed = [parameter for parameter in parameters if parameter.requires_grad]
-    for parameter in changed:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in changed:
-            parameter.requires_grad_(True)
 
 
 def _shapes(step: StepModule, dynamic_shapes: Any) -> dict[str, Any] | None:
@@ -174,12 +163,9 @@ def _fill_uninitialized(program: ExportedProgram) -> None:
     graph = program.graph
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.empty_permuted.default):
         value: Tensor = node.meta["val"]
-        with graph.inserting_before(node):
-            options = {"dtype": value.dtype, "device": value.device}
-            filled = graph.call_function(torch.ops.aten.full.default, (node.args[0], 0), options)
-        filled.meta = {**node.meta, "val": value.contiguous()}
-        node.replace_all_uses_with(filled)
-        graph.erase_node(node)
+        options = {"dtype": value.dtype, "device": value.device}
+        filled = replace_node(node, "call_function", torch.ops.aten.full.default, (node.args[0], 0), options)
+        filled.meta["val"] = value.contiguous()
     program.graph_module.recompile()
 
 
@@ -187,8 +173,7 @@ def _name_outputs(program: ExportedProgram) -> None:
     """Make the program return `(loss, {name: gradient})`; torch keeps the output structure of the loss alone."""
     signature = program.graph_signature.backward_signature
     entry = program.module_call_graph[0].signature
-    if signature is None or entry is None:
-        raise AssertionError("torch's program has no backward pass, or no signature")
+    assert signature is not None and entry is not None
     order = {spec.arg.name: index for index, spec in enumerate(program.graph_signature.output_specs)}
     gradients = sorted(signature.gradients_to_parameters.items(), key=lambda item: order[item[0]])
     entry.out_spec = pytree.tree_structure((0, dict.fromkeys((name for _, name in gradients), 0)))

@@ -6,7 +6,7 @@ The graph is valid in train and in eval mode, because it is created from one cap
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from typing import Any
 
@@ -19,8 +19,7 @@ from hra_fx.layers.target import find_kind
 from hra_fx.model.example_inputs import Call, clone_inputs, preserve_rng_state, seed_everything
 from hra_fx.tracing.by_mode import ByMode, ModesDifferError, merge_modes
 from hra_fx.tracing.exported import (
-    all_dynamic,
-    batch_dynamic,
+    automatic_shapes,
     depends_on_mode,
     export_call,
     is_leaf,
@@ -29,11 +28,10 @@ from hra_fx.tracing.exported import (
 )
 from hra_fx.tracing.forward_state import LOCK, Snapshot, checked_capture, compare_gradients, is_close
 from hra_fx.tracing.graph_module import CHECKS, Canonical, InBlockError, canonical, captured_module, module_path
-from hra_fx.tracing.inputs import InputChecks, argument_names, more_than_one
+from hra_fx.tracing.inputs import Condition, InputChecks, argument_names
 from hra_fx.tracing.tracer import UnpicklingTracer
 
 _SEED = 20240517
-_CONTIGUOUS = torch.ops.aten.contiguous.default
 #: The name of the module that runs the graph of the current mode, if the modes have different nodes.
 BY_MODE = "graph_of_mode"
 
@@ -52,17 +50,23 @@ def capture_layers(
         if tensor.is_meta:
             raise CaptureError(f"{name} is on the meta device. Load the weights first")
     modes = {path: part.training for path, part in model.named_modules(remove_duplicate=False)}
+    parts = ((path, part) for path, part in model.named_modules() if not is_leaf(part))
+    odd = next((path for path, part in parts if part.training != model.training), None)
     with LOCK, ExitStack() as stack:
         stack.callback(Snapshot(model).restore)
         for block in (preserve_rng_state(), without_caches(model), torch.inference_mode(False)):
             stack.enter_context(block)
-        makers = [all_dynamic, batch_dynamic] if dynamic_shapes is None else [lambda *_: dynamic_shapes]
-        tries = [(with_batch_of_two(call) if dynamic_shapes is None else call, make) for make in makers]
+        tries = [(call, dynamic_shapes)]
         if dynamic_shapes is None:
-            tries.append((call, all_dynamic))  # for models that allow only one batch size
-        for example, make in tries:
+            doubled = with_batch_of_two(call)
+            # The last one is for models that allow only one batch size.
+            tries = [
+                (example, automatic_shapes(model, example, lengths=lengths))
+                for example, lengths in ((doubled, True), (doubled, False), (call, True))
+            ]
+        for example, shapes in tries:
             try:
-                made = _captured(model, example, make, call, is_trained=is_trained)
+                made = _captured(model, example, shapes, call, odd, is_trained=is_trained)
                 break
             except CaptureError as error:
                 failure = error
@@ -74,15 +78,12 @@ def capture_layers(
 
 
 def _captured(
-    model: nn.Module, example: Call, make_shapes: Callable[[nn.Module, Call], Any], call: Call, *, is_trained: bool
+    model: nn.Module, example: Call, shapes: Any, call: Call, odd: str | None, *, is_trained: bool
 ) -> fx.GraphModule:
-    """Capture the graph of an example, and compare it with the model for a call."""
-    parts = ((path, part) for path, part in model.named_modules() if not is_leaf(part))
-    odd = next((path for path, part in parts if part.training != model.training), None)
-    try:
-        shapes = make_shapes(model, example)
-    except TypeError as error:
-        raise CaptureError(f"the example does not fit its forward: {error}") from error
+    """Capture the graph of an example, and compare it with the model for a call.
+
+    `odd` is a part of the model with another mode than the model.
+    """
     modes = _both_modes(model, example, shapes, is_trained=is_trained)
     checks = InputChecks(modes[0].conditions, modes[1].conditions)
     made = _in_both_modes(model, modes[0], modes[1], checks, odd)
@@ -92,7 +93,10 @@ def _captured(
             compare_gradients(model, made, lambda module: _outputs(module, call))
     for places in modes[0].sizes:
         if not _allows_one(model, made, example, places):
-            checks.add(more_than_one(*places[0], argument_names(model, *example)))
+            index, dimension = places[0]
+            names = dict(enumerate(argument_names(model, *example)))  # those of the inputs, if none is nested
+            size = f".size()[{dimension}] != 1"
+            checks.add(Condition(f"args[{index}]{size}", f"{names.get(index, f'input {index}')}{size}"))
     return made
 
 
@@ -176,14 +180,13 @@ class GraphOfMode(nn.Module):
 
 
 def _in_both_modes(
-    model: nn.Module, in_train: Canonical, in_eval: Canonical, checks: InputChecks, odd: str | None = None
+    model: nn.Module, in_train: Canonical, in_eval: Canonical, checks: InputChecks, odd: str | None
 ) -> fx.GraphModule:
     """Create a GraphModule with the modules and tensors of a model that is valid in both modes."""
     try:
         if not _same_constants(in_train.constants, in_eval.constants):
             raise ModesDifferError
         graph, other = (copy.deepcopy(part.graph) for part in (in_train, in_eval))
-        _drop_single_copies(graph, other)
         _give_defaults(graph, other)
         modules = merge_modes(graph, other)
     except ModesDifferError:
@@ -203,7 +206,7 @@ def _set_place(constant: ByMode, made: fx.GraphModule, path: str | None) -> None
     """Make a constant follow the mode of the module that reads it, or of its innermost parent in the graph."""
     while path:
         with suppress(AttributeError):
-            constant.follow(made.get_submodule(path))
+            vars(constant)["followed"] = made.get_submodule(path)
             return
         path = path.rpartition(".")[0]
 
@@ -215,22 +218,6 @@ def _same_constants(ours: Mapping[str, nn.Module], theirs: Mapping[str, nn.Modul
         return isinstance(one, fx.GraphModule) and isinstance(other, fx.GraphModule) and one.code == other.code
 
     return ours.keys() == theirs.keys() and all(same(ours[name], theirs[name]) for name in ours)
-
-
-def _drop_single_copies(ours: fx.Graph, theirs: fx.Graph) -> None:
-    """Remove each `contiguous` that only one of the graphs has; the other mode shows that it is not needed."""
-    one, other = next(iter(ours.nodes)), next(iter(theirs.nodes))
-    while one.op != "root" and other.op != "root":
-        if one.target is not other.target and _CONTIGUOUS in (one.target, other.target):
-            single = one if one.target is _CONTIGUOUS else other
-            if single is one:
-                one = one.next
-            else:
-                other = other.next
-            single.replace_all_uses_with(single.args[0])
-            single.graph.erase_node(single)
-        else:
-            one, other = one.next, other.next
 
 
 def _give_defaults(ours: fx.Graph, theirs: fx.Graph) -> None:
@@ -255,32 +242,15 @@ def _of_two_graphs(model: nn.Module, in_train: Canonical, in_eval: Canonical, ch
             if node.op in ("get_attr", "call_module") and node.target in part.constants:
                 node.target = f"{node.target}_{mode}"
         constants |= {f"{name}_{mode}": value for name, value in part.constants.items()}
-    names = sorted({name for part in captures.values() for name in _own_tensors(part.graph, model)})
+    reads = {str(node.target) for part in captures.values() for node in part.graph.find_nodes(op="get_attr")}
+    names = sorted(name for name in reads if isinstance(getattr(model, name, None), Tensor))
+    graph = fx.Graph(tracer_cls=UnpicklingTracer)
+    places = [graph.placeholder(str(node.target)) for node in in_train.graph.find_nodes(op="placeholder")]
+    graph.output(graph.call_module(BY_MODE, (*places, *map(graph.get_attr, names))))
     for part in captures.values():
         _pass_in(part.graph, names)
     inner = [captured_module(model, constants, part.graph) for part in captures.values()]
-    graph = fx.Graph(tracer_cls=UnpicklingTracer)
-    places = [graph.placeholder(str(node.target)) for node in in_train.graph.find_nodes(op="placeholder")]
-    del places[len(places) - len(names) :]
-    for node in graph.find_nodes(op="placeholder")[len(places) :]:
-        graph.erase_node(node)
-    reads = [graph.get_attr(name) for name in names]
-    graph.output(graph.call_module(BY_MODE, (*places, *reads)))
-    made = captured_module(model, {BY_MODE: GraphOfMode(*inner), **constants}, graph)
-    present = {path for path, _ in made.named_modules(remove_duplicate=False)}
-    for module in inner:
-        for call in module.graph.find_nodes(op="call_module"):
-            if call.target not in present:
-                made.add_submodule(str(call.target), module.get_submodule(str(call.target)))
-    return made
-
-
-def _own_tensors(graph: fx.Graph, model: nn.Module) -> Iterator[str]:
-    """The model's own tensors that a graph reads."""
-    for node in graph.find_nodes(op="get_attr"):
-        name = str(node.target)
-        if "." not in name and isinstance(getattr(model, name, None), torch.Tensor):
-            yield name
+    return captured_module(model, {BY_MODE: GraphOfMode(*inner), **constants}, graph)
 
 
 def _pass_in(graph: fx.Graph, names: Sequence[str]) -> None:

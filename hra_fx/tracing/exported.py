@@ -36,7 +36,8 @@ from hra_fx.tracing.forward_state import Snapshot
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-_OURS = (Path(torch.__file__).parent, Path(__file__).parents[1])
+#: Code that is not the model's.
+_NOT_OF_MODELS = (Path(torch.__file__).parent, Path(__file__).parents[1], Path(contextlib.__file__))
 #: Tensors with more dimensions are images: models branch on their height and width, so only their batch is dynamic.
 _LENGTHS = 3
 #: Methods that return the tensor itself if it already has the dtype.
@@ -54,8 +55,9 @@ def export_call(
     with exporting(), ExitStack() as stack:
         for restore in (_layers.clear, _recorded.clear, state.restore):
             stack.callback(restore)
-        for block in (_untied(model), _plain_operators(), torch.enable_grad()):
+        for block in (_plain_operators(), torch.enable_grad()):
             stack.enter_context(block)
+        _untie(model)
         _layers.update(leaves)
         for path, layer in leaves.items():
             vars(layer)["forward"] = partial(_call, path)
@@ -88,22 +90,17 @@ def exporting() -> Iterator[None]:
         logging.disable(before)
 
 
-def all_dynamic(model: nn.Module, call: Call) -> Any:
-    """Dynamic shapes in which every size may change; for images, only the batch size."""
-    return _dynamic(model, call, lambda x: range(x.dim() if x.dim() <= _LENGTHS else 1))
-
-
-def batch_dynamic(model: nn.Module, call: Call) -> Any:
-    """Dynamic shapes in which only the first size may change."""
-    return _dynamic(model, call, lambda x: range(min(x.dim(), 1)))
-
-
-def _dynamic(model: nn.Module, call: Call, dimensions: Callable[[Tensor], range]) -> Any:
+def automatic_shapes(model: nn.Module, call: Call, *, lengths: bool) -> Any:
+    """Dynamic shapes in which every size may change; for images, and without `lengths`, only the batch size."""
     shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
     for value in pytree.tree_leaves(call):
         if isinstance(value, Tensor):
-            shapes[value] = dict.fromkeys(dimensions(value), torch.export.Dim.AUTO)
-    return shapes.dynamic_shapes(model, *call)
+            count = value.dim() if lengths and value.dim() <= _LENGTHS else min(value.dim(), 1)
+            shapes[value] = dict.fromkeys(range(count), torch.export.Dim.AUTO)
+    try:
+        return shapes.dynamic_shapes(model, *call)
+    except TypeError as error:
+        raise CaptureError(f"the example does not fit its forward: {error}") from error
 
 
 def with_batch_of_two(call: Call) -> Call:
@@ -142,26 +139,17 @@ def _without_unknown(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-@contextmanager
-def _untied(model: nn.Module) -> Iterator[None]:
-    """Context manager in which each name of a tied parameter has an object of its own, so that the names are recorded.
+def _untie(model: nn.Module) -> None:
+    """Give each name of a tied parameter an object of its own, so that the names are recorded.
 
     A read of the weight of an adapted layer is W Q, and a read of another name of the same tensor is W.
     """
     seen: set[int] = set()
-    replaced: list[tuple[dict[str, Any], str, nn.Parameter]] = []
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if type(parameter) is nn.Parameter and id(parameter) in seen:
-                replaced.append((module._parameters, name, parameter))
+                module._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
             seen.add(id(parameter))
-    try:
-        for parameters, name, parameter in replaced:
-            parameters[name] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
-        yield
-    finally:
-        for parameters, name, parameter in replaced:
-            parameters[name] = parameter
 
 
 @contextmanager
@@ -200,19 +188,13 @@ def _of_alias(cast: Any) -> Callable[..., Tensor]:
 
 def _place(error: BaseException) -> str:
     """The line of the model's code that caused an error."""
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.lineno
-        and not any(Path(frame.filename).is_relative_to(folder) for folder in _OURS)
-        and not frame.filename.startswith("<")
-        and Path(frame.filename) != Path(contextlib.__file__)
-    ]
-    if not frames:
-        return ""
-    last = frames[-1]
-    code = linecache.getline(last.filename, last.lineno or 0).strip()
-    return f" at {Path(last.filename).name}, line {last.lineno}, `{code}`"
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = Path(frame.filename)
+        is_other = frame.filename.startswith("<") or any(file.is_relative_to(folder) for folder in _NOT_OF_MODELS)
+        if frame.lineno and not is_other:
+            code = linecache.getline(frame.filename, frame.lineno).strip()
+            return f" at {file.name}, line {frame.lineno}, `{code}`"
+    return ""
 
 
 # --- layers as operators ----------------------------------------------------------------------------------------------
@@ -242,10 +224,6 @@ def is_leaf(module: nn.Module) -> bool:
     """Whether a graph calls a module as a whole: layers that can be adapted, and modules without children.
 
     The operators of a module of another library are recorded if its call may do more than running its forward.
-
-    Example:
-        >>> is_leaf(nn.Conv2d(3, 8, 3)), is_leaf(nn.LayerNorm(8)), is_leaf(nn.Sequential(nn.ReLU()))
-        (True, True, False)
     """
     if depends_on_mode(module) or find_kind(module) not in (None, "attention", "experts"):
         return True

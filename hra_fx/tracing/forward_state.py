@@ -233,16 +233,7 @@ def _called_functions() -> Iterator[set[str]]:
 
 
 def autograd_functions(outputs: Iterable[Tensor]) -> set[str]:
-    """The names of the custom autograd functions in the backward graph of some outputs.
-
-    Example:
-        >>> class Double(torch.autograd.Function):
-        ...     @staticmethod
-        ...     def forward(ctx, x):
-        ...         return 2 * x
-        >>> autograd_functions([Double.apply(torch.ones(2, requires_grad=True)).sum()])
-        {'Double'}
-    """
+    """The names of the custom autograd functions in the backward graph of some outputs."""
     seen, todo = set[Any](), [output.grad_fn for output in outputs]
     while todo:
         node = todo.pop()

@@ -97,6 +97,16 @@ class NestedGraph(nn.Module):
         return getattr(torch.ops.higher_order, self.operator)(*given, **kwargs)
 
 
+def replace_node(node: fx.Node, op: str, target: Any, args: Any = (), kwargs: Any = None) -> fx.Node:
+    """Replace a node with a new one that has its `meta`."""
+    with node.graph.inserting_before(node):
+        made = node.graph.create_node(op, target, args, kwargs)
+    made.meta = dict(node.meta)
+    node.replace_all_uses_with(made)
+    node.graph.erase_node(node)
+    return made
+
+
 def captured_module(model: nn.Module, parts: Mapping[str, nn.Module], graph: fx.Graph) -> fx.GraphModule:
     """Create a GraphModule from a captured graph, with the modules and tensors of a model, and additional parts."""
     if taken := next((name for name in parts if hasattr(model, name)), None):
@@ -119,12 +129,8 @@ def _call_nested(graph: fx.Graph, find: Callable[[str], Any]) -> dict[str, nn.Mo
             body.recompile()
         name = f"nested_{len(made)}"
         made[name] = NestedGraph(str(node.target), bodies)
-        with graph.inserting_before(node):
-            args = tuple(arg for place, arg in enumerate(node.args) if place not in bodies)
-            call = graph.create_node("call_module", name, args, node.kwargs)
-        call.meta = dict(node.meta)
-        node.replace_all_uses_with(call)
-        graph.erase_node(node)
+        args = tuple(arg for place, arg in enumerate(node.args) if place not in bodies)
+        replace_node(node, "call_module", name, args, node.kwargs)
         for read in reads.values():
             if not read.users:
                 graph.erase_node(read)
@@ -163,30 +169,48 @@ class InBlockError(CaptureError):
 
 def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
     """Convert the graph of a program to one that uses the modules and tensors of the captured model."""
-    module: Any = program.module(check_guards=False)
-    graph: fx.Graph = module.graph
-    graph.owning_module = None  # this module does not have layers to call
-    names = argument_names(model, *call_of(program))
-    places = nest(graph, program, names)
-    conditions = conditions_of(program, names, places)
-    _call_layers(graph)
+    module, places, conditions = open_program(program, model)
+    graph = module.graph
+    for node in graph.find_nodes(op="call_function", target=CALL_LAYER):
+        call = replace_node(node, "call_module", node.args[1], node.args[:1])
+        copied = call.next
+        if copied.target is torch.ops.aten.clone.default and list(call.users) == [copied]:
+            copied.replace_all_uses_with(call)
+            graph.erase_node(copied)
     constants = name_constants(graph, program, module)
     blocks = [block for part in constants.values() for block in part.modules() if isinstance(block, fx.GraphModule)]
     calls = [node for block in blocks for node in block.graph.find_nodes(op="call_function", target=CALL_LAYER)]
     if calls:
         raise InBlockError([str(node.args[1]) for node in calls])
     simplify(graph, places, model)
-    _read_where_used(graph)
-    return Canonical(graph, constants, conditions, _sizes(places))
+    for node in graph.find_nodes(op="get_attr", sort=True):
+        min(node.users).prepend(node)
+    # A symbol is a size that may change; the others are numbers and expressions.
+    sizes = [found for size, found in _sizes(places).items() if size.isidentifier()]
+    return Canonical(graph, constants, conditions, sizes)
 
 
-def _sizes(places: list[fx.Node]) -> list[list[tuple[int, int]]]:
+def open_program(
+    program: ExportedProgram, model: nn.Module | None = None
+) -> tuple[fx.GraphModule, list[fx.Node], list[Condition]]:
+    """The module of a program with a plain graph, the nodes of its flat inputs, and the conditions on them.
+
+    The arguments have the names of those of `model`, by default of the module itself.
+    """
+    module: fx.GraphModule = program.module(check_guards=False)
+    names = argument_names(model or module, *call_of(program))
+    module.graph.owning_module = None  # this module does not have layers to call
+    places = nest(module.graph, program, names)
+    return module, places, conditions_of(program, names, places)
+
+
+def _sizes(places: list[fx.Node]) -> dict[str, list[tuple[int, int]]]:
+    """Each size of the inputs -> (index of the input, dimension) of all inputs with this size."""
     found = defaultdict(list)
     for index, place in enumerate(places):
         for dimension, size in enumerate(getattr(place.meta.get("val"), "shape", ())):
-            if str(size).isidentifier():  # a symbol, not a number or an expression
-                found[str(size)].append((index, dimension))
-    return list(found.values())
+            found[str(size)].append((index, dimension))
+    return found
 
 
 def simplify(graph: fx.Graph, places: list[fx.Node], model: nn.Module) -> None:
@@ -207,19 +231,6 @@ def simplify(graph: fx.Graph, places: list[fx.Node], model: nn.Module) -> None:
     graph._tracer_cls = UnpicklingTracer
 
 
-def _call_layers(graph: fx.Graph) -> None:
-    for node in graph.find_nodes(op="call_function", target=CALL_LAYER):
-        with graph.inserting_before(node):
-            call = graph.call_module(node.args[1], node.args[:1])
-        call.meta = dict(node.meta)
-        node.replace_all_uses_with(call)
-        graph.erase_node(node)
-        copied = call.next
-        if copied.target is torch.ops.aten.clone.default and list(call.users) == [copied]:
-            copied.replace_all_uses_with(call)
-            graph.erase_node(copied)
-
-
 def name_constants(graph: fx.Graph, program: ExportedProgram, module: nn.Module) -> dict[str, nn.Module]:
     """Number nested graphs, and tensors that a forward creates, in the order of their first use."""
     names: dict[str, str] = {}
@@ -229,31 +240,16 @@ def name_constants(graph: fx.Graph, program: ExportedProgram, module: nn.Module)
             value = program.constants[node.target].detach()
             name = names.setdefault(node.target, f"constant_{len(names)}")
             made[name] = ByMode(value, value)
-            with graph.inserting_before(min(node.users)):  # after the inputs, because they determine the device
-                call = graph.call_module(name, (value.device,))
-            call.meta = dict(node.meta)
-            node.replace_all_uses_with(call)
-            graph.erase_node(node)
+            call = replace_node(node, "call_module", name, (value.device,))
+            min(call.users).prepend(call)  # after the inputs, because they determine the device
         elif isinstance(block := attribute(module, node.target), fx.GraphModule):
             node.target = names.setdefault(node.target, f"block_{len(names)}")
             made[node.target] = block
     return made
 
 
-def _read_where_used(graph: fx.Graph) -> None:
-    """Read each tensor before its first use."""
-    for node in graph.find_nodes(op="get_attr", sort=True):
-        min(node.users).prepend(node)
-
-
 def module_path(node: fx.Node) -> str | None:
-    """The path of the module whose forward contains a node, `""` for the root; `None` if this is unknown.
-
-    Example:
-        >>> program = torch.export.export(torch.nn.Sequential(torch.nn.Linear(3, 2)), (torch.randn(1, 3),))
-        >>> module_path(program.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)[0])
-        '0'
-    """
+    """The path of the module whose forward contains a node, `""` for the root; `None` if this is unknown."""
     stack = node.meta.get("nn_module_stack")
     return normalize_path(list(stack.values())[-1][0]) if stack else None
 
@@ -272,21 +268,19 @@ def normalize_path(path: str) -> str:
 
 def _hoist_sizes(graph: fx.Graph, places: list[fx.Node]) -> None:
     """Read each size of an input once, at the start of the graph, from the first input with this size."""
-    first: dict[str, tuple[fx.Node, int]] = {}
-    for place in places:
-        for dimension, size in enumerate(getattr(place.meta.get("val"), "shape", ())):
-            first.setdefault(str(size), (place, dimension))
     reads = defaultdict(list)
     for node in graph.find_nodes(op="call_function", target=_SIZE):
         if node.args[0] in places:
             reads[str(node.args[0].meta["val"].shape[node.args[1]])].append(node)
-    for size in reversed([size for size in first if size in reads]):  # each is inserted before the previous ones
-        with graph.inserting_after(max(places)):
-            read = graph.call_function(_SIZE, first[size])
-        read.meta = dict(reads[size][0].meta)
-        for node in reads[size]:
-            node.replace_all_uses_with(read)
-            graph.erase_node(node)
+    last = max(places, default=None)
+    for size, ((index, dimension), *_) in _sizes(places).items():
+        if size in reads:
+            with graph.inserting_after(last):
+                last = graph.call_function(_SIZE, (places[index], dimension))
+            last.meta = dict(reads[size][0].meta)
+            for node in reads[size]:
+                node.replace_all_uses_with(last)
+                graph.erase_node(node)
 
 
 def _follow_device(graph: fx.Graph, places: list[fx.Node], model: nn.Module) -> None:

@@ -33,12 +33,7 @@ if TYPE_CHECKING:
 
 
 def argument_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-    """The names of the arguments of a call, in order. Arguments in `*args` are numbered.
-
-    Example:
-        >>> argument_names(nn.Bilinear(2, 2, 2), (1,), {"input2": 2})
-        ['input1', 'input2']
-    """
+    """The names of the arguments of a call, in order. Arguments in `*args` are numbered."""
     names: list[str] = []
     for parameter in inspect.signature(model.forward).parameters.values():
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
@@ -49,20 +44,14 @@ def argument_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def call_of(program: ExportedProgram) -> Call:
-    """The arguments of a program, with each flat input replaced by its number.
-
-    Example:
-        >>> import torch
-        >>> call_of(torch.export.export(nn.Bilinear(2, 2, 2), (torch.ones(1, 2),), {"input2": torch.ones(1, 2)}))
-        ((0,), {'input2': 1})
-    """
+    """The arguments of a program, with each flat input replaced by its number."""
     spec: Any = program.call_spec.in_spec
     call: Call = pytree.tree_unflatten(range(spec.num_leaves), spec)
     return call
 
 
 def nest(graph: fx.Graph, program: ExportedProgram, names: list[str]) -> list[fx.Node]:
-    """Add the nested arguments and results of a program to its graph, in place."""
+    """Add the nested arguments and results of a program to its graph, in place. Returns the nodes of the inputs."""
     flat = iter(graph.find_nodes(op="placeholder"))
     specs = [spec for part in program.call_spec.in_spec.children() for spec in part.children()]
     inputs: list[fx.Node] = []
@@ -202,12 +191,6 @@ def conditions_of(program: ExportedProgram, names: list[str], places: list[fx.No
     shown = [f"{path[0].key}{pytree.keystr(path[1:])}" for path in paths]
     found = dict.fromkeys([*_of_shapes(program, places), *guards_of(program)])
     return [_condition(code, sources, shown) for code in found]
-
-
-def more_than_one(index: int, dimension: int, names: list[str]) -> Condition:
-    """The condition that a size of an input is not 1."""
-    name = names[index] if index < len(names) else f"input {index}"
-    return Condition(f"args[{index}].size()[{dimension}] != 1", f"{name}.size()[{dimension}] != 1")
 
 
 def _condition(code: str, sources: dict[str, int], names: list[str]) -> Condition:
