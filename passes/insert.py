@@ -38,10 +38,6 @@ class InsertPass(PassBase):
             graph_module.recompile()
         return PassResult(graph_module, bool(marked))
 
-    def ensures(self, graph_module: fx.GraphModule) -> None:
-        """Check that the graph is well formed."""
-        graph_module.graph.lint()
-
 
 def _is_bare(node: fx.Node) -> bool:
     note = node.meta.get(META)

@@ -40,10 +40,6 @@ class LowerPass(PassBase):
             graph_module.recompile()
         return PassResult(graph_module, bool(found))
 
-    def ensures(self, graph_module: fx.GraphModule) -> None:
-        """Check that the graph is well formed."""
-        graph_module.graph.lint()
-
 
 def _replace(graph_module: fx.GraphModule, node: fx.Node, function: Callable[..., Tensor]) -> None:
     indices = [index for index, argument in enumerate(node.args) if isinstance(argument, fx.Node)]

@@ -82,9 +82,13 @@ def lift(program: ExportedProgram) -> fx.GraphModule:
     """
     _check(program)
     try:
-        module, places, conditions = open_program(program)
+        return _lifted(program)
     except CaptureError as error:
         raise AdapterError(f"the program cannot be lifted: {error.reason}. {_TRANSFORM}.") from error
+
+
+def _lifted(program: ExportedProgram) -> fx.GraphModule:
+    module, places, conditions = open_program(program)
     graph = module.graph
     root = _with_tensors_of(program)
     parameters: dict[str, Tensor] = dict(root.named_parameters(remove_duplicate=False))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -120,26 +121,20 @@ def _check(model: Any, loss: Any, labels: Any) -> None:
         )
 
 
-def _shapes(step: StepModule, dynamic_shapes: Any) -> dict[str, Any] | None:
-    """The dynamic shapes of all inputs."""
-    if dynamic_shapes is None:
-        return None
-    is_dict = isinstance(dynamic_shapes, Mapping)
-    if not is_dict or not dynamic_shapes.keys() <= step.inputs.keys():
-        got = ", ".join(map(str, dynamic_shapes)) if is_dict else type(dynamic_shapes).__name__
-        raise AdapterError(
-            "export_training_step: `dynamic_shapes` must be a dict with the names of inputs as keys, which are "
-            f"{', '.join(step.inputs)}, got {got}."
-        )
-    return {name: dynamic_shapes.get(name) for name in step.inputs}
-
-
 def _export(step: StepModule, model: nn.Module, dynamic_shapes: Any) -> ExportedProgram:
-    shapes = _shapes(step, dynamic_shapes)
+    if dynamic_shapes is not None:
+        is_dict = isinstance(dynamic_shapes, Mapping)
+        if not is_dict or not dynamic_shapes.keys() <= step.inputs.keys():
+            got = ", ".join(map(str, dynamic_shapes)) if is_dict else type(dynamic_shapes).__name__
+            raise AdapterError(
+                "export_training_step: `dynamic_shapes` must be a dict with the names of inputs as keys, which are "
+                f"{', '.join(step.inputs)}, got {got}."
+            )
+        dynamic_shapes = {name: dynamic_shapes.get(name) for name in step.inputs}
     try:
         # Both calls need the kernels: the first one records attention, and the second one decomposes it.
         with exporting(), without_caches(model), sdpa_kernel([SDPBackend.MATH]), torch.enable_grad():
-            forward = torch.export.export(step, step.example(), dynamic_shapes=shapes, strict=False)
+            forward = torch.export.export(step, step.example(), dynamic_shapes=dynamic_shapes, strict=False)
             program: ExportedProgram = export_forward_backward()(forward)
     except CaptureError as error:
         raise AdapterError(f"export_training_step: {error.reason}.") from error
@@ -195,13 +190,19 @@ class StepModule(nn.Module):
         vars(self).update({name: value for name, value in vars(model).items() if name in _TENSORS})
         self.training = model.training
         args, kwargs = normalize_inputs(example_inputs)
-        names = _names(model, args, kwargs)
+        try:
+            inspect.signature(model.forward).bind(*args, **kwargs)
+        except TypeError as error:
+            text = f"export_training_step: example_inputs do not fit {type(model).__name__}: {error}"
+            raise AdapterError(text) from None
+        names = argument_names(model, args, kwargs)
         given = dict(zip(names, (*args, *kwargs.values()), strict=True))
         if labels is not None:
             if "labels" in given:
                 raise AdapterError("export_training_step: pass labels in `example_inputs` or as `labels`, not both.")
             given["labels"] = labels
-        self.inputs = {name: value for name, value in given.items() if _has_tensor(value)}
+        is_tensor = partial(pytree.tree_any, lambda leaf: isinstance(leaf, Tensor))
+        self.inputs = {name: value for name, value in given.items() if is_tensor(value)}
 
         def forward(*values: Any) -> Tensor:
             now = given | dict(zip(self.inputs, values, strict=True))
@@ -221,19 +222,6 @@ class StepModule(nn.Module):
     def example(self) -> tuple[Any, ...]:
         """A copy of the example, in the order of the inputs."""
         return clone_inputs((tuple(self.inputs.values()), {}))[0]
-
-
-def _has_tensor(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
-
-
-def _names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-    """The names of the arguments of a call."""
-    try:
-        inspect.signature(model.forward).bind(*args, **kwargs)
-    except TypeError as error:
-        raise AdapterError(f"export_training_step: example_inputs do not fit {type(model).__name__}: {error}") from None
-    return argument_names(model, args, kwargs)
 
 
 def _loss_of(outputs: Any) -> Tensor:

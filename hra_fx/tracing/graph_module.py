@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from hra_fx.compat import ASSERT_METADATA, NON_PERSISTENT, is_higher_order
 from hra_fx.errors import CaptureError
 from hra_fx.tracing.by_mode import ByMode
-from hra_fx.tracing.exported import CALL_LAYER
+from hra_fx.tracing.exported import CALL_LAYER, exporting
 from hra_fx.tracing.inputs import Condition, argument_names, call_of, conditions_of, nest
 from hra_fx.tracing.tracer import UnpicklingTracer
 
@@ -197,7 +197,8 @@ def open_program(
 
     The arguments have the names of those of `model`, by default of the module itself.
     """
-    module: fx.GraphModule = program.module(check_guards=False)
+    with exporting():  # torch cannot write the code of some programs, such as one with a layer called "in"
+        module: fx.GraphModule = program.module(check_guards=False)
     names = argument_names(model or module, *call_of(program))
     module.graph.owning_module = None  # this module does not have layers to call
     places = nest(module.graph, program, names)

@@ -18,7 +18,7 @@ from hra_fx.layers.target import META, NodeTag, find_kind
 from hra_fx.model.base_view import base_model_view
 from hra_fx.model.example_inputs import Call, example_call, normalize_inputs
 from hra_fx.model.graph_module import insert, tag_adapted_layers
-from hra_fx.model.state import require_adapted_layers
+from hra_fx.model.state import adapted_layers
 from hra_fx.tracing.by_mode import ModesDifferError, merge_modes
 from hra_fx.tracing.capture_layers import capture_layers
 from hra_fx.tracing.forward_state import LOCK, Snapshot
@@ -29,8 +29,6 @@ from passes.insert import InsertPass
 
 def is_graph_of_call(model: nn.Module, graph: fx.Graph, call: Call) -> bool:
     """Whether a graph of torch.fx is valid for a call. Optional arguments have their defaults in the graph."""
-    if isinstance(model, fx.GraphModule):
-        return True
     args, kwargs = call
     names = [str(node.target) for node in graph.find_nodes(op="placeholder")]
     try:
@@ -68,18 +66,26 @@ def trace_model(
         ) from error
 
 
-def adapted_graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
-    """Trace a transformed model, or the largest parts of it that torch.fx can trace, with the reflections."""
-    layers = require_adapted_layers(model)
+def graphs_of(model: nn.Module, example_inputs: Any = None) -> dict[str, fx.GraphModule]:
+    """Trace a model, adapted or not, or the largest parts of it that torch.fx can trace, with the reflections.
+
+    With example inputs, the result is the graph of this call, captured with `torch.export` if necessary. For a
+    `GraphModule`, it is a copy of its graph.
+    """
     if isinstance(model, fx.GraphModule):  # its own graph has the reflections
         tag_adapted_layers(model)
         return {"": graph_module(model, copy.deepcopy(model.graph), {})}
-    captured = capture(model, layers)
+    adapted = adapted_layers(model)
+    captured = capture(model, adapted or {path: part for path, part in model.named_modules() if find_kind(part)})
     found = {path: graph_module(model.get_submodule(path), *traced) for path, traced in captured.parts.items()}
     for path, module in found.items():
         insert(module, model, path)
-    found |= {path: _alone(path, layers[path]) for path, (root, _) in captured.layers.items() if root is None}
-    return dict(sorted(found.items()))
+    alone = [path for path, (root, _) in captured.layers.items() if root is None and path in adapted]
+    found |= {path: _alone(path, adapted[path]) for path in alone}
+    if example_inputs is None:
+        return dict(sorted(found.items()))
+    call = normalize_inputs(example_inputs)
+    return found if "" in found and is_graph_of_call(model, found[""].graph, call) else {"": graph_of_call(model, call)}
 
 
 def graph_of_call(model: nn.Module, call: Call) -> fx.GraphModule:
@@ -94,13 +100,6 @@ def graph_of_call(model: nn.Module, call: Call) -> fx.GraphModule:
         ) from error
     insert(module, model)
     return module
-
-
-def plain_graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
-    """Trace a model without adapters, or the largest parts of it that fx can trace."""
-    layers = {path: part for path, part in model.named_modules() if find_kind(part) is not None}
-    parts = capture(model, layers).parts
-    return {path: graph_module(model.get_submodule(path), *traced) for path, traced in parts.items()}
 
 
 def _alone(path: str, layer: AdaptedLayer) -> fx.GraphModule:
