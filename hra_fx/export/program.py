@@ -1,4 +1,4 @@
-r"""The operator `hra_fx::rotate`, which rotates a weight (`W -> W Q`) in one node of a captured graph.
+r"""The operator `hra_fx::rotate`, a node that rotates a weight (`W -> W Q`), and edits of programs that contain it.
 
     rotate(Tensor weight, Tensor vectors, Tensor? anchor, bool apply_GS, bool columns) -> Tensor
 

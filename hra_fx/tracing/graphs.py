@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import inspect
 import keyword
@@ -175,7 +176,7 @@ class _Trace:
                 self._stack = [part for _, part in tracer.innermost]
                 raise
             targets = (str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
-            if unwritable := next((name for name in targets if any(map(keyword.iskeyword, name.split(".")))), None):
+            if unwritable := next((name for name in targets if not _can_be_written(name)), None):
                 raise CaptureError(f"the code of a graph cannot contain the name {unwritable!r}")
             if tracer.has_drawn:
                 raise CaptureError(
@@ -214,6 +215,15 @@ class _Trace:
         if odd := [path for path in stacks[0] if path in self._other_mode]:
             raise CaptureError(f"{odd[0]} is in another mode than the model. Call train() or eval() on the whole model")
         raise CaptureError(f"{where} runs different operations in train mode and in eval mode")
+
+
+def _can_be_written(name: str) -> bool:
+    """Whether fx can write a name into the generated code of a graph, in quotation marks."""
+    try:
+        is_same: bool = ast.literal_eval(f'"{name}"') == name
+    except (SyntaxError, ValueError):
+        return False
+    return is_same and not any(map(keyword.iskeyword, name.split(".")))
 
 
 def _stack_of(node: fx.Node) -> list[str]:
