@@ -38,6 +38,7 @@ def lower(program: ExportedProgram) -> ExportedProgram:
         AdapterError: `program` is not an `ExportedProgram`.
 
     Example:
+        >>> import torch
         >>> from torch import nn
         >>> import hra_fx
         >>> program = torch.export.export(nn.Sequential(nn.Linear(3, 2)), (torch.randn(1, 3),))
