@@ -31,7 +31,3 @@ class FoldPass(PassBase):
         if noted:
             graph_module.recompile()
         return PassResult(graph_module, bool(noted))
-
-    def ensures(self, graph_module: fx.GraphModule) -> None:
-        """Check that the graph is well formed."""
-        graph_module.graph.lint()

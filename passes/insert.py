@@ -38,10 +38,6 @@ class InsertPass(PassBase):
             graph_module.recompile()
         return PassResult(graph_module, bool(marked))
 
-    def ensures(self, graph_module: fx.GraphModule) -> None:
-        """Check that the graph is well formed."""
-        graph_module.graph.lint()
-
 
 def _is_bare(node: fx.Node) -> bool:
     note = node.meta.get(META)
@@ -57,8 +53,6 @@ def _factors(graph_module: fx.GraphModule) -> tuple[fx.Node, ...]:
     graph = graph_module.graph
     if not hasattr(graph_module, FACTORS):
         return ()
-    if present := graph.find_nodes(op="call_module", target=FACTORS):
-        return (present[0],)
     first = next(node for node in graph.nodes if node.op != "placeholder")
     with graph.inserting_before(first):
         return (graph.call_module(FACTORS),)

@@ -40,10 +40,6 @@ class LowerPass(PassBase):
             graph_module.recompile()
         return PassResult(graph_module, bool(found))
 
-    def ensures(self, graph_module: fx.GraphModule) -> None:
-        """Check that the graph is well formed."""
-        graph_module.graph.lint()
-
 
 def _replace(graph_module: fx.GraphModule, node: fx.Node, function: Callable[..., Tensor]) -> None:
     indices = [index for index, argument in enumerate(node.args) if isinstance(argument, fx.Node)]
@@ -56,7 +52,7 @@ def _replace(graph_module: fx.GraphModule, node: fx.Node, function: Callable[...
 
     inputs: list[Any] = [node.args[index] for index in indices]
     # Use fake tensors, because those in the graph keep their symbolic shapes.
-    traced = make_fx(of_tensors, tracing_mode="fake")(*(_example(graph_module, argument, node) for argument in inputs))
+    traced = make_fx(of_tensors, tracing_mode="fake")(*(_example(argument, node) for argument in inputs))
     traced.graph.eliminate_dead_code()
     replacements = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
     location: dict[str, Any] = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
@@ -84,12 +80,9 @@ def _between(last: fx.Node, inputs: list[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _example(graph_module: fx.GraphModule, argument: fx.Node, node: fx.Node) -> Tensor:
+def _example(argument: fx.Node, node: fx.Node) -> Tensor:
     """Create a tensor with the shape of an argument."""
     value = argument.meta.get("val")
-    if value is None and argument.op == "get_attr":
-        path, _, name = str(argument.target).rpartition(".")
-        value = getattr(graph_module.get_submodule(path), name)
     if not isinstance(value, Tensor):
         raise GraphInvariantError(
             f"node {node.name!r}: the shape of its argument {argument.name!r} is unknown, so it cannot be traced. "

@@ -23,9 +23,6 @@ class MatchPass(PassBase):
     layer with its own forward, is a `"reader"`.
 
     Nodes are matched by `node.target`, a module path, and never by their generated names.
-
-    Attributes:
-        calls: path of an adapted layer in the model -> the number of nodes that use it.
     """
 
     def __init__(self, sites: Mapping[str, LayerTarget], prefix: str = "") -> None:
@@ -39,18 +36,14 @@ class MatchPass(PassBase):
         below = {path: site for path, site in sites.items() if path.startswith(self._prefix)}
         self._sites = {path[len(self._prefix) :]: site for path, site in below.items()}
         self._above = {owner for path in self._sites for owner in _owners(path)}
-        self.calls: dict[str, int] = {}
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Mark the nodes. `modified` is True if there is a new mark."""
         modified = False
-        self.calls = {}
         for node in graph_module.graph.nodes:
             note = self._note(node)
             if note is None:
                 continue
-            for path in (note.path, *note.also):
-                self.calls[path] = self.calls.get(path, 0) + 1
             modified |= node.meta.get(META) != note
             node.meta[META] = note
         return PassResult(graph_module, modified)
@@ -70,8 +63,6 @@ class MatchPass(PassBase):
         if site is None and target not in self._above:
             return None
         inside = [s for path, s in self._sites.items() if path == target or path.startswith(f"{target}.")]
-        if not inside:
-            return None
         first, *others = dict.fromkeys(inside)
         return NodeTag(first.path, first.kind, "reader", tuple(other.path for other in others))
 

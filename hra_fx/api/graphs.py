@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from hra_fx.model.example_inputs import normalize_inputs
-from hra_fx.tracing.graphs import adapted_graphs, graph_of_call, is_graph_of_call
+from hra_fx.model.state import require_adapted_layers
+from hra_fx.tracing.graphs import graphs_of
 
 
 def graphs(model: nn.Module, example_inputs: Any = None) -> dict[str, fx.GraphModule]:
@@ -40,10 +40,5 @@ def graphs(model: nn.Module, example_inputs: Any = None) -> dict[str, fx.GraphMo
         >>> [node.target for node in graphs(model)[""].graph.nodes if node.op == "call_module"]
         ['0.hra_u', '0', '1']
     """
-    traced = adapted_graphs(model)
-    if example_inputs is None:
-        return traced
-    call = normalize_inputs(example_inputs)
-    if "" in traced and is_graph_of_call(model, traced[""].graph, call):
-        return traced
-    return {"": graph_of_call(model, call)}
+    require_adapted_layers(model)
+    return graphs_of(model, example_inputs)

@@ -4,4 +4,4 @@ Importing this package registers the operator `hra_fx::rotate`, which `torch.exp
 reflections.
 """
 
-from hra_fx.export import ops as ops
+from hra_fx.export import program as program

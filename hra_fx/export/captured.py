@@ -14,18 +14,26 @@ import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from hra_fx.compat import OpOverload, is_higher_order
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, UnsupportedLayerError
-from hra_fx.export.editors import ProgramEditor, replace_weights, set_trainable
-from hra_fx.export.ops import find_rotate_nodes, insert_rotation, remove_rotation, split_shared_uses
-from hra_fx.export.select import init_adapter, select_layers
+from hra_fx.export.match import GraphLayer, find_layers, module_classes
+from hra_fx.export.program import (
+    ProgramEditor,
+    find_rotate_nodes,
+    insert_rotation,
+    remove_rotation,
+    replace_weights,
+    set_trainable,
+)
+from hra_fx.export.select import build_skeleton, init_adapter, layer_of, make_layer, select_layers
 from hra_fx.functional.chain import plain_chain
 from hra_fx.functional.rotate import check_finite, check_foldable, rotate_weight
+from hra_fx.functional.rotated_energy import readable_rows
 from hra_fx.layers.adapter_names import ANCHOR, check_adapter_name
-from hra_fx.layers.target import REFLECTION, find_kind
+from hra_fx.layers.target import REFLECTION, LayerKind, describe, find_kind
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -52,11 +60,7 @@ def is_captured(value: object) -> bool:
 
 
 def check_is_program(value: object, function: str) -> None:
-    """Check that a value is a program.
-
-    Raises:
-        AdapterError: the value has another type.
-    """
+    """Check that a value is a program."""
     if is_program(value):
         return
     if isinstance(value, fx.GraphModule) and is_captured(value):
@@ -71,37 +75,28 @@ def check_is_program(value: object, function: str) -> None:
     )
 
 
+def check_has_no_backward(program: ExportedProgram, action: str) -> None:
+    """Check that a program does not contain a backward pass."""
+    if program.graph_signature.backward_signature is not None:
+        raise UnsupportedLayerError(
+            "the program contains a backward pass, which would not compute gradients of the reflections. "
+            f"{action} it before adding the backward pass."
+        )
+
+
 def transform_captured(captured: ExportedProgram, config: HRAConfig, adapter_name: str = "default") -> ExportedProgram:
     """Add reflections to a program: each selected weight is replaced with `W Q`, one node `hra_fx::rotate`.
 
     The parameters share memory with the original ones, and are frozen. The `state_dict` and the `graph_signature` also
     contain the parameter `<layer>.hra_u.<adapter>` of shape `(d, r)`, and the buffer `<layer>.hra_u.<adapter>_anchor`
     if `init_weights=True` needs one. Tied weights get separate names, and only the weights of selected layers are
-    rotated.
-
-    Args:
-        captured: a program from `torch.export.export`, decomposed or not.
-        config: the layers to adapt, by their names in the model, the rank, and the initialization.
-        adapter_name: name of the adapter, which is part of the names of its parameters.
-
-    Returns:
-        A new program, or `captured` itself if it already has this adapter.
-
-    Raises:
-        ConfigError: the configuration trains more than reflections.
-        SelectionError: the configuration does not fit the graph.
-        UnsupportedLayerError: a selected layer does not support reflections.
-        AdapterError: the graph has another adapter, or `captured` is not a program.
+    rotated. A program that already has this adapter is returned as it is.
     """
     check_is_program(captured, "transform")
     check_adapter_name(adapter_name)
     if has_adapter(captured.graph_module, config, adapter_name):
         return captured
-    if captured.graph_signature.backward_signature is not None:
-        raise UnsupportedLayerError(
-            "the program contains a backward pass, which would not compute gradients of the reflections. Transform it "
-            "before adding the backward pass."
-        )
+    check_has_no_backward(captured, "Transform")
     editor = ProgramEditor(captured)
     layers = select_layers(editor.graph, editor.weights, editor.parameters, config)
     initials = [init_adapter(layer, editor.parameters[layer.name], config) for layer in layers]
@@ -110,10 +105,13 @@ def transform_captured(captured: ExportedProgram, config: HRAConfig, adapter_nam
         vectors_node = editor.add(name, vectors, weight)
         anchor_node = None if anchor is None else editor.add(name + ANCHOR, anchor, weight)
         insert_rotation(editor.graph, layer, weight, vectors_node, anchor_node, apply_GS=config.apply_GS)
-    split_shared_uses(layers, editor.weights)
+    for use, name in (other for layer in layers for other in layer.others):
+        # Other layers with the same weight read it by their own names; the uses by adapted layers are replaced already.
+        use.first_user.replace_input_with(use.weight, editor.weights[name][0])
     trainable = [name for name, parameter in editor.parameters.items() if parameter.requires_grad]
     set_trainable(editor, set())
-    editor.graph_module.meta = with_metadata(editor.graph_module, config, adapter_name, trainable)
+    metadata = {"adapter": adapter_name, "config": config.to_dict(), "trainable": trainable}
+    editor.graph_module.meta["custom"] = {**editor.graph_module.meta.get("custom", {}), _KEY: metadata}
     return editor.build()
 
 
@@ -122,17 +120,6 @@ def fold_captured(captured: ExportedProgram) -> ExportedProgram:
 
     All folded weights are computed and checked before any of them is written. They are new tensors; other parameters
     share memory. Tied weights stay separate if only some of their layers are adapted.
-
-    Args:
-        captured: a result of `transform_captured`, which may have been decomposed, or saved and loaded.
-
-    Returns:
-        A new program.
-
-    Raises:
-        AdapterError: the graph has no reflections, or `captured` is not a program.
-        FoldError: a weight or its vectors are on the meta device, the folded weight would not be finite, or the vectors
-            for Gram-Schmidt are linearly dependent. `captured` is unchanged.
     """
     check_is_program(captured, "fold")
     editor = ProgramEditor(captured)
@@ -145,23 +132,13 @@ def fold_captured(captured: ExportedProgram) -> ExportedProgram:
     for rotation in rotations:
         for leftover in remove_rotation(editor.graph, rotation.node):
             editor.remove_if_unused(leftover)
-    metadata = get_metadata(editor.graph_module)
-    if metadata is not None:
+    if metadata := drop_metadata(editor.graph_module):
         set_trainable(editor, set(metadata["trainable"]))
-    editor.graph_module.meta = without_metadata(editor.graph_module)
     return editor.build()
 
 
 class Rotation(NamedTuple):
-    """A node of `hra_fx::rotate`, and the tensors that it reads.
-
-    Attributes:
-        node: the node.
-        weight_name, vectors_name: names of the tensors.
-        weight: the base weight.
-        vectors, anchor: the adapter.
-        apply_GS, transposed: the other arguments of the operator.
-    """
+    """A node of `hra_fx::rotate`, and the tensors that it reads."""
 
     node: fx.Node
     weight_name: str
@@ -174,11 +151,7 @@ class Rotation(NamedTuple):
 
 
 def rotations_of(editor: ProgramEditor) -> list[Rotation]:
-    """The rotations of a graph, in order.
-
-    Raises:
-        AdapterError: the graph does not have rotations.
-    """
+    """The rotations of a graph, in order."""
     found = []
     for node in find_rotate_nodes(editor.graph):
         arguments: list[Any] = list(node.args[:3])
@@ -215,34 +188,17 @@ def get_metadata(graph_module: fx.GraphModule) -> Any:
     return graph_module.meta.get("custom", {}).get(_KEY)
 
 
-def with_metadata(
-    graph_module: fx.GraphModule, config: HRAConfig, adapter_name: str, trainable: list[str]
-) -> dict[str, Any]:
-    """Add the metadata of an adapter, in a form that JSON can represent, to a copy of the `meta` of a graph.
-
-    Args:
-        graph_module: the graph; it is not modified.
-        config: the configuration of the adapter.
-        adapter_name: the name of the adapter.
-        trainable: names of the parameters that required gradients before.
-    """
-    metadata = {"adapter": adapter_name, "config": config.to_dict(), "trainable": trainable}
-    return {**graph_module.meta, "custom": {**graph_module.meta.get("custom", {}), _KEY: metadata}}
-
-
-def without_metadata(graph_module: fx.GraphModule) -> dict[str, Any]:
-    """The `meta` of a graph without what `with_metadata` added."""
-    custom = {key: value for key, value in graph_module.meta.get("custom", {}).items() if key != _KEY}
-    rest = {key: value for key, value in graph_module.meta.items() if key != "custom"}
-    return {**rest, "custom": custom} if custom else rest
+def drop_metadata(graph_module: fx.GraphModule) -> Any:
+    """Remove the metadata of the adapter, and return it."""
+    metadata = get_metadata(graph_module)
+    if metadata is not None:
+        custom = {key: value for key, value in graph_module.meta.pop("custom").items() if key != _KEY}
+        graph_module.meta |= {"custom": custom} if custom else {}
+    return metadata
 
 
 def has_adapter(graph_module: fx.GraphModule, config: HRAConfig, adapter_name: str) -> bool:
-    """Whether a graph already has this adapter.
-
-    Raises:
-        AdapterError: the graph has another adapter, or this adapter with another configuration.
-    """
+    """Whether a graph already has this adapter."""
     metadata = get_metadata(graph_module)
     if metadata is None and not find_rotate_nodes(graph_module.graph):
         return False
@@ -254,3 +210,77 @@ def has_adapter(graph_module: fx.GraphModule, config: HRAConfig, adapter_name: s
         f"adapter {adapter_name!r}: the graph already has {present}{' with another configuration' * same_name}; a "
         "captured graph can have only one adapter. Fold it first (hra_fx.fold), or transform the original graph."
     )
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+class LayerAdapter(NamedTuple):
+    """The adapter of one layer of a captured graph.
+
+    Attributes:
+        r: number of trained vectors.
+        chain: the adapter as plain reflections, `(d, k)`.
+        rows: the weight as `(out, d)`; `None` if it cannot be read.
+    """
+
+    path: str
+    description: str
+    adapter: str
+    r: int
+    chain: Tensor
+    rows: Tensor | None
+
+
+class UnadaptedLayers(NamedTuple):
+    """The layers of a captured graph that do not have reflections, but are of a supported kind.
+
+    Attributes:
+        skeleton: the model on which layers are selected.
+        config: the configuration of the adapter; `None` if the graph does not have its metadata anymore.
+        layers: path -> (kind, description, why the weight cannot be rotated or `None`).
+    """
+
+    skeleton: nn.Module
+    config: HRAConfig | None
+    adapter: str
+    layers: dict[str, tuple[LayerKind, str, str | None]]
+
+
+def adapter_layers(program: ExportedProgram) -> list[LayerAdapter]:
+    """The adapter of each layer of a program, in the order of the graph."""
+    editor = ProgramEditor(program)
+    rotations, found = rotations_of(editor), []
+    for rotation in rotations:
+        remove_rotation(editor.graph, rotation.node)
+    layers = find_layers(editor.weights, editor.parameters)
+    for rotation in rotations:
+        container, _, adapter = rotation.vectors_name.rpartition(".")
+        path, vectors, weight = container.removesuffix(f".{REFLECTION}"), rotation.vectors, rotation.weight
+        chain = plain_chain(vectors, rotation.anchor, apply_GS=rotation.apply_GS)
+        rows = readable_rows(weight, vectors.shape[0], fan_in_fan_out=rotation.transposed)
+        # A decomposition may have changed the weight of a linear layer to a form that is not recognized.
+        description = _describe(layers[path], weight) if path in layers else describe(make_layer("linear", weight))
+        found.append(LayerAdapter(path, description, adapter, vectors.shape[1], chain, rows))
+    return found
+
+
+def unadapted_layers(program: ExportedProgram) -> UnadaptedLayers:
+    """The layers of a program without reflections, and the configuration of its adapter."""
+    editor = ProgramEditor(program)
+    metadata = get_metadata(editor.graph_module)
+    config = None if metadata is None else HRAConfig.from_dict(metadata["config"])
+    parameters = editor.parameters
+    layers = find_layers(editor.weights, parameters)
+    found = {
+        path: (layer.kind, _describe(layer, parameters[layer.name]), layer.refusal)
+        for path, layer in layers.items()
+        if layer.is_candidate
+    }
+    skeleton = build_skeleton(layers, parameters, module_classes(editor.graph))
+    return UnadaptedLayers(skeleton, config, "" if metadata is None else metadata["adapter"], found)
+
+
+def _describe(layer: GraphLayer, weight: Tensor) -> str:
+    """Describe a layer as `hra_fx.layers.target.describe` describes the original layer."""
+    return "Conv1D {}->{}".format(*weight.shape) if layer.transposed else describe(layer_of(layer, weight))

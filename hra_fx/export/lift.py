@@ -7,23 +7,29 @@ Operators that use a weight in another form still read it, by its name in the la
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from hra_fx.compat import non_persistent_buffers
-from hra_fx.errors import AdapterError, CaptureError, UnsupportedLayerError
-from hra_fx.export.captured import is_program
-from hra_fx.export.editors import is_adapter_tensor
+from hra_fx.errors import AdapterError, CaptureError
+from hra_fx.export.captured import check_has_no_backward, is_program
 from hra_fx.export.match import GraphLayer, WeightUse, find_layers, group_tied, module_classes
-from hra_fx.export.select import OUTPUTS, arguments_of, make_layer, model_type_of
-from hra_fx.selection.origin import Origin, keep_origin
-from hra_fx.tracing.canonical import CHECKS, module_path, name_constants, simplify
-from hra_fx.tracing.graph_module import captured_module
-from hra_fx.tracing.inputs import InputChecks, argument_names, call_of, conditions_of, nest
-from hra_fx.tracing.trace import Traced
+from hra_fx.export.program import is_adapter_tensor
+from hra_fx.export.select import arguments_of, make_layer, module_paths, origin_of_graph
+from hra_fx.selection.origin import keep_origin
+from hra_fx.tracing.graph_module import (
+    CHECKS,
+    captured_module,
+    module_path,
+    name_constants,
+    open_program,
+    replace_node,
+    simplify,
+)
+from hra_fx.tracing.inputs import InputChecks
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -75,9 +81,15 @@ def lift(program: ExportedProgram) -> fx.GraphModule:
         True
     """
     _check(program)
-    module: Any = program.module(check_guards=False)
-    graph: fx.Graph = module.graph
-    graph.owning_module = None  # this module does not have layers to call
+    try:
+        return _lifted(program)
+    except CaptureError as error:
+        raise AdapterError(f"the program cannot be lifted: {error.reason}. {_TRANSFORM}.") from error
+
+
+def _lifted(program: ExportedProgram) -> fx.GraphModule:
+    module, places, conditions = open_program(program)
+    graph = module.graph
     root = _with_tensors_of(program)
     parameters: dict[str, Tensor] = dict(root.named_parameters(remove_duplicate=False))
     weights: dict[str, list[fx.Node]] = {}
@@ -88,16 +100,10 @@ def lift(program: ExportedProgram) -> fx.GraphModule:
     called = _call_layers(graph, root, _unambiguous(layers.values(), parameters), parameters)
     if not called:
         raise AdapterError(_why_no_layer(layers.values()))
-    origin = _origin_of(graph, called)
-    names = argument_names(module, *call_of(program))
-    try:
-        places = nest(graph, program, names)
-    except CaptureError as error:
-        raise AdapterError(f"the program cannot be lifted: {error.reason}. {_TRANSFORM}.") from error
-    conditions = conditions_of(program, names, places)
+    origin = origin_of_graph(module_classes(graph), called)
     parts = {CHECKS: InputChecks(conditions, conditions), **name_constants(graph, program, module)}
     simplify(graph, places, root)
-    lifted = captured_module(root, parts, Traced(graph, {}))
+    lifted = captured_module(root, parts, graph)
     type(lifted).__name__ = origin.class_name
     keep_origin(lifted, origin)
     return lifted
@@ -109,11 +115,7 @@ def _check(program: Any) -> None:
             f"lift: expected an ExportedProgram, got {type(program).__name__}. Call torch.export.export(model, args) "
             "or torch.export.load(file) first. hra_fx.transform takes models and GraphModules as they are."
         )
-    if program.graph_signature.backward_signature is not None:
-        raise UnsupportedLayerError(
-            "the program contains a backward pass, which would not compute gradients of the reflections. Lift it "
-            "before adding the backward pass."
-        )
+    check_has_no_backward(program, "Lift")
     if adapter := next(filter(is_adapter_tensor, program.state_dict), None):
         raise AdapterError(
             f"the program already has the adapter {adapter}. Fold it (hra_fx.fold) before lifting, or lift the program "
@@ -134,13 +136,11 @@ def _with_tensors_of(program: ExportedProgram) -> nn.Module:
         own = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
         state |= dict.fromkeys(names, own)
     root = nn.Module()
+    for path in module_paths(state):
+        root.set_submodule(path, nn.Module())
     for name, tensor in state.items():
-        *path, last = name.split(".")
-        owner = root
-        for part in path:
-            if part not in owner._modules:
-                owner.add_module(part, nn.Module())
-            owner = owner.get_submodule(part)
+        path, _, last = name.rpartition(".")
+        owner = root.get_submodule(path)
         if isinstance(tensor, nn.Parameter):
             owner.register_parameter(last, tensor)
         else:
@@ -152,16 +152,6 @@ def _unambiguous(layers: Iterable[GraphLayer], parameters: Mapping[str, Tensor])
     """The layers for which it is known to which layer each use of their weight belongs."""
     tied = {name for names in group_tied(parameters) if len(names) > 1 for name in names}
     return [layer for layer in layers if layer.is_candidate and (layer.refusal is None or layer.name not in tied)]
-
-
-def _origin_of(graph: fx.Graph, paths: Collection[str]) -> Origin:
-    """The information that the graph has about the class of its model."""
-    class_name = module_classes(graph).get("", "torch.nn.modules.module.Module")
-    library, _, name = class_name.rpartition(".")
-    is_pretrained = library.startswith("transformers.")
-    output = next((path for path in OUTPUTS if path in paths), None) if is_pretrained else None
-    model_type = model_type_of(class_name)
-    return Origin(name, library, is_pretrained, config=model_type and {"model_type": model_type}, output=output)
 
 
 def _why_no_layer(layers: Iterable[GraphLayer]) -> str:
@@ -182,7 +172,6 @@ class _Call(NamedTuple):
     """An operator that a layer can replace.
 
     Attributes:
-        node: the operator.
         x: the name of the argument that is the input of the layer.
         bias: the node of the bias, or `None`.
         settings: the other arguments of a convolution.
@@ -197,18 +186,7 @@ class _Call(NamedTuple):
 def _call_layers(
     graph: fx.Graph, root: nn.Module, layers: Iterable[GraphLayer], parameters: Mapping[str, Tensor]
 ) -> list[str]:
-    """Add layers to a module and call them in its graph, in place.
-
-    Args:
-        graph: a graph of operators.
-        root: the module with the tensors of the graph, from `_with_tensors_of`.
-        layers: the layers. Each one replaces the operators that use its weight directly, with the bias of the same
-            layer.
-        parameters: qualified name -> parameter; tied parameters are the same object.
-
-    Returns:
-        The paths of the layers that are called.
-    """
+    """Add layers to a module and call them in its graph, in place. Returns the paths of the layers."""
     found = {layer: _calls(layer, root, parameters) for layer in layers}
     called = {layer: calls for layer, calls in found.items() if calls}
     for layer, (first, *more) in called.items():
@@ -218,7 +196,7 @@ def _call_layers(
         for path in (layer.path, *layer.aliases):
             root.set_submodule(path, made)
         for call in (first, *(call for call in more if call.settings == first.settings)):
-            _replace(call, layer.path)
+            replace_node(call.node, "call_module", layer.path, (arguments_of(call.node)[call.x],))
     for layer in called:
         _read_by_own_names(graph, layer)
     _call_embeddings(graph, root)
@@ -296,13 +274,4 @@ def _call_embeddings(graph: fx.Graph, root: nn.Module) -> None:
             options: Any = {name: given[name] for name in ("scale_grad_by_freq", "sparse")} | {"padding_idx": padding}
             rows, width = holder._parameters["weight"].shape  # type: ignore[union-attr]
             root.set_submodule(path, _filled(nn.Embedding(rows, width, **options, device="meta"), holder))
-        _replace(_Call(node, "indices", None, {}), path)
-
-
-def _replace(call: _Call, path: str) -> None:
-    graph = call.node.graph
-    with graph.inserting_before(call.node):
-        made = graph.call_module(path, (arguments_of(call.node)[call.x],))
-    made.meta = dict(call.node.meta)
-    call.node.replace_all_uses_with(made)
-    graph.erase_node(call.node)
+        replace_node(node, "call_module", path, (given["indices"],))

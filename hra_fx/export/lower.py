@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import re
-from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, fx, nn
 
 from hra_fx.errors import AdapterError
-from hra_fx.export.captured import check_is_program, without_metadata
-from hra_fx.export.editors import ProgramEditor, is_adapter_tensor
-from hra_fx.export.ops import ROTATE, find_rotate_nodes
-from hra_fx.functional import exportable, householder
-from hra_fx.functional.rotate import rotate_weight
+from hra_fx.export.captured import check_is_program, drop_metadata
+from hra_fx.export.program import ROTATE, ProgramEditor, find_rotate_nodes, is_adapter_tensor, rotated_weight
+from hra_fx.layers.adapter_names import ANCHOR, SCALED
 from passes.freeze import FreezePass
 from passes.lower import LowerPass
 
@@ -42,6 +38,7 @@ def lower(program: ExportedProgram) -> ExportedProgram:
         AdapterError: `program` is not an `ExportedProgram`.
 
     Example:
+        >>> import torch
         >>> from torch import nn
         >>> import hra_fx
         >>> program = torch.export.export(nn.Sequential(nn.Linear(3, 2)), (torch.randn(1, 3),))
@@ -53,22 +50,9 @@ def lower(program: ExportedProgram) -> ExportedProgram:
     if not find_rotate_nodes(program.graph):
         return program
     editor = ProgramEditor(program)
-    LowerPass({ROTATE: rotate_decomposition})(editor.graph_module)
-    editor.graph_module.meta = without_metadata(editor.graph_module)
+    LowerPass({ROTATE: partial(rotated_weight, exportable_ops=True)})(editor.graph_module)
+    drop_metadata(editor.graph_module)
     return editor.build()
-
-
-def rotate_decomposition(
-    weight: Tensor, vectors: Tensor, anchor: Tensor | None, apply_GS: bool, columns: bool
-) -> Tensor:
-    """`hra_fx::rotate` in core ATen operators, with the arguments and the result of the operator."""
-    dtype = householder.working_dtype(torch.promote_types(weight.dtype, vectors.dtype))
-    chain = vectors.to(dtype)
-    if apply_GS:
-        chain = exportable.gram_schmidt(householder.normalize(chain))
-    if anchor is not None:
-        chain = torch.cat([anchor.to(dtype), chain], dim=1)
-    return rotate_weight(weight, chain, transposed=columns, exportable_ops=True)
 
 
 def freeze(program: ExportedProgram) -> ExportedProgram:
@@ -103,7 +87,19 @@ def freeze(program: ExportedProgram) -> ExportedProgram:
     editor = ProgramEditor(lower(program))
     names = editor.constant_nodes
     tensors = {node: editor.tensor(name) for node, name in names.items()}
-    vectors = _vector_nodes(names, tensors)
+    found = [node for node, name in names.items() if is_adapter_tensor(name) and node.users]
+    # The constants of an earlier `freeze` are buffers with other names.
+    vectors = [
+        node for node in found if isinstance(tensors[node], nn.Parameter) or names[node].endswith((ANCHOR, SCALED))
+    ]
+    if not vectors:
+        raise AdapterError(
+            "freeze: the graph has no reflections. It is already frozen, or comes from a model that was folded or not "
+            "transformed. Export it without freeze."
+        )
+    for node in vectors:
+        if tensors[node].is_meta:
+            raise AdapterError(f"{names[node]} is on the meta device. Load the adapter before exporting the model.")
 
     def add_constant(value: Tensor, made_of: list[fx.Node]) -> fx.Node:
         container = names[made_of[0]].rpartition(".")[0]
@@ -114,30 +110,3 @@ def freeze(program: ExportedProgram) -> ExportedProgram:
     for node in (node for node, name in names.items() if is_adapter_tensor(name)):
         editor.remove_if_unused(node)
     return editor.build()
-
-
-def _vector_nodes(names: Mapping[fx.Node, str], tensors: Mapping[fx.Node, Tensor]) -> list[fx.Node]:
-    """The nodes of the vectors and anchors that the graph uses.
-
-    Raises:
-        AdapterError: the program has no such nodes, or a vector is on the meta device.
-    """
-    vectors = [
-        node
-        for node, name in names.items()
-        if is_adapter_tensor(name) and node.users and not _is_frozen(name, tensors[node])
-    ]
-    if not vectors:
-        raise AdapterError(
-            "freeze: the graph has no reflections. It is already frozen, or comes from a model that was folded or not "
-            "transformed. Export it without freeze."
-        )
-    for node in vectors:
-        if tensors[node].is_meta:
-            raise AdapterError(f"{names[node]} is on the meta device. Load the adapter before exporting the model.")
-    return vectors
-
-
-def _is_frozen(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor is a constant of an earlier `freeze`. An adapter with this name has parameters, not buffers."""
-    return not isinstance(tensor, nn.Parameter) and bool(re.fullmatch(rf"{_FROZEN}_\d+", name.rpartition(".")[2]))

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from hra_fx.compat import pytree
 from hra_fx.layers.target import LayerKind
-from hra_fx.tracing.canonical import module_path, normalize_path
+from hra_fx.tracing.graph_module import module_path, normalize_path
 
 #: Name of a parameter that can be rotated -> the kind of layer, if the name determines it.
 WEIGHTS: dict[str, LayerKind | None] = {"weight": None, "in_proj_weight": "attention"}
@@ -79,8 +79,6 @@ class WeightUse:
     """One use of a weight.
 
     Attributes:
-        name: the name of the weight.
-        weight: the node of the weight.
         first_user: the first user of `weight` on the way. Replacing the argument of this node changes the use.
         consumer: the last node, which computes with the weight.
         kind: the kind of layer of the consumer; `None` if it is not a linear layer or a convolution.
@@ -105,11 +103,8 @@ class GraphLayer:
     """A layer of a captured graph.
 
     Attributes:
-        path: the qualified name of the layer.
         name: the qualified name of its weight.
-        kind: the kind of layer.
         transposed: whether its weight is stored as `(d, out)`.
-        uses: the uses of the weight by this layer.
         refusal: why its weight cannot be rotated, and what to do; `None` if it can.
         is_module: whether an operator in the layer's own forward uses the weight, so that the layer is a linear layer
             or a convolution. This is False for an embedding whose weight a linear operator uses somewhere else.
@@ -139,15 +134,7 @@ class GraphLayer:
 
 
 def find_layers(weights: Mapping[str, list[fx.Node]], tensors: Mapping[str, Tensor]) -> dict[str, GraphLayer]:
-    """Find all layers with a weight that a linear operator or a convolution uses, including unsupported layers.
-
-    Args:
-        weights: qualified name of a parameter -> its nodes in the graph.
-        tensors: qualified name -> parameter; a tensor can have several names.
-
-    Returns:
-        Layer path -> layer, in the order of `tensors`.
-    """
+    """Find all layers with a weight that a linear operator or a convolution uses, including unsupported layers."""
     found: dict[str, GraphLayer] = {}
     for names in group_tied(tensors):
         rank = tensors[names[0]].dim()
@@ -159,14 +146,7 @@ def find_layers(weights: Mapping[str, list[fx.Node]], tensors: Mapping[str, Tens
 
 
 def group_tied(tensors: Mapping[str, Tensor]) -> list[list[str]]:
-    """Group the names by tensor. After loading, tied tensors are different objects that share memory.
-
-    Example:
-        >>> import torch
-        >>> weight = torch.ones(2)
-        >>> group_tied({"a": weight, "b": torch.ones(2), "c": weight.detach()})
-        [['a', 'c'], ['b']]
-    """
+    """Group the names by tensor. After loading, tied tensors are different objects that share memory."""
     groups: dict[object, list[str]] = {}
     for name, tensor in tensors.items():
         groups.setdefault(_identity(tensor), []).append(name)
@@ -285,16 +265,7 @@ class _View:
 
 
 def find_weight_uses(weight: fx.Node, rank: int, name: str = "") -> list[WeightUse]:
-    """Find all uses of a weight except reads of its shape or dtype, in the order of the graph.
-
-    Args:
-        weight: the placeholder or `get_attr` node of a parameter.
-        rank: the number of dimensions of the weight.
-        name: the name of the weight, for the result.
-
-    Returns:
-        One `WeightUse` for each consumer and each path to it.
-    """
+    """Find all uses of a weight except reads of its shape or dtype, in the order of the graph."""
     return [use for user in weight.users for use in _follow(_View(weight, user, rank), user, (name, weight))]
 
 

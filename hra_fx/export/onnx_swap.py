@@ -28,10 +28,6 @@ if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
 
 
-_HOW_TO_EXPORT = (
-    "Export with an adapter of plain vectors. Its rank is the largest that the graph can run: "
-    "hra_fx.add_adapter(model, 'slot', HRAConfig(r=<even>, ...)); hra_fx.set_adapter(model, 'slot')."
-)
 #: onnxruntime's names of dtypes.
 _DTYPES = {"float": torch.float32, "float16": torch.float16, "double": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -69,15 +65,15 @@ def make_swappable(onnx_program: ONNXProgram, model: nn.Module) -> ONNXProgram:
         )
     name, reflections = _exported_adapter(model)
     graph = onnx_program.model.graph
-    values = {path: graph.initializers.get(f"{path}.{REFLECTION}.{name}") for path in reflections}
-    for path, value in values.items():
-        if value is None:
+    names = {path: f"{path}.{REFLECTION}.{name}" for path in reflections}
+    for path, entry in names.items():
+        if entry not in graph.initializers:
             raise AdapterError(
                 f"{path}: the graph does not use the vectors {REFLECTION}.{name}. Export this model with "
                 "torch.onnx.export(..., dynamo=True, optimize=False); the optimizer replaces them with constants."
             )
-    for path, value in values.items():
-        assert value is not None
+    for path, entry in names.items():
+        value = graph.initializers[entry]
         value.name = f"{path}.{REFLECTION}"
         graph.inputs.append(value)
     onnx_program.optimize()
@@ -130,13 +126,12 @@ def _adapter(model: nn.Module, adapter_name: str | None = None) -> tuple[str, di
     """The name of an adapter, by default the active one, and the reflections of its layers."""
     root, record = root_of(model)
     name = _active_adapter(record) if adapter_name is None else names_in(record, adapter_name)[0]
-    if (
-        path := next((path for path, (_, copies) in all_copies(root).items() if name in copies.copied), None)
-    ) is not None:
-        raise AdapterError(
-            f"{path or 'the model'}: adapter {name!r} has a trained copy of it (modules_to_save or bias), which cannot "
-            "be an input of a graph. Export a separate graph for this adapter, with torch.onnx.export alone."
-        )
+    for path, (_, copies) in all_copies(root).items():
+        if name in copies.copied:
+            raise AdapterError(
+                f"{path or 'the model'}: adapter {name!r} has a trained copy of it (modules_to_save or bias), which "
+                "cannot be an input of a graph. Export a separate graph for this adapter, with torch.onnx.export alone."
+            )
     return name, {path: layer.hra_u for path, layer in adapted_layers(model).items() if name in layer.hra_u}
 
 
@@ -152,7 +147,8 @@ def _exported_adapter(model: nn.Module) -> tuple[str, dict[str, HouseholderAdapt
         for reason in (reason for reason, holds in unsupported.items() if holds):
             raise AdapterError(
                 f"{path}: adapter {name!r} has {reason} here, which would be part of the graph for all other adapters. "
-                f"{_HOW_TO_EXPORT}"
+                "Export with an adapter of plain vectors. Its rank is the largest that the graph can run: "
+                "hra_fx.add_adapter(model, 'slot', HRAConfig(r=<even>, ...)); hra_fx.set_adapter(model, 'slot')."
             )
     return name, reflections
 

@@ -8,7 +8,7 @@ same errors, as in the original model.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,31 +16,20 @@ from torch import Tensor, fx, nn
 
 from hra_fx.compat import is_higher_order, schema_of
 from hra_fx.config import HRAConfig
-from hra_fx.errors import ConfigError, SelectionError, UnsupportedLayerError
+from hra_fx.errors import ConfigError, UnsupportedLayerError
 from hra_fx.export.match import WEIGHTS, GraphLayer, find_layers, find_weight_uses, module_classes
 from hra_fx.functional import householder
 from hra_fx.functional.rotate import as_rows
 from hra_fx.layers.target import LayerKind, weight_name
 from hra_fx.selection.check import select_checked
+from hra_fx.selection.origin import Origin, keep_origin
 from hra_fx.selection.select import is_target
 
 
 def select_layers(
     graph: fx.Graph, weights: Mapping[str, list[fx.Node]], tensors: Mapping[str, Tensor], config: HRAConfig
 ) -> list[GraphLayer]:
-    """Return the layers that a configuration selects, and check that all of them support reflections.
-
-    Args:
-        graph: the captured graph.
-        weights: qualified name of a parameter -> its nodes.
-        tensors: qualified name -> parameter.
-        config: the configuration.
-
-    Raises:
-        ConfigError: the configuration trains more than reflections.
-        SelectionError: the configuration does not fit the graph.
-        UnsupportedLayerError: a selected layer does not support reflections.
-    """
+    """Return the layers that a configuration selects, and check that all of them support reflections."""
     if config.bias != "none" or config.modules_to_save:
         field, value = ("bias", config.bias) if config.bias != "none" else ("modules_to_save", config.modules_to_save)
         raise ConfigError(
@@ -48,11 +37,9 @@ def select_layers(
             f"graph. Remove {field}, or transform the model before capturing it."
         )
     layers = find_layers(weights, tensors)
-    all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
-    _check_targets(layers, weights, tensors, config, all_linear=all_linear)
-    skeleton = build_skeleton(layers, tensors, module_classes(graph), with_output=not all_linear)
-    selected = select_checked(skeleton, config)
-    chosen = [layers[path] for path in selected]
+    _check_targets(layers, weights, tensors, config)
+    skeleton = build_skeleton(layers, tensors, module_classes(graph))
+    chosen = [layers[path] for path in select_checked(skeleton, config)]
     for layer in chosen:
         if layer.refusal:
             raise UnsupportedLayerError(f"{layer.path}: {layer.refusal}.")
@@ -64,10 +51,9 @@ def _check_targets(
     weights: Mapping[str, list[fx.Node]],
     tensors: Mapping[str, Tensor],
     config: HRAConfig,
-    *,
-    all_linear: bool,
 ) -> None:
     """Raise an error for targets with an unsupported use in the graph, with more detail than the selection's error."""
+    all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     known = {*layers, *(path for layer in layers.values() for path in layer.aliases)}
     for name, nodes in weights.items():
         path, _, last = name.rpartition(".")
@@ -80,12 +66,6 @@ def _check_targets(
                 f"{path}: {_why_not(consumers)}. Exclude it with exclude_modules, or transform the model before "
                 "capturing it (without trace=True)."
             )
-    if not layers:
-        raise SelectionError(
-            "target_modules: the graph has no linear layer or convolution with a parameter named '<layer>.weight'. Its "
-            f"parameters are {', '.join(list(weights)[:8]) or '(none)'}. Capture the model with torch.export.export, "
-            "which keeps the names."
-        )
     for path, layer in layers.items():
         if not all_linear and layer.refusal and is_target(config, path):
             raise UnsupportedLayerError(f"{path}: {layer.refusal}.")
@@ -103,11 +83,7 @@ def _why_not(consumers: list[fx.Node]) -> str:
 
 
 def init_adapter(layer: GraphLayer, weight: Tensor, config: HRAConfig) -> tuple[nn.Parameter, Tensor | None]:
-    """Initial vectors `U: (d, r)` and anchor of a layer, at least float32. With a seed, they equal those of the model.
-
-    Raises:
-        UnsupportedLayerError: the weight is on the meta device.
-    """
+    """Initial vectors `U: (d, r)` and anchor, at least float32. With a seed, they equal those of the model."""
     if weight.is_meta:
         raise UnsupportedLayerError(
             f"{layer.path}: its weight is on the meta device, so the vectors in the graph would have no data. Load the "
@@ -135,49 +111,45 @@ CONVOLUTIONS: dict[LayerKind, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
 
 
 def build_skeleton(
-    layers: Mapping[str, GraphLayer], tensors: Mapping[str, Tensor], classes: Mapping[str, str], *, with_output: bool
+    layers: Mapping[str, GraphLayer], tensors: Mapping[str, Tensor], classes: Mapping[str, str]
 ) -> nn.Module:
-    """The skeleton of a graph: a model that shares the weights of the graph and cannot be run.
-
-    Args:
-        layers: layer path -> layer.
-        tensors: qualified name -> parameter, for all parameters of the graph.
-        classes: module path -> qualified class name, if the graph has this information.
-        with_output: whether the output layer of a transformers model counts as a layer.
-    """
-    root_class = classes.get("", "Module")
-    modules: dict[str, nn.Module] = {}
+    """The skeleton of a graph: a model that shares the weights of the graph and cannot be run."""
+    origin = origin_of_graph(classes, [path for path, layer in layers.items() if layer.is_candidate])
+    root = fx.GraphModule(nn.Module(), fx.Graph(), origin.class_name)
+    keep_origin(root, origin)
     first = {alias: path for path, layer in layers.items() for alias in layer.aliases}
-    for path in _paths([*tensors, *(f"{path}." for path in classes)]):
+    for path in module_paths([*tensors, *(f"{path}." for path in classes)]):
         layer = layers.get(path)
-        is_output = path in OUTPUTS and root_class.startswith("transformers.")
+        made: nn.Module
         if path in first:
-            modules[path] = modules[first[path]]
-        elif layer is None or not layer.is_candidate or (is_output and not with_output):
-            modules[path] = _placeholder(classes.get(path, "Module"))
+            made = root.get_submodule(first[path])
+        elif layer is None or not layer.is_candidate:
+            made = type(classes.get(path, "Module").rpartition(".")[2], (nn.Module,), {})()
         else:
-            modules[path] = layer_of(layer, tensors[layer.name].detach())
-        if path:
-            parent, _, child = path.rpartition(".")
-            modules[parent]._modules[child] = modules[path]
-    if model_type := model_type_of(root_class):
-        modules[""].config = {"model_type": model_type}  # type: ignore[assignment]
-    return modules[""]
+            made = layer_of(layer, tensors[layer.name].detach())
+        root.set_submodule(path, made)
+    return root
 
 
-def _paths(names: Iterable[str]) -> list[str]:
-    """The paths of all modules in the names, parents first."""
-    paths: dict[str, None] = {"": None}
+def module_paths(names: Iterable[str]) -> list[str]:
+    """The paths of all modules in the names except the root, parents first."""
+    paths: dict[str, None] = {}
     for name in names:
         parts = name.split(".")[:-1]
         paths |= dict.fromkeys(".".join(parts[: length + 1]) for length in range(len(parts)))
-    return list(paths)
+    return [path for path in paths if path]
 
 
-def _placeholder(class_name: str) -> nn.Module:
-    """An empty module of a class with this name."""
-    module: nn.Module = type(class_name.rpartition(".")[2], (nn.Module,), {})()
-    return module
+def origin_of_graph(classes: Mapping[str, str], paths: Collection[str]) -> Origin:
+    """The origin of a program's model, from the classes of its modules and the paths of its layers."""
+    class_name = classes.get("", "torch.nn.modules.module.Module")
+    library, _, name = class_name.rpartition(".")
+    is_pretrained = library.startswith("transformers.")
+    output = next((path for path in OUTPUTS if path in paths), None) if is_pretrained else None
+    # The class has a configuration with a `model_type` if its module is imported.
+    config = getattr(getattr(sys.modules.get(library), name, None), "config_class", None) if is_pretrained else None
+    model_type = getattr(config, "model_type", None)
+    return Origin(name, library, is_pretrained, config=model_type and {"model_type": model_type}, output=output)
 
 
 def layer_of(layer: GraphLayer, weight: Tensor) -> nn.Module:
@@ -191,13 +163,7 @@ def layer_of(layer: GraphLayer, weight: Tensor) -> nn.Module:
 
 
 def make_layer(kind: LayerKind, weight: Tensor, **options: Any) -> nn.Module:
-    """Create a layer on the meta device for a weight `(out, d)`, or for the weight of a convolution.
-
-    Args:
-        kind: the kind of layer.
-        weight: the weight of the layer.
-        options: other arguments of its class.
-    """
+    """Create a layer on the meta device for a weight `(out, d)`, or for the weight of a convolution."""
     out, width = weight.shape[:2]
     if kind in CONVOLUTIONS:
         size, channels = tuple(weight.shape[2:]), width * options.get("groups", 1)
@@ -214,11 +180,3 @@ def arguments_of(node: fx.Node) -> dict[str, Any]:
     defaults = {argument.name: argument.default_value for argument in arguments}
     names = [argument.name for argument in arguments]
     return {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
-
-
-def model_type_of(class_name: str) -> str | None:
-    """The `model_type` of a transformers class, if its module is imported."""
-    module, _, name = class_name.rpartition(".")
-    config = getattr(getattr(sys.modules.get(module), name, None), "config_class", None)
-    found = getattr(config, "model_type", None)
-    return found if isinstance(found, str) and module.startswith("transformers.") else None

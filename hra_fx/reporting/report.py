@@ -20,8 +20,7 @@ from rich.padding import Padding
 from rich.text import Text
 from torch import Tensor, nn
 
-from hra_fx.export.captured import check_is_program, is_captured
-from hra_fx.export.inspect import adapter_layers
+from hra_fx.export.captured import adapter_layers, check_is_program, is_captured
 from hra_fx.layers.accelerate_hooks import loaded
 from hra_fx.layers.sharding import local_tensor
 from hra_fx.layers.target import describe, weight_place
@@ -37,7 +36,7 @@ from hra_fx.reporting.skipped_layers import (
     skipped_parameters,
 )
 from hra_fx.reporting.table import UNLIMITED, fit_table
-from hra_fx.tracing.trace import capture_layers
+from hra_fx.tracing import graphs as tracing
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -215,7 +214,7 @@ def report(model: nn.Module | ExportedProgram, *, capture: bool = False) -> Repo
 
 def _rows(model: nn.Module, *, capture: bool) -> tuple[Row, ...]:
     layers, state = require_adapted_layers(model), get_state(model)
-    graphs = capture_layers(model) if capture else {}
+    graphs = tracing.capture(model, layers).layers if capture else {}
     rows: list[Row] = []
     for path, layer in layers.items():
         reflection = layer.hra_u

@@ -11,7 +11,7 @@ from torch import nn
 
 from hra_fx.compat import state_modules
 from hra_fx.config import HRAConfig
-from hra_fx.export.inspect import unadapted_layers
+from hra_fx.export.captured import unadapted_layers
 from hra_fx.layers.experts_weight import CHILD
 from hra_fx.layers.target import REFLECTION, SAVED, LayerKind, describe, find_kind, weight_name
 from hra_fx.model.state import adapted_layers, collect_parts, get_state

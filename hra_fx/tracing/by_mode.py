@@ -21,11 +21,6 @@ class ByMode(nn.Module):
 
     A tensor that the forward of a model creates is also such a constant. It is not a buffer: it is not in the
     `state_dict`, and `to(dtype)` does not change it.
-
-    Example:
-        >>> constant = ByMode(0.1, 0.0)
-        >>> constant(), constant.eval()()
-        (0.1, 0.0)
     """
 
     def __init__(self, in_train: Any, in_eval: Any) -> None:
@@ -34,13 +29,9 @@ class ByMode(nn.Module):
         self.in_train = in_train
         self.in_eval = in_eval
 
-    def follow(self, module: nn.Module) -> None:
-        """From now on, use the mode of another module of the graph, which does not become a child."""
-        vars(self)["followed"] = module
-
     def forward(self, device: torch.device | None = None) -> Any:
         """Return the constant of the current mode; if it is a tensor, on this device."""
-        module = vars(self).get("followed", self)
+        module = vars(self).get("followed", self)  # another module of the graph, which is not a child
         constant = self.in_train if module.training else self.in_eval
         return constant.to(device) if isinstance(constant, Tensor) else constant
 
@@ -50,14 +41,10 @@ class ByMode(nn.Module):
 
 
 class ModesDifferError(Exception):
-    """The graphs of both modes have different nodes.
-
-    Attributes:
-        nodes: the first pair of nodes that differs, from train and eval mode.
-    """
+    """The graphs of both modes have different nodes."""
 
     def __init__(self, *nodes: fx.Node) -> None:
-        """Store the pair."""
+        """Store the first pair of nodes that differs, from train and eval mode."""
         super().__init__()
         self.nodes = nodes
 
@@ -65,19 +52,7 @@ class ModesDifferError(Exception):
 def merge_modes(
     in_train: fx.Graph, in_eval: fx.Graph, may_differ: Callable[[fx.Node], bool] = lambda _: True
 ) -> dict[str, ByMode]:
-    """Change the graph of train mode into a graph for both modes, in place.
-
-    Args:
-        in_train: the graph of a forward in train mode.
-        in_eval: the graph of the same forward in eval mode.
-        may_differ: whether constants of a node of `in_train` may differ.
-
-    Returns:
-        Name -> module, for every module that is added to the graph.
-
-    Raises:
-        ModesDifferError: the graphs differ in more than such constants.
-    """
+    """Change the graph of train mode into a graph for both modes, in place. Returns the modules to add to it."""
     modules: dict[str, ByMode] = {}
     twins: dict[fx.Node, fx.Node] = {}
     ours, theirs = list(in_train.nodes), list(in_eval.nodes)

@@ -6,8 +6,8 @@ The graph is valid in train and in eval mode, because it is created from one cap
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -18,25 +18,20 @@ from hra_fx.errors import CaptureError
 from hra_fx.layers.target import find_kind
 from hra_fx.model.example_inputs import Call, clone_inputs, preserve_rng_state, seed_everything
 from hra_fx.tracing.by_mode import ByMode, ModesDifferError, merge_modes
-from hra_fx.tracing.canonical import CHECKS, Canonical, InBlockError, canonical, module_path
 from hra_fx.tracing.exported import (
-    all_dynamic,
-    batch_dynamic,
+    automatic_shapes,
     depends_on_mode,
     export_call,
     is_leaf,
     with_batch_of_two,
     without_caches,
 )
-from hra_fx.tracing.forward_state import Snapshot, checked_capture
-from hra_fx.tracing.gradients import compare_gradients, is_close
-from hra_fx.tracing.graph_module import captured_module
-from hra_fx.tracing.inputs import InputChecks, argument_names, more_than_one
-from hra_fx.tracing.trace import LOCK, Traced
+from hra_fx.tracing.forward_state import LOCK, Snapshot, checked_capture, compare_gradients, is_close
+from hra_fx.tracing.graph_module import CHECKS, Canonical, InBlockError, canonical, captured_module, module_path
+from hra_fx.tracing.inputs import Condition, InputChecks, argument_names
 from hra_fx.tracing.tracer import UnpicklingTracer
 
 _SEED = 20240517
-_CONTIGUOUS = torch.ops.aten.contiguous.default
 #: The name of the module that runs the graph of the current mode, if the modes have different nodes.
 BY_MODE = "graph_of_mode"
 
@@ -44,33 +39,34 @@ BY_MODE = "graph_of_mode"
 def capture_layers(
     model: nn.Module, call: Call, dynamic_shapes: Any = None, *, is_trained: bool = True
 ) -> fx.GraphModule:
-    """Capture one call of a model. The graph is valid for other sizes and for both modes.
+    """Capture one call of a model. The graph is valid for other sizes and for both modes, and checks its inputs.
 
-    Args:
-        model: the model; it is not changed.
-        call: the example call.
-        dynamic_shapes: the sizes that may change, as in `torch.export.export`. By default, all sizes that the model
-            allows may change; for images, only the batch size. The graph checks its inputs.
-        is_trained: raise an error if the gradients or random numbers of the graph would differ from the model.
-
-    Returns:
-        A graph with the model's own modules and parameters, which takes the arguments of this call like the model. It
-        calls the layers that can be adapted, and modules without children that map one tensor to one tensor. It has
-        operators for everything else. An output that `torch.export` does not support, such as a cache, is `None`.
-
-    Raises:
-        CaptureError: `torch.export` cannot capture the call, or see `is_trained`.
+    By default, all sizes that the model allows may change; for images, only the batch size. `is_trained` raises an
+    error if the gradients or random numbers of the graph would differ from the model. The graph calls the layers that
+    can be adapted, and modules without children that map one tensor to one tensor. It has operators for everything
+    else. An output that `torch.export` does not support, such as a cache, is `None`.
     """
-    _refuse_state(model, is_trained=is_trained)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise CaptureError(f"{name} is on the meta device. Load the weights first")
     modes = {path: part.training for path, part in model.named_modules(remove_duplicate=False)}
-    with LOCK, _unchanged(model), torch.inference_mode(False):
-        makers = [all_dynamic, batch_dynamic] if dynamic_shapes is None else [lambda *_: dynamic_shapes]
-        tries = [(with_batch_of_two(call) if dynamic_shapes is None else call, make) for make in makers]
+    parts = ((path, part) for path, part in model.named_modules() if not is_leaf(part))
+    odd = next((path for path, part in parts if part.training != model.training), None)
+    with LOCK, ExitStack() as stack:
+        stack.callback(Snapshot(model).restore)
+        for block in (preserve_rng_state(), without_caches(model), torch.inference_mode(False)):
+            stack.enter_context(block)
+        tries = [(call, dynamic_shapes)]
         if dynamic_shapes is None:
-            tries.append((call, all_dynamic))  # for models that allow only one batch size
-        for example, make in tries:
+            doubled = with_batch_of_two(call)
+            # The last one is for models that allow only one batch size.
+            tries = [
+                (example, automatic_shapes(model, example, lengths=lengths))
+                for example, lengths in ((doubled, True), (doubled, False), (call, True))
+            ]
+        for example, shapes in tries:
             try:
-                made = _captured(model, example, make, call, is_trained=is_trained)
+                made = _captured(model, example, shapes, call, odd, is_trained=is_trained)
                 break
             except CaptureError as error:
                 failure = error
@@ -81,59 +77,43 @@ def capture_layers(
     return made
 
 
-def _refuse_state(model: nn.Module, *, is_trained: bool) -> None:
-    """Check that a model has values, and does not checkpoint activations, because a graph would not do this.
-
-    Raises:
-        CaptureError: the model does not have values, or checkpoints activations.
-    """
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            raise CaptureError(f"{name} is on the meta device. Load the weights first")
-    for path, part in model.named_modules():
-        if is_trained and getattr(part, "gradient_checkpointing", False) is True:
-            raise CaptureError(f"{path or 'it'} checkpoints its activations, which a graph drops. Disable that first")
-
-
 def _captured(
-    model: nn.Module, example: Call, make_shapes: Callable[[nn.Module, Call], Any], call: Call, *, is_trained: bool
+    model: nn.Module, example: Call, shapes: Any, call: Call, odd: str | None, *, is_trained: bool
 ) -> fx.GraphModule:
-    """Capture the graph of an example, and compare it with the model for a call."""
-    parts = ((path, part) for path, part in model.named_modules() if not is_leaf(part))
-    odd = next((path for path, part in parts if part.training != model.training), None)
-    try:
-        shapes = make_shapes(model, example)
-    except TypeError as error:
-        raise CaptureError(f"the example does not fit its forward: {error}") from error
-    modes, functions = _both_modes(model, example, shapes, is_trained=is_trained)
+    """Capture the graph of an example, and compare it with the model for a call.
+
+    `odd` is a part of the model with another mode than the model.
+    """
+    modes = _both_modes(model, example, shapes, is_trained=is_trained)
     checks = InputChecks(modes[0].conditions, modes[1].conditions)
     made = _in_both_modes(model, modes[0], modes[1], checks, odd)
     for training in (True, False):
         _compare(model.train(training), made.train(training), call)
         if is_trained:
-            with without_caches(model):
-                compare_gradients(model, made, lambda module: _outputs(module, call), functions)
+            compare_gradients(model, made, lambda module: _outputs(module, call))
     for places in modes[0].sizes:
         if not _allows_one(model, made, example, places):
-            checks.add(more_than_one(*places[0], argument_names(model, *example)))
+            index, dimension = places[0]
+            names = dict(enumerate(argument_names(model, *example)))  # those of the inputs, if none is nested
+            size = f".size()[{dimension}] != 1"
+            checks.add(Condition(f"args[{index}]{size}", f"{names.get(index, f'input {index}')}{size}"))
     return made
 
 
-def _both_modes(model: nn.Module, example: Call, shapes: Any, *, is_trained: bool) -> tuple[list[Canonical], list[str]]:
-    """Capture both modes. Also returns the names of custom autograd functions that are called.
+def _both_modes(model: nn.Module, example: Call, shapes: Any, *, is_trained: bool) -> list[Canonical]:
+    """Capture both modes.
 
     Leaves in a block with a separate graph, which could not call them, are inlined.
     """
     inlined: set[str] = set()
     while True:
-        modes, functions = [], list[str]()
+        modes = []
         try:
             for training in (True, False):
-                with checked_capture(model) if is_trained else nullcontext(list[str]()) as called:
+                with checked_capture(model) if is_trained else nullcontext():
                     program = export_call(model, example, shapes, training=training, inlined=inlined)
-                functions += called
                 modes.append(canonical(program, model))
-            return modes, functions
+            return modes
         except InBlockError as error:
             inside = {path: model.get_submodule(path) for path in error.paths}
             if any(depends_on_mode(part) or find_kind(part) for part in inside.values()):
@@ -142,20 +122,13 @@ def _both_modes(model: nn.Module, example: Call, shapes: Any, *, is_trained: boo
 
 
 def _allows_one(model: nn.Module, made: nn.Module, call: Call, places: list[tuple[int, int]]) -> bool:
-    """Whether the graph is correct if a size is 1; torch.export assumes that it is not 1.
-
-    Args:
-        model: the model.
-        made: its graph.
-        call: a call.
-        places: (index of the input, dimension) of all inputs with this size.
-    """
+    """Whether the graph is correct if a size is 1; torch.export assumes that it is not 1."""
     leaves, spec = pytree.tree_flatten(call)
     for index, dimension in places:
         leaves[index] = leaves[index].narrow(dimension, 0, 1)
     smaller = pytree.tree_unflatten(leaves, spec)
     for training in (True, False):
-        with torch.no_grad(), without_caches(model):
+        with torch.no_grad():
             try:
                 wanted, found = (_outputs(each.train(training), smaller) for each in (model, made))
             except Exception:  # the model does not allow it, or the graph raises an error instead of a wrong output
@@ -166,12 +139,8 @@ def _allows_one(model: nn.Module, made: nn.Module, call: Call, places: list[tupl
 
 
 def _compare(model: nn.Module, made: nn.Module, call: Call) -> None:
-    """Run a call with the model and its graph, and compare the outputs.
-
-    Raises:
-        CaptureError: the graph does not run, or its values differ.
-    """
-    with without_caches(model), torch.no_grad():
+    """Run a call with the model and its graph, and compare the outputs."""
+    with torch.no_grad():
         wanted = _outputs(model, call)
         try:
             found = _outputs(made, call)
@@ -188,15 +157,6 @@ def _outputs(model: nn.Module, call: Call) -> list[Tensor]:
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     output = torch.func.functional_call(model, buffers, *clone_inputs(call))
     return [value for value in pytree.tree_leaves(output) if isinstance(value, Tensor)]
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Context manager that restores the attributes of a model and the random number generators."""
-    with ExitStack() as restore:
-        restore.callback(Snapshot(model).restore)
-        restore.enter_context(preserve_rng_state())
-        yield
 
 
 # --- both modes -------------------------------------------------------------------------------------------------------
@@ -220,24 +180,13 @@ class GraphOfMode(nn.Module):
 
 
 def _in_both_modes(
-    model: nn.Module, in_train: Canonical, in_eval: Canonical, checks: InputChecks, odd: str | None = None
+    model: nn.Module, in_train: Canonical, in_eval: Canonical, checks: InputChecks, odd: str | None
 ) -> fx.GraphModule:
-    """Create a GraphModule with the modules and tensors of a model that is valid in both modes.
-
-    Args:
-        model: the model.
-        in_train, in_eval: the captures in both modes.
-        checks: the child that checks the inputs.
-        odd: the path of a part with a mode that differs from the model's mode.
-
-    Raises:
-        CaptureError: the modes run different operators, and `odd` would get the mode of the model.
-    """
+    """Create a GraphModule with the modules and tensors of a model that is valid in both modes."""
     try:
         if not _same_constants(in_train.constants, in_eval.constants):
             raise ModesDifferError
         graph, other = (copy.deepcopy(part.graph) for part in (in_train, in_eval))
-        _drop_single_copies(graph, other)
         _give_defaults(graph, other)
         modules = merge_modes(graph, other)
     except ModesDifferError:
@@ -246,7 +195,7 @@ def _in_both_modes(
                 f"{odd} is in another mode than the model. Call train() or eval() on the whole model"
             ) from None
         return _of_two_graphs(model, in_train, in_eval, checks)
-    made = captured_module(model, {CHECKS: checks, **in_train.constants}, Traced(graph, modules))
+    made = captured_module(model, {CHECKS: checks, **in_train.constants, **modules}, graph)
     for call in graph.find_nodes(op="call_module"):
         if call.target in modules:
             _set_place(modules[str(call.target)], made, module_path(next(iter(call.users))))
@@ -257,7 +206,7 @@ def _set_place(constant: ByMode, made: fx.GraphModule, path: str | None) -> None
     """Make a constant follow the mode of the module that reads it, or of its innermost parent in the graph."""
     while path:
         with suppress(AttributeError):
-            constant.follow(made.get_submodule(path))
+            vars(constant)["followed"] = made.get_submodule(path)
             return
         path = path.rpartition(".")[0]
 
@@ -269,22 +218,6 @@ def _same_constants(ours: Mapping[str, nn.Module], theirs: Mapping[str, nn.Modul
         return isinstance(one, fx.GraphModule) and isinstance(other, fx.GraphModule) and one.code == other.code
 
     return ours.keys() == theirs.keys() and all(same(ours[name], theirs[name]) for name in ours)
-
-
-def _drop_single_copies(ours: fx.Graph, theirs: fx.Graph) -> None:
-    """Remove each `contiguous` that only one of the graphs has; the other mode shows that it is not needed."""
-    one, other = next(iter(ours.nodes)), next(iter(theirs.nodes))
-    while one.op != "root" and other.op != "root":
-        if one.target is not other.target and _CONTIGUOUS in (one.target, other.target):
-            single = one if one.target is _CONTIGUOUS else other
-            if single is one:
-                one = one.next
-            else:
-                other = other.next
-            single.replace_all_uses_with(single.args[0])
-            single.graph.erase_node(single)
-        else:
-            one, other = one.next, other.next
 
 
 def _give_defaults(ours: fx.Graph, theirs: fx.Graph) -> None:
@@ -309,32 +242,15 @@ def _of_two_graphs(model: nn.Module, in_train: Canonical, in_eval: Canonical, ch
             if node.op in ("get_attr", "call_module") and node.target in part.constants:
                 node.target = f"{node.target}_{mode}"
         constants |= {f"{name}_{mode}": value for name, value in part.constants.items()}
-    names = sorted({name for part in captures.values() for name in _own_tensors(part.graph, model)})
-    for part in captures.values():
-        _pass_in(part.graph, names)
-    inner = [captured_module(model, constants, Traced(part.graph, {})) for part in captures.values()]
+    reads = {str(node.target) for part in captures.values() for node in part.graph.find_nodes(op="get_attr")}
+    names = sorted(name for name in reads if isinstance(getattr(model, name, None), Tensor))
     graph = fx.Graph(tracer_cls=UnpicklingTracer)
     places = [graph.placeholder(str(node.target)) for node in in_train.graph.find_nodes(op="placeholder")]
-    del places[len(places) - len(names) :]
-    for node in graph.find_nodes(op="placeholder")[len(places) :]:
-        graph.erase_node(node)
-    reads = [graph.get_attr(name) for name in names]
-    graph.output(graph.call_module(BY_MODE, (*places, *reads)))
-    made = captured_module(model, {BY_MODE: GraphOfMode(*inner), **constants}, Traced(graph, {}))
-    present = {path for path, _ in made.named_modules(remove_duplicate=False)}
-    for module in inner:
-        for call in module.graph.find_nodes(op="call_module"):
-            if call.target not in present:
-                made.add_submodule(str(call.target), module.get_submodule(str(call.target)))
-    return made
-
-
-def _own_tensors(graph: fx.Graph, model: nn.Module) -> Iterator[str]:
-    """The model's own tensors that a graph reads."""
-    for node in graph.find_nodes(op="get_attr"):
-        name = str(node.target)
-        if "." not in name and isinstance(getattr(model, name, None), torch.Tensor):
-            yield name
+    graph.output(graph.call_module(BY_MODE, (*places, *map(graph.get_attr, names))))
+    for part in captures.values():
+        _pass_in(part.graph, names)
+    inner = [captured_module(model, constants, part.graph) for part in captures.values()]
+    return captured_module(model, {BY_MODE: GraphOfMode(*inner), **constants}, graph)
 
 
 def _pass_in(graph: fx.Graph, names: Sequence[str]) -> None:

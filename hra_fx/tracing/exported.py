@@ -36,8 +36,8 @@ from hra_fx.tracing.forward_state import Snapshot
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-_LOUD = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor", "torch._export.non_strict_utils")
-_OURS = (Path(torch.__file__).parent, Path(__file__).parents[1])
+#: Code that is not the model's.
+_NOT_OF_MODELS = (Path(torch.__file__).parent, Path(__file__).parents[1], Path(contextlib.__file__))
 #: Tensors with more dimensions are images: models branch on their height and width, so only their batch is dynamic.
 _LENGTHS = 3
 #: Methods that return the tensor itself if it already has the dtype.
@@ -47,86 +47,60 @@ _CASTS = ("to", "type", "type_as", "float", "double", "half", "bfloat16", "long"
 def export_call(
     model: nn.Module, call: Call, dynamic_shapes: Any, *, training: bool, inlined: Collection[str] = ()
 ) -> ExportedProgram:
-    """Capture a call in one mode.
-
-    Args:
-        model: the model; its attributes may change.
-        call: the example call.
-        dynamic_shapes: as in `torch.export.export`.
-        training: the mode of all modules.
-        inlined: the paths of leaves whose operators are recorded.
-
-    Raises:
-        CaptureError: `torch.export` fails; the message contains the line of the model's code.
-    """
+    """Capture a call in one mode, with each leaf as one `hra_fx::call_layer`, except for the paths in `inlined`."""
     args, kwargs = clone_inputs(call)
     model.train(training)
-    with ExitStack() as stack:
-        for block in (
-            exporting(),
-            without_caches(model),
-            layers_as_operators(model, inlined),
-            _untied(model),
-            _plain_operators(),
-            torch.enable_grad(),
-        ):
+    state = Snapshot(model)
+    leaves = {path: part for path, part in model.named_modules() if path and is_leaf(part) and path not in inlined}
+    with exporting(), ExitStack() as stack:
+        for restore in (_layers.clear, _recorded.clear, state.restore):
+            stack.callback(restore)
+        for block in (_plain_operators(), torch.enable_grad()):
             stack.enter_context(block)
+        _untie(model)
+        _layers.update(leaves)
+        for path, layer in leaves.items():
+            vars(layer)["forward"] = partial(_call, path)
         vars(model)["forward"] = _without_unknown(model.forward)
-        stack.callback(vars(model).pop, "forward", None)
-        state = Snapshot(model)
         program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         for node in program.graph.find_nodes(op="call_function", target=CALL_LAYER):
             if node.args[1] in _recorded and not node.users:
                 program.graph.erase_node(node)
-        _refuse_changes(state)
+        for path, name in state.changes():
+            if state.is_plain(path, name):
+                raise CaptureError(f"its forward changes {f'{path}.{name}'.lstrip('.')}, which a graph drops")
         return program
 
 
 @contextmanager
 def exporting() -> Iterator[None]:
-    """Context manager for calls of `torch.export`, without its output.
-
-    Raises:
-        CaptureError: any error in the block; the message contains the line of the model's code.
-    """
-    with _quiet():
-        try:
+    """Context manager for calls of `torch.export`, without warnings, log entries, and the graph that it prints."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
             yield
-        except CaptureError:
-            raise
-        except Exception as error:
-            line = str(error).strip().split("\n")[0]
-            raise CaptureError(f"torch.export fails{_place(error)} ({type(error).__name__}: {line[:200]})") from error
+    except CaptureError:
+        raise
+    except Exception as error:
+        line = str(error).strip().split("\n")[0]
+        raise CaptureError(f"torch.export fails{_place(error)} ({type(error).__name__}: {line[:200]})") from error
+    finally:
+        logging.disable(before)
 
 
-def _refuse_changes(state: Snapshot) -> None:
-    """Check that the forward does not store numbers or strings in Python, because a graph would not do this.
-
-    Raises:
-        CaptureError: the forward changed a number or a string of a module.
-    """
-    for path, name in state.changes():
-        where = f"{path}.{name}".lstrip(".")
-        if state.is_plain(path, name):
-            raise CaptureError(f"its forward changes {where}, which a graph drops")
-
-
-def all_dynamic(model: nn.Module, call: Call) -> Any:
-    """Dynamic shapes in which every size may change; for images, only the batch size."""
-    return _dynamic(model, call, lambda x: range(x.dim() if x.dim() <= _LENGTHS else 1))
-
-
-def batch_dynamic(model: nn.Module, call: Call) -> Any:
-    """Dynamic shapes in which only the first size may change."""
-    return _dynamic(model, call, lambda x: range(min(x.dim(), 1)))
-
-
-def _dynamic(model: nn.Module, call: Call, dimensions: Callable[[Tensor], range]) -> Any:
+def automatic_shapes(model: nn.Module, call: Call, *, lengths: bool) -> Any:
+    """Dynamic shapes in which every size may change; for images, and without `lengths`, only the batch size."""
     shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
     for value in pytree.tree_leaves(call):
         if isinstance(value, Tensor):
-            shapes[value] = dict.fromkeys(dimensions(value), torch.export.Dim.AUTO)
-    return shapes.dynamic_shapes(model, *call)
+            count = value.dim() if lengths and value.dim() <= _LENGTHS else min(value.dim(), 1)
+            shapes[value] = dict.fromkeys(range(count), torch.export.Dim.AUTO)
+    try:
+        return shapes.dynamic_shapes(model, *call)
+    except TypeError as error:
+        raise CaptureError(f"the example does not fit its forward: {error}") from error
 
 
 def with_batch_of_two(call: Call) -> Call:
@@ -165,26 +139,17 @@ def _without_unknown(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-@contextmanager
-def _untied(model: nn.Module) -> Iterator[None]:
-    """Context manager in which each name of a tied parameter has an object of its own, so that the names are recorded.
+def _untie(model: nn.Module) -> None:
+    """Give each name of a tied parameter an object of its own, so that the names are recorded.
 
     A read of the weight of an adapted layer is W Q, and a read of another name of the same tensor is W.
     """
     seen: set[int] = set()
-    replaced: list[tuple[dict[str, Any], str, nn.Parameter]] = []
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if type(parameter) is nn.Parameter and id(parameter) in seen:
-                replaced.append((module._parameters, name, parameter))
+                module._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
             seen.add(id(parameter))
-    try:
-        for parameters, name, parameter in replaced:
-            parameters[name] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
-        yield
-    finally:
-        for parameters, name, parameter in replaced:
-            parameters[name] = parameter
 
 
 @contextmanager
@@ -221,37 +186,15 @@ def _of_alias(cast: Any) -> Callable[..., Tensor]:
     return run
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Context manager without warnings, and without the graph that `torch.export` prints to stderr if it fails."""
-    loggers = [logging.getLogger(name) for name in _LOUD]
-    before = [logger.disabled for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.disabled = True
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, was in zip(loggers, before, strict=True):
-            logger.disabled = was
-
-
 def _place(error: BaseException) -> str:
     """The line of the model's code that caused an error."""
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.lineno
-        and not any(Path(frame.filename).is_relative_to(folder) for folder in _OURS)
-        and not frame.filename.startswith("<")
-        and Path(frame.filename) != Path(contextlib.__file__)
-    ]
-    if not frames:
-        return ""
-    last = frames[-1]
-    code = linecache.getline(last.filename, last.lineno or 0).strip()
-    return f" at {Path(last.filename).name}, line {last.lineno}, `{code}`"
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = Path(frame.filename)
+        is_other = frame.filename.startswith("<") or any(file.is_relative_to(folder) for folder in _NOT_OF_MODELS)
+        if frame.lineno and not is_other:
+            code = linecache.getline(frame.filename, frame.lineno).strip()
+            return f" at {file.name}, line {frame.lineno}, `{code}`"
+    return ""
 
 
 # --- layers as operators ----------------------------------------------------------------------------------------------
@@ -281,10 +224,6 @@ def is_leaf(module: nn.Module) -> bool:
     """Whether a graph calls a module as a whole: layers that can be adapted, and modules without children.
 
     The operators of a module of another library are recorded if its call may do more than running its forward.
-
-    Example:
-        >>> is_leaf(nn.Conv2d(3, 8, 3)), is_leaf(nn.LayerNorm(8)), is_leaf(nn.Sequential(nn.ReLU()))
-        (True, True, False)
     """
     if depends_on_mode(module) or find_kind(module) not in (None, "attention", "experts"):
         return True
@@ -305,25 +244,6 @@ def _is_of_torch(module: nn.Module) -> bool:
 def depends_on_mode(module: nn.Module) -> bool:
     """Whether a layer acts differently in train mode; its output has the shape of its input."""
     return isinstance(module, _MODES) or type(module).__name__.endswith(_DROP_PATHS)
-
-
-@contextmanager
-def layers_as_operators(model: nn.Module, inlined: Collection[str] = ()) -> Iterator[None]:
-    """Context manager in which the call of each leaf of a model is recorded as one `hra_fx::call_layer`.
-
-    The operators of the leaves in `inlined` are recorded.
-    """
-    snapshot = Snapshot(model)
-    leaves = {path: part for path, part in model.named_modules() if path and is_leaf(part)}
-    _layers.update({path: part for path, part in leaves.items() if path not in inlined})
-    for path, layer in _layers.items():
-        vars(layer)["forward"] = partial(_call, path)
-    try:
-        yield
-    finally:
-        snapshot.restore()
-        _layers.clear()
-        _recorded.clear()
 
 
 def _call(path: str, *args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,7 @@
 """State that a forward changes or depends on, but a graph does not record.
 
-This includes grad mode, autocast, saved-tensor hooks, random generators, backward hooks, and the attributes of modules.
+This includes grad mode, autocast, saved-tensor hooks, random generators, backward hooks, custom autograd functions, and
+the attributes of modules.
 """
 
 from __future__ import annotations
@@ -8,16 +9,22 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NoReturn
 from unittest import mock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hra_fx import compat
 from hra_fx.errors import CaptureError
+from hra_fx.layers.target import find_kind
 from hra_fx.model.example_inputs import preserve_rng_state
+
+#: fx and torch.export patch classes for the whole process while they trace.
+LOCK = threading.RLock()
 
 
 class GraphState:
@@ -78,43 +85,27 @@ def patched(refuse: Callable[[str], NoReturn]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def checked_capture(model: nn.Module) -> Iterator[list[str]]:
+def checked_capture(model: nn.Module) -> Iterator[None]:
     """Context manager in which `torch.export` captures a call of a model, for a graph that trains like the model.
 
-    `torch.export` records the operators of the forward. Its graph does not contain backward hooks, the backward of
-    custom autograd functions, or Python's random numbers, and it does not report them.
-
-    Yields:
-        The names of the custom autograd functions that are called in the block.
-
-    Raises:
-        CaptureError: the model has backward hooks; or in the block, its forward adds a hook to a tensor, uses random
-            numbers that are not from torch, or seeds a generator.
+    `torch.export` records the operators of the forward. Its graph does not contain backward hooks or Python's random
+    numbers, and it does not report them.
     """
     for path, part in model.named_modules():
         if compat.has_backward_hooks(part):
             name = path or type(part).__name__
             raise CaptureError(f"backward hooks are registered for {name}, which a graph drops")
-    state, functions, hooks = GraphState(), list[str](), list[Any]()
-    apply: Any = vars(torch.autograd.Function)["apply"]  # a class method, in Python or in C
-    register_hook: Any = torch.Tensor.register_hook
+        if getattr(part, "gradient_checkpointing", False) is True:
+            raise CaptureError(f"{path or 'it'} checkpoints its activations, which a graph drops. Disable that first")
+    state, hooks = GraphState(), list[Any]()
+    register_hook: Any = Tensor.register_hook
 
-    def reported_apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        # torch runs its own functions (torch._library, torch._higher_order_ops) for operators that the graph keeps.
-        if not cls.__module__.startswith("torch._"):
-            functions.append(cls.__name__)
-        return apply.__get__(None, cls)(*args, **kwargs)
-
-    def reported_hook(tensor: torch.Tensor, hook: Any) -> Any:
+    def reported_hook(tensor: Tensor, hook: Any) -> Any:
         hooks.append(hook)
         return register_hook(tensor, hook)
 
-    with (
-        preserve_rng_state(),
-        mock.patch.object(torch.autograd.Function, "apply", classmethod(reported_apply)),
-        mock.patch.object(torch.Tensor, "register_hook", reported_hook),
-    ):
-        yield functions
+    with preserve_rng_state(), mock.patch.object(Tensor, "register_hook", reported_hook):
+        yield
         if hooks:
             raise CaptureError("it registers a backward hook on a tensor, which a graph drops")
         if state.has_drawn():
@@ -132,7 +123,7 @@ class Snapshot:
             (path, name, value, value.detach().clone(), compat.tensor_version(value))
             for path, part in root.named_modules()
             for name, value in vars(part).items()
-            if isinstance(value, torch.Tensor) and not value.is_inference()  # inference tensors have no version
+            if isinstance(value, Tensor) and not value.is_inference()  # inference tensors have no version
         ]
         self._parts = [
             (
@@ -193,3 +184,115 @@ def _items(container: Any) -> list[Any]:
     """The ids of the items, because tensors cannot be compared for equality."""
     values = container.values() if isinstance(container, dict) else ()
     return [set(container) if isinstance(container, set) else [*map(id, container)], *map(id, values)]
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+# A captured graph drops the backward of custom autograd functions. So the gradients of the model and its graph are
+# compared: y = layer(x) is run as y = layer(x) + z for each layer that can be adapted, with zeros z. The gradients of z
+# are all that adapters get from the layers after them, so they do not depend on which parameters are frozen.
+
+
+def compare_gradients(model: nn.Module, made: nn.Module, run: Callable[[nn.Module], list[Tensor]]) -> None:
+    """Compare the gradients of a model and its graph, if the model calls custom autograd functions.
+
+    `run` runs the example with a module, and returns the tensors in its result.
+    """
+    with torch.enable_grad():
+        try:
+            with _changed_outputs(model, _requiring_grad), _called_functions() as called:
+                outputs = run(model)
+        except RuntimeError as error:
+            raise CaptureError(f"it does not run with gradients: {str(error).splitlines()[0]}") from error
+        # Only the backward graph shows `apply = Function.apply`, and only calls show functions without gradients.
+        names = sorted(called | autograd_functions(outputs))
+        if not names:
+            return
+        try:
+            wanted, found = (_gradients(model, partial(run, module)) for module in (model, made))
+            same = all(_is_same(found[key], wanted[key]) for key in found.keys() & wanted.keys())
+        except RuntimeError:  # a function writes into a tensor that the backward of its operators needs
+            same = False
+    if not same:
+        raise CaptureError(f"it calls the custom autograd function {', '.join(names)}, whose backward a graph drops")
+
+
+@contextlib.contextmanager
+def _called_functions() -> Iterator[set[str]]:
+    """Context manager that collects the names of the custom autograd functions that are called."""
+    names = set[str]()
+    apply: Any = vars(torch.autograd.Function)["apply"]  # a class method, in Python or in C
+
+    def reported_apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        # torch runs its own functions (torch._library, torch._higher_order_ops) for operators that the graph keeps.
+        if not cls.__module__.startswith("torch._"):
+            names.add(cls.__name__)
+        return apply.__get__(None, cls)(*args, **kwargs)
+
+    with mock.patch.object(torch.autograd.Function, "apply", classmethod(reported_apply)):
+        yield names
+
+
+def autograd_functions(outputs: Iterable[Tensor]) -> set[str]:
+    """The names of the custom autograd functions in the backward graph of some outputs."""
+    seen, todo = set[Any](), [output.grad_fn for output in outputs]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [parent for parent, _ in node.next_functions]
+    custom = [type(node) for node in seen if isinstance(node, torch.autograd.function.BackwardCFunction)]
+    return {cls.__name__.removesuffix("Backward") for cls in custom}
+
+
+def is_close(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal to half of the digits of their dtype."""
+    one, other = one.detach(), other.detach()
+    limit = torch.finfo(one.dtype).eps ** 0.5 if one.is_floating_point() or one.is_complex() else 0.0
+    finite = other[other.isfinite()] if limit else other
+    scale = float(finite.abs().max()) if limit and finite.numel() else 0.0
+    return one.shape == other.shape and torch.allclose(one, other, rtol=limit, atol=limit * scale, equal_nan=True)
+
+
+def _is_same(found: Tensor | None, wanted: Tensor | None) -> bool:
+    """Whether two gradients are equal. If both are zeros, as behind a ReLU, another example may show a difference."""
+    if found is None or wanted is None:
+        return found is wanted
+    return bool(wanted.any()) and is_close(found, wanted)
+
+
+def _gradients(model: nn.Module, run: Callable[[], list[Tensor]]) -> dict[tuple[str, int], Tensor | None]:
+    """The gradients of `z` in one run: (path of the layer, number of its call) -> gradient, `None` if unused."""
+    zeros: dict[tuple[str, int], Tensor] = {}
+
+    def add_zeros(path: str, output: Tensor) -> Tensor:
+        zero = torch.zeros_like(output, requires_grad=True)
+        zeros[path, sum(path == other for other, _ in zeros)] = zero
+        return output + zero
+
+    with _changed_outputs(model, add_zeros):
+        losses = [output.pow(2).sum() for output in run() if output.requires_grad]
+    if not losses or not zeros:
+        return dict.fromkeys(zeros)
+    found = torch.autograd.grad(torch.stack(losses).sum(), list(zeros.values()), allow_unused=True)
+    return dict(zip(zeros, found, strict=True))
+
+
+def _requiring_grad(path: str, output: Tensor) -> Tensor:
+    return output if output.requires_grad else output + output.new_zeros((), requires_grad=True)
+
+
+@contextlib.contextmanager
+def _changed_outputs(model: nn.Module, change: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    """Context manager in which `change` is applied to the outputs of the layers that can be adapted."""
+
+    def hook(path: str, layer: nn.Module, args: Any, output: Any) -> Any:
+        is_value = isinstance(output, Tensor) and output.is_floating_point() and torch.is_grad_enabled()
+        return change(path, output) if is_value else output
+
+    layers = {path: part for path, part in model.named_modules() if find_kind(part) not in (None, "attention")}
+    handles = [layer.register_forward_hook(partial(hook, path)) for path, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

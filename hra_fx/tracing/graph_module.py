@@ -1,4 +1,8 @@
-"""Create a GraphModule that shares the modules and parameters of another module.
+"""GraphModules that share the modules and parameters of a model, from graphs of torch.fx or of `torch.export`.
+
+A program that was captured with layers as operators becomes a graph that calls the modules of a model. Two captures of
+the same call, in train and in eval mode, have insignificant differences in names and in the order of reads. Here they
+get the same form, so that they can be compared node by node.
 
 Blocks with a separate graph, such as a block under `torch.no_grad`, become modules of a captured graph. fx unpickles a
 graph by tracing its code, which would inline such a graph without its context, but calls of modules stay calls.
@@ -7,21 +11,33 @@ graph by tracing its code, which would inline such a graph without its context, 
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial, reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from hra_fx.compat import NON_PERSISTENT, is_higher_order
+from hra_fx.compat import ASSERT_METADATA, NON_PERSISTENT, is_higher_order
 from hra_fx.errors import CaptureError
-from hra_fx.tracing.trace import Traced
+from hra_fx.tracing.by_mode import ByMode
+from hra_fx.tracing.exported import CALL_LAYER, exporting
+from hra_fx.tracing.inputs import Condition, argument_names, call_of, conditions_of, nest
 from hra_fx.tracing.tracer import UnpicklingTracer
 
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
-def graph_module(root: nn.Module, traced: Traced) -> fx.GraphModule:
+#: The name of the module that checks the inputs.
+CHECKS = "check_inputs"
+_SIZE = torch.ops.aten.sym_size.int
+
+
+def graph_module(root: nn.Module, graph: fx.Graph, modules: Mapping[str, nn.Module]) -> fx.GraphModule:
     """Create a GraphModule with the modules and parameters of `root`, with the same names in the same order.
+
+    `modules` are those that the graph calls but `root` does not have.
 
     The order determines the name of a shared layer for a configuration, and the states of an optimizer. fx itself keeps
     only the modules that the graph uses, in the order of the graph. If the graph only reads the weight of a layer, fx
@@ -30,18 +46,18 @@ def graph_module(root: nn.Module, traced: Traced) -> fx.GraphModule:
     module = fx.GraphModule(nn.Module(), fx.Graph(tracer_cls=UnpicklingTracer), type(root).__name__)
     for kind in ("_parameters", "_buffers", NON_PERSISTENT):
         vars(module)[kind] = copy.copy(vars(root)[kind])
-    paths = {str(node.target) for node in traced.graph.find_nodes(op="call_module")} - traced.modules.keys()
-    paths |= {str(node.target).rpartition(".")[0] for node in traced.graph.find_nodes(op="get_attr")}
+    paths = {str(node.target) for node in graph.find_nodes(op="call_module")} - modules.keys()
+    paths |= {str(node.target).rpartition(".")[0] for node in graph.find_nodes(op="get_attr")}
     used = {root.get_submodule(path) for path in paths}
     holders: dict[nn.Module, nn.Module] = {}
     vars(module)["_modules"] = {name: _holder(child, used, holders) for name, child in root._modules.items()}
-    for name, part in traced.modules.items():
+    for name, part in modules.items():
         module.add_module(name, part.train(root.training))
-    for node in traced.graph.find_nodes(op="get_attr"):
+    for node in graph.find_nodes(op="get_attr"):
         if not hasattr(module, name := str(node.target).partition(".")[0]):
             setattr(module, name, getattr(root, name))  # a tensor that is not a buffer
     module.training = root.training
-    module.graph = traced.graph
+    module.graph = graph
     return module
 
 
@@ -81,31 +97,27 @@ class NestedGraph(nn.Module):
         return getattr(torch.ops.higher_order, self.operator)(*given, **kwargs)
 
 
-def captured_module(model: nn.Module, parts: Mapping[str, nn.Module], traced: Traced) -> fx.GraphModule:
-    """Create a GraphModule from a captured graph, with the modules and tensors of a model.
+def replace_node(node: fx.Node, op: str, target: Any, args: Any = (), kwargs: Any = None) -> fx.Node:
+    """Replace a node with a new one that has its `meta`."""
+    with node.graph.inserting_before(node):
+        made = node.graph.create_node(op, target, args, kwargs)
+    made.meta = dict(node.meta)
+    node.replace_all_uses_with(made)
+    node.graph.erase_node(node)
+    return made
 
-    Args:
-        model: the model.
-        parts: additional modules, and nested graphs.
-        traced: the graph; it is changed.
 
-    Raises:
-        CaptureError: the model has an attribute with the name of one of the parts.
-    """
+def captured_module(model: nn.Module, parts: Mapping[str, nn.Module], graph: fx.Graph) -> fx.GraphModule:
+    """Create a GraphModule from a captured graph, with the modules and tensors of a model, and additional parts."""
     if taken := next((name for name in parts if hasattr(model, name)), None):
         raise CaptureError(f"its attribute {taken!r} has a name that a graph uses for itself. Rename it")
-    nested = _call_nested(traced.graph, lambda path: parts[path] if path in parts else attribute(model, path))
+    nested = _call_nested(graph, lambda path: parts[path] if path in parts else attribute(model, path))
     own = {name: part for name, part in parts.items() if not isinstance(part, fx.GraphModule)}
-    return graph_module(model, Traced(traced.graph, {**own, **traced.modules, **nested}))
+    return graph_module(model, graph, {**own, **nested})
 
 
 def _call_nested(graph: fx.Graph, find: Callable[[str], Any]) -> dict[str, nn.Module]:
-    """Replace operators that have graphs as arguments with calls of modules, in place. Returns the modules.
-
-    Args:
-        graph: the graph.
-        find: returns the value that a node reads, by its path.
-    """
+    """Replace operators that have graphs as arguments with calls of modules, in place. Returns the modules."""
     made: dict[str, nn.Module] = {}
     for node in [node for node in graph.nodes if is_higher_order(node.target)]:
         reads = {place: arg for place, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg.op == "get_attr"}
@@ -117,13 +129,174 @@ def _call_nested(graph: fx.Graph, find: Callable[[str], Any]) -> dict[str, nn.Mo
             body.recompile()
         name = f"nested_{len(made)}"
         made[name] = NestedGraph(str(node.target), bodies)
-        with graph.inserting_before(node):
-            args = tuple(arg for place, arg in enumerate(node.args) if place not in bodies)
-            call = graph.create_node("call_module", name, args, node.kwargs)
-        call.meta = dict(node.meta)
-        node.replace_all_uses_with(call)
-        graph.erase_node(node)
+        args = tuple(arg for place, arg in enumerate(node.args) if place not in bodies)
+        replace_node(node, "call_module", name, args, node.kwargs)
         for read in reads.values():
             if not read.users:
                 graph.erase_node(read)
     return made
+
+
+# --- the form of captured graphs --------------------------------------------------------------------------------------
+
+
+class Canonical(NamedTuple):
+    """The graph of a model in one mode. It first calls `CHECKS`, then the model's layers.
+
+    Attributes:
+        constants: name -> nested graph that is not part of the model, or a tensor that its forward creates (a
+            `ByMode`).
+        sizes: for each size that may change, (index of the flat input, dimension) of all inputs with this size.
+    """
+
+    graph: fx.Graph
+    constants: dict[str, nn.Module]
+    conditions: list[Condition]
+    sizes: list[list[tuple[int, int]]]
+
+
+class InBlockError(CaptureError):
+    """Layers are called in a block that has a separate graph."""
+
+    def __init__(self, paths: list[str]) -> None:
+        """Store the paths of the layers."""
+        super().__init__(
+            f"{paths[0]} is called under torch.autocast or another grad mode, or in a branch of torch.cond, which has "
+            "a separate graph"
+        )
+        self.paths = paths
+
+
+def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
+    """Convert the graph of a program to one that uses the modules and tensors of the captured model."""
+    module, places, conditions = open_program(program, model)
+    graph = module.graph
+    for node in graph.find_nodes(op="call_function", target=CALL_LAYER):
+        call = replace_node(node, "call_module", node.args[1], node.args[:1])
+        copied = call.next
+        if copied.target is torch.ops.aten.clone.default and list(call.users) == [copied]:
+            copied.replace_all_uses_with(call)
+            graph.erase_node(copied)
+    constants = name_constants(graph, program, module)
+    blocks = [block for part in constants.values() for block in part.modules() if isinstance(block, fx.GraphModule)]
+    calls = [node for block in blocks for node in block.graph.find_nodes(op="call_function", target=CALL_LAYER)]
+    if calls:
+        raise InBlockError([str(node.args[1]) for node in calls])
+    simplify(graph, places, model)
+    for node in graph.find_nodes(op="get_attr", sort=True):
+        min(node.users).prepend(node)
+    # A symbol is a size that may change; the others are numbers and expressions.
+    sizes = [found for size, found in _sizes(places).items() if size.isidentifier()]
+    return Canonical(graph, constants, conditions, sizes)
+
+
+def open_program(
+    program: ExportedProgram, model: nn.Module | None = None
+) -> tuple[fx.GraphModule, list[fx.Node], list[Condition]]:
+    """The module of a program with a plain graph, the nodes of its flat inputs, and the conditions on them.
+
+    The arguments have the names of those of `model`, by default of the module itself.
+    """
+    with exporting():  # torch cannot write the code of some programs, such as one with a layer called "in"
+        module: fx.GraphModule = program.module(check_guards=False)
+    names = argument_names(model or module, *call_of(program))
+    module.graph.owning_module = None  # this module does not have layers to call
+    places = nest(module.graph, program, names)
+    return module, places, conditions_of(program, names, places)
+
+
+def _sizes(places: list[fx.Node]) -> dict[str, list[tuple[int, int]]]:
+    """Each size of the inputs -> (index of the input, dimension) of all inputs with this size."""
+    found = defaultdict(list)
+    for index, place in enumerate(places):
+        for dimension, size in enumerate(getattr(place.meta.get("val"), "shape", ())):
+            found[str(size)].append((index, dimension))
+    return found
+
+
+def simplify(graph: fx.Graph, places: list[fx.Node], model: nn.Module) -> None:
+    """Change a graph of `torch.export` in place so that it can be moved, copied and pickled, and checks its inputs."""
+    # Dtype checks fail under autocast. The capture added the aliases; casts are nodes.
+    for node in graph.find_nodes(op="call_function", target=ASSERT_METADATA):
+        graph.erase_node(node)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default):
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
+    _hoist_sizes(graph, places)
+    _follow_device(graph, places, model)
+    # Modules have side effects: batch norm updates its buffers.
+    graph.eliminate_dead_code(lambda node: node.op == "call_module" or node.is_impure())
+    if places:
+        with graph.inserting_after(max(places)):
+            graph.call_module(CHECKS, tuple(places))
+    graph._tracer_cls = UnpicklingTracer
+
+
+def name_constants(graph: fx.Graph, program: ExportedProgram, module: nn.Module) -> dict[str, nn.Module]:
+    """Number nested graphs, and tensors that a forward creates, in the order of their first use."""
+    names: dict[str, str] = {}
+    made: dict[str, nn.Module] = {}
+    for node in graph.find_nodes(op="get_attr", sort=True):
+        if node.users and node.target in program.graph_signature.lifted_tensor_constants:
+            value = program.constants[node.target].detach()
+            name = names.setdefault(node.target, f"constant_{len(names)}")
+            made[name] = ByMode(value, value)
+            call = replace_node(node, "call_module", name, (value.device,))
+            min(call.users).prepend(call)  # after the inputs, because they determine the device
+        elif isinstance(block := attribute(module, node.target), fx.GraphModule):
+            node.target = names.setdefault(node.target, f"block_{len(names)}")
+            made[node.target] = block
+    return made
+
+
+def module_path(node: fx.Node) -> str | None:
+    """The path of the module whose forward contains a node, `""` for the root; `None` if this is unknown."""
+    stack = node.meta.get("nn_module_stack")
+    return normalize_path(list(stack.values())[-1][0]) if stack else None
+
+
+def normalize_path(path: str) -> str:
+    """Convert a path of `nn_module_stack`, which TorchDynamo writes as Python code, to the form of `named_modules`.
+
+    Example:
+        >>> normalize_path("L['self'].blocks[0].proj"), normalize_path("L['self']._modules['blocks']._modules['0']")
+        ('blocks.0.proj', 'blocks.0')
+    """
+    for before, after in (("L['self']", ""), ("._modules[", "["), ("['", "."), ("']", ""), ("[", "."), ("]", "")):
+        path = path.replace(before, after)
+    return path.strip(".")
+
+
+def _hoist_sizes(graph: fx.Graph, places: list[fx.Node]) -> None:
+    """Read each size of an input once, at the start of the graph, from the first input with this size."""
+    reads = defaultdict(list)
+    for node in graph.find_nodes(op="call_function", target=_SIZE):
+        if node.args[0] in places:
+            reads[str(node.args[0].meta["val"].shape[node.args[1]])].append(node)
+    last = max(places, default=None)
+    for size, ((index, dimension), *_) in _sizes(places).items():
+        if size in reads:
+            with graph.inserting_after(last):
+                last = graph.call_function(_SIZE, (places[index], dimension))
+            last.meta = dict(reads[size][0].meta)
+            for node in reads[size]:
+                node.replace_all_uses_with(last)
+                graph.erase_node(node)
+
+
+def _follow_device(graph: fx.Graph, places: list[fx.Node], model: nn.Module) -> None:
+    """Create new tensors on the device of the first input, so that the graph can be moved to another device.
+
+    A model on several devices keeps the captured devices.
+    """
+    tensors = [place for place in places if isinstance(place.meta.get("val"), Tensor)]
+    devices = {value.device for value in (*model.parameters(), *model.buffers(), *(x.meta["val"] for x in tensors))}
+    if len(devices) != 1 or not tensors:
+        return
+    with graph.inserting_after(max(places)):
+        device = graph.call_function(getattr, (tensors[0], "device"))
+    for node in graph.nodes:
+        node.args = tuple(device if isinstance(value, torch.device) else value for value in node.args)
+        node.kwargs = {key: device if isinstance(value, torch.device) else value for key, value in node.kwargs.items()}
+    if not device.users:
+        graph.erase_node(device)

@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import inspect
 import keyword
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from torch import fx, nn
 
 from hra_fx.errors import AdapterError, CaptureError
 from hra_fx.layers.adapted_layer import AdaptedLayer
+from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.target import META, NodeTag, find_kind
 from hra_fx.model.base_view import base_model_view
 from hra_fx.model.example_inputs import Call, example_call, normalize_inputs
 from hra_fx.model.graph_module import insert, tag_adapted_layers
-from hra_fx.model.state import require_adapted_layers
+from hra_fx.model.state import adapted_layers
+from hra_fx.tracing.by_mode import ModesDifferError, merge_modes
 from hra_fx.tracing.capture_layers import capture_layers
+from hra_fx.tracing.forward_state import LOCK, Snapshot
 from hra_fx.tracing.graph_module import graph_module
-from hra_fx.tracing.trace import Traced, capture, trace
+from hra_fx.tracing.tracer import ModelTracer
 from passes.insert import InsertPass
 
 
 def is_graph_of_call(model: nn.Module, graph: fx.Graph, call: Call) -> bool:
-    """Whether a graph of torch.fx is valid for a call. Optional arguments have their defaults in the graph.
-
-    Args:
-        model: the model; a `GraphModule` has its own graph, with all arguments.
-        graph: the graph of the whole model.
-        call: the call.
-    """
-    if isinstance(model, fx.GraphModule):
-        return True
+    """Whether a graph of torch.fx is valid for a call. Optional arguments have their defaults in the graph."""
     args, kwargs = call
     names = [str(node.target) for node in graph.find_nodes(op="placeholder")]
     try:
@@ -45,29 +42,14 @@ def is_graph_of_call(model: nn.Module, graph: fx.Graph, call: Call) -> bool:
 def trace_model(
     model: nn.Module, layers: Collection[nn.Module], example_inputs: Any = None, dynamic_shapes: Any = None
 ) -> fx.GraphModule:
-    """Trace a model into a GraphModule that shares its modules and parameters, for train and eval mode.
-
-    Args:
-        model: a plain model; it is not changed.
-        layers: layers that must stay calls.
-        example_inputs: one tensor, a tuple of positional or a dictionary of keyword arguments. If torch.fx cannot trace
-            the model, or if the call passes optional arguments, `torch.export` captures this call. By default, the
-            inputs are created from the model's configuration.
-        dynamic_shapes: see `capture_layers`; with it, `torch.export` is used.
-
-    Returns:
-        A graph that calls layers.
-
-    Raises:
-        AdapterError: the model cannot be traced; or `torch.export` is needed, but `example_inputs` is missing.
-    """
+    """Trace a model into a GraphModule that shares its modules and parameters, for train and eval mode."""
     call = None if example_inputs is None else normalize_inputs(example_inputs)
     reason = ""
     if dynamic_shapes is None:
         try:
-            traced = trace(model, layers)
-            if call is None or is_graph_of_call(model, traced.graph, call):
-                return graph_module(model, traced)
+            graph, modules = trace(model, layers)
+            if call is None or is_graph_of_call(model, graph, call):
+                return graph_module(model, graph, modules)
         except CaptureError as error:
             reason = f"torch.fx cannot trace {type(model).__name__}: {error.reason}. "
     call = call or example_call(model)
@@ -85,42 +67,30 @@ def trace_model(
         ) from error
 
 
-def adapted_graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
-    """Trace a transformed model, or the largest parts of it that torch.fx can trace, with the reflections.
+def graphs_of(model: nn.Module, example_inputs: Any = None) -> dict[str, fx.GraphModule]:
+    """Trace a model, adapted or not, or the largest parts of it that torch.fx can trace, with the reflections.
 
-    Args:
-        model: a transformed model; it is not changed.
-
-    Returns:
-        Module path -> GraphModule with the model's own modules and parameters. A layer that is not in another graph has
-        a graph under its own path. For a `GraphModule`, a copy of its graph.
-
-    Raises:
-        AdapterError: the model has no reflections.
+    With example inputs, the result is the graph of this call, captured with `torch.export` if necessary. For a
+    `GraphModule`, it is a copy of its graph.
     """
-    layers = require_adapted_layers(model)
     if isinstance(model, fx.GraphModule):  # its own graph has the reflections
         tag_adapted_layers(model)
-        return {"": graph_module(model, Traced(copy.deepcopy(model.graph), {}))}
-    captured = capture(model, layers)
-    found = {path: _adapted(model, path, traced) for path, traced in captured.parts.items()}
-    found |= {path: _alone(path, layers[path]) for path, (root, _) in captured.layers.items() if root is None}
-    return dict(sorted(found.items()))
+        return {"": graph_module(model, copy.deepcopy(model.graph), {})}
+    adapted = adapted_layers(model)
+    captured = capture(model, adapted or {path: part for path, part in model.named_modules() if find_kind(part)})
+    found = {path: graph_module(model.get_submodule(path), *traced) for path, traced in captured.parts.items()}
+    for path, module in found.items():
+        insert(module, model, path)
+    alone = [path for path, (root, _) in captured.layers.items() if root is None and path in adapted]
+    found |= {path: _alone(path, adapted[path]) for path in alone}
+    if example_inputs is None:
+        return dict(sorted(found.items()))
+    call = normalize_inputs(example_inputs)
+    return found if "" in found and is_graph_of_call(model, found[""].graph, call) else {"": graph_of_call(model, call)}
 
 
 def graph_of_call(model: nn.Module, call: Call) -> fx.GraphModule:
-    """Capture one call of a model with `torch.export`. If the model is adapted, the graph has the reflections.
-
-    Args:
-        model: the model; it is not changed.
-        call: the example call.
-
-    Returns:
-        A GraphModule with the model's own modules and parameters, for train and eval mode.
-
-    Raises:
-        AdapterError: `torch.export` cannot capture the call.
-    """
+    """Capture one call of a model with `torch.export`. If the model is adapted, the graph has the reflections."""
     try:
         with base_model_view(model):
             module = capture_layers(model, call, is_trained=False)
@@ -130,28 +100,6 @@ def graph_of_call(model: nn.Module, call: Call) -> fx.GraphModule:
             "hra_fx.graphs and hra_fx.visualize use torch.fx, and show the parts that it can trace."
         ) from error
     insert(module, model)
-    return module
-
-
-def plain_graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
-    """Trace a model without adapters, or the largest parts of it that fx can trace.
-
-    Args:
-        model: any module; it is not changed.
-
-    Returns:
-        Module path -> GraphModule with the model's own modules and parameters.
-    """
-    layers = {path: part for path, part in model.named_modules() if find_kind(part) is not None}
-    parts = capture(model, layers).parts
-    return {path: graph_module(model.get_submodule(path), traced) for path, traced in parts.items()}
-
-
-def _adapted(model: nn.Module, path: str, traced: Traced) -> fx.GraphModule:
-    """Create the graph of a part with its reflections."""
-    root = model.get_submodule(path)
-    module = graph_module(root, traced)
-    insert(module, model, path)
     return module
 
 
@@ -168,7 +116,184 @@ def _alone(path: str, layer: AdaptedLayer) -> fx.GraphModule:
         marked = graph.get_attr(f"{name}.{layer.hra_u.weight_name}")
     graph.output(marked)
     marked.meta[META] = NodeTag(path, layer.hra_u.kind, "layer" if layer.hra_u.reflects_input else "weight")
-    module = graph_module(root, Traced(graph, {}))
+    module = graph_module(root, graph, {})
     InsertPass()(module)
     module.train(layer.training)
     return module
+
+
+# --- torch.fx ---------------------------------------------------------------------------------------------------------
+
+
+def trace(module: nn.Module, layers: Collection[nn.Module]) -> tuple[fx.Graph, Mapping[str, nn.Module]]:
+    """Trace a module in both modes. Returns the graph, and modules that the graph calls but the module does not have.
+
+    A submodule that cannot be traced and does not contain adapted layers stays one call. The module is not changed.
+    """
+    with LOCK:
+        return _Trace(module, layers).run()
+
+
+class _Trace:
+    """Traces one module repeatedly. After each failure, one more submodule becomes a call, until none is left."""
+
+    def __init__(self, module: nn.Module, layers: Collection[nn.Module]) -> None:
+        self._module = module
+        self._keep = set(layers)
+        self._paths = dict(module.named_modules())
+        # Modules that must be inlined, because they contain adapted layers.
+        self._open = {part for part in self._paths.values() if not self._keep.isdisjoint(part.modules())}
+        self._stack: list[nn.Module] = []
+        self._other_mode = {path for path, part in self._paths.items() if part.training != module.training}
+
+    def run(self) -> tuple[fx.Graph, Mapping[str, nn.Module]]:
+        """Trace until both modes succeed."""
+        while True:
+            try:
+                in_train, in_eval = self._once(True), self._once(False)
+                return in_train, merge_modes(in_train, in_eval, self._may_differ)
+            except ModesDifferError as error:
+                self._keep_one_of(error)
+            except Exception as error:
+                if self._keep_innermost():
+                    continue
+                if isinstance(error, CaptureError):
+                    raise
+                line = str(error).strip().split("\n")[0]
+                raise CaptureError(f"fx cannot trace it ({type(error).__name__}: {line[:160]})") from error
+
+    def _once(self, training: bool) -> fx.Graph:
+        snapshot = Snapshot(self._module)
+        tracer = ModelTracer(self._keep, training)
+        self._stack = []
+        with ExitStack() as restore:
+            restore.callback(snapshot.restore)
+            for part in self._paths.values():
+                part.__dict__["training"] = training
+            try:
+                graph = tracer.trace(self._module)
+            except BaseException:
+                self._stack = [part for _, part in tracer.innermost]
+                raise
+            targets = (str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
+            if unwritable := next((name for name in targets if not _can_be_written(name)), None):
+                raise CaptureError(f"the code of a graph cannot contain the name {unwritable!r}")
+            if tracer.has_drawn:
+                raise CaptureError(
+                    "it draws random numbers in Python or seeds a generator, which happens once in a trace"
+                )
+            if changes := snapshot.changes():
+                self._stack = [self._paths[path] for path, _ in changes]
+                names = ", ".join(f"{path}.{name}".lstrip(".") for path, name in changes[:3])
+                raise CaptureError(f"its forward changes {names}, which a graph drops")
+        return graph
+
+    def _may_differ(self, node: fx.Node) -> bool:
+        """Whether a node may have one constant in train mode and another in eval mode.
+
+        If not, its module becomes a call and has its own mode, such as a batch norm that is frozen in eval mode.
+        """
+        stack = _stack_of(node)
+        return self._other_mode.isdisjoint(stack) and (not stack or self._paths[stack[-1]] in self._open)
+
+    def _keep_innermost(self) -> bool:
+        """Turn the innermost module of the failed trace, and others of its class, into calls. False if not possible."""
+        for part in reversed(self._stack):
+            if part not in self._open and part not in self._keep:
+                self._keep |= {other for other in self._paths.values() if type(other) is type(part)} - self._open
+                return True
+        return False
+
+    def _keep_one_of(self, error: ModesDifferError) -> None:
+        """Turn the innermost module of one of the nodes that differ into a call."""
+        stacks = [_stack_of(node) for node in error.nodes]
+        for stack in stacks:
+            self._stack = [self._paths[path] for path in stack if path in self._paths]
+            if self._keep_innermost():
+                return
+        where = next((path for path in reversed(stacks[0]) if path in stacks[1]), "") or type(self._module).__name__
+        if odd := [path for path in stacks[0] if path in self._other_mode]:
+            raise CaptureError(f"{odd[0]} is in another mode than the model. Call train() or eval() on the whole model")
+        raise CaptureError(f"{where} runs different operations in train mode and in eval mode")
+
+
+def _can_be_written(name: str) -> bool:
+    """Whether fx can write a name into the generated code of a graph, in quotation marks."""
+    try:
+        is_same: bool = ast.literal_eval(f'"{name}"') == name
+    except (SyntaxError, ValueError):
+        return False
+    return is_same and not any(map(keyword.iskeyword, name.split(".")))
+
+
+def _stack_of(node: fx.Node) -> list[str]:
+    """The paths of the modules whose forward created a node, from the outermost to the innermost."""
+    return [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+
+
+def capture(model: nn.Module, layers: Mapping[str, nn.Module]) -> Captured:
+    """Trace the whole model, or the largest parts of it that fx can trace."""
+    found = Captured(layers)
+    with base_model_view(model):
+        found.visit("", model, "")
+    return found
+
+
+class Captured:
+    """The graphs that fx traced of a model: a search from the model down to its layers, which stops at each graph.
+
+    Attributes:
+        parts: path of a module -> its graph and the modules added to it. The only key is `""` if the whole model is
+            traced.
+        layers: path of a layer -> (path of the module whose graph contains it, or `None`; the reason why no larger
+            graph contains it, `""` if it is in the graph of the whole model).
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        """Start without graphs."""
+        self.parts: dict[str, tuple[fx.Graph, Mapping[str, nn.Module]]] = {}
+        self.layers: dict[str, tuple[str | None, str]] = {}
+        # A shared layer has several paths, but one name.
+        self._names = {layer: path for path, layer in layers.items()}
+
+    def visit(self, path: str, module: nn.Module, why: str) -> None:
+        """Visit a module; `why` is the reason why its parent does not have a graph."""
+        below = [part for part in module.modules() if part in self._names]
+        if not below:
+            return
+        if module in self._names:
+            self._note(below, None, why)
+            return
+        # A graph of a single layer is not useful, and a container is never called.
+        if path and (len(below) == 1 or type(module).forward is nn.Module.forward):
+            self._visit_children(path, module, why)
+            return
+        try:
+            self.parts[path] = _trace_part(path, module, below)
+        except CaptureError as error:
+            reason = f"{path or 'the model'} ({original_class(module).__name__}): {error.reason}"
+            self._visit_children(path, module, reason)
+        else:
+            self._note(below, path, why)
+
+    def _visit_children(self, path: str, module: nn.Module, why: str) -> None:
+        for name, child in module.named_children():
+            self.visit(f"{path}.{name}".lstrip("."), child, why)
+
+    def _note(self, layers: list[nn.Module], root: str | None, why: str) -> None:
+        for layer in layers:
+            self.layers.setdefault(self._names[layer], (root, why))
+
+
+def _trace_part(path: str, module: nn.Module, layers: list[nn.Module]) -> tuple[fx.Graph, Mapping[str, nn.Module]]:
+    if "forward" in vars(module):
+        raise CaptureError("its forward is set on the instance")
+    if isinstance(module, fx.GraphModule) and path:
+        raise CaptureError("it is a GraphModule itself")
+    # It is unknown whether the callers of a submodule pass its optional arguments.
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    optional = [parameter.name for parameter in parameters if parameter.default is not inspect.Parameter.empty]
+    if path and optional:
+        names = ", ".join(optional)
+        raise CaptureError(f"forward has optional arguments ({names}), and it is unknown how it is called")
+    return trace(module, layers)

@@ -33,12 +33,7 @@ if TYPE_CHECKING:
 
 
 def argument_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-    """The names of the arguments of a call, in order. Arguments in `*args` are numbered.
-
-    Example:
-        >>> argument_names(nn.Bilinear(2, 2, 2), (1,), {"input2": 2})
-        ['input1', 'input2']
-    """
+    """The names of the arguments of a call, in order. Arguments in `*args` are numbered."""
     names: list[str] = []
     for parameter in inspect.signature(model.forward).parameters.values():
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
@@ -49,32 +44,14 @@ def argument_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def call_of(program: ExportedProgram) -> Call:
-    """The arguments of a program, with each flat input replaced by its number.
-
-    Example:
-        >>> import torch
-        >>> call_of(torch.export.export(nn.Bilinear(2, 2, 2), (torch.ones(1, 2),), {"input2": torch.ones(1, 2)}))
-        ((0,), {'input2': 1})
-    """
+    """The arguments of a program, with each flat input replaced by its number."""
     spec: Any = program.call_spec.in_spec
     call: Call = pytree.tree_unflatten(range(spec.num_leaves), spec)
     return call
 
 
 def nest(graph: fx.Graph, program: ExportedProgram, names: list[str]) -> list[fx.Node]:
-    """Add the nested arguments and results of a program to its graph, in place.
-
-    Args:
-        graph: the graph of the program's module, with one placeholder for each tensor.
-        program: the program.
-        names: the names of its arguments.
-
-    Returns:
-        The nodes of the flat inputs.
-
-    Raises:
-        CaptureError: a graph cannot create or unpack an argument or a result of this type.
-    """
+    """Add the nested arguments and results of a program to its graph, in place. Returns the nodes of the inputs."""
     flat = iter(graph.find_nodes(op="placeholder"))
     specs = [spec for part in program.call_spec.in_spec.children() for spec in part.children()]
     inputs: list[fx.Node] = []
@@ -162,11 +139,7 @@ class InputChecks(nn.Module):
         self._make()
 
     def forward(self, *args: Any) -> None:
-        """Check all inputs.
-
-        Raises:
-            AssertionError: an input violates a condition; the message names it and says what to do.
-        """
+        """Check all inputs."""
         (self._check_train if self.training else self._check_eval)(*args)
 
     def add(self, condition: Condition) -> None:
@@ -205,13 +178,7 @@ def _code(conditions: Sequence[Condition]) -> str:
 
 
 def conditions_of(program: ExportedProgram, names: list[str], places: list[fx.Node]) -> list[Condition]:
-    """The conditions on the inputs of a program.
-
-    Args:
-        program: the program.
-        names: the names of its arguments.
-        places: the nodes of its flat inputs.
-    """
+    """The conditions on the inputs of a program."""
     args, kwargs = call_of(program)
     given = dict(zip(names, (*args, *kwargs.values()), strict=True))
     paths = [path for path, _ in pytree.tree_flatten_with_path(given)[0]]
@@ -224,18 +191,6 @@ def conditions_of(program: ExportedProgram, names: list[str], places: list[fx.No
     shown = [f"{path[0].key}{pytree.keystr(path[1:])}" for path in paths]
     found = dict.fromkeys([*_of_shapes(program, places), *guards_of(program)])
     return [_condition(code, sources, shown) for code in found]
-
-
-def more_than_one(index: int, dimension: int, names: list[str]) -> Condition:
-    """The condition that a size of an input is not 1.
-
-    Args:
-        index: index of the flat input.
-        dimension: the dimension of the size.
-        names: the names of the arguments. If no argument is nested, these are the names of the inputs.
-    """
-    name = names[index] if index < len(names) else f"input {index}"
-    return Condition(f"args[{index}].size()[{dimension}] != 1", f"{name}.size()[{dimension}] != 1")
 
 
 def _condition(code: str, sources: dict[str, int], names: list[str]) -> Condition:

@@ -62,10 +62,6 @@ class TracedValue(fx.Proxy):
             _tracer(self).refuse(f"it sets {name!r} of a value")
         object.__setattr__(self, name, value)
 
-    def __setitem__(self, index: Any, value: Any) -> NoReturn:
-        """Raise an error for an assignment to an item, because fx does not have a node for it."""
-        _tracer(self).refuse("it writes into a part of a value (value[...] = ...)")
-
     def __hash__(self) -> int:
         """Return the hash; only fx may use a traced value as a key."""
         tracer = _tracer(self)
@@ -80,12 +76,10 @@ class TracedValue(fx.Proxy):
 
 
 def _augment(name: str) -> None:
-    """Define an augmented assignment: `h += x` writes into the tensor `h`, which other variables may share.
+    """Define an augmented assignment: after `skip = h; h *= 0.5`, a proxy of fx would leave `skip` as it was.
 
-    `fx.Proxy` does not define them, so Python evaluates `h = h + x`, and after `skip = h; h *= 0.5` the graph would
-    have the wrong `skip`. The target of the node is a function of this module, and the code of the graph imports it.
-    For a function of `operator`, fx generates the code `h += x`: if `h` is a number, this would reassign the variable
-    of another node.
+    For a function of `operator`, fx generates the code `h *= 0.5`. If `h` is a number, this would reassign the variable
+    of another node. So the target of the node is a function of this module.
     """
     act = getattr(operator, name)
 
@@ -127,12 +121,7 @@ class ModelTracer(fx.Tracer):
     trace_asserts = True
 
     def __init__(self, keep: Collection[nn.Module], training: bool) -> None:
-        """Prepare for one trace.
-
-        Args:
-            keep: modules that stay calls, independent of their class.
-            training: the mode of all modules during the trace.
-        """
+        """Prepare for one trace."""
         super().__init__()
         self._keep = keep
         self._state = GraphState()
@@ -157,11 +146,7 @@ class ModelTracer(fx.Tracer):
         raise CaptureError(reason)
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
-        """Trace a module.
-
-        Raises:
-            CaptureError: the graph would not compute the same as the forward.
-        """
+        """Trace a module."""
         with torch.enable_grad(), patched(self.refuse), preserve_rng_state():
             self._state = GraphState()
             try:
@@ -187,10 +172,6 @@ class ModelTracer(fx.Tracer):
         except fx.proxy.TraceError:
             self.refuse("it loops over a value, or unpacks a value into an unknown number of items")
 
-    def keys(self, obj: fx.Proxy) -> NoReturn:
-        """Raise an error for a value that is unpacked as keyword arguments."""
-        self.refuse("it unpacks a value as keyword arguments")
-
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module stays a call: modules to keep, layers that can be adapted, and the leaf modules of fx."""
         return m in self._keep or find_kind(m) is not None or super().is_leaf_module(m, module_qualified_name)
@@ -202,18 +183,14 @@ class ModelTracer(fx.Tracer):
         path = self.path_of_module(m)
         self.innermost.append((path, m))
         is_leaf = self.is_leaf_module(m, path)
-        if reason := self._why_not_called(m) if is_leaf else _why_not_inlined(m):
-            self.refuse(f"{path}: {reason}")
+        if is_leaf and any(part.training != self._training for part in m.modules()):
+            self.refuse(f"{path}: its train or eval mode is changed for this call, which a graph drops")
+        if not is_leaf and has_own_hooks(m):
+            self.refuse(f"{path}: it has hooks, which would not run")
         with self.internal() if is_leaf else contextlib.nullcontext():
             result = super().call_module(m, forward, args, kwargs)
         self.innermost.pop()
         return _leaf_result(m, args, kwargs, result) if is_leaf else result
-
-    def _why_not_called(self, module: nn.Module) -> str | None:
-        """The reason why the call of a module cannot be a node, or `None`."""
-        if all(part.training == self._training for part in module.modules()):
-            return None
-        return "its train or eval mode is changed for this call, which a graph drops"
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Create a node, if the graph can represent the current state."""
@@ -266,15 +243,6 @@ class UnpicklingTracer(fx.Tracer):
     """Traces the code of a graph, as fx does to unpickle it. Reads of buffers are nodes instead of constants."""
 
     proxy_buffer_attributes = True
-
-
-def _why_not_inlined(module: nn.Module) -> str | None:
-    """The reason why the forward of a module cannot be inlined, or `None`."""
-    if has_own_hooks(module):
-        return "it has hooks, which would not run"
-    if type(module).__call__ is not nn.Module.__call__ and getattr(module, "gradient_checkpointing", False):
-        return "it checkpoints its activations, which a graph drops"
-    return None
 
 
 def _leaf_result(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:

@@ -16,16 +16,15 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from hra_fx.compat import fake_tensor_mode
 from hra_fx.errors import HRAWarning, VisualizeError
 from hra_fx.export.captured import is_captured, is_program
-from hra_fx.export.ops import find_rotate_nodes
+from hra_fx.export.program import find_rotate_nodes
 from hra_fx.model.example_inputs import Call, normalize_inputs
-from hra_fx.model.graph_module import tag_adapted_layers
 from hra_fx.model.state import adapted_layers
 from hra_fx.model.unwrap import unwrap
 from hra_fx.reporting.heat import is_identity
 from hra_fx.reporting.report import Report, report
 from hra_fx.reporting.row import Row
 from hra_fx.reporting.skipped_layers import SkippedLayer
-from hra_fx.tracing.graphs import adapted_graphs, graph_of_call, is_graph_of_call, plain_graphs
+from hra_fx.tracing.graphs import graphs_of
 from hra_fx.view.graph import leaves_of
 from hra_fx.view.scopes import scope_tree
 from hra_fx.view.subject import Subject, subject_of, subject_of_operators, subject_of_program
@@ -88,16 +87,9 @@ def _find_subject(model: Any, example_inputs: Any) -> Subject:
             f"`model` is a single adapted layer ({type(model).__name__}). Pass the model that contains it, and the "
             "layer's path as `focus`."
         )
-    if isinstance(model, fx.GraphModule):
-        tag_adapted_layers(model)  # marks the nodes of its adapted layers again
-        found = {"": model}
-    else:
-        found = adapted_graphs(model) if adapted_layers(model) else plain_graphs(model)
+    found = graphs_of(model, example_inputs)
     if example_inputs is not None:
-        call = normalize_inputs(example_inputs)
-        if "" not in found or not is_graph_of_call(model, found[""].graph, call):
-            found = {"": graph_of_call(model, call)}
-        _note_shapes(found[""], call)
+        _note_shapes(found[""], normalize_inputs(example_inputs))
     return subject_of(model, found)
 
 

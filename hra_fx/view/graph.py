@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from hra_fx.compat import OpOverload
 from hra_fx.layers.target import FACTORS, META, REFLECTION, NodeTag
 from hra_fx.tracing.by_mode import ByMode
-from hra_fx.tracing.canonical import normalize_path
+from hra_fx.tracing.graph_module import normalize_path
 from hra_fx.view.subject import Subject, describe_module, name_of, own_parameters
 from hra_fx.view.tree import Leaf, joined, module_of, prefixes
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 
-from hra_fx.export.inspect import LayerAdapter, adapter_layers
+from hra_fx.export.captured import LayerAdapter, adapter_layers
 from hra_fx.export.match import find_layers, group_tied, module_classes
-from hra_fx.export.ops import find_rotate_nodes, remove_rotation
+from hra_fx.export.program import find_rotate_nodes, remove_rotation
 from hra_fx.export.select import build_skeleton
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.target import META, REFLECTION, NodeTag, describe
@@ -152,7 +152,7 @@ def _subject(module: fx.GraphModule, tensors: Mapping[str, Tensor], adapted: Ite
             weights.setdefault(str(node.target), []).append(node)
     found = find_layers(weights, own)
     classes = module_classes(module.graph)
-    skeleton = build_skeleton(found, own, classes, with_output=True)
+    skeleton = build_skeleton(found, own, classes)
     layers: dict[str, LayerFacts] = {}
     for layer in adapted:
         parameters = sum(tensor.numel() for key, tensor in own.items() if key.rpartition(".")[0] == layer.path)

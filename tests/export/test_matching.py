@@ -26,7 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import hra_fx
 from hra_fx.export.captured import fold_captured, transform_captured
-from hra_fx.export.ops import ROTATE
+from hra_fx.export.program import ROTATE
 
 
 def refused(program: ExportedProgram, settings: hra_fx.HRAConfig, kind: type[Exception], name: str = "default") -> str:

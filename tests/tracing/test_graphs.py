@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 import hra_fx
 from hra_fx.errors import AdapterError
 from hra_fx.layers.target import NodeTag
-from hra_fx.tracing.trace import capture_layers
+from hra_fx.model.state import adapted_layers
+from hra_fx.tracing.graphs import capture
 
 
 class Net(nn.Module):
@@ -89,7 +90,7 @@ def test_a_model_that_is_traced_whole() -> None:
     model = net()
     found = hra_fx.graphs(model)
     assert list(found) == [""] and type(found[""]).__bases__[0] is fx.GraphModule and type(found[""]).__name__ == "Net"
-    assert capture_layers(model) == {"conv": ("", ""), "head": ("", "")}
+    assert capture(model, adapted_layers(model)).layers == {"conv": ("", ""), "head": ("", "")}
     assert [(note.path, note.kind, note.role) for note in notes(found[""])] == [
         ("conv", "conv2d", "reflection"),
         ("conv", "conv2d", "layer"),
@@ -103,7 +104,7 @@ def test_a_model_that_is_traced_whole() -> None:
 def test_the_largest_parts_and_the_reasons() -> None:
     model = adapted(Host())
     before = picture(model)
-    found = capture_layers(model)
+    found = capture(model, adapted_layers(model)).layers
     assert picture(model) == before
     whole = "the model (Host): it branches on a value (if, while, and, or, not, assert)"
     optional = "optional (Optional): forward has optional arguments (mask), and it is unknown how it is called"

@@ -19,7 +19,7 @@ from tracing.models import TRACED, Dropout, Norms, Straight, Two
 import hra_fx
 from hra_fx.errors import CaptureError
 from hra_fx.layers.target import find_kind
-from hra_fx.tracing.trace import trace
+from hra_fx.tracing.graphs import trace
 
 X = normal(7, 4, 6)
 

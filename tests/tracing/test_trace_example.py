@@ -17,6 +17,7 @@ from tracing.captured import CASES, bert, llama, made_pair, pair_of, tokens, twi
 from tracing.models import Branches, Dropout, Optional, Two
 
 import hra_fx
+from hra_fx.errors import AdapterError
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", pytest.param("resnet", marks=pytest.mark.slow)])
@@ -279,3 +280,34 @@ def test_unused_layers_keep_their_keys_and_adapters() -> None:
     eager.load_state_dict(model.state_dict())
     assert_same(model(X), eager(X))
     assert hra_fx.fold(model).state_dict().keys() == base.state_dict().keys()
+
+
+class Sine(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sin() if self.training else x
+
+
+class OneRow(nn.Module):
+    """Allows a batch of 1 only, so the first captures fail. A layer has the name of a Python keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({"in": nn.Linear(6, 5), "out": nn.Linear(6, 5)})
+        self.last = Sine()
+
+    def forward(self, x: Tensor, name: str = "out") -> Tensor:
+        return self.last(self.layers[name](x.view(1, 6)))
+
+
+def test_a_part_in_another_mode_is_refused_in_later_tries_too() -> None:
+    model = OneRow()
+    del model.layers["in"]
+    model.last.eval()
+    with pytest.raises(AdapterError, match="last is in another mode than the model"):
+        hra_fx.transform(model, config("out"), trace=True, example_inputs=(torch.ones(1, 6), "out"))
+    assert model.training and not model.last.training
+
+
+def test_a_layer_with_the_name_of_a_keyword_is_refused() -> None:
+    with pytest.raises(AdapterError, match=r"torch\.export fails \(SyntaxError"):
+        hra_fx.transform(OneRow(), config("in"), trace=True, example_inputs=(torch.ones(1, 6), "in"))
