@@ -14,7 +14,7 @@ from hra_fx.export.match import GraphLayer, find_layers, module_classes
 from hra_fx.export.ops import remove_rotation
 from hra_fx.export.select import build_skeleton, layer_of, make_layer
 from hra_fx.functional.chain import plain_chain
-from hra_fx.functional.rotated_energy import readable_rows
+from hra_fx.functional.statistics import readable_rows
 from hra_fx.layers.target import REFLECTION, LayerKind, describe
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from hra_fx.errors import AdapterError
 from hra_fx.export.captured import check_is_program, without_metadata
 from hra_fx.export.editors import ProgramEditor, is_adapter_tensor
 from hra_fx.export.ops import ROTATE, find_rotate_nodes
-from hra_fx.functional import exportable, householder
+from hra_fx.functional import householder
 from hra_fx.functional.rotate import rotate_weight
 from passes.freeze import FreezePass
 from passes.lower import LowerPass
@@ -65,7 +65,7 @@ def rotate_decomposition(
     dtype = householder.working_dtype(torch.promote_types(weight.dtype, vectors.dtype))
     chain = vectors.to(dtype)
     if apply_GS:
-        chain = exportable.gram_schmidt(householder.normalize(chain))
+        chain = householder.basis_of_products(chain)
     if anchor is not None:
         chain = torch.cat([anchor.to(dtype), chain], dim=1)
     return rotate_weight(weight, chain, transposed=columns, exportable_ops=True)

@@ -7,7 +7,7 @@ a rotation, and the shortest path of rotations from `I` to `Q` is
 
 A rotation rotates orthogonal planes. `Q(alpha)` rotates the same planes by `alpha` times their angles, and a rotation
 of one plane is a product of two reflections. So the task is to find the planes. They lie in the span of the vectors,
-`U = V R` (thin QR), where `Q` is the block `B = I - R T R^T` of size at most `(k, k)`:
+`U = V R` (thin QR), where `Q` is the block `B = I - R T R^T` of size at most `(k, k)` (`householder.span`):
 
 1. `(B + B^T) / 2` has the eigenvalues `cos(theta)`, twice for each plane. They are split at a gap into a front half,
    where `B` has no angle near pi, and a back half, where `-B` has none.
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from hra_fx.errors import AdapterError
-from hra_fx.functional.householder import compact_wy, normalize, rotate
+from hra_fx.functional.householder import normalize, span
 
 
 def fractional_rotation(chain: Tensor, alpha: float) -> Tensor:
@@ -49,6 +49,7 @@ def fractional_rotation(chain: Tensor, alpha: float) -> Tensor:
     Example:
         >>> U = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # Q = -I, a half turn
         >>> half = fractional_rotation(U, 0.5)
+        >>> from hra_fx.functional.householder import compact_wy
         >>> (torch.eye(2) - half @ compact_wy(half) @ half.T).abs().round(decimals=4)
         tensor([[0., 1.],
                 [1., 0.]])
@@ -57,8 +58,8 @@ def fractional_rotation(chain: Tensor, alpha: float) -> Tensor:
         raise AdapterError(f"`alpha` must be between 0 (base model) and 1 (the adapter), got {alpha!r}.")
     with torch.no_grad():
         vectors = _unit_columns(chain)
-        basis, triangle = torch.linalg.qr(vectors)
-        block = rotate(_identity(triangle.shape[0]), triangle, compact_wy(triangle))
+        basis, moved = span(vectors)
+        block = _identity(len(moved)) - moved
         planes = _planes(block)
         angles = alpha * _angles(block, planes)
         # Smaller angles are rounding errors of vectors that cancel.

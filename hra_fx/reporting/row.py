@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hra_fx.errors import AdapterError
-from hra_fx.functional.rotated_energy import RelativeChange, readable_rows, relative_change
-from hra_fx.functional.statistics import RotationStats, rotation_stats
+from hra_fx.functional.statistics import RelativeChange, RotationStats, readable_rows, relative_change, rotation_stats
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.experts_adapters import ExpertsAdapters
 from hra_fx.layers.quantized.detect import quant_scheme_of
