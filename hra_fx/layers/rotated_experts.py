@@ -12,16 +12,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hra_fx import compat
 from hra_fx.functional.rotate import rotate_weight
 from hra_fx.kernels.dispatch import is_plain, is_plain_eager, products_dtype
-from hra_fx.kernels.experts import GatheredProduct, reflect_each, reflect_groups
+from hra_fx.kernels.factors import Factors
+from hra_fx.kernels.linear import reflect_each
 from hra_fx.layers.rotated_weight import RotatedWeight
 
 _TRANSPOSING = (Tensor.transpose, torch.transpose, Tensor.mT.__get__)  # type: ignore[attr-defined]
 _INTEGERS = (torch.int32, torch.int64)
+#: Kernels for grouped products need rows with a multiple of 16 bytes.
+_ALIGNMENT = 16
 
 
 class RotatedExperts(RotatedWeight):
@@ -169,8 +173,27 @@ def _gathers_again(weight: RotatedExperts, x: Tensor) -> bool:
 def _gathered_product(x: Tensor, weight: RotatedExperts, transposed: bool) -> Tensor:
     """`X_i W_i` or `X_i W_i^T` with the selected base weights."""
     whole, chosen = weight._layer.hra_base, weight._selected
-    product: Tensor = GatheredProduct.apply(x, chosen, whole, weight.index, transposed)  # type: ignore[no-untyped-call]
+    product: Tensor = _GatheredProduct.apply(x, chosen, whole, weight.index, transposed)  # type: ignore[no-untyped-call]
     return product
+
+
+class _GatheredProduct(torch.autograd.Function):
+    """`X_i W_i`, or `X_i W_i^T` if transposed, with frozen weights `W = weight[index]`, one for each `X_i`.
+
+    The backward pass gathers the weights again. A plain product would keep a copy of a weight for each token.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gathered: Tensor, weight: Tensor, index: Tensor, transposed: bool) -> Tensor:
+        ctx.save_for_backward(weight, index)
+        ctx.transposed = transposed
+        return torch.bmm(x, gathered.mT if transposed else gathered)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        weight, index = ctx.saved_tensors
+        gathered = weight[index]
+        return torch.bmm(gradients[0], gathered if ctx.transposed else gathered.mT), None, None, None, None
 
 
 def _grouped_mm(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -180,8 +203,21 @@ def _grouped_mm(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str,
         return None
     if (factors := _factors(weight, x, last=False, dtype=x.dtype)) is None or weight.index is not None:
         return None
-    reflected = reflect_groups(x, factors, lambda rows, matrices: func(rows, matrices, *rest, **kwargs))
+    reflected = _reflect_groups(x, factors, lambda rows, matrices: func(rows, matrices, *rest, **kwargs))
     return func(reflected, weight.base(), *rest, **kwargs)
+
+
+def _reflect_groups(x: Tensor, factors: Factors, multiply: Callable[[Tensor, Tensor], Any]) -> Tensor:
+    """Reflect rows `x: (n, d)` that are sorted by expert, each by the chain of its expert.
+
+    The factors `(experts, k, d)` have the dtype of `x`. `multiply` is the grouped product of rows `(n, a)` with
+    matrices `(experts, a, b)`.
+    """
+    step = _ALIGNMENT // x.element_size()
+    missing = -factors.rows.shape[1] % step
+    rows, down = (F.pad(factor, (0, 0, 0, missing)) for factor in factors)
+    reflected: Tensor = x + multiply(multiply(x, down.mT), rows)
+    return reflected
 
 
 _PRODUCTS: dict[str, Callable[..., Any]] = {

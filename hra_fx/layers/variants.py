@@ -21,7 +21,6 @@ from hra_fx.kernels.conv import (
     add_up_projection,
     convolve_patches,
     positions,
-    up_projection,
 )
 from hra_fx.kernels.dispatch import is_compiling, products_dtype
 from hra_fx.kernels.distributed import reflect_distributed, rotate_distributed
@@ -247,7 +246,7 @@ class ConvAdapters(HouseholderAdapters):
     def _corrected(self, output: Tensor, x: Tensor, factors: Factors, weight: Tensor) -> Tensor:
         """Apply the correction to the output of the base layer, possibly in place."""
         convolve, stride = _CONVOLVE[len(self.stride)], self.stride
-        kernel, up = factors.down.reshape(-1, *self.patch), up_projection(factors.rows, weight)
+        kernel, up = factors.down.reshape(-1, *self.patch), torch.mm(factors.rows, weight.flatten(1).mT).mT
         if self.groups > 1:
             kernel = kernel.repeat(self.groups, *(1 for _ in self.patch))
         padding: Any = self.padding
