@@ -6,7 +6,7 @@ import re
 
 from torch import nn
 
-from hra_fx.layers.adapter_names import ANCHOR
+from hra_fx.layers.containers import ANCHOR
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import BASE, all_copies
 from hra_fx.model.state import adapted_layers

@@ -24,7 +24,7 @@ from hra_fx.export.ops import find_rotate_nodes, insert_rotation, remove_rotatio
 from hra_fx.export.select import init_adapter, select_layers
 from hra_fx.functional.chain import plain_chain
 from hra_fx.functional.rotate import check_finite, check_foldable, rotate_weight
-from hra_fx.layers.adapter_names import ANCHOR, check_adapter_name
+from hra_fx.layers.containers import ANCHOR, check_adapter_name
 from hra_fx.layers.target import REFLECTION, find_kind
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from hra_fx.compat import export_forward_backward, pytree
 from hra_fx.errors import AdapterError, CaptureError
 from hra_fx.export.captured import is_program
 from hra_fx.export.step import StepModule, check_gradients, gradients_of, unchanged
-from hra_fx.layers.quantized.detect import quant_scheme_of
+from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.tracing.exported import exporting, without_caches
 
 if TYPE_CHECKING:

@@ -20,8 +20,7 @@ from hra_fx.functional.chain import plain_chain
 from hra_fx.functional.rotate import rotate_weight
 from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
 from hra_fx.layers.class_swap import SwapMixin
-from hra_fx.layers.quantized.detect import quant_scheme_of
-from hra_fx.layers.quantized.straight_through import call_quantized
+from hra_fx.layers.quantized import call_quantized, quant_scheme_of
 from hra_fx.layers.target import describe, kind_of, width_of
 from hra_fx.layers.variants import ConvAdapters, LinearAdapters
 

@@ -20,7 +20,7 @@ from hra_fx.errors import AdapterError
 from hra_fx.kernels.dispatch import is_plain_eager
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.base_parameters import BaseParameters, tied_again
-from hra_fx.layers.quantized.straight_through import call_quantized
+from hra_fx.layers.quantized import call_quantized
 from hra_fx.layers.rotated_values import MOVED
 from hra_fx.layers.rotated_weight import InferenceRotatedWeight, RotatedWeight, link
 from hra_fx.layers.sharding import call, is_dtensor

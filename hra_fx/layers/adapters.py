@@ -19,12 +19,11 @@ from hra_fx.functional import geodesic, householder
 from hra_fx.functional.chain import ChainPart, plain_chain
 from hra_fx.functional.rotate import as_rows, rotate_weight
 from hra_fx.layers.accelerate_hooks import device_of
-from hra_fx.layers.adapter_names import ANCHOR, SCALED, check_adapter_name
+from hra_fx.layers.containers import ANCHOR, SCALED, FilledLater, check_adapter_name
 from hra_fx.layers.mixed import MixedBatch, mixed_batch_of
 from hra_fx.layers.rotated_weight import RotatedWeight
 from hra_fx.layers.sharding import distribute_like, full_tensor
 from hra_fx.layers.target import REFLECTION, LayerKind, weight_name, weight_place
-from hra_fx.layers.without_values import nan_for_new_memory
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class AdapterSpec:
     init_weights: bool = True
 
 
-class HouseholderAdapters(nn.ParameterDict):
+class HouseholderAdapters(FilledLater, nn.ParameterDict):
     """The adapters of one layer: adapter name -> `U: (d, r)`. Calling it reflects the layer's input or its weight.
 
     Attributes:
@@ -145,9 +144,7 @@ class HouseholderAdapters(nn.ParameterDict):
         Raises:
             AdapterError: the name cannot be the name of a parameter.
         """
-        check_adapter_name(name)
-        if hasattr(self, name):
-            raise AdapterError(f"adapter {name!r} already exists. Choose another name.")
+        check_adapter_name(name, self)
         self[name] = nn.Parameter(vectors)
         if anchor is not None:
             self.register_buffer(name + ANCHOR, anchor)
@@ -211,12 +208,6 @@ class HouseholderAdapters(nn.ParameterDict):
             self.scales[name] = alpha
             self.trainable_at_full_scale[name] = trained
         vectors.requires_grad_(trained and alpha == 1)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> HouseholderAdapters:
-        """Like `nn.Module._apply`, but vectors that were on the meta device become NaN until they are filled."""
-        with nan_for_new_memory(self):
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         """Load a state, and update the scaled adapters."""

@@ -34,8 +34,7 @@ from hra_fx.kernels.mixed import RowFactors, stack_chains
 from hra_fx.layers.accelerate_hooks import calls_class_forward
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.mixed import CURRENT, MixedBatch, mixed_batch_of
-from hra_fx.layers.partitioned import is_partitioned_by_zero3, is_trained_by_zero
-from hra_fx.layers.sharding import sharded_by
+from hra_fx.layers.sharding import is_partitioned_by_zero3, is_trained_by_zero, sharded_by
 from hra_fx.layers.target import REFLECTION
 
 #: A container, its layer, and the parts of its chain. In a mixed batch, the chain (or `None`) of each adapter.

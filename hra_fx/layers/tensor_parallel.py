@@ -15,7 +15,7 @@ from torch import nn
 
 from hra_fx.errors import UnsupportedLayerError
 from hra_fx.kernels.distributed import as_dtensor
-from hra_fx.layers.quantized.detect import quant_scheme_of
+from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.layers.sharding import distribute_like, is_dtensor
 from hra_fx.layers.target import REFLECTION, SAVED, describe
 from hra_fx.layers.variants import has_own_forward

@@ -9,20 +9,19 @@ which renames the keys of the base model.)
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
 from hra_fx.compat import non_persistent_buffers, state_modules
+from hra_fx.layers.containers import FilledLater, check_adapter_name
 from hra_fx.layers.sharding import device_of_values
 from hra_fx.layers.target import SAVED
-from hra_fx.layers.without_values import nan_for_new_memory
 
 #: The name of the base model where an adapter name is expected.
 BASE = "base_layer"
 
 
-class Copies(nn.Module):
+class Copies(FilledLater):
     """The tensors of one module that are not in use.
 
     Attributes:
@@ -35,12 +34,6 @@ class Copies(nn.Module):
         super().__init__()
         self.copied: dict[str, tuple[str, ...]] = {}
         self.in_place: dict[str, str] = {}
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Copies:
-        """Like `nn.Module._apply`, but tensors that were on the meta device become NaN until they are filled."""
-        with nan_for_new_memory(self):
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
 
     def make(
         self,
@@ -55,6 +48,7 @@ class Copies(nn.Module):
         The values come from the base model, or from `values`. `memo` maps the id of an original tensor to its copy for
         this adapter, so that a shared tensor stays shared.
         """
+        check_adapter_name(adapter, self)
         self.copied[adapter] = tuple(names)
         holder = nn.Module()
         self.add_module(adapter, holder)

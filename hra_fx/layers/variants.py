@@ -33,10 +33,9 @@ from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.experts_adapters import ExpertsAdapters
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.mixed import check_rows
-from hra_fx.layers.partitioned import full_shape
-from hra_fx.layers.quantized.detect import quant_scheme_of
+from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.layers.sharding import is_dtensor
-from hra_fx.layers.target import is_conv1d, kind_of, width_of
+from hra_fx.layers.target import full_shape, is_conv1d, kind_of, width_of
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

@@ -11,8 +11,7 @@ from hra_fx.errors import AdapterError
 from hra_fx.functional.statistics import RelativeChange, RotationStats, readable_rows, relative_change, rotation_stats
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.experts_adapters import ExpertsAdapters
-from hra_fx.layers.quantized.detect import quant_scheme_of
-from hra_fx.layers.quantized.scheme import QuantScheme
+from hra_fx.layers.quantized import QuantScheme, quant_scheme_of
 
 _UNKNOWN = RotationStats(math.nan, (math.nan,), math.nan)
 
