@@ -27,9 +27,8 @@ from torch import Tensor, fx, nn
 
 from hra_fx import compat
 
-# The fx tracer records each of these functions as one node, because their branches cannot be traced.
-for _name in ("normalize", "compact_wy", "reflect", "rotate", "orthonormalize"):
-    fx.wrap(_name)
+# An fx tracer records it as one node, because its branches cannot be traced.
+fx.wrap("orthonormalize")
 
 
 # A table, because torch.export records torch.promote_types as an operator that no exporter supports.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from hra_fx.errors import FoldError
 from hra_fx.functional.householder import (
@@ -15,9 +15,6 @@ from hra_fx.functional.householder import (
     wy_of_products,
 )
 from hra_fx.functional.statistics import inverse_condition
-
-# The fx tracer records it as one node, because its branches cannot be traced.
-fx.wrap("rotate_weight")
 
 
 def rotate_weight(weight: Tensor, vectors: Tensor, *, transposed: bool = False, exportable_ops: bool = False) -> Tensor:

@@ -49,11 +49,7 @@ class AdaptedExperts(BaseParameters):
             raise RuntimeError(f"{type(self).__name__}.{name}: it cannot be rotated ({error})") from error
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Replace a parameter. `nn.Module` calls this when an attribute is set.
-
-        Raises:
-            AdapterError: the parameter is read as `W_e Q_e`.
-        """
+        """Replace a parameter that is not read as `W_e Q_e`. `nn.Module` calls this when an attribute is set."""
         layer: Any = self._modules.get(CHILD + name)
         if isinstance(layer, AdaptedLayer) and layer.hra_u.acts and param is not self._parameters.get(name):
             raise AdapterError(
@@ -79,11 +75,7 @@ def adapted_parameters(owner: nn.Module) -> list[Any]:
 
 
 def attach(layer: ExpertsWeight) -> None:
-    """Make a layer a child of its owner. The owner then reads its parameter through this layer.
-
-    Raises:
-        UnsupportedLayerError: the class of the owner cannot be subclassed.
-    """
+    """Make a layer a child of its owner. The owner then reads its parameter through this layer."""
     swap(layer.owner, AdaptedExperts)
     layer.owner._modules[layer.child] = layer
 
@@ -180,11 +172,7 @@ def _selects(index: Any) -> bool:
 def _factors(weight: Any, x: Any, *, last: bool, dtype: torch.dtype | None = None) -> Any:
     """The factors of the experts of a weight for an input `x`; `None` if the product needs the rotated values.
 
-    Args:
-        weight: the weight.
-        x: the input of the product.
-        last: whether the product sums over the last dimension of the weight.
-        dtype: the dtype of the products with the factors.
+    `last` is whether the product sums over the last dimension of the weight.
     """
     if type(weight) is not RotatedExperts or not isinstance(x, Tensor) or not is_plain(x):
         return None

@@ -87,10 +87,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
     def forward(self, x: Tensor | None = None, start: Any = None, *, weight: Tensor | None = None) -> Any:
         """Compute the reflection for the input `x` of the layer, or `W Q` for its weight `W`.
 
-        Args:
-            x: the input of the layer.
-            start: in a graph, the factors computed for all layers at its start (`StartOfForward`).
-            weight: the base weight.
+        In a graph, `start` contains the factors computed for all layers at its start (`StartOfForward`).
         """
         if weight is not None:
             return self.rotate(weight)
@@ -113,9 +110,6 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
 
         The vectors have dtype `dtype`, but at least float32 (as with PEFT's `autocast_adapter_dtype=True`). With
         `on_meta`, or on the meta device, they are created without data and without random numbers.
-
-        Raises:
-            AdapterError: the name cannot be the name of a parameter.
         """
         dtype, on_meta = householder.working_dtype(dtype), on_meta or device.type == "meta"
         vectors, anchor = self.initial_on_meta(spec, dtype) if on_meta else self.initial(spec, dtype)
@@ -139,11 +133,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         return self.width, r
 
     def put(self, name: str, spec: AdapterSpec, vectors: Tensor, anchor: Tensor | None) -> None:
-        """Add an adapter with given vectors `U: (d, r)` and anchor `A: (d, k)`. The adapter is not active.
-
-        Raises:
-            AdapterError: the name cannot be the name of a parameter.
-        """
+        """Add an adapter with given vectors `U: (d, r)` and anchor `A: (d, k)`. The adapter is not active."""
         check_adapter_name(name, self)
         self[name] = nn.Parameter(vectors)
         if anchor is not None:
@@ -180,16 +170,12 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
             self._parameters[name].requires_grad_(wanted)  # type: ignore[union-attr]
 
     def scaled(self, name: str, alpha: float) -> Tensor:
-        """Compute the chain of an adapter at scale `alpha` (`geodesic.fractional_rotation`), in at least float32.
-
-        Raises:
-            AdapterError: the `Q` of the adapter is not a rotation.
-        """
+        """Compute the chain of an adapter at scale `alpha`, in at least float32."""
         dtype = householder.working_dtype(self[name].dtype)
         return self.fraction(self.full_chain(name, dtype).detach(), alpha)
 
     def fraction(self, chain: Tensor, alpha: float) -> Tensor:
-        """Compute a chain at scale `alpha`; raises the errors of `scaled`."""
+        """Compute a chain at scale `alpha`; raises the errors of `geodesic.fractional_rotation`."""
         return geodesic.fractional_rotation(chain, alpha)
 
     def scale(self, name: str, alpha: float, chain: Tensor | None = None) -> None:
@@ -242,20 +228,22 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
 
     def joint_vectors(self, names: Iterable[str], dtype: torch.dtype | None = None) -> Tensor | None:
         """Several adapters as one chain of vectors of any length, in order; `None` if they are all the identity."""
-        chains = [self.chain(name, dtype) for name in names if not self._is_idle(name)]
+        chains = [self.chain(name, dtype) for name in names if self.chain_parts([name])]
         if not chains:
             return None
         return chains[0] if len(chains) == 1 else torch.cat(chains, dim=-1)
 
     def chain_parts(self, names: Iterable[str] | None = None) -> list[ChainPart]:
-        """The parts of the chain: the active adapters (or `names`) that are not the identity, in order."""
+        """The parts of the chain: the active adapters (or `names`) that are not the identity, in order.
+
+        They are never fx proxies, which do not have a shape.
+        """
         parts: list[ChainPart] = []
         buffers: Any = self._buffers
         for name in self.active if names is None else names:
             if name not in self.scales:
-                held = self._parameters.get(name)  # as in _held
                 anchor, spec = buffers.get(name + ANCHOR), self.specs[name]
-                parts.append(ChainPart(self[name] if held is None else held, anchor, spec.apply_GS))
+                parts.append(ChainPart(self._held(name), anchor, spec.apply_GS))
             elif (scaled := buffers[name + SCALED]).shape[-1]:
                 parts.append(ChainPart(scaled))
         return parts
@@ -270,11 +258,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         return device_of(weight_place(layer)[0], self.weight_of(layer))
 
     def weight_of(self, layer: nn.Module) -> nn.Parameter:
-        """The base weight of the layer.
-
-        Raises:
-            AdapterError: another tool has replaced the parameter.
-        """
+        """The base weight of the layer. Raises an `AdapterError` if another tool has replaced the parameter."""
         weight = layer._parameters.get(self.weight_name)
         if weight is not None:
             return weight
@@ -287,11 +271,6 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
             "was applied after hra_fx.transform. Undo that first (remove_weight_norm, prune.remove)."
         )
 
-    def _is_idle(self, name: str) -> bool:
-        """Whether an adapter has scale 0. This reads the buffer, because an fx proxy does not have a shape."""
-        scaled = self._buffers.get(name + SCALED) if name in self.scales else None
-        return scaled is not None and not scaled.shape[-1]
-
     @property
     def acts(self) -> bool:
         """Whether any adapter is active with a scale other than 0."""
@@ -300,7 +279,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
     def _acting_names(self, batch: MixedBatch | None) -> list[str]:
         """The active adapters, or the adapters of a mixed batch, that are not the identity."""
         names = self.active if batch is None else batch.names
-        return [name for name in names if name in self.specs and not self._is_idle(name)]
+        return [name for name in names if name in self.specs and self.chain_parts([name])]
 
     @contextmanager
     def inactive(self) -> Iterator[None]:
@@ -316,11 +295,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         return as_rows(weight, transposed=self.fan_in_fan_out)
 
     def vectors_for(self, x: Tensor) -> Tensor | None:
-        """The vectors of all active adapters for an input `x`, `(d, k)`, of any length; `None` for the identity.
-
-        Raises:
-            AdapterError: the vectors have no data yet, or the rows of a mixed batch have different vectors.
-        """
+        """The vectors of all active adapters for an input `x`, `(d, k)`, of any length; `None` for the identity."""
         if (batch := mixed_batch_of(self)) is not None:
             if names := self._acting_names(batch):
                 batch.refuse_weight(self, names)
@@ -331,18 +306,13 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         return vectors
 
     def check_data(self, names: Iterable[str] | None = None) -> None:
-        """Check that vectors are not on the meta device, because operators would use uninitialized memory.
-
-        Args:
-            names: the adapters; `None` for the active ones.
-
-        Raises:
-            AdapterError: the vectors have no data yet.
-        """
-        wanted = self.active if names is None else names
-        # Read the parameters, for the same reason as in _is_idle.
-        tensors = {name: (self._held(name), self.anchor(name)) for name in wanted}
-        if empty := [name for name, held in tensors.items() if any(t is not None and t.is_meta for t in held)]:
+        """Raise an error if vectors (`None` for the active ones) are on the meta device, without data."""
+        empty = [
+            name
+            for name in (self.active if names is None else names)
+            if any(tensor.is_meta for part in self.chain_parts([name]) for tensor in part.tensors())
+        ]
+        if empty:
             raise AdapterError(
                 f"{self.layer_path}: the vectors of {', '.join(empty)} are on the meta device, without data. Call "
                 "hra_fx.reset_adapters, hra_fx.load_adapter or model.load_state_dict(..., assign=True) first."
@@ -357,27 +327,12 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
 
 
 def rotated_weight(weight: Tensor, vectors: Tensor, fan_in_fan_out: bool) -> Tensor:
-    """Rotate a weight, `W -> W Q`.
-
-    Args:
-        weight: `(out, ...)`, or `(in, out)`.
-        vectors: `U: (d, k)`, of any length each.
-        fan_in_fan_out: whether the weight is `(in, out)`.
-
-    Returns:
-        A tensor of the shape, dtype and layout of `weight`.
-
-    Example:
-        >>> import torch
-        >>> rotated_weight(torch.tensor([[2.0, 5.0]]), torch.tensor([[3.0], [0.0]]), fan_in_fan_out=False)
-        tensor([[-2.,  5.]])
-    """
+    """`rotate_weight` as one node for an fx tracer that traces into a layer."""
     if isinstance(weight, RotatedWeight):  # fx copied it into a GraphModule instead of the parameter
         weight = weight.base()
     return rotate_weight(weight, vectors, transposed=fan_in_fan_out)
 
 
-# One node for an fx tracer that traces into a layer.
 fx.wrap("rotated_weight")
 
 

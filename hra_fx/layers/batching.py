@@ -64,14 +64,9 @@ class StartOfForward(NamedTuple):
     facts: list[object]
     vectors: list[Tensor]
 
-    @contextmanager
-    def used(self) -> Iterator[None]:
+    def used(self) -> AbstractContextManager[None]:
         """Context manager in which `factors_of` returns these factors."""
-        outer, _CURRENT.start = _CURRENT.start, self
-        try:
-            yield
-        finally:
-            _CURRENT.start = outer
+        return _in_forward(self)
 
     def is_current(self, layers: Sequence[nn.Module]) -> bool:
         """Whether the factors are still valid. Writes to `.data` of a tensor are not detected."""
@@ -84,24 +79,28 @@ class StartOfForward(NamedTuple):
 class _Current(threading.local):
     """The factors computed at the start of this thread's forward."""
 
-    start: StartOfForward | None = None
+    def __init__(self) -> None:
+        self.start: StartOfForward | None = None
 
 
 _CURRENT = _Current()
 
 
-@contextmanager
-def factors_in_batches(layers: Sequence[nn.Module], *, reuse: bool = False) -> Iterator[None]:
-    """Context manager that computes factors at its start, which `factors_of` then returns.
+def factors_in_batches(layers: Sequence[nn.Module], *, reuse: bool = False) -> AbstractContextManager[None]:
+    """Compute factors, and return a context manager in which `factors_of` returns them.
 
-    Args:
-        layers: the adapted layers of a model.
-        reuse: whether nested blocks use the same factors, until the vectors or the adapters change.
+    With `reuse`, nested blocks use the same factors, until the vectors or the adapters change.
     """
-    outer = _CURRENT.start
+    start = _CURRENT.start
+    if start is None or not start.is_current(layers):
+        start = start_of_forward(layers, reuse=reuse) if is_plain_eager() else None
+    return _in_forward(start)
+
+
+@contextmanager
+def _in_forward(start: StartOfForward | None) -> Iterator[None]:
+    outer, _CURRENT.start = _CURRENT.start, start
     try:
-        if outer is None or not outer.is_current(layers):
-            _CURRENT.start = start_of_forward(layers, reuse=reuse) if is_plain_eager() else None
         yield
     finally:
         _CURRENT.start = outer
@@ -154,12 +153,12 @@ def exported_factors(adapters: HouseholderAdapters) -> Factors | None:
 @contextmanager
 def batch_of_rows(batch: MixedBatch) -> Iterator[None]:
     """Context manager in which each row of the batch has its own adapter."""
-    outer = CURRENT.batch, _CURRENT.start
+    outer, CURRENT.batch = CURRENT.batch, batch
     try:
-        CURRENT.batch, _CURRENT.start = batch, None
-        yield
+        with _in_forward(None):
+            yield
     finally:
-        CURRENT.batch, _CURRENT.start = outer
+        CURRENT.batch = outer
 
 
 def factors_for(adapters: HouseholderAdapters, x: Tensor) -> Factors | RowFactors | None:
@@ -196,9 +195,6 @@ def factors_of(adapters: HouseholderAdapters, dtype: torch.dtype) -> Factors | R
     """The factors `R` and `F` of the active adapters of a layer, in `dtype`; `None` for the identity.
 
     In a mixed batch, these are the factors of each adapter of the batch.
-
-    Raises:
-        AdapterError: the vectors have no data yet.
     """
     if (prepared := _prepared(adapters)) is not None:
         factors, active, has_graph = prepared

@@ -86,11 +86,7 @@ class RotatedWeight(Tensor):
         return rotated
 
     def refuse(self, func: Any) -> NoReturn:
-        """Raise an error for a write into the values.
-
-        Raises:
-            AdapterError: always; the message names the function.
-        """
+        """Raise an error for a write into the values."""
         refuse_write(self._layer, func)
 
     def _adapters(self) -> nn.Module | None:

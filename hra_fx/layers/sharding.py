@@ -191,12 +191,7 @@ def random_numbers_of_first_rank(tensors: Iterable[Tensor]) -> Iterator[None]:
     The state of the first process's generator advances, as do the generators that were in the same state. Other
     generators are restored afterwards. Without shards, this does nothing.
     """
-    mesh = _mesh_of(tensors)
-    if mesh is None:
-        yield
-        return
-    own = torch.get_rng_state()
-    first: Tensor = _from_first_rank(own, mesh)
+    own, first = torch.get_rng_state(), on_first_rank(tensors, torch.get_rng_state)
     torch.set_rng_state(first)
     try:
         yield
