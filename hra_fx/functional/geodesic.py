@@ -35,16 +35,14 @@ def fractional_rotation(chain: Tensor, alpha: float) -> Tensor:
     It is computed in float64 on the CPU, without a gradient. If `Q` rotates planes by pi (as for Gram-Schmidt without
     an anchor), the path is not unique, but the result is deterministic.
 
-    Args:
-        chain: `U: (d, k)`; a zero column gives the identity.
-        alpha: from 0 (the identity) to 1 (`Q`).
+    A zero column of `U: (d, k)` gives the identity. `alpha` is from 0 (the identity) to 1 (`Q`).
 
     Returns:
         `(d, m)`, unit vectors in the dtype and on the device of `chain`, with an even `m <= min(d, k)`: two for each
         rotated plane, so `(d, 0)` for the identity.
 
     Raises:
-        AdapterError: `alpha` is out of range; or the chain is on the meta device, not finite, or has determinant -1.
+        AdapterError: the chain is on the meta device, not finite, or has determinant -1.
 
     Example:
         >>> U = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # Q = -I, a half turn
@@ -54,8 +52,6 @@ def fractional_rotation(chain: Tensor, alpha: float) -> Tensor:
         tensor([[0., 1.],
                 [1., 0.]])
     """
-    if not 0 <= alpha <= 1:
-        raise AdapterError(f"`alpha` must be between 0 (base model) and 1 (the adapter), got {alpha!r}.")
     with torch.no_grad():
         vectors = _unit_columns(chain)
         basis, moved = span(vectors)

@@ -128,11 +128,8 @@ def span(chain: Tensor) -> tuple[Tensor, Tensor]:
     With `U = V R` (thin QR), `M = R T R^T`. It has the orthogonality error of `Q`, and `I - M` has the eigenvalues of
     `Q`, except those of the rest of the space, which `Q` does not change.
 
-    Args:
-        chain: `U: (d, k)`. `T` is computed in its precision and on its device, everything else in float64 on the CPU.
-
-    Returns:
-        `V: (d, m)` and `M: (m, m)` with `m = min(d, k)`, float64, on the CPU.
+    `T` is computed in the precision and on the device of `U: (d, k)`, everything else in float64 on the CPU. The
+    results are `V: (d, m)` and `M: (m, m)` with `m = min(d, k)`.
     """
     vectors, factor = (matrix.detach().cpu().double() for matrix in (chain, compact_wy(chain.detach())))
     basis, triangle = torch.linalg.qr(vectors)
@@ -143,22 +140,10 @@ def reflect(x: Tensor, chain: Tensor, factor: Tensor) -> Tensor:
     """Apply a chain to rows `x: (..., d)`, as the input of a Linear with weight `W Q`: `x Q^T = x - (x U) T^T U^T`.
 
     The products use the dtype of `x`. `T` is the result of `compact_wy(chain)`.
-
-    Example:
-        >>> U = torch.tensor([[1.0], [0.0]])
-        >>> reflect(torch.tensor([[2.0, 5.0]]), U, compact_wy(U))
-        tensor([[-2.,  5.]])
     """
     # U T is computed before the cast, so that a narrow dtype rounds the product only once.
     projection = (chain.to(factor.dtype) @ factor).to(x.dtype)
     return x - ((x @ chain.to(x.dtype)) @ projection.mT).to(x.dtype)
-
-
-def rotate(weight: Tensor, chain: Tensor, factor: Tensor) -> Tensor:
-    """Compute `W Q = W - (W U) T U^T` for matrices of one dtype, even under autocast."""
-    with without_autocast(weight):
-        rotated: Tensor = weight - (weight @ chain) @ factor @ chain.mT
-    return rotated
 
 
 def orthonormalize(vectors: Tensor) -> Tensor:
@@ -166,11 +151,8 @@ def orthonormalize(vectors: Tensor) -> Tensor:
 
     PEFT uses the classical recurrence, which loses orthogonality with the square of the condition number.
 
-    Args:
-        vectors: `U: (..., d, r)` with `r <= d`, of full column rank (see `statistics.inverse_condition`).
-
-    Returns:
-        `V: (..., d, r)` with `V^T V = I`, at least float32, even under autocast.
+    `U: (..., d, r)` must have full column rank (see `statistics.inverse_condition`). `V: (..., d, r)` is at least
+    float32, even under autocast.
 
     Example:
         >>> orthonormalize(torch.tensor([[3.0, 1.0], [0.0, 2.0]]))
@@ -239,16 +221,11 @@ def init_vectors(
     number of reflections has determinant -1, and `I - 2 V V^T` has `r` eigenvalues -1. But `Q(U)` is its own inverse,
     so the anchor is a copy of the reflected directions: the last column, or all of `V`.
 
-    Args:
-        d: length of the vectors.
-        r: number of vectors.
-        apply_GS: whether the adapter uses Gram-Schmidt.
-        init_weights: start at the identity; if False, start with random vectors and without an anchor.
-        dtype: dtype of both results.
+    `init_weights=False` starts with random vectors and without an anchor.
 
     Returns:
         `U: (d, r)`, drawn on the CPU from torch's default generator, and `A`: `(d, r)` for Gram-Schmidt, `(d, 1)` for
-        an odd rank, else `None`. Both are contiguous.
+        an odd rank, else `None`. Both are contiguous and have the dtype `dtype`.
 
     Example:
         >>> U, A = init_vectors(5, 3, apply_GS=False, init_weights=True)

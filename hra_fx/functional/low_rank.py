@@ -52,12 +52,6 @@ def core(chain: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor]:
     Returns:
         `V: (d, m)` with `V^T V = I` and `K: (m, m)`, `m <= min(d, k)`; float64 on the CPU, detached. `m = 0` if `Q`
         is the identity up to the rounding of float64.
-
-    Example:
-        >>> V, K = core(torch.tensor([[3.0], [4.0]]))
-        >>> torch.eye(2) + (V @ K @ V.T).float()
-        tensor([[ 0.2800, -0.9600],
-                [-0.9600, -0.2800]])
     """
     # Two steps, because some devices (mps) do not support float64.
     V, moved = span(normalize(chain.detach().cpu().double()))

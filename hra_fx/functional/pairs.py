@@ -31,10 +31,6 @@ def to_pairs(vectors: Tensor, length: float, difference: float) -> Tensor:
     """Convert vectors `(..., d, r)` with an even `r` to pair coordinates: columns `m_0, d_0, m_1, d_1, ...`.
 
     `length` is `L` and `difference` is `c`.
-
-    Example:
-        >>> to_pairs(torch.tensor([[3.0, 1.0]]), 2.0, 0.5)
-        tensor([[1., 1.]])
     """
     return _sums_and_differences(vectors).mul_(_columns(vectors, 0.5 / length, 0.5 / (length * difference)))
 

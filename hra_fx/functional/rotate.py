@@ -9,7 +9,6 @@ from hra_fx.errors import FoldError
 from hra_fx.functional.householder import (
     compact_wy,
     normalize,
-    rotate,
     without_autocast,
     working_dtype,
     wy_of_products,
@@ -40,8 +39,9 @@ def rotate_weight(weight: Tensor, vectors: Tensor, *, transposed: bool = False, 
         dtype = working_dtype(torch.promote_types(weight.dtype, vectors.dtype))
         chain = normalize(vectors.to(dtype))
         factor = wy_of_products(chain) if exportable_ops else compact_wy(chain)
-        rows = rotate(as_rows(weight, transposed=transposed, batched=chain.dim() == 3).to(dtype), chain, factor)
-        return rows_to_weight(rows, weight, transposed=transposed)
+        rows = as_rows(weight, transposed=transposed, batched=chain.dim() == 3).to(dtype)
+        rotated = rows - (rows @ chain) @ factor @ chain.mT
+        return rows_to_weight(rotated, weight, transposed=transposed)
 
 
 def as_rows(weight: Tensor, *, transposed: bool = False, batched: bool = False) -> Tensor:
@@ -58,19 +58,7 @@ def rows_to_weight(rows: Tensor, weight: Tensor, *, transposed: bool = False) ->
 
 
 def check_foldable(where: str, weight: Tensor, vectors: Tensor, *, apply_GS: bool, adapter: str | None = None) -> None:
-    """Check that an adapter has data and a well-defined `Q`, so that it can be folded.
-
-    `where` (a layer or a weight) and `adapter` are for the message.
-
-    Raises:
-        FoldError: the weight or the vectors are on the meta device, or the vectors for Gram-Schmidt are linearly
-            dependent.
-
-    Example:
-        >>> check_foldable("fc", torch.ones(2, 3), torch.ones(3, 2), apply_GS=True, adapter="default")
-        Traceback (most recent call last):
-        hra_fx.errors.FoldError: fc: the vectors of 'default' are linearly dependent, so their Gram-Schmidt basis is ...
-    """
+    """Raise a `FoldError` if an adapter has no data or no well-defined `Q`; `where` and `adapter` are for messages."""
     of_adapter = "" if adapter is None else f" of {adapter!r}"
     if weight.is_meta or vectors.is_meta:
         raise FoldError(f"{where}: the weight or the vectors{of_adapter} are on the meta device. Load them first.")

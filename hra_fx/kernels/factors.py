@@ -38,12 +38,6 @@ def wy_factors(vectors: Tensor, again: Callable[[], Tensor] | None = None) -> Te
     The columns may have any length, and a zero column gives the identity. `again` computes the vectors again for
     another backward pass: the first one frees the saved tensors, and each of several passes may reach only some of the
     chains, for example for a model with several outputs.
-
-    Example:
-        >>> rows, down = wy_factors(torch.tensor([[3.0], [0.0]]))
-        >>> torch.eye(2) + down.T @ rows
-        tensor([[-1.,  0.],
-                [ 0.,  1.]])
     """
     with householder.without_autocast(vectors):
         if uses_plain_operators():

@@ -41,13 +41,7 @@ def reflect_each(x: Tensor, factors: Factors) -> Tensor:
 
 
 def linear(x: Tensor, factors: Factors, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute a Linear of `x: (..., d)` with the weight `W Q`, for factors in the dtype of the products.
-
-    Example:
-        >>> from hra_fx.kernels.factors import wy_factors
-        >>> linear(torch.tensor([[2.0, 5.0]]), Factors(*wy_factors(torch.tensor([[3.0], [0.0]]))), torch.eye(2), None)
-        tensor([[-2.,  5.]])
-    """
+    """Compute a Linear of `x: (..., d)` with the weight `W Q`, for factors in the dtype of the products."""
     rows, down = factors
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     same = x.dtype is rows.dtype

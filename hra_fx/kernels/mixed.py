@@ -17,12 +17,9 @@ from hra_fx.kernels.linear import reflect_each
 
 
 class RowFactors(NamedTuple):
-    """`R` and `F` of several adapters of one layer, `(m, k, d)`, and the adapter of each row of the batch.
+    """`R` and `F` of several adapters of one layer, `(m, k, d)`, and the adapter of each row of the batch, `(n,)`.
 
-    Attributes:
-        rows: `R` of each adapter.
-        down: `F` of each adapter.
-        places: the index of the adapter of each row, `(n,)`; `None` if row `i` has adapter `i`.
+    `places` is `None` if row `i` has adapter `i`.
     """
 
     rows: Tensor
@@ -35,10 +32,6 @@ def stack_chains(parts: Sequence[ChainPart | None]) -> ChainPart:
 
     Adapters of different kinds are converted to plain reflections and padded with zeros, which give the identity. At
     least one part is not `None`, which means the identity.
-
-    Example:
-        >>> stack_chains([None, ChainPart(torch.ones(6, 2)), ChainPart(torch.ones(6, 3))]).vectors.shape
-        torch.Size([3, 6, 3])
     """
     present = [part for part in parts if part is not None]
     first = present[0]

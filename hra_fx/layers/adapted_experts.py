@@ -56,10 +56,7 @@ class AdaptedExperts(BaseParameters):
                 f"{type(self).__name__}.{name} is read as W Q of each expert, so it is not clear whether W or W Q is "
                 f"assigned. Assign W to `{CHILD}{name}.hra_base` of the module, or call hra_fx.fold(model) first."
             )
-        if name in self._parameters and isinstance(param, nn.Parameter | None):
-            self._parameters[name] = param
-        else:
-            super().register_parameter(name, param)
+        super().register_parameter(name, param)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         """Load a state. With `assign=True`, torch assigns the base weights by their names."""
@@ -141,11 +138,6 @@ class RotatedExperts(RotatedWeight):
     def _is_whole(self) -> bool:
         return self.index is None and not self.flipped
 
-    def _width_is_last(self) -> bool:
-        """Whether the reflected dimension is the last one."""
-        adapters: Any = self._adapters()
-        return adapters is not None and bool(adapters.fan_in_fan_out is self.flipped)
-
 
 def _part(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> RotatedExperts | None:
     """Handle functions that select experts or swap the last two dimensions; `None` for any other function."""
@@ -177,7 +169,7 @@ def _factors(weight: Any, x: Any, *, last: bool, dtype: torch.dtype | None = Non
     if type(weight) is not RotatedExperts or not isinstance(x, Tensor) or not is_plain(x):
         return None
     adapters: Any = weight._adapters()
-    if adapters is None or weight._width_is_last() is not last:
+    if adapters is None or (adapters.fan_in_fan_out is weight.flipped) is not last:
         return None
     return adapters.factors_at(weight.index, dtype or products_dtype(x.device, x.dtype))
 

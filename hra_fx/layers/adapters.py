@@ -55,7 +55,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         active: names of the adapters in use, in the order of the product `W Q_a Q_b ...`.
         scales: adapter name -> its scale, if the scale is not 1.
         trainable_at_full_scale: adapter name -> whether it becomes trainable when its scale is 1 again.
-        prepared: the factors of the layer, while TorchDynamo traces its model (`hra_fx.layers.batching.Prepared`).
+        prepared: the factors of the layer, while TorchDynamo or `torch.export` records its model.
         last_compute_dtype: the last dtype for which the layer had to compute factors itself.
         unmerged: the weight before a merge; `None` if no adapter is merged.
     """
@@ -298,7 +298,11 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         """The vectors of all active adapters for an input `x`, `(d, k)`, of any length; `None` for the identity."""
         if (batch := mixed_batch_of(self)) is not None:
             if names := self._acting_names(batch):
-                batch.refuse_weight(self, names)
+                raise AdapterError(
+                    f"{self.layer_path}: adapters {names} are on this layer, but its weight is read or traced, and the "
+                    "rows of a mixed batch would need different weights. Run the rows of each adapter in a separate "
+                    "batch."
+                )
             return None
         vectors = self.joint_vectors(self.active, None)
         if not x.is_meta:

@@ -17,11 +17,7 @@ _OF_BASE = ("base_layer", "original_module")
 
 
 def check_adapter_name(name: object, container: nn.Module | None = None) -> None:
-    """Check that a name can be the name of a folder, and of a parameter or module in a container.
-
-    Raises:
-        AdapterError: the name cannot be used.
-    """
+    """Raise an error if a name cannot be the name of a folder, and of a parameter or module in a container."""
     if (
         not isinstance(name, str)
         or not name.strip()

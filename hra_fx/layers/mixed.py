@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from hra_fx.errors import AdapterError
 
@@ -33,13 +33,6 @@ class MixedBatch:
     containers: frozenset[nn.Module]
     state: Any
 
-    def refuse_weight(self, adapters: Any, names: list[str]) -> NoReturn:
-        """Raise an error for a computation with the rotated weight, because a mixed batch has several."""
-        raise AdapterError(
-            f"{adapters.layer_path}: adapters {names} are on this layer, but its weight is read or traced, and the "
-            "rows of a mixed batch would need different weights. Run the rows of each adapter in a separate batch."
-        )
-
 
 class _Current(threading.local):
     """The mixed batch of this thread."""
@@ -53,12 +46,7 @@ CURRENT = _Current()
 
 
 def mixed_batch_of(adapters: nn.Module) -> MixedBatch | None:
-    """The mixed batch that the layer of a container computes; `None` if its active adapters act on all rows.
-
-    Raises:
-        AdapterError: adapters were merged, deleted or folded, or the model was set to training mode, after the batch
-            was started.
-    """
+    """The mixed batch that the layer of a container computes; `None` if its active adapters act on all rows."""
     batch = CURRENT.batch
     if batch is None or batch.state.disabled or not (adapters in batch.containers or _is_new(adapters, batch)):
         return None

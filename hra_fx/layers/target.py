@@ -122,12 +122,7 @@ def width_of(layer: nn.Module) -> int:
 
 
 def describe(layer: nn.Module) -> str:
-    """Describe a layer briefly, for tables and errors.
-
-    Example:
-        >>> describe(nn.Conv2d(8, 16, (3, 5), groups=2))
-        'Conv2d 8->16 3x5, groups 2'
-    """
+    """Describe a layer briefly, for tables and errors: `Conv2d 8->16 3x5, groups 2`."""
     if isinstance(layer, nn.Linear):
         return f"Linear {layer.in_features}->{layer.out_features}"
     if is_conv1d(layer):

@@ -50,22 +50,17 @@ class Copies(FilledLater):
         """
         check_adapter_name(adapter, self)
         self.copied[adapter] = tuple(names)
-        holder = nn.Module()
-        self.add_module(adapter, holder)
+        self.add_module(adapter, nn.Module())
         for name in self.copied[adapter]:
             self.in_place.setdefault(name, BASE)
             source = self.get(owner, BASE, name)
             value = (
                 values[name].to(device_of_values(source.device), source.dtype) if name in values else source.detach()
             )
+            made = value.clone()
             if isinstance(source, nn.Parameter):
-                floating = source.is_floating_point()
-                if id(source) not in memo:
-                    memo[id(source)] = nn.Parameter(value.clone(), requires_grad=floating)
-                holder.register_parameter(name, memo[id(source)])
-            else:
-                persistent = name not in non_persistent_buffers(owner)
-                holder.register_buffer(name, value.clone(), persistent=persistent)
+                made = memo.setdefault(id(source), nn.Parameter(made, requires_grad=source.is_floating_point()))
+            self._put(adapter, name, made, owner)
 
     def get(self, owner: nn.Module, adapter: str, name: str) -> Tensor:
         """A tensor of an adapter or of `BASE`, in use or not."""

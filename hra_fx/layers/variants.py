@@ -40,12 +40,6 @@ from hra_fx.layers.target import full_shape, is_conv1d, kind_of, width_of
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-def reflected_rows(x: Tensor, vectors: Tensor) -> Tensor:
-    """Reflect the input `(..., d)` of a Linear, `x -> x Q^T`, by columns of any length."""
-    chain = householder.normalize(vectors)
-    return householder.reflect(x, chain, householder.compact_wy(chain))
-
-
 class ConvGeometry(NamedTuple):
     """The arguments of a convolution, and the padding as `F.pad` takes it, for padding modes other than zeros."""
 
@@ -69,16 +63,8 @@ def patch_coordinates(
 ) -> tuple[Tensor, Tensor]:
     """The coordinates of a convolution's patches in the span of the reflection vectors: `T U^T p`.
 
-    Args:
-        x: `(n, c, ...)` or `(c, ...)`; the other dimensions are those of the kernel.
-        vectors: `U: (d, k)`; the columns may have any length.
-        patch: `(c / groups, ...)`, the shape of a filter.
-        geometry: of the convolution.
-        groups: of the convolution.
-
-    Returns:
-        The coordinates for every patch and group, `(n, groups * k, ...)`, in the dtype of `x`, and the chain: `U` with
-        columns of length 1.
+    `patch` is the shape of a filter of the convolution. The results are the coordinates for every patch and group,
+    `(n, groups * k, ...)`, in the dtype of `x`, and the chain: `U` with columns of length 1.
     """
     chain = householder.normalize(vectors)
     factor = householder.compact_wy(chain)
@@ -115,7 +101,10 @@ class LinearAdapters(HouseholderAdapters):
         if (exported := exported_factors(self)) is not None:
             return x + (x @ exported.down.to(x.dtype).mT) @ exported.rows.to(x.dtype)
         vectors = self.vectors_for(x)
-        return x if vectors is None else reflected_rows(x, vectors)
+        if vectors is None:
+            return x
+        chain = householder.normalize(vectors)
+        return householder.reflect(x, chain, householder.compact_wy(chain))
 
     def rotate(self, weight: Tensor) -> Tensor:
         """Like `HouseholderAdapters.rotate`; the weight may be a `DTensor`."""
