@@ -51,7 +51,7 @@ class _PeftVectors(HouseholderAdapters):
 
     def unit_chain(self, name: str, *, reverse: bool = False) -> Tensor:
         """The reflections of an adapter, `(d, r)`, in float64 (float32 on MPS), or those of `Q^T` if `reverse`."""
-        vectors = self._held(name)
+        vectors = self[name]
         wide = vectors.float() if vectors.device.type == "mps" else vectors.double()
         chain = plain_chain(wide, None, apply_GS=self.specs[name].apply_GS)
         return chain.flip(-1) if reverse else chain

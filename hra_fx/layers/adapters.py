@@ -242,16 +242,12 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         buffers: Any = self._buffers
         for name in self.active if names is None else names:
             if name not in self.scales:
+                held = self._parameters.get(name)  # a replica of DataParallel does not have parameters
                 anchor, spec = buffers.get(name + ANCHOR), self.specs[name]
-                parts.append(ChainPart(self._held(name), anchor, spec.apply_GS))
+                parts.append(ChainPart(self[name] if held is None else held, anchor, spec.apply_GS))
             elif (scaled := buffers[name + SCALED]).shape[-1]:
                 parts.append(ChainPart(scaled))
         return parts
-
-    def _held(self, name: str) -> Tensor:
-        """The vectors of an adapter, never an fx proxy; a replica of DataParallel does not have parameters."""
-        held = self._parameters.get(name)
-        return self[name] if held is None else held
 
     def device_of(self, layer: nn.Module) -> torch.device:
         """The device on which the layer computes: the device of its base weight, which may be offloaded."""
