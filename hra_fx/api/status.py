@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 from torch import Tensor, nn
 
 from hra_fx.layers.class_swap import original_class
-from hra_fx.layers.quantized.detect import quant_scheme_of
+from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.layers.trained_copies import all_copies
 from hra_fx.model.state import AdapterState, adapted_layers, root_of
 from hra_fx.model.trainable import count_parameters

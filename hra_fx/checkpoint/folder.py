@@ -24,7 +24,7 @@ from hra_fx.atomic_write import atomic_write, temporary_file
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError
 from hra_fx.hub import check_options, download
-from hra_fx.layers.adapter_names import ANCHOR
+from hra_fx.layers.containers import ANCHOR
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import BASE, all_copies
 from hra_fx.model.state import adapted_layers

@@ -31,8 +31,8 @@ from hra_fx.export.program import (
 from hra_fx.export.select import build_skeleton, init_adapter, layer_of, make_layer, select_layers
 from hra_fx.functional.chain import plain_chain
 from hra_fx.functional.rotate import check_finite, check_foldable, rotate_weight
-from hra_fx.functional.rotated_energy import readable_rows
-from hra_fx.layers.adapter_names import ANCHOR, check_adapter_name
+from hra_fx.functional.statistics import readable_rows
+from hra_fx.layers.containers import ANCHOR, check_adapter_name
 from hra_fx.layers.target import REFLECTION, LayerKind, describe, find_kind
 
 if TYPE_CHECKING:

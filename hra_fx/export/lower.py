@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from hra_fx.errors import AdapterError
 from hra_fx.export.captured import check_is_program, drop_metadata
 from hra_fx.export.program import ROTATE, ProgramEditor, find_rotate_nodes, is_adapter_tensor, rotated_weight
-from hra_fx.layers.adapter_names import ANCHOR, SCALED
+from hra_fx.layers.containers import ANCHOR, SCALED
 from passes.freeze import FreezePass
 from passes.lower import LowerPass
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hra_fx.export.match import GraphLayer, group_tied
-from hra_fx.functional import exportable, householder
+from hra_fx.functional import householder
 from hra_fx.functional.chain import plain_chain
 from hra_fx.functional.rotate import rotate_weight
 from hra_fx.layers.target import META, REFLECTION, NodeTag
@@ -56,7 +56,7 @@ def rotated_weight(
     """The result of the operator, optionally with core ATen operators only."""
     chain = vectors.to(householder.working_dtype(torch.promote_types(weight.dtype, vectors.dtype)))
     if apply_GS and exportable_ops:
-        chain, apply_GS = exportable.gram_schmidt(householder.normalize(chain)), False
+        chain, apply_GS = householder.basis_of_products(chain), False
     chain = plain_chain(chain, anchor, apply_GS=apply_GS)
     return rotate_weight(weight, chain, transposed=columns, exportable_ops=exportable_ops)
 

@@ -16,7 +16,7 @@ from hra_fx.compat import NON_PERSISTENT, export_forward_backward, is_exporting,
 from hra_fx.errors import AdapterError, CaptureError, VerificationError
 from hra_fx.export.captured import is_program
 from hra_fx.layers.batching import factors_in_exported_batches
-from hra_fx.layers.quantized.detect import quant_scheme_of
+from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.model.example_inputs import clone_inputs, normalize_inputs, preserve_rng_state, seed_everything
 from hra_fx.tracing.exported import exporting, without_caches
 from hra_fx.tracing.graph_module import replace_node

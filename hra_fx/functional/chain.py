@@ -30,40 +30,19 @@ class ChainPart(NamedTuple):
 
 
 def plain_chain(vectors: Tensor, anchor: Tensor | None, *, apply_GS: bool) -> Tensor:
-    """Convert an adapter to plain reflections: `[A | U]`, or `[A | V]` with Gram-Schmidt.
+    """Convert vectors `(..., d, r)` and an anchor `(..., d, k)` to plain reflections `(..., d, k + r)`.
 
-    Args:
-        vectors: `U: (..., d, r)`.
-        anchor: `A: (..., d, k)`, or `None`.
-        apply_GS: whether the adapter uses Gram-Schmidt.
-
-    Returns:
-        `(..., d, k + r)`, in the dtype of `vectors`; with Gram-Schmidt, at least float32.
-
-    Example:
-        >>> plain_chain(torch.ones(4, 2), torch.zeros(4, 1), apply_GS=False).shape
-        torch.Size([4, 3])
+    The result is `[A | U]` in the dtype of `vectors`, or `[A | V]` with Gram-Schmidt, at least float32.
     """
     chain = householder.orthonormalize(vectors) if apply_GS else vectors
     return chain if anchor is None else torch.cat([anchor.to(chain.dtype), chain], dim=-1)
 
 
 def padded(chain: Tensor, rank: int) -> Tensor:
-    """Pad a chain with pairs of equal reflections, which cancel (`H H = I`).
-
-    Args:
-        chain: `(..., d, k)`.
-        rank: the number of columns of the result: `k`, or `k` plus an even number.
-
-    Returns:
-        `(..., d, rank)`.
+    """Pad a chain `(..., d, k)` to `(..., d, rank)` with pairs of equal reflections, which cancel (`H H = I`).
 
     Raises:
         ValueError: `rank - k` is odd: an odd number of reflections is never the identity.
-
-    Example:
-        >>> padded(torch.ones(4, 2), 6).shape
-        torch.Size([4, 6])
     """
     missing = rank - chain.shape[-1]
     if missing % 2:

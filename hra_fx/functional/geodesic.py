@@ -7,7 +7,7 @@ a rotation, and the shortest path of rotations from `I` to `Q` is
 
 A rotation rotates orthogonal planes. `Q(alpha)` rotates the same planes by `alpha` times their angles, and a rotation
 of one plane is a product of two reflections. So the task is to find the planes. They lie in the span of the vectors,
-`U = V R` (thin QR), where `Q` is the block `B = I - R T R^T` of size at most `(k, k)`:
+`U = V R` (thin QR), where `Q` is the block `B = I - R T R^T` of size at most `(k, k)` (`householder.span`):
 
 1. `(B + B^T) / 2` has the eigenvalues `cos(theta)`, twice for each plane. They are split at a gap into a front half,
    where `B` has no angle near pi, and a back half, where `-B` has none.
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from hra_fx.errors import AdapterError
-from hra_fx.functional.householder import compact_wy, normalize, rotate
+from hra_fx.functional.householder import normalize, span
 
 
 def fractional_rotation(chain: Tensor, alpha: float) -> Tensor:
@@ -35,30 +35,27 @@ def fractional_rotation(chain: Tensor, alpha: float) -> Tensor:
     It is computed in float64 on the CPU, without a gradient. If `Q` rotates planes by pi (as for Gram-Schmidt without
     an anchor), the path is not unique, but the result is deterministic.
 
-    Args:
-        chain: `U: (d, k)`; a zero column gives the identity.
-        alpha: from 0 (the identity) to 1 (`Q`).
+    A zero column of `U: (d, k)` gives the identity. `alpha` is from 0 (the identity) to 1 (`Q`).
 
     Returns:
         `(d, m)`, unit vectors in the dtype and on the device of `chain`, with an even `m <= min(d, k)`: two for each
         rotated plane, so `(d, 0)` for the identity.
 
     Raises:
-        AdapterError: `alpha` is out of range; or the chain is on the meta device, not finite, or has determinant -1.
+        AdapterError: the chain is on the meta device, not finite, or has determinant -1.
 
     Example:
         >>> U = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # Q = -I, a half turn
         >>> half = fractional_rotation(U, 0.5)
+        >>> from hra_fx.functional.householder import compact_wy
         >>> (torch.eye(2) - half @ compact_wy(half) @ half.T).abs().round(decimals=4)
         tensor([[0., 1.],
                 [1., 0.]])
     """
-    if not 0 <= alpha <= 1:
-        raise AdapterError(f"`alpha` must be between 0 (base model) and 1 (the adapter), got {alpha!r}.")
     with torch.no_grad():
         vectors = _unit_columns(chain)
-        basis, triangle = torch.linalg.qr(vectors)
-        block = rotate(_identity(triangle.shape[0]), triangle, compact_wy(triangle))
+        basis, moved = span(vectors)
+        block = _identity(len(moved)) - moved
         planes = _planes(block)
         angles = alpha * _angles(block, planes)
         # Smaller angles are rounding errors of vectors that cancel.

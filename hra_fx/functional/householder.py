@@ -11,6 +11,10 @@ upper triangular `T: (k, k)`:
 
 An adapted layer uses `W Q` instead of `W`, so it maps a row of inputs as `x -> x Q^T`. With Gram-Schmidt, the
 paper's product is `Q = I - 2 V V^T` with orthonormal `V`, which is the chain of the columns of `V`.
+
+Under torch.export, `T` and Gram-Schmidt use matrix products only, because other runtimes lack triangular solve and QR
+(`wy_of_products`, `basis_of_products`). These only use core ATen and are differentiable. The number of steps depends
+only on the shape, so the exported graph does not have loops.
 """
 
 from __future__ import annotations
@@ -22,11 +26,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from hra_fx import compat
-from hra_fx.functional import exportable
 
-# The fx tracer records each of these functions as one node, because their branches cannot be traced.
-for _name in ("normalize", "compact_wy", "reflect", "rotate", "orthonormalize"):
-    fx.wrap(_name)
+# An fx tracer records it as one node, because its branches cannot be traced.
+fx.wrap("orthonormalize")
 
 
 # A table, because torch.export records torch.promote_types as an operator that no exporter supports.
@@ -34,12 +36,7 @@ _WIDE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype for Gram matrices, `T` and QR of vectors of `dtype`: at least float32.
-
-    Example:
-        >>> working_dtype(torch.bfloat16), working_dtype(torch.float64)
-        (torch.float32, torch.float64)
-    """
+    """The dtype for Gram matrices, `T` and QR of vectors of `dtype`: at least float32."""
     return dtype if dtype in _WIDE else torch.float32
 
 
@@ -54,17 +51,11 @@ def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object
 
 
 def normalize(chain: Tensor) -> Tensor:
-    """Scale each vector to length 1, which does not change its reflection.
+    """Scale each column of `U: (..., d, k)` to length 1, which does not change its reflection; zeros stay zero.
 
     Unit vectors keep values in the range of narrow dtypes (the scales of `U` and `U T` are inverse to each other), and
     avoid underflow and overflow of `|u|^2` in float32. The lengths are constants for autograd. The gradient is still
     correct, because `Q` does not change along `u`.
-
-    Args:
-        chain: `U: (..., d, k)`; a zero column stays zero.
-
-    Returns:
-        `(..., d, k)`.
 
     Example:
         >>> normalize(torch.tensor([[3e-30, 0.0], [4e-30, 0.0]]))
@@ -82,16 +73,9 @@ def normalize(chain: Tensor) -> Tensor:
 
 
 def compact_wy(chain: Tensor) -> Tensor:
-    """Compute the factor `T` of `Q = I - U T U^T`.
+    """Compute the factor `T: (..., k, k)` of `Q = I - U T U^T`, at least float32, even under autocast.
 
-    A zero column gives the identity (PEFT returns NaN), and its gradient is finite. Under torch.export, only matrix
-    products are used (`hra_fx.functional.exportable`).
-
-    Args:
-        chain: `U: (..., d, k)`, floating; under torch.export, `(d, k)`.
-
-    Returns:
-        `T: (..., k, k)`, upper triangular, at least float32, even under autocast.
+    A zero column gives the identity (PEFT returns NaN), and its gradient is finite.
 
     Example:
         >>> U = torch.tensor([[3.0], [4.0]])
@@ -102,7 +86,7 @@ def compact_wy(chain: Tensor) -> Tensor:
     with without_autocast(chain):
         vectors = chain.to(working_dtype(chain.dtype))
         if compat.is_exporting():
-            return exportable.compact_wy(vectors)
+            return wy_of_products(vectors)
         gram = vectors.mT @ vectors
         squares = gram.diagonal(dim1=-2, dim2=-1)
         # A square below the smallest normal number does not have a usable inverse, so the column is treated as zero.
@@ -113,59 +97,62 @@ def compact_wy(chain: Tensor) -> Tensor:
     return factor
 
 
+def wy_of_products(chain: Tensor) -> Tensor:
+    r"""Compute `T` like `compact_wy` by doubling: inverses of diagonal blocks give inverses of larger blocks.
+
+        T^-1 = D + N,    X_0 = D^-1,    X <- X - X (N o M_s) X    for s = 1, 2, 4, ... < k
+
+    where `M_s` selects the upper right `s x s` part of each `2s x 2s` diagonal block: for `X = diag(A^-1, C^-1)` one
+    step gives the inverse of `[A B; 0 C]`, whose corner is `-A^-1 B C^-1`. It is as accurate as a triangular solve; the
+    shorter `(I - N)(I + N^2)(I + N^4) ...` loses all digits for nearly parallel columns.
+    """
+    squares = (chain * chain).sum(dim=-2, keepdim=True)
+    halves = torch.where(squares > torch.finfo(chain.dtype).tiny, squares / 2, 1.0)
+    index = torch.arange(chain.shape[-1], device=chain.device)
+    row, column = index.unsqueeze(1), index.unsqueeze(0)
+    upper = torch.where(row < column, chain.mT @ chain, 0.0)
+    inverse = torch.where(row == column, halves.reciprocal(), 0.0)
+    # In each step, an entry belongs to the corner of a block if this is the highest bit in which row and column differ.
+    difference = row ^ column
+    size = 1
+    while size < chain.shape[-1]:
+        corner = (difference >= size) & (difference < 2 * size)
+        inverse = inverse - inverse @ torch.where(corner, upper, 0.0) @ inverse
+        size *= 2
+    return inverse
+
+
+def span(chain: Tensor) -> tuple[Tensor, Tensor]:
+    """An orthonormal basis of the vectors and the effect of `Q` in it: `I - Q = V M V^T`.
+
+    With `U = V R` (thin QR), `M = R T R^T`. It has the orthogonality error of `Q`, and `I - M` has the eigenvalues of
+    `Q`, except those of the rest of the space, which `Q` does not change.
+
+    `T` is computed in the precision and on the device of `U: (d, k)`, everything else in float64 on the CPU. The
+    results are `V: (d, m)` and `M: (m, m)` with `m = min(d, k)`.
+    """
+    vectors, factor = (matrix.detach().cpu().double() for matrix in (chain, compact_wy(chain.detach())))
+    basis, triangle = torch.linalg.qr(vectors)
+    return basis, triangle @ factor @ triangle.mT
+
+
 def reflect(x: Tensor, chain: Tensor, factor: Tensor) -> Tensor:
-    """Apply a chain to rows: `x Q^T = x - (x U) T^T U^T`, the input of a Linear with weight `W Q`.
+    """Apply a chain to rows `x: (..., d)`, as the input of a Linear with weight `W Q`: `x Q^T = x - (x U) T^T U^T`.
 
-    Args:
-        x: `(..., d)`; the products use its dtype.
-        chain: `U: (d, k)`.
-        factor: `T: (k, k)`, from `compact_wy(chain)`.
-
-    Returns:
-        `(..., d)` in the dtype of `x`.
-
-    Example:
-        >>> U = torch.tensor([[1.0], [0.0]])
-        >>> reflect(torch.tensor([[2.0, 5.0]]), U, compact_wy(U))
-        tensor([[-2.,  5.]])
+    The products use the dtype of `x`. `T` is the result of `compact_wy(chain)`.
     """
     # U T is computed before the cast, so that a narrow dtype rounds the product only once.
     projection = (chain.to(factor.dtype) @ factor).to(x.dtype)
     return x - ((x @ chain.to(x.dtype)) @ projection.mT).to(x.dtype)
 
 
-def rotate(weight: Tensor, chain: Tensor, factor: Tensor) -> Tensor:
-    """Compute `W Q = W - (W U) T U^T` for matrices of one dtype; see `hra_fx.functional.rotate.rotate_weight`.
-
-    Args:
-        weight: `W: (out, d)`; never cast, not even under autocast.
-        chain: `U: (d, k)`, in the dtype of `weight`.
-        factor: `T: (k, k)`, in the dtype of `weight`.
-
-    Returns:
-        `(out, d)`.
-
-    Example:
-        >>> U = torch.tensor([[1.0], [0.0]])
-        >>> rotate(torch.tensor([[2.0, 5.0]]), U, compact_wy(U))
-        tensor([[-2.,  5.]])
-    """
-    with without_autocast(weight):
-        rotated: Tensor = weight - (weight @ chain) @ factor @ chain.mT
-    return rotated
-
-
 def orthonormalize(vectors: Tensor) -> Tensor:
     """Compute Gram-Schmidt by Householder QR: the thin factor `V` of `U = V R`, where `R` has a positive diagonal.
 
-    PEFT uses the classical recurrence, which loses orthogonality with the square of the condition number. Under
-    torch.export, `hra_fx.functional.exportable.gram_schmidt` is used instead of QR.
+    PEFT uses the classical recurrence, which loses orthogonality with the square of the condition number.
 
-    Args:
-        vectors: `U: (..., d, r)` with `r <= d`, of full column rank (see `statistics.inverse_condition`).
-
-    Returns:
-        `V: (..., d, r)` with `V^T V = I`, at least float32, even under autocast.
+    `U: (..., d, r)` must have full column rank (see `statistics.inverse_condition`). `V: (..., d, r)` is at least
+    float32, even under autocast.
 
     Example:
         >>> orthonormalize(torch.tensor([[3.0, 1.0], [0.0, 2.0]]))
@@ -175,8 +162,7 @@ def orthonormalize(vectors: Tensor) -> Tensor:
     with without_autocast(vectors):
         wide = vectors.to(working_dtype(vectors.dtype))
         if compat.is_exporting():
-            # The basis does not depend on the lengths, and the squares of unit vectors do not overflow.
-            return exportable.gram_schmidt(normalize(wide))
+            return basis_of_products(wide)
         if wide.is_cuda:
             return cholesky_basis(wide)
         basis, triangle = torch.linalg.qr(wide)
@@ -190,18 +176,7 @@ def cholesky_basis(vectors: Tensor) -> Tensor:
     """Compute Gram-Schmidt by two Cholesky factorizations, for GPUs, where QR runs dozens of kernels for each matrix.
 
     CholeskyQR2 (Yamamoto et al. 2015, ETNA 44, pages 306 to 326) is computed in float64. There it is as accurate as
-    Householder QR up to a condition number of about 1e8.
-
-    Args:
-        vectors: `U: (..., d, r)` of full column rank, at least float32.
-
-    Returns:
-        `V: (..., d, r)`, as `orthonormalize` returns it; NaN if a factorization fails.
-
-    Example:
-        >>> cholesky_basis(torch.tensor([[3.0, 1.0], [0.0, 2.0]]))
-        tensor([[1., 0.],
-                [0., 1.]])
+    Householder QR up to a condition number of about 1e8. The result is NaN if a factorization fails.
     """
     rows = normalize(vectors).double().mT
     for _ in range(2):
@@ -209,6 +184,25 @@ def cholesky_basis(vectors: Tensor) -> Tensor:
         factor = factor.masked_fill(failed[..., None, None] > 0, torch.nan)
         rows = torch.linalg.solve_triangular(factor, rows, upper=False)
     return rows.mT.to(vectors.dtype)
+
+
+def basis_of_products(vectors: Tensor) -> Tensor:
+    """Compute Gram-Schmidt by the recurrence, with each projection applied twice.
+
+    A single projection loses orthogonality with the square of the condition number; the second one removes the rounding
+    error of the first ("twice is enough", Giraud et al. 2005, https://doi.org/10.1007/s00211-005-0615-4).
+    """
+    # The basis does not depend on the lengths, and the squares of unit vectors do not overflow.
+    units = normalize(vectors)
+    basis = units[..., :0]
+    for step in range(units.shape[-1]):
+        column = units[..., step : step + 1]
+        if step:
+            for _ in range(2):
+                column = column - basis @ (basis.mT @ column)
+        column = column / (column * column).sum(dim=-2, keepdim=True).sqrt()
+        basis = torch.cat([basis, column], dim=-1) if step else column
+    return basis
 
 
 def init_vectors(
@@ -227,46 +221,30 @@ def init_vectors(
     number of reflections has determinant -1, and `I - 2 V V^T` has `r` eigenvalues -1. But `Q(U)` is its own inverse,
     so the anchor is a copy of the reflected directions: the last column, or all of `V`.
 
-    Args:
-        d: length of the vectors.
-        r: number of vectors.
-        apply_GS: whether the adapter uses Gram-Schmidt.
-        init_weights: start at the identity; if False, start with random vectors and without an anchor.
-        dtype: dtype of both results.
+    `init_weights=False` starts with random vectors and without an anchor.
 
     Returns:
         `U: (d, r)`, drawn on the CPU from torch's default generator, and `A`: `(d, r)` for Gram-Schmidt, `(d, 1)` for
-        an odd rank, else `None`. Both are contiguous.
+        an odd rank, else `None`. Both are contiguous and have the dtype `dtype`.
 
     Example:
         >>> U, A = init_vectors(5, 3, apply_GS=False, init_weights=True)
         >>> bool((U[:, 0] == U[:, 1]).all()), U.shape, A.shape
         (True, torch.Size([5, 3]), torch.Size([5, 1]))
     """
-    vectors = _draw(d, r, dtype, paired=init_weights and not apply_GS)
-    return vectors, _anchor(vectors, apply_GS=apply_GS) if init_weights else None
-
-
-def _draw(d: int, r: int, dtype: torch.dtype, *, paired: bool) -> Tensor:
-    """The vectors of `init_vectors`; `paired` repeats each of them."""
-    drawn = torch.zeros(d, (r + 1) // 2 if paired else r, dtype=dtype, device="cpu")
-    nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
-    return drawn.repeat_interleave(2, dim=1)[:, :r].contiguous() if paired else drawn
-
-
-def _anchor(vectors: Tensor, *, apply_GS: bool) -> Tensor | None:
-    """The anchor of `init_vectors`."""
+    paired = init_weights and not apply_GS
+    vectors = torch.zeros(d, (r + 1) // 2 if paired else r, dtype=dtype, device="cpu")
+    nn.init.kaiming_uniform_(vectors, a=math.sqrt(5))
+    if paired:
+        vectors = vectors.repeat_interleave(2, dim=1)[:, :r].contiguous()
+    if not init_weights or not anchor_rank(r, apply_GS=apply_GS):
+        return vectors, None
     if apply_GS:
         # torch.export.save warns about tensors that are not contiguous.
-        return orthonormalize(vectors).to(vectors.dtype).contiguous()
-    return vectors[:, -1:].clone().contiguous() if anchor_rank(vectors.shape[1], apply_GS=False) else None
+        return vectors, orthonormalize(vectors).to(dtype).contiguous()
+    return vectors, vectors[:, -1:].clone().contiguous()
 
 
 def anchor_rank(r: int, *, apply_GS: bool) -> int:
-    """The number of vectors in the anchor of `init_vectors`; 0 if no anchor is needed.
-
-    Example:
-        >>> anchor_rank(3, apply_GS=False), anchor_rank(4, apply_GS=False), anchor_rank(4, apply_GS=True)
-        (1, 0, 4)
-    """
+    """The number of vectors in the anchor of `init_vectors`; 0 if no anchor is needed."""
     return r if apply_GS else r % 2

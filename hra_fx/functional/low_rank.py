@@ -7,7 +7,7 @@ of at most `k`:
 
 This is exactly a LoRA of rank `n` and scale 1. It is computed in three steps without any `(d, d)` matrix:
 
-1. `core`: a thin QR `U = V R` gives `Q - I = V K V^T` with the small core `K = -R T R^T`.
+1. `core`: a thin QR `U = V R` gives `Q - I = V K V^T` with the small core `K = -R T R^T` (`householder.span`).
 2. `project` computes `W V`. A caller that reads `W` from disk computes it itself, in blocks.
 3. `low_rank_delta`: a thin QR of `(W V) K` and an SVD of its small triangle give the singular values of the change.
    These show its numerical rank and give the best approximation of a smaller rank (Eckart and Young 1936,
@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hra_fx.functional.householder import compact_wy, normalize
+from hra_fx.functional.householder import normalize, span
 
 #: Singular values below this fraction of the largest one are rounding errors of float32 factors.
 _NEGLIGIBLE = 2.0**-27
@@ -47,25 +47,16 @@ class LowRankDelta(NamedTuple):
 def core(chain: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor]:
     """Compute the small core of `Q - I = V K V^T`.
 
-    Args:
-        chain: `U: (d, k)`; columns may have any length, and a zero column gives the identity.
-        noise: `Q` is treated as the identity if it differs from the identity by at most this, in the spectral norm.
+    `Q` is treated as the identity if it differs from the identity by at most `noise`, in the spectral norm.
 
     Returns:
         `V: (d, m)` with `V^T V = I` and `K: (m, m)`, `m <= min(d, k)`; float64 on the CPU, detached. `m = 0` if `Q`
         is the identity up to the rounding of float64.
-
-    Example:
-        >>> V, K = core(torch.tensor([[3.0], [4.0]]))
-        >>> torch.eye(2) + (V @ K @ V.T).float()
-        tensor([[ 0.2800, -0.9600],
-                [-0.9600, -0.2800]])
     """
     # Two steps, because some devices (mps) do not support float64.
-    vectors = normalize(chain.detach().cpu().double())
-    V, R = torch.linalg.qr(vectors)
-    K = -R @ compact_wy(vectors) @ R.mT
-    tiny = max(noise, 8 * vectors.shape[1] * torch.finfo(K.dtype).eps)
+    V, moved = span(normalize(chain.detach().cpu().double()))
+    K = -moved
+    tiny = max(noise, 8 * chain.shape[1] * torch.finfo(K.dtype).eps)
     if not K.numel() or float(torch.linalg.matrix_norm(K, 2)) <= tiny:
         return V[:, :0], K[:0, :0]
     return V, K
@@ -76,28 +67,14 @@ def anchor_noise(r: int, dtype: torch.dtype) -> float:
 
     For vectors that were cast to 16 bits, the value for float32 is used: in 16 bits, a small rotation cannot be
     distinguished from rounding.
-
-    Args:
-        r: the number of trained vectors.
-        dtype: dtype of the anchor.
     """
     return 2 * r * min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
 
 
 def project(rows: Tensor, V: Tensor) -> Tensor:
-    """Compute `W V` in float64 (float32 on MPS), without a copy of `W` in that dtype.
+    """Compute `W V: (out, m)`, float64 on the CPU, without a copy of `W: (out, d)` in that dtype.
 
-    Args:
-        rows: `W: (out, d)`, with any floating-point dtype, on any device.
-        V: `(d, m)`, from `core`.
-
-    Returns:
-        `(out, m)`, float64 on the CPU.
-
-    Example:
-        >>> project(torch.ones(2, 3, dtype=torch.bfloat16), torch.eye(3, 1).double())
-        tensor([[1.],
-                [1.]], dtype=torch.float64)
+    `W` may have any floating-point dtype, on any device. On MPS, the product is computed in float32.
     """
     dtype = torch.float32 if rows.device.type == "mps" else torch.float64
     wide = V.to(rows.device, dtype)
@@ -109,14 +86,7 @@ def project(rows: Tensor, V: Tensor) -> Tensor:
 def low_rank_delta(projected: Tensor, V: Tensor, K: Tensor, rank: int | None = None) -> LowRankDelta:
     """Compute the factors of `W Q - W = (W V) K V^T`, with its numerical rank.
 
-    Args:
-        projected: `W V: (out, m)`, float64.
-        V: from `core`.
-        K: from `core`.
-        rank: the largest rank of the result; `None` for no limit.
-
-    Returns:
-        The factors in float64. They have rank 0 if the change is zero.
+    The factors are float64, of rank at most `rank`, or 0 if the change is zero. `V` and `K` come from `core`.
 
     Example:
         >>> W, U = torch.tensor([[2.0, 5.0]], dtype=torch.float64), torch.tensor([[3.0], [0.0]])
@@ -142,15 +112,7 @@ def low_rank_delta(projected: Tensor, V: Tensor, K: Tensor, rank: int | None = N
 def rounding_error(A: Tensor, B: Tensor, dtype: torch.dtype) -> float:
     """The rounding error `|B' A' - B A|_F / |B A|_F` of the factors in `dtype`; 0 for rank 0.
 
-    Args:
-        A: `(n, d)`, or a batch `(..., n, d)`; float64.
-        B: `(out, n)`, or a batch `(..., out, n)`; float64.
-        dtype: a floating-point dtype.
-
-    Example:
-        >>> A, B = torch.ones(1, 3, dtype=torch.float64), torch.full((2, 1), 1 / 3, dtype=torch.float64)
-        >>> round(rounding_error(A, B, torch.bfloat16), 6)
-        0.001953
+    `A: (..., n, d)` and `B: (..., out, n)` are float64.
     """
     rounded_A, rounded_B = A.to(dtype).to(A.dtype), B.to(dtype).to(B.dtype)
     # B' A' - B A = [B' - B, B] [A'; A' - A]. Its norm can be computed from two small triangles.

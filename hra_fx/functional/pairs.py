@@ -23,25 +23,14 @@ def start_length(d: int, r: int) -> float:
     """The initial length `L`: the root mean square length of vectors that `householder.init_vectors` draws in pairs.
 
     Each entry is uniform between `-sqrt(2 / r)` and `sqrt(2 / r)`.
-
-    Example:
-        >>> start_length(12, 8)
-        1.0
     """
     return math.sqrt(2 * d / (3 * r))
 
 
 def to_pairs(vectors: Tensor, length: float, difference: float) -> Tensor:
-    """Convert vectors to pair coordinates: columns `m_0, d_0, m_1, d_1, ...`.
+    """Convert vectors `(..., d, r)` with an even `r` to pair coordinates: columns `m_0, d_0, m_1, d_1, ...`.
 
-    Args:
-        vectors: `(..., d, r)` with an even `r`.
-        length: `L`.
-        difference: `c`.
-
-    Example:
-        >>> to_pairs(torch.tensor([[3.0, 1.0]]), 2.0, 0.5)
-        tensor([[1., 1.]])
+    `length` is `L` and `difference` is `c`.
     """
     return _sums_and_differences(vectors).mul_(_columns(vectors, 0.5 / length, 0.5 / (length * difference)))
 
@@ -52,12 +41,7 @@ def gradients_to_pairs(gradients: Tensor, length: float, difference: float) -> T
 
 
 def from_pairs(pairs: Tensor, length: float, difference: float) -> Tensor:
-    """The inverse of `to_pairs`.
-
-    Example:
-        >>> from_pairs(torch.tensor([[1.0, 1.0]]), 2.0, 0.5)
-        tensor([[3., 1.]])
-    """
+    """The inverse of `to_pairs`."""
     return _sums_and_differences(pairs * _columns(pairs, length, length * difference))
 
 

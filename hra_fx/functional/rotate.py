@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from hra_fx.errors import FoldError
-from hra_fx.functional import exportable
-from hra_fx.functional.householder import compact_wy, normalize, rotate, without_autocast, working_dtype
+from hra_fx.functional.householder import (
+    compact_wy,
+    normalize,
+    without_autocast,
+    working_dtype,
+    wy_of_products,
+)
 from hra_fx.functional.statistics import inverse_condition
-
-# The fx tracer records it as one node, because its branches cannot be traced.
-fx.wrap("rotate_weight")
 
 
 def rotate_weight(weight: Tensor, vectors: Tensor, *, transposed: bool = False, exportable_ops: bool = False) -> Tensor:
@@ -23,7 +25,7 @@ def rotate_weight(weight: Tensor, vectors: Tensor, *, transposed: bool = False, 
         vectors: `U: (d, k)`, a chain of reflections (with anchor and Gram-Schmidt already applied); the columns may
             have any length. For several experts, `(experts, d, k)`.
         transposed: whether the weight is stored as `(d, out)`, like that of transformers' `Conv1D`.
-        exportable_ops: use only matrix products, without a triangular solve (`hra_fx.functional.exportable`).
+        exportable_ops: use only matrix products, without a triangular solve (`householder.wy_of_products`).
 
     Returns:
         The rotated weight with the shape and dtype of `weight`, contiguous. It is computed in the wider dtype of the
@@ -32,62 +34,31 @@ def rotate_weight(weight: Tensor, vectors: Tensor, *, transposed: bool = False, 
     Example:
         >>> rotate_weight(torch.tensor([[2.0, 5.0]]), torch.tensor([[3.0], [0.0]]))
         tensor([[-2.,  5.]])
-        >>> rotate_weight(torch.tensor([[2.0], [5.0]]), torch.tensor([[3.0], [0.0]]), transposed=True)
-        tensor([[-2.],
-                [ 5.]])
     """
     with without_autocast(weight):
         dtype = working_dtype(torch.promote_types(weight.dtype, vectors.dtype))
         chain = normalize(vectors.to(dtype))
-        factor = exportable.compact_wy(chain) if exportable_ops else compact_wy(chain)
-        rows = rotate(as_rows(weight, transposed=transposed, batched=chain.dim() == 3).to(dtype), chain, factor)
-        return rows_to_weight(rows, weight, transposed=transposed)
+        factor = wy_of_products(chain) if exportable_ops else compact_wy(chain)
+        rows = as_rows(weight, transposed=transposed, batched=chain.dim() == 3).to(dtype)
+        rotated = rows - (rows @ chain) @ factor @ chain.mT
+        return rows_to_weight(rotated, weight, transposed=transposed)
 
 
 def as_rows(weight: Tensor, *, transposed: bool = False, batched: bool = False) -> Tensor:
     """Reshape a weight to the matrix `(out, d)` that is multiplied by `Q` from the right; a view if possible.
 
-    Args:
-        weight: `(out, ...)`, or `(d, out)` if `transposed`.
-        transposed: whether the weight is stored as `(d, out)`.
-        batched: whether the first dimension is the dimension of experts, which is kept.
-
-    Example:
-        >>> as_rows(torch.zeros(8, 4, 3, 3)).shape, as_rows(torch.zeros(4, 8), transposed=True).shape
-        (torch.Size([8, 36]), torch.Size([8, 4]))
+    `transposed` means a weight `(d, out)`, and `batched` keeps the first dimension, that of experts.
     """
     return weight.mT if transposed else weight if batched else weight.flatten(1)
 
 
 def rows_to_weight(rows: Tensor, weight: Tensor, *, transposed: bool = False) -> Tensor:
-    """Undo `as_rows`: convert a matrix `(out, d)` to the shape and dtype of `weight`, contiguous.
-
-    Example:
-        >>> rows_to_weight(torch.ones(8, 36), torch.zeros(8, 4, 3, 3)).shape
-        torch.Size([8, 4, 3, 3])
-    """
+    """Undo `as_rows`: convert a matrix `(out, d)` to the shape and dtype of `weight`, contiguous."""
     return (rows.mT if transposed else rows.reshape(weight.shape)).to(weight.dtype).contiguous()
 
 
 def check_foldable(where: str, weight: Tensor, vectors: Tensor, *, apply_GS: bool, adapter: str | None = None) -> None:
-    """Check that an adapter has data and a well-defined `Q`, so that it can be folded.
-
-    Args:
-        where: the path of the layer or the name of the weight, for the message.
-        weight: the base weight.
-        vectors: `U: (d, r)`, as trained.
-        apply_GS: whether the adapter uses Gram-Schmidt.
-        adapter: the name of the adapter, for the message.
-
-    Raises:
-        FoldError: the weight or the vectors are on the meta device, or the vectors for Gram-Schmidt are linearly
-            dependent.
-
-    Example:
-        >>> check_foldable("fc", torch.ones(2, 3), torch.ones(3, 2), apply_GS=True, adapter="default")
-        Traceback (most recent call last):
-        hra_fx.errors.FoldError: fc: the vectors of 'default' are linearly dependent, so their Gram-Schmidt basis is ...
-    """
+    """Raise a `FoldError` if an adapter has no data or no well-defined `Q`; `where` and `adapter` are for messages."""
     of_adapter = "" if adapter is None else f" of {adapter!r}"
     if weight.is_meta or vectors.is_meta:
         raise FoldError(f"{where}: the weight or the vectors{of_adapter} are on the meta device. Load them first.")
@@ -99,16 +70,7 @@ def check_foldable(where: str, weight: Tensor, vectors: Tensor, *, apply_GS: boo
 
 
 def check_finite(where: str, folded: Tensor) -> None:
-    """Check that a folded weight is finite.
-
-    Raises:
-        FoldError: the weight contains NaN or infinity.
-
-    Example:
-        >>> check_finite("fc", torch.tensor([float("nan")]))
-        Traceback (most recent call last):
-        hra_fx.errors.FoldError: fc: the folded weight is not finite. Check the base weight and the vectors for NaN ...
-    """
+    """Raise a `FoldError` if a folded weight contains NaN or infinity; `where` is for the message."""
     if not bool(torch.isfinite(folded).all()):
         raise FoldError(
             f"{where}: the folded weight is not finite. Check the base weight and the vectors for NaN and inf."

@@ -1,6 +1,14 @@
-"""Statistics of a chain of reflections: rotation angles, distance from the identity, orthogonality error, condition.
+r"""Statistics of a chain of reflections: how far it rotates, and how much it changes a weight.
 
-All are computed from `k x k` matrices; `Q: (d, d)` is never computed.
+All are computed from `k x k` matrices (`householder.span`); `Q: (d, d)` is never computed.
+
+`Q` rotates some directions and does not change their orthogonal complement. Let `P` be the projector on the rotated
+directions. A row `w` of the weight is `w P + w (I - P)`, and `Q` only changes the first part. `|W P|_F^2 / |W|_F^2` is
+the share of this part in the whole weight. It limits how much the adapter can change the layer, for any angles.
+
+With `I - Q = V M V^T`, `M` is normal with singular values `2 sin(angle / 2)`, so the left singular vectors `G` of the
+nonzero ones span the rotated directions: `P = V G G^T V^T`, and `|W P|_F = |W V G|_F` takes one skinny product. The
+change of the weight follows from the same product: `|W Q - W|_F = |W V M|_F = |(W V G) (G^T M)|_F`.
 """
 
 from __future__ import annotations
@@ -11,11 +19,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hra_fx.functional.householder import compact_wy, normalize, working_dtype
+from hra_fx.functional.householder import normalize, span, working_dtype
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# The number of elements of a weight that are cast at a time.
+_CHUNK = 1 << 22
 
 
 class RotationStats(NamedTuple):
-    """Compute how far `Q` is from the identity.
+    """How far `Q` is from the identity.
 
     Attributes:
         rotation: `|Q - I|_F`.
@@ -42,11 +54,8 @@ def rotation_stats(chain: Tensor) -> RotationStats:
     """Compute rotation angles and norms of a chain; NaN for a chain on the meta device or with non-finite values.
 
     `Q` rotates orthogonal planes and does not change the rest of the space. If its determinant is -1, it also reflects
-    one direction, which counts as an angle of pi. A plane has one angle, although it has two eigenvalues. Angles up to
-    `min_angle` are rounding errors of vectors that cancel, and are omitted.
-
-    Args:
-        chain: `U: (d, k)`.
+    one direction, which counts as an angle of pi. A plane has one angle, although it has two eigenvalues. Very small
+    angles are rounding errors of vectors that cancel, and are omitted.
 
     Example:
         >>> U = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])  # a rotation and a reflection
@@ -58,10 +67,10 @@ def rotation_stats(chain: Tensor) -> RotationStats:
     vectors = normalize(chain.detach())
     if vectors.is_meta or not bool(torch.isfinite(vectors).all()):
         return RotationStats(math.nan, (math.nan,), math.nan)
-    block = principal_block(vectors, compact_wy(vectors))
-    identity = torch.eye(block.shape[0], dtype=block.dtype)
-    norms = (torch.linalg.matrix_norm(matrix) for matrix in (block - identity, block.mT @ block - identity))
-    rotation, orthogonality = (float(norm) for norm in norms)
+    _, moved = span(vectors)
+    identity = torch.eye(moved.shape[0], dtype=moved.dtype)
+    block = identity - moved
+    rotation, orthogonality = (float(torch.linalg.matrix_norm(part)) for part in (moved, block.mT @ block - identity))
     # In descending order, each plane has two equal angles, after a single pi if one direction is reflected. So take
     # every second angle.
     angles = torch.linalg.eigvals(block).angle().abs().sort(descending=True).values[::2]
@@ -69,36 +78,61 @@ def rotation_stats(chain: Tensor) -> RotationStats:
 
 
 def min_angle(chain: Tensor) -> float:
-    """The largest angle that can be a rounding error, in radians: `8 k eps`, with the eps of the dtype of `T`.
-
-    Example:
-        >>> f"{min_angle(torch.ones(100, 8)):.0e}"
-        '8e-06'
-    """
+    """The largest angle that can be a rounding error, in radians: `8 k eps`, with the eps of the dtype of `T`."""
     return 8 * chain.shape[1] * torch.finfo(working_dtype(chain.dtype)).eps
 
 
-def principal_block(chain: Tensor, factor: Tensor) -> Tensor:
-    """`Q` restricted to the span of its vectors; outside of it, `Q` is the identity.
+class RelativeChange(NamedTuple):
+    """How much a chain changes a weight `W: (out, d)`.
 
-    With `U = V R` (thin QR), `Q = I - V (R T R^T) V^T`, so the block is `I - R T R^T`. It has the orthogonality error
-    of `Q`, and the eigenvalues of `Q` except those of the rest of the space.
+    Attributes:
+        share: `|W P|_F^2 / |W|_F^2`, the share of the weight in the rotated directions, from 0 to 1.
+        change: `|W Q - W|_F / |W|_F`, from 0 to 2.
+    """
 
-    Args:
-        chain: `U: (d, k)`.
-        factor: `T: (k, k)`, in the precision to be measured.
+    share: float
+    change: float
 
-    Returns:
-        `(m, m)` with `m = min(d, k)`, float64, on the CPU.
+
+def relative_change(rows: Tensor, chain: Tensor) -> RelativeChange:
+    """Compute how much a chain `U: (d, k)` changes a weight `rows: (out, d)`, which is cast in pieces.
+
+    The result is 0 for a weight of zeros, and NaN if the weight or the chain has no data or is not finite.
 
     Example:
-        >>> U = torch.tensor([[0.0], [2.0]])
-        >>> principal_block(U, compact_wy(U))
-        tensor([[-1.]], dtype=torch.float64)
+        >>> relative_change(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]))
+        RelativeChange(share=0.36, change=1.2)
     """
-    vectors, inner = (matrix.detach().to("cpu", torch.float64) for matrix in (chain, factor))
-    triangle: Tensor = torch.linalg.qr(vectors, mode="r").R
-    return torch.eye(triangle.shape[0], dtype=triangle.dtype) - triangle @ inner @ triangle.mT
+    if rows.is_meta or chain.is_meta or not bool(torch.isfinite(chain).all()):
+        return RelativeChange(math.nan, math.nan)
+    if not chain.shape[1]:
+        return RelativeChange(0.0, 0.0)
+    basis, moved = span(normalize(chain.detach()))
+    left, sizes, _ = torch.linalg.svd(moved)
+    left = left[:, sizes > min_angle(chain)]
+    directions, moved = (part.to(rows.device, working_dtype(rows.dtype)) for part in (basis @ left, left.mT @ moved))
+    wide = torch.float32 if rows.device.type == "mps" else torch.float64
+    part, change, whole = (torch.zeros((), dtype=wide, device=rows.device) for _ in range(3))
+    for piece in torch.split(rows.detach(), max(1, _CHUNK // max(1, rows.shape[1]))):
+        cast = piece.to(directions.dtype)
+        inside = cast @ directions
+        for total, matrix in ((part, inside), (change, inside @ moved), (whole, cast)):
+            # Sum each row separately: a single float32 sum over millions of elements has only three correct digits.
+            total += torch.linalg.vector_norm(matrix, dim=1).to(wide).square().sum()
+    size = float(whole)
+    if not size:
+        return RelativeChange(0.0, 0.0)
+    # Rounding can make the share slightly more than 1.
+    return RelativeChange(min(float(part) / size, 1.0), math.sqrt(float(change) / size))
+
+
+def readable_rows(weight: Tensor, width: int, *, fan_in_fan_out: bool) -> Tensor | None:
+    """View a weight as the matrix `(out, d)` without a copy; `None` if it is quantized, packed, sharded or sparse."""
+    plain = type(weight.data) is Tensor and weight.layout is torch.strided and weight.dtype in _DTYPES
+    if not plain or weight.dim() < 2:
+        return None
+    rows = weight.mT if fan_in_fan_out else weight.flatten(1)
+    return rows if rows.shape[1] == width else None
 
 
 def inverse_condition(vectors: Tensor) -> float:

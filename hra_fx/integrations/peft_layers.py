@@ -20,8 +20,7 @@ from hra_fx.functional.chain import plain_chain
 from hra_fx.functional.rotate import rotate_weight
 from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
 from hra_fx.layers.class_swap import SwapMixin
-from hra_fx.layers.quantized.detect import quant_scheme_of
-from hra_fx.layers.quantized.straight_through import call_quantized
+from hra_fx.layers.quantized import call_quantized, quant_scheme_of
 from hra_fx.layers.target import describe, kind_of, width_of
 from hra_fx.layers.variants import ConvAdapters, LinearAdapters
 
@@ -52,7 +51,7 @@ class _PeftVectors(HouseholderAdapters):
 
     def unit_chain(self, name: str, *, reverse: bool = False) -> Tensor:
         """The reflections of an adapter, `(d, r)`, in float64 (float32 on MPS), or those of `Q^T` if `reverse`."""
-        vectors = self._held(name)
+        vectors = self[name]
         wide = vectors.float() if vectors.device.type == "mps" else vectors.double()
         chain = plain_chain(wide, None, apply_GS=self.specs[name].apply_GS)
         return chain.flip(-1) if reverse else chain

@@ -21,15 +21,14 @@ from hra_fx import compat
 from hra_fx.functional import householder
 from hra_fx.functional.chain import ChainPart, plain_chain
 from hra_fx.kernels.dispatch import is_compiling
-from hra_fx.kernels.factors import Factors, wy_factors
+from hra_fx.kernels.factors import Factors, uses_plain_operators, wy_factors
 
 
 def batched_factors(layers: Sequence[Sequence[ChainPart]], dtype: torch.dtype) -> list[Factors]:
     """Compute the factors of several layers, with chains that consist of parts with the same signatures.
 
-    Args:
-        layers: the parts of the chain of each layer; in a mixed batch, the parts of `m` adapters, `(m, d, r)`.
-        dtype: dtype of the result; the factors are computed in at least float32.
+    In a mixed batch, a part contains the vectors of `m` adapters, `(m, d, r)`. The factors are computed in at least
+    float32, and cast to `dtype`.
 
     Returns:
         `R` and `F: (k, d)` of each layer, or `(m, k, d)`. In the backward pass, a layer with unused factors does not
@@ -47,15 +46,6 @@ def batched_factors(layers: Sequence[Sequence[ChainPart]], dtype: torch.dtype) -
     compute = torch.ops.hra_fx.batched_factors.default if is_compiling() else _compute
     factors = compute(tensors, apply_GS, anchored, dtype)
     return [Factors(*pair) for pair in zip(factors[::2], factors[1::2], strict=True)]
-
-
-def plain_factors(layers: Sequence[Sequence[ChainPart]]) -> list[Factors]:
-    """Like `batched_factors`, with operators that `torch.export` can record, and without a final cast."""
-    tensors = [tensor for place in range(len(layers[0])) for tensor in _column(layers, place)]
-    chains = _chains(tensors, [p.apply_GS for p in layers[0]], [p.anchor is not None for p in layers[0]], torch.stack)
-    unit = householder.normalize(chains)
-    down = -(householder.compact_wy(unit) @ unit.mT)
-    return [Factors(*pair) for pair in zip(unit.mT.unbind(), down.unbind(), strict=True)]
 
 
 def _column(layers: Sequence[Sequence[ChainPart]], place: int) -> list[Tensor]:
@@ -86,7 +76,7 @@ def _chains(tensors: list[Tensor], apply_GS: list[bool], anchored: list[bool], s
 
 def _again(tensors: list[Tensor], apply_GS: list[bool], anchored: list[bool]) -> Callable[[], Tensor] | None:
     """Return a function that computes the chains again for another backward pass. The vectors must not have changed."""
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or uses_plain_operators():
         return None
     versions = compat.tensor_versions(tensors)
 
@@ -115,9 +105,9 @@ def _gradients_where_reached() -> tuple[Any, Any]:
     """Return stack and unbind functions that only give gradients to layers that the backward pass has reached.
 
     This matters because an optimizer changes parameters with a zero gradient (by their momentum), but not parameters
-    without a gradient. functorch transforms and forward-mode derivatives use the plain operators.
+    without a gradient.
     """
-    if not torch.is_grad_enabled() or compat.is_functorch_active() or compat.is_forward_ad_active():
+    if not torch.is_grad_enabled() or uses_plain_operators():
         return torch.stack, lambda factors: factors.movedim(-3, 1).flatten(0, 1).unbind()
     reached: set[int] = set()
     return (lambda tensors: _Stack.apply(reached, *tensors)), (lambda factors: _Unbind.apply(reached, factors))  # type: ignore[no-untyped-call]

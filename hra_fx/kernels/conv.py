@@ -26,25 +26,9 @@ def convolve_patches(
     stride: tuple[int, ...],
     dilation: tuple[int, ...],
 ) -> Tensor:
-    """Compute a Conv2d with the weight `W Q`, as matrix products with its patches.
+    """Compute a Conv2d with the weight `W Q: (out, c, ...)`, without groups, as matrix products with its patches.
 
-    Args:
-        x: `(n, c, height, width)`, padded.
-        factors: `R` and `F: (k, d)`, in the dtype of `x` and `W`.
-        weight: `W: (out, c, ...)`, without groups.
-        bias: `(out,)`.
-        stride: of the convolution.
-        dilation: of the convolution.
-
-    Returns:
-        `(n, out, ...)`, contiguous.
-
-    Example:
-        >>> from hra_fx.kernels.factors import wy_factors
-        >>> factors = Factors(*wy_factors(torch.ones(4, 1)))
-        >>> convolve_patches(torch.ones(1, 1, 3, 3), factors, torch.ones(1, 1, 2, 2), None, (1, 1), (1, 1))
-        tensor([[[[-4., -4.],
-                  [-4., -4.]]]])
+    `x: (n, c, height, width)` is padded, and the factors have its dtype. The result is contiguous.
     """
     rows, down = factors
     kernel = weight.shape[2:]
@@ -59,25 +43,9 @@ def convolve_patches(
 def positions(
     size: tuple[int, ...], kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
 ) -> list[int]:
-    """The output size of a convolution with a padded input.
-
-    Example:
-        >>> positions((9, 11), (3, 3), (2, 1), (1, 2))
-        [4, 7]
-    """
+    """The output size of a convolution with a padded input."""
     steps = zip(size, kernel, stride, dilation, strict=True)
     return [(length - spread * (width - 1) - 1) // step + 1 for length, width, step, spread in steps]
-
-
-def up_projection(rows: Tensor, weight: Tensor) -> Tensor:
-    """Compute `D = W R^T: (out, k)`, for `R: (k, d)` in the dtype of `W: (out, ...)`.
-
-    Example:
-        >>> up_projection(torch.tensor([[1.0, 0.0]]), torch.eye(2))
-        tensor([[1.],
-                [0.]])
-    """
-    return torch.mm(rows, weight.flatten(1).mT).mT
 
 
 def add_up_projection(output: Tensor, up: Tensor, projected: Tensor, dimensions: int) -> Tensor:
@@ -88,11 +56,6 @@ def add_up_projection(output: Tensor, up: Tensor, projected: Tensor, dimensions:
         up: `D: (out, k)`.
         projected: `z: (n, k, ...)` or `(k, ...)`, at the same positions.
         dimensions: number of spatial dimensions.
-
-    Example:
-        >>> add_up_projection(torch.zeros(2, 1), torch.tensor([[1.0], [3.0]]), torch.full((1, 1), 2.0), 1)
-        tensor([[2.],
-                [6.]])
     """
     batch, positions = output.shape[0] if output.dim() > dimensions + 1 else 1, math.prod(output.shape[-dimensions:])
     flat, low = (

@@ -22,14 +22,10 @@ from hra_fx.kernels.linear import reflect_rows
 
 
 def reflect_distributed(x: Any, factors: Factors) -> Any:
-    """Apply a chain to the rows of a `DTensor`: `x Q^T`.
+    """Apply a chain to the rows of a `DTensor`: `x Q^T`, in the dtype of `x` and split like `x`.
 
-    Args:
-        x: a `DTensor` `(..., d)` on a one-dimensional mesh: replicated, or split along its last or another dimension.
-        factors: `R` and `F: (k, d)`, plain tensors that are the same in every process.
-
-    Returns:
-        A `DTensor` `(..., d)` in the dtype of `x`, split like `x`.
+    `x` is on a one-dimensional mesh: replicated, or split along its last or another dimension. The factors are plain
+    tensors that are the same in every process.
     """
     from torch.distributed.tensor import Partial, Replicate, Shard
 

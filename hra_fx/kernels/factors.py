@@ -33,35 +33,31 @@ class Factors(NamedTuple):
 
 
 def wy_factors(vectors: Tensor, again: Callable[[], Tensor] | None = None) -> Tensor:
-    """Compute the factors of chains with the same shape.
+    """Compute the factors of chains `U: (..., d, k)`, which are at least float32: `R` and `F`, `(..., 2, k, d)`.
 
-    Args:
-        vectors: `U: (..., d, k)`, at least float32; columns may have any length, and a zero column gives the identity.
-        again: computes the vectors again for another backward pass. The first backward pass frees the saved tensors,
-            and each of several passes may reach only some of the chains, for example for a model with several outputs.
-
-    Returns:
-        `R` and `F`, stacked: `(..., 2, k, d)` in the dtype of `vectors`.
-
-    Example:
-        >>> rows, down = wy_factors(torch.tensor([[3.0], [0.0]]))
-        >>> torch.eye(2) + down.T @ rows
-        tensor([[-1.,  0.],
-                [ 0.,  1.]])
+    The columns may have any length, and a zero column gives the identity. `again` computes the vectors again for
+    another backward pass: the first one frees the saved tensors, and each of several passes may reach only some of the
+    chains, for example for a model with several outputs.
     """
     with householder.without_autocast(vectors):
-        if not (compat.is_functorch_active() or compat.is_forward_ad_active()):
-            factors: Tensor = _WYFactors.apply(vectors.reshape(-1, *vectors.shape[-2:]), again)  # type: ignore[no-untyped-call]
-            return factors.view(*vectors.shape[:-2], *factors.shape[1:])
-        return _plain_factors(vectors)
+        if uses_plain_operators():
+            return _plain_factors(vectors)
+        factors: Tensor = _WYFactors.apply(vectors.reshape(-1, *vectors.shape[-2:]), again)  # type: ignore[no-untyped-call]
+        return factors.view(*vectors.shape[:-2], *factors.shape[1:])
+
+
+def uses_plain_operators() -> bool:
+    """Whether factors are computed without autograd functions: for functorch, forward-mode and `torch.export`."""
+    return compat.is_functorch_active() or compat.is_forward_ad_active() or compat.is_exporting()
 
 
 def _plain_factors(vectors: Tensor) -> Tensor:
-    """Compute the factors with differentiable operators, for functorch, forward-mode and second derivatives."""
-    # The lengths are not constants, unlike in `householder.normalize`, because second derivatives depend on them.
-    scaled = householder.normalize(vectors)
-    lengths = torch.linalg.vector_norm(scaled, dim=-2, keepdim=True)
-    chain = scaled / torch.where(lengths > 0, lengths, 1.0)
+    """Compute the factors with differentiable operators, also for second derivatives."""
+    chain = householder.normalize(vectors)
+    if not compat.is_exporting():
+        # The lengths are not constants, unlike in `householder.normalize`, because second derivatives depend on them.
+        lengths = torch.linalg.vector_norm(chain, dim=-2, keepdim=True)
+        chain = chain / torch.where(lengths > 0, lengths, 1.0)
     return torch.stack([chain.mT, -(householder.compact_wy(chain) @ chain.mT)], dim=-3)
 
 

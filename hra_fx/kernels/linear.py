@@ -19,20 +19,7 @@ _MIN_ROWS_PER_VECTOR = 4
 
 
 def reflect_rows(x: Tensor, factors: Factors) -> Tensor:
-    """Apply a chain to rows: `x Q^T`.
-
-    Args:
-        x: `(..., d)`, floating.
-        factors: `R` and `F: (k, d)`; the products use their dtype.
-
-    Returns:
-        `(..., d)`, in the dtype of `x`.
-
-    Example:
-        >>> from hra_fx.kernels.factors import Factors, wy_factors
-        >>> reflect_rows(torch.tensor([[2.0, 5.0]]), Factors(*wy_factors(torch.tensor([[3.0], [0.0]]))))
-        tensor([[-2.,  5.]])
-    """
+    """Apply a chain to rows `(..., d)`: `x Q^T`, in the dtype of `x`. The products use the dtype of the factors."""
     rows, down = factors
     flat = x.reshape(-1, x.shape[-1])
     if x.dtype is rows.dtype:
@@ -40,23 +27,21 @@ def reflect_rows(x: Tensor, factors: Factors) -> Tensor:
     return (flat + torch.mm(F.linear(flat.to(rows.dtype), down), rows).to(x.dtype)).view(x.shape)
 
 
-def linear(x: Tensor, factors: Factors, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute a Linear with the weight `W Q`.
+def reflect_each(x: Tensor, factors: Factors) -> Tensor:
+    """Reflect the rows of each matrix of `x: (n, rows, d)` by its own chain, with factors `(n, k, d)`: `X_i Q_i^T`.
 
-    Args:
-        x: `(..., d)`.
-        factors: `R` and `F: (k, d)`, in the dtype of the products.
-        weight: `W: (out, d)`.
-        bias: `(out,)`.
-
-    Returns:
-        `(..., out)`.
-
-    Example:
-        >>> from hra_fx.kernels.factors import Factors, wy_factors
-        >>> linear(torch.tensor([[2.0, 5.0]]), Factors(*wy_factors(torch.tensor([[3.0], [0.0]]))), torch.eye(2), None)
-        tensor([[-2.,  5.]])
+    For a single chain, with factors `(k, d)`, this is `reflect_rows`.
     """
+    rows, down = factors
+    if rows.dim() == 2:
+        return reflect_rows(x, factors)
+    if x.dtype is rows.dtype:
+        return torch.baddbmm(x, torch.bmm(x, down.mT), rows)
+    return x + torch.bmm(torch.bmm(x.to(rows.dtype), down.mT), rows).to(x.dtype)
+
+
+def linear(x: Tensor, factors: Factors, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute a Linear of `x: (..., d)` with the weight `W Q`, for factors in the dtype of the products."""
     rows, down = factors
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     same = x.dtype is rows.dtype

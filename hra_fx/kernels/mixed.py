@@ -12,15 +12,14 @@ from torch import Tensor
 
 from hra_fx.functional import householder
 from hra_fx.functional.chain import ChainPart, plain_chain
+from hra_fx.kernels.factors import Factors
+from hra_fx.kernels.linear import reflect_each
 
 
 class RowFactors(NamedTuple):
-    """`R` and `F` of several adapters of one layer, `(m, k, d)`, and the adapter of each row of the batch.
+    """`R` and `F` of several adapters of one layer, `(m, k, d)`, and the adapter of each row of the batch, `(n,)`.
 
-    Attributes:
-        rows: `R` of each adapter.
-        down: `F` of each adapter.
-        places: the index of the adapter of each row, `(n,)`; `None` if row `i` has adapter `i`.
+    `places` is `None` if row `i` has adapter `i`.
     """
 
     rows: Tensor
@@ -29,19 +28,10 @@ class RowFactors(NamedTuple):
 
 
 def stack_chains(parts: Sequence[ChainPart | None]) -> ChainPart:
-    """Stack the chains of several adapters of one layer, for `batched_factors`.
+    """Stack the chains of several adapters of one layer, in order, as `(m, d, r)` for `batched_factors`.
 
-    Adapters of different kinds are converted to plain reflections and padded with zeros, which give the identity.
-
-    Args:
-        parts: the chain of each adapter, `None` for the identity; at least one is not `None`.
-
-    Returns:
-        `(m, d, r)`, for the `m` adapters in order.
-
-    Example:
-        >>> stack_chains([None, ChainPart(torch.ones(6, 2)), ChainPart(torch.ones(6, 3))]).vectors.shape
-        torch.Size([3, 6, 3])
+    Adapters of different kinds are converted to plain reflections and padded with zeros, which give the identity. At
+    least one part is not `None`, which means the identity.
     """
     present = [part for part in parts if part is not None]
     first = present[0]
@@ -62,32 +52,16 @@ def _plain(part: ChainPart, dtype: torch.dtype) -> Tensor:
         return plain_chain(part.vectors.to(dtype), part.anchor, apply_GS=part.apply_GS)
 
 
-def pick(factors: RowFactors) -> tuple[Tensor, Tensor]:
+def pick(factors: RowFactors) -> Factors:
     """`R` and `F` of each row of the batch, `(n, k, d)`."""
     rows, down, places = factors
-    return (rows, down) if places is None else (rows.index_select(0, places), down.index_select(0, places))
+    return Factors(*(part if places is None else part.index_select(0, places) for part in (rows, down)))
 
 
 def reflect_mixed(x: Tensor, factors: RowFactors) -> Tensor:
     """Apply the chain of each row of the batch: `x Q^T`.
 
-    Args:
-        x: `(n, ..., d)`, or a multiple of `n` rows with adjacent copies of each row.
-        factors: the factors of `n` rows; the products use their dtype.
-
-    Returns:
-        A tensor with the shape and dtype of `x`.
-
-    Example:
-        >>> from hra_fx.kernels.batch import batched_factors
-        >>> chains = stack_chains([None, ChainPart(torch.tensor([[3.0], [0.0]]))])
-        >>> [factors] = batched_factors([[chains]], torch.float32)
-        >>> reflect_mixed(torch.tensor([[2.0, 5.0], [2.0, 5.0]]), RowFactors(*factors, None))
-        tensor([[ 2.,  5.],
-                [-2.,  5.]])
+    `x: (n, ..., d)` may also have a multiple of `n` rows, with adjacent copies of each row.
     """
-    rows, down = pick(factors)
-    flat = x.reshape(len(rows), -1, x.shape[-1])
-    if x.dtype is rows.dtype:
-        return torch.baddbmm(flat, torch.bmm(flat, down.mT), rows).view(x.shape)
-    return (flat + torch.bmm(torch.bmm(flat.to(rows.dtype), down.mT), rows).to(x.dtype)).view(x.shape)
+    own = pick(factors)
+    return reflect_each(x.reshape(len(own.rows), -1, x.shape[-1]), own).view(x.shape)

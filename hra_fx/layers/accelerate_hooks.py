@@ -22,12 +22,7 @@ WHOLE = (
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a module has a hook of accelerate.
-
-    Example:
-        >>> is_hooked(nn.Linear(6, 4))
-        False
-    """
+    """Whether a module has a hook of accelerate."""
     return "_hf_hook" in vars(module)
 
 

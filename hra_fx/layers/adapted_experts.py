@@ -1,19 +1,38 @@
-"""The class of a module with adapted 3-D parameters. Reading an adapted parameter gives the rotated experts."""
+"""Adapted experts: a module with adapted 3-D parameters, which other code reads as rotated experts.
+
+`weight[i]` is the rotated weight of one expert. A product with it reflects the input instead: no rotated weight is
+computed or kept for the backward pass. The same applies to products with all experts, by `torch.bmm` and by the grouped
+products of transformers. All other operations compute `W_e Q_e` of the experts that they read.
+"""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from hra_fx import compat
 from hra_fx.errors import AdapterError
+from hra_fx.functional.rotate import rotate_weight
+from hra_fx.kernels.dispatch import is_plain, is_plain_eager, products_dtype
+from hra_fx.kernels.factors import Factors
+from hra_fx.kernels.linear import reflect_each
 from hra_fx.layers.adapted_layer import AdaptedLayer, read_weight
 from hra_fx.layers.base_parameters import BaseParameters
 from hra_fx.layers.class_swap import swap, unswap
 from hra_fx.layers.experts_weight import CHILD, ExpertsWeight
-from hra_fx.layers.rotated_experts import RotatedExperts
+from hra_fx.layers.rotated_weight import RotatedWeight
 from hra_fx.layers.target import REFLECTION
+
+_TRANSPOSING = (Tensor.transpose, torch.transpose, Tensor.mT.__get__)  # type: ignore[attr-defined]
+_INTEGERS = (torch.int32, torch.int64)
+#: Kernels for grouped products need rows with a multiple of 16 bytes.
+_ALIGNMENT = 16
 
 
 class AdaptedExperts(BaseParameters):
@@ -30,21 +49,14 @@ class AdaptedExperts(BaseParameters):
             raise RuntimeError(f"{type(self).__name__}.{name}: it cannot be rotated ({error})") from error
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Replace a parameter. `nn.Module` calls this when an attribute is set.
-
-        Raises:
-            AdapterError: the parameter is read as `W_e Q_e`.
-        """
+        """Replace a parameter that is not read as `W_e Q_e`. `nn.Module` calls this when an attribute is set."""
         layer: Any = self._modules.get(CHILD + name)
         if isinstance(layer, AdaptedLayer) and layer.hra_u.acts and param is not self._parameters.get(name):
             raise AdapterError(
                 f"{type(self).__name__}.{name} is read as W Q of each expert, so it is not clear whether W or W Q is "
                 f"assigned. Assign W to `{CHILD}{name}.hra_base` of the module, or call hra_fx.fold(model) first."
             )
-        if name in self._parameters and isinstance(param, nn.Parameter | None):
-            self._parameters[name] = param
-        else:
-            super().register_parameter(name, param)
+        super().register_parameter(name, param)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         """Load a state. With `assign=True`, torch assigns the base weights by their names."""
@@ -60,11 +72,7 @@ def adapted_parameters(owner: nn.Module) -> list[Any]:
 
 
 def attach(layer: ExpertsWeight) -> None:
-    """Make a layer a child of its owner. The owner then reads its parameter through this layer.
-
-    Raises:
-        UnsupportedLayerError: the class of the owner cannot be subclassed.
-    """
+    """Make a layer a child of its owner. The owner then reads its parameter through this layer."""
     swap(layer.owner, AdaptedExperts)
     layer.owner._modules[layer.child] = layer
 
@@ -74,3 +82,194 @@ def detach(layer: ExpertsWeight) -> None:
     layer.owner._modules.pop(layer.child, None)
     if not adapted_parameters(layer.owner):
         unswap(layer.owner, AdaptedExperts)
+
+
+class RotatedExperts(RotatedWeight):
+    """The rotated weights of all or some experts: `(experts, out, d)` or `(experts, d, out)`.
+
+    Attributes:
+        index: the index that selected experts; `None` for all.
+        flipped: whether the last two dimensions are swapped.
+    """
+
+    index: Any = None
+    flipped: bool = False
+    _selected: Tensor | None = None
+
+    @staticmethod
+    def __new__(
+        cls, layer: nn.Module, index: Any = None, selected: Tensor | None = None, *, flipped: bool = False
+    ) -> RotatedExperts:
+        """Represent the weight of a layer, or `selected`: the experts that `index` selects from it."""
+        whole: Any = layer.hra_base if selected is None else selected
+        made: RotatedExperts = compat.wrapper_tensor(cls, whole.mT if flipped else whole)
+        made._layer, made.index, made._selected, made.flipped = layer, index, selected, flipped
+        return made
+
+    def base(self) -> Tensor:
+        """The base weights of the experts."""
+        weight = super().base() if self._selected is None else self._selected
+        return weight.mT if self.flipped else weight
+
+    def value(self) -> Tensor:
+        """The rotated weights of the experts, as a plain tensor."""
+        adapters: Any = self._adapters()
+        vectors = None if adapters is None else adapters.vectors_at(self.index)
+        if vectors is None:
+            return self.base()
+        return rotate_weight(self.base(), vectors, transposed=adapters.fan_in_fan_out is not self.flipped)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """Return the rotated weight of the copied layer; for some experts only, return their values."""
+        return type(self)(copy.deepcopy(self._layer, memo)) if self._is_whole() else self.value().detach().clone()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Select experts, or reflect the input of a product. Otherwise act like every rotated weight."""
+        kwargs = kwargs or {}
+        if is_plain_eager():
+            if (part := _part(func, args, kwargs)) is not None:
+                return part
+            product = _PRODUCTS.get(getattr(func, "__name__", "")) if len(args) > 1 else None  # operands by position
+            if product is not None and (output := product(func, args, kwargs)) is not None:
+                return output
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def _is_whole(self) -> bool:
+        return self.index is None and not self.flipped
+
+
+def _part(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> RotatedExperts | None:
+    """Handle functions that select experts or swap the last two dimensions; `None` for any other function."""
+    weight = args[0] if args else None
+    if kwargs or type(weight) is not RotatedExperts:
+        return None
+    if func is Tensor.__getitem__ and weight._is_whole() and _selects(args[1]):
+        return RotatedExperts(weight._layer, args[1], weight.base()[args[1]])
+    if func in _TRANSPOSING and {dim % weight.dim() for dim in args[1:]} in (
+        set(),
+        {weight.dim() - 2, weight.dim() - 1},
+    ):
+        return RotatedExperts(weight._layer, weight.index, weight._selected, flipped=not weight.flipped)
+    return None
+
+
+def _selects(index: Any) -> bool:
+    """Whether an index selects experts: an integer, or a tensor of integers with at most one dimension."""
+    if isinstance(index, Tensor):
+        return type(index) is Tensor and index.dim() < 2 and index.dtype in _INTEGERS
+    return isinstance(index, int) and not isinstance(index, bool)
+
+
+def _factors(weight: Any, x: Any, *, last: bool, dtype: torch.dtype | None = None) -> Any:
+    """The factors of the experts of a weight for an input `x`; `None` if the product needs the rotated values.
+
+    `last` is whether the product sums over the last dimension of the weight.
+    """
+    if type(weight) is not RotatedExperts or not isinstance(x, Tensor) or not is_plain(x):
+        return None
+    adapters: Any = weight._adapters()
+    if adapters is None or (adapters.fan_in_fan_out is weight.flipped) is not last:
+        return None
+    return adapters.factors_at(weight.index, dtype or products_dtype(x.device, x.dtype))
+
+
+def _linear(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """`F.linear(x, weight of one expert, bias)`."""
+    x, weight = args[:2]
+    if (factors := _factors(weight, x, last=True)) is None or weight.dim() != 2:
+        return None
+    return func(reflect_each(x, factors), weight.base(), *args[2:], **kwargs)
+
+
+def _matmul(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """`x @ weight`, for one expert, or for a batch of them."""
+    x, weight = args
+    if (factors := _factors(weight, x, last=False)) is None or (weight.dim() == 3 and x.shape[:-2] != weight.shape[:1]):
+        return None
+    return func(reflect_each(x, factors), weight.base(), **kwargs)
+
+
+def _bmm(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """`torch.bmm(x, weight)` or `torch.bmm(weight, x)`, with one expert for each matrix."""
+    first, second = args
+    if (factors := _factors(second, first, last=False)) is not None:
+        x = reflect_each(first, factors)
+        if _gathers_again(second, first):
+            return _gathered_product(x, second, second.flipped)
+        return func(x, second.base(), **kwargs)
+    if (factors := _factors(first, second, last=True)) is not None:
+        x = reflect_each(second.mT, factors)
+        if _gathers_again(first, second):
+            return _gathered_product(x, first, not first.flipped).mT
+        return func(first.base(), x.mT, **kwargs)
+    return None
+
+
+def _gathers_again(weight: RotatedExperts, x: Tensor) -> bool:
+    """Whether the backward pass should gather the weights of some experts again instead of keeping them.
+
+    This takes time, so it is only done if the base model does not keep them either: if the input does not need a
+    gradient, as in the first layers.
+    """
+    whole: Any = weight._layer.hra_base
+    frozen = not x.requires_grad and not whole.requires_grad and x.dtype is whole.dtype
+    return frozen and isinstance(weight.index, Tensor) and not torch.is_autocast_enabled(x.device.type)
+
+
+def _gathered_product(x: Tensor, weight: RotatedExperts, transposed: bool) -> Tensor:
+    """`X_i W_i` or `X_i W_i^T` with the selected base weights."""
+    whole, chosen = weight._layer.hra_base, weight._selected
+    product: Tensor = _GatheredProduct.apply(x, chosen, whole, weight.index, transposed)  # type: ignore[no-untyped-call]
+    return product
+
+
+class _GatheredProduct(torch.autograd.Function):
+    """`X_i W_i`, or `X_i W_i^T` if transposed, with frozen weights `W = weight[index]`, one for each `X_i`.
+
+    The backward pass gathers the weights again. A plain product would keep a copy of a weight for each token.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gathered: Tensor, weight: Tensor, index: Tensor, transposed: bool) -> Tensor:
+        ctx.save_for_backward(weight, index)
+        ctx.transposed = transposed
+        return torch.bmm(x, gathered.mT if transposed else gathered)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        weight, index = ctx.saved_tensors
+        gathered = weight[index]
+        return torch.bmm(gradients[0], gathered if ctx.transposed else gathered.mT), None, None, None, None
+
+
+def _grouped_mm(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The product of the weights of all experts with rows that are sorted by expert."""
+    x, weight, *rest = args
+    if not isinstance(x, Tensor) or x.dim() != 2:
+        return None
+    if (factors := _factors(weight, x, last=False, dtype=x.dtype)) is None or weight.index is not None:
+        return None
+    reflected = _reflect_groups(x, factors, lambda rows, matrices: func(rows, matrices, *rest, **kwargs))
+    return func(reflected, weight.base(), *rest, **kwargs)
+
+
+def _reflect_groups(x: Tensor, factors: Factors, multiply: Callable[[Tensor, Tensor], Any]) -> Tensor:
+    """Reflect rows `x: (n, d)` that are sorted by expert, each by the chain of its expert.
+
+    The factors `(experts, k, d)` have the dtype of `x`. `multiply` is the grouped product of rows `(n, a)` with
+    matrices `(experts, a, b)`.
+    """
+    step = _ALIGNMENT // x.element_size()
+    missing = -factors.rows.shape[1] % step
+    rows, down = (F.pad(factor, (0, 0, 0, missing)) for factor in factors)
+    reflected: Tensor = x + multiply(multiply(x, down.mT), rows)
+    return reflected
+
+
+_PRODUCTS: dict[str, Callable[..., Any]] = {
+    "linear": _linear,
+    **dict.fromkeys(("matmul", "__matmul__"), _matmul),
+    "bmm": _bmm,
+    **dict.fromkeys(("grouped_mm", "_grouped_mm", "grouped_mm_fallback"), _grouped_mm),
+}

@@ -9,6 +9,7 @@ the same result. Reading `layer.weight` gives `W Q` (`hra_fx.layers.rotated_weig
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from hra_fx.errors import AdapterError
 from hra_fx.kernels.dispatch import is_plain_eager
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.base_parameters import BaseParameters, tied_again
-from hra_fx.layers.quantized.straight_through import call_quantized
+from hra_fx.layers.quantized import call_quantized
 from hra_fx.layers.rotated_values import MOVED
 from hra_fx.layers.rotated_weight import InferenceRotatedWeight, RotatedWeight, link
 from hra_fx.layers.sharding import call, is_dtensor
@@ -56,11 +57,7 @@ class AdaptedLayer(BaseParameters):
         put_back(self)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Replace a parameter; the base weight is `hra_base`. `nn.Module` calls this when an attribute is set.
-
-        Raises:
-            AdapterError: the parameter is the rotated weight itself, or replaces a weight that is read as `W Q`.
-        """
+        """Replace a parameter that is not read as `W Q`. `nn.Module` calls this when an attribute is set."""
         param = tied_again(param)
         if isinstance(param, RotatedWeight):
             raise AdapterError(
@@ -84,20 +81,12 @@ class AdaptedLayer(BaseParameters):
                 f"{type(self).__name__}.{name} is read as W Q, so it is not clear whether W or W Q is assigned. Assign "
                 "the base weight W to `layer.hra_base`, or call hra_fx.fold(model) first."
             )
-        if name in self._parameters and (param is None or isinstance(param, nn.Parameter)):
-            self._parameters[name] = param
-        else:
-            super().register_parameter(name, param)
+        super().register_parameter(name, param)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
+    def _load_from_state_dict(self, *args: Any) -> None:
         """Load a state. With `assign=True`, torch assigns the base weight by its name."""
-        _, name = weight_place(self)
-        weight = state_dict.get(prefix + name)
-        if not local_metadata.get("assign_to_params_buffers") or REFLECTION not in self._modules or weight is None:
-            super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
-            return
-        with self.hra_u.inactive():
-            super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        with self.hra_u.inactive() if REFLECTION in self._modules else nullcontext():
+            super()._load_from_state_dict(*args)
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:

@@ -19,12 +19,11 @@ from hra_fx.functional import geodesic, householder
 from hra_fx.functional.chain import ChainPart, plain_chain
 from hra_fx.functional.rotate import as_rows, rotate_weight
 from hra_fx.layers.accelerate_hooks import device_of
-from hra_fx.layers.adapter_names import ANCHOR, SCALED, check_adapter_name
+from hra_fx.layers.containers import ANCHOR, SCALED, FilledLater, check_adapter_name
 from hra_fx.layers.mixed import MixedBatch, mixed_batch_of
 from hra_fx.layers.rotated_weight import RotatedWeight
 from hra_fx.layers.sharding import distribute_like, full_tensor
 from hra_fx.layers.target import REFLECTION, LayerKind, weight_name, weight_place
-from hra_fx.layers.without_values import nan_for_new_memory
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class AdapterSpec:
     init_weights: bool = True
 
 
-class HouseholderAdapters(nn.ParameterDict):
+class HouseholderAdapters(FilledLater, nn.ParameterDict):
     """The adapters of one layer: adapter name -> `U: (d, r)`. Calling it reflects the layer's input or its weight.
 
     Attributes:
@@ -56,7 +55,7 @@ class HouseholderAdapters(nn.ParameterDict):
         active: names of the adapters in use, in the order of the product `W Q_a Q_b ...`.
         scales: adapter name -> its scale, if the scale is not 1.
         trainable_at_full_scale: adapter name -> whether it becomes trainable when its scale is 1 again.
-        prepared: the factors of the layer, while TorchDynamo traces its model (`hra_fx.layers.batching.Prepared`).
+        prepared: the factors of the layer, while TorchDynamo or `torch.export` records its model.
         last_compute_dtype: the last dtype for which the layer had to compute factors itself.
         unmerged: the weight before a merge; `None` if no adapter is merged.
     """
@@ -88,10 +87,7 @@ class HouseholderAdapters(nn.ParameterDict):
     def forward(self, x: Tensor | None = None, start: Any = None, *, weight: Tensor | None = None) -> Any:
         """Compute the reflection for the input `x` of the layer, or `W Q` for its weight `W`.
 
-        Args:
-            x: the input of the layer.
-            start: in a graph, the factors computed for all layers at its start (`StartOfForward`).
-            weight: the base weight.
+        In a graph, `start` contains the factors computed for all layers at its start (`StartOfForward`).
         """
         if weight is not None:
             return self.rotate(weight)
@@ -114,9 +110,6 @@ class HouseholderAdapters(nn.ParameterDict):
 
         The vectors have dtype `dtype`, but at least float32 (as with PEFT's `autocast_adapter_dtype=True`). With
         `on_meta`, or on the meta device, they are created without data and without random numbers.
-
-        Raises:
-            AdapterError: the name cannot be the name of a parameter.
         """
         dtype, on_meta = householder.working_dtype(dtype), on_meta or device.type == "meta"
         vectors, anchor = self.initial_on_meta(spec, dtype) if on_meta else self.initial(spec, dtype)
@@ -140,14 +133,8 @@ class HouseholderAdapters(nn.ParameterDict):
         return self.width, r
 
     def put(self, name: str, spec: AdapterSpec, vectors: Tensor, anchor: Tensor | None) -> None:
-        """Add an adapter with given vectors `U: (d, r)` and anchor `A: (d, k)`. The adapter is not active.
-
-        Raises:
-            AdapterError: the name cannot be the name of a parameter.
-        """
-        check_adapter_name(name)
-        if hasattr(self, name):
-            raise AdapterError(f"adapter {name!r} already exists. Choose another name.")
+        """Add an adapter with given vectors `U: (d, r)` and anchor `A: (d, k)`. The adapter is not active."""
+        check_adapter_name(name, self)
         self[name] = nn.Parameter(vectors)
         if anchor is not None:
             self.register_buffer(name + ANCHOR, anchor)
@@ -183,16 +170,12 @@ class HouseholderAdapters(nn.ParameterDict):
             self._parameters[name].requires_grad_(wanted)  # type: ignore[union-attr]
 
     def scaled(self, name: str, alpha: float) -> Tensor:
-        """Compute the chain of an adapter at scale `alpha` (`geodesic.fractional_rotation`), in at least float32.
-
-        Raises:
-            AdapterError: the `Q` of the adapter is not a rotation.
-        """
+        """Compute the chain of an adapter at scale `alpha`, in at least float32."""
         dtype = householder.working_dtype(self[name].dtype)
         return self.fraction(self.full_chain(name, dtype).detach(), alpha)
 
     def fraction(self, chain: Tensor, alpha: float) -> Tensor:
-        """Compute a chain at scale `alpha`; raises the errors of `scaled`."""
+        """Compute a chain at scale `alpha`; raises the errors of `geodesic.fractional_rotation`."""
         return geodesic.fractional_rotation(chain, alpha)
 
     def scale(self, name: str, alpha: float, chain: Tensor | None = None) -> None:
@@ -211,12 +194,6 @@ class HouseholderAdapters(nn.ParameterDict):
             self.scales[name] = alpha
             self.trainable_at_full_scale[name] = trained
         vectors.requires_grad_(trained and alpha == 1)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> HouseholderAdapters:
-        """Like `nn.Module._apply`, but vectors that were on the meta device become NaN until they are filled."""
-        with nan_for_new_memory(self):
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         """Load a state, and update the scaled adapters."""
@@ -251,39 +228,33 @@ class HouseholderAdapters(nn.ParameterDict):
 
     def joint_vectors(self, names: Iterable[str], dtype: torch.dtype | None = None) -> Tensor | None:
         """Several adapters as one chain of vectors of any length, in order; `None` if they are all the identity."""
-        chains = [self.chain(name, dtype) for name in names if not self._is_idle(name)]
+        chains = [self.chain(name, dtype) for name in names if self.chain_parts([name])]
         if not chains:
             return None
         return chains[0] if len(chains) == 1 else torch.cat(chains, dim=-1)
 
     def chain_parts(self, names: Iterable[str] | None = None) -> list[ChainPart]:
-        """The parts of the chain: the active adapters (or `names`) that are not the identity, in order."""
+        """The parts of the chain: the active adapters (or `names`) that are not the identity, in order.
+
+        They are never fx proxies, which do not have a shape.
+        """
         parts: list[ChainPart] = []
         buffers: Any = self._buffers
         for name in self.active if names is None else names:
             if name not in self.scales:
-                held = self._parameters.get(name)  # as in _held
+                held = self._parameters.get(name)  # a replica of DataParallel does not have parameters
                 anchor, spec = buffers.get(name + ANCHOR), self.specs[name]
                 parts.append(ChainPart(self[name] if held is None else held, anchor, spec.apply_GS))
             elif (scaled := buffers[name + SCALED]).shape[-1]:
                 parts.append(ChainPart(scaled))
         return parts
 
-    def _held(self, name: str) -> Tensor:
-        """The vectors of an adapter, never an fx proxy; a replica of DataParallel does not have parameters."""
-        held = self._parameters.get(name)
-        return self[name] if held is None else held
-
     def device_of(self, layer: nn.Module) -> torch.device:
         """The device on which the layer computes: the device of its base weight, which may be offloaded."""
         return device_of(weight_place(layer)[0], self.weight_of(layer))
 
     def weight_of(self, layer: nn.Module) -> nn.Parameter:
-        """The base weight of the layer.
-
-        Raises:
-            AdapterError: another tool has replaced the parameter.
-        """
+        """The base weight of the layer. Raises an `AdapterError` if another tool has replaced the parameter."""
         weight = layer._parameters.get(self.weight_name)
         if weight is not None:
             return weight
@@ -296,11 +267,6 @@ class HouseholderAdapters(nn.ParameterDict):
             "was applied after hra_fx.transform. Undo that first (remove_weight_norm, prune.remove)."
         )
 
-    def _is_idle(self, name: str) -> bool:
-        """Whether an adapter has scale 0. This reads the buffer, because an fx proxy does not have a shape."""
-        scaled = self._buffers.get(name + SCALED) if name in self.scales else None
-        return scaled is not None and not scaled.shape[-1]
-
     @property
     def acts(self) -> bool:
         """Whether any adapter is active with a scale other than 0."""
@@ -309,7 +275,7 @@ class HouseholderAdapters(nn.ParameterDict):
     def _acting_names(self, batch: MixedBatch | None) -> list[str]:
         """The active adapters, or the adapters of a mixed batch, that are not the identity."""
         names = self.active if batch is None else batch.names
-        return [name for name in names if name in self.specs and not self._is_idle(name)]
+        return [name for name in names if name in self.specs and self.chain_parts([name])]
 
     @contextmanager
     def inactive(self) -> Iterator[None]:
@@ -325,14 +291,14 @@ class HouseholderAdapters(nn.ParameterDict):
         return as_rows(weight, transposed=self.fan_in_fan_out)
 
     def vectors_for(self, x: Tensor) -> Tensor | None:
-        """The vectors of all active adapters for an input `x`, `(d, k)`, of any length; `None` for the identity.
-
-        Raises:
-            AdapterError: the vectors have no data yet, or the rows of a mixed batch have different vectors.
-        """
+        """The vectors of all active adapters for an input `x`, `(d, k)`, of any length; `None` for the identity."""
         if (batch := mixed_batch_of(self)) is not None:
             if names := self._acting_names(batch):
-                batch.refuse_weight(self, names)
+                raise AdapterError(
+                    f"{self.layer_path}: adapters {names} are on this layer, but its weight is read or traced, and the "
+                    "rows of a mixed batch would need different weights. Run the rows of each adapter in a separate "
+                    "batch."
+                )
             return None
         vectors = self.joint_vectors(self.active, None)
         if not x.is_meta:
@@ -340,18 +306,13 @@ class HouseholderAdapters(nn.ParameterDict):
         return vectors
 
     def check_data(self, names: Iterable[str] | None = None) -> None:
-        """Check that vectors are not on the meta device, because operators would use uninitialized memory.
-
-        Args:
-            names: the adapters; `None` for the active ones.
-
-        Raises:
-            AdapterError: the vectors have no data yet.
-        """
-        wanted = self.active if names is None else names
-        # Read the parameters, for the same reason as in _is_idle.
-        tensors = {name: (self._held(name), self.anchor(name)) for name in wanted}
-        if empty := [name for name, held in tensors.items() if any(t is not None and t.is_meta for t in held)]:
+        """Raise an error if vectors (`None` for the active ones) are on the meta device, without data."""
+        empty = [
+            name
+            for name in (self.active if names is None else names)
+            if any(tensor.is_meta for part in self.chain_parts([name]) for tensor in part.tensors())
+        ]
+        if empty:
             raise AdapterError(
                 f"{self.layer_path}: the vectors of {', '.join(empty)} are on the meta device, without data. Call "
                 "hra_fx.reset_adapters, hra_fx.load_adapter or model.load_state_dict(..., assign=True) first."
@@ -366,27 +327,12 @@ class HouseholderAdapters(nn.ParameterDict):
 
 
 def rotated_weight(weight: Tensor, vectors: Tensor, fan_in_fan_out: bool) -> Tensor:
-    """Rotate a weight, `W -> W Q`.
-
-    Args:
-        weight: `(out, ...)`, or `(in, out)`.
-        vectors: `U: (d, k)`, of any length each.
-        fan_in_fan_out: whether the weight is `(in, out)`.
-
-    Returns:
-        A tensor of the shape, dtype and layout of `weight`.
-
-    Example:
-        >>> import torch
-        >>> rotated_weight(torch.tensor([[2.0, 5.0]]), torch.tensor([[3.0], [0.0]]), fan_in_fan_out=False)
-        tensor([[-2.,  5.]])
-    """
+    """`rotate_weight` as one node for an fx tracer that traces into a layer."""
     if isinstance(weight, RotatedWeight):  # fx copied it into a GraphModule instead of the parameter
         weight = weight.base()
     return rotate_weight(weight, vectors, transposed=fan_in_fan_out)
 
 
-# One node for an fx tracer that traces into a layer.
 fx.wrap("rotated_weight")
 
 

@@ -42,7 +42,11 @@ class BaseParameters(SwapMixin):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Like `nn.Module.register_parameter`, but a rotated weight that is tied again means the parameter itself."""
-        super().register_parameter(name, tied_again(param))
+        param = tied_again(param)
+        if name in self._parameters and isinstance(param, nn.Parameter | None):
+            self._parameters[name] = param  # without reading the attribute, which computes a weight
+        else:
+            super().register_parameter(name, param)
 
 
 class TiedModule(BaseParameters):

@@ -11,10 +11,12 @@ from __future__ import annotations
 import operator
 import sys
 import threading
+import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, TypeAlias
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +24,17 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.compiler import is_dynamo_compiling
 
 from hra_fx import compat
+from hra_fx.errors import HRAWarning
 from hra_fx.functional.chain import ChainPart
-from hra_fx.kernels.batch import batched_factors, plain_factors
+from hra_fx.functional.householder import working_dtype
+from hra_fx.kernels.batch import batched_factors
 from hra_fx.kernels.dispatch import PLAIN, is_compiling, is_plain, is_plain_eager, products_dtype
 from hra_fx.kernels.factors import Factors
 from hra_fx.kernels.mixed import RowFactors, stack_chains
 from hra_fx.layers.accelerate_hooks import calls_class_forward
 from hra_fx.layers.adapters import HouseholderAdapters
-from hra_fx.layers.low_precision_warning import warn_of_low_precision
 from hra_fx.layers.mixed import CURRENT, MixedBatch, mixed_batch_of
-from hra_fx.layers.partitioned import is_partitioned_by_zero3
+from hra_fx.layers.sharding import is_partitioned_by_zero3, is_trained_by_zero, sharded_by
 from hra_fx.layers.target import REFLECTION
 
 #: A container, its layer, and the parts of its chain. In a mixed batch, the chain (or `None`) of each adapter.
@@ -42,6 +45,8 @@ _Prepared: TypeAlias = tuple[Factors | RowFactors, tuple[str, ...], bool]
 _COMPUTING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: The number of chains that are computed together in a mixed batch. More chains would not fit into a CPU's caches.
 _CHAINS_AT_ONCE = 64
+#: Containers with vectors that a warning about 16 bits has named.
+_WARNED: WeakSet[HouseholderAdapters] = WeakSet()
 
 
 class StartOfForward(NamedTuple):
@@ -59,14 +64,9 @@ class StartOfForward(NamedTuple):
     facts: list[object]
     vectors: list[Tensor]
 
-    @contextmanager
-    def used(self) -> Iterator[None]:
+    def used(self) -> AbstractContextManager[None]:
         """Context manager in which `factors_of` returns these factors."""
-        outer, _CURRENT.start = _CURRENT.start, self
-        try:
-            yield
-        finally:
-            _CURRENT.start = outer
+        return _in_forward(self)
 
     def is_current(self, layers: Sequence[nn.Module]) -> bool:
         """Whether the factors are still valid. Writes to `.data` of a tensor are not detected."""
@@ -77,41 +77,64 @@ class StartOfForward(NamedTuple):
 
 
 class _Current(threading.local):
-    """The factors computed at the start of this thread's forward; during an export, the factors of each layer."""
+    """The factors computed at the start of this thread's forward."""
 
     def __init__(self) -> None:
         self.start: StartOfForward | None = None
-        self.exported: dict[HouseholderAdapters, Factors] = {}
 
 
 _CURRENT = _Current()
 
 
-@contextmanager
-def factors_in_batches(layers: Sequence[nn.Module], *, reuse: bool = False) -> Iterator[None]:
-    """Context manager that computes factors at its start, which `factors_of` then returns.
+def factors_in_batches(layers: Sequence[nn.Module], *, reuse: bool = False) -> AbstractContextManager[None]:
+    """Compute factors, and return a context manager in which `factors_of` returns them.
 
-    Args:
-        layers: the adapted layers of a model.
-        reuse: whether nested blocks use the same factors, until the vectors or the adapters change.
+    With `reuse`, nested blocks use the same factors, until the vectors or the adapters change.
     """
-    outer = _CURRENT.start
+    start = _CURRENT.start
+    if start is None or not start.is_current(layers):
+        start = start_of_forward(layers, reuse=reuse) if is_plain_eager() else None
+    return _in_forward(start)
+
+
+@contextmanager
+def _in_forward(start: StartOfForward | None) -> Iterator[None]:
+    outer, _CURRENT.start = _CURRENT.start, start
     try:
-        if outer is None or not outer.is_current(layers):
-            _CURRENT.start = start_of_forward(layers, reuse=reuse) if is_plain_eager() else None
         yield
     finally:
         _CURRENT.start = outer
 
 
-@contextmanager
-def factors_in_traced_batches(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Like `factors_in_batches`, while TorchDynamo traces.
+def factors_in_traced_batches(layers: Sequence[nn.Module]) -> AbstractContextManager[None]:
+    """Like `factors_in_batches`, while TorchDynamo traces."""
+    return _held(_prepare(_chains(layers)))
 
-    The factors are attributes of the containers. After a graph break, layers with the same code share a compiled graph,
-    and in this graph only an attribute of the layer itself belongs to the right layer.
+
+def factors_in_exported_batches(layers: Iterable[nn.Module]) -> AbstractContextManager[None]:
+    """Like `factors_in_batches`, in plain operators while `torch.export` records; see `exported_factors`.
+
+    Without batches, each layer would take about a hundred nodes, including its backward pass.
     """
-    prepared = _prepare(_chains(layers))
+    groups: dict[tuple[object, ...], list[tuple[HouseholderAdapters, list[ChainPart]]]] = defaultdict(list)
+    for adapters, _, parts in _chains(layers) if CURRENT.batch is None else ():
+        if adapters.kind == "linear":
+            groups[tuple([part.signature() for part in parts])].append((adapters, parts))
+    prepared: dict[HouseholderAdapters, Any] = {}
+    for group in groups.values():
+        dtype = working_dtype(group[0][1][0].vectors.dtype)
+        factors = batched_factors([parts for _, parts in group], dtype)
+        prepared.update(zip([adapters for adapters, _ in group], factors, strict=True))
+    return _held(prepared)
+
+
+@contextmanager
+def _held(prepared: Mapping[HouseholderAdapters, Any]) -> Iterator[None]:
+    """Context manager in which the factors are attributes of the containers.
+
+    After a graph break, layers with the same code share a compiled graph, and in this graph only an attribute of the
+    layer itself belongs to the right layer.
+    """
     try:
         for adapters, one in prepared.items():
             adapters.prepared = one
@@ -121,41 +144,21 @@ def factors_in_traced_batches(layers: Sequence[nn.Module]) -> Iterator[None]:
             adapters.prepared = None
 
 
-@contextmanager
-def factors_in_exported_batches(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Like `factors_in_batches`, in plain operators while `torch.export` records.
-
-    `exported_factors` returns the factors. Without batches, each layer would take about a hundred nodes, including its
-    backward pass.
-    """
-    groups: dict[tuple[object, ...], list[tuple[HouseholderAdapters, list[ChainPart]]]] = defaultdict(list)
-    for adapters, _, parts in _chains(layers) if CURRENT.batch is None else ():
-        if adapters.kind == "linear":
-            groups[tuple([part.signature() for part in parts])].append((adapters, parts))
-    outer, _CURRENT.exported = _CURRENT.exported, {}
-    try:
-        for group in groups.values():
-            factors = plain_factors([parts for _, parts in group])
-            _CURRENT.exported.update(zip([adapters for adapters, _ in group], factors, strict=True))
-        yield
-    finally:
-        _CURRENT.exported = outer
-
-
 def exported_factors(adapters: HouseholderAdapters) -> Factors | None:
     """The factors `R` and `F` of a layer, from `factors_in_exported_batches`; `None` outside of it."""
-    return _CURRENT.exported.get(adapters) if compat.is_exporting() else None
+    factors: Factors | None = adapters.prepared if compat.is_exporting() else None
+    return factors
 
 
 @contextmanager
 def batch_of_rows(batch: MixedBatch) -> Iterator[None]:
     """Context manager in which each row of the batch has its own adapter."""
-    outer = CURRENT.batch, _CURRENT.start
+    outer, CURRENT.batch = CURRENT.batch, batch
     try:
-        CURRENT.batch, _CURRENT.start = batch, None
-        yield
+        with _in_forward(None):
+            yield
     finally:
-        CURRENT.batch, _CURRENT.start = outer
+        CURRENT.batch = outer
 
 
 def factors_for(adapters: HouseholderAdapters, x: Tensor) -> Factors | RowFactors | None:
@@ -192,9 +195,6 @@ def factors_of(adapters: HouseholderAdapters, dtype: torch.dtype) -> Factors | R
     """The factors `R` and `F` of the active adapters of a layer, in `dtype`; `None` for the identity.
 
     In a mixed batch, these are the factors of each adapter of the batch.
-
-    Raises:
-        AdapterError: the vectors have no data yet.
     """
     if (prepared := _prepared(adapters)) is not None:
         factors, active, has_graph = prepared
@@ -306,7 +306,7 @@ def _prepare(chains: Sequence[_Chain]) -> dict[HouseholderAdapters, _Prepared]:
         dtype = weight.dtype if is_known else _expected_dtype(adapters, layer, parts[0].vectors)
         groups[dtype, signature].append((adapters, parts))
     if has_graph and not compiling:
-        warn_of_low_precision(groups.values())
+        _warn_of_low_precision(groups.values())
     found: dict[HouseholderAdapters, _Prepared] = {}
     for (dtype, _), group in groups.items():
         at_once = len(group) if batch is None else max(1, _CHAINS_AT_ONCE // len(batch.names))
@@ -316,6 +316,33 @@ def _prepare(chains: Sequence[_Chain]) -> dict[HouseholderAdapters, _Prepared]:
             for (adapters, _), one in zip(some, factors, strict=True):
                 found[adapters] = one if batch is None else _of_rows(one, batch), adapters.active, has_graph
     return found
+
+
+def _warn_of_low_precision(groups: Iterable[Sequence[tuple[HouseholderAdapters, Sequence[ChainPart]]]]) -> None:
+    """Warn, once for each model, if 16-bit vectors are trained, for example after a cast by TRL's trainers.
+
+    For `r=8`, entries start at values up to 0.35. At this size, bfloat16 values are 1e-3 apart, and AdamW changes
+    entries by about the learning rate. ZeRO and FSDP may keep float32 values elsewhere, so their vectors are ignored.
+    """
+    found = [
+        (adapters, part.vectors)
+        for group in groups
+        if any(part.vectors.dtype.itemsize < 4 for part in group[0][1])
+        for adapters, parts in group
+        for part in parts
+        if part.vectors.dtype.itemsize < 4 and part.vectors.requires_grad and adapters.training
+    ]
+    containers = [one for one, vectors in found if not is_trained_by_zero(vectors) and sharded_by(one) is None]
+    if containers and _WARNED.isdisjoint(containers):
+        _WARNED.update(containers)
+        warnings.warn(
+            f"{containers[0].layer_path}: its trained vectors are {found[0][1].dtype}, so rounding cancels most "
+            "optimizer steps at usual learning rates. Train them in float32, even in a 16-bit or quantized model. "
+            "Before training, and after all casts (TRL's trainers cast them), set "
+            "parameter.data = parameter.data.float() for each parameter with 'hra_u' in its name.",
+            HRAWarning,
+            stacklevel=2,
+        )
 
 
 def _signature(parts: Sequence[Any], width: int, *, compiling: bool, has_zero: bool) -> tuple[object, ...] | None:

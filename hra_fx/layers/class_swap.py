@@ -89,11 +89,7 @@ def _make(mixin: type[C], base: type[nn.Module]) -> type[C]:
 
 
 def swap(module: nn.Module, mixin: type[SwapMixin]) -> None:
-    """Add a mixin to the class of a module, below mixins with a higher priority.
-
-    Raises:
-        UnsupportedLayerError: the class of the module cannot be subclassed.
-    """
+    """Add a mixin to the class of a module, below mixins with a higher priority."""
     if mixin in mixins_of(module):
         return
     over: list[type[SwapMixin]] = []

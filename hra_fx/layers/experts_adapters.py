@@ -17,11 +17,7 @@ from hra_fx.layers.experts_weight import ExpertsWeight
 
 
 class ExpertsAdapters(HouseholderAdapters):
-    """Adapter name -> `U: (experts, d, r)`; anchors and chains have the same first dimension.
-
-    Attributes:
-        experts: the number of experts.
-    """
+    """Adapter name -> `U: (experts, d, r)`; anchors and chains have the same first dimension."""
 
     def __init__(self, layer: ExpertsWeight) -> None:
         """Create an empty container for the experts of a parameter."""
@@ -49,13 +45,9 @@ class ExpertsAdapters(HouseholderAdapters):
         return as_rows(weight, transposed=self.fan_in_fan_out, batched=True)
 
     def vectors_at(self, index: Any) -> Tensor | None:
-        """The vectors of all active adapters, `(experts, d, k)`, or of some experts; `None` for the identity.
+        """The vectors of all active adapters, `(experts, d, k)`; `None` for the identity.
 
-        Args:
-            index: an index of the first dimension that selects experts; `None` for all. An integer gives `(d, k)`.
-
-        Raises:
-            AdapterError: the vectors have no data yet.
+        `index` selects experts from the first dimension. An integer gives `(d, k)`.
         """
         many = isinstance(index, Tensor) and index.dim() > 0
         early, late = (None, index) if many else (index, None)
@@ -69,7 +61,7 @@ class ExpertsAdapters(HouseholderAdapters):
         return chain if late is None else chain[late]
 
     def factors_at(self, index: Any, dtype: torch.dtype) -> Factors | None:
-        """The factors `R` and `F: (experts, k, d)`, of all or some experts, in `dtype`; see `vectors_at`."""
+        """The factors `R` and `F: (experts, k, d)` in `dtype`; see `vectors_at`."""
         many = isinstance(index, Tensor) and index.dim() > 0
         vectors = self.vectors_at(None if many else index)
         if vectors is None:

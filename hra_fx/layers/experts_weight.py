@@ -68,11 +68,7 @@ def stands_for_parameter(path: str) -> bool:
 
 
 def parameter_of(path: str) -> str:
-    """The name of the parameter that the layer with this path represents.
-
-    >>> parameter_of("mlp.experts.hra_down_proj")
-    'mlp.experts.down_proj'
-    """
+    """The name of the parameter that the layer with this path represents: `experts.up` for `experts.hra_up`."""
     owner, _, child = path.rpartition(".")
     return f"{owner}.{child.removeprefix(CHILD)}".lstrip(".")
 
@@ -87,14 +83,7 @@ def is_transposed(owner: nn.Module) -> bool | None:
 
 
 def describe_experts(layer: ExpertsWeight) -> str:
-    """Describe experts briefly, for tables and errors.
-
-    Example:
-        >>> owner = nn.Module()
-        >>> owner.up = nn.Parameter(__import__("torch").ones(4, 8, 6))
-        >>> describe_experts(ExpertsWeight(owner, "up"))
-        'Module.up 4x(6->8)'
-    """
+    """Describe experts briefly, for tables and errors."""
     return f"{type(layer.owner).__name__}.{layer.parameter} {layer.experts}x({layer.width}->{layer.out})"
 
 

@@ -23,15 +23,7 @@ def write_note(graph: fx.GraphModule, key: str, value: Any) -> None:
 
 
 def read_notes(graph: fx.GraphModule) -> dict[str, Any]:
-    """All notes by key.
-
-    Example:
-        >>> from torch import nn
-        >>> graph = fx.symbolic_trace(nn.Sequential(nn.ReLU()))
-        >>> write_note(graph, "_hra_example", 3)
-        >>> read_notes(graph)
-        {'_hra_example': 3}
-    """
+    """All notes by key."""
     return {key: value for key, value in {**graph.meta, **vars(graph)}.items() if str(key).startswith(_PREFIX)}
 
 

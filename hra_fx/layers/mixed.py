@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from hra_fx.errors import AdapterError
 
@@ -24,53 +23,32 @@ class MixedBatch:
         names: the adapters, each once; may include `BASE_ROW`.
         size: the number of rows.
         places: for each row, the position of its adapter in `names`; `None` if row `i` has adapter `i`.
-        paths: container -> path of its layer, for all adapted layers of the model.
+        containers: the containers of all adapted layers of the model.
         state: state of the model; its adapters may be disabled.
     """
 
     names: tuple[str, ...]
     size: int
     places: Tensor | None
-    paths: Mapping[Any, str]
+    containers: frozenset[nn.Module]
     state: Any
-
-    def refuse_weight(self, adapters: nn.Module, names: list[str]) -> NoReturn:
-        """Raise an error for a computation with the rotated weight, because a mixed batch has several.
-
-        Raises:
-            AdapterError: always.
-        """
-        raise AdapterError(
-            f"{self.paths[adapters]}: adapters {names} are on this layer, but its weight is read or traced, and the "
-            "rows of a mixed batch would need different weights. Run the rows of each adapter in a separate batch."
-        )
 
 
 class _Current(threading.local):
-    """The mixed batch of this thread.
-
-    Attributes:
-        batch: the batch.
-        copies: how often generation repeats each row, for beams and returned sequences. Copies are adjacent.
-    """
+    """The mixed batch of this thread."""
 
     def __init__(self) -> None:
         self.batch: MixedBatch | None = None
-        self.copies = 1
+        self.copies = 1  # how often generation repeats each row, for beams and returned sequences
 
 
 CURRENT = _Current()
 
 
 def mixed_batch_of(adapters: nn.Module) -> MixedBatch | None:
-    """The mixed batch that the layer of a container computes; `None` if its active adapters act on all rows.
-
-    Raises:
-        AdapterError: adapters were merged, deleted or folded, or the model was set to training mode, after the batch
-            was started.
-    """
+    """The mixed batch that the layer of a container computes; `None` if its active adapters act on all rows."""
     batch = CURRENT.batch
-    if batch is None or batch.state.disabled or not (adapters in batch.paths or _is_new(adapters, batch)):
+    if batch is None or batch.state.disabled or not (adapters in batch.containers or _is_new(adapters, batch)):
         return None
     if adapters.training:
         raise AdapterError("the model was set to training mode inside a mixed batch. Call model.eval() first.")
@@ -88,24 +66,15 @@ def _is_new(adapters: nn.Module, batch: MixedBatch) -> bool:
     return any(adapters in layer._modules.values() for layer in batch.state.layers)
 
 
-def check_rows(adapters: nn.Module, x: Tensor, *, dims: int) -> None:
-    """Check that the first dimension of a layer's input is the mixed batch.
-
-    Args:
-        adapters: the container of the layer.
-        x: the input.
-        dims: the minimum number of dimensions of the input.
-
-    Raises:
-        AdapterError: the first dimension is not the batch.
-    """
+def check_rows(adapters: Any, x: Tensor, *, dims: int) -> None:
+    """Raise an error if the first of at least `dims` dimensions of a layer's input is not the mixed batch."""
     batch, copies = CURRENT.batch, CURRENT.copies
     assert batch is not None
     if x.dim() >= dims and x.shape[0] in (batch.size, batch.size * copies):
         return
     expanded = f", or {batch.size * copies} in generation" if copies > 1 else ""
     raise AdapterError(
-        f"{batch.paths[adapters]}: adapter_names has {batch.size} names, so the first dimension of the layer's input "
+        f"{adapters.layer_path}: adapter_names has {batch.size} names, so the first dimension of the layer's input "
         f"must be {batch.size}{expanded}, got an input of shape {tuple(x.shape)}. Pass one name per row of the batch. "
         "Layers with inputs other than the rows of the batch, such as experts, do not support mixed batches."
     )

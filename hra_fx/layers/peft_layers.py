@@ -10,12 +10,7 @@ from hra_fx.errors import UnsupportedLayerError
 
 
 def is_peft_layer(module: nn.Module) -> bool:
-    """Whether a module is a layer of any PEFT method, which wraps a base layer.
-
-    Example:
-        >>> is_peft_layer(nn.Linear(2, 2))
-        False
-    """
+    """Whether a module is a layer of any PEFT method, which wraps a base layer."""
     tuners = sys.modules.get("peft.tuners.tuners_utils")  # if it is not loaded, no object has its classes
     return tuners is not None and isinstance(module, tuners.BaseTunerLayer)
 
@@ -36,10 +31,6 @@ def find_peft_layer(model: nn.Module) -> tuple[str, str] | None:
 
 
 def refuse_peft_layers(model: nn.Module) -> None:
-    """Check that a model does not have PEFT layers.
-
-    Raises:
-        UnsupportedLayerError: the model has PEFT layers; the message names the first one and a fix.
-    """
+    """Raise an error if a model has PEFT layers. The message names the first one and a fix."""
     if found := find_peft_layer(model):
         raise UnsupportedLayerError(f"{found[0]}: it already has a PEFT adapter. {found[1]}")

@@ -38,13 +38,7 @@ _Moves: TypeAlias = tuple[tuple[Callable[..., Tensor], Sequence[Any], dict[str, 
 
 
 class Moved(NamedTuple):
-    """The operations that created a parameter from the weight of a layer.
-
-    Attributes:
-        layer: a weak reference to the layer.
-        base: the base weight of the layer at that time.
-        moves: the functions that were applied to the rotated weight.
-    """
+    """The functions that created a parameter from the weight of a layer, and the base weight at that time."""
 
     layer: weakref.ref[nn.Module]
     base: Tensor
@@ -113,11 +107,7 @@ class RotatedValues(Tensor):
         return values
 
     def release(self, func: Any) -> None:
-        """Turn this into a plain tensor before a write.
-
-        Raises:
-            AdapterError: the write would be lost.
-        """
+        """Turn this into a plain tensor before a write. Raises an error if the write would be lost."""
         if not self.is_copy and (layer := self.layer()) is not None:
             refuse_write(layer, func)
         self.__class__ = Tensor  # type: ignore[assignment]
@@ -127,11 +117,7 @@ class RotatedValues(Tensor):
         return self.moves is not None and all(func in _DETACHING for func, _, _ in self.moves)
 
     def check_leaf(self) -> None:
-        """Check that these values can become a leaf of autograd. The weight of a layer, even detached, cannot.
-
-        Raises:
-            AdapterError: these are not values that were moved or copied.
-        """
+        """Raise an error if these are the values of the weight itself, which cannot become a leaf of autograd."""
         if self.is_detached():
             raise AdapterError(
                 "The weight of an adapted layer is computed as W Q at each read, so it cannot become a parameter or "
@@ -199,12 +185,7 @@ def moved_base(origin: Moved) -> Tensor:
 
 
 def views_of(values: Sequence[tuple[weakref.ref[nn.Module], Tensor]], result: Any) -> Any:
-    """Mark views of computed values in a result, so that a write into them is not silently lost.
-
-    Args:
-        values: layers with the values of their rotated weights.
-        result: a nested container with tensors that may be views of the values.
-    """
+    """Mark views of the computed values of layers in a nested result, so that a write into them is not lost."""
 
     def mark(part: Any) -> Any:
         if type(part) is not Tensor:
@@ -216,11 +197,7 @@ def views_of(values: Sequence[tuple[weakref.ref[nn.Module], Tensor]], result: An
 
 
 def refuse_write(layer: nn.Module, func: Any) -> NoReturn:
-    """Raise an error for a write into the rotated weight of a layer.
-
-    Raises:
-        AdapterError: always; the message names the function.
-    """
+    """Raise an error for a write into the rotated weight of a layer."""
     owner, name = weight_place(layer)
     raise AdapterError(
         f"{type(owner).__name__}.{name}: {getattr(func, '__name__', func)} writes into the "

@@ -85,14 +85,6 @@ class RotatedWeight(Tensor):
         rotated: Tensor = self.base() if adapters is None else call(adapters, weight=self.base())
         return rotated
 
-    def refuse(self, func: Any) -> NoReturn:
-        """Raise an error for a write into the values.
-
-        Raises:
-            AdapterError: always; the message names the function.
-        """
-        refuse_write(self._layer, func)
-
     def _adapters(self) -> nn.Module | None:
         return self._layer._modules.get(REFLECTION)
 
@@ -104,11 +96,11 @@ class RotatedWeight(Tensor):
 
     def __imul__(self, other: Any) -> NoReturn:  # type: ignore[misc]
         """Raise an error: `layer.weight *= 2` would scale `W` and then try to assign the result."""
-        self.refuse(Tensor.__imul__)
+        refuse_write(self._layer, Tensor.__imul__)
 
     def __itruediv__(self, other: Any) -> NoReturn:  # type: ignore[misc]
         """Raise an error, like `*=`."""
-        self.refuse(Tensor.__itruediv__)
+        refuse_write(self._layer, Tensor.__itruediv__)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """Return the rotated weight of the copied layer."""
@@ -134,7 +126,7 @@ class RotatedWeight(Tensor):
             return _scale(func, *args)
         if not torch.compiler.is_compiling():  # TorchDynamo cannot trace these checks
             for weight in written(func, args, kwargs, RotatedWeight):
-                weight.refuse(func)
+                refuse_write(weight._layer, func)
         if func in MOVES and is_plain_eager() and isinstance(args[0], RotatedWeight):
             return moved_weight(args[0], func, args, kwargs)
         return _computed(func, args, kwargs)
@@ -151,7 +143,7 @@ class RotatedWeight(Tensor):
                 "Call it under torch.no_grad(), or exclude the layer with exclude_modules."
             )
         for weight in _written_by_schema(func, args, kwargs or {}):
-            weight.refuse(func)
+            refuse_write(weight._layer, func)
         with torch.no_grad():
             return _computed(func, args, kwargs or {})
 

@@ -1,4 +1,4 @@
-"""Parameters that are sharded over several processes: FSDP2 (`fully_shard`), tensor parallelism.
+"""Parameters that are sharded over several processes: FSDP2 (`fully_shard`), tensor parallelism, DeepSpeed's ZeRO.
 
 While an FSDP2 module runs, its parameters are plain tensors, and adapters do not see shards. Outside of its forward,
 they are `DTensor`s, or plain tensors that FSDP2 frees later: call `reshard` before you change or keep a parameter.
@@ -15,19 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from hra_fx.compat import has_own_hooks
-from hra_fx.layers.partitioned import is_partitioned
-from hra_fx.layers.target import REFLECTION, SAVED
+from hra_fx.layers.target import REFLECTION, SAVED, full_shape
 
 T = TypeVar("T")
 
 
 def sharded_by(module: nn.Module) -> str | None:
-    """The tool that shards the parameters of a module, or `None`.
-
-    Example:
-        >>> sharded_by(nn.Linear(6, 4)) is None
-        True
-    """
+    """The tool that shards the parameters of a module, or `None`."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # if it is not loaded, no object has its classes
     if fsdp is None:
         return None
@@ -59,18 +53,28 @@ def _split_by(module: nn.Module) -> str | None:
     """The tool that splits a module with adapters or copies, or `None`."""
     if REFLECTION not in module._modules and SAVED not in module._modules:
         return None
-    if is_partitioned(module):
+    held = [parameter for parameter in module._parameters.values() if parameter is not None]
+    if any(full_shape(parameter) != parameter.shape for parameter in held):
         return "DeepSpeed"
-    return "tensor parallelism" if any(map(is_dtensor, module._parameters.values())) else None
+    return "tensor parallelism" if any(map(is_dtensor, held)) else None
+
+
+def is_partitioned_by_zero3(tensor: Tensor) -> bool:
+    """Whether DeepSpeed partitions a parameter between the calls of its layer, although it may be complete now.
+
+    With one process, or after a prefetch, it is complete early. The backward pass of its layer partitions it again, and
+    a gradient that arrives later does not fit.
+    """
+    return not getattr(tensor, "ds_persist", True)
+
+
+def is_trained_by_zero(vectors: Tensor) -> bool:
+    """Whether `deepspeed.initialize` has prepared the vectors of an adapter: stages 1 and 2, or stage 3."""
+    return hasattr(vectors, "_hp_mapping") or hasattr(vectors, "ds_id")
 
 
 def is_dtensor(tensor: Tensor | None) -> bool:
-    """Whether a tensor is a `DTensor`; this process may have only a part of it.
-
-    Example:
-        >>> is_dtensor(nn.Linear(6, 4).weight)
-        False
-    """
+    """Whether a tensor is a `DTensor`; this process may have only a part of it."""
     tensors = sys.modules.get("torch.distributed.tensor")
     return tensors is not None and isinstance(tensor, tensors.DTensor)
 
@@ -87,10 +91,8 @@ def gather_groups(root: nn.Module, modules: Sequence[nn.Module]) -> bool:
     """Gather the parameters of modules in separate `fully_shard` groups, until the end of the backward.
 
     Call this in the forward of the root, which initializes FSDP2. If no module of a group is called, the gradients of
-    the group are reduced at the end of the backward pass, so all of them can come from one computation.
-
-    Returns:
-        Whether all modules are in such groups. Otherwise, nothing is gathered.
+    the group are reduced at the end of the backward pass, so all of them can come from one computation. The result is
+    whether all modules are in such groups. Otherwise, nothing is gathered.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or not all(isinstance(module, fsdp.FSDPModule) for module in (root, *modules)):
@@ -114,12 +116,7 @@ def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def device_of_values(device: torch.device) -> torch.device:
-    """Return the device, or the CPU for the meta device, where values would be lost.
-
-    Example:
-        >>> device_of_values(torch.device("meta"))
-        device(type='cpu')
-    """
+    """Return the device, or the CPU for the meta device, where values would be lost."""
     return torch.device("cpu") if device.type == "meta" else device
 
 
@@ -194,12 +191,7 @@ def random_numbers_of_first_rank(tensors: Iterable[Tensor]) -> Iterator[None]:
     The state of the first process's generator advances, as do the generators that were in the same state. Other
     generators are restored afterwards. Without shards, this does nothing.
     """
-    mesh = _mesh_of(tensors)
-    if mesh is None:
-        yield
-        return
-    own = torch.get_rng_state()
-    first: Tensor = _from_first_rank(own, mesh)
+    own, first = torch.get_rng_state(), on_first_rank(tensors, torch.get_rng_state)
     torch.set_rng_state(first)
     try:
         yield
@@ -219,7 +211,7 @@ def _from_first_rank(value: Any, mesh: Any) -> Any:
     """Broadcast a value from the first process of a mesh."""
     from torch import distributed
 
-    adapters = [value]
+    values = [value]
     for group in mesh.get_all_groups():  # one for each dimension: first down the first column, then along all rows
-        distributed.broadcast_object_list(adapters, distributed.get_global_rank(group, 0), group)
-    return adapters[0]
+        distributed.broadcast_object_list(values, distributed.get_global_rank(group, 0), group)
+    return values[0]

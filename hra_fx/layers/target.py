@@ -6,10 +6,10 @@ import sys
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from hra_fx.layers.experts_weight import ExpertsWeight, describe_experts
-from hra_fx.layers.partitioned import full_shape
 
 LayerKind: TypeAlias = Literal["linear", "conv1d", "conv2d", "conv3d", "attention", "experts"]
 
@@ -62,12 +62,7 @@ class NodeTag:
 
 
 def find_kind(layer: nn.Module) -> LayerKind | None:
-    """The kind of a layer that can be adapted; `None` for any other module.
-
-    Example:
-        >>> find_kind(nn.Conv2d(3, 8, 3)), find_kind(nn.ReLU())
-        ('conv2d', None)
-    """
+    """The kind of a layer that can be adapted; `None` for any other module."""
     if isinstance(layer, nn.Linear) or is_conv1d(layer):
         return "linear"
     if isinstance(layer, nn.MultiheadAttention):
@@ -78,18 +73,9 @@ def find_kind(layer: nn.Module) -> LayerKind | None:
 
 
 def kind_of(layer: nn.Module) -> LayerKind:
-    """The kind of a layer that can be adapted.
-
-    Raises:
-        TypeError: the layer cannot be adapted.
-
-    Example:
-        >>> kind_of(nn.Linear(3, 8))
-        'linear'
-    """
+    """The kind of a layer that can be adapted."""
     kind = find_kind(layer)
-    if kind is None:
-        raise TypeError(f"{type(layer).__name__} cannot be adapted")
+    assert kind is not None
     return kind
 
 
@@ -106,37 +92,26 @@ def weight_name(kind: LayerKind) -> str:
 
 
 def weight_place(layer: nn.Module) -> tuple[nn.Module, str]:
-    """The module that has the rotated parameter, and the name of the parameter in this module.
-
-    Example:
-        >>> layer = nn.Linear(3, 8)
-        >>> weight_place(layer) == (layer, "weight")
-        True
-    """
+    """The module that has the rotated parameter, and the name of the parameter in this module."""
     if isinstance(layer, ExpertsWeight):
         return layer.owner, layer.parameter
     return layer, weight_name(kind_of(layer))
 
 
 def weight_entry(path: str, layer: nn.Module) -> str:
-    """The `state_dict` key of the rotated parameter, for a layer with this path in the model.
-
-    Example:
-        >>> weight_entry("encoder.query", nn.Linear(3, 8))
-        'encoder.query.weight'
-    """
+    """The `state_dict` key of the rotated parameter, for a layer with this path in the model."""
     owner, name = weight_place(layer)
     place = path if owner is layer else path.rpartition(".")[0]
     return f"{place}.{name}".lstrip(".")
 
 
-def width_of(layer: nn.Module) -> int:
-    """The length `d` of a layer's reflection vectors: one row of the weight, flattened.
+def full_shape(parameter: Tensor) -> torch.Size:
+    """The shape of a parameter while its layer runs. ZeRO-3 of DeepSpeed frees parameters between the calls."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
-    Example:
-        >>> width_of(nn.Conv2d(8, 16, (3, 5), groups=2))
-        60
-    """
+
+def width_of(layer: nn.Module) -> int:
+    """The length `d` of a layer's reflection vectors: one row of the weight, flattened."""
     if isinstance(layer, ExpertsWeight):
         return layer.width
     weight: Tensor = layer._parameters[weight_name(kind_of(layer))]  # type: ignore[assignment]
@@ -147,12 +122,7 @@ def width_of(layer: nn.Module) -> int:
 
 
 def describe(layer: nn.Module) -> str:
-    """Describe a layer briefly, for tables and errors.
-
-    Example:
-        >>> describe(nn.Conv2d(8, 16, (3, 5), groups=2))
-        'Conv2d 8->16 3x5, groups 2'
-    """
+    """Describe a layer briefly, for tables and errors: `Conv2d 8->16 3x5, groups 2`."""
     if isinstance(layer, nn.Linear):
         return f"Linear {layer.in_features}->{layer.out_features}"
     if is_conv1d(layer):

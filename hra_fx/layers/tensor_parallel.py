@@ -15,7 +15,7 @@ from torch import nn
 
 from hra_fx.errors import UnsupportedLayerError
 from hra_fx.kernels.distributed import as_dtensor
-from hra_fx.layers.quantized.detect import quant_scheme_of
+from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.layers.sharding import distribute_like, is_dtensor
 from hra_fx.layers.target import REFLECTION, SAVED, describe
 from hra_fx.layers.variants import has_own_forward
@@ -28,10 +28,7 @@ def set_aside(layer: nn.Module) -> None:
     """Temporarily remove adapters and copies from a layer, so that `distribute_module` sees a plain layer.
 
     torch's parallel styles split each parameter of a Linear and of its children, but cannot register a parameter of a
-    child.
-
-    Raises:
-        UnsupportedLayerError: the adapters of the layer need the whole weight. The layer is unchanged.
+    child. Raises an `UnsupportedLayerError` if the adapters need the whole weight, and leaves the layer unchanged.
     """
     if reason := why_not_distributed(layer):
         raise UnsupportedLayerError(f"{describe(layer)}: {reason}. Leave it out of the plan, or exclude it.")
@@ -105,10 +102,7 @@ _STYLES = ("ColwiseParallel", "RowwiseParallel")
 
 
 def parallel_forward(layer: nn.Module) -> dict[str, CellType] | None:
-    """The variables of the `forward` that transformers set on a layer, by name.
-
-    `None` if the layer does not have such a forward, or if its style is not column-wise or row-wise.
-    """
+    """The variables of the column-wise or row-wise `forward` that transformers set on a layer, by name, or `None`."""
     forward: Any = vars(layer).get("forward")
     if getattr(forward, "__module__", None) != _MODULE or not getattr(forward, "__closure__", None):
         return None

@@ -9,20 +9,19 @@ which renames the keys of the base model.)
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
 from hra_fx.compat import non_persistent_buffers, state_modules
+from hra_fx.layers.containers import FilledLater, check_adapter_name
 from hra_fx.layers.sharding import device_of_values
 from hra_fx.layers.target import SAVED
-from hra_fx.layers.without_values import nan_for_new_memory
 
 #: The name of the base model where an adapter name is expected.
 BASE = "base_layer"
 
 
-class Copies(nn.Module):
+class Copies(FilledLater):
     """The tensors of one module that are not in use.
 
     Attributes:
@@ -35,12 +34,6 @@ class Copies(nn.Module):
         super().__init__()
         self.copied: dict[str, tuple[str, ...]] = {}
         self.in_place: dict[str, str] = {}
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Copies:
-        """Like `nn.Module._apply`, but tensors that were on the meta device become NaN until they are filled."""
-        with nan_for_new_memory(self):
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
 
     def make(
         self,
@@ -55,23 +48,19 @@ class Copies(nn.Module):
         The values come from the base model, or from `values`. `memo` maps the id of an original tensor to its copy for
         this adapter, so that a shared tensor stays shared.
         """
+        check_adapter_name(adapter, self)
         self.copied[adapter] = tuple(names)
-        holder = nn.Module()
-        self.add_module(adapter, holder)
+        self.add_module(adapter, nn.Module())
         for name in self.copied[adapter]:
             self.in_place.setdefault(name, BASE)
             source = self.get(owner, BASE, name)
             value = (
                 values[name].to(device_of_values(source.device), source.dtype) if name in values else source.detach()
             )
+            made = value.clone()
             if isinstance(source, nn.Parameter):
-                floating = source.is_floating_point()
-                if id(source) not in memo:
-                    memo[id(source)] = nn.Parameter(value.clone(), requires_grad=floating)
-                holder.register_parameter(name, memo[id(source)])
-            else:
-                persistent = name not in non_persistent_buffers(owner)
-                holder.register_buffer(name, value.clone(), persistent=persistent)
+                made = memo.setdefault(id(source), nn.Parameter(made, requires_grad=source.is_floating_point()))
+            self._put(adapter, name, made, owner)
 
     def get(self, owner: nn.Module, adapter: str, name: str) -> Tensor:
         """A tensor of an adapter or of `BASE`, in use or not."""

@@ -7,11 +7,11 @@ is never computed. A layer with its own forward uses `layer.weight`, which is `W
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from hra_fx.compat import conv_border
 from hra_fx.errors import AdapterError
@@ -21,7 +21,6 @@ from hra_fx.kernels.conv import (
     add_up_projection,
     convolve_patches,
     positions,
-    up_projection,
 )
 from hra_fx.kernels.dispatch import is_compiling, products_dtype
 from hra_fx.kernels.distributed import reflect_distributed, rotate_distributed
@@ -34,92 +33,49 @@ from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.experts_adapters import ExpertsAdapters
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.mixed import check_rows
-from hra_fx.layers.partitioned import full_shape
-from hra_fx.layers.quantized.detect import quant_scheme_of
+from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.layers.sharding import is_dtensor
-from hra_fx.layers.target import is_conv1d, kind_of, width_of
+from hra_fx.layers.target import full_shape, is_conv1d, kind_of, width_of
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
-# One node each for an fx tracer that traces into a layer.
-for _name in ("reflected_rows", "patch_coordinates", "patch_image"):
-    fx.wrap(_name)
+
+class ConvGeometry(NamedTuple):
+    """The arguments of a convolution, and the padding as `F.pad` takes it, for padding modes other than zeros."""
+
+    stride: tuple[int, ...]
+    padding: Any
+    dilation: tuple[int, ...]
+    padding_mode: str
+    border: list[int]
 
 
-def reflected_rows(x: Tensor, vectors: Tensor) -> Tensor:
-    """Reflect the input of a Linear, `x -> x Q^T`.
-
-    Args:
-        x: `(..., d)`.
-        vectors: `U: (d, k)`; the columns may have any length.
-
-    Returns:
-        `(..., d)`, in the dtype of `x`.
-
-    Example:
-        >>> import torch
-        >>> reflected_rows(torch.tensor([[2.0, 5.0]]), torch.tensor([[3.0], [0.0]]))
-        tensor([[-2.,  5.]])
-    """
-    chain = householder.normalize(vectors)
-    return householder.reflect(x, chain, householder.compact_wy(chain))
+def convolve(x: Tensor, filters: Tensor, geometry: ConvGeometry, groups: int) -> Tensor:
+    """Apply filters to the patches of a convolution, without a bias."""
+    stride, padding, dilation, padding_mode, border = geometry
+    if padding_mode != "zeros":
+        x, padding = F.pad(x, border, mode=padding_mode), (0,) * len(stride)
+    return _CONVOLVE[len(stride)](x, filters, None, stride, padding, dilation, groups)
 
 
 def patch_coordinates(
-    x: Tensor,
-    vectors: Tensor,
-    patch: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: str | tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
-    padding_mode: str,
-    border: list[int],
+    x: Tensor, vectors: Tensor, patch: tuple[int, ...], geometry: ConvGeometry, groups: int
 ) -> tuple[Tensor, Tensor]:
-    """The coordinates of a convolution's patches in the span of the reflection vectors.
+    """The coordinates of a convolution's patches in the span of the reflection vectors: `T U^T p`.
 
-    Args:
-        x: `(n, c, ...)` or `(c, ...)`; the other dimensions are those of the kernel.
-        vectors: `U: (d, k)`; the columns may have any length.
-        patch: `(c / groups, ...)`, the shape of a filter.
-        stride: of the convolution.
-        padding: of the convolution.
-        dilation: of the convolution.
-        groups: of the convolution.
-        padding_mode: of the convolution.
-        border: the padding as `F.pad` takes it, for padding modes other than zeros.
-
-    Returns:
-        `T U^T p` for every patch and group, `(n, groups * k, ...)`, in the dtype of `x`, and the chain: `U` with
-        columns of length 1.
-
-    Example:
-        >>> import torch
-        >>> vectors = torch.ones(18, 1)
-        >>> read, _ = patch_coordinates(torch.ones(1, 2, 5, 5), vectors, (2, 3, 3), (1, 1), 0, (1, 1), 1, "zeros", [])
-        >>> read.shape
-        torch.Size([1, 1, 3, 3])
+    `patch` is the shape of a filter of the convolution. The results are the coordinates for every patch and group,
+    `(n, groups * k, ...)`, in the dtype of `x`, and the chain: `U` with columns of length 1.
     """
     chain = householder.normalize(vectors)
     factor = householder.compact_wy(chain)
     filters = (factor @ chain.to(factor.dtype).mT).to(x.dtype).reshape(-1, *patch)
-    filters = filters.repeat(groups, *(1 for _ in patch))
-    if padding_mode != "zeros":
-        x, padding = F.pad(x, border, mode=padding_mode), (0,) * len(stride)
-    return _CONVOLVE[len(stride)](x, filters, None, stride, padding, dilation, groups), chain
+    return convolve(x, filters.repeat(groups, *(1 for _ in patch)), geometry, groups), chain
 
 
 def patch_image(coordinates: Tensor, chain: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """Compute the correction that is subtracted from the output of a convolution.
+    """The correction that is subtracted from the output of a convolution: `(W U) (T U^T p)` for every patch.
 
-    Args:
-        coordinates: `(n, groups * k, ...)`, from `patch_coordinates`.
-        chain: `(d, k)`, from `patch_coordinates`.
-        weight: `W: (out, c / groups, ...)`.
-        groups: of the convolution.
-
-    Returns:
-        `(W U) (T U^T p)` for every patch, `(n, out, ...)`.
+    `coordinates` and `chain` come from `patch_coordinates`.
     """
     mixing = (weight.flatten(1).to(chain.dtype) @ chain).to(coordinates.dtype)
     filters = mixing.reshape(*mixing.shape, *(1 for _ in weight.shape[2:]))
@@ -145,7 +101,10 @@ class LinearAdapters(HouseholderAdapters):
         if (exported := exported_factors(self)) is not None:
             return x + (x @ exported.down.to(x.dtype).mT) @ exported.rows.to(x.dtype)
         vectors = self.vectors_for(x)
-        return x if vectors is None else reflected_rows(x, vectors)
+        if vectors is None:
+            return x
+        chain = householder.normalize(vectors)
+        return householder.reflect(x, chain, householder.compact_wy(chain))
 
     def rotate(self, weight: Tensor) -> Tensor:
         """Like `HouseholderAdapters.rotate`; the weight may be a `DTensor`."""
@@ -195,19 +154,14 @@ class ConvAdapters(HouseholderAdapters):
         """Create an empty container for a convolution; only the geometry is stored."""
         super().__init__(width_of(conv), kind_of(conv))
         self.patch = tuple(full_shape(conv.weight)[1:])
-        self.stride, self.dilation, self.groups = conv.stride, conv.dilation, conv.groups
-        self.padding_mode = conv.padding_mode
-        self.padding = conv.padding
-        # The list that torch passes to F.pad for padding modes other than zeros, including 'same'.
-        self.border = conv_border(conv)
+        self.groups = conv.groups
+        border = conv_border(conv)
+        self.geometry = ConvGeometry(conv.stride, conv.padding, conv.dilation, conv.padding_mode, border)
 
     def reflect(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """`patch_coordinates` of `x`; `None` if no adapter is active."""
         vectors = self.vectors_for(x)
-        if vectors is None:
-            return None
-        geometry: Any = (self.stride, self.padding, self.dilation, self.groups, self.padding_mode, self.border)
-        return patch_coordinates(x, vectors, self.patch, *geometry)
+        return None if vectors is None else patch_coordinates(x, vectors, self.patch, self.geometry, self.groups)
 
     def rotate(self, weight: Tensor) -> Tensor:
         """Like `HouseholderAdapters.rotate`."""
@@ -225,9 +179,9 @@ class ConvAdapters(HouseholderAdapters):
             check_rows(self, x, dims=weight.dim())
             return self._corrected_by_row(layer._conv_forward(x, weight, layer.bias), x, factors, weight)
         if self._has_few_patches(x, factors.rows):
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            padded = F.pad(x, self.border, mode=mode)
-            return convolve_patches(padded, factors, weight, layer.bias, self.stride, self.dilation)
+            stride, _, dilation, padding_mode, border = self.geometry
+            padded = F.pad(x, border, mode="constant" if padding_mode == "zeros" else padding_mode)
+            return convolve_patches(padded, factors, weight, layer.bias, stride, dilation)
         return self._corrected(layer._conv_forward(x, weight, layer.bias), x, factors, weight)
 
     def _has_few_patches(self, x: Tensor, rows: Tensor) -> bool:
@@ -235,49 +189,42 @@ class ConvAdapters(HouseholderAdapters):
 
         These products launch more kernels, and with so few patches, a GPU waits for launches.
         """
-        if not x.is_cpu or x.dim() != 4 or len(self.stride) != 2 or self.groups > 1:
+        stride, _, dilation, _, border = self.geometry
+        if not x.is_cpu or x.dim() != 4 or len(stride) != 2 or self.groups > 1:
             return False
         if is_compiling() or not x.is_contiguous():
             return False
-        borders = zip(x.shape[2:], self.border[2::-2], self.border[3::-2], strict=True)
+        borders = zip(x.shape[2:], border[2::-2], border[3::-2], strict=True)
         padded = tuple(length + before + after for length, before, after in borders)
-        places = positions(padded, self.patch[1:], self.stride, self.dilation)
+        places = positions(padded, self.patch[1:], stride, dilation)
         return len(x) * places[0] * places[1] <= MIN_PATCHES_PER_VECTOR * len(rows)
 
     def _corrected(self, output: Tensor, x: Tensor, factors: Factors, weight: Tensor) -> Tensor:
         """Apply the correction to the output of the base layer, possibly in place."""
-        convolve, stride = _CONVOLVE[len(self.stride)], self.stride
-        kernel, up = factors.down.reshape(-1, *self.patch), up_projection(factors.rows, weight)
+        kernel, up = factors.down.reshape(-1, *self.patch), torch.mm(factors.rows, weight.flatten(1).mT).mT
         if self.groups > 1:
             kernel = kernel.repeat(self.groups, *(1 for _ in self.patch))
-        padding: Any = self.padding
-        if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self.border, mode=self.padding_mode), (0,) * len(stride)
-        coordinates = convolve(x, kernel, None, stride, padding, self.dilation, self.groups)
+        coordinates = convolve(x, kernel, self.geometry, self.groups)
+        dimensions = len(self.patch) - 1
         if self.groups == 1 and output.is_contiguous():
-            return add_up_projection(output, up, coordinates, len(stride))
-        image = up.reshape(weight.shape[0], -1, *(1 for _ in stride))
-        return output + convolve(coordinates, image, groups=self.groups)
+            return add_up_projection(output, up, coordinates, dimensions)
+        image = up.reshape(weight.shape[0], -1, *(1 for _ in range(dimensions)))
+        return output + _CONVOLVE[dimensions](coordinates, image, groups=self.groups)
 
     def _corrected_by_row(self, output: Tensor, x: Tensor, factors: RowFactors, weight: Tensor) -> Tensor:
         """Like `_corrected`, with factors for each row of a mixed batch: one grouped convolution for all rows."""
-        padding: Any = self.padding
-        if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self.border, mode=self.padding_mode), (0,) * len(self.stride)
         rows, down = pick(factors)
         copies = len(x) // len(rows)
         kernel = down.repeat_interleave(copies * self.groups, dim=0).reshape(-1, *self.patch)
-        convolve, groups = _CONVOLVE[len(self.stride)], len(x) * self.groups
-        read = convolve(x.reshape(1, -1, *x.shape[2:]), kernel, None, self.stride, padding, self.dilation, groups)
+        read = convolve(x.reshape(1, -1, *x.shape[2:]), kernel, self.geometry, len(x) * self.groups)
         read = read.reshape(len(x), self.groups, rows.shape[1], -1)
         # (n, groups, out / groups, k), for W reshaped to (groups, out / groups, d).
         up = torch.einsum("nkd,god->ngok", rows, weight.reshape(self.groups, -1, self.width))
         return output + (up.repeat_interleave(copies, dim=0) @ read).reshape(output.shape)
 
     def project(self, read: tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
-        """Compute the correction that the layer subtracts: `patch_image` of the result of `forward`."""
-        coordinates, chain = read
-        return patch_image(coordinates, chain, weight, self.groups)
+        """The correction that the layer subtracts, from the result of `reflect`."""
+        return patch_image(*read, weight, self.groups)
 
 
 def _note_read(adapters: HouseholderAdapters) -> None:
@@ -287,18 +234,7 @@ def _note_read(adapters: HouseholderAdapters) -> None:
 
 
 def adapters_for(layer: nn.Module) -> HouseholderAdapters:
-    """Create an empty container of the right class for a layer.
-
-    Args:
-        layer: a layer that can be adapted (`hra_fx.layers.target.find_kind`).
-
-    Example:
-        >>> from hra_fx.layers.adapters import AdapterSpec
-        >>> adapters = adapters_for(nn.Linear(6, 4))
-        >>> adapters.add("default", AdapterSpec(r=2), torch.float32, torch.device("cpu"))
-        >>> adapters
-        LinearAdapters(default: d=6, r=2)
-    """
+    """Create an empty container of the right class for a layer that can be adapted."""
     if isinstance(layer, ExpertsWeight):
         return ExpertsAdapters(layer)
     if has_own_forward(layer):
@@ -313,10 +249,6 @@ def has_own_forward(layer: nn.Module) -> bool:
     """Whether a layer has its own forward, so that it can only be adapted through its weight.
 
     This includes attention: its weight contains the projections of q, k and v.
-
-    Example:
-        >>> has_own_forward(nn.Linear(6, 4)), has_own_forward(nn.MultiheadAttention(4, 2))
-        (False, True)
     """
     standard: list[Any] = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d]
     if scheme := quant_scheme_of(layer):

@@ -18,7 +18,7 @@ from hra_fx.functional import low_rank
 from hra_fx.functional.rotate import as_rows, check_foldable
 from hra_fx.layers.accelerate_hooks import loaded
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.quantized.detect import quant_scheme_of
+from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.layers.sharding import first_split, full_tensor, gathered, reshard
 from hra_fx.layers.target import REFLECTION, SAVED, weight_place
 from hra_fx.layers.trained_copies import all_copies

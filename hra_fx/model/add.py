@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
-from hra_fx.layers.partitioned import is_trained_by_zero
+from hra_fx.layers.sharding import is_trained_by_zero
 from hra_fx.model.activate import sync_layers
 from hra_fx.model.inject import AdapterFactory, all_or_nothing, inject_adapter, random_init
 from hra_fx.model.setup import checked

@@ -13,7 +13,7 @@ from hra_fx.compat import tensor_version
 from hra_fx.errors import AdapterError, FoldError, HRAWarning
 from hra_fx.layers.accelerate_hooks import loaded, store
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.quantized.detect import quant_scheme_of
+from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.layers.target import SAVED, weight_place
 from hra_fx.layers.trained_copies import BASE, all_copies
 from hra_fx.model.activate import check_copies, sync_layers

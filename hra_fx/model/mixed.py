@@ -92,11 +92,11 @@ def _checked(model: nn.Module, adapter_names: Sequence[str]) -> MixedBatch:
                 f"{path} ({type(layer).__name__}): adapters {here} change the weight of this layer, but the rows of a "
                 "mixed batch would need different weights. Run the rows of each adapter in a separate batch."
             )
-    paths = {layer.hra_u: path for path, layer in layers.items()}
+    containers = frozenset([layer.hra_u for layer in layers.values()])
     # If names repeat, use the order of the model, so that a compiled graph is valid for a set of adapters.
     names = rows if len(used) == len(rows) else tuple(name for name in (*state.configs, BASE_ROW) if name in used)
     places = None if len(used) == len(rows) else torch.tensor([names.index(name) for name in rows])
-    return MixedBatch(names, len(rows), places, paths, state)
+    return MixedBatch(names, len(rows), places, containers, state)
 
 
 def _check_model(root: nn.Module, state: AdapterState) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hra_fx.errors import AdapterError
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.adapter_names import ANCHOR
+from hra_fx.layers.containers import ANCHOR
 from hra_fx.layers.sharding import device_of_values, distribute_like, is_dtensor, local_tensor, reshard
 from hra_fx.layers.trained_copies import BASE, Copies, all_copies
 from hra_fx.model.state import AdapterState, adapted_layers

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from hra_fx.compat import is_exporting, is_replica
 from hra_fx.kernels.dispatch import is_compiling
-from hra_fx.layers.adapter_names import ANCHOR
 from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.batching import factors_in_batches, factors_in_traced_batches, is_in_forward
 from hra_fx.layers.class_swap import SwapMixin, swap, unswap
+from hra_fx.layers.containers import ANCHOR
 from hra_fx.layers.mixed import CURRENT
 from hra_fx.layers.sharding import gather_groups, is_sharded
 from hra_fx.layers.target import REFLECTION, SAVED

@@ -16,8 +16,7 @@ from hra_fx.functional.rotate import as_rows, check_finite, check_foldable, rota
 from hra_fx.layers.accelerate_hooks import is_on_disk, stored
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.class_swap import is_swapped
-from hra_fx.layers.quantized.detect import quant_scheme_of
-from hra_fx.layers.quantized.scheme import QuantScheme
+from hra_fx.layers.quantized import QuantScheme, quant_scheme_of
 from hra_fx.layers.sharding import first_split
 from hra_fx.layers.target import weight_entry, weight_place
 from hra_fx.model.offload import load_vectors

@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, ConfigError
-from hra_fx.layers.adapter_names import check_adapter_name
 from hra_fx.layers.class_swap import SwapMixin, swap, unswap
+from hra_fx.layers.containers import check_adapter_name
 from hra_fx.model.activate import activate
 from hra_fx.model.example_inputs import Call
 from hra_fx.model.graph_module import connect_factors

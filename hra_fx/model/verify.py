@@ -21,7 +21,7 @@ from hra_fx.compat import pytree
 from hra_fx.errors import HRAError, HRAWarning, UnsupportedLayerError, VerificationError
 from hra_fx.functional.rotate import rotate_weight
 from hra_fx.layers.accelerate_hooks import offloading_hook
-from hra_fx.layers.quantized.detect import quant_scheme_of
+from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.model.example_inputs import Call, clone_inputs, preserve_rng_state, seed_everything
 from hra_fx.model.fold import prepare_fold
 from hra_fx.model.rotate import base_weight

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from hra_fx.errors import AdapterError
-from hra_fx.functional.rotated_energy import RelativeChange, readable_rows, relative_change
-from hra_fx.functional.statistics import RotationStats, rotation_stats
+from hra_fx.functional.statistics import RelativeChange, RotationStats, readable_rows, relative_change, rotation_stats
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.experts_adapters import ExpertsAdapters
-from hra_fx.layers.quantized.detect import quant_scheme_of
+from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.model.state import require_adapted_layers
 
 _UNKNOWN = RotationStats(math.nan, (math.nan,), math.nan)

@@ -17,10 +17,9 @@ from hra_fx.errors import HRAWarning, UnsupportedLayerError
 from hra_fx.layers.accelerate_hooks import WHOLE, has_class_forward, is_hooked, offloading_hook
 from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.experts_weight import ExpertsWeight
-from hra_fx.layers.partitioned import full_shape
-from hra_fx.layers.quantized.detect import quant_scheme_of
+from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.layers.sharding import is_dtensor, sharded_by
-from hra_fx.layers.target import REFLECTION, weight_place, width_of
+from hra_fx.layers.target import REFLECTION, full_shape, weight_place, width_of
 from hra_fx.layers.tensor_parallel import parallel_forward, why_not_adapted
 from hra_fx.layers.trained_copies import get_copies
 from hra_fx.layers.variants import has_own_forward

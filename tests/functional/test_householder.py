@@ -1,6 +1,6 @@
 """The pure functions of hra_fx.functional.householder against explicit float64 matrices, and their properties.
 
-Each has a second form: products only, for torch.export (`exportable`), and Cholesky factorizations, for GPUs.
+Each has a second form: products only, for torch.export, and Cholesky factorizations, for GPUs.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from one_layer import F32, F64, normal
 from oracles import dense_gs, dense_product, relative_error
 from torch import Tensor
 
-from hra_fx.functional import exportable
 from hra_fx.functional.householder import (
+    basis_of_products,
     cholesky_basis,
     compact_wy,
     init_vectors,
     normalize,
     orthonormalize,
     reflect,
-    rotate,
+    span,
     working_dtype,
+    wy_of_products,
 )
-from hra_fx.functional.statistics import inverse_condition, principal_block
+from hra_fx.functional.rotate import rotate_weight
+from hra_fx.functional.statistics import inverse_condition
 
 seeds = st.integers(0, 2**31 - 1)
 widths = st.integers(1, 24)
@@ -48,7 +50,7 @@ def orthogonality(q: Tensor) -> float:
 
 # compact_wy
 
-factors = pytest.mark.parametrize("factor_of", [compact_wy, exportable.compact_wy], ids=["solve", "products"])
+factors = pytest.mark.parametrize("factor_of", [compact_wy, wy_of_products], ids=["solve", "products"])
 
 
 @factors
@@ -129,7 +131,7 @@ def test_autocast_does_not_change_factor_and_basis() -> None:
 def test_rotate_and_reflect_are_two_sides_of_one_product(d: int, out: int, r: int, seed: int) -> None:
     chain, weight, x = normal(seed, d, r), normal(seed + 1, out, d), normal(seed + 2, 3, d)
     factor = compact_wy(chain)
-    rotated = rotate(weight, chain, factor)
+    rotated = rotate_weight(weight, chain)
     assert relative_error(rotated, weight @ dense_product(chain)) < 1e-11
     assert relative_error(x @ rotated.mT, reflect(x, chain, factor) @ weight.mT) < 1e-10
 
@@ -137,11 +139,7 @@ def test_rotate_and_reflect_are_two_sides_of_one_product(d: int, out: int, r: in
 # orthonormalize, on CPUs, as GPUs compute it, and for torch.export
 
 
-def recurrence(vectors: Tensor) -> Tensor:
-    return exportable.gram_schmidt(normalize(vectors))
-
-
-bases = pytest.mark.parametrize("basis_of", [orthonormalize, cholesky_basis, recurrence])
+bases = pytest.mark.parametrize("basis_of", [orthonormalize, cholesky_basis, basis_of_products])
 
 
 @bases
@@ -228,9 +226,11 @@ def test_initial_vectors_are_within_the_bound_of_kaiming() -> None:
 
 @quick
 @given(widths, st.integers(1, 30), seeds)
-def test_principal_block_has_the_distance_and_the_trace_of_the_product(d: int, r: int, seed: int) -> None:
+def test_span_has_the_distance_and_the_trace_of_the_product(d: int, r: int, seed: int) -> None:
     chain = normal(seed, d, r)
-    block = principal_block(chain, compact_wy(chain))
+    basis, moved = span(chain)
+    assert relative_error(torch.eye(d, dtype=F64) - basis @ moved @ basis.mT, dense_product(chain)) < 1e-10
+    block = torch.eye(len(moved), dtype=F64) - moved
     q = dense_product(chain)
     size = min(d, r)
     assert block.shape == (size, size)

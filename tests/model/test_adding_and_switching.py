@@ -133,10 +133,10 @@ POSSIBLE = (
 )
 #: Names that cannot be part of a path or the name of a folder, and names that modules of hra_fx use.
 REFUSED = {
-    name: POSSIBLE.format(name) for name in ("", " a", "a.b", "a/b", "a\\b", "update", "width", "x_anchor", "remove")
+    name: POSSIBLE.format(name)
+    for name in ("", " a", "a.b", "a/b", "a\\b", "update", "width", "x_anchor", "remove", "add")
 }
 REFUSED |= {
-    "add": "adapter 'add' already exists. Choose another name.",  # a method of every container
     "a": "adapter 'a' already exists in this model. Delete it first, or choose another name.",
     3: "`adapter_name` must be a string such as 'default', got 3.",
 }
@@ -154,6 +154,13 @@ def test_an_impossible_or_taken_name_is_refused(name: Any) -> None:
     if name in ("a", "a.b"):
         with refuses(model, text):
             hra_fx.combine(model, ["a", "b"], name)
+
+
+@pytest.mark.parametrize("name", ["set", "promote_to_base"])
+def test_a_name_that_copies_use_is_refused(name: str) -> None:
+    plain = net()
+    with refuses(plain, re.escape(POSSIBLE.format(name))):
+        hra_fx.transform(plain, config("first", modules_to_save=["head"]), name)
 
 
 @pytest.mark.parametrize("name", ["style-2", "été", "a b", "0", "hra_u", "weight"])

@@ -22,8 +22,7 @@ from transformers.pytorch_utils import Conv1D
 import hra_fx
 from hra_fx import HRAConfig, report, transform
 from hra_fx.errors import AdapterError
-from hra_fx.functional.rotated_energy import relative_change
-from hra_fx.functional.statistics import min_angle, rotation_stats
+from hra_fx.functional.statistics import min_angle, relative_change, rotation_stats
 from hra_fx.layers.batching import factors_of
 from hra_fx.reporting.row import change_of
 from hra_fx.reporting.scale import costs

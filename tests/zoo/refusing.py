@@ -11,7 +11,7 @@ from torch import nn
 
 import hra_fx
 from hra_fx.layers.experts_weight import ExpertsWeight
-from hra_fx.layers.target import kind_of
+from hra_fx.layers.target import find_kind
 
 _MESSAGE = re.compile(
     r"(?P<path>\S+?)(?: \([\w.]+\))?: (?P<reason>.*?)(?: Also unsupported: (?P<also>.*)\.)?", re.DOTALL
@@ -20,20 +20,12 @@ _MESSAGE = re.compile(
 
 def candidates(model: nn.Module, parameters: Sequence[str] = ()) -> dict[str, nn.Module]:
     """Path -> layer of every kind that hra_fx takes; each layer once, and those of parameters with these names."""
-    found = {path: module for path, module in model.named_modules() if path and _is_site(module)}
+    found = {path: module for path, module in model.named_modules() if path and find_kind(module)}
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.dim() == 3 and f"{path}.{name}".endswith(tuple(parameters) or " "):
                 found[f"{path}.hra_{name}"] = ExpertsWeight(module, name)
     return found
-
-
-def _is_site(module: nn.Module) -> bool:
-    try:
-        kind_of(module)
-    except TypeError:
-        return False
-    return True
 
 
 def config_for(paths: Collection[str]) -> hra_fx.HRAConfig:

@@ -78,7 +78,7 @@ def test_zero_3_and_a_restart_from_its_checkpoint(base: Path, plain: tuple[list[
 @canary(
     "deepspeed",
     "`ds_shape` and `ds_persist` of a parameter that ZeRO-3 partitions",
-    reader="hra_fx/layers/partitioned.py",
+    reader="hra_fx/layers/sharding.py",
     breaks="adapters in models that ZeRO-3 partitions",
 )
 def test_zero_3_in_one_process(base: Path, plain: tuple[list[float], Path], tmp_path: Path) -> None:

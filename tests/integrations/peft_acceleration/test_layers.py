@@ -14,7 +14,7 @@ from oracles import dense_q, relative_error
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.layers.quantized.detect import quant_scheme_of
+from hra_fx.layers.quantized import quant_scheme_of
 
 TOLERANCE = {F32: 1e-5, F64: 1e-9}
 
