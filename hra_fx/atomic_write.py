@@ -17,13 +17,9 @@ Content: TypeAlias = bytes | Callable[[Path], object]
 
 @contextlib.contextmanager
 def temporary_file(target: Path, content: Content) -> Iterator[Path]:
-    """Write a complete file to disk, to be renamed to `target`. On exit, it is removed if it was not renamed.
+    """Write a complete file next to `target`, to be renamed to it. On exit, it is removed if it was not renamed.
 
     It is opened like any other file, so its permissions follow the umask.
-
-    Args:
-        target: the final path; the temporary file is next to it.
-        content: what to write.
     """
     path = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -38,14 +34,7 @@ def temporary_file(target: Path, content: Content) -> Iterator[Path]:
 
 
 def atomic_write(target: Path, content: Content) -> None:
-    """Write a file under a temporary name, then rename it. On error the old file is unchanged.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     atomic_write(Path(folder, "a.txt"), b"text")
-    ...     os.listdir(folder)
-    ['a.txt']
-    """
+    """Write a file under a temporary name, then rename it. On error the old file is unchanged."""
     with temporary_file(target, content) as new:
         os.replace(new, target)
 
@@ -59,18 +48,8 @@ def flush(file: Path) -> None:
 def output_file(path: str | os.PathLike[str], formats: Collection[str], *, listed: str = "") -> Path:
     """Check the path of an output file.
 
-    Args:
-        path: as the user gave it.
-        formats: supported file extensions, such as `".svg"`; case does not matter.
-        listed: how the error message lists them. Default: comma-separated.
-
-    Raises:
-        VisualizeError: the extension is not supported, the folder does not exist, or the path is a folder.
-
-    Example:
-        >>> output_file("strip.gif", [".svg", ".png"])
-        Traceback (most recent call last):
-        hra_fx.errors.VisualizeError: path: unsupported file extension '.gif' in 'strip.gif'. Use one of .svg, .png.
+    `formats` are the supported file extensions, such as `".svg"`; case does not matter. `listed` is how the error
+    message lists them.
     """
     file = Path(path)
     if file.suffix.lower() not in formats:
@@ -86,11 +65,7 @@ def output_file(path: str | os.PathLike[str], formats: Collection[str], *, liste
 
 
 def write_output_file(path: Path, data: bytes) -> None:
-    """Write an output file atomically; if `path` is a symbolic link, the file that it points to is replaced.
-
-    Raises:
-        VisualizeError: the file cannot be written.
-    """
+    """Write an output file atomically; if `path` is a symbolic link, the file that it points to is replaced."""
     try:
         atomic_write(path.resolve(), data)
     except OSError as error:

@@ -25,26 +25,16 @@ OPTIONS = (
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raise an error for keyword arguments that `download` does not support.
-
-    Raises:
-        TypeError: an unknown keyword argument.
-    """
+    """Raise an error for keyword arguments that `download` does not support."""
     for option in options:
         if option not in OPTIONS:
             raise TypeError(f"unexpected keyword argument {option!r}. Use subfolder, {', '.join(OPTIONS)}.")
 
 
 def download(source: str | os.PathLike[str], patterns: Sequence[str], options: Mapping[str, Any]) -> Path:
-    """Download the matching files of a repository, and return its folder in the Hub cache.
+    """Download the files of a repository that match `patterns`, and return its folder in the Hub cache.
 
-    Args:
-        source: the name of the repository; not a local folder.
-        patterns: names of files, as for `huggingface_hub.snapshot_download(allow_patterns=...)`.
-        options: other arguments of `huggingface_hub.snapshot_download`.
-
-    Raises:
-        CheckpointError: `source` is not a valid name, or the download failed.
+    `options` are other arguments of `huggingface_hub.snapshot_download`.
 
     >>> download("runs/of/mine", ["adapter_config.json"], {})
     Traceback (most recent call last):

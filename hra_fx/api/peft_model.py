@@ -347,12 +347,7 @@ def _loaded(
 
 
 def check_names(model: nn.Module) -> None:
-    """Check that the methods of `HRAModel` do not hide attributes of the model.
-
-    Raises:
-        AdapterError: a method would hide an attribute; the message names it.
-        UnsupportedLayerError: the model has adapters of PEFT, whose wrapper has attributes of these names.
-    """
+    """Check that the methods of `HRAModel` do not hide attributes of the model."""
     refuse_peft_layers(model)
     cls = original_class(model)
     for name in vars(HRAModel):

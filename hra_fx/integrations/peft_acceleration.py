@@ -124,11 +124,7 @@ def accelerate_peft(model: nn.Module | None = None) -> Acceleration:
 
 
 def _peft_classes() -> dict[str, Any]:
-    """PEFT's layer classes, by name.
-
-    Raises:
-        ImportError: PEFT is not installed.
-    """
+    """PEFT's layer classes, by name."""
     try:
         module = importlib.import_module("peft.tuners.hra")
     except ModuleNotFoundError as error:

@@ -155,15 +155,9 @@ class AcceleratedLayer(SwapMixin):
         return rotate_weight(identity, chain).to(vectors.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge adapters into the base weight, `W <- W Q`, computed in float64.
+        """Merge adapters (`None`: the active ones) into the base weight, `W <- W Q`, computed in float64.
 
-        Args:
-            safe_merge: raise an error instead of writing a weight that is not finite.
-            adapter_names: the adapters; `None` for the active ones.
-
-        Raises:
-            ValueError: `safe_merge` is True and the weight is not finite. This adapter is not merged.
-            UnsupportedLayerError: the weight is quantized.
+        With `safe_merge`, a weight that would not be finite raises an error and is not written.
         """
         from peft.tuners.tuners_utils import check_adapters_to_merge
 

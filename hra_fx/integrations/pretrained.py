@@ -76,21 +76,13 @@ class AdaptedPretrainedModel(AdaptedModel):
 
         The vectors of the output layer are as long as a hidden state, so they fit any number of tokens. They remain the
         same parameters, so an optimizer keeps working.
-
-        Raises:
-            AdapterError: the embeddings or the output layer have trained copies, or an adapter is merged into the
-                output layer. The model is unchanged.
         """
         base: Any = super()
         with plain_output_layers(self):
             return base.resize_token_embeddings(*args, **kwargs)
 
     def dequantize(self, *args: Any, **kwargs: Any) -> Any:
-        """Raise an error, because the base class would replace the adapted layers.
-
-        Raises:
-            AdapterError: always; the new layers would not have adapters. The model is unchanged.
-        """
+        """Raise an error, because the base class would replace the adapted layers."""
         raise AdapterError(
             f"{type(self).__name__}: dequantize replaces the adapted layers, so they would lose their reflections. "
             "Save the adapter (hra_fx.save_adapter), dequantize a model without it, and load it there "

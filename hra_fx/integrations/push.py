@@ -70,14 +70,7 @@ def push_to_hub(
 def upload(folder: Path, repo_id: str, adapter_names: Iterable[str] | None, options: Mapping[str, Any]) -> str:
     """Upload the files that `save_pretrained` wrote, except a model card if the repository already has one.
 
-    Args:
-        folder: the folder.
-        repo_id: name of the repository; it is created if needed.
-        adapter_names: upload the files of these adapters and the model card; `None` for the whole folder.
-        options: options of `push_to_hub`; others are ignored.
-
-    Returns:
-        The URL of the commit.
+    Without `adapter_names`, the whole folder is uploaded. Unknown `options` are ignored.
     """
     from huggingface_hub import HfApi
 

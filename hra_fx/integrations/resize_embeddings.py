@@ -23,11 +23,7 @@ from hra_fx.model.state import adapted_layers, check_no_foreign_class
 
 @contextmanager
 def plain_output_layers(model: nn.Module) -> Iterator[None]:
-    """Context manager that removes the reflections of the output layers, and adds the same objects again at the end.
-
-    Raises:
-        AdapterError: the number of tokens cannot change because of trained copies, merged adapters or vectors.
-    """
+    """Context manager that removes the reflections of the output layers, and adds the same objects again at the end."""
     ends = _embeddings_and_heads(model)
     layers = adapted_layers(model)
     _check(model, layers, ends)

@@ -34,16 +34,7 @@ def sync_layers(parts: AdaptedParts, state: AdapterState) -> None:
 
 
 def check_copies_can_switch(root: nn.Module, parts: AdaptedParts, acting: Iterable[str]) -> None:
-    """Raise an error if trained copies must be switched in a sharded or offloaded model.
-
-    Args:
-        root: the model.
-        parts: its adapted layers and trained copies.
-        acting: the adapters that will be active.
-
-    Raises:
-        AdapterError: a trained copy must be switched, but the model is sharded or offloaded.
-    """
+    """Raise an error if trained copies must be switched in a sharded or offloaded model."""
     tool, names = next(filter(None, map(sharded_by, parts.modules)), None) if parts.copies else None, tuple(acting)
     reason = offloaded_copy(root) if parts.copies else None
     if tool is None and reason is None:
@@ -59,11 +50,7 @@ def check_copies_can_switch(root: nn.Module, parts: AdaptedParts, acting: Iterab
 
 
 def check_copies(root: nn.Module, parts: AdaptedParts, names: Iterable[str]) -> None:
-    """Check that at most one of these adapters has a trained copy of each module.
-
-    Raises:
-        AdapterError: several adapters have trained copies of the same module.
-    """
+    """Check that at most one of these adapters has a trained copy of each module."""
     wanted = tuple(names)
     for owner, copies in parts.copies:
         several = [name for name in wanted if name in copies.copied]

@@ -21,20 +21,7 @@ Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def normalize_inputs(example_inputs: Any) -> Call:
-    """Return example inputs as positional and keyword arguments.
-
-    Args:
-        example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments (as a
-            tokenizer returns it).
-
-    Raises:
-        AdapterError: `example_inputs` has another type.
-
-    Example:
-        >>> import torch
-        >>> normalize_inputs({"input_ids": torch.ones(1, 2)})
-        ((), {'input_ids': tensor([[1., 1.]])})
-    """
+    """Return example inputs (a tensor, a tuple or list, or a mapping) as positional and keyword arguments."""
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, Mapping):

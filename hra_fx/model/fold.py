@@ -284,11 +284,7 @@ def _tensor_refs(layers: Mapping[str, AdaptedLayer], paths: Iterable[str]) -> se
 
 
 def _ties(root: nn.Module, state: AdapterState, tensors: set[TensorRef], names: tuple[str, ...]) -> list[Tie]:
-    """The settings of transformers that a fold turns off, or that a folded trained copy has already turned off.
-
-    Raises:
-        FoldError: one of them cannot be turned off.
-    """
+    """The settings of transformers that a fold turns off, or that a folded trained copy has already turned off."""
     has_copies = any(name in copies.copied for _, copies in all_copies(root).values() for name in names)
     ties = [*find_ties(root, tensors), *(state.untied if has_copies or tensors else ())]
     if reason := why_not_untie(root, ties):

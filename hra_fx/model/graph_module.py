@@ -74,13 +74,7 @@ def rewrite(module: fx.GraphModule, undo: ExitStack | None = None) -> None:
 
 
 def insert(module: fx.GraphModule, model: nn.Module, path: str = "") -> None:
-    """Insert the reflections of the adapted layers of a model into the graph of one of its modules.
-
-    Args:
-        module: the graph.
-        model: the model.
-        path: path in the model of the module that the graph was traced from.
-    """
+    """Insert the reflections of the adapted layers of `model` into the graph of its module at `path`."""
     adapted = {
         layer: LayerTarget(name, layer.hra_u.kind, layer.hra_u.reflects_input)
         for name, layer in adapted_layers(model).items()

@@ -43,11 +43,7 @@ def all_or_nothing() -> Iterator[ExitStack]:
 
 
 def complete(act: Callable[[], None]) -> None:
-    """Call `act`, and call it again if it is interrupted (Ctrl-C), so that it always completes.
-
-    Args:
-        act: a function that can be repeated after an interruption at any point.
-    """
+    """Call `act`, and call it again if it is interrupted (Ctrl-C) at any point, so that it always completes."""
     try:
         act()
     except BaseException:
@@ -66,13 +62,6 @@ def inject_adapter(
     """Add adapter `name` to every layer that `config` selects. The adapter is not active.
 
     `layers` is the result of `select_checked`, if the caller has it.
-
-    Returns:
-        The layers by path.
-
-    Raises:
-        SelectionError: the configuration does not fit the model.
-        UnsupportedLayerError: a selected layer cannot be adapted.
     """
     modules = walk(model)
     layers = select_checked(model, config, modules) if layers is None else layers

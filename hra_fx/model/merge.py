@@ -119,12 +119,7 @@ def _check_in_memory(layers: Mapping[str, AdaptedLayer]) -> None:
 
 
 def resolve_merge_order(state: AdapterState, adapter_names: str | Iterable[str] | None) -> tuple[str, ...]:
-    """The adapters to fold into the weights, in the order of the product; `None` means all active ones.
-
-    Raises:
-        AdapterError: the model has no such adapter, no adapter is active, all are disabled, or an adapter that is not
-            in `adapter_names` comes earlier in the product.
-    """
+    """The adapters to fold into the weights, in the order of the product; `None` means all active ones."""
     if state.disabled:
         raise AdapterError(
             "adapters are disabled. Leave the disable_adapters block, or call set_adapter or enable_adapter_layers()."

@@ -56,12 +56,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
 
 @contextmanager
 def copied_rows(model: Any, options: dict[str, Any]) -> Iterator[None]:
-    """Context manager for `generate` in a mixed batch, which repeats each row for its beams and returned sequences.
-
-    Args:
-        model: a model with the `generate` method of transformers.
-        options: the keyword arguments of `generate`.
-    """
+    """Context manager for `generate` in a mixed batch, which repeats each row for its beams and returned sequences."""
     config = options.get("generation_config") or getattr(model, "generation_config", None)
     given = [options.get(name) or getattr(config, name, None) for name in ("num_beams", "num_return_sequences")]
     outer, CURRENT.copies = CURRENT.copies, max(number or 1 for number in given)

@@ -17,11 +17,7 @@ from hra_fx.model.state import adapted_layers
 
 
 def load_vectors(model: nn.Module) -> None:
-    """Load the vectors that accelerate offloads to the device of their layer. They are not offloaded again.
-
-    Raises:
-        AdapterError: vectors or trained copies cannot be read or written in this state; the message says what to do.
-    """
+    """Load the vectors that accelerate offloads to the device of their layer. They are not offloaded again."""
     if reason := _flat_shard(model) or _offloaded_as_a_whole(model) or offloaded_copy(model):
         raise AdapterError(reason)
     for layer in adapted_layers(model).values():
@@ -32,10 +28,6 @@ def offloaded_copy(model: nn.Module) -> str | None:
     """Return why trained copies cannot be read or switched now, and what to do; `None` if they can.
 
     accelerate's hook loads tensors by name, without regard to which copy is in use.
-
-    Example:
-        >>> offloaded_copy(nn.Linear(6, 4)) is None
-        True
     """
     for path, (owner, copies) in all_copies(model).items():
         if any(offloading_hook(part) is not None for part in (owner, *copies.modules())):

@@ -289,11 +289,7 @@ def _unwrapped(optimizer: Any) -> Any:
 
 
 def check_difference(difference: Any, field: str = "difference") -> None:
-    """Check that `difference` is valid.
-
-    Raises:
-        ConfigError: `difference` is not a finite number > 0.
-    """
+    """Check that `difference` is valid."""
     is_number = isinstance(difference, (int, float)) and not isinstance(difference, bool)
     if not is_number or not 0 < difference < math.inf:
         raise ConfigError(f"`{field}` must be a finite number > 0, got {difference!r}. The default is 0.1.")

@@ -17,11 +17,7 @@ from hra_fx.model.state import AdapterState, adapted_layers
 
 
 def check_replaceable(root: nn.Module, state: AdapterState, name: str) -> None:
-    """Check that the values of an adapter can be replaced.
-
-    Raises:
-        AdapterError: the adapter is merged, its scale is not 1, or its shards are on the meta device.
-    """
+    """Check that the values of an adapter can be replaced."""
     if name in state.merged:
         raise AdapterError(f"adapter {name!r} is merged into the weights. Call unmerge_adapter first.")
     layers = layers_of(root, name)
@@ -50,13 +46,9 @@ def replace_values(
 ) -> None:
     """Replace the values of an adapter in place. Tensors on the meta device are replaced by new tensors.
 
-    Args:
-        root: a transformed model that `check_replaceable` accepts; every process that has shards must call this.
-        name: the adapter.
-        vectors: returns `U: (d, r)` and the anchor of a layer; called once for each layer, in the order of `layers_of`.
-        copies: (path of a module, name of its tensor) -> value of a trained copy.
-        device: where to create tensors that are on the meta device. `None` uses the device of the base weight, or the
-            CPU if the base weight is also on the meta device.
+    `vectors` returns `U: (d, r)` and the anchor of a layer, and is called in the order of `layers_of`. `copies` is
+    (path of a module, name of its tensor) -> value of a trained copy. Every process that has shards must call this.
+    Without `device`, tensors on the meta device get the device of the base weight, or the CPU.
     """
     reshard(root.modules())
     owners = all_copies(root)

@@ -61,9 +61,7 @@ class FoldedWeight(NamedTuple):
 def folded_weight(layer: AdaptedLayer, names: Iterable[str]) -> FoldedWeight:
     """Compute `W Q` of a layer in float64 (float32 on MPS), without any checks. The layer is not changed.
 
-    Args:
-        layer: the layer. If adapters are merged into it, `W` is the weight before the merge.
-        names: its adapters, in the order of the product.
+    `names` are in the order of the product. If adapters are merged, `W` is the weight before the merge.
     """
     scheme, adapters = quant_scheme_of(layer), layer.hra_u
     weight = base_weight(layer) if scheme is None else scheme.values(layer)
@@ -86,17 +84,11 @@ def base_weight(layer: AdaptedLayer) -> Tensor:
 
 
 def check_layer(path: str, layer: AdaptedLayer, names: Collection[str]) -> bool:
-    """Check that adapters can be folded into a layer, without keeping the result.
+    """Check that adapters can be folded into a layer. Returns whether its weight is written.
 
-    An orthogonal `Q` keeps the lengths of rows, so no entry of `W Q` is larger than the length of the longest row of
-    `W`. `W Q` is only computed if this length exceeds the range of the dtype, or if the layer is quantized.
-
-    Returns:
-        Whether the weight is written. It is not written if it is quantized and the adapters have not been trained.
-
-    Raises:
-        FoldError: the weight or the vectors are on the meta device or not finite, the vectors of a Gram-Schmidt adapter
-            are linearly dependent, the weight cannot be written, or the folded weight would not be finite.
+    It is not written if it is quantized and the adapters have not been trained. An orthogonal `Q` keeps the lengths of
+    rows, so no entry of `W Q` is larger than the length of the longest row of `W`. `W Q` is only computed if this
+    length exceeds the range of the dtype, or if the layer is quantized.
     """
     scheme = quant_scheme_of(layer)
     if scheme is not None and (reason := scheme.why_not_requantized(layer)):
@@ -127,11 +119,7 @@ def _fits_dtype(rows: Tensor) -> bool:
 
 
 def check_classes(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
-    """Check that this process has every weight as a whole, in a layer with the adapted class.
-
-    Raises:
-        FoldError: another tool moved, sharded or wrapped a layer.
-    """
+    """Check that this process has every weight as a whole, in a layer with the adapted class."""
     try:
         load_vectors(model)
     except AdapterError as error:
@@ -151,11 +139,7 @@ def check_classes(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
 
 
 def check_not_on_disk(layers: Mapping[str, AdaptedLayer]) -> None:
-    """Check that accelerate does not load any of the weights from disk.
-
-    Raises:
-        FoldError: a weight is on disk.
-    """
+    """Check that accelerate does not load any of the weights from disk."""
     for path, layer in layers.items():
         if is_on_disk(*weight_place(layer)):
             raise FoldError(
@@ -165,11 +149,7 @@ def check_not_on_disk(layers: Mapping[str, AdaptedLayer]) -> None:
 
 
 def check_no_ties(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
-    """Check that no weight shares memory with other tensors, so that it can be written in place.
-
-    Raises:
-        FoldError: a weight shares memory.
-    """
+    """Check that no weight shares memory with other tensors, so that it can be written in place."""
     for path, others in ties_of(model, layers).items():
         (_, name), full = weight_place(layers[path]), weight_entry(path, layers[path])
         raise FoldError(
@@ -180,16 +160,7 @@ def check_no_ties(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
 
 
 def check_floating(layers: Mapping[str, AdaptedLayer], names: Iterable[str], hint: str = "") -> None:
-    """Check that no weight is quantized.
-
-    Args:
-        layers: path -> layer.
-        names: the adapters to fold.
-        hint: a sentence that says how to fold quantized weights.
-
-    Raises:
-        FoldError: one of the adapters is on a quantized layer.
-    """
+    """Check that no weight is quantized. `hint` is a sentence that says how to fold quantized weights."""
     folded = set(names)
     here = {path: layer for path, layer in layers.items() if folded & set(layer.hra_u)}
     found = {path: scheme for path, layer in here.items() if (scheme := quant_scheme_of(layer))}

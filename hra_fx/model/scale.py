@@ -65,10 +65,6 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
 
 
 def check_scale(alpha: object) -> None:
-    """Check that a scale is a number from 0 to 1.
-
-    Raises:
-        AdapterError: `alpha` is not a number from 0 to 1.
-    """
+    """Check that a scale is a number from 0 to 1."""
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not (math.isfinite(alpha) and 0 <= alpha <= 1):
         raise AdapterError(f"`alpha` must be a number from 0 (base model) to 1 (full adapter), got {alpha!r}.")

@@ -38,15 +38,9 @@ def set_up(
 ) -> None:
     """Adapt a plain model with one active adapter.
 
-    Args:
-        model: the model, changed in place.
-        config: validated by `checked`.
-        adapter_name: name of the adapter.
-        fill: sets the vectors of each adapted layer.
-        copies: (path of the module, name of its tensor) -> value of a trained copy, if it differs from the base model.
-        root_class: mixed into the class of the model.
-        call: arguments of one call, to compare the adapted model with its folded weights.
-        layers: the result of `select_checked`, if the caller has it.
+    `config` was validated by `checked`. `copies` is (path of the module, name of its tensor) -> value of a trained copy
+    that differs from the base model. `call` are arguments with which the model is compared with its folded weights.
+    `layers` is the result of `select_checked`, if the caller has it.
     """
     with all_or_nothing() as steps:
         layers = inject_adapter(model, adapter_name, config, fill, steps, layers)
@@ -67,15 +61,7 @@ def set_up(
 
 
 def checked(model: Any, config: HRAConfig, adapter_name: str) -> HRAConfig:
-    """Validate the arguments of `transform` and `add_adapter`.
-
-    Returns:
-        A validated copy of the configuration, because fields may have been set after it was created.
-
-    Raises:
-        AdapterError: `model` is not a module, or `adapter_name` cannot be used.
-        ConfigError: `config` is not an `HRAConfig`.
-    """
+    """Validate the arguments of `transform` and `add_adapter`, and return a validated copy of the configuration."""
     if not isinstance(model, nn.Module):
         raise AdapterError(f"`model` must be a torch.nn.Module, got {model!r}.")
     config = valid_config(config)
@@ -86,11 +72,7 @@ def checked(model: Any, config: HRAConfig, adapter_name: str) -> HRAConfig:
 
 
 def valid_config(config: HRAConfig) -> HRAConfig:
-    """Return a validated copy of a configuration, which may also be a `peft.HRAConfig`.
-
-    Raises:
-        ConfigError: `config` is not an `HRAConfig` of hra_fx or PEFT.
-    """
+    """Return a validated copy of a configuration, which may also be a `peft.HRAConfig`."""
     theirs = getattr(sys.modules.get("peft"), "HRAConfig", None)  # if PEFT is not loaded, no object has its classes
     if theirs is not None and isinstance(config, theirs):
         return HRAConfig.from_dict(copy.deepcopy(config.to_dict()))

@@ -114,11 +114,7 @@ class AdaptedParts(NamedTuple):
 
 
 def collect_parts(model: nn.Module) -> AdaptedParts:
-    """Collect the adapted parts of a model.
-
-    Raises:
-        AdapterError: `model` is not a module.
-    """
+    """Collect the adapted parts of a model."""
     if not isinstance(model, nn.Module):
         raise AdapterError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
     found = AdaptedParts([model], [], [], [], [])
@@ -141,11 +137,7 @@ def collect_parts(model: nn.Module) -> AdaptedParts:
 
 
 def root_of(model: nn.Module) -> tuple[nn.Module, AdapterState]:
-    """The transformed model in `model`, and its state: `model` itself, or the module in a wrapper such as DDP.
-
-    Raises:
-        AdapterError: no transformed model was found, or several.
-    """
+    """The transformed model in `model`, and its state: `model` itself, or the module in a wrapper such as DDP."""
     return only_root(model, collect_parts(model))
 
 
@@ -165,14 +157,7 @@ def only_root(model: nn.Module, found: AdaptedParts) -> tuple[nn.Module, Adapter
 
 
 def check_no_foreign_class(modules: Mapping[str, nn.Module]) -> None:
-    """Check that no other tool sharded a model, in part or as a whole, or replaced the class of an adapted part.
-
-    Args:
-        modules: path -> module, for all modules of the model.
-
-    Raises:
-        AdapterError: a tool did; the message names the part.
-    """
+    """Check that no other tool sharded a model, in part or as a whole, or replaced the class of an adapted part."""
     for path, module in modules.items():
         if is_half_split(module):
             raise AdapterError(f"{path}: {half_split(module)}")
@@ -189,11 +174,7 @@ def check_no_foreign_class(modules: Mapping[str, nn.Module]) -> None:
 
 
 def names_in(state: AdapterState, names: str | Iterable[str]) -> tuple[str, ...]:
-    """Check adapter names and return them as a tuple.
-
-    Raises:
-        AdapterError: the model has no such adapter, or a name occurs twice.
-    """
+    """Check adapter names and return them as a tuple."""
     wanted = (names,) if isinstance(names, str) else tuple(names)
     for name in wanted:
         if name not in state.configs:
@@ -215,11 +196,7 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
 
 
 def require_adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """Like `adapted_layers`, but the result is never empty.
-
-    Raises:
-        AdapterError: the model has no adapted layers.
-    """
+    """Like `adapted_layers`, but the result is never empty."""
     if not isinstance(model, nn.Module):
         raise AdapterError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
     layers = adapted_layers(model)

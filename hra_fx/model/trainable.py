@@ -103,9 +103,6 @@ def make_copies(
 
     `values`, (path of the module, name of its tensor) -> tensor, replaces the values of the base model. Tensors that
     are tied in the base model have one copy, unless their values differ, because PEFT trains a copy of each.
-
-    Raises:
-        UnsupportedLayerError: a tensor cannot be copied, or another adapter reflects the layer.
     """
     wanted = to_copy(model, config, layers)
     for path, (owner, names) in wanted.items():

@@ -12,13 +12,7 @@ M = TypeVar("M")
 
 
 def unwrap(model: M) -> M:
-    """Return the model inside `DistributedDataParallel`, `DataParallel` or `torch.compile`, or else the model itself.
-
-    Example:
-        >>> layer = nn.Linear(6, 4)
-        >>> unwrap(nn.DataParallel(layer)) is layer
-        True
-    """
+    """Return the model inside `DistributedDataParallel`, `DataParallel` or `torch.compile`, or else the model itself."""
     inner = model
     while isinstance(inner, nn.Module) and (name := _child_name(inner)):
         inner = inner._modules[name]  # type: ignore[assignment]

@@ -36,16 +36,8 @@ _EXCLUDE_EXPERTS = "use longer names in `target_parameters`, which leave it out"
 def select_checked(model: nn.Module, config: HRAConfig, modules: Modules | None = None) -> dict[str, nn.Module]:
     """Select the layers of a model by a configuration, and check that all of them can be adapted.
 
-    `modules` is the result of `walk`, if the caller has it.
-
-    Raises:
-        SelectionError: see `select`.
-        UnsupportedLayerError: a selected layer is not supported (the message gives the reason for the first one and
-            lists the others), or a module of the model prevents adapters (the message names it).
-
-    Warns:
-        HRAWarning: see `select`; the model has quantized layers that are not adapted and block gradients; or an entry
-            of `rank_pattern` does not match any layer.
+    The error gives the reason for the first layer, and lists the others. `modules` is the result of `walk`, if the
+    caller has it.
 
     >>> model = nn.Sequential(nn.Linear(2, 2, dtype=torch.complex64))
     >>> select_checked(model, HRAConfig(target_modules=["0"]))
