@@ -16,9 +16,8 @@ from hra_fx.integrations.pretrained import root_class_for
 from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
 from hra_fx.layers.peft_layers import is_peft_hra_layer, is_peft_layer
 from hra_fx.layers.trained_copies import own_tensors
-from hra_fx.model.add import add_filled_adapter
 from hra_fx.model.delete import remove_adapters
-from hra_fx.model.setup import checked, set_up
+from hra_fx.model.setup import add_filled_adapter, checked, set_up
 from hra_fx.model.state import collect_parts, get_state
 from hra_fx.model.switch import disable_adapters, set_adapter
 from hra_fx.model.trainable import set_requires_grad

@@ -22,8 +22,7 @@ from hra_fx.errors import AdapterError, CheckpointError, HRAError, UnsupportedLa
 from hra_fx.lora.adapter import LoraAdapter
 from hra_fx.lora.from_model import lora_adapter
 from hra_fx.lora.peft_format import peft_form
-from hra_fx.model.state import collect_parts, root_of
-from hra_fx.model.unwrap import unwrap
+from hra_fx.model.state import collect_parts, root_of, unwrap
 
 LORA_NAME = "pytorch_lora_weights.safetensors"
 _CONFIG_KEY = "lora_adapter_metadata"

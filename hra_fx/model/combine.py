@@ -14,9 +14,8 @@ from hra_fx.functional.chain import padded
 from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
 from hra_fx.layers.sharding import first_sharded
 from hra_fx.layers.target import weight_entry
-from hra_fx.model.add import add_filled_adapter
 from hra_fx.model.offload import load_vectors
-from hra_fx.model.setup import checked
+from hra_fx.model.setup import add_filled_adapter, checked
 from hra_fx.model.state import AdapterState, adapted_layers, names_in, root_of
 
 

@@ -12,7 +12,6 @@ from hra_fx.layers.class_swap import mixins_of, original_class, set_class
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import all_copies, get_copies
-from hra_fx.model.activate import activate, sync_layers
 from hra_fx.model.graph_module import restore, rewrite
 from hra_fx.model.inject import remove_adapter_layer
 from hra_fx.model.offload import offloaded_copy
@@ -26,7 +25,7 @@ from hra_fx.model.state import (
     names_in,
     root_of,
 )
-from hra_fx.model.trainable import FlagChanges, restore_ties
+from hra_fx.model.trainable import FlagChanges, activate, restore_ties, sync_layers
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:

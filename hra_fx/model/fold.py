@@ -16,7 +16,6 @@ from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.target import SAVED, weight_place
 from hra_fx.layers.trained_copies import BASE, all_copies
-from hra_fx.model.activate import check_copies, sync_layers
 from hra_fx.model.delete import remove_adapters
 from hra_fx.model.inject import complete
 from hra_fx.model.merge import resolve_merge_order, unmerge_adapter
@@ -38,6 +37,7 @@ from hra_fx.model.state import (
     root_of,
 )
 from hra_fx.model.tied import TensorRef, Tie, always_tied, find_ties, set_tied, untied_copies, why_not_untie
+from hra_fx.model.trainable import check_copies, sync_layers
 
 _REQUANTIZE = (
     " To allow this, call hra_fx.fold(model, requantize=True). To see the error first, call "

@@ -13,10 +13,10 @@ from hra_fx.layers.accelerate_hooks import offloading_hook
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.sharding import distribute_like, reshard
 from hra_fx.layers.target import weight_place
-from hra_fx.model.activate import check_copies, sync_layers
 from hra_fx.model.inject import all_or_nothing, complete
 from hra_fx.model.rotate import check_classes, check_floating, check_layer, check_no_ties, folded_weight
 from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, names_in, root_of
+from hra_fx.model.trainable import check_copies, sync_layers
 
 
 def merge_adapter(model: nn.Module, adapter_names: str | Iterable[str] | None = None) -> None:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 from torch import fx, nn
 
-from hra_fx.compat import state_modules
+from hra_fx.compat import is_compiled_module, state_modules
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
-from hra_fx.layers.adapted_layer import AdaptedLayer
+from hra_fx.layers.adapted_layer import AdaptedLayer, layer_class_for
 from hra_fx.layers.adapters import HouseholderAdapters
-from hra_fx.layers.class_swap import is_swapped, mixins_of
+from hra_fx.layers.class_swap import is_swapped, mixins_of, set_class, unswap
 from hra_fx.layers.graph_notes import read_notes, remove_note, write_note
 from hra_fx.layers.peft_layers import find_peft_layer
 from hra_fx.layers.sharding import sharded_by
-from hra_fx.layers.target import FACTORS, REFLECTION
+from hra_fx.layers.target import FACTORS, REFLECTION, SAVED
 from hra_fx.layers.tensor_parallel import half_split, is_half_split
 from hra_fx.layers.trained_copies import Copies
 
+M = TypeVar("M")
 #: The attribute in which a transformed model stores its state.
 RECORD = "_hra_record"
 
@@ -219,3 +221,41 @@ def _no_adapters(model: nn.Module) -> AdapterError:
     if found := find_peft_layer(model):
         return AdapterError(f"{class_name} has PEFT adapters ({found[0]}), but none of hra_fx. {found[1]}")
     return AdapterError(f"{class_name} has no adapters. Call hra_fx.transform(model, config) first.")
+
+
+def unwrap(model: M) -> M:
+    """The model inside `DistributedDataParallel`, `DataParallel` or `torch.compile`, or the model itself."""
+    inner = model
+    while isinstance(inner, nn.Module) and (name := _child_name(inner)):
+        inner = inner._modules[name]  # type: ignore[assignment]
+    return inner
+
+
+def _child_name(model: nn.Module) -> str | None:
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return "module"
+    # If TorchDynamo is not loaded, no object has this class.
+    return "_orig_mod" if is_compiled_module(model) else None
+
+
+@contextmanager
+def base_model_view(model: nn.Module) -> Iterator[None]:
+    """Context manager in which the model is as before `transform`, except for trained copies that are in use."""
+    with ExitStack() as restore:
+        for module in list(model.modules()):
+            if isinstance(module, AdaptedLayer) and REFLECTION in module._modules:
+                restore.callback(set_class, module, type(module))
+                unswap(module, layer_class_for(module))
+            if SAVED in module._modules or REFLECTION in module._modules:
+                restore.callback(_refill, module._modules, dict(module._modules))
+                for child in (SAVED, REFLECTION):
+                    module._modules.pop(child, None)
+            if RECORD in vars(module):
+                restore.callback(vars(module).__setitem__, RECORD, vars(module).pop(RECORD))
+        yield
+
+
+def _refill(children: dict[str, nn.Module | None], before: dict[str, nn.Module | None]) -> None:
+    """Restore children in their previous order, which is the order of parameters and of optimizer states."""
+    children.clear()
+    children.update(before)

@@ -22,7 +22,7 @@ from hra_fx.compat import is_wrapper_subclass, state_modules
 from hra_fx.layers.accelerate_hooks import stored
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.trained_copies import BASE, get_copies
-from hra_fx.model.base_view import base_model_view
+from hra_fx.model.state import base_model_view
 
 
 def tied_to(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, list[str]]:

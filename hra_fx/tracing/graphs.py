@@ -13,10 +13,9 @@ from torch import fx, nn
 from hra_fx.errors import AdapterError, CaptureError
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.target import META, NodeTag, find_kind
-from hra_fx.model.base_view import base_model_view
 from hra_fx.model.example_inputs import Call, example_call, normalize_inputs
 from hra_fx.model.graph_module import insert, tag_adapted_layers
-from hra_fx.model.state import require_adapted_layers
+from hra_fx.model.state import base_model_view, require_adapted_layers
 from hra_fx.tracing.capture_layers import capture_layers
 from hra_fx.tracing.graph_module import graph_module
 from hra_fx.tracing.trace import Traced, capture, trace

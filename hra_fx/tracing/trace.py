@@ -15,8 +15,7 @@ from torch import fx, nn
 
 from hra_fx.errors import CaptureError
 from hra_fx.layers.class_swap import original_class
-from hra_fx.model.base_view import base_model_view
-from hra_fx.model.state import adapted_layers
+from hra_fx.model.state import adapted_layers, base_model_view
 from hra_fx.tracing.by_mode import ModesDifferError, merge_modes
 from hra_fx.tracing.forward_state import Snapshot
 from hra_fx.tracing.tracer import ModelTracer
