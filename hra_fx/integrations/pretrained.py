@@ -266,7 +266,7 @@ def _detach(layer: AdaptedLayer) -> HouseholderAdapters:
 
 
 def _check_resizable(model: nn.Module, layers: dict[str, AdaptedLayer], ends: list[nn.Module]) -> None:
-    check_no_foreign_class(dict(model.named_modules()))
+    check_no_foreign_class(model)
     rows = getattr(ends[0], "num_embeddings", None) if ends else None
     for path, (owner, _) in all_copies(model).items():
         if owner in ends or (isinstance(owner, nn.Embedding) and owner.num_embeddings == rows):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import ExitStack
 
 from torch import fx, nn
 
 from hra_fx.errors import AdapterError, HRAWarning
-from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.class_swap import mixins_of, original_class, set_class
-from hra_fx.layers.experts_weight import ExpertsWeight
-from hra_fx.layers.target import REFLECTION, SAVED
-from hra_fx.layers.trained_copies import all_copies, get_copies
-from hra_fx.model.graph_module import restore, rewrite
+from hra_fx.layers.target import SAVED
+from hra_fx.layers.trained_copies import all_copies
+from hra_fx.model.graph_module import remove_reflections, rewrite
 from hra_fx.model.inject import remove_adapter_layer
 from hra_fx.model.offload import offloaded_copy
 from hra_fx.model.state import (
@@ -21,11 +20,10 @@ from hra_fx.model.state import (
     check_no_foreign_class,
     clear_state,
     collect_parts,
-    get_state,
     names_in,
     root_of,
 )
-from hra_fx.model.trainable import FlagChanges, activate, restore_ties, sync_layers
+from hra_fx.model.trainable import activate, restore_ties, sync_layers, unfreeze
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -52,7 +50,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     (name,) = names_in(state, adapter_name)
     if state.merged:
         raise AdapterError(f"adapters {list(state.merged)} are merged into the weights. Call unmerge_adapter first.")
-    check_no_foreign_class(dict(root.named_modules()))
+    check_no_foreign_class(root)
     if reason := offloaded_copy(root):
         raise AdapterError(reason)
     was_active = name in state.active
@@ -64,25 +62,6 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         warnings.warn(text, HRAWarning, stacklevel=2)
     elif state.configs:
         sync_layers(collect_parts(root), state)
-
-
-def detach_all(model: nn.Module) -> None:
-    """Restore the classes, children and `requires_grad` flags from before `transform`. Tensors are not changed."""
-    restore(model)
-    parts = list(model.modules())
-    for part in parts:
-        if REFLECTION in part._modules and isinstance(part._modules[REFLECTION], HouseholderAdapters):
-            del part._modules[REFLECTION]
-        if get_copies(part) is not None:
-            del part._modules[SAVED]
-        if mixins_of(part):
-            set_class(part, original_class(part))
-        if isinstance(part, ExpertsWeight):
-            part.owner._modules.pop(part.child, None)
-    for part in parts:
-        if state := get_state(part):
-            FlagChanges(state.requires_grad).restore(part)
-            clear_state(part)
 
 
 def remove_adapters(root: nn.Module, state: AdapterState, names: tuple[str, ...]) -> None:
@@ -102,13 +81,16 @@ def remove_adapters(root: nn.Module, state: AdapterState, names: tuple[str, ...]
         del state.configs[name]
     state.active = tuple(name for name in state.active if name not in names)
     restore_ties(root, state)
-    if not state.configs:
-        detach_all(root)
-        return
     plain = [layer for layer in adapted_layers(root).values() if not layer.hra_u.specs]
     if plain and isinstance(root, fx.GraphModule):
-        restore(root)
+        remove_reflections(root)
     for layer in plain:
         remove_adapter_layer(layer)
-    if plain and isinstance(root, fx.GraphModule):
-        rewrite(root)
+    if not state.configs:
+        for part in root.modules():
+            if mixins_of(part):
+                set_class(part, original_class(part))
+        unfreeze(root, state.frozen)
+        clear_state(root)
+    elif plain and isinstance(root, fx.GraphModule):
+        rewrite(root, ExitStack())

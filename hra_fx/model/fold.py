@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hra_fx.compat import tensor_version
-from hra_fx.errors import AdapterError, FoldError, HRAWarning
+from hra_fx.errors import FoldError, HRAWarning
 from hra_fx.layers.accelerate_hooks import loaded, store
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.quantized.detect import quant_scheme_of
@@ -22,10 +22,10 @@ from hra_fx.model.merge import resolve_merge_order, unmerge_adapter
 from hra_fx.model.rotate import (
     WITHOUT_REQUANTIZING,
     FoldedWeight,
-    check_classes,
     check_floating,
     check_layer,
     check_not_on_disk,
+    check_whole,
     folded_weight,
     ties_of,
 )
@@ -104,7 +104,7 @@ class FoldJob:
         The folded adapters of a layer are removed as soon as its weight is written. So if this is interrupted (Ctrl-C,
         out of memory), the model still computes the same outputs, and another fold finishes the work.
         """
-        check_no_foreign_class(dict(self.model.named_modules()))
+        check_no_foreign_class(self.model)
         state, layers = self.state, adapted_layers(self.model)
         tensors = _tensor_refs(layers, self.untied)
         with torch.inference_mode(False), torch.no_grad():
@@ -247,11 +247,7 @@ def _check_layers(
 ) -> dict[str, AdaptedLayer]:
     """Check every layer. Returns the layers whose weights are written."""
     check_not_on_disk({path: layer for path, layer in layers.items() if names[path]})
-    check_classes(root, layers)
-    try:
-        check_no_foreign_class(dict(root.named_modules()))
-    except AdapterError as error:
-        raise FoldError(str(error)) from error
+    check_whole(root)
     if not requantize:
         check_floating(layers, {name for here in names.values() for name in here}, _REQUANTIZE)
     written: dict[str, AdaptedLayer] = {}

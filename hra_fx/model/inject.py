@@ -25,7 +25,6 @@ from hra_fx.layers.variants import adapters_for
 from hra_fx.model.graph_module import rewrite
 from hra_fx.model.state import check_no_foreign_class, is_adapted
 from hra_fx.selection.check import select_checked
-from hra_fx.selection.select import walk
 
 #: Adds an adapter to the container of a layer: (path, layer, container).
 AdapterFactory: TypeAlias = Callable[[str, nn.Module, HouseholderAdapters], None]
@@ -63,11 +62,10 @@ def inject_adapter(
 
     `layers` is the result of `select_checked`, if the caller has it.
     """
-    modules = walk(model)
-    layers = select_checked(model, config, modules) if layers is None else layers
+    layers = select_checked(model, config) if layers is None else layers
     new = {path: layer for path, layer in layers.items() if not is_adapted(layer)}
     if new or config.modules_to_save or config.bias != "none":
-        check_no_foreign_class(modules)
+        check_no_foreign_class(model)
     for path, layer in layers.items():
         if path in new:
             _attach(path, layer, undo)
@@ -78,7 +76,7 @@ def inject_adapter(
         if is_dtensor(reflection.weight_of(layer)):
             replicate(reflection, reflection.weight_of(layer))
     if new:
-        swap_tied_modules(modules.values(), new.values(), undo)
+        swap_tied_modules(model.modules(), new.values(), undo)
     if new and isinstance(model, fx.GraphModule):
         rewrite(model, undo)
     return layers

@@ -14,7 +14,7 @@ from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.sharding import distribute_like, reshard
 from hra_fx.layers.target import weight_place
 from hra_fx.model.inject import all_or_nothing, complete
-from hra_fx.model.rotate import check_classes, check_floating, check_layer, check_no_ties, folded_weight
+from hra_fx.model.rotate import check_floating, check_layer, check_no_ties, check_whole, folded_weight
 from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, names_in, root_of
 from hra_fx.model.trainable import check_copies, sync_layers
 
@@ -90,7 +90,7 @@ def merge(root: nn.Module, state: AdapterState, names: tuple[str, ...]) -> None:
     layers = adapted_layers(root)
     check_copies(root, collect_parts(root), dict.fromkeys((*names, *state.active)))
     _check_in_memory(layers)
-    check_classes(root, layers)
+    check_whole(root)
     check_no_ties(root, layers)
     check_floating(layers, names, " Adapters also work without being merged.")
     present = {path: [name for name in names if name in layer.hra_u] for path, layer in layers.items()}

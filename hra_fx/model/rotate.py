@@ -15,12 +15,12 @@ from hra_fx.errors import AdapterError, FoldError
 from hra_fx.functional.rotate import as_rows, check_finite, check_foldable, rotate_weight, rows_to_weight
 from hra_fx.layers.accelerate_hooks import is_on_disk, stored
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.class_swap import is_swapped
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.quantized.scheme import QuantScheme
 from hra_fx.layers.sharding import first_split
 from hra_fx.layers.target import weight_entry, weight_place
 from hra_fx.model.offload import load_vectors
+from hra_fx.model.state import check_no_foreign_class
 from hra_fx.model.tied import tied_to
 
 # A relative change of a quantized weight below this is rounding: the adapter has not been trained.
@@ -118,24 +118,19 @@ def _fits_dtype(rows: Tensor) -> bool:
     return bool((lengths < torch.finfo(rows.dtype).max).all())
 
 
-def check_classes(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
-    """Check that this process has every weight as a whole, in a layer with the adapted class."""
+def check_whole(model: nn.Module) -> None:
+    """Check that this process has every weight as a whole, and that no other tool replaced a class."""
     try:
         load_vectors(model)
+        if sharded := first_split(model):
+            raise FoldError(
+                f"{sharded[0]}: {sharded[1]} shards its parameters, so no process holds a whole weight. Save the "
+                "adapter (hra_fx.save_adapter, in every process) and fold it into an unsharded model or into the "
+                "checkpoint (hra_fx.fold_checkpoint)."
+            )
+        check_no_foreign_class(model)
     except AdapterError as error:
         raise FoldError(str(error)) from error
-    if sharded := first_split(model):
-        raise FoldError(
-            f"{sharded[0]}: {sharded[1]} shards its parameters, so no process holds a whole weight. Save the adapter "
-            "(hra_fx.save_adapter, in every process) and fold it into an unsharded model or into the checkpoint "
-            "(hra_fx.fold_checkpoint)."
-        )
-    for path, module in layers.items():
-        if not is_swapped(module):
-            raise FoldError(
-                f"{path or 'the model'}: another tool replaced its class ({type(module).__name__}). Undo that first "
-                "(for FSDP: gather the weights into an unsharded model)."
-            )
 
 
 def check_not_on_disk(layers: Mapping[str, AdaptedLayer]) -> None:

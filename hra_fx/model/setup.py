@@ -17,11 +17,10 @@ from hra_fx.layers.adapter_names import check_adapter_name
 from hra_fx.layers.class_swap import SwapMixin, swap, unswap
 from hra_fx.layers.partitioned import is_trained_by_zero
 from hra_fx.model.example_inputs import Call
-from hra_fx.model.graph_module import connect_factors
 from hra_fx.model.inject import AdapterFactory, all_or_nothing, inject_adapter, random_init
 from hra_fx.model.root import swap_body
 from hra_fx.model.state import AdapterState, adapted_layers, attach_state, clear_state, collect_parts, root_of
-from hra_fx.model.trainable import activate, freeze, make_copies, set_requires_grad, sync_layers
+from hra_fx.model.trainable import activate, freeze, make_copies, set_requires_grad, sync_layers, unfreeze
 from hra_fx.model.verify import check_against_folded
 from hra_fx.selection.select import with_head
 
@@ -45,13 +44,11 @@ def set_up(
     """
     with all_or_nothing() as steps:
         layers = inject_adapter(model, adapter_name, config, fill, steps, layers)
-        changed = freeze(model)
-        steps.callback(changed.restore, model)
-        state = AdapterState({adapter_name: config}, requires_grad=changed.flags)
+        state = AdapterState({adapter_name: config}, frozen=freeze(model))
+        steps.callback(unfreeze, model, state.frozen)
         make_copies(model, adapter_name, config, layers, state, steps, copies)
         steps.callback(clear_state, model)
         attach_state(model, state)
-        connect_factors(model)
         if not isinstance(model, fx.GraphModule):
             swap(model, root_class)
             steps.callback(unswap, model, root_class)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeGuard, TypeVar
@@ -16,7 +16,6 @@ from hra_fx.errors import AdapterError
 from hra_fx.layers.adapted_layer import AdaptedLayer, layer_class_for
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.class_swap import is_swapped, mixins_of, set_class, unswap
-from hra_fx.layers.graph_notes import read_notes, remove_note, write_note
 from hra_fx.layers.peft_layers import find_peft_layer
 from hra_fx.layers.sharding import sharded_by
 from hra_fx.layers.target import FACTORS, REFLECTION, SAVED
@@ -38,7 +37,7 @@ class AdapterState:
         merged: the active adapters that are merged into the weights.
         disabled: whether all adapters are disabled.
         disabled_blocks: the number of open `with disable_adapters(...)` blocks.
-        requires_grad: parameter name -> (before, after), for parameters that `transform` changed.
+        frozen: names of the parameters that `transform` froze.
         untied: the ties of weights that a trained copy turned off (`tie_word_embeddings`).
     """
 
@@ -47,7 +46,7 @@ class AdapterState:
     merged: tuple[str, ...] = ()
     disabled: bool = False
     disabled_blocks: int = 0
-    requires_grad: dict[str, tuple[bool, bool]] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()
     untied: tuple[Any, ...] = ()
     _layers: list[weakref.ref[nn.Module]] = field(default_factory=list)
 
@@ -74,17 +73,16 @@ class AdapterState:
 def get_state(model: nn.Module) -> AdapterState | None:
     """The state of this module, or `None` if it is not the root of a transformed model."""
     if isinstance(model, fx.GraphModule):
-        # A copy of an unpickled graph does not have the notes, but it has the children.
-        state = read_notes(model).get(RECORD) or getattr(model._modules.get(FACTORS), "state", None)
+        state = getattr(model._modules.get(FACTORS), "state", None)
     else:
         state = vars(model).get(RECORD)
     return state if isinstance(state, AdapterState) else None
 
 
 def attach_state(model: nn.Module, state: AdapterState) -> None:
-    """Attach a state to a model."""
+    """Attach a state to a model. A graph has it in the child that computes the factors."""
     if isinstance(model, fx.GraphModule):
-        write_note(model, RECORD, state)
+        vars(model._modules[FACTORS])["state"] = state
     else:
         vars(model)[RECORD] = state
 
@@ -92,7 +90,7 @@ def attach_state(model: nn.Module, state: AdapterState) -> None:
 def clear_state(model: nn.Module) -> None:
     """Remove the state, if there is one."""
     if isinstance(model, fx.GraphModule):
-        remove_note(model, RECORD)
+        model._modules.pop(FACTORS, None)
     else:
         vars(model).pop(RECORD, None)
 
@@ -158,9 +156,9 @@ def only_root(model: nn.Module, found: AdaptedParts) -> tuple[nn.Module, Adapter
     return found.roots[0], state
 
 
-def check_no_foreign_class(modules: Mapping[str, nn.Module]) -> None:
+def check_no_foreign_class(model: nn.Module) -> None:
     """Check that no other tool sharded a model, in part or as a whole, or replaced the class of an adapted part."""
-    for path, module in modules.items():
+    for path, module in model.named_modules():
         if is_half_split(module):
             raise AdapterError(f"{path}: {half_split(module)}")
         if tool := sharded_by(module):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -29,34 +28,22 @@ _BIASES = ("bias", "in_proj_bias")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-@dataclass(frozen=True)
-class FlagChanges:
-    """The changes that `freeze` made: parameter name -> `requires_grad` (before, after)."""
-
-    flags: dict[str, tuple[bool, bool]]
-
-    def restore(self, model: nn.Module) -> None:
-        """Restore every flag that has not been set again since `freeze`."""
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        for name, (before, after) in self.flags.items():
-            if name in parameters and parameters[name].requires_grad is after:
-                _set_flag(parameters[name], before)
+def freeze(model: nn.Module) -> tuple[str, ...]:
+    """Freeze every parameter of the base model. Returns the names of those that were trainable."""
+    # List tied parameters under each of their names, because a trained copy may untie them.
+    named = model.named_parameters(remove_duplicate=False)
+    trained = {name: parameter for name, parameter in named if parameter.requires_grad and _is_base(name)}
+    for parameter in trained.values():
+        parameter.requires_grad = False  # a lazy parameter has no methods
+    return tuple(trained)
 
 
-def freeze(model: nn.Module) -> FlagChanges:
-    """Freeze every parameter of the base model."""
-    changes = FlagChanges({})
-    try:
-        # List tied parameters under each of their names, because a trained copy may untie them.
-        named = [item for item in model.named_parameters(remove_duplicate=False) if item[1].requires_grad]
-        for name, parameter in named:
-            if _is_base(name):
-                _set_flag(parameter, False)
-                changes.flags[name] = (True, False)
-    except BaseException:
-        changes.restore(model)
-        raise
-    return changes
+def unfreeze(model: nn.Module, names: Iterable[str]) -> None:
+    """Make the parameters that `freeze` froze trainable again."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in names:
+        if name in parameters:
+            parameters[name].requires_grad = True
 
 
 def train_only(parts: AdaptedParts, names: Iterable[str]) -> None:
@@ -195,13 +182,6 @@ def _is_base(name: str) -> bool:
     return {REFLECTION, SAVED}.isdisjoint(name.split("."))
 
 
-def _set_flag(parameter: nn.Parameter, wanted: bool) -> None:
-    if is_lazy(parameter):  # has no methods before it is initialized
-        parameter.requires_grad = wanted
-    else:
-        parameter.requires_grad_(wanted)
-
-
 def activate(parts: AdaptedParts, state: AdapterState, names: tuple[str, ...], *, trainable: bool) -> None:
     """Activate and train exactly these adapters."""
     state.active = names
@@ -223,18 +203,18 @@ def sync_layers(parts: AdaptedParts, state: AdapterState) -> None:
 
 def check_copies_can_switch(root: nn.Module, parts: AdaptedParts, acting: Iterable[str]) -> None:
     """Raise an error if trained copies must be switched in a sharded or offloaded model."""
-    tool, names = next(filter(None, map(sharded_by, parts.modules)), None) if parts.copies else None, tuple(acting)
-    reason = offloaded_copy(root) if parts.copies else None
-    if tool is None and reason is None:
-        return
+    names = tuple(acting)
     for owner, copies in parts.copies:
-        if copies.would_change(next((name for name in names if name in copies.copied), BASE)):
-            if reason is not None:
-                raise AdapterError(reason)
+        if not copies.would_change(next((name for name in names if name in copies.copied), BASE)):
+            continue
+        if reason := offloaded_copy(root):
+            raise AdapterError(reason)
+        if tool := next(filter(None, map(sharded_by, parts.modules)), None):
             raise AdapterError(
                 f"{_path_of(root, owner)}: its trained copies (modules_to_save or bias) cannot be switched, "
                 f"because {tool} restores the parameters that it sharded. Set the adapters before sharding."
             )
+        return
 
 
 def check_copies(root: nn.Module, parts: AdaptedParts, names: Iterable[str]) -> None:
