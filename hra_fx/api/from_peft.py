@@ -52,7 +52,11 @@ def from_peft(model: nn.Module) -> Any:
         >>> bool(torch.allclose(from_peft(wrapped)(x), wanted, atol=1e-6))
         True
     """
-    root: Any = _base_model(model)
+    get_base: Any = getattr(model, "get_base_model", None)
+    base = get_base() if callable(get_base) else model
+    if not isinstance(base, nn.Module):
+        raise AdapterError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+    root: Any = base
     layers: dict[str, Any] = {path: part for path, part in root.named_modules() if is_peft_layer(part)}
     _check(root, layers)
     wrappers: dict[str, Any] = {
@@ -79,14 +83,6 @@ def from_peft(model: nn.Module) -> Any:
             disable_adapters(root)
         undo.pop_all()
     return as_hra_model(root)
-
-
-def _base_model(model: Any) -> nn.Module:
-    """The base model, which contains PEFT's layers."""
-    base = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
-    if not isinstance(base, nn.Module):
-        raise AdapterError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
-    return base
 
 
 def _check(root: nn.Module, layers: Mapping[str, Any]) -> None:

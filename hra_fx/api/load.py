@@ -17,7 +17,7 @@ from hra_fx.functional import householder
 from hra_fx.integrations.pretrained import root_class_for
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.sharding import device_of_values
-from hra_fx.layers.trained_copies import Copies, all_copies
+from hra_fx.layers.trained_copies import all_copies
 from hra_fx.model.example_inputs import normalize_inputs
 from hra_fx.model.offload import load_vectors
 from hra_fx.model.reset import check_replaceable, layers_of, replace_values
@@ -124,7 +124,8 @@ def _replace(root: nn.Module, state: AdapterState, name: str, fitted: Fitted, is
     held = {
         (path, entry): copies.get(owner, name, entry)
         for path, (owner, copies) in all_copies(root).items()
-        for entry in _saved(owner, copies, name)
+        for entry in copies.copied.get(name, ())
+        if entry not in non_persistent_buffers(owner)
     }
     if values is None or held.keys() != fitted.copies.keys() or differ_by_place(held, fitted.copies):
         raise AdapterError(
@@ -134,10 +135,6 @@ def _replace(root: nn.Module, state: AdapterState, name: str, fitted: Fitted, is
     replace_values(root, name, lambda path, _: values[path], fitted.copies)
     state.configs[name].inference_mode = not is_trainable
     set_requires_grad(collect_parts(root), (name,), is_trainable and name in state.active)
-
-
-def _saved(owner: nn.Module, copies: Copies, name: str) -> list[str]:
-    return [entry for entry in copies.copied.get(name, ()) if entry not in non_persistent_buffers(owner)]
 
 
 def _like(tensor: Tensor, weight_dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -145,9 +145,10 @@ def _traced(model: nn.Module, config: HRAConfig, example_inputs: Any, dynamic_sh
 
 def _is_done(model: nn.Module, config: HRAConfig, adapter_name: str) -> bool:
     state = get_state(model)
-    present = state.configs if state else {}
+    present, layers = state.configs if state else {}, adapted_layers(model)
     if present.get(adapter_name) == config:
-        if odd := sorted(select(model, config).keys() ^ _layers_with(model, adapter_name)):
+        held = {path for path, layer in layers.items() if adapter_name in layer.hra_u}
+        if odd := sorted(select(model, config).keys() ^ held):
             raise AdapterError(
                 f"adapter {adapter_name!r}: the model was changed after transform, and {odd[0]} does not match the "
                 "configuration. Fold the model (hra_fx.fold) and transform it again."
@@ -158,17 +159,13 @@ def _is_done(model: nn.Module, config: HRAConfig, adapter_name: str) -> bool:
             f"adapter {adapter_name!r}: the model already has an adapter with this name and another configuration. "
             "Fold it first, or choose another name."
         )
-    if carried := adapted_layers(model):
-        names = ", ".join(dict.fromkeys(name for layer in carried.values() for name in layer.hra_u))
+    if layers:
+        names = ", ".join(dict.fromkeys(name for layer in layers.values() for name in layer.hra_u))
         raise AdapterError(
-            f"adapter {adapter_name!r}: {next(iter(carried))} already has reflections of {names}. To add another "
+            f"adapter {adapter_name!r}: {next(iter(layers))} already has reflections of {names}. To add another "
             "adapter, call hra_fx.add_adapter on the transformed model. To start from the adapted weights, fold first."
         )
     return False
-
-
-def _layers_with(model: nn.Module, adapter_name: str) -> set[str]:
-    return {path for path, layer in adapted_layers(model).items() if adapter_name in layer.hra_u}
 
 
 def fold(model: M, adapter_names: str | Sequence[str] | None = None, *, requantize: bool = False) -> M:

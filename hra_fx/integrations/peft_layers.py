@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from typing import Any
-from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +24,8 @@ from hra_fx.layers.quantized.straight_through import call_quantized
 from hra_fx.layers.target import describe, kind_of, width_of
 from hra_fx.layers.variants import ConvAdapters, LinearAdapters
 
-#: New layers are added to these sets, one for each open handle of `accelerate_peft()`.
-COLLECTING: list[WeakSet[nn.Module]] = []
+#: The open handles of `accelerate_peft`. New layers are added to those that collect them.
+OPEN: list[Any] = []
 _SITE = "_hra_site"
 
 
@@ -103,8 +102,9 @@ class AcceleratedLayer(SwapMixin):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Create the layer like PEFT's layer."""
         super().__init__(*args, **kwargs)
-        for layers in COLLECTING:
-            layers.add(self)
+        for handle in OPEN:
+            if handle.collects:
+                handle.layers.add(self)
 
     def read_vectors(self) -> None:
         """Set up the vectors for the computation, after the layer has its adapters."""

@@ -22,7 +22,6 @@ from hra_fx.checkpoint.saving import save_pretrained
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import AdapterError
 from hra_fx.layers.adapted_layer import AdaptedLayer, layer_class_for
-from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.class_swap import original_class, swap, unswap
 from hra_fx.layers.sharding import is_dtensor, on_first_rank
 from hra_fx.layers.target import REFLECTION
@@ -151,22 +150,9 @@ class AdaptedPretrainedModel(AdaptedModel):
         """Write adapters, without base weights: "default" into the folder, others into subfolders with their names.
 
         Load them into the base model with `hra_fx.load_adapter`, or, if PEFT is installed, with `from_pretrained` of
-        transformers. To write a whole model, fold it first.
-
-        Args:
-            save_directory: the folder.
-            is_main_process: only the main process writes.
-            state_dict: the model's state, if a wrapper has gathered it.
-            selected_adapters: names of adapters; `None` for all.
-            safe_serialization: must be true, because pickle files are never written.
-            push_to_hub: also upload the files to the repository `repo_id`. By default, the repository has the name of
-                the folder.
-            kwargs: `repo_id` and options of `push_to_hub`, such as `token` and `private`; other options of the base
-                class (`max_shard_size`, `variant`) are ignored.
-
-        Raises:
-            AdapterError: `safe_serialization` is False, or the adapter does not exist.
-            CheckpointError: the adapter cannot be written.
+        transformers. To write a whole model, fold it first. `push_to_hub` also uploads the files to the repository
+        `repo_id` (default: the name of the folder), with the options of `push_to_hub`. `safe_serialization` must be
+        true, because pickle files are never written. Other options of the base class are ignored.
         """
         saving: Any = {"state_dict": state_dict, "safe_serialization": safe_serialization}
         save_adapters(self, save_directory, selected_adapters, is_main_process, push_to_hub, saving, kwargs)
@@ -243,12 +229,18 @@ def root_class_for(model: nn.Module) -> type[AdaptedModel]:
 
 
 @contextmanager
-def plain_output_layers(model: nn.Module) -> Iterator[None]:
+def plain_output_layers(model: Any) -> Iterator[None]:
     """Context manager that removes the reflections of the output layers, and adds the same objects again at the end."""
-    ends = _embeddings_and_heads(model)
+    # The input embeddings, then the output layers.
+    ends = [
+        part for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end for part in end.modules()
+    ]
     layers = adapted_layers(model)
     _check_resizable(model, layers, ends)
-    held = {path: _detach(layer) for path, layer in layers.items() if layer in ends}
+    held = {path: layer.hra_u for path, layer in layers.items() if layer in ends}
+    for path in held:
+        unswap(layers[path], layer_class_for(layers[path]))
+        del layers[path]._modules[REFLECTION]
     try:
         yield
     finally:
@@ -256,13 +248,6 @@ def plain_output_layers(model: nn.Module) -> Iterator[None]:
             layer = model.get_submodule(path).train(layers[path].training)
             layer.add_module(REFLECTION, reflection)
             swap(layer, layer_class_for(layer))
-
-
-def _detach(layer: AdaptedLayer) -> HouseholderAdapters:
-    reflection = layer.hra_u
-    unswap(layer, layer_class_for(layer))
-    del layer._modules[REFLECTION]
-    return reflection
 
 
 def _check_resizable(model: nn.Module, layers: dict[str, AdaptedLayer], ends: list[nn.Module]) -> None:
@@ -286,12 +271,6 @@ def _check_resizable(model: nn.Module, layers: dict[str, AdaptedLayer], ends: li
                 f"{path}: its vectors have length {rows}, the number of tokens, and would not fit after "
                 "resize_token_embeddings. Resize before hra_fx.transform, or fold or unload first."
             )
-
-
-def _embeddings_and_heads(model: Any) -> list[nn.Module]:
-    """The input embeddings and the output layers, the embeddings first."""
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    return [part for end in ends if isinstance(end, nn.Module) for part in end.modules()]
 
 
 def _overrides_resize(model: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hra_fx.compat import tensor_version
 from hra_fx.errors import FoldError, HRAWarning
-from hra_fx.layers.accelerate_hooks import loaded, store
+from hra_fx.layers.accelerate_hooks import is_on_disk, loaded, store
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.target import SAVED, weight_place
@@ -24,7 +24,6 @@ from hra_fx.model.rotate import (
     FoldedWeight,
     check_floating,
     check_layer,
-    check_not_on_disk,
     check_whole,
     folded_weight,
     ties_of,
@@ -67,24 +66,18 @@ class FoldedLayer:
 
 @dataclass(frozen=True)
 class FoldJob:
-    """A fold of which all layers have been checked.
-
-    Attributes:
-        model: a transformed model.
-        state: state of the model.
-        names: path of a layer -> the adapters that are folded into it, in the order of the product.
-        promoted: adapters with trained copies that become the model's own tensors.
-        adapters_to_remove: adapters that are removed afterwards.
-        untied: path -> names of the tensors that share memory with the weight.
-        ties: settings of transformers that are turned off.
-    """
+    """A fold of which all layers have been checked."""
 
     model: nn.Module
     state: AdapterState
+    #: Path of a layer -> the adapters that are folded into it, in the order of the product.
     names: Mapping[str, tuple[str, ...]]
+    #: Adapters with trained copies that become the model's own tensors.
     promoted: tuple[str, ...]
     adapters_to_remove: tuple[str, ...]
+    #: Path -> names of the tensors that share memory with the weight.
     untied: Mapping[str, tuple[str, ...]]
+    #: The settings of transformers that are turned off.
     ties: Sequence[Tie]
 
     def measure(self, path: str, layer: AdaptedLayer, weight: FoldedWeight | None = None) -> FoldedLayer:
@@ -246,7 +239,12 @@ def _check_layers(
     root: nn.Module, layers: Mapping[str, AdaptedLayer], names: Mapping[str, tuple[str, ...]], *, requantize: bool
 ) -> dict[str, AdaptedLayer]:
     """Check every layer. Returns the layers whose weights are written."""
-    check_not_on_disk({path: layer for path, layer in layers.items() if names[path]})
+    for path, layer in layers.items():
+        if names[path] and is_on_disk(*weight_place(layer)):
+            raise FoldError(
+                f"{path}: accelerate loads its weight from files, which fold does not change. Save the adapter "
+                "(hra_fx.save_adapter) and fold it into the checkpoint (hra_fx.fold_checkpoint)."
+            )
     check_whole(root)
     if not requantize:
         check_floating(layers, {name for here in names.values() for name in here}, _REQUANTIZE)

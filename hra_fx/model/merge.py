@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -89,7 +89,12 @@ def merge(root: nn.Module, state: AdapterState, names: tuple[str, ...]) -> None:
     """Merge adapters in the resolved order. Every layer is checked before the first weight is written."""
     layers = adapted_layers(root)
     check_copies(root, collect_parts(root), dict.fromkeys((*names, *state.active)))
-    _check_in_memory(layers)
+    for path, layer in layers.items():
+        if offloading_hook(weight_place(layer)[0]) is not None:
+            raise FoldError(
+                f"{path}: accelerate offloads its weight, but merging keeps a copy of each weight in memory. Adapters "
+                "also work without being merged; hra_fx.fold writes the folded weights without copies."
+            )
     check_whole(root)
     check_no_ties(root, layers)
     check_floating(layers, names, " Adapters also work without being merged.")
@@ -107,15 +112,6 @@ def merge(root: nn.Module, state: AdapterState, names: tuple[str, ...]) -> None:
         undo.callback(setattr, state, "active", state.active)
         state.active, state.merged = names + others, names
         sync_layers(collect_parts(root), state)
-
-
-def _check_in_memory(layers: Mapping[str, AdaptedLayer]) -> None:
-    for path, layer in layers.items():
-        if offloading_hook(weight_place(layer)[0]) is not None:
-            raise FoldError(
-                f"{path}: accelerate offloads its weight, but merging keeps a copy of each weight in memory. Adapters "
-                "also work without being merged; hra_fx.fold writes the folded weights without copies."
-            )
 
 
 def resolve_merge_order(state: AdapterState, adapter_names: str | Iterable[str] | None) -> tuple[str, ...]:

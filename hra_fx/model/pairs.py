@@ -89,7 +89,9 @@ def train_pairs(optimizer: Any, model: nn.Module, difference: float = 0.1) -> No
         >>> model(torch.ones(1, 6)).sum().backward()
         >>> optimizer.step()
     """
-    wrapper, optimizer = optimizer, _torch_optimizer(optimizer)
+    wrapper, optimizer = optimizer, _unwrapped(optimizer)
+    if not isinstance(optimizer, Optimizer):
+        raise AdapterError(f"`optimizer` must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
     check_difference(difference)
     known = _KNOWN.get(optimizer)
     pairs = _Pairs(float(difference)) if known is None else known
@@ -275,13 +277,6 @@ def _guarded(optimizer: Optimizer, pairs: _Pairs) -> Any:
     return types.MethodType(step, weakref.proxy(optimizer))
 
 
-def _torch_optimizer(optimizer: Any) -> Optimizer:
-    inner = _unwrapped(optimizer)
-    if not isinstance(inner, Optimizer):
-        raise AdapterError(f"`optimizer` must be a torch.optim.Optimizer, got {type(inner).__name__}.")
-    return inner
-
-
 def _unwrapped(optimizer: Any) -> Any:
     """Return the optimizer inside accelerate's wrappers."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
@@ -312,16 +307,12 @@ def _check_state(optimizer: Optimizer, found: list[_Vectors], difference: float)
     """Raise an error if the optimizer has a state that is not in these pair coordinates."""
     if any(KEY in group for group in optimizer.param_groups):
         _check_groups(optimizer.param_groups, difference)
-    elif any(_has_stepped(optimizer.state.get(one.tensor)) for one in found):
+    # Adagrad has a state before the first step.
+    elif any(state and float(state.get("step", 1)) > 0 for state in (optimizer.state.get(v.tensor) for v in found)):
         raise AdapterError(
             "the optimizer has a state of steps without pairs. Call train_pairs before the first step and before "
             "load_state_dict, or create a new optimizer."
         )
-
-
-def _has_stepped(state: Any) -> bool:
-    """Whether the state of a parameter contains steps. Adagrad has a state before the first step."""
-    return bool(state) and float(state.get("step", 1)) > 0
 
 
 def _adapted_layers(model: Any) -> dict[nn.Module, str]:
@@ -347,14 +338,11 @@ def _adapters(layer: Any) -> Iterator[tuple[str, Any, str | None]]:
     """Name, vectors and the reason not to use pairs (or `None`), for all adapters of a layer of hra_fx or PEFT."""
     own = get_adapters(layer)
     if own is None:
-        ranks, parameters = dict(layer.hra_r), layer.hra_u._parameters
+        facts = {name: (r, layer.hra_apply_GS[name], False) for name, r in layer.hra_r.items()}
     else:
-        ranks, parameters = {name: spec.r for name, spec in own.specs.items()}, own._parameters
-    for name, r in ranks.items():
-        tensor = parameters.get(name)
-        apply_GS = layer.hra_apply_GS[name] if own is None else own.specs[name].apply_GS
-        if tensor is not None:
-            anchored = own is not None and own.anchor(name) is not None
+        facts = {name: (spec.r, spec.apply_GS, own.anchor(name) is not None) for name, spec in own.specs.items()}
+    for name, (r, apply_GS, anchored) in facts.items():
+        if (tensor := layer.hra_u._parameters.get(name)) is not None:
             yield name, tensor, _why_not(tensor, r, apply_GS=apply_GS, anchored=anchored)
 
 

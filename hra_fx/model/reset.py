@@ -65,7 +65,15 @@ def reset_adapters(
     root, state = root_of(model)
     names = names_in(state, state.configs if adapter_names is None else adapter_names)
     load_vectors(root)
-    base = {name: _base_values(root, name) for name in names}
+    # (path of a module, name of its tensor) -> the base model's value of each trained copy.
+    base = {
+        name: {
+            (path, entry): copies.get(owner, BASE, entry)
+            for path, (owner, copies) in all_copies(root).items()
+            for entry in copies.copied.get(name, ())
+        }
+        for name in names
+    }
     for name in names:
         check_replaceable(root, state, name)
         _check_device(root, name, base[name], device)
@@ -82,15 +90,6 @@ def _start_of(state: AdapterState, name: str) -> Callable[[str, AdaptedLayer], t
         return layer.hra_u.initial(spec, householder.working_dtype(layer.hra_u[name].dtype))
 
     return draw
-
-
-def _base_values(root: nn.Module, name: str) -> dict[tuple[str, str], Tensor]:
-    """(path of a module, name of its tensor) -> the base model's value of each trained copy of an adapter."""
-    return {
-        (path, entry): copies.get(owner, BASE, entry)
-        for path, (owner, copies) in all_copies(root).items()
-        for entry in copies.copied.get(name, ())
-    }
 
 
 def _check_device(

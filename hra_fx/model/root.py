@@ -128,12 +128,8 @@ def _acting_layers(model: AdaptedModel, *, in_forward: bool = False) -> tuple[nn
 def _rename(state: dict[str, Any], in_place: str, waiting: dict[str, str], ours: str, theirs: set[str]) -> None:
     """Rename the copies of one tensor in a `state_dict` to their names in the model.
 
-    Args:
-        state: the `state_dict`.
-        in_place: the tensor's own name.
-        waiting: adapter or `BASE` -> the name of its copy while the copy is not in use.
-        ours: the owner of the copy that is in use in the model.
-        theirs: the adapters in the `state_dict`.
+    The tensor itself is `in_place`; `waiting` is adapter or `BASE` -> the name of a copy that is not in use. In the
+    model, the copy of `ours` is in use. `theirs` are the adapters in the `state_dict`.
     """
     values: dict[str, Tensor] = {owner: state.pop(key) for owner, key in waiting.items() if key in state}
     if in_place in state:

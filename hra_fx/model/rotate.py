@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hra_fx.errors import AdapterError, FoldError
 from hra_fx.functional.rotate import as_rows, check_finite, check_foldable, rotate_weight, rows_to_weight
-from hra_fx.layers.accelerate_hooks import is_on_disk, stored
+from hra_fx.layers.accelerate_hooks import stored
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.quantized.scheme import QuantScheme
@@ -131,16 +131,6 @@ def check_whole(model: nn.Module) -> None:
         check_no_foreign_class(model)
     except AdapterError as error:
         raise FoldError(str(error)) from error
-
-
-def check_not_on_disk(layers: Mapping[str, AdaptedLayer]) -> None:
-    """Check that accelerate does not load any of the weights from disk."""
-    for path, layer in layers.items():
-        if is_on_disk(*weight_place(layer)):
-            raise FoldError(
-                f"{path}: accelerate loads its weight from files, which fold does not change. Save the adapter "
-                "(hra_fx.save_adapter) and fold it into the checkpoint (hra_fx.fold_checkpoint)."
-            )
 
 
 def check_no_ties(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:

@@ -96,20 +96,13 @@ def clear_state(model: nn.Module) -> None:
 
 
 class AdaptedParts(NamedTuple):
-    """The adapted parts of a model, found in one pass without paths, so that switching adapters is fast.
-
-    Attributes:
-        modules: all modules of the model.
-        roots: the modules that were transformed.
-        layers: all adapted layers.
-        reflections: their containers of adapters.
-        copies: (owner, copies) of every module with trained copies.
-    """
+    """All modules of a model and its adapted parts, found in one pass without paths, so that switching is fast."""
 
     modules: list[nn.Module]
     roots: list[nn.Module]
     layers: list[nn.Module]
     reflections: list[HouseholderAdapters]
+    #: (owner, copies) of every module with trained copies.
     copies: list[tuple[nn.Module, Copies]]
 
 
@@ -245,15 +238,11 @@ def base_model_view(model: nn.Module) -> Iterator[None]:
                 restore.callback(set_class, module, type(module))
                 unswap(module, layer_class_for(module))
             if SAVED in module._modules or REFLECTION in module._modules:
-                restore.callback(_refill, module._modules, dict(module._modules))
+                # In their previous order, which is the order of parameters and of optimizer states.
+                restore.callback(module._modules.update, dict(module._modules))
+                restore.callback(module._modules.clear)
                 for child in (SAVED, REFLECTION):
                     module._modules.pop(child, None)
             if RECORD in vars(module):
                 restore.callback(vars(module).__setitem__, RECORD, vars(module).pop(RECORD))
         yield
-
-
-def _refill(children: dict[str, nn.Module | None], before: dict[str, nn.Module | None]) -> None:
-    """Restore children in their previous order, which is the order of parameters and of optimizer states."""
-    children.clear()
-    children.update(before)

@@ -137,7 +137,13 @@ def _weight_problem(layer: nn.Module) -> str | None:
     if weight.is_meta and offloading_hook(owner) is not None and quant_scheme_of(layer):
         return "its weight is on the meta device and has no data. Load the weights first"
     if scheme := quant_scheme_of(layer):
-        return scheme.why_not_adapted(layer) or _quantized_problem(layer, scheme.description(layer))
+        reason = scheme.why_not_adapted(layer)
+        if reason is None and has_own_forward(layer):
+            reason = (
+                "its class overrides `forward`, which needs the rotated weight, and a quantized weight "
+                f"({scheme.description(layer)}) cannot be rotated. {_EXCLUDE_IT}"
+            )
+        return reason
     if not is_dtensor(weight) and is_split_by_old_transformers(layer):
         return "this version of transformers splits it without DTensor. Use transformers 5.16 or later"
     if is_dtensor(weight) and weight.dtype in _DTYPES:
@@ -152,15 +158,6 @@ def _weight_problem(layer: nn.Module) -> str | None:
     if (expected := _weight_shape(layer)) and shape != expected:
         return f"its weight must have shape {expected}, got {shape} (packed?). {_EXCLUDE_IT}"
     return None
-
-
-def _quantized_problem(layer: nn.Module, description: str) -> str | None:
-    if not has_own_forward(layer):
-        return None
-    return (
-        f"its class overrides `forward`, which needs the rotated weight, and a quantized weight ({description}) cannot "
-        f"be rotated. {_EXCLUDE_IT}"
-    )
 
 
 def _weight_shape(layer: nn.Module) -> tuple[int, ...] | None:
