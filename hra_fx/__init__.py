@@ -30,7 +30,6 @@ from hra_fx.errors import (
 from hra_fx.version import VERSION
 
 if TYPE_CHECKING:
-    from hra_fx.api.from_peft import from_peft as from_peft
     from hra_fx.api.load import load_adapter as load_adapter
     from hra_fx.api.peft_model import HRAModel as HRAModel
     from hra_fx.api.peft_names import (
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification,
         PeftModel as PeftModel,
+        from_peft as from_peft,
         get_peft_model as get_peft_model,
     )
     from hra_fx.api.status import get_layer_status as get_layer_status, get_model_status as get_model_status
@@ -63,15 +63,14 @@ if TYPE_CHECKING:
     from hra_fx.integrations.pretrained import push_to_hub as push_to_hub
     from hra_fx.lora.save import convert_to_lora as convert_to_lora, save_as_lora as save_as_lora
     from hra_fx.lora.write import LoraResult as LoraResult
-    from hra_fx.model.combine import combine as combine
-    from hra_fx.model.delete import delete_adapter as delete_adapter
     from hra_fx.model.fold import FoldPlan as FoldPlan, plan_fold as plan_fold
+    from hra_fx.model.inject import delete_adapter as delete_adapter
     from hra_fx.model.merge import merge_adapter as merge_adapter, unmerge_adapter as unmerge_adapter
-    from hra_fx.model.mixed import mixed_batch as mixed_batch
     from hra_fx.model.orthogonality import orthogonality_loss as orthogonality_loss
     from hra_fx.model.pairs import train_pairs as train_pairs
     from hra_fx.model.reset import reset_adapters as reset_adapters
-    from hra_fx.model.setup import add_adapter as add_adapter
+    from hra_fx.model.root import mixed_batch as mixed_batch
+    from hra_fx.model.setup import add_adapter as add_adapter, combine as combine
     from hra_fx.model.switch import (
         disable_adapters as disable_adapters,
         set_adapter as set_adapter,
@@ -86,7 +85,6 @@ __version__ = VERSION
 
 #: Module -> the public names that are imported from it; the same as the block above, which type checkers read.
 _NAMES = {
-    "api.from_peft": ("from_peft",),
     "api.load": ("load_adapter",),
     "api.peft_model": ("HRAModel",),
     "api.peft_names": (
@@ -98,6 +96,7 @@ _NAMES = {
         "AutoPeftModelForSequenceClassification",
         "AutoPeftModelForTokenClassification",
         "PeftModel",
+        "from_peft",
         "get_peft_model",
     ),
     "api.status": ("get_layer_status", "get_model_status"),
@@ -113,15 +112,14 @@ _NAMES = {
     "integrations.pretrained": ("push_to_hub",),
     "lora.save": ("convert_to_lora", "save_as_lora"),
     "lora.write": ("LoraResult",),
-    "model.combine": ("combine",),
-    "model.delete": ("delete_adapter",),
     "model.fold": ("FoldPlan", "plan_fold"),
+    "model.inject": ("delete_adapter",),
     "model.merge": ("merge_adapter", "unmerge_adapter"),
-    "model.mixed": ("mixed_batch",),
     "model.orthogonality": ("orthogonality_loss",),
     "model.pairs": ("train_pairs",),
     "model.reset": ("reset_adapters",),
-    "model.setup": ("add_adapter",),
+    "model.root": ("mixed_batch",),
+    "model.setup": ("add_adapter", "combine"),
     "model.switch": ("disable_adapters", "set_adapter", "set_scale"),
     "reporting.report": ("report",),
     "reporting.result": ("Report",),

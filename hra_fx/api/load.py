@@ -19,10 +19,9 @@ from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.sharding import device_of_values
 from hra_fx.layers.trained_copies import all_copies
 from hra_fx.model.example_inputs import normalize_inputs
-from hra_fx.model.offload import load_vectors
 from hra_fx.model.reset import check_replaceable, layers_of, replace_values
 from hra_fx.model.setup import add_filled_adapter, checked, set_up
-from hra_fx.model.state import AdapterState, collect_parts, get_state, root_of
+from hra_fx.model.state import AdapterState, collect_parts, get_state, load_vectors, root_of
 from hra_fx.model.trainable import differ_by_place, set_requires_grad
 
 M = TypeVar("M", bound=nn.Module)

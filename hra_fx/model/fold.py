@@ -16,17 +16,17 @@ from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.layers.target import SAVED, weight_place
 from hra_fx.layers.trained_copies import BASE, all_copies
-from hra_fx.model.delete import remove_adapters
-from hra_fx.model.inject import complete
-from hra_fx.model.merge import resolve_merge_order, unmerge_adapter
-from hra_fx.model.rotate import (
+from hra_fx.model.inject import complete, remove_adapters
+from hra_fx.model.merge import (
     WITHOUT_REQUANTIZING,
     FoldedWeight,
     check_floating,
     check_layer,
     check_whole,
     folded_weight,
+    resolve_merge_order,
     ties_of,
+    unmerge_adapter,
 )
 from hra_fx.model.state import (
     AdapterState,

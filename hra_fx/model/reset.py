@@ -22,8 +22,7 @@ from hra_fx.layers.sharding import (
     reshard,
 )
 from hra_fx.layers.trained_copies import BASE, Copies, all_copies
-from hra_fx.model.offload import load_vectors
-from hra_fx.model.state import AdapterState, adapted_layers, names_in, root_of
+from hra_fx.model.state import AdapterState, adapted_layers, load_vectors, names_in, root_of
 
 
 def reset_adapters(

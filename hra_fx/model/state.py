@@ -13,6 +13,7 @@ from torch import fx, nn
 from hra_fx.compat import is_compiled_module, state_modules
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
+from hra_fx.layers.accelerate_hooks import WHOLE, keep_loaded, offloading_hook
 from hra_fx.layers.adapted_layer import AdaptedLayer, layer_class_for
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.class_swap import is_swapped, mixins_of, set_class, unswap
@@ -20,7 +21,7 @@ from hra_fx.layers.peft_layers import find_peft_layer
 from hra_fx.layers.sharding import sharded_by
 from hra_fx.layers.target import FACTORS, REFLECTION, SAVED
 from hra_fx.layers.tensor_parallel import half_split, is_half_split
-from hra_fx.layers.trained_copies import Copies
+from hra_fx.layers.trained_copies import Copies, all_copies
 
 M = TypeVar("M")
 #: The attribute in which a transformed model stores its state.
@@ -246,3 +247,48 @@ def base_model_view(model: nn.Module) -> Iterator[None]:
             if RECORD in vars(module):
                 restore.callback(vars(module).__setitem__, RECORD, vars(module).pop(RECORD))
         yield
+
+
+def load_vectors(model: nn.Module) -> None:
+    """Load the vectors that accelerate offloads to the device of their layer. They are not offloaded again."""
+    if reason := _flat_shard(model) or _offloaded_as_a_whole(model) or offloaded_copy(model):
+        raise AdapterError(reason)
+    for layer in adapted_layers(model).values():
+        keep_loaded(layer.hra_u)
+
+
+def offloaded_copy(model: nn.Module) -> str | None:
+    """Return why trained copies cannot be read or switched now, and what to do; `None` if they can.
+
+    accelerate's hook loads tensors by name, without regard to which copy is in use.
+    """
+    for path, (owner, copies) in all_copies(model).items():
+        if any(offloading_hook(part) is not None for part in (owner, *copies.modules())):
+            return (
+                f"{path or 'the model'}: accelerate offloads it, with its trained copies (modules_to_save or bias). "
+                "First load them with accelerate.hooks.remove_hook_from_submodules(model), and offload the model again "
+                "afterwards."
+            )
+    return None
+
+
+def _flat_shard(model: nn.Module) -> str | None:
+    for path, layer in adapted_layers(model).items():
+        if any(
+            layer.hra_u[name].shape != layer.hra_u.vectors_shape(spec.r) for name, spec in layer.hra_u.specs.items()
+        ):
+            return (
+                f"{path}: this process holds only a flat shard of its vectors (FullyShardedDataParallel, ZeRO-3). "
+                "Gather them first (FullyShardedDataParallel.summon_full_params, deepspeed.zero.GatheredParameters), "
+                "or shard with torch.distributed.fsdp.fully_shard."
+            )
+    return None
+
+
+def _offloaded_as_a_whole(model: nn.Module) -> str | None:
+    for path, module in model.named_modules():
+        hook = offloading_hook(module)
+        whole = hook is not None and hook.place_submodules
+        if whole and any(isinstance(part, HouseholderAdapters) for part in module.modules()):
+            return f"{path or 'the model'}: {WHOLE}."
+    return None

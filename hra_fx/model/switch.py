@@ -16,8 +16,7 @@ from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.layers.sharding import reshard
 from hra_fx.layers.trained_copies import all_copies
 from hra_fx.model.merge import merge, unmerge_adapter
-from hra_fx.model.offload import load_vectors
-from hra_fx.model.state import adapted_layers, collect_parts, names_in, only_root, root_of
+from hra_fx.model.state import adapted_layers, collect_parts, load_vectors, names_in, only_root, root_of
 from hra_fx.model.trainable import activate, check_copies, check_copies_can_switch, sync_layers
 
 P = ParamSpec("P")

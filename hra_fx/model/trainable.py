@@ -18,8 +18,7 @@ from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.sharding import sharded_by
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import BASE, Copies, all_copies, get_copies, own_tensors
-from hra_fx.model.offload import offloaded_copy
-from hra_fx.model.state import AdaptedParts, AdapterState
+from hra_fx.model.state import AdaptedParts, AdapterState, offloaded_copy
 from hra_fx.model.tied import TensorRef, find_ties, is_tied, set_tied, tied_to, why_not_untie
 from hra_fx.selection.select import saved_modules
 

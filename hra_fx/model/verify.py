@@ -24,7 +24,7 @@ from hra_fx.layers.accelerate_hooks import offloading_hook
 from hra_fx.layers.quantized.detect import quant_scheme_of
 from hra_fx.model.example_inputs import Call, clone_inputs, preserve_rng_state, seed_everything
 from hra_fx.model.fold import prepare_fold
-from hra_fx.model.rotate import base_weight
+from hra_fx.model.merge import base_weight
 from hra_fx.model.state import adapted_layers
 
 _SEED = 20240517
