@@ -133,7 +133,7 @@ def _replace(root: nn.Module, state: AdapterState, name: str, fitted: Fitted, is
         )
     replace_values(root, name, lambda path, _: values[path], fitted.copies)
     state.configs[name].inference_mode = not is_trainable
-    set_requires_grad(collect_parts(root), (name,), is_trainable and name in state.active)
+    set_requires_grad(collect_parts(root), {name: is_trainable and name in state.active})
 
 
 def _like(tensor: Tensor, weight_dtype: torch.dtype, device: torch.device) -> Tensor:

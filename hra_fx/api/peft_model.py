@@ -167,7 +167,7 @@ class HRAModel(SwapMixin):
         """Make the vectors and trained copies of these adapters trainable, or freeze them. Others are not changed."""
         parts = collect_parts(self)
         reshard(parts.modules)
-        set_requires_grad(parts, names_in(self._record, adapter_names), requires_grad)
+        set_requires_grad(parts, dict.fromkeys(names_in(self._record, adapter_names), requires_grad))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Same as `hra_fx.delete_adapter`, except that the last adapter is removed by `unload`.

@@ -266,9 +266,7 @@ def from_peft(model: nn.Module) -> Any:
         for name, config in configs.items():
             _add(root, name, config, vectors[name], _trained_tensors(wrappers, name))
         set_adapter(root, active)
-        parts = collect_parts(root)
-        for name in configs:
-            set_requires_grad(parts, (name,), trained[name])
+        set_requires_grad(collect_parts(root), trained)
         if disabled:
             disable_adapters(root)
         undo.pop_all()

@@ -154,7 +154,7 @@ def add_filled_adapter(
         state.configs[adapter_name] = config
         undo.callback(state.configs.pop, adapter_name, None)
         parts = collect_parts(root)
-        set_requires_grad(parts, (adapter_name,), False)
+        set_requires_grad(parts, {adapter_name: False})
         sync_layers(parts, state)
 
 

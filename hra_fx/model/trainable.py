@@ -45,25 +45,16 @@ def unfreeze(model: nn.Module, names: Iterable[str]) -> None:
             parameters[name].requires_grad = True
 
 
-def train_only(parts: AdaptedParts, names: Iterable[str]) -> None:
-    """Train the vectors and copies of these adapters, and freeze those of all others."""
-    wanted = set(names)
+def set_requires_grad(parts: AdaptedParts, wanted: Mapping[str, bool]) -> None:
+    """Train or freeze the vectors and copies of some adapters. The flags of other adapters do not change."""
     for reflection in parts.reflections:
         for name in reflection.specs:
-            reflection.set_trainable(name, name in wanted)
+            if name in wanted:
+                reflection.set_trainable(name, wanted[name])
     for owner, copies in parts.copies:
         for name in copies.copied:
-            copies.set_trainable(owner, name, name in wanted)
-
-
-def set_requires_grad(parts: AdaptedParts, names: Iterable[str], wanted: bool) -> None:
-    """Train or freeze the vectors and copies of some adapters. The flags of other adapters do not change."""
-    for name in names:
-        for reflection in parts.reflections:
-            if name in reflection.specs:
-                reflection.set_trainable(name, wanted)
-        for owner, copies in parts.copies:
-            copies.set_trainable(owner, name, wanted)
+            if name in wanted:
+                copies.set_trainable(owner, name, wanted[name])
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -185,7 +176,7 @@ def activate(parts: AdaptedParts, state: AdapterState, names: tuple[str, ...], *
     """Activate and train exactly these adapters."""
     state.active = names
     sync_layers(parts, state)
-    train_only(parts, names if trainable else ())
+    set_requires_grad(parts, {name: trainable and name in names for name in state.configs})
 
 
 def sync_layers(parts: AdaptedParts, state: AdapterState) -> None:
