@@ -171,10 +171,7 @@ def state_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterato
 
 
 def tensor_version(tensor: Tensor) -> int:
-    """A number that changes when a tensor is written in place.
-
-    For a tensor created in inference mode, which has no such number, this is -1: compare its values instead.
-    """
+    """A number that changes when a tensor is written in place; -1 for a tensor of inference mode, which has none."""
     return tensor_versions([tensor])[0]
 
 
@@ -259,10 +256,7 @@ def guards_of(program: Any) -> list[str]:
 
 
 def guard_function(code: str) -> Callable[..., None]:
-    """Run source code and return the function `check` that it defines. It may contain expressions of `guards_of`.
-
-    TorchDynamo traces it, so that a compiled or exported graph keeps the conditions.
-    """
+    """Run source code and return the function `check` that it defines, which TorchDynamo can trace."""
     from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 
     namespace: dict[str, Any] = {**SYMPY_INTERP, "math": math, "inf": math.inf, "torch": torch}

@@ -115,7 +115,7 @@ class HRAConfig:
         self.layers_to_transform = _indices(self.layers_to_transform)
         self._check_layers_pattern()
         self._check_modules_to_save()
-        self._check_target_parameters()
+        self.target_parameters = _names("target_parameters", self.target_parameters) or None
         self._check_rank_pattern()
         self._check_together()
         _check_extra(self.extra)
@@ -150,27 +150,14 @@ class HRAConfig:
         else:
             entries = self.layers_pattern = _strings("layers_pattern", patterns)
         for pattern in entries:
-            _compile("layers_pattern", pattern)
             _compile("layers_pattern", pattern, layer_index_regex(pattern))
 
     def _check_modules_to_save(self) -> None:
-        if self.modules_to_save is None:
-            return
-        if isinstance(self.modules_to_save, str):
-            name = self.modules_to_save
-            raise ConfigError(f"`modules_to_save` must be a list of names, got the str {name!r}. Use [{name!r}].")
-        self.modules_to_save = _strings("modules_to_save", self.modules_to_save)
-        for name in self.modules_to_save:
+        self.modules_to_save = _names("modules_to_save", self.modules_to_save)
+        for name in self.modules_to_save or ():
             if not name:
                 raise ConfigError("`modules_to_save` must not contain an empty name.")
-            _compile("modules_to_save", name)
             _compile("modules_to_save", name, saved_module_regex(name))
-
-    def _check_target_parameters(self) -> None:
-        names = self.target_parameters
-        if isinstance(names, str):
-            raise ConfigError(f"`target_parameters` must be a list of names, got the str {names!r}. Use [{names!r}].")
-        self.target_parameters = _strings("target_parameters", names) or None if names is not None else None
 
     def _check_rank_pattern(self) -> None:
         patterns = self.rank_pattern
@@ -178,7 +165,6 @@ class HRAConfig:
             raise ConfigError(f"`rank_pattern` must be a dict of names and ranks, got {patterns!r}.")
         for pattern, rank in patterns.items():
             _check_rank(f"rank_pattern[{pattern!r}]", rank)
-            _compile("rank_pattern", pattern)
             _compile("rank_pattern", pattern, rank_regex(pattern))
         self.rank_pattern = dict(patterns)
 
@@ -329,6 +315,12 @@ def _strings(name: str, value: object) -> list[str]:
     return sorted(entries) if isinstance(value, set | frozenset) else entries
 
 
+def _names(name: str, value: object) -> list[str] | None:
+    if isinstance(value, str):
+        raise ConfigError(f"`{name}` must be a list of names, got the str {value!r}. Use [{value!r}].")
+    return None if value is None else _strings(name, value)
+
+
 def _names_or_regex(name: str, value: Collection[str] | str | None) -> set[str] | str | None:
     if value is None:
         return None
@@ -353,12 +345,12 @@ def _indices(value: object) -> list[int] | int | None:
 
 
 def _compile(name: str, regex: str, whole: str | None = None) -> None:
-    """Check that `regex` compiles, alone or as a part of the expression `whole`."""
-    try:
-        re.compile(regex if whole is None else whole)
-    except re.error as error:
-        where = "" if whole is None else f" inside {whole!r}, where it is used"
-        raise ConfigError(f"`{name}`: {regex!r} is not a valid regular expression{where}: {error}.") from error
+    """Check that `regex` compiles, alone and as a part of the expression `whole`."""
+    for text, where in ((regex, ""), (whole, f" inside {whole!r}, where it is used")):
+        try:
+            re.compile(text or "")
+        except re.error as error:
+            raise ConfigError(f"`{name}`: {regex!r} is not a valid regular expression{where}: {error}.") from error
 
 
 def _check_extra(extra: object) -> None:

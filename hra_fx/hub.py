@@ -32,7 +32,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def download(source: str | os.PathLike[str], patterns: Sequence[str], options: Mapping[str, Any]) -> Path:
-    """Download the matching files of a repository, and return its folder in the Hub cache.
+    """Download the files of a repository that match `patterns`, and return its folder in the Hub cache.
 
     `patterns` and `options` are arguments of `huggingface_hub.snapshot_download`.
     """

@@ -17,13 +17,11 @@ from hra_fx.functional import householder
 from hra_fx.integrations.pretrained import root_class_for
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.sharding import device_of_values
-from hra_fx.layers.trained_copies import Copies, all_copies
-from hra_fx.model.add import add_filled_adapter
+from hra_fx.layers.trained_copies import all_copies
 from hra_fx.model.example_inputs import normalize_inputs
-from hra_fx.model.offload import load_vectors
-from hra_fx.model.replace import check_replaceable, layers_of, replace_values
-from hra_fx.model.setup import checked, set_up
-from hra_fx.model.state import AdapterState, collect_parts, get_state, root_of
+from hra_fx.model.reset import check_replaceable, layers_of, replace_values
+from hra_fx.model.setup import add_filled_adapter, checked, set_up
+from hra_fx.model.state import AdapterState, collect_parts, get_state, load_vectors, root_of
 from hra_fx.model.trainable import differ_by_place, set_requires_grad
 
 M = TypeVar("M", bound=nn.Module)
@@ -118,7 +116,8 @@ def _replace(root: nn.Module, state: AdapterState, name: str, fitted: Fitted, is
     held = {
         (path, entry): copies.get(owner, name, entry)
         for path, (owner, copies) in all_copies(root).items()
-        for entry in _saved(owner, copies, name)
+        for entry in copies.copied.get(name, ())
+        if entry not in non_persistent_buffers(owner)
     }
     fits = fits and fitted.resume.config.apply_GS is spec.apply_GS and held.keys() == fitted.copies.keys()
     if not fits or differ_by_place(held, fitted.copies):
@@ -128,11 +127,7 @@ def _replace(root: nn.Module, state: AdapterState, name: str, fitted: Fitted, is
         )
     replace_values(root, name, lambda path, _: values[path], fitted.copies)
     state.configs[name].inference_mode = not is_trainable
-    set_requires_grad(collect_parts(root), (name,), is_trainable and name in state.active)
-
-
-def _saved(owner: nn.Module, copies: Copies, name: str) -> list[str]:
-    return [entry for entry in copies.copied.get(name, ()) if entry not in non_persistent_buffers(owner)]
+    set_requires_grad(collect_parts(root), {name: is_trainable and name in state.active})
 
 
 def _like(tensor: Tensor, weight_dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -15,25 +15,23 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from hra_fx.api import status
-from hra_fx.api.fold import fold
 from hra_fx.api.load import load_adapter
-from hra_fx.api.transform import transform
+from hra_fx.api.transform import fold, transform
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.export.captured import is_program
-from hra_fx.integrations import push
+from hra_fx.integrations import pretrained
 from hra_fx.integrations.pretrained import save_adapters
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.class_swap import SwapMixin, original_class, swap
 from hra_fx.layers.peft_layers import refuse_peft_layers
 from hra_fx.layers.sharding import reshard
 from hra_fx.model import merge, switch, trainable
-from hra_fx.model.add import add_adapter
-from hra_fx.model.delete import delete_adapter, remove_adapters
+from hra_fx.model.inject import delete_adapter, remove_adapters
 from hra_fx.model.merge import merge_adapter
-from hra_fx.model.scale import check_scale, set_scale
+from hra_fx.model.setup import add_adapter
 from hra_fx.model.state import AdapterState, check_no_foreign_class, collect_parts, get_state, names_in, root_of
-from hra_fx.model.switch import disable_adapters, set_adapter
+from hra_fx.model.switch import check_scale, disable_adapters, set_adapter, set_scale
 from hra_fx.model.trainable import set_requires_grad
 from hra_fx.selection.origin import DEFAULT_TARGETS
 
@@ -82,8 +80,8 @@ class HRAModel(SwapMixin):
     get_model_status = status.get_model_status
     enable_adapter_layers = enable_adapters = switch.enable_adapters
     unmerge_adapter = merge.unmerge_adapter
-    push_to_hub = push.push_to_hub
-    create_or_update_model_card = push.create_or_update_model_card
+    push_to_hub = pretrained.push_to_hub
+    create_or_update_model_card = pretrained.create_or_update_model_card
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Adapt the given model. Copying and unpickling call this without arguments."""
@@ -169,7 +167,7 @@ class HRAModel(SwapMixin):
         """Make the vectors and trained copies of these adapters trainable, or freeze them. Others are not changed."""
         parts = collect_parts(self)
         reshard(parts.modules)
-        set_requires_grad(parts, names_in(self._record, adapter_names), requires_grad)
+        set_requires_grad(parts, dict.fromkeys(names_in(self._record, adapter_names), requires_grad))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Same as `hra_fx.delete_adapter`, except that the last adapter is removed by `unload`.
@@ -243,7 +241,7 @@ class HRAModel(SwapMixin):
         state = self._record
         if state.merged:
             merge.unmerge_adapter(self)
-        check_no_foreign_class(dict(self.named_modules()))
+        check_no_foreign_class(self)
         remove_adapters(self, state, tuple(state.configs))
         return self
 
@@ -347,12 +345,7 @@ def _loaded(
 
 
 def check_names(model: nn.Module) -> None:
-    """Check that the methods of `HRAModel` do not hide attributes of the model.
-
-    Raises:
-        AdapterError: a method would hide an attribute; the message names it.
-        UnsupportedLayerError: the model has adapters of PEFT, whose wrapper has attributes of these names.
-    """
+    """Check that the methods of `HRAModel` do not hide attributes of the model."""
     refuse_peft_layers(model)
     cls = original_class(model)
     for name in vars(HRAModel):

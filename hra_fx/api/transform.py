@@ -1,27 +1,32 @@
-"""`transform`: adapt an eager model, a `GraphModule` or an exported program."""
+"""`transform`, `graphs` and `fold`, for eager models, a `GraphModule` or an exported program."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import fx, nn
 
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
-from hra_fx.export.captured import is_captured, transform_captured
+from hra_fx.export.captured import fold_captured, is_captured, transform_captured
 from hra_fx.integrations.pretrained import root_class_for
 from hra_fx.layers.accelerate_hooks import is_hooked
 from hra_fx.model.example_inputs import normalize_inputs
+from hra_fx.model.fold import prepare_fold
 from hra_fx.model.inject import random_init
 from hra_fx.model.setup import checked, set_up, valid_config
-from hra_fx.model.state import adapted_layers, get_state
+from hra_fx.model.state import adapted_layers, get_state, require_adapted_layers
 from hra_fx.model.verify import check_against_folded
 from hra_fx.selection.check import select_checked
 from hra_fx.selection.origin import keep_origin, origin_of
 from hra_fx.selection.select import select, with_head
-from hra_fx.tracing.graphs import trace_model
+from hra_fx.tracing.graphs import graphs_of, trace_model
 
 if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+if TYPE_CHECKING:
+    from torch import nn
     from torch.export import ExportedProgram
 
 M = TypeVar("M", bound="nn.Module | ExportedProgram")
@@ -140,9 +145,10 @@ def _traced(model: nn.Module, config: HRAConfig, example_inputs: Any, dynamic_sh
 
 def _is_done(model: nn.Module, config: HRAConfig, adapter_name: str) -> bool:
     state = get_state(model)
-    present = state.configs if state else {}
+    present, layers = state.configs if state else {}, adapted_layers(model)
     if present.get(adapter_name) == config:
-        if odd := sorted(select(model, config).keys() ^ _layers_with(model, adapter_name)):
+        held = {path for path, layer in layers.items() if adapter_name in layer.hra_u}
+        if odd := sorted(select(model, config).keys() ^ held):
             raise AdapterError(
                 f"adapter {adapter_name!r}: the model was changed after transform, and {odd[0]} does not match the "
                 "configuration. Fold the model (hra_fx.fold) and transform it again."
@@ -153,14 +159,100 @@ def _is_done(model: nn.Module, config: HRAConfig, adapter_name: str) -> bool:
             f"adapter {adapter_name!r}: the model already has an adapter with this name and another configuration. "
             "Fold it first, or choose another name."
         )
-    if carried := adapted_layers(model):
-        names = ", ".join(dict.fromkeys(name for layer in carried.values() for name in layer.hra_u))
+    if layers:
+        names = ", ".join(dict.fromkeys(name for layer in layers.values() for name in layer.hra_u))
         raise AdapterError(
-            f"adapter {adapter_name!r}: {next(iter(carried))} already has reflections of {names}. To add another "
+            f"adapter {adapter_name!r}: {next(iter(layers))} already has reflections of {names}. To add another "
             "adapter, call hra_fx.add_adapter on the transformed model. To start from the adapted weights, fold first."
         )
     return False
 
 
-def _layers_with(model: nn.Module, adapter_name: str) -> set[str]:
-    return {path for path, layer in adapted_layers(model).items() if adapter_name in layer.hra_u}
+def fold(model: M, adapter_names: str | Sequence[str] | None = None, *, requantize: bool = False) -> M:
+    """Fold adapters into the weights in place, `W <- W Q`. When all adapters are folded, the model is a plain model.
+
+    It then has the classes, graph, `state_dict` keys and `requires_grad` flags from before `transform`. Only the values
+    of the folded weights, and of tensors trained through `bias` and `modules_to_save`, differ.
+
+    All vectors and weights are checked first. Then the new weights are computed and written one layer at a time, in
+    float64 if the device supports it. So folding needs extra memory for only a few copies of one layer. If it is
+    interrupted, the model still computes the same outputs, and another call of `fold` finishes the work. To see the
+    rounding error of each layer before folding, use `plan_fold`.
+
+    A weight that shares memory with other tensors (an output layer tied to the embeddings) is untied: the layer gets
+    its own parameter, and the others are not changed. If transformers ties them by `config.tie_word_embeddings`, that
+    is set to False, and all other tensors that it tied get their own memory too.
+
+    A quantized weight (bitsandbytes, torchao) is folded only with `requantize=True`: it is dequantized, rotated, and
+    quantized again in the same scheme. The quantization error is often larger than the effect of the adapter.
+
+    Args:
+        model: a transformed model, or an `ExportedProgram` from `transform`, for which a new program is returned.
+        adapter_names: one or more adapters to fold, in this order; the others are kept and act on the new weights.
+            `None` folds the active adapters and removes the others.
+        requantize: whether quantized weights may be folded.
+
+    Returns:
+        `model`, or the new program.
+
+    Raises:
+        AdapterError: the model has no adapters or no adapter with one of these names, or other active adapters come
+            before them in the product.
+        FoldError: a weight cannot be folded: it has no data, is quantized or not finite, has linearly dependent
+            Gram-Schmidt vectors, or is tied in a model whose forward depends on that. No weight was changed.
+
+    Warns:
+        HRAWarning: adapters that are not active are removed, weights are untied, or weights were quantized again.
+
+    Example:
+        >>> from torch import nn
+        >>> from hra_fx import HRAConfig, transform
+        >>> model = transform(nn.Sequential(nn.Linear(6, 8)), HRAConfig(r=2, target_modules=["0"]))
+        >>> list(fold(model).state_dict())
+        ['0.weight', '0.bias']
+    """
+    if is_captured(model):
+        if adapter_names is not None or requantize:
+            raise AdapterError(
+                "`adapter_names` and `requantize` are not supported for a captured program: it has one adapter, and "
+                "its weights are not quantized. Leave them out."
+            )
+        captured: Any = model
+        return fold_captured(captured)  # type: ignore[return-value]
+    module: Any = model
+    prepare_fold(module, adapter_names, requantize=requantize).run()
+    return model
+
+
+def graphs(model: nn.Module, example_inputs: Any = None) -> dict[str, fx.GraphModule]:
+    """Trace a transformed model, with the reflections of its adapted layers in the graphs.
+
+    Without example inputs, torch.fx traces the whole model, or the largest parts that it can trace. With example inputs
+    the result is always one graph, as in graph mode: if torch.fx cannot trace the whole model, or if the call passes
+    optional arguments, `torch.export` captures the call.
+
+    All graphs call the layers of the model, and have a node for each reflection. With example inputs, the graph takes
+    the arguments of this call. Sizes may change if the model allows it. The graph returns the model's outputs, with
+    `None` instead of objects that `torch.export` does not support, such as a cache.
+
+    Args:
+        model: a transformed model.
+        example_inputs: a tuple of positional arguments, a dictionary of keyword arguments, or one tensor.
+
+    Returns:
+        Without example inputs: module path -> GraphModule with the model's own modules and parameters. The key is `""`
+        if the whole model was traced. A layer that is not part of another graph has a graph under its own path. With
+        example inputs: `""` -> the graph of the whole model, with the model's own parameters. Changing a graph does not
+        change the model.
+
+    Raises:
+        AdapterError: the model has no reflections, or `torch.export` cannot capture the call.
+
+    Example:
+        >>> from hra_fx import HRAConfig, transform
+        >>> model = transform(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), HRAConfig(r=2, target_modules=["0"]))
+        >>> [node.target for node in graphs(model)[""].graph.nodes if node.op == "call_module"]
+        ['0.hra_u', '0', '1']
+    """
+    require_adapted_layers(model)
+    return graphs_of(model, example_inputs)

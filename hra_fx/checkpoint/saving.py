@@ -41,8 +41,7 @@ from hra_fx.functional.chain import plain_chain
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.sharding import full_tensor, is_dtensor, on_first_rank
 from hra_fx.layers.trained_copies import all_copies
-from hra_fx.model.offload import load_vectors
-from hra_fx.model.state import AdapterState, adapted_layers, names_in, root_of
+from hra_fx.model.state import AdapterState, adapted_layers, load_vectors, names_in, root_of
 from hra_fx.selection.select import resolve_targets, targeted
 from hra_fx.selection.suggestions import format_names
 from hra_fx.version import VERSION

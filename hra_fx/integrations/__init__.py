@@ -10,15 +10,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hra_fx.integrations.rotation import RotationCallback as RotationCallback
-    from hra_fx.integrations.trainer import HRATrainer as HRATrainer, PairCallback as PairCallback
+    from hra_fx.integrations.trainer import (
+        HRATrainer as HRATrainer,
+        PairCallback as PairCallback,
+        RotationCallback as RotationCallback,
+    )
 
 __all__ = ["HRATrainer", "PairCallback", "RotationCallback"]
 
-_MODULES = {"HRATrainer": "trainer", "PairCallback": "trainer", "RotationCallback": "rotation"}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.trainer"), name)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakSet
 
@@ -22,7 +22,7 @@ from torch import nn
 
 from hra_fx.compat import is_replica
 from hra_fx.errors import AdapterError
-from hra_fx.integrations.peft_layers import COLLECTING, AcceleratedConv2d, AcceleratedLayer, AcceleratedLinear
+from hra_fx.integrations.peft_layers import OPEN, AcceleratedConv2d, AcceleratedLayer, AcceleratedLinear
 from hra_fx.layers.batching import factors_in_batches
 from hra_fx.layers.class_swap import mixins_of, swap, swapped_class, unswap
 from hra_fx.layers.sharding import is_sharded
@@ -45,28 +45,20 @@ class Acceleration:
         """Accelerate layers, and new ones if `collects`."""
         self.layers = layers
         self.collects = collects
-        if not _OPEN:
-            _set_batches(enabled=True)
-        _OPEN.append(self)
+        OPEN.append(self)
+        _update_peft()
         for layer in layers:
             _accelerate(layer)
-        if collects:
-            COLLECTING.append(layers)
-            _name_classes(accelerated=True)
 
     def close(self) -> None:
         """Restore PEFT's code, except in layers of other open handles. Further calls have no effect."""
-        if self not in _OPEN:
+        if self not in OPEN:
             return
-        _OPEN.remove(self)
-        if self.collects:
-            COLLECTING[:] = [layers for layers in COLLECTING if layers is not self.layers]
-            _name_classes(accelerated=bool(COLLECTING))
+        OPEN.remove(self)
+        _update_peft()
         for layer in self.layers:
-            if not any(layer in other.layers for other in _OPEN):
+            if not any(layer in other.layers for other in OPEN):
                 _restore(layer)
-        if not _OPEN:
-            _set_batches(enabled=False)
 
     def __enter__(self) -> Acceleration:
         """Return the handle, which is already open."""
@@ -75,9 +67,6 @@ class Acceleration:
     def __exit__(self, *error: object) -> None:
         """Close the handle."""
         self.close()
-
-
-_OPEN: list[Acceleration] = []
 
 
 def accelerate_peft(model: nn.Module | None = None) -> Acceleration:
@@ -124,11 +113,7 @@ def accelerate_peft(model: nn.Module | None = None) -> Acceleration:
 
 
 def _peft_classes() -> dict[str, Any]:
-    """PEFT's layer classes, by name.
-
-    Raises:
-        ImportError: PEFT is not installed.
-    """
+    """PEFT's layer classes, by name."""
     try:
         module = importlib.import_module("peft.tuners.hra")
     except ModuleNotFoundError as error:
@@ -136,11 +121,16 @@ def _peft_classes() -> dict[str, Any]:
     return {name: getattr(module, name) for name in _MIXINS}
 
 
-def _name_classes(*, accelerated: bool) -> None:
-    """Set the classes that PEFT uses to create its layers."""
+def _update_peft() -> None:
+    """Set the classes that PEFT uses to create layers, and whether its models compute factors in batches."""
     module = importlib.import_module("peft.tuners.hra.model")
+    accelerated = any(handle.collects for handle in OPEN)
     for name, cls in _peft_classes().items():
         setattr(module, name, swapped_class(_MIXINS[name], cls) if accelerated else cls)
+    if OPEN:
+        setattr(module.HRAModel, _AROUND, _in_batches)
+    elif _AROUND in vars(module.HRAModel):
+        delattr(module.HRAModel, _AROUND)
 
 
 def _mixin_of(layer: nn.Module) -> type[AcceleratedLayer]:
@@ -172,32 +162,12 @@ def _check_vectors(path: str, layer: Any) -> None:
             )
 
 
-def _set_batches(*, enabled: bool) -> None:
-    """Compute the factors of PEFT's HRA models in batches, or stop doing so."""
-    tuner = importlib.import_module("peft").HRAModel
-    current = vars(tuner).get(_AROUND)
-    if enabled:
-        setattr(tuner, _AROUND, _with_batches(current))
-    elif (own := current.own) is not None:
-        setattr(tuner, _AROUND, own)
-    else:
-        delattr(tuner, _AROUND)
-
-
-def _with_batches(own: Any) -> Any:
-    """Wrap PEFT's method `own` to also compute the factors in batches."""
-
-    @contextmanager
-    def around(self: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
-        with ExitStack() as block:
-            if own is not None:
-                block.enter_context(own(self, *args, **kwargs))
-            if sites := _sites(self):
-                block.enter_context(factors_in_batches(sites))
-            yield
-
-    around.own = own  # type: ignore[attr-defined]
-    return around
+@contextmanager
+def _in_batches(tuner: nn.Module, *args: Any, **kwargs: Any) -> Iterator[None]:
+    """Compute the factors of a model in batches during a forward or `generate`."""
+    sites = _sites(tuner)
+    with factors_in_batches(sites) if sites else nullcontext():
+        yield
 
 
 def _sites(tuner: nn.Module) -> list[nn.Module]:

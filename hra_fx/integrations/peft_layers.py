@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from typing import Any
-from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +23,8 @@ from hra_fx.layers.quantized import call_quantized, quant_scheme_of
 from hra_fx.layers.target import describe, kind_of, width_of
 from hra_fx.layers.variants import ConvAdapters, LinearAdapters
 
-#: New layers are added to these sets, one for each open handle of `accelerate_peft()`.
-COLLECTING: list[WeakSet[nn.Module]] = []
+#: The open handles of `accelerate_peft`. New layers are added to those that collect them.
+OPEN: list[Any] = []
 _SITE = "_hra_site"
 
 
@@ -102,8 +101,9 @@ class AcceleratedLayer(SwapMixin):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Create the layer like PEFT's layer."""
         super().__init__(*args, **kwargs)
-        for layers in COLLECTING:
-            layers.add(self)
+        for handle in OPEN:
+            if handle.collects:
+                handle.layers.add(self)
 
     def read_vectors(self) -> None:
         """Set up the vectors for the computation, after the layer has its adapters."""
@@ -154,15 +154,9 @@ class AcceleratedLayer(SwapMixin):
         return rotate_weight(identity, chain).to(vectors.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge adapters into the base weight, `W <- W Q`, computed in float64.
+        """Merge adapters (`None`: the active ones) into the base weight, `W <- W Q`, computed in float64.
 
-        Args:
-            safe_merge: raise an error instead of writing a weight that is not finite.
-            adapter_names: the adapters; `None` for the active ones.
-
-        Raises:
-            ValueError: `safe_merge` is True and the weight is not finite. This adapter is not merged.
-            UnsupportedLayerError: the weight is quantized.
+        With `safe_merge`, a weight that would not be finite raises an error and is not written.
         """
         from peft.tuners.tuners_utils import check_adapters_to_merge
 

@@ -1,23 +1,120 @@
-"""Methods of transformers and diffusers models that must not lose adapters: saving, resizing, dequantizing."""
+"""Methods of transformers and diffusers models that must not lose adapters: saving, uploading, resizing, dequantizing.
+
+The vectors of an output layer are as long as a hidden state, so they fit any number of tokens. transformers may create
+a new layer or replace a tensor of the old layer, so the output layers are plain layers during a resize.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from hra_fx.checkpoint.folder import adapter_entries
-from hra_fx.checkpoint.saving import save_pretrained
+from hra_fx.checkpoint.folder import WEIGHTS_NAME, adapter_entries
+from hra_fx.checkpoint.saving import CARD_NAME, save_pretrained, write_card
+from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import AdapterError
-from hra_fx.integrations import push
-from hra_fx.integrations.resize_embeddings import plain_output_layers
-from hra_fx.layers.class_swap import original_class
+from hra_fx.layers.adapted_layer import AdaptedLayer, layer_class_for
+from hra_fx.layers.class_swap import original_class, swap, unswap
 from hra_fx.layers.sharding import is_dtensor, on_first_rank
+from hra_fx.layers.target import REFLECTION
+from hra_fx.layers.trained_copies import all_copies
 from hra_fx.model.root import AdaptedModel
-from hra_fx.model.state import names_in, root_of
+from hra_fx.model.state import adapted_layers, check_no_foreign_class, names_in, root_of
+
+_MESSAGE = "Upload HRA adapter"
+_COMMIT = ("commit_message", "commit_description", "revision", "create_pr")
+
+
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    commit_message: str = _MESSAGE,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    selected_adapters: Iterable[str] | None = None,
+    **ignored: Any,
+) -> str:
+    """Upload adapters, with a model card if the repository does not have one. The repository is created if needed.
+
+    With `fully_shard`, all processes must call this function, and the first process uploads.
+
+    Args:
+        model: a transformed model.
+        repo_id: name of the repository, such as `"user/name"`.
+        commit_message, commit_description, revision, create_pr: options of the commit.
+        private: whether a new repository is private.
+        token: token of the Hub; `None` for the stored one.
+        selected_adapters: names of adapters; `None` for all.
+        ignored: other options of `push_to_hub` in transformers and diffusers.
+
+    Returns:
+        The URL of the commit.
+
+    Raises:
+        AdapterError, CheckpointError: see `model.save_pretrained`; nothing is uploaded.
+        HfHubHTTPError: the upload failed.
+    """
+    options: dict[str, Any] = {
+        "commit_message": commit_message,
+        "commit_description": commit_description,
+        "private": private,
+        "token": token,
+        "revision": revision,
+        "create_pr": create_pr,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, folder, selected_adapters)
+        return on_first_rank(model.parameters(), lambda: upload(Path(folder), repo_id, None, options))
+
+
+def upload(folder: Path, repo_id: str, adapter_names: Iterable[str] | None, options: Mapping[str, Any]) -> str:
+    """Upload the files that `save_pretrained` wrote, except a model card if the repository already has one.
+
+    Without `adapter_names`, the whole folder is uploaded. Unknown `options` are ignored.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=options.get("token"))
+    repository = api.create_repo(repo_id, private=options.get("private"), exist_ok=True).repo_id
+    files = None
+    if adapter_names is not None:
+        places = ["" if name == "default" else f"{name}/" for name in adapter_names]
+        files = [CARD_NAME, *(place + file for place in places for file in (CONFIG_NAME, WEIGHTS_NAME))]
+    has_card = api.file_exists(repository, CARD_NAME, revision=options.get("revision"))
+    commit = {name: value for name, value in options.items() if name in _COMMIT}
+    url = api.upload_folder(
+        repo_id=repository,
+        folder_path=folder,
+        allow_patterns=files,
+        ignore_patterns=[CARD_NAME] if has_card else None,
+        **{"commit_message": _MESSAGE, **commit},
+    )
+    return str(url)
+
+
+def create_or_update_model_card(model: nn.Module, output_dir: str | os.PathLike[str]) -> None:
+    """Write the model card of all adapters, or update the metadata of the model card in the folder.
+
+    Args:
+        model: a transformed model.
+        output_dir: the folder.
+
+    Raises:
+        AdapterError: the model has no adapters.
+        CheckpointError: the file cannot be written.
+    """
+    root, state = root_of(model)
+    write_card(Path(output_dir), root, state.configs)
 
 
 class AdaptedPretrainedModel(AdaptedModel):
@@ -27,8 +124,8 @@ class AdaptedPretrainedModel(AdaptedModel):
     """
 
     # transformers' Trainer calls it when it writes its model card.
-    create_or_update_model_card = push.create_or_update_model_card
-    push_to_hub = push.push_to_hub
+    create_or_update_model_card = create_or_update_model_card
+    push_to_hub = push_to_hub
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
@@ -51,22 +148,9 @@ class AdaptedPretrainedModel(AdaptedModel):
         """Write adapters, without base weights: "default" into the folder, others into subfolders with their names.
 
         Load them into the base model with `hra_fx.load_adapter`, or, if PEFT is installed, with `from_pretrained` of
-        transformers. To write a whole model, fold it first.
-
-        Args:
-            save_directory: the folder.
-            is_main_process: only the main process writes.
-            state_dict: the model's state, if a wrapper has gathered it.
-            selected_adapters: names of adapters; `None` for all.
-            safe_serialization: must be true, because pickle files are never written.
-            push_to_hub: also upload the files to the repository `repo_id`. By default, the repository has the name of
-                the folder.
-            kwargs: `repo_id` and options of `push_to_hub`, such as `token` and `private`; other options of the base
-                class (`max_shard_size`, `variant`) are ignored.
-
-        Raises:
-            AdapterError: `safe_serialization` is False, or the adapter does not exist.
-            CheckpointError: the adapter cannot be written.
+        transformers. To write a whole model, fold it first. `push_to_hub` also uploads the files to the repository
+        `repo_id` (default: the name of the folder), with the options of `push_to_hub`. `safe_serialization` must be
+        true, because pickle files are never written. Other options of the base class are ignored.
         """
         saving: Any = {"state_dict": state_dict, "safe_serialization": safe_serialization}
         save_adapters(self, save_directory, selected_adapters, is_main_process, push_to_hub, saving, kwargs)
@@ -76,21 +160,13 @@ class AdaptedPretrainedModel(AdaptedModel):
 
         The vectors of the output layer are as long as a hidden state, so they fit any number of tokens. They remain the
         same parameters, so an optimizer keeps working.
-
-        Raises:
-            AdapterError: the embeddings or the output layer have trained copies, or an adapter is merged into the
-                output layer. The model is unchanged.
         """
         base: Any = super()
         with plain_output_layers(self):
             return base.resize_token_embeddings(*args, **kwargs)
 
     def dequantize(self, *args: Any, **kwargs: Any) -> Any:
-        """Raise an error, because the base class would replace the adapted layers.
-
-        Raises:
-            AdapterError: always; the new layers would not have adapters. The model is unchanged.
-        """
+        """Raise an error, because the base class would replace the adapted layers."""
         raise AdapterError(
             f"{type(self).__name__}: dequantize replaces the adapted layers, so they would lose their reflections. "
             "Save the adapter (hra_fx.save_adapter), dequantize a model without it, and load it there "
@@ -132,19 +208,71 @@ def save_adapters(
     is_main_process: bool,
     push_to_hub: bool,
     saving: Mapping[str, Any],
-    upload: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> None:
-    """Save adapters (`None` for all), and optionally upload them, with the options of `push_to_hub` in `upload`."""
+    """Save adapters (`None` for all), and optionally upload them, with the options of `push_to_hub`."""
     save_pretrained(model, directory, selected_adapters, is_main_process=is_main_process, **saving)
     shards = [p for p in model.parameters() if is_dtensor(p)] if saving["state_dict"] is None else []
     if push_to_hub and (is_main_process or shards):
         state = root_of(model)[1]
         names = names_in(state, state.configs if selected_adapters is None else selected_adapters)
-        repository = upload.get("repo_id", Path(directory).name)
-        on_first_rank(shards, lambda: push.upload(Path(directory), repository, names, upload))
+        repository = options.get("repo_id", Path(directory).name)
+        on_first_rank(shards, lambda: upload(Path(directory), repository, names, options))
 
 
 def root_class_for(model: nn.Module) -> type[AdaptedModel]:
     """The class that is mixed into a model. For models with `save_pretrained`, it replaces more methods."""
     pretrained = callable(getattr(original_class(model), "save_pretrained", None))
     return AdaptedPretrainedModel if pretrained else AdaptedModel
+
+
+@contextmanager
+def plain_output_layers(model: Any) -> Iterator[None]:
+    """Context manager that removes the reflections of the output layers, and adds the same objects again at the end."""
+    # The input embeddings, then the output layers.
+    ends = [
+        part for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end for part in end.modules()
+    ]
+    layers = adapted_layers(model)
+    _check_resizable(model, layers, ends)
+    held = {path: layer.hra_u for path, layer in layers.items() if layer in ends}
+    for path in held:
+        unswap(layers[path], layer_class_for(layers[path]))
+        del layers[path]._modules[REFLECTION]
+    try:
+        yield
+    finally:
+        for path, reflection in held.items():
+            layer = model.get_submodule(path).train(layers[path].training)
+            layer.add_module(REFLECTION, reflection)
+            swap(layer, layer_class_for(layer))
+
+
+def _check_resizable(model: nn.Module, layers: dict[str, AdaptedLayer], ends: list[nn.Module]) -> None:
+    check_no_foreign_class(model)
+    rows = getattr(ends[0], "num_embeddings", None) if ends else None
+    for path, (owner, _) in all_copies(model).items():
+        if owner in ends or (isinstance(owner, nn.Embedding) and owner.num_embeddings == rows):
+            raise AdapterError(
+                f"{path}: an adapter has a trained copy of it (modules_to_save or bias), which resize_token_embeddings "
+                "does not resize. Resize before hra_fx.transform, or fold or unload first."
+            )
+    resizes_more = _overrides_resize(model)
+    for path, layer in layers.items():
+        if layer in ends and layer.hra_u.unmerged is not None:
+            raise AdapterError(
+                f"{path}: an adapter is merged into it, and its stored base weight has the old number of tokens. Call "
+                "hra_fx.unmerge_adapter, resize, and merge again."
+            )
+        if resizes_more and layer not in ends and layer.hra_u.width == rows:
+            raise AdapterError(
+                f"{path}: its vectors have length {rows}, the number of tokens, and would not fit after "
+                "resize_token_embeddings. Resize before hra_fx.transform, or fold or unload first."
+            )
+
+
+def _overrides_resize(model: nn.Module) -> bool:
+    """Whether a class resizes more layers than transformers' base class, such as MobileBERT."""
+    own: Any = original_class(model)
+    base: Any = next((cls for cls in own.__mro__ if cls.__name__ == "PreTrainedModel"), None)
+    return base is None or own.resize_token_embeddings is not base.resize_token_embeddings

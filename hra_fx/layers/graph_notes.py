@@ -27,11 +27,5 @@ def read_notes(graph: fx.GraphModule) -> dict[str, Any]:
     return {key: value for key, value in {**graph.meta, **vars(graph)}.items() if str(key).startswith(_PREFIX)}
 
 
-def remove_note(graph: fx.GraphModule, key: str) -> None:
-    """Remove a note, if there is one."""
-    graph.meta.pop(key, None)
-    vars(graph).pop(key, None)
-
-
 def _renew(copied: fx.GraphModule) -> None:
     vars(copied).update(read_notes(copied))

@@ -20,8 +20,7 @@ from hra_fx.checkpoint.folder import PREFIX, write_weights
 from hra_fx.errors import AdapterError, CheckpointError, HRAError, UnsupportedLayerError
 from hra_fx.lora.adapter import LoraAdapter, peft_form
 from hra_fx.lora.from_model import lora_adapter
-from hra_fx.model.state import collect_parts, root_of
-from hra_fx.model.unwrap import unwrap
+from hra_fx.model.state import collect_parts, root_of, unwrap
 from hra_fx.selection.suggestions import some_of
 
 LORA_NAME = "pytorch_lora_weights.safetensors"

@@ -34,11 +34,9 @@ from hra_fx.lora.adapter import (
     renamings_of,
 )
 from hra_fx.lora.unsupported import check_expressible, check_places, check_reads
-from hra_fx.model.activate import check_copies
-from hra_fx.model.offload import load_vectors
-from hra_fx.model.rotate import base_weight
-from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, names_in, root_of
-from hra_fx.model.unwrap import unwrap
+from hra_fx.model.merge import base_weight
+from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, load_vectors, names_in, root_of, unwrap
+from hra_fx.model.trainable import check_copies
 
 #: Tools with shards that are gathered one layer at a time.
 _GATHERED = ("fully_shard", "tensor parallelism")

@@ -21,20 +21,7 @@ Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def normalize_inputs(example_inputs: Any) -> Call:
-    """Return example inputs as positional and keyword arguments.
-
-    Args:
-        example_inputs: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments (as a
-            tokenizer returns it).
-
-    Raises:
-        AdapterError: `example_inputs` has another type.
-
-    Example:
-        >>> import torch
-        >>> normalize_inputs({"input_ids": torch.ones(1, 2)})
-        ((), {'input_ids': tensor([[1., 1.]])})
-    """
+    """Return example inputs (a tensor, a tuple or list, or a mapping) as positional and keyword arguments."""
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, Mapping):
@@ -80,10 +67,6 @@ def _images(config: Any) -> Tensor:
     return torch.randn(2, getattr(of_images, "num_channels", 3), height, width)
 
 
-def _recordings(config: Any) -> Tensor:
-    return torch.randn(2, 16000)
-
-
 def _spectra(config: Any) -> Tensor:
     return torch.randn(2, getattr(config, "num_mel_bins", 80), 2 * getattr(config, "max_source_positions", 1500))
 
@@ -92,7 +75,7 @@ def _spectra(config: Any) -> Tensor:
 _EXAMPLES: dict[str, Callable[[Any], Tensor]] = {
     "input_ids": _tokens,
     "pixel_values": _images,
-    "input_values": _recordings,
+    "input_values": lambda _: torch.randn(2, 16000),
     "input_features": _spectra,
 }
 

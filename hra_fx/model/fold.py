@@ -10,25 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from hra_fx.compat import tensor_version
-from hra_fx.errors import AdapterError, FoldError, HRAWarning
-from hra_fx.layers.accelerate_hooks import loaded, store
+from hra_fx.errors import FoldError, HRAWarning
+from hra_fx.layers.accelerate_hooks import is_on_disk, loaded, store
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.layers.target import SAVED, weight_place
 from hra_fx.layers.trained_copies import BASE, all_copies
-from hra_fx.model.activate import check_copies, sync_layers
-from hra_fx.model.delete import remove_adapters
-from hra_fx.model.inject import complete
-from hra_fx.model.merge import resolve_merge_order, unmerge_adapter
-from hra_fx.model.rotate import (
+from hra_fx.model.inject import complete, remove_adapters
+from hra_fx.model.merge import (
     WITHOUT_REQUANTIZING,
     FoldedWeight,
-    check_classes,
     check_floating,
     check_layer,
-    check_not_on_disk,
+    check_whole,
     folded_weight,
+    resolve_merge_order,
     ties_of,
+    unmerge_adapter,
 )
 from hra_fx.model.state import (
     AdapterState,
@@ -38,6 +36,7 @@ from hra_fx.model.state import (
     root_of,
 )
 from hra_fx.model.tied import TensorRef, Tie, always_tied, find_ties, set_tied, untied_copies, why_not_untie
+from hra_fx.model.trainable import check_copies, sync_layers
 
 _REQUANTIZE = (
     " To allow this, call hra_fx.fold(model, requantize=True). To see the error first, call "
@@ -67,24 +66,18 @@ class FoldedLayer:
 
 @dataclass(frozen=True)
 class FoldJob:
-    """A fold of which all layers have been checked.
-
-    Attributes:
-        model: a transformed model.
-        state: state of the model.
-        names: path of a layer -> the adapters that are folded into it, in the order of the product.
-        promoted: adapters with trained copies that become the model's own tensors.
-        adapters_to_remove: adapters that are removed afterwards.
-        untied: path -> names of the tensors that share memory with the weight.
-        ties: settings of transformers that are turned off.
-    """
+    """A fold of which all layers have been checked."""
 
     model: nn.Module
     state: AdapterState
+    #: Path of a layer -> the adapters that are folded into it, in the order of the product.
     names: Mapping[str, tuple[str, ...]]
+    #: Adapters with trained copies that become the model's own tensors.
     promoted: tuple[str, ...]
     adapters_to_remove: tuple[str, ...]
+    #: Path -> names of the tensors that share memory with the weight.
     untied: Mapping[str, tuple[str, ...]]
+    #: The settings of transformers that are turned off.
     ties: Sequence[Tie]
 
     def measure(self, path: str, layer: AdaptedLayer, weight: FoldedWeight | None = None) -> FoldedLayer:
@@ -104,7 +97,7 @@ class FoldJob:
         The folded adapters of a layer are removed as soon as its weight is written. So if this is interrupted (Ctrl-C,
         out of memory), the model still computes the same outputs, and another fold finishes the work.
         """
-        check_no_foreign_class(dict(self.model.named_modules()))
+        check_no_foreign_class(self.model)
         state, layers = self.state, adapted_layers(self.model)
         tensors = _tensor_refs(layers, self.untied)
         with torch.inference_mode(False), torch.no_grad():
@@ -246,12 +239,13 @@ def _check_layers(
     root: nn.Module, layers: Mapping[str, AdaptedLayer], names: Mapping[str, tuple[str, ...]], *, requantize: bool
 ) -> dict[str, AdaptedLayer]:
     """Check every layer. Returns the layers whose weights are written."""
-    check_not_on_disk({path: layer for path, layer in layers.items() if names[path]})
-    check_classes(root, layers)
-    try:
-        check_no_foreign_class(dict(root.named_modules()))
-    except AdapterError as error:
-        raise FoldError(str(error)) from error
+    for path, layer in layers.items():
+        if names[path] and is_on_disk(*weight_place(layer)):
+            raise FoldError(
+                f"{path}: accelerate loads its weight from files, which fold does not change. Save the adapter "
+                "(hra_fx.save_adapter) and fold it into the checkpoint (hra_fx.fold_checkpoint)."
+            )
+    check_whole(root)
     if not requantize:
         check_floating(layers, {name for here in names.values() for name in here}, _REQUANTIZE)
     written: dict[str, AdaptedLayer] = {}
@@ -284,11 +278,7 @@ def _tensor_refs(layers: Mapping[str, AdaptedLayer], paths: Iterable[str]) -> se
 
 
 def _ties(root: nn.Module, state: AdapterState, tensors: set[TensorRef], names: tuple[str, ...]) -> list[Tie]:
-    """The settings of transformers that a fold turns off, or that a folded trained copy has already turned off.
-
-    Raises:
-        FoldError: one of them cannot be turned off.
-    """
+    """The settings of transformers that a fold turns off, or that a folded trained copy has already turned off."""
     has_copies = any(name in copies.copied for _, copies in all_copies(root).values() for name in names)
     ties = [*find_ties(root, tensors), *(state.untied if has_copies or tensors else ())]
     if reason := why_not_untie(root, ties):

@@ -22,7 +22,7 @@ from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.batching import StartOfForward, start_of_forward
 from hra_fx.layers.mixed import CURRENT
 from hra_fx.layers.target import BASE_WEIGHT, FACTORS, META, REFLECTION, LayerTarget, NodeTag
-from hra_fx.model.state import adapted_layers, get_state
+from hra_fx.model.state import adapted_layers
 from passes.fold import FoldPass
 from passes.insert import InsertPass
 from passes.match import MatchPass
@@ -33,7 +33,7 @@ class BatchedFactors(nn.Module):
     """Computes the factors of all layers of a graph. It does not have parameters or children."""
 
     def __init__(self) -> None:
-        """Start without layers; `connect_factors` sets them."""
+        """Start without layers; `attach_state` sets the state of the model."""
         super().__init__()
         self.state: Any = None
 
@@ -46,41 +46,19 @@ class BatchedFactors(nn.Module):
         return start_of_forward(self.state.layers)
 
 
-def add_factors(module: fx.GraphModule, undo: ExitStack | None = None) -> None:
-    """Add the child that computes the factors."""
+def rewrite(module: fx.GraphModule, undo: ExitStack) -> None:
+    """Insert the reflections of all adapted layers into the graph, instead of the ones that it has."""
+    undo.callback(setattr, module, "graph", module.graph)
+    module.graph = copy.deepcopy(module.graph)
+    remove_reflections(module)
     if FACTORS not in module._modules:
         module.add_module(FACTORS, BatchedFactors())
-        if undo is not None:
-            undo.callback(module._modules.pop, FACTORS, None)
-
-
-def connect_factors(module: nn.Module) -> None:
-    """Pass the state of the model, which must be attached, to the child."""
-    factors = module._modules.get(FACTORS)
-    if isinstance(factors, BatchedFactors):
-        factors.state = get_state(module)
-
-
-def rewrite(module: fx.GraphModule, undo: ExitStack | None = None) -> None:
-    """Insert the reflections of all adapted layers into the graph, instead of the ones that it has."""
-    before, graph = module.graph, copy.deepcopy(module.graph)
-    if undo is not None:
-        undo.callback(setattr, module, "graph", before)
-    module.graph = graph
-    remove_reflections(module)
-    add_factors(module, undo)
+        undo.callback(module._modules.pop, FACTORS, None)
     insert(module, module)
-    connect_factors(module)
 
 
 def insert(module: fx.GraphModule, model: nn.Module, path: str = "") -> None:
-    """Insert the reflections of the adapted layers of a model into the graph of one of its modules.
-
-    Args:
-        module: the graph.
-        model: the model.
-        path: path in the model of the module that the graph was traced from.
-    """
+    """Insert the reflections of the adapted layers of `model` into the graph of its module at `path`."""
     adapted = {
         layer: LayerTarget(name, layer.hra_u.kind, layer.hra_u.reflects_input)
         for name, layer in adapted_layers(model).items()
@@ -90,13 +68,6 @@ def insert(module: fx.GraphModule, model: nn.Module, path: str = "") -> None:
     targets = {name: adapted[part] for name, part in names if isinstance(part, AdaptedLayer) and part in adapted}
     for step in (MatchPass(targets, path), InsertPass(), VerifyPass()):
         step(module)
-
-
-def restore(module: nn.Module) -> None:
-    """Remove the reflections from a `GraphModule`; other modules are not changed."""
-    if isinstance(module, fx.GraphModule):
-        remove_reflections(module)
-        module._modules.pop(FACTORS, None)
 
 
 def remove_reflections(module: fx.GraphModule) -> None:

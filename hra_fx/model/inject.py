@@ -1,7 +1,8 @@
-"""Add adapters to the layers of a model; each step can be undone."""
+"""Add adapters to the layers of a model, where each step can be undone, and remove them: `delete_adapter`."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
@@ -10,22 +11,33 @@ import torch
 from torch import fx, nn
 
 from hra_fx.config import HRAConfig
-from hra_fx.errors import UnsupportedLayerError
+from hra_fx.errors import AdapterError, HRAWarning, UnsupportedLayerError
 from hra_fx.layers.accelerate_hooks import keep_loaded
 from hra_fx.layers.adapted_experts import attach, detach
 from hra_fx.layers.adapted_layer import layer_class_for
 from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
 from hra_fx.layers.base_parameters import swap_tied_modules
-from hra_fx.layers.class_swap import swap, unswap
+from hra_fx.layers.class_swap import mixins_of, original_class, set_class, swap, unswap
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.sharding import is_dtensor
-from hra_fx.layers.target import REFLECTION
+from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.tensor_parallel import call_adapted_class, replicate
+from hra_fx.layers.trained_copies import all_copies
 from hra_fx.layers.variants import adapters_for
-from hra_fx.model.graph_module import rewrite
-from hra_fx.model.state import check_no_foreign_class, is_adapted
+from hra_fx.model.graph_module import remove_reflections, rewrite
+from hra_fx.model.state import (
+    AdapterState,
+    adapted_layers,
+    check_no_foreign_class,
+    clear_state,
+    collect_parts,
+    is_adapted,
+    names_in,
+    offloaded_copy,
+    root_of,
+)
+from hra_fx.model.trainable import activate, restore_ties, sync_layers, unfreeze
 from hra_fx.selection.check import select_checked
-from hra_fx.selection.select import walk
 
 #: Adds an adapter to the container of a layer: (path, layer, container).
 AdapterFactory: TypeAlias = Callable[[str, nn.Module, HouseholderAdapters], None]
@@ -43,11 +55,7 @@ def all_or_nothing() -> Iterator[ExitStack]:
 
 
 def complete(act: Callable[[], None]) -> None:
-    """Call `act`, and call it again if it is interrupted (Ctrl-C), so that it always completes.
-
-    Args:
-        act: a function that can be repeated after an interruption at any point.
-    """
+    """Call `act`, and call it again if it is interrupted (Ctrl-C) at any point, so that it always completes."""
     try:
         act()
     except BaseException:
@@ -66,19 +74,11 @@ def inject_adapter(
     """Add adapter `name` to every layer that `config` selects. The adapter is not active.
 
     `layers` is the result of `select_checked`, if the caller has it.
-
-    Returns:
-        The layers by path.
-
-    Raises:
-        SelectionError: the configuration does not fit the model.
-        UnsupportedLayerError: a selected layer cannot be adapted.
     """
-    modules = walk(model)
-    layers = select_checked(model, config, modules) if layers is None else layers
+    layers = select_checked(model, config) if layers is None else layers
     new = {path: layer for path, layer in layers.items() if not is_adapted(layer)}
     if new or config.modules_to_save or config.bias != "none":
-        check_no_foreign_class(modules)
+        check_no_foreign_class(model)
     for path, layer in layers.items():
         if path in new:
             _attach(path, layer, undo)
@@ -89,7 +89,7 @@ def inject_adapter(
         if is_dtensor(reflection.weight_of(layer)):
             replicate(reflection, reflection.weight_of(layer))
     if new:
-        swap_tied_modules(modules.values(), new.values(), undo)
+        swap_tied_modules(model.modules(), new.values(), undo)
     if new and isinstance(model, fx.GraphModule):
         rewrite(model, undo)
     return layers
@@ -104,14 +104,6 @@ def random_init(name: str, config: HRAConfig, *, on_meta: bool) -> AdapterFactor
         reflection.add(name, spec, weight.dtype, device, on_meta=on_meta)
 
     return fill
-
-
-def remove_adapter_layer(layer: nn.Module) -> None:
-    """Make an adapted layer a plain layer again."""
-    unswap(layer, layer_class_for(layer))
-    del layer._modules[REFLECTION]
-    if isinstance(layer, ExpertsWeight):
-        detach(layer)
 
 
 def _attach(path: str, layer: nn.Module, undo: ExitStack) -> None:
@@ -130,3 +122,76 @@ def _attach(path: str, layer: nn.Module, undo: ExitStack) -> None:
             undo.callback(detach, layer)
     except UnsupportedLayerError as error:
         raise UnsupportedLayerError(f"{path}: {error}") from error
+
+
+def delete_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Remove an adapter. Layers without other adapters become plain layers.
+
+    A model without other adapters becomes a plain model. If the adapter was the only active one, the first remaining
+    adapter becomes active (as in PEFT).
+
+    Raises:
+        AdapterError: the model has no such adapter, adapters are merged, another tool replaced a class, or accelerate
+            offloads trained copies.
+
+    Warns:
+        HRAWarning: another adapter becomes active.
+
+    Example:
+        >>> from hra_fx import HRAConfig, transform
+        >>> model = transform(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"]))
+        >>> delete_adapter(model, "default")
+        >>> list(model.state_dict())
+        ['0.weight', '0.bias']
+    """
+    root, state = root_of(model)
+    (name,) = names_in(state, adapter_name)
+    if state.merged:
+        raise AdapterError(f"adapters {list(state.merged)} are merged into the weights. Call unmerge_adapter first.")
+    check_no_foreign_class(root)
+    if reason := offloaded_copy(root):
+        raise AdapterError(reason)
+    was_active = name in state.active
+    remove_adapters(root, state, (name,))
+    following = next(iter(state.configs)) if was_active and not state.active and state.configs else None
+    if following is not None:
+        activate(collect_parts(root), state, (following,), trainable=not state.configs[following].inference_mode)
+        text = f"adapter {name!r} was active and is deleted; {following!r} is active now."
+        warnings.warn(text, HRAWarning, stacklevel=2)
+    elif state.configs:
+        sync_layers(collect_parts(root), state)
+
+
+def remove_adapters(root: nn.Module, state: AdapterState, names: tuple[str, ...]) -> None:
+    """Remove adapters. A layer or model without adapters becomes a plain one.
+
+    First check with `check_no_foreign_class` that no other tool replaced a class. Then this function cannot fail.
+    """
+    for layer in adapted_layers(root).values():
+        for name in names:
+            layer.hra_u.remove(name)
+    for owner, copies in all_copies(root).values():
+        for name in names:
+            copies.remove(owner, name)
+        if not copies.copied:
+            del owner._modules[SAVED]
+    for name in names:
+        del state.configs[name]
+    state.active = tuple(name for name in state.active if name not in names)
+    restore_ties(root, state)
+    plain = [layer for layer in adapted_layers(root).values() if not layer.hra_u.specs]
+    if plain and isinstance(root, fx.GraphModule):
+        remove_reflections(root)
+    for layer in plain:
+        unswap(layer, layer_class_for(layer))
+        del layer._modules[REFLECTION]
+        if isinstance(layer, ExpertsWeight):
+            detach(layer)
+    if not state.configs:
+        for part in root.modules():
+            if mixins_of(part):
+                set_class(part, original_class(part))
+        unfreeze(root, state.frozen)
+        clear_state(root)
+    elif plain and isinstance(root, fx.GraphModule):
+        rewrite(root, ExitStack())

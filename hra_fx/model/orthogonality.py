@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from hra_fx.functional import householder
 from hra_fx.layers.sharding import full_tensor, reshard
-from hra_fx.model.offload import load_vectors
-from hra_fx.model.state import require_adapted_layers
+from hra_fx.model.state import load_vectors, require_adapted_layers
 
 
 def orthogonality_loss(model: nn.Module) -> Tensor:

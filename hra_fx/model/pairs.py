@@ -21,15 +21,16 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import ASGD, Optimizer
 
-from hra_fx.compat import renew_step_of_accelerate
+from hra_fx.compat import copy_all, renew_step_of_accelerate
 from hra_fx.errors import AdapterError, ConfigError, HRAWarning
+from hra_fx.functional.pairs import from_pairs, gradients_to_pairs, start_length, to_pairs
+from hra_fx.kernels.distributed import as_dtensor
 from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.peft_layers import is_peft_hra_layer
 from hra_fx.layers.sharding import is_dtensor, local_tensor
-from hra_fx.model.pair_batch import PairBatch
 
 #: The entry of a parameter group that stores `difference`.
 KEY = "hra_pair_difference"
@@ -88,7 +89,9 @@ def train_pairs(optimizer: Any, model: nn.Module, difference: float = 0.1) -> No
         >>> model(torch.ones(1, 6)).sum().backward()
         >>> optimizer.step()
     """
-    wrapper, optimizer = optimizer, _torch_optimizer(optimizer)
+    wrapper, optimizer = optimizer, _unwrapped(optimizer)
+    if not isinstance(optimizer, Optimizer):
+        raise AdapterError(f"`optimizer` must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
     check_difference(difference)
     known = _KNOWN.get(optimizer)
     pairs = _Pairs(float(difference)) if known is None else known
@@ -274,13 +277,6 @@ def _guarded(optimizer: Optimizer, pairs: _Pairs) -> Any:
     return types.MethodType(step, weakref.proxy(optimizer))
 
 
-def _torch_optimizer(optimizer: Any) -> Optimizer:
-    inner = _unwrapped(optimizer)
-    if not isinstance(inner, Optimizer):
-        raise AdapterError(f"`optimizer` must be a torch.optim.Optimizer, got {type(inner).__name__}.")
-    return inner
-
-
 def _unwrapped(optimizer: Any) -> Any:
     """Return the optimizer inside accelerate's wrappers."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
@@ -289,11 +285,7 @@ def _unwrapped(optimizer: Any) -> Any:
 
 
 def check_difference(difference: Any, field: str = "difference") -> None:
-    """Check that `difference` is valid.
-
-    Raises:
-        ConfigError: `difference` is not a finite number > 0.
-    """
+    """Check that `difference` is valid."""
     is_number = isinstance(difference, (int, float)) and not isinstance(difference, bool)
     if not is_number or not 0 < difference < math.inf:
         raise ConfigError(f"`{field}` must be a finite number > 0, got {difference!r}. The default is 0.1.")
@@ -315,16 +307,12 @@ def _check_state(optimizer: Optimizer, found: list[_Vectors], difference: float)
     """Raise an error if the optimizer has a state that is not in these pair coordinates."""
     if any(KEY in group for group in optimizer.param_groups):
         _check_groups(optimizer.param_groups, difference)
-    elif any(_has_stepped(optimizer.state.get(one.tensor)) for one in found):
+    # Adagrad has a state before the first step.
+    elif any(state and float(state.get("step", 1)) > 0 for state in (optimizer.state.get(v.tensor) for v in found)):
         raise AdapterError(
             "the optimizer has a state of steps without pairs. Call train_pairs before the first step and before "
             "load_state_dict, or create a new optimizer."
         )
-
-
-def _has_stepped(state: Any) -> bool:
-    """Whether the state of a parameter contains steps. Adagrad has a state before the first step."""
-    return bool(state) and float(state.get("step", 1)) > 0
 
 
 def _adapted_layers(model: Any) -> dict[nn.Module, str]:
@@ -350,14 +338,11 @@ def _adapters(layer: Any) -> Iterator[tuple[str, Any, str | None]]:
     """Name, vectors and the reason not to use pairs (or `None`), for all adapters of a layer of hra_fx or PEFT."""
     own = get_adapters(layer)
     if own is None:
-        ranks, parameters = dict(layer.hra_r), layer.hra_u._parameters
+        facts = {name: (r, layer.hra_apply_GS[name], False) for name, r in layer.hra_r.items()}
     else:
-        ranks, parameters = {name: spec.r for name, spec in own.specs.items()}, own._parameters
-    for name, r in ranks.items():
-        tensor = parameters.get(name)
-        apply_GS = layer.hra_apply_GS[name] if own is None else own.specs[name].apply_GS
-        if tensor is not None:
-            anchored = own is not None and own.anchor(name) is not None
+        facts = {name: (spec.r, spec.apply_GS, own.anchor(name) is not None) for name, spec in own.specs.items()}
+    for name, (r, apply_GS, anchored) in facts.items():
+        if (tensor := layer.hra_u._parameters.get(name)) is not None:
             yield name, tensor, _why_not(tensor, r, apply_GS=apply_GS, anchored=anchored)
 
 
@@ -375,3 +360,39 @@ def _why_not(vectors: Any, r: int, *, apply_GS: bool, anchored: bool) -> str | N
     if is_dtensor(vectors) and any(one.is_shard(vectors.dim() - 1) for one in vectors.placements):
         return "sharded by columns"
     return None
+
+
+class PairBatch:
+    """Vectors with the same shape, converted together: this takes a few operators for any number of layers."""
+
+    def __init__(self, vectors: list[nn.Parameter], difference: float) -> None:
+        """Compute pair coordinates. This does not change anything, so an error here leaves the vectors unchanged."""
+        self.constants = start_length(*vectors[0].shape[-2:]), difference
+        self.vectors, self.gradients = vectors, [one.grad for one in vectors if one.grad is not None]
+        self.values = [local_tensor(one) for one in vectors]
+        self.before = torch.stack(self.values)
+        self.pairs = to_pairs(self.before, *self.constants)
+        made = gradients_to_pairs(torch.stack([local_tensor(one) for one in self.gradients]), *self.constants)
+        self.made = [_like(one, own) for one, own in zip(made.unbind(), self.gradients, strict=True)]
+
+    def enter(self) -> None:
+        """Write pair coordinates into the parameters, and set their gradients."""
+        copy_all(self.values, list(self.pairs.unbind()))
+        for vectors, gradient in zip(self.vectors, self.made, strict=True):
+            vectors.grad = gradient
+
+    def leave(self) -> None:
+        """Add the change of the step to the vectors, so that unchanged vectors keep their exact values."""
+        values = self.before
+        try:
+            values = self.before + from_pairs(torch.stack(self.values).sub_(self.pairs), *self.constants)
+        finally:
+            copy_all(self.values, list(values.unbind()))
+            for vectors, made, own in zip(self.vectors, self.made, self.gradients, strict=True):
+                if vectors.grad is made:
+                    vectors.grad = own
+
+
+def _like(values: Tensor, other: Any) -> Any:
+    """Distribute the local part of a tensor like another tensor."""
+    return as_dtensor(values, other.device_mesh, other.placements, other.shape) if is_dtensor(other) else values

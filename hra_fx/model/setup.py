@@ -1,28 +1,42 @@
-"""Turn a plain model into an adapted one: validate the arguments, insert the layers, attach the state."""
+"""Turn a plain model into an adapted one, and add more adapters: `add_adapter`, `combine`."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, ConfigError
+from hra_fx.functional.chain import padded
+from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
 from hra_fx.layers.class_swap import SwapMixin, swap, unswap
 from hra_fx.layers.containers import check_adapter_name
-from hra_fx.model.activate import activate
+from hra_fx.layers.sharding import first_sharded, is_trained_by_zero
+from hra_fx.layers.target import weight_entry
 from hra_fx.model.example_inputs import Call
-from hra_fx.model.graph_module import connect_factors
-from hra_fx.model.inject import AdapterFactory, all_or_nothing, inject_adapter
+from hra_fx.model.inject import AdapterFactory, all_or_nothing, inject_adapter, random_init
 from hra_fx.model.root import swap_body
-from hra_fx.model.state import AdapterState, attach_state, clear_state, collect_parts
-from hra_fx.model.trainable import freeze, make_copies
+from hra_fx.model.state import (
+    AdapterState,
+    adapted_layers,
+    attach_state,
+    clear_state,
+    collect_parts,
+    load_vectors,
+    names_in,
+    root_of,
+)
+from hra_fx.model.trainable import activate, freeze, make_copies, set_requires_grad, sync_layers, unfreeze
 from hra_fx.model.verify import check_against_folded
+from hra_fx.selection.select import with_head
 
 
 def set_up(
@@ -38,25 +52,17 @@ def set_up(
 ) -> None:
     """Adapt a plain model with one active adapter.
 
-    Args:
-        model: the model, changed in place.
-        config: validated by `checked`.
-        adapter_name: name of the adapter.
-        fill: sets the vectors of each adapted layer.
-        copies: (path of the module, name of its tensor) -> value of a trained copy, if it differs from the base model.
-        root_class: mixed into the class of the model.
-        call: arguments of one call, to compare the adapted model with its folded weights.
-        layers: the result of `select_checked`, if the caller has it.
+    `config` was validated by `checked`. `copies` is (path of the module, name of its tensor) -> value of a trained copy
+    that differs from the base model. `call` are arguments with which the model is compared with its folded weights.
+    `layers` is the result of `select_checked`, if the caller has it.
     """
     with all_or_nothing() as steps:
         layers = inject_adapter(model, adapter_name, config, fill, steps, layers)
-        changed = freeze(model)
-        steps.callback(changed.restore, model)
-        state = AdapterState({adapter_name: config}, requires_grad=changed.flags)
+        state = AdapterState({adapter_name: config}, frozen=freeze(model))
+        steps.callback(unfreeze, model, state.frozen)
         make_copies(model, adapter_name, config, layers, state, steps, copies)
         steps.callback(clear_state, model)
         attach_state(model, state)
-        connect_factors(model)
         if not isinstance(model, fx.GraphModule):
             swap(model, root_class)
             steps.callback(unswap, model, root_class)
@@ -67,15 +73,7 @@ def set_up(
 
 
 def checked(model: Any, config: HRAConfig, adapter_name: str) -> HRAConfig:
-    """Validate the arguments of `transform` and `add_adapter`.
-
-    Returns:
-        A validated copy of the configuration, because fields may have been set after it was created.
-
-    Raises:
-        AdapterError: `model` is not a module, or `adapter_name` cannot be used.
-        ConfigError: `config` is not an `HRAConfig`.
-    """
+    """Validate the arguments of `transform` and `add_adapter`, and return a validated copy of the configuration."""
     if not isinstance(model, nn.Module):
         raise AdapterError(f"`model` must be a torch.nn.Module, got {model!r}.")
     config = valid_config(config)
@@ -86,11 +84,7 @@ def checked(model: Any, config: HRAConfig, adapter_name: str) -> HRAConfig:
 
 
 def valid_config(config: HRAConfig) -> HRAConfig:
-    """Return a validated copy of a configuration, which may also be a `peft.HRAConfig`.
-
-    Raises:
-        ConfigError: `config` is not an `HRAConfig` of hra_fx or PEFT.
-    """
+    """Return a validated copy of a configuration, which may also be a `peft.HRAConfig`."""
     theirs = getattr(sys.modules.get("peft"), "HRAConfig", None)  # if PEFT is not loaded, no object has its classes
     if theirs is not None and isinstance(config, theirs):
         return HRAConfig.from_dict(copy.deepcopy(config.to_dict()))
@@ -101,3 +95,152 @@ def valid_config(config: HRAConfig) -> HRAConfig:
             "hra_fx.HRAConfig(r=..., target_modules=...), or read one with hra_fx.HRAConfig.from_pretrained(folder)."
         )
     return copy.deepcopy(dataclasses.replace(config))
+
+
+def add_adapter(model: nn.Module, adapter_name: str, config: HRAConfig, *, low_cpu_mem_usage: bool = False) -> None:
+    """Add another adapter to a transformed model, with its own configuration. The new adapter is not active.
+
+    Args:
+        model: a transformed model.
+        adapter_name: name of the new adapter.
+        config: the configuration, as for `transform`.
+        low_cpu_mem_usage: create the vectors on the meta device, to be loaded later.
+
+    Raises:
+        AdapterError: the name is taken, adapters are merged, or DeepSpeed's ZeRO already trains the model.
+        ConfigError, SelectionError, UnsupportedLayerError: see `transform`. After any error the model is unchanged.
+
+    Example:
+        >>> from hra_fx import HRAConfig, transform
+        >>> model = transform(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2)), HRAConfig(r=2, target_modules=["0"]))
+        >>> add_adapter(model, "other", HRAConfig(r=3, target_modules=["0", "1"]))
+        >>> [name for name, _ in model.named_parameters() if "hra_u" in name]
+        ['0.hra_u.default', '0.hra_u.other', '1.hra_u.other']
+    """
+    root, state = root_of(model)
+    config = with_head(root, checked(root, config, adapter_name))
+    add_filled_adapter(root, state, adapter_name, config, random_init(adapter_name, config, on_meta=low_cpu_mem_usage))
+
+
+def add_filled_adapter(
+    root: nn.Module,
+    state: AdapterState,
+    adapter_name: str,
+    config: HRAConfig,
+    fill: AdapterFactory,
+    copies: Mapping[tuple[str, str], Tensor] = MappingProxyType({}),
+    layers: dict[str, nn.Module] | None = None,
+) -> None:
+    """Add an adapter with the vectors from `fill` and with these trained copies; raises the errors of `add_adapter`.
+
+    `layers` is the result of `select_checked`, if the caller has it.
+    """
+    if adapter_name in state.configs:
+        raise AdapterError(
+            f"adapter {adapter_name!r} already exists in this model. Delete it first, or choose another name."
+        )
+    if state.merged:
+        raise AdapterError(f"adapters {list(state.merged)} are merged into the weights. Call unmerge_adapter first.")
+    for path, layer in adapted_layers(root).items():
+        if any(map(is_trained_by_zero, layer.hra_u.parameters())):
+            raise AdapterError(
+                f"{path}: DeepSpeed already trains it, and would not manage the vectors of adapter {adapter_name!r}. "
+                "Add it before deepspeed.initialize, which Trainer.train calls, or to a new model."
+            )
+    with all_or_nothing() as undo:
+        layers = inject_adapter(root, adapter_name, config, fill, undo, layers)
+        make_copies(root, adapter_name, config, layers, state, undo, copies)
+        state.configs[adapter_name] = config
+        undo.callback(state.configs.pop, adapter_name, None)
+        parts = collect_parts(root)
+        set_requires_grad(parts, {adapter_name: False})
+        sync_layers(parts, state)
+
+
+def combine(model: nn.Module, adapters: Sequence[str], adapter_name: str) -> None:
+    """Add an adapter that is the exact product of several, `Q = Q_a Q_b ...`, with `r_a + r_b + ...` reflections.
+
+    Anchors and the current scales are included. The new adapter is not active, does not use Gram-Schmidt, and is
+    on every layer that has at least one of the adapters. If a layer does not have all of them, its vectors are padded
+    with pairs of equal reflections, which cancel.
+
+    Args:
+        model: a transformed model.
+        adapters: names of the adapters, in the order of the product.
+        adapter_name: name of the new adapter.
+
+    Raises:
+        AdapterError: the model has no such adapter, there are fewer than two names, an adapter has trained copies
+            (`modules_to_save` or `bias`), a layer would need an odd number of padding reflections, all adapters have
+            scale 0, or the vectors are sharded.
+
+    Example:
+        >>> from hra_fx import HRAConfig, add_adapter, transform
+        >>> model = transform(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"]), "a")
+        >>> add_adapter(model, "b", HRAConfig(r=4, target_modules=["0"]))
+        >>> combine(model, ["a", "b"], "ab")
+        >>> model[0].hra_u["ab"].shape
+        torch.Size([6, 6])
+    """
+    root, state = root_of(model)
+    names = names_in(state, adapters)
+    if len(names) < 2:
+        raise AdapterError(f"combine needs at least two adapters, got {list(names)}.")
+    for name in names:
+        config = state.configs[name]
+        if config.modules_to_save or config.bias != "none":
+            raise AdapterError(
+                f"adapter {name!r}: it has trained copies of modules or biases, which cannot be combined."
+            )
+    if sharded := first_sharded(root):
+        raise AdapterError(
+            f"{sharded[0]}: {sharded[1]} shards its parameters and would not manage the new vectors. Combine before "
+            "sharding."
+        )
+    load_vectors(root)
+    with torch.inference_mode(False):
+        _combine(root, state, names, adapter_name)
+
+
+def _combine(root: nn.Module, state: AdapterState, names: tuple[str, ...], adapter_name: str) -> None:
+    chains = {
+        path: [layer.hra_u.chain(name).detach() for name in names if name in layer.hra_u]
+        for path, layer in adapted_layers(root).items()
+        if any(name in layer.hra_u for name in names)
+    }
+    rank = max(sum(chain.shape[-1] for chain in parts) for parts in chains.values())
+    if not rank:
+        raise AdapterError(
+            f"adapters {list(names)}: all have scale 0, so their product is the identity. Call hra_fx.set_scale."
+        )
+    joint = {path: _fill(path, torch.cat(parts, dim=-1), rank) for path, parts in chains.items()}
+    stacked = [path for path, layer in adapted_layers(root).items() if path in chains and layer.hra_u.kind == "experts"]
+    config = dataclasses.replace(
+        state.configs[names[0]],
+        r=rank,
+        rank_pattern={},
+        apply_GS=False,
+        init_weights=True,
+        # A pattern: in a list, a path would also match longer paths that end like it.
+        target_modules="|".join(re.escape(path) for path in chains if path not in stacked) or None,
+        target_parameters=[weight_entry(path, adapted_layers(root)[path]) for path in stacked] or None,
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+    )
+    spec = AdapterSpec(rank, init_weights=False)
+
+    def fill(path: str, layer: nn.Module, reflection: HouseholderAdapters) -> None:
+        reflection.put(adapter_name, spec, joint[path], None)
+
+    add_filled_adapter(root, state, adapter_name, checked(root, config, adapter_name), fill)
+
+
+def _fill(path: str, chain: Tensor, rank: int) -> Tensor:
+    try:
+        return padded(chain, rank)
+    except ValueError as error:
+        raise AdapterError(
+            f"{path}: it has {chain.shape[-1]} reflections of these adapters, but other layers have {rank}. The "
+            "difference must be even, because layers are padded with pairs that cancel. Combine adapters of even ranks."
+        ) from error

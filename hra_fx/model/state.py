@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 from torch import fx, nn
 
-from hra_fx.compat import state_modules
+from hra_fx.compat import is_compiled_module, state_modules
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
-from hra_fx.layers.adapted_layer import AdaptedLayer
+from hra_fx.layers.accelerate_hooks import WHOLE, keep_loaded, offloading_hook
+from hra_fx.layers.adapted_layer import AdaptedLayer, layer_class_for
 from hra_fx.layers.adapters import HouseholderAdapters
-from hra_fx.layers.class_swap import is_swapped, mixins_of
-from hra_fx.layers.graph_notes import read_notes, remove_note, write_note
+from hra_fx.layers.class_swap import is_swapped, mixins_of, set_class, unswap
 from hra_fx.layers.peft_layers import find_peft_layer
 from hra_fx.layers.sharding import sharded_by
-from hra_fx.layers.target import FACTORS, REFLECTION
+from hra_fx.layers.target import FACTORS, REFLECTION, SAVED
 from hra_fx.layers.tensor_parallel import half_split, is_half_split
-from hra_fx.layers.trained_copies import Copies
+from hra_fx.layers.trained_copies import Copies, all_copies
 
+M = TypeVar("M")
 #: The attribute in which a transformed model stores its state.
 RECORD = "_hra_record"
 
@@ -36,7 +38,7 @@ class AdapterState:
         merged: the active adapters that are merged into the weights.
         disabled: whether all adapters are disabled.
         disabled_blocks: the number of open `with disable_adapters(...)` blocks.
-        requires_grad: parameter name -> (before, after), for parameters that `transform` changed.
+        frozen: names of the parameters that `transform` froze.
         untied: the ties of weights that a trained copy turned off (`tie_word_embeddings`).
     """
 
@@ -45,7 +47,7 @@ class AdapterState:
     merged: tuple[str, ...] = ()
     disabled: bool = False
     disabled_blocks: int = 0
-    requires_grad: dict[str, tuple[bool, bool]] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()
     untied: tuple[Any, ...] = ()
     _layers: list[weakref.ref[nn.Module]] = field(default_factory=list)
 
@@ -72,17 +74,16 @@ class AdapterState:
 def get_state(model: nn.Module) -> AdapterState | None:
     """The state of this module, or `None` if it is not the root of a transformed model."""
     if isinstance(model, fx.GraphModule):
-        # A copy of an unpickled graph does not have the notes, but it has the children.
-        state = read_notes(model).get(RECORD) or getattr(model._modules.get(FACTORS), "state", None)
+        state = getattr(model._modules.get(FACTORS), "state", None)
     else:
         state = vars(model).get(RECORD)
     return state if isinstance(state, AdapterState) else None
 
 
 def attach_state(model: nn.Module, state: AdapterState) -> None:
-    """Attach a state to a model."""
+    """Attach a state to a model. A graph has it in the child that computes the factors."""
     if isinstance(model, fx.GraphModule):
-        write_note(model, RECORD, state)
+        vars(model._modules[FACTORS])["state"] = state
     else:
         vars(model)[RECORD] = state
 
@@ -90,35 +91,24 @@ def attach_state(model: nn.Module, state: AdapterState) -> None:
 def clear_state(model: nn.Module) -> None:
     """Remove the state, if there is one."""
     if isinstance(model, fx.GraphModule):
-        remove_note(model, RECORD)
+        model._modules.pop(FACTORS, None)
     else:
         vars(model).pop(RECORD, None)
 
 
 class AdaptedParts(NamedTuple):
-    """The adapted parts of a model, found in one pass without paths, so that switching adapters is fast.
-
-    Attributes:
-        modules: all modules of the model.
-        roots: the modules that were transformed.
-        layers: all adapted layers.
-        reflections: their containers of adapters.
-        copies: (owner, copies) of every module with trained copies.
-    """
+    """All modules of a model and its adapted parts, found in one pass without paths, so that switching is fast."""
 
     modules: list[nn.Module]
     roots: list[nn.Module]
     layers: list[nn.Module]
     reflections: list[HouseholderAdapters]
+    #: (owner, copies) of every module with trained copies.
     copies: list[tuple[nn.Module, Copies]]
 
 
 def collect_parts(model: nn.Module) -> AdaptedParts:
-    """Collect the adapted parts of a model.
-
-    Raises:
-        AdapterError: `model` is not a module.
-    """
+    """Collect the adapted parts of a model."""
     if not isinstance(model, nn.Module):
         raise AdapterError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
     found = AdaptedParts([model], [], [], [], [])
@@ -141,11 +131,7 @@ def collect_parts(model: nn.Module) -> AdaptedParts:
 
 
 def root_of(model: nn.Module) -> tuple[nn.Module, AdapterState]:
-    """The transformed model in `model`, and its state: `model` itself, or the module in a wrapper such as DDP.
-
-    Raises:
-        AdapterError: no transformed model was found, or several.
-    """
+    """The transformed model in `model`, and its state: `model` itself, or the module in a wrapper such as DDP."""
     return only_root(model, collect_parts(model))
 
 
@@ -164,16 +150,9 @@ def only_root(model: nn.Module, found: AdaptedParts) -> tuple[nn.Module, Adapter
     return found.roots[0], state
 
 
-def check_no_foreign_class(modules: Mapping[str, nn.Module]) -> None:
-    """Check that no other tool sharded a model, in part or as a whole, or replaced the class of an adapted part.
-
-    Args:
-        modules: path -> module, for all modules of the model.
-
-    Raises:
-        AdapterError: a tool did; the message names the part.
-    """
-    for path, module in modules.items():
+def check_no_foreign_class(model: nn.Module) -> None:
+    """Check that no other tool sharded a model, in part or as a whole, or replaced the class of an adapted part."""
+    for path, module in model.named_modules():
         if is_half_split(module):
             raise AdapterError(f"{path}: {half_split(module)}")
         if tool := sharded_by(module):
@@ -189,11 +168,7 @@ def check_no_foreign_class(modules: Mapping[str, nn.Module]) -> None:
 
 
 def names_in(state: AdapterState, names: str | Iterable[str]) -> tuple[str, ...]:
-    """Check adapter names and return them as a tuple.
-
-    Raises:
-        AdapterError: the model has no such adapter, or a name occurs twice.
-    """
+    """Check adapter names and return them as a tuple."""
     wanted = (names,) if isinstance(names, str) else tuple(names)
     for name in wanted:
         if name not in state.configs:
@@ -215,11 +190,7 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
 
 
 def require_adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """Like `adapted_layers`, but the result is never empty.
-
-    Raises:
-        AdapterError: the model has no adapted layers.
-    """
+    """Like `adapted_layers`, but the result is never empty."""
     if not isinstance(model, nn.Module):
         raise AdapterError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
     layers = adapted_layers(model)
@@ -242,3 +213,82 @@ def _no_adapters(model: nn.Module) -> AdapterError:
     if found := find_peft_layer(model):
         return AdapterError(f"{class_name} has PEFT adapters ({found[0]}), but none of hra_fx. {found[1]}")
     return AdapterError(f"{class_name} has no adapters. Call hra_fx.transform(model, config) first.")
+
+
+def unwrap(model: M) -> M:
+    """The model inside `DistributedDataParallel`, `DataParallel` or `torch.compile`, or the model itself."""
+    inner = model
+    while isinstance(inner, nn.Module) and (name := _child_name(inner)):
+        inner = inner._modules[name]  # type: ignore[assignment]
+    return inner
+
+
+def _child_name(model: nn.Module) -> str | None:
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return "module"
+    # If TorchDynamo is not loaded, no object has this class.
+    return "_orig_mod" if is_compiled_module(model) else None
+
+
+@contextmanager
+def base_model_view(model: nn.Module) -> Iterator[None]:
+    """Context manager in which the model is as before `transform`, except for trained copies that are in use."""
+    with ExitStack() as restore:
+        for module in list(model.modules()):
+            if isinstance(module, AdaptedLayer) and REFLECTION in module._modules:
+                restore.callback(set_class, module, type(module))
+                unswap(module, layer_class_for(module))
+            if SAVED in module._modules or REFLECTION in module._modules:
+                # In their previous order, which is the order of parameters and of optimizer states.
+                restore.callback(module._modules.update, dict(module._modules))
+                restore.callback(module._modules.clear)
+                for child in (SAVED, REFLECTION):
+                    module._modules.pop(child, None)
+            if RECORD in vars(module):
+                restore.callback(vars(module).__setitem__, RECORD, vars(module).pop(RECORD))
+        yield
+
+
+def load_vectors(model: nn.Module) -> None:
+    """Load the vectors that accelerate offloads to the device of their layer. They are not offloaded again."""
+    if reason := _flat_shard(model) or _offloaded_as_a_whole(model) or offloaded_copy(model):
+        raise AdapterError(reason)
+    for layer in adapted_layers(model).values():
+        keep_loaded(layer.hra_u)
+
+
+def offloaded_copy(model: nn.Module) -> str | None:
+    """Return why trained copies cannot be read or switched now, and what to do; `None` if they can.
+
+    accelerate's hook loads tensors by name, without regard to which copy is in use.
+    """
+    for path, (owner, copies) in all_copies(model).items():
+        if any(offloading_hook(part) is not None for part in (owner, *copies.modules())):
+            return (
+                f"{path or 'the model'}: accelerate offloads it, with its trained copies (modules_to_save or bias). "
+                "First load them with accelerate.hooks.remove_hook_from_submodules(model), and offload the model again "
+                "afterwards."
+            )
+    return None
+
+
+def _flat_shard(model: nn.Module) -> str | None:
+    for path, layer in adapted_layers(model).items():
+        if any(
+            layer.hra_u[name].shape != layer.hra_u.vectors_shape(spec.r) for name, spec in layer.hra_u.specs.items()
+        ):
+            return (
+                f"{path}: this process holds only a flat shard of its vectors (FullyShardedDataParallel, ZeRO-3). "
+                "Gather them first (FullyShardedDataParallel.summon_full_params, deepspeed.zero.GatheredParameters), "
+                "or shard with torch.distributed.fsdp.fully_shard."
+            )
+    return None
+
+
+def _offloaded_as_a_whole(model: nn.Module) -> str | None:
+    for path, module in model.named_modules():
+        hook = offloading_hook(module)
+        whole = hook is not None and hook.place_submodules
+        if whole and any(isinstance(part, HouseholderAdapters) for part in module.modules()):
+            return f"{path or 'the model'}: {WHOLE}."
+    return None

@@ -22,30 +22,13 @@ from hra_fx.compat import is_wrapper_subclass, state_modules
 from hra_fx.layers.accelerate_hooks import stored
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.trained_copies import BASE, get_copies
-from hra_fx.model.base_view import base_model_view
+from hra_fx.model.state import base_model_view
 
 
 def tied_to(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, list[str]]:
-    """Find other parameters and buffers of the model that overlap a weight in memory.
+    """Find the other parameters and buffers that overlap a weight in memory: name -> names, for weights that are tied.
 
     A layer with several paths is one layer, and is not tied to itself.
-
-    Args:
-        model: the model.
-        weights: name -> tensor, each a parameter of `model`.
-
-    Returns:
-        name -> names of the tensors that it is tied to, only for weights that are tied.
-
-    Example:
-        >>> class Tied(nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.embed, self.head = nn.Embedding(5, 3), nn.Linear(3, 5)
-        ...         self.head.weight = self.embed.weight
-        >>> model = Tied()
-        >>> tied_to(model, {"head.weight": model.head.weight})
-        {'head.weight': ['embed.weight']}
     """
     by_storage: dict[object, list[tuple[str, range]]] = {}
     for name, tensor in _tensors(model) if weights else ():
@@ -216,14 +199,8 @@ def untied_copies(
 ) -> dict[str, tuple[nn.Module, str, nn.Parameter]]:
     """Create separate tensors for everything that some settings tie, except for tensors that get their own anyway.
 
-    Args:
-        model: the whole model.
-        ties: the settings that are turned off.
-        written: the tensors that get their own memory anyway.
-        folded: adapters with trained copies that become the model's own tensors.
-
-    Returns:
-        name -> (module, name of its tensor, its own parameter).
+    `written` are the tensors that get their own memory anyway. `folded` are adapters with trained copies that become
+    the model's own tensors. Returns name -> (module, name of its tensor, its own parameter).
     """
     # The source tensors come first and keep their memory.
     names = dict.fromkeys(pair[end] for end in (1, 0) for tie in ties for pair in tie.pairs)

@@ -1,10 +1,9 @@
-"""Set which parameters of an adapted model are trainable: vectors and trained copies of the active adapters."""
+"""Which adapters are active, and which parameters of an adapted model are trainable."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +11,14 @@ from torch.nn.parameter import is_lazy
 
 from hra_fx.compat import state_modules
 from hra_fx.config import HRAConfig
-from hra_fx.errors import UnsupportedLayerError
+from hra_fx.errors import AdapterError, UnsupportedLayerError
 from hra_fx.layers.accelerate_hooks import offloading_hook
 from hra_fx.layers.adapted_experts import adapted_parameters
 from hra_fx.layers.adapters import get_adapters
+from hra_fx.layers.sharding import sharded_by
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import BASE, Copies, all_copies, get_copies, own_tensors
-from hra_fx.model.state import AdaptedParts, AdapterState
+from hra_fx.model.state import AdaptedParts, AdapterState, offloaded_copy
 from hra_fx.model.tied import TensorRef, find_ties, is_tied, set_tied, tied_to, why_not_untie
 from hra_fx.selection.select import saved_modules
 
@@ -27,55 +27,34 @@ _BIASES = ("bias", "in_proj_bias")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-@dataclass(frozen=True)
-class FlagChanges:
-    """The changes that `freeze` made: parameter name -> `requires_grad` (before, after)."""
-
-    flags: dict[str, tuple[bool, bool]]
-
-    def restore(self, model: nn.Module) -> None:
-        """Restore every flag that has not been set again since `freeze`."""
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        for name, (before, after) in self.flags.items():
-            if name in parameters and parameters[name].requires_grad is after:
-                _set_flag(parameters[name], before)
+def freeze(model: nn.Module) -> tuple[str, ...]:
+    """Freeze every parameter of the base model. Returns the names of those that were trainable."""
+    # List tied parameters under each of their names, because a trained copy may untie them.
+    named = model.named_parameters(remove_duplicate=False)
+    trained = {name: parameter for name, parameter in named if parameter.requires_grad and _is_base(name)}
+    for parameter in trained.values():
+        parameter.requires_grad = False  # a lazy parameter has no methods
+    return tuple(trained)
 
 
-def freeze(model: nn.Module) -> FlagChanges:
-    """Freeze every parameter of the base model."""
-    changes = FlagChanges({})
-    try:
-        # List tied parameters under each of their names, because a trained copy may untie them.
-        named = [item for item in model.named_parameters(remove_duplicate=False) if item[1].requires_grad]
-        for name, parameter in named:
-            if _is_base(name):
-                _set_flag(parameter, False)
-                changes.flags[name] = (True, False)
-    except BaseException:
-        changes.restore(model)
-        raise
-    return changes
+def unfreeze(model: nn.Module, names: Iterable[str]) -> None:
+    """Make the parameters that `freeze` froze trainable again."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in names:
+        if name in parameters:
+            parameters[name].requires_grad = True
 
 
-def train_only(parts: AdaptedParts, names: Iterable[str]) -> None:
-    """Train the vectors and copies of these adapters, and freeze those of all others."""
-    wanted = set(names)
+def set_requires_grad(parts: AdaptedParts, wanted: Mapping[str, bool]) -> None:
+    """Train or freeze the vectors and copies of some adapters. The flags of other adapters do not change."""
     for reflection in parts.reflections:
         for name in reflection.specs:
-            reflection.set_trainable(name, name in wanted)
+            if name in wanted:
+                reflection.set_trainable(name, wanted[name])
     for owner, copies in parts.copies:
         for name in copies.copied:
-            copies.set_trainable(owner, name, name in wanted)
-
-
-def set_requires_grad(parts: AdaptedParts, names: Iterable[str], wanted: bool) -> None:
-    """Train or freeze the vectors and copies of some adapters. The flags of other adapters do not change."""
-    for name in names:
-        for reflection in parts.reflections:
-            if name in reflection.specs:
-                reflection.set_trainable(name, wanted)
-        for owner, copies in parts.copies:
-            copies.set_trainable(owner, name, wanted)
+            if name in wanted:
+                copies.set_trainable(owner, name, wanted[name])
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -103,9 +82,6 @@ def make_copies(
 
     `values`, (path of the module, name of its tensor) -> tensor, replaces the values of the base model. Tensors that
     are tied in the base model have one copy, unless their values differ, because PEFT trains a copy of each.
-
-    Raises:
-        UnsupportedLayerError: a tensor cannot be copied, or another adapter reflects the layer.
     """
     wanted = to_copy(model, config, layers)
     for path, (owner, names) in wanted.items():
@@ -196,8 +172,52 @@ def _is_base(name: str) -> bool:
     return {REFLECTION, SAVED}.isdisjoint(name.split("."))
 
 
-def _set_flag(parameter: nn.Parameter, wanted: bool) -> None:
-    if is_lazy(parameter):  # has no methods before it is initialized
-        parameter.requires_grad = wanted
-    else:
-        parameter.requires_grad_(wanted)
+def activate(parts: AdaptedParts, state: AdapterState, names: tuple[str, ...], *, trainable: bool) -> None:
+    """Activate and train exactly these adapters."""
+    state.active = names
+    sync_layers(parts, state)
+    set_requires_grad(parts, {name: trainable and name in names for name in state.configs})
+
+
+def sync_layers(parts: AdaptedParts, state: AdapterState) -> None:
+    """Update every adapted layer and every trained copy from the state of the model."""
+    state.layers = tuple(parts.layers)
+    acting = () if state.disabled else state.active
+    unmerged = tuple(name for name in acting if name not in state.merged)
+    for reflection in parts.reflections:
+        # nn.Module.__setattr__ would take longer than everything else that happens to a layer here.
+        vars(reflection)["active"] = tuple([name for name in unmerged if name in reflection.specs])
+    for owner, copies in parts.copies:
+        copies.activate_copies(owner, next((name for name in acting if name in copies.copied), BASE))
+
+
+def check_copies_can_switch(root: nn.Module, parts: AdaptedParts, acting: Iterable[str]) -> None:
+    """Raise an error if trained copies must be switched in a sharded or offloaded model."""
+    names = tuple(acting)
+    for owner, copies in parts.copies:
+        if not copies.would_change(next((name for name in names if name in copies.copied), BASE)):
+            continue
+        if reason := offloaded_copy(root):
+            raise AdapterError(reason)
+        if tool := next(filter(None, map(sharded_by, parts.modules)), None):
+            raise AdapterError(
+                f"{_path_of(root, owner)}: its trained copies (modules_to_save or bias) cannot be switched, "
+                f"because {tool} restores the parameters that it sharded. Set the adapters before sharding."
+            )
+        return
+
+
+def check_copies(root: nn.Module, parts: AdaptedParts, names: Iterable[str]) -> None:
+    """Check that at most one of these adapters has a trained copy of each module."""
+    wanted = tuple(names)
+    for owner, copies in parts.copies:
+        several = [name for name in wanted if name in copies.copied]
+        if len(several) > 1:
+            raise AdapterError(
+                f"adapters {several} each have a trained copy of {_path_of(root, owner)} (modules_to_save or bias), "
+                "and only one copy can be used at a time. Set one of these adapters."
+            )
+
+
+def _path_of(root: nn.Module, owner: nn.Module) -> str:
+    return next(path for path, module in root.named_modules() if module is owner) or "the model"

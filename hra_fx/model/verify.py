@@ -24,7 +24,7 @@ from hra_fx.layers.accelerate_hooks import offloading_hook
 from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.model.example_inputs import Call, clone_inputs, preserve_rng_state, seed_everything
 from hra_fx.model.fold import prepare_fold
-from hra_fx.model.rotate import base_weight
+from hra_fx.model.merge import base_weight
 from hra_fx.model.state import adapted_layers
 
 _SEED = 20240517
@@ -43,18 +43,8 @@ class _Run(NamedTuple):
 def check_against_folded(model: nn.Module, call: Call) -> None:
     """Compare a transformed model with its folded version, in float64 if it runs in float64, otherwise in float32.
 
-    Memory: a copy of the model and the gradients of its adapted weights, both in float64. Without activations, this is
-        four times the memory of a float32 model and eight times the memory of a bfloat16 model, and a few copies of its
-        largest weight.
-
-    Args:
-        model: a transformed model; it is not run and not changed.
-        call: positional and keyword arguments of one call.
-
-    Raises:
-        UnsupportedLayerError: the model has quantized layers, or tensors on the meta device.
-        VerificationError: a result differs. The message names the mode, and the first module with a different output or
-            the layer.
+    The model is not run and not changed. Memory: a copy of the model and the gradients of its adapted weights, both in
+    float64, and a few copies of its largest weight.
     """
     for path, layer in model.named_modules():
         if scheme := quant_scheme_of(layer):

@@ -32,27 +32,17 @@ _EXCLUDE_IT = "E" + _EXCLUDE[1:]
 _EXCLUDE_EXPERTS = "use longer names in `target_parameters`, which leave it out"
 
 
-def select_checked(model: nn.Module, config: HRAConfig, modules: Modules | None = None) -> dict[str, nn.Module]:
+def select_checked(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
     """Select the layers of a model by a configuration, and check that all of them can be adapted.
 
-    `modules` is the result of `walk`, if the caller has it.
-
-    Raises:
-        SelectionError: see `select`.
-        UnsupportedLayerError: a selected layer is not supported (the message gives the reason for the first one and
-            lists the others), or a module of the model prevents adapters (the message names it).
-
-    Warns:
-        HRAWarning: see `select`; the model has quantized layers that are not adapted and block gradients; or an entry
-            of `rank_pattern` does not match any layer.
+    The error gives the reason for the first layer, and lists the others.
 
     >>> model = nn.Sequential(nn.Linear(2, 2, dtype=torch.complex64))
     >>> select_checked(model, HRAConfig(target_modules=["0"]))
     Traceback (most recent call last):
     hra_fx.errors.UnsupportedLayerError: 0 (Linear): its weight must be a plain floating-point tensor, got torch.c...
     """
-    modules = walk(model) if modules is None else modules
-    layers = select(model, config, modules)
+    modules, layers = walk(model), select(model, config)
     _check_modules(modules, layers)
     unsupported = {path: problem for path, layer in layers.items() if (problem := layer_problem(path, layer, config))}
     if unsupported:
@@ -146,7 +136,13 @@ def _weight_problem(layer: nn.Module) -> str | None:
     if weight.is_meta and offloading_hook(owner) is not None and quant_scheme_of(layer):
         return "its weight is on the meta device and has no data. Load the weights first"
     if scheme := quant_scheme_of(layer):
-        return scheme.why_not_adapted(layer) or _quantized_problem(layer, scheme.description(layer))
+        reason = scheme.why_not_adapted(layer)
+        if reason is None and has_own_forward(layer):
+            reason = (
+                "its class overrides `forward`, which needs the rotated weight, and a quantized weight "
+                f"({scheme.description(layer)}) cannot be rotated. {_EXCLUDE_IT}"
+            )
+        return reason
     if not is_dtensor(weight) and is_split_by_old_transformers(layer):
         return "this version of transformers splits it without DTensor. Use transformers 5.16 or later"
     if is_dtensor(weight) and weight.dtype in _DTYPES:
@@ -161,15 +157,6 @@ def _weight_problem(layer: nn.Module) -> str | None:
     if (expected := _weight_shape(layer)) and shape != expected:
         return f"its weight must have shape {expected}, got {shape} (packed?). {_EXCLUDE_IT}"
     return None
-
-
-def _quantized_problem(layer: nn.Module, description: str) -> str | None:
-    if not has_own_forward(layer):
-        return None
-    return (
-        f"its class overrides `forward`, which needs the rotated weight, and a quantized weight ({description}) cannot "
-        f"be rotated. {_EXCLUDE_IT}"
-    )
 
 
 def _weight_shape(layer: nn.Module) -> tuple[int, ...] | None:

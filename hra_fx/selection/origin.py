@@ -40,12 +40,7 @@ class Origin:
 
 
 def origin_of(model: nn.Module) -> Origin:
-    """The facts about a model, or about the model that a graph was traced from.
-
-    Example:
-        >>> origin_of(nn.Sequential()).class_name
-        'Sequential'
-    """
+    """The facts about a model, or about the model that a graph was traced from."""
     if isinstance(model, fx.GraphModule):
         known = read_notes(model).get(_KEY)
         if isinstance(known, Origin):

@@ -20,11 +20,6 @@ def targeted_parameters(model: nn.Module, config: HRAConfig) -> dict[str, nn.Mod
     """The 3-D parameters that `config` targets: path -> layer that represents the parameter.
 
     The path is the path of the adapted layer, `<path of the module>.hra_<parameter>`.
-
-    >>> model = nn.ModuleDict({"experts": nn.Module()})
-    >>> model["experts"].up = nn.Parameter(__import__("torch").ones(4, 8, 6))
-    >>> list(targeted_parameters(model, HRAConfig(target_parameters=["experts.up"])))
-    ['experts.hra_up']
     """
     found: dict[str, nn.Module] = {}
     names = config.target_parameters or ()
@@ -86,13 +81,6 @@ def expert_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Paramet
     """Path -> (module, parameter), for 3-D parameters of a model that do not belong to a layer; shared ones occur once.
 
     Parameters with a dimension of size 1, such as position embeddings of shape `(1, n, d)`, are left out.
-
-    Example:
-        >>> import torch
-        >>> experts = nn.Module()
-        >>> experts.gate_up_proj = nn.Parameter(torch.zeros(4, 6, 3))
-        >>> list(expert_parameters(nn.ModuleDict({"experts": experts, "conv": nn.Conv1d(2, 2, 3)})))
-        ['experts.gate_up_proj']
     """
     found: dict[str, tuple[nn.Module, nn.Parameter]] = {}
     for path, owner, name in stacked_parameters(model):

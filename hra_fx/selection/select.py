@@ -20,7 +20,7 @@ from hra_fx.compat import state_modules
 from hra_fx.config import HRAConfig
 from hra_fx.errors import HRAWarning, SelectionError
 from hra_fx.layers.experts_weight import ExpertsWeight
-from hra_fx.layers.peft_layers import is_peft_layer, refuse_peft_layers
+from hra_fx.layers.peft_layers import refuse_peft_layers
 from hra_fx.layers.target import REFLECTION, SAVED, find_kind
 from hra_fx.patterns import layer_index_regex, saved_module_regex
 from hra_fx.selection.origin import DEFAULT_TARGETS, origin_of
@@ -46,40 +46,24 @@ _SUPPORTED = "nn.Linear, nn.Conv1d to nn.Conv3d, nn.MultiheadAttention and trans
 
 
 def walk(model: nn.Module) -> Modules:
-    """Every module of a model, and the model itself as "".
-
-    >>> list(walk(nn.Sequential(nn.ReLU())))
-    ['', '0']
-    """
+    """Every module of a model, and the model itself as ""."""
     return dict(state_modules(model, remove_duplicate=False))
 
 
-def select(model: nn.Module, config: HRAConfig, modules: Modules | None = None) -> dict[str, nn.Module]:
+def select(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
     """Select the layers of `model` that `config` targets: path -> layer, in `named_modules` order.
 
-    A layer with several paths is listed once, under its first path. The arguments are not changed. `modules` is the
-    result of `walk`, if the caller has it.
-
-    Raises:
-        SelectionError: no layer matches (the message suggests names, or says which fields exclude the matches), a
-            matched module is not of a supported type, the architecture has no default targets, an entry of
-            `modules_to_save` does not match any module, or a layer would be both adapted and saved in full.
-        UnsupportedLayerError: the model has PEFT adapters.
-
-    Warns:
-        HRAWarning: `exclude_modules`, or an entry of `target_modules`, does not match any module.
+    A layer with several paths is listed once, under its first path.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
     >>> select(model, HRAConfig(target_modules="all-linear", exclude_modules=["2"]))
     {'0': Linear(in_features=2, out_features=2, bias=True)}
     """
-    modules = walk(model) if modules is None else modules
-    if any(map(is_peft_layer, modules.values())):
-        refuse_peft_layers(model)
-    chosen = targeted(model, config, modules)
+    refuse_peft_layers(model)
+    chosen = targeted(model, config)
     if problem := parameters_problem(model, config):
         raise SelectionError(problem)
-    own = _own(modules)
+    own = _own(walk(model))
     if not chosen:
         raise SelectionError(_no_match(model, config, own))
     for path, module in chosen.items():
@@ -94,28 +78,18 @@ def select(model: nn.Module, config: HRAConfig, modules: Modules | None = None) 
     return chosen
 
 
-def targeted(model: nn.Module, config: HRAConfig, modules: Modules | None = None) -> dict[str, nn.Module]:
-    """The modules of any type that `config` targets, as path -> module in `named_modules` order, then the parameters.
-
-    `modules` is the result of `walk`, if the caller has it.
-
-    >>> list(targeted(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), HRAConfig(target_modules=["1"])))
-    ['1']
-    """
-    modules = walk(model) if modules is None else modules
-    targets = resolve_targets(model, config, modules)
-    found = {path: module for path, module in once(_own(modules)).items() if is_target(config, path, targets)}
+def targeted(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
+    """The modules of any type that `config` targets, in `named_modules` order, then the parameters: path -> module."""
+    targets = resolve_targets(model, config)
+    found = {path: module for path, module in once(_own(walk(model))).items() if is_target(config, path, targets)}
     return found | targeted_parameters(model, config)
 
 
 def is_target(config: HRAConfig, path: str, targets: Collection[str] | str | None = None) -> bool:
     """Whether `config` targets the module at `path`. Only the path is checked, not the type of the module.
 
-    Args:
-        config: the configuration, with its exclusions and layer indices.
-        path: a path as in `model.named_modules()`.
-        targets: the result of `resolve_targets`, needed for "all-linear" and for the default targets of an
-            architecture. None uses `config.target_modules` directly; if that is also None, nothing matches.
+    `targets` is the result of `resolve_targets`, needed for "all-linear" and for the default targets of an
+    architecture. None uses `config.target_modules` directly; if that is also None, nothing matches.
 
     >>> config = HRAConfig(target_modules=["query"], layers_to_transform=1)
     >>> [is_target(config, f"encoder.layer.{i}.query") for i in range(3)]
@@ -131,18 +105,9 @@ def is_target(config: HRAConfig, path: str, targets: Collection[str] | str | Non
     return index in wanted if isinstance(wanted, Collection) else index == wanted
 
 
-def resolve_targets(model: nn.Module, config: HRAConfig, modules: Modules | None = None) -> set[str] | str:
-    """Return `config.target_modules`, with "all-linear" and None replaced by the names that they select in `model`.
-
-    `modules` is the result of `walk`, if the caller has it.
-
-    Raises:
-        SelectionError: `target_modules` is None, and `model.config.model_type` does not have a default.
-
-    >>> resolve_targets(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), HRAConfig(target_modules="all-linear"))
-    {'0'}
-    """
-    targets, own = config.target_modules, _own(walk(model) if modules is None else modules)
+def resolve_targets(model: nn.Module, config: HRAConfig) -> set[str] | str:
+    """Return `config.target_modules`, with "all-linear" and None replaced by the names that they select in `model`."""
+    targets, own = config.target_modules, _own(walk(model))
     if targets is None:
         targets = () if config.target_parameters else _default_targets(model, own)
     elif isinstance(targets, str) and targets.lower() == "all-linear":
@@ -155,13 +120,7 @@ def resolve_targets(model: nn.Module, config: HRAConfig, modules: Modules | None
 
 
 def saved_modules(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
-    """The modules that `config.modules_to_save` matches, as path -> module, with every path of a shared module.
-
-    As in PEFT, a path matches if it ends with an entry, with or without a dot before it.
-
-    >>> saved_modules(nn.Sequential(nn.ReLU(), nn.Tanh()), HRAConfig(modules_to_save=["1"]))
-    {'1': Tanh()}
-    """
+    """Every path that ends with an entry of `config.modules_to_save`, with or without a dot before it -> module."""
     return _saved(config, _own(walk(model))) if config.modules_to_save else {}
 
 
@@ -364,7 +323,7 @@ def _no_match(model: nn.Module, config: HRAConfig, modules: Modules) -> str:
     layers = _adaptable_in(modules)
     if not layers:
         return f"{class_name} has no layer that can be adapted. Supported layers: {_SUPPORTED}."
-    targets = resolve_targets(model, config, modules)
+    targets = resolve_targets(model, config)
     shown = f"`target_modules={format_names(targets if default else config.target_modules)}`"
     shown += f", the default for {_model_type(model)!r}," * default
     if not targets:

@@ -18,10 +18,7 @@ def suffixes(path: str) -> list[str]:
 def suggestion(names: Collection[str] | str, paths: list[str], *, takes_str: bool = True) -> str:
     """Return a sentence that helps to correct `names`, which do not match any of `paths`.
 
-    Args:
-        names: the value of a field of the configuration, or some of its entries.
-        paths: the paths that they should match.
-        takes_str: whether the field can be a str, which is a regex.
+    `takes_str` says whether the field can be a str, which is a regex.
     """
     known = {suffix for path in paths for suffix in suffixes(path)}
     if isinstance(names, str):

@@ -16,10 +16,9 @@ from hra_fx.errors import AdapterError, CaptureError
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.target import META, NodeTag, find_kind
-from hra_fx.model.base_view import base_model_view
 from hra_fx.model.example_inputs import Call, example_call, normalize_inputs
 from hra_fx.model.graph_module import insert, tag_adapted_layers
-from hra_fx.model.state import adapted_layers
+from hra_fx.model.state import adapted_layers, base_model_view
 from hra_fx.tracing.by_mode import ModesDifferError, merge_modes
 from hra_fx.tracing.capture_layers import capture_layers
 from hra_fx.tracing.forward_state import LOCK, Snapshot

@@ -18,8 +18,7 @@ from hra_fx.errors import HRAWarning, VisualizeError
 from hra_fx.export.captured import is_captured, is_program
 from hra_fx.export.program import find_rotate_nodes
 from hra_fx.model.example_inputs import Call, normalize_inputs
-from hra_fx.model.state import adapted_layers
-from hra_fx.model.unwrap import unwrap
+from hra_fx.model.state import adapted_layers, unwrap
 from hra_fx.reporting.heat import is_identity
 from hra_fx.reporting.report import Report, report
 from hra_fx.reporting.row import Row

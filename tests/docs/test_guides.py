@@ -16,7 +16,7 @@ from torch import distributed
 from transformers import AutoModelForCausalLM, training_args
 
 import hra_fx
-from hra_fx.integrations.peft_acceleration import _OPEN
+from hra_fx.integrations.peft_layers import OPEN
 
 #: The changelog names what was removed.
 DOCUMENTS = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md")), *sorted(DOCS.rglob("*.md"))]
@@ -54,7 +54,7 @@ def under_torchrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     if distributed.is_initialized():
         distributed.destroy_process_group()
-    for handle in list(_OPEN):
+    for handle in list(OPEN):
         handle.close()
 
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from hra_fx.integrations.peft_acceleration import _OPEN
+from hra_fx.integrations.peft_layers import OPEN
 
 
 @pytest.fixture(autouse=True)
 def no_open_handle() -> Iterator[None]:
-    for handle in list(_OPEN):
+    for handle in list(OPEN):
         handle.close()
     yield
-    for handle in list(_OPEN):
+    for handle in list(OPEN):
         handle.close()
