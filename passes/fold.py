@@ -26,8 +26,9 @@ class FoldPass(PassBase):
                 if node.users:  # a reflection of a weight
                     node.replace_all_uses_with(node.kwargs["weight"])
                 graph.erase_node(node)
-        for node in graph.find_nodes(op="call_module", target=FACTORS):
+        factors = graph.find_nodes(op="call_module", target=FACTORS)
+        for node in factors:
             graph.erase_node(node)
-        if noted:
+        if is_changed := bool(noted or factors):
             graph_module.recompile()
-        return PassResult(graph_module, bool(noted))
+        return PassResult(graph_module, is_changed)

@@ -8,7 +8,8 @@ the patches, and the layer subtracts their image (`hra_fx.layers.variants.ConvAd
 its first argument, so that hooks on the layer get the same input. For a weight, `hra_base` is the base weight, and `w`
 is `W Q`. A reader (a module that is called as a whole) computes `W Q` itself, so nothing is inserted.
 
-If the graph has the child `hra_factors`, the first node calls it, and `f` is its result for all layers.
+If the graph has the child `hra_factors`, the first node calls it, and `f` is its result for all layers. A graph without
+reflections of inputs calls it too, because fx deletes children that are not called.
 """
 
 from __future__ import annotations
@@ -28,15 +29,16 @@ class InsertPass(PassBase):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite the graph and recompile it."""
         marked = [node for node in graph_module.graph.nodes if _is_bare(node)]
-        factors = _factors(graph_module) if marked else ()
+        size = len(graph_module.graph.nodes)
+        factors = _factors(graph_module)
         for node in marked:
             if node.op == "get_attr":
                 _insert_after(graph_module.graph, node)
             else:
                 _insert_before(graph_module.graph, node, factors)
-        if marked:
+        if is_changed := len(graph_module.graph.nodes) > size:
             graph_module.recompile()
-        return PassResult(graph_module, bool(marked))
+        return PassResult(graph_module, is_changed)
 
 
 def _is_bare(node: fx.Node) -> bool:
@@ -53,6 +55,8 @@ def _factors(graph_module: fx.GraphModule) -> tuple[fx.Node, ...]:
     graph = graph_module.graph
     if not hasattr(graph_module, FACTORS):
         return ()
+    if calls := graph.find_nodes(op="call_module", target=FACTORS):
+        return (calls[0],)
     first = next(node for node in graph.nodes if node.op != "placeholder")
     with graph.inserting_before(first):
         return (graph.call_module(FACTORS),)

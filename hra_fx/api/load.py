@@ -110,17 +110,22 @@ def _replace(root: nn.Module, state: AdapterState, name: str, fitted: Fitted, is
     check_replaceable(root, state, name)
     layers = layers_of(root, name)
     spec = next(iter(layers.values())).hra_u.specs[name]
-    values = fitted.vectors
-    shapes = {path: vectors.shape for path, (vectors, _) in values.items()}
-    fits = shapes == {path: layer.hra_u[name].shape for path, layer in layers.items()}
+    shapes = {path: layer.hra_u[name].shape for path, layer in layers.items()}
+    # An adapter with anchors is also in models as a plain chain, for example if PEFT loaded it.
+    candidates = ((fitted.vectors, fitted.resume.config.apply_GS), (fitted.written, fitted.written_GS))
+    fitting = (
+        new
+        for new, gs in candidates
+        if gs is spec.apply_GS and {path: vectors.shape for path, (vectors, _) in new.items()} == shapes
+    )
+    values = next(fitting, None)
     held = {
         (path, entry): copies.get(owner, name, entry)
         for path, (owner, copies) in all_copies(root).items()
         for entry in copies.copied.get(name, ())
         if entry not in non_persistent_buffers(owner)
     }
-    fits = fits and fitted.resume.config.apply_GS is spec.apply_GS and held.keys() == fitted.copies.keys()
-    if not fits or differ_by_place(held, fitted.copies):
+    if values is None or held.keys() != fitted.copies.keys() or differ_by_place(held, fitted.copies):
         raise AdapterError(
             f"adapter {name!r} exists in the model, but with other layers, r, apply_GS, bias, modules_to_save or tied "
             "weights than in the file. Delete it first (hra_fx.delete_adapter), or load under another adapter_name."

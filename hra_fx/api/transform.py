@@ -25,9 +25,6 @@ from hra_fx.tracing.graphs import graphs_of, trace_model
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
-if TYPE_CHECKING:
-    from torch import nn
-    from torch.export import ExportedProgram
 
 M = TypeVar("M", bound="nn.Module | ExportedProgram")
 

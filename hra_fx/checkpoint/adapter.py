@@ -6,6 +6,7 @@ file says how to split the chain into a frozen anchor and trained vectors, so th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 
 from hra_fx.checkpoint.base_model import BaseRow, compare_names, first_row, is_same, other_embeddings, read_base_row
 from hra_fx.checkpoint.folder import (
-    EXTRA_BIASES,
     PREFIX,
     VECTORS,
     WEIGHTS_NAME,
@@ -50,6 +50,8 @@ from hra_fx.selection.suggestions import some_of
 #: Metadata key in `adapter_model.safetensors`.
 RESUME = "hra_fx"
 _BIASES = ("bias", "in_proj_bias")
+#: Other keys that PEFT writes with bias="all" for each bias of a module in `modules_to_save`, but does not read.
+_EXTRA_BIASES = re.compile(r"\.(original_module|modules_to_save)\.(.*\.)?bias$")
 _SHOWN = 5
 _OTHER_BASE = "Was the adapter trained on another base model, or its configuration edited?"
 #: Names of layers that PEFT treats as embeddings.
@@ -116,15 +118,16 @@ class Adapter:
         config, text = self.config, self.metadata.get(RESUME)
         if text is None:
             return Resume(config, has_anchors=False)
-        entry = {"rank_pattern": {}, **json.loads(text)}
-        fields = {name: entry[name] for name in ("r", "apply_GS", "rank_pattern")}
-        trained = dataclasses.replace(config, **fields)
-        if _chains(trained) != config:
-            raise CheckpointError(
-                f"{self.file}: the metadata {RESUME}={text[:80]!r} does not match r={config.r}, apply_GS="
-                f"{config.apply_GS} in the configuration. The two files are from different adapters; save it again."
-            )
-        return Resume(trained, has_anchors=True)
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # `ConfigError` is a `ValueError`
+            entry = {"rank_pattern": {}, **json.loads(text)}
+            fields = {name: entry[name] for name in ("r", "apply_GS", "rank_pattern")}
+            trained = dataclasses.replace(config, **fields)
+            if _chains(trained) == config:
+                return Resume(trained, has_anchors=True)
+        raise CheckpointError(
+            f"{self.file}: the metadata {RESUME}={text[:80]!r} does not match r={config.r}, apply_GS={config.apply_GS} "
+            "in the configuration. The two files are from different adapters; save it again."
+        )
 
     @cached_property
     def chains(self) -> dict[str, Tensor]:
@@ -148,11 +151,20 @@ class Adapter:
         return {name: tensor for name, tensor in self._others().items() if not self._is_trained(name)}
 
     def _others(self) -> dict[str, Tensor]:
-        return {
-            key.removeprefix(PREFIX).replace(".base_layer.", "."): tensor
-            for key, tensor in self.tensors.items()
-            if not key.endswith((f".{REFLECTION}", f".{VECTORS}"))
-        }
+        found: dict[str, Tensor] = {}
+        for key, tensor in self.tensors.items():
+            if key.endswith((f".{REFLECTION}", f".{VECTORS}")) or self.is_ignored(key):
+                continue
+            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+            if name in found:
+                raise _duplicate(self.file, f"{PREFIX}{name}", "'.base_layer.'")
+            found[name] = tensor
+        return found
+
+    def is_ignored(self, key: str) -> bool:
+        """Whether PEFT writes this key for a bias of a module in `modules_to_save`, but does not read it."""
+        found = _EXTRA_BIASES.search(key) if self.config.bias == "all" else None
+        return found is not None and self.saves(key[: found.start()].removeprefix(PREFIX))
 
     def _is_trained(self, name: str) -> bool:
         path, _, last = name.rpartition(".")
@@ -201,25 +213,31 @@ def read_adapter(source: str | os.PathLike[str], config: HRAConfig | None = None
     own = HRAConfig.from_pretrained(folder) if config is None else config
     file = folder / WEIGHTS_NAME
     stored, metadata = read(file)
-    if own.bias == "all":
-        stored = {key: tensor for key, tensor in stored.items() if not EXTRA_BIASES.search(key)}
-    # Some writers leave out PEFT's prefix.
+    if twice := next((key for key in stored if f"{PREFIX}{key}" in stored), None):
+        raise _duplicate(file, twice, f"the prefix {PREFIX!r}")
     keys = sorted(stored, key=lambda key: re.sub(r"\d+", lambda number: number[0].zfill(9), key).split("."))
+    # Some writers leave out PEFT's prefix.
     tensors = {key if key.startswith(PREFIX) else f"{PREFIX}{key}": stored[key] for key in keys}
-    return Adapter(file, own, tensors, metadata if config is None else {}, read_base_row(metadata))
+    return Adapter(file, own, tensors, metadata if config is None else {}, read_base_row(file, metadata))
+
+
+def _duplicate(file: Path, key: str, part: str) -> CheckpointError:
+    return CheckpointError(f"{file}: duplicate key {key}, with and without {part}. Save the adapter again.")
 
 
 @dataclass(frozen=True)
 class Fitted:
     """An adapter from a file that fits a model: its layers by path, its configuration for training, and its values.
 
-    `vectors` are path of a layer -> (`U: (d, r)`, anchor `A: (d, k)` or `None`), and `copies` are (path of a module,
-    name of its tensor) -> tensor.
+    `vectors` are path of a layer -> (`U: (d, r)`, anchor `A: (d, k)` or `None`), `written` the same as stored in the
+    file, without anchors, and `copies` are (path of a module, name of its tensor) -> tensor.
     """
 
     layers: dict[str, nn.Module]
     resume: Resume
     vectors: dict[str, tuple[Tensor, Tensor | None]]
+    written: dict[str, tuple[Tensor, None]]
+    written_GS: bool
     copies: dict[tuple[str, str], Tensor]
 
     def spec(self, path: str) -> AdapterSpec:
@@ -250,7 +268,8 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None, *, is_new: bool
     _check_base(adapter, model, layers)
     vectors = {path: _split(adapter, path, resume) for path in layers}
     values = {place: adapter.tensors[key] for place, key in copies.items()}
-    return Fitted(layers, resume, vectors, values)
+    written: dict[str, tuple[Tensor, None]] = {path: (adapter.tensors[reflection_key(path)], None) for path in layers}
+    return Fitted(layers, resume, vectors, written, config.apply_GS, values)
 
 
 def _copy_keys(adapter: Adapter, model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[tuple[str, str], str]:
@@ -273,7 +292,8 @@ def _check_keys(
     for path, part in saved_modules(model, adapter.config).items():  # also other names of a shared module
         allowed |= {f"{PREFIX}{path}.{key}" for key in part.state_dict()}
     missing = sorted(expected - tensors.keys())
-    extra = [key for key in sorted(tensors.keys() - expected - allowed) if not _is_embedding(adapter, model, key)]
+    others = sorted(key for key in tensors.keys() - expected - allowed if not adapter.is_ignored(key))
+    extra = [key for key in others if not _is_embedding(adapter, model, key)]
     if missing or extra:
         found = [
             f"missing keys {some_of(missing, _SHOWN)}" if missing else "",

@@ -10,12 +10,12 @@ import glob
 import json
 import os
 import posixpath
-import re
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -33,8 +33,6 @@ from hra_fx.selection.suggestions import some_of
 PREFIX = "base_model.model."
 #: The key of the vectors before Gram-Schmidt, which are stored with their orthonormal chain to resume training.
 VECTORS = "hra_vectors"
-#: Other keys that PEFT writes with bias="all" for each bias of a module in `modules_to_save`, but does not read.
-EXTRA_BIASES = re.compile(r"\.(original_module|modules_to_save)\.(.*\.)?bias$")
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLE_NAME = "adapter_model.bin"
 _MAX_LISTED = 10
@@ -82,8 +80,8 @@ def write(
 ) -> None:
     """Write an adapter into `directory`, which is created if needed. After an error, an old adapter is unchanged.
 
-    Both files are written to disk with temporary names and then renamed. If the process is stopped between the two
-    renames, the folder contains the new weights and the old configuration.
+    Both files are written to disk with temporary names and then renamed. If the process is killed between the two
+    renames, the folder contains the new configuration and the old weights.
     """
     folder = Path(directory)
     if os.path.exists(folder) and not os.path.isdir(folder):
@@ -91,14 +89,33 @@ def write(
     data = _serialize(folder / WEIGHTS_NAME, tensors, metadata)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with temporary_file(folder / CONFIG_NAME, config_text.encode()) as config:
-            atomic_write(folder / WEIGHTS_NAME, data)
-            os.replace(config, folder / CONFIG_NAME)
+        _replace_both(folder / CONFIG_NAME, config_text.encode(), folder / WEIGHTS_NAME, data)
     except OSError as error:
         raise CheckpointError(
             f"{folder}: cannot write the adapter ({error}). The old files, if any, are unchanged. Choose another "
             "folder."
         ) from error
+
+
+def _replace_both(config: Path, text: bytes, weights: Path, data: bytes) -> None:
+    """Replace both files, or neither of them if an exception is raised."""
+    old = config.read_bytes() if config.is_file() else None
+    with (
+        temporary_file(weights, data) as new_weights,
+        temporary_file(config, text) as new_config,
+        temporary_file(config, old or b"") as backup,  # written first, because the disk may be full when it is needed
+    ):
+        try:
+            os.replace(new_config, config)
+            os.replace(new_weights, weights)
+        except BaseException:
+            # An interrupt can also arrive after the last rename, when everything is done.
+            if new_weights.exists() and not new_config.exists():
+                if old is None:
+                    config.unlink()
+                else:
+                    os.replace(backup, config)
+            raise
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -119,6 +136,8 @@ def _serialize(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     for key, tensor in tensors.items():
         if tensor.is_meta:
             raise CheckpointError(f"{path}: {key!r} is on the meta device and has no values. Load the model first.")
+        if tensor.layout is not torch.strided:
+            raise CheckpointError(f"{path}: {key!r} must be dense, got {tensor.layout}. Call to_dense() on it first.")
         _check_finite(
             path, key, tensor.detach(), "Nothing was written. Save a state from before the training diverged."
         )
@@ -128,7 +147,10 @@ def _serialize(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
             own = own.clone()
         storages.add(own.untyped_storage().data_ptr())
         plain[key] = own
-    data = save(plain, {**metadata, "format": "pt"})
+    try:
+        data = save(plain, {**metadata, "format": "pt"})
+    except (KeyError, ValueError) as error:  # a dtype that safetensors does not know
+        raise CheckpointError(f"{path}: safetensors cannot store this ({error}). Use real tensors.") from error
     # Sort the metadata. safetensors writes it in random order, so hashes would differ.
     end = 8 + struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8:end])
@@ -147,6 +169,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not tensors:
         raise CheckpointError(f"{path}: the file has no tensors. Save the adapter again.")
     for key, tensor in tensors.items():
+        if key.endswith((REFLECTION, VECTORS)) and not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{path}: {key!r} must have a floating-point dtype, got {tensor.dtype}. Save the adapter again."
+            )
         _check_finite(path, key, tensor, "Use a file from before the training diverged.")
     return tensors, metadata
 

@@ -102,8 +102,7 @@ _WITH_PEFT = """With PEFT, instead of the last line:
 import peft
 
 model = peft.PeftModel.from_pretrained(base, "{place}"{option})
-```
-"""
+```"""
 _NOT_WITH_PEFT = "PEFT's HRA has no `{field}`. For PEFT, convert the adapter to a LoRA as shown below."
 
 #: Configuration, tensors and metadata of an adapter's two files.

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from hra_fx.compat import is_higher_order, schema_of
 from hra_fx.config import HRAConfig
-from hra_fx.errors import ConfigError, UnsupportedLayerError
+from hra_fx.errors import ConfigError, SelectionError, UnsupportedLayerError
 from hra_fx.export.match import WEIGHTS, GraphLayer, find_layers, find_weight_uses, module_classes
 from hra_fx.functional import householder
 from hra_fx.functional.rotate import as_rows
@@ -66,6 +66,12 @@ def _check_targets(
                 f"{path}: {_why_not(consumers)}. Exclude it with exclude_modules, or transform the model before "
                 "capturing it (without trace=True)."
             )
+    if not layers:
+        raise SelectionError(
+            "target_modules: the graph has no linear layer or convolution with a parameter named '<layer>.weight'. Its "
+            f"parameters are {', '.join(list(weights)[:8]) or '(none)'}. Capture the model with torch.export.export, "
+            "which keeps the names."
+        )
     for path, layer in layers.items():
         if not all_linear and layer.refusal and is_target(config, path):
             raise UnsupportedLayerError(f"{path}: {layer.refusal}.")
@@ -118,16 +124,18 @@ def build_skeleton(
     root = fx.GraphModule(nn.Module(), fx.Graph(), origin.class_name)
     keep_origin(root, origin)
     first = {alias: path for path, layer in layers.items() for alias in layer.aliases}
+    modules: dict[str, nn.Module] = {"": root}
     for path in module_paths([*tensors, *(f"{path}." for path in classes)]):
         layer = layers.get(path)
         made: nn.Module
         if path in first:
-            made = root.get_submodule(first[path])
+            made = modules[first[path]]
         elif layer is None or not layer.is_candidate:
             made = type(classes.get(path, "Module").rpartition(".")[2], (nn.Module,), {})()
         else:
             made = layer_of(layer, tensors[layer.name].detach())
-        root.set_submodule(path, made)
+        parent, _, child = path.rpartition(".")
+        modules[path] = modules[parent]._modules[child] = made  # any name is allowed here, also "graph"
     return root
 
 

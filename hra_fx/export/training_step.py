@@ -104,6 +104,8 @@ def _check(model: Any, loss: Any, labels: Any) -> None:
             "export_training_step: expected a model, got an ExportedProgram. Convert it to a model first: "
             "hra_fx.transform(hra_fx.lift(program), config)."
         )
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"export_training_step: expected a model, got {type(model).__name__}.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise AdapterError(
             "export_training_step: no parameter requires gradients. Call hra_fx.transform(model, config) first, or "

@@ -194,7 +194,7 @@ def basis_of_products(vectors: Tensor) -> Tensor:
     """
     # The basis does not depend on the lengths, and the squares of unit vectors do not overflow.
     units = normalize(vectors)
-    basis = units[..., :0]
+    basis = units  # of no vectors
     for step in range(units.shape[-1]):
         column = units[..., step : step + 1]
         if step:

@@ -230,9 +230,8 @@ def root_class_for(model: nn.Module) -> type[AdaptedModel]:
 def plain_output_layers(model: Any) -> Iterator[None]:
     """Context manager that removes the reflections of the output layers, and adds the same objects again at the end."""
     # The input embeddings, then the output layers.
-    ends = [
-        part for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end for part in end.modules()
-    ]
+    found = (model.get_input_embeddings(), model.get_output_embeddings())
+    ends = [part for end in found if isinstance(end, nn.Module) for part in end.modules()]
     layers = adapted_layers(model)
     _check_resizable(model, layers, ends)
     held = {path: layer.hra_u for path, layer in layers.items() if layer in ends}

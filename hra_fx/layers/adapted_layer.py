@@ -84,7 +84,7 @@ class AdaptedLayer(BaseParameters):
         super().register_parameter(name, param)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        """Load a state. With `assign=True`, torch assigns the base weight by its name."""
+        """Load a state. torch reads the parameter by its name, or with `assign=True` replaces it: the base weight."""
         with self.hra_u.inactive() if REFLECTION in self._modules else nullcontext():
             super()._load_from_state_dict(*args)
 

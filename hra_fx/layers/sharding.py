@@ -191,6 +191,10 @@ def random_numbers_of_first_rank(tensors: Iterable[Tensor]) -> Iterator[None]:
     The state of the first process's generator advances, as do the generators that were in the same state. Other
     generators are restored afterwards. Without shards, this does nothing.
     """
+    tensors = list(tensors)
+    if _mesh_of(tensors) is None:
+        yield
+        return
     own, first = torch.get_rng_state(), on_first_rank(tensors, torch.get_rng_state)
     torch.set_rng_state(first)
     try:

@@ -25,7 +25,7 @@ from hra_fx.lora.diffusers_format import adapters_of, part_of_class, parts_of, w
 from hra_fx.lora.from_files import read_as_lora
 from hra_fx.lora.from_model import lora_adapter
 from hra_fx.lora.gguf_format import write_gguf
-from hra_fx.lora.servers import check_for_server
+from hra_fx.lora.servers import check_for_server, facts_of
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: Files of transformers, timm and diffusers models, and of pipelines.
@@ -187,6 +187,7 @@ def save_as_lora(
         ...     sorted(os.listdir(folder)), result.rank, result.rows[0].rounding < 0.01
         (['adapter_config.json', 'adapter_model.safetensors'], 2, True)
     """
+    options: Any = {"dtype": _dtype(dtype), "rank_pattern": rank_pattern, "check": check}
     file_format = "gguf" if Path(path).suffix.lower() == ".gguf" else "peft"
     if file_format == "gguf" and not isinstance(model_or_pipeline, nn.Module):
         name = type(model_or_pipeline).__name__
@@ -197,7 +198,6 @@ def save_as_lora(
     else:
         adapters = {"": lora_adapter(model_or_pipeline, adapter_names, rank)}
         parts = {"": model_or_pipeline}
-    options: Any = {"dtype": _dtype(dtype), "rank_pattern": rank_pattern, "check": check}
     tensors = [tensor for part in parts.values() for tensor in part.parameters()]
     result = on_first_rank(tensors, lambda: _write(adapters, Path(path), file_format, **options))
     for text in result.warnings:
@@ -228,6 +228,7 @@ def convert_files(
     if file_format == "peft":
         part = part_of_class(Architecture(base_folder(base)).entries.get("_class_name")) or ""
         file_format = "diffusers" if part else "peft"
+    _check_output(path, file_format, rank_pattern=rank_pattern, check=check)  # before the base weights are read
     adapter = read_as_lora(adapters, base, rank=rank, columns=columns, progress=progress)
     return _write({part: adapter}, path, file_format, **options)
 
@@ -242,15 +243,7 @@ def _write(
     check: str | None,
 ) -> LoraResult:
     """Write the adapter of each part of a pipeline, or under "" that of a single model; and return a summary."""
-    check_no_model(path)
-    config_file = path / CONFIG_NAME
-    if config_file.is_file() and re.search(r'"peft_type":\s*"HRA"', config_file.read_text(encoding="utf-8")):
-        raise CheckpointError(
-            f"{path}: contains an HRA adapter, which the LoRA would overwrite and cannot restore. Choose another "
-            "folder."
-        )
-    if rank_pattern and file_format != "peft":
-        raise AdapterError(f"`rank_pattern` needs PEFT's format; {file_format} has one rank. Omit it.")
+    _check_output(path, file_format, rank_pattern=rank_pattern, check=check)
     texts = _unchanged(adapters.values())
     if check is not None:
         options: Any = {"file_format": file_format, "rank_pattern": rank_pattern}
@@ -271,6 +264,21 @@ def _write(
     rank = max(adapter.rank for adapter in adapters.values())
     name = str(dtype).removeprefix("torch.")
     return LoraResult(path, file_format, rank, name, tuple(rows), tuple(dict.fromkeys(texts)))
+
+
+def _check_output(path: Path, file_format: str, *, rank_pattern: bool, check: str | None) -> None:
+    """Check the options that do not depend on the values of an adapter, and that the folder may be written."""
+    check_no_model(path)
+    config_file = path / CONFIG_NAME
+    if config_file.is_file() and re.search(r'"peft_type":\s*"HRA"', config_file.read_text(encoding="utf-8")):
+        raise CheckpointError(
+            f"{path}: contains an HRA adapter, which the LoRA would overwrite and cannot restore. Choose another "
+            "folder."
+        )
+    if rank_pattern and file_format != "peft":
+        raise AdapterError(f"`rank_pattern` needs PEFT's format; {file_format} has one rank. Omit it.")
+    if check is not None:
+        facts_of(check)
 
 
 def _unchanged(adapters: Iterable[LoraAdapter]) -> list[str]:

@@ -88,6 +88,13 @@ _SERVERS = {
 }
 
 
+def facts_of(server: str) -> _Server:
+    """What a server accepts, by the server's name."""
+    if server not in _SERVERS:
+        raise ConfigError(f"`check` must be one of {', '.join(map(repr, _SERVERS))}, got {server!r}.")
+    return _SERVERS[server]
+
+
 def check_for_server(
     server: str, adapter: LoraAdapter, rank: int, *, file_format: str = "peft", rank_pattern: bool = False
 ) -> list[str]:
@@ -95,9 +102,7 @@ def check_for_server(
 
     `rank` is the rank of all layers in the file; with `rank_pattern`, the largest one.
     """
-    if server not in _SERVERS:
-        raise ConfigError(f"`check` must be one of {', '.join(map(repr, _SERVERS))}, got {server!r}.")
-    facts = _SERVERS[server]
+    facts = facts_of(server)
     if file_format not in facts.formats:
         return [f"{facts.name} reads the format of {' or '.join(facts.formats)}, not that of {file_format}."]
     found = [*_rank(facts, rank), *_copies(facts, adapter), *_kinds(facts, adapter), *_names(facts, adapter)]

@@ -32,6 +32,9 @@ from passes.verify import VerifyPass
 class BatchedFactors(nn.Module):
     """Computes the factors of all layers of a graph. It does not have parameters or children."""
 
+    # fx keeps a call without users for such modules. The child holds the state of the model.
+    _is_impure = True
+
     def __init__(self) -> None:
         """Start without layers; `attach_state` sets the state of the model."""
         super().__init__()
