@@ -286,13 +286,15 @@ def test_a_file_in_place_of_the_folder_or_above_it_is_refused(tmp_path: Path) ->
     assert file.read_text() == "kept"
 
 
+@pytest.mark.parametrize("name", BOTH)
 @pytest.mark.parametrize("other_is_there", [True, False])
-def test_weights_that_cannot_be_replaced_leave_the_configuration(tmp_path: Path, other_is_there: bool) -> None:
+def test_a_rename_that_fails_is_taken_back(tmp_path: Path, name: str, other_is_there: bool) -> None:
     saved(tmp_path)
-    (tmp_path / WEIGHTS_NAME).unlink()
-    (tmp_path / WEIGHTS_NAME / "inside").mkdir(parents=True)
+    (other,) = set(BOTH) - {name}
+    (tmp_path / name).unlink()
+    (tmp_path / name / "inside").mkdir(parents=True)
     if not other_is_there:
-        (tmp_path / CONFIG_NAME).unlink()
+        (tmp_path / other).unlink()
     message = unwritten(tmp_path, {KEY: normal(6, 2, seed=1)}, HRAConfig(r=4).to_json_string())
     assert message.startswith(f"{tmp_path}: cannot write the adapter (")
     assert "The old files, if any, are unchanged" in message

@@ -121,11 +121,13 @@ def by_oracle(folder: Path) -> Tensor:
     return torch.func.functional_call(base, rotated, X.double())
 
 
-@pytest.mark.parametrize("r", [3, 4])
-def test_an_adapter_of_the_same_rank_is_replaced(r: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("present", "file"), [(3, 3), (4, 4), (4, 3)])
+def test_an_adapter_of_the_same_rank_is_replaced_whatever_its_start_was(
+    present: int, file: int, tmp_path: Path
+) -> None:
     """With r=3, the chain in the file has four vectors, one of which was frozen."""
-    folder = saved(tmp_path, "0", r=r)
-    model = adapted("0", r=r)
+    folder = saved(tmp_path, "0", r=file)
+    model = adapted("0", r=present)
     held = model[0].hra_u["default"]
     hra_fx.load_adapter(model, folder)
     assert model[0].hra_u["default"] is held
@@ -333,6 +335,9 @@ WEIGHTS: dict[str, tuple[Saved, Callable[[Path], object], str]] = {
     "more targets": (ANCHORED, with_config(target_modules=["0", "3"]), f"missing keys {LAST}."),
     "Gram-Schmidt of an anchored adapter": (ANCHORED, with_config(apply_GS=True), OTHER.replace("False", "True")),
     "metadata of another adapter": (ANCHORED, with_metadata('{"r": 5, "apply_GS": false, "anchor": 1}'), OTHER),
+    "damaged metadata": (ANCHORED, with_metadata("{"), OTHER),
+    "integers": (CHAIN, put(LAST, torch.ones(8, 4, dtype=torch.int64)), "must have a floating-point dtype"),
+    "a key with and without PEFT's prefix": (CHAIN, put("3.hra_u", torch.ones(8, 4)), "duplicate key 3.hra_u"),
 }
 #: Name, what was saved, how it is damaged, the named file, the message, the type of the error.
 DAMAGES: dict[str, tuple[Saved, Callable[[Path], object], str, str, type[Exception]]] = {

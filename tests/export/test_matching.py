@@ -134,6 +134,14 @@ def test_names_indices_and_expressions_choose_as_they_do_of_a_model() -> None:
         )
 
 
+def test_a_child_may_have_the_name_of_an_attribute_of_graphs() -> None:
+    model = nn.Sequential()
+    for name in ("graph", "code", "linear"):
+        model.add_module(name, nn.Linear(3, 3, dtype=F64))
+    program = adapted(capture(model, torch.randn(2, 3, dtype=F64)), config("graph", "linear"))
+    assert [row.path for row in hra_fx.report(program).rows] == ["graph", "linear"]
+
+
 @pytest.mark.parametrize("fields", [{"bias": "all"}, {"modules_to_save": ["head"]}], ids=str)
 def test_only_reflections_can_be_trained(fields: dict[str, Any]) -> None:
     model, ids = mixed()

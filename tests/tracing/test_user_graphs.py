@@ -10,6 +10,7 @@ import pytest
 import torch
 from graph_modules import COPIES, IMAGES, Cnn, Mlp, X, adapted, check_folded, config, targets_of, traced, untyped
 from layers.checking import assert_same, check, randomise
+from moe_models import built, call_of
 from torch import Tensor, fx, nn
 
 import hra_fx
@@ -172,6 +173,37 @@ def test_the_last_adapter_deleted_leaves_the_graph_that_there_was() -> None:
     hra_fx.transform(model, config("first"))
     randomise(model)
     check(base, model, X)
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.attention(x, x, x)[0]
+        return output
+
+
+def test_cleaning_up_a_graph_keeps_the_state_of_its_adapters() -> None:
+    model: Any = hra_fx.transform(Attending().double(), hra_fx.HRAConfig(r=2, target_modules=["attention"]), trace=True)
+    randomise(model)
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    wanted = model(x)
+    model.graph.eliminate_dead_code()
+    model.delete_all_unused_submodules()
+    model.recompile()
+    assert_same(model(x), wanted)
+    assert_same(hra_fx.fold(model)(x), wanted)
+
+
+def test_experts_whose_adapters_are_deleted_by_fx_are_refused() -> None:
+    call = call_of("mixtral")
+    settings = hra_fx.HRAConfig(r=2, target_parameters=["down_proj"])
+    model: Any = hra_fx.transform(built("mixtral", torch.float32), settings, trace=True, example_inputs=call)
+    model.delete_all_unused_submodules()
+    with pytest.raises(AdapterError, match="its adapters were deleted, for example by"):
+        model(**call)
 
 
 def test_biases_and_modules_to_save_are_trained() -> None:
