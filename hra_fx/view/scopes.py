@@ -15,7 +15,7 @@ from hra_fx.view.tree import Item, Leaf, Scope, contract, joined, merge_repeats,
 #: The names of several leaves in one box are listed up to this length.
 _LETTERS_SHOWN = 28
 #: A module with many operations shows them in groups, except for these.
-_OPERATIONS_SHOWN = 8
+_OPERATIONS_SHOWN = 5
 _LANDMARKS = frozenset({"scaled_dot_product_attention", "softmax", "matmul", "bmm", "baddbmm", "einsum"})
 _Group: TypeAlias = "str | tuple[str, int]"  # a leaf's key, or a call's name and its depth
 
