@@ -60,20 +60,21 @@ if TYPE_CHECKING:
     from hra_fx.export.onnx_swap import adapter_inputs as adapter_inputs, make_swappable as make_swappable
     from hra_fx.export.training_step import export_training_step as export_training_step
     from hra_fx.integrations.peft_acceleration import accelerate_peft as accelerate_peft
-    from hra_fx.integrations.pretrained import push_to_hub as push_to_hub
+    from hra_fx.integrations.push import push_to_hub as push_to_hub
     from hra_fx.lora.save import (
         LoraResult as LoraResult,
         convert_to_lora as convert_to_lora,
         save_as_lora as save_as_lora,
     )
+    from hra_fx.model.combine import combine as combine
     from hra_fx.model.fold import FoldPlan as FoldPlan, plan_fold as plan_fold
     from hra_fx.model.inject import delete_adapter as delete_adapter
     from hra_fx.model.merge import merge_adapter as merge_adapter, unmerge_adapter as unmerge_adapter
+    from hra_fx.model.mixed import mixed_batch as mixed_batch
     from hra_fx.model.orthogonality import orthogonality_loss as orthogonality_loss
     from hra_fx.model.pairs import train_pairs as train_pairs
     from hra_fx.model.reset import reset_adapters as reset_adapters
-    from hra_fx.model.root import mixed_batch as mixed_batch
-    from hra_fx.model.setup import add_adapter as add_adapter, combine as combine
+    from hra_fx.model.setup import add_adapter as add_adapter
     from hra_fx.model.switch import (
         disable_adapters as disable_adapters,
         set_adapter as set_adapter,
@@ -111,16 +112,17 @@ _NAMES = {
     "export.onnx_swap": ("adapter_inputs", "make_swappable"),
     "export.training_step": ("export_training_step",),
     "integrations.peft_acceleration": ("accelerate_peft",),
-    "integrations.pretrained": ("push_to_hub",),
+    "integrations.push": ("push_to_hub",),
     "lora.save": ("LoraResult", "convert_to_lora", "save_as_lora"),
+    "model.combine": ("combine",),
     "model.fold": ("FoldPlan", "plan_fold"),
     "model.inject": ("delete_adapter",),
     "model.merge": ("merge_adapter", "unmerge_adapter"),
+    "model.mixed": ("mixed_batch",),
     "model.orthogonality": ("orthogonality_loss",),
     "model.pairs": ("train_pairs",),
     "model.reset": ("reset_adapters",),
-    "model.root": ("mixed_batch",),
-    "model.setup": ("add_adapter", "combine"),
+    "model.setup": ("add_adapter",),
     "model.switch": ("disable_adapters", "set_adapter", "set_scale"),
     "reporting.report": ("Report", "report"),
     "view.network": ("to_networkx",),

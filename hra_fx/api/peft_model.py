@@ -20,7 +20,7 @@ from hra_fx.api.transform import fold, transform
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.export.captured import is_program
-from hra_fx.integrations import pretrained
+from hra_fx.integrations import pretrained, push
 from hra_fx.integrations.pretrained import save_adapters
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.class_swap import SwapMixin, original_class, swap
@@ -80,7 +80,7 @@ class HRAModel(SwapMixin):
     get_model_status = status.get_model_status
     enable_adapter_layers = enable_adapters = switch.enable_adapters
     unmerge_adapter = merge.unmerge_adapter
-    push_to_hub = pretrained.push_to_hub
+    push_to_hub = push.push_to_hub
     create_or_update_model_card = pretrained.create_or_update_model_card
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:

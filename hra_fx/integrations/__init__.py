@@ -10,16 +10,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hra_fx.integrations.trainer import (
-        HRATrainer as HRATrainer,
-        PairCallback as PairCallback,
-        RotationCallback as RotationCallback,
-    )
+    from hra_fx.integrations.rotation import RotationCallback as RotationCallback
+    from hra_fx.integrations.trainer import HRATrainer as HRATrainer, PairCallback as PairCallback
 
+_HOMES = {"HRATrainer": "trainer", "PairCallback": "trainer", "RotationCallback": "rotation"}
 __all__ = ["HRATrainer", "PairCallback", "RotationCallback"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.trainer"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,89 @@
+"""Upload adapters to the Hub."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hra_fx.checkpoint.folder import WEIGHTS_NAME
+from hra_fx.checkpoint.saving import CARD_NAME, save_pretrained
+from hra_fx.config import CONFIG_NAME
+from hra_fx.layers.sharding import on_first_rank
+
+_MESSAGE = "Upload HRA adapter"
+_COMMIT = ("commit_message", "commit_description", "revision", "create_pr")
+
+
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    commit_message: str = _MESSAGE,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    selected_adapters: Iterable[str] | None = None,
+    **ignored: Any,
+) -> str:
+    """Upload adapters, with a model card if the repository does not have one. The repository is created if needed.
+
+    With `fully_shard`, all processes must call this function, and the first process uploads.
+
+    Args:
+        model: a transformed model.
+        repo_id: name of the repository, such as `"user/name"`.
+        commit_message, commit_description, revision, create_pr: options of the commit.
+        private: whether a new repository is private.
+        token: token of the Hub; `None` for the stored one.
+        selected_adapters: names of adapters; `None` for all.
+        ignored: other options of `push_to_hub` in transformers and diffusers.
+
+    Returns:
+        The URL of the commit.
+
+    Raises:
+        AdapterError, CheckpointError: see `model.save_pretrained`; nothing is uploaded.
+        HfHubHTTPError: the upload failed.
+    """
+    options: dict[str, Any] = {
+        "commit_message": commit_message,
+        "commit_description": commit_description,
+        "private": private,
+        "token": token,
+        "revision": revision,
+        "create_pr": create_pr,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, folder, selected_adapters)
+        return on_first_rank(model.parameters(), lambda: upload(Path(folder), repo_id, None, options))
+
+
+def upload(folder: Path, repo_id: str, adapter_names: Iterable[str] | None, options: Mapping[str, Any]) -> str:
+    """Upload the files that `save_pretrained` wrote, except a model card if the repository already has one.
+
+    Without `adapter_names`, the whole folder is uploaded. Unknown `options` are ignored.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=options.get("token"))
+    repository = api.create_repo(repo_id, private=options.get("private"), exist_ok=True).repo_id
+    files = None
+    if adapter_names is not None:
+        places = ["" if name == "default" else f"{name}/" for name in adapter_names]
+        files = [CARD_NAME, *(place + file for place in places for file in (CONFIG_NAME, WEIGHTS_NAME))]
+    has_card = api.file_exists(repository, CARD_NAME, revision=options.get("revision"))
+    commit = {name: value for name, value in options.items() if name in _COMMIT}
+    url = api.upload_folder(
+        repo_id=repository,
+        folder_path=folder,
+        allow_patterns=files,
+        ignore_patterns=[CARD_NAME] if has_card else None,
+        **{"commit_message": _MESSAGE, **commit},
+    )
+    return str(url)
