@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from adapting import randomise
 from export.programs import QUIET
 from graph_modules import COPIES, X, config
-from layers.checking import assert_same, gradients, normal, randomise, vectors_of
+from layers.checking import assert_same, gradients, normal, vectors_of
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from tracing.models import TRACED, Creates, Shared, Two

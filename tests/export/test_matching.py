@@ -7,18 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from export.programs import (
-    F64,
-    QUIET,
-    adapted,
-    capture,
-    config,
-    mixed,
-    normal,
-    picture,
-    randomise,
-    with_dense_weights,
-)
+from adapting import randomise
+from export.programs import F64, QUIET, adapted, capture, config, mixed, normal, picture, with_dense_weights
 from oracles import dense_q, relative_error
 from torch import Tensor, nn
 from torch.export import ExportedProgram

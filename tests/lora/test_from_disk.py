@@ -23,8 +23,6 @@ from hra_fx.lora.adapter import LoraAdapter, LoraLayer
 from hra_fx.lora.from_files import read_as_lora
 from hra_fx.lora.from_model import lora_adapter
 
-U = "base_model.model.{}.hra_u"
-
 
 def change(layer: LoraLayer) -> Tensor:
     return layer.B @ layer.A

@@ -17,14 +17,13 @@ from model.many import (
     ids,
     llama,
     normal,
-    product,
     refuses,
     run,
     stored,
     turn,
     weights,
 )
-from oracles import dense_weight, relative_error
+from oracles import dense_weight, layer_q, relative_error
 from torch import Tensor, nn
 
 import hra_fx
@@ -52,7 +51,7 @@ def adapt(model: Any, *paths: str, **fields: Any) -> Any:
 
 def oracle_weight(layer: Any) -> Tensor:
     """`W Q` in float64 of an adapted layer."""
-    return dense_weight(layer._parameters["weight"].detach(), product(layer, ["a"]))
+    return dense_weight(layer._parameters["weight"].detach(), layer_q(layer, ["a"]).detach())
 
 
 def memory(tensor: Tensor) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 import transformers
 from adapting import randomise
@@ -298,9 +299,7 @@ def test_compiled_models() -> None:
 
 
 def llama() -> Any:
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, **SIZES))
-    return two(model, ["q_proj", "v_proj", "down_proj"])
+    return two(tiny_models.llama(**SIZES), ["q_proj", "v_proj", "down_proj"])
 
 
 def t5() -> Any:

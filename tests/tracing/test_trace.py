@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adapting import randomise
 from graph_modules import COPIES
-from layers.checking import assert_same, check, normal, randomise
+from layers.checking import assert_same, check, normal
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 from tracing.models import TRACED, Dropout, Norms, Straight, Two

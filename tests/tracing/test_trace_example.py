@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from adapting import randomise
 from graph_modules import COPIES, X, config
-from layers.checking import assert_same, randomise
+from layers.checking import assert_same
 from torch import Tensor, fx, nn
 from tracing.captured import CASES, bert, llama, made_pair, pair_of, tokens, twins
 from tracing.models import Branches, Dropout, Optional, Two

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from adapting import randomise
 from graph_modules import COPIES, IMAGES, Cnn, Mlp, X, adapted, check_folded, config, targets_of, traced, untyped
-from layers.checking import assert_same, check, randomise
+from layers.checking import assert_same, check
 from moe_models import built, call_of
 from torch import Tensor, fx, nn
 

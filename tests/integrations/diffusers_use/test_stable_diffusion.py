@@ -12,12 +12,12 @@ import diffusers
 import peft
 import pytest
 import torch
+from adapting import randomise, vectors_of
 from diffusers.models.attention_processor import AttnProcessor
 from diffusion_models import unet
 from diffusion_pipelines import image, quiet, stable_diffusion as pipeline
 from model.many import seen
 from oracles import dense_q, dense_weight, relative_error
-from tiny_models import vectors_of
 from torch import Tensor
 from transformers import CLIPTextModel
 
@@ -36,9 +36,7 @@ def adapted(r: int = 8) -> Any:
     for part, targets in TARGETS.items():
         config = hra_fx.HRAConfig(r=r, target_modules=targets, init_weights=True)
         setattr(pipe, part, hra_fx.HRAModel(getattr(pipe, part), config, "default"))
-        with torch.no_grad():
-            for parameter in vectors_of(getattr(pipe, part)).values():
-                parameter.normal_()
+        randomise(getattr(pipe, part))
     return pipe
 
 

@@ -7,19 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import (
-    BASES,
-    SHAPES,
-    VOCABULARY,
-    adapted,
-    config_for,
-    llama,
-    pairs,
-    rotated,
-    t5,
-    tokens_of,
-    turn,
-)
+from adapting import randomise
+from tiny_models import BASES, SHAPES, VOCABULARY, adapted, config_for, llama, pairs, rotated, t5, tokens_of
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -69,7 +58,7 @@ def an_adapted(name: str, shape: str) -> tuple[nn.Module, Any]:
     base, copied = (llama().double(), llama().double()) if name == "llama" else (t5().double(), t5().double())
     targets = {"target_modules": T5_TARGETS, "task_type": "SEQ_2_SEQ_LM"} if name == "t5" else {}
     model = SHAPES[shape](copied.eval(), config_for("llama", **targets))
-    turn(model)
+    randomise(model)
     return base.eval(), model
 
 
@@ -116,7 +105,7 @@ def test_a_pipeline() -> None:
     texts = []
     base, model = (BASES["llama"](pad_token_id=2).double() for _ in range(2))
     model = adapted("llama", "transform", base=model)
-    turn(model)
+    randomise(model)
     for each in (model.eval(), rotated(base, model)):
         generate = pipeline("text-generation", model=each, tokenizer=tokenizer(), device="cpu")
         texts.append(generate(TEXTS, batch_size=2, **DECODING))

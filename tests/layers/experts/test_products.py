@@ -8,16 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers.integrations.moe  # noqa: F401  (registers torch.ops.transformers)
-from moe_models import (
-    NAMES,
-    built,
-    call_of,
-    dense_experts,
-    experts_config,
-    oracle,
-    randomise,
-    vectors_of,
-)
+from adapting import randomise
+from moe_models import NAMES, built, call_of, dense_experts, experts_config, oracle, vectors_of
 from oracles import relative_error
 from torch import Tensor, nn
 
