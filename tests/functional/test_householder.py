@@ -100,16 +100,6 @@ def test_near_parallel_columns_in_float32(factor_of: Function, noise: float) -> 
     assert orthogonality(explicit(chain, factor_of)) < 2e-3
 
 
-def test_autocast_does_not_change_factor_and_basis() -> None:
-    chain = normal(18, 32, 8, dtype=F32)
-    outside, basis = compact_wy(chain), orthonormalize(chain)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside, basis_inside = compact_wy(chain), orthonormalize(chain)
-        assert (chain.mT @ chain).dtype == torch.bfloat16, "autocast is on again"
-    assert torch.equal(inside, outside)
-    assert torch.equal(basis_inside, basis)
-
-
 # orthonormalize, on CPUs, as GPUs compute it, and for torch.export
 
 

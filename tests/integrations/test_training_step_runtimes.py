@@ -25,12 +25,6 @@ STEPS, LR = 4, 0.5
 base = partial(llama, vocab_size=16, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
 
 
-def batches() -> list[tuple[Tensor, Tensor]]:
-    """Of several sizes."""
-    ids = [torch.randint(0, 16, (2 + step % 3, 4 + step)) for step in range(STEPS)]
-    return [(part, part) for part in ids]
-
-
 def trained_by_torch(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> list[float]:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], LR)
     losses = []
@@ -50,7 +44,8 @@ def test_executorch_trains_the_vectors_and_peft_loads_them(tmp_path: Path) -> No
     from executorch.extension.training import _load_for_executorch_for_training_from_buffer, get_sgd_optimizer
 
     model = adapted(base(), "q_proj", "v_proj", "down_proj", r=4, task_type="CAUSAL_LM")
-    data = batches()
+    ids = [torch.randint(0, 16, (2 + step % 3, 4 + step)) for step in range(STEPS)]
+    data = [(part, part) for part in ids]  # of several sizes
     program = hra_fx.export_training_step(model, dict(zip(SHAPES, data[0], strict=True)), dynamic_shapes=SHAPES)
     eager = copy.deepcopy(model)
     wanted = trained_by_torch(eager, data)

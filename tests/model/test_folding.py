@@ -39,11 +39,6 @@ LAYERS: dict[str, Callable[..., tuple[Any, tuple[int, ...]]]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
 def adapt(model: Any, *paths: str, **fields: Any) -> Any:
     """`model` itself, with reflections at random vectors."""
     return adapted(model, a=config(*paths, **{"r": 3} | fields))[1]
@@ -278,7 +273,6 @@ def one_kernel() -> nn.Sequential:
     ],
 )
 def test_tensors_over_one_memory_are_separated(make: Callable[[], nn.Module], paths: list[str], untied: str) -> None:
-    torch.manual_seed(0)
     base = make()
     plain, model = adapted(base, a=config(*paths))
     wanted = dict(plain.state_dict()) | weights(plain, model, ["a"])

@@ -39,11 +39,6 @@ LAYERS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
 def adapt(layer: nn.Module, dtype: torch.dtype = F64, *, scale: float = 0.0, **fields: Any) -> Any:
     """A model of one layer whose vectors were moved off their start by `scale`."""
     config = HRAConfig(**{"r": 2, "target_modules": ["0"], **fields})

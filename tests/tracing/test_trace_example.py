@@ -227,7 +227,6 @@ def calls(model: fx.GraphModule) -> list[str]:
 
 
 def test_each_reflection_is_a_node_and_modules_are_shared() -> None:
-    torch.manual_seed(0)
     base = Dropout().double()
     parameters, keys = dict(base.named_parameters()), list(base.state_dict())
     model = hra_fx.transform(base, config(), trace=True)

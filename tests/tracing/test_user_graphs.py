@@ -239,7 +239,6 @@ class Nested(nn.Module):
 
 
 def test_a_custom_tracer_whose_leaves_hold_layers() -> None:
-    torch.manual_seed(0)
     root = Nested().double()
     base = untyped(fx.GraphModule(root, Blocks().trace(root)))
     model = hra_fx.transform(copy.deepcopy(base), config("block.0", "block.2", "first"))

@@ -23,11 +23,6 @@ from hra_fx.errors import AdapterError, HRAWarning, VisualizeError
 IDS = torch.arange(10).reshape(2, 5)
 
 
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
 def resnet() -> nn.Module:
     return torchvision.models.resnet18(num_classes=4).eval()
 

@@ -52,11 +52,8 @@ def test_adapters_act_in_the_order_of_peft(order: list[str], apply_GS: bool) -> 
         assert relative_error(layer(x), wanted) < 1e-12
         model.base_model.set_adapter("two")
         model.delete_adapter("one")
-        assert relative_error(layer(x), x @ (layer.base_layer.weight @ q_of(layer, "two")).T + layer.bias) < 1e-9
-
-
-def q_of(layer: Any, name: str) -> Tensor:
-    return dense_q(layer.hra_u[name].detach(), apply_GS=layer.hra_apply_GS[name])
+        q = dense_q(layer.hra_u["two"].detach(), apply_GS=layer.hra_apply_GS["two"])
+        assert relative_error(layer(x), x @ (layer.base_layer.weight @ q).T + layer.bias) < 1e-9
 
 
 @pytest.mark.parametrize("base_dtype", [F32, BF16], ids=str)
@@ -140,15 +137,12 @@ BASES: dict[str, Any] = {"linear": lambda dtype: nn.Linear(10, 6, dtype=dtype)} 
 }
 
 
-def inputs_of(layer: Any) -> torch.Tensor:
-    return normal(1, 5, 10) if isinstance(layer.base_layer, nn.Linear) else normal(1, 2, 4, 9, 8)
-
-
 @pytest.mark.parametrize(("safe", "apply_GS"), [(False, True), (True, False)])
 @pytest.mark.parametrize("kind", BASES)
 def test_a_layer_is_the_dense_product_also_merged(kind: str, safe: bool, apply_GS: bool) -> None:
     layer = one_layer(BASES[kind](F64), r=3, apply_GS=apply_GS)
-    x, parameter, before = inputs_of(layer), layer.base_layer.weight, layer.base_layer.weight.detach().clone()
+    x = normal(1, 5, 10) if isinstance(layer.base_layer, nn.Linear) else normal(1, 2, 4, 9, 8)
+    parameter, before = layer.base_layer.weight, layer.base_layer.weight.detach().clone()
     wanted = dense_results(layer, x)
     agree(results(layer, x), wanted, 1e-9)
     layer.merge(safe_merge=safe)
