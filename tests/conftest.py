@@ -1,4 +1,4 @@
-"""Settings for all tests: one thread, no network, and the default action of SIGINT."""
+"""Settings for all tests: one seed, one thread, no network, and the default action of SIGINT."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ from browser import NAMES, find_browser
 
 #: It registers operators, which torch refuses a second time: pytest would import it once more, to look for doctests.
 collect_ignore = ["support/second_device.py"]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers for a test by itself and after others."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -53,15 +53,11 @@ def test_it_runs_without_the_project_installed(tmp_path: Path) -> None:
     assert "| ResNet blocks of 32, 64 channels, latents of 16 | 1 image " in text
 
 
-def run_of(plan: object, budget: float, files: list[str]) -> Run:
-    report = Report({"run": "smoke"})
-    return Run(plan, report, budget, lambda: files.append(page(report)))  # type: ignore[arg-type]
-
-
 def test_a_wrong_result_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(correctness.TOLERANCE, torch.float32, 0.0)
     files = list[str]()
-    run = run_of(smoke(), 1.0, files)
+    report = Report({"run": "smoke"})
+    run = Run(smoke(), report, 1.0, lambda: files.append(page(report)))
     with pytest.raises(WrongResult, match=r"Linear, input 64 x \d+, float32: relative errors: output"):
         run.all()
     assert run.report.cells == []

@@ -6,9 +6,7 @@ import json
 import os
 import re
 import stat
-import threading
 from collections.abc import Iterator, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -18,6 +16,7 @@ import pytest
 import torch
 from checkpoint.disk.made import files_of_at_most, picture
 from model.many import bert, config, ids, run, turn
+from one_hub import Answering, serving
 from oracles import relative_error
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -95,7 +94,7 @@ def test_adapters_in_subfolders_are_named(tmp_path: Path) -> None:
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(Answering):
     """The repository `user/name` with a folder as its content."""
 
     root: Path
@@ -119,17 +118,6 @@ class Hub(BaseHTTPRequestHandler):
         name = path.relative_to(self.root).as_posix()
         return {"type": "file", "path": name, "size": path.stat().st_size, "oid": name.encode().hex()}
 
-    def answer(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *args: object) -> None:
-        """Nothing: the output of the tests stays readable."""
-
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
@@ -138,13 +126,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, A
     root = saved(tmp_path / "repository", seed=1)
     saved(root / "other [1]", seed=2)
     (root / "README.md").write_text("A model card.")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("OneHub", (Hub,), {"root": root}))
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield {"endpoint": f"http://127.0.0.1:{server.server_port}", "cache_dir": tmp_path / "cache", "token": False}
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Hub, root=root) as address:
+        yield {"endpoint": address, "cache_dir": tmp_path / "cache", "token": False}
 
 
 def test_a_repository_is_fetched_and_only_the_two_files_of_it(hub: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapting import config, mlp, randomise
+from adapting import adapted, config, mlp
 from checkpoint.damaging import (
     CONFIG_NAME,
     MODELS,
@@ -64,12 +64,6 @@ def test_another_name_of_the_base_is_warned_of_and_loaded(tmp_path: Path) -> Non
 # ---- adapters that are in the way ----
 
 
-def adapted(*targets: str, **fields: Any) -> Any:
-    model = hra_fx.transform(mlp(), config(*targets, **fields))
-    randomise(model)
-    return model
-
-
 @pytest.mark.parametrize("first", ["a", "d"])
 def test_a_second_adapter_for_a_parametrized_layer_is_refused(first: str, tmp_path: Path) -> None:
     def base() -> nn.Sequential:
@@ -83,7 +77,7 @@ def test_a_second_adapter_for_a_parametrized_layer_is_refused(first: str, tmp_pa
 
 def test_merged_adapters_are_in_the_way(tmp_path: Path) -> None:
     folder = saved(tmp_path, "0")
-    model = adapted("0")
+    model = adapted(mlp(), "0")
     hra_fx.merge_adapter(model)
     message = refused(lambda model: hra_fx.load_adapter(model, folder), model, AdapterError)
     assert "merged into the weights. Call unmerge_adapter first." in message
@@ -102,7 +96,7 @@ def test_an_adapter_of_another_structure_is_in_the_way(kind: str, tmp_path: Path
     targets, fields = STRUCTURES[kind]
     ours, theirs = saved(tmp_path / "ours", "0"), saved(tmp_path / "theirs", *targets, **fields)
     for present, folder in (((("0",), {"r": 3}), theirs), ((targets, fields), ours)):
-        model = adapted(*present[0], **present[1])
+        model = adapted(mlp(), *present[0], **present[1])
         message = refused(lambda model, folder=folder: hra_fx.load_adapter(model, folder), model, AdapterError)
         assert message.startswith("adapter 'default' exists in the model, but with other ")
         assert "Delete it first (hra_fx.delete_adapter), or load under another adapter_name." in message
@@ -127,7 +121,7 @@ def test_an_adapter_of_the_same_rank_is_replaced_whatever_its_start_was(
 ) -> None:
     """With r=3, the chain in the file has four vectors, one of which was frozen."""
     folder = saved(tmp_path, "0", r=file)
-    model = adapted("0", r=present)
+    model = adapted(mlp(), "0", r=present)
     held = model[0].hra_u["default"]
     hra_fx.load_adapter(model, folder)
     assert model[0].hra_u["default"] is held
@@ -139,7 +133,7 @@ def test_an_interrupted_load_restores_the_old_values(
     call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = saved(tmp_path, "0", r=3, modules_to_save=["3"])
-    model = adapted("0", r=3, modules_to_save=["3"])
+    model = adapted(mlp(), "0", r=3, modules_to_save=["3"])
     before, copy_, calls = copy.deepcopy(model.state_dict()), Tensor.copy_, [0]
 
     def interrupted(own: Tensor, *args: Any) -> Tensor:
@@ -200,7 +194,7 @@ def test_entries_of_a_newer_peft_are_let_through_and_kept(tmp_path: Path) -> Non
 @pytest.mark.parametrize("fields", [{"r": 2}, {"r": 3, "apply_GS": True}], ids=str)
 def test_an_adapter_that_diverged_is_not_saved(fields: dict[str, Any], tmp_path: Path) -> None:
     folder = saved(tmp_path, "0")
-    model = adapted("0", **fields)
+    model = adapted(mlp(), "0", **fields)
     with torch.no_grad():
         model[0].hra_u["default"][1, 0] = float("nan")
     before = made.picture(folder)

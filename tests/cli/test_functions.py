@@ -46,7 +46,6 @@ def test_they_are_those_of_the_report_of_the_model(shelf: Shelf, name: str, tmp_
 
 
 def test_an_adapter_of_peft(shelf: Shelf, tmp_path: Path) -> None:
-    torch.manual_seed(0)
     config = peft.HRAConfig(r=4, target_modules=["q_proj"], init_weights=False, modules_to_save=["lm_head"])
     model = copy.deepcopy(shelf.model)
     model.name_or_path = str(shelf / "my-model")

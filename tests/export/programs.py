@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from adapting import config as config
+from adapting import config as config, randomise
 from one_layer import F64 as F64, normal as normal
 from oracles import dense_q
 from torch import Tensor, nn
@@ -49,13 +49,6 @@ def mixed(seed: int = 0, dtype: torch.dtype = F64) -> tuple[Mixed, Tensor]:
 def capture(model: nn.Module, *inputs: Tensor) -> ExportedProgram:
     """The model's program, for any batch size."""
     return torch.export.export(model, inputs, dynamic_shapes=tuple({0: BATCH} for _ in inputs))
-
-
-def randomise(program: ExportedProgram, seed: int = 5) -> None:
-    for name, tensor in program.state_dict.items():
-        if ".hra_u." in name and isinstance(tensor, nn.Parameter):
-            with torch.no_grad():
-                tensor.copy_(normal(seed, *tensor.shape))
 
 
 def adapted(program: ExportedProgram, settings: hra_fx.HRAConfig) -> ExportedProgram:

@@ -7,17 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from layers.cases import Doubling
 from layers.checking import assert_same, gradients, normal, pair, run_dense, vectors_of
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import hra_fx
 from hra_fx.model.state import adapted_layers
-
-
-class Doubling(nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, 2 * self.weight, self.bias)
 
 
 class Mixed(nn.Module):

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from adapting import randomise
 from export.programs import QUIET
 from graph_modules import COPIES, X, config
-from layers.checking import assert_same, gradients, normal, randomise, vectors_of
+from layers.checking import assert_same, gradients, normal, vectors_of
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from tracing.models import TRACED, Creates, Shared, Two
@@ -87,7 +88,6 @@ MODELS = [(make, False) for make in (*TRACED, Tied, Creates)] + [(Tied, True), (
 
 @pytest.mark.parametrize(("make", "strict"), MODELS)
 def test_a_lifted_program_is_the_eager_model(make: type[nn.Module], strict: bool, tmp_path: Path) -> None:
-    torch.manual_seed(0)
     base = make().double().eval()
     program = exported(base, X, strict=strict)
     settings = config(*layers_of(base))
@@ -121,7 +121,6 @@ class Images(nn.Module):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_convolutions_are_layers_with_their_settings(training: bool, tmp_path: Path) -> None:
-    torch.manual_seed(0)
     base = Images().double().train(training)
     program = exported(base, X)
     eager, lifted = adapted(base, program, config("one", "two", "three"))
@@ -183,7 +182,6 @@ def test_a_lifted_program_has_the_default_targets_of_its_model_and_is_written_as
 
 @QUIET
 def test_a_decomposed_program_is_lifted_where_the_decomposition_is_that_of_a_layer() -> None:
-    torch.manual_seed(0)
     base = Images().double().eval()
     program = exported(base, X).run_decompositions()
     eager, lifted = adapted(base, program, config("one", "two", "three"))

@@ -7,18 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from export.programs import (
-    F64,
-    QUIET,
-    adapted,
-    capture,
-    config,
-    mixed,
-    normal,
-    picture,
-    randomise,
-    with_dense_weights,
-)
+from adapting import randomise
+from export.programs import F64, QUIET, adapted, capture, config, mixed, normal, picture, with_dense_weights
 from oracles import dense_q, relative_error
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -91,7 +81,6 @@ def test_a_product_is_rotated_on_the_side_of_its_inputs(form: str, transposed: b
 
 
 def test_a_model_of_transformers_has_the_layers_that_peft_gives_it() -> None:
-    torch.manual_seed(0)
     settings = hra_fx.HRAConfig(r=2)
     sizes: dict[str, Any] = {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 11, "n_positions": 8}
     model = GPT2LMHeadModel(GPT2Config(**sizes, use_cache=False, attn_implementation="eager")).eval()

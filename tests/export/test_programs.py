@@ -8,18 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from export.programs import (
-    F64,
-    QUIET,
-    adapted,
-    capture,
-    config,
-    mixed,
-    normal,
-    picture,
-    randomise,
-    with_dense_weights,
-)
+from adapting import randomise
+from export.programs import F64, QUIET, adapted, capture, config, mixed, normal, picture, with_dense_weights
 from oracles import relative_error
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from layers.checking import assert_same, randomise
+from adapting import adapted, randomise
+from layers.checking import assert_same
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.utils import parametrizations
@@ -26,13 +27,7 @@ BATCH, LENGTH = Dim("batch", min=2, max=8), Dim("length", min=3, max=16)
 
 def mlp(**fields: Any) -> nn.Module:
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
-    return adapted(model.double(), **{"target_modules": ["0", "2"], **fields})
-
-
-def adapted(model: nn.Module, **fields: Any) -> nn.Module:
-    model = hra_fx.transform(model.eval(), hra_fx.HRAConfig(**{"r": 4, **fields}))
-    randomise(model)
-    return model
+    return adapted(model.double().eval(), "0", "2", **{"r": 4, **fields})
 
 
 def step_of(model: nn.Module, **options: Any) -> ExportedProgram:
@@ -87,7 +82,7 @@ def test_what_a_configuration_trains_has_gradients(fields: dict[str, Any]) -> No
 
 def test_several_adapters_and_batch_norm() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 6), nn.Linear(6, 3))
-    adapted(model.double(), target_modules=["0", "3"])
+    adapted(model.double(), "0", "3", r=4)
     hra_fx.add_adapter(model, "second", hra_fx.HRAConfig(r=3, target_modules=["3", "4"]))
     hra_fx.set_adapter(model, ["default", "second"])
     randomise(model)
@@ -119,7 +114,7 @@ def test_a_program_has_the_names_of_the_model_goes_through_a_file_and_leaves_the
 
 def test_constants_and_unread_parameters() -> None:
     model = CASES["bert"].make().double().eval()
-    adapted(model, target_modules=["query", "dense"], layers_to_transform=[0], modules_to_save=["pooler"])
+    adapted(model.eval(), "query", "dense", r=4, layers_to_transform=[0], modules_to_save=["pooler"])
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
     ids = torch.randint(0, 16, (2, 5))
     call = {"input_ids": ids, "attention_mask": None, "output_hidden_states": True}
@@ -154,7 +149,7 @@ def test_buffers_stay_those_of_the_model() -> None:
             out: Tensor = self.layer(self.inner(x) + self.mean)
             return out
 
-    model = adapted(Counting().double(), target_modules=["layer"]).train()
+    model = adapted(Counting().double(), "layer", r=4)
     before = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
     program = step_of(model)
     for name, buffer in model.named_buffers():
@@ -166,7 +161,7 @@ def test_buffers_stay_those_of_the_model() -> None:
 def test_wrong_gradients_are_an_error() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)).double()
     model[1].register_forward_pre_hook(lambda module, args: (Straight.apply(args[0]),))
-    adapted(model, target_modules=["0", "1"])
+    adapted(model.eval(), "0", "1", r=4)
     with pytest.raises(VerificationError, match=r"gradient of 0\.hra_u\.default in the program differs from PyTorch's"):
         step_of(model)
 
@@ -194,8 +189,8 @@ def test_refusals_say_what_to_do() -> None:
         step_of(torch.export.export(nn.Linear(6, 4).double(), (X,)))  # type: ignore[arg-type]
     random = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 4)).double()
     with pytest.raises(AdapterError, match=r"gradients are random, .* Call model\.eval\(\) first"):
-        step_of(adapted(random, target_modules=["0"]).train())
+        step_of(adapted(random, "0", r=4).train())
     branching = nn.Linear(6, 4).double()
     branching.register_forward_pre_hook(lambda module, args: args if args[0].sum() > 0 else None)
     with pytest.raises(AdapterError, match=r"torch.export fails at test_training_step.py, line \d+, `branching"):
-        step_of(adapted(nn.Sequential(branching), target_modules=["0"]))
+        step_of(adapted(nn.Sequential(branching).eval(), "0", r=4))

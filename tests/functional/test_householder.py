@@ -23,12 +23,8 @@ from hra_fx.functional.householder import (
     normalize,
     orthonormalize,
     reflect,
-    span,
-    working_dtype,
     wy_of_products,
 )
-from hra_fx.functional.rotate import rotate_weight
-from hra_fx.functional.statistics import inverse_condition
 
 seeds = st.integers(0, 2**31 - 1)
 widths = st.integers(1, 24)
@@ -102,38 +98,6 @@ def test_near_parallel_columns_in_float32(factor_of: Function, noise: float) -> 
     x = normal(16, 4, 128, dtype=F32)
     assert relative_error(reflect(x, chain, factor_of(chain)), x.double() @ dense_product(chain).mT) < 1e-3
     assert orthogonality(explicit(chain, factor_of)) < 2e-3
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, F32, F64])
-def test_the_factor_is_float32_at_least_and_reflect_returns_the_dtype_of_x(dtype: torch.dtype) -> None:
-    chain, x = normal(17, 16, 3).to(dtype), normal(22, 3, 16).to(dtype)
-    factor, expected = compact_wy(chain), F64 if dtype == F64 else F32
-    assert working_dtype(dtype) == factor.dtype == orthonormalize(chain).dtype == expected
-    assert relative_error(explicit(chain), dense_product(chain)) < 1e-6
-    y = reflect(x, chain, factor)
-    assert y.dtype == dtype
-    bound = {torch.float16: 2e-3, torch.bfloat16: 1e-2}.get(dtype, 1e-6)
-    assert relative_error(y, x.double() @ dense_product(chain).mT) < bound
-
-
-def test_autocast_does_not_change_factor_and_basis() -> None:
-    chain = normal(18, 32, 8, dtype=F32)
-    outside, basis = compact_wy(chain), orthonormalize(chain)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside, basis_inside = compact_wy(chain), orthonormalize(chain)
-        assert (chain.mT @ chain).dtype == torch.bfloat16, "autocast is on again"
-    assert torch.equal(inside, outside)
-    assert torch.equal(basis_inside, basis)
-
-
-@quick
-@given(widths, st.integers(1, 9), ranks, seeds)
-def test_rotate_and_reflect_are_two_sides_of_one_product(d: int, out: int, r: int, seed: int) -> None:
-    chain, weight, x = normal(seed, d, r), normal(seed + 1, out, d), normal(seed + 2, 3, d)
-    factor = compact_wy(chain)
-    rotated = rotate_weight(weight, chain)
-    assert relative_error(rotated, weight @ dense_product(chain)) < 1e-11
-    assert relative_error(x @ rotated.mT, reflect(x, chain, factor) @ weight.mT) < 1e-10
 
 
 # orthonormalize, on CPUs, as GPUs compute it, and for torch.export
@@ -219,31 +183,3 @@ def test_initial_vectors_are_within_the_bound_of_kaiming() -> None:
         vectors, _ = init_vectors(4000, 8, apply_GS=apply_GS, init_weights=True)
         bound = 1 / math.sqrt(drawn)
         assert 0.99 * bound < float(vectors.abs().max()) <= bound
-
-
-# Statistics of chains. Angles are tested with the report (tests/reporting/test_rows.py).
-
-
-@quick
-@given(widths, st.integers(1, 30), seeds)
-def test_span_has_the_distance_and_the_trace_of_the_product(d: int, r: int, seed: int) -> None:
-    chain = normal(seed, d, r)
-    basis, moved = span(chain)
-    assert relative_error(torch.eye(d, dtype=F64) - basis @ moved @ basis.mT, dense_product(chain)) < 1e-10
-    block = torch.eye(len(moved), dtype=F64) - moved
-    q = dense_product(chain)
-    size = min(d, r)
-    assert block.shape == (size, size)
-    assert orthogonality(block) < 1e-10
-    distance = float((block - torch.eye(size, dtype=F64)).norm())
-    assert distance == pytest.approx(float((q - torch.eye(d, dtype=F64)).norm()), abs=1e-10)
-    assert float(block.trace()) + d - size == pytest.approx(float(q.trace()), abs=1e-9)
-
-
-def test_inverse_condition() -> None:
-    basis = torch.linalg.qr(normal(29, 12, 4)).Q
-    assert inverse_condition(basis) == pytest.approx(1.0)
-    assert inverse_condition(basis * torch.tensor([1.0, 10.0, 1.0, 1.0])) == pytest.approx(0.1)
-    assert inverse_condition(torch.cat([basis, basis[:, :1]], dim=1)) < 1e-15
-    assert inverse_condition(torch.zeros(12, 4)) == 0.0
-    assert inverse_condition(torch.nn.Parameter(basis.float())) == pytest.approx(1.0, rel=1e-6)

@@ -37,16 +37,6 @@ def test_it_is_the_dense_product_with_its_gradients(
         assert relative_error(got * factor, sought * factor, floor=1e-3) < 1e-9
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_a_narrow_weight_is_rotated_in_float32(autocast: bool) -> None:
-    weight, vectors = normal(0, 40, 64).bfloat16(), normal(1, 64, 5).float()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        rotated = rotate_weight(weight, vectors)
-    wanted = weight.double() @ dense_product(vectors)
-    assert rotated.dtype == torch.bfloat16
-    assert relative_error(rotated, wanted) < 1.01 * relative_error(wanted.bfloat16(), wanted)
-
-
 def test_the_wider_dtype_is_used() -> None:
     weight, vectors = normal(0, 5, 7), normal(1, 7, 2).float()
     assert relative_error(rotate_weight(weight, vectors), weight @ dense_product(vectors)) < 1e-14

@@ -13,8 +13,9 @@ import datasets
 import peft
 import pytest
 import torch
+from adapting import vectors_of
 from integrations.trl_use.runs import SFT_CHATS, logs, own_cache, redraw, tokenizer  # noqa: F401
-from tiny_models import llama, tokens_of, trainer_of, vectors_of
+from tiny_models import llama, tokens_of, trainer_of
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer
 from trl import SFTConfig, SFTTrainer

@@ -3,40 +3,26 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-import transformers
-from layers.checking import assert_same, randomise
+from adapting import adapted, randomise
+from layers.checking import assert_same
+from tiny_models import llama
 from torch import Tensor, nn
 from torch.export import Dim
 
 import hra_fx
 
-SIZES = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 SHAPES = {name: {0: Dim("batch", min=2, max=4), 1: Dim("length", min=3, max=8)} for name in ("input_ids", "labels")}
 STEPS, LR = 4, 0.5
 
 
-def base() -> nn.Module:
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
-
-
-def batches() -> list[tuple[Tensor, Tensor]]:
-    """Of several sizes."""
-    ids = [torch.randint(0, 16, (2 + step % 3, 4 + step)) for step in range(STEPS)]
-    return [(part, part) for part in ids]
-
-
-def adapted() -> nn.Module:
-    config = hra_fx.HRAConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
-    model = hra_fx.transform(base(), config)
-    randomise(model)
-    return model
+base = partial(llama, vocab_size=16, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
 
 
 def trained_by_torch(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> list[float]:
@@ -57,7 +43,9 @@ def test_executorch_trains_the_vectors_and_peft_loads_them(tmp_path: Path) -> No
     from executorch.exir import to_edge
     from executorch.extension.training import _load_for_executorch_for_training_from_buffer, get_sgd_optimizer
 
-    model, data = adapted(), batches()
+    model = adapted(base(), "q_proj", "v_proj", "down_proj", r=4, task_type="CAUSAL_LM")
+    ids = [torch.randint(0, 16, (2 + step % 3, 4 + step)) for step in range(STEPS)]
+    data = [(part, part) for part in ids]  # of several sizes
     program = hra_fx.export_training_step(model, dict(zip(SHAPES, data[0], strict=True)), dynamic_shapes=SHAPES)
     eager = copy.deepcopy(model)
     wanted = trained_by_torch(eager, data)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from adapting import randomise
 from one_layer import F64, normal
 from oracles import dense_q
 from torch import Tensor, nn
@@ -33,13 +34,6 @@ def pair(
     model = hra_fx.transform(copy.deepcopy(base), config)
     randomise(model)
     return base, model
-
-
-def randomise(model: nn.Module, seed: int = 1) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in vectors_of(model).values():
-            parameter.normal_(generator=generator)
 
 
 def vectors_of(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:

@@ -10,18 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from adapting import config
+from adapting import config, randomise
 from layers.cases import CASES, SHARED, Case
-from layers.checking import (
-    assert_same,
-    check,
-    check_fold,
-    dense_weights,
-    normal,
-    randomise,
-    run_dense,
-    vectors_of,
-)
+from layers.checking import assert_same, check, check_fold, dense_weights, normal, run_dense, vectors_of
 from oracles import relative_error
 from peft_sides import by_peft, by_us, opened_by_peft, plain_name, randomise as randomise_trained, same_tensors
 from safetensors.torch import load_file

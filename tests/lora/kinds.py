@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from oracles import dense_q
+from oracles import dense_power, layer_q
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -40,18 +40,8 @@ def product(layer: Any, names: list[str]) -> Tensor:
     """`Q` of some adapters of a layer, in their order, in float64."""
     q = torch.eye(layer.hra_u.width, dtype=F64)
     for name in names:
-        box = layer.hra_u
-        full = dense_q(box[name].detach(), apply_GS=box.specs[name].apply_GS, anchor=box.anchor(name))
-        q = q @ power(full, box.scales.get(name, 1.0))
+        q = q @ dense_power(layer_q(layer, [name]).detach(), layer.hra_u.scales.get(name, 1.0))
     return q
-
-
-def power(q: Tensor, alpha: float) -> Tensor:
-    """`exp(alpha log Q)` of a rotation without an angle of pi, by its complex eigenvalues."""
-    if alpha == 1:
-        return q
-    values, vectors = torch.linalg.eig(q)
-    return (vectors @ torch.diag(torch.exp(1j * alpha * values.angle())) @ torch.linalg.inv(vectors)).real
 
 
 def dense_change(layer: Any, names: list[str]) -> Tensor:

@@ -12,6 +12,7 @@ import diffusers
 import peft
 import pytest
 import torch
+from adapting import randomise
 from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers
 from diffusion_pipelines import flux, image, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
@@ -45,11 +46,7 @@ def adapt(model: nn.Module, targets: Any, name: str = "default", *, seed: int = 
         hra_fx.add_adapter(model, name, config)
     else:
         hra_fx.transform(model, config, name)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if key.endswith(f".hra_u.{name}"):
-                parameter.normal_()
+    randomise(model, name, seed=seed)
 
 
 def adapted(make: Callable[[], Any] = stable_diffusion, targets: Mapping[str, Any] | None = None, **fields: Any) -> Any:

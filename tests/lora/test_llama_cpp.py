@@ -183,10 +183,6 @@ TABULATED = 1e-3
 _WITH_GELU = ("gemma", "gemma2", "gemma3_text", "gpt2", "phi", "starcoder2")
 
 
-def tolerance_of(model_type: str) -> float:
-    return TABULATED if model_type in _WITH_GELU else EXACT
-
-
 def linears(model: nn.Module) -> list[str]:
     """The paths of all layers that llama.cpp can adapt."""
     tied = model.config.tie_word_embeddings
@@ -246,7 +242,7 @@ def test_hot_swap_of_two_adapters_in_one_server(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model_type", MODELS)
 def test_every_layer_of_every_architecture(model_type: str, tmp_path: Path) -> None:
-    tolerance = tolerance_of(model_type)
+    tolerance = TABULATED if model_type in _WITH_GELU else EXACT
     model = tiny(model_type)
     base = write_model(model, tmp_path / "base.gguf")
     before = answer(base)

@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from adapting import randomise
 from moe_architectures import architecture, architectures, experts_of, tiny
 from oracles import relative_error
 from torch import Tensor, nn
@@ -42,11 +43,7 @@ def adapted(base: nn.Module, **fields: Any) -> nn.Module:
     """A copy with random adapters, on its experts and all layers if not said otherwise."""
     targets = {"r": 2, "target_modules": "all-linear", "target_parameters": experts_of(base)}
     model = hra_fx.transform(copy.deepcopy(base), hra_fx.HRAConfig(**targets | fields))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".hra_u." in name:
-                parameter.normal_()
+    randomise(model)
     return model
 
 

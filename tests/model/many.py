@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from oracles import dense_q, dense_weight, relative_error
+from adapting import randomise
+from oracles import dense_weight, layer_q, relative_error
 from torch import Tensor, nn
 
 import hra_fx
@@ -91,11 +92,9 @@ def config(*targets: str, **fields: Any) -> hra_fx.HRAConfig:
 
 def turn(model: nn.Module, seed: int = 2) -> None:
     """Random vectors for every adapter, far from the start, and other values for every copy."""
+    randomise(model, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for layer in adapted_layers(model).values():
-            for vectors in layer.hra_u.values():
-                vectors.copy_(torch.randn(vectors.shape, dtype=F64, generator=generator))
         for owner, copies in all_copies(model).values():
             for adapter in copies.copied:
                 for tensor in copies.tensors(owner, adapter).values():
@@ -123,21 +122,11 @@ def three(dtype: torch.dtype = F64) -> tuple[nn.Module, nn.Module]:
     return plain.to(dtype), model.to(dtype)
 
 
-def product(layer: Any, names: Iterable[str]) -> Tensor:
-    """`Q_a Q_b ...: (d, d)` of a layer in float64, of those adapters that it has."""
-    q = torch.eye(layer.hra_u.width, dtype=F64)
-    for name in names:
-        if name in layer.hra_u:
-            spec, anchor = layer.hra_u.specs[name], layer.hra_u.anchor(name)
-            q = q @ dense_q(layer.hra_u[name].detach(), apply_GS=spec.apply_GS, anchor=anchor)
-    return q
-
-
 def weights(plain: nn.Module, model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Name -> `W Q_a Q_b ...` for every adapted layer, from the weights of `plain`."""
     wanted = tuple(names)
     return {
-        f"{path}.weight": dense_weight(plain.get_submodule(path).weight, product(layer, wanted))
+        f"{path}.weight": dense_weight(plain.get_submodule(path).weight, layer_q(layer, wanted).detach())
         for path, layer in adapted_layers(model).items()
     }
 

@@ -21,12 +21,11 @@ from model.many import (
     net,
     normal,
     oracle,
-    product,
     refuses,
     run,
     turn,
 )
-from oracles import dense_product
+from oracles import dense_power as power, dense_product, layer_q
 from torch import Tensor, nn
 
 import hra_fx
@@ -42,7 +41,7 @@ def test_the_new_one_is_the_product(fields: str) -> None:
     assert hra_fx.report(model).rows[-1].r == rank
     for layer in adapted_layers(model).values():
         assert layer.hra_u.anchor("ba") is None
-        assert_close(dense_product(layer.hra_u["ba"].detach()), product(layer, ["b", "a"]))
+        assert_close(dense_product(layer.hra_u["ba"].detach()), layer_q(layer, ["b", "a"]).detach())
     x = normal(4, 6)
     for active, factors in ((["a"], ["a"]), (["b", "a"], ["b", "a"]), (["a", "b"], ["a", "b"]), (["ba"], ["b", "a"])):
         hra_fx.set_adapter(model, active)
@@ -56,7 +55,7 @@ def test_layers_of_one_alone_are_filled_with_pairs_that_cancel() -> None:
     for path, layer in adapted_layers(model).items():
         assert layer.hra_u["all"].shape == (layer.in_features, 6), path
         assert bool(layer.hra_u["all"].ne(0).any(dim=0).all()), path
-        assert_close(dense_product(layer.hra_u["all"].detach()), product(layer, ["c", "a", "b"]))
+        assert_close(dense_product(layer.hra_u["all"].detach()), layer_q(layer, ["c", "a", "b"]).detach())
     hra_fx.set_adapter(model, "all")
     x = normal(4, 6)
     assert_close(model(x), oracle(plain, model, ["c", "a", "b"], x))
@@ -172,12 +171,6 @@ def one(**fields: Any) -> tuple[nn.Module, nn.Module]:
     return adapted(net(), a=config("first", **fields or {"r": 4}))
 
 
-def power(q: Tensor, alpha: float) -> Tensor:
-    """`exp(alpha log Q)` of a rotation without an angle of pi, by its complex eigenvalues."""
-    values, vectors = torch.linalg.eig(q)
-    return (vectors @ torch.diag(torch.exp(1j * alpha * values.angle())) @ torch.linalg.inv(vectors)).real
-
-
 def output(plain: nn.Module, q: Tensor, x: Tensor) -> Tensor:
     return torch.func.functional_call(plain, {"first.weight": plain.first.weight @ q}, (x,))
 
@@ -186,7 +179,7 @@ def output(plain: nn.Module, q: Tensor, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("fields", FIELDS)
 def test_every_kind_of_adapter_follows_its_geodesic(fields: str, alpha: float) -> None:
     plain, model = one(**FIELDS[fields])
-    q, x = product(model.first, ["a"]), normal(4, 6)
+    q, x = layer_q(model.first, ["a"]).detach(), normal(4, 6)
     full = model(x)
     hra_fx.set_scale(model, "a", alpha)
     assert_close(model(x), output(plain, power(q, alpha), x), 1e-8)
@@ -206,7 +199,7 @@ def test_each_of_several_adapters_has_its_own_scale() -> None:
     hra_fx.set_adapter(model, ["b", "a"])
     hra_fx.set_scale(model, "b", 0.5)
     hra_fx.set_scale(model, "a", 0.25)
-    q = power(product(model.first, ["b"]), 0.5) @ power(product(model.first, ["a"]), 0.25)
+    q = power(layer_q(model.first, ["b"]).detach(), 0.5) @ power(layer_q(model.first, ["a"]).detach(), 0.25)
     x = normal(4, 6)
     assert_close(model(x), output(plain, q, x), 1e-8)
     hra_fx.merge_adapter(model)
@@ -267,7 +260,7 @@ def test_a_scaled_adapter_is_not_trained_and_gets_its_flags_back_at_full_scale(n
 def test_states_and_files_have_the_vectors_of_full_scale(tmp_path: Path) -> None:
     (plain, model), (_, other) = one(), one()
     turn(other, seed=5)
-    q, x = product(model.first, ["a"]), normal(4, 6)
+    q, x = layer_q(model.first, ["a"]).detach(), normal(4, 6)
     hra_fx.set_scale(model, "a", 0.2)
     hra_fx.set_scale(other, "a", 0.5)
     other.load_state_dict(model.state_dict())

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from adapting import randomise
+from adapting import adapted
 from one_layer import normal
 from oracles import relative_error
 from torch import Tensor, fx, nn
@@ -23,7 +23,6 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
-    torch.manual_seed(0)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -31,12 +30,6 @@ def _fresh() -> Iterator[None]:
 
 def llama(layers: int = 2) -> Any:
     return tiny_models.llama(num_hidden_layers=layers).double()
-
-
-def adapted(model: nn.Module, **fields: Any) -> Any:
-    made = hra_fx.transform(model, hra_fx.HRAConfig(**{"r": 4, "target_modules": TARGETS, **fields}))
-    randomise(made)
-    return made
 
 
 class Recorder:
@@ -71,7 +64,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.filterwarnings("ignore")  # inductor's own, of torch's deprecations
 def test_with_inductor() -> None:
     base = llama()
-    model = adapted(copy.deepcopy(base))
+    model = adapted(copy.deepcopy(base), *TARGETS, r=4)
     compiled = torch.compile(model)
     output = compiled(input_ids=ids(2, 7), labels=ids(2, 7), use_cache=False)
     output.loss.backward()
@@ -86,7 +79,7 @@ def test_with_inductor() -> None:
 
 @pytest.mark.slow
 def test_generate_with_a_cache(seen: Recorder) -> None:
-    model = adapted(llama())
+    model = adapted(llama(), *TARGETS, r=4)
     asked = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     wanted = model.generate(ids(1, 5), **asked)
     model.forward = torch.compile(model.forward, backend=seen)
@@ -106,7 +99,7 @@ class Switched(nn.Module):
 
 def test_a_training_step_is_one_graph_with_one_batch(seen: Recorder) -> None:
     """With anchors and Gram-Schmidt; the tests below have neither."""
-    model, x = adapted(Switched(), r=3, apply_GS=True, target_modules=["q", "k"]), normal(1, 3, 6)
+    model, x = adapted(Switched(), "q", "k", apply_GS=True), normal(1, 3, 6)
     wanted = model(x)
     wanted.square().sum().backward()
     eager = gradients(model)
@@ -138,7 +131,7 @@ class Activated(Switched):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # TorchDynamo's own look at it
 @pytest.mark.parametrize("make", [Broken, Activated])
 def test_a_graph_break_and_a_write_in_place_cost_no_correctness(seen: Recorder, make: type[nn.Module]) -> None:
-    model, x = adapted(make(), r=2, target_modules=["q", "k"]), normal(1, 3, 6)
+    model, x = adapted(make(), "q", "k", r=2), normal(1, 3, 6)
     with torch.no_grad():
         found = torch.compile(model, backend=seen)(x)
         wanted = hra_fx.fold(model)(x)
@@ -155,7 +148,7 @@ class WithGradients(Switched):
 
 
 def test_gradients_are_on_where_they_were(seen: Recorder) -> None:
-    model, x = adapted(WithGradients(), r=2, target_modules=["q", "k"]), normal(1, 3, 6)
+    model, x = adapted(WithGradients(), "q", "k", r=2), normal(1, 3, 6)
 
     def found(run: Any) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -177,7 +170,7 @@ class Skipping(Switched):
 
 
 def test_a_layer_that_is_not_called_gets_no_gradient(seen: Recorder) -> None:
-    model = adapted(Skipping(), target_modules=["q", "k"])
+    model = adapted(Skipping(), "q", "k", r=4)
     torch.compile(model, backend=seen)(normal(1, 3, 6), "k").sum().backward()
     assert seen.batches == [[2]]
     assert gradients(model).keys() == {"k.hra_u.default"}
@@ -196,7 +189,7 @@ class Blocks(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # TorchDynamo's own look at it
 def test_blocks_that_are_compiled_one_by_one_share_a_graph(seen: Recorder) -> None:
-    model = adapted(Blocks(), target_modules=r"blocks\.\d\.0")
+    model = adapted(Blocks(), r=4, target_modules=r"blocks\.\d\.0")
     x = normal(1, 3, 6)
     wanted = model(x)
     for block in model.blocks:

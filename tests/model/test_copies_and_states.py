@@ -95,7 +95,6 @@ class Recurrent(nn.Module):
 
 
 def test_a_saved_lstm_runs_on_the_copies_in_place() -> None:
-    torch.manual_seed(0)
     saved = {"modules_to_save": ["lstm"]}
     plain, model = adapted(Recurrent().double(), a=config("embed", **saved), b=config("embed", **saved))
     x = normal(2, 4, 6)
@@ -125,7 +124,6 @@ class Twice(nn.Module):
 
 @pytest.mark.parametrize("names", [["again"], ["head", "again"]])
 def test_a_shared_module_is_copied_once(names: list[str]) -> None:
-    torch.manual_seed(0)
     plain, model = adapted(Twice().double(), a=config("body", modules_to_save=names), b=config("body"))
     assert model.head is model.again
     x = normal(4, 6)

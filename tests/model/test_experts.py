@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from moe_models import built, call_of, experts_config, oracle, randomise, vectors_of
+from adapting import randomise
+from moe_models import built, call_of, experts_config, oracle, vectors_of
 from oracles import dense_product, relative_error
 from torch import Tensor, nn
 

@@ -17,14 +17,13 @@ from model.many import (
     ids,
     llama,
     normal,
-    product,
     refuses,
     run,
     stored,
     turn,
     weights,
 )
-from oracles import dense_weight, relative_error
+from oracles import dense_weight, layer_q, relative_error
 from torch import Tensor, nn
 
 import hra_fx
@@ -40,11 +39,6 @@ LAYERS: dict[str, Callable[..., tuple[Any, tuple[int, ...]]]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
 def adapt(model: Any, *paths: str, **fields: Any) -> Any:
     """`model` itself, with reflections at random vectors."""
     return adapted(model, a=config(*paths, **{"r": 3} | fields))[1]
@@ -52,7 +46,7 @@ def adapt(model: Any, *paths: str, **fields: Any) -> Any:
 
 def oracle_weight(layer: Any) -> Tensor:
     """`W Q` in float64 of an adapted layer."""
-    return dense_weight(layer._parameters["weight"].detach(), product(layer, ["a"]))
+    return dense_weight(layer._parameters["weight"].detach(), layer_q(layer, ["a"]).detach())
 
 
 def memory(tensor: Tensor) -> tuple[Any, ...]:
@@ -279,7 +273,6 @@ def one_kernel() -> nn.Sequential:
     ],
 )
 def test_tensors_over_one_memory_are_separated(make: Callable[[], nn.Module], paths: list[str], untied: str) -> None:
-    torch.manual_seed(0)
     base = make()
     plain, model = adapted(base, a=config(*paths))
     wanted = dict(plain.state_dict()) | weights(plain, model, ["a"])

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 import transformers
 from adapting import randomise
@@ -277,7 +278,6 @@ def two(model: Any, targets: list[str], kind: Any = hra_fx.transform) -> Any:
 
 
 def test_compiled_models() -> None:
-    torch.manual_seed(0)
     torch._dynamo.reset()
     model = two(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)), ["0", "2"])
     x, graphs = torch.randn(4, 6, dtype=F64), []
@@ -298,9 +298,7 @@ def test_compiled_models() -> None:
 
 
 def llama() -> Any:
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, **SIZES))
-    return two(model, ["q_proj", "v_proj", "down_proj"])
+    return two(tiny_models.llama(**SIZES), ["q_proj", "v_proj", "down_proj"])
 
 
 def t5() -> Any:
@@ -328,7 +326,6 @@ def prompts() -> Tensor:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_generated_tokens(way: str) -> None:
-    torch.manual_seed(0)
     make, more = WAYS[way]
     model, ids = make(), prompts()
     generate = partial(model.generate, max_new_tokens=6, do_sample=False, **more)
@@ -341,7 +338,6 @@ def test_generated_tokens(way: str) -> None:
 
 
 def test_beams_of_the_generation_config_and_a_block() -> None:
-    torch.manual_seed(0)
     model, ids = llama(), prompts()
     wanted = alone(model, ids, ROWS, partial(model.generate, max_new_tokens=4, num_beams=2, do_sample=False))
     model.generation_config.num_beams = 2

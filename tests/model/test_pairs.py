@@ -372,7 +372,6 @@ def test_experts_and_layers_of_peft() -> None:
 
 def test_a_vector_starts_at_length_one() -> None:
     """So a rate is that of unit vectors: `L` is the length that `init_vectors` draws."""
-    torch.manual_seed(0)
     for r in (2, 8):
         drawn = init_vectors(4096, r, apply_GS=False, init_weights=True, dtype=F64)[0]
         assert float(drawn.norm(dim=0).square().mean().sqrt()) == pytest.approx(start_length(4096, r), rel=0.02)

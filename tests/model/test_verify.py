@@ -176,7 +176,6 @@ class Structured(Two):
 
 @pytest.mark.parametrize("make", [Draws, Rotary, InPlace, Rounded, Structured])
 def test_unusual_forwards_pass(make: Any) -> None:
-    torch.manual_seed(0)
     model, example = make(), X.float()
     given = example.clone()
     verified(model, example)
@@ -247,7 +246,6 @@ def test_both_modes_are_compared(mode: str, training: bool) -> None:
 
 @pytest.mark.parametrize("make", [Rounded, Structured])
 def test_float32_and_structured_outputs_are_compared(make: Any) -> None:
-    torch.manual_seed(0)
     model = make()
     wrong(model.first, lambda _, output: output * 1.01)
     assert "in train mode, its outputs with adapters and with folded weights differ" in refused(model, X.float())

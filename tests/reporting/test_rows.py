@@ -14,7 +14,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from moe_models import built
 from named_models import tiny_llama
-from oracles import dense_product, dense_q
+from one_layer import normal
+from oracles import dense_product, layer_q
 from reporting.made import oracle_angles, oracle_share
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -38,11 +39,6 @@ LAYERS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
 def adapt(layer: nn.Module, dtype: torch.dtype = F64, *, scale: float = 0.0, **fields: Any) -> Any:
     """A model of one layer whose vectors were moved off their start by `scale`."""
     config = HRAConfig(**{"r": 2, "target_modules": ["0"], **fields})
@@ -60,12 +56,6 @@ def weight_of(layer: Any) -> Tensor:
     return weight.T if isinstance(layer, Conv1D) else weight.flatten(1)
 
 
-def q_of(layer: Any, *, apply_GS: bool = False) -> Tensor:
-    anchor = layer.hra_u.anchor("default")
-    vectors = layer.hra_u["default"].detach()
-    return dense_q(vectors, apply_GS=apply_GS, anchor=None if anchor is None else anchor.double())
-
-
 @settings(max_examples=100, deadline=None)
 @given(
     kind=st.sampled_from(sorted(LAYERS)),
@@ -81,7 +71,7 @@ def test_a_row_has_the_values_of_the_dense_product(
         r, apply_GS = r + 4, False
     model = adapt(LAYERS[kind](), F64, scale=scale, r=r, apply_GS=apply_GS, init_weights=init_weights)
     (row,) = report(model)
-    q, weight = q_of(model[0], apply_GS=apply_GS), weight_of(model[0])
+    q, weight = layer_q(model[0]).detach(), weight_of(model[0])
     angles = oracle_angles(q)
     assert row.rotation == pytest.approx(float((q - torch.eye(row.d, dtype=F64)).norm()), rel=1e-9, abs=1e-10)
     assert row.angles == pytest.approx(angles, abs=1e-6)
@@ -99,7 +89,7 @@ def test_a_row_has_the_values_of_the_dense_product(
 def test_the_share_of_a_weight_in_lower_precision(kind: str, dtype: torch.dtype) -> None:
     model = adapt(LAYERS[kind](), dtype, scale=0.2, r=3)
     (row,) = report(model)
-    assert row.share == pytest.approx(oracle_share(weight_of(model[0]), q_of(model[0])), rel=1e-4)
+    assert row.share == pytest.approx(oracle_share(weight_of(model[0]), layer_q(model[0]).detach()), rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16, torch.float16])
@@ -177,10 +167,6 @@ def test_capture_names_the_graph_that_shows_each_layer() -> None:
 
 
 # ---- angles, and the share and the change of a weight ----
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
 def test_zero_columns_and_pairs_that_cancel_rotate_nothing() -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from adapting import randomise
 from hypothesis import given, strategies as st
 from model.many import adapted, assert_close, config, net, normal, oracle
-from moe_models import built, dense_experts, experts_config, randomise, vectors_of
+from moe_models import built, dense_experts, experts_config, vectors_of
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import LongcatFlashConfig

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 import hra_fx
 
@@ -30,8 +33,22 @@ def picture(model: nn.Module) -> dict[str, object]:
     }
 
 
-def randomise(model: nn.Module) -> None:
+def vectors_of(model: nn.Module | ExportedProgram, adapter: str = "") -> dict[str, nn.Parameter]:
+    """Name -> vectors, of all adapters or of one."""
+    ending = f".{adapter}" if adapter else ""
+    return {name: p for name, p in model.named_parameters() if ".hra_u." in name and name.endswith(ending)}
+
+
+def randomise(model: nn.Module | ExportedProgram, adapter: str = "", *, seed: int = 1) -> None:
+    """Random vectors, far from the start, for all adapters or for one."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".hra_u." in name:
-                parameter.normal_()
+        for vectors in vectors_of(model, adapter).values():
+            vectors.normal_(generator=generator)
+
+
+def adapted(model: nn.Module, *targets: str, **fields: Any) -> Any:
+    """The model after `transform`, at random vectors."""
+    made = hra_fx.transform(model, config(*targets, **fields))
+    randomise(made)
+    return made

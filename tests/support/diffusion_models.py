@@ -6,20 +6,11 @@ from typing import Any
 
 import diffusers
 from transformers import CLIPTextConfig, CLIPTextModel
+from zoo.diffusers_models import UNET
 
 
 def unet(cross_attention_dim: int = 16, **more: Any) -> diffusers.UNet2DConditionModel:
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=cross_attention_dim,
-        attention_head_dim=4,
-        norm_num_groups=4,
-        **more,
-    )
+    return diffusers.UNet2DConditionModel(**UNET | {"cross_attention_dim": cross_attention_dim, **more})
 
 
 def text_encoder(words: int = 40) -> CLIPTextModel:

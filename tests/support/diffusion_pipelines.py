@@ -9,6 +9,7 @@ import torch
 from diffusion_models import text_encoder, unet
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+from zoo.diffusers_models import KL
 
 
 def tokenizer() -> CLIPTokenizer:
@@ -19,15 +20,8 @@ def tokenizer() -> CLIPTokenizer:
 
 
 def vae(latent_channels: int = 4) -> diffusers.AutoencoderKL:
-    return diffusers.AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=latent_channels,
-        norm_num_groups=4,
-        sample_size=16,
-        shift_factor=0.0,
-    )
+    sizes = {"block_out_channels": (8, 8), "latent_channels": latent_channels, "shift_factor": 0.0}
+    return diffusers.AutoencoderKL(**KL | sizes)
 
 
 def scheduler() -> diffusers.DDIMScheduler:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import hra_fx
 from hra_fx.view.drawing import Drawing, drawing_of
+from hra_fx.view.tree import Leaf
 
 #: Names that mean something in some format, and that a module can have which is captured.
 HOSTILE = (
@@ -100,6 +101,10 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     "hostile, in Python": lambda: _adapted(Chosen(*HOSTILE, *UNSPEAKABLE), list(HOSTILE)),
     "one layer": lambda: _adapted(nn.Sequential(nn.Linear(4, 4)), ["0"]),
 }
+
+
+def leaves(found: Drawing) -> list[Leaf]:
+    return [leaf for _, leaf in found.picture.nodes(data="leaf")]
 
 
 @cache

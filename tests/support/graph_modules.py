@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from layers.checking import assert_same, normal, randomise
+from adapting import randomise
+from layers.checking import assert_same, normal
 from torch import Tensor, fx, nn
 
 import hra_fx

@@ -49,14 +49,6 @@ def call_of(name: str) -> dict[str, Any]:
     return entry_of(name).call(2, 0)[1]
 
 
-def randomise(model: nn.Module, seed: int = 3) -> None:
-    """Give all vectors random values."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for vectors in vectors_of(model).values():
-            vectors.copy_(torch.randn(vectors.shape, generator=generator, dtype=torch.float64))
-
-
 def vectors_of(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
     """The parameter of the base model -> the vectors of its experts, `(experts, d, r)`."""
     found = {}

@@ -5,6 +5,9 @@ It does not use hra_fx, so that a test never compares the library with itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,6 +51,24 @@ def dense_q(vectors: Tensor, *, apply_GS: bool = False, anchor: Tensor | None = 
     """`Q: (d, d)` of an adapter in float64: `Q(A) Q(U)`, with Gram-Schmidt `Q(A) Q(V)`. Differentiable."""
     product = dense_product(dense_gs(vectors) if apply_GS else vectors)
     return product if anchor is None else dense_product(anchor) @ product
+
+
+def layer_q(layer: Any, names: Iterable[str] = ("default",)) -> Tensor:
+    """`Q_a Q_b ...: (d, d)` of a layer in float64, of those adapters that it has. Differentiable in their vectors."""
+    reflection = layer.hra_u
+    q = torch.eye(reflection.width, dtype=torch.float64)
+    for name in names:
+        if name in reflection:
+            q = q @ dense_q(reflection[name], apply_GS=reflection.specs[name].apply_GS, anchor=reflection.anchor(name))
+    return q
+
+
+def dense_power(q: Tensor, alpha: float) -> Tensor:
+    """`exp(alpha log Q)` of a rotation without an angle of pi, by its complex eigenvalues."""
+    if alpha == 1:
+        return q
+    values, vectors = torch.linalg.eig(q)
+    return (vectors @ torch.diag(torch.exp(1j * alpha * values.angle())) @ torch.linalg.inv(vectors)).real
 
 
 def dense_weight(weight: Tensor, q: Tensor) -> Tensor:

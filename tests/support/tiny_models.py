@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from oracles import dense_q
+from oracles import layer_q
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
 
@@ -124,18 +124,6 @@ def adapted(kind: str, shape: str, *, seed: int = 1, base: nn.Module | None = No
     return SHAPES[shape](base, config_for(kind, **fields))
 
 
-def turn(model: nn.Module, seed: int = 5) -> None:
-    """Give every adapter random vectors, far from the start."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for vectors in vectors_of(model).values():
-            vectors.copy_(torch.randn(vectors.shape, generator=generator))
-
-
-def vectors_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if ".hra_u." in name}
-
-
 def trained_in(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -145,16 +133,11 @@ def rotated(base: nn.Module, model: nn.Module, *adapters: str) -> Any:
     model_of = copy.deepcopy(base).eval()
     layers = dict(model.named_modules())
     for path, layer in model_of.named_modules():
-        reflection: Any = getattr(layers.get(path), "hra_u", None)
-        if reflection is None:
+        if not hasattr(layers.get(path), "hra_u"):
             continue
         weight = layer.get_parameter("weight")
         with torch.no_grad():
-            product = weight.double()
-            for name in [name for name in adapters or ("default",) if name in reflection]:
-                gram_schmidt = reflection.specs[name].apply_GS
-                product = product @ dense_q(reflection[name], apply_GS=gram_schmidt, anchor=reflection.anchor(name))
-            weight.copy_(product)
+            weight.copy_(weight.double() @ layer_q(layers[path], adapters or ("default",)))
     return model_of
 
 

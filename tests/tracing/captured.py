@@ -5,19 +5,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
+import tiny_models
 import torch
 import transformers
+from adapting import randomise
 from graph_modules import config
-from layers.checking import randomise
 from torch import Tensor, nn
 
 import hra_fx
 
 SIZES = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-HEADS = {"num_attention_heads": 2}
+llama = partial(tiny_models.llama, **SIZES, tie_word_embeddings=True)
+bert = partial(tiny_models.bert, **SIZES)
 
 
 @dataclass
@@ -48,14 +50,6 @@ def classified(batch: int, length: int) -> dict[str, Any]:
 
 def images(batch: int, _: int) -> dict[str, Any]:
     return {"pixel_values": torch.randn(batch, 3, 16, 16)}
-
-
-def llama() -> nn.Module:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **HEADS, tie_word_embeddings=True))
-
-
-def bert() -> nn.Module:
-    return transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, **HEADS))
 
 
 def resnet() -> nn.Module:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapting import randomise
+from adapting import adapted, randomise
 from layers.checking import assert_same
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
@@ -37,16 +37,9 @@ class Branching(nn.Module):
         return {"again": self.head(read), "rows": self.drop(self.head(scale * rows))}
 
 
-def adapted(model: nn.Module, targets: Any, **fields: Any) -> Any:
-    torch.manual_seed(0)
-    model = hra_fx.transform(model, hra_fx.HRAConfig(**({"r": 2, "target_modules": targets} | fields)))
-    randomise(model)
-    return model
-
-
 def branching(**fields: Any) -> Any:
     torch.manual_seed(1)
-    return adapted(Branching().double().eval(), ["conv", "attention", "attention.out_proj", "head"], **fields)
+    return adapted(Branching().double().eval(), "conv", "attention", "attention.out_proj", "head", **fields)
 
 
 def image() -> Tensor:
@@ -153,7 +146,7 @@ class Tied(nn.Module):
 
 
 def test_only_the_adapted_layer_of_a_tied_weight_is_rotated() -> None:
-    graph = check_call(adapted(Tied().double(), ["head", "first", "unused"]), torch.randint(0, 16, (2, 4)))
+    graph = check_call(adapted(Tied().double(), "head", "first", "unused"), torch.randint(0, 16, (2, 4)))
     assert reflections_in(graph) == {"head": 2, "first": 3}  # one and two calls, and a read of each weight
 
 
@@ -176,7 +169,7 @@ class Breaks(Branching):
 
 @pytest.mark.parametrize("kind", [Branching, Breaks])
 def test_model_inputs_and_random_numbers_are_as_before(kind: type[nn.Module]) -> None:
-    model = adapted(kind().double().train(), ["conv", "head"])
+    model = adapted(kind().double().train(), "conv", "head")
     values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     x = image()
     before, version = state_of(model), x._version
@@ -192,7 +185,7 @@ ADVICE = r"Without example_inputs, hra_fx\.graphs and hra_fx\.visualize use torc
 
 
 def test_a_call_that_torch_export_cannot_capture_is_refused() -> None:
-    model = adapted(Breaks(), ["head"])
+    model = adapted(Breaks(), "head")
     with pytest.raises(AdapterError, match=rf"capture Breaks: .*, line \d+, `return self.head.*{ADVICE}"):
         hra_fx.graphs(model, image().float())
 
@@ -246,7 +239,7 @@ class Parts(Branching):
 
 
 def test_a_module_without_children_that_maps_one_tensor_to_one_is_called() -> None:
-    model = adapted(Parts().double(), ["conv", "head"])
+    model = adapted(Parts().double(), "conv", "head")
     graph = check_call(model, image())
     called = {str(node.target) for node in graph.graph.find_nodes(op="call_module")}
     assert called >= {"gradient", "clamp", "norm"}

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adapting import randomise
 from graph_modules import COPIES
-from layers.checking import assert_same, check, normal, randomise
+from layers.checking import assert_same, check, normal
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 from tracing.models import TRACED, Dropout, Norms, Straight, Two
@@ -59,7 +60,6 @@ def test_outputs_gradients_and_buffers_are_those_of_the_model(make: type[nn.Modu
 
 
 def test_a_batch_norm_frozen_in_eval_mode_stays_frozen() -> None:
-    torch.manual_seed(0)
     base = Norms().double()
     for early in (True, False):
         frozen = copy.deepcopy(base)

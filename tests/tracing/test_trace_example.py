@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from adapting import randomise
 from graph_modules import COPIES, X, config
-from layers.checking import assert_same, randomise
+from layers.checking import assert_same
 from torch import Tensor, fx, nn
 from tracing.captured import CASES, bert, llama, made_pair, pair_of, tokens, twins
 from tracing.models import Branches, Dropout, Optional, Two
@@ -226,7 +227,6 @@ def calls(model: fx.GraphModule) -> list[str]:
 
 
 def test_each_reflection_is_a_node_and_modules_are_shared() -> None:
-    torch.manual_seed(0)
     base = Dropout().double()
     parameters, keys = dict(base.named_parameters()), list(base.state_dict())
     model = hra_fx.transform(base, config(), trace=True)

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from adapting import randomise
 from graph_modules import COPIES, IMAGES, Cnn, Mlp, X, adapted, check_folded, config, targets_of, traced, untyped
-from layers.checking import assert_same, check, randomise
+from layers.checking import assert_same, check
 from moe_models import built, call_of
 from torch import Tensor, fx, nn
 
@@ -238,7 +239,6 @@ class Nested(nn.Module):
 
 
 def test_a_custom_tracer_whose_leaves_hold_layers() -> None:
-    torch.manual_seed(0)
     root = Nested().double()
     base = untyped(fx.GraphModule(root, Blocks().trace(root)))
     model = hra_fx.transform(copy.deepcopy(base), config("block.0", "block.2", "first"))

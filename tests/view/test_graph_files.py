@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import networkx as nx
 import pytest
-from drawn_models import MAKERS, drawing, drawn
+from drawn_models import MAKERS, drawing, drawn, leaves
 from torch import nn
 
 import hra_fx
@@ -25,7 +25,6 @@ from hra_fx.view.network import (
     render_mermaid as render,
 )
 from hra_fx.view.opening import Options
-from hra_fx.view.tree import Leaf
 
 OPTIONS = [Options(heat="mean_angle"), Options(depth=0, heat="share")]
 _TOKEN = re.compile(r'\s+|"(?:[^"\\]|\\.)*"|->|[{}\[\];=,]|\w[\w.]*')
@@ -68,10 +67,6 @@ def test_graphml_is_the_graph_of_to_networkx_with_the_heat() -> None:
     for key, data in graph.nodes(data=True):
         heat = {"heat_mean_angle": pytest.approx(math.degrees(data["mean_angle"]))} if "mean_angle" in data else {}
         assert read.nodes[key] == {name: value for name, value in data.items() if value != ""} | heat
-
-
-def leaves(drawing: Drawing) -> list[Leaf]:
-    return [leaf for _, leaf in drawing.picture.nodes(data="leaf")]
 
 
 @pytest.mark.parametrize("name", ["resnet", "bert", "llama", "shared", "attention"])

@@ -11,41 +11,20 @@ import networkx as nx
 import pytest
 import torch
 import torchvision
-from adapting import randomise
+from adapting import adapted, randomise
 from drawn_models import Shared
 from graph_modules import Cnn
+from tiny_models import bert, llama
 from torch import fx, nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import hra_fx
 from hra_fx.errors import AdapterError, HRAWarning, VisualizeError
 
-TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 31}
 IDS = torch.arange(10).reshape(2, 5)
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
 
 
 def resnet() -> nn.Module:
     return torchvision.models.resnet18(num_classes=4).eval()
-
-
-def llama() -> LlamaForCausalLM:
-    return LlamaForCausalLM(LlamaConfig(**TEXT, num_key_value_heads=1)).eval()
-
-
-def bert() -> BertModel:
-    return BertModel(BertConfig(**TEXT)).eval()
-
-
-def rotated(model: Any, **fields: Any) -> Any:
-    """A transformed model whose vectors were moved off their start."""
-    model = hra_fx.transform(model, hra_fx.HRAConfig(**fields))
-    randomise(model)
-    return model
 
 
 def sites_in(graph: nx.DiGraph) -> list[str]:
@@ -71,7 +50,7 @@ def test_a_plain_model_shows_the_calls_that_fx_sees_and_all_of_its_parameters() 
 
 def test_an_adapted_model_has_the_same_nodes_with_its_sites_among_them() -> None:
     plain = hra_fx.to_networkx(resnet())
-    graph = hra_fx.to_networkx(rotated(resnet(), r=3, target_modules=["conv1", "fc"]))
+    graph = hra_fx.to_networkx(adapted(resnet(), r=3, target_modules=["conv1", "fc"]))
     assert [data["target"] for _, data in graph.nodes(data=True)] == [d["target"] for _, d in plain.nodes(data=True)]
     assert sites_in(graph) == sorted(
         ["conv1", "fc", *(f"layer{stage}.{block}.conv1" for stage in range(1, 5) for block in range(2))]
@@ -86,7 +65,7 @@ def test_an_adapted_model_has_the_same_nodes_with_its_sites_among_them() -> None
 
 def test_the_numbers_are_of_the_adapter_in_use_and_where_none_is_of_the_others() -> None:
     layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
-    model = rotated(layers, r=1, target_modules=["0"])
+    model = adapted(layers, r=1, target_modules=["0"])
     hra_fx.add_adapter(model, "wide", hra_fx.HRAConfig(r=4, target_modules=["0", "2"]))
     with torch.no_grad():
         model.get_submodule("0").hra_u["wide"].normal_()  # type: ignore[index,operator,union-attr]
@@ -105,12 +84,12 @@ def test_a_folded_model_has_the_graph_of_the_base_model() -> None:
         base = build()
         before = hra_fx.to_networkx(base)
         targets = [path for path, part in base.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
-        after = hra_fx.to_networkx(hra_fx.fold(rotated(copy.deepcopy(base), r=2, target_modules=targets)))
+        after = hra_fx.to_networkx(hra_fx.fold(adapted(copy.deepcopy(base), r=2, target_modules=targets)))
         assert nx.utils.graphs_equal(before, after)
 
 
 def test_shapes_are_those_that_hooks_see() -> None:
-    model = rotated(resnet(), r=2, target_modules=["conv1", "fc"])
+    model = adapted(resnet(), r=2, target_modules=["conv1", "fc"])
     seen: dict[str, str] = {}
 
     def keep(path: str) -> Callable[..., None]:
@@ -128,13 +107,13 @@ def test_shapes_are_those_that_hooks_see() -> None:
 
 
 def test_a_call_shows_a_whole_graph_of_a_model_that_fx_cannot_trace() -> None:
-    model = rotated(llama(), r=2, target_modules=["q_proj", "v_proj", "gate_proj"])
+    model = adapted(llama(), r=2, target_modules=["q_proj", "v_proj", "gate_proj"])
     graph = hra_fx.to_networkx(model, {"input_ids": IDS})
     assert sites_in(graph) == sorted(row.path for row in hra_fx.report(model))
     assert nx.is_weakly_connected(graph)
     path = "model.layers.1.self_attn.q_proj"
     layer = next(data for _, data in graph.nodes(data=True) if path in (data["target"], data["module"]))
-    assert layer["shape"] == "2×5×16"
+    assert layer["shape"] == "2×5×32"
 
 
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # torch's own, in a deepcopy
@@ -142,19 +121,19 @@ def test_an_exported_program_shows_its_layers() -> None:
     program = torch.export.export(llama(), (), {"input_ids": IDS, "use_cache": False}, strict=False)
     plain = hra_fx.to_networkx(program)
     assert not sites_in(plain)
-    adapted = hra_fx.transform(program, hra_fx.HRAConfig(r=3, target_modules=["q_proj", "down_proj"]))
-    graph = hra_fx.to_networkx(adapted)
+    lifted = hra_fx.transform(program, hra_fx.HRAConfig(r=3, target_modules=["q_proj", "down_proj"]))
+    graph = hra_fx.to_networkx(lifted)
     assert sites_in(graph) == sorted(
         f"model.layers.{i}.{part}" for i in range(2) for part in ("self_attn.q_proj", "mlp.down_proj")
     )
     site = next(
         data for _, data in graph.nodes(data=True) if data.get("adapted_layers") == "model.layers.1.mlp.down_proj"
     )
-    assert (site["d"], site["r"], site["adapters"], site["detail"]) == (32, 3, "default", "Linear 32→16")
-    for without in (hra_fx.fold(adapted), program.module()):
+    assert (site["d"], site["r"], site["adapters"], site["detail"]) == (64, 3, "default", "Linear 64→32")
+    for without in (hra_fx.fold(lifted), program.module()):
         assert nx.utils.graphs_equal(hra_fx.to_networkx(without), plain)
     with pytest.raises(AdapterError, match=r"consists of operators, .* Pass the ExportedProgram"):
-        hra_fx.to_networkx(adapted.module())
+        hra_fx.to_networkx(lifted.module())
 
 
 def test_a_shared_layer_counts_once() -> None:

@@ -7,34 +7,21 @@ from typing import Any
 
 import pytest
 import torchvision
-from drawn_models import Residual, drawing
+from drawn_models import Residual, drawing, leaves
 from torch import nn
 
 import hra_fx
 from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.heatmap import heatmap_of
 from hra_fx.view.html.rendering import render
-from hra_fx.view.opening import BUDGET, Block, Options, focused, opened
+from hra_fx.view.opening import Options, focused
 from hra_fx.view.page import render_svg
-from hra_fx.view.tree import Item, Leaf, Scope
-
-
-def single(block: Block) -> list[Item]:
-    """What the single boxes of a block stand for."""
-    return [block.item] if block.parts is None else [item for part in block.parts for item in single(part)]
 
 
 @cache
 def large() -> Drawing:
     config = hra_fx.HRAConfig(r=2, target_modules=r".*(conv\d|downsample\.0)")
     return drawing_of(hra_fx.transform(torchvision.models.resnet50().eval(), config))
-
-
-def test_a_large_model_has_open_and_closed_blocks() -> None:
-    boxes = single(opened(large().tree(), None))
-    assert len(boxes) <= BUDGET
-    assert any(isinstance(item, Scope) and item.marks for item in boxes)
-    assert any(isinstance(item, Leaf) and item.marks for item in boxes)
 
 
 def test_repeats_are_one_box_and_a_page_is_small() -> None:
@@ -80,10 +67,6 @@ def test_heat_needs_adapters() -> None:
     for part in (drawing_of(nn.Sequential(nn.Linear(4, 4))), focused(drawing_of(adapted), "1")):
         with pytest.raises(hra_fx.VisualizeError, match=r"^`heat` must be None for .*no adapters, got 'angle'"):
             heatmap_of(part, "angle")
-
-
-def leaves(drawing: Drawing) -> list[Leaf]:
-    return [leaf for _, leaf in drawing.picture.nodes(data="leaf")]
 
 
 def test_a_focus_is_the_root_with_what_enters_and_leaves() -> None:

@@ -16,7 +16,7 @@ from hra_fx.view.graph import leaves_of
 from hra_fx.view.layout import Arrangement, Route, Size, layered
 from hra_fx.view.scopes import scope_tree
 from hra_fx.view.subject import subject_of
-from hra_fx.view.tree import Item, Leaf, Scope
+from hra_fx.view.tree import Item, Scope
 
 
 def adapted(model: nn.Module, targets: str | list[str] = r"(.*\.)?fc\d*", r: int = 2) -> nn.Module:
@@ -25,14 +25,6 @@ def adapted(model: nn.Module, targets: str | list[str] = r"(.*\.)?fc\d*", r: int
 
 def tree(model: nn.Module) -> Scope:
     return scope_tree(leaves_of(subject_of(model, hra_fx.graphs(model))), "model")
-
-
-def leaves(item: Item) -> Iterator[Leaf]:
-    if isinstance(item, Leaf):
-        yield item
-    else:
-        for part in item.items:
-            yield from leaves(part)
 
 
 def scopes(item: Item) -> Iterator[Scope]:

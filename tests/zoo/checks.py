@@ -8,7 +8,7 @@ import warnings
 from typing import Any
 
 import torch
-from layers.checking import randomise
+from adapting import randomise
 from torch import Tensor, fx, nn
 from zoo.entry import Entry
 from zoo.oracle import Oracle, stir
@@ -186,7 +186,7 @@ class Trial(Runs):
         if self._trains():
             self._equal(self.run(twin.train()), self.run(self.model.train()))
             self.model.eval()
-        randomise(twin.eval(), 2)
+        randomise(twin.eval(), seed=2)
         self._equal(self.run(self.model), wanted)
         self.agree(twin, Oracle(self.base, twin))
 

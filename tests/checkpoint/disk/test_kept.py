@@ -82,7 +82,6 @@ def test_weights_of_several_blocks(tmp_path: Path) -> None:
 
 
 def test_convolutions_and_attention(tmp_path: Path) -> None:
-    torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv1d(4, 6, 3), nn.Conv2d(4, 6, (1, 3), groups=2), nn.Conv3d(2, 3, 2), nn.MultiheadAttention(8, 2)
     )

@@ -14,13 +14,13 @@ import transformers
 from adapting import randomise
 from diffusion_models import unet
 from export import programs
+from tiny_models import VOCABULARY, bert, llama
 from torch import Tensor, nn
 
 import hra_fx
 
 BATCH = torch.export.Dim("batch", max=16)
 LENGTH = torch.export.Dim("length", max=32)
-VOCABULARY = 64
 #: Ten times the usual, so that an untrained model does not say the same whatever it reads.
 SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "max_position_embeddings": 64, "num_attention_heads": 2}
 WIDE: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "initializer_range": 0.2}
@@ -83,14 +83,6 @@ def noised(batch: int, length: int) -> tuple[Tensor, ...]:
 def opt() -> nn.Module:
     sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "word_embed_proj_dim": 32, "init_std": 0.2}
     return transformers.OPTForCausalLM(transformers.OPTConfig(**SIZES, **sizes))
-
-
-def llama() -> nn.Module:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **WIDE))
-
-
-def bert() -> nn.Module:
-    return transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, **WIDE))
 
 
 def t5() -> nn.Module:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapting import randomise
 from documents import DOCS, python_blocks, run_blocks
 from export.exporting import exporters
 from export.exporting.table import LIMIT, error_of, moved
@@ -37,10 +38,8 @@ def test_the_recipes_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def check_hot_swap(names: dict[str, Any]) -> None:
     """The session of the document against PyTorch, for vectors that turn."""
     model, ids, session = names["model"], names["ids"], names["swappable"]
+    randomise(model, "other")
     with torch.no_grad():
-        for name, vectors in model.named_parameters():
-            if name.endswith("hra_u.other"):
-                vectors.normal_()
         factors = hra_fx.adapter_inputs(model, session.get_overridable_initializers(), "other")
         (logits,) = session.run(None, {"input_ids": ids.numpy(), **factors})
         hra_fx.set_adapter(model, "other")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapting import randomise
 from oracles import relative_error
 from torch import Tensor, nn
 
@@ -39,18 +40,10 @@ def image(batch: int = 2) -> Tensor:
     return torch.randn(batch, 4, 3, 3, dtype=F64, generator=torch.Generator().manual_seed(batch))
 
 
-def randomise(tensors: Any, seed: int = 3) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in tensors:
-            if ".hra_u." in name and not name.endswith("_anchor"):
-                tensor.normal_(generator=generator)
-
-
 def adapted(**fields: Any) -> Net:
     torch.manual_seed(0)
     model = hra_fx.transform(Net().double().eval(), hra_fx.HRAConfig(**({"target_modules": TARGETS} | fields)))
-    randomise(model.named_parameters())
+    randomise(model)
     return model
 
 
@@ -97,7 +90,7 @@ def test_an_exported_model_has_only_products_and_a_frozen_one_constants() -> Non
 def test_several_adapters_and_scales_are_frozen_together() -> None:
     model = adapted(r=4)
     hra_fx.add_adapter(model, "b", hra_fx.HRAConfig(r=2, target_modules=["fc"]))
-    randomise(model.named_parameters())
+    randomise(model)
     hra_fx.set_scale(model, "b", 0.5)
     hra_fx.set_adapter(model, ["default", "b"])
     frozen = hra_fx.freeze(exported(model))
@@ -116,7 +109,7 @@ def test_a_program_that_was_transformed_is_lowered_and_frozen(
     fields: dict[str, Any], base: torch.export.ExportedProgram
 ) -> None:
     program = hra_fx.transform(base, hra_fx.HRAConfig(**({"target_modules": TARGETS} | fields)))
-    randomise(program.state_dict.items())
+    randomise(program)
     expected, frozen = program.module()(image(5)), hra_fx.freeze(program)
     for made in (hra_fx.lower(program), frozen):
         assert relative_error(made.module()(image(5)), expected) < 1e-14

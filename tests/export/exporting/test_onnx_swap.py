@@ -8,6 +8,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
+from adapting import randomise
 from export.exporting.models import config
 from export.programs import QUIET
 from torch import Tensor, nn
@@ -27,10 +28,7 @@ def net(**fields: Any) -> nn.Sequential:
 
 def add(model: nn.Module, name: str, settings: hra_fx.HRAConfig) -> None:
     hra_fx.add_adapter(model, name, settings)
-    with torch.no_grad():
-        for key, vectors in model.named_parameters():
-            if key.endswith(f".hra_u.{name}"):
-                vectors.normal_()
+    randomise(model, name)
 
 
 def exported(model: nn.Module, optimize: bool = False) -> Any:

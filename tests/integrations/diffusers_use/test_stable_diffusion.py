@@ -12,12 +12,13 @@ import diffusers
 import peft
 import pytest
 import torch
+from adapting import randomise, vectors_of
 from diffusers.models.attention_processor import AttnProcessor
 from diffusion_models import unet
 from diffusion_pipelines import image, quiet, stable_diffusion as pipeline
 from model.many import seen
+from one_layer import normal
 from oracles import dense_q, dense_weight, relative_error
-from tiny_models import vectors_of
 from torch import Tensor
 from transformers import CLIPTextModel
 
@@ -36,9 +37,7 @@ def adapted(r: int = 8) -> Any:
     for part, targets in TARGETS.items():
         config = hra_fx.HRAConfig(r=r, target_modules=targets, init_weights=True)
         setattr(pipe, part, hra_fx.HRAModel(getattr(pipe, part), config, "default"))
-        with torch.no_grad():
-            for parameter in vectors_of(getattr(pipe, part)).values():
-                parameter.normal_()
+        randomise(getattr(pipe, part))
     return pipe
 
 
@@ -128,19 +127,10 @@ def both() -> Any:
     return model
 
 
-def inputs() -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    latents, states = ((2, 4, 8, 8), (2, 5, 16))
-    return (
-        torch.randn(latents, dtype=torch.float64, generator=generator),
-        torch.tensor([3, 400]),
-        torch.randn(states, dtype=torch.float64, generator=generator),
-    )
-
-
 def run(model: Any) -> Tensor:
+    latents, states = normal(1, 2, 4, 8, 8), normal(2, 2, 5, 16)
     with torch.no_grad():
-        found: Tensor = model(*inputs()).sample
+        found: Tensor = model(latents, torch.tensor([3, 400]), states).sample
     return found
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
-import transformers
-from integrations.distributed.trained import CASES, SIZES, Case, tokens
+from integrations.distributed import trained
+from integrations.distributed.trained import CASES, Case, tokens
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
@@ -17,13 +18,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 Plan = dict[str, Callable[[], ParallelStyle]]
 
 
-def llama(*, checkpointing: bool = False) -> nn.Module:
-    # Weights that are large enough for a wrong product to be seen in the loss.
-    config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2, use_cache=False, initializer_range=0.3)
-    model = transformers.LlamaForCausalLM(config)
-    if checkpointing:
-        model.activation_checkpointing_enable()
-    return model
+#: With weights that are large enough for a wrong product to be seen in the loss.
+llama = partial(trained.llama, num_key_value_heads=2, initializer_range=0.3)
 
 
 def uneven() -> nn.Module:

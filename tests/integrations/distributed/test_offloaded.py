@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from accelerate.hooks import remove_hook_from_submodules
-from adapting import picture
+from adapting import picture, randomise
 from integrations.distributed.offloading import (
     COPIES,
     CPU,
@@ -88,7 +88,7 @@ def test_a_model_in_the_dtypes_of_users(way: str, dtype: torch.dtype, when: str,
 def test_experts(way: str, when: str, implementation: str, tmp_path: Path) -> None:
     """Their vectors are read, by the weight that is read, and not called."""
     plain = hra_fx.transform(moe_models.built("mixtral", F64, implementation), moe_models.experts_config())
-    moe_models.randomise(plain)
+    randomise(plain)
     hra_fx.save_adapter(plain, tmp_path / "adapter")
     model = moe_models.built("mixtral", F64, implementation)
     if when == "after":

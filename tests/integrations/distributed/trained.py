@@ -47,8 +47,9 @@ class Attention(nn.Module):
         return self.head(self.norm(x + self.attn(x, x, x)[0]).mean(1))
 
 
-def llama(*, checkpointing: bool = False) -> nn.Module:
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=1, use_cache=False))
+def llama(*, checkpointing: bool = False, **fields: Any) -> nn.Module:
+    settings = {**SIZES, "num_key_value_heads": 1, "use_cache": False, **fields}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
     if checkpointing:
         model.activation_checkpointing_enable()
     return model

@@ -7,7 +7,8 @@ from typing import Any
 
 import peft
 import torch
-from one_layer import normal, upstream_for
+from adapting import randomise
+from one_layer import upstream_for
 from oracles import dense_q, dense_weight
 from peft_sides import peft_warnings_ignored
 from torch import Tensor, nn
@@ -30,18 +31,10 @@ def accelerated(base: nn.Module, *names: str, **fields: Any) -> Any:
     return model
 
 
-def turn(model: nn.Module, seed: int = 0) -> None:
-    """Random vectors of all lengths."""
-    with torch.no_grad():
-        for number, (name, vectors) in enumerate(model.named_parameters()):
-            if ".hra_u." in name:
-                vectors.copy_(3 * normal(seed + number, *vectors.shape))
-
-
 def one_layer(base: nn.Module, **fields: Any) -> Any:
     """An accelerated layer of PEFT over a copy of `base`, with random vectors in the dtype of the base."""
     model = accelerated(nn.Sequential(base), "0", **fields)
-    turn(model)
+    randomise(model)
     layer = model.base_model.model[0]
     return layer.to(base.weight.dtype) if base.weight.dtype == torch.float64 else layer
 

@@ -12,8 +12,9 @@ import peft
 import peft.tuners.hra.model as theirs
 import pytest
 import torch
+from adapting import randomise
 from canaries.canary import canary
-from integrations.peft_acceleration.layers import adapted, turn
+from integrations.peft_acceleration.layers import adapted
 from oracles import relative_error
 from peft.tuners.hra.layer import HRAConv2d, HRALinear
 from tiny_models import tiny
@@ -31,7 +32,7 @@ def plain() -> nn.Sequential:
 
 def model_of_peft() -> Any:
     model = adapted(plain(), "0", "2")
-    turn(model)
+    randomise(model)
     return model
 
 
@@ -106,9 +107,9 @@ def test_a_copy_has_its_own_vectors(copied: Any) -> None:
     with hra_fx.accelerate_peft(model):
         wanted = model(X)
         other = copied(model)
-        turn(model, seed=5)
+        randomise(model, seed=5)
         assert torch.equal(other(X), wanted)
-        turn(other, seed=5)
+        randomise(other, seed=5)
         assert torch.equal(other(X), model(X))
     assert classes(model) == PEFTS != classes(other)
     hra_fx.accelerate_peft(other).close()
@@ -169,7 +170,7 @@ TOKENS = torch.randint(3, 37, (3, 7), generator=torch.Generator().manual_seed(1)
 def llama(dtype: torch.dtype = torch.float64, **fields: Any) -> Any:
     """A PeftModel over a tiny Llama, with random vectors."""
     model = adapted(tiny("llama", dtype), *TARGETS, **({"task_type": "CAUSAL_LM"} | fields)).to(dtype)
-    turn(model)
+    randomise(model)
     return model.train()
 
 
@@ -182,23 +183,20 @@ def gradients(model: Any) -> dict[str, Tensor]:
     return {"loss": loss.detach()} | {name: grad.clone() for name, grad in trained.items()}
 
 
-def agree(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert got.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert relative_error(got[name], value, floor=1e-3) < 1e-9, name
-
-
 @pytest.mark.parametrize("apply_GS", [False, True], ids=["plain", "GS"])
 def test_gradients_are_pefts(apply_GS: bool) -> None:
     model = llama(apply_GS=apply_GS, r=2, bias="hra_only", modules_to_save=["norm"])
     wanted = gradients(model)
     with hra_fx.accelerate_peft(model):
-        agree(gradients(model), wanted)
+        found = gradients(model)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert relative_error(found[name], value, floor=1e-3) < 1e-9, name
 
 
 def test_it_compiles_as_one_graph() -> None:
     model = adapted(plain(), "0", "2", r=2, apply_GS=True).double()
-    turn(model)
+    randomise(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     x = torch.linspace(-1, 1, 36, dtype=torch.float64).view(2, 2, 3, 3)
     wanted = torch.autograd.grad(model(x).square().sum(), trained)

@@ -7,7 +7,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from integrations.peft_acceleration.layers import adapted, dense_results, one_layer, results, turn
+from adapting import randomise
+from integrations.peft_acceleration.layers import adapted, dense_results, one_layer, results
 from layers.quantized.bases import FEW, SCHEMES, WIDTH, quantized
 from one_layer import BF16, CONVOLUTIONS, F32, F64, normal
 from oracles import dense_q, relative_error
@@ -31,7 +32,7 @@ def agree(got: list[Tensor], wanted: list[Tensor], bound: float) -> None:
 def test_a_linear_is_pefts(rows: int, r: int, apply_GS: bool, dtype: torch.dtype) -> None:
     base, x = nn.Linear(12, 7, bias=rows > 1, dtype=dtype), normal(1, rows, 12, dtype=dtype)
     theirs = adapted(nn.Sequential(base), "0", r=r, apply_GS=apply_GS).to(dtype)
-    turn(theirs)
+    randomise(theirs)
     layer = theirs.base_model.model[0]
     wanted = results(layer, x)
     with hra_fx.accelerate_peft(theirs):
@@ -43,7 +44,7 @@ def test_a_linear_is_pefts(rows: int, r: int, apply_GS: bool, dtype: torch.dtype
 def test_adapters_act_in_the_order_of_peft(order: list[str], apply_GS: bool) -> None:
     model = adapted(nn.Sequential(nn.Linear(10, 6)), "0", adapter="one")
     model.add_adapter("two", peft.HRAConfig(r=2, apply_GS=apply_GS, target_modules=["0"]))
-    turn(model.double())
+    randomise(model.double())
     x, layer = normal(1, 5, 10), model.base_model.model[0]
     model.base_model.set_adapter(order)
     wanted = layer(x)
@@ -51,11 +52,8 @@ def test_adapters_act_in_the_order_of_peft(order: list[str], apply_GS: bool) -> 
         assert relative_error(layer(x), wanted) < 1e-12
         model.base_model.set_adapter("two")
         model.delete_adapter("one")
-        assert relative_error(layer(x), x @ (layer.base_layer.weight @ q_of(layer, "two")).T + layer.bias) < 1e-9
-
-
-def q_of(layer: Any, name: str) -> Tensor:
-    return dense_q(layer.hra_u[name].detach(), apply_GS=layer.hra_apply_GS[name])
+        q = dense_q(layer.hra_u["two"].detach(), apply_GS=layer.hra_apply_GS["two"])
+        assert relative_error(layer(x), x @ (layer.base_layer.weight @ q).T + layer.bias) < 1e-9
 
 
 @pytest.mark.parametrize("base_dtype", [F32, BF16], ids=str)
@@ -114,7 +112,7 @@ def test_an_offloaded_convolution_is_refused() -> None:
 @pytest.mark.parametrize("scheme", FEW)
 def test_a_quantized_base(scheme: str) -> None:
     model = adapted(quantized(scheme), "0")
-    turn(model)
+    randomise(model)
     hra_fx.accelerate_peft(model)
     layer = model.base_model.model[0]
     x = normal(1, 5, WIDTH, dtype=F32).requires_grad_()
@@ -139,15 +137,12 @@ BASES: dict[str, Any] = {"linear": lambda dtype: nn.Linear(10, 6, dtype=dtype)} 
 }
 
 
-def inputs_of(layer: Any) -> torch.Tensor:
-    return normal(1, 5, 10) if isinstance(layer.base_layer, nn.Linear) else normal(1, 2, 4, 9, 8)
-
-
 @pytest.mark.parametrize(("safe", "apply_GS"), [(False, True), (True, False)])
 @pytest.mark.parametrize("kind", BASES)
 def test_a_layer_is_the_dense_product_also_merged(kind: str, safe: bool, apply_GS: bool) -> None:
     layer = one_layer(BASES[kind](F64), r=3, apply_GS=apply_GS)
-    x, parameter, before = inputs_of(layer), layer.base_layer.weight, layer.base_layer.weight.detach().clone()
+    x = normal(1, 5, 10) if isinstance(layer.base_layer, nn.Linear) else normal(1, 2, 4, 9, 8)
+    parameter, before = layer.base_layer.weight, layer.base_layer.weight.detach().clone()
     wanted = dense_results(layer, x)
     agree(results(layer, x), wanted, 1e-9)
     layer.merge(safe_merge=safe)
@@ -167,7 +162,7 @@ def test_a_layer_is_the_dense_product_also_merged(kind: str, safe: bool, apply_G
 def test_several_adapters_come_out_in_the_reverse_order() -> None:
     model = adapted(nn.Sequential(nn.Linear(10, 6)), "0", adapter="one")
     model.add_adapter("two", peft.HRAConfig(r=3, apply_GS=True, init_weights=False, target_modules=["0"]))
-    turn(model)
+    randomise(model)
     layer = model.double().base_model.model[0]
     weight = layer.base_layer.weight.detach().clone()
     with hra_fx.accelerate_peft(model):
@@ -204,7 +199,7 @@ def test_a_merge_of_values_that_are_not_finite_is_refused() -> None:
 @pytest.mark.parametrize("apply_GS", [False, True], ids=["plain", "GS"])
 def test_the_delta_weight_is_q(apply_GS: bool) -> None:
     model = adapted(nn.Sequential(nn.Linear(10, 6)), "0", apply_GS=apply_GS).double()
-    turn(model)
+    randomise(model)
     layer = model.base_model.model[0]
     wanted = [layer.get_delta_weight("default", reverse=reverse) for reverse in (False, True)]
     with hra_fx.accelerate_peft(model):

@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapting import picture
+from adapting import picture, randomise as randomise_vectors
 from oracles import relative_error
 from peft_sides import F32, F64, Net, agree, by_peft, net, peft_warnings_ignored, randomise, same_line, tokens, trained
 from tiny_models import inputs, tiny
@@ -56,10 +56,7 @@ def with_two() -> Any:
     model = randomised(**CASES["linear"])
     with peft_warnings_ignored():
         model.add_adapter("other", peft.HRAConfig(r=3, target_modules=["query", "out"], init_weights=False))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("hra_u.other"):
-                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
+    randomise_vectors(model, "other")
     return model
 
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from adapting import vectors_of
 from diffusers.training_utils import cast_training_params
 from diffusion_pipelines import image, stable_diffusion
 from oracles import relative_error
 from peft.tuners.hra.layer import HRALinear
 from safetensors.torch import load_file, save_file
-from tiny_models import vectors_of
 from torch import Tensor
 
 import hra_fx

@@ -15,10 +15,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+from adapting import vectors_of
 from oracles import relative_error
 from peft.tuners.hra.layer import HRALinear
 from safetensors.torch import load_file
-from tiny_models import llama, logits_of, trainer_of, vectors_of
+from tiny_models import llama, logits_of, trainer_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer

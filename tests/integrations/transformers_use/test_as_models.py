@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import (
-    BASES,
-    SHAPES,
-    VOCABULARY,
-    adapted,
-    config_for,
-    llama,
-    pairs,
-    rotated,
-    t5,
-    tokens_of,
-    turn,
-)
+from adapting import randomise
+from tiny_models import BASES, SHAPES, VOCABULARY, adapted, config_for, llama, pairs, rotated, t5, tokens_of
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import BertForSequenceClassification, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
 from transformers.utils import find_labels
 
@@ -64,15 +54,6 @@ WAYS: dict[str, dict[str, Any]] = {
 T5_TARGETS = ["q", "v", "wi", "wo"]
 
 
-def an_adapted(name: str, shape: str) -> tuple[nn.Module, Any]:
-    """A base model in float64, whose best token no rounding decides, and an adapted one that is far from it."""
-    base, copied = (llama().double(), llama().double()) if name == "llama" else (t5().double(), t5().double())
-    targets = {"target_modules": T5_TARGETS, "task_type": "SEQ_2_SEQ_LM"} if name == "t5" else {}
-    model = SHAPES[shape](copied.eval(), config_for("llama", **targets))
-    turn(model)
-    return base.eval(), model
-
-
 def say(model: Any, prompt: Tensor = PROMPT, **way: Any) -> Tensor:
     torch.manual_seed(11)
     said: Tensor = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **(LENGTH | way))
@@ -84,7 +65,11 @@ EVERY = [("llama", "transform", way) for way in WAYS] + [("t5", "HRAModel", "bea
 
 @pytest.mark.parametrize(("kind", "shape", "way"), EVERY)
 def test_a_model_generates_as_with_the_rotated_weights(kind: str, shape: str, way: str) -> None:
-    base, model = an_adapted(kind, shape)
+    # In float64, so that no rounding decides which token is the best.
+    base = (llama() if kind == "llama" else t5()).double().eval()
+    targets = {"target_modules": T5_TARGETS, "task_type": "SEQ_2_SEQ_LM"} if kind == "t5" else {}
+    model = SHAPES[shape](copy.deepcopy(base), config_for("llama", **targets))
+    randomise(model)
     said = say(model, **WAYS[way])
     assert torch.equal(said, say(rotated(base, model), **WAYS[way]))
     assert not torch.equal(said, say(base, **WAYS[way]))
@@ -116,7 +101,7 @@ def test_a_pipeline() -> None:
     texts = []
     base, model = (BASES["llama"](pad_token_id=2).double() for _ in range(2))
     model = adapted("llama", "transform", base=model)
-    turn(model)
+    randomise(model)
     for each in (model.eval(), rotated(base, model)):
         generate = pipeline("text-generation", model=each, tokenizer=tokenizer(), device="cpu")
         texts.append(generate(TEXTS, batch_size=2, **DECODING))

@@ -15,8 +15,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from adapting import vectors_of
 from oracles import relative_error
-from tiny_models import BASES, SHAPES, adapted, batch, config_for, samples, trainer_of, vectors_of
+from tiny_models import BASES, SHAPES, adapted, batch, config_for, samples, trainer_of
 from torch import Tensor, nn
 from transformers import Trainer
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from adapting import randomise
 from integrations.transformers_use.tied import CASES, VOCABULARY, Case, case, logits, stored
 from model.many import seen
 from oracles import dense_q, dense_weight, relative_error
-from tiny_models import turn
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -34,7 +34,7 @@ def adapted(kind: str, *targets: str, tied: bool = True, shape: Any = hra_fx.tra
     made = base(kind, tied=tied)
     config = hra_fx.HRAConfig(**{"r": 3, "target_modules": [*targets] or [made.head, made.inside], **fields})
     model = shape(made.model, config)
-    turn(model)
+    randomise(model)
     return made._replace(model=model)
 
 

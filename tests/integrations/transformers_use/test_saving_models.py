@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from adapting import randomise
 from huggingface_hub import ModelCard
 from one_hub import one_hub
 from oracles import relative_error
-from tiny_models import BASES, adapted, batch, llama, logits_of, pairs, trainer_of, turn
+from tiny_models import BASES, adapted, batch, llama, logits_of, pairs, trainer_of
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -111,7 +112,7 @@ def test_what_is_refused_writes_nothing(options: dict[str, Any], message: str, t
 
 def test_the_adapter_is_written_whether_it_is_merged_disabled_or_inactive(tmp_path: Path) -> None:
     model = adapted("llama", "HRAModel")
-    turn(model)
+    randomise(model)
     model.save_pretrained(tmp_path / "before")
     for number, change in enumerate(
         (model.merge_adapter, model.unmerge_adapter, model.disable_adapter_layers, lambda: model.set_adapter([]))
@@ -139,7 +140,7 @@ def saved(folder: Path, base: str = "base", **fields: Any) -> Any:
     """A language model over the base model of a folder; its adapter is in "adapter"."""
     llama().save_pretrained(folder / base)
     model = adapted("llama", "HRAModel", base=LlamaForCausalLM.from_pretrained(folder / base), **fields)
-    turn(model)
+    randomise(model)
     model.save_pretrained(folder / "adapter")
     return model
 

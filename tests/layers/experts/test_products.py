@@ -8,16 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers.integrations.moe  # noqa: F401  (registers torch.ops.transformers)
-from moe_models import (
-    NAMES,
-    built,
-    call_of,
-    dense_experts,
-    experts_config,
-    oracle,
-    randomise,
-    vectors_of,
-)
+from adapting import randomise
+from moe_models import NAMES, built, call_of, dense_experts, experts_config, oracle, vectors_of
 from oracles import relative_error
 from torch import Tensor, nn
 
@@ -39,18 +31,14 @@ class Experts(nn.Module):
 
 def adapted(is_transposed: bool) -> tuple[nn.Module, Tensor, Tensor]:
     """Adapted experts, their vectors, and the dense rotated weights, differentiable in a copy of the vectors."""
-    model = hra_fx.transform(nn.ModuleDict({"experts": Experts(is_transposed)}), config())
+    config = hra_fx.HRAConfig(r=2, target_parameters=["experts.up"])
+    model = hra_fx.transform(nn.ModuleDict({"experts": Experts(is_transposed)}), config)
     vectors = model["experts"].hra_up.hra_u["default"]
     nn.init.normal_(vectors)
     leaf = vectors.detach().clone().requires_grad_()
     base = model["experts"].hra_up.hra_base
     dense = dense_experts(base.detach(), leaf, is_transposed)
     return model["experts"], leaf, dense
-
-
-def config() -> hra_fx.HRAConfig:
-    """Two reflections for each expert."""
-    return hra_fx.HRAConfig(r=2, target_parameters=["experts.up"])
 
 
 IDS = torch.tensor([3, 0, 0, 1, 2])

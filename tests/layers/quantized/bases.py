@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import bitsandbytes
 import torch
 import torch.nn.functional as F
-from oracles import dense_q, relative_error
+from adapting import randomise
+from oracles import layer_q, relative_error
 from torch import Tensor, nn
 from torchao.quantization import (
     Float8WeightOnlyConfig,
@@ -140,16 +141,8 @@ def config(*targets: str, **fields: object) -> hra_fx.HRAConfig:
 def adapted(scheme: str, **fields: object) -> nn.Sequential:
     """A quantized model with an adapter far from its start."""
     model = hra_fx.transform(quantized(scheme), config(**fields))
-    turn(model)
+    randomise(model)
     return model
-
-
-def turn(model: nn.Module, seed: int = 3) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, vectors in model.named_parameters():
-            if ".hra_u." in name:
-                vectors.copy_(torch.randn(vectors.shape, generator=generator))
 
 
 def values(layer: Any) -> Tensor:
@@ -166,11 +159,7 @@ def values(layer: Any) -> Tensor:
 
 def rotated(layer: Any, *names: str) -> Tensor:
     """`W Q_a Q_b ...` by dense products in float64; differentiable in the vectors."""
-    product = values(layer)
-    for name in names or ("default",):
-        gs = layer.hra_u.specs[name].apply_GS
-        product = product @ dense_q(layer.hra_u[name], apply_GS=gs, anchor=layer.hra_u.anchor(name))
-    return product
+    return values(layer) @ layer_q(layer, names or ("default",))
 
 
 def dense(model: nn.Sequential, x: Tensor, *names: str) -> Tensor:

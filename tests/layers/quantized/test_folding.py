@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from layers.quantized.bases import FEW, SCHEMES, adapted, config, dense, inputs, plain, quantized, rotated, turn, values
+from adapting import randomise
+from layers.quantized.bases import FEW, SCHEMES, adapted, config, dense, inputs, plain, quantized, rotated, values
 from oracles import relative_error
 from torch import nn
 
@@ -128,7 +129,7 @@ def test_a_turn_that_drowns_in_the_rounding_is_told(scheme: str) -> None:
 def test_one_of_two_adapters_is_folded_and_the_other_stays(scheme: str) -> None:
     model, x = adapted(scheme), inputs()
     hra_fx.add_adapter(model, "other", config(r=3))
-    turn(model, 9)
+    randomise(model, seed=9)
     hra_fx.set_adapter(model, ["default", "other"])
     with pytest.raises(FoldError, match="its weight is quantized"):
         hra_fx.fold(model, "default")
@@ -152,7 +153,7 @@ def test_a_shared_weight_is_untied(scheme: str) -> None:
     base = quantized(scheme, nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)))
     base[2].weight = base[0].weight
     model = hra_fx.transform(base, config("0", inference_mode=True))
-    turn(model)
+    randomise(model)
     before = values(model[2])
     (planned,) = hra_fx.plan_fold(model, requantize=True).layers
     assert planned.untied == ("2.weight",)

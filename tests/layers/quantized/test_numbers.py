@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from layers.quantized.bases import FEW, SCHEMES, adapted, config, dense, inputs, quantized, rotated, turn, values
+from adapting import randomise
+from layers.quantized.bases import FEW, SCHEMES, adapted, config, dense, inputs, quantized, rotated, values
 from oracles import relative_error
 from torch import Tensor, nn
 
@@ -60,7 +61,7 @@ class Reader(nn.Module):
 def test_another_module_reads_the_rotated_dequantized_weight(scheme: str) -> None:
     """Inputs are not quantized then, whatever the scheme."""
     model = hra_fx.transform(Reader(quantized(scheme)[0]), config("layer"))
-    turn(model)
+    randomise(model)
     x, weights = inputs(), torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
     wanted = x.double() @ rotated(model.layer).mT + model.layer.bias.double()
     vectors = model.layer.hra_u["default"]
@@ -102,7 +103,7 @@ def test_a_base_that_was_evaluated_before_is_trained(scheme: str) -> None:
     with torch.no_grad():
         base.eval()(x)
     model = hra_fx.transform(base, config()).train()
-    turn(model)
+    randomise(model)
     ours = gradients(model, model(x), weights)
     fresh = adapted(scheme)
     for mine, due in zip(ours, gradients(fresh, dense(fresh, x), weights), strict=True):
@@ -114,7 +115,7 @@ def test_several_adapters_switch_scale_and_come_off(scheme: str) -> None:
     model, x, tolerance = adapted(scheme), inputs(), SCHEMES[scheme].tolerance
     alone = dense(model, x)
     hra_fx.add_adapter(model, "other", config(r=3))
-    turn(model, 9)
+    randomise(model, seed=9)
     hra_fx.set_adapter(model, ["default", "other"])
     assert relative_error(model(x), dense(model, x, "default", "other")) < tolerance
     with hra_fx.disable_adapters(model):
@@ -169,7 +170,7 @@ def test_one_graph_of_a_compiler_computes_and_trains_the_same() -> None:
 def test_rows_of_a_mixed_batch_have_their_adapters(scheme: str) -> None:
     model = adapted(scheme)
     hra_fx.add_adapter(model, "odd", config("2", r=3))
-    turn(model)
+    randomise(model)
     x, names = inputs(4), ["default", "odd", "__base__", "odd"]
     with torch.no_grad(), hra_fx.mixed_batch(model.eval(), names):
         mixed = model(x)

@@ -10,21 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from layers.quantized.bases import (
-    FEW,
-    SCHEMES,
-    adapted,
-    config,
-    inputs,
-    int4,
-    quantized,
-    turn,
-    values,
-)
-from oracles import dense_q
+from adapting import randomise, vectors_of
+from layers.quantized.bases import FEW, SCHEMES, adapted, config, inputs, int4, quantized, values
+from oracles import layer_q
 from reporting.made import oracle_share
-from tiny_models import batch, config_for, llama, tokens_of, trainer_of, turn as turn_model, vectors_of
-from torch import Tensor, nn
+from tiny_models import batch, config_for, llama, tokens_of, trainer_of
+from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, IntxWeightOnlyConfig
 from torchao.quantization.granularity import PerGroup
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig, Trainer
@@ -73,11 +64,6 @@ def test_a_report_a_picture_and_a_graph(scheme: str, tmp_path: Path) -> None:
 # ---- the share of a quantized weight that turns, against dense projectors in float64 ----
 
 
-def turned(layer: Any, name: str = "default") -> Tensor:
-    gram_schmidt = layer.hra_u.specs[name].apply_GS
-    return dense_q(layer.hra_u[name].detach(), apply_GS=gram_schmidt, anchor=layer.hra_u.anchor(name))
-
-
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_it_is_of_the_rounded_weight_and_changes_nothing(scheme: str) -> None:
     """The weights are chosen so that rounding shows: all of a row but one entry is lost in 8 bits, and more in 4."""
@@ -87,12 +73,12 @@ def test_it_is_of_the_rounded_weight_and_changes_nothing(scheme: str) -> None:
             layer.weight.mul_(1e-3)[:, 0] = 1.0
     model = hra_fx.transform(quantized(scheme, base), config(apply_GS=scheme in FEW))
     assert [row.share for row in hra_fx.report(model)] == [0.0, 0.0]
-    turn(model)
+    randomise(model)
     x = inputs()
     before, output = [values(model[0]), values(model[2])], model(x)
     rows = hra_fx.report(model).rows
     for row, layer, weight in zip(rows, (model[0], model[2]), before, strict=True):
-        assert row.share == pytest.approx(oracle_share(weight, turned(layer)), rel=1e-5)
+        assert row.share == pytest.approx(oracle_share(weight, layer_q(layer).detach()), rel=1e-5)
         assert torch.equal(values(layer), weight)
     assert torch.equal(model(x), output)
 
@@ -109,7 +95,7 @@ def test_after_evaluation_too() -> None:
 
 def test_what_no_kernel_can_read_is_not_a_number() -> None:
     model = hra_fx.transform(int4(), config("0"))
-    turn(model)
+    randomise(model)
     (row,) = hra_fx.report(model)
     assert math.isnan(row.share)
     assert row.angle > 0
@@ -168,7 +154,7 @@ def test_the_trainer_trains_evaluates_and_goes_on(folder: Path, tmp_path: Path) 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_adapters_are_saved_loaded_and_generate(name: str, folder: Path, tmp_path: Path) -> None:
     model = adapted_model(folder, name)
-    turn_model(model)
+    randomise(model)
     model.save_pretrained(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {
         "README.md",
@@ -185,7 +171,7 @@ def test_adapters_are_saved_loaded_and_generate(name: str, folder: Path, tmp_pat
 @pytest.mark.parametrize("name", CONFIGS)
 def test_folded_models_are_saved_and_loaded(name: str, folder: Path, tmp_path: Path) -> None:
     model = adapted_model(folder, name)
-    turn_model(model)
+    randomise(model)
     with pytest.warns(HRAWarning, match="14 weights were quantized again"):
         hra_fx.fold(model, requantize=True)
     model.save_pretrained(
@@ -197,7 +183,7 @@ def test_folded_models_are_saved_and_loaded(name: str, folder: Path, tmp_path: P
 @pytest.mark.parametrize("name", ["bnb nf4", "ao int4"])
 def test_the_vocabulary_is_resized(name: str, folder: Path) -> None:
     model = adapted_model(folder, name)
-    turn_model(model)
+    randomise(model)
     before = logits(model)
     model.resize_token_embeddings(80, mean_resizing=False)
     assert torch.allclose(logits(model)[..., :64], before, atol=1e-4)
@@ -205,7 +191,7 @@ def test_the_vocabulary_is_resized(name: str, folder: Path) -> None:
 
 def test_dequantize_is_refused_and_works_before(folder: Path, tmp_path: Path) -> None:
     model = adapted_model(folder, "bnb int8")
-    turn_model(model)
+    randomise(model)
     with pytest.raises(
         AdapterError, match="dequantize replaces the adapted layers, so they would lose their reflections"
     ):

@@ -26,11 +26,6 @@ def rgb(fill: str) -> str:
     return f"rgb({', '.join(str(int(fill[start : start + 2], 16)) for start in (1, 3, 5))})"
 
 
-def choose(page: Page, path: str) -> None:
-    search(page, path)
-    page.keyboard.press("Enter")
-
-
 def expected(row: Row) -> dict[str, str]:
     return {
         "d": str(row.d),
@@ -48,7 +43,8 @@ def test_the_panel_shows_the_row_of_the_report(open_page: Open) -> None:
     model = trained_net()
     page = open_page(page_of(model))
     for row in hra_fx.report(model):
-        choose(page, row.path)
+        search(page, row.path)
+        page.keyboard.press("Enter")
         shown = facts(page)
         assert {name: shown[name] for name in expected(row)} == expected(row)
         assert float(page.locator("#panel dt:text-is('|QᵀQ - I|') + dd").get_attribute("title") or "nan") == (
