@@ -42,7 +42,8 @@ def load_adapter(
 
     A plain model is transformed, and the adapter is active. In a transformed model, a new adapter is inactive until you
     call `set_adapter`; an existing adapter with this name gets new values in place. Both files are read and checked
-    before the model is changed.
+    before the model is changed. For a graph, first call `transform(model, HRAConfig.from_pretrained(directory),
+    trace=True)`.
 
     Args:
         model: the base model, or a transformed model.

@@ -49,7 +49,8 @@ def test_executorch_trains_the_vectors_and_peft_loads_them(tmp_path: Path) -> No
     program = hra_fx.export_training_step(model, dict(zip(SHAPES, data[0], strict=True)), dynamic_shapes=SHAPES)
     eager = copy.deepcopy(model)
     wanted = trained_by_torch(eager, data)
-    module = _load_for_executorch_for_training_from_buffer(to_edge(program).to_executorch().buffer)
+    buffer = to_edge(program).to_executorch().buffer  # the module reads this memory, so keep it
+    module = _load_for_executorch_for_training_from_buffer(buffer)
     losses: list[float] = []
     optimizer: Any = None
     for batch in data:
