@@ -196,7 +196,7 @@ def linears(model: nn.Module) -> list[str]:
 def adapt(model: nn.Module, *targets: str) -> None:
     """Add an adapter that rotates far."""
     hra_fx.transform(model, hra_fx.HRAConfig(r=4, target_modules=list(targets) or linears(model)))
-    randomise(model)
+    randomise(model, seed=3)  # no model ends its text early with it
 
 
 @torch.no_grad()
