@@ -8,7 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from learning import plots
-from learning.plan import ONE_SEED, SEEDS, TASK_NAMES, TEACHERS, finished, methods_of, untrained
+from learning.plan import (
+    ONE_SEED,
+    RANKS,
+    SEEDS,
+    TASK_NAMES,
+    TEACHERS,
+    finished,
+    methods_of,
+    missing_ranks,
+    untrained,
+)
 from learning.rates import RATES_FROM, final_runs
 from learning.records import FILE, Record, of
 from learning.summary import (
@@ -112,7 +122,7 @@ pass over the posts to its fourth. Large marks are means over seeds, small marks
 PARAMETERS = """\
 ## Parameters
 
-Validation scores: means of three seeds for the teachers, and one seed for `language`.
+Validation scores: means of three seeds for the teachers, and, if it is shown, one seed for `language`.
 
 ![Validation scores over the number of trained parameters](results_ranks.svg)
 """
@@ -319,9 +329,10 @@ def _cost(records: Sequence[Record]) -> str:
 
 
 def _unfinished(records: Sequence[Record]) -> str:
-    """The methods that the plan has, and that lack runs."""
+    """The methods that the plan has, and that lack runs; and those that lack ranks."""
     missing = {
         task: [ALL[method].label for method in methods_of(task) if not finished(records, task, method)]
+        + [f"ranks of {ALL[method].label}" for method in RANKS.get(task, {}) if missing_ranks(records, task, method)]
         for task in TASK_NAMES
     }
     lines = [f"- `{task}`: {', '.join(labels)}\n" for task, labels in missing.items() if labels]

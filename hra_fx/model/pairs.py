@@ -59,8 +59,9 @@ def train_pairs(optimizer: Any, model: nn.Module, difference: float = 0.1) -> No
 
     This works with any optimizer of torch or bitsandbytes, and with DDP, FSDP2, tensor parallelism, GradScaler and
     schedulers. Decoupled weight decay and the weight decay of SGD scale `m` and `d` by the same factor. So they only
-    change the lengths of vectors, as without pairs. Call this function again for a copy of the optimizer. Other hooks
-    of `step` may see pair coordinates.
+    change the lengths of vectors, as without pairs. Call this function again for a copy of the optimizer. Post
+    hooks of `step` that are registered before this call see pair coordinates, and so do pre hooks that are registered
+    after it.
 
     Args:
         optimizer: a `torch.optim.Optimizer`, or accelerate's wrapper of one.
