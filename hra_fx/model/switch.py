@@ -170,9 +170,8 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
         alpha: the scale, from 0 to 1.
 
     Raises:
-        AdapterError: the model has no such adapter, the adapter is merged, `alpha` is out of range, or the `Q` of a
-            layer is not a rotation: with an odd number of reflections, there is no path of rotations from the identity
-            to `Q`. The model is unchanged.
+        AdapterError: the model has no such adapter, the adapter is merged, `alpha` is out of range, or a layer
+            has an odd number of reflections: its `Q` is not a rotation, so it cannot be scaled. The model is unchanged.
 
     Warns:
         HRAWarning: the adapter has trained copies.
