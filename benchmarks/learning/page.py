@@ -23,10 +23,10 @@ from learning.rates import RATES_FROM, final_runs
 from learning.records import FILE, Record, of
 from learning.summary import (
     Difference,
+    at_equal_score,
     compare,
+    difference,
     gain,
-    retained_at,
-    retention_curve,
     retention_gain,
     scores,
     validation_gain,
@@ -65,9 +65,9 @@ PROTOCOL = """\
 - Test scores are not used for any choice. Only the test scores of the chosen rate are shown.
 - LoRA has `lora_alpha = 2 r`, and DoRA has LoRA's rank. HRA has the rank, and OFT the block size, with the nearest
   number of parameters.
-- For text on CPUs with AMX, products with the weights of the base model are in bfloat16. Everything else is in float32:
-  adapters, their products and optimizers. With `--float32`, a run does not use bfloat16. The runs of `newsgroups-1600`
-  in the table are from a CPU without AMX.
+- For text on CPUs with instructions for bfloat16, products with the weights of the base model are in bfloat16.
+  Everything else is in float32: adapters, their products and optimizers. Newer records contain the dtype of these
+  products. With `--float32`, a run does not use bfloat16.
 - `digits` does not include OFT and PEFT's HRA: PEFT's OFT fails for the convolutions, and its HRA takes many times as
   long. BOFT, PSOFT and ranks that differ by layer were not compared.
 - Time is CPU time on one thread. Other programs ran on the same machine. Memory is the growth of the process during
@@ -105,8 +105,9 @@ well it learned the new task, and what it retained.
 """
 
 AT_EQUAL_SCORE = """
-What LoRA and pairs retain at the same validation score on the new task, with seed 0. The score is the worse of the two
-scores at the chosen rates. The values of the other method are interpolated on its curve, between two learning rates.
+What LoRA and pairs retain at the same validation score on the new task: means of at most three seeds. The score is the
+worse of the two scores at the chosen rates with this seed. The value of the other method is interpolated on its curve,
+between two learning rates. The last column is the paired difference with its 95% interval; more is better.
 
 """
 
@@ -292,17 +293,18 @@ def _forgetting(records: Sequence[Record], tasks: Sequence[str]) -> str:
         + _table(columns, rows)
         + FORGETTING_PLOT
         + AT_EQUAL_SCORE
-        + _table(["task", "retained", "validation score", "LoRA", "HRA, pairs"], at_equal_score)
+        + _table(["task", "retained", "validation score", "LoRA", "HRA, pairs", "pairs over LoRA"], at_equal_score)
     )
 
 
 def _at_equal_score(records: Sequence[Record], task: str, name: str) -> list[str]:
-    """The score, and what LoRA and pairs retain at it."""
-    sign = 1 if TASKS[task].higher_is_better else -1
-    curves = [retention_curve(records, task, method, name) for method in ("lora", "hra-pairs")]
-    score = sign * min(sign * curve[-1][0] for curve in curves)
-    kept = (retained_at(curve, score) for curve in curves)
-    return [_number(score), *("-" if value is None else _number(value) for value in kept)]
+    """The score, what LoRA and pairs retain at it, and the difference."""
+    if not (found := at_equal_score(records, task, name)):
+        return ["-"] * 4
+    means = [_number(statistics.mean(column)) for column in zip(*found, strict=True)]
+    sign = -1 if name.startswith("perplexity") else 1
+    lora, pairs = ({seed: sign * kept[place] for seed, kept in enumerate(found)} for place in (1, 2))
+    return [*means, _interval(difference(pairs, lora))]
 
 
 def _mean_retained(records: Sequence[Record], task: str, method: str, name: str) -> str:

@@ -12,7 +12,7 @@ from learning.variants import ALL, VARIANTS, VARIED
 #: Tasks that use the learning rates of another one.
 RATES_FROM = {
     "newsgroups-5000": "newsgroups-1600",
-    **dict.fromkeys(("language-4-passes", "language-long", "language-4-bit"), "language"),
+    **dict.fromkeys(("language-4-passes", "language-long", "language-4-bit", "language-float32"), "language"),
 }
 #: Variations with rates of their own, and no others, because their runs take so long.
 OWN_RATES = {"language-long": (1.7e-3, 5.5e-3)}

@@ -29,6 +29,7 @@ class Record:
         curve: `[step, mean training loss since the point before, validation score]` during the training, for tasks
             that ask for it.
         commit: that of the code that made the run.
+        dtype: that of products with the weights of the base model; empty for runs before it was stored.
     """
 
     task: str
@@ -44,6 +45,7 @@ class Record:
     retention: dict[str, float] = field(default_factory=dict)
     curve: list[list[float]] = field(default_factory=list)
     commit: str = ""
+    dtype: str = ""
 
 
 def read(file: Path = FILE) -> list[Record]:

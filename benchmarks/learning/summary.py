@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from learning.plan import TRIAL_SEEDS
-from learning.rates import chosen, final_runs, searched
+from learning.rates import CHOICE_SEEDS, chosen, final_runs
 from learning.records import Record, matched_rank, of
 from learning.tasks import TASKS
 from learning.variants import VARIED
@@ -99,12 +99,31 @@ def compare(records: Sequence[Record], task: str, method: str = "hra-pairs") -> 
     return Comparison(task, lora, other, gain(records, task, method, "lora")) if lora and other else None
 
 
-def retention_curve(records: Sequence[Record], task: str, method: str, name: str) -> list[tuple[float, float]]:
-    """Validation scores and what is retained, seed 0, from the lowest learning rate to the chosen one."""
-    rates = [lr for lr in searched(records, task, method) if lr <= chosen(records, task, method)]
-    rank = matched_rank(records, task, method)
-    runs = {run.lr: run for run in of(records, task, method) if (run.seed, run.test, run.r) == (0, None, rank)}
-    return [(runs[lr].validation, runs[lr].retention[name]) for lr in rates if lr in runs]
+def at_equal_score(records: Sequence[Record], task: str, name: str) -> list[tuple[float, float, float]]:
+    """For each of `CHOICE_SEEDS`: a validation score, and what LoRA and pairs retain of `name` when they reach it.
+
+    The score is the worse of their scores at the chosen rates. Seeds whose curves do not contain it are left out.
+    """
+    sign = 1 if TASKS[task].higher_is_better else -1
+    found = []
+    for seed in CHOICE_SEEDS:
+        lora, pairs = (_retention_curve(records, task, method, name, seed) for method in ("lora", "hra-pairs"))
+        if not lora or not pairs:
+            continue
+        score = sign * min(sign * lora[-1][0], sign * pairs[-1][0])
+        kept = [retained_at(curve, score) for curve in (lora, pairs)]
+        if kept[0] is not None and kept[1] is not None:
+            found.append((score, kept[0], kept[1]))
+    return found
+
+
+def _retention_curve(
+    records: Sequence[Record], task: str, method: str, name: str, seed: int
+) -> list[tuple[float, float]]:
+    """Validation scores and what is retained, from a seed's lowest learning rate to the chosen one."""
+    rank, most = matched_rank(records, task, method), chosen(records, task, method)
+    runs = {run.lr: run for run in of(records, task, method) if (run.seed, run.r) == (seed, rank) and run.lr <= most}
+    return [(run.validation, run.retention[name]) for _, run in sorted(runs.items())]
 
 
 def retained_at(curve: Sequence[tuple[float, float]], score: float) -> float | None:

@@ -49,7 +49,8 @@ def run(
     torch.set_num_threads(1)
     task, method = TASKS[task_name](seed, tiny=tiny), ALL[method_name]
     model = task.model()
-    products = BaseProducts(model) if task.bfloat16 and not float32 and is_fast() else nullcontext()
+    rounded = task.bfloat16 and not float32 and is_fast()
+    products = BaseProducts(model) if rounded else nullcontext()
     if r is None:
         r = method.rank(layer_shapes(model, task.targets), task.lora_rank)
     torch.manual_seed(seed)
@@ -76,6 +77,7 @@ def run(
         {name: round(value, 4) for name, value in retention.items()},
         curve,
         commit(),
+        "bfloat16" if rounded else "float32",
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from learning.tasks.digits import FewDigits
-from learning.tasks.language import FourBit, Language, Long, MorePasses
+from learning.tasks.language import Float32, FourBit, Language, Long, MorePasses
 from learning.tasks.newsgroups import MoreNewsgroups, Newsgroups
 from learning.tasks.task import Task
 from learning.tasks.teachers import DenseTeacher, LowRankTeacher, RotatedTeacher
@@ -17,6 +17,7 @@ TASKS: dict[str, type[Task]] = {
         MorePasses,
         Long,
         FourBit,
+        Float32,
         FewDigits,
         RotatedTeacher,
         LowRankTeacher,
