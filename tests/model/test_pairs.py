@@ -46,6 +46,7 @@ class HalfStep(torch.optim.RMSprop):
 OPTIMIZERS: dict[str, Any] = {
     "AdamW": AdamW,
     "AdamW, fused": partial(AdamW, fused=True),
+    "AdamW, foreach": partial(AdamW, foreach=True),
     "SGD": partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
     "Adafactor": partial(torch.optim.Adafactor, lr=0.02),
     "Adagrad, which has a state before its first step": partial(torch.optim.Adagrad, lr=0.02),
