@@ -78,8 +78,8 @@ def train_pairs(optimizer: Any, model: nn.Module, difference: float = 0.1) -> No
 
     Warns:
         HRAWarning: some vectors are not trained in pairs; the message names the reason: odd ranks, Gram-Schmidt,
-            anchors, 16-bit vectors, flat parameters (FSDP1, DeepSpeed ZeRO), or an optimizer that averages the
-            parameters outside of `step` (schedule-free optimizers, ASGD).
+            16-bit vectors, flat parameters (FSDP1, DeepSpeed ZeRO), or an optimizer that averages the parameters
+            outside of `step` (schedule-free optimizers, ASGD).
 
     Example:
         >>> from hra_fx.config import HRAConfig
@@ -339,23 +339,21 @@ def _adapters(layer: Any) -> Iterator[tuple[str, Any, str | None]]:
     """Name, vectors and the reason not to use pairs (or `None`), for all adapters of a layer of hra_fx or PEFT."""
     own = get_adapters(layer)
     if own is None:
-        facts = {name: (r, layer.hra_apply_GS[name], False) for name, r in layer.hra_r.items()}
+        facts = {name: (r, layer.hra_apply_GS[name]) for name, r in layer.hra_r.items()}
     else:
-        facts = {name: (spec.r, spec.apply_GS, own.anchor(name) is not None) for name, spec in own.specs.items()}
-    for name, (r, apply_GS, anchored) in facts.items():
+        facts = {name: (spec.r, spec.apply_GS) for name, spec in own.specs.items()}
+    for name, (r, apply_GS) in facts.items():
         if (tensor := layer.hra_u._parameters.get(name)) is not None:
-            yield name, tensor, _why_not(tensor, r, apply_GS=apply_GS, anchored=anchored)
+            yield name, tensor, _why_not(tensor, r, apply_GS=apply_GS)
 
 
-def _why_not(vectors: Any, r: int, *, apply_GS: bool, anchored: bool) -> str | None:
+def _why_not(vectors: Any, r: int, *, apply_GS: bool) -> str | None:
     if vectors.dim() < 2 or vectors.shape[-1] != r:
         return "part of a flat parameter"
     if apply_GS:
         return "Gram-Schmidt"
     if r % 2:
         return f"odd rank {r}"
-    if anchored:
-        return "anchor"
     if vectors.dtype not in (torch.float32, torch.float64):
         return str(vectors.dtype).removeprefix("torch.")
     if is_dtensor(vectors) and any(one.is_shard(vectors.dim() - 1) for one in vectors.placements):
