@@ -141,6 +141,13 @@ def walks(model: nn.Module, act: Callable[[nn.Module], object]) -> int:
     return found
 
 
+def walks_of_transform_and_load() -> tuple[int, int]:
+    transformed = walks(base_model(1), lambda model: hra_fx.transform(model, CONFIG))
+    with tempfile.TemporaryDirectory() as folder:
+        hra_fx.save_adapter(adapted_model(1), folder)
+        return transformed, walks(base_model(1), lambda model: hra_fx.load_adapter(model, folder))
+
+
 def main() -> None:
     torch.set_num_threads(1)
     made = models()
@@ -149,10 +156,7 @@ def main() -> None:
         print(f"{what:<26}" + ", ".join(f"{name} {value:.2f}" for name, value in found.items()), flush=True)
     inside, outside = frames(made[OURS].train())
     print(f"frames of hra_fx per layer: {inside:.1f} in the layer, {outside:.1f} in the batch")
-    transformed = walks(base_model(1), lambda model: hra_fx.transform(model, CONFIG))
-    with tempfile.TemporaryDirectory() as folder:
-        hra_fx.save_adapter(adapted_model(1), folder)
-        loaded = walks(base_model(1), lambda model: hra_fx.load_adapter(model, folder))
+    transformed, loaded = walks_of_transform_and_load()
     print(f"walks over the modules: {transformed} in transform, {loaded} in load_adapter")
 
 

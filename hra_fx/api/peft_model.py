@@ -241,7 +241,7 @@ class HRAModel(SwapMixin):
         state = self._record
         if state.merged:
             merge.unmerge_adapter(self)
-        check_no_foreign_class(self)
+        check_no_foreign_class(self.named_modules())
         remove_adapters(self, state, tuple(state.configs))
         return self
 

@@ -173,7 +173,7 @@ def plain_output_layers(model: Any) -> Iterator[None]:
 
 
 def _check_resizable(model: nn.Module, layers: dict[str, AdaptedLayer], ends: list[nn.Module]) -> None:
-    check_no_foreign_class(model)
+    check_no_foreign_class(model.named_modules())
     rows = getattr(ends[0], "num_embeddings", None) if ends else None
     for path, (owner, _) in all_copies(model).items():
         if owner in ends or (isinstance(owner, nn.Embedding) and owner.num_embeddings == rows):

@@ -97,7 +97,7 @@ class FoldJob:
         The folded adapters of a layer are removed as soon as its weight is written. So if this is interrupted (Ctrl-C,
         out of memory), the model still computes the same outputs, and another fold finishes the work.
         """
-        check_no_foreign_class(self.model)
+        check_no_foreign_class(self.model.named_modules())
         state, layers = self.state, adapted_layers(self.model)
         tensors = _tensor_refs(layers, self.untied)
         with torch.inference_mode(False), torch.no_grad():

@@ -38,6 +38,7 @@ from hra_fx.model.state import (
 )
 from hra_fx.model.trainable import activate, restore_ties, sync_layers, unfreeze
 from hra_fx.selection.check import select_checked
+from hra_fx.selection.select import walk
 
 #: Adds an adapter to the container of a layer: (path, layer, container).
 AdapterFactory: TypeAlias = Callable[[str, nn.Module, HouseholderAdapters], None]
@@ -75,10 +76,11 @@ def inject_adapter(
 
     `layers` is the result of `select_checked`, if the caller has it.
     """
-    layers = select_checked(model, config) if layers is None else layers
+    modules = walk(model)
+    layers = select_checked(model, config, modules) if layers is None else layers
     new = {path: layer for path, layer in layers.items() if not is_adapted(layer)}
     if new or config.modules_to_save or config.bias != "none":
-        check_no_foreign_class(model)
+        check_no_foreign_class(modules.items())
     for path, layer in layers.items():
         if path in new:
             _attach(path, layer, undo)
@@ -89,7 +91,7 @@ def inject_adapter(
         if is_dtensor(reflection.weight_of(layer)):
             replicate(reflection, reflection.weight_of(layer))
     if new:
-        swap_tied_modules(model.modules(), new.values(), undo)
+        swap_tied_modules(modules.values(), new.values(), undo)
     if new and isinstance(model, fx.GraphModule):
         rewrite(model, undo)
     return layers
@@ -148,7 +150,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     (name,) = names_in(state, adapter_name)
     if state.merged:
         raise AdapterError(f"adapters {list(state.merged)} are merged into the weights. Call unmerge_adapter first.")
-    check_no_foreign_class(root)
+    check_no_foreign_class(root.named_modules())
     if reason := offloaded_copy(root):
         raise AdapterError(reason)
     was_active = name in state.active

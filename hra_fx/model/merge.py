@@ -257,7 +257,7 @@ def check_whole(model: nn.Module) -> None:
                 "adapter (hra_fx.save_adapter, in every process) and fold it into an unsharded model or into the "
                 "checkpoint (hra_fx.fold_checkpoint)."
             )
-        check_no_foreign_class(model)
+        check_no_foreign_class(model.named_modules())
     except AdapterError as error:
         raise FoldError(str(error)) from error
 

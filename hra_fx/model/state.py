@@ -150,9 +150,9 @@ def only_root(model: nn.Module, found: AdaptedParts) -> tuple[nn.Module, Adapter
     return found.roots[0], state
 
 
-def check_no_foreign_class(model: nn.Module) -> None:
+def check_no_foreign_class(modules: Iterable[tuple[str, nn.Module]]) -> None:
     """Check that no other tool sharded a model, in part or as a whole, or replaced the class of an adapted part."""
-    for path, module in model.named_modules():
+    for path, module in modules:
         if is_half_split(module):
             raise AdapterError(f"{path}: {half_split(module)}")
         if tool := sharded_by(module):

@@ -40,3 +40,8 @@ def test_an_adapted_linear_and_the_batch_pass_few_functions() -> None:
     inside, outside = host.frames(host.adapted_model().train())
     assert inside < 6.1, "in each layer; the first ones ask which side is cheaper"
     assert outside < 3, "in the batch, for each layer"
+
+
+def test_transform_and_load_adapter_walk_over_a_model_few_times() -> None:
+    transformed, loaded = host.walks_of_transform_and_load()
+    assert transformed <= 3 and loaded <= 4
