@@ -193,27 +193,28 @@ def _items(container: Any) -> list[Any]:
 
 
 def compare_gradients(model: nn.Module, made: nn.Module, run: Callable[[nn.Module], list[Tensor]]) -> None:
-    """Compare the gradients of a model and its graph, if the model calls custom autograd functions.
+    """Compare the gradients of a model and its graph.
 
-    `run` runs the example with a module, and returns the tensors in its result.
+    `run` runs the example with a module, and returns the tensors in its result. If the model calls custom autograd
+    functions, gradients that are zeros in both are not equal: behind a ReLU, another example may show a difference.
     """
     with torch.enable_grad():
         try:
-            with _changed_outputs(model, _requiring_grad), _called_functions() as called:
-                outputs = run(model)
+            with _called_functions() as called:
+                wanted, outputs = _gradients(model, partial(run, model))
         except RuntimeError as error:
             raise CaptureError(f"it does not run with gradients: {str(error).splitlines()[0]}") from error
         # Only the backward graph shows `apply = Function.apply`, and only calls show functions without gradients.
-        names = sorted(called | autograd_functions(outputs))
-        if not names:
-            return
+        names = ", ".join(sorted(called | autograd_functions(outputs)))
         try:
-            wanted, found = (_gradients(model, partial(run, module)) for module in (model, made))
-            same = all(_is_same(found[key], wanted[key]) for key in found.keys() & wanted.keys())
+            found, _ = _gradients(model, partial(run, made))
         except RuntimeError:  # a function writes into a tensor that the backward of its operators needs
-            same = False
-    if not same:
-        raise CaptureError(f"it calls the custom autograd function {', '.join(names)}, whose backward a graph drops")
+            found = dict.fromkeys(wanted)
+    for key in found.keys() & wanted.keys():
+        if not _is_same(found[key], wanted[key], may_be_zeros=not names):
+            if names:
+                raise CaptureError(f"it calls the custom autograd function {names}, whose backward a graph drops")
+            raise CaptureError(f"the output of {key[0]} gets another gradient in its graph")
 
 
 @contextlib.contextmanager
@@ -253,46 +254,32 @@ def is_close(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one, other, rtol=limit, atol=limit * scale, equal_nan=True)
 
 
-def _is_same(found: Tensor | None, wanted: Tensor | None) -> bool:
-    """Whether two gradients are equal. If both are zeros, as behind a ReLU, another example may show a difference."""
+def _is_same(found: Tensor | None, wanted: Tensor | None, *, may_be_zeros: bool) -> bool:
     if found is None or wanted is None:
         return found is wanted
-    return bool(wanted.any()) and is_close(found, wanted)
+    return (may_be_zeros or bool(wanted.any())) and is_close(found, wanted)
 
 
-def _gradients(model: nn.Module, run: Callable[[], list[Tensor]]) -> dict[tuple[str, int], Tensor | None]:
-    """The gradients of `z` in one run: (path of the layer, number of its call) -> gradient, `None` if unused."""
+def _gradients(
+    model: nn.Module, run: Callable[[], list[Tensor]]
+) -> tuple[dict[tuple[str, int], Tensor | None], list[Tensor]]:
+    """The gradients of `z` in one run, by path of the layer and number of its call; and the outputs of the run."""
     zeros: dict[tuple[str, int], Tensor] = {}
 
-    def add_zeros(path: str, output: Tensor) -> Tensor:
+    def add_zeros(path: str, layer: nn.Module, args: Any, output: Any) -> Any:
+        if not (isinstance(output, Tensor) and output.is_floating_point() and torch.is_grad_enabled()):
+            return output
         zero = torch.zeros_like(output, requires_grad=True)
         zeros[path, sum(path == other for other, _ in zeros)] = zero
         return output + zero
 
-    with _changed_outputs(model, add_zeros):
-        losses = [output.pow(2).sum() for output in run() if output.requires_grad]
+    with contextlib.ExitStack() as hooks:
+        for path, layer in model.named_modules():
+            if find_kind(layer) not in (None, "attention"):
+                hooks.enter_context(layer.register_forward_hook(partial(add_zeros, path)))
+        outputs = run()
+    losses = [output.abs().pow(2).sum() for output in outputs if output.requires_grad]
     if not losses or not zeros:
-        return dict.fromkeys(zeros)
-    found = torch.autograd.grad(torch.stack(losses).sum(), list(zeros.values()), allow_unused=True)
-    return dict(zip(zeros, found, strict=True))
-
-
-def _requiring_grad(path: str, output: Tensor) -> Tensor:
-    return output if output.requires_grad else output + output.new_zeros((), requires_grad=True)
-
-
-@contextlib.contextmanager
-def _changed_outputs(model: nn.Module, change: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
-    """Context manager in which `change` is applied to the outputs of the layers that can be adapted."""
-
-    def hook(path: str, layer: nn.Module, args: Any, output: Any) -> Any:
-        is_value = isinstance(output, Tensor) and output.is_floating_point() and torch.is_grad_enabled()
-        return change(path, output) if is_value else output
-
-    layers = {path: part for path, part in model.named_modules() if find_kind(part) not in (None, "attention")}
-    handles = [layer.register_forward_hook(partial(hook, path)) for path, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        return dict.fromkeys(zeros), outputs
+    found = torch.autograd.grad(losses, list(zeros.values()), allow_unused=True)
+    return dict(zip(zeros, found, strict=True)), outputs

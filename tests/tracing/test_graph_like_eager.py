@@ -302,6 +302,13 @@ def test_an_autograd_function_of_a_frozen_model_is_found(function: Callable[[Ten
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_an_autograd_function_that_was_bound_before_and_has_no_node_is_found() -> None:
+    apply = Stops.apply
+    model = middle(lambda hidden: hidden + apply(hidden))().double()
+    with pytest.raises(AdapterError, match="the output of first gets another gradient in its graph"):
+        hra_fx.transform(model, config(), trace=True, example_inputs=X)
+
+
 def test_an_autograd_function_whose_example_has_no_gradient_is_refused() -> None:
     """Behind a ReLU of negative values, the gradients are equal for this example alone."""
     model = middle(lambda hidden: torch.relu(Straight.apply(hidden) - 100))().double()
