@@ -238,7 +238,8 @@ class Trial(Runs):
 
     def _agree_in_gradients(self, traced: nn.Module) -> None:
         """The gradients of the vectors are those of the eager model."""
-        wanted, found = (self.vector_gradients(model.eval()) for model in (self.model, traced))
+        made = (self.vector_gradients(model.eval()) for model in (self.model, traced))
+        wanted, found = ({path: gradient.double() for path, gradient in gradients.items()} for gradients in made)
         if missing := wanted.keys() ^ found.keys():
             raise Differs(f"a gradient in one of both only: {', '.join(sorted(missing)[:4])}")
         # Where a layer has no effect, its gradient is rounding.
