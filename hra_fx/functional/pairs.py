@@ -35,15 +35,9 @@ def to_pairs(vectors: Tensor, length: float, difference: float) -> Tensor:
     return _sums_and_differences(vectors).mul_(_columns(vectors, 0.5 / length, 0.5 / (length * difference)))
 
 
-def gradients_to_pairs(gradients: Tensor, pairs: Tensor, length: float, difference: float) -> Tensor:
-    """Convert gradients to pair coordinates with the transposed map.
-
-    `pairs` are the values in pair coordinates. While `d = 0`, as at the start, the two reflections cancel, so the
-    gradient of `m` is zero. The computed gradient is rounding noise, and Adam would make full steps of it.
-    """
-    made = _sums_and_differences(gradients).mul_(_columns(gradients, length, length * difference))
-    made[..., 0::2] *= pairs[..., 1::2].any(dim=-2, keepdim=True)
-    return made
+def gradients_to_pairs(gradients: Tensor, length: float, difference: float) -> Tensor:
+    """Convert gradients to pair coordinates with the transposed map. The arguments are the same as for `to_pairs`."""
+    return _sums_and_differences(gradients).mul_(_columns(gradients, length, length * difference))
 
 
 def from_pairs(pairs: Tensor, length: float, difference: float) -> Tensor:

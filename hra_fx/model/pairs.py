@@ -371,7 +371,7 @@ class PairBatch:
         self.values = [local_tensor(one) for one in vectors]
         self.before = torch.stack(self.values)
         self.pairs = to_pairs(self.before, *self.constants)
-        made = gradients_to_pairs(torch.stack([*map(local_tensor, self.gradients)]), self.pairs, *self.constants)
+        made = gradients_to_pairs(torch.stack([*map(local_tensor, self.gradients)]), *self.constants)
         self.made = [_like(one, own) for one, own in zip(made.unbind(), self.gradients, strict=True)]
 
     def enter(self) -> None:
