@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx, nn
 
+from hra_fx.compat import state_paths
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning, UnsupportedLayerError
 from hra_fx.layers.accelerate_hooks import keep_loaded
@@ -38,7 +39,6 @@ from hra_fx.model.state import (
 )
 from hra_fx.model.trainable import activate, restore_ties, sync_layers, unfreeze
 from hra_fx.selection.check import select_checked
-from hra_fx.selection.select import walk
 
 #: Adds an adapter to the container of a layer: (path, layer, container).
 AdapterFactory: TypeAlias = Callable[[str, nn.Module, HouseholderAdapters], None]
@@ -76,11 +76,11 @@ def inject_adapter(
 
     `layers` is the result of `select_checked`, if the caller has it.
     """
-    modules = walk(model)
-    layers = select_checked(model, config, modules) if layers is None else layers
+    every = dict(model.named_modules(remove_duplicate=False))
+    layers = select_checked(model, config, dict(state_paths(every.items()))) if layers is None else layers
     new = {path: layer for path, layer in layers.items() if not is_adapted(layer)}
     if new or config.modules_to_save or config.bias != "none":
-        check_no_foreign_class(modules.items())
+        check_no_foreign_class(every.items())
     for path, layer in layers.items():
         if path in new:
             _attach(path, layer, undo)
@@ -91,7 +91,7 @@ def inject_adapter(
         if is_dtensor(reflection.weight_of(layer)):
             replicate(reflection, reflection.weight_of(layer))
     if new:
-        swap_tied_modules(modules.values(), new.values(), undo)
+        swap_tied_modules(every.values(), new.values(), undo)
     if new and isinstance(model, fx.GraphModule):
         rewrite(model, undo)
     return layers

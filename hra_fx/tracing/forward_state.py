@@ -10,7 +10,7 @@ import contextlib
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NoReturn
 from unittest import mock
@@ -201,20 +201,20 @@ def compare_gradients(model: nn.Module, made: nn.Module, run: Callable[[nn.Modul
     with torch.enable_grad():
         try:
             with _called_functions() as called:
-                wanted, outputs = _gradients(model, partial(run, model))
+                zeros, outputs = _run_with_zeros(model, partial(run, model))
         except RuntimeError as error:
             raise CaptureError(f"it does not run with gradients: {str(error).splitlines()[0]}") from error
         # Only the backward graph shows `apply = Function.apply`, and only calls show functions without gradients.
         names = ", ".join(sorted(called | autograd_functions(outputs)))
-        try:
-            found, _ = _gradients(model, partial(run, made))
-        except RuntimeError:  # a function writes into a tensor that the backward of its operators needs
-            found = dict.fromkeys(wanted)
-    for key in found.keys() & wanted.keys():
-        if not _is_same(found[key], wanted[key], may_be_zeros=not names):
-            if names:
-                raise CaptureError(f"it calls the custom autograd function {names}, whose backward a graph drops")
-            raise CaptureError(f"the output of {key[0]} gets another gradient in its graph")
+        wanted, wrong = None, list(zeros)
+        with contextlib.suppress(RuntimeError):  # an output does not have a backward pass
+            wanted = _gradients(zeros, outputs)
+            found = _gradients(*_run_with_zeros(model, partial(run, made)))
+            wrong = [path for path in wanted if not _same(found.get(path, []), wanted[path], zeros_too=not names)]
+    if wrong and names:
+        raise CaptureError(f"it calls the custom autograd function {names}, whose backward a graph drops")
+    if wrong and wanted is not None:
+        raise CaptureError(f"the output of {wrong[0]} gets another gradient in its graph")
 
 
 @contextlib.contextmanager
@@ -254,32 +254,41 @@ def is_close(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one, other, rtol=limit, atol=limit * scale, equal_nan=True)
 
 
-def _is_same(found: Tensor | None, wanted: Tensor | None, *, may_be_zeros: bool) -> bool:
-    if found is None or wanted is None:
-        return found is wanted
-    return (may_be_zeros or bool(wanted.any())) and is_close(found, wanted)
+def _same(found: Sequence[Tensor | None], wanted: Sequence[Tensor | None], *, zeros_too: bool) -> bool:
+    """Whether the gradients of the calls of a layer are equal. Other numbers of calls cannot be compared."""
+    if len(found) != len(wanted):  # the graph has the operators of one of the calls
+        return True
+    for one, other in zip(found, wanted, strict=True):
+        if one is None or other is None:
+            if one is not other:
+                return False
+        elif not is_close(one, other) or not (zeros_too or other.any()):
+            return False
+    return True
 
 
-def _gradients(
-    model: nn.Module, run: Callable[[], list[Tensor]]
-) -> tuple[dict[tuple[str, int], Tensor | None], list[Tensor]]:
-    """The gradients of `z` in one run, by path of the layer and number of its call; and the outputs of the run."""
-    zeros: dict[tuple[str, int], Tensor] = {}
+def _run_with_zeros(model: nn.Module, run: Callable[[], list[Tensor]]) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
+    """Run with zeros `z`; return those of each layer, in the order of its calls, and the outputs."""
+    zeros: dict[str, list[Tensor]] = {}
 
     def add_zeros(path: str, layer: nn.Module, args: Any, output: Any) -> Any:
         if not (isinstance(output, Tensor) and output.is_floating_point() and torch.is_grad_enabled()):
             return output
-        zero = torch.zeros_like(output, requires_grad=True)
-        zeros[path, sum(path == other for other, _ in zeros)] = zero
-        return output + zero
+        zeros.setdefault(path, []).append(torch.zeros_like(output, requires_grad=True))
+        return output + zeros[path][-1]
 
     with contextlib.ExitStack() as hooks:
         for path, layer in model.named_modules():
             if find_kind(layer) not in (None, "attention"):
                 hooks.enter_context(layer.register_forward_hook(partial(add_zeros, path)))
-        outputs = run()
-    losses = [output.abs().pow(2).sum() for output in outputs if output.requires_grad]
-    if not losses or not zeros:
-        return dict.fromkeys(zeros), outputs
-    found = torch.autograd.grad(losses, list(zeros.values()), allow_unused=True)
-    return dict(zip(zeros, found, strict=True)), outputs
+        return zeros, run()
+
+
+def _gradients(zeros: dict[str, list[Tensor]], outputs: Iterable[Tensor]) -> dict[str, list[Tensor | None]]:
+    """The gradients of `z` for a weighted sum of all outputs."""
+    every = [zero for each in zeros.values() for zero in each]
+    parts = [torch.view_as_real(x) if x.is_complex() else x for x in outputs if x.requires_grad]
+    # A sum of squares would be constant if an output is normalized.
+    losses = [(x * torch.arange(x.numel(), device=x.device).view(x.shape).sin().to(x.dtype)).sum() for x in parts]
+    found = iter(torch.autograd.grad(losses, every, allow_unused=True) if losses and every else [None] * len(every))
+    return {path: [next(found) for _ in each] for path, each in zeros.items()}

@@ -309,6 +309,40 @@ def test_an_autograd_function_that_was_bound_before_and_has_no_node_is_found() -
         hra_fx.transform(model, config(), trace=True, example_inputs=X)
 
 
+class Rescaled(nn.Linear):
+    def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        return F.linear(x, self.weight, self.bias) * factor
+
+
+class CalledTwice(Branches):
+    """The graph has the operators of the first call, and the second call itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Rescaled(8, 8)
+
+    def middle(self, hidden: Tensor) -> Any:
+        return self.part(torch.relu(self.part(hidden, 2.0)))
+
+
+class WithoutBackward(Branches):
+    """One of the outputs does not have a backward pass."""
+
+    def forward(self, x: Tensor, *, scale: float = 1.0) -> Any:
+        out = super().forward(x)["out"]
+        return {"out": out, "aside": torch.igamma(out.abs() + 1, out.abs() + 1)}
+
+
+@pytest.mark.parametrize("make", [CalledTwice, WithoutBackward])
+def test_gradients_that_cannot_be_compared_are_not(make: type[nn.Module]) -> None:
+    model = make().double()
+    graph = hra_fx.transform(copy.deepcopy(model), config(), trace=True, example_inputs=X)
+    eager = hra_fx.transform(model, config())
+    eager.load_state_dict(graph.state_dict(), strict=False)
+    wanted, found = (gradients(each(X)["out"], list(vectors_of(each).values())) for each in (eager, graph))
+    assert_same(found, wanted)
+
+
 def test_an_autograd_function_whose_example_has_no_gradient_is_refused() -> None:
     """Behind a ReLU of negative values, the gradients are equal for this example alone."""
     model = middle(lambda hidden: torch.relu(Straight.apply(hidden) - 100))().double()
