@@ -57,8 +57,9 @@ PROTOCOL = """\
 - The learning rate of each method is chosen by validation scores. Seed 0 tries four rates (LoRA and pairs try eight on
   `language` and `newsgroups-1600`), and then at most six more around the best one, in the steps 1, 1.7, 3, 5.5, 10.
   Seeds 1 and 2 also try the best rate and its neighbors, and the mean of the three seeds decides. For DoRA, OFT and
-  full fine-tuning on these two tasks, seed 0 decides alone. `language-4-passes` and the long runs use the rates of
-  `language`, and `newsgroups-5000` uses the rates of `newsgroups-1600`. No seed trains on validation examples.
+  full fine-tuning on these two tasks, seed 0 decides alone. `language-float32` uses the rates of `language`, and
+  `newsgroups-5000` those of `newsgroups-1600`. On `language-4-passes` and `language-4-bit`, all methods have the best
+  rate of LoRA. No seed trains on validation examples.
 - `difference` of pairs is 0.1, which was chosen on validation data of `language`.
 - Intervals include the choice of training examples and the random initial values. All seeds use the same test
   examples: an accuracy on 1500 texts has a standard error of 1.2 points.

@@ -16,6 +16,8 @@ RATES_FROM = {
 }
 #: Variations with rates of their own, and no others, because their runs take so long.
 OWN_RATES = {"language-long": (1.7e-3, 5.5e-3)}
+#: Variations in which all methods have the same rate, the best one of LoRA.
+SAME_RATE = {"language-4-passes": 5.5e-3, "language-4-bit": 5.5e-3}
 #: Tasks and methods whose scores are drawn over all learning rates.
 WIDE = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 WIDE_TASKS, WIDE_METHODS = ("language", "newsgroups-1600"), ("lora", "hra-pairs")
@@ -112,6 +114,8 @@ def chosen(records: Sequence[Record], task: str, method: str) -> float:
     method = VARIED if method in VARIANTS else method
     if not ALL[method].rates:
         return 0.0
+    if task in SAME_RATE:
+        return SAME_RATE[task]
     tried = searched(records, task, method)
     if not tried:
         raise SystemExit(f"docs/results.json has no learning rate for {method} on {task}. Pass --lr.")
