@@ -120,7 +120,8 @@ def on_layer(layer: Callable[[], nn.Module], shape: tuple[int, ...], *, merges: 
         torch.manual_seed(0)
         base = nn.Sequential()
         base.add_module("layer", layer())
-        x = torch.randn(shape)
+        # Without gradients, bitsandbytes multiplies in bfloat16 on CPUs that can.
+        x = torch.randn(shape, requires_grad=True)
         before = base(x).detach()
         model = adapt(base, target_modules=["attention"] if isinstance(base.layer, Attention) else ["layer"])
         check(near(model.eval()(x), before), "a new adapter changes the outputs")

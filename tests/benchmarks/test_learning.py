@@ -168,16 +168,17 @@ def ends(values: Iterable[float], digits: int = 0) -> tuple[str, str]:
 
 
 def test_what_the_guide_says_of_rates(records: list[Record]) -> None:
-    assert "both are best at 5.5e-3 and worse at 1e-2" in GUIDE
-    for method in TWO:
-        found = means(records, "language", method)
-        assert chosen(records, "language", method) == 5.5e-3
-        assert found[1e-2] > 1.03 * found[5.5e-3]
+    assert [chosen(records, "language", method) for method in TWO] == [5.5e-3, 1e-2]
+    found = means(records, "language", "hra-pairs")
+    said = f"LoRA is best at 5.5e-3, and pairs are equally good at 5.5e-3 and 1e-2 (validation perplexities of {found[5.5e-3]:.1f}"
+    assert f"{said} and {found[1e-2]:.1f}, means of three seeds)" in GUIDE
     lora, pairs = (searched(records, "language", method) for method in TWO)
-    assert "At 1e-3 and 3e-3 their validation perplexities are within 1% of each other" in GUIDE
-    assert all(abs(pairs[lr] / lora[lr] - 1) < 0.01 for lr in (1e-3, 3e-3))
+    assert "From 1e-3 to 5.5e-3, the validation perplexity of pairs is within 3% of LoRA's" in GUIDE
+    assert all(abs(pairs[lr] / lora[lr] - 1) < 0.03 for lr in (1e-3, 3e-3, 5.5e-3))
     low, high = ends(100 * (1 - pairs[lr] / lora[lr]) for lr in (1e-5, 3e-5, 1e-4, 3e-4))
-    assert f"from 1e-5 to 3e-4 that of pairs is {low} to {high}% lower" in GUIDE
+    assert f"from 1e-5 to 3e-4 it is {low} to {high}% lower" in GUIDE
+    assert f"At 3e-2, pairs end at {pairs[3e-2]:.0f}, and LoRA diverges" in GUIDE
+    assert lora[3e-2] > 1000
     lora, pairs = (searched(records, "newsgroups-1600", method) for method in TWO)
     low, high = ends((score for lr, score in pairs.items() if 1e-3 <= lr <= 3e-2), 1)
     assert f"from 1e-3 to 3e-2 pairs classify between {low}% and {high}%" in GUIDE
@@ -208,12 +209,16 @@ def test_what_the_guide_says_of_several_passes(records: list[Record]) -> None:
 
 
 def test_what_the_guide_says_of_seeds_and_gram_schmidt(records: list[Record]) -> None:
-    runs = of(records, "language", "hra-pairs")
-    low, high = ends(run.validation for run in runs if (run.lr, run.seed) == (1e-2, 0))
-    assert f"two runs of pairs with the same examples ended at validation perplexities of {low} and {high}" in GUIDE
-    assert "at 5.5e-3, five seeds are between 104 and 108" in GUIDE
-    by_seed = [run.validation for run in final_runs(records, "language", "hra-pairs")]
-    assert len(by_seed) == 5 and min(by_seed) >= 104 and max(by_seed) <= 108
+    largest = []
+    for method in TWO:
+        here, there = (
+            {run.seed: run.test or 0.0 for run in final_runs(records, task, method)}
+            for task in ("language", "language-float32")
+        )
+        found = difference(here, there)
+        assert abs(found.mean) < found.half and len(here) == len(there) == 5
+        largest.append(max(abs(here[seed] - there[seed]) for seed in here))
+    assert f"differ by up to {largest[1]:.1f} in pairs and by up to {largest[0]:.1f} with LoRA" in GUIDE
     assert "It does not find the teacher that is rotated in four planes, which HRA finds exactly" in GUIDE
     errors = {method: searched(records, "teacher-rotation", method) for method in ("hra", "hra-gs")}
     assert min(errors["hra-gs"].values()) > 20
@@ -221,11 +226,14 @@ def test_what_the_guide_says_of_seeds_and_gram_schmidt(records: list[Record]) ->
 
 
 def test_what_the_guide_says_of_schedule_warmup_and_weight_decay(records: list[Record]) -> None:
-    said = {"cosine": "a linear one", "constant": "a constant rate", "no-warmup": "no warmup", "decay": "decay 0.1"}
+    said = {"cosine": "linear one", "constant": "a constant rate", "no-warmup": "no warmup", "decay": "decay 0.1"}
+    larger = []
     for name, words in said.items():
         found = validation_gain(records, "language", f"hra-pairs-{name}")
         assert f"{words} {found.mean:+.1f} ± {found.half:.1f}" in GUIDE
-        assert abs(found.mean) < found.half, "no measurable difference"
+        larger += [name] if abs(found.mean) > found.half else []
+    assert larger == ["cosine"]
+    assert "Only the first difference is larger than its interval" in GUIDE
 
 
 def test_what_the_guide_says_of_forgetting(records: list[Record]) -> None:
@@ -243,8 +251,8 @@ def test_what_the_guide_says_of_forgetting(records: list[Record]) -> None:
     )
     assert f"{said} facts" in GUIDE
     lora, pairs = tested("language")
-    assert "HRA in pairs ends at a perplexity that is 3% higher than LoRA's" in GUIDE
-    assert pairs / lora == pytest.approx(1.03, abs=0.005)
+    assert "HRA in pairs ends at a perplexity that is 4% higher than LoRA's" in GUIDE
+    assert pairs / lora == pytest.approx(1.04, abs=0.005)
     base, *tales = kept("language", TALES, "base", *TWO)
     facts = kept("language", FACTS, *TWO)
     said = f"rises from {base} to {tales[0]} with LoRA and to {tales[1]} in pairs"
