@@ -71,8 +71,9 @@ PROTOCOL = """\
   products. With `--float32`, a run does not use bfloat16.
 - `digits` does not include OFT and PEFT's HRA: PEFT's OFT fails for the convolutions, and its HRA takes many times as
   long. BOFT, PSOFT and ranks that differ by layer were not compared.
-- Time is CPU time on one thread. Other programs ran on the same machine. Memory is the growth of the process during
-  training. Both include the base model's forward and backward pass. [benchmarks.md](benchmarks.md) compares speed.
+- Time is CPU time on one thread, and is shown for runs that compute like LoRA's: in bfloat16 or not. Other programs ran
+  on the same machine. Memory is the growth of the process during training. Both include the base model's forward and
+  backward pass. [benchmarks.md](benchmarks.md) compares speed.
 - In the plot over parameters, each point is the better of the chosen learning rate and the next lower one.
 - Each record in docs/results.json contains the commit of the code that created it.
 - On `language`, the initial adapter did not depend on the seed before commit 82669ac. If you repeat an older run, its
@@ -242,6 +243,7 @@ def _spread(values: Sequence[float]) -> str:
 
 def _of_task(records: Sequence[Record], task: str) -> str:
     kept = plots.retained(records, task)
+    dtype = final_runs(records, task, "lora")[0].dtype
     rows = []
     for method in methods_of(task):
         if method in VARIANTS or not finished(records, task, method):
@@ -257,7 +259,7 @@ def _of_task(records: Sequence[Record], task: str) -> str:
                 _spread(scores(runs)),
                 _interval(gain(records, task, method, "lora")) if method not in ("lora", "base") else "-",
                 *(_number(statistics.mean(run.retention[name] for run in runs)) for name in kept),
-                f"{statistics.mean(run.seconds for run in runs):.1f} s",
+                f"{statistics.mean(run.seconds for run in runs):.1f} s" if first.dtype == dtype else "-",
                 f"{statistics.mean(run.peak_mb or 0 for run in runs):.0f} MB",
             ]
         )
