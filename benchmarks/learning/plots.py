@@ -157,7 +157,9 @@ def _ranks_panel(records: Sequence[Record], task: str) -> Callable[[Axes], None]
 def _logarithmic(axes: Axes, ticks: Sequence[float]) -> None:
     """A logarithmic axis with plain numbers at some ticks."""
     axes.set_xscale("log")
-    axes.set_xticks(ticks, [f"{tick / 1000:.3g}k" if tick >= 1000 else f"{tick:g}" for tick in ticks])
+    steps = [next((step for step in (10**6, 10**3) if tick >= step), 1) for tick in ticks]
+    letters = {1: "", 10**3: "k", 10**6: "M"}
+    axes.set_xticks(ticks, [f"{tick / step:.3g}{letters[step]}" for tick, step in zip(ticks, steps, strict=True)])
     axes.minorticks_off()
 
 
