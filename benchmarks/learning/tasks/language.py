@@ -104,7 +104,8 @@ class FourBit(Language):
 
     name: ClassVar[str] = "language-4-bit"
     about: ClassVar[str] = (
-        "The same as `language`, but with a quantized base model as in QLoRA: bitsandbytes' NF4 weights."
+        "The same as `language`, but with a quantized base model as in QLoRA: bitsandbytes' NF4 weights. All methods "
+        "have LoRA's best rate on `language`."
     )
     bfloat16: ClassVar[bool] = False
 
@@ -123,7 +124,7 @@ class Float32(Language):
     name: ClassVar[str] = "language-float32"
     about: ClassVar[str] = (
         "The same as `language`, but with all products in float32. It shows whether products with the base weights in "
-        "bfloat16, which take less than half of the time, change the results."
+        "bfloat16, with which a run takes about half of the time, change the results."
     )
     bfloat16: ClassVar[bool] = False
 
@@ -133,7 +134,8 @@ class MorePasses(Language):
 
     name: ClassVar[str] = "language-4-passes"
     about: ClassVar[str] = (
-        "The same task with four passes over the 256 posts: 256 steps, with validation after each pass."
+        "The same task with four passes over the 256 posts: 256 steps, with validation after each pass. All methods "
+        "have LoRA's best rate of one pass."
     )
     epochs: ClassVar[int] = 4
     curve_steps: ClassVar[int] = 64
