@@ -24,6 +24,7 @@ from model.many import (
     weights,
 )
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.overrides import TorchFunctionMode
 
 import hra_fx
@@ -255,3 +256,11 @@ def test_a_class_over_ours_is_refused_and_all_works_again_without_it(path: str) 
     hra_fx.fold(model)
     assert_close(run(model, x), later)
     assert [type(part) for part in [*model.modules()][1:]] == [type(part) for part in [*plain.modules()][1:]]
+
+
+def test_a_class_over_that_of_a_checkpoint_wrapper_is_refused() -> None:
+    """Paths of a `state_dict` leave the wrapper out, but FSDP shards it."""
+    model = hra_fx.transform(checkpoint_wrapper(net()), config("second"))
+    cover(model)
+    with refuses(model, r"^the model: another tool replaced its class", hra_fx.AdapterError):
+        hra_fx.add_adapter(model, "z", config("head"))
