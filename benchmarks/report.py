@@ -25,8 +25,8 @@ INTRODUCTION = """\
 <!-- Written by make report; do not edit. -->
 # Measurements
 
-What each command printed or wrote, and with which code, releases and processor. The numbers in the guides are from
-here.
+What each command printed or wrote, and with which code, releases and processor. Many numbers in the guides are
+from here.
 
 """
 
@@ -49,8 +49,8 @@ class Measurement:
 
 
 MEASUREMENTS = (
-    Measurement("zoo", "tests/zoo", "zoo.md", "zoo.md"),
-    Measurement("bench", "benchmarks/speed", "benchmarks.md, README", "benchmarks.md"),
+    Measurement("zoo", "tests/zoo", "zoo.md, layers.md, README", "zoo.md"),
+    Measurement("bench", "benchmarks/speed", "benchmarks.md, comparison.md, README", "benchmarks.md"),
     Measurement("bench-launches", "benchmarks/launches.py", "benchmarks_launches.md", "benchmarks_launches.md"),
     Measurement("features", "benchmarks/features.py", "comparison.md"),
     Measurement("bench-host", "benchmarks/host.py", "README"),
@@ -58,6 +58,7 @@ MEASUREMENTS = (
     Measurement("bench-pairs", "benchmarks/pairs.py", "training.md"),
     Measurement("bench-frozen", "benchmarks/frozen.py", "export.md"),
     Measurement("bench-disk", "benchmarks/disk.py", "folding.md"),
+    Measurement("export-table", "tests/export/exporting", "export.md"),
     Measurement("bench-convert", "benchmarks/convert.py", "serving.md"),
     Measurement("bench-quantized", "benchmarks/quantized.py", "quantized.md"),
     Measurement("bench-switch", "benchmarks/switching.py", "several-adapters.md"),
