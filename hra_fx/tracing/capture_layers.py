@@ -6,6 +6,7 @@ The graph is valid in train and in eval mode, because it is created from one cap
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from typing import Any
@@ -44,11 +45,14 @@ def capture_layers(
     By default, all sizes that the model allows may change; for images, only the batch size. `is_trained` raises an
     error if the gradients or random numbers of the graph would differ from the model. The graph calls the layers that
     can be adapted, and modules without children that map one tensor to one tensor. It has operators for everything
-    else. An output that `torch.export` does not support, such as a cache, is `None`.
+    else. An output that `torch.export` does not support, such as a cache, is `None`. Keyword arguments become inputs in
+    the order of the model's signature, so that positional calls are valid too.
     """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise CaptureError(f"{name} is on the meta device. Load the weights first")
+    order = [*inspect.signature(model.forward).parameters, *call[1]]
+    call = call[0], dict(sorted(call[1].items(), key=lambda item: order.index(item[0])))
     modes = {path: part.training for path, part in model.named_modules(remove_duplicate=False)}
     parts = ((path, part) for path, part in model.named_modules() if not is_leaf(part))
     odd = next((path for path, part in parts if part.training != model.training), None)
@@ -140,23 +144,29 @@ def _allows_one(model: nn.Module, made: nn.Module, call: Call, places: list[tupl
 
 def _compare(model: nn.Module, made: nn.Module, call: Call) -> None:
     """Run a call with the model and its graph, and compare the outputs."""
+    mode = "train" if model.training else "eval"
     with torch.no_grad():
-        wanted = _outputs(model, call)
+        wanted, written = _run(model, call)
         try:
-            found = _outputs(made, call)
+            found, buffers = _run(made, call)
         except AssertionError as error:
             raise CaptureError(f"its graph does not run on the example: {error}") from error
     if not all(map(is_close, found, wanted)):
-        mode = "train" if model.training else "eval"
         raise CaptureError(f"in {mode} mode, the outputs of the graph for the example differ from the model's")
+    if wrong := next((name for name, value in written.items() if not is_close(buffers[name], value)), None):
+        raise CaptureError(f"in {mode} mode, its forward changes the buffer {wrong}, which the graph does not")
 
 
 def _outputs(model: nn.Module, call: Call) -> list[Tensor]:
-    """Run a call with copies of the buffers, and return the tensors in its result."""
+    return _run(model, call)[0]
+
+
+def _run(model: nn.Module, call: Call) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Run a call with copies of the buffers. Returns the tensors in its result, and the buffers after it."""
     seed_everything(_SEED)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     output = torch.func.functional_call(model, buffers, *clone_inputs(call))
-    return [value for value in pytree.tree_leaves(output) if isinstance(value, Tensor)]
+    return [value for value in pytree.tree_leaves(output) if isinstance(value, Tensor)], buffers
 
 
 # --- both modes -------------------------------------------------------------------------------------------------------

@@ -61,14 +61,17 @@ def export_call(
         _layers.update(leaves)
         for path, layer in leaves.items():
             vars(layer)["forward"] = partial(_call, path)
-        vars(model)["forward"] = _without_unknown(model.forward)
+        vars(model)["forward"] = _without_unknown(model.forward, kwargs)
         program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         for node in program.graph.find_nodes(op="call_function", target=CALL_LAYER):
             if node.args[1] in _recorded and not node.users:
                 program.graph.erase_node(node)
         for path, name in state.changes():
             if state.is_plain(path, name):
-                raise CaptureError(f"its forward changes {f'{path}.{name}'.lstrip('.')}, which a graph drops")
+                raise CaptureError(
+                    f"its forward changes {f'{path}.{name}'.lstrip('.')}, which a graph drops. If only the first call "
+                    "changes it, call the model once first"
+                )
         return program
 
 
@@ -98,9 +101,13 @@ def automatic_shapes(model: nn.Module, call: Call, *, lengths: bool) -> Any:
             count = value.dim() if lengths and value.dim() <= _LENGTHS else min(value.dim(), 1)
             shapes[value] = dict.fromkeys(range(count), torch.export.Dim.AUTO)
     try:
-        return shapes.dynamic_shapes(model, *call)
+        made = shapes.dynamic_shapes(model, *call)
     except TypeError as error:
         raise CaptureError(f"the example does not fit its forward: {error}") from error
+    for name, parameter in inspect.signature(model.forward).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            made |= made.pop(name, {})
+    return made
 
 
 def with_batch_of_two(call: Call) -> Call:
@@ -126,8 +133,11 @@ def without_caches(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
-def _without_unknown(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a forward to return None instead of outputs that `torch.export` does not support, such as caches."""
+def _without_unknown(forward: Callable[..., Any], kwargs: Collection[str]) -> Callable[..., Any]:
+    """Wrap a forward to return None instead of outputs that `torch.export` does not support, such as caches.
+
+    The signature has the given keyword arguments instead of `**kwargs`, which `torch.export` does not support either.
+    """
     known = (Tensor, int, float, str, type(None))
 
     @wraps(forward)
@@ -136,6 +146,11 @@ def _without_unknown(forward: Callable[..., Any]) -> Callable[..., Any]:
         kept = pytree.tree_map(lambda value: value if isinstance(value, known) else None, output)
         return output if kept is None else kept
 
+    signature = inspect.signature(forward)
+    named = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+    extra = [name for name in kwargs if name not in signature.parameters]
+    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in extra]
+    vars(run)["__signature__"] = signature.replace(parameters=[*named, *added])
     return run
 
 

@@ -224,8 +224,8 @@ def simplify(graph: fx.Graph, places: list[fx.Node], model: nn.Module) -> None:
         graph.erase_node(node)
     _hoist_sizes(graph, places)
     _follow_device(graph, places, model)
-    # Modules have side effects: batch norm updates its buffers.
-    graph.eliminate_dead_code(lambda node: node.op == "call_module" or node.is_impure())
+    # Modules and blocks have side effects: batch norm, and a moving average under torch.no_grad, update buffers.
+    graph.eliminate_dead_code(lambda node: node.op == "call_module" or is_higher_order(node.target) or node.is_impure())
     if places:
         with graph.inserting_after(max(places)):
             graph.call_module(CHECKS, tuple(places))

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from hra_fx.compat import has_own_hooks
 from hra_fx.errors import AdapterError, CaptureError
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.class_swap import original_class
@@ -129,6 +130,8 @@ def trace(module: nn.Module, layers: Collection[nn.Module]) -> tuple[fx.Graph, M
 
     A submodule that cannot be traced and does not contain adapted layers stays one call. The module is not changed.
     """
+    if has_own_hooks(module):
+        raise CaptureError("it has forward hooks, which torch.fx does not run")
     with LOCK:
         return _Trace(module, layers).run()
 

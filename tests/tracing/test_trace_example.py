@@ -311,3 +311,79 @@ def test_a_part_in_another_mode_is_refused_in_later_tries_too() -> None:
 def test_a_layer_with_the_name_of_a_keyword_is_refused() -> None:
     with pytest.raises(AdapterError, match=r"torch\.export fails \(SyntaxError"):
         hra_fx.transform(OneRow(), config("in"), trace=True, example_inputs=(torch.ones(1, 6), "in"))
+
+
+class Average(Branches):
+    """Writes a moving average, and does not read it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.mean.mul_(0.9).add_(hidden.mean(0), alpha=0.1)
+        return hidden
+
+
+def test_a_buffer_that_is_only_written_is_updated() -> None:
+    graph, eager = twins(Average().double(), X)
+    for _ in range(2):
+        torch.testing.assert_close(graph(X), eager(X), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(graph.mean, eager.mean, rtol=1e-12, atol=1e-12)
+    assert eager.mean.all()
+    lifted = hra_fx.lift(torch.export.export(Average().double(), (X,)))
+    lifted(X)
+    assert lifted.mean.all()
+
+
+class Assigned(nn.Module):
+    """Assigns a buffer. Its call has two arguments, so the graph has its operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: Tensor, share: float) -> Tensor:
+        self.mean = (1 - share) * self.mean + share * x.detach().mean(0)
+        return x
+
+
+class Assigning(Branches):
+    def __init__(self) -> None:
+        super().__init__()
+        self.average = Assigned()
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        return self.average(hidden, 0.1)
+
+
+def test_a_buffer_that_the_graph_would_not_update_is_refused() -> None:
+    model = Assigning().double()
+    with pytest.raises(AdapterError, match=r"in train mode, its forward changes the buffer average\.mean"):
+        hra_fx.transform(model, config(), trace=True, example_inputs=X)
+    assert not model.average.mean.any()
+
+
+def test_hooks_of_the_model_run() -> None:
+    model = Two().double()
+    model.register_forward_pre_hook(lambda _, args: (2 * args[0],))
+    with pytest.raises(AdapterError, match=r"it has forward hooks, which torch\.fx does not run\. Pass example_inputs"):
+        hra_fx.transform(model, config(), trace=True)
+    graph, eager = twins(model, X)
+    torch.testing.assert_close(graph(X), eager(X), rtol=1e-12, atol=1e-12)
+
+
+class Arguments(Branches):
+    """Has optional arguments, and others with any name."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, shift: Tensor | None = None, **others: Any) -> Any:
+        return super().forward(x * mask + shift, scale=others["gain"])
+
+
+def test_the_inputs_have_the_order_of_the_model() -> None:
+    given = {"gain": 2.0, "shift": X.cos(), "mask": X.sin(), "x": X}
+    graph, eager = twins(Arguments().double(), given)
+    wanted = eager(**given)
+    for found in (graph(**given), graph(X, X.sin(), X.cos(), gain=2.0)):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
