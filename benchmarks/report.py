@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,10 +136,10 @@ def stale(printed: dict[str, str]) -> Iterator[Measurement]:
     yield from (each for each in MEASUREMENTS if not is_current(each, measured_at(each, printed)))
 
 
-def report(page: Path = PAGE, run: Callable[[str], str] = make) -> None:
-    """Make what is not current, and write the page after each."""
+def report(page: Path = PAGE, run: Callable[[str], str] = make, only: Collection[str] = ()) -> None:
+    """Make what is not current, and write the page after each. `only` selects targets."""
     printed = sections(page.read_text(encoding="utf-8")) if page.exists() else {}
-    for measurement in list(stale(printed)):
+    for measurement in [each for each in stale(printed) if not only or each.target in only]:
         print(f"make {measurement.target}", flush=True)
         about, output = environment(), run(measurement.target)
         if measurement.page is None:
@@ -151,8 +151,10 @@ def main() -> None:
     """Run what is missing, or only tell what that is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="only print what is not current")
-    if not parser.parse_args().list:
-        report()
+    parser.add_argument("--only", nargs="+", default=(), metavar="TARGET", help="measure only these, if not current")
+    given = parser.parse_args()
+    if not given.list:
+        report(only=given.only)
         return
     printed = sections(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else {}
     for measurement in stale(printed):
