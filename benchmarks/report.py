@@ -11,14 +11,17 @@ from __future__ import annotations
 import argparse
 import re
 import subprocess
+import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from speed.environment import commit, processor, version
+from speed.environment import busy, commit, processor, version
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "measurements.md"
+#: The highest load average of an idle machine.
+IDLE = 0.5
 #: What every measurement depends on.
 SHARED = ("hra_fx", "passes", "benchmarks/turns.py", "benchmarks/speed")
 INTRODUCTION = """\
@@ -109,7 +112,9 @@ def measured_at(measurement: Measurement, printed: dict[str, str]) -> str | None
 
 
 def make(target: str) -> str:
-    """Run a make target, and return what it prints without make's own lines."""
+    """Run a make target, and return what it prints without make's own lines. Benchmarks wait for an idle machine."""
+    while target.startswith("bench") and busy() > IDLE:  # the last minute includes the previous measurement
+        time.sleep(5)
     command = ["make", "--no-print-directory", "--silent", target]
     return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
