@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from hra_fx.compat import OpOverload, pytree, schema_of
+from hra_fx.compat import OpOverload, pytree, schema_of, tensor_version
 from hra_fx.errors import CaptureError
 from hra_fx.layers.target import find_kind
 from hra_fx.model.example_inputs import Call, clone_inputs, preserve_rng_state, seed_everything
@@ -146,15 +146,18 @@ def _compare(model: nn.Module, made: nn.Module, call: Call) -> None:
     """Run a call with the model and its graph, and compare the outputs."""
     mode = "train" if model.training else "eval"
     with torch.no_grad():
-        wanted, written = _run(model, call)
+        wanted, wanted_buffers = _run(model, call)
         try:
-            found, buffers = _run(made, call)
+            found, found_buffers = _run(made, call)
         except AssertionError as error:
             raise CaptureError(f"its graph does not run on the example: {error}") from error
     if not all(map(is_close, found, wanted)):
         raise CaptureError(f"in {mode} mode, the outputs of the graph for the example differ from the model's")
-    if wrong := next((name for name, value in written.items() if not is_close(buffers[name], value)), None):
-        raise CaptureError(f"in {mode} mode, its forward changes the buffer {wrong}, which the graph does not")
+    before = dict(model.named_buffers())
+    for name in sorted(before.keys() & (wanted_buffers.keys() | found_buffers.keys())):
+        value = wanted_buffers.get(name, before[name])
+        if not is_close(found_buffers.get(name, before[name]).to(value.dtype), value):
+            raise CaptureError(f"in {mode} mode, the graph does not change the buffer {name} as the forward does")
 
 
 def _outputs(model: nn.Module, call: Call) -> list[Tensor]:
@@ -162,11 +165,15 @@ def _outputs(model: nn.Module, call: Call) -> list[Tensor]:
 
 
 def _run(model: nn.Module, call: Call) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Run a call with copies of the buffers. Returns the tensors in its result, and the buffers after it."""
+    """Run a call with copies of the buffers. Returns the tensors in its result, and the buffers that it changed."""
     seed_everything(_SEED)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    before = {name: (buffer, tensor_version(buffer)) for name, buffer in buffers.items()}
     output = torch.func.functional_call(model, buffers, *clone_inputs(call))
-    return [value for value in pytree.tree_leaves(output) if isinstance(value, Tensor)], buffers
+    changed = {
+        name: x for name, x in buffers.items() if x is not before[name][0] or tensor_version(x) != before[name][1]
+    }
+    return [value for value in pytree.tree_leaves(output) if isinstance(value, Tensor)], changed
 
 
 # --- both modes -------------------------------------------------------------------------------------------------------

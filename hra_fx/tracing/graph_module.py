@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from hra_fx.compat import ASSERT_METADATA, NON_PERSISTENT, is_higher_order
+from hra_fx.compat import ASSERT_METADATA, NON_PERSISTENT, has_own_hooks, is_higher_order
 from hra_fx.errors import CaptureError
 from hra_fx.tracing.by_mode import ByMode
 from hra_fx.tracing.exported import CALL_LAYER, exporting
@@ -224,12 +224,25 @@ def simplify(graph: fx.Graph, places: list[fx.Node], model: nn.Module) -> None:
         graph.erase_node(node)
     _hoist_sizes(graph, places)
     _follow_device(graph, places, model)
-    # Modules and blocks have side effects: batch norm, and a moving average under torch.no_grad, update buffers.
-    graph.eliminate_dead_code(lambda node: node.op == "call_module" or is_higher_order(node.target) or node.is_impure())
     if places:
         with graph.inserting_after(max(places)):
             graph.call_module(CHECKS, tuple(places))
+    # Modules and blocks have side effects: batch norm, and a moving average under torch.no_grad, update buffers. The
+    # call of a module also runs its hooks.
+    hooked = {str(node.target) for node in graph.find_nodes(op="call_module") if _has_hooks(model, node.target)}
+    graph.eliminate_dead_code(
+        lambda node: (
+            node.op == "call_module"
+            or node.is_impure()
+            or (is_higher_order(node.target) and module_path(node) not in hooked)
+        )
+    )
     graph._tracer_cls = UnpicklingTracer
+
+
+def _has_hooks(model: nn.Module, path: Any) -> bool:
+    module = attribute(model, path)
+    return isinstance(module, nn.Module) and has_own_hooks(module)
 
 
 def name_constants(graph: fx.Graph, program: ExportedProgram, module: nn.Module) -> dict[str, nn.Module]:

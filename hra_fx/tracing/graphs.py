@@ -47,6 +47,8 @@ def trace_model(
     reason = ""
     if dynamic_shapes is None:
         try:
+            if has_own_hooks(model):
+                raise CaptureError("it has forward hooks, which torch.fx does not run")
             graph, modules = trace(model, layers)
             if call is None or is_graph_of_call(model, graph, call):
                 return graph_module(model, graph, modules)
@@ -130,8 +132,6 @@ def trace(module: nn.Module, layers: Collection[nn.Module]) -> tuple[fx.Graph, M
 
     A submodule that cannot be traced and does not contain adapted layers stays one call. The module is not changed.
     """
-    if has_own_hooks(module):
-        raise CaptureError("it has forward hooks, which torch.fx does not run")
     with LOCK:
         return _Trace(module, layers).run()
 
