@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from adapting import adapted, randomise
 from layers.checking import assert_same
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.utils import parametrizations
@@ -57,6 +58,8 @@ def logits_loss(outputs: Any) -> Tensor:
 
 @pytest.mark.parametrize(("name", "traced"), [("llama", False), ("resnet", True)])
 def test_gradients_at_another_size_are_those_of_the_model(name: str, traced: bool) -> None:
+    if name == "llama" and Version(torch.__version__) < Version("2.13"):
+        pytest.xfail("torch guards the length of attention")
     case = CASES[name]
     example, other = (without_labels(case.call(batch, length)) for batch, length in ((2, 5), (3, 7)))
     model = case.make().double().eval()

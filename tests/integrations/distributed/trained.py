@@ -51,7 +51,7 @@ def llama(*, checkpointing: bool = False, **fields: Any) -> nn.Module:
     settings = {**SIZES, "num_key_value_heads": 1, "use_cache": False, **fields}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
     if checkpointing:
-        model.activation_checkpointing_enable()
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     return model
 
 
