@@ -226,7 +226,9 @@ $(VENV)/docs.stamp: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(call step,,What builds the site in $(VENV),$(INSTALL) --editable '.[docs]')
 	@touch $@
 
-TEST_TOOLS := '.[test,dev]'
+# Not in the recipes, because a comma separates the arguments of `call`.
+TEST_TOOLS   := '.[test,dev]'
+DEVICE_TOOLS := '.[demo,device]'
 $(VENV)/test.stamp: pyproject.toml $(CONSTRAINTS) hra_fx/version.py | $(BIN)/python
 	$(call step,1,Project and test tools in $(VENV),$(INSTALL) --editable $(TEST_TOOLS))
 	@$(BROWSER) || true
@@ -242,7 +244,7 @@ $(VENV)/demo.stamp: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@touch $@
 
 $(VENV)/device.stamp: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
-	$(call step,1,PyTorch and ExecuTorch in $(VENV),$(INSTALL) --editable '.[demo,device]')
+	$(call step,1,PyTorch and ExecuTorch in $(VENV),$(INSTALL) --editable $(DEVICE_TOOLS))
 	@touch $@
 
 # Beside the environment: transformers, accelerate and TRL import DeepSpeed wherever they find it.

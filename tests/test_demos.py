@@ -96,3 +96,12 @@ def test_a_failed_check_ends_a_demo() -> None:
         check_classes(logits, logits.flip(0))
     with pytest.raises(SystemExit, match=r"gives PyTorch's logits \(largest difference 5\.0e-04\)"):
         check_onnx(lambda input: input + 5e-4, nn.Identity(), {"input": logits}, "two rows")
+
+
+def test_the_recipes_of_the_makefile_are_shell_commands() -> None:
+    """A comma in an argument of `call` would cut it off."""
+    targets = ["demo", "demo-language", "demo-vision", "demo-device", "docs", "check", "test"]
+    printed = subprocess.run(
+        ["make", "--dry-run", "--always-make", *targets], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    subprocess.run(["sh", "-n"], input=printed.stdout, text=True, check=True)
