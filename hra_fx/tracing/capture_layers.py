@@ -149,7 +149,7 @@ def _compare(model: nn.Module, made: nn.Module, call: Call) -> None:
         wanted, wanted_buffers = _run(model, call)
         try:
             found, found_buffers = _run(made, call)
-        except AssertionError as error:
+        except Exception as error:
             raise CaptureError(f"its graph does not run on the example: {error}") from error
     if not all(map(is_close, found, wanted)):
         raise CaptureError(f"in {mode} mode, the outputs of the graph for the example differ from the model's")
