@@ -219,11 +219,8 @@ def fake_tensor_mode() -> Any:
 OpOverload: type[Any] = type(torch.ops.aten.add.Tensor)
 
 
-def call_after_deepcopy(graph: Any, hook: Callable[[Any], None]) -> None:
-    """Call a function with each deepcopy of a `GraphModule`."""
-    graph._register_deepcopy_hook(hook)
-
-
+#: The key of `GraphModule.meta` for attributes that fx sets in each deepcopy.
+KEPT_ATTRIBUTES = "_user_preserved_attributes"
 #: The operator that checks the dtype and device of a tensor before a cast.
 ASSERT_METADATA: Any = torch.ops.aten._assert_tensor_metadata.default
 

@@ -1,5 +1,5 @@
-"""Rewrites of `torch.fx` graphs, one `PassBase` per file: match, insert, fold, verify, freeze, lower.
+"""Rewrites of `torch.fx` graphs, one per file: match, insert, fold, freeze, lower.
 
-Passes are independent of models and of each other. Each pass takes a graph module, returns a `PassResult`, and stores
-its marks in `node.meta["hra"]` (`hra_fx.layers.target.NodeTag`).
+They are independent of models and of each other, and take a graph module. The graph is their only record of what they
+did: a reflection is a node that calls `<layer>.hra_u`.
 """

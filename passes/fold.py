@@ -1,34 +1,37 @@
-"""fold: remove the reflections from a graph after they are folded into the weights."""
+"""fold: remove the reflections from a graph, for example after they are folded into the weights."""
 
 from __future__ import annotations
 
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from hra_fx.layers.target import FACTORS, META, NodeTag, weight_name
+from hra_fx.layers.target import FACTORS, REFLECTION, weight_entry
 
 
 class FoldPass(PassBase):
-    """Undoes `insert`. The result is the graph of the base model, node for node and without marks."""
+    """Undoes `insert`. The result is the graph of the base model, node for node."""
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite the graph and recompile it."""
         graph = graph_module.graph
-        noted = [node for node in graph.nodes if isinstance(node.meta.get(META), NodeTag)]
+        size = len(graph.nodes)
         # In reverse order, so that a reflection of an input does not have readers when it is erased.
-        for node in reversed(noted):
-            note: NodeTag = node.meta.pop(META)
-            if note.role == "layer":
-                node.args = node.args[:1]
-            elif note.role == "weight":
-                node.target = f"{str(node.target).rpartition('.')[0]}.{weight_name(note.kind)}"
-            elif note.role == "reflection":
-                if node.users:  # a reflection of a weight
-                    node.replace_all_uses_with(node.kwargs["weight"])
+        for node in reversed(graph.find_nodes(op="call_module")):
+            layer, _, child = str(node.target).rpartition(".")
+            if child == REFLECTION:
+                _remove(node, layer, weight_entry(layer, graph_module.get_submodule(layer)))
+            elif node.target == FACTORS:
                 graph.erase_node(node)
-        factors = graph.find_nodes(op="call_module", target=FACTORS)
-        for node in factors:
-            graph.erase_node(node)
-        if is_changed := bool(noted or factors):
+        if is_changed := len(graph.nodes) < size:
             graph_module.recompile()
         return PassResult(graph_module, is_changed)
+
+
+def _remove(reflection: fx.Node, layer: str, weight: str) -> None:
+    if isinstance(base := reflection.kwargs.get("weight"), fx.Node):
+        base.target = weight
+        reflection.replace_all_uses_with(base)
+    for user in list(reflection.users):
+        if user.target == layer:
+            user.args = user.args[:1]
+    reflection.graph.erase_node(reflection)

@@ -1,4 +1,4 @@
-r"""insert: add a reflection before each marked call, and after each marked read of a weight.
+r"""insert: add a reflection before each call of a layer, and after each read of a weight.
 
     y = layer(x)                    becomes        h = layer.hra_u(x, f);  y = layer(x, h)
     y = f(x, layer.weight)          becomes        w = layer.hra_u(weight=layer.hra_base);  y = f(x, w)
@@ -6,7 +6,7 @@ r"""insert: add a reflection before each marked call, and after each marked read
 For a Linear, `h = x Q^T` and the layer computes `h W^T = x (W Q)^T`. For a convolution, `h` contains the coordinates of
 the patches, and the layer subtracts their image (`hra_fx.layers.variants.ConvAdapters`). The layer still gets `x` as
 its first argument, so that hooks on the layer get the same input. For a weight, `hra_base` is the base weight, and `w`
-is `W Q`. A reader (a module that is called as a whole) computes `W Q` itself, so nothing is inserted.
+is `W Q`. The graph is the only record: a reflection is a node that calls `layer.hra_u`.
 
 If the graph has the child `hra_factors`, the first node calls it, and `f` is its result for all layers. A graph without
 reflections of inputs calls it too, because fx deletes children that are not called.
@@ -14,40 +14,37 @@ reflections of inputs calls it too, because fx deletes children that are not cal
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from hra_fx.errors import GraphInvariantError
-from hra_fx.layers.target import BASE_WEIGHT, FACTORS, META, REFLECTION, NodeTag
+from hra_fx.layers.target import BASE_WEIGHT, FACTORS, REFLECTION
 
 
 class InsertPass(PassBase):
-    """Inserts one reflection node for each node that `match` marked. A second run does not change anything."""
+    """Inserts a reflection for each of some nodes."""
+
+    def __init__(self, uses: Iterable[fx.Node]) -> None:
+        """Prepare for one graph; `uses` are its nodes that `passes.match.find_uses` found."""
+        self._uses = list(uses)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite the graph and recompile it."""
-        marked = [node for node in graph_module.graph.nodes if _is_bare(node)]
-        size = len(graph_module.graph.nodes)
+        graph = graph_module.graph
+        size = len(graph.nodes)
         factors = _factors(graph_module)
-        for node in marked:
+        for node in self._uses:
             if node.op == "get_attr":
-                _insert_after(graph_module.graph, node)
+                _insert_after(graph, node)
             else:
-                _insert_before(graph_module.graph, node, factors)
-        if is_changed := len(graph_module.graph.nodes) > size:
+                _insert_before(graph, node, factors)
+        if is_changed := len(graph.nodes) > size:
+            graph.lint()
             graph_module.recompile()
         return PassResult(graph_module, is_changed)
-
-
-def _is_bare(node: fx.Node) -> bool:
-    note = node.meta.get(META)
-    if not isinstance(note, NodeTag):
-        return False
-    if note.role == "weight":
-        return not str(node.target).endswith(f".{BASE_WEIGHT}")
-    return note.role == "layer" and len(node.args) + len(node.kwargs) == 1
 
 
 def _factors(graph_module: fx.GraphModule) -> tuple[fx.Node, ...]:
@@ -63,12 +60,11 @@ def _factors(graph_module: fx.GraphModule) -> tuple[fx.Node, ...]:
 
 
 def _insert_before(graph: fx.Graph, node: fx.Node, factors: tuple[fx.Node, ...]) -> None:
-    note: NodeTag = node.meta[META]
     # A keyword argument may have any name, depending on the layer's class.
     value = node.args[0] if node.args else next(iter(node.kwargs.values()))
     if not isinstance(value, fx.Node):
         raise GraphInvariantError(
-            f"node {node.name!r}: the call of {note.path} has no traced input. Exclude this layer, or open an issue."
+            f"node {node.name!r}: the call of {node.target} has no traced input. Exclude this layer, or open an issue."
         )
     with graph.inserting_before(node):
         reflection = _reflection(graph, node, str(node.target), (value, *factors), {})
@@ -76,18 +72,16 @@ def _insert_before(graph: fx.Graph, node: fx.Node, factors: tuple[fx.Node, ...])
 
 
 def _insert_after(graph: fx.Graph, node: fx.Node) -> None:
-    owner = str(node.target).rpartition(".")[0]
-    node.target = f"{owner}.{BASE_WEIGHT}"
+    layer = str(node.target).rpartition(".")[0]
+    node.target = f"{layer}.{BASE_WEIGHT}"
     readers = list(node.users)
     with graph.inserting_after(node):
-        reflection = _reflection(graph, node, owner, (), {"weight": node})
+        reflection = _reflection(graph, node, layer, (), {"weight": node})
     for reader in readers:
         reader.replace_input_with(node, reflection)
 
 
 def _reflection(graph: fx.Graph, node: fx.Node, layer: str, args: Any, kwargs: Any) -> fx.Node:
-    note: NodeTag = node.meta[META]
     reflection = graph.create_node("call_module", f"{layer}.{REFLECTION}", args, kwargs)
     reflection.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
-    reflection.meta[META] = NodeTag(note.path, note.kind, "reflection")
     return reflection

@@ -15,7 +15,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from hra_fx.errors import GraphInvariantError
-from hra_fx.layers.target import META
 
 
 class LowerPass(PassBase):
@@ -62,8 +61,6 @@ def _replace(graph_module: fx.GraphModule, node: fx.Node, function: Callable[...
     for inner in _between(result, inputs):
         inner.meta = {key: inner.meta[key] for key in ("val", "tensor_meta") if key in inner.meta}
         inner.meta.update(location)
-    if META in node.meta:
-        result.meta[META] = node.meta[META]
     node.replace_all_uses_with(result)
     graph_module.graph.erase_node(node)
 

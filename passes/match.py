@@ -1,13 +1,13 @@
-"""match: mark the calls of adapted layers and the nodes that read their weights."""
+"""match: find the calls of selected layers, and the reads of their weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable
+from typing import Any
 
-from torch import fx
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch import fx, nn
 
-from hra_fx.layers.target import META, LayerTarget, NodeTag, weight_name
+from hra_fx.layers.target import REFLECTION
 
 #: Attributes and methods that do not depend on the values of a weight.
 METADATA = frozenset(
@@ -15,64 +15,37 @@ METADATA = frozenset(
 )
 
 
-class MatchPass(PassBase):
-    """Marks the nodes that use adapted layers with a `NodeTag`. The graph itself is not changed.
+def find_uses(graph_module: fx.GraphModule, is_selected: Callable[[str, nn.Module], bool]) -> list[fx.Node]:
+    """Find the nodes for which `insert` has to add a reflection. The graph is not changed.
 
-    A call of a layer that reflects its input is a `"layer"`. A read of an adapted weight is a `"weight"`, unless only
-    its metadata, such as dtype or shape, is used. The call of a module that contains adapted layers, or of an adapted
-    layer with its own forward, is a `"reader"`.
+    These are the calls of layers that reflect their input, and the reads of the weights of adapted layers, unless only
+    metadata, such as the dtype, is used. A call that already takes a reflection is not found. A module that is called
+    as a whole, such as attention, rotates the weights inside it, so it does not need a reflection either.
 
-    Nodes are matched by `node.target`, a module path, and never by their generated names.
+    Args:
+        graph_module: a graph that calls layers.
+        is_selected: whether to find the uses of an adapted layer. Takes its path in the graph, by which it is called or
+            read, and the layer, which has its adapters as its child `hra_u`.
     """
+    return [node for node in graph_module.graph.nodes if _is_use(node, graph_module, is_selected)]
 
-    def __init__(self, sites: Mapping[str, LayerTarget], prefix: str = "") -> None:
-        """Prepare for one graph.
 
-        Args:
-            sites: path of a layer in the model -> the adapted layer, for every path of the layer.
-            prefix: path in the model of the traced module.
-        """
-        self._prefix = f"{prefix}." if prefix else ""
-        below = {path: site for path, site in sites.items() if path.startswith(self._prefix)}
-        self._sites = {path[len(self._prefix) :]: site for path, site in below.items()}
-        self._above = {owner for path in self._sites for owner in _owners(path)}
-
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Mark the nodes. `modified` is True if there is a new mark."""
-        modified = False
-        for node in graph_module.graph.nodes:
-            note = self._note(node)
-            if note is None:
-                continue
-            modified |= node.meta.get(META) != note
-            node.meta[META] = note
-        return PassResult(graph_module, modified)
-
-    def _note(self, node: fx.Node) -> NodeTag | None:
-        target = str(node.target)
-        if node.op == "get_attr":
-            owner, _, name = target.rpartition(".")
-            site = self._sites.get(owner)
-            found = site is not None and name == weight_name(site.kind) and not all(map(_is_metadata, node.users))
-            return NodeTag(site.path, site.kind, "weight") if site is not None and found else None
-        if node.op != "call_module":
-            return None
-        site = self._sites.get(target)
-        if site is not None and site.reflects_input:
-            return NodeTag(site.path, site.kind, "layer")
-        if site is None and target not in self._above:
-            return None
-        inside = [s for path, s in self._sites.items() if path == target or path.startswith(f"{target}.")]
-        first, *others = dict.fromkeys(inside)
-        return NodeTag(first.path, first.kind, "reader", tuple(other.path for other in others))
+def _is_use(node: fx.Node, graph_module: fx.GraphModule, is_selected: Callable[[str, nn.Module], bool]) -> bool:
+    path, name = str(node.target), ""
+    if node.op == "get_attr":
+        path, _, name = path.rpartition(".")
+    elif node.op != "call_module":
+        return False
+    layer = graph_module.get_submodule(path)
+    if REFLECTION not in layer._modules or not is_selected(path, layer):
+        return False
+    adapters: Any = layer._modules[REFLECTION]
+    if node.op == "get_attr":
+        return name == adapters.weight_name and not all(map(_is_metadata, node.users))
+    return bool(adapters.reflects_input) and len(node.args) + len(node.kwargs) == 1
 
 
 def _is_metadata(node: fx.Node) -> bool:
     return (node.target is getattr and node.args[1] in METADATA) or (
         node.op == "call_method" and node.target in METADATA
     )
-
-
-def _owners(path: str) -> Iterator[str]:
-    while path := path.rpartition(".")[0]:
-        yield path

@@ -27,7 +27,7 @@ from hra_fx.export.match import GraphLayer, group_tied
 from hra_fx.functional import householder
 from hra_fx.functional.chain import plain_chain
 from hra_fx.functional.rotate import rotate_weight
-from hra_fx.layers.target import META, REFLECTION, NodeTag
+from hra_fx.layers.target import REFLECTION
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -111,7 +111,6 @@ def insert_rotation(
     values = [argument.meta["val"] if isinstance(argument, fx.Node) else argument for argument in arguments]
     with torch.no_grad():
         rotated.meta["val"] = ROTATE(*values)
-    rotated.meta[META] = NodeTag(layer.path, layer.kind, "reflection")
     for use in layer.uses:
         use.first_user.replace_input_with(use.weight, rotated)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
@@ -21,44 +20,8 @@ SAVED = "hra_saved"
 FACTORS = "hra_factors"
 #: Name of the attribute of an adapted layer that contains its base weight.
 BASE_WEIGHT = "hra_base"
-#: Key of `torch.fx.Node.meta` under which the passes store a `NodeTag`.
-META = "hra"
 
 _CONVOLUTIONS: dict[type[nn.Module], LayerKind] = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d"}
-
-
-@dataclass(frozen=True)
-class LayerTarget:
-    """The facts about an adapted layer that a pass needs.
-
-    Attributes:
-        path: the layer's qualified name in the whole model; the first one if it has several.
-        kind: the kind of layer.
-        reflects_input: whether a call of the layer reflects its input. For all other layers (attention, or a class with
-            its own forward), only the weight is rotated.
-    """
-
-    path: str
-    kind: LayerKind
-    reflects_input: bool = True
-
-
-@dataclass(frozen=True)
-class NodeTag:
-    """The mark that passes store on a node, in `node.meta["hra"]`.
-
-    Attributes:
-        path: the layer's qualified name in the whole model.
-        kind: the kind of layer.
-        role: `"layer"` for the call of the layer; `"reflection"` for the call of its `hra_u` container; `"weight"` for
-            a read of its weight; `"reader"` for the call of a module that contains adapted layers.
-        also: the other adapted layers inside the module.
-    """
-
-    path: str
-    kind: LayerKind
-    role: Literal["layer", "reflection", "weight", "reader"]
-    also: tuple[str, ...] = ()
 
 
 def find_kind(layer: nn.Module) -> LayerKind | None:

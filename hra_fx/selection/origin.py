@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from hra_fx.compat import KEPT_ATTRIBUTES
 from hra_fx.layers.class_swap import original_class
-from hra_fx.layers.graph_notes import read_notes, write_note
 
 _KEY = "_hra_origin"
 
@@ -42,7 +42,7 @@ class Origin:
 def origin_of(model: nn.Module) -> Origin:
     """The facts about a model, or about the model that a graph was traced from."""
     if isinstance(model, fx.GraphModule):
-        known = read_notes(model).get(_KEY)
+        known = vars(model).get(_KEY)
         if isinstance(known, Origin):
             return known
     cls, name = original_class(model), getattr(model, "name_or_path", None)
@@ -63,7 +63,8 @@ def origin_of(model: nn.Module) -> Origin:
 
 def keep_origin(graph: fx.GraphModule, origin: Origin) -> None:
     """Record the facts about the model of a graph."""
-    write_note(graph, _KEY, origin)
+    vars(graph)[_KEY] = origin  # a pickle keeps attributes
+    graph.meta.setdefault(KEPT_ATTRIBUTES, {})[_KEY] = origin  # and a deepcopy sets the attributes in this entry
 
 
 _QV = ("q_proj", "v_proj")

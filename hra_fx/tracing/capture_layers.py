@@ -30,7 +30,6 @@ from hra_fx.tracing.exported import (
 from hra_fx.tracing.forward_state import LOCK, Snapshot, checked_capture, compare_gradients, is_close
 from hra_fx.tracing.graph_module import CHECKS, Canonical, InBlockError, canonical, captured_module, module_path
 from hra_fx.tracing.inputs import Condition, InputChecks, argument_names
-from hra_fx.tracing.tracer import UnpicklingTracer
 
 _SEED = 20240517
 #: The name of the module that runs the graph of the current mode, if the modes have different nodes.
@@ -261,7 +260,7 @@ def _of_two_graphs(model: nn.Module, in_train: Canonical, in_eval: Canonical, ch
         constants |= {f"{name}_{mode}": value for name, value in part.constants.items()}
     reads = {str(node.target) for part in captures.values() for node in part.graph.find_nodes(op="get_attr")}
     names = sorted(name for name in reads if isinstance(getattr(model, name, None), Tensor))
-    graph = fx.Graph(tracer_cls=UnpicklingTracer)
+    graph = fx.Graph()
     places = [graph.placeholder(str(node.target)) for node in in_train.graph.find_nodes(op="placeholder")]
     graph.output(graph.call_module(BY_MODE, (*places, *map(graph.get_attr, names))))
     for part in captures.values():

@@ -21,10 +21,10 @@ from torch import Tensor, fx, nn
 
 from hra_fx.compat import ASSERT_METADATA, NON_PERSISTENT, has_own_hooks, is_higher_order
 from hra_fx.errors import CaptureError
+from hra_fx.model.graph_module import UnpicklingTracer
 from hra_fx.tracing.by_mode import ByMode
 from hra_fx.tracing.exported import CALL_LAYER, exporting
 from hra_fx.tracing.inputs import Condition, argument_names, call_of, conditions_of, nest
-from hra_fx.tracing.tracer import UnpicklingTracer
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -43,6 +43,7 @@ def graph_module(root: nn.Module, graph: fx.Graph, modules: Mapping[str, nn.Modu
     only the modules that the graph uses, in the order of the graph. If the graph only reads the weight of a layer, fx
     replaces the layer with an empty module, without the adapters.
     """
+    graph._tracer_cls = UnpicklingTracer
     module = fx.GraphModule(nn.Module(), fx.Graph(tracer_cls=UnpicklingTracer), type(root).__name__)
     for kind in ("_parameters", "_buffers", NON_PERSISTENT):
         vars(module)[kind] = copy.copy(vars(root)[kind])
@@ -237,7 +238,6 @@ def simplify(graph: fx.Graph, places: list[fx.Node], model: nn.Module) -> None:
             or (is_higher_order(node.target) and module_path(node) not in hooked)
         )
     )
-    graph._tracer_cls = UnpicklingTracer
 
 
 def _has_hooks(model: nn.Module, path: Any) -> bool:

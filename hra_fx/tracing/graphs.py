@@ -16,16 +16,15 @@ from hra_fx.compat import has_own_hooks
 from hra_fx.errors import AdapterError, CaptureError
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.class_swap import original_class
-from hra_fx.layers.target import META, NodeTag, find_kind
+from hra_fx.layers.target import find_kind
 from hra_fx.model.example_inputs import Call, example_call, normalize_inputs
-from hra_fx.model.graph_module import insert, tag_adapted_layers
+from hra_fx.model.graph_module import insert
 from hra_fx.model.state import adapted_layers, base_model_view
 from hra_fx.tracing.by_mode import ModesDifferError, merge_modes
 from hra_fx.tracing.capture_layers import capture_layers
 from hra_fx.tracing.forward_state import LOCK, Snapshot
 from hra_fx.tracing.graph_module import graph_module
 from hra_fx.tracing.tracer import ModelTracer
-from passes.insert import InsertPass
 
 
 def is_graph_of_call(model: nn.Module, graph: fx.Graph, call: Call) -> bool:
@@ -76,13 +75,12 @@ def graphs_of(model: nn.Module, example_inputs: Any = None) -> dict[str, fx.Grap
     `GraphModule`, it is a copy of its graph.
     """
     if isinstance(model, fx.GraphModule):  # its own graph has the reflections
-        tag_adapted_layers(model)
         return {"": graph_module(model, copy.deepcopy(model.graph), {})}
     adapted = adapted_layers(model)
     captured = capture(model, adapted or {path: part for path, part in model.named_modules() if find_kind(part)})
     found = {path: graph_module(model.get_submodule(path), *traced) for path, traced in captured.parts.items()}
-    for path, module in found.items():
-        insert(module, model, path)
+    for module in found.values():
+        insert(module)
     alone = [path for path, (root, _) in captured.layers.items() if root is None and path in adapted]
     found |= {path: _alone(path, adapted[path]) for path in alone}
     if example_inputs is None:
@@ -101,7 +99,7 @@ def graph_of_call(model: nn.Module, call: Call) -> fx.GraphModule:
             f"torch.export cannot capture {type(model).__name__}: {error.reason}. Without example_inputs, "
             "hra_fx.graphs and hra_fx.visualize use torch.fx, and show the parts that it can trace."
         ) from error
-    insert(module, model)
+    insert(module)
     return module
 
 
@@ -113,13 +111,12 @@ def _alone(path: str, layer: AdaptedLayer) -> fx.GraphModule:
     root.add_module(name, layer)
     graph = fx.Graph()
     if layer.hra_u.reflects_input:
-        marked = graph.call_module(name, (graph.placeholder("input"),))
+        use = graph.call_module(name, (graph.placeholder("input"),))
     else:
-        marked = graph.get_attr(f"{name}.{layer.hra_u.weight_name}")
-    graph.output(marked)
-    marked.meta[META] = NodeTag(path, layer.hra_u.kind, "layer" if layer.hra_u.reflects_input else "weight")
+        use = graph.get_attr(f"{name}.{layer.hra_u.weight_name}")
+    graph.output(use)
     module = graph_module(root, graph, {})
-    InsertPass()(module)
+    insert(module)
     module.train(layer.training)
     return module
 

@@ -155,7 +155,6 @@ class ModelTracer(fx.Tracer):
                 self.has_drawn = self._state.has_drawn()
         if self.refused:
             raise CaptureError(self.refused[0])
-        graph._tracer_cls = UnpicklingTracer
         for node in graph.nodes:
             node.type = None  # the annotation may be a string, and then fx cannot pickle the graph
         return graph
@@ -237,12 +236,6 @@ class ModelTracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> TracedValue:
         """The traced value that represents a node."""
         return TracedValue(node, self)
-
-
-class UnpicklingTracer(fx.Tracer):
-    """Traces the code of a graph, as fx does to unpickle it. Reads of buffers are nodes instead of constants."""
-
-    proxy_buffer_attributes = True
 
 
 def _leaf_result(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hra_fx.compat import OpOverload
-from hra_fx.layers.target import FACTORS, META, REFLECTION, NodeTag
+from hra_fx.layers.target import BASE_WEIGHT, FACTORS, REFLECTION
 from hra_fx.tracing.by_mode import ByMode
 from hra_fx.tracing.graph_module import normalize_path
 from hra_fx.view.subject import Subject, describe_module, name_of, own_parameters
@@ -79,6 +79,10 @@ class _Builder:
         self.visited: dict[int, str] = {}
         for path in self.subject.layers:  # layers count their own parameters, even if another node reads the weight
             self._once(own_parameters(self.model.get_submodule(path)))
+        self.inside: dict[str, dict[str, None]] = {}  # path of a module -> the adapted layers in it
+        for path, layer in {**{path: path for path in self.subject.layers}, **self.subject.aliases}.items():
+            for owner in prefixes(path):
+                self.inside.setdefault(owner, {})[layer] = None
         self.busy = {""} | {prefix for path in (*self.graphs, *self.subject.layers) for prefix in prefixes(path)}
         details = {
             path: describe_module(part)
@@ -152,14 +156,24 @@ class _Builder:
             parameters=layer.parameters if marks else 0,
         )
 
-    def _reader_leaf(self, note: NodeTag, node: fx.Node, root: str, place: tuple[str, ...]) -> Leaf:
-        """Create the leaf of a node that reads rotated weights, with the marks of all their layers."""
-        leaf = joined([self._adapted_leaf(path, node.op, place) for path in (note.path, *note.also)])
-        if node.op != "call_module":
+    def _layers_at(self, node: fx.Node, root: str) -> tuple[str, ...]:
+        """The adapted layers that a node computes: its own, or all in the module that it calls."""
+        if node in self.subject.operators:
+            return (self.subject.operators[node][0],)
+        path, _, name = str(node.target).rpartition(".")
+        if node.op == "call_module" and name != REFLECTION:
+            path = str(node.target)
+        elif node.op != "get_attr" or name != BASE_WEIGHT:
+            return ()
+        return (root,) if root in self.subject.layers else tuple(self.inside.get(_join(root, path), ()))
+
+    def _leaf_of_layers(
+        self, layers: tuple[str, ...], node: fx.Node, root: str, module: nn.Module | None, place: tuple[str, ...]
+    ) -> Leaf:
+        leaf = joined([self._adapted_leaf(path, node.op, place) for path in layers])
+        if module is None or module is self.model.get_submodule(layers[0]):
             return leaf
-        path = _join(root, str(node.target))
-        module = self.model.get_submodule(path)
-        count = leaf.parameters + self._once(own_parameters(module))
+        path, count = _join(root, str(node.target)), leaf.parameters + self._once(own_parameters(module))
         return replace(leaf, name=name_of(path), detail=describe_module(module), target=path, parameters=count)
 
     def _add_graph(self, root: str, graph: fx.GraphModule) -> None:
@@ -170,14 +184,16 @@ class _Builder:
         held = dict(graph.named_parameters(remove_duplicate=False))
         for node in graph.graph.nodes:
             module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-            value = Value() if node in masks else pass_through(node, values, module)
+            layers = self._layers_at(node, root)
+            value = Value() if node in masks else None if layers else pass_through(node, values, module)
             if value is None and single and node.op in ("placeholder", "output"):
                 value = Value()
             if value is None:
                 key = f"{root}:{node.name}"
                 before = read(node, values)
-                place = self._place(node, root, before if not knows_places else Value())
-                leaf = self._leaf(node, root, module, place, before)
+                place = self._place(node, root, before if not knows_places else Value(), layers)
+                around = (node, root, module, place)
+                leaf = self._leaf_of_layers(layers, *around) if layers else self._leaf(*around, before)
                 if leaf.kind == "op":
                     count = self._once(held[name] for name in before.weights if name in held)
                     leaf = replace(leaf, parameters=count, readers=_readers(root, before.weights, place))
@@ -188,14 +204,13 @@ class _Builder:
         inputs = [key for node, value in values.items() if node.op == "placeholder" for key in value.sources]
         self.picture.remove_nodes_from([key for key in inputs if not self.picture.out_degree(key)])
 
-    def _place(self, node: fx.Node, root: str, before: Value) -> tuple[str, ...]:
+    def _place(self, node: fx.Node, root: str, before: Value, layers: tuple[str, ...]) -> tuple[str, ...]:
         """The modules around a node. Without `nn_module_stack`, an operation is placed with its input."""
         stack = _stack(node, root)
-        note = tag_of(node)
-        if note is not None and note.role != "reader":
-            # Attention has more operators than those that read its weight.
-            inside = note.kind == "attention" and node.op == "call_function"
-            owner = note.path if inside else _parent(note.path)
+        if node in self.subject.operators:
+            owner = self.subject.operators[node][1]
+        elif layers and (node.op == "get_attr" or root == layers[0]):
+            owner = _parent(layers[0])
         elif node.op == "call_module":
             owner = _parent(_join(root, str(node.target)))
         elif stack:
@@ -209,11 +224,6 @@ class _Builder:
         return tuple(calls.get(prefix, prefix) for prefix in prefixes(owner))
 
     def _leaf(self, node: fx.Node, root: str, module: nn.Module | None, place: tuple[str, ...], before: Value) -> Leaf:
-        note = tag_of(node)
-        if note is not None and note.role == "reader":
-            return self._reader_leaf(note, node, root, place)
-        if note is not None:
-            return self._adapted_leaf(note.path, node.op, place)
         if module is not None:
             path, detail = _join(root, str(node.target)), describe_module(module)
             count = self._once(own_parameters(module))
@@ -249,12 +259,6 @@ class Value:
     is_shape: bool = False  # it is a shape, or computed from shapes, and not a tensor
 
 
-def tag_of(node: fx.Node) -> NodeTag | None:
-    """The tag of an adapted layer on a node."""
-    note = node.meta.get(META)
-    return note if isinstance(note, NodeTag) else None
-
-
 def read(node: fx.Node, values: Mapping[fx.Node, Value]) -> Value:
     """The union of all values that a node reads, in order."""
     values_read = [values[source] for source in node.all_input_nodes]
@@ -266,9 +270,8 @@ def read(node: fx.Node, values: Mapping[fx.Node, Value]) -> Value:
 
 def pass_through(node: fx.Node, values: Mapping[fx.Node, Value], module: nn.Module | None) -> Value | None:
     """The value of a node that does not get a box; `None` if it gets one. `module` is the module that it calls."""
-    note = tag_of(node)
-    if note is not None:
-        return read(node, values) if note.role == "reflection" else None
+    if str(node.target).rpartition(".")[2] == REFLECTION:
+        return read(node, values)
     if node.op == "get_attr":
         name = str(node.target)
         return Value() if REFLECTION in name.split(".")[-2:-1] else Value(weights=(name,))

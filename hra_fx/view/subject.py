@@ -1,15 +1,14 @@
 """The input of a picture for any type of model: traced graphs, their parent modules, and the adapted layers.
 
 A graph of ATen operators, such as an exported program, does not have modules. They are recovered from the names of
-weights, the operators and `nn_module_stack`. Rotations are removed from a copy of the graph, and the nodes of their
-layers are marked.
+weights, the operators and `nn_module_stack`. Rotations are removed from a copy of the graph.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
@@ -19,7 +18,7 @@ from hra_fx.export.match import find_layers, group_tied, module_classes
 from hra_fx.export.program import find_rotate_nodes, remove_rotation
 from hra_fx.export.select import build_skeleton
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.target import META, REFLECTION, NodeTag, describe
+from hra_fx.layers.target import REFLECTION, describe
 from hra_fx.model.state import AdapterState, adapted_layers, get_state
 
 if TYPE_CHECKING:
@@ -47,6 +46,8 @@ class Subject:
     aliases: Mapping[str, str]  # any path of an adapted layer -> its first path
     classes: Mapping[str, str]  # path of a module -> name of the class
     parameters: int  # of the model, without its adapters
+    # node of an operator that reads an adapted weight -> (path of the layer, path of the module around the operator)
+    operators: Mapping[fx.Node, tuple[str, str]] = field(default_factory=dict)
 
 
 def subject_of(model: nn.Module, graphs: Mapping[str, fx.GraphModule]) -> Subject:
@@ -154,14 +155,16 @@ def _subject(module: fx.GraphModule, tensors: Mapping[str, Tensor], adapted: Ite
     classes = module_classes(module.graph)
     skeleton = build_skeleton(found, own, classes)
     layers: dict[str, LayerFacts] = {}
+    operators: dict[fx.Node, tuple[str, str]] = {}
     for layer in adapted:
         parameters = sum(tensor.numel() for key, tensor in own.items() if key.rpartition(".")[0] == layer.path)
         width, detail = int(layer.chain.shape[0]), layer.description.replace("->", "→")
         rank = layer.r + (layers[layer.path].rank if layer.path in layers else 0)  # a weight may have several adapters
         layers[layer.path] = LayerFacts(detail, width, rank, parameters, vectors=width * rank)
         if layer.path in found:
-            for use in found[layer.path].uses:  # the operators that read its weight
-                use.consumer.meta[META] = NodeTag(layer.path, found[layer.path].kind, "layer")
+            # Attention has more operators than those that read its weight.
+            around = layer.path if found[layer.path].kind == "attention" else layer.path.rpartition(".")[0]
+            operators |= {use.consumer: (layer.path, around) for use in found[layer.path].uses}
     return Subject(
         model=skeleton,
         graphs={"": module},
@@ -169,6 +172,7 @@ def _subject(module: fx.GraphModule, tensors: Mapping[str, Tensor], adapted: Ite
         aliases={alias: path for path in layers for alias in (found[path].aliases if path in found else ())},
         classes={path: kind.rpartition(".")[2] for path, kind in classes.items()},
         parameters=sum(tensors[names[0]].numel() for names in group_tied(own)),
+        operators=operators,
     )
 
 

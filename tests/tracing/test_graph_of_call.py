@@ -59,8 +59,9 @@ def run(model: nn.Module, inputs: Any) -> Any:
 
 def reflections_in(graph: fx.GraphModule) -> Counter[str]:
     """How many nodes reflect the input or the weight of each layer."""
-    notes = [node.meta["hra"] for node in graph.graph.find_nodes(op="call_module") if "hra" in node.meta]
-    return Counter(note.path for note in notes if note.role == "reflection")
+    first = {part: path.removesuffix(".hra_u") for path, part in graph.named_modules() if path.endswith(".hra_u")}
+    called = [graph.get_submodule(str(node.target)) for node in graph.graph.find_nodes(op="call_module")]
+    return Counter(first[part] for part in called if part in first)
 
 
 def check_call(model: nn.Module, inputs: Any) -> fx.GraphModule:

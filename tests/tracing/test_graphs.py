@@ -13,7 +13,6 @@ from torch import Tensor, fx, nn
 
 import hra_fx
 from hra_fx.errors import AdapterError
-from hra_fx.layers.target import NodeTag
 from hra_fx.model.state import adapted_layers
 from hra_fx.tracing.graphs import capture
 
@@ -75,22 +74,13 @@ def calls(graph: fx.GraphModule) -> list[str]:
     return [str(node.target) for node in graph.graph.find_nodes(op="call_module")]
 
 
-def notes(graph: fx.GraphModule) -> list[NodeTag]:
-    return [node.meta["hra"] for node in graph.graph.nodes if "hra" in node.meta]
-
-
 def test_a_model_that_is_traced_whole() -> None:
     model = net()
     found = hra_fx.graphs(model)
     assert list(found) == [""] and type(found[""]).__bases__[0] is fx.GraphModule and type(found[""]).__name__ == "Net"
     assert capture(model, adapted_layers(model)).layers == {"conv": ("", ""), "head": ("", "")}
-    assert [(note.path, note.kind, note.role) for note in notes(found[""])] == [
-        ("conv", "conv2d", "reflection"),
-        ("conv", "conv2d", "layer"),
-        ("head", "linear", "reflection"),
-        ("head", "linear", "layer"),
-    ]
-    nodes = {str(node.target): node for node in found[""].graph.nodes if "hra" in node.meta}
+    assert calls(found[""]) == ["conv.hra_u", "conv", "norm", "head.hra_u", "drop", "head"]
+    nodes = {str(node.target): node for node in found[""].graph.nodes}
     assert nodes["conv.hra_u"].meta["nn_module_stack"] == nodes["conv"].meta["nn_module_stack"]
 
 
@@ -119,8 +109,6 @@ def test_the_largest_parts_and_the_reasons() -> None:
     assert set(graphs) == {root or path for path, (root, _) in found.items()}
     assert calls(graphs["mlp"]) == ["0.hra_u", "0", "1", "2.hra_u", "2"]
     assert calls(graphs["gate"]) == ["gate.hra_u", "gate"]
-    assert [note.path for note in notes(graphs["mlp"])] == ["mlp.0", "mlp.0", "mlp.2", "mlp.2"]
-    assert [note.path for note in notes(graphs["gate"])] == ["gate", "gate"]
     for path in ("mlp", "gate"):
         assert_same(graphs[path](x), model.get_submodule(path)(x))
 

@@ -38,7 +38,8 @@ def test_sites_reach_each_other_as_in_the_captured_graph() -> None:
     model = adapted(torchvision.models.resnet18(), r".*(conv\d|downsample\.0|fc)")
     captured = hra_fx.graphs(model)[""]
     flow = nx.DiGraph((source, node) for node in captured.graph.nodes for source in node.all_input_nodes)
-    layers = {node: node.meta["hra"].path for node in flow if "hra" in node.meta and node.meta["hra"].role == "layer"}
+    adapted_paths = {row.path for row in hra_fx.report(model)}
+    layers = {node: node.target for node in flow if node.target in adapted_paths}
     want = {(layers[a], layers[b]) for a in layers for b in nx.descendants(flow, a) & layers.keys()}
     picture = leaves_of(subject_of(model, {"": captured}))
     drawn = {key: data["leaf"].target for key, data in picture.nodes(data=True) if data["leaf"].kind == "adapted_layer"}
