@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.target import FACTORS, REFLECTION, weight_entry
 
 
@@ -14,7 +15,7 @@ class FoldPass(PassBase):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite the graph and recompile it."""
         graph = graph_module.graph
-        size = len(graph.nodes)
+        is_changed = False
         # In reverse order, so that a reflection of an input does not have readers when it is erased.
         for node in reversed(graph.find_nodes(op="call_module")):
             layer, _, child = str(node.target).rpartition(".")
@@ -22,7 +23,12 @@ class FoldPass(PassBase):
                 _remove(node, layer, weight_entry(layer, graph_module.get_submodule(layer)))
             elif node.target == FACTORS:
                 graph.erase_node(node)
-        if is_changed := len(graph.nodes) < size:
+            elif isinstance(experts := graph_module.get_submodule(str(node.target)), ExpertsWeight):
+                node.op, node.target = "get_attr", weight_entry(str(node.target), experts)
+            else:
+                continue
+            is_changed = True
+        if is_changed:
             graph_module.recompile()
         return PassResult(graph_module, is_changed)
 

@@ -2,11 +2,12 @@ r"""insert: add a reflection before each call of a layer, and after each read of
 
     y = layer(x)                    becomes        h = layer.hra_u(x, f);  y = layer(x, h)
     y = f(x, layer.weight)          becomes        w = layer.hra_u(weight=layer.hra_base);  y = f(x, w)
+    y = f(x, experts.up)            becomes        w = experts.hra_up();  y = f(x, w)
 
 For a Linear, `h = x Q^T` and the layer computes `h W^T = x (W Q)^T`. For a convolution, `h` contains the coordinates of
 the patches, and the layer subtracts their image (`hra_fx.layers.variants.ConvAdapters`). The layer still gets `x` as
 its first argument, so that hooks on the layer get the same input. For a weight, `hra_base` is the base weight, and `w`
-is `W Q`. The graph is the only record: a reflection is a node that calls `layer.hra_u`.
+is `W Q`. The weights of experts are rotated when they are used. The graph is the only record of these changes.
 
 If the graph has the child `hra_factors`, the first node calls it, and `f` is its result for all layers. A graph without
 reflections of inputs calls it too, because fx deletes children that are not called.
@@ -21,7 +22,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from hra_fx.errors import GraphInvariantError
-from hra_fx.layers.target import BASE_WEIGHT, FACTORS, REFLECTION
+from hra_fx.layers.target import BASE_WEIGHT, FACTORS, REFLECTION, layer_of_entry
 
 
 class InsertPass(PassBase):
@@ -38,10 +39,10 @@ class InsertPass(PassBase):
         factors = _factors(graph_module)
         for node in self._uses:
             if node.op == "get_attr":
-                _insert_after(graph, node)
+                _insert_after(graph, node, layer_of_entry(graph_module, str(node.target)))
             else:
                 _insert_before(graph, node, factors)
-        if is_changed := len(graph.nodes) > size:
+        if is_changed := bool(self._uses) or len(graph.nodes) > size:
             graph.lint()
             graph_module.recompile()
         return PassResult(graph_module, is_changed)
@@ -71,8 +72,10 @@ def _insert_before(graph: fx.Graph, node: fx.Node, factors: tuple[fx.Node, ...])
     node.args, node.kwargs = (value, reflection), {}
 
 
-def _insert_after(graph: fx.Graph, node: fx.Node) -> None:
-    layer = str(node.target).rpartition(".")[0]
+def _insert_after(graph: fx.Graph, node: fx.Node, layer: str) -> None:
+    if layer != str(node.target).rpartition(".")[0]:  # experts
+        node.op, node.target = "call_module", layer
+        return
     node.target = f"{layer}.{BASE_WEIGHT}"
     readers = list(node.users)
     with graph.inserting_after(node):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from hra_fx.layers.target import REFLECTION
+from hra_fx.layers.target import REFLECTION, layer_of_entry, weight_entry
 
 #: Attributes and methods that do not depend on the values of a weight.
 METADATA = frozenset(
@@ -26,22 +26,32 @@ def find_uses(graph_module: fx.GraphModule, is_selected: Callable[[str, nn.Modul
         graph_module: a graph that calls layers.
         is_selected: whether to find the uses of an adapted layer. Takes its path in the graph, by which it is called or
             read, and the layer, which has its adapters as its child `hra_u`.
+
+    Example:
+        >>> from hra_fx import HRAConfig, transform
+        >>> from passes.fold import FoldPass
+        >>> graph = fx.symbolic_trace(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)))
+        >>> graph = transform(graph, HRAConfig(r=2, target_modules=["0", "2"]))
+        >>> [node.target for node in FoldPass()(graph).graph_module.graph.nodes]
+        ['input', '0', '1', '2', 'output']
+        >>> find_uses(graph, lambda path, layer: path != "0")
+        [_2]
     """
     return [node for node in graph_module.graph.nodes if _is_use(node, graph_module, is_selected)]
 
 
 def _is_use(node: fx.Node, graph_module: fx.GraphModule, is_selected: Callable[[str, nn.Module], bool]) -> bool:
-    path, name = str(node.target), ""
-    if node.op == "get_attr":
-        path, _, name = path.rpartition(".")
-    elif node.op != "call_module":
+    if node.op not in ("call_module", "get_attr"):
         return False
+    path = target = str(node.target)
+    if node.op == "get_attr":
+        path = layer_of_entry(graph_module, target)
     layer = graph_module.get_submodule(path)
     if REFLECTION not in layer._modules or not is_selected(path, layer):
         return False
-    adapters: Any = layer._modules[REFLECTION]
     if node.op == "get_attr":
-        return name == adapters.weight_name and not all(map(_is_metadata, node.users))
+        return target == weight_entry(path, layer) and not all(map(_is_metadata, node.users))
+    adapters: Any = layer._modules[REFLECTION]
     return bool(adapters.reflects_input) and len(node.args) + len(node.kwargs) == 1
 
 

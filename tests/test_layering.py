@@ -41,7 +41,7 @@ ORDER = (
     "hra_fx.cli",
     "hra_fx.__main__",
 )
-PASSES_MAY_READ = ("hra_fx.layers.target", "hra_fx.errors", "hra_fx.compat", "passes")
+PASSES_MAY_READ = ("hra_fx.layers.target", "hra_fx.layers.experts_weight", "hra_fx.errors", "hra_fx.compat", "passes")
 #: Slow imports, and PEFT, which is not a dependency: only what needs them imports them.
 UNASKED = ("torch._dynamo", "transformers.trainer", "peft")
 SHADOWED = ("transform", "fold", "report", "graphs")

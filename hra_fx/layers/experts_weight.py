@@ -57,6 +57,11 @@ class ExpertsWeight(nn.Module):
         weight: Tensor = getattr(self.owner, self.parameter)
         return weight
 
+    def forward(self) -> Tensor:
+        """Read the parameter from its owner, which rotates it. In a graph, this call replaces the read."""
+        weight: Tensor = getattr(self.owner, self.parameter)
+        return weight
+
     def extra_repr(self) -> str:
         """The parameter and its sizes."""
         return describe_experts(self)

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from hra_fx.layers.experts_weight import ExpertsWeight, describe_experts
+from hra_fx.layers.experts_weight import CHILD, ExpertsWeight, describe_experts
 
 LayerKind: TypeAlias = Literal["linear", "conv1d", "conv2d", "conv3d", "attention", "experts"]
 
@@ -66,6 +66,13 @@ def weight_entry(path: str, layer: nn.Module) -> str:
     owner, name = weight_place(layer)
     place = path if owner is layer else path.rpartition(".")[0]
     return f"{place}.{name}".lstrip(".")
+
+
+def layer_of_entry(root: nn.Module, entry: str) -> str:
+    """The path of the layer that rotates a parameter, if it is adapted: the inverse of `weight_entry`."""
+    owner, _, name = entry.rpartition(".")
+    is_of_experts = CHILD + name in root.get_submodule(owner)._modules
+    return f"{owner}.{CHILD}{name}".lstrip(".") if is_of_experts else owner
 
 
 def full_shape(parameter: Tensor) -> torch.Size:

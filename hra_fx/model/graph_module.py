@@ -54,7 +54,7 @@ class UnpicklingTracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        """Create a node. fx itself would read a base weight by the name of the parameter, which may be read as `W Q`."""
+        """Create a node. fx would read a base weight by the name of the parameter, which may be read as `W Q`."""
         if isinstance(m, HouseholderAdapters) and "weight" in kwargs:
             layer = self.path_of_module(m).rpartition(".")[0]
             kwargs = {"weight": self.create_proxy("get_attr", f"{layer}.{BASE_WEIGHT}", (), {})}

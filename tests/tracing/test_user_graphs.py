@@ -198,13 +198,24 @@ def test_cleaning_up_a_graph_keeps_the_state_of_its_adapters() -> None:
     assert_same(hra_fx.fold(model)(x), wanted)
 
 
-def test_experts_whose_adapters_are_deleted_by_fx_are_refused() -> None:
-    call = call_of("mixtral")
+def test_experts_are_rotated_by_nodes_which_copies_and_a_cleanup_keep() -> None:
+    call, base = call_of("mixtral"), built("mixtral", torch.float64)
     settings = hra_fx.HRAConfig(r=2, target_parameters=["down_proj"])
-    model: Any = hra_fx.transform(built("mixtral", torch.float32), settings, trace=True, example_inputs=call)
-    model.delete_all_unused_submodules()
-    with pytest.raises(AdapterError, match="its adapters were deleted, for example by"):
-        model(**call)
+    model: Any = hra_fx.transform(copy.deepcopy(base), settings, trace=True, example_inputs=call)
+    randomise(model)
+    eager = hra_fx.transform(base, settings)
+    eager.load_state_dict(model.state_dict(), strict=False)
+    wanted = eager(**call).logits
+    for copied in COPIES:
+        twin = copied(model)
+        twin.graph.eliminate_dead_code()
+        twin.delete_all_unused_submodules()
+        twin.recompile()
+        assert sum(target.endswith(".experts.hra_down_proj") for target in targets_of(twin)) == 2
+        assert_same(twin(**call).logits, wanted)
+        assert_same(hra_fx.fold(twin)(**call).logits, wanted)
+        reads = [str(node.target) for node in twin.graph.find_nodes(op="get_attr")]
+        assert sum(read.endswith(".experts.down_proj") for read in reads) == 2
 
 
 def test_biases_and_modules_to_save_are_trained() -> None:
