@@ -61,12 +61,30 @@ class UnpicklingTracer(fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
 
+class GraphOfMode(nn.Module):
+    """Runs one graph in train mode and another in eval mode, with the same layers.
+
+    The graphs are not registered as children, because the model already has their layers under the same names.
+    """
+
+    def __init__(self, in_train: fx.GraphModule, in_eval: fx.GraphModule) -> None:
+        """Store both graphs."""
+        super().__init__()
+        vars(self).update(in_train=in_train, in_eval=in_eval)
+
+    def forward(self, *args: Any) -> Any:
+        """Run the graph of the current mode."""
+        graph: Any = self.in_train if self.training else self.in_eval
+        return graph(*args)
+
+
 def rewrite(module: fx.GraphModule, undo: ExitStack) -> None:
     """Insert the reflections of all adapted layers into the graph, instead of the ones that it has."""
-    undo.callback(setattr, module, "graph", module.graph)
-    graph = copy.deepcopy(module.graph)
-    vars(module)["_tracer_cls"] = graph._tracer_cls = UnpicklingTracer
-    module.graph = graph
+    for part in _graphs(module):
+        undo.callback(setattr, part, "graph", part.graph)
+        graph = copy.deepcopy(part.graph)
+        vars(part)["_tracer_cls"] = graph._tracer_cls = UnpicklingTracer
+        part.graph = graph
     remove_reflections(module)
     if FACTORS not in module._modules:
         module.add_module(FACTORS, BatchedFactors())
@@ -76,9 +94,17 @@ def rewrite(module: fx.GraphModule, undo: ExitStack) -> None:
 
 def insert(module: fx.GraphModule) -> None:
     """Insert the reflections of all adapted layers that the graph uses."""
-    InsertPass(find_uses(module, lambda _, layer: is_adapted(layer)))(module)
+    for part in _graphs(module):
+        InsertPass(find_uses(part, lambda _, layer: is_adapted(layer)))(part)
 
 
 def remove_reflections(module: fx.GraphModule) -> None:
     """Remove all reflections from a graph."""
-    FoldPass()(module)
+    for part in _graphs(module):
+        FoldPass()(part)
+
+
+def _graphs(module: fx.GraphModule) -> list[fx.GraphModule]:
+    """A graph, and the two that it runs if the modes have different nodes."""
+    modes = [part for part in module.modules() if isinstance(part, GraphOfMode)]
+    return [module, *(graph for part in modes for graph in (part.in_train, part.in_eval))]

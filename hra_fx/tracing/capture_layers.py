@@ -18,6 +18,7 @@ from hra_fx.compat import OpOverload, pytree, schema_of, tensor_version
 from hra_fx.errors import CaptureError
 from hra_fx.layers.target import find_kind
 from hra_fx.model.example_inputs import Call, clone_inputs, preserve_rng_state, seed_everything
+from hra_fx.model.graph_module import GraphOfMode
 from hra_fx.tracing.by_mode import ByMode, ModesDifferError, merge_modes
 from hra_fx.tracing.exported import (
     automatic_shapes,
@@ -176,23 +177,6 @@ def _run(model: nn.Module, call: Call) -> tuple[list[Tensor], dict[str, Tensor]]
 
 
 # --- both modes -------------------------------------------------------------------------------------------------------
-
-
-class GraphOfMode(nn.Module):
-    """Runs one graph in train mode and another in eval mode, with the same layers.
-
-    The graphs are not registered as children, because the model already has their layers under the same names.
-    """
-
-    def __init__(self, in_train: fx.GraphModule, in_eval: fx.GraphModule) -> None:
-        """Store both graphs."""
-        super().__init__()
-        vars(self).update(in_train=in_train, in_eval=in_eval)
-
-    def forward(self, *args: Any) -> Any:
-        """Run the graph of the current mode."""
-        graph: Any = self.in_train if self.training else self.in_eval
-        return graph(*args)
 
 
 def _in_both_modes(

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_modules import COPIES, X, adapted, targets_of
+from adapting import randomise
+from graph_modules import COPIES, X, adapted, config, targets_of
 from layers.checking import assert_same
 from torch import Tensor, nn
 
@@ -85,3 +86,33 @@ def test_copies_rotate_each_weight_once_also_in_a_program(copied: Callable[[Any]
     assert_same(torch.export.export(twin, (X,)).module()(X), wanted)
     assert_same(hra_fx.fold(twin)(X), wanted)
     assert [node.target for node in twin.graph.nodes] == [node.target for node in base.graph.nodes]
+
+
+class Modes(nn.Module):
+    """The modes have different operators, so the graph runs one graph in each mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.attention(x[:100] if x.shape[0] > 100 else x, x, x, need_weights=False)[0]
+        return self.head(torch.relu(x) if self.training else x) @ self.head.weight
+
+
+@pytest.mark.parametrize("copied", COPIES, ids=["deepcopy", "pickle", "torch.save"])
+def test_both_graphs_of_a_model_whose_modes_differ_have_reflections(copied: Callable[[Any], Any]) -> None:
+    settings = config("attention", "head")
+    model: Any = hra_fx.transform(Modes().double(), settings, trace=True, example_inputs=X)
+    randomise(model)
+    eager = hra_fx.transform(Modes().double(), settings)
+    eager.load_state_dict(model.state_dict())
+    modes = copied(model).graph_of_mode
+    for graph in (modes.in_train, modes.in_eval):
+        calls = [target for target in targets_of(graph) if target.endswith("hra_u")]
+        assert sorted(calls) == ["attention.hra_u", "head.hra_u", "head.hra_u"]
+    twin = copied(model)
+    for training in (True, False, True):
+        assert_same(twin.train(training)(X), eager.train(training)(X))
+    for training in (True, False):
+        assert_same(hra_fx.fold(copied(twin)).train(training)(X), eager.train(training)(X))
