@@ -199,7 +199,7 @@ def test_cleaning_up_a_graph_keeps_the_state_of_its_adapters() -> None:
 
 
 def test_experts_are_rotated_by_nodes_which_copies_and_a_cleanup_keep() -> None:
-    call, base = call_of("mixtral"), built("mixtral", torch.float64)
+    call, base = call_of("mixtral"), built("mixtral", torch.float32)
     settings = hra_fx.HRAConfig(r=2, target_parameters=["down_proj"])
     model: Any = hra_fx.transform(copy.deepcopy(base), settings, trace=True, example_inputs=call)
     randomise(model)
@@ -212,8 +212,8 @@ def test_experts_are_rotated_by_nodes_which_copies_and_a_cleanup_keep() -> None:
         twin.delete_all_unused_submodules()
         twin.recompile()
         assert sum(target.endswith(".experts.hra_down_proj") for target in targets_of(twin)) == 2
-        assert_same(twin(**call).logits, wanted)
-        assert_same(hra_fx.fold(twin)(**call).logits, wanted)
+        assert_same(twin(**call).logits, wanted, rtol=1e-5)
+        assert_same(hra_fx.fold(twin)(**call).logits, wanted, rtol=1e-5)
         reads = [str(node.target) for node in twin.graph.find_nodes(op="get_attr")]
         assert sum(read.endswith(".experts.down_proj") for read in reads) == 2
 
