@@ -39,11 +39,6 @@ class AdaptedExperts(SwapMixin):
         """Return the rotated experts for the name of an adapted parameter, and the module's attribute otherwise."""
         layer = vars(self).get("_modules", {}).get(CHILD + name)
         if not isinstance(layer, AdaptedLayer) or REFLECTION not in layer._modules or name not in self._parameters:
-            if name in vars(self).get("_parameters", {}) and not adapted_parameters(self):
-                raise AdapterError(
-                    f"{type(self).__name__}.{name}: its adapters were deleted, for example by "
-                    "`GraphModule.delete_all_unused_submodules`. Transform the model again."
-                )
             return super().__getattr__(name)
         try:
             return read_weight(layer, _linked)
