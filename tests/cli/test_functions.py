@@ -1,9 +1,8 @@
-"""`inspect`, `scale`, `fold`, `unfold` and `visualize` do what the functions of the library do."""
+"""`inspect`, `fold`, `unfold` and `visualize` do what the functions of the library do."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import re
 import shutil
 from pathlib import Path
@@ -20,7 +19,6 @@ from moe_models import TARGETS, built
 
 import hra_fx
 from hra_fx.cli.building import build
-from hra_fx.reporting.scale import Strategy, costs
 
 # ---- inspect ----
 
@@ -89,15 +87,7 @@ def test_what_cannot_be_inspected(shelf: Shelf, tmp_path: Path) -> None:
     assert "is a diffusers pipeline. Pass one of its parts: unet, vae." in mistake("inspect", tmp_path)
 
 
-# ---- scale, fold, unfold ----
-
-
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3", "tp"])
-def test_the_costs_of_a_model(shelf: Shelf, strategy: Strategy) -> None:
-    words = ["--gpus", "4", "--strategy", strategy, "-t", "q_proj", "-t", "down_proj", "-r", "3", "--tokens", "100"]
-    found = Answer("scale", shelf / "my-model", *words, "--json")
-    model = hra_fx.transform(copy.deepcopy(shelf.model), hra_fx.HRAConfig(r=3, target_modules=["q_proj", "down_proj"]))
-    assert found.json == [dataclasses.asdict(cost) for cost in costs(model, 4, strategy, tokens=100)]
+# ---- fold, unfold ----
 
 
 def test_the_same_folder_as_by_the_function_and_the_way_back(shelf: Shelf, tmp_path: Path) -> None:

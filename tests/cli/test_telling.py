@@ -25,7 +25,7 @@ from hra_fx.cli import screen
 from hra_fx.cli.screen import ErrorHandlingGroup
 from hra_fx.errors import CheckpointError, HRAWarning
 
-COMMANDS = ["inspect", "match", "scale", "fold", "unfold", "convert", "visualize"]
+COMMANDS = ["inspect", "match", "fold", "unfold", "convert", "visualize"]
 SCRIPT = Path(sys.executable).with_name("hra-fx")
 
 
@@ -174,4 +174,4 @@ def test_the_page(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         while found and not found[-1]:
             found.pop()
         assert (program, found) == ("hra-fx", lines), command
-    assert seen >= {"inspect", "match", "scale", "fold", "unfold", "convert", "visualize"}
+    assert seen >= {*COMMANDS}
