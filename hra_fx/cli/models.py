@@ -159,10 +159,11 @@ def _summarize(path: Path, config: HRAConfig) -> dict[str, Any]:
 
 def _show(found: dict[str, Any]) -> None:
     from hra_fx.cli.building import show_layers
-    from hra_fx.reporting.columns import footnotes, percent
+    from hra_fx.reporting.columns import footnotes
+    from hra_fx.reporting.heat import with_unit
 
     adapted, in_full = found["adapted"], found["trained_in_full"]
-    share = percent(found["trained"] / found["parameters"])
+    share = with_unit(100 * found["trained"] / found["parameters"], "%")
     show_heading(
         f"{found['model']} ({found['library']})",
         {
