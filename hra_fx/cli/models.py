@@ -90,9 +90,7 @@ def match(
 def _targets(names: list[str] | None, regex: str | None) -> list[str] | str | None:
     if names and regex is not None:
         raise typer.BadParameter("use either --target or --regex, not both")
-    if names and _ALL in names:
-        if len(names) > 1:
-            raise typer.BadParameter(f"{_ALL!r} cannot be combined with other names", param_hint="--target")
+    if names == [_ALL]:
         return _ALL
     return regex if regex is not None else names or None
 

@@ -109,7 +109,7 @@ class ErrorHandlingGroup(TyperGroup):
             # A closed pipe is handled by the caller.
             if debug or isinstance(error, BrokenPipeError):
                 raise
-            print_message("error", _text(error), "bold red")
+            print_message("error", str(error), "bold red")
             raise typer.Exit(FAILED) from error
         except KeyboardInterrupt as error:
             print_message("interrupted", "nothing was written", "bold yellow")
@@ -119,12 +119,6 @@ class ErrorHandlingGroup(TyperGroup):
 def print_message(kind: str, text: str, style: str) -> None:
     """Print one line to stderr, without wrapping if it is not a terminal."""
     console_on(sys.stderr).print(Text.assemble((kind, style), ": ", text))
-
-
-def _text(error: HRAError | OSError) -> str:
-    if isinstance(error, HRAError) or error.filename is None:
-        return str(error)
-    return f"{error.filename}: {error.strerror or type(error).__name__}."
 
 
 @contextlib.contextmanager

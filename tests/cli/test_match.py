@@ -141,7 +141,6 @@ def test_a_configuration_that_fits_nothing(shelf: Shelf) -> None:
     ("words", "message"),
     [
         (["--regex", "x"], "use either --target or --regex, not both"),
-        (["-t", "all-linear"], "'all-linear' cannot be combined with other names"),
         (["-l", "0-9999999"], "must be an index or a range, for example 0-3,7."),
         # Without an error, an empty list would mean all blocks.
         (["-l", "7-3"], "must be an index or a range, for example 0-3,7."),

@@ -53,7 +53,7 @@ def test_an_error_is_a_line_and_a_defect_or_debug_a_traceback() -> None:
     for words in (["--debug", "fail"], ["fail", "--debug"]):
         assert isinstance(CliRunner().invoke(app, words).exception, CheckpointError)
     done = CliRunner().invoke(group(PermissionError(13, "Permission denied", "a/file")), ["fail"])
-    assert (done.exit_code, done.stderr.splitlines()[-1]) == (2, "error: a/file: Permission denied.")
+    assert (done.exit_code, done.stderr.splitlines()[-1]) == (2, "error: [Errno 13] Permission denied: 'a/file'")
     assert isinstance(CliRunner().invoke(group(KeyError("defect")), ["fail"]).exception, KeyError)
 
 

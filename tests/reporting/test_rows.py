@@ -113,7 +113,7 @@ def test_zero_vectors_nan_and_missing_data() -> None:
             model[0].hra_u["default"][0, 0] = float("nan")
         (row,) = report(model)
         assert all(math.isnan(value) for value in (row.rotation, row.angle, row.orthogonality, row.share))
-        assert "nan" in str(report(model))
+        assert "unknown" in str(report(model))
     (row,) = report(adapt(nn.Linear(6, 4)).to("meta"))
     assert math.isnan(row.share)
     assert math.isnan(row.angle)
