@@ -16,7 +16,7 @@ from learning.plan import RANKS, SEEDS, TASK_NAMES, Run, methods_of, missing
 from learning.rates import chosen, final_runs, means, searched
 from learning.records import FILE, Record, read, write
 from learning.running import run_all
-from learning.summary import difference, scores, validation_gain
+from learning.summary import difference, scores
 from learning.tasks import TASKS
 from learning.tasks.language import config
 from learning.tasks.task import Task
@@ -152,7 +152,6 @@ def test_docs_results_md_follows_from_docs_results_json() -> None:
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = " ".join((ROOT / "docs" / "training.md").read_text().split())
 README = (ROOT / "README.md").read_text()
-FACTS, TALES = "facts, %", "perplexity of tales"
 TWO = ("lora", "hra-pairs")
 
 
@@ -177,37 +176,3 @@ def test_what_the_readme_says_of_several_passes(records: list[Record]) -> None:
     found = [statistics.mean(scores(final_runs(records, "language-4-passes", method))) for method in TWO]
     said = "After four passes at the rate that was best for LoRA in one pass, it is"
     assert f"{said} {found[0]:.0f} with LoRA and {found[1]:.0f} with HRA in pairs" in README
-
-
-def test_what_the_guide_says_of_schedule_warmup_and_weight_decay(records: list[Record]) -> None:
-    said = {"cosine": "linear one", "constant": "a constant rate", "no-warmup": "no warmup", "decay": "decay 0.1"}
-    larger = []
-    for name, words in said.items():
-        found = validation_gain(records, "language", f"hra-pairs-{name}")
-        assert f"{words} {found.mean:+.1f} ± {found.half:.1f}" in GUIDE
-        larger += [name] if abs(found.mean) > found.half else []
-    assert larger == ["cosine"]
-    assert "Only the first difference is larger than its interval" in GUIDE
-
-
-def test_what_the_guide_says_of_forgetting(records: list[Record]) -> None:
-    def tested(task: str) -> list[float]:
-        return [statistics.mean(scores(final_runs(records, task, method))) for method in TWO]
-
-    def kept(task: str, name: str, *methods: str) -> list[str]:
-        runs = [final_runs(records, task, method) for method in methods]
-        return [f"{statistics.mean(run.retention[name] for run in own):.0f}" for own in runs]
-
-    lora, pairs = tested("language-4-bit")
-    facts = kept("language-4-bit", FACTS, *TWO)
-    said = (
-        f"is {lora:.0f} with LoRA and {pairs:.0f} in pairs, and the model completes {facts[0]}% and {facts[1]}% of the"
-    )
-    assert f"{said} facts" in GUIDE
-    lora, pairs = tested("language")
-    assert "HRA in pairs ends at a perplexity that is 4% higher than LoRA's" in GUIDE
-    assert pairs / lora == pytest.approx(1.04, abs=0.005)
-    base, *tales = kept("language", TALES, "base", *TWO)
-    facts = kept("language", FACTS, *TWO)
-    said = f"rises from {base} to {tales[0]} with LoRA and to {tales[1]} in pairs"
-    assert f"{said}, and the model still completes {facts[0]}% and {facts[1]}%" in GUIDE
