@@ -9,10 +9,10 @@ import features
 import pytest
 import transformers
 from documents import ROOT, python_blocks
+from integrations.trl_use.runs import base_model, tokenizer
 from learning.page import comparison_table, readme_table
 from learning.records import read
 from learning.summary import retention_gain
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMPARISON = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
@@ -78,27 +78,15 @@ def test_the_number_of_models_and_the_times() -> None:
         assert told in printed
 
 
-@pytest.fixture
-def small_model(tmp_path: Path) -> Path:
-    """A folder with a tiny Llama and its tokenizer."""
-    words = Tokenizer(models.WordLevel({"Hello": 0, ",": 1, "orthogonal": 2, "world": 3, ".": 4}, unk_token="."))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
-    config = transformers.LlamaConfig(
-        vocab_size=8, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
-    return tmp_path
-
-
-def test_the_quickstart_runs(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(small_model)
-    program = PROGRAMS[0].replace("HuggingFaceTB/SmolLM2-135M", ".")
+def test_the_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    base_model("SFT").save_pretrained("tiny")
+    tokenizer().save_pretrained("tiny")
+    program = PROGRAMS[0].replace("HuggingFaceTB/SmolLM2-135M", "tiny")
     assert program != PROGRAMS[0]
     values: dict[str, object] = {}
     exec(program, values)
-    written = {path.name for path in small_model.iterdir()}
-    assert written >= {"my-adapter", "my-lora", "adapters.html", "my-folded-model"}
+    assert {path.name for path in tmp_path.iterdir()} >= {"my-adapter", "my-lora", "adapters.html", "my-folded-model"}
     assert type(values["model"]) is transformers.LlamaForCausalLM
 
 
