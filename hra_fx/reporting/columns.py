@@ -24,7 +24,7 @@ _REASONS = 6
 _NAMES = 5
 #: `|Q^T Q - I|` above this is an error, not rounding.
 _NOT_ORTHOGONAL = 1e-3
-#: From this value on, a range is shown without decimals, so that columns fit a terminal.
+#: From this number of degrees, a range is shown without decimals, so that columns fit a terminal.
 _LARGE = 10
 _INDEX = re.compile(r"(?<![^\s.])\d+(?=[. ])|(?<=\.)\d+(?=[. ]|$)")
 
@@ -157,12 +157,11 @@ def _measure(name: str) -> Callable[[Group[Row]], str]:
 
     def text(group: Group[Row]) -> str:
         values = [heat.value(row) for row in group.rows]
-        low, high = heat.text(min(values)), heat.text(max(values))
-        if low == high:
-            return high
-        if heat.unit and min(values) >= _LARGE:
-            return f"{min(values):.0f} to {max(values):.0f}{heat.unit}"
-        return f"{low.removesuffix(heat.unit)} to {high}"
+        if heat.unit == "°" and min(values) >= _LARGE and len(values) > 1:
+            low, high = f"{min(values):.0f}°", f"{max(values):.0f}°"
+        else:
+            low, high = heat.text(min(values)), heat.text(max(values))
+        return high if low == high else f"{low.removesuffix(heat.unit)} to {high}"
 
     return text
 

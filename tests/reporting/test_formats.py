@@ -125,12 +125,12 @@ def test_an_empty_report_has_every_form() -> None:
 def test_repeated_layers_are_one_line_with_the_ranges_of_their_values() -> None:
     names = ("attention.self.query", "attention.self.value")
     rows = [
-        row(f"encoder.layer.{i}.{name}", weight_change=0.05 + 0.01 * i, mean_angle=math.radians(79 + 11 * i))
+        row(f"encoder.layer.{i}.{name}", weight_change=0.115 + 0.001 * i, mean_angle=math.radians(79 + 11 * i))
         for i in range(3)
         for name in names
     ]
     text = in_terminal(report_of(*rows, row("head")), 120).splitlines()
-    wanted = "encoder.layer.*.attention.self.query x3 2 48 5.0 to 7.0% 79 to"
+    wanted = "encoder.layer.*.attention.self.query x3 2 48 11.5 to 11.7% 79 to"
     assert any(" ".join(line.split()).startswith(wanted) for line in text)
     assert any(line.split()[:3] == ["head", "2", "16"] for line in text)
     assert sum("attention" in line for line in text) == 2
