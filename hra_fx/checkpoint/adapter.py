@@ -331,12 +331,6 @@ def _check_shapes(
     for (path, name), key in copies.items():
         tensor: Tensor = getattr(model.get_submodule(path), name)
         _check_shape(adapter, key, tuple(tensor.shape))
-        dtype = adapter.tensors[key].dtype
-        if dtype.is_floating_point is not tensor.is_floating_point():
-            raise CheckpointError(
-                f"{adapter.file}: {key} must have a dtype like the model's {tensor.dtype}, got {dtype}. Is this the "
-                "right base model?"
-            )
 
 
 def _check_shape(adapter: Adapter, key: str, expected: tuple[int, ...]) -> None:
