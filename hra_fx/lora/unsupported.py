@@ -159,6 +159,7 @@ def _chains(cls: type[nn.Module]) -> set[_Chain]:
         inner = {id(node.value) for node in nodes}
         for node in nodes:
             first, *names = ast.unparse(node).split(".")
-            if first == "self" and all(map(str.isidentifier, names)) and id(node) not in inner:
+            is_read = isinstance(node.ctx, ast.Load) and id(node) not in inner
+            if first == "self" and is_read and all(map(str.isidentifier, names)):
                 found.add(tuple(names))
     return found

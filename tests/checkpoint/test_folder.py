@@ -85,7 +85,7 @@ def test_adapters_in_subfolders_are_named(tmp_path: Path) -> None:
     (saved(tmp_path / "unfinished") / WEIGHTS_NAME).unlink()
     suggestion = "There are adapters in the subfolders 'a', 'b': pass the path of one of them."
     assert refused(tmp_path) == f"{tmp_path / CONFIG_NAME}: no such file. {suggestion}"
-    assert refused(tmp_path, "other") == f"{tmp_path / 'other'}: no such folder. {suggestion}"
+    assert refused(tmp_path, "other") == f"{tmp_path / 'other' / CONFIG_NAME}: no such file. {suggestion}"
     assert "subfolders 'deep/c': pass the path of one of them." in refused(tmp_path, "deep")
 
 
@@ -267,20 +267,6 @@ def test_a_file_in_place_of_the_folder_or_above_it_is_refused(tmp_path: Path) ->
     with pytest.raises(CheckpointError, match="cannot write the adapter"):
         saved(file / "adapter")
     assert file.read_text() == "kept"
-
-
-@pytest.mark.parametrize("name", BOTH)
-@pytest.mark.parametrize("other_is_there", [True, False])
-def test_a_rename_that_fails_is_taken_back(tmp_path: Path, name: str, other_is_there: bool) -> None:
-    saved(tmp_path)
-    (other,) = set(BOTH) - {name}
-    (tmp_path / name).unlink()
-    (tmp_path / name / "inside").mkdir(parents=True)
-    if not other_is_there:
-        (tmp_path / other).unlink()
-    message = unwritten(tmp_path, {KEY: normal(6, 2, seed=1)}, HRAConfig(r=4).to_json_string())
-    assert message.startswith(f"{tmp_path}: cannot write the adapter (")
-    assert "The old files, if any, are unchanged" in message
 
 
 def test_a_full_disk_leaves_the_old_adapter(tmp_path: Path) -> None:

@@ -240,7 +240,6 @@ def test_experts_that_are_trained_in_full(tmp_path: Path) -> None:
     model: Any = built("mixtral", torch.float32)
     made.base_of(model, tmp_path / "base", torch.float32)
     made.adapter_of(model, tmp_path / "adapter", "o_proj", modules_to_save=["experts"])
-    assert refused(tmp_path) == (
-        f"{BASE}: the adapter replaces model.layers.0.mlp.experts.down_proj, which transformers creates from tensors "
-        f"such as model.layers.0.block_sparse_moe.experts.0.w2.weight. {IN_MEMORY}"
+    assert refused(tmp_path).startswith(
+        f"{FILE}: the adapter changes model.layers.0.mlp.experts.down_proj, which is not in {BASE}."
     )
