@@ -25,21 +25,9 @@ from hra_fx.lora.adapter import LoraAdapter, LoraLayer
 
 #: transformers' model type -> llama.cpp's architecture.
 ARCHITECTURES = {
-    "gemma": "gemma",
-    "gemma2": "gemma2",
-    "gemma3": "gemma3",
-    "gemma3_text": "gemma3",
-    "gpt2": "gpt2",
-    "granite": "granite",
-    "llama": "llama",
-    "mistral": "llama",
-    "olmo2": "olmo2",
-    "phi": "phi2",
-    "phi3": "phi3",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "smollm3": "smollm3",
-    "starcoder2": "starcoder2",
+    **{name: name for name in ("gemma", "gemma2", "gemma3", "gpt2", "granite", "llama", "olmo2", "phi3")},
+    **{name: name for name in ("qwen2", "qwen3", "smollm3", "starcoder2")},
+    **{"gemma3_text": "gemma3", "mistral": "llama", "phi": "phi2"},
 }
 #: Architectures with a rotary embedding that rotates rows `2i` and `2i + 1` of a head, while transformers rotates rows
 #: `i` and `i + head_dim / 2`. In their model files, the rows of queries and keys are reordered.
@@ -129,7 +117,7 @@ def _architecture_of(adapter: LoraAdapter) -> str:
     model_type = adapter.model_config.get("model_type")
     if model_type not in ARCHITECTURES:
         raise AdapterError(
-            f"GGUF adapters can be written for the model types {', '.join(ARCHITECTURES)}, got {model_type!r}. "
+            f"GGUF adapters can be written for the model types {', '.join(sorted(ARCHITECTURES))}, got {model_type!r}. "
             f"{_INSTEAD}."
         )
     if _text_config(adapter).get("use_bidirectional_attention"):

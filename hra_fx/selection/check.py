@@ -16,6 +16,7 @@ from hra_fx.config import HRAConfig
 from hra_fx.errors import HRAWarning, UnsupportedLayerError
 from hra_fx.layers.accelerate_hooks import WHOLE, has_class_forward, is_hooked, offloading_hook
 from hra_fx.layers.adapters import get_adapters
+from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.layers.sharding import is_dtensor, sharded_by
 from hra_fx.layers.target import full_shape, weight_place, width_of
@@ -26,7 +27,7 @@ from hra_fx.patterns import matches_rank
 from hra_fx.selection.select import Modules, once, select, walk
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_EXCLUDE = "exclude the layer with `exclude_modules` (for experts, use longer names in `target_parameters`)"
+_EXCLUDE = "exclude the layer with `exclude_modules`"
 _EXCLUDE_IT = "E" + _EXCLUDE[1:]
 
 
@@ -94,7 +95,10 @@ def _module_problem(module: nn.Module, *, is_around: bool) -> str | None:
 
 def _layer_problem(path: str, layer: nn.Module, config: HRAConfig) -> str | None:
     """Return why this layer cannot be adapted, or `None`; without the full stop."""
-    return _state_problem(layer) or _weight_problem(layer) or _rank_problem(path, layer, config)
+    problem = _state_problem(layer) or _weight_problem(layer) or _rank_problem(path, layer, config)
+    if problem and isinstance(layer, ExpertsWeight):
+        problem += " (for experts, with longer names in `target_parameters`)"
+    return problem
 
 
 def _state_problem(layer: nn.Module) -> str | None:

@@ -149,28 +149,23 @@ def test_each_name_that_matches_nothing_is_named_once() -> None:
     assert warned(model, target_modules=["query", "valeu"], inference_mode=True) == []
 
 
-EXPERTS = (
-    "'gate_up_proj' is a 3-D parameter of MixtralExperts, which `target_modules` does not select. Use "
-    "target_parameters=['experts.gate_up_proj']."
-)
+EXPERTS = "`target_modules` does not select 3-D parameters of MixtralExperts"
 
 
 def test_the_name_of_a_parameter_says_what_to_write_instead() -> None:
     with pytest.raises(SelectionError) as caught:
         select(mixtral(), HRAConfig(target_modules=["gate_up_proj", "down_proj"]))
     assert str(caught.value) == (
-        "`target_modules=['down_proj', 'gate_up_proj']` matches no module of MixtralForCausalLM. 'down_proj' and "
-        "'gate_up_proj' are 3-D parameters of MixtralExperts, which `target_modules` does not select. Use "
+        "`target_modules=['down_proj', 'gate_up_proj']` matches no module of MixtralForCausalLM. "
+        f"{EXPERTS} (down_proj, gate_up_proj). Use "
         "target_parameters=['experts.gate_up_proj', 'experts.down_proj']."
     )
     assert warned(mixtral(), target_modules=["q_proj", "gate_up_proj"]) == [
-        f"`target_modules`: the entry 'gate_up_proj' matches no module of MixtralForCausalLM. {EXPERTS}"
+        "`target_modules`: the entry 'gate_up_proj' matches no module of MixtralForCausalLM. "
+        f"{EXPERTS} (gate_up_proj). Use target_parameters=['experts.gate_up_proj']."
     ]
-    with pytest.raises(SelectionError) as caught:
+    with pytest.raises(SelectionError, match=r"Its weights are 3-D parameters\. Use target_parameters=\['experts\.ga"):
         select(mixtral(), HRAConfig(target_modules=["experts"]))
-    assert str(caught.value).endswith(
-        "Its weights are 3-D parameters. Use target_parameters=['experts.gate_up_proj', 'experts.down_proj']."
-    )
 
 
 def test_default_targets_are_pefts() -> None:
@@ -260,9 +255,7 @@ def test_layer_is_refused(make: Callable[[], nn.Module], reason: str, fix: str) 
     kind = type(model[1]).__name__
     message = refused(model, config("plain", "odd"))
     assert message.startswith(f"odd ({kind}): ")
-    assert reason in message
-    assert fix in message
-    assert message.endswith(".")
+    assert reason in message and fix in message
 
 
 def test_an_unsupported_layer_that_is_not_selected_is_ignored() -> None:

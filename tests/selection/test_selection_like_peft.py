@@ -73,16 +73,10 @@ def endings(paths: list[str]) -> st.SearchStrategy[str]:
 
 
 def strangers(paths: list[str]) -> st.SearchStrategy[str]:
-    """Almost the name of something: cut or lengthened, in capitals, with the dot, as a pattern of the shell."""
-    changes: list[Callable[[str], str]] = [
-        lambda name: name[1:] or "nothing",
-        lambda name: f"{name}_",
-        str.upper,
-        lambda name: f".{name}",
-        lambda name: f"*{name}",
-        lambda name: f"nothing.{name}",
-    ]
-    return st.tuples(endings(paths), st.sampled_from(changes)).map(lambda drawn: drawn[1](drawn[0]))
+    """Almost the name of something."""
+    return st.tuples(endings(paths), st.sampled_from(["{}_", ".{}", "*{}", "nothing.{}"])).map(
+        lambda drawn: drawn[1].format(drawn[0])
+    )
 
 
 def lists(layers: list[str], paths: list[str]) -> st.SearchStrategy[list[str]]:
@@ -97,16 +91,8 @@ def lists(layers: list[str], paths: list[str]) -> st.SearchStrategy[list[str]]:
 def regexes(layers: list[str], paths: list[str]) -> st.SearchStrategy[str]:
     leaf = st.sampled_from(sorted({path.rpartition(".")[2] for path in layers})).map(re.escape)
     part = st.sampled_from(sorted({part for path in paths for part in path.split(".")})).map(re.escape)
-    return st.one_of(
-        leaf.map(lambda q: rf"(.*\.)?{q}"),
-        leaf.map(lambda q: rf".+\.{q}$"),
-        st.tuples(leaf, leaf).map(lambda p: rf".*\b({p[0]}|{p[1]})"),
-        st.tuples(part, leaf).map(lambda p: rf"(?!.*\b{p[0]}\b).*\.{p[1]}"),
-        st.tuples(part, leaf).map(lambda p: rf".*\b{p[0]}\..*{p[1]}"),
-        st.tuples(st.integers(0, 2), leaf).map(lambda p: rf"(?i:.*\.{p[0]}\..*{p[1]})"),
-        leaf,
-        part.map(lambda h: rf".*\.{h}\.\d+"),
-    )
+    forms = [r"(.*\.)?{1}", r".+\.{1}$", r"(?!.*\b{0}\b).*\.{1}", r".*\b{0}\..*{1}", r"(?i:.*\.1\..*{1})", "{1}"]
+    return st.tuples(st.sampled_from(forms), part, leaf).map(lambda drawn: drawn[0].format(*drawn[1:]))
 
 
 def savable(model: nn.Module) -> list[str]:
