@@ -144,10 +144,6 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not tensors:
         raise CheckpointError(f"{path}: the file has no tensors. Save the adapter again.")
     for key, tensor in tensors.items():
-        if key.endswith((REFLECTION, VECTORS)) and not tensor.is_floating_point():
-            raise CheckpointError(
-                f"{path}: {key!r} must have a floating-point dtype, got {tensor.dtype}. Save the adapter again."
-            )
         _check_finite(path, key, tensor, "Use a file from before the training diverged.")
     return tensors, metadata
 

@@ -14,7 +14,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hra_fx.compat import NON_PERSISTENT, export_forward_backward, is_exporting, pytree
 from hra_fx.errors import AdapterError, CaptureError, VerificationError
-from hra_fx.export.captured import is_program
 from hra_fx.layers.batching import factors_in_exported_batches
 from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.model.example_inputs import clone_inputs, normalize_inputs, preserve_rng_state
@@ -99,13 +98,11 @@ def export_training_step(
 
 
 def _check(model: Any, loss: Any, labels: Any) -> None:
-    if is_program(model):
-        raise AdapterError(
-            "export_training_step: expected a model, got an ExportedProgram. Convert it to a model first: "
-            "hra_fx.transform(hra_fx.lift(program), config)."
-        )
     if not isinstance(model, nn.Module):
-        raise AdapterError(f"export_training_step: expected a model, got {type(model).__name__}.")
+        raise AdapterError(
+            f"export_training_step: expected a model, got {type(model).__name__}. Convert an ExportedProgram to a "
+            "model: hra_fx.transform(hra_fx.lift(program), config)."
+        )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise AdapterError(
             "export_training_step: no parameter requires gradients. Call hra_fx.transform(model, config) first, or "
@@ -125,12 +122,10 @@ def _check(model: Any, loss: Any, labels: Any) -> None:
 
 def _export(step: StepModule, model: nn.Module, dynamic_shapes: Any) -> ExportedProgram:
     if dynamic_shapes is not None:
-        is_dict = isinstance(dynamic_shapes, Mapping)
-        if not is_dict or not dynamic_shapes.keys() <= step.inputs.keys():
-            got = ", ".join(map(str, dynamic_shapes)) if is_dict else type(dynamic_shapes).__name__
+        if unknown := set(dynamic_shapes) - step.inputs.keys():
             raise AdapterError(
-                "export_training_step: `dynamic_shapes` must be a dict with the names of inputs as keys, which are "
-                f"{', '.join(step.inputs)}, got {got}."
+                f"export_training_step: `dynamic_shapes` has {', '.join(unknown)}, but the inputs are "
+                f"{', '.join(step.inputs)}."
             )
         dynamic_shapes = {name: dynamic_shapes.get(name) for name in step.inputs}
     try:
@@ -192,11 +187,6 @@ class StepModule(nn.Module):
         vars(self).update({name: value for name, value in vars(model).items() if name in _TENSORS})
         self.training = model.training
         args, kwargs = normalize_inputs(example_inputs)
-        try:
-            inspect.signature(model.forward).bind(*args, **kwargs)
-        except TypeError as error:
-            text = f"export_training_step: example_inputs do not fit {type(model).__name__}: {error}"
-            raise AdapterError(text) from None
         names = argument_names(model, args, kwargs)
         given = dict(zip(names, (*args, *kwargs.values()), strict=True))
         if labels is not None:

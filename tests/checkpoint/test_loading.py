@@ -297,8 +297,6 @@ WEIGHTS: dict[str, tuple[Saved, Callable[[Path], object], str]] = {
     "Gram-Schmidt of an anchored adapter": (ANCHORED, with_config(apply_GS=True), OTHER.replace("False", "True")),
     "metadata of another adapter": (ANCHORED, with_metadata('{"r": 5, "apply_GS": false, "anchor": 1}'), OTHER),
     "damaged metadata": (ANCHORED, with_metadata("{"), OTHER),
-    "integers": (CHAIN, put(LAST, torch.ones(8, 4, dtype=torch.int64)), "must have a floating-point dtype"),
-    "a key with and without PEFT's prefix": (CHAIN, put("3.hra_u", torch.ones(8, 4)), "duplicate key 3.hra_u"),
 }
 #: Name, what was saved, how it is damaged, the named file, the message, the type of the error.
 DAMAGES: dict[str, tuple[Saved, Callable[[Path], object], str, str, type[Exception]]] = {

@@ -193,13 +193,9 @@ def test_refusals_say_what_to_do() -> None:
     hra_fx.merge_adapter(merged)
     with pytest.raises(AdapterError, match=r"does not depend on any trained parameter\. The adapters are merged"):
         step_of(merged)
-    with pytest.raises(
-        AdapterError, match="must be a dict with the names of inputs as keys, which are input, labels, got x"
-    ):
+    with pytest.raises(AdapterError, match="`dynamic_shapes` has x, but the inputs are input, labels"):
         step_of(mlp(), dynamic_shapes={"x": {0: BATCH}})
-    with pytest.raises(AdapterError, match="example_inputs do not fit Sequential: too many positional arguments"):
-        hra_fx.export_training_step(mlp(), (X, X))
-    with pytest.raises(AdapterError, match=r"got an ExportedProgram\. Convert it to a model first: hra_fx\.transform"):
+    with pytest.raises(AdapterError, match=r"got ExportedProgram\. Convert an ExportedProgram to a model: hra_fx\.tr"):
         step_of(torch.export.export(nn.Linear(6, 4).double(), (X,)))  # type: ignore[arg-type]
     branching = nn.Linear(6, 4).double()
     branching.register_forward_pre_hook(lambda module, args: args if args[0].sum() > 0 else None)

@@ -89,10 +89,6 @@ def _converter(sources: list[str], target: str, *operations: Any) -> Any:
 NAMES = ("gate_up_proj", "down_proj")
 #: What converts the experts of Qwen3-MoE -> the tensors of a checkpoint, made from its two parameters.
 CONVERSIONS: dict[str, tuple[list[Any], Callable[[Tensor, Tensor], dict[str, Tensor]]]] = {
-    "transposes": (
-        [_converter([f"experts.{name}"], f"experts.{name}", Transpose(1, 2)) for name in NAMES],
-        lambda gate_up, down: {"gate_up_proj": gate_up.mT, "down_proj": down.mT},
-    ),
     "transposes by shape": (
         [_converter([f"experts.{name}"], f"experts.{name}", Transpose(1, 2, check_dims=True)) for name in NAMES],
         # The second is square, which counts as having the right shape.
