@@ -107,7 +107,6 @@ def _write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
 
 def _serialize(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     plain: dict[str, Tensor] = {}
-    storages: set[int] = set()
     for key, tensor in tensors.items():
         if tensor.is_meta:
             raise CheckpointError(f"{path}: {key!r} is on the meta device and has no values. Load the model first.")
@@ -117,11 +116,8 @@ def _serialize(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
             path, key, tensor.detach(), "Nothing was written. Save a state from before the training diverged."
         )
         # safetensors writes raw memory, so resolve lazy conjugation and negation. It does not accept shared memory.
-        own = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        if own.untyped_storage().data_ptr() in storages:
-            own = own.clone()
-        storages.add(own.untyped_storage().data_ptr())
-        plain[key] = own
+        own = tensor.detach().cpu().resolve_conj().resolve_neg()
+        plain[key] = own.clone(memory_format=torch.contiguous_format)
     try:
         data = save(plain, {**metadata, "format": "pt"})
     except (KeyError, ValueError) as error:  # a dtype that safetensors does not know

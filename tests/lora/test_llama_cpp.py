@@ -204,7 +204,7 @@ def check(model: nn.Module, continuation: Continuation, tolerance: float = EXACT
 
 def answer(base: Path, *adapters: Path) -> Continuation:
     """What llama.cpp says with adapters."""
-    return complete(serve(base, *adapters), PROMPT, COUNT, top=VOCABULARY)
+    return complete(serve(base, *adapters), PROMPT, COUNT, VOCABULARY)
 
 
 def test_hot_swap_of_two_adapters_in_one_server(tmp_path: Path) -> None:
@@ -218,10 +218,10 @@ def test_hot_swap_of_two_adapters_in_one_server(tmp_path: Path) -> None:
         hra_fx.save_as_lora(model, file, name)
     server, said = serve(base, *files.values()), {}
     for turn, name in enumerate("aba"):
-        said[f"{name}{turn}"] = complete(server, PROMPT, COUNT, {0: name == "a", 1: name == "b"}, VOCABULARY)
+        said[f"{name}{turn}"] = complete(server, PROMPT, COUNT, VOCABULARY, {0: name == "a", 1: name == "b"})
         hra_fx.set_adapter(model, name)
         check(model, said[f"{name}{turn}"])
-    neither = complete(server, PROMPT, COUNT, {0: 0.0, 1: 0.0}, VOCABULARY)
+    neither = complete(server, PROMPT, COUNT, VOCABULARY, {0: 0.0, 1: 0.0})
     with hra_fx.disable_adapters(model):
         check(model, neither)
     assert len({tuple(answer.tokens) for answer in (said["a0"], said["b1"], neither)}) == 3
