@@ -12,8 +12,9 @@ import ast
 import copy
 import inspect
 import textwrap
-from collections.abc import Mapping
-from typing import TypeAlias
+from collections.abc import Iterator, Mapping
+from types import FunctionType
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -140,26 +141,41 @@ def _is_only_read(
     for depth in range(len(parts)):
         cls, own = original_class(owners[".".join(parts[:depth])]), tuple(parts[depth:])
         if cls not in known:
-            known[cls] = _chains(cls)
+            known[cls] = set(_chains(cls))
         uses += [chain[len(own) :] for chain in known[cls] if chain[: len(own)] == own]
     weight = weight_name(find_kind(layer) or "linear")
     reads = [use for use in uses if use[:1] == (weight,) and METADATA.isdisjoint(use[1:2])]
     return bool(reads) and not any(use[:1] in ((), ("forward",)) for use in uses)
 
 
-def _chains(cls: type[nn.Module]) -> set[_Chain]:
-    """The attribute chains after `self` in the source of a class and of its bases."""
-    found: set[_Chain] = set()
-    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError):  # generated code
-            continue
-        nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
-        inner = {id(node.value) for node in nodes}
-        for node in nodes:
-            first, *names = ast.unparse(node).split(".")
-            is_read = isinstance(node.ctx, ast.Load) and id(node) not in inner
-            if first == "self" and is_read and all(map(str.isidentifier, names)):
-                found.add(tuple(names))
-    return found
+def _chains(cls: type[nn.Module]) -> Iterator[_Chain]:
+    """The attribute chains after `self` in the forward of a class, and in the methods that it uses."""
+    names = ["forward"]
+    for name in names:  # it grows while it is read
+        for function in _functions(cls, name):
+            for chain in _chains_in(function):
+                yield chain
+                if chain[0] not in names:
+                    names.append(chain[0])
+
+
+def _functions(cls: type[nn.Module], name: str) -> Iterator[FunctionType]:
+    """The methods and properties with this name, including those that `super()` finds."""
+    for base in cls.__mro__:
+        found: Any = None if base is nn.Module else vars(base).get(name)
+        found = inspect.unwrap(getattr(found, "fget", None) or getattr(found, "__func__", None) or found)
+        if isinstance(found, FunctionType):
+            yield found
+
+
+def _chains_in(function: FunctionType) -> Iterator[_Chain]:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, SyntaxError):  # generated code, or code in the middle of a line
+        return
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    inner = {id(node.value) for node in nodes}
+    for node in nodes:
+        first, *names = ast.unparse(node).split(".")
+        if first == "self" and all(map(str.isidentifier, names)) and id(node) not in inner:
+            yield tuple(names)

@@ -236,8 +236,8 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"out_dir": "full"}, "full: the output folder is not empty. Choose another folder, or overwrite=True (--ov"),
     ({"out_dir": "full/file", "overwrite": True}, "full/file: is a file. Choose another output folder."),
     (
-        {"out_dir": "full/file/y"},
-        "full/file/y: cannot write the result ([Errno 20] Not a directory). The output folder",
+        {"out_dir": "full/file/x/y"},
+        "full/file/x/y: cannot write the result ([Errno 20] Not a directory). The output folder",
     ),
     ({"out_dir": "o" * 252}, f"{'o' * 252}: cannot write the result ([Errno 36] File name too long)."),
     ({"base_dir": "none"}, "none: no such folder. Pass one with config.json and safetensors files, such as"),
