@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -247,18 +246,6 @@ def test_permissions_are_those_of_any_new_file(tmp_path: Path, umask: int) -> No
     assert [stat.S_IMODE((tmp_path / "adapter" / name).stat().st_mode) for name in BOTH] == [wanted, wanted]
 
 
-def test_a_second_save_replaces_the_first_and_who_reads_the_old_file_goes_on_reading_it(tmp_path: Path) -> None:
-    saved(tmp_path)
-    size = (tmp_path / WEIGHTS_NAME).stat().st_size
-    with open(tmp_path / WEIGHTS_NAME, "rb") as opened:
-        saved(tmp_path, seed=1)
-        assert torch.equal(read(tmp_path / WEIGHTS_NAME)[0][KEY], normal(6, 2, seed=1))
-        assert len(opened.read()) == size
-    write(tmp_path, HRAConfig(r=2).to_json_string(), {KEY: normal(6, 2)}, {})
-    assert HRAConfig.from_pretrained(tmp_path).target_modules is None
-    assert sorted(os.listdir(tmp_path)) == BOTH
-
-
 def test_a_file_in_place_of_the_folder_or_above_it_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("kept")
@@ -295,11 +282,9 @@ def test_a_whole_model_in_the_folder_of_a_checkpoint_is_left_whole(tmp_path: Pat
     bert().save_pretrained(folder)
     before = picture(folder)
     assert sorted(before) == ["config.json", "model.safetensors"]
-    message = (
-        f"{folder}: the adapters were saved next to a full model. from_pretrained of diffusers, or of transformers "
-        "without PEFT, loads that model without them: use hra_fx.load_adapter, or another folder."
-    )
-    with pytest.warns(hra_fx.HRAWarning, match=f"^{re.escape(message)}$") as caught:
+    with pytest.warns(
+        hra_fx.HRAWarning, match="the adapters were saved next to a full model.*use hra_fx.load"
+    ) as caught:
         model.save_pretrained(folder)
     assert len(caught) == 1
     after = picture(folder)

@@ -204,10 +204,7 @@ def test_the_same_call_again_changes_nothing_and_another_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("apply_GS", "value", "wanted"),
-    [
-        (False, float("nan"), "conv.weight: the folded weight is not finite"),
-        (True, 1.0, "conv.weight: the vectors are linearly dependent"),
-    ],
+    [(False, float("nan"), "folded weight is not finite"), (True, 1.0, "vectors are linearly dependent")],
 )
 def test_a_fold_that_would_write_noise_is_refused(apply_GS: bool, value: float, wanted: str) -> None:
     model, ids = mixed()
@@ -215,9 +212,8 @@ def test_a_fold_that_would_write_noise_is_refused(apply_GS: bool, value: float, 
     with torch.no_grad():
         program.state_dict["conv.hra_u.default"].fill_(value)
     before = picture(program)
-    with pytest.raises(hra_fx.FoldError) as caught:
+    with pytest.raises(hra_fx.FoldError, match=rf"^conv\.weight: the {wanted}"):
         fold_captured(program)
-    assert str(caught.value).startswith(wanted)
     assert picture(program) == before
 
 

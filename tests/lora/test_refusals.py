@@ -185,8 +185,6 @@ class Parent(nn.Module):
         self.fc, self.inner = nn.Linear(6, 6), nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Linear(6, 6)})
         self.inner.own = nn.Linear(6, 6)
 
-
-class ByProperty(Parent):
     @property
     def matrix(self) -> Tensor:
         return self.fc.weight
@@ -194,6 +192,8 @@ class ByProperty(Parent):
     def helper(self, x: Tensor) -> Tensor:
         return F.linear(x, self.matrix) + self.inner["a"](x)
 
+
+class ByProperty(Parent):
     def forward(self, x: Tensor) -> Tensor:
         return self.helper(x)
 
