@@ -23,8 +23,8 @@ from hra_fx.lora.save import convert_files
 
 OF_DOTS1 = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}
 OF_LONGCAT = {"ffn_hidden_size": 32, "expert_ffn_hidden_size": 16, "zero_expert_num": 2, "num_layers": 2}
-#: All that take token ids only.
-ARCHITECTURES = {entry.name.partition("/")[2]: entry.build for entry in ENTRIES[:20]} | {
+DECODERS = [entry for entry in ENTRIES if not entry.parameters and "switch" not in entry.name]
+ARCHITECTURES = {entry.name.partition("/")[2]: entry.build for entry in DECODERS} | {
     "dots1": hugging("Dots1ForCausalLM", **TEXT | EXPERTS | OF_DOTS1),
     "laguna": hugging("LagunaForCausalLM", **TEXT | EXPERTS),
     "nemotron_h": hugging("NemotronHForCausalLM", **TEXT | EXPERTS),

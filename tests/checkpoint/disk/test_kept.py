@@ -212,7 +212,7 @@ def test_layers_that_have_other_names_in_the_file(tmp_path: Path) -> None:
     assert report.rotated and report.given and not report.untied
 
 
-# ---- interrupted ----
+# ---- disks that refuse ----
 
 
 def test_a_disk_that_refuses_leaves_the_old_folder(tmp_path: Path) -> None:
