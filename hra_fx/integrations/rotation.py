@@ -141,9 +141,6 @@ def _restored(log_history: list[dict[str, Any]], adapters: list[str]) -> list[Pr
             name, _, adapter = key.partition("/")
             if name == _MEAN:
                 end = key[len(_MEAN) :]
-                mean, largest = (math.radians(entry[part + end]) for part in (if TYPE_CHECKING:
-    from transformers import Trainer
-
-_MEAN, _LARGEST))
+                mean, largest = (math.radians(entry[part + end]) for part in (_MEAN, _LARGEST))
                 points.append(Progress(entry["step"], adapter or adapters[0], mean, largest, entry[_ERROR + end]))
     return points
