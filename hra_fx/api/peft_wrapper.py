@@ -26,7 +26,8 @@ class TakenOver(SwapMixin):
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
         """Replace the attributes that PEFT's classes define, and keep the signature of `forward`."""
-        names = {name for part in base.__mro__ if part.__module__.startswith("peft.") for name in vars(part)}
+        theirs = [part for part in base.__mro__ if part.__module__.startswith("peft.")]
+        names = {"active_adapter", "peft_config"}.union(*map(vars, theirs))
         wrapped = {name: _of_base(name) for name in names if not name.startswith("_") and name not in vars(cls)}
 
         @functools.wraps(base.forward)
@@ -71,8 +72,8 @@ def _adapted_base(wrapper: TakenOver, name: str) -> Any:
     base = wrapper.get_base_model()
     if not hasattr(type(base), "tuner_layer_cls"):  # not an HRAModel
         raise AdapterError(
-            f"{name}: hra_fx.fold has used up this {type(wrapper).__name__}. Use the model that fold returned, a "
-            f"{type(base).__name__}."
+            f"{name}: the adapters of this {type(wrapper).__name__} were folded or removed. Use the base model, a "
+            f"{type(base).__name__}: the result of hra_fx.fold, or get_base_model()."
         )
     return base
 

@@ -209,12 +209,12 @@ def get_peft_model_state_dict(
     """Return the tensors of an adapter with the keys of its file, like `peft.get_peft_model_state_dict`.
 
     Args:
-        model: a transformed model.
+        model: a transformed model, or a model with PEFT's HRA.
         state_dict: the model's state, if a wrapper has gathered it.
         adapter_name: name of the adapter.
 
     Raises:
-        AdapterError: the model has no such adapter, or is a PEFT model.
+        AdapterError: the model has no such adapter.
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -222,9 +222,10 @@ def get_peft_model_state_dict(
         >>> list(get_peft_model_state_dict(model))
         ['base_model.model.0.hra_u']
     """
-    root, record = root_of(model)
-    names_in(record, adapter_name)
-    return _contents(root, record, adapter_name, root.state_dict() if state_dict is None else state_dict)[1]
+    with adapted_view(model) as adapted:
+        root, record = root_of(adapted)
+        names_in(record, adapter_name)
+        return _contents(root, record, adapter_name, root.state_dict() if state_dict is None else state_dict)[1]
 
 
 def _only_adapter(record: AdapterState) -> str:

@@ -45,8 +45,8 @@ class Copies(FilledLater):
     ) -> None:
         """Create copies of tensors of `owner` for an adapter. They are not in use.
 
-        The values come from the base model, or from `values`; a parameter in `values` is itself the copy. `memo` maps the id of an original tensor to its copy for
-        this adapter, so that a shared tensor stays shared.
+        The values come from the base model, or from `values`; a parameter in `values` becomes the copy itself. `memo`
+        maps the id of an original tensor to its copy for this adapter, so that a shared tensor stays shared.
         """
         check_adapter_name(adapter, self)
         self.copied[adapter] = tuple(names)

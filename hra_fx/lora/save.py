@@ -102,8 +102,8 @@ def convert_to_lora(
     Gram-Schmidt. An untrained adapter does not change the weights and becomes a LoRA of rank 1 with zeros.
 
     Args:
-        model: a transformed model, or a model with PEFT's HRA; it is not changed. Adapters may be merged. With `fully_shard` and tensor
-            parallelism, all processes must call this function.
+        model: a transformed model, whose adapters may be merged, or a model with PEFT's HRA. It is not changed. With
+            `fully_shard` and tensor parallelism, all processes must call this function.
         adapter_names: the adapters, in the order of the product `W Q_a Q_b`, each at its scale (`set_scale`); `None`
             for the active ones.
         rank: the largest rank of a layer, with the best approximation of the weight change; `None` for an exact LoRA.
