@@ -59,8 +59,9 @@ class Copies(FilledLater):
             )
             made = value if isinstance(value, nn.Parameter) else value.clone()
             if isinstance(source, nn.Parameter):
-                new = made if made is value else nn.Parameter(made, requires_grad=source.is_floating_point())
-                made = memo.setdefault(id(source), new)
+                if not isinstance(made, nn.Parameter):
+                    made = nn.Parameter(made, requires_grad=source.is_floating_point())
+                made = memo.setdefault(id(source), made)
             self._put(adapter, name, made, owner)
 
     def get(self, owner: nn.Module, adapter: str, name: str) -> Tensor:

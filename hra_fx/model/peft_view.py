@@ -34,13 +34,13 @@ def adapted_view(model: Any) -> Iterator[Any]:
     Yields:
         The base model of a `PeftModel`, with the adapters; or `model`.
     """
-    components = getattr(model, "components", None)
-    parts = [*components.values()] if isinstance(components, Mapping) else [model]
+    components = {} if isinstance(model, nn.Module) else getattr(model, "components", None)
+    parts = [model, *(components.values() if isinstance(components, Mapping) else ())]
     with ExitStack() as undo:
         if parts := [part for part in parts if has_peft_layers(part)]:
             undo.enter_context(torch.inference_mode(False))
         bases = [take_over(part, undo) for part in parts]
-        yield bases[0] if parts == [model] else without_wrapper(model)
+        yield bases[0] if isinstance(model, nn.Module) and bases else without_wrapper(model)
 
 
 def has_peft_layers(model: Any) -> bool:
@@ -82,6 +82,9 @@ def take_over(
     active, disabled = tuple(name for name in first.active_adapters if name in configs), first.disable_adapters
     for parameter in root.parameters():
         undo.callback(parameter.requires_grad_, parameter.requires_grad)
+    # PEFT's wrappers share this dictionary. PEFT's functions raise an error for configurations of hra_fx.
+    undo.callback(root.peft_config.update, dict(root.peft_config))
+    root.peft_config.update(configs)
     _take_out(root, layers.values(), wrappers.values(), undo)
     undo.callback(_remove_all, root)
     for name, config in configs.items():

@@ -87,6 +87,15 @@ def test_its_methods_are_those_of_the_base_model(tmp_path: Path) -> None:
     assert hra_fx.save_as_lora(model, tmp_path / "lora").rows[0].path == "model.layers.0.self_attn.q_proj"
 
 
+def test_a_wrapper_that_was_not_given_raises_an_error(tmp_path: Path) -> None:
+    model = with_two()
+    hra_fx.from_peft(model.get_base_model())
+    for use in (lambda: model.save_pretrained(tmp_path), lambda: peft.get_peft_model_state_dict(model)):
+        with pytest.raises(AttributeError, match=r"HRAConfig is not a peft\.PeftConfig\. Call the function of hra_fx"):
+            use()
+    assert not [*tmp_path.rglob("*.safetensors")]
+
+
 @pytest.mark.parametrize("end", ["merge_and_unload", "merge_and_unload of the tuner", "fold"])
 def test_after_merging_it_does_not_save_an_empty_file(end: str, tmp_path: Path) -> None:
     model = by_peft(tiny("llama", torch.float32), task_type="CAUSAL_LM", **TWO)
