@@ -68,6 +68,9 @@ class GraphOfMode(nn.Module):
     The graphs are not registered as children, because the model already has their layers under the same names.
     """
 
+    in_train: fx.GraphModule
+    in_eval: fx.GraphModule
+
     def __init__(self, in_train: fx.GraphModule, in_eval: fx.GraphModule) -> None:
         """Store both graphs."""
         super().__init__()
@@ -75,8 +78,7 @@ class GraphOfMode(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         """Run the graph of the current mode."""
-        graph: Any = self.in_train if self.training else self.in_eval
-        return graph(*args)
+        return (self.in_train if self.training else self.in_eval)(*args)
 
 
 def rewrite(module: fx.GraphModule, undo: ExitStack) -> None:
