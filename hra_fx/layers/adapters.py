@@ -58,7 +58,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         traced: the factors of the layer, while TorchDynamo or `torch.export` records its model.
         last_compute_dtype: the last dtype for which the layer had to compute factors itself.
         needs_parameter: whether the model's code means the parameter where it names the weight of the layer.
-        is_read: whether the forward of the model has read the weight of the layer.
+        is_read: whether the forward of the model has read the weight of a layer that is called.
         unmerged: the weight before a merge; `None` if no adapter is merged.
     """
 

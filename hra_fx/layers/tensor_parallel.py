@@ -99,8 +99,10 @@ def replicate(adapters: nn.Module, weight: Any) -> None:
 
 
 def has_parallel_forward(layer: nn.Module) -> bool:
-    """Whether transformers set a column-wise or row-wise `forward` on a layer."""
-    return getattr(vars(layer).get("forward"), "__module__", None) == _MODULE
+    """Whether transformers set a column-wise or row-wise `forward` on a layer. Packed weights have other placements."""
+    weight: Any = layer._parameters.get("weight")
+    is_set = getattr(vars(layer).get("forward"), "__module__", None) == _MODULE
+    return is_set and is_dtensor(weight) and all(type(each).__name__ == "Shard" for each in weight.placements)
 
 
 def reflect_input(layer: nn.Module) -> None:

@@ -109,7 +109,8 @@ def read_weight(layer: nn.Module, rotated: Callable[..., Any] | None = None) -> 
         return base
     if is_traced:
         return call(adapters, weight=base)
-    adapters.is_read = True
+    if adapters.reflects_input:
+        adapters.is_read = True
     return call(adapters, weight=base) if rotated is None else rotated(layer)
 
 

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from canaries.canary import canary
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, distribute_module
+from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 import hra_fx
@@ -60,7 +60,8 @@ def test_tensor_parallelism(style: type[ParallelStyle]) -> None:
     "operation", [lambda model: model(X), hra_fx.fold, lambda m: hra_fx.delete_adapter(m, "default")]
 )
 def test_a_layer_that_was_split_in_part_is_refused(operation: Callable[[Any], object]) -> None:
-    def fail(name: str, module: nn.Module, mesh: object) -> None:
+    def fail(name: str, module: Any, mesh: Any) -> None:
+        module.register_parameter("weight", nn.Parameter(distribute_tensor(module.weight, mesh, [Shard(0)])))
         raise ValueError("out of memory")
 
     model: Any = adapted()

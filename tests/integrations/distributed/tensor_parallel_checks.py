@@ -23,7 +23,6 @@ from integrations.distributed.common_checks import (
 from integrations.distributed.spawned import Check
 from integrations.distributed.split import SPLITS, Split
 from integrations.distributed.trained import output, same, train, trained
-from layers.quantized.bases import adapted
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -173,11 +172,6 @@ def refused_layers(rank: int, folder: Path) -> None:
     with pytest.raises(UnsupportedLayerError, match=r"^0 \(OwnForward\): tensor parallelism .* Exclude the layer"):
         hra_fx.transform(split, config)
     assert not hasattr(split[0], "hra_u")
-    packed = adapted("ao int8")
-    names = [name for name, _ in packed.named_parameters()]
-    with pytest.raises(UnsupportedLayerError, match=r"^Linear 64->.*: its weight is quantized .* Leave it out"):
-        parallelize_module(packed, mesh, {"0": ColwiseParallel()})
-    assert [name for name, _ in packed.named_parameters()] == names
     with pytest.raises(UnsupportedLayerError, match=r"^0 \(Linear\): its bias is a DTensor, which cannot be copied"):
         SPLITS["biases"].before()
 
