@@ -20,7 +20,7 @@ from hra_fx.reporting.columns import starred
 from hra_fx.reporting.table import Column
 
 #: Quantization methods whose layers can be adapted, by their names in transformers.
-_QUANTIZED = ("bitsandbytes", "torchao", "gptq", "awq", "hqq", "quanto")
+_QUANTIZED = ("bitsandbytes", "torchao", "gptq", "awq", "hqq")
 
 
 def build(path: Path, *, weights: bool = False) -> tuple[nn.Module, str]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from hra_fx.layers.quantized.bnb import EightBit, FourBit
 from hra_fx.layers.quantized.hqq import HQQ
-from hra_fx.layers.quantized.other import GPTQModel, Other, Quanto, tensors_of
+from hra_fx.layers.quantized.other import GPTQModel, Other, tensors_of
 from hra_fx.layers.quantized.scheme import QuantScheme
 from hra_fx.layers.quantized.torchao import TorchAO
 
@@ -19,11 +19,6 @@ _LAYERS: tuple[tuple[str, str, type[QuantScheme]], ...] = (
     ("hqq.core.quantize", "HQQLinear", HQQ),
     ("gptqmodel.nn_modules.qlinear", "BaseQuantLinear", GPTQModel),
 )
-#: Classes of the weight of an `nn.Linear`, by their module.
-_WEIGHTS: tuple[tuple[str, str, type[QuantScheme]], ...] = (
-    ("torchao.utils", "TorchAOBaseTensor", TorchAO),
-    ("optimum.quanto.tensor", "QTensor", Quanto),
-)
 
 
 def quant_scheme_of(layer: nn.Module) -> QuantScheme | None:
@@ -32,11 +27,8 @@ def quant_scheme_of(layer: nn.Module) -> QuantScheme | None:
         if (cls := _loaded(place, name)) is not None and isinstance(layer, cls):
             return scheme(cls)
     if isinstance(layer, nn.Linear):
-        weight = layer._parameters.get("weight")
-        for place, name, scheme in _WEIGHTS:
-            if (cls := _loaded(place, name)) is not None and isinstance(weight, cls):
-                return scheme(nn.Linear)
-        return None
+        cls = _loaded("torchao.utils", "TorchAOBaseTensor")
+        return TorchAO(nn.Linear) if cls is not None and isinstance(layer._parameters.get("weight"), cls) else None
     return Other(nn.Linear) if is_foreign_linear(layer) else None
 
 

@@ -12,15 +12,17 @@ from hra_fx.layers.quantized.scheme import QuantScheme, Requantized
 
 
 class HQQ(QuantScheme):
-    """`HQQLinear`: packed codes in `W_q`; the scales and zeros are in the dictionary `meta`."""
+    """`HQQLinear`: packed codes in `W_q`; the scales and zeros are in the dictionary `meta`.
+
+    hra_fx computes the gradient of the input, because HQQ's own backward fails under autocast, and only its default
+    backend has one.
+    """
+
+    straight_through = True
 
     def description(self, layer: Any) -> str:
         """The library and the number of bits."""
         return f"HQQ, {layer.meta['nbits']} bit"
-
-    def why_not_adapted(self, layer: Any) -> str | None:
-        """A layer that was created with `initialize=False` has no weight yet."""
-        return None if layer.ready else "HQQ has not quantized its weight. Call its initialize()"
 
     def why_not_requantized(self, layer: Any) -> str | None:
         """Files of early releases do not have the settings."""

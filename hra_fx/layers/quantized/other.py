@@ -68,21 +68,6 @@ class GPTQModel(Other):
         return "its scales were calibrated with data for the current weight"
 
 
-class Quanto(Other):
-    """`QLinear` of optimum-quanto, an `nn.Linear` with a packed weight."""
-
-    why_not_adapted = GPTQModel.why_not_adapted
-
-    def why_not_requantized(self, layer: Any) -> str | None:
-        """Its packed tensors do not have the settings."""
-        return f"its {type(layer.weight).__name__} does not record how it was quantized"
-
-    def values(self, layer: Any) -> Tensor:
-        """Use the library's function."""
-        values: Tensor = layer.weight.dequantize()
-        return values.detach()
-
-
 def outputs(layer: nn.Module, rows: Tensor) -> Tensor:
     """What a layer without its adapters computes for rows, in the first dtype that it accepts."""
     tensors = tensors_of(layer)
