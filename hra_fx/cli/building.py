@@ -50,7 +50,7 @@ def _warn_if_quantized(file: Path, entries: Mapping[str, Any]) -> None:
     if method is not None and method not in _QUANTIZED:
         warnings.warn(
             f"{file}: the weights are quantized by {method}, but the layers before quantization are shown. "
-            f"hra_fx.transform supports quantized layers of {' and '.join(_QUANTIZED)}.",
+            f"hra_fx.transform supports quantized layers of {', '.join(_QUANTIZED[:-1])} and {_QUANTIZED[-1]}.",
             HRAWarning,
             stacklevel=3,
         )

@@ -81,8 +81,9 @@ WRONG_TYPE: list[Case] = [
     (
         tiny_bert,
         {"target_modules": ["attention"]},
-        "bert.encoder.layer.0.attention: `target_modules` matches this BertAttention, but only nn.Linear, nn.Conv1d to "
-        "nn.Conv3d, nn.MultiheadAttention and transformers' Conv1D can be adapted. To adapt the layers inside it, use "
+        "bert.encoder.layer.0.attention: `target_modules` matches this BertAttention, but only nn.Linear, quantized "
+        "linear layers, nn.Conv1d to nn.Conv3d, nn.MultiheadAttention and transformers' Conv1D can be adapted. To "
+        "adapt the layers inside it, use "
         "target_modules=['bert.encoder.layer.0.attention.self.query', 'bert.encoder.layer.0.attention.self.key', "
         "'bert.encoder.layer.0.attention.self.value', 'bert.encoder.layer.0.attention.output.dense'].",
     ),

@@ -41,6 +41,7 @@ def test_output_and_gradient_are_those_of_the_rotated_weight(scheme: str) -> Non
     model, x, weights = adapted(scheme), inputs(), weighting()
     output, wanted = model(x), dense(model, x)
     assert relative_error(output, wanted) < SCHEMES[scheme].tolerance
+    assert relative_error(hra_fx.effective_weight(model[0]), rotated(model[0])) < 1e-5
     if scheme not in DYNAMIC:
         for ours, due in zip(gradients(model, output, weights), gradients(model, wanted, weights), strict=True):
             assert relative_error(ours, due) < 1e-5
