@@ -43,7 +43,7 @@ _SHORTEN_FROM = 20
 _SHOWN = 8
 _EXCLUDING = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 _SUPPORTED = (
-    "nn.Linear, nn.Conv1d to nn.Conv3d, nn.MultiheadAttention, transformers' Conv1D and quantized linear layers"
+    "nn.Linear, quantized linear layers, nn.Conv1d to nn.Conv3d, nn.MultiheadAttention and transformers' Conv1D"
 )
 
 
