@@ -15,7 +15,7 @@ import torch
 from browser import NAMES, find_browser
 
 #: It registers operators, which torch refuses a second time: pytest would import it once more, to look for doctests.
-collect_ignore = ["support/second_device.py"]
+collect_ignore = ["support/second_device.py", "layers/quantized/with_gptqmodel.py"]
 
 
 @pytest.fixture(autouse=True)

@@ -15,12 +15,12 @@ from hra_fx.checkpoint.disk.architecture import CONFIG, EXPECTED, PIPELINE, buil
 from hra_fx.cli.screen import show_table
 from hra_fx.errors import CheckpointError, HRAWarning
 from hra_fx.layers.experts_weight import ExpertsWeight
-from hra_fx.layers.target import describe, weight_place, width_of
+from hra_fx.layers.target import describe, held_weight, width_of
 from hra_fx.reporting.columns import grouped
 from hra_fx.reporting.table import Column
 
 #: Quantization methods whose layers can be adapted, by their names in transformers.
-_QUANTIZED = ("bitsandbytes", "torchao")
+_QUANTIZED = ("bitsandbytes", "torchao", "gptq", "awq", "hqq")
 
 
 def build(path: Path, *, weights: bool = False) -> tuple[nn.Module, str]:
@@ -50,7 +50,7 @@ def _warn_if_quantized(file: Path, entries: Mapping[str, Any]) -> None:
     if method is not None and method not in _QUANTIZED:
         warnings.warn(
             f"{file}: the weights are quantized by {method}, but the layers before quantization are shown. "
-            f"hra_fx.transform supports quantized layers of {' and '.join(_QUANTIZED)}.",
+            f"hra_fx.transform supports quantized layers of {', '.join(_QUANTIZED[:-1])} and {_QUANTIZED[-1]}.",
             HRAWarning,
             stacklevel=3,
         )
@@ -75,8 +75,7 @@ class LayerSummary:
 
 def summarize_layer(path: str, layer: nn.Module, r: int | None = None) -> LayerSummary:
     """Describe a layer that can be adapted."""
-    owner, name = weight_place(layer)
-    weight = owner._parameters[name]
+    weight = held_weight(layer)
     chains = layer.experts if isinstance(layer, ExpertsWeight) else 1
     return LayerSummary(path, describe(layer), width_of(layer), 0 if weight is None else weight.numel(), r, chains)
 

@@ -124,8 +124,20 @@ class AdaptedQuantizedLinear(AdaptedLinear):
                 reflected = call(self.hra_u, input)
             return call_quantized(self, reflected, functools.partial(run, self))
 
+        if base.state_dict is not nn.Module.state_dict:
+            return {"forward": forward, "state_dict": functools.partialmethod(_whole_state_dict, base)}
         # The forward of bitsandbytes reads its packed weight itself; other code cannot use that weight.
         return {**super().wrap(base), "forward": forward} if is_torchao else {"forward": forward}
+
+
+def _whole_state_dict(self: nn.Module, base: Any, *args: Any, **kwargs: Any) -> Any:
+    """The state of a class with its own `state_dict`, which may leave out children (HQQ), with the adapters."""
+    state = base.state_dict(self, *args, **kwargs)
+    into, place = kwargs.get("destination"), f"{kwargs.get('prefix', '')}{REFLECTION}."
+    self._modules[REFLECTION].state_dict(  # type: ignore[union-attr]
+        destination=state if into is None else into, prefix=place, keep_vars=kwargs.get("keep_vars", False)
+    )
+    return state
 
 
 class AdaptedConv(AdaptedLayer):

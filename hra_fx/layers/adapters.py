@@ -267,9 +267,9 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         if weight is not None:
             return weight
         owner, name = weight_place(layer)
-        for held in (owner._parameters, vars(owner)):  # FSDP1 and DataParallel set a plain attribute
+        for held in (owner._parameters, owner._buffers, vars(owner)):  # FSDP1 and DataParallel set a plain attribute
             if (found := held.get(name)) is not None:
-                return found
+                return found  # type: ignore[return-value]
         raise AdapterError(
             f"{self.layer_path}: its {name} is no longer a parameter, because weight_norm, pruning or similar "
             "was applied after hra_fx.transform. Undo that first (remove_weight_norm, prune.remove)."

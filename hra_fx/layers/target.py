@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hra_fx.layers.experts_weight import CHILD, ExpertsWeight, describe_experts
+from hra_fx.layers.quantized import is_foreign_linear, packed_name, quant_scheme_of
 
 LayerKind: TypeAlias = Literal["linear", "conv1d", "conv2d", "conv3d", "attention", "experts"]
 
@@ -26,7 +27,7 @@ _CONVOLUTIONS: dict[type[nn.Module], LayerKind] = {nn.Conv1d: "conv1d", nn.Conv2
 
 def find_kind(layer: nn.Module) -> LayerKind | None:
     """The kind of a layer that can be adapted; `None` for any other module."""
-    if isinstance(layer, nn.Linear) or is_conv1d(layer):
+    if isinstance(layer, nn.Linear) or is_conv1d(layer) or is_foreign_linear(layer):
         return "linear"
     if isinstance(layer, nn.MultiheadAttention):
         return "attention"
@@ -58,7 +59,13 @@ def weight_place(layer: nn.Module) -> tuple[nn.Module, str]:
     """The module that has the rotated parameter, and the name of the parameter in this module."""
     if isinstance(layer, ExpertsWeight):
         return layer.owner, layer.parameter
-    return layer, weight_name(kind_of(layer))
+    return layer, packed_name(layer) if is_foreign_linear(layer) else weight_name(kind_of(layer))
+
+
+def held_weight(layer: nn.Module) -> Tensor | None:
+    """The parameter that is rotated, or the tensor that stands for it in a layer of another library."""
+    owner, name = weight_place(layer)
+    return owner._parameters.get(name, owner._buffers.get(name))
 
 
 def weight_entry(path: str, layer: nn.Module) -> str:
@@ -84,9 +91,9 @@ def width_of(layer: nn.Module) -> int:
     """The length `d` of a layer's reflection vectors: one row of the weight, flattened."""
     if isinstance(layer, ExpertsWeight):
         return layer.width
+    if quant_scheme_of(layer) is not None:
+        return int(layer.in_features)  # type: ignore[arg-type]  # the shape of a packed weight is unrelated
     weight: Tensor = layer._parameters[weight_name(kind_of(layer))]  # type: ignore[assignment]
-    if isinstance(layer, nn.Linear) and not weight.is_floating_point():
-        return layer.in_features  # the shape of a packed weight is unrelated
     shape = full_shape(weight)
     return shape[0] if is_conv1d(layer) else shape[1:].numel()
 
@@ -103,7 +110,8 @@ def describe(layer: nn.Module) -> str:
     if isinstance(layer, ExpertsWeight):
         return describe_experts(layer)
     if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return type(layer).__name__
+        sizes = f" {layer.in_features}->{layer.out_features}" if is_foreign_linear(layer) else ""
+        return type(layer).__name__ + sizes
     size = "x".join(map(str, layer.kernel_size))
     groups = f", groups {layer.groups}" if layer.groups > 1 else ""
     return f"Conv{len(layer.kernel_size)}d {layer.in_channels}->{layer.out_channels} {size}{groups}"

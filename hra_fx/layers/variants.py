@@ -33,7 +33,7 @@ from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.experts_adapters import ExpertsAdapters
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.mixed import check_rows
-from hra_fx.layers.quantized import quant_scheme_of
+from hra_fx.layers.quantized import is_foreign_linear, quant_scheme_of
 from hra_fx.layers.sharding import is_dtensor
 from hra_fx.layers.target import full_shape, is_conv1d, kind_of, width_of
 
@@ -230,6 +230,8 @@ def has_own_forward(layer: nn.Module) -> bool:
     This includes attention: its weight contains the projections of q, k and v.
     """
     standard: list[Any] = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d]
+    if is_foreign_linear(layer):
+        return False  # its forward is linear, whatever the class
     if scheme := quant_scheme_of(layer):
         standard = [scheme.cls]
     if is_conv1d(layer):

@@ -19,7 +19,7 @@ from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.layers.sharding import is_dtensor, sharded_by
-from hra_fx.layers.target import full_shape, weight_place, width_of
+from hra_fx.layers.target import full_shape, held_weight, weight_place, width_of
 from hra_fx.layers.tensor_parallel import has_parallel_forward, why_not_adapted
 from hra_fx.layers.trained_copies import get_copies
 from hra_fx.layers.variants import has_own_forward
@@ -106,7 +106,7 @@ def _state_problem(layer: nn.Module) -> str | None:
     copies = get_copies(owner)
     if copies is not None and name in copies.in_place:
         return "another adapter trains it in full (`modules_to_save`). Fold or delete that adapter first"
-    if parametrize.is_parametrized(owner, name) or name not in owner._parameters:
+    if parametrize.is_parametrized(owner, name) or (name not in owner._parameters and name not in owner._buffers):
         return (
             f"its `{name}` is computed from other parameters in each call, so it cannot be folded. Call "
             "torch.nn.utils.parametrize.remove_parametrizations (or torch.nn.utils.remove_weight_norm) first, or "
@@ -127,8 +127,7 @@ def _state_problem(layer: nn.Module) -> str | None:
 
 
 def _weight_problem(layer: nn.Module) -> str | None:
-    owner, name = weight_place(layer)
-    weight = owner._parameters[name]
+    owner, weight = weight_place(layer)[0], held_weight(layer)
     if weight is None or is_lazy(weight):
         return "its weight is not initialized. Run the model once first"
     if weight.is_meta and offloading_hook(owner) is not None and quant_scheme_of(layer):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import sys
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import TypeAlias
@@ -21,6 +20,7 @@ from hra_fx.config import HRAConfig
 from hra_fx.errors import HRAWarning, SelectionError
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.peft_layers import is_peft_layer, refuse_peft_layers
+from hra_fx.layers.quantized import Other, quant_scheme_of
 from hra_fx.layers.target import REFLECTION, SAVED, find_kind
 from hra_fx.patterns import layer_index_regex, saved_module_regex
 from hra_fx.selection.origin import DEFAULT_TARGETS, origin_of
@@ -42,7 +42,9 @@ _SHORTEN_FROM = 20
 #: The number of layers that a message names.
 _SHOWN = 8
 _EXCLUDING = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
-_SUPPORTED = "nn.Linear, nn.Conv1d to nn.Conv3d, nn.MultiheadAttention and transformers' Conv1D"
+_SUPPORTED = (
+    "nn.Linear, quantized linear layers, nn.Conv1d to nn.Conv3d, nn.MultiheadAttention and transformers' Conv1D"
+)
 
 
 def walk(model: nn.Module) -> Modules:
@@ -224,10 +226,8 @@ def _shortened(targets: set[str], paths: list[str]) -> set[str]:
 
 def _all_linear(model: nn.Module, config: HRAConfig, modules: Modules) -> set[str]:
     """The paths of all linear layers, without the output layer of a transformers model."""
-    # If transformers is not loaded, no object has its classes.
-    kinds = (nn.Linear, getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", nn.Linear))
     head = _output_layer(model, config)
-    return {path for path, module in once(modules).items() if isinstance(module, kinds) and module is not head}
+    return {path for path, module in once(modules).items() if module is not head and _is_known_linear(module)}
 
 
 def _output_layer(model: nn.Module, config: HRAConfig) -> object:
@@ -256,6 +256,11 @@ def _model_type(model: nn.Module) -> str:
     config = origin_of(model).config
     found = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
     return found if isinstance(found, str) else ""
+
+
+def _is_known_linear(module: nn.Module) -> bool:
+    """Whether "all-linear" includes a module. Modules that only look linear must be named."""
+    return find_kind(module) == "linear" and type(quant_scheme_of(module)) is not Other
 
 
 def _adaptable_in(modules: Modules) -> list[str]:

@@ -174,7 +174,7 @@ def test_invalid_model_configurations(tmp_path: Path, text: str, said: str) -> N
     assert said in mistake("match", tmp_path)
 
 
-@pytest.mark.parametrize("method", ["gptq", "bitsandbytes", "torchao"])
+@pytest.mark.parametrize("method", ["quanto", "bitsandbytes", "gptq"])
 def test_quantized_weights(shelf: Shelf, tmp_path: Path, method: str) -> None:
     """Quantization by another library is reported, because `transform` would refuse its layers."""
     entries = json.loads((shelf / "my-model" / "config.json").read_text())
@@ -184,6 +184,6 @@ def test_quantized_weights(shelf: Shelf, tmp_path: Path, method: str) -> None:
     assert done.code == 0 and len(done.json["adapted"]) == 2
     said = (
         f"warning: {tmp_path}/config.json: the weights are quantized by {method}, but the layers before quantization "
-        "are shown. hra_fx.transform supports quantized layers of bitsandbytes and torchao.\n"
+        "are shown. hra_fx.transform supports quantized layers of bitsandbytes, torchao, gptq, awq and hqq.\n"
     )
-    assert done.err == (said if method == "gptq" else "")
+    assert done.err == (said if method == "quanto" else "")

@@ -60,7 +60,11 @@ NO_NAME: list[Case] = [
     (tiny_opt, {"target_modules": ["("]}, "Available names:"),
     (Nested, {}, "because there is no default for Nested, which has no `config.model_type`. Its layers are"),
     (tiny_vit, {}, "`target_modules` is required, because there is no default for model_type 'vit'. Its layers are"),
-    (nn.ReLU, {"target_modules": ["q"]}, "ReLU has no layer that can be adapted. Supported layers: nn.Linear, nn"),
+    (
+        nn.ReLU,
+        {"target_modules": ["q"]},
+        "ReLU has no layer that can be adapted. Supported layers: nn.Linear, quantized",
+    ),
     (bare_linear, {"target_modules": "all-linear"}, "The model itself is a layer (Linear), and only layers inside a"),
 ]
 ALL_LEFT_OUT: list[Case] = [

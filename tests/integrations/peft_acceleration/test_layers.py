@@ -109,7 +109,7 @@ def test_an_offloaded_convolution_is_refused() -> None:
         layer(torch.ones(1, 2, 6, 5))
 
 
-@pytest.mark.parametrize("scheme", FEW)
+@pytest.mark.parametrize("scheme", [name for name in FEW if name.startswith(("bnb", "ao"))])  # PEFT's HRA has no others
 def test_a_quantized_base(scheme: str) -> None:
     model = adapted(quantized(scheme), "0")
     randomise(model)

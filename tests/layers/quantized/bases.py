@@ -9,6 +9,7 @@ import bitsandbytes
 import torch
 import torch.nn.functional as F
 from adapting import randomise
+from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from oracles import layer_q, relative_error
 from torch import Tensor, nn
 from torchao.quantization import (
@@ -84,6 +85,35 @@ def torchao(config: Any) -> Callable[[nn.Sequential], nn.Sequential]:
     return quantize
 
 
+def _each(make: Callable[[nn.Linear], nn.Module]) -> Callable[[nn.Sequential], nn.Sequential]:
+    def quantize(model: nn.Sequential) -> nn.Sequential:
+        with torch.no_grad():  # HQQ keeps the graph of the bias, which cannot be copied
+            return nn.Sequential(*(make(part) if isinstance(part, nn.Linear) else part for part in model))
+
+    return quantize
+
+
+def hqq(**settings: Any) -> Callable[[nn.Sequential], nn.Sequential]:
+    made = BaseQuantizeConfig(**settings)
+    return _each(lambda layer: HQQLinear(layer, made, compute_dtype=torch.float32, device="cpu"))
+
+
+class Packed(nn.Module):
+    """As a library's layer with a kernel: no `weight`, and no gradient passes."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.out_features, self.in_features = layer.weight.shape
+        scales = layer.weight.detach().abs().amax(1, keepdim=True) / 7
+        self.register_buffer("codes", (layer.weight.detach() / scales).round().to(torch.int8))
+        self.register_buffer("scales", scales)
+        self.register_buffer("bias", layer.bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return F.linear(x, (self.codes * self.scales).to(x.dtype), self.bias.to(x.dtype))
+
+
 def _int8_error() -> float:
     """Of products of int8 inputs with int8 weights. Without VNNI instructions, their sums overflow in oneDNN."""
     torch.manual_seed(0)
@@ -119,10 +149,14 @@ SCHEMES = {
         _INTX,
         tolerance=3e-2,
     ),
+    "hqq 4 bit": Scheme(hqq(nbits=4, group_size=32), "HQQ, 4 bit"),
+    "hqq 8 bit by row": Scheme(hqq(nbits=8, group_size=None), "HQQ, 8 bit"),
+    "hqq 3 bit by column": Scheme(hqq(nbits=3, group_size=32, axis=0), "HQQ, 3 bit"),
+    "unknown": Scheme(_each(Packed), "layers, Packed", refolds=False),
     "ao float8": Scheme(torchao(Float8WeightOnlyConfig()), "torchao, Float8Tensor", refolds=False),
 }
 #: One of each library and way to a gradient, for what does not depend on numbers.
-FEW = ("bnb int8", "bnb nf4", "ao int8", "ao int8 dynamic", "ao int4")
+FEW = ("bnb int8", "bnb nf4", "ao int8", "ao int8 dynamic", "ao int4", "hqq 4 bit", "unknown")
 
 
 def plain() -> nn.Sequential:
@@ -145,9 +179,19 @@ def adapted(scheme: str, **fields: object) -> nn.Sequential:
     return model
 
 
+def packed(layer: Any) -> Tensor:
+    """The tensor that stands for the weight."""
+    name = "W_q" if isinstance(layer, HQQLinear) else "codes" if isinstance(layer, Packed) else "weight"
+    return getattr(layer, name) if name == "codes" else layer._parameters[name]
+
+
 def values(layer: Any) -> Tensor:
     """What the weight of a layer stands for, float64: by the libraries' own formulas, without hra_fx."""
-    weight = layer._parameters["weight"]
+    if isinstance(layer, HQQLinear):
+        return layer.dequantize().double()
+    if isinstance(layer, Packed):
+        return layer.codes.double() * layer.scales.double()
+    weight = packed(layer)
     if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
         scale = layer.state.SCB if weight.SCB is None else weight.SCB
         return bitsandbytes.functional.int8_vectorwise_dequant(weight.data, scale).double()

@@ -6,7 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adapting import randomise
-from layers.quantized.bases import FEW, SCHEMES, adapted, config, dense, inputs, quantized, rotated, values
+from layers.quantized.bases import (
+    FEW,
+    SCHEMES,
+    WIDTH,
+    Packed,
+    adapted,
+    config,
+    dense,
+    inputs,
+    quantized,
+    rotated,
+    values,
+)
 from oracles import relative_error
 from torch import Tensor, nn
 
@@ -29,6 +41,7 @@ def test_output_and_gradient_are_those_of_the_rotated_weight(scheme: str) -> Non
     model, x, weights = adapted(scheme), inputs(), weighting()
     output, wanted = model(x), dense(model, x)
     assert relative_error(output, wanted) < SCHEMES[scheme].tolerance
+    assert relative_error(hra_fx.effective_weight(model[0]), rotated(model[0])) < 1e-5
     if scheme not in DYNAMIC:
         for ours, due in zip(gradients(model, output, weights), gradients(model, wanted, weights), strict=True):
             assert relative_error(ours, due) < 1e-5
@@ -82,6 +95,21 @@ def test_gradient_goes_straight_through_rounded_inputs(scheme: str) -> None:
     due = torch.autograd.grad((output * weights).sum(), [layer.hra_u["default"], x])
     for mine, theirs in zip(ours, due, strict=True):
         assert relative_error(mine, theirs) < 1e-5
+
+
+class OfInference(Packed):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return super().forward(x)
+
+
+def test_gradient_passes_a_kernel_of_inference() -> None:
+    """AWQ's kernels for GPUs make inference tensors, which autograd does not take."""
+    model = hra_fx.transform(nn.Sequential(OfInference(nn.Linear(WIDTH, 32))), config("0"))
+    randomise(model)
+    x = inputs().requires_grad_()
+    (ours,) = torch.autograd.grad(model(x).sum(), [x])
+    assert relative_error(ours, torch.ones(5, 32).double() @ rotated(model[0])) < 1e-5
 
 
 @pytest.mark.parametrize("scheme", [name for name in SCHEMES if name.startswith("bnb")])

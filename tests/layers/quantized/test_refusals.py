@@ -8,7 +8,8 @@ import bitsandbytes
 import pytest
 import torch
 import torch.nn.functional as F
-from layers.quantized.bases import config, inputs, int4, opaque, plain, quantized, torchao
+from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+from layers.quantized.bases import Packed, config, inputs, int4, opaque, plain, quantized, torchao
 from refusals import refused
 from torch import Tensor, nn
 from torchao.quantization import Int8StaticActivationInt8WeightConfig, Int8WeightOnlyConfig
@@ -61,6 +62,73 @@ class OwnPlainForward(nn.Linear):
 def test_a_forward_of_its_own(layer: nn.Module, words: str) -> None:
     message = refused(only(layer), config("0"))
     assert f"needs the rotated weight, and a quantized weight ({words}) cannot be rotated. Exclude the layer" in message
+
+
+# ---- layers of other libraries: whether they are linear is found by calling them ----
+
+
+class Squashed(Packed):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(super().forward(x))
+
+
+class Wide(Packed):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, :, None])
+
+
+def test_a_layer_that_is_not_linear() -> None:
+    message = refused(only(Squashed(nn.Linear(64, 32))), config("0"))
+    assert message == (
+        "0 (Squashed): its output is not linear in its input, so it has no weight to rotate. Leave it out with "
+        "exclude_modules."
+    )
+
+
+def test_a_layer_that_does_not_take_rows() -> None:
+    message = refused(only(Wide(nn.Linear(64, 32))), config("0"))
+    assert message.startswith("0 (Wide): calling it with (4, 64) failed (mat1 and mat2")
+
+
+def test_a_layer_without_data() -> None:
+    message = refused(only(Packed(nn.Linear(64, 32)).to("meta")), config("0"))
+    assert message == (
+        "0 (Packed): its tensors have no data, so nothing says whether it is linear. Load the weights first."
+    )
+
+
+def test_all_linear_takes_known_libraries_only() -> None:
+    model = nn.Sequential(quantized("hqq 4 bit")[0], Packed(nn.Linear(128, 64)), nn.Linear(64, 8))
+    hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules="all-linear"))
+    assert [row.path for row in hra_fx.report(model)] == ["0", "2"]
+
+
+def test_a_module_around_a_layer_is_not_a_layer() -> None:
+    """As a wrapper of another adapter: the layer inside it is meant."""
+    wrapper = nn.Sequential(nn.Linear(8, 4))
+    wrapper.in_features, wrapper.out_features = 8, 4
+    message = refused(only(wrapper), config("0"), SelectionError)
+    assert "To adapt the layers inside it, use target_modules=['0.0']" in message
+
+
+def test_hqq_before_it_is_quantized() -> None:
+    layer = HQQLinear(nn.Linear(64, 32), BaseQuantizeConfig(), device="cpu", initialize=False)
+    assert "matches this HQQLinear" in refused(only(layer), config("0"), SelectionError)
+
+
+def test_hqq_without_its_settings() -> None:
+    model = hra_fx.transform(quantized("hqq 4 bit"), config())
+    model[0].quant_config = None
+    with pytest.raises(
+        FoldError, match=r"0: its weight is quantized \(HQQ, 4 bit\), and it was loaded without its quant"
+    ):
+        hra_fx.fold(model, requantize=True)
+
+
+def test_the_weight_of_an_unknown_layer_is_not_written() -> None:
+    model = hra_fx.transform(quantized("unknown"), config())
+    with pytest.raises(FoldError, match=r"layers, Packed.*hra_fx does not know how to write the weight of this class"):
+        hra_fx.fold(model, requantize=True)
 
 
 def test_a_trained_copy() -> None:

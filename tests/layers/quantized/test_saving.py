@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from adapting import randomise, vectors_of
-from layers.quantized.bases import FEW, SCHEMES, adapted, config, inputs, int4, quantized, values
-from oracles import layer_q
+from layers.quantized.bases import FEW, SCHEMES, adapted, config, dense, hqq, inputs, int4, quantized, values
+from oracles import layer_q, relative_error
 from reporting.made import oracle_share
+from safetensors.torch import load_file
 from tiny_models import batch, config_for, llama, tokens_of, trainer_of
 from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, IntxWeightOnlyConfig
@@ -83,6 +84,21 @@ def test_it_is_of_the_rounded_weight_and_changes_nothing(scheme: str) -> None:
     assert torch.equal(model(x), output)
 
 
+@pytest.mark.parametrize("scheme", ["hqq 4 bit", "unknown"])
+def test_the_lora_of_an_adapter_is_that_of_the_quantized_weight(scheme: str, tmp_path: Path) -> None:
+    """The files hold `A` and `B` with `W Q = W + B A`."""
+    model, x = adapted(scheme), inputs()
+    hra_fx.save_as_lora(model, tmp_path)
+    found = load_file(tmp_path / "adapter_model.safetensors")
+    first, last = (
+        values(model[i])
+        + found[f"base_model.model.{i}.lora_B.weight"].double() @ found[f"base_model.model.{i}.lora_A.weight"].double()
+        for i in (0, 2)
+    )
+    hidden = torch.tanh(x.double() @ first.mT + model[0].bias.double())
+    assert relative_error(hidden @ last.mT + model[2].bias.double(), dense(model, x)) < 1e-5
+
+
 def test_after_evaluation_too() -> None:
     """Where a forward without gradients may have changed the layout of the weight."""
     for scheme in ("bnb nf4", "bnb fp4 nested", "bnb int8"):
@@ -149,6 +165,32 @@ def test_the_trainer_trains_evaluates_and_goes_on(folder: Path, tmp_path: Path) 
     loss = model.train()(**batch("llama")).loss
     gradients = torch.autograd.grad(loss, list(vectors_of(model).values()))
     assert all(gradient.norm() > 0 for gradient in gradients)
+
+
+def of_hqq() -> Any:
+    """A model of which hqq has replaced the layers: transformers 5 does not load such models."""
+    model = llama(hidden_size=64, intermediate_size=128)
+    for block in model.model.layers:
+        for part in (block.self_attn, block.mlp):
+            for name, layer in list(part.named_children()):
+                if isinstance(layer, nn.Linear):
+                    (packed,) = hqq(nbits=4, group_size=32)(nn.Sequential(layer))
+                    setattr(part, name, packed)
+    return model
+
+
+def test_a_model_of_hqq_is_trained_saved_and_loaded(tmp_path: Path) -> None:
+    model = hra_fx.transform(of_hqq(), config_for("llama", target_modules="all-linear"))
+    assert len(hra_fx.report(model)) == 14
+    trainer = trainer_of(Trainer, "llama", model, tmp_path / "run")
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    model.save_pretrained(tmp_path / "adapter")
+    again = hra_fx.load_adapter(of_hqq(), tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(model))
+    text = model.generate(tokens_of(2, 4), max_new_tokens=4, do_sample=False)
+    assert torch.equal(again.generate(tokens_of(2, 4), max_new_tokens=4, do_sample=False), text)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

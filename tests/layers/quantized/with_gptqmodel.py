@@ -1,0 +1,134 @@
+"""Adapt a tiny Llama that GPTQModel has quantized: `python tests/layers/quantized/with_gptqmodel.py gptq` (or `awq`).
+
+A program, because GPTQModel needs a newer torch than the tests. Its kernels that are compiled are not used.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # with fewer than three processors, its default is an error
+
+import torch
+from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+from gptqmodel.quantization.config import AWQConfig
+from peft import PeftModel
+from tokenizers import Tokenizer, models
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import hra_fx
+from hra_fx.errors import FoldError
+
+METHOD = sys.argv[1]
+BACKENDS = {"gptq": BACKEND.GPTQ_TORCH, "awq": BACKEND.AWQ_TORCH}
+#: AWQ's kernel multiplies in 16 bits.
+TOLERANCE = {"gptq": 1e-5, "awq": 2e-3}[METHOD]
+IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(0))
+CONFIG = hra_fx.HRAConfig(r=4, target_modules="all-linear")
+
+
+def quantize(plain: Path, folder: Path) -> None:
+    """Quantize a random model, with random text for the calibration."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, max_position_embeddings=64)).save_pretrained(plain)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", pad_token="w0").save_pretrained(plain)
+    config = AWQConfig(bits=4, group_size=32) if METHOD == "awq" else QuantizeConfig(bits=4, group_size=32)
+    model = GPTQModel.load(str(plain), config, device="cpu")
+    ids = [torch.randint(3, 64, (1, 48)) for _ in range(16)]
+    model.quantize([{"input_ids": one, "attention_mask": torch.ones_like(one)} for one in ids], batch_size=1)
+    model.save(str(folder))
+
+
+def load(folder: Path) -> Any:
+    return GPTQModel.load(str(folder), device="cpu", backend=BACKENDS[METHOD]).model.float().eval()
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def equal(one: Tensor, other: Tensor, what: str) -> None:
+    error = float((one.double() - other.double()).norm() / other.double().norm())
+    print(f"{what}: {error:.1e}")
+    assert error < TOLERANCE, what
+
+
+def randomise(model: Any, name: str) -> None:
+    generator = torch.Generator().manual_seed(len(name))
+    for key, vectors in model.named_parameters():
+        if key.endswith(f"hra_u.{name}"):
+            vectors.data.copy_(torch.randn(vectors.shape, generator=generator))
+
+
+def check_layer(plain: Any, layer: Any) -> None:
+    """The output and the gradients against `W Q`, with the outputs of the plain layer for the unit vectors as `W`."""
+    with torch.no_grad():
+        weight = plain(torch.eye(plain.in_features)).mT.double()
+    u = layer.hra_u["default"].detach().double().requires_grad_()
+    q = torch.eye(len(u)).double()
+    for v in u.mT:
+        q = q @ (torch.eye(len(u)).double() - 2 * torch.outer(v, v) / (v @ v))
+    x = torch.randn(3, layer.in_features, requires_grad=True)
+    grad = torch.randn(3, len(weight))
+    output, due = layer(x), x.double() @ (weight @ q).mT
+    equal(output, due, "output")
+    ours = torch.autograd.grad(output, [x, layer.hra_u["default"]], grad)
+    for mine, theirs in zip(ours, torch.autograd.grad(due, [x, u], grad.double()), strict=True):
+        equal(mine, theirs, "gradient")
+
+
+def check(folder: Path, files: Path) -> None:
+    base, model = load(folder), hra_fx.transform(load(folder), CONFIG).eval()
+    assert len(hra_fx.report(model)) == 14
+    equal(logits(model), logits(base), "start")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(10):
+        loss = model.train()(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    print(f"loss: {losses[0]:.3f} to {losses[-1]:.3f}")
+    assert losses[-1] < losses[0]
+    randomise(model.eval(), "default")
+    check_layer(base.model.layers[0].mlp.down_proj, model.model.layers[0].mlp.down_proj)
+    out = logits(model)
+    hra_fx.save_adapter(model, files / "adapter")
+    assert torch.equal(logits(hra_fx.load_adapter(load(folder), files / "adapter")), out)
+    assert torch.equal(logits(copy.deepcopy(model)), out)
+    hra_fx.add_adapter(model, "other", CONFIG)
+    randomise(model, "other")
+    hra_fx.set_adapter(model, "other")
+    assert not torch.allclose(logits(model), out, atol=0.1)
+    hra_fx.set_adapter(model, "default")
+    assert torch.equal(logits(model), out)
+    with hra_fx.disable_adapters(model):
+        equal(logits(model), logits(base), "disabled")
+    hra_fx.delete_adapter(model, "other")
+    for fold in (lambda: hra_fx.fold(model, requantize=True), lambda: hra_fx.merge_adapter(model)):
+        try:
+            fold()
+        except FoldError as error:
+            assert "its scales were calibrated with data for the current weight" in str(error)
+        else:
+            raise AssertionError("folded")
+    assert torch.equal(logits(model), out)
+    hra_fx.save_as_lora(model, files / "lora")
+    equal(logits(PeftModel.from_pretrained(load(folder), files / "lora").eval()), out, "LoRA in PEFT")
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as place:
+        quantize(Path(place) / "plain", Path(place) / "quantized")
+        check(Path(place) / "quantized", Path(place))
+    print(f"{METHOD}: passed")
