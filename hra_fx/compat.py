@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
@@ -35,8 +38,10 @@ is_dispatch_mode_active: Callable[[], int] = torch._C._len_torch_dispatch_stack
 #: Whether autocast is enabled for any device. The public functions ask for one device.
 is_autocast_active: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
-#: Whether `torch.fx` traces symbolically.
-is_fx_tracing: Callable[[], bool] = _symbolic_trace.is_fx_symbolic_tracing
+
+def is_fx_tracing() -> bool:
+    """Whether `torch.fx` traces symbolically. The public function is deprecated, and torch 2.6 has no other."""
+    return _symbolic_trace._is_fx_tracing_flag and not torch.compiler.is_compiling()
 
 
 def is_forward_ad_active() -> bool:
@@ -46,6 +51,8 @@ def is_forward_ad_active() -> bool:
 
 def is_exporting() -> bool:
     """Whether `torch.export` runs. Inside `torch.compile`, the public function of torch 2.10 also returns True."""
+    if not hasattr(torch.compiler, "_is_exporting_flag"):  # torch 2.6
+        return torch.compiler._is_compiling_flag and not torch.compiler.is_dynamo_compiling()
     return torch.compiler._is_exporting_flag
 
 
@@ -57,15 +64,22 @@ def export_forward_backward() -> Callable[..., Any]:
 
 
 def has_saved_tensors_hooks() -> bool:
-    """Whether saved-tensor hooks are active, as in activation checkpointing."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    """Whether saved-tensor hooks are active, as in activation checkpointing. torch 2.6 does not tell."""
+    top: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(True) is not None
 
 
 # --- modules ----------------------------------------------------------------------------------------------------------
 
 
-#: Whether hooks are registered for all modules.
-has_global_module_hooks: Callable[[], bool] = nn_module._has_any_global_hook
+def has_global_module_hooks() -> bool:
+    """Whether hooks are registered for all modules."""
+    return bool(
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    )
 
 
 def with_own_hooks(modules: Iterable[nn.Module]) -> set[nn.Module]:
@@ -211,6 +225,34 @@ def is_wrapper_subclass(tensor: Any) -> bool:
 def fake_tensor_mode() -> Any:
     """A mode in which tensors have shapes but no values; real tensors are converted."""
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+# --- transformers -----------------------------------------------------------------------------------------------------
+
+
+def weight_conversions() -> Any:
+    """transformers' module with its conversions of checkpoints, which imports slowly; `None` before transformers 5."""
+    name = "transformers.conversion_mapping"
+    return importlib.import_module(name) if find_spec(name) else None
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """What a transformers model ties because of its configuration: name of a tensor -> name of the one it is tied to.
+
+    transformers 4 only has patterns of the names. There, the result has the tensors that are one parameter now.
+    """
+    expand = getattr(model, "get_expanded_tied_weights_keys", None)
+    if callable(expand):
+        return dict(expand())
+    keys = getattr(model, "_tied_weights_keys", None)
+    if not keys or not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return {}
+    first: dict[int, str] = {}
+    found = ((name, first.setdefault(id(p), name)) for name, p in model.named_parameters(remove_duplicate=False))
+    tied = {name: source for name, source in found if name != source}
+    return {
+        name: source for name, source in tied.items() if any(re.search(key, end) for key in keys for end in (name, source))
+    }
 
 
 # --- operators --------------------------------------------------------------------------------------------------------
