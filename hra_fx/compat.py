@@ -1,4 +1,7 @@
-"""Private names of PyTorch, in one place. `make test-versions` tests them with the lowest and newest releases."""
+"""Private names of PyTorch and differences between releases of libraries, in one place.
+
+`make test-versions` tests them with the lowest and newest releases.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ import importlib
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -19,10 +24,46 @@ from torch.fx import _symbolic_trace
 from torch.nn.modules import module as nn_module
 from torch.utils import _pytree
 
+from hra_fx.errors import AdapterError
+
 T = TypeVar("T", bound=Tensor)
 
 #: The child of the wrapper that `torch.distributed.algorithms._checkpoint.checkpoint_wrapper` puts around a module.
 _CHECKPOINTED = "_checkpoint_wrapped_module"
+
+# --- releases ---------------------------------------------------------------------------------------------------------
+
+#: What needs a newer release than pyproject.toml asks for: feature -> (library, lowest release, what to do without it).
+NEWER: Mapping[str, tuple[str, str, str]] = {
+    "a graph captured by torch.export": (
+        "torch",
+        "2.9",
+        "Without it, torch.fx traces a model for trace=True, graphs and visualize; adapters work without a graph.",
+    ),
+    "a program of torch.export": ("torch", "2.9", "Without it, transform or fold the model before torch.export."),
+    "a transformers checkpoint on disk": (
+        "transformers",
+        "5.6",
+        "Without it, load the model: hra_fx.load_adapter, then hra_fx.fold or hra_fx.save_as_lora.",
+    ),
+}
+
+
+def require(feature: str) -> None:
+    """Raise `AdapterError` if the installed release of a library is too old for a feature in `NEWER`."""
+    library, release, instead = NEWER[feature]
+    installed = version(library)
+    if _numbers(installed) < _numbers(release):
+        raise AdapterError(
+            f"{feature} needs {library} {release} or later, and {installed} is installed. Run: "
+            f"pip install '{library}>={release}'. {instead}"
+        )
+
+
+def _numbers(release: str) -> list[int]:
+    """The first two numbers: they order releases."""
+    return [int(number) for number in re.findall(r"\d+", release)[:2]]
+
 
 # --- what is active during a call; looked up once here, because every forward uses it ---------------------------------
 
@@ -217,6 +258,11 @@ disabled_torch_function: Any = torch._C._disabled_torch_function_impl
 pytree: Any = _pytree
 
 
+def children_of(spec: Any) -> list[Any]:
+    """The parts of a `TreeSpec`. torch 2.9 has no method for them."""
+    return list(spec.children() if hasattr(spec, "children") else spec.children_specs)
+
+
 def is_wrapper_subclass(tensor: Any) -> bool:
     """Whether a tensor wraps other tensors, by `torch.utils._python_dispatch.is_traceable_wrapper_subclass`."""
     return hasattr(tensor, "__tensor_flatten__") and hasattr(tensor, "__tensor_unflatten__")
@@ -253,6 +299,18 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     return {
         name: source for name, source in tied.items() if any(re.search(key, end) for key in keys for end in (name, source))
     }
+
+
+# --- PEFT -------------------------------------------------------------------------------------------------------------
+
+
+def fields_of_update(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The configuration that PEFT passes to `update_layer` of its HRA layers. PEFT 0.18 passes its fields one by one."""
+    config = kwargs.get("config", args[0] if args else None)
+    if hasattr(config, "apply_GS"):
+        return config
+    positional = zip(("apply_GS", "init_weights", "inference_mode"), args, strict=False)
+    return SimpleNamespace(**{"inference_mode": False, **dict(positional), **kwargs})
 
 
 # --- operators --------------------------------------------------------------------------------------------------------
