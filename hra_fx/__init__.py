@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from hra_fx.export.training_step import export_training_step as export_training_step
     from hra_fx.integrations.peft_acceleration import accelerate_peft as accelerate_peft
     from hra_fx.integrations.push import push_to_hub as push_to_hub
+    from hra_fx.layers.weight import effective_weight as effective_weight
     from hra_fx.lora.save import (
         LoraResult as LoraResult,
         convert_to_lora as convert_to_lora,
@@ -113,6 +114,7 @@ _NAMES = {
     "export.training_step": ("export_training_step",),
     "integrations.peft_acceleration": ("accelerate_peft",),
     "integrations.push": ("push_to_hub",),
+    "layers.weight": ("effective_weight",),
     "lora.save": ("LoraResult", "convert_to_lora", "save_as_lora"),
     "model.combine": ("combine",),
     "model.fold": ("FoldPlan", "plan_fold"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import math
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -85,6 +84,11 @@ def is_fx_tracing() -> bool:
     return _symbolic_trace._is_fx_tracing_flag and not torch.compiler.is_compiling()
 
 
+def is_in_backward() -> bool:
+    """Whether this thread runs a backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def is_forward_ad_active() -> bool:
     """Whether a `torch.autograd.forward_ad.dual_level` is open."""
     return forward_ad._current_level >= 0
@@ -123,18 +127,11 @@ def has_global_module_hooks() -> bool:
     )
 
 
-def with_own_hooks(modules: Iterable[nn.Module]) -> set[nn.Module]:
-    """The modules in `modules` that have registered hooks."""
-    return {
-        part
-        for part in modules
-        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-    }
-
-
 def has_own_hooks(module: nn.Module) -> bool:
     """Whether hooks are registered on a module."""
-    return bool(with_own_hooks([module]))
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def has_backward_hooks(module: nn.Module) -> bool:
@@ -181,16 +178,6 @@ def conv_border(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
     else:  # it may have changed since the layer was made
         sides = [(int(size), int(size)) for size in conv.padding]
     return [size for before_and_after in reversed(sides) for size in before_and_after]
-
-
-def is_called_by_distribute_module() -> bool:
-    """Whether `torch.distributed.tensor.distribute_module` called the function that calls this one.
-
-    `distribute_module` reads and writes `_distribute_module_applied` of a module. If other code reads that attribute,
-    nothing must change.
-    """
-    distribute: Any = getattr(sys.modules.get("torch.distributed.tensor"), "distribute_module", None)
-    return distribute is not None and sys._getframe(2).f_code is distribute.__code__
 
 
 def is_split_by_old_transformers(module: nn.Module) -> bool:

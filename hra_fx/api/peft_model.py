@@ -85,7 +85,7 @@ class HRAModel(SwapMixin):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Adapt the given model. Copying and unpickling call this without arguments."""
-        return _adapted(*args, **kwargs) if cls is HRAModel else super().__new__(cls)
+        return _adapted(*args, **kwargs) if cls is HRAModel else super().__new__(cls, *args, **kwargs)
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Callable[..., Any]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
@@ -23,8 +23,9 @@ from torch import nn
 from hra_fx.compat import is_replica
 from hra_fx.errors import AdapterError
 from hra_fx.integrations.peft_layers import OPEN, AcceleratedConv2d, AcceleratedLayer, AcceleratedLinear
-from hra_fx.layers.batching import factors_in_batches
+from hra_fx.layers.batching import start_of_forward
 from hra_fx.layers.class_swap import mixins_of, swap, swapped_class, unswap
+from hra_fx.layers.running import RUNNING
 from hra_fx.layers.sharding import is_sharded
 from hra_fx.layers.target import width_of
 
@@ -166,8 +167,13 @@ def _check_vectors(path: str, layer: Any) -> None:
 def _in_batches(tuner: nn.Module, *args: Any, **kwargs: Any) -> Iterator[None]:
     """Compute the factors of a model in batches during a forward or `generate`."""
     sites = _sites(tuner)
-    with factors_in_batches(sites) if sites else nullcontext():
+    outer = RUNNING.run
+    if outer is None or not outer.is_current():
+        RUNNING.run = start_of_forward(sites)
+    try:
         yield
+    finally:
+        RUNNING.run = outer
 
 
 def _sites(tuner: nn.Module) -> list[nn.Module]:

@@ -7,7 +7,7 @@ else remains PEFT's: parameters and their names, active and merged adapters, fil
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,10 @@ from hra_fx.compat import fields_of_update, has_hooks, is_replica
 from hra_fx.errors import UnsupportedLayerError
 from hra_fx.functional.chain import plain_chain
 from hra_fx.functional.rotate import rotate_weight
+from hra_fx.kernels.factors import Factors
+from hra_fx.kernels.linear import linear
 from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
+from hra_fx.layers.batching import factors_for
 from hra_fx.layers.class_swap import SwapMixin
 from hra_fx.layers.quantized import call_quantized, quant_scheme_of
 from hra_fx.layers.target import describe, kind_of, width_of
@@ -129,7 +132,7 @@ class AcceleratedLayer(SwapMixin):
         vars(site.hra_u)["training"] = self.training
         active = tuple(name for name in self.active_adapters if name in self.hra_u)
         if site.hra_u.active != active:
-            site.hra_u.active = active
+            site.hra_u.set_active(active)
         return site
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -203,8 +206,8 @@ class AcceleratedLinear(AcceleratedLayer):
         if not _is_plain(base, nn.Linear):  # offloaded, with hooks, or with its own forward
             output = base(adapters.reflect(x))
             return output
-        if x.dtype is base.weight.dtype and (made := adapters.adapted_forward(x, base.weight, base)) is not None:
-            return made
+        if x.dtype is base.weight.dtype and (factors := factors_for(adapters, x)) is not None:
+            return linear(x, cast(Factors, factors), base.weight, base.bias)
         x, weight, bias = _same_dtype(x, base)
         return F.linear(adapters.reflect(x), weight, bias)
 
@@ -233,7 +236,7 @@ class AcceleratedConv2d(AcceleratedLayer):
         base = self.base_layer
         if not _is_plain(base, nn.Conv2d):  # for example, it standardizes its weight, which must then be W Q
             return _with_rotated_weight(base, x, adapters)
-        if (output := adapters.adapted_forward(x, base.weight, base)) is not None:
+        if (output := adapters.output_of(x, base.weight, base)) is not None:
             return output
         x, weight, bias = _same_dtype(x, base)
         read = adapters.reflect(x)

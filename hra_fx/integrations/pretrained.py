@@ -18,8 +18,8 @@ from hra_fx.checkpoint.folder import adapter_entries
 from hra_fx.checkpoint.saving import save_pretrained, write_card
 from hra_fx.errors import AdapterError
 from hra_fx.integrations.push import push_to_hub, upload
-from hra_fx.layers.adapted_layer import AdaptedLayer, layer_class_for
-from hra_fx.layers.class_swap import original_class, swap, unswap
+from hra_fx.layers.adapted_layer import AdaptedLayer, adapt_class, restore_class
+from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.sharding import is_dtensor, on_first_rank
 from hra_fx.layers.target import REFLECTION
 from hra_fx.layers.trained_copies import all_copies
@@ -161,7 +161,7 @@ def plain_output_layers(model: Any) -> Iterator[None]:
     _check_resizable(model, layers, ends)
     held = {path: layer.hra_u for path, layer in layers.items() if layer in ends}
     for path in held:
-        unswap(layers[path], layer_class_for(layers[path]))
+        restore_class(layers[path])
         del layers[path]._modules[REFLECTION]
     try:
         yield
@@ -169,7 +169,7 @@ def plain_output_layers(model: Any) -> Iterator[None]:
         for path, reflection in held.items():
             layer = model.get_submodule(path).train(layers[path].training)
             layer.add_module(REFLECTION, reflection)
-            swap(layer, layer_class_for(layer))
+            adapt_class(layer)
 
 
 def _check_resizable(model: nn.Module, layers: dict[str, AdaptedLayer], ends: list[nn.Module]) -> None:

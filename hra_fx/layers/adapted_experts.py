@@ -7,9 +7,7 @@ products of transformers. All other operations compute `W_e Q_e` of the experts 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -22,12 +20,11 @@ from hra_fx.functional.rotate import rotate_weight
 from hra_fx.kernels.dispatch import is_plain, is_plain_eager, products_dtype
 from hra_fx.kernels.factors import Factors
 from hra_fx.kernels.linear import reflect_each
-from hra_fx.layers.adapted_layer import AdaptedLayer, read_weight
-from hra_fx.layers.base_parameters import BaseParameters
-from hra_fx.layers.class_swap import swap, unswap
+from hra_fx.layers.adapted_layer import AdaptedLayer
+from hra_fx.layers.class_swap import SwapMixin, swap, unswap
 from hra_fx.layers.experts_weight import CHILD, ExpertsWeight
-from hra_fx.layers.rotated_weight import RotatedWeight
-from hra_fx.layers.target import REFLECTION
+from hra_fx.layers.target import REFLECTION, weight_place
+from hra_fx.layers.weight import read_weight, running
 
 _TRANSPOSING = (Tensor.transpose, torch.transpose, Tensor.mT.__get__)  # type: ignore[attr-defined]
 _INTEGERS = (torch.int32, torch.int64)
@@ -35,8 +32,8 @@ _INTEGERS = (torch.int32, torch.int64)
 _ALIGNMENT = 16
 
 
-class AdaptedExperts(BaseParameters):
-    """A module with adapted 3-D parameters. They stay in `_parameters`, and attribute access gives `W_e Q_e`."""
+class AdaptedExperts(SwapMixin):
+    """A module with adapted 3-D parameters. While the model runs, attribute access gives `W_e Q_e`."""
 
     def __getattr__(self, name: str) -> Any:
         """Return the rotated experts for the name of an adapted parameter, and the module's attribute otherwise."""
@@ -49,26 +46,14 @@ class AdaptedExperts(BaseParameters):
                 )
             return super().__getattr__(name)
         try:
-            return read_weight(layer, RotatedExperts, RotatedExperts)
+            return read_weight(layer, _linked)
         except AttributeError as error:  # Python would treat it as a missing attribute
             raise RuntimeError(f"{type(self).__name__}.{name}: it cannot be rotated ({error})") from error
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Replace a parameter that is not read as `W_e Q_e`. `nn.Module` calls this when an attribute is set."""
-        layer: Any = self._modules.get(CHILD + name)
-        if isinstance(layer, AdaptedLayer) and layer.hra_u.acts and param is not self._parameters.get(name):
-            raise AdapterError(
-                f"{type(self).__name__}.{name} is read as W Q of each expert, so it is not clear whether W or W Q is "
-                f"assigned. Assign W to `{CHILD}{name}.hra_base` of the module, or call hra_fx.fold(model) first."
-            )
-        super().register_parameter(name, param)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        """Load a state. With `assign=True`, torch assigns the base weights by their names."""
-        with ExitStack() as block:
-            for layer in adapted_parameters(self):
-                block.enter_context(layer.hra_u.inactive())
-            super()._load_from_state_dict(*args)
+    @classmethod
+    def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
+        """Run the forward of `base`, which reads the experts, also if it is called alone."""
+        return {"forward": running(base.forward)}
 
 
 def adapted_parameters(owner: nn.Module) -> list[Any]:
@@ -89,17 +74,22 @@ def detach(layer: ExpertsWeight) -> None:
         unswap(layer.owner, AdaptedExperts)
 
 
-class RotatedExperts(RotatedWeight):
+class RotatedExperts(Tensor):
     """The rotated weights of all or some experts: `(experts, out, d)` or `(experts, d, out)`.
 
+    It has the metadata of the base weights, and computes values when they are used. A write raises an error, because
+    the result would be lost.
+
     Attributes:
+        layer: the layer that represents the parameter.
         index: the index that selected experts; `None` for all.
         flipped: whether the last two dimensions are swapped.
     """
 
-    index: Any = None
-    flipped: bool = False
-    _selected: Tensor | None = None
+    layer: Any
+    index: Any
+    flipped: bool
+    _selected: Tensor | None
 
     @staticmethod
     def __new__(
@@ -108,40 +98,100 @@ class RotatedExperts(RotatedWeight):
         """Represent the weight of a layer, or `selected`: the experts that `index` selects from it."""
         whole: Any = layer.hra_base if selected is None else selected
         made: RotatedExperts = compat.wrapper_tensor(cls, whole.mT if flipped else whole)
-        made._layer, made.index, made._selected, made.flipped = layer, index, selected, flipped
+        made.layer, made.index, made._selected, made.flipped = layer, index, selected, flipped
         return made
 
     def base(self) -> Tensor:
         """The base weights of the experts."""
-        weight = super().base() if self._selected is None else self._selected
+        weight: Tensor = self.layer.hra_base if self._selected is None else self._selected
         return weight.mT if self.flipped else weight
 
     def value(self) -> Tensor:
         """The rotated weights of the experts, as a plain tensor."""
-        adapters: Any = self._adapters()
-        vectors = None if adapters is None else adapters.vectors_at(self.index)
+        adapters = self.layer.hra_u
+        vectors = adapters.vectors_at(self.index)
         if vectors is None:
             return self.base()
         return rotate_weight(self.base(), vectors, transposed=adapters.fan_in_fan_out is not self.flipped)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        """Return the rotated weight of the copied layer; for some experts only, return their values."""
-        return type(self)(copy.deepcopy(self._layer, memo)) if self._is_whole() else self.value().detach().clone()
-
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Select experts, or reflect the input of a product. Otherwise act like every rotated weight."""
-        kwargs = kwargs or {}
+        """Answer metadata, select experts, or reflect the input of a product. Otherwise compute the values."""
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if func in _METADATA:
+            return compat.disabled_torch_function(func, types, args, kwargs)
         if is_plain_eager():
             if (part := _part(func, args, kwargs)) is not None:
                 return part
-            product = _PRODUCTS.get(getattr(func, "__name__", "")) if len(args) > 1 else None  # operands by position
+            product = _PRODUCTS.get(name) if len(args) > 1 else None  # operands by position
             if product is not None and (output := product(func, args, kwargs)) is not None:
                 return output
-        return super().__torch_function__(func, types, args, kwargs)
+        if args and isinstance(args[0], cls) and (name == "__setitem__" or (name[-1:] == "_" and name[:1] != "_")):
+            raise _lost_write(args[0], name)
+        return func(*compat.pytree.tree_map(_value, args), **compat.pytree.tree_map(_value, kwargs))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """Handle the forward of a custom autograd function, which runs below autograd (`_Link`)."""
+        schema = compat.schema_of(func)
+        if schema is not None and schema.is_mutable and args and isinstance(args[0], cls):
+            raise _lost_write(args[0], str(func))
+        with torch.no_grad():
+            return func(*compat.pytree.tree_map(_value, args), **compat.pytree.tree_map(_value, kwargs or {}))
 
     def _is_whole(self) -> bool:
         return self.index is None and not self.flipped
+
+
+#: Functions whose result does not depend on values.
+_METADATA = frozenset(
+    [
+        *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad")),
+        *(getattr(Tensor, name).__get__ for name in ("is_cpu", "is_cuda", "is_meta", "is_leaf", "grad", "grad_fn")),
+        *(Tensor.dim, Tensor.size, Tensor.stride, Tensor.numel, Tensor.__len__, Tensor.is_contiguous),
+        *(Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size, Tensor.get_device),
+    ]
+)
+
+
+def _value(part: Any) -> Any:
+    return part.value() if isinstance(part, RotatedExperts) else part
+
+
+def _lost_write(weight: RotatedExperts, name: str) -> AdapterError:
+    owner, parameter = weight_place(weight.layer)
+    return AdapterError(
+        f"{type(owner).__name__}.{parameter}: {name} writes into the weight of adapted experts while the model "
+        "runs. It is W Q then, so the change would be lost. Write outside of the forward, or call hra_fx.fold(model)."
+    )
+
+
+def _linked(layer: Any) -> RotatedExperts:
+    """The rotated experts of a layer, with gradients for code that computes its own.
+
+    Torch functions compute with `W Q`, which autograd records. But the forward of a custom `torch.autograd.Function`
+    runs without gradients. The gradient that its backward returns for the weight is passed on here.
+    """
+    trained = [tensor for tensor in (*layer.hra_u.parameters(), layer.hra_base) if tensor.requires_grad]
+    if not trained or not torch.is_grad_enabled():
+        return RotatedExperts(layer)
+    return _Link.apply(layer, *trained)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _Link(torch.autograd.Function):
+    """`(layer, trained parameters) -> W Q`, with the backward of `W Q`."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: nn.Module, *trained: nn.Parameter) -> RotatedExperts:
+        ctx.layer, ctx.trained = layer, trained
+        return RotatedExperts(layer)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        again = torch.is_grad_enabled()  # create_graph=True
+        with torch.enable_grad():
+            rotated = RotatedExperts(ctx.layer).value()
+        return None, *torch.autograd.grad(rotated, ctx.trained, grad, create_graph=again, allow_unused=True)
 
 
 def _part(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> RotatedExperts | None:
@@ -150,12 +200,12 @@ def _part(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any])
     if kwargs or type(weight) is not RotatedExperts:
         return None
     if func is Tensor.__getitem__ and weight._is_whole() and _selects(args[1]):
-        return RotatedExperts(weight._layer, args[1], weight.base()[args[1]])
+        return RotatedExperts(weight.layer, args[1], weight.base()[args[1]])
     if func in _TRANSPOSING and {dim % weight.dim() for dim in args[1:]} in (
         set(),
         {weight.dim() - 2, weight.dim() - 1},
     ):
-        return RotatedExperts(weight._layer, weight.index, weight._selected, flipped=not weight.flipped)
+        return RotatedExperts(weight.layer, weight.index, weight._selected, flipped=not weight.flipped)
     return None
 
 
@@ -173,7 +223,7 @@ def _factors(weight: Any, x: Any, *, last: bool, dtype: torch.dtype | None = Non
     """
     if type(weight) is not RotatedExperts or not isinstance(x, Tensor) or not is_plain(x):
         return None
-    adapters: Any = weight._adapters()
+    adapters: Any = weight.layer.hra_u
     if adapters is None or (adapters.fan_in_fan_out is weight.flipped) is not last:
         return None
     return adapters.factors_at(weight.index, dtype or products_dtype(x.device, x.dtype))
@@ -217,14 +267,14 @@ def _gathers_again(weight: RotatedExperts, x: Tensor) -> bool:
     This takes time, so it is only done if the base model does not keep them either: if the input does not need a
     gradient, as in the first layers.
     """
-    whole: Any = weight._layer.hra_base
+    whole: Any = weight.layer.hra_base
     frozen = not x.requires_grad and not whole.requires_grad and x.dtype is whole.dtype
     return frozen and isinstance(weight.index, Tensor) and not torch.is_autocast_enabled(x.device.type)
 
 
 def _gathered_product(x: Tensor, weight: RotatedExperts, transposed: bool) -> Tensor:
     """`X_i W_i` or `X_i W_i^T` with the selected base weights."""
-    whole, chosen = weight._layer.hra_base, weight._selected
+    whole, chosen = weight.layer.hra_base, weight._selected
     product: Tensor = _GatheredProduct.apply(x, chosen, whole, weight.index, transposed)  # type: ignore[no-untyped-call]
     return product
 

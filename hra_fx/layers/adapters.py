@@ -7,7 +7,7 @@ an anchor (`householder.anchor`) stores these frozen vectors in the buffer `hra_
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from hra_fx.functional.rotate import as_rows, rotate_weight
 from hra_fx.layers.accelerate_hooks import device_of
 from hra_fx.layers.containers import ANCHOR, SCALED, FilledLater, check_adapter_name
 from hra_fx.layers.mixed import MixedBatch, mixed_batch_of
-from hra_fx.layers.rotated_weight import RotatedWeight
+from hra_fx.layers.running import Run, during
 from hra_fx.layers.sharding import distribute_like, full_tensor
 from hra_fx.layers.target import REFLECTION, LayerKind, weight_name, weight_place
 
@@ -55,14 +55,17 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         active: names of the adapters in use, in the order of the product `W Q_a Q_b ...`.
         scales: adapter name -> its scale, if the scale is not 1.
         trainable_at_full_scale: adapter name -> whether it becomes trainable when its scale is 1 again.
-        prepared: the factors of the layer, while TorchDynamo or `torch.export` records its model.
+        traced: the factors of the layer, while TorchDynamo or `torch.export` records its model.
         last_compute_dtype: the last dtype for which the layer had to compute factors itself.
+        needs_parameter: whether the model's code means the parameter where it names the weight of the layer.
+        is_read: whether the forward of the model has read the weight of the layer.
         unmerged: the weight before a merge; `None` if no adapter is merged.
     """
 
     reflects_input: ClassVar[bool] = False
     layer_path: str = "a layer"
-    is_read: bool = False  # whether the forward of the model has read the weight of a layer that is called
+    needs_parameter: bool = False
+    is_read: bool = False
     unmerged: Tensor | None
 
     def __init__(self, width: int, kind: LayerKind = "linear", *, fan_in_fan_out: bool = False) -> None:
@@ -76,7 +79,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         self.active: tuple[str, ...] = ()
         self.scales: dict[str, float] = {}
         self.trainable_at_full_scale: dict[str, bool] = {}
-        self.prepared: Any = None
+        self.traced: Any = None
         self.last_compute_dtype: torch.dtype | None = None
         self.register_buffer("unmerged", None)
 
@@ -84,15 +87,14 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         """Call the container like any module, because `nn.ParameterDict` cannot be called."""
         return nn.Module.__call__(self, *args, **kwargs)
 
-    def forward(self, x: Tensor | None = None, start: Any = None, *, weight: Tensor | None = None) -> Any:
+    def forward(self, x: Tensor | None = None, run: Run | None = None, *, weight: Tensor | None = None) -> Any:
         """Compute the reflection for the input `x` of the layer, or `W Q` for its weight `W`.
 
-        In a graph, `start` contains the factors computed for all layers at its start (`StartOfForward`).
+        In a graph, `run` has the factors that were computed for all layers at its start.
         """
         if weight is not None:
             return self.rotate(weight)
-        with nullcontext() if start is None else start.used():
-            return self.reflect(x)
+        return self.reflect(x) if run is None else during(run, self.reflect, x)
 
     def rotate(self, weight: Tensor) -> Tensor:
         """Compute `W Q` for the weight `W` of the layer."""
@@ -160,7 +162,12 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         self.trainable_at_full_scale.pop(name, None)
         for suffix in (ANCHOR, SCALED):
             self._buffers.pop(name + suffix, None)
-        self.active = tuple(other for other in self.active if other != name)
+        self.set_active(other for other in self.active if other != name)
+
+    def set_active(self, names: Iterable[str]) -> None:
+        """Set the adapters in use. A new tuple makes factors invalid that were computed for the old one."""
+        # nn.Module.__setattr__ would take longer than everything else that happens to a layer in a switch.
+        vars(self)["active"] = (*names,)
 
     def set_trainable(self, name: str, wanted: bool) -> None:
         """Train or freeze the vectors of an adapter. If its scale is not 1, this applies when it is 1 again."""
@@ -194,6 +201,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
             self.scales[name] = alpha
             self.trainable_at_full_scale[name] = trained
         vectors.requires_grad_(trained and alpha == 1)
+        self.set_active(self.active)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         """Load a state, and update the scaled adapters."""
@@ -207,7 +215,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
 
     def anchor(self, name: str) -> Tensor | None:
         """The anchor `A` of an adapter, `(d, 1)` or `(d, r)`, or `None`."""
-        return getattr(self, name + ANCHOR) if name + ANCHOR in self._buffers else None
+        return self._buffers.get(name + ANCHOR)
 
     def chain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The adapter at its current scale as plain reflections, `(d, k)`, computed in `dtype`."""
@@ -280,11 +288,12 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
     @contextmanager
     def inactive(self) -> Iterator[None]:
         """Context manager in which no adapter is active, so that the layer computes the base layer."""
-        active, self.active = self.active, ()
+        active = self.active
+        self.set_active(())
         try:
             yield
         finally:
-            self.active = active
+            self.set_active(active)
 
     def rows(self, weight: Tensor) -> Tensor:
         """Reshape the weight, or a tensor of its shape, to the matrix `(out, d)` that is multiplied by `Q`."""
@@ -328,8 +337,6 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
 
 def rotated_weight(weight: Tensor, vectors: Tensor, fan_in_fan_out: bool) -> Tensor:
     """`rotate_weight` as one node for an fx tracer that traces into a layer."""
-    if isinstance(weight, RotatedWeight):  # fx copied it into a GraphModule instead of the parameter
-        weight = weight.base()
     return rotate_weight(weight, vectors, transposed=fan_in_fan_out)
 
 

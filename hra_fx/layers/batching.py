@@ -1,21 +1,19 @@
 """The factors of all layers of a model, computed in batches at the start of its forward.
 
-Hooks, dtypes and chains are checked at the start; a call of a layer only checks what may change during a forward. A
-layer computes its own factors if it is called outside of a forward, or if its vectors are not available at the start
-(FSDP2 gathers them layer by layer). In a mixed batch (`hra_fx.layers.mixed`), a layer has the factors of each adapter
-of the batch.
+They belong to the run (`hra_fx.layers.running`). Hooks, dtypes and chains are checked at the start; a call of a layer
+only checks what may change during a forward. A layer computes its own factors if it is called outside of a forward, or
+if its vectors are not available at the start (FSDP2 gathers them layer by layer). In a mixed batch
+(`hra_fx.layers.mixed`), a layer has the factors of each adapter of the batch.
 """
 
 from __future__ import annotations
 
-import operator
 import sys
-import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 from weakref import WeakSet
 
 import torch
@@ -34,6 +32,7 @@ from hra_fx.kernels.mixed import RowFactors, stack_chains
 from hra_fx.layers.accelerate_hooks import calls_class_forward
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.mixed import CURRENT, MixedBatch, mixed_batch_of
+from hra_fx.layers.running import RUNNING, WITHOUT_FACTORS, Run
 from hra_fx.layers.sharding import is_partitioned_by_zero3, is_trained_by_zero, sharded_by
 from hra_fx.layers.target import REFLECTION
 
@@ -49,70 +48,42 @@ _CHAINS_AT_ONCE = 64
 _WARNED: WeakSet[HouseholderAdapters] = WeakSet()
 
 
-class StartOfForward(NamedTuple):
-    """The factors that a forward, or `generate`, has computed at its start.
+class PreparedRun(Run):
+    """A run with the factors of all layers that could be computed at its start.
 
-    Attributes:
-        prepared: container -> the factors of its layer.
-        direct: the factors of containers that a layer does not need to call, because they do not have hooks.
-        facts: values that must be the same to use the factors in a later forward.
-        vectors: the tensors that the factors were computed from, if the factors may be used again.
+    With `reuse`, forwards inside it, such as those of `generate`, use the same factors until something changes.
     """
 
-    prepared: dict[HouseholderAdapters, _Prepared]
-    direct: dict[HouseholderAdapters, _Prepared]
-    facts: list[object]
-    vectors: list[Tensor]
+    def __init__(self, chains: Sequence[_Chain], *, reuse: bool = False) -> None:
+        """Compute the factors of some layers now."""
+        super().__init__(_prepare(chains))
+        self._vectors = [part.vectors for _, _, parts in chains for part in parts if part is not None] if reuse else []
+        self._facts = self._now()
 
-    def used(self) -> AbstractContextManager[None]:
-        """Context manager in which `factors_of` returns these factors."""
-        return _in_forward(self)
+    def is_current(self) -> bool:
+        """Whether a forward can use the factors. Writes to `.data` of a tensor are not detected."""
+        return bool(self._vectors) and self._facts == self._now()
 
-    def is_current(self, layers: Sequence[nn.Module]) -> bool:
-        """Whether the factors are still valid. Writes to `.data` of a tensor are not detected."""
-        if not self.facts:
-            return False
-        facts, vectors = _facts(_chains(layers))
-        return facts == self.facts and all(map(operator.is_, self.vectors, vectors))
-
-
-class _Current(threading.local):
-    """The factors computed at the start of this thread's forward."""
-
-    def __init__(self) -> None:
-        self.start: StartOfForward | None = None
+    def _now(self) -> list[object]:
+        """What the factors depend on. `set_adapter` and `set_scale` make new tuples of active adapters."""
+        if not self._vectors:
+            return []
+        modes = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), CURRENT.batch]
+        return [*modes, *compat.tensor_versions(self._vectors), *[id(adapters.active) for adapters in self.factors]]
 
 
-_CURRENT = _Current()
-
-
-def factors_in_batches(layers: Sequence[nn.Module], *, reuse: bool = False) -> AbstractContextManager[None]:
-    """Compute factors, and return a context manager in which `factors_of` returns them.
-
-    With `reuse`, nested blocks use the same factors, until the vectors or the adapters change.
-    """
-    start = _CURRENT.start
-    if start is None or not start.is_current(layers):
-        start = start_of_forward(layers, reuse=reuse) if is_plain_eager() else None
-    return _in_forward(start)
-
-
-@contextmanager
-def _in_forward(start: StartOfForward | None) -> Iterator[None]:
-    outer, _CURRENT.start = _CURRENT.start, start
-    try:
-        yield
-    finally:
-        _CURRENT.start = outer
+def start_of_forward(layers: Sequence[nn.Module], *, reuse: bool = False) -> Run:
+    """A run of a model with these layers, with their factors if they can be computed together now."""
+    return PreparedRun(_chains(layers), reuse=reuse) if layers and is_plain_eager() else WITHOUT_FACTORS
 
 
 def factors_in_traced_batches(layers: Sequence[nn.Module]) -> AbstractContextManager[None]:
-    """Like `factors_in_batches`, while TorchDynamo traces."""
+    """Context manager in which layers use factors that were computed together, while TorchDynamo traces."""
     return _held(_prepare(_chains(layers)))
 
 
 def factors_in_exported_batches(layers: Iterable[nn.Module]) -> AbstractContextManager[None]:
-    """Like `factors_in_batches`, in plain operators while `torch.export` records; see `exported_factors`.
+    """Like `factors_in_traced_batches`, in plain operators while `torch.export` records; see `exported_factors`.
 
     Without batches, each layer would take about a hundred nodes, including its backward pass.
     """
@@ -137,28 +108,28 @@ def _held(prepared: Mapping[HouseholderAdapters, Any]) -> Iterator[None]:
     """
     try:
         for adapters, one in prepared.items():
-            adapters.prepared = one
+            adapters.traced = one
         yield
     finally:
         for adapters in prepared:
-            adapters.prepared = None
+            adapters.traced = None
 
 
 def exported_factors(adapters: HouseholderAdapters) -> Factors | None:
     """The factors `R` and `F` of a layer, from `factors_in_exported_batches`; `None` outside of it."""
-    factors: Factors | None = adapters.prepared if compat.is_exporting() else None
+    factors: Factors | None = adapters.traced if compat.is_exporting() else None
     return factors
 
 
 @contextmanager
 def batch_of_rows(batch: MixedBatch) -> Iterator[None]:
     """Context manager in which each row of the batch has its own adapter."""
-    outer, CURRENT.batch = CURRENT.batch, batch
+    outer = CURRENT.batch, RUNNING.run
+    CURRENT.batch, RUNNING.run = batch, RUNNING.run and WITHOUT_FACTORS
     try:
-        with _in_forward(None):
-            yield
+        yield
     finally:
-        CURRENT.batch = outer
+        CURRENT.batch, RUNNING.run = outer
 
 
 def factors_for(adapters: HouseholderAdapters, x: Tensor) -> Factors | RowFactors | None:
@@ -167,18 +138,17 @@ def factors_for(adapters: HouseholderAdapters, x: Tensor) -> Factors | RowFactor
     `None` if the layer must call its container: no adapter is active, the container has hooks, or a tracer records the
     plain formulas.
     """
-    start = None if is_dynamo_compiling() else _CURRENT.start
-    if start is not None and (prepared := start.direct.get(adapters)) is not None and type(x) in PLAIN:
+    run = None if is_dynamo_compiling() else RUNNING.run
+    if run is not None and (prepared := run.factors.get(adapters)) is not None and type(x) in PLAIN:
         factors, active, has_graph = prepared
         dtype = products_dtype(x.device, x.dtype) if compat.is_autocast_active() else x.dtype
         if (
             factors.rows.dtype is dtype
-            and (active is adapters.active or active == adapters.active)
+            and active is adapters.active
             and (has_graph or not torch.is_grad_enabled())
             and not compat.is_dispatch_mode_active()
-            and not compat.is_functorch_active()
         ):
-            return factors
+            return factors  # type: ignore[no-any-return]
     if not uses_factors(adapters, x) or _must_be_called(adapters):
         return None
     return factors_of(adapters, products_dtype(x.device, x.dtype))
@@ -188,7 +158,7 @@ def uses_factors(adapters: HouseholderAdapters, x: Tensor) -> bool:
     """Whether a layer computes with its factors. Tracers and tensor subclasses use the plain formula."""
     if not (is_plain_eager() or is_compiling()) or not is_plain(x):
         return False
-    return has_batch(adapters) or all(is_plain(*part.tensors()) for part in adapters.chain_parts())
+    return _prepared(adapters) is not None or all(is_plain(*part.tensors()) for part in adapters.chain_parts())
 
 
 def factors_of(adapters: HouseholderAdapters, dtype: torch.dtype) -> Factors | RowFactors | None:
@@ -199,7 +169,9 @@ def factors_of(adapters: HouseholderAdapters, dtype: torch.dtype) -> Factors | R
     if (prepared := _prepared(adapters)) is not None:
         factors, active, has_graph = prepared
         own = factors.rows.dtype
-        if active == adapters.active and (has_graph or not torch.is_grad_enabled()):
+        # After a graph break, TorchDynamo makes a new tuple.
+        is_same = active == adapters.active if is_compiling() else active is adapters.active
+        if is_same and (has_graph or not torch.is_grad_enabled()):
             if own is dtype:
                 return factors
             if torch.promote_types(own, dtype) is own:
@@ -220,64 +192,18 @@ def factors_of(adapters: HouseholderAdapters, dtype: torch.dtype) -> Factors | R
         return batched_factors([parts], dtype)[0]
 
 
-def is_in_forward() -> bool:
-    """Whether this thread is in a forward, or in `generate`, that has computed factors at its start."""
-    return _CURRENT.start is not None
-
-
-def has_batch(adapters: HouseholderAdapters) -> bool:
-    """Whether the factors of a layer were computed at the start of the current forward."""
-    return _prepared(adapters) is not None
-
-
 def _prepared(adapters: HouseholderAdapters) -> _Prepared | None:
     if is_compiling():
-        traced: _Prepared | None = adapters.prepared
+        traced: _Prepared | None = adapters.traced
         return traced
-    return None if _CURRENT.start is None else _CURRENT.start.prepared.get(adapters)
+    return None if RUNNING.run is None else RUNNING.run.factors.get(adapters)
 
 
-def _must_be_called(adapters: nn.Module) -> bool:
+def _must_be_called(adapters: HouseholderAdapters) -> bool:
     """Whether calling the container does more than running its forward."""
-    if type(adapters).forward is not HouseholderAdapters.forward or compat.has_hooks(adapters):
+    if type(adapters).forward is not HouseholderAdapters.forward or compat.has_own_hooks(adapters):
         return True
     return "forward" in vars(adapters) and not calls_class_forward(adapters)
-
-
-def start_of_forward(layers: Sequence[nn.Module], *, reuse: bool = False) -> StartOfForward:
-    """Compute the factors of some layers now."""
-    chains = _chains(layers)
-    prepared = _prepare(chains)
-    called = _called(prepared)
-    direct = {adapters: one for adapters, one in prepared.items() if adapters not in called} if called else prepared
-    return StartOfForward(prepared, direct, *(_facts(chains) if reuse else ([], [])))
-
-
-def _called(containers: Iterable[HouseholderAdapters]) -> set[nn.Module]:
-    """The containers for which a call may do more than running their forward."""
-    every: set[nn.Module] = set(containers)
-    forward = HouseholderAdapters.forward
-    replaced = {adapters for adapters in every if "forward" in vars(adapters) or type(adapters).forward is not forward}
-    return every if compat.has_global_module_hooks() else compat.with_own_hooks(every) | replaced
-
-
-def _facts(chains: Sequence[_Chain]) -> tuple[list[object], list[Tensor]]:
-    """The values that the factors of some layers depend on, and their vectors."""
-    vectors = [part.vectors for _, _, parts in chains for part in parts if part is not None]
-    modes = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), CURRENT.batch]
-    called = _called([adapters for adapters, _, _ in chains])
-    return [*modes, called, compat.tensor_versions(vectors), [tensor.device for tensor in vectors]], vectors
-
-
-def _chains(layers: Iterable[nn.Module]) -> list[_Chain]:
-    """The modules that compute with factors and have adapters that are not the identity."""
-    found: list[_Chain] = []
-    for layer in layers:
-        adapters: Any = layer._modules.get(REFLECTION)
-        if adapters is not None and adapters.reflects_input:
-            parts = adapters.chain_parts() if CURRENT.batch is None else _parts(adapters, mixed_batch_of(adapters))
-            found.append((adapters, layer, parts))
-    return [chain for chain in found if chain[2]]
 
 
 def _parts(adapters: HouseholderAdapters, batch: MixedBatch | None) -> list[Any]:
@@ -288,24 +214,28 @@ def _parts(adapters: HouseholderAdapters, batch: MixedBatch | None) -> list[Any]
     return [own.get(name) for name in batch.names] if own else []
 
 
-def _prepare(chains: Sequence[_Chain]) -> dict[HouseholderAdapters, _Prepared]:
-    batch, has_graph, compiling = CURRENT.batch, torch.is_grad_enabled(), is_compiling()
-    has_autocast = compiling or compat.is_autocast_active()
-    has_zero = "deepspeed" in sys.modules  # otherwise, no parameters are partitioned
-    groups: dict[tuple[Any, ...], list[tuple[HouseholderAdapters, list[ChainPart]]]] = defaultdict(list)
-    for adapters, layer, parts in chains:
-        present = parts if batch is None else [part for part in parts if part is not None]
-        signature = _signature(present, adapters.width, compiling=compiling, has_zero=has_zero)
-        if signature is None:
+def _chains(layers: Iterable[nn.Module]) -> list[_Chain]:
+    """The layers that compute with factors, and whose adapters are not the identity and need not be called."""
+    found: list[_Chain] = []
+    for layer in layers:
+        adapters: Any = layer._modules.get(REFLECTION)
+        if adapters is None or not adapters.reflects_input:
             continue
-        if batch is not None:
-            parts = [stack_chains(parts)]
-            signature = parts[0].signature()
-        weight = vars(layer)["_parameters"].get(adapters.weight_name)
-        is_known = type(weight) is nn.Parameter and weight.dtype in _COMPUTING and not has_autocast
-        dtype = weight.dtype if is_known else _expected_dtype(adapters, layer, parts[0].vectors)
-        groups[dtype, signature].append((adapters, parts))
-    if has_graph and not compiling:
+        hooked = adapters._forward_pre_hooks or adapters._forward_hooks or "forward" in adapters.__dict__
+        # FSDP2 has hooks on containers that it shards. Here, their vectors were gathered before.
+        if hooked and _must_be_called(adapters) and sharded_by(adapters) is None:
+            continue
+        parts = adapters.chain_parts() if CURRENT.batch is None else _parts(adapters, mixed_batch_of(adapters))
+        if parts:
+            found.append((adapters, layer, parts))
+    return found
+
+
+def _prepare(chains: Sequence[_Chain]) -> dict[HouseholderAdapters, _Prepared]:
+    """Compute the factors of layers, with one batch for all chains of the same form."""
+    batch, has_graph = CURRENT.batch, torch.is_grad_enabled()
+    groups = _groups(chains)
+    if has_graph and not is_compiling():
         _warn_of_low_precision(groups.values())
     found: dict[HouseholderAdapters, _Prepared] = {}
     for (dtype, _), group in groups.items():
@@ -315,6 +245,48 @@ def _prepare(chains: Sequence[_Chain]) -> dict[HouseholderAdapters, _Prepared]:
             factors = batched_factors([parts for _, parts in some], dtype)
             for (adapters, _), one in zip(some, factors, strict=True):
                 found[adapters] = one if batch is None else _of_rows(one, batch), adapters.active, has_graph
+    return found
+
+
+def _groups(chains: Sequence[_Chain]) -> dict[tuple[Any, ...], list[tuple[HouseholderAdapters, list[ChainPart]]]]:
+    """Layers whose factors can be computed together: the dtype of the factors and the form of the chain -> layers."""
+    batch, compiling = CURRENT.batch, is_compiling()
+    has_autocast = compiling or compat.is_autocast_active()
+    has_zero = "deepspeed" in sys.modules  # otherwise, no parameters are partitioned
+    groups: dict[tuple[Any, ...], list[tuple[HouseholderAdapters, list[ChainPart]]]] = defaultdict(list)
+    for adapters, layer, parts in chains:
+        form = _form(parts, adapters.width, compiling=compiling, has_zero=has_zero)
+        if form is None:
+            continue
+        if batch is not None:
+            parts = [stack_chains(parts)]
+            form = parts[0].signature()
+        weight = layer.__dict__["_parameters"].get(adapters.weight_name)
+        is_known = type(weight) is nn.Parameter and weight.dtype in _COMPUTING and not has_autocast
+        dtype = weight.dtype if is_known else _expected_dtype(adapters, layer, parts[0].vectors)
+        groups[dtype, form].append((adapters, parts))
+    return groups
+
+
+def _form(parts: Sequence[Any], width: int, *, compiling: bool, has_zero: bool) -> tuple[object, ...] | None:
+    """The values that must be equal for chains of one batch; `None` if the data of a tensor may be unavailable.
+
+    FSDP, offloading and ZeRO-3 remove the data of vectors between calls of their layer.
+    """
+    found: tuple[object, ...] = ()
+    for part in parts:
+        if part is None:  # an adapter of a mixed batch that the layer does not have
+            continue
+        vectors, anchor, apply_GS = part
+        for tensor in (vectors,) if anchor is None else (vectors, anchor):
+            shape = tensor.shape
+            if type(tensor) not in PLAIN or tensor.is_meta or len(shape) != 2 or shape[0] != width:
+                return None
+            if tensor.dtype not in _COMPUTING or not (compiling or tensor.untyped_storage().size()):
+                return None
+            if has_zero and not compiling and is_partitioned_by_zero3(tensor):
+                return None
+        found += (apply_GS, vectors.shape, vectors.dtype, vectors.device, None if anchor is None else anchor.shape)
     return found
 
 
@@ -343,25 +315,6 @@ def _warn_of_low_precision(groups: Iterable[Sequence[tuple[HouseholderAdapters, 
             HRAWarning,
             stacklevel=2,
         )
-
-
-def _signature(parts: Sequence[Any], width: int, *, compiling: bool, has_zero: bool) -> tuple[object, ...] | None:
-    """The values that must be equal for chains of one batch; `None` if the data of a tensor may be unavailable.
-
-    FSDP, offloading and ZeRO-3 remove the data of vectors between calls of their layer.
-    """
-    found: tuple[object, ...] = ()
-    for vectors, anchor, apply_GS in parts:
-        for tensor in (vectors,) if anchor is None else (vectors, anchor):
-            shape = tensor.shape
-            if type(tensor) not in PLAIN or tensor.is_meta or len(shape) != 2 or shape[0] != width:
-                return None
-            if tensor.dtype not in _COMPUTING or not (compiling or tensor.untyped_storage().size()):
-                return None
-            if has_zero and not compiling and is_partitioned_by_zero3(tensor):
-                return None
-        found += (apply_GS, vectors.shape, vectors.dtype, vectors.device, None if anchor is None else anchor.shape)
-    return found
 
 
 def _of_rows(factors: Factors, batch: MixedBatch) -> RowFactors:

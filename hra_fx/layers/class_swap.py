@@ -9,7 +9,6 @@ several mixins: a model that consists of one layer is an adapted layer and an ad
 from __future__ import annotations
 
 import functools
-import inspect
 import types
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -19,23 +18,6 @@ from torch import nn
 from hra_fx.errors import UnsupportedLayerError
 
 C = TypeVar("C", bound="SwapMixin")
-
-
-class SwappedType(type):
-    """The metaclass of swapped classes."""
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Create a new object without adapters, which has the original class."""
-        swapped: Any = cls
-        # A class that another tool or a user derived from a swapped class creates its own objects.
-        if swapped._hra_makes_own or "_hra_mixin" not in vars(cls):
-            return super().__call__(*args, **kwargs)
-        return unwrap_class(cls)(*args, **kwargs)
-
-    @property
-    def __signature__(cls) -> inspect.Signature:
-        """The signature of the original class."""
-        return inspect.signature(unwrap_class(cls) if "_hra_mixin" in vars(cls) else getattr(cls, "__init__"))  # noqa: B009
 
 
 class SwapMixin(nn.Module):
@@ -48,6 +30,14 @@ class SwapMixin(nn.Module):
 
     _hra_priority: int = 0
     _hra_makes_own: bool = False
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Create an object without adapters, which has the original class."""
+        # A class that another tool or a user derived from a swapped class creates its own objects. DataParallel creates
+        # replicas without arguments.
+        if cls._hra_makes_own or "_hra_mixin" not in vars(cls) or not (args or kwargs):
+            return super().__new__(cls)
+        return unwrap_class(cls)(*args, **kwargs)
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
@@ -69,19 +59,8 @@ def swapped_class(mixin: type[C], base: type[nn.Module]) -> type[C]:
     for known in type.__subclasses__(base):
         if vars(known).get("_hra_mixin") == (mixin, base):
             return known  # type: ignore[return-value]
-    return _make(mixin, base)
-
-
-def _make(mixin: type[C], base: type[nn.Module]) -> type[C]:
-    names: dict[str, Any] = {
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-        **mixin.wrap(base),
-    }
-    theirs = type(base)
-    metaclass = theirs if issubclass(theirs, SwappedType) else types.new_class("SwappedType", (SwappedType, theirs))
-    made = types.new_class(base.__name__, (mixin, base), {"metaclass": metaclass}, lambda body: body.update(names))
+    names = {"__module__": base.__module__, "__doc__": base.__doc__, **mixin.wrap(base)}
+    made = types.new_class(base.__name__, (mixin, base), exec_body=lambda body: body.update(names))
     made.__qualname__ = base.__qualname__
     # Do this last: if `__init_subclass__` fails, the class stays among the subclasses of `base` for some time.
     made._hra_mixin = (mixin, base)  # type: ignore[attr-defined]
@@ -90,15 +69,12 @@ def _make(mixin: type[C], base: type[nn.Module]) -> type[C]:
 
 def swap(module: nn.Module, mixin: type[SwapMixin]) -> None:
     """Add a mixin to the class of a module, below mixins with a higher priority."""
-    if mixin in mixins_of(module):
+    mixins = mixins_of(module)
+    if mixin in mixins:
         return
-    over: list[type[SwapMixin]] = []
-    cls = type(module)
-    while "_hra_mixin" in vars(cls) and vars(cls)["_hra_mixin"][0]._hra_priority > mixin._hra_priority:
-        outer, cls = vars(cls)["_hra_mixin"]
-        over.insert(0, outer)
     try:
-        set_class(module, _apply_mixins([mixin, *over], cls))
+        ordered = sorted([*mixins, mixin], key=lambda each: each._hra_priority)
+        set_class(module, _apply_mixins(ordered, original_class(module)))
     except TypeError as error:
         name = type(module).__name__
         raise UnsupportedLayerError(
@@ -160,4 +136,6 @@ def _apply_mixins(mixins: Iterable[type[SwapMixin]], base: type[nn.Module]) -> t
 def _rebuild(
     mixins: tuple[type[SwapMixin], ...], base: type[nn.Module], make: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> Any:
-    return make(_apply_mixins(mixins, base), *arguments)
+    made = make(base, *arguments)
+    made.__class__ = _apply_mixins(mixins, base)
+    return made

@@ -1,13 +1,12 @@
 """Adapted Linear layers under tensor parallelism, which splits their weights over processes.
 
 torch's `parallelize_module` splits parameters. transformers (`tp_plan`) also sets a `forward` on a layer, which calls
-the method of the class that the layer had; hra_fx makes it call the adapted class. Vectors stay plain parameters that
-are the same in every process (`hra_fx.kernels.distributed`).
+the method of the class that the layer had, so a hook reflects the input instead. Vectors stay plain parameters that are
+the same in every process (`hra_fx.kernels.distributed`).
 """
 
 from __future__ import annotations
 
-from types import CellType
 from typing import Any
 
 import torch
@@ -16,24 +15,26 @@ from torch import nn
 from hra_fx.errors import UnsupportedLayerError
 from hra_fx.kernels.distributed import as_dtensor
 from hra_fx.layers.quantized import quant_scheme_of
-from hra_fx.layers.sharding import distribute_like, is_dtensor
+from hra_fx.layers.sharding import call, distribute_like, is_dtensor
 from hra_fx.layers.target import REFLECTION, SAVED, describe
 from hra_fx.layers.variants import has_own_forward
 
-#: The attribute that stores the adapters and copies of a layer while `distribute_module` splits its own parameters.
+#: The attribute that stores the adapters and copies of a layer while `parallelize_module` splits its own parameters.
 _ASIDE = "_hra_aside"
+_MODULE = "transformers.distributed.tensor_parallel"
+_HOOK = "_hra_input_hook"
 
 
 def set_aside(layer: nn.Module) -> None:
-    """Temporarily remove adapters and copies from a layer, so that `distribute_module` sees a plain layer.
+    """Temporarily remove adapters and copies from a layer, so that `parallelize_module` sees a plain layer.
 
     torch's parallel styles split each parameter of a Linear and of its children, but cannot register a parameter of a
     child. Raises an `UnsupportedLayerError` if the adapters need the whole weight, and leaves the layer unchanged.
     """
-    if reason := why_not_distributed(layer):
+    if reason := why_not_split(layer):
         raise UnsupportedLayerError(f"{describe(layer)}: {reason}. Leave it out of the plan, or exclude it.")
-    names = [name for name in (REFLECTION, SAVED) if name in layer._modules]
-    vars(layer)[_ASIDE] = {name: layer._modules.pop(name) for name in names}
+    held = {name: layer._modules.pop(name) for name in (REFLECTION, SAVED) if name in layer._modules}
+    vars(layer).setdefault(_ASIDE, {}).update(held)
 
 
 def put_back(layer: nn.Module) -> None:
@@ -57,7 +58,7 @@ def is_half_split(layer: nn.Module) -> bool:
 
 
 def half_split(layer: nn.Module) -> UnsupportedLayerError:
-    """The error for a layer whose adapters are still set aside, because `distribute_module` failed."""
+    """The error for a layer whose adapters are still set aside, because `parallelize_module` failed."""
     return UnsupportedLayerError(
         f"{describe(layer)}: parallelize_module failed, and left it without its adapters. Build the model again."
     )
@@ -65,11 +66,11 @@ def half_split(layer: nn.Module) -> UnsupportedLayerError:
 
 def is_tensor_parallel(layer: nn.Module, weight: Any) -> bool:
     """Whether a distributed weight was split by tensor parallelism only, without FSDP."""
-    applied = "_distribute_module_applied" in vars(layer) or parallel_forward(layer) is not None
+    applied = "_distribute_module_applied" in vars(layer) or has_parallel_forward(layer)
     return applied and weight.device_mesh.ndim == 1
 
 
-def why_not_distributed(layer: nn.Module) -> str | None:
+def why_not_split(layer: nn.Module) -> str | None:
     """Return why a layer with adapters cannot be split over processes, or `None`; without the full stop."""
     if not isinstance(layer, nn.Linear) or has_own_forward(layer):
         return f"tensor parallelism supports only adapted nn.Linear layers, got {type(layer).__name__}"
@@ -80,7 +81,7 @@ def why_not_distributed(layer: nn.Module) -> str | None:
 
 def why_not_adapted(layer: nn.Module, weight: Any) -> str | None:
     """Return why a layer with a `DTensor` as its weight cannot be adapted, or `None`; without the full stop."""
-    if reason := why_not_distributed(layer):
+    if reason := why_not_split(layer):
         return reason
     if not is_tensor_parallel(layer, weight):
         return "its weight is a DTensor that was not split by parallelize_module or by transformers' tp_plan"
@@ -97,34 +98,31 @@ def replicate(adapters: nn.Module, weight: Any) -> None:
         tensor.data = distribute_tensor(tensor.data, mesh, [Replicate()] * mesh.ndim).to_local()
 
 
-_MODULE = "transformers.distributed.tensor_parallel"
-_STYLES = ("ColwiseParallel", "RowwiseParallel")
+def has_parallel_forward(layer: nn.Module) -> bool:
+    """Whether transformers set a column-wise or row-wise `forward` on a layer."""
+    return getattr(vars(layer).get("forward"), "__module__", None) == _MODULE
 
 
-def parallel_forward(layer: nn.Module) -> dict[str, CellType] | None:
-    """The variables of the column-wise or row-wise `forward` that transformers set on a layer, by name, or `None`."""
-    forward: Any = vars(layer).get("forward")
-    if getattr(forward, "__module__", None) != _MODULE or not getattr(forward, "__closure__", None):
-        return None
-    cells = dict(zip(forward.__code__.co_freevars, forward.__closure__, strict=True))
-    known = {"original_forward", "mesh", "self"} <= cells.keys()
-    return cells if known and type(cells["self"].cell_contents).__name__ in _STYLES else None
+def reflect_input(layer: nn.Module) -> None:
+    """Reflect the input of a layer before the `forward` that transformers set on it, until `restore_input`."""
+    restore_input(layer)
+    vars(layer)[_HOOK] = layer.register_forward_pre_hook(_reflected)
 
 
-def call_adapted_class(layer: nn.Module) -> None:
-    """Make the `forward` that transformers set on a layer call the layer's current class, if there is one."""
-    cells = parallel_forward(layer)
-    if cells is None:
-        return
+def restore_input(layer: nn.Module) -> None:
+    """Undo `reflect_input`, if it was called."""
+    if (hook := vars(layer).pop(_HOOK, None)) is not None:
+        hook.remove()
+
+
+def _reflected(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    x, *rest = args
+    adapters: Any = layer._modules[REFLECTION]
+    if is_dtensor(x) or x.shape[-1] == adapters.width:
+        return call(adapters, x), *rest
     from torch.distributed.tensor import Shard
 
-    mesh = cells["mesh"].cell_contents
-
-    def forward(x: Any, *args: Any, **kwargs: Any) -> Any:
-        adapters: Any = layer._modules.get(REFLECTION)
-        if adapters is None or is_dtensor(x) or x.shape[-1] == adapters.width:
-            return type(layer).forward(layer, x, *args, **kwargs)
-        whole = as_dtensor(x, mesh, [Shard(x.dim() - 1)], (*x.shape[:-1], adapters.width))
-        return type(layer).forward(layer, x, adapters(whole).to_local())
-
-    cells["original_forward"].cell_contents = forward
+    # Row-wise: this process has some columns of the input.
+    mesh = adapters.weight_of(layer).device_mesh
+    whole = as_dtensor(x, mesh, [Shard(x.dim() - 1)], (*x.shape[:-1], adapters.width))
+    return call(adapters, whole).to_local(), *rest

@@ -1,7 +1,7 @@
 r"""Variants of the forward pass: a layer applies its reflections to the rows of its input, or to the patches.
 
 Both give the result for `W Q`, with `W` reshaped to `(out, d)`, at the cost of two thin matrix products. `W Q` itself
-is never computed. A layer with its own forward uses `layer.weight`, which is `W Q` (`hra_fx.layers.rotated_weight`).
+is never computed. A layer with its own forward reads `W Q` (`hra_fx.layers.weight`).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from hra_fx.kernels.conv import (
 from hra_fx.kernels.dispatch import is_compiling, products_dtype
 from hra_fx.kernels.distributed import reflect_distributed, rotate_distributed
 from hra_fx.kernels.factors import Factors
-from hra_fx.kernels.linear import linear, reflect_rows
+from hra_fx.kernels.linear import reflect_rows
 from hra_fx.kernels.mixed import RowFactors, pick, reflect_mixed
 from hra_fx.layers.adapters import HouseholderAdapters
-from hra_fx.layers.batching import exported_factors, factors_for, factors_of, has_batch, uses_factors
+from hra_fx.layers.batching import exported_factors, factors_for, factors_of, uses_factors
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.experts_adapters import ExpertsAdapters
 from hra_fx.layers.experts_weight import ExpertsWeight
@@ -108,7 +108,6 @@ class LinearAdapters(HouseholderAdapters):
 
     def rotate(self, weight: Tensor) -> Tensor:
         """Like `HouseholderAdapters.rotate`; the weight may be a `DTensor`."""
-        _note_read(self)
         if not is_dtensor(weight):
             return super().rotate(weight)
         factors = self._distributed_factors(weight)
@@ -120,15 +119,6 @@ class LinearAdapters(HouseholderAdapters):
         if isinstance(factors, RowFactors):
             raise AdapterError(f"hra_u of width {self.width}: mixed batches do not support DTensor inputs.")
         return factors
-
-    def adapted_forward(self, x: Tensor, weight: Tensor, layer: nn.Linear) -> Tensor | None:
-        """The output of the layer for reflected rows, `(..., out)`; `None` if the container must be called."""
-        factors = factors_for(self, x)
-        if factors is None or isinstance(factors, RowFactors):
-            return None
-        own = vars(layer)["_parameters"]  # nn.Module.__getattr__ takes as long as a small operator
-        bias = own["bias"] if "bias" in own else layer.bias  # noqa: SIM401  # `get` would always read layer.bias
-        return linear(x, factors, weight, bias)
 
 
 class QuantizedAdapters(LinearAdapters):
@@ -163,12 +153,7 @@ class ConvAdapters(HouseholderAdapters):
         vectors = self.vectors_for(x)
         return None if vectors is None else patch_coordinates(x, vectors, self.patch, self.geometry, self.groups)
 
-    def rotate(self, weight: Tensor) -> Tensor:
-        """Like `HouseholderAdapters.rotate`."""
-        _note_read(self)
-        return super().rotate(weight)
-
-    def adapted_forward(self, x: Tensor, weight: Tensor, layer: Any) -> Tensor | None:
+    def output_of(self, x: Tensor, weight: Tensor, layer: Any) -> Tensor | None:
         """The output of the layer for `x`; `None` if the container must be called."""
         factors = factors_for(self, x)
         if factors is None:
@@ -225,12 +210,6 @@ class ConvAdapters(HouseholderAdapters):
     def project(self, read: tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
         """The correction that the layer subtracts, from the result of `reflect`."""
         return patch_image(*read, weight, self.groups)
-
-
-def _note_read(adapters: HouseholderAdapters) -> None:
-    """Record that the forward of the model reads a weight itself. Reads outside of a forward are not recorded."""
-    if not is_compiling() and has_batch(adapters):
-        adapters.is_read = True
 
 
 def adapters_for(layer: nn.Module) -> HouseholderAdapters:

@@ -1,20 +1,15 @@
 """Find layers that PEFT's LoRA does not support, or computes differently.
 
 PEFT's LoRA only works if a layer is called, so it has no effect if another module reads the weight. An export does not
-have inputs to run the model, so the source code of the modules is used to find layers that they read and never call.
+have inputs to run the model, so the code of the modules is used to find layers that they read and never call.
 Other reads, such as a read in one branch and a call in another, are only known after the adapted model has run
 (`HouseholderAdapters.is_read`).
 """
 
 from __future__ import annotations
 
-import ast
 import copy
-import inspect
-import textwrap
-from collections.abc import Iterator, Mapping
-from types import FunctionType
-from typing import Any, TypeAlias
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +20,13 @@ from hra_fx.errors import UnsupportedLayerError
 from hra_fx.layers.accelerate_hooks import offloading_hook
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.class_swap import original_class
+from hra_fx.layers.readers import METADATA, chains_of
 from hra_fx.layers.target import REFLECTION, describe, find_kind, weight_name
-from passes.match import METADATA
 
 OUTPUT_PROJECTION = "is the output projection of attention, whose change PEFT's LoRA (0.21) adds twice"
 _IN_ENCODER_LAYER = "is in an nn.TransformerEncoderLayer, which reads its weight, so PEFT's LoRA has no effect"
 OWN_FORWARD = "has its own forward, for which PEFT's LoRA would compute something else"
 _READ = "has a weight that another module reads, so PEFT's LoRA has no effect"
-#: Names after `self`, such as `("attn", "qkv", "weight")`.
-_Chain: TypeAlias = tuple[str, ...]
 
 
 def unsupported(path: str, description: str, reason: str) -> UnsupportedLayerError:
@@ -125,57 +118,20 @@ def check_places(root: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 def check_reads(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Check that no other module of the whole model reads the weight of a linear layer, convolution or attention."""
     owners = dict(state_modules(model, remove_duplicate=False))
-    known: dict[type[nn.Module], set[_Chain]] = {}
     for path, layer in layers.items():
         seen = getattr(layer._modules.get(REFLECTION), "is_read", False)
-        if seen or _is_only_read(path, layer, owners, known):
+        if seen or _is_only_read(path, layer, owners):
             raise unsupported(path, describe(layer), _READ)
 
 
-def _is_only_read(
-    path: str, layer: nn.Module, owners: Mapping[str, nn.Module], known: dict[type[nn.Module], set[_Chain]]
-) -> bool:
+def _is_only_read(path: str, layer: nn.Module, owners: Mapping[str, nn.Module]) -> bool:
     """Whether the parents of a layer use its weight, but never the layer itself."""
     parts = path.split(".")
-    uses: list[_Chain] = []
+    uses: list[tuple[str, ...]] = []
     for depth in range(len(parts)):
-        cls, own = original_class(owners[".".join(parts[:depth])]), tuple(parts[depth:])
-        if cls not in known:
-            known[cls] = set(_chains(cls))
-        uses += [chain[len(own) :] for chain in known[cls] if chain[: len(own)] == own]
+        own = ("self", *parts[depth:])
+        chains = chains_of(original_class(owners[".".join(parts[:depth])]))
+        uses += [chain[len(own) :] for chain in chains if chain[: len(own)] == own]
     weight = weight_name(find_kind(layer) or "linear")
     reads = [use for use in uses if use[:1] == (weight,) and METADATA.isdisjoint(use[1:2])]
     return bool(reads) and not any(use[:1] in ((), ("forward",)) for use in uses)
-
-
-def _chains(cls: type[nn.Module]) -> Iterator[_Chain]:
-    """The attribute chains after `self` in the forward of a class, and in the methods that it uses."""
-    names = ["forward"]
-    for name in names:  # it grows while it is read
-        for function in _functions(cls, name):
-            for chain in _chains_in(function):
-                yield chain
-                if chain[0] not in names:
-                    names.append(chain[0])
-
-
-def _functions(cls: type[nn.Module], name: str) -> Iterator[FunctionType]:
-    """The methods and properties with this name, including those that `super()` finds."""
-    for base in cls.__mro__:
-        found: Any = None if base is nn.Module else vars(base).get(name)
-        found = inspect.unwrap(getattr(found, "fget", None) or getattr(found, "__func__", None) or found)
-        if isinstance(found, FunctionType):
-            yield found
-
-
-def _chains_in(function: FunctionType) -> Iterator[_Chain]:
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, SyntaxError):  # generated code, or code in the middle of a line
-        return
-    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
-    inner = {id(node.value) for node in nodes}
-    for node in nodes:
-        first, *names = ast.unparse(node).split(".")
-        if first == "self" and all(map(str.isidentifier, names)) and id(node) not in inner:
-            yield tuple(names)

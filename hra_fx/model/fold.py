@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hra_fx.compat import tensor_version
 from hra_fx.errors import FoldError, HRAWarning
 from hra_fx.layers.accelerate_hooks import is_on_disk, loaded, store
-from hra_fx.layers.adapted_layer import AdaptedLayer
+from hra_fx.layers.adapted_layer import AdaptedLayer, set_base_weight
 from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.layers.target import SAVED, weight_place
 from hra_fx.layers.trained_copies import BASE, all_copies
@@ -132,9 +132,7 @@ class FoldJob:
                     scheme.put(layer, weight.weight)
             elif path in self.untied:
                 own = torch.empty_like(layer.hra_base).copy_(weight.weight)
-                layer.hra_base = nn.Parameter(  # type: ignore[misc]
-                    own, requires_grad=layer.hra_base.requires_grad
-                )
+                set_base_weight(layer, nn.Parameter(own, requires_grad=layer.hra_base.requires_grad))
             else:
                 layer.hra_base.copy_(weight.weight)
             store(*weight_place(layer))

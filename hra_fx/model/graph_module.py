@@ -19,8 +19,9 @@ from torch import fx, nn
 from hra_fx.compat import is_exporting, is_replica
 from hra_fx.kernels.dispatch import is_plain_eager
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.batching import StartOfForward, start_of_forward
+from hra_fx.layers.batching import start_of_forward
 from hra_fx.layers.mixed import CURRENT
+from hra_fx.layers.running import Run
 from hra_fx.layers.target import BASE_WEIGHT, FACTORS, META, REFLECTION, LayerTarget, NodeTag
 from hra_fx.model.state import adapted_layers
 from passes.fold import FoldPass
@@ -40,7 +41,7 @@ class BatchedFactors(nn.Module):
         super().__init__()
         self.state: Any = None
 
-    def forward(self) -> StartOfForward | None:
+    def forward(self) -> Run | None:
         """Return the factors, or `None` if each layer computes its own, for example under torch.compile."""
         if self.state is None or self.state.disabled or is_replica(self) or is_exporting() or not is_plain_eager():
             return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
@@ -15,16 +15,17 @@ from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning, UnsupportedLayerError
 from hra_fx.layers.accelerate_hooks import keep_loaded
 from hra_fx.layers.adapted_experts import attach, detach
-from hra_fx.layers.adapted_layer import layer_class_for
+from hra_fx.layers.adapted_layer import adapt_class, restore_class
 from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
-from hra_fx.layers.base_parameters import swap_tied_modules
 from hra_fx.layers.class_swap import mixins_of, original_class, set_class, swap, unswap
 from hra_fx.layers.experts_weight import ExpertsWeight
+from hra_fx.layers.readers import needs_parameter, reads_weights
 from hra_fx.layers.sharding import is_dtensor
 from hra_fx.layers.target import REFLECTION, SAVED
-from hra_fx.layers.tensor_parallel import call_adapted_class, replicate
+from hra_fx.layers.tensor_parallel import replicate
 from hra_fx.layers.trained_copies import all_copies
 from hra_fx.layers.variants import adapters_for
+from hra_fx.layers.weight import ReadsWeights
 from hra_fx.model.graph_module import remove_reflections, rewrite
 from hra_fx.model.state import (
     AdapterState,
@@ -91,7 +92,7 @@ def inject_adapter(
         if is_dtensor(reflection.weight_of(layer)):
             replicate(reflection, reflection.weight_of(layer))
     if new:
-        swap_tied_modules(every.values(), new.values(), undo)
+        _mark_readers(every, new, undo)
     if new and isinstance(model, fx.GraphModule):
         rewrite(model, undo)
     return layers
@@ -114,16 +115,30 @@ def _attach(path: str, layer: nn.Module, undo: ExitStack) -> None:
     reflection.train(layer.training)
     undo.callback(layer._modules.pop, REFLECTION, None)
     layer.add_module(REFLECTION, reflection)
-    mixin = layer_class_for(layer)
     try:
-        swap(layer, mixin)
-        undo.callback(unswap, layer, mixin)
-        call_adapted_class(layer)
+        undo.callback(restore_class, layer)
+        adapt_class(layer)
         if isinstance(layer, ExpertsWeight):
             attach(layer)
             undo.callback(detach, layer)
     except UnsupportedLayerError as error:
         raise UnsupportedLayerError(f"{path}: {error}") from error
+
+
+def _mark_readers(modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Module], undo: ExitStack) -> None:
+    """Find the modules that read or write weights of adapted layers in their code."""
+    paths = {path.rpartition(".")[0] for path in layers}
+    around = {".".join(path.split(".")[:depth]) for path in paths for depth in range(1, path.count(".") + 2)}
+    owners = [modules[path] for path in sorted({"", *around}) if path in modules]
+    classes = set(map(original_class, owners))
+    for path, layer in layers.items():
+        adapters: Any = layer._modules[REFLECTION]
+        adapters.needs_parameter = needs_parameter(path.rpartition(".")[2], classes)
+    for owner in owners:
+        # fx creates a class for each graph.
+        if not isinstance(owner, fx.GraphModule) and not is_adapted(owner) and reads_weights(original_class(owner)):
+            undo.callback(unswap, owner, ReadsWeights)
+            swap(owner, ReadsWeights)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -185,7 +200,7 @@ def remove_adapters(root: nn.Module, state: AdapterState, names: tuple[str, ...]
     if plain and isinstance(root, fx.GraphModule):
         remove_reflections(root)
     for layer in plain:
-        unswap(layer, layer_class_for(layer))
+        restore_class(layer)
         del layer._modules[REFLECTION]
         if isinstance(layer, ExpertsWeight):
             detach(layer)

@@ -222,6 +222,12 @@ def check_layer(path: str, layer: AdaptedLayer, names: Collection[str]) -> bool:
     scheme = quant_scheme_of(layer)
     if scheme is not None and (reason := scheme.why_not_requantized(layer)):
         raise FoldError(f"{path}: {_quantized(layer, scheme)}, and {reason}. {WITHOUT_REQUANTIZING}")
+    owner, name = weight_place(layer)
+    if name not in owner._parameters:
+        raise FoldError(
+            f"{path}: its {name} is not a parameter, because another tool computes it (pruning, weight_norm). Undo "
+            "that first (prune.remove, remove_weight_norm)."
+        )
     weight = layer.hra_base.detach()
     if scheme is None and (layer.hra_base.is_inference() or _is_expanded(weight)):
         raise FoldError(

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hra_fx.compat import is_exporting, is_replica
+from hra_fx.compat import is_replica
 from hra_fx.kernels.dispatch import is_compiling
 from hra_fx.layers.adapters import get_adapters
-from hra_fx.layers.batching import factors_in_batches, factors_in_traced_batches, is_in_forward
+from hra_fx.layers.batching import factors_in_traced_batches, start_of_forward
 from hra_fx.layers.class_swap import SwapMixin, swap, unswap
 from hra_fx.layers.containers import ANCHOR
 from hra_fx.layers.mixed import CURRENT
+from hra_fx.layers.running import RUNNING, Run, during
 from hra_fx.layers.sharding import gather_groups, is_sharded
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import BASE, get_copies
@@ -46,13 +47,10 @@ class AdaptedModel(SwapMixin):
             if (names := kwargs.pop("adapter_names", None)) is not None:
                 with mixed_batch(self, names):
                     return forward(self, *args, **kwargs)
-            if is_exporting():  # torch.export records the state that a forward writes
-                return base.forward(self, *args, **kwargs)
-            layers = _acting_layers(self, in_forward=True)
-            if not layers:
-                return base.forward(self, *args, **kwargs)
-            with factors_in_traced_batches(layers) if is_compiling() else factors_in_batches(layers):
-                return base.forward(self, *args, **kwargs)
+            if is_compiling():
+                with factors_in_traced_batches(_acting_layers(self)):
+                    return base.forward(self, *args, **kwargs)
+            return during(_run_of(self), base.forward, self, *args, **kwargs)
 
         made = inspect.getattr_static(base, "generate", None)
         if not isinstance(made, FunctionType):
@@ -66,12 +64,10 @@ class AdaptedModel(SwapMixin):
             with ExitStack() as block:
                 if CURRENT.batch is not None:
                     block.enter_context(copied_rows(self, kwargs))
-                layers = _acting_layers(self)
-                if layers and not is_compiling():
-                    # Forwards with gradients, if there are any, do not use factors computed without gradients.
-                    with torch.no_grad():
-                        block.enter_context(factors_in_batches(layers, reuse=True))
-                return made(self, *args, **kwargs)
+                # Forwards with gradients, if there are any, do not use factors computed without gradients.
+                with torch.no_grad():
+                    run = start_of_forward(_acting_layers(self), reuse=True)
+                return during(run, made, self, *args, **kwargs)
 
         return {"forward": forward, "generate": generate}
 
@@ -104,6 +100,14 @@ class AdaptedModel(SwapMixin):
         errors.append(f"{prefix}: adapters are merged in the {side}. {fix}")
         # Use the current values, so that a load that is going to fail does not change anything.
         state.update({f"{prefix}{key}": own for key, own in self.state_dict().items() if f"{prefix}{key}" in state})
+
+
+def _run_of(model: AdaptedModel) -> Run:
+    """The run of a forward: the one of `generate` around it, or a new one."""
+    outer = RUNNING.run
+    if outer is not None and outer.is_current():
+        return outer
+    return start_of_forward(_acting_layers(model, in_forward=True))
 
 
 def _acting_layers(model: AdaptedModel, *, in_forward: bool = False) -> tuple[nn.Module, ...]:
@@ -143,7 +147,7 @@ def _rename(state: dict[str, Any], in_place: str, waiting: dict[str, str], ours:
 
 
 class AdaptedBody(SwapMixin):
-    """The body of a transformed model. If it is called alone, it also computes the factors of its layers in batches."""
+    """The body of a transformed model, which also starts a run if it is called alone."""
 
     _hra_priority = 1
 
@@ -153,10 +157,12 @@ class AdaptedBody(SwapMixin):
 
         @functools.wraps(base.forward)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if is_compiling() or is_exporting() or is_in_forward() or is_replica(self) or is_sharded(self):
-                return base.forward(self, *args, **kwargs)
-            with factors_in_batches([part for part in self.modules() if REFLECTION in part._modules]):
-                return base.forward(self, *args, **kwargs)
+            run = RUNNING.run
+            if run is None:
+                is_whole = not (is_compiling() or is_replica(self) or is_sharded(self))
+                layers = [part for part in self.modules() if is_whole and REFLECTION in part._modules]
+                run = start_of_forward(layers)
+            return during(run, base.forward, self, *args, **kwargs)
 
         return {"forward": forward}
 

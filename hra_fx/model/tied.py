@@ -8,10 +8,7 @@ else that it tied gets its own memory.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Iterable, Iterator
-from functools import cached_property
-from types import CodeType, FunctionType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -21,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from hra_fx.compat import is_wrapper_subclass, state_modules, tied_names
 from hra_fx.layers.accelerate_hooks import stored
 from hra_fx.layers.class_swap import original_class
+from hra_fx.layers.readers import chains_of
 from hra_fx.layers.trained_copies import BASE, get_copies
 from hra_fx.model.state import base_model_view
 
@@ -80,8 +78,6 @@ def _elements(tensor: Tensor) -> range:
 TensorRef: TypeAlias = tuple[nn.Module, str]
 #: The setting of a configuration that makes transformers tie weights.
 TIE_SETTING = "tie_word_embeddings"
-#: The attributes in which descriptors of a class store their function.
-_FUNCTION_OF = {property: "fget", cached_property: "func", classmethod: "__func__"}
 
 
 class Tie(NamedTuple):
@@ -139,31 +135,8 @@ def why_not_untie(model: nn.Module, ties: Iterable[Tie]) -> str | None:
 
 def reads_tie_setting(model: nn.Module) -> bool:
     """Whether a forward in the model reads the setting: Switch Transformers scales its output depending on it."""
-    codes = (code for cls in set(map(original_class, model.modules())) for code in _code_of_forward(cls))
-    return any(TIE_SETTING in code.co_names or TIE_SETTING in code.co_consts for code in codes)
-
-
-def _code_of_forward(cls: type[nn.Module]) -> Iterator[CodeType]:
-    """The code of the forward of a class, and of all methods, properties and functions that it names."""
-    waiting: list[Any] = _members(cls, "forward")
-    seen: set[FunctionType] = set()
-    for found in waiting:  # the list grows during the loop
-        method = getattr(found, _FUNCTION_OF.get(type(found), ""), found)
-        function = inspect.unwrap(method) if callable(method) else None
-        if not isinstance(function, FunctionType) or function in seen:
-            continue
-        seen.add(function)
-        codes = [function.__code__]
-        for code in codes:
-            codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
-            for name in code.co_names:
-                waiting += [*_members(cls, name), function.__globals__.get(name)]
-        yield from codes
-
-
-def _members(cls: type, name: str) -> list[Any]:
-    """The attributes with this name in a class and its bases."""
-    return [vars(base)[name] for base in cls.__mro__ if name in vars(base)]
+    classes = set(map(original_class, model.modules()))
+    return any(TIE_SETTING in chain for cls in classes for chain in chains_of(cls))
 
 
 def set_tied(ties: Iterable[Tie], wanted: bool) -> None:

@@ -185,8 +185,7 @@ def sync_layers(parts: AdaptedParts, state: AdapterState) -> None:
     acting = () if state.disabled else state.active
     unmerged = tuple(name for name in acting if name not in state.merged)
     for reflection in parts.reflections:
-        # nn.Module.__setattr__ would take longer than everything else that happens to a layer here.
-        vars(reflection)["active"] = tuple([name for name in unmerged if name in reflection.specs])
+        reflection.set_active(name for name in unmerged if name in reflection.specs)
     for owner, copies in parts.copies:
         copies.activate_copies(owner, next((name for name in acting if name in copies.copied), BASE))
 

@@ -20,7 +20,7 @@ from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.layers.sharding import is_dtensor, sharded_by
 from hra_fx.layers.target import REFLECTION, full_shape, weight_place, width_of
-from hra_fx.layers.tensor_parallel import parallel_forward, why_not_adapted
+from hra_fx.layers.tensor_parallel import has_parallel_forward, why_not_adapted
 from hra_fx.layers.trained_copies import get_copies
 from hra_fx.layers.variants import has_own_forward
 from hra_fx.patterns import matches_rank
@@ -116,7 +116,7 @@ def _state_problem(layer: nn.Module) -> str | None:
         )
     if get_adapters(layer) is not None:
         return None  # It was checked when it got its first adapter.
-    if not has_class_forward(layer) and parallel_forward(layer) is None:
+    if not has_class_forward(layer) and not has_parallel_forward(layer):
         return f"its `forward` is set on the instance, which would bypass the adapter. Delete it, or {_EXCLUDE}"
     if hasattr(layer, REFLECTION):
         return f"it already has an attribute `{REFLECTION}`. Rename the attribute, or {_EXCLUDE}"

@@ -1,0 +1,145 @@
+"""Whether `layer.weight` is `W` or `W Q`.
+
+While a model runs, the weight of an adapted layer reads as `W Q`, a plain tensor with gradients, because attention,
+Swin, Mamba and others use weights without calling their layers. At any other time it is the parameter `W`, as in PEFT:
+optimizers, loaders, and code that moves or ties weights need the parameter.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hra_fx import compat
+from hra_fx.errors import AdapterError
+from hra_fx.layers.accelerate_hooks import loaded, offloading_hook
+from hra_fx.layers.class_swap import SwapMixin
+from hra_fx.layers.quantized import quant_scheme_of
+from hra_fx.layers.running import RUNNING, WITHOUT_FACTORS, during
+from hra_fx.layers.sharding import call, is_dtensor
+from hra_fx.layers.target import REFLECTION, weight_place
+from hra_fx.layers.tensor_parallel import is_tensor_parallel
+
+
+def effective_weight(layer: nn.Module) -> Tensor:
+    """The weight `W Q` with which a layer computes now, at any time. It is differentiable.
+
+    `layer.weight` is `W Q` only while the model runs, and otherwise the parameter `W`.
+
+    Args:
+        layer: an adapted layer, or any module with a weight.
+
+    Returns:
+        `W Q` for the active adapters, in the shape and dtype of the weight: `(out, d)` for a Linear, `(out, in/groups,
+        ...)` for a convolution, `(d, out)` for transformers' `Conv1D`, `in_proj_weight` for `nn.MultiheadAttention`,
+        `(experts, ...)` for experts. A quantized weight is dequantized. If no adapter acts, or adapters are merged, it
+        is the weight itself.
+
+    Raises:
+        AdapterError: `layer` has no weight, or this process has only a shard of it.
+
+    Example:
+        >>> from hra_fx import HRAConfig, transform
+        >>> config = HRAConfig(r=2, init_weights=False, target_modules=["0"])
+        >>> model = transform(nn.Sequential(nn.Linear(6, 4, bias=False)), config)
+        >>> x = torch.ones(1, 6)
+        >>> torch.allclose(model(x), x @ effective_weight(model[0]).T, atol=1e-6)
+        True
+    """
+    adapters: Any = layer._modules.get(REFLECTION) if isinstance(layer, nn.Module) else None
+    if adapters is None:
+        weight = getattr(layer, "in_proj_weight", None) if isinstance(layer, nn.MultiheadAttention) else None
+        weight = getattr(layer, "weight", None) if weight is None else weight
+        if not isinstance(weight, Tensor):
+            raise AdapterError(f"`layer` must be a module with a weight, got {type(layer).__name__}.")
+        return weight
+    with loaded(weight_place(layer)[0]):
+        base: Tensor = adapters.weight_of(layer)
+        if is_dtensor(base) or base.is_meta:
+            raise AdapterError(
+                f"{adapters.layer_path}: its weight is sharded or has no data, so W Q cannot be computed. Gather the "
+                "parameters first, or load the weights."
+            )
+        scheme = quant_scheme_of(layer)
+        rotated: Tensor = call(adapters, weight=base if scheme is None else scheme.values(layer))
+        return rotated
+
+
+def weight_property(name: str) -> property:
+    """The property `layer.<name>` of an adapted layer. The parameter itself stays in `_parameters`."""
+
+    def read(self: nn.Module) -> Any:
+        try:
+            return read_weight(self)
+        except AttributeError as error:  # Python would call nn.Module.__getattr__, which returns W
+            if REFLECTION not in self._modules or not _has_weight(self):
+                raise
+            raise RuntimeError(f"{type(self).__name__}: its weight cannot be rotated ({error})") from error
+
+    def hold(self: nn.Module, value: Any) -> None:
+        """Store the weight as a plain attribute, as FSDP1 and DataParallel do during a forward."""
+        vars(self)[name] = value
+
+    def drop(self: nn.Module) -> None:
+        vars(self).pop(name, None)
+
+    return property(read, hold, drop)
+
+
+def _has_weight(layer: nn.Module) -> bool:
+    owner, name = weight_place(layer)
+    return name in owner._parameters or name in vars(owner)
+
+
+def read_weight(layer: nn.Module, rotated: Callable[..., Any] | None = None) -> Any:
+    """The value of `layer.weight`. `rotated(layer)` computes `W Q`, by default from the container."""
+    adapters: Any = layer._modules.get(REFLECTION)
+    if adapters is None or not _has_weight(layer):  # `parallelize_module` sets adapters aside while it splits a weight
+        return nn.Module.__getattr__(layer, weight_place(layer)[1])
+    base = adapters.weight_of(layer)
+    is_traced = torch.compiler.is_compiling() or compat.is_fx_tracing()
+    is_running = RUNNING.run is not None or compat.is_in_backward()  # a checkpointed block runs again in the backward
+    if not is_traced and (not is_running or _must_be_parameter(layer, adapters, base)):
+        return base
+    if adapters.needs_parameter or not (is_traced or adapters.acts):
+        return base
+    if is_traced:
+        return call(adapters, weight=base)
+    adapters.is_read = True
+    return call(adapters, weight=base) if rotated is None else rotated(layer)
+
+
+def _must_be_parameter(layer: nn.Module, adapters: Any, base: Any) -> bool:
+    """Whether code that reads a weight inside of a forward moves or shards the parameter.
+
+    accelerate's hook reads and replaces the weight of an offloaded layer by its name, and so does FSDP1. FSDP2 reads
+    its shards: while a module runs, its parameters are whole, or as tensor parallelism has split them.
+    """
+    if is_dtensor(base):
+        return not is_tensor_parallel(layer, base)
+    return base.is_meta or getattr(base, "_fsdp_flattened", False) or offloading_hook(layer) is not None
+
+
+class ReadsWeights(SwapMixin):
+    """A module whose forward reads weights of adapted layers. They read as `W Q` too if it is called alone."""
+
+    _hra_priority = 1
+
+    @classmethod
+    def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
+        """Wrap `forward` of `base`."""
+        return {"forward": running(base.forward)}
+
+
+def running(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a forward so that a model runs during its calls."""
+
+    @functools.wraps(forward)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return during(RUNNING.run or WITHOUT_FACTORS, forward, self, *args, **kwargs)
+
+    return run

@@ -1,0 +1,234 @@
+"""`layer.weight`: `W Q` for everything that a running model does, and the parameter `W` at any other time."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from adapting import config, randomise
+from layers.checking import assert_same, check, check_fold, normal, pair, run_dense, vectors_of
+from layers.reading_weights import (
+    TARGETS,
+    USES,
+    Functional,
+    Reading,
+    X,
+    assert_gradients,
+    dense,
+    functional,
+    layer_pair,
+    linear,
+    weight_of,
+)
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
+from transformers import RwkvConfig, RwkvForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers.pytorch_utils import Conv1D
+
+import hra_fx
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "Linear": linear,
+    "Conv1d": lambda: nn.Conv1d(4, 6, 3, groups=2),
+    "Conv2d": lambda: nn.Conv2d(4, 6, (3, 2)),
+    "Conv3d": lambda: nn.Conv3d(2, 4, (1, 2, 3)),
+    "Conv1D": lambda: Conv1D(4, 6),
+    "attention": lambda: nn.MultiheadAttention(6, 2),
+}
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("fields", [{"r": 2}, {"r": 3}, {"r": 2, "apply_GS": True}], ids=["even", "odd", "GS"])
+def test_the_effective_weight_is_the_dense_product(make: Callable[[], nn.Module], fields: dict[str, Any]) -> None:
+    base, layer = layer_pair(make, **fields)
+    wanted, plain = dense(base, layer), weight_of(base)
+    effective = hra_fx.effective_weight(layer)
+    assert type(effective) is Tensor and float((wanted - plain).detach().abs().max()) > 1e-3
+    assert_gradients(effective * 2, wanted * 2, [layer.hra_u["default"]])
+    assert weight_of(layer) is layer.hra_base is layer._parameters[layer.hra_u.weight_name]
+    assert torch.equal(weight_of(layer), plain)
+    assert hra_fx.effective_weight(base) is plain
+
+
+def test_the_effective_weight_of_an_adapter_that_does_not_act() -> None:
+    _, model = functional()
+    with hra_fx.disable_adapters(model):
+        assert hra_fx.effective_weight(model.read) is model.read.weight
+    hra_fx.merge_adapter(model)
+    assert hra_fx.effective_weight(model.read) is model.read.weight
+    for wrong in (nn.ReLU(), 3):
+        with pytest.raises(hra_fx.AdapterError, match=r"must be a module with a weight, got (ReLU|int)"):
+            hra_fx.effective_weight(wrong)  # type: ignore[arg-type]
+
+
+class Watching(nn.Module):
+    """Stores what it reads, and fails or calls a function in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.seen, self.act = nn.Linear(6, 6), list[Tensor](), lambda: None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(self.fc.weight)
+        self.act()
+        self.seen.append(self.fc.weight)
+        return self.fc(x)
+
+
+def test_a_read_is_plain_in_a_forward_and_the_parameter_after_it() -> None:
+    base, model = pair(Watching, ["fc"])
+    wanted = dense(base.fc, model.fc)
+
+    def check_reads(act: Callable[[], object]) -> None:
+        model.act, model.seen = act, []
+        model(X)
+        assert [type(weight) for weight in model.seen] == [Tensor, Tensor]
+        for weight in model.seen:
+            assert_same(weight, wanted)
+        assert model.fc.weight is model.fc._parameters["weight"]
+
+    def in_a_thread() -> None:
+        found: list[Tensor] = []
+        thread = threading.Thread(target=lambda: found.append(model.fc.weight))
+        thread.start(), thread.join()
+        assert found[0] is model.fc._parameters["weight"]  # no model runs in that thread
+
+    def fails() -> None:
+        with pytest.raises(ZeroDivisionError):
+            nested(X)
+
+    nested = hra_fx.transform(Watching().double(), config("fc", r=2))
+    nested.act = lambda: 1 / 0  # type: ignore[assignment,return-value]
+    for act in (lambda: None, in_a_thread, fails):
+        check_reads(act)
+
+
+def test_reads_pass_gradients_to_every_adapter() -> None:
+    base, model = functional()
+    hra_fx.add_adapter(model, "other", config("read", "both", r=2, apply_GS=True))
+    hra_fx.set_adapter(model, ["default", "other"])
+    randomise(model)
+    leaves = [*vectors_of(model).values(), *vectors_of(model, "other").values()]
+    assert len(leaves) == 5
+    assert_gradients(model(X), run_dense(base, model, X, adapters=("default", "other")), leaves)
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("branches", [False, True], ids=["traceable", "untraceable"])
+def test_every_reader_gets_the_rotated_weight(use: str, branches: bool) -> None:
+    base, model = pair(lambda: Reading(use, branches), TARGETS, apply_GS=branches)
+    check(base, model, X)
+    if not branches:
+        graph = hra_fx.graphs(model)[""]
+        assert_same(graph(X), run_dense(base, model, X))
+    assert type(check_fold(base, model, X)) is Reading
+
+
+PARTS = ["called", "read", "both"]
+
+
+class Blocks(nn.Module):
+    """Blocks that read, in another method, alone, and in a checkpoint."""
+
+    def __init__(self, reentrant: bool | None = None) -> None:
+        super().__init__()
+        self.blocks, self.reentrant = nn.ModuleList([Functional() for _ in range(2)]), reentrant
+
+    def features(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(x) * 2
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_blocks_that_run_again_in_the_backward_pass(reentrant: bool) -> None:
+    base, _ = pair(Blocks, PARTS)
+    _, model = pair(lambda: Blocks(reentrant), PARTS)
+    x = X.clone().requires_grad_()
+    (model(x) * normal(3, 3, 6)).sum().backward()
+    leaves = list(vectors_of(model).values())
+    wanted = torch.autograd.grad((run_dense(base, model, X) * normal(3, 3, 6)).sum(), leaves)
+    for leaf, oracle in zip(leaves, wanted, strict=True):
+        assert_same(leaf.grad, oracle)
+
+
+def test_methods_and_parts_that_are_called_alone() -> None:
+    base, model = pair(Blocks, PARTS)
+    whole = run_dense(base, model, X)
+    assert_same(2 * model.features(X), whole)
+    folded = hra_fx.fold(copy.deepcopy(model))
+    assert_same(model.blocks[1](X), folded.blocks[1](X))
+
+
+def test_a_replica_of_data_parallel_has_its_tensors_as_plain_attributes() -> None:
+    base, model = functional()
+    moved: Any = copy.deepcopy(base)
+    with torch.no_grad():
+        moved.read.weight.mul_(1.5)
+    replica = model._replicate_for_data_parallel()
+    for name, child in model.named_children():
+        twin = child._replicate_for_data_parallel()
+        for key, parameter in child._parameters.items():
+            twin._parameters.pop(key, None)
+            setattr(twin, key, parameter * 1.5 if (name, key) == ("read", "weight") else parameter.view_as(parameter))
+        replica._modules[name] = twin
+    assert_gradients(replica(X), run_dense(moved, model, X), list(vectors_of(model).values()))
+
+
+# ---- the parameter ----
+
+
+def test_the_parameter_can_be_written_replaced_and_fused() -> None:
+    base, layer = layer_pair()
+    with torch.no_grad():
+        for one in (layer, base):
+            one.weight[0] = 7.0
+            one.weight.mul_(2)
+    assert_same(hra_fx.effective_weight(layer), dense(base, layer))
+    layer.weight, base.weight = nn.Parameter(normal(4, 4, 6)), nn.Parameter(normal(4, 4, 6))
+    assert_same(layer(X), F.linear(X, dense(base, layer), base.bias))
+    norm = nn.BatchNorm1d(4).double().eval()
+    with torch.no_grad():
+        norm.running_mean.copy_(normal(5, 4)), norm.weight.copy_(normal(6, 4))
+    wanted = norm(layer(X.flatten(0, -2)))
+    assert_same(torch.nn.utils.fusion.fuse_linear_bn_eval(layer, norm)(X.flatten(0, -2)), wanted)
+
+
+def test_weights_that_another_tool_computes() -> None:
+    _, model = functional()
+    prune.l1_unstructured(model.read, "weight", 0.5)
+    with pytest.raises(hra_fx.FoldError, match=r"^read: its weight is not a parameter.*pruning"):
+        hra_fx.fold(model)
+    _, layer = layer_pair()
+    with pytest.raises(
+        hra_fx.AdapterError, match=r"weight_norm, pruning or similar was applied after hra_fx\.transform"
+    ):
+        parametrizations.weight_norm(layer)(X)
+
+
+def test_code_that_asks_for_metadata_gets_the_parameter() -> None:
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 32, "dropout_rate": 0}
+    made = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    base, model = pair(lambda: made, ["wi", "wo"])
+    assert model.encoder.block[0].layer[1].DenseReluDense.wo.hra_u.needs_parameter
+    ids = torch.tensor([[3, 4, 5]])
+    check(base, model, input_ids=ids, decoder_input_ids=ids)
+    assert not any(part.is_read for part in model.modules() if hasattr(part, "is_read"))  # W Q was not computed
+
+
+def test_code_that_writes_gets_the_parameter() -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 4, "vocab_size": 32, "context_length": 8, "rescale_every": 2}
+    _, model = pair(lambda: RwkvForCausalLM(RwkvConfig(**sizes)), ["output", "value"])
+    folded = hra_fx.fold(copy.deepcopy(model.train()))
+    for training in (True, False, True, False):  # its forward divides weights in eval mode, and multiplies them again
+        one, other = (each.train(training)(torch.tensor([[3, 4, 5]]), use_cache=False) for each in (model, folded))
+        assert_same(one, other)
