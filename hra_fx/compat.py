@@ -282,17 +282,15 @@ def tied_names(model: nn.Module) -> dict[str, str]:
         return {}
     first: dict[int, str] = {}
     found = ((name, first.setdefault(id(p), name)) for name, p in model.named_parameters(remove_duplicate=False))
-    tied = {name: source for name, source in found if name != source}
-    return {
-        name: source for name, source in tied.items() if any(re.search(key, end) for key in keys for end in (name, source))
-    }
+    named = re.compile("|".join(keys))
+    return {a: b for a, b in found if a != b and (named.search(a) or named.search(b))}
 
 
 # --- PEFT -------------------------------------------------------------------------------------------------------------
 
 
 def fields_of_update(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The configuration that PEFT passes to `update_layer` of its HRA layers. PEFT 0.18 passes its fields one by one."""
+    """The configuration that PEFT passes to `update_layer` of its HRA layers. PEFT 0.18 passes each field."""
     config = kwargs.get("config", args[0] if args else None)
     if hasattr(config, "apply_GS"):
         return config

@@ -54,7 +54,7 @@ def put_back(layer: nn.Module) -> None:
 
 def is_half_split(layer: nn.Module) -> bool:
     """Whether the adapters of a layer are set aside."""
-    return _ASIDE in vars(layer)
+    return _ASIDE in layer.__dict__
 
 
 def half_split(layer: nn.Module) -> UnsupportedLayerError:
