@@ -40,6 +40,11 @@ NEWER: Mapping[str, tuple[str, str, str]] = {
         "Without it, torch.fx traces a model for trace=True, graphs and visualize; adapters work without a graph.",
     ),
     "a program of torch.export": ("torch", "2.9", "Without it, transform or fold the model before torch.export."),
+    "`target_parameters` for the experts of a transformers model": (
+        "transformers",
+        "5.6",
+        "Without it, each expert has its own layers: list them in `target_modules`.",
+    ),
     "a transformers checkpoint on disk": (
         "transformers",
         "5.6",
@@ -281,7 +286,8 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     if not keys or not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         return {}
     first: dict[int, str] = {}
-    found = ((name, first.setdefault(id(p), name)) for name, p in model.named_parameters(remove_duplicate=False))
+    every = model.named_parameters(remove_duplicate=False)
+    found = sorted((name, first.setdefault(id(parameter), name)) for name, parameter in every)
     named = re.compile("|".join(keys))
     return {a: b for a, b in found if a != b and (named.search(a) or named.search(b))}
 
@@ -306,7 +312,18 @@ OpOverload: type[Any] = type(torch.ops.aten.add.Tensor)
 
 def call_after_deepcopy(graph: Any, hook: Callable[[Any], None]) -> None:
     """Call a function with each deepcopy of a `GraphModule`."""
-    graph._register_deepcopy_hook(hook)
+    if hasattr(graph, "_register_deepcopy_hook"):
+        graph._register_deepcopy_hook(hook)
+        return
+    copy: Callable[[Any, Any], Any] = type(graph).__deepcopy__  # of torch 2.6; each `GraphModule` has its own class
+
+    def copy_and_call(self: Any, memo: Any) -> Any:
+        made = copy(self, memo)
+        hook(made)
+        call_after_deepcopy(made, hook)
+        return made
+
+    type(graph).__deepcopy__ = copy_and_call
 
 
 #: The operator that checks the dtype and device of a tensor before a cast.

@@ -17,8 +17,16 @@ import torch
 from browser import NAMES, find_browser
 from packaging.requirements import Requirement
 
-#: Files that cannot be imported with older releases. A single test that needs a newer release has the marker `needs`.
+#: Files that are about newer releases, or cannot be imported with older ones. A single test that needs a newer release has the marker `needs`.
 NEEDS = {
+    "export/exporting": "torch>=2.9",
+    "export/test_adapted_programs.py": "torch>=2.9",
+    "export/test_lift.py": "torch>=2.9",
+    "export/test_matching.py": "torch>=2.9",
+    "export/test_programs.py": "torch>=2.9",
+    "tracing/test_graph_like_eager.py": "torch>=2.9",
+    "tracing/test_graph_of_call.py": "torch>=2.9",
+    "tracing/test_trace_example.py": "torch>=2.9",
     "checkpoint/disk/test_experts.py": "transformers>=5.6",
     "layers/experts/test_products.py": "transformers>=5.6",
     "layers/quantized": "torchao>=0.18",

@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import moe_models
 import pytest
 import torch
 from named_models import tiny_llama
@@ -112,6 +113,9 @@ def test_what_needs_a_newer_release_says_so(feature: str, tmp_path: Path) -> Non
             return hra_fx.graphs(hra_fx.transform(Counts(), config), example_inputs=x)
         if feature == "a program of torch.export":
             return hra_fx.lift(torch.export.export(nn.Sequential(nn.Linear(3, 2)), (x,)))
+        if feature == "`target_parameters` for the experts of a transformers model":
+            config = hra_fx.HRAConfig(r=2, target_parameters=["experts.down_proj"])
+            return hra_fx.transform(moe_models.built("mixtral"), config)
         model = tiny_llama()
         model.save_pretrained(tmp_path / "base")
         hra_fx.save_adapter(hra_fx.transform(model, hra_fx.HRAConfig(target_modules=["q_proj"])), tmp_path / "adapter")
