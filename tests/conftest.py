@@ -17,7 +17,7 @@ import torch
 from browser import NAMES, find_browser
 from packaging.requirements import Requirement
 
-#: Files that are about newer releases, or cannot be imported with older ones. A single test that needs a newer release has the marker `needs`.
+#: Files that newer releases are needed for. A single test that needs a newer release has the marker `needs`.
 NEEDS = {
     "export/exporting": "torch>=2.9",
     "export/test_adapted_programs.py": "torch>=2.9",
