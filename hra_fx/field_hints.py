@@ -7,27 +7,19 @@ from collections.abc import Collection
 
 # Other names for the fields, from other libraries and the paper, that are not found by similar spelling.
 _SYNONYMS = {
-    "rank": "r",
-    "hra_r": "r",
-    "lora_r": "r",
-    "num_reflections": "r",
-    "gs": "apply_GS",
-    "gram_schmidt": "apply_GS",
-    "use_gram_schmidt": "apply_GS",
-    "init_hra_weights": "init_weights",
-    "init_lora_weights": "init_weights",
-    "targets": "target_modules",
-    "target_layers": "target_modules",
-    "modules": "target_modules",
-    "excludes": "exclude_modules",
-    "modules_to_exclude": "exclude_modules",
-    "ignore_modules": "exclude_modules",
-    "layers": "layers_to_transform",
-    "layer_indices": "layers_to_transform",
-    "layer_ids": "layers_to_transform",
-    "trainable_modules": "modules_to_save",
-    "base_model": "base_model_name_or_path",
-    "task": "task_type",
+    synonym: name
+    for name, synonyms in {
+        "r": "rank hra_r lora_r num_reflections",
+        "apply_GS": "gs gram_schmidt use_gram_schmidt",
+        "init_weights": "init_hra_weights init_lora_weights",
+        "target_modules": "targets target_layers modules",
+        "exclude_modules": "excludes modules_to_exclude ignore_modules",
+        "layers_to_transform": "layers layer_indices layer_ids",
+        "modules_to_save": "trainable_modules",
+        "base_model_name_or_path": "base_model",
+        "task_type": "task",
+    }.items()
+    for synonym in synonyms.split()
 }
 _NO_ALPHA = "HRA has no alpha, because Q is orthogonal. Remove it. To weaken an adapter, call hra_fx.set_scale."
 #: Fields of PEFT's `LoraConfig` without a counterpart.

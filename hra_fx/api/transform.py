@@ -172,8 +172,7 @@ def fold(model: M, adapter_names: str | Sequence[str] | None = None, *, requanti
     of the folded weights, and of tensors trained through `bias` and `modules_to_save`, differ.
 
     All vectors and weights are checked first. Then the new weights are computed and written one layer at a time, in
-    float64 if the device supports it. So folding needs extra memory for only a few copies of one layer. If it is
-    interrupted, the model still computes the same outputs, and another call of `fold` finishes the work. To see the
+    float64 if the device supports it. So folding needs extra memory for only a few copies of one layer. To see the
     rounding error of each layer before folding, use `plan_fold`.
 
     A weight that shares memory with other tensors (an output layer tied to the embeddings) is untied: the layer gets

@@ -155,10 +155,7 @@ class Adapter:
         for key, tensor in self.tensors.items():
             if key.endswith((f".{REFLECTION}", f".{VECTORS}")) or self.is_ignored(key):
                 continue
-            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-            if name in found:
-                raise _duplicate(self.file, f"{PREFIX}{name}", "'.base_layer.'")
-            found[name] = tensor
+            found[key.removeprefix(PREFIX).replace(".base_layer.", ".")] = tensor
         return found
 
     def is_ignored(self, key: str) -> bool:
@@ -213,16 +210,10 @@ def read_adapter(source: str | os.PathLike[str], config: HRAConfig | None = None
     own = HRAConfig.from_pretrained(folder) if config is None else config
     file = folder / WEIGHTS_NAME
     stored, metadata = read(file)
-    if twice := next((key for key in stored if f"{PREFIX}{key}" in stored), None):
-        raise _duplicate(file, twice, f"the prefix {PREFIX!r}")
     keys = sorted(stored, key=lambda key: re.sub(r"\d+", lambda number: number[0].zfill(9), key).split("."))
     # Some writers leave out PEFT's prefix.
     tensors = {key if key.startswith(PREFIX) else f"{PREFIX}{key}": stored[key] for key in keys}
-    return Adapter(file, own, tensors, metadata if config is None else {}, read_base_row(file, metadata))
-
-
-def _duplicate(file: Path, key: str, part: str) -> CheckpointError:
-    return CheckpointError(f"{file}: duplicate key {key}, with and without {part}. Save the adapter again.")
+    return Adapter(file, own, tensors, metadata if config is None else {}, read_base_row(metadata))
 
 
 @dataclass(frozen=True)
@@ -331,12 +322,6 @@ def _check_shapes(
     for (path, name), key in copies.items():
         tensor: Tensor = getattr(model.get_submodule(path), name)
         _check_shape(adapter, key, tuple(tensor.shape))
-        dtype = adapter.tensors[key].dtype
-        if dtype.is_floating_point is not tensor.is_floating_point():
-            raise CheckpointError(
-                f"{adapter.file}: {key} must have a dtype like the model's {tensor.dtype}, got {dtype}. Is this the "
-                "right base model?"
-            )
 
 
 def _check_shape(adapter: Adapter, key: str, expected: tuple[int, ...]) -> None:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from hra_fx.atomic_write import atomic_write, temporary_file
+from hra_fx.atomic_write import temporary_file
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError
 from hra_fx.hub import check_options, download
@@ -52,44 +52,52 @@ def find(source: str | os.PathLike[str], subfolder: str | None = None, **hub: An
         within = "" if inside == "." else glob.escape(inside) + "/"
         root = download(source, [within + CONFIG_NAME, within + WEIGHTS_NAME], hub)
     folder = root / inside
-    if not os.path.isdir(folder):
-        raise CheckpointError(f"{folder}: no such folder. {_suggestion(root, root)}")
-    if not os.path.isfile(folder / CONFIG_NAME):
-        raise CheckpointError(f"{folder / CONFIG_NAME}: no such file. {_suggestion(root, folder)}")
-    if os.path.isfile(folder / WEIGHTS_NAME):
-        return folder
-    if os.path.isfile(folder / _PICKLE_NAME):
-        raise CheckpointError(
-            f"{folder / _PICKLE_NAME}: pickle files are never read. Load the adapter with PEFT and save it again with "
-            "safe_serialization=True."
-        )
-    raise CheckpointError(f"{folder / WEIGHTS_NAME}: no such file. {_suggestion(root, folder)}")
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not os.path.isfile(folder / name):
+            raise CheckpointError(f"{folder / name}: no such file. {_suggestion(root, folder)}")
+    return folder
 
 
 def _suggestion(root: Path, folder: Path) -> str:
     """Suggest what to do with a folder without an adapter: list its subfolders that have one."""
-    configs = [config for config in folder.glob(f"*/{CONFIG_NAME}") if os.path.isfile(config.with_name(WEIGHTS_NAME))]
+    if os.path.isfile(folder / _PICKLE_NAME):
+        return "Pickle files are never read: load the adapter with PEFT and save it again with safe_serialization=True."
+    found = (folder if os.path.isdir(folder) else root).glob(f"*/{CONFIG_NAME}")
+    configs = [config for config in found if os.path.isfile(config.with_name(WEIGHTS_NAME))]
     if not configs:
         return _SAVED_BY
-    found = sorted(repr(Path(os.path.relpath(config.parent, root)).as_posix()) for config in configs)
-    return f"There are adapters in the subfolders {some_of(found, _MAX_LISTED)}: pass the path of one of them."
+    paths = sorted(repr(Path(os.path.relpath(config.parent, root)).as_posix()) for config in configs)
+    return f"There are adapters in the subfolders {some_of(paths, _MAX_LISTED)}: pass the path of one of them."
 
 
 def write(
     directory: str | os.PathLike[str], config_text: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write an adapter into `directory`, which is created if needed. After an error, an old adapter is unchanged.
+    """Write an adapter into `directory`, which is created if needed.
 
-    Both files are written to disk with temporary names and then renamed. If the process is killed between the two
-    renames, the folder contains the new configuration and the old weights.
+    Both files are written to disk with temporary names and then renamed, so an error while writing, such as a full
+    disk, leaves an old adapter unchanged. If the process is killed between the two renames, the folder contains the new
+    configuration and the old weights.
     """
     folder = Path(directory)
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise CheckpointError(f"{folder}: is a file. Pass a folder to save in.")
     data = _serialize(folder / WEIGHTS_NAME, tensors, metadata)
+    _write_files(folder, {CONFIG_NAME: config_text.encode(), WEIGHTS_NAME: data})
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file like `write`."""
+    _write_files(path.parent, {path.name: _serialize(path, tensors, metadata)})
+
+
+def _write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace_both(folder / CONFIG_NAME, config_text.encode(), folder / WEIGHTS_NAME, data)
+        with contextlib.ExitStack() as stack:
+            new = {name: stack.enter_context(temporary_file(folder / name, data)) for name, data in contents.items()}
+            for name, file in new.items():
+                os.replace(file, folder / name)
     except OSError as error:
         raise CheckpointError(
             f"{folder}: cannot write the adapter ({error}). The old files, if any, are unchanged. Choose another "
@@ -97,42 +105,8 @@ def write(
         ) from error
 
 
-def _replace_both(config: Path, text: bytes, weights: Path, data: bytes) -> None:
-    """Replace both files, or neither of them if an exception is raised."""
-    old = config.read_bytes() if config.is_file() else None
-    with (
-        temporary_file(weights, data) as new_weights,
-        temporary_file(config, text) as new_config,
-        temporary_file(config, old or b"") as backup,  # written first, because the disk may be full when it is needed
-    ):
-        try:
-            os.replace(new_config, config)
-            os.replace(new_weights, weights)
-        except BaseException:
-            # An interrupt can also arrive after the last rename, when everything is done.
-            if new_weights.exists() and not new_config.exists():
-                if old is None:
-                    config.unlink()
-                else:
-                    os.replace(backup, config)
-            raise
-
-
-def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write one safetensors file atomically, in a folder that is created if needed; raises the errors of `write`."""
-    data = _serialize(path, tensors, metadata)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, data)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot write the file ({error}). The old file, if any, is unchanged."
-        ) from error
-
-
 def _serialize(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     plain: dict[str, Tensor] = {}
-    storages: set[int] = set()
     for key, tensor in tensors.items():
         if tensor.is_meta:
             raise CheckpointError(f"{path}: {key!r} is on the meta device and has no values. Load the model first.")
@@ -142,11 +116,8 @@ def _serialize(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
             path, key, tensor.detach(), "Nothing was written. Save a state from before the training diverged."
         )
         # safetensors writes raw memory, so resolve lazy conjugation and negation. It does not accept shared memory.
-        own = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        if own.untyped_storage().data_ptr() in storages:
-            own = own.clone()
-        storages.add(own.untyped_storage().data_ptr())
-        plain[key] = own
+        own = tensor.detach().cpu().resolve_conj().resolve_neg()
+        plain[key] = own.clone(memory_format=torch.contiguous_format)
     try:
         data = save(plain, {**metadata, "format": "pt"})
     except (KeyError, ValueError) as error:  # a dtype that safetensors does not know
@@ -169,10 +140,6 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not tensors:
         raise CheckpointError(f"{path}: the file has no tensors. Save the adapter again.")
     for key, tensor in tensors.items():
-        if key.endswith((REFLECTION, VECTORS)) and not tensor.is_floating_point():
-            raise CheckpointError(
-                f"{path}: {key!r} must have a floating-point dtype, got {tensor.dtype}. Save the adapter again."
-            )
         _check_finite(path, key, tensor, "Use a file from before the training diverged.")
     return tensors, metadata
 

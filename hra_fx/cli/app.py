@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from hra_fx.cli.convert import convert, fold_or_unfold
 from hra_fx.cli.inspect import inspect
-from hra_fx.cli.models import match, scale, visualize
+from hra_fx.cli.models import match, visualize
 from hra_fx.cli.screen import ErrorHandlingGroup
 from hra_fx.version import VERSION
 
@@ -35,7 +35,6 @@ Adapters with biases or modules to save raise an error, because the replaced val
 _COMMANDS = (
     ("inspect", inspect, inspect.__doc__),
     ("match", match, match.__doc__),
-    ("scale", scale, scale.__doc__),
     ("fold", fold_or_unfold, _FOLD_HELP),
     ("unfold", fold_or_unfold, _UNFOLD_HELP),
     ("convert", convert, convert.__doc__),
@@ -50,9 +49,6 @@ hra-fx match my-model --target q_proj --target v_proj --layers 0-3,7
 hra-fx match my-model --target all-linear --exclude lm_head --rank 16
 hra-fx match my-model --regex '.*self_attn\.[qv]_proj'
 hra-fx match my-model --config my-adapter
-hra-fx scale my-model --gpus 8
-hra-fx scale my-model --gpus 64 --strategy fsdp2 --target q_proj --target v_proj --rank 16
-hra-fx scale my-model --gpus 8 --strategy tp --tokens 8192
 hra-fx fold my-model my-adapter folded
 hra-fx fold my-model first second folded --verify
 hra-fx fold my-pipeline my-adapter folded --part unet

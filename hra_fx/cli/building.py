@@ -16,7 +16,7 @@ from hra_fx.cli.screen import show_table
 from hra_fx.errors import CheckpointError, HRAWarning
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.target import describe, weight_place, width_of
-from hra_fx.reporting.columns import starred
+from hra_fx.reporting.columns import grouped
 from hra_fx.reporting.table import Column
 
 #: Quantization methods whose layers can be adapted, by their names in transformers.
@@ -86,9 +86,6 @@ def show_layers(layers: Collection[LayerSummary]) -> None:
 
     The table shows the parameters of an adapter if layers have a rank, otherwise the parameters of the layers.
     """
-    groups: dict[tuple[str, str, int, int | None], list[LayerSummary]] = {}
-    for layer in layers:
-        groups.setdefault((starred(layer.path), layer.site, layer.d, layer.r), []).append(layer)
     columns = (
         Column("layer", is_text=True),
         Column("count"),
@@ -98,8 +95,9 @@ def show_layers(layers: Collection[LayerSummary]) -> None:
         Column("params"),
     )
     rows = []
-    for (path, site, d, r), found in groups.items():
-        parameters = sum(layer.parameters if r is None else layer.trained for layer in found)
-        name = path if len(found) > 1 else found[0].path
-        rows.append((name, str(len(found)), site, str(d), "" if r is None else str(r), f"{parameters:,}"))
+    for group in grouped(layers, lambda layer: layer.path, lambda layer: (layer.site, layer.d, layer.r)):
+        one = group.rows[0]
+        parameters = sum(layer.parameters if layer.r is None else layer.trained for layer in group.rows)
+        r = "" if one.r is None else str(one.r)
+        rows.append((group.name, str(len(group.rows)), one.site, str(one.d), r, f"{parameters:,}"))
     show_table(columns, rows)

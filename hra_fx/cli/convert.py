@@ -73,13 +73,8 @@ def fold_or_unfold(
     show_result(report, as_json=as_json)
 
 
-class Form(StrEnum):
-    """The format of the result."""
-
-    lora = "lora"
-    gguf = "gguf"
-    peft = "peft"
-    hra_fx = "hra_fx"
+#: The formats of a result.
+Form = StrEnum("Form", ["lora", "gguf", "peft", "hra_fx"])
 
 
 def convert(
@@ -129,10 +124,10 @@ def convert(
         _convert_hra(adapters[0], out, for_peft=to is Form.peft, as_json=as_json)
         return
     if base is None:
-        raise typer.BadParameter(f"--to {to.value} needs the folder of the base model", param_hint="--base")
+        raise typer.BadParameter(f"--to {to} needs the folder of the base model", param_hint="--base")
     if (out.suffix.lower() == ".gguf") is not (to is Form.gguf):
         need = "a .gguf file" if to is Form.gguf else "a folder (.gguf files need --to gguf)"
-        raise typer.BadParameter(f"--to {to.value} writes {need}, got {out}", param_hint="OUT")
+        raise typer.BadParameter(f"--to {to} writes {need}, got {out}", param_hint="OUT")
     _check_free(out, overwrite=overwrite)
     from hra_fx.lora.save import convert_files
 
@@ -153,7 +148,7 @@ def convert(
 def _refuse_options(context: typer.Context, to: Form, number: int) -> None:
     """Raise an error if options of LoRA are used for another format."""
     if number > 1:
-        raise typer.BadParameter(f"--to {to.value} converts one adapter, got {number}", param_hint="ADAPTER")
+        raise typer.BadParameter(f"--to {to} converts one adapter, got {number}", param_hint="ADAPTER")
     for name in _OF_LORA:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":

@@ -11,11 +11,12 @@ import typer
 
 from hra_fx.cli.screen import Json, count, show_heading, show_json, show_table, span
 from hra_fx.errors import CheckpointError, SelectionError
-from hra_fx.reporting.table import Column
 from hra_fx.selection.suggestions import some_of
 
 _ADAPTER = "adapter_config.json"
 _MODEL = "config.json"
+#: The fields of a report's row that are known without the base model.
+_FIELDS = ("path", "d", "r", "parameters", "rotation", "angle", "mean_angle", "angles", "orthogonality")
 
 
 def inspect(
@@ -28,11 +29,13 @@ def inspect(
 
     For an adapter: its layers, ranks, parameters and rotation angles. For a model: the layers that can be adapted.
     """
-    if _is_adapter(Path(path)):
-        summary, show = _summarize_adapter(path), _show_adapter
-    else:
-        summary, show = _summarize_model(Path(path)), _show_model
-    show_json(summary) if as_json else show(summary)
+    if not _is_adapter(Path(path)):
+        summary = _summarize_model(Path(path))
+        show_json(summary) if as_json else _show_model(summary)
+        return
+    summary = _summarize_adapter(path)
+    layers = [{name: getattr(row, name) for name in _FIELDS} for row in summary["layers"]]
+    show_json(summary | {"layers": layers}) if as_json else _show_adapter(summary)
 
 
 def _is_adapter(folder: Path) -> bool:
@@ -54,21 +57,17 @@ def _summarize_adapter(source: str) -> dict[str, Any]:
     from hra_fx.checkpoint.adapter import read_adapter
     from hra_fx.functional.householder import working_dtype
     from hra_fx.layers.target import REFLECTION
-    from hra_fx.reporting.row import turn_of
+    from hra_fx.reporting.row import Row, measured_fields
 
     files = read_adapter(source)
     config, trained = files.config, files.resume.config
     dtype = next(tensor.dtype for key, tensor in files.tensors.items() if key.endswith(f".{REFLECTION}"))
-    layers = []
+    rows = []
     for path, chain in files.chains.items():
         r = trained.rank_of(path)
         # Use the file's precision, so that rounding errors of vectors that cancel are not shown as angles.
-        turned = turn_of(chain.to(working_dtype(dtype)))
-        sizes = {"d": chain.shape[-2], "r": r, "parameters": math.prod(chain.shape[:-1]) * r}
-        angles = {"angle": turned.angle, "mean_angle": turned.mean_angle, "angles": turned.angles}
-        layers.append(
-            {"path": path, **sizes, "rotation": turned.rotation, **angles, "orthogonality": turned.orthogonality}
-        )
+        measured = measured_fields(chain.to(working_dtype(dtype)), None)
+        rows.append(Row(path, "", "", True, chain.shape[-2], r, math.prod(chain.shape[:-1]) * r, **measured))
     targets = config.target_modules
     return {
         "folder": files.file.parent,
@@ -81,9 +80,9 @@ def _summarize_adapter(source: str) -> dict[str, Any]:
         "gram_schmidt": trained.apply_GS,
         "anchor": max(map(files.resume.anchor, files.chains)),
         "dtype": str(dtype).removeprefix("torch."),
-        "parameters": sum(layer["parameters"] for layer in layers),
+        "parameters": sum(row.parameters for row in rows),
         "saved": list(files.full),
-        "layers": layers,
+        "layers": rows,
         "kind": "adapter",
     }
 
@@ -97,37 +96,24 @@ def _writer(file: Path) -> str:
 
 
 def _show_adapter(summary: dict[str, Any]) -> None:
-    from hra_fx.reporting.columns import degrees
+    from hra_fx.reporting.columns import table_of
 
-    layers = summary["layers"]
+    rows = summary["layers"]
     show_heading(
         f"HRA adapter in {summary['folder']}",
         {
             "base model": summary["base_model"] or "unknown",
             "task": summary["task_type"] or "",
             "written by": f"{summary['written_by']}, {summary['dtype']}",
-            "vectors": f"r = {span([layer['r'] for layer in layers])}"
+            "vectors": f"r = {span([row.r for row in rows])}"
             + ", orthonormalized by Gram-Schmidt" * summary["gram_schmidt"]
             + f", and {count(summary['anchor'], 'frozen anchor vector')}" * bool(summary["anchor"]),
-            "trainable": f"{count(summary['parameters'], 'parameter')} in {count(len(layers), 'layer')}",
+            "trainable": f"{count(summary['parameters'], 'parameter')} in {count(len(rows), 'layer')}",
             "also trained": _some(summary["saved"]),
             "targets": _some(summary["target_modules"]),
         },
     )
-    columns = (
-        Column("layer", is_text=True),
-        Column("d", priority=1),
-        Column("r", priority=3),
-        Column("params", priority=2),
-        Column("|Q - I|", priority=4),
-        Column("mean angle"),
-        Column("largest"),
-    )
-    rows = []
-    for layer in layers:
-        sizes = (layer["path"], str(layer["d"]), str(layer["r"]), f"{layer['parameters']:,}")
-        rows.append((*sizes, f"{layer['rotation']:.3f}", degrees(layer["mean_angle"]), degrees(layer["angle"])))
-    show_table(columns, rows)
+    show_table(*table_of(rows, without=("weight change", "share of W")))
 
 
 def _some(names: list[str] | str | None) -> str:

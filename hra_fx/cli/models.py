@@ -1,22 +1,19 @@
-"""The commands that build a model from its `config.json`: `hra-fx match`, `hra-fx scale` and `hra-fx visualize`."""
+"""The commands that build a model from its `config.json`: `hra-fx match` and `hra-fx visualize`."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hra_fx.cli.screen import CHECK_FAILED, Json, count, print_message, show_heading, show_json, show_lines, show_table
+from hra_fx.cli.screen import CHECK_FAILED, Json, count, print_message, show_heading, show_json, show_lines
 from hra_fx.errors import SelectionError, UnsupportedLayerError
-from hra_fx.reporting.table import Column
 
 if TYPE_CHECKING:
     from hra_fx.config import HRAConfig
-    from hra_fx.reporting.scale import Cost
 
 #: The heat values that are computed from weights.
 _NEED_WEIGHTS = ("weight_change", "share")
@@ -93,9 +90,7 @@ def match(
 def _targets(names: list[str] | None, regex: str | None) -> list[str] | str | None:
     if names and regex is not None:
         raise typer.BadParameter("use either --target or --regex, not both")
-    if names and _ALL in names:
-        if len(names) > 1:
-            raise typer.BadParameter(f"{_ALL!r} cannot be combined with other names", param_hint="--target")
+    if names == [_ALL]:
         return _ALL
     return regex if regex is not None else names or None
 
@@ -162,10 +157,11 @@ def _summarize(path: Path, config: HRAConfig) -> dict[str, Any]:
 
 def _show(found: dict[str, Any]) -> None:
     from hra_fx.cli.building import show_layers
-    from hra_fx.reporting.columns import footnotes, percent
+    from hra_fx.reporting.columns import footnotes
+    from hra_fx.reporting.heat import with_unit
 
     adapted, in_full = found["adapted"], found["trained_in_full"]
-    share = percent(found["trained"] / found["parameters"])
+    share = with_unit(100 * found["trained"] / found["parameters"], "%")
     show_heading(
         f"{found['model']} ({found['library']})",
         {
@@ -177,68 +173,6 @@ def _show(found: dict[str, Any]) -> None:
     show_layers(adapted)
     for title, lines in footnotes((), found["missed"], found["trained_layers"], found["missed_parameters"]).items():
         show_lines(title, lines)
-
-
-class StrategyName(StrEnum):
-    """How training is distributed."""
-
-    ddp = "ddp"
-    fsdp2 = "fsdp2"
-    zero3 = "zero3"
-    tp = "tp"
-
-
-def scale(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder of a model, or its config.json.")],
-    gpus: Annotated[int, typer.Option("--gpus", "-n", min=1, help="Number of processes.")] = 8,
-    strategy: Annotated[
-        StrategyName, typer.Option("--strategy", "-s", help="How training is distributed.")
-    ] = StrategyName.fsdp2,
-    target: Annotated[
-        list[str] | None,
-        typer.Option("--target", "-t", metavar="NAME", help="A layer, by the end of its path. Default: all linear."),
-    ] = None,
-    rank: Annotated[int, typer.Option("--rank", "-r", help="Number of reflections.")] = 8,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens per step and process, for tp.")] = 4096,
-    as_json: Json = False,
-) -> None:
-    """Show memory and communication of adapters per process and training step, compared with LoRA.
-
-    The model is built from its config.json, without weights, and is not run. The values come from formulas, which are
-    tested against measurements with two processes. Vectors are float32, and the optimizer is AdamW.
-    """
-    import torch
-
-    from hra_fx.api.transform import transform
-    from hra_fx.cli.building import build
-    from hra_fx.config import HRAConfig
-    from hra_fx.reporting.scale import costs
-
-    model, library = build(path)
-    dtype = getattr(getattr(model, "config", None), "dtype", None)
-    if isinstance(dtype, torch.dtype):  # the model computes in the dtype of the checkpoint
-        model.to(dtype)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    title = f"{type(model).__name__} ({library}), {parameters:,} parameters"
-    transform(model, HRAConfig(r=rank, target_modules=target or "all-linear"))
-    found = costs(model, gpus, strategy.value, tokens=tokens)
-    if as_json:
-        show_json(found)
-        return
-    show_heading(title, {"processes": str(gpus), "strategy": strategy.value})
-    names = [f"{cost.method}, r = {cost.rank}" for cost in found]
-    show_table([Column("per process", is_text=True), *map(Column, names)], _rows(found))
-
-
-def _rows(found: list[Cost]) -> list[list[str]]:
-    from rich.filesize import decimal
-
-    rows = [["trainable parameters (total)", *(f"{cost.parameters:,}" for cost in found)]]
-    for field in ("vectors", "gradients", "optimizer", "factors"):
-        rows.append([field, *(decimal(getattr(cost, field)) for cost in found)])
-    rows.append(["collectives per step", *(f"{cost.collectives:,}" for cost in found)])
-    rows.append(["sent per step", *(decimal(cost.sent) for cost in found)])
-    return rows
 
 
 def visualize(

@@ -6,14 +6,12 @@ Only unexpected errors show a traceback.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, TextIO, TypeAlias
 
 import typer
@@ -24,6 +22,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from hra_fx.errors import HRAError, HRAWarning
+from hra_fx.reporting.plain import plain
 from hra_fx.reporting.table import UNLIMITED, Column, fit_table, min_width
 
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print only JSON to stdout.")]
@@ -79,15 +78,7 @@ def show_lines(heading: str, lines: Collection[str]) -> None:
 
 def show_json(content: Any) -> None:
     """Print JSON, with null for non-finite numbers."""
-    known = json.loads(json.dumps(content, default=_plain), parse_constant=lambda name: None)
-    typer.echo(json.dumps(known, indent=2))
-
-
-def _plain(value: Any) -> Any:
-    """Convert a path, a set or a dataclass for JSON."""
-    if isinstance(value, Path):
-        return value.as_posix()
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else sorted(value)  # type: ignore[arg-type]
+    typer.echo(json.dumps(plain(content), indent=2))
 
 
 def count(number: int, noun: str) -> str:
@@ -118,7 +109,7 @@ class ErrorHandlingGroup(TyperGroup):
             # A closed pipe is handled by the caller.
             if debug or isinstance(error, BrokenPipeError):
                 raise
-            print_message("error", _text(error), "bold red")
+            print_message("error", str(error), "bold red")
             raise typer.Exit(FAILED) from error
         except KeyboardInterrupt as error:
             print_message("interrupted", "nothing was written", "bold yellow")
@@ -128,12 +119,6 @@ class ErrorHandlingGroup(TyperGroup):
 def print_message(kind: str, text: str, style: str) -> None:
     """Print one line to stderr, without wrapping if it is not a terminal."""
     console_on(sys.stderr).print(Text.assemble((kind, style), ": ", text))
-
-
-def _text(error: HRAError | OSError) -> str:
-    if isinstance(error, HRAError) or error.filename is None:
-        return str(error)
-    return f"{error.filename}: {error.strerror or type(error).__name__}."
 
 
 @contextlib.contextmanager

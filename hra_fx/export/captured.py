@@ -66,11 +66,10 @@ def check_is_program(value: object, function: str) -> None:
     """Check that a value is a program."""
     if is_program(value):
         return
-    if isinstance(value, fx.GraphModule) and is_captured(value):
+    if is_captured(value):
         raise AdapterError(
             f"{function}: the GraphModule consists of operators, not of calls of layers. Pass the ExportedProgram that "
-            "it was created from, or convert that to a GraphModule with layers: hra_fx.lift(program). "
-            "torch.export.export(module, args) creates a program from any module."
+            "it was created from, or convert that to a GraphModule with layers: hra_fx.lift(program)."
         )
     raise AdapterError(
         f"{function}: expected an ExportedProgram, got {type(value).__name__}. Export the transformed model first: "
@@ -201,17 +200,15 @@ def drop_metadata(graph_module: fx.GraphModule) -> Any:
 
 
 def has_adapter(graph_module: fx.GraphModule, config: HRAConfig, adapter_name: str) -> bool:
-    """Whether a graph already has this adapter."""
+    """Whether a graph already has this adapter. Another adapter is an error."""
     metadata = get_metadata(graph_module)
     if metadata is None and not find_rotate_nodes(graph_module.graph):
         return False
-    if metadata is not None and metadata["adapter"] == adapter_name and metadata["config"] == config.to_dict():
+    if metadata is not None and (metadata["adapter"], metadata["config"]) == (adapter_name, config.to_dict()):
         return True
-    present = "reflections" if metadata is None else f"the adapter {metadata['adapter']!r}"
-    same_name = metadata is not None and metadata["adapter"] == adapter_name
     raise AdapterError(
-        f"adapter {adapter_name!r}: the graph already has {present}{' with another configuration' * same_name}; a "
-        "captured graph can have only one adapter. Fold it first (hra_fx.fold), or transform the original graph."
+        f"adapter {adapter_name!r}: the graph already has another adapter or configuration, and a captured graph can "
+        "have only one. Fold it first (hra_fx.fold), or transform the original graph."
     )
 
 

@@ -155,13 +155,11 @@ def _unambiguous(layers: Iterable[GraphLayer], parameters: Mapping[str, Tensor])
 
 
 def _why_no_layer(layers: Iterable[GraphLayer]) -> str:
-    layer = next(iter(layers), None)
-    found = "no linear layer or convolution has a parameter named '<layer>.weight'"
-    if layer is not None:
-        found = f"{layer.path}.weight is used by {layer.uses[0].consumer.target} in another form"
+    found = [f"; {layer.path}.weight is used by {layer.uses[0].consumer.target}" for layer in layers]
     return (
-        f"the program has no operator that can be the call of a layer: {found}. If the program was decomposed "
-        f"(run_decompositions), lift it before that. {_TRANSFORM}."
+        "the program has no operator that can be the call of a linear layer or convolution, with a parameter named "
+        f"'<layer>.weight'{next(iter(found), '')}. If the program was decomposed (run_decompositions), lift it before "
+        f"that. {_TRANSFORM}."
     )
 
 

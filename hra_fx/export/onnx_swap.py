@@ -154,13 +154,13 @@ def _exported_adapter(model: nn.Module) -> tuple[str, dict[str, HouseholderAdapt
 
 
 def _active_adapter(record: AdapterState) -> str:
-    if record.disabled or record.merged or len(record.active) != 1:
-        state = "disabled" if record.disabled else f"merged: {list(record.merged)}"
-        state = state if record.disabled or record.merged else f"active: {list(record.active)}"
+    active = () if record.disabled or record.merged else record.active
+    if len(active) != 1:
         raise AdapterError(
-            f"a graph needs exactly one active adapter, but adapters are {state}. Call hra_fx.set_adapter(model, name)."
+            f"a graph needs exactly one active adapter, which is not merged or disabled, got {list(active)}. Call "
+            "hra_fx.set_adapter(model, name)."
         )
-    return record.active[0]
+    return active[0]
 
 
 def _dtype(slot: Any, default: torch.dtype) -> torch.dtype:

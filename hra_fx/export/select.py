@@ -53,39 +53,39 @@ def _check_targets(
     config: HRAConfig,
 ) -> None:
     """Raise an error for targets with an unsupported use in the graph, with more detail than the selection's error."""
-    all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
-    known = {*layers, *(path for layer in layers.values() for path in layer.aliases)}
-    for name, nodes in weights.items():
-        path, _, last = name.rpartition(".")
-        if last not in WEIGHTS or tensors[name].dim() < 2 or path in known:
-            continue
-        consumers = [use.consumer for node in nodes for use in find_weight_uses(node, tensors[name].dim())]
-        nested = any(is_higher_order(consumer.target) for consumer in consumers)
-        if (nested or not all_linear) and is_target(config, path, ".*" if all_linear else None):
-            raise UnsupportedLayerError(
-                f"{path}: {_why_not(consumers)}. Exclude it with exclude_modules, or transform the model before "
-                "capturing it (without trace=True)."
-            )
     if not layers:
         raise SelectionError(
             "target_modules: the graph has no linear layer or convolution with a parameter named '<layer>.weight'. Its "
             f"parameters are {', '.join(list(weights)[:8]) or '(none)'}. Capture the model with torch.export.export, "
             "which keeps the names."
         )
-    for path, layer in layers.items():
-        if not all_linear and layer.refusal and is_target(config, path):
-            raise UnsupportedLayerError(f"{path}: {layer.refusal}.")
+    all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    problems = {path: layer.refusal for path, layer in layers.items() if layer.refusal and not all_linear}
+    known = {*layers, *(path for layer in layers.values() for path in layer.aliases)}
+    for name, nodes in weights.items():
+        path, _, last = name.rpartition(".")
+        if last in WEIGHTS and tensors[name].dim() > 1 and path not in known:
+            consumers = [use.consumer for node in nodes for use in find_weight_uses(node, tensors[name].dim())]
+            nested = any(is_higher_order(consumer.target) for consumer in consumers)
+            if nested or not all_linear:
+                problems[path] = _why_not(consumers)
+    for path, problem in problems.items():
+        if is_target(config, path, ".*" if all_linear else None):
+            raise UnsupportedLayerError(f"{path}: {problem}.")
 
 
 def _why_not(consumers: list[fx.Node]) -> str:
     """Return why a weight with these consumers does not belong to a supported layer."""
-    expected = "expected an operator of a linear layer or a convolution"
-    if not consumers:
-        return f"in this graph its weight is not used; {expected}"
-    target = consumers[0].target
-    if is_higher_order(target):
-        return f"the layer runs in a block that torch.export captures as a separate graph ({target})"
-    return f"in this graph its weight is used by {target} (node {consumers[0].name!r}); {expected}"
+    use = "is not used"
+    if consumers:
+        target = consumers[0].target
+        use = f"is used by {target} (node {consumers[0].name!r})"
+        if is_higher_order(target):
+            use = f"is used in a block that torch.export captures as a separate graph ({target})"
+    return (
+        f"in this graph its weight {use}; expected an operator of a linear layer or a convolution. Exclude it with "
+        "exclude_modules, or transform the model before capturing it (without trace=True)"
+    )
 
 
 def init_adapter(layer: GraphLayer, weight: Tensor, config: HRAConfig) -> tuple[nn.Parameter, Tensor | None]:

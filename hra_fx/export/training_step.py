@@ -14,10 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hra_fx.compat import NON_PERSISTENT, export_forward_backward, is_exporting, pytree
 from hra_fx.errors import AdapterError, CaptureError, VerificationError
-from hra_fx.export.captured import is_program
 from hra_fx.layers.batching import factors_in_exported_batches
 from hra_fx.layers.quantized import quant_scheme_of
-from hra_fx.model.example_inputs import clone_inputs, normalize_inputs, preserve_rng_state, seed_everything
+from hra_fx.model.example_inputs import clone_inputs, normalize_inputs, preserve_rng_state
 from hra_fx.tracing.exported import exporting, without_caches
 from hra_fx.tracing.graph_module import replace_node
 from hra_fx.tracing.inputs import argument_names
@@ -48,8 +47,8 @@ def export_training_step(
     `torch._inductor.aoti_compile_and_package`. In Python, `step.module()` and a loaded AOTInductor package return
     `(loss, {name: gradient})`.
 
-    The model is exported in its current mode. In train mode, layers with dropout make the gradients random, so they
-    cannot be compared. Call `model.eval()` first, which does not change what is trained.
+    The model is exported in its current mode. Call `model.eval()` first to turn dropout off, which does not change what
+    is trained.
 
     The backward pass of exported programs is experimental in PyTorch. In torch 2.13, it gives wrong gradients for the
     default attention kernels on CPUs. So attention is exported as basic operators (`SDPBackend.MATH`), and the
@@ -69,8 +68,8 @@ def export_training_step(
         The program. Its first output is the loss; the graph signature names the gradients.
 
     Raises:
-        AdapterError: the loss does not depend on a trained parameter, is missing, or is not finite; the gradients
-            are random; a layer is quantized; or `torch.export` cannot export the step.
+        AdapterError: the loss does not depend on a trained parameter, is missing, or is not finite; a layer is
+            quantized; or `torch.export` cannot export the step.
         VerificationError: the gradients of the program differ from those of the model.
 
     Example:
@@ -99,13 +98,11 @@ def export_training_step(
 
 
 def _check(model: Any, loss: Any, labels: Any) -> None:
-    if is_program(model):
-        raise AdapterError(
-            "export_training_step: expected a model, got an ExportedProgram. Convert it to a model first: "
-            "hra_fx.transform(hra_fx.lift(program), config)."
-        )
     if not isinstance(model, nn.Module):
-        raise AdapterError(f"export_training_step: expected a model, got {type(model).__name__}.")
+        raise AdapterError(
+            f"export_training_step: expected a model, got {type(model).__name__}. Convert an ExportedProgram to a "
+            "model: hra_fx.transform(hra_fx.lift(program), config)."
+        )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise AdapterError(
             "export_training_step: no parameter requires gradients. Call hra_fx.transform(model, config) first, or "
@@ -125,12 +122,10 @@ def _check(model: Any, loss: Any, labels: Any) -> None:
 
 def _export(step: StepModule, model: nn.Module, dynamic_shapes: Any) -> ExportedProgram:
     if dynamic_shapes is not None:
-        is_dict = isinstance(dynamic_shapes, Mapping)
-        if not is_dict or not dynamic_shapes.keys() <= step.inputs.keys():
-            got = ", ".join(map(str, dynamic_shapes)) if is_dict else type(dynamic_shapes).__name__
+        if unknown := set(dynamic_shapes) - step.inputs.keys():
             raise AdapterError(
-                "export_training_step: `dynamic_shapes` must be a dict with the names of inputs as keys, which are "
-                f"{', '.join(step.inputs)}, got {got}."
+                f"export_training_step: `dynamic_shapes` has {', '.join(unknown)}, but the inputs are "
+                f"{', '.join(step.inputs)}."
             )
         dynamic_shapes = {name: dynamic_shapes.get(name) for name in step.inputs}
     try:
@@ -192,11 +187,6 @@ class StepModule(nn.Module):
         vars(self).update({name: value for name, value in vars(model).items() if name in _TENSORS})
         self.training = model.training
         args, kwargs = normalize_inputs(example_inputs)
-        try:
-            inspect.signature(model.forward).bind(*args, **kwargs)
-        except TypeError as error:
-            text = f"export_training_step: example_inputs do not fit {type(model).__name__}: {error}"
-            raise AdapterError(text) from None
         names = argument_names(model, args, kwargs)
         given = dict(zip(names, (*args, *kwargs.values()), strict=True))
         if labels is not None:
@@ -274,24 +264,13 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 def gradients_of(step: StepModule) -> dict[str, Tensor]:
     """The loss, with the name "", and the gradients of all parameters that require them and affect the loss."""
     with unchanged(step):
-        first = _computed(step)
-        seed = int(torch.randint(2**31, ()))
-    with unchanged(step):
-        seed_everything(seed)  # if a run draws random numbers, they differ
-        second = _computed(step)
-    if not bool(first[""].isfinite()):
+        found = _computed(step)
+    if not bool(found[""].isfinite()):
         raise AdapterError(
-            f"export_training_step: the loss of the example is {float(first[''])}. Pass an example with a finite loss. "
+            f"export_training_step: the loss of the example is {float(found[''])}. Pass an example with a finite loss. "
             "For example, not all labels may be ignored."
         )
-    if _different(first, second) is not None:
-        advice = "Call model.eval() first: this turns dropout off, and the adapters are still trained."
-        training = any(part.training for part in step.modules())
-        raise AdapterError(
-            "export_training_step: the gradients are random, so the gradients of the program cannot be checked. "
-            + (advice if training else "The forward draws random numbers in eval mode; pass them as an input.")
-        )
-    return first
+    return found
 
 
 def check_gradients(program: ExportedProgram, step: StepModule, wanted: Mapping[str, Tensor]) -> None:
@@ -305,7 +284,8 @@ def check_gradients(program: ExportedProgram, step: StepModule, wanted: Mapping[
             f"export_training_step: {what} in the program differs from PyTorch's by {error:.1e} of its norm. The "
             f"backward pass of exported programs is experimental: torch {torch.__version__} may compute it incorrectly "
             "for an operator of this model, and drops custom autograd functions and hooks on parameters. Use basic "
-            "operators instead. 16-bit weights have large rounding errors; try float32."
+            "operators instead. 16-bit weights have large rounding errors; try float32. If the model draws "
+            "random numbers, call model.eval() first."
         )
 
 

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
 
 from hra_fx.errors import HRAWarning
 from hra_fx.model.state import require_adapted_layers
 from hra_fx.reporting.plots import check_plot, draw_training
 from hra_fx.reporting.row import Progress, is_sharded, progress_of
 
+if TYPE_CHECKING:
+    from transformers import Trainer
+
 _MEAN, _LARGEST, _ERROR = "angle_mean_degrees", "angle_largest_degrees", "orthogonality_error"
 
 
 class RotationCallback(TrainerCallback):
-    """Logs the rotation angles of the adapted layers with each training loss, for all reporters of the Trainer.
+    """Logs the rotation angles of the adapted layers with each training loss.
+
+    A Trainer calls its reporters (TensorBoard, wandb) before the callbacks that it is given. For reporters to get the
+    angles too, call `add_to` instead of passing the callback to the Trainer.
 
     For the active adapter, the logs and `trainer.state.log_history` contain
 
@@ -44,7 +48,7 @@ class RotationCallback(TrainerCallback):
         AdapterError: the model has no reflections (raised when the training begins).
 
     Example:
-        >>> callback = RotationCallback()  # Trainer(model, ..., callbacks=[callback])
+        >>> callback = RotationCallback()  # callback.add_to(trainer)
         >>> callback.history
         []
     """
@@ -57,10 +61,15 @@ class RotationCallback(TrainerCallback):
         self.history: list[Progress] = []
         self._on = False
 
+    def add_to(self, trainer: Trainer) -> RotationCallback:
+        """Add the callback to a Trainer, before its reporters, and return it."""
+        trainer.callback_handler.callbacks.insert(0, self)
+        return self
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Move to the front of the callbacks, and record the start."""
+        """Record the start."""
         model = kwargs["model"]
         require_adapted_layers(model)
         self._on = state.is_world_process_zero and not is_sharded(model)
@@ -73,7 +82,6 @@ class RotationCallback(TrainerCallback):
             )
         if not self._on:
             return
-        self._move_to_front()
         self.history = _restored(state.log_history, _adapters(model))
         if not state.global_step:
             self.history = progress_of(model, 0)
@@ -108,14 +116,6 @@ class RotationCallback(TrainerCallback):
     def _add(self, points: list[Progress], step: int) -> None:
         """Set the points of a step."""
         self.history = [point for point in self.history if point.step != step] + points
-
-    def _move_to_front(self) -> None:
-        # Callbacks do not get a reference to the handler that calls them, so find the handler by its contents.
-        for one in gc.get_objects():
-            if issubclass(type(one), CallbackHandler) and self in one.callbacks:
-                # Later callbacks keep their positions, even in a loop over the list that is currently running.
-                one.callbacks.remove(self)
-                one.callbacks.insert(0, self)
 
 
 def _adapters(model: Any) -> list[str]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hra_fx.checkpoint.folder import PREFIX, write_weights
-from hra_fx.errors import AdapterError, CheckpointError, HRAError, UnsupportedLayerError
+from hra_fx.errors import AdapterError, CheckpointError, HRAError
 from hra_fx.lora.adapter import LoraAdapter, peft_form
 from hra_fx.lora.from_model import lora_adapter
 from hra_fx.model.state import collect_parts, root_of, unwrap
@@ -60,12 +60,6 @@ def _check(part: str, adapter: LoraAdapter) -> None:
             f"{names}: diffusers does not load trained modules or biases with a LoRA. Fold {part} instead "
             "(hra_fx.fold) and save the whole pipeline, or train with bias='none' and without modules_to_save."
         )
-    for layer in adapter.layers:
-        if layer.kind == "attention":
-            raise UnsupportedLayerError(
-                f"{part}.{layer.path}: diffusers has no keys for an nn.MultiheadAttention. Fold {part} instead "
-                "(hra_fx.fold), or leave the layer out with exclude_modules."
-            )
 
 
 def parts_of(model: Any) -> dict[str, nn.Module]:

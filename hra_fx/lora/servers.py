@@ -17,8 +17,6 @@ from hra_fx.lora.adapter import LoraAdapter, exact_targets, parameter_targets
 from hra_fx.lora.gguf_format import is_tied
 from hra_fx.selection.suggestions import some_of
 
-_SHOWN = 3
-
 
 @dataclass(frozen=True)
 class _Server:
@@ -105,42 +103,34 @@ def check_for_server(
     facts = facts_of(server)
     if file_format not in facts.formats:
         return [f"{facts.name} reads the format of {' or '.join(facts.formats)}, not that of {file_format}."]
-    found = [*_rank(facts, rank), *_copies(facts, adapter), *_kinds(facts, adapter), *_names(facts, adapter)]
+    others = [f"{layer.path} ({layer.kind})" for layer in adapter.layers if layer.kind != "linear"]
+    modules = sorted(set(adapter.modules_to_save) - set(facts.saved_allowed))
+    found = [*_rank(facts, rank), *_names(facts, adapter)]
+    if modules:
+        found.append(f"{facts.saved} `modules_to_save`, here {_shown(modules)}: fold the adapter")
+    if adapter.bias != "none":
+        found.append(f"{facts.bias} trained biases, here `bias={adapter.bias!r}`: fold the adapter")
+    if others:
+        found.append(f"adapts linear layers only, not {_shown(others)}: fold the adapter")
     if rank_pattern and not facts.rank_pattern:
         found.append("expects one rank for all layers: omit `rank_pattern`")
     return [f"{facts.name} {sentence}." for sentence in found]
 
 
 def _rank(facts: _Server, rank: int) -> list[str]:
-    if facts.ranks and rank > facts.ranks[-1]:
-        return [f"accepts ranks up to {facts.ranks[-1]}, but the adapter has {rank}: pass a smaller `rank`, or fold it"]
     if not facts.rank_default or rank <= facts.rank_default:
         return []
-    value = next((allowed for allowed in facts.ranks if allowed >= rank), rank)
-    option = facts.rank_option.format(value)
+    value = next((allowed for allowed in facts.ranks or (rank,) if allowed >= rank), None)
+    option = "pass a smaller `rank`, or fold it" if value is None else facts.rank_option.format(value)
     return [f"accepts ranks up to {facts.rank_default} by default, but the adapter has {rank}: {option}"]
-
-
-def _copies(facts: _Server, adapter: LoraAdapter) -> list[str]:
-    """Sentences about trained tensors that are not factors."""
-    modules = sorted(set(adapter.modules_to_save) - set(facts.saved_allowed))
-    found = [f"{facts.saved} `modules_to_save`, here {_shown(modules)}: fold the adapter"] if modules else []
-    if adapter.bias != "none":
-        found.append(f"{facts.bias} trained biases, here `bias={adapter.bias!r}`: fold the adapter")
-    return found
-
-
-def _kinds(facts: _Server, adapter: LoraAdapter) -> list[str]:
-    """Sentences about layers that are not linear, which no server adapts."""
-    others = [f"{layer.path} ({layer.kind})" for layer in adapter.layers if layer.kind != "linear"]
-    return [f"adapts linear layers only, not {_shown(others)}: fold the adapter"] if others else []
 
 
 def _names(facts: _Server, adapter: LoraAdapter) -> list[str]:
     """Sentences about linear layers that the server does not support, or only together with others."""
+    adapted = [layer.path for layer in adapter.layers]
     paths = [layer.path for layer in adapter.layers if layer.kind == "linear"]
-    known = dict.fromkeys(path for path in paths if re.fullmatch(facts.layers, path))
-    others = set(adapter.modules) - {layer.path for layer in adapter.layers}
+    known = [path for path in paths if re.fullmatch(facts.layers, path)]
+    others = set(adapter.modules).difference(adapted)
     found = []
     if unknown := [path for path in paths if path not in known]:
         found.append(facts.other_layers.format(_shown(unknown)))
@@ -148,13 +138,10 @@ def _names(facts: _Server, adapter: LoraAdapter) -> list[str]:
         blocks = [path.removesuffix(name) for path in known if path.rpartition(".")[2] == name]
         if alone := [f"{block}{name}" for block in blocks if f"{block}{needed}" in others]:
             found.append(f"does not load {_shown(alone)} without `{needed}` of the same block: adapt both")
-    if facts.target_list and isinstance(exact_targets([layer.path for layer in adapter.layers], adapter.modules), str):
+    if facts.target_list and (isinstance(exact_targets(adapted, adapter.modules), str) or parameter_targets(adapter)):
         found.append(
-            "needs a list in `target_modules`, but no list of names matches only these layers: fold the adapter"
-        )
-    if facts.target_list and (hidden := [path for path in parameter_targets(adapter) if path in paths]):
-        found.append(
-            f"does not load {_shown(hidden)}, which PEFT interprets as experts in `target_modules`: fold the adapter"
+            "needs a list in `target_modules`, but PEFT needs a regular expression or `target_parameters` to match "
+            "only these layers: fold the adapter"
         )
     kinds = {_in_any_block(path) for path in known}
     missing = [path for path in adapter.modules if path not in known and _in_any_block(path) in kinds]
@@ -171,4 +158,4 @@ def _in_any_block(path: str) -> str:
 
 
 def _shown(names: list[str]) -> str:
-    return some_of([f"`{name}`" for name in names], _SHOWN)
+    return some_of([f"`{name}`" for name in names], 3)

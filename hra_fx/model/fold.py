@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from hra_fx.compat import tensor_version
 from hra_fx.errors import FoldError, HRAWarning
 from hra_fx.layers.accelerate_hooks import is_on_disk, loaded, store
 from hra_fx.layers.adapted_layer import AdaptedLayer, set_base_weight
 from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.layers.target import SAVED, weight_place
 from hra_fx.layers.trained_copies import BASE, all_copies
-from hra_fx.model.inject import complete, remove_adapters
+from hra_fx.model.inject import remove_adapters
 from hra_fx.model.merge import (
     WITHOUT_REQUANTIZING,
     FoldedWeight,
@@ -94,8 +94,8 @@ class FoldJob:
     def run(self) -> None:
         """Write the weights, remove the folded adapters, and warn about everything else that changed.
 
-        The folded adapters of a layer are removed as soon as its weight is written. So if this is interrupted (Ctrl-C,
-        out of memory), the model still computes the same outputs, and another fold finishes the work.
+        The folded adapters of a layer are removed as soon as its weight is written. So if memory runs out, the model
+        still computes the same outputs, and another fold finishes the work.
         """
         check_no_foreign_class(self.model.named_modules())
         state, layers = self.state, adapted_layers(self.model)
@@ -125,21 +125,17 @@ class FoldJob:
             return None
         weight = folded_weight(layer, names)
         measured = self.measure(path, layer, weight) if scheme else None
-
-        def write() -> None:
-            if scheme:
-                if isinstance(weight.weight, nn.Parameter) and weight.weight is not layer.hra_base:
-                    scheme.put(layer, weight.weight)
-            elif path in self.untied:
-                own = torch.empty_like(layer.hra_base).copy_(weight.weight)
-                set_base_weight(layer, nn.Parameter(own, requires_grad=layer.hra_base.requires_grad))
-            else:
-                layer.hra_base.copy_(weight.weight)
-            store(*weight_place(layer))
-            for name in names:
-                layer.hra_u.remove(name)
-
-        complete(write)
+        if scheme:
+            if isinstance(weight.weight, nn.Parameter) and weight.weight is not layer.hra_base:
+                scheme.put(layer, weight.weight)
+        elif path in self.untied:
+            own = torch.empty_like(layer.hra_base).copy_(weight.weight)
+            set_base_weight(layer, nn.Parameter(own, requires_grad=layer.hra_base.requires_grad))
+        else:
+            layer.hra_base.copy_(weight.weight)
+        store(*weight_place(layer))
+        for name in names:
+            layer.hra_u.remove(name)
         return measured
 
     def _warn(self, measured: list[FoldedLayer], also: list[str], *, trained: bool) -> None:
@@ -169,11 +165,10 @@ class FoldPlan:
         layers: one `FoldedLayer` for each distinct layer.
     """
 
-    def __init__(self, job: FoldJob) -> None:
-        """Compute every folded weight of a job once, to measure it."""
-        self._job = job
+    def __init__(self, job: FoldJob, again: Callable[[], FoldJob]) -> None:
+        """Compute every folded weight of a job once, to measure it. `again` makes the job for `apply`."""
+        self._again = again
         self.layers = [job.measure(path, layer) for path, layer in adapted_layers(job.model).items()]
-        self._versions = _versions(job)
 
     def __str__(self) -> str:
         """One line per layer: the change of the weight, the rounding error, and the tensors that it is untied from."""
@@ -186,19 +181,17 @@ class FoldPlan:
         return "\n".join(lines)
 
     def apply(self) -> nn.Module:
-        """Fold: compute the weights again, write them, and remove the folded adapters.
+        """Call `fold` with the same arguments, for the weights and vectors that the model has now.
 
         Returns:
             The model.
 
         Raises:
-            AdapterError: another tool has replaced a class since the plan was made.
-            FoldError: weights, vectors or the active adapters have changed since the plan was made.
+            AdapterError, FoldError: see `fold`.
         """
-        if _versions(self._job) != self._versions:
-            raise FoldError("the model has changed since plan_fold. Call plan_fold again.")
-        self._job.run()
-        return self._job.model
+        job = self._again()
+        job.run()
+        return job.model
 
 
 def plan_fold(
@@ -212,7 +205,8 @@ def plan_fold(
         >>> [(layer.path, layer.rounding < 1e-7) for layer in plan_fold(model).layers]
         [('0', True)]
     """
-    return FoldPlan(prepare_fold(model, adapter_names, requantize=requantize))
+    again = partial(prepare_fold, model, adapter_names, requantize=requantize)
+    return FoldPlan(again(), again)
 
 
 def prepare_fold(model: nn.Module, adapter_names: str | Sequence[str] | None, *, requantize: bool) -> FoldJob:
@@ -304,15 +298,3 @@ def _requantized(layers: list[FoldedLayer]) -> str:
     if lost:
         text += f" For {len(lost)} of them the error is at least as large as the change ({lost[0].path})."
     return f"{text} {WITHOUT_REQUANTIZING}"
-
-
-def _versions(job: FoldJob) -> list[object]:
-    """The state that a plan depends on: active adapters, and identity, memory and version of each tensor it reads."""
-    state, layers = job.state, adapted_layers(job.model).values()
-    facts = (tuple(state.configs), state.active, state.merged, state.disabled)
-    read: Iterable[Tensor] = (
-        tensor for layer in layers for tensor in (layer.hra_base, *layer.hra_u.parameters(), *layer.hra_u.buffers())
-    )
-    # A tensor made in inference mode has no version.
-    tensors = ((id(t), t.dtype, t.data_ptr(), tensor_version(t)) for t in read)
-    return [facts, *(layer.hra_u.active for layer in layers), *tensors]

@@ -56,15 +56,6 @@ def all_or_nothing() -> Iterator[ExitStack]:
         undo.pop_all()
 
 
-def complete(act: Callable[[], None]) -> None:
-    """Call `act`, and call it again if it is interrupted (Ctrl-C) at any point, so that it always completes."""
-    try:
-        act()
-    except BaseException:
-        act()
-        raise
-
-
 def inject_adapter(
     model: nn.Module,
     name: str,

@@ -19,7 +19,7 @@ from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.quantized import QuantScheme, quant_scheme_of
 from hra_fx.layers.sharding import distribute_like, first_split, reshard
 from hra_fx.layers.target import weight_entry, weight_place
-from hra_fx.model.inject import all_or_nothing, complete
+from hra_fx.model.inject import all_or_nothing
 from hra_fx.model.state import (
     AdapterState,
     adapted_layers,
@@ -97,14 +97,10 @@ def unmerge_adapter(model: nn.Module) -> None:
         warnings.warn("no adapter is merged; unmerge_adapter does nothing.", HRAWarning, stacklevel=2)
         return
     reshard(model.modules())
-
-    def restore() -> None:
-        for layer in adapted_layers(root).values():
-            _restore(layer)
-        state.merged = ()
-        sync_layers(collect_parts(root), state)
-
-    complete(restore)
+    for layer in adapted_layers(root).values():
+        _restore(layer)
+    state.merged = ()
+    sync_layers(collect_parts(root), state)
 
 
 def merge(root: nn.Module, state: AdapterState, names: tuple[str, ...]) -> None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Generic, TypeVar
 
 from rich.filesize import decimal
 
-from hra_fx.reporting.heat import is_identity, with_unit
+from hra_fx.reporting.heat import HEATS, is_identity
 from hra_fx.reporting.row import Row
 from hra_fx.reporting.skipped_layers import SkippedLayer, SkippedParameter
 from hra_fx.reporting.table import Column
@@ -22,33 +24,29 @@ _REASONS = 6
 _NAMES = 5
 #: `|Q^T Q - I|` above this is an error, not rounding.
 _NOT_ORTHOGONAL = 1e-3
-#: From this number of degrees, a range is shown without decimals.
+#: From this number of degrees, a range is shown without decimals, so that columns fit a terminal.
 _LARGE = 10
 _INDEX = re.compile(r"(?<![^\s.])\d+(?=[. ])|(?<=\.)\d+(?=[. ]|$)")
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
-class Group:
+class Group(Generic[T]):
     """One line of a table: its name, with `*` for the indices in which its layers differ, and its rows."""
 
     name: str
-    rows: tuple[Row, ...]
+    rows: tuple[T, ...]
 
-    @property
-    def first(self) -> Row:
-        """The first row. Type, adapter, `d` and `r` are the same for all rows."""
-        return self.rows[0]
 
-    def range(self, value: Callable[[Row], float], text: Callable[[float], str]) -> str:
-        """Format the smallest and the largest value, each with its unit at the end."""
-        values = [value(row) for row in self.rows]
-        low, high = text(min(values)), text(max(values))
-        return high if low == high else f"{low.rstrip('°%')} to {high}"
+def indices(text: str) -> str:
+    """The indices that `starred` replaces.
 
-    def angles(self, value: Callable[[Row], float]) -> str:
-        """Format a range of angles in degrees, without decimals if they are large, so that columns fit a terminal."""
-        is_large = len(self.rows) > 1 and math.degrees(min(map(value, self.rows))) >= _LARGE
-        return self.range(value, (lambda angle: f"{math.degrees(angle):.0f}°") if is_large else degrees)
+    >>> indices("model.layers.3.mlp.experts.0")
+    '3.0'
+    """
+    return ".".join(_INDEX.findall(text))
 
 
 def starred(text: str) -> str:
@@ -60,17 +58,14 @@ def starred(text: str) -> str:
     return _INDEX.sub("*", text)
 
 
-def grouped(rows: Collection[Row]) -> list[Group]:
-    """Group rows with the same type, rank and adapter and with paths that differ only in indices.
-
-    Rows with a value that could not be computed are in separate groups.
-    """
-    found: dict[tuple[object, ...], list[Row]] = {}
+def grouped(
+    rows: Iterable[T], path: Callable[[T], str], same: Callable[[T], Hashable] = lambda row: None
+) -> list[Group[T]]:
+    """Group rows whose paths differ only in indices, and for which `same` is equal."""
+    found: dict[Hashable, list[T]] = {}
     for row in rows:
-        unknown = math.isnan(row.rotation), math.isnan(row.weight_change)
-        same = starred(row.path), row.layer_type, row.adapter, row.active, row.d, row.r, *unknown
-        found.setdefault(same, []).append(row)
-    return [Group(starred(own[0].path) if len(own) > 1 else own[0].path, tuple(own)) for own in found.values()]
+        found.setdefault((starred(path(row)), same(row)), []).append(row)
+    return [Group(starred(path(own[0])) if len(own) > 1 else path(own[0]), tuple(own)) for own in found.values()]
 
 
 def common_parent(names: Sequence[str]) -> str:
@@ -80,26 +75,24 @@ def common_parent(names: Sequence[str]) -> str:
     'encoder'
     """
     parts = [name.split(".") for name in names]
-    length = 0
-    while len(parts) > 1 and all(len(own) > length + 1 and own[length] == parts[0][length] for own in parts):
-        if any(own[length + 1] == "*" for own in parts):
-            break
-        length += 1
-    return ".".join(parts[0][:length]) if parts else ""
+    levels = zip(*(own[:-1] for own in parts), strict=False)
+    common = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels)]
+    lists = [max(own.index("*") - 1, 0) for own in parts if "*" in own]
+    return ".".join(common[: min(lists, default=None)]) if len(names) > 1 else ""
 
 
-def table_of(rows: Collection[Row]) -> tuple[list[Column], list[list[str]]]:
+def table_of(rows: Collection[Row], *, without: Collection[str] = ()) -> tuple[list[Column], list[list[str]]]:
     """Return the columns of a report, and the texts of each row.
 
-    Unnecessary columns are left out: the adapter's name if there is only one, and the graph if the model was not
-    traced.
+    Unnecessary columns are left out: those in `without`, the adapter's name if there is only one, and the graph if the
+    model was not traced.
     """
-    return _table([Group(row.path, (row,)) for row in rows], rows)
+    return _table([Group(row.path, (row,)) for row in rows], rows, without)
 
 
 def grouped_table_of(rows: Collection[Row]) -> tuple[list[Column], list[list[str]]]:
     """Like `table_of`, for a terminal: one line for rows that differ only in the indices of their blocks."""
-    groups = grouped(rows)
+    groups = grouped(rows, lambda row: row.path, _same)
     columns, lines = _table(groups, rows)
     parent = common_parent([group.name for group in groups])
     if parent:
@@ -109,8 +102,16 @@ def grouped_table_of(rows: Collection[Row]) -> tuple[list[Column], list[list[str
     return columns, lines
 
 
-def _table(groups: Collection[Group], rows: Collection[Row]) -> tuple[list[Column], list[list[str]]]:
-    hidden = set() if len(adapters_of(rows)) > 1 else {"adapter"}
+def _same(row: Row) -> Hashable:
+    """What the rows of a line have in common. Values that could not be computed are in separate lines."""
+    unknown = math.isnan(row.rotation), math.isnan(row.weight_change)
+    return row.layer_type, row.adapter, row.active, row.d, row.r, unknown
+
+
+def _table(
+    groups: Collection[Group[Row]], rows: Collection[Row], without: Collection[str] = ()
+) -> tuple[list[Column], list[list[str]]]:
+    hidden = {*without} if len(adapters_of(rows)) > 1 else {"adapter", *without}
     if all(row.graph is None and not row.graph_reason for row in rows):
         hidden.add("graph")
     shown = [(column, text) for column, text in _COLUMNS if column.name not in hidden]
@@ -143,44 +144,41 @@ def _memory(rows: Collection[Row]) -> str:
     return f" ({decimal(total)}; {parameters:,} and {decimal(here)} on this rank)"
 
 
-def degrees(angle: float) -> str:
-    """Format an angle in radians in degrees, with at least two digits.
-
-    >>> degrees(0.0), degrees(math.pi / 4), degrees(1e-5)
-    ('0°', '45.0°', '0.00057°')
-    """
-    return with_unit(math.degrees(angle), "°")
-
-
-def percent(share: float) -> str:
-    """Format a share in percent, with at least two digits.
-
-    >>> percent(0.0), percent(0.25), percent(0.0001)
-    ('0%', '25.0%', '0.01%')
-    """
-    return with_unit(100 * share, "%")
-
-
-def _graph(group: Group) -> str:
+def _graph(group: Group[Row]) -> str:
     # The root of a graph is a prefix of the layer's path, which is in the same line, so only its end is shown.
     roots = dict.fromkeys(row.graph for row in group.rows)
     names = {None: "none", "": "whole model"}
     return ", ".join(dict.fromkeys(names.get(root) or f"…{str(root).rpartition('.')[2]}" for root in roots))
 
 
-_COLUMNS: tuple[tuple[Column, Callable[[Group], str]], ...] = (
+def _measure(name: str) -> Callable[[Group[Row]], str]:
+    """Format the smallest and the largest value of a measure, with its unit at the end."""
+    heat = HEATS[name]
+
+    def text(group: Group[Row]) -> str:
+        values = [heat.value(row) for row in group.rows]
+        if heat.unit == "°" and min(values) >= _LARGE and len(values) > 1:
+            low, high = f"{min(values):.0f}°", f"{max(values):.0f}°"
+        else:
+            low, high = heat.text(min(values)), heat.text(max(values))
+        return high if low == high else f"{low.removesuffix(heat.unit)} to {high}"
+
+    return text
+
+
+_COLUMNS: tuple[tuple[Column, Callable[[Group[Row]], str]], ...] = (
     (Column("layer", is_text=True), lambda group: group.name),
-    (Column("type", is_text=True, priority=8), lambda group: group.first.layer_type),
+    (Column("type", is_text=True, priority=8), lambda group: group.rows[0].layer_type),
     (Column("graph", is_text=True, priority=6), _graph),
-    (Column("adapter", is_text=True), lambda group: group.first.adapter + ", inactive" * (not group.first.active)),
-    (Column("d", priority=7), lambda group: str(group.first.d)),
-    (Column("r"), lambda group: str(group.first.r)),
+    (Column("adapter", is_text=True), lambda group: group.rows[0].adapter + ", inactive" * (not group.rows[0].active)),
+    (Column("d", priority=7), lambda group: str(group.rows[0].d)),
+    (Column("r"), lambda group: str(group.rows[0].r)),
     (Column("params", priority=1), lambda group: f"{sum(row.parameters for row in group.rows):,}"),
-    (Column("weight change"), lambda group: group.range(lambda row: row.weight_change, percent)),
-    (Column("mean angle", priority=2), lambda group: group.angles(lambda row: row.mean_angle)),
-    (Column("max angle", priority=3), lambda group: group.angles(lambda row: row.angle)),
-    (Column("|Q - I|", priority=5), lambda group: group.range(lambda row: row.rotation, "{:.3f}".format)),
-    (Column("share of W", priority=4), lambda group: group.range(lambda row: row.share, percent)),
+    (Column("weight change"), _measure("weight_change")),
+    (Column("mean angle", priority=2), _measure("mean_angle")),
+    (Column("max angle", priority=3), _measure("angle")),
+    (Column("|Q - I|", priority=5), _measure("rotation")),
+    (Column("share of W", priority=4), _measure("share")),
 )
 
 
@@ -191,14 +189,13 @@ def footnotes(
     parameters: Collection[SkippedParameter],
 ) -> dict[str, list[str]]:
     """Heading -> lines of the footnotes: which layers have no adapter and why (each reason once), possible errors."""
-    trained = [_listed(_counted(trained_in_full))] if trained_in_full else []
     lost, others = ([layer for layer in skipped if layer.targeted is wanted] for wanted in (True, False))
     share = sum(parameter.share for parameter in parameters)
     found = {
         f"Targeted, but not adapted: {_layers(lost)}": _by_reason(lost),
         f"Not adapted: 3-D parameters, {share:.1%} of the base model": _experts(parameters),
         "Not traced as one graph:": _untraced(rows),
-        "Trained in full:": trained,
+        "Trained in full:": [_listed(trained_in_full)] if trained_in_full else [],
         f"Not adapted: {_layers(others)}": _by_reason(others),
         "Q is not orthogonal:": _not_orthogonal(rows),
     }
@@ -210,44 +207,37 @@ def _layers(layers: Collection[SkippedLayer]) -> str:
 
 
 def _experts(parameters: Collection[SkippedParameter]) -> list[str]:
-    counted = _counted([parameter.path for parameter in parameters])
-    names = list(dict.fromkeys(".".join(parameter.path.split(".")[-2:]) for parameter in parameters))
-    return [f"{_listed(counted)}: to adapt them, use target_parameters={names}"] if parameters else []
+    paths = [parameter.path for parameter in parameters]
+    names = list(dict.fromkeys(".".join(path.split(".")[-2:]) for path in paths))
+    return [f"{_listed(paths)}: to adapt them, use target_parameters={names}"] if parameters else []
 
 
 def _untraced(rows: Collection[Row]) -> list[str]:
-    counted = _counted(dict.fromkeys(row.graph_reason for row in rows if row.graph_reason))
-    return [f"{reason} ({count} times)" if count > 1 else reason for reason, count in counted.items()]
+    reasons = grouped(dict.fromkeys(row.graph_reason for row in rows if row.graph_reason), str)
+    return [own.name + f" ({len(own.rows)} times)" * (len(own.rows) > 1) for own in reasons]
 
 
 def _by_reason(skipped: Collection[SkippedLayer]) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for layer in skipped:
         by_reason.setdefault(layer.reason, []).append(layer.path)
-    lines = [f"{_listed(_counted(paths))}: {reason}" for reason, paths in by_reason.items()]
+    lines = [f"{_listed(paths)}: {reason}" for reason, paths in by_reason.items()]
     if len(lines) <= _REASONS:
         return lines
     rest = sum(map(len, list(by_reason.values())[_REASONS:]))
     return [*lines[:_REASONS], f"{rest:,} more layers, for {len(lines) - _REASONS} other reasons"]
 
 
-def _counted(texts: Collection[str]) -> dict[str, int]:
-    """Count texts. Texts that differ only in the indices of layers are counted as one text with `*`."""
-    same: dict[str, list[str]] = {}
-    for text in texts:
-        same.setdefault(starred(text), []).append(text)
-    return {key if len(found) > 1 else found[0]: len(found) for key, found in same.items()}
-
-
-def _listed(names: dict[str, int]) -> str:
-    shown = [f"{name} ({count})" if count > 1 else name for name, count in names.items()]
-    rest = sum(list(names.values())[_NAMES:])
-    return ", ".join(shown[:_NAMES]) + f" and {rest:,} more" * (rest > 0)
+def _listed(paths: Iterable[str]) -> str:
+    names = grouped(paths, str)
+    shown = [own.name + f" ({len(own.rows)})" * (len(own.rows) > 1) for own in names[:_NAMES]]
+    rest = sum(len(own.rows) for own in names[_NAMES:])
+    return ", ".join(shown) + f" and {rest:,} more" * (rest > 0)
 
 
 def _not_orthogonal(rows: Collection[Row]) -> list[str]:
-    wrong = [row for row in rows if row.orthogonality > _NOT_ORTHOGONAL]
-    if not wrong:
+    # NaN is no error: the value could not be computed.
+    worst = max(rows, key=lambda row: row.orthogonality if row.orthogonality > 0 else 0.0, default=None)
+    if worst is None or not worst.orthogonality > _NOT_ORTHOGONAL:
         return []
-    worst = max(wrong, key=lambda row: row.orthogonality)
     return [f"|Q'Q - I| is up to {worst.orthogonality:.0e}, at {worst.path} ({worst.adapter})"]

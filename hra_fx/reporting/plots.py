@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hra_fx.atomic_write import output_file, write_output_file
 from hra_fx.errors import VisualizeError
-from hra_fx.reporting.columns import adapters_of
+from hra_fx.reporting.columns import adapters_of, indices, starred
 from hra_fx.reporting.heat import (
     HEATS,
     PALETTE,
@@ -111,21 +111,6 @@ def write(figure: Figure, file: Path) -> Path:
     return file
 
 
-def cell_of(path: str) -> tuple[str, str]:
-    """The block of a layer (its path up to the last number that is followed by a name), and its name in the block.
-
-    >>> cell_of("layer1.0.downsample.0"), cell_of("features.3"), cell_of("lm_head")
-    (('layer1.0', 'downsample.0'), ('features.3', 'features'), ('', 'lm_head'))
-    """
-    parts = path.split(".")
-    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
-    if not numbers:
-        return "", path
-    named = [place for place in numbers if not all(part.isdigit() for part in parts[place + 1 :])]
-    end = (named[-1] if named else numbers[0]) + 1
-    return ".".join(parts[:end]), ".".join(parts[end:]) or ".".join(parts[: end - 1]) or "layer"
-
-
 def draw_heatmap(rows: Sequence[Row], path: str | os.PathLike[str], heat: str | None, adapter: str | None) -> Path:
     """Write the heatmap of some rows; see `Report.plot_heatmap`."""
     file = check_plot(path)
@@ -143,25 +128,21 @@ def draw_heatmap(rows: Sequence[Row], path: str | os.PathLike[str], heat: str | 
 
 
 def _heatmap(values: dict[str, float], measure: Heat, subtitle: str) -> Figure:
-    cells = {path: cell_of(path) for path in values}
-    names = list(dict.fromkeys(name for _, name in cells.values()))
-    blocks = list(dict.fromkeys(block for block, _ in cells.values()))
+    """Each line has the layers that differ only in the indices of their blocks, which are the columns."""
+    names = list(dict.fromkeys(map(starred, values)))
+    blocks = list(dict.fromkeys(map(indices, values)))
     cell = min(0.42, max(0.15, 14 / len(blocks)))
     figure, ends = new_figure(cell * len(blocks), 0.3 * len(names)), scale(values.values())
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, len(blocks)), ylim=(len(names), 0))
-    for path, (block, name) in cells.items():
-        x, y, value = blocks.index(block), names.index(name), values[path]
-        fill = color(value, ends)
+    for path, value in values.items():
+        x, y, fill = blocks.index(indices(path)), names.index(starred(path)), color(value, ends)
         axes.fill([x, x + 1, x + 1, x], [y, y, y + 1, y + 1], facecolor=fill, edgecolor="white", linewidth=0.6)
         if cell >= 0.35:
             text = f"{value:.2g}" if value < 100 else f"{value:.0f}"
             axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7, color=ink_on(fill))
-    step, stacks = math.ceil(0.2 / cell), {block.rpartition(".")[0] for block in blocks if block}
-    columns = blocks if len(stacks) > 1 else [block.rpartition(".")[2] for block in blocks]
-    ticks = [column + 0.5 for column in range(0, len(blocks), step)]
-    axes.set_xticks(ticks, list(map(_shown, columns[::step])), rotation=90 * (len(stacks) > 1))
-    axes.set_xlabel(_shown(stacks.pop()) if len(stacks) == 1 else "", color=QUIET)
-    axes.set_yticks([row + 0.5 for row in range(len(names))], list(map(_shown, names)))
+    step = math.ceil(0.2 / cell)
+    axes.set_xticks([column + 0.5 for column in range(0, len(blocks), step)], blocks[::step])
+    axes.set_yticks([line + 0.5 for line in range(len(names))], list(map(_shown, names)))
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     entitle(axes, f"{measure.words[0].upper()}{measure.words[1:]} by layer", subtitle)
@@ -191,20 +172,19 @@ def draw_comparison(rows: Sequence[Row], path: str | os.PathLike[str], first: st
             raise VisualizeError(f"Adapter {name!r} is not in the report, which has {', '.join(map(repr, known))}.")
     if first == second:
         raise VisualizeError(f"The two adapters must be different, got {first!r} twice.")
-    used = [row for row in rows if row.adapter in (first, second)]
-    paths = list(dict.fromkeys(row.path for row in used))
+    paths = list(dict.fromkeys(row.path for row in rows if row.adapter in (first, second)))
     with style():
-        figure = new_figure(6.8, max(0.6, 0.22 * len(paths)))
-        for place, measure in enumerate((HEATS["mean_angle"], HEATS["angle"])):
-            axes = figure.add_axes((place * 0.53, 0, 0.47, 1), ylim=(len(paths) - 0.5, -0.5))
+        figure = new_figure(7.5, max(1.2, 0.25 * len(paths)))
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, measure in zip(panels, (HEATS["mean_angle"], HEATS["angle"]), strict=True):
             for name, tint, marker in ((first, _COLORS[0], "o"), (second, _COLORS[1], "D")):
-                values = {row.path: measure.value(row) for row in used if row.adapter == name}
-                angles = [values.get(path, math.nan) for path in paths]
-                axes.plot(angles, range(len(paths)), marker, color=tint, markersize=5, label=_shown(name))
-            axes.set_xlim(left=0)
-            axes.set_yticks(range(len(paths)), [_shown(path) for path in paths] if not place else [""] * len(paths))
+                values = {row.path: measure.value(row) for row in rows if row.adapter == name}
+                places = [paths.index(path) for path in values]
+                axes.plot(list(values.values()), places, marker, color=tint, markersize=5, label=_shown(name))
             _quiet(axes, f"{measure.words}, degrees", "x")
-        figure.axes[1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
+        panels[0].set_yticks(range(len(paths)), list(map(_shown, paths)))
+        panels[0].set_ylim(len(paths) - 0.5, -0.5)
+        panels[1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
         return write(figure, file)
 
 
@@ -214,20 +194,17 @@ def draw_training(history: Sequence[Progress], path: str | os.PathLike[str]) -> 
     if not history:
         raise VisualizeError("`history` is empty. Train with a RotationCallback first.")
     with style():
-        figure = new_figure(6.4, 4.4)
-        angles, errors = figure.add_axes((0, 0.37, 1, 0.63)), figure.add_axes((0, 0, 1, 0.25))
+        figure = new_figure(7.5, 5.5)
+        angles, errors = figure.subplots(2, 1, sharex=True, height_ratios=(5, 2))
         for place, adapter in enumerate(dict.fromkeys(point.adapter for point in history)):
             points = [point for point in history if point.adapter == adapter]
-            tint, name = _COLORS[place % len(_COLORS)], _shown(adapter)
-            mean = [math.degrees(point.mean_angle) for point in points]
-            largest = [math.degrees(point.angle) for point in points]
-            steps, marker = [point.step for point in points], "." if len(points) < 30 else ""
-            angles.plot(steps, mean, color=tint, marker=marker, label=f"{name}, mean")
-            angles.plot(steps, largest, ":", color=tint, marker=marker, label=f"{name}, largest")
-            errors.plot(steps, [point.orthogonality for point in points], color=tint, marker=marker)
-        for axes, title in ((angles, "rotation angles, degrees"), (errors, "largest |Q'Q - I| (rounding error)")):
-            axes.set_ylim(bottom=0)
-            _quiet(axes, title, "y")
+            look = {"color": _COLORS[place % len(_COLORS)], "marker": "." if len(points) < 30 else ""}
+            steps, name = [point.step for point in points], _shown(adapter)
+            angles.plot(steps, [math.degrees(point.mean_angle) for point in points], label=f"{name}, mean", **look)
+            angles.plot(steps, [math.degrees(point.angle) for point in points], ":", label=f"{name}, largest", **look)
+            errors.plot(steps, [point.orthogonality for point in points], **look)
+        _quiet(angles, "rotation angles, degrees", "y")
+        _quiet(errors, "largest |Q'Q - I| (rounding error)", "y")
         errors.yaxis.set_major_formatter("{x:.1e}")  # matplotlib's default writes powers of ten as formulas
         errors.set_xlabel("step")
         angles.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
@@ -235,8 +212,9 @@ def draw_training(history: Sequence[Progress], path: str | os.PathLike[str]) -> 
 
 
 def _quiet(axes: Axes, title: str, grid: Any) -> None:
-    """Set a title on the left, grid lines, and no frame."""
+    """Set a title on the left, an axis from zero with grid lines, and no frame."""
     axes.set_title(title, loc="left", fontsize=9, color=QUIET)
+    axes.set(**{f"{grid}lim": (0, None)})
     axes.grid(axis=grid)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)

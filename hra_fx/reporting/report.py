@@ -18,7 +18,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.jupyter import JupyterMixin
 from rich.padding import Padding
 from rich.text import Text
-from torch import Tensor, nn
+from torch import nn
 
 from hra_fx.export.captured import adapter_layers, check_is_program, is_captured
 from hra_fx.layers.accelerate_hooks import loaded
@@ -26,8 +26,9 @@ from hra_fx.layers.sharding import local_tensor
 from hra_fx.layers.target import describe, weight_place
 from hra_fx.model.state import get_state, require_adapted_layers
 from hra_fx.reporting.columns import footnotes, grouped_table_of, heading, table_of
+from hra_fx.reporting.plain import plain
 from hra_fx.reporting.plots import draw_comparison, draw_heatmap
-from hra_fx.reporting.row import Row, chain_of, change_of, turn_of, weight_rows
+from hra_fx.reporting.row import Row, chain_of, measured_fields, weight_rows
 from hra_fx.reporting.skipped_layers import (
     SkippedLayer,
     SkippedParameter,
@@ -78,13 +79,7 @@ class Report(JupyterMixin):
         Args:
             indent: spaces for each level; `None` for one line.
         """
-        content = {
-            "rows": self.to_dicts(),
-            "skipped": [dataclasses.asdict(layer) for layer in self.skipped],
-            "trained_in_full": list(self.trained_in_full),
-            "skipped_parameters": [dataclasses.asdict(parameter) for parameter in self.skipped_parameters],
-        }
-        return json.dumps(without_nan(content), indent=indent, allow_nan=False)
+        return json.dumps(plain(self), indent=indent)
 
     def to_markdown(self) -> str:
         """Return the table of all layers in GitHub's Markdown, followed by the footnotes."""
@@ -154,19 +149,6 @@ class Report(JupyterMixin):
         return footnotes(self.rows, self.skipped, self.trained_in_full, self.skipped_parameters)
 
 
-def without_nan(value: Any) -> Any:
-    """Convert a value for JSON, which does not support NaN.
-
-    >>> without_nan({"a": (1.5, float("nan"))})
-    {'a': [1.5, None]}
-    """
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: without_nan(entry) for name, entry in value.items()}
-    return [without_nan(entry) for entry in value] if isinstance(value, (list, tuple)) else value
-
-
 def escaped(text: str) -> str:
     r"""Escape a text so that Markdown shows it literally, without emphasis, links, HTML or ends of cells.
 
@@ -226,7 +208,7 @@ def _rows(model: nn.Module, *, capture: bool) -> tuple[Row, ...]:
             parameters = math.prod(reflection.vectors_shape(r))
             graph, reason = graphs.get(path, (None, ""))
             with loaded(reflection):
-                measured = _measured(chain_of(layer, name), weight)
+                measured = measured_fields(chain_of(layer, name), weight)
             measured["bytes"] = parameters * reflection[name].itemsize
             measured["bytes_here"] = local_tensor(reflection[name]).nbytes
             measured |= {"graph": graph, "graph_reason": reason}
@@ -238,16 +220,8 @@ def _report_of_program(program: Any, *, capture: bool) -> Report:
     """The report of an `ExportedProgram`, which is one graph."""
     rows = []
     for layer in adapter_layers(program):
-        d, measured = layer.chain.shape[0], _measured(layer.chain, layer.rows)
+        d, measured = layer.chain.shape[0], measured_fields(layer.chain, layer.rows)
         graph = "" if capture else None
         sizes = (d, layer.r, d * layer.r)
         rows.append(Row(layer.path, layer.description, layer.adapter, True, *sizes, **measured, graph=graph))
     return Report(tuple(rows), *not_adapted_in_program(program))
-
-
-def _measured(chain: Tensor | None, weight: Tensor | None) -> dict[str, Any]:
-    """The measured fields of a row."""
-    found = turn_of(chain)
-    angles = {"angle": found.angle, "mean_angle": found.mean_angle}
-    changed = change_of(weight, chain)
-    return {**found._asdict(), **angles, "share": changed.share, "weight_change": changed.change}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,12 +75,10 @@ def turn_of(chain: Tensor | None) -> RotationStats:
     """The angles of the reflections from `chain_of`; NaN for `None`. For experts, the angles of all experts."""
     if chain is None:
         return _UNKNOWN
-    if chain.dim() == 2:
-        return rotation_stats(chain)
-    experts = [rotation_stats(one) for one in chain]
-    angles = sorted((angle for expert in experts for angle in expert.angles), reverse=True)
-    rotation = math.hypot(*(expert.rotation for expert in experts))  # `Q` of all experts is block-diagonal
-    return RotationStats(rotation, tuple(angles), math.hypot(*(expert.orthogonality for expert in experts)))
+    parts = [rotation_stats(one) for one in (chain if chain.dim() == 3 else chain[None])]
+    angles = sorted((angle for part in parts for angle in part.angles), reverse=True)
+    rotation = math.hypot(*(part.rotation for part in parts))  # `Q` of all experts is block-diagonal
+    return RotationStats(rotation, tuple(angles), math.hypot(*(part.orthogonality for part in parts)))
 
 
 def change_of(rows: Tensor | None, chain: Tensor | None) -> RelativeChange:
@@ -90,12 +89,17 @@ def change_of(rows: Tensor | None, chain: Tensor | None) -> RelativeChange:
         return relative_change(rows, chain)
     sizes = [float(expert.double().square().sum()) for expert in rows]
     changes = [relative_change(expert, own) for expert, own in zip(rows, chain, strict=True)]
-    total = sum(sizes)
-    if not total:
-        return RelativeChange(0.0, 0.0)
+    total = sum(sizes) or 1.0  # a weight of zeros does not change
     share = sum(size * one.share for size, one in zip(sizes, changes, strict=True)) / total
     change = sum(size * one.change**2 for size, one in zip(sizes, changes, strict=True)) / total
     return RelativeChange(share, math.sqrt(change))
+
+
+def measured_fields(chain: Tensor | None, weight: Tensor | None) -> dict[str, Any]:
+    """The measured fields of a row, from `chain_of` and `weight_rows`."""
+    turn, changed = turn_of(chain), change_of(weight, chain)
+    angles = {"angle": turn.angle, "mean_angle": turn.mean_angle}
+    return {**turn._asdict(), **angles, "share": changed.share, "weight_change": changed.change}
 
 
 def chain_of(layer: AdaptedLayer, adapter: str) -> Tensor | None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 _EXCLUDING: dict[str, Any] = dict.fromkeys(
     ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
 )
-
-_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -140,17 +137,7 @@ class Selection:
         self.config = config
         self.targets = resolve_targets(model, config)
         self._saved = {part for saved in saved_modules(model, config).values() for part in saved.modules()}
-        self._unrestricted = dataclasses.replace(config, **_EXCLUDING)
-        self._restrictions = [
-            (f"excluded by exclude_modules={format_names(config.exclude_modules)}", self._only("exclude_modules")),
-            (f"inside modules_to_save={config.modules_to_save}", self._only("modules_to_save")),
-            (None, self._only("layers_to_transform", "layers_pattern")),
-        ]
-
-    def _only(self, *names: str) -> HRAConfig:
-        """The configuration without the other fields that exclude layers."""
-        fields: dict[str, Any] = {name: getattr(self.config, name) for name in names}
-        return dataclasses.replace(self._unrestricted, **fields)
+        self._unrestricted = replace(config, **_EXCLUDING)
 
     def trains_in_full(self, layer: nn.Module) -> bool:
         """Whether a layer (of any type, such as an embedding) is in `modules_to_save`, or in such a module."""
@@ -166,11 +153,14 @@ class Selection:
             return "folded or replaced after transform"
         if not is_target(self._unrestricted, path, self.targets):
             return self._why_not_matched(kind)
-        return ", and ".join(
-            text or self._why_not_index(path)
-            for text, only in self._restrictions
-            if not is_target(only, path, self.targets)
-        )
+        for field, words in (("exclude_modules", "excluded by"), ("modules_to_save", "inside")):
+            value = getattr(self.config, field)
+            if not is_target(replace(self._unrestricted, **{field: value}), path, self.targets):
+                return f"{words} {field}={format_names(value)}"
+        wanted = f"layers_to_transform={format_names(self.config.layers_to_transform)}"
+        if layer_index(self.config, path) is None:
+            return f"no layer index in its path, and {wanted} is set"
+        return f"layer index not in {wanted}"
 
     def _why_not_matched(self, kind: LayerKind) -> str:
         targets = self.config.target_modules
@@ -183,12 +173,6 @@ class Selection:
             return f"not in the default target_modules of this architecture, {format_names(self.targets)}"
         return f"not {'matched by' if isinstance(targets, str) else 'in'} target_modules={format_names(targets)}"
 
-    def _why_not_index(self, path: str) -> str:
-        wanted = f"layers_to_transform={_shown_indices(self.config.layers_to_transform)}"
-        if layer_index(self.config, path) is None:
-            return f"no layer index in its path, and {wanted} is set"
-        return f"layer index not in {wanted}"
-
 
 def reason_of(selections: Mapping[str, Selection], path: str, kind: LayerKind) -> str:
     """Return why a layer does not have an adapter: one reason if all adapters have the same, otherwise one for each.
@@ -199,10 +183,3 @@ def reason_of(selections: Mapping[str, Selection], path: str, kind: LayerKind) -
     if len(set(reasons.values())) == 1:
         return next(iter(reasons.values()))
     return "; ".join(f"{reason} (adapter {name})" for name, reason in reasons.items())
-
-
-def _shown_indices(indices: Collection[int] | int | None) -> str:
-    """Format indices, or only both ends of a long list."""
-    if indices is None or isinstance(indices, int) or len(indices) <= _SHOWN:
-        return repr(indices)
-    return f"[{min(indices)}, ..., {max(indices)}] ({len(indices)} of them)"

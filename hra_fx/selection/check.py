@@ -19,7 +19,7 @@ from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.layers.sharding import is_dtensor, sharded_by
-from hra_fx.layers.target import REFLECTION, full_shape, weight_place, width_of
+from hra_fx.layers.target import full_shape, weight_place, width_of
 from hra_fx.layers.tensor_parallel import has_parallel_forward, why_not_adapted
 from hra_fx.layers.trained_copies import get_copies
 from hra_fx.layers.variants import has_own_forward
@@ -29,7 +29,6 @@ from hra_fx.selection.select import Modules, once, select, walk
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _EXCLUDE = "exclude the layer with `exclude_modules`"
 _EXCLUDE_IT = "E" + _EXCLUDE[1:]
-_EXCLUDE_EXPERTS = "use longer names in `target_parameters`, which leave it out"
 
 
 def select_checked(model: nn.Module, config: HRAConfig, modules: Modules | None = None) -> dict[str, nn.Module]:
@@ -46,8 +45,8 @@ def select_checked(model: nn.Module, config: HRAConfig, modules: Modules | None 
     modules = walk(model) if modules is None else modules
     layers = select(model, config, modules)
     _check_modules(modules, layers)
-    unsupported = {path: problem for path, layer in layers.items() if (problem := layer_problem(path, layer, config))}
-    if unsupported:
+    problems = {path: _layer_problem(path, layer, config) for path, layer in layers.items()}
+    if unsupported := {path: problem for path, problem in problems.items() if problem}:
         first, *others = unsupported
         also = f" Also unsupported: {', '.join(others)}." if others else ""
         class_name = type(layers[first]).__name__
@@ -94,12 +93,11 @@ def _module_problem(module: nn.Module, *, is_around: bool) -> str | None:
     return None
 
 
-def layer_problem(path: str, layer: nn.Module, config: HRAConfig) -> str | None:
+def _layer_problem(path: str, layer: nn.Module, config: HRAConfig) -> str | None:
     """Return why this layer cannot be adapted, or `None`; without the full stop."""
     problem = _state_problem(layer) or _weight_problem(layer) or _rank_problem(path, layer, config)
-    if problem is not None and isinstance(layer, ExpertsWeight):
-        new = _EXCLUDE_EXPERTS
-        return problem.replace(_EXCLUDE, new).replace(_EXCLUDE_IT, new[0].upper() + new[1:])
+    if problem and isinstance(layer, ExpertsWeight):
+        problem += " (for experts, with longer names in `target_parameters`)"
     return problem
 
 
@@ -118,8 +116,6 @@ def _state_problem(layer: nn.Module) -> str | None:
         return None  # It was checked when it got its first adapter.
     if not has_class_forward(layer) and not has_parallel_forward(layer):
         return f"its `forward` is set on the instance, which would bypass the adapter. Delete it, or {_EXCLUDE}"
-    if hasattr(layer, REFLECTION):
-        return f"it already has an attribute `{REFLECTION}`. Rename the attribute, or {_EXCLUDE}"
     if type(layer).__call__ is not nn.Module.__call__:
         return f"its class overrides `__call__`, which would bypass the adapter. {_EXCLUDE_IT}"
     if isinstance(layer, nn.MultiheadAttention) and {layer.kdim, layer.vdim} != {layer.embed_dim}:

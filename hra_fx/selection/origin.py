@@ -66,49 +66,24 @@ def keep_origin(graph: fx.GraphModule, origin: Origin) -> None:
     write_note(graph, _KEY, origin)
 
 
-_QV = ("q_proj", "v_proj")
-_QUERY_VALUE = ("query", "value")
-_FUSED = ("query_key_value",)
-
-DEFAULT_TARGETS: Mapping[str, tuple[str, ...] | str] = {
-    "RefinedWeb": _FUSED,
-    "RefinedWebModel": _FUSED,
-    "bart": _QV,
-    "bert": _QUERY_VALUE,
-    "blip-2": ("q", "v", "q_proj", "v_proj"),
-    "bloom": _FUSED,
-    "btlm": ("c_proj", "c_attn"),
-    "chatglm": _FUSED,
-    "codegen": ("qkv_proj",),
-    "deberta": ("in_proj",),
-    "deberta-v2": ("query_proj", "value_proj"),
-    "electra": _QUERY_VALUE,
-    "falcon": _FUSED,
-    "gemma": _QV,
-    "gemma2": _QV,
-    "gemma3_text": _QV,
-    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
-    "gpt2": ("c_attn",),
-    "gpt_bigcode": ("c_attn",),
-    "gpt_neo": _QV,
-    "gpt_neox": _FUSED,
-    "gptj": _QV,
-    "layoutlm": _QUERY_VALUE,
-    "llama": _QV,
-    "llama4": _QV,
-    "mistral": _QV,
-    "mixtral": _QV,
-    "mpt": ("Wqkv",),
-    "mt5": ("q", "v"),
-    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "opt": _QV,
-    "phi": ("q_proj", "v_proj", "fc1", "fc2"),
-    "qwen2": _QV,
-    "qwen3": _QV,
-    "roberta": _QUERY_VALUE,
-    "rwkv": ("key", "value", "receptance", "output"),
-    "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
-    "stablelm": _QV,
-    "t5": ("q", "v"),
-    "xlm-roberta": _QUERY_VALUE,
+#: PEFT's default targets -> the model types that have them.
+_TYPES: Mapping[tuple[str, ...] | str, str] = {
+    ("q_proj", "v_proj"): "bart gemma gemma2 gemma3_text gpt_neo gptj llama llama4 mistral mixtral opt qwen2 qwen3 "
+    "stablelm",
+    ("query", "value"): "bert electra layoutlm roberta xlm-roberta",
+    ("query_key_value",): "RefinedWeb RefinedWebModel bloom chatglm falcon gpt_neox",
+    ("q", "v", "q_proj", "v_proj"): "blip-2",
+    ("c_proj", "c_attn"): "btlm",
+    ("qkv_proj",): "codegen",
+    ("in_proj",): "deberta",
+    ("query_proj", "value_proj"): "deberta-v2",
+    r".*language_model\..*\.(q_proj|v_proj)": "gemma4",
+    ("c_attn",): "gpt2 gpt_bigcode",
+    ("Wqkv",): "mpt",
+    ("q", "v"): "mt5 t5",
+    ("q_proj", "k_proj", "v_proj", "o_proj"): "nemotron_h",
+    ("q_proj", "v_proj", "fc1", "fc2"): "phi",
+    ("key", "value", "receptance", "output"): "rwkv",
+    ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"): "rwkv7",
 }
+DEFAULT_TARGETS = {kind: targets for targets, kinds in _TYPES.items() for kind in kinds.split()}

@@ -67,17 +67,12 @@ def parameters_problem(model: nn.Module, config: HRAConfig) -> str | None:
         return f"`target_parameters`: {name!r} matches no 3-D parameter. " + suggestion(
             [name], list(stacked), takes_str=False
         )
-    unknown = {
-        known: owner
-        for known, owner in stacked.items()
-        if matches_parameter(names, known) and is_transposed(owner) is None
-    }
-    if unknown:
-        first, owner = next(iter(unknown.items()))
-        return (
-            f"{first}: {type(owner).__name__} does not state whether its parameters are (experts, out, in) or "
-            "(experts, in, out). Set the attribute `is_transposed` of the module to False or True."
-        )
+    for known, owner in stacked.items():
+        if matches_parameter(names, known) and is_transposed(owner) is None:
+            return (
+                f"{known}: {type(owner).__name__} does not state whether its parameters are (experts, out, in) or "
+                "(experts, in, out). Set the attribute `is_transposed` of the module to False or True."
+            )
     return None
 
 
@@ -101,11 +96,9 @@ def hint_for(model: nn.Module, names: Collection[str]) -> str | None:
     paths = [path for path in parameters if any(path in held for held in found.values())]
     if not paths:
         return None
-    class_name = type(parameters[paths[0]][0]).__name__
-    named = " and ".join(repr(name) for name, held in found.items() if held)
-    what = "is a 3-D parameter" if sum(map(bool, found.values())) == 1 else "are 3-D parameters"
+    named, class_name = ", ".join(filter(found.get, found)), type(parameters[paths[0]][0]).__name__
     return (
-        f"{named} {what} of {class_name}, which `target_modules` does not select. "
+        f"`target_modules` does not select 3-D parameters of {class_name} ({named}). "
         f"Use target_parameters={_short_names(paths)}."
     )
 

@@ -70,7 +70,7 @@ def select(model: nn.Module, config: HRAConfig, modules: Modules | None = None) 
     if not chosen:
         raise SelectionError(_no_match(model, config, own))
     for path, module in chosen.items():
-        if not _adaptable(module):
+        if find_kind(module) is None:
             raise SelectionError(_wrong_type(path, module))
     _check_saved(config, chosen, own)
     if config.exclude_modules and not any(_matches(config.exclude_modules, path) for path in once(own)):
@@ -258,12 +258,8 @@ def _model_type(model: nn.Module) -> str:
     return found if isinstance(found, str) else ""
 
 
-def _adaptable(module: nn.Module) -> bool:
-    return find_kind(module) is not None
-
-
 def _adaptable_in(modules: Modules) -> list[str]:
-    return [path for path, module in once(modules).items() if _adaptable(module)]
+    return [path for path, module in once(modules).items() if find_kind(module)]
 
 
 # ---- error messages ----
@@ -322,7 +318,7 @@ def _wrong_type(path: str, module: nn.Module) -> str:
 def _no_match(model: nn.Module, config: HRAConfig, modules: Modules) -> str:
     """The message for a configuration that does not select any module."""
     class_name, default = type(model).__name__, config.target_modules is None
-    if _adaptable(model):
+    if find_kind(model):
         return f"The model itself is a layer ({class_name}), and only layers inside a model can be adapted. Wrap it."
     layers = _adaptable_in(modules)
     if not layers:
@@ -340,9 +336,7 @@ def _no_match(model: nn.Module, config: HRAConfig, modules: Modules) -> str:
     given = {name: getattr(config, name) for name in _EXCLUDING}
     fields = [f"{name}={value!r}" for name, value in given.items() if value not in (None, [], "")]
     text = f"{shown} matches {found}, but none is left after {' and '.join(fields)}."
-    if not _uses_indices(config):
-        return text
     indices = {index for path in matched if (index := layer_index(config, path)) is not None}
-    if not indices:
-        return f"{text} Their paths have no layer index."
+    if not _uses_indices(config) or not indices:
+        return text
     return f"{text} Their layer indices are {min(indices)} to {max(indices)}."

@@ -62,13 +62,13 @@ def leaf_names(paths: Iterable[str]) -> str:
     return some_of([repr(name) for name in names])
 
 
-def format_names(names: Collection[str] | str | None) -> str:
+def format_names(names: Collection[str] | Collection[int] | str | int | None) -> str:
     """Format the value of a field of names as Python code, sorted, and shortened if it is long.
 
     >>> format_names({"value", "query"})
     "['query', 'value']"
     """
-    if names is None or isinstance(names, str):
+    if names is None or isinstance(names, str | int):
         return repr(names)
     entries = sorted(names)
     return repr(entries) if len(entries) <= _SHOWN else f"{entries[:_SHOWN]!r} and {len(entries) - _SHOWN} more"

@@ -50,18 +50,6 @@ class Route:
     pieces: tuple[tuple[float, float, float], ...]
 
 
-@dataclass(frozen=True)
-class Arrangement:
-    """The layout of a scope: its size, the upper left corners of its boxes, its edges, and the x of its ports."""
-
-    width: float
-    height: float
-    corners: tuple[tuple[float, float], ...]
-    routes: tuple[Route, ...] = ()
-    enter: float = 0.0
-    leave: float = 0.0
-
-
 def rows_of(count: int, edges: Sequence[tuple[int, int]], inputs: Sequence[int] = ()) -> list[int]:
     """The row of every box: below its sources, with a limited width.
 
@@ -84,48 +72,58 @@ def rows_of(count: int, edges: Sequence[tuple[int, int]], inputs: Sequence[int] 
     return rows
 
 
-def layered(
-    sizes: Sequence[Size],
-    edges: Sequence[tuple[int, int]],
-    inputs: Sequence[int] = (),
-    outputs: Sequence[int] = (),
-    rows: Sequence[int] | None = None,
-) -> Arrangement:
-    """Place boxes in rows (by default those of `rows_of`), so that every edge points down.
+class Layout:
+    """Boxes in rows (by default those of `rows_of`), so that every edge points down.
 
-    `inputs` get an edge from the upper border, and `outputs` one to the lower border.
+    `inputs` get an edge from the upper border, and `outputs` one to the lower border. The borders are boxes of size 0,
+    which are alone in the first and the last row.
+
+    Attributes:
+        width: of all boxes and edges.
+        height: of all rows.
+        corners: the upper left corner of each box.
+        routes: the edges: those from the upper border, `edges`, and those to the lower border.
+        enter: the x at which edges leave the upper border.
+        leave: the x at which edges enter the lower border.
     """
-    rows = rows_of(len(sizes), edges, inputs) if rows is None else rows
-    return _Layout(sizes, edges, inputs, outputs, rows).arrangement()
-
-
-class _Layout:
-    """The positions of all boxes. The borders are boxes of size 0, which are alone in the first and the last row."""
 
     def __init__(
         self,
         sizes: Sequence[Size],
         edges: Sequence[tuple[int, int]],
-        inputs: Sequence[int],
-        outputs: Sequence[int],
-        rows: Sequence[int],
+        inputs: Sequence[int] = (),
+        outputs: Sequence[int] = (),
+        rows: Sequence[int] | None = None,
     ) -> None:
-        last = len(sizes)
-        upper, lower = last, last + 1
+        """Place all boxes."""
+        rows = rows_of(len(sizes), edges, inputs) if rows is None else rows
+        self._upper, self._lower = len(sizes), len(sizes) + 1
         self.sizes = [*sizes, Size(0, 0), Size(0, 0)]
-        self.links = [(upper, box) for box in inputs] + list(edges) + [(box, lower) for box in outputs]
+        links = [(self._upper, box) for box in inputs] + list(edges) + [(box, self._lower) for box in outputs]
         self.sources: list[list[int]] = [[] for _ in self.sizes]
-        for source, target in self.links:
+        for source, target in links:
             self.sources[target].append(source)
         self.row = [row + 1 for row in rows] + [0, max(rows, default=-1) + 2]
-        self.rows: list[list[int]] = [[] for _ in range(self.row[lower] + 1)]
+        self.rows: list[list[int]] = [[] for _ in range(self.row[self._lower] + 1)]
         for box, row in enumerate(self.row):
             self.rows[row].append(box)
-        self.x = [0.0] * (last + 2)
+        self._place_all(inputs, outputs)
+        self.lanes = self._lanes(links)
+        left = min((self.x[box] - self.sizes[box].width / 2 for box in range(len(sizes))), default=0.0)
+        right = max([*map(self._right, range(len(sizes))), *(x + 1 for x in self.lanes.values())], default=0.0)
+        self.width, self.height = right - left, self.bottoms[-1]
+        self.corners = [(self.x[box] - size.width / 2 - left, self._top(box)) for box, size in enumerate(sizes)]
+        ends = self._ends()
+        self.routes = tuple(self._route(source, target, ends[source, target], left) for source, target in links)
+        self.enter, self.leave = self.x[self._upper] - left, self.x[self._lower] - left
+
+    def _place_all(self, inputs: Sequence[int], outputs: Sequence[int]) -> None:
+        """Set the x of each box, and the top and the bottom of each row."""
+        self.x = [0.0] * len(self.sizes)
         for boxes in self.rows[1:]:
             self._place(boxes)
-        entries = [self.x[box] + sizes[box].enter for box in inputs if self.row[box] == 1]
-        self.x[upper] = sum(entries) / len(entries) if entries else 0.0
+        entries = [self.x[box] + self.sizes[box].enter for box in inputs if self.row[box] == 1]
+        self.x[self._upper] = sum(entries) / len(entries) if entries else 0.0
         self.tops, self.bottoms, y = [0.0], [0.0], GAP_Y * bool(inputs)
         for boxes in self.rows[1:-1]:
             self.tops.append(y)
@@ -133,7 +131,6 @@ class _Layout:
             y = self.bottoms[-1] + GAP_Y
         self.tops.append(y if outputs else self.bottoms[-1])
         self.bottoms.append(self.tops[-1])
-        self.lanes = self._lanes()
 
     def _place(self, boxes: list[int]) -> None:
         """Place a row: each box below its sources in the row above, with gaps between boxes, and balanced sides."""
@@ -155,10 +152,10 @@ class _Layout:
     def _right(self, box: int) -> float:
         return self.x[box] + self.sizes[box].width / 2
 
-    def _lanes(self) -> dict[int, float]:
+    def _lanes(self, links: Sequence[tuple[int, int]]) -> dict[int, float]:
         """Source -> x of its long edges, next to the rows that they pass. Shorter edges are closer to the boxes."""
         spans: dict[int, range] = {}
-        for source, target in self.links:
+        for source, target in links:
             rows = range(self.row[source] + 1, self.row[target])
             if len(rows) > len(spans.get(source, ())):
                 spans[source] = rows
@@ -175,44 +172,33 @@ class _Layout:
         row = self.row[box]
         return (self.tops[row] + self.bottoms[row] - self.sizes[box].height) / 2
 
-    def arrangement(self) -> Arrangement:
-        count = len(self.sizes) - 2
-        left = min((self.x[box] - self.sizes[box].width / 2 for box in range(count)), default=0.0)
-        right = max([*map(self._right, range(count)), *(x + 1 for x in self.lanes.values())], default=0.0)
-        corners = tuple((self.x[box] - self.sizes[box].width / 2 - left, self._top(box)) for box in range(count))
-        ends = self._ends()
-        routes = tuple(self._route(source, target, ends[source, target], left) for source, target in self.links)
-        enter, leave = self.x[count] - left, self.x[count + 1] - left
-        return Arrangement(right - left, self.bottoms[-1], corners, routes, enter, leave)
-
     def _route(self, source: int, target: int, end: float, left: float) -> Route:
-        above, below, count = self.row[source], self.row[target], len(self.sizes) - 2
+        above, below = self.row[source], self.row[target]
         begin = self._top(source) + self.sizes[source].height
         pieces = [(self.x[source] + self.sizes[source].leave, begin, self.bottoms[above])]
         if below - above > 1:
             pieces.append((self.lanes[source], self.tops[above + 1], self.bottoms[below - 1]))
         pieces.append((end, self.tops[below], self._top(target)))
         shifted = tuple((x - left, start, stop) for x, start, stop in pieces)
-        return Route(source if source < count else None, target if target < count else None, shifted)
+        return Route(None if source == self._upper else source, None if target == self._lower else target, shifted)
+
+    def _start(self, source: int, target: int) -> float:
+        """The x from which an edge comes to its target."""
+        is_long = self.row[target] - self.row[source] > 1
+        return self.lanes[source] if is_long else self.x[source] + self.sizes[source].leave
 
     def _ends(self) -> dict[tuple[int, int], float]:
         """The x at which each edge enters: the straightest edge at the entry, others on the side they come from."""
         ends: dict[tuple[int, int], float] = {}
         for target, sources in enumerate(self.sources):
             entry = self.x[target] + self.sizes[target].enter
-            coming: list[tuple[float, int]] = []
-            for source in sources:
-                is_long = self.row[target] - self.row[source] > 1
-                start = self.lanes[source] if is_long else self.x[source] + self.sizes[source].leave
-                coming.append((start - entry, source))
-            coming.sort(key=lambda pair: (abs(pair[0]), pair[1]))
-            ends.update(((source, target), entry) for _, source in coming[:1])
+            coming = sorted((self._start(source, target), source) for source in sources)
+            straight = min(range(len(coming)), key=lambda place: abs(coming[place][0] - entry), default=0)
             room = max(self.sizes[target].width / 2 - abs(self.sizes[target].enter) - 10, 0.0)
-            for side in (-1, 1):
-                others = [source for shift, source in coming[1:] if (shift > 0) == (side > 0)]
-                step = min(16.0, room / max(len(others), 1))
-                for place, source in enumerate(others, start=1):
-                    ends[source, target] = entry + side * step * place
+            step = min(16.0, room / max(straight, len(coming) - 1 - straight, 1))
+            ends.update(
+                ((source, target), entry + (place - straight) * step) for place, (_, source) in enumerate(coming)
+            )
         return ends
 
 
@@ -290,7 +276,7 @@ def _open(box: Box, blocks: tuple[Block, ...], heatmap: Heatmap, *, root: bool) 
     assert isinstance(scope, Scope)  # only scopes have parts
     parts = [place(block, heatmap) for block in blocks]
     sizes = [part.size for part in parts]
-    inner = layered(sizes, scope.edges, scope.inputs, scope.outputs, scope_rows(scope))
+    inner = Layout(sizes, scope.edges, scope.inputs, scope.outputs, scope_rows(scope))
     left, top, wide, high = 0.0, 0.0, inner.width, inner.height
     if not root:
         title = width(box.name, NAME, bold=True) + 8 + width(box.detail, DETAIL) + count_width(box.count)

@@ -26,6 +26,9 @@ from hra_fx.view.svg import FRAMES, LOOKS
 from hra_fx.view.theme import COLORS
 from hra_fx.view.tree import Item, Leaf, Scope, joined, module_of, notes, span
 
+#: The attributes of a node that are fields of a leaf.
+_FIELDS = ("name", "detail", "kind", "op", "target", "shape", "dtype", "parameters")
+
 #: Graphviz takes minutes for a thousand boxes unless its search is limited.
 _LIMITS = "nslimit=1, nslimit1=1, mclimit=0.5"
 #: Mermaid's limits on GitHub.
@@ -75,23 +78,26 @@ def to_networkx(model: Any, example_inputs: Any = None) -> nx.DiGraph[str]:
     return network(drawing_of(model, example_inputs))
 
 
-def network(drawing: Drawing) -> nx.DiGraph[str]:
-    """Convert a drawing to a graph with plain attributes; see `to_networkx`."""
+def network(drawing: Drawing, heatmap: Heatmap | None = None) -> nx.DiGraph[str]:
+    """Convert a drawing to a graph with plain attributes; see `to_networkx`. Heat is the attribute `heat_<name>`."""
     rows: dict[str, list[Row]] = {}
     for row in drawing.rows:
         rows.setdefault(row.path, []).append(row)
     graph: nx.DiGraph[str] = nx.DiGraph(title=drawing.title, facts=drawing.facts)
     for key, leaf in drawing.picture.nodes(data="leaf"):
-        names = ("name", "detail", "kind", "op", "target", "shape", "dtype", "parameters")
-        graph.add_node(
-            key, module=leaf.place[-1] if leaf.place else "", **{name: getattr(leaf, name) for name in names}
-        )
-        if leaf.kind == "adapted_layer" and leaf.marks:
-            graph.add_node(key, **_measured(leaf, [row for path in leaf.marks for row in rows.get(path, ())]))
+        graph.add_node(key, module=leaf.place[-1] if leaf.place else "")
+        data = graph.nodes[key]
+        data.update((name, getattr(leaf, name)) for name in _FIELDS)
+        if leaf.marks:
+            data["adapted_layers"] = "\n".join(leaf.marks)
+        if leaf.marks and heatmap is not None and not math.isnan(heat := heatmap.mean(leaf.marks)):
+            data[f"heat_{heatmap.name}"] = heat
+        if leaf.marks and leaf.kind == "adapted_layer":
+            data |= _measured(leaf, [row for path in leaf.marks for row in rows.get(path, ())])
         elif leaf.skipped:
-            graph.add_node(key, skipped="\n".join(dict.fromkeys(layer.reason for layer in leaf.skipped)))
+            data["skipped"] = "\n".join(dict.fromkeys(layer.reason for layer in leaf.skipped))
         if leaf.trained:
-            graph.add_node(key, trained_in_full="\n".join(leaf.trained))
+            data["trained_in_full"] = "\n".join(leaf.trained)
     graph.add_edges_from(drawing.picture.edges)
     return graph
 
@@ -100,39 +106,17 @@ def _measured(leaf: Leaf, every: list[Row]) -> dict[str, str | int | float]:
     rows = [row for row in every if row.active] or every
     names = ("rotation", "mean_angle", "angle") if rows else ()
     measures = {name: largest(getattr(row, name) for row in rows) for name in names}
-    return {
-        "adapted_layers": "\n".join(leaf.marks),
-        "adapters": "\n".join(dict.fromkeys(row.adapter for row in every)),
-        "d": leaf.width,
-        "r": leaf.rank,
-        **{name: value for name, value in measures.items() if not math.isnan(value)},
-    }
+    adapters = "\n".join(dict.fromkeys(row.adapter for row in every))
+    known = {name: value for name, value in measures.items() if not math.isnan(value)}
+    return {"adapters": adapters, "d": leaf.width, "r": leaf.rank, **known}
 
 
 def render_graphml(drawing: Drawing, options: Options) -> bytes:
-    """Render the GraphML of a model, or of a part of it."""
-    buffer = io.BytesIO()
-    nx.write_graphml(plain(drawing, options), buffer, named_key_ids=True)
+    """Render the GraphML of a model, or of a part of it: the graph of `to_networkx`, with the heat."""
+    part, buffer = collapsed(drawing, options.depth), io.BytesIO()
+    heatmap = heatmap_of(part, options.heat) if options.heat else None
+    nx.write_graphml(network(part, heatmap), buffer, named_key_ids=True)
     return buffer.getvalue()
-
-
-def plain(drawing: Drawing, options: Options) -> nx.DiGraph[str]:
-    """The graph of `to_networkx` in a form that GraphML can represent, so that reading the file gives an equal graph.
-
-    Empty and NaN attributes are left out. The values of `options.heat` are in the attribute `heat_<name>`.
-    """
-    part = collapsed(drawing, options.depth)
-    graph, heat = network(part), heatmap_of(part, options.heat)
-    for key, leaf in part.picture.nodes(data="leaf"):
-        if leaf.marks:
-            graph.nodes[key]["adapted_layers"] = "\n".join(leaf.marks)
-            if options.heat:
-                graph.nodes[key][f"heat_{heat.name}"] = heat.mean(leaf.marks)
-    for data in (graph.graph, *(data for _, data in graph.nodes(data=True))):
-        for name, value in list(data.items()):
-            if value == "" or (isinstance(value, float) and math.isnan(value)):
-                del data[name]
-    return graph
 
 
 def render_dot(drawing: Drawing, options: Options) -> str:
@@ -189,13 +173,12 @@ def collapsed(drawing: Drawing, depth: int | None) -> Drawing:
     """
     if depth is None:
         return drawing
-    picture = drawing.picture
+    picture, box = drawing.picture, dict[str, str]()
     inside: dict[str, list[Leaf]] = {}
-    box: dict[str, str] = {}
     for key, leaf in picture.nodes(data="leaf"):
         box[key] = key if len(leaf.place) <= depth else f"module:{leaf.place[depth]}"
         inside.setdefault(box[key], []).append(leaf)
-    part: Any = nx.DiGraph(**picture.graph)
+    part: nx.DiGraph[str] = nx.DiGraph(**picture.graph)
     for name, leaves in inside.items():
         is_open = len(leaves[0].place) <= depth
         part.add_node(name, leaf=leaves[0] if is_open else _module(leaves, depth, picture.graph["classes"]))
@@ -207,46 +190,28 @@ def _module(leaves: list[Leaf], depth: int, classes: dict[str, str]) -> Leaf:
     """Create one leaf for all leaves of a module."""
     call, inner = leaves[0].place[depth], joined(leaves)
     path = module_of(call)
-    return replace(
-        inner,
-        name=name_of(call),
-        detail=classes.get(path, ""),
-        kind="module",
-        op="call_module",
-        target=path,
-        place=inner.place[:depth],
-        rank=0,
-        paths=(path, *dict.fromkeys(inner.paths)),
-        shape="",
-        dtype="",
-    )
+    own = Leaf(name_of(call), classes.get(path, ""), "module", "call_module", path, inner.place[:depth])
+    paths = (path, *dict.fromkeys(inner.paths))
+    kept = {name: getattr(inner, name) for name in ("marks", "skipped", "trained", "parameters")}
+    return replace(own, paths=paths, **kept)
 
 
 def render_mermaid(drawing: Drawing, options: Options) -> str:
-    """Render the Mermaid text of a model, or of a part of it. Too large a text is an error with a depth that fits.
+    """Render the Mermaid text of a model, or of a part of it. A text that GitHub does not draw is an error.
 
     Identical blocks are drawn once, as in the SVG picture. Comments list the adapted layers of each box, because GitHub
     does not show tooltips.
     """
-    heatmap, tree, focus = heatmap_of(drawing, options.heat), drawing.tree(), options.focus or ""
-    text, edges = _mermaid_text(drawing, opened(tree, options.depth, focus), heatmap)
-    if _fits(text, edges):
-        return text
-    levels = max(len(leaf.place) for _, leaf in drawing.picture.nodes(data="leaf"))
-    smaller = reversed(range(min(options.depth or 0, levels)))
-    fitting = next(
-        (depth for depth in smaller if _fits(*_mermaid_text(drawing, opened(tree, depth, focus), heatmap))), None
-    )
-    fix = "Pass the path of a module as `focus`, or write an .svg." if fitting is None else f"`depth={fitting}` fits."
-    asked = f"`depth={options.depth}` gives" if options.depth is not None else "The smallest Mermaid text has"
-    raise VisualizeError(
-        f"{asked} {edges:,} edges and {len(text):,} characters; GitHub draws at most {EDGES:,} edges and "
-        f"{CHARACTERS:,} characters. {fix}"
-    )
-
-
-def _fits(text: str, edges: int) -> bool:
-    return edges <= EDGES and len(text) <= CHARACTERS
+    flow = _Flowchart(heatmap_of(drawing, options.heat))
+    flow.inside(opened(drawing.tree(), options.depth, options.focus or ""))
+    head = ["flowchart TD", f"  %% {escape(drawing.title)}", f"  %% {escape(drawing.facts)}"]
+    text = "\n".join([*head, *_STYLES, *flow.lines, *flow.edges]) + "\n"
+    if len(flow.edges) > EDGES or len(text) > CHARACTERS:
+        raise VisualizeError(
+            f"The Mermaid text has {len(flow.edges):,} edges and {len(text):,} characters; GitHub draws at most "
+            f"{EDGES:,} edges and {CHARACTERS:,} characters. Pass a smaller `depth` or a module as `focus`."
+        )
+    return text
 
 
 def escape(text: str) -> str:
@@ -258,21 +223,11 @@ def escape(text: str) -> str:
     return "".join(c if _PLAIN.fullmatch(c) or c >= "\u00a0" else f"#{ord(c)};" for c in text)
 
 
-def _mermaid_text(drawing: Drawing, block: Block, heatmap: Heatmap) -> tuple[str, int]:
-    """Render the text of a block, and count its edges."""
-    flow = _Flowchart(heatmap)
-    flow.inside(block)
-    head = ["flowchart TD", f"  %% {escape(drawing.title)}", f"  %% {escape(drawing.facts)}"]
-    return "\n".join([*head, *flow.lines, *flow.edges, *flow.styles()]) + "\n", len(flow.edges)
-
-
 @dataclass
 class _Flowchart:
     heatmap: Heatmap
     lines: list[str] = field(default_factory=list)
     edges: dict[str, None] = field(default_factory=dict)
-    classes: dict[str, list[str]] = field(default_factory=dict)
-    fills: dict[str, str] = field(default_factory=dict)
     count: int = 0
 
     def inside(self, block: Block, indent: str = "  ") -> tuple[list[str], list[str]]:
@@ -285,52 +240,43 @@ class _Flowchart:
         entering = [node for i in block.item.inputs for node in ends[i][0]]
         return entering, [node for i in block.item.outputs for node in ends[i][1]]
 
-    def _name(self, letter: str, look: str) -> str:
-        self.count += 1
-        self.classes.setdefault(look, []).append(f"{letter}{self.count}")
-        return f"{letter}{self.count}"
-
     def _part(self, part: Block, indent: str) -> tuple[list[str], list[str]]:
         item, look = part.item, part.look
+        self.count += 1
         if part.parts is not None:
-            name = self._name("m", look)
+            name = f"m{self.count}"
             self.lines.append(f'{indent}subgraph {name}["{_label(item)}"]')
             enter, leave = self.inside(part, indent + "  ")
-            self.lines.append(f"{indent}end")
+            self.lines += [f"{indent}end", f"{indent}class {name} {look}"]
             return enter or [name], leave or [name]
-        name = self._name("n", look)
+        name = f"n{self.count}"
         words, fill = self.heatmap.strip(item)
         extra = [f"{len(item.skipped)} not adapted"] if item.skipped else []
         if item.marks:
             facts = f"{len(item.marks)} adapted" if isinstance(item, Scope) else f"r {item.rank} · d {item.width}"
             extra.insert(0, facts + (f" · {words}" if words else ""))
         opening, closing = {"port": ("([", "])"), "closed": ("[[", "]]")}.get(look, ("[", "]"))
-        if fill:
-            self.fills[name] = fill
         label = "<br/>".join([_label(item), *map(escape, extra)])
-        self.lines.append(f'{indent}{name}{opening}"{label}"{closing}')
+        self.lines.append(f'{indent}{name}{opening}"{label}"{closing}:::{look}')
+        if fill:
+            self.lines.append(f"{indent}style {name} fill:{fill},color:{ink_on(fill)}")
         if item.marks:  # one line for all layers of a box, because comments also count towards the limits
-            self.lines.append(
-                f"{indent}%% {name}: {' '.join(escape(path).replace(' ', '#32;') for path in item.marks)}"
-            )
+            paths = " ".join(escape(path).replace(" ", "#32;") for path in item.marks)
+            self.lines.append(f"{indent}%% {name}: {paths}")
         return [name], [name]
 
-    def styles(self) -> Iterator[str]:
-        """The colors of boxes, readable on light and dark pages."""
-        for look, names in self.classes.items():
-            fill, line, ink = (COLORS[role][0] for role in _COLORS[look])
-            dashes = ",stroke-dasharray:4 3" if look in ("eager", "untraced") else ""
-            yield f"  classDef {look} fill:{fill},stroke:{line},color:{ink}{dashes}"
-            yield f"  class {','.join(names)} {look}"
-        for name, fill in self.fills.items():
-            yield f"  style {name} fill:{fill},color:{ink_on(fill)}"
+
+def _style(look: str, fill: str, line: str, ink: str) -> str:
+    """The colors of a look, readable on light and dark pages."""
+    dashes = ",stroke-dasharray:4 3" if look in ("eager", "untraced") else ""
+    return f"  classDef {look} fill:{COLORS[fill][0]},stroke:{COLORS[line][0]},color:{COLORS[ink][0]}{dashes}"
 
 
-_COLORS = {
-    **LOOKS,
-    "adapted_layer": ("violet-pale", "violet-line", "violet"),
-    **{look: (fill, line, "ink") for look, (fill, line, _) in FRAMES.items()},
-}
+_STYLES = [
+    *(_style(look, *roles) for look, roles in LOOKS.items() if look != "adapted_layer"),
+    _style("adapted_layer", "violet-pale", "violet-line", "violet"),
+    *(_style(look, fill, line, "ink") for look, (fill, line, _) in FRAMES.items()),
+]
 
 
 def _label(item: Item) -> str:

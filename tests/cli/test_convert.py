@@ -14,9 +14,7 @@ import torch
 from checkpoint.disk import made
 from cli.conftest import Shelf
 from cli.shell import Answer, answer, mistake, usage
-from diffusion_models import unet
 from moe_models import TARGETS, built
-from oracles import relative_error
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -152,13 +150,6 @@ def test_experts_have_no_form_for_peft(tmp_path: Path) -> None:
     torch.testing.assert_close(found, wanted, atol=0, rtol=0)
 
 
-def test_the_logits_of_peft_are_those_of_the_adapted_model(shelf: Shelf, tmp_path: Path) -> None:
-    adapters = (shelf / "my-adapter", shelf / "second")
-    answer("convert", *adapters, tmp_path, "--to", "lora", "--base", shelf / "my-model")
-    wanted, before = by_us(shelf, *adapters), logits(plain(shelf))
-    assert relative_error(by_peft(shelf, tmp_path) - before, wanted - before) < 1e-5
-
-
 @pytest.mark.parametrize(
     ("words", "fields"),
     [
@@ -177,17 +168,6 @@ def test_options_are_those_of_the_function(
     assert (done.code, done.err, done.json["rank"]) == (0, "", result.rank)
     assert done.json["warnings"] == list(result.warnings) and done.json["path"] == (tmp_path / "a").as_posix()
     assert [row["rank"] for row in done.json["rows"]] == [row.rank for row in result.rows]
-
-
-def test_a_part_of_a_pipeline_becomes_a_file_of_diffusers(tmp_path: Path) -> None:
-    made.base_of(unet(), tmp_path / "pipe" / "unet", torch.float32)
-    (tmp_path / "pipe" / "model_index.json").write_text("{}")
-    adapter = made.adapter_of(unet(), tmp_path / "adapter", "to_q", "conv1")
-    words = ("convert", adapter, tmp_path / "out", "--to", "lora", "--base")
-    assert mistake(*words, tmp_path / "pipe").endswith("Pass the folder of the adapted part, one of unet.")
-    assert "(diffusers, float32)" in answer(*words, tmp_path / "pipe" / "unet")
-    convert_files([adapter], tmp_path / "pipe" / "unet", tmp_path / "function", progress=False)
-    assert made.picture(tmp_path / "out") == made.picture(tmp_path / "function")
 
 
 def test_a_gguf_file(shelf: Shelf, tmp_path: Path) -> None:
@@ -216,12 +196,3 @@ WRONG: dict[tuple[str, ...], str] = {
 @pytest.mark.parametrize("words", WRONG, ids=" ".join)
 def test_options_that_do_not_fit_together(shelf: Shelf, words: tuple[str, ...]) -> None:
     assert WRONG[words] in usage("convert", shelf / "my-adapter", *words)
-
-
-def test_nothing_is_written_after_an_error(shelf: Shelf, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    words = ("convert", shelf / "my-adapter", out, "--to", "lora", "--base")
-    assert mistake(*words, tmp_path / "none").startswith(f"{tmp_path / 'none'}: no such folder.")
-    assert not out.exists()
-    assert "vllm" in mistake(*words, shelf / "my-model", "--check", "apache")
-    assert not out.exists()

@@ -15,6 +15,7 @@ from checkpoint.disk import made
 from cli.conftest import Shelf
 from cli.shell import Answer, answer, mistake, usage
 from diffusion_models import unet
+from torch import nn
 
 import hra_fx
 
@@ -34,26 +35,35 @@ CASES: dict[str, tuple[list[str], dict[str, Any]]] = {
 }
 
 
+def check(path: Path, words: list[Any], adapted: nn.Module) -> dict[str, Any]:
+    """What is printed about a folder is the report of the adapted model."""
+    done, report = Answer("match", path, *words, "--json"), hra_fx.report(adapted)
+    found, content = done.json, json.loads(report.to_json())
+    assert (done.code, found["error"]) == (0, None)
+    layers = [(layer["path"], layer["d"], layer["r"]) for layer in found["adapted"]]
+    assert layers == [(row.path, row.d, row.r) for row in report]
+    assert found["missed"] == content["skipped"]
+    assert found["missed_parameters"] == content["skipped_parameters"]
+    assert found["trained_layers"] == content["trained_in_full"]
+    assert found["trained"] == sum(row.parameters for row in report)
+    assert found["trained"] + found["trained_in_full"] == sum(
+        p.numel() for p in adapted.parameters() if p.requires_grad
+    )
+    return found  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_it_predicts_transform(shelf: Shelf, name: str) -> None:
     words, fields = CASES[name]
-    found = Answer("match", shelf / "my-model", *words, "--json")
-    model = hra_fx.transform(copy.deepcopy(shelf.model), hra_fx.HRAConfig(**fields))
-    report = hra_fx.report(model)
-    assert (found.code, found.json["error"], found.json["trained_in_full"]) == (0, None, 0)
-    assert [(layer["path"], layer["d"]) for layer in found.json["adapted"]] == [(row.path, row.d) for row in report]
-    assert [(m["path"], m["reason"]) for m in found.json["missed"]] == [(m.path, m.reason) for m in report.skipped]
-    assert found.json["trained"] == sum(row.parameters for row in report)
+    check(shelf / "my-model", words, hra_fx.transform(copy.deepcopy(shelf.model), hra_fx.HRAConfig(**fields)))
 
 
 def test_the_configuration_of_an_adapter_and_an_option_on_top(shelf: Shelf, tmp_path: Path) -> None:
     fields: dict[str, Any] = {"r": 4, "rank_pattern": {"layers.0.self_attn.q_proj": 6, "v_proj": 2}}
     adapter = made.adapter_of(shelf.model, tmp_path, "q_proj", "v_proj", **fields)
     assert "r = 2 to 6" in answer("inspect", adapter)
-    found = Answer("match", shelf / "my-model", "--config", adapter, "--json").json
-    report = hra_fx.report(hra_fx.load_adapter(copy.deepcopy(shelf.model), adapter))
-    assert {layer["path"]: layer["r"] for layer in found["adapted"]} == {row.path: row.r for row in report}
-    assert found["trained"] == sum(row.parameters for row in report)
+    loaded = hra_fx.load_adapter(copy.deepcopy(shelf.model), adapter, is_trainable=True)
+    check(shelf / "my-model", ["--config", adapter], loaded)
     fewer = Answer("match", shelf / "my-model", "--config", shelf / "my-adapter", "-l", "0", "-r", "2", "--json").json
     assert ([layer["path"].split(".")[2] for layer in fewer["adapted"]], fewer["r"]) == (["0", "0"], 2)
 
@@ -76,23 +86,11 @@ def test_timm_and_diffusers(tmp_path: Path) -> None:
         (tmp_path / "config.json", resnet, "conv2", "timm"),
         (tmp_path / "unet", unet(), "to_q", "diffusers"),
     ):
-        found = Answer("match", path, "-t", name, "--json").json
-        wanted = [path for path, _ in model.named_modules() if path.endswith(name)]
-        assert ([layer["path"] for layer in found["adapted"]], found["library"]) == (wanted, library)
-
-
-def test_what_is_named_and_cannot_be_adapted(shelf: Shelf, tmp_path: Path) -> None:
-    """Gram-Schmidt of more vectors than the layer has dimensions."""
-    hra_fx.HRAConfig(r=20, apply_GS=True, target_modules=["q_proj", "down_proj"]).save_pretrained(tmp_path)
-    found = Answer("match", shelf / "my-model", "-c", tmp_path, "--json")
-    first, second = (f"model.layers.{i}.self_attn.q_proj" for i in range(2))
-    assert found.code == 1 and found.json["adapted"] == []
-    assert found.json["error"].startswith(f"{first} (Linear): with `apply_GS=True`, `r` must be at most")
-    assert found.json["error"].endswith(f"Also unsupported: {second}.")
+        adapted = hra_fx.transform(model, hra_fx.HRAConfig(target_modules=[name]))
+        assert check(path, ["-t", name], adapted)["library"] == library
 
 
 def test_experts_and_layers_that_are_trained_in_full(tmp_path: Path) -> None:
-    """As the report of the same configuration says."""
     words = ["-t", "q_proj", "--save", "lm_head", "--save", "model.norm", "--target-parameter", "experts.gate_up_proj"]
     fields: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "model.norm"]}
     settings = hra_fx.HRAConfig(target_parameters=["experts.gate_up_proj"], **fields)
@@ -101,17 +99,9 @@ def test_experts_and_layers_that_are_trained_in_full(tmp_path: Path) -> None:
     )
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"architectures": ["MixtralForCausalLM"]}))
     settings.save_pretrained(tmp_path / "adapter")
-    model = hra_fx.transform(transformers.MixtralForCausalLM(config), settings)
-    report = hra_fx.report(model)
-    content = json.loads(report.to_json())
+    adapted = hra_fx.transform(transformers.MixtralForCausalLM(config), settings)
     for given in (words, ["--config", tmp_path / "adapter"]):
-        found = Answer("match", tmp_path, *given, "--json").json
-        assert [(layer["path"], layer["r"]) for layer in found["adapted"]] == [(row.path, row.r) for row in report]
-        assert found["trained"] == sum(row.parameters for row in report)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        assert found["trained"] + found["trained_in_full"] == trained
-        assert found["missed_parameters"] == content["skipped_parameters"] != []
-        assert found["trained_layers"] == content["trained_in_full"]
+        assert check(tmp_path, given, adapted)["missed_parameters"] != []
     shown = answer("match", tmp_path, *words, columns=200)
     assert "Trained in full:\n  model.norm, lm_head\n" in shown
     assert "Not adapted: 3-D parameters, 25." in shown
@@ -122,26 +112,26 @@ def test_experts_and_layers_that_are_trained_in_full(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["-t", "vproj"], "`target_modules`: the entry 'vproj' matches no module of LlamaForCausalLM. Did "),
-        (["-x", "nothing"], "`exclude_modules=['nothing']` matches no module"),
+        (["-t", "q_proj", "-t", "vproj"], "warning: `target_modules`: the entry 'vproj' matches no module of Llama"),
+        (["-t", "q_proj", "-x", "nothing"], "warning: `exclude_modules=['nothing']` matches no module"),
+        (["-t", "qproj"], "does not match: `target_modules=['qproj']` matches no module of LlamaForCausalLM. Did you"),
+        (["-c", "folder"], "does not match: model.layers.0.self_attn.q_proj (Linear): with `apply_GS=True`, `r` must"),
     ],
 )
-def test_a_name_that_matches_nothing_is_a_warning(shelf: Shelf, words: list[str], said: str) -> None:
-    done = Answer("match", shelf / "my-model", "-t", "q_proj", *words, "--json")
-    assert done.code == 0 and len(done.json["adapted"]) == 2
-    assert done.err.startswith(f"warning: {said}")
-
-
-def test_a_configuration_that_fits_nothing(shelf: Shelf) -> None:
-    done = Answer("match", shelf / "my-model", "-t", "qproj", "--json")
-    assert done.code == 1 and done.json["adapted"] == [] and "Did you mean 'q_proj'" in done.json["error"]
+def test_a_name_that_matches_nothing_is_a_warning_and_a_configuration_that_does_not_fit_an_error(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hra_fx.HRAConfig(r=20, apply_GS=True, target_modules=["q_proj"]).save_pretrained("folder")
+    done, fits = Answer("match", shelf / "my-model", *words, "--json"), said.startswith("warning")
+    assert (done.code, len(done.json["adapted"])) == ((0, 2) if fits else (1, 0))
+    assert done.err.startswith(said) and (fits or f"does not match: {done.json['error']}\n" == done.err)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--regex", "x"], "use either --target or --regex, not both"),
-        (["-t", "all-linear"], "'all-linear' cannot be combined with other names"),
         (["-l", "0-9999999"], "must be an index or a range, for example 0-3,7."),
         # Without an error, an empty list would mean all blocks.
         (["-l", "7-3"], "must be an index or a range, for example 0-3,7."),
@@ -171,9 +161,15 @@ def test_a_configuration_file_with_another_name(shelf: Shelf, tmp_path: Path) ->
         ('{"model_type": "from-tomorrow"}', "config.json: transformers cannot build the model ("),
         ('{"_class_name": "Nothing"}', "the installed diffusers has no model 'Nothing'."),
         ('{"architecture": "nothing"}', "config.json: timm cannot build the model ("),
+        (
+            '{"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModel": "evil.M"}}',
+            "cannot build the model",
+        ),
     ],
 )
 def test_invalid_model_configurations(tmp_path: Path, text: str, said: str) -> None:
+    """The code of a checkpoint is never run."""
+    (tmp_path / "evil.py").write_text("raise SystemExit(77)")
     (tmp_path / "config.json").write_text(text)
     assert said in mistake("match", tmp_path)
 
@@ -191,10 +187,3 @@ def test_quantized_weights(shelf: Shelf, tmp_path: Path, method: str) -> None:
         "are shown. hra_fx.transform supports quantized layers of bitsandbytes and torchao.\n"
     )
     assert done.err == (said if method == "gptq" else "")
-
-
-def test_the_code_of_a_checkpoint_is_never_run(tmp_path: Path) -> None:
-    (tmp_path / "evil.py").write_text("raise SystemExit(77)")
-    entries = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}}
-    (tmp_path / "config.json").write_text(json.dumps(entries))
-    assert "transformers cannot build the model" in mistake("match", tmp_path)

@@ -25,7 +25,7 @@ from hra_fx.cli import screen
 from hra_fx.cli.screen import ErrorHandlingGroup
 from hra_fx.errors import CheckpointError, HRAWarning
 
-COMMANDS = ["inspect", "match", "scale", "fold", "unfold", "convert", "visualize"]
+COMMANDS = ["inspect", "match", "fold", "unfold", "convert", "visualize"]
 SCRIPT = Path(sys.executable).with_name("hra-fx")
 
 
@@ -53,7 +53,7 @@ def test_an_error_is_a_line_and_a_defect_or_debug_a_traceback() -> None:
     for words in (["--debug", "fail"], ["fail", "--debug"]):
         assert isinstance(CliRunner().invoke(app, words).exception, CheckpointError)
     done = CliRunner().invoke(group(PermissionError(13, "Permission denied", "a/file")), ["fail"])
-    assert (done.exit_code, done.stderr.splitlines()[-1]) == (2, "error: a/file: Permission denied.")
+    assert (done.exit_code, done.stderr.splitlines()[-1]) == (2, "error: [Errno 13] Permission denied: 'a/file'")
     assert isinstance(CliRunner().invoke(group(KeyError("defect")), ["fail"]).exception, KeyError)
 
 
@@ -174,4 +174,4 @@ def test_the_page(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         while found and not found[-1]:
             found.pop()
         assert (program, found) == ("hra-fx", lines), command
-    assert seen >= {"inspect", "match", "scale", "fold", "unfold", "convert", "visualize"}
+    assert seen >= {*COMMANDS}

@@ -95,5 +95,4 @@ def test_graphs_are_the_model(kind: Callable[[], nn.Module]) -> None:
                 x = normal(5, 1, 3, 5) if path == "conv" else normal(5, 2, layer.hra_u.width)
                 assert_same(graphs[path](x), layer(x), rtol=1e-14)
             else:
-                name = "in_proj_weight" if path == "attn" else "weight"
-                assert_same(graphs[path](), getattr(layer, name), rtol=1e-14)
+                assert_same(graphs[path](), hra_fx.effective_weight(layer), rtol=1e-14)

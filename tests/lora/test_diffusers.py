@@ -222,6 +222,6 @@ def test_names_that_no_part_has_and_a_file_in_the_place_of_the_folder(tmp_path: 
     with pytest.raises(AdapterError, match=r"got \['default', 'other'\]\. There are text_encoder: 'default'; unet:"):
         hra_fx.save_as_lora(pipe, tmp_path, ["default", "other"])
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(CheckpointError, match="cannot write the file"):
+    with pytest.raises(CheckpointError, match="cannot write the adapter"):
         hra_fx.save_as_lora(pipe, tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"

@@ -23,7 +23,6 @@ from hra_fx.errors import CheckpointError, HRAError, UnsupportedLayerError
 from hra_fx.lora.from_files import read_as_lora
 
 FILE = "adapter/adapter_model.safetensors"
-FOLD = "Fold the model instead (hra_fx.fold), or leave the layer out with exclude_modules."
 
 
 def refused(folder: Path, *adapters: str, kind: type[HRAError] = CheckpointError, **options: Any) -> str:
@@ -96,38 +95,13 @@ def unknown_model(folder: Path) -> None:
 #: How the folders are arranged -> type and start of the error.
 CASES: dict[Callable[[Path], Any], tuple[type[HRAError], str]] = {
     missing_layer: (CheckpointError, f"{FILE}: the file has no vectors for 2, which the configuration names."),
-    embeddings_of_another_base: (
-        CheckpointError,
-        f"{FILE}: lm_head.weight of shape (37, 16) is a copy of the base model's embeddings, but",
-    ),
-    not_finite: (
-        CheckpointError,
-        "base/model.safetensors: 0.weight has values that are infinite, NaN, or too large for products in "
-        "torch.float32. Download the base model again, or store it in a wider dtype.",
-    ),
-    two_sets: (
-        CheckpointError,
-        "base: a.safetensors and b.safetensors all have the adapter's layers. Use a folder with one of them.",
-    ),
-    output_projection: (
-        UnsupportedLayerError,
-        "attn.out_proj: this layer is the output projection of attention, whose change PEFT's LoRA (0.21) adds "
-        f"twice. {FOLD}",
-    ),
-    grouped: (
-        UnsupportedLayerError,
-        "stages.0.blocks.0.conv_dw: Conv2d 8->8 7x7, groups 8 has groups, so the change of its weight is not a LoRA of "
-        f"this rank. {FOLD}",
-    ),
-    padded_in_its_forward: (
-        UnsupportedLayerError,
-        f"conv_stem: Conv2d 3->16 3x3 has its own forward, for which PEFT's LoRA would compute something else. {FOLD}",
-    ),
-    unknown_model: (
-        CheckpointError,
-        "base: there is no config.json of an installed transformers, diffusers or timm model with 0, so it is "
-        "unknown whether this convolution has groups or a dilation, which LoRA does not support. Load the model",
-    ),
+    embeddings_of_another_base: (CheckpointError, f"{FILE}: lm_head.weight of shape (37, 16) is a copy of the base"),
+    not_finite: (CheckpointError, "base/model.safetensors: 0.weight has values that are infinite, NaN, or too large"),
+    two_sets: (CheckpointError, "base: a.safetensors and b.safetensors all have the adapter's layers. Use a folder"),
+    output_projection: (UnsupportedLayerError, "attn.out_proj: this layer is the output projection of attention"),
+    grouped: (UnsupportedLayerError, "stages.0.blocks.0.conv_dw: Conv2d 8->8 7x7, groups 8 has groups, so the change"),
+    padded_in_its_forward: (UnsupportedLayerError, "conv_stem: Conv2d 3->16 3x3 has its own forward, for which PEFT"),
+    unknown_model: (CheckpointError, "base: there is no config.json of an installed transformers, diffusers or timm"),
 }
 
 
@@ -153,7 +127,5 @@ def test_adapters_that_exclude_each_other(tmp_path: Path) -> None:
     made.base_of(made.bert("BertForSequenceClassification"), tmp_path / "base")
     for name, kind in (("a", "BertForSequenceClassification"), ("bare", "BertModel")):
         made.adapter_of(made.bert(kind), tmp_path / name, "query")
-    assert refused(tmp_path, "a", "bare") == (
-        "bare/adapter_model.safetensors: names layers with another prefix than a/adapter_model.safetensors, because "
-        "they were trained on models with and without a head. Convert them one by one."
-    )
+    message = refused(tmp_path, "a", "bare")
+    assert message.startswith("bare/adapter_model.safetensors: names layers with another prefix than a/adapter_model")

@@ -30,19 +30,14 @@ def projection(layer: int, name: str = "q") -> str:
     return f"model.layers.{layer}.self_attn.{name}_proj"
 
 
+def lists() -> nn.Module:
+    return nn.ModuleDict({name: nn.Sequential(nn.Sequential(nn.Linear(4, 4))) for name in ("out", "blocks")})
+
+
 #: The model, fields of the configuration, and the reasons of some layers.
 CASES: list[tuple[Callable[[], Any], dict[str, Any], dict[str, str]]] = [
-    (
-        llama,
-        {"target_modules": r".*\.0\..*q_proj"},
-        {projection(1): r"not matched by target_modules='.*\\.0\\..*q_proj'"},
-    ),
+    (llama, {"target_modules": r".*0.*q_proj"}, {projection(1): "not matched by target_modules='.*0.*q_proj'"}),
     (llama, {}, {projection(0, "k"): "not in the default target_modules of this architecture, ['q_proj', 'v_proj']"}),
-    (
-        llama,
-        {"target_modules": "all-linear"},
-        {"lm_head": "the output layer, which target_modules='all-linear' does not include"},
-    ),
     (
         lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4, 2)),
         {"target_modules": "all-linear"},
@@ -54,19 +49,18 @@ CASES: list[tuple[Callable[[], Any], dict[str, Any], dict[str, str]]] = [
         {
             projection(0, "k"): "not in target_modules=['q_proj']",
             projection(1): "layer index not in layers_to_transform=0",
-            projection(10): "excluded by exclude_modules=['10.self_attn.q_proj'], and layer index not in "
-            "layers_to_transform=0",
+            projection(10): "excluded by exclude_modules=['10.self_attn.q_proj']",
         },
     ),
     (
-        lambda: nn.ModuleDict({name: nn.Sequential(nn.Sequential(nn.Linear(4, 4))) for name in ("out", "blocks")}),
+        lists,
         {"target_modules": ["0.0"], "layers_to_transform": [0], "layers_pattern": "blocks"},
         {"out.0.0": "no layer index in its path, and layers_to_transform=[0] is set"},
     ),
     (
         partial(llama, num_hidden_layers=11),
         {"target_modules": ["q_proj"], "layers_to_transform": list(range(10)), "layers_pattern": "layers"},
-        {projection(10): "layer index not in layers_to_transform=[0, ..., 9] (10 of them)"},
+        {projection(10): "layer index not in layers_to_transform=[0, 1, 2, 3, 4, 5, 6, 7] and 2 more"},
     ),
 ]
 
@@ -203,6 +197,7 @@ def moved(parameters: Any) -> None:
 ALL = ["conv", "point", "gpt", "head"]
 
 
+@QUIET
 @pytest.mark.parametrize(
     "fields",
     [
@@ -230,16 +225,12 @@ def test_rows_and_reasons_are_those_of_the_model(fields: dict[str, Any]) -> None
         assert row.rotation == pytest.approx(same.rotation, rel=1e-5)
         assert row.orthogonality < 1e-5
     assert len(found.skipped) > 0 and set(found.skipped) == set(wanted.skipped)
-
-
-def test_the_output_layer_of_transformers() -> None:
-    inputs = {"input_ids": torch.ones(1, 3, dtype=torch.long), "use_cache": False}
-    program = torch.export.export(llama(num_hidden_layers=1).eval(), (), inputs)
-    found = report(transform(program, HRAConfig(r=2, target_modules="all-linear")))
-    assert len(found) == 7
-    assert {layer.path: layer.reason for layer in found.skipped} == {
-        "lm_head": "the output layer, which target_modules='all-linear' does not include"
-    }
+    torch.export.save(program.run_decompositions(), file := io.BytesIO())
+    file.seek(0)
+    again = report(torch.export.load(file))
+    assert again.skipped == found.skipped
+    assert [(row.adapter, row.layer_type) for row in again] == [(row.adapter, row.layer_type) for row in found]
+    assert [row.angles for row in again] == [pytest.approx(row.angles) for row in found]
 
 
 def test_a_weight_that_the_graph_reads_otherwise_says_so() -> None:
@@ -255,21 +246,6 @@ def test_a_weight_that_the_graph_reads_otherwise_says_so() -> None:
     (skipped,) = report(transform(program, HRAConfig(r=2, target_modules=["first"]))).skipped
     assert skipped.path == "second"
     assert skipped.reason.startswith("its weight is also used by aten.sum.default")
-
-
-@QUIET
-def test_after_decomposition_saving_and_loading() -> None:
-    config = HRAConfig(r=3, target_modules=ALL, init_weights=False)
-    program = transform(torch.export.export(net(), INPUT), config, "style")
-    wanted = report(program)
-    file = io.BytesIO()
-    torch.export.save(program.run_decompositions(), file)
-    file.seek(0)
-    found = report(torch.export.load(file))
-    for row, before in zip(found, wanted, strict=True):
-        assert (row.adapter, row.layer_type) == ("style", before.layer_type)
-        assert (row.angles, row.share) == (pytest.approx(before.angles), pytest.approx(before.share))
-    assert found.skipped == wanted.skipped
 
 
 def test_without_reflections_it_is_refused() -> None:

@@ -93,7 +93,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"r": 17, "apply_GS": True},
         hra_fx.UnsupportedLayerError,
-        r"hra_gate_up_proj .*`r` must be at most 16.*, or use longer names in `target_parameters`, which leave it",
+        r"hra_gate_up_proj .*`r` must be at most 16.*\(for experts, with longer names in `target_parameters`\)\.",
     ),
 ]
 

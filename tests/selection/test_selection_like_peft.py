@@ -1,7 +1,6 @@
 """Random configurations on five architectures: PEFT and hra_fx adapt the same layers, or refuse for the same reason.
 
-`select` and `transform` are compared with `peft.inject_adapter_in_model`; for the task SEQ_CLS `transform` is compared
-with `peft.get_peft_model`, since both leave out the head, which injection alone does not.
+`select` is compared with `peft.inject_adapter_in_model`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from named_models import MAKERS, Nested, built, tiny_bert, tiny_llama, tiny_opt, tiny_t5
 from peft.tuners.hra.layer import HRALayer
 from peft.utils.error import NoMatchingPeftModuleError
-from refusals import refused
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -73,16 +71,10 @@ def endings(paths: list[str]) -> st.SearchStrategy[str]:
 
 
 def strangers(paths: list[str]) -> st.SearchStrategy[str]:
-    """Almost the name of something: cut or lengthened, in capitals, with the dot, as a pattern of the shell."""
-    changes: list[Callable[[str], str]] = [
-        lambda name: name[1:] or "nothing",
-        lambda name: f"{name}_",
-        str.upper,
-        lambda name: f".{name}",
-        lambda name: f"*{name}",
-        lambda name: f"nothing.{name}",
-    ]
-    return st.tuples(endings(paths), st.sampled_from(changes)).map(lambda drawn: drawn[1](drawn[0]))
+    """Almost the name of something."""
+    return st.tuples(endings(paths), st.sampled_from(["{}_", ".{}", "*{}", "nothing.{}"])).map(
+        lambda drawn: drawn[1].format(drawn[0])
+    )
 
 
 def lists(layers: list[str], paths: list[str]) -> st.SearchStrategy[list[str]]:
@@ -97,16 +89,8 @@ def lists(layers: list[str], paths: list[str]) -> st.SearchStrategy[list[str]]:
 def regexes(layers: list[str], paths: list[str]) -> st.SearchStrategy[str]:
     leaf = st.sampled_from(sorted({path.rpartition(".")[2] for path in layers})).map(re.escape)
     part = st.sampled_from(sorted({part for path in paths for part in path.split(".")})).map(re.escape)
-    return st.one_of(
-        leaf.map(lambda q: rf"(.*\.)?{q}"),
-        leaf.map(lambda q: rf".+\.{q}$"),
-        st.tuples(leaf, leaf).map(lambda p: rf".*\b({p[0]}|{p[1]})"),
-        st.tuples(part, leaf).map(lambda p: rf"(?!.*\b{p[0]}\b).*\.{p[1]}"),
-        st.tuples(part, leaf).map(lambda p: rf".*\b{p[0]}\..*{p[1]}"),
-        st.tuples(st.integers(0, 2), leaf).map(lambda p: rf"(?i:.*\.{p[0]}\..*{p[1]})"),
-        leaf,
-        part.map(lambda h: rf".*\.{h}\.\d+"),
-    )
+    forms = [r"(.*\.)?{1}", r".+\.{1}$", r"(?!.*\b{0}\b).*\.{1}", r".*\b{0}\..*{1}", r"(?i:.*\.1\..*{1})", "{1}"]
+    return st.tuples(st.sampled_from(forms), part, leaf).map(lambda drawn: drawn[0].format(*drawn[1:]))
 
 
 def savable(model: nn.Module) -> list[str]:
@@ -144,41 +128,31 @@ def configurations(draw: st.DrawFn, model: nn.Module) -> Fields:
 # ---- the two sides ----
 
 
-def by_peft(model: nn.Module, fields: Fields, *, whole: bool) -> tuple[nn.Module | Exception, bool]:
+def by_peft(model: nn.Module, fields: Fields) -> tuple[nn.Module | Exception, bool]:
     """A copy of `model` that PEFT has injected into, or what it raised; and whether it warned of an idle exclusion."""
     model, config = copy.deepcopy(model), peft.HRAConfig(r=2, **fields)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            if whole and config.task_type == "SEQ_CLS":
-                model = peft.get_peft_model(model, config).get_base_model()
-            else:
-                peft.inject_adapter_in_model(config, model)
+            peft.inject_adapter_in_model(config, model)
         except (ValueError, TypeError, KeyError) as error:
             return error, False
     return model, any("no modules were excluded" in str(warning.message) for warning in caught)
 
 
-def by_us(model: nn.Module, fields: Fields, *, whole: bool) -> tuple[list[str], bool]:
-    """The layers that we select, or adapt where the `whole` transform is to be made; and if we warned likewise."""
-    config = hra_fx.HRAConfig(r=1, **fields)
+def by_us(model: nn.Module, fields: Fields) -> tuple[list[str], bool]:
+    """The layers that we select; and if we warned likewise."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        if whole:
-            layers = [row.path for row in hra_fx.report(hra_fx.transform(copy.deepcopy(model), config))]
-        else:
-            layers = list(select(model, config))
+        layers = list(select(model, hra_fx.HRAConfig(r=1, **fields)))
     assert all(warning.category is HRAWarning for warning in caught), [str(warning.message) for warning in caught]
     return layers, any(str(warning.message).startswith("`exclude_modules=") for warning in caught)
 
 
-def refusal(model: nn.Module, fields: Fields, *, whole: bool) -> str:
+def refusal(model: nn.Module, fields: Fields) -> str:
     """The message of our refusal."""
-    config = hra_fx.HRAConfig(r=1, **fields)
-    if whole:
-        return refused(copy.deepcopy(model), config, SelectionError)
     with pytest.raises(SelectionError) as caught:
-        select(model, config)
+        select(model, hra_fx.HRAConfig(r=1, **fields))
     return str(caught.value)
 
 
@@ -198,14 +172,14 @@ def for_peft(model: nn.Module) -> nn.Module:
     return model
 
 
-def compare(model: nn.Module, plain: nn.Module, fields: Fields, *, whole: bool) -> str:
+def compare(model: nn.Module, plain: nn.Module, fields: Fields) -> str:
     """Compare the two sides; returns the outcome in a word or two."""
-    theirs, idle = by_peft(plain, fields, whole=whole)
+    theirs, idle = by_peft(plain, fields)
     if isinstance(theirs, Exception):
         kinds = [(name, ours) for kind, text, name, ours in REFUSALS if type(theirs) is kind and text in str(theirs)]
         assert len(kinds) == 1, repr(theirs)
         name, ours = kinds[0]
-        said = refusal(model, fields, whole=whole)
+        said = refusal(model, fields)
         assert re.search(ours, said), (said, theirs)
         if name == "unsupported":
             first = type(model.get_submodule(said.partition(": ")[0])).__name__
@@ -213,18 +187,17 @@ def compare(model: nn.Module, plain: nn.Module, fields: Fields, *, whole: bool) 
         return name
     paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path]
     if absent := [name for name in fields.get("modules_to_save", []) if not any(p.endswith(name) for p in paths)]:
-        assert f"`modules_to_save`: there is no module {absent[0]!r}" in refusal(model, fields, whole=whole)
+        assert f"`modules_to_save`: there is no module {absent[0]!r}" in refusal(model, fields)
         return "nothing to save"
     grouped = [p for p in adapted(theirs) if getattr(model.get_submodule(p), "groups", 1) > 1]
-    layers, warned = by_us(model, fields, whole=whole)
+    layers, warned = by_us(model, fields)
     assert layers == adapted(theirs)
     # To PEFT what modules_to_save keeps from being adapted is excluded too, so that it warns less.
-    saves = fields.get("modules_to_save") or (whole and fields.get("task_type") == "SEQ_CLS")
-    assert warned == idle or (warned and saves)
+    assert warned == idle or (warned and fields.get("modules_to_save"))
     if not grouped:
         return "adapted"
     with pytest.raises(NotImplementedError, match="groups > 1"):
-        by_peft(model, fields, whole=whole)
+        by_peft(model, fields)
     return "groups"
 
 
@@ -234,9 +207,9 @@ def test_what_peft_adapts_is_adapted_and_what_it_refuses_refused(make: Callable[
     plain, seen = for_peft(model), Counter[str]()
 
     @settings(max_examples=EXAMPLES, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-    @given(fields=configurations(model), whole=st.sampled_from([False] * 7 + [True]))
-    def agree(fields: Fields, whole: bool) -> None:
-        seen[compare(model, plain, fields, whole=whole)] += 1
+    @given(fields=configurations(model))
+    def agree(fields: Fields) -> None:
+        seen[compare(model, plain, fields)] += 1
 
     agree()
     # Else the draws were too odd, or not odd enough, to say much.
@@ -251,7 +224,6 @@ def test_what_peft_adapts_is_adapted_and_what_it_refuses_refused(make: Callable[
         (Nested, {"target_modules": ["seq"], "exclude_modules": ["0.seq"]}, "adapted"),
         (tiny_llama, {"target_modules": ["q_proj"], "layers_to_transform": 0}, "adapted"),
         (tiny_bert, {"target_modules": ["query", "classifier"], "task_type": "SEQ_CLS"}, "adapted"),
-        (tiny_bert, {"target_modules": ["classifier"], "task_type": "SEQ_CLS"}, "no layer"),
         (Nested, {"target_modules": "all-linear", "exclude_modules": ["eq", "q.7"]}, "adapted"),
         (Nested, {"target_modules": ["q", "conv", "depthwise"]}, "groups"),
         (Nested, {"target_modules": ["conv1d"]}, "adapted"),
@@ -264,8 +236,8 @@ def test_what_peft_adapts_is_adapted_and_what_it_refuses_refused(make: Callable[
         (Nested, {"target_modules": ["q"], "modules_to_save": ["no_head"]}, "nothing to save"),
     ],
 )
-def test_each_outcome_of_a_whole_transform(make: Callable[[], nn.Module], fields: Fields, outcome: str) -> None:
-    assert compare(built(make), for_peft(built(make)), fields, whole=True) == outcome
+def test_each_outcome(make: Callable[[], nn.Module], fields: Fields, outcome: str) -> None:
+    assert compare(built(make), for_peft(built(make)), fields) == outcome
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -273,7 +245,7 @@ def test_each_outcome_of_a_whole_transform(make: Callable[[], nn.Module], fields
 def test_all_linear_and_defaults(make: Callable[[], nn.Module], task_type: str | None) -> None:
     model = built(make)
     for targets in ("all-linear", None):
-        compare(model, for_peft(model), {"target_modules": targets, "task_type": task_type}, whole=False)
+        compare(model, for_peft(model), {"target_modules": targets, "task_type": task_type})
 
 
 def test_long_lists_lose_whole_paths_to_layer_indices() -> None:
@@ -284,5 +256,5 @@ def test_long_lists_lose_whole_paths_to_layer_indices() -> None:
         ([*everything, "absent.one", "absent.two"], everything[:6]),
     ):
         fields: Fields = {"target_modules": names, "layers_to_transform": [0]}
-        assert compare(model, for_peft(model), fields, whole=False) == "adapted"
-        assert by_us(model, fields, whole=False)[0] == wanted
+        assert compare(model, for_peft(model), fields) == "adapted"
+        assert by_us(model, fields)[0] == wanted

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 import torchvision
-import transformers
+from tiny_models import bert, llama
 from torch import Tensor, nn
 
 import hra_fx
@@ -70,18 +70,6 @@ def _adapted(model: nn.Module, targets: str | list[str], *, r: int = 2) -> nn.Mo
     return hra_fx.transform(model.eval(), hra_fx.HRAConfig(r=r, target_modules=targets))
 
 
-def _bert() -> nn.Module:
-    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
-    model = transformers.BertModel(transformers.BertConfig(vocab_size=11, **sizes))
-    return _adapted(model, ["query", "key", "value", "dense"])
-
-
-def _llama() -> nn.Module:
-    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=11, num_key_value_heads=2, **sizes))
-    return _adapted(model, ["q_proj", "v_proj", "gate_proj", "up_proj"])
-
-
 def _two_adapters() -> nn.Module:
     model = _adapted(nn.Sequential(Residual(), Residual()), ["fc1", "fc2"])
     hra_fx.add_adapter(model, "second", hra_fx.HRAConfig(r=4, target_modules=["fc1"]))
@@ -91,8 +79,8 @@ def _two_adapters() -> nn.Module:
 
 MAKERS: dict[str, Callable[[], nn.Module]] = {
     "resnet": lambda: _adapted(torchvision.models.resnet18(), r".*(conv\d|downsample\.0|fc)"),
-    "bert": _bert,
-    "llama": _llama,
+    "bert": lambda: _adapted(bert("BertModel", num_hidden_layers=3), ["query", "key", "value", "dense"]),
+    "llama": lambda: _adapted(llama(num_hidden_layers=3), ["q_proj", "v_proj", "gate_proj", "up_proj"]),
     "shared": lambda: _adapted(Shared(), ["fc1", "fc2", "fc"]),
     "repeats": lambda: _adapted(nn.Sequential(*(Residual() for _ in range(40)), nn.Linear(4, 2)), ["fc1", "fc2"]),
     "two adapters": _two_adapters,

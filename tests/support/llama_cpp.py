@@ -12,18 +12,9 @@ from torch import Tensor
 
 
 class Continuation(NamedTuple):
-    """What a greedy server said.
+    """What a greedy server said: its tokens, and the log-probabilities of the vocabulary at each place, float64."""
 
-    Attributes:
-        text: the text.
-        tokens: its tokens.
-        chosen: the log-probability of each, float64 `(count,)`.
-        log_probabilities: those of all tokens of the vocabulary at each place, float64 `(count, vocabulary)`.
-    """
-
-    text: str
     tokens: list[int]
-    chosen: Tensor
     log_probabilities: Tensor
 
 
@@ -44,25 +35,15 @@ def serve(base: Path, *adapters: Path) -> Any:
 
 
 def complete(
-    server: Any, prompt: Sequence[int], count: int, scales: Mapping[int, float] | None = None, top: int = 0
+    server: Any, prompt: Sequence[int], count: int, vocabulary: int, scales: Mapping[int, float] | None = None
 ) -> Continuation:
-    """Continue a prompt.
-
-    Args:
-        server: from `serve`.
-        prompt: token ids.
-        count: number of tokens.
-        scales: scales of adapters by their numbers, for this request. `None`: all are 1.
-        top: size of the vocabulary, if the log-probabilities of all tokens are needed.
-    """
-    request: dict[str, Any] = {"prompt": list(prompt), "max_tokens": count, "temperature": 0, "logprobs": top or 1}
+    """Continue a prompt by some tokens. `scales` are those of adapters by their numbers; `None`: all are 1."""
+    request = {"prompt": list(prompt), "max_tokens": count, "temperature": 0, "logprobs": vocabulary}
     if scales is not None:
         request["lora"] = [{"id": number, "scale": scale} for number, scale in scales.items()]
-    choice = server.handle_completions(request)["choices"][0]
-    content = choice["logprobs"]["content"]
-    table = torch.full((len(content), top), -torch.inf, dtype=torch.float64)
+    content = server.handle_completions(request)["choices"][0]["logprobs"]["content"]
+    table = torch.full((len(content), vocabulary), -torch.inf, dtype=torch.float64)
     for row, entry in zip(table, content, strict=True):
-        for candidate in entry["top_logprobs"] if top else ():
+        for candidate in entry["top_logprobs"]:
             row[candidate["id"]] = candidate["logprob"]
-    chosen = torch.tensor([entry["logprob"] for entry in content], dtype=torch.float64)
-    return Continuation(choice["text"], [entry["id"] for entry in content], chosen, table)
+    return Continuation([entry["id"] for entry in content], table)

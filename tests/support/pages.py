@@ -67,13 +67,6 @@ def box(page: Page, label: str) -> Locator:
     return page.locator("#scroller").get_by_role("treeitem", name=re.compile(f"^{re.escape(label)}(,|$)"))
 
 
-def place(page: Page, label: str) -> dict[str, float]:
-    """Where the outline of a box is in the window."""
-    found = box(page, label).locator(":scope > .frame").bounding_box()
-    assert found, label
-    return dict(found)
-
-
 def strip(page: Page, label: str) -> str:
     """The text of the adapter of a box."""
     return box(page, label).locator(":scope > .strip + text").text_content() or ""

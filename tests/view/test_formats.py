@@ -57,9 +57,8 @@ def _graphml(file: Path) -> list[str]:
 def _html(file: Path) -> list[str]:
     """The layers of all boxes in all pictures of a page."""
     text = file.read_text(encoding="utf-8")
-    items = json.loads(text.partition('<script id="data" type="application/json">')[2].partition("</script>")[0])[
-        "items"
-    ]
+    data = text.partition('<script id="data" type="application/json">')[2].partition("</script>")[0]
+    items = json.loads(data)["items"]
     drawn = map(int, re.findall(r'<g [^>]*data-index="(\d+)"', text))
     return [path for index in drawn for path in items[index].get("marks", ())]
 
@@ -86,14 +85,13 @@ def test_every_adapted_layer_is_in_every_format_exactly_once(
 
 
 def test_a_focus_has_the_layers_of_its_module(tmp_path: Path) -> None:
+    paths = [row.path for row in drawing("resnet").rows]
     for ending, found in written(drawing("resnet"), tmp_path, focus="layer2"):
-        for path in {row.path for row in drawing("resnet").rows}:
-            assert found[path] == path.startswith("layer2."), (ending, path)
+        assert [found[path] for path in paths] == [path.startswith("layer2.") for path in paths], ending
 
 
-@pytest.mark.parametrize("depth", [None, 0])
-def test_a_plain_model_is_drawn_too(depth: int | None, tmp_path: Path) -> None:
-    for ending, _ in written(drawing_of(nn.Sequential(Residual(), nn.Linear(4, 4))), tmp_path, depth=depth):
+def test_a_plain_model_is_drawn_too(tmp_path: Path) -> None:
+    for ending, _ in written(drawing_of(nn.Sequential(Residual(), nn.Linear(4, 4))), tmp_path, depth=0):
         text = (tmp_path / f"a{ending}").read_text(encoding="utf-8")
         assert "Linear 4→4" in text.replace("\\u2192", "→"), ending
         assert ending == ".html" or "adapter" not in text.replace("no adapters", ""), ending
@@ -104,13 +102,6 @@ def test_the_same_model_gives_the_same_bytes(ending: str, tmp_path: Path) -> Non
     first = hra_fx.visualize(drawn("shared"), tmp_path / f"a.{ending}", heat="angle").read_bytes()
     again = hra_fx.visualize(drawn("shared"), str(tmp_path / f"b.{ending.upper()}"), heat="angle").read_bytes()
     assert first == again
-
-
-@pytest.mark.parametrize("name", ["a.jpg", "a", "a.svg.gz", ".svg"])
-def test_other_endings_are_refused_with_those_that_work(name: str, tmp_path: Path) -> None:
-    with pytest.raises(hra_fx.VisualizeError, match=r"Use one of \.svg .*\.png .*\.html .*\.mmd"):
-        hra_fx.visualize(drawn("one layer"), tmp_path / name)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_package_is_named_with_the_other_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,6 +117,7 @@ def test_errors_leave_the_folder_as_it_was(tmp_path: Path) -> None:
     for file in (tmp_path / "a.svg", long):
         file.write_text("before")
     for path, options, message in (
+        *((tmp_path / name, {}, r"Use one of \.svg .*\.png .*\.mmd") for name in ("a.jpg", "a", "a.svg.gz", ".svg")),
         (tmp_path / "nowhere" / "a.svg", {}, r"^path: the folder '.*nowhere' does not exist"),
         (tmp_path / "folder.svg", {}, r"^path: '.*folder\.svg' is a folder"),
         (tmp_path / "a.svg", {"focus": "nowhere"}, "no module 'nowhere'"),

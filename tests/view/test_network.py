@@ -37,30 +37,30 @@ def called(model: nn.Module) -> list[str]:
     return [str(node.target) for node in nodes]
 
 
-def test_a_plain_model_shows_the_calls_that_fx_sees_and_all_of_its_parameters() -> None:
+def nodes(graph: nx.DiGraph) -> list[dict[str, Any]]:
+    return [data for _, data in graph.nodes(data=True)]
+
+
+def site(graph: nx.DiGraph, path: str) -> dict[str, Any]:
+    return next(data for data in nodes(graph) if data.get("adapted_layers") == path)
+
+
+def test_a_plain_model_shows_the_calls_that_fx_sees_and_an_adapted_one_its_sites_among_them() -> None:
     model = resnet()
-    graph = hra_fx.to_networkx(model)
-    shown = [data["target"] for _, data in graph.nodes(data=True) if data["op"] == "call_module"]
-    assert shown == called(model)
-    assert sum(data["parameters"] for _, data in graph.nodes(data=True)) == sum(p.numel() for p in model.parameters())
-    assert nx.is_directed_acyclic_graph(graph)
-    assert not sites_in(graph)
-    assert not any("skipped" in data for _, data in graph.nodes(data=True))
-
-
-def test_an_adapted_model_has_the_same_nodes_with_its_sites_among_them() -> None:
-    plain = hra_fx.to_networkx(resnet())
+    plain = hra_fx.to_networkx(model)
+    assert [data["target"] for data in nodes(plain) if data["op"] == "call_module"] == called(model)
+    assert sum(data["parameters"] for data in nodes(plain)) == sum(p.numel() for p in model.parameters())
+    assert nx.is_directed_acyclic_graph(plain)
+    assert not sites_in(plain) and not any("skipped" in data for data in nodes(plain))
     graph = hra_fx.to_networkx(adapted(resnet(), r=3, target_modules=["conv1", "fc"]))
-    assert [data["target"] for _, data in graph.nodes(data=True)] == [d["target"] for _, d in plain.nodes(data=True)]
-    assert sites_in(graph) == sorted(
-        ["conv1", "fc", *(f"layer{stage}.{block}.conv1" for stage in range(1, 5) for block in range(2))]
-    )
-    site = next(data for _, data in graph.nodes(data=True) if data.get("adapted_layers") == "layer1.0.conv1")
-    assert (site["d"], site["r"], site["adapters"], site["kind"]) == (64 * 9, 3, "default", "adapted_layer")
-    assert site["detail"] == "Conv2d 64→64 3x3"
-    assert site["module"] == "layer1.0"
-    skipped = {data["target"]: data["skipped"] for _, data in graph.nodes(data=True) if "skipped" in data}
-    assert set(skipped) == {target for target in called(resnet()) if "conv2" in target or "downsample.0" in target}
+    assert [data["target"] for data in nodes(graph)] == [data["target"] for data in nodes(plain)]
+    blocks = [f"layer{stage}.{block}.conv1" for stage in range(1, 5) for block in range(2)]
+    assert sites_in(graph) == sorted(["conv1", "fc", *blocks])
+    found = site(graph, "layer1.0.conv1")
+    assert (found["d"], found["r"], found["adapters"], found["kind"]) == (64 * 9, 3, "default", "adapted_layer")
+    assert (found["detail"], found["module"]) == ("Conv2d 64→64 3x3", "layer1.0")
+    skipped = {data["target"] for data in nodes(graph) if "skipped" in data}
+    assert skipped == {target for target in called(resnet()) if "conv2" in target or "downsample.0" in target}
 
 
 def test_the_numbers_are_of_the_adapter_in_use_and_where_none_is_of_the_others() -> None:
@@ -71,11 +71,7 @@ def test_the_numbers_are_of_the_adapter_in_use_and_where_none_is_of_the_others()
         model.get_submodule("0").hra_u["wide"].normal_()  # type: ignore[index,operator,union-attr]
     rows = {(row.path, row.adapter): row for row in hra_fx.report(model)}
     assert rows["0", "wide"].rotation > rows["0", "default"].rotation
-    turned_by = {
-        data["adapted_layers"]: data["rotation"]
-        for _, data in hra_fx.to_networkx(model).nodes(data=True)
-        if "r" in data
-    }
+    turned_by = {data["adapted_layers"]: data["rotation"] for data in nodes(hra_fx.to_networkx(model)) if "r" in data}
     assert turned_by == {"0": rows["0", "default"].rotation, "2": rows["2", "wide"].rotation}
 
 
@@ -101,9 +97,9 @@ def test_shapes_are_those_that_hooks_see() -> None:
     image = torch.randn(2, 3, 65, 49)
     plain(image)
     graph = hra_fx.to_networkx(model, image)
-    shapes = {data["target"]: data["shape"] for _, data in graph.nodes(data=True) if data["op"] == "call_module"}
+    shapes = {data["target"]: data["shape"] for data in nodes(graph) if data["op"] == "call_module"}
     assert shapes == {path: seen[path] for path in shapes}
-    assert {data["dtype"] for _, data in graph.nodes(data=True) if data["shape"]} == {"float32"}
+    assert {data["dtype"] for data in nodes(graph) if data["shape"]} == {"float32"}
 
 
 def test_a_call_shows_a_whole_graph_of_a_model_that_fx_cannot_trace() -> None:
@@ -112,7 +108,7 @@ def test_a_call_shows_a_whole_graph_of_a_model_that_fx_cannot_trace() -> None:
     assert sites_in(graph) == sorted(row.path for row in hra_fx.report(model))
     assert nx.is_weakly_connected(graph)
     path = "model.layers.1.self_attn.q_proj"
-    layer = next(data for _, data in graph.nodes(data=True) if path in (data["target"], data["module"]))
+    layer = next(data for data in nodes(graph) if path in (data["target"], data["module"]))
     assert layer["shape"] == "2×5×32"
 
 
@@ -126,27 +122,20 @@ def test_an_exported_program_shows_its_layers() -> None:
     assert sites_in(graph) == sorted(
         f"model.layers.{i}.{part}" for i in range(2) for part in ("self_attn.q_proj", "mlp.down_proj")
     )
-    site = next(
-        data for _, data in graph.nodes(data=True) if data.get("adapted_layers") == "model.layers.1.mlp.down_proj"
-    )
-    assert (site["d"], site["r"], site["adapters"], site["detail"]) == (64, 3, "default", "Linear 64→32")
+    found = site(graph, "model.layers.1.mlp.down_proj")
+    assert (found["d"], found["r"], found["adapters"], found["detail"]) == (64, 3, "default", "Linear 64→32")
     for without in (hra_fx.fold(lifted), program.module()):
         assert nx.utils.graphs_equal(hra_fx.to_networkx(without), plain)
     with pytest.raises(AdapterError, match=r"consists of operators, .* Pass the ExportedProgram"):
         hra_fx.to_networkx(lifted.module())
 
 
-def test_a_shared_layer_counts_once() -> None:
-    model = Shared()
-    counted = sum(data["parameters"] for _, data in hra_fx.to_networkx(model).nodes(data=True))
-    assert counted == sum(p.numel() for p in model.parameters())
-
-
-def test_a_module_that_reads_rotated_weights_shows_all_of_its_parameters() -> None:
-    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
-    count = sum(p.numel() for p in model.parameters())
-    hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["self_attn", "linear1"]))
-    assert sum(data["parameters"] for _, data in hra_fx.to_networkx(model).nodes(data=True)) == count
+def test_shared_layers_and_modules_that_read_rotated_weights_count_once() -> None:
+    encoder = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
+    for model, targets in ((Shared(), ["fc"]), (encoder, ["self_attn", "linear1"])):
+        count = sum(p.numel() for p in model.parameters())
+        hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=targets))
+        assert sum(data["parameters"] for data in nodes(hra_fx.to_networkx(model))) == count
 
 
 def test_looking_changes_nothing() -> None:
@@ -224,5 +213,5 @@ def test_inputs_that_do_not_fit_are_told_of(tmp_path: Path) -> None:
 def test_a_module_that_is_one_box_tells_of_the_layers_inside() -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 4))
     model = hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=r"1"))
-    reasons = [data.get("skipped") for _, data in hra_fx.to_networkx(model).nodes(data=True)]
+    reasons = [data.get("skipped") for data in nodes(hra_fx.to_networkx(model))]
     assert [reason for reason in reasons if reason] == ["not matched by target_modules='1'"]

@@ -39,6 +39,7 @@ def test_repeats_are_one_box_and_a_page_is_small() -> None:
     [
         *(({"depth": depth}, "`depth` must be a non-negative int or None, got ") for depth in (-1, 1.0, True, "1")),
         *(({"heat": heat}, "`heat` must be one of 'weight_change', 'mean_angle', .*, got ") for heat in ("", 1, "off")),
+        ({"theme": "sepia"}, r"`theme` must be one of 'light', 'dark', got 'sepia'\."),
         ({"focus": nn.ReLU()}, r"`focus` must be a module's name as in model\.named_modules\(\), got ReLU\."),
     ],
 )

@@ -13,7 +13,7 @@ from torch import nn
 
 import hra_fx
 from hra_fx.view.graph import leaves_of
-from hra_fx.view.layout import Arrangement, Route, Size, layered
+from hra_fx.view.layout import Layout, Route, Size
 from hra_fx.view.scopes import scope_tree
 from hra_fx.view.subject import subject_of
 from hra_fx.view.tree import Item, Scope
@@ -86,7 +86,7 @@ def points(route: Route) -> Iterator[tuple[float, float]]:
             )
 
 
-def overlapping(sizes: list[Size], placed: Arrangement) -> list[tuple[int, int]]:
+def overlapping(sizes: list[Size], placed: Layout) -> list[tuple[int, int]]:
     boxes = [(x, y, x + s.width, y + s.height) for s, (x, y) in zip(sizes, placed.corners, strict=True)]
     return [
         (i, j)
@@ -100,7 +100,7 @@ def overlapping(sizes: list[Size], placed: Arrangement) -> list[tuple[int, int]]
 @given(graphs())
 def test_boxes_are_apart_and_edges_go_down_to_their_boxes_and_cross_none(graph: Graph) -> None:
     sizes, edges, inputs, outputs = graph
-    placed = layered(*graph)
+    placed = Layout(*graph)
     assert overlapping(sizes, placed) == []
     assert [(r.source, r.target) for r in placed.routes] == [
         *((None, box) for box in inputs),

@@ -32,10 +32,9 @@ def base_folder(base_dir: Source) -> Path:
     """The folder of a base model, without symbolic links."""
     base = Path(os.path.realpath(base_dir))
     if not base.is_dir():
-        what = "is a file. Pass a folder" if base.is_file() else "no such folder. Pass one"
         raise CheckpointError(
-            f"{base_dir}: {what} with config.json and safetensors files, such as save_pretrained(folder) or "
-            "`hf download NAME --local-dir FOLDER` writes."
+            f"{base_dir}: no such folder. Pass one with config.json and safetensors files, such as "
+            "save_pretrained(folder) or `hf download NAME --local-dir FOLDER` writes."
         )
     return base
 

@@ -10,7 +10,6 @@ A changed tensor that transformers ties to another gets its own entry in the fil
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -181,13 +180,6 @@ class FileNames:
         found = self.architecture.lookup(self._stored, *names)
         return None if found is None else self._stored[found]
 
-    def near(self, name: str) -> str:
-        """Return a sentence with the most similar names."""
-        last = ".".join(name.split(".")[-3:])
-        same_end = [other for other in self.found.tensors if other.endswith(f".{last}")]
-        names = (same_end or difflib.get_close_matches(name, self.found.tensors))[:3]
-        return f"Similar names: {', '.join(names)}." if names else "No name is similar."
-
     def stored(self, name: str) -> StoredTensor | None:
         """A tensor by its name in an adapter, or the tensor that it is tied to; `None` if it is unknown."""
         found = self.find(name)
@@ -198,10 +190,9 @@ class FileNames:
             found = next((tied for other in group if (tied := self.find(other))), None)
         return None if found is None else self.found.tensors[found]
 
-    def made_from(self, name: str) -> StoredTensor | None:
-        """The first of the tensors from which transformers creates one; `None` if it does not."""
-        loaded = self.architecture.lookup(self._sources, name)
-        return None if loaded is None else self._sources[loaded][0].stored
+    def is_converted(self, name: str) -> bool:
+        """Whether transformers creates a tensor from tensors with other names."""
+        return self.architecture.lookup(self._sources, name) is not None
 
     def parameter(self, path: str) -> str | None:
         """The name in `stacked` of the parameter that an adapter's layer represents; `None` if it does not exist."""

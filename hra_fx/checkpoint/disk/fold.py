@@ -108,8 +108,7 @@ def fold_checkpoint(
             adapters are in subfolders with the names of the pipeline's parts.
         out_dir: the folder to create. It must not be inside `base_dir` or contain it.
         columns: layers that store their weight as `(in, out)`: ends of their paths, or of the names of parameters.
-            `None` uses `config.json` to find transformers' `Conv1D` layers. `columns` must not contradict
-            `config.json`.
+            Only for layers that `config.json` does not describe. `None` for unknown.
         overwrite: replace `out_dir` if it exists, after everything is written.
         verify: read the result again, and check that row norms are preserved up to rounding and everything else is
             equal.
@@ -142,7 +141,8 @@ def fold_checkpoint(
         ...     fold_checkpoint(base, adapter, out, verify=True).rotated
         ('0.weight',)
     """
-    return _run(base_dir, adapter_dir, out_dir, columns, overwrite, verify, progress, inverse=False)
+    options = {"overwrite": overwrite, "verify": verify, "progress": progress}
+    return _run(base_dir, adapter_dir, out_dir, columns, options, inverse=False)
 
 
 def unfold_checkpoint(
@@ -169,7 +169,8 @@ def unfold_checkpoint(
         Traceback (most recent call last):
         hra_fx.errors.CheckpointError: nowhere: no such folder. ...
     """
-    return _run(folded_dir, adapter_dir, out_dir, columns, overwrite, verify, progress, inverse=True)
+    options = {"overwrite": overwrite, "verify": verify, "progress": progress}
+    return _run(folded_dir, adapter_dir, out_dir, columns, options, inverse=True)
 
 
 def _run(
@@ -177,9 +178,7 @@ def _run(
     adapter_dir: Adapters | Mapping[str, Adapters],
     out_dir: Source,
     columns: Collection[str] | None,
-    overwrite: bool,
-    verify: bool,
-    progress: bool,
+    options: Mapping[str, bool],
     *,
     inverse: bool,
 ) -> CheckpointReport:
@@ -189,7 +188,7 @@ def _run(
     _check_apart(base, out, (source for several in sources.values() for source in several))
     adapters = {part: [read_adapter(source) for source in several] for part, several in sources.items()}
     plan = plan_fold(base, adapters, columns, inverse=inverse)
-    rounding = write_result(base, out, plan, overwrite=overwrite, verify=verify, progress=progress)
+    rounding = write_result(base, out, plan, **options)
     changes = [
         (file.part + name, change)
         for file in plan.files.values()
@@ -207,17 +206,17 @@ def _run(
         bytes=sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
         seconds=time.perf_counter() - begin,
         kept=tuple(file.relative_to(base) for file in plan.kept),
-        verified=verify,
+        verified=options["verify"],
     )
     if plan.retied_by:
         text = (
-            f"{report.folder}: {plan.retied_by[0]} sets tie_word_embeddings=True when it is loaded, and ignores "
-            "config.json. Set it to False right after from_pretrained."
+            f"{out}: {plan.retied_by[0]} sets tie_word_embeddings=True when it is loaded, and ignores config.json. Set "
+            "it to False right after from_pretrained."
         )
         warnings.warn(text, HRAWarning, stacklevel=3)
     if report.kept:
         names = ", ".join(file.as_posix() for file in report.kept[:4])
-        text = f"{report.folder}: {names} still contain the base model's weights. Delete them, or do not load them."
+        text = f"{out}: {names} still contain the base model's weights. Delete them, or do not load them."
         warnings.warn(text, HRAWarning, stacklevel=3)
     return report
 
@@ -251,23 +250,15 @@ def _by_folder(base: Path, adapter_dir: Adapters | Mapping[str, Adapters]) -> di
 
 
 def _parts_of(base: Path, source: Source) -> list[Path]:
-    """The subfolders of an adapter folder that have the name of a part of the pipeline."""
+    """The subfolders of an adapter folder, which must have the names of parts of the pipeline."""
     found = [file.parent for file in sorted(Path(source).glob(f"*/{CONFIG_NAME}"))]
-    placed = [folder for folder in found if (base / folder.name).is_dir()]
-    if not placed:
+    others = [folder for folder in found if not (base / folder.name).is_dir()]
+    if others or not found or (Path(source) / CONFIG_NAME).is_file():
         raise CheckpointError(
-            f"{source}: no subfolder with an adapter has the name of a part of the pipeline {base}, such as 'unet'. "
-            f"Use adapter_dir={{'unet': {str(source)!r}}} (--part unet)."
+            f"{others[0] if others else source}: the pipeline {base} has no part for this adapter. Name the part: "
+            f"adapter_dir={{'unet': {str(source)!r}}} (--part unet)."
         )
-    left = [folder for folder in found if folder not in placed]
-    left += [Path(source)] if (Path(source) / CONFIG_NAME).is_file() else []
-    if left:
-        named = ", ".join(f"{folder.name!r}: {str(folder)!r}" for folder in placed)
-        raise CheckpointError(
-            f"{left[0]}: has an adapter, but the pipeline {base} has no part with this name. Name the parts: "
-            f"adapter_dir={{{named}}} (--part, one part at a time)."
-        )
-    return placed
+    return found
 
 
 def _listed(given: Adapters | None) -> list[Source]:

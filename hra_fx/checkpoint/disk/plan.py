@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hra_fx.checkpoint.adapter import Adapter
-from hra_fx.checkpoint.disk.architecture import CONFIG, IN_MEMORY, Architecture
+from hra_fx.checkpoint.disk.architecture import CONFIG, Architecture
 from hra_fx.checkpoint.disk.file_names import FileNames, Untying, untied_config, untying
 from hra_fx.checkpoint.disk.requests import (
     LayerChain,
@@ -65,13 +65,8 @@ def changes_for(
         if name in found.tensors:
             changes[name] = change_of(name, found.tensors[name])
         elif name not in apart.changed.values() and name not in apart.stay_tied:
-            if not is_new(name, adapters):
+            if not is_new(name, adapters) or names.is_converted(name):
                 raise unknown_tensor(name, adapters, names)
-            if source := names.made_from(name):
-                raise CheckpointError(
-                    f"{source.file}: the adapter replaces {name}, which transformers creates from tensors such as "
-                    f"{source.name}. {IN_MEMORY}"
-                )
             changes[name] = _new(full[name], found)
     check_embeddings(adapters, names)
     for adapter in adapters:
@@ -112,7 +107,7 @@ def _in_columns(
     d = chain.vectors.shape[-2]
     rows, *others = weight.shape[chain.vectors.dim() - 2 :]
     width = math.prod(others)
-    known = _known(chain, weight, architecture, given) if len(others) == 1 else False
+    known = _known(chain, architecture, given) if len(others) == 1 else False
     if known is None and rows == width == d:
         raise CheckpointError(
             f"{weight.file}: {weight.name} is square, {tuple(weight.shape)}, and the folder has no config.json of a "
@@ -130,26 +125,17 @@ def _in_columns(
     return columns
 
 
-def _known(
-    chain: LayerChain, weight: StoredTensor, architecture: Architecture, given: Collection[str] | None
-) -> bool | None:
-    """The layout according to `config.json` or the user; `None` if unknown."""
+def _known(chain: LayerChain, architecture: Architecture, given: Collection[str] | None) -> bool | None:
+    """The layout according to `config.json`, otherwise to the user; `None` if unknown."""
     path, by_config = chain.path, chain.columns
     if chain.vectors.dim() == 3 or by_config is not None:
         path = parameter_of(path)
     else:
         layer = None if architecture.in_rows else architecture.find(path)
         by_config = False if architecture.in_rows else None if layer is None else is_conv1d(layer)
-    if given is None:
+    if given is None or by_config is not None:
         return by_config
-    said = any(path == name or path.endswith(f".{name}") for name in given)
-    if by_config not in (None, said):
-        kinds = ("(out, in)", "(in, out)")
-        raise CheckpointError(
-            f"{weight.file}: {weight.name} is {kinds[not said]} according to config.json, but {kinds[said]} "
-            "according to columns (--columns, --rows). Omit columns, or correct config.json."
-        )
-    return said
+    return any(path == name or path.endswith(f".{name}") for name in given)
 
 
 @dataclass(frozen=True)

@@ -100,15 +100,12 @@ def _check_experts(adapter: Adapter, path: str, chain: Tensor, found: WeightSet,
 
 def _refuse_aliases(found: WeightSet, changed: Iterable[str]) -> None:
     """Refuse tensors that `safetensors.torch.save_model` stored once; its metadata has removed key -> kept key."""
-    texts = {name: kept for header in found.files for name, kept in header.metadata.items()}
-    aliases = {name: kept for name, kept in texts.items() if name not in found.tensors and kept in found.tensors}
-    for name in changed:
-        also = [alias for alias, kept in aliases.items() if name in (alias, kept)]
-        if also:
-            raise CheckpointError(
-                f"{found.name}: {aliases[also[0]]} and {', '.join(also)} share one tensor, and the file does not "
-                f"say whether they are one layer. {IN_MEMORY}"
-            )
+    shared = {name for header in found.files for entry in header.metadata.items() for name in entry}
+    if name := next((name for name in changed if name in shared), None):
+        raise CheckpointError(
+            f"{found.name}: {name} shares its tensor with another one, and the file does not say whether they are one "
+            f"layer. {IN_MEMORY}"
+        )
 
 
 def renaming_of(adapter: Adapter, names: FileNames) -> Renaming:
@@ -128,7 +125,7 @@ def unknown_tensor(name: str, adapters: Iterable[Adapter], names: FileNames) -> 
     """The error for a tensor that an adapter changes but a set of files does not have."""
     adapter = next(a for a in adapters if name in a.full or any(name == _weight_name(path) for path in a.chains))
     return CheckpointError(
-        f"{adapter.file}: the adapter changes {name}, which is not in {names.found.name}. {names.near(name)} Was it "
+        f"{adapter.file}: the adapter changes {name}, which is not in {names.found.name}. Was it "
         f"trained on another base model, or on one that transformers loads under other names? {IN_MEMORY}"
     )
 
@@ -157,7 +154,7 @@ def check_embeddings(adapters: Iterable[Adapter], names: FileNames) -> None:
             if own is None:
                 raise CheckpointError(
                     f"{adapter.file}: unexpected key {name}, which is not in modules_to_save or in {names.found.name}. "
-                    f"{names.near(name)} Was the adapter trained on another base model?"
+                    "Was the adapter trained on another base model?"
                 )
             if own.dtype not in DTYPES or own.shape != tuple(tensor.shape) or not is_same(own.read(), tensor):
                 place = f"{own.name} of shape {own.shape} in {own.file}"

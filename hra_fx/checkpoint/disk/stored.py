@@ -153,16 +153,12 @@ def _of_index(index: Path) -> WeightSet:
         raise CheckpointError(
             f"{index}: cannot read the file, or it has no weight_map ({error!r}). Download it again."
         ) from error
-    headers: dict[str, Header] = {}
-    for name in names:
-        file = index.parent / name
-        if file.parent != index.parent or not file.is_file():
-            raise CheckpointError(f"{index}: lists {name!r}, which is missing from the folder. Download it again.")
-        headers[name] = read_header(file)
+    files = [file for file in index.parent.glob(f"*{SAFE}") if file.name in names]
+    headers = {file.name: read_header(file) for file in files}
     for key, name in places.items():
-        if key not in headers[name].tensors:
+        if name not in headers or key not in headers[name].tensors:
             raise CheckpointError(
-                f"{index}: lists {key!r} in {name!r}, but the file does not have it. Download both again."
+                f"{index}: lists {key!r} in {name!r}, but the file is missing or does not have it. Download both again."
             )
     return WeightSet(tuple(headers[name] for name in names), index, entries)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import filecmp
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -31,40 +30,37 @@ def write_result(
     base: Path, out: Path, plan: Plan, *, overwrite: bool, verify: bool, progress: bool
 ) -> dict[str, float]:
     """Write a planned result. Returns path and name of each rotated tensor -> its relative rounding error."""
-    folders, files = _tree(base)
     rounding: dict[str, float] = {}
-    with _explained_errors(out):
-        if out.is_dir() and any(out.iterdir()) and not overwrite:
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise CheckpointError(
+            f"{out}: the output folder is not empty. Choose another folder, or overwrite=True (--overwrite)."
+        )
+    total = sum(file.stat().st_size for file in base.rglob("*") if file.is_file())
+    with (
+        _explained_errors(out),
+        _staged(out) as folder,
+        bar(f"writing {out.name}", total, wanted=progress) as advance,
+    ):
+        if total > (free := shutil.disk_usage(out.parent).free):
             raise CheckpointError(
-                f"{out}: the output folder is not empty. Choose another folder, or overwrite=True (--overwrite)."
+                f"{out.parent}: {total:,} bytes are needed, but only {free:,} are free. Free some space, or choose "
+                "an output folder on another disk."
             )
-        total = sum(file.stat().st_size for file in files.values())
-        with _staged(out) as folder, bar(f"writing {out.name}", total, wanted=progress) as advance:
-            if total > (free := shutil.disk_usage(out.parent).free):
-                raise CheckpointError(
-                    f"{out.parent}: {total:,} bytes are needed, but only {free:,} are free. Free some space, or choose "
-                    "an output folder on another disk."
-                )
-            for path in folders:
-                (folder / path).mkdir(parents=True, exist_ok=True)
-            for path, file in files.items():
-                rounding |= _write(plan.files.get(path), file, folder / path, verify=verify)
-                advance(file.stat().st_size)
-            for path, source in folders.items():
-                (folder / path).chmod(source.stat().st_mode & 0o777 | 0o700)  # it will be renamed later
+
+        def write(source: str, target: str) -> None:
+            file = Path(source)
+            if not file.is_file():
+                raise CheckpointError(f"{file}: is a broken link, or not a regular file. Remove it from the base.")
+            # Otherwise copytree would continue with the next file.
+            with _explained_errors(out):
+                planned = plan.files.get(file.relative_to(base).as_posix())
+                rounding.update(_write(planned, file, Path(target), verify=verify))
+            advance(file.stat().st_size)
+
+        # Links are followed, as in the Hub cache.
+        shutil.copytree(base, folder, copy_function=write, dirs_exist_ok=True)
+        folder.chmod(folder.stat().st_mode | 0o700)  # it will be renamed
     return rounding
-
-
-def _tree(base: Path) -> tuple[dict[str, Path], dict[str, Path]]:
-    """All folders, including the base itself as ".", and all files. Links are followed, as in the Hub cache."""
-    folders, files = {}, {}
-    for folder, _, names in os.walk(base, followlinks=True):
-        folders[Path(folder).relative_to(base).as_posix()] = Path(folder)
-        for path in (Path(folder, name) for name in names):
-            if not path.is_file():
-                raise CheckpointError(f"{path}: is a broken link, or not a regular file. Remove it from the base.")
-            files[path.relative_to(base).as_posix()] = path
-    return folders, files
 
 
 def _write(plan: FilePlan | bytes | None, source: Path, target: Path, *, verify: bool) -> dict[str, float]:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from xml.etree.ElementTree import Element, tostring
 
 from hra_fx.reporting.heat import DARK_PALETTE, HEATS, PALETTE, UNKNOWN, default_heat, heat_of, is_identity, scale
-from hra_fx.reporting.report import without_nan
+from hra_fx.reporting.plain import plain
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.heatmap import Heatmap
 from hra_fx.view.layout import place
@@ -149,7 +149,7 @@ def page_data(drawing: Drawing, tree: Scope, options: Options) -> Any:
         "title": drawing.title,
         "facts": drawing.facts,
         "items": items,
-        "rows": [vars(row) for row in drawing.rows],
+        "rows": drawing.rows,
         "heats": _heats(drawing),
         "heat": options.heat or ("" if is_identity(drawing.rows) else default_heat(drawing.rows)),
         "palettes": [PALETTE, DARK_PALETTE],
@@ -160,7 +160,7 @@ def page_data(drawing: Drawing, tree: Scope, options: Options) -> Any:
         ],
         "full": [{"path": path, "item": _box(path, box)} for path in drawing.trained_in_full],
     }
-    return without_nan(data)
+    return plain(data)
 
 
 def walk(item: Item) -> Iterator[Item]:

@@ -8,10 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -216,29 +212,7 @@ def test_layers_that_have_other_names_in_the_file(tmp_path: Path) -> None:
     assert report.rotated and report.given and not report.untied
 
 
-# ---- interrupted ----
-
-
-FOLDING = """
-import signal, sys, hra_fx
-signal.signal(signal.SIGINT, signal.default_int_handler)
-hra_fx.fold_checkpoint(*sys.argv[1:], columns=[])
-"""
-
-
-@pytest.mark.slow
-def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
-    stack(tmp_path, layers=4, width=64)
-    with open(tmp_path / "base" / "zzz", "wb") as file:
-        file.truncate(1 << 33)  # a hole, which takes a while to copy
-    folders = [str(tmp_path / name) for name in ("base", "adapter", "out")]
-    command = [sys.executable, "-W", "ignore", "-c", FOLDING, *folders]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not list(tmp_path.glob(".out.*.partial/content/zzz")):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        assert "KeyboardInterrupt" in process.communicate(timeout=60)[1]
-    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+# ---- disks that refuse ----
 
 
 def test_a_disk_that_refuses_leaves_the_old_folder(tmp_path: Path) -> None:

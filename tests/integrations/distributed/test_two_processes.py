@@ -14,7 +14,6 @@ from integrations.distributed import (
     accelerate_checks,
     adapter_checks,
     meta_checks,
-    scale_checks,
     tensor_parallel_checks,
     training_checks,
 )
@@ -22,7 +21,7 @@ from integrations.distributed.spawned import WORLD, run
 
 #: The checks, and the number of processes. All but the first group are slow.
 GROUPS = {
-    "adapters": ({**adapter_checks.CHECKS, **meta_checks.CHECKS, **scale_checks.CHECKS}, WORLD),
+    "adapters": ({**adapter_checks.CHECKS, **meta_checks.CHECKS}, WORLD),
     "training": (training_checks.CHECKS, WORLD),
     "accelerate and the Trainer": (accelerate_checks.CHECKS, WORLD),
     "tensor parallelism": (tensor_parallel_checks.CHECKS, WORLD),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._dynamo import reset
 
 import hra_fx
-from hra_fx.layers.running import RUNNING
+from hra_fx.layers.running import RUNNING, Run
 
 
 def plain() -> nn.Sequential:
@@ -217,7 +217,7 @@ def test_factors_are_batched_in_a_forward_of_a_peft_model() -> None:
     model, seen = model_of_peft(), list[bool]()
     with hra_fx.accelerate_peft(model):
         layer = model.base_model.model[2]
-        layer.register_forward_hook(lambda *_: seen.append(layer.acting().hra_u in RUNNING.run.factors))
+        layer.register_forward_hook(lambda *_: seen.append(layer.acting().hra_u in (RUNNING.run or Run()).factors))
         model(X)
         model.get_base_model()(X)
     assert seen == [True, False]

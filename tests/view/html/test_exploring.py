@@ -72,15 +72,7 @@ def test_the_keyboard_does_it_all(closed: Page) -> None:
     expect(closed.locator("#query")).to_be_focused()
 
 
-def test_layers_in_modules_to_save_are_trained_and_not_skipped(open_page: Open) -> None:
-    page = open_page(page_of(trained_net(modules_to_save=["head"])))
-    assert page.locator("#skipped").inner_text() == "1 layer not adapted"
-    assert page.locator("#scroller g.trained").count() == 1
-    box(page, "head").click()
-    assert page.locator("#panel h3").all_inner_texts() == ["Trained in full"]
-
-
-def test_skipped_layers_are_marked_listed_and_explained(closed: Page) -> None:
+def test_skipped_and_trained_layers_are_marked_listed_and_explained(closed: Page, open_page: Open) -> None:
     assert closed.locator("#scroller circle.skipped").count() == 2
     assert closed.locator("#skipped").inner_text() == "2 layers not adapted"
     closed.click("#skipped")
@@ -89,3 +81,8 @@ def test_skipped_layers_are_marked_listed_and_explained(closed: Page) -> None:
     assert selected(closed) == "head"
     assert "not in target_modules" in closed.locator("#panel .reason").inner_text()
     assert facts(closed)["class"] == "Linear 12→4"
+    page = open_page(page_of(trained_net(modules_to_save=["head"])))
+    assert page.locator("#skipped").inner_text() == "1 layer not adapted"
+    assert page.locator("#scroller g.trained").count() == 1
+    box(page, "head").click()
+    assert page.locator("#panel h3").all_inner_texts() == ["Trained in full"]

@@ -60,16 +60,8 @@ def test_a_repeat_has_a_row_for_each_of_its_layers(open_page: Open) -> None:
     box(page, "down").click()
     rows = [row for row in hra_fx.report(model) if row.path.endswith("down")]
     table = [row.locator("th, td").all_inner_texts() for row in page.locator("#panel tbody tr").all()]
-    assert table == [
-        [
-            row.path,
-            "4",
-            f"{row.weight_change:.1%}",
-            f"{math.degrees(row.mean_angle):.1f}°",
-            f"{math.degrees(row.angle):.1f}°",
-        ]
-        for row in rows
-    ]
+    names = ("weight change", "mean angle", "largest angle")
+    assert table == [[row.path, "4", *(expected(row)[name] for name in names)] for row in rows]
     page.locator("#panel tbody").get_by_text("blocks.2.down").click()
     assert facts(page)["|Q - I|"] == f"{rows[2].rotation:.3f}"
     assert page.locator("#panel tr[aria-current]").count() == 1
@@ -89,9 +81,7 @@ def test_heat_has_the_colors_and_means_of_the_report(open_page: Open) -> None:
         values = heat_of(hra_fx.report(model).rows, name)
         ends = scale(values.values())
         for layer in ("up", "down"):
-            cells = (
-                box(page, layer).locator(".cell").evaluate_all("all => all.map(cell => getComputedStyle(cell).fill)")
-            )
+            cells = [cell.evaluate(FILL) for cell in box(page, layer).locator(".cell").all()]
             paths = [f"blocks.{index}.{layer}" for index in range(3)]
             assert cells == [rgb(color(values[path], ends)) for path in paths]
             mean = sum(values[path] for path in paths) / 3
