@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import fx, nn
 
+from hra_fx.api.peft_wrapper import hand_over
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.export.captured import fold_captured, is_captured, transform_captured
@@ -14,7 +15,8 @@ from hra_fx.integrations.pretrained import root_class_for
 from hra_fx.layers.accelerate_hooks import is_hooked
 from hra_fx.model.example_inputs import normalize_inputs
 from hra_fx.model.fold import prepare_fold
-from hra_fx.model.inject import random_init
+from hra_fx.model.inject import all_or_nothing, random_init
+from hra_fx.model.peft_view import has_peft_layers, take_over, without_wrapper
 from hra_fx.model.setup import checked, set_up, valid_config
 from hra_fx.model.state import adapted_layers, get_state, require_adapted_layers
 from hra_fx.model.verify import check_against_folded
@@ -182,14 +184,18 @@ def fold(model: M, adapter_names: str | Sequence[str] | None = None, *, requanti
     A quantized weight (bitsandbytes, torchao) is folded only with `requantize=True`: it is dequantized, rotated, and
     quantized again in the same scheme. The quantization error is often larger than the effect of the adapter.
 
+    A `PeftModel` with HRA is used up, as by PEFT's `merge_and_unload`, so that no second copy of the weights is needed.
+    Its forward then runs the folded model, and its other methods raise an error.
+
     Args:
-        model: a transformed model, or an `ExportedProgram` from `transform`, for which a new program is returned.
+        model: a transformed model, or an `ExportedProgram` from `transform`, for which a new program is returned; or a
+            model with PEFT's HRA.
         adapter_names: one or more adapters to fold, in this order; the others are kept and act on the new weights.
             `None` folds the active adapters and removes the others.
         requantize: whether quantized weights may be folded.
 
     Returns:
-        `model`, or the new program.
+        `model`, the new program, or the base model of a `PeftModel`.
 
     Raises:
         AdapterError: the model has no adapters or no adapter with one of these names, or other active adapters come
@@ -215,9 +221,15 @@ def fold(model: M, adapter_names: str | Sequence[str] | None = None, *, requanti
             )
         captured: Any = model
         return fold_captured(captured)  # type: ignore[return-value]
-    module: Any = model
-    prepare_fold(module, adapter_names, requantize=requantize).run()
-    return model
+    module: Any = without_wrapper(model)
+    with all_or_nothing() as undo:
+        if has_peft_layers(module):
+            root = take_over(module, undo, root_class_for)
+            hand_over(module, root, undo)
+            module = root
+        job = prepare_fold(module, adapter_names, requantize=requantize)
+    job.run()
+    return module  # type: ignore[no-any-return]
 
 
 def graphs(model: nn.Module, example_inputs: Any = None) -> dict[str, fx.GraphModule]:

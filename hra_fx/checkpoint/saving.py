@@ -41,6 +41,7 @@ from hra_fx.functional.chain import plain_chain
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.sharding import full_tensor, is_dtensor, on_first_rank
 from hra_fx.layers.trained_copies import all_copies
+from hra_fx.model.peft_view import adapted_view
 from hra_fx.model.state import AdapterState, adapted_layers, load_vectors, names_in, root_of
 from hra_fx.selection.select import resolve_targets, targeted
 from hra_fx.selection.suggestions import format_names
@@ -124,7 +125,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     and the first process writes.
 
     Args:
-        model: a transformed model.
+        model: a transformed model, or a model with PEFT's HRA, which is not changed.
         directory: the folder, created if needed.
         adapter_name: the adapter; `None` for the only adapter, or the only active one.
 
@@ -142,11 +143,12 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         ...     sorted(os.listdir(folder))
         ['adapter_config.json', 'adapter_model.safetensors']
     """
-    root, record = root_of(model)
-    name = _only_adapter(record) if adapter_name is None else names_in(record, adapter_name)[0]
-    load_vectors(root)
-    config, tensors, metadata = _contents(root, record, name, root.state_dict())
-    on_first_rank(root.parameters(), lambda: write(directory, config.to_json_string(), tensors, metadata))
+    with adapted_view(model) as adapted:
+        root, record = root_of(adapted)
+        name = _only_adapter(record) if adapter_name is None else names_in(record, adapter_name)[0]
+        load_vectors(root)
+        config, tensors, metadata = _contents(root, record, name, root.state_dict())
+        on_first_rank(root.parameters(), lambda: write(directory, config.to_json_string(), tensors, metadata))
 
 
 def save_pretrained(
@@ -157,11 +159,13 @@ def save_pretrained(
     *,
     is_main_process: bool = True,
     safe_serialization: bool = True,
+    for_trainer: bool = True,
 ) -> None:
     """Save several adapters like PEFT's `save_pretrained`: "default" to the folder, others to subfolders.
 
     A model card is also written, if the folder does not contain one. In a checkpoint folder of transformers' Trainer,
-    the adapters' entries of the state are also saved to `model.safetensors`, from which the Trainer resumes.
+    the adapters' entries of the state are also saved to `model.safetensors`, from which the Trainer resumes; it resumes
+    a `PeftModel` from the adapter itself (`for_trainer=False`).
 
     `state_dict` is the model's state, if a wrapper (FSDP, DeepSpeed) has gathered it. With `fully_shard` and no
     `state_dict`, all processes must call this function, as for `save_adapter`. Errors are those of `save_adapter`.
@@ -179,7 +183,7 @@ def save_pretrained(
     if not (is_main_process or shards):
         return
     contents = {name: _contents(root, record, name, state) for name in names}
-    checkpoint = _CHECKPOINT.fullmatch(folder.name) and not (folder / "config.json").exists()
+    checkpoint = for_trainer and _CHECKPOINT.fullmatch(folder.name) and not (folder / "config.json").exists()
     entries = {key: full_tensor(state[key]) for key in adapter_entries(root) if key in state} if checkpoint else {}
 
     def write_all() -> None:
@@ -205,12 +209,12 @@ def get_peft_model_state_dict(
     """Return the tensors of an adapter with the keys of its file, like `peft.get_peft_model_state_dict`.
 
     Args:
-        model: a transformed model.
+        model: a transformed model, or a model with PEFT's HRA.
         state_dict: the model's state, if a wrapper has gathered it.
         adapter_name: name of the adapter.
 
     Raises:
-        AdapterError: the model has no such adapter, or is a PEFT model.
+        AdapterError: the model has no such adapter.
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -218,9 +222,10 @@ def get_peft_model_state_dict(
         >>> list(get_peft_model_state_dict(model))
         ['base_model.model.0.hra_u']
     """
-    root, record = root_of(model)
-    names_in(record, adapter_name)
-    return _contents(root, record, adapter_name, root.state_dict() if state_dict is None else state_dict)[1]
+    with adapted_view(model) as adapted:
+        root, record = root_of(adapted)
+        names_in(record, adapter_name)
+        return _contents(root, record, adapter_name, root.state_dict() if state_dict is None else state_dict)[1]
 
 
 def _only_adapter(record: AdapterState) -> str:

@@ -49,11 +49,16 @@ class AdaptedLayer(SwapMixin):
             set_aside(self)
         super().register_parameter(name, param)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute. `parallelize_module` sets this one last."""
-        super().__setattr__(name, value)
-        if name == "_distribute_module_applied":
-            put_back(self)
+    @property
+    def _distribute_module_applied(self) -> bool:
+        """torch's mark of a module that `parallelize_module` has split, which it sets last."""
+        applied: bool = vars(self).get("_distribute_module_applied", False)
+        return applied
+
+    @_distribute_module_applied.setter
+    def _distribute_module_applied(self, applied: bool) -> None:
+        vars(self)["_distribute_module_applied"] = applied
+        put_back(self)
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:

@@ -21,6 +21,11 @@ def is_peft_hra_layer(module: nn.Module) -> bool:
     return hra is not None and isinstance(module, hra.HRALayer)
 
 
+def is_of_peft(module: nn.Module) -> bool:
+    """Whether the class of a module is one of PEFT's, or derived from one."""
+    return any(cls.__module__.startswith("peft.") for cls in type(module).__mro__)
+
+
 def find_peft_layer(model: nn.Module) -> tuple[str, str] | None:
     """The path of the first PEFT layer in a model, and a suggestion what to do; `None` if there is none."""
     for path, module in model.named_modules():

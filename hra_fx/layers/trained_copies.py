@@ -45,8 +45,8 @@ class Copies(FilledLater):
     ) -> None:
         """Create copies of tensors of `owner` for an adapter. They are not in use.
 
-        The values come from the base model, or from `values`. `memo` maps the id of an original tensor to its copy for
-        this adapter, so that a shared tensor stays shared.
+        The values come from the base model, or from `values`; a parameter in `values` becomes the copy itself. `memo`
+        maps the id of an original tensor to its copy for this adapter, so that a shared tensor stays shared.
         """
         check_adapter_name(adapter, self)
         self.copied[adapter] = tuple(names)
@@ -57,9 +57,11 @@ class Copies(FilledLater):
             value = (
                 values[name].to(device_of_values(source.device), source.dtype) if name in values else source.detach()
             )
-            made = value.clone()
+            made = value if isinstance(value, nn.Parameter) else value.clone()
             if isinstance(source, nn.Parameter):
-                made = memo.setdefault(id(source), nn.Parameter(made, requires_grad=source.is_floating_point()))
+                if not isinstance(made, nn.Parameter):
+                    made = nn.Parameter(made, requires_grad=source.is_floating_point())
+                made = memo.setdefault(id(source), made)
             self._put(adapter, name, made, owner)
 
     def get(self, owner: nn.Module, adapter: str, name: str) -> Tensor:

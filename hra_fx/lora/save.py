@@ -26,6 +26,7 @@ from hra_fx.lora.from_files import read_as_lora
 from hra_fx.lora.from_model import lora_adapter
 from hra_fx.lora.gguf_format import write_gguf
 from hra_fx.lora.servers import check_for_server, facts_of
+from hra_fx.model.peft_view import adapted_view
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: Files of transformers, timm and diffusers models, and of pipelines.
@@ -101,8 +102,8 @@ def convert_to_lora(
     Gram-Schmidt. An untrained adapter does not change the weights and becomes a LoRA of rank 1 with zeros.
 
     Args:
-        model: a transformed model; it is not changed. Adapters may be merged. With `fully_shard` and tensor
-            parallelism, all processes must call this function.
+        model: a transformed model, whose adapters may be merged, or a model with PEFT's HRA. It is not changed. With
+            `fully_shard` and tensor parallelism, all processes must call this function.
         adapter_names: the adapters, in the order of the product `W Q_a Q_b`, each at its scale (`set_scale`); `None`
             for the active ones.
         rank: the largest rank of a layer, with the best approximation of the weight change; `None` for an exact LoRA.
@@ -134,7 +135,8 @@ def convert_to_lora(
         >>> {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         {'base_model.model.0.lora_A.weight': (2, 6), 'base_model.model.0.lora_B.weight': (4, 2)}
     """
-    adapter = lora_adapter(model, adapter_names, rank)
+    with adapted_view(model) as adapted:
+        adapter = lora_adapter(adapted, adapter_names, rank)
     for text in _unchanged([adapter]):
         warnings.warn(text, HRAWarning, stacklevel=2)
     return peft_form(adapter, torch.float32, rank_pattern=rank_pattern)
@@ -158,7 +160,7 @@ def save_as_lora(
     Args:
         model_or_pipeline: a transformed model, which is saved as a folder in PEFT's format; or a diffusers pipeline
             with transformed parts, or a UNet or transformer of diffusers, which is saved as a folder for
-            `pipe.load_lora_weights`. It is not changed.
+            `pipe.load_lora_weights`. The adapters may also be PEFT's HRA. It is not changed.
         path: the folder, created if needed; or a file that ends in ".gguf", for llama.cpp.
         adapter_names: as in `convert_to_lora`. Parts of a pipeline without any of them are left out.
         rank: as in `convert_to_lora`.
@@ -192,14 +194,15 @@ def save_as_lora(
     if file_format == "gguf" and not isinstance(model_or_pipeline, nn.Module):
         name = type(model_or_pipeline).__name__
         raise AdapterError(f"GGUF files are for language models, got {name}. Pass a folder to save a pipeline.")
-    parts = parts_of(model_or_pipeline) if file_format == "peft" else {}
-    if parts:
-        file_format, adapters = "diffusers", adapters_of(parts, adapter_names, rank)
-    else:
-        adapters = {"": lora_adapter(model_or_pipeline, adapter_names, rank)}
-        parts = {"": model_or_pipeline}
-    tensors = [tensor for part in parts.values() for tensor in part.parameters()]
-    result = on_first_rank(tensors, lambda: _write(adapters, Path(path), file_format, **options))
+    with adapted_view(model_or_pipeline) as adapted:
+        parts = parts_of(adapted) if file_format == "peft" else {}
+        if parts:
+            file_format, adapters = "diffusers", adapters_of(parts, adapter_names, rank)
+        else:
+            adapters = {"": lora_adapter(adapted, adapter_names, rank)}
+            parts = {"": adapted}
+        tensors = [tensor for part in parts.values() for tensor in part.parameters()]
+        result = on_first_rank(tensors, lambda: _write(adapters, Path(path), file_format, **options))
     for text in result.warnings:
         warnings.warn(text, HRAWarning, stacklevel=2)
     return result

@@ -24,6 +24,7 @@ from hra_fx.export.captured import adapter_layers, check_is_program, is_captured
 from hra_fx.layers.accelerate_hooks import loaded
 from hra_fx.layers.sharding import local_tensor
 from hra_fx.layers.target import describe, weight_place
+from hra_fx.model.peft_view import adapted_view
 from hra_fx.model.state import get_state, require_adapted_layers
 from hra_fx.reporting.columns import footnotes, grouped_table_of, heading, table_of
 from hra_fx.reporting.plain import plain
@@ -170,7 +171,7 @@ def report(model: nn.Module | ExportedProgram, *, capture: bool = False) -> Repo
     with a thin matrix, so no `d x d` matrix is created.
 
     Args:
-        model: a transformed model or `ExportedProgram`.
+        model: a transformed model or `ExportedProgram`, or a model with PEFT's HRA, which is not changed.
         capture: also trace the model, and fill `Row.graph` and `Row.graph_reason`.
 
     Returns:
@@ -189,9 +190,9 @@ def report(model: nn.Module | ExportedProgram, *, capture: bool = False) -> Repo
     if is_captured(model):
         check_is_program(model, "report")
         return _report_of_program(model, capture=capture)
-    module: Any = model
-    skipped, trained = not_adapted(module)
-    return Report(_rows(module, capture=capture), skipped, trained, skipped_parameters(module))
+    with adapted_view(model) as module:
+        skipped, trained = not_adapted(module)
+        return Report(_rows(module, capture=capture), skipped, trained, skipped_parameters(module))
 
 
 def _rows(model: nn.Module, *, capture: bool) -> tuple[Row, ...]:

@@ -18,6 +18,7 @@ from hra_fx.errors import HRAWarning, VisualizeError
 from hra_fx.export.captured import is_captured, is_program
 from hra_fx.export.program import find_rotate_nodes
 from hra_fx.model.example_inputs import Call, normalize_inputs
+from hra_fx.model.peft_view import adapted_view
 from hra_fx.model.state import adapted_layers, unwrap
 from hra_fx.reporting.heat import is_identity
 from hra_fx.reporting.report import Report, report
@@ -49,11 +50,12 @@ class Drawing:
 
 def drawing_of(model: Any, example_inputs: Any = None) -> Drawing:
     """Collect the data for drawing a model, which is not changed; see `visualize`. A wrapper (DDP) is removed."""
-    model = unwrap(model)
-    found = report(model) if _has_adapters(model) else None
-    subject = _find_subject(model, example_inputs)
-    name = subject.classes.get("", type(model).__name__)
-    picture = leaves_of(subject)
+    with adapted_view(model) as adapted:
+        model = unwrap(adapted)
+        found = report(model) if _has_adapters(model) else None
+        subject = _find_subject(model, example_inputs)
+        name = subject.classes.get("", type(model).__name__)
+        picture = leaves_of(subject)
     if found is None:
         return Drawing(name, name, _facts(subject), picture, ())
     _mark(picture, found)

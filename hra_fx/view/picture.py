@@ -78,7 +78,8 @@ def visualize(
     interactive page. `.dot` and `.graphml` contain every box. Every format shows each adapted layer exactly once.
 
     Args:
-        model: a module, transformed, plain or folded, a `torch.fx.GraphModule` or a `torch.export.ExportedProgram`.
+        model: a module, transformed, with PEFT's HRA, plain or folded, a `torch.fx.GraphModule` or a
+            `torch.export.ExportedProgram`.
         path: the file; its folder must exist.
         example_inputs: inputs of one call, for shapes. `torch.export` captures this call if torch.fx cannot trace
             the whole model, or if the call passes optional arguments. Without example inputs, modules that torch.fx

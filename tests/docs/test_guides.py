@@ -24,6 +24,7 @@ DOCUMENTS = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md")), *sorte
 GUIDES = {
     "quickstart": {"adapters.html", "folded", "my-adapter"},
     "layers": set(),
+    "upgrading": set(),
     "several-adapters": set(),
     "visualize": {"adapters.html", "adapters.mmd", "adapters.svg", "block.svg", "heatmap.svg", "two.svg"},
     "folding": {"folded", "my-adapter", "my-model", "restored"},

@@ -114,6 +114,11 @@ def test_what_cannot_be_taken_over_is_refused_and_unchanged() -> None:
     with peft_warnings_ignored():
         lora = peft.get_peft_model(net(), peft.LoraConfig(r=2, target_modules=["query"]))
     refused(lora, r"query: this layer is from another PEFT method \(Linear\)\. Only HRA can be converted\.")
+    with peft_warnings_ignored():
+        peft.inject_adapter_in_model(peft.HRAConfig(r=2, target_modules=["conv"]), lora.get_base_model(), "hra")
+    for act in (hra_fx.report, hra_fx.fold):
+        with pytest.raises(hra_fx.AdapterError, match=r"query: this layer is from another PEFT method \(Linear\)"):
+            act(lora)
     merged = randomised(**CASES["linear"])
     merged.merge_adapter()
     refused(merged, r"query: adapters \['default'\] are merged\. First call unmerge_adapter\(\) on the PEFT model\.")
@@ -132,7 +137,7 @@ def test_what_cannot_be_taken_over_is_refused_and_unchanged() -> None:
 def test_functions_of_hra_fx_say_what_to_do_with_a_model_of_peft() -> None:
     advice = r"Call hra_fx\.from_peft\(model\) to use it with hra_fx, or `merge_and_unload\(\)` or `unload\(\)` on the"
     model = randomised(**CASES["linear"])
-    for step in (hra_fx.report, hra_fx.fold, hra_fx.orthogonality_loss, hra_fx.get_peft_model_state_dict):
+    for step in (hra_fx.orthogonality_loss, hra_fx.plan_fold, hra_fx.graphs):
         with pytest.raises(hra_fx.AdapterError, match=rf" has PEFT adapters \(base_model.*query\), .*{advice}"):
             step(model)
     for step in (

@@ -1,0 +1,86 @@
+"""A `PeftModel` whose layers hra_fx took over: PEFT's methods are then those of its base model."""
+
+from __future__ import annotations
+
+import functools
+import os
+from contextlib import ExitStack
+from typing import Any
+
+from torch import nn
+
+from hra_fx.errors import AdapterError
+from hra_fx.integrations.pretrained import save_adapters
+from hra_fx.layers.class_swap import SwapMixin, swap, unswap
+from hra_fx.layers.peft_layers import is_of_peft
+
+#: The prefix of the base model's names in a `PeftModel`.
+_PREFIX = "base_model.model."
+
+
+class TakenOver(SwapMixin):
+    """A `PeftModel`, or the tuner in it. All public attributes of PEFT are those of the base model, an `HRAModel`."""
+
+    _hra_is_taken_over = True
+
+    @classmethod
+    def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
+        """Replace the attributes that PEFT's classes define, and keep the signature of `forward`."""
+        theirs = [part for part in base.__mro__ if part.__module__.startswith("peft.")]
+        names = {"active_adapter", "peft_config"}.union(*map(vars, theirs))
+        wrapped = {name: _of_base(name) for name in names if not name.startswith("_") and name not in vars(cls)}
+
+        @functools.wraps(base.forward)
+        def forward(self: TakenOver, *args: Any, **kwargs: Any) -> Any:
+            return self.get_base_model()(*args, **kwargs)
+
+        return {**wrapped, "forward": forward}
+
+    def get_base_model(self) -> Any:
+        """The base model."""
+        return self._modules.get("base_model", self).model  # type: ignore[union-attr]
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Same as `generate` of the base model."""
+        return self.get_base_model().generate(*args, **kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Same as `HRAModel.save_pretrained`, without the file from which the Trainer resumes an `HRAModel`."""
+        if save_embedding_layers is True:
+            raise AdapterError("save_embedding_layers=True is not supported: name the embeddings in modules_to_save.")
+        if (state := kwargs.pop("state_dict", None)) is not None:
+            state = {key.removeprefix(_PREFIX): tensor for key, tensor in state.items()}
+        saving = {"state_dict": state, "safe_serialization": safe_serialization, "for_trainer": False}
+        base = _adapted_base(self, "save_pretrained")
+        save_adapters(base, save_directory, selected_adapters, is_main_process, push_to_hub, saving, kwargs)
+
+
+def _of_base(name: str) -> property:
+    return property(lambda self: getattr(_adapted_base(self, name), name))
+
+
+def _adapted_base(wrapper: TakenOver, name: str) -> Any:
+    base = wrapper.get_base_model()
+    if not hasattr(type(base), "tuner_layer_cls"):  # not an HRAModel
+        raise AdapterError(
+            f"{name}: the adapters of this {type(wrapper).__name__} were folded or removed. Use the base model, a "
+            f"{type(base).__name__}: the result of hra_fx.fold, or get_base_model()."
+        )
+    return base
+
+
+def hand_over(model: nn.Module, root: nn.Module, undo: ExitStack) -> None:
+    """Let PEFT's wrappers around `root`, in `model`, use its methods."""
+    inside = set(root.modules())
+    for module in [module for module in model.modules() if is_of_peft(module) and module not in inside]:
+        undo.callback(unswap, module, TakenOver)
+        swap(module, TakenOver)

@@ -1,0 +1,240 @@
+"""Functions of hra_fx on a model of PEFT: they leave it as it is, and `fold` uses it up."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from adapting import picture, randomise as randomise_vectors
+from integrations.peft_acceleration.layers import accelerated
+from oracles import dense_q, dense_weight, relative_error
+from peft_sides import (
+    F64,
+    by_peft,
+    net,
+    opened_by_peft,
+    peft_warnings_ignored,
+    randomise,
+    same_tensors,
+    saved_by_peft,
+    tokens,
+)
+from safetensors.torch import load_file
+from tiny_models import inputs, tiny
+from torch import Tensor, nn
+
+import hra_fx
+
+LAYERS = {"r": 4, "target_modules": ["query", "value", "conv"]}
+CASES: dict[str, dict[str, Any]] = {
+    "linear and convolution": LAYERS,
+    "Gram-Schmidt": {"r": 3, "target_modules": r".*\.(query|out)", "apply_GS": True},
+    "trained modules": {**LAYERS, "modules_to_save": ["head", "classifier"]},
+    "all biases": {"r": 2, "target_modules": ["query", "out"], "bias": "all"},
+}
+STEPS: dict[str, Callable[[Any, Path], object]] = {
+    "report": lambda model, folder: hra_fx.report(model, capture=True),
+    "save_adapter": lambda model, folder: hra_fx.save_adapter(model, folder / "one", "default"),
+    "save_as_lora": lambda model, folder: hra_fx.save_as_lora(model, folder / "lora"),
+    "convert_to_lora": lambda model, folder: hra_fx.convert_to_lora(model),
+    "visualize": lambda model, folder: hra_fx.visualize(model, folder / "model.svg"),
+    "to_networkx": lambda model, folder: hra_fx.to_networkx(model),
+}
+
+
+def adapted(**fields: Any) -> Any:
+    model = by_peft(net(F64), **fields)
+    randomise(model)
+    return model
+
+
+def with_two() -> Any:
+    """The second adapter is active, and the first is frozen."""
+    model = adapted(**LAYERS)
+    with peft_warnings_ignored():
+        model.add_adapter("other", peft.HRAConfig(r=3, target_modules=["query", "out"], init_weights=False))
+    randomise_vectors(model, "other")
+    model.set_adapter("other")
+    return model
+
+
+def is_as_before(model: Any, step: Callable[[], object]) -> None:
+    """Run a function. All modules, their attributes and flags, outputs and gradients are then those from before."""
+
+    def state() -> list[object]:
+        order = [(path, [*module._modules]) for path, module in model.named_modules()]
+        return [picture(model), order, copy.deepcopy(model.peft_config)]
+
+    def gradients() -> list[Tensor]:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        output = model(tokens())
+        return [output.detach(), *torch.autograd.grad(output.sum(), trained, allow_unused=True, materialize_grads=True)]
+
+    wanted, before = gradients(), state()
+    step()
+    assert state() == before
+    assert all(map(torch.equal, gradients(), wanted))
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("case", [*CASES, "two adapters", "accelerated"])
+def test_a_model_of_peft_stays_as_it_is(case: str, step: str, tmp_path: Path) -> None:
+    model = with_two() if case == "two adapters" else adapted(**CASES.get(case, LAYERS))
+    if case == "accelerated":
+        hra_fx.accelerate_peft(model)
+    is_as_before(model, lambda: STEPS[step](model, tmp_path))
+
+
+@pytest.mark.parametrize("step", ["report", "save_adapter", "save_as_lora", "visualize", "fold"])
+def test_after_an_error_a_model_of_peft_is_as_before(step: str, tmp_path: Path) -> None:
+    """The adapters are not finite, or the model of PEFT does not fit its configuration."""
+    model = with_two()
+    act = STEPS.get(step, lambda model, folder: hra_fx.fold(model))
+    if step in ("save_adapter", "save_as_lora", "fold"):
+        with torch.no_grad():
+            for vectors in model.base_model.model.body.layers[1].query.hra_u.values():
+                vectors[0, 0] = torch.nan
+    else:
+        model.peft_config["other"].target_modules = {"query"}
+    before = picture(model)
+    with pytest.raises(hra_fx.HRAError, match=r"finite|does not match the adapter's configuration"):
+        act(model, tmp_path)
+    assert picture(model) == before
+
+
+def test_the_file_is_that_of_peft(tmp_path: Path) -> None:
+    for number, fields in enumerate(CASES.values()):
+        model, folder = adapted(**fields), tmp_path / str(number)
+        hra_fx.save_adapter(model, folder / "ours")
+        same_tensors(folder / "ours", saved_by_peft(model, folder / "theirs"))
+        again = opened_by_peft(net(F64), folder / "ours")
+        assert torch.equal(again(tokens()), model(tokens()))
+    hra_fx.save_adapter(model := with_two(), tmp_path / "two", "other")
+    same_tensors(tmp_path / "two", saved_by_peft(model, tmp_path / "theirs") / "other")
+
+
+def dense(layer: Any, *names: str) -> tuple[Tensor, Tensor]:
+    """`W` and `W Q_a Q_b ...` of a layer of PEFT, in float64."""
+    weight = rotated = layer.base_layer.weight.detach().double()
+    for name in names or layer.active_adapters:
+        if name in layer.hra_u:
+            rotated = dense_weight(rotated, dense_q(layer.hra_u[name].detach(), apply_GS=layer.hra_apply_GS[name]))
+    return weight, rotated
+
+
+def layers_of(model: Any) -> dict[str, Any]:
+    base = model.get_base_model()
+    return {path: layer for path, layer in base.named_modules() if isinstance(layer, peft.tuners.hra.HRALayer)}
+
+
+def test_the_report_measures_each_adapter_of_each_layer() -> None:
+    model = with_two()
+    report = hra_fx.report(model)
+    assert len(report) == 3 * 2 + 1 + 3 * 2  # query and value, conv; query and out
+    for row in report:
+        weight, rotated = dense(layers_of(model)[row.path], row.adapter)
+        assert row.weight_change == pytest.approx(float((rotated - weight).norm() / weight.norm()), rel=1e-9)
+        assert row.active is (row.adapter == "other")
+    assert [layer.path for layer in report.skipped if layer.path.endswith("classifier")] == ["classifier"]
+
+
+def test_the_lora_is_the_change_of_the_weights(tmp_path: Path) -> None:
+    model = by_peft(tiny("llama", torch.float32), r=4, target_modules=["q_proj", "down_proj"], init_weights=False)
+    hra_fx.save_as_lora(model, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for path, layer in layers_of(model).items():
+        down, up = (tensors[f"base_model.model.{path}.lora_{side}.weight"].double() for side in "AB")
+        weight, rotated = dense(layer)
+        assert relative_error(weight + up @ down, rotated) < 1e-6, path
+    served = peft.PeftModel.from_pretrained(tiny("llama", torch.float32), tmp_path)
+    assert relative_error(served(**inputs(model)).logits, model(**inputs(model)).logits) < 1e-5
+
+
+@pytest.mark.parametrize("case", [*CASES, "two adapters"])
+def test_fold_gives_the_weights_of_the_dense_product_and_uses_up_the_model(case: str) -> None:
+    model = with_two() if case == "two adapters" else adapted(**CASES[case])
+    wanted, output = {path: dense(layer)[1] for path, layer in layers_of(model).items()}, model(tokens())
+    base, plain = model.get_base_model(), net()
+    if case == "two adapters":
+        with pytest.warns(hra_fx.HRAWarning, match=r"adapters \['default'\] were not active and are removed"):
+            folded = hra_fx.fold(model)
+    else:
+        folded = hra_fx.fold(model)
+    assert folded is base and type(folded) is type(plain)
+    assert [*folded.state_dict()] == [*plain.state_dict()]
+    assert [(path, type(part)) for path, part in folded.named_modules()] == [
+        (path, type(part)) for path, part in plain.named_modules()
+    ]
+    for path, weight in wanted.items():
+        assert relative_error(folded.get_submodule(path).weight, weight) < 1e-14, path
+    for whole in (folded, model):
+        assert relative_error(whole(tokens()), output) < 1e-6  # PEFT computes some layers in float32
+    assert model.get_base_model() is folded
+    for use in (
+        lambda: model.save_pretrained("unused"),
+        lambda: model.merge_and_unload(),
+        lambda: model.base_model.merge_and_unload(),
+        lambda: model.print_trainable_parameters(),
+        lambda: peft.get_peft_model_state_dict(model),
+    ):
+        with pytest.raises(hra_fx.AdapterError, match=r"were folded or removed\. Use the base model, a Net: the"):
+            use()
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [nn.Conv2d(3, 4, (3, 2)), nn.Conv2d(4, 6, 3, groups=2), nn.Conv2d(3, 4, 3, dilation=2, stride=(1, 2))],
+    ids=["not square", "groups", "dilation"],
+)
+def test_fold_is_correct_for_convolutions_that_peft_gets_wrong(conv: nn.Conv2d) -> None:
+    model = accelerated(nn.Sequential(conv).double(), "0", r=3)
+    (layer,) = layers_of(model).values()
+    wanted = dense(layer)[1]
+    assert relative_error(hra_fx.fold(model)[0].weight, wanted) < 1e-14
+
+
+def test_models_that_contain_a_model_of_peft() -> None:
+    """A wrapper such as DistributedDataParallel, a user's module, and the tuner without a `PeftModel`."""
+    whole = nn.Module()
+    whole.encoder = adapted(**LAYERS)
+    cases = [whole, nn.DataParallel(adapted(**LAYERS)), torch.compile(adapted(**LAYERS)), adapted(**LAYERS).base_model]
+    for model in cases:
+        before = picture(model)
+        assert [row.path for row in hra_fx.report(model)][-1] == "conv"
+        assert picture(model) == before
+        folded = hra_fx.fold(model)
+        assert type(folded) is type(net()) and folded in set(model.modules())
+    model = adapted(**LAYERS)
+    with pytest.raises(hra_fx.AdapterError, match=r"^Body is a part of a model with PEFT adapters\. Pass the whole"):
+        hra_fx.report(model.get_base_model().body)
+    with pytest.raises(hra_fx.AdapterError, match=r"^ModuleList contains 2 models with PEFT adapters\. Pass one of"):
+        hra_fx.report(nn.ModuleList([model, adapted(**LAYERS)]))
+
+
+def unordered(model: nn.Module) -> dict[str, object]:
+    """The picture of a model, without the order of its attributes."""
+    found: Any = picture(model)
+    return {**found, "vars": set(found["vars"])}
+
+
+def test_layers_of_peft_without_a_peft_model(tmp_path: Path) -> None:
+    """As `add_adapter` of transformers makes them."""
+    model = tiny("llama")
+    with peft_warnings_ignored():
+        config = peft.HRAConfig(r=4, target_modules=["q_proj"], init_weights=False)
+        peft.inject_adapter_in_model(config, model, adapter_name="mine")
+    model._hf_peft_config_loaded = True
+    before, output = unordered(model), model(**inputs(model)).logits
+    assert [row.adapter for row in hra_fx.report(model)] == ["mine"] * 2
+    hra_fx.save_adapter(model, tmp_path)
+    assert unordered(model) == before
+    again = peft.PeftModel.from_pretrained(tiny("llama"), tmp_path)
+    assert torch.equal(again(**inputs(model)).logits, output)
+    folded = hra_fx.fold(model)
+    assert folded is model and not model._hf_peft_config_loaded and not hasattr(model, "peft_config")
+    assert relative_error(model(**inputs(model)).logits, output) < 1e-6
