@@ -40,6 +40,7 @@ NEWER: Mapping[str, tuple[str, str, str]] = {
         "Without it, torch.fx traces a model for trace=True, graphs and visualize; adapters work without a graph.",
     ),
     "a program of torch.export": ("torch", "2.9", "Without it, transform or fold the model before torch.export."),
+    "export_training_step": ("torch", "2.9", "Without it, train the model in PyTorch."),
     "`target_parameters` for the experts of a transformers model": (
         "transformers",
         "5.6",

@@ -19,17 +19,15 @@ from packaging.requirements import Requirement
 
 #: Files that newer releases are needed for. A single test that needs a newer release has the marker `needs`.
 NEEDS = {
-    "export/exporting": "torch>=2.9",
-    "export/test_adapted_programs.py": "torch>=2.9",
-    "export/test_lift.py": "torch>=2.9",
-    "export/test_matching.py": "torch>=2.9",
-    "export/test_programs.py": "torch>=2.9",
+    "export": "torch>=2.9",
     "tracing/test_graph_like_eager.py": "torch>=2.9",
     "tracing/test_graph_of_call.py": "torch>=2.9",
     "tracing/test_trace_example.py": "torch>=2.9",
     "checkpoint/disk/test_experts.py": "transformers>=5.6",
     "layers/experts/test_products.py": "transformers>=5.6",
+    "integrations/peft_acceleration/test_layers.py": "torchao>=0.18",
     "layers/quantized": "torchao>=0.18",
+    "model/test_experts.py": "transformers>=5.6",
     "model/test_waits_and_memory.py": "torchao>=0.18",
     "selection/test_parameters_and_ranks.py": "transformers>=5.6",
     "selection/test_selection_like_peft.py": "peft>=0.21",

@@ -213,7 +213,10 @@ def sites(model: nn.Module) -> set[str]:
     return {name.partition(".hra_u.")[0] for name in model.state_dict() if ".hra_u." in name}
 
 
-@pytest.mark.parametrize(("name", "fields"), TASKS.values(), ids=TASKS.keys())
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [pytest.param(*task, id=name, marks=_BIASES if "bias" in task[1] else ()) for name, task in TASKS.items()],
+)
 def test_tasks_go_both_ways(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
     base = tiny(name)
     check_both_ways(base, inputs(base), {"r": 4} | fields, False, tmp_path)
