@@ -1,9 +1,17 @@
-"""Private names of PyTorch, in one place. `make test-versions` tests them with the lowest and newest releases."""
+"""Private names of PyTorch and differences between releases of libraries, in one place.
+
+`make test-versions` tests them with the lowest and newest releases.
+"""
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -15,10 +23,53 @@ from torch.fx import _symbolic_trace
 from torch.nn.modules import module as nn_module
 from torch.utils import _pytree
 
+from hra_fx.errors import AdapterError
+
 T = TypeVar("T", bound=Tensor)
 
 #: The child of the wrapper that `torch.distributed.algorithms._checkpoint.checkpoint_wrapper` puts around a module.
 _CHECKPOINTED = "_checkpoint_wrapped_module"
+
+# --- releases ---------------------------------------------------------------------------------------------------------
+
+#: What needs a newer release than pyproject.toml asks for: feature -> (library, lowest release, what to do without it).
+NEWER: Mapping[str, tuple[str, str, str]] = {
+    "a graph captured by torch.export": (
+        "torch",
+        "2.9",
+        "Without it, torch.fx traces a model for trace=True, graphs and visualize; adapters work without a graph.",
+    ),
+    "a program of torch.export": ("torch", "2.9", "Without it, transform or fold the model before torch.export."),
+    "export_training_step": ("torch", "2.9", "Without it, train the model in PyTorch."),
+    "parallelize_module of a model with adapters": ("torch", "2.9", "Without it, train with DDP or FSDP2."),
+    "`target_parameters` for the experts of a transformers model": (
+        "transformers",
+        "5.6",
+        "Without it, each expert has its own layers: list them in `target_modules`.",
+    ),
+    "a transformers checkpoint on disk": (
+        "transformers",
+        "5.6",
+        "Without it, load the model: hra_fx.load_adapter, then hra_fx.fold or hra_fx.save_as_lora.",
+    ),
+}
+
+
+def require(feature: str) -> None:
+    """Raise `AdapterError` if the installed release of a library is too old for a feature in `NEWER`."""
+    library, release, instead = NEWER[feature]
+    installed = version(library)
+    if _numbers(installed) < _numbers(release):
+        raise AdapterError(
+            f"{feature} needs {library} {release} or later, and {installed} is installed. Run: "
+            f"pip install '{library}>={release}'. {instead}"
+        )
+
+
+def _numbers(release: str) -> list[int]:
+    """The first two numbers: they order releases."""
+    return [int(number) for number in re.findall(r"\d+", release)[:2]]
+
 
 # --- what is active during a call; looked up once here, because every forward uses it ---------------------------------
 
@@ -34,8 +85,10 @@ is_dispatch_mode_active: Callable[[], int] = torch._C._len_torch_dispatch_stack
 #: Whether autocast is enabled for any device. The public functions ask for one device.
 is_autocast_active: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
-#: Whether `torch.fx` traces symbolically.
-is_fx_tracing: Callable[[], bool] = _symbolic_trace.is_fx_symbolic_tracing
+
+def is_fx_tracing() -> bool:
+    """Whether `torch.fx` traces symbolically. The public function is deprecated, and torch 2.6 has no other."""
+    return _symbolic_trace._is_fx_tracing_flag and not torch.compiler.is_compiling()
 
 
 def is_in_backward() -> bool:
@@ -50,6 +103,8 @@ def is_forward_ad_active() -> bool:
 
 def is_exporting() -> bool:
     """Whether `torch.export` runs. Inside `torch.compile`, the public function of torch 2.10 also returns True."""
+    if not hasattr(torch.compiler, "_is_exporting_flag"):  # torch 2.6
+        return torch.compiler._is_compiling_flag and not torch.compiler.is_dynamo_compiling()
     return torch.compiler._is_exporting_flag
 
 
@@ -61,15 +116,22 @@ def export_forward_backward() -> Callable[..., Any]:
 
 
 def has_saved_tensors_hooks() -> bool:
-    """Whether saved-tensor hooks are active, as in activation checkpointing."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    """Whether saved-tensor hooks are active, as in activation checkpointing. torch 2.6 does not tell."""
+    top: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(True) is not None
 
 
 # --- modules ----------------------------------------------------------------------------------------------------------
 
 
-#: Whether hooks are registered for all modules.
-has_global_module_hooks: Callable[[], bool] = nn_module._has_any_global_hook
+def has_global_module_hooks() -> bool:
+    """Whether hooks are registered for all modules."""
+    return bool(
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    )
 
 
 def has_own_hooks(module: nn.Module) -> bool:
@@ -190,6 +252,11 @@ disabled_torch_function: Any = torch._C._disabled_torch_function_impl
 pytree: Any = _pytree
 
 
+def children_of(spec: Any) -> list[Any]:
+    """The parts of a `TreeSpec`. torch 2.9 has no method for them."""
+    return list(spec.children() if hasattr(spec, "children") else spec.children_specs)
+
+
 def is_wrapper_subclass(tensor: Any) -> bool:
     """Whether a tensor wraps other tensors, by `torch.utils._python_dispatch.is_traceable_wrapper_subclass`."""
     return hasattr(tensor, "__tensor_flatten__") and hasattr(tensor, "__tensor_unflatten__")
@@ -198,6 +265,45 @@ def is_wrapper_subclass(tensor: Any) -> bool:
 def fake_tensor_mode() -> Any:
     """A mode in which tensors have shapes but no values; real tensors are converted."""
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+# --- transformers -----------------------------------------------------------------------------------------------------
+
+
+def weight_conversions() -> Any:
+    """transformers' module with its conversions of checkpoints, which imports slowly; `None` before transformers 5."""
+    name = "transformers.conversion_mapping"
+    return importlib.import_module(name) if find_spec(name) else None
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """What a transformers model ties because of its configuration: name of a tensor -> name of the one it is tied to.
+
+    transformers 4 only has patterns of the names. There, the result has the tensors that are one parameter now.
+    """
+    expand = getattr(model, "get_expanded_tied_weights_keys", None)
+    if callable(expand):
+        return dict(expand())
+    keys = getattr(model, "_tied_weights_keys", None)
+    if not keys or not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return {}
+    first: dict[int, str] = {}
+    every = model.named_parameters(remove_duplicate=False)
+    found = sorted((name, first.setdefault(id(parameter), name)) for name, parameter in every)
+    named = re.compile("|".join(keys))
+    return {a: b for a, b in found if a != b and (named.search(a) or named.search(b))}
+
+
+# --- PEFT -------------------------------------------------------------------------------------------------------------
+
+
+def fields_of_update(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The configuration that PEFT passes to `update_layer` of its HRA layers. PEFT 0.18 passes each field."""
+    config = kwargs.get("config", args[0] if args else None)
+    if hasattr(config, "apply_GS"):
+        return config
+    positional = zip(("apply_GS", "init_weights", "inference_mode"), args, strict=False)
+    return SimpleNamespace(**{"inference_mode": False, **dict(positional), **kwargs})
 
 
 # --- operators --------------------------------------------------------------------------------------------------------

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 
 # huggingface_hub and onnxruntime read them when they are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,9 +15,52 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 import pytest
 import torch
 from browser import NAMES, find_browser
+from packaging.requirements import Requirement
 
-#: It registers operators, which torch refuses a second time: pytest would import it once more, to look for doctests.
-collect_ignore = ["support/second_device.py", "layers/quantized/with_gptqmodel.py"]
+#: Files that newer releases are needed for. A single test that needs a newer release has the marker `needs`.
+NEEDS = {
+    "export": "torch>=2.9",
+    "tracing/test_graph_like_eager.py": "torch>=2.9",
+    "tracing/test_graph_of_call.py": "torch>=2.9",
+    "tracing/test_trace_example.py": "torch>=2.9",
+    "checkpoint/disk/test_experts.py": "transformers>=5.6",
+    "layers/experts/test_products.py": "transformers>=5.6",
+    "integrations/peft_acceleration/test_layers.py": "torchao>=0.18",
+    "layers/quantized": "torchao>=0.18",
+    "model/test_experts.py": "transformers>=5.6",
+    "model/test_waits_and_memory.py": "torchao>=0.18",
+    "selection/test_parameters_and_ranks.py": "transformers>=5.6",
+    "selection/test_selection_like_peft.py": "peft>=0.21",
+}
+
+
+def runs_here(requirement: str) -> bool:
+    """Whether the installed release of a library is one of those in a requirement."""
+    need = Requirement(requirement)
+    try:
+        return need.specifier.contains(version(need.name), prereleases=True)
+    except PackageNotFoundError:
+        return False
+
+
+#: The first one registers operators, which torch refuses a second time: pytest would import it once more for doctests.
+collect_ignore = [
+    *("support/second_device.py", "layers/quantized/with_gptqmodel.py"),
+    *(file for file, need in NEEDS.items() if not runs_here(need)),
+]
+_left_out: Counter[str] = Counter()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the tests that need newer releases than the installed ones."""
+    unmet = {
+        item: needs
+        for item in items
+        if (needs := [text for mark in item.iter_markers("needs") for text in mark.args if not runs_here(text)])
+    }
+    _left_out.update(text for needs in unmet.values() for text in needs)
+    config.hook.pytest_deselected(items=list(unmet))
+    items[:] = [item for item in items if item not in unmet]
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +90,12 @@ def default_sigint() -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print a clear notice if the HTML page was not tested."""
+    """Print what needs newer releases, and a clear notice if the HTML page was not tested."""
+    for requirement, count in sorted(_left_out.items()):
+        terminalreporter.line(f"{count} tests need {requirement}")
+    for file, requirement in NEEDS.items():
+        if file in collect_ignore:
+            terminalreporter.line(f"tests/{file} needs {requirement}")
     if find_browser() is None:
         terminalreporter.section("the HTML page was NOT tested", sep="!", red=True, bold=True)
         terminalreporter.line(f"tests/view/html needs one of {', '.join(NAMES)}, and none is installed.")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ast
 import copy
+import importlib.metadata
 import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import moe_models
 import pytest
 import torch
+from named_models import tiny_llama
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -19,8 +22,11 @@ from torch.autograd import forward_ad
 
 import hra_fx
 from hra_fx import compat
+from hra_fx.layers.tensor_parallel import set_aside
 
 ROOT = Path(__file__).resolve().parent.parent
+#: What cannot be installed next to the lowest torch.
+NEED_A_NEWER_TORCH = ("executorch", "torchao")
 #: Private attributes of torch's objects: they are read through `hra_fx.compat`.
 ATTRIBUTES = {
     "_backward_hooks",
@@ -56,7 +62,9 @@ def test_the_lowest_pins_are_the_lower_bounds() -> None:
     lowest = {
         canonicalize_name(need.name): Version(str(need.specifier).removeprefix(">=")) for need in requirements("test")
     }
-    assert lowest.items() <= found.items() and found.keys() - lowest.keys() == {"pyarrow"}
+    for newer in NEED_A_NEWER_TORCH:
+        del lowest[newer]
+    assert lowest.items() <= found.items() and found.keys() - lowest.keys() == {"pyarrow", "pyparsing"}
 
 
 def test_every_requirement_has_a_version_that_passed_the_tests() -> None:
@@ -92,6 +100,54 @@ def test_private_names_of_torch_are_in_compat_alone() -> None:
 
 
 # ---- hra_fx.compat ----
+
+
+@pytest.mark.parametrize("feature", compat.NEWER)
+def test_what_needs_a_newer_release_says_so(feature: str, tmp_path: Path) -> None:
+    library, release, instead = compat.NEWER[feature]
+    installed = importlib.metadata.version(library)
+    x = torch.randn(2, 3)
+
+    def use() -> object:
+        if feature == "a graph captured by torch.export":
+            config = hra_fx.HRAConfig(r=2, target_modules=["linear"])
+            return hra_fx.graphs(hra_fx.transform(Counts(), config), example_inputs=x)
+        if feature == "a program of torch.export":
+            return hra_fx.lift(torch.export.export(nn.Sequential(nn.Linear(3, 2)), (x,)))
+        if feature == "export_training_step":
+            model = hra_fx.transform(nn.Sequential(nn.Linear(3, 2)), hra_fx.HRAConfig(r=2, target_modules=["0"]))
+            return hra_fx.export_training_step(model, x, loss=torch.sum)
+        if feature == "`target_parameters` for the experts of a transformers model":
+            config = hra_fx.HRAConfig(r=2, target_parameters=["experts.down_proj"])
+            return hra_fx.transform(moe_models.built("mixtral"), config)
+        if feature == "parallelize_module of a model with adapters":
+            model = hra_fx.transform(nn.Sequential(nn.Linear(3, 2)), hra_fx.HRAConfig(r=2, target_modules=["0"]))
+            return set_aside(model[0])
+        model = tiny_llama()
+        model.save_pretrained(tmp_path / "base")
+        hra_fx.save_adapter(hra_fx.transform(model, hra_fx.HRAConfig(target_modules=["q_proj"])), tmp_path / "adapter")
+        return hra_fx.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "folded")
+
+    if Version(installed) >= Version(release):
+        use()
+        return
+    with pytest.raises(hra_fx.AdapterError) as caught:
+        use()
+    assert str(caught.value) == (
+        f"{feature} needs {library} {release} or later, and {installed} is installed. Run: "
+        f"pip install '{library}>={release}'. {instead}"
+    )
+
+
+class Counts(nn.Module):
+    """torch.fx cannot trace it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) if len(x.shape) == 2 else x
 
 
 def test_what_is_active_around_a_call() -> None:

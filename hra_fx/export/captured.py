@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from hra_fx.compat import OpOverload, is_higher_order
+from hra_fx.compat import OpOverload, is_higher_order, require
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, UnsupportedLayerError
 from hra_fx.export.match import GraphLayer, find_layers, module_classes
@@ -42,7 +42,10 @@ if TYPE_CHECKING:
 def is_program(value: object) -> bool:
     """Whether a value is a `torch.export.ExportedProgram`. This does not import torch.export."""
     module = sys.modules.get("torch.export")
-    return module is not None and isinstance(value, module.ExportedProgram)
+    found = module is not None and isinstance(value, module.ExportedProgram)
+    if found:
+        require("a program of torch.export")
+    return found
 
 
 def is_captured(value: object) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hra_fx.compat import NON_PERSISTENT, export_forward_backward, is_exporting, pytree
+from hra_fx.compat import NON_PERSISTENT, export_forward_backward, is_exporting, pytree, require
 from hra_fx.errors import AdapterError, CaptureError, VerificationError
 from hra_fx.layers.batching import factors_in_exported_batches
 from hra_fx.layers.quantized import quant_scheme_of
@@ -98,6 +98,7 @@ def export_training_step(
 
 
 def _check(model: Any, loss: Any, labels: Any) -> None:
+    require("export_training_step")
     if not isinstance(model, nn.Module):
         raise AdapterError(
             f"export_training_step: expected a model, got {type(model).__name__}. Convert an ExportedProgram to a "

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hra_fx.compat import has_hooks, is_replica
+from hra_fx.compat import fields_of_update, has_hooks, is_replica
 from hra_fx.errors import UnsupportedLayerError
 from hra_fx.functional.chain import plain_chain
 from hra_fx.functional.rotate import rotate_weight
@@ -222,7 +222,7 @@ class AcceleratedConv2d(AcceleratedLayer):
         if r <= 0 or (base.groups == 1 and height == width):
             super().update_layer(adapter_name, r, *args, **kwargs)
             return
-        config = kwargs["config"] if "config" in kwargs else args[0]
+        config = fields_of_update(args, kwargs)
         self.hra_r[adapter_name], self.hra_apply_GS[adapter_name] = r, config.apply_GS
         self.hra_u[adapter_name] = nn.Parameter(torch.empty(width_of(base), r))
         draw = self.reset_hra_parameters if config.init_weights else self.reset_hra_parameters_random

@@ -23,27 +23,27 @@ WHOLE = (
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether a module has a hook of accelerate."""
-    return "_hf_hook" in vars(module)
+    return "_hf_hook" in module.__dict__
 
 
 def has_class_forward(module: nn.Module) -> bool:
     """Whether the forward of a module, without accelerate's hook, is the method of its class."""
     name = "_old_forward" if is_hooked(module) else "forward"
-    held = vars(module).get(name)
+    held = module.__dict__.get(name)
     bound = getattr(held, "__self__", None) is module and getattr(held, "__func__", None) is type(module).forward
     return held is None or bound
 
 
 def calls_class_forward(module: nn.Module) -> bool:
     """Whether calling a module runs the method of its class. A hook of accelerate may only move the inputs."""
-    hook = vars(module).get("_hf_hook")
+    hook = module.__dict__.get("_hf_hook")
     moves = hook is None or (type(hook).__name__ == "AlignDevicesHook" and not hook.offload)
     return moves and has_class_forward(module)
 
 
 def offloading_hook(module: nn.Module) -> Any:
     """The hook that offloads the tensors of a module, or `None`."""
-    hook = vars(module).get("_hf_hook")
+    hook = module.__dict__.get("_hf_hook")
     hooks = getattr(hook, "hooks", (hook,))  # of a SequentialHook
     return next((one for one in hooks if getattr(one, "offload", False) is True), None)
 

@@ -267,7 +267,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         if weight is not None:
             return weight
         owner, name = weight_place(layer)
-        for held in (owner._parameters, owner._buffers, vars(owner)):  # FSDP1 and DataParallel set a plain attribute
+        for held in (owner._parameters, owner._buffers, owner.__dict__):  # FSDP1 and DataParallel set a plain attribute
             if (found := held.get(name)) is not None:
                 return found  # type: ignore[return-value]
         raise AdapterError(

@@ -79,7 +79,7 @@ def start_of_forward(layers: Sequence[nn.Module], *, reuse: bool = False) -> Run
 
 def factors_in_traced_batches(layers: Sequence[nn.Module]) -> AbstractContextManager[None]:
     """Context manager in which layers use factors that were computed together, while TorchDynamo traces."""
-    return _held(_prepare(_chains(layers)))
+    return _Held(_prepare(_chains(layers)))
 
 
 def factors_in_exported_batches(layers: Iterable[nn.Module]) -> AbstractContextManager[None]:
@@ -96,22 +96,25 @@ def factors_in_exported_batches(layers: Iterable[nn.Module]) -> AbstractContextM
         dtype = working_dtype(group[0][1][0].vectors.dtype)
         factors = batched_factors([parts for _, parts in group], dtype)
         prepared.update(zip([adapters for adapters, _ in group], factors, strict=True))
-    return _held(prepared)
+    return _Held(prepared)
 
 
-@contextmanager
-def _held(prepared: Mapping[HouseholderAdapters, Any]) -> Iterator[None]:
+class _Held:
     """Context manager in which the factors are attributes of the containers.
 
     After a graph break, layers with the same code share a compiled graph, and in this graph only an attribute of the
-    layer itself belongs to the right layer.
+    layer itself belongs to the right layer. A class, because TorchDynamo of torch 2.6 cannot trace `contextmanager`.
     """
-    try:
-        for adapters, one in prepared.items():
+
+    def __init__(self, prepared: Mapping[HouseholderAdapters, Any]) -> None:
+        self.prepared = prepared
+
+    def __enter__(self) -> None:
+        for adapters, one in self.prepared.items():
             adapters.traced = one
-        yield
-    finally:
-        for adapters in prepared:
+
+    def __exit__(self, *_: object) -> None:
+        for adapters in self.prepared:
             adapters.traced = None
 
 
@@ -203,7 +206,7 @@ def _must_be_called(adapters: HouseholderAdapters) -> bool:
     """Whether calling the container does more than running its forward."""
     if type(adapters).forward is not HouseholderAdapters.forward or compat.has_own_hooks(adapters):
         return True
-    return "forward" in vars(adapters) and not calls_class_forward(adapters)
+    return "forward" in adapters.__dict__ and not calls_class_forward(adapters)
 
 
 def _parts(adapters: HouseholderAdapters, batch: MixedBatch | None) -> list[Any]:
@@ -221,9 +224,8 @@ def _chains(layers: Iterable[nn.Module]) -> list[_Chain]:
         adapters: Any = layer._modules.get(REFLECTION)
         if adapters is None or not adapters.reflects_input:
             continue
-        hooked = adapters._forward_pre_hooks or adapters._forward_hooks or "forward" in adapters.__dict__
         # FSDP2 has hooks on containers that it shards. Here, their vectors were gathered before.
-        if hooked and _must_be_called(adapters) and sharded_by(adapters) is None:
+        if _must_be_called(adapters) and sharded_by(adapters) is None:
             continue
         parts = adapters.chain_parts() if CURRENT.batch is None else _parts(adapters, mixed_batch_of(adapters))
         if parts:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hra_fx import compat
 from hra_fx.errors import UnsupportedLayerError
 from hra_fx.kernels.distributed import as_dtensor
 from hra_fx.layers.quantized import quant_scheme_of
@@ -31,6 +32,7 @@ def set_aside(layer: nn.Module) -> None:
     torch's parallel styles split each parameter of a Linear and of its children, but cannot register a parameter of a
     child. Raises an `UnsupportedLayerError` if the adapters need the whole weight, and leaves the layer unchanged.
     """
+    compat.require("parallelize_module of a model with adapters")
     if reason := why_not_split(layer):
         raise UnsupportedLayerError(f"{describe(layer)}: {reason}. Leave it out of the plan, or exclude it.")
     held = {name: layer._modules.pop(name) for name in (REFLECTION, SAVED) if name in layer._modules}
@@ -54,7 +56,7 @@ def put_back(layer: nn.Module) -> None:
 
 def is_half_split(layer: nn.Module) -> bool:
     """Whether the adapters of a layer are set aside."""
-    return _ASIDE in vars(layer)
+    return _ASIDE in layer.__dict__
 
 
 def half_split(layer: nn.Module) -> UnsupportedLayerError:

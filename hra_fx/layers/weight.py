@@ -92,7 +92,7 @@ def weight_property(name: str) -> property:
 
 def _has_weight(layer: nn.Module) -> bool:
     owner, name = weight_place(layer)
-    return name in owner._parameters or name in vars(owner)
+    return name in owner._parameters or name in owner.__dict__
 
 
 def read_weight(layer: nn.Module, rotated: Callable[..., Any] | None = None) -> Any:

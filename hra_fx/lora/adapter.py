@@ -11,7 +11,6 @@ For transformers models, PEFT converts the names in a LoRA like the names in a c
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hra_fx.checkpoint.folder import PREFIX
+from hra_fx.compat import weight_conversions
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.functional.low_rank import LowRankDelta, core, low_rank_delta
@@ -281,7 +281,7 @@ def parameter_targets(adapter: LoraAdapter) -> dict[str, str]:
     """
     found = {layer.path: parameter_of(layer.path) for layer in adapter.layers if layer.kind == "experts"}
     if has_experts(adapter.modules):
-        patterns = getattr(_conversions(), "_MODEL_TO_CONVERSION_PATTERN", {})
+        patterns = getattr(weight_conversions(), "_MODEL_TO_CONVERSION_PATTERN", {})
         names = _OF_EXPERTS.get(patterns.get(adapter.model_config.get("model_type")), ())
         linear = [layer.path for layer in adapter.layers if layer.kind == "linear"]
         found |= {path: f"{path}.weight" for path in linear if path.rpartition(".")[2] in names}
@@ -310,21 +310,18 @@ def check_names(paths: Iterable[str], model_type: str | None, renamings: Sequenc
 def renamings_of(model: Any) -> list[Any]:
     """Return transformers' renamings of tensors in a model's checkpoint, if PEFT renames LoRA tensors the same way."""
     kind = model_type_of(model)
-    if kind is None or _conversions().get_checkpoint_conversion_mapping(kind) is None:
+    conversions = None if kind is None else weight_conversions()
+    if conversions is None or conversions.get_checkpoint_conversion_mapping(kind) is None:
         return []
     from transformers.core_model_loading import WeightRenaming
 
-    return [entry for entry in _conversions().get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    return [entry for entry in conversions.get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
 
 
 def model_type_of(model: Any) -> str | None:
     """The type of a transformers model."""
     kind: str | None = getattr(getattr(model, "config", None), "model_type", None)
     return kind
-
-
-def _conversions() -> Any:
-    return importlib.import_module("transformers.conversion_mapping")  # imported late, because it takes seconds
 
 
 def _rename(path: str, renamings: Sequence[Any]) -> str:

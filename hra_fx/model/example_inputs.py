@@ -115,11 +115,11 @@ def seed_everything(seed: int) -> None:
         numpy.random.seed(seed)
 
 
-def _initialized_devices() -> tuple[str | None, range]:
+def _initialized_devices() -> tuple[str, range]:
     """Type and indices of all GPUs if this process has initialized them (this takes seconds); otherwise none."""
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None  # 2.6 raises
     if accelerator is None:
-        return None, range(0)
+        return "cpu", range(0)
     module: Any = torch.get_device_module(accelerator)
     is_initialized = not hasattr(module, "is_initialized") or module.is_initialized()  # MPS always is
     return accelerator.type, range(module.device_count() if is_initialized else 0)

@@ -76,7 +76,7 @@ def get_state(model: nn.Module) -> AdapterState | None:
     if isinstance(model, fx.GraphModule):
         state = getattr(model._modules.get(FACTORS), "state", None)
     else:
-        state = vars(model).get(RECORD)
+        state = model.__dict__.get(RECORD)  # TorchDynamo of torch 2.6 has no `vars`
     return state if isinstance(state, AdapterState) else None
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from hra_fx.compat import is_wrapper_subclass, state_modules
+from hra_fx.compat import is_wrapper_subclass, state_modules, tied_names
 from hra_fx.layers.accelerate_hooks import stored
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.readers import chains_of
@@ -109,8 +109,7 @@ def _all_ties(model: nn.Module) -> list[Tie]:
     # Some classes find tied weights by patterns of parameter names, so these must be the names of the base model.
     with base_model_view(model):
         for path, module in model.named_modules():
-            expand = getattr(module, "get_expanded_tied_weights_keys", None)
-            if callable(expand) and (keys := expand()):
+            if keys := tied_names(module):
                 pairs = ((f"{path}.{a}".lstrip("."), f"{path}.{b}".lstrip(".")) for a, b in keys.items())
                 found.append(Tie(path, _configs(module), tuple(pairs)))
     return found

@@ -10,7 +10,9 @@ from collections.abc import Collection, Iterable
 
 from torch import nn
 
+from hra_fx.compat import require
 from hra_fx.config import HRAConfig
+from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.experts_weight import CHILD, ExpertsWeight, is_transposed, stacked_parameters
 from hra_fx.layers.target import SAVED
 from hra_fx.selection.suggestions import format_names, suggestion
@@ -56,6 +58,8 @@ def parameters_problem(model: nn.Module, config: HRAConfig) -> str | None:
                 "`target_modules` instead."
             )
         if not stacked:
+            if original_class(model).__module__.startswith("transformers."):
+                require("`target_parameters` for the experts of a transformers model")
             return (
                 f"`target_parameters={format_names(names)}`: {type(model).__name__} has no 3-D parameters. List its "
                 "layers in `target_modules`."

@@ -31,7 +31,7 @@ class ByMode(nn.Module):
 
     def forward(self, device: torch.device | None = None) -> Any:
         """Return the constant of the current mode; if it is a tensor, on this device."""
-        module = vars(self).get("followed", self)  # another module of the graph, which is not a child
+        module = self.__dict__.get("followed", self)  # another module of the graph, which is not a child
         constant = self.in_train if module.training else self.in_eval
         return constant.to(device) if isinstance(constant, Tensor) else constant
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from hra_fx.compat import OpOverload, pytree, schema_of, tensor_version
+from hra_fx.compat import OpOverload, pytree, require, schema_of, tensor_version
 from hra_fx.errors import CaptureError
 from hra_fx.layers.target import find_kind
 from hra_fx.model.example_inputs import Call, clone_inputs, preserve_rng_state, seed_everything
@@ -48,6 +48,7 @@ def capture_layers(
     else. An output that `torch.export` does not support, such as a cache, is `None`. Keyword arguments become inputs in
     the order of the model's signature, so that positional calls are valid too.
     """
+    require("a graph captured by torch.export")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise CaptureError(f"{name} is on the meta device. Load the weights first")

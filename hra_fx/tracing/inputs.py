@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from hra_fx.compat import guard_function, guards_of, pytree
+from hra_fx.compat import children_of, guard_function, guards_of, pytree
 from hra_fx.errors import CaptureError
 from hra_fx.model.example_inputs import Call
 
@@ -53,7 +53,7 @@ def call_of(program: ExportedProgram) -> Call:
 def nest(graph: fx.Graph, program: ExportedProgram, names: list[str]) -> list[fx.Node]:
     """Add the nested arguments and results of a program to its graph, in place. Returns the nodes of the inputs."""
     flat = iter(graph.find_nodes(op="placeholder"))
-    specs = [spec for part in program.call_spec.in_spec.children() for spec in part.children()]
+    specs = [spec for part in children_of(program.call_spec.in_spec) for spec in children_of(part)]
     inputs: list[fx.Node] = []
     for name, spec in zip(names, specs, strict=True):
         parts = list(itertools.islice(flat, spec.num_leaves))
@@ -87,7 +87,7 @@ def _leaves(graph: fx.Graph, value: fx.Node, spec: Any) -> Iterator[fx.Node]:
     if spec.type not in (tuple, list, dict):
         raise CaptureError(f"its input {value.name!r} contains a {spec.type.__name__}, which a graph cannot unpack")
     keys = spec.context if spec.type is dict else range(spec.num_children)
-    for key, child in zip(keys, spec.children(), strict=True):
+    for key, child in zip(keys, children_of(spec), strict=True):
         yield from _leaves(graph, graph.call_function(operator.getitem, (value, key)), child)
 
 
@@ -95,7 +95,7 @@ def _nested(graph: fx.Graph, spec: Any, results: Iterator[Any]) -> Any:
     """Create an argument of the output node: containers, and calls of output classes."""
     if spec.is_leaf():
         return next(results)
-    children = [_nested(graph, child, results) for child in spec.children()]
+    children = [_nested(graph, child, results) for child in children_of(spec)]
     if spec.type in (tuple, list):
         return spec.type(children)
     if spec.type is dict:

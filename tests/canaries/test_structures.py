@@ -39,6 +39,7 @@ def mesh_of_one() -> Iterator[DeviceMesh]:
         AcceleratorState._reset_state(reset_partial_state=True)  # or later tests would look for the group
 
 
+@pytest.mark.needs("torch>=2.9")
 @canary(
     "torch",
     "`_distribute_module_applied`, which `distribute_module` reads first and sets last",
@@ -56,6 +57,7 @@ def test_tensor_parallelism(style: type[ParallelStyle]) -> None:
         assert torch.allclose(model(X), expected, rtol=1e-12)
 
 
+@pytest.mark.needs("torch>=2.9")
 @pytest.mark.parametrize(
     "operation", [lambda model: model(X), hra_fx.fold, lambda m: hra_fx.delete_adapter(m, "default")]
 )

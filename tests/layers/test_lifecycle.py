@@ -274,6 +274,7 @@ def test_each_layer_carries_one_reflection(name: str) -> None:
     assert names == [f"{path}.hra_u.default" for path in sites]
 
 
+@pytest.mark.needs("peft>=0.21")
 @cases
 def test_a_file_has_each_layer_once_and_goes_through_peft(name: str, tmp_path: Path) -> None:
     fields = {"r": 4, "target_modules": list(SHARED[name].targets), "init_weights": False}

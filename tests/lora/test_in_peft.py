@@ -12,8 +12,7 @@ import pytest
 import torch
 from functional.test_householder import quick, seeds
 from hypothesis import given, settings, strategies as st
-from layers.quantized.bases import SCHEMES, WIDTH, adapted as quantized_model, quantized, values
-from lora.kinds import KINDS, adapted, dense_change, exported_change, move, product
+from lora.kinds import KINDS, adapted, dense_change, exported_change, move
 from oracles import relative_error
 from torch import Tensor, nn
 from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -246,24 +245,3 @@ def test_the_result_tells_the_rounding_error_of_each_layer(tmp_path: Path) -> No
         assert (row.rank, row.error, row.rounding) == (4, 0, pytest.approx(error, rel=1e-2))
     wanted, before = logits(model), logits(base)
     assert relative_error(logits(loaded(base, tmp_path)) - before, wanted - before) < 4e-3
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_factors_are_the_change_of_the_dequantized_weight(scheme: str) -> None:
-    model: Any = quantized_model(scheme)
-    _, tensors = hra_fx.convert_to_lora(model)
-    for path in ("0", "2"):
-        weight, q = values(model[int(path)]).double(), product(model[int(path)], ["default"])
-        assert relative_error(exported_change(tensors, path), weight @ q - weight) < 1e-6
-
-
-@pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without:UserWarning")
-@pytest.mark.parametrize("scheme", ["bnb fp4 nested", "ao int4"])
-def test_peft_adds_the_change_to_the_same_quantized_base(scheme: str, tmp_path: Path) -> None:
-    base, model = quantized(scheme), quantized_model(scheme)
-    hra_fx.save_as_lora(model, tmp_path)
-    lora = loaded(base, tmp_path)
-    x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(0))
-    # With gradients: without them, bitsandbytes rounds the products of 4-bit weights to bfloat16.
-    before, wanted, actual = base(x.requires_grad_()), model(x), lora(x)
-    assert relative_error(actual - before, wanted - before) < SCHEMES[scheme].tolerance

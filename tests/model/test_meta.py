@@ -111,6 +111,7 @@ def test_several_adapters_start_in_the_order_in_which_they_were_added() -> None:
         same(model, wanted)
 
 
+@pytest.mark.needs("transformers>=5.6")
 def test_experts_are_started_after_the_layers() -> None:
     fields: dict[str, Any] = {
         "target_modules": ["q_proj", "v_proj"],

@@ -277,6 +277,7 @@ def two(model: Any, targets: list[str], kind: Any = hra_fx.transform) -> Any:
     return model
 
 
+@pytest.mark.needs("torch>=2.9")
 def test_compiled_models() -> None:
     torch._dynamo.reset()
     model = two(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)), ["0", "2"])

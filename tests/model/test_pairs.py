@@ -363,6 +363,7 @@ def test_steps_are_those_of_sums_and_differences(name: str) -> None:
     same(by_pairs(model, OPTIMIZERS[name]), wanted)
 
 
+@pytest.mark.needs("transformers>=5.6")
 def test_experts_and_layers_of_peft() -> None:
     experts = off_start(hra_fx.transform(built("mixtral", implementation="eager"), experts_config()))
     same(by_pairs(copy.deepcopy(experts), AdamW, loss_of_experts), by_oracle(experts, AdamW, loss_of_experts))

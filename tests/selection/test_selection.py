@@ -150,6 +150,7 @@ def test_each_name_that_matches_nothing_is_named_once() -> None:
 EXPERTS = "`target_modules` does not select 3-D parameters of MixtralExperts"
 
 
+@pytest.mark.needs("transformers>=5.6")
 def test_the_name_of_a_parameter_says_what_to_write_instead() -> None:
     with pytest.raises(SelectionError) as caught:
         select(mixtral(), HRAConfig(target_modules=["gate_up_proj", "down_proj"]))
@@ -166,6 +167,7 @@ def test_the_name_of_a_parameter_says_what_to_write_instead() -> None:
         select(mixtral(), HRAConfig(target_modules=["experts"]))
 
 
+@pytest.mark.needs("peft>=0.21")
 def test_default_targets_are_pefts() -> None:
     assert {name: t if isinstance(t, str) else list(t) for name, t in DEFAULT_TARGETS.items()} == PEFT_DEFAULTS
 

@@ -113,6 +113,7 @@ def test_the_largest_parts_and_the_reasons() -> None:
         assert_same(graphs[path](x), model.get_submodule(path)(x))
 
 
+@pytest.mark.needs("torch>=2.9")
 def test_interpreters_and_export() -> None:
     model = net().eval()
     graph = hra_fx.graphs(model)[""]

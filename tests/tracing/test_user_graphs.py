@@ -122,6 +122,7 @@ def test_graphs_gives_a_copy_of_its_own_graph() -> None:
         assert all(parameter is own[name] for name, parameter in graph.named_parameters())
 
 
+@pytest.mark.needs("torch>=2.9")
 def test_hra_model_is_refused() -> None:
     program = torch.export.export(Mlp().double(), (X,))
     for captured, kind in ((traced(), "Mlp"), (program, "ExportedProgram")):
@@ -133,6 +134,7 @@ def test_hra_model_is_refused() -> None:
         )
 
 
+@pytest.mark.needs("torch>=2.9")
 def test_options_that_an_exported_program_has_no_use_for() -> None:
     program = torch.export.export(Mlp().double(), (X,))
     keys = list(program.state_dict)
@@ -198,6 +200,7 @@ def test_cleaning_up_a_graph_keeps_the_state_of_its_adapters() -> None:
     assert_same(hra_fx.fold(model)(x), wanted)
 
 
+@pytest.mark.needs("transformers>=5.6")
 def test_experts_are_rotated_by_nodes_which_copies_and_a_cleanup_keep() -> None:
     call, base = call_of("mixtral"), built("mixtral", torch.float32)
     settings = hra_fx.HRAConfig(r=2, target_parameters=["down_proj"])

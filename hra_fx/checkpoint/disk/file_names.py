@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hra_fx.checkpoint.disk.architecture import IN_MEMORY, Architecture
 from hra_fx.checkpoint.disk.stored import StoredTensor, WeightSet
+from hra_fx.compat import require
 from hra_fx.errors import CheckpointError, FoldError
 from hra_fx.layers.experts_weight import is_transposed, parameter_of, stacked_parameters, stands_for_parameter
 from hra_fx.model.tied import TIE_SETTING, reads_tie_setting, ties_when_loaded
@@ -112,6 +113,7 @@ def _sources_in(tensors: Mapping[str, StoredTensor], architecture: Architecture)
     model: Any = architecture.model
     if model is None:
         return {}
+    require("a transformers checkpoint on disk")
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 

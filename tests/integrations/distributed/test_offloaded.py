@@ -38,8 +38,15 @@ from hra_fx.errors import AdapterError, FoldError, UnsupportedLayerError
 TRAINED = ("CPU", "CPU, for another device", "disk")
 
 
+#: transformers 4 recomputes blocks in the other way of torch, which warns if no input needs gradients.
+_REENTRANT = pytest.mark.needs("transformers>=5.6")
+
+
 @pytest.mark.parametrize("when", WHEN)
-@pytest.mark.parametrize(("name", "way"), EVERY)
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [pytest.param(*each, marks=_REENTRANT if each[0] == "llama, checkpointing" else ()) for each in EVERY],
+)
 def test_a_model_does_what_it_does_in_memory(name: str, way: str, when: str, tmp_path: Path) -> None:
     """It computes, is trained where it can be, and is folded unless its weights are in files."""
     case = CASES[name]
@@ -83,6 +90,7 @@ def test_a_model_in_the_dtypes_of_users(way: str, dtype: torch.dtype, when: str,
             assert torch.equal(model(x), plain(x))
 
 
+@pytest.mark.needs("transformers>=5.6")
 @pytest.mark.parametrize("way", ["CPU", "disk"])
 @pytest.mark.parametrize(("when", "implementation"), [("before", "eager"), ("after", "batched_mm")])
 def test_experts(way: str, when: str, implementation: str, tmp_path: Path) -> None:

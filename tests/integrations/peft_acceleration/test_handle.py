@@ -194,6 +194,7 @@ def test_gradients_are_pefts(apply_GS: bool) -> None:
         assert relative_error(found[name], value, floor=1e-3) < 1e-9, name
 
 
+@pytest.mark.needs("torch>=2.9")
 def test_it_compiles_as_one_graph() -> None:
     model = adapted(plain(), "0", "2", r=2, apply_GS=True).double()
     randomise(model)

@@ -107,6 +107,7 @@ def test_after_an_error_a_model_of_peft_is_as_before(step: str, tmp_path: Path) 
     assert picture(model) == before
 
 
+@pytest.mark.needs("peft>=0.21")
 def test_the_file_is_that_of_peft(tmp_path: Path) -> None:
     for number, fields in enumerate(CASES.values()):
         model, folder = adapted(**fields), tmp_path / str(number)

@@ -101,6 +101,7 @@ def tuner(model: Any) -> Any:
     return model.base_model if isinstance(model, peft.PeftModel) else model
 
 
+@pytest.mark.needs("peft>=0.21")
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("case", ["even rank", "trained modules", "convolution"])
 def test_statuses_are_those_of_peft(case: str, change: str) -> None:
@@ -146,6 +147,7 @@ def same_flags(theirs: Any, ours: Any) -> set[str]:
     return {name.rpartition(".hra_u.")[2] for name in flags(ours) if ".hra_u." in name}
 
 
+@pytest.mark.needs("peft>=0.21")
 @pytest.mark.parametrize("is_trainable", [False, True])
 def test_what_is_trained_of_loaded_and_after_deleted_adapters(is_trainable: bool, tmp_path: Path) -> None:
     """Loading for inference puts the model into eval mode. PEFT also trains a second loaded adapter, which does not

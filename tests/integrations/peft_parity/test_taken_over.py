@@ -33,6 +33,7 @@ def logits(model: Any) -> Tensor:
         return model(**inputs(model)).logits
 
 
+@pytest.mark.needs("peft>=0.21")
 @pytest.mark.parametrize("fields", [{}, {"modules_to_save": ["lm_head"]}], ids=["vectors", "trained modules"])
 def test_it_saves_the_same_files_as_before(fields: dict[str, Any], tmp_path: Path) -> None:
     model = with_two(**fields)

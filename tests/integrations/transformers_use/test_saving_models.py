@@ -228,6 +228,7 @@ def files() -> Iterator[dict[str, bytes]]:
         yield held
 
 
+@pytest.mark.needs("huggingface-hub>=1.5")
 def test_push_to_hub_uploads_the_adapter_and_a_card(files: dict[str, bytes], tmp_path: Path) -> None:
     model = adapted("llama", "transform")
     url = model.push_to_hub("user/name", token="hf_x", commit_message="Mine", max_shard_size="1GB")
@@ -240,6 +241,7 @@ def test_push_to_hub_uploads_the_adapter_and_a_card(files: dict[str, bytes], tmp
     assert files["README.md"] == b"# Mine"
 
 
+@pytest.mark.needs("huggingface-hub>=1.5")
 def test_save_pretrained_uploads_what_it_wrote(files: dict[str, bytes], tmp_path: Path) -> None:
     model = adapted("llama", "HRAModel")
     hra_fx.add_adapter(model, "second", hra_fx.HRAConfig(r=2, target_modules=["q_proj"]))

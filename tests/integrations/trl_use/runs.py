@@ -55,7 +55,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def tokenizer() -> Any:
     plain = Tokenizer(WordLevel({word: number for number, word in enumerate(_WORDS)}, unk_token="<unk>"))
     plain.pre_tokenizer = WhitespaceSplit()
-    made = PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
+    names = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<eos>"}
+    inputs = ["input_ids", "attention_mask"]  # those of a Llama
+    made = PreTrainedTokenizerFast(tokenizer_object=plain, model_input_names=inputs, **names)
     made.chat_template = _TEMPLATE
     return made
 
