@@ -43,14 +43,15 @@ def reflect_each(x: Tensor, factors: Factors) -> Tensor:
 def linear(x: Tensor, factors: Factors, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute a Linear of `x: (..., d)` with the weight `W Q`, for factors in the dtype of the products."""
     rows, down = factors
-    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    same = x.dtype is rows.dtype
-    if same and rows.requires_grad and not x.requires_grad and _prefers_output_side(x, rows, weight):
+    is_flat = x.dim() == 2
+    flat = x if is_flat else x.reshape(-1, x.shape[-1])
+    if x.dtype is not rows.dtype:
+        output = F.linear(reflect_rows(flat, factors), weight, bias)
+    elif rows.requires_grad and not x.requires_grad and _prefers_output_side(x, rows, weight):
         output = torch.addmm(F.linear(flat, weight, bias), F.linear(flat, down), torch.mm(rows, weight.mT))
     else:
-        reflected = torch.addmm(flat, F.linear(flat, down), rows) if same else reflect_rows(flat, factors)
-        output = F.linear(reflected, weight, bias)
-    return output if flat is x else output.view(*x.shape[:-1], weight.shape[0])
+        output = F.linear(torch.addmm(flat, F.linear(flat, down), rows), weight, bias)
+    return output if is_flat else output.view(*x.shape[:-1], weight.shape[0])
 
 
 def _prefers_output_side(x: Tensor, rows: Tensor, weight: Tensor) -> bool:

@@ -83,7 +83,7 @@ class AdaptedLinear(AdaptedLayer):
             adapters: Any = self._modules.get(REFLECTION)
             if adapters is None:
                 raise half_split(self)
-            own = self.__dict__["_parameters"]  # nn.Module.__getattr__ takes as long as a small operator
+            own = self._parameters
             weight = own["weight"] if "weight" in own else adapters.weight_of(self)
             bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401  # `get` would always read self.bias
             if adapters.fan_in_fan_out:  # transformers' `Conv1D`
