@@ -21,10 +21,10 @@ from contextlib import ExitStack, contextmanager, redirect_stderr
 from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from hra_fx.compat import has_own_hooks, pytree
 from hra_fx.errors import CaptureError
@@ -41,7 +41,12 @@ _NOT_OF_MODELS = (Path(torch.__file__).parent, Path(__file__).parents[1], Path(c
 #: Tensors with more dimensions are images: models branch on their height and width, so only their batch is dynamic.
 _LENGTHS = 3
 #: Methods that return the tensor itself if it already has the dtype.
-_CASTS = ("to", "type", "type_as", "float", "double", "half", "bfloat16", "long", "int", "bool")
+_CASTS = frozenset(
+    [
+        *(Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16),
+        *(Tensor.long, Tensor.int, Tensor.bool),
+    ]
+)
 
 
 def export_call(
@@ -55,7 +60,7 @@ def export_call(
     with exporting(), ExitStack() as stack:
         for restore in (_layers.clear, _recorded.clear, state.restore):
             stack.callback(restore)
-        for block in (_plain_operators(), torch.enable_grad()):
+        for block in (_PlainOperators(), torch.enable_grad()):
             stack.enter_context(block)
         _untie(model)
         _layers.update(leaves)
@@ -167,9 +172,8 @@ def _untie(model: nn.Module) -> None:
             seen.add(id(parameter))
 
 
-@contextmanager
-def _plain_operators() -> Iterator[None]:
-    """Context manager in which the recorded operators do not depend on the mode or on the dtypes of the example.
+class _PlainOperators(TorchFunctionMode):
+    """Mode in which the recorded operators do not depend on the mode or on the dtypes of the example.
 
     - The fast path of torch's attention does not have a gradient, so it is not used.
     - `Tensor.contiguous` is recorded only if the previous kernel returns other strides, and the kernel of attention
@@ -178,27 +182,21 @@ def _plain_operators() -> Iterator[None]:
       cast. Under autocast, this would be another value. Here a cast returns an alias.
     """
 
-    def contiguous(x: Tensor, *, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-        made: Tensor = torch.ops.aten.contiguous.default(x, memory_format=memory_format)
-        return made
+    def __enter__(self) -> Any:
+        self._before = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        return super().__enter__()
 
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    with ExitStack() as stack:
-        stack.callback(torch.backends.mha.set_fastpath_enabled, before)
-        stack.enter_context(mock.patch.object(Tensor, "contiguous", contiguous))
-        for name in _CASTS:
-            stack.enter_context(mock.patch.object(Tensor, name, _of_alias(getattr(Tensor, name))))
-        yield
+    def __exit__(self, *error: Any) -> None:
+        torch.backends.mha.set_fastpath_enabled(self._before)
+        super().__exit__(*error)
 
-
-def _of_alias(cast: Any) -> Callable[..., Tensor]:
-    @wraps(cast)
-    def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        made: Tensor = cast(torch.ops.aten.alias.default(x), *args, **kwargs)
-        return made
-
-    return run
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.contiguous:
+            return torch.ops.aten.contiguous.default(*args, **(kwargs or {}))
+        if func in _CASTS:
+            args = (torch.ops.aten.alias.default(args[0]), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 def _place(error: BaseException) -> str:
