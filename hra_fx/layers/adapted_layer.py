@@ -13,6 +13,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hra_fx.errors import AdapterError
 from hra_fx.kernels.linear import linear
 from hra_fx.kernels.mixed import RowFactors
 from hra_fx.layers.adapters import HouseholderAdapters
@@ -20,7 +21,7 @@ from hra_fx.layers.batching import factors_for
 from hra_fx.layers.class_swap import SwapMixin, swap, unswap
 from hra_fx.layers.quantized import call_quantized
 from hra_fx.layers.sharding import call, is_dtensor
-from hra_fx.layers.target import REFLECTION, weight_name, weight_place
+from hra_fx.layers.target import BASE_WEIGHT, REFLECTION, weight_name, weight_place
 from hra_fx.layers.tensor_parallel import (
     half_split,
     has_parallel_forward,
@@ -45,6 +46,8 @@ class AdaptedLayer(SwapMixin):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Like `nn.Module.register_parameter`. If `parallelize_module` splits the weight, set the adapters aside."""
+        if name == BASE_WEIGHT:
+            raise AdapterError(f"{self.hra_u.layer_path}: `hra_base` is read-only. Assign `layer.weight` instead.")
         if is_dtensor(param) and not is_dtensor(self._parameters.get(name)):
             set_aside(self)
         super().register_parameter(name, param)

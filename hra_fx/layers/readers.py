@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from types import CodeType, FunctionType
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
@@ -28,7 +28,9 @@ METADATA = frozenset(
 ) | {"requires_grad", "shape", "size"}
 #: Functions that ask an object what it is.
 _ASKING = (("isinstance",), ("hasattr",))
+_METADATA_USES = {(name,) for name in METADATA}
 _WEIGHTS = ("weight", "in_proj_weight")
+_WEIGHT_CHAINS = {(name,) for name in _WEIGHTS}
 _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 _VARIABLES = ("LOAD_FAST", "LOAD_DEREF", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_CLOSURE")
 #: The attributes in which properties, cached properties and class methods store their function.
@@ -40,11 +42,14 @@ def chains_of(cls: type[nn.Module]) -> frozenset[Chain]:
     """All chains in the forward of a class, and in the methods, properties and functions that it uses."""
     if cls not in _CHAINS:
         waiting, found = list(_methods(cls, "forward")), set[Chain]()
+        methods = set(waiting)
         for function in waiting:  # the list grows during the loop
-            chains = set(_chains_in(function.__code__, "".join(function.__code__.co_varnames[:1])))
+            is_method = function in methods
+            chains = set(_chains_in(function.__code__, "".join(function.__code__.co_varnames[:is_method])))
             found |= chains
             used = {method for chain in chains if chain[0] == "self" for method in _methods(cls, chain[1])}
             named = map(function.__globals__.get, function.__code__.co_names)
+            methods |= used
             # Not those of torch, which are not a model's code.
             used |= {f for f in named if isinstance(f, FunctionType) and not f.__module__.startswith("torch.")}
             waiting += used.difference(waiting)
@@ -53,31 +58,58 @@ def chains_of(cls: type[nn.Module]) -> frozenset[Chain]:
 
 
 def reads_weights(cls: type[nn.Module]) -> bool:
-    """Whether the forward of a class uses values of the weights of other modules."""
-    return any(use not in METADATA for _, use in _uses(chains_of(cls)))
+    """Whether the forward of a class may use values of the weights of other modules."""
+    return any(use[:1] not in _METADATA_USES for _, use in _uses(chains_of(cls)))
 
 
-def needs_parameter(name: str, classes: Iterable[type[nn.Module]]) -> bool:
-    """Whether code that reads the weight of a layer with this name means the parameter.
+def needs_parameter(names: Collection[str], classes: Collection[type[nn.Module]]) -> bool:
+    """Whether code that reads the weight of a layer with these names means the parameter.
 
-    It does if the code writes into the weight, as RWKV does between train and eval mode, or if it only asks for
-    metadata, as T5 does: computing `W Q` for that would take longer than the layer.
+    It does if the code writes into the weight and does not read it, as RWKV does between train and eval mode, or if it
+    only asks for metadata, as T5 does: computing `W Q` for that would take longer than the layer. A weight that is read
+    by another name, such as that of a variable, may be the one of this layer, and then the code reads values.
     """
-    uses = {use for cls in classes for owner, use in _uses(chains_of(cls)) if owner == name}
-    return any(map(_is_write, uses)) or (bool(uses) and uses <= METADATA)
+    uses = _uses_of(names, classes)
+    if any(map(_is_write, uses)):
+        return not any(map(_is_read, uses))
+    others = {use for cls in classes for owner, use in _uses(chains_of(cls)) if owner is None}
+    return bool(uses) and not any(map(_is_read, uses | others))
 
 
-def _uses(chains: Iterable[Chain]) -> Iterator[tuple[str, str]]:
-    """The name of a layer, and what follows after its weight; empty if the weight itself is used."""
+def why_lost(names: Collection[str], classes: Collection[type[nn.Module]], own: type[nn.Module]) -> str | None:
+    """Return why writes into the weight of a layer in a forward would be lost, or `None`; without the full stop."""
+    uses = _uses_of(names, classes)
+    uses |= {chain[2:] for chain in chains_of(own) if chain[:1] == ("self",) and chain[1:2] in _WEIGHT_CHAINS}
+    writes = [use for use in uses if _is_write(use)]
+    if not writes or not any(map(_is_read, uses)):
+        return None
+    return (
+        f"the forward writes into its weight (`weight.{'.'.join(writes[0]).rstrip('=')}`) and reads it. The weight is "
+        "W Q while the model runs, so the change would be lost"
+    )
+
+
+def _uses_of(names: Collection[str], classes: Collection[type[nn.Module]]) -> set[Chain]:
+    return {use for cls in classes for owner, use in _uses(chains_of(cls)) if owner in names}
+
+
+def _uses(chains: Iterable[Chain]) -> Iterator[tuple[str | None, Chain]]:
+    """The name of a layer, `None` for a variable, and what follows after its weight; empty for the weight itself."""
     for chain in chains:
         for place, name in enumerate(chain):
             # `self.weight` is a module's own weight.
             if name in _WEIGHTS and place > 0 and chain[:place] != ("self",):
-                yield chain[place - 1], chain[place + 1] if len(chain) > place + 1 else ""
+                yield chain[place - 1] if place > 1 else None, chain[place + 1 :]
 
 
-def _is_write(name: str) -> bool:
-    return name.endswith("_") and not name.endswith("__")
+def _is_read(use: Chain) -> bool:
+    """Whether a use of a weight depends on its values."""
+    return use[:1] not in _METADATA_USES and not _is_write(use)
+
+
+def _is_write(use: Chain) -> bool:
+    """Whether a use writes: a method such as `mul_`, or an assignment to `data`, which is marked with `=`."""
+    return any(name[-1] in "_=" and name[0] != "_" and name != "requires_grad_" for name in use)
 
 
 def _methods(cls: type[nn.Module], name: str) -> Iterator[FunctionType]:
@@ -99,6 +131,11 @@ def _chains_in(code: CodeType, receiver: str) -> Iterator[Chain]:
         if step.opname in _ATTRIBUTES:
             chain = (*(chain or ("",)), step.argval)
             continue
+        if step.opname == "STORE_ATTR" and len(chain) > 1:
+            yield (*chain, f"{step.argval}=")
+            chain = ()
+        if step.argval in _WEIGHTS and step.opname == "LOAD_CONST":
+            yield "", step.argval  # of `getattr`
         if len(chain) > 1:
             yield (*chain, "__class__") if before in _ASKING else chain
         before, chain = chain, ()

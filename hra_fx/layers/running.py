@@ -16,11 +16,13 @@ class Run:
 
     Attributes:
         factors: container of a layer -> its factors that were computed at the start (`hra_fx.layers.batching`).
+        root: the model whose call this is; `None` for `generate`, or a part of a model.
     """
 
-    def __init__(self, factors: dict[Any, Any] | None = None) -> None:
+    def __init__(self, factors: dict[Any, Any] | None = None, root: Any = None) -> None:
         """Start with these factors."""
         self.factors = factors or {}
+        self.root = root
 
     def is_current(self) -> bool:
         """Whether a forward inside this run can use its factors instead of new ones."""
@@ -31,6 +33,8 @@ class _Running(threading.local):
     """The run of this thread; `None` if no model runs."""
 
     run: Run | None = None
+    #: The innermost layer that runs a forward of its own, which reads its weight.
+    layer: Any = None
 
 
 RUNNING = _Running()

@@ -66,7 +66,7 @@ def effective_weight(layer: nn.Module) -> Tensor:
             )
         scheme = quant_scheme_of(layer)
         rotated: Tensor = call(adapters, weight=base if scheme is None else scheme.values(layer))
-        return rotated
+        return rotated.to(base.dtype) if base.is_floating_point() else rotated
 
 
 def weight_property(name: str) -> property:
@@ -122,7 +122,9 @@ def _must_be_parameter(layer: nn.Module, adapters: Any, base: Any) -> bool:
     """
     if is_dtensor(base):
         return not is_tensor_parallel(layer, base)
-    return base.is_meta or getattr(base, "_fsdp_flattened", False) or offloading_hook(layer) is not None
+    if base.is_meta or getattr(base, "_fsdp_flattened", False):
+        return True
+    return offloading_hook(layer) is not None and RUNNING.layer is not layer
 
 
 class ReadsWeights(SwapMixin):
@@ -141,6 +143,10 @@ def running(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return during(RUNNING.run or WITHOUT_FACTORS, forward, self, *args, **kwargs)
+        outer, RUNNING.layer = RUNNING.layer, self
+        try:
+            return during(RUNNING.run or WITHOUT_FACTORS, forward, self, *args, **kwargs)
+        finally:
+            RUNNING.layer = outer
 
     return run

@@ -19,7 +19,7 @@ from hra_fx.layers.adapted_layer import adapt_class, restore_class
 from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
 from hra_fx.layers.class_swap import mixins_of, original_class, set_class, swap, unswap
 from hra_fx.layers.experts_weight import ExpertsWeight
-from hra_fx.layers.readers import needs_parameter, reads_weights
+from hra_fx.layers.readers import needs_parameter, reads_weights, why_lost
 from hra_fx.layers.sharding import is_dtensor
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.tensor_parallel import replicate
@@ -118,13 +118,20 @@ def _attach(path: str, layer: nn.Module, undo: ExitStack) -> None:
 
 def _mark_readers(modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Module], undo: ExitStack) -> None:
     """Find the modules that read or write weights of adapted layers in their code."""
-    paths = {path.rpartition(".")[0] for path in layers}
-    around = {".".join(path.split(".")[:depth]) for path in paths for depth in range(1, path.count(".") + 2)}
-    owners = [modules[path] for path in sorted({"", *around}) if path in modules]
+    new = set(layers.values())
+    # All paths of shared layers, with the names that checkpoint wrappers insert.
+    paths = [path for path, module in modules.items() if module in new]
+    around = {".".join(path.split(".")[:depth]) for path in paths for depth in range(path.count(".") + 1)}
+    owners = [modules[path] for path in sorted({"", *around})]
     classes = set(map(original_class, owners))
     for path, layer in layers.items():
         adapters: Any = layer._modules[REFLECTION]
-        adapters.needs_parameter = needs_parameter(path.rpartition(".")[2], classes)
+        names = {place.rpartition(".")[2] for place in paths if modules[place] is layer}
+        if written := why_lost(names, classes, original_class(layer)):
+            raise UnsupportedLayerError(
+                f"{path} ({type(layer).__name__}): {written}. Leave it out with exclude_modules."
+            )
+        adapters.needs_parameter = needs_parameter(names, classes)
     for owner in owners:
         # fx creates a class for each graph.
         if not isinstance(owner, fx.GraphModule) and not is_adapted(owner) and reads_weights(original_class(owner)):

@@ -14,9 +14,9 @@ from hra_fx.compat import is_compiled_module, state_modules
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.layers.accelerate_hooks import WHOLE, keep_loaded, offloading_hook
-from hra_fx.layers.adapted_layer import AdaptedLayer, adapt_class, restore_class
+from hra_fx.layers.adapted_layer import AdaptedLayer, layer_class_for
 from hra_fx.layers.adapters import HouseholderAdapters
-from hra_fx.layers.class_swap import is_swapped, mixins_of
+from hra_fx.layers.class_swap import is_swapped, mixins_of, set_class, unswap
 from hra_fx.layers.peft_layers import find_peft_layer
 from hra_fx.layers.sharding import sharded_by
 from hra_fx.layers.target import FACTORS, REFLECTION, SAVED
@@ -236,8 +236,8 @@ def base_model_view(model: nn.Module) -> Iterator[None]:
     with ExitStack() as restore:
         for module in list(model.modules()):
             if isinstance(module, AdaptedLayer) and REFLECTION in module._modules:
-                restore.callback(adapt_class, module)
-                restore_class(module)
+                restore.callback(set_class, module, type(module))  # FSDP2 has a class over ours
+                unswap(module, layer_class_for(module))
             if SAVED in module._modules or REFLECTION in module._modules:
                 # In their previous order, which is the order of parameters and of optimizer states.
                 restore.callback(module._modules.update, dict(module._modules))

@@ -16,8 +16,9 @@ from hra_fx.config import HRAConfig
 from hra_fx.errors import HRAWarning, UnsupportedLayerError
 from hra_fx.layers.accelerate_hooks import WHOLE, has_class_forward, is_hooked, offloading_hook
 from hra_fx.layers.adapters import get_adapters
+from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.experts_weight import ExpertsWeight
-from hra_fx.layers.quantized import quant_scheme_of
+from hra_fx.layers.quantized import is_foreign_linear, quant_scheme_of
 from hra_fx.layers.sharding import is_dtensor, sharded_by
 from hra_fx.layers.target import full_shape, held_weight, weight_place, width_of
 from hra_fx.layers.tensor_parallel import has_parallel_forward, why_not_adapted
@@ -106,7 +107,8 @@ def _state_problem(layer: nn.Module) -> str | None:
     copies = get_copies(owner)
     if copies is not None and name in copies.in_place:
         return "another adapter trains it in full (`modules_to_save`). Fold or delete that adapter first"
-    if parametrize.is_parametrized(owner, name) or (name not in owner._parameters and name not in owner._buffers):
+    is_held = name in owner._parameters or (is_foreign_linear(layer) and name in owner._buffers)
+    if parametrize.is_parametrized(owner, name) or not is_held:
         return (
             f"its `{name}` is computed from other parameters in each call, so it cannot be folded. Call "
             "torch.nn.utils.parametrize.remove_parametrizations (or torch.nn.utils.remove_weight_norm) first, or "
@@ -116,7 +118,7 @@ def _state_problem(layer: nn.Module) -> str | None:
         return None  # It was checked when it got its first adapter.
     if not has_class_forward(layer) and not has_parallel_forward(layer):
         return f"its `forward` is set on the instance, which would bypass the adapter. Delete it, or {_EXCLUDE}"
-    if type(layer).__call__ is not nn.Module.__call__:
+    if original_class(layer).__call__ is not nn.Module.__call__:
         return f"its class overrides `__call__`, which would bypass the adapter. {_EXCLUDE_IT}"
     if isinstance(layer, nn.MultiheadAttention) and {layer.kdim, layer.vdim} != {layer.embed_dim}:
         return (

@@ -5,6 +5,7 @@ The values of the weight are the outputs for the unit vectors, so nothing has to
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -30,13 +31,19 @@ class Other(QuantScheme):
         """Call the layer to find out whether it is linear: only then is reflecting its input the same as `W Q`."""
         if any(tensor.is_meta for tensor in tensors_of(layer).values()):
             return "its tensors have no data, so nothing says whether it is linear. Load the weights first"
+        if len(inspect.signature(original_class(layer).forward).parameters) != 2:
+            return "its forward takes more than one input. Leave it out with exclude_modules"
         rows = torch.randn(4, layer.in_features, generator=torch.Generator().manual_seed(0))
         rows[0], rows[3] = 0, rows[1] + rows[2]
+        training = layer.training
         try:
+            layer.train()  # with dropout, it would not be linear
             zero, one, two, both = outputs(layer, rows).double()
             error = (both - one - two + zero).norm() / (both - zero).norm()
-        except (RuntimeError, TypeError, ValueError) as problem:
+        except Exception as problem:  # the code of another library may raise anything
             return f"calling it with {tuple(rows.shape)} failed ({problem}). Leave it out with exclude_modules"
+        finally:
+            layer.train(training)
         if one.shape == (layer.out_features,) and error < _LINEAR:
             return None
         return "its output is not linear in its input, so it has no weight to rotate. Leave it out with exclude_modules"
