@@ -76,6 +76,7 @@ class Reads(Net):
         return F.linear(self.read(self.other(x)) @ self.other.weight, self.read.weight)
 
 
+@pytest.mark.needs("torch>=2.9")
 @pytest.mark.parametrize("copied", COPIES, ids=["deepcopy", "pickle", "torch.save"])
 def test_copies_rotate_each_weight_once_also_in_a_program(copied: Callable[[Any], Any]) -> None:
     base, model = adapted(Reads, *NAMES[:2])
@@ -100,6 +101,7 @@ class Modes(nn.Module):
         return self.head(torch.relu(x) if self.training else x) @ self.head.weight
 
 
+@pytest.mark.needs("torch>=2.9")
 @pytest.mark.parametrize("copied", COPIES, ids=["deepcopy", "pickle", "torch.save"])
 def test_both_graphs_of_a_model_whose_modes_differ_have_reflections(copied: Callable[[Any], Any]) -> None:
     settings = config("attention", "head")
