@@ -76,10 +76,11 @@ def needs_parameter(names: Collection[str], classes: Collection[type[nn.Module]]
     return bool(uses) and not any(map(_is_read, uses | others))
 
 
-def why_lost(names: Collection[str], classes: Collection[type[nn.Module]], own: type[nn.Module]) -> str | None:
+def why_lost(names: Collection[str], classes: Collection[type[nn.Module]], own: type[nn.Module] | None) -> str | None:
     """Return why writes into the weight of a layer in a forward would be lost, or `None`; without the full stop."""
     uses = _uses_of(names, classes)
-    uses |= {chain[2:] for chain in chains_of(own) if chain[:1] == ("self",) and chain[1:2] in _WEIGHT_CHAINS}
+    chains = frozenset() if own is None else chains_of(own)
+    uses |= {chain[2:] for chain in chains if chain[:1] == ("self",) and chain[1:2] in _WEIGHT_CHAINS}
     writes = [use for use in uses if _is_write(use)]
     if not writes or not any(map(_is_read, uses)):
         return None

@@ -127,7 +127,8 @@ def _mark_readers(modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Modu
     for path, layer in layers.items():
         adapters: Any = layer._modules[REFLECTION]
         names = {place.rpartition(".")[2] for place in paths if modules[place] is layer}
-        if written := why_lost(names, classes, original_class(layer)):
+        own = None if adapters.reflects_input else original_class(layer)  # the class of a forward that reads W Q
+        if written := why_lost(names, classes, own):
             raise UnsupportedLayerError(
                 f"{path} ({type(layer).__name__}): {written}. Leave it out with exclude_modules."
             )
