@@ -54,9 +54,9 @@ class PreparedRun(Run):
     With `reuse`, forwards inside it, such as those of `generate`, use the same factors until something changes.
     """
 
-    def __init__(self, chains: Sequence[_Chain], root: Any, *, reuse: bool) -> None:
+    def __init__(self, chains: Sequence[_Chain], *, reuse: bool) -> None:
         """Compute the factors of some layers now."""
-        super().__init__(_prepare(chains), root)
+        super().__init__(_prepare(chains))
         self._vectors = [part.vectors for _, _, parts in chains for part in parts if part is not None] if reuse else []
         self._facts = self._now()
 
@@ -72,9 +72,9 @@ class PreparedRun(Run):
         return [*modes, *compat.tensor_versions(self._vectors), *[id(adapters.active) for adapters in self.factors]]
 
 
-def start_of_forward(layers: Sequence[nn.Module], root: Any = None, *, reuse: bool = False) -> Run:
+def start_of_forward(layers: Sequence[nn.Module], *, reuse: bool = False) -> Run:
     """A run of a model with these layers, with their factors if they can be computed together now."""
-    return PreparedRun(_chains(layers), root, reuse=reuse) if layers and is_plain_eager() else Run(root=root)
+    return PreparedRun(_chains(layers), reuse=reuse) if layers and is_plain_eager() else WITHOUT_FACTORS
 
 
 def factors_in_traced_batches(layers: Sequence[nn.Module]) -> AbstractContextManager[None]:

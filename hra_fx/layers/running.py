@@ -16,13 +16,11 @@ class Run:
 
     Attributes:
         factors: container of a layer -> its factors that were computed at the start (`hra_fx.layers.batching`).
-        root: the model whose call this is; `None` for `generate`, or a part of a model.
     """
 
-    def __init__(self, factors: dict[Any, Any] | None = None, root: Any = None) -> None:
+    def __init__(self, factors: dict[Any, Any] | None = None) -> None:
         """Start with these factors."""
         self.factors = factors or {}
-        self.root = root
 
     def is_current(self) -> bool:
         """Whether a forward inside this run can use its factors instead of new ones."""

@@ -22,7 +22,7 @@ from hra_fx.layers.batching import factors_in_traced_batches, start_of_forward
 from hra_fx.layers.class_swap import SwapMixin, swap, unswap
 from hra_fx.layers.containers import ANCHOR
 from hra_fx.layers.mixed import CURRENT
-from hra_fx.layers.running import RUNNING, Run, during
+from hra_fx.layers.running import RUNNING, WITHOUT_FACTORS, Run, during
 from hra_fx.layers.sharding import gather_groups, is_sharded
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import BASE, get_copies
@@ -36,10 +36,13 @@ class AdaptedModel(SwapMixin):
     _hra_priority = 2
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model, also if another tool has set a `forward` on it (TRL, Liger, accelerate)."""
-        if is_compiling() or "adapter_names" in kwargs:  # see `forward`
+        """Run the model, also if another tool has set a `forward` on it (TRL, Liger, accelerate).
+
+        The factors are computed in `forward`, because hooks may first move the model or gather its parameters.
+        """
+        if is_compiling():
             return super().__call__(*args, **kwargs)
-        return during(_run_of(self, in_forward=False), super().__call__, *args, **kwargs)
+        return during(RUNNING.run or WITHOUT_FACTORS, super().__call__, *args, **kwargs)
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
@@ -56,7 +59,7 @@ class AdaptedModel(SwapMixin):
             if is_compiling():
                 with factors_in_traced_batches(_acting_layers(self)):
                     return base.forward(self, *args, **kwargs)
-            return during(_run_of(self, in_forward=True), base.forward, self, *args, **kwargs)
+            return during(_run_of(self), base.forward, self, *args, **kwargs)
 
         made = inspect.getattr_static(base, "generate", None)
         if not isinstance(made, FunctionType):
@@ -108,13 +111,12 @@ class AdaptedModel(SwapMixin):
         state.update({f"{prefix}{key}": own for key, own in self.state_dict().items() if f"{prefix}{key}" in state})
 
 
-def _run_of(model: AdaptedModel, *, in_forward: bool) -> Run:
-    """The run of a call or forward: the one of its call or of `generate` around it, or a new one."""
+def _run_of(model: AdaptedModel) -> Run:
+    """The run of a forward: the one of `generate` around it, or a new one."""
     outer = RUNNING.run
-    # Only in the forward, FSDP2 can gather vectors.
-    if outer is not None and (outer.is_current() or (outer.root is model and not (in_forward and is_sharded(model)))):
+    if outer is not None and outer.is_current():
         return outer
-    return start_of_forward(_acting_layers(model, in_forward=in_forward), model)
+    return start_of_forward(_acting_layers(model, in_forward=True))
 
 
 def _acting_layers(model: AdaptedModel, *, in_forward: bool = False) -> tuple[nn.Module, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from adapting import config, randomise
 from layers.checking import assert_same, check, check_fold, normal, pair, run_dense, vectors_of
 from layers.reading_weights import (
@@ -26,6 +27,7 @@ from layers.reading_weights import (
     weight_of,
 )
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 from transformers import RwkvConfig, RwkvForCausalLM, T5Config, T5ForConditionalGeneration
@@ -184,6 +186,85 @@ def test_a_replica_of_data_parallel_has_its_tensors_as_plain_attributes() -> Non
     assert_gradients(replica(X), run_dense(moved, model, X), list(vectors_of(model).values()))
 
 
+def test_a_forward_that_another_tool_sets_on_the_model() -> None:
+    """As TRL does for SFT, to compute log probabilities from the weight of the output layer."""
+    base, model = functional()
+    model.forward = lambda x: torch.tanh(x) @ model.read.weight.T
+    wanted = torch.tanh(X) @ dense(base.read, model.read).mT
+    assert_gradients(model(X), wanted, [model.read.hra_u["default"]])
+
+
+class Own(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight * 2, self.bias)
+
+
+def test_a_layer_with_its_own_forward_whose_weight_is_offloaded() -> None:
+    _, model = pair(lambda: nn.Sequential(Own(6, 6), nn.Linear(6, 4)), ["0", "1"])
+    wanted = model(X)
+    cpu_offload(model, torch.device("cpu"))
+    for _ in range(2):
+        assert_same(model(X), wanted)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["0.hra_u.default", "1.hra_u.default"]
+
+
+def read_by_a_function(layer: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight)
+
+
+class Asking(nn.Module):
+    """Asks for the dtype of a weight, and reads its values by another name."""
+
+    def __init__(self, use: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+        Asking.read = use  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(x.to(self.fc.weight.dtype))  # type: ignore[operator,no-any-return]
+
+
+def by_a_variable(self: Any, x: Tensor) -> Tensor:
+    layer = self.fc
+    return F.linear(x, layer.weight)
+
+
+UNKNOWN: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a variable": by_a_variable,
+    "a function": lambda self, x: read_by_a_function(self.fc, x),
+    "getattr": lambda self, x: F.linear(x, getattr(self.fc, "weight")),  # noqa: B009
+    "a loop": lambda self, x: sum(F.linear(x, layer.weight) for layer in self.children()),  # type: ignore[return-value]
+}
+
+
+@pytest.mark.parametrize("use", UNKNOWN.values(), ids=UNKNOWN)
+def test_a_weight_whose_values_may_be_read_by_another_name(use: Callable[[Any, Tensor], Tensor]) -> None:
+    base, model = pair(lambda: Asking(use), ["fc"])
+    assert_gradients(model(X), F.linear(X, dense(base.fc, model.fc)), [model.fc.hra_u["default"]])
+
+
+class Clamping(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        self.weight.data = self.weight.clamp(-1, 1)
+        return F.linear(input, self.weight)
+
+
+class Writing(Asking):
+    def forward(self, x: Tensor) -> Tensor:
+        self.fc.weight.clamp_(-1, 1)
+        return F.linear(x, self.fc.weight)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.ModuleDict({"fc": Clamping(6, 6)}), lambda: Writing(by_a_variable)])
+def test_writes_that_would_be_lost_are_refused(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    before = [type(part) for part in model.modules()]
+    message = r"^fc \((Clamping|Linear)\): the forward writes into its weight \(`weight\.(data|clamp_)`\) and reads it"
+    with pytest.raises(hra_fx.UnsupportedLayerError, match=message):
+        hra_fx.transform(model, config("fc", r=2))
+    assert [type(part) for part in model.modules()] == before and not hasattr(model.fc, "hra_u")
+
+
 # ---- the parameter ----
 
 
@@ -225,9 +306,13 @@ def test_code_that_asks_for_metadata_gets_the_parameter() -> None:
     assert not any(part.is_read for part in model.modules() if hasattr(part, "is_read"))  # W Q was not computed
 
 
-def test_code_that_writes_gets_the_parameter() -> None:
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_code_that_writes_gets_the_parameter(wrapped: bool) -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 4, "vocab_size": 32, "context_length": 8, "rescale_every": 2}
-    _, model = pair(lambda: RwkvForCausalLM(RwkvConfig(**sizes)), ["output", "value"])
+    made: Any = RwkvForCausalLM(RwkvConfig(**sizes))
+    if wrapped:
+        made.rwkv = checkpoint_wrapper(made.rwkv)
+    _, model = pair(lambda: made, ["output", "value"])
     folded = hra_fx.fold(copy.deepcopy(model.train()))
     for training in (True, False, True, False):  # its forward divides weights in eval mode, and multiplies them again
         one, other = (each.train(training)(torch.tensor([[3, 4, 5]]), use_cache=False) for each in (model, folded))
