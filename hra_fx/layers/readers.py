@@ -51,7 +51,7 @@ def chains_of(cls: type[nn.Module]) -> frozenset[Chain]:
             named = map(function.__globals__.get, function.__code__.co_names)
             methods |= used
             # Not those of torch, which are not a model's code.
-            used |= {f for f in named if isinstance(f, FunctionType) and not f.__module__.startswith("torch.")}
+            used |= {f for f in named if isinstance(f, FunctionType) and not str(f.__module__).startswith("torch.")}
             waiting += used.difference(waiting)
         _CHAINS[cls] = frozenset(found)
     return _CHAINS[cls]
