@@ -10,16 +10,21 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
+from hra_fx import compat
 from hra_fx.errors import AdapterError
+from hra_fx.kernels.factors import Factors
 from hra_fx.kernels.linear import linear
 from hra_fx.kernels.mixed import RowFactors
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.batching import factors_for
 from hra_fx.layers.class_swap import SwapMixin, swap, unswap
 from hra_fx.layers.quantized import call_quantized
+from hra_fx.layers.running import RUNNING
 from hra_fx.layers.sharding import call, is_dtensor
 from hra_fx.layers.target import BASE_WEIGHT, REFLECTION, weight_name, weight_place
 from hra_fx.layers.tensor_parallel import (
@@ -91,12 +96,30 @@ class AdaptedLinear(AdaptedLayer):
             bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401  # `get` would always read self.bias
             if adapters.fan_in_fan_out:  # transformers' `Conv1D`
                 weight = weight.mT
-            if reflected is None:
-                factors = factors_for(adapters, input)
-                if factors is not None and not isinstance(factors, RowFactors):
-                    return linear(input, factors, weight, bias)
-                reflected = call(adapters, input)
-            return F.linear(reflected, weight, bias)
+            if reflected is not None:
+                return F.linear(reflected, weight, bias)
+            run = None if is_dynamo_compiling() else RUNNING.run
+            if run is not None and (prepared := run.factors.get(adapters)) is not None:
+                factors, active, has_graph = prepared
+                # The usual case of `factors_for` and `linear`, here because a call takes as long as a small operator.
+                if (
+                    type(factors) is Factors
+                    and factors.rows.dtype is input.dtype
+                    and active is adapters.active
+                    and has_graph is torch.is_grad_enabled()
+                    and (input.requires_grad or not has_graph)
+                    and type(input) is Tensor
+                    and not compat.is_autocast_active()
+                    and not compat.is_dispatch_mode_active()
+                ):
+                    rows, down = factors
+                    flat = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+                    output = F.linear(torch.addmm(flat, F.linear(flat, down), rows), weight, bias)
+                    return output if flat is input else output.view(*input.shape[:-1], weight.shape[0])
+            factors = factors_for(adapters, input)
+            if factors is None or isinstance(factors, RowFactors):
+                return F.linear(call(adapters, input), weight, bias)
+            return linear(input, factors, weight, bias)
 
         return {**super().wrap(base), "forward": forward}
 
