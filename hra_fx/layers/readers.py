@@ -13,7 +13,7 @@ from __future__ import annotations
 import dis
 import inspect
 from collections.abc import Collection, Iterable, Iterator
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -31,7 +31,7 @@ _ASKING = (("isinstance",), ("hasattr",))
 _METADATA_USES = {(name,) for name in METADATA}
 _WEIGHTS = ("weight", "in_proj_weight")
 _WEIGHT_CHAINS = {(name,) for name in _WEIGHTS}
-_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
+_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
 _VARIABLES = ("LOAD_FAST", "LOAD_DEREF", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_CLOSURE")
 #: The attributes in which properties, cached properties and class methods store their function.
 _FUNCTIONS = ("fget", "func", "__func__")
@@ -47,9 +47,12 @@ def chains_of(cls: type[nn.Module]) -> frozenset[Chain]:
             is_method = function in methods
             chains = set(_chains_in(function.__code__, "".join(function.__code__.co_varnames[:is_method])))
             found |= chains
-            used = {method for chain in chains if chain[0] == "self" for method in _methods(cls, chain[1])}
-            named = map(function.__globals__.get, function.__code__.co_names)
+            # The variable is empty after a call, as in `super().attend(x)`.
+            used = {method for chain in chains if chain[0] in ("self", "") for method in _methods(cls, chain[1])}
             methods |= used
+            named = [function.__globals__.get(name) for name in function.__code__.co_names]
+            modules = {chain[0]: function.__globals__.get(chain[0]) for chain in chains}
+            named += [getattr(modules[v], a, None) for v, a, *_ in chains if isinstance(modules[v], ModuleType)]
             # Not those of torch, which are not a model's code.
             used |= {f for f in named if isinstance(f, FunctionType) and not str(f.__module__).startswith("torch.")}
             waiting += used.difference(waiting)

@@ -73,6 +73,10 @@ class ReadByAnother(nn.Module):
         return F.linear(x, self.given.weight)
 
 
+def read_by_a_function(layer: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight)
+
+
 class ReadAtTheCall(nn.Module):
     """Reads the weight of a layer that its call gives it."""
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload
 from adapting import config, randomise
+from layers import reading_weights
 from layers.checking import assert_same, check, check_fold, normal, pair, run_dense, vectors_of
 from layers.reading_weights import (
     TARGETS,
@@ -24,6 +25,7 @@ from layers.reading_weights import (
     functional,
     layer_pair,
     linear,
+    read_by_a_function,
     weight_of,
 )
 from torch import Tensor, nn
@@ -169,6 +171,9 @@ def test_methods_and_parts_that_are_called_alone() -> None:
     assert_same(2 * model.features(X), whole)
     folded = hra_fx.fold(copy.deepcopy(model))
     assert_same(model.blocks[1](X), folded.blocks[1](X))
+    for use in (*UNKNOWN.values(), lambda self, x: super(Asking, self).attend(x)):  # type: ignore[misc]
+        base, model = pair(lambda use=use: nn.ModuleDict({"part": Asking(use)}), ["fc"])
+        assert_same(model["part"](X), F.linear(X, dense(base["part"].fc, model["part"].fc)))
 
 
 def test_a_replica_of_data_parallel_has_its_tensors_as_plain_attributes() -> None:
@@ -208,11 +213,14 @@ def test_a_layer_with_its_own_forward_whose_weight_is_offloaded() -> None:
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["0.hra_u.default", "1.hra_u.default"]
 
 
-def read_by_a_function(layer: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, layer.weight)
+class Attending(nn.Module):
+    fc: nn.Linear
+
+    def attend(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.fc.weight)
 
 
-class Asking(nn.Module):
+class Asking(Attending):
     """Asks for the dtype of a weight, and reads its values by another name."""
 
     def __init__(self, use: Callable[[Any, Tensor], Tensor]) -> None:
@@ -232,6 +240,7 @@ def by_a_variable(self: Any, x: Tensor) -> Tensor:
 UNKNOWN: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a variable": by_a_variable,
     "a function": lambda self, x: read_by_a_function(self.fc, x),
+    "a function of a module": lambda self, x: reading_weights.read_by_a_function(self.fc, x),
     "getattr": lambda self, x: F.linear(x, getattr(self.fc, "weight")),  # noqa: B009
     "a loop": lambda self, x: sum(F.linear(x, layer.weight) for layer in self.children()),  # type: ignore[return-value]
 }
