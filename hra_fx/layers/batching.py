@@ -220,11 +220,14 @@ def _parts(adapters: HouseholderAdapters, batch: MixedBatch | None) -> list[Any]
 
 
 def _chains(layers: Iterable[nn.Module]) -> list[_Chain]:
-    """The layers that compute with factors, and whose adapters are not the identity."""
+    """The layers that compute with factors, and whose adapters are not the identity and need not be called."""
     found: list[_Chain] = []
     for layer in layers:
         adapters: Any = layer._modules.get(REFLECTION)
         if adapters is None or not adapters.reflects_input:
+            continue
+        # FSDP2 has hooks on containers that it shards. Here, their vectors were gathered before.
+        if _must_be_called(adapters) and sharded_by(adapters) is None:
             continue
         parts = adapters.chain_parts() if CURRENT.batch is None else _parts(adapters, mixed_batch_of(adapters))
         if parts:
