@@ -134,11 +134,18 @@ def has_global_module_hooks() -> bool:
     )
 
 
+def with_own_hooks(modules: Iterable[nn.Module]) -> set[nn.Module]:
+    """The modules that have registered hooks."""
+    return {
+        part
+        for part in modules
+        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+    }
+
+
 def has_own_hooks(module: nn.Module) -> bool:
     """Whether hooks are registered on a module."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    return bool(with_own_hooks([module]))
 
 
 def has_backward_hooks(module: nn.Module) -> bool:

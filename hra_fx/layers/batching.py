@@ -222,12 +222,16 @@ def _parts(adapters: HouseholderAdapters, batch: MixedBatch | None) -> list[Any]
 def _chains(layers: Iterable[nn.Module]) -> list[_Chain]:
     """The layers that compute with factors, and whose adapters are not the identity and need not be called."""
     found: list[_Chain] = []
-    for layer in layers:
-        adapters: Any = layer._modules.get(REFLECTION)
+    places: list[tuple[Any, nn.Module]] = [(layer._modules.get(REFLECTION), layer) for layer in layers]
+    # One look at all hooks, because this runs in each forward. While TorchDynamo traces, each layer looks itself.
+    hooked = set() if is_compiling() else compat.with_own_hooks([one for one, _ in places if one is not None])
+    for adapters, layer in places:
         if adapters is None or not adapters.reflects_input:
             continue
         # FSDP2 has hooks on containers that it shards. Here, their vectors were gathered before.
-        if _must_be_called(adapters) and sharded_by(adapters) is None:
+        if adapters in hooked and sharded_by(adapters) is None:
+            continue
+        if "forward" in adapters.__dict__ and not calls_class_forward(adapters):
             continue
         parts = adapters.chain_parts() if CURRENT.batch is None else _parts(adapters, mixed_batch_of(adapters))
         if parts:
