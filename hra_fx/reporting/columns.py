@@ -236,7 +236,7 @@ def _listed(paths: Iterable[str]) -> str:
 
 
 def _not_orthogonal(rows: Collection[Row]) -> list[str]:
-    # NaN is no error: the value could not be computed.
+    # NaN means that the value could not be computed, which is not an error.
     worst = max(rows, key=lambda row: row.orthogonality if row.orthogonality > 0 else 0.0, default=None)
     if worst is None or not worst.orthogonality > _NOT_ORTHOGONAL:
         return []
