@@ -47,7 +47,7 @@ def llama_exported() -> Drawing:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=16, use_cache=False, **SMALL))
     program = torch.export.export(model.eval(), (torch.arange(8)[None],), strict=False)
     config = hra_fx.HRAConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"])
-    return drawing_of(hra_fx.transform(program, config))
+    return drawing_of(hra_fx.transform(hra_fx.lift(program), config))
 
 
 def without_repeats(count: int = 10_000) -> Drawing:

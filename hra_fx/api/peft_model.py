@@ -19,7 +19,6 @@ from hra_fx.api.load import load_adapter
 from hra_fx.api.transform import fold, transform
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning
-from hra_fx.export.captured import is_program
 from hra_fx.integrations import pretrained, push
 from hra_fx.integrations.pretrained import save_adapters
 from hra_fx.layers.adapted_layer import AdaptedLayer
@@ -308,7 +307,7 @@ def _adapted(
     *,
     peft_config: HRAConfig | Mapping[str, HRAConfig] | None = None,
 ) -> nn.Module:
-    if isinstance(model, fx.GraphModule) or is_program(model):
+    if isinstance(model, fx.GraphModule):
         raise AdapterError(
             f"HRAModel cannot add methods to a captured graph ({type(model).__name__}). Call "
             "hra_fx.transform(model, config), which returns a model of the same type."

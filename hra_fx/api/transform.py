@@ -10,14 +10,14 @@ from torch import fx, nn
 from hra_fx.api.peft_wrapper import hand_over
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
-from hra_fx.export.captured import fold_captured, is_captured, transform_captured
+from hra_fx.export.program import refuse_operators
 from hra_fx.integrations.pretrained import root_class_for
 from hra_fx.layers.accelerate_hooks import is_hooked
 from hra_fx.model.example_inputs import normalize_inputs
 from hra_fx.model.fold import prepare_fold
 from hra_fx.model.inject import all_or_nothing, random_init
 from hra_fx.model.peft_view import has_peft_layers, take_over, without_wrapper
-from hra_fx.model.setup import checked, set_up, valid_config
+from hra_fx.model.setup import checked, set_up
 from hra_fx.model.state import adapted_layers, get_state, require_adapted_layers
 from hra_fx.model.verify import check_against_folded
 from hra_fx.selection.check import select_checked
@@ -44,8 +44,8 @@ def transform(
 ) -> M:
     """Adapt a model in place, so that each selected layer uses `W Q` instead of its weight `W`.
 
-    Eager mode changes the classes of layers and does not trace anything. Graph mode (`trace=True`, or a `GraphModule`
-    or an exported program as `model`) rewrites a graph. Both compute the same outputs.
+    Eager mode changes the classes of layers and does not trace anything. Graph mode (`trace=True`, or a
+    `GraphModule` as `model`) rewrites a graph. Both compute the same outputs.
 
     The model remains the same object and an instance of its class. Its `state_dict` keeps all keys and gets the new
     keys `<layer>.hra_u.<adapter>` of shape `(d, r)`, with `d = in_features` or `in_channels // groups * kh * kw` (and
@@ -56,8 +56,7 @@ def transform(
 
     Args:
         model: any module with layers that can be adapted (Linear, Conv1d to Conv3d, transformers' Conv1D, attention).
-            The graph of a `GraphModule` is rewritten in place. For a `torch.export.ExportedProgram`, a new program is
-            returned, with one node `hra_fx::rotate` per weight.
+            The graph of a `GraphModule` is rewritten in place. For an `ExportedProgram`, pass `hra_fx.lift(program)`.
         config: the layers to adapt, their rank and initialization. A `peft.HRAConfig` is converted.
         adapter_name: name of the adapter, used in the names of its parameters.
         low_cpu_mem_usage: create the vectors on the meta device, to be filled by `load_adapter`, `reset_adapters` or
@@ -99,14 +98,7 @@ def transform(
         >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         ['0.hra_u.default', '2.hra_u.default']
     """
-    if is_captured(model):
-        if low_cpu_mem_usage or verify or (example_inputs is not None and not trace):
-            raise AdapterError(
-                "`low_cpu_mem_usage`, `example_inputs` and `verify` are not supported for programs. Leave them out, or "
-                "transform hra_fx.lift(program)."
-            )
-        captured: Any = model
-        return transform_captured(captured, valid_config(config), adapter_name)  # type: ignore[return-value]
+    refuse_operators(model)
     module: Any = model
     config = with_head(module, checked(module, config, adapter_name))
     call = None if example_inputs is None else normalize_inputs(example_inputs)
@@ -188,14 +180,13 @@ def fold(model: M, adapter_names: str | Sequence[str] | None = None, *, requanti
     Its forward then runs the folded model, and its other methods raise an error.
 
     Args:
-        model: a transformed model, or an `ExportedProgram` from `transform`, for which a new program is returned; or a
-            model with PEFT's HRA.
+        model: a transformed model, or a model with PEFT's HRA.
         adapter_names: one or more adapters to fold, in this order; the others are kept and act on the new weights.
             `None` folds the active adapters and removes the others.
         requantize: whether quantized weights may be folded.
 
     Returns:
-        `model`, the new program, or the base model of a `PeftModel`.
+        `model`, or the base model of a `PeftModel`.
 
     Raises:
         AdapterError: the model has no adapters or no adapter with one of these names, or other active adapters come
@@ -213,14 +204,6 @@ def fold(model: M, adapter_names: str | Sequence[str] | None = None, *, requanti
         >>> list(fold(model).state_dict())
         ['0.weight', '0.bias']
     """
-    if is_captured(model):
-        if adapter_names is not None or requantize:
-            raise AdapterError(
-                "`adapter_names` and `requantize` are not supported for a captured program: it has one adapter, and "
-                "its weights are not quantized. Leave them out."
-            )
-        captured: Any = model
-        return fold_captured(captured)  # type: ignore[return-value]
     module: Any = without_wrapper(model)
     with all_or_nothing() as undo:
         if has_peft_layers(module):

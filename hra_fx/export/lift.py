@@ -8,18 +8,17 @@ Operators that use a weight in another form still read it, by its name in the la
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
-from hra_fx.compat import non_persistent_buffers
-from hra_fx.errors import AdapterError, CaptureError
-from hra_fx.export.captured import check_has_no_backward, is_program
-from hra_fx.export.match import GraphLayer, WeightUse, find_layers, group_tied, module_classes
-from hra_fx.export.program import is_adapter_tensor
-from hra_fx.export.select import arguments_of, make_layer, module_paths, origin_of_graph
-from hra_fx.selection.origin import keep_origin
+from hra_fx.compat import non_persistent_buffers, require
+from hra_fx.errors import AdapterError, CaptureError, UnsupportedLayerError
+from hra_fx.export.layer_calls import GraphLayer, LayerCall, arguments_of, find_layers, group_tied, module_classes, uses
+from hra_fx.export.program import is_adapter_tensor, is_program
+from hra_fx.layers.target import LayerKind
+from hra_fx.selection.origin import keep_origin, origin_of_program
 from hra_fx.tracing.graph_module import (
     CHECKS,
     captured_module,
@@ -35,18 +34,22 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 _aten = torch.ops.aten
-_SETTINGS = ("stride", "padding", "dilation", "groups")
-_TRANSFORM = "Pass the program itself to hra_fx.transform(program, config), which finds weights in other operators too"
+_CONVOLUTIONS: dict[str, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
+    "conv1d": nn.Conv1d,
+    "conv2d": nn.Conv2d,
+    "conv3d": nn.Conv3d,
+}
+_TRANSFORM = "Transform the model before you export it"
 
 
 def lift(program: ExportedProgram) -> fx.GraphModule:
     """Convert an exported program to a `GraphModule` that calls layers and supports all functions for adapters.
 
     The code of the model is not needed: the program may come from `torch.export.load`. A linear operator or a
-    convolution that reads `<path>.weight` becomes the call of an `nn.Linear` or `nn.Conv1d` to `nn.Conv3d` at `<path>`.
-    All other operators do not change. This includes operators that use a weight in another form (for example,
-    transposed) or in a block with a separate graph. Their layers cannot be adapted, and `target_modules="all-linear"`
-    does not select them.
+    convolution that reads `<path>.weight` becomes the call of an `nn.Linear`, of transformers' `Conv1D`, or of an
+    `nn.Conv1d` to `nn.Conv3d` at `<path>`. All other operators do not change. This includes attention's joint
+    `in_proj_weight`, and operators that use a weight in another form or in a block with a separate graph. Their layers
+    cannot be adapted, and `target_modules="all-linear"` does not select them.
 
     The module takes the same arguments as the program, and raises an error for inputs that the program does not
     support. It computes the same as the program, in the mode that the model had when it was exported: `train()` and
@@ -92,15 +95,10 @@ def _lifted(program: ExportedProgram) -> fx.GraphModule:
     graph = module.graph
     root = _with_tensors_of(program)
     parameters: dict[str, Tensor] = dict(root.named_parameters(remove_duplicate=False))
-    weights: dict[str, list[fx.Node]] = {}
-    for node in graph.find_nodes(op="get_attr"):
-        if node.target in parameters:
-            weights.setdefault(str(node.target), []).append(node)
-    layers = find_layers(weights, parameters)
-    called = _call_layers(graph, root, _unambiguous(layers.values(), parameters), parameters)
+    called = _call_layers(graph, root, find_layers(graph, parameters), parameters)
     if not called:
-        raise AdapterError(_why_no_layer(layers.values()))
-    origin = origin_of_graph(module_classes(graph), called)
+        raise AdapterError(_why_no_layer(graph, parameters))
+    origin = origin_of_program(module_classes(graph), called)
     parts = {CHECKS: InputChecks(conditions, conditions), **name_constants(graph, program, module)}
     simplify(graph, places, root)
     lifted = captured_module(root, parts, graph)
@@ -115,11 +113,16 @@ def _check(program: Any) -> None:
             f"lift: expected an ExportedProgram, got {type(program).__name__}. Call torch.export.export(model, args) "
             "or torch.export.load(file) first. hra_fx.transform takes models and GraphModules as they are."
         )
-    check_has_no_backward(program, "Lift")
+    require("a program of torch.export")
+    if program.graph_signature.backward_signature is not None:
+        raise UnsupportedLayerError(
+            "the program contains a backward pass, which would not compute gradients of the reflections. Lift it "
+            "before adding the backward pass."
+        )
     if adapter := next(filter(is_adapter_tensor, program.state_dict), None):
         raise AdapterError(
-            f"the program already has the adapter {adapter}. Fold it (hra_fx.fold) before lifting, or lift the program "
-            "of the base model and load the adapter with hra_fx.load_adapter."
+            f"the program already has the adapter {adapter}. Export the folded model (hra_fx.fold), or lift the "
+            "program of the base model and load the adapter with hra_fx.load_adapter."
         )
 
 
@@ -136,7 +139,7 @@ def _with_tensors_of(program: ExportedProgram) -> nn.Module:
         own = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
         state |= dict.fromkeys(names, own)
     root = nn.Module()
-    for path in module_paths(state):
+    for path in _module_paths(state):
         root.set_submodule(path, nn.Module())
     for name, tensor in state.items():
         path, _, last = name.rpartition(".")
@@ -148,17 +151,20 @@ def _with_tensors_of(program: ExportedProgram) -> nn.Module:
     return root
 
 
-def _unambiguous(layers: Iterable[GraphLayer], parameters: Mapping[str, Tensor]) -> list[GraphLayer]:
-    """The layers for which it is known to which layer each use of their weight belongs."""
-    tied = {name for names in group_tied(parameters) if len(names) > 1 for name in names}
-    return [layer for layer in layers if layer.is_candidate and (layer.refusal is None or layer.name not in tied)]
+def _module_paths(names: Iterable[str]) -> list[str]:
+    """The paths of all modules in the names except the root, parents first."""
+    parts = [name.split(".")[:-1] for name in names]
+    paths = dict.fromkeys(".".join(part[: length + 1]) for part in parts for length in range(len(part)))
+    return list(paths)
 
 
-def _why_no_layer(layers: Iterable[GraphLayer]) -> str:
-    found = [f"; {layer.path}.weight is used by {layer.uses[0].consumer.target}" for layer in layers]
+def _why_no_layer(graph: fx.Graph, parameters: Mapping[str, Tensor]) -> str:
+    reads = (node for node in graph.find_nodes(op="get_attr") if str(node.target).endswith(".weight"))
+    found = (use for node in reads if node.target in parameters for use in uses(node, parameters[node.target].dim()))
+    other = [f"; {use.name} is used by {use.operator.target}" for use in found if parameters[use.name].dim() > 1]
     return (
         "the program has no operator that can be the call of a linear layer or convolution, with a parameter named "
-        f"'<layer>.weight'{next(iter(found), '')}. If the program was decomposed (run_decompositions), lift it before "
+        f"'<layer>.weight'{next(iter(other), '')}. If the program was decomposed (run_decompositions), lift it before "
         f"that. {_TRANSFORM}."
     )
 
@@ -166,74 +172,46 @@ def _why_no_layer(layers: Iterable[GraphLayer]) -> str:
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 
-class _Call(NamedTuple):
-    """An operator that a layer can replace.
-
-    Attributes:
-        x: the name of the argument that is the input of the layer.
-        bias: the node of the bias, or `None`.
-        settings: the other arguments of a convolution.
-    """
-
-    node: fx.Node
-    x: str
-    bias: Any
-    settings: dict[str, Any]
-
-
 def _call_layers(
     graph: fx.Graph, root: nn.Module, layers: Iterable[GraphLayer], parameters: Mapping[str, Tensor]
 ) -> list[str]:
     """Add layers to a module and call them in its graph, in place. Returns the paths of the layers."""
-    found = {layer: _calls(layer, root, parameters) for layer in layers}
-    called = {layer: calls for layer, calls in found.items() if calls}
-    for layer, (first, *more) in called.items():
+    called = {layer: replaced for layer in layers if (replaced := _replaced(layer, root, parameters))}
+    for layer, calls in called.items():
+        first = calls[0][1]
         holder = root.get_submodule(layer.path)
-        # The holder has the bias of the layer, if there is one.
-        made = _filled(make_layer(layer.kind, parameters[layer.name], bias=False, **first.settings), holder)
+        made = _filled(_make_layer(first.kind, parameters[layer.name], **first.settings), holder)
         for path in (layer.path, *layer.aliases):
             root.set_submodule(path, made)
-        for call in (first, *(call for call in more if call.settings == first.settings)):
-            replace_node(call.node, "call_module", layer.path, (arguments_of(call.node)[call.x],))
+        for node, call in calls:
+            if (call.kind, call.settings) == (first.kind, first.settings):
+                replace_node(node, "call_module", layer.path, (arguments_of(node)[call.x],))
     for layer in called:
         _read_by_own_names(graph, layer)
     _call_embeddings(graph, root)
     return [layer.path for layer in called]
 
 
-def _calls(layer: GraphLayer, root: nn.Module, parameters: Mapping[str, Tensor]) -> list[_Call]:
-    """The operators that the layer can replace. The bias must have the layer's name or be missing."""
+def _replaced(layer: GraphLayer, root: nn.Module, parameters: Mapping[str, Tensor]) -> list[tuple[fx.Node, LayerCall]]:
+    """The operators that the layer replaces. Their bias must have the layer's name or be missing."""
     bias = root.get_submodule(layer.path)._parameters.get("bias")
-    calls = [call for use in layer.uses if (call := _call(use))]
-    return [call for call in calls if _tensor(call.bias, parameters) is bias]
+    calls = [(use.operator, use.call) for use in layer.calls if use.call]
+    return [(node, call) for node, call in calls if _tensor(call.bias, parameters) is bias]
 
 
-def _call(use: WeightUse) -> _Call | None:
-    """The operator at the end of a use as the call of a layer; `None` if it uses another form of the weight."""
-    node = use.consumer
-    given = arguments_of(node)
-    if given.get("weight") is use.weight:
-        settings = {name: _plain(given[name]) for name in _SETTINGS if name in given}
-        is_constant = all(isinstance(value, (int, str, tuple)) for value in settings.values())
-        return _Call(node, "input", given["bias"], settings) if is_constant else None
-    if use.transposed or given.get("mat2") is not use.first_user:
-        return None
-    # torch decomposes a linear layer into mm(x, t(w)) or addmm(bias, x, t(w)).
-    if node.target is _aten.mm.default:
-        return _Call(node, "self", None, {})
-    if node.target is _aten.addmm.default and given["alpha"] == given["beta"] == 1:
-        return _Call(node, "mat1", given["self"], {})
-    return None
+def _make_layer(kind: LayerKind | Literal["Conv1D"], weight: Tensor, **settings: Any) -> nn.Module:
+    """Create a layer without bias on the meta device, for a weight of its kind."""
+    out, width = weight.shape[:2]
+    if kind == "Conv1D":
+        from transformers.pytorch_utils import Conv1D
 
-
-def _plain(setting: Any) -> Any:
-    """A setting of a convolution in the form for its class. If it depends on a size, it is not an int, str or tuple."""
-    if not isinstance(setting, (list, tuple)):
-        return setting
-    values = tuple(setting)
-    if not all(isinstance(value, int) for value in values):
-        return None
-    return values[0] if len(values) == 1 else values
+        with torch.device("meta"):
+            made: nn.Module = Conv1D(width, out)  # type: ignore[no-untyped-call]
+        return made
+    if kind in _CONVOLUTIONS:
+        size, channels = tuple(weight.shape[2:]), width * settings["groups"]
+        return _CONVOLUTIONS[kind](channels, out, size, bias=False, device="meta", **settings)  # type: ignore[arg-type]
+    return nn.Linear(width, out, bias=False, device="meta")
 
 
 def _tensor(node: Any, parameters: Mapping[str, Tensor]) -> Any:
@@ -252,12 +230,12 @@ def _filled(layer: nn.Module, holder: nn.Module) -> nn.Module:
 def _read_by_own_names(graph: fx.Graph, layer: GraphLayer) -> None:
     """Read the weight by its name in the layer of each use."""
     for use, name in (*((use, layer.name) for use in layer.uses), *layer.others):
-        if use.weight.target == name or use.weight not in use.first_user.all_input_nodes:
+        if use.weight.target == name or use.weight not in use.user.all_input_nodes:
             continue
-        with graph.inserting_before(use.first_user):
+        with graph.inserting_before(use.user):
             read = graph.get_attr(name)
         read.meta = dict(use.weight.meta)
-        use.first_user.replace_input_with(use.weight, read)
+        use.user.replace_input_with(use.weight, read)
 
 
 def _call_embeddings(graph: fx.Graph, root: nn.Module) -> None:

@@ -11,12 +11,11 @@ from hra_fx.functional.householder import (
     normalize,
     without_autocast,
     working_dtype,
-    wy_of_products,
 )
 from hra_fx.functional.statistics import inverse_condition
 
 
-def rotate_weight(weight: Tensor, vectors: Tensor, *, transposed: bool = False, exportable_ops: bool = False) -> Tensor:
+def rotate_weight(weight: Tensor, vectors: Tensor, *, transposed: bool = False) -> Tensor:
     """Compute the rotated weight `W Q = W - (W U) T U^T`. It is differentiable, and autocast does not affect it.
 
     Args:
@@ -25,7 +24,6 @@ def rotate_weight(weight: Tensor, vectors: Tensor, *, transposed: bool = False, 
         vectors: `U: (d, k)`, a chain of reflections (with anchor and Gram-Schmidt already applied); the columns may
             have any length. For several experts, `(experts, d, k)`.
         transposed: whether the weight is stored as `(d, out)`, like that of transformers' `Conv1D`.
-        exportable_ops: use only matrix products, without a triangular solve (`householder.wy_of_products`).
 
     Returns:
         The rotated weight with the shape and dtype of `weight`, contiguous. It is computed in the wider dtype of the
@@ -38,9 +36,8 @@ def rotate_weight(weight: Tensor, vectors: Tensor, *, transposed: bool = False, 
     with without_autocast(weight):
         dtype = working_dtype(torch.promote_types(weight.dtype, vectors.dtype))
         chain = normalize(vectors.to(dtype))
-        factor = wy_of_products(chain) if exportable_ops else compact_wy(chain)
         rows = as_rows(weight, transposed=transposed, batched=chain.dim() == 3).to(dtype)
-        rotated = rows - (rows @ chain) @ factor @ chain.mT
+        rotated = rows - (rows @ chain) @ compact_wy(chain) @ chain.mT
         return rows_to_weight(rotated, weight, transposed=transposed)
 
 

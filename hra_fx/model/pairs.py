@@ -31,6 +31,7 @@ from hra_fx.kernels.distributed import as_dtensor
 from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.peft_layers import is_peft_hra_layer
 from hra_fx.layers.sharding import is_dtensor, local_tensor
+from hra_fx.model.state import check_is_module
 
 #: The entry of a parameter group that stores `difference`.
 KEY = "hra_pair_difference"
@@ -317,8 +318,7 @@ def _check_state(optimizer: Optimizer, found: list[_Vectors], difference: float)
 
 
 def _adapted_layers(model: Any) -> dict[nn.Module, str]:
-    if not isinstance(model, nn.Module):
-        raise AdapterError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+    check_is_module(model)
     return {
         module: path
         for path, module in model.named_modules()

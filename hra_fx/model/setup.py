@@ -23,6 +23,7 @@ from hra_fx.model.state import (
     AdapterState,
     adapted_layers,
     attach_state,
+    check_is_module,
     clear_state,
     collect_parts,
     root_of,
@@ -67,8 +68,7 @@ def set_up(
 
 def checked(model: Any, config: HRAConfig, adapter_name: str) -> HRAConfig:
     """Validate the arguments of `transform` and `add_adapter`, and return a validated copy of the configuration."""
-    if not isinstance(model, nn.Module):
-        raise AdapterError(f"`model` must be a torch.nn.Module, got {model!r}.")
+    check_is_module(model)
     config = valid_config(config)
     if not isinstance(adapter_name, str):
         raise AdapterError(f"`adapter_name` must be a string such as 'default', got {adapter_name!r}.")

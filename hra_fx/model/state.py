@@ -107,10 +107,17 @@ class AdaptedParts(NamedTuple):
     copies: list[tuple[nn.Module, Copies]]
 
 
+def check_is_module(model: object) -> None:
+    """Raise an error if a model is not a module."""
+    if not isinstance(model, nn.Module):
+        name = type(model).__name__
+        hint = " Convert the program with hra_fx.lift." if name == "ExportedProgram" else ""
+        raise AdapterError(f"`model` must be a torch.nn.Module, got {name}.{hint}")
+
+
 def collect_parts(model: nn.Module) -> AdaptedParts:
     """Collect the adapted parts of a model."""
-    if not isinstance(model, nn.Module):
-        raise AdapterError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+    check_is_module(model)
     found = AdaptedParts([model], [], [], [], [])
     seen = {model}
     for module in found.modules:  # the list grows during the loop
@@ -191,8 +198,7 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
 
 def require_adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """Like `adapted_layers`, but the result is never empty."""
-    if not isinstance(model, nn.Module):
-        raise AdapterError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+    check_is_module(model)
     layers = adapted_layers(model)
     if not layers:
         raise _no_adapters(model)

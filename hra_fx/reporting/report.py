@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import get_terminal_size
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.jupyter import JupyterMixin
@@ -20,7 +20,6 @@ from rich.padding import Padding
 from rich.text import Text
 from torch import nn
 
-from hra_fx.export.captured import adapter_layers, check_is_program, is_captured
 from hra_fx.layers.accelerate_hooks import loaded
 from hra_fx.layers.sharding import local_tensor
 from hra_fx.layers.target import describe, weight_place
@@ -34,14 +33,10 @@ from hra_fx.reporting.skipped_layers import (
     SkippedLayer,
     SkippedParameter,
     not_adapted,
-    not_adapted_in_program,
     skipped_parameters,
 )
 from hra_fx.reporting.table import UNLIMITED, fit_table
 from hra_fx.tracing import graphs as tracing
-
-if TYPE_CHECKING:
-    from torch.export import ExportedProgram
 
 
 @dataclass(frozen=True)
@@ -164,14 +159,14 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def report(model: nn.Module | ExportedProgram, *, capture: bool = False) -> Report:
+def report(model: nn.Module, *, capture: bool = False) -> Report:
     """Describe what each adapter does at each layer, and list the layers and 3-D parameters without an adapter.
 
     The angles are computed from matrices of size `r x r`, and the change of the weight from one product of the weight
     with a thin matrix, so no `d x d` matrix is created.
 
     Args:
-        model: a transformed model or `ExportedProgram`, or a model with PEFT's HRA, which is not changed.
+        model: a transformed model, or a model with PEFT's HRA, which is not changed.
         capture: also trace the model, and fill `Row.graph` and `Row.graph_reason`.
 
     Returns:
@@ -187,12 +182,10 @@ def report(model: nn.Module | ExportedProgram, *, capture: bool = False) -> Repo
         >>> row.path, row.layer_type, row.d, row.r, row.angles
         ('0', 'Linear 6->8', 6, 2, ())
     """
-    if is_captured(model):
-        check_is_program(model, "report")
-        return _report_of_program(model, capture=capture)
     with adapted_view(model) as module:
+        rows = _rows(module, capture=capture)
         skipped, trained = not_adapted(module)
-        return Report(_rows(module, capture=capture), skipped, trained, skipped_parameters(module))
+        return Report(rows, skipped, trained, skipped_parameters(module))
 
 
 def _rows(model: nn.Module, *, capture: bool) -> tuple[Row, ...]:
@@ -215,14 +208,3 @@ def _rows(model: nn.Module, *, capture: bool) -> tuple[Row, ...]:
             measured |= {"graph": graph, "graph_reason": reason}
             rows.append(Row(path, describe(layer), name, active, d, r, parameters, **measured))
     return tuple(rows)
-
-
-def _report_of_program(program: Any, *, capture: bool) -> Report:
-    """The report of an `ExportedProgram`, which is one graph."""
-    rows = []
-    for layer in adapter_layers(program):
-        d, measured = layer.chain.shape[0], measured_fields(layer.chain, layer.rows)
-        graph = "" if capture else None
-        sizes = (d, layer.r, d * layer.r)
-        rows.append(Row(layer.path, layer.description, layer.adapter, True, *sizes, **measured, graph=graph))
-    return Report(tuple(rows), *not_adapted_in_program(program))

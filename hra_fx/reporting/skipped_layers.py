@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from hra_fx.compat import state_modules
 from hra_fx.config import HRAConfig
-from hra_fx.export.captured import unadapted_layers
 from hra_fx.layers.experts_weight import CHILD
 from hra_fx.layers.target import REFLECTION, SAVED, LayerKind, describe, find_kind, weight_name
 from hra_fx.model.state import adapted_layers, collect_parts, get_state
 from hra_fx.selection.parameters import expert_parameters
 from hra_fx.selection.select import is_target, layer_index, resolve_targets, saved_modules
 from hra_fx.selection.suggestions import format_names
-
-if TYPE_CHECKING:
-    from torch.export import ExportedProgram
 
 #: The fields of a configuration that exclude layers that `target_modules` matches.
 _EXCLUDING: dict[str, Any] = dict.fromkeys(
@@ -96,19 +92,6 @@ def not_adapted(model: nn.Module) -> tuple[tuple[SkippedLayer, ...], tuple[str, 
             reason = outside if root is None else reason_of(inside, below, kind)
             skipped.append(SkippedLayer(path, describe(layer), reason, targeted))
     return tuple(skipped), tuple(trained)
-
-
-def not_adapted_in_program(program: ExportedProgram) -> tuple[tuple[SkippedLayer, ...], tuple[str, ...]]:
-    """Like `not_adapted`, for an `ExportedProgram`, which does not train layers in full."""
-    found = unadapted_layers(program)
-    selections = {} if found.config is None else {found.adapter: Selection(found.skeleton, found.config)}
-    skipped = []
-    for path, (kind, layer_type, refusal) in found.layers.items():
-        known = reason_of(selections, path, kind) if selections else "unknown: the graph has no adapter configuration"
-        reason = known if refusal is None else refusal
-        targeted = any(selection.selects(path) for selection in selections.values())
-        skipped.append(SkippedLayer(path, layer_type, reason, targeted))
-    return tuple(skipped), ()
 
 
 def skipped_parameters(model: nn.Module) -> tuple[SkippedParameter, ...]:

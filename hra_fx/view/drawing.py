@@ -15,8 +15,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from hra_fx.compat import fake_tensor_mode
 from hra_fx.errors import HRAWarning, VisualizeError
-from hra_fx.export.captured import is_captured, is_program
-from hra_fx.export.program import find_rotate_nodes
+from hra_fx.export.program import is_program
 from hra_fx.model.example_inputs import Call, normalize_inputs
 from hra_fx.model.peft_view import adapted_view
 from hra_fx.model.state import adapted_layers, unwrap
@@ -27,7 +26,7 @@ from hra_fx.reporting.skipped_layers import SkippedLayer
 from hra_fx.tracing.graphs import graphs_of
 from hra_fx.view.graph import leaves_of
 from hra_fx.view.scopes import scope_tree
-from hra_fx.view.subject import Subject, subject_of, subject_of_operators, subject_of_program
+from hra_fx.view.subject import Subject, subject_of
 from hra_fx.view.tree import Leaf, Scope, prefixes
 
 
@@ -64,20 +63,16 @@ def drawing_of(model: Any, example_inputs: Any = None) -> Drawing:
 
 
 def _has_adapters(model: Any) -> bool:
-    """Whether anything in a model, graph or program is adapted."""
-    if is_captured(model):
-        return bool(find_rotate_nodes(model.graph))
+    """Whether anything in a model is adapted."""
     return isinstance(model, nn.Module) and bool(adapted_layers(model))
 
 
 def _find_subject(model: Any, example_inputs: Any) -> Subject:
     """Convert any model (plain, adapted or folded), graph or program to a `Subject`."""
-    if is_captured(model):
+    if is_program(model):
         if example_inputs is not None:
-            raise VisualizeError(
-                f"`example_inputs` must be None for a {type(model).__name__}, which already has the shapes."
-            )
-        return subject_of_program(model) if is_program(model) else subject_of_operators(model)
+            raise VisualizeError("`example_inputs` must be None for an ExportedProgram, which already has the shapes.")
+        model = model.module(check_guards=False)  # a GraphModule of operators
     if not isinstance(model, nn.Module):
         raise VisualizeError(
             "`model` must be a torch.nn.Module, torch.fx.GraphModule or torch.export.ExportedProgram, "

@@ -158,8 +158,6 @@ class _Builder:
 
     def _layers_at(self, node: fx.Node, root: str) -> tuple[str, ...]:
         """The adapted layers that a node computes: its own, or all in the module that it calls."""
-        if node in self.subject.operators:
-            return (self.subject.operators[node][0],)
         path, _, name = str(node.target).rpartition(".")
         if node.op == "call_module" and name != REFLECTION:
             path = str(node.target)
@@ -207,9 +205,7 @@ class _Builder:
     def _place(self, node: fx.Node, root: str, before: Value, layers: tuple[str, ...]) -> tuple[str, ...]:
         """The modules around a node. Without `nn_module_stack`, an operation is placed with its input."""
         stack = _stack(node, root)
-        if node in self.subject.operators:
-            owner = self.subject.operators[node][1]
-        elif layers and (node.op == "get_attr" or root == layers[0]):
+        if layers and (node.op == "get_attr" or root == layers[0]):
             owner = _parent(layers[0])
         elif node.op == "call_module":
             owner = _parent(_join(root, str(node.target)))

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from adapting import randomise
-from export.programs import QUIET
+from adapting import QUIET, randomise
 from graph_modules import COPIES, X, config
 from layers.checking import assert_same, gradients, normal, vectors_of
 from torch import Tensor, nn
@@ -134,6 +133,20 @@ def test_convolutions_are_layers_with_their_settings(training: bool, tmp_path: P
     check_files(eager, lifted, tmp_path)
 
 
+def test_gpt_2_has_the_layers_and_files_of_the_model(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"n_embd": 8, "n_layer": 2, "n_head": 2, "vocab_size": 11, "n_positions": 8}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, use_cache=False)).double().eval()
+    ids = torch.arange(8).view(2, 4)
+    eager, lifted = adapted(model, exported(model, ids), hra_fx.HRAConfig(r=2, target_modules=["c_attn", "c_fc"]))
+    assert vectors_of(lifted)["transformer.h.1.mlp.c_fc"].shape == (8, 2)
+    assert_same(lifted(ids).logits, eager(ids).logits)
+    check_files(eager, lifted, tmp_path)
+    assert_same(hra_fx.fold(lifted)(ids).logits, eager(ids).logits)
+
+
 def llama(*, tied: bool) -> tuple[nn.Module, ExportedProgram, dict[str, Tensor]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -215,7 +228,7 @@ class Transposed(nn.Module):
 def test_operators_that_are_no_layers_stay() -> None:
     model = Ambiguous().double()
     assert list(layers_of(hra_fx.lift(exported(model, X)))) == ["first"]
-    message = r"no operator that can be .*; inner\.weight is used by aten\.matmul.*hra_fx\.transform\(program, config"
+    message = r"no operator that can be .*; inner\.weight is used by aten\.matmul.*Transform the model before you exp"
     with pytest.raises(AdapterError, match=message):
         hra_fx.lift(exported(Transposed().double(), X))
     with pytest.raises(AdapterError, match=r"with a parameter named '<layer>\.weight'\. If the program was dec"):
@@ -227,5 +240,14 @@ def test_what_cannot_be_lifted_is_refused() -> None:
     program = torch.export.export(Two().double(), (X,))
     with pytest.raises(AdapterError, match=r"expected an ExportedProgram, got Two\. Call torch\.export\.export"):
         hra_fx.lift(Two())
-    with pytest.raises(AdapterError, match=r"already has the adapter first\.hra_u\.default\. Fold it"):
-        hra_fx.lift(hra_fx.transform(program, config()))
+    adapted = torch.export.export(hra_fx.transform(Two().double(), config()), (X,))
+    with pytest.raises(AdapterError, match=r"already has the adapter first\.hra_u\.default\. Export the folded"):
+        hra_fx.lift(adapted)
+    for operators in (program, program.module()):
+        with pytest.raises(AdapterError, match=r"of operators, .* hra_fx\.transform\(hra_fx\.lift\(program\), config"):
+            hra_fx.transform(operators, config())
+    for function in (hra_fx.fold, hra_fx.report):
+        with pytest.raises(AdapterError, match=r"got ExportedProgram\. Convert the program with hra_fx\.lift"):
+            function(program)
+        with pytest.raises(AdapterError, match=r"of operators, not of layers with .*load_state_dict\(graph\.state_d"):
+            function(adapted.module())

@@ -179,9 +179,3 @@ def test_saved_in_full_by_another_adapter() -> None:
     config = hra_fx.HRAConfig(target_modules=["q_proj"], modules_to_save=["0.mlp.experts"])
     with pytest.raises(hra_fx.UnsupportedLayerError, match="another adapter reflects its gate_up_proj"):
         hra_fx.add_adapter(model, "full", config)
-
-
-def test_a_captured_program_has_no_experts() -> None:
-    program = torch.export.export(nn.Sequential(nn.Linear(2, 2)), (torch.ones(1, 2),))
-    with pytest.raises(hra_fx.SelectionError, match="has no 3-D parameters"):
-        hra_fx.transform(program, experts_config())

@@ -1,25 +1,19 @@
-"""The layers without an adapter, each with its reason, of models and of programs; and the rows of programs."""
+"""The layers without an adapter, each with its reason, of models."""
 
 from __future__ import annotations
 
-import copy
-import io
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from export.programs import QUIET
 from moe_models import built
 from tiny_models import llama
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import nn
 
 import hra_fx
-from hra_fx import HRAConfig, fold, report, transform
-from hra_fx.errors import AdapterError
+from hra_fx import HRAConfig, report, transform
 
 
 def reasons(model: Any) -> dict[str, str]:
@@ -165,92 +159,3 @@ def test_a_layer_that_lost_its_adapter_comes_first_under_its_own_heading() -> No
     lost = "Targeted, but not adapted: 1 layer\n  1: folded or replaced after transform\n"
     assert lost in text
     assert text.index(lost) < text.index("Not adapted: 1 layer\n  2: not in target_modules=['0', '1']\n")
-
-
-# ---- programs ----
-
-
-def net() -> nn.Module:
-    layers: dict[str, nn.Module] = {
-        "conv": nn.Conv2d(4, 6, (3, 1), groups=2),
-        "relu": nn.ReLU(),
-        "point": nn.Conv2d(6, 6, 1),
-        "flatten": nn.Flatten(),
-        "gpt": Conv1D(9, 18),
-        "head": nn.Linear(9, 5),
-        "last": nn.Linear(5, 3),
-    }
-    return nn.Sequential(OrderedDict(layers))
-
-
-INPUT = (torch.ones(2, 4, 5, 1),)
-
-
-def moved(parameters: Any) -> None:
-    with torch.no_grad():
-        for name, parameter in sorted(parameters):
-            if ".hra_u." in name:
-                generator = torch.Generator().manual_seed(len(name))
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-
-
-ALL = ["conv", "point", "gpt", "head"]
-
-
-@QUIET
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"r": 2, "apply_GS": True, "target_modules": ALL},
-        {"r": 3, "target_modules": ["conv", "last"], "exclude_modules": ["last"]},
-        {"r": 2, "target_modules": "all-linear"},
-    ],
-    ids=["Gram-Schmidt", "excluded", "all linear"],
-)
-def test_rows_and_reasons_are_those_of_the_model(fields: dict[str, Any]) -> None:
-    config, model = HRAConfig(**fields), net()
-    program = torch.export.export(copy.deepcopy(model), INPUT)
-    torch.manual_seed(1)
-    program = transform(program, config)
-    torch.manual_seed(1)
-    model = transform(model, config)
-    moved(program.module().named_parameters())
-    moved(model.named_parameters())
-    wanted, found = report(model), report(program)
-    assert [row.path for row in found] == [row.path for row in wanted]
-    for row, same in zip(found, wanted, strict=True):
-        assert (row.layer_type, row.adapter, row.d, row.r) == (same.layer_type, same.adapter, same.d, same.r)
-        assert row.angles == pytest.approx(same.angles, abs=1e-6)
-        assert row.share == pytest.approx(same.share, rel=1e-5)
-        assert row.rotation == pytest.approx(same.rotation, rel=1e-5)
-        assert row.orthogonality < 1e-5
-    assert len(found.skipped) > 0 and set(found.skipped) == set(wanted.skipped)
-    torch.export.save(program.run_decompositions(), file := io.BytesIO())
-    file.seek(0)
-    again = report(torch.export.load(file))
-    assert again.skipped == found.skipped
-    assert [(row.adapter, row.layer_type) for row in again] == [(row.adapter, row.layer_type) for row in found]
-    assert [row.angles for row in again] == [pytest.approx(row.angles) for row in found]
-
-
-def test_a_weight_that_the_graph_reads_otherwise_says_so() -> None:
-    class Reading(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.second(self.first(x)) + self.second.weight.sum()  # type: ignore[no-any-return]
-
-    program = torch.export.export(Reading(), (torch.ones(1, 4),))
-    (skipped,) = report(transform(program, HRAConfig(r=2, target_modules=["first"]))).skipped
-    assert skipped.path == "second"
-    assert skipped.reason.startswith("its weight is also used by aten.sum.default")
-
-
-def test_without_reflections_it_is_refused() -> None:
-    program = torch.export.export(net(), INPUT)
-    adapted = transform(program, HRAConfig(r=2, target_modules=["head"]))
-    for plain in (program, fold(adapted)):
-        with pytest.raises(AdapterError, match=r"^the graph has no reflections\. Transform it first"):
-            report(plain)

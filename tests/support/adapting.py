@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
-from torch.export import ExportedProgram
 
 import hra_fx
+
+#: torch warns of its own copies of tree specifications, in saving and in run_decompositions.
+QUIET = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
 
 
 def config(*targets: str, **fields: object) -> hra_fx.HRAConfig:
@@ -33,13 +36,13 @@ def picture(model: nn.Module) -> dict[str, object]:
     }
 
 
-def vectors_of(model: nn.Module | ExportedProgram, adapter: str = "") -> dict[str, nn.Parameter]:
+def vectors_of(model: nn.Module, adapter: str = "") -> dict[str, nn.Parameter]:
     """Name -> vectors, of all adapters or of one."""
     ending = f".{adapter}" if adapter else ""
     return {name: p for name, p in model.named_parameters() if ".hra_u." in name and name.endswith(ending)}
 
 
-def randomise(model: nn.Module | ExportedProgram, adapter: str = "", *, seed: int = 1) -> None:
+def randomise(model: nn.Module, adapter: str = "", *, seed: int = 1) -> None:
     """Random vectors, far from the start, for all adapters or for one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 import torchvision
 import transformers
-from adapting import randomise
+from adapting import config as adapter_config, randomise
 from diffusion_models import unet
-from export import programs
 from tiny_models import VOCABULARY, bert, llama
 from torch import Tensor, nn
 
@@ -99,7 +98,7 @@ def resnet() -> nn.Module:
     return torchvision.models.resnet18(num_classes=10)
 
 
-config = partial(programs.config, r=4)
+config = partial(adapter_config, r=4)
 WORDS = ({0: BATCH, 1: LENGTH},)
 MODELS: dict[str, Model] = {
     # An odd rank has an anchor.

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from adapting import randomise
+from adapting import QUIET, randomise
 from documents import DOCS, python_blocks, run_blocks
 from export.exporting import exporters
 from export.exporting.table import LIMIT, error_of, moved
-from export.programs import QUIET
 
 import hra_fx
 

@@ -8,9 +8,8 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from adapting import randomise
+from adapting import QUIET, randomise
 from export.exporting.models import config
-from export.programs import QUIET
 from torch import Tensor, nn
 from torch.export import Dim
 

@@ -1,4 +1,4 @@
-"""`lower` and `freeze` of captured graphs: the same outputs and gradients by ATen operators; and the refusals."""
+"""Exported models consist of ATen operators with the same outputs and gradients; `freeze` makes factors constants."""
 
 from __future__ import annotations
 
@@ -70,7 +70,6 @@ def test_an_exported_model_has_only_products_and_a_frozen_one_constants() -> Non
     # The original program is unchanged.
     assert [name for name in program.state_dict if name.endswith(".default")]
     assert relative_error(program.module()(image(5)), expected) < 1e-14
-    assert hra_fx.lower(program) is program
     # The gradient through it is the model's.
     module = program.module()
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -98,32 +97,10 @@ def test_several_adapters_and_scales_are_frozen_together() -> None:
     assert not [name for name in (*frozen.state_dict, *frozen.constants) if name.endswith((".b", "_scaled"))]
 
 
-@pytest.fixture(scope="module")
-def base() -> torch.export.ExportedProgram:
-    torch.manual_seed(0)
-    return exported(Net().double().eval())
-
-
-@pytest.mark.parametrize("fields", [ANCHORED, GRAM_SCHMIDT])
-def test_a_program_that_was_transformed_is_lowered_and_frozen(
-    fields: dict[str, Any], base: torch.export.ExportedProgram
-) -> None:
-    program = hra_fx.transform(base, hra_fx.HRAConfig(**({"target_modules": TARGETS} | fields)))
-    randomise(program)
-    expected, frozen = program.module()(image(5)), hra_fx.freeze(program)
-    for made in (hra_fx.lower(program), frozen):
-        assert relative_error(made.module()(image(5)), expected) < 1e-14
-        assert "hra_fx" not in str(operators(made.graph))
-        assert all("nn_module_stack" in node.meta for node in made.graph.nodes if node.op == "call_function")
-    assert [str(node.target) for node in frozen.graph.nodes].count("aten.mm.default") == len(TARGETS)
-
-
 def test_a_model_is_refused() -> None:
     text = r"freeze: expected an ExportedProgram, got Net\. Export .*\(torch.export.export\(mod"
     with pytest.raises(hra_fx.AdapterError, match=text):
         hra_fx.freeze(adapted())
-    with pytest.raises(hra_fx.AdapterError, match=r"lower: expected an ExportedProgram, got Net\."):
-        hra_fx.lower(adapted())
 
 
 class Casts(Net):
