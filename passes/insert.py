@@ -41,7 +41,7 @@ class InsertPass(PassBase):
             if node.op == "get_attr":
                 _insert_after(graph, node, layer_of_entry(graph_module, str(node.target)))
             else:
-                _insert_before(graph, node, factors)
+                _insert_before(graph_module, node, factors)
         if is_changed := bool(self._uses) or len(graph.nodes) > size:
             graph.lint()
             graph_module.recompile()
@@ -60,15 +60,18 @@ def _factors(graph_module: fx.GraphModule) -> tuple[fx.Node, ...]:
         return (graph.call_module(FACTORS),)
 
 
-def _insert_before(graph: fx.Graph, node: fx.Node, factors: tuple[fx.Node, ...]) -> None:
+def _insert_before(graph_module: fx.GraphModule, node: fx.Node, factors: tuple[fx.Node, ...]) -> None:
     # A keyword argument may have any name, depending on the layer's class.
     value = node.args[0] if node.args else next(iter(node.kwargs.values()))
     if not isinstance(value, fx.Node):
         raise GraphInvariantError(
             f"node {node.name!r}: the call of {node.target} has no traced input. Exclude this layer, or open an issue."
         )
-    with graph.inserting_before(node):
-        reflection = _reflection(graph, node, str(node.target), (value, *factors), {})
+    with node.graph.inserting_before(node):
+        reflection = _reflection(node.graph, node, str(node.target), (value, *factors), {})
+    if "val" in value.meta and "val" in node.meta:
+        adapters: Any = graph_module.get_submodule(str(reflection.target))
+        reflection.meta["val"] = adapters.value_in_graph(value.meta["val"], node.meta["val"])
     node.args, node.kwargs = (value, reflection), {}
 
 
@@ -80,6 +83,8 @@ def _insert_after(graph: fx.Graph, node: fx.Node, layer: str) -> None:
     readers = list(node.users)
     with graph.inserting_after(node):
         reflection = _reflection(graph, node, layer, (), {"weight": node})
+    if "val" in node.meta:  # W Q has the shape and dtype of W
+        reflection.meta["val"] = node.meta["val"]
     for reader in readers:
         reader.replace_input_with(node, reflection)
 

@@ -87,6 +87,10 @@ class LinearAdapters(HouseholderAdapters):
 
     reflects_input = True
 
+    def value_in_graph(self, x: Tensor, output: Tensor) -> Tensor:
+        """A fake tensor like the result of `reflect`, from fake tensors of the layer's input and output."""
+        return x
+
     def reflect(self, x: Tensor) -> Tensor:
         """Reflect `x: (..., d)`; the result has the same shape and dtype."""
         if is_dtensor(x):
@@ -152,6 +156,16 @@ class ConvAdapters(HouseholderAdapters):
         """`patch_coordinates` of `x`; `None` if no adapter is active."""
         vectors = self.vectors_for(x)
         return None if vectors is None else patch_coordinates(x, vectors, self.patch, self.geometry, self.groups)
+
+    def value_in_graph(self, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Fake tensors like the result of `reflect`, from fake tensors of the layer's input and output."""
+        rank = sum(
+            tensor.shape[-1] for part in self.chain_parts(self.active or self.specs) for tensor in part.tensors()
+        )
+        if not rank:
+            return None
+        coordinates = x.new_empty((output.shape[0], self.groups * rank, *output.shape[2:]))
+        return coordinates, x.new_empty((self.width, rank), dtype=householder.working_dtype(x.dtype))
 
     def output_of(self, x: Tensor, weight: Tensor, layer: Any) -> Tensor | None:
         """The output of the layer for `x`; `None` if the container must be called."""

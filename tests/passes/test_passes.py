@@ -12,6 +12,7 @@ from adapting import randomise
 from graph_modules import COPIES, X, adapted, config, targets_of
 from layers.checking import assert_same
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import hra_fx
 from hra_fx.errors import GraphInvariantError
@@ -69,6 +70,45 @@ def test_a_layer_that_is_called_with_a_constant_is_refused() -> None:
     uses[1].args = (None,)
     with pytest.raises(GraphInvariantError, match="node 'read': the call of read has no traced input"):
         InsertPass(uses)(model)
+
+
+class Kinds(nn.Module):
+    """A Linear, a grouped convolution, and an attention whose weight is read, which torch.export captures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(4, 6, 3, groups=2, stride=2), nn.Linear(6, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(self.conv(1 * x if x.shape[0] > 1 else x).flatten(2).mT)
+        attended: Tensor = self.attention(x, x, x, need_weights=False)[0]
+        return attended
+
+
+class Values(torch.fx.Interpreter):
+    """Runs a graph, and compares each value with what its node says about it."""
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        value = super().run_node(n)
+        for seen, noted in zip(*map(pytree.tree_leaves, (value, n.meta.get("val"))), strict=False):
+            if isinstance(noted, Tensor):
+                sizes = [int(size) for size in noted.shape]
+                assert (list(seen.shape), seen.dtype, seen.device) == (sizes, noted.dtype, noted.device), (
+                    n.format_node()
+                )
+        return value
+
+
+@pytest.mark.needs("torch>=2.9")
+@pytest.mark.parametrize("r", [2, 3])  # an odd rank has an anchor
+def test_the_nodes_of_reflections_say_the_shapes_and_dtypes_of_their_values(r: int) -> None:
+    example = torch.randn(2, 4, 7, 7)
+    settings = hra_fx.HRAConfig(r=r, target_modules=["conv", "fc", "attention", "out_proj"])
+    model = hra_fx.transform(Kinds().eval(), settings, trace=True, example_inputs=example)
+    reflections = [node for node in model.graph.nodes if str(node.target).endswith(".hra_u")]
+    assert len(reflections) == 4 and all(node.meta["val"] is not None for node in reflections)
+    assert_same(Values(model).run(example), model(example))
 
 
 class Reads(Net):
