@@ -130,10 +130,9 @@ def test_a_quantized_base(scheme: str) -> None:
     assert not layer.merged
 
 
-SOME = {name: CONVOLUTIONS[name] for name in ("3x3", "3x5", "dilation", "groups, reflect", "everything")}
 BASES: dict[str, Any] = {"linear": lambda dtype: nn.Linear(10, 6, dtype=dtype)} | {
     name: lambda dtype, kind=kind: nn.Conv2d(**({"in_channels": 4, "out_channels": 6, "dtype": dtype} | kind))
-    for name, kind in SOME.items()
+    for name, kind in CONVOLUTIONS.items()
 }
 
 
