@@ -170,16 +170,6 @@ def test_layers_that_run_again_in_the_backward(reentrant: bool, autocast: bool) 
         assert relative_error(vectors.grad, gradient, floor=1e-3) < (5e-2 if autocast else 1e-9)
 
 
-@both
-def test_factors_are_float32_under_autocast(apply_GS: bool) -> None:
-    model, x = adapted(apply_GS=apply_GS, dtype=F32), X.float()
-    with torch.autocast("cpu", dtype=BF16):
-        found = model(x)
-    assert relative_error(found, wanted(model, X, apply_GS=apply_GS)) < 3e-2
-    found.sum().backward()
-    assert all(vectors.grad is not None and vectors.grad.dtype is F32 for vectors in vectors_of(model))
-
-
 @narrow
 def test_another_dtype_from_now_on() -> None:
     model = adapted(apply_GS=True, dtype=F32)

@@ -221,24 +221,6 @@ def test_bfloat16_and_autocast(case: Case) -> None:
     assert_same(narrow, run_dense(base32.double(), model32, case.x).detach(), rtol=0.03)
 
 
-@arrays
-def test_training_moves_the_vectors_alone(case: Case) -> None:
-    base, model = case.pair(r=2)
-    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.01)
-    frozen = {name: value.clone() for name, value in model.state_dict().items() if ".hra_u." not in name}
-    losses = []
-    for _ in range(15):
-        loss = (model(case.x) - 0.3).pow(2).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0]
-    assert all(torch.equal(value, frozen[name]) for name, value in model.state_dict().items() if name in frozen)
-    assert_same(model(case.x), run_dense(base, model, case.x))
-    assert all(parameter.grad is None for name, parameter in model.named_parameters() if ".hra_u." not in name)
-
-
 @every
 def test_functional_calls(case: Case) -> None:
     """A copy whose tensors are replaced, as `functional_call` does, rotates what it is given."""
