@@ -60,10 +60,9 @@ WHEN: dict[str, Callable[[Case, str, Path], nn.Module]] = {
 #: rounds.
 EVERY = [
     *(("mlp, whole", way) for way in (*OFFLOADS, "two devices")),
-    *(("convolutions", way) for way in ("CPU, for another device", "two devices")),
     ("mlp, Gram-Schmidt", "CPU"),
     *(("llama", way) for way in ("CPU", "device map", "one device")),
-    *((name, "two devices") for name in ("mlp, copies", "attention")),
+    *((name, "two devices") for name in ("mlp, copies", "attention", "convolutions")),
     *((name, "one device") for name in ("llama, checkpointing", "resnet")),
 ]
 MLP = CASES["mlp, whole"]
