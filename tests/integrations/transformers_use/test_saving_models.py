@@ -127,19 +127,6 @@ def test_the_adapter_is_written_whether_it_is_merged_disabled_or_inactive(tmp_pa
             assert (tmp_path / str(number) / name).read_bytes() == (tmp_path / "before" / name).read_bytes()
 
 
-@pairs
-def test_a_folded_model_saves_itself_in_full_again(kind: str, shape: str, tmp_path: Path) -> None:
-    model = stepped(kind, shape, tmp_path)
-    wanted = logits_of(model, kind)
-    folded = hra_fx.fold(model)
-    folded.save_pretrained(tmp_path / "folded")
-    assert FILES.isdisjoint(names_in(tmp_path / "folded"))
-    opened, found = CLASSES[kind].from_pretrained(tmp_path / "folded", output_loading_info=True)
-    assert not found["missing_keys"] and not found["unexpected_keys"]
-    assert type(opened) is type(folded) is CLASSES[kind]
-    assert relative_error(logits_of(opened, kind), wanted) < 1e-5
-
-
 def saved(folder: Path, base: str = "base", **fields: Any) -> Any:
     """A language model over the base model of a folder; its adapter is in "adapter"."""
     llama().save_pretrained(folder / base)

@@ -16,7 +16,6 @@ from integrations.trl_use.runs import (
     base_model,
     logs,
     own_cache,  # noqa: F401
-    redraw,
     tokenizer,
     trainer,
     vectors_of,
@@ -78,25 +77,6 @@ def test_sft(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     _, fast = trained_alike(kind, "SFT", tmp_path, "mean_token_accuracy", **options)
     layer = fast.model.get_submodule(("" if kind == OURS else "base_model.model.") + "model.layers.0.mlp.down_proj")
     assert type(layer) is not HRALinear
-
-
-@pytest.mark.parametrize(
-    ("kind", "method", "options"),
-    [
-        (FAST, "SFT", {}),
-        pytest.param(OURS, "DPO", {"precompute_ref_log_probs": True}, marks=pytest.mark.slow),
-    ],
-    ids=["SFT, accelerated", "DPO, transformed"],
-)
-def test_training_resumes(kind: str, method: str, options: dict[str, Any], tmp_path: Path) -> None:
-    whole = trainer(kind, method, tmp_path, steps=4, save_steps=2, **options)
-    whole.train()
-    again = trainer(kind, method, tmp_path, steps=4, save_steps=2, **options)
-    redraw(again.model)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert_close(logs(again, "loss"), logs(whole, "loss"))
-    for name, vectors in vectors_of(again.model).items():
-        assert torch.equal(vectors, vectors_of(whole.model)[name]), name
 
 
 @pytest.mark.parametrize("kind", [pytest.param(FAST, marks=pytest.mark.slow), OURS])
