@@ -19,6 +19,9 @@ from torch.export import Dim
 
 import hra_fx
 
+# They take long to compile a program, and tests/export/test_training_step.py compares what is in it.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # messages about their own code
+
 STEPS, LR = 4, 0.5
 
 
@@ -27,8 +30,6 @@ def base() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
 
 
-# Messages of these packages about their own code.
-@pytest.mark.filterwarnings("ignore")
 def test_executorch_trains_the_vectors_and_peft_loads_them(tmp_path: Path) -> None:
     from executorch.exir import to_edge
     from executorch.extension.training import _load_for_executorch_for_training_from_buffer, get_sgd_optimizer
@@ -60,8 +61,6 @@ def test_executorch_trains_the_vectors_and_peft_loads_them(tmp_path: Path) -> No
     assert_same(peft.PeftModel.from_pretrained(base(), tmp_path)(x), eager(x), rtol=1e-4)
 
 
-@pytest.mark.slow  # it compiles C++; tests/export/test_training_step.py has its gradients
-@pytest.mark.filterwarnings("ignore")
 def test_a_package_of_aotinductor_trains_the_parameters_of_the_model(tmp_path: Path) -> None:
     model = adapted(nn.Sequential(nn.Linear(6, 4)), "0", r=2)
     x, labels = torch.randn(5, 6), torch.tensor([0, 1, 2, 3, 0])
