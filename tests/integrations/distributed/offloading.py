@@ -63,7 +63,7 @@ EVERY = [
     ("mlp, Gram-Schmidt", "CPU"),
     *(("llama", way) for way in ("CPU", "device map", "one device")),
     *((name, "two devices") for name in ("mlp, copies", "attention", "convolutions")),
-    *((name, "one device") for name in ("llama, checkpointing", "resnet")),
+    *((name, "one device") for name in ("llama, checkpointing",)),
 ]
 MLP = CASES["mlp, whole"]
 COPIES = CASES["mlp, copies"]
