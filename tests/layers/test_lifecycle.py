@@ -29,8 +29,6 @@ def marked(name: str, *values: Any) -> Any:
 
 _EXPERTS = pytest.mark.needs("transformers>=5.6")
 every = pytest.mark.parametrize("case", [*map(marked, CASES)])
-ARRAYS = {name: case for name, case in CASES.items() if isinstance(case.x, Tensor)}
-arrays = pytest.mark.parametrize("case", ARRAYS.values(), ids=ARRAYS)
 SORTS: list[dict[str, Any]] = [{"r": 2}, {"r": 3}, {"r": 2, "apply_GS": True}]
 sorts = pytest.mark.parametrize(("case", "fields"), [*map(marked, CASES, cycle(SORTS))])
 
@@ -199,7 +197,7 @@ def test_scale(case: Case) -> None:
     assert_same(case.run(model), full)
 
 
-@arrays
+@pytest.mark.parametrize("case", [marked(name) for name, case in CASES.items() if isinstance(case.x, Tensor)])
 def test_bfloat16_and_autocast(case: Case) -> None:
     base, model = case.pair(dtype=torch.bfloat16, r=4)
     assert all(vectors.dtype == torch.float32 for vectors in vectors_of(model).values())
