@@ -128,6 +128,8 @@ def test_a_unet_alone(tmp_path: Path) -> None:
     alone.unet.load_lora_adapter(tmp_path, prefix="unet", use_safetensors=True)
     assert change_error(image(fresh), image(pipe), base) < 1e-5
     assert torch.equal(image(alone), image(fresh))
+    hra_fx.save_as_lora(pipe.unet, tmp_path, dtype="bfloat16")
+    assert {tensor.dtype for tensor in stored(tmp_path)[0].values()} == {torch.bfloat16}
 
 
 def test_a_text_encoder_alone_is_a_model_of_transformers(tmp_path: Path) -> None:

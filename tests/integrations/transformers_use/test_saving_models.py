@@ -80,6 +80,7 @@ def test_transformers_opens_the_folder_over_the_base_that_it_names(
     loaded.load_adapter(str(tmp_path / "adapter"))  # of transformers, which calls PEFT
     assert relative_error(logits_of(loaded, kind), logits_of(model, kind)) < 1e-5
     ours = hra_fx.from_peft(loaded)
+    assert ours is loaded and not ours._hf_peft_config_loaded
     assert relative_error(logits_of(ours, kind), logits_of(model, kind)) < 1e-5
     assert relative_error(logits_of(plain, kind), logits_of(model, kind)) > 1e-2
 
