@@ -45,7 +45,7 @@ def _scores(records: Sequence[Record], task: str, method: str) -> dict[float, di
         if record.r == usual:
             found.setdefault(record.lr, {}).setdefault(record.seed, []).append(record.validation)
     return {
-        lr: {seed: statistics.mean(scores) for seed, scores in seeds.items()} for lr, seeds in sorted(found.items())
+        lr: {seed: statistics.fmean(scores) for seed, scores in seeds.items()} for lr, seeds in sorted(found.items())
     }
 
 

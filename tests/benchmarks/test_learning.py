@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,12 @@ from torch import nn
 ALIKE = ("language", "language-long", "language-4-bit", "newsgroups-5000", "digits")
 
 
-@pytest.mark.parametrize("task", [name for name in TASK_NAMES if name not in ALIKE])
+def marked(names: Iterable[str]) -> list[Any]:
+    """Tasks; for those of SmolLM2, even its configuration takes ten seconds to read."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("language")) for name in names]
+
+
+@pytest.mark.parametrize("task", marked(name for name in TASK_NAMES if name not in ALIKE))
 def test_a_tiny_run_of_each_task(task: str) -> None:
     record = run(task, "hra-pairs", 0, 1e-2, test=True, tiny=True)
     assert (record.task, record.method, record.seed, record.lr) == (task, "hra-pairs", 0, 1e-2)
@@ -56,8 +62,9 @@ def targets_and_shapes(task: type[Task]) -> list[tuple[int, int]]:
     return layer_shapes(task(0, tiny=True).model(), task.targets)
 
 
-@pytest.mark.parametrize("task", [TASKS[name] for name in TASK_NAMES])
-def test_lora_and_hra_have_as_many_parameters(task: type[Task]) -> None:
+@pytest.mark.parametrize("name", marked(TASK_NAMES))
+def test_lora_and_hra_have_as_many_parameters(name: str) -> None:
+    task = TASKS[name]
     shapes = targets_and_shapes(task)
     lora = task.lora_rank * sum(out + width for out, width in shapes)
     hra = reflections(shapes, task.lora_rank) * sum(width for _, width in shapes)

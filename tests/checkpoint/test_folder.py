@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -42,15 +42,6 @@ def saved(folder: Path, seed: int = 0) -> Path:
 def refused(source: Any, subfolder: str | None = None, **hub: Any) -> str:
     with pytest.raises(CheckpointError) as caught:
         find(source, subfolder, **hub)
-    return str(caught.value)
-
-
-def unwritten(folder: Path, tensors: Mapping[str, Tensor], config: str = CONFIG) -> str:
-    """The message of a refusal to write, after a look that the folder is as it was."""
-    before = picture(folder)
-    with pytest.raises(CheckpointError) as caught:
-        write(folder, config, tensors, {})
-    assert picture(folder) == before
     return str(caught.value)
 
 
@@ -216,24 +207,6 @@ def test_what_is_written_is_read_by_safetensors(tmp_path: Path) -> None:
     assert (folder / CONFIG_NAME).read_text(encoding="utf-8") == CONFIG
 
 
-@pytest.mark.parametrize(
-    ("tensor", "reason"),
-    [
-        (
-            torch.tensor([1.0, float("nan"), float("inf")]),
-            "'bad' has 2 of 3 values that are infinite or NaN. Nothing was written. Save a state from before the "
-            "training diverged.",
-        ),
-        (torch.empty(3, device="meta"), "'bad' is on the meta device and has no values. Load the model first."),
-    ],
-)
-def test_a_tensor_that_cannot_be_saved_leaves_the_folder_as_it_was(tmp_path: Path, tensor: Tensor, reason: str) -> None:
-    tensors = {KEY: normal(6, 4), "bad": tensor}
-    for folder in (saved(tmp_path), tmp_path / "new"):
-        message = unwritten(folder, tensors, HRAConfig(r=4).to_json_string())
-        assert message.startswith(f"{folder / WEIGHTS_NAME}: {reason}")
-
-
 @pytest.mark.parametrize("umask", [0o022, 0o077])
 def test_permissions_are_those_of_any_new_file(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
@@ -257,10 +230,11 @@ def test_a_file_in_place_of_the_folder_or_above_it_is_refused(tmp_path: Path) ->
 
 
 def test_a_full_disk_leaves_the_old_adapter(tmp_path: Path) -> None:
-    saved(tmp_path)
-    with files_of_at_most(20_000):
-        message = unwritten(tmp_path, {KEY: torch.ones(100, 100)}, CONFIG + " ")
-    assert message.startswith(f"{tmp_path}: cannot write the adapter ([Errno 27] File too large)")
+    before = picture(saved(tmp_path))
+    message = rf"^{tmp_path}: cannot write the adapter \(\[Errno 27\] File too large\)"
+    with files_of_at_most(20_000), pytest.raises(CheckpointError, match=message):
+        write(tmp_path, CONFIG + " ", {KEY: torch.ones(100, 100)}, {})
+    assert picture(tmp_path) == before
 
 
 def test_the_same_adapter_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -55,39 +55,20 @@ factors = pytest.mark.parametrize("factor_of", [compact_wy, wy_of_products], ids
 def test_compact_wy_is_the_product_of_reflections(
     factor_of: Function, d: int, r: int, seed: int, data: st.DataObject
 ) -> None:
-    """For vectors of any lengths; with the parity of the rank; and the reversed chain is the inverse."""
-    chain = normal(seed, d, r)
-    scales = torch.tensor([2.0**e for e in data.draw(st.lists(st.integers(-60, 60), min_size=r, max_size=r))]).double()
-    q = explicit(chain * scales, factor_of)
-    assert relative_error(q, dense_product(chain)) < 1e-10
+    """For vectors of any lengths, also zero; with its parity and gradient; and the reversed chain is the inverse."""
+    exponents = data.draw(st.lists(st.integers(-60, 60) | st.none(), min_size=r, max_size=r))
+    scales = torch.tensor([0.0 if e is None else 2.0**e for e in exponents]).double()
+    chain = (normal(seed, d, r) * scales).requires_grad_()
+    q, wanted = explicit(chain, factor_of), dense_product(chain)
+    assert relative_error(q, wanted) < 1e-10
     assert torch.equal(factor_of(chain), factor_of(chain).triu())
     assert orthogonality(q) < 1e-10
-    assert float(torch.linalg.det(q)) == pytest.approx((-1) ** r, abs=1e-9)
+    assert float(torch.linalg.det(q.detach())) == pytest.approx((-1) ** int(scales.count_nonzero()), abs=1e-9)
     assert relative_error(explicit(chain.flip(1), factor_of), q.mT) < 1e-10
-
-
-@factors
-@pytest.mark.parametrize("r", [1, 2, 33])
-@pytest.mark.parametrize("dtype", [F32, F64])
-def test_compact_wy_gradient(factor_of: Function, r: int, dtype: torch.dtype) -> None:
-    chain = normal(3, 12, r, dtype=dtype).requires_grad_()
-    upstream = normal(4, 12, 12)
-    wanted = torch.autograd.grad((dense_product(chain) * upstream).sum(), chain)[0]
-    got = torch.autograd.grad((explicit(chain, factor_of) * upstream).sum(), chain)[0]
-    assert got.dtype == dtype
-    assert relative_error(got, wanted) < (1e-11 if dtype == F64 else 1e-5)
-
-
-@factors
-@pytest.mark.parametrize("zeros", [[0], [2], [0, 1, 2, 3, 4]])
-def test_a_zero_column_is_the_identity_and_its_gradient_is_finite(factor_of: Function, zeros: list[int]) -> None:
-    chain = normal(7, 9, 5)
-    chain[:, zeros] = 0
-    rest = chain[:, [column for column in range(5) if column not in zeros]]
-    chain.requires_grad_()
-    q = explicit(chain, factor_of)
-    assert relative_error(q, dense_product(rest)) < 1e-12
-    assert bool(torch.isfinite(torch.autograd.grad((q * normal(8, 9, 9)).sum(), chain)[0]).all())
+    got, oracle = (torch.autograd.grad(one, chain, normal(seed + 1, d, d))[0] for one in (q, wanted))
+    assert bool(got.isfinite().all())
+    # In one dimension Q does not depend on the vectors.
+    assert relative_error(got * scales, oracle * scales, floor=1e-1) < 1e-9
 
 
 @factors

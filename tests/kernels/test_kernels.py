@@ -167,24 +167,6 @@ def test_the_same_bits_with_and_without_gradients(name: str, dtype: torch.dtype)
         assert torch.equal(model.requires_grad_(False)(x), trained)
 
 
-@layers
-@pytest.mark.parametrize("autocast", [False, True])
-def test_bfloat16(name: str, autocast: bool) -> None:
-    model, x = frozen(name, BF16)
-    vectors = model[0].hra_u["default"]
-    x.requires_grad_()
-    with torch.autocast("cpu", dtype=BF16, enabled=autocast):
-        output = model(x)
-    wanted = oracle(model, x)
-    assert output.dtype == BF16
-    assert relative_error(output, wanted) < 6e-3
-    upstream = normal(2, *output.shape, dtype=BF16)
-    found = torch.autograd.grad(output, (x, vectors), upstream)
-    assert [gradient.dtype for gradient in found] == [BF16, F32]
-    for one, other in zip(found, torch.autograd.grad(wanted, (x, vectors), upstream.double()), strict=True):
-        assert relative_error(one, other) < 6e-3
-
-
 @pytest.mark.parametrize("with_gradient", [False, True])
 def test_the_memory_format_of_the_output_is_that_of_the_layer(with_gradient: bool) -> None:
     model, x = frozen("Conv2d")

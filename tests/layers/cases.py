@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from adapting import config
 from layers.checking import normal, pair, run_dense
 from model.many import bert, ids, llama, net
+from moe_models import TARGETS, built, call_of
 from torch import Tensor, nn
 from transformers import AlbertConfig, AlbertForMaskedLM
 from transformers.pytorch_utils import Conv1D
+
+import hra_fx
 
 
 class Reading(nn.Module):
@@ -126,6 +131,7 @@ class Case:
         x: its input, or its keyword arguments.
         others: the layers of a second adapter; those of the first by default.
         sites: the paths of the adapted layers, where a layer has several.
+        parameters: the parameters of experts in both adapters.
     """
 
     make: Callable[[], nn.Module]
@@ -133,10 +139,16 @@ class Case:
     x: Any
     others: tuple[str, ...] = ()
     sites: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+
+    def config(self, *targets: str, **fields: Any) -> hra_fx.HRAConfig:
+        """A configuration for the layers of the adapter, or for others."""
+        named = list(targets or self.targets) or None
+        return config(**{"target_modules": named, "target_parameters": self.parameters, **fields})
 
     def pair(self, **fields: Any) -> tuple[Any, Any]:
         """The base model, and an adapted copy with random vectors."""
-        return pair(self.make, self.targets, **fields)
+        return pair(self.make, self.targets, **{"target_parameters": self.parameters, **fields})
 
     def run(self, model: nn.Module) -> Any:
         return model(**self.x) if isinstance(self.x, dict) else model(self.x)
@@ -179,4 +191,14 @@ CASES = {
     "llama": Case(llama, ("q_proj", "gate_proj"), ids(), others=("gate_proj", "down_proj", "lm_head")),
     "bert": Case(bert, ("query", "classifier"), ids(), others=("value", "query", "pooler.dense")),
     **SHARED,
+    **{
+        name: Case(
+            partial(built, name, implementation="eager"),
+            (),
+            call_of(name),
+            others=("q_proj",),
+            parameters=tuple(TARGETS),
+        )
+        for name in ("qwen3_moe", "llama4")  # both layouts of experts
+    },
 }

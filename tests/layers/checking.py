@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from adapting import randomise
+from moe_models import dense_experts, is_transposed
 from one_layer import F64, normal
 from oracles import dense_q
 from torch import Tensor, nn
@@ -59,7 +60,14 @@ def dense_weights(base: nn.Module, model: nn.Module, adapters: Sequence[str] = (
     """Name of a weight -> `W Q_a Q_b ...` for every site of `model`, from the weights of `base`."""
     found: dict[str, Tensor] = {}
     for adapter in adapters:
-        for path in vectors_of(model, adapter):
+        for path, vectors in vectors_of(model, adapter).items():
+            owner, _, last = path.rpartition(".")
+            if last.startswith("hra_"):  # stands for a parameter of experts
+                name, box = f"{owner}.{last.removeprefix('hra_')}", model.get_submodule(f"{path}.hra_u")
+                fields = {"anchor": box.anchor(adapter), "apply_GS": box.specs[adapter].apply_GS}
+                weight = found.get(name, base.get_parameter(name).detach())
+                found[name] = dense_experts(weight, vectors, is_transposed(base, name), **fields)
+                continue
             layer = base.get_submodule(path)
             name = "in_proj_weight" if isinstance(layer, nn.MultiheadAttention) else "weight"
             weight = found.get(f"{path}.{name}", layer._parameters[name].detach())

@@ -54,7 +54,6 @@ def wanted(model: Any, x: Tensor, *, apply_GS: bool = False) -> Tensor:
     return x
 
 
-both = pytest.mark.parametrize("apply_GS", [False, True])
 narrow = pytest.mark.filterwarnings("ignore:.*its trained vectors are torch.bfloat16:hra_fx.HRAWarning")
 
 
@@ -65,13 +64,6 @@ def assert_right(model: Any, found: Tensor, x: Tensor = X, *, apply_GS: bool = F
     pairs = zip(*(torch.autograd.grad(one.square().sum(), vectors_of(model)) for one in (found, sought)), strict=True)
     for one, other in pairs:
         assert relative_error(one, other, floor=1e-3) < 1e-9
-
-
-@both
-def test_a_layer_that_is_called_alone_computes_its_own(apply_GS: bool) -> None:
-    model = adapted(apply_GS=apply_GS)
-    output = model.three(torch.tanh(model.two(torch.tanh(model.one(X)))))
-    assert_right(model, output, apply_GS=apply_GS)
 
 
 def test_layers_that_the_loss_does_not_reach_get_no_gradient() -> None:
@@ -168,16 +160,6 @@ def test_layers_that_run_again_in_the_backward(reentrant: bool, autocast: bool) 
     sought = torch.autograd.grad(wanted(model, x.double(), apply_GS=True).square().sum(), vectors_of(model))
     for vectors, gradient in zip(vectors_of(model), sought, strict=True):
         assert relative_error(vectors.grad, gradient, floor=1e-3) < (5e-2 if autocast else 1e-9)
-
-
-@both
-def test_factors_are_float32_under_autocast(apply_GS: bool) -> None:
-    model, x = adapted(apply_GS=apply_GS, dtype=F32), X.float()
-    with torch.autocast("cpu", dtype=BF16):
-        found = model(x)
-    assert relative_error(found, wanted(model, X, apply_GS=apply_GS)) < 3e-2
-    found.sum().backward()
-    assert all(vectors.grad is not None and vectors.grad.dtype is F32 for vectors in vectors_of(model))
 
 
 @narrow

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from one_layer import (
     BF16,
     CONVOLUTIONS,
@@ -21,8 +20,8 @@ from one_layer import (
     run_layer,
     run_oracle,
 )
-from oracles import dense_q, relative_error
-from torch import Tensor, nn
+from oracles import relative_error
+from torch import nn
 
 from hra_fx import HRAConfig, transform
 
@@ -32,54 +31,37 @@ seeds = st.integers(0, 2**31 - 1)
 
 # Linear
 
-
-@pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 3), (2, 3, 4), (2, 0, 4), (1, 1, 1, 1), "strided"])
-def test_linear_on_an_input_of_every_shape(shape: tuple[int, ...] | str) -> None:
-    base = nn.Linear(7, 12, dtype=F64)
-    x = normal(1, 7, 6).mT if isinstance(shape, str) else normal(1, *shape, 7)
-    check(base, adapted(base, 3), x, apply_GS=False, bound=1e-9)
+SHAPES = [(5,), (), (1,), (0,), (2, 3), (2, 3, 4), (2, 0, 4), (1, 1, 1, 1)]
 
 
 @quick
-@given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 33), st.booleans(), st.booleans(), st.booleans(), seeds)
-def test_any_linear(d: int, out: int, r: int, apply_GS: bool, bias: bool, init_weights: bool, seed: int) -> None:
+@given(
+    st.integers(1, 20),
+    st.integers(1, 20),
+    st.integers(1, 33),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(SHAPES),
+    seeds,
+)
+def test_any_linear(
+    d: int, out: int, r: int, apply_GS: bool, bias: bool, init_weights: bool, shape: tuple[int, ...], seed: int
+) -> None:
     r = min(r, d) if apply_GS else r
     base = nn.Linear(d, out, bias=bias, dtype=F64)
     model = adapted(base, r, apply_GS=apply_GS, init_weights=init_weights, seed=seed)
     assert (model[0].hra_u.anchor("default") is not None) == (init_weights and (r % 2 == 1 or apply_GS))
     # In one dimension Q = (-1)^r, whatever the vectors: their gradient is zero, hence the floor.
-    check(base, model, normal(seed, 5, d), apply_GS=apply_GS, bound=1e-9, floor=1.0)
+    check(base, model, normal(seed, *shape, d), apply_GS=apply_GS, bound=1e-9, floor=1.0)
 
 
-# Conv2d
+def test_linear_on_a_strided_input() -> None:
+    base = nn.Linear(7, 12, dtype=F64)
+    check(base, adapted(base, 3), normal(1, 7, 6).mT, apply_GS=False, bound=1e-9)
 
 
-def convolution(name: str, dtype: torch.dtype = F64) -> nn.Conv2d:
-    return nn.Conv2d(**{"in_channels": 4, "out_channels": 6, "dtype": dtype, **CONVOLUTIONS[name]})
-
-
-BATCH, FEW, ONE, NONE = (2, 4, 9, 11), (1, 4, 6, 7), (4, 9, 11), (0, 4, 9, 11)
-#: A batch, one with few patches, one image, and an empty batch, where torch's layer takes it.
-INPUTS = [
-    *((name, BATCH) for name in CONVOLUTIONS),
-    *((name, FEW) for name in CONVOLUTIONS),
-    *((name, ONE) for name in ("3x3", "same, even kernel", "reflect", "groups")),
-    *((name, NONE) for name in ("3x3", "groups", "same")),
-]
-
-
-# torch says so, once, for the base layer too.
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-@pytest.mark.parametrize(("name", "shape"), INPUTS)
-def test_conv2d_of_every_kind(name: str, shape: tuple[int, ...]) -> None:
-    base = convolution(name)
-    apply_GS = list(CONVOLUTIONS).index(name) % 2 == 0
-    r = min(6 if shape is FEW else 3, base.weight[0].numel())
-    # With as many orthonormal vectors as dimensions Q = -I, and their gradient is zero.
-    floor = float(apply_GS and r == base.weight[0].numel())
-    model = adapted(base, r, apply_GS=apply_GS)
-    check(base, model, normal(1, *shape), apply_GS=apply_GS, bound=1e-9, floor=floor)
-
+# Convolutions
 
 CONVOLVED: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -97,7 +79,7 @@ def convolutions(draw: st.DrawFn) -> tuple[Any, int]:
     layer = CONVOLVED[axes](
         groups * draw(st.integers(1, 2)),
         groups * draw(st.integers(1, 2)),
-        each(1, 2, 3),
+        each(1, 2, 3, 4),
         stride=stride,
         dilation=each(1, 2, 3) if axes < 3 else each(1, 2),
         groups=groups,
@@ -110,15 +92,16 @@ def convolutions(draw: st.DrawFn) -> tuple[Any, int]:
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-@settings(quick, max_examples=100)
-@given(convolutions(), st.integers(1, 33), st.booleans(), st.booleans(), st.booleans(), seeds)
+@settings(quick, max_examples=150)
+@given(convolutions(), st.integers(1, 33), st.booleans(), st.booleans(), st.sampled_from([(2,), (), (1,), (0,)]), seeds)
 def test_any_convolution(
-    drawn: tuple[Any, int], r: int, apply_GS: bool, init_weights: bool, batched: bool, seed: int
+    drawn: tuple[Any, int], r: int, apply_GS: bool, init_weights: bool, batch: tuple[int, ...], seed: int
 ) -> None:
     base, axes = drawn
+    assume(0 not in batch or base.padding_mode == "zeros")  # which torch itself refuses
     r = min(r, base.weight[0].numel()) if apply_GS else r
     model = adapted(base, r, apply_GS=apply_GS, init_weights=init_weights, seed=seed)
-    x = normal(seed, *(2,) * batched, base.in_channels, *(9, 7, 8)[:axes])
+    x = normal(seed, *batch, base.in_channels, *(10, 11, 12)[:axes])
     check(base, model, x, apply_GS=apply_GS, bound=1e-9, floor=1.0)
 
 
@@ -141,8 +124,7 @@ def test_linear_in_narrow_dtypes(r: int, apply_GS: bool, dtype: torch.dtype, bou
 @pytest.mark.parametrize("name", ["3x5", "reflect", "groups"])
 def test_conv2d_in_narrow_dtypes(name: str, dtype: torch.dtype, bound: float) -> None:
     # As wide as the small layers of real models: with a handful of values, the rounding of one or two decides.
-    wide = {"in_channels": 16, "out_channels": 24, **CONVOLUTIONS[name]}
-    base = nn.Conv2d(**wide, dtype=dtype)
+    base = nn.Conv2d(**{"in_channels": 16, "out_channels": 24, **CONVOLUTIONS[name]}, dtype=dtype)
     x = normal(1, 2, base.in_channels, 9, 11, dtype=dtype)
     check(base, adapted(base, 3), x, apply_GS=False, bound=bound)
 
@@ -179,43 +161,3 @@ def test_the_start_is_the_base_layer(r: int, apply_GS: bool, dtype: torch.dtype,
     x = normal(1, 8, 384).to(dtype)
     wanted = copy.deepcopy(base).double()(x.double())
     assert relative_error(adapt(base, r, apply_GS=apply_GS)(x), wanted) < bound
-
-
-@pytest.mark.parametrize(
-    ("kind", "r", "apply_GS", "init_weights"),
-    [
-        (kind, r, apply_GS, (kind == "conv") ^ apply_GS)
-        for kind, r, apply_GS in itertools.product(["linear", "conv"], [1, 2, 3, 33], [False, True])
-    ],
-)
-def test_twenty_steps_keep_the_matrix_orthogonal(kind: str, r: int, apply_GS: bool, init_weights: bool) -> None:
-    base: Layer = nn.Linear(36, 36, dtype=F64) if kind == "linear" else nn.Conv2d(4, 36, 3, dtype=F64)
-    inputs = normal(1, 30, *((36,) if kind == "linear" else (4, 3, 3)))
-    model = adapt(base, r, apply_GS=apply_GS, init_weights=init_weights)
-    layer = model[0]
-    vectors, frozen = layer.hra_u["default"], layer.hra_u.anchor("default")
-    kept = None if frozen is None else frozen.clone()
-    target, optimizer = normal(2, 30, 36), torch.optim.SGD([vectors], lr=0.5)
-    losses = [step(model, optimizer, inputs, target) for _ in range(20)]
-    assert losses[-1] < losses[0]
-    assert kept is None or torch.equal(layer.hra_u.anchor("default"), kept)
-
-    eye = torch.eye(36, dtype=F64)
-    dense = dense_q(vectors.detach(), apply_GS=apply_GS, anchor=kept)
-    # The layer itself, at the weight I without bias, over the rows of I: its output is Q^T.
-    with torch.no_grad():
-        layer.hra_base.copy_(eye.view_as(layer.hra_base))
-        layer.bias.zero_()
-        applied = model(eye.view(36, *inputs.shape[1:])).flatten(1).mT
-    for q in (dense, applied):
-        assert float((q.mT @ q - eye).norm()) < 1e-9
-    assert relative_error(applied, dense) < 1e-9
-    assert float((dense - eye).norm()) > 1e-3
-
-
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor) -> float:
-    optimizer.zero_grad()
-    loss = (model(x).flatten(1) - target).square().mean()
-    loss.backward()
-    optimizer.step()
-    return float(loss.detach())

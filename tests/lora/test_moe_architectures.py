@@ -114,16 +114,6 @@ def test_in_memory_and_on_disk(kind: str, tmp_path: Path) -> None:
     check(base, tmp_path / "converted", wanted)
 
 
-@pytest.mark.parametrize(
-    ("kind", "fields"), [("qwen3_moe", {"r": 3, "target_modules": ["q_proj"]}), ("gpt_oss", {"apply_GS": True})]
-)
-def test_other_configurations(kind: str, fields: dict[str, Any], tmp_path: Path) -> None:
-    base = made(kind)
-    model = adapted(base, **fields)
-    hra_fx.save_as_lora(model, tmp_path)
-    check(base, tmp_path, outputs(model))
-
-
 def test_one_of_the_parameters_and_a_smaller_rank(tmp_path: Path) -> None:
     base = made("qwen3_moe")
     model = adapted(base, r=4, target_modules=None, target_parameters=["experts.down_proj"])

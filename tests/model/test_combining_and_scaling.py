@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from model.many import (
@@ -15,8 +14,6 @@ from model.many import (
     adapted,
     assert_close,
     config,
-    ids,
-    llama,
     moved,
     net,
     normal,
@@ -143,17 +140,6 @@ def test_the_product_is_on_exactly_the_layers_of_its_parts_also_in_a_file(
     again = hra_fx.load_adapter(Alike(), tmp_path)
     assert layers_of(again, "default") == layers
     assert_close(run(again, x), run(model, x), 1e-14)
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_peft_opens_it_with_the_same_outputs(tmp_path: Path) -> None:
-    left, right = config("q_proj", "gate_proj", r=3), config("gate_proj", "down_proj", r=2, apply_GS=True)
-    plain, model = adapted(llama().float(), a=left, b=right)
-    hra_fx.combine(model, ["a", "b"], "ab")
-    hra_fx.save_adapter(model, tmp_path, "ab")
-    theirs = peft.PeftModel.from_pretrained(plain, tmp_path).eval()
-    hra_fx.set_adapter(model, "ab")
-    assert_close(run(theirs, ids()), run(model, ids()).detach(), 1e-5)
 
 
 # ---- `set_scale`: the geodesic from the base model to the adapter, orthogonal at every step ----

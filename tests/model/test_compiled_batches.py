@@ -35,14 +35,15 @@ def llama(layers: int = 2) -> Any:
 class Recorder:
     """A backend of `torch.compile` that notes, for each graph, how many layers each batch of factors in it has."""
 
-    def __init__(self) -> None:
+    def __init__(self, then: str = "aot_eager") -> None:
         self.batches: list[list[int]] = []
+        self.then = lookup_backend(then)
 
     def __call__(self, graph: fx.GraphModule, inputs: Any) -> Any:
         nodes = [node for part in graph.modules() if isinstance(part, fx.GraphModule) for node in part.graph.nodes]
         found = [node for node in nodes if node.target is torch.ops.hra_fx.batched_factors.default]
         self.batches.append([len(list(node.args[0])) // (1 + sum(node.args[2])) for node in found])
-        return lookup_backend("aot_eager")(graph, inputs)
+        return self.then(graph, inputs)
 
 
 @pytest.fixture
@@ -130,7 +131,8 @@ class Activated(Switched):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # TorchDynamo's own look at it
 @pytest.mark.parametrize("make", [Broken, Activated])
-def test_a_graph_break_and_a_write_in_place_cost_no_correctness(seen: Recorder, make: type[nn.Module]) -> None:
+def test_a_graph_break_and_a_write_in_place_cost_no_correctness(make: type[nn.Module]) -> None:
+    seen = Recorder("eager")
     model, x = adapted(make(), "q", "k", r=2), normal(1, 3, 6)
     with torch.no_grad():
         found = torch.compile(model, backend=seen)(x)
@@ -188,7 +190,8 @@ class Blocks(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # TorchDynamo's own look at it
-def test_blocks_that_are_compiled_one_by_one_share_a_graph(seen: Recorder) -> None:
+def test_blocks_that_are_compiled_one_by_one_share_a_graph() -> None:
+    seen = Recorder("eager")
     model = adapted(Blocks(), r=4, target_modules=r"blocks\.\d\.0")
     x = normal(1, 3, 6)
     wanted = model(x)

@@ -12,6 +12,7 @@ from typing import Any
 
 import peft
 import torch
+from adapting import randomise as randomise_vectors
 from oracles import relative_error
 from torch import Tensor, nn
 
@@ -103,6 +104,34 @@ def pair(first: dict[str, Any], second: dict[str, Any] | None = None) -> tuple[A
             theirs.add_adapter("other", peft.HRAConfig(**copy.deepcopy(second)))
         ours.add_adapter("other", hra_fx.HRAConfig(**second))
     return theirs, ours
+
+
+#: What PEFT adapts in `net`, in models that hra_fx takes over or reads.
+CASES: dict[str, dict[str, Any]] = {
+    "linear and convolution": {"r": 4, "target_modules": ["query", "value", "conv"]},
+    "odd rank, regex": {"r": 3, "target_modules": r".*\.(query|out)"},
+    "Gram-Schmidt, convolution": {"r": 2, "target_modules": ["conv", "out"], "apply_GS": True},
+    "all-linear, some layers": {"r": 2, "target_modules": "all-linear", "exclude_modules": ["head.0"]},
+    "trained modules": {"r": 2, "target_modules": ["query"], "modules_to_save": ["head", "classifier"]},
+    "all biases": {"r": 2, "target_modules": ["query", "out"], "bias": "all"},
+}
+
+
+def randomised_by_peft(case: str = "linear and convolution") -> Any:
+    """PEFT's model in float64 at random values."""
+    model = by_peft(net(F64), **CASES[case])
+    randomise(model)
+    return model
+
+
+def with_two_by_peft() -> Any:
+    """The same with a second adapter, which is active, while the first one is frozen."""
+    model = randomised_by_peft()
+    with peft_warnings_ignored():
+        model.add_adapter("other", peft.HRAConfig(r=3, target_modules=["query", "out"], init_weights=False))
+    randomise_vectors(model, "other")
+    model.set_adapter("other")
+    return model
 
 
 def opened_by_peft(base: nn.Module, folder: Path, adapter_name: str = "default", **options: Any) -> Any:

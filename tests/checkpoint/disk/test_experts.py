@@ -61,17 +61,6 @@ def test_the_loaded_experts_are_the_dense_products(name: str, tmp_path: Path) ->
             assert torch.equal(tensor, before[key]), key
 
 
-def test_gram_schmidt_and_several_adapters(tmp_path: Path) -> None:
-    model: Any = built("mixtral", torch.float32)
-    base = made.base_of(model, tmp_path / "base", torch.float32)
-    first = adapter_of(model, tmp_path / "first", apply_GS=True)
-    second = made.adapter_of(model, tmp_path / "second", target_parameters=TARGETS[1:], target_modules=None, seed=5)
-    hra_fx.fold_checkpoint(base, [first, second], tmp_path / "out", verify=True)
-    memory = made.folded_in_memory(type(model).from_pretrained(base), tmp_path / "memory", first, second)
-    for key, tensor in made.tensors(memory).items():
-        torch.testing.assert_close(made.tensors(tmp_path / "out")[key], tensor)
-
-
 def test_unfold_restores_the_experts(tmp_path: Path) -> None:
     model: Any = built("qwen3_moe")
     base = made.base_of(model, tmp_path / "base", torch.float64)
@@ -222,12 +211,3 @@ def test_a_trained_router_that_has_another_name_in_files(tmp_path: Path) -> None
     routers = [f"model.layers.{i}.block_sparse_moe.gate.weight" for i in range(2)]
     assert set(routers) <= set(report.given)
     assert not any(torch.equal(out[key], made.tensors(base)[key]) for key in routers)
-
-
-def test_experts_that_are_trained_in_full(tmp_path: Path) -> None:
-    model: Any = built("mixtral", torch.float32)
-    made.base_of(model, tmp_path / "base", torch.float32)
-    made.adapter_of(model, tmp_path / "adapter", "o_proj", modules_to_save=["experts"])
-    assert refused(tmp_path).startswith(
-        f"{FILE}: the adapter changes model.layers.0.mlp.experts.down_proj, which is not in {BASE}."
-    )

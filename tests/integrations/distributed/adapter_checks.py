@@ -210,9 +210,12 @@ PAIRS = [
 ]
 #: The module that stands for a parameter of the experts has none to shard, so that it is no layer of its own.
 AS_LORA = [
-    (name, way)
-    for name in ("mlp, whole", "mlp, copies", "mlp, Gram-Schmidt", "resnet", "experts")
-    for way in ("FSDP2, whole", "FSDP2, parts" if name == "experts" else "FSDP2, every layer")
+    ("resnet", "FSDP2, every layer"),
+    *(
+        (name, way)
+        for name in ("mlp, whole", "mlp, copies", "mlp, Gram-Schmidt", "experts")
+        for way in ("FSDP2, whole", "FSDP2, parts" if name == "experts" else "FSDP2, every layer")
+    ),
 ]
 
 

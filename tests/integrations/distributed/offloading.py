@@ -60,11 +60,10 @@ WHEN: dict[str, Callable[[Case, str, Path], nn.Module]] = {
 #: rounds.
 EVERY = [
     *(("mlp, whole", way) for way in (*OFFLOADS, "two devices")),
-    *(("convolutions", way) for way in ("CPU, for another device", "two devices")),
-    ("mlp, Gram-Schmidt", "CPU"),
+    *((name, "CPU") for name in ("mlp, Gram-Schmidt", "convolutions")),
     *(("llama", way) for way in ("CPU", "device map", "one device")),
-    *((name, "two devices") for name in ("mlp, copies", "attention")),
-    *((name, "one device") for name in ("llama, checkpointing", "resnet")),
+    *((name, "two devices") for name in ("mlp, copies", "attention", "convolutions")),
+    ("llama, checkpointing", "one device"),
 ]
 MLP = CASES["mlp, whole"]
 COPIES = CASES["mlp, copies"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -12,7 +11,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
 from adapting import config
-from integrations.distributed.offloading import CPU, MLP, WHEN, on_devices, same_functions
+from integrations.distributed.offloading import CPU, MLP, on_devices
 from integrations.distributed.trained import F64, adapted, close, output
 from refusals import refused
 from second_device import LAZY
@@ -32,23 +31,6 @@ def test_a_map_that_accelerate_infers_for_an_adapted_model() -> None:
     devices = {name: LAZY if place == 0 else CPU for name, place in places.items()}
     accelerate.dispatch_model(model, devices, main_device="cpu", force_hooks=True)
     assert close(output(model, MLP), output(MLP.model(), MLP))
-
-
-def test_every_function_does_what_it_does_on_one_device(tmp_path: Path) -> None:
-    plain, model = MLP.model().eval(), WHEN["before"](MLP, "two devices", tmp_path).eval()
-    more: list[Callable[[Any], object]] = [
-        *(hra_fx.merge_adapter, hra_fx.unmerge_adapter, hra_fx.disable_adapters),
-        lambda model: hra_fx.set_adapter(model, ["default", "b"]),
-        lambda model: hra_fx.fold(model, "default"),
-    ]
-    same_functions(model, plain, tmp_path, *more)
-    x = MLP.data()[0]
-    rows = ["b", "__base__"] * (len(x) // 2)
-    found = []
-    for each in (plain, model):
-        with torch.no_grad(), hra_fx.mixed_batch(each, rows):
-            found.append(each(x))
-    assert close(*found)
 
 
 #: With all weights on the CPU.

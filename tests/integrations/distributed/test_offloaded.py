@@ -111,13 +111,23 @@ def test_experts(way: str, when: str, implementation: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("when", WHEN)
-@pytest.mark.parametrize("way", OFFLOADS)
+@pytest.mark.parametrize("way", [*OFFLOADS, "two devices"])
 def test_functions_that_need_the_vectors(way: str, when: str, tmp_path: Path) -> None:
-    """The fold of one of two adapters too, where weights are not in files."""
-    plain, model = MLP.model().eval(), WHEN[when](MLP, way, tmp_path / "offload")
-    same_functions(model, plain, tmp_path, *([lambda model: hra_fx.fold(model, "default")] if "CPU" in way else []))
-    assert model[0]._parameters["weight"].is_meta
+    """The fold of one of two adapters where weights are not in files, and on two devices all that there is."""
+    plain, model = MLP.model().eval(), WHEN[when](MLP, way, tmp_path / "offload").eval()
+    more: list[Callable[[Any], object]] = []
+    if way == "two devices":
+        more += [hra_fx.merge_adapter, hra_fx.unmerge_adapter, hra_fx.disable_adapters]
+        more += [lambda model: hra_fx.set_adapter(model, ["default", "b"])]
+    if way == "two devices" or "CPU" in way:
+        more += [lambda model: hra_fx.fold(model, "default")]
+    same_functions(model, plain, tmp_path, *more)
+    assert model[0]._parameters["weight"].is_meta is (way in OFFLOADS)
     assert close(output(model, MLP), output(plain, MLP))
+    if way == "two devices":
+        rows = ["b", "__base__"] * (len(MLP.data()[0]) // 2)
+        with torch.no_grad():
+            assert close(*(each(MLP.data()[0], adapter_names=rows) for each in (plain, model)))
 
 
 def test_a_model_that_is_moved_as_a_whole() -> None:

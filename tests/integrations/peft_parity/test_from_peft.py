@@ -3,38 +3,34 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import peft
 import pytest
 import torch
-from adapting import picture, randomise as randomise_vectors
+from adapting import picture
 from oracles import relative_error
-from peft_sides import F32, F64, Net, agree, by_peft, net, peft_warnings_ignored, randomise, same_line, tokens, trained
-from tiny_models import inputs, tiny
+from peft_sides import (
+    CASES,
+    F32,
+    F64,
+    Net,
+    agree,
+    net,
+    peft_warnings_ignored,
+    randomised_by_peft,
+    same_line,
+    tokens,
+    trained,
+    with_two_by_peft,
+)
 from torch import nn
 
 import hra_fx
 
-CASES: dict[str, dict[str, Any]] = {
-    "linear": {"r": 4, "target_modules": ["query", "value"]},
-    "odd rank, regex": {"r": 3, "target_modules": r".*\.(query|out)"},
-    "Gram-Schmidt, convolution": {"r": 2, "target_modules": ["conv", "out"], "apply_GS": True},
-    "all-linear, some layers": {"r": 2, "target_modules": "all-linear", "exclude_modules": ["head.0"]},
-    "trained modules": {"r": 2, "target_modules": ["query"], "modules_to_save": ["head", "classifier"]},
-    "all biases": {"r": 2, "target_modules": ["query", "out"], "bias": "all"},
-}
-
-
-def randomised(**fields: Any) -> Any:
-    model = by_peft(net(F64), **fields)
-    randomise(model)
-    return model
-
 
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_gradients_and_counts_are_those_of_peft(case: str) -> None:
-    theirs = randomised(**CASES[case])
+    theirs = randomised_by_peft(case)
     kept = copy.deepcopy(theirs)
     ours = hra_fx.from_peft(theirs)
     assert isinstance(ours, Net) and isinstance(ours, hra_fx.HRAModel)
@@ -52,17 +48,9 @@ def test_outputs_gradients_and_counts_are_those_of_peft(case: str) -> None:
     assert relative_error(folded(tokens()), wanted) < 1e-12
 
 
-def with_two() -> Any:
-    model = randomised(**CASES["linear"])
-    with peft_warnings_ignored():
-        model.add_adapter("other", peft.HRAConfig(r=3, target_modules=["query", "out"], init_weights=False))
-    randomise_vectors(model, "other")
-    return model
-
-
 @pytest.mark.parametrize("active", [["default"], ["other"], ["default", "other"], ["other", "default"]])
 def test_all_adapters_and_the_order_of_the_active_ones(active: list[str]) -> None:
-    model = with_two()
+    model = with_two_by_peft()
     model.base_model.set_adapter(active)
     kept = copy.deepcopy(model)
     ours = hra_fx.from_peft(model)
@@ -76,7 +64,7 @@ def test_all_adapters_and_the_order_of_the_active_ones(active: list[str]) -> Non
 
 
 def test_frozen_and_disabled_adapters_stay_so() -> None:
-    model = with_two()
+    model = with_two_by_peft()
     model.base_model.set_adapter(["other"], inference_mode=True)
     ours = hra_fx.from_peft(copy.deepcopy(model))
     assert not trained(ours)
@@ -86,20 +74,6 @@ def test_frozen_and_disabled_adapters_stay_so() -> None:
     ours.enable_adapter_layers()
     assert ours.active_adapters == ["other"]
     assert relative_error(ours(tokens()), net(F64)(tokens())) > 1e-3
-
-
-def test_a_model_with_the_layers_of_peft_inside() -> None:
-    """As `add_adapter` of transformers makes it."""
-    model = tiny("llama")
-    with peft_warnings_ignored():
-        peft.inject_adapter_in_model(peft.HRAConfig(r=4, target_modules=["q_proj"], init_weights=False), model)
-    model._hf_peft_config_loaded = True
-    wanted = model(**inputs(model)).logits
-    ours = hra_fx.from_peft(model)
-    assert ours is model and not ours._hf_peft_config_loaded
-    assert relative_error(ours(**inputs(model)).logits, wanted) < 1e-12
-    hra_fx.fold(ours)
-    assert not hasattr(model, "peft_config")
 
 
 def refused(model: nn.Module, text: str) -> None:
@@ -119,10 +93,10 @@ def test_what_cannot_be_taken_over_is_refused_and_unchanged() -> None:
     for act in (hra_fx.report, hra_fx.fold):
         with pytest.raises(hra_fx.AdapterError, match=r"query: this layer is from another PEFT method \(Linear\)"):
             act(lora)
-    merged = randomised(**CASES["linear"])
+    merged = randomised_by_peft()
     merged.merge_adapter()
     refused(merged, r"query: adapters \['default'\] are merged\. First call unmerge_adapter\(\) on the PEFT model\.")
-    changed = with_two()
+    changed = with_two_by_peft()
     changed.peft_config["other"].target_modules = ["query"]
     x = tokens()
     wanted = changed(x)
@@ -136,7 +110,7 @@ def test_what_cannot_be_taken_over_is_refused_and_unchanged() -> None:
 
 def test_functions_of_hra_fx_say_what_to_do_with_a_model_of_peft() -> None:
     advice = r"Call hra_fx\.from_peft\(model\) to use it with hra_fx, or `merge_and_unload\(\)` or `unload\(\)` on the"
-    model = randomised(**CASES["linear"])
+    model = randomised_by_peft()
     for step in (hra_fx.orthogonality_loss, hra_fx.plan_fold, hra_fx.graphs):
         with pytest.raises(hra_fx.AdapterError, match=rf" has PEFT adapters \(base_model.*query\), .*{advice}"):
             step(model)

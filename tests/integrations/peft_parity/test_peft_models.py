@@ -10,19 +10,21 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapting import picture, randomise as randomise_vectors
+from adapting import picture
 from integrations.peft_acceleration.layers import accelerated
 from oracles import dense_q, dense_weight, relative_error
 from peft_sides import (
+    CASES,
     F64,
     by_peft,
     net,
     opened_by_peft,
     peft_warnings_ignored,
-    randomise,
+    randomised_by_peft,
     same_tensors,
     saved_by_peft,
     tokens,
+    with_two_by_peft,
 )
 from safetensors.torch import load_file
 from tiny_models import inputs, tiny
@@ -30,13 +32,6 @@ from torch import Tensor, nn
 
 import hra_fx
 
-LAYERS = {"r": 4, "target_modules": ["query", "value", "conv"]}
-CASES: dict[str, dict[str, Any]] = {
-    "linear and convolution": LAYERS,
-    "Gram-Schmidt": {"r": 3, "target_modules": r".*\.(query|out)", "apply_GS": True},
-    "trained modules": {**LAYERS, "modules_to_save": ["head", "classifier"]},
-    "all biases": {"r": 2, "target_modules": ["query", "out"], "bias": "all"},
-}
 STEPS: dict[str, Callable[[Any, Path], object]] = {
     "report": lambda model, folder: hra_fx.report(model, capture=True),
     "save_adapter": lambda model, folder: hra_fx.save_adapter(model, folder / "one", "default"),
@@ -45,22 +40,6 @@ STEPS: dict[str, Callable[[Any, Path], object]] = {
     "visualize": lambda model, folder: hra_fx.visualize(model, folder / "model.svg"),
     "to_networkx": lambda model, folder: hra_fx.to_networkx(model),
 }
-
-
-def adapted(**fields: Any) -> Any:
-    model = by_peft(net(F64), **fields)
-    randomise(model)
-    return model
-
-
-def with_two() -> Any:
-    """The second adapter is active, and the first is frozen."""
-    model = adapted(**LAYERS)
-    with peft_warnings_ignored():
-        model.add_adapter("other", peft.HRAConfig(r=3, target_modules=["query", "out"], init_weights=False))
-    randomise_vectors(model, "other")
-    model.set_adapter("other")
-    return model
 
 
 def is_as_before(model: Any, step: Callable[[], object]) -> None:
@@ -84,7 +63,7 @@ def is_as_before(model: Any, step: Callable[[], object]) -> None:
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("case", [*CASES, "two adapters", "accelerated"])
 def test_a_model_of_peft_stays_as_it_is(case: str, step: str, tmp_path: Path) -> None:
-    model = with_two() if case == "two adapters" else adapted(**CASES.get(case, LAYERS))
+    model = with_two_by_peft() if case == "two adapters" else randomised_by_peft(*[case] * (case in CASES))
     if case == "accelerated":
         hra_fx.accelerate_peft(model)
     is_as_before(model, lambda: STEPS[step](model, tmp_path))
@@ -93,7 +72,7 @@ def test_a_model_of_peft_stays_as_it_is(case: str, step: str, tmp_path: Path) ->
 @pytest.mark.parametrize("step", ["report", "save_adapter", "save_as_lora", "visualize", "fold"])
 def test_after_an_error_a_model_of_peft_is_as_before(step: str, tmp_path: Path) -> None:
     """The adapters are not finite, or the model of PEFT does not fit its configuration."""
-    model = with_two()
+    model = with_two_by_peft()
     act = STEPS.get(step, lambda model, folder: hra_fx.fold(model))
     if step in ("save_adapter", "save_as_lora", "fold"):
         with torch.no_grad():
@@ -109,13 +88,13 @@ def test_after_an_error_a_model_of_peft_is_as_before(step: str, tmp_path: Path) 
 
 @pytest.mark.needs("peft>=0.21")
 def test_the_file_is_that_of_peft(tmp_path: Path) -> None:
-    for number, fields in enumerate(CASES.values()):
-        model, folder = adapted(**fields), tmp_path / str(number)
+    for number, case in enumerate(CASES):
+        model, folder = randomised_by_peft(case), tmp_path / str(number)
         hra_fx.save_adapter(model, folder / "ours")
         same_tensors(folder / "ours", saved_by_peft(model, folder / "theirs"))
         again = opened_by_peft(net(F64), folder / "ours")
         assert torch.equal(again(tokens()), model(tokens()))
-    hra_fx.save_adapter(model := with_two(), tmp_path / "two", "other")
+    hra_fx.save_adapter(model := with_two_by_peft(), tmp_path / "two", "other")
     same_tensors(tmp_path / "two", saved_by_peft(model, tmp_path / "theirs") / "other")
 
 
@@ -134,7 +113,7 @@ def layers_of(model: Any) -> dict[str, Any]:
 
 
 def test_the_report_measures_each_adapter_of_each_layer() -> None:
-    model = with_two()
+    model = with_two_by_peft()
     report = hra_fx.report(model)
     assert len(report) == 3 * 2 + 1 + 3 * 2  # query and value, conv; query and out
     for row in report:
@@ -158,7 +137,7 @@ def test_the_lora_is_the_change_of_the_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", [*CASES, "two adapters"])
 def test_fold_gives_the_weights_of_the_dense_product_and_uses_up_the_model(case: str) -> None:
-    model = with_two() if case == "two adapters" else adapted(**CASES[case])
+    model = with_two_by_peft() if case == "two adapters" else randomised_by_peft(case)
     wanted, output = {path: dense(layer)[1] for path, layer in layers_of(model).items()}, model(tokens())
     base, plain = model.get_base_model(), net()
     if case == "two adapters":
@@ -202,19 +181,19 @@ def test_fold_is_correct_for_convolutions_that_peft_gets_wrong(conv: nn.Conv2d) 
 def test_models_that_contain_a_model_of_peft() -> None:
     """A wrapper such as DistributedDataParallel, a user's module, and the tuner without a `PeftModel`."""
     whole = nn.Module()
-    whole.encoder = adapted(**LAYERS)
-    cases = [whole, nn.DataParallel(adapted(**LAYERS)), torch.compile(adapted(**LAYERS)), adapted(**LAYERS).base_model]
-    for model in cases:
+    whole.encoder = randomised_by_peft()
+    wrappers = (nn.DataParallel, torch.compile, lambda model: model.base_model)
+    for model in (whole, *(wrap(randomised_by_peft()) for wrap in wrappers)):
         before = picture(model)
         assert [row.path for row in hra_fx.report(model)][-1] == "conv"
         assert picture(model) == before
         folded = hra_fx.fold(model)
         assert type(folded) is type(net()) and folded in set(model.modules())
-    model = adapted(**LAYERS)
+    model = randomised_by_peft()
     with pytest.raises(hra_fx.AdapterError, match=r"^Body is a part of a model with PEFT adapters\. Pass the whole"):
         hra_fx.report(model.get_base_model().body)
     with pytest.raises(hra_fx.AdapterError, match=r"^ModuleList contains 2 models with PEFT adapters\. Pass one of"):
-        hra_fx.report(nn.ModuleList([model, adapted(**LAYERS)]))
+        hra_fx.report(nn.ModuleList([model, randomised_by_peft()]))
 
 
 def unordered(model: nn.Module) -> dict[str, object]:

@@ -140,12 +140,10 @@ def run(
     return found, start, load_file(folder / "out" / "adapter_model.safetensors"), logits_of(exported, "llama")
 
 
+@pytest.mark.slow  # tests/integrations/trl_use has shorter runs with the same layers
 @pytest.mark.parametrize(
     ("program", "dtype", "use_reentrant"),
-    [
-        ("LLaMA-Factory", torch.float32, True),
-        pytest.param("axolotl", torch.bfloat16, False, marks=pytest.mark.slow),
-    ],
+    [("LLaMA-Factory", torch.float32, True), ("axolotl", torch.bfloat16, False)],
     ids=["LLaMA-Factory, float32, reentrant", "axolotl, bfloat16"],
 )
 def test_accelerated_it_trains_as_with_peft(

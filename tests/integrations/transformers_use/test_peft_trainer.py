@@ -21,15 +21,6 @@ def run(folder: Path, **arguments: Any) -> Trainer:
     return trainer_of(Trainer, "llama", model, folder, **arguments)
 
 
-def test_a_trainer_saves_after_from_peft(tmp_path: Path) -> None:
-    trainer = run(tmp_path)
-    trainer.train()
-    trainer.save_model(str(tmp_path / "before"))
-    hra_fx.from_peft(trainer.model)
-    trainer.save_model(str(tmp_path / "after"))
-    same_tensors(tmp_path / "after", tmp_path / "before")
-
-
 def test_a_trainer_trains_and_resumes_after_from_peft(tmp_path: Path) -> None:
     """As with PEFT's own layers, in the same order of random numbers."""
     losses = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from integrations.trl_use.runs import (
@@ -17,17 +16,13 @@ from integrations.trl_use.runs import (
     base_model,
     logs,
     own_cache,  # noqa: F401
-    redraw,
     tokenizer,
     trainer,
     vectors_of,
 )
-from oracles import dense_q, relative_error
+from oracles import relative_error
 from peft.tuners.hra.layer import HRALinear
-from peft_sides import same_tensors
 from transformers import set_seed
-
-import hra_fx
 
 # Names that transformers has had since 5.0, and means to rename; PEFT and TRL use them.
 pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing\\w*` is deprecated:FutureWarning")
@@ -84,25 +79,6 @@ def test_sft(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     assert type(layer) is not HRALinear
 
 
-@pytest.mark.parametrize(
-    ("kind", "method", "options"),
-    [
-        (FAST, "SFT", {}),
-        pytest.param(OURS, "DPO", {"precompute_ref_log_probs": True}, marks=pytest.mark.slow),
-    ],
-    ids=["SFT, accelerated", "DPO, transformed"],
-)
-def test_training_resumes(kind: str, method: str, options: dict[str, Any], tmp_path: Path) -> None:
-    whole = trainer(kind, method, tmp_path, steps=4, save_steps=2, **options)
-    whole.train()
-    again = trainer(kind, method, tmp_path, steps=4, save_steps=2, **options)
-    redraw(again.model)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert_close(logs(again, "loss"), logs(whole, "loss"))
-    for name, vectors in vectors_of(again.model).items():
-        assert torch.equal(vectors, vectors_of(whole.model)[name]), name
-
-
 @pytest.mark.parametrize("kind", [pytest.param(FAST, marks=pytest.mark.slow), OURS])
 def test_dpo_with_the_base_model_as_its_reference(kind: str, tmp_path: Path) -> None:
     keys = ("rewards/chosen", "rewards/rejected", "logps/chosen")
@@ -154,37 +130,3 @@ def test_reward(kind: str, tmp_path: Path) -> None:
     assert found.requires_grad
     assert relative_error(found, wanted) < 1e-4
     assert relative_error(found, base_model("reward").score.weight) > 1e-3
-
-
-@pytest.mark.parametrize("kind", [PEFT, pytest.param(FAST, marks=pytest.mark.slow)])
-def test_a_trained_adapter_is_saved_reported_served_and_folded(kind: str, tmp_path: Path) -> None:
-    """From TRL's trainer itself, before and after `from_peft`."""
-    made = trainer(kind, "SFT", tmp_path / "run")
-    made.train()
-    model, ids = made.model.eval(), tokenizer()(QUESTION, return_tensors="pt").input_ids
-    layers = {path: layer for path, layer in model.get_base_model().named_modules() if isinstance(layer, HRALinear)}
-    weights = {path: layer.base_layer.weight.detach().double() for path, layer in layers.items()}
-    rotated = {path: weights[path] @ dense_q(layer.hra_u["default"].detach()) for path, layer in layers.items()}
-    output = model(ids).logits
-    made.save_model(str(tmp_path / "theirs"))
-
-    report = hra_fx.report(model)
-    assert [row.path for row in report] == list(layers)
-    for row in report:
-        change = (rotated[row.path] - weights[row.path]).norm() / weights[row.path].norm()
-        assert row.weight_change == pytest.approx(float(change), rel=1e-5)
-    hra_fx.save_adapter(model, tmp_path / "ours")
-    hra_fx.save_as_lora(model, tmp_path / "lora", check="vllm")
-    served = peft.PeftModel.from_pretrained(base_model("SFT").eval(), tmp_path / "lora")
-    assert relative_error(served(ids).logits, output) < 1e-5
-    assert torch.equal(model(ids).logits, output), "the model stays as it is"
-
-    hra_fx.from_peft(made.model)
-    made.save_model(str(tmp_path / "taken over"))
-    for folder in ("ours", "taken over"):
-        same_tensors(tmp_path / folder, tmp_path / "theirs")
-    folded = hra_fx.fold(made.model)
-    for path, weight in rotated.items():
-        assert relative_error(folded.get_submodule(path).weight, weight) < 1e-6
-    with pytest.raises(hra_fx.AdapterError, match="were folded or removed"):
-        made.save_model(str(tmp_path / "folded"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Callable
 
 import bitsandbytes
 import pytest
@@ -22,25 +24,6 @@ def only(layer: nn.Module) -> nn.Sequential:
     return nn.Sequential(layer)
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False), bitsandbytes.nn.Linear4bit(64, 32)],
-    ids=["8 bit", "4 bit"],
-)
-def test_before_it_is_quantized(layer: nn.Module) -> None:
-    message = refused(only(layer), config("0"))
-    assert message == (
-        f"0 ({type(layer).__name__}): bitsandbytes quantizes its weight when it is first moved to a device. Call "
-        "model.to(device) first."
-    )
-
-
-def test_weights_that_are_quantized_in_each_forward() -> None:
-    message = refused(only(bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=True).to("cpu")), config("0"))
-    assert "floating-point weight (has_fp16_weights=True)" in message
-    assert "Create it with has_fp16_weights=False, or leave it out" in message
-
-
 class OwnForward(bitsandbytes.nn.Linear4bit):
     def forward(self, x: Tensor) -> Tensor:
         return bitsandbytes.matmul_4bit(x, self.weight, quant_state=self.weight.quant_state)
@@ -49,19 +32,6 @@ class OwnForward(bitsandbytes.nn.Linear4bit):
 class OwnPlainForward(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight)
-
-
-@pytest.mark.parametrize(
-    ("layer", "words"),
-    [
-        (OwnForward(64, 32).to("cpu"), "bitsandbytes, 4 bit fp4"),
-        (torchao(Int8WeightOnlyConfig())(nn.Sequential(OwnPlainForward(64, 32)))[0], "torchao, Int8Tensor"),
-    ],
-    ids=["bitsandbytes", "torchao"],
-)
-def test_a_forward_of_its_own(layer: nn.Module, words: str) -> None:
-    message = refused(only(layer), config("0"))
-    assert f"needs the rotated weight, and a quantized weight ({words}) cannot be rotated. Exclude the layer" in message
 
 
 # ---- layers of other libraries: whether they are linear is found by calling them ----
@@ -77,43 +47,64 @@ class Wide(Packed):
         return super().forward(x[:, :, None])
 
 
-def test_a_layer_that_is_not_linear() -> None:
-    message = refused(only(Squashed(nn.Linear(64, 32))), config("0"))
-    assert message == (
-        "0 (Squashed): its output is not linear in its input, so it has no weight to rotate. Leave it out with "
-        "exclude_modules."
-    )
+def wrapper() -> nn.Module:
+    """As of another adapter: the layer inside it is meant."""
+    around = nn.Sequential(nn.Linear(8, 4))
+    around.in_features, around.out_features = 8, 4
+    return around
 
 
-def test_a_layer_that_does_not_take_rows() -> None:
-    message = refused(only(Wide(nn.Linear(64, 32))), config("0"))
-    assert message.startswith("0 (Wide): calling it with (4, 64) failed (mat1 and mat2")
+def convolution() -> nn.Module:
+    conv = nn.Conv2d(4, 4, 3)
+    conv.weight = nn.Parameter(quantized("ao int8")[0].weight.data, requires_grad=False)
+    return conv
 
 
-def test_a_layer_without_data() -> None:
-    message = refused(only(Packed(nn.Linear(64, 32)).to("meta")), config("0"))
-    assert message == (
-        "0 (Packed): its tensors have no data, so nothing says whether it is linear. Load the weights first."
-    )
+EIGHT, FOUR = bitsandbytes.nn.Linear8bitLt, bitsandbytes.nn.Linear4bit
+FIRST_MOVE = r"0 \({}\): bitsandbytes quantizes its weight when it is first moved to a device\. Call model"
+OWN = r".*needs the rotated weight, and a quantized weight \({}\) cannot be rotated\. Exclude the layer"
+#: A layer, and what is said of it.
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "8 bit, not quantized yet": (lambda: EIGHT(64, 32, has_fp16_weights=False), FIRST_MOVE.format("Linear8bitLt")),
+    "4 bit, not quantized yet": (lambda: FOUR(64, 32), FIRST_MOVE.format("Linear4bit")),
+    "quantized in each forward": (
+        lambda: EIGHT(64, 32, has_fp16_weights=True).to("cpu"),
+        r".*floating-point weight \(has_fp16_weights=True\).*Create it with has_fp16_weights=False, or leave it out",
+    ),
+    "own forward of bitsandbytes": (lambda: OwnForward(64, 32).to("cpu"), OWN.format("bitsandbytes, 4 bit fp4")),
+    "own forward of torchao": (
+        lambda: torchao(Int8WeightOnlyConfig())(only(OwnPlainForward(64, 32)))[0],
+        OWN.format("torchao, Int8Tensor"),
+    ),
+    "not linear": (
+        lambda: Squashed(nn.Linear(64, 32)),
+        r"0 \(Squashed\): its output is not linear in its input, so it has no weight to rotate\. Leave it out",
+    ),
+    "no rows": (lambda: Wide(nn.Linear(64, 32)), r"0 \(Wide\): calling it with \(4, 64\) failed \(mat1 and mat2"),
+    "no data": (
+        lambda: Packed(nn.Linear(64, 32)).to("meta"),
+        r"0 \(Packed\): its tensors have no data, so nothing says whether it is linear\. Load the weights first\.",
+    ),
+    "a convolution": (convolution, r".*its weight must be a plain floating-point tensor, got Int8Tensor"),
+    "a module around a layer": (wrapper, r".*To adapt the layers inside it, use target_modules=\['0\.0'\]"),
+    "HQQ, not quantized yet": (
+        lambda: HQQLinear(nn.Linear(64, 32), BaseQuantizeConfig(), device="cpu", initialize=False),
+        ".*matches this HQQLinear",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_layer_that_is_refused(name: str) -> None:
+    make, message = REFUSED[name]
+    kind = SelectionError if name in ("a module around a layer", "HQQ, not quantized yet") else UnsupportedLayerError
+    assert re.match(message, refused(only(make()), config("0"), kind), re.DOTALL)
 
 
 def test_all_linear_takes_known_libraries_only() -> None:
     model = nn.Sequential(quantized("hqq 4 bit")[0], Packed(nn.Linear(128, 64)), nn.Linear(64, 8))
     hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules="all-linear"))
     assert [row.path for row in hra_fx.report(model)] == ["0", "2"]
-
-
-def test_a_module_around_a_layer_is_not_a_layer() -> None:
-    """As a wrapper of another adapter: the layer inside it is meant."""
-    wrapper = nn.Sequential(nn.Linear(8, 4))
-    wrapper.in_features, wrapper.out_features = 8, 4
-    message = refused(only(wrapper), config("0"), SelectionError)
-    assert "To adapt the layers inside it, use target_modules=['0.0']" in message
-
-
-def test_hqq_before_it_is_quantized() -> None:
-    layer = HQQLinear(nn.Linear(64, 32), BaseQuantizeConfig(), device="cpu", initialize=False)
-    assert "matches this HQQLinear" in refused(only(layer), config("0"), SelectionError)
 
 
 def test_hqq_without_its_settings() -> None:
@@ -142,12 +133,6 @@ def test_verifying() -> None:
     with pytest.raises(UnsupportedLayerError, match=message):
         hra_fx.transform(model, config(), example_inputs=inputs(), verify=True)
     assert type(model[0]) is nn.Linear
-
-
-def test_a_convolution() -> None:
-    conv = nn.Conv2d(4, 4, 3)
-    conv.weight = nn.Parameter(quantized("ao int8")[0].weight.data, requires_grad=False)
-    assert "its weight must be a plain floating-point tensor, got Int8Tensor" in refused(only(conv), config("0"))
 
 
 def test_layers_of_torch_ao() -> None:

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from adapting import randomise, vectors_of
-from layers.quantized.bases import FEW, SCHEMES, adapted, config, dense, hqq, inputs, int4, quantized, values
-from oracles import layer_q, relative_error
+from adapting import randomise
+from layers.quantized.bases import FEW, SCHEMES, adapted, config, hqq, inputs, int4, quantized, values
+from oracles import layer_q
 from reporting.made import oracle_share
-from safetensors.torch import load_file
-from tiny_models import batch, config_for, llama, tokens_of, trainer_of
+from tiny_models import config_for, llama, tokens_of, trainer_of
 from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, IntxWeightOnlyConfig
 from torchao.quantization.granularity import PerGroup
@@ -84,21 +83,6 @@ def test_it_is_of_the_rounded_weight_and_changes_nothing(scheme: str) -> None:
     assert torch.equal(model(x), output)
 
 
-@pytest.mark.parametrize("scheme", ["hqq 4 bit", "unknown"])
-def test_the_lora_of_an_adapter_is_that_of_the_quantized_weight(scheme: str, tmp_path: Path) -> None:
-    """The files hold `A` and `B` with `W Q = W + B A`."""
-    model, x = adapted(scheme), inputs()
-    hra_fx.save_as_lora(model, tmp_path)
-    found = load_file(tmp_path / "adapter_model.safetensors")
-    first, last = (
-        values(model[i])
-        + found[f"base_model.model.{i}.lora_B.weight"].double() @ found[f"base_model.model.{i}.lora_A.weight"].double()
-        for i in (0, 2)
-    )
-    hidden = torch.tanh(x.double() @ first.mT + model[0].bias.double())
-    assert relative_error(hidden @ last.mT + model[2].bias.double(), dense(model, x)) < 1e-5
-
-
 def test_after_evaluation_too() -> None:
     """Where a forward without gradients may have changed the layout of the weight."""
     for scheme in ("bnb nf4", "bnb fp4 nested", "bnb int8"):
@@ -151,20 +135,6 @@ def adapted_model(folder: Path, name: str) -> Any:
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(input_ids=tokens_of(2, 8)).logits
-
-
-def test_the_trainer_trains_evaluates_and_goes_on(folder: Path, tmp_path: Path) -> None:
-    model = adapted_model(folder, "bnb int8")
-    assert len(hra_fx.report(model)) == 14
-    start = {key: vectors.detach().clone() for key, vectors in vectors_of(model).items()}
-    trainer = trainer_of(Trainer, "llama", model, tmp_path, eval_strategy="steps", eval_steps=3)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0]
-    assert all(not torch.equal(vectors, start[key]) for key, vectors in vectors_of(model).items())
-    loss = model.train()(**batch("llama")).loss
-    gradients = torch.autograd.grad(loss, list(vectors_of(model).values()))
-    assert all(gradient.norm() > 0 for gradient in gradients)
 
 
 def of_hqq() -> Any:
