@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hra_fx.errors import ConfigError
 from hra_fx.model.orthogonality import orthogonality_loss
-from hra_fx.model.pairs import check_difference, refuse_states_of_pairs, train_pairs_if_possible
+from hra_fx.training.pairs import check_difference, refuse_states_of_pairs, train_pairs_if_possible
 
 
 class HRATrainer(Trainer):
