@@ -137,7 +137,9 @@ class _Collector(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.hooks.append(layer.register_forward_pre_hook(self._before, with_kwargs=True))
                 self.hooks.append(layer.register_forward_hook(self._after))
             adapters = get_adapters(layer)
-            weight = None if adapters is None else adapters.weight_of(layer)
+            if adapters is None:
+                continue
+            weight = adapters.weight_of(layer)
             if type(weight) in PLAIN and not weight.is_meta:
                 self.weights[weight.untyped_storage().data_ptr()] = layer, weight
         return super().__enter__()  # type: ignore[no-untyped-call]

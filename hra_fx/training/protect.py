@@ -102,6 +102,24 @@ def protect(optimizer: Any, model: nn.Module, batches: Iterable[Any], directions
     protection.start()
 
 
+def is_protecting(optimizer: Any) -> bool:
+    """Whether `protect` was called for an optimizer."""
+    return unwrapped(optimizer) in _KNOWN
+
+
+def refuse_protected_states(optimizer: Optimizer) -> None:
+    """Make an optimizer without protection raise an `AdapterError` when it loads a state with protected directions."""
+
+    def check(_: Any, state_dict: dict[str, Any]) -> None:
+        if not is_protecting(optimizer) and any(KEY in group for group in state_dict["param_groups"]):
+            raise AdapterError(
+                "the state was saved with protected directions. Pass protect= with what must be kept, or start without "
+                "the state."
+            )
+
+    optimizer.register_load_state_dict_pre_hook(check)
+
+
 def protected_directions(layer: nn.Module) -> Tensor | None:
     """The directions of a layer that `protect` keeps in this process, `(d, k)`; `None` if there are none."""
     return _PROTECTED.get(layer)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import oracles
 import peft
 import pytest
 import torch
@@ -21,10 +22,12 @@ from moe_models import built
 from tiny_models import bert, llama
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import hra_fx
 from hra_fx.errors import AdapterError, ConfigError, HRAWarning
+from hra_fx.integrations import HRATrainer, ProtectCallback
+from hra_fx.reporting.row import moved
 
 F64 = torch.float64
 DIRECTIONS = 8
@@ -217,6 +220,44 @@ def test_a_resumed_run_protects_the_same_directions_and_needs_them() -> None:
     hra_fx.protect(fresh, again, [words(KEPT)], DIRECTIONS)
     with pytest.raises(AdapterError, match=r"the state was saved without protection\. Leave protect out, or start"):
         fresh.load_state_dict(unprotected)
+
+
+def test_the_report_says_how_far_protected_directions_move() -> None:
+    model, optimizer = adapted(llama(), "q_proj", "down_proj")
+    assert "moves protected" not in str(hra_fx.report(model))
+    hra_fx.protect(optimizer, model, [words(KEPT)], DIRECTIONS)
+    trained(model, words(OTHER), prepare=lambda _: None)
+    report = hra_fx.report(model)
+    assert all(row.protected is not None and row.protected > 1e-3 for row in report)  # by an optimizer without it
+    hra_fx.protect(optimizer, model, [words(KEPT)], DIRECTIONS)
+    report = hra_fx.report(model)
+    assert all(row.protected is not None and row.protected < 1e-6 for row in report) and "0.00%" in str(report)
+    layer, basis = model.get_submodule("model.layers.0.mlp.down_proj"), torch.eye(64)
+    chain = layer.hra_u.chain("default").detach()
+    q = oracles.dense_q(layer.hra_u.default.detach(), apply_GS=False)
+    assert moved(basis, chain) == pytest.approx(float((q - basis).norm() / basis.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("by", ["HRATrainer", "callback"])
+def test_a_trainer_protects(by: str, tmp_path: Path) -> None:
+    base = llama().to(F64).eval()
+    model = hra_fx.transform(copy.deepcopy(base), hra_fx.HRAConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    rows = [{"input_ids": row, "labels": row} for row in OTHER]
+    kept = [{"input_ids": row, "labels": row} for row in KEPT]
+    arguments = TrainingArguments(
+        tmp_path, max_steps=4, learning_rate=0.1, report_to=[], use_cpu=True, save_strategy="no"
+    )
+    if by == "HRATrainer":
+        trainer: Any = HRATrainer(model, arguments, train_dataset=rows, protect=kept, protected_directions=DIRECTIONS)
+    else:
+        callback = ProtectCallback([words(KEPT)], DIRECTIONS)
+        trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[callback])
+    trainer.train()
+    check_kept(model.eval(), base, words(KEPT), words(OTHER))
+    state = trainer.optimizer.state_dict()
+    unprotected = HRATrainer(model, arguments, train_dataset=rows, pair_difference=None if by == "callback" else 0.1)
+    with pytest.raises(AdapterError, match=r"the state was saved with protected directions\. Pass protect="):
+        unprotected.create_optimizer().load_state_dict(state)
 
 
 def adapted(model: nn.Module, *targets: str) -> tuple[nn.Module, Any]:
