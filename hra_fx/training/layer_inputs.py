@@ -19,7 +19,7 @@ from hra_fx.errors import AdapterError
 from hra_fx.functional.directions import Sketch, merged
 from hra_fx.kernels.dispatch import PLAIN
 from hra_fx.layers.adapters import get_adapters
-from hra_fx.layers.sharding import full_tensor
+from hra_fx.layers.sharding import full_tensor, reshard
 from hra_fx.layers.target import find_kind
 from hra_fx.model.example_inputs import normalize_inputs, preserve_rng_state
 from hra_fx.model.state import get_state
@@ -56,6 +56,7 @@ def sketches_of(
             is_empty = False
             args, kwargs = pytree.tree_map(lambda x: _to(x, device), normalize_inputs(batch))
             model(*args, **kwargs)
+    reshard(model.modules())  # FSDP2 keeps some parameters whole after a forward without a backward pass
     if is_empty:
         raise AdapterError("`batches` has no batch. Pass what the model takes, for example a DataLoader.")
     found = collector.found()
@@ -164,8 +165,9 @@ class _Collector(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _PRODUCTS:
             first, second = (args[place] for place in _PRODUCTS[func])
-            self._read(second, first)
-            self._read(first.mT, second.mT)
+            if type(first) in PLAIN and type(second) in PLAIN:
+                self._read(second, first)
+                self._read(first.mT, second.mT)
         return func(*args, **(kwargs or {}))
 
     def _read(self, factor: Tensor, x: Tensor) -> None:
