@@ -73,7 +73,6 @@ if TYPE_CHECKING:
     from hra_fx.model.merge import merge_adapter as merge_adapter, unmerge_adapter as unmerge_adapter
     from hra_fx.model.mixed import mixed_batch as mixed_batch
     from hra_fx.model.orthogonality import orthogonality_loss as orthogonality_loss
-    from hra_fx.model.pairs import train_pairs as train_pairs
     from hra_fx.model.reset import reset_adapters as reset_adapters
     from hra_fx.model.setup import add_adapter as add_adapter
     from hra_fx.model.switch import (
@@ -82,6 +81,8 @@ if TYPE_CHECKING:
         set_scale as set_scale,
     )
     from hra_fx.reporting.report import Report as Report, report as report
+    from hra_fx.training.pairs import train_pairs as train_pairs
+    from hra_fx.training.protect import protect as protect
     from hra_fx.view.network import to_networkx as to_networkx
     from hra_fx.view.picture import visualize as visualize
 
@@ -122,7 +123,8 @@ _NAMES = {
     "model.merge": ("merge_adapter", "unmerge_adapter"),
     "model.mixed": ("mixed_batch",),
     "model.orthogonality": ("orthogonality_loss",),
-    "model.pairs": ("train_pairs",),
+    "training.pairs": ("train_pairs",),
+    "training.protect": ("protect",),
     "model.reset": ("reset_adapters",),
     "model.setup": ("add_adapter",),
     "model.switch": ("disable_adapters", "set_adapter", "set_scale"),

@@ -9,6 +9,7 @@ import importlib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from torch.autograd import forward_ad
 from torch.fx import _symbolic_trace
 from torch.nn.modules import module as nn_module
 from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 from hra_fx.errors import AdapterError
 
@@ -365,3 +367,29 @@ def guard_function(code: str) -> Callable[..., None]:
     exec(code, namespace)
     check: Callable[..., None] = namespace["check"]
     return check
+
+
+# --- experts and PEFT -------------------------------------------------------------------------------------------------
+
+
+def eager_experts(model: nn.Module) -> AbstractContextManager[None]:
+    """Context manager in which experts of transformers multiply with the weight of one expert after the other."""
+    configs = [getattr(part, "config", None) for part in model.modules()]
+    return _with_attribute(configs, "_experts_implementation", "eager")
+
+
+def without_peft_adapters(layers: Iterable[Any]) -> AbstractContextManager[None]:
+    """Context manager in which layers of PEFT compute their base layers. Which vectors are trained does not change."""
+    return _with_attribute(layers, "_disable_adapters", True)
+
+
+@contextmanager
+def _with_attribute(owners: Iterable[Any], name: str, value: Any) -> Iterator[None]:
+    before = {id(owner): (owner, getattr(owner, name)) for owner in owners if hasattr(owner, name)}
+    try:
+        for owner, _ in before.values():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, own in before.values():
+            setattr(owner, name, own)

@@ -39,6 +39,12 @@ EXPECTED = {
         f"terse: .* {SMALL}\npolite: .* {SMALL}\nroom: .* up to 0\\.000, .* {SMALL}",
         f"polite, from a file .* {SMALL}",
     ],
+    "protect": [
+        r"without protect: loss 3\.\d\d -> \d\.\d\d, .* \d\.\de[+-]0[01]\n",
+        f"with protect: loss .* {SMALL}",
+        r"by 0\.00%\n",
+        f"folded: {SMALL}",
+    ],
     "qlora": [
         r"trained over 4 bits, loss 4\.\d\d -> [12]\.\d\d",
         f"opened over 4 bits, .*: {SMALL}",

@@ -32,6 +32,7 @@ ORDER = (
     "hra_fx.selection",
     "passes",
     "hra_fx.model",
+    "hra_fx.training",
     "hra_fx.tracing",
     "hra_fx.checkpoint",
     "hra_fx.lora",

@@ -11,10 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hra_fx.integrations.rotation import RotationCallback as RotationCallback
-    from hra_fx.integrations.trainer import HRATrainer as HRATrainer, PairCallback as PairCallback
+    from hra_fx.integrations.trainer import (
+        HRATrainer as HRATrainer,
+        PairCallback as PairCallback,
+        ProtectCallback as ProtectCallback,
+    )
 
-_HOMES = {"HRATrainer": "trainer", "PairCallback": "trainer", "RotationCallback": "rotation"}
-__all__ = ["HRATrainer", "PairCallback", "RotationCallback"]
+_HOMES = {
+    "HRATrainer": "trainer",
+    "PairCallback": "trainer",
+    "ProtectCallback": "trainer",
+    "RotationCallback": "rotation",
+}
+__all__ = ["HRATrainer", "PairCallback", "ProtectCallback", "RotationCallback"]
 
 
 def __getattr__(name: str) -> Any:

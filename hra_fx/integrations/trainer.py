@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hra_fx.errors import ConfigError
 from hra_fx.model.orthogonality import orthogonality_loss
-from hra_fx.model.pairs import check_difference, refuse_states_of_pairs, train_pairs_if_possible
+from hra_fx.training.pairs import check_difference, refuse_states_of_pairs, train_pairs_if_possible
+from hra_fx.training.protect import is_protecting, protect, refuse_protected_states
 
 
 class HRATrainer(Trainer):
@@ -27,6 +29,9 @@ class HRATrainer(Trainer):
     Args:
         args, kwargs: arguments of `transformers.Trainer`.
         orthogonality_weight: the weight, finite and >= 0; 0 adds no term.
+        protect: a dataset of what the model must not forget. The vectors stay orthogonal to the main directions of its
+            inputs (`hra_fx.protect`). A few dozen examples are enough; all of them are run when the training begins.
+        protected_directions: `directions` of `hra_fx.protect`.
         pair_difference: `difference` of `train_pairs`. It is also used for an optimizer that you pass, unless that
             optimizer already trains pairs. With `None`, the optimizer updates the vectors, as in the standard Trainer.
             To continue a checkpoint, pass the value that it was trained with; for a checkpoint of the standard Trainer,
@@ -47,9 +52,15 @@ class HRATrainer(Trainer):
     """
 
     def __init__(
-        self, *args: Any, orthogonality_weight: float = 0.0, pair_difference: float | None = 0.1, **kwargs: Any
+        self,
+        *args: Any,
+        orthogonality_weight: float = 0.0,
+        pair_difference: float | None = 0.1,
+        protect: Any = None,
+        protected_directions: int = 16,
+        **kwargs: Any,
     ) -> None:
-        """Check the two numbers. Other arguments are passed to the Trainer."""
+        """Check the numbers. Other arguments are passed to the Trainer."""
         if (
             isinstance(orthogonality_weight, bool)
             or not isinstance(orthogonality_weight, (int, float))
@@ -63,6 +74,7 @@ class HRATrainer(Trainer):
             check_difference(pair_difference, "pair_difference")
         super().__init__(*args, **kwargs)
         self.pair_difference = pair_difference
+        self.protect, self.protected_directions = protect, protected_directions
         self.orthogonality_weight = float(orthogonality_weight)
         self._sum_since_log: Tensor | float = 0.0
         self._terms_since_log = 0
@@ -75,6 +87,10 @@ class HRATrainer(Trainer):
             train_pairs_if_possible(optimizer, model, self.pair_difference)
         elif isinstance(optimizer, torch.optim.Optimizer):
             refuse_states_of_pairs(optimizer)
+        if self.protect is not None and not is_protecting(optimizer):
+            protect(optimizer, model, self.get_test_dataloader(self.protect), self.protected_directions)
+        elif self.protect is None and isinstance(optimizer, torch.optim.Optimizer):
+            refuse_protected_states(optimizer)
         return optimizer
 
     def compute_loss(
@@ -144,3 +160,32 @@ class PairCallback(TrainerCallback):
     ) -> None:
         """Make the optimizer train pairs. At this point, its state is already loaded."""
         train_pairs_if_possible(kwargs["optimizer"], kwargs["model"], self.difference)
+
+
+class ProtectCallback(TrainerCallback):
+    """Calls `hra_fx.protect` when a Trainer (of transformers, TRL or others) begins to train.
+
+    Args:
+        batches: as in `protect`.
+        directions: as in `protect`.
+
+    Raises:
+        AdapterError: see `protect` (raised when the training begins).
+
+    Example:
+        >>> batches = [{"input_ids": torch.tensor([[5, 2]])}]
+        >>> callback = ProtectCallback(batches)  # Trainer(model, ..., callbacks=[callback])
+        >>> callback.directions
+        16
+    """
+
+    def __init__(self, batches: Iterable[Any], directions: int = 16) -> None:
+        """Store the arguments."""
+        self.batches = batches
+        self.directions = directions
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Protect the directions. They are the same when a training is resumed, because the base model runs."""
+        protect(kwargs["optimizer"], kwargs["model"], self.batches, self.directions)

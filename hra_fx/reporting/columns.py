@@ -84,8 +84,8 @@ def common_parent(names: Sequence[str]) -> str:
 def table_of(rows: Collection[Row], *, without: Collection[str] = ()) -> tuple[list[Column], list[list[str]]]:
     """Return the columns of a report, and the texts of each row.
 
-    Unnecessary columns are left out: those in `without`, the adapter's name if there is only one, and the graph if the
-    model was not traced.
+    Unnecessary columns are left out: those in `without`, the adapter's name if there is only one, the graph if the
+    model was not traced, and how far protected directions move if none are protected.
     """
     return _table([Group(row.path, (row,)) for row in rows], rows, without)
 
@@ -114,6 +114,8 @@ def _table(
     hidden = {*without} if len(adapters_of(rows)) > 1 else {"adapter", *without}
     if all(row.graph is None and not row.graph_reason for row in rows):
         hidden.add("graph")
+    if all(row.protected is None for row in rows):
+        hidden.add("moves protected")
     shown = [(column, text) for column, text in _COLUMNS if column.name not in hidden]
     return [column for column, _ in shown], [[text(group) for _, text in shown] for group in groups]
 
@@ -151,6 +153,11 @@ def _graph(group: Group[Row]) -> str:
     return ", ".join(dict.fromkeys(names.get(root) or f"…{str(root).rpartition('.')[2]}" for root in roots))
 
 
+def _protected(group: Group[Row]) -> str:
+    values = [row.protected for row in group.rows if row.protected is not None]
+    return f"{max(values):.2%}" if values else "none"
+
+
 def _measure(name: str) -> Callable[[Group[Row]], str]:
     """Format the smallest and the largest value of a measure, with its unit at the end."""
     heat = HEATS[name]
@@ -175,6 +182,7 @@ _COLUMNS: tuple[tuple[Column, Callable[[Group[Row]], str]], ...] = (
     (Column("r"), lambda group: str(group.rows[0].r)),
     (Column("params", priority=1), lambda group: f"{sum(row.parameters for row in group.rows):,}"),
     (Column("weight change"), _measure("weight_change")),
+    (Column("moves protected"), _protected),
     (Column("mean angle", priority=2), _measure("mean_angle")),
     (Column("max angle", priority=3), _measure("angle")),
     (Column("|Q - I|", priority=5), _measure("rotation")),

@@ -28,7 +28,7 @@ from hra_fx.model.state import get_state, require_adapted_layers
 from hra_fx.reporting.columns import footnotes, grouped_table_of, heading, table_of
 from hra_fx.reporting.plain import plain
 from hra_fx.reporting.plots import draw_comparison, draw_heatmap
-from hra_fx.reporting.row import Row, chain_of, measured_fields, weight_rows
+from hra_fx.reporting.row import Row, chain_of, measured_fields, moved, weight_rows
 from hra_fx.reporting.skipped_layers import (
     SkippedLayer,
     SkippedParameter,
@@ -37,6 +37,7 @@ from hra_fx.reporting.skipped_layers import (
 )
 from hra_fx.reporting.table import UNLIMITED, fit_table
 from hra_fx.tracing import graphs as tracing
+from hra_fx.training.protect import protected_directions
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,7 @@ def _rows(model: nn.Module, *, capture: bool) -> tuple[Row, ...]:
             graph, reason = graphs.get(path, (None, ""))
             with loaded(reflection):
                 measured = measured_fields(chain_of(layer, name), weight)
+            measured["protected"] = moved(protected_directions(layer), chain_of(layer, name))
             measured["bytes"] = parameters * reflection[name].itemsize
             measured["bytes_here"] = local_tensor(reflection[name]).nbytes
             measured |= {"graph": graph, "graph_reason": reason}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hra_fx.errors import AdapterError
+from hra_fx.functional.rotate import rotate_weight
 from hra_fx.functional.statistics import RelativeChange, RotationStats, readable_rows, relative_change, rotation_stats
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.experts_adapters import ExpertsAdapters
@@ -49,6 +50,8 @@ class Row:
         graph: path of the traced graph that contains the layer (`""` for the whole model); `None` if there is none or
             if `report` was called without `capture=True`.
         graph_reason: why this graph is not larger; `""` for the whole model.
+        protected: how far `Q` moves what `hra_fx.protect` protects in this process: `|Q V - V|_F / |V|_F`; `None` if
+            nothing is protected.
     """
 
     path: str
@@ -69,6 +72,7 @@ class Row:
     bytes_here: int = 0
     graph: str | None = None
     graph_reason: str = ""
+    protected: float | None = None
 
 
 def turn_of(chain: Tensor | None) -> RotationStats:
@@ -100,6 +104,18 @@ def measured_fields(chain: Tensor | None, weight: Tensor | None) -> dict[str, An
     turn, changed = turn_of(chain), change_of(weight, chain)
     angles = {"angle": turn.angle, "mean_angle": turn.mean_angle}
     return {**turn._asdict(), **angles, "share": changed.share, "weight_change": changed.change}
+
+
+def moved(basis: Tensor | None, chain: Tensor | None) -> float | None:
+    """How far the reflections from `chain_of` move some directions `(..., d, k)`, relative to their size.
+
+    `None` without directions or reflections.
+    """
+    if basis is None or chain is None or not bool(basis.any()):
+        return None
+    wide, directions = chain.double(), basis.to(chain.device, torch.float64)
+    turned = rotate_weight(directions.mT, wide).mT  # rows `v^T Q^T`, for which `|Q^T v - v| = |Q v - v|`
+    return float((turned - directions).norm() / directions.norm())
 
 
 def chain_of(layer: AdaptedLayer, adapter: str) -> Tensor | None:

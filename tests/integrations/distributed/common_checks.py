@@ -25,7 +25,10 @@ def term(model: nn.Module) -> Any:
 
 #: Arguments of `train`.
 PLAIN: dict[str, Any] = {}
-EVERY: tuple[dict[str, Any], ...] = (PLAIN, {"pairs": True}, {"term": term}, {"evaluate": True}, {"compiled": True})
+EVERY: tuple[dict[str, Any], ...] = (
+    *(PLAIN, {"pairs": True}, {"protect": 2}, {"term": term}, {"evaluate": True}),
+    {"compiled": True},
+)
 
 
 @dataclass(frozen=True)

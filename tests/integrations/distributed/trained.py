@@ -206,6 +206,7 @@ def train(
     term: Callable[..., Any] | None = None,
     evaluate: bool = False,
     pairs: bool = False,
+    protect: int = 0,
     optimizer: Any = None,
     backward: Callable[[Tensor], object] = Tensor.backward,
 ) -> list[float]:
@@ -220,6 +221,8 @@ def train(
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     if pairs:
         hra_fx.train_pairs(optimizer, model)
+    if protect:
+        hra_fx.protect(optimizer, model, [x[part]], protect)
     losses = []
     for _ in range(steps):
         if evaluate:

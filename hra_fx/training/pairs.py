@@ -17,36 +17,33 @@ import types
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import ASGD, Optimizer
+from torch.optim import Optimizer
 
 from hra_fx.compat import copy_all, renew_step_of_accelerate
 from hra_fx.errors import AdapterError, ConfigError, HRAWarning
 from hra_fx.functional.pairs import from_pairs, gradients_to_pairs, start_length, to_pairs
 from hra_fx.kernels.distributed import as_dtensor
-from hra_fx.layers.adapters import get_adapters
-from hra_fx.layers.peft_layers import is_peft_hra_layer
 from hra_fx.layers.sharding import is_dtensor, local_tensor
-from hra_fx.model.state import check_is_module
+from hra_fx.training.vectors import (
+    Vectors,
+    averages_parameters,
+    layers_with_vectors,
+    required_vectors,
+    stepped_vectors,
+    unwrapped,
+    vectors_of,
+)
 
 #: The entry of a parameter group that stores `difference`.
 KEY = "hra_pair_difference"
 #: The number of vectors that a warning names.
 _LISTED = 8
 _LOST = "no longer a parameter of the optimizer"
-_AVERAGES = "the optimizer averages parameters outside of its step"
-
-
-class _Vectors(NamedTuple):
-    """The vectors of an adapter in a layer that an optimizer updates, and why they are not trained in pairs."""
-
-    path: str
-    tensor: Any
-    why_not: str | None
 
 
 def train_pairs(optimizer: Any, model: nn.Module, difference: float = 0.1) -> None:
@@ -91,32 +88,25 @@ def train_pairs(optimizer: Any, model: nn.Module, difference: float = 0.1) -> No
         >>> model(torch.ones(1, 6)).sum().backward()
         >>> optimizer.step()
     """
-    wrapper, optimizer = optimizer, _unwrapped(optimizer)
-    if not isinstance(optimizer, Optimizer):
-        raise AdapterError(f"`optimizer` must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+    wrapper, optimizer = optimizer, unwrapped(optimizer)
     check_difference(difference)
+    layers = layers_with_vectors(model)
+    found = required_vectors(layers, optimizer, model, "train_pairs")
     known = _KNOWN.get(optimizer)
     pairs = _Pairs(float(difference)) if known is None else known
     if pairs.difference != difference:
         raise AdapterError(
             f"this optimizer trains pairs with difference={pairs.difference}, got {difference}. Create a new optimizer."
         )
-    layers = _adapted_layers(model)
-    found = list(_stepped(layers, optimizer))
-    if not found:
-        raise AdapterError(
-            f"the optimizer has no vectors of {type(model).__name__}. Adapt the model first, pass trainable vectors "
-            "to the optimizer, and call train_pairs before a tool flattens the parameters (FSDP1, DeepSpeed ZeRO)."
-        )
-    if isinstance(optimizer, ASGD) or callable(getattr(optimizer, "eval", None)):
-        pairs.warn([one._replace(why_not=_AVERAGES) for one in found])
+    if averages_parameters(optimizer):
+        pairs.warn({one.path: "the optimizer averages parameters outside of its step" for one in found})
         return
     if known is None:
         _check_state(optimizer, found, pairs.difference)
         _install(optimizer, pairs)
         renew_step_of_accelerate(wrapper)
     pairs.layers.update(layers)
-    pairs.warn(found)
+    pairs.warn(_reasons(found))
 
 
 def train_pairs_if_possible(optimizer: Any, model: nn.Module, difference: float) -> None:
@@ -125,19 +115,13 @@ def train_pairs_if_possible(optimizer: Any, model: nn.Module, difference: float)
     Warns:
         HRAWarning: the optimizer does not have any vectors of the model, although some are trainable.
     """
-    layers, inner = _adapted_layers(model), _unwrapped(optimizer)
+    layers, inner = layers_with_vectors(model), unwrapped(optimizer)
     if inner in _KNOWN:
         return
-    if isinstance(inner, Optimizer) and any(True for _ in _stepped(layers, inner)):
+    if isinstance(inner, Optimizer) and stepped_vectors(layers, inner):
         train_pairs(optimizer, model, difference)
         return
-    trained = [
-        _Vectors(f"{path}.hra_u.{name}", tensor, _LOST)
-        for layer, path in layers.items()
-        for name, tensor, _ in _adapters(layer)
-        if tensor.requires_grad
-    ]
-    _Pairs(difference).warn(trained)
+    _Pairs(difference).warn({one.path: _LOST for one in vectors_of(layers) if one.tensor.requires_grad})
 
 
 def refuse_states_of_pairs(optimizer: Optimizer) -> None:
@@ -206,13 +190,14 @@ class _Pairs:
 
     @torch.no_grad()
     def _enter(self, optimizer: Any) -> None:
-        found = list(_stepped(self.layers, optimizer))
+        found = stepped_vectors(self.layers, optimizer)
         if found:  # some optimizers load a state without running hooks
             _check_groups(optimizer.param_groups, self.difference)
-        self.warn(found or [_Vectors(path, None, _LOST) for path in self.layers.values()])
+        reasons = _reasons(found)
+        self.warn(reasons if found else dict.fromkeys(self.layers.values(), _LOST))
         alike = defaultdict(list)
-        for _, tensor, why_not in found:
-            if why_not is None and tensor.grad is not None:
+        for _, path, tensor, *_ in found:
+            if path not in reasons and tensor.grad is not None:
                 alike[tensor.shape, local_tensor(tensor).shape, tensor.dtype, tensor.device].append(tensor)
         made = [PairBatch(tensors, self.difference) for tensors in alike.values()]
         for batch in made:
@@ -225,10 +210,10 @@ class _Pairs:
         while self.batches:
             self.batches.pop().leave()
 
-    def warn(self, found: list[_Vectors]) -> None:
-        """Warn about vectors that are not trained in pairs, once for each."""
-        left = [f"{path} ({why})" for path, _, why in found if why is not None and path not in self.warned]
-        self.warned.update(path for path, _, why in found if why is not None)
+    def warn(self, reasons: dict[str, str]) -> None:
+        """Warn about vectors that are not trained in pairs, once for each: path -> reason."""
+        left = [f"{path} ({why})" for path, why in reasons.items() if path not in self.warned]
+        self.warned |= reasons.keys()
         if left:
             more = f" and {len(left) - _LISTED} more" if len(left) > _LISTED else ""
             text = f"train_pairs: these vectors are not trained in pairs: {', '.join(left[:_LISTED])}{more}."
@@ -279,13 +264,6 @@ def _guarded(optimizer: Optimizer, pairs: _Pairs) -> Any:
     return types.MethodType(step, weakref.proxy(optimizer))
 
 
-def _unwrapped(optimizer: Any) -> Any:
-    """Return the optimizer inside accelerate's wrappers."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    return optimizer
-
-
 def check_difference(difference: Any, field: str = "difference") -> None:
     """Check that `difference` is valid."""
     is_number = isinstance(difference, (int, float)) and not isinstance(difference, bool)
@@ -305,7 +283,7 @@ def _check_groups(groups: Iterable[dict[str, Any]], difference: float) -> None:
             )
 
 
-def _check_state(optimizer: Optimizer, found: list[_Vectors], difference: float) -> None:
+def _check_state(optimizer: Optimizer, found: list[Vectors], difference: float) -> None:
     """Raise an error if the optimizer has a state that is not in these pair coordinates."""
     if any(KEY in group for group in optimizer.param_groups):
         _check_groups(optimizer.param_groups, difference)
@@ -317,43 +295,19 @@ def _check_state(optimizer: Optimizer, found: list[_Vectors], difference: float)
         )
 
 
-def _adapted_layers(model: Any) -> dict[nn.Module, str]:
-    check_is_module(model)
-    return {
-        module: path
-        for path, module in model.named_modules()
-        if get_adapters(module) is not None or is_peft_hra_layer(module)
-    }
+def _reasons(found: list[Vectors]) -> dict[str, str]:
+    """Path of vectors that are not trained in pairs -> the reason."""
+    return {one.path: why for one in found if (why := _why_not(one))}
 
 
-def _stepped(layers: Any, optimizer: Optimizer) -> Iterator[_Vectors]:
-    """The vectors that an optimizer updates, found in each step, because FSDP2 and other tools replace parameters."""
-    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for layer, path in layers.items():
-        for name, tensor, why_not in _adapters(layer):
-            if id(tensor) in stepped:
-                yield _Vectors(f"{path}.hra_u.{name}", tensor, why_not)
-
-
-def _adapters(layer: Any) -> Iterator[tuple[str, Any, str | None]]:
-    """Name, vectors and the reason not to use pairs (or `None`), for all adapters of a layer of hra_fx or PEFT."""
-    own = get_adapters(layer)
-    if own is None:
-        facts = {name: (r, layer.hra_apply_GS[name]) for name, r in layer.hra_r.items()}
-    else:
-        facts = {name: (spec.r, spec.apply_GS) for name, spec in own.specs.items()}
-    for name, (r, apply_GS) in facts.items():
-        if (tensor := layer.hra_u._parameters.get(name)) is not None:
-            yield name, tensor, _why_not(tensor, r, apply_GS=apply_GS)
-
-
-def _why_not(vectors: Any, r: int, *, apply_GS: bool) -> str | None:
-    if vectors.dim() < 2 or vectors.shape[-1] != r:
+def _why_not(one: Vectors) -> str | None:
+    vectors = one.tensor
+    if one.is_flat:
         return "part of a flat parameter"
-    if apply_GS:
+    if one.apply_GS:
         return "Gram-Schmidt"
-    if r % 2:
-        return f"odd rank {r}"
+    if one.r % 2:
+        return f"odd rank {one.r}"
     if vectors.dtype not in (torch.float32, torch.float64):
         return str(vectors.dtype).removeprefix("torch.")
     if is_dtensor(vectors) and any(one.is_shard(vectors.dim() - 1) for one in vectors.placements):

@@ -1,0 +1,237 @@
+"""Run batches with the base model, and collect the main directions of the inputs of each adapted layer.
+
+The input of a layer that is called is the argument of its call. Attention, experts and others read the weight of a
+layer; there, the other factor of each matrix product with this weight is the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, distributed, nn
+
+from hra_fx.compat import TorchDispatchMode, conv_border, eager_experts, pytree, without_peft_adapters
+from hra_fx.errors import AdapterError
+from hra_fx.functional.directions import Sketch, merged
+from hra_fx.kernels.dispatch import PLAIN
+from hra_fx.layers.adapters import get_adapters
+from hra_fx.layers.sharding import full_tensor, reshard
+from hra_fx.layers.target import find_kind
+from hra_fx.model.example_inputs import normalize_inputs, preserve_rng_state
+from hra_fx.model.state import get_state
+from hra_fx.model.switch import disable_adapters
+
+#: The largest number of patches of one image that are read.
+_PATCHES = 4096
+_aten = torch.ops.aten
+#: Matrix products: the positions of the two factors.
+_PRODUCTS: dict[Any, tuple[int, int]] = {
+    _aten.mm.default: (0, 1),
+    _aten.addmm.default: (1, 2),
+    _aten.bmm.default: (0, 1),
+    _aten.baddbmm.default: (1, 2),
+}
+
+
+def sketches_of(
+    model: nn.Module, layers: Mapping[nn.Module, str], batches: Iterable[Any], directions: int
+) -> dict[nn.Module, Sketch]:
+    """Layer -> the sketch of its inputs. Layers with the same inputs share one; a layer without inputs has none.
+
+    The model runs in eval mode without adapters and gradients. A batch is a tensor, a tuple or list of positional
+    arguments, or a mapping of keyword arguments.
+
+    Raises:
+        AdapterError: there is no batch.
+    """
+    collector = _Collector(layers, directions)
+    device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), torch.device("cpu"))
+    is_empty = True
+    with _base_model(model, layers), collector:
+        for batch in _with_progress(batches):
+            is_empty = False
+            args, kwargs = pytree.tree_map(lambda x: _to(x, device), normalize_inputs(batch))
+            model(*args, **kwargs)
+    reshard(model.modules())  # FSDP2 keeps some parameters whole after a forward without a backward pass
+    if is_empty:
+        raise AdapterError("`batches` has no batch. Pass what the model takes, for example a DataLoader.")
+    found = collector.found()
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        _sum_over_processes(found, list(layers), directions, device)
+    return found
+
+
+def _sum_over_processes(
+    found: dict[nn.Module, Sketch], layers: list[nn.Module], directions: int, device: torch.device
+) -> None:
+    """Add up the sketches of all processes, in place. A process may lack the inputs of some layers, such as experts."""
+    own = [
+        next((place for place, one in enumerate(layers) if found.get(one) is found[layer]), None)
+        if layer in found
+        else None
+        for layer in layers
+    ]
+    every: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(every, own)
+    if any(other != own for other in every):  # layers do not share sketches in the same way
+        for place, layer in enumerate(layers):
+            if any(other[place] is not None for other in every):
+                known = found.get(layer)
+                found[layer] = _sketch_for(layer, directions, device) if known is None else merged([known])
+    for sketch in dict.fromkeys(found[layer] for layer in layers if layer in found):
+        distributed.all_reduce(sketch.values)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _with_progress(batches: Iterable[Any]) -> Iterable[Any]:
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]  # which transformers needs
+
+    bar: Iterable[Any] = tqdm(batches, desc="protect", delay=2, leave=False)
+    return bar
+
+
+@contextmanager
+def _base_model(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Context manager in which a model runs in eval mode without its adapters, and is not compiled."""
+    modes = {part: part.training for part in model.modules()}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        for part, mode in modes.items():
+            stack.callback(vars(part).__setitem__, "training", mode)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)  # a single operator for the whole attention
+        for block in (preserve_rng_state(), torch.no_grad(), torch.compiler.set_stance("force_eager")):
+            stack.enter_context(block)
+        stack.enter_context(eager_experts(model))
+        stack.enter_context(without_peft_adapters(layers))
+        for root in [part for part in model.modules() if get_state(part) is not None]:
+            stack.enter_context(disable_adapters(root))
+        yield
+
+
+class _Collector(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Collects the inputs of layers while models run in its context."""
+
+    def __init__(self, layers: Mapping[nn.Module, str], directions: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.layers = layers
+        self.directions = directions
+        self.sketches: dict[nn.Module, Sketch] = {}
+        #: Layer -> the layers whose sketches contain its inputs.
+        self.owners: dict[nn.Module, set[nn.Module]] = {layer: set() for layer in layers}
+        self.last: tuple[Tensor | None, Any] = (None, None)
+        self.inside: list[nn.Module] = []
+        self.hooks: list[Any] = []
+        self.weights: dict[int, tuple[nn.Module, Tensor]] = {}
+
+    def __enter__(self) -> Any:
+        for layer in self.layers:
+            if is_called(layer):
+                self.hooks.append(layer.register_forward_pre_hook(self._before, with_kwargs=True))
+                self.hooks.append(layer.register_forward_hook(self._after))
+            adapters = get_adapters(layer)
+            if adapters is None:
+                continue
+            weight = adapters.weight_of(layer)
+            if type(weight) in PLAIN and not weight.is_meta:
+                self.weights[weight.untyped_storage().data_ptr()] = layer, weight
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for hook in self.hooks:
+            hook.remove()
+
+    def _before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.inside.append(layer)
+        x = full_tensor((*args, *kwargs.values())[0])
+        if _convolution(layer) is not None:
+            for rows in _patches(x, _convolution(layer)):
+                self.add(layer, rows)
+        else:
+            self.add(layer, x)
+
+    def _after(self, *_: Any) -> None:
+        self.inside.pop()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _PRODUCTS:
+            first, second = (args[place] for place in _PRODUCTS[func])
+            if type(first) in PLAIN and type(second) in PLAIN:
+                self._read(second, first)
+                self._read(first.mT, second.mT)
+        return func(*args, **(kwargs or {}))
+
+    def _read(self, factor: Tensor, x: Tensor) -> None:
+        """Add `x` if it is multiplied with a weight along the inputs of the weight."""
+        layer, weight = self.weights.get(factor.untyped_storage().data_ptr(), (None, None))
+        if layer is None or weight is None or layer in self.inside:
+            return
+        adapters: Any = get_adapters(layer)
+        along = weight.stride(-2 if adapters.fan_in_fan_out else -1)
+        if factor.stride(-2) != along or factor.shape[-2] != adapters.width:
+            return
+        if weight.dim() == 2:
+            self.add(layer, x)
+        elif factor.dim() == 2:
+            self.add(layer, x, (factor.storage_offset() - weight.storage_offset()) // weight.stride(0))
+        else:
+            for expert, rows in enumerate(x):
+                self.add(layer, rows, expert)
+
+    def add(self, layer: nn.Module, x: Tensor, expert: int | None = None) -> None:
+        """Add inputs `(..., d)` of a layer, unless they were just added for another one."""
+        seen, owner = self.last
+        if seen is not x:
+            owner = layer
+            if owner not in self.sketches:
+                self.sketches[owner] = _sketch_for(layer, self.directions, x.device)
+            self.sketches[owner].add(x.reshape(-1, x.shape[-1]), expert)
+            self.last = x, owner
+        self.owners[layer].add(owner)
+
+    def found(self) -> dict[nn.Module, Sketch]:
+        """Layer -> the sketch of its inputs, or of more inputs if another layer has some of them."""
+        joint: dict[frozenset[nn.Module], Sketch] = {}
+        for owners in map(frozenset, self.owners.values()):
+            if owners and owners not in joint:
+                joint[owners] = merged([self.sketches[one] for one in self.layers if one in owners])
+        return {layer: joint[frozenset(owners)] for layer, owners in self.owners.items() if owners}
+
+
+def _sketch_for(layer: Any, directions: int, device: torch.device) -> Sketch:
+    vectors = next(iter(layer.hra_u.values()))
+    experts = vectors.shape[0] if vectors.dim() == 3 else None
+    return Sketch(vectors.shape[-2], directions, device, experts)
+
+
+def is_called(layer: nn.Module) -> bool:
+    """Whether the input of a layer is the argument of its call."""
+    adapters = get_adapters(layer)
+    return adapters is None or adapters.reflects_input
+
+
+def _convolution(layer: Any) -> Any:
+    base = layer if get_adapters(layer) is not None else layer.get_base_layer()
+    return base if str(find_kind(base)).startswith("conv") else None
+
+
+def _patches(x: Tensor, conv: Any) -> Iterator[Tensor]:
+    """The patches `(n, d)` of each image, for all groups; at most `_PATCHES` of an image."""
+    dimensions = len(conv.kernel_size)
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    x = F.pad(x if x.dim() == dimensions + 2 else x[None], conv_border(conv), mode=mode)
+    for axis, (size, step, dilation) in enumerate(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)):
+        x = x.unfold(2 + axis, dilation * (size - 1) + 1, step)[..., ::dilation]
+    x = x.reshape(len(x), conv.groups, -1, *x.shape[2:])  # (n, groups, c, positions..., kernel...)
+    for image in x:
+        rows = image.movedim(1, 1 + dimensions).flatten(0, dimensions).flatten(1)
+        yield rows[:: max(1, len(rows) // _PATCHES)]

@@ -1,0 +1,239 @@
+"""Keep the vectors that an optimizer updates orthogonal to the main inputs of texts or images to keep.
+
+If all vectors of a chain are orthogonal to `x`, then `Q x = x`. So the layer computes `W x`, as before training. This
+is a property of the vectors alone: files, folded weights and LoRA exports have it too.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hra_fx.errors import AdapterError, ConfigError, HRAWarning
+from hra_fx.functional import householder
+from hra_fx.layers.adapters import get_adapters
+from hra_fx.layers.containers import ANCHOR
+from hra_fx.layers.sharding import distribute_like, is_dtensor
+from hra_fx.model.state import unwrap
+from hra_fx.training.layer_inputs import sketches_of
+from hra_fx.training.vectors import (
+    Vectors,
+    averages_parameters,
+    layers_with_vectors,
+    required_vectors,
+    stepped_vectors,
+    unwrapped,
+)
+
+#: The entry of a parameter group with the number of directions, and the entry of the optimizer's state with them.
+KEY = "hra_protected"
+_LISTED = 8
+#: Layer -> its protected directions `(d, k)` or `(experts, d, k)`.
+_PROTECTED: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
+#: Optimizer -> its protection.
+_KNOWN: weakref.WeakKeyDictionary[Optimizer, _Protection]
+
+
+def protect(optimizer: Any, model: nn.Module, batches: Iterable[Any], directions: int = 16) -> None:
+    """Keep what the model computes for the main directions of its inputs, while the adapters are trained.
+
+    The model runs `batches`, samples of what it must not forget, in eval mode without adapters. For each adapted layer,
+    this gives the `directions` in which most of its inputs lie. From then on, the vectors are orthogonal to these
+    directions: they are projected now, and after each step of the optimizer. For these directions `Q x = x` exactly,
+    also after saving, folding, or conversion to LoRA. What the model does with other inputs is not protected.
+
+    Call this function after `transform`, before or after `train_pairs`, and before you load a state into the optimizer.
+    A few dozen passages or images are enough. In DDP and FSDP2, each process may pass its own share of them.
+
+    Args:
+        optimizer: a `torch.optim.Optimizer`, or accelerate's wrapper of one. Its `state_dict` contains the directions.
+        model: a transformed model, or a model with PEFT's HRA layers; wrapped or not.
+        batches: an iterable of batches, such as a DataLoader. A batch is what the model takes: a mapping of keyword
+            arguments, a tuple or list of positional arguments, or a tensor.
+        directions: the number of directions in each layer, at most half of the width of its inputs.
+
+    Raises:
+        ConfigError: `directions` is not a positive int, or more than half of the width of a layer.
+        AdapterError: there is no batch; inputs are not finite; the optimizer does not update any vectors of the model,
+            or 16-bit or flat ones (FSDP1, DeepSpeed ZeRO); or it averages the parameters outside of its step. Loading a
+            state that was saved without protected directions raises the same error.
+
+    Warns:
+        HRAWarning: no batch reached some layers, or other modules read their weights in a way that is not seen.
+
+    Example:
+        >>> from hra_fx.config import HRAConfig
+        >>> from hra_fx.api.transform import transform
+        >>> model = transform(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"]))
+        >>> optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-3)
+        >>> keep = torch.randn(8, 6) * torch.tensor([9.0, 9.0, 0.1, 0.1, 0.1, 0.1])
+        >>> protect(optimizer, model, [keep], directions=2)
+        >>> model(torch.ones(1, 6)).sum().backward()
+        >>> optimizer.step()
+    """
+    if isinstance(directions, bool) or not isinstance(directions, int) or directions < 1:
+        raise ConfigError(f"`directions` must be a positive int, got {directions!r}.")
+    optimizer, inner = unwrapped(optimizer), unwrap(model)
+    layers = layers_with_vectors(inner)
+    stepped = required_vectors(layers, optimizer, model, "protect")
+    _check(stepped, optimizer, directions)
+    found = sketches_of(inner, layers, batches, directions)
+    if bad := next((layers[layer] for layer, sketch in found.items() if not sketch.is_finite), None):
+        raise AdapterError(f"{bad}: its inputs contain NaN or infinite values, so they have no main directions.")
+    if unseen := [path for layer, path in layers.items() if layer not in found]:
+        more = f" and {len(unseen) - _LISTED} more" if len(unseen) > _LISTED else ""
+        text = (
+            f"protect: these layers are not protected, because no batch reached them, or because another module reads "
+            f"their weights in a way that is not seen: {', '.join(unseen[:_LISTED])}{more}."
+        )
+        warnings.warn(text, HRAWarning, stacklevel=2)
+    dtype = max((one.tensor.dtype for one in stepped), key=lambda one: one.itemsize)
+    bases = {sketch: sketch.basis().to(dtype) for sketch in dict.fromkeys(found.values())}
+    protection = _KNOWN.get(optimizer) or _install(optimizer, directions)
+    protection.layers.update({layer: layers[layer] for layer in found})
+    _PROTECTED.update({layer: bases[sketch] for layer, sketch in found.items()})
+    protection.start()
+
+
+def is_protecting(optimizer: Any) -> bool:
+    """Whether `protect` was called for an optimizer."""
+    return unwrapped(optimizer) in _KNOWN
+
+
+def refuse_protected_states(optimizer: Optimizer) -> None:
+    """Make an optimizer without protection raise an `AdapterError` when it loads a state with protected directions."""
+
+    def check(_: Any, state_dict: dict[str, Any]) -> None:
+        if not is_protecting(optimizer) and any(KEY in group for group in state_dict["param_groups"]):
+            raise AdapterError(
+                "the state was saved with protected directions. Pass protect= with what must be kept, or start without "
+                "the state."
+            )
+
+    optimizer.register_load_state_dict_pre_hook(check)
+
+
+def protected_directions(layer: nn.Module) -> Tensor | None:
+    """The directions of a layer that `protect` keeps in this process, `(d, k)`; `None` if there are none."""
+    return _PROTECTED.get(layer)
+
+
+def _check(found: list[Vectors], optimizer: Optimizer, directions: int) -> None:
+    if averages_parameters(optimizer):
+        raise AdapterError(
+            f"protect: {type(optimizer).__name__} averages the parameters outside of its step, so the averages would "
+            "not be orthogonal to the directions. Use another optimizer."
+        )
+    for one in found:
+        if one.is_flat:
+            raise AdapterError(
+                f"{one.path} is part of a flat parameter (FSDP1, DeepSpeed ZeRO), so it cannot be projected. Use DDP "
+                "or FSDP2."
+            )
+        if one.tensor.dtype.itemsize < 4:
+            raise AdapterError(
+                f"{one.path} is {str(one.tensor.dtype).removeprefix('torch.')}, so rounding moves it out of the "
+                "orthogonal complement. Train the vectors in float32: parameter.data = parameter.data.float()."
+            )
+        if 2 * directions > one.tensor.shape[-2]:
+            raise ConfigError(
+                f"`directions` must be at most half of the width of each layer, got {directions} for {one.path} of "
+                f"width {one.tensor.shape[-2]}. Pass fewer directions, or exclude the layer."
+            )
+
+
+class _Protection:
+    """Projects the vectors that one optimizer updates.
+
+    Attributes:
+        layers: protected layer (a weak reference) -> its path.
+        stacked: the directions of the vectors of a batch, by the ids of the layers.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = weakref.ref(optimizer)
+        self.layers: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+        self.stacked: dict[tuple[int, ...], Tensor] = {}
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Project the vectors and their anchors. An adapter that was the identity still is."""
+        self.stacked.clear()
+        for layer, path, tensor, _, apply_GS in stepped_vectors(self.layers, self._optimizer()):
+            adapters, name = get_adapters(layer), path.rpartition(".")[2]
+            anchor = None if adapters is None else adapters._buffers.get(name + ANCHOR)
+            if anchor is None:
+                continue
+            basis = _PROTECTED[layer]
+            if apply_GS and not is_dtensor(tensor) and torch.allclose(anchor, householder.orthonormalize(tensor)):
+                projected = householder.orthonormalize(_projected(tensor, basis))
+            else:
+                projected = _projected(anchor, basis)
+            anchor.copy_(projected)
+        self.project()
+
+    @torch.no_grad()
+    def project(self, *_: Any) -> None:
+        """Project the vectors that the optimizer updates."""
+        alike: dict[Any, list[Vectors]] = defaultdict(list)
+        for one in stepped_vectors(self.layers, self._optimizer()):
+            if is_dtensor(one.tensor):
+                one.tensor.copy_(_projected(one.tensor, _PROTECTED[one.layer]))
+            else:
+                basis = _PROTECTED[one.layer]
+                alike[one.tensor.shape, basis.shape, one.tensor.dtype, one.tensor.device].append(one)
+        for group in alike.values():
+            key = tuple(id(one.layer) for one in group)
+            if key not in self.stacked:
+                like = group[0].tensor
+                self.stacked[key] = torch.stack([_PROTECTED[one.layer] for one in group]).to(like.device, like.dtype)
+            basis, values = self.stacked[key], [one.tensor for one in group]
+            along = basis @ (basis.mT @ torch.stack(values))
+            torch._foreach_sub_(values, list(along.unbind()))
+
+    def _optimizer(self) -> Any:
+        return self.optimizer()
+
+    def save(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        """Add the directions to a state, by the paths of layers."""
+        return {**state, KEY: {path: _PROTECTED[layer] for layer, path in self.layers.items()}}
+
+    def load(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """Use the directions of a state. Some tools keep only the parameter groups; then the present ones remain."""
+        if not all(KEY in group for group in state["param_groups"]):
+            raise AdapterError(
+                "the optimizer protects directions, but the state was saved without protection. Leave protect out, or "
+                "start without the state."
+            )
+        saved: dict[str, Tensor] = state.get(KEY, {})
+        for layer, path in self.layers.items():
+            if path in saved:
+                _PROTECTED[layer] = saved[path].to(_PROTECTED[layer].device)
+        self.start()
+
+
+_KNOWN = weakref.WeakKeyDictionary()
+
+
+def _install(optimizer: Optimizer, directions: int) -> _Protection:
+    protection = _KNOWN[optimizer] = _Protection(optimizer)
+    optimizer.defaults[KEY] = directions  # for groups that are added later
+    for group in optimizer.param_groups:
+        group[KEY] = directions
+    optimizer.register_step_post_hook(protection.project)
+    optimizer.register_state_dict_post_hook(protection.save)
+    optimizer.register_load_state_dict_pre_hook(protection.load)
+    return protection
+
+
+def _projected(vectors: Any, basis: Tensor) -> Any:
+    """Vectors `(..., d, r)` without their parts along the directions."""
+    own: Any = distribute_like(basis.to(vectors.device, vectors.dtype), vectors)
+    return vectors - own @ (own.mT @ vectors)

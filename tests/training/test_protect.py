@@ -1,0 +1,308 @@
+"""`protect`: what a model says about texts to keep stays as it was, whatever else it learns.
+
+The texts are so short that the inputs of each layer span fewer directions than are protected. Then the outputs for them
+stay exactly those of the base model.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import oracles
+import peft
+import pytest
+import torch
+from layers.checking import assert_same
+from moe_models import built
+from tiny_models import bert, llama
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+
+import hra_fx
+from hra_fx.errors import AdapterError, ConfigError, HRAWarning
+from hra_fx.integrations import HRATrainer, ProtectCallback
+from hra_fx.reporting.row import moved
+
+F64 = torch.float64
+DIRECTIONS = 8
+KEPT = torch.tensor([[5, 9, 2], [7, 7, 1]])
+OTHER = torch.tensor([[11, 4, 8, 13], [3, 10, 12, 6]])
+
+
+class Images(nn.Module):
+    """Convolutions whose patches are few, one with groups, one with another padding, and one over a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1, stride=2, padding_mode="reflect")
+        self.grouped = nn.Conv2d(8, 8, 2, groups=2, dilation=2, padding=1)
+        self.line = nn.Conv1d(8, 8, 3, padding="same")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.grouped(torch.tanh(self.first(x))))
+        return self.line(x.flatten(2))
+
+
+def attention() -> nn.Module:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 2, 48, batch_first=True, dropout=0.0)
+    return nn.Sequential(nn.Embedding(64, 32), layer, nn.Linear(32, 32))
+
+
+def gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64, "n_positions": 16}
+    return GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.2))
+
+
+def words(ids: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": ids}
+
+
+def images(seed: int) -> Tensor:
+    return torch.randn(1, 3, 3, 3, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+#: name -> (the model, what to keep, what to learn, fields of the configuration)
+CASES: dict[str, tuple[Callable[[], nn.Module], Any, Any, dict[str, Any]]] = {
+    "Llama": (llama, words(KEPT), words(OTHER), {"target_modules": "all-linear"}),
+    "odd rank": (bert, words(KEPT), words(OTHER), {"r": 3, "target_modules": ["query", "value", "dense"]}),
+    "Gram-Schmidt": (llama, words(KEPT), words(OTHER), {"apply_GS": True, "target_modules": ["q_proj", "up_proj"]}),
+    "Conv1D": (gpt2, words(KEPT), words(OTHER), {"target_modules": ["c_attn", "c_fc", "c_proj"]}),
+    "attention": (attention, KEPT, OTHER, {"target_modules": ["self_attn", "out_proj", "linear1", "2"]}),
+    "images": (Images, images(1), images(2), {"target_modules": ["first", "grouped", "line"]}),
+    "experts": (
+        lambda: built("mixtral", implementation="batched_mm"),
+        words(KEPT),
+        words(OTHER),
+        {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "target_modules": ["q_proj"]},
+    ),
+}
+
+
+def output_of(model: Any, batch: Any) -> Tensor:
+    found = model(**batch) if isinstance(batch, dict) else model(batch)
+    return getattr(found, "logits", found)
+
+
+def trained(model: nn.Module, batch: Any, steps: int = 4, *, prepare: Callable[[Any], object]) -> Any:
+    """The optimizer after some steps at a high rate."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    prepare(optimizer)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        output_of(model.train(), batch).square().sum().backward()
+        optimizer.step()
+    model.eval()
+    return optimizer
+
+
+def distance(found: Tensor, wanted: Tensor) -> float:
+    return float(((found - wanted).norm() / wanted.norm()).detach())
+
+
+def check_kept(model: nn.Module, base: nn.Module, kept: Any, other: Any, bound: float = 1e-9) -> None:
+    with torch.no_grad():
+        assert distance(output_of(model, kept), output_of(base, kept)) < bound
+        assert distance(output_of(model, other), output_of(base, other)) > 0.01
+
+
+@pytest.mark.filterwarnings("ignore:train_pairs. these vectors are not trained in pairs:hra_fx.HRAWarning")
+@pytest.mark.parametrize("pairs", ["", "before", "after"])
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_for_what_is_kept_stay_those_of_the_base_model(name: str, pairs: str, tmp_path: Path) -> None:
+    make, kept, other, fields = CASES[name]
+    base = make().to(F64).eval()
+    model = hra_fx.transform(copy.deepcopy(base), hra_fx.HRAConfig(**({"r": 4} | fields)))
+
+    def prepare(optimizer: Any) -> None:
+        if pairs == "before":
+            hra_fx.train_pairs(optimizer, model)
+        hra_fx.protect(optimizer, model, [kept], DIRECTIONS)
+        if pairs == "after":
+            hra_fx.train_pairs(optimizer, model)
+        assert_same(output_of(model.eval(), other), output_of(base, other), rtol=1e-9)  # still the identity
+
+    trained(model, other, prepare=prepare)
+    check_kept(model, base, kept, other)
+    hra_fx.save_adapter(model, tmp_path)
+    check_kept(hra_fx.load_adapter(copy.deepcopy(base), tmp_path), base, kept, other)
+    check_kept(hra_fx.fold(model), base, kept, other, bound=1e-8)
+
+
+def test_layers_of_peft_are_protected() -> None:
+    base = llama().to(F64).eval()
+    config = peft.HRAConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    trained(model, words(OTHER), prepare=lambda optimizer: hra_fx.protect(optimizer, model, [words(KEPT)], DIRECTIONS))
+    check_kept(model, base, words(KEPT), words(OTHER))
+    check_kept(model.merge_and_unload(), base, words(KEPT), words(OTHER))
+
+
+def test_a_quantized_base_is_protected() -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    base = llama().eval()
+    quantize_(base, Int8WeightOnlyConfig(version=2))
+    model = hra_fx.transform(copy.deepcopy(base), hra_fx.HRAConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    trained(model, words(OTHER), prepare=lambda optimizer: hra_fx.protect(optimizer, model, [words(KEPT)], DIRECTIONS))
+    check_kept(model, base, words(KEPT), words(OTHER), bound=1e-4)
+
+
+def test_a_graph_in_bfloat16_and_a_second_adapter_are_protected() -> None:
+    base = llama().to(torch.bfloat16).eval()
+    config = hra_fx.HRAConfig(r=4, target_modules=["q_proj", "up_proj", "down_proj"])
+    model: Any = hra_fx.transform(copy.deepcopy(base), config, trace=True, example_inputs=words(OTHER))
+    hra_fx.add_adapter(model, "other", config)
+    hra_fx.set_adapter(model, ["default", "other"])
+    trained(model, words(OTHER), prepare=lambda optimizer: hra_fx.protect(optimizer, model, [words(KEPT)], DIRECTIONS))
+    for layer in (part for part in model.modules() if "hra_u" in part._modules):
+        weight, turned = layer.hra_base.float(), hra_fx.effective_weight(layer).float()
+        basis = hra_fx.training.protect.protected_directions(layer)
+        assert distance(turned @ basis, weight @ basis) < 0.01 < distance(turned, weight)
+    check_kept(model, base, words(KEPT), words(OTHER), bound=0.05)
+
+
+def test_the_directions_are_those_with_the_most_of_the_inputs() -> None:
+    """More inputs than directions: what is left of them is little more than the best subspace leaves."""
+    base = llama().eval()
+    model = hra_fx.transform(copy.deepcopy(base), hra_fx.HRAConfig(r=2, target_modules="all-linear"))
+    seen: dict[str, list[Tensor]] = {}
+    for path, layer in base.named_modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_pre_hook(lambda _, args, path=path: seen.setdefault(path, []).append(args[0]))
+    batches = torch.randint(0, 64, (6, 2, 16), generator=torch.Generator().manual_seed(3))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    loader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    hra_fx.protect(optimizer, model.train(), loader, DIRECTIONS)
+    assert all(part.training for part in model.modules())
+    with torch.no_grad():
+        for batch in batches:
+            base(batch)
+    found = {path: hra_fx.training.protect.protected_directions(layer) for path, layer in model.named_modules()}
+    assert found["lm_head"] is None
+    for path, inputs in seen.items():
+        if path == "lm_head":  # which "all-linear" leaves out
+            continue
+        rows = torch.cat([x.flatten(0, -2) for x in inputs]).to(F64)
+        best = torch.linalg.svdvals(rows)[DIRECTIONS:].square().sum()
+        basis = found[path].to(F64)
+        assert (rows - rows @ basis @ basis.mT).square().sum() < 1.3 * best
+    attention = "model.layers.0.self_attn"
+    assert found[f"{attention}.q_proj"] is found[f"{attention}.k_proj"] is found[f"{attention}.v_proj"]
+
+
+def test_a_resumed_run_protects_the_same_directions_and_needs_them() -> None:
+    base = llama().to(F64).eval()
+    config = hra_fx.HRAConfig(r=4, target_modules=["q_proj", "down_proj"])
+    model = hra_fx.transform(copy.deepcopy(base), config)
+    optimizer = trained(model, words(OTHER), prepare=lambda one: hra_fx.protect(one, model, [words(KEPT)], DIRECTIONS))
+    torch.save((model.state_dict(), optimizer.state_dict()), file := io.BytesIO())
+    file.seek(0)
+    values, state = torch.load(file, weights_only=True)
+    again = hra_fx.transform(copy.deepcopy(base), config)
+    again.load_state_dict(values)
+
+    def resume(one: Any) -> None:
+        hra_fx.protect(one, again, [words(OTHER)], DIRECTIONS)  # the directions of the state replace these
+        one.load_state_dict(state)
+
+    trained(again, words(OTHER), prepare=resume)
+    check_kept(again, base, words(KEPT), words(OTHER))
+    fresh = torch.optim.AdamW([p for p in again.parameters() if p.requires_grad])
+    unprotected = copy.deepcopy(fresh.state_dict())
+    hra_fx.protect(fresh, again, [words(KEPT)], DIRECTIONS)
+    with pytest.raises(AdapterError, match=r"the state was saved without protection\. Leave protect out, or start"):
+        fresh.load_state_dict(unprotected)
+
+
+def test_the_report_says_how_far_protected_directions_move() -> None:
+    model, optimizer = adapted(llama(), "q_proj", "down_proj")
+    assert "moves protected" not in str(hra_fx.report(model))
+    hra_fx.protect(optimizer, model, [words(KEPT)], DIRECTIONS)
+    trained(model, words(OTHER), prepare=lambda _: None)
+    report = hra_fx.report(model)
+    assert all(row.protected is not None and row.protected > 1e-3 for row in report)  # by an optimizer without it
+    hra_fx.protect(optimizer, model, [words(KEPT)], DIRECTIONS)
+    report = hra_fx.report(model)
+    assert all(row.protected is not None and row.protected < 1e-6 for row in report) and "0.00%" in str(report)
+    layer, basis = model.get_submodule("model.layers.0.mlp.down_proj"), torch.eye(64)
+    chain = layer.hra_u.chain("default").detach()
+    q = oracles.dense_q(layer.hra_u.default.detach(), apply_GS=False)
+    assert moved(basis, chain) == pytest.approx(float((q - basis).norm() / basis.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("by", ["HRATrainer", "callback"])
+def test_a_trainer_protects(by: str, tmp_path: Path) -> None:
+    base = llama().to(F64).eval()
+    model = hra_fx.transform(copy.deepcopy(base), hra_fx.HRAConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    rows = [{"input_ids": row, "labels": row} for row in OTHER]
+    kept = [{"input_ids": row, "labels": row} for row in KEPT]
+    arguments = TrainingArguments(
+        tmp_path, max_steps=4, learning_rate=0.1, report_to=[], use_cpu=True, save_strategy="no"
+    )
+    if by == "HRATrainer":
+        trainer: Any = HRATrainer(model, arguments, train_dataset=rows, protect=kept, protected_directions=DIRECTIONS)
+    else:
+        callback = ProtectCallback([words(KEPT)], DIRECTIONS)
+        trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[callback])
+    trainer.train()
+    check_kept(model.eval(), base, words(KEPT), words(OTHER))
+    state = trainer.optimizer.state_dict()
+    unprotected = HRATrainer(model, arguments, train_dataset=rows, pair_difference=None if by == "callback" else 0.1)
+    with pytest.raises(AdapterError, match=r"the state was saved with protected directions\. Pass protect="):
+        unprotected.create_optimizer().load_state_dict(state)
+
+
+def adapted(model: nn.Module, *targets: str) -> tuple[nn.Module, Any]:
+    model = hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=list(targets)))
+    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+
+
+def test_what_cannot_be_protected_is_refused_and_nothing_is_changed() -> None:
+    model, optimizer = adapted(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)), "0", "2")
+    x, before = torch.randn(4, 6), copy.deepcopy(model.state_dict())
+    other = torch.optim.AdamW(nn.Linear(2, 2).parameters())
+    for batches, directions, used, kind, message in (
+        ([], 2, optimizer, AdapterError, r"`batches` has no batch"),
+        ([x * math.nan], 2, optimizer, AdapterError, r"^0: its inputs contain NaN or infinite values"),
+        (
+            [x],
+            4,
+            optimizer,
+            ConfigError,
+            r"at most half of the width of each layer, got 4 for 0\.hra_u\.default of width",
+        ),
+        ([x], 0, optimizer, ConfigError, r"`directions` must be a positive int, got 0"),
+        ([x], 2, other, AdapterError, r"no vectors of Sequential.* call protect before"),
+        ([x], 2, torch.optim.ASGD(list(optimizer.param_groups[0]["params"])), AdapterError, r"ASGD averages the param"),
+        ([x], 2, None, AdapterError, r"must be a torch\.optim\.Optimizer, got NoneType"),
+        (["text"], 2, optimizer, AdapterError, r"must be a tensor, a tuple"),
+    ):
+        with pytest.raises(kind, match=message):
+            hra_fx.protect(used, model, batches, directions)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert "hra_protected" not in optimizer.param_groups[0] and not model[0]._forward_pre_hooks
+
+
+class Unread(nn.Module):
+    """A layer that no batch reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.spare = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
+def test_layers_without_inputs_are_named_in_a_warning() -> None:
+    model, optimizer = adapted(Unread(), "used", "spare")
+    with pytest.warns(HRAWarning, match=r"these layers are not protected, because no batch reached .*: spare\."):
+        hra_fx.protect(optimizer, model, [torch.randn(2, 6)], 2)
