@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hra_fx.compat import copy_all
 from hra_fx.errors import AdapterError, ConfigError, HRAWarning
 from hra_fx.functional import householder
 from hra_fx.layers.adapters import get_adapters
@@ -195,8 +196,8 @@ class _Protection:
                 like = group[0].tensor
                 self.stacked[key] = torch.stack([_PROTECTED[one.layer] for one in group]).to(like.device, like.dtype)
             basis, values = self.stacked[key], [one.tensor for one in group]
-            along = basis @ (basis.mT @ torch.stack(values))
-            torch._foreach_sub_(values, list(along.unbind()))
+            stacked = torch.stack(values)
+            copy_all(values, list((stacked - basis @ (basis.mT @ stacked)).unbind()))
 
     def _optimizer(self) -> Any:
         return self.optimizer()
