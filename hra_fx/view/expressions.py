@@ -1,8 +1,7 @@
 """Join the operations of a module to few boxes, so that the module stays readable.
 
-Chains are joined. If many operations remain, each operation also joins its reader if it has only one, so that there is
-a box for each expression, such as the rotated query of an attention. Expressions with the same sources and readers are
-joined. If there are still many, neighbors are joined.
+An operation that one box reads joins it, so that there is a box for each expression, such as the rotated query of an
+attention. Expressions with the same sources and readers are one box. If there are still many, neighbors are joined.
 """
 
 from __future__ import annotations
@@ -13,34 +12,30 @@ from typing import TypeVar
 
 import networkx as nx
 
-#: A module has at most this many boxes of operations before expressions, and then neighbors, are joined.
-_OPERATIONS_SHOWN, _EXPRESSIONS_SHOWN = 5, 12
+#: A module with more expressions than this shows neighbors as one box.
+EXPRESSIONS = 12
 Group = TypeVar("Group", bound=Hashable)
 
 
-def join_operations(
-    flow: nx.DiGraph[Group], small: set[Group], entering: set[Group], leaving: set[Group]
-) -> dict[Group, Group]:
+def join_operations(flow: nx.DiGraph[Group], small: set[Group], leaving: set[Group]) -> dict[Group, Group]:
     """Return for each group the one that represents its box. Contracting these boxes does not create a cycle.
 
     Args:
         flow: acyclic flow between groups.
         small: the operations that may be joined.
-        entering: groups that read a value from outside.
         leaving: groups with a value that is read outside.
 
-    >>> flow = nx.DiGraph([("view", "transpose"), ("transpose", "layer")])
-    >>> join_operations(flow, {"view", "transpose"}, set(), set())
+    >>> join_operations(nx.DiGraph([("view", "transpose"), ("transpose", "layer")]), {"view", "transpose"}, set())
     {'layer': 'layer', 'transpose': 'transpose', 'view': 'transpose'}
     """
-    boxes = _into_readers(flow, small, leaving, chains_only=entering)
-    if len({boxes[group] for group in small}) > _OPERATIONS_SHOWN:
-        boxes = _into_readers(flow, small, leaving)
-        twins = _twins(contracted(flow, boxes), small)
-        boxes = {group: twins.get(box, box) for group, box in boxes.items()}
-    if len({boxes[group] for group in small}) > _EXPRESSIONS_SHOWN:
-        runs = _runs(contracted(flow, boxes), small)
-        boxes = {group: runs[box] for group, box in boxes.items()}
+    boxes: dict[Group, Group] = {}
+    for group in reversed(list(nx.topological_sort(flow))):
+        readers = {boxes[reader] for reader in flow.succ[group]}
+        joins = group in small and group not in leaving and len(readers) == 1 and readers <= small
+        boxes[group] = readers.pop() if joins else group
+    for step in (_twins, _runs):
+        joined = step(contracted(flow, boxes), small)
+        boxes = {group: joined[box] for group, box in boxes.items()}
     return boxes
 
 
@@ -58,31 +53,20 @@ def in_order(flow: nx.DiGraph[Group]) -> list[Group]:
     return list(nx.lexicographical_topological_sort(flow, key=first.__getitem__))
 
 
-def _into_readers(
-    flow: nx.DiGraph[Group], small: set[Group], leaving: set[Group], *, chains_only: set[Group] | None = None
-) -> dict[Group, Group]:
-    """Join each operation to the box that reads it, if it is the only one."""
-    boxes: dict[Group, Group] = {}
-    for group in reversed(list(nx.topological_sort(flow))):
-        readers = {boxes[reader] for reader in flow.succ[group]}
-        joins = group in small and group not in leaving and len(readers) == 1 and readers <= small
-        if joins and chains_only is not None:
-            joins = all(flow.in_degree(reader) == 1 and reader not in chains_only for reader in flow.succ[group])
-        boxes[group] = readers.pop() if joins else group
-    return boxes
-
-
 def _twins(flow: nx.DiGraph[Group], small: set[Group]) -> dict[Group, Group]:
     """Join operations with the same sources and the same readers."""
-    first: dict[tuple[frozenset[Group], frozenset[Group]], Group] = {}
-    ends = {group: (frozenset(flow.pred[group]), frozenset(flow.succ[group])) for group in flow if group in small}
-    return {group: first.setdefault(around, group) for group, around in ends.items() if around[1]}
+    first: dict[object, Group] = {}
+    ends = {group: (frozenset(flow.pred[group]), frozenset(flow.succ[group])) for group in flow}
+    return {
+        group: first.setdefault(around, group) if group in small and around[1] else group
+        for group, around in ends.items()
+    }
 
 
 def _runs(flow: nx.DiGraph[Group], small: set[Group]) -> dict[Group, Group]:
-    """Join operations that are neighbors in topological order."""
+    """Join neighbors in topological order, if there are many."""
     order: list[Group] = in_order(flow)
-    boxes = {order[0]: order[0]}
-    for before, group in pairwise(order):
+    boxes = {group: group for group in order}
+    for before, group in pairwise(order) if len(small.intersection(order)) > EXPRESSIONS else ():
         boxes[group] = boxes[before] if {before, group} <= small else group
     return boxes

@@ -56,8 +56,7 @@ class _Nesting:
         keys = self._without_border(path, keys)
         groups, flow = self._acyclic_groups(keys, depth)
         leaving, ports = self._leaving(keys), self._ports(keys)
-        entering = {groups[reader] for readers in ports.values() for reader in readers}
-        boxes = join_operations(flow, self._small(flow), entering, {groups[key] for key in leaving})
+        boxes = join_operations(flow, self._small(flow), {groups[key] for key in leaving})
         order: list[_Group] = in_order(contracted(flow, boxes))
         members: dict[_Group, list[str]] = {group: [] for group in order}
         for key in keys:
@@ -69,7 +68,7 @@ class _Nesting:
             class_name=self.picture.graph["classes"].get(path, ""),
             eager=self.picture.graph["traced"].isdisjoint(["", *prefixes(path)]),
             items=tuple(self._item(group, inside, depth) for group, inside in members.items()),
-            edges=self._edges(members, place, [*ports]),
+            edges=self._edges(members, place, ports),
             ports=tuple(self.leaf(port).name if port in self.picture else name_of(port) for port in ports),
             outputs=tuple(sorted({place[key] for key in leaving})),
             shape=self._shape(leaving),
@@ -100,14 +99,11 @@ class _Nesting:
         around, calls = self.leaf(reader).place, self.leaf(source).place
         return next((call for at, call in enumerate(calls) if call not in around[at : at + 1]), source)
 
-    def _ports(self, keys: list[str]) -> dict[str, list[str]]:
-        """Where values come from that some leaves read from outside -> the leaves that read them, in order."""
-        inside, ports = set(keys), dict[str, list[str]]()
-        for key in keys:
-            for source in self.picture.pred[key]:
-                if source not in inside:
-                    ports.setdefault(self._port(source, key), []).append(key)
-        return ports
+    def _ports(self, keys: list[str]) -> list[str]:
+        """Where the values come from that some leaves read from outside, in the order in which they are read."""
+        inside = set(keys)
+        reads = ((source, key) for key in keys for source in self.picture.pred[key] if source not in inside)
+        return list(dict.fromkeys(self._port(source, key) for source, key in reads))
 
     def _edges(
         self, members: Mapping[_Group, list[str]], place: Mapping[str, int], ports: list[str]

@@ -90,8 +90,8 @@ def test_operations_are_joined_without_a_cycle_and_a_large_module_becomes_small(
     pairs = [(i, j) for j in range(count) for i in range(max(j - 6, 0), j)]
     flow: nx.DiGraph[int] = nx.DiGraph(data.draw(st.sets(st.sampled_from(pairs)))) if pairs else nx.DiGraph()
     flow.add_nodes_from(range(count))
-    small, entering, leaving = (data.draw(st.sets(st.integers(0, count - 1))) for _ in range(3))
-    boxes = join_operations(flow, small, entering, leaving)
+    small, leaving = (data.draw(st.sets(st.integers(0, count - 1))) for _ in range(2))
+    boxes = join_operations(flow, small, leaving)
     assert nx.is_directed_acyclic_graph(contracted(flow, boxes))
     assert {box for group, box in boxes.items() if group not in small} == set(range(count)) - small
     assert all(boxes[group] in small for group in small)
