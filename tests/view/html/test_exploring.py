@@ -36,14 +36,12 @@ def test_a_click_shows_the_inside_of_a_module_and_the_trail_leads_back(closed: P
     expect(box(closed, "stem")).to_be_in_viewport()
 
 
-def test_a_search_knows_classes_and_expressions_and_says_what_is_wrong(closed: Page) -> None:
+def test_a_search_knows_classes_and_expressions(closed: Page) -> None:
     assert search(closed, "layernorm") == [f"blocks.{index}.norm" for index in range(3)]
     assert search(closed, "no such layer") == []
     assert closed.locator("#found").inner_text() == "nothing found"
     assert not closed.locator("#hits").is_visible()
-    closed.click("#regex")
     assert search(closed, "(up") == []
-    assert "Unterminated group" in closed.locator("#found").inner_text()
     assert search(closed, "up$") == [f"blocks.{index}.up" for index in range(3)]
     closed.locator("#hits li").last.click()
     assert selected(closed) == "up"

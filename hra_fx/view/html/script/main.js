@@ -18,8 +18,7 @@ const stage = new Stage({ scroller, trail: byId("trail"), pictures: byId("pictur
 const panel = new Panel(byId("panel"), drawing, heatmap, choose);
 const help = /** @type {HTMLDialogElement} */ (byId("help"));
 const input = /** @type {HTMLInputElement} */ (byId("query"));
-const elements = { input, regex: byId("regex"), status: byId("found"), hits: byId("hits") };
-new Search(elements, drawing, choose);
+new Search({ input, status: byId("found"), hits: byId("hits") }, drawing, choose);
 let chosenPath = "";
 
 /**
