@@ -233,29 +233,24 @@ def fold_patterns(scope: Scope) -> Scope:
 def _wrap(scope: Scope, start: int, stop: int) -> Scope:
     """Put some neighbors into a scope of their own, which is not a module."""
     inside, items = range(start, stop), scope.items[start:stop]
-    sources = [i for _, _, i in sorted((j, port, i) for i, j, port in scope.edges if j in inside and i not in inside)]
-    sources = list(dict.fromkeys(sources))
-    read = {*scope.outputs, *(i for i, j, _ in scope.edges if j >= stop)}
+    edges = sorted(scope.edges, key=lambda edge: edge[1:])
+    sources = list(dict.fromkeys(i for i, j, _ in edges if j in inside and i not in inside))
+    read = {*scope.outputs, *(i for i, j, _ in edges if j not in inside)}
+    ports = {i: ~index for index, i in enumerate(sources)} | {i: i - start for i in inside}
     pattern = Scope(
         path="",
         name=items[0].name,
         class_name=f"pattern of {sum(item.count for item in items)} modules",
         eager=scope.eager,
         items=items,
-        edges=tuple(
-            sorted(
-                (i - start if i in inside else ~sources.index(i), j - start, port)
-                for i, j, port in scope.edges
-                if j in inside
-            )
-        ),
+        edges=tuple(sorted((ports[i], j - start, port) for i, j, port in edges if j in inside)),
         ports=tuple(scope.items[i].name if i >= 0 else scope.ports[~i] for i in sources),
         outputs=tuple(i - start for i in inside if i in read),
         shape=items[-1].shape,
         last=_last(items[-1]),
     )
-    edges = [(i, j, sources.index(i) if j in inside else port) for i, j, port in scope.edges if not {i, j} <= {*inside}]
-    return contract(replace(scope, edges=tuple(edges)), lambda index: index in inside[1:], lambda _: pattern)
+    outer = [(i, j, ~ports[i] if j in inside else port) for i, j, port in edges if i not in inside or j not in inside]
+    return contract(replace(scope, edges=tuple(outer)), lambda index: index in inside[1:], lambda _: pattern)
 
 
 def _common_start(first: str, last: str) -> str:

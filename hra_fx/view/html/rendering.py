@@ -192,7 +192,7 @@ def _items(tree: Scope) -> list[dict[str, Any]]:
         fields |= {"paths": item.paths, "count": item.count, "shape": item.shape}
         if isinstance(item, Scope):
             kind = "untraced" if item.eager else "traced"
-            fields |= {"kind": kind, "detail": item.class_name, "target": item.path}
+            fields |= {"kind": kind, "detail": item.class_name, "target": item.path, "ports": item.ports}
         else:
             fields |= {name: getattr(item, name) for name in _LEAF_FIELDS}
         found.append(fields)

@@ -13,6 +13,7 @@
  * @property {string} detail class and shape, or what an operation reads
  * @property {string} op the fx opcode
  * @property {string} target qualified name of the module, or name of the function
+ * @property {string[]} [ports] where the values come from that a scope reads
  * @property {string} shape shape of its value
  * @property {string} dtype dtype of its value
  * @property {string[]} marks the adapted layers that it stands for

@@ -89,6 +89,7 @@ export class Panel {
       ["path", several > 1 ? "" : path],
       ["function", item.kind === "op" ? item.target : ""],
       [item.kind === "op" ? "reads" : "class", item.detail],
+      ["reads from", item.ports?.join(", ") ?? ""],
       ["shape", item.shape],
       ["dtype", item.dtype],
       ["traced", item.isScope ? (item.kind === "traced" ? "yes" : "no, in order of definition") : ""],

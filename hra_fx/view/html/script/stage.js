@@ -41,13 +41,10 @@ export class Stage {
     /** The part of the page's address that names a picture.
      * @type {Map<Item, string>} */
     this.addresses = new Map();
-    const taken = new Set();
     for (const item of this.pictures.keys()) {
       const name = item.parent ? encodeURIComponent(item.paths[0] ?? item.label) : "";
-      let address = name;
-      for (let call = 2; taken.has(address); call += 1) address = `${name}~${call}`; // a module that is called again
-      taken.add(address);
-      this.addresses.set(item, address);
+      const taken = [...this.addresses.values()].includes(name); // by the first call of the module
+      this.addresses.set(item, taken ? `${name}~${item.index}` : name);
     }
     this.root = items[0];
     this.show(this.root);
