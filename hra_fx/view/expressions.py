@@ -26,16 +26,20 @@ def join_operations(flow: nx.DiGraph[Group], small: set[Group], leaving: set[Gro
         leaving: groups with a value that is read outside.
 
     >>> join_operations(nx.DiGraph([("view", "transpose"), ("transpose", "layer")]), {"view", "transpose"}, set())
-    {'layer': 'layer', 'transpose': 'transpose', 'view': 'transpose'}
+    {'view': 'transpose', 'transpose': 'transpose', 'layer': 'layer'}
     """
-    boxes: dict[Group, Group] = {}
+    boxes = {group: group for group in flow}
+    if len(small) < 2:
+        return boxes
     for group in reversed(list(nx.topological_sort(flow))):
         readers = {boxes[reader] for reader in flow.succ[group]}
-        joins = group in small and group not in leaving and len(readers) == 1 and readers <= small
-        boxes[group] = readers.pop() if joins else group
-    for step in (_twins, _runs):
-        joined = step(contracted(flow, boxes), small)
-        boxes = {group: joined[box] for group, box in boxes.items()}
+        if group in small and group not in leaving and len(readers) == 1 and readers <= small:
+            boxes[group] = readers.pop()
+    twins = _twins(contracted(flow, boxes), small)
+    boxes = {group: twins.get(box, box) for group, box in boxes.items()}
+    if len({boxes[group] for group in small}) > EXPRESSIONS:
+        runs = _runs(contracted(flow, boxes), small)
+        boxes = {group: runs[box] for group, box in boxes.items()}
     return boxes
 
 
@@ -56,17 +60,14 @@ def in_order(flow: nx.DiGraph[Group]) -> list[Group]:
 def _twins(flow: nx.DiGraph[Group], small: set[Group]) -> dict[Group, Group]:
     """Join operations with the same sources and the same readers."""
     first: dict[object, Group] = {}
-    ends = {group: (frozenset(flow.pred[group]), frozenset(flow.succ[group])) for group in flow}
-    return {
-        group: first.setdefault(around, group) if group in small and around[1] else group
-        for group, around in ends.items()
-    }
+    ends = {group: (frozenset(flow.pred[group]), frozenset(flow.succ[group])) for group in flow if group in small}
+    return {group: first.setdefault(around, group) for group, around in ends.items() if around[1]}
 
 
 def _runs(flow: nx.DiGraph[Group], small: set[Group]) -> dict[Group, Group]:
-    """Join neighbors in topological order, if there are many."""
+    """Join operations that are neighbors in topological order."""
     order: list[Group] = in_order(flow)
-    boxes = {group: group for group in order}
-    for before, group in pairwise(order) if len(small.intersection(order)) > EXPRESSIONS else ():
+    boxes = {order[0]: order[0]}
+    for before, group in pairwise(order):
         boxes[group] = boxes[before] if {before, group} <= small else group
     return boxes

@@ -114,9 +114,9 @@ class _Nesting:
             own = {} if isinstance(group, str) else {port: index for index, port in enumerate(self._ports(keys))}
             for key in keys:
                 for source in self.picture.pred[key]:
-                    port = self._port(source, key)
-                    start = place[source] if source in place else ~ports.index(port)
-                    if start != place[key]:
+                    if place.get(source) != place[key]:
+                        port = self._port(source, key) if own or source not in place else ""
+                        start = place[source] if source in place else ~ports.index(port)
                         edges.add((start, place[key], own.get(port, 0)))
         return tuple(sorted(edges))
 

@@ -192,10 +192,9 @@ def _draw_inside(group: Element, box: Box, left: float, top: float, index: Mappi
 
 
 def _write_shape(group: Element, text: str, routes: list[Route], left: float, top: float) -> None:
-    """Write the shape of a value beside the start of its edges, on the side that none or fewer of them turn to."""
+    """Write the shape of a value beside the start of its edges, on the side that they do not turn to."""
     x, _, y = routes[0].pieces[0]
-    turns = [route.pieces[1][0] - x for route in routes]
-    is_left = sum(turn > 8 for turn in turns) > sum(turn < -8 for turn in turns)
+    is_left = sum(route.pieces[1][0] - x for route in routes) > 8
     if text:
         end = {"x": left + x - 5, "anchor": "end"} if is_left else {"x": left + x + 5}
         write(group, y=top + y + 11, text=text, size=_SHAPE, fill="faint", **end).set("class", "shape")

@@ -38,7 +38,7 @@ from hra_fx.view.theme import as_css, colored
 from hra_fx.view.tree import Item, Leaf, Scope, span
 
 _MARGIN = 28.0
-STEPS = 256  # colors of a heatmap
+STEPS = 64  # colors of a heatmap
 #: The files of the style; later ones have priority.
 STYLES = ("controls", "drawing", "panel", "media")
 #: The files of the script, in one module. Each file comes before the files that import it.

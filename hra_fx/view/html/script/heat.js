@@ -61,7 +61,7 @@ export class Heatmap {
     if (!heat) return;
     const bar = html("span", { class: "bar" });
     const fills = this.drawing.colors.slice(0, -1).map(([fill]) => fill);
-    bar.style.background = `linear-gradient(to right, ${fills.filter((_, step) => step % 16 === 0).join(", ")})`;
+    bar.style.background = `linear-gradient(to right, ${fills.filter((_, step) => step % 4 === 0).join(", ")})`;
     const [low, high] = heat.ends.map((value) => `${Number(value.toPrecision(6))}${heat.unit}`);
     element.append(low, bar, high);
   }

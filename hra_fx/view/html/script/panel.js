@@ -261,7 +261,7 @@ function list(facts) {
  * @param {Item} item
  */
 function nameOf(item) {
-  return item.paths.length > 1 ? `${item.label} (× ${item.paths.length})` : item.target;
+  return item.paths.length > 1 ? `${item.label} (× ${item.paths.length})` : item.target || item.label;
 }
 
 /** @param {number} radians */
