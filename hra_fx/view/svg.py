@@ -186,18 +186,19 @@ def _draw_inside(group: Element, box: Box, left: float, top: float, index: Mappi
         shape(group, "rect", x=left + x, y=top, width=wide, height=PORT, rx=PORT / 2, fill="port", stroke="port-line")
         write(group, left + x + wide / 2, top + 12.5, name, DETAIL, "faint", anchor="middle")
     for source, routes in starts.items():
-        _write_shape(group, box.parts[source].block.item.shape, routes, left, top)
+        if text := box.parts[source].block.item.shape:
+            _write_shape(group, text, routes, left, top, FRAMES[box.block.look][0] if box.body[1] else "card")
     for part in box.parts:
         draw(group, part, left + part.x, top + part.y, index=index)
 
 
-def _write_shape(group: Element, text: str, routes: list[Route], left: float, top: float) -> None:
+def _write_shape(group: Element, text: str, routes: list[Route], left: float, top: float, paper: str) -> None:
     """Write the shape of a value beside the start of its edges, on the side that they do not turn to."""
     x, _, y = routes[0].pieces[0]
     is_left = sum(route.pieces[1][0] - x for route in routes) > 8
-    if text:
-        end = {"x": left + x - 5, "anchor": "end"} if is_left else {"x": left + x + 5}
-        write(group, y=top + y + 11, text=text, size=_SHAPE, fill="faint", **end).set("class", "shape")
+    end = {"x": left + x - 5, "anchor": "end"} if is_left else {"x": left + x + 5}
+    line = write(group, y=top + y + 11, text=text, size=_SHAPE, fill="faint", **end)
+    line.attrib.update({"class": "shape", "stroke": paper, "stroke-width": "3", "paint-order": "stroke"})
 
 
 def path_of(route: Route, left: float, top: float) -> str:
