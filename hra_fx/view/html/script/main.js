@@ -36,11 +36,13 @@ function select(item, path = "") {
 }
 
 /**
- * Name a box in the address of the page, without a step to go back. A page in a frame may have no address.
+ * Name a box in the address of the page, without a step to go back.
  * @param {string | undefined} address
  */
 function note(address) {
-  if (location.protocol !== "about:") history.replaceState(null, "", `#${address ?? ""}`);
+  try {
+    history.replaceState(null, "", `#${address ?? ""}`);
+  } catch {} // a page in a frame has no address, and some browsers limit the number of changes
 }
 
 /**
