@@ -1,13 +1,13 @@
 """Layout: the text, the size and the position of every box, in rows from top to bottom.
 
-An edge to the next row is a curve between the rows. A longer edge passes the rows between on their right side, so that
-no edge crosses a box. Long edges from the same source share their path.
+An edge to the next row is a curve between the rows. A longer edge passes the rows between on one side, so that no edge
+crosses a box. Long edges from the same source share their path.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import networkx as nx
@@ -16,11 +16,12 @@ from hra_fx.reporting.heat import shorten
 from hra_fx.view.heatmap import NO_CELLS, Cells, Heatmap
 from hra_fx.view.opening import Block
 from hra_fx.view.theme import width
-from hra_fx.view.tree import Item, Leaf, Scope, notes, span
+from hra_fx.view.tree import Edge, Item, Leaf, Scope, notes, span
 
 NAME, DETAIL = 12.5, 11.0  # font sizes
 STRIP = 19.0  # height of the adapter strip on top of its layer
 HEADER = 27.0  # height of an open scope's title
+PORT = 18.0  # height of a port of an open scope
 #: The looks of single boxes with the detail below the name; in other boxes, it is next to the name.
 STACKED = ("adapted_layer", "closed")
 _PAD = 14.0
@@ -33,11 +34,11 @@ PER_ROW = 5
 
 @dataclass(frozen=True)
 class Size:
-    """A box to place: width, height, and where edges enter (top) and leave (bottom), relative to its center."""
+    """A box to place: width, height, and where edges enter (top, for each port) and leave, relative to its center."""
 
     width: float
     height: float
-    enter: float = 0.0
+    enter: tuple[float, ...] = (0.0,)
     leave: float = 0.0
 
 
@@ -45,29 +46,28 @@ class Size:
 class Route:
     """An edge: vertical segments `(x, from y, to y)` from top to bottom, joined by curves in the gaps between rows."""
 
-    source: int | None  # the box that it leaves; `None` for the scope's upper border
+    source: int | None  # the box that it leaves; `None` for a port of the scope
     target: int | None  # the box that it enters; `None` for the lower border
     pieces: tuple[tuple[float, float, float], ...]
 
 
-def rows_of(count: int, edges: Sequence[tuple[int, int]], inputs: Sequence[int] = ()) -> list[int]:
+def rows_of(count: int, edges: Sequence[Edge]) -> list[int]:
     """The row of every box: below its sources, with a limited width.
 
-    A box without sources is right above its readers, unless it is one of `inputs`, which get an edge from the upper
-    border. The boxes are in topological order: an edge `(i, j)` has i < j.
+    A box without sources is right above its readers. The boxes are in topological order: an edge `(i, j, p)` has i < j.
     """
-    graph: nx.DiGraph[int] = nx.DiGraph(edges)
+    graph: nx.DiGraph[int] = nx.DiGraph((source, target) for source, target, _ in edges)
     graph.add_nodes_from(range(count))
     rows: list[int] = []
     filled: Counter[int] = Counter()
     for box in range(count):
-        low = max((rows[source] + 1 for source in graph.pred[box]), default=0)
+        low = max((rows[source] + 1 for source in graph.pred[box] if source >= 0), default=0)
         while filled[low] >= PER_ROW:
             low += 1
         rows.append(low)
         filled[low] += 1
     for box in reversed(range(count)):
-        if box not in inputs and not graph.pred[box]:
+        if not graph.pred[box]:
             rows[box] = max(rows[box], min((rows[reader] for reader in graph.succ[box]), default=0) - 1)
     return rows
 
@@ -75,70 +75,79 @@ def rows_of(count: int, edges: Sequence[tuple[int, int]], inputs: Sequence[int] 
 class Layout:
     """Boxes in rows (by default those of `rows_of`), so that every edge points down.
 
-    `inputs` get an edge from the upper border, and `outputs` one to the lower border. The borders are boxes of size 0,
-    which are alone in the first and the last row.
+    The ports are in the first row. `outputs` get an edge to the lower border, a box of size 0 alone in the last row.
 
     Attributes:
         width: of all boxes and edges.
         height: of all rows.
-        corners: the upper left corner of each box.
-        routes: the edges: those from the upper border, `edges`, and those to the lower border.
-        enter: the x at which edges leave the upper border.
+        corners: the upper left corner of each box, and then of each port.
+        routes: `edges`, and those to the lower border.
+        enter: the x of each port.
         leave: the x at which edges enter the lower border.
     """
 
     def __init__(
         self,
         sizes: Sequence[Size],
-        edges: Sequence[tuple[int, int]],
-        inputs: Sequence[int] = (),
+        edges: Sequence[Edge],
         outputs: Sequence[int] = (),
+        ports: Sequence[Size] = (),
         rows: Sequence[int] | None = None,
     ) -> None:
         """Place all boxes."""
-        rows = rows_of(len(sizes), edges, inputs) if rows is None else rows
-        self._upper, self._lower = len(sizes), len(sizes) + 1
-        self.sizes = [*sizes, Size(0, 0), Size(0, 0)]
-        links = [(self._upper, box) for box in inputs] + list(edges) + [(box, self._lower) for box in outputs]
-        self.sources: list[list[int]] = [[] for _ in self.sizes]
-        for source, target in links:
-            self.sources[target].append(source)
-        self.row = [row + 1 for row in rows] + [0, max(rows, default=-1) + 2]
+        rows = rows_of(len(sizes), edges) if rows is None else rows
+        self.sizes = [*sizes, *ports, Size(0, 0)]
+        self._lower = len(self.sizes) - 1
+        count, self._ports = len(sizes), range(len(sizes), self._lower)
+        links = [(source if source >= 0 else count + ~source, target, port) for source, target, port in edges]
+        self.links = list(dict.fromkeys(links + [(box, self._lower, 0) for box in outputs]))
+        self.row = [*(row + 1 for row in rows), *(0 for _ in ports), max(rows, default=-1) + 2]
         self.rows: list[list[int]] = [[] for _ in range(self.row[self._lower] + 1)]
         for box, row in enumerate(self.row):
             self.rows[row].append(box)
-        self._place_all(inputs, outputs)
-        self.lanes = self._lanes(links)
-        left = min((self.x[box] - self.sizes[box].width / 2 for box in range(len(sizes))), default=0.0)
-        right = max([*map(self._right, range(len(sizes))), *(x + 1 for x in self.lanes.values())], default=0.0)
+        self._place_all(bool(outputs))
+        self.lanes = self._lanes()
+        lefts = (self.x[box] - self.sizes[box].width / 2 for box in range(self._lower))
+        left = min([*lefts, *(x - 1 for x in self.lanes.values())], default=0.0)
+        right = max([*map(self._right, range(self._lower)), *(x + 1 for x in self.lanes.values())], default=0.0)
         self.width, self.height = right - left, self.bottoms[-1]
-        self.corners = [(self.x[box] - size.width / 2 - left, self._top(box)) for box, size in enumerate(sizes)]
+        self.corners = [(self.x[i] - self.sizes[i].width / 2 - left, self._top(i)) for i in range(self._lower)]
         ends = self._ends()
-        self.routes = tuple(self._route(source, target, ends[source, target], left) for source, target in links)
-        self.enter, self.leave = self.x[self._upper] - left, self.x[self._lower] - left
+        self.routes = tuple(self._route(link, ends[link], left) for link in self.links)
+        self.enter, self.leave = tuple(self.x[port] - left for port in self._ports), self.x[self._lower] - left
 
-    def _place_all(self, inputs: Sequence[int], outputs: Sequence[int]) -> None:
+    def _place_all(self, has_outputs: bool) -> None:
         """Set the x of each box, and the top and the bottom of each row."""
         self.x = [0.0] * len(self.sizes)
+        below: dict[int, list[float]] = {port: [] for port in self._ports}
+        above: list[list[tuple[int, int]]] = [[] for _ in self.sizes]
+        for source, target, port in self.links:
+            if self.row[source] == self.row[target] - 1:
+                above[target].append((source, port))
         for boxes in self.rows[1:]:
-            self._place(boxes)
-        entries = [self.x[box] + self.sizes[box].enter for box in inputs if self.row[box] == 1]
-        self.x[self._upper] = sum(entries) / len(entries) if entries else 0.0
-        self.tops, self.bottoms, y = [0.0], [0.0], GAP_Y * bool(inputs)
+            starts = {
+                box: [self.x[i] + self.sizes[i].leave - self.sizes[box].enter[port] for i, port in above[box]]
+                for box in boxes
+            }
+            self._place(boxes, starts)
+        for box in self.rows[1]:
+            for source, port in above[box]:
+                below[source].append(self.x[box] + self.sizes[box].enter[port])
+        right = max(map(self._right, self.rows[1]), default=0.0)
+        ends = {port: places or [right] for port, places in below.items()}
+        self._place(self.rows[0], ends)
+        self.tops, self.bottoms = [0.0], [max((self.sizes[port].height for port in self._ports), default=0.0)]
+        y = self.bottoms[0] + GAP_Y * bool(self._ports)
         for boxes in self.rows[1:-1]:
             self.tops.append(y)
             self.bottoms.append(y + max((self.sizes[box].height for box in boxes), default=0))
             y = self.bottoms[-1] + GAP_Y
-        self.tops.append(y if outputs else self.bottoms[-1])
+        self.tops.append(y if has_outputs else self.bottoms[-1])
         self.bottoms.append(self.tops[-1])
 
-    def _place(self, boxes: list[int]) -> None:
-        """Place a row: each box below its sources in the row above, with gaps between boxes, and balanced sides."""
-        wanted = {}
-        for box in boxes:
-            above = [source for source in self.sources[box] if self.row[source] == self.row[box] - 1]
-            starts = [self.x[i] + self.sizes[i].leave - self.sizes[box].enter for i in above]
-            wanted[box] = sum(starts) / len(starts) if starts else 0.0
+    def _place(self, boxes: list[int], wishes: Mapping[int, list[float]]) -> None:
+        """Place a row: each box at the mean of its wishes, with gaps between boxes, and balanced sides."""
+        wanted = {box: sum(wishes[box]) / len(wishes[box]) if wishes[box] else 0.0 for box in boxes}
         boxes.sort(key=lambda box: (wanted[box], box))
         free = float("-inf")
         for box in boxes:
@@ -152,19 +161,26 @@ class Layout:
     def _right(self, box: int) -> float:
         return self.x[box] + self.sizes[box].width / 2
 
-    def _lanes(self, links: Sequence[tuple[int, int]]) -> dict[int, float]:
-        """Source -> x of its long edges, next to the rows that they pass. Shorter edges are closer to the boxes."""
-        spans: dict[int, range] = {}
-        for source, target in links:
-            rows = range(self.row[source] + 1, self.row[target])
-            if len(rows) > len(spans.get(source, ())):
-                spans[source] = rows
+    def _lanes(self) -> dict[int, float]:
+        """Source -> x of its long edges, beside the rows that they pass, on the side with the shorter way.
+
+        Shorter edges are closer to the boxes.
+        """
+        longest: dict[int, Edge] = {}
+        for link in self.links:
+            source, target, _ = link
+            if self.row[target] - self.row[source] > 1:
+                longest[source] = max(longest.get(source, link), link, key=lambda edge: self.row[edge[1]])
+        passed = {source: range(self.row[source] + 1, self.row[link[1]]) for source, link in longest.items()}
         lanes: dict[int, float] = {}
-        for source in sorted(spans, key=lambda source: (len(spans[source]), source)):
-            rows = spans[source]
-            beside = [self._right(box) for row in rows for box in self.rows[row]]
-            beside += [x for other, x in lanes.items() if set(rows) & set(spans[other])]
-            lanes[source] = max(beside) + LANE
+        for source in sorted(passed, key=lambda source: (len(passed[source]), source)):
+            rows, (_, target, port) = passed[source], longest[source]
+            boxes = [box for row in rows for box in self.rows[row]]
+            others = [x for other, x in lanes.items() if set(rows) & set(passed[other])]
+            right = max([*map(self._right, boxes), *others]) + LANE
+            left = min([*(self.x[box] - self.sizes[box].width / 2 for box in boxes), *others]) - LANE
+            ends = (self.x[source] + self.sizes[source].leave, self.x[target] + self.sizes[target].enter[port])
+            lanes[source] = min(right, left, key=lambda x: sum(abs(x - end) for end in ends))
         return lanes
 
     def _top(self, box: int) -> float:
@@ -172,7 +188,8 @@ class Layout:
         row = self.row[box]
         return (self.tops[row] + self.bottoms[row] - self.sizes[box].height) / 2
 
-    def _route(self, source: int, target: int, end: float, left: float) -> Route:
+    def _route(self, link: Edge, end: float, left: float) -> Route:
+        source, target, _ = link
         above, below = self.row[source], self.row[target]
         begin = self._top(source) + self.sizes[source].height
         pieces = [(self.x[source] + self.sizes[source].leave, begin, self.bottoms[above])]
@@ -180,25 +197,26 @@ class Layout:
             pieces.append((self.lanes[source], self.tops[above + 1], self.bottoms[below - 1]))
         pieces.append((end, self.tops[below], self._top(target)))
         shifted = tuple((x - left, start, stop) for x, start, stop in pieces)
-        return Route(None if source == self._upper else source, None if target == self._lower else target, shifted)
+        return Route(None if source in self._ports else source, None if target == self._lower else target, shifted)
 
     def _start(self, source: int, target: int) -> float:
         """The x from which an edge comes to its target."""
         is_long = self.row[target] - self.row[source] > 1
         return self.lanes[source] if is_long else self.x[source] + self.sizes[source].leave
 
-    def _ends(self) -> dict[tuple[int, int], float]:
-        """The x at which each edge enters: the straightest edge at the entry, others on the side they come from."""
-        ends: dict[tuple[int, int], float] = {}
-        for target, sources in enumerate(self.sources):
-            entry = self.x[target] + self.sizes[target].enter
-            coming = sorted((self._start(source, target), source) for source in sources)
-            straight = min(range(len(coming)), key=lambda place: abs(coming[place][0] - entry), default=0)
-            room = max(self.sizes[target].width / 2 - abs(self.sizes[target].enter) - 10, 0.0)
+    def _ends(self) -> dict[Edge, float]:
+        """The x at which each edge enters: the straightest edge at the port, others on the side they come from."""
+        by_port: dict[tuple[int, int], list[tuple[float, Edge]]] = {}
+        for source, target, port in self.links:
+            by_port.setdefault((target, port), []).append((self._start(source, target), (source, target, port)))
+        ends: dict[Edge, float] = {}
+        for (target, port), coming in by_port.items():
+            size, entry = self.sizes[target], self.x[target] + self.sizes[target].enter[port]
+            coming.sort()
+            straight = min(range(len(coming)), key=lambda place: abs(coming[place][0] - entry))
+            room = max(size.width / 2 - abs(size.enter[port]) - 10, 0.0)
             step = min(16.0, room / max(straight, len(coming) - 1 - straight, 1))
-            ends.update(
-                ((source, target), entry + (place - straight) * step) for place, (_, source) in enumerate(coming)
-            )
+            ends.update((link, entry + (place - straight) * step) for place, (_, link) in enumerate(coming))
         return ends
 
 
@@ -218,6 +236,7 @@ class Box:
     x: float = 0.0
     y: float = 0.0
     parts: tuple[Box, ...] = ()
+    ports: tuple[tuple[str, float, float], ...] = ()  # name, left and width; empty if there is only one
     routes: tuple[Route, ...] = ()
     body: tuple[float, float] = (0.0, 0.0)  # the position of the inside
 
@@ -276,17 +295,22 @@ def _open(box: Box, blocks: tuple[Block, ...], heatmap: Heatmap, *, root: bool) 
     assert isinstance(scope, Scope)  # only scopes have parts
     parts = [place(block, heatmap) for block in blocks]
     sizes = [part.size for part in parts]
-    inner = Layout(sizes, scope.edges, scope.inputs, scope.outputs, scope_rows(scope))
+    edges = [(i, j, port if blocks[j].parts is not None else 0) for i, j, port in scope.edges]
+    names = [shorten(name, _LETTERS) for name in scope.ports if len(scope.ports) > 1]
+    ports = [Size(width(name, DETAIL) + 16, PORT) for name in names] or [Size(0, 0) for _ in scope.ports]
+    inner = Layout(sizes, edges, scope.outputs, ports, scope_rows(scope))
     left, top, wide, high = 0.0, 0.0, inner.width, inner.height
     if not root:
         title = width(box.name, NAME, bold=True) + 8 + width(box.detail, DETAIL) + count_width(box.count)
         wide = max(title, inner.width) + 2 * _PAD
-        left, top = (wide - inner.width) / 2, HEADER + (0 if scope.inputs else 12)
+        left, top = (wide - inner.width) / 2, HEADER + (0 if scope.ports else 12)
         high = top + inner.height + (0 if scope.outputs else 12)
+    corners = inner.corners[len(parts) :]
     return replace(
         box,
-        size=Size(wide, high, left + inner.enter - wide / 2, left + inner.leave - wide / 2),
-        parts=tuple(replace(part, x=x, y=y) for part, (x, y) in zip(parts, inner.corners, strict=True)),
+        size=Size(wide, high, tuple(left + x - wide / 2 for x in inner.enter), left + inner.leave - wide / 2),
+        parts=tuple(replace(part, x=x, y=y) for part, (x, y) in zip(parts, inner.corners, strict=False)),
+        ports=tuple((name, x, size.width) for name, (x, _), size in zip(names, corners, ports, strict=False)),
         routes=inner.routes,
         body=(left, top),
     )
@@ -295,7 +319,7 @@ def _open(box: Box, blocks: tuple[Block, ...], heatmap: Heatmap, *, root: bool) 
 def scope_rows(scope: Scope) -> list[int]:
     """The row of every item. In a traced scope, edges determine it; otherwise modules are below each other in order."""
     if not scope.eager:
-        return rows_of(len(scope.items), scope.edges, scope.inputs)
+        return rows_of(len(scope.items), scope.edges)
     rows = [0]
     for index in range(1, len(scope.items)):
         alone = any(isinstance(item, Scope) for item in scope.items[index - 1 : index + 1])

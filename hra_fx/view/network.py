@@ -236,9 +236,10 @@ class _Flowchart:
         ends = [self._part(part, indent) for part in block.parts or ()]
         if not isinstance(block.item, Scope):
             return [], []
-        pairs = ((source, target) for i, j in block.item.edges for source in ends[i][1] for target in ends[j][0])
+        edges = block.item.edges
+        pairs = ((source, target) for i, j, _ in edges if i >= 0 for source in ends[i][1] for target in ends[j][0])
         self.edges.update(dict.fromkeys(f"  {source} --> {target}" for source, target in pairs))
-        entering = [node for i in block.item.inputs for node in ends[i][0]]
+        entering = [node for j in sorted({j for i, j, _ in edges if i < 0}) for node in ends[j][0]]
         return entering, [node for i in block.item.outputs for node in ends[i][1]]
 
     def _part(self, part: Block, indent: str) -> tuple[list[str], list[str]]:

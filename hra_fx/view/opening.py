@@ -156,8 +156,8 @@ def _cut_out(picture: nx.DiGraph[str], focus: str, inside: dict[str, Leaf]) -> n
     part.graph["classes"] = {**graph["classes"], "": graph["classes"].get(focus, "")}
     address = {key: _address(leaf) for key, leaf in picture.nodes(data="leaf")}
     for source in dict.fromkeys(source for key in inside for source in picture.pred[key] if source not in inside):
-        name = f"from {address[source]}"
-        part.add_node(f"from:{source}", leaf=Leaf(name, "", "input", "placeholder", name, ()))
+        name, shape = f"from {address[source]}", picture.nodes[source]["leaf"].shape
+        part.add_node(f"from:{source}", leaf=Leaf(name, "", "input", "placeholder", name, (), shape=shape))
         part.add_edges_from((f"from:{source}", key) for key in picture.succ[source] if key in inside)
     for key, leaf in inside.items():
         below = (leaf.place[at + 1 :] for at, call in enumerate(leaf.place) if module_of(call) == focus)

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import networkx as nx
 
+from hra_fx.view.expressions import contracted, in_order, join_operations
 from hra_fx.view.subject import name_of
-from hra_fx.view.tree import Item, Leaf, Scope, contract, joined, merge_repeats, module_of, prefixes
+from hra_fx.view.tree import (
+    Edge,
+    Item,
+    Leaf,
+    Scope,
+    contract,
+    fold_patterns,
+    joined,
+    merge_repeats,
+    module_of,
+    prefixes,
+)
 
 #: The names of several leaves in one box are listed up to this length.
 _LETTERS_SHOWN = 28
-#: A module with many operations shows them in groups, except for these.
-_OPERATIONS_SHOWN = 5
+#: Operations with a box of their own.
 _LANDMARKS = frozenset({"scaled_dot_product_attention", "softmax", "matmul", "bmm", "baddbmm", "einsum"})
 _Group: TypeAlias = "str | tuple[str, int]"  # a leaf's key, or a call's name and its depth
 
@@ -43,46 +53,77 @@ class _Nesting:
             depth: number of entries of their places that have already been processed.
         """
         path = module_of(call)
-        entering, leaving, keys = self._ports(path, keys)
+        keys = self._without_border(path, keys)
         groups, flow = self._acyclic_groups(keys, depth)
-        members: dict[_Group, list[str]] = {group: [] for group in flow}
+        leaving, ports = self._leaving(keys), self._ports(keys)
+        boxes = join_operations(flow, self._small(flow), {groups[key] for key in leaving})
+        order: list[_Group] = in_order(contracted(flow, boxes))
+        members: dict[_Group, list[str]] = {group: [] for group in order}
         for key in keys:
-            members[groups[key]].append(key)
-        first = {group: index for index, group in enumerate(flow)}
-        order = list(nx.lexicographical_topological_sort(flow, key=first.__getitem__))
-        place = {group: index for index, group in enumerate(order)}
+            members[boxes[groups[key]]].append(key)
+        place = {key: index for index, group in enumerate(members.values()) for key in group}
         scope = Scope(
             path=path,
             name=name,
             class_name=self.picture.graph["classes"].get(path, ""),
             eager=self.picture.graph["traced"].isdisjoint(["", *prefixes(path)]),
-            items=tuple(self._item(group, members[group], depth) for group in order),
-            edges=tuple(sorted((place[a], place[b]) for a, b in flow.edges)),
-            inputs=tuple(sorted({place[groups[key]] for key in entering})),
-            outputs=tuple(sorted({place[groups[key]] for key in leaving})),
+            items=tuple(self._item(group, inside, depth) for group, inside in members.items()),
+            edges=self._edges(members, place, ports),
+            ports=tuple(self.leaf(port).name if port in self.picture else name_of(port) for port in ports),
+            outputs=tuple(sorted({place[key] for key in leaving})),
+            shape=self._shape(leaving),
             paths=(path,) if path else (),
         )
-        return merge_repeats(_gather(scope))
+        return fold_patterns(merge_repeats(_join_eager(scope)))
 
-    def _ports(self, path: str, keys: list[str]) -> tuple[set[str], set[str], list[str]]:
-        """Leaves that read from outside, leaves that are read outside, and all leaves except ports.
-
-        Ports are the output of a traced module in a model, and its input if there is only one. The
-        border of the module shows them.
-        """
-        inside = set(keys)
-        entering = {key for key in keys if any(source not in inside for source in self.picture.pred[key])}
-        leaving = {key for key in keys if any(reader not in inside for reader in self.picture.succ[key])}
+    def _without_border(self, path: str, keys: list[str]) -> list[str]:
+        """All leaves but the output of a traced module in a model, and its input if there is only one."""
         if not path or path not in self.picture.graph["traced"]:
-            return entering, leaving, keys
+            return keys
         inputs = [key for key in keys if self.leaf(key).kind == "input"]
-        outputs = [key for key in keys if self.leaf(key).kind == "output"]
-        border = set(outputs) | (set(inputs) if len(inputs) == 1 else set())
-        if len(border) == len(keys):
-            return entering, leaving, keys
-        entering |= {reader for key in border & set(inputs) for reader in self.picture.succ[key]}
-        leaving |= {source for key in outputs for source in self.picture.pred[key]}
-        return entering - border, leaving - border, [key for key in keys if key not in border]
+        border = {key for key in keys if self.leaf(key).kind == "output"} | set(inputs if len(inputs) == 1 else ())
+        return [key for key in keys if key not in border] or keys
+
+    def _leaving(self, keys: list[str]) -> list[str]:
+        """The leaves with a value that is read by others."""
+        inside = set(keys)
+        return [key for key in keys if not inside.issuperset(self.picture.succ[key])]
+
+    def _shape(self, keys: list[str]) -> str:
+        """The first shape of the values of some leaves, and how many others there are."""
+        shapes = [*dict.fromkeys(filter(None, (self.leaf(key).shape for key in keys)))]
+        return "".join(shapes[:1]) + f" + {len(shapes) - 1}" * (len(shapes) > 1)
+
+    def _port(self, source: str, reader: str) -> str:
+        """Where a value from outside comes from: the outermost call around its leaf that is not around the reader."""
+        around, calls = self.leaf(reader).place, self.leaf(source).place
+        return next((call for at, call in enumerate(calls) if call not in around[at : at + 1]), source)
+
+    def _ports(self, keys: list[str]) -> list[str]:
+        """Where the values come from that some leaves read from outside, in the order in which they are read."""
+        inside = set(keys)
+        reads = ((source, key) for key in keys for source in self.picture.pred[key] if source not in inside)
+        return list(dict.fromkeys(self._port(source, key) for source, key in reads))
+
+    def _edges(
+        self, members: Mapping[_Group, list[str]], place: Mapping[str, int], ports: list[str]
+    ) -> tuple[Edge, ...]:
+        """The edges between the items of a scope, and from its ports."""
+        edges: set[Edge] = set()
+        for group, keys in members.items():
+            own = {} if isinstance(group, str) else {port: index for index, port in enumerate(self._ports(keys))}
+            for key in keys:
+                for source in self.picture.pred[key]:
+                    if place.get(source) != place[key]:
+                        port = self._port(source, key) if own or source not in place else ""
+                        start = place[source] if source in place else ~ports.index(port)
+                        edges.add((start, place[key], own.get(port, 0)))
+        return tuple(sorted(edges))
+
+    def _small(self, groups: Iterable[_Group]) -> set[_Group]:
+        """The operations that can be joined with others."""
+        leaves = ((group, self.leaf(group)) for group in groups if isinstance(group, str))
+        return {group for group, leaf in leaves if leaf.kind == "op" and leaf.name not in _LANDMARKS}
 
     def _acyclic_groups(self, keys: list[str], depth: int) -> tuple[dict[str, _Group], nx.DiGraph[_Group]]:
         """Return the item of each leaf, and the flow between items.
@@ -110,38 +151,23 @@ class _Nesting:
         return (place[depth], depth) if depth < len(place) else key
 
     def _item(self, group: _Group, keys: list[str], depth: int) -> Item:
-        if isinstance(group, str):
-            leaf = self.leaf(group)
+        if isinstance(group, tuple):
+            call, level = group
+            return _unwrap(self.scope(call, name_of(call), keys, level + 1), self.picture.graph["details"])
+        leaves = []
+        for leaf in map(self.leaf, keys):
             tangled = [name_of(call) for call in leaf.place[depth:]]  # modules that are not drawn as one box
-            return replace(leaf, name=".".join([*tangled, leaf.name]))
-        call, level = group
-        return _unwrap(self.scope(call, name_of(call), keys, level + 1), self.picture.graph["details"])
+            leaves.append(replace(leaf, name=".".join([*tangled, leaf.name])))
+        return replace(_listing(leaves), shape=self._shape(self._leaving(keys))) if len(leaves) > 1 else leaves[0]
 
 
-def _is_small(item: Item) -> bool:
-    return isinstance(item, Leaf) and item.kind == "op" and item.name not in _LANDMARKS
-
-
-def _gather(scope: Scope) -> Scope:
-    """Join neighbors: modules that are not traced, operations in a chain, and all operations if there are still many.
-
-    The items are in topological order, so joining neighbors does not create a cycle.
-    """
-    edges = set(scope.edges)
-    readers = Counter([*(i for i, _ in edges), *scope.outputs])
-    sources = Counter([*(j for _, j in edges), *scope.inputs])
+def _join_eager(scope: Scope) -> Scope:
+    """Join neighbors that are not traced."""
 
     def follows(index: int) -> bool:
-        pair = scope.items[index - 1 : index + 1]
-        if all(map(_is_small, pair)):
-            return (index - 1, index) in edges and readers[index - 1] == sources[index] == 1
-        return all(isinstance(item, Leaf) and item.kind == "eager" for item in pair)
+        return all(isinstance(item, Leaf) and item.kind == "eager" for item in scope.items[index - 1 : index + 1])
 
-    joined_chains = contract(scope, follows, _listing)
-    items = joined_chains.items
-    if sum(map(_is_small, items)) <= _OPERATIONS_SHOWN:
-        return joined_chains
-    return contract(joined_chains, lambda index: all(map(_is_small, items[index - 1 : index + 1])), _listing)
+    return contract(scope, follows, _listing)
 
 
 def _listing(items: Sequence[Item]) -> Leaf:
@@ -159,7 +185,6 @@ def _listing(items: Sequence[Item]) -> Leaf:
         name=shown,
         detail=f"{len(names)} modules" if leaves[0].kind == "eager" else ", ".join(filter(None, details)),
         target=", ".join(names),
-        shape=leaves[-1].shape,
         dtype=leaves[-1].dtype,
     )
 

@@ -8,11 +8,12 @@ from xml.etree.ElementTree import Element, SubElement
 
 from hra_fx.reporting.heat import ink_on
 from hra_fx.view.heatmap import CELL
-from hra_fx.view.layout import DETAIL, NAME, STACKED, STRIP, Box, Route, count_width
+from hra_fx.view.layout import DETAIL, NAME, PORT, STACKED, STRIP, Box, Route, count_width
 from hra_fx.view.theme import width
 
 FONT = "'Segoe UI', Roboto, 'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"
 
+_SHAPE = 9.5  # font size of the shapes of values
 #: Fill, border and text color of each look, as roles of `theme.COLORS`.
 LOOKS = {
     "port": ("port", "port-line", "ink"),
@@ -168,6 +169,7 @@ def _draw_frame(group: Element, box: Box, x: float, y: float) -> None:
 
 def _draw_inside(group: Element, box: Box, left: float, top: float, index: Mapping[int, int] | None) -> None:
     drawn: set[str] = set()
+    starts: dict[int, list[Route]] = {}
     for route in box.routes:
         line = path_of(route, left, top)
         if line not in drawn:
@@ -178,8 +180,25 @@ def _draw_inside(group: Element, box: Box, left: float, top: float, index: Mappi
             if index is not None:
                 ends = (box.parts[end].block.item for end in (route.source, route.target) if end is not None)
                 edge.set("data-ends", " ".join(str(index[id(item)]) for item in ends))
+        if route.source is not None and route.target is not None:
+            starts.setdefault(route.source, []).append(route)
+    for name, x, wide in box.ports:
+        shape(group, "rect", x=left + x, y=top, width=wide, height=PORT, rx=PORT / 2, fill="port", stroke="port-line")
+        write(group, left + x + wide / 2, top + 12.5, name, DETAIL, "faint", anchor="middle")
+    for source, routes in starts.items():
+        if text := box.parts[source].block.item.shape:
+            _write_shape(group, text, routes, left, top, FRAMES[box.block.look][0] if box.body[1] else "card")
     for part in box.parts:
         draw(group, part, left + part.x, top + part.y, index=index)
+
+
+def _write_shape(group: Element, text: str, routes: list[Route], left: float, top: float, paper: str) -> None:
+    """Write the shape of a value beside the start of its edges, on the side that they do not turn to."""
+    x, _, y = routes[0].pieces[0]
+    is_left = sum(route.pieces[1][0] - x for route in routes) > 8
+    end = {"x": left + x - 5, "anchor": "end"} if is_left else {"x": left + x + 5}
+    line = write(group, y=top + y + 11, text=text, size=_SHAPE, fill="faint", **end)
+    line.attrib.update({"class": "shape", "stroke": paper, "stroke-width": "3", "paint-order": "stroke"})
 
 
 def path_of(route: Route, left: float, top: float) -> str:

@@ -1,11 +1,12 @@
 """The tree of a picture: leaves (single boxes) inside scopes (modules).
 
-The items of a scope are in topological order, and the edges between them are pairs of indices. So any run of neighbors
-can be contracted without creating a cycle: a path that leaves the run never returns to an earlier index.
+The items of a scope are in topological order. So any run of neighbors can be contracted without creating a cycle: a
+path that leaves the run never returns to an earlier index.
 
 Identical neighbors are drawn once: `encoder.layer.0 … encoder.layer.5` becomes one block with "× 6". Two items are
-identical if their signatures are equal: the same classes, names (without numbers), operations and edges at all levels,
-and optionally the same shapes and ranks.
+identical if they read the same values, except that each reads its predecessor, and if their signatures are equal: the
+same classes, names (without numbers), operations and edges at all levels, and optionally the same sizes and ranks.
+Patterns of several modules are folded in the same way.
 """
 
 from __future__ import annotations
@@ -55,9 +56,10 @@ class Scope:
     class_name: str
     eager: bool  # not traced; then its items are in the order of definition, without edges
     items: tuple[Item, ...]  # in topological order
-    edges: tuple[tuple[int, int], ...] = ()  # `(i, j)`, i < j: item j reads a value of item i
-    inputs: tuple[int, ...] = ()  # items that read a value from outside
+    edges: tuple[Edge, ...] = ()
+    ports: tuple[str, ...] = ()  # where values from outside come from: the names of boxes or modules
     outputs: tuple[int, ...] = ()  # items with a value that is read outside
+    shape: str = ""  # of these values, if known
     count: int = 1  # number of identical neighbors that are drawn as this scope
     last: str = ""  # name of the last of these neighbors
     paths: tuple[str, ...] = ()  # of all modules that are drawn as this scope
@@ -79,6 +81,8 @@ class Scope:
 
 
 Item: TypeAlias = Leaf | Scope
+#: `(i, j, p)`: item j reads, at its port p, a value of item i < j, or of port `~i` of the scope for i < 0.
+Edge: TypeAlias = tuple[int, int, int]
 
 
 def joined(leaves: Sequence[Leaf]) -> Leaf:
@@ -111,13 +115,9 @@ def contract(scope: Scope, follows: Callable[[int], bool], combine: Callable[[tu
         run = scope.items[start:index]
         items.append(combine(run) if len(run) > 1 else run[0])
         start = index
-    return replace(
-        scope,
-        items=tuple(items),
-        edges=tuple(sorted({(where[i], where[j]) for i, j in scope.edges if where[i] != where[j]})),
-        inputs=tuple(sorted({where[i] for i in scope.inputs})),
-        outputs=tuple(sorted({where[i] for i in scope.outputs})),
-    )
+    edges = {(where.get(i, i), where[j], port) for i, j, port in scope.edges if where.get(i, i) != where[j]}
+    outputs = tuple(sorted({where[i] for i in scope.outputs}))
+    return replace(scope, items=tuple(items), edges=tuple(sorted(edges)), outputs=outputs)
 
 
 def prefixes(path: str) -> list[str]:
@@ -154,12 +154,6 @@ def span(item: Item) -> str:
     return f"{item.name[: len(item.name) - after]} … {last}"
 
 
-def _common_start(first: str, last: str) -> str:
-    """The common prefix of two names, up to the number in which they differ."""
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
-    return "".join(letter for letter, _ in same).rstrip("0123456789")
-
-
 def signature(item: Item, *, sizes: bool = True) -> Hashable:
     """The properties that two items must share to be drawn as one, without their own names, and maybe without sizes."""
     if isinstance(item, Leaf):
@@ -167,7 +161,7 @@ def signature(item: Item, *, sizes: bool = True) -> Hashable:
         own = (item.width, item.rank) if sizes else ()
         return (item.kind, detail, item.op, item.count, own, "" if item.kind != "op" else item.name)
     inner = tuple((stem(part.name), signature(part, sizes=sizes)) for part in item.items)
-    return (item.class_name, item.eager, item.count, inner, item.edges, item.inputs, item.outputs)
+    return (item.class_name, item.eager, item.count, inner, item.edges, item.outputs)
 
 
 def stem(name: str) -> str:
@@ -182,15 +176,25 @@ def stem(name: str) -> str:
 def merge_repeats(scope: Scope) -> Scope:
     """Merge every run of identical neighbors in a scope into one item. In a traced graph, they must form a chain."""
     looks = [(stem(item.name), signature(item)) for item in scope.items]
-    edges = set(scope.edges)
+    reads: list[set[tuple[int, int]]] = [set() for _ in looks]  # (port, source) of each item
+    for source, target, port in scope.edges:
+        reads[target].add((port, source))
 
     def follows(index: int) -> bool:
         item = scope.items[index]
         drawable = isinstance(item, Scope) or item.kind in ("adapted_layer", "module")
-        linked = scope.eager or (index - 1, index) in edges
-        return drawable and linked and item.count == 1 and looks[index - 1] == looks[index]
+        if not drawable or item.count > 1 or looks[index - 1] != looks[index]:
+            return False
+        chain = {port for port, source in reads[index] if source == index - 1}
+        others = {(port, source) for port, source in reads[index] if source != index - 1}
+        same = others == {(port, source) for port, source in reads[index - 1] if port not in chain}
+        return scope.eager or (bool(chain) and same)
 
-    return contract(scope, follows, lambda run: replace(_overlay(run), count=len(run), last=run[-1].name))
+    return contract(scope, follows, lambda run: replace(_overlay(run), count=len(run), last=_last(run[-1])))
+
+
+def _last(item: Item) -> str:
+    return item.last or item.name
 
 
 def _overlay(items: Sequence[Item]) -> Item:
@@ -201,4 +205,55 @@ def _overlay(items: Sequence[Item]) -> Item:
     scopes = [item for item in items if isinstance(item, Scope)]
     columns = zip(*(scope.items for scope in scopes), strict=True)
     paths = tuple(path for scope in scopes for path in scope.paths)
-    return replace(first, items=tuple(map(_overlay, columns)), paths=paths)
+    names = (tuple(dict.fromkeys(column)) for column in zip(*(scope.ports for scope in scopes), strict=True))
+    ports = tuple(first if not others else f"{first.removesuffix(' …')} …" for first, *others in names)
+    return replace(first, items=tuple(map(_overlay, columns)), paths=paths, ports=ports)
+
+
+def fold_patterns(scope: Scope) -> Scope:
+    """Merge each pattern of modules that is repeated, such as five layers with local and one with global attention."""
+    number: dict[Hashable, int] = {}
+    looks = [number.setdefault((stem(item.name), signature(item)), len(number)) for item in scope.items]
+    for size in range(2, len(looks) // 2 + 1):
+        for start in range(len(looks) - 2 * size + 1):
+            end = start + size
+            while looks[end : end + size] == looks[start : start + size]:
+                end += size
+            if end == start + size or not all(isinstance(item, Scope) for item in scope.items[start:end]):
+                continue
+            wrapped = scope
+            for first in range(end - size, start - 1, -size):
+                wrapped = _wrap(wrapped, first, first + size)
+            folded = merge_repeats(wrapped)
+            if len(folded.items) == len(scope.items) - (end - start) + 1:
+                return fold_patterns(folded)
+    return scope
+
+
+def _wrap(scope: Scope, start: int, stop: int) -> Scope:
+    """Put some neighbors into a scope of their own, which is not a module."""
+    inside, items = range(start, stop), scope.items[start:stop]
+    edges = sorted(scope.edges, key=lambda edge: edge[1:])
+    sources = list(dict.fromkeys(i for i, j, _ in edges if j in inside and i not in inside))
+    read = {*scope.outputs, *(i for i, j, _ in edges if j not in inside)}
+    ports = {i: ~index for index, i in enumerate(sources)} | {i: i - start for i in inside}
+    pattern = Scope(
+        path="",
+        name=items[0].name,
+        class_name=f"pattern of {sum(item.count for item in items)} modules",
+        eager=scope.eager,
+        items=items,
+        edges=tuple(sorted((ports[i], j - start, port) for i, j, port in edges if j in inside)),
+        ports=tuple(scope.items[i].name if i >= 0 else scope.ports[~i] for i in sources),
+        outputs=tuple(i - start for i in inside if i in read),
+        shape=items[-1].shape,
+        last=_last(items[-1]),
+    )
+    outer = [(i, j, ~ports[i] if j in inside else port) for i, j, port in edges if i not in inside or j not in inside]
+    return contract(replace(scope, edges=tuple(outer)), lambda index: index in inside[1:], lambda _: pattern)
+
+
+def _common_start(first: str, last: str) -> str:
+    """The common prefix of two names, up to the number in which they differ."""
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    return "".join(letter for letter, _ in same).rstrip("0123456789")

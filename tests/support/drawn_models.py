@@ -43,6 +43,31 @@ class Shared(nn.Module):
         return self.fc(self.block(self.fc(self.block(self.block(x)))))
 
 
+class Turned(nn.Module):
+    """A layer that reads two values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, angle: Tensor) -> Tensor:
+        return x + self.fc(x * angle)
+
+
+class Pattern(nn.Module):
+    """Equal layers; each third one reads another value."""
+
+    def __init__(self, count: int = 8) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Turned() for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        near, far = x.sin(), x.cos()
+        for index, layer in enumerate(self.layers):
+            x = layer(x, far if index % 3 == 2 else near)
+        return x
+
+
 class Chosen(nn.Module):
     """Stays Python, since its way depends on an argument; its layers have the names that are given."""
 
@@ -83,6 +108,7 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: _adapted(llama(num_hidden_layers=3), ["q_proj", "v_proj", "gate_proj", "up_proj"]),
     "shared": lambda: _adapted(Shared(), ["fc1", "fc2", "fc"]),
     "repeats": lambda: _adapted(nn.Sequential(*(Residual() for _ in range(40)), nn.Linear(4, 2)), ["fc1", "fc2"]),
+    "pattern": lambda: _adapted(Pattern(), ["fc"]),
     "two adapters": _two_adapters,
     "attention": lambda: _adapted(nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)), "all-linear"),
     "hostile": lambda: _adapted(named(*HOSTILE), list(HOSTILE)),

@@ -77,5 +77,5 @@ def test_a_focus_is_the_root_with_what_enters_and_leaves() -> None:
     assert {row.path for row in part.rows} == {path for leaf in leaves(part) for path in leaf.marks}
     tree = part.tree()
     assert [item.name for item in tree.items] == ["from layer1.1.relu", "layer2.0", "layer2.1", "to layer3.0.conv1 + 1"]
-    assert tree.edges == ((0, 1), (1, 2), (2, 3))
+    assert tree.edges == ((0, 1, 0), (1, 2, 0), (2, 3, 0))
     assert [leaf.name for leaf in leaves(focused(drawing("resnet"), "fc"))] == ["from flatten", "fc", "to output"]

@@ -6,17 +6,21 @@ from collections.abc import Iterator
 
 import networkx as nx
 import pytest
+import torch
 import torchvision
-from drawn_models import Residual
+from drawn_models import Pattern, Residual
 from hypothesis import given, settings, strategies as st
+from tiny_models import llama
 from torch import nn
 
 import hra_fx
+from hra_fx.view.drawing import drawing_of
+from hra_fx.view.expressions import contracted, join_operations
 from hra_fx.view.graph import leaves_of
 from hra_fx.view.layout import Layout, Route, Size
 from hra_fx.view.scopes import scope_tree
 from hra_fx.view.subject import subject_of
-from hra_fx.view.tree import Item, Scope
+from hra_fx.view.tree import Edge, Item, Scope, span
 
 
 def adapted(model: nn.Module, targets: str | list[str] = r"(.*\.)?fc\d*", r: int = 2) -> nn.Module:
@@ -52,24 +56,64 @@ def test_a_residual_block_keeps_its_skip_edge() -> None:
         scope for scope in scopes(tree(adapted(nn.Sequential(Residual(), nn.Tanh())))) if scope.class_name == "Residual"
     ]
     assert [item.name for item in block.items] == ["fc1", "act", "fc2", "add"]
-    assert block.edges == ((0, 1), (1, 2), (2, 3))
-    assert block.inputs == (0, 3)
+    assert block.edges == ((-1, 0, 0), (-1, 3, 0), (0, 1, 0), (1, 2, 0), (2, 3, 0))
     assert block.outputs == (3,)
+
+
+def test_query_key_and_value_arrive_apart_and_the_inputs_of_attention_are_named() -> None:
+    found = drawing_of(llama(num_hidden_layers=2), {"input_ids": torch.arange(5)[None]})
+    (attention,) = [scope for scope in scopes(found.tree()) if scope.class_name == "LlamaAttention"]
+    names = [item.name for item in attention.items]
+    flow = nx.DiGraph((i, j) for i, j, _ in attention.edges)
+    sources = flow.pred[names.index("scaled_dot_product_attention")]
+    origins = [{names[box] for box in nx.ancestors(flow, source) if box >= 0} for source in sources]
+    projections = [origin & {"q_proj", "k_proj", "v_proj"} for origin in origins]
+    assert sorted(projections, key=sorted) == [{"k_proj"}, {"q_proj"}, {"v_proj"}]
+    assert attention.ports == ("input_layernorm", "rotary_emb")
+    assert {names[j] for i, j, _ in attention.edges if i == ~0} == {"q_proj", "k_proj", "v_proj"}
+    assert attention.shape == "1×5×32"
+
+
+def test_layers_that_read_another_value_stay_apart_and_their_pattern_is_folded() -> None:
+    (layers,) = [scope for scope in scopes(tree(adapted(Pattern()))) if scope.name == "layers"]
+    pattern, rest = layers.items
+    assert isinstance(pattern, Scope) and (span(pattern), pattern.count) == ("layers.0 … 5", 2)
+    assert [(span(item), item.count) for item in pattern.items] == [("layers.0 … 1", 2), ("layers.2", 1)]
+    marks = [[int(mark.split(".")[1]) for mark in item.marks] for item in (*pattern.items, rest)]
+    assert marks == [[0, 1, 3, 4], [2, 5], [6, 7]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_operations_are_joined_without_a_cycle_and_a_large_module_becomes_small(data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 40))
+    pairs = [(i, j) for j in range(count) for i in range(max(j - 6, 0), j)]
+    flow: nx.DiGraph[int] = nx.DiGraph(data.draw(st.sets(st.sampled_from(pairs)))) if pairs else nx.DiGraph()
+    flow.add_nodes_from(range(count))
+    small, leaving = (data.draw(st.sets(st.integers(0, count - 1))) for _ in range(2))
+    boxes = join_operations(flow, small, leaving)
+    assert nx.is_directed_acyclic_graph(contracted(flow, boxes))
+    assert {box for group, box in boxes.items() if group not in small} == set(range(count)) - small
+    assert all(boxes[group] in small for group in small)
+    if len(small) == count:
+        assert len(set(boxes.values())) <= 12
 
 
 # ---- the layout ----
 
-Graph = tuple[list[Size], list[tuple[int, int]], list[int], list[int]]
+Graph = tuple[list[Size], list[Edge], list[int], list[Size]]
 
 
 @st.composite
 def graphs(draw: st.DrawFn) -> Graph:
     count = draw(st.integers(1, 14))
-    sizes = [Size(draw(st.integers(20, 220)), draw(st.integers(20, 160))) for _ in range(count)]
-    pairs = [(i, j) for j in range(count) for i in range(j)]
-    edges = sorted(draw(st.sets(st.sampled_from(pairs)))) if pairs else []
-    boxes = st.lists(st.integers(0, count - 1), unique=True, max_size=3).map(sorted)
-    return sizes, edges, draw(boxes), draw(boxes)
+    entries = st.sampled_from([(0.0,), (-6.0, 9.0)])
+    sizes = [Size(draw(st.integers(20, 220)), draw(st.integers(20, 160)), draw(entries)) for _ in range(count)]
+    ports = [Size(draw(st.integers(0, 90)), 18) for _ in range(draw(st.integers(0, 3)))]
+    links = [(i, j, port) for j in range(count) for i in range(-len(ports), j) for port in range(len(sizes[j].enter))]
+    edges = sorted(draw(st.sets(st.sampled_from(links)))) if links else []
+    outputs = st.lists(st.integers(0, count - 1), unique=True, max_size=3).map(sorted)
+    return sizes, edges, draw(outputs), ports
 
 
 def points(route: Route) -> Iterator[tuple[float, float]]:
@@ -100,18 +144,17 @@ def overlapping(sizes: list[Size], placed: Layout) -> list[tuple[int, int]]:
 @settings(max_examples=60, deadline=None)
 @given(graphs())
 def test_boxes_are_apart_and_edges_go_down_to_their_boxes_and_cross_none(graph: Graph) -> None:
-    sizes, edges, inputs, outputs = graph
+    sizes, edges, outputs, ports = graph
     placed = Layout(*graph)
-    assert overlapping(sizes, placed) == []
+    assert overlapping([*sizes, *ports], placed) == []
     assert [(r.source, r.target) for r in placed.routes] == [
-        *((None, box) for box in inputs),
-        *edges,
+        *((source if source >= 0 else None, target) for source, target, _ in edges),
         *((box, None) for box in outputs),
     ]
     for route in placed.routes:
         for x, y in points(route):
             assert -1e-6 <= x <= placed.width + 1e-6
-            for box, (size, (left, top)) in enumerate(zip(sizes, placed.corners, strict=True)):
+            for box, (size, (left, top)) in enumerate(zip([*sizes, *ports], placed.corners, strict=True)):
                 inside = left + 1e-6 < x < left + size.width - 1e-6 and top + 1e-6 < y < top + size.height - 1e-6
                 assert not inside, f"edge {route.source} -> {route.target} crosses box {box}"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,17 @@ from importlib import resources
 from typing import Any, ClassVar
 from xml.etree.ElementTree import Element, tostring
 
-from hra_fx.reporting.heat import DARK_PALETTE, HEATS, PALETTE, UNKNOWN, default_heat, heat_of, is_identity, scale
+from hra_fx.reporting.heat import (
+    DARK_PALETTE,
+    HEATS,
+    PALETTE,
+    color,
+    default_heat,
+    heat_of,
+    ink_on,
+    is_identity,
+    scale,
+)
 from hra_fx.reporting.plain import plain
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.heatmap import Heatmap
@@ -27,13 +38,14 @@ from hra_fx.view.theme import as_css, colored
 from hra_fx.view.tree import Item, Leaf, Scope, span
 
 _MARGIN = 28.0
+STEPS = 64  # colors of a heatmap
 #: The files of the style; later ones have priority.
 STYLES = ("controls", "drawing", "panel", "media")
 #: The files of the script, in one module. Each file comes before the files that import it.
 SCRIPTS = ("data", "elements", "heat", "stage", "panel", "search", "main")
 _IMPORT_OR_EXPORT = re.compile(r"^(?:import .*;\n|export )", re.MULTILINE)
 #: What the script gets of a leaf, with these names.
-_LEAF_FIELDS = ("kind", "detail", "op", "target", "shape", "dtype", "marks", "rank", "parameters")
+_LEAF_FIELDS = ("kind", "detail", "op", "target", "dtype", "marks", "rank", "parameters")
 _SLOT = re.compile(r"\{\{(\w+)\}\}")
 
 
@@ -152,8 +164,7 @@ def page_data(drawing: Drawing, tree: Scope, options: Options) -> Any:
         "rows": drawing.rows,
         "heats": _heats(drawing),
         "heat": options.heat or ("" if is_identity(drawing.rows) else default_heat(drawing.rows)),
-        "palettes": [PALETTE, DARK_PALETTE],
-        "unknown": UNKNOWN,
+        "colors": [_fill_and_ink(step / STEPS) for step in range(STEPS + 1)] + [_fill_and_ink(math.nan)],
         "skipped": [
             {"path": own.path, "reason": own.reason, "refused": own.targeted, "item": _box(own.path, box)}
             for own in drawing.skipped
@@ -178,14 +189,20 @@ def _items(tree: Scope) -> list[dict[str, Any]]:
     found = []
     for item in items:
         fields: dict[str, Any] = {"parent": around.get(id(item), 0), "label": span(item)}
-        fields |= {"paths": item.paths, "count": item.count}
+        fields |= {"paths": item.paths, "count": item.count, "shape": item.shape}
         if isinstance(item, Scope):
             kind = "untraced" if item.eager else "traced"
-            fields |= {"kind": kind, "detail": item.class_name, "target": item.path}
+            fields |= {"kind": kind, "detail": item.class_name, "target": item.path, "ports": item.ports}
         else:
             fields |= {name: getattr(item, name) for name in _LEAF_FIELDS}
         found.append(fields)
     return found
+
+
+def _fill_and_ink(share: float) -> list[str]:
+    """The color of a value between the ends of a heatmap, and of text on it, for light and dark pages."""
+    fills = [color(share, (0, 1), palette) for palette in (PALETTE, DARK_PALETTE)]
+    return [f"light-dark({', '.join(pair)})" for pair in (fills, map(ink_on, fills))]
 
 
 def _heats(drawing: Drawing) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def open_page(browser: Browser, tmp_path: Path) -> Iterator[Open]:
     heard: list[str] = []
     contexts = []
 
-    def open_text(text: str, **options: Any) -> Page:
+    def open_text(text: str, *, address: str = "", **options: Any) -> Page:
         file = tmp_path / f"page{len(contexts)}.html"
         file.write_text(text, encoding="utf-8", newline="\n")
         context = browser.new_context(**({"viewport": {"width": 1300, "height": 900}} | options))
@@ -40,8 +40,11 @@ def open_page(browser: Browser, tmp_path: Path) -> Iterator[Open]:
         page.set_default_timeout(60_000)
         page.on("console", lambda message: heard.append(f"console: {message.text}"))
         page.on("pageerror", lambda error: heard.append(f"error: {error}"))
-        page.on("request", lambda request: heard.append(request.url) if request.url != file.as_uri() else None)
-        page.goto(file.as_uri())
+        page.on(
+            "request",
+            lambda request: heard.append(request.url) if request.url.partition("#")[0] != file.as_uri() else None,
+        )
+        page.goto(file.as_uri() + address)
         return page
 
     yield open_text

@@ -12,6 +12,7 @@ from playwright.sync_api import Page
 import hra_fx
 from hra_fx.reporting.heat import HEATS, color, heat_of, scale
 from hra_fx.reporting.row import Row
+from hra_fx.view.html.rendering import STEPS
 
 Open = Callable[..., Page]
 FILL = "element => getComputedStyle(element).fill"
@@ -24,6 +25,11 @@ OUTSIDE = """() => [...document.querySelectorAll("#scroller text")].filter((text
 
 def rgb(fill: str) -> str:
     return f"rgb({', '.join(str(int(fill[start : start + 2], 16)) for start in (1, 3, 5))})"
+
+
+def stepped(value: float, ends: tuple[float, float]) -> str:
+    """The color of a value, rounded to one of the page's steps."""
+    return color(round((value - ends[0]) / (ends[1] - ends[0]) * STEPS) / STEPS, (0, 1))
 
 
 def expected(row: Row) -> dict[str, str]:
@@ -50,7 +56,7 @@ def test_the_panel_shows_the_row_of_the_report(open_page: Open) -> None:
         assert float(page.locator("#panel dt:text-is('|QᵀQ - I|') + dd").get_attribute("title") or "nan") == (
             pytest.approx(row.orthogonality)
         )
-        angles = page.locator(".spectrum .bar title").all_text_contents()
+        angles = page.locator(".spectrum i").evaluate_all("all => all.map(bar => bar.title)")
         assert angles == [f"plane {i}: {math.degrees(a):.2f}°" for i, a in enumerate(row.angles, start=1)]
 
 
@@ -83,9 +89,9 @@ def test_heat_has_the_colors_and_means_of_the_report(open_page: Open) -> None:
         for layer in ("up", "down"):
             cells = [cell.evaluate(FILL) for cell in box(page, layer).locator(".cell").all()]
             paths = [f"blocks.{index}.{layer}" for index in range(3)]
-            assert cells == [rgb(color(values[path], ends)) for path in paths]
+            assert cells == [rgb(stepped(values[path], ends)) for path in paths]
             mean = sum(values[path] for path in paths) / 3
-            assert box(page, layer).locator(".strip").evaluate(FILL) == rgb(color(mean, ends))
+            assert box(page, layer).locator(".strip").evaluate(FILL) == rgb(stepped(mean, ends))
         assert page.locator("#scale").inner_text().split() == [f"{end:g}{HEATS[name].unit}" for end in ends]
         assert page.evaluate(OUTSIDE) == []
         said = HEATS[name].text(mean)  # of the layers "down", the last ones above

@@ -13,6 +13,7 @@
  * @property {string} detail class and shape, or what an operation reads
  * @property {string} op the fx opcode
  * @property {string} target qualified name of the module, or name of the function
+ * @property {string[]} [ports] where the values come from that a scope reads
  * @property {string} shape shape of its value
  * @property {string} dtype dtype of its value
  * @property {string[]} marks the adapted layers that it stands for
@@ -40,8 +41,8 @@
  * @property {Map<string, Row[]>} rows by layer; several adapters are several rows
  * @property {Map<string, Heat>} heats by name
  * @property {string} heat the heatmap that is shown at first, or "" for none
- * @property {[string[], string[]]} palettes of the heatmap, on light and on dark
- * @property {string} unknown color of a value that could not be computed
+ * @property {[string, string][]} colors from the low to the high end of a heatmap, and then for an unknown value: fill,
+ *   and color of text on it
  * @property {SkippedLayer[]} skipped
  */
 

@@ -18,8 +18,7 @@ const stage = new Stage({ scroller, trail: byId("trail"), pictures: byId("pictur
 const panel = new Panel(byId("panel"), drawing, heatmap, choose);
 const help = /** @type {HTMLDialogElement} */ (byId("help"));
 const input = /** @type {HTMLInputElement} */ (byId("query"));
-const elements = { input, regex: byId("regex"), status: byId("found"), hits: byId("hits") };
-new Search(elements, drawing, choose);
+new Search({ input, status: byId("found"), hits: byId("hits") }, drawing, choose);
 let chosenPath = "";
 
 /**
@@ -29,9 +28,47 @@ let chosenPath = "";
  */
 function select(item, path = "") {
   chosenPath = path;
+  const address = (!stage.opens(item) && (path || item.paths[0])) || "";
+  note(encodeURIComponent(address) || stage.addresses.get(stage.root));
   stage.select(item);
   panel.show(item, path);
   stage.reveal(item); // the panel takes a part of the window
+}
+
+/**
+ * Name a box in the address of the page, without a step to go back.
+ * @param {string | undefined} address
+ */
+function note(address) {
+  try {
+    history.replaceState(null, "", `#${address ?? ""}`);
+  } catch {} // a page in a frame has no address, and some browsers limit the number of changes
+}
+
+/**
+ * Show the picture of a module, as a step to go back.
+ * @param {Item} item
+ */
+function show(item) {
+  stage.show(item);
+  location.hash = stage.addresses.get(item) ?? "";
+}
+
+/** Show the module or the layer in the address of the page. */
+function visit() {
+  const name = location.hash.slice(1);
+  const root = [...stage.addresses].find(([, address]) => address === name)?.[0];
+  if (!root) {
+    for (const item of drawing.items) {
+      const path = [...item.paths, ...item.marks].find((own) => encodeURIComponent(own) === name);
+      if (path) return choose(item, path);
+    }
+  } else if (root !== stage.root) {
+    const before = stage.root;
+    stage.show(root);
+    if (stage.shownIn.get(before) === root) select(before);
+    else if (panel.isOpen) panel.show(root, "");
+  }
 }
 
 /**
@@ -41,7 +78,7 @@ function select(item, path = "") {
  */
 function choose(item, path = "") {
   const root = stage.shownIn.get(item);
-  if (root && root !== stage.root) stage.show(root);
+  if (root && root !== stage.root) show(root);
   if (root) select(item, path);
   else panel.show(item, path); // the model itself
   scroller.focus({ preventScroll: true });
@@ -54,7 +91,7 @@ function choose(item, path = "") {
  */
 function open(item, path = "") {
   if (stage.opens(item)) {
-    stage.show(item);
+    show(item);
     panel.show(item, "");
   } else select(item, path);
 }
@@ -100,6 +137,12 @@ skipped.classList.toggle(
 skipped.textContent = `${counted(drawing.skipped.length, "layer")} not adapted`;
 skipped.addEventListener("click", () => panel.showSkipped());
 
+const shapes = byId("shapes");
+shapes.hidden = !drawing.items.some(({ shape }) => shape);
+shapes.addEventListener("click", () => {
+  shapes.setAttribute("aria-pressed", String(scroller.classList.toggle("shapes")));
+});
+
 byId("zoom-in").addEventListener("click", () => stage.zoomBy(1));
 byId("zoom-out").addEventListener("click", () => stage.zoomBy(-1));
 byId("fit").addEventListener("click", () => stage.fit());
@@ -121,6 +164,7 @@ panel.whenClosed = () => scroller.focus({ preventScroll: true });
 const KEYS = {
   "/": () => input.focus(),
   "?": () => help.showModal(),
+  s: () => shapes.click(),
   "+": () => stage.zoomBy(1),
   "=": () => stage.zoomBy(1),
   "-": () => stage.zoomBy(-1),
@@ -137,10 +181,7 @@ const DRAWING_KEYS = {
   Home: () => select(stage.boxes[0]),
   Enter: () => stage.selected && open(stage.selected),
   " ": () => stage.selected && open(stage.selected),
-  Backspace: () => {
-    const item = stage.back();
-    if (item) select(item);
-  },
+  Backspace: () => stage.root.parent && choose(stage.root),
 };
 
 /**
@@ -169,4 +210,6 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
 });
 showHeat();
+addEventListener("hashchange", visit);
+visit();
 performance.mark("drawn");

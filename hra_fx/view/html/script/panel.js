@@ -3,11 +3,7 @@
 /** @import { Drawing, Item, Row } from "./data.js" */
 /** @import { Heatmap } from "./heat.js" */
 import { marksOf, skippedIn } from "./data.js";
-import { counted, html, svg, withUnit } from "./elements.js";
-
-const [WIDTH, HEIGHT] = [300, 92];
-const [LEFT, TOP, BOTTOM] = [34, 8, 18];
-const STEPS = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 45, 90, 180];
+import { counted, html, withUnit } from "./elements.js";
 
 /** Rows of a fact list: name, value and tooltip.
  * @typedef {[string, string, string?][]} Facts */
@@ -93,6 +89,7 @@ export class Panel {
       ["path", several > 1 ? "" : path],
       ["function", item.kind === "op" ? item.target : ""],
       [item.kind === "op" ? "reads" : "class", item.detail],
+      ["reads from", item.ports?.join(", ") ?? ""],
       ["shape", item.shape],
       ["dtype", item.dtype],
       ["traced", item.isScope ? (item.kind === "traced" ? "yes" : "no, in order of definition") : ""],
@@ -264,7 +261,7 @@ function list(facts) {
  * @param {Item} item
  */
 function nameOf(item) {
-  return item.paths.length > 1 ? `${item.label} (× ${item.paths.length})` : item.target;
+  return item.paths.length > 1 ? `${item.label} (× ${item.paths.length})` : item.target || item.label;
 }
 
 /** @param {number} radians */
@@ -296,30 +293,13 @@ function sum(items) {
  */
 function spectrum(angles) {
   const degrees = angles.map((angle) => (angle * 180) / Math.PI);
-  const largest = Math.max(...degrees, 0);
-  const top = STEPS.find((step) => step >= largest * (1 - 1e-6)) ?? 180;
-  const base = HEIGHT - BOTTOM;
-  const chart = svg("svg", { class: "spectrum", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img" });
-  chart.setAttribute("aria-label", `Angles: ${degrees.map((angle) => `${angle.toFixed(1)}°`).join(", ")}`);
-  for (const share of [0, 0.5, 1]) {
-    const y = base - share * (base - TOP);
-    chart.append(svg("path", { class: "rule", d: `M${LEFT} ${y}H${WIDTH}` }));
-    chart.append(
-      svg("text", { x: LEFT - 5, y: y + 3.5, "text-anchor": "end" }, `${Number((share * top).toPrecision(3))}°`),
-    );
-  }
-  const step = (WIDTH - LEFT) / degrees.length;
-  const wide = Math.min(step - (step > 4 ? 2 : 0.3), 26);
-  degrees.forEach((angle, index) => {
-    const height = Number.isNaN(angle) ? 0 : (angle / top) * (base - TOP);
-    const bar = svg("rect", { class: "bar", height });
-    bar.setAttribute("x", (LEFT + index * step + (step - wide) / 2).toFixed(2));
-    bar.setAttribute("y", (base - height).toFixed(2));
-    bar.setAttribute("width", wide.toFixed(2));
-    bar.append(svg("title", {}, `plane ${index + 1}: ${angle.toFixed(2)}°`));
-    chart.append(bar);
+  const top = Math.max(...degrees.filter((angle) => angle > 0), 1e-9);
+  const bars = degrees.map((angle, index) => {
+    const style = `height: ${Number.isNaN(angle) ? 0 : (100 * angle) / top}%`;
+    return html("i", { style, title: `plane ${index + 1}: ${angle.toFixed(2)}°` });
   });
-  const words = degrees.length === 1 ? "1 plane" : `planes 1 to ${degrees.length}, largest angle first`;
-  chart.append(svg("text", { x: (LEFT + WIDTH) / 2, y: HEIGHT - 4, "text-anchor": "middle" }, words));
-  return html("figure", {}, html("figcaption", {}, "Angle by plane"), chart);
+  const label = `Angles: ${degrees.map((angle) => `${angle.toFixed(1)}°`).join(", ")}`;
+  const words = `Angle of each plane, at most ${withUnit(degrees[0], "°")}`;
+  const chart = html("div", { class: "spectrum", role: "img", "aria-label": label }, ...bars);
+  return html("figure", {}, html("figcaption", {}, words), chart);
 }

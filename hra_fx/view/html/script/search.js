@@ -1,4 +1,4 @@
-// Search for boxes by the names of their modules, by class, or by a regular expression.
+// Search for boxes by the names of their modules or by class.
 
 /** @import { Drawing, Item } from "./data.js" */
 import { html } from "./elements.js";
@@ -9,7 +9,7 @@ const SHOWN = 100;
 
 export class Search {
   /**
-   * @param {{input: HTMLInputElement, regex: HTMLElement, status: HTMLElement, hits: HTMLElement}} elements
+   * @param {{input: HTMLInputElement, status: HTMLElement, hits: HTMLElement}} elements
    * @param {Drawing} drawing
    * @param {(item: Item, path: string) => void} choose
    */
@@ -22,15 +22,10 @@ export class Search {
     /** @type {Entry[]} */
     this.found = [];
     this.active = -1;
-    const { input, regex, hits } = elements;
+    const { input, hits } = elements;
     input.addEventListener("input", () => this.update());
     input.addEventListener("focus", () => this.update());
     input.addEventListener("keydown", (event) => this.#key(event));
-    regex.addEventListener("click", () => {
-      regex.setAttribute("aria-pressed", String(regex.getAttribute("aria-pressed") !== "true"));
-      this.update();
-      input.focus();
-    });
     // Keep the focus in the field until the click.
     hits.addEventListener("pointerdown", (event) => event.preventDefault());
     hits.addEventListener("click", (event) => {
@@ -47,7 +42,7 @@ export class Search {
   }
 
   update() {
-    const { input, regex, status } = this.elements;
+    const { input, status } = this.elements;
     const query = input.value.trim();
     this.active = -1;
     input.removeAttribute("aria-activedescendant");
@@ -56,16 +51,9 @@ export class Search {
       return;
     }
     this.entries ??= entriesOf(this.drawing.items);
-    let message = "";
-    try {
-      const matches = matcher(query, regex.getAttribute("aria-pressed") === "true");
-      this.found = this.entries.filter(({ texts }) => texts.some(matches));
-      message = this.found.length ? `${this.found.length} found` : "nothing found";
-    } catch (error) {
-      this.found = [];
-      message = error instanceof Error ? error.message : String(error);
-    }
-    status.textContent = message;
+    const matches = matcher(query);
+    this.found = this.entries.filter(({ texts }) => texts.some(matches));
+    status.textContent = this.found.length ? `${this.found.length} found` : "nothing found";
     status.hidden = false;
     this.#list();
   }
@@ -120,17 +108,17 @@ export class Search {
 }
 
 /**
+ * Whether a text contains a query, or matches it as a regular expression.
  * @param {string} query
- * @param {boolean} isRegex
  * @returns {(text: string) => boolean}
  */
-function matcher(query, isRegex) {
-  if (isRegex) {
-    const pattern = new RegExp(query, "i");
-    return (text) => pattern.test(text);
-  }
+function matcher(query) {
   const low = query.toLowerCase();
-  return (text) => text.toLowerCase().includes(low);
+  let pattern = /(?!)/;
+  try {
+    pattern = new RegExp(query, "i");
+  } catch {} // an unfinished expression
+  return (text) => text.toLowerCase().includes(low) || pattern.test(text);
 }
 
 /**

@@ -11,8 +11,6 @@ const READABLE = 0.6; // minimum zoom for fitting a picture
 const CLICK = 4; // a pointer that moves further is dragging
 const TIP_PATHS = 12; // paths in a tooltip
 
-/** @typedef {{x: number, y: number, width: number, height: number}} Place the outline of a box in its picture */
-
 export class Stage {
   /**
    * @param {{scroller: HTMLElement, trail: HTMLElement, pictures: HTMLElement}} elements
@@ -40,6 +38,14 @@ export class Stage {
       for (const item of inside) this.shownIn.set(item, root);
     }
     pictures.remove();
+    /** The part of the page's address that names a picture.
+     * @type {Map<Item, string>} */
+    this.addresses = new Map();
+    for (const item of this.pictures.keys()) {
+      const name = item.parent ? encodeURIComponent(item.paths[0] ?? item.label) : "";
+      const taken = [...this.addresses.values()].includes(name); // by the first call of the module
+      this.addresses.set(item, taken ? `${name}~${item.index}` : name);
+    }
     this.root = items[0];
     this.show(this.root);
     this.#listenToWheel();
@@ -64,16 +70,6 @@ export class Stage {
     return groupsOf(this.picture)
       .map((group) => this.itemOf(group))
       .filter((item) => item.parent);
-  }
-
-  /**
-   * @param {Item} item
-   * @returns {Place}
-   */
-  place(item) {
-    const frame = this.#group(item).querySelector(":scope > .frame");
-    const [x, y, width, height] = ["x", "y", "width", "height"].map((name) => Number(frame?.getAttribute(name)));
-    return { x, y, width, height };
   }
 
   /** @param {Item} item */
@@ -103,25 +99,16 @@ export class Stage {
     const way = [];
     for (let at = /** @type {Item | undefined} */ (root); at; at = this.shownIn.get(at)) way.unshift(at);
     const steps = way.slice(0, -1).map((item) => {
-      const back = () => {
-        this.show(item);
-        this.scroller.focus({ preventScroll: true });
+      const go = () => {
+        location.hash = this.addresses.get(item) ?? "";
       };
-      return html("li", {}, html("button", { class: "link", onclick: back }, item.label));
+      return html("li", {}, html("button", { class: "link", onclick: go }, item.label));
     });
     this.trail.replaceChildren(html("ol", {}, ...steps, html("li", { "aria-current": "page" }, root.label)));
     this.trail.hidden = !steps.length;
     this.scroller.replaceChildren(this.picture);
     this.recolor();
     this.fit();
-  }
-
-  /** Show the picture around, and select the module whose inside was shown. */
-  back() {
-    const [item, outer] = [this.root, this.shownIn.get(this.root)];
-    if (!outer) return null;
-    this.show(outer);
-    return item;
   }
 
   /** Color everything by the heatmap. */
@@ -154,11 +141,9 @@ export class Stage {
     const { width } = this.#size;
     const room = this.scroller.clientWidth;
     this.setZoom(Math.max(Math.min(1, room / width), READABLE));
+    this.scroller.scrollTo(0, 0);
     const [first] = this.boxes.slice(this.root.parent ? 1 : 0);
-    const at = first ? this.place(first) : { x: 0, width: 0 };
-    // The left edge, or the first box in the middle if it is not visible there.
-    const fits = (at.x + at.width) * this.zoom <= room;
-    this.scroller.scrollTo({ left: fits ? 0 : (at.x + at.width / 2) * this.zoom - room / 2, top: 0 });
+    if (first) this.reveal(first);
   }
 
   /** @param {number} steps */
@@ -190,20 +175,7 @@ export class Stage {
    * @param {Item} item
    */
   reveal(item) {
-    const { x, y, width, height } = this.place(item);
-    const { scroller } = this;
-    const center = (/** @type {number} */ start, /** @type {number} */ size, /** @type {number} */ room) =>
-      size * this.zoom > room ? start * this.zoom - 40 : (start + size / 2) * this.zoom - room / 2;
-    const seen =
-      x * this.zoom >= scroller.scrollLeft &&
-      y * this.zoom >= scroller.scrollTop &&
-      (x + width) * this.zoom <= scroller.scrollLeft + scroller.clientWidth &&
-      (y + height) * this.zoom <= scroller.scrollTop + scroller.clientHeight;
-    if (seen) return;
-    scroller.scrollTo({
-      left: center(x, width, scroller.clientWidth),
-      top: center(y, height, scroller.clientHeight),
-    });
+    this.#group(item).querySelector(".frame")?.scrollIntoView({ block: "nearest", inline: "nearest" });
   }
 
   #listenToWheel() {
