@@ -208,6 +208,8 @@ def _transposes(user: fx.Node) -> bool:
 def _call(weight: fx.Node, user: fx.Node, operator: fx.Node, rank: int) -> LayerCall | None:
     """The call of a layer that an operator is; `None` if it uses another form of the weight."""
     target, given = operator.target, arguments_of(operator)
+    if rank < 2:
+        return None
     if target is _aten.linear.default and given["weight"] is weight:
         return LayerCall("linear", "input", given["bias"], {})
     if target in _CONVOLUTIONS and given["weight"] is weight and not given.get("transposed"):

@@ -245,6 +245,8 @@ def _call_embeddings(graph: fx.Graph, root: nn.Module) -> None:
         if given["weight"].op != "get_attr" or given["weight"].target != f"{path}.weight":
             continue
         holder = root.get_submodule(path)
+        if "weight" not in holder._parameters or type(holder) not in (nn.Module, nn.Embedding):
+            continue  # a buffer, or a layer whose weight is also used as a table
         if not isinstance(holder, nn.Embedding):
             padding = None if given["padding_idx"] == -1 else given["padding_idx"]
             options: Any = {name: given[name] for name in ("scale_grad_by_freq", "sparse")} | {"padding_idx": padding}

@@ -204,7 +204,7 @@ def _rows(model: nn.Module, *, capture: bool) -> tuple[Row, ...]:
             graph, reason = graphs.get(path, (None, ""))
             with loaded(reflection):
                 measured = measured_fields(chain_of(layer, name), weight)
-            measured["protected"] = moved(protected_directions(layer), chain_of(layer, name))
+            measured["protected"] = moved(protected_directions(layer, name), chain_of(layer, name))
             measured["bytes"] = parameters * reflection[name].itemsize
             measured["bytes_here"] = local_tensor(reflection[name]).nbytes
             measured |= {"graph": graph, "graph_reason": reason}

@@ -62,7 +62,10 @@ def origin_of(model: nn.Module) -> Origin:
 
 
 #: The output layers of transformers' models (get_output_embeddings).
-_OUTPUTS = ("lm_head", "lm_head.decoder", "cls.predictions.decoder", "embed_out", "proj_out", "output_projection")
+_OUTPUTS = (
+    *("lm_head", "lm_head.decoder", "cls.predictions.decoder", "predictions.decoder", "embed_out", "proj_out"),
+    *("output_projection", "vocab_projector", "generator_lm_head", "lm_loss", "pred_layer.proj"),
+)
 
 
 def origin_of_program(classes: Mapping[str, str], paths: Collection[str]) -> Origin:

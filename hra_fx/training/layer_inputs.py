@@ -6,15 +6,17 @@ layer; there, the other factor of each matrix product with this weight is the in
 
 from __future__ import annotations
 
+import weakref
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from hra_fx.compat import TorchDispatchMode, conv_border, eager_experts, pytree, without_peft_adapters
+from hra_fx.compat import TorchDispatchMode, conv_border, eager_experts, pytree, tensor_version, without_peft_adapters
 from hra_fx.errors import AdapterError
 from hra_fx.functional.directions import Sketch, merged
 from hra_fx.kernels.dispatch import PLAIN
@@ -25,9 +27,10 @@ from hra_fx.model.example_inputs import normalize_inputs, preserve_rng_state
 from hra_fx.model.state import get_state
 from hra_fx.model.switch import disable_adapters
 
-#: The largest number of patches of one image that are read.
+#: The number of patches of an image that are read at once.
 _PATCHES = 4096
 _aten = torch.ops.aten
+_COPIES = (_aten._to_copy.default, _aten.clone.default)
 #: Matrix products: the positions of the two factors.
 _PRODUCTS: dict[Any, tuple[int, int]] = {
     _aten.mm.default: (0, 1),
@@ -54,6 +57,7 @@ def sketches_of(
     with _base_model(model, layers), collector:
         for batch in _with_progress(batches):
             is_empty = False
+            collector.start_batch()
             args, kwargs = pytree.tree_map(lambda x: _to(x, device), normalize_inputs(batch))
             model(*args, **kwargs)
     reshard(model.modules())  # FSDP2 keeps some parameters whole after a forward without a backward pass
@@ -105,16 +109,30 @@ def _base_model(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]
     with ExitStack() as stack:
         for part, mode in modes.items():
             stack.callback(vars(part).__setitem__, "training", mode)
+        stack.callback(model.train, model.training)  # for modules that do more when their mode changes
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         model.eval()
         torch.backends.mha.set_fastpath_enabled(False)  # a single operator for the whole attention
         for block in (preserve_rng_state(), torch.no_grad(), torch.compiler.set_stance("force_eager")):
             stack.enter_context(block)
         stack.enter_context(eager_experts(model))
-        stack.enter_context(without_peft_adapters(layers))
+        stack.enter_context(without_peft_adapters(model.modules()))
         for root in [part for part in model.modules() if get_state(part) is not None]:
             stack.enter_context(disable_adapters(root))
         yield
+
+
+class _Part(NamedTuple):
+    """A part of the weight of a layer.
+
+    Attributes:
+        along: the stride of the dimension of the inputs.
+        expert: the first expert, for experts.
+    """
+
+    layer: nn.Module
+    along: int
+    expert: int | None
 
 
 class _Collector(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -127,10 +145,14 @@ class _Collector(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.sketches: dict[nn.Module, Sketch] = {}
         #: Layer -> the layers whose sketches contain its inputs.
         self.owners: dict[nn.Module, set[nn.Module]] = {layer: set() for layer in layers}
-        self.last: tuple[Tensor | None, Any] = (None, None)
+        #: The input that was added last, its version, and the layer that owns its sketch.
+        self.last: tuple[Tensor | None, int, Any] = (None, 0, None)
         self.inside: list[nn.Module] = []
         self.hooks: list[Any] = []
-        self.weights: dict[int, tuple[nn.Module, Tensor]] = {}
+        #: Address of a weight's memory -> the layers that have it, and the weight.
+        self.weights: dict[int, list[tuple[nn.Module, Tensor]]] = defaultdict(list)
+        #: The same for copies of weights, which autocast makes.
+        self.copies: dict[int, tuple[weakref.ref[Tensor], _Part]] = {}
 
     def __enter__(self) -> Any:
         for layer in self.layers:
@@ -142,7 +164,7 @@ class _Collector(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 continue
             weight = adapters.weight_of(layer)
             if type(weight) in PLAIN and not weight.is_meta:
-                self.weights[weight.untyped_storage().data_ptr()] = layer, weight
+                self.weights[weight.untyped_storage().data_ptr()].append((layer, weight))
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
@@ -168,34 +190,55 @@ class _Collector(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if type(first) in PLAIN and type(second) in PLAIN:
                 self._read(second, first)
                 self._read(first.mT, second.mT)
-        return func(*args, **(kwargs or {}))
+        made = func(*args, **(kwargs or {}))
+        if func in _COPIES and type(args[0]) in PLAIN:
+            for part in self._parts(args[0]):
+                if args[0].dim() > 1 and part.along in args[0].stride()[-2:]:
+                    along = made.stride()[-2:][args[0].stride()[-2:].index(part.along)]
+                    copied = weakref.ref(made), part._replace(along=along)
+                    self.copies[made.untyped_storage().data_ptr()] = copied
+        return made
+
+    def _parts(self, value: Tensor) -> list[_Part]:
+        """The weights that a tensor is a part of, or of a copy of it; none during a call of one of their layers."""
+        place, start = value.untyped_storage().data_ptr(), value.storage_offset()
+        copied, part = self.copies.get(place, (lambda: None, None))
+        if part is not None and copied() is not None:
+            return [part]
+        found = []
+        for layer, weight in self.weights.get(place, ()):
+            first = start - weight.storage_offset()
+            if 0 <= first < weight.numel():
+                adapters: Any = get_adapters(layer)
+                along = weight.stride(-2 if adapters.fan_in_fan_out else -1)
+                found.append(_Part(layer, along, first // weight.stride(0) if weight.dim() == 3 else None))
+        return [] if any(part.layer in self.inside for part in found) else found
 
     def _read(self, factor: Tensor, x: Tensor) -> None:
         """Add `x` if it is multiplied with a weight along the inputs of the weight."""
-        layer, weight = self.weights.get(factor.untyped_storage().data_ptr(), (None, None))
-        if layer is None or weight is None or layer in self.inside:
-            return
-        adapters: Any = get_adapters(layer)
-        along = weight.stride(-2 if adapters.fan_in_fan_out else -1)
-        if factor.stride(-2) != along or factor.shape[-2] != adapters.width:
-            return
-        if weight.dim() == 2:
-            self.add(layer, x)
-        elif factor.dim() == 2:
-            self.add(layer, x, (factor.storage_offset() - weight.storage_offset()) // weight.stride(0))
-        else:
-            for expert, rows in enumerate(x):
-                self.add(layer, rows, expert)
+        for layer, along, expert in self._parts(factor):
+            adapters: Any = get_adapters(layer)
+            if factor.stride(-2) != along or factor.shape[-2] != adapters.width:
+                continue
+            if expert is None or factor.dim() == 2:
+                self.add(layer, x, expert)
+            else:
+                for place, rows in enumerate(x):
+                    self.add(layer, rows, expert + place)
+
+    def start_batch(self) -> None:
+        """Forget the last input: a batch may be the same tensor with other values."""
+        self.last = None, 0, None
 
     def add(self, layer: nn.Module, x: Tensor, expert: int | None = None) -> None:
         """Add inputs `(..., d)` of a layer, unless they were just added for another one."""
-        seen, owner = self.last
-        if seen is not x:
+        seen, version, owner = self.last
+        if seen is not x or version != tensor_version(x):
             owner = layer
             if owner not in self.sketches:
                 self.sketches[owner] = _sketch_for(layer, self.directions, x.device)
             self.sketches[owner].add(x.reshape(-1, x.shape[-1]), expert)
-            self.last = x, owner
+            self.last = x, tensor_version(x), owner
         self.owners[layer].add(owner)
 
     def found(self) -> dict[nn.Module, Sketch]:
@@ -225,7 +268,7 @@ def _convolution(layer: Any) -> Any:
 
 
 def _patches(x: Tensor, conv: Any) -> Iterator[Tensor]:
-    """The patches `(n, d)` of each image, for all groups; at most `_PATCHES` of an image."""
+    """The patches `(n, d)` of each image, for all groups."""
     dimensions = len(conv.kernel_size)
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
     x = F.pad(x if x.dim() == dimensions + 2 else x[None], conv_border(conv), mode=mode)
@@ -234,4 +277,4 @@ def _patches(x: Tensor, conv: Any) -> Iterator[Tensor]:
     x = x.reshape(len(x), conv.groups, -1, *x.shape[2:])  # (n, groups, c, positions..., kernel...)
     for image in x:
         rows = image.movedim(1, 1 + dimensions).flatten(0, dimensions).flatten(1)
-        yield rows[:: max(1, len(rows) // _PATCHES)]
+        yield from rows.split(_PATCHES)

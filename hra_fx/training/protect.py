@@ -36,8 +36,8 @@ from hra_fx.training.vectors import (
 #: The entry of a parameter group with the number of directions, and the entry of the optimizer's state with them.
 KEY = "hra_protected"
 _LISTED = 8
-#: Layer -> its protected directions `(d, k)` or `(experts, d, k)`.
-_PROTECTED: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
+#: Layer -> adapter -> its directions, for reports, also after the optimizer is gone.
+_PROTECTED: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref.WeakKeyDictionary()
 #: Optimizer -> its protection.
 _KNOWN: weakref.WeakKeyDictionary[Optimizer, _Protection]
 
@@ -48,10 +48,13 @@ def protect(optimizer: Any, model: nn.Module, batches: Iterable[Any], directions
     The model runs `batches`, samples of what it must not forget, in eval mode without adapters. For each adapted layer,
     this gives the `directions` in which most of its inputs lie. From then on, the vectors are orthogonal to these
     directions: they are projected now, and after each step of the optimizer. For these directions `Q x = x` exactly,
-    also after saving, folding, or conversion to LoRA. What the model does with other inputs is not protected.
+    also after saving, folding, or conversion to LoRA. What the model does with other inputs is not protected, and
+    neither are biases and modules that are trained in full.
 
     Call this function after `transform`, before or after `train_pairs`, and before you load a state into the optimizer.
-    A few dozen passages or images are enough. In DDP and FSDP2, each process may pass its own share of them.
+    A second call replaces the directions. Call it again for a copy of the optimizer, and after loading other values
+    into the model. A few dozen passages or images are enough. In DDP and FSDP2, each process may pass its own share of
+    them.
 
     Args:
         optimizer: a `torch.optim.Optimizer`, or accelerate's wrapper of one. Its `state_dict` contains the directions.
@@ -63,8 +66,8 @@ def protect(optimizer: Any, model: nn.Module, batches: Iterable[Any], directions
     Raises:
         ConfigError: `directions` is not a positive int, or more than half of the width of a layer.
         AdapterError: there is no batch; inputs are not finite; the optimizer does not update any vectors of the model,
-            or 16-bit or flat ones (FSDP1, DeepSpeed ZeRO); or it averages the parameters outside of its step. Loading a
-            state that was saved without protected directions raises the same error.
+            or 16-bit or flat ones (FSDP1, DeepSpeed ZeRO); adapters are merged or scaled; or it averages the parameters
+            outside of its step. Loading a state that was saved without protected directions raises the same error.
 
     Warns:
         HRAWarning: no batch reached some layers, or other modules read their weights in a way that is not seen.
@@ -88,18 +91,19 @@ def protect(optimizer: Any, model: nn.Module, batches: Iterable[Any], directions
     found = sketches_of(inner, layers, batches, directions)
     if bad := next((layers[layer] for layer, sketch in found.items() if not sketch.is_finite), None):
         raise AdapterError(f"{bad}: its inputs contain NaN or infinite values, so they have no main directions.")
-    if unseen := [path for layer, path in layers.items() if layer not in found]:
+    dtype = max((one.tensor.dtype for one in stepped), key=lambda one: one.itemsize)
+    made = {sketch: sketch.basis().to(dtype) for sketch in dict.fromkeys(found.values())}
+    bases = {layer: made[sketch] for layer, sketch in found.items() if bool(made[sketch].any())}
+    if unseen := [path for layer, path in layers.items() if layer not in bases]:
         more = f" and {len(unseen) - _LISTED} more" if len(unseen) > _LISTED else ""
         text = (
             f"protect: these layers are not protected, because no batch reached them, or because another module reads "
             f"their weights in a way that is not seen: {', '.join(unseen[:_LISTED])}{more}."
         )
         warnings.warn(text, HRAWarning, stacklevel=2)
-    dtype = max((one.tensor.dtype for one in stepped), key=lambda one: one.itemsize)
-    bases = {sketch: sketch.basis().to(dtype) for sketch in dict.fromkeys(found.values())}
     protection = _KNOWN.get(optimizer) or _install(optimizer, directions)
-    protection.layers.update({layer: layers[layer] for layer in found})
-    _PROTECTED.update({layer: bases[sketch] for layer, sketch in found.items()})
+    protection.layers.update({layer: layers[layer] for layer in bases})
+    protection.bases.update(bases)
     protection.start()
 
 
@@ -121,9 +125,9 @@ def refuse_protected_states(optimizer: Optimizer) -> None:
     optimizer.register_load_state_dict_pre_hook(check)
 
 
-def protected_directions(layer: nn.Module) -> Tensor | None:
-    """The directions of a layer that `protect` keeps in this process, `(d, k)`; `None` if there are none."""
-    return _PROTECTED.get(layer)
+def protected_directions(layer: nn.Module, adapter: str) -> Tensor | None:
+    """The directions that `protect` keeps in this process for an adapter of a layer, `(d, k)`; `None` without them."""
+    return _PROTECTED.get(layer, {}).get(adapter)
 
 
 def _check(found: list[Vectors], optimizer: Optimizer, directions: int) -> None:
@@ -143,6 +147,12 @@ def _check(found: list[Vectors], optimizer: Optimizer, directions: int) -> None:
                 f"{one.path} is {str(one.tensor.dtype).removeprefix('torch.')}, so rounding moves it out of the "
                 "orthogonal complement. Train the vectors in float32: parameter.data = parameter.data.float()."
             )
+        _check_layer(one)
+        if one.apply_GS and one.r + directions >= one.tensor.shape[-2]:
+            raise ConfigError(
+                f"{one.path}: with Gram-Schmidt, `r` + `directions` must be less than the width, got {one.r} + "
+                f"{directions} for width {one.tensor.shape[-2]}. Pass fewer directions, or exclude the layer."
+            )
         if 2 * directions > one.tensor.shape[-2]:
             raise ConfigError(
                 f"`directions` must be at most half of the width of each layer, got {directions} for {one.path} of "
@@ -150,18 +160,30 @@ def _check(found: list[Vectors], optimizer: Optimizer, directions: int) -> None:
             )
 
 
+def _check_layer(one: Vectors) -> None:
+    """Raise an error if the layer does not use the vectors as they are."""
+    adapters, name = get_adapters(one.layer), one.path.rpartition(".")[2]
+    merged = getattr(one.layer, "merged", False) if adapters is None else adapters.unmerged is not None
+    if merged:
+        raise AdapterError(f"{one.path} is merged into the weight. Unmerge the adapters first.")
+    if adapters is not None and name in adapters.scales:
+        raise AdapterError(f"{one.path} has a scale. Call hra_fx.set_scale(model, {name!r}, 1.0) first.")
+
+
 class _Protection:
     """Projects the vectors that one optimizer updates.
 
     Attributes:
         layers: protected layer (a weak reference) -> its path.
+        bases: protected layer -> its directions `(d, k)` or `(experts, d, k)`.
         stacked: the directions of the vectors of a batch, by the ids of the layers.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = weakref.ref(optimizer)
         self.layers: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
-        self.stacked: dict[tuple[int, ...], Tensor] = {}
+        self.bases: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
+        self.stacked: dict[Any, Tensor] = {}
 
     @torch.no_grad()
     def start(self) -> None:
@@ -169,10 +191,11 @@ class _Protection:
         self.stacked.clear()
         for layer, path, tensor, _, apply_GS in stepped_vectors(self.layers, self._optimizer()):
             adapters, name = get_adapters(layer), path.rpartition(".")[2]
+            _PROTECTED.setdefault(layer, {})[name] = self.bases[layer]
             anchor = None if adapters is None else adapters._buffers.get(name + ANCHOR)
             if anchor is None:
                 continue
-            basis = _PROTECTED[layer]
+            basis = self.bases[layer]
             if apply_GS and not is_dtensor(tensor) and torch.allclose(anchor, householder.orthonormalize(tensor)):
                 projected = householder.orthonormalize(_projected(tensor, basis))
             else:
@@ -186,15 +209,15 @@ class _Protection:
         alike: dict[Any, list[Vectors]] = defaultdict(list)
         for one in stepped_vectors(self.layers, self._optimizer()):
             if is_dtensor(one.tensor):
-                one.tensor.copy_(_projected(one.tensor, _PROTECTED[one.layer]))
+                one.tensor.copy_(_projected(one.tensor, self.bases[one.layer]))
             else:
-                basis = _PROTECTED[one.layer]
+                basis = self.bases[one.layer]
                 alike[one.tensor.shape, basis.shape, one.tensor.dtype, one.tensor.device].append(one)
         for group in alike.values():
-            key = tuple(id(one.layer) for one in group)
+            like = group[0].tensor
+            key = (like.device, like.dtype, *(id(one.layer) for one in group))
             if key not in self.stacked:
-                like = group[0].tensor
-                self.stacked[key] = torch.stack([_PROTECTED[one.layer] for one in group]).to(like.device, like.dtype)
+                self.stacked[key] = torch.stack([self.bases[one.layer].to(like) for one in group])
             basis, values = self.stacked[key], [one.tensor for one in group]
             stacked = torch.stack(values)
             copy_all(values, list((stacked - basis @ (basis.mT @ stacked)).unbind()))
@@ -204,7 +227,7 @@ class _Protection:
 
     def save(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         """Add the directions to a state, by the paths of layers."""
-        return {**state, KEY: {path: _PROTECTED[layer] for layer, path in self.layers.items()}}
+        return {**state, KEY: {path: self.bases[layer] for layer, path in self.layers.items()}}
 
     def load(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         """Use the directions of a state. Some tools keep only the parameter groups; then the present ones remain."""
@@ -214,9 +237,13 @@ class _Protection:
                 "start without the state."
             )
         saved: dict[str, Tensor] = state.get(KEY, {})
-        for layer, path in self.layers.items():
-            if path in saved:
-                _PROTECTED[layer] = saved[path].to(_PROTECTED[layer].device)
+        for layer, path in self.layers.items() if saved else ():
+            if path not in saved or saved[path].shape[:-1] != self.bases[layer].shape[:-1]:
+                raise AdapterError(
+                    f"{path}: the state has no protected directions for this layer. Call protect with the model as it "
+                    "was when the state was saved, with or without a wrapper, or start without the state."
+                )
+        self.bases.update({layer: saved[path].to(self.bases[layer]) for layer, path in self.layers.items() if saved})
         self.start()
 
 

@@ -251,3 +251,26 @@ def test_what_cannot_be_lifted_is_refused() -> None:
             function(program)
         with pytest.raises(AdapterError, match=r"of operators, not of layers with .*load_state_dict\(graph\.state_d"):
             function(adapted.module())
+
+
+class Uses(nn.Module):
+    """A buffer as a table, a weight as a table and as a layer, and a weight of one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.both, self.row = nn.Linear(6, 8), nn.Embedding(5, 8), nn.LayerNorm(8)
+        self.register_buffer("weight", torch.randn(5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        ids = hidden.argmax(-1) % 5
+        hidden = hidden + F.embedding(ids, self.weight) + self.both(ids) + F.linear(hidden, self.row.weight)[..., None]
+        return F.linear(hidden, self.both.weight)
+
+
+def test_weights_that_are_no_matrix_of_a_layer_stay() -> None:
+    base = Uses().double().eval()
+    program = exported(base, X)
+    assert_same(hra_fx.lift(program)(X), base(X))
+    eager, lifted = adapted(base, program, config("first"))
+    check_same(eager, lifted, X)

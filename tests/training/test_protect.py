@@ -28,6 +28,7 @@ import hra_fx
 from hra_fx.errors import AdapterError, ConfigError, HRAWarning
 from hra_fx.integrations import HRATrainer, ProtectCallback
 from hra_fx.reporting.row import moved
+from hra_fx.training.protect import protected_directions
 
 F64 = torch.float64
 DIRECTIONS = 8
@@ -164,7 +165,7 @@ def test_a_graph_in_bfloat16_and_a_second_adapter_are_protected() -> None:
     trained(model, words(OTHER), prepare=lambda optimizer: hra_fx.protect(optimizer, model, [words(KEPT)], DIRECTIONS))
     for layer in (part for part in model.modules() if "hra_u" in part._modules):
         weight, turned = layer.hra_base.float(), hra_fx.effective_weight(layer).float()
-        basis = hra_fx.training.protect.protected_directions(layer)
+        basis = protected_directions(layer, "default")
         assert distance(turned @ basis, weight @ basis) < 0.01 < distance(turned, weight)
     check_kept(model, base, words(KEPT), words(OTHER), bound=0.05)
 
@@ -185,7 +186,9 @@ def test_the_directions_are_those_with_the_most_of_the_inputs() -> None:
     with torch.no_grad():
         for batch in batches:
             base(batch)
-    found = {path: hra_fx.training.protect.protected_directions(layer) for path, layer in model.named_modules()}
+    found = {
+        path: hra_fx.training.protect.protected_directions(layer, "default") for path, layer in model.named_modules()
+    }
     assert found["lm_head"] is None
     for path, inputs in seen.items():
         if path == "lm_head":  # which "all-linear" leaves out
@@ -306,3 +309,100 @@ def test_layers_without_inputs_are_named_in_a_warning() -> None:
     model, optimizer = adapted(Unread(), "used", "spare")
     with pytest.warns(HRAWarning, match=r"these layers are not protected, because no batch reached .*: spare\."):
         hra_fx.protect(optimizer, model, [torch.randn(2, 6)], 2)
+
+
+class Written(nn.Module):
+    """Writes into the input of a layer after its call, reads a weight as a copy, and ties two weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.read, self.tied = (nn.Linear(24, 24) for _ in range(4))
+        self.tied.weight = self.second.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = x.clone()
+        made = self.first(hidden)
+        with_gradients = torch.is_grad_enabled()
+        hidden = hidden + torch.tanh(made) if with_gradients else hidden.add_(torch.tanh(made))
+        made = made + self.second(hidden) + nn.functional.linear(made, self.read.weight.clone())
+        return made + self.tied(torch.tanh(made))
+
+
+def test_inputs_are_those_of_each_call() -> None:
+    """One tensor with new values in each batch; all inputs of a layer span at most four directions."""
+    torch.manual_seed(0)
+    base = Written().to(F64)
+    model = hra_fx.transform(
+        copy.deepcopy(base), hra_fx.HRAConfig(r=4, target_modules=["first", "second", "read", "tied"])
+    )
+    kept, other = torch.randn(2, 2, 24, dtype=F64), torch.randn(8, 24, dtype=F64)
+    held = torch.empty(2, 24, dtype=F64)
+    refilled = (held.copy_(batch) for batch in kept)
+    trained(model, other, prepare=lambda optimizer: hra_fx.protect(optimizer, model, refilled, DIRECTIONS))
+    for batch in kept:
+        check_kept(model, base, batch, other)
+
+
+def test_all_patches_of_an_image_count() -> None:
+    """Only every fourth column of the image has values."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv2d(2, 4, 3)).to(F64)
+    kept = torch.zeros(1, 2, 130, 130, dtype=F64)
+    kept[..., 3::4] = 1.0
+    model = hra_fx.transform(copy.deepcopy(base), hra_fx.HRAConfig(r=4, target_modules=["0"]))
+    other = torch.randn(1, 2, 8, 8, dtype=F64)
+    trained(model, other, prepare=lambda optimizer: hra_fx.protect(optimizer, model, [kept], DIRECTIONS))
+    check_kept(model, base, kept, other)
+
+
+def test_autocast_does_not_hide_weights_that_are_read() -> None:
+    base = built("mixtral", torch.float32).eval()
+    fields: dict[str, Any] = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "target_modules": []}
+    model = hra_fx.transform(copy.deepcopy(base), hra_fx.HRAConfig(r=4, **fields))
+    forward = model.forward
+
+    def under_autocast(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return forward(*args, **kwargs)
+
+    model.forward = under_autocast
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    hra_fx.protect(optimizer, model, [words(KEPT)], DIRECTIONS)
+    assert all(row.protected is not None for row in hra_fx.report(model))
+
+
+def test_each_optimizer_protects_its_own_adapters() -> None:
+    base = llama().to(F64).eval()
+    config = hra_fx.HRAConfig(r=4, target_modules=["q_proj"])
+    model = hra_fx.transform(copy.deepcopy(base), config)
+    hra_fx.add_adapter(model, "other", config)
+    optimizers = {}
+    for name, kept in (("default", KEPT), ("other", OTHER)):
+        hra_fx.set_adapter(model, name)
+        optimizers[name] = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        hra_fx.protect(optimizers[name], model, [words(kept)], DIRECTIONS)
+    hra_fx.set_adapter(model, "default")
+    optimizers["default"].load_state_dict(optimizers["default"].state_dict())
+    for _ in range(3):
+        output_of(model, words(OTHER)).square().sum().backward()
+        optimizers["default"].step()
+    check_kept(model, base, words(KEPT), words(OTHER))
+
+
+def test_adapters_that_do_not_act_as_they_are_and_other_paths_are_refused() -> None:
+    model, optimizer = adapted(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)), "0")
+    x = torch.randn(2, 6)
+    hra_fx.protect(optimizer, model, [x], 2)
+    wrapped = torch.optim.AdamW(optimizer.param_groups[0]["params"])
+    hra_fx.protect(wrapped, nn.Sequential(model), [nn.functional.pad(x, (0, 0))], 2)
+    with pytest.raises(AdapterError, match=r"^0\.0: the state has no protected directions for this layer"):
+        wrapped.load_state_dict(optimizer.state_dict())
+    model.double()(x.double()).sum().backward()
+    optimizer.step()  # in the new dtype
+    hra_fx.merge_adapter(model)
+    with pytest.raises(AdapterError, match=r"^0\.hra_u\.default is merged into the weight\. Unmerge"):
+        hra_fx.protect(optimizer, model, [x.double()], 2)
+    few = hra_fx.transform(nn.Sequential(nn.Linear(8, 8)), hra_fx.HRAConfig(r=5, apply_GS=True, target_modules=["0"]))
+    steps = torch.optim.AdamW([p for p in few.parameters() if p.requires_grad])
+    with pytest.raises(ConfigError, match=r"`r` \+ `directions` must be less than the width, got 5 \+ 3 for width 8"):
+        hra_fx.protect(steps, few, [torch.randn(2, 8)], 3)
