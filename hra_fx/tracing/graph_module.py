@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from hra_fx.compat import ASSERT_METADATA, NON_PERSISTENT, has_own_hooks, is_higher_order
+from hra_fx.compat import ASSERT_METADATA, NON_PERSISTENT, has_own_hooks, is_higher_order, non_persistent_buffers
 from hra_fx.errors import CaptureError
 from hra_fx.model.graph_module import UnpicklingTracer
 from hra_fx.tracing.by_mode import ByMode
 from hra_fx.tracing.exported import CALL_LAYER, exporting
-from hra_fx.tracing.inputs import Condition, argument_names, call_of, conditions_of, nest
+from hra_fx.tracing.inputs import Condition, argument_names, call_of, conditions_of, nest, shown_names
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -32,6 +32,40 @@ if TYPE_CHECKING:
 #: The name of the module that checks the inputs.
 CHECKS = "check_inputs"
 _SIZE = torch.ops.aten.sym_size.int
+
+
+class ModelGraph(fx.GraphModule):
+    """A graph whose copies have its `state_dict`: fx makes all tensors that are read at the root persistent buffers."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
+        """Copy the module."""
+        return _with_tensors_as(super().__deepcopy__(memo), *_fleeting(self))
+
+    def __reduce__(self) -> Any:
+        """Return how fx makes it from its code, and which tensors are not persistent."""
+        return _unpickled, (*super().__reduce__(), *_fleeting(self))
+
+
+def _fleeting(module: fx.GraphModule) -> tuple[set[str], set[str]]:
+    """The names of the non-persistent buffers at the root, and of the tensors that are plain attributes."""
+    plain = {name for name, value in vars(module).items() if isinstance(value, Tensor)}
+    return non_persistent_buffers(module), plain
+
+
+def _unpickled(make: Any, args: Any, fleeting: set[str], plain: set[str]) -> fx.GraphModule:
+    made = make(*args)
+    name = type(made).__name__
+    made.__class__ = type(ModelGraph.__new__(ModelGraph))  # fx has made its own class
+    type(made).__name__ = name
+    made.recompile()
+    return _with_tensors_as(made, fleeting, plain)
+
+
+def _with_tensors_as(made: fx.GraphModule, fleeting: set[str], plain: set[str]) -> fx.GraphModule:
+    non_persistent_buffers(made).update(fleeting)
+    for name in plain & made._buffers.keys():
+        vars(made)[name] = made._buffers.pop(name)
+    return made
 
 
 def graph_module(root: nn.Module, graph: fx.Graph, modules: Mapping[str, nn.Module]) -> fx.GraphModule:
@@ -44,7 +78,7 @@ def graph_module(root: nn.Module, graph: fx.Graph, modules: Mapping[str, nn.Modu
     replaces the layer with an empty module, without the adapters.
     """
     graph._tracer_cls = UnpicklingTracer
-    module = fx.GraphModule(nn.Module(), fx.Graph(tracer_cls=UnpicklingTracer), type(root).__name__)
+    module = ModelGraph(nn.Module(), fx.Graph(tracer_cls=UnpicklingTracer), type(root).__name__)
     for kind in ("_parameters", "_buffers", NON_PERSISTENT):
         vars(module)[kind] = copy.copy(vars(root)[kind])
     paths = {str(node.target) for node in graph.find_nodes(op="call_module")} - modules.keys()
@@ -147,12 +181,14 @@ class Canonical(NamedTuple):
     Attributes:
         constants: name -> nested graph that is not part of the model, or a tensor that its forward creates (a
             `ByMode`).
+        names: those of the flat inputs.
         sizes: for each size that may change, (index of the flat input, dimension) of all inputs with this size.
     """
 
     graph: fx.Graph
     constants: dict[str, nn.Module]
     conditions: list[Condition]
+    names: list[str]
     sizes: list[list[tuple[int, int]]]
 
 
@@ -188,7 +224,8 @@ def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
         min(node.users).prepend(node)
     # A symbol is a size that may change; the others are numbers and expressions.
     sizes = [found for size, found in _sizes(places).items() if size.isidentifier()]
-    return Canonical(graph, constants, conditions, sizes)
+    names = shown_names(program, argument_names(model, *call_of(program)))
+    return Canonical(graph, constants, conditions, names, sizes)
 
 
 def open_program(
