@@ -58,9 +58,7 @@ def capture_layers(
     odd = next((path for path, part in parts if part.training != model.training), None)
     for path, part in parts if is_trained else ():
         if has_backward_hooks(part):
-            raise CaptureError(
-                f"backward hooks are registered for {path or type(part).__name__}, which a graph drops. Remove them first"
-            )
+            raise CaptureError(f"backward hooks are registered for {path or 'it'}, which a graph drops. Remove them")
         if getattr(part, "gradient_checkpointing", False) is True:
             raise CaptureError(f"{path or 'it'} checkpoints its activations, which a graph drops. Disable that first")
     with LOCK, preserve_rng_state(), without_caches(model), torch.inference_mode(False):

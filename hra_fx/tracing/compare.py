@@ -30,6 +30,7 @@ _SEED = 20240517
 _LARGE = 1 << 22
 #: What gets gradients; the next one, if the model cannot be run with it.
 _LEVELS = ("inputs", "parameters", "")
+_RANDOM, _FUNCTIONS = "the state of the random generators", "custom autograd functions"
 #: For each size that may change: (index of the flat input, dimension) of all inputs with this size.
 Sizes = Sequence[Sequence[tuple[int, int]]]
 
@@ -113,18 +114,19 @@ class _Comparison:
             self._change_parameters()
             self._set_mode(mode)
             self._compare(call, "the example with other parameters", grad=True)
-            if sizes is None:
-                for variant in _of_other_kinds(call):
-                    self._compare(variant, "an input of another kind", may_fail=True)
-            for chosen, smaller in _of_other_sizes(other, _equal_sizes(call) if sizes is None else sizes):
+            # Either may raise an error for these calls, so what they write into buffers is not compared.
+            buffers = [(part._buffers, _cloned(part._buffers)) for each in self._both for part in each.modules()]
+            for chosen, what, variant in _variants(call, other, sizes):
                 if any(known <= chosen for known in wrong):
                     continue
                 try:
-                    self._compare(smaller, "inputs of another size", may_fail=True, errors=sizes is not None)
+                    self._compare(variant, what, may_fail=True, errors=sizes is not None)
                 except CaptureError:
                     if sizes is None or not chosen:
                         raise
                     wrong.append(chosen)
+                for now, before in buffers:
+                    now.update(_cloned(before))
         if sizes is None:
             self._compare_other_dtype(call)
         return wrong
@@ -166,9 +168,8 @@ class _Comparison:
                 name in buffers or name.endswith("training") or not (_same(old, wanted) and _same(old_found, given))
             )
             if is_state and not _same(wanted, given):
-                raise CaptureError(
-                    f"{self._mode}after two calls, {name} is {_shown(wanted)}, and {_shown(given)} in its graph"
-                )
+                values = f"{_shown(wanted, given)}, in its graph {_shown(given, wanted)}"
+                raise CaptureError(f"{self._mode}after two calls, {name} is {values}")
         return call if found is None else found
 
     def _compare(
@@ -195,12 +196,18 @@ class _Comparison:
             if may_fail:
                 return True
             raise CaptureError(f"{self._mode}its graph does not run on {what} ({_line(found)})") from found
-        for name, value in wanted.items():
-            if not _same(value, found.get(name, "missing")):
-                raise CaptureError(
-                    f"{self._mode}{name} differs for {what}: {_shown(value, found.get(name))} in the model, "
-                    f"{_shown(found.get(name, 'missing'), value)} in its graph"
-                )
+        name = next((name for name, value in wanted.items() if not _same(value, found.get(name, "missing"))), None)
+        functions = ", ".join(sorted(wanted.pop(_FUNCTIONS, set()) - found.pop(_FUNCTIONS, set())))
+        # A gradient of zero says nothing about the backward of such a function: another example may show a difference.
+        if functions and (name is not None or any(isinstance(x, Tensor) and not x.any() for x in wanted.values())):
+            raise CaptureError(f"it calls the custom autograd function {functions}, whose backward a graph drops")
+        if name == _RANDOM:
+            raise CaptureError("it draws random numbers from Python or NumPy, or seeds a generator, once in a trace")
+        if name is not None:
+            one, other = wanted[name], found.get(name, "missing")
+            raise CaptureError(
+                f"{self._mode}{name} differs for {what}: {_shown(one, other)}, in its graph {_shown(other, one)}"
+            )
         return True
 
     def _try(self, module: nn.Module, call: Call, grad: bool) -> dict[str, Any] | Exception:
@@ -243,6 +250,7 @@ class _Comparison:
         if level:
             found |= {f"requires_grad of {name}": value.requires_grad for name, value in tensors.items()}
             found |= _gradients(leaves, list(tensors.values()))
+            found[_FUNCTIONS] = custom_functions(tensors.values())
         return {name: value.detach() if isinstance(value, Tensor) else value for name, value in found.items()}
 
     def _input(self, path: Any) -> str:
@@ -280,13 +288,10 @@ def _gradients(leaves: Mapping[str, Tensor], outputs: Sequence[Tensor]) -> dict[
     for name, x in given.items():
         is_noise = x is not None and largest[name] < noise * torch.finfo(x.dtype).eps
         made[f"the gradient of {name}"] = torch.zeros_like(x) if is_noise else x
-    if not all(largest.values()):
-        # A gradient of zero says nothing about a function that has its own.
-        made["the list of custom autograd functions"] = custom_functions(outputs)
     return made
 
 
-def custom_functions(outputs: Iterable[Tensor]) -> list[str]:
+def custom_functions(outputs: Iterable[Tensor]) -> set[str]:
     """The names of the custom autograd functions in the backward graph of some outputs."""
     seen, todo = set[Any](), [output.grad_fn for output in outputs]
     while todo:
@@ -294,7 +299,8 @@ def custom_functions(outputs: Iterable[Tensor]) -> list[str]:
         if node is not None and node not in seen:
             seen.add(node)
             todo += [parent for parent, _ in node.next_functions]
-    return sorted({type(node).__name__ for node in seen if isinstance(node, torch.autograd.function.BackwardCFunction)})
+    custom = (type(node) for node in seen if isinstance(node, torch.autograd.function.BackwardCFunction))
+    return {cls.__name__.removesuffix("Backward") for cls in custom}
 
 
 def random_states() -> list[Any]:
@@ -370,17 +376,13 @@ def _same(wanted: Any, found: Any) -> bool:
     return type(wanted) is type(found) and bool(wanted == found or wanted != wanted)
 
 
-def _shown(value: Any, other: Any = None) -> str:
+def _shown(value: Any, other: Any) -> str:
     if not isinstance(value, Tensor):
         return str(value)[:100]
-    if isinstance(other, Tensor) and value.shape == other.shape and value.dtype is other.dtype and value.numel() > 1:
-        place = (
-            int((value - other.to(value.device)).abs().flatten().float().nan_to_num(torch.inf).argmax())
-            if value.dtype is not torch.bool
-            else int((value ^ other).flatten().int().argmax())
-        )
-        return f"{value.flatten()[place].item():.6g} at {place}"
-    return f"{value.item():.6g}" if value.numel() == 1 else f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
+    if not isinstance(other, Tensor) or value.shape != other.shape or value.dtype is not other.dtype:
+        return f"a tensor of {value.dtype} with shape {tuple(value.shape)}"
+    place = int((value != other).flatten().int().argmax())
+    return f"{value.flatten()[place].item():.6g} at {place}" if value.numel() > 1 else f"{value.item():.6g}"
 
 
 def _line(error: BaseException) -> str:
@@ -402,6 +404,18 @@ def _tensors(call: Call) -> dict[int, Tensor]:
 
 def _is_mask(value: Tensor) -> bool:
     return value.dim() > 1 and (value.dtype is torch.bool or bool(((value == 0) | (value == 1)).all() and value.any()))
+
+
+def _cloned(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {name: None if value is None else value.clone() for name, value in tensors.items()}
+
+
+def _variants(call: Call, other: Call, sizes: Sizes | None) -> Iterator[tuple[frozenset[int], str, Call]]:
+    """Calls in other sizes, with the indices of the sizes that are 1. Without `sizes`, also other kinds of inputs."""
+    if sizes is None:
+        yield from ((frozenset(), "an input of another kind", variant) for variant in _of_other_kinds(call))
+    for chosen, variant in _of_other_sizes(other, _equal_sizes(call) if sizes is None else sizes):
+        yield chosen, "inputs of another size", variant
 
 
 def _of_other_values(call: Call) -> Iterator[Call]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from hra_fx.compat import ASSERT_METADATA, NON_PERSISTENT, has_own_hooks, is_higher_order, non_persistent_buffers
+from hra_fx.compat import ASSERT_METADATA, NON_PERSISTENT, has_own_hooks, is_higher_order
 from hra_fx.errors import CaptureError
 from hra_fx.model.graph_module import UnpicklingTracer
 from hra_fx.tracing.by_mode import ByMode
@@ -34,37 +34,35 @@ CHECKS = "check_inputs"
 _SIZE = torch.ops.aten.sym_size.int
 
 
+#: What fx does not keep in copies: it makes all tensors that are read at the root persistent buffers, and drops names.
+_KEPT = ("_parameters", "_buffers", NON_PERSISTENT, "_modules")
+
+
 class ModelGraph(fx.GraphModule):
-    """A graph whose copies have its `state_dict`: fx makes all tensors that are read at the root persistent buffers."""
+    """A graph whose copies and pickles have its own `state_dict`."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
         """Copy the module."""
-        return _with_tensors_as(super().__deepcopy__(memo), *_fleeting(self))
+        made = super().__deepcopy__(memo)
+        vars(made).update(copy.deepcopy(_tensors_of(vars(self)), memo))
+        return made
 
     def __reduce__(self) -> Any:
-        """Return how fx makes it from its code, and which tensors are not persistent."""
-        return _unpickled, (*super().__reduce__(), *_fleeting(self))
+        """Return how fx makes it from its code."""
+        return _unpickled, super().__reduce__()
 
 
-def _fleeting(module: fx.GraphModule) -> tuple[set[str], set[str]]:
-    """The names of the non-persistent buffers at the root, and of the tensors that are plain attributes."""
-    plain = {name for name, value in vars(module).items() if isinstance(value, Tensor)}
-    return non_persistent_buffers(module), plain
+def _tensors_of(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if name in _KEPT or isinstance(value, Tensor)}
 
 
-def _unpickled(make: Any, args: Any, fleeting: set[str], plain: set[str]) -> fx.GraphModule:
+def _unpickled(make: Any, args: Any) -> fx.GraphModule:
     made = make(*args)
     name = type(made).__name__
-    made.__class__ = type(ModelGraph.__new__(ModelGraph))  # fx has made its own class
+    made.__class__ = type(ModelGraph.__new__(ModelGraph))  # fx makes a class for each graph
     type(made).__name__ = name
     made.recompile()
-    return _with_tensors_as(made, fleeting, plain)
-
-
-def _with_tensors_as(made: fx.GraphModule, fleeting: set[str], plain: set[str]) -> fx.GraphModule:
-    non_persistent_buffers(made).update(fleeting)
-    for name in plain & made._buffers.keys():
-        vars(made)[name] = made._buffers.pop(name)
+    vars(made).update(_tensors_of(args[0]))
     return made
 
 
