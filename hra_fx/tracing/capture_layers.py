@@ -31,7 +31,7 @@ from hra_fx.tracing.exported import (
     without_caches,
 )
 from hra_fx.tracing.graph_module import CHECKS, Canonical, InBlockError, canonical, captured_module, module_path
-from hra_fx.tracing.inputs import InputChecks, size_conditions
+from hra_fx.tracing.inputs import Condition, InputChecks, size_conditions
 
 #: The name of the module that runs the graph of the current mode, if the modes have different nodes.
 BY_MODE = "graph_of_mode"
@@ -89,10 +89,12 @@ def _captured(
     checks = InputChecks(modes[0].conditions, modes[1].conditions)
     made = _in_both_modes(model, modes[0], modes[1], checks, odd)
     sizes = modes[0].sizes
-    not_one = compare(model, made, example, sizes, gradients=is_trained)
+    limits = compare(model, made, example, sizes, gradients=is_trained)
     if example is not call:
         compare(model, made, call, (), gradients=is_trained)
-    checks.add(size_conditions(modes[0].names, sizes, not_one))
+    checks.add(size_conditions(modes[0].names, sizes, limits.not_one))
+    if not limits.under_autocast:
+        checks.add([Condition(*["not torch.is_autocast_enabled('cpu') and not torch.is_autocast_enabled('cuda')"] * 2)])
     return made
 
 

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +31,26 @@ _LARGE = 1 << 22
 #: What gets gradients; the next one, if the model cannot be run with it.
 _LEVELS = ("inputs", "parameters", "")
 _RANDOM, _FUNCTIONS = "the state of the random generators", "custom autograd functions"
+_GRADIENT = "the gradient of "
 #: For each size that may change: (index of the flat input, dimension) of all inputs with this size.
 Sizes = Sequence[Sequence[tuple[int, int]]]
 
 
+class Limits(NamedTuple):
+    """Calls for which a graph is right.
+
+    Attributes:
+        not_one: sets of indices of sizes that must not all be 1.
+        under_autocast: whether it is right under autocast, apart from rounding and dtypes.
+    """
+
+    not_one: list[frozenset[int]]
+    under_autocast: bool
+
+
 def compare(
     model: nn.Module, made: nn.Module, call: Call, sizes: Sizes | None = None, *, gradients: bool = True
-) -> list[frozenset[int]]:
+) -> Limits:
     """Compare a graph with its model for a call, and for others like it. Neither is changed.
 
     Args:
@@ -49,13 +62,13 @@ def compare(
         gradients: whether gradients must be equal too.
 
     Returns:
-        Sets of indices of `sizes` that must not all be 1.
+        Calls for which the graph is wrong: it must refuse them.
 
     Raises:
         CaptureError: they differ. It names what differs, and both values.
     """
     if any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers())):
-        return []
+        return Limits([], True)
     with preserve_rng_state(), torch.inference_mode(False):
         for level in _LEVELS if gradients else ("",):
             try:
@@ -103,9 +116,9 @@ class _Comparison:
         if odd := sorted(set.union(*keys) - set.intersection(*keys)):
             raise CaptureError(f"{odd[0]} is in the state_dict of only one of the model, its graph and a copy of it")
 
-    def run(self, call: Call, sizes: Sizes | None) -> list[frozenset[int]]:
+    def run(self, call: Call, sizes: Sizes | None) -> Limits:
         """Compare in both modes, and first in a mixed mode."""
-        wrong: list[frozenset[int]] = []
+        wrong, under_autocast = list[frozenset[int]](), True
         is_mixed = len({part.training for part in self._model.modules()}) > 1
         for mode in (None, False, True)[not is_mixed :]:
             self._mode = "" if mode is None else f"in {'train' if mode else 'eval'} mode, "
@@ -116,6 +129,10 @@ class _Comparison:
             self._compare(call, "the example with other parameters", grad=True)
             # Either may raise an error for these calls, so what they write into buffers is not compared.
             buffers = [(part._buffers, _cloned(part._buffers)) for each in self._both for part in each.modules()]
+            if not self._is_same_under_autocast(call):
+                if sizes is None:
+                    raise CaptureError(f"{self._mode}its graph differs under autocast")
+                under_autocast = False
             for chosen, what, variant in _variants(call, other, sizes):
                 if any(known <= chosen for known in wrong):
                     continue
@@ -129,7 +146,7 @@ class _Comparison:
                     now.update(_cloned(before))
         if sizes is None:
             self._compare_other_dtype(call)
-        return wrong
+        return Limits(wrong, under_autocast)
 
     def _small(self, module: nn.Module) -> list[nn.Parameter]:
         every = [value for value in module.parameters() if id(value) not in self._large]
@@ -199,9 +216,10 @@ class _Comparison:
         name = next((name for name, value in wanted.items() if not _same(value, found.get(name, "missing"))), None)
         functions = ", ".join(sorted(wanted.pop(_FUNCTIONS, set()) - found.pop(_FUNCTIONS, set())))
         # A gradient of zero says nothing about the backward of such a function: another example may show a difference.
-        if functions and (name is not None or any(isinstance(x, Tensor) and not x.any() for x in wanted.values())):
+        zeros = (name for name, x in wanted.items() if name.startswith(_GRADIENT) and x is not None and not x.any())
+        if functions and (name or next(zeros, None)):
             raise CaptureError(f"it calls the custom autograd function {functions}, whose backward a graph drops")
-        if name == _RANDOM:
+        if not _same(wanted[_RANDOM], found[_RANDOM]):
             raise CaptureError("it draws random numbers from Python or NumPy, or seeds a generator, once in a trace")
         if name is not None:
             one, other = wanted[name], found.get(name, "missing")
@@ -236,15 +254,14 @@ class _Comparison:
         args, kwargs = pytree.tree_map_with_path(with_gradient, clone_inputs(call))
         with torch.set_grad_enabled(grad):
             output = module(*args, **kwargs)
-        flat, spec = pytree.tree_flatten_with_path(output)
-        outputs = {f"its output {pytree.keystr(path)}".strip(): value for path, value in flat}
+        outputs = {f"its output{name}": value for name, value in _flat(output)}
         inputs = pytree.tree_flatten_with_path((args, kwargs))[0]
         written = {f"its input {self._input(path)}": value for path, value in inputs}
         found = {
-            "the type of its output": spec,
+            _RANDOM: random_states(),
+            "the type of its output": pytree.tree_structure(output),
             **outputs,
             **written,
-            "the state of random generators": random_states(),
         }
         tensors = {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
         if level:
@@ -258,6 +275,16 @@ class _Comparison:
         _, first, *rest = path
         name = first.key if hasattr(first, "key") else "".join(self._parameters[first.idx : first.idx + 1])
         return f"{name or first}{pytree.keystr(tuple(rest))}"
+
+    def _is_same_under_autocast(self, call: Call) -> bool:
+        """Whether outputs under autocast are near each other. The graph has the dtypes of a call without autocast."""
+        device = next(chain(self._model.parameters(), _tensors(call).values(), [torch.empty(0)])).device.type
+        with torch.autocast(device, torch.bfloat16):
+            wanted, found = (self._try(each, call, False) for each in self._both)
+        if isinstance(wanted, Exception) or isinstance(found, Exception):
+            return isinstance(wanted, Exception)
+        pairs = [(x, found.get(name)) for name, x in wanted.items() if isinstance(x, Tensor) and x.is_floating_point()]
+        return all(isinstance(y, Tensor) and x.shape == y.shape and _is_near(y.double(), x.double()) for x, y in pairs)
 
     def _compare_other_dtype(self, call: Call) -> None:
         given = [value for value in pytree.tree_leaves(call) if isinstance(value, Tensor)]
@@ -279,7 +306,6 @@ def _gradients(leaves: Mapping[str, Tensor], outputs: Sequence[Tensor]) -> dict[
     parts = [torch.view_as_real(x) if x.is_complex() else x for x in outputs if x.requires_grad]
     losses = [(x * torch.arange(x.numel(), device=x.device).view(x.shape).sin().to(x.dtype)).sum() for x in parts]
     found = torch.autograd.grad(losses, list(leaves.values()), allow_unused=True) if losses and leaves else ()
-    # Compared with the largest gradient, a small one may be rounding noise.
     given = {name: x for name, x in zip(leaves, found, strict=False) if x is None or x.numel()}
     # Compared with the largest gradient, a small one may be rounding noise.
     largest = {name: 0.0 if x is None else float(x.abs().max()) for name, x in given.items()}
@@ -287,7 +313,7 @@ def _gradients(leaves: Mapping[str, Tensor], outputs: Sequence[Tensor]) -> dict[
     made: dict[str, Any] = {}
     for name, x in given.items():
         is_noise = x is not None and largest[name] < noise * torch.finfo(x.dtype).eps
-        made[f"the gradient of {name}"] = torch.zeros_like(x) if is_noise else x
+        made[f"{_GRADIENT}{name}"] = torch.zeros_like(x) if is_noise else x
     return made
 
 
@@ -316,6 +342,13 @@ _OTHER = frozenset(vars(nn.Module())) - {"training"}
 _OPAQUE = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, nn.Module)
 _VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _DEPTH = 4
+
+
+def _flat(output: Any) -> list[tuple[str, Any]]:
+    try:
+        return [(pytree.keystr(path), value) for path, value in pytree.tree_flatten_with_path(output)[0]]
+    except ValueError:  # its class does not name its fields
+        return [(f" {index}", value) for index, value in enumerate(pytree.tree_leaves(output))]
 
 
 def attributes(model: nn.Module) -> dict[str, Any]:
@@ -366,6 +399,11 @@ def is_close(one: Tensor, other: Tensor) -> bool:
     finite = other[other.isfinite()] if limit else other
     scale = float(finite.abs().max()) if limit and finite.numel() else 0.0
     return one.shape == other.shape and torch.allclose(one, other, rtol=limit, atol=limit * scale, equal_nan=True)
+
+
+def _is_near(one: Tensor, other: Tensor) -> bool:
+    one, other = one.nan_to_num(), other.nan_to_num()
+    return float((one - other).norm()) <= 0.2 * float(other.norm()) + 1e-6
 
 
 def _same(wanted: Any, found: Any) -> bool:
