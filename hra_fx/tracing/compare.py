@@ -19,7 +19,7 @@ from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from hra_fx.compat import pytree
 from hra_fx.errors import CaptureError
@@ -253,7 +253,9 @@ class _Comparison:
         seed_everything(_SEED)
         args, kwargs = pytree.tree_map_with_path(with_gradient, clone_inputs(call))
         with torch.set_grad_enabled(grad):
-            output = module(*args, **kwargs)
+            # fx prints an error of a graph before it raises it.
+            is_graph = isinstance(module, fx.GraphModule)
+            output = nn.Module.__call__(module, *args, **kwargs) if is_graph else module(*args, **kwargs)
         outputs = {f"its output{name}": value for name, value in _flat(output)}
         inputs = pytree.tree_flatten_with_path((args, kwargs))[0]
         written = {f"its input {self._input(path)}": value for path, value in inputs}
@@ -502,12 +504,18 @@ def _of_other_sizes(call: Call, sizes: Sizes) -> Iterator[tuple[frozenset[int], 
             yield frozenset([index]), _resized(call, sizes, {**dict.fromkeys(every, 2), index: 1})
     if len(sizes) > 1:
         yield frozenset(every), _resized(call, sizes, dict.fromkeys(every, 1))
-    yield frozenset(), _resized(call, sizes, dict.fromkeys(every, 2))
+    for size in (2, 3):
+        yield frozenset(), _resized(call, sizes, dict.fromkeys(every, size))
+    for index in every:
+        yield frozenset(), _resized(call, sizes, {index: -1})
 
 
 def _resized(call: Call, sizes: Sizes, wanted: Mapping[int, int]) -> Call:
+    """The call with the first items of some sizes; for -1, with its first item again at the end."""
     tensors = _tensors(call)
     for which, size in wanted.items():
         for index, dimension in sizes[which]:
-            tensors[index] = tensors[index].narrow(dimension, 0, min(size, tensors[index].shape[dimension]))
+            x = tensors[index]
+            part = x.narrow(dimension, 0, min(abs(size), x.shape[dimension]))
+            tensors[index] = torch.cat([x, part], dimension) if size < 0 else part
     return _replaced(call, tensors)
