@@ -67,13 +67,13 @@ def guessed_call(model: nn.Module) -> Call | None:
     if len(required) != 1 or not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point():
         return None
     wanted = (getattr(model, "default_cfg", None) or {}).get("input_size", ())
-    width = weight.shape[1] * getattr(next(iter(model.modules())), "groups", 1)
-    sizes = {2: [(width,), (4, width)], 3: [(width, 64)], 5: [(width, 16, 32, 32)]}
-    sizes[4] = [(width, 64, 64), *([tuple(wanted)] if wanted else []), (width, 224, 224)]
+    rows, width = weight.shape[:2]
+    images = [(width, 64, 64), *([tuple(wanted)] if wanted else []), (width, 224, 224)]
+    sizes: dict[int, list[tuple[int, ...]]] = {2: [(width,), (4, width)], 3: [(width, 64)], 4: images}
     with preserve_rng_state(), torch.no_grad():
         copied = copy.deepcopy(model, {id(value): value for value in model.parameters()}).eval()
         for size in sizes.get(weight.dim(), ()):
-            for x in (torch.randn(2, *size), torch.randint(0, weight.shape[0], (2, *size[:-1], 8)[-2:])):
+            for x in (torch.randn(2, *size), torch.randint(0, rows, (2, 8))):
                 x = x.to(weight.device, weight.dtype if x.is_floating_point() else None)
                 with contextlib.suppress(Exception):
                     copied(x)

@@ -169,25 +169,21 @@ class _Comparison:
         before = attributes(self._model)
         self._compare(call, "the example", grad=True)
         first = [attributes(each) for each in self._both]
-        values = (other for other in _of_other_values(call) if self._compare(other, "other values", may_fail=True))
-        found = next(values, None)
-        if found is None:
+        others = (other for other in _of_other_values(call) if self._compare(other, "other values", may_fail=True))
+        if (other := next(others, None)) is None:
             self._compare(call, "the example again")
         second = [attributes(each) for each in self._both]
         buffers = dict(self._model.named_buffers())
         for name in first[0] | second[0]:
-            start = before.get(name)
-            (old, wanted), (old_found, given) = (
-                [one.get(name, start), two.get(name, start)] for one, two in zip(first, second, strict=True)
+            one, wanted, two, given = (
+                part.get(name, before.get(name)) for pair in zip(first, second, strict=True) for part in pair
             )
             # What only the first call changes, such as a cache, has done no harm.
-            is_state = (
-                name in buffers or name.endswith("training") or not (_same(old, wanted) and _same(old_found, given))
-            )
+            is_state = name in buffers or name.endswith("training") or not (_same(one, wanted) and _same(two, given))
             if is_state and not _same(wanted, given):
                 values = f"{_shown(wanted, given)}, in its graph {_shown(given, wanted)}"
                 raise CaptureError(f"{self._mode}after two calls, {name} is {values}")
-        return call if found is None else found
+        return other or call
 
     def _compare(
         self, call: Call, what: str, *, grad: bool = False, may_fail: bool = False, errors: bool = False

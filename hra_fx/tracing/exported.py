@@ -81,10 +81,16 @@ def export_call(
 
 @contextmanager
 def exporting() -> Iterator[None]:
-    """Context manager for calls of `torch.export`, without warnings, log entries, and the graph that it prints."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
+    """Context manager for calls of `torch.export`, without its warnings, log entries of this thread, and graphs."""
+    here, handlers = threading.get_ident(), list(logging.getLogger("torch").handlers)
+
+    def is_of_another_thread(record: logging.LogRecord) -> bool:
+        return record.thread != here
+
+    for handler in handlers:
+        handler.addFilter(is_of_another_thread)
     try:
+        # torch writes the graph of a failed capture to stderr.
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
@@ -94,7 +100,8 @@ def exporting() -> Iterator[None]:
         line = str(error).strip().split("\n")[0]
         raise CaptureError(f"torch.export fails{_place(error)} ({type(error).__name__}: {line[:200]})") from error
     finally:
-        logging.disable(before)
+        for handler in handlers:
+            handler.removeFilter(is_of_another_thread)
 
 
 def automatic_shapes(model: nn.Module, call: Call, *, lengths: bool) -> Any:

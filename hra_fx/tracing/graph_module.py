@@ -57,7 +57,7 @@ def _tensors_of(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unpickled(make: Any, args: Any) -> fx.GraphModule:
-    made = make(*args)
+    made: fx.GraphModule = make(*args)
     name = type(made).__name__
     made.__class__ = type(ModelGraph.__new__(ModelGraph))  # fx makes a class for each graph
     type(made).__name__ = name

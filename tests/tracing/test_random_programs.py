@@ -238,7 +238,7 @@ def check(seed: int, make: Callable[[nn.Module, Any], Any], *, branches: bool) -
             where = f"seed {seed}: {base.names}, {options}, training={training}"
             assert wanted is not None, where
             assert found.keys() == wanted.keys() and type(found["output"]) is type(wanted["output"]), where
-            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5, msg=lambda text: f"{where}: {text}")
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5, msg=where)
     return "right"
 
 
@@ -250,7 +250,7 @@ def traced(model: nn.Module, call: Any) -> Any:
 
 
 def test_graphs_of_torch_fx_are_right_or_refused() -> None:
-    ways = [check(seed, traced, branches=False) for seed in range(200)]
+    ways = [check(seed, traced, branches=False) for seed in range(150)]
     assert min(ways.count("right"), ways.count("refused")) > 40
 
 

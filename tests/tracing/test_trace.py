@@ -14,11 +14,10 @@ from adapting import randomise
 from graph_modules import COPIES
 from layers.checking import assert_same, check, normal
 from torch import Tensor, fx, nn
-from torch.utils.checkpoint import checkpoint
 from tracing.models import TRACED, Dropout, Norms, Straight, Two
 
 import hra_fx
-from hra_fx.errors import CaptureError
+from hra_fx.errors import AdapterError, CaptureError
 from hra_fx.layers.target import find_kind
 from hra_fx.tracing.graphs import trace
 
@@ -129,7 +128,7 @@ def cached(self: Any, hidden: Tensor) -> Tensor:
 
 
 def data_set(self: Two, hidden: Tensor) -> Tensor:
-    self.first.bias.data = torch.clamp(self.first.bias.data, max=0.5)
+    self.first.bias.data = torch.clamp(self.first.bias.data, max=0.1)
     return hidden
 
 
@@ -183,28 +182,24 @@ class Outputs(Two):
         return out if self.training else (out, x)
 
 
-BRANCH, TYPE, NUMBER = "it branches on a value", "it checks the type of a value", "it uses a value as a Python number"
-AUTOCAST, GRAD = "it runs under its own autocast", "it changes grad mode"
-SAVED = "it checks the type of a value"  # `checkpoint` does, of its arguments
-HOOKS = "it checkpoints activations or changes what is saved for backward"
+BRANCH, GRAD = "it branches on a value", "it changes grad mode or autocast, or calls a custom autograd function"
 RANDOM, OTHER = "it draws random numbers in Python", "runs different operations in train mode"
+DIFFERS = "its output differs for"
 REFUSED: dict[str, tuple[type[nn.Module], str]] = {
-    "autocast": (under(lambda: torch.autocast("cpu", dtype=torch.bfloat16)), AUTOCAST),
+    "autocast": (under(lambda: torch.autocast("cpu", dtype=torch.bfloat16)), GRAD),
     "no_grad": (under(torch.no_grad), GRAD),
-    "saved-tensor hooks": (under(lambda: torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone)), HOOKS),
-    "autograd function": (middle(lambda self, hidden: Straight.apply(hidden)), TYPE),
-    "checkpoint": (middle(lambda self, hidden: checkpoint(torch.tanh, hidden, use_reentrant=False)), SAVED),
+    "autograd function": (middle(lambda self, hidden: Straight.apply(hidden)), GRAD),
     "Python random": (middle(lambda self, hidden: hidden * random.random()), RANDOM),
     "NumPy random": (middle(lambda self, hidden: hidden * float(np.random.rand())), RANDOM),
     "torch random": (middle(lambda self, hidden: (torch.rand(1), hidden)[1]), RANDOM),
     "seed": (middle(lambda self, hidden: (torch.manual_seed(3), hidden)[1]), RANDOM),
-    "isinstance": (middle(lambda self, hidden: hidden * 2 if isinstance(hidden, Tensor) else hidden), TYPE),
-    "caught refusal": (middle(swallowed), TYPE),
-    "hasattr": (middle(lambda self, hidden: hidden if hasattr(hidden, "logits") else hidden * 2), "it reads 'logits'"),
+    "isinstance": (middle(lambda self, hidden: hidden * 2 if isinstance(hidden, Tensor) else hidden), DIFFERS),
+    "caught refusal": (middle(swallowed), DIFFERS),
+    "hasattr": (middle(lambda self, hidden: hidden if hasattr(hidden, "logits") else hidden * 2), DIFFERS),
     "if": (middle(lambda self, hidden: hidden * 2 if hidden.sum() > 0 else hidden), BRANCH),
-    "int": (middle(lambda self, hidden: hidden * int(hidden.shape[0])), NUMBER),
-    "set": (middle(lambda self, hidden: hidden * (2 if hidden.shape[0] in {3, 4} else 1)), "in a set or dictionary"),
-    "attribute of a value": (middle(data_set), "it sets 'data' of a value"),
+    "int": (middle(lambda self, hidden: hidden * int(hidden.shape[0])), "not 'Proxy'"),
+    "set": (middle(lambda self, hidden: hidden * (2 if hidden.shape[0] in {2, 4} else 1)), DIFFERS),
+    "attribute of a value": (middle(data_set), DIFFERS),
     "constant tensor": (middle(lambda self, hidden: hidden * torch.tensor(2.0)), "it creates a tensor in Python"),
     "attribute": (middle(counted), "its forward changes calls"),
     "cache": (kept(cached), "its forward changes table"),
@@ -223,33 +218,22 @@ def state_of(model: nn.Module) -> list[Any]:
     return [modules, generators, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")]
 
 
-PATCHED = (
-    lambda: torch.autocast.__enter__,
-    lambda: nn.Module.__call__,
-    lambda: nn.Module.__getattr__,
-    lambda: torch.jit.is_tracing,
-)
-
-
-#: torch 2.6 does not tell.
-_NEEDS = {"saved-tensor hooks": pytest.mark.needs("torch>=2.9")}
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=_NEEDS.get(name, ())) for name in REFUSED])
+@pytest.mark.parametrize("name", REFUSED)
 def test_refused_with_a_reason_and_without_a_change(name: str) -> None:
     make, reason = REFUSED[name]
     model = make().double()
-    before, patched = state_of(model), [look() for look in PATCHED]
-    with pytest.raises(CaptureError) as caught:
-        trace(model, list(layers_of(model).values()))
-    assert reason in caught.value.reason
-    assert state_of(model) == before and [look() for look in PATCHED] == patched
+    before = state_of(model)
+    config = hra_fx.HRAConfig(r=2, target_modules=list(layers_of(model)))
+    with pytest.raises(AdapterError) as caught:
+        hra_fx.transform(model, config, trace=True)
+    assert reason in str(caught.value)
+    assert state_of(model) == before
 
 
 def test_a_trace_changes_nothing_either() -> None:
     for make in TRACED:
         model = make().double()
         model.train(make is not Norms)
-        before, patched = state_of(model), [look() for look in PATCHED]
+        before = state_of(model)
         trace(model, list(layers_of(model).values()))
-        assert state_of(model) == before and [look() for look in PATCHED] == patched
+        assert state_of(model) == before
