@@ -71,7 +71,7 @@ def guessed_call(model: nn.Module) -> Call | None:
     images = [(width, 64, 64), *([tuple(wanted)] if wanted else []), (width, 224, 224)]
     sizes: dict[int, list[tuple[int, ...]]] = {2: [(width,), (4, width)], 3: [(width, 64)], 4: images}
     with preserve_rng_state(), torch.no_grad():
-        copied = copy.deepcopy(model, {id(value): value for value in model.parameters()}).eval()
+        copied = copy.deepcopy(model).eval()
         for size in sizes.get(weight.dim(), ()):
             for x in (torch.randn(2, *size), torch.randint(0, rows, (2, 8))):
                 x = x.to(weight.device, weight.dtype if x.is_floating_point() else None)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from hra_fx.tracing.exported import (
     with_batch_of_two,
     without_caches,
 )
-from hra_fx.tracing.graph_module import CHECKS, Canonical, InBlockError, canonical, captured_module, module_path
+from hra_fx.tracing.graph_module import CHECKS, Canonical, InBlockError, canonical, captured_module
 from hra_fx.tracing.inputs import Condition, InputChecks, size_conditions
 
 #: The name of the module that runs the graph of the current mode, if the modes have different nodes.
@@ -89,9 +88,9 @@ def _captured(
     checks = InputChecks(modes[0].conditions, modes[1].conditions)
     made = _in_both_modes(model, modes[0], modes[1], checks, odd)
     sizes = modes[0].sizes
-    limits = compare(model, made, example, sizes, gradients=is_trained)
+    limits = compare(model, made, example, sizes, with_gradients=is_trained)
     if example is not call:
-        compare(model, made, call, (), gradients=is_trained)
+        compare(model, made, call, (), with_gradients=is_trained)
     checks.add(size_conditions(modes[0].names, sizes, limits.not_one))
     if not limits.under_autocast:
         checks.add([Condition(*["not torch.is_autocast_enabled('cpu') and not torch.is_autocast_enabled('cuda')"] * 2)])
@@ -137,20 +136,7 @@ def _in_both_modes(
                 f"{odd} is in another mode than the model. Call train() or eval() on the whole model"
             ) from None
         return _of_two_graphs(model, in_train, in_eval, checks)
-    made = captured_module(model, {CHECKS: checks, **in_train.constants, **modules}, graph)
-    for call in graph.find_nodes(op="call_module"):
-        if call.target in modules:
-            _set_place(modules[str(call.target)], made, module_path(next(iter(call.users))))
-    return made
-
-
-def _set_place(constant: ByMode, made: fx.GraphModule, path: str | None) -> None:
-    """Make a constant follow the mode of the module that reads it, or of its innermost parent in the graph."""
-    while path:
-        with suppress(AttributeError):
-            vars(constant)["followed"] = made.get_submodule(path)
-            return
-        path = path.rpartition(".")[0]
+    return captured_module(model, {CHECKS: checks, **in_train.constants, **modules}, graph)
 
 
 def _same_constants(ours: Mapping[str, nn.Module], theirs: Mapping[str, nn.Module]) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial, reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -91,7 +92,19 @@ def graph_module(root: nn.Module, graph: fx.Graph, modules: Mapping[str, nn.Modu
             setattr(module, name, getattr(root, name))  # a tensor that is not a buffer
     module.training = root.training
     module.graph = graph
+    for call in graph.find_nodes(op="call_module"):
+        if isinstance(constant := modules.get(str(call.target)), ByMode) and call.users:
+            _follow(constant, module, module_path(next(iter(call.users))))
     return module
+
+
+def _follow(constant: ByMode, module: fx.GraphModule, path: str | None) -> None:
+    """Make a constant follow the mode of the module that reads it, or of its innermost parent in the graph."""
+    while path:
+        with suppress(AttributeError):
+            vars(constant)["followed"] = module.get_submodule(path)
+            return
+        path = path.rpartition(".")[0]
 
 
 def _holder(part: nn.Module | None, used: set[nn.Module], holders: dict[nn.Module, nn.Module]) -> nn.Module | None:

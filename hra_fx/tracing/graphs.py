@@ -21,9 +21,10 @@ from hra_fx.model.graph_module import insert
 from hra_fx.model.state import adapted_layers, base_model_view
 from hra_fx.tracing.by_mode import ModesDifferError, merge_modes
 from hra_fx.tracing.capture_layers import capture_layers
-from hra_fx.tracing.compare import attribute_changes, attributes, compare, random_states, with_shared_tensors
+from hra_fx.tracing.compare import compare, with_shared_tensors
 from hra_fx.tracing.exported import LOCK
 from hra_fx.tracing.graph_module import graph_module
+from hra_fx.tracing.observed import attribute_changes, attributes, random_states
 from hra_fx.tracing.tracer import ModelTracer
 
 
@@ -91,7 +92,7 @@ def graphs_of(model: nn.Module, example_inputs: Any = None) -> dict[str, fx.Grap
     call = normalize_inputs(example_inputs)
     if "" in found and is_graph_of_call(model, found[""].graph, call):
         try:
-            compare(model, found[""], call, gradients=False)
+            compare(model, found[""], call, with_gradients=False)
             return found
         except CaptureError:
             pass
@@ -152,14 +153,13 @@ class _Trace:
         # Modules that must be inlined, because they contain adapted layers.
         self._open = {part for part in self._paths.values() if not self._keep.isdisjoint(part.modules())}
         self._stack: list[nn.Module] = []
-        self._other_mode = {path for path, part in self._paths.items() if part.training != module.training}
 
     def run(self) -> tuple[fx.Graph, Mapping[str, nn.Module]]:
         """Trace until both modes succeed."""
         while True:
             try:
                 in_train, in_eval = self._once(True), self._once(False)
-                return in_train, merge_modes(in_train, in_eval, self._may_differ)
+                return in_train, merge_modes(in_train, in_eval)
             except ModesDifferError as error:
                 self._keep_one_of(error)
             except Exception as error:
@@ -194,14 +194,6 @@ class _Trace:
             raise CaptureError(f"its forward changes {changed[0]}, which a graph drops")
         return graph
 
-    def _may_differ(self, node: fx.Node) -> bool:
-        """Whether a node may have one constant in train mode and another in eval mode.
-
-        If not, its module becomes a call and has its own mode, such as a batch norm that is frozen in eval mode.
-        """
-        stack = _stack_of(node)
-        return self._other_mode.isdisjoint(stack) and (not stack or self._paths[stack[-1]] in self._open)
-
     def _keep_innermost(self) -> bool:
         """Turn the innermost module of the failed trace, and others of its class, into calls. False if not possible."""
         for part in reversed(self._stack):
@@ -218,8 +210,6 @@ class _Trace:
             if self._keep_innermost():
                 return
         where = next((path for path in reversed(stacks[0]) if path in stacks[1]), "") or type(self._module).__name__
-        if odd := [path for path in stacks[0] if path in self._other_mode]:
-            raise CaptureError(f"{odd[0]} is in another mode than the model. Call train() or eval() on the whole model")
         raise CaptureError(f"{where} runs different operations in train mode and in eval mode")
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from tracing.models import TRACED, Dropout, Norms, Straight, Two
 
 import hra_fx
-from hra_fx.errors import AdapterError, CaptureError
+from hra_fx.errors import AdapterError
 from hra_fx.layers.target import find_kind
 from hra_fx.tracing.graphs import trace
 
@@ -83,11 +83,14 @@ class Nested(nn.Module):
         return self.block(x)
 
 
-def test_a_part_in_another_mode_is_refused() -> None:
-    model = Nested()
+def test_a_part_in_another_mode_stays_in_it() -> None:
+    model = Nested().double()
     model.block.eval()
-    with pytest.raises(CaptureError, match="block is in another mode than the model"):
-        trace(model, list(layers_of(model).values()))
+    config = hra_fx.HRAConfig(r=2, target_modules=["block.first"])
+    graph = hra_fx.transform(copy.deepcopy(model), config, trace=True)
+    assert_same(graph(X), model(X))
+    graph.block.train()
+    assert not torch.equal(graph(X), graph(X))
 
 
 # ---- refused ----
