@@ -77,10 +77,12 @@ def of_other_sizes(call: Call, sizes: Sizes) -> Iterator[tuple[frozenset[int], C
             yield frozenset([index]), _resized(call, sizes, {**dict.fromkeys(every, 2), index: 1})
     if len(sizes) > 1:
         yield frozenset(every), _resized(call, sizes, dict.fromkeys(every, 1))
-    for size in (2, 3):
+    largest = max(
+        (tensors_of(call)[index].shape[dimension] for places in sizes for index, dimension in places), default=0
+    )
+    for size in range(2, min(largest, 4)):
         yield frozenset(), _resized(call, sizes, dict.fromkeys(every, size))
-    for index in every:
-        yield frozenset(), _resized(call, sizes, {index: -1})
+    yield frozenset(), _resized(call, sizes, dict.fromkeys(every, -1))
 
 
 def _resized(call: Call, sizes: Sizes, wanted: Mapping[int, int]) -> Call:
