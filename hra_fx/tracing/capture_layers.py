@@ -53,9 +53,9 @@ def capture_layers(
             raise CaptureError(f"{name} is on the meta device. Load the weights first")
     order = [*inspect.signature(model.forward).parameters, *call[1]]
     call = call[0], dict(sorted(call[1].items(), key=lambda item: order.index(item[0])))
-    parts = [(path, part) for path, part in model.named_modules() if not is_leaf(part)]
-    odd = next((path for path, part in parts if part.training != model.training), None)
-    for path, part in parts if is_trained else ():
+    for path, part in model.named_modules() if is_trained else ():
+        if is_leaf(part):
+            continue
         if has_backward_hooks(part):
             raise CaptureError(f"backward hooks are registered for {path or 'it'}, which a graph drops. Remove them")
         if getattr(part, "gradient_checkpointing", False) is True:
@@ -71,22 +71,17 @@ def capture_layers(
             ]
         for example, shapes in tries:
             try:
-                return _captured(model, example, shapes, call, odd, is_trained=is_trained)
+                return _captured(model, example, shapes, call, is_trained=is_trained)
             except CaptureError as error:
                 failure = error
         raise failure
 
 
-def _captured(
-    model: nn.Module, example: Call, shapes: Any, call: Call, odd: str | None, *, is_trained: bool
-) -> fx.GraphModule:
-    """Capture the graph of an example, and compare it with the model for a call.
-
-    `odd` is a part of the model with another mode than the model.
-    """
+def _captured(model: nn.Module, example: Call, shapes: Any, call: Call, *, is_trained: bool) -> fx.GraphModule:
+    """Capture the graph of an example, and compare it with the model for this example and a call."""
     modes = _both_modes(model, example, shapes)
     checks = InputChecks(modes[0].conditions, modes[1].conditions)
-    made = _in_both_modes(model, modes[0], modes[1], checks, odd)
+    made = _in_both_modes(model, modes[0], modes[1], checks)
     sizes = modes[0].sizes
     limits = compare(model, made, example, sizes, with_gradients=is_trained)
     if example is not call:
@@ -120,9 +115,7 @@ def _both_modes(model: nn.Module, example: Call, shapes: Any) -> list[Canonical]
 # --- both modes -------------------------------------------------------------------------------------------------------
 
 
-def _in_both_modes(
-    model: nn.Module, in_train: Canonical, in_eval: Canonical, checks: InputChecks, odd: str | None
-) -> fx.GraphModule:
+def _in_both_modes(model: nn.Module, in_train: Canonical, in_eval: Canonical, checks: InputChecks) -> fx.GraphModule:
     """Create a GraphModule with the modules and tensors of a model that is valid in both modes."""
     try:
         if not _same_constants(in_train.constants, in_eval.constants):
@@ -131,10 +124,6 @@ def _in_both_modes(
         _give_defaults(graph, other)
         modules = merge_modes(graph, other)
     except ModesDifferError:
-        if odd is not None:
-            raise CaptureError(
-                f"{odd} is in another mode than the model. Call train() or eval() on the whole model"
-            ) from None
         return _of_two_graphs(model, in_train, in_eval, checks)
     return captured_module(model, {CHECKS: checks, **in_train.constants, **modules}, graph)
 

@@ -16,29 +16,18 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from hra_fx.compat import pytree
 from hra_fx.errors import CaptureError
-from hra_fx.model.example_inputs import Call, clone_inputs, preserve_rng_state, seed_everything
-from hra_fx.tracing.observed import (
-    attributes,
-    custom_functions,
-    gradients,
-    is_near,
-    is_same,
-    named_leaves,
-    random_states,
-    shown,
-)
-from hra_fx.tracing.other_calls import Sizes, equal_sizes, of_other_kinds, of_other_sizes, of_other_values, tensors_of
+from hra_fx.model.example_inputs import Call, preserve_rng_state, seed_everything
+from hra_fx.tracing.observed import attributes, difference, is_near, is_same, observe, shown
+from hra_fx.tracing.other_calls import Sizes, tensors_of, variants, with_other_values
 
 _SEED = 20240517
 #: Larger parameters share memory with the model: their values stay, and their gradients are not compared.
 _LARGE = 1 << 18
 #: What gets gradients; the next one, if the model cannot be run with it.
 _LEVELS = ("inputs", "parameters", "")
-_RANDOM, _FUNCTIONS, _GRADIENT = "the random generators", "custom autograd functions", "the gradient of "
 
 
 class Limits(NamedTuple):
@@ -49,12 +38,17 @@ class Limits(NamedTuple):
 
 
 def compare(
-    model: nn.Module, made: nn.Module, call: Call, sizes: Sizes | None = None, *, with_gradients: bool = True
+    model: nn.Module,
+    made: nn.Module,
+    call: Call,
+    sizes: Sizes | None = None,
+    *,
+    with_gradients: bool = True,
 ) -> Limits:
     """Compare a graph with its model for a call that both can run, and for others like it. Neither is changed.
 
-    `sizes` are those that may change. Without them, the graph must be right for all sizes, masks and dtypes that the
-    model allows, and under autocast.
+    `sizes` are those that may change. Without them, the graph must be right for all sizes and masks that the model
+    allows, and under autocast.
 
     Raises:
         CaptureError: they differ. It names what differs, and both values.
@@ -96,7 +90,7 @@ class _Comparison:
     def __init__(self, model: nn.Module, made: nn.Module, level: str) -> None:
         large = [value for value in model.parameters() if value.numel() > _LARGE or type(value) is not nn.Parameter]
         self._model, self._made = self._both = copied(model, large), copied(made, large)
-        self._parameters = list(inspect.signature(model.forward).parameters)
+        self._names = list(inspect.signature(model.forward).parameters)
         self._large = set(map(id, large))
         self._level, self._mode = level, ""
         for value in chain(*map(self._small, self._both)):
@@ -120,9 +114,7 @@ class _Comparison:
                 limits = limits._replace(under_autocast=self._is_same_under_autocast(call))
                 if sizes is None and not limits.under_autocast:
                     raise CaptureError(f"{self._mode}its graph differs under autocast")
-            limits = self._compare_variants(call, other, sizes, limits)
-        if sizes is None:
-            self._compare_in_another_dtype(call)
+            self._compare_variants(call, other, sizes, limits.not_one)
         return limits
 
     def _small(self, module: nn.Module) -> list[nn.Parameter]:
@@ -146,29 +138,24 @@ class _Comparison:
         before = attributes(self._model)
         self._compare(call, "the example", grad=True)
         first = [attributes(each) for each in self._both]
-        others = (other for other in of_other_values(call) if self._compare(other, "other values", may_fail=True))
+        others = (other for other in with_other_values(call) if self._compare(other, "other values", may_fail=True))
         if (other := next(others, None)) is None:
             self._compare(call, "the example again")
         second = [attributes(each) for each in self._both]
         buffers = dict(self._model.named_buffers())
         for name in first[0] | second[0]:
-            start = before.get(name)
-            one, two, wanted, found = (part.get(name, start) for part in (*first, *second))
+            one, two, wanted, found = (part.get(name, before.get(name)) for part in (*first, *second))
             # What only the first call changes, such as a cache, has done no harm.
-            is_state = (
-                name in buffers or name.endswith("training") or not (is_same(one, wanted) and is_same(two, found))
-            )
-            if is_state and not is_same(wanted, found):
+            is_changed = not (is_same(one, wanted) and is_same(two, found))
+            if (is_changed or name in buffers or name.endswith("training")) and not is_same(wanted, found):
                 values = f"{shown(wanted, found)}, in its graph {shown(found, wanted)}"
                 raise CaptureError(f"{self._mode}after two calls, {name} is {values}")
         return other or call
 
-    def _compare_variants(self, call: Call, other: Call, sizes: Sizes | None, limits: Limits) -> Limits:
+    def _compare_variants(self, call: Call, other: Call, sizes: Sizes | None, not_one: list[frozenset[int]]) -> None:
         """Compare calls for which the model or its graph may raise an error, and so may write other buffers."""
         buffers = [(part._buffers, _cloned(part._buffers)) for each in self._both for part in each.modules()]
-        not_one, none = limits.not_one, frozenset[int]()
-        kinds = () if sizes is not None else ((none, variant) for variant in of_other_kinds(call))
-        for chosen, variant in chain(kinds, of_other_sizes(other, equal_sizes(call) if sizes is None else sizes)):
+        for chosen, variant in variants(call, other, sizes):
             # Without a size of 1, one mode is enough.
             if any(known <= chosen for known in not_one) or not (chosen or self._mode.startswith("in eval")):
                 continue
@@ -177,30 +164,18 @@ class _Comparison:
             except CaptureError:
                 if sizes is None or not chosen:
                     raise
-                not_one = [*not_one, chosen]
+                not_one.append(chosen)
             for now, before in buffers:
                 now.update(_cloned(before))
-        return limits._replace(not_one=not_one)
 
     def _is_same_under_autocast(self, call: Call) -> bool:
         """Whether outputs under autocast are near each other. A graph has the dtypes of a call without autocast."""
-        device = next(chain(self._model.parameters(), tensors_of(call).values(), [torch.empty(0)])).device.type
-        with torch.autocast(device, torch.bfloat16):
+        tensors = (*self._model.parameters(), *tensors_of(call).values(), torch.empty(0))
+        with torch.autocast(tensors[0].device.type, torch.bfloat16):
             wanted, found = (self._try(each, call, False) for each in self._both)
         if isinstance(wanted, Exception) or isinstance(found, Exception):
             return isinstance(wanted, Exception)
         return all(is_near(value, found.get(name)) for name, value in wanted.items())
-
-    def _compare_in_another_dtype(self, call: Call) -> None:
-        kinds = {value.dtype for value in chain(self._model.parameters(), tensors_of(call).values())}
-        other = torch.float32 if torch.float64 in kinds else torch.float64
-
-        def cast(value: Any) -> Any:
-            return value.to(other) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-        for each in self._both:
-            each._apply(cast)
-        self._compare(pytree.tree_map(cast, call), f"inputs in {other}", may_fail=True)
 
     def _compare(
         self, call: Call, what: str, *, grad: bool = False, may_fail: bool = False, errors: bool = False
@@ -223,67 +198,18 @@ class _Comparison:
             if may_fail:
                 return True
             raise CaptureError(f"{self._mode}its graph does not run on {what} ({_line(found)})") from found
-        if difference := _difference(wanted, found):
-            raise CaptureError(f"{self._mode}{difference[0]} differs for {what}: {difference[1]}")
+        if differs := difference(wanted, found):
+            raise CaptureError(f"{self._mode}{differs[0]} differs for {what}: {differs[1]}")
         return True
 
     def _try(self, module: nn.Module, call: Call, grad: bool) -> dict[str, Any] | Exception:
+        seed_everything(_SEED)
+        parameters = {name: value for name, value in module.named_parameters() if id(value) not in self._large}
         try:
-            return self._run(module, call, grad)
+            with torch.set_grad_enabled(grad):
+                return observe(module, call, self._names, parameters, self._level if grad else "")
         except Exception as error:
             return error
-
-    def _run(self, module: nn.Module, call: Call, grad: bool) -> dict[str, Any]:
-        """Run a call. Returns everything that must be equal, by name."""
-        level = self._level if grad else ""
-        leaves: dict[str, Tensor] = {}
-        if level:
-            leaves = {name: x for name, x in module.named_parameters() if x.requires_grad and id(x) not in self._large}
-
-        def with_gradient(path: Any, value: Any) -> Any:
-            if level != "inputs" or not (isinstance(value, Tensor) and value.is_floating_point()):
-                return value
-            leaves[self._input(path)] = value.requires_grad_()
-            return value.clone()  # a forward may write into it
-
-        seed_everything(_SEED)
-        args, kwargs = pytree.tree_map_with_path(with_gradient, clone_inputs(call))
-        with torch.set_grad_enabled(grad):
-            # fx would print an error of a graph before it raises it.
-            is_graph = isinstance(module, fx.GraphModule)
-            output = nn.Module.__call__(module, *args, **kwargs) if is_graph else module(*args, **kwargs)
-        found = {_RANDOM: random_states(), "the type of its output": pytree.tree_structure(output)}
-        outputs = {f"its output{name}": value for name, value in named_leaves(output).items()}
-        found |= outputs | {self._input(path): x for path, x in pytree.tree_flatten_with_path((args, kwargs))[0]}
-        if level:
-            tensors = [value for value in outputs.values() if isinstance(value, Tensor)]
-            found |= {f"requires_grad of output {index}": value.requires_grad for index, value in enumerate(tensors)}
-            found |= {f"{_GRADIENT}{name}": value for name, value in gradients(leaves, tensors).items()}
-            found[_FUNCTIONS] = custom_functions(tensors)
-        return {name: value.detach() if isinstance(value, Tensor) else value for name, value in found.items()}
-
-    def _input(self, path: Any) -> str:
-        """The name of an argument, and a place in it."""
-        _, first, *rest = path
-        name = first.key if hasattr(first, "key") else "".join(self._parameters[first.idx : first.idx + 1])
-        return f"its input {name or first}{pytree.keystr(tuple(rest))}"
-
-
-def _difference(wanted: dict[str, Any], found: dict[str, Any]) -> tuple[str, str] | None:
-    """The name of the first thing that differs, and both values."""
-    custom = ", ".join(sorted(wanted.pop(_FUNCTIONS, set()) - found.pop(_FUNCTIONS, set())))
-    if not is_same(wanted[_RANDOM], found[_RANDOM]):
-        raise CaptureError("it draws random numbers from Python or NumPy, or seeds a generator, once in a trace")
-    name = next((name for name, value in wanted.items() if not is_same(value, found.get(name, "none"))), None)
-    # A gradient of zero says nothing about the backward of such a function: another example may show a difference.
-    if custom and (
-        name or any(key.startswith(_GRADIENT) and x is not None and not x.any() for key, x in wanted.items())
-    ):
-        raise CaptureError(f"it calls the custom autograd function {custom}, whose backward a graph drops")
-    if name is None:
-        return None
-    one, other = wanted[name], found.get(name, "none")
-    return name, f"{shown(one, other)}, in its graph {shown(other, one)}"
 
 
 def _cloned(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:

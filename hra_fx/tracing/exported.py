@@ -280,9 +280,8 @@ def _call(path: str, *args: Any, **kwargs: Any) -> Any:
     if output.is_floating_point() and any(parameter.requires_grad for parameter in layer.parameters()):
         # A model may check the type of the result, add hooks to it, and write into the copy, which `canonical` removes.
         output = torch.ops.aten.clone.default(output.requires_grad_())
-    if layer._forward_hooks or layer._forward_pre_hooks:
-        # The graph runs them when it calls the layer, so what they return is not used here. Those of transformers
-        # collect outputs.
+    # The graph runs the hooks of the layer. Those of transformers, which collect outputs, run in the capture too.
+    if any(str(hook.__module__).startswith("transformers.") for hook in layer._forward_hooks.values()):
         vars(layer)["forward"] = lambda *_, **__: output
         run(*args, **kwargs)
         del vars(layer)["forward"]

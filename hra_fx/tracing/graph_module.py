@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from hra_fx.compat import ASSERT_METADATA, NON_PERSISTENT, has_own_hooks, is_higher_order
+from hra_fx.compat import ASSERT_METADATA, NON_PERSISTENT, is_higher_order
 from hra_fx.errors import CaptureError
 from hra_fx.model.graph_module import UnpicklingTracer
 from hra_fx.tracing.by_mode import ByMode
@@ -276,21 +276,8 @@ def simplify(graph: fx.Graph, places: list[fx.Node], model: nn.Module) -> None:
     if places:
         with graph.inserting_after(max(places)):
             graph.call_module(CHECKS, tuple(places))
-    # Modules and blocks have side effects: batch norm, and a moving average under torch.no_grad, update buffers. The
-    # call of a module also runs its hooks.
-    hooked = {str(node.target) for node in graph.find_nodes(op="call_module") if _has_hooks(model, node.target)}
-    graph.eliminate_dead_code(
-        lambda node: (
-            node.op == "call_module"
-            or node.is_impure()
-            or (is_higher_order(node.target) and module_path(node) not in hooked)
-        )
-    )
-
-
-def _has_hooks(model: nn.Module, path: Any) -> bool:
-    module = attribute(model, path)
-    return isinstance(module, nn.Module) and has_own_hooks(module)
+    # Modules and blocks have side effects: batch norm, and a moving average under torch.no_grad, update buffers.
+    graph.eliminate_dead_code(lambda node: node.op == "call_module" or node.is_impure() or is_higher_order(node.target))
 
 
 def name_constants(graph: fx.Graph, program: ExportedProgram, module: nn.Module) -> dict[str, nn.Module]:

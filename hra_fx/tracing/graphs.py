@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import inspect
 import keyword
@@ -176,7 +175,7 @@ class _Trace:
         own = dict(zip(copied.modules(), self._paths.values(), strict=True))
         for part in own:
             part.training = training
-        tracer = ModelTracer({part for part, original in own.items() if original in self._keep}, training)
+        tracer = ModelTracer({part for part, original in own.items() if original in self._keep})
         before, random = attributes(copied), random_states()
         self._stack = []
         try:
@@ -184,9 +183,7 @@ class _Trace:
         except BaseException:
             self._stack = [own[part] for part in tracer.innermost]
             raise
-        targets = (str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
-        if unwritable := next((name for name in targets if not _can_be_written(name)), None):
-            raise CaptureError(f"the code of a graph cannot contain the name {unwritable!r}")
+        compile(graph.python_code("self").src, "graph", "exec")  # a layer may have the name of a keyword
         if random_states() != random:
             raise CaptureError("it draws random numbers in Python or seeds a generator, which happens once in a trace")
         if changed := attribute_changes(before, copied):
@@ -211,15 +208,6 @@ class _Trace:
                 return
         where = next((path for path in reversed(stacks[0]) if path in stacks[1]), "") or type(self._module).__name__
         raise CaptureError(f"{where} runs different operations in train mode and in eval mode")
-
-
-def _can_be_written(name: str) -> bool:
-    """Whether fx can write a name into the generated code of a graph, in quotation marks."""
-    try:
-        is_same: bool = ast.literal_eval(f'"{name}"') == name
-    except (SyntaxError, ValueError):
-        return False
-    return is_same and not any(map(keyword.iskeyword, name.split(".")))
 
 
 def _stack_of(node: fx.Node) -> list[str]:

@@ -181,18 +181,14 @@ def size_conditions(
     names: Sequence[str], sizes: Sequence[Sequence[tuple[int, int]]], not_one: Sequence[frozenset[int]]
 ) -> list[Condition]:
     """The conditions that sizes are not 0, and that those in a set of `not_one` are not all 1."""
-    made = []
+    args, made = [f"args[{index}]" for index in range(len(names))], []
     for chosen in [frozenset([which]) for which in range(len(sizes))] + [some for some in not_one if len(some) > 1]:
-        limit = int(chosen in not_one)
-        places = [sizes[which][0] for which in sorted(chosen)]
-        made.append(
-            Condition(
-                *(
-                    " or ".join(f"{text[index]}.size()[{dimension}] > {limit}" for index, dimension in places)
-                    for text in ([f"args[{index}]" for index in range(len(names))], names)
-                )
-            )
-        )
+        places = [
+            (index, f".size()[{dimension}] > {int(chosen in not_one)}")
+            for (index, dimension), *_ in (sizes[which] for which in chosen)
+        ]
+        code, text = (" or ".join(f"{shown[index]}{rest}" for index, rest in places) for shown in (args, names))
+        made.append(Condition(code, text))
     return made
 
 

@@ -9,15 +9,18 @@ from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from hra_fx.compat import pytree
+from hra_fx.errors import CaptureError
+from hra_fx.model.example_inputs import Call, clone_inputs
 
 #: Attributes of torch's, which are compared otherwise.
 _OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
 _OPAQUE = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, nn.Module)
 _VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _DEPTH = 4
+_RANDOM, _FUNCTIONS, _GRADIENT = "the random generators", "custom autograd functions", "the gradient of "
 
 
 def attributes(model: nn.Module) -> dict[str, Any]:
@@ -57,7 +60,7 @@ def attribute_changes(before: Mapping[str, Any], model: nn.Module) -> list[str]:
     return [name for name in {**before, **after} if not is_same(before.get(name, "none"), after.get(name, "none"))]
 
 
-def named_leaves(output: Any) -> dict[str, Any]:
+def _named_leaves(output: Any) -> dict[str, Any]:
     """The tensors and other values in an output, by their places."""
     try:
         return {pytree.keystr(path): value for path, value in pytree.tree_flatten_with_path(output)[0]}
@@ -65,7 +68,42 @@ def named_leaves(output: Any) -> dict[str, Any]:
         return {f" {index}": value for index, value in enumerate(pytree.tree_leaves(output))}
 
 
-def gradients(leaves: Mapping[str, Tensor], outputs: Sequence[Tensor]) -> dict[str, Any]:
+def observe(
+    module: nn.Module, call: Call, names: Sequence[str], parameters: Mapping[str, Tensor], level: str
+) -> dict[str, Any]:
+    """Run a call. Returns everything that must be equal, by name.
+
+    The arguments have these names. The gradients are those of `parameters`, and at the level "inputs" of inputs.
+    """
+    leaves = {name: value for name, value in parameters.items() if value.requires_grad}
+
+    def name_of(path: Any) -> str:
+        _, first, *rest = path
+        name = first.key if hasattr(first, "key") else "".join(names[first.idx : first.idx + 1])
+        return f"its input {name or first}{pytree.keystr(tuple(rest))}"
+
+    def with_gradient(path: Any, value: Any) -> Any:
+        if level != "inputs" or not (isinstance(value, Tensor) and value.is_floating_point()):
+            return value
+        leaves[name_of(path)] = value.requires_grad_()
+        return value.clone()  # a forward may write into it
+
+    args, kwargs = pytree.tree_map_with_path(with_gradient, clone_inputs(call))
+    # fx would print an error of a graph before it raises it.
+    run = nn.Module.__call__ if isinstance(module, fx.GraphModule) else type(module).__call__
+    output = run(module, *args, **kwargs)
+    found = {_RANDOM: random_states(), "the type of its output": pytree.tree_structure(output)}
+    outputs = {f"its output{name}": value for name, value in _named_leaves(output).items()}
+    found |= outputs | {name_of(path): value for path, value in pytree.tree_flatten_with_path((args, kwargs))[0]}
+    if level:
+        tensors = [value for value in outputs.values() if isinstance(value, Tensor)]
+        found |= {f"requires_grad of output {index}": value.requires_grad for index, value in enumerate(tensors)}
+        found |= {f"{_GRADIENT}{name}": value for name, value in _gradients(leaves, tensors).items()}
+        found[_FUNCTIONS] = _custom_functions(tensors)
+    return {name: value.detach() if isinstance(value, Tensor) else value for name, value in found.items()}
+
+
+def _gradients(leaves: Mapping[str, Tensor], outputs: Sequence[Tensor]) -> dict[str, Any]:
     """The gradients of a weighted sum of all outputs; a sum of squares would be constant if an output is normalized."""
     parts = [torch.view_as_real(x) if x.is_complex() else x for x in outputs if x.requires_grad]
     losses = [(x * torch.arange(x.numel(), device=x.device).view(x.shape).sin().to(x.dtype)).sum() for x in parts]
@@ -78,7 +116,7 @@ def gradients(leaves: Mapping[str, Tensor], outputs: Sequence[Tensor]) -> dict[s
     return {name: torch.zeros_like(x) if x is not None and is_noise[name] else x for name, x in given.items()}
 
 
-def custom_functions(outputs: Iterable[Tensor]) -> set[str]:
+def _custom_functions(outputs: Iterable[Tensor]) -> set[str]:
     """The names of the custom autograd functions in the backward graph of some outputs."""
     seen, todo = set[Any](), [output.grad_fn for output in outputs]
     while todo:
@@ -133,3 +171,20 @@ def shown(value: Any, other: Any) -> str:
         return f"a tensor of {value.dtype} with shape {tuple(value.shape)}"
     place = int((value != other).flatten().int().argmax())
     return f"{value.flatten()[place].item():.6g} at {place}" if value.numel() > 1 else f"{value.item():.6g}"
+
+
+def difference(wanted: dict[str, Any], found: dict[str, Any]) -> tuple[str, str] | None:
+    """The name of the first thing that differs, and both values."""
+    custom = ", ".join(sorted(wanted.pop(_FUNCTIONS, set()) - found.pop(_FUNCTIONS, set())))
+    if not is_same(wanted[_RANDOM], found[_RANDOM]):
+        raise CaptureError("it draws random numbers from Python or NumPy, or seeds a generator, once in a trace")
+    name = next((name for name, value in wanted.items() if not is_same(value, found.get(name, "none"))), None)
+    # A gradient of zero says nothing about the backward of such a function: another example may show a difference.
+    if custom and (
+        name or any(key.startswith(_GRADIENT) and x is not None and not x.any() for key, x in wanted.items())
+    ):
+        raise CaptureError(f"it calls the custom autograd function {custom}, whose backward a graph drops")
+    if name is None:
+        return None
+    one, other = wanted[name], found.get(name, "none")
+    return name, f"{shown(one, other)}, in its graph {shown(other, one)}"

@@ -30,7 +30,7 @@ def _is_mask(value: Tensor) -> bool:
     return value.dim() > 1 and (value.dtype is torch.bool or bool(((value == 0) | (value == 1)).all() and value.any()))
 
 
-def of_other_values(call: Call) -> Iterator[Call]:
+def with_other_values(call: Call) -> Iterator[Call]:
     """Calls with other numbers, indices in another order, and in most of them other masks."""
     for by_rows in (False, True):  # a model may need the same number of end tokens in each row
         yield _replaced(call, {index: _other_value(value, by_rows) for index, value in tensors_of(call).items()})
@@ -48,7 +48,14 @@ def _other_value(value: Tensor, by_rows: bool) -> Tensor:
     return value.roll(1, 0) if by_rows and value.dim() else value.flatten().roll(1).view(value.shape)
 
 
-def of_other_kinds(call: Call) -> Iterator[Call]:
+def variants(call: Call, other: Call, sizes: Sizes | None) -> Iterator[tuple[frozenset[int], Call]]:
+    """Calls in other sizes, with the indices of the sizes that are 1. Without `sizes`, also other kinds of inputs."""
+    if sizes is None:
+        yield from ((frozenset(), variant) for variant in _with_other_kinds(call))
+    yield from _with_other_sizes(other, _equal_sizes(call) if sizes is None else sizes)
+
+
+def _with_other_kinds(call: Call) -> Iterator[Call]:
     """Calls with `None` in place of one tensor, and with a mask of another dtype."""
     for index, value in tensors_of(call).items():
         yield _replaced(call, {index: None})
@@ -56,8 +63,7 @@ def of_other_kinds(call: Call) -> Iterator[Call]:
             yield _replaced(call, {index: value.float() if value.dtype is torch.bool else value.bool()})
 
 
-def equal_sizes(call: Call) -> Sizes:
-    """The sizes of a call, if equal ones must stay equal."""
+def _equal_sizes(call: Call) -> Sizes:
     found: dict[int, list[tuple[int, int]]] = {}
     for index, value in tensors_of(call).items():
         for dimension, size in enumerate(value.shape):
@@ -65,11 +71,8 @@ def equal_sizes(call: Call) -> Sizes:
     return list(found.values())
 
 
-def of_other_sizes(call: Call, sizes: Sizes) -> Iterator[tuple[frozenset[int], Call]]:
-    """Calls in other sizes, with the indices of the sizes that are 1.
-
-    torch.export assumes that a size is at least 2, and drops what follows from that: so 1 beside the smallest others.
-    """
+def _with_other_sizes(call: Call, sizes: Sizes) -> Iterator[tuple[frozenset[int], Call]]:
+    # torch.export assumes that a size is at least 2, and drops what follows: so 1 beside the smallest others.
     every = range(len(sizes))
     for index in every:
         yield frozenset([index]), _resized(call, sizes, {index: 1})

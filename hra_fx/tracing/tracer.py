@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,32 +24,23 @@ class ModelTracer(fx.Tracer):
     proxy_buffer_attributes = True
     trace_asserts = True
 
-    def __init__(self, keep: Collection[nn.Module], training: bool) -> None:
+    def __init__(self, keep: Collection[nn.Module]) -> None:
         """Prepare for one trace. The modules in `keep` stay calls."""
         super().__init__()
         self._keep = keep
-        self._training = training
-        self._refused: list[str] = []
         self.innermost: list[nn.Module] = []
-
-    def _refuse(self, reason: str) -> NoReturn:
-        """Raise an error, and store it in case the forward catches it."""
-        self._refused.append(reason)
-        raise CaptureError(reason)
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         """Trace a module."""
         with torch.enable_grad(), torch.autocast("cpu", enabled=False):
             graph = super().trace(root)
-        if self._refused:
-            raise CaptureError(self._refused[0])
         for node in graph.nodes:
             node.type = None  # the annotation may be a string, and then fx cannot pickle the graph
         return graph
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Raise an error for a branch on a value."""
-        self._refuse("it branches on a value (if, while, and, or, not, assert)")
+        raise CaptureError("it branches on a value (if, while, and, or, not, assert)")
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module stays a call: modules to keep, layers that can be adapted, and the leaf modules of fx."""
@@ -61,11 +52,8 @@ class ModelTracer(fx.Tracer):
         """Record a node for a leaf module, or the nodes of the forward for any other module."""
         path = self.path_of_module(m)
         self.innermost.append(m)
-        if self.is_leaf_module(m, path):
-            if any(part.training != self._training for part in m.modules()):
-                self._refuse(f"{path}: its train or eval mode is changed for this call, which a graph drops")
-        elif has_own_hooks(m):
-            self._refuse(f"{path}: it has hooks, which would not run")
+        if has_own_hooks(m) and not self.is_leaf_module(m, path):
+            raise CaptureError(f"{path}: it has hooks, which would not run")
         result = super().call_module(m, forward, args, kwargs)
         self.innermost.pop()
         return result
@@ -74,13 +62,15 @@ class ModelTracer(fx.Tracer):
         """Create a node, if it runs in the usual context."""
         if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             # A custom autograd function also runs its forward without gradients.
-            self._refuse("it changes grad mode or autocast, or calls a custom autograd function, which a graph drops")
+            raise CaptureError(
+                "it changes grad mode or autocast, or calls a custom autograd function, which a graph drops"
+            )
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
         """Create an argument of a node."""
         if isinstance(a, Tensor) and type(a) is not nn.Parameter and a not in self.tensor_attrs:
-            self._refuse("it creates a tensor in Python, which would become a constant")
+            raise CaptureError("it creates a tensor in Python, which would become a constant")
         return super().create_arg(a)
 
     def create_args_for_root(
@@ -91,7 +81,7 @@ class ModelTracer(fx.Tracer):
         variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         names = [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in variadic]
         if not names:
-            self._refuse("its forward does not have a required argument")
+            raise CaptureError("its forward does not have a required argument")
         proxies = {name: self.create_proxy("placeholder", name, (), {}) for name in names}
         by_place = [p.name for p in parameters if p.name in proxies and p.kind is not inspect.Parameter.KEYWORD_ONLY]
 

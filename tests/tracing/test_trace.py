@@ -207,7 +207,7 @@ REFUSED: dict[str, tuple[type[nn.Module], str]] = {
     "attribute": (middle(counted), "its forward changes calls"),
     "cache": (kept(cached), "its forward changes table"),
     "tensor": (kept(summed), "its forward changes total"),
-    "mode of a part": (kept(mode_changed), "drop: its train or eval mode is changed for this call"),
+    "mode of a part": (kept(mode_changed), "its forward changes drop.training"),
     "hooks": (Hooked, "block: it has hooks"),
     "no arguments": (NoArguments, "its forward does not have a required argument"),
     "modes": (Modes, f"Modes {OTHER}"),
