@@ -20,15 +20,7 @@ from hra_fx.model.example_inputs import Call, preserve_rng_state
 from hra_fx.model.graph_module import GraphOfMode
 from hra_fx.tracing.by_mode import ByMode, ModesDifferError, merge_modes
 from hra_fx.tracing.compare import compare
-from hra_fx.tracing.exported import (
-    LOCK,
-    automatic_shapes,
-    depends_on_mode,
-    export_call,
-    is_leaf,
-    with_batch_of_two,
-    without_caches,
-)
+from hra_fx.tracing.exported import LOCK, depends_on_mode, examples_with_shapes, export_call, is_leaf, without_caches
 from hra_fx.tracing.graph_module import CHECKS, Canonical, InBlockError, canonical, captured_module
 from hra_fx.tracing.inputs import Condition, InputChecks, size_conditions
 
@@ -61,14 +53,7 @@ def capture_layers(
         if getattr(part, "gradient_checkpointing", False) is True:
             raise CaptureError(f"{path or 'it'} checkpoints its activations, which a graph drops. Disable that first")
     with LOCK, preserve_rng_state(), without_caches(model), torch.inference_mode(False):
-        tries = [(call, dynamic_shapes)]
-        if dynamic_shapes is None:
-            doubled = with_batch_of_two(call)
-            # The last one is for models that allow only one batch size.
-            tries = [
-                (example, automatic_shapes(model, example, lengths=lengths))
-                for example, lengths in ((doubled, True), (doubled, False), (call, True))
-            ]
+        tries = examples_with_shapes(model, call) if dynamic_shapes is None else [(call, dynamic_shapes)]
         for example, shapes in tries:
             try:
                 return _captured(model, example, shapes, call, is_trained=is_trained)

@@ -80,6 +80,10 @@ def with_shared_tensors(model: nn.Module) -> Any:
     return copied(model, chain(model.parameters(), model.buffers()))
 
 
+class ExampleError(CaptureError):
+    """The model does not run on the example."""
+
+
 class _NoGradientError(Exception):
     """The model cannot be run with gradients of this level."""
 
@@ -189,7 +193,7 @@ class _Comparison:
             if grad and self._level:
                 raise _NoGradientError from wanted
             if not may_fail:
-                raise CaptureError(f"{self._mode}it does not run on {what} ({_line(wanted)})") from wanted
+                raise ExampleError(f"{self._mode}it does not run on {what} ({_line(wanted)})") from wanted
             if errors and not isinstance(self._try(self._made, call, grad), Exception):
                 raise CaptureError(f"{self._mode}its graph raises no error for {what}, and it does: {_line(wanted)}")
             return False

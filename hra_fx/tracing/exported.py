@@ -44,12 +44,8 @@ _NOT_OF_MODELS = (Path(torch.__file__).parent, Path(__file__).parents[1], Path(c
 #: Tensors with more dimensions are images: models branch on their height and width, so only their batch is dynamic.
 _LENGTHS = 3
 #: Methods that return the tensor itself if it already has the dtype.
-_CASTS = frozenset(
-    [
-        *(Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16),
-        *(Tensor.long, Tensor.int, Tensor.bool),
-    ]
-)
+_CASTS = {Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16}
+_CASTS |= {Tensor.long, Tensor.int, Tensor.bool}
 
 
 def export_call(
@@ -60,7 +56,7 @@ def export_call(
     The forward may change the modules, so a copy of them is captured.
     """
     args, kwargs = clone_inputs(call)
-    model = with_shared_tensors(model).train(training)
+    model = with_shared_tensors(model).train(not training).train(training)  # as compare does: some clear a cache
     leaves = {path: part for path, part in model.named_modules() if path and is_leaf(part) and path not in inlined}
     with exporting(), ExitStack() as stack:
         for clear in (_layers.clear, _recorded.clear):
@@ -102,6 +98,13 @@ def exporting() -> Iterator[None]:
     finally:
         for handler in handlers:
             handler.removeFilter(is_of_another_thread)
+
+
+def examples_with_shapes(model: nn.Module, call: Call) -> list[tuple[Call, Any]]:
+    """Examples to capture, with the sizes that may change; the last one is for models that allow one batch size."""
+    doubled = with_batch_of_two(call)
+    tries = ((doubled, True), (doubled, False), (call, True))
+    return [(example, automatic_shapes(model, example, lengths=lengths)) for example, lengths in tries]
 
 
 def automatic_shapes(model: nn.Module, call: Call, *, lengths: bool) -> Any:

@@ -20,7 +20,7 @@ from hra_fx.model.graph_module import insert
 from hra_fx.model.state import adapted_layers, base_model_view
 from hra_fx.tracing.by_mode import ModesDifferError, merge_modes
 from hra_fx.tracing.capture_layers import capture_layers
-from hra_fx.tracing.compare import compare, with_shared_tensors
+from hra_fx.tracing.compare import ExampleError, compare, with_shared_tensors
 from hra_fx.tracing.exported import LOCK
 from hra_fx.tracing.graph_module import graph_module
 from hra_fx.tracing.observed import attribute_changes, attributes, random_states
@@ -92,6 +92,8 @@ def graphs_of(model: nn.Module, example_inputs: Any = None) -> dict[str, fx.Grap
     if "" in found and is_graph_of_call(model, found[""].graph, call):
         try:
             compare(model, found[""], call, with_gradients=False)
+            return found
+        except ExampleError:
             return found
         except CaptureError:
             pass
