@@ -33,11 +33,10 @@ def capture_layers(
 ) -> fx.GraphModule:
     """Capture one call of a model. The graph is valid for other sizes and for both modes, and checks its inputs.
 
-    By default, all sizes that the model allows may change; for images, only the batch size. `is_trained` raises an
-    error if the gradients or random numbers of the graph would differ from the model. The graph calls the layers that
-    can be adapted, and modules without children that map one tensor to one tensor. It has operators for everything
-    else. An output that `torch.export` does not support, such as a cache, is `None`. Keyword arguments become inputs in
-    the order of the model's signature, so that positional calls are valid too.
+    By default, all sizes that the model allows may change; for images, only the batch size. `is_trained` compares
+    gradients too. The graph calls the layers that can be adapted, and modules without children that map one tensor to
+    one tensor. It has operators for everything else. An output that `torch.export` does not support, such as a cache,
+    is `None`. Keyword arguments become inputs in the order of the model's signature.
     """
     require("a graph captured by torch.export")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

@@ -58,11 +58,9 @@ def export_call(
     args, kwargs = clone_inputs(call)
     model = with_shared_tensors(model).train(not training).train(training)  # as compare does: some clear a cache
     leaves = {path: part for path, part in model.named_modules() if path and is_leaf(part) and path not in inlined}
-    with exporting(), ExitStack() as stack:
-        for clear in (_layers.clear, _recorded.clear):
-            stack.callback(clear)
-        for block in (_PlainOperators(), torch.enable_grad()):
-            stack.enter_context(block)
+    with exporting(), ExitStack() as stack, _PlainOperators(), torch.enable_grad():
+        stack.callback(_layers.clear)
+        stack.callback(_recorded.clear)
         _untie(model)
         _layers.update(leaves)
         for path, layer in leaves.items():
@@ -102,7 +100,10 @@ def exporting() -> Iterator[None]:
 
 def examples_with_shapes(model: nn.Module, call: Call) -> list[tuple[Call, Any]]:
     """Examples to capture, with the sizes that may change; the last one is for models that allow one batch size."""
-    doubled = with_batch_of_two(call)
+    tensors = [value for value in pytree.tree_leaves(call) if isinstance(value, Tensor)]
+    doubled = call
+    if tensors and all(x.dim() > 0 and x.shape[0] == 1 for x in tensors):  # torch.export makes a size of 1 a constant
+        doubled = pytree.tree_map(lambda x: x.repeat_interleave(2, 0) if isinstance(x, Tensor) else x, call)
     tries = ((doubled, True), (doubled, False), (call, True))
     return [(example, automatic_shapes(model, example, lengths=lengths)) for example, lengths in tries]
 
@@ -122,15 +123,6 @@ def automatic_shapes(model: nn.Module, call: Call, *, lengths: bool) -> Any:
         if parameter.kind is parameter.VAR_KEYWORD:
             made |= made.pop(name, {})
     return made
-
-
-def with_batch_of_two(call: Call) -> Call:
-    """Repeat a batch of 1 in a call, because `torch.export` makes a size of 1 a constant."""
-    tensors = [value for value in pytree.tree_leaves(call) if isinstance(value, Tensor)]
-    if not tensors or any(x.dim() == 0 or x.shape[0] != 1 for x in tensors):
-        return call
-    doubled: Call = pytree.tree_map(lambda x: x.repeat_interleave(2, 0) if isinstance(x, Tensor) else x, call)
-    return doubled
 
 
 @contextmanager

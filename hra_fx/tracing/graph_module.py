@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import partial, reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -100,11 +99,9 @@ def graph_module(root: nn.Module, graph: fx.Graph, modules: Mapping[str, nn.Modu
 
 def _follow(constant: ByMode, module: fx.GraphModule, path: str | None) -> None:
     """Make a constant follow the mode of the module that reads it, or of its innermost parent in the graph."""
-    while path:
-        with suppress(AttributeError):
-            vars(constant)["followed"] = module.get_submodule(path)
-            return
+    while path and not isinstance(attribute(module, path), nn.Module):
         path = path.rpartition(".")[0]
+    vars(constant)["followed"] = attribute(module, path) if path else constant
 
 
 def _holder(part: nn.Module | None, used: set[nn.Module], holders: dict[nn.Module, nn.Module]) -> nn.Module | None:
@@ -304,12 +301,7 @@ def module_path(node: fx.Node) -> str | None:
 
 
 def normalize_path(path: str) -> str:
-    """Convert a path of `nn_module_stack`, which TorchDynamo writes as Python code, to the form of `named_modules`.
-
-    Example:
-        >>> normalize_path("L['self'].blocks[0].proj"), normalize_path("L['self']._modules['blocks']._modules['0']")
-        ('blocks.0.proj', 'blocks.0')
-    """
+    """Convert a path of `nn_module_stack` (`L['self']._modules['blocks'][0]`) to the form of `named_modules`."""
     for before, after in (("L['self']", ""), ("._modules[", "["), ("['", "."), ("']", ""), ("[", "."), ("]", "")):
         path = path.replace(before, after)
     return path.strip(".")

@@ -6,6 +6,7 @@ import copy
 import inspect
 import keyword
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from typing import Any
 
 from torch import fx, nn
@@ -90,13 +91,10 @@ def graphs_of(model: nn.Module, example_inputs: Any = None) -> dict[str, fx.Grap
         return dict(sorted(found.items()))
     call = normalize_inputs(example_inputs)
     if "" in found and is_graph_of_call(model, found[""].graph, call):
-        try:
-            compare(model, found[""], call, with_gradients=False)
+        with suppress(CaptureError):
+            with suppress(ExampleError):  # a drawing warns of it
+                compare(model, found[""], call, with_gradients=False)
             return found
-        except ExampleError:
-            return found
-        except CaptureError:
-            pass
     return {"": graph_of_call(model, call)}
 
 

@@ -71,10 +71,7 @@ def _named_leaves(output: Any) -> dict[str, Any]:
 def observe(
     module: nn.Module, call: Call, names: Sequence[str], parameters: Mapping[str, Tensor], level: str
 ) -> dict[str, Any]:
-    """Run a call. Returns everything that must be equal, by name.
-
-    The arguments have these names. The gradients are those of `parameters`, and at the level "inputs" of inputs.
-    """
+    """Run a call. Returns everything that must be equal, by name: also gradients of `parameters` and inputs."""
     leaves = {name: value for name, value in parameters.items() if value.requires_grad}
 
     def name_of(path: Any) -> str:
