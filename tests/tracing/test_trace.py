@@ -14,7 +14,7 @@ from adapting import randomise
 from graph_modules import COPIES
 from layers.checking import assert_same, check, normal
 from torch import Tensor, fx, nn
-from tracing.models import TRACED, Dropout, Norms, Straight, Two
+from tracing.models import TRACED, Dropout, Norms, Two
 
 import hra_fx
 from hra_fx.errors import AdapterError
@@ -112,51 +112,21 @@ def under(context: Callable[[], Any]) -> type[Two]:
     return type("Under", (Two,), {"forward": forward})
 
 
-def swallowed(self: Two, hidden: Tensor) -> Tensor:
-    try:
-        return hidden * (2 if isinstance(hidden, Tensor) else 5)
-    except Exception:
-        return hidden * 3
-
-
 def counted(self: Any, hidden: Tensor) -> Tensor:
     self.calls = getattr(self, "calls", 0) + 1
     return hidden
 
 
-def cached(self: Any, hidden: Tensor) -> Tensor:
-    if "gain" not in self.table:
-        self.table["gain"] = hidden.new_full((8,), 2.0)
-    return hidden * self.table["gain"]
-
-
-def data_set(self: Two, hidden: Tensor) -> Tensor:
-    self.first.bias.data = torch.clamp(self.first.bias.data, max=0.1)
-    return hidden
-
-
-def summed(self: Any, hidden: Tensor) -> Tensor:
-    self.total.add_(1)
-    return hidden + self.total
-
-
-def mode_changed(self: Any, hidden: Tensor) -> Tensor:
-    self.drop.training = True
-    return self.drop(hidden)
-
-
-class Keeps(Two):
-    """A model with attributes that a forward may change."""
+class ModeChanged(Two):
+    """Changes the mode of a part in its forward."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.table: dict[str, Tensor] = {}
-        self.total = torch.zeros(8)
         self.drop = nn.Dropout(0.5)
 
-
-def kept(change: Callable[[Any, Tensor], Any]) -> type[Two]:
-    return type("Kept", (Keeps,), {"middle": change})
+    def middle(self, hidden: Tensor) -> Any:
+        self.drop.training = True
+        return self.drop(hidden)
 
 
 class Hooked(nn.Module):
@@ -191,23 +161,14 @@ DIFFERS = "its output differs for"
 REFUSED: dict[str, tuple[type[nn.Module], str]] = {
     "autocast": (under(lambda: torch.autocast("cpu", dtype=torch.bfloat16)), GRAD),
     "no_grad": (under(torch.no_grad), GRAD),
-    "autograd function": (middle(lambda self, hidden: Straight.apply(hidden)), GRAD),
     "Python random": (middle(lambda self, hidden: hidden * random.random()), RANDOM),
-    "NumPy random": (middle(lambda self, hidden: hidden * float(np.random.rand())), RANDOM),
-    "torch random": (middle(lambda self, hidden: (torch.rand(1), hidden)[1]), RANDOM),
     "seed": (middle(lambda self, hidden: (torch.manual_seed(3), hidden)[1]), RANDOM),
     "isinstance": (middle(lambda self, hidden: hidden * 2 if isinstance(hidden, Tensor) else hidden), DIFFERS),
-    "caught refusal": (middle(swallowed), DIFFERS),
-    "hasattr": (middle(lambda self, hidden: hidden if hasattr(hidden, "logits") else hidden * 2), DIFFERS),
     "if": (middle(lambda self, hidden: hidden * 2 if hidden.sum() > 0 else hidden), BRANCH),
     "int": (middle(lambda self, hidden: hidden * int(hidden.shape[0])), "not 'Proxy'"),
-    "set": (middle(lambda self, hidden: hidden * (2 if hidden.shape[0] in {2, 4} else 1)), DIFFERS),
-    "attribute of a value": (middle(data_set), DIFFERS),
     "constant tensor": (middle(lambda self, hidden: hidden * torch.tensor(2.0)), "it creates a tensor in Python"),
     "attribute": (middle(counted), "its forward changes calls"),
-    "cache": (kept(cached), "its forward changes table"),
-    "tensor": (kept(summed), "its forward changes total"),
-    "mode of a part": (kept(mode_changed), "its forward changes drop.training"),
+    "mode of a part": (ModeChanged, "its forward changes drop.training"),
     "hooks": (Hooked, "block: it has hooks"),
     "no arguments": (NoArguments, "its forward does not have a required argument"),
     "modes": (Modes, f"Modes {OTHER}"),
