@@ -128,6 +128,9 @@ class _Comparison:
         for each in self._both if mode is not None else ():
             each.train(not mode)  # what a model does when its mode changes, such as clearing a cache
             each.train(mode)
+        modes = [{path: part.training for path, part in each.named_modules()} for each in self._both]
+        if odd := next((path for path, training in modes[0].items() if modes[1].get(path, training) != training), None):
+            raise CaptureError(f"{odd} has another mode than in its graph. An overridden train() is lost in a graph")
 
     def _change_parameters(self) -> None:
         for each in self._both:
