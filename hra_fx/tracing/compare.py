@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hra_fx.compat import tensor_versions
 from hra_fx.errors import CaptureError
 from hra_fx.model.example_inputs import Call, preserve_rng_state, seed_everything
 from hra_fx.tracing.observed import attributes, difference, is_near, is_same, observe, shown
@@ -49,10 +50,7 @@ def compare(
     """Compare a graph with its model for a call that both can run, and for others like it. Neither is changed.
 
     `sizes` are those that may change. Without them, the graph must be right for all sizes and masks that the model
-    allows, and under autocast.
-
-    Raises:
-        CaptureError: they differ. It names what differs, and both values.
+    allows, and under autocast. A `CaptureError` names what differs, and both values.
     """
     if any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers())):
         return Limits([], True)
@@ -94,8 +92,8 @@ class _Comparison:
         large = [value for value in model.parameters() if value.numel() > _LARGE or type(value) is not nn.Parameter]
         self._model, self._made = self._both = copied(model, large), copied(made, large)
         self._names = list(inspect.signature(model.forward).parameters)
-        self._large = set(map(id, large))
-        self._level, self._mode = level, ""
+        self._shared, self._large = large, set(map(id, large))
+        self._level, self._mode, self._versions = level, "", tensor_versions(large)
         for value in chain(*map(self._small, self._both)):
             value.requires_grad_(bool(level))
         keys = [set(each.state_dict()) for each in (model, made, self._made)]
@@ -105,8 +103,7 @@ class _Comparison:
     def run(self, call: Call, sizes: Sizes | None) -> Limits:
         """Compare in both modes, and first in a mixed mode."""
         limits = Limits([], True)
-        is_mixed = len({part.training for part in self._model.modules()}) > 1
-        for mode in (None, False, True)[not is_mixed :]:
+        for mode in (None, False, True)[len({part.training for part in self._model.modules()}) == 1 :]:
             self._mode = "" if mode is None else f"in {'train' if mode else 'eval'} mode, "
             self._set_mode(mode)
             other = self._compare_two_calls(call)
@@ -121,8 +118,7 @@ class _Comparison:
         return limits
 
     def _small(self, module: nn.Module) -> list[nn.Parameter]:
-        every = [value for value in module.parameters() if id(value) not in self._large]
-        return [value for value in every if value.is_floating_point()]
+        return [value for value in module.parameters() if id(value) not in self._large and value.is_floating_point()]
 
     def _set_mode(self, mode: bool | None) -> None:
         for each in self._both if mode is not None else ():
@@ -162,7 +158,6 @@ class _Comparison:
         """Compare calls for which the model or its graph may raise an error, and so may write other buffers."""
         buffers = [(part._buffers, _cloned(part._buffers)) for each in self._both for part in each.modules()]
         for chosen, variant in variants(call, other, sizes):
-            # Without a size of 1, one mode is enough.
             if any(known <= chosen for known in not_one) or not (chosen or self._mode.startswith("in eval")):
                 continue
             try:
@@ -211,11 +206,15 @@ class _Comparison:
     def _try(self, module: nn.Module, call: Call, grad: bool) -> dict[str, Any] | Exception:
         seed_everything(_SEED)
         parameters = {name: value for name, value in module.named_parameters() if id(value) not in self._large}
+        found: dict[str, Any] | Exception
         try:
             with torch.set_grad_enabled(grad):
-                return observe(module, call, self._names, parameters, self._level if grad else "")
+                found = observe(module, call, self._names, parameters, self._level if grad else "")
         except Exception as error:
-            return error
+            found = error
+        if tensor_versions(self._shared) != self._versions:
+            raise CaptureError("its forward writes into parameters, now also into those of the model. Load it again")
+        return found
 
 
 def _cloned(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:

@@ -61,7 +61,6 @@ class ModelTracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Create a node, if it runs in the usual context."""
         if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-            # A custom autograd function also runs its forward without gradients.
             raise CaptureError(
                 "it changes grad mode or autocast, or calls a custom autograd function, which a graph drops"
             )
