@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import random
@@ -53,6 +54,31 @@ def example_call(model: nn.Module) -> Call | None:
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
         made["decoder_input_ids"] = _tokens(config).to(device)
     return (), made
+
+
+def guessed_call(model: nn.Module) -> Call | None:
+    """Create the input of a model with one required argument, from its first layer; `None` if the model rejects it.
+
+    The sizes of images are those of timm's `default_cfg`, and others that most models take.
+    """
+    required = [p for p in inspect.signature(model.forward).parameters.values() if p.default is p.empty]
+    layers = (part for part in model.modules() if isinstance(part, (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)))
+    weight: Any = getattr(next(layers, None), "weight", None)
+    if len(required) != 1 or not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point():
+        return None
+    wanted = (getattr(model, "default_cfg", None) or {}).get("input_size", ())
+    rows, width = weight.shape[:2]
+    images = [(width, 64, 64), *([tuple(wanted)] if wanted else []), (width, 224, 224)]
+    sizes: dict[int, list[tuple[int, ...]]] = {2: [(width,), (4, width)], 3: [(width, 64)], 4: images}
+    with preserve_rng_state(), torch.no_grad():
+        copied = copy.deepcopy(model).eval()
+        for size in sizes.get(weight.dim(), ()):
+            for x in (torch.randn(2, *size), torch.randint(0, rows, (2, 8))):
+                x = x.to(weight.device, weight.dtype if x.is_floating_point() else None)
+                with contextlib.suppress(Exception):
+                    copied(x)
+                    return (x,), {}
+    return None
 
 
 def _tokens(config: Any) -> Tensor:

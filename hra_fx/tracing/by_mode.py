@@ -8,7 +8,6 @@ and pickles of the graph work as for any other module.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,24 +48,19 @@ class ModesDifferError(Exception):
         self.nodes = nodes
 
 
-def merge_modes(
-    in_train: fx.Graph, in_eval: fx.Graph, may_differ: Callable[[fx.Node], bool] = lambda _: True
-) -> dict[str, ByMode]:
+def merge_modes(in_train: fx.Graph, in_eval: fx.Graph) -> dict[str, ByMode]:
     """Change the graph of train mode into a graph for both modes, in place. Returns the modules to add to it."""
     modules: dict[str, ByMode] = {}
     twins: dict[fx.Node, fx.Node] = {}
     ours, theirs = list(in_train.nodes), list(in_eval.nodes)
     for one, other in zip(ours, theirs, strict=False):
         twins[other] = one
-        known = len(modules)
         if _form(one) != _form(other):
             raise ModesDifferError(one, other)
         with in_train.inserting_before(one):
             merge = _Merge((one, other), twins, modules)
             args = tuple(map(merge, one.args, other.args))
             kwargs = {key: merge(value, other.kwargs[key]) for key, value in one.kwargs.items()}
-        if len(modules) > known and not may_differ(one):
-            raise ModesDifferError(one, other)
         one.args, one.kwargs = args, kwargs
     if len(ours) != len(theirs):
         raise ModesDifferError(ours[-1], theirs[-1])

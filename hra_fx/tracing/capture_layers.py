@@ -8,31 +8,22 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from hra_fx.compat import OpOverload, pytree, require, schema_of, tensor_version
+from hra_fx.compat import OpOverload, has_backward_hooks, require, schema_of
 from hra_fx.errors import CaptureError
 from hra_fx.layers.target import find_kind
-from hra_fx.model.example_inputs import Call, clone_inputs, preserve_rng_state, seed_everything
+from hra_fx.model.example_inputs import Call, preserve_rng_state
 from hra_fx.model.graph_module import GraphOfMode
 from hra_fx.tracing.by_mode import ByMode, ModesDifferError, merge_modes
-from hra_fx.tracing.exported import (
-    automatic_shapes,
-    depends_on_mode,
-    export_call,
-    is_leaf,
-    with_batch_of_two,
-    without_caches,
-)
-from hra_fx.tracing.forward_state import LOCK, Snapshot, checked_capture, compare_gradients, is_close
-from hra_fx.tracing.graph_module import CHECKS, Canonical, InBlockError, canonical, captured_module, module_path
-from hra_fx.tracing.inputs import Condition, InputChecks, argument_names
+from hra_fx.tracing.compare import compare
+from hra_fx.tracing.exported import LOCK, depends_on_mode, examples_with_shapes, export_call, is_leaf, without_caches
+from hra_fx.tracing.graph_module import CHECKS, Canonical, InBlockError, canonical, captured_module
+from hra_fx.tracing.inputs import Condition, InputChecks, size_conditions
 
-_SEED = 20240517
 #: The name of the module that runs the graph of the current mode, if the modes have different nodes.
 BY_MODE = "graph_of_mode"
 
@@ -42,11 +33,10 @@ def capture_layers(
 ) -> fx.GraphModule:
     """Capture one call of a model. The graph is valid for other sizes and for both modes, and checks its inputs.
 
-    By default, all sizes that the model allows may change; for images, only the batch size. `is_trained` raises an
-    error if the gradients or random numbers of the graph would differ from the model. The graph calls the layers that
-    can be adapted, and modules without children that map one tensor to one tensor. It has operators for everything
-    else. An output that `torch.export` does not support, such as a cache, is `None`. Keyword arguments become inputs in
-    the order of the model's signature, so that positional calls are valid too.
+    By default, all sizes that the model allows may change; for images, only the batch size. `is_trained` compares
+    gradients too. The graph calls the layers that can be adapted, and modules without children that map one tensor to
+    one tensor. It has operators for everything else. An output that `torch.export` does not support, such as a cache,
+    is `None`. Keyword arguments become inputs in the order of the model's signature.
     """
     require("a graph captured by torch.export")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -54,58 +44,39 @@ def capture_layers(
             raise CaptureError(f"{name} is on the meta device. Load the weights first")
     order = [*inspect.signature(model.forward).parameters, *call[1]]
     call = call[0], dict(sorted(call[1].items(), key=lambda item: order.index(item[0])))
-    modes = {path: part.training for path, part in model.named_modules(remove_duplicate=False)}
-    parts = ((path, part) for path, part in model.named_modules() if not is_leaf(part))
-    odd = next((path for path, part in parts if part.training != model.training), None)
-    with LOCK, ExitStack() as stack:
-        stack.callback(Snapshot(model).restore)
-        for block in (preserve_rng_state(), without_caches(model), torch.inference_mode(False)):
-            stack.enter_context(block)
-        tries = [(call, dynamic_shapes)]
-        if dynamic_shapes is None:
-            doubled = with_batch_of_two(call)
-            # The last one is for models that allow only one batch size.
-            tries = [
-                (example, automatic_shapes(model, example, lengths=lengths))
-                for example, lengths in ((doubled, True), (doubled, False), (call, True))
-            ]
+    for path, part in model.named_modules() if is_trained else ():
+        if is_leaf(part):
+            continue
+        if has_backward_hooks(part):
+            raise CaptureError(f"backward hooks are registered for {path or 'it'}, which a graph drops. Remove them")
+        if getattr(part, "gradient_checkpointing", False) is True:
+            raise CaptureError(f"{path or 'it'} checkpoints its activations, which a graph drops. Disable that first")
+    with LOCK, preserve_rng_state(), without_caches(model), torch.inference_mode(False):
+        tries = examples_with_shapes(model, call) if dynamic_shapes is None else [(call, dynamic_shapes)]
         for example, shapes in tries:
             try:
-                made = _captured(model, example, shapes, call, odd, is_trained=is_trained)
-                break
+                return _captured(model, example, shapes, call, is_trained=is_trained)
             except CaptureError as error:
                 failure = error
-        else:
-            raise failure
-    for path, part in made.named_modules(remove_duplicate=False):
-        part.training = modes.get(path, model.training)
-    return made
+        raise failure
 
 
-def _captured(
-    model: nn.Module, example: Call, shapes: Any, call: Call, odd: str | None, *, is_trained: bool
-) -> fx.GraphModule:
-    """Capture the graph of an example, and compare it with the model for a call.
-
-    `odd` is a part of the model with another mode than the model.
-    """
-    modes = _both_modes(model, example, shapes, is_trained=is_trained)
+def _captured(model: nn.Module, example: Call, shapes: Any, call: Call, *, is_trained: bool) -> fx.GraphModule:
+    """Capture the graph of an example, and compare it with the model for this example and a call."""
+    modes = _both_modes(model, example, shapes)
     checks = InputChecks(modes[0].conditions, modes[1].conditions)
-    made = _in_both_modes(model, modes[0], modes[1], checks, odd)
-    for training in (True, False):
-        _compare(model.train(training), made.train(training), call)
-        if is_trained:
-            compare_gradients(model, made, lambda module: _outputs(module, call))
-    for places in modes[0].sizes:
-        if not _allows_one(model, made, example, places):
-            index, dimension = places[0]
-            names = dict(enumerate(argument_names(model, *example)))  # those of the inputs, if none is nested
-            size = f".size()[{dimension}] != 1"
-            checks.add(Condition(f"args[{index}]{size}", f"{names.get(index, f'input {index}')}{size}"))
+    made = _in_both_modes(model, modes[0], modes[1], checks)
+    sizes = modes[0].sizes
+    limits = compare(model, made, example, sizes, with_gradients=is_trained)
+    if example is not call:
+        compare(model, made, call, (), with_gradients=is_trained)
+    checks.add(size_conditions(modes[0].names, sizes, limits.not_one))
+    if not limits.under_autocast:
+        checks.add([Condition(*["not torch.is_autocast_enabled('cpu') and not torch.is_autocast_enabled('cuda')"] * 2)])
     return made
 
 
-def _both_modes(model: nn.Module, example: Call, shapes: Any, *, is_trained: bool) -> list[Canonical]:
+def _both_modes(model: nn.Module, example: Call, shapes: Any) -> list[Canonical]:
     """Capture both modes.
 
     Leaves in a block with a separate graph, which could not call them, are inlined.
@@ -115,8 +86,7 @@ def _both_modes(model: nn.Module, example: Call, shapes: Any, *, is_trained: boo
         modes = []
         try:
             for training in (True, False):
-                with checked_capture(model) if is_trained else nullcontext():
-                    program = export_call(model, example, shapes, training=training, inlined=inlined)
+                program = export_call(model, example, shapes, training=training, inlined=inlined)
                 modes.append(canonical(program, model))
             return modes
         except InBlockError as error:
@@ -126,63 +96,10 @@ def _both_modes(model: nn.Module, example: Call, shapes: Any, *, is_trained: boo
             inlined |= inside.keys()
 
 
-def _allows_one(model: nn.Module, made: nn.Module, call: Call, places: list[tuple[int, int]]) -> bool:
-    """Whether the graph is correct if a size is 1; torch.export assumes that it is not 1."""
-    leaves, spec = pytree.tree_flatten(call)
-    for index, dimension in places:
-        leaves[index] = leaves[index].narrow(dimension, 0, 1)
-    smaller = pytree.tree_unflatten(leaves, spec)
-    for training in (True, False):
-        with torch.no_grad():
-            try:
-                wanted, found = (_outputs(each.train(training), smaller) for each in (model, made))
-            except Exception:  # the model does not allow it, or the graph raises an error instead of a wrong output
-                continue
-        if not all(map(is_close, found, wanted)):
-            return False
-    return True
-
-
-def _compare(model: nn.Module, made: nn.Module, call: Call) -> None:
-    """Run a call with the model and its graph, and compare the outputs."""
-    mode = "train" if model.training else "eval"
-    with torch.no_grad():
-        wanted, wanted_buffers = _run(model, call)
-        try:
-            found, found_buffers = _run(made, call)
-        except Exception as error:
-            raise CaptureError(f"its graph does not run on the example: {error}") from error
-    if not all(map(is_close, found, wanted)):
-        raise CaptureError(f"in {mode} mode, the outputs of the graph for the example differ from the model's")
-    before = dict(model.named_buffers())
-    for name in sorted(before.keys() & (wanted_buffers.keys() | found_buffers.keys())):
-        value = wanted_buffers.get(name, before[name])
-        if not is_close(found_buffers.get(name, before[name]).to(value.dtype), value):
-            raise CaptureError(f"in {mode} mode, the graph does not change the buffer {name} as the forward does")
-
-
-def _outputs(model: nn.Module, call: Call) -> list[Tensor]:
-    return _run(model, call)[0]
-
-
-def _run(model: nn.Module, call: Call) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Run a call with copies of the buffers. Returns the tensors in its result, and the buffers that it changed."""
-    seed_everything(_SEED)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    before = {name: (buffer, tensor_version(buffer)) for name, buffer in buffers.items()}
-    output = torch.func.functional_call(model, buffers, *clone_inputs(call))
-    changed = {
-        name: x for name, x in buffers.items() if x is not before[name][0] or tensor_version(x) != before[name][1]
-    }
-    return [value for value in pytree.tree_leaves(output) if isinstance(value, Tensor)], changed
-
-
 # --- both modes -------------------------------------------------------------------------------------------------------
 
 
-def _in_both_modes(
-    model: nn.Module, in_train: Canonical, in_eval: Canonical, checks: InputChecks, odd: str | None
-) -> fx.GraphModule:
+def _in_both_modes(model: nn.Module, in_train: Canonical, in_eval: Canonical, checks: InputChecks) -> fx.GraphModule:
     """Create a GraphModule with the modules and tensors of a model that is valid in both modes."""
     try:
         if not _same_constants(in_train.constants, in_eval.constants):
@@ -191,25 +108,8 @@ def _in_both_modes(
         _give_defaults(graph, other)
         modules = merge_modes(graph, other)
     except ModesDifferError:
-        if odd is not None:
-            raise CaptureError(
-                f"{odd} is in another mode than the model. Call train() or eval() on the whole model"
-            ) from None
         return _of_two_graphs(model, in_train, in_eval, checks)
-    made = captured_module(model, {CHECKS: checks, **in_train.constants, **modules}, graph)
-    for call in graph.find_nodes(op="call_module"):
-        if call.target in modules:
-            _set_place(modules[str(call.target)], made, module_path(next(iter(call.users))))
-    return made
-
-
-def _set_place(constant: ByMode, made: fx.GraphModule, path: str | None) -> None:
-    """Make a constant follow the mode of the module that reads it, or of its innermost parent in the graph."""
-    while path:
-        with suppress(AttributeError):
-            vars(constant)["followed"] = made.get_submodule(path)
-            return
-        path = path.rpartition(".")[0]
+    return captured_module(model, {CHECKS: checks, **in_train.constants, **modules}, graph)
 
 
 def _same_constants(ours: Mapping[str, nn.Module], theirs: Mapping[str, nn.Module]) -> bool:

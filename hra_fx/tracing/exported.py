@@ -14,6 +14,7 @@ import inspect
 import io
 import linecache
 import logging
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -26,66 +27,64 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hra_fx.compat import has_own_hooks, pytree
+from hra_fx.compat import pytree
 from hra_fx.errors import CaptureError
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.target import find_kind
 from hra_fx.model.example_inputs import Call, clone_inputs
-from hra_fx.tracing.forward_state import Snapshot
+from hra_fx.tracing.compare import with_shared_tensors
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+#: fx and torch.export patch classes for the whole process while they trace.
+LOCK = threading.RLock()
 #: Code that is not the model's.
 _NOT_OF_MODELS = (Path(torch.__file__).parent, Path(__file__).parents[1], Path(contextlib.__file__))
 #: Tensors with more dimensions are images: models branch on their height and width, so only their batch is dynamic.
 _LENGTHS = 3
 #: Methods that return the tensor itself if it already has the dtype.
-_CASTS = frozenset(
-    [
-        *(Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16),
-        *(Tensor.long, Tensor.int, Tensor.bool),
-    ]
-)
+_CASTS = {Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16}
+_CASTS |= {Tensor.long, Tensor.int, Tensor.bool}
 
 
 def export_call(
     model: nn.Module, call: Call, dynamic_shapes: Any, *, training: bool, inlined: Collection[str] = ()
 ) -> ExportedProgram:
-    """Capture a call in one mode, with each leaf as one `hra_fx::call_layer`, except for the paths in `inlined`."""
+    """Capture a call in one mode, with each leaf as one `hra_fx::call_layer`, except for the paths in `inlined`.
+
+    The forward may change the modules, so a copy of them is captured.
+    """
     args, kwargs = clone_inputs(call)
-    model.train(training)
-    state = Snapshot(model)
+    model = with_shared_tensors(model).train(not training).train(training)  # as compare does: some clear a cache
     leaves = {path: part for path, part in model.named_modules() if path and is_leaf(part) and path not in inlined}
-    with exporting(), ExitStack() as stack:
-        for restore in (_layers.clear, _recorded.clear, state.restore):
-            stack.callback(restore)
-        for block in (_PlainOperators(), torch.enable_grad()):
-            stack.enter_context(block)
+    with exporting(), ExitStack() as stack, _PlainOperators(), torch.enable_grad():
+        stack.callback(_layers.clear)
+        stack.callback(_recorded.clear)
         _untie(model)
         _layers.update(leaves)
         for path, layer in leaves.items():
-            vars(layer)["forward"] = partial(_call, path)
+            vars(layer)["_call_impl"] = partial(_call, path)
         vars(model)["forward"] = _without_unknown(model.forward, kwargs)
         program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         for node in program.graph.find_nodes(op="call_function", target=CALL_LAYER):
             if node.args[1] in _recorded and not node.users:
                 program.graph.erase_node(node)
-        for path, name in state.changes():
-            if state.is_plain(path, name):
-                raise CaptureError(
-                    f"its forward changes {f'{path}.{name}'.lstrip('.')}, which a graph drops. If only the first call "
-                    "changes it, call the model once first"
-                )
         return program
 
 
 @contextmanager
 def exporting() -> Iterator[None]:
-    """Context manager for calls of `torch.export`, without warnings, log entries, and the graph that it prints."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
+    """Context manager for calls of `torch.export`, without its warnings, log entries of this thread, and graphs."""
+    here, handlers = threading.get_ident(), list(logging.getLogger("torch").handlers)
+
+    def is_of_another_thread(record: logging.LogRecord) -> bool:
+        return record.thread != here
+
+    for handler in handlers:
+        handler.addFilter(is_of_another_thread)
     try:
+        # torch writes the graph of a failed capture to stderr.
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
@@ -95,7 +94,18 @@ def exporting() -> Iterator[None]:
         line = str(error).strip().split("\n")[0]
         raise CaptureError(f"torch.export fails{_place(error)} ({type(error).__name__}: {line[:200]})") from error
     finally:
-        logging.disable(before)
+        for handler in handlers:
+            handler.removeFilter(is_of_another_thread)
+
+
+def examples_with_shapes(model: nn.Module, call: Call) -> list[tuple[Call, Any]]:
+    """Examples to capture, with the sizes that may change; the last one is for models that allow one batch size."""
+    tensors = [value for value in pytree.tree_leaves(call) if isinstance(value, Tensor)]
+    doubled = call
+    if tensors and all(x.dim() > 0 and x.shape[0] == 1 for x in tensors):  # torch.export makes a size of 1 a constant
+        doubled = pytree.tree_map(lambda x: x.repeat_interleave(2, 0) if isinstance(x, Tensor) else x, call)
+    tries = ((doubled, True), (doubled, False), (call, True))
+    return [(example, automatic_shapes(model, example, lengths=lengths)) for example, lengths in tries]
 
 
 def automatic_shapes(model: nn.Module, call: Call, *, lengths: bool) -> Any:
@@ -113,15 +123,6 @@ def automatic_shapes(model: nn.Module, call: Call, *, lengths: bool) -> Any:
         if parameter.kind is parameter.VAR_KEYWORD:
             made |= made.pop(name, {})
     return made
-
-
-def with_batch_of_two(call: Call) -> Call:
-    """Repeat a batch of 1 in a call, because `torch.export` makes a size of 1 a constant."""
-    tensors = [value for value in pytree.tree_leaves(call) if isinstance(value, Tensor)]
-    if not tensors or any(x.dim() == 0 or x.shape[0] != 1 for x in tensors):
-        return call
-    doubled: Call = pytree.tree_map(lambda x: x.repeat_interleave(2, 0) if isinstance(x, Tensor) else x, call)
-    return doubled
 
 
 @contextmanager
@@ -143,7 +144,7 @@ def _without_unknown(forward: Callable[..., Any], kwargs: Collection[str]) -> Ca
 
     The signature has the given keyword arguments instead of `**kwargs`, which `torch.export` does not support either.
     """
-    known = (Tensor, int, float, str, type(None))
+    known = (Tensor, int, float, str, type(None), torch.SymInt, torch.SymFloat, torch.SymBool)
 
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -246,7 +247,7 @@ def is_leaf(module: nn.Module) -> bool:
         inspect.isfunction(inspect.getattr_static(module, "forward"))
         and type(module).forward is not nn.Module.forward
         and type(module).__call__ is nn.Module.__call__
-        and not ("forward" in vars(module) or has_own_hooks(module))
+        and "forward" not in vars(module)
     )
 
 
@@ -261,19 +262,24 @@ def depends_on_mode(module: nn.Module) -> bool:
 
 def _call(path: str, *args: Any, **kwargs: Any) -> Any:
     layer = _layers[path]
-    forward = partial(original_class(layer).forward, layer)
+    run = partial(nn.Module._call_impl, layer)
     given = (*args, *kwargs.values())
     named = kwargs and not (depends_on_mode(layer) or find_kind(layer) or _is_of_torch(layer))
     if len(given) != 1 or named or not isinstance(given[0], Tensor):
-        return forward(*args, **kwargs)
+        return run(*args, **kwargs)
     try:
         output = CALL_LAYER(given[0], path)
     except _MustBeRecordedError:
         _recorded.add(path)
-        return forward(*args, **kwargs)
+        return run(*args, **kwargs)
     if output.is_floating_point() and any(parameter.requires_grad for parameter in layer.parameters()):
         # A model may check the type of the result, add hooks to it, and write into the copy, which `canonical` removes.
         output = torch.ops.aten.clone.default(output.requires_grad_())
+    # The graph runs the hooks of the layer. Those of transformers, which collect outputs, run in the capture too.
+    if any(str(hook.__module__).startswith("transformers.") for hook in layer._forward_hooks.values()):
+        vars(layer)["forward"] = lambda *_, **__: output
+        run(*args, **kwargs)
+        del vars(layer)["forward"]
     return output
 
 
@@ -298,10 +304,12 @@ def _output_of(x: Tensor, path: str) -> Tensor:
     if isinstance(layer, nn.Linear) and not layer.weight.is_floating_point():  # packed, so its shape is unrelated
         return x.new_empty((*x.shape[:-1], layer.out_features))
     fake = {f"layer.{name}": x.new_empty(t.shape, dtype=t.dtype) for name, t in tensors.items()}
-    state = Snapshot(nn.Identity() if find_kind(layer) else layer)
+    before, now = dict(vars(layer)), vars(layer)
     output = torch.func.functional_call(_Called({"layer": layer}), fake, (x,))
-    if state.changes() or not isinstance(output, Tensor):
-        state.restore()
+    is_changed = now.keys() != before.keys() or any(now[name] is not value for name, value in before.items())
+    if not isinstance(output, Tensor) or (is_changed and not find_kind(layer)):
+        now.clear()
+        now.update(before)
         raise _MustBeRecordedError
     return output.clone()
 

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from hra_fx.compat import ASSERT_METADATA, NON_PERSISTENT, has_own_hooks, is_higher_order
+from hra_fx.compat import ASSERT_METADATA, NON_PERSISTENT, is_higher_order
 from hra_fx.errors import CaptureError
 from hra_fx.model.graph_module import UnpicklingTracer
 from hra_fx.tracing.by_mode import ByMode
 from hra_fx.tracing.exported import CALL_LAYER, exporting
-from hra_fx.tracing.inputs import Condition, argument_names, call_of, conditions_of, nest
+from hra_fx.tracing.inputs import Condition, argument_names, call_of, conditions_of, nest, shown_names
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -32,6 +32,38 @@ if TYPE_CHECKING:
 #: The name of the module that checks the inputs.
 CHECKS = "check_inputs"
 _SIZE = torch.ops.aten.sym_size.int
+
+
+#: What fx does not keep in copies: it makes all tensors that are read at the root persistent buffers, and drops names.
+_KEPT = ("_parameters", "_buffers", NON_PERSISTENT, "_modules")
+
+
+class ModelGraph(fx.GraphModule):
+    """A graph whose copies and pickles have its own `state_dict`."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
+        """Copy the module."""
+        made = super().__deepcopy__(memo)
+        vars(made).update(copy.deepcopy(_tensors_of(vars(self)), memo))
+        return made
+
+    def __reduce__(self) -> Any:
+        """Return how fx makes it from its code."""
+        return _unpickled, super().__reduce__()
+
+
+def _tensors_of(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if name in _KEPT or isinstance(value, Tensor)}
+
+
+def _unpickled(make: Any, args: Any) -> fx.GraphModule:
+    made: fx.GraphModule = make(*args)
+    name = type(made).__name__
+    made.__class__ = type(ModelGraph.__new__(ModelGraph))  # fx makes a class for each graph
+    type(made).__name__ = name
+    made.recompile()
+    vars(made).update(_tensors_of(args[0]))
+    return made
 
 
 def graph_module(root: nn.Module, graph: fx.Graph, modules: Mapping[str, nn.Module]) -> fx.GraphModule:
@@ -44,7 +76,7 @@ def graph_module(root: nn.Module, graph: fx.Graph, modules: Mapping[str, nn.Modu
     replaces the layer with an empty module, without the adapters.
     """
     graph._tracer_cls = UnpicklingTracer
-    module = fx.GraphModule(nn.Module(), fx.Graph(tracer_cls=UnpicklingTracer), type(root).__name__)
+    module = ModelGraph(nn.Module(), fx.Graph(tracer_cls=UnpicklingTracer), type(root).__name__)
     for kind in ("_parameters", "_buffers", NON_PERSISTENT):
         vars(module)[kind] = copy.copy(vars(root)[kind])
     paths = {str(node.target) for node in graph.find_nodes(op="call_module")} - modules.keys()
@@ -59,7 +91,17 @@ def graph_module(root: nn.Module, graph: fx.Graph, modules: Mapping[str, nn.Modu
             setattr(module, name, getattr(root, name))  # a tensor that is not a buffer
     module.training = root.training
     module.graph = graph
+    for call in graph.find_nodes(op="call_module"):
+        if isinstance(constant := modules.get(str(call.target)), ByMode) and call.users:
+            _follow(constant, module, module_path(next(iter(call.users))))
     return module
+
+
+def _follow(constant: ByMode, module: fx.GraphModule, path: str | None) -> None:
+    """Make a constant follow the mode of the module that reads it, or of its innermost parent in the graph."""
+    while path and not isinstance(attribute(module, path), nn.Module):
+        path = path.rpartition(".")[0]
+    vars(constant)["followed"] = attribute(module, path) if path else constant
 
 
 def _holder(part: nn.Module | None, used: set[nn.Module], holders: dict[nn.Module, nn.Module]) -> nn.Module | None:
@@ -147,12 +189,14 @@ class Canonical(NamedTuple):
     Attributes:
         constants: name -> nested graph that is not part of the model, or a tensor that its forward creates (a
             `ByMode`).
+        names: those of the flat inputs.
         sizes: for each size that may change, (index of the flat input, dimension) of all inputs with this size.
     """
 
     graph: fx.Graph
     constants: dict[str, nn.Module]
     conditions: list[Condition]
+    names: list[str]
     sizes: list[list[tuple[int, int]]]
 
 
@@ -188,7 +232,8 @@ def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
         min(node.users).prepend(node)
     # A symbol is a size that may change; the others are numbers and expressions.
     sizes = [found for size, found in _sizes(places).items() if size.isidentifier()]
-    return Canonical(graph, constants, conditions, sizes)
+    names = shown_names(program, argument_names(model, *call_of(program)))
+    return Canonical(graph, constants, conditions, names, sizes)
 
 
 def open_program(
@@ -228,21 +273,8 @@ def simplify(graph: fx.Graph, places: list[fx.Node], model: nn.Module) -> None:
     if places:
         with graph.inserting_after(max(places)):
             graph.call_module(CHECKS, tuple(places))
-    # Modules and blocks have side effects: batch norm, and a moving average under torch.no_grad, update buffers. The
-    # call of a module also runs its hooks.
-    hooked = {str(node.target) for node in graph.find_nodes(op="call_module") if _has_hooks(model, node.target)}
-    graph.eliminate_dead_code(
-        lambda node: (
-            node.op == "call_module"
-            or node.is_impure()
-            or (is_higher_order(node.target) and module_path(node) not in hooked)
-        )
-    )
-
-
-def _has_hooks(model: nn.Module, path: Any) -> bool:
-    module = attribute(model, path)
-    return isinstance(module, nn.Module) and has_own_hooks(module)
+    # Modules and blocks have side effects: batch norm, and a moving average under torch.no_grad, update buffers.
+    graph.eliminate_dead_code(lambda node: node.op == "call_module" or node.is_impure() or is_higher_order(node.target))
 
 
 def name_constants(graph: fx.Graph, program: ExportedProgram, module: nn.Module) -> dict[str, nn.Module]:
@@ -269,12 +301,7 @@ def module_path(node: fx.Node) -> str | None:
 
 
 def normalize_path(path: str) -> str:
-    """Convert a path of `nn_module_stack`, which TorchDynamo writes as Python code, to the form of `named_modules`.
-
-    Example:
-        >>> normalize_path("L['self'].blocks[0].proj"), normalize_path("L['self']._modules['blocks']._modules['0']")
-        ('blocks.0.proj', 'blocks.0')
-    """
+    """Convert a path of `nn_module_stack` (`L['self']._modules['blocks'][0]`) to the form of `named_modules`."""
     for before, after in (("L['self']", ""), ("._modules[", "["), ("['", "."), ("']", ""), ("[", "."), ("]", "")):
         path = path.replace(before, after)
     return path.strip(".")

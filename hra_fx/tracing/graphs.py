@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import inspect
 import keyword
 from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from contextlib import suppress
 from typing import Any
 
 from torch import fx, nn
@@ -17,13 +16,15 @@ from hra_fx.errors import AdapterError, CaptureError
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.target import find_kind
-from hra_fx.model.example_inputs import Call, example_call, normalize_inputs
+from hra_fx.model.example_inputs import Call, example_call, guessed_call, normalize_inputs, preserve_rng_state
 from hra_fx.model.graph_module import insert
 from hra_fx.model.state import adapted_layers, base_model_view
 from hra_fx.tracing.by_mode import ModesDifferError, merge_modes
 from hra_fx.tracing.capture_layers import capture_layers
-from hra_fx.tracing.forward_state import LOCK, Snapshot
+from hra_fx.tracing.compare import ExampleError, compare, with_shared_tensors
+from hra_fx.tracing.exported import LOCK
 from hra_fx.tracing.graph_module import graph_module
+from hra_fx.tracing.observed import attribute_changes, attributes, random_states
 from hra_fx.tracing.tracer import ModelTracer
 
 
@@ -50,7 +51,10 @@ def trace_model(
                 raise CaptureError("it has forward hooks, which torch.fx does not run")
             graph, modules = trace(model, layers)
             if call is None or is_graph_of_call(model, graph, call):
-                return graph_module(model, graph, modules)
+                made = graph_module(model, graph, modules)
+                if example := call or guessed_call(model):
+                    compare(model, made, example)
+                return made
         except CaptureError as error:
             reason = f"torch.fx cannot trace {type(model).__name__}: {error.reason}. "
     call = call or example_call(model)
@@ -86,7 +90,12 @@ def graphs_of(model: nn.Module, example_inputs: Any = None) -> dict[str, fx.Grap
     if example_inputs is None:
         return dict(sorted(found.items()))
     call = normalize_inputs(example_inputs)
-    return found if "" in found and is_graph_of_call(model, found[""].graph, call) else {"": graph_of_call(model, call)}
+    if "" in found and is_graph_of_call(model, found[""].graph, call):
+        with suppress(CaptureError):
+            with suppress(ExampleError):  # a drawing warns of it
+                compare(model, found[""], call, with_gradients=False)
+            return found
+    return {"": graph_of_call(model, call)}
 
 
 def graph_of_call(model: nn.Module, call: Call) -> fx.GraphModule:
@@ -129,7 +138,7 @@ def trace(module: nn.Module, layers: Collection[nn.Module]) -> tuple[fx.Graph, M
 
     A submodule that cannot be traced and does not contain adapted layers stays one call. The module is not changed.
     """
-    with LOCK:
+    with LOCK, preserve_rng_state():
         return _Trace(module, layers).run()
 
 
@@ -143,14 +152,13 @@ class _Trace:
         # Modules that must be inlined, because they contain adapted layers.
         self._open = {part for part in self._paths.values() if not self._keep.isdisjoint(part.modules())}
         self._stack: list[nn.Module] = []
-        self._other_mode = {path for path, part in self._paths.items() if part.training != module.training}
 
     def run(self) -> tuple[fx.Graph, Mapping[str, nn.Module]]:
         """Trace until both modes succeed."""
         while True:
             try:
                 in_train, in_eval = self._once(True), self._once(False)
-                return in_train, merge_modes(in_train, in_eval, self._may_differ)
+                return in_train, merge_modes(in_train, in_eval)
             except ModesDifferError as error:
                 self._keep_one_of(error)
             except Exception as error:
@@ -162,38 +170,26 @@ class _Trace:
                 raise CaptureError(f"fx cannot trace it ({type(error).__name__}: {line[:160]})") from error
 
     def _once(self, training: bool) -> fx.Graph:
-        snapshot = Snapshot(self._module)
-        tracer = ModelTracer(self._keep, training)
+        # The forward may change the modules, so a copy is traced.
+        copied = with_shared_tensors(self._module)
+        own = dict(zip(copied.modules(), self._paths.values(), strict=True))
+        for part in own:
+            part.training = training
+        tracer = ModelTracer({part for part, original in own.items() if original in self._keep})
+        before, random = attributes(copied), random_states()
         self._stack = []
-        with ExitStack() as restore:
-            restore.callback(snapshot.restore)
-            for part in self._paths.values():
-                part.__dict__["training"] = training
-            try:
-                graph = tracer.trace(self._module)
-            except BaseException:
-                self._stack = [part for _, part in tracer.innermost]
-                raise
-            targets = (str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
-            if unwritable := next((name for name in targets if not _can_be_written(name)), None):
-                raise CaptureError(f"the code of a graph cannot contain the name {unwritable!r}")
-            if tracer.has_drawn:
-                raise CaptureError(
-                    "it draws random numbers in Python or seeds a generator, which happens once in a trace"
-                )
-            if changes := snapshot.changes():
-                self._stack = [self._paths[path] for path, _ in changes]
-                names = ", ".join(f"{path}.{name}".lstrip(".") for path, name in changes[:3])
-                raise CaptureError(f"its forward changes {names}, which a graph drops")
+        try:
+            graph = tracer.trace(copied)
+        except BaseException:
+            self._stack = [own[part] for part in tracer.innermost]
+            raise
+        compile(graph.python_code("self").src, "graph", "exec")  # a layer may have the name of a keyword
+        if random_states() != random:
+            raise CaptureError("it draws random numbers in Python or seeds a generator, which happens once in a trace")
+        if changed := attribute_changes(before, copied):
+            self._stack = [part for path, part in self._paths.items() if f".{changed[0]}".startswith(f".{path}.")]
+            raise CaptureError(f"its forward changes {changed[0]}, which a graph drops")
         return graph
-
-    def _may_differ(self, node: fx.Node) -> bool:
-        """Whether a node may have one constant in train mode and another in eval mode.
-
-        If not, its module becomes a call and has its own mode, such as a batch norm that is frozen in eval mode.
-        """
-        stack = _stack_of(node)
-        return self._other_mode.isdisjoint(stack) and (not stack or self._paths[stack[-1]] in self._open)
 
     def _keep_innermost(self) -> bool:
         """Turn the innermost module of the failed trace, and others of its class, into calls. False if not possible."""
@@ -211,18 +207,7 @@ class _Trace:
             if self._keep_innermost():
                 return
         where = next((path for path in reversed(stacks[0]) if path in stacks[1]), "") or type(self._module).__name__
-        if odd := [path for path in stacks[0] if path in self._other_mode]:
-            raise CaptureError(f"{odd[0]} is in another mode than the model. Call train() or eval() on the whole model")
         raise CaptureError(f"{where} runs different operations in train mode and in eval mode")
-
-
-def _can_be_written(name: str) -> bool:
-    """Whether fx can write a name into the generated code of a graph, in quotation marks."""
-    try:
-        is_same: bool = ast.literal_eval(f'"{name}"') == name
-    except (SyntaxError, ValueError):
-        return False
-    return is_same and not any(map(keyword.iskeyword, name.split(".")))
 
 
 def _stack_of(node: fx.Node) -> list[str]:

@@ -142,9 +142,9 @@ class InputChecks(nn.Module):
         """Check all inputs."""
         (self._check_train if self.training else self._check_eval)(*args)
 
-    def add(self, condition: Condition) -> None:
-        """Add a condition for both modes."""
-        self.in_train, self.in_eval = (*self.in_train, condition), (*self.in_eval, condition)
+    def add(self, conditions: Sequence[Condition]) -> None:
+        """Add conditions for both modes."""
+        self.in_train, self.in_eval = (*self.in_train, *conditions), (*self.in_eval, *conditions)
         self._make()
 
     def extra_repr(self) -> str:
@@ -177,18 +177,42 @@ def _code(conditions: Sequence[Condition]) -> str:
     return "\n".join([*lines, "    return None"])
 
 
-def conditions_of(program: ExportedProgram, names: list[str], places: list[fx.Node]) -> list[Condition]:
-    """The conditions on the inputs of a program."""
+def size_conditions(
+    names: Sequence[str], sizes: Sequence[Sequence[tuple[int, int]]], not_one: Sequence[frozenset[int]]
+) -> list[Condition]:
+    """The conditions that sizes are not 0, and that those in a set of `not_one` are not all 1."""
+    args, made = [f"args[{index}]" for index in range(len(names))], []
+    for chosen in [frozenset([which]) for which in range(len(sizes))] + [some for some in not_one if len(some) > 1]:
+        places = [
+            (index, f".size()[{dimension}] > {int(chosen in not_one)}")
+            for (index, dimension), *_ in (sizes[which] for which in chosen)
+        ]
+        code, text = (" or ".join(f"{shown[index]}{rest}" for index, rest in places) for shown in (args, names))
+        made.append(Condition(code, text))
+    return made
+
+
+def shown_names(program: ExportedProgram, names: list[str]) -> list[str]:
+    """The names of the flat inputs: those of the arguments, with the keys of nested ones."""
+    return [f"{path[0].key}{pytree.keystr(path[1:])}" for path in _places(program, names)]
+
+
+def _places(program: ExportedProgram, names: list[str]) -> list[tuple[Any, ...]]:
     args, kwargs = call_of(program)
     given = dict(zip(names, (*args, *kwargs.values()), strict=True))
-    paths = [path for path, _ in pytree.tree_flatten_with_path(given)[0]]
+    return [path for path, _ in pytree.tree_flatten_with_path(given)[0]]
+
+
+def conditions_of(program: ExportedProgram, names: list[str], places: list[fx.Node]) -> list[Condition]:
+    """The conditions on the inputs of a program."""
+    paths = _places(program, names)
     sources = {}
     for index, path in enumerate(paths):
         sources[f"L['flat_args'][{index}]"] = sources[f"L{pytree.keystr(path)}"] = index
         name, _, place = path[0].key.rpartition("_")
         if place.isdigit():  # one of *args
             sources[f"L['{name}'][{place}]{pytree.keystr(path[1:])}"] = index
-    shown = [f"{path[0].key}{pytree.keystr(path[1:])}" for path in paths]
+    shown = shown_names(program, names)
     found = dict.fromkeys([*_of_shapes(program, places), *guards_of(program)])
     return [_condition(code, sources, shown) for code in found]
 

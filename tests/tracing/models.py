@@ -102,18 +102,6 @@ class Norms(Two):
         return self.norm(self.own(hidden))
 
 
-class Augmented(Two):
-    """`*=` writes into a tensor that has another name too, and not into a number."""
-
-    def middle(self, hidden: Tensor) -> Tensor:
-        hidden = hidden * 1
-        skip, count = hidden, hidden.shape[0]
-        before = count
-        hidden *= 0.5
-        count += 1
-        return (hidden + skip) * before / count
-
-
 class Metadata(Two):
     """Shapes and dtypes are nodes, so the graph is valid for other batch sizes."""
 
@@ -168,10 +156,8 @@ class Attention(Two):
 
     def middle(self, hidden: Tensor) -> Tensor:
         rows = hidden[:, None]
-        found, weights = self.attention(rows, rows, rows, need_weights=False)
-        found = found * 2 if weights is None else found
-        found = found + 1 if self.identity(None) is None else found
-        return found.flatten(1) + self.attention(rows, rows, rows)[1].sum()
+        found, _ = self.attention(rows, rows, rows, need_weights=False)
+        return self.identity(found).flatten(1) + self.attention(rows, rows, rows)[1].sum()
 
 
 class Shared(Two):
@@ -236,7 +222,6 @@ TRACED: tuple[type[nn.Module], ...] = (
     Constants,
     Depths,
     Norms,
-    Augmented,
     Metadata,
     Containers,
     Calls,

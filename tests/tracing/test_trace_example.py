@@ -303,7 +303,7 @@ def test_a_part_in_another_mode_is_refused_in_later_tries_too() -> None:
     model = OneRow()
     del model.layers["in"]
     model.last.eval()
-    with pytest.raises(AdapterError, match="last is in another mode than the model"):
+    with pytest.raises(AdapterError, match="its output differs for the example"):
         hra_fx.transform(model, config("out"), trace=True, example_inputs=(torch.ones(1, 6), "out"))
     assert model.training and not model.last.training
 
@@ -363,7 +363,7 @@ def test_a_buffer_that_is_only_written_is_updated() -> None:
 
 def test_a_buffer_that_the_graph_would_not_update_is_refused() -> None:
     model = Assigning().double()
-    with pytest.raises(AdapterError, match=r"in train mode, the graph does not change the buffer average\.mean"):
+    with pytest.raises(AdapterError, match=r"after two calls, average\.mean is"):
         hra_fx.transform(model, config(), trace=True, example_inputs=X)
     assert not model.average.mean.any()
 

@@ -1,0 +1,225 @@
+"""Compare a graph with its model: both run the same calls, on copies, and must do the same. Every graph passes here.
+
+    compare(model, graph, call)
+
+The calls, in each mode: the example with gradients; other values under `no_grad`; other parameters; autocast; other
+masks, kinds of inputs and sizes. Equal must be: the outputs with their types, the gradients of inputs and parameters,
+written inputs, random numbers, and what the calls change in the modules.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hra_fx.compat import tensor_versions
+from hra_fx.errors import CaptureError
+from hra_fx.model.example_inputs import Call, preserve_rng_state, seed_everything
+from hra_fx.tracing.observed import attributes, difference, is_near, is_same, observe, shown
+from hra_fx.tracing.other_calls import Sizes, tensors_of, variants, with_other_values
+
+_SEED = 20240517
+#: Larger parameters share memory with the model: their values stay, and their gradients are not compared.
+_LARGE = 1 << 18
+#: What gets gradients; the next one, if the model cannot be run with it.
+_LEVELS = ("inputs", "parameters", "")
+
+
+class Limits(NamedTuple):
+    """For which calls a graph is right: sets of indices of sizes that must not all be 1, and whether under autocast."""
+
+    not_one: list[frozenset[int]]
+    under_autocast: bool
+
+
+def compare(
+    model: nn.Module,
+    made: nn.Module,
+    call: Call,
+    sizes: Sizes | None = None,
+    *,
+    with_gradients: bool = True,
+) -> Limits:
+    """Compare a graph with its model for a call that both can run, and for others like it. Neither is changed.
+
+    `sizes` are those that may change. Without them, the graph must be right for all sizes and masks that the model
+    allows, and under autocast. A `CaptureError` names what differs, and both values.
+    """
+    if any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers())):
+        return Limits([], True)
+    with preserve_rng_state(), torch.inference_mode(False):
+        for level in _LEVELS[:-1] if with_gradients else ():
+            with suppress(_NoGradientError):
+                return _Comparison(model, made, level).run(call, sizes)
+        return _Comparison(model, made, "").run(call, sizes)
+
+
+def copied(model: nn.Module, keep: Iterable[Tensor]) -> Any:
+    """Copy a model. The tensors in `keep` are shared with the copy."""
+    # Only leaves of autograd can be copied; a forward may have left other tensors in attributes.
+    held = (value for part in model.modules() for value in vars(part).values() if isinstance(value, Tensor))
+    memo: dict[int, Any] = {id(value): value.detach().clone() for value in held if value.grad_fn is not None}
+    try:
+        return copy.deepcopy(model, memo | {id(value): value for value in keep})
+    except Exception as error:
+        raise CaptureError(f"it cannot be copied ({_line(error)})") from error
+
+
+def with_shared_tensors(model: nn.Module) -> Any:
+    """Copy the modules of a model, with its own parameters and buffers, for a forward that may change the modules."""
+    return copied(model, chain(model.parameters(), model.buffers()))
+
+
+class ExampleError(CaptureError):
+    """The model does not run on the example."""
+
+
+class _NoGradientError(Exception):
+    """The model cannot be run with gradients of this level."""
+
+
+class _Comparison:
+    """Copies of a model and its graph, which run the same calls in turns."""
+
+    def __init__(self, model: nn.Module, made: nn.Module, level: str) -> None:
+        large = [value for value in model.parameters() if value.numel() > _LARGE or type(value) is not nn.Parameter]
+        self._model, self._made = self._both = copied(model, large), copied(made, large)
+        self._names = list(inspect.signature(model.forward).parameters)
+        self._shared, self._large = large, set(map(id, large))
+        self._level, self._mode, self._versions = level, "", tensor_versions(large)
+        for value in chain(*map(self._small, self._both)):
+            value.requires_grad_(bool(level))
+        keys = [set(each.state_dict()) for each in (model, made, self._made)]
+        if odd := sorted(set.union(*keys) - set.intersection(*keys)):
+            raise CaptureError(f"{odd[0]} is in the state_dict of only one of the model, its graph and a copy of it")
+
+    def run(self, call: Call, sizes: Sizes | None) -> Limits:
+        """Compare in both modes, and first in a mixed mode."""
+        limits = Limits([], True)
+        for mode in (None, False, True)[len({part.training for part in self._model.modules()}) == 1 :]:
+            self._mode = "" if mode is None else f"in {'train' if mode else 'eval'} mode, "
+            self._set_mode(mode)
+            other = self._compare_two_calls(call)
+            self._change_parameters()
+            self._set_mode(mode)
+            self._compare(call, "the example with other parameters")
+            if mode is False:
+                limits = limits._replace(under_autocast=self._is_same_under_autocast(call))
+                if sizes is None and not limits.under_autocast:
+                    raise CaptureError(f"{self._mode}its graph differs under autocast")
+            self._compare_variants(call, other, sizes, limits.not_one)
+        return limits
+
+    def _small(self, module: nn.Module) -> list[nn.Parameter]:
+        return [value for value in module.parameters() if id(value) not in self._large and value.is_floating_point()]
+
+    def _set_mode(self, mode: bool | None) -> None:
+        for each in self._both if mode is not None else ():
+            each.train(not mode)  # what a model does when its mode changes, such as clearing a cache
+            each.train(mode)
+        modes = [{path: part.training for path, part in each.named_modules()} for each in self._both]
+        if odd := next((path for path, training in modes[0].items() if modes[1].get(path, training) != training), None):
+            raise CaptureError(f"{odd} has another mode than in its graph. An overridden train() is lost in a graph")
+
+    def _change_parameters(self) -> None:
+        for each in self._both:
+            seed_everything(_SEED)
+            for value in self._small(each):
+                spread = 0.1 * float(value.detach().float().square().mean().sqrt().nan_to_num()) + 1e-3
+                value.data += spread * torch.randn(value.shape).to(value)
+
+    def _compare_two_calls(self, call: Call) -> Call:
+        """Compare the example and other values. Returns these values; the example, if the model takes no others."""
+        before = attributes(self._model)
+        self._compare(call, "the example", grad=True)
+        first = [attributes(each) for each in self._both]
+        others = (other for other in with_other_values(call) if self._compare(other, "other values", may_fail=True))
+        if (other := next(others, None)) is None:
+            self._compare(call, "the example again")
+        second = [attributes(each) for each in self._both]
+        buffers = dict(self._model.named_buffers())
+        for name in first[0] | second[0]:
+            one, two, wanted, found = (part.get(name, before.get(name)) for part in (*first, *second))
+            # What only the first call changes, such as a cache, has done no harm.
+            is_changed = not (is_same(one, wanted) and is_same(two, found))
+            if (is_changed or name in buffers or name.endswith("training")) and not is_same(wanted, found):
+                values = f"{shown(wanted, found)}, in its graph {shown(found, wanted)}"
+                raise CaptureError(f"{self._mode}after two calls, {name} is {values}")
+        return other or call
+
+    def _compare_variants(self, call: Call, other: Call, sizes: Sizes | None, not_one: list[frozenset[int]]) -> None:
+        """Compare calls for which the model or its graph may raise an error, and so may write other buffers."""
+        buffers = [(part._buffers, _cloned(part._buffers)) for each in self._both for part in each.modules()]
+        for chosen, variant in variants(call, other, sizes):
+            if any(known <= chosen for known in not_one) or not (chosen or self._mode.startswith("in eval")):
+                continue
+            try:
+                self._compare(variant, "an input of another kind or size", may_fail=True, errors=sizes is not None)
+            except CaptureError:
+                if sizes is None or not chosen:
+                    raise
+                not_one.append(chosen)
+            for now, before in buffers:
+                now.update(_cloned(before))
+
+    def _is_same_under_autocast(self, call: Call) -> bool:
+        """Whether outputs under autocast are near each other. A graph has the dtypes of a call without autocast."""
+        tensors = (*self._model.parameters(), *tensors_of(call).values(), torch.empty(0))
+        with torch.autocast(tensors[0].device.type, torch.bfloat16):
+            wanted, found = (self._try(each, call, False) for each in self._both)
+        if isinstance(wanted, Exception) or isinstance(found, Exception):
+            return isinstance(wanted, Exception)
+        return all(is_near(value, found.get(name)) for name, value in wanted.items())
+
+    def _compare(
+        self, call: Call, what: str, *, grad: bool = False, may_fail: bool = False, errors: bool = False
+    ) -> bool:
+        """Run a call with both, and raise an error if they differ. Returns whether the model could run it.
+
+        `may_fail`: either may raise an error instead; with `errors`, the graph must raise one if the model does.
+        """
+        wanted = self._try(self._model, call, grad)
+        if isinstance(wanted, Exception):
+            if grad and self._level:
+                raise _NoGradientError from wanted
+            if not may_fail:
+                raise ExampleError(f"{self._mode}it does not run on {what} ({_line(wanted)})") from wanted
+            if errors and not isinstance(self._try(self._made, call, grad), Exception):
+                raise CaptureError(f"{self._mode}its graph raises no error for {what}, and it does: {_line(wanted)}")
+            return False
+        found = self._try(self._made, call, grad)
+        if isinstance(found, Exception):
+            if may_fail:
+                return True
+            raise CaptureError(f"{self._mode}its graph does not run on {what} ({_line(found)})") from found
+        if differs := difference(wanted, found):
+            raise CaptureError(f"{self._mode}{differs[0]} differs for {what}: {differs[1]}")
+        return True
+
+    def _try(self, module: nn.Module, call: Call, grad: bool) -> dict[str, Any] | Exception:
+        seed_everything(_SEED)
+        parameters = {name: value for name, value in module.named_parameters() if id(value) not in self._large}
+        found: dict[str, Any] | Exception
+        try:
+            with torch.set_grad_enabled(grad):
+                found = observe(module, call, self._names, parameters, self._level if grad else "")
+        except Exception as error:
+            found = error
+        if tensor_versions(self._shared) != self._versions:
+            raise CaptureError("its forward writes into parameters, now also into those of the model. Load it again")
+        return found
+
+
+def _cloned(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {name: None if value is None else value.clone() for name, value in tensors.items()}
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"

@@ -1,0 +1,259 @@
+"""Random programs of what graphs get wrong: each graph is right on calls that nobody compared, or refuses them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from adapting import picture
+from torch import Tensor, nn
+
+from hra_fx.errors import CaptureError
+from hra_fx.tracing.capture_layers import capture_layers
+from hra_fx.tracing.compare import compare
+from hra_fx.tracing.graph_module import graph_module
+from hra_fx.tracing.graphs import trace
+
+#: A part of a program: what it adds to the model, and what it computes from `(model, hidden, mask)`.
+Part = tuple[Callable[[Any], Any], Callable[[Any, Tensor, Any], Any]]
+
+
+def nothing(model: Any) -> None:
+    """Most parts add nothing."""
+
+
+def step(compute: Callable[[Any, Tensor, Any], Any], add: Callable[[Any], Any] = nothing) -> Part:
+    return add, compute
+
+
+def counted(holder: Callable[[Any], Any], add: Callable[[Any], Any]) -> Part:
+    """Counts its calls in a dictionary that `holder` finds, in train mode."""
+
+    def count(model: Any, hidden: Tensor, mask: Any) -> Tensor:
+        state = holder(model)
+        state["steps"] = state["steps"] + (1 if model.training else 0)
+        return hidden + state["steps"]
+
+    return add, count
+
+
+def evaluated(model: Any, hidden: Tensor, mask: Any) -> Tensor:
+    model.part.eval()
+    found: Tensor = model.part(hidden)
+    return found
+
+
+def previous(model: Any, hidden: Tensor, mask: Any) -> Tensor:
+    before, model.before = model.before, hidden.detach().mean()
+    return hidden if before is None else hidden + before
+
+
+def cached(model: Any, hidden: Tensor, mask: Any) -> Tensor:
+    if model.shift is None:
+        model.shift = hidden.detach().mean()
+    return hidden + model.shift
+
+
+def auxiliary(model: Any, hidden: Tensor, mask: Any) -> Tensor:
+    model.aux = hidden.pow(2).mean()
+    return hidden
+
+
+def tried(model: Any, hidden: Tensor, mask: Any) -> Tensor:
+    try:
+        return hidden.view(-1, 3, 5, 7)
+    except RuntimeError:
+        return hidden * 2
+
+
+def inverted(model: Any, hidden: Tensor, mask: Any) -> Tensor:
+    if mask is None:
+        return hidden * 2
+    return hidden * (~mask if mask.dtype is torch.bool else mask)
+
+
+def batch_norm(model: Any, hidden: Tensor, mask: Any) -> Tensor:
+    norm = model.stats
+    return F.batch_norm(hidden, norm.running_mean, norm.running_var, norm.weight, norm.bias, model.training)
+
+
+def kept(name: str, value: Callable[[], Any]) -> Callable[[Any], Any]:
+    return lambda model: setattr(model, name, value())
+
+
+def offset(layer: nn.Linear, given: Any, output: Tensor | None = None) -> Any:
+    """A hook before or after a layer, with a parameter that starts at zero."""
+    return (given[0] + layer.offset,) if output is None else output * 3 + layer.offset
+
+
+def hooked(register: str) -> Callable[[Any], Any]:
+    def add(model: Any) -> None:
+        model.leaf.offset = nn.Parameter(torch.zeros(8))
+        getattr(model.leaf, register)(offset)
+
+    return add
+
+
+#: The nine kinds, and programs that are right.
+PARTS: dict[str, Part] = {
+    "eval in forward": step(evaluated, kept("part", lambda: nn.Sequential(nn.BatchNorm1d(8), nn.Dropout(0.5)))),
+    "hook": step(lambda model, hidden, mask: model.leaf(hidden), hooked("register_forward_hook")),
+    "pre-hook": step(lambda model, hidden, mask: model.leaf(hidden), hooked("register_forward_pre_hook")),
+    "mask": step(inverted),
+    "type": step(lambda model, hidden, mask: hidden * (2 if type(hidden) is Tensor else 1)),
+    "isinstance": step(lambda model, hidden, mask: hidden * 2 if isinstance(hidden, Tensor) else hidden),
+    "hasattr": step(lambda model, hidden, mask: hidden if hasattr(hidden, "logits") else hidden * 2),
+    "dtype as key": step(lambda model, hidden, mask: hidden * {"torch.float32": 2.0}.get(str(hidden.dtype), 1.0)),
+    "size as key": step(lambda model, hidden, mask: hidden * (2 if hidden.shape[0] in {1, 3} else 1)),
+    "tracing": step(lambda model, hidden, mask: hidden * 2 if torch.jit.is_tracing() else hidden),
+    "try": step(tried),
+    "grad mode": step(lambda model, hidden, mask: hidden * 2 if torch.is_grad_enabled() else hidden),
+    "requires grad": step(lambda model, hidden, mask: hidden * (2 if hidden.requires_grad else 1)),
+    "no_grad": step(lambda model, hidden, mask: torch.no_grad()(torch.tanh)(hidden) + hidden),
+    "namespace": counted(lambda model: vars(model.state), kept("state", lambda: SimpleNamespace(steps=0))),
+    "nested": counted(lambda model: model.state["a"], kept("state", lambda: {"a": {"steps": 0}})),
+    "listed": counted(lambda model: model.state[0], kept("state", lambda: [{"steps": 0}])),
+    "previous": step(previous, kept("before", lambda: None)),
+    "cached": step(cached, kept("shift", lambda: None)),
+    "auxiliary": step(auxiliary, kept("aux", lambda: None)),
+    "one row": step(lambda model, hidden, mask: hidden * 2 if hidden.shape[0] == 1 else hidden),
+    "few rows": step(lambda model, hidden, mask: hidden * 2 if hidden.shape[0] * hidden.shape[1] < 9 else hidden),
+    "batch norm": step(batch_norm, kept("stats", lambda: nn.BatchNorm1d(8))),
+    "in place": step(lambda model, hidden, mask: hidden.mul_(2) + hidden),
+    "augmented": step(lambda model, hidden, mask: (lambda skip, h: h.__iadd__(1) + skip)(hidden * 1, hidden * 1)),
+    "plain tensor": step(lambda model, hidden, mask: hidden + model.plain, kept("plain", lambda: torch.ones(8))),
+    "fleeting": step(
+        lambda model, hidden, mask: hidden + model.fleeting,
+        lambda model: model.register_buffer("fleeting", torch.ones(8), persistent=False),
+    ),
+    "tanh": step(lambda model, hidden, mask: torch.tanh(hidden)),
+    "dropout": step(lambda model, hidden, mask: F.dropout(hidden, 0.5, model.training)),
+    "norm": step(lambda model, hidden, mask: model.usual(hidden), kept("usual", lambda: nn.BatchNorm1d(8))),
+    "scale": step(lambda model, hidden, mask: hidden * model.scale, kept("scale", lambda: nn.Parameter(torch.ones(8)))),
+    "masked": step(lambda model, hidden, mask: hidden if mask is None else hidden * mask),
+    "mean": step(lambda model, hidden, mask: hidden - hidden.mean(0, keepdim=True)),
+}
+#: Those that a graph of torch.fx can have.
+RIGHT = ("plain tensor", "fleeting", "tanh", "dropout", "norm", "scale", "masked", "mean", "hook", "batch norm")
+#: What a program returns.
+OUTPUTS: tuple[Callable[[Tensor], Any], ...] = (
+    lambda out: out,
+    lambda out: (out, out.shape[0]),
+    lambda out: {"out": out, "half": out.shape[0] / 2, "all": [out.sum()]},
+)
+
+
+class Program(nn.Module):
+    """Two layers with some parts between them. `train()` may leave one part as it is."""
+
+    def __init__(self, seed: int, *, branches: bool) -> None:
+        super().__init__()
+        choice = random.Random(seed)
+        torch.manual_seed(seed)
+        self.first, self.leaf, self.second = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+        self.names = choice.sample(choice.choice((sorted(PARTS), RIGHT)), choice.choice((1, 1, 2, 3)))
+        self.branches, self.returns = branches, choice.choice((0, 0, 0, 1, 2))
+        self.freezes = choice.random() < 0.15
+        for name in self.names:
+            PARTS[name][0](self)
+
+    def train(self, mode: bool = True) -> Program:
+        super().train(mode)
+        if self.freezes:
+            for part in self.children():
+                if isinstance(part, (nn.BatchNorm1d, nn.Linear)):
+                    part.eval()
+        return self
+
+    def forward(self, x: Tensor, mask: Any) -> Any:
+        if self.branches and x.shape[0] > 100:  # torch.fx refuses it
+            x = x[:100]
+        hidden = self.first(x)
+        for name in self.names:
+            hidden = PARTS[name][1](self, hidden, mask)
+        return OUTPUTS[self.returns](self.second(hidden))
+
+
+def mask_of(kind: str, rows: int) -> Any:
+    values = torch.rand(rows, 8) > 0.4
+    return {"none": None, "bool": values, "float": values.float(), "ones": torch.ones(rows, 8)}[kind]
+
+
+MASKS = ("none", "bool", "float", "ones")
+
+
+def observed(model: Any, rows: int, kind: str, seed: int, *, grad: bool) -> Any:
+    """All that a call computes and changes; an error is `None`."""
+    torch.manual_seed(seed)
+    x, mask = torch.randn(rows, 6), mask_of(kind, rows)
+    model.zero_grad()
+    try:
+        with torch.set_grad_enabled(grad):
+            output = nn.Module.__call__(model, x, mask)  # fx would print an error
+    except Exception:
+        return None
+    found = {"output": output, "buffers": [b.clone() for b in model.buffers()]}
+    tensors = [x for x in torch.utils._pytree.tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
+    if tensors:
+        sum(x.square().sum() for x in tensors).backward()  # type: ignore[union-attr]
+        found["gradients"] = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    if isinstance(getattr(model, "aux", None), Tensor):
+        found["aux"] = model.aux.detach().clone()
+    return found
+
+
+def check(seed: int, make: Callable[[nn.Module, Any], Any], *, branches: bool) -> str:
+    """Make a graph of a random program, and compare it with the program on random calls."""
+    choice = random.Random(seed)
+    base = Program(seed, branches=branches)
+    example = torch.randn(choice.choice((2, 4)), 6)
+    call = (example, mask_of(choice.choice(MASKS), len(example))), {}
+    before, chance = picture(base), torch.get_rng_state()
+    try:
+        graph = make(base, call)
+    except CaptureError:
+        return "refused"
+    finally:
+        assert picture(base) == before and torch.equal(torch.get_rng_state(), chance)
+    with torch.no_grad():
+        for value in base.parameters():
+            value += 0.1 * torch.randn_like(value)
+    for twin in (copied(graph) for copied in (copy.deepcopy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)))):
+        own = copy.deepcopy(base)
+        assert list(twin.state_dict()) == list(own.state_dict()), base.names
+        for _ in range(5):
+            training, rows, kind = choice.random() < 0.5, choice.choice((1, 2, 3, 6)), choice.choice(MASKS)
+            options = {"rows": rows, "kind": kind, "seed": choice.randrange(1000), "grad": choice.random() < 0.6}
+            state = copy.deepcopy((own, twin))
+            wanted, found = (observed(each.train(training), **options) for each in (own, twin))
+            if found is None:  # an error is allowed, but what a model does before it is not compared
+                own, twin = state
+                continue
+            where = f"seed {seed}: {base.names}, {options}, training={training}"
+            assert wanted is not None, where
+            assert found.keys() == wanted.keys() and type(found["output"]) is type(wanted["output"]), where
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5, msg=where)
+    return "right"
+
+
+def traced(model: nn.Module, call: Any) -> Any:
+    layers = [part for part in model.modules() if isinstance(part, nn.Linear)]
+    made = graph_module(model, *trace(model, layers))
+    compare(model, made, call)
+    return made
+
+
+def test_graphs_of_torch_fx_are_right_or_refused() -> None:
+    ways = [check(seed, traced, branches=False) for seed in range(150)]
+    assert min(ways.count("right"), ways.count("refused")) > 40
+
+
+def test_graphs_of_torch_export_are_right_or_refused() -> None:
+    ways = [check(seed, capture_layers, branches=True) for seed in range(24)]
+    assert min(ways.count("right"), ways.count("refused")) > 6
