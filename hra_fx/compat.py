@@ -145,6 +145,11 @@ def with_own_hooks(modules: Iterable[nn.Module]) -> set[nn.Module]:
     }
 
 
+def forward_hooks(module: nn.Module) -> list[Any]:
+    """The forward hooks that are registered on a module."""
+    return list(module._forward_hooks.values())
+
+
 def has_own_hooks(module: nn.Module) -> bool:
     """Whether hooks are registered on a module."""
     return bool(with_own_hooks([module]))

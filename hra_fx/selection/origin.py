@@ -62,7 +62,7 @@ def origin_of(model: nn.Module) -> Origin:
 
 
 #: The output layers of transformers' models (get_output_embeddings).
-_OUTPUTS = (
+OUTPUTS = (
     *("lm_head", "lm_head.decoder", "cls.predictions.decoder", "predictions.decoder", "embed_out", "proj_out"),
     *("output_projection", "vocab_projector", "generator_lm_head", "lm_loss", "pred_layer.proj"),
 )
@@ -73,7 +73,7 @@ def origin_of_program(classes: Mapping[str, str], paths: Collection[str]) -> Ori
     class_name = classes.get("", "torch.nn.modules.module.Module")
     library, _, name = class_name.rpartition(".")
     is_pretrained = library.startswith("transformers.")
-    output = next((path for path in _OUTPUTS if path in paths), None) if is_pretrained else None
+    output = next((path for path in OUTPUTS if path in paths), None) if is_pretrained else None
     # The class has a configuration with a `model_type` if its module is imported.
     config = getattr(getattr(sys.modules.get(library), name, None), "config_class", None) if is_pretrained else None
     model_type = getattr(config, "model_type", None)

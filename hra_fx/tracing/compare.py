@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from hra_fx.compat import tensor_versions
 from hra_fx.errors import CaptureError
+from hra_fx.layers.sharding import is_dtensor
 from hra_fx.model.example_inputs import Call, preserve_rng_state, seed_everything
 from hra_fx.tracing.observed import attributes, difference, is_near, is_same, observe, shown
 from hra_fx.tracing.other_calls import Sizes, tensors_of, variants, with_other_values
@@ -52,7 +53,8 @@ def compare(
     `sizes` are those that may change. Without them, the graph must be right for all sizes and masks that the model
     allows, and under autocast. A `CaptureError` names what differs, and both values.
     """
-    if any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers())):
+    # Running a sharded model needs all processes, and a graph may be made by one of them.
+    if any(tensor.is_meta or is_dtensor(tensor) for tensor in chain(model.parameters(), model.buffers())):
         return Limits([], True)
     with preserve_rng_state(), torch.inference_mode(False):
         for level in _LEVELS[:-1] if with_gradients else ():
@@ -74,7 +76,21 @@ def copied(model: nn.Module, keep: Iterable[Tensor]) -> Any:
 
 def with_shared_tensors(model: nn.Module) -> Any:
     """Copy the modules of a model, with its own parameters and buffers, for a forward that may change the modules."""
+    if any(map(is_dtensor, model.parameters())):  # FSDP2 refuses deepcopy
+        return _cloned_tree(model, {})
     return copied(model, chain(model.parameters(), model.buffers()))
+
+
+def _cloned_tree(module: nn.Module, known: dict[nn.Module, Any]) -> Any:
+    if module not in known:
+        made = known[module] = object.__new__(type(module))
+        vars(made).update(vars(module))
+        for kind in ("_parameters", "_buffers"):
+            vars(made)[kind] = dict(vars(module)[kind])
+        vars(made)["_modules"] = {
+            name: None if child is None else _cloned_tree(child, known) for name, child in module._modules.items()
+        }
+    return known[module]
 
 
 class ExampleError(CaptureError):

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hra_fx.compat import pytree
+from hra_fx.compat import forward_hooks, pytree
 from hra_fx.errors import CaptureError
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.target import find_kind
@@ -276,7 +276,7 @@ def _call(path: str, *args: Any, **kwargs: Any) -> Any:
         # A model may check the type of the result, add hooks to it, and write into the copy, which `canonical` removes.
         output = torch.ops.aten.clone.default(output.requires_grad_())
     # The graph runs the hooks of the layer. Those of transformers, which collect outputs, run in the capture too.
-    if any(str(hook.__module__).startswith("transformers.") for hook in layer._forward_hooks.values()):
+    if any(str(hook.__module__).startswith("transformers.") for hook in forward_hooks(layer)):
         vars(layer)["forward"] = lambda *_, **__: output
         run(*args, **kwargs)
         del vars(layer)["forward"]

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_module, distribu
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 import hra_fx
-from hra_fx.export.select import OUTPUTS
+from hra_fx.selection.origin import OUTPUTS
 
 X = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3)
 
@@ -91,7 +91,7 @@ HEADS = {
 @canary(
     "transformers",
     "the paths of output layers",
-    reader="hra_fx/export/select.py",
+    reader="hra_fx/selection/origin.py",
     breaks='target_modules="all-linear" of exported programs, which would adapt the output layer',
 )
 def test_paths_of_output_layers() -> None:

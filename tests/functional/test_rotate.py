@@ -16,11 +16,10 @@ from hra_fx.functional.rotate import rotate_weight
 SHAPES = [(5, 7), (4, 2, 3, 3), (4, 6, 3), (3, 2, 2, 1, 2)]
 
 
-@pytest.mark.parametrize("exportable_ops", [False, True])
 @quick
 @given(st.sampled_from(SHAPES), st.booleans(), st.integers(1, 9), st.integers(-60, 60), seeds)
 def test_it_is_the_dense_product_with_its_gradients(
-    exportable_ops: bool, shape: tuple[int, ...], transposed: bool, k: int, scale: int, seed: int
+    shape: tuple[int, ...], transposed: bool, k: int, scale: int, seed: int
 ) -> None:
     transposed = transposed and len(shape) == 2
     weight = normal(seed, *shape).requires_grad_()
@@ -28,7 +27,7 @@ def test_it_is_the_dense_product_with_its_gradients(
     vectors = (normal(seed + 1, width, k) * 2.0**scale).requires_grad_()
     q = dense_product(vectors)
     wanted = q.mT @ weight if transposed else (weight.flatten(1) @ q).view(shape)
-    rotated = rotate_weight(weight, vectors, transposed=transposed, exportable_ops=exportable_ops)
+    rotated = rotate_weight(weight, vectors, transposed=transposed)
     assert rotated.is_contiguous()
     assert relative_error(rotated, wanted) < 1e-11
     upstream = normal(seed + 2, *shape)
