@@ -49,7 +49,7 @@ def sketches_of(
     arguments, or a mapping of keyword arguments.
 
     Raises:
-        AdapterError: there is no batch.
+        AdapterError: `batches` is empty.
     """
     collector = _Collector(layers, directions)
     device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), torch.device("cpu"))
@@ -62,7 +62,7 @@ def sketches_of(
             model(*args, **kwargs)
     reshard(model.modules())  # FSDP2 keeps some parameters whole after a forward without a backward pass
     if is_empty:
-        raise AdapterError("`batches` has no batch. Pass what the model takes, for example a DataLoader.")
+        raise AdapterError("`batches` is empty. Pass what the model takes, for example a DataLoader.")
     found = collector.found()
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         _sum_over_processes(found, list(layers), directions, device)

@@ -33,6 +33,7 @@ from hra_fx.training.vectors import (
     Vectors,
     averages_parameters,
     layers_with_vectors,
+    listed,
     required_vectors,
     stepped_vectors,
     unwrapped,
@@ -41,8 +42,6 @@ from hra_fx.training.vectors import (
 
 #: The entry of a parameter group that stores `difference`.
 KEY = "hra_pair_difference"
-#: The number of vectors that a warning names.
-_LISTED = 8
 _LOST = "no longer a parameter of the optimizer"
 
 
@@ -215,8 +214,7 @@ class _Pairs:
         left = [f"{path} ({why})" for path, why in reasons.items() if path not in self.warned]
         self.warned |= reasons.keys()
         if left:
-            more = f" and {len(left) - _LISTED} more" if len(left) > _LISTED else ""
-            text = f"train_pairs: these vectors are not trained in pairs: {', '.join(left[:_LISTED])}{more}."
+            text = f"train_pairs: these vectors are not trained in pairs: {listed(left)}."
             warnings.warn(text, HRAWarning, stacklevel=3)
 
 

@@ -28,6 +28,7 @@ from hra_fx.training.vectors import (
     Vectors,
     averages_parameters,
     layers_with_vectors,
+    listed,
     required_vectors,
     stepped_vectors,
     unwrapped,
@@ -35,7 +36,6 @@ from hra_fx.training.vectors import (
 
 #: The entry of a parameter group with the number of directions, and the entry of the optimizer's state with them.
 KEY = "hra_protected"
-_LISTED = 8
 #: Layer -> adapter -> its directions, for reports, also after the optimizer is gone.
 _PROTECTED: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref.WeakKeyDictionary()
 #: Optimizer -> its protection.
@@ -65,7 +65,7 @@ def protect(optimizer: Any, model: nn.Module, batches: Iterable[Any], directions
 
     Raises:
         ConfigError: `directions` is not a positive int, or more than half of the width of a layer.
-        AdapterError: there is no batch; inputs are not finite; the optimizer does not update any vectors of the model,
+        AdapterError: `batches` is empty; inputs are not finite; the optimizer does not update any vectors of the model,
             or 16-bit or flat ones (FSDP1, DeepSpeed ZeRO); adapters are merged or scaled; or it averages the parameters
             outside of its step. Loading a state that was saved without protected directions raises the same error.
 
@@ -95,10 +95,9 @@ def protect(optimizer: Any, model: nn.Module, batches: Iterable[Any], directions
     made = {sketch: sketch.basis().to(dtype) for sketch in dict.fromkeys(found.values())}
     bases = {layer: made[sketch] for layer, sketch in found.items() if bool(made[sketch].any())}
     if unseen := [path for layer, path in layers.items() if layer not in bases]:
-        more = f" and {len(unseen) - _LISTED} more" if len(unseen) > _LISTED else ""
         text = (
             f"protect: these layers are not protected, because no batch reached them, or because another module reads "
-            f"their weights in a way that is not seen: {', '.join(unseen[:_LISTED])}{more}."
+            f"their weights in a way that is not seen: {listed(unseen)}."
         )
         warnings.warn(text, HRAWarning, stacklevel=2)
     protection = _KNOWN.get(optimizer) or _install(optimizer, directions)
@@ -190,24 +189,20 @@ class _Protection:
         """Project the vectors and their anchors. An adapter that was the identity still is."""
         self.stacked.clear()
         for layer, path, tensor, _, apply_GS in stepped_vectors(self.layers, self._optimizer()):
-            adapters, name = get_adapters(layer), path.rpartition(".")[2]
-            _PROTECTED.setdefault(layer, {})[name] = self.bases[layer]
-            anchor = None if adapters is None else adapters._buffers.get(name + ANCHOR)
-            if anchor is None:
-                continue
-            basis = self.bases[layer]
-            if apply_GS and not is_dtensor(tensor) and torch.allclose(anchor, householder.orthonormalize(tensor)):
-                projected = householder.orthonormalize(_projected(tensor, basis))
-            else:
-                projected = _projected(anchor, basis)
-            anchor.copy_(projected)
+            _PROTECTED.setdefault(layer, {})[path.rpartition(".")[2]] = self.bases[layer]
+            anchor = _anchor(layer, path) if apply_GS and not is_dtensor(tensor) else None
+            # An anchor of the start stays that of the start.
+            if anchor is not None and torch.allclose(anchor, householder.orthonormalize(tensor)):
+                anchor.copy_(householder.orthonormalize(_projected(tensor, self.bases[layer])))
         self.project()
 
     @torch.no_grad()
     def project(self, *_: Any) -> None:
-        """Project the vectors that the optimizer updates."""
+        """Project the vectors that the optimizer updates, and their anchors, which a state may have replaced."""
         alike: dict[Any, list[Vectors]] = defaultdict(list)
         for one in stepped_vectors(self.layers, self._optimizer()):
+            if (anchor := _anchor(one.layer, one.path)) is not None:
+                anchor.copy_(_projected(anchor, self.bases[one.layer]))
             if is_dtensor(one.tensor):
                 one.tensor.copy_(_projected(one.tensor, self.bases[one.layer]))
             else:
@@ -259,6 +254,12 @@ def _install(optimizer: Optimizer, directions: int) -> _Protection:
     optimizer.register_state_dict_post_hook(protection.save)
     optimizer.register_load_state_dict_pre_hook(protection.load)
     return protection
+
+
+def _anchor(layer: nn.Module, path: str) -> Tensor | None:
+    """The anchor of the vectors with this path."""
+    adapters = get_adapters(layer)
+    return None if adapters is None else adapters._buffers.get(path.rpartition(".")[2] + ANCHOR)
 
 
 def _projected(vectors: Any, basis: Tensor) -> Any:

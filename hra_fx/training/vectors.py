@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -13,6 +13,9 @@ from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.peft_layers import is_peft_hra_layer
 from hra_fx.layers.target import REFLECTION
 from hra_fx.model.state import check_is_module
+
+#: The number of names in a warning.
+_LISTED = 8
 
 
 class Vectors(NamedTuple):
@@ -63,6 +66,12 @@ def stepped_vectors(layers: Mapping[nn.Module, str], optimizer: Optimizer) -> li
     """The vectors that an optimizer updates, found in each step, because FSDP2 and other tools replace parameters."""
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     return [one for one in vectors_of(layers) if id(one.tensor) in stepped]
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are, for a warning."""
+    more = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def unwrapped(optimizer: Any) -> Any:
