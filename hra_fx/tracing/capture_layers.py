@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from hra_fx.layers.target import find_kind
 from hra_fx.model.example_inputs import Call, preserve_rng_state
 from hra_fx.model.graph_module import GraphOfMode
 from hra_fx.tracing.by_mode import ByMode, ModesDifferError, merge_modes
-from hra_fx.tracing.compare import compare
+from hra_fx.tracing.compare import compare, compare_call
 from hra_fx.tracing.exported import LOCK, depends_on_mode, examples_with_shapes, export_call, is_leaf, without_caches
 from hra_fx.tracing.graph_module import CHECKS, Canonical, InBlockError, canonical, captured_module
 from hra_fx.tracing.inputs import Condition, InputChecks, size_conditions
@@ -38,12 +38,7 @@ def capture_layers(
     one tensor. It has operators for everything else. An output that `torch.export` does not support, such as a cache,
     is `None`. Keyword arguments become inputs in the order of the model's signature.
     """
-    require("a graph captured by torch.export")
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            raise CaptureError(f"{name} is on the meta device. Load the weights first")
-    order = [*inspect.signature(model.forward).parameters, *call[1]]
-    call = call[0], dict(sorted(call[1].items(), key=lambda item: order.index(item[0])))
+    call = _prepared(model, call)
     for path, part in model.named_modules() if is_trained else ():
         if is_leaf(part):
             continue
@@ -61,9 +56,29 @@ def capture_layers(
         raise failure
 
 
+def capture_in_eval(model: nn.Module, call: Call) -> fx.GraphModule:
+    """Capture one call of a model for a picture, much faster: the graph is valid only for this call in eval mode."""
+    call = _prepared(model, call)
+    with LOCK, preserve_rng_state(), without_caches(model), torch.inference_mode(False):
+        only = _in_modes(model, call, None, [False])[0]
+        made = captured_module(model, {CHECKS: InputChecks([], []), **only.constants}, only.graph)
+        compare_call(model, made, call)
+        return made
+
+
+def _prepared(model: nn.Module, call: Call) -> Call:
+    """Check the model, and sort the keyword arguments of a call."""
+    require("a graph captured by torch.export")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise CaptureError(f"{name} is on the meta device. Load the weights first")
+    order = [*inspect.signature(model.forward).parameters, *call[1]]
+    return call[0], dict(sorted(call[1].items(), key=lambda item: order.index(item[0])))
+
+
 def _captured(model: nn.Module, example: Call, shapes: Any, call: Call, *, is_trained: bool) -> fx.GraphModule:
     """Capture the graph of an example, and compare it with the model for this example and a call."""
-    modes = _both_modes(model, example, shapes)
+    modes = _in_modes(model, example, shapes, (True, False))
     checks = InputChecks(modes[0].conditions, modes[1].conditions)
     made = _in_both_modes(model, modes[0], modes[1], checks)
     sizes = modes[0].sizes
@@ -76,8 +91,8 @@ def _captured(model: nn.Module, example: Call, shapes: Any, call: Call, *, is_tr
     return made
 
 
-def _both_modes(model: nn.Module, example: Call, shapes: Any) -> list[Canonical]:
-    """Capture both modes.
+def _in_modes(model: nn.Module, example: Call, shapes: Any, trained: Iterable[bool]) -> list[Canonical]:
+    """Capture train or eval mode, or both.
 
     Leaves in a block with a separate graph, which could not call them, are inlined.
     """
@@ -85,7 +100,7 @@ def _both_modes(model: nn.Module, example: Call, shapes: Any) -> list[Canonical]
     while True:
         modes = []
         try:
-            for training in (True, False):
+            for training in trained:
                 program = export_call(model, example, shapes, training=training, inlined=inlined)
                 modes.append(canonical(program, model))
             return modes

@@ -53,14 +53,25 @@ def compare(
     `sizes` are those that may change. Without them, the graph must be right for all sizes and masks that the model
     allows, and under autocast. A `CaptureError` names what differs, and both values.
     """
-    # Running a sharded model needs all processes, and a graph may be made by one of them.
-    if any(tensor.is_meta or is_dtensor(tensor) for tensor in chain(model.parameters(), model.buffers())):
+    if _is_elsewhere(model):
         return Limits([], True)
     with preserve_rng_state(), torch.inference_mode(False):
         for level in _LEVELS[:-1] if with_gradients else ():
             with suppress(_NoGradientError):
                 return _Comparison(model, made, level).run(call, sizes)
         return _Comparison(model, made, "").run(call, sizes)
+
+
+def compare_call(model: nn.Module, made: nn.Module, call: Call) -> None:
+    """Compare a graph with its model for one call in eval mode, without gradients; see `compare`."""
+    if not _is_elsewhere(model):
+        with preserve_rng_state(), torch.inference_mode(False):
+            _Comparison(model, made, "").run_once(call)
+
+
+def _is_elsewhere(model: nn.Module) -> bool:
+    """Whether one process cannot run a model. A graph of a sharded model may be made by one of its processes."""
+    return any(tensor.is_meta or is_dtensor(tensor) for tensor in chain(model.parameters(), model.buffers()))
 
 
 def copied(model: nn.Module, keep: Iterable[Tensor]) -> Any:
@@ -132,6 +143,12 @@ class _Comparison:
                     raise CaptureError(f"{self._mode}its graph differs under autocast")
             self._compare_variants(call, other, sizes, limits.not_one)
         return limits
+
+    def run_once(self, call: Call) -> None:
+        """Compare one call in eval mode."""
+        self._mode = "in eval mode, "
+        self._set_mode(False)
+        self._compare(call, "the example")
 
     def _small(self, module: nn.Module) -> list[nn.Parameter]:
         return [value for value in module.parameters() if id(value) not in self._large and value.is_floating_point()]

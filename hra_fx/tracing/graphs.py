@@ -7,6 +7,7 @@ import inspect
 import keyword
 from collections.abc import Collection, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from torch import fx, nn
@@ -20,8 +21,8 @@ from hra_fx.model.example_inputs import Call, example_call, guessed_call, normal
 from hra_fx.model.graph_module import insert
 from hra_fx.model.state import adapted_layers, base_model_view
 from hra_fx.tracing.by_mode import ModesDifferError, merge_modes
-from hra_fx.tracing.capture_layers import capture_layers
-from hra_fx.tracing.compare import ExampleError, compare, with_shared_tensors
+from hra_fx.tracing.capture_layers import capture_in_eval, capture_layers
+from hra_fx.tracing.compare import ExampleError, compare, compare_call, with_shared_tensors
 from hra_fx.tracing.exported import LOCK
 from hra_fx.tracing.graph_module import graph_module
 from hra_fx.tracing.observed import attribute_changes, attributes, random_states
@@ -72,44 +73,47 @@ def trace_model(
         ) from error
 
 
-def graphs_of(model: nn.Module, example_inputs: Any = None) -> dict[str, fx.GraphModule]:
+def graphs_of(model: nn.Module, example_inputs: Any = None, *, is_drawn: bool = False) -> dict[str, fx.GraphModule]:
     """Trace a model, adapted or not, or the largest parts of it that torch.fx can trace, with the reflections.
 
-    With example inputs, the result is the graph of this call, captured with `torch.export` if necessary. For a
-    `GraphModule`, it is a copy of its graph.
+    With example inputs, the result is the graph of this call, captured with `torch.export` if necessary. If it is only
+    drawn, it is valid for this call in eval mode. For a `GraphModule`, the result is a copy of its graph.
     """
     if isinstance(model, fx.GraphModule):  # its own graph has the reflections
         return {"": graph_module(model, copy.deepcopy(model.graph), {})}
     adapted = adapted_layers(model)
-    captured = capture(model, adapted or {path: part for path, part in model.named_modules() if find_kind(part)})
+    layers = adapted or {path: part for path, part in model.named_modules() if find_kind(part)}
+    if example_inputs is not None:
+        return {"": _graph_of_call(model, layers.values(), normalize_inputs(example_inputs), is_drawn=is_drawn)}
+    captured = capture(model, layers)
     found = {path: graph_module(model.get_submodule(path), *traced) for path, traced in captured.parts.items()}
     for module in found.values():
         insert(module)
     alone = [path for path, (root, _) in captured.layers.items() if root is None and path in adapted]
     found |= {path: _alone(path, adapted[path]) for path in alone}
-    if example_inputs is None:
-        return dict(sorted(found.items()))
-    call = normalize_inputs(example_inputs)
-    if "" in found and is_graph_of_call(model, found[""].graph, call):
-        with suppress(CaptureError):
+    return dict(sorted(found.items()))
+
+
+def _graph_of_call(model: nn.Module, layers: Collection[nn.Module], call: Call, *, is_drawn: bool) -> fx.GraphModule:
+    run_both = compare_call if is_drawn else partial(compare, with_gradients=False)
+    with suppress(CaptureError):
+        graph, modules = _trace_part("", model, layers)
+        if is_graph_of_call(model, graph, call):
+            made = graph_module(model, graph, modules)
+            insert(made)
             with suppress(ExampleError):  # a drawing warns of it
-                compare(model, found[""], call, with_gradients=False)
-            return found
-    return {"": graph_of_call(model, call)}
-
-
-def graph_of_call(model: nn.Module, call: Call) -> fx.GraphModule:
-    """Capture one call of a model with `torch.export`. If the model is adapted, the graph has the reflections."""
+                run_both(model, made, call)
+            return made
     try:
         with base_model_view(model):
-            module = capture_layers(model, call, is_trained=False)
+            made = capture_in_eval(model, call) if is_drawn else capture_layers(model, call, is_trained=False)
     except CaptureError as error:
         raise AdapterError(
             f"torch.export cannot capture {type(model).__name__}: {error.reason}. Without example_inputs, "
             "hra_fx.graphs and hra_fx.visualize use torch.fx, and show the parts that it can trace."
         ) from error
-    insert(module)
-    return module
+    insert(made)
+    return made
 
 
 def _alone(path: str, layer: AdaptedLayer) -> fx.GraphModule:
@@ -269,7 +273,9 @@ class Captured:
             self.layers.setdefault(self._names[layer], (root, why))
 
 
-def _trace_part(path: str, module: nn.Module, layers: list[nn.Module]) -> tuple[fx.Graph, Mapping[str, nn.Module]]:
+def _trace_part(
+    path: str, module: nn.Module, layers: Collection[nn.Module]
+) -> tuple[fx.Graph, Mapping[str, nn.Module]]:
     if "forward" in vars(module):
         raise CaptureError("its forward is set on the instance")
     if isinstance(module, fx.GraphModule) and path:

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
-import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
 import networkx as nx
-import torch
-from torch import fx, nn
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch import nn
 
-from hra_fx.compat import fake_tensor_mode
-from hra_fx.errors import HRAWarning, VisualizeError
-from hra_fx.export.program import is_program
-from hra_fx.model.example_inputs import Call, normalize_inputs
 from hra_fx.model.peft_view import adapted_view
 from hra_fx.model.state import adapted_layers, unwrap
 from hra_fx.reporting.heat import is_identity
 from hra_fx.reporting.report import Report, report
 from hra_fx.reporting.row import Row
 from hra_fx.reporting.skipped_layers import SkippedLayer
-from hra_fx.tracing.graphs import graphs_of
-from hra_fx.view.graph import leaves_of
 from hra_fx.view.scopes import scope_tree
-from hra_fx.view.subject import Subject, subject_of
+from hra_fx.view.sketch import sketch_of
 from hra_fx.view.tree import Leaf, Scope, prefixes
 
 
@@ -52,41 +41,17 @@ def drawing_of(model: Any, example_inputs: Any = None) -> Drawing:
     with adapted_view(model) as adapted:
         model = unwrap(adapted)
         found = report(model) if _has_adapters(model) else None
-        subject = _find_subject(model, example_inputs)
-        name = subject.classes.get("", type(model).__name__)
-        picture = leaves_of(subject)
+        name, facts, picture = sketch_of(model, example_inputs)
     if found is None:
-        return Drawing(name, name, _facts(subject), picture, ())
+        return Drawing(name, name, facts, picture, ())
     _mark(picture, found)
-    facts = _facts(subject) + " · not trained yet (identity)" * is_identity(found.rows)
+    facts += " · not trained yet (identity)" * is_identity(found.rows)
     return Drawing(name, f"{name} with HRA", facts, picture, found.rows, found.skipped, found.trained_in_full)
 
 
 def _has_adapters(model: Any) -> bool:
     """Whether anything in a model is adapted."""
     return isinstance(model, nn.Module) and bool(adapted_layers(model))
-
-
-def _find_subject(model: Any, example_inputs: Any) -> Subject:
-    """Convert any model (plain, adapted or folded), graph or program to a `Subject`."""
-    if is_program(model):
-        if example_inputs is not None:
-            raise VisualizeError("`example_inputs` must be None for an ExportedProgram, which already has the shapes.")
-        model = model.module(check_guards=False)  # a GraphModule of operators
-    if not isinstance(model, nn.Module):
-        raise VisualizeError(
-            "`model` must be a torch.nn.Module, torch.fx.GraphModule or torch.export.ExportedProgram, "
-            f"got {type(model).__name__}."
-        )
-    if "" in adapted_layers(model):
-        raise VisualizeError(
-            f"`model` is a single adapted layer ({type(model).__name__}). Pass the model that contains it, and the "
-            "layer's path as `focus`."
-        )
-    found = graphs_of(model, example_inputs)
-    if example_inputs is not None:
-        _note_shapes(found[""], normalize_inputs(example_inputs))
-    return subject_of(model, found)
 
 
 def _mark(picture: nx.DiGraph[str], found: Report) -> None:
@@ -105,42 +70,3 @@ def _mark(picture: nx.DiGraph[str], found: Report) -> None:
         here = tuple(skipped[path] for path in paths if path in skipped)
         full = tuple(path for path in paths if path not in skipped)
         picture.nodes[key]["leaf"] = replace(leaf, skipped=here, trained=full)
-
-
-def _facts(subject: Subject) -> str:
-    traced = "traced as one graph"
-    if "" not in subject.graphs:
-        modules = len(subject.graphs.keys() - subject.layers.keys())
-        what = f"{modules:,} module{'s' * (modules != 1)} traced" if modules else "not traced"
-        traced = f"{what}: pass example_inputs to draw the whole data flow"
-    if not subject.layers:
-        return f"{subject.parameters:,} parameters · no adapters · {traced}"
-    ranks = sorted({layer.rank for layer in subject.layers.values()})
-    span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    adapter = sum(layer.vectors for layer in subject.layers.values())
-    share = adapter / max(subject.parameters, 1)
-    count = len(subject.layers)
-    words = f"{count:,} adapted layer{'s' * (count != 1)} · r = {span} · {adapter:,} adapter parameters"
-    return f"{words} ({share:.2%} of {subject.parameters:,}) · {traced}"
-
-
-def _note_shapes(module: fx.GraphModule, call: Call) -> None:
-    """Store the fake value of every node in `node.meta["val"]`; a warning if the graph does not run on fake tensors."""
-    args, kwargs = call
-    try:
-        bound = inspect.signature(module.forward).bind(*args, **kwargs)
-        bound.apply_defaults()
-        mode = fake_tensor_mode()
-        # A forward may write into its buffers. A copied GraphModule shares the tensors that are not in the memo.
-        tensors = (*module.parameters(), *module.buffers())
-        copied = copy.deepcopy(module, {id(tensor): mode.from_tensor(tensor) for tensor in tensors})
-        with torch.no_grad():
-            FakeTensorProp(copied, mode).propagate(*bound.arguments.values())
-    except Exception as error:  # shapes are optional, and any operator of the model may fail on fake tensors
-        why = str(error).strip().partition("\n")[0]
-        text = f"The graph does not run on `example_inputs` ({why}), so the picture has no shapes. Check the inputs."
-        warnings.warn(text, HRAWarning, stacklevel=2)
-        return
-    for node, noted in zip(module.graph.nodes, copied.graph.nodes, strict=True):
-        if "val" in noted.meta:
-            node.meta["val"] = noted.meta["val"]

@@ -1,0 +1,130 @@
+"""The part of a drawing that does not depend on the values of parameters. It is kept until the model changes."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from dataclasses import replace
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import networkx as nx
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from hra_fx.compat import fake_tensor_mode, pytree
+from hra_fx.errors import HRAWarning, VisualizeError
+from hra_fx.export.program import is_program
+from hra_fx.model.example_inputs import Call, normalize_inputs
+from hra_fx.model.state import adapted_layers
+from hra_fx.tracing.graphs import graphs_of
+from hra_fx.tracing.observed import attributes
+from hra_fx.view.graph import leaves_of
+from hra_fx.view.subject import Subject, subject_of
+
+
+class Sketch(NamedTuple):
+    """What `Drawing` has of the graph of a model."""
+
+    name: str  # the class of the model
+    facts: str  # the number of adapted layers, their ranks and parameters, and what was traced
+    picture: nx.DiGraph[str]  # see `leaves_of`
+
+
+#: The last sketch of each model, with what it depends on. It does not have tensors.
+_KEPT: WeakKeyDictionary[nn.Module, tuple[Any, Sketch]] = WeakKeyDictionary()
+
+
+def sketch_of(model: Any, example_inputs: Any) -> Sketch:
+    """Trace any model (plain, adapted or folded), graph or program, or return what was kept of it."""
+    if is_program(model):
+        if example_inputs is not None:
+            raise VisualizeError("`example_inputs` must be None for an ExportedProgram, which already has the shapes.")
+        model = model.module(check_guards=False)  # a GraphModule of operators
+    if not isinstance(model, nn.Module):
+        raise VisualizeError(
+            "`model` must be a torch.nn.Module, torch.fx.GraphModule or torch.export.ExportedProgram, "
+            f"got {type(model).__name__}."
+        )
+    if "" in adapted_layers(model):
+        raise VisualizeError(
+            f"`model` is a single adapted layer ({type(model).__name__}). Pass the model that contains it, and the "
+            "layer's path as `focus`."
+        )
+    subject = subject_of(model, {})
+    state = _state_of(subject, example_inputs)
+    known, sketch = _KEPT.get(model, (None, None))
+    if sketch is None or known != state:
+        subject = replace(subject, graphs=_graphs_of(model, example_inputs))
+        name = subject.classes.get("", type(model).__name__)
+        sketch = Sketch(name, _facts(subject), leaves_of(subject))
+        _KEPT[model] = state, sketch
+    return sketch._replace(picture=sketch.picture.copy())
+
+
+def _state_of(subject: Subject, example_inputs: Any) -> tuple[Any, ...]:
+    """Everything that a sketch depends on, except for global state. Buffers and the mode do not count."""
+    modules, model = [], subject.model
+    for part in model.modules():
+        forward = vars(part).get("forward")
+        hooks = (*part._forward_hooks, *part._forward_pre_hooks)
+        modules.append((type(part), id(part), id(forward), getattr(forward, "__code__", None), hooks))
+    tensors = [(name, x.shape, x.dtype, x.device, x.requires_grad) for name, x in model.named_parameters()]
+    values = {
+        name: value
+        for name, value in attributes(model).items()
+        if not isinstance(value, Tensor) and not name.endswith("training")
+    }
+    inputs = [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in pytree.tree_leaves(example_inputs)]
+    structure = pytree.tree_structure(example_inputs)
+    return modules, tensors, values, inputs, structure, subject.layers, subject.aliases, subject.parameters
+
+
+def _graphs_of(model: nn.Module, example_inputs: Any) -> dict[str, fx.GraphModule]:
+    found = graphs_of(model, example_inputs, is_drawn=True)
+    if example_inputs is None:
+        return found
+    if not any("val" in node.meta for node in found[""].graph.nodes):
+        _note_shapes(found[""], normalize_inputs(example_inputs))
+    return found
+
+
+def _note_shapes(module: fx.GraphModule, call: Call) -> None:
+    """Store the fake value of every node in `node.meta["val"]`; a warning if the graph does not run on fake tensors."""
+    args, kwargs = call
+    try:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        bound.apply_defaults()
+        mode = fake_tensor_mode()
+        # A forward may write into its buffers. A copied GraphModule shares the tensors that are not in the memo.
+        tensors = (*module.parameters(), *module.buffers())
+        copied = copy.deepcopy(module, {id(tensor): mode.from_tensor(tensor) for tensor in tensors})
+        with torch.no_grad():
+            FakeTensorProp(copied, mode).propagate(*bound.arguments.values())
+    except Exception as error:  # shapes are optional, and any operator of the model may fail on fake tensors
+        why = str(error).strip().partition("\n")[0]
+        text = f"The graph does not run on `example_inputs` ({why}), so the picture has no shapes. Check the inputs."
+        warnings.warn(text, HRAWarning, stacklevel=2)
+        return
+    for node, noted in zip(module.graph.nodes, copied.graph.nodes, strict=True):
+        if "val" in noted.meta:
+            node.meta["val"] = noted.meta["val"]
+
+
+def _facts(subject: Subject) -> str:
+    traced = "traced as one graph"
+    if "" not in subject.graphs:
+        modules = len(subject.graphs.keys() - subject.layers.keys())
+        what = f"{modules:,} module{'s' * (modules != 1)} traced" if modules else "not traced"
+        traced = f"{what}: pass example_inputs to draw the whole data flow"
+    if not subject.layers:
+        return f"{subject.parameters:,} parameters · no adapters · {traced}"
+    ranks = sorted({layer.rank for layer in subject.layers.values()})
+    span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    adapter = sum(layer.vectors for layer in subject.layers.values())
+    share = adapter / max(subject.parameters, 1)
+    count = len(subject.layers)
+    words = f"{count:,} adapted layer{'s' * (count != 1)} · r = {span} · {adapter:,} adapter parameters"
+    return f"{words} ({share:.2%} of {subject.parameters:,}) · {traced}"
