@@ -93,6 +93,13 @@ def why_lost(names: Collection[str], classes: Collection[type[nn.Module]], own: 
     )
 
 
+def writes_parameters(model: nn.Module) -> bool:
+    """Whether the code of a model may write into parameters when it runs."""
+    names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+    chains = (chain for cls in {type(part) for part in model.modules()} for chain in chains_of(cls))
+    return any(name in names and _is_write(chain[place + 1 :]) for chain in chains for place, name in enumerate(chain))
+
+
 def _uses_of(names: Collection[str], classes: Collection[type[nn.Module]]) -> set[Chain]:
     return {use for cls in classes for owner, use in _uses(chains_of(cls)) if owner in names}
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from itertools import chain
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from hra_fx.compat import tensor_versions
 from hra_fx.errors import CaptureError
+from hra_fx.layers.readers import writes_parameters
 from hra_fx.layers.sharding import is_dtensor
 from hra_fx.model.example_inputs import Call, preserve_rng_state, seed_everything
 from hra_fx.tracing.observed import attributes, difference, is_near, is_same, observe, shown
@@ -116,7 +118,8 @@ class _Comparison:
     """Copies of a model and its graph, which run the same calls in turns."""
 
     def __init__(self, model: nn.Module, made: nn.Module, level: str) -> None:
-        large = [value for value in model.parameters() if value.numel() > _LARGE or type(value) is not nn.Parameter]
+        limit = math.inf if writes_parameters(model) else _LARGE
+        large = [value for value in model.parameters() if value.numel() > limit or type(value) is not nn.Parameter]
         self._model, self._made = self._both = copied(model, large), copied(made, large)
         self._names = list(inspect.signature(model.forward).parameters)
         self._shared, self._large = large, set(map(id, large))

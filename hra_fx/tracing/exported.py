@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from tqdm.auto import tqdm  # type: ignore[import-untyped]  # which transformers needs
 
 from hra_fx.compat import forward_hooks, pytree
 from hra_fx.errors import CaptureError
@@ -58,13 +59,16 @@ def export_call(
     args, kwargs = clone_inputs(call)
     model = with_shared_tensors(model).train(not training).train(training)  # as compare does: some clear a cache
     leaves = {path: part for path, part in model.named_modules() if path and is_leaf(part) and path not in inlined}
-    with exporting(), ExitStack() as stack, _PlainOperators(), torch.enable_grad():
+    bar = tqdm(
+        total=len(leaves), desc=f"capture {'train' if training else 'eval'} mode", unit="layer", delay=2, leave=False
+    )  # before stderr is redirected
+    with bar, exporting(), ExitStack() as stack, _PlainOperators(), torch.enable_grad():
         stack.callback(_layers.clear)
         stack.callback(_recorded.clear)
         _untie(model)
         _layers.update(leaves)
         for path, layer in leaves.items():
-            vars(layer)["_call_impl"] = partial(_call, path)
+            vars(layer)["_call_impl"] = partial(_call, path, bar.update)
         vars(model)["forward"] = _without_unknown(model.forward, kwargs)
         program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         for node in program.graph.find_nodes(op="call_function", target=CALL_LAYER):
@@ -260,7 +264,8 @@ def depends_on_mode(module: nn.Module) -> bool:
     return isinstance(module, _MODES) or type(module).__name__.endswith(_DROP_PATHS)
 
 
-def _call(path: str, *args: Any, **kwargs: Any) -> Any:
+def _call(path: str, count: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+    count()
     layer = _layers[path]
     run = partial(nn.Module._call_impl, layer)
     given = (*args, *kwargs.values())
@@ -300,9 +305,9 @@ def _output_of(x: Tensor, path: str) -> Tensor:
     layer: Any = _layers[path]
     if depends_on_mode(layer):
         return torch.empty_like(x)
-    tensors = dict(layer.named_parameters()) | dict(layer.named_buffers())
-    if isinstance(layer, nn.Linear) and not layer.weight.is_floating_point():  # packed, so its shape is unrelated
+    if isinstance(layer, nn.Linear):  # most layers, so without a call; a packed weight has an unrelated shape
         return x.new_empty((*x.shape[:-1], layer.out_features))
+    tensors = dict(layer.named_parameters()) | dict(layer.named_buffers())
     fake = {f"layer.{name}": x.new_empty(t.shape, dtype=t.dtype) for name, t in tensors.items()}
     before, now = dict(vars(layer)), vars(layer)
     output = torch.func.functional_call(_Called({"layer": layer}), fake, (x,))

@@ -23,14 +23,17 @@ _DEPTH = 4
 _RANDOM, _FUNCTIONS, _GRADIENT = "the random generators", "custom autograd functions", "the gradient of "
 
 
-def attributes(model: nn.Module) -> dict[str, Any]:
-    """The buffers and attributes of all modules, with the items of containers and of objects in them, by name."""
+def attributes(model: nn.Module, *, with_tensors: bool = True) -> dict[str, Any]:
+    """The buffers and attributes of all modules, with the items of containers and of objects in them, by name.
+
+    Tensors are copied. Without them, and for objects without a value, their type is returned.
+    """
     found: dict[str, Any] = {}
     seen = set[int]()
 
     def collect(name: str, value: Any, depth: int) -> None:
-        is_value = isinstance(value, _VALUES)
-        found[name] = value.detach().clone() if isinstance(value, Tensor) else value if is_value else type(value)
+        is_value, is_copied = isinstance(value, _VALUES), with_tensors and isinstance(value, Tensor)
+        found[name] = value.detach().clone() if is_copied else value if is_value else type(value)
         if depth and id(value) not in seen and not (is_value or isinstance(value, (Tensor, *_OPAQUE))):
             seen.add(id(value))
             for item, each in _items(value):

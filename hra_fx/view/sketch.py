@@ -68,16 +68,18 @@ def _state_of(subject: Subject, example_inputs: Any) -> tuple[Any, ...]:
     """Everything that a sketch depends on, except for global state. Buffers and the mode do not count."""
     modules, model = [], subject.model
     for part in model.modules():
-        forward = vars(part).get("forward")
-        hooks = (*part._forward_hooks, *part._forward_pre_hooks)
-        modules.append((type(part), id(part), id(forward), getattr(forward, "__code__", None), hooks))
+        functions = [(name, id(value)) for name, value in vars(part).items() if callable(value)]
+        modules.append((type(part), id(part), functions, (*part._forward_hooks, *part._forward_pre_hooks)))
     tensors = [(name, x.shape, x.dtype, x.device, x.requires_grad) for name, x in model.named_parameters()]
     values = {
         name: value
-        for name, value in attributes(model).items()
-        if not isinstance(value, Tensor) and not name.endswith("training")
+        for name, value in attributes(model, with_tensors=False).items()
+        if name.split(".")[-1] != "training"
     }
-    inputs = [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in pytree.tree_leaves(example_inputs)]
+    inputs = [
+        (x.shape, x.dtype, x.device) if isinstance(x, Tensor) else (type(x), repr(x))
+        for x in pytree.tree_leaves(example_inputs)
+    ]
     structure = pytree.tree_structure(example_inputs)
     return modules, tensors, values, inputs, structure, subject.layers, subject.aliases, subject.parameters
 
