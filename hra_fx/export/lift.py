@@ -7,6 +7,7 @@ Operators that use a weight in another form still read it, by its name in the la
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +20,7 @@ from hra_fx.export.layer_calls import GraphLayer, LayerCall, arguments_of, find_
 from hra_fx.export.program import is_adapter_tensor, is_program
 from hra_fx.layers.target import LayerKind
 from hra_fx.selection.origin import keep_origin, origin_of_program
+from hra_fx.tracing.compare import compare_call
 from hra_fx.tracing.graph_module import (
     CHECKS,
     captured_module,
@@ -85,7 +87,12 @@ def lift(program: ExportedProgram) -> fx.GraphModule:
     """
     _check(program)
     try:
-        return _lifted(program)
+        lifted = _lifted(program)
+        if program.example_inputs is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch's own, when such a module is copied
+                compare_call(program.module(check_guards=False), lifted, program.example_inputs, None)
+        return lifted
     except CaptureError as error:
         raise AdapterError(f"the program cannot be lifted: {error.reason}. {_TRANSFORM}.") from error
 

@@ -64,11 +64,11 @@ def compare(
         return _Comparison(model, made, "").run(call, sizes)
 
 
-def compare_call(model: nn.Module, made: nn.Module, call: Call) -> None:
-    """Compare a graph with its model for one call in eval mode, without gradients; see `compare`."""
+def compare_call(model: nn.Module, made: nn.Module, call: Call, mode: bool | None = False) -> None:
+    """Compare a graph with its model for one call without gradients, in eval mode or another one; see `compare`."""
     if not _is_elsewhere(model):
         with preserve_rng_state(), torch.inference_mode(False):
-            _Comparison(model, made, "").run_once(call)
+            _Comparison(model, made, "").run_once(call, mode)
 
 
 def _is_elsewhere(model: nn.Module) -> bool:
@@ -119,23 +119,23 @@ class _Comparison:
 
     def __init__(self, model: nn.Module, made: nn.Module, level: str) -> None:
         limit = math.inf if writes_parameters(model) else _LARGE
-        large = [value for value in model.parameters() if value.numel() > limit or type(value) is not nn.Parameter]
+        both = dict.fromkeys(chain(model.parameters(), made.parameters()))
+        large = [value for value in both if value.numel() > limit or type(value) is not nn.Parameter]
         self._model, self._made = self._both = copied(model, large), copied(made, large)
         self._names = list(inspect.signature(model.forward).parameters)
         self._shared, self._large = large, set(map(id, large))
         self._level, self._mode, self._versions = level, "", tensor_versions(large)
         for value in chain(*map(self._small, self._both)):
             value.requires_grad_(bool(level))
-        keys = [set(each.state_dict()) for each in (model, made, self._made)]
-        if odd := sorted(set.union(*keys) - set.intersection(*keys)):
-            raise CaptureError(f"{odd[0]} is in the state_dict of only one of the model, its graph and a copy of it")
+        self._keys = [set(each.state_dict()) for each in (model, made, self._made)]
 
     def run(self, call: Call, sizes: Sizes | None) -> Limits:
         """Compare in both modes, and first in a mixed mode."""
+        if odd := sorted(set.union(*self._keys) - set.intersection(*self._keys)):
+            raise CaptureError(f"{odd[0]} is in the state_dict of only one of the model, its graph and a copy of it")
         limits = Limits([], True)
         for mode in (None, False, True)[len({part.training for part in self._model.modules()}) == 1 :]:
-            self._mode = "" if mode is None else f"in {'train' if mode else 'eval'} mode, "
-            self._set_mode(mode)
+            self._start(mode)
             other = self._compare_two_calls(call)
             self._change_parameters()
             self._set_mode(mode)
@@ -147,14 +147,17 @@ class _Comparison:
             self._compare_variants(call, other, sizes, limits.not_one)
         return limits
 
-    def run_once(self, call: Call) -> None:
-        """Compare one call in eval mode."""
-        self._mode = "in eval mode, "
-        self._set_mode(False)
+    def run_once(self, call: Call, mode: bool | None) -> None:
+        """Compare one call in a mode, or in the one that both have."""
+        self._start(mode)
         self._compare(call, "the example")
 
     def _small(self, module: nn.Module) -> list[nn.Parameter]:
         return [value for value in module.parameters() if id(value) not in self._large and value.is_floating_point()]
+
+    def _start(self, mode: bool | None) -> None:
+        self._mode = "" if mode is None else f"in {'train' if mode else 'eval'} mode, "
+        self._set_mode(mode)
 
     def _set_mode(self, mode: bool | None) -> None:
         for each in self._both if mode is not None else ():
