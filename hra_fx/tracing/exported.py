@@ -305,9 +305,9 @@ def _output_of(x: Tensor, path: str) -> Tensor:
     layer: Any = _layers[path]
     if depends_on_mode(layer):
         return torch.empty_like(x)
-    if isinstance(layer, nn.Linear):  # most layers, so without a call; a packed weight has an unrelated shape
-        return x.new_empty((*x.shape[:-1], layer.out_features))
     tensors = dict(layer.named_parameters()) | dict(layer.named_buffers())
+    if isinstance(layer, nn.Linear) and not layer.weight.is_floating_point():  # packed, so its shape is unrelated
+        return x.new_empty((*x.shape[:-1], layer.out_features))
     fake = {f"layer.{name}": x.new_empty(t.shape, dtype=t.dtype) for name, t in tensors.items()}
     before, now = dict(vars(layer)), vars(layer)
     output = torch.func.functional_call(_Called({"layer": layer}), fake, (x,))
