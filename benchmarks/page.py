@@ -116,6 +116,7 @@ def in_browser(browser: Browser, file: Path) -> list[float]:
 
 def main() -> None:
     executable = next(filter(None, map(shutil.which, BROWSERS)), None)
+    torch.set_num_threads(1)  # threads that wait for each other count as CPU time
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as play:
         browser = play.chromium.launch(executable_path=executable, args=["--no-sandbox"]) if executable else None
         print(f"{browser.version if browser else 'no Chromium: pages are not opened'}; best of {ROUNDS}")
