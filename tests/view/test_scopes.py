@@ -148,7 +148,7 @@ def test_boxes_are_apart_and_edges_go_down_to_their_boxes_and_cross_none(graph: 
     placed = Layout(*graph)
     assert overlapping([*sizes, *ports], placed) == []
     assert [(r.source, r.target) for r in placed.routes] == [
-        *((source if source >= 0 else None, target) for source, target, _ in edges),
+        *((source, target) for source, target, _ in edges),
         *((box, None) for box in outputs),
     ]
     for route in placed.routes:
