@@ -47,7 +47,7 @@ class Route:
     """An edge: vertical segments `(x, from y, to y)` from top to bottom, joined by curves in the gaps between rows."""
 
     source: int  # the box that it leaves; `~p` for port p of the scope
-    target: int | None  # the box that it enters; `None` for the lower border
+    target: int  # the box that it enters; -1 for the lower border
     pieces: tuple[tuple[float, float, float], ...]
 
 
@@ -198,7 +198,7 @@ class Layout:
         pieces.append((end, self.tops[below], self._top(target)))
         shifted = tuple((x - left, start, stop) for x, start, stop in pieces)
         begins = source if source not in self._ports else ~self._ports.index(source)
-        return Route(begins, None if target == self._lower else target, shifted)
+        return Route(begins, -1 if target == self._lower else target, shifted)
 
     def _start(self, source: int, target: int) -> float:
         """The x from which an edge comes to its target."""
