@@ -44,8 +44,7 @@ export class Stage {
     /** The part of the page's address that names an open module.
      * @type {Map<Item, string>} */
     this.addresses = new Map();
-    for (const [root, picture] of this.pictures) {
-      for (const group of groupsOf(picture)) describe(group, this.itemOf(group), root, this.pictures);
+    for (const root of this.pictures.keys()) {
       const name = encodeURIComponent(root.paths[0] ?? root.label);
       const taken = [...this.addresses.values()].includes(name); // by the first call of the module
       if (root.parent) this.addresses.set(root, taken ? `${name}~${root.index}` : name);
@@ -99,12 +98,19 @@ export class Stage {
     return scope?.parent ? [...this.around(scope), scope] : [];
   }
 
+  /** @param {Item} root */
+  #copy(root) {
+    const picture = /** @type {SVGSVGElement} */ (this.pictures.get(root));
+    for (const group of groupsOf(picture)) if (!group.id) describe(group, this.itemOf(group), root, this.pictures);
+    return /** @type {SVGSVGElement} */ (picture.cloneNode(true));
+  }
+
   /** Draw the model with the open modules. */
   draw() {
-    const copy = (/** @type {Item} */ item) => /** @type {SVGSVGElement} */ (this.pictures.get(item)?.cloneNode(true));
-    this.scroller.replaceChildren(copy(this.items[0]));
+    this.scroller.replaceChildren(this.#copy(this.items[0]));
     for (const item of this.items.filter((item) => this.unfolded.has(item))) {
-      if (this.#group(item)) unfold(this.#group(item), /** @type {SVGGElement} */ (copy(item).firstElementChild));
+      const inside = this.#group(item) && this.#copy(item).querySelector("g");
+      if (inside) unfold(this.#group(item), inside);
     }
     this.recolor();
     while (this.selected && !this.#group(this.selected)) this.selected = this.shownIn.get(this.selected) ?? null;
