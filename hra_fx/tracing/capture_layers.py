@@ -6,7 +6,9 @@ The graph is valid in train and in eval mode, because it is created from one cap
 from __future__ import annotations
 
 import copy
+import difflib
 import inspect
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hra_fx.compat import OpOverload, has_backward_hooks, require, schema_of
-from hra_fx.errors import CaptureError
+from hra_fx.errors import CaptureError, HRAWarning
 from hra_fx.layers.target import find_kind
 from hra_fx.model.example_inputs import Call, preserve_rng_state
 from hra_fx.model.graph_module import GraphOfMode
@@ -88,7 +90,19 @@ def _captured(model: nn.Module, example: Call, shapes: Any, call: Call, *, is_tr
     checks.add(size_conditions(modes[0].names, sizes, limits.not_one))
     if not limits.under_autocast:
         checks.add([Condition(*["not torch.is_autocast_enabled('cpu') and not torch.is_autocast_enabled('cuda')"] * 2)])
+    _warn_of_unread(model, made.graph, call[1])
     return made
+
+
+def _warn_of_unread(model: nn.Module, graph: fx.Graph, kwargs: Mapping[str, Any]) -> None:
+    """Warn of tensors that only `**kwargs` of the model accepts, and that its graph only checks."""
+    known = inspect.signature(model.forward).parameters
+    for node in graph.find_nodes(op="placeholder"):
+        is_unknown = node.target not in known and isinstance(kwargs.get(node.target), Tensor)
+        if is_unknown and all(user.target == CHECKS for user in node.users):
+            hint = "".join(f" Did you mean {name!r}?" for name in difflib.get_close_matches(node.target, known, 1))
+            text = f"`example_inputs`: {type(model).__name__} does not read {node.target!r}.{hint}"
+            warnings.warn(text, HRAWarning, stacklevel=2)
 
 
 def _in_modes(model: nn.Module, example: Call, shapes: Any, trained: Iterable[bool]) -> list[Canonical]:

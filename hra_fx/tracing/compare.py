@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hra_fx.compat import tensor_versions
+from hra_fx.compat import has_own_hooks, tensor_versions
 from hra_fx.errors import CaptureError
 from hra_fx.layers.readers import writes_parameters
 from hra_fx.layers.sharding import is_dtensor
@@ -239,7 +239,9 @@ class _Comparison:
                 return True
             raise CaptureError(f"{self._mode}its graph does not run on {what} ({_line(found)})") from found
         if differs := difference(wanted, found):
-            raise CaptureError(f"{self._mode}{differs[0]} differs for {what}: {differs[1]}")
+            hooked = [path or "the model" for path, part in self._model.named_modules() if has_own_hooks(part)]
+            hint = f". Hooks of {', '.join(hooked[:3])} may be the reason" if hooked else ""
+            raise CaptureError(f"{self._mode}{differs[0]} differs for {what}: {differs[1]}{hint}")
         return True
 
     def _try(self, module: nn.Module, call: Call, grad: bool) -> dict[str, Any] | Exception:

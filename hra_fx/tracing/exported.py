@@ -118,7 +118,9 @@ def automatic_shapes(model: nn.Module, call: Call, *, lengths: bool) -> Any:
     for value in pytree.tree_leaves(call):
         if isinstance(value, Tensor):
             count = value.dim() if lengths and value.dim() <= _LENGTHS else min(value.dim(), 1)
-            shapes[value] = dict.fromkeys(range(count), torch.export.Dim.AUTO)
+            # torch.export makes a size of 1 a constant, and would write to its log.
+            free = [dimension for dimension, size in enumerate(value.shape[:count]) if size > 1]
+            shapes[value] = dict.fromkeys(free, torch.export.Dim.AUTO)
     try:
         made = shapes.dynamic_shapes(model, *call)
     except TypeError as error:

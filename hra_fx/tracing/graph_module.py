@@ -39,7 +39,32 @@ _KEPT = ("_parameters", "_buffers", NON_PERSISTENT, "_modules")
 
 
 class ModelGraph(fx.GraphModule):
-    """A graph whose copies and pickles have its own `state_dict`."""
+    """A graph whose copies and pickles have its own `state_dict`. Its errors say that it is a graph of one call."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph."""
+        try:
+            return super().__call__(*args, **kwargs)
+        except TypeError as error:
+            if not str(error).startswith("forward() "):  # an argument is unknown or missing
+                raise
+            names = ", ".join(f"`{node.target}`" for node in self.graph.find_nodes(op="placeholder"))
+            raise TypeError(
+                f"{error}. The arguments of this graph are {names}. Make a graph of another call (its arguments are "
+                "`example_inputs`), or call the original model."
+            ) from None
+
+    def __getattr__(self, name: str) -> Any:
+        """Look up a parameter, buffer or module."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            raise AttributeError(
+                f"{error}. It is a graph of one call, without other methods and attributes of the model. Use those of "
+                "the original model: after transform(model, config, trace=True), it has the same layers and adapters.",
+                name=name,
+                obj=self,
+            ) from None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
         """Copy the module."""
@@ -170,6 +195,7 @@ def _call_nested(graph: fx.Graph, find: Callable[[str], Any]) -> dict[str, nn.Mo
             for name, part in _call_nested(body.graph, partial(attribute, body)).items():
                 body.add_module(name, part)
             body.recompile()
+            vars(body)["_tracer_cls"] = UnpicklingTracer  # that of torch.export cannot unpickle it
         name = f"nested_{len(made)}"
         made[name] = NestedGraph(str(node.target), bodies)
         args = tuple(arg for place, arg in enumerate(node.args) if place not in bodies)
@@ -302,6 +328,7 @@ def module_path(node: fx.Node) -> str | None:
 
 def normalize_path(path: str) -> str:
     """Convert a path of `nn_module_stack` (`L['self']._modules['blocks'][0]`) to the form of `named_modules`."""
+    path = path.replace("__dict__['_modules']", "")  # of a `ModelGraph`, in strict mode
     for before, after in (("L['self']", ""), ("._modules[", "["), ("['", "."), ("']", ""), ("[", "."), ("]", "")):
         path = path.replace(before, after)
     return path.strip(".")

@@ -57,6 +57,8 @@ def trace_model(
                     compare(model, made, example)
                 return made
         except CaptureError as error:
+            if call and isinstance(error, ExampleError):
+                raise _refusal(model, error) from error
             reason = f"torch.fx cannot trace {type(model).__name__}: {error.reason}. "
     call = call or example_call(model)
     if call is None:
@@ -67,10 +69,14 @@ def trace_model(
     try:
         return capture_layers(model, call, dynamic_shapes)
     except CaptureError as error:
-        raise AdapterError(
-            f"torch.export cannot capture {type(model).__name__}: {error.reason}. Leave out trace=True: the adapted "
-            "layers work without a graph."
-        ) from error
+        raise _refusal(model, error, "Leave out trace=True: the adapted layers work without a graph.") from error
+
+
+def _refusal(model: nn.Module, error: CaptureError, advice: str = "") -> AdapterError:
+    name = type(model).__name__
+    if isinstance(error, ExampleError):
+        return AdapterError(f"{name}: {error.reason}. Pass `example_inputs` that the model runs on.")
+    return AdapterError(f"torch.export cannot capture {name}: {error.reason}. {advice}")
 
 
 def graphs_of(model: nn.Module, example_inputs: Any = None, *, is_drawn: bool = False) -> dict[str, fx.GraphModule]:
@@ -108,10 +114,8 @@ def _graph_of_call(model: nn.Module, layers: Collection[nn.Module], call: Call, 
         with base_model_view(model):
             made = capture_in_eval(model, call) if is_drawn else capture_layers(model, call, is_trained=False)
     except CaptureError as error:
-        raise AdapterError(
-            f"torch.export cannot capture {type(model).__name__}: {error.reason}. Without example_inputs, "
-            "hra_fx.graphs and hra_fx.visualize use torch.fx, and show the parts that it can trace."
-        ) from error
+        advice = "hra_fx.graphs and hra_fx.visualize use torch.fx, and show the parts that it can trace."
+        raise _refusal(model, error, f"Without example_inputs, {advice}") from error
     insert(made)
     return made
 

@@ -46,8 +46,8 @@ class Size:
 class Route:
     """An edge: vertical segments `(x, from y, to y)` from top to bottom, joined by curves in the gaps between rows."""
 
-    source: int | None  # the box that it leaves; `None` for a port of the scope
-    target: int | None  # the box that it enters; `None` for the lower border
+    source: int  # the box that it leaves; `~p` for port p of the scope
+    target: int  # the box that it enters; -1 for the lower border
     pieces: tuple[tuple[float, float, float], ...]
 
 
@@ -197,7 +197,8 @@ class Layout:
             pieces.append((self.lanes[source], self.tops[above + 1], self.bottoms[below - 1]))
         pieces.append((end, self.tops[below], self._top(target)))
         shifted = tuple((x - left, start, stop) for x, start, stop in pieces)
-        return Route(None if source in self._ports else source, None if target == self._lower else target, shifted)
+        begins = source if source not in self._ports else ~self._ports.index(source)
+        return Route(begins, -1 if target == self._lower else target, shifted)
 
     def _start(self, source: int, target: int) -> float:
         """The x from which an edge comes to its target."""

@@ -65,7 +65,7 @@ def draw(
     """Draw a box and everything inside it. The root does not have a frame.
 
     `index` is for the page, which writes the tips itself: id of an item -> its number. It is written as `data-index` of
-    its box, and edges get `data-ends` with the numbers of both ends.
+    its box, and edges get `data-ends` with the numbers of both ends, and `data-ports` with the ports that they enter.
     """
     item = box.block.item
     group = shape(parent, "g", class_="root" if root else box.block.look)
@@ -155,8 +155,10 @@ def _badge(group: Element, box: Box, right: float, y: float) -> None:
     """Draw the number of modules that a box represents."""
     if box.count:
         wide = width(box.count, DETAIL, bold=True) + 10
-        shape(group, "rect", x=right - wide, y=y, width=wide, height=16.0, rx=8.0, fill="card", stroke="ink")
-        write(group, right - wide / 2, y + 12, box.count, DETAIL, "ink", bold=True, anchor="middle")
+        frame = {"fill": "card", "stroke": "ink", "class_": "badge"}
+        shape(group, "rect", x=right - wide, y=y, width=wide, height=16.0, rx=8.0, **frame)
+        text = write(group, right - wide / 2, y + 12, box.count, DETAIL, "ink", bold=True, anchor="middle")
+        text.set("class", "badge")
 
 
 def _draw_frame(group: Element, box: Box, x: float, y: float) -> None:
@@ -170,35 +172,46 @@ def _draw_frame(group: Element, box: Box, x: float, y: float) -> None:
 def _draw_inside(group: Element, box: Box, left: float, top: float, index: Mapping[int, int] | None) -> None:
     drawn: set[str] = set()
     starts: dict[int, list[Route]] = {}
+    ports: dict[tuple[int, int], list[str]] = {}
+    for source, target, port in getattr(box.block.item, "edges", ()):
+        ports.setdefault((source, target), []).append(str(port))
     for route in box.routes:
         line = path_of(route, left, top)
         if line not in drawn:
             drawn.add(line)
             edge = shape(group, "path", d=line, fill="none", stroke="edge", stroke_width=1.3, class_="edge")
-            if route.target is not None:
+            if route.target >= 0:
                 edge.set("marker-end", "url(#arrow)")
             if index is not None:
-                ends = (box.parts[end].block.item for end in (route.source, route.target) if end is not None)
+                ends = (box.parts[end].block.item for end in (route.source, route.target) if end >= 0)
                 edge.set("data-ends", " ".join(str(index[id(item)]) for item in ends))
-        if route.source is not None and route.target is not None:
+                edge.set("data-ports", " ".join(ports.get((route.source, route.target), ())))
+        if route.source >= 0 and route.target >= 0:
             starts.setdefault(route.source, []).append(route)
     for name, x, wide in box.ports:
-        shape(group, "rect", x=left + x, y=top, width=wide, height=PORT, rx=PORT / 2, fill="port", stroke="port-line")
-        write(group, left + x + wide / 2, top + 12.5, name, DETAIL, "faint", anchor="middle")
-    for source, routes in starts.items():
-        if text := box.parts[source].block.item.shape:
-            _write_shape(group, text, routes, left, top, FRAMES[box.block.look][0] if box.body[1] else "card")
+        frame = {"fill": "port", "stroke": "port-line", "class_": "entry"}
+        shape(group, "rect", x=left + x, y=top, width=wide, height=PORT, rx=PORT / 2, **frame)
+        write(group, left + x + wide / 2, top + 12.5, name, DETAIL, "faint", anchor="middle").set("class", "entry")
+    for routes in starts.values():
+        _write_shape(group, box, routes, left, top, index)
     for part in box.parts:
         draw(group, part, left + part.x, top + part.y, index=index)
 
 
-def _write_shape(group: Element, text: str, routes: list[Route], left: float, top: float, paper: str) -> None:
+def _write_shape(
+    group: Element, box: Box, routes: list[Route], left: float, top: float, index: Mapping[int, int] | None
+) -> None:
     """Write the shape of a value beside the start of its edges, on the side that they do not turn to."""
-    x, _, y = routes[0].pieces[0]
+    item, (x, _, y) = box.parts[routes[0].source].block.item, routes[0].pieces[0]
+    if not item.shape:
+        return
     is_left = sum(route.pieces[1][0] - x for route in routes) > 8
     end = {"x": left + x - 5, "anchor": "end"} if is_left else {"x": left + x + 5}
-    line = write(group, y=top + y + 11, text=text, size=_SHAPE, fill="faint", **end)
+    line = write(group, y=top + y + 11, text=item.shape, size=_SHAPE, fill="faint", **end)
+    paper = FRAMES[box.block.look][0] if box.body[1] else "card"
     line.attrib.update({"class": "shape", "stroke": paper, "stroke-width": "3", "paint-order": "stroke"})
+    if index is not None:
+        line.set("data-ends", str(index[id(item)]))
 
 
 def path_of(route: Route, left: float, top: float) -> str:
@@ -210,11 +223,8 @@ def path_of(route: Route, left: float, top: float) -> str:
     words, y = [f"M{number(left + x)} {number(top + begin)}"], number(top + begin)
     y = _down(words, y, number(top + end))
     for (x0, _, y0), (x1, y1, y2) in pairwise(route.pieces):
-        if x0 == x1:
-            y = _down(words, y, number(top + y1))
-        else:
-            bend, there, y = number(top + (y0 + y1) / 2), number(left + x1), number(top + y1)
-            words.append(f"C{number(left + x0)} {bend} {there} {bend} {there} {y}")
+        bend, there, y = number(top + (y0 + y1) / 2), number(left + x1), number(top + y1)
+        words.append(f"C{number(left + x0)} {bend} {there} {bend} {there} {y}")
         y = _down(words, y, number(top + y2))
     return "".join(words)
 

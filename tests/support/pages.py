@@ -72,9 +72,10 @@ def strip(page: Page, label: str) -> str:
     return box(page, label).locator(":scope > .strip + text").text_content() or ""
 
 
-def trail(page: Page) -> list[str]:
-    """The names of the modules around the picture, and of its own."""
-    return page.locator("#trail li").all_inner_texts() if page.locator("#trail").is_visible() else []
+def unfolded(page: Page) -> list[str]:
+    """The names of the modules that were opened."""
+    groups = page.locator("#scroller g:has(> .twist):not(.opens)")
+    return [label.split(",")[0] for label in groups.evaluate_all("all => all.map(group => group.ariaLabel)")]
 
 
 def facts(page: Page) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Render the page: the template with style, script, pictures and data.
 
 There is one picture of the model, and one of each module that is closed in another picture. They are drawn like the SVG
-picture. The script shows one picture at a time and colors its adapted layers.
+picture. The script puts pictures of modules that are opened into the others, and colors the adapted layers.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ STEPS = 64  # colors of a heatmap
 #: The files of the style; later ones have priority.
 STYLES = ("controls", "drawing", "panel", "media")
 #: The files of the script, in one module. Each file comes before the files that import it.
-SCRIPTS = ("data", "elements", "heat", "stage", "panel", "search", "main")
+SCRIPTS = ("data", "elements", "heat", "unfold", "stage", "panel", "search", "main")
 _IMPORT_OR_EXPORT = re.compile(r"^(?:import .*;\n|export )", re.MULTILINE)
 #: What the script gets of a leaf, with these names.
 _LEAF_FIELDS = ("kind", "detail", "op", "target", "dtype", "marks", "rank", "parameters")
@@ -81,6 +81,8 @@ def pictures(drawing: Drawing, tree: Scope, options: Options) -> str:
         wide, high = box.size.width + 2 * _MARGIN, box.size.height + 2 * _MARGIN
         root = _svg(wide, high)
         draw(root, box, _MARGIN, _MARGIN, root=is_model, index=index)
+        for name, places in (("enter", box.size.enter), ("leave", [box.size.leave])):  # from the left side
+            root[0].set(f"data-{name}", " ".join(number(box.size.width / 2 + x) for x in places))
         found.append(_text(root))
         blocks += (opened(scope, None) for scope in _closed(block))
     return "\n".join(found)

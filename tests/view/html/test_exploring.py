@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from pages import box, facts, page_of, search, strip, trail, trained_net
+from pages import box, facts, page_of, search, strip, trained_net, unfolded
 from playwright.sync_api import Page, expect
 
 from hra_fx.view.drawing import drawing_of
@@ -29,16 +29,18 @@ def selected(page: Page) -> str:
 
 
 @pytest.mark.parametrize("clicks", [1, 2])
-def test_a_click_shows_the_inside_of_a_module_and_the_trail_leads_back(closed: Page, clicks: int) -> None:
+def test_a_click_opens_a_module_in_place_and_its_mark_closes_it(closed: Page, clicks: int) -> None:
     assert closed.locator("#scroller .strip").count() == 0
     box(closed, BLOCKS).click(click_count=clicks)
-    assert trail(closed) == ["Net", BLOCKS]
+    assert unfolded(closed) == [BLOCKS]
     assert closed.locator("#panel h2").inner_text() == f"{BLOCKS} × 3"
     assert strip(closed, "up").startswith("r 4 · d 12 · mean ")
     assert box(closed, "up").locator(".cell").count() == 3, "a cell for each of the three blocks"
-    closed.locator("#trail").get_by_text("Net").click()
-    assert trail(closed) == []
     expect(box(closed, "stem")).to_be_in_viewport()
+    box(closed, "up").click()
+    box(closed, BLOCKS).locator(":scope > .twist").click()
+    assert (unfolded(closed), selected(closed)) == ([], BLOCKS)
+    expect(box(closed, "up")).to_have_count(0)
 
 
 def test_a_search_knows_classes_and_expressions(closed: Page) -> None:
@@ -62,35 +64,41 @@ def test_the_keyboard_does_it_all(closed: Page) -> None:
     press("ArrowDown")
     assert selected(closed) == BLOCKS
     press("Enter")
-    assert trail(closed) == ["Net", BLOCKS]
-    for wanted in (BLOCKS, "norm", "up"):
+    assert (unfolded(closed), selected(closed)) == ([BLOCKS], BLOCKS)
+    press("Enter")
+    assert unfolded(closed) == []
+    press("Enter")
+    for wanted in ("norm", "up"):
         press("ArrowDown")
         assert selected(closed) == wanted
     assert closed.locator("#panel").is_visible()
     press("Backspace")
-    assert (trail(closed), selected(closed)) == ([], BLOCKS)
+    assert (unfolded(closed), selected(closed)) == ([], BLOCKS)
     press("Escape")
     assert not closed.locator("#panel").is_visible()
     press("/")
     expect(closed.locator("#query")).to_be_focused()
 
 
-def test_an_address_names_a_module_or_a_layer_and_back_works(closed: Page, open_page: Open) -> None:
+def test_an_address_names_open_modules_and_a_layer_and_back_works(closed: Page, open_page: Open) -> None:
     box(closed, BLOCKS).click()
     assert closed.url.endswith("#blocks.0")
     box(closed, "down").locator(".cell").nth(2).click()
-    assert closed.url.endswith("#blocks.2.down")
+    assert closed.url.endswith("#blocks.0,blocks.2.down")
     closed.go_back()
-    expect(closed.locator("#trail")).to_be_hidden()
+    expect(box(closed, "down")).to_have_count(0)
     assert selected(closed) == BLOCKS
     closed.go_forward()
     expect(box(closed, "down")).to_be_visible()
-    for address, opened in (("#blocks.1.down", "down"), ("#blocks.0", None), ("#nowhere", None), ("#%", None)):
+    assert closed.locator("#panel h3.instance").inner_text() == "blocks.2.down"
+    for address, chosen in (("#blocks.1.down", "down"), ("#blocks.0", BLOCKS), ("#nowhere", ""), ("#%", "")):
         page = open_page(page_of(trained_net(), depth=0), address=address)
-        assert trail(page) == (["Net", BLOCKS] if address.startswith("#blocks") else [])
-        if opened:
-            assert selected(page) == opened
-            assert page.locator("#panel h3.instance").inner_text() == "blocks.1.down"
+        assert unfolded(page) == ([BLOCKS] if chosen else [])
+        assert page.locator("#scroller [aria-selected=true]").count() == bool(chosen)
+        if chosen:
+            assert selected(page) == chosen
+    page = open_page(page_of(trained_net(), depth=0), address="#blocks.1.down")
+    assert page.locator("#panel h3.instance").inner_text() == "blocks.1.down"
 
 
 def test_shapes_of_values_are_beside_edges_until_they_are_hidden(open_page: Open) -> None:

@@ -14,7 +14,7 @@ const scroller = byId("scroller");
 
 byId("title").textContent = drawing.title;
 byId("facts").textContent = drawing.facts;
-const stage = new Stage({ scroller, trail: byId("trail"), pictures: byId("pictures") }, drawing.items, heatmap);
+const stage = new Stage({ scroller, pictures: byId("pictures") }, drawing.items, heatmap);
 const panel = new Panel(byId("panel"), drawing, heatmap, choose);
 const help = /** @type {HTMLDialogElement} */ (byId("help"));
 const input = /** @type {HTMLInputElement} */ (byId("query"));
@@ -28,72 +28,69 @@ let chosenPath = "";
  */
 function select(item, path = "") {
   chosenPath = path;
-  const address = (!stage.opens(item) && (path || item.paths[0])) || "";
-  note(encodeURIComponent(address) || stage.addresses.get(stage.root));
   stage.select(item);
   panel.show(item, path);
   stage.reveal(item); // the panel takes a part of the window
+  note("replaceState");
 }
 
 /**
- * Name a box in the address of the page, without a step to go back.
- * @param {string | undefined} address
+ * Name the open modules and then the selected box in the address of the page.
+ * @param {"pushState" | "replaceState"} way with a step to go back, or without
  */
-function note(address) {
+function note(way) {
+  const { selected, unfolded, addresses } = stage;
+  const names = drawing.items.filter((item) => unfolded.has(item)).map((item) => addresses.get(item));
+  const path = selected && !addresses.has(selected) ? chosenPath || selected.paths[0] : "";
+  if (path) names.push(encodeURIComponent(path));
   try {
-    history.replaceState(null, "", `#${address ?? ""}`);
+    history[way](null, "", `#${names.join(",")}`);
   } catch {} // a page in a frame has no address, and some browsers limit the number of changes
 }
 
-/**
- * Show the picture of a module, as a step to go back.
- * @param {Item} item
- */
-function show(item) {
-  stage.show(item);
-  location.hash = stage.addresses.get(item) ?? "";
-}
-
-/** Show the module or the layer in the address of the page. */
+/** Open the modules in the address of the page, and no others, and select the last box in it. */
 function visit() {
-  const name = location.hash.slice(1);
-  const root = [...stage.addresses].find(([, address]) => address === name)?.[0];
-  if (!root) {
-    for (const item of drawing.items) {
-      const path = [...item.paths, ...item.marks].find((own) => encodeURIComponent(own) === name);
-      if (path) return choose(item, path);
-    }
-  } else if (root !== stage.root) {
-    const before = stage.root;
-    stage.show(root);
-    if (stage.shownIn.get(before) === root) select(before);
-    else if (panel.isOpen) panel.show(root, "");
+  stage.unfolded.clear();
+  /** @type {[Item, string] | undefined} */
+  let last;
+  for (const name of location.hash.slice(1).split(",")) {
+    const scope = [...stage.addresses].find(([, address]) => address === name)?.[0];
+    const path = (/** @type {Item} */ item) =>
+      [...item.paths, ...item.marks].find((own) => encodeURIComponent(own) === name) ?? "";
+    const item = scope ?? drawing.items.find((item) => item.parent && path(item));
+    if (!item) continue;
+    for (const open of scope ? [...stage.around(item), scope] : stage.around(item)) stage.unfolded.add(open);
+    last = [item, path(item)];
   }
+  stage.draw();
+  if (last) select(...last);
 }
 
 /**
- * Show the picture that has a box, and select the box.
+ * Open the modules around a box, and select the box.
  * @param {Item} item
  * @param {string} [path]
  */
 function choose(item, path = "") {
-  const root = stage.shownIn.get(item);
-  if (root && root !== stage.root) show(root);
-  if (root) select(item, path);
+  const closed = stage.around(item).filter((scope) => !stage.unfolded.has(scope));
+  for (const scope of closed) stage.unfolded.add(scope);
+  if (closed.length) {
+    stage.draw();
+    note("pushState");
+  }
+  if (item.parent) select(item, path);
   else panel.show(item, path); // the model itself
   scroller.focus({ preventScroll: true });
 }
 
 /**
- * Show the inside of a closed module, and any other box in the panel.
+ * Open or close a module, and select it.
  * @param {Item} item
- * @param {string} [path]
  */
-function open(item, path = "") {
-  if (stage.opens(item)) {
-    show(item);
-    panel.show(item, "");
-  } else select(item, path);
+function toggle(item) {
+  stage.toggle(item);
+  note("pushState");
+  select(item);
 }
 
 byId("stage").addEventListener("click", (event) => {
@@ -102,7 +99,8 @@ byId("stage").addEventListener("click", (event) => {
   // Ignore the second click of a double click: the first one has opened the module.
   if (!group || event.detail > 1 || target.closest(".dragged")) return;
   const item = stage.itemOf(group);
-  if (item.parent) open(item, target.matches(".cell") ? item.marks[cellOf(target)] : "");
+  if (stage.opens(item) || target.matches(".twist")) toggle(item);
+  else if (item.parent) select(item, target.matches(".cell") ? item.marks[cellOf(target)] : "");
 });
 
 /** @param {Element} cell */
@@ -179,10 +177,20 @@ const DRAWING_KEYS = {
   ArrowUp: () => step(-1),
   ArrowLeft: () => step(-1),
   Home: () => select(stage.boxes[0]),
-  Enter: () => stage.selected && open(stage.selected),
-  " ": () => stage.selected && open(stage.selected),
-  Backspace: () => stage.root.parent && choose(stage.root),
+  Enter: enter,
+  " ": enter,
+  Backspace: () => {
+    const { selected, unfolded } = stage;
+    const scope = selected && [...stage.around(selected), selected].filter((item) => unfolded.has(item)).at(-1);
+    if (scope) toggle(scope);
+  },
 };
+
+/** Open or close the selected module, and show any other box in the panel. */
+function enter() {
+  const { selected, addresses } = stage;
+  if (selected) (addresses.has(selected) ? toggle : select)(selected);
+}
 
 /**
  * Select the next or the previous box, in the order of the drawing.
@@ -211,5 +219,5 @@ document.addEventListener("keydown", (event) => {
 });
 showHeat();
 addEventListener("hashchange", visit);
-visit();
+if (location.hash) visit();
 performance.mark("drawn");

@@ -1,9 +1,10 @@
-// The pictures of the model, one at a time: colors, selection, zoom and scroll position.
+// The picture of the model: open modules, colors, selection, zoom and scroll position.
 
 /** @import { Item } from "./data.js" */
 /** @import { Heatmap } from "./heat.js" */
 import { marksOf, skippedIn } from "./data.js";
-import { html, svg } from "./elements.js";
+import { svg } from "./elements.js";
+import { unfold } from "./unfold.js";
 
 const STEP = 1.25;
 const [SMALLEST, LARGEST] = [0.05, 4];
@@ -13,20 +14,22 @@ const TIP_PATHS = 12; // paths in a tooltip
 
 export class Stage {
   /**
-   * @param {{scroller: HTMLElement, trail: HTMLElement, pictures: HTMLElement}} elements
+   * @param {{scroller: HTMLElement, pictures: HTMLElement}} elements
    * @param {Item[]} items
    * @param {Heatmap} heatmap
    */
-  constructor({ scroller, trail, pictures }, items, heatmap) {
+  constructor({ scroller, pictures }, items, heatmap) {
     this.scroller = scroller;
-    this.trail = trail;
     this.items = items;
     this.heatmap = heatmap;
     this.zoom = 1;
     /** @type {Item | null} */
     this.selected = null;
     this.whenZoomed = () => {};
-    /** The picture of a module.
+    /** The modules that the reader has opened.
+     * @type {Set<Item>} */
+    this.unfolded = new Set();
+    /** The picture of a module, without what the reader has opened.
      * @type {Map<Item, SVGSVGElement>} */
     this.pictures = new Map();
     /** The module in whose picture a box is.
@@ -38,23 +41,23 @@ export class Stage {
       for (const item of inside) this.shownIn.set(item, root);
     }
     pictures.remove();
-    /** The part of the page's address that names a picture.
+    /** The part of the page's address that names an open module.
      * @type {Map<Item, string>} */
     this.addresses = new Map();
-    for (const item of this.pictures.keys()) {
-      const name = item.parent ? encodeURIComponent(item.paths[0] ?? item.label) : "";
+    for (const root of this.pictures.keys()) {
+      const name = encodeURIComponent(root.paths[0] ?? root.label);
       const taken = [...this.addresses.values()].includes(name); // by the first call of the module
-      this.addresses.set(item, taken ? `${name}~${item.index}` : name);
+      if (root.parent) this.addresses.set(root, taken ? `${name}~${root.index}` : name);
     }
-    this.root = items[0];
-    this.show(this.root);
+    this.draw();
+    this.fit();
     this.#listenToWheel();
     this.#listenToDrags();
   }
 
   /** @returns {SVGSVGElement} */
   get picture() {
-    return /** @type {SVGSVGElement} */ (this.pictures.get(this.root));
+    return /** @type {SVGSVGElement} */ (this.scroller.firstElementChild);
   }
 
   /**
@@ -82,33 +85,49 @@ export class Stage {
    * @param {Item} item
    */
   opens(item) {
-    return item !== this.root && this.pictures.has(item);
+    return this.addresses.has(item) && !this.unfolded.has(item);
   }
 
   /**
-   * Show the picture of a module.
-   * @param {Item} root
+   * The modules that must be open to show a box, outer ones first.
+   * @param {Item} item
+   * @returns {Item[]}
    */
-  show(root) {
-    this.root = root;
-    this.select(null);
-    for (const group of groupsOf(this.picture)) {
-      const item = this.itemOf(group);
-      if (!group.id) describe(group, item, this.opens(item));
+  around(item) {
+    const scope = this.shownIn.get(item);
+    return scope?.parent ? [...this.around(scope), scope] : [];
+  }
+
+  /** @param {Item} root */
+  #copy(root) {
+    const picture = /** @type {SVGSVGElement} */ (this.pictures.get(root));
+    for (const group of groupsOf(picture)) if (!group.id) describe(group, this.itemOf(group), root, this.pictures);
+    return /** @type {SVGSVGElement} */ (picture.cloneNode(true));
+  }
+
+  /** Draw the model with the open modules. */
+  draw() {
+    this.scroller.replaceChildren(this.#copy(this.items[0]));
+    for (const item of this.items.filter((item) => this.unfolded.has(item))) {
+      const inside = this.#group(item) && this.#copy(item).querySelector("g");
+      if (inside) unfold(this.#group(item), inside);
     }
-    const way = [];
-    for (let at = /** @type {Item | undefined} */ (root); at; at = this.shownIn.get(at)) way.unshift(at);
-    const steps = way.slice(0, -1).map((item) => {
-      const go = () => {
-        location.hash = this.addresses.get(item) ?? "";
-      };
-      return html("li", {}, html("button", { class: "link", onclick: go }, item.label));
-    });
-    this.trail.replaceChildren(html("ol", {}, ...steps, html("li", { "aria-current": "page" }, root.label)));
-    this.trail.hidden = !steps.length;
-    this.scroller.replaceChildren(this.picture);
     this.recolor();
-    this.fit();
+    while (this.selected && !this.#group(this.selected)) this.selected = this.shownIn.get(this.selected) ?? null;
+    this.select(this.selected);
+    this.setZoom(this.zoom);
+  }
+
+  /**
+   * Open or close a module, which stays where it is in the window.
+   * @param {Item} item
+   */
+  toggle(item) {
+    const before = this.#group(item).getBoundingClientRect();
+    if (!this.unfolded.delete(item)) this.unfolded.add(item);
+    this.draw();
+    const after = this.#group(item).getBoundingClientRect();
+    this.scroller.scrollBy(after.x + after.width / 2 - before.x - before.width / 2, after.y - before.y);
   }
 
   /** Color everything by the heatmap. */
@@ -142,7 +161,7 @@ export class Stage {
     const room = this.scroller.clientWidth;
     this.setZoom(Math.max(Math.min(1, room / width), READABLE));
     this.scroller.scrollTo(0, 0);
-    const [first] = this.boxes.slice(this.root.parent ? 1 : 0);
+    const [first] = this.boxes;
     if (first) this.reveal(first);
   }
 
@@ -234,12 +253,13 @@ function groupsOf(picture) {
 }
 
 /**
- * Add what is read aloud and the tooltip of a box.
+ * Add what is read aloud, the tooltip of a box, and the mark of a module that can be opened or closed.
  * @param {SVGGElement} group
  * @param {Item} item
- * @param {boolean} opens
+ * @param {Item} root the module in whose picture it is
+ * @param {Map<Item, SVGSVGElement>} pictures
  */
-function describe(group, item, opens) {
+function describe(group, item, root, pictures) {
   const skipped = skippedIn(item).length;
   const words = [item.label, item.detail, item.count > 1 ? `× ${item.count}` : ""];
   if (skipped) words.push(item.isScope ? `${skipped} not adapted` : "not adapted");
@@ -247,15 +267,16 @@ function describe(group, item, opens) {
   group.setAttribute("role", item.parent ? "treeitem" : "presentation");
   group.id = `box-${item.index}`;
   group.setAttribute("aria-label", words.filter(Boolean).join(", "));
-  group.classList.toggle("opens", opens);
+  group.classList.toggle("opens", pictures.has(item) && item !== root);
   const paths = item.marks.length ? item.marks : item.paths;
   const lines = [item.label, item.detail, item.shape, ...paths.slice(0, TIP_PATHS)].filter(Boolean);
   if (paths.length > TIP_PATHS) lines.push(`… and ${paths.length - TIP_PATHS} more`);
   if (item.parent) group.prepend(svg("title", {}, [...new Set(lines)].join("\n")));
   const frame = group.querySelector(":scope > .frame");
-  if (!opens || !frame) return;
+  if (!pictures.has(item) || !frame) return;
   const [x, y] = ["x", "y"].map((name) => Number(frame.getAttribute(name)));
-  group.append(svg("path", { class: "twist", d: `M${x + 6} ${y + 7}l5 3.5l-5 3.5z` }));
+  const d = item === root ? `M${x + 4} ${y + 11}l7 0l-3.5 5z` : `M${x + 6} ${y + 7}l5 3.5l-5 3.5z`;
+  group.append(svg("path", { class: "twist", d }));
 }
 
 /**
