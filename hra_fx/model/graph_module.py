@@ -68,6 +68,8 @@ class GraphOfMode(nn.Module):
     The graphs are not registered as children, because the model already has their layers under the same names.
     """
 
+    #: Keeps calls without results in `graph.eliminate_dead_code()`.
+    _is_impure = True
     in_train: fx.GraphModule
     in_eval: fx.GraphModule
 
@@ -78,7 +80,8 @@ class GraphOfMode(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         """Run the graph of the current mode."""
-        return (self.in_train if self.training else self.in_eval)(*args)
+        module = self.__dict__.get("followed", self)  # another module of the graph, which is not a child
+        return (self.in_train if module.training else self.in_eval)(*args)
 
 
 def rewrite(module: fx.GraphModule, undo: ExitStack) -> None:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from functools import partial, reduce
+from collections.abc import Mapping
+from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from hra_fx.compat import ASSERT_METADATA, NON_PERSISTENT, is_higher_order
 from hra_fx.errors import CaptureError
-from hra_fx.model.graph_module import UnpicklingTracer
+from hra_fx.model.graph_module import GraphOfMode, UnpicklingTracer
 from hra_fx.tracing.by_mode import ByMode
 from hra_fx.tracing.exported import CALL_LAYER, exporting
 from hra_fx.tracing.inputs import Condition, argument_names, call_of, conditions_of, nest, shown_names
@@ -92,16 +92,16 @@ def graph_module(root: nn.Module, graph: fx.Graph, modules: Mapping[str, nn.Modu
     module.training = root.training
     module.graph = graph
     for call in graph.find_nodes(op="call_module"):
-        if isinstance(constant := modules.get(str(call.target)), ByMode) and call.users:
-            _follow(constant, module, module_path(next(iter(call.users))))
+        if isinstance(part := modules.get(str(call.target)), (ByMode, GraphOfMode)):
+            _follow(part, module, module_path(call) or next(map(module_path, call.users), None))
     return module
 
 
-def _follow(constant: ByMode, module: fx.GraphModule, path: str | None) -> None:
-    """Make a constant follow the mode of the module that reads it, or of its innermost parent in the graph."""
+def _follow(part: nn.Module, module: fx.GraphModule, path: str | None) -> None:
+    """Make a part of a graph follow the mode of the module that reads it, or of its innermost parent in the graph."""
     while path and not isinstance(attribute(module, path), nn.Module):
         path = path.rpartition(".")[0]
-    vars(constant)["followed"] = attribute(module, path) if path else constant
+    vars(part)["followed"] = attribute(module, path) if path else part
 
 
 def _holder(part: nn.Module | None, used: set[nn.Module], holders: dict[nn.Module, nn.Module]) -> nn.Module | None:
@@ -139,6 +139,10 @@ class NestedGraph(nn.Module):
             given.insert(int(place), body)
         return getattr(torch.ops.higher_order, self.operator)(*given, **kwargs)
 
+    def source(self) -> list[str]:
+        """The name of the operator, and the code of its graphs."""
+        return [self.operator, *(f"{place}: {body.code}" for place, body in self.bodies.items())]
+
 
 def replace_node(node: fx.Node, op: str, target: Any, args: Any = (), kwargs: Any = None) -> fx.Node:
     """Replace a node with a new one that has its `meta`."""
@@ -154,20 +158,18 @@ def captured_module(model: nn.Module, parts: Mapping[str, nn.Module], graph: fx.
     """Create a GraphModule from a captured graph, with the modules and tensors of a model, and additional parts."""
     if taken := next((name for name in parts if hasattr(model, name)), None):
         raise CaptureError(f"its attribute {taken!r} has a name that a graph uses for itself. Rename it")
-    nested = _call_nested(graph, lambda path: parts[path] if path in parts else attribute(model, path))
-    own = {name: part for name, part in parts.items() if not isinstance(part, fx.GraphModule)}
-    return graph_module(model, graph, {**own, **nested})
+    return graph_module(model, graph, parts)
 
 
-def _call_nested(graph: fx.Graph, find: Callable[[str], Any]) -> dict[str, nn.Module]:
-    """Replace operators that have graphs as arguments with calls of modules, in place. Returns the modules."""
-    made: dict[str, nn.Module] = {}
+def call_nested(graph: fx.Graph, parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Replace operators that have graphs as arguments with calls of modules, in place. Returns all parts to add."""
+    made = {name: part for name, part in parts.items() if not isinstance(part, fx.GraphModule)}
     for node in [node for node in graph.nodes if is_higher_order(node.target)]:
         reads = {place: arg for place, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg.op == "get_attr"}
-        bodies = {place: find(str(read.target)) for place, read in reads.items()}
+        bodies = {place: parts.get(str(read.target)) for place, read in reads.items()}
         bodies = {place: body for place, body in bodies.items() if isinstance(body, fx.GraphModule)}
         for body in bodies.values():
-            for name, part in _call_nested(body.graph, partial(attribute, body)).items():
+            for name, part in call_nested(body.graph, dict(body.named_children())).items():
                 body.add_module(name, part)
             body.recompile()
         name = f"nested_{len(made)}"
@@ -187,8 +189,7 @@ class Canonical(NamedTuple):
     """The graph of a model in one mode. It first calls `CHECKS`, then the model's layers.
 
     Attributes:
-        constants: name -> nested graph that is not part of the model, or a tensor that its forward creates (a
-            `ByMode`).
+        constants: name -> `NestedGraph`, or a tensor that the forward creates (a `ByMode`).
         names: those of the flat inputs.
         sizes: for each size that may change, (index of the flat input, dimension) of all inputs with this size.
     """
@@ -228,6 +229,7 @@ def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
     if calls:
         raise InBlockError([str(node.args[1]) for node in calls])
     simplify(graph, places, model)
+    constants = call_nested(graph, constants)
     for node in graph.find_nodes(op="get_attr", sort=True):
         min(node.users).prepend(node)
     # A symbol is a size that may change; the others are numbers and expressions.
