@@ -20,7 +20,15 @@ from hra_fx.model.example_inputs import Call, preserve_rng_state
 from hra_fx.model.graph_module import GraphOfMode
 from hra_fx.tracing.by_mode import ByMode, merge_modes
 from hra_fx.tracing.compare import compare
-from hra_fx.tracing.exported import LOCK, depends_on_mode, examples_with_shapes, export_call, is_leaf, without_caches
+from hra_fx.tracing.exported import (
+    LOCK,
+    BranchError,
+    depends_on_mode,
+    examples_with_shapes,
+    export_call,
+    is_leaf,
+    without_caches,
+)
 from hra_fx.tracing.graph_module import (
     CHECKS,
     Canonical,
@@ -59,19 +67,24 @@ def capture_layers(
     with LOCK, preserve_rng_state(), without_caches(model), torch.inference_mode(False):
         tries = examples_with_shapes(model, call) if dynamic_shapes is None else [(call, dynamic_shapes)]
         for example, shapes in tries:
-            try:
-                made = _captured(model, example, shapes, call, is_trained=is_trained)
-            except CaptureError as error:
-                failure = error
-            else:
-                _warn_of_parts(made)
-                return made
+            for with_values in (False, True):
+                try:
+                    made = _captured(model, example, shapes, call, is_trained=is_trained, with_values=with_values)
+                except CaptureError as error:
+                    failure = error
+                    if not isinstance(error, BranchError):
+                        break
+                else:
+                    _warn_of_parts(made)
+                    return made
         raise failure
 
 
-def _captured(model: nn.Module, example: Call, shapes: Any, call: Call, *, is_trained: bool) -> fx.GraphModule:
+def _captured(
+    model: nn.Module, example: Call, shapes: Any, call: Call, *, is_trained: bool, with_values: bool
+) -> fx.GraphModule:
     """Capture the graph of an example, and compare it with the model for this example and a call."""
-    modes = _both_modes(model, example, shapes)
+    modes = _both_modes(model, example, shapes, with_values)
     checks = InputChecks(modes[0].conditions, modes[1].conditions)
     made = _in_both_modes(model, modes[0], modes[1], checks)
     sizes = modes[0].sizes
@@ -84,7 +97,7 @@ def _captured(model: nn.Module, example: Call, shapes: Any, call: Call, *, is_tr
     return made
 
 
-def _both_modes(model: nn.Module, example: Call, shapes: Any) -> list[Canonical]:
+def _both_modes(model: nn.Module, example: Call, shapes: Any, with_values: bool) -> list[Canonical]:
     """Capture both modes.
 
     Leaves in a block with a separate graph, which could not call them, are inlined.
@@ -94,7 +107,9 @@ def _both_modes(model: nn.Module, example: Call, shapes: Any) -> list[Canonical]
         modes = []
         try:
             for training in (True, False):
-                program = export_call(model, example, shapes, training=training, inlined=inlined)
+                program = export_call(
+                    model, example, shapes, training=training, with_values=with_values, inlined=inlined
+                )
                 modes.append(canonical(program, model))
             return modes
         except InBlockError as error:

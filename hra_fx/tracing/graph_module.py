@@ -11,6 +11,7 @@ graph by tracing its code, which would inline such a graph without its context, 
 from __future__ import annotations
 
 import copy
+import operator
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import reduce
@@ -270,6 +271,8 @@ def simplify(graph: fx.Graph, places: list[fx.Node], model: nn.Module) -> None:
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default):
         node.replace_all_uses_with(node.args[0])
         graph.erase_node(node)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_scalar.default):
+        _explain(node)
     _hoist_sizes(graph, places)
     _follow_device(graph, places, model)
     if places:
@@ -277,6 +280,21 @@ def simplify(graph: fx.Graph, places: list[fx.Node], model: nn.Module) -> None:
             graph.call_module(CHECKS, tuple(places))
     # Modules and blocks have side effects: batch norm, and a moving average under torch.no_grad, update buffers.
     graph.eliminate_dead_code(lambda node: node.op == "call_module" or node.is_impure() or is_higher_order(node.target))
+
+
+def _explain(check: fx.Node) -> None:
+    """Write the message of a check of values, such as the number of end tokens."""
+    condition = check.args[0]
+    if isinstance(condition, fx.Node) and condition.target is operator.ge and condition.args[1] == 2:
+        # torch.export assumes that a size is at least 2. `compare` compares sizes of 1.
+        condition.args = (condition.args[0], 1)
+    place = check.meta.get("stack_trace", "").strip().rsplit("File ", 1)[-1].split("\n")
+    where = f" at {place[0].rpartition('/')[2]}, `{place[-1].strip()}`".replace('"', "") if place[-1] else ""
+    message = (
+        f"the graph was captured for inputs whose values take another way{where}. Call the original model, or capture "
+        "it for these inputs: pass them as `example_inputs` to hra_fx.transform(..., trace=True)."
+    )
+    check.args = (condition, message)
 
 
 def name_constants(graph: fx.Graph, program: ExportedProgram, module: nn.Module) -> dict[str, nn.Module]:
