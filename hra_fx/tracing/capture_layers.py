@@ -67,24 +67,16 @@ def capture_layers(
     with LOCK, preserve_rng_state(), without_caches(model), torch.inference_mode(False):
         tries = examples_with_shapes(model, call) if dynamic_shapes is None else [(call, dynamic_shapes)]
         for example, shapes in tries:
-            for with_values in (False, True):
-                try:
-                    made = _captured(model, example, shapes, call, is_trained=is_trained, with_values=with_values)
-                except CaptureError as error:
-                    failure = error
-                    if not isinstance(error, BranchError):
-                        break
-                else:
-                    _warn_of_parts(made)
-                    return made
+            try:
+                return _captured(model, example, shapes, call, is_trained=is_trained)
+            except CaptureError as error:
+                failure = error
         raise failure
 
 
-def _captured(
-    model: nn.Module, example: Call, shapes: Any, call: Call, *, is_trained: bool, with_values: bool
-) -> fx.GraphModule:
+def _captured(model: nn.Module, example: Call, shapes: Any, call: Call, *, is_trained: bool) -> fx.GraphModule:
     """Capture the graph of an example, and compare it with the model for this example and a call."""
-    modes = _both_modes(model, example, shapes, with_values)
+    modes = _both_modes(model, example, shapes)
     checks = InputChecks(modes[0].conditions, modes[1].conditions)
     made = _in_both_modes(model, modes[0], modes[1], checks)
     sizes = modes[0].sizes
@@ -94,15 +86,19 @@ def _captured(
     checks.add(size_conditions(modes[0].names, sizes, limits.not_one))
     if not limits.under_autocast:
         checks.add([Condition(*["not torch.is_autocast_enabled('cpu') and not torch.is_autocast_enabled('cuda')"] * 2)])
+    if is_trained:
+        _warn_of_parts(made)
     return made
 
 
-def _both_modes(model: nn.Module, example: Call, shapes: Any, with_values: bool) -> list[Canonical]:
+def _both_modes(model: nn.Module, example: Call, shapes: Any) -> list[Canonical]:
     """Capture both modes.
 
-    Leaves in a block with a separate graph, which could not call them, are inlined.
+    Leaves in a block with a separate graph, which could not call them, are inlined. If the call branches on values, it
+    runs with its values.
     """
     inlined: set[str] = set()
+    with_values = False
     while True:
         modes = []
         try:
@@ -112,6 +108,10 @@ def _both_modes(model: nn.Module, example: Call, shapes: Any, with_values: bool)
                 )
                 modes.append(canonical(program, model))
             return modes
+        except BranchError:
+            if with_values:
+                raise
+            with_values = True
         except InBlockError as error:
             inside = {path: model.get_submodule(path) for path in error.paths}
             if any(depends_on_mode(part) or find_kind(part) for part in inside.values()):

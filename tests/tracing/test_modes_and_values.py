@@ -128,6 +128,7 @@ def test_models_of_diffusers_are_graphs_of_all_their_layers(name: str) -> None:
     parts = [part for part in graph.children() if isinstance(part, GraphOfMode)]
     inside = [node.target for part in parts for node in part.in_train.graph.nodes if node.op.startswith("call")]
     assert set(inside) == {torch.ops.aten.contiguous.default}
+    assert not any("graph_of_mode" in key for key in hra_fx.to_networkx(graph))
     for training in (True, False):
         wanted, found = (tensors(seeded(module.train(training), call)) for module in (model, graph))
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

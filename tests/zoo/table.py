@@ -152,7 +152,7 @@ def _legend() -> Iterable[str]:
         "",
         "- layers: adapted layers. refused: layers that `transform` refuses, see above.",
         "- graph: how `transform(..., trace=True)` makes a graph: by torch.fx, of layers (torch.export captures a call",
-        "  with the layers as leaves; some by mode: a part of the graph runs other layers in each mode), or not at all.",
+        "  with the layers as leaves; some by mode: a part of it runs other layers in each mode), or not at all.",
         f"- ✓ correct, {_NONE} not applicable (a fixed input size, say), ⊘ refused with a reason, ✗ wrong.",
         "- start: fresh adapters change nothing. random: random adapters give the output of weights `W Q`. train: the",
         "  same in train mode, with dropout and batch norm. grads: gradients of every adapter, in both modes. batch,",
