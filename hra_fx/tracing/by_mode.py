@@ -111,8 +111,8 @@ class _Merge:
 
     def run(self) -> dict[str, nn.Module]:
         """Merge all nodes."""
-        forms = [list(map(_form, nodes)) for nodes in self._both]
-        matcher = SequenceMatcher(None, *forms, autojunk=False)  # the last nodes are equal: they are outputs
+        one, other = (list(map(_form, nodes)) for nodes in self._both)
+        matcher = SequenceMatcher(None, one, other, autojunk=False)  # the last nodes are equal: they are outputs
         for tag, *(start, end, first, last) in matcher.get_opcodes():
             ours, theirs = self._both[0][start:end], self._both[1][first:last]
             if tag == "equal":

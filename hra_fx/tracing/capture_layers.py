@@ -153,7 +153,7 @@ def _is_same(one: nn.Module, other: nn.Module) -> bool:
 
 def _warn_of_parts(made: fx.GraphModule) -> None:
     """Warn of layers that a pass over the graph does not see."""
-    found = {}
+    found: dict[str, str] = {}
     for name, part in made.named_children():
         for kind in ("in_train", "in_eval") if isinstance(part, GraphOfMode) else ():
             calls = [str(node.target) for node in getattr(part, kind).graph.find_nodes(op="call_module")]

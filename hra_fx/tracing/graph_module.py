@@ -93,8 +93,8 @@ def graph_module(root: nn.Module, graph: fx.Graph, modules: Mapping[str, nn.Modu
     module.training = root.training
     module.graph = graph
     for call in graph.find_nodes(op="call_module"):
-        if isinstance(part := modules.get(str(call.target)), (ByMode, GraphOfMode)):
-            _follow(part, module, module_path(call) or next(map(module_path, call.users), None))
+        if isinstance(added := modules.get(str(call.target)), (ByMode, GraphOfMode)):
+            _follow(added, module, module_path(call) or next(map(module_path, call.users), None))
     return module
 
 
@@ -167,8 +167,8 @@ def call_nested(graph: fx.Graph, parts: Mapping[str, nn.Module]) -> dict[str, nn
     made = {name: part for name, part in parts.items() if not isinstance(part, fx.GraphModule)}
     for node in [node for node in graph.nodes if is_higher_order(node.target)]:
         reads = {place: arg for place, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg.op == "get_attr"}
-        bodies = {place: parts.get(str(read.target)) for place, read in reads.items()}
-        bodies = {place: body for place, body in bodies.items() if isinstance(body, fx.GraphModule)}
+        found = {place: parts.get(str(read.target)) for place, read in reads.items()}
+        bodies = {place: body for place, body in found.items() if isinstance(body, fx.GraphModule)}
         for body in bodies.values():
             for name, part in call_nested(body.graph, dict(body.named_children())).items():
                 body.add_module(name, part)
