@@ -110,6 +110,22 @@ def is_exporting() -> bool:
     return torch.compiler._is_exporting_flag
 
 
+def running_while_exporting() -> AbstractContextManager[None]:
+    """Context manager in which `torch.export` also runs the operators with values, as `draft_export` does."""
+    from torch._functorch import config
+
+    options = {"fake_tensor_propagate_real_tensors": True, "generate_fake_kernels_from_real_mismatches": True}
+    made: AbstractContextManager[None] = config.patch(options)
+    return made
+
+
+def depends_on_values(error: Exception) -> bool:
+    """Whether `torch.export` failed because a call branches on values of tensors."""
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # imports sympy
+
+    return isinstance(error, GuardOnDataDependentSymNode)
+
+
 def export_forward_backward() -> Callable[..., Any]:
     """torch's function that adds the backward pass to an exported program; experimental, and slow to import."""
     from torch.export.experimental import _export_forward_backward

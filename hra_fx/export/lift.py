@@ -23,6 +23,7 @@ from hra_fx.selection.origin import keep_origin, origin_of_program
 from hra_fx.tracing.compare import compare_call
 from hra_fx.tracing.graph_module import (
     CHECKS,
+    call_nested,
     captured_module,
     module_path,
     name_constants,
@@ -106,8 +107,9 @@ def _lifted(program: ExportedProgram) -> fx.GraphModule:
     if not called:
         raise AdapterError(_why_no_layer(graph, parameters))
     origin = origin_of_program(module_classes(graph), called)
-    parts = {CHECKS: InputChecks(conditions, conditions), **name_constants(graph, program, module)}
+    constants = name_constants(graph, program, module)
     simplify(graph, places, root)
+    parts = {CHECKS: InputChecks(conditions, conditions), **call_nested(graph, constants)}
     lifted = captured_module(root, parts, graph)
     type(lifted).__name__ = origin.class_name
     keep_origin(lifted, origin)

@@ -11,7 +11,9 @@ not changed, because fx creates a separate class for each copy.
 from __future__ import annotations
 
 import copy
+import operator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from torch import fx, nn
@@ -68,6 +70,8 @@ class GraphOfMode(nn.Module):
     The graphs are not registered as children, because the model already has their layers under the same names.
     """
 
+    #: Keeps calls without results in `graph.eliminate_dead_code()`.
+    _is_impure = True
     in_train: fx.GraphModule
     in_eval: fx.GraphModule
 
@@ -78,7 +82,30 @@ class GraphOfMode(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         """Run the graph of the current mode."""
-        return (self.in_train if self.training else self.in_eval)(*args)
+        module = self.__dict__.get("followed", self)  # another module of the graph, which is not a child
+        return (self.in_train if module.training else self.in_eval)(*args)
+
+
+def graph_in_eval(module: fx.GraphModule) -> fx.Graph:
+    """A copy of a graph for eval mode, with the nodes of its parts that run one graph in each mode."""
+    graph = copy.deepcopy(module.graph)
+    for call in reversed(graph.find_nodes(op="call_module")):  # a part may read a result that only train mode has
+        part = module.get_submodule(str(call.target))
+        if not isinstance(part, GraphOfMode):
+            continue
+        inner = part.in_eval.graph
+        with graph.inserting_before(call):
+            found: Any = graph.graph_copy(inner, dict(zip(inner.find_nodes(op="placeholder"), call.args, strict=True)))
+        picks = [user for user in call.users if user.target is operator.getitem] if isinstance(found, tuple) else []
+        for node, value in [*((pick, found[pick.args[1]]) for pick in picks), (call, found)]:
+            for user in list(node.users):
+                user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), partial(_replaced, node, value))
+            graph.erase_node(node)
+    return graph
+
+
+def _replaced(old: fx.Node, new: Any, node: fx.Node) -> Any:
+    return new if node is old else node
 
 
 def rewrite(module: fx.GraphModule, undo: ExitStack) -> None:

@@ -5,29 +5,41 @@ The graph is valid in train and in eval mode, because it is created from one cap
 
 from __future__ import annotations
 
-import copy
 import difflib
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from hra_fx.compat import OpOverload, has_backward_hooks, require, schema_of
+from hra_fx.compat import has_backward_hooks, require
 from hra_fx.errors import CaptureError, HRAWarning
 from hra_fx.layers.target import find_kind
 from hra_fx.model.example_inputs import Call, preserve_rng_state
 from hra_fx.model.graph_module import GraphOfMode
-from hra_fx.tracing.by_mode import ByMode, ModesDifferError, merge_modes
+from hra_fx.tracing.by_mode import ByMode, merge_modes
 from hra_fx.tracing.compare import compare, compare_call
-from hra_fx.tracing.exported import LOCK, depends_on_mode, examples_with_shapes, export_call, is_leaf, without_caches
-from hra_fx.tracing.graph_module import CHECKS, Canonical, InBlockError, canonical, captured_module
+from hra_fx.tracing.exported import (
+    LOCK,
+    BranchError,
+    depends_on_mode,
+    examples_with_shapes,
+    export_call,
+    is_leaf,
+    without_caches,
+)
+from hra_fx.tracing.graph_module import (
+    CHECKS,
+    Canonical,
+    InBlockError,
+    NestedGraph,
+    attribute,
+    canonical,
+    captured_module,
+)
 from hra_fx.tracing.inputs import Condition, InputChecks, size_conditions
-
-#: The name of the module that runs the graph of the current mode, if the modes have different nodes.
-BY_MODE = "graph_of_mode"
 
 
 def capture_layers(
@@ -91,6 +103,8 @@ def _captured(model: nn.Module, example: Call, shapes: Any, call: Call, *, is_tr
     if not limits.under_autocast:
         checks.add([Condition(*["not torch.is_autocast_enabled('cpu') and not torch.is_autocast_enabled('cuda')"] * 2)])
     _warn_of_unread(model, made.graph, call[1])
+    if is_trained:
+        _warn_of_parts(made)
     return made
 
 
@@ -108,16 +122,24 @@ def _warn_of_unread(model: nn.Module, graph: fx.Graph, kwargs: Mapping[str, Any]
 def _in_modes(model: nn.Module, example: Call, shapes: Any, trained: Iterable[bool]) -> list[Canonical]:
     """Capture train or eval mode, or both.
 
-    Leaves in a block with a separate graph, which could not call them, are inlined.
+    Leaves in a block with a separate graph, which could not call them, are inlined. If the call branches on values, it
+    runs with its values.
     """
     inlined: set[str] = set()
+    with_values = False
     while True:
         modes = []
         try:
             for training in trained:
-                program = export_call(model, example, shapes, training=training, inlined=inlined)
+                program = export_call(
+                    model, example, shapes, training=training, with_values=with_values, inlined=inlined
+                )
                 modes.append(canonical(program, model))
             return modes
+        except BranchError:
+            if with_values:
+                raise
+            with_values = True
         except InBlockError as error:
             inside = {path: model.get_submodule(path) for path in error.paths}
             if any(depends_on_mode(part) or find_kind(part) for part in inside.values()):
@@ -130,65 +152,44 @@ def _in_modes(model: nn.Module, example: Call, shapes: Any, trained: Iterable[bo
 
 def _in_both_modes(model: nn.Module, in_train: Canonical, in_eval: Canonical, checks: InputChecks) -> fx.GraphModule:
     """Create a GraphModule with the modules and tensors of a model that is valid in both modes."""
-    try:
-        if not _same_constants(in_train.constants, in_eval.constants):
-            raise ModesDifferError
-        graph, other = (copy.deepcopy(part.graph) for part in (in_train, in_eval))
-        _give_defaults(graph, other)
-        modules = merge_modes(graph, other)
-    except ModesDifferError:
-        return _of_two_graphs(model, in_train, in_eval, checks)
-    return captured_module(model, {CHECKS: checks, **in_train.constants, **modules}, graph)
+    constants = in_train.constants | _renamed(in_eval, in_train.constants)
+
+    def make(*graphs: fx.Graph) -> nn.Module:
+        return GraphOfMode(*(captured_module(model, constants, graph) for graph in graphs))
+
+    modules = merge_modes(in_train.graph, in_eval.graph, make)
+    return captured_module(model, {CHECKS: checks, **constants, **modules}, in_train.graph)
 
 
-def _same_constants(ours: Mapping[str, nn.Module], theirs: Mapping[str, nn.Module]) -> bool:
-    def same(one: nn.Module, other: nn.Module) -> bool:
-        if isinstance(one, ByMode) and isinstance(other, ByMode):
-            return torch.equal(one.in_train, other.in_train)
-        return isinstance(one, fx.GraphModule) and isinstance(other, fx.GraphModule) and one.code == other.code
-
-    return ours.keys() == theirs.keys() and all(same(ours[name], theirs[name]) for name in ours)
-
-
-def _give_defaults(ours: fx.Graph, theirs: fx.Graph) -> None:
-    """Add the default arguments of operators that only one of the graphs passes."""
-    for one, other in zip(ours.nodes, theirs.nodes, strict=False):
-        if one.target is other.target and isinstance(one.target, OpOverload) and len(one.args) != len(other.args):
-            for node in (one, other):
-                places = [argument for argument in schema_of(node.target).arguments if not argument.kwarg_only]
-                node.args = (*node.args, *(argument.default_value for argument in places[len(node.args) :]))
+def _renamed(part: Canonical, others: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Give constants the names of equal ones in `others`, and new names to the rest. Returns the rest."""
+    free = dict(others)
+    names = {}
+    for name, constant in part.constants.items():
+        names[name] = next((each for each, other in free.items() if _is_same(constant, other)), f"{name}_in_eval")
+        free.pop(names[name], None)
+    for node in part.graph.find_nodes(op="call_module"):
+        node.target = names.get(str(node.target), node.target)
+    return {names[name]: constant for name, constant in part.constants.items() if names[name] not in others}
 
 
-def _of_two_graphs(model: nn.Module, in_train: Canonical, in_eval: Canonical, checks: InputChecks) -> fx.GraphModule:
-    """Create a graph with one call, to a module that has the graphs of both modes.
-
-    The graph reads the model's own tensors and passes them to that module. It has all modules that the two graphs call,
-    so that changes of dtype, device and mode apply to them.
-    """
-    captures = {"train": in_train, "eval": in_eval}
-    constants: dict[str, nn.Module] = {CHECKS: checks}
-    for mode, part in captures.items():
-        for node in part.graph.nodes:
-            if node.op in ("get_attr", "call_module") and node.target in part.constants:
-                node.target = f"{node.target}_{mode}"
-        constants |= {f"{name}_{mode}": value for name, value in part.constants.items()}
-    reads = {str(node.target) for part in captures.values() for node in part.graph.find_nodes(op="get_attr")}
-    names = sorted(name for name in reads if isinstance(getattr(model, name, None), Tensor))
-    graph = fx.Graph()
-    places = [graph.placeholder(str(node.target)) for node in in_train.graph.find_nodes(op="placeholder")]
-    graph.output(graph.call_module(BY_MODE, (*places, *map(graph.get_attr, names))))
-    for part in captures.values():
-        _pass_in(part.graph, names)
-    inner = [captured_module(model, constants, part.graph) for part in captures.values()]
-    return captured_module(model, {BY_MODE: GraphOfMode(*inner), **constants}, graph)
+def _is_same(one: nn.Module, other: nn.Module) -> bool:
+    if isinstance(one, ByMode) and isinstance(other, ByMode):
+        return torch.equal(one.in_train, other.in_train)
+    return isinstance(one, NestedGraph) and isinstance(other, NestedGraph) and one.source() == other.source()
 
 
-def _pass_in(graph: fx.Graph, names: Sequence[str]) -> None:
-    """Turn tensors that a graph reads into its last inputs."""
-    last = graph.find_nodes(op="placeholder")[-1]
-    for name in names:
-        with graph.inserting_after(last):
-            last = graph.placeholder(name)
-        for node in graph.find_nodes(op="get_attr", target=name):
-            node.replace_all_uses_with(last)
-            graph.erase_node(node)
+def _warn_of_parts(made: fx.GraphModule) -> None:
+    """Warn of layers that a pass over the graph does not see."""
+    found: dict[str, str] = {}
+    for name, part in made.named_children():
+        for kind in ("in_train", "in_eval") if isinstance(part, GraphOfMode) else ():
+            calls = [str(node.target) for node in getattr(part, kind).graph.find_nodes(op="call_module")]
+            found |= {f"{name}.{kind}": path for path in calls[::-1] if find_kind(attribute(made, path))}
+    if found:
+        text = (
+            f"{type(made).__name__}: its graph calls {next(iter(found.values()))} in {', '.join(found)}, because the "
+            "other mode runs other operations there. Adapters and folding work as usual, but a pass of your own must "
+            "also visit these graphs."
+        )
+        warnings.warn(text, HRAWarning, stacklevel=2)

@@ -183,12 +183,12 @@ class _Comparison:
         if (other := next(others, None)) is None:
             self._compare(call, "the example again")
         second = [attributes(each) for each in self._both]
-        buffers = dict(self._model.named_buffers())
+        kept = self._model.state_dict()
         for name in first[0] | second[0]:
             one, two, wanted, found = (part.get(name, before.get(name)) for part in (*first, *second))
             # What only the first call changes, such as a cache, has done no harm.
             is_changed = not (is_same(one, wanted) and is_same(two, found))
-            if (is_changed or name in buffers or name.endswith("training")) and not is_same(wanted, found):
+            if (is_changed or name in kept or name.endswith("training")) and not is_same(wanted, found):
                 values = f"{shown(wanted, found)}, in its graph {shown(found, wanted)}"
                 raise CaptureError(f"{self._mode}after two calls, {name} is {values}")
         return other or call

@@ -17,7 +17,7 @@ import logging
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from functools import partial, wraps
 from pathlib import Path
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm  # type: ignore[import-untyped]  # which transformers needs
 
-from hra_fx.compat import forward_hooks, pytree
+from hra_fx.compat import depends_on_values, forward_hooks, pytree, running_while_exporting
 from hra_fx.errors import CaptureError
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.target import find_kind
@@ -47,22 +47,34 @@ _LENGTHS = 3
 #: Methods that return the tensor itself if it already has the dtype.
 _CASTS = {Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16}
 _CASTS |= {Tensor.long, Tensor.int, Tensor.bool}
+#: Functions that return one tensor for each dimension, if they are called with `as_tuple`.
+_NONZERO = {torch.nonzero, Tensor.nonzero}
 
 
 def export_call(
-    model: nn.Module, call: Call, dynamic_shapes: Any, *, training: bool, inlined: Collection[str] = ()
+    model: nn.Module,
+    call: Call,
+    dynamic_shapes: Any,
+    *,
+    training: bool,
+    with_values: bool = False,
+    inlined: Collection[str] = (),
 ) -> ExportedProgram:
     """Capture a call in one mode, with each leaf as one `hra_fx::call_layer`, except for the paths in `inlined`.
 
-    The forward may change the modules, so a copy of them is captured.
+    The forward may change the modules, so a copy of them is captured. `with_values` runs the call meanwhile, and the
+    program takes the branches that its values take, and checks that other inputs take them too.
     """
     args, kwargs = clone_inputs(call)
     model = with_shared_tensors(model).train(not training).train(training)  # as compare does: some clear a cache
     leaves = {path: part for path, part in model.named_modules() if path and is_leaf(part) and path not in inlined}
-    bar = tqdm(
-        total=len(leaves), desc=f"capture {'train' if training else 'eval'} mode", unit="layer", delay=2, leave=False
-    )  # before stderr is redirected
+    mode = "train" if training else "eval"
+    bar = tqdm(total=len(leaves), desc=f"capture {mode} mode", unit="layer", delay=2, leave=False)  # to the real stderr
     with bar, exporting(), ExitStack() as stack, _PlainOperators(), torch.enable_grad():
+        if with_values:
+            stack.enter_context(running_while_exporting())
+            _values.update({path: _cloned(layer) for path, layer in leaves.items()})
+        stack.callback(_values.clear)
         stack.callback(_layers.clear)
         stack.callback(_recorded.clear)
         _untie(model)
@@ -96,10 +108,15 @@ def exporting() -> Iterator[None]:
         raise
     except Exception as error:
         line = str(error).strip().split("\n")[0]
-        raise CaptureError(f"torch.export fails{_place(error)} ({type(error).__name__}: {line[:200]})") from error
+        kind = BranchError if depends_on_values(error) else CaptureError
+        raise kind(f"torch.export fails{_place(error)} ({type(error).__name__}: {line[:200]})") from error
     finally:
         for handler in handlers:
             handler.removeFilter(is_of_another_thread)
+
+
+class BranchError(CaptureError):
+    """A call branches on values of tensors, or creates tensors whose sizes depend on them."""
 
 
 def examples_with_shapes(model: nn.Module, call: Call) -> list[tuple[Call, Any]]:
@@ -185,6 +202,7 @@ class _PlainOperators(TorchFunctionMode):
     - The fast path of torch's attention does not have a gradient, so it is not used.
     - `Tensor.contiguous` is recorded only if the previous kernel returns other strides, and the kernel of attention
       depends on dropout. Here it is always recorded.
+    - torch cannot run `torch.where` and `nonzero` with values if they return several tensors. Here, `unbind` does that.
     - A cast that does not change the dtype returns its input, and everything that reads the input would then read the
       cast. Under autocast, this would be another value. Here a cast returns an alias.
     """
@@ -201,6 +219,8 @@ class _PlainOperators(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.contiguous:
             return torch.ops.aten.contiguous.default(*args, **(kwargs or {}))
+        if (func is torch.where and len(args) == 1) or (func in _NONZERO and (kwargs or {}).get("as_tuple")):
+            return args[0].nonzero().unbind(1)
         if func in _CASTS:
             args = (torch.ops.aten.alias.default(args[0]), *args[1:])
         return func(*args, **(kwargs or {}))
@@ -236,6 +256,8 @@ _RECORDED = (nn.Identity, nn.Sequential, torch.jit.ScriptModule)
 _DROP_PATHS = ("DropPath", "StochasticDepth")
 # The layers of the model that is being captured, by path. The capture holds a lock.
 _layers: dict[str, nn.Module] = {}
+# The tensors of the layers, if the call runs while it is captured.
+_values: dict[str, dict[str, Tensor]] = {}
 # The paths of layers whose operators had to be recorded after a call was.
 _recorded: set[str] = set()
 
@@ -303,16 +325,26 @@ class _Called(nn.ModuleDict):
 
 
 def _output_of(x: Tensor, path: str) -> Tensor:
-    """Create a tensor with the shape of a layer's output. Only fake tensors are passed here."""
+    """Create a tensor with the shape of a layer's output, for a fake input."""
     layer: Any = _layers[path]
     if depends_on_mode(layer):
         return torch.empty_like(x)
     tensors = dict(layer.named_parameters()) | dict(layer.named_buffers())
     if isinstance(layer, nn.Linear) and not layer.weight.is_floating_point():  # packed, so its shape is unrelated
         return x.new_empty((*x.shape[:-1], layer.out_features))
-    fake = {f"layer.{name}": x.new_empty(t.shape, dtype=t.dtype) for name, t in tensors.items()}
+    return _call_with(layer, {name: x.new_empty(t.shape, dtype=t.dtype) for name, t in tensors.items()}, x)
+
+
+def _values_of(x: Tensor, path: str) -> Tensor:
+    """Run a layer, for an input of a call that runs while it is captured."""
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        return _call_with(_layers[path], _values[path], x)
+
+
+def _call_with(layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Call a layer with other tensors; raises `_MustBeRecordedError`."""
     before, now = dict(vars(layer)), vars(layer)
-    output = torch.func.functional_call(_Called({"layer": layer}), fake, (x,))
+    output = torch.func.functional_call(_Called({"layer": layer}), {f"layer.{n}": t for n, t in tensors.items()}, (x,))
     is_changed = now.keys() != before.keys() or any(now[name] is not value for name, value in before.items())
     if not isinstance(output, Tensor) or (is_changed and not find_kind(layer)):
         now.clear()
@@ -321,5 +353,11 @@ def _output_of(x: Tensor, path: str) -> Tensor:
     return output.clone()
 
 
-_LIBRARY.impl("call_layer", _output_of, "CompositeExplicitAutograd")
+def _cloned(layer: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a layer; its buffers are copies, because batch norm writes into them."""
+    buffers = {name: value.clone() for name, value in layer.named_buffers()}
+    return {name: value.detach() for name, value in layer.named_parameters()} | buffers
+
+
+_LIBRARY.impl("call_layer", _values_of, "CompositeExplicitAutograd")
 torch.library.register_fake("hra_fx::call_layer", _output_of, lib=_LIBRARY)

@@ -11,9 +11,10 @@ graph by tracing its code, which would inline such a graph without its context, 
 from __future__ import annotations
 
 import copy
+import operator
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from functools import partial, reduce
+from collections.abc import Mapping
+from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from hra_fx.compat import ASSERT_METADATA, NON_PERSISTENT, is_higher_order
 from hra_fx.errors import CaptureError
-from hra_fx.model.graph_module import UnpicklingTracer
+from hra_fx.model.graph_module import GraphOfMode, UnpicklingTracer
 from hra_fx.tracing.by_mode import ByMode
 from hra_fx.tracing.exported import CALL_LAYER, exporting
 from hra_fx.tracing.inputs import Condition, argument_names, call_of, conditions_of, nest, shown_names
@@ -117,16 +118,16 @@ def graph_module(root: nn.Module, graph: fx.Graph, modules: Mapping[str, nn.Modu
     module.training = root.training
     module.graph = graph
     for call in graph.find_nodes(op="call_module"):
-        if isinstance(constant := modules.get(str(call.target)), ByMode) and call.users:
-            _follow(constant, module, module_path(next(iter(call.users))))
+        if isinstance(added := modules.get(str(call.target)), (ByMode, GraphOfMode)):
+            _follow(added, module, module_path(call) or next(map(module_path, call.users), None))
     return module
 
 
-def _follow(constant: ByMode, module: fx.GraphModule, path: str | None) -> None:
-    """Make a constant follow the mode of the module that reads it, or of its innermost parent in the graph."""
+def _follow(part: nn.Module, module: fx.GraphModule, path: str | None) -> None:
+    """Make a part of a graph follow the mode of the module that reads it, or of its innermost parent in the graph."""
     while path and not isinstance(attribute(module, path), nn.Module):
         path = path.rpartition(".")[0]
-    vars(constant)["followed"] = attribute(module, path) if path else constant
+    vars(part)["followed"] = attribute(module, path) if path else part
 
 
 def _holder(part: nn.Module | None, used: set[nn.Module], holders: dict[nn.Module, nn.Module]) -> nn.Module | None:
@@ -164,6 +165,10 @@ class NestedGraph(nn.Module):
             given.insert(int(place), body)
         return getattr(torch.ops.higher_order, self.operator)(*given, **kwargs)
 
+    def source(self) -> list[str]:
+        """The name of the operator, and the code of its graphs."""
+        return [self.operator, *(f"{place}: {body.code}" for place, body in self.bodies.items())]
+
 
 def replace_node(node: fx.Node, op: str, target: Any, args: Any = (), kwargs: Any = None) -> fx.Node:
     """Replace a node with a new one that has its `meta`."""
@@ -179,20 +184,18 @@ def captured_module(model: nn.Module, parts: Mapping[str, nn.Module], graph: fx.
     """Create a GraphModule from a captured graph, with the modules and tensors of a model, and additional parts."""
     if taken := next((name for name in parts if hasattr(model, name)), None):
         raise CaptureError(f"its attribute {taken!r} has a name that a graph uses for itself. Rename it")
-    nested = _call_nested(graph, lambda path: parts[path] if path in parts else attribute(model, path))
-    own = {name: part for name, part in parts.items() if not isinstance(part, fx.GraphModule)}
-    return graph_module(model, graph, {**own, **nested})
+    return graph_module(model, graph, parts)
 
 
-def _call_nested(graph: fx.Graph, find: Callable[[str], Any]) -> dict[str, nn.Module]:
-    """Replace operators that have graphs as arguments with calls of modules, in place. Returns the modules."""
-    made: dict[str, nn.Module] = {}
+def call_nested(graph: fx.Graph, parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Replace operators that have graphs as arguments with calls of modules, in place. Returns all parts to add."""
+    made = {name: part for name, part in parts.items() if not isinstance(part, fx.GraphModule)}
     for node in [node for node in graph.nodes if is_higher_order(node.target)]:
         reads = {place: arg for place, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg.op == "get_attr"}
-        bodies = {place: find(str(read.target)) for place, read in reads.items()}
-        bodies = {place: body for place, body in bodies.items() if isinstance(body, fx.GraphModule)}
+        found = {place: parts.get(str(read.target)) for place, read in reads.items()}
+        bodies = {place: body for place, body in found.items() if isinstance(body, fx.GraphModule)}
         for body in bodies.values():
-            for name, part in _call_nested(body.graph, partial(attribute, body)).items():
+            for name, part in call_nested(body.graph, dict(body.named_children())).items():
                 body.add_module(name, part)
             body.recompile()
             vars(body)["_tracer_cls"] = UnpicklingTracer  # that of torch.export cannot unpickle it
@@ -213,8 +216,7 @@ class Canonical(NamedTuple):
     """The graph of a model in one mode. It first calls `CHECKS`, then the model's layers.
 
     Attributes:
-        constants: name -> nested graph that is not part of the model, or a tensor that its forward creates (a
-            `ByMode`).
+        constants: name -> `NestedGraph`, or a tensor that the forward creates (a `ByMode`).
         names: those of the flat inputs.
         sizes: for each size that may change, (index of the flat input, dimension) of all inputs with this size.
     """
@@ -254,6 +256,7 @@ def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
     if calls:
         raise InBlockError([str(node.args[1]) for node in calls])
     simplify(graph, places, model)
+    constants = call_nested(graph, constants)
     for node in graph.find_nodes(op="get_attr", sort=True):
         min(node.users).prepend(node)
     # A symbol is a size that may change; the others are numbers and expressions.
@@ -294,6 +297,8 @@ def simplify(graph: fx.Graph, places: list[fx.Node], model: nn.Module) -> None:
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default):
         node.replace_all_uses_with(node.args[0])
         graph.erase_node(node)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_scalar.default):
+        _explain(node)
     _hoist_sizes(graph, places)
     _follow_device(graph, places, model)
     if places:
@@ -301,6 +306,21 @@ def simplify(graph: fx.Graph, places: list[fx.Node], model: nn.Module) -> None:
             graph.call_module(CHECKS, tuple(places))
     # Modules and blocks have side effects: batch norm, and a moving average under torch.no_grad, update buffers.
     graph.eliminate_dead_code(lambda node: node.op == "call_module" or node.is_impure() or is_higher_order(node.target))
+
+
+def _explain(check: fx.Node) -> None:
+    """Write the message of a check of values, such as the number of end tokens."""
+    condition = check.args[0]
+    if isinstance(condition, fx.Node) and condition.target is operator.ge and condition.args[1] == 2:
+        # torch.export assumes that a size is at least 2. `compare` compares sizes of 1.
+        condition.args = (condition.args[0], 1)
+    place = check.meta.get("stack_trace", "").strip().rsplit("File ", 1)[-1].split("\n")
+    where = f" at {place[0].rpartition('/')[2]}, `{place[-1].strip()}`".replace('"', "") if place[-1] else ""
+    message = (
+        f"the graph was captured for inputs whose values take another way{where}. Call the original model, or capture "
+        "it for these inputs: pass them as `example_inputs` to hra_fx.transform(..., trace=True)."
+    )
+    check.args = (condition, message)
 
 
 def name_constants(graph: fx.Graph, program: ExportedProgram, module: nn.Module) -> dict[str, nn.Module]:

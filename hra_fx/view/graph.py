@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from hra_fx.compat import OpOverload
 from hra_fx.layers.target import BASE_WEIGHT, FACTORS, REFLECTION
+from hra_fx.model.graph_module import graph_in_eval
 from hra_fx.tracing.by_mode import ByMode
 from hra_fx.tracing.graph_module import normalize_path
 from hra_fx.view.subject import Subject, describe_module, name_of, own_parameters
@@ -176,11 +177,12 @@ class _Builder:
 
     def _add_graph(self, root: str, graph: fx.GraphModule) -> None:
         values: dict[fx.Node, Value] = {}
-        masks = constant_masks(graph.graph)
+        plain = graph_in_eval(graph)
+        masks = constant_masks(plain)
         single = root in self.subject.layers
-        knows_places = any(node.meta.get("nn_module_stack") for node in graph.graph.nodes)
+        knows_places = any(node.meta.get("nn_module_stack") for node in plain.nodes)
         held = dict(graph.named_parameters(remove_duplicate=False))
-        for node in graph.graph.nodes:
+        for node in plain.nodes:
             module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
             layers = self._layers_at(node, root)
             value = Value() if node in masks else None if layers else pass_through(node, values, module)

@@ -14,7 +14,7 @@ from zoo.entry import Entry
 from zoo.oracle import Oracle, stir
 from zoo.outputs import Differs, check_usable, seed
 from zoo.refusing import candidates, transform_most
-from zoo.result import CHECKS, LEAVES, NOT_APPLICABLE, OK, REFUSED, YES, Result
+from zoo.result import CHECKS, HIDDEN, LEAVES, NOT_APPLICABLE, OK, REFUSED, YES, Result
 from zoo.runs import Runs, short
 
 import hra_fx
@@ -221,12 +221,15 @@ class Trial(Runs):
         self._agree_in_gradients(traced)
 
     def _captured(self) -> nn.Module:
-        try:
-            made = hra_fx.transform(copy.deepcopy(self.base), self.config, trace=True, example_inputs=self.example())
-        except hra_fx.HRAError as error:
-            self.result.traced = f"{REFUSED}{error}"
-            raise NotApplicable from error
-        self.result.traced = LEAVES
+        base, example = copy.deepcopy(self.base), self.example()
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always", hra_fx.HRAWarning)
+            try:
+                made = hra_fx.transform(base, self.config, trace=True, example_inputs=example)
+            except hra_fx.HRAError as error:
+                self.result.traced = f"{REFUSED}{error}"
+                raise NotApplicable from error
+        self.result.traced = HIDDEN if any("its graph calls" in str(entry.message) for entry in seen) else LEAVES
         return made
 
     def _agree_in_size(self, traced: nn.Module) -> None:

@@ -20,6 +20,8 @@ CHECKS = {
 }
 OK, NOT_APPLICABLE = "ok", "-"
 YES, LEAVES = "torch.fx", "layers"
+#: Like `LEAVES`, with layers in a part that runs one graph in each mode, which a pass does not see.
+HIDDEN = "layers, some by mode"
 #: How the text of a check begins that ended in a refusal, with a reason and without any change.
 REFUSED = "refused: "
 
@@ -32,7 +34,7 @@ class Result:
         name: `"<library>/<model>"`.
         matched: adapted layers.
         traced: how `transform(trace=True)` makes a graph: `YES` (by torch.fx), `LEAVES` (by torch.export, with layers
-            as leaves) or `REFUSED` with the reason.
+            as leaves), `HIDDEN` or `REFUSED` with the reason.
         refused: layer -> why `transform` refused it.
         checks: name -> "ok", "-" (not applicable), "refused: ..." or what went wrong.
         inert: layers whose vectors get no gradient, while those of the oracle do.

@@ -6,7 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
-from zoo.result import CHECKS, LEAVES, NOT_APPLICABLE, OK, REFUSED, YES, Result
+from zoo.result import CHECKS, HIDDEN, LEAVES, NOT_APPLICABLE, OK, REFUSED, YES, Result
 
 _NONE = "\u2013"
 _LIBRARIES = ("torchvision", "timm", "transformers", "diffusers")
@@ -20,7 +20,8 @@ def totals(results: list[Result]) -> dict[str, str]:
         "models": f"{len(results)}",
         "layers adapted": f"{matched}",
         "models traced by torch.fx": f"{sum(result.traced == YES for result in results)}",
-        "models captured by torch.export": f"{sum(result.traced == LEAVES for result in results)}",
+        "models captured by torch.export": f"{sum(result.traced in (LEAVES, HIDDEN) for result in results)}",
+        "of these, with layers that only one mode calls": f"{sum(result.traced == HIDDEN for result in results)}",
         "layers refused": f"{sum(len(result.refused) for result in results)}",
         "models with a wrong result": f"{sum(bool(result.failures) for result in results)}",
         "layers without a gradient": f"{sum(len(result.inert) for result in results)}",
@@ -73,7 +74,7 @@ def _by_library(groups: dict[str, list[Result]], order: list[str]) -> Iterable[s
             len(rows),
             sum(row.right for row in rows),
             sum(row.traced == YES for row in rows),
-            sum(row.traced == LEAVES for row in rows),
+            sum(row.traced in (LEAVES, HIDDEN) for row in rows),
             sum(row.matched for row in rows),
             sum(len(row.refused) for row in rows),
         )
@@ -151,7 +152,7 @@ def _legend() -> Iterable[str]:
         "",
         "- layers: adapted layers. refused: layers that `transform` refuses, see above.",
         "- graph: how `transform(..., trace=True)` makes a graph: by torch.fx, of layers (torch.export captures a call",
-        "  with the layers as leaves), or not at all.",
+        "  with the layers as leaves; some by mode: a part of it runs other layers in each mode), or not at all.",
         f"- ✓ correct, {_NONE} not applicable (a fixed input size, say), ⊘ refused with a reason, ✗ wrong.",
         "- start: fresh adapters change nothing. random: random adapters give the output of weights `W Q`. train: the",
         "  same in train mode, with dropout and batch norm. grads: gradients of every adapter, in both modes. batch,",

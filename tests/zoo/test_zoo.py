@@ -12,7 +12,7 @@ import torchvision
 from torchvision.models import detection, segmentation
 from zoo.checks import check
 from zoo.registry import entries, named
-from zoo.result import CHECKS, LEAVES, NOT_APPLICABLE, OK, REFUSED, YES, Result
+from zoo.result import CHECKS, HIDDEN, NOT_APPLICABLE, OK, REFUSED, YES, Result
 from zoo.table import markdown
 
 ENTRIES = entries()
@@ -79,12 +79,15 @@ PARTLY = Result(
     transform_s=0.6,
     trace_s=0.2,
 )
-WRONG = Result("timm/c", matched=1, traced=LEAVES, checks={"transform": OK, "eval": "off by 1 | 2"}, inert=["fc"])
+WRONG = Result("timm/c", matched=1, traced=HIDDEN, checks={"transform": OK, "eval": "off by 1 | 2"}, inert=["fc"])
 
 
 def test_the_page() -> None:
     lines = markdown([RIGHT, PARTLY, WRONG], "torch 2; commit abc.").splitlines()
     assert {"torch 2; commit abc.", "| models with a wrong result | 1 |", "| layers adapted | 10 |"} < set(lines)
+    assert {"| models captured by torch.export | 1 |", "| of these, with layers that only one mode calls | 1 |"} < set(
+        lines
+    )
     assert "| transform time / symbolic_trace time: median, largest | 3.0, 3.0 |" in lines
     assert "| timm | 2 | 1 | 1 | 1 | 5 | 0 |" in lines
     assert "| it branches on a value. | `transformers/b` |" in lines
