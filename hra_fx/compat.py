@@ -112,25 +112,13 @@ def is_exporting() -> bool:
 
 def running_while_exporting() -> AbstractContextManager[None]:
     """Context manager in which `torch.export` also runs the operators with values, as `draft_export` does."""
-    from torch._functorch import config
-
     options = {"fake_tensor_propagate_real_tensors": True, "generate_fake_kernels_from_real_mismatches": True}
-    made: AbstractContextManager[None] = config.patch(options)
-    return made
-
-
-def depends_on_values(error: Exception) -> bool:
-    """Whether `torch.export` failed because a call branches on values of tensors."""
-    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # imports sympy
-
-    return isinstance(error, GuardOnDataDependentSymNode)
+    return importlib.import_module("torch._functorch.config").patch(options)  # type: ignore[no-any-return]
 
 
 def export_forward_backward() -> Callable[..., Any]:
     """torch's function that adds the backward pass to an exported program; experimental, and slow to import."""
-    from torch.export.experimental import _export_forward_backward
-
-    return _export_forward_backward
+    return importlib.import_module("torch.export.experimental")._export_forward_backward  # type: ignore[no-any-return]
 
 
 def has_saved_tensors_hooks() -> bool:
@@ -218,18 +206,12 @@ def conv_border(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
 
 
 def is_split_by_old_transformers(module: nn.Module) -> bool:
-    """Whether transformers below 5.16 applied its `tp_plan` to a layer, which may have split its weight.
-
-    Such a weight is a plain tensor with the part of this process. Later versions make it a `DTensor`.
-    """
+    """Whether transformers below 5.16 may have split a weight into plain tensors. Later ones make it a `DTensor`."""
     return getattr(module, "_hf_tp_plan", None) is not None
 
 
 def is_compiled_module(module: nn.Module) -> bool:
-    """Whether `torch.compile(model)` created this module, which stores the model as `_orig_mod`.
-
-    TorchDynamo loads slowly, so this names its class (`torch._dynamo.eval_frame.OptimizedModule`) without an import.
-    """
+    """Whether `torch.compile(model)` created this module. TorchDynamo loads slowly, so its class is not imported."""
     dynamo = any(cls.__module__.startswith("torch._dynamo") for cls in type(module).__mro__)
     return dynamo and "_orig_mod" in module._modules
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm  # type: ignore[import-untyped]  # which transformers needs
 
-from hra_fx.compat import depends_on_values, forward_hooks, pytree, running_while_exporting
+from hra_fx.compat import forward_hooks, pytree, running_while_exporting
 from hra_fx.errors import CaptureError
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.target import find_kind
@@ -108,7 +108,8 @@ def exporting() -> Iterator[None]:
         raise
     except Exception as error:
         line = str(error).strip().split("\n")[0]
-        kind = BranchError if depends_on_values(error) else CaptureError
+        # Its module imports sympy.
+        kind = BranchError if type(error).__name__ == "GuardOnDataDependentSymNode" else CaptureError
         raise kind(f"torch.export fails{_place(error)} ({type(error).__name__}: {line[:200]})") from error
     finally:
         for handler in handlers:
