@@ -187,7 +187,7 @@ ADVICE = r"Without example_inputs, hra_fx\.graphs and hra_fx\.visualize use torc
 
 def test_a_call_that_torch_export_cannot_capture_is_refused() -> None:
     model = adapted(Breaks(), "head")
-    with pytest.raises(AdapterError, match=rf"capture Breaks: .*, line \d+, `return self.head.*{ADVICE}"):
+    with pytest.raises(AdapterError, match=rf"capture Breaks: .*, line \d+, in forward, `return self\.head.*{ADVICE}"):
         hra_fx.graphs(model, image().float())
 
 
