@@ -236,7 +236,9 @@ class Trial(Runs):
         """For another batch, if the graph allows it."""
         try:
             self.agree(traced, self.oracle, batch=1)
-        except AssertionError as error:
+        except (AssertionError, RuntimeError) as error:
+            if "the graph was captured for inputs" not in str(error):
+                raise
             self.result.notes.append(f"trace: one batch size only ({str(error).partition('.')[0]})")
 
     def _agree_in_gradients(self, traced: nn.Module) -> None:
