@@ -116,6 +116,10 @@ def running_while_exporting() -> AbstractContextManager[None]:
     return importlib.import_module("torch._functorch.config").patch(options)  # type: ignore[no-any-return]
 
 
+#: Context manager without function modes and subclasses.
+without_functions: Any = torch._C.DisableTorchFunction
+
+
 def export_forward_backward() -> Callable[..., Any]:
     """torch's function that adds the backward pass to an exported program; experimental, and slow to import."""
     return importlib.import_module("torch.export.experimental")._export_forward_backward  # type: ignore[no-any-return]
@@ -149,9 +153,9 @@ def with_own_hooks(modules: Iterable[nn.Module]) -> set[nn.Module]:
     }
 
 
-def forward_hooks(module: nn.Module) -> list[Any]:
-    """The forward hooks that are registered on a module."""
-    return list(module._forward_hooks.values())
+def forward_hooks(module: nn.Module, *, before: bool = False) -> list[Any]:
+    """The forward hooks that are registered on a module, or those before its forward."""
+    return list((module._forward_pre_hooks if before else module._forward_hooks).values())
 
 
 def has_own_hooks(module: nn.Module) -> bool:
@@ -219,9 +223,7 @@ def is_compiled_module(module: nn.Module) -> bool:
 def state_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
     """Like `model.named_modules()`, but with the paths that `state_dict` uses.
 
-    These paths do not contain the names that torch's activation checkpointing (`checkpoint_wrapper`, FSDP's
-    `activation_checkpointing`) inserts between a block and its parts. A module in such a wrapper has the path of the
-    wrapper; `get_submodule` finds its parts too.
+    They do not contain the names that torch's activation checkpointing inserts between a block and its parts.
     """
     yield from state_paths(model.named_modules(remove_duplicate=remove_duplicate))
 
@@ -247,10 +249,7 @@ def tensor_versions(tensors: Iterable[Tensor]) -> list[int]:
 
 
 def wrapper_tensor(cls: type[T], like: Tensor) -> T:
-    """Create a tensor of a subclass without data, with the shape, strides, dtype and device of another tensor.
-
-    The class overrides `__torch_dispatch__`. torch documents only this constructor for wrapper subclasses.
-    """
+    """Create a tensor of a subclass that overrides `__torch_dispatch__`, without data, like another tensor."""
     make: Any = Tensor._make_wrapper_subclass
     made: T = make(cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device, layout=like.layout)
     return made
@@ -328,6 +327,7 @@ OpOverload: type[Any] = type(torch.ops.aten.add.Tensor)
 KEPT_ATTRIBUTES = "_user_preserved_attributes"
 #: The operator that checks the dtype and device of a tensor before a cast.
 ASSERT_METADATA: Any = torch.ops.aten._assert_tensor_metadata.default
+ASSERT_SCALAR: Any = torch.ops.aten._assert_scalar.default
 
 
 def is_higher_order(target: object) -> bool:

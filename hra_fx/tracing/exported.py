@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm  # type: ignore[import-untyped]  # which transformers needs
 
-from hra_fx.compat import forward_hooks, pytree, running_while_exporting
+from hra_fx.compat import forward_hooks, pytree, running_while_exporting, without_functions
 from hra_fx.errors import CaptureError
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.target import find_kind
@@ -338,7 +338,7 @@ def _output_of(x: Tensor, path: str) -> Tensor:
 
 def _values_of(x: Tensor, path: str) -> Tensor:
     """Run a layer, for an input of a call that runs while it is captured."""
-    with torch._C.DisableTorchFunction(), torch.no_grad():
+    with without_functions(), torch.no_grad():
         return _call_with(_layers[path], _values[path], x)
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from hra_fx.compat import ASSERT_METADATA, NON_PERSISTENT, is_higher_order
+from hra_fx.compat import ASSERT_METADATA, ASSERT_SCALAR, NON_PERSISTENT, is_higher_order
 from hra_fx.errors import CaptureError
 from hra_fx.model.graph_module import GraphOfMode, UnpicklingTracer
 from hra_fx.tracing.by_mode import ByMode
@@ -297,7 +297,7 @@ def simplify(graph: fx.Graph, places: list[fx.Node], model: nn.Module) -> None:
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default):
         node.replace_all_uses_with(node.args[0])
         graph.erase_node(node)
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_scalar.default):
+    for node in graph.find_nodes(op="call_function", target=ASSERT_SCALAR):
         _explain(node)
     _hoist_sizes(graph, places)
     _follow_device(graph, places, model)

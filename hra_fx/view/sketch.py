@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from hra_fx.compat import fake_tensor_mode, pytree
+from hra_fx.compat import fake_tensor_mode, forward_hooks, pytree
 from hra_fx.errors import HRAWarning, VisualizeError
 from hra_fx.export.program import is_program
 from hra_fx.model.example_inputs import Call, normalize_inputs
@@ -69,7 +69,8 @@ def _state_of(subject: Subject, example_inputs: Any) -> tuple[Any, ...]:
     modules, model = [], subject.model
     for part in model.modules():
         functions = [(name, id(value)) for name, value in vars(part).items() if callable(value)]
-        modules.append((type(part), id(part), functions, (*part._forward_hooks, *part._forward_pre_hooks)))
+        hooks = [*map(id, forward_hooks(part)), *map(id, forward_hooks(part, before=True))]
+        modules.append((type(part), id(part), functions, hooks))
     tensors = [(name, x.shape, x.dtype, x.device, x.requires_grad) for name, x in model.named_parameters()]
     values = {
         name: value

@@ -18,7 +18,7 @@ from tracing.captured import CASES, bert, llama, made_pair, pair_of, tokens, twi
 from tracing.models import Branches, Dropout, Optional, Two
 
 import hra_fx
-from hra_fx.errors import AdapterError
+from hra_fx.errors import AdapterError, HRAWarning
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", pytest.param("resnet", marks=pytest.mark.slow)])
@@ -299,13 +299,20 @@ class OneRow(nn.Module):
         return self.last(self.layers[name](x.view(1, 6)))
 
 
-def test_a_part_in_another_mode_is_refused_in_later_tries_too() -> None:
+def test_a_part_in_another_mode_keeps_its_mode() -> None:
     model = OneRow()
     del model.layers["in"]
     model.last.eval()
-    with pytest.raises(AdapterError, match="its output differs for the example"):
-        hra_fx.transform(model, config("out"), trace=True, example_inputs=(torch.ones(1, 6), "out"))
-    assert model.training and not model.last.training
+    eager = hra_fx.transform(copy.deepcopy(model), config("out"))
+    with pytest.warns(HRAWarning, match="last"):
+        graph = hra_fx.transform(model, config("out"), trace=True, example_inputs=(torch.ones(1, 6), "out"))
+    graph.load_state_dict(eager.state_dict())
+    assert graph.training and not graph.last.training
+    x = torch.randn(1, 6)
+    for each in (eager, graph):
+        assert_same(graph(x, "out"), eager(x, "out"))
+        each.last.train()
+    assert_same(graph(x, "out"), eager(x, "out"))
 
 
 def test_a_layer_with_the_name_of_a_keyword_is_refused() -> None:
