@@ -22,6 +22,7 @@ from learning import training
 from learning.bfloat16 import BaseProducts
 from learning.methods import METHODS, layer_shapes
 from learning.tasks.language import Language, tales_to_keep
+from learning.tasks.task import Task
 
 RATE = 1e-2
 
@@ -32,8 +33,8 @@ def run(seed: int, directions: int) -> dict[str, float]:
     model: Any = task.model()
     rank = method.rank(layer_shapes(model, task.targets), task.lora_rank)
 
-    def prepare(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-        method.prepare_optimizer(optimizer, model)
+    def prepare(optimizer: torch.optim.Optimizer, model: nn.Module, _: Task) -> None:
+        method.prepare_optimizer(optimizer, model, task)
         if directions:
             hra_fx.protect(optimizer, model, tales_to_keep().split(8), directions)
 
