@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from hra_fx.layers.target import find_kind
 from hra_fx.model.example_inputs import normalize_inputs, preserve_rng_state
 from hra_fx.model.state import get_state
 from hra_fx.model.switch import disable_adapters
-from hra_fx.training.vectors import Vectors, listed
+from hra_fx.training.vectors import Vectors, layers_with_vectors, listed
 
 #: The number of patches of an image that are read at once.
 _PATCHES = 4096
@@ -42,7 +42,38 @@ _PRODUCTS: dict[Any, tuple[int, int]] = {
 }
 
 
-def check_directions(directions: Any, stepped: Iterable[Vectors]) -> None:
+def main_directions(
+    function: str, model: nn.Module, stepped: Sequence[Vectors], batches: Iterable[Any], directions: int
+) -> dict[nn.Module, Tensor]:
+    """Layer with adapters -> the main directions of its inputs, `(d, k)` or `(experts, d, k)`; see `sketches_of`.
+
+    `function` is named in a warning. The directions have the dtype of the vectors that an optimizer updates.
+
+    Raises:
+        ConfigError: `directions` is not a positive int, or more than half of the width of a layer.
+        AdapterError: `batches` is empty, or inputs are not finite.
+
+    Warns:
+        HRAWarning: some layers have none, so they are not in the result.
+    """
+    _check_directions(directions, stepped)
+    layers = layers_with_vectors(model)
+    found = sketches_of(model, layers, batches, directions)
+    if bad := next((layers[layer] for layer, sketch in found.items() if not sketch.is_finite), None):
+        raise AdapterError(f"{bad}: its inputs contain NaN or infinite values, so they have no main directions.")
+    dtype = max((one.tensor.dtype for one in stepped), key=lambda one: one.itemsize)
+    made = {sketch: sketch.basis().to(dtype) for sketch in dict.fromkeys(found.values())}
+    bases = {layer: made[sketch] for layer, sketch in found.items() if bool(made[sketch].any())}
+    if unseen := [path for layer, path in layers.items() if layer not in bases]:
+        text = (
+            f"{function}: these layers are left out, because no batch reached them, or because another module reads "
+            f"their weights in a way that is not seen: {listed(unseen)}."
+        )
+        warnings.warn(text, HRAWarning, stacklevel=3)
+    return bases
+
+
+def _check_directions(directions: Any, stepped: Iterable[Vectors]) -> None:
     """Check the number of directions for the vectors that an optimizer updates."""
     if isinstance(directions, bool) or not isinstance(directions, int) or directions < 1:
         raise ConfigError(f"`directions` must be a positive int, got {directions!r}.")
@@ -52,31 +83,6 @@ def check_directions(directions: Any, stepped: Iterable[Vectors]) -> None:
                 f"`directions` must be at most half of the width of each layer, got {directions} for {one.path} of "
                 f"width {one.tensor.shape[-2]}. Pass fewer directions, or exclude the layer."
             )
-
-
-def main_directions(
-    model: nn.Module, layers: Mapping[nn.Module, str], batches: Iterable[Any], directions: int, dtype: torch.dtype
-) -> dict[nn.Module, Tensor]:
-    """Layer -> the main directions of its inputs, `(d, k)` or `(experts, d, k)`; see `sketches_of`.
-
-    Raises:
-        AdapterError: `batches` is empty, or inputs are not finite.
-
-    Warns:
-        HRAWarning: some layers have none, so they are not in the result.
-    """
-    found = sketches_of(model, layers, batches, directions)
-    if bad := next((layers[layer] for layer, sketch in found.items() if not sketch.is_finite), None):
-        raise AdapterError(f"{bad}: its inputs contain NaN or infinite values, so they have no main directions.")
-    made = {sketch: sketch.basis().to(dtype) for sketch in dict.fromkeys(found.values())}
-    bases = {layer: made[sketch] for layer, sketch in found.items() if bool(made[sketch].any())}
-    if unseen := [path for layer, path in layers.items() if layer not in bases]:
-        text = (
-            "these layers have no main directions, because no batch reached them, or because another module reads "
-            f"their weights in a way that is not seen: {listed(unseen)}."
-        )
-        warnings.warn(text, HRAWarning, stacklevel=3)
-    return bases
 
 
 def sketches_of(

@@ -30,7 +30,7 @@ from hra_fx.functional.pairs import from_pairs, gradients_to_pairs, start_length
 from hra_fx.kernels.distributed import as_dtensor
 from hra_fx.layers.sharding import is_dtensor, local_tensor
 from hra_fx.model.state import unwrap
-from hra_fx.training.layer_inputs import check_directions, main_directions
+from hra_fx.training.layer_inputs import main_directions
 from hra_fx.training.protect import project_last
 from hra_fx.training.vectors import (
     Vectors,
@@ -118,9 +118,7 @@ def train_pairs(
         pairs.warn({one.path: "the optimizer averages parameters outside of its step" for one in found})
         return
     if batches is not None:
-        check_directions(directions, found)
-        dtype = max((one.tensor.dtype for one in found), key=lambda one: one.itemsize)
-        pairs.quiet.update(main_directions(unwrap(model), layers, batches, directions, dtype))
+        pairs.quiet.update(main_directions("train_pairs", unwrap(model), found, batches, directions))
     if known is None:
         _check_state(optimizer, found, pairs.difference)
         _install(optimizer, pairs)

@@ -22,7 +22,7 @@ from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.containers import ANCHOR
 from hra_fx.layers.sharding import is_dtensor
 from hra_fx.model.state import unwrap
-from hra_fx.training.layer_inputs import check_directions, main_directions
+from hra_fx.training.layer_inputs import main_directions
 from hra_fx.training.vectors import (
     Vectors,
     averages_parameters,
@@ -84,10 +84,8 @@ def protect(optimizer: Any, model: nn.Module, batches: Iterable[Any], directions
     optimizer, inner = unwrapped(optimizer), unwrap(model)
     layers = layers_with_vectors(inner)
     stepped = required_vectors(layers, optimizer, model, "protect")
-    check_directions(directions, stepped)
     _check(stepped, optimizer, directions)
-    dtype = max((one.tensor.dtype for one in stepped), key=lambda one: one.itemsize)
-    bases = main_directions(inner, layers, batches, directions, dtype)
+    bases = main_directions("protect", inner, stepped, batches, directions)
     protection = _KNOWN.get(optimizer) or _install(optimizer, directions)
     protection.layers.update({layer: layers[layer] for layer in bases})
     protection.bases.update(bases)
