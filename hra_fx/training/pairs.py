@@ -128,7 +128,13 @@ def train_pairs(
     pairs.warn(_reasons(found))
 
 
-def train_pairs_if_possible(optimizer: Any, model: nn.Module, difference: float) -> None:
+def train_pairs_if_possible(
+    optimizer: Any,
+    model: nn.Module,
+    difference: float,
+    batches: Iterable[Any] | None = None,
+    directions: int = 4,
+) -> None:
     """Call `train_pairs` for the optimizer of a Trainer, unless it already trains pairs.
 
     Warns:
@@ -138,7 +144,7 @@ def train_pairs_if_possible(optimizer: Any, model: nn.Module, difference: float)
     if inner in _KNOWN:
         return
     if isinstance(inner, Optimizer) and stepped_vectors(layers, inner):
-        train_pairs(optimizer, model, difference)
+        train_pairs(optimizer, model, difference, batches, directions)
         return
     _Pairs(difference).warn({one.path: _LOST for one in vectors_of(layers) if one.tensor.requires_grad})
 
