@@ -31,7 +31,7 @@ class Method:
         weight_decay: that of AdamW, for what is inserted.
         schedule: the learning rate after the warmup, as transformers names it.
         warmup: the part of the steps in which the learning rate rises.
-        prepare_optimizer: called with the optimizer and the model before the first step.
+        prepare_optimizer: called with the optimizer, the model and the task before the first step.
     """
 
     label: str
@@ -42,7 +42,7 @@ class Method:
     weight_decay: float = 0.0
     schedule: str = "linear"
     warmup: float = 0.1
-    prepare_optimizer: Callable[[torch.optim.Optimizer, nn.Module], None] = lambda optimizer, model: None
+    prepare_optimizer: Callable[[torch.optim.Optimizer, nn.Module, Task], None] = lambda optimizer, model, task: None
 
 
 def layer_shapes(model: nn.Module, targets: Sequence[str]) -> list[tuple[int, int]]:
@@ -99,6 +99,16 @@ def of_hra_fx(**fields: object) -> Insert:
     return insert
 
 
+def in_pairs(optimizer: torch.optim.Optimizer, model: nn.Module, task: Task) -> None:
+    """Train in pairs."""
+    hra_fx.train_pairs(optimizer, model)
+
+
+def in_quiet_pairs(optimizer: torch.optim.Optimizer, model: nn.Module, task: Task) -> None:
+    """Train in pairs whose differences are orthogonal to the main inputs of two batches."""
+    hra_fx.train_pairs(optimizer, model, batches=[task.model_inputs(batch) for batch in task.batches()[:2]])
+
+
 def freeze(model: nn.Module, task: Task, rank: int) -> None:
     """Add nothing."""
     model.requires_grad_(False)
@@ -130,7 +140,8 @@ METHODS = {
         reflections,
     ),
     "hra": Method("HRA, vectors", LARGE, of_hra_fx(), reflections),
-    "hra-pairs": Method("HRA, pairs", MIDDLE, of_hra_fx(), reflections, prepare_optimizer=hra_fx.train_pairs),
+    "hra-pairs": Method("HRA, pairs", MIDDLE, of_hra_fx(), reflections, prepare_optimizer=in_pairs),
+    "hra-quiet": Method("HRA, quiet pairs", MIDDLE, of_hra_fx(), reflections, prepare_optimizer=in_quiet_pairs),
     "hra-gs": Method("HRA, Gram-Schmidt", LARGE, of_hra_fx(apply_GS=True), reflections),
     "hra-reg": Method("HRA, regularizer 1e-3", LARGE, of_hra_fx(), reflections, penalty=weighted(1e-3)),
     "full": Method("full fine-tuning", SMALL, train_all, lambda shapes, rank: 0),

@@ -92,7 +92,7 @@ def fit(model: nn.Module, head: nn.Module, task: Task, method: Method, lr: float
     if not any(group["params"] for group in groups):
         return []
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
-    method.prepare_optimizer(optimizer, model)
+    method.prepare_optimizer(optimizer, model, task)
     batches = task.batches()
     warmup = math.ceil(method.warmup * len(batches))
     schedule = transformers.get_scheduler(method.schedule, optimizer, warmup, len(batches) + 1)

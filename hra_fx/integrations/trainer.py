@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hra_fx.errors import ConfigError
@@ -36,6 +38,7 @@ class HRATrainer(Trainer):
             optimizer already trains pairs. With `None`, the optimizer updates the vectors, as in the standard Trainer.
             To continue a checkpoint, pass the value that it was trained with; for a checkpoint of the standard Trainer,
             pass `None`.
+        quiet_directions: `directions` of `train_pairs`, for the first examples of the training data; 0 for none.
 
     Raises:
         ConfigError: the weight is not a finite number >= 0, or `pair_difference` is neither `None` nor a finite number
@@ -56,6 +59,7 @@ class HRATrainer(Trainer):
         *args: Any,
         orthogonality_weight: float = 0.0,
         pair_difference: float | None = 0.1,
+        quiet_directions: int = 0,
         protect: Any = None,
         protected_directions: int = 16,
         **kwargs: Any,
@@ -73,7 +77,7 @@ class HRATrainer(Trainer):
         if pair_difference is not None:
             check_difference(pair_difference, "pair_difference")
         super().__init__(*args, **kwargs)
-        self.pair_difference = pair_difference
+        self.pair_difference, self.quiet_directions = pair_difference, quiet_directions
         self.protect, self.protected_directions = protect, protected_directions
         self.orthogonality_weight = float(orthogonality_weight)
         self._sum_since_log: Tensor | float = 0.0
@@ -84,7 +88,8 @@ class HRATrainer(Trainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         model: Any = self.model
         if self.pair_difference is not None:
-            train_pairs_if_possible(optimizer, model, self.pair_difference)
+            batches = _first_batches(self.get_train_dataloader()) if self.quiet_directions else None
+            train_pairs_if_possible(optimizer, model, self.pair_difference, batches, self.quiet_directions)
         elif isinstance(optimizer, torch.optim.Optimizer):
             refuse_states_of_pairs(optimizer)
         if self.protect is not None and not is_protecting(optimizer):
@@ -131,11 +136,26 @@ class HRATrainer(Trainer):
         super().log(logs, start_time)
 
 
+def _first_batches(loader: Any) -> list[Any]:
+    """The first 16 examples, in batches of 4.
+
+    The loader itself is not read: unless that is done to its end, it stays the active one of accelerate.
+    """
+    data = loader.dataset
+    rows = (
+        list(itertools.islice(data, 16))
+        if isinstance(data, IterableDataset)
+        else [data[i] for i in range(min(len(data), 16))]
+    )
+    return [loader.collate_fn(rows[start : start + 4]) for start in range(0, len(rows), 4)]
+
+
 class PairCallback(TrainerCallback):
     """Calls `hra_fx.train_pairs` when a Trainer (of transformers, TRL or others) begins to train.
 
     Args:
         difference: as in `train_pairs`.
+        quiet_directions: `directions` of `train_pairs`, for the first examples of the training data; 0 for none.
 
     Raises:
         ConfigError: `difference` is not a finite number > 0.
@@ -150,16 +170,17 @@ class PairCallback(TrainerCallback):
         0.1
     """
 
-    def __init__(self, difference: float = 0.1) -> None:
+    def __init__(self, difference: float = 0.1, quiet_directions: int = 0) -> None:
         """Check `difference`."""
         check_difference(difference)
-        self.difference = difference
+        self.difference, self.quiet_directions = difference, quiet_directions
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Make the optimizer train pairs. At this point, its state is already loaded."""
-        train_pairs_if_possible(kwargs["optimizer"], kwargs["model"], self.difference)
+        batches = _first_batches(kwargs["train_dataloader"]) if self.quiet_directions else None
+        train_pairs_if_possible(kwargs["optimizer"], kwargs["model"], self.difference, batches, self.quiet_directions)
 
 
 class ProtectCallback(TrainerCallback):

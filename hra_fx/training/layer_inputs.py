@@ -6,9 +6,10 @@ layer; there, the other factor of each matrix product with this weight is the in
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
 from hra_fx.compat import TorchDispatchMode, conv_border, eager_experts, pytree, tensor_version, without_peft_adapters
-from hra_fx.errors import AdapterError
+from hra_fx.errors import AdapterError, ConfigError, HRAWarning
 from hra_fx.functional.directions import Sketch, merged
 from hra_fx.kernels.dispatch import PLAIN
 from hra_fx.layers.adapters import get_adapters
@@ -26,6 +27,7 @@ from hra_fx.layers.target import find_kind
 from hra_fx.model.example_inputs import normalize_inputs, preserve_rng_state
 from hra_fx.model.state import get_state
 from hra_fx.model.switch import disable_adapters
+from hra_fx.training.vectors import Vectors, layers_with_vectors, listed
 
 #: The number of patches of an image that are read at once.
 _PATCHES = 4096
@@ -38,6 +40,49 @@ _PRODUCTS: dict[Any, tuple[int, int]] = {
     _aten.bmm.default: (0, 1),
     _aten.baddbmm.default: (1, 2),
 }
+
+
+def main_directions(
+    function: str, model: nn.Module, stepped: Sequence[Vectors], batches: Iterable[Any], directions: int
+) -> dict[nn.Module, Tensor]:
+    """Layer with adapters -> the main directions of its inputs, `(d, k)` or `(experts, d, k)`; see `sketches_of`.
+
+    `function` is named in a warning. The directions have the dtype of the vectors that an optimizer updates.
+
+    Raises:
+        ConfigError: `directions` is not a positive int, or more than half of the width of a layer.
+        AdapterError: `batches` is empty, or inputs are not finite.
+
+    Warns:
+        HRAWarning: some layers have none, so they are not in the result.
+    """
+    _check_directions(directions, stepped)
+    layers = layers_with_vectors(model)
+    found = sketches_of(model, layers, batches, directions)
+    if bad := next((layers[layer] for layer, sketch in found.items() if not sketch.is_finite), None):
+        raise AdapterError(f"{bad}: its inputs contain NaN or infinite values, so they have no main directions.")
+    dtype = max((one.tensor.dtype for one in stepped), key=lambda one: one.itemsize)
+    made = {sketch: sketch.basis().to(dtype) for sketch in dict.fromkeys(found.values())}
+    bases = {layer: made[sketch] for layer, sketch in found.items() if bool(made[sketch].any())}
+    if unseen := [path for layer, path in layers.items() if layer not in bases]:
+        text = (
+            f"{function}: these layers are left out, because no batch reached them, or because another module reads "
+            f"their weights in a way that is not seen: {listed(unseen)}."
+        )
+        warnings.warn(text, HRAWarning, stacklevel=3)
+    return bases
+
+
+def _check_directions(directions: Any, stepped: Iterable[Vectors]) -> None:
+    """Check the number of directions for the vectors that an optimizer updates."""
+    if isinstance(directions, bool) or not isinstance(directions, int) or directions < 1:
+        raise ConfigError(f"`directions` must be a positive int, got {directions!r}.")
+    for one in stepped:
+        if not one.is_flat and 2 * directions > one.tensor.shape[-2]:
+            raise ConfigError(
+                f"`directions` must be at most half of the width of each layer, got {directions} for {one.path} of "
+                f"width {one.tensor.shape[-2]}. Pass fewer directions, or exclude the layer."
+            )
 
 
 def sketches_of(
@@ -97,7 +142,7 @@ def _to(value: Any, device: torch.device) -> Any:
 def _with_progress(batches: Iterable[Any]) -> Iterable[Any]:
     from tqdm.auto import tqdm  # type: ignore[import-untyped]  # which transformers needs
 
-    bar: Iterable[Any] = tqdm(batches, desc="protect", delay=2, leave=False)
+    bar: Iterable[Any] = tqdm(batches, desc="main directions", delay=2, leave=False)
     return bar
 
 

@@ -17,7 +17,7 @@ import types
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,9 @@ from hra_fx.errors import AdapterError, ConfigError, HRAWarning
 from hra_fx.functional.pairs import from_pairs, gradients_to_pairs, start_length, to_pairs
 from hra_fx.kernels.distributed import as_dtensor
 from hra_fx.layers.sharding import is_dtensor, local_tensor
+from hra_fx.model.state import unwrap
+from hra_fx.training.layer_inputs import main_directions
+from hra_fx.training.protect import project_last
 from hra_fx.training.vectors import (
     Vectors,
     averages_parameters,
@@ -38,6 +41,7 @@ from hra_fx.training.vectors import (
     stepped_vectors,
     unwrapped,
     vectors_of,
+    without_directions,
 )
 
 #: The entry of a parameter group that stores `difference`.
@@ -45,7 +49,13 @@ KEY = "hra_pair_difference"
 _LOST = "no longer a parameter of the optimizer"
 
 
-def train_pairs(optimizer: Any, model: nn.Module, difference: float = 0.1) -> None:
+def train_pairs(
+    optimizer: Any,
+    model: nn.Module,
+    difference: float = 0.1,
+    batches: Iterable[Any] | None = None,
+    directions: int = 4,
+) -> None:
     """Train the vectors in pairs: the optimizer updates the sum and the difference of each pair of vectors.
 
     HRA then learns almost as well as LoRA, at LoRA's learning rates. Call this function once, before the first step and
@@ -60,23 +70,30 @@ def train_pairs(optimizer: Any, model: nn.Module, difference: float = 0.1) -> No
     hooks of `step` that are registered before this call see pair coordinates, and so do pre hooks that are registered
     after it.
 
+    The inputs of most layers have a few main directions, nearly their mean. A reflection also maps inputs along `d` to
+    `-m`, and along these directions that part is large from the first step. With `batches`, `d` stays orthogonal to
+    them, so high learning rates have fewer spikes of the loss.
+
     Args:
         optimizer: a `torch.optim.Optimizer`, or accelerate's wrapper of one.
         model: a transformed model, or a model with PEFT's HRA layers; wrapped or not. Adapters that are added to the
             same layers later train in pairs too. For other layers, and for other models of the same optimizer, call
             this function again.
         difference: `c`; a smaller value makes the steps of `d` smaller.
+        batches: one or two batches of the training data, each as in `protect`, which the model runs without adapters.
+            The directions are not in the optimizer's state: pass batches again to continue a training.
+        directions: the number of main directions in each layer, at most half of the width of its inputs.
 
     Raises:
-        ConfigError: `difference` is not a finite number > 0.
+        ConfigError: `difference` is not a finite number > 0, or `directions` does not fit.
         AdapterError: the optimizer does not update any vectors of the model; it has a state without pairs; or it trains
-            pairs with another `difference`. Loading a state that was saved without pairs, or with another `difference`,
-            raises the same error.
+            pairs with another `difference`; `batches` is empty, or has inputs that are not finite. Loading a state that
+            was saved without pairs, or with another `difference`, raises the same error.
 
     Warns:
         HRAWarning: some vectors are not trained in pairs; the message names the reason: odd ranks, Gram-Schmidt,
             16-bit vectors, flat parameters (FSDP1, DeepSpeed ZeRO), or an optimizer that averages the parameters
-            outside of `step` (schedule-free optimizers, ASGD).
+            outside of `step` (schedule-free optimizers, ASGD). No batch reached some layers.
 
     Example:
         >>> from hra_fx.config import HRAConfig
@@ -100,15 +117,24 @@ def train_pairs(optimizer: Any, model: nn.Module, difference: float = 0.1) -> No
     if averages_parameters(optimizer):
         pairs.warn({one.path: "the optimizer averages parameters outside of its step" for one in found})
         return
+    if batches is not None:
+        pairs.quiet.update(main_directions("train_pairs", unwrap(model), found, batches, directions))
     if known is None:
         _check_state(optimizer, found, pairs.difference)
         _install(optimizer, pairs)
         renew_step_of_accelerate(wrapper)
+        project_last(optimizer)
     pairs.layers.update(layers)
     pairs.warn(_reasons(found))
 
 
-def train_pairs_if_possible(optimizer: Any, model: nn.Module, difference: float) -> None:
+def train_pairs_if_possible(
+    optimizer: Any,
+    model: nn.Module,
+    difference: float,
+    batches: Iterable[Any] | None = None,
+    directions: int = 4,
+) -> None:
     """Call `train_pairs` for the optimizer of a Trainer, unless it already trains pairs.
 
     Warns:
@@ -118,7 +144,7 @@ def train_pairs_if_possible(optimizer: Any, model: nn.Module, difference: float)
     if inner in _KNOWN:
         return
     if isinstance(inner, Optimizer) and stepped_vectors(layers, inner):
-        train_pairs(optimizer, model, difference)
+        train_pairs(optimizer, model, difference, batches, directions)
         return
     _Pairs(difference).warn({one.path: _LOST for one in vectors_of(layers) if one.tensor.requires_grad})
 
@@ -143,6 +169,7 @@ class _Pairs:
     Attributes:
         difference: `c`.
         layers: adapted layer (a weak reference) -> its path.
+        quiet: adapted layer -> the directions to which the differences are orthogonal.
         batches: the vectors that are currently in pair coordinates.
         depth: the number of nested calls of `step`: a `step` may call the `step` of its base class.
         warned: paths of the vectors that a warning has already named.
@@ -151,6 +178,7 @@ class _Pairs:
     def __init__(self, difference: float) -> None:
         self.difference = difference
         self.layers: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+        self.quiet: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
         self.batches: list[PairBatch] = []
         self.depth = 0
         self.warned: set[str] = set()
@@ -194,11 +222,14 @@ class _Pairs:
             _check_groups(optimizer.param_groups, self.difference)
         reasons = _reasons(found)
         self.warn(reasons if found else dict.fromkeys(self.layers.values(), _LOST))
-        alike = defaultdict(list)
-        for _, path, tensor, *_ in found:
+        alike: dict[Any, tuple[list[nn.Parameter], list[Tensor]]] = defaultdict(lambda: ([], []))
+        for layer, path, tensor, *_ in found:
             if path not in reasons and tensor.grad is not None:
-                alike[tensor.shape, local_tensor(tensor).shape, tensor.dtype, tensor.device].append(tensor)
-        made = [PairBatch(tensors, self.difference) for tensors in alike.values()]
+                quiet = [self.quiet[layer]] if layer in self.quiet else []
+                key = tensor.shape, local_tensor(tensor).shape, tensor.dtype, tensor.device, len(quiet)
+                alike[key][0].append(tensor)
+                alike[key][1].extend(quiet)
+        made = [PairBatch(tensors, self.difference, quiet) for tensors, quiet in alike.values()]
         for batch in made:
             self.batches.append(batch)
             batch.enter()
@@ -316,8 +347,12 @@ def _why_not(one: Vectors) -> str | None:
 class PairBatch:
     """Vectors with the same shape, converted together: this takes a few operators for any number of layers."""
 
-    def __init__(self, vectors: list[nn.Parameter], difference: float) -> None:
-        """Compute pair coordinates. This does not change anything, so an error here leaves the vectors unchanged."""
+    def __init__(self, vectors: list[nn.Parameter], difference: float, quiet: Sequence[Tensor] = ()) -> None:
+        """Compute pair coordinates. This does not change anything, so an error here leaves the vectors unchanged.
+
+        `quiet` has directions of each layer, to which differences are orthogonal after the step.
+        """
+        self.quiet = quiet
         self.constants = start_length(*vectors[0].shape[-2:]), difference
         self.vectors, self.gradients = vectors, [one.grad for one in vectors if one.grad is not None]
         self.values = [local_tensor(one) for one in vectors]
@@ -336,14 +371,26 @@ class PairBatch:
         """Add the change of the step to the vectors, so that unchanged vectors keep their exact values."""
         values = self.before
         try:
-            values = self.before + from_pairs(torch.stack(self.values).sub_(self.pairs), *self.constants)
+            stepped = torch.stack(self.values)
+            if self.quiet:
+                stepped[..., 1::2] = self._quieted(stepped[..., 1::2])
+            values = self.before + from_pairs(stepped.sub_(self.pairs), *self.constants)
         finally:
             copy_all(self.values, list(values.unbind()))
             for vectors, made, own in zip(self.vectors, self.made, self.gradients, strict=True):
                 if vectors.grad is made:
                     vectors.grad = own
 
+    def _quieted(self, differences: Tensor) -> Tensor:
+        """Differences `(layers, ..., d, pairs)` without their parts along the directions."""
+        if not is_dtensor(self.vectors[0]):
+            return without_directions(differences, torch.stack(list(self.quiet)))  # type: ignore[no-any-return]
+        each = zip(differences, self.vectors, self.quiet, strict=True)
+        whole = [(_like(own, vectors, vectors.shape[-1] // 2), basis) for own, vectors, basis in each]
+        return torch.stack([local_tensor(without_directions(own, basis)) for own, basis in whole])
 
-def _like(values: Tensor, other: Any) -> Any:
-    """Distribute the local part of a tensor like another tensor."""
-    return as_dtensor(values, other.device_mesh, other.placements, other.shape) if is_dtensor(other) else values
+
+def _like(values: Tensor, other: Any, columns: int | None = None) -> Any:
+    """Distribute the local part of a tensor like another tensor, which may have another number of columns."""
+    shape = (*other.shape[:-1], columns or other.shape[-1])
+    return as_dtensor(values, other.device_mesh, other.placements, torch.Size(shape)) if is_dtensor(other) else values

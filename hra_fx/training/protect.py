@@ -6,7 +6,6 @@ is a property of the vectors alone: files, folded weights and LoRA exports have 
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable
@@ -17,21 +16,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hra_fx.compat import copy_all
-from hra_fx.errors import AdapterError, ConfigError, HRAWarning
+from hra_fx.errors import AdapterError, ConfigError
 from hra_fx.functional import householder
 from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.containers import ANCHOR
-from hra_fx.layers.sharding import distribute_like, is_dtensor
+from hra_fx.layers.sharding import is_dtensor
 from hra_fx.model.state import unwrap
-from hra_fx.training.layer_inputs import sketches_of
+from hra_fx.training.layer_inputs import main_directions
 from hra_fx.training.vectors import (
     Vectors,
     averages_parameters,
     layers_with_vectors,
-    listed,
     required_vectors,
     stepped_vectors,
     unwrapped,
+    without_directions,
 )
 
 #: The entry of a parameter group with the number of directions, and the entry of the optimizer's state with them.
@@ -82,24 +81,11 @@ def protect(optimizer: Any, model: nn.Module, batches: Iterable[Any], directions
         >>> model(torch.ones(1, 6)).sum().backward()
         >>> optimizer.step()
     """
-    if isinstance(directions, bool) or not isinstance(directions, int) or directions < 1:
-        raise ConfigError(f"`directions` must be a positive int, got {directions!r}.")
     optimizer, inner = unwrapped(optimizer), unwrap(model)
     layers = layers_with_vectors(inner)
     stepped = required_vectors(layers, optimizer, model, "protect")
     _check(stepped, optimizer, directions)
-    found = sketches_of(inner, layers, batches, directions)
-    if bad := next((layers[layer] for layer, sketch in found.items() if not sketch.is_finite), None):
-        raise AdapterError(f"{bad}: its inputs contain NaN or infinite values, so they have no main directions.")
-    dtype = max((one.tensor.dtype for one in stepped), key=lambda one: one.itemsize)
-    made = {sketch: sketch.basis().to(dtype) for sketch in dict.fromkeys(found.values())}
-    bases = {layer: made[sketch] for layer, sketch in found.items() if bool(made[sketch].any())}
-    if unseen := [path for layer, path in layers.items() if layer not in bases]:
-        text = (
-            f"protect: these layers are not protected, because no batch reached them, or because another module reads "
-            f"their weights in a way that is not seen: {listed(unseen)}."
-        )
-        warnings.warn(text, HRAWarning, stacklevel=2)
+    bases = main_directions("protect", inner, stepped, batches, directions)
     protection = _KNOWN.get(optimizer) or _install(optimizer, directions)
     protection.layers.update({layer: layers[layer] for layer in bases})
     protection.bases.update(bases)
@@ -109,6 +95,13 @@ def protect(optimizer: Any, model: nn.Module, batches: Iterable[Any], directions
 def is_protecting(optimizer: Any) -> bool:
     """Whether `protect` was called for an optimizer."""
     return unwrapped(optimizer) in _KNOWN
+
+
+def project_last(optimizer: Optimizer) -> None:
+    """Project after the hooks that other functions have registered since `protect`."""
+    if protection := _KNOWN.get(optimizer):
+        protection.hook.remove()
+        protection.hook = optimizer.register_step_post_hook(protection.project)
 
 
 def refuse_protected_states(optimizer: Optimizer) -> None:
@@ -152,11 +145,6 @@ def _check(found: list[Vectors], optimizer: Optimizer, directions: int) -> None:
                 f"{one.path}: with Gram-Schmidt, `r` + `directions` must be less than the width, got {one.r} + "
                 f"{directions} for width {one.tensor.shape[-2]}. Pass fewer directions, or exclude the layer."
             )
-        if 2 * directions > one.tensor.shape[-2]:
-            raise ConfigError(
-                f"`directions` must be at most half of the width of each layer, got {directions} for {one.path} of "
-                f"width {one.tensor.shape[-2]}. Pass fewer directions, or exclude the layer."
-            )
 
 
 def _check_layer(one: Vectors) -> None:
@@ -176,6 +164,7 @@ class _Protection:
         layers: protected layer (a weak reference) -> its path.
         bases: protected layer -> its directions `(d, k)` or `(experts, d, k)`.
         stacked: the directions of the vectors of a batch, by the ids of the layers.
+        hook: the handle of the hook after each step.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -183,6 +172,7 @@ class _Protection:
         self.layers: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self.bases: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
         self.stacked: dict[Any, Tensor] = {}
+        self.hook: Any = None
 
     @torch.no_grad()
     def start(self) -> None:
@@ -193,7 +183,7 @@ class _Protection:
             anchor = _anchor(layer, path) if apply_GS and not is_dtensor(tensor) else None
             # An anchor of the start stays that of the start.
             if anchor is not None and torch.allclose(anchor, householder.orthonormalize(tensor)):
-                anchor.copy_(householder.orthonormalize(_projected(tensor, self.bases[layer])))
+                anchor.copy_(householder.orthonormalize(without_directions(tensor, self.bases[layer])))
         self.project()
 
     @torch.no_grad()
@@ -202,9 +192,9 @@ class _Protection:
         alike: dict[Any, list[Vectors]] = defaultdict(list)
         for one in stepped_vectors(self.layers, self._optimizer()):
             if (anchor := _anchor(one.layer, one.path)) is not None:
-                anchor.copy_(_projected(anchor, self.bases[one.layer]))
+                anchor.copy_(without_directions(anchor, self.bases[one.layer]))
             if is_dtensor(one.tensor):
-                one.tensor.copy_(_projected(one.tensor, self.bases[one.layer]))
+                one.tensor.copy_(without_directions(one.tensor, self.bases[one.layer]))
             else:
                 basis = self.bases[one.layer]
                 alike[one.tensor.shape, basis.shape, one.tensor.dtype, one.tensor.device].append(one)
@@ -250,7 +240,7 @@ def _install(optimizer: Optimizer, directions: int) -> _Protection:
     optimizer.defaults[KEY] = directions  # for groups that are added later
     for group in optimizer.param_groups:
         group[KEY] = directions
-    optimizer.register_step_post_hook(protection.project)
+    protection.hook = optimizer.register_step_post_hook(protection.project)
     optimizer.register_state_dict_post_hook(protection.save)
     optimizer.register_load_state_dict_pre_hook(protection.load)
     return protection
@@ -260,9 +250,3 @@ def _anchor(layer: nn.Module, path: str) -> Tensor | None:
     """The anchor of the vectors with this path."""
     adapters = get_adapters(layer)
     return None if adapters is None else adapters._buffers.get(path.rpartition(".")[2] + ANCHOR)
-
-
-def _projected(vectors: Any, basis: Tensor) -> Any:
-    """Vectors `(..., d, r)` without their parts along the directions."""
-    own: Any = distribute_like(basis.to(vectors.device, vectors.dtype), vectors)
-    return vectors - own @ (own.mT @ vectors)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import ASGD, Optimizer
 
 from hra_fx.errors import AdapterError
 from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.peft_layers import is_peft_hra_layer
+from hra_fx.layers.sharding import distribute_like
 from hra_fx.layers.target import REFLECTION
 from hra_fx.model.state import check_is_module
 
@@ -97,3 +98,9 @@ def required_vectors(layers: Mapping[nn.Module, str], optimizer: Any, model: Any
             f"the optimizer, and call {function} before a tool flattens the parameters (FSDP1, DeepSpeed ZeRO)."
         )
     return found
+
+
+def without_directions(vectors: Any, basis: Tensor) -> Any:
+    """Vectors `(..., d, n)` without their parts along some directions `(..., d, k)`; also for shards."""
+    own: Any = distribute_like(basis.to(vectors.device, vectors.dtype), vectors)
+    return vectors - own @ (own.mT @ vectors)

@@ -65,9 +65,13 @@ class Language(Task):
             return transformers.AutoModelForCausalLM.from_config(config(num_hidden_layers=1)).eval()
         return copy.deepcopy(pretrained())
 
+    def model_inputs(self, batch: Batch) -> Tensor:
+        """The token ids."""
+        return self.ids[batch]
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The mean loss of the next token."""
-        return next_token_loss(model, self.ids[batch])
+        return next_token_loss(model, self.model_inputs(batch))
 
     def validate(self, model: nn.Module) -> float:
         """Perplexity of 48 posts of the training split that no seed trains on."""

@@ -64,9 +64,13 @@ class Newsgroups(Task):
         torch.manual_seed(self.seed)
         return Classifier(20).eval()
 
+    def model_inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """The token ids and the mask."""
+        return self.examples.batch(batch)
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross entropy."""
-        return cross_entropy(model(**self.examples.batch(batch)), self.examples.labels[batch])
+        return cross_entropy(model(**self.model_inputs(batch)), self.examples.labels[batch])
 
     def validate(self, model: nn.Module) -> float:
         """Accuracy on 500 texts of the training split that no seed trains on."""

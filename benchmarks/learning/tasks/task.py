@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import random
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -53,6 +53,10 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def model(self) -> nn.Module:
         """The pretrained model, with a head that is new."""
+
+    @abc.abstractmethod
+    def model_inputs(self, batch: Batch) -> Any:
+        """Some training examples as the model takes them: a tensor, or keyword arguments."""
 
     @abc.abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -59,6 +59,10 @@ class Teacher(Task):
         torch.manual_seed(self.seed)
         return copy.deepcopy(self.base)
 
+    def model_inputs(self, batch: Batch) -> Tensor:
+        """The inputs of the layer."""
+        return self.inputs[batch]
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The mean squared error."""
         return mse_loss(model(self.inputs[batch]), self.outputs[batch])

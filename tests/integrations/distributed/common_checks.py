@@ -26,7 +26,7 @@ def term(model: nn.Module) -> Any:
 #: Arguments of `train`.
 PLAIN: dict[str, Any] = {}
 EVERY: tuple[dict[str, Any], ...] = (
-    *(PLAIN, {"pairs": True}, {"protect": 2}, {"term": term}, {"evaluate": True}),
+    *(PLAIN, {"pairs": True, "quiet": 2}, {"protect": 2}, {"term": term}, {"evaluate": True}),
     {"compiled": True},
 )
 

@@ -235,7 +235,7 @@ def ways(names: Iterable[str], trainings: Any = (PLAIN,), orders: Any = ORDERS) 
 
 
 def losses(name: str, rank: int, folder: Path) -> None:
-    trainings = {"mlp": EVERY, "llama": (PLAIN, {"pairs": True, "protect": 2})}.get(name, (PLAIN,))
+    trainings = {"mlp": EVERY, "llama": (PLAIN, {"pairs": True, "quiet": 2, "protect": 2})}.get(name, (PLAIN,))
     losses_and_vectors(ways([name], trainings), rank, folder)
 
 

@@ -206,6 +206,7 @@ def train(
     term: Callable[..., Any] | None = None,
     evaluate: bool = False,
     pairs: bool = False,
+    quiet: int = 0,
     protect: int = 0,
     optimizer: Any = None,
     backward: Callable[[Tensor], object] = Tensor.backward,
@@ -220,7 +221,7 @@ def train(
     if optimizer is None:
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     if pairs:
-        hra_fx.train_pairs(optimizer, model)
+        hra_fx.train_pairs(optimizer, model, batches=[x[part]] if quiet else None, directions=quiet)
     if protect:
         hra_fx.protect(optimizer, model, [x[part]], protect)
     losses = []

@@ -196,6 +196,20 @@ def test_the_trainers_of_transformers_train_pairs(tmp_path: Path) -> None:
         assert equal(wanted, trained(maker, model, tmp_path))
 
 
+def test_the_trainers_train_quiet_pairs_for_the_first_examples(tmp_path: Path) -> None:
+    start = adapted("llama", "transform")
+    model = copy.deepcopy(start)
+    loader = trainer_of(Trainer, "llama", model, tmp_path).get_train_dataloader()
+    rows = [loader.dataset[index] for index in range(min(16, len(loader.dataset)))]  # type: ignore[arg-type]
+    optimizer = optimizer_for(model, pairs=False)
+    hra_fx.train_pairs(optimizer, model, batches=[loader.collate_fn(rows)], directions=2)
+    wanted = trained(partial(Trainer, optimizers=(optimizer, None)), model, tmp_path)
+    assert not equal(wanted, trained(HRATrainer, copy.deepcopy(start), tmp_path))
+    callback = partial(Trainer, callbacks=[PairCallback(quiet_directions=2)])
+    for maker in (partial(HRATrainer, quiet_directions=2), callback):
+        assert equal(wanted, trained(maker, copy.deepcopy(start), tmp_path))
+
+
 @pytest.mark.parametrize("maker", [HRATrainer, partial(Trainer, callbacks=[PairCallback()])])
 def test_a_training_continues_in_pairs(maker: Any, tmp_path: Path) -> None:
     start = adapted("llama", "transform")
