@@ -138,6 +138,8 @@ __all__ = sorted({*_HOMES, *errors.__all__})
 
 
 def __getattr__(name: str) -> Any:
+    if name == "integrations":  # the Trainer and callbacks, whose libraries are slow to import
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
@@ -146,4 +148,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_HOMES, "integrations"})

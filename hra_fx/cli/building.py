@@ -32,6 +32,8 @@ def build(path: Path, *, weights: bool = False) -> tuple[nn.Module, str]:
         parts = sorted(found.parent.name for found in path.glob(f"*/{CONFIG}"))
         raise CheckpointError(f"{path}: is a diffusers pipeline. Pass one of its parts: {', '.join(parts)}.")
     file = path / CONFIG if path.is_dir() else path
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file. {EXPECTED}")
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

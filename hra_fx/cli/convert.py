@@ -161,7 +161,7 @@ def _check_free(out: Path, *, overwrite: bool) -> None:
 
     check_no_model(out)
     if not overwrite and out.exists() and (out.is_file() or any(out.iterdir())):
-        raise CheckpointError(f"{out}: already exists. Choose another name, or --overwrite.")
+        raise CheckpointError(f"{out}: already exists. Choose another name, or pass --overwrite.")
 
 
 def _convert_hra(source: str, out: Path, *, for_peft: bool, as_json: bool) -> None:

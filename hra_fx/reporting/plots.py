@@ -68,7 +68,7 @@ def check_plot(path: str | os.PathLike[str]) -> Path:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise VisualizeError(
-            "Plots need matplotlib, which is not installed. Run: pip install 'hra-fx[plot]'. Without it, "
+            "Plots need matplotlib, which is not installed. Run: pip install matplotlib. Without it, "
             "print(hra_fx.report(model)) or its to_json() give the same values, and hra_fx.visualize draws them."
         ) from error
     return file

@@ -44,7 +44,7 @@ def picture_file(path: str | os.PathLike[str]) -> Path:
     file = output_file(path, FORMATS, listed=working)
     if file.suffix.lower() == ".png" and not has_png:
         raise VisualizeError(
-            f"{file.name!r} needs the package resvg-py, which is not installed. Run: pip install 'hra-fx[png]'. "
+            f"{file.name!r} needs the package resvg-py, which is not installed. Run: pip install resvg-py. "
             f"Formats that need no other package: {working}."
         )
     return file

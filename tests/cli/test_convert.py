@@ -89,9 +89,9 @@ def test_keys_without_the_prefix_get_it(shelf: Shelf, tmp_path: Path) -> None:
 def test_an_output_folder_with_other_files(shelf: Shelf, tmp_path: Path, to: str) -> None:
     words = ("convert", shelf / "my-adapter", tmp_path, "--to", to, *(("--base", shelf / "my-model") * (to == "lora")))
     (tmp_path / "notes.txt").write_text("mine")
-    assert mistake(*words) == f"{tmp_path}: already exists. Choose another name, or --overwrite."
+    assert mistake(*words) == f"{tmp_path}: already exists. Choose another name, or pass --overwrite."
     assert mistake(words[0], words[1], tmp_path / "notes.txt", *words[3:]).endswith(
-        "notes.txt: already exists. Choose another name, or --overwrite."
+        "notes.txt: already exists. Choose another name, or pass --overwrite."
     )
     assert made.picture(tmp_path) == {"notes.txt": b"mine"}
     answer(*words, "--overwrite")
@@ -177,7 +177,7 @@ def test_a_gguf_file(shelf: Shelf, tmp_path: Path) -> None:
     before = out.read_bytes()
     convert_files([shelf / "my-adapter"], shelf / "my-model", tmp_path / "function.gguf", progress=False)
     assert before == (tmp_path / "function.gguf").read_bytes()
-    assert mistake(*words) == f"{out}: already exists. Choose another name, or --overwrite."
+    assert mistake(*words) == f"{out}: already exists. Choose another name, or pass --overwrite."
     answer(*words, "--overwrite", "--dtype", "float16")
     assert len(out.read_bytes()) < len(before)
 

@@ -106,7 +106,7 @@ def test_the_same_model_gives_the_same_bytes(ending: str, tmp_path: Path) -> Non
 
 def test_a_missing_package_is_named_with_the_other_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "resvg_py", None)  # as if it was not installed
-    wanted = r"needs the package resvg-py.*pip install 'hra-fx\[png\]'.*no other package: \.svg \([^)]*\), \.html"
+    wanted = r"needs the package resvg-py.*pip install resvg-py\..*no other package: \.svg \([^)]*\), \.html"
     with pytest.raises(hra_fx.VisualizeError, match=wanted):
         hra_fx.visualize(drawn("one layer"), tmp_path / "a.png")
 

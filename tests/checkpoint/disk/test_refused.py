@@ -233,7 +233,7 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"out_dir": "base/inside"}, "base/inside: the output folder overlaps with the base, base. Choose a folder outs"),
     ({"out_dir": "."}, "TMP: the output folder overlaps with the base, base."),
     ({"out_dir": "adapter"}, "adapter: the output folder overlaps with adapter adapter, adapter."),
-    ({"out_dir": "full"}, "full: the output folder is not empty. Choose another folder, or overwrite=True (--ov"),
+    ({"out_dir": "full"}, "full: the output folder is not empty. Choose another folder, or pass overwrite=True"),
     ({"out_dir": "full/file", "overwrite": True}, "full/file: is a file. Choose another output folder."),
     (
         {"out_dir": "full/file/x/y"},
