@@ -33,7 +33,8 @@ def write_result(
     rounding: dict[str, float] = {}
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise CheckpointError(
-            f"{out}: the output folder is not empty. Choose another folder, or pass overwrite=True (on the command line: --overwrite)."
+            f"{out}: the output folder is not empty. Choose another folder, or pass overwrite=True (on the command "
+            "line: --overwrite)."
         )
     total = sum(file.stat().st_size for file in base.rglob("*") if file.is_file())
     with (
