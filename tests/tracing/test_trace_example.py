@@ -18,7 +18,7 @@ from tracing.captured import CASES, bert, llama, made_pair, pair_of, tokens, twi
 from tracing.models import Branches, Dropout, Optional, Two
 
 import hra_fx
-from hra_fx.errors import AdapterError, HRAWarning
+from hra_fx.errors import AdapterError
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", pytest.param("resnet", marks=pytest.mark.slow)])
@@ -304,8 +304,7 @@ def test_a_part_in_another_mode_keeps_its_mode() -> None:
     del model.layers["in"]
     model.last.eval()
     eager = hra_fx.transform(copy.deepcopy(model), config("out"))
-    with pytest.warns(HRAWarning, match="last"):
-        graph = hra_fx.transform(model, config("out"), trace=True, example_inputs=(torch.ones(1, 6), "out"))
+    graph = hra_fx.transform(model, config("out"), trace=True, example_inputs=(torch.ones(1, 6), "out"))
     graph.load_state_dict(eager.state_dict())
     assert graph.training and not graph.last.training
     x = torch.randn(1, 6)
