@@ -69,7 +69,8 @@ def export_call(
     model = with_shared_tensors(model).train(not training).train(training)  # as compare does: some clear a cache
     leaves = {path: part for path, part in model.named_modules() if path and is_leaf(part) and path not in inlined}
     mode = "train" if training else "eval"
-    bar = tqdm(total=len(leaves), desc=f"capture {mode} mode", unit="layer", delay=2, leave=False)  # to the real stderr
+    options: Any = {"unit": "layer", "delay": 2, "mininterval": 1, "leave": False}
+    bar = tqdm(total=len(leaves), desc=f"capture {mode} mode", **options)  # writes to the stderr of now
     with bar, exporting(), ExitStack() as stack, _PlainOperators(), torch.enable_grad():
         if with_values:
             stack.enter_context(running_while_exporting())
