@@ -30,6 +30,7 @@ from hra_fx.errors import (
 from hra_fx.version import VERSION
 
 if TYPE_CHECKING:
+    from hra_fx import integrations as integrations
     from hra_fx.api.load import load_adapter as load_adapter
     from hra_fx.api.peft_model import HRAModel as HRAModel
     from hra_fx.api.peft_names import (
