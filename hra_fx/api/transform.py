@@ -67,9 +67,10 @@ def transform(
             adapters work as in eager mode. The graph calls the model's layers, and works in train and eval mode. If
             possible, torch.fx traces the model, with optional arguments at their defaults. Otherwise `torch.export`
             captures one call. The graph is then valid for the arguments of this call and the dtype of the model. This
-            raises an error if the forward branches on values, adds backward hooks, or uses random numbers of Python or
-            NumPy; other generators of Python and NumPy, and hooks on autograd nodes, are not detected. Outputs that
-            `torch.export` does not support, such as caches, are `None`.
+            raises an error if the forward adds backward hooks, or uses random numbers of Python or NumPy; other
+            generators of Python and NumPy, and hooks on autograd nodes, are not detected. If the forward branches on
+            values of tensors, the graph takes the branches of the example, and checks that other inputs take them too.
+            Outputs that `torch.export` does not support, such as caches, are `None`.
         example_inputs: one tensor, a tuple of positional arguments or a dictionary of keyword arguments. `verify` runs
             this call. `trace` captures it if torch.fx cannot trace the model, or if the call passes optional arguments.
             By default, it is created from the configuration of a transformers model: token ids and their mask, images,

@@ -19,6 +19,7 @@ from typing import Any
 from torch import fx, nn
 
 from hra_fx.compat import is_exporting, is_replica
+from hra_fx.errors import AdapterError
 from hra_fx.kernels.dispatch import is_plain_eager
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.batching import start_of_forward
@@ -82,8 +83,14 @@ class GraphOfMode(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         """Run the graph of the current mode."""
-        module = self.__dict__.get("followed", self)  # another module of the graph, which is not a child
-        return (self.in_train if module.training else self.in_eval)(*args)
+        # Modules of the graph, which are not children. It is unknown whose mode decides.
+        for path, module in self.__dict__.get("followed", {}).items():
+            if module.training != self.training:
+                raise AdapterError(
+                    f"{path} has another mode than the graph, and runs different operations in both modes. Set one "
+                    "mode for the whole graph, or use the original model."
+                )
+        return (self.in_train if self.training else self.in_eval)(*args)
 
 
 def graph_in_eval(module: fx.GraphModule) -> fx.Graph:

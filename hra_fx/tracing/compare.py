@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hra_fx.compat import has_own_hooks, tensor_versions
+from hra_fx.compat import FakeTensor, has_own_hooks, tensor_versions
 from hra_fx.errors import CaptureError
 from hra_fx.layers.readers import writes_parameters
 from hra_fx.layers.sharding import is_dtensor
@@ -73,7 +73,8 @@ def compare_call(model: nn.Module, made: nn.Module, call: Call, mode: bool | Non
 
 def _is_elsewhere(model: nn.Module) -> bool:
     """Whether one process cannot run a model. A graph of a sharded model may be made by one of its processes."""
-    return any(tensor.is_meta or is_dtensor(tensor) for tensor in chain(model.parameters(), model.buffers()))
+    tensors = (*model.parameters(), *model.buffers())
+    return any(tensor.is_meta or is_dtensor(tensor) or isinstance(tensor, FakeTensor) for tensor in tensors)
 
 
 def copied(model: nn.Module, keep: Iterable[Tensor]) -> Any:
@@ -263,4 +264,4 @@ def _cloned(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
 
 
 def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:400]}"

@@ -14,10 +14,11 @@ import inspect
 import io
 import linecache
 import logging
+import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from functools import partial, wraps
 from pathlib import Path
@@ -69,12 +70,13 @@ def export_call(
     model = with_shared_tensors(model).train(not training).train(training)  # as compare does: some clear a cache
     leaves = {path: part for path, part in model.named_modules() if path and is_leaf(part) and path not in inlined}
     mode = "train" if training else "eval"
-    options: Any = {"unit": "layer", "delay": 2, "mininterval": 1, "leave": False}
+    options: Any = {"unit": "layer", "delay": 2, "mininterval": 1, "leave": False, "disable": sys.stderr is None}
     bar = tqdm(total=len(leaves), desc=f"capture {mode} mode", **options)  # writes to the stderr of now
     with bar, exporting(), ExitStack() as stack, _PlainOperators(), torch.enable_grad():
         if with_values:
             stack.enter_context(running_while_exporting())
             _values.update({path: _cloned(layer) for path, layer in leaves.items()})
+            _as_buffers(part for part in model.modules() if part not in leaves.values())
         stack.callback(_values.clear)
         stack.callback(_layers.clear)
         stack.callback(_recorded.clear)
@@ -93,7 +95,9 @@ def export_call(
 @contextmanager
 def exporting() -> Iterator[None]:
     """Context manager for calls of `torch.export`, without its warnings, log entries of this thread, and graphs."""
-    here, handlers = threading.get_ident(), list(logging.getLogger("torch").handlers)
+    here = threading.get_ident()
+    names = [name for name in logging.Logger.manager.loggerDict if name.partition(".")[0] == "torch"]
+    handlers = [handler for name in ["torch", *names] for handler in logging.getLogger(name).handlers]
 
     def is_of_another_thread(record: logging.LogRecord) -> bool:
         return record.thread != here
@@ -196,6 +200,15 @@ def _untie(model: nn.Module) -> None:
             if type(parameter) is nn.Parameter and id(parameter) in seen:
                 module._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
             seen.add(id(parameter))
+
+
+def _as_buffers(modules: Iterable[nn.Module]) -> None:
+    """Turn parameters into buffers. torch runs operators with uninitialized values in place of parameters."""
+    for module in modules:
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                del module._parameters[name]
+                module.register_buffer(name, parameter.detach())
 
 
 class _PlainOperators(TorchFunctionMode):

@@ -11,7 +11,6 @@ graph by tracing its code, which would inline such a graph without its context, 
 from __future__ import annotations
 
 import copy
-import operator
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import reduce
@@ -51,8 +50,8 @@ class ModelGraph(fx.GraphModule):
                 raise
             names = ", ".join(f"`{node.target}`" for node in self.graph.find_nodes(op="placeholder"))
             raise TypeError(
-                f"{error}. The arguments of this graph are {names}. Make a graph of another call (its arguments are "
-                "`example_inputs`), or call the original model."
+                f"{error}. The arguments of this graph are {names}. Capture a call with the others, or call the "
+                "original model."
             ) from None
 
     def __getattr__(self, name: str) -> Any:
@@ -61,8 +60,8 @@ class ModelGraph(fx.GraphModule):
             return super().__getattr__(name)
         except AttributeError as error:
             raise AttributeError(
-                f"{error}. It is a graph of one call, without other methods and attributes of the model. Use those of "
-                "the original model: after transform(model, config, trace=True), it has the same layers and adapters.",
+                f"{error}. It is a graph of one call, without other methods and attributes of the model. After "
+                "transform(model, config, trace=True), the original model has the same layers and adapters: use it.",
                 name=name,
                 obj=self,
             ) from None
@@ -118,16 +117,23 @@ def graph_module(root: nn.Module, graph: fx.Graph, modules: Mapping[str, nn.Modu
     module.training = root.training
     module.graph = graph
     for call in graph.find_nodes(op="call_module"):
-        if isinstance(added := modules.get(str(call.target)), (ByMode, GraphOfMode)):
-            _follow(added, module, module_path(call) or next(map(module_path, call.users), None))
+        added = modules.get(str(call.target))
+        if isinstance(added, ByMode) and call.users:
+            _follow(added, module, module_path(next(iter(call.users))))
+        elif isinstance(added, GraphOfMode):
+            inner = [*added.in_train.graph.nodes, *added.in_eval.graph.nodes]
+            around = [*map(_paths_around, inner)] if any(map(module_path, inner)) else [*map(_paths_around, call.users)]
+            found = {path: attribute(module, path) for paths in around for path in paths if path}
+            # The part itself has the mode of the graph.
+            vars(added)["followed"] = {path: part for path, part in found.items() if isinstance(part, nn.Module)}
     return module
 
 
-def _follow(part: nn.Module, module: fx.GraphModule, path: str | None) -> None:
-    """Make a part of a graph follow the mode of the module that reads it, or of its innermost parent in the graph."""
+def _follow(constant: ByMode, module: fx.GraphModule, path: str | None) -> None:
+    """Make a constant follow the mode of the module that reads it, or of its innermost parent in the graph."""
     while path and not isinstance(attribute(module, path), nn.Module):
         path = path.rpartition(".")[0]
-    vars(part)["followed"] = attribute(module, path) if path else part
+    vars(constant)["followed"] = attribute(module, path) if path else constant
 
 
 def _holder(part: nn.Module | None, used: set[nn.Module], holders: dict[nn.Module, nn.Module]) -> nn.Module | None:
@@ -310,17 +316,13 @@ def simplify(graph: fx.Graph, places: list[fx.Node], model: nn.Module) -> None:
 
 def _explain(check: fx.Node) -> None:
     """Write the message of a check of values, such as the number of end tokens."""
-    condition = check.args[0]
-    if isinstance(condition, fx.Node) and condition.target is operator.ge and condition.args[1] == 2:
-        # torch.export assumes that a size is at least 2. `compare` compares sizes of 1.
-        condition.args = (condition.args[0], 1)
     place = check.meta.get("stack_trace", "").strip().rsplit("File ", 1)[-1].split("\n")
     where = f" at {place[0].rpartition('/')[2]}, `{place[-1].strip()}`".replace('"', "") if place[-1] else ""
     message = (
         f"the graph was captured for inputs whose values take another way{where}. Call the original model, or capture "
         "it for these inputs: pass them as `example_inputs` to hra_fx.transform(..., trace=True)."
     )
-    check.args = (condition, message)
+    check.args = (check.args[0], message)
 
 
 def name_constants(graph: fx.Graph, program: ExportedProgram, module: nn.Module) -> dict[str, nn.Module]:
@@ -338,6 +340,11 @@ def name_constants(graph: fx.Graph, program: ExportedProgram, module: nn.Module)
             node.target = names.setdefault(node.target, f"block_{len(names)}")
             made[node.target] = block
     return made
+
+
+def _paths_around(node: fx.Node) -> list[str]:
+    """The paths of the modules whose forward was running when a node was recorded."""
+    return [normalize_path(entry[0]) for entry in node.meta.get("nn_module_stack", {}).values()]
 
 
 def module_path(node: fx.Node) -> str | None:

@@ -54,7 +54,8 @@ def sketch_of(model: Any, example_inputs: Any) -> Sketch:
             "layer's path as `focus`."
         )
     subject = subject_of(model, {})
-    state = _state_of(subject, example_inputs)
+    call = None if example_inputs is None else normalize_inputs(example_inputs)
+    state = _state_of(subject, call)
     known, sketch = _KEPT.get(model, (None, None))
     if sketch is None or known != state:
         subject = replace(subject, graphs=_graphs_of(model, example_inputs))
@@ -64,25 +65,28 @@ def sketch_of(model: Any, example_inputs: Any) -> Sketch:
     return sketch._replace(picture=sketch.picture.copy())
 
 
-def _state_of(subject: Subject, example_inputs: Any) -> tuple[Any, ...]:
-    """Everything that a sketch depends on, except for global state. Buffers and the mode do not count."""
-    modules, model = [], subject.model
-    for part in model.modules():
-        functions = [(name, id(value)) for name, value in vars(part).items() if callable(value)]
+def _state_of(subject: Subject, call: Call | None) -> tuple[Any, ...]:
+    """Everything that a sketch depends on, except for the code of classes and global state. Modes do not count."""
+    model, modules = subject.model, []
+    for part in subject.model.modules():
         hooks = [*map(id, forward_hooks(part)), *map(id, forward_hooks(part, before=True))]
-        modules.append((type(part), id(part), functions, hooks))
+        modules.append((type(part), id(part), getattr(type(part).forward, "__code__", None), hooks))
     tensors = [(name, x.shape, x.dtype, x.device, x.requires_grad) for name, x in model.named_parameters()]
     values = {
         name: value
         for name, value in attributes(model, with_tensors=False).items()
         if name.split(".")[-1] != "training"
     }
-    inputs = [
-        (x.shape, x.dtype, x.device) if isinstance(x, Tensor) else (type(x), repr(x))
-        for x in pytree.tree_leaves(example_inputs)
-    ]
-    structure = pytree.tree_structure(example_inputs)
+    leaves, structure = pytree.tree_flatten(call)
+    inputs = [_state_of_input(value) for value in leaves]
     return modules, tensors, values, inputs, structure, subject.layers, subject.aliases, subject.parameters
+
+
+def _state_of_input(value: Any) -> Any:
+    if not isinstance(value, Tensor) or value.is_meta or value.layout is not torch.strided:
+        return type(value), repr(value)
+    numbers = value.detach().cpu().resolve_conj().contiguous().flatten().view(torch.uint8)
+    return value.shape, value.dtype, value.device, numbers.numpy().tobytes()
 
 
 def _graphs_of(model: nn.Module, example_inputs: Any) -> dict[str, fx.GraphModule]:

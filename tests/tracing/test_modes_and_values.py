@@ -169,6 +169,45 @@ def test_a_branch_on_values_is_checked() -> None:
             module.eval()(X * 1e6)
 
 
+class AtLeastTwo(Two):
+    """It checks a number of rows that depends on values."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Any:
+        found = self.first(x)[mask]
+        return self.second(found.mean(0) if found.shape[0] < 2 else found.sum(0))
+
+
+def test_a_count_on_the_other_side_of_a_branch_is_refused() -> None:
+    model = AtLeastTwo().double()
+    mask = torch.tensor([True, True, False, True, True, False])
+    x = normal(2, 6, 6)
+    graph = captured(model, (x, mask))
+    assert_same(graph(x, mask), model(x, mask))
+    with pytest.raises(RuntimeError, match=r"whose values take another way"):
+        graph(x, torch.arange(6) == 3)
+
+
+class Gated(Two):
+    """It branches on a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.ones(()))
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        return hidden.sin() if self.gate > 0 else hidden.cos()
+
+
+def test_a_branch_on_a_parameter_sees_its_value() -> None:
+    model = Gated().double()
+    graph = captured(model, X)
+    assert_same(graph(X), model(X))
+    with torch.no_grad():
+        graph.gate.fill_(-1.0)
+    with pytest.raises(RuntimeError, match=r"whose values take another way"):
+        graph(X)
+
+
 class Places(Two):
     """It reads from places that depend on values, and branches on one."""
 
@@ -198,14 +237,16 @@ def classified(batch: int, length: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def test_a_classifier_that_counts_end_tokens_takes_a_batch_of_one() -> None:
+def test_a_classifier_that_counts_end_tokens() -> None:
     sizes = {"vocab_size": 20, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 32}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
     model = transformers.BartForSequenceClassification(transformers.BartConfig(**sizes, **heads)).double().eval()
     graph = captured(model, classified(2, 7))
-    for batch, length in ((2, 7), (1, 7), (3, 5)):
+    for batch, length in ((2, 7), (3, 5)):
         call = classified(batch, length)
         assert_same(graph(**call).logits, model(**call).logits)
+    with pytest.raises(RuntimeError, match=r"whose values take another way"):
+        graph(**classified(1, 7))
     uneven = classified(2, 7)
     uneven["input_ids"][0, 3] = 2
     with pytest.raises(RuntimeError, match=r"modeling_bart\.py.*eos_mask"):

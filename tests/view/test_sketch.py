@@ -26,10 +26,13 @@ class Counted(nn.Module):
         super().__init__()
         self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
         self.act: Any = torch.relu
+        self.acts = [torch.sin]
+        self.register_buffer("shift", torch.zeros(6))
 
     def forward(self, x: Tensor) -> Tensor:
         Counted.calls += 1
-        return self.second(self.act(self.first(x if x.shape[0] < 100 else x[:100])))
+        hidden = self.acts[0](self.act(self.first(x if x.shape[0] < 100 else x[:100])))
+        return self.second(hidden + self.shift if x.sum() > 0 else hidden)
 
 
 def counted() -> Any:
@@ -44,11 +47,11 @@ def runs(act: Callable[[], object]) -> int:
 
 
 def test_other_formats_and_values_do_not_capture_again(tmp_path: Path) -> None:
-    model, x = counted(), torch.randn(5, 4)
+    model, x = counted(), torch.rand(5, 4)
     assert runs(lambda: hra_fx.visualize(model, tmp_path / "page.html", example_inputs=x)) > 0
 
     def more() -> None:
-        hra_fx.visualize(model, tmp_path / "picture.svg", example_inputs=torch.randn(5, 4))
+        hra_fx.visualize(model, tmp_path / "picture.svg", example_inputs=x.clone())
         randomise(model)
         model.train()
         hra_fx.visualize(model, tmp_path / "picture.mmd", example_inputs=x)
@@ -66,6 +69,8 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "adapter": lambda model: hra_fx.add_adapter(model, "more", hra_fx.HRAConfig(r=1, target_modules=["second"])),
     "rank in use": lambda model: hra_fx.set_adapter(model, []),
     "gradient": lambda model: model.second.requires_grad_(True),
+    "item of a list": lambda model: model.acts.__setitem__(0, torch.tanh),
+    "buffer": lambda model: setattr(model, "shift", torch.zeros(1, 6)),
     "hook": lambda model: model.second.register_forward_hook(lambda *_: None),
 }
 
@@ -84,18 +89,17 @@ def test_a_changed_model_is_drawn_as_it_is(change: Callable[[Any], object]) -> N
     assert drawn(model) == drawn(fresh)
 
 
-def test_another_shape_of_the_example_is_drawn() -> None:
-    model = counted()
-    shapes = [
-        next(data["shape"] for _, data in to_networkx(model, torch.randn(size, 4)).nodes(data=True) if data.get("r"))
-        for size in (5, 7)
-    ]
-    assert shapes[0] != shapes[1]
+def test_another_example_is_drawn() -> None:
+    model, first = counted(), torch.ones(5, 4)
+    pictures = [to_networkx(model, x) for x in (first, torch.ones(7, 4), -first)]
+    shapes = [next(data["shape"] for _, data in one.nodes(data=True) if data.get("r")) for one in pictures]
+    assert shapes == ["5×6", "7×6", "5×6"]
+    assert len(pictures[0]) > len(pictures[2])  # it takes another branch
 
 
 def test_a_drawn_model_is_freed(tmp_path: Path) -> None:
     model = counted()
-    hra_fx.visualize(model, tmp_path / "picture.svg", example_inputs=torch.randn(5, 4))
+    hra_fx.visualize(model, tmp_path / "picture.svg", example_inputs=torch.rand(5, 4))
     parts = [weakref.ref(model), weakref.ref(model.first), weakref.ref(model.second.weight)]
     del model
     gc.collect()
