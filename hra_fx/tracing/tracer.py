@@ -14,6 +14,25 @@ from hra_fx.errors import CaptureError
 from hra_fx.layers.target import find_kind
 
 
+class _NoKey:
+    """A value of a trace. A set or dictionary would never find it."""
+
+    def __hash__(self) -> int:
+        raise CaptureError("it looks up a value in a set or dictionary")
+
+
+class _Attribute(_NoKey, fx.proxy.Attribute):
+    pass
+
+
+class Proxy(_NoKey, fx.Proxy):
+    """The result of a node. Errors of Python show the name of this class."""
+
+    def __getattr__(self, k: str) -> fx.proxy.Attribute:
+        """Look up an attribute, such as a dtype."""
+        return _Attribute(self, k)
+
+
 class ModelTracer(fx.Tracer):
     """Traces one module into a graph of calls to modules and operators.
 
@@ -37,6 +56,10 @@ class ModelTracer(fx.Tracer):
         for node in graph.nodes:
             node.type = None  # the annotation may be a string, and then fx cannot pickle the graph
         return graph
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Create the value of a node."""
+        return Proxy(node, self)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Raise an error for a branch on a value."""

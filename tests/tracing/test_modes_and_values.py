@@ -18,6 +18,7 @@ from tracing.models import Two
 from zoo.diffusers_models import ENTRIES
 
 import hra_fx
+from hra_fx.errors import AdapterError
 from hra_fx.model.graph_module import GraphOfMode, graph_in_eval
 
 pytestmark = pytest.mark.needs("torch>=2.9")
@@ -251,3 +252,54 @@ def test_a_classifier_that_counts_end_tokens() -> None:
     uneven["input_ids"][0, 3] = 2
     with pytest.raises(RuntimeError, match=r"modeling_bart\.py.*eos_mask"):
         graph(**uneven)
+
+
+class Normalized(nn.Module):
+    """Writes into a parameter that is too large to be copied for the comparison of most models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.table = nn.Linear(6, 520), nn.Parameter(torch.randn(520, 520))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.table.div_(self.table.norm())
+        return self.first(x) @ self.table
+
+
+def test_a_forward_that_writes_into_a_large_parameter_is_compared_on_copies() -> None:
+    model = Normalized().double()
+    before = model.table.clone()
+    eager = hra_fx.transform(copy.deepcopy(model), LAYERS)
+    graph = hra_fx.transform(model, LAYERS, trace=True, example_inputs=X)
+    assert torch.equal(graph.table, before)
+    graph.load_state_dict(eager.state_dict())
+    assert_same(graph(X), eager(X))
+    assert_same(graph.table, eager.table)
+
+
+class Chosen(nn.Module):
+    """It looks up a size or a dtype."""
+
+    def __init__(self, by_size: bool) -> None:
+        super().__init__()
+        self.first, self.by_size = nn.Linear(6, 6), by_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        if self.by_size:
+            return hidden * 3 if x.shape[0] in {2, 4} else hidden
+        return hidden * {torch.float64: 2.0}.get(x.dtype, 1.0)
+
+
+@pytest.mark.parametrize("by_size", [True, False])
+def test_a_lookup_of_a_value_is_not_a_constant(by_size: bool) -> None:
+    model = Chosen(by_size).double()
+    with pytest.raises(AdapterError, match="looks up a value in a set or dictionary"):
+        hra_fx.transform(copy.deepcopy(model), LAYERS, trace=True)
+    if by_size:
+        with pytest.raises(AdapterError, match="unhashable type"):
+            captured(model, X)
+    else:
+        eager = hra_fx.transform(copy.deepcopy(model), LAYERS)
+        assert_same(captured(model, X)(X), eager(X))

@@ -388,27 +388,3 @@ def test_the_inputs_have_the_order_of_the_model() -> None:
     wanted = eager(**given)
     for found in (graph(**given), graph(X, X.sin(), X.cos(), gain=2.0)):
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-
-
-class Normalized(nn.Module):
-    """Writes into a parameter that is too large to be copied for the comparison of most models."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.table = nn.Linear(6, 520), nn.Parameter(torch.randn(520, 520))
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            self.table.div_(self.table.norm())
-        return self.first(x) @ self.table
-
-
-def test_a_forward_that_writes_into_a_large_parameter_is_compared_on_copies() -> None:
-    model = Normalized().double()
-    before = model.table.clone()
-    eager = hra_fx.transform(copy.deepcopy(model), config("first"))
-    graph = hra_fx.transform(model, config("first"), trace=True, example_inputs=X)
-    assert torch.equal(graph.table, before)
-    graph.load_state_dict(eager.state_dict())
-    assert_same(graph(X), eager(X))
-    assert_same(graph.table, eager.table)
