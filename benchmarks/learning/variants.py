@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from learning.keeping import KEEPING
 from learning.methods import METHODS
 
 #: The method that is varied, and the task.
@@ -14,4 +15,6 @@ VARIANTS = {
     "hra-pairs-constant": replace(METHODS[VARIED], label="constant rate", schedule="constant_with_warmup"),
     "hra-pairs-no-warmup": replace(METHODS[VARIED], label="no warmup", warmup=0.0),
 }
-ALL = METHODS | VARIANTS
+#: Method -> the one whose learning rates it has.
+BASE_OF = {**dict.fromkeys(VARIANTS, VARIED), **{name: base for name, (base, _) in KEEPING.items()}}
+ALL = METHODS | VARIANTS | {name: method for name, (_, method) in KEEPING.items()}
