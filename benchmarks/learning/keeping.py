@@ -78,14 +78,17 @@ KEEPING: dict[str, tuple[str, Method]] = {
     "hra-pairs-protect": ("hra-pairs", protected("hra-pairs")),
     "hra-pairs-rehearse": ("hra-pairs", rehearsed("hra-pairs")),
     "hra-quiet-protect": ("hra-quiet", protected("hra-quiet")),
+}
+#: The same, with few seeds.
+CONTROLS: dict[str, tuple[str, Method]] = {
     **{f"hra-pairs-protect-{k}": ("hra-pairs", protected("hra-pairs", k)) for k in (4, 32, 64)},
-    "hra-pairs-protect-energy": (
-        "hra-pairs",
-        with_directions("hra-pairs", "90% of the energy protected", of_energy(0.9), protect_hra),
-    ),
     "hra-pairs-protect-exact": (
         "hra-pairs",
         with_directions("hra-pairs", "exact directions protected", top(DIRECTIONS), protect_hra),
+    ),
+    "hra-pairs-protect-energy": (
+        "hra-pairs",
+        with_directions("hra-pairs", "90% of the energy protected", of_energy(0.9), protect_hra),
     ),
     "hra-pairs-protect-few": (
         "hra-pairs",

@@ -220,7 +220,7 @@ def passages() -> list[list[int]]:
 @cache
 def tweets(count: int, seed: int) -> Tensor:
     """Passages of tweets of 2016, int64 `(passages, LENGTH)`; those of two seeds are of different tweets."""
-    rows = random.Random(0).sample([row["Text"] for row in table("election-tweets-2016")], 2000)[seed::2]
+    rows = random.Random(0).sample([row["Content"] for row in table("election-tweets-2016")], 2000)[seed::2]
     ids = tokenizer()("\n".join(rows))["input_ids"]
     return torch.tensor(ids[: count * LENGTH]).view(count, LENGTH)
 
