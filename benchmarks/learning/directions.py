@@ -11,30 +11,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: From the second moments `(d, d)` of the inputs of a layer, and their mean `(d,)`, to directions `(d, k)`.
-Choice = Callable[[Tensor, Tensor], Tensor]
+#: From the second moments `(d, d)` of the inputs of a layer to directions `(d, k)`.
+Choice = Callable[[Tensor], Tensor]
 
 
 def top(count: int) -> Choice:
     """The directions with most of the energy."""
-    return lambda moments, mean: torch.svd_lowrank(moments, q=2 * count, niter=6)[0][:, :count]
+    return lambda moments: torch.svd_lowrank(moments, q=2 * count, niter=6)[0][:, :count]
 
 
-def of_energy(share: float) -> Choice:
-    """The mean, and as many main directions of the centered inputs as hold a share of their energy."""
+def of_energy(share: float, at_least: int = 1) -> Choice:
+    """As many main directions as hold a share of the energy."""
 
-    def choose(moments: Tensor, mean: Tensor) -> Tensor:
-        energy, vectors = torch.linalg.eigh(moments - torch.outer(mean, mean))
+    def choose(moments: Tensor) -> Tensor:
+        energy, vectors = torch.linalg.eigh(moments)
         parts = energy.flip(0).clamp_min(0).cumsum(0)
-        count = min(int((parts < share * parts[-1]).sum()) + 1, len(mean) // 2 - 1)
-        return torch.linalg.qr(torch.cat([mean[:, None], vectors.flip(1)[:, :count]], dim=1))[0]
+        count = int((parts < share * parts[-1]).sum()) + 1
+        return vectors.flip(1)[:, : max(count, at_least)]
 
     return choose
 
 
 def random_directions(count: int) -> Choice:
     """Directions that know nothing of the inputs."""
-    return lambda moments, mean: torch.linalg.qr(torch.randn(len(mean), count))[0]
+    return lambda moments: torch.linalg.qr(torch.randn(len(moments), count))[0]
 
 
 @torch.no_grad()
@@ -42,13 +42,12 @@ def main_inputs(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], choose: Choice
 ) -> dict[str, Tensor]:
     """Directions of the inputs of each layer: path -> `(d, k)`. The adapters of the model must not act yet."""
-    sums: dict[str, list[Any]] = {path: [0.0, 0.0, 0] for path in layers}
+    sums: dict[str, Any] = dict.fromkeys(layers, 0.0)
 
     def reader(path: str) -> Callable[..., None]:
         def read(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
             rows = inputs_of(layer, args[0].detach().float())
-            total = sums[path]
-            total[0], total[1], total[2] = total[0] + rows.T @ rows, total[1] + rows.sum(dim=0), total[2] + len(rows)
+            sums[path] = sums[path] + rows.T @ rows
 
         return read
 
@@ -57,7 +56,7 @@ def main_inputs(
         model(**batch) if isinstance(batch, dict) else model(batch)
     for hook in hooks:
         hook.remove()
-    return {path: choose(moments / count, total / count) for path, (moments, total, count) in sums.items()}
+    return {path: choose(moments) for path, moments in sums.items()}
 
 
 def inputs_of(layer: nn.Module, x: Tensor) -> Tensor:

@@ -88,7 +88,11 @@ CONTROLS: dict[str, tuple[str, Method]] = {
     ),
     "hra-pairs-protect-energy": (
         "hra-pairs",
-        with_directions("hra-pairs", "90% of the energy protected", of_energy(0.9), protect_hra),
+        with_directions("hra-pairs", "80% of the energy protected", of_energy(0.8), protect_hra),
+    ),
+    "hra-pairs-protect-energy-16": (
+        "hra-pairs",
+        with_directions("hra-pairs", "80% of the energy, but at least 16", of_energy(0.8, DIRECTIONS), protect_hra),
     ),
     "hra-pairs-protect-few": (
         "hra-pairs",
