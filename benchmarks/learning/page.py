@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from learning import kept, plots
+from learning import forgiving, kept, plots
 from learning.plan import (
     ONE_SEED,
     RANKS,
@@ -160,6 +160,7 @@ def page(records: Sequence[Record]) -> str:
         *([PARAMETERS] if _has(records, "ranks") else []),
         _forgetting(records, tasks),
         *([text] if (text := kept.section(records, tasks)) else []),
+        *([text] if (text := forgiving.section(records)) else []),
         *([_trials(records)] if any(finished(records, VARIED_TASK, name) for name in VARIANTS) else []),
         PROTOCOL,
         _cost(records),

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from learning import forgiving
+from learning.directions import hra_layers, lora_layers, main_inputs, top
 from learning.methods import layer_shapes, reflections
 from learning.page import page
 from learning.plan import RANKS, SEEDS, TASK_NAMES, Run, methods_of, missing
@@ -22,7 +24,7 @@ from learning.tasks import TASKS
 from learning.tasks.language import config
 from learning.tasks.task import Task
 from learning.training import fit, run
-from learning.variants import ALL
+from learning.variants import ALL, BASE_OF
 from torch import nn
 
 #: Their runs have the same steps as those of the other tasks.
@@ -43,7 +45,7 @@ def test_a_tiny_run_of_each_task(task: str) -> None:
     assert record.test is not None
 
 
-@pytest.mark.parametrize("method", [method for method in ALL if method in methods_of("digits")])
+@pytest.mark.parametrize("method", [method for method in methods_of("digits") if method not in BASE_OF])
 def test_every_method_starts_at_the_base_model_and_moves(method: str) -> None:
     task = TASKS["teacher-rotation"](0, tiny=True)
     model = task.model()
@@ -53,6 +55,22 @@ def test_every_method_starts_at_the_base_model_and_moves(method: str) -> None:
     fit(model, nn.Module(), task, ALL[method], 1e-2)
     moved = not torch.allclose(model(inputs), base(inputs), atol=1e-4)
     assert moved is (method != "head"), "the task has no head, so only that one trains nothing"
+
+
+@pytest.mark.parametrize("method", ["lora-protect", "hra-pairs-protect-exact"])
+def test_protected_methods_do_not_read_the_protected_directions(method: str) -> None:
+    task = TASKS["newsgroups-retrieval"](0, tiny=True)
+    base = task.model()
+    model = copy.deepcopy(base)
+    ALL[method].insert(model, task, 4)
+    fit(model, model.get_submodule("head"), task, ALL[method], 1e-2)
+    lora = lora_layers(model)
+    layers = {path: base.get_submodule(path) for path in lora or hra_layers(model)}
+    kept = main_inputs(base, layers, task.to_keep(64), top(4))
+    for path, basis in kept.items():
+        layer = model.get_submodule(path)
+        rows = layer.lora_A["default"].weight.flatten(1) if lora else layer.hra_u["default"].T
+        assert (rows @ basis).norm() < 1e-5 * rows.norm(), path
 
 
 def targets_and_shapes(task: type[Task]) -> list[tuple[int, int]]:
@@ -183,3 +201,24 @@ def test_what_the_readme_says_of_several_passes(records: list[Record]) -> None:
     found = [statistics.mean(scores(final_runs(records, "language-4-passes", method))) for method in TWO]
     said = "After four passes at the rate that was best for LoRA in one pass, it is"
     assert f"{said} {found[0]:.0f} with LoRA and {found[1]:.0f} with HRA in pairs" in README
+
+
+def test_what_a_wrong_rate_costs() -> None:
+    digits = {1e-4: 0.9, 3e-4: 0.5, 1e-3: 0.2, 3e-3: 0.0, 1e-2: 0.1, 3e-2: 1.0, 1e-1: 1.0}
+    language = dict(zip(digits, (0.8, 0.4, 0.0, 0.3, 0.6, 1.0, 1.0), strict=True))
+    other, above, below, whole = forgiving.summary({"digits": digits, "language": language})
+    assert other == pytest.approx((0.2 + 0.3) / 2)
+    assert above == pytest.approx((0.1 + 0.3) / 2)
+    assert below == pytest.approx((0.2 + 0.4) / 2)
+    assert whole == pytest.approx((sum(digits.values()) + sum(language.values())) / 14)
+
+
+def test_the_lost_part_is_a_share_of_what_training_gains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(forgiving.PLAN, "digits", (range(1), ("lora",)))
+    at = dict(zip(forgiving.RATES, (70.0, 75.0, 80.0, 85.0, 90.0, 65.0, 20.0), strict=True))
+    records = [Record("digits", "lora", 4, 0, lr, 64, score, None, 0, 1) for lr, score in at.items()]
+    records.append(Record("digits", "head", 0, 0, 1e-3, 64, 70.0, 70.0, 0, 1))
+    monkeypatch.setattr("learning.forgiving.untrained", lambda task: "head")
+    monkeypatch.setattr("learning.rates.chosen", lambda *_: 1e-3)
+    parts = forgiving.lost(records, "digits", "lora").values()
+    assert [round(part, 2) for part in parts] == [1, 0.75, 0.5, 0.25, 0, 1, 1]
