@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 import transformers
 from learning import forgiving
-from learning.directions import hra_layers, lora_layers, main_inputs, top
+from learning.directions import lora_layers, main_inputs, protect_lora, top
 from learning.methods import layer_shapes, reflections
 from learning.page import page
 from learning.plan import RANKS, SEEDS, TASK_NAMES, Run, methods_of, missing
@@ -57,20 +58,21 @@ def test_every_method_starts_at_the_base_model_and_moves(method: str) -> None:
     assert moved is (method != "head"), "the task has no head, so only that one trains nothing"
 
 
-@pytest.mark.parametrize("method", ["lora-protect", "hra-pairs-protect-exact"])
-def test_protected_methods_do_not_read_the_protected_directions(method: str) -> None:
-    task = TASKS["newsgroups-retrieval"](0, tiny=True)
-    base = task.model()
-    model = copy.deepcopy(base)
-    ALL[method].insert(model, task, 4)
-    fit(model, model.get_submodule("head"), task, ALL[method], 1e-2)
-    lora = lora_layers(model)
-    layers = {path: base.get_submodule(path) for path in lora or hra_layers(model)}
-    kept = main_inputs(base, layers, task.to_keep(64), top(4))
-    for path, basis in kept.items():
-        layer = model.get_submodule(path)
-        rows = layer.lora_A["default"].weight.flatten(1) if lora else layer.hra_u["default"].T
-        assert (rows @ basis).norm() < 1e-5 * rows.norm(), path
+def test_protected_lora_does_not_read_the_main_directions_of_inputs() -> None:
+    task = TASKS["teacher-rotation"](0, tiny=True)
+    model = task.model()
+    ALL["lora"].insert(model, task, 4)
+    inputs = torch.randn(200, 3) @ torch.randn(3, 64)
+    layers = lora_layers(model)
+    first = next(iter(layers.values()))
+    bases = main_inputs(model, layers, inputs.split(50), top(3))
+
+    def protect(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        protect_lora(optimizer, model, bases)
+
+    fit(model, nn.Module(), task, replace(ALL["lora"], prepare_optimizer=protect), 1e-2)
+    torch.testing.assert_close(first(inputs), first.base_layer(inputs), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(first(task.inputs[:8]), first.base_layer(task.inputs[:8]), atol=1e-3)
 
 
 def targets_and_shapes(task: type[Task]) -> list[tuple[int, int]]:
