@@ -6,6 +6,7 @@ layer; there, the other factor of each matrix product with this weight is the in
 
 from __future__ import annotations
 
+import copy
 import warnings
 import weakref
 from collections import defaultdict
@@ -31,6 +32,8 @@ from hra_fx.training.vectors import Vectors, layers_with_vectors, listed
 
 #: The number of patches of an image that are read at once.
 _PATCHES = 4096
+#: Random numbers of the decompositions, so that the directions do not depend on the state of the generators.
+_SEED = 20240517
 _aten = torch.ops.aten
 _COPIES = (_aten._to_copy.default, _aten.clone.default)
 #: Matrix products: the positions of the two factors.
@@ -96,8 +99,20 @@ def sketches_of(
     Raises:
         AdapterError: `batches` is empty.
     """
-    collector = _Collector(layers, directions)
     device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), torch.device("cpu"))
+    with preserve_rng_state():
+        torch.manual_seed(_SEED)
+        found = _collected(model, layers, batches, directions, device)
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            _merge_processes(found, list(layers), directions, device)
+    return found
+
+
+def _collected(
+    model: nn.Module, layers: Mapping[nn.Module, str], batches: Iterable[Any], directions: int, device: torch.device
+) -> dict[nn.Module, Sketch]:
+    """The sketches of this process."""
+    collector = _Collector(layers, directions)
     is_empty = True
     with _base_model(model, layers), collector:
         for batch in _with_progress(batches):
@@ -108,16 +123,13 @@ def sketches_of(
     reshard(model.modules())  # FSDP2 keeps some parameters whole after a forward without a backward pass
     if is_empty:
         raise AdapterError("`batches` is empty. Pass what the model takes, for example a DataLoader.")
-    found = collector.found()
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        _sum_over_processes(found, list(layers), directions, device)
-    return found
+    return collector.found()
 
 
-def _sum_over_processes(
+def _merge_processes(
     found: dict[nn.Module, Sketch], layers: list[nn.Module], directions: int, device: torch.device
 ) -> None:
-    """Add up the sketches of all processes, in place. A process may lack the inputs of some layers, such as experts."""
+    """Merge the sketches of all processes, in place. A process may lack the inputs of some layers, such as experts."""
     own = [
         next((place for place, one in enumerate(layers) if found.get(one) is found[layer]), None)
         if layer in found
@@ -132,7 +144,12 @@ def _sum_over_processes(
                 known = found.get(layer)
                 found[layer] = _sketch_for(layer, directions, device) if known is None else merged([known])
     for sketch in dict.fromkeys(found[layer] for layer in layers if layer in found):
-        distributed.all_reduce(sketch.values)
+        parts = [copy.copy(sketch) for _ in every]
+        for part in parts:
+            part.values = torch.empty_like(sketch.values)
+        distributed.all_gather([part.values for part in parts], sketch.values.contiguous())
+        sketch.values = merged(parts).values
+        distributed.broadcast(sketch.values, src=0)  # random numbers of devices may differ
 
 
 def _to(value: Any, device: torch.device) -> Any:
@@ -158,7 +175,7 @@ def _base_model(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         model.eval()
         torch.backends.mha.set_fastpath_enabled(False)  # a single operator for the whole attention
-        for block in (preserve_rng_state(), torch.no_grad(), torch.compiler.set_stance("force_eager")):
+        for block in (torch.no_grad(), torch.compiler.set_stance("force_eager")):
             stack.enter_context(block)
         stack.enter_context(eager_experts(model))
         stack.enter_context(without_peft_adapters(model.modules()))
