@@ -82,10 +82,6 @@ KEEPING: dict[str, tuple[str, Method]] = {
 #: The same, with few seeds.
 CONTROLS: dict[str, tuple[str, Method]] = {
     **{f"hra-pairs-protect-{k}": ("hra-pairs", protected("hra-pairs", k)) for k in (4, 32, 64)},
-    "hra-pairs-protect-exact": (
-        "hra-pairs",
-        with_directions("hra-pairs", "exact directions protected", top(DIRECTIONS), protect_hra),
-    ),
     "hra-pairs-protect-energy": (
         "hra-pairs",
         with_directions("hra-pairs", "80% of the energy protected", of_energy(0.8), protect_hra),

@@ -33,11 +33,10 @@ The first columns are means and standard deviations over the seeds. The others a
 method without protection, with their 95% intervals; more is better for every metric.
 """
 ON_CONTROLS = """
-Other choices, with three seeds: differences to {base} with the same seeds. "Exact directions" are not found with a
-sketch. "80% of the energy" takes as many directions for each layer as hold 80% of the energy of its inputs: one in some
-layers, hundreds in others. "Other samples" are tweets in place of tales. "Random directions" are a control of quiet
-pairs, and "low directions of W" starts the pairs in the tenth of the directions with the smallest singular values of
-the weight.
+Other choices, with three seeds: differences to {base} with the same seeds. "80% of the energy" takes as many directions
+for each layer as hold 80% of the energy of its inputs: one in some layers, hundreds in others. "Other samples" are
+tweets in place of tales. "Random directions" are a control of quiet pairs, and "low directions of W" starts the pairs
+in the tenth of the directions with the smallest singular values of the weight.
 """
 
 
