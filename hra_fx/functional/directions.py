@@ -45,10 +45,11 @@ class Sketch:
         """Whether all vectors were finite."""
         return bool(self.values.isfinite().all())
 
-    def basis(self) -> Tensor:
+    def basis(self, earlier: Tensor | None = None) -> Tensor:
         """The main directions, orthonormal columns `(..., d, k)`.
 
-        Columns are zero if the vectors span fewer directions.
+        The first ones are `earlier`, and the others are orthogonal to them. Columns are zero if the vectors span fewer
+        directions.
         """
         scale = self.values.abs().amax(dim=(-2, -1), keepdim=True)
         values = self.values / torch.where(scale > 0, scale, 1.0)
@@ -56,9 +57,11 @@ class Sketch:
         sizes, turns = torch.linalg.eigh((inner + inner.mT) / 2)
         least = sizes.shape[-1] * torch.finfo(values.dtype).eps * sizes[..., -1:].clamp(min=0.0)
         root = torch.where(sizes > least, sizes, torch.inf).rsqrt()
-        vectors, lengths, _ = torch.linalg.svd(values @ (turns * root.unsqueeze(-2)), full_matrices=False)
+        earlier = values[..., :0] if earlier is None else earlier.to(values)
+        factor = values @ (turns * root.unsqueeze(-2))
+        vectors, lengths, _ = torch.linalg.svd(factor - earlier @ (earlier.mT @ factor), full_matrices=False)
         is_known = lengths.square() > 4 * least  # smaller ones are rounding errors
-        return torch.where(is_known.unsqueeze(-2), vectors, 0.0)[..., : self.directions]
+        return torch.cat([earlier, torch.where(is_known.unsqueeze(-2), vectors, 0.0)], -1)[..., : self.directions]
 
 
 def merged(sketches: Sequence[Sketch]) -> Sketch:
