@@ -32,6 +32,7 @@ class Method:
         schedule: the learning rate after the warmup, as transformers names it.
         warmup: the part of the steps in which the learning rate rises.
         prepare_optimizer: called with the optimizer, the model and the task before the first step.
+        rehearsal_steps: a batch of samples to keep follows so many batches; 0 for never.
     """
 
     label: str
@@ -43,6 +44,7 @@ class Method:
     schedule: str = "linear"
     warmup: float = 0.1
     prepare_optimizer: Callable[[torch.optim.Optimizer, nn.Module, Task], None] = lambda optimizer, model, task: None
+    rehearsal_steps: int = 0
 
 
 def layer_shapes(model: nn.Module, targets: Sequence[str]) -> list[tuple[int, int]]:

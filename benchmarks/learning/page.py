@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from learning import plots
+from learning import kept, plots
 from learning.plan import (
     ONE_SEED,
     RANKS,
@@ -22,7 +21,6 @@ from learning.plan import (
 from learning.rates import RATES_FROM, final_runs
 from learning.records import FILE, Record, of
 from learning.summary import (
-    Difference,
     at_equal_score,
     compare,
     difference,
@@ -31,6 +29,7 @@ from learning.summary import (
     scores,
     validation_gain,
 )
+from learning.tables import interval, number, spread, table
 from learning.tasks import TASKS
 from learning.variants import ALL, VARIANTS, VARIED_TASK
 
@@ -160,6 +159,7 @@ def page(records: Sequence[Record]) -> str:
         *([PASSES] if _has(records, "passes") else []),
         *([PARAMETERS] if _has(records, "ranks") else []),
         _forgetting(records, tasks),
+        *([text] if (text := kept.section(records, tasks)) else []),
         *([_trials(records)] if any(finished(records, VARIED_TASK, name) for name in VARIANTS) else []),
         PROTOCOL,
         _cost(records),
@@ -203,15 +203,15 @@ def results_table(records: Sequence[Record], tasks: Sequence[str], link: str) ->
         rows.append(
             [
                 f"[{task}]({link}#{task}), {TASKS[task].metric} {'↑' if TASKS[task].higher_is_better else '↓'}",
-                _spread(pairs.lora),
-                _spread(pairs.other),
-                _interval(pairs.gain),
-                _spread(vectors.other) if vectors else "-",
-                _interval(vectors.gain) if vectors else "-",
-                _spread(scores(final_runs(records, task, "full"))),
+                spread(pairs.lora),
+                spread(pairs.other),
+                interval(pairs.gain),
+                spread(vectors.other) if vectors else "-",
+                interval(vectors.gain) if vectors else "-",
+                spread(scores(final_runs(records, task, "full"))),
             ]
         )
-    return _table(["task", "LoRA", "HRA, pairs", "gain", "HRA, vectors", "gain", "full fine-tuning"], rows)
+    return table(["task", "LoRA", "HRA, pairs", "gain", "HRA, vectors", "gain", "full fine-tuning"], rows)
 
 
 def readme_table(records: Sequence[Record]) -> str:
@@ -226,21 +226,13 @@ def comparison_table(records: Sequence[Record]) -> str:
         [
             f"[{task}](results.md#{task}), {TASKS[task].metric} {'↑' if TASKS[task].higher_is_better else '↓'}",
             *(
-                _spread(tested) if len(tested := scores(final_runs(records, task, method))) == len(SEEDS) else "-"
+                spread(tested) if len(tested := scores(final_runs(records, task, method))) == len(SEEDS) else "-"
                 for method in methods
             ),
         ]
         for task in README_TASKS
     ]
-    return _table(["task", *(ALL[method].label for method in methods)], rows)
-
-
-def _spread(values: Sequence[float]) -> str:
-    """The mean and the standard deviation."""
-    if not values:
-        return "-"
-    spread = f" ± {_number(statistics.stdev(values))}" if len(values) > 1 else ""
-    return _number(statistics.mean(values)) + spread
+    return table(["task", *(ALL[method].label for method in methods)], rows)
 
 
 def _of_task(records: Sequence[Record], task: str) -> str:
@@ -258,16 +250,16 @@ def _of_task(records: Sequence[Record], task: str) -> str:
                 str(first.r or "-"),
                 f"{first.trainable:,}",
                 f"{first.lr:g}" if first.lr else "-",
-                _spread(scores(runs)),
-                _interval(gain(records, task, method, "lora")) if method not in ("lora", "base") else "-",
-                *(_number(statistics.mean(run.retention[name] for run in runs)) for name in kept),
+                spread(scores(runs)),
+                interval(gain(records, task, method, "lora")) if method not in ("lora", "base") else "-",
+                *(number(statistics.mean(run.retention[name] for run in runs)) for name in kept),
                 f"{statistics.mean(run.seconds for run in runs):.1f} s" if first.dtype == dtype else "-",
                 f"{statistics.mean(run.peak_mb or 0 for run in runs):.0f} MB",
             ]
         )
     columns = ["method", "r", "parameters", "rate", TASKS[task].metric, "gain over LoRA", *kept, "time", "memory"]
     curve = _curve(records, task) if task in ONE_SEED else ""
-    return f"## {task}\n\n{TASKS[task].about}\n\n{_table(columns, rows)}{curve}"
+    return f"## {task}\n\n{TASKS[task].about}\n\n{table(columns, rows)}{curve}"
 
 
 def _curve(records: Sequence[Record], task: str) -> str:
@@ -276,7 +268,7 @@ def _curve(records: Sequence[Record], task: str) -> str:
     runs = sorted(found, key=lambda run: (run.method != "lora", run.lr))
     rows = [[ALL[run.method].label, f"{run.lr:g}", *(f"{point[2]:.1f}" for point in run.curve)] for run in runs]
     columns = ["method", "rate", *(str(point[0]) for point in runs[0].curve)]
-    return f"\nValidation {TASKS[task].metric} by number of steps:\n\n{_table(columns, rows)}"
+    return f"\nValidation {TASKS[task].metric} by number of steps:\n\n{table(columns, rows)}"
 
 
 def _forgetting(records: Sequence[Record], tasks: Sequence[str]) -> str:
@@ -289,16 +281,16 @@ def _forgetting(records: Sequence[Record], tasks: Sequence[str]) -> str:
                 _mean_retained(records, RATES_FROM.get(task, task), untrained(task), name),
                 *(_mean_retained(records, task, method, name) for method in methods),
             ]
-            rows.append([task, name, *means, _interval(retention_gain(records, task, "hra-pairs", "lora", name))])
+            rows.append([task, name, *means, interval(retention_gain(records, task, "hra-pairs", "lora", name))])
             if task not in RATES_FROM:  # which have runs at other rates
                 at_equal_score.append([task, name, *_at_equal_score(records, task, name)])
     columns = ["task", "retained", "before", *(ALL[method].label for method in methods), "pairs over LoRA"]
     return (
         FORGETTING
-        + _table(columns, rows)
+        + table(columns, rows)
         + FORGETTING_PLOT
         + AT_EQUAL_SCORE
-        + _table(["task", "retained", "validation score", "LoRA", "HRA, pairs", "pairs over LoRA"], at_equal_score)
+        + table(["task", "retained", "validation score", "LoRA", "HRA, pairs", "pairs over LoRA"], at_equal_score)
     )
 
 
@@ -306,25 +298,25 @@ def _at_equal_score(records: Sequence[Record], task: str, name: str) -> list[str
     """The score, what LoRA and pairs retain at it, and the difference."""
     if not (found := at_equal_score(records, task, name)):
         return ["-"] * 4
-    means = [_number(statistics.mean(column)) for column in zip(*found, strict=True)]
+    means = [number(statistics.mean(column)) for column in zip(*found, strict=True)]
     sign = -1 if name.startswith("perplexity") else 1
     lora, pairs = ({seed: sign * kept[place] for seed, kept in enumerate(found)} for place in (1, 2))
-    return [*means, _interval(difference(pairs, lora))]
+    return [*means, interval(difference(pairs, lora))]
 
 
 def _mean_retained(records: Sequence[Record], task: str, method: str, name: str) -> str:
     runs = final_runs(records, task, method)
-    return _number(statistics.mean(run.retention[name] for run in runs)) if runs else "-"
+    return number(statistics.mean(run.retention[name] for run in runs)) if runs else "-"
 
 
 def _trials(records: Sequence[Record]) -> str:
     """Variants of the training: the gain over its defaults on validation data."""
     rows = [[ALL[method].label, _trial(records, VARIED_TASK, method)] for method in VARIANTS]
-    return TRIALS + _table(["setting", VARIED_TASK], rows)
+    return TRIALS + table(["setting", VARIED_TASK], rows)
 
 
 def _trial(records: Sequence[Record], task: str, method: str) -> str:
-    return _interval(validation_gain(records, task, method)) if finished(records, task, method) else "-"
+    return interval(validation_gain(records, task, method)) if finished(records, task, method) else "-"
 
 
 def _cost(records: Sequence[Record]) -> str:
@@ -344,18 +336,3 @@ def _unfinished(records: Sequence[Record]) -> str:
     }
     lines = [f"- `{task}`: {', '.join(labels)}\n" for task, labels in missing.items() if labels]
     return f"Planned, but not finished yet:\n\n{''.join(lines)}" if lines else ""
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---", *["--:"] * (len(columns) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _interval(value: Difference) -> str:
-    mean = _number(value.mean, sign="+")
-    return mean if math.isnan(value.half) else f"{mean} ± {_number(value.half)}"
-
-
-def _number(value: float, sign: str = "") -> str:
-    """One decimal, or two for values below 10, where errors of less than a percent have to show."""
-    return f"{value:{sign}.{1 if abs(value) >= 10 else 2}f}"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from learning.keeping import CONTROLS, KEEPING
 from learning.rates import OWN_RATES, RATES_FROM, below, chosen, missing_rates, searched
 from learning.records import Record, of
-from learning.variants import ALL, VARIANTS, VARIED
+from learning.variants import ALL, BASE_OF, VARIANTS
 
 TEACHERS = ("teacher-rotation", "teacher-low-rank", "teacher-dense")
 #: Tasks and methods in the order of the runs.
@@ -27,6 +28,11 @@ STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("newsgroups-1600", ("full", "dora", "oft")),
     # PEFT's OFT fails for the convolutions, and its HRA takes many times as long.
     ("digits", ("lora-2r", "dora", "hra-gs", "hra-reg")),
+    ("language", ("hra-quiet", *KEEPING, *CONTROLS)),
+    *((task, ("hra-quiet",)) for task in TEACHERS),
+    ("digits", ("hra-quiet", *KEEPING)),
+    ("newsgroups-1600", ("hra-quiet",)),
+    ("newsgroups-retrieval", ("head", "lora", "hra-pairs", "hra-quiet", *KEEPING)),
 )
 TASK_NAMES = (
     "language",
@@ -36,13 +42,16 @@ TASK_NAMES = (
     "language-float32",
     "newsgroups-1600",
     "newsgroups-5000",
+    "newsgroups-retrieval",
     "digits",
     *TEACHERS,
 )
 SEEDS = range(5)
+#: Tasks and methods with more seeds.
+TEN_SEEDS = {"language": ("lora", "hra-pairs", "hra-quiet", *KEEPING)}
 #: Tasks with one seed, because their runs take so long.
 ONE_SEED = ("language-long",)
-#: Variants of HRA have validation scores of so many seeds.
+#: Variants of HRA and controls have so many seeds.
 TRIAL_SEEDS = range(3)
 #: Ranks of LoRA and of HRA in the plots over the number of parameters, with validation scores at two learning rates,
 #: because larger ranks may need lower ones.
@@ -82,8 +91,8 @@ def missing(records: Sequence[Record], tasks: Sequence[str]) -> list[Run]:
 
 def missing_of(records: Sequence[Record], task: str, method: str) -> list[Run]:
     """Those of one method: the grid of learning rates, and then the seeds."""
-    if method in VARIANTS:
-        if missing_of(records, task, VARIED):
+    if method in BASE_OF:
+        if missing_of(records, task, BASE_OF[method]) or not searched(records, task, BASE_OF[method]):
             return []
     elif tries := missing_rates(records, task, method):
         # A later test of the same run would cost another one: the first of a rate reads the validation split only.
@@ -98,14 +107,17 @@ def missing_of(records: Sequence[Record], task: str, method: str) -> list[Run]:
 
 def seeds_of(task: str, method: str) -> range:
     """The seeds of a method's last runs."""
-    if method in VARIANTS:
+    if method in VARIANTS or method in CONTROLS:
         return TRIAL_SEEDS
+    if method in TEN_SEEDS.get(task, ()):
+        return range(10)
     return SEEDS if ALL[method].rates and task not in ONE_SEED else range(1)
 
 
 def untrained(task: str) -> str:
     """The method that leaves the model as it was, but for a new head, on a task or on the one it is a variation of."""
-    return next(method for method in methods_of(RATES_FROM.get(task, task)) if method in ("base", "head"))
+    own = [method for method in methods_of(task) if method in ("base", "head")]
+    return own[0] if own else untrained(RATES_FROM[task])
 
 
 def finished(records: Sequence[Record], task: str, method: str) -> bool:

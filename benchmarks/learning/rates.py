@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from learning.records import Record, matched_rank, of
 from learning.tasks import TASKS
-from learning.variants import ALL, VARIANTS, VARIED
+from learning.variants import ALL, BASE_OF
 
 #: Tasks that use the learning rates of another one.
 RATES_FROM = {
-    "newsgroups-5000": "newsgroups-1600",
+    **dict.fromkeys(("newsgroups-5000", "newsgroups-retrieval"), "newsgroups-1600"),
     **dict.fromkeys(("language-4-passes", "language-long", "language-4-bit", "language-float32"), "language"),
 }
 #: Variations with rates of their own, and no others, because their runs take so long.
@@ -111,7 +111,7 @@ def chosen(records: Sequence[Record], task: str, method: str) -> float:
     Raises:
         SystemExit: no rate was tried.
     """
-    method = VARIED if method in VARIANTS else method
+    method = BASE_OF.get(method, method)
     if not ALL[method].rates:
         return 0.0
     if task in SAME_RATE:
@@ -123,9 +123,10 @@ def chosen(records: Sequence[Record], task: str, method: str) -> float:
 
 
 def final_runs(records: Sequence[Record], task: str, method: str) -> list[Record]:
-    """The runs with the chosen rate that read the test split, in order of their seeds."""
+    """The runs with the chosen rate that read the test split, in order of their seeds; the last one of each seed."""
     found = [record for record in of(records, task, method) if record.test is not None]
-    return sorted((record for record in found if record.lr == chosen(records, task, method)), key=lambda r: r.seed)
+    by_seed = {record.seed: record for record in found if record.lr == chosen(records, task, method)}
+    return [by_seed[seed] for seed in sorted(by_seed)]
 
 
 def above(lr: float) -> float:

@@ -15,7 +15,7 @@ from learning.tasks import TASKS
 from learning.variants import VARIED
 
 #: The 97.5% quantile of Student's t distribution, by degrees of freedom.
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import math
 import statistics
 import subprocess
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from learning.memory import Peak
 from learning.methods import Method, layer_shapes
 from learning.records import Record
 from learning.tasks import TASKS
-from learning.tasks.task import Task
+from learning.tasks.task import Batch, Task
 from learning.variants import ALL
 
 
@@ -93,13 +94,13 @@ def fit(model: nn.Module, head: nn.Module, task: Task, method: Method, lr: float
         return []
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
     method.prepare_optimizer(optimizer, model, task)
-    batches = task.batches()
+    batches: list[Batch | int] = with_rehearsal(task.batches(), method.rehearsal_steps)
     warmup = math.ceil(method.warmup * len(batches))
     schedule = transformers.get_scheduler(method.schedule, optimizer, warmup, len(batches) + 1)
     curve: list[list[float]] = []
     losses: list[float] = []
     for step, batch in enumerate(batches, start=1):
-        loss = task.loss(model, batch)
+        loss = task.rehearsal_loss(model, batch) if isinstance(batch, int) else task.loss(model, batch)
         losses.append(float(loss.detach()))
         if method.penalty is not None:
             loss = loss + method.penalty(model)
@@ -112,6 +113,16 @@ def fit(model: nn.Module, head: nn.Module, task: Task, method: Method, lr: float
             curve.append([step, round(statistics.mean(losses), 4), round(task.validate(model), 4)])
             losses.clear()
     return curve
+
+
+def with_rehearsal(batches: Sequence[Batch], steps: int) -> list[Batch | int]:
+    """The batches, and after so many of them, the number of a batch of samples to keep."""
+    found: list[Batch | int] = []
+    for place, batch in enumerate(batches, start=1):
+        found.append(batch)
+        if steps and place % steps == 0:
+            found.append(place // steps - 1)
+    return found
 
 
 @cache

@@ -1,9 +1,10 @@
-"""Settings of the training of HRA in pairs, tried on validation data only, at the learning rate of its defaults."""
+"""Methods that change another one, at its learning rate: settings of pairs, on validation data only, and `keeping`."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from learning.keeping import CONTROLS, KEEPING
 from learning.methods import METHODS
 
 #: The method that is varied, and the task.
@@ -14,4 +15,7 @@ VARIANTS = {
     "hra-pairs-constant": replace(METHODS[VARIED], label="constant rate", schedule="constant_with_warmup"),
     "hra-pairs-no-warmup": replace(METHODS[VARIED], label="no warmup", warmup=0.0),
 }
-ALL = METHODS | VARIANTS
+CHANGED = KEEPING | CONTROLS
+#: Method -> the one whose learning rates it has.
+BASE_OF = {**dict.fromkeys(VARIANTS, VARIED), **{name: base for name, (base, _) in CHANGED.items()}}
+ALL = METHODS | VARIANTS | {name: method for name, (_, method) in CHANGED.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from learning.tasks.digits import FewDigits
 from learning.tasks.language import Float32, FourBit, Language, Long, MorePasses
-from learning.tasks.newsgroups import MoreNewsgroups, Newsgroups
+from learning.tasks.newsgroups import MoreNewsgroups, Newsgroups, Retrieval
 from learning.tasks.task import Task
 from learning.tasks.teachers import DenseTeacher, LowRankTeacher, RotatedTeacher
 
@@ -13,6 +13,7 @@ TASKS: dict[str, type[Task]] = {
     for task in (
         Newsgroups,
         MoreNewsgroups,
+        Retrieval,
         Language,
         MorePasses,
         Long,

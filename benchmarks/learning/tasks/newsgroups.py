@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -91,6 +92,83 @@ class MoreNewsgroups(Newsgroups):
     texts: ClassVar[int] = 5000
 
 
+class Retrieval(Newsgroups):
+    """The same with the posts of ten groups; what it retains is the retrieval of posts of the ten others."""
+
+    name: ClassVar[str] = "newsgroups-retrieval"
+    about: ClassVar[str] = (
+        "The same with 800 posts of ten groups, which the seed draws. Retention is measured as retrieval among 1000 "
+        "posts of the ten other groups: the percentage of posts whose nearest post, by the cosine of the embeddings, "
+        "is of the same group. Rehearsal trains the embeddings of other posts of these groups to stay those of the "
+        "base model."
+    )
+    texts: ClassVar[int] = 800
+
+    def __init__(self, seed: int, *, tiny: bool = False) -> None:
+        """Tokenize the texts of this seed, and those held out."""
+        Task.__init__(self, seed, tiny=tiny)
+        groups = random.Random(seed).sample(range(20), 20)
+        new, other = torch.tensor(groups[:10]), torch.tensor(groups[10:])
+        texts, labels = texts_of("train")
+        chosen = random.Random(seed).sample(range(len(texts)), len(texts))
+        few, held = (32, 16) if tiny else (self.texts, VALIDATION)
+        wanted = [index for index in chosen if labels[index] in new][: few + held]
+        kept = [index for index in chosen if labels[index] in other][:64]
+        self.held_out, self.examples = (pick(texts, labels, part, new) for part in (wanted[:held], wanted[held:]))
+        self.kept = pick(texts, labels, kept, other)
+        texts, labels = texts_of("test")
+        order = range(200 if tiny else len(texts))
+        self.unseen = pick(texts, labels, [index for index in order if labels[index] in new][:TEST], new)
+        self.others = pick(texts, labels, [index for index in order if labels[index] in other][:1000], other)
+
+    def model(self) -> nn.Module:
+        """The encoder with a head, without dropout."""
+        torch.manual_seed(self.seed)
+        return Classifier(10).eval()
+
+    def test(self, model: nn.Module) -> float:
+        """Accuracy on 1500 texts of the test split."""
+        return score(model, self.unseen)
+
+    @torch.no_grad()
+    def retention(self, model: Any) -> dict[str, float]:
+        """The percentage of texts of the other groups whose nearest neighbor is of the same group."""
+        found = nn.functional.normalize(apply(model.embed, self.others), dim=1)
+        nearest = (found @ found.T).fill_diagonal_(-1).argmax(dim=1)
+        labels = self.others.labels
+        return {"retrieval, %": 100 * float((labels[nearest] == labels).double().mean())}
+
+    def to_keep(self, count: int, kind: str = "") -> list[dict[str, Tensor]]:
+        """Texts of the other groups that are not tested."""
+        return [self.kept.batch(list(range(start, start + 8))) for start in range(0, count, 8)]
+
+    def rehearsal_loss(self, model: Any, step: int) -> Tensor:
+        """The mean squared error of embeddings, to those of the base model."""
+        batch = self.kept.batch([(step * self.batch_size + place) % 64 for place in range(self.batch_size)])
+        with torch.no_grad():
+            wanted = base_model().embed(**batch)
+        return nn.functional.mse_loss(model.embed(**batch), wanted)
+
+
+@cache
+def base_model() -> Classifier:
+    """The encoder before training."""
+    return Classifier(1).eval().requires_grad_(False)
+
+
+@cache
+def texts_of(split: str) -> tuple[list[str], Tensor]:
+    """Texts of a split and their groups."""
+    texts, labels, _ = newsgroups(split, 10_000 if split == "train" else 7_000)
+    return texts, labels
+
+
+def pick(texts: list[str], labels: Tensor, indices: list[int], groups: Tensor) -> Texts:
+    """Some texts, and the places of their groups among `groups`."""
+    places = (labels[indices][:, None] == groups).int().argmax(dim=1)
+    return tokenize([texts[index] for index in indices], places)
+
+
 @cache
 def split_texts() -> tuple[list[str], Tensor, list[str], Tensor]:
     """Texts of the training split and their classes: 500 to validate with, and those to train on."""
@@ -106,8 +184,13 @@ def tokenize(texts: list[str], labels: Tensor) -> Texts:
 
 
 @torch.no_grad()
-def score(model: nn.Module, texts: Texts) -> float:
-    """Accuracy in percent."""
+def apply(function: Callable[..., Tensor], texts: Texts) -> Tensor:
+    """A function of batches, for all texts."""
     indices = list(range(len(texts.ids)))
     batches = [indices[start : start + 64] for start in range(0, len(indices), 64)]
-    return accuracy(torch.cat([model(**texts.batch(batch)) for batch in batches]), texts.labels)
+    return torch.cat([function(**texts.batch(batch)) for batch in batches])
+
+
+def score(model: nn.Module, texts: Texts) -> float:
+    """Accuracy in percent."""
+    return accuracy(apply(model, texts), texts.labels)

@@ -74,6 +74,19 @@ class Task(abc.ABC):
         """Scores on what the pretrained model could do."""
         return {}
 
+    def to_keep(self, count: int, kind: str = "") -> list[Any]:
+        """Batches, as the model takes them, of samples of what it must not forget; none of them is tested.
+
+        Args:
+            count: the number of samples.
+            kind: `"other"` for samples that differ from those that are tested.
+        """
+        raise NotImplementedError(f"{self.name} has no samples to keep")
+
+    def rehearsal_loss(self, model: nn.Module, step: int) -> Tensor:
+        """The loss of the batch of samples to keep that is number `step`, `()`."""
+        raise NotImplementedError(f"{self.name} has no rehearsal")
+
     def batches(self) -> list[Batch]:
         """The batches of all epochs, in an order that depends on the seed only."""
         order = random.Random(self.seed)
