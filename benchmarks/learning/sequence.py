@@ -109,7 +109,7 @@ def run(name: str, seed: int, lr: float, directions: int = DIRECTIONS, *, tiny: 
     """Learn all tasks, one after the other."""
     start = time.process_time()
     method, is_protected = METHODS[SEQUENCES[name][0]], name.endswith("-protect")
-    tasks = [Groups(seed, place, tiny=tiny) for place in range(TASKS)]
+    tasks = [Groups(seed, place, tiny=tiny) for place in range(2 if tiny else TASKS)]
     model: Any = tasks[0].model()
     rank = method.rank(layer_shapes(model, Groups.targets), Groups.lora_rank)
     heads: list[nn.Module] = []
@@ -168,6 +168,7 @@ def folded(model: nn.Module) -> nn.Module:
     for path, layer in lora_layers(model).items():
         layer.merge()
         model.set_submodule(path, layer.base_layer)
+    vars(model).pop("peft_config", None)  # PEFT warns of it in the next task
     return hra_fx.fold(model) if any("hra_u" in part._modules for part in model.modules()) else model
 
 
