@@ -82,9 +82,9 @@ def protect(
     Raises:
         ConfigError: `directions` is not a positive int, or more than half of the width of a layer.
         AdapterError: `batches` is empty, or None without `previous`; `previous` does not fit the layers; inputs are not
-            finite; the optimizer does not update any vectors of the model,
-            or 16-bit or flat ones (FSDP1, DeepSpeed ZeRO); adapters are merged or scaled; or it averages the parameters
-            outside of its step. Loading a state that was saved without protected directions raises the same error.
+            finite; the optimizer does not update any vectors of the model, or 16-bit or flat ones (FSDP1, DeepSpeed
+            ZeRO); adapters are merged or scaled; or it averages the parameters outside of its step. Loading a state
+            that was saved without protected directions raises the same error.
 
     Warns:
         HRAWarning: no batch reached some layers, or other modules read their weights in a way that is not seen.
