@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from learning import plots
 from learning.keeping import CONTROLS, KEEPING
 from learning.plan import finished, methods_of, seeds_of, untrained
 from learning.rates import final_runs
@@ -22,6 +23,11 @@ kept (`hra_fx.protect`, 16 directions for each layer). For LoRA, the benchmark d
 "rehearsal", a batch of these samples follows every nine batches of the new task. None of the samples is tested. Each
 method has the learning rate of the same method without protection.
 """
+PLOT = """
+Means over the seeds; up and right is better. A line leads from each method to the protected one, the large mark.
+
+![What is kept over the test score](results_kept.svg)
+"""
 ON_TASK = """
 The first columns are means and standard deviations over the seeds. The others are the paired differences to the same
 method without protection, with their 95% intervals; more is better for every metric.
@@ -38,7 +44,8 @@ the weight.
 def section(records: Sequence[Record], tasks: Sequence[str]) -> str:
     """The text; empty while no runs are there."""
     parts = [_of_task(records, task) for task in tasks if _kept(records, task, KEEPING)]
-    return "\n".join([INTRODUCTION, *parts]) if parts else ""
+    picture = PLOT if plots.kept_tasks(records) else ""
+    return "\n".join([INTRODUCTION + picture, *parts]) if parts else ""
 
 
 def _kept(records: Sequence[Record], task: str, methods: dict[str, tuple[str, object]]) -> list[str]:

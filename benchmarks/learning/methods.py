@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import peft
 import torch
@@ -82,9 +83,9 @@ def of_peft(make: Callable[[Sequence[str], int], peft.PeftConfig]) -> Insert:
     return insert
 
 
-def lora(targets: Sequence[str], rank: int, *, dora: bool = False) -> peft.PeftConfig:
-    """LoRA with `lora_alpha = 2 r`."""
-    return peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets), use_dora=dora)
+def lora(targets: Sequence[str], rank: int, *, dora: bool = False, factor: int = 2) -> peft.PeftConfig:
+    """LoRA with `lora_alpha = factor * r`."""
+    return peft.LoraConfig(r=rank, lora_alpha=factor * rank, target_modules=list(targets), use_dora=dora)
 
 
 def oft(targets: Sequence[str], size: int) -> peft.PeftConfig:
@@ -132,6 +133,7 @@ METHODS = {
     "base": Method("before training", (), freeze, lambda shapes, rank: 0),
     "head": Method("head only", (1e-3, 3e-3, 1e-2, 3e-2), freeze, lambda shapes, rank: 0),
     "lora": Method("LoRA", MIDDLE, of_peft(lora)),
+    "lora-alpha-r": Method("LoRA, lora_alpha = r", MIDDLE, of_peft(partial(lora, factor=1))),
     "lora-2r": Method("LoRA, 2 r", MIDDLE, of_peft(lora), lambda shapes, rank: 2 * rank),
     "dora": Method("DoRA", MIDDLE, of_peft(lambda targets, rank: lora(targets, rank, dora=True))),
     "oft": Method("OFT", MIDDLE, of_peft(oft), block_size),

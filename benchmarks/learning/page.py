@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from learning import kept, plots
+from learning import forgiving, kept, plots
 from learning.plan import (
     ONE_SEED,
     RANKS,
@@ -142,7 +142,7 @@ points, paired over three seeds, with its 95% interval. More is better.
 
 def write_page(records: Sequence[Record], folder: Path = FILE.parent) -> None:
     """Write the page and its plots into a folder."""
-    for name in ("rates", "forgetting", *(name for name in ("ranks", "passes") if _has(records, name))):
+    for name in ("rates", "forgetting", *(name for name in ("ranks", "passes", "kept") if _has(records, name))):
         getattr(plots, name)(records, folder / f"results_{name}.svg")
     (folder / "results.md").write_text(page(records))
 
@@ -160,6 +160,7 @@ def page(records: Sequence[Record]) -> str:
         *([PARAMETERS] if _has(records, "ranks") else []),
         _forgetting(records, tasks),
         *([text] if (text := kept.section(records, tasks)) else []),
+        *([text] if (text := forgiving.section(records)) else []),
         *([_trials(records)] if any(finished(records, VARIED_TASK, name) for name in VARIANTS) else []),
         PROTOCOL,
         _cost(records),
@@ -172,7 +173,7 @@ def _has(records: Sequence[Record], plot: str) -> bool:
     """Whether the runs of a plot are there."""
     if plot == "passes":
         return all(of(records, plots.PASSES, method) for method in ("lora", "hra-pairs"))
-    return bool(plots.ranked(records))
+    return bool(plots.kept_tasks(records) if plot == "kept" else plots.ranked(records))
 
 
 def _first_table(records: Sequence[Record], tasks: Sequence[str]) -> str:

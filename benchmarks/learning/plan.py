@@ -48,7 +48,7 @@ TASK_NAMES = (
 )
 SEEDS = range(5)
 #: Tasks and methods with more seeds.
-TEN_SEEDS = {"language": ("lora", "hra-pairs", "hra-quiet", *KEEPING)}
+TEN_SEEDS = {"language": ("lora", "hra-pairs", "hra-quiet")}
 #: Tasks with one seed, because their runs take so long.
 ONE_SEED = ("language-long",)
 #: Variants of HRA and controls have so many seeds.

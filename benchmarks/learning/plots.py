@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 
 from hra_fx.reporting.plots import GRID, INK, QUIET, new_figure, style, write
-from learning.plan import RANK_SEEDS, RANKS, TASK_NAMES, methods_of
-from learning.rates import RATES_FROM, below, chosen, searched
+from learning.plan import RANK_SEEDS, RANKS, TASK_NAMES, finished, methods_of, untrained
+from learning.rates import RATES_FROM, below, chosen, final_runs, searched
 from learning.records import Record, matched_rank, of
 from learning.tasks import TASKS
 from learning.variants import ALL
@@ -30,9 +30,12 @@ LOOKS = {
     "hra-gs": ("#56B4E9", "v"),
     "hra": ("#CC79A7", "P"),
     "hra-pairs": ("#D55E00", "o"),
+    "hra-quiet": ("#882255", "p"),
 }
 #: The task whose training is drawn pass by pass.
 PASSES = "language-4-passes"
+#: The methods that are drawn with protection and without.
+KEPT_METHODS = ("lora", "hra-pairs")
 # In inches.
 WIDE, HIGH, GAP, ABOVE, BELOW = 2.5, 1.9, 0.6, 0.7, 0.75
 
@@ -72,6 +75,58 @@ def forgetting(records: Sequence[Record], file: Path) -> Path:
         for name in retained(records, task)
     ]
     return _draw(panels, file, "validation score of the new task")
+
+
+def kept(records: Sequence[Record], file: Path) -> Path:
+    """What is retained over the test score: a line from each method to the one that is protected, and rehearsal."""
+    panels = [
+        (f"{task}: {name}", _kept_panel(records, task, name))
+        for task in kept_tasks(records)
+        for name in final_runs(records, task, "lora")[-1].retention
+    ]
+    return _draw(panels, file, "test score of the new task")
+
+
+def kept_tasks(records: Sequence[Record]) -> list[str]:
+    """The tasks whose protected methods are finished."""
+    return [task for task in TASK_NAMES if all(finished(records, task, f"{one}-protect") for one in KEPT_METHODS)]
+
+
+def _kept_panel(records: Sequence[Record], task: str, name: str) -> Callable[[Axes], None]:
+    def point(method: str) -> Point:
+        runs = [run for run in final_runs(records, task, method) if name in run.retention]
+        kept = statistics.fmean(run.retention[name] for run in runs)
+        return statistics.fmean(run.test for run in runs if run.test is not None), kept
+
+    def draw(axes: Axes) -> None:
+        for method in KEPT_METHODS:
+            _curve(axes, method, [point(method), point(f"{method}-protect")])
+            color, marker = LOOKS[method]
+            axes.plot(*point(f"{method}-protect"), color=color, marker=marker, markersize=9, label="_")
+            if finished(records, task, f"{method}-rehearse"):
+                axes.plot(
+                    *point(f"{method}-rehearse"),
+                    color=color,
+                    marker=marker,
+                    markersize=6,
+                    markerfacecolor="none",
+                    linestyle="none",
+                    label=ALL[f"{method}-rehearse"].label,
+                )
+        before = final_runs(records, task, untrained(task))[-1].retention[name]
+        axes.axhline(before, color=QUIET, linewidth=0.8, linestyle=":", label="before training")
+        axes.set_ylabel(name)
+        _better_up_and_right(axes, TASKS[task].higher_is_better, not name.startswith("perplexity"))
+
+    return draw
+
+
+def _better_up_and_right(axes: Axes, across: bool, up: bool) -> None:
+    """Turn the axes whose smaller values are better."""
+    if not across:
+        axes.invert_xaxis()
+    if not up:
+        axes.invert_yaxis()
 
 
 def passes(records: Sequence[Record], file: Path) -> Path:

@@ -8,6 +8,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import cast
 
+from learning import forgiving
 from learning.plan import Run, missing
 from learning.records import FILE, Record, read, write
 from learning.tasks import TASKS
@@ -32,7 +33,9 @@ def run_all(tasks: Sequence[str], jobs: int, file: Path = FILE, make: Callable[[
     commit()  # of the code that is imported now, which the processes inherit
     running: dict[Connection, Run] = {}
     while True:
-        todo = [planned for planned in missing(read(file), tasks) if planned not in running.values()]
+        records = read(file)
+        more = [planned for planned in forgiving.missing(records) if planned.task in tasks]
+        todo = [planned for planned in missing(records, tasks) or more if planned not in running.values()]
         for planned in todo[: jobs - len(running)]:
             if make is None:
                 TASKS[planned.task](0).model()  # what tasks cache is read once, and each process gets a copy

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from learning import forgiving
+from learning.directions import lora_layers, main_inputs, protect_lora, top
 from learning.methods import layer_shapes, reflections
 from learning.page import page
 from learning.plan import RANKS, SEEDS, TASK_NAMES, Run, methods_of, missing
@@ -22,7 +25,7 @@ from learning.tasks import TASKS
 from learning.tasks.language import config
 from learning.tasks.task import Task
 from learning.training import fit, run
-from learning.variants import ALL
+from learning.variants import ALL, BASE_OF
 from torch import nn
 
 #: Their runs have the same steps as those of the other tasks.
@@ -43,7 +46,7 @@ def test_a_tiny_run_of_each_task(task: str) -> None:
     assert record.test is not None
 
 
-@pytest.mark.parametrize("method", [method for method in ALL if method in methods_of("digits")])
+@pytest.mark.parametrize("method", [method for method in methods_of("digits") if method not in BASE_OF])
 def test_every_method_starts_at_the_base_model_and_moves(method: str) -> None:
     task = TASKS["teacher-rotation"](0, tiny=True)
     model = task.model()
@@ -53,6 +56,23 @@ def test_every_method_starts_at_the_base_model_and_moves(method: str) -> None:
     fit(model, nn.Module(), task, ALL[method], 1e-2)
     moved = not torch.allclose(model(inputs), base(inputs), atol=1e-4)
     assert moved is (method != "head"), "the task has no head, so only that one trains nothing"
+
+
+def test_protected_lora_does_not_read_the_main_directions_of_inputs() -> None:
+    task = TASKS["teacher-rotation"](0, tiny=True)
+    model = task.model()
+    ALL["lora"].insert(model, task, 4)
+    inputs = torch.randn(200, 3) @ torch.randn(3, 64)
+    layers = lora_layers(model)
+    first = next(iter(layers.values()))
+    bases = main_inputs(model, layers, inputs.split(50), top(3))
+
+    def protect(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        protect_lora(optimizer, model, bases)
+
+    fit(model, nn.Module(), task, replace(ALL["lora"], prepare_optimizer=protect), 1e-2)
+    torch.testing.assert_close(first(inputs), first.base_layer(inputs), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(first(task.inputs[:8]), first.base_layer(task.inputs[:8]), atol=1e-3)
 
 
 def targets_and_shapes(task: type[Task]) -> list[tuple[int, int]]:
@@ -183,3 +203,24 @@ def test_what_the_readme_says_of_several_passes(records: list[Record]) -> None:
     found = [statistics.mean(scores(final_runs(records, "language-4-passes", method))) for method in TWO]
     said = "After four passes at the rate that was best for LoRA in one pass, it is"
     assert f"{said} {found[0]:.0f} with LoRA and {found[1]:.0f} with HRA in pairs" in README
+
+
+def test_what_a_wrong_rate_costs() -> None:
+    digits = {1e-4: 0.9, 3e-4: 0.5, 1e-3: 0.2, 3e-3: 0.0, 1e-2: 0.1, 3e-2: 1.0, 1e-1: 1.0}
+    language = dict(zip(digits, (0.8, 0.4, 0.0, 0.3, 0.6, 1.0, 1.0), strict=True))
+    other, above, below, whole = forgiving.summary({"digits": digits, "language": language})
+    assert other == pytest.approx((0.2 + 0.3) / 2)
+    assert above == pytest.approx((0.1 + 0.3) / 2)
+    assert below == pytest.approx((0.2 + 0.4) / 2)
+    assert whole == pytest.approx((sum(digits.values()) + sum(language.values())) / 14)
+
+
+def test_the_lost_part_is_a_share_of_what_training_gains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(forgiving.PLAN, "digits", (range(1), ("lora",)))
+    at = dict(zip(forgiving.RATES, (70.0, 75.0, 80.0, 85.0, 90.0, 65.0, 20.0), strict=True))
+    records = [Record("digits", "lora", 4, 0, lr, 64, score, None, 0, 1) for lr, score in at.items()]
+    records.append(Record("digits", "head", 0, 0, 1e-3, 64, 70.0, 70.0, 0, 1))
+    monkeypatch.setattr("learning.forgiving.untrained", lambda task: "head")
+    monkeypatch.setattr("learning.rates.chosen", lambda *_: 1e-3)
+    parts = forgiving.lost(records, "digits", "lora").values()
+    assert [round(part, 2) for part in parts] == [1, 0.75, 0.5, 0.25, 0, 1, 1]
