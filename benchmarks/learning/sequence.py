@@ -209,9 +209,9 @@ def missing(
                 return name, SEEDS[0], SEQUENCES[name][1][place]
     for seed in seeds:
         for name in methods:
-            for run in chosen(results, name, directions)[:1]:
-                if (name, seed, run.lr) not in done:
-                    return name, seed, run.lr
+            for best in chosen(results, name, directions)[:1]:
+                if (name, seed, best.lr) not in done:
+                    return name, seed, best.lr
     return None
 
 

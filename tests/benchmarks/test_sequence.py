@@ -5,7 +5,7 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from learning.sequence import Result, folded, make_table, protect, run
+from learning.sequence import Result, folded, make_table, missing, protect, run
 from torch import nn
 
 import hra_fx
@@ -41,10 +41,20 @@ def test_a_tiny_sequence() -> None:
     assert len(made.learned) == 2 and made.learned[1] == made.final[1], "nothing follows the last task"
 
 
-def test_the_table_has_means_of_the_best_rate_and_paired_differences() -> None:
-    def result(name: str, seed: int, lr: float, validation: float, final: float) -> Result:
-        return Result(name, seed, lr, 0, validation, [90.0, 80.0], [final, final], 1.0, "")
+def result(name: str, seed: int, lr: float, validation: float, final: float) -> Result:
+    return Result(name, seed, lr, 0, validation, [90.0, 80.0], [final, final], 1.0, "")
 
+
+def test_other_seeds_run_with_the_rate_that_is_best_with_the_first() -> None:
+    results: list[Result] = []
+    for _ in range(4):
+        assert (planned := missing(results, [0, 1], ["full"], 16)) is not None
+        results.append(result(*planned, validation=80 - 1e4 * abs(planned[2] - 1e-4), final=0.0))
+    assert [(one.seed, one.lr) for one in results] == [(0, 3e-4), (0, 1e-4), (0, 1e-3), (1, 1e-4)]
+    assert missing(results, [0, 1], ["full"], 16) is None
+
+
+def test_the_table_has_means_of_the_best_rate_and_paired_differences() -> None:
     results = [result("lora", 0, 1e-3, 50.0, 10.0), result("lora", 0, 3e-3, 60.0, 70.0)]
     results += [result("lora", 1, 3e-3, 0.0, 72.0), result("full", 0, 3e-4, 60.0, 60.0)]
     results += [result("full", 1, 3e-4, 60.0, 64.0)]
