@@ -43,14 +43,18 @@ class Sketch:
         """Whether all vectors were finite."""
         return bool(self.values.isfinite().all())
 
-    def basis(self) -> Tensor:
+    def basis(self, earlier: Tensor | None = None) -> Tensor:
         """The main directions, orthonormal columns `(..., d, k)`.
 
-        Columns are zero if the vectors span fewer directions.
+        The first ones are `earlier`, and the others are orthogonal to them. Columns are zero if the vectors span fewer
+        directions.
         """
-        _, lengths, rows = torch.linalg.svd(self.values, full_matrices=False)
-        rounding = self.values.shape[-1] * torch.finfo(self.values.dtype).eps * lengths[..., :1]
-        return torch.where((lengths > rounding).unsqueeze(-1), rows, 0.0)[..., : self.directions, :].mT
+        earlier = self.values[..., :0, :].mT if earlier is None else earlier.to(self.values)
+        _, lengths, rows = torch.linalg.svd(self.values - (self.values @ earlier) @ earlier.mT, full_matrices=False)
+        longest = torch.linalg.matrix_norm(self.values, 2)[..., None]
+        rounding = self.values.shape[-1] * torch.finfo(self.values.dtype).eps * longest
+        found = torch.where((lengths > rounding).unsqueeze(-1), rows, 0.0).mT
+        return torch.cat([earlier, found], dim=-1)[..., : self.directions]
 
 
 def merged(sketches: Sequence[Sketch]) -> Sketch:

@@ -12,6 +12,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -46,11 +47,17 @@ _PRODUCTS: dict[Any, tuple[int, int]] = {
 
 
 def main_directions(
-    function: str, model: nn.Module, stepped: Sequence[Vectors], batches: Iterable[Any], directions: int
+    function: str,
+    model: nn.Module,
+    stepped: Sequence[Vectors],
+    batches: Iterable[Any] | None,
+    directions: int,
+    earlier: Mapping[nn.Module, Tensor] = MappingProxyType({}),
 ) -> dict[nn.Module, Tensor]:
     """Layer with adapters -> the main directions of its inputs, `(d, k)` or `(experts, d, k)`; see `sketches_of`.
 
-    `function` is named in a warning. The directions have the dtype of the vectors that an optimizer updates.
+    `function` is named in a warning. The directions have the dtype of the vectors that an optimizer updates. Those of a
+    layer start with its `earlier` ones, and without batches, there are no others.
 
     Raises:
         ConfigError: `directions` is not a positive int, or more than half of the width of a layer.
@@ -59,32 +66,43 @@ def main_directions(
     Warns:
         HRAWarning: some layers have none, so they are not in the result.
     """
-    _check_directions(directions, stepped)
+    _check_positive(directions)
+    total = max((one.shape[-1] for one in earlier.values()), default=0) + (0 if batches is None else directions)
+    _check_widths(total, stepped)
     layers = layers_with_vectors(model)
-    found = sketches_of(model, layers, batches, directions)
+    found = {} if batches is None else sketches_of(model, layers, batches, total)
     if bad := next((layers[layer] for layer, sketch in found.items() if not sketch.is_finite), None):
         raise AdapterError(f"{bad}: its inputs contain NaN or infinite values, so they have no main directions.")
     dtype = max((one.tensor.dtype for one in stepped), key=lambda one: one.itemsize)
-    made = {sketch: sketch.basis().to(dtype) for sketch in dict.fromkeys(found.values())}
-    bases = {layer: made[sketch] for layer, sketch in found.items() if bool(made[sketch].any())}
-    if unseen := [path for layer, path in layers.items() if layer not in bases]:
+    made: dict[Any, Tensor] = {}  # layers with the same input share one tensor
+    for layer, sketch in found.items():
+        key = sketch, id(earlier.get(layer))
+        if key not in made:
+            made[key] = sketch.basis(earlier.get(layer)).to(dtype)
+    bases = {**earlier, **{layer: made[sketch, id(earlier.get(layer))] for layer, sketch in found.items()}}
+    bases = {layer: basis for layer, basis in bases.items() if bool(basis.any())}
+    seen = bases if batches is None else found.keys() & bases.keys()
+    if unseen := [path for layer, path in layers.items() if layer not in seen]:
         text = (
-            f"{function}: these layers are left out, because no batch reached them, or because another module reads "
-            f"their weights in a way that is not seen: {listed(unseen)}."
+            f"{function}: these layers get no directions from `batches`, because no batch reached them, or because "
+            f"another module reads their weights in a way that is not seen: {listed(unseen)}."
         )
         warnings.warn(text, HRAWarning, stacklevel=3)
     return bases
 
 
-def _check_directions(directions: Any, stepped: Iterable[Vectors]) -> None:
-    """Check the number of directions for the vectors that an optimizer updates."""
+def _check_positive(directions: Any) -> None:
     if isinstance(directions, bool) or not isinstance(directions, int) or directions < 1:
         raise ConfigError(f"`directions` must be a positive int, got {directions!r}.")
+
+
+def _check_widths(total: int, stepped: Iterable[Vectors]) -> None:
+    """Check the number of directions, with those of earlier calls, for the vectors that an optimizer updates."""
     for one in stepped:
-        if not one.is_flat and 2 * directions > one.tensor.shape[-2]:
+        if not one.is_flat and 2 * total > one.tensor.shape[-2]:
             raise ConfigError(
-                f"`directions` must be at most half of the width of each layer, got {directions} for {one.path} of "
-                f"width {one.tensor.shape[-2]}. Pass fewer directions, or exclude the layer."
+                f"`directions` must be at most half of the width of each layer, got {total} for {one.path} of width "
+                f"{one.tensor.shape[-2]}. Pass fewer directions (those of `previous` count too), or exclude the layer."
             )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from hra_fx.training.vectors import (
     Vectors,
     averages_parameters,
     layers_with_vectors,
+    listed,
     required_vectors,
     stepped_vectors,
     unwrapped,
@@ -41,7 +42,13 @@ _PROTECTED: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref.We
 _KNOWN: weakref.WeakKeyDictionary[Optimizer, _Protection]
 
 
-def protect(optimizer: Any, model: nn.Module, batches: Iterable[Any], directions: int = 16) -> None:
+def protect(
+    optimizer: Any,
+    model: nn.Module,
+    batches: Iterable[Any] | None,
+    directions: int = 16,
+    previous: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
     """Keep what the model computes for the main directions of its inputs, while the adapters are trained.
 
     The model runs `batches`, samples of what it must not forget, in eval mode without adapters. For each adapted layer,
@@ -55,18 +62,29 @@ def protect(optimizer: Any, model: nn.Module, batches: Iterable[Any], directions
     into the model. A few dozen passages or images are enough. In DDP and FSDP2, each process may pass its own share of
     them.
 
+    For several tasks, one after the other, pass what this function returned as `previous` after a `fold` and a new
+    `transform`. Then the samples of earlier tasks are not needed again.
+
     Args:
         optimizer: a `torch.optim.Optimizer`, or accelerate's wrapper of one. Its `state_dict` contains the directions.
         model: a transformed model, or a model with PEFT's HRA layers; wrapped or not.
         batches: an iterable of batches, such as a DataLoader. A batch is what the model takes: a mapping of keyword
-            arguments, a tuple or list of positional arguments, or a tensor.
-        directions: the number of directions in each layer, at most half of the width of its inputs.
+            arguments, a tuple or list of positional arguments, or a tensor. None protects only `previous`.
+        directions: the number of directions in each layer. With those of `previous`, at most half of the width of its
+            inputs.
+        previous: what a call returned for the same layers. Its directions are protected too, and the new ones are
+            orthogonal to them.
+
+    Returns:
+        The protected directions by the path of the layer: orthonormal or zero columns `(d, k)`, or `(experts, d, k)`,
+        with the dtype of the vectors, and `k = 0` for layers that no batch reached.
 
     Raises:
         ConfigError: `directions` is not a positive int, or more than half of the width of a layer.
-        AdapterError: `batches` is empty; inputs are not finite; the optimizer does not update any vectors of the model,
-            or 16-bit or flat ones (FSDP1, DeepSpeed ZeRO); adapters are merged or scaled; or it averages the parameters
-            outside of its step. Loading a state that was saved without protected directions raises the same error.
+        AdapterError: `batches` is empty, or None without `previous`; `previous` does not fit the layers; inputs are not
+            finite; the optimizer does not update any vectors of the model, or 16-bit or flat ones (FSDP1, DeepSpeed
+            ZeRO); adapters are merged or scaled; or it averages the parameters outside of its step. Loading a state
+            that was saved without protected directions raises the same error.
 
     Warns:
         HRAWarning: no batch reached some layers, or other modules read their weights in a way that is not seen.
@@ -77,19 +95,24 @@ def protect(optimizer: Any, model: nn.Module, batches: Iterable[Any], directions
         >>> model = transform(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"]))
         >>> optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-3)
         >>> keep = torch.randn(8, 6) * torch.tensor([9.0, 9.0, 0.1, 0.1, 0.1, 0.1])
-        >>> protect(optimizer, model, [keep], directions=2)
+        >>> kept = protect(optimizer, model, [keep], directions=2)
         >>> model(torch.ones(1, 6)).sum().backward()
         >>> optimizer.step()
     """
     optimizer, inner = unwrapped(optimizer), unwrap(model)
     layers = layers_with_vectors(inner)
     stepped = required_vectors(layers, optimizer, model, "protect")
-    _check(stepped, optimizer, directions)
-    bases = main_directions("protect", inner, stepped, batches, directions)
+    _check(stepped, optimizer)
+    earlier = _earlier(previous, layers)
+    if batches is None and previous is None:
+        raise AdapterError("`batches` is None. Pass what the model takes, for example a DataLoader, or `previous`.")
+    bases = main_directions("protect", inner, stepped, batches, directions, earlier)
+    _check_ranks(stepped, bases)
     protection = _KNOWN.get(optimizer) or _install(optimizer, directions)
     protection.layers.update({layer: layers[layer] for layer in bases})
     protection.bases.update(bases)
     protection.start()
+    return {path: bases[layer] if layer in bases else torch.zeros(*_shape(layer), 0) for layer, path in layers.items()}
 
 
 def is_protecting(optimizer: Any) -> bool:
@@ -122,7 +145,44 @@ def protected_directions(layer: nn.Module, adapter: str) -> Tensor | None:
     return _PROTECTED.get(layer, {}).get(adapter)
 
 
-def _check(found: list[Vectors], optimizer: Optimizer, directions: int) -> None:
+def _earlier(previous: Mapping[str, Tensor] | None, layers: Mapping[Any, str]) -> dict[nn.Module, Tensor]:
+    """Layer -> its directions in `previous`, where the vectors are."""
+    if previous is None:
+        return {}
+    if unequal := sorted(previous.keys() ^ set(layers.values())):
+        raise AdapterError(
+            "`previous` must be what protect returned for the same layers. These are only in `previous` or only in the "
+            f"model: {listed(unequal)}."
+        )
+    for layer, path in layers.items():
+        basis, wanted = previous[path], _shape(layer)
+        if basis.shape[:-1] != wanted:
+            raise AdapterError(
+                f"{path}: `previous` has a tensor of shape {tuple(basis.shape)}, but must have {wanted} and the number "
+                "of directions. Pass what protect returned for the same layers."
+            )
+        inner = (basis.mT @ basis).double().cpu()
+        if not torch.allclose(inner @ inner, inner, atol=1e-5):
+            raise AdapterError(f"{path}: the columns in `previous` are not orthonormal. Pass what protect returned.")
+    return {layer: previous[path].to(next(iter(layer.hra_u.values())).device) for layer, path in layers.items()}
+
+
+def _shape(layer: Any) -> tuple[int, ...]:
+    """`(d,)` or `(experts, d)`."""
+    return tuple(next(iter(layer.hra_u.values())).shape[:-1])
+
+
+def _check_ranks(found: list[Vectors], bases: Mapping[nn.Module, Tensor]) -> None:
+    for one in found:
+        count = bases[one.layer].shape[-1] if one.layer in bases else 0
+        if one.apply_GS and one.r + count >= one.tensor.shape[-2]:
+            raise ConfigError(
+                f"{one.path}: with Gram-Schmidt, `r` + `directions` must be less than the width, got {one.r} + "
+                f"{count} for width {one.tensor.shape[-2]}. Pass fewer directions, or exclude the layer."
+            )
+
+
+def _check(found: list[Vectors], optimizer: Optimizer) -> None:
     if averages_parameters(optimizer):
         raise AdapterError(
             f"protect: {type(optimizer).__name__} averages the parameters outside of its step, so the averages would "
@@ -140,11 +200,6 @@ def _check(found: list[Vectors], optimizer: Optimizer, directions: int) -> None:
                 "orthogonal complement. Train the vectors in float32: parameter.data = parameter.data.float()."
             )
         _check_layer(one)
-        if one.apply_GS and one.r + directions >= one.tensor.shape[-2]:
-            raise ConfigError(
-                f"{one.path}: with Gram-Schmidt, `r` + `directions` must be less than the width, got {one.r} + "
-                f"{directions} for width {one.tensor.shape[-2]}. Pass fewer directions, or exclude the layer."
-            )
 
 
 def _check_layer(one: Vectors) -> None:

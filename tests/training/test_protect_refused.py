@@ -53,7 +53,10 @@ class Unread(nn.Module):
 
 def test_layers_without_inputs_are_named_in_a_warning() -> None:
     model, optimizer = adapted(Unread(), "used", "spare")
-    with pytest.warns(HRAWarning, match=r"protect: these layers are left out, because no batch reached .*: spare\."):
+    with pytest.warns(
+        HRAWarning,
+        match=r"protect: these layers get no directions from `batches`, because no batch reached .*: spare\.",
+    ):
         hra_fx.protect(optimizer, model, [torch.randn(2, 6)], 2)
 
 

@@ -223,7 +223,8 @@ def train(
     if pairs:
         hra_fx.train_pairs(optimizer, model, batches=[x[part]] if quiet else None, directions=quiet)
     if protect:
-        hra_fx.protect(optimizer, model, [x[part]], protect)
+        kept = hra_fx.protect(optimizer, model, [x[part]], 1)
+        hra_fx.protect(optimizer, model, [x[part]], protect - 1, kept)
     losses = []
     for _ in range(steps):
         if evaluate:

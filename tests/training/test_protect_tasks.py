@@ -1,0 +1,123 @@
+"""`protect` with `previous`: what a model learned in earlier tasks stays, without the samples of these tasks."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import peft
+import pytest
+import torch
+from tiny_models import llama
+from torch import Tensor, nn
+from training.test_protect import CASES, F64, adapted, distance, output_of, trained, words
+
+import hra_fx
+from hra_fx.errors import AdapterError, ConfigError, HRAWarning
+
+#: The samples of three tasks. Those of the first two have fewer independent inputs than are protected.
+TASKS = [torch.tensor([ids]) for ids in ([5, 9], [7, 1], [11, 4])]
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gram-Schmidt", "experts", "attention"])
+def test_outputs_for_the_samples_of_all_earlier_tasks_stay(name: str) -> None:
+    make, _, _, fields = CASES[name]
+    tasks: list[Any] = TASKS if name == "attention" else [words(ids) for ids in TASKS]
+    model, kept, learned = make().to(F64).eval(), None, []
+    for number, task in enumerate(tasks):
+        model = hra_fx.transform(model, hra_fx.HRAConfig(**({"r": 4} | fields)))
+
+        def prepare(optimizer: Any, model: nn.Module = model, number: int = number) -> None:
+            nonlocal kept
+            if number:
+                kept = hra_fx.protect(optimizer, model, [tasks[number - 1]], 4, kept)
+
+        trained(model, task, prepare=prepare)
+        model = hra_fx.fold(model)
+        with torch.no_grad():
+            learned.append(output_of(model, task))
+            for before, sample in zip(learned[:-1], tasks, strict=False):
+                assert distance(output_of(model, sample), before) < 1e-8
+    assert kept is not None and {basis.shape[-1] for basis in kept.values()} == {8}
+    assert distance(output_of(make().to(F64).eval(), tasks[2]), learned[2]) > 0.01
+
+
+def kept_by(model: nn.Module, optimizer: Any, batches: Any, directions: int, **previous: Any) -> dict[str, Tensor]:
+    torch.save(hra_fx.protect(optimizer, model, batches, directions, **previous), file := io.BytesIO())
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_earlier_directions_come_first_and_new_ones_are_the_most_of_the_rest() -> None:
+    """Layers of PEFT, and an oracle from the singular values of the inputs without their part in earlier directions."""
+    base = llama().to(F64).eval()
+    model = peft.get_peft_model(copy.deepcopy(base), peft.HRAConfig(r=2, target_modules=["q_proj", "k_proj"]))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    first, second = torch.randint(0, 64, (2, 4, 16), generator=torch.Generator().manual_seed(3))
+    before = kept_by(model, optimizer, [first], 6)
+    after = kept_by(model, optimizer, [second], 5, previous=before)
+    path = "base_model.model.model.layers.0.self_attn.q_proj"
+    assert sorted(after) == sorted(before) and torch.equal(after[path][:, :6], before[path])
+    torch.testing.assert_close(after[path].mT @ after[path], torch.eye(11, dtype=F64))
+    rows: list[Tensor] = []
+    base.get_submodule("model.layers.0.self_attn.q_proj").register_forward_pre_hook(lambda _, x: rows.append(x[0][0]))
+    for text in second:
+        base(text[None])
+    rest = torch.cat(rows) @ (torch.eye(32, dtype=F64) - before[path] @ before[path].mT)
+    best = torch.linalg.svdvals(rest)[5:].square().sum()
+    assert (rest - rest @ after[path] @ after[path].mT).square().sum() < 1.05 * best
+    again = kept_by(model, optimizer, None, 5, previous=after)
+    assert all(torch.equal(again[name], basis) for name, basis in after.items())
+    shared = after[path], after[path.replace("q_proj", "k_proj")]
+    assert shared[0] is shared[1]
+
+
+class Branches(nn.Module):
+    """Two layers, of which a batch reaches one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, right: bool = False) -> Tensor:
+        return self.right(x) if right else self.left(x)
+
+
+def test_a_layer_that_only_later_samples_reach() -> None:
+    model, optimizer = adapted(Branches(), "left", "right")
+    x = torch.randn(2, 8)
+    with pytest.warns(HRAWarning, match=r"these layers get no directions from `batches`, .*: right\."):
+        kept = hra_fx.protect(optimizer, model, [x], 2)
+    assert {path: tuple(basis.shape) for path, basis in kept.items()} == {"left": (8, 2), "right": (8, 0)}
+    with pytest.warns(HRAWarning, match=r"these layers get no directions from `batches`, .*: left\."):
+        kept = hra_fx.protect(optimizer, model, [(x, True)], 2, kept)
+    model(x).sum().backward()
+    model(x, True).sum().backward()
+    optimizer.step()
+    for path in ("left", "right"):
+        change = hra_fx.effective_weight(model.get_submodule(path)) - model.get_submodule(path).hra_base
+        assert change.abs().max() > 1e-5 > (change @ x.mT).abs().max()
+
+
+def test_directions_of_another_model_are_refused() -> None:
+    model, optimizer = adapted(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)), "0", "2")
+    x = torch.randn(4, 6)
+    before = copy.deepcopy(model.state_dict())
+    for batches, previous, kind, message in (
+        (None, None, AdapterError, r"`batches` is None.* or `previous`"),
+        ([], {"0": torch.eye(6, 1), "2": torch.eye(8, 1)}, AdapterError, r"`batches` is empty"),
+        ([x], {"0": torch.eye(6, 1), "1": torch.eye(8, 1)}, AdapterError, r"only in the model: 1, 2\."),
+        ([x], {"0": torch.eye(6, 1), "2": torch.eye(6, 1)}, AdapterError, r"^2: `previous` .*\(6, 1\), .* have \(8,\)"),
+        ([x], {"0": torch.eye(6, 1), "2": torch.ones(8, 1)}, AdapterError, r"^2: the columns .* are not orthonormal"),
+        (
+            [x],
+            {"0": torch.eye(6, 2), "2": torch.eye(8, 2)},
+            ConfigError,
+            r"got 4 for 0\..* \(those of `previous` count too",
+        ),
+    ):
+        with pytest.raises(kind, match=message):
+            hra_fx.protect(optimizer, model, batches, 2, previous)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert "hra_protected" not in optimizer.param_groups[0]
