@@ -37,6 +37,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLE_NAME = "adapter_model.bin"
 _MAX_LISTED = 10
 _SAVED_BY = "Pass the folder that an adapter was saved in (in PEFT, with safe_serialization=True)."
+_OF_A_MODEL = "The folder contains a model, not an adapter. fold, unfold and load_adapter take the model first."
 
 
 def find(source: str | os.PathLike[str], subfolder: str | None = None, **hub: Any) -> Path:
@@ -65,7 +66,8 @@ def _suggestion(root: Path, folder: Path) -> str:
     found = (folder if os.path.isdir(folder) else root).glob(f"*/{CONFIG_NAME}")
     configs = [config for config in found if os.path.isfile(config.with_name(WEIGHTS_NAME))]
     if not configs:
-        return _SAVED_BY
+        is_model = any(os.path.isfile(folder / name) for name in ("config.json", "model_index.json"))
+        return _OF_A_MODEL if is_model else _SAVED_BY
     paths = sorted(repr(Path(os.path.relpath(config.parent, root)).as_posix()) for config in configs)
     return f"There are adapters in the subfolders {some_of(paths, _MAX_LISTED)}: pass the path of one of them."
 

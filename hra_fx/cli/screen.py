@@ -52,28 +52,34 @@ def show_table(columns: Sequence[Column], rows: Collection[Sequence[str]]) -> No
     table = fit_table(columns, rows, console.width)
     # On a very narrow terminal, wrapped lines are better than a missing column of names.
     console.width = max(console.width, min_width(table))
-    console.print(table)
+    _print(console, table)
 
 
 def show_heading(title: str, facts: Mapping[str, str]) -> None:
     """Print a title with facts below it. Empty facts are left out."""
     console = console_on(sys.stdout)
-    console.print(Text(title, style="bold"))
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, text in facts.items():
         if text:
             grid.add_row(Text(name), Text(text))
-    console.print(Padding(grid, (0, 0, 0, 2), expand=False))
+    _print(console, Text(title, style="bold"), Padding(grid, (0, 0, 0, 2), expand=False))
 
 
 def show_lines(heading: str, lines: Collection[str]) -> None:
     """Print a heading with lines below it."""
     console = console_on(sys.stdout)
-    console.print(Text(heading, style="bold"))
-    for line in lines:
-        console.print(Padding(Text(line, overflow="fold"), (0, 0, 0, 2), expand=False))
+    padded = (Padding(Text(line, overflow="fold"), (0, 0, 0, 2), expand=False) for line in lines)
+    _print(console, Text(heading, style="bold"), *padded)
+
+
+def _print(console: Console, *parts: Any) -> None:
+    """Print without the blanks that rich adds at the ends of lines."""
+    with console.capture() as capture:
+        for part in parts:
+            console.print(part)
+    console.file.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
 
 
 def show_json(content: Any) -> None:
@@ -105,6 +111,9 @@ class ErrorHandlingGroup(TyperGroup):
         try:
             with _other_output(debug=debug):
                 return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")  # of pydantic, which typer calls
+            raise
         except (HRAError, OSError) as error:
             # A closed pipe is handled by the caller.
             if debug or isinstance(error, BrokenPipeError):
@@ -118,7 +127,7 @@ class ErrorHandlingGroup(TyperGroup):
 
 def print_message(kind: str, text: str, style: str) -> None:
     """Print one line to stderr, without wrapping if it is not a terminal."""
-    console_on(sys.stderr).print(Text.assemble((kind, style), ": ", text))
+    _print(console_on(sys.stderr), Text.assemble((kind, style), ": ", text))
 
 
 @contextlib.contextmanager

@@ -217,7 +217,7 @@ def _no_adapters(model: nn.Module) -> AdapterError:
             "load_state_dict(graph.state_dict(), strict=False)."
         )
     if found := find_peft_layer(model):
-        return AdapterError(f"{class_name} has PEFT adapters ({found[0]}), but none of hra_fx. {found[1]}")
+        return AdapterError(f"{class_name} was adapted by PEFT ({found[0]}), not by hra_fx. {found[1]}")
     return AdapterError(f"{class_name} has no adapters. Call hra_fx.transform(model, config) first.")
 
 

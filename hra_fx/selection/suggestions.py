@@ -63,11 +63,15 @@ def leaf_names(paths: Iterable[str]) -> str:
 
 
 def format_names(names: Collection[str] | Collection[int] | str | int | None) -> str:
-    """Format the value of a field of names as Python code, sorted, and shortened if it is long.
+    r"""Format the value of a field of names as Python code, sorted, and shortened if it is long.
 
     >>> format_names({"value", "query"})
     "['query', 'value']"
+    >>> print(format_names(r"layer\d"))
+    r'layer\d'
     """
+    if isinstance(names, str) and "\\" in names and "'" not in names and names.isprintable():
+        return f"r'{names}'"  # a regex as it was written
     if names is None or isinstance(names, str | int):
         return repr(names)
     entries = sorted(names)

@@ -41,6 +41,7 @@ from hra_fx.training.vectors import (
     stepped_vectors,
     unwrapped,
     vectors_of,
+    warn_of_zero_gradients,
     without_directions,
 )
 
@@ -93,7 +94,8 @@ def train_pairs(
     Warns:
         HRAWarning: some vectors are not trained in pairs; the message names the reason: odd ranks, Gram-Schmidt,
             16-bit vectors, flat parameters (FSDP1, DeepSpeed ZeRO), or an optimizer that averages the parameters
-            outside of `step` (schedule-free optimizers, ASGD). No batch reached some layers.
+            outside of `step` (schedule-free optimizers, ASGD). No batch reached some layers. In the first step, the
+            gradients of all vectors are zero.
 
     Example:
         >>> from hra_fx.config import HRAConfig
@@ -258,6 +260,7 @@ def _install(optimizer: Optimizer, pairs: _Pairs) -> None:
     optimizer.defaults[KEY] = pairs.difference  # for groups that are added later
     for group in optimizer.param_groups:
         group[KEY] = pairs.difference
+    warn_of_zero_gradients(optimizer, pairs.layers)
     optimizer.register_step_pre_hook(pairs.before_step)
     optimizer.register_step_post_hook(pairs.after_step)
     optimizer.register_load_state_dict_pre_hook(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import ASGD, Optimizer
 
-from hra_fx.errors import AdapterError
+from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.peft_layers import is_peft_hra_layer
-from hra_fx.layers.sharding import distribute_like
+from hra_fx.layers.sharding import distribute_like, is_dtensor
 from hra_fx.layers.target import REFLECTION
 from hra_fx.model.state import check_is_module
 
@@ -98,6 +99,28 @@ def required_vectors(layers: Mapping[nn.Module, str], optimizer: Any, model: Any
             f"the optimizer, and call {function} before a tool flattens the parameters (FSDP1, DeepSpeed ZeRO)."
         )
     return found
+
+
+def warn_of_zero_gradients(optimizer: Optimizer, layers: Mapping[nn.Module, str]) -> None:
+    """Warn in the first step if the gradients of all vectors are zero. Later steps read no values."""
+    checked = False
+
+    def check(optimizer: Optimizer, *_: Any) -> None:
+        nonlocal checked
+        if checked:
+            return
+        found = [one for one in stepped_vectors(layers, optimizer) if one.tensor.grad is not None]
+        checked = bool(found)  # with a closure, there are no gradients yet
+        if checked and not any(is_dtensor(one.tensor.grad) or one.tensor.grad.any() for one in found):
+            warnings.warn(
+                f"the gradients of all vectors are zero in the first step: {listed([one.path for one in found])}. They "
+                "do not train while a later scale or head is zero. In a new ResNet of timm, frozen scales are zero: "
+                "load pretrained weights, or pass zero_init_last=False.",
+                HRAWarning,
+                stacklevel=4,
+            )
+
+    optimizer.register_step_pre_hook(check)
 
 
 def without_directions(vectors: Any, basis: Tensor) -> Any:

@@ -184,6 +184,7 @@ def test_a_gguf_file(shelf: Shelf, tmp_path: Path) -> None:
 
 #: Arguments after the adapter and the output folder -> a part of the usage error.
 WRONG: dict[tuple[str, ...], str] = {
+    ("out", "--to", "onnx"): "Invalid value for '--to': 'onnx' is not one of 'lora', 'gguf', 'peft', 'hra_fx'.",
     ("out", "--to", "lora"): "Invalid value for --base: --to lora needs the folder of the base model",
     ("out.gguf", "--to", "lora", "--base", "x"): "Invalid value for OUT: --to lora writes a folder",
     ("out", "--to", "gguf", "--base", "x"): "Invalid value for OUT: --to gguf writes a .gguf file",

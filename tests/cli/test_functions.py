@@ -126,6 +126,9 @@ def test_errors_and_warnings_of_the_library_are_printed(shelf: Shelf, tmp_path: 
     done = Answer(*words, "--overwrite")
     assert done.code == 0 and "mine.txt" not in made.picture(out)
     assert done.err.startswith(f"warning: {out}: pytorch_model.bin still contain the base model's weights.")
+    swapped = mistake("fold", shelf / "my-adapter", base, tmp_path / "new")
+    assert swapped.startswith(f"{base / 'adapter_config.json'}: no such file. The folder contains a model, not an ")
+    assert swapped.endswith("fold, unfold and load_adapter take the model first.")
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def test_the_page(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         program, *words = shlex.split(command)
         done = Answer(*words, columns=80)
         seen.add(words[0])
-        found = [line.rstrip() for line in printed(done, tmp_path.resolve())]
+        found = printed(done, tmp_path.resolve())
         while found and not found[-1]:
             found.pop()
         assert (program, found) == ("hra-fx", lines), command

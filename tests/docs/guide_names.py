@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from datasets import Dataset
 from diffusion_pipelines import stable_diffusion
 from integrations.trl_use.runs import QUESTION, SFT_CHATS, base_model, tokenizer
 from moe_models import built
+from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 import hra_fx
@@ -47,12 +49,25 @@ def large_models() -> Names:
 
 
 def trl() -> Names:
-    pairs = [{"prompt": QUESTION, "chosen": " the sky is blue", "rejected": " bad red"}] * 8
     return {
-        "data": Dataset.from_list(pairs),
+        "chats": Dataset.from_list(SFT_CHATS),
         "prompts": Dataset.from_list([{"prompt": QUESTION}] * 8),
         "reward": lambda completions, **others: [float(len(completion)) for completion in completions],
         "tokenizer": tokenizer(),
+    }
+
+
+def recipes() -> Names:
+    """Data for each recipe, a pipeline in "my-pipeline", and a ResNet whose blocks do not start with zeros."""
+    stable_diffusion().save_pretrained("my-pipeline")
+    rows = training(None)["data"].with_format("torch")
+    prompts = torch.randn(2, 5, stable_diffusion().unet.config.cross_attention_dim)
+    return {
+        "batches": [(torch.randn(2, 4, 8, 8), prompts)],
+        "model": timm.create_model("test_resnet", num_classes=10, zero_init_last=False),
+        "loader": [(torch.randn(2, 3, 32, 32), torch.tensor([1, 2]))],
+        "tokens": DataLoader(rows, batch_size=4),
+        "data": rows,
     }
 
 
@@ -78,6 +93,7 @@ GIVEN: dict[str, Callable[[], Names]] = {
     "training": lambda: training(adapted()),
     "trl": trl,
     "serving": serving,
+    "recipes": recipes,
     "mixed_batches": mixed_batches,
     "moe": lambda: {"model": built("mixtral", torch.float32)},
     "quantized": lambda: training(None),

@@ -30,7 +30,7 @@ def lists() -> nn.Module:
 
 #: The model, fields of the configuration, and the reasons of some layers.
 CASES: list[tuple[Callable[[], Any], dict[str, Any], dict[str, str]]] = [
-    (llama, {"target_modules": r".*0.*q_proj"}, {projection(1): "not matched by target_modules='.*0.*q_proj'"}),
+    (llama, {"target_modules": r".*\.0.*q_proj"}, {projection(1): r"not matched by target_modules=r'.*\.0.*q_proj'"}),
     (llama, {}, {projection(0, "k"): "not in the default target_modules of this architecture, ['q_proj', 'v_proj']"}),
     (
         lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4, 2)),

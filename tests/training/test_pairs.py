@@ -13,6 +13,7 @@ from typing import Any
 
 import bitsandbytes
 import pytest
+import timm
 import torch
 from integrations.peft_acceleration.layers import accelerated, adapted as peft_adapted
 from moe_models import built, call_of, experts_config
@@ -316,6 +317,25 @@ def test_parameters_that_are_replaced_later_give_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step()
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_zero_gradients_of_all_vectors_give_one_warning(zero: bool) -> None:
+    """The adapted layers of a new ResNet of timm are in blocks that end with a scale of zero, which is frozen."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=3, zero_init_last=zero)
+    config = HRAConfig(r=2, target_modules=r"layer\d.*conv\d", modules_to_save=["fc"])
+    hra_fx.transform(model, config)
+    optimizer = AdamW(vectors_of(model).values())
+    train_pairs(optimizer, model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", HRAWarning)
+        for _ in range(2):
+            model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+            assert any(vectors.grad.any() for vectors in vectors_of(model).values()) is not zero
+            optimizer.step()
+    begin = "the gradients of all vectors are zero in the first step: layer1.0.conv1.hra_u.default, "
+    assert [str(one.message).startswith(begin) for one in caught] == [True] * zero
 
 
 def test_what_is_refused() -> None:

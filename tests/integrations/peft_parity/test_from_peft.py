@@ -112,7 +112,7 @@ def test_functions_of_hra_fx_say_what_to_do_with_a_model_of_peft() -> None:
     advice = r"Call hra_fx\.from_peft\(model\) to use it with hra_fx, or `merge_and_unload\(\)` or `unload\(\)` on the"
     model = randomised_by_peft()
     for step in (hra_fx.orthogonality_loss, hra_fx.plan_fold, hra_fx.graphs):
-        with pytest.raises(hra_fx.AdapterError, match=rf" has PEFT adapters \(base_model.*query\), .*{advice}"):
+        with pytest.raises(hra_fx.AdapterError, match=rf" was adapted by PEFT \(base_model.*query\), .*{advice}"):
             step(model)
     for step in (
         hra_fx.transform,
@@ -123,5 +123,5 @@ def test_functions_of_hra_fx_say_what_to_do_with_a_model_of_peft() -> None:
             step(model, hra_fx.HRAConfig(target_modules=["conv"]))
     with peft_warnings_ignored():
         lora = peft.get_peft_model(net(), peft.LoraConfig(r=2, target_modules=["query"]))
-    with pytest.raises(hra_fx.AdapterError, match=r"but none of hra_fx\. Call `merge_and_unload\(\)`"):
+    with pytest.raises(hra_fx.AdapterError, match=r"not by hra_fx\. Call `merge_and_unload\(\)`"):
         hra_fx.report(lora)

@@ -179,7 +179,7 @@ def test_what_is_adapted_and_that_peft_does_not_load_it(tmp_path: Path) -> None:
     config = hra_fx.HRAConfig(r=2, target_modules=r".*\.(0|1)", rank_pattern={"0": 3})
     hra_fx.HRAModel(nn.Sequential(nn.Sequential(nn.Linear(4, 4))), config).save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert r"| default | . | 2, rank_pattern | `'.*\\.(0\|1)'` |" in text
+    assert r"| default | . | 2, rank_pattern | `r'.*\.(0\|1)'` |" in text
     assert "peft.PeftModel" not in text
     assert "PEFT's HRA has no `rank_pattern`." in text
 

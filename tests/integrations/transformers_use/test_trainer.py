@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import BASES, adapted, trained_in, trainer_of
+from peft_sides import by_peft
+from safetensors.torch import load_file
+from tiny_models import BASES, FIELDS, adapted, trained_in, trainer_of
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
@@ -78,6 +80,20 @@ def test_a_run_that_was_stopped_goes_on_bitwise(
     assert losses(again) == losses(whole)
     assert_same_training(model, resumed)
     assert again.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"]
+
+
+@pytest.mark.parametrize("trainer", ["stock", "ours"])
+def test_a_checkpoint_has_the_files_of_pefts_and_one_more(trainer: str, tmp_path: Path) -> None:
+    """The Trainer reads the adapter's own file for a `PeftModel` only, and model.safetensors for every other model."""
+    models = {"ours": adapted("llama", "HRAModel"), "theirs": by_peft(BASES["llama"](), **FIELDS["llama"])}
+    names = {}
+    for side, model in models.items():
+        run(trainer, "llama", model, tmp_path / side, **EVERY_THIRD, max_steps=3).train()
+        names[side] = {path.name for path in (tmp_path / side / "checkpoint-3").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "optimizer.pt"} < names["theirs"]
+    assert names["ours"] == names["theirs"] | {"model.safetensors"}
+    tensors = load_file(tmp_path / "ours" / "checkpoint-3" / "model.safetensors")
+    assert tensors.keys() == trained_in(models["ours"]).keys(), "no base weights"
 
 
 @pytest.mark.parametrize("fields", [{"apply_GS": True}, {"bias": "all"}, {"r": 4}], ids=str)
