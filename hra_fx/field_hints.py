@@ -31,7 +31,6 @@ _ONLY_IN_LORA = {
     "lora_bias": "Reflections have no bias. Use bias='hra_only' to train the biases of the adapted layers.",
     "use_dora": "HRA preserves the norm of each row of the weight, so DoRA does not apply. Remove it.",
     "fan_in_fan_out": "The layout of the weight is inferred from the layer type. Remove it.",
-    "trainable_token_indices": "Use `modules_to_save` to train embeddings.",
 }
 
 

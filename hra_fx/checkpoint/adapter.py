@@ -40,9 +40,11 @@ from hra_fx.functional.statistics import inverse_condition
 from hra_fx.layers.adapters import AdapterSpec, get_adapters
 from hra_fx.layers.experts_weight import stands_for_parameter
 from hra_fx.layers.target import REFLECTION
+from hra_fx.layers.trained_tokens import ROWS
 from hra_fx.layers.variants import adapters_for
 from hra_fx.model.setup import valid_config
 from hra_fx.model.trainable import to_copy
+from hra_fx.model.trained_tokens import token_places
 from hra_fx.selection.check import select_checked
 from hra_fx.selection.select import saved_modules, select, without_unmatched
 from hra_fx.selection.suggestions import some_of
@@ -165,7 +167,7 @@ class Adapter:
 
     def _is_trained(self, name: str) -> bool:
         path, _, last = name.rpartition(".")
-        return self.saves(path) or (self.config.bias != "none" and last in _BIASES)
+        return self.saves(path) or last == ROWS or (self.config.bias != "none" and last in _BIASES)
 
     def _chain(self, path: str, key: str) -> Tensor:
         tensor, config = self.tensors[key], self.config
@@ -253,9 +255,10 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None, *, is_new: bool
         raise CheckpointError(
             f"{folder}: the configuration does not fit {type(model).__name__}: {error} Is this the right base model?"
         ) from error
-    copies = _copy_keys(adapter, model, layers)
+    shapes = _copy_shapes(model, config, layers)
+    copies = _copy_keys(adapter, shapes, layers)
     _check_keys(adapter, model, layers, copies)
-    _check_shapes(adapter, model, layers, copies)
+    _check_shapes(adapter, layers, copies, shapes)
     _check_base(adapter, model, layers)
     vectors = {path: _split(adapter, path, resume) for path in layers}
     values = {place: adapter.tensors[key] for place, key in copies.items()}
@@ -263,14 +266,27 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None, *, is_new: bool
     return Fitted(layers, resume, vectors, written, config.apply_GS, values)
 
 
-def _copy_keys(adapter: Adapter, model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[tuple[str, str], str]:
+def _copy_shapes(
+    model: nn.Module, config: HRAConfig, layers: Mapping[str, nn.Module]
+) -> dict[tuple[str, str], tuple[int, ...]]:
+    """(path of a module, name of its tensor) -> shape, of everything that a configuration trains in full."""
+    shapes = {
+        (path, name): tuple(getattr(owner, name).shape)
+        for path, (owner, names) in to_copy(model, config, layers).items()
+        for name in names
+        if name not in non_persistent_buffers(owner)
+    }
+    return shapes | {(place.path, ROWS): tuple(place.start[ROWS].shape) for place in token_places(model, config)}
+
+
+def _copy_keys(
+    adapter: Adapter, places: Iterable[tuple[str, str]], layers: Mapping[str, nn.Module]
+) -> dict[tuple[str, str], str]:
     """(module, tensor) -> key in the file. PEFT has two names for a bias, depending on its other adapters."""
     keys: dict[tuple[str, str], str] = {}
-    for path, (owner, names) in to_copy(model, adapter.config, layers).items():
-        for name in names:
-            if name not in non_persistent_buffers(owner):
-                spellings = [copy_key(path, name, adapted=adapted) for adapted in (path in layers, path not in layers)]
-                keys[path, name] = next((key for key in spellings if key in adapter.tensors), spellings[0])
+    for path, name in places:
+        spellings = [copy_key(path, name, adapted=adapted) for adapted in (path in layers, path not in layers)]
+        keys[path, name] = next((key for key in spellings if key in adapter.tensors), spellings[0])
     return keys
 
 
@@ -313,15 +329,17 @@ def _is_embedding(adapter: Adapter, model: nn.Module, key: str) -> bool:
 
 
 def _check_shapes(
-    adapter: Adapter, model: nn.Module, layers: Mapping[str, nn.Module], copies: Mapping[tuple[str, str], str]
+    adapter: Adapter,
+    layers: Mapping[str, nn.Module],
+    copies: Mapping[tuple[str, str], str],
+    shapes: Mapping[tuple[str, str], tuple[int, ...]],
 ) -> None:
     for path, layer in layers.items():
         own = get_adapters(layer)
         adapters = adapters_for(layer) if own is None else own
         _check_shape(adapter, reflection_key(path), adapters.vectors_shape(adapter.config.rank_of(path)))
-    for (path, name), key in copies.items():
-        tensor: Tensor = getattr(model.get_submodule(path), name)
-        _check_shape(adapter, key, tuple(tensor.shape))
+    for place, key in copies.items():
+        _check_shape(adapter, key, shapes[place])
 
 
 def _check_shape(adapter: Adapter, key: str, expected: tuple[int, ...]) -> None:

@@ -182,6 +182,11 @@ def _convert_hra(source: str, out: Path, *, for_peft: bool, as_json: bool) -> No
             f"{files.file}: the adapter adapts parameters of experts (target_parameters="
             f"{files.config.target_parameters}), which PEFT's HRA does not support. Use --to lora."
         )
+    if for_peft and files.config.trainable_token_indices:
+        raise CheckpointError(
+            f"{files.file}: the adapter trains tokens (trainable_token_indices), which PEFT's HRA does not support. "
+            "Load it with hra_fx.load_adapter, and save it with hra_fx.save_as_lora, for PEFT's LoRA."
+        )
     kept = _kept(files, for_peft=for_peft)
     config = dataclasses.replace(files.config, extra={}, peft_version=None)
     if for_peft and config.rank_pattern:

@@ -108,6 +108,8 @@ def check_for_server(
     found = [*_rank(facts, rank), *_names(facts, adapter)]
     if modules:
         found.append(f"{facts.saved} `modules_to_save`, here {_shown(modules)}: fold the adapter")
+    if adapter.trainable_token_indices:
+        found.append("is not known to load trained tokens (`trainable_token_indices`): fold the adapter")
     if adapter.bias != "none":
         found.append(f"{facts.bias} trained biases, here `bias={adapter.bias!r}`: fold the adapter")
     if others:

@@ -34,9 +34,9 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
     Raises:
         AdapterError: `adapter_names` is not a list of names; the model has no such adapter; the model is in training
             mode, sharded, or a captured graph; a mixed batch of another model is open; adapters are merged; the rows
-            would need different trained copies (`modules_to_save`, `bias`); or an adapter is on a layer that is
-            adapted through its weight. The forward raises it if the number of rows in the input of a layer differs
-            from the number of names.
+            would need different trained copies (`modules_to_save`, `bias` or tokens); or an adapter is on a layer
+            that is adapted through its weight. The forward raises it if the number of rows in the input of a layer
+            differs from the number of names.
 
     Example:
         >>> from hra_fx import HRAConfig, add_adapter, transform
@@ -117,6 +117,6 @@ def _check_copies(root: nn.Module, names: Sequence[str]) -> None:
                     raise AdapterError(
                         f"{path}.{entry}".lstrip(".")
                         + f": the copy in use is that of {owner}, but rows of {name!r} need another copy "
-                        "(modules_to_save or bias). All rows of a batch share one copy: run these rows in a separate "
-                        "batch."
+                        "(modules_to_save, bias or tokens). All rows of a batch share one copy: run these rows in a "
+                        "separate batch."
                     )

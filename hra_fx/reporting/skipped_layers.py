@@ -11,7 +11,9 @@ from torch import nn
 from hra_fx.compat import state_modules
 from hra_fx.config import HRAConfig
 from hra_fx.layers.experts_weight import CHILD
-from hra_fx.layers.target import REFLECTION, SAVED, LayerKind, describe, find_kind, weight_name
+from hra_fx.layers.target import ADAPTER_CHILDREN, LayerKind, describe, find_kind, weight_name
+from hra_fx.layers.trained_copies import all_copies
+from hra_fx.layers.trained_tokens import ROWS, TokenRows
 from hra_fx.model.state import adapted_layers, collect_parts, get_state
 from hra_fx.selection.parameters import expert_parameters
 from hra_fx.selection.select import is_target, layer_index, resolve_targets, saved_modules
@@ -79,7 +81,7 @@ def not_adapted(model: nn.Module) -> tuple[tuple[SkippedLayer, ...], tuple[str, 
     skipped, trained = [], []
     for path, layer in state_modules(model):
         kind = find_kind(layer)
-        if layer in adapted or not path or {REFLECTION, SAVED} & set(path.split(".")):
+        if layer in adapted or not path or not ADAPTER_CHILDREN.isdisjoint(path.split(".")):
             continue
         root = next((root for root in selections if not root or path.startswith(f"{root}.")), None)
         inside, below = {} if root is None else selections[root], path[len(root or "") :].lstrip(".")
@@ -104,11 +106,24 @@ def skipped_parameters(model: nn.Module) -> tuple[SkippedParameter, ...]:
         >>> skipped_parameters(nn.ModuleDict({"experts": experts, "gate": nn.Linear(7, 4)}))
         (SkippedParameter(path='experts.up_proj', owner_type='Module', shape=(4, 6, 3), share=0.692...),)
     """
-    total = sum(p.numel() for name, p in model.named_parameters() if {REFLECTION, SAVED}.isdisjoint(name.split(".")))
+    total = sum(p.numel() for name, p in model.named_parameters() if ADAPTER_CHILDREN.isdisjoint(name.split(".")))
     return tuple(
         SkippedParameter(path, type(owner).__name__, tuple(parameter.shape), parameter.numel() / total)
         for path, (owner, parameter) in expert_parameters(model).items()
         if not parameter.requires_grad and CHILD + path.rpartition(".")[2] not in owner._modules
+    )
+
+
+def trained_tokens(model: nn.Module) -> tuple[str, ...]:
+    """One line for each adapter with trained tokens (`trainable_token_indices`) of an embedding."""
+    rows = {
+        (path.rpartition(".")[0], adapter): copies.get(owner, adapter, ROWS)
+        for path, (owner, copies) in all_copies(model).items()
+        for adapter in (copies.copied if isinstance(owner, TokenRows) else ())
+    }
+    return tuple(
+        f"{path}: {len(own):,} token{'s' * (len(own) != 1)}, {own.numel():,} parameters (adapter {adapter})"
+        for (path, adapter), own in rows.items()
     )
 
 

@@ -21,7 +21,7 @@ from hra_fx.errors import HRAWarning, SelectionError
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.peft_layers import is_peft_layer, refuse_peft_layers
 from hra_fx.layers.quantized import Other, quant_scheme_of
-from hra_fx.layers.target import REFLECTION, SAVED, find_kind
+from hra_fx.layers.target import ADAPTER_CHILDREN, find_kind
 from hra_fx.patterns import layer_index_regex, saved_module_regex
 from hra_fx.selection.origin import DEFAULT_TARGETS, origin_of
 from hra_fx.selection.parameters import hint_for, hint_inside, parameters_problem, targeted_parameters
@@ -30,7 +30,6 @@ from hra_fx.selection.suggestions import format_names, leaf_names, suffixes, sug
 #: Path -> module. A shared module occurs under each of its paths, in order.
 Modules: TypeAlias = Mapping[str, nn.Module]
 
-_ADAPTER_CHILDREN = {REFLECTION, SAVED}
 _HEADS = ("score", "classifier")
 _TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -165,7 +164,7 @@ def _own(modules: Modules) -> Modules:
     return {
         path: module
         for path, module in modules.items()
-        if path and _ADAPTER_CHILDREN.isdisjoint(path.split(".")) and not isinstance(module, ExpertsWeight)
+        if path and ADAPTER_CHILDREN.isdisjoint(path.split(".")) and not isinstance(module, ExpertsWeight)
     }
 
 
@@ -191,7 +190,7 @@ def _matches(names: Collection[str] | str, path: str) -> bool:
 
 def _is_excluded(config: HRAConfig, path: str) -> bool:
     """Whether `path` is excluded, independent of the targets."""
-    if not _ADAPTER_CHILDREN.isdisjoint(path.split(".")):
+    if not ADAPTER_CHILDREN.isdisjoint(path.split(".")):
         return True
     if config.exclude_modules and _matches(config.exclude_modules, path):
         return True

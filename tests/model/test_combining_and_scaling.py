@@ -82,7 +82,7 @@ def test_fewer_than_two_and_copies_and_only_scales_of_zero_are_refused() -> None
     with refuses(model, r"^combine needs at least two adapters, got \['a'\]\.$"):
         hra_fx.combine(model, ["a"], "new")
     for name in ("c", "d"):
-        with refuses(model, rf"^adapter '{name}': it has trained copies of modules or biases"):
+        with refuses(model, rf"^adapter '{name}': it has trained copies of modules, biases or tokens"):
             hra_fx.combine(model, ["a", name], "new")
     for name in ("a", "b"):
         hra_fx.set_scale(model, name, 0)

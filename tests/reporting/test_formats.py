@@ -118,7 +118,7 @@ def test_json_is_valid_and_has_null_for_what_is_no_number() -> None:
 def test_an_empty_report_has_every_form() -> None:
     for text in (str(report_of()), report_of().to_markdown(), in_notebook(report_of())):
         assert "0 adapted layers" in text
-    lists = ("rows", "skipped", "trained_in_full", "skipped_parameters")
+    lists = ("rows", "skipped", "trained_in_full", "skipped_parameters", "trained_tokens")
     assert json.loads(report_of().to_json()) == {name: [] for name in lists}
 
 

@@ -225,8 +225,8 @@ def refused(model: Any, text: str) -> None:
 def test_trained_copies_are_not_resized(kind: str, fields: dict[str, Any], path: str) -> None:
     refused(
         adapted(kind, **fields).model,
-        rf"^{path}: an adapter has a trained copy of it \(modules_to_save or bias\), which resize_token_embeddings "
-        r"does not resize\. Resize before hra_fx\.transform, or fold or unload first\.$",
+        rf"^{path}: an adapter has a trained copy of it \(modules_to_save, bias or tokens\), which "
+        r"resize_token_embeddings does not resize\. Resize before hra_fx\.transform, or fold or unload first\.$",
     )
 
 
