@@ -3,7 +3,7 @@
     PYTHONPATH=benchmarks:examples python -m learning.sequence             # the runs that the file of results lacks
     PYTHONPATH=benchmarks:examples python -m learning.sequence --table     # its table
 
-Each task is to classify posts of three newsgroups, with a head of its own. After a task, its head is frozen, the
+Each task is to classify posts of three related newsgroups, with a head of its own. After a task, its head is frozen, the
 adapter is folded into the weights (LoRA: merged), and its posts are gone. "Protected" methods keep the main directions
 of the inputs of all earlier tasks.
 """
@@ -37,29 +37,32 @@ from learning.tasks.task import Task
 from learning.training import commit, fit
 
 FILE = RECORDS.with_name("results_sequence.jsonl")
-TASKS, GROUPS, SEEDS = 6, 3, range(5)
+#: Related groups, as numbers of the sorted names. A seed draws the order of the tasks.
+GROUPS = ((1, 2, 5), (3, 4, 12), (6, 7, 8), (11, 13, 14), (16, 17, 18), (0, 15, 19))
+TASKS, SEEDS = len(GROUPS), range(3)
 #: Posts of a task for its directions.
 SAMPLES = 128
-#: Method -> the one that trains, and its learning rates: that of newsgroups-1600, one step lower, and one higher.
+#: Method -> the one that trains, and its learning rates: that of newsgroups-1600, and a third of it.
 SEQUENCES: dict[str, tuple[str, tuple[float, ...]]] = {
-    "head": ("head", (1e-2, 3e-3, 3e-2)),
-    "lora": ("lora", (3e-3, 1e-3, 1e-2)),
-    "lora-protect": ("lora", (3e-3, 1e-3, 1e-2)),
-    "hra-pairs": ("hra-pairs", (1e-2, 3e-3, 3e-2)),
-    "hra-pairs-protect": ("hra-pairs", (1e-2, 3e-3, 3e-2)),
-    "full": ("full", (3e-4, 1e-4, 1e-3)),
+    "head": ("head", (1e-2, 3e-3)),
+    "lora": ("lora", (3e-3, 1e-3)),
+    "lora-protect": ("lora", (3e-3, 1e-3)),
+    "hra-pairs": ("hra-pairs", (1e-2, 3e-3)),
+    "hra-pairs-protect": ("hra-pairs", (1e-2, 3e-3)),
+    "full": ("full", (3e-4, 1e-4)),
 }
 
 
 class Groups(Newsgroups):
     """One task of a sequence."""
 
-    texts: ClassVar[int] = 240
+    texts: ClassVar[int] = 320
+    epochs: ClassVar[int] = 3
 
     def __init__(self, seed: int, place: int, *, tiny: bool = False) -> None:
         """Tokenize the texts of the task at a place of the sequence of a seed, and those held out."""
         Task.__init__(self, seed, tiny=tiny)
-        groups = torch.tensor(random.Random(seed).sample(range(20), TASKS * GROUPS)[place * GROUPS :][:GROUPS])
+        groups = torch.tensor(random.Random(seed).sample(GROUPS, TASKS)[place])
         train, held, test = (16, 4, 8) if tiny else (self.texts, 100, 300)
         texts, labels = texts_of("train")
         order = [
@@ -117,7 +120,7 @@ def run(name: str, seed: int, lr: float, directions: int = DIRECTIONS, *, tiny: 
     kept: dict[str, Tensor] | None = None
     for place, task in enumerate(tasks):
         torch.manual_seed(TASKS * seed + place)  # the same head for each method
-        model.head = nn.Linear(model.encoder.config.hidden_size, GROUPS)
+        model.head = nn.Linear(model.encoder.config.hidden_size, len(GROUPS[0]))
 
         def prepare(optimizer: torch.optim.Optimizer, model: nn.Module, task: Task, place: int = place) -> None:
             nonlocal kept
@@ -203,7 +206,7 @@ def missing(
 ) -> tuple[str, int, float] | None:
     """The next run: all rates of all methods with the first seed, and then the best ones with the other seeds."""
     done = {(one.method, one.seed, one.lr) for one in results if one.directions in (0, directions)}
-    for place in range(3):
+    for place in range(2):
         for name in methods:
             if SEEDS[0] in seeds and (name, SEEDS[0], SEQUENCES[name][1][place]) not in done:
                 return name, SEEDS[0], SEQUENCES[name][1][place]

@@ -47,11 +47,11 @@ def result(name: str, seed: int, lr: float, validation: float, final: float) -> 
 
 def test_other_seeds_run_with_the_rate_that_is_best_with_the_first() -> None:
     results: list[Result] = []
-    for _ in range(4):
+    for _ in range(3):
         planned = missing(results, [0, 1], ["full"], 16)
         assert planned is not None
         results.append(result(*planned, validation=80 - 1e4 * abs(planned[2] - 1e-4), final=0.0))
-    assert [(one.seed, one.lr) for one in results] == [(0, 3e-4), (0, 1e-4), (0, 1e-3), (1, 1e-4)]
+    assert [(one.seed, one.lr) for one in results] == [(0, 3e-4), (0, 1e-4), (1, 1e-4)]
     assert missing(results, [0, 1], ["full"], 16) is None
 
 
