@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 
 from learning import plots
 from learning.keeping import CONTROLS, KEEPING
-from learning.plan import finished, methods_of, seeds_of, untrained
+from learning.plan import SEEDS, finished, methods_of, untrained
 from learning.rates import final_runs
 from learning.records import Record
-from learning.summary import Difference, difference
-from learning.tables import interval, number, spread, table
+from learning.summary import Difference, difference, scores
+from learning.tables import interval, spread, table
 from learning.tasks import TASKS
 from learning.variants import ALL, BASE_OF
 
@@ -28,15 +27,19 @@ Means over the seeds; up and right is better. A line leads from each method to t
 
 ![What is kept over the test score](results_kept.svg)
 """
-ON_TASK = """
-The first columns are means and standard deviations over the seeds. The others are the paired differences to the same
-method without protection, with their 95% intervals; more is better for every metric.
+ON_MEANS = """Means and standard deviations over {seeds} seeds:
+
+"""
+ON_GAINS = """
+Paired differences to the same method without protection, with their 95% intervals; more is better for every metric:
+
 """
 ON_CONTROLS = """
 Other choices, with three seeds: differences to {base} with the same seeds. "80% of the energy" takes as many directions
 for each layer as hold 80% of the energy of its inputs: one in some layers, hundreds in others. "Other samples" are
 tweets in place of tales. "Random directions" are a control of quiet pairs, and "low directions of W" starts the pairs
 in the tenth of the directions with the smallest singular values of the weight.
+
 """
 
 
@@ -61,37 +64,25 @@ def _names(records: Sequence[Record], task: str) -> list[str]:
 
 def _of_task(records: Sequence[Record], task: str) -> str:
     names, methods = _names(records, task), _kept(records, task, KEEPING)
-    before = final_runs(records, task, untrained(task))
-    rows = [["before training", "-", *(spread([run.retention[name] for run in before]) for name in names), "", ""]]
-    for method in methods:
-        runs = final_runs(records, task, method)
-        rows.append(
-            [
-                ALL[method].label,
-                spread([run.test for run in runs if run.test is not None]),
-                *(spread([run.retention[name] for run in runs]) for name in names),
-                *(_against_base(records, task, method, name) for name in ("", names[0])),
-            ]
-        )
-    columns = ["method", TASKS[task].metric, *names, f"difference: {TASKS[task].metric}", f"difference: {names[0]}"]
-    seeds = len(seeds_of(task, methods[0]))
-    text = f"### {task}: what is kept\n{ON_TASK}\nSeeds: {seeds}.\n\n{table(columns, rows)}"
-    return text + _controls(records, task, names)
+    columns = ["method", TASKS[task].metric, *names]
+    means = table(columns, [_means(records, task, method, names) for method in (untrained(task), *methods)])
+    gains = table(columns, [_gains(records, task, method, names) for method in methods if method in BASE_OF])
+    controls = [_gains(records, task, method, names) for method in _kept(records, task, CONTROLS) if method in CONTROLS]
+    text = f"### {task}: what is kept\n\n{ON_MEANS.format(seeds=len(SEEDS))}{means}{ON_GAINS}{gains}"
+    return text + (ON_CONTROLS.format(base=ALL["hra-pairs"].label) + table(columns, controls) if controls else "")
 
 
-def _controls(records: Sequence[Record], task: str, names: Sequence[str]) -> str:
-    rows = [
-        [ALL[method].label, *(_against_base(records, task, method, name) for name in ("", *names))]
-        for method in _kept(records, task, CONTROLS)
-        if method in CONTROLS
-    ]
-    text = ON_CONTROLS.format(base=ALL["hra-pairs"].label)
-    return f"{text}\n{table(['method', TASKS[task].metric, *names], rows)}" if rows else ""
+def _means(records: Sequence[Record], task: str, method: str, names: Sequence[str]) -> list[str]:
+    """Means and standard deviations."""
+    runs = [run for run in final_runs(records, task, method) if run.seed in SEEDS]
+    kept = (spread([run.retention[name] for run in runs]) for name in names)
+    return [ALL[method].label, spread(scores(runs)), *kept]
 
 
-def _against_base(records: Sequence[Record], task: str, method: str, name: str) -> str:
-    """The difference of a method to the one that it changes, in a test score or in what is retained."""
-    return interval(gain_over_base(records, task, method, name)) if method in BASE_OF else "-"
+def _gains(records: Sequence[Record], task: str, method: str, names: Sequence[str]) -> list[str]:
+    """The paired differences of a method to the one that it changes."""
+    gains = (gain_over_base(records, task, method, name) for name in ("", *names))
+    return [ALL[method].label, *map(interval, gains)]
 
 
 def gain_over_base(records: Sequence[Record], task: str, method: str, name: str = "") -> Difference:
@@ -109,6 +100,10 @@ def _value(run: Record, name: str) -> float:
     return run.retention[name] if name else run.test
 
 
-def mean(records: Sequence[Record], task: str, method: str, name: str = "") -> str:
-    """The mean of a test score or of what is retained, for texts."""
-    return number(statistics.mean(_value(run, name) for run in final_runs(records, task, method)))
+def readme_table(records: Sequence[Record], task: str = "language") -> str:
+    """The table of README and of the guide: means and standard deviations."""
+    names = _names(records, task)
+    methods = ("lora", "lora-protect", "lora-rehearse", "hra-pairs", "hra-pairs-protect", "hra-pairs-rehearse")
+    rows = [_means(records, task, method, names) for method in (untrained(task), *methods)]
+    columns = ("perplexity of new posts", *names)
+    return table(["", *(f"{name} {'↓' if name.startswith('perplexity') else '↑'}" for name in columns)], rows)

@@ -3,9 +3,9 @@
     PYTHONPATH=benchmarks:examples python -m learning.sequence             # the runs that the file of results lacks
     PYTHONPATH=benchmarks:examples python -m learning.sequence --table     # its table
 
-Each task is to classify posts of three related newsgroups, with a head of its own. After a task, its head is frozen, the
-adapter is folded into the weights (LoRA: merged), and its posts are gone. "Protected" methods keep the main directions
-of the inputs of all earlier tasks.
+Each task is to classify posts of three related newsgroups, with a head of its own. After a task, its head is frozen,
+the adapter is folded into the weights (LoRA: merged), and its posts are gone. "Protected" methods keep the main
+directions of the inputs of all earlier tasks.
 """
 
 from __future__ import annotations
