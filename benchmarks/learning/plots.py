@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 
 from hra_fx.reporting.plots import GRID, INK, QUIET, new_figure, style, write
-from learning.plan import RANK_SEEDS, RANKS, TASK_NAMES, finished, methods_of, untrained
+from learning.plan import RANK_SEEDS, RANKS, SEEDS, TASK_NAMES, finished, methods_of, untrained
 from learning.rates import RATES_FROM, below, chosen, final_runs, searched
 from learning.records import Record, matched_rank, of
 from learning.tasks import TASKS
@@ -93,27 +93,23 @@ def kept_tasks(records: Sequence[Record]) -> list[str]:
 
 
 def _kept_panel(records: Sequence[Record], task: str, name: str) -> Callable[[Axes], None]:
-    def point(method: str) -> Point:
-        runs = [run for run in final_runs(records, task, method) if name in run.retention]
+    def mark(axes: Axes, method: str, look: str, size: float, fill: str | None = None) -> Point:
+        runs = [run for run in final_runs(records, task, method) if run.seed in SEEDS]
         kept = statistics.fmean(run.retention[name] for run in runs)
-        return statistics.fmean(run.test for run in runs if run.test is not None), kept
+        point = statistics.fmean(run.test for run in runs if run.test is not None), kept
+        color, marker = LOOKS[look]
+        shape = {"marker": marker, "markersize": size, "markerfacecolor": fill or color, "linestyle": "none"}
+        axes.plot(*point, color=color, label=ALL[method].label, **shape)
+        return point
 
     def draw(axes: Axes) -> None:
         for method in KEPT_METHODS:
-            _curve(axes, method, [point(method), point(f"{method}-protect")])
-            color, marker = LOOKS[method]
-            axes.plot(*point(f"{method}-protect"), color=color, marker=marker, markersize=9, label="_")
+            start = mark(axes, method, method, 4.5)
+            end = mark(axes, f"{method}-protect", method, 9)
+            axes.annotate("", end, start, arrowprops={"arrowstyle": "-", "color": LOOKS[method][0]})
             if finished(records, task, f"{method}-rehearse"):
-                axes.plot(
-                    *point(f"{method}-rehearse"),
-                    color=color,
-                    marker=marker,
-                    markersize=6,
-                    markerfacecolor="none",
-                    linestyle="none",
-                    label=ALL[f"{method}-rehearse"].label,
-                )
-        before = final_runs(records, task, untrained(task))[-1].retention[name]
+                mark(axes, f"{method}-rehearse", method, 6, fill="none")
+        before = statistics.fmean(run.retention[name] for run in final_runs(records, task, untrained(task)))
         axes.axhline(before, color=QUIET, linewidth=0.8, linestyle=":", label="before training")
         axes.set_ylabel(name)
         _better_up_and_right(axes, TASKS[task].higher_is_better, not name.startswith("perplexity"))
@@ -289,5 +285,6 @@ def _draw(
             axes.set_axisbelow(True)
             axes.spines[["top", "right"]].set_visible(False)
             labels |= {line.get_label(): line for line in axes.get_lines()}
-        figure.legend(labels.values(), labels.keys(), loc="lower left", ncols=len(labels), frameon=False)
+        wanted = -(-len(labels) // 2) if any(len(label) > 20 for label in labels) else len(labels)
+        figure.legend(labels.values(), labels.keys(), loc="lower left", ncols=wanted, frameon=False)
         return write(figure, file)
