@@ -33,8 +33,6 @@ from hra_fx.training.vectors import Vectors, layers_with_vectors, listed
 
 #: The number of patches of an image that are read at once.
 _PATCHES = 4096
-#: Random numbers of the decompositions, so that the directions do not depend on the state of the generators.
-_SEED = 20240517
 _aten = torch.ops.aten
 _COPIES = (_aten._to_copy.default, _aten.clone.default)
 #: Matrix products: the positions of the two factors.
@@ -66,11 +64,10 @@ def main_directions(
     Warns:
         HRAWarning: some layers have none, so they are not in the result.
     """
-    _check_positive(directions)
-    total = max((one.shape[-1] for one in earlier.values()), default=0) + (0 if batches is None else directions)
-    _check_widths(total, stepped)
+    _check_directions(directions, stepped, earlier, new=batches is not None)
     layers = layers_with_vectors(model)
-    found = {} if batches is None else sketches_of(model, layers, batches, total)
+    most = max((one.shape[-1] for one in earlier.values()), default=0)
+    found = {} if batches is None else sketches_of(model, layers, batches, most + directions)
     if bad := next((layers[layer] for layer, sketch in found.items() if not sketch.is_finite), None):
         raise AdapterError(f"{bad}: its inputs contain NaN or infinite values, so they have no main directions.")
     dtype = max((one.tensor.dtype for one in stepped), key=lambda one: one.itemsize)
@@ -78,7 +75,7 @@ def main_directions(
     for layer, sketch in found.items():
         key = sketch, id(earlier.get(layer))
         if key not in made:
-            made[key] = sketch.basis(earlier.get(layer)).to(dtype)
+            made[key] = sketch.basis(directions, earlier.get(layer)).to(dtype)
     bases = {**earlier, **{layer: made[sketch, id(earlier.get(layer))] for layer, sketch in found.items()}}
     bases = {layer: basis for layer, basis in bases.items() if bool(basis.any())}
     seen = bases if batches is None else found.keys() & bases.keys()
@@ -91,14 +88,14 @@ def main_directions(
     return bases
 
 
-def _check_positive(directions: Any) -> None:
+def _check_directions(
+    directions: Any, stepped: Iterable[Vectors], earlier: Mapping[nn.Module, Tensor], *, new: bool
+) -> None:
+    """Check the number of directions, with those of earlier calls, for the vectors that an optimizer updates."""
     if isinstance(directions, bool) or not isinstance(directions, int) or directions < 1:
         raise ConfigError(f"`directions` must be a positive int, got {directions!r}.")
-
-
-def _check_widths(total: int, stepped: Iterable[Vectors]) -> None:
-    """Check the number of directions, with those of earlier calls, for the vectors that an optimizer updates."""
     for one in stepped:
+        total = (directions if new else 0) + (earlier[one.layer].shape[-1] if one.layer in earlier else 0)
         if not one.is_flat and 2 * total > one.tensor.shape[-2]:
             raise ConfigError(
                 f"`directions` must be at most half of the width of each layer, got {total} for {one.path} of width "
@@ -115,14 +112,14 @@ def sketches_of(
     arguments, or a mapping of keyword arguments.
 
     Raises:
-        AdapterError: `batches` is empty.
+        AdapterError: `batches` is empty, or a single batch.
     """
+    if isinstance(batches, (Mapping, Tensor)):
+        raise AdapterError(f"`batches` must be an iterable of batches, got one batch ({type(batches).__name__}).")
     device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), torch.device("cpu"))
-    with preserve_rng_state():
-        torch.manual_seed(_SEED)
-        found = _collected(model, layers, batches, directions, device)
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            _merge_processes(found, list(layers), directions, device)
+    found = _collected(model, layers, batches, directions, device)
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        _merge_processes(found, list(layers), directions, device)
     return found
 
 
@@ -167,7 +164,7 @@ def _merge_processes(
             part.values = torch.empty_like(sketch.values)
         distributed.all_gather([part.values for part in parts], sketch.values.contiguous())
         sketch.values = merged(parts).values
-        distributed.broadcast(sketch.values, src=0)  # random numbers of devices may differ
+        distributed.broadcast(sketch.values, src=0)  # the processes may round differently
 
 
 def _to(value: Any, device: torch.device) -> Any:
@@ -193,7 +190,7 @@ def _base_model(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         model.eval()
         torch.backends.mha.set_fastpath_enabled(False)  # a single operator for the whole attention
-        for block in (torch.no_grad(), torch.compiler.set_stance("force_eager")):
+        for block in (preserve_rng_state(), torch.no_grad(), torch.compiler.set_stance("force_eager")):
             stack.enter_context(block)
         stack.enter_context(eager_experts(model))
         stack.enter_context(without_peft_adapters(model.modules()))

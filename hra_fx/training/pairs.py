@@ -228,7 +228,8 @@ class _Pairs:
         for layer, path, tensor, *_ in found:
             if path not in reasons and tensor.grad is not None:
                 quiet = [self.quiet[layer]] if layer in self.quiet else []
-                key = tensor.shape, local_tensor(tensor).shape, tensor.dtype, tensor.device, len(quiet)
+                shapes = tuple(one.shape for one in (tensor, local_tensor(tensor), *quiet))
+                key = shapes, tensor.dtype, tensor.device
                 alike[key][0].append(tensor)
                 alike[key][1].extend(quiet)
         made = [PairBatch(tensors, self.difference, quiet) for tensors, quiet in alike.values()]

@@ -70,8 +70,8 @@ def protect(
         model: a transformed model, or a model with PEFT's HRA layers; wrapped or not.
         batches: an iterable of batches, such as a DataLoader. A batch is what the model takes: a mapping of keyword
             arguments, a tuple or list of positional arguments, or a tensor. None protects only `previous`.
-        directions: the number of directions in each layer. With those of `previous`, at most half of the width of its
-            inputs.
+        directions: the number of new directions in each layer. With those of `previous`, at most half of the width of
+            its inputs.
         previous: what a call returned for the same layers. Its directions are protected too, and the new ones are
             orthogonal to them.
 
@@ -109,9 +109,7 @@ def protect(
     bases = main_directions("protect", inner, stepped, batches, directions, earlier)
     _check_ranks(stepped, bases)
     protection = _KNOWN.get(optimizer) or _install(optimizer, directions)
-    protection.layers.update({layer: layers[layer] for layer in bases})
-    protection.bases.update(bases)
-    protection.start()
+    protection.replace(layers, bases)
     return {path: bases[layer] if layer in bases else torch.zeros(*_shape(layer), 0) for layer, path in layers.items()}
 
 
@@ -149,6 +147,8 @@ def _earlier(previous: Mapping[str, Tensor] | None, layers: Mapping[Any, str]) -
     """Layer -> its directions in `previous`, where the vectors are."""
     if previous is None:
         return {}
+    if not isinstance(previous, Mapping) or not all(isinstance(one, Tensor) for one in previous.values()):
+        raise AdapterError("`previous` must be what protect returned, a dictionary of paths and tensors.")
     if unequal := sorted(previous.keys() ^ set(layers.values())):
         raise AdapterError(
             "`previous` must be what protect returned for the same layers. These are only in `previous` or only in the "
@@ -156,20 +156,36 @@ def _earlier(previous: Mapping[str, Tensor] | None, layers: Mapping[Any, str]) -
         )
     for layer, path in layers.items():
         basis, wanted = previous[path], _shape(layer)
-        if basis.shape[:-1] != wanted:
+        if basis.dim() != len(wanted) + 1 or basis.shape[:-1] != wanted:
             raise AdapterError(
-                f"{path}: `previous` has a tensor of shape {tuple(basis.shape)}, but must have {wanted} and the number "
-                "of directions. Pass what protect returned for the same layers."
+                f"{path}: `previous` has a tensor of shape {tuple(basis.shape)}, but must have shape "
+                f"{(*wanted, 'directions')}. Pass what protect returned for the same layers."
             )
-        inner = (basis.mT @ basis).double().cpu()
+        inner = (basis.double().mT @ basis.double()).cpu()
         if not torch.allclose(inner @ inner, inner, atol=1e-5):
-            raise AdapterError(f"{path}: the columns in `previous` are not orthonormal. Pass what protect returned.")
-    return {layer: previous[path].to(next(iter(layer.hra_u.values())).device) for layer, path in layers.items()}
+            raise AdapterError(
+                f"{path}: the columns in `previous` ({str(basis.dtype).removeprefix('torch.')}) are not orthonormal. "
+                "Pass what protect returned, with its dtype."
+            )
+    made = {id(basis): _columns(basis) for basis in previous.values()}  # layers with the same input share one tensor
+    return {layer: made[id(previous[path])].to(_vectors(layer).device) for layer, path in layers.items()}
+
+
+def _columns(basis: Tensor) -> Tensor:
+    """A basis without columns that are zero (for all experts), so that they do not count."""
+    used = basis.detach().flatten(0, -2).any(dim=0)
+    return basis.detach()[..., used]
+
+
+def _vectors(layer: Any) -> Tensor:
+    """The vectors of any adapter of a layer."""
+    vectors: Tensor = next(iter(layer.hra_u.values()))
+    return vectors
 
 
 def _shape(layer: Any) -> tuple[int, ...]:
     """`(d,)` or `(experts, d)`."""
-    return tuple(next(iter(layer.hra_u.values())).shape[:-1])
+    return tuple(_vectors(layer).shape[:-1])
 
 
 def _check_ranks(found: list[Vectors], bases: Mapping[nn.Module, Tensor]) -> None:
@@ -216,7 +232,8 @@ class _Protection:
     """Projects the vectors that one optimizer updates.
 
     Attributes:
-        layers: protected layer (a weak reference) -> its path.
+        known: layer of a model that it was called for (a weak reference) -> its path.
+        layers: protected layer -> its path.
         bases: protected layer -> its directions `(d, k)` or `(experts, d, k)`.
         stacked: the directions of the vectors of a batch, by the ids of the layers.
         hook: the handle of the hook after each step.
@@ -224,10 +241,23 @@ class _Protection:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = weakref.ref(optimizer)
+        self.known: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self.layers: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self.bases: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
         self.stacked: dict[Any, Tensor] = {}
         self.hook: Any = None
+
+    def replace(self, layers: Mapping[nn.Module, str], bases: Mapping[nn.Module, Tensor]) -> None:
+        """Protect these directions of the layers of a model, and no others."""
+        self.known.update(layers)
+        for one in stepped_vectors(layers, self._optimizer()):
+            _PROTECTED.get(one.layer, {}).pop(one.path.rpartition(".")[2], None)
+        for layer, path in layers.items():
+            self.layers.pop(layer, None)
+            self.bases.pop(layer, None)
+            if layer in bases:
+                self.layers[layer], self.bases[layer] = path, bases[layer]
+        self.start()
 
     @torch.no_grad()
     def start(self) -> None:
@@ -277,13 +307,17 @@ class _Protection:
                 "start without the state."
             )
         saved: dict[str, Tensor] = state.get(KEY, {})
-        for layer, path in self.layers.items() if saved else ():
-            if path not in saved or saved[path].shape[:-1] != self.bases[layer].shape[:-1]:
+        paths = {path: layer for layer, path in self.known.items()}
+        for path in {*saved, *self.layers.values()} if saved else ():
+            if path not in saved or path not in paths or saved[path].shape[:-1] != _shape(paths[path]):
                 raise AdapterError(
-                    f"{path}: the state has no protected directions for this layer. Call protect with the model as it "
-                    "was when the state was saved, with or without a wrapper, or start without the state."
+                    f"{path}: the state and the model do not have protected directions for the same layer. Call "
+                    "protect with the model as it was when the state was saved, with or without a wrapper, or start "
+                    "without the state."
                 )
-        self.bases.update({layer: saved[path].to(self.bases[layer]) for layer, path in self.layers.items() if saved})
+        for path, basis in saved.items():
+            layer = paths[path]
+            self.layers[layer], self.bases[layer] = path, basis.to(_vectors(layer).device)
         self.start()
 
 

@@ -31,7 +31,7 @@ def inputs() -> Tensor:
 def test_the_directions_hold_nearly_the_energy_of_the_best_ones(processes: int) -> None:
     x = inputs()
     best = torch.linalg.eigh(x.double().T @ x.double()).eigenvectors[:, -16:]
-    basis = merged([made(part, 16) for part in x.chunk(processes)]).basis()
+    basis = merged([made(part, 16) for part in x.chunk(processes)]).basis(16)
     torch.testing.assert_close(basis.T @ basis, torch.eye(16).double())
     assert energy(x, basis) > 0.99 * energy(x, best)
 
@@ -39,6 +39,18 @@ def test_the_directions_hold_nearly_the_energy_of_the_best_ones(processes: int) 
 def test_few_independent_vectors_are_in_the_span() -> None:
     torch.manual_seed(0)
     x = (100 ** torch.randn(100, 5).double()) @ torch.randn(5, 384).double()
-    basis = made(x, 16).basis()
+    basis = made(x, 16).basis(16)
     assert int(basis.any(dim=0).sum()) == 5
     torch.testing.assert_close(x @ basis @ basis.T, x)
+
+
+def test_vectors_in_the_span_of_earlier_directions_give_no_new_ones() -> None:
+    torch.manual_seed(0)
+    first, second = torch.randn(2, 4, 256)
+    earlier = made(first, 8).basis(8).float()[:, :4]
+    basis = made(torch.cat([first, second]), 12).basis(8, earlier)
+    used = basis[:, basis.any(dim=0)]
+    assert used.shape[1] == 8
+    torch.testing.assert_close(used.T @ used, torch.eye(8).double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(second.double() @ used @ used.T, second.double(), atol=1e-5, rtol=1e-5)
+    assert not made(first, 12).basis(8, earlier)[:, 4:].any()

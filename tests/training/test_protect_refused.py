@@ -66,7 +66,7 @@ def test_adapters_that_do_not_act_as_they_are_and_other_paths_are_refused() -> N
     hra_fx.protect(optimizer, model, [x], 2)
     wrapped = torch.optim.AdamW(optimizer.param_groups[0]["params"])
     hra_fx.protect(wrapped, nn.Sequential(model), [nn.functional.pad(x, (0, 0))], 2)
-    with pytest.raises(AdapterError, match=r"^0\.0: the state has no protected directions for this layer"):
+    with pytest.raises(AdapterError, match=r"do not have protected directions for the same layer"):
         wrapped.load_state_dict(optimizer.state_dict())
     model.double()(x.double()).sum().backward()
     optimizer.step()  # in the new dtype
