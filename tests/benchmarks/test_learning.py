@@ -20,7 +20,7 @@ from learning.plan import RANKS, SEEDS, TASK_NAMES, Run, methods_of, missing
 from learning.rates import chosen, final_runs, means, searched
 from learning.records import FILE, Record, read, write
 from learning.running import run_all
-from learning.summary import difference, scores
+from learning.summary import difference
 from learning.tasks import TASKS
 from learning.tasks.language import config
 from learning.tasks.task import Task
@@ -178,7 +178,6 @@ def test_docs_results_md_follows_from_docs_results_json() -> None:
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = " ".join((ROOT / "docs" / "training.md").read_text().split())
-README = (ROOT / "README.md").read_text()
 TWO = ("lora", "hra-pairs")
 
 
@@ -197,12 +196,6 @@ def test_what_the_guide_says_of_rates(records: list[Record]) -> None:
     assert all(abs(pairs[lr] / lora[lr] - 1) < 0.03 for lr in (1e-3, 3e-3, 5.5e-3))
     assert f"At 3e-2, pairs end at {pairs[3e-2]:.0f}, and LoRA diverges" in GUIDE
     assert lora[3e-2] > 1000
-
-
-def test_what_the_readme_says_of_several_passes(records: list[Record]) -> None:
-    found = [statistics.mean(scores(final_runs(records, "language-4-passes", method))) for method in TWO]
-    said = "After four passes at the rate that was best for LoRA in one pass, it is"
-    assert f"{said} {found[0]:.0f} with LoRA and {found[1]:.0f} with HRA in pairs" in README
 
 
 def test_what_a_wrong_rate_costs() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from pathlib import Path
 
 import features
@@ -10,11 +11,14 @@ import pytest
 import transformers
 from documents import ROOT, python_blocks
 from integrations.trl_use.runs import base_model, tokenizer
+from learning import kept
 from learning.page import comparison_table, readme_table
+from learning.plan import SEEDS
+from learning.rates import final_runs
 from learning.records import read
-from learning.summary import retention_gain
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 COMPARISON = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
 PROGRAMS = [block.text for block in python_blocks(ROOT / "README.md")]
 PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
@@ -43,8 +47,28 @@ def test_it_is_short_and_its_results_are_those_of_the_records() -> None:
     assert len(README.splitlines()) <= 160
     assert readme_table(read()) in README, "write the table of learning.page.readme_table(read())"
     assert comparison_table(read()) in COMPARISON, "write the table of learning.page.comparison_table(read())"
-    found = retention_gain(read(), "language", "hra-pairs", "lora", "facts, %")
-    assert f"keeps {found.mean:.0f} ± {found.half:.0f} points more of the facts" in README and found.mean > 0
+    assert kept.readme_table(read()) in README, "write the table of learning.kept.readme_table(read())"
+    assert kept.readme_table(read()) in GUIDE, "the same in docs/training.md"
+
+
+def test_what_it_says_of_protection() -> None:
+    def mean(method: str, name: str) -> float:
+        runs = [run for run in final_runs(read(), "language", method) if run.seed in SEEDS]
+        return statistics.mean(run.retention[name] for run in runs)
+
+    tales, tweets = (
+        [mean(method, f"perplexity of {name}") for method in ("base", "hra-pairs", "hra-pairs-protect")]
+        for name in ("tales", "tweets")
+    )
+    cost = kept.gain_over_base(read(), "language", "hra-pairs-protect")
+    assert (
+        f"rises from {tales[0]:.0f} to {tales[1]:.0f}. With other tales protected, it ends at {tales[2]:.0f}" in README
+    )
+    assert f"tweets end at {tweets[2]:.0f} instead of {tweets[1]:.0f} ({tweets[0]:.0f} before training)" in README
+    assert f"The new posts cost {-cost.mean:.0f} ± {cost.half:.0f} points" in README
+    runs = [[run.test for run in final_runs(read(), "language", method)] for method in ("hra-pairs", "lora")]
+    pairs, lora = (statistics.mean(score for score in scores if score is not None) for scores in runs)
+    assert f"HRA has {100 * (pairs / lora - 1):.0f}% more perplexity" in README and pairs > lora
 
 
 def test_the_speeds_are_those_of_the_benchmark() -> None:
@@ -62,7 +86,7 @@ def test_the_speeds_are_those_of_the_benchmark() -> None:
 
 
 def test_every_other_number_with_a_fraction_is_a_version() -> None:
-    told = PROSE.replace(readme_table(read()), "").replace(section("Speed"), "")
+    told = PROSE.replace(readme_table(read()), "").replace(kept.readme_table(read()), "").replace(section("Speed"), "")
     told = re.sub(r"^- \*\*Costs what LoRA costs\.\*\*.*$", "", told, flags=re.MULTILINE)
     told = re.sub(r"!?\[[^\]]*\]\([^)]*\)|(Python|torch|transformers) \d+\.\d+\+?", "", told)
     assert re.findall(r"\d+\.\d+", told) == []
