@@ -100,9 +100,9 @@ def writes_parameters(model: nn.Module) -> bool:
     return any(name in names and _is_write(chain[place + 1 :]) for chain in chains for place, name in enumerate(chain))
 
 
-def reads_weight_of(names: Collection[str], classes: Collection[type[nn.Module]]) -> bool:
-    """Whether code of these classes reads or writes values of the weight of a layer with one of these names."""
-    return any(_is_read(use) or _is_write(use) for use in _uses_of(names, classes))
+def writes_weight_of(names: Collection[str], classes: Collection[type[nn.Module]]) -> bool:
+    """Whether code of these classes writes into the weight of a layer with one of these names."""
+    return any(map(_is_write, _uses_of(names, classes)))
 
 
 def _uses_of(names: Collection[str], classes: Collection[type[nn.Module]]) -> set[Chain]:

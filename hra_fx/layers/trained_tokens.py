@@ -2,7 +2,7 @@
 
 The child `<embedding>.hra_tokens` has the rows and their token indices. For the base model both are empty; those of an
 adapter are trained copies of them (`Copies`), which are switched with it. An output layer that is tied to the embedding
-reads the same rows.
+reads the same rows. Code that reads the weight of either, as TRL's fused loss does, gets a copy with the rows.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hra_fx.functional.householder import working_dtype
 from hra_fx.layers.class_swap import SwapMixin, original_class
 from hra_fx.layers.target import TOKENS
+from hra_fx.layers.weight import is_parameter, weight_property
 
 #: PEFT's names of the tensors.
 ROWS = "trainable_tokens_delta"
@@ -43,15 +44,17 @@ class TrainedTokens(SwapMixin):
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """Replace the outputs of trained tokens in the forward of `base`."""
+        """Replace the outputs of trained tokens in the forward of `base`, and the property `weight`."""
         replaced = _looked_up if issubclass(base, nn.Embedding) else _projected
 
         @functools.wraps(base.forward)
         def forward(self: nn.Module, input: Tensor) -> Any:
-            output, rows = base.forward(self, input), token_rows(self)
-            return output if rows is None or not len(rows.token_indices) else replaced(self, rows, input, output)
+            rows = token_rows(self)
+            if rows is None or not len(rows.token_indices):
+                return base.forward(self, input)
+            return replaced(self, rows, input)
 
-        return {"forward": forward}
+        return {"forward": forward, "weight": weight_property("weight", _weight)}
 
 
 def token_rows(layer: nn.Module) -> TokenRows | None:
@@ -72,17 +75,34 @@ def plain_forward(layer: nn.Module) -> bool:
         return torch.equal(own.forward(layer, tokens), _scaled(layer, layer.weight[tokens]))
 
 
-def _looked_up(self: nn.Module, rows: TokenRows, input: Tensor, output: Tensor) -> Tensor:
+def _parameter(layer: nn.Module) -> Any:
+    """The weight without trained rows. FSDP1 and DataParallel set a plain attribute."""
+    held = layer.__dict__.get("weight")
+    return nn.Module.__getattr__(layer, "weight") if held is None else held
+
+
+def _weight(layer: nn.Module) -> Any:
+    """The weight for code that reads it: with the trained rows while the model runs, and otherwise the parameter."""
+    weight, rows = _parameter(layer), token_rows(layer)
+    if rows is None or not len(rows.token_indices) or is_parameter(layer, weight):
+        return weight
+    return weight.index_copy(0, rows.token_indices, rows.trainable_tokens_delta.to(weight.dtype))
+
+
+def _looked_up(self: Any, rows: TokenRows, input: Tensor) -> Tensor:
     found = input[..., None] == rows.token_indices  # (..., n)
+    output = F.embedding(input, _parameter(self), self.padding_idx, sparse=self.sparse)
     values = F.embedding(found.byte().argmax(-1), rows.trainable_tokens_delta).to(output.dtype)
-    return torch.where(found.any(-1, keepdim=True), _scaled(self, values), output)
+    return _scaled(self, torch.where(found.any(-1, keepdim=True), values, output))
 
 
-def _projected(self: Any, rows: TokenRows, input: Tensor, output: Tensor) -> Tensor:
+def _projected(self: Any, rows: TokenRows, input: Tensor) -> Tensor:
     """Replace the logits of trained tokens: as cheap as `n` rows, where a new weight would be as large as the old."""
-    bias = None if self.bias is None else self.bias[rows.token_indices]
-    logits = F.linear(input, rows.trainable_tokens_delta.to(self.weight.dtype), bias)
-    return output.index_copy_(-1, rows.token_indices, logits.to(output.dtype))
+    weight, indices = _parameter(self), rows.token_indices
+    bias = None if self.bias is None else self.bias[indices]
+    logits = F.linear(input, rows.trainable_tokens_delta.to(weight.dtype), bias)
+    output = F.linear(input, weight, self.bias)
+    return output.index_copy_(-1, indices, logits.to(output.dtype))
 
 
 def _scaled(embedding: nn.Module, values: Tensor) -> Tensor:

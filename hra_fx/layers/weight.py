@@ -2,23 +2,26 @@
 
 While a model runs, the weight of an adapted layer reads as `W Q`, a plain tensor with gradients, because attention,
 Swin, Mamba and others use weights without calling their layers. At any other time it is the parameter `W`, as in PEFT:
-optimizers, loaders, and code that moves or ties weights need the parameter.
+optimizers, loaders, and code that moves or ties weights need the parameter. The same holds for a weight with trained
+rows (`hra_fx.layers.trained_tokens`).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from hra_fx import compat
 from hra_fx.errors import AdapterError
 from hra_fx.layers.accelerate_hooks import loaded, offloading_hook
-from hra_fx.layers.class_swap import SwapMixin
+from hra_fx.layers.class_swap import SwapMixin, mixins_of, original_class, swap, unswap
 from hra_fx.layers.quantized import quant_scheme_of
+from hra_fx.layers.readers import reads_weights
 from hra_fx.layers.running import RUNNING, WITHOUT_FACTORS, during
 from hra_fx.layers.sharding import call, is_dtensor
 from hra_fx.layers.target import REFLECTION, weight_place
@@ -37,7 +40,7 @@ def effective_weight(layer: nn.Module) -> Tensor:
         `W Q` for the active adapters, in the shape and dtype of the weight: `(out, d)` for a Linear, `(out, in/groups,
         ...)` for a convolution, `(d, out)` for transformers' `Conv1D`, `in_proj_weight` for `nn.MultiheadAttention`,
         `(experts, ...)` for experts. A quantized weight is dequantized. If no adapter acts, or adapters are merged, it
-        is the weight itself.
+        is the weight itself. Rows of trained tokens are in it.
 
     Raises:
         AdapterError: `layer` has no weight, or this process has only a shard of it.
@@ -53,7 +56,7 @@ def effective_weight(layer: nn.Module) -> Tensor:
     adapters: Any = layer._modules.get(REFLECTION) if isinstance(layer, nn.Module) else None
     if adapters is None:
         weight = getattr(layer, "in_proj_weight", None) if isinstance(layer, nn.MultiheadAttention) else None
-        weight = getattr(layer, "weight", None) if weight is None else weight
+        weight = during(WITHOUT_FACTORS, getattr, layer, "weight", None) if weight is None else weight
         if not isinstance(weight, Tensor):
             raise AdapterError(f"`layer` must be a module with a weight, got {type(layer).__name__}.")
         return weight
@@ -69,12 +72,12 @@ def effective_weight(layer: nn.Module) -> Tensor:
         return rotated.to(base.dtype) if base.is_floating_point() else rotated
 
 
-def weight_property(name: str) -> property:
-    """The property `layer.<name>` of an adapted layer. The parameter itself stays in `_parameters`."""
+def weight_property(name: str, value: Callable[[nn.Module], Any] | None = None) -> property:
+    """The property `layer.<name>`, by default that of an adapted layer. The parameter itself stays in `_parameters`."""
 
     def read(self: nn.Module) -> Any:
         try:
-            return read_weight(self)
+            return (value or read_weight)(self)
         except AttributeError as error:  # Python would call nn.Module.__getattr__, which returns W
             if REFLECTION not in self._modules or not _has_weight(self):
                 raise
@@ -101,20 +104,28 @@ def read_weight(layer: nn.Module, rotated: Callable[..., Any] | None = None) -> 
     if adapters is None or not _has_weight(layer):  # `parallelize_module` sets adapters aside while it splits a weight
         return nn.Module.__getattr__(layer, weight_place(layer)[1])
     base = adapters.weight_of(layer)
-    is_traced = torch.compiler.is_compiling() or compat.is_fx_tracing()
-    is_running = RUNNING.run is not None or compat.is_in_backward()  # a checkpointed block runs again in the backward
-    if not is_traced and (not is_running or _must_be_parameter(layer, adapters, base)):
+    if is_parameter(layer, base) or adapters.needs_parameter:
         return base
-    if adapters.needs_parameter or not (is_traced or adapters.acts):
-        return base
-    if is_traced:
+    if _is_traced():
         return call(adapters, weight=base)
+    if not adapters.acts:
+        return base
     if adapters.reflects_input:
         adapters.is_read = True
     return call(adapters, weight=base) if rotated is None else rotated(layer)
 
 
-def _must_be_parameter(layer: nn.Module, adapters: Any, base: Any) -> bool:
+def is_parameter(layer: nn.Module, base: Any) -> bool:
+    """Whether `layer.weight` is the parameter now. A checkpointed block runs again in the backward."""
+    is_running = RUNNING.run is not None or compat.is_in_backward()
+    return not _is_traced() and (not is_running or _must_be_parameter(layer, base))
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or compat.is_fx_tracing()
+
+
+def _must_be_parameter(layer: nn.Module, base: Any) -> bool:
     """Whether code that reads a weight inside of a forward moves or shards the parameter.
 
     accelerate's hook reads and replaces the weight of an offloaded layer by its name, and so does FSDP1. FSDP2 reads
@@ -136,6 +147,17 @@ class ReadsWeights(SwapMixin):
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
         """Wrap `forward` of `base`."""
         return {"forward": running(base.forward)}
+
+
+def mark_readers(owners: Iterable[nn.Module], undo: ExitStack) -> None:
+    """Swap the classes of the modules that read weights of other modules in their code."""
+    for owner in owners:
+        # fx creates a class for each graph.
+        if isinstance(owner, fx.GraphModule) or REFLECTION in owner._modules or ReadsWeights in mixins_of(owner):
+            continue
+        if reads_weights(original_class(owner)):
+            undo.callback(unswap, owner, ReadsWeights)
+            swap(owner, ReadsWeights)
 
 
 def running(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,15 +17,15 @@ from hra_fx.layers.accelerate_hooks import keep_loaded
 from hra_fx.layers.adapted_experts import attach, detach
 from hra_fx.layers.adapted_layer import adapt_class, restore_class
 from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
-from hra_fx.layers.class_swap import mixins_of, original_class, set_class, swap, unswap
+from hra_fx.layers.class_swap import mixins_of, original_class, set_class
 from hra_fx.layers.experts_weight import ExpertsWeight
-from hra_fx.layers.readers import needs_parameter, reads_weights, why_lost
+from hra_fx.layers.readers import needs_parameter, why_lost
 from hra_fx.layers.sharding import is_dtensor
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.tensor_parallel import replicate
 from hra_fx.layers.trained_copies import all_copies
 from hra_fx.layers.variants import adapters_for
-from hra_fx.layers.weight import ReadsWeights
+from hra_fx.layers.weight import mark_readers
 from hra_fx.model.graph_module import remove_reflections, rewrite
 from hra_fx.model.state import (
     AdapterState,
@@ -134,11 +134,7 @@ def _mark_readers(modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Modu
                 f"{path} ({type(layer).__name__}): {written}. Leave it out with exclude_modules."
             )
         adapters.needs_parameter = needs_parameter(names, classes)
-    for owner in owners:
-        # fx creates a class for each graph.
-        if not isinstance(owner, fx.GraphModule) and not is_adapted(owner) and reads_weights(original_class(owner)):
-            undo.callback(unswap, owner, ReadsWeights)
-            swap(owner, ReadsWeights)
+    mark_readers(owners, undo)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:

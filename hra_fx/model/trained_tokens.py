@@ -14,10 +14,11 @@ from hra_fx.config import HRAConfig
 from hra_fx.errors import SelectionError, UnsupportedLayerError
 from hra_fx.layers.accelerate_hooks import has_class_forward, offloading_hook
 from hra_fx.layers.class_swap import original_class, swap, unswap
-from hra_fx.layers.readers import reads_weight_of
+from hra_fx.layers.readers import writes_weight_of
 from hra_fx.layers.target import ADAPTER_CHILDREN, REFLECTION, TOKENS
 from hra_fx.layers.trained_copies import BASE, Copies, get_copies
 from hra_fx.layers.trained_tokens import INDICES, ROWS, TokenRows, TrainedTokens, plain_forward, token_rows
+from hra_fx.layers.weight import mark_readers
 from hra_fx.model.tied import tied_to
 
 _FIELD = "trainable_token_indices"
@@ -100,8 +101,8 @@ def _check(model: nn.Module, layers: dict[str, nn.Module], tied: Iterable[str], 
         if reason is None and (name := next((name for name in tied if not name.endswith(".weight")), None)):
             reason = f"it shares memory with {name}, which is not the weight of a layer"
         names, classes = {path.rpartition(".")[2]}, {original_class(part) for part in model.modules()}
-        if reason is None and reads_weight_of(names, classes):
-            reason = "the code of the model uses its weight without calling it"
+        if reason is None and writes_weight_of(names, classes):
+            reason = "the code of the model writes into its weight"
         if reason is not None:
             raise UnsupportedLayerError(
                 f"{path} ({type(layer).__name__}): {reason}, so {_FIELD} cannot train some of its tokens. To train "
@@ -153,9 +154,17 @@ def attach_tokens(
                 vars(layer)[TOKENS] = (rows,)  # not a child: the tensors have one name
             for layer in place.layers:
                 swap(layer, TrainedTokens)
+            mark_readers([part for part in model.modules() if not set(place.layers).isdisjoint(part.modules())], undo)
         wanted[place.path] = rows, (ROWS, INDICES)
         values |= {(place.path, name): value for name, value in place.start.items()}
     return wanted, values
+
+
+def without_rows(model: nn.Module, config: HRAConfig, adapter: str) -> list[str]:
+    """The paths of embeddings of a configuration that have no rows of the adapter, because they were replaced."""
+    named = _named(model, config, dict(state_modules(model))) if config.trainable_token_indices else ()
+    rows: dict[str, Any] = {path: token_rows(layer) for path, layer, _ in named}
+    return [path for path, own in rows.items() if own is None or adapter not in getattr(get_copies(own), "copied", ())]
 
 
 def detach_tokens(model: nn.Module) -> None:

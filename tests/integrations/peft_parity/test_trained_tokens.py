@@ -160,14 +160,51 @@ def test_each_adapter_has_its_own_tokens(tmp_path: Path) -> None:
 
 
 class Reads(nn.Module):
-    """Its output layer is the embedding, which it does not call."""
+    """It reads the weight of its output layer and does not call the layer, as the fused losses of TRL and Liger do."""
 
-    def __init__(self) -> None:
+    def __init__(self, tied: bool = True) -> None:
         super().__init__()
-        self.embed_tokens, self.fc = nn.Embedding(50, 6), nn.Linear(6, 6)
+        torch.manual_seed(0)
+        self.embed_tokens, self.fc, self.lm_head = nn.Embedding(50, 6), nn.Linear(6, 6), nn.Linear(6, 50, bias=False)
+        if tied:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.fc(self.embed_tokens(ids)) @ self.embed_tokens.weight.T
+        weight: Any = self.get_output_embeddings().weight
+        return self.fc(self.embed_tokens(ids)) @ weight.T
+
+
+class Writes(Reads):
+    def forward(self, ids: Tensor) -> Tensor:
+        self.lm_head.weight.clamp_(max=1.0)
+        return super().forward(ids)
+
+
+@pytest.mark.parametrize("tokens", [{"embed_tokens": NEW}, {"embed_tokens": NEW, "lm_head": [7, 41]}])
+def test_code_that_reads_the_weight(tokens: dict[str, list[int]]) -> None:
+    """The folded model, whose weights are trained in full, has the same outputs and gradients."""
+    base = nn.Sequential(Reads(tied="lm_head" not in tokens), nn.Linear(50, 8))
+    model: Any = hra_fx.transform(copy.deepcopy(base), config("1", r=2, trainable_token_indices=tokens))
+    randomise_all(model, "default", 1)
+    dense: Any = hra_fx.fold(copy.deepcopy(model)).requires_grad_(True)
+    pairs = ((model, dense), (model[0], dense[0]), (torch.compile(model, backend="eager"), dense))
+    for mine, theirs in pairs:  # the second is a part that is called alone
+        outputs = mine(IDS), theirs(IDS)
+        torch.testing.assert_close(*outputs, **CLOSE)
+        for one, output in zip((model, dense), outputs, strict=True):
+            one.zero_grad()
+            output.square().sum().backward()
+        for name, indices in tokens.items():
+            rows = model[0].get_submodule(name).hra_tokens.trainable_tokens_delta
+            torch.testing.assert_close(rows.grad, dense[0].get_submodule(name).weight.grad[indices], **CLOSE)
+    head = model[0].lm_head
+    assert head.weight is head._parameters["weight"]
+    torch.testing.assert_close(hra_fx.effective_weight(head), dense[0].lm_head.weight, rtol=0, atol=0)
+    with hra_fx.disable_adapters(model):
+        torch.testing.assert_close(model(IDS), base(IDS), rtol=0, atol=0)
 
 
 def limited() -> nn.Module:
@@ -183,7 +220,7 @@ def limited() -> nn.Module:
         (llama, {"q_proj": [1]}, {}, "an adapter reflects it (target_modules)"),
         (llama, [1], {"modules_to_save": ["embed_tokens"]}, "tokens of it are trained (trainable_token_indices)"),
         (MODELS["tied"], {"lm_head": [1], "embed_tokens": [2]}, {}, "both must have the same tokens"),
-        (Reads, [1], {"target_modules": ["fc"]}, "the code of the model uses its weight without calling it"),
+        (Writes, [1], {"target_modules": ["fc"]}, "the code of the model writes into its weight"),
         (limited, {"0": [1]}, {"target_modules": ["1"]}, "it has max_norm"),
     ],
 )
@@ -193,7 +230,8 @@ def test_refused(model: Any, tokens: Any, fields: dict[str, Any], reason: str) -
 
 
 def test_what_cannot_have_tokens_says_so(tmp_path: Path) -> None:
-    model, path = ours("tied", NEW), str(tmp_path / "a")
+    model, replaced, path = ours("tied", NEW), ours("tied", NEW), str(tmp_path / "a")
+    replaced.set_input_embeddings(nn.Embedding(64, 32))
     hra_fx.save_adapter(model, path)
     MODELS["tied"]().save_pretrained(tmp_path / "base")
     graph = torch.fx.symbolic_trace(nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 6)))
@@ -205,6 +243,7 @@ def test_what_cannot_have_tokens_says_so(tmp_path: Path) -> None:
         ("trains tokens (trainable_token_indices=[41, 40])", lambda: convert_files([path], tmp_path / "base", "x")),
         ("weights of layers, not biases, tokens or", lambda: hra_fx.save_as_lora(model, tmp_path / "a.gguf")),
         ("embed_tokens.hra_tokens: an adapter has a trained copy", lambda: model.resize_token_embeddings(80)),
+        ("model.embed_tokens does not match the adapter's conf", lambda: hra_fx.save_adapter(replaced, tmp_path / "r")),
         ("tokens of it are trained", lambda: hra_fx.add_adapter(model, "b", config("lm_head"))),
         ("bias, modules_to_save, tokens", lambda: hra_fx.load_adapter(ours("tied", [40, 41]), path)),
         ("Use eager mode", lambda: hra_fx.transform(graph, config("1", trainable_token_indices={"0": [1]}))),
