@@ -202,7 +202,8 @@ def test_the_trainers_train_quiet_pairs_for_the_first_examples(tmp_path: Path) -
     loader = trainer_of(Trainer, "llama", model, tmp_path).get_train_dataloader()
     rows = [loader.dataset[index] for index in range(min(16, len(loader.dataset)))]  # type: ignore[arg-type]
     optimizer = optimizer_for(model, pairs=False)
-    hra_fx.train_pairs(optimizer, model, batches=[loader.collate_fn(rows)], directions=2)
+    batches = [loader.collate_fn(rows[start : start + 4]) for start in range(0, len(rows), 4)]
+    hra_fx.train_pairs(optimizer, model, batches=batches, directions=2)
     wanted = trained(partial(Trainer, optimizers=(optimizer, None)), model, tmp_path)
     assert not equal(wanted, trained(HRATrainer, copy.deepcopy(start), tmp_path))
     callback = partial(Trainer, callbacks=[PairCallback(quiet_directions=2)])
