@@ -29,7 +29,7 @@ def main() -> None:
     task, _, path = arguments.experiment.rstrip("/").partition("/")
     harness = arguments.peft.resolve() / "method_comparison" / task
     if not (harness / "run.py").is_file():
-        parser.error(f"{harness}: there is no run.py. Pass a clone of https://github.com/huggingface/peft.")
+        parser.error(f"{harness} does not contain run.py. Pass a clone of https://github.com/huggingface/peft.")
     if not any((folder / path / "adapter_config.json").is_file() for folder in (HERE / task, harness)):
         parser.error(f"{arguments.experiment}: there is no adapter_config.json, here or in {harness}.")
     in_pairs = path.endswith(PAIRS)

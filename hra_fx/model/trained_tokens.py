@@ -90,7 +90,8 @@ def _named(
         paths = [path for path in modules if path.endswith(name) and ADAPTER_CHILDREN.isdisjoint(path.split("."))]
         if not paths:
             raise SelectionError(
-                f"`{_FIELD}`: there is no module {name!r}. Name the embedding: {_FIELD}={{'path.of.embedding': [...]}}."
+                f"`{_FIELD}`: the model has no module {name!r}. Name the embedding: "
+                f"{_FIELD}={{'path.of.embedding': [...]}}."
             )
         yield from ((path, modules[path], indices) for path in paths)
 

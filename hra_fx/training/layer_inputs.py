@@ -54,8 +54,8 @@ def main_directions(
 ) -> dict[nn.Module, Tensor]:
     """Layer with adapters -> the main directions of its inputs, `(d, k)` or `(experts, d, k)`; see `sketches_of`.
 
-    `function` is named in a warning. The directions have the dtype of the vectors that an optimizer updates. Those of a
-    layer start with its `earlier` ones, and without batches, there are no others.
+    `function` is named in a warning. The directions have the dtype of the vectors that an optimizer updates. The
+    directions of a layer start with its `earlier` ones. If `batches` is None, no others are added.
 
     Raises:
         ConfigError: `directions` is not a positive int, or more than half of the width of a layer.

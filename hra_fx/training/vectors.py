@@ -110,7 +110,7 @@ def warn_of_zero_gradients(optimizer: Optimizer, layers: Mapping[nn.Module, str]
         if checked:
             return
         found = [one for one in stepped_vectors(layers, optimizer) if one.tensor.grad is not None]
-        checked = bool(found)  # with a closure, there are no gradients yet
+        checked = bool(found)  # a closure computes the gradients later
         if checked and not any(is_dtensor(one.tensor.grad) or one.tensor.grad.any() for one in found):
             warnings.warn(
                 f"the gradients of all vectors are zero in the first step: {listed([one.path for one in found])}. They "

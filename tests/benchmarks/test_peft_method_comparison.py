@@ -78,7 +78,7 @@ def test_the_program_runs_the_harness(name: str, plain: tuple[str, ...], clone: 
 def test_wrong_arguments_are_named(clone: Path) -> None:
     pairs = next(name for name in EXPERIMENTS if name.endswith("-pairs"))
     for words, reason in (
-        ((clone / "no", pairs), "there is no run.py. Pass a clone of"),
+        ((clone / "no", pairs), "does not contain run.py. Pass a clone of"),
         ((clone, "MetaMathQA/experiments/hra/none"), "there is no adapter_config.json"),
         ((clone, pairs, "--plain"), "PEFT cannot train in pairs"),
     ):

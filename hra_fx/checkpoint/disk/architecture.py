@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,12 +49,24 @@ def _from_transformers(file: Path, entries: Mapping[str, Any], weights: bool) ->
     config = transformers.AutoConfig.from_pretrained(str(file), **_LOCAL_ONLY)
     made: nn.Module
     if weights:
-        transformers.utils.logging.disable_progress_bar()
         cls = cls or transformers.AutoModel
-        made = cls.from_pretrained(file.parent, config=config, use_safetensors=True, **_LOCAL_ONLY)
+        with _without_progress_bar(transformers.utils.logging):
+            made = cls.from_pretrained(file.parent, config=config, use_safetensors=True, **_LOCAL_ONLY)
     else:
         made = transformers.AutoModel.from_config(config) if cls is None else cls(config)
     return made
+
+
+@contextmanager
+def _without_progress_bar(settings: Any) -> Iterator[None]:
+    """Context manager in which transformers shows no progress bar, whose settings are those of the process."""
+    was_shown = settings.is_progress_bar_enabled()
+    settings.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            settings.enable_progress_bar()
 
 
 def _from_diffusers(file: Path, entries: Mapping[str, Any], weights: bool) -> nn.Module:

@@ -215,7 +215,7 @@ def limited() -> nn.Module:
     ("model", "tokens", "fields", "reason"),
     [
         (llama, [64], {}, "model.embed_tokens has 64 rows, so it has no token 64"),
-        (llama, {"wte": [1]}, {}, "there is no module 'wte'"),
+        (llama, {"wte": [1]}, {}, "the model has no module 'wte'"),
         (llama, {"norm": [1]}, {}, "it is not an nn.Embedding or nn.Linear"),
         (llama, {"q_proj": [1]}, {}, "an adapter reflects it (target_modules)"),
         (llama, [1], {"modules_to_save": ["embed_tokens"]}, "tokens of it are trained (trainable_token_indices)"),
