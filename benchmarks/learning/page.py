@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from learning import forgiving, kept, plots
+from learning import forgiving, kept, plots, readme_plot, sequence
 from learning.plan import (
     ONE_SEED,
     RANKS,
@@ -143,9 +143,11 @@ points, paired over three seeds, with its 95% interval. More is better.
 
 
 def write_page(records: Sequence[Record], folder: Path = FILE.parent) -> None:
-    """Write the page and its plots into a folder."""
+    """Write the page, its plots, and the picture of README.md into a folder."""
     for name in ("rates", "forgetting", *(name for name in ("ranks", "passes", "kept") if _has(records, name))):
         getattr(plots, name)(records, folder / f"results_{name}.svg")
+    if _has(records, "kept"):
+        readme_plot.write_both(records, folder)
     (folder / "results.md").write_text(page(records))
 
 
@@ -162,6 +164,7 @@ def page(records: Sequence[Record]) -> str:
         *([PARAMETERS] if _has(records, "ranks") else []),
         _forgetting(records, tasks),
         *([text] if (text := kept.section(records, tasks)) else []),
+        *([text] if (text := sequence.section(sequence.read())) else []),
         *([text] if (text := forgiving.section(records)) else []),
         *([_trials(records)] if any(finished(records, VARIED_TASK, name) for name in VARIANTS) else []),
         PROTOCOL,

@@ -218,6 +218,27 @@ def missing(
     return None
 
 
+SECTION = """\
+## Six tasks, one after the other
+
+MiniLM learns six tasks of three related newsgroups each, with {texts} posts, {epochs} epochs, and a head of its own for
+each task. After a task, its head is frozen, the adapter is folded into the weights (LoRA: merged), and its posts are
+gone. "Protected" methods keep the {directions} main directions of the inputs of each earlier task
+(`hra_fx.protect(..., previous=)`; for LoRA, the benchmark does the same). Mean accuracies on test posts of all six
+tasks; each method has the better of two learning rates, on held-out posts of the first seed. The last column has the
+paired difference to LoRA with its 95% interval. `python -m learning.sequence` makes these runs.
+
+{table}"""
+
+
+def section(results: Sequence[Result]) -> str:
+    """The part of docs/results.md; empty while runs are missing."""
+    if missing(results, SEEDS, list(SEQUENCES), DIRECTIONS):
+        return ""
+    sizes = {"texts": Groups.texts, "epochs": Groups.epochs, "directions": DIRECTIONS}
+    return SECTION.format(**sizes, table=make_table(results))
+
+
 def make_table(results: Sequence[Result], directions: int = DIRECTIONS) -> str:
     """Means over seeds, and paired differences to LoRA with 95% intervals."""
     base = {one.seed: one.scores[1] for one in chosen(results, "lora", directions)}

@@ -361,7 +361,7 @@ class PairBatch:
         self.vectors, self.gradients = vectors, [one.grad for one in vectors if one.grad is not None]
         self.values = [local_tensor(one) for one in vectors]
         self.before = torch.stack(self.values)
-        self.pairs = to_pairs(self.before, *self.constants)
+        self.pairs = to_pairs(self.before.clone(), *self.constants)
         made = gradients_to_pairs(torch.stack([*map(local_tensor, self.gradients)]), *self.constants)
         self.made = [_like(one, own) for one, own in zip(made.unbind(), self.gradients, strict=True)]
 
@@ -378,7 +378,7 @@ class PairBatch:
             stepped = torch.stack(self.values)
             if self.quiet:
                 stepped[..., 1::2] = self._quieted(stepped[..., 1::2])
-            values = self.before + from_pairs(stepped.sub_(self.pairs), *self.constants)
+            values = from_pairs(stepped.sub_(self.pairs), *self.constants).add_(self.before)
         finally:
             copy_all(self.values, list(values.unbind()))
             for vectors, made, own in zip(self.vectors, self.made, self.gradients, strict=True):
