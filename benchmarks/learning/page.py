@@ -144,7 +144,11 @@ points, paired over three seeds, with its 95% interval. More is better.
 
 def write_page(records: Sequence[Record], folder: Path = FILE.parent) -> None:
     """Write the page, its plots, and the picture of README.md into a folder."""
-    for name in ("rates", "forgetting", *(name for name in ("ranks", "passes", "kept") if _has(records, name))):
+    for name in (
+        "rates",
+        "forgetting",
+        *(name for name in ("ranks", "passes", "kept", "forgiving") if _has(records, name)),
+    ):
         getattr(plots, name)(records, folder / f"results_{name}.svg")
     if _has(records, "kept"):
         readme_plot.write_both(records, folder)
@@ -178,6 +182,8 @@ def _has(records: Sequence[Record], plot: str) -> bool:
     """Whether the runs of a plot are there."""
     if plot == "passes":
         return all(of(records, plots.PASSES, method) for method in ("lora", "hra-pairs"))
+    if plot == "forgiving":
+        return bool(forgiving.section(records))
     return bool(plots.kept_tasks(records) if plot == "kept" else plots.ranked(records))
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 
 from hra_fx.reporting.plots import GRID, INK, QUIET, new_figure, style, write
+from learning import forgiving as wrong_rates
 from learning.plan import RANK_SEEDS, RANKS, SEEDS, TASK_NAMES, finished, methods_of, untrained
 from learning.rates import RATES_FROM, below, chosen, final_runs, searched
 from learning.records import Record, matched_rank, of
@@ -27,6 +28,7 @@ LOOKS = {
     "oft": ("#E69F00", "^"),
     "dora": ("#009E73", "s"),
     "lora": ("#0072B2", "D"),
+    "lora-alpha-r": ("#0072B2", "d"),
     "hra-gs": ("#56B4E9", "v"),
     "hra": ("#CC79A7", "P"),
     "hra-pairs": ("#D55E00", "o"),
@@ -123,6 +125,24 @@ def _better_up_and_right(axes: Axes, across: bool, up: bool) -> None:
         axes.invert_xaxis()
     if not up:
         axes.invert_yaxis()
+
+
+def forgiving(records: Sequence[Record], file: Path) -> Path:
+    """How much of the best rate's gain each rate gives, a panel for each task."""
+
+    def panel(task: str, methods: Sequence[str]) -> Callable[[Axes], None]:
+        def draw(axes: Axes) -> None:
+            for method in LOOKS:
+                if method in methods and (parts := wrong_rates.lost(records, task, method)):
+                    _curve(axes, method, [(lr, 100 * (1 - part)) for lr, part in parts.items()])
+            _logarithmic(axes, wrong_rates.RATES[::2])
+            axes.set_xticks(wrong_rates.RATES[::2], [f"{lr:g}" for lr in wrong_rates.RATES[::2]])
+            axes.set_ylabel("share of the best gain, %")
+
+        return draw
+
+    panels = [(task, panel(task, methods)) for task, (_, methods) in wrong_rates.PLAN.items()]
+    return _draw(panels, file, "learning rate")
 
 
 def passes(records: Sequence[Record], file: Path) -> Path:
