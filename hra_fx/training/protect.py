@@ -77,8 +77,8 @@ def protect(
             orthogonal to them.
 
     Returns:
-        The protected directions by the path of the layer: orthonormal or zero columns `(d, k)`, or `(experts, d, k)`,
-        with the dtype of the vectors, and `k = 0` for layers that no batch reached.
+        Copies of the protected directions by the path of the layer: orthonormal or zero columns `(d, k)`, or
+        `(experts, d, k)`, with the dtype of the vectors, and `k = 0` for layers that no batch reached.
 
     Raises:
         ConfigError: `directions` is not a positive int, or more than half of the width of a layer.
