@@ -97,8 +97,8 @@ class HRATrainer(Trainer):
             refuse_states_of_pairs(optimizer)
         previous, keeps = self.previously_protected, self.protect is not None
         if (keeps or previous is not None) and not is_protecting(optimizer):
-            batches = self.get_test_dataloader(self.protect) if keeps else None
-            protect(optimizer, model, batches, self.protected_directions, previous)
+            samples = self.get_test_dataloader(self.protect) if keeps else None
+            protect(optimizer, model, samples, self.protected_directions, previous)
         elif not keeps and isinstance(optimizer, torch.optim.Optimizer):
             refuse_protected_states(optimizer)
         return optimizer
