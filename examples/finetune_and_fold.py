@@ -3,26 +3,31 @@
     python examples/finetune_and_fold.py
 
 It uses the weights of all-MiniLM-L6-v2 and takes about five minutes on two cores. A classification head is trained
-three times, from the same start and on the same batches: alone on the frozen encoder, with LoRA (PEFT's), and with HRA.
-LoRA and HRA adapt the attention and MLP weights with the same number of parameters, about 1% of the encoder's. The
-model with HRA is folded: it is a plain transformers model again, with the keys of the base model.
+four times, from the same start and on the same batches: alone on the frozen encoder, with LoRA (PEFT's), with HRA, and
+with HRA that keeps what the encoder computes for some of Grimm's tales (`hra_fx.protect`). LoRA and HRA adapt the
+attention and MLP weights with the same number of parameters, about 1% of the encoder's. A second score says what the
+encoder still knows about other tales, which are not trained. The last model is folded: it is a plain transformers model
+again, with the keys of the base model.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import _quiet  # noqa: F401
 import peft
 import torch
 import transformers
-from _data import minilm_folder, newsgroups
+from _data import corpus, minilm_folder, newsgroups
 from _shared import (
+    TOLERANCE,
     WHEELS_NOTE,
     accuracy,
     check_classes,
@@ -34,6 +39,7 @@ from _shared import (
     fit,
     introduce,
     onnx_model,
+    require,
     show,
     show_checks,
     show_files,
@@ -49,6 +55,8 @@ import hra_fx
 HUB = "sentence-transformers/all-MiniLM-L6-v2"
 MAX_TOKENS = 48
 BATCH = 32
+#: Passages of tales: those that are scored, those to keep, and the words of each.
+SCORED, KEPT, WORDS = 500, 64, 36
 LR_HEAD = 3e-3
 LR_LORA = 3e-3
 LR_REFLECTIONS = 5.5e-3
@@ -73,6 +81,23 @@ class Texts:
         return {"input_ids": pad(rows, batch_first=True), "attention_mask": pad(masks, batch_first=True)}
 
 
+class Data(NamedTuple):
+    """Newsgroups to train and to classify, and tales, which no run trains."""
+
+    train: Texts
+    test: Texts
+    tales: Texts
+
+
+class Run(NamedTuple):
+    """What was trained, its logits for the held-out texts, its embeddings of tales, and its parameters."""
+
+    name: str
+    logits: Tensor
+    embedded: Tensor
+    parameters: int
+
+
 class Classifier(nn.Module):
     """A sentence encoder, mean pooling over tokens, and a linear head."""
 
@@ -95,15 +120,37 @@ class Classifier(nn.Module):
         return logits
 
 
+def tokenize(texts: list[str], labels: Tensor, hub: str | None) -> Texts:
+    """The first tokens of each text."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(hub or minilm_folder())
+    return Texts(
+        tokenizer([text[:2000] for text in texts], truncation=True, max_length=MAX_TOKENS)["input_ids"], labels
+    )
+
+
 def load(train: int, test: int, hub: str | None) -> tuple[Texts, Texts, int]:
     """A sample of the training texts, one of the test texts, and the number of classes."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(hub or minilm_folder())
     slices = []
     for split, size in (("train", train), ("test", test)):
         texts, labels, names = newsgroups(split, size, from_hub=hub is not None)
-        ids = tokenizer([text[:2000] for text in texts], truncation=True, max_length=MAX_TOKENS)["input_ids"]
-        slices.append(Texts(ids, labels))
+        slices.append(tokenize(texts, labels, hub))
     return slices[0], slices[1], len(names)
+
+
+def load_tales(hub: str | None) -> tuple[Texts, Texts]:
+    """Passages of Grimm's tales, whose labels are the tales: of every second tale to score, of the others to keep."""
+    passages = [
+        (" ".join(words[start : start + WORDS]), tale)
+        for tale, words in enumerate(row["Content"].split() for row in corpus("grimm-tales"))
+        for start in range(0, len(words) - WORDS, WORDS)
+    ]
+    random.Random(0).shuffle(passages)
+    scored = [one for one in passages if one[1] % 2][:SCORED]
+    kept = [one for one in passages if not one[1] % 2][:KEPT]
+    scored_texts, kept_texts = (
+        tokenize([text for text, _ in part], torch.tensor([tale for _, tale in part]), hub) for part in (scored, kept)
+    )
+    return scored_texts, kept_texts
 
 
 @torch.no_grad()
@@ -115,38 +162,60 @@ def apply(function: Callable[..., Tensor], texts: Texts, label: str) -> Tensor:
     return done[torch.tensor(order).argsort()]
 
 
-def train(model: Classifier, adapter: str, rate: float, texts: Texts, batches: list[list[int]]) -> None:
+def find_tales(embedded: Tensor, tales: Texts) -> float:
+    """The fraction of passages whose nearest other passage is of the same tale, by the cosine of the embeddings."""
+    nearest = (embedded @ embedded.T).fill_diagonal_(-1.0).argmax(dim=1)
+    return float((tales.labels[nearest] == tales.labels).float().mean())
+
+
+def train(
+    model: Classifier, adapter: str, rate: float, texts: Texts, batches: list[list[int]], keep: Texts | None = None
+) -> None:
     """Train the head, and with learning rate `rate` the adapter: what is not frozen in the encoder."""
     vectors = [parameter for parameter in model.encoder.parameters() if parameter.requires_grad]
     groups = [(vectors, rate), (model.head.parameters(), LR_HEAD)]
+    samples = [] if keep is None else [keep.batch(list(range(start, start + 8))) for start in range(0, KEPT, 8)]
 
     def loss(batch: list[int]) -> Tensor:
         return cross_entropy(model(**texts.batch(batch)), texts.labels[batch])
 
-    fit(loss, groups, batches, f"train {adapter} and head", in_pairs=model if adapter == "HRA" else None)
+    in_pairs = None if adapter == "LoRA" else model
+    fit(loss, groups, batches, f"train {adapter}", in_pairs=in_pairs, keep=samples)
 
 
-def run_head_only(model: Classifier, train_texts: Texts, test_texts: Texts, batches: list[list[int]]) -> Tensor:
-    """Train only the head on the frozen encoder, return its logits for the test texts, and restore the head.
+def run_head_only(model: Classifier, data: Data, batches: list[list[int]]) -> Run:
+    """Train only the head on the frozen encoder, and restore the head.
 
     The features of the frozen encoder do not change, so they are computed once.
     """
     start = copy.deepcopy(model.head.state_dict())
-    features, labels = apply(model.embed, train_texts, "embed training texts"), train_texts.labels
+    features, labels = apply(model.embed, data.train, "embed training texts"), data.train.labels
     groups = [(model.head.parameters(), LR_HEAD)]
     fit(lambda batch: cross_entropy(model.head(features[batch]), labels[batch]), groups, batches, "train head only")
-    with torch.no_grad():
-        logits: Tensor = model.head(apply(model.embed, test_texts, "embed held-out texts"))
+    run = evaluate("head only", model, data, trained=0)
     model.head.load_state_dict(start)
-    return logits
+    return run
 
 
-def run_lora(model: Classifier, train_texts: Texts, test_texts: Texts, batches: list[list[int]]) -> tuple[Tensor, int]:
-    """Train LoRA and the head of a copy of the model; return its logits for the test texts, and LoRA's parameters."""
+def evaluate(name: str, model: Classifier, data: Data, trained: int | None = None) -> Run:
+    """The results of a model whose `trained` parameters in the encoder were trained, by default all not frozen ones."""
+    logits = apply(model, data.test, "classify held-out texts")
+    embedded = nn.functional.normalize(apply(model.embed, data.tales, "embed tales"), dim=1)
+    return Run(name, logits, embedded, trainable(model.encoder) if trained is None else trained)
+
+
+def run_lora(model: Classifier, data: Data, batches: list[list[int]]) -> Run:
+    """Train LoRA and the head of a copy of the model."""
     adapted: Classifier = peft.inject_adapter_in_model(LORA, copy.deepcopy(model))
     adapted.head.requires_grad_(True)  # PEFT freezes all except LoRA
-    train(adapted, "LoRA", LR_LORA, train_texts, batches)
-    return apply(adapted, test_texts, "evaluate LoRA"), trainable(adapted.encoder)
+    train(adapted, "LoRA", LR_LORA, data.train, batches)
+    return evaluate("LoRA, r = 4", adapted, data)
+
+
+def run_hra(model: Classifier, data: Data, batches: list[list[int]], keep: Texts | None = None) -> Run:
+    """Train HRA and the head of a transformed model."""
+    train(model, "HRA" if keep is None else "HRA, protected", LR_REFLECTIONS, data.train, batches, keep)
+    return evaluate("HRA, r = 8" if keep is None else "HRA, protected", model, data)
 
 
 def export_and_check(model: Classifier, texts: Texts, file: Path) -> str:
@@ -159,15 +228,31 @@ def export_and_check(model: Classifier, texts: Texts, file: Path) -> str:
     return check_onnx(onnx_model(file), model, inputs, f"batch {batch}, length {length}")
 
 
-def show_runs(runs: list[tuple[str, Tensor, int]], model: Classifier, labels: Tensor) -> None:
-    """Print a table of the runs: what was trained, its logits for the test texts, and its parameters in the encoder."""
-    size, in_head = (sum(one.numel() for one in part.parameters()) for part in (model.encoder, model.head))
+def show_runs(runs: list[Run], model: Classifier, data: Data) -> None:
+    """Print a table of the runs. In the first one, the encoder is that of before training."""
+    size = sum(one.numel() for one in model.encoder.parameters())
+    before, rows = runs[0].embedded, []
+    for run in runs:
+        moved = 1 - float((run.embedded * before).sum(dim=1).mean())
+        scores = [accuracy(run.logits, data.test.labels), find_tales(run.embedded, data.tales)]
+        rows.append((run.name, *(f"{score:.1%}" for score in scores), f"{abs(moved):.3f}", f"{run.parameters:,}"))
     show(
-        f"Accuracy on {len(labels):,} held-out texts, and parameters trained",
-        ("trained", "accuracy", f"in the encoder (of {size:,})", "in the head"),
-        [(name, f"{accuracy(logits, labels):.1%}", f"{count:,}", f"{in_head:,}") for name, logits, count in runs],
+        f"Accuracy on {len(data.test.labels):,} held-out texts, and what the encoder still knows about tales",
+        ("trained", "accuracy", "tales", "moved", f"parameters (encoder: {size:,})"),
+        rows,
     )
-    console.print("  In one run, about a percent between LoRA and HRA is noise (docs/results.md).")
+    console.print(
+        f"  tales: of {len(data.tales.ids)} passages, those whose nearest other passage is of the same tale.\n"
+        "  moved: 1 - the cosine of their embeddings before and after. Passages of other tales were protected.\n"
+        "  In one run, about a percent between LoRA and HRA is noise (docs/results.md)."
+    )
+
+
+def check_protected(model: nn.Module) -> str:
+    """Check that the adapters do not move what is protected; say so."""
+    moved = max(row.protected or 0.0 for row in hra_fx.report(model))
+    require(moved < TOLERANCE, f"the adapters keep the protected directions (moved by {moved:.1e})")
+    return f"Protected: the adapters move the kept directions of each layer by at most {moved:.1e}"
 
 
 def main(train_size: int, test_size: int, epochs: int, hub: str | None, output: Path) -> None:
@@ -177,31 +262,32 @@ def main(train_size: int, test_size: int, epochs: int, hub: str | None, output: 
     output.mkdir(parents=True, exist_ok=True)
     introduce(
         f"MiniLM learns 20 Newsgroups: {train_size:,} texts, {test_size:,} held out",
-        f"Weights come from {hub}, texts from scikit-learn." if hub else WHEELS_NOTE,
+        f"Weights come from {hub}, newsgroups from scikit-learn." if hub else WHEELS_NOTE,
     )
     train_texts, test_texts, classes = load(train_size, test_size, hub)
-    model = Classifier(classes, hub).eval()  # no dropout in this short run, for all three
+    tales, keep = load_tales(hub)
+    data = Data(train_texts, test_texts, tales)
+    model = Classifier(classes, hub).eval()  # no dropout in this short run, for all four
     keys = list(model.state_dict())
     batches = epochs_of(train_size, epochs, BATCH)
 
-    head_only = run_head_only(model, train_texts, test_texts, batches)
-    with_lora, in_lora = run_lora(model, train_texts, test_texts, batches)
+    runs = [run_head_only(model, data, batches), run_lora(model, data, batches)]
     model = hra_fx.transform(model, CONFIG)
-    in_hra = trainable(model.encoder)
-    train(model, "HRA", LR_REFLECTIONS, train_texts, batches)
-    adapted = apply(model, test_texts, "evaluate HRA")
+    runs.append(run_hra(copy.deepcopy(model), data, batches))
+    runs.append(run_hra(model, data, batches, keep))
+    adapted, protected = runs[-1].logits, check_protected(model)
     write_adapters(model, test_texts.batch([0, 1]), output)
 
     model = hra_fx.fold(model)
-    folded = apply(model, test_texts, "evaluate folded")
+    folded = apply(model, test_texts, "classify, folded")
     check_classes(folded, adapted)
     checks = [
+        protected,
         check_fold(folded, adapted, model, keys),
         "Folded: the same predictions for all held-out texts",
         export_and_check(model, test_texts, output / "classifier.onnx"),
     ]
-    runs = [("head only", head_only, 0), ("LoRA, r = 4", with_lora, in_lora), ("HRA, r = 8", adapted, in_hra)]
-    show_runs(runs, model, test_texts.labels)
+    show_runs(runs, model, data)
     show_checks(checks)
     files = {"classifier.onnx": "the folded model, for ONNX Runtime"}
     show_files(output, files, time.perf_counter() - began)
@@ -217,7 +303,7 @@ if __name__ == "__main__":
         nargs="?",
         const=HUB,
         metavar="MODEL",
-        help=f"take the encoder from the Hugging Face Hub or a folder (default {HUB}), the texts from scikit-learn",
+        help=f"take the encoder from the Hugging Face Hub or a folder (default {HUB}), newsgroups from scikit-learn",
     )
     parser.add_argument(
         "--output", type=Path, default=Path("demo_output"), help="folder to write to (default demo_output)"

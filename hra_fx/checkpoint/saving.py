@@ -46,6 +46,7 @@ from hra_fx.model.state import AdapterState, adapted_layers, load_vectors, names
 from hra_fx.model.trained_tokens import without_rows
 from hra_fx.selection.select import resolve_targets, targeted
 from hra_fx.selection.suggestions import format_names
+from hra_fx.training.protect import protected_directions
 from hra_fx.version import VERSION
 
 #: Folder names of checkpoints of transformers' Trainer.
@@ -67,7 +68,7 @@ library_name: peft
 | adapter | folder | rank | layers |
 |---|---|---|---|
 {rows}
-
+{protected}
 ## How to load
 
 ```python
@@ -339,6 +340,7 @@ def _card_text(root: nn.Module, configs: Mapping[str, HRAConfig]) -> str:
         title=f"HRA adapter of {base or original_class(root).__name__}",
         kind="An adapter" if len(configs) == 1 else "Adapters",
         rows="\n".join(_row(name, config) for name, config in configs.items()),
+        protected=_protected(root, configs),
         base=_loading(root, base),
         place=PLACE,
         option=option,
@@ -355,6 +357,14 @@ def _row(name: str, config: HRAConfig) -> str:
     layers = ", ".join(f"`{format_names(names)}`" for names in given) or "`default of the model type`"
     cell = layers.replace("|", r"\|")  # a bar ends the cell, even in code
     return f"| {name} | {'.' if name == 'default' else name} | {rank} | {cell} |"
+
+
+def _protected(root: nn.Module, names: Iterable[str]) -> str:
+    """A line about `protect`, if it was called for one of the adapters in this process."""
+    found = [protected_directions(layer, name) for layer in adapted_layers(root).values() for name in names]
+    most = max((basis.shape[-1] for basis in found if basis is not None), default=0)
+    line = "Trained with `hra_fx.protect`, which keeps up to {} directions of the inputs of each layer as they are."
+    return f"\n{line.format(most)}\n" if most else ""
 
 
 def _loading(root: nn.Module, base: str | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from hra_fx.errors import ConfigError
 from hra_fx.model.orthogonality import orthogonality_loss
 from hra_fx.training.pairs import check_difference, refuse_states_of_pairs, train_pairs_if_possible
-from hra_fx.training.protect import is_protecting, protect, refuse_protected_states
+from hra_fx.training.protect import directions_of, is_protecting, protect, refuse_protected_states
 
 
 class HRATrainer(Trainer):
@@ -34,6 +34,7 @@ class HRATrainer(Trainer):
         protect: a dataset of what the model must not forget. The vectors stay orthogonal to the main directions of its
             inputs (`hra_fx.protect`). A few dozen examples are enough; all of them are run when the training begins.
         protected_directions: `directions` of `hra_fx.protect`.
+        previously_protected: `previous` of `hra_fx.protect`: `protected` of the trainer of the task before.
         pair_difference: `difference` of `train_pairs`. It is also used for an optimizer that you pass, unless that
             optimizer already trains pairs. With `None`, the optimizer updates the vectors, as in the standard Trainer.
             To continue a checkpoint, pass the value that it was trained with; for a checkpoint of the standard Trainer,
@@ -62,6 +63,7 @@ class HRATrainer(Trainer):
         quiet_directions: int = 0,
         protect: Any = None,
         protected_directions: int = 16,
+        previously_protected: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
         """Check the numbers. Other arguments are passed to the Trainer."""
@@ -79,6 +81,7 @@ class HRATrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.pair_difference, self.quiet_directions = pair_difference, quiet_directions
         self.protect, self.protected_directions = protect, protected_directions
+        self.previously_protected = previously_protected
         self.orthogonality_weight = float(orthogonality_weight)
         self._sum_since_log: Tensor | float = 0.0
         self._terms_since_log = 0
@@ -92,11 +95,22 @@ class HRATrainer(Trainer):
             train_pairs_if_possible(optimizer, model, self.pair_difference, batches, self.quiet_directions)
         elif isinstance(optimizer, torch.optim.Optimizer):
             refuse_states_of_pairs(optimizer)
-        if self.protect is not None and not is_protecting(optimizer):
-            protect(optimizer, model, self.get_test_dataloader(self.protect), self.protected_directions)
-        elif self.protect is None and isinstance(optimizer, torch.optim.Optimizer):
+        previous, keeps = self.previously_protected, self.protect is not None
+        if (keeps or previous is not None) and not is_protecting(optimizer):
+            samples = self.get_test_dataloader(self.protect) if keeps else None
+            protect(optimizer, model, samples, self.protected_directions, previous)
+        elif not keeps and isinstance(optimizer, torch.optim.Optimizer):
             refuse_protected_states(optimizer)
         return optimizer
+
+    @property
+    def protected(self) -> dict[str, Tensor]:
+        """What `hra_fx.protect` returned when the training began, for `previously_protected` of the next task.
+
+        Raises:
+            AdapterError: nothing is protected yet.
+        """
+        return directions_of(self.optimizer)
 
     def compute_loss(
         self,
@@ -189,6 +203,10 @@ class ProtectCallback(TrainerCallback):
     Args:
         batches: as in `protect`.
         directions: as in `protect`.
+        previous: as in `protect`; `protected` of the callback of the task before.
+
+    Attributes:
+        protected: what `protect` returned when the training began.
 
     Raises:
         AdapterError: see `protect` (raised when the training begins).
@@ -200,13 +218,17 @@ class ProtectCallback(TrainerCallback):
         16
     """
 
-    def __init__(self, batches: Iterable[Any], directions: int = 16) -> None:
+    protected: dict[str, Tensor]
+
+    def __init__(
+        self, batches: Iterable[Any] | None, directions: int = 16, previous: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Store the arguments."""
-        self.batches = batches
-        self.directions = directions
+        self.batches, self.directions, self.previous = batches, directions, previous
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Protect the directions. They are the same when a training is resumed, because the base model runs."""
-        protect(kwargs["optimizer"], kwargs["model"], self.batches, self.directions)
+        optimizer, model = kwargs["optimizer"], kwargs["model"]
+        self.protected = protect(optimizer, model, self.batches, self.directions, self.previous)

@@ -6,6 +6,7 @@ is a property of the vectors alone: files, folded weights and LoRA exports have 
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -76,8 +77,8 @@ def protect(
             orthogonal to them.
 
     Returns:
-        The protected directions by the path of the layer: orthonormal or zero columns `(d, k)`, or `(experts, d, k)`,
-        with the dtype of the vectors, and `k = 0` for layers that no batch reached.
+        Copies of the protected directions by the path of the layer: orthonormal or zero columns `(d, k)`, or
+        `(experts, d, k)`, with the dtype of the vectors, and `k = 0` for layers that no batch reached.
 
     Raises:
         ConfigError: `directions` is not a positive int, or more than half of the width of a layer.
@@ -106,16 +107,25 @@ def protect(
     earlier = _earlier(previous, layers)
     if batches is None and previous is None:
         raise AdapterError("`batches` is None. Pass what the model takes, for example a DataLoader, or `previous`.")
-    bases = main_directions("protect", inner, stepped, batches, directions, earlier)
+    found = main_directions("protect", inner, stepped, batches, directions, earlier)
+    bases = {layer: found.get(layer, torch.zeros(*_shape(layer), 0, dtype=_vectors(layer).dtype)) for layer in layers}
     _check_ranks(stepped, bases)
     protection = _KNOWN.get(optimizer) or _install(optimizer, directions)
     protection.replace(layers, bases)
-    return {path: bases[layer] if layer in bases else torch.zeros(*_shape(layer), 0) for layer, path in layers.items()}
+    return protection.directions(layers)
 
 
 def is_protecting(optimizer: Any) -> bool:
     """Whether `protect` was called for an optimizer."""
     return unwrapped(optimizer) in _KNOWN
+
+
+def directions_of(optimizer: Any) -> dict[str, Tensor]:
+    """What `protect` returned for an optimizer, or the directions of a state that was loaded since."""
+    if not is_protecting(optimizer):
+        raise AdapterError("the optimizer does not protect any directions. Call protect first, or train with it.")
+    protection = _KNOWN[unwrapped(optimizer)]
+    return protection.directions(protection.layers)
 
 
 def project_last(optimizer: Optimizer) -> None:
@@ -144,37 +154,33 @@ def protected_directions(layer: nn.Module, adapter: str) -> Tensor | None:
 
 
 def _earlier(previous: Mapping[str, Tensor] | None, layers: Mapping[Any, str]) -> dict[nn.Module, Tensor]:
-    """Layer -> its directions in `previous`, where the vectors are."""
+    """Layer -> its directions in `previous`, where the vectors are, without columns of zeros, which would count."""
     if previous is None:
         return {}
-    if not isinstance(previous, Mapping) or not all(isinstance(one, Tensor) for one in previous.values()):
-        raise AdapterError("`previous` must be what protect returned, a dictionary of paths and tensors.")
-    if unequal := sorted(previous.keys() ^ set(layers.values())):
+    if not isinstance(previous, Mapping):
+        raise AdapterError(f"`previous` must be what protect returned, a dictionary, got {type(previous).__name__}.")
+    if unfit := _unfit(previous, layers):
         raise AdapterError(
-            "`previous` must be what protect returned for the same layers. These are only in `previous` or only in the "
-            f"model: {listed(unequal)}."
+            "`previous` must be what protect returned for the same layers. These are only in `previous`, only in the "
+            f"model, or have another width: {unfit}."
         )
-    for layer, path in layers.items():
-        basis, wanted = previous[path], _shape(layer)
-        if basis.dim() != len(wanted) + 1 or basis.shape[:-1] != wanted:
-            raise AdapterError(
-                f"{path}: `previous` has a tensor of shape {tuple(basis.shape)}, but must have shape "
-                f"{(*wanted, 'directions')}. Pass what protect returned for the same layers."
-            )
+    for path, basis in previous.items():
         inner = (basis.double().mT @ basis.double()).cpu()
         if not torch.allclose(inner @ inner, inner, atol=1e-5):
             raise AdapterError(
                 f"{path}: the columns in `previous` ({str(basis.dtype).removeprefix('torch.')}) are not orthonormal. "
                 "Pass what protect returned, with its dtype."
             )
-    made = {id(basis): _columns(basis) for basis in previous.values()}  # layers with the same input share one tensor
+    # Layers with the same input share one tensor.
+    made = {id(basis): basis[..., basis.flatten(0, -2).any(dim=0)] for basis in previous.values()}
     return {layer: made[id(previous[path])].to(_vectors(layer).device) for layer, path in layers.items()}
 
 
-def _columns(basis: Tensor) -> Tensor:
-    """A basis without columns that are zero (for all experts), so that they do not count."""
-    used = basis.detach().flatten(0, -2).any(dim=0)
-    return basis.detach()[..., used]
+def _unfit(bases: Mapping[str, Any], layers: Mapping[Any, str]) -> str:
+    """Names whose directions do not fit a layer, and of layers without directions; empty if all fit."""
+    given = {path: tuple(getattr(basis, "shape", ())[:-1]) for path, basis in bases.items()}
+    wanted = {path: _shape(layer) for layer, path in layers.items()}
+    return listed(sorted({path for path, _ in given.items() ^ wanted.items()}))
 
 
 def _vectors(layer: Any) -> Tensor:
@@ -190,7 +196,7 @@ def _shape(layer: Any) -> tuple[int, ...]:
 
 def _check_ranks(found: list[Vectors], bases: Mapping[nn.Module, Tensor]) -> None:
     for one in found:
-        count = bases[one.layer].shape[-1] if one.layer in bases else 0
+        count = bases[one.layer].shape[-1]
         if one.apply_GS and one.r + count >= one.tensor.shape[-2]:
             raise ConfigError(
                 f"{one.path}: with Gram-Schmidt, `r` + `directions` must be less than the width, got {one.r} + "
@@ -232,16 +238,14 @@ class _Protection:
     """Projects the vectors that one optimizer updates.
 
     Attributes:
-        known: layer of a model that it was called for (a weak reference) -> its path.
-        layers: protected layer -> its path.
-        bases: protected layer -> its directions `(d, k)` or `(experts, d, k)`.
+        layers: layer of a model that it was called for (a weak reference) -> its path.
+        bases: layer -> its directions `(d, k)` or `(experts, d, k)`, with `k = 0` if no batch reached it.
         stacked: the directions of the vectors of a batch, by the ids of the layers.
         hook: the handle of the hook after each step.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = weakref.ref(optimizer)
-        self.known: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self.layers: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self.bases: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
         self.stacked: dict[Any, Tensor] = {}
@@ -249,15 +253,13 @@ class _Protection:
 
     def replace(self, layers: Mapping[nn.Module, str], bases: Mapping[nn.Module, Tensor]) -> None:
         """Protect these directions of the layers of a model, and no others."""
-        self.known.update(layers)
-        for one in stepped_vectors(layers, self._optimizer()):
-            _PROTECTED.get(one.layer, {}).pop(one.path.rpartition(".")[2], None)
-        for layer, path in layers.items():
-            self.layers.pop(layer, None)
-            self.bases.pop(layer, None)
-            if layer in bases:
-                self.layers[layer], self.bases[layer] = path, bases[layer]
+        self.layers.update(layers)
+        self.bases.update(bases)
         self.start()
+
+    def directions(self, layers: Mapping[nn.Module, str]) -> dict[str, Tensor]:
+        """Path -> a copy of the directions, which layers with the same input share."""
+        return copy.deepcopy({path: self.bases[layer] for layer, path in layers.items()})
 
     @torch.no_grad()
     def start(self) -> None:
@@ -265,7 +267,8 @@ class _Protection:
         self.stacked.clear()
         for layer, path, tensor, _, apply_GS in stepped_vectors(self.layers, self._optimizer()):
             _PROTECTED.setdefault(layer, {})[path.rpartition(".")[2]] = self.bases[layer]
-            anchor = _anchor(layer, path) if apply_GS and not is_dtensor(tensor) else None
+            has_directions = self.bases[layer].shape[-1] > 0
+            anchor = _anchor(layer, path) if has_directions and apply_GS and not is_dtensor(tensor) else None
             # An anchor of the start stays that of the start.
             if anchor is not None and torch.allclose(anchor, householder.orthonormalize(tensor)):
                 anchor.copy_(householder.orthonormalize(without_directions(tensor, self.bases[layer])))
@@ -276,6 +279,8 @@ class _Protection:
         """Project the vectors that the optimizer updates, and their anchors, which a state may have replaced."""
         alike: dict[Any, list[Vectors]] = defaultdict(list)
         for one in stepped_vectors(self.layers, self._optimizer()):
+            if not self.bases[one.layer].shape[-1]:
+                continue
             if (anchor := _anchor(one.layer, one.path)) is not None:
                 anchor.copy_(without_directions(anchor, self.bases[one.layer]))
             if is_dtensor(one.tensor):
@@ -306,18 +311,14 @@ class _Protection:
                 "the optimizer protects directions, but the state was saved without protection. Leave protect out, or "
                 "start without the state."
             )
-        saved: dict[str, Tensor] = state.get(KEY, {})
-        paths = {path: layer for layer, path in self.known.items()}
-        for path in {*saved, *self.layers.values()} if saved else ():
-            if path not in saved or path not in paths or saved[path].shape[:-1] != _shape(paths[path]):
+        if saved := state.get(KEY):
+            if unfit := _unfit(saved, self.layers):
                 raise AdapterError(
-                    f"{path}: the state and the model do not have protected directions for the same layer. Call "
-                    "protect with the model as it was when the state was saved, with or without a wrapper, or start "
-                    "without the state."
+                    "the state and the model do not have protected directions for the same layers. These are only in "
+                    f"one of both, or have another width: {unfit}. Call protect with the model as it was when the "
+                    "state was saved, with or without a wrapper, or start without the state."
                 )
-        for path, basis in saved.items():
-            layer = paths[path]
-            self.layers[layer], self.bases[layer] = path, basis.to(_vectors(layer).device)
+            self.bases.update({layer: saved[path].to(_vectors(layer).device) for layer, path in self.layers.items()})
         self.start()
 
 

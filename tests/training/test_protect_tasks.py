@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -12,9 +13,11 @@ import torch
 from tiny_models import llama
 from torch import Tensor, nn
 from training.test_protect import CASES, F64, adapted, distance, output_of, trained, words
+from transformers import Trainer, TrainingArguments
 
 import hra_fx
 from hra_fx.errors import AdapterError, ConfigError, HRAWarning
+from hra_fx.integrations import HRATrainer, ProtectCallback
 
 #: The samples of three tasks. Those of the first two have fewer independent inputs than are protected.
 TASKS = [torch.tensor([ids]) for ids in ([5, 9], [7, 1], [11, 4])]
@@ -73,6 +76,38 @@ def test_earlier_directions_come_first_and_new_ones_are_the_most_of_the_rest() -
     assert shared[0] is shared[1]
 
 
+@pytest.mark.parametrize("by", ["HRATrainer", "callback"])
+def test_trainers_keep_the_tasks_before(by: str, tmp_path: Path) -> None:
+    arguments = TrainingArguments(tmp_path, max_steps=3, learning_rate=0.1, report_to=[], use_cpu=True)
+    model, protected, learned = llama().to(F64).eval(), None, []
+    for number, task in enumerate(TASKS):
+        model = hra_fx.transform(model, hra_fx.HRAConfig(r=4, target_modules=["q_proj", "down_proj"]))
+        rows, before = ([{"input_ids": ids, "labels": ids} for ids in tasks] for tasks in (task, TASKS[number - 1]))
+        if by == "HRATrainer":
+            given = {"protect": before, "previously_protected": protected} if number else {}
+            trainer: Any = HRATrainer(model, arguments, train_dataset=rows, protected_directions=4, **given)
+        else:
+            callback = ProtectCallback([words(TASKS[number - 1])], 4, protected)
+            trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[callback] if number else [])
+        trainer.train()
+        if number:
+            protected = trainer.protected if by == "HRATrainer" else callback.protected
+        model = hra_fx.fold(model).eval()
+        with torch.no_grad():
+            learned.append(output_of(model, words(task)))
+            for was, sample in zip(learned[:-1], TASKS, strict=False):
+                assert distance(output_of(model, words(sample)), was) < 1e-8
+    assert protected is not None and all(basis.shape[-1] > 4 for basis in protected.values())
+    assert distance(output_of(llama().to(F64).eval(), words(TASKS[2])), learned[2]) > 0.01
+    rest = hra_fx.transform(model, hra_fx.HRAConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    trainer = HRATrainer(rest, arguments, train_dataset=rows, previously_protected=protected)
+    with pytest.raises(AdapterError, match="does not protect any directions"):
+        _ = trainer.protected
+    trainer.create_optimizer()
+    for path, basis in trainer.protected.items():
+        torch.testing.assert_close(basis @ basis.mT, protected[path] @ protected[path].mT)
+
+
 class Branches(nn.Module):
     """Two layers, of which a batch reaches one."""
 
@@ -107,13 +142,8 @@ def test_directions_of_another_model_are_refused() -> None:
     for batches, previous, kind, message in (
         (None, None, AdapterError, r"`batches` is None.* or `previous`"),
         ([], {"0": torch.eye(6, 1), "2": torch.eye(8, 1)}, AdapterError, r"`batches` is empty"),
-        ([x], {"0": torch.eye(6, 1), "1": torch.eye(8, 1)}, AdapterError, r"only in the model: 1, 2\."),
-        (
-            [x],
-            {"0": torch.eye(6, 1), "2": torch.eye(6, 1)},
-            AdapterError,
-            r"^2: `previous` .*\(6, 1\), .* have shape \(8, 'directions'\)",
-        ),
+        ([x], {"0": torch.eye(6, 1), "1": torch.eye(8, 1)}, AdapterError, r"only in the model, .*: 1, 2\."),
+        ([x], {"0": torch.eye(6, 1), "2": torch.eye(6, 1)}, AdapterError, r"or have another width: 2\."),
         ([x], {"0": torch.eye(6, 1), "2": torch.ones(8, 1)}, AdapterError, r"^2: the columns .* are not orthonormal"),
         (
             [x],
@@ -139,6 +169,8 @@ def test_samples_that_come_again_do_not_lose_their_protection(again: list[int]) 
     kept = hra_fx.protect(optimizer, model, [tasks[0]], 3)
     kept = hra_fx.protect(optimizer, model, [tasks[place] for place in again], 3, kept)
     kept = hra_fx.protect(optimizer, model, [tasks[0]], 3, kept)
+    for basis in kept.values():
+        basis.zero_()  # a copy
     for _ in range(20):
         model(torch.randn(8, 32)).square().sum().backward()
         optimizer.step()
@@ -158,15 +190,16 @@ def test_a_second_call_replaces_the_directions_and_a_state_has_those_of_layers_t
     x = torch.randn(2, 16)
     model = hra_fx.transform(Model(), hra_fx.HRAConfig(r=2, target_modules="all-linear"))
     optimizers = [torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]) for _ in range(2)]
-    hra_fx.protect(optimizers[0], model, [x], 2)
+    basis = hra_fx.protect(optimizers[0], model, [x], 2)["right"]
     state = copy.deepcopy(optimizers[0].state_dict())
     with pytest.warns(HRAWarning, match="right"):
         hra_fx.protect(optimizers[1], model, [(x, False)], 2)
     optimizers[1].load_state_dict(state)
-    assert optimizers[1].state_dict()["hra_protected"].keys() == {"left", "right"}
+    assert torch.equal(optimizers[1].state_dict()["hra_protected"]["right"], basis)
     with pytest.warns(HRAWarning, match="right"):
         hra_fx.protect(optimizers[1], model, [(x, False)], 2)
-    assert optimizers[1].state_dict()["hra_protected"].keys() == {"left"}
+    assert optimizers[1].state_dict()["hra_protected"]["right"].shape == (16, 0)
+    assert {row.path: row.protected is None for row in hra_fx.report(model)} == {"left": False, "right": True}
 
 
 def test_samples_that_are_drawn_at_random_depend_on_the_seed_of_the_user() -> None:

