@@ -54,7 +54,7 @@ def test_other_formats_and_values_do_not_capture_again(tmp_path: Path) -> None:
         hra_fx.visualize(model, tmp_path / "picture.svg", example_inputs=x.clone())
         randomise(model)
         model.train()
-        hra_fx.visualize(model, tmp_path / "picture.mmd", example_inputs=x)
+        hra_fx.visualize(model, tmp_path / "picture.html", example_inputs=x)
 
     assert runs(more) == 0
     heat = [data["rotation"] for _, data in to_networkx(model, x).nodes(data=True) if data.get("r")]
