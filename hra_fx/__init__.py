@@ -47,10 +47,7 @@ if TYPE_CHECKING:
     )
     from hra_fx.api.status import get_layer_status as get_layer_status, get_model_status as get_model_status
     from hra_fx.api.transform import fold as fold, graphs as graphs, transform as transform
-    from hra_fx.checkpoint.disk.fold import (
-        fold_checkpoint as fold_checkpoint,
-        unfold_checkpoint as unfold_checkpoint,
-    )
+    from hra_fx.checkpoint.disk.fold import fold_checkpoint as fold_checkpoint
     from hra_fx.checkpoint.saving import (
         get_peft_model_state_dict as get_peft_model_state_dict,
         save_adapter as save_adapter,
@@ -107,7 +104,7 @@ _NAMES = {
     ),
     "api.status": ("get_layer_status", "get_model_status"),
     "api.transform": ("fold", "graphs", "transform"),
-    "checkpoint.disk.fold": ("fold_checkpoint", "unfold_checkpoint"),
+    "checkpoint.disk.fold": ("fold_checkpoint",),
     "checkpoint.saving": ("get_peft_model_state_dict", "save_adapter"),
     "config": ("HRAConfig",),
     "export.freeze": ("freeze",),

@@ -1,4 +1,4 @@
-"""The commands that write files: `hra-fx fold` and `unfold`, with the same arguments, and `hra-fx convert`."""
+"""The commands that write files: `hra-fx fold` and `hra-fx convert`."""
 
 from __future__ import annotations
 
@@ -37,8 +37,7 @@ Rows: TypeAlias = Annotated[
 _OF_LORA = ("base", "rank", "dtype", "rank_pattern", "check", "columns", "rows")
 
 
-def fold_or_unfold(
-    context: typer.Context,
+def fold(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Folder of the model.")],
     adapters: Annotated[
         list[str],
@@ -58,10 +57,14 @@ def fold_or_unfold(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Run the command that the user typed."""
-    from hra_fx.checkpoint.disk.fold import fold_checkpoint, unfold_checkpoint
+    """Fold adapters into a checkpoint on disk. OUT is the base model with rotated weights.
 
-    report = (unfold_checkpoint if context.info_name == "unfold" else fold_checkpoint)(
+    Weights are read file by file, and all other files are copied unchanged. OUT is complete, or unchanged after an
+    error.
+    """
+    from hra_fx.checkpoint.disk.fold import fold_checkpoint
+
+    report = fold_checkpoint(
         base,
         {part: adapters} if part else adapters,
         out,

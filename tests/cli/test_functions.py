@@ -1,4 +1,4 @@
-"""`inspect`, `fold`, `unfold` and `visualize` do what the functions of the library do."""
+"""`inspect`, `fold` and `visualize` do what the functions of the library do."""
 
 from __future__ import annotations
 
@@ -87,19 +87,16 @@ def test_what_cannot_be_inspected(shelf: Shelf, tmp_path: Path) -> None:
     assert "is a diffusers pipeline. Pass one of its parts: unet, vae." in mistake("inspect", tmp_path)
 
 
-# ---- fold, unfold ----
+# ---- fold ----
 
 
-def test_the_same_folder_as_by_the_function_and_the_way_back(shelf: Shelf, tmp_path: Path) -> None:
+def test_the_same_folder_as_by_the_function(shelf: Shelf, tmp_path: Path) -> None:
     adapters = [shelf / "my-adapter", shelf / "second"]
-    done = Answer("fold", shelf / "my-model", *adapters, tmp_path / "folded", "--json", "-q", "--rows")
+    done = Answer("fold", shelf / "my-model", *adapters, tmp_path / "folded", "--json", "-q", "--rows", "--verify")
     hra_fx.fold_checkpoint(shelf / "my-model", adapters, tmp_path / "other", progress=False)
     assert made.picture(tmp_path / "folded") == made.picture(tmp_path / "other")
-    assert done.json["folder"] == (tmp_path / "folded").as_posix() and len(done.json["rotated"]) == 6
-    back = Answer("unfold", tmp_path / "folded", *adapters, tmp_path / "back", "--json", "--verify")
-    assert (back.code, back.json["verified"]) == (0, True)
-    hra_fx.unfold_checkpoint(tmp_path / "other", adapters, tmp_path / "plain", progress=False)
-    assert made.picture(tmp_path / "back") == made.picture(tmp_path / "plain")
+    assert done.json["folder"] == (tmp_path / "folded").as_posix()
+    assert done.json["verified"] and len(done.json["rotated"]) == 6
     Answer("fold", shelf / "my-model", *adapters, tmp_path / "columns", "-q", "--columns", "q_proj")  # known already
     assert made.picture(tmp_path / "columns") == made.picture(tmp_path / "other")
 
@@ -128,7 +125,7 @@ def test_errors_and_warnings_of_the_library_are_printed(shelf: Shelf, tmp_path: 
     assert done.err.startswith(f"warning: {out}: pytorch_model.bin still contain the base model's weights.")
     swapped = mistake("fold", shelf / "my-adapter", base, tmp_path / "new")
     assert swapped.startswith(f"{base / 'adapter_config.json'}: no such file. The folder contains a model, not an ")
-    assert swapped.endswith("fold, unfold and load_adapter take the model first.")
+    assert swapped.endswith("fold and load_adapter take the model first.")
 
 
 @pytest.mark.parametrize(

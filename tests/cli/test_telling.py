@@ -25,7 +25,7 @@ from hra_fx.cli import screen
 from hra_fx.cli.screen import ErrorHandlingGroup
 from hra_fx.errors import CheckpointError, HRAWarning
 
-COMMANDS = ["inspect", "match", "fold", "unfold", "convert", "visualize"]
+COMMANDS = ["inspect", "match", "fold", "convert", "visualize"]
 SCRIPT = Path(sys.executable).with_name("hra-fx")
 
 

@@ -27,7 +27,7 @@ GUIDES = {
     "upgrading": set(),
     "several-adapters": set(),
     "visualize": {"adapters.html", "adapters.svg", "block.svg", "heatmap.svg", "two.svg"},
-    "folding": {"folded", "my-adapter", "my-model", "restored"},
+    "folding": {"folded", "my-adapter", "my-model"},
     "how-it-works": {"adapter"},
     "devices": set(),
 }
