@@ -39,7 +39,7 @@ class HRAConfig:
         r: rank, the number of reflections per layer; a positive int.
         rank_pattern: layer name -> rank, for layers with a rank other than `r`, as in PEFT's LoRA. A name is a regular
             expression that matches a layer's full path, or the end of it after a dot; the first match wins. PEFT's
-            HRA does not have this field and does not load adapters that use it: see `hra-fx convert --to peft`.
+            HRA does not have this field and does not load adapters that use it; `save_as_lora` writes a LoRA for PEFT.
         apply_GS: make the vectors of a layer orthonormal (Gram-Schmidt) before they are used as reflections.
         target_modules: the layers to adapt. A collection of names matches a layer if its path equals a name or ends
             with "." + name. A str is a regular expression that must match the full path, or "all-linear" for every

@@ -115,8 +115,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     """Save an adapter to a folder: `adapter_config.json` and `adapter_model.safetensors`, in PEFT's format.
 
     PEFT loads the folder with the same outputs, unless layers have different ranks (`rank_pattern`): each layer is
-    saved with its own rank, but PEFT's HRA has a single rank and raises an error (size mismatch). `hra-fx convert
-    --to peft` writes a folder for PEFT.
+    saved with its own rank, but PEFT's HRA has a single rank and raises an error (size mismatch). For PEFT,
+    call `save_as_lora`.
 
     The file's metadata contains one row of a base weight. With this row, `load_adapter` and other functions detect a
     base model that already contains the adapter. Both files are written atomically. The adapter is saved at full scale

@@ -45,8 +45,6 @@ hra-fx fold my-model first second folded --verify
 hra-fx fold my-pipeline my-adapter folded --part unet
 hra-fx convert my-adapter for-vllm --to lora --base my-model --check vllm
 hra-fx convert first second adapter.gguf --to gguf --base my-model --dtype float16
-hra-fx convert my-adapter for-peft --to peft
-hra-fx convert from-peft my-adapter --to hra_fx
 hra-fx visualize my-model model.html
 hra-fx visualize my-model adapters.svg --adapter my-adapter --heat mean_angle
 hra-fx visualize my-model block.png --adapter my-adapter --focus model.layers.0
