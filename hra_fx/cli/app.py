@@ -43,7 +43,7 @@ hra-fx match my-model --config my-adapter
 hra-fx fold my-model my-adapter folded
 hra-fx fold my-model first second folded --verify
 hra-fx fold my-pipeline my-adapter folded --part unet
-hra-fx convert my-adapter for-vllm --to lora --base my-model --check vllm
+hra-fx convert my-adapter my-lora --to lora --base my-model
 hra-fx convert first second adapter.gguf --to gguf --base my-model --dtype float16
 hra-fx visualize my-model model.html
 hra-fx visualize my-model adapters.svg --adapter my-adapter --heat mean_angle

@@ -89,10 +89,6 @@ def convert(
     rank_pattern: Annotated[
         bool, typer.Option("--rank-pattern", help="Keep each layer's own rank; few servers support it. Only for lora.")
     ] = False,
-    check: Annotated[
-        str | None,
-        typer.Option("--check", metavar="SERVER", help="Warn about what a server, such as vllm, does not accept."),
-    ] = None,
     columns: Columns = None,
     rows: Rows = False,
     overwrite: Overwrite = False,
@@ -117,7 +113,6 @@ def convert(
         rank=rank,
         dtype=dtype,
         rank_pattern=rank_pattern,
-        check=check,
         columns=[] if rows else columns or None,
         progress=not quiet,
     )

@@ -35,7 +35,6 @@ def test_an_output_folder_with_other_files(shelf: Shelf, tmp_path: Path) -> None
     [
         (["--rank-pattern"], {"rank_pattern": True}),
         (["--rank", 2, "--dtype", "bfloat16", "--rows"], {"rank": 2, "dtype": "bfloat16", "columns": []}),
-        (["--check", "tgi", "-q"], {"check": "tgi"}),
     ],
 )
 def test_options_are_those_of_the_function(

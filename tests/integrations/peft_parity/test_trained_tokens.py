@@ -250,5 +250,3 @@ def test_what_cannot_have_tokens_says_so(tmp_path: Path) -> None:
     for reason, call in refusing:
         with pytest.raises(HRAError, match=re.escape(reason)):
             call()
-    with pytest.warns(hra_fx.HRAWarning, match="vLLM .* is not known to load trained tokens"):
-        hra_fx.save_as_lora(model, tmp_path / "lora", check="vllm")
