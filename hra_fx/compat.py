@@ -125,12 +125,6 @@ def export_forward_backward() -> Callable[..., Any]:
     return importlib.import_module("torch.export.experimental")._export_forward_backward  # type: ignore[no-any-return]
 
 
-def has_saved_tensors_hooks() -> bool:
-    """Whether saved-tensor hooks are active, as in activation checkpointing. torch 2.6 does not tell."""
-    top: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is not None and top(True) is not None
-
-
 # --- modules ----------------------------------------------------------------------------------------------------------
 
 

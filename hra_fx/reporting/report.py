@@ -27,7 +27,7 @@ from hra_fx.model.peft_view import adapted_view
 from hra_fx.model.state import get_state, require_adapted_layers
 from hra_fx.reporting.columns import footnotes, grouped_table_of, heading, table_of
 from hra_fx.reporting.plain import plain
-from hra_fx.reporting.plots import draw_comparison, draw_heatmap
+from hra_fx.reporting.plots import draw_heatmap
 from hra_fx.reporting.row import Row, chain_of, measured_fields, moved, weight_rows
 from hra_fx.reporting.skipped_layers import (
     SkippedLayer,
@@ -110,22 +110,6 @@ class Report(JupyterMixin):
             VisualizeError: unknown file extension, field or adapter, no such folder, or matplotlib is not installed.
         """
         return draw_heatmap(self.rows, path, heat, adapter)
-
-    def plot_comparison(self, path: str | os.PathLike[str], first: str, second: str) -> Path:
-        """Plot the mean and the largest angle of two adapters side by side, layer by layer.
-
-        Args:
-            path: the file, ending in `.svg`, `.png` or `.pdf`; its folder must exist.
-            first: name of an adapter.
-            second: name of another adapter.
-
-        Returns:
-            The path of the file.
-
-        Raises:
-            VisualizeError: unknown file extension or adapter, no such folder, or matplotlib is not installed.
-        """
-        return draw_comparison(self.rows, path, first, second)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Render the table with as many columns as fit, and the footnotes."""

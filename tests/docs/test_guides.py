@@ -26,7 +26,7 @@ GUIDES = {
     "layers": set(),
     "upgrading": set(),
     "several-adapters": set(),
-    "visualize": {"adapters.html", "adapters.svg", "block.svg", "heatmap.svg", "two.svg"},
+    "visualize": {"adapters.html", "adapters.svg", "block.svg", "heatmap.svg"},
     "folding": {"folded", "my-adapter", "my-model"},
     "how-it-works": {"adapter"},
     "devices": set(),
