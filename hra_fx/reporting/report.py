@@ -37,7 +37,6 @@ from hra_fx.reporting.skipped_layers import (
     trained_tokens,
 )
 from hra_fx.reporting.table import UNLIMITED, fit_table
-from hra_fx.tracing import graphs as tracing
 from hra_fx.training.protect import protected_directions
 
 
@@ -148,7 +147,7 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def report(model: nn.Module, *, capture: bool = False) -> Report:
+def report(model: nn.Module) -> Report:
     """Describe what each adapter does at each layer, and list the layers and 3-D parameters without an adapter.
 
     The angles are computed from matrices of size `r x r`, and the change of the weight from one product of the weight
@@ -156,7 +155,6 @@ def report(model: nn.Module, *, capture: bool = False) -> Report:
 
     Args:
         model: a transformed model, or a model with PEFT's HRA, which is not changed.
-        capture: also trace the model, and fill `Row.graph` and `Row.graph_reason`.
 
     Returns:
         A `Report`. It contains the rows as data, and printing it shows a table.
@@ -172,14 +170,13 @@ def report(model: nn.Module, *, capture: bool = False) -> Report:
         ('0', 'Linear 6->8', 6, 2, ())
     """
     with adapted_view(model) as module:
-        rows = _rows(module, capture=capture)
+        rows = _rows(module)
         skipped, trained = not_adapted(module)
         return Report(rows, skipped, trained, skipped_parameters(module), trained_tokens(module))
 
 
-def _rows(model: nn.Module, *, capture: bool) -> tuple[Row, ...]:
+def _rows(model: nn.Module) -> tuple[Row, ...]:
     layers, state = require_adapted_layers(model), get_state(model)
-    graphs = tracing.capture(model, layers).layers if capture else {}
     rows: list[Row] = []
     for path, layer in layers.items():
         reflection = layer.hra_u
@@ -189,12 +186,10 @@ def _rows(model: nn.Module, *, capture: bool) -> tuple[Row, ...]:
             active = name in (state.active if state else reflection.active)
             d, r = reflection.width, reflection.specs[name].r
             parameters = math.prod(reflection.vectors_shape(r))
-            graph, reason = graphs.get(path, (None, ""))
             with loaded(reflection):
                 measured = measured_fields(chain_of(layer, name), weight)
             measured["protected"] = moved(protected_directions(layer, name), chain_of(layer, name))
             measured["bytes"] = parameters * reflection[name].itemsize
             measured["bytes_here"] = local_tensor(reflection[name]).nbytes
-            measured |= {"graph": graph, "graph_reason": reason}
             rows.append(Row(path, describe(layer), name, active, d, r, parameters, **measured))
     return tuple(rows)

@@ -47,9 +47,6 @@ class Row:
         weight_change: `|W Q - W|_F / |W|_F`: how much `Q` changes the weight, relative to its size. NaN as for `share`.
         bytes: memory of the vectors; 0 in a report of a graph.
         bytes_here: memory of the vectors in this process, which is less if they are sharded.
-        graph: path of the traced graph that contains the layer (`""` for the whole model); `None` if there is none or
-            if `report` was called without `capture=True`.
-        graph_reason: why this graph is not larger; `""` for the whole model.
         protected: how far `Q` moves what `hra_fx.protect` protects in this process: `|Q V - V|_F / |V|_F`; `None` if
             nothing is protected.
     """
@@ -70,8 +67,6 @@ class Row:
     weight_change: float
     bytes: int = 0
     bytes_here: int = 0
-    graph: str | None = None
-    graph_reason: str = ""
     protected: float | None = None
 
 
