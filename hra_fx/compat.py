@@ -148,7 +148,7 @@ def with_own_hooks(modules: Iterable[nn.Module]) -> set[nn.Module]:
 
 
 def forward_hooks(module: nn.Module) -> list[Any]:
-    """The forward hooks that are registered on a module, or those before its forward."""
+    """The forward hooks that are registered on a module."""
     return list(module._forward_hooks.values())
 
 

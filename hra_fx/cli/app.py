@@ -47,7 +47,7 @@ hra-fx convert my-adapter my-lora --to lora --base my-model
 hra-fx convert first second adapter.gguf --to gguf --base my-model --dtype float16
 hra-fx visualize my-model model.html
 hra-fx visualize my-model adapters.svg --adapter my-adapter --heat mean_angle
-hra-fx visualize my-model block.png --adapter my-adapter --focus model.layers.0
+hra-fx visualize my-model block.svg --adapter my-adapter --focus model.layers.0
 """
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hra_fx.atomic_write import output_file, write_output_file
-from hra_fx.errors import VisualizeError
 from hra_fx.view import page
 from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.heatmap import heatmap_of
@@ -22,35 +20,25 @@ class Format(NamedTuple):
     """A file format: its description, and the function that renders a drawing."""
 
     words: str
-    render: Callable[[Drawing, Options], str | bytes]
+    render: Callable[[Drawing, Options], str]
 
 
 FORMATS: Mapping[str, Format] = {
     ".svg": Format("picture", page.render_svg),
-    ".png": Format("picture", page.render_png),
     ".html": Format("interactive page", rendering.render),
 }
 
 
 def picture_file(path: str | os.PathLike[str]) -> Path:
-    """Check the path of a picture, and that the format's package is installed, before the work starts."""
-    has_png = find_spec("resvg_py") is not None
-    working = ", ".join(f"{end} ({form.words})" for end, form in FORMATS.items() if has_png or end != ".png")
-    file = output_file(path, FORMATS, listed=working)
-    if file.suffix.lower() == ".png" and not has_png:
-        raise VisualizeError(
-            f"{file.name!r} needs the package resvg-py, which is not installed. Run: pip install resvg-py. "
-            f"Formats that need no other package: {working}."
-        )
-    return file
+    """Check the path of a picture before the work starts."""
+    return output_file(path, FORMATS, listed=", ".join(f"{end} ({form.words})" for end, form in FORMATS.items()))
 
 
 def rendered(file: Path, drawing: Drawing, options: Options) -> bytes:
     """Render the content of a file, whose path `picture_file` has checked, from the drawing of the whole model."""
     part = focused(drawing, options.focus)
     heatmap_of(part, options.heat)  # the same error for all formats
-    content = FORMATS[file.suffix.lower()].render(part, options)
-    return content if isinstance(content, bytes) else content.encode("utf-8")
+    return FORMATS[file.suffix.lower()].render(part, options).encode("utf-8")
 
 
 def visualize(
@@ -65,7 +53,7 @@ def visualize(
 ) -> Path:
     """Write a picture of a model: its adapted layers, how far each is rotated, and which layers were skipped.
 
-    The file extension selects the format. `.svg` and `.png` draw identical blocks once. `.html` is an interactive page.
+    The file extension selects the format. `.svg` draws identical blocks once. `.html` is an interactive page.
     Every format shows each adapted layer exactly once.
 
     Args:
@@ -88,8 +76,7 @@ def visualize(
         The path of the file. The file is written atomically: if an error is raised, an existing file is unchanged.
 
     Raises:
-        VisualizeError: unknown file extension, no such folder, a library that is not installed, or options that do
-            not fit the model.
+        VisualizeError: unknown file extension, no such folder, or options that do not fit the model.
         AdapterError: `torch.export` is needed for the call, but cannot capture it.
 
     Example:
