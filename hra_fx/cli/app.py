@@ -33,7 +33,6 @@ _COMMANDS = (
 )
 _EXAMPLES = r"""
 hra-fx inspect my-adapter
-hra-fx inspect my-model
 hra-fx inspect my-adapter --json | jq '.layers[].mean_angle'
 hra-fx match my-model
 hra-fx match my-model --target q_proj --target v_proj --layers 0-3,7

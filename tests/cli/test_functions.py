@@ -60,31 +60,10 @@ def test_layers_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     assert [layer["path"] for layer in inspected(folder)["layers"]] == [str(i) for i in range(12)]
 
 
-def test_a_model(shelf: Shelf) -> None:
-    look = inspected(shelf / "my-model")
-    linear = {path: m for path, m in shelf.model.named_modules() if isinstance(m, torch.nn.Linear)}
-    assert [(layer["path"], layer["d"], layer["parameters"]) for layer in look["layers"]] == [
-        (path, module.in_features, module.weight.numel()) for path, module in linear.items()
-    ]
-    assert (look["kind"], look["model"], look["library"]) == ("model", "LlamaForCausalLM", "transformers")
-    assert look["parameters"] == sum(p.numel() for p in shelf.model.parameters())
-    assert look["default_targets"] == ["q_proj", "v_proj"]
-    (file,) = look["files"]
-    assert file["dtypes"] == ["BF16"] and file["bytes"] == (shelf / "my-model" / "model.safetensors").stat().st_size
-    assert "model.layers.*.self_attn.q_proj       2   Linear 16->16" in answer("inspect", shelf / "my-model")
-
-
-def test_what_cannot_be_inspected(shelf: Shelf, tmp_path: Path) -> None:
-    assert mistake("inspect", tmp_path) == (
-        f"{tmp_path}: does not contain adapter_config.json or config.json. Pass the folder of an adapter or a model."
-    )
+def test_what_is_not_an_adapter(shelf: Shelf) -> None:
     said = mistake("inspect", shelf.folder)
     assert "There are adapters in the subfolders 'my-adapter', 'orthonormal', 'second': pass the path of" in said
-    for part in ("unet", "vae"):
-        (tmp_path / part).mkdir()
-        (tmp_path / part / "config.json").write_text("{}")
-    (tmp_path / "model_index.json").write_text("{}")
-    assert "is a diffusers pipeline. Pass one of its parts: unet, vae." in mistake("inspect", tmp_path)
+    assert mistake("inspect", shelf / "my-model").endswith("to see its layers, run hra-fx match.")
 
 
 # ---- fold ----
@@ -125,7 +104,7 @@ def test_errors_and_warnings_of_the_library_are_printed(shelf: Shelf, tmp_path: 
     assert done.err.startswith(f"warning: {out}: pytorch_model.bin still contain the base model's weights.")
     swapped = mistake("fold", shelf / "my-adapter", base, tmp_path / "new")
     assert swapped.startswith(f"{base / 'adapter_config.json'}: no such file. The folder contains a model, not an ")
-    assert swapped.endswith("fold and load_adapter take the model first.")
+    assert swapped.endswith("fold and load_adapter take the model first; to see its layers, run hra-fx match.")
 
 
 @pytest.mark.parametrize(
