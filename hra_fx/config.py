@@ -20,11 +20,11 @@ from hra_fx.field_hints import field_hint
 from hra_fx.hub import check_options, download
 from hra_fx.patterns import layer_index_regex, matches_rank, rank_regex, saved_module_regex
 
-__all__ = ["CONFIG_NAME", "NOT_IN_PEFT", "HRAConfig"]
+__all__ = ["CONFIG_NAME", "HRAConfig"]
 
 CONFIG_NAME = "adapter_config.json"
 #: Fields that PEFT's `HRAConfig` does not have.
-NOT_IN_PEFT = ("rank_pattern", "target_parameters", "trainable_token_indices")
+_NOT_IN_PEFT = ("rank_pattern", "target_parameters", "trainable_token_indices")
 _TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 _BIASES = ("none", "all", "hra_only")
 #: Values of `bias` of other methods of PEFT.
@@ -203,7 +203,7 @@ class HRAConfig:
         ['a', 'b']
         """
         values = {name: getattr(self, name) for name in _field_names()}
-        for name in NOT_IN_PEFT:
+        for name in _NOT_IN_PEFT:
             if not values[name]:
                 del values[name]
         return {name: _plain(value) for name, value in (values | self.extra).items()}
