@@ -86,9 +86,6 @@ def convert(
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="DTYPE", help="Dtype of the LoRA factors: float32, float16 or bfloat16.")
     ] = "float32",
-    rank_pattern: Annotated[
-        bool, typer.Option("--rank-pattern", help="Keep each layer's own rank; few servers support it. Only for lora.")
-    ] = False,
     columns: Columns = None,
     rows: Rows = False,
     overwrite: Overwrite = False,
@@ -112,7 +109,6 @@ def convert(
         out,
         rank=rank,
         dtype=dtype,
-        rank_pattern=rank_pattern,
         columns=[] if rows else columns or None,
         progress=not quiet,
     )

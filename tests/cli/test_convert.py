@@ -33,7 +33,7 @@ def test_an_output_folder_with_other_files(shelf: Shelf, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("words", "fields"),
     [
-        (["--rank-pattern"], {"rank_pattern": True}),
+        ([], {}),
         (["--rank", 2, "--dtype", "bfloat16", "--rows"], {"rank": 2, "dtype": "bfloat16", "columns": []}),
     ],
 )
