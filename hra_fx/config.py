@@ -76,9 +76,9 @@ class HRAConfig:
     (['query', 'value'], 'none')
     >>> HRAConfig(r=8, rank_pattern={"layers.0.q_proj": 16, "v_proj": 4}).rank_of("model.layers.0.q_proj")
     16
-    >>> HRAConfig(rank=4)
+    >>> HRAConfig(target_module=["query"])
     Traceback (most recent call last):
-    hra_fx.errors.ConfigError: HRAConfig has no field `rank`. Did you mean `r`?
+    hra_fx.errors.ConfigError: HRAConfig has no field `target_module`. Did you mean `target_modules`?
     """
 
     task_type: str | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import networkx as nx
 import torch
@@ -22,16 +22,11 @@ from hra_fx.view.graph import leaves_of
 from hra_fx.view.subject import Subject, subject_of
 
 
-class Sketch(NamedTuple):
-    """What `Drawing` has of the graph of a model."""
+def sketch_of(model: Any, example_inputs: Any) -> tuple[str, str, nx.DiGraph[str]]:
+    """Trace any model (plain, adapted or folded), graph or program.
 
-    name: str  # the class of the model
-    facts: str  # the number of adapted layers, their ranks and parameters, and what was traced
-    picture: nx.DiGraph[str]  # see `leaves_of`
-
-
-def sketch_of(model: Any, example_inputs: Any) -> Sketch:
-    """Trace any model (plain, adapted or folded), graph or program."""
+    Returns the class of the model, a line of facts, and the leaves (see `leaves_of`).
+    """
     if is_program(model):
         if example_inputs is not None:
             raise VisualizeError("`example_inputs` must be None for an ExportedProgram, which already has the shapes.")
@@ -47,7 +42,7 @@ def sketch_of(model: Any, example_inputs: Any) -> Sketch:
             "layer's path as `focus`."
         )
     subject = subject_of(model, _graphs_of(model, example_inputs))
-    return Sketch(subject.classes.get("", type(model).__name__), _facts(subject), leaves_of(subject))
+    return subject.classes.get("", type(model).__name__), _facts(subject), leaves_of(subject)
 
 
 def _graphs_of(model: nn.Module, example_inputs: Any) -> dict[str, fx.GraphModule]:
