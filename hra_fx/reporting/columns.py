@@ -1,4 +1,4 @@
-"""The columns and footnotes of a report, which are the same in terminals, Markdown and notebooks.
+"""The columns and footnotes of a report, which are the same in terminals and notebooks.
 
 In a terminal, rows that differ only in the indices of their blocks are one row: `layer.*.attention.self.query`.
 """

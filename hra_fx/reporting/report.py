@@ -6,9 +6,8 @@ import dataclasses
 import json
 import math
 import os
-import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import get_terminal_size
@@ -25,7 +24,7 @@ from hra_fx.layers.sharding import local_tensor
 from hra_fx.layers.target import describe, weight_place
 from hra_fx.model.peft_view import adapted_view
 from hra_fx.model.state import get_state, require_adapted_layers
-from hra_fx.reporting.columns import footnotes, grouped_table_of, heading, table_of
+from hra_fx.reporting.columns import footnotes, grouped_table_of, heading
 from hra_fx.reporting.plain import plain
 from hra_fx.reporting.plots import draw_heatmap
 from hra_fx.reporting.row import Row, chain_of, measured_fields, moved, weight_rows
@@ -44,7 +43,7 @@ from hra_fx.training.protect import protected_directions
 class Report(JupyterMixin):
     """The result of `hra_fx.report`. It is shown as a table, with one line for layers that repeat in each block.
 
-    `rows`, `to_dicts()`, `to_json()` and `to_markdown()` contain the rows of all layers.
+    `rows`, `to_dicts()` and `to_json()` contain the rows of all layers.
 
     Attributes:
         rows: one row for each adapter of each layer, in model order.
@@ -79,17 +78,6 @@ class Report(JupyterMixin):
             indent: spaces for each level; `None` for one line.
         """
         return json.dumps(plain(self), indent=indent)
-
-    def to_markdown(self) -> str:
-        """Return the table of all layers in GitHub's Markdown, followed by the footnotes."""
-        columns, cells = table_of(self.rows)
-        lines = [f"**{escaped(heading(self.rows))}**", ""]
-        lines.append(_line([escaped(column.name) for column in columns]))
-        lines.append(_line([":--" if column.is_text else "--:" for column in columns]))
-        lines += [_line(list(map(escaped, row))) for row in cells]
-        for title, notes in self._footnotes().items():
-            lines += ["", escaped(title), "", *(f"- {escaped(note)}" for note in notes)]
-        return "\n".join(lines) + "\n"
 
     def plot_heatmap(
         self, path: str | os.PathLike[str], heat: str | None = None, *, adapter: str | None = None
@@ -131,20 +119,6 @@ class Report(JupyterMixin):
     def _footnotes(self) -> dict[str, list[str]]:
         tokens = {"Trained tokens:": list(self.trained_tokens)} if self.trained_tokens else {}
         return tokens | footnotes(self.rows, self.skipped, self.trained_in_full, self.skipped_parameters)
-
-
-def escaped(text: str) -> str:
-    r"""Escape a text so that Markdown shows it literally, without emphasis, links, HTML or ends of cells.
-
-    >>> escaped("a*b|<b>")
-    'a\\*b\\|\\<b\\>'
-    """
-    # An underscore in a word does not have a special meaning, so it is not escaped.
-    return re.sub(r"([\\`*\[\]<>|~&#!]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def report(model: nn.Module) -> Report:

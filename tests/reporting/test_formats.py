@@ -1,4 +1,4 @@
-"""The formats of a report: terminal (layers that repeat are one line), Markdown, JSON, notebook, and plots."""
+"""The formats of a report: terminal (layers that repeat are one line), JSON, notebook, and the plot."""
 
 from __future__ import annotations
 
@@ -83,11 +83,6 @@ def test_names_are_no_markup() -> None:
     assert not re.search(r"[^-]color:|#[0-9a-f]{6}", page), "it is readable on light and on dark"
     assert set(re.findall(r"</?(\w+)", page)) == {"pre", "span"}
     assert "<script>" in "".join(unescape(re.sub(r"<[^>]*>", "", page)).split())
-    name = "a\nb <b> [x](y) `c` *d* _e_ f_g|h"
-    lines = report_of(row(name), skipped=(SkippedLayer(name, "x", "why"),)).to_markdown().splitlines()
-    assert sum(r"a b \<b\> \[x\](y) \`c\` \*d\* \_e\_ f_g\|h" in line for line in lines) == 2
-    table = [line for line in lines if line.startswith("|")]
-    assert [len(re.findall(r"(?<!\\)\|", line)) for line in table] == [len(WORDS) + 1] * 3
 
 
 def test_footnotes() -> None:
@@ -98,8 +93,6 @@ def test_footnotes() -> None:
     text = str(report_of(row(), skipped=skipped))
     assert text.count("reason ") == 6
     assert "  3 more layers, for 3 other reasons\n" in text
-    text = report_of(row(), skipped=(SkippedLayer("head", "Linear", "it is the output layer"),)).to_markdown()
-    assert text.endswith("Not adapted: 1 layer\n\n- head: it is the output layer\n")
 
 
 def test_json_is_valid_and_has_null_for_what_is_no_number() -> None:
@@ -115,7 +108,7 @@ def test_json_is_valid_and_has_null_for_what_is_no_number() -> None:
 
 
 def test_an_empty_report_has_every_form() -> None:
-    for text in (str(report_of()), report_of().to_markdown(), in_notebook(report_of())):
+    for text in (str(report_of()), in_notebook(report_of())):
         assert "0 adapted layers" in text
     lists = ("rows", "skipped", "trained_in_full", "skipped_parameters", "trained_tokens")
     assert json.loads(report_of().to_json()) == {name: [] for name in lists}
@@ -150,8 +143,7 @@ def test_layers_that_differ_otherwise_stay_apart(other: dict[str, object]) -> No
 
 
 def test_a_fresh_adapter_is_not_trained_yet() -> None:
-    for text in (str(report_of(row(angles=()))), report_of(row(angles=())).to_markdown()):
-        assert "not trained yet (identity)" in text
+    assert "not trained yet (identity)" in str(report_of(row(angles=())))
     assert "not trained yet" not in str(report_of(row()))
 
 
