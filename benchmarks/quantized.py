@@ -80,7 +80,7 @@ def accuracy() -> None:
             beside = error(output(model), wanted)
             plan = hra_fx.plan_fold(model, requantize=True)
             roundings = [layer.rounding for layer in plan.layers]
-            folded = error(output(plan.apply()), wanted)
+            folded = error(output(hra_fx.fold(model, requantize=True)), wanted)
             print(f"{name:<28} {span(roundings):>16} {beside:>8.1%} {folded:>8.1%}", flush=True)
 
 

@@ -47,16 +47,12 @@ if TYPE_CHECKING:
     )
     from hra_fx.api.status import get_layer_status as get_layer_status, get_model_status as get_model_status
     from hra_fx.api.transform import fold as fold, graphs as graphs, transform as transform
-    from hra_fx.checkpoint.disk.fold import (
-        fold_checkpoint as fold_checkpoint,
-        unfold_checkpoint as unfold_checkpoint,
-    )
+    from hra_fx.checkpoint.disk.fold import fold_checkpoint as fold_checkpoint
     from hra_fx.checkpoint.saving import (
         get_peft_model_state_dict as get_peft_model_state_dict,
         save_adapter as save_adapter,
     )
     from hra_fx.config import HRAConfig as HRAConfig
-    from hra_fx.export.freeze import freeze as freeze
     from hra_fx.export.lift import lift as lift
     from hra_fx.export.onnx_swap import adapter_inputs as adapter_inputs, make_swappable as make_swappable
     from hra_fx.export.training_step import export_training_step as export_training_step
@@ -107,10 +103,9 @@ _NAMES = {
     ),
     "api.status": ("get_layer_status", "get_model_status"),
     "api.transform": ("fold", "graphs", "transform"),
-    "checkpoint.disk.fold": ("fold_checkpoint", "unfold_checkpoint"),
+    "checkpoint.disk.fold": ("fold_checkpoint",),
     "checkpoint.saving": ("get_peft_model_state_dict", "save_adapter"),
     "config": ("HRAConfig",),
-    "export.freeze": ("freeze",),
     "export.lift": ("lift",),
     "export.onnx_swap": ("adapter_inputs", "make_swappable"),
     "export.training_step": ("export_training_step",),

@@ -125,12 +125,6 @@ def export_forward_backward() -> Callable[..., Any]:
     return importlib.import_module("torch.export.experimental")._export_forward_backward  # type: ignore[no-any-return]
 
 
-def has_saved_tensors_hooks() -> bool:
-    """Whether saved-tensor hooks are active, as in activation checkpointing. torch 2.6 does not tell."""
-    top: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is not None and top(True) is not None
-
-
 # --- modules ----------------------------------------------------------------------------------------------------------
 
 
@@ -153,9 +147,9 @@ def with_own_hooks(modules: Iterable[nn.Module]) -> set[nn.Module]:
     }
 
 
-def forward_hooks(module: nn.Module, *, before: bool = False) -> list[Any]:
-    """The forward hooks that are registered on a module, or those before its forward."""
-    return list((module._forward_pre_hooks if before else module._forward_hooks).values())
+def forward_hooks(module: nn.Module) -> list[Any]:
+    """The forward hooks that are registered on a module."""
+    return list(module._forward_hooks.values())
 
 
 def has_own_hooks(module: nn.Module) -> bool:

@@ -20,11 +20,11 @@ from hra_fx.field_hints import field_hint
 from hra_fx.hub import check_options, download
 from hra_fx.patterns import layer_index_regex, matches_rank, rank_regex, saved_module_regex
 
-__all__ = ["CONFIG_NAME", "NOT_IN_PEFT", "HRAConfig"]
+__all__ = ["CONFIG_NAME", "HRAConfig"]
 
 CONFIG_NAME = "adapter_config.json"
 #: Fields that PEFT's `HRAConfig` does not have.
-NOT_IN_PEFT = ("rank_pattern", "target_parameters", "trainable_token_indices")
+_NOT_IN_PEFT = ("rank_pattern", "target_parameters", "trainable_token_indices")
 _TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 _BIASES = ("none", "all", "hra_only")
 #: Values of `bias` of other methods of PEFT.
@@ -39,7 +39,7 @@ class HRAConfig:
         r: rank, the number of reflections per layer; a positive int.
         rank_pattern: layer name -> rank, for layers with a rank other than `r`, as in PEFT's LoRA. A name is a regular
             expression that matches a layer's full path, or the end of it after a dot; the first match wins. PEFT's
-            HRA does not have this field and does not load adapters that use it: see `hra-fx convert --to peft`.
+            HRA does not have this field and does not load adapters that use it; `save_as_lora` writes a LoRA for PEFT.
         apply_GS: make the vectors of a layer orthonormal (Gram-Schmidt) before they are used as reflections.
         target_modules: the layers to adapt. A collection of names matches a layer if its path equals a name or ends
             with "." + name. A str is a regular expression that must match the full path, or "all-linear" for every
@@ -76,9 +76,9 @@ class HRAConfig:
     (['query', 'value'], 'none')
     >>> HRAConfig(r=8, rank_pattern={"layers.0.q_proj": 16, "v_proj": 4}).rank_of("model.layers.0.q_proj")
     16
-    >>> HRAConfig(rank=4)
+    >>> HRAConfig(target_module=["query"])
     Traceback (most recent call last):
-    hra_fx.errors.ConfigError: HRAConfig has no field `rank`. Did you mean `r`?
+    hra_fx.errors.ConfigError: HRAConfig has no field `target_module`. Did you mean `target_modules`?
     """
 
     task_type: str | None = None
@@ -203,7 +203,7 @@ class HRAConfig:
         ['a', 'b']
         """
         values = {name: getattr(self, name) for name in _field_names()}
-        for name in NOT_IN_PEFT:
+        for name in _NOT_IN_PEFT:
             if not values[name]:
                 del values[name]
         return {name: _plain(value) for name, value in (values | self.extra).items()}

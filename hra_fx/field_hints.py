@@ -5,22 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 
-# Other names for the fields, from other libraries and the paper, that are not found by similar spelling.
-_SYNONYMS = {
-    synonym: name
-    for name, synonyms in {
-        "r": "rank hra_r lora_r num_reflections",
-        "apply_GS": "gs gram_schmidt use_gram_schmidt",
-        "init_weights": "init_hra_weights init_lora_weights",
-        "target_modules": "targets target_layers modules",
-        "exclude_modules": "excludes modules_to_exclude ignore_modules",
-        "layers_to_transform": "layers layer_indices layer_ids",
-        "modules_to_save": "trainable_modules",
-        "base_model_name_or_path": "base_model",
-        "task_type": "task",
-    }.items()
-    for synonym in synonyms.split()
-}
 _NO_ALPHA = "HRA has no alpha, because Q is orthogonal. Remove it. To weaken an adapter, call hra_fx.set_scale."
 #: Fields of PEFT's `LoraConfig` without a counterpart.
 _ONLY_IN_LORA = {
@@ -37,13 +21,13 @@ _ONLY_IN_LORA = {
 def field_hint(name: str, fields: Collection[str]) -> str:
     """Return a sentence that says what to use instead of the unknown field `name`.
 
-    >>> field_hint("lora_r", ["r", "bias"])
-    'Did you mean `r`?'
+    >>> field_hint("apply_gs", ["r", "apply_GS"])
+    'Did you mean `apply_GS`?'
     """
     if name in _ONLY_IN_LORA:
         return _ONLY_IN_LORA[name]
     lower = {known.lower(): known for known in fields}
-    near = difflib.get_close_matches(name.lower(), [*lower, *_SYNONYMS], n=1, cutoff=0.75)
+    near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.75)
     if near:
-        return f"Did you mean `{lower.get(near[0]) or _SYNONYMS[near[0]]}`?"
+        return f"Did you mean `{lower[near[0]]}`?"
     return f"The fields are {', '.join(fields)}."

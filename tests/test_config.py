@@ -164,7 +164,6 @@ BAD_FIELDS: list[tuple[str, list[Any], str]] = [
         "adapter, call hra_fx.set_scale",
     ),
     ("lora_dropout", [0.1], "HRAConfig has no field `lora_dropout`. HRA has no dropout. Remove it"),
-    ("rank", [4], "HRAConfig has no field `rank`. Did you mean `r`?"),
     ("target_module", [1], "HRAConfig has no field `target_module`. Did you mean `target_modules`"),
     ("zzz", [1], "HRAConfig has no field `zzz`. The fields are task_type, peft_type, "),
 ]

@@ -100,7 +100,7 @@ class BaseRow(NamedTuple):
         """The error for a model that already contains the adapter, if the base model is needed."""
         return CheckpointError(
             f"{base} already contains the adapter {file} or a very similar one, folded into its weights (seen in "
-            f"{self.path}). Use the base model that the adapter was trained on, or restore it with hra-fx unfold."
+            f"{self.path}). Use the base model that the adapter was trained on."
         )
 
 

@@ -40,7 +40,10 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLE_NAME = "adapter_model.bin"
 _MAX_LISTED = 10
 _SAVED_BY = "Pass the folder that an adapter was saved in (in PEFT, with safe_serialization=True)."
-_OF_A_MODEL = "The folder contains a model, not an adapter. fold, unfold and load_adapter take the model first."
+_OF_A_MODEL = (
+    "The folder contains a model, not an adapter. fold and load_adapter take the model first; to see its layers, run "
+    "hra-fx match."
+)
 
 
 def find(source: str | os.PathLike[str], subfolder: str | None = None, **hub: Any) -> Path:

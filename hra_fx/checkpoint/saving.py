@@ -17,7 +17,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from hra_fx.atomic_write import atomic_write
@@ -35,7 +34,7 @@ from hra_fx.checkpoint.folder import (
     write_weights,
 )
 from hra_fx.compat import non_persistent_buffers
-from hra_fx.config import NOT_IN_PEFT, HRAConfig
+from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, CheckpointError, HRAWarning
 from hra_fx.functional.chain import plain_chain
 from hra_fx.layers.class_swap import original_class
@@ -45,7 +44,6 @@ from hra_fx.model.peft_view import adapted_view
 from hra_fx.model.state import AdapterState, adapted_layers, load_vectors, names_in, root_of
 from hra_fx.model.trained_tokens import without_rows
 from hra_fx.selection.select import resolve_targets, targeted
-from hra_fx.selection.suggestions import format_names
 from hra_fx.training.protect import protected_directions
 from hra_fx.version import VERSION
 
@@ -61,52 +59,17 @@ _CARD = """---
 library_name: peft
 ---
 
-# {title}
+# HRA adapter of {title}
 
-{kind} of Householder reflection adaptation ([HRA](https://arxiv.org/abs/2405.17484)), saved by hra_fx in PEFT's format.
-
-| adapter | folder | rank | layers |
-|---|---|---|---|
-{rows}
-{protected}
-## How to load
+Householder reflection adaptation ([HRA](https://arxiv.org/abs/2405.17484)), saved by hra_fx {version} in PEFT's format.{protected}
+To load it over its base model:
 
 ```python
 import hra_fx
-{base}
+
 model = hra_fx.load_adapter(base, "{place}"{option})
 ```
-
-{with_peft}
-
-## How to deploy
-
-As a LoRA with the same outputs, for servers such as vLLM and llama.cpp:
-
-```python
-hra_fx.save_as_lora(model, "lora")
-```
-
-Or folded into the weights, as a plain base model:
-
-```python
-model = hra_fx.fold(model)
-```
-
-### Framework versions
-
-- hra_fx {version}
-- PyTorch {torch}
 """
-
-_WITH_PEFT = """With PEFT, instead of the last line:
-
-```python
-import peft
-
-model = peft.PeftModel.from_pretrained(base, "{place}"{option})
-```"""
-_NOT_WITH_PEFT = "PEFT's HRA has no `{field}`. For PEFT, convert the adapter to a LoRA as shown below."
 
 #: Configuration, tensors and metadata of an adapter's two files.
 _Contents: TypeAlias = tuple[HRAConfig, dict[str, Tensor], dict[str, str]]
@@ -116,8 +79,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     """Save an adapter to a folder: `adapter_config.json` and `adapter_model.safetensors`, in PEFT's format.
 
     PEFT loads the folder with the same outputs, unless layers have different ranks (`rank_pattern`): each layer is
-    saved with its own rank, but PEFT's HRA has a single rank and raises an error (size mismatch). `hra-fx convert
-    --to peft` writes a folder for PEFT.
+    saved with its own rank, but PEFT's HRA has a single rank and raises an error (size mismatch). For PEFT,
+    call `save_as_lora`.
 
     The file's metadata contains one row of a base weight. With this row, `load_adapter` and other functions detect a
     base model that already contains the adapter. Both files are written atomically. The adapter is saved at full scale
@@ -332,31 +295,11 @@ def _card_metadata(root: Any, configs: Mapping[str, HRAConfig], tags: list[str])
 
 
 def _card_text(root: nn.Module, configs: Mapping[str, HRAConfig]) -> str:
-    base, first = _base(root, configs), "default" if "default" in configs else next(iter(configs))
+    title = _base(root, configs) or original_class(root).__name__
+    first = "default" if "default" in configs else next(iter(configs))
     option = "" if first == "default" else f', subfolder="{first}"'
-    missing = next((field for field in NOT_IN_PEFT if getattr(configs[first], field)), None)
-    with_peft = _NOT_WITH_PEFT.format(field=missing) if missing else _WITH_PEFT.format(place=PLACE, option=option)
-    return _CARD.format(
-        title=f"HRA adapter of {base or original_class(root).__name__}",
-        kind="An adapter" if len(configs) == 1 else "Adapters",
-        rows="\n".join(_row(name, config) for name, config in configs.items()),
-        protected=_protected(root, configs),
-        base=_loading(root, base),
-        place=PLACE,
-        option=option,
-        with_peft=with_peft,
-        version=VERSION,
-        torch=torch.__version__,
-    )
-
-
-def _row(name: str, config: HRAConfig) -> str:
-    """The row of an adapter in the table."""
-    rank = f"{config.r}{', rank_pattern' * bool(config.rank_pattern)}{', Gram-Schmidt' * config.apply_GS}"
-    given = [names for names in (config.target_modules, config.target_parameters) if names]
-    layers = ", ".join(f"`{format_names(names)}`" for names in given) or "`default of the model type`"
-    cell = layers.replace("|", r"\|")  # a bar ends the cell, even in code
-    return f"| {name} | {'.' if name == 'default' else name} | {rank} | {cell} |"
+    kept = _protected(root, configs)
+    return _CARD.format(title=title, version=VERSION, protected=kept, place=PLACE, option=option)
 
 
 def _protected(root: nn.Module, names: Iterable[str]) -> str:
@@ -364,16 +307,7 @@ def _protected(root: nn.Module, names: Iterable[str]) -> str:
     found = [protected_directions(layer, name) for layer in adapted_layers(root).values() for name in names]
     most = max((basis.shape[-1] for basis in found if basis is not None), default=0)
     line = "Trained with `hra_fx.protect`, which keeps up to {} directions of the inputs of each layer as they are."
-    return f"\n{line.format(most)}\n" if most else ""
-
-
-def _loading(root: nn.Module, base: str | None) -> str:
-    """The lines of code that create the base model."""
-    cls = original_class(root)
-    library = cls.__module__.partition(".")[0]
-    if base is None or library not in ("transformers", "diffusers"):
-        return f"\nbase = ...  # the base model, a {cls.__name__}"
-    return f'from {library} import {cls.__name__}\n\nbase = {cls.__name__}.from_pretrained("{base}")'
+    return f"\n{line.format(most)}" if most else ""
 
 
 def _base(root: nn.Module, configs: Mapping[str, HRAConfig]) -> str | None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from hra_fx.cli.convert import convert, fold_or_unfold
+from hra_fx.cli.convert import convert, fold
 from hra_fx.cli.inspect import inspect
 from hra_fx.cli.models import match, visualize
 from hra_fx.cli.screen import ErrorHandlingGroup
@@ -23,26 +23,16 @@ _EXIT_CODES = (
     "Exit codes: 0 success; 1 the configuration does not match the model; 2 error, see stderr; 130 interrupted."
 )
 
-_FOLD_HELP = """Fold adapters into a checkpoint on disk. OUT is the base model with rotated weights.
-
-Weights are read file by file, and all other files are copied unchanged. OUT is complete, or unchanged after an error.
-"""
-_UNFOLD_HELP = """Undo a fold on disk, up to rounding. BASE is the folder of the folded model.
-
-Adapters with biases or modules to save raise an error, because the replaced values are lost.
-"""
 #: Name, function and help.
 _COMMANDS = (
     ("inspect", inspect, inspect.__doc__),
     ("match", match, match.__doc__),
-    ("fold", fold_or_unfold, _FOLD_HELP),
-    ("unfold", fold_or_unfold, _UNFOLD_HELP),
+    ("fold", fold, fold.__doc__),
     ("convert", convert, convert.__doc__),
     ("visualize", visualize, visualize.__doc__),
 )
 _EXAMPLES = r"""
 hra-fx inspect my-adapter
-hra-fx inspect my-model
 hra-fx inspect my-adapter --json | jq '.layers[].mean_angle'
 hra-fx match my-model
 hra-fx match my-model --target q_proj --target v_proj --layers 0-3,7
@@ -52,15 +42,11 @@ hra-fx match my-model --config my-adapter
 hra-fx fold my-model my-adapter folded
 hra-fx fold my-model first second folded --verify
 hra-fx fold my-pipeline my-adapter folded --part unet
-hra-fx unfold folded my-adapter restored
-hra-fx unfold folded first second restored --verify
-hra-fx convert my-adapter for-vllm --to lora --base my-model --check vllm
+hra-fx convert my-adapter my-lora --to lora --base my-model
 hra-fx convert first second adapter.gguf --to gguf --base my-model --dtype float16
-hra-fx convert my-adapter for-peft --to peft
-hra-fx convert from-peft my-adapter --to hra_fx
 hra-fx visualize my-model model.html
 hra-fx visualize my-model adapters.svg --adapter my-adapter --heat mean_angle
-hra-fx visualize my-model block.png --adapter my-adapter --focus model.layers.0
+hra-fx visualize my-model block.svg --adapter my-adapter --focus model.layers.0
 """
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 

@@ -60,33 +60,30 @@ def _warn_if_quantized(file: Path, entries: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """A layer that can be adapted; `chains` is the number of experts, and `r` the rank in a configuration."""
+    """A layer that a configuration adapts; `chains` is the number of experts."""
 
     path: str
     site: str
     d: int
     parameters: int
-    r: int | None = None
+    r: int
     chains: int = 1
 
     @property
     def trained(self) -> int:
         """The number of adapter parameters."""
-        return self.chains * self.d * (self.r or 0)
+        return self.chains * self.d * self.r
 
 
-def summarize_layer(path: str, layer: nn.Module, r: int | None = None) -> LayerSummary:
-    """Describe a layer that can be adapted."""
+def summarize_layer(path: str, layer: nn.Module, r: int) -> LayerSummary:
+    """Describe a layer that is adapted."""
     weight = held_weight(layer)
     chains = layer.experts if isinstance(layer, ExpertsWeight) else 1
     return LayerSummary(path, describe(layer), width_of(layer), 0 if weight is None else weight.numel(), r, chains)
 
 
 def show_layers(layers: Collection[LayerSummary]) -> None:
-    """Print a table of layers. Layers with the same type, shape and rank and paths that differ in a number are one row.
-
-    The table shows the parameters of an adapter if layers have a rank, otherwise the parameters of the layers.
-    """
+    """Print a table of layers. Layers that differ only in a number in their paths are one row."""
     columns = (
         Column("layer", is_text=True),
         Column("count"),
@@ -98,7 +95,6 @@ def show_layers(layers: Collection[LayerSummary]) -> None:
     rows = []
     for group in grouped(layers, lambda layer: layer.path, lambda layer: (layer.site, layer.d, layer.r)):
         one = group.rows[0]
-        parameters = sum(layer.parameters if layer.r is None else layer.trained for layer in group.rows)
-        r = "" if one.r is None else str(one.r)
-        rows.append((group.name, str(len(group.rows)), one.site, str(one.d), r, f"{parameters:,}"))
+        parameters = sum(layer.trained for layer in group.rows)
+        rows.append((group.name, str(len(group.rows)), one.site, str(one.d), str(one.r), f"{parameters:,}"))
     show_table(columns, rows)

@@ -1,4 +1,4 @@
-"""`hra-fx inspect`: show an adapter without its base model, or a model without its weights."""
+"""`hra-fx inspect`: show an adapter without its base model."""
 
 from __future__ import annotations
 
@@ -10,43 +10,21 @@ from typing import Annotated, Any
 import typer
 
 from hra_fx.cli.screen import Json, count, show_heading, show_json, show_table, span
-from hra_fx.errors import CheckpointError, SelectionError
 from hra_fx.selection.suggestions import some_of
 
 _ADAPTER = "adapter_config.json"
-_MODEL = "config.json"
 #: The fields of a report's row that are known without the base model.
 _FIELDS = ("path", "d", "r", "parameters", "rotation", "angle", "mean_angle", "angles", "orthogonality")
 
 
 def inspect(
-    path: Annotated[
-        str, typer.Argument(metavar="PATH", help="Folder of an adapter (or its name on the Hub), or of a model.")
-    ],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder of an adapter, or its name on the Hub.")],
     as_json: Json = False,
 ) -> None:
-    """Show the content of an adapter's or a model's folder.
-
-    For an adapter: its layers, ranks, parameters and rotation angles. For a model: the layers that can be adapted.
-    """
-    if not _is_adapter(Path(path)):
-        summary = _summarize_model(Path(path))
-        show_json(summary) if as_json else _show_model(summary)
-        return
+    """Show an adapter: its layers, ranks, parameters and rotation angles."""
     summary = _summarize_adapter(path)
     layers = [{name: getattr(row, name) for name in _FIELDS} for row in summary["layers"]]
     show_json(summary | {"layers": layers}) if as_json else _show_adapter(summary)
-
-
-def _is_adapter(folder: Path) -> bool:
-    """Whether a path or a Hub name belongs to an adapter. Raises an error if it is neither an adapter nor a model."""
-    if not folder.exists() or (folder / _ADAPTER).exists() or any(folder.glob(f"*/{_ADAPTER}")):
-        return True
-    if not folder.is_file() and not (folder / _MODEL).exists() and not (folder / "model_index.json").exists():
-        raise CheckpointError(
-            f"{folder}: does not contain {_ADAPTER} or {_MODEL}. Pass the folder of an adapter or a model."
-        )
-    return False
 
 
 def _summarize_adapter(source: str) -> dict[str, Any]:
@@ -83,7 +61,6 @@ def _summarize_adapter(source: str) -> dict[str, Any]:
         "parameters": sum(row.parameters for row in rows),
         "saved": list(files.full),
         "layers": rows,
-        "kind": "adapter",
     }
 
 
@@ -118,56 +95,3 @@ def _show_adapter(summary: dict[str, Any]) -> None:
 
 def _some(names: list[str] | str | None) -> str:
     return names if isinstance(names, str) else some_of(names or [], 6)
-
-
-def _summarize_model(path: Path) -> dict[str, Any]:
-    """The output of `--json` for a model: tied parameters count once, and each layer is listed once."""
-    from hra_fx.checkpoint.disk.stored import read_header
-    from hra_fx.cli.building import build, summarize_layer
-    from hra_fx.config import HRAConfig
-    from hra_fx.layers.target import find_kind
-    from hra_fx.selection.select import resolve_targets
-
-    model, library = build(path)
-    folder = path if path.is_dir() else path.parent
-    # Weights next to a configuration with another name may belong to another model.
-    weights = sorted(folder.glob("*.safetensors")) if path.is_dir() or path.name == _MODEL else []
-    files = []
-    for file in weights:
-        tensors = read_header(file).tensors.values()
-        dtypes = list(dict.fromkeys(tensor.dtype for tensor in tensors))
-        files.append({"name": file.name, "tensors": len(tensors), "bytes": file.stat().st_size, "dtypes": dtypes})
-    try:
-        targets = resolve_targets(model, HRAConfig())
-    except SelectionError:
-        targets = None
-    return {
-        "folder": folder,
-        "model": type(model).__name__,
-        "library": library,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "default_targets": targets if isinstance(targets, str) or targets is None else sorted(targets),
-        "files": files,
-        "layers": [summarize_layer(name, layer) for name, layer in model.named_modules() if name and find_kind(layer)],
-        "kind": "model",
-    }
-
-
-def _show_model(summary: dict[str, Any]) -> None:
-    from rich.filesize import decimal
-
-    from hra_fx.cli.building import show_layers
-
-    targets, files = summary["default_targets"], summary["files"]
-    dtypes = dict.fromkeys(dtype for file in files for dtype in file["dtypes"])
-    weights = f"{count(len(files), 'file')}, {decimal(sum(file['bytes'] for file in files))}, {', '.join(dtypes)}"
-    show_heading(
-        f"{summary['model']} ({summary['library']}) in {summary['folder']}",
-        {
-            "parameters": f"{summary['parameters']:,}",
-            "weights": weights if files else "no safetensors files",
-            "default targets": _some(targets) or "none",
-            "adaptable": count(len(summary["layers"]), "layer"),
-        },
-    )
-    show_layers(summary["layers"])

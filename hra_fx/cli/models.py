@@ -179,7 +179,7 @@ def visualize(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a model, or its config.json.")],
     out: Annotated[
         Path,
-        typer.Argument(metavar="OUT", help="Output file: .svg, .png, .html, .mmd, .dot or .graphml."),
+        typer.Argument(metavar="OUT", help="Output file: .svg or .html."),
     ],
     adapter: Annotated[
         str | None, typer.Option("--adapter", "-a", metavar="FOLDER", help="An adapter to show in the model.")

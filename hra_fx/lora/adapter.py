@@ -195,22 +195,16 @@ def exact_targets(adapted: Collection[str], modules: Collection[str]) -> list[st
     return sorted({end for end in short.values() if end is not None})
 
 
-def peft_form(
-    adapter: LoraAdapter, dtype: torch.dtype, *, rank_pattern: bool = False
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def peft_form(adapter: LoraAdapter, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The content of `adapter_config.json` and of `adapter_model.safetensors`.
 
-    The factors get the dtype; trained copies keep theirs. With `rank_pattern`, layers keep their ranks.
+    The factors get the dtype; trained copies keep theirs.
     """
     layers = {layer.path: layer for layer in adapter.layers}
-    common = adapter.rank
-    parameters = parameter_targets(adapter)
-    own = {path for path in layers if rank_pattern and path not in parameters}  # PEFT warns about parameter ranks
-    ranks = {path: max(1, layer.rank) if path in own else common for path, layer in layers.items()}
     factors: dict[str, Tensor] = {}
     for path, layer in layers.items():
         # Cast immediately, so that only one layer has a second copy in float64.
-        A, B = (factor.to(dtype).contiguous() for factor in layer.padded(ranks[path]))
+        A, B = (factor.to(dtype).contiguous() for factor in layer.padded(adapter.rank))
         if layer.kind == "experts":
             factors |= _experts_tensors(layer, adapter.layers, A, B)
             continue
@@ -219,18 +213,17 @@ def peft_form(
         factors[f"{path}.lora_B.weight"] = B.reshape(*B.shape, *(1 for _ in layer.kernel))
         if layer.kind == "attention":
             # PEFT adapts the output projection together with `in_proj_weight`.
-            key, width, rank = f"{path}.base_layer.out_proj", A.shape[1], ranks[path]
+            key, (rank, width) = f"{path}.base_layer.out_proj", A.shape
             factors[f"{key}.lora_A.weight"] = torch.zeros(rank, width, dtype=dtype)
             factors[f"{key}.lora_B.weight"] = torch.zeros(width, rank, dtype=dtype)
     copies = {_peft_key(key, layers): tensor for key, tensor in adapter.copies.items()}
-    return _config(adapter, ranks, parameters), {f"{PREFIX}{key}": tensor for key, tensor in (factors | copies).items()}
+    return _config(adapter), {f"{PREFIX}{key}": tensor for key, tensor in (factors | copies).items()}
 
 
-def _config(adapter: LoraAdapter, ranks: Mapping[str, int], parameters: Mapping[str, str]) -> dict[str, Any]:
+def _config(adapter: LoraAdapter) -> dict[str, Any]:
     """The fields of `peft.LoraConfig` that differ from its defaults, or that servers read."""
-    # PEFT compares a key with the end of a path, so a path that is itself the end of another path needs a "^".
-    others = {end for path in ranks for end in suffixes(path) if end != path}
-    other = {f"^{path}" if path in others else path: rank for path, rank in ranks.items() if rank != adapter.rank}
+    parameters = parameter_targets(adapter)
+    targets = [layer.path for layer in adapter.layers if layer.path not in parameters]
     return {
         "peft_type": "LORA",
         "task_type": adapter.task_type,
@@ -240,14 +233,12 @@ def _config(adapter: LoraAdapter, ranks: Mapping[str, int], parameters: Mapping[
         "r": adapter.rank,
         "lora_alpha": adapter.rank,
         "lora_dropout": 0.0,
-        "target_modules": exact_targets([path for path in ranks if path not in parameters], adapter.modules),
+        "target_modules": exact_targets(targets, adapter.modules),
         "target_parameters": list(parameters.values()) or None,
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in adapter.layers),
         "bias": adapter.bias,
         "modules_to_save": list(adapter.modules_to_save) or None,
         **({"trainable_token_indices": dict(tokens)} if (tokens := adapter.trainable_token_indices) else {}),
-        "rank_pattern": other,
-        "alpha_pattern": dict(other),
         "use_rslora": False,
         "use_dora": False,
     }

@@ -25,7 +25,6 @@ from hra_fx.lora.diffusers_format import adapters_of, part_of_class, parts_of, w
 from hra_fx.lora.from_files import read_as_lora
 from hra_fx.lora.from_model import lora_adapter
 from hra_fx.lora.gguf_format import write_gguf
-from hra_fx.lora.servers import check_for_server, facts_of
 from hra_fx.model.peft_view import adapted_view
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -60,7 +59,7 @@ class LoraResult:
         rank: the rank of all layers in the file.
         dtype: dtype of the factors, such as "float32".
         rows: one row for each layer.
-        warnings: everything that the server in `check` does not accept.
+        warnings: what is unusual about the adapter.
 
     Example:
         >>> print(LoraResult(Path("out"), "peft", 8, "float32", (LoraRow("q_proj", 8, 0.0, 5e-8),)))
@@ -93,7 +92,6 @@ def convert_to_lora(
     adapter_names: str | Iterable[str] | None = None,
     *,
     rank: int | None = None,
-    rank_pattern: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Convert adapters to a LoRA in PEFT's format, without approximation: `W Q = W + B A`.
 
@@ -107,8 +105,6 @@ def convert_to_lora(
         adapter_names: the adapters, in the order of the product `W Q_a Q_b`, each at its scale (`set_scale`); `None`
             for the active ones.
         rank: the largest rank of a layer, with the best approximation of the weight change; `None` for an exact LoRA.
-        rank_pattern: keep each layer's own rank, with PEFT's `rank_pattern` and `alpha_pattern`. By default, all layers
-            have the same rank, padded with zeros, because servers read a single rank and alpha.
 
     Returns:
         The configuration, as a dict with fields of `peft.LoraConfig`, and the tensors of `adapter_model.safetensors`,
@@ -139,7 +135,7 @@ def convert_to_lora(
         adapter = lora_adapter(adapted, adapter_names, rank)
     for text in _unchanged([adapter]):
         warnings.warn(text, HRAWarning, stacklevel=2)
-    return peft_form(adapter, torch.float32, rank_pattern=rank_pattern)
+    return peft_form(adapter, torch.float32)
 
 
 def save_as_lora(
@@ -149,8 +145,6 @@ def save_as_lora(
     *,
     rank: int | None = None,
     dtype: torch.dtype | str | None = None,
-    rank_pattern: bool = False,
-    check: str | None = None,
 ) -> LoraResult:
     """Save adapters as a LoRA that PEFT, vLLM, llama.cpp, diffusers and other runtimes load; see docs/serving.md.
 
@@ -165,9 +159,6 @@ def save_as_lora(
         adapter_names: as in `convert_to_lora`. Parts of a pipeline without any of them are left out.
         rank: as in `convert_to_lora`.
         dtype: float32, float16 or bfloat16, as a torch dtype or its name; `None` for float32.
-        rank_pattern: as in `convert_to_lora`; only for PEFT's format.
-        check: the name of a server, such as "vllm", to warn about anything in this adapter that the server does not
-            accept.
 
     Returns:
         The rank of each layer, the error of a smaller rank and the rounding error of `dtype`.
@@ -178,7 +169,7 @@ def save_as_lora(
         CheckpointError: the files cannot be written. After any error, old files are unchanged.
 
     Warns:
-        HRAWarning: the adapters do not change any weight; or the server does not accept something (`check`).
+        HRAWarning: the adapters do not change any weight.
 
     Example:
         >>> import tempfile
@@ -189,7 +180,7 @@ def save_as_lora(
         ...     sorted(os.listdir(folder)), result.rank, result.rows[0].rounding < 0.01
         (['adapter_config.json', 'adapter_model.safetensors'], 2, True)
     """
-    options: Any = {"dtype": _dtype(dtype), "rank_pattern": rank_pattern, "check": check}
+    checked = _dtype(dtype)
     file_format = "gguf" if Path(path).suffix.lower() == ".gguf" else "peft"
     if file_format == "gguf" and not isinstance(model_or_pipeline, nn.Module):
         name = type(model_or_pipeline).__name__
@@ -202,7 +193,7 @@ def save_as_lora(
             adapters = {"": lora_adapter(adapted, adapter_names, rank)}
             parts = {"": adapted}
         tensors = [tensor for part in parts.values() for tensor in part.parameters()]
-        result = on_first_rank(tensors, lambda: _write(adapters, Path(path), file_format, **options))
+        result = on_first_rank(tensors, lambda: _write(adapters, Path(path), file_format, checked))
     for text in result.warnings:
         warnings.warn(text, HRAWarning, stacklevel=2)
     return result
@@ -215,8 +206,6 @@ def convert_files(
     *,
     rank: int | None = None,
     dtype: torch.dtype | str | None = None,
-    rank_pattern: bool = False,
-    check: str | None = None,
     columns: Collection[str] | None = None,
     progress: bool = True,
 ) -> LoraResult:
@@ -226,38 +215,26 @@ def convert_files(
     ".gguf", that of diffusers if the base is a UNet or transformer of diffusers, and otherwise PEFT's.
     """
     path = Path(out)
-    options: Any = {"dtype": _dtype(dtype), "rank_pattern": rank_pattern, "check": check}
+    checked = _dtype(dtype)
     file_format, part = "gguf" if path.suffix.lower() == ".gguf" else "peft", ""
     if file_format == "peft":
         part = part_of_class(Architecture(base_folder(base)).entries.get("_class_name")) or ""
         file_format = "diffusers" if part else "peft"
-    _check_output(path, file_format, rank_pattern=rank_pattern, check=check)  # before the base weights are read
+    _check_output(path)  # before the base weights are read
     adapter = read_as_lora(adapters, base, rank=rank, columns=columns, progress=progress)
-    return _write({part: adapter}, path, file_format, **options)
+    return _write({part: adapter}, path, file_format, checked)
 
 
-def _write(
-    adapters: Mapping[str, LoraAdapter],
-    path: Path,
-    file_format: str,
-    *,
-    dtype: torch.dtype,
-    rank_pattern: bool,
-    check: str | None,
-) -> LoraResult:
+def _write(adapters: Mapping[str, LoraAdapter], path: Path, file_format: str, dtype: torch.dtype) -> LoraResult:
     """Write the adapter of each part of a pipeline, or under "" that of a single model; and return a summary."""
-    _check_output(path, file_format, rank_pattern=rank_pattern, check=check)
+    _check_output(path)
     texts = _unchanged(adapters.values())
-    if check is not None:
-        options: Any = {"file_format": file_format, "rank_pattern": rank_pattern}
-        for adapter in adapters.values():
-            texts += check_for_server(check, adapter, adapter.rank, **options)
     if file_format == "diffusers":
         write_diffusers(adapters, path, dtype)
     elif file_format == "gguf":
         write_gguf(adapters[""], path, dtype)
     else:
-        config, tensors = peft_form(adapters[""], dtype, rank_pattern=rank_pattern)
+        config, tensors = peft_form(adapters[""], dtype)
         write(path, json.dumps(config, indent=2, sort_keys=True), tensors, {})
     rows = [
         LoraRow(f"{part}.{layer.path}".lstrip("."), layer.rank, layer.error, rounding_error(layer.A, layer.B, dtype))
@@ -269,8 +246,8 @@ def _write(
     return LoraResult(path, file_format, rank, name, tuple(rows), tuple(dict.fromkeys(texts)))
 
 
-def _check_output(path: Path, file_format: str, *, rank_pattern: bool, check: str | None) -> None:
-    """Check the options that do not depend on the values of an adapter, and that the folder may be written."""
+def _check_output(path: Path) -> None:
+    """Check that the folder may be written."""
     check_no_model(path)
     config_file = path / CONFIG_NAME
     if config_file.is_file() and re.search(r'"peft_type":\s*"HRA"', config_file.read_text(encoding="utf-8")):
@@ -278,10 +255,6 @@ def _check_output(path: Path, file_format: str, *, rank_pattern: bool, check: st
             f"{path}: contains an HRA adapter, which the LoRA would overwrite and cannot restore. Choose another "
             "folder."
         )
-    if rank_pattern and file_format != "peft":
-        raise AdapterError(f"`rank_pattern` needs PEFT's format; {file_format} has one rank. Omit it.")
-    if check is not None:
-        facts_of(check)
 
 
 def _unchanged(adapters: Iterable[LoraAdapter]) -> list[str]:

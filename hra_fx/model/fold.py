@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
@@ -160,6 +159,7 @@ class FoldJob:
             warnings.warn(text, HRAWarning, stacklevel=4)
 
 
+@dataclass(frozen=True)
 class FoldPlan:
     """The effect of a fold, computed without changing the model or keeping the new weights.
 
@@ -167,10 +167,7 @@ class FoldPlan:
         layers: one `FoldedLayer` for each distinct layer.
     """
 
-    def __init__(self, job: FoldJob, again: Callable[[], FoldJob]) -> None:
-        """Compute every folded weight of a job once, to measure it. `again` makes the job for `apply`."""
-        self._again = again
-        self.layers = [job.measure(path, layer) for path, layer in adapted_layers(job.model).items()]
+    layers: list[FoldedLayer]
 
     def __str__(self) -> str:
         """One line per layer: the change of the weight, the rounding error, and the tensors that it is untied from."""
@@ -181,19 +178,6 @@ class FoldPlan:
             again = f"  requantized ({layer.quantized})" if layer.quantized and layer.rounding else ""
             lines.append(f"{layer.path:<{width}}  {layer.change:8.4f}  {layer.rounding:.1e}{again}{untied}")
         return "\n".join(lines)
-
-    def apply(self) -> nn.Module:
-        """Call `fold` with the same arguments, for the weights and vectors that the model has now.
-
-        Returns:
-            The model.
-
-        Raises:
-            AdapterError, FoldError: see `fold`.
-        """
-        job = self._again()
-        job.run()
-        return job.model
 
 
 def plan_fold(
@@ -207,8 +191,8 @@ def plan_fold(
         >>> [(layer.path, layer.rounding < 1e-7) for layer in plan_fold(model).layers]
         [('0', True)]
     """
-    again = partial(prepare_fold, model, adapter_names, requantize=requantize)
-    return FoldPlan(again(), again)
+    job = prepare_fold(model, adapter_names, requantize=requantize)
+    return FoldPlan([job.measure(path, layer) for path, layer in adapted_layers(job.model).items()])
 
 
 def prepare_fold(model: nn.Module, adapter_names: str | Sequence[str] | None, *, requantize: bool) -> FoldJob:

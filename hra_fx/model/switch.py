@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from types import TracebackType
-from typing import ParamSpec, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -18,9 +16,6 @@ from hra_fx.layers.trained_copies import all_copies
 from hra_fx.model.merge import merge, unmerge_adapter
 from hra_fx.model.state import adapted_layers, collect_parts, load_vectors, names_in, only_root, root_of
 from hra_fx.model.trainable import activate, check_copies, check_copies_can_switch, sync_layers
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 def set_adapter(model: nn.Module, adapter_name: str | Iterable[str], *, inference_mode: bool = False) -> None:
@@ -86,7 +81,7 @@ class disable_adapters:
 
     The call disables the adapters. Without `with`, they stay disabled until you call `set_adapter` (or, for an
     `HRAModel`, `enable_adapter_layers`). As a context manager, it restores the previous state on exit, including merged
-    adapters. As a decorator, it disables the adapters during each call of the function.
+    adapters.
 
     Args:
         model: a transformed model.
@@ -115,18 +110,6 @@ class disable_adapters:
         if state.merged:
             unmerge_adapter(root)
         self._set(True, state.disabled_blocks)
-
-    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
-        """Decorate a function. The adapters are enabled again now, and disabled during each call."""
-        self.__exit__(None, None, None)
-        root = self._root
-
-        @functools.wraps(function)
-        def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-            with disable_adapters(root):
-                return function(*args, **kwargs)
-
-        return wrapper
 
     def __enter__(self) -> None:
         """Start a block in which `set_adapter` selects adapters but does not enable them."""

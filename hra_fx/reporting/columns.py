@@ -1,4 +1,4 @@
-"""The columns and footnotes of a report, which are the same in terminals, Markdown and notebooks.
+"""The columns and footnotes of a report, which are the same in terminals and notebooks.
 
 In a terminal, rows that differ only in the indices of their blocks are one row: `layer.*.attention.self.query`.
 """
@@ -84,8 +84,8 @@ def common_parent(names: Sequence[str]) -> str:
 def table_of(rows: Collection[Row], *, without: Collection[str] = ()) -> tuple[list[Column], list[list[str]]]:
     """Return the columns of a report, and the texts of each row.
 
-    Unnecessary columns are left out: those in `without`, the adapter's name if there is only one, the graph if the
-    model was not traced, and how far protected directions move if none are protected.
+    Unnecessary columns are left out: those in `without`, the adapter's name if there is only one, and how far
+    protected directions move if none are protected.
     """
     return _table([Group(row.path, (row,)) for row in rows], rows, without)
 
@@ -112,8 +112,6 @@ def _table(
     groups: Collection[Group[Row]], rows: Collection[Row], without: Collection[str] = ()
 ) -> tuple[list[Column], list[list[str]]]:
     hidden = {*without} if len(adapters_of(rows)) > 1 else {"adapter", *without}
-    if all(row.graph is None and not row.graph_reason for row in rows):
-        hidden.add("graph")
     if all(row.protected is None for row in rows):
         hidden.add("moves protected")
     shown = [(column, text) for column, text in _COLUMNS if column.name not in hidden]
@@ -146,13 +144,6 @@ def _memory(rows: Collection[Row]) -> str:
     return f" ({decimal(total)}; {parameters:,} and {decimal(here)} on this rank)"
 
 
-def _graph(group: Group[Row]) -> str:
-    # The root of a graph is a prefix of the layer's path, which is in the same line, so only its end is shown.
-    roots = dict.fromkeys(row.graph for row in group.rows)
-    names = {None: "none", "": "whole model"}
-    return ", ".join(dict.fromkeys(names.get(root) or f"…{str(root).rpartition('.')[2]}" for root in roots))
-
-
 def _protected(group: Group[Row]) -> str:
     values = [row.protected for row in group.rows if row.protected is not None]
     return f"{max(values):.2%}" if values else "none"
@@ -176,7 +167,6 @@ def _measure(name: str) -> Callable[[Group[Row]], str]:
 _COLUMNS: tuple[tuple[Column, Callable[[Group[Row]], str]], ...] = (
     (Column("layer", is_text=True), lambda group: group.name),
     (Column("type", is_text=True, priority=8), lambda group: group.rows[0].layer_type),
-    (Column("graph", is_text=True, priority=6), _graph),
     (Column("adapter", is_text=True), lambda group: group.rows[0].adapter + ", inactive" * (not group.rows[0].active)),
     (Column("d", priority=7), lambda group: str(group.rows[0].d)),
     (Column("r"), lambda group: str(group.rows[0].r)),
@@ -202,7 +192,6 @@ def footnotes(
     found = {
         f"Targeted, but not adapted: {_layers(lost)}": _by_reason(lost),
         f"Not adapted: 3-D parameters, {share:.1%} of the base model": _experts(parameters),
-        "Not traced as one graph:": _untraced(rows),
         "Trained in full:": [_listed(trained_in_full)] if trained_in_full else [],
         f"Not adapted: {_layers(others)}": _by_reason(others),
         "Q is not orthogonal:": _not_orthogonal(rows),
@@ -218,11 +207,6 @@ def _experts(parameters: Collection[SkippedParameter]) -> list[str]:
     paths = [parameter.path for parameter in parameters]
     names = list(dict.fromkeys(".".join(path.split(".")[-2:]) for path in paths))
     return [f"{_listed(paths)}: to adapt them, use target_parameters={names}"] if parameters else []
-
-
-def _untraced(rows: Collection[Row]) -> list[str]:
-    reasons = grouped(dict.fromkeys(row.graph_reason for row in rows if row.graph_reason), str)
-    return [own.name + f" ({len(own.rows)} times)" * (len(own.rows) > 1) for own in reasons]
 
 
 def _by_reason(skipped: Collection[SkippedLayer]) -> list[str]:

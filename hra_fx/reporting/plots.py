@@ -1,4 +1,4 @@
-"""Plots of adapters with matplotlib (an optional dependency): all layers, two adapters, and the course of training."""
+"""The heatmap of a report, with matplotlib (an optional dependency)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from hra_fx.atomic_write import output_file, write_output_file
 from hra_fx.errors import VisualizeError
 from hra_fx.reporting.columns import adapters_of, indices, starred
 from hra_fx.reporting.heat import (
-    HEATS,
     PALETTE,
     UNKNOWN,
     Heat,
@@ -26,7 +25,7 @@ from hra_fx.reporting.heat import (
     scale,
     shorten,
 )
-from hra_fx.reporting.row import Progress, Row
+from hra_fx.reporting.row import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
 
 FORMATS = (".svg", ".png", ".pdf")
 INK, QUIET, GRID = "#1f2328", "#59636e", "#d8dee4"
-#: The colors of Okabe and Ito that are readable on white and safe for color blindness.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 #: Leave out the date and matplotlib's version, so that equal values give equal files.
 _METADATA: dict[str, dict[str, Any]] = {
     ".svg": {"Date": None, "Creator": None},
@@ -161,63 +158,6 @@ def _color_bar(figure: Figure, ends: tuple[float, float], unit: str, *, unknown:
     bar.set_ticks(ends, labels=[f"{end:.3g}{unit}" for end in ends])
     if unknown:
         bar.ax.set_xlabel("unknown", backgroundcolor=UNKNOWN, fontsize=8)
-
-
-def draw_comparison(rows: Sequence[Row], path: str | os.PathLike[str], first: str, second: str) -> Path:
-    """Write the plot of two adapters; see `Report.plot_comparison`."""
-    file = check_plot(path)
-    known = adapters_of(rows)
-    for name in (first, second):
-        if name not in known:
-            raise VisualizeError(f"Adapter {name!r} is not in the report, which has {', '.join(map(repr, known))}.")
-    if first == second:
-        raise VisualizeError(f"The two adapters must be different, got {first!r} twice.")
-    paths = list(dict.fromkeys(row.path for row in rows if row.adapter in (first, second)))
-    with style():
-        figure = new_figure(7.5, max(1.2, 0.25 * len(paths)))
-        panels = figure.subplots(1, 2, sharey=True)
-        for axes, measure in zip(panels, (HEATS["mean_angle"], HEATS["angle"]), strict=True):
-            for name, tint, marker in ((first, _COLORS[0], "o"), (second, _COLORS[1], "D")):
-                values = {row.path: measure.value(row) for row in rows if row.adapter == name}
-                places = [paths.index(path) for path in values]
-                axes.plot(list(values.values()), places, marker, color=tint, markersize=5, label=_shown(name))
-            _quiet(axes, f"{measure.words}, degrees", "x")
-        panels[0].set_yticks(range(len(paths)), list(map(_shown, paths)))
-        panels[0].set_ylim(len(paths) - 0.5, -0.5)
-        panels[1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
-        return write(figure, file)
-
-
-def draw_training(history: Sequence[Progress], path: str | os.PathLike[str]) -> Path:
-    """Write a plot of training: the mean and the largest angle of each adapter by step, and the error of `Q`."""
-    file = check_plot(path)
-    if not history:
-        raise VisualizeError("`history` is empty. Train with a RotationCallback first.")
-    with style():
-        figure = new_figure(7.5, 5.5)
-        angles, errors = figure.subplots(2, 1, sharex=True, height_ratios=(5, 2))
-        for place, adapter in enumerate(dict.fromkeys(point.adapter for point in history)):
-            points = [point for point in history if point.adapter == adapter]
-            look = {"color": _COLORS[place % len(_COLORS)], "marker": "." if len(points) < 30 else ""}
-            steps, name = [point.step for point in points], _shown(adapter)
-            angles.plot(steps, [math.degrees(point.mean_angle) for point in points], label=f"{name}, mean", **look)
-            angles.plot(steps, [math.degrees(point.angle) for point in points], ":", label=f"{name}, largest", **look)
-            errors.plot(steps, [point.orthogonality for point in points], **look)
-        _quiet(angles, "rotation angles, degrees", "y")
-        _quiet(errors, "largest |Q'Q - I| (rounding error)", "y")
-        errors.yaxis.set_major_formatter("{x:.1e}")  # matplotlib's default writes powers of ten as formulas
-        errors.set_xlabel("step")
-        angles.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
-        return write(figure, file)
-
-
-def _quiet(axes: Axes, title: str, grid: Any) -> None:
-    """Set a title on the left, an axis from zero with grid lines, and no frame."""
-    axes.set_title(title, loc="left", fontsize=9, color=QUIET)
-    axes.set(**{f"{grid}lim": (0, None)})
-    axes.grid(axis=grid)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
 
 
 def _shown(text: str) -> str:

@@ -6,9 +6,8 @@ import dataclasses
 import json
 import math
 import os
-import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import get_terminal_size
@@ -25,9 +24,9 @@ from hra_fx.layers.sharding import local_tensor
 from hra_fx.layers.target import describe, weight_place
 from hra_fx.model.peft_view import adapted_view
 from hra_fx.model.state import get_state, require_adapted_layers
-from hra_fx.reporting.columns import footnotes, grouped_table_of, heading, table_of
+from hra_fx.reporting.columns import footnotes, grouped_table_of, heading
 from hra_fx.reporting.plain import plain
-from hra_fx.reporting.plots import draw_comparison, draw_heatmap
+from hra_fx.reporting.plots import draw_heatmap
 from hra_fx.reporting.row import Row, chain_of, measured_fields, moved, weight_rows
 from hra_fx.reporting.skipped_layers import (
     SkippedLayer,
@@ -37,7 +36,6 @@ from hra_fx.reporting.skipped_layers import (
     trained_tokens,
 )
 from hra_fx.reporting.table import UNLIMITED, fit_table
-from hra_fx.tracing import graphs as tracing
 from hra_fx.training.protect import protected_directions
 
 
@@ -45,7 +43,7 @@ from hra_fx.training.protect import protected_directions
 class Report(JupyterMixin):
     """The result of `hra_fx.report`. It is shown as a table, with one line for layers that repeat in each block.
 
-    `rows`, `to_dicts()`, `to_json()` and `to_markdown()` contain the rows of all layers.
+    `rows`, `to_dicts()` and `to_json()` contain the rows of all layers.
 
     Attributes:
         rows: one row for each adapter of each layer, in model order.
@@ -81,17 +79,6 @@ class Report(JupyterMixin):
         """
         return json.dumps(plain(self), indent=indent)
 
-    def to_markdown(self) -> str:
-        """Return the table of all layers in GitHub's Markdown, followed by the footnotes."""
-        columns, cells = table_of(self.rows)
-        lines = [f"**{escaped(heading(self.rows))}**", ""]
-        lines.append(_line([escaped(column.name) for column in columns]))
-        lines.append(_line([":--" if column.is_text else "--:" for column in columns]))
-        lines += [_line(list(map(escaped, row))) for row in cells]
-        for title, notes in self._footnotes().items():
-            lines += ["", escaped(title), "", *(f"- {escaped(note)}" for note in notes)]
-        return "\n".join(lines) + "\n"
-
     def plot_heatmap(
         self, path: str | os.PathLike[str], heat: str | None = None, *, adapter: str | None = None
     ) -> Path:
@@ -110,22 +97,6 @@ class Report(JupyterMixin):
             VisualizeError: unknown file extension, field or adapter, no such folder, or matplotlib is not installed.
         """
         return draw_heatmap(self.rows, path, heat, adapter)
-
-    def plot_comparison(self, path: str | os.PathLike[str], first: str, second: str) -> Path:
-        """Plot the mean and the largest angle of two adapters side by side, layer by layer.
-
-        Args:
-            path: the file, ending in `.svg`, `.png` or `.pdf`; its folder must exist.
-            first: name of an adapter.
-            second: name of another adapter.
-
-        Returns:
-            The path of the file.
-
-        Raises:
-            VisualizeError: unknown file extension or adapter, no such folder, or matplotlib is not installed.
-        """
-        return draw_comparison(self.rows, path, first, second)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Render the table with as many columns as fit, and the footnotes."""
@@ -150,21 +121,7 @@ class Report(JupyterMixin):
         return tokens | footnotes(self.rows, self.skipped, self.trained_in_full, self.skipped_parameters)
 
 
-def escaped(text: str) -> str:
-    r"""Escape a text so that Markdown shows it literally, without emphasis, links, HTML or ends of cells.
-
-    >>> escaped("a*b|<b>")
-    'a\\*b\\|\\<b\\>'
-    """
-    # An underscore in a word does not have a special meaning, so it is not escaped.
-    return re.sub(r"([\\`*\[\]<>|~&#!]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def report(model: nn.Module, *, capture: bool = False) -> Report:
+def report(model: nn.Module) -> Report:
     """Describe what each adapter does at each layer, and list the layers and 3-D parameters without an adapter.
 
     The angles are computed from matrices of size `r x r`, and the change of the weight from one product of the weight
@@ -172,7 +129,6 @@ def report(model: nn.Module, *, capture: bool = False) -> Report:
 
     Args:
         model: a transformed model, or a model with PEFT's HRA, which is not changed.
-        capture: also trace the model, and fill `Row.graph` and `Row.graph_reason`.
 
     Returns:
         A `Report`. It contains the rows as data, and printing it shows a table.
@@ -188,14 +144,13 @@ def report(model: nn.Module, *, capture: bool = False) -> Report:
         ('0', 'Linear 6->8', 6, 2, ())
     """
     with adapted_view(model) as module:
-        rows = _rows(module, capture=capture)
+        rows = _rows(module)
         skipped, trained = not_adapted(module)
         return Report(rows, skipped, trained, skipped_parameters(module), trained_tokens(module))
 
 
-def _rows(model: nn.Module, *, capture: bool) -> tuple[Row, ...]:
+def _rows(model: nn.Module) -> tuple[Row, ...]:
     layers, state = require_adapted_layers(model), get_state(model)
-    graphs = tracing.capture(model, layers).layers if capture else {}
     rows: list[Row] = []
     for path, layer in layers.items():
         reflection = layer.hra_u
@@ -205,12 +160,10 @@ def _rows(model: nn.Module, *, capture: bool) -> tuple[Row, ...]:
             active = name in (state.active if state else reflection.active)
             d, r = reflection.width, reflection.specs[name].r
             parameters = math.prod(reflection.vectors_shape(r))
-            graph, reason = graphs.get(path, (None, ""))
             with loaded(reflection):
                 measured = measured_fields(chain_of(layer, name), weight)
             measured["protected"] = moved(protected_directions(layer, name), chain_of(layer, name))
             measured["bytes"] = parameters * reflection[name].itemsize
             measured["bytes_here"] = local_tensor(reflection[name]).nbytes
-            measured |= {"graph": graph, "graph_reason": reason}
             rows.append(Row(path, describe(layer), name, active, d, r, parameters, **measured))
     return tuple(rows)

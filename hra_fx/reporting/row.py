@@ -47,9 +47,6 @@ class Row:
         weight_change: `|W Q - W|_F / |W|_F`: how much `Q` changes the weight, relative to its size. NaN as for `share`.
         bytes: memory of the vectors; 0 in a report of a graph.
         bytes_here: memory of the vectors in this process, which is less if they are sharded.
-        graph: path of the traced graph that contains the layer (`""` for the whole model); `None` if there is none or
-            if `report` was called without `capture=True`.
-        graph_reason: why this graph is not larger; `""` for the whole model.
         protected: how far `Q` moves what `hra_fx.protect` protects in this process: `|Q V - V|_F / |V|_F`; `None` if
             nothing is protected.
     """
@@ -70,8 +67,6 @@ class Row:
     weight_change: float
     bytes: int = 0
     bytes_here: int = 0
-    graph: str | None = None
-    graph_reason: str = ""
     protected: float | None = None
 
 
@@ -158,42 +153,14 @@ def largest(values: Iterable[float]) -> float:
     return math.nan if any(map(math.isnan, found)) else max(found)
 
 
-@dataclass(frozen=True)
-class Progress:
-    """One adapter at one step.
-
-    Attributes:
-        step: number of optimizer steps so far.
-        adapter: name of the adapter.
-        mean_angle: mean of the mean angles of its layers, in radians (see `Row`).
-        angle: largest angle of all its layers, in radians.
-        orthogonality: largest `|Q^T Q - I|_F` of all its layers.
-    """
-
-    step: int
-    adapter: str
-    mean_angle: float
-    angle: float
-    orthogonality: float
-
-
-def progress_of(model: nn.Module, step: int) -> list[Progress]:
-    """The progress of each active adapter. This does not read weights."""
+def active_turns(model: nn.Module) -> dict[str, list[RotationStats]]:
+    """Active adapter -> the rotation of each of its layers. This does not read weights."""
     turns: dict[str, list[RotationStats]] = {}
     with torch.no_grad():
         for layer in require_adapted_layers(model).values():
             for name in layer.hra_u.active:
                 turns.setdefault(name, []).append(turn_of(chain_of(layer, name)))
-    return [
-        Progress(
-            step,
-            adapter,
-            sum(turn.mean_angle for turn in found) / len(found),
-            largest(turn.angle for turn in found),
-            largest(turn.orthogonality for turn in found),
-        )
-        for adapter, found in turns.items()
-    ]
+    return turns
 
 
 def is_sharded(model: nn.Module) -> bool:

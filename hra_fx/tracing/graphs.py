@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import keyword
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -15,7 +15,6 @@ from torch import fx, nn
 from hra_fx.compat import has_own_hooks
 from hra_fx.errors import AdapterError, CaptureError
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.target import find_kind
 from hra_fx.model.example_inputs import Call, example_call, guessed_call, normalize_inputs, preserve_rng_state
 from hra_fx.model.graph_module import insert
@@ -91,12 +90,13 @@ def graphs_of(model: nn.Module, example_inputs: Any = None, *, is_drawn: bool = 
     layers = adapted or {path: part for path, part in model.named_modules() if find_kind(part)}
     if example_inputs is not None:
         return {"": _graph_of_call(model, layers.values(), normalize_inputs(example_inputs), is_drawn=is_drawn)}
-    captured = capture(model, layers)
-    found = {path: graph_module(model.get_submodule(path), *traced) for path, traced in captured.parts.items()}
+    with base_model_view(model):
+        parts = dict(_parts("", model, set(layers.values())))
+    found = {path: graph_module(model.get_submodule(path), *traced) for path, traced in parts.items()}
     for module in found.values():
         insert(module)
-    alone = [path for path, (root, _) in captured.layers.items() if root is None and path in adapted]
-    found |= {path: _alone(path, adapted[path]) for path in alone}
+    inside = {part for path in parts for part in model.get_submodule(path).modules()}
+    found |= {path: _alone(path, layer) for path, layer in adapted.items() if layer not in inside}
     return dict(sorted(found.items()))
 
 
@@ -223,58 +223,20 @@ def _stack_of(node: fx.Node) -> list[str]:
     return [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
 
 
-def capture(model: nn.Module, layers: Mapping[str, nn.Module]) -> Captured:
-    """Trace the whole model, or the largest parts of it that fx can trace."""
-    found = Captured(layers)
-    with base_model_view(model):
-        found.visit("", model, "")
-    return found
-
-
-class Captured:
-    """The graphs that fx traced of a model: a search from the model down to its layers, which stops at each graph.
-
-    Attributes:
-        parts: path of a module -> its graph and the modules added to it. The only key is `""` if the whole model is
-            traced.
-        layers: path of a layer -> (path of the module whose graph contains it, or `None`; the reason why no larger
-            graph contains it, `""` if it is in the graph of the whole model).
-    """
-
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        """Start without graphs."""
-        self.parts: dict[str, tuple[fx.Graph, Mapping[str, nn.Module]]] = {}
-        self.layers: dict[str, tuple[str | None, str]] = {}
-        # A shared layer has several paths, but one name.
-        self._names = {layer: path for path, layer in layers.items()}
-
-    def visit(self, path: str, module: nn.Module, why: str) -> None:
-        """Visit a module; `why` is the reason why its parent does not have a graph."""
-        below = [part for part in module.modules() if part in self._names]
-        if not below:
+def _parts(
+    path: str, module: nn.Module, layers: Collection[nn.Module]
+) -> Iterator[tuple[str, tuple[fx.Graph, Mapping[str, nn.Module]]]]:
+    """Trace the largest modules that fx can trace, from a module down: path -> graph, and modules that it adds."""
+    below = [part for part in module.modules() if part in layers]
+    if not below or module in layers:
+        return
+    # A graph of a single layer is not useful, and a container is never called.
+    if not path or (len(below) > 1 and type(module).forward is not nn.Module.forward):
+        with suppress(CaptureError):
+            yield path, _trace_part(path, module, below)
             return
-        if module in self._names:
-            self._note(below, None, why)
-            return
-        # A graph of a single layer is not useful, and a container is never called.
-        if path and (len(below) == 1 or type(module).forward is nn.Module.forward):
-            self._visit_children(path, module, why)
-            return
-        try:
-            self.parts[path] = _trace_part(path, module, below)
-        except CaptureError as error:
-            reason = f"{path or 'the model'} ({original_class(module).__name__}): {error.reason}"
-            self._visit_children(path, module, reason)
-        else:
-            self._note(below, path, why)
-
-    def _visit_children(self, path: str, module: nn.Module, why: str) -> None:
-        for name, child in module.named_children():
-            self.visit(f"{path}.{name}".lstrip("."), child, why)
-
-    def _note(self, layers: list[nn.Module], root: str | None, why: str) -> None:
-        for layer in layers:
-            self.layers.setdefault(self._names[layer], (root, why))
+    for name, child in module.named_children():
+        yield from _parts(f"{path}.{name}".lstrip("."), child, layers)
 
 
 def _trace_part(

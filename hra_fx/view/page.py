@@ -1,21 +1,12 @@
-"""The SVG picture with title, legend, and the boxes of the model, and its conversion to PNG.
-
-resvg (https://github.com/linebender/resvg) renders the PNG without a browser. It silently leaves out text if there is
-no font. Systems without fonts use DejaVu Sans from matplotlib. Without any font, an error is raised.
-"""
+"""The SVG picture with title, legend, and the boxes of the model."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
-from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement, tostring
 
-from hra_fx.errors import VisualizeError
 from hra_fx.reporting.heat import HEATS, UNKNOWN, shorten
 from hra_fx.reporting.skipped_layers import SkippedLayer
 from hra_fx.view.drawing import Drawing
@@ -41,11 +32,6 @@ _MARGIN, _INSET = 32.0, 24.0
 _TOP = 88.0  # y of the legend
 _NARROWEST = 560.0
 _LETTERS = 72  # of the title
-SCALE = 2
-#: Largest width and height in pixels that viewers and browsers reliably show.
-SIDE = 16_384
-_FAMILY = "DejaVu Sans"
-_LETTER = '<svg xmlns="http://www.w3.org/2000/svg" width="20" height="20"><text y="15">{}</text></svg>'
 
 
 @dataclass(frozen=True)
@@ -165,44 +151,3 @@ def _canvas(wide: int, high: int, title: str, facts: str) -> Element:
 def _looks(block: Block) -> set[str]:
     """The looks of all blocks inside a block."""
     return {look for part in block.parts or () for look in (part.look, *_looks(part))}
-
-
-def render_png(drawing: Drawing, options: Options) -> bytes:
-    """Render a PNG file with two pixels per unit of the SVG picture, or one if it would be too large."""
-    svg = render_svg(drawing, options)
-    root = ElementTree.fromstring(svg)
-    side = max(int(root.get("width", "0")), int(root.get("height", "0")))
-    if side > SIDE:
-        raise VisualizeError(
-            f"The picture would be {side:,} pixels wide or high, and few programs open a .png of more than {SIDE:,}. "
-            "Pass a smaller `depth` or a module as `focus`, or write an .svg."
-        )
-    return rasterize(svg, scale=SCALE if side * SCALE <= SIDE else 1)
-
-
-def rasterize(svg: str, *, scale: int = SCALE, system_fonts: bool = True, files: Sequence[Path] | None = None) -> bytes:
-    """Convert an SVG text to PNG with the fonts of the system, and those in `files`, or else in matplotlib."""
-    from resvg_py import svg_to_bytes
-
-    # Text widths are estimated for DejaVu Sans, so it is preferred.
-    fonts: dict[str, Any] = {
-        "skip_system_fonts": not system_fonts,
-        "font_files": [str(file) for file in (matplotlib_fonts() if files is None else files)],
-        "sans_serif_family": _FAMILY,
-        "font_family": _FAMILY,
-    }
-    if svg_to_bytes(svg_string=_LETTER.format("x"), **fonts) == svg_to_bytes(svg_string=_LETTER.format(""), **fonts):
-        raise VisualizeError(
-            "A .png needs a font, and none was found. Install one (on Debian the package fonts-dejavu-core), or "
-            "matplotlib, which includes one; or write an .svg."
-        )
-    return bytes(svg_to_bytes(svg_string=svg, zoom=scale, **fonts))
-
-
-def matplotlib_fonts() -> list[Path]:
-    """The font files in matplotlib, without importing it."""
-    found = find_spec("matplotlib")
-    if found is None or not found.submodule_search_locations:
-        return []
-    folder = Path(found.submodule_search_locations[0], "mpl-data", "fonts", "ttf")
-    return [folder / name for name in ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf") if (folder / name).is_file()]

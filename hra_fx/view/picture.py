@@ -4,62 +4,41 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hra_fx.atomic_write import output_file, write_output_file
-from hra_fx.errors import VisualizeError
 from hra_fx.view import page
 from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.heatmap import heatmap_of
 from hra_fx.view.html import rendering
-from hra_fx.view.network import render_dot, render_graphml, render_mermaid
 from hra_fx.view.opening import Options, focused
 from hra_fx.view.theme import Theme
 
 
 class Format(NamedTuple):
-    """A file format: its description, the function that renders a drawing, and whether it supports themes."""
+    """A file format: its description, and the function that renders a drawing."""
 
     words: str
-    render: Callable[[Drawing, Options], str | bytes]
-    themed: bool = False
+    render: Callable[[Drawing, Options], str]
 
 
 FORMATS: Mapping[str, Format] = {
-    ".svg": Format("picture", page.render_svg, themed=True),
-    ".png": Format("picture", page.render_png, themed=True),
-    ".html": Format("interactive page", rendering.render, themed=True),
-    ".mmd": Format("Mermaid, for READMEs", render_mermaid),
-    ".dot": Format("Graphviz", render_dot),
-    ".graphml": Format("networkx, Gephi, yEd", render_graphml),
+    ".svg": Format("picture", page.render_svg),
+    ".html": Format("interactive page", rendering.render),
 }
 
 
 def picture_file(path: str | os.PathLike[str]) -> Path:
-    """Check the path of a picture, and that the format's package is installed, before the work starts."""
-    has_png = find_spec("resvg_py") is not None
-    working = ", ".join(f"{end} ({form.words})" for end, form in FORMATS.items() if has_png or end != ".png")
-    file = output_file(path, FORMATS, listed=working)
-    if file.suffix.lower() == ".png" and not has_png:
-        raise VisualizeError(
-            f"{file.name!r} needs the package resvg-py, which is not installed. Run: pip install resvg-py. "
-            f"Formats that need no other package: {working}."
-        )
-    return file
+    """Check the path of a picture before the work starts."""
+    return output_file(path, FORMATS, listed=", ".join(f"{end} ({form.words})" for end, form in FORMATS.items()))
 
 
 def rendered(file: Path, drawing: Drawing, options: Options) -> bytes:
     """Render the content of a file, whose path `picture_file` has checked, from the drawing of the whole model."""
-    form = FORMATS[file.suffix.lower()]
-    if options.theme and not form.themed:
-        known = ", ".join(ending for ending, other in FORMATS.items() if other.themed)
-        raise VisualizeError(f"`theme` is for {known}, and {file.name!r} is not one of them. Leave it out.")
     part = focused(drawing, options.focus)
     heatmap_of(part, options.heat)  # the same error for all formats
-    content = form.render(part, options)
-    return content if isinstance(content, bytes) else content.encode("utf-8")
+    return FORMATS[file.suffix.lower()].render(part, options).encode("utf-8")
 
 
 def visualize(
@@ -74,8 +53,8 @@ def visualize(
 ) -> Path:
     """Write a picture of a model: its adapted layers, how far each is rotated, and which layers were skipped.
 
-    The file extension selects the format. `.svg`, `.png` and `.mmd` (Mermaid) draw identical blocks once. `.html` is an
-    interactive page. `.dot` and `.graphml` contain every box. Every format shows each adapted layer exactly once.
+    The file extension selects the format. `.svg` draws identical blocks once. `.html` is an interactive page.
+    Every format shows each adapted layer exactly once.
 
     Args:
         model: a module, transformed, with PEFT's HRA, plain or folded, a `torch.fx.GraphModule` or a
@@ -84,21 +63,20 @@ def visualize(
         example_inputs: inputs of one call, for shapes. `torch.export` captures this call if torch.fx cannot trace
             the whole model, or if the call passes optional arguments. Without example inputs, modules that torch.fx
             cannot trace are drawn without edges.
-        depth: number of open module levels: 0 shows the model with closed children. `None` opens as many as are
-            readable in pictures, and all in files for other programs.
+        depth: number of open module levels: 0 shows the model with closed children. `None` opens as many as
+            are readable.
         focus: qualified name of a module, to draw only that module and the values that enter and leave it.
         heat: color adapted layers by `"weight_change"` (`|W Q - W| / |W|` in percent, the default), `"mean_angle"`,
             `"angle"` (the largest), `"rotation"` (`|Q - I|_F`) or `"share"` (of the weight that the adapter rotates).
             The scale fits the values, and the legend shows its ends.
-        theme: `"light"` or `"dark"`, for `.svg`, `.png` and `.html`. The default for pictures is `"light"`; by default,
+        theme: `"light"` or `"dark"`. The default for pictures is `"light"`; by default,
             a `.html` page uses the theme of the reader's system.
 
     Returns:
         The path of the file. The file is written atomically: if an error is raised, an existing file is unchanged.
 
     Raises:
-        VisualizeError: unknown file extension, no such folder, a library that is not installed, options that do not fit
-            the model, or a graph that is too large for the format.
+        VisualizeError: unknown file extension, no such folder, or options that do not fit the model.
         AdapterError: `torch.export` is needed for the call, but cannot capture it.
 
     Example:

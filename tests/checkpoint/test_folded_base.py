@@ -117,16 +117,6 @@ def test_the_row_is_of_the_layer_that_is_rotated_most(tmp_path: Path) -> None:
         hra_fx.load_adapter(hra_fx.fold(model), tmp_path)
 
 
-def test_unfolding_starts_from_a_folded_base(case: Case, tmp_path: Path) -> None:
-    base, fields = case
-    model = adapted(base, **fields)
-    hra_fx.save_adapter(model, tmp_path / "adapter")
-    with pytest.raises(CheckpointError, match=r"base does not contain the adapter .* \(seen in 0\)\. Use"):
-        hra_fx.unfold_checkpoint(on_disk(base, tmp_path / "base"), tmp_path / "adapter", tmp_path / "out")
-    folded = on_disk(hra_fx.fold(model), tmp_path / "folded")
-    hra_fx.unfold_checkpoint(folded, tmp_path / "adapter", tmp_path / "out")
-
-
 @pytest.mark.parametrize("use", [fold, convert])
 def test_files_of_peft_have_the_name_of_the_base_only(
     use: Callable[[nn.Module, Path, Path], None], tmp_path: Path

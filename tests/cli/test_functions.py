@@ -1,4 +1,4 @@
-"""`inspect`, `fold`, `unfold` and `visualize` do what the functions of the library do."""
+"""`inspect`, `fold` and `visualize` do what the functions of the library do."""
 
 from __future__ import annotations
 
@@ -60,46 +60,22 @@ def test_layers_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     assert [layer["path"] for layer in inspected(folder)["layers"]] == [str(i) for i in range(12)]
 
 
-def test_a_model(shelf: Shelf) -> None:
-    look = inspected(shelf / "my-model")
-    linear = {path: m for path, m in shelf.model.named_modules() if isinstance(m, torch.nn.Linear)}
-    assert [(layer["path"], layer["d"], layer["parameters"]) for layer in look["layers"]] == [
-        (path, module.in_features, module.weight.numel()) for path, module in linear.items()
-    ]
-    assert (look["kind"], look["model"], look["library"]) == ("model", "LlamaForCausalLM", "transformers")
-    assert look["parameters"] == sum(p.numel() for p in shelf.model.parameters())
-    assert look["default_targets"] == ["q_proj", "v_proj"]
-    (file,) = look["files"]
-    assert file["dtypes"] == ["BF16"] and file["bytes"] == (shelf / "my-model" / "model.safetensors").stat().st_size
-    assert "model.layers.*.self_attn.q_proj       2   Linear 16->16" in answer("inspect", shelf / "my-model")
-
-
-def test_what_cannot_be_inspected(shelf: Shelf, tmp_path: Path) -> None:
-    assert mistake("inspect", tmp_path) == (
-        f"{tmp_path}: does not contain adapter_config.json or config.json. Pass the folder of an adapter or a model."
-    )
+def test_what_is_not_an_adapter(shelf: Shelf) -> None:
     said = mistake("inspect", shelf.folder)
     assert "There are adapters in the subfolders 'my-adapter', 'orthonormal', 'second': pass the path of" in said
-    for part in ("unet", "vae"):
-        (tmp_path / part).mkdir()
-        (tmp_path / part / "config.json").write_text("{}")
-    (tmp_path / "model_index.json").write_text("{}")
-    assert "is a diffusers pipeline. Pass one of its parts: unet, vae." in mistake("inspect", tmp_path)
+    assert mistake("inspect", shelf / "my-model").endswith("to see its layers, run hra-fx match.")
 
 
-# ---- fold, unfold ----
+# ---- fold ----
 
 
-def test_the_same_folder_as_by_the_function_and_the_way_back(shelf: Shelf, tmp_path: Path) -> None:
+def test_the_same_folder_as_by_the_function(shelf: Shelf, tmp_path: Path) -> None:
     adapters = [shelf / "my-adapter", shelf / "second"]
-    done = Answer("fold", shelf / "my-model", *adapters, tmp_path / "folded", "--json", "-q", "--rows")
+    done = Answer("fold", shelf / "my-model", *adapters, tmp_path / "folded", "--json", "-q", "--rows", "--verify")
     hra_fx.fold_checkpoint(shelf / "my-model", adapters, tmp_path / "other", progress=False)
     assert made.picture(tmp_path / "folded") == made.picture(tmp_path / "other")
-    assert done.json["folder"] == (tmp_path / "folded").as_posix() and len(done.json["rotated"]) == 6
-    back = Answer("unfold", tmp_path / "folded", *adapters, tmp_path / "back", "--json", "--verify")
-    assert (back.code, back.json["verified"]) == (0, True)
-    hra_fx.unfold_checkpoint(tmp_path / "other", adapters, tmp_path / "plain", progress=False)
-    assert made.picture(tmp_path / "back") == made.picture(tmp_path / "plain")
+    assert done.json["folder"] == (tmp_path / "folded").as_posix()
+    assert done.json["verified"] and len(done.json["rotated"]) == 6
     Answer("fold", shelf / "my-model", *adapters, tmp_path / "columns", "-q", "--columns", "q_proj")  # known already
     assert made.picture(tmp_path / "columns") == made.picture(tmp_path / "other")
 
@@ -128,7 +104,7 @@ def test_errors_and_warnings_of_the_library_are_printed(shelf: Shelf, tmp_path: 
     assert done.err.startswith(f"warning: {out}: pytorch_model.bin still contain the base model's weights.")
     swapped = mistake("fold", shelf / "my-adapter", base, tmp_path / "new")
     assert swapped.startswith(f"{base / 'adapter_config.json'}: no such file. The folder contains a model, not an ")
-    assert swapped.endswith("fold, unfold and load_adapter take the model first.")
+    assert swapped.endswith("fold and load_adapter take the model first; to see its layers, run hra-fx match.")
 
 
 @pytest.mark.parametrize(

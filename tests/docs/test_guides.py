@@ -26,8 +26,8 @@ GUIDES = {
     "layers": set(),
     "upgrading": set(),
     "several-adapters": set(),
-    "visualize": {"adapters.html", "adapters.mmd", "adapters.svg", "block.svg", "heatmap.svg", "two.svg"},
-    "folding": {"folded", "my-adapter", "my-model", "restored"},
+    "visualize": {"adapters.html", "adapters.svg", "block.svg", "heatmap.svg"},
+    "folding": {"folded", "my-adapter", "my-model"},
     "how-it-works": {"adapter"},
     "devices": set(),
 }

@@ -100,15 +100,12 @@ def two_layers() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("rank_pattern", [False, True])
-def test_all_layers_have_one_rank_padded_with_zeros_or_their_own(rank_pattern: bool) -> None:
+def test_all_layers_have_one_rank_padded_with_zeros() -> None:
     model = two_layers()
-    config, tensors = hra_fx.convert_to_lora(model, rank_pattern=rank_pattern)
-    own = {"first": 2} if rank_pattern else {}
-    assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (4, own, own)
+    config, tensors = hra_fx.convert_to_lora(model)
+    assert (config["r"], config["lora_alpha"]) == (4, 4)
     A, B = (tensors[f"base_model.model.first.lora_{name}.weight"] for name in "AB")
-    rank = own.get("first", 4)
-    assert (A.shape, B.shape) == ((rank, 12), (9, rank))
+    assert (A.shape, B.shape) == ((4, 12), (9, 4))
     assert A[2:].count_nonzero() == 0
     assert relative_error(exported_change(tensors, "first"), dense_change(model["first"], ["a"])) < 1e-6
 
@@ -189,7 +186,7 @@ def test_every_kind_of_layer_with_its_biases_and_saved_modules(kind: str, tmp_pa
     layer: Any = base.one
     shape = (2, *layer.weight.shape[1:2], *(9,) * (layer.weight.dim() - 2)) if hasattr(layer, "stride") else (2, 5, 12)
     x, y = torch.randn(shape), torch.randn(3, 4)
-    hra_fx.save_as_lora(model, tmp_path, rank_pattern=kind.startswith("Conv"))
+    hra_fx.save_as_lora(model, tmp_path)
     with torch.no_grad():
         before, wanted = base.eval()(x, y), model.eval()(x, y)
         assert relative_error(loaded(base, tmp_path)(x, y) - before, wanted - before) < 1e-5
@@ -216,21 +213,6 @@ def test_a_part_that_was_transformed_is_saved_for_the_whole_model(part: str, tmp
     hra_fx.save_as_lora(model, tmp_path)
     wanted, before = logits(model), logits(base)
     assert relative_error(logits(loaded(base, tmp_path)) - before, wanted - before) < 1e-5
-
-
-def test_a_rank_for_a_path_that_ends_another_one(tmp_path: Path) -> None:
-    def make() -> nn.Module:
-        return nn.ModuleDict({"block": nn.ModuleDict({"fc": nn.Linear(16, 12)}), "fc": nn.Linear(16, 12)})
-
-    base, model = pair(make, HRAConfig(r=2, target_modules=["fc"]))
-    hra_fx.add_adapter(model, "wide", HRAConfig(r=4, target_modules=["block.fc"], init_weights=False))
-    hra_fx.set_adapter(model, ["default", "wide"])
-    hra_fx.save_as_lora(model, tmp_path, rank_pattern=True)
-    lora, x = loaded(base, tmp_path), torch.randn(3, 16)
-    assert lora.peft_config["default"].rank_pattern == {"^fc": 2}
-    for path in ("fc", "block.fc"):
-        before, wanted = base.get_submodule(path)(x), model.get_submodule(path)(x)
-        assert relative_error(lora.base_model.model.get_submodule(path)(x) - before, wanted - before) < 1e-5
 
 
 def test_the_result_tells_the_rounding_error_of_each_layer(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -121,15 +120,6 @@ def test_one_of_the_parameters_and_a_smaller_rank(tmp_path: Path) -> None:
     assert all(row.rank == 2 and 0 < row.error < 1 for row in rows)
     hra_fx.save_as_lora(model, tmp_path / "lora")
     check(base, tmp_path / "lora", outputs(model))
-
-
-def test_layers_that_are_named_as_parameters_have_the_common_rank(tmp_path: Path) -> None:
-    base = made("dots1")
-    model = adapted(base, target_parameters=None, rank_pattern={"0.self_attn.q_proj": 4})
-    hra_fx.save_as_lora(model, tmp_path, rank_pattern=True)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert len(config["rank_pattern"]) == 7  # of eight layers in attentions
-    check(base, tmp_path, outputs(model))
 
 
 REFUSED = {

@@ -19,7 +19,6 @@ from model.many import (
     refuses,
     run,
     stored,
-    turn,
     weights,
 )
 from torch import Tensor, nn
@@ -153,18 +152,6 @@ def test_an_adapter_of_a_layer_that_was_replaced_cannot_be_saved(tmp_path: Path)
     hra_fx.save_adapter(model, tmp_path / "b", "b")
     other = hra_fx.load_adapter(net(), tmp_path / "b", "b")
     assert torch.equal(other.second.hra_u["b"], model.second.hra_u["b"])
-
-
-def test_a_plan_is_applied_to_the_model_as_it_is_then() -> None:
-    plain, model = adapted(net(), a=config("first", "second"), b=config("second"))
-    plan = hra_fx.plan_fold(model, "a")
-    hra_fx.set_adapter(model, ["a", "b"])
-    turn(model, seed=8)
-    x, wanted = normal(3, 6), weights(plain, model, ["a"])
-    output = run(model, x)
-    assert plan.apply() is model
-    assert_close(run(model, x), output)
-    assert_close(stored(model, "first.weight"), wanted["first.weight"])
 
 
 # ---- classes that another tool puts over ours ----

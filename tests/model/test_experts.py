@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -45,22 +44,7 @@ def test_a_product_of_two_and_a_fold_of_one_of_them(name: str) -> None:
     hra_fx.set_adapter(model, ["default", "b"])
     plan = hra_fx.plan_fold(model, ["default"])
     assert all((layer.change > 0.1) is ("experts" in layer.path) and layer.rounding < 1e-12 for layer in plan.layers)
-    assert relative_error(logits_of(name, plan.apply()), both) <= 1e-12
-
-
-@pytest.mark.parametrize("fields", [{"r": 3}, {"apply_GS": True}], ids=str)
-def test_files(fields: dict[str, Any], tmp_path: Path) -> None:
-    name = "qwen3_moe"
-    model = model_of(name, **fields)
-    wanted = logits_of(name, model)
-    hra_fx.save_adapter(model, tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["target_parameters"] == ["experts.gate_up_proj", "experts.down_proj"]
-    loaded = hra_fx.load_adapter(base_of(name), tmp_path, "other", is_trainable=True)
-    hra_fx.load_adapter(loaded, tmp_path, "third")
-    for adapter in ("other", "third"):
-        hra_fx.set_adapter(loaded, adapter)
-        assert relative_error(logits_of(name, loaded), wanted) <= 1e-12
+    assert relative_error(logits_of(name, hra_fx.fold(model, ["default"])), both) <= 1e-12
 
 
 def test_verify() -> None:

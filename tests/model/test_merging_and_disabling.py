@@ -278,22 +278,3 @@ def test_methods_keep_them_disabled_until_they_are_enabled_as_in_peft() -> None:
     assert torch.equal(model(x), plain(x))
     model.enable_adapter_layers()
     assert torch.equal(model(x), wanted)
-
-
-def test_a_decorator_disables_during_each_call_and_restores_at_once() -> None:
-    plain, model = four()
-    x = normal(4, 6)
-    wanted = model(x)
-
-    @hra_fx.disable_adapters(model)
-    def base(value: torch.Tensor) -> tuple[torch.Tensor, float]:
-        return model(value), 1 / len(value)
-
-    assert base.__name__ == "base"
-    assert torch.equal(model(x), wanted)
-    for _ in range(2):
-        assert torch.equal(base(x)[0], plain(x))
-        assert torch.equal(model(x), wanted)
-    with pytest.raises(ZeroDivisionError):
-        base(x[:0])
-    assert torch.equal(model(x), wanted)

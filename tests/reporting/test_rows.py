@@ -142,15 +142,6 @@ def test_scaled_merged_and_disabled_adapters() -> None:
         assert row.share == pytest.approx(whole.share if scale else 0.0)
 
 
-def test_capture_names_the_graph_that_shows_each_layer() -> None:
-    model = transform(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), HRAConfig(r=2, target_modules=["0"]))
-    (plain,) = report(model)
-    assert (plain.graph, plain.graph_reason) == (None, "")
-    captured = report(model, capture=True)
-    assert [(row.graph, row.graph_reason) for row in captured] == [("", "")]
-    assert " whole model " in str(captured)
-
-
 # ---- angles, and the share and the change of a weight ----
 
 

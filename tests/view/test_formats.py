@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import networkx as nx
 import pytest
 from drawn_models import MAKERS, Residual, drawing, drawn
 from torch import nn
@@ -23,35 +21,12 @@ from hra_fx.view.picture import rendered
 
 SVG = "{http://www.w3.org/2000/svg}"
 _VALUE = re.compile(r" · (unknown|[\d.]+[°%]?)$")
-_DOT_NODE = re.compile(r"^\s*n\d+ \[(.*)\]$")
-_DOT_ATTRIBUTE = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
 def _svg(file: Path) -> list[str]:
     """Lines of the tips of the boxes that count, without the values of the heat."""
     boxes = [box for box in ElementTree.parse(file).iter() if int(box.get("data-adapted", 0))]
     return [_VALUE.sub("", line) for box in boxes for line in (box.findtext(f"{SVG}title") or "").split("\n")]
-
-
-def _mermaid(file: Path) -> list[str]:
-    comments = re.findall(r"^\s*%% n\d+: (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
-    paths = [path for comment in comments for path in comment.split(" ")]
-    return [re.sub(r"#(\d+);", lambda found: chr(int(found[1])), path) for path in paths]
-
-
-def _dot(file: Path) -> list[str]:
-    lines: list[str] = []
-    for row in file.read_text(encoding="utf-8").split("\n"):
-        if found := _DOT_NODE.match(row):
-            lines += dict(_DOT_ATTRIBUTE.findall(found[1]))["tooltip"].split(r"\n")
-    plain = (line.replace(r"\"", '"').replace(r"\\", "\\").replace("&amp;", "&") for line in lines)
-    return [_VALUE.sub("", line) for line in plain]
-
-
-def _graphml(file: Path) -> list[str]:
-    return [
-        path for _, sites in nx.read_graphml(file).nodes(data="adapted_layers") if sites for path in sites.split("\n")
-    ]
 
 
 def _html(file: Path) -> list[str]:
@@ -63,7 +38,7 @@ def _html(file: Path) -> list[str]:
     return [path for index in drawn for path in items[index].get("marks", ())]
 
 
-READERS = {".svg": _svg, ".mmd": _mermaid, ".dot": _dot, ".graphml": _graphml, ".html": _html}
+READERS = {".svg": _svg, ".html": _html}
 
 
 def written(found: Drawing, folder: Path, **options: Any) -> Iterable[tuple[str, Counter[str]]]:
@@ -97,18 +72,11 @@ def test_a_plain_model_is_drawn_too(tmp_path: Path) -> None:
         assert ending == ".html" or "adapter" not in text.replace("no adapters", ""), ending
 
 
-@pytest.mark.parametrize("ending", ["svg", "png", "html", "mmd", "dot", "graphml"])
+@pytest.mark.parametrize("ending", ["svg", "html"])
 def test_the_same_model_gives_the_same_bytes(ending: str, tmp_path: Path) -> None:
     first = hra_fx.visualize(drawn("shared"), tmp_path / f"a.{ending}", heat="angle").read_bytes()
     again = hra_fx.visualize(drawn("shared"), str(tmp_path / f"b.{ending.upper()}"), heat="angle").read_bytes()
     assert first == again
-
-
-def test_a_missing_package_is_named_with_the_other_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "resvg_py", None)  # as if it was not installed
-    wanted = r"needs the package resvg-py.*pip install resvg-py\..*no other package: \.svg \([^)]*\), \.html"
-    with pytest.raises(hra_fx.VisualizeError, match=wanted):
-        hra_fx.visualize(drawn("one layer"), tmp_path / "a.png")
 
 
 def test_errors_leave_the_folder_as_it_was(tmp_path: Path) -> None:
@@ -117,7 +85,7 @@ def test_errors_leave_the_folder_as_it_was(tmp_path: Path) -> None:
     for file in (tmp_path / "a.svg", long):
         file.write_text("before")
     for path, options, message in (
-        *((tmp_path / name, {}, r"Use one of \.svg .*\.png .*\.mmd") for name in ("a.jpg", "a", "a.svg.gz", ".svg")),
+        *((tmp_path / name, {}, r"Use one of \.svg .*\.html") for name in ("a.jpg", "a", "a.svg.gz", ".svg")),
         (tmp_path / "nowhere" / "a.svg", {}, r"^path: the folder '.*nowhere' does not exist"),
         (tmp_path / "folder.svg", {}, r"^path: '.*folder\.svg' is a folder"),
         (tmp_path / "a.svg", {"focus": "nowhere"}, "no module 'nowhere'"),

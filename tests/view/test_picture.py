@@ -1,10 +1,8 @@
-"""The SVG picture, and the same as PNG."""
+"""The SVG picture."""
 
 from __future__ import annotations
 
 import re
-import struct
-from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -16,7 +14,7 @@ import hra_fx
 from hra_fx.reporting.heat import heat_of, scale
 from hra_fx.view.drawing import drawing_of
 from hra_fx.view.opening import Options
-from hra_fx.view.page import SCALE, SIDE, rasterize, render_svg as render
+from hra_fx.view.page import render_svg as render
 from hra_fx.view.theme import width
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -70,34 +68,3 @@ def test_a_layer_that_should_have_an_adapter_is_marked_in_red() -> None:
     assert len(re.findall(r'<circle [^>]*class="refused"', text)) == 1 + 1, "the layer, and the legend"
     assert len(re.findall(r'<circle [^>]*class="skipped"', text)) == 2 + 1
     assert "1 layer targeted, but not adapted" in text and "2 layers not targeted" in text
-
-
-def size(png: bytes) -> tuple[int, int]:
-    """Width and height from the header."""
-    assert png[:8] == b"\x89PNG\r\n\x1a\n"
-    wide, high = struct.unpack(">II", png[16:24])
-    return wide, high
-
-
-def test_a_png_is_the_svg_at_twice_its_size(tmp_path: Path) -> None:
-    file = hra_fx.visualize(drawn("resnet"), tmp_path / "a.png", heat="mean_angle")
-    root = picture("resnet", heat="mean_angle")
-    assert size(file.read_bytes()) == (SCALE * int(root.get("width", "0")), SCALE * int(root.get("height", "0")))
-
-
-def test_a_large_picture_has_one_pixel_for_a_unit_and_a_larger_one_is_refused(tmp_path: Path) -> None:
-    def tall(layers: int) -> nn.Sequential:
-        return nn.Sequential(*(nn.Linear(4 + i % 2, 4 + (i + 1) % 2) for i in range(layers)))
-
-    file = hra_fx.visualize(tall(200), tmp_path / "a.png", depth=0)
-    assert SIDE / SCALE < size(file.read_bytes())[1] < SIDE
-    with pytest.raises(hra_fx.VisualizeError, match=r"would be 2\d,\d\d\d pixels wide or high.*smaller `depth` or a"):
-        hra_fx.visualize(tall(400), tmp_path / "b.png", depth=0)
-    assert not (tmp_path / "b.png").exists()
-
-
-def test_a_png_without_any_font_is_refused() -> None:
-    text = render(drawing("one layer"), Options())
-    with pytest.raises(hra_fx.VisualizeError, match=r"A \.png needs a font, and none was found.*matplotlib.*\.svg"):
-        rasterize(text, system_fonts=False, files=[])
-    assert size(rasterize(text, system_fonts=False))[0] > 0

@@ -60,12 +60,10 @@ def test_a_picture_has_the_colors_of_its_theme_only(place: int, tmp_path: Path) 
     assert COLORS["paper"][place] in found and COLORS["paper"][1 - place] not in found
 
 
-def test_a_page_can_be_dark_and_other_formats_have_no_theme(tmp_path: Path) -> None:
+def test_a_page_can_be_dark(tmp_path: Path) -> None:
     text = hra_fx.visualize(drawn("one layer"), tmp_path / "a.html", theme="dark").read_text("utf-8")
     assert '<html lang="en" data-theme="dark">' in text
     assert "data-theme=" not in hra_fx.visualize(drawn("one layer"), tmp_path / "b.html").read_text("utf-8")[:300]
-    with pytest.raises(hra_fx.VisualizeError, match=r"^`theme` is for \.svg, \.png, \.html, and 'a\.dot' is not one"):
-        hra_fx.visualize(drawn("one layer"), tmp_path / "a.dot", theme="dark")
 
 
 # ---- heat ----

@@ -1,4 +1,4 @@
-"""`fold_checkpoint` and `unfold_checkpoint`: merge adapters into the weights of a checkpoint on disk, and undo it."""
+"""`fold_checkpoint`: merge adapters into the weights of a checkpoint on disk."""
 
 from __future__ import annotations
 
@@ -141,54 +141,13 @@ def fold_checkpoint(
         ...     fold_checkpoint(base, adapter, out, verify=True).rotated
         ('0.weight',)
     """
-    options = {"overwrite": overwrite, "verify": verify, "progress": progress}
-    return _run(base_dir, adapter_dir, out_dir, columns, options, inverse=False)
-
-
-def unfold_checkpoint(
-    folded_dir: Source,
-    adapter_dir: Adapters | Mapping[str, Adapters],
-    out_dir: Source,
-    *,
-    columns: Collection[str] | None = None,
-    overwrite: bool = False,
-    verify: bool = False,
-    progress: bool = True,
-) -> CheckpointReport:
-    """Undo `fold_checkpoint`, `W <- W' Q^T`, up to rounding.
-
-    Arguments, result and errors are the same as for `fold_checkpoint`. Pass several adapters in the order in which
-    they were folded. Untied weights stay untied.
-
-    Raises:
-        CheckpointError: an adapter has `modules_to_save` or biases, because the replaced values are lost; or see
-            `fold_checkpoint`.
-
-    Example:
-        >>> unfold_checkpoint("nowhere", "adapter", "out")
-        Traceback (most recent call last):
-        hra_fx.errors.CheckpointError: nowhere: no such folder. ...
-    """
-    options = {"overwrite": overwrite, "verify": verify, "progress": progress}
-    return _run(folded_dir, adapter_dir, out_dir, columns, options, inverse=True)
-
-
-def _run(
-    base_dir: Source,
-    adapter_dir: Adapters | Mapping[str, Adapters],
-    out_dir: Source,
-    columns: Collection[str] | None,
-    options: Mapping[str, bool],
-    *,
-    inverse: bool,
-) -> CheckpointReport:
     begin = time.perf_counter()
     base, out = base_folder(base_dir), Path(os.path.realpath(out_dir))
     sources = _by_folder(base, adapter_dir)
     _check_apart(base, out, (source for several in sources.values() for source in several))
     adapters = {part: [read_adapter(source) for source in several] for part, several in sources.items()}
-    plan = plan_fold(base, adapters, columns, inverse=inverse)
-    rounding = write_result(base, out, plan, **options)
+    plan = plan_fold(base, adapters, columns)
+    rounding = write_result(base, out, plan, overwrite=overwrite, verify=verify, progress=progress)
     changes = [
         (file.part + name, change)
         for file in plan.files.values()
@@ -206,18 +165,18 @@ def _run(
         bytes=sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
         seconds=time.perf_counter() - begin,
         kept=tuple(file.relative_to(base) for file in plan.kept),
-        verified=options["verify"],
+        verified=verify,
     )
     if plan.retied_by:
         text = (
             f"{out}: {plan.retied_by[0]} sets tie_word_embeddings=True when it is loaded, and ignores config.json. Set "
             "it to False right after from_pretrained."
         )
-        warnings.warn(text, HRAWarning, stacklevel=3)
+        warnings.warn(text, HRAWarning, stacklevel=2)
     if report.kept:
         names = ", ".join(file.as_posix() for file in report.kept[:4])
         text = f"{out}: {names} still contain the base model's weights. Delete them, or do not load them."
-        warnings.warn(text, HRAWarning, stacklevel=3)
+        warnings.warn(text, HRAWarning, stacklevel=2)
     return report
 
 

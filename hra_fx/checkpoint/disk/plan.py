@@ -5,7 +5,6 @@ All names and shapes are checked. A change is a rotation, a replacement, or a ne
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -31,7 +30,6 @@ from hra_fx.checkpoint.disk.requests import (
     unknown_tensor,
 )
 from hra_fx.checkpoint.disk.stored import FLOATS, Header, Rotation, StoredTensor, WeightSet, foreign, weight_sets
-from hra_fx.checkpoint.folder import reflection_key
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError
 from hra_fx.layers.experts_weight import parameter_of
@@ -164,38 +162,18 @@ class Plan:
     retied_by: list[str] = field(default_factory=list)
 
 
-def plan_fold(
-    base: Path, adapters: Mapping[str, Sequence[Adapter]], columns: Collection[str] | None, *, inverse: bool
-) -> Plan:
-    """Plan a fold or its `inverse`. `adapters` are those of each folder in the base, in order."""
+def plan_fold(base: Path, adapters: Mapping[str, Sequence[Adapter]], columns: Collection[str] | None) -> Plan:
+    """Plan a fold. `adapters` are those of each folder in the base, in order."""
     plan = Plan()
     for part, own in adapters.items():
-        _plan_part(plan, f"{part}/" if part else "", base / part, own, columns, inverse=inverse)
+        _plan_part(plan, f"{part}/" if part else "", base / part, own, columns)
     return plan
 
 
-def _reversed(adapter: Adapter) -> Adapter:
-    """Return the adapter for `Q^T`: the same reflections in reverse order."""
-    if adapter.full:
-        raise CheckpointError(
-            f"{adapter.file}: the adapter replaced {next(iter(adapter.full))} (modules_to_save or bias), whose old "
-            "value is lost. Use the base checkpoint."
-        )
-    reversed_chains = {reflection_key(path): chain.flip(-1) for path, chain in adapter.chains.items()}
-    config = dataclasses.replace(adapter.config, apply_GS=False)
-    return dataclasses.replace(adapter, tensors={**adapter.tensors, **reversed_chains}, config=config)
-
-
 def _plan_part(
-    plan: Plan,
-    part: str,
-    folder: Path,
-    adapters: Sequence[Adapter],
-    columns: Collection[str] | None,
-    *,
-    inverse: bool,
+    plan: Plan, part: str, folder: Path, adapters: Sequence[Adapter], columns: Collection[str] | None
 ) -> None:
-    """Add the fold of adapters, in order, into the checkpoint of a folder to the plan; `inverse` undoes a fold."""
+    """Add the fold of adapters, in order, into the checkpoint of a folder to the plan."""
     if (folder / CONFIG_NAME).exists():
         raise CheckpointError(
             f"{folder / CONFIG_NAME}: there is an adapter in the base model's folder, and from_pretrained would load "
@@ -207,9 +185,8 @@ def _plan_part(
     # If no set has any layer, the first set reports what is missing.
     folded = [names for names in named if touches(adapters, names)] or named[:1]
     for names in folded:
-        check_base(adapters, names, folded=inverse)
-        ordered = [_reversed(adapter) for adapter in reversed(adapters)] if inverse else adapters
-        changes, apart = changes_for(ordered, names, columns)
+        check_base(adapters, names)
+        changes, apart = changes_for(adapters, names, columns)
         _plan_set(plan, part, names.found, changes)
         if apart.configs:
             plan.files[part + CONFIG] = untied_config(architecture, apart.configs)

@@ -192,25 +192,19 @@ def _incomplete(adapter: Adapter, name: str, found: WeightSet) -> CheckpointErro
     )
 
 
-def check_base(adapters: Iterable[Adapter], names: FileNames, *, folded: bool) -> None:
+def check_base(adapters: Iterable[Adapter], names: FileNames) -> None:
     """Check the model in a folder with the row of the base model that adapter files contain.
 
-    If `folded`, the adapters must be folded into it. Without a row, as in PEFT's files, the names of the models are
-    compared.
+    Without a row, as in PEFT's files, the names of the models are compared.
     """
     folder = names.architecture.folder
     for adapter in adapters:
         row, state = adapter.base_row, "unknown"
         if row is not None and row.path in adapter.chains:
             state = row.state(adapter.chains[row.path], _first_row(names, row.path, len(row.values)))
-            if state == "folded" and not folded:
+            if state == "folded":
                 raise row.folded_error(adapter.file, str(folder))
-            if state == "base" and folded:
-                raise CheckpointError(
-                    f"{folder} does not contain the adapter {adapter.file} (seen in {row.path}). Use the model that "
-                    "it was folded into."
-                )
-        if state == "unknown" and not folded:
+        if state == "unknown":
             compare_names(adapter.file, adapter.config, str(folder))
 
 

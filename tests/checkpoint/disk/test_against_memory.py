@@ -20,7 +20,6 @@ from timm.models import save_for_hf
 from torch import nn
 
 import hra_fx
-from hra_fx.errors import CheckpointError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*untied.*:hra_fx.HRAWarning"),
@@ -129,61 +128,6 @@ def test_several_adapters_go_in_one_after_the_other(tmp_path: Path) -> None:
         for chain in chains:
             due = dense_weight(due, dense_q(chain[key])) if key in chain else due
         assert relative_error(folded[name], due) < 1e-7, name
-
-
-# ---- unfolded ----
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype"), [("Llama", torch.bfloat16), ("GPT-2", torch.float16), ("GPT-2", torch.float32)]
-)
-def test_a_fold_is_taken_back(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
-    build, targets = {"Llama": (made.llama, ("q_proj", "down_proj")), "GPT-2": (made.gpt2, ("c_attn", "c_proj"))}[name]
-    model = build()
-    base = made.base_of(model, tmp_path / "base", dtype)
-    adapters = [
-        made.adapter_of(model, tmp_path / "first", *targets, seed=1),
-        made.adapter_of(model, tmp_path / "second", targets[0], seed=2, apply_GS=True, init_weights=False),
-    ]
-    folded = hra_fx.fold_checkpoint(base, adapters, tmp_path / "folded", verify=True)
-    report = hra_fx.unfold_checkpoint(tmp_path / "folded", adapters, tmp_path / "back", verify=True)
-    assert report.rotated == folded.rotated
-    before, after, between = (made.tensors(folder) for folder in (base, tmp_path / "back", tmp_path / "folded"))
-    assert before.keys() == after.keys()
-    for key, tensor in before.items():
-        if key in report.rotated:
-            assert relative_error(between[key], tensor) > 0.1
-            assert relative_error(after[key], tensor) < torch.finfo(dtype).eps
-        else:
-            assert torch.equal(tensor, after[key])
-    files = {name: data for name, data in made.picture(base).items() if not name.endswith(".safetensors")}
-    assert files.items() <= made.picture(tmp_path / "back").items()
-
-
-def test_what_was_untied_stays_so(tmp_path: Path) -> None:
-    model = made.llama(tie_word_embeddings=True)
-    base = made.base_of(model, tmp_path / "base")
-    adapter = made.adapter_of(model, tmp_path / "adapter", "lm_head")
-    hra_fx.fold_checkpoint(base, adapter, tmp_path / "folded")
-    report = hra_fx.unfold_checkpoint(tmp_path / "folded", adapter, tmp_path / "back")
-    state = made.tensors(tmp_path / "back")
-    torch.testing.assert_close(state["lm_head.weight"], state["model.embed_tokens.weight"], rtol=0.02, atol=0.01)
-    assert not report.untied
-    assert (tmp_path / "back" / "config.json").read_bytes() == (tmp_path / "folded" / "config.json").read_bytes()
-
-
-def test_what_an_adapter_replaced_is_lost(tmp_path: Path) -> None:
-    model = made.llama(attention_bias=True)
-    base = made.base_of(model, tmp_path / "base")
-    adapter = made.adapter_of(model, tmp_path / "adapter", "q_proj", bias="hra_only")
-    hra_fx.fold_checkpoint(base, adapter, tmp_path / "folded")
-    with pytest.raises(CheckpointError) as caught:
-        hra_fx.unfold_checkpoint(tmp_path / "folded", adapter, tmp_path / "back")
-    assert str(caught.value) == (
-        f"{adapter / 'adapter_model.safetensors'}: the adapter replaced model.layers.0.self_attn.q_proj.bias "
-        "(modules_to_save or bias), whose old value is lost. Use the base checkpoint."
-    )
-    assert not (tmp_path / "back").exists()
 
 
 # ---- against PEFT, which merges an adapter into a model in memory ----

@@ -94,8 +94,8 @@ def pictures(rank: int, folder: Path) -> None:
     for way, wrap in WAYS.items():
         model = wrap(MLP, MLP.model())
         if rank == 1:
-            hra_fx.visualize(model, folder / "shared.dot")
-            assert (folder / "shared.dot").read_text().count("->") == 6
+            hra_fx.visualize(model, folder / "shared.svg")
+            assert hra_fx.to_networkx(model).number_of_edges() == 6
             rows = hra_fx.report(model).rows
             assert [row.r for row in rows] == [4, 4, 4]
             assert (rows[0].rotation == hra_fx.report(bare).rows[0].rotation) is (way == "DDP")

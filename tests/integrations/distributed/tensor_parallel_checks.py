@@ -109,7 +109,7 @@ def reported(rank: int, folder: Path) -> None:
         for row, wanted in zip(hra_fx.report(model).rows, hra_fx.report(alone).rows, strict=True):
             assert (row.rotation, row.angle, row.r) == (wanted.rotation, wanted.angle, wanted.r)
             assert row.share != row.share
-        hra_fx.visualize(model, folder / "model.dot")
+        hra_fx.visualize(model, folder / "model.svg")
         assert repr(model[0].weight) and model[0].weight.shape == (16, 8)  # type: ignore[index]
 
 

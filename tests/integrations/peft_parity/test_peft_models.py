@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import hra_fx
 
 STEPS: dict[str, Callable[[Any, Path], object]] = {
-    "report": lambda model, folder: hra_fx.report(model, capture=True),
+    "report": lambda model, folder: hra_fx.report(model),
     "save_adapter": lambda model, folder: hra_fx.save_adapter(model, folder / "one", "default"),
     "save_as_lora": lambda model, folder: hra_fx.save_as_lora(model, folder / "lora"),
     "convert_to_lora": lambda model, folder: hra_fx.convert_to_lora(model),

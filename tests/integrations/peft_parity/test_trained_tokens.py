@@ -17,10 +17,8 @@ from refusals import refused
 from safetensors.torch import load_file
 from tiny_models import llama
 from torch import Tensor, nn
-from typer.testing import CliRunner
 
 import hra_fx
-from hra_fx.cli.app import app
 from hra_fx.errors import AdapterError, HRAError
 from hra_fx.layers.trained_tokens import ROWS
 from hra_fx.lora.save import convert_files
@@ -252,9 +250,3 @@ def test_what_cannot_have_tokens_says_so(tmp_path: Path) -> None:
     for reason, call in refusing:
         with pytest.raises(HRAError, match=re.escape(reason)):
             call()
-    with pytest.warns(hra_fx.HRAWarning, match="vLLM .* is not known to load trained tokens"):
-        hra_fx.save_as_lora(model, tmp_path / "lora", check="vllm")
-    done = CliRunner().invoke(app, ["convert", path, str(tmp_path / "b"), "--to", "peft"])
-    assert "which PEFT's HRA does not support" in " ".join(done.output.split())
-    assert CliRunner().invoke(app, ["convert", path, str(tmp_path / "c"), "--to", "hra_fx"]).exit_code == 0
-    torch.testing.assert_close(logits(hra_fx.load_adapter(MODELS["tied"](), tmp_path / "c")), logits(model))
