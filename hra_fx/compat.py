@@ -147,9 +147,9 @@ def with_own_hooks(modules: Iterable[nn.Module]) -> set[nn.Module]:
     }
 
 
-def forward_hooks(module: nn.Module) -> list[Any]:
-    """The forward hooks that are registered on a module."""
-    return list(module._forward_hooks.values())
+def forward_hooks(module: nn.Module, *, before: bool = False) -> list[Any]:
+    """The forward hooks that are registered on a module, or those before its forward."""
+    return list((module._forward_pre_hooks if before else module._forward_hooks).values())
 
 
 def has_own_hooks(module: nn.Module) -> bool:

@@ -61,8 +61,8 @@ library_name: peft
 
 # HRA adapter of {title}
 
-Householder reflection adaptation ([HRA](https://arxiv.org/abs/2405.17484)), saved by hra_fx {version} in PEFT's format.{protected}
-To load it over its base model:
+Householder reflection adaptation ([HRA](https://arxiv.org/abs/2405.17484)), saved by hra_fx {version} in PEFT's format.
+{protected}To load it over its base model:
 
 ```python
 import hra_fx
@@ -307,7 +307,7 @@ def _protected(root: nn.Module, names: Iterable[str]) -> str:
     found = [protected_directions(layer, name) for layer in adapted_layers(root).values() for name in names]
     most = max((basis.shape[-1] for basis in found if basis is not None), default=0)
     line = "Trained with `hra_fx.protect`, which keeps up to {} directions of the inputs of each layer as they are."
-    return f"\n{line.format(most)}" if most else ""
+    return f"{line.format(most)}\n" if most else ""
 
 
 def _base(root: nn.Module, configs: Mapping[str, HRAConfig]) -> str | None:

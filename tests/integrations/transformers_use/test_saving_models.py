@@ -163,7 +163,7 @@ def test_its_metadata(tmp_path: Path) -> None:
 
 
 def test_it_says_what_is_protected(tmp_path: Path) -> None:
-    model = hra_fx.HRAModel(nn.Sequential(nn.Linear(4, 4)), hra_fx.HRAConfig(r=2, target_modules=["0"]))
+    model = hra_fx.HRAModel(torch.nn.Sequential(torch.nn.Linear(4, 4)), hra_fx.HRAConfig(r=2, target_modules=["0"]))
     model.save_pretrained(tmp_path / "plain")
     hra_fx.protect(torch.optim.AdamW(model.parameters()), model, [torch.eye(4)[:3]], 2)
     model.save_pretrained(tmp_path / "protected")
