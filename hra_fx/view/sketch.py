@@ -24,7 +24,6 @@ from hra_fx.tracing.observed import attributes
 from hra_fx.view.graph import leaves_of
 from hra_fx.view.subject import Subject, subject_of
 
-
 #: The last sketch of each model, with what it depends on. It does not have tensors.
 _KEPT: WeakKeyDictionary[nn.Module, tuple[Any, tuple[str, str, nx.DiGraph[str]]]] = WeakKeyDictionary()
 

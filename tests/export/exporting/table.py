@@ -30,7 +30,7 @@ from torch.export import ExportedProgram
 
 import hra_fx
 
-FORMS = ("folded", "lowered")
+FORMS = ("folded", "lowered", "frozen")
 LIMIT = 1e-5
 
 
@@ -56,7 +56,8 @@ def program(name: str, form: str, dynamic: bool) -> ExportedProgram:
     model = MODELS[name]
     whole = model.folded() if form == "folded" else model.adapted()
     inputs = model.inputs(*(EXPORTED_AT if dynamic else CALLED_AT)[name])
-    return torch.export.export(whole, inputs, dynamic_shapes=(model.dynamic,) if dynamic else None)
+    made = torch.export.export(whole, inputs, dynamic_shapes=(model.dynamic,) if dynamic else None)
+    return hra_fx.freeze(made) if form == "frozen" else made
 
 
 def distance(actual: Tensor, wanted: Tensor) -> float:
