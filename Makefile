@@ -85,8 +85,8 @@ demo-vision: $(VENV)/demo.stamp $(VENV)/data.stamp ## a ResNet on handwritten di
 	@echo '[3/3] Train, fold and export a ResNet (a few minutes on 2 cores)'
 	@$(BIN)/python examples/resnet_mnist.py --output $(OUT)/vision
 
-demo-device: $(VENV)/device.stamp $(VENV)/data.stamp ## MiniLM, trained by ExecuTorch and AOTInductor (5 minutes)
-	@echo '[3/3] Train MiniLM without Python (about 5 minutes on 2 cores)'
+demo-device: $(VENV)/device.stamp $(VENV)/data.stamp ## MiniLM, trained by ExecuTorch and AOTInductor (4 minutes)
+	@echo '[3/3] Train MiniLM without Python (about 4 minutes on 2 cores)'
 	@$(BIN)/python examples/train_on_device.py --output $(OUT)/device
 
 ##@ Benchmarks (docs/benchmarks.md, docs/results.md)
@@ -106,7 +106,7 @@ bench-gpu: ## tests and speed on a CUDA device (9 minutes)
 bench-learning: $(VENV)/test.stamp $(VENV)/data.stamp ## HRA, LoRA and others in training (hours, resumable)
 	PYTHONPATH=benchmarks $(BIN)/python -W ignore -m learning $(BENCH_FLAGS)
 
-bench-launches: $(VENV)/test.stamp ## operators per adapted layer and step (5 minutes)
+bench-launches: $(VENV)/test.stamp ## operators per adapted layer and step (4 minutes)
 	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python benchmarks/launches.py --docs $(BENCH_FLAGS)
 
 bench-host: $(VENV)/test.stamp ## Python and launching time that adapters add (2 minutes)
