@@ -73,6 +73,10 @@ docs: $(VENV)/docs.stamp ## the documentation site, into site/ (a minute)
 
 ##@ More demos
 
+notebooks: $(VENV)/test.stamp ## run the notebooks with an installed wheel, and store their outputs (5 minutes)
+	rm -rf build
+	$(BIN)/python tests/run_notebooks.py
+
 demo-language: $(VENV)/demo.stamp $(VENV)/data.stamp ## SmolLM2, a language model, and llama.cpp (minutes)
 	@echo '[3/3] Train, fold, export and serve SmolLM2 (a few minutes on 2 cores)'
 	@$(BIN)/python examples/smollm2_newsgroups.py --output $(OUT)/language

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 
-# tqdm's bars for each file that transformers reads or converts, and its warning in notebooks without widgets, where
-# only the second variable has an effect.
+# tqdm's bars for each file that transformers reads or converts.
 os.environ.setdefault("TQDM_DISABLE", "1")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-warnings.filterwarnings("ignore", message="IProgress not found")
 # onnxruntime would send data about its use, and warns where it cannot write an identifier into the home folder.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 # The log of all libraries. PEFT and transformers import what is installed, such as bitsandbytes and torchao, which log

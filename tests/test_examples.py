@@ -1,6 +1,6 @@
 """The programs in `examples/usage` run without warnings and print the expected results; and the notebooks.
 
-As stored, the notebooks are executed, small, and free of errors and local paths; and they run again.
+As stored, the notebooks are executed, small, and free of errors and local paths; they need no clone, and run again.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from typing import Any
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
+from run_notebooks import NOTEBOOKS, ROOT, run
 
-ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "examples" / "usage"
 SMALL = r"(0\.0e\+00|\d\.\de-0[5-9])"
 EXPECTED = {
@@ -87,10 +86,10 @@ def test_a_program_prints_what_is_expected(
 
 # ---- notebooks ----
 
-NOTEBOOKS = ROOT / "notebooks"
 NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
 LOCAL = re.compile(r"(?<![\w.])/(bin|home|mnt|opt|root|tmp|usr|Users|var|venv|work)/|\b[A-Z]:\\|site-packages|file://")
-LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
+PROJECT = "hra-fx/hra_fx"
 
 
 def read(name: str) -> Any:
@@ -131,16 +130,27 @@ def test_a_stored_notebook(name: str) -> None:
     assert not printed(notebook, "stderr")
     assert claims(notebook)
     assert not [claim for claim in claims(notebook) if claim.endswith("False")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_needs_no_clone(name: str) -> None:
+    notebook = read(name)
+    badge, install = notebook.cells[0].source, notebook.cells[1].source
+    assert f"(https://colab.research.google.com/github/{PROJECT}/blob/main/notebooks/{name}.ipynb)" in badge
+    assert install.startswith("try:\n    import hra_fx\nexcept ImportError:\n    %pip install")
+    assert f"git+https://github.com/{PROJECT}" in install
     for cell in notebook.cells:
         for link in LINK.findall(cell.source) if cell.cell_type == "markdown" else ():
-            assert (NOTEBOOKS / link).exists(), link
+            assert link.startswith("https://"), link
+            inside = re.fullmatch(f"https://github.com/{PROJECT}/(?:blob|tree)/main/(.+)", link)
+            assert not inside or (ROOT / inside[1]).exists(), link
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_a_notebook_runs_and_says_the_same(name: str) -> None:
+def test_a_notebook_runs_in_an_empty_folder_and_says_the_same(name: str, tmp_path: Path) -> None:
     notebook, stored = read(name), read(name)
-    NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
+    run(notebook, tmp_path)
     check_outputs(notebook)
     assert "Warning" not in printed(notebook, "stderr")  # other libraries may write there about the machine
     assert claims(notebook) == claims(stored)
