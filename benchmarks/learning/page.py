@@ -6,13 +6,11 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from learning import forgiving, kept, plots
+from learning import comparison, forgiving, kept, plots
 from learning.plan import (
     ONE_SEED,
     RANKS,
-    SEEDS,
     TASK_NAMES,
-    TEACHERS,
     finished,
     methods_of,
     missing_ranks,
@@ -32,8 +30,6 @@ from learning.summary import (
 from learning.tables import interval, number, spread, table
 from learning.tasks import TASKS
 from learning.variants import ALL, VARIANTS, VARIED_TASK
-
-README_TASKS = ("language", "newsgroups-1600", "newsgroups-5000", "digits")
 
 INTRODUCTION = """\
 <!-- Written by make bench-learning; do not edit. -->
@@ -143,10 +139,11 @@ points, paired over three seeds, with its 95% interval. More is better.
 
 
 def write_page(records: Sequence[Record], folder: Path = FILE.parent) -> None:
-    """Write the page and its plots into a folder."""
+    """Write the page and its plots into a folder, and what docs/comparison.md has of them."""
     for name in ("rates", "forgetting", *(name for name in ("ranks", "passes", "kept") if _has(records, name))):
         getattr(plots, name)(records, folder / f"results_{name}.svg")
     (folder / "results.md").write_text(page(records))
+    comparison.write(records, folder)
 
 
 def page(records: Sequence[Record]) -> str:
@@ -219,23 +216,7 @@ def results_table(records: Sequence[Record], tasks: Sequence[str], link: str) ->
 
 def readme_table(records: Sequence[Record]) -> str:
     """The table of README."""
-    return results_table(records, README_TASKS, "docs/results.md")
-
-
-def comparison_table(records: Sequence[Record]) -> str:
-    """The table of docs/comparison.md: test scores, a column for each method."""
-    methods = ("hra-pairs", "hra", "lora", "dora", "oft", "full")
-    rows = [
-        [
-            f"[{task}](results.md#{task}), {TASKS[task].metric} {'↑' if TASKS[task].higher_is_better else '↓'}",
-            *(
-                spread(tested) if len(tested := scores(final_runs(records, task, method))) == len(SEEDS) else "-"
-                for method in methods
-            ),
-        ]
-        for task in (*README_TASKS, *TEACHERS)
-    ]
-    return table(["task", *(ALL[method].label for method in methods)], rows)
+    return results_table(records, comparison.README_TASKS, "docs/results.md")
 
 
 def _of_task(records: Sequence[Record], task: str) -> str:

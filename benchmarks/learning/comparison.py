@@ -1,0 +1,129 @@
+"""The tables and the plot of docs/comparison.md: HRA next to the other methods of PEFT."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from turns import ratio
+
+from learning import costs
+from learning.plan import SEEDS, TEACHERS, untrained
+from learning.plots import LOOKS, Point, better_up_and_right, draw_panels
+from learning.rates import final_runs
+from learning.records import Record
+from learning.summary import scores
+from learning.tables import number, spread, table
+from learning.tasks import TASKS
+from learning.variants import ALL
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+README_TASKS = ("language", "newsgroups-1600", "newsgroups-5000", "digits")
+METHODS = ("hra-pairs", "hra", "lora", "dora", "oft", "boft", "psoft", "road", "miss", "full")
+TASK, KEPT = "language", ("perplexity of tales", "facts, %")
+#: Method -> the one with the same function, whose scores it has.
+SAME = {"hra-peft": "hra"}
+#: Those of other plots, and more.
+MARKS = LOOKS | {
+    "psoft": ("#44AA99", "h"),
+    "road": ("#999933", "<"),
+    "miss": ("#332288", "*"),
+    "lora-protect": (LOOKS["lora"][0], "$P$"),
+    "hra-pairs-protect": (LOOKS["hra-pairs"][0], "$P$"),
+}
+
+
+def write(records: Sequence[Record], folder: Path) -> None:
+    """Write the plot, and the tables between their marks on the page."""
+    pareto(records, folder / "comparison.svg")
+    page = folder / "comparison.md"
+    if page.exists():
+        text = page.read_text()
+        for name, made in (("scores", scores_table(records)), ("costs", costs_table(records))):
+            begin, end = f"<!-- {name}: written by make bench-learning -->", f"<!-- end of {name} -->"
+            text = f"{text.split(begin)[0]}{begin}\n\n{made}\n{end}{text.split(end)[1]}"
+        page.write_text(text)
+
+
+def scores_table(records: Sequence[Record]) -> str:
+    """Test scores of five seeds, a row for each method."""
+    tasks = (*README_TASKS, *TEACHERS)
+    columns = [
+        f"[{task}](results.md#{task}), {TASKS[task].metric} {'↑' if TASKS[task].higher_is_better else '↓'}"
+        for task in tasks
+    ]
+    rows = [
+        [
+            ALL[method].label,
+            *(
+                spread(scores(runs)) if len(runs := tested(records, task, method)) == len(SEEDS) else "-"
+                for task in tasks
+            ),
+        ]
+        for method in METHODS
+    ]
+    return table(["", *columns], rows)
+
+
+def costs_table(records: Sequence[Record]) -> str:
+    """Scores, what is kept, and costs on `language`, a row for each method whose costs were measured."""
+    _, measured = costs.read()
+    columns = (f"perplexity of new posts ↓|{KEPT[0]} ↓|{KEPT[1]} ↑|seeds|parameters|time / LoRA|memory|file").split("|")
+    rows = [["before training", *scored(records, untrained(TASK)), *"-" * 4]]
+    for method, cost in measured.items():
+        times = ratio(cost.seconds, measured["lora"].seconds[: len(cost.seconds)])
+        shown = f"{times:.2f}" if times < 10 else f"{times:.0f}"
+        paid = [f"{cost.trainable:,}", shown, f"{cost.peak_mb or 0:,.0f} MB", f"{number(cost.file_mb)} MB"]
+        rows.append([ALL[method].label, *scored(records, method), *paid])
+    return table(["", *columns], rows)
+
+
+def scored(records: Sequence[Record], method: str) -> list[str]:
+    """The score, what is kept, and the number of seeds."""
+    runs = tested(records, TASK, method)
+    if not runs:
+        return ["-"] * 4
+    kept = (spread([run.retention[name] for run in runs]) for name in KEPT)
+    return [spread(scores(runs)), *kept, str(len(runs))]
+
+
+def tested(records: Sequence[Record], task: str, method: str) -> list[Record]:
+    """The runs of a method with the first five seeds."""
+    return [run for run in final_runs(records, task, SAME.get(method, method)) if run.seed in SEEDS]
+
+
+def pareto(records: Sequence[Record], file: Path) -> Path:
+    """What is kept over the score, a point for each method; a line joins those that no other method beats in both."""
+    return draw_panels([(name, panel(records, name)) for name in KEPT], file, "perplexity of new posts", 2, (3.6, 2.8))
+
+
+def panel(records: Sequence[Record], name: str) -> Callable[[Axes], None]:
+    """What is kept as `name`."""
+    up = not name.startswith("perplexity")
+
+    def draw(axes: Axes) -> None:
+        points = {}
+        for method, (color, marker) in MARKS.items():
+            if runs := tested(records, TASK, method):
+                kept = statistics.fmean(run.retention[name] for run in runs)
+                points[method] = statistics.fmean(scores(runs)), kept
+                axes.plot(*points[method], color=color, marker=marker, ls="none", ms=6, label=ALL[method].label)
+        axes.plot(*zip(*front(points.values(), up=up), strict=True), color="#999999", linewidth=0.8, zorder=0)
+        axes.set_ylabel(name)
+        better_up_and_right(axes, TASKS[TASK].higher_is_better, up)
+
+    return draw
+
+
+def front(points: Iterable[Point], *, up: bool) -> Iterator[Point]:
+    """The points that no other beats in both, in the order of the score, of which less is better."""
+    best: float | None = None
+    for point in sorted(points, key=lambda one: (one[0], -one[1] if up else one[1])):
+        value = point[1] if up else -point[1]
+        if best is None or value > best:
+            best = value
+            yield point
