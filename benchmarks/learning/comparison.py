@@ -50,7 +50,7 @@ def write(records: Sequence[Record], folder: Path) -> None:
 
 
 def scores_table(records: Sequence[Record]) -> str:
-    """Test scores of five seeds, a row for each method."""
+    """Test scores of five seeds, a row for each method that has some."""
     tasks = (*README_TASKS, *TEACHERS)
     columns = [
         f"[{task}](results.md#{task}), {TASKS[task].metric} {'↑' if TASKS[task].higher_is_better else '↓'}"
@@ -66,20 +66,33 @@ def scores_table(records: Sequence[Record]) -> str:
         ]
         for method in METHODS
     ]
-    return table(["", *columns], rows)
+    return table(["", *columns], [row for row in rows if {*row[1:]} != {"-"}])
 
 
 def costs_table(records: Sequence[Record]) -> str:
-    """Scores, what is kept, and costs on `language`, a row for each method whose costs were measured."""
-    _, measured = costs.read()
-    columns = (f"perplexity of new posts ↓|{KEPT[0]} ↓|{KEPT[1]} ↑|seeds|parameters|time / LoRA|memory|file").split("|")
-    rows = [["before training", *scored(records, untrained(TASK)), *"-" * 4]]
-    for method, cost in measured.items():
-        times = ratio(cost.seconds, measured["lora"].seconds[: len(cost.seconds)])
-        shown = f"{times:.2f}" if times < 10 else f"{times:.0f}"
-        paid = [f"{cost.trainable:,}", shown, f"{cost.peak_mb or 0:,.0f} MB", f"{number(cost.file_mb)} MB"]
+    """Scores, what is kept, and costs on `language`, a row for each method, and with what the costs were measured."""
+    about, measured = costs.read()
+    columns = (
+        "perplexity of new posts ↓",
+        f"{KEPT[0]} ↓",
+        f"{KEPT[1]} ↑",
+        "seeds",
+        "parameters",
+        "time",
+        "memory",
+        "file",
+    )
+    rows = [["before training", *scored(records, untrained(TASK)), *"----"]]
+    for method in costs.METHODS:
+        paid = cells(measured[method]) if method in measured else ["-"] * 4
         rows.append([ALL[method].label, *scored(records, method), *paid])
-    return table(["", *columns], rows)
+    return f"{table(['', *columns], rows)}\nCosts: {about}\n"
+
+
+def cells(cost: costs.Cost) -> list[str]:
+    """Trained parameters, the time of a step relative to LoRA, memory and the file."""
+    times = f"{ratio(cost.seconds, cost.lora):.2f}"
+    return [f"{cost.trainable:,}", times, f"{cost.peak_mb or 0:,.0f} MB", f"{number(cost.file_mb)} MB"]
 
 
 def scored(records: Sequence[Record], method: str) -> list[str]:

@@ -3,8 +3,8 @@
     PYTHONPATH=benchmarks python -m learning.costs        # or: make bench-costs
 
 Writes docs/costs.json; docs/comparison.md has the table. Each method has a process of its own, forked from one that
-has read the model. The processes take turns: each does one step of `training.fit`, and then waits. Everything is in
-float32, as without this benchmark's products in bfloat16.
+has read the model. It takes turns with a process of LoRA: each does one step of `training.fit`, and then waits. All is
+in float32. PEFT's HRA needs 8 GB of memory.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import peft
@@ -36,8 +37,6 @@ from learning.variants import ALL
 
 FILE = RECORDS.with_name("costs.json")
 TASK, ROUNDS, RATE = "language", 3, 1e-3
-#: Methods with steps of many seconds, which have one counted round.
-SLOW = ("boft", "hra-peft")
 METHODS = (
     *("lora", "dora", "oft", "boft", "psoft", "road", "miss"),
     *("hra-peft", "hra-pairs", "hra-pairs-protect", "full"),
@@ -53,39 +52,48 @@ class Cost:
         file_mb: the size of the saved adapter, or of the whole model where all of it is trained.
         peak_mb: how far inserting and training raise the memory of the process.
         seconds: CPU time of each step on one thread.
+        lora: the same of LoRA, in the same rounds.
     """
 
     trainable: int
     file_mb: float
     peak_mb: float | None
     seconds: list[float]
+    lora: list[float]
 
 
 def measure(task: str = TASK, methods: Sequence[str] = METHODS, rounds: int = ROUNDS) -> dict[str, Cost]:
-    """The costs by method: one step of each in every round, after an uncounted one."""
-    fork = multiprocessing.get_context("fork")
-    model, pipes, sizes = TASKS[task](0).model(), {}, {}
-    processes = []
+    """The costs by method, from rounds after an uncounted one."""
+    model, found = TASKS[task](0).model(), {}
+    lora, pipe, _ = started(task, "lora", model)
     for name in methods:
-        pipes[name], theirs = fork.Pipe()
-        processes.append(fork.Process(target=train, args=(task, name, model, theirs), daemon=True))
-        processes[-1].start()
-        theirs.close()  # if the process ends, `recv` raises EOFError
-        sizes[name] = pipes[name].recv()
-        pipes[name].recv()  # it is ready for its first step
-    steps: dict[str, list[tuple[float, float | None]]] = {name: [] for name in methods}
-    for turn in range(rounds + 1):
-        for name, pipe in pipes.items():
-            if turn < 2 or name not in SLOW:
-                pipe.send(None)
-                steps[name].append(pipe.recv())
-                print(name, *steps[name][-1], flush=True)
-    for process in processes:
-        process.kill()
-    return {
-        name: Cost(*sizes[name], done[-1][1], [round(seconds, 3) for seconds, _ in done[1:]])
-        for name, done in steps.items()
-    }
+        process, own, size = started(task, name, model)
+        steps = [(step(pipe), step(own)) for _ in range(rounds + 1)]
+        process.kill()  # of all methods, only LoRA and one other hold their memory
+        seconds, others = ([round(each[place][0], 3) for each in steps[1:]] for place in (1, 0))
+        found[name] = Cost(*size, steps[-1][1][1], seconds, others)
+        print(name, found[name], flush=True)
+    lora.kill()
+    return found
+
+
+def started(task: str, name: str, model: nn.Module) -> tuple[ForkProcess, Connection, tuple[int, float]]:
+    """A process that is ready for its first step, the pipe to it, and its trained parameters and its file's size."""
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+    process = fork.Process(target=train, args=(task, name, model, theirs), daemon=True)
+    process.start()
+    theirs.close()  # if the process ends, `recv` raises EOFError
+    size = ours.recv()
+    ours.recv()  # what it sends before its first step
+    return process, ours, size
+
+
+def step(pipe: Connection) -> tuple[float, float | None]:
+    """Let a process do a step; return its CPU time and the peak memory until then."""
+    pipe.send(None)
+    done: tuple[float, float | None] = pipe.recv()
+    return done
 
 
 def train(task_name: str, name: str, model: nn.Module, pipe: Connection) -> None:
