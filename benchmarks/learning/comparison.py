@@ -32,8 +32,8 @@ MARKS = LOOKS | {
     "psoft": ("#44AA99", "h"),
     "road": ("#999933", "<"),
     "miss": ("#332288", "*"),
-    "lora-protect": (LOOKS["lora"][0], "$P$"),
-    "hra-pairs-protect": (LOOKS["hra-pairs"][0], "$P$"),
+    "lora-protect": LOOKS["lora"],
+    "hra-pairs-protect": LOOKS["hra-pairs"],
 }
 
 
@@ -110,7 +110,7 @@ def tested(records: Sequence[Record], task: str, method: str) -> list[Record]:
 
 
 def pareto(records: Sequence[Record], file: Path) -> Path:
-    """What is kept over the score, a point for each method; a line joins those that no other method beats in both."""
+    """What is kept over the score, by method; a line joins the adapters that no other one beats in both."""
     return draw_panels([(name, panel(records, name)) for name in KEPT], file, "perplexity of new posts", 2, (3.6, 2.8))
 
 
@@ -124,8 +124,11 @@ def panel(records: Sequence[Record], name: str) -> Callable[[Axes], None]:
             if runs := tested(records, TASK, method):
                 kept = statistics.fmean(run.retention[name] for run in runs)
                 points[method] = statistics.fmean(scores(runs)), kept
-                axes.plot(*points[method], color=color, marker=marker, ls="none", ms=6, label=ALL[method].label)
-        axes.plot(*zip(*front(points.values(), up=up), strict=True), color="#999999", linewidth=0.8, zorder=0)
+                size = 11 if method.endswith("-protect") else 6
+                axes.plot(*points[method], color=color, marker=marker, ls="none", ms=size, label=ALL[method].label)
+        adapters = [point for method, point in points.items() if method != "full"]
+        best = zip(*front(adapters, up=up), strict=True)
+        axes.plot(*best, color="#999999", linewidth=0.8, zorder=0, label="best adapters")
         axes.set_ylabel(name)
         better_up_and_right(axes, TASKS[TASK].higher_is_better, up)
 
