@@ -106,6 +106,10 @@ bench-gpu: ## tests and speed on a CUDA device (9 minutes)
 bench-learning: $(VENV)/test.stamp $(VENV)/data.stamp ## HRA, LoRA and others in training (hours, resumable)
 	PYTHONPATH=benchmarks $(BIN)/python -W ignore -m learning $(BENCH_FLAGS)
 
+bench-costs: $(VENV)/test.stamp $(VENV)/data.stamp ## time, memory and file of each method on one task (8 minutes, 8 GB of memory)
+	PYTHONPATH=benchmarks $(BIN)/python -W ignore -m learning.costs
+	PYTHONPATH=benchmarks $(BIN)/python -W ignore -m learning --page
+
 bench-launches: $(VENV)/test.stamp ## operators per adapted layer and step (4 minutes)
 	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python benchmarks/launches.py --docs $(BENCH_FLAGS)
 

@@ -55,6 +55,7 @@ MEASUREMENTS = (
     Measurement("zoo", "tests/zoo", "zoo.md, layers.md, README", "zoo.md"),
     Measurement("bench", "benchmarks/speed", "benchmarks.md, comparison.md, README", "benchmarks.md"),
     Measurement("bench-launches", "benchmarks/launches.py", "benchmarks_launches.md", "benchmarks_launches.md"),
+    Measurement("bench-costs", "benchmarks/learning/costs.py", "comparison.md", "costs.json"),
     Measurement("features", "benchmarks/features.py", "comparison.md"),
     Measurement("bench-host", "benchmarks/host.py", "README"),
     Measurement("bench-graphs", "benchmarks/graphs.py", "how-it-works.md"),

@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("--r", type=int, help="rank (default: as many parameters as LoRA)")
     parser.add_argument("--float32", action="store_true", help="compute nothing in bfloat16")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, with one thread each (default 2)")
-    parser.add_argument("--page", action="store_true", help="only write docs/results.md")
+    parser.add_argument("--page", action="store_true", help="only write the pages")
     options = parser.parse_args()
     if options.method is None:
         if not options.page:

@@ -60,16 +60,24 @@ def layer_shapes(model: nn.Module, targets: Sequence[str]) -> list[tuple[int, in
     ]
 
 
-def reflections(shapes: Sequence[tuple[int, int]], lora_rank: int) -> int:
-    """The even number of vectors with as many parameters as LoRA."""
-    wanted = lora_rank * sum(out + width for out, width in shapes)
-    return max(2, 2 * round(wanted / sum(width for _, width in shapes) / 2))
+def matched(parameters: Callable[[int, int, int], float], sizes: Sequence[int]) -> Callable[..., int]:
+    """The rank of a method, among some, whose number of parameters is nearest to that of LoRA.
+
+    Args:
+        parameters: those of a layer, from `out`, `in` and the rank.
+        sizes: the ranks.
+    """
+
+    def rank(shapes: Sequence[tuple[int, int]], lora_rank: int) -> int:
+        wanted = lora_rank * sum(out + width for out, width in shapes)
+        return min(sizes, key=lambda size: abs(sum(parameters(*shape, size) for shape in shapes) - wanted))
+
+    return rank
 
 
-def block_size(shapes: Sequence[tuple[int, int]], lora_rank: int) -> int:
-    """The size of OFT's blocks, a power of two, with about as many parameters as LoRA: `in (size - 1) / 2`."""
-    wanted = lora_rank * sum(out + width for out, width in shapes) / sum(width for _, width in shapes)
-    return min((2**power for power in range(1, 8)), key=lambda size: abs((size - 1) / 2 - wanted))
+POWERS = [2**power for power in range(1, 8)]
+#: The even number of vectors.
+reflections = matched(lambda out, width, count: count * width, range(2, 1025, 2))
 
 
 def of_peft(make: Callable[[Sequence[str], int], peft.PeftConfig]) -> Insert:
@@ -91,6 +99,16 @@ def lora(targets: Sequence[str], rank: int, *, dora: bool = False, factor: int =
 def oft(targets: Sequence[str], size: int) -> peft.PeftConfig:
     """OFT with blocks of some size."""
     return peft.OFTConfig(r=0, oft_block_size=size, target_modules=list(targets))
+
+
+def boft(targets: Sequence[str], size: int) -> peft.PeftConfig:
+    """BOFT with blocks of some size. Without PEFT's CUDA extension, more than one butterfly factor fails."""
+    return peft.BOFTConfig(boft_block_size=size, boft_n_butterfly_factor=1, target_modules=list(targets))
+
+
+def psoft(targets: Sequence[str], rank: int) -> peft.PeftConfig:
+    """PSOFT as PEFT's benchmark has it."""
+    return peft.PsoftConfig(r=rank, psoft_alpha=rank, target_modules=list(targets))
 
 
 def of_hra_fx(**fields: object) -> Insert:
@@ -136,7 +154,21 @@ METHODS = {
     "lora-alpha-r": Method("LoRA, lora_alpha = r", MIDDLE, of_peft(partial(lora, factor=1))),
     "lora-2r": Method("LoRA, 2 r", MIDDLE, of_peft(lora), lambda shapes, rank: 2 * rank),
     "dora": Method("DoRA", MIDDLE, of_peft(lambda targets, rank: lora(targets, rank, dora=True))),
-    "oft": Method("OFT", MIDDLE, of_peft(oft), block_size),
+    "oft": Method("OFT", MIDDLE, of_peft(oft), matched(lambda out, width, size: width * (size - 1) / 2, POWERS)),
+    "boft": Method("BOFT", MIDDLE, of_peft(boft), matched(lambda out, width, size: width * size + out, POWERS)),
+    "psoft": Method("PSOFT", MIDDLE, of_peft(psoft), matched(lambda out, width, r: r * (r + 3) / 2, range(1, 1025))),
+    "road": Method(
+        "RoAd",
+        MIDDLE,
+        of_peft(lambda targets, rank: peft.RoadConfig(target_modules=list(targets))),
+        lambda shapes, rank: 0,
+    ),
+    "miss": Method(
+        "MiSS",
+        MIDDLE,
+        of_peft(lambda targets, rank: peft.MissConfig(r=rank, target_modules=list(targets))),
+        matched(lambda out, width, r: r * out, range(1, 1025)),
+    ),
     "hra-peft": Method(
         "HRA of PEFT",
         LARGE,

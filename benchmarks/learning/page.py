@@ -6,13 +6,11 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from learning import forgiving, kept, plots, readme_plot, sequence
+from learning import comparison, forgiving, kept, plots, readme_plot, sequence
 from learning.plan import (
     ONE_SEED,
     RANKS,
-    SEEDS,
     TASK_NAMES,
-    TEACHERS,
     finished,
     methods_of,
     missing_ranks,
@@ -32,8 +30,6 @@ from learning.summary import (
 from learning.tables import interval, number, spread, table
 from learning.tasks import TASKS
 from learning.variants import ALL, VARIANTS, VARIED_TASK
-
-README_TASKS = ("language", "newsgroups-1600", "newsgroups-5000", "digits")
 
 INTRODUCTION = """\
 <!-- Written by make bench-learning; do not edit. -->
@@ -56,23 +52,24 @@ PROTOCOL = """\
   except for "head only", which chooses its own.
 - The learning rate of each method is chosen by validation scores. Seed 0 tries four rates (LoRA and pairs try eight on
   `language` and `newsgroups-1600`), and then at most six more around the best one, in the steps 1, 1.7, 3, 5.5, 10.
-  Seeds 1 and 2 also try the best rate and its neighbors, and the mean of the three seeds decides. For DoRA, OFT and
-  full fine-tuning on these two tasks, seed 0 decides alone. `language-float32` uses the rates of `language`, and
-  `newsgroups-5000` those of `newsgroups-1600`. On `language-4-passes` and `language-4-bit`, all methods have the best
-  rate of LoRA. No seed trains on validation examples.
+  Seeds 1 and 2 also try the best rate and its neighbors, and the mean of the three seeds decides. For full fine-tuning
+  and PEFT's methods other than LoRA, seed 0 decides alone on these two tasks. `language-float32` uses the rates of
+  `language`, and `newsgroups-5000` those of `newsgroups-1600`. On `language-4-passes` and `language-4-bit`, all methods
+  have the best rate of LoRA. No seed trains on validation examples.
 - `difference` of pairs is 0.1, which was chosen on validation data of `language`.
 - Intervals include the choice of training examples and the random initial values. All seeds use the same test
   examples: an accuracy on 1500 texts has a standard error of 1.2 points.
 - Test scores are not used for any choice. Only the test scores of the chosen rate are shown.
-- LoRA has `lora_alpha = 2 r`, and DoRA has LoRA's rank. HRA has the rank, and OFT the block size, with the nearest
-  number of parameters.
+- LoRA has `lora_alpha = 2 r`, and DoRA has LoRA's rank. HRA, PSOFT and MiSS have the rank, and OFT and BOFT the block
+  size, with the nearest number of parameters. BOFT has one butterfly factor. RoAd is PEFT's default, which is smaller.
 - For text on CPUs with instructions for bfloat16, products with the weights of the base model are in bfloat16.
   Everything else is in float32: adapters, their products and optimizers. Newer records contain the dtype of these
   products. With `--float32`, a run does not use bfloat16.
 - On `language`, the runs of LoRA, of HRA in pairs and of all protected methods are from one machine. The other methods
   ran on another one, so their differences to LoRA are less exact than their intervals.
 - `digits` does not include OFT and PEFT's HRA: PEFT's OFT fails for the convolutions, and its HRA takes many times as
-  long. BOFT, PSOFT and ranks that differ by layer were not compared.
+  long. BOFT, PSOFT, RoAd and MiSS are compared on teachers, and the last three on `language`, with three seeds. A run
+  of PEFT's BOFT would take more than 20 minutes there. Ranks that differ by layer were not compared.
 - Time is CPU time on one thread, and is shown for runs that compute like LoRA's: in bfloat16 or not. Other programs ran
   on the same machine. Memory is the growth of the process during training. Both include the base model's forward and
   backward pass. [benchmarks.md](benchmarks.md) compares speed.
@@ -143,16 +140,14 @@ points, paired over three seeds, with its 95% interval. More is better.
 
 
 def write_page(records: Sequence[Record], folder: Path = FILE.parent) -> None:
-    """Write the page, its plots, and the picture of README.md into a folder."""
-    for name in (
-        "rates",
-        "forgetting",
-        *(name for name in ("ranks", "passes", "kept", "forgiving") if _has(records, name)),
-    ):
+    """Write the page, its plots, the picture of README.md, and what docs/comparison.md has of them into a folder."""
+    drawn = [name for name in ("ranks", "passes", "kept", "forgiving") if _has(records, name)]
+    for name in ("rates", "forgetting", *drawn):
         getattr(plots, name)(records, folder / f"results_{name}.svg")
     if _has(records, "kept"):
         readme_plot.write_both(records, folder)
     (folder / "results.md").write_text(page(records))
+    comparison.write(records, folder)
 
 
 def page(records: Sequence[Record]) -> str:
@@ -228,23 +223,7 @@ def results_table(records: Sequence[Record], tasks: Sequence[str], link: str) ->
 
 def readme_table(records: Sequence[Record]) -> str:
     """The table of README."""
-    return results_table(records, README_TASKS, "docs/results.md")
-
-
-def comparison_table(records: Sequence[Record]) -> str:
-    """The table of docs/comparison.md: test scores, a column for each method."""
-    methods = ("hra-pairs", "hra", "lora", "dora", "oft", "full")
-    rows = [
-        [
-            f"[{task}](results.md#{task}), {TASKS[task].metric} {'↑' if TASKS[task].higher_is_better else '↓'}",
-            *(
-                spread(tested) if len(tested := scores(final_runs(records, task, method))) == len(SEEDS) else "-"
-                for method in methods
-            ),
-        ]
-        for task in (*README_TASKS, *TEACHERS)
-    ]
-    return table(["task", *(ALL[method].label for method in methods)], rows)
+    return results_table(records, comparison.README_TASKS, "docs/results.md")
 
 
 def _of_task(records: Sequence[Record], task: str) -> str:

@@ -33,6 +33,9 @@ STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("digits", ("hra-quiet", *KEEPING)),
     ("newsgroups-1600", ("hra-quiet",)),
     ("newsgroups-retrieval", ("head", "lora", "hra-pairs", "hra-quiet", *KEEPING)),
+    *((task, ("boft", "psoft", "road", "miss")) for task in TEACHERS),
+    # A step of PEFT's BOFT multiplies square matrices for each layer: a run would take more than 20 minutes.
+    ("language", ("psoft", "road", "miss")),
 )
 TASK_NAMES = (
     "language",
@@ -51,8 +54,9 @@ SEEDS = range(5)
 TEN_SEEDS = {"language": ("lora", "hra-pairs", "hra-quiet")}
 #: Tasks with one seed, because their runs take so long.
 ONE_SEED = ("language-long",)
-#: Variants of HRA and controls have so many seeds.
+#: Variants of HRA and controls have so many seeds, and so do other methods on `language`.
 TRIAL_SEEDS = range(3)
+FEW_SEEDS = {"language": ("psoft", "road", "miss")}
 #: Ranks of LoRA and of HRA in the plots over the number of parameters, with validation scores at two learning rates,
 #: because larger ranks may need lower ones.
 LORA_RANKS, HRA_RANKS = (1, 2, 4, 8, 16), (2, 4, 8, 16, 32)
@@ -96,7 +100,8 @@ def missing_of(records: Sequence[Record], task: str, method: str) -> list[Run]:
             return []
     elif tries := missing_rates(records, task, method):
         # A later test of the same run would cost another one: the first of a rate reads the validation split only.
-        test, own = task in ONE_SEED, task in OWN_RATES or task not in RATES_FROM
+        test = task in ONE_SEED or method in FEW_SEEDS.get(task, ())
+        own = task in OWN_RATES or task not in RATES_FROM
         return [Run(task, method, seed, lr, None, test=test or seed > 0) for lr, seed in tries] if own else []
     elif ALL[method].rates and not searched(records, task, method):
         return []  # another task has to choose the first rate
@@ -107,7 +112,7 @@ def missing_of(records: Sequence[Record], task: str, method: str) -> list[Run]:
 
 def seeds_of(task: str, method: str) -> range:
     """The seeds of a method's last runs."""
-    if method in VARIANTS or method in CONTROLS:
+    if method in VARIANTS or method in CONTROLS or method in FEW_SEEDS.get(task, ()):
         return TRIAL_SEEDS
     if method in TEN_SEEDS.get(task, ()):
         return range(10)

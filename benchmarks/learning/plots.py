@@ -49,13 +49,13 @@ def rates(records: Sequence[Record], file: Path) -> Path:
     """Validation scores over the learning rate, a panel for each task."""
     tasks = [task for task in TASK_NAMES if task not in RATES_FROM and of(records, task, "hra-pairs")]
     panels = [(task, _rates_panel(records, task)) for task in tasks]
-    return _draw(panels, file, "learning rate")
+    return draw_panels(panels, file, "learning rate")
 
 
 def ranks(records: Sequence[Record], file: Path) -> Path:
     """Validation scores over the number of trained parameters, a panel for each task."""
     panels = [(task, _ranks_panel(records, task)) for task in ranked(records)]
-    return _draw(panels, file, "trained parameters")
+    return draw_panels(panels, file, "trained parameters")
 
 
 def ranked(records: Sequence[Record]) -> list[str]:
@@ -76,7 +76,7 @@ def forgetting(records: Sequence[Record], file: Path) -> Path:
         if task not in RATES_FROM  # they have one learning rate
         for name in retained(records, task)
     ]
-    return _draw(panels, file, "validation score of the new task")
+    return draw_panels(panels, file, "validation score of the new task")
 
 
 def kept(records: Sequence[Record], file: Path) -> Path:
@@ -86,7 +86,7 @@ def kept(records: Sequence[Record], file: Path) -> Path:
         for task in kept_tasks(records)
         for name in final_runs(records, task, "lora")[-1].retention
     ]
-    return _draw(panels, file, "test score of the new task")
+    return draw_panels(panels, file, "test score of the new task")
 
 
 def kept_tasks(records: Sequence[Record]) -> list[str]:
@@ -114,12 +114,12 @@ def _kept_panel(records: Sequence[Record], task: str, name: str) -> Callable[[Ax
         before = statistics.fmean(run.retention[name] for run in final_runs(records, task, untrained(task)))
         axes.axhline(before, color=QUIET, linewidth=0.8, linestyle=":", label="before training")
         axes.set_ylabel(name)
-        _better_up_and_right(axes, TASKS[task].higher_is_better, not name.startswith("perplexity"))
+        better_up_and_right(axes, TASKS[task].higher_is_better, not name.startswith("perplexity"))
 
     return draw
 
 
-def _better_up_and_right(axes: Axes, across: bool, up: bool) -> None:
+def better_up_and_right(axes: Axes, across: bool, up: bool) -> None:
     """Turn the axes whose smaller values are better."""
     if not across:
         axes.invert_xaxis()
@@ -166,7 +166,7 @@ def passes(records: Sequence[Record], file: Path) -> Path:
         axes.invert_xaxis()
         axes.set_ylabel(f"validation {TASKS[PASSES].metric}")
 
-    return _draw([(PASSES, draw)], file, "training loss", columns=1, size=(6.0, 3.4))
+    return draw_panels([(PASSES, draw)], file, "training loss", columns=1, size=(6.0, 3.4))
 
 
 def retained(records: Sequence[Record], task: str) -> list[str]:
@@ -284,7 +284,7 @@ def _curve(axes: Axes, method: str, points: Sequence[Point], *, large: bool = Tr
         axes.plot(across, up, color=color, marker=marker, markersize=size, linewidth=width, label=ALL[method].label)
 
 
-def _draw(
+def draw_panels(
     panels: Sequence[Panel], file: Path, across: str, columns: int = 3, size: tuple[float, float] = (WIDE, HIGH)
 ) -> Path:
     """Panels in rows, with one legend below them."""

@@ -26,7 +26,7 @@ ADDED = 6
 #: The mean validation score of these seeds decides between the best rate of seed 0 and its neighbors.
 CHOICE_SEEDS = range(3)
 #: Methods whose rates seed 0 alone decides on `WIDE_TASKS`, because their runs take so long.
-ONE_SEED_METHODS = ("dora", "oft", "full")
+ONE_SEED_METHODS = ("dora", "oft", "psoft", "road", "miss", "full")
 #: The digits of rates: steps of about 1.7.
 DIGITS = (1.0, 1.7, 3.0, 5.5)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from learning import forgiving
+from learning import comparison, costs, forgiving
 from learning.directions import lora_layers, main_inputs, protect_lora, top
 from learning.methods import layer_shapes, reflections
 from learning.page import page
@@ -24,10 +24,11 @@ from learning.summary import difference
 from learning.tasks import TASKS
 from learning.tasks.language import config
 from learning.tasks.task import Task
-from learning.training import fit, run
+from learning.training import count, fit, run
 from learning.variants import ALL, BASE_OF
 from torch import nn
 
+TASK = "teacher-dense"
 #: Their runs have the same steps as those of the other tasks.
 ALIKE = ("language", "language-long", "language-4-bit", "newsgroups-5000", "digits")
 
@@ -46,7 +47,7 @@ def test_a_tiny_run_of_each_task(task: str) -> None:
     assert record.test is not None
 
 
-@pytest.mark.parametrize("method", [method for method in methods_of("digits") if method not in BASE_OF])
+@pytest.mark.parametrize("method", sorted({*methods_of("digits"), *methods_of(TASK)} - BASE_OF.keys()))
 def test_every_method_starts_at_the_base_model_and_moves(method: str) -> None:
     task = TASKS["teacher-rotation"](0, tiny=True)
     model = task.model()
@@ -91,6 +92,28 @@ def test_lora_and_hra_have_as_many_parameters(name: str) -> None:
     assert abs(hra - lora) <= 0.03 * lora
 
 
+@pytest.mark.parametrize("method", ["oft", "boft", "psoft", "miss"])
+def test_methods_of_peft_have_about_as_many_parameters_as_lora(method: str) -> None:
+    task = TASKS[TASK](0, tiny=True)
+    lora, other = task.model(), task.model()
+    for name, model in (("lora", lora), (method, other)):
+        ALL[name].insert(model, task, ALL[name].rank(layer_shapes(model, task.targets), task.lora_rank))
+    assert abs(count(other) - count(lora)) <= 0.13 * count(lora)
+
+
+def test_costs_are_those_of_steps_in_turns() -> None:
+    found = costs.measure(TASK, ("lora", "hra-pairs", "full"), rounds=2)
+    assert all(len(cost.seconds) == len(cost.lora) == 2 for cost in found.values())
+    assert [cost.trainable for cost in found.values()] == [2 * 4 * 128, 2 * 8 * 64, 2 * 65 * 64]
+    assert found["full"].file_mb == round(4 * 2 * 65 * 64 / 1e6, 2)
+
+
+def test_no_method_beats_those_on_the_line_of_the_plot() -> None:
+    points = [(3.0, 9.0), (1.0, 5.0), (2.0, 4.0), (2.0, 7.0), (3.0, 8.0), (4.0, 9.0)]
+    assert list(comparison.front(points, up=True)) == [(1.0, 5.0), (2.0, 7.0), (3.0, 9.0)]
+    assert list(comparison.front(points, up=False)) == [(1.0, 5.0), (2.0, 4.0)]
+
+
 def test_a_seed_decides_everything() -> None:
     first, again = (run("teacher-rotation", "lora", 3, 1e-2, test=True, tiny=True) for _ in range(2))
     assert (again.validation, again.test, again.retention) == (first.validation, first.test, first.retention)
@@ -105,9 +128,6 @@ def test_a_recorded_run_can_be_made_again() -> None:
     assert recorded[0].test is not None
     spread = statistics.stdev(record.test for record in recorded if record.test is not None)
     assert abs(again.test - recorded[0].test) <= spread
-
-
-TASK = "teacher-dense"
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,8 @@ import torch
 import transformers
 from documents import ROOT, python_blocks
 from integrations.trl_use.runs import base_model, tokenizer
-from learning import kept
-from learning.page import comparison_table, readme_table
+from learning import comparison, kept
+from learning.page import readme_table
 from learning.plan import SEEDS
 from learning.rates import final_runs
 from learning.records import read
@@ -49,7 +49,8 @@ def comparison_rows(name: str) -> list[str]:
 def test_it_is_short_and_its_results_are_those_of_the_records() -> None:
     assert len(README.splitlines()) <= 150
     assert readme_table(read()) in README, "write the table of learning.page.readme_table(read())"
-    assert comparison_table(read()) in COMPARISON, "write the table of learning.page.comparison_table(read())"
+    assert comparison.scores_table(read()) in COMPARISON, "PYTHONPATH=benchmarks python -m learning --page writes it"
+    assert comparison.costs_table(read()) in COMPARISON, "PYTHONPATH=benchmarks python -m learning --page writes it"
     assert kept.readme_table(read()) in GUIDE, "write the table of learning.kept.readme_table(read())"
 
 
