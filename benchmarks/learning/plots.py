@@ -142,7 +142,7 @@ def forgiving(records: Sequence[Record], file: Path) -> Path:
         return draw
 
     panels = [(task, panel(task, methods)) for task, (_, methods) in wrong_rates.PLAN.items()]
-    return _draw(panels, file, "learning rate")
+    return draw_panels(panels, file, "learning rate")
 
 
 def passes(records: Sequence[Record], file: Path) -> Path:
