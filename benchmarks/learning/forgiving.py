@@ -25,8 +25,8 @@ RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 #: Task -> the seeds, and the methods.
 PLAN = {
     "digits": (range(3), ("lora-alpha-r", "lora", "dora", "hra-pairs", "hra-quiet")),
-    "newsgroups-retrieval": (range(3), ("lora-alpha-r", "lora", "dora", "oft", "hra-pairs", "hra-quiet")),
-    "language": (range(2), ("lora-alpha-r", "lora", "dora", "oft", "hra-pairs", "hra-quiet")),
+    "newsgroups-retrieval": (range(1), ("lora-alpha-r", "lora", "dora", "oft", "hra-pairs", "hra-quiet")),
+    "language": (range(1), ("lora-alpha-r", "lora", "dora", "oft", "hra-pairs", "hra-quiet")),
 }
 
 INTRODUCTION = """\

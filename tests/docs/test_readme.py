@@ -12,11 +12,12 @@ import torch
 import transformers
 from documents import ROOT, python_blocks
 from integrations.trl_use.runs import base_model, tokenizer
-from learning import comparison, kept
+from learning import comparison, kept, sequence
 from learning.page import readme_table
 from learning.plan import SEEDS
 from learning.rates import final_runs
 from learning.records import read
+from learning.summary import difference
 
 import hra_fx
 
@@ -39,6 +40,11 @@ def speed_rows(text: str) -> dict[str, list[str]]:
 
 def section(name: str, text: str = README) -> str:
     return text.split(f"\n## {name}\n")[1].split("\n## ")[0]
+
+
+def section_of_guide(name: str) -> str:
+    """The text below a heading of docs/training.md, up to the next one."""
+    return re.split(r"\n##+ ", GUIDE.split(f"# {name}\n")[1])[0]
 
 
 def comparison_rows(name: str) -> list[str]:
@@ -73,6 +79,24 @@ def test_what_it_says_of_protection() -> None:
     pairs, lora = (statistics.mean(score for score in scores if score is not None) for scores in runs)
     more = f"{100 * (pairs / lora - 1):.0f}%"
     assert f"{more} more perplexity on SmolLM2" in README and f"HRA's perplexity is {more} higher" in README
+
+
+def test_what_the_guide_says_of_several_tasks() -> None:
+    results = sequence.read()
+    runs = {name: sequence.chosen(results, name, sequence.DIRECTIONS) for name in sequence.SEQUENCES}
+    ends = {name: {one.seed: one.scores[1] for one in found} for name, found in runs.items()}
+    end = {name: f"{statistics.mean(found.values()):.1f}%" for name, found in ends.items()}
+    protected, plain = (
+        statistics.mean(after - at_end for after, at_end in (one.scores for one in runs[name]))
+        for name in ("hra-pairs-protect", "hra-pairs")
+    )
+    text = " ".join(section_of_guide("Several tasks, one after the other").split())
+    assert f"on all six is {end['hra-pairs-protect']} with protection and {end['hra-pairs']} without" in text
+    assert f"{protected:.1f} and {plain:.1f} points of what each task had reached are lost" in text
+    assert f"merged after each task, it is {end['lora']}, with full fine-tuning {end['full']}," in text
+    assert f"a head for each task {end['head']}." in text
+    gain = difference(ends["hra-pairs-protect"], ends["lora"])
+    assert f"ends {gain.mean:.1f} ± {gain.half:.1f} points above LoRA" in text
 
 
 def test_the_speeds_are_those_of_the_benchmark() -> None:
