@@ -32,7 +32,7 @@ GUIDES = {
     "devices": set(),
 }
 #: Documents whose programs other tests run, or that show calls without a model.
-RUN_ELSEWHERE = ("README", "export", "index")
+RUN_ELSEWHERE = ("README", "export", "index", "peft_expert_ranks", "torch_joint_gradients")
 
 
 @pytest.mark.parametrize("name", GUIDES)
