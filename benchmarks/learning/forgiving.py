@@ -34,7 +34,8 @@ INTRODUCTION = """\
 
 The lost part of a rate is the share of what training gains at the method's best rate that it does not gain, from mean
 validation scores (of the logarithm of a perplexity): 0% at the best rate, 100% if nothing is learned or the training
-diverges. The rates are {rates}. The metric and the rates were fixed before the runs: {seeds}.
+diverges. The rates are {rates}. The metric and the rates were fixed before the runs. Seeds: {seeds}.
+On newsgroups-retrieval, training gains 3 to 5 points over the head alone, on 500 posts, so its percentages are noisy.
 
 ![How much of the best rate's gain each rate gives](results_forgiving.svg)
 
@@ -78,7 +79,8 @@ def lost(records: Sequence[Record], task: str, method: str) -> dict[float, float
     if any(seed not in by_seed for by_seed in by_rate.values() for seed in seeds):
         return {}
     means = {lr: statistics.fmean(by_seed[seed] for seed in seeds) for lr, by_seed in by_rate.items()}
-    before = utility(task, statistics.fmean(run.validation for run in final_runs(records, task, untrained(task))))
+    plain = [run.validation for run in final_runs(records, task, untrained(task)) if run.seed in seeds]
+    before = utility(task, statistics.fmean(plain))
     best = max(means.values())
     return {lr: min(1.0, (best - mean) / (best - before)) for lr, mean in means.items()}
 
@@ -112,6 +114,6 @@ def section(records: Sequence[Record]) -> str:
     if not rows:
         return ""
     columns = ["method", "best rate of another task", "3 times the best rate", "a third of it", "all rates"]
-    seeds = ", ".join(f"{len(seeds)} seeds of {task}" for task, (seeds, _) in PLAN.items())
+    seeds = ", ".join(f"{len(seeds)} for {task}" for task, (seeds, _) in PLAN.items())
     text = INTRODUCTION.format(rates=", ".join(f"{lr:g}" for lr in RATES), seeds=seeds)
     return f"{text}{table(columns, rows)}\n{table(['lost part at', *(f'{lr:g}' for lr in RATES)], sorted(grids))}"

@@ -28,7 +28,7 @@ LOOKS = {
     "oft": ("#E69F00", "^"),
     "dora": ("#009E73", "s"),
     "lora": ("#0072B2", "D"),
-    "lora-alpha-r": ("#0072B2", "d"),
+    "lora-alpha-r": ("#6FA8DC", "d"),
     "hra-gs": ("#56B4E9", "v"),
     "hra": ("#CC79A7", "P"),
     "hra-pairs": ("#D55E00", "o"),

@@ -58,7 +58,7 @@ def fold(model: nn.Module, adapter: Path, folder: Path) -> None:
 
 
 def convert(model: nn.Module, adapter: Path, folder: Path) -> None:
-    convert_files([adapter], on_disk(model, folder / "base"), folder / "out", check=None)
+    convert_files([adapter], on_disk(model, folder / "base"), folder / "out")
 
 
 @pytest.mark.parametrize("use", [load, fold, convert])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -143,14 +142,9 @@ def test_usage_errors(shelf: Shelf, words: list[str], message: str) -> None:
 
 def test_a_configuration_file_with_another_name(shelf: Shelf, tmp_path: Path) -> None:
     entries = json.loads((shelf / "my-model" / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(entries))
     (tmp_path / "other.json").write_text(json.dumps(entries | {"num_hidden_layers": 5}))
-    shutil.copy(shelf / "my-model" / "model.safetensors", tmp_path)
     asked = Answer("match", tmp_path / "other.json", "-t", "q_proj", "--json").json
     assert len(asked["adapted"]) == 5
-    for name, layers, files in (("other", 5, 0), ("config", 2, 1)):
-        look = Answer("inspect", tmp_path / f"{name}.json", "--json").json
-        assert (len(look["layers"]), len(look["files"])) == (layers * 7 + 1, files)
 
 
 @pytest.mark.parametrize(
