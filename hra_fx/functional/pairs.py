@@ -51,7 +51,7 @@ def _sums_and_differences(values: Tensor) -> Tensor:
     As complex numbers, `(1 + i) (a - b i) = (a + b) + (a - b) i`: on a CPU, this is faster than operations on every
     second column.
     """
-    torch.view_as_complex(values.view(*values.shape[:-1], -1, 2)).conj_physical_().mul_(1 + 1j)
+    torch.view_as_complex(values.view(-1, 2)).conj_physical_().mul_(1 + 1j)
     return values
 
 

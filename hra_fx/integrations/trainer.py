@@ -43,7 +43,7 @@ class HRATrainer(Trainer):
 
     Raises:
         ConfigError: the weight is not a finite number >= 0, or `pair_difference` is neither `None` nor a finite number
-            > 0.
+            > 0; or directions are to be protected by an optimizer that already protects others.
         AdapterError: the weight is positive, but the model has no reflections (raised at the first training step).
 
     Warns:
@@ -79,6 +79,11 @@ class HRATrainer(Trainer):
         if pair_difference is not None:
             check_difference(pair_difference, "pair_difference")
         super().__init__(*args, **kwargs)
+        if is_protecting(self.optimizer) and (protect is not None or previously_protected is not None):
+            raise ConfigError(
+                "the optimizer that you pass already protects directions, so `protect` and `previously_protected` must "
+                "be None. Pass them to hra_fx.protect instead."
+            )
         self.pair_difference, self.quiet_directions = pair_difference, quiet_directions
         self.protect, self.protected_directions = protect, protected_directions
         self.previously_protected = previously_protected

@@ -84,8 +84,8 @@ def protect(
         ConfigError: `directions` is not a positive int, or more than half of the width of a layer.
         AdapterError: `batches` is empty, or None without `previous`; `previous` does not fit the layers; inputs are not
             finite; the optimizer does not update any vectors of the model, or 16-bit or flat ones (FSDP1, DeepSpeed
-            ZeRO); adapters are merged or scaled; or it averages the parameters outside of its step. Loading a state
-            that was saved without protected directions raises the same error.
+            ZeRO); adapters are merged or scaled; it averages the parameters outside of its step; or it protects another
+            model with the same paths. Loading a state that was saved without protected directions raises it, too.
 
     Warns:
         HRAWarning: no batch reached some layers, or other modules read their weights in a way that is not seen.
@@ -104,6 +104,12 @@ def protect(
     layers = layers_with_vectors(inner)
     stepped = required_vectors(layers, optimizer, model, "protect")
     _check(stepped, optimizer)
+    known = _KNOWN[optimizer].layers if optimizer in _KNOWN else {}
+    if twice := sorted(path for layer, path in known.items() if layer not in layers and path in layers.values()):
+        raise AdapterError(
+            f"the optimizer already protects other layers with these paths: {listed(twice)}. Its state has one entry "
+            "for each path, so use an optimizer for each model."
+        )
     earlier = _earlier(previous, layers)
     if batches is None and previous is None:
         raise AdapterError("`batches` is None. Pass what the model takes, for example a DataLoader, or `previous`.")
@@ -141,8 +147,8 @@ def refuse_protected_states(optimizer: Optimizer) -> None:
     def check(_: Any, state_dict: dict[str, Any]) -> None:
         if not is_protecting(optimizer) and any(KEY in group for group in state_dict["param_groups"]):
             raise AdapterError(
-                "the state was saved with protected directions. Pass protect= with what must be kept, or start without "
-                "the state."
+                "the state was saved with protected directions. Pass protect= with what must be kept, or "
+                "previously_protected=, as in the saved run, or start without the state."
             )
 
     optimizer.register_load_state_dict_pre_hook(check)
@@ -173,7 +179,7 @@ def _earlier(previous: Mapping[str, Tensor] | None, layers: Mapping[Any, str]) -
             )
     # Layers with the same input share one tensor.
     made = {id(basis): basis[..., basis.flatten(0, -2).any(dim=0)] for basis in previous.values()}
-    return {layer: made[id(previous[path])].to(_vectors(layer).device) for layer, path in layers.items()}
+    return {layer: made[id(previous[path])].to(_vectors(layer).detach()) for layer, path in layers.items()}
 
 
 def _unfit(bases: Mapping[str, Any], layers: Mapping[Any, str]) -> str:

@@ -12,7 +12,7 @@ import torch
 import transformers
 from documents import ROOT, python_blocks
 from integrations.trl_use.runs import base_model, tokenizer
-from learning import comparison, kept, sequence
+from learning import comparison, forgiving, kept, sequence
 from learning.page import readme_table
 from learning.plan import SEEDS
 from learning.rates import final_runs
@@ -74,7 +74,7 @@ def test_what_it_says_of_protection() -> None:
         f"rises from {tales[0]:.0f} to {tales[1]:.0f}. With other tales protected, it ends at {tales[2]:.0f}" in README
     )
     assert f"tweets end at {tweets[2]:.0f} instead of {tweets[1]:.0f} ({tweets[0]:.0f} before training)" in README
-    assert f"the new posts cost {-cost.mean:.0f} ± {cost.half:.0f} points" in README
+    assert f"the perplexity of the new posts is {-cost.mean:.0f} ± {cost.half:.0f} higher" in README
     runs = [[run.test for run in final_runs(read(), "language", method)] for method in ("hra-pairs", "lora")]
     pairs, lora = (statistics.mean(score for score in scores if score is not None) for scores in runs)
     more = f"{100 * (pairs / lora - 1):.0f}%"
@@ -97,6 +97,21 @@ def test_what_the_guide_says_of_several_tasks() -> None:
     assert f"a head for each task {end['head']}." in text
     gain = difference(ends["hra-pairs-protect"], ends["lora"])
     assert f"ends {gain.mean:.1f} ± {gain.half:.1f} points above LoRA" in text
+
+
+def test_what_they_say_of_wrong_rates() -> None:
+    def lost(method: str) -> list[str]:
+        tasks = [task for task, (_, methods) in forgiving.PLAN.items() if method in methods]
+        parts = forgiving.summary({task: forgiving.lost(read(), task, method) for task in tasks})
+        return [f"{100 * part:.0f}%" for part in parts]
+
+    lora, pairs, quiet = map(lost, ("lora", "hra-pairs", "hra-quiet"))
+    guide = " ".join(GUIDE.split())
+    assert f"LoRA loses {lora[1]} of what training gains" in README
+    assert f"HRA loses {pairs[1]}, and {quiet[1]} with [quiet pairs]" in README
+    assert f"LoRA loses {lora[1]} of it, pairs {pairs[1]}, and quiet pairs {quiet[1]}." in guide
+    assert f"LoRA loses {lora[0]}, pairs {pairs[0]}, and quiet pairs {quiet[0]}." in guide
+    assert f"all lose about as much ({lora[2]}, {pairs[2]}, {quiet[2]})" in guide
 
 
 def test_the_speeds_are_those_of_the_benchmark() -> None:

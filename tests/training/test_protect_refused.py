@@ -77,3 +77,12 @@ def test_adapters_that_do_not_act_as_they_are_and_other_paths_are_refused() -> N
     steps = torch.optim.AdamW([p for p in few.parameters() if p.requires_grad])
     with pytest.raises(ConfigError, match=r"`r` \+ `directions` must be less than the width, got 5 \+ 3 for width 8"):
         hra_fx.protect(steps, few, [torch.randn(2, 8)], 3)
+
+
+def test_two_models_with_the_same_paths_need_two_optimizers() -> None:
+    models = [adapted(nn.Sequential(nn.Linear(6, 8)), "0")[0] for _ in range(2)]
+    optimizer = torch.optim.AdamW([one for model in models for one in model.parameters() if one.requires_grad])
+    hra_fx.protect(optimizer, models[0], [torch.randn(2, 6)], 2)
+    with pytest.raises(AdapterError, match=r"already protects other layers with these paths: 0\. Its state"):
+        hra_fx.protect(optimizer, models[1], [torch.randn(2, 6)], 2)
+    hra_fx.protect(optimizer, models[0], [torch.randn(2, 6)], 2)

@@ -162,16 +162,6 @@ def test_its_metadata(tmp_path: Path) -> None:
     assert card.text.lstrip().startswith("# HRA adapter of user/base\n")
 
 
-def test_it_says_what_is_protected(tmp_path: Path) -> None:
-    model = hra_fx.HRAModel(torch.nn.Sequential(torch.nn.Linear(4, 4)), hra_fx.HRAConfig(r=2, target_modules=["0"]))
-    model.save_pretrained(tmp_path / "plain")
-    hra_fx.protect(torch.optim.AdamW(model.parameters()), model, [torch.eye(4)[:3]], 2)
-    model.save_pretrained(tmp_path / "protected")
-    line = "Trained with `hra_fx.protect`, which keeps up to 2 directions of the inputs of each layer as they are.\n"
-    plain, protected = ((tmp_path / name / "README.md").read_text() for name in ("plain", "protected"))
-    assert line not in plain and protected.replace(line, "") == plain
-
-
 def test_a_card_of_the_users_keeps_its_text(tmp_path: Path) -> None:
     path = tmp_path / "adapter" / "README.md"
     path.parent.mkdir()
