@@ -300,6 +300,7 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value not in allowed:
         expected = f"one of {', '.join(map(repr, allowed))}" if len(allowed) > 1 else repr(allowed[0])
         hint = " Use 'hra_only' for the biases of the adapted layers." if value in _OTHER_BIASES else ""
+        hint = hint or (" Use PEFT for adapters of other methods." if name == "peft_type" else "")
         raise ConfigError(f"`{name}` must be {expected}, got {value!r}.{hint}")
     return str.__str__(value)
 

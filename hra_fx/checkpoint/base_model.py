@@ -44,7 +44,10 @@ def compare_names(file: Path, config: HRAConfig, ours: object) -> None:
     The names of parent folders are ignored.
     """
     theirs = config.base_model_name_or_path
-    if theirs and isinstance(ours, str) and ours and _last(os.fspath(theirs)) != _last(ours):
+    if not theirs or not isinstance(ours, str):
+        return
+    names = {_last(os.fspath(theirs)), _last(ours)}
+    if len(names) == 2 and "" not in names:
         text = (
             f"{file}: the adapter was trained on {os.fspath(theirs)!r}, but this model is {ours!r}. Make sure that it "
             "has the same weights, without an adapter folded or merged into them."
@@ -70,10 +73,10 @@ def other_embeddings(file: Path, name: str, tensor: Tensor, own: str) -> Checkpo
 def _last(name: str) -> str:
     """The last part of a model's name, or of the name of its repository if it is a folder in the Hub cache.
 
-    >>> _last("org/tiny"), _last("models/tiny/"), _last("hub/models--org--tiny/snapshots/0123abc")
-    ('tiny', 'tiny', 'tiny')
+    >>> _last("org/tiny"), _last("models/tiny/"), _last("hub/models--org--tiny/snapshots/0123abc"), _last(".")
+    ('tiny', 'tiny', 'tiny', '')
     """
-    parts = Path(os.path.normpath(name)).parts
+    parts = Path(os.path.normpath(name)).parts or ("",)
     return parts[-3].rpartition("--")[2] if parts[-2:-1] == ("snapshots",) and len(parts) > 2 else parts[-1]
 
 

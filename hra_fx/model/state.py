@@ -112,6 +112,7 @@ def check_is_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         name = type(model).__name__
         hint = " Convert the program with hra_fx.lift." if name == "ExportedProgram" else ""
+        hint = hint or (" Pass one of its parts, such as pipe.unet." if name.endswith("Pipeline") else "")
         raise AdapterError(f"`model` must be a torch.nn.Module, got {name}.{hint}")
 
 

@@ -47,6 +47,7 @@ def _from_transformers(file: Path, entries: Mapping[str, Any], weights: bool) ->
     cls: Any = next((found for name in names if (found := getattr(transformers, name, None))), None)
     # Use this file, which may be one of several in its folder.
     config = transformers.AutoConfig.from_pretrained(str(file), **_LOCAL_ONLY)
+    config.name_or_path = str(file.parent)  # not the file: adapters name the folder of their base model
     made: nn.Module
     if weights:
         cls = cls or transformers.AutoModel
