@@ -243,7 +243,8 @@ def show_runs(runs: list[Run], model: Classifier, data: Data) -> None:
     )
     console.print(
         f"  tales: of {len(data.tales.ids)} passages, those whose nearest other passage is of the same tale.\n"
-        "  moved: 1 - the cosine of their embeddings before and after. Passages of other tales were protected.\n"
+        "  moved: 1 - the cosine of their embeddings before and after training.\n"
+        "  Samples of other tales were protected.\n"
         "  In one run, about a percent between LoRA and HRA is noise (docs/results.md)."
     )
 
