@@ -356,13 +356,13 @@ class PairBatch:
 
         `quiet` has directions of each layer, to which differences are orthogonal after the step.
         """
-        self.quiet, self.constants = quiet, (start_length(*vectors[0].shape[-2:]), difference)
+        self.quiet = quiet
+        self.constants = start_length(*vectors[0].shape[-2:]), difference
         self.vectors, self.gradients = vectors, [one.grad for one in vectors if one.grad is not None]
         self.values = [local_tensor(one) for one in vectors]
         self.before = torch.stack(self.values)
-        self.pairs = to_pairs(self.before.clone(), *self.constants)
-        gradients = torch.stack([*map(local_tensor, self.gradients)])
-        made = gradients_to_pairs(gradients.to(self.before.dtype), *self.constants).to(gradients.dtype)
+        self.pairs = to_pairs(self.before, *self.constants)
+        made = gradients_to_pairs(torch.stack([*map(local_tensor, self.gradients)]), *self.constants)
         self.made = [_like(one, own) for one, own in zip(made.unbind(), self.gradients, strict=True)]
 
     def enter(self) -> None:
@@ -378,7 +378,7 @@ class PairBatch:
             stepped = torch.stack(self.values)
             if self.quiet:
                 stepped[..., 1::2] = self._quieted(stepped[..., 1::2])
-            values = from_pairs(stepped.sub_(self.pairs), *self.constants).add_(self.before)
+            values = self.before + from_pairs(stepped.sub_(self.pairs), *self.constants)
         finally:
             copy_all(self.values, list(values.unbind()))
             for vectors, made, own in zip(self.vectors, self.made, self.gradients, strict=True):
