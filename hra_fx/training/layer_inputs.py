@@ -129,7 +129,7 @@ def _collected(
     """The sketches of this process."""
     collector = _Collector(layers, directions)
     is_empty = True
-    with _base_model(model, layers), collector:
+    with _base_model(model), collector:
         for batch in _with_progress(batches):
             is_empty = False
             collector.start_batch()
@@ -179,7 +179,7 @@ def _with_progress(batches: Iterable[Any]) -> Iterable[Any]:
 
 
 @contextmanager
-def _base_model(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
+def _base_model(model: nn.Module) -> Iterator[None]:
     """Context manager in which a model runs in eval mode without its adapters, and is not compiled."""
     modes = {part: part.training for part in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
