@@ -141,6 +141,7 @@ def _other_output(*, debug: bool) -> Iterator[None]:
         else:
             default_showwarning(message, category, filename, lineno, file or sys.stderr, line)
 
+    # A command has the process to itself. In tests, which share one, the previous value is restored.
     logging.disable(before if debug else logging.WARNING)
     try:
         with warnings.catch_warnings():
