@@ -215,7 +215,7 @@ def read_adapter(source: str | os.PathLike[str], config: HRAConfig | None = None
     keys = sorted(stored, key=lambda key: re.sub(r"\d+", lambda number: number[0].zfill(9), key).split("."))
     # Some writers leave out PEFT's prefix.
     tensors = {key if key.startswith(PREFIX) else f"{PREFIX}{key}": stored[key] for key in keys}
-    return Adapter(file, own, tensors, metadata if config is None else {}, read_base_row(metadata))
+    return Adapter(file, own, tensors, metadata if config is None else {}, read_base_row(file, metadata))
 
 
 @dataclass(frozen=True)

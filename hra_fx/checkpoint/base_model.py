@@ -128,13 +128,18 @@ def _rotated(row: Tensor, chain: Tensor) -> Tensor:
     return rotate_weight(row[None], chain.detach().cpu().to(row.dtype))[0]
 
 
-def read_base_row(metadata: Mapping[str, str]) -> BaseRow | None:
+def read_base_row(file: Path, metadata: Mapping[str, str]) -> BaseRow | None:
     """The row in the metadata of a file; `None` for adapters saved by PEFT."""
     if BASE_ROW not in metadata:
         return None
-    entry = json.loads(metadata[BASE_ROW])
-    values = torch.frombuffer(bytearray(base64.b64decode(entry["row"])), dtype=torch.float32)
-    return BaseRow(str(entry["layer"]), values)
+    try:
+        entry = json.loads(metadata[BASE_ROW])
+        values = torch.frombuffer(bytearray(base64.b64decode(entry["row"])), dtype=torch.float32)
+        return BaseRow(str(entry["layer"]), values)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{file}: the metadata {BASE_ROW} is damaged ({error!r}). Save the adapter again."
+        ) from error
 
 
 def first_row(layer: nn.Module) -> Tensor | None:

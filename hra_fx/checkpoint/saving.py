@@ -110,8 +110,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     with adapted_view(model) as adapted:
         root, record = root_of(adapted)
         name = _only_adapter(record) if adapter_name is None else names_in(record, adapter_name)[0]
-        load_vectors(root)
-        config, tensors, metadata = _contents(root, record, name, root.state_dict())
+        config, tensors, metadata = _contents(root, record, name, _state_of(root))
         on_first_rank(root.parameters(), lambda: write(directory, config.to_json_string(), tensors, metadata))
 
 
@@ -140,9 +139,7 @@ def save_pretrained(
     names = names_in(record, record.configs if selected_adapters is None else selected_adapters)
     if not names:
         raise AdapterError("selected_adapters must not be empty. Use None to save all adapters.")
-    if state_dict is None:
-        load_vectors(root)
-    state = root.state_dict() if state_dict is None else state_dict
+    state = _state_of(root) if state_dict is None else state_dict
     shards = [tensor for tensor in state.values() if is_dtensor(tensor)]
     if not (is_main_process or shards):
         return
@@ -178,7 +175,8 @@ def get_peft_model_state_dict(
         adapter_name: name of the adapter.
 
     Raises:
-        AdapterError: the model has no such adapter.
+        AdapterError: the model has no such adapter, or without `state_dict`, tensors are sharded or offloaded (see
+            `save_adapter`).
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -189,7 +187,13 @@ def get_peft_model_state_dict(
     with adapted_view(model) as adapted:
         root, record = root_of(adapted)
         names_in(record, adapter_name)
-        return _contents(root, record, adapter_name, root.state_dict() if state_dict is None else state_dict)[1]
+        return _contents(root, record, adapter_name, _state_of(root) if state_dict is None else state_dict)[1]
+
+
+def _state_of(root: nn.Module) -> dict[str, Tensor]:
+    """The state of a model. Vectors that accelerate offloads are loaded first, because they are on the meta device."""
+    load_vectors(root)
+    return root.state_dict()
 
 
 def _only_adapter(record: AdapterState) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from adapting import adapted, mlp
@@ -172,6 +173,14 @@ def test_an_adapter_that_diverged_is_not_saved(fields: dict[str, Any], tmp_path:
     assert made.picture(folder) == before
 
 
+def test_offloaded_vectors_are_returned_with_values(tmp_path: Path) -> None:
+    folder = saved(tmp_path, "0", "3", r=4)
+    model = accelerate.cpu_offload(hra_fx.load_adapter(mlp(), folder))
+    assert model[0].hra_u["default"].is_meta
+    state = hra_fx.get_peft_model_state_dict(model)
+    torch.testing.assert_close(state, weights(folder), rtol=0, atol=0)
+
+
 # ---- blocks in torch's `checkpoint_wrapper`, which puts a name into the paths of modules, but not of `state_dict` ----
 
 
@@ -297,6 +306,7 @@ WEIGHTS: dict[str, tuple[Saved, Callable[[Path], object], str]] = {
     "Gram-Schmidt of an anchored adapter": (ANCHORED, with_config(apply_GS=True), OTHER.replace("False", "True")),
     "metadata of another adapter": (ANCHORED, with_metadata('{"r": 5, "apply_GS": false, "anchor": 1}'), OTHER),
     "damaged metadata": (ANCHORED, with_metadata("{"), OTHER),
+    "damaged row": (CHAIN, with_metadata('{"row": "x"}', "hra_fx_base_row"), "the metadata hra_fx_base_row is damaged"),
 }
 #: Name, what was saved, how it is damaged, the named file, the message, the type of the error.
 DAMAGES: dict[str, tuple[Saved, Callable[[Path], object], str, str, type[Exception]]] = {
