@@ -1,4 +1,4 @@
-"""Read the two files of an adapter: a chain of reflections for each layer, and trained tensors; and fit it to a model.
+"""Read the two files of an adapter (a chain of reflections for each layer, and trained tensors), and fit it to a model.
 
 PEFT does not have anchors, so the chain of an adapter with anchors is saved as plain reflections. The metadata of the
 file says how to split the chain into a frozen anchor and trained vectors, so that training can be continued.
@@ -75,9 +75,9 @@ class Resume:
         return anchor_rank(self.config.rank_of(path), apply_GS=self.config.apply_GS) if self.has_anchors else 0
 
     @property
-    def chains(self) -> HRAConfig:
-        """The configuration of the plain chains, which is saved."""
-        return _chains(self.config) if self.has_anchors else self.config
+    def saved_config(self) -> HRAConfig:
+        """The configuration in the file, with the ranks of the plain chains."""
+        return _with_anchors(self.config) if self.has_anchors else self.config
 
     def metadata(self) -> dict[str, str]:
         """The entry for the file's metadata; empty without anchors."""
@@ -89,8 +89,8 @@ class Resume:
         return {RESUME: json.dumps({"r": config.r, "apply_GS": config.apply_GS, "anchor": anchor, **ranks})}
 
 
-def _chains(config: HRAConfig) -> HRAConfig:
-    """The configuration of `[A | U]`, or `[A | V]`."""
+def _with_anchors(config: HRAConfig) -> HRAConfig:
+    """The configuration of plain chains that start with the anchors: `[A | U]`, or `[A | V]` with Gram-Schmidt."""
 
     def rank(r: int) -> int:
         return r + anchor_rank(r, apply_GS=config.apply_GS)
@@ -120,11 +120,12 @@ class Adapter:
         config, text = self.config, self.metadata.get(RESUME)
         if text is None:
             return Resume(config, has_anchors=False)
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # `ConfigError` is a `ValueError`
+        # After any of these errors, the error below is raised. `ConfigError` is a `ValueError`.
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             entry = {"rank_pattern": {}, **json.loads(text)}
             fields = {name: entry[name] for name in ("r", "apply_GS", "rank_pattern")}
             trained = dataclasses.replace(config, **fields)
-            if _chains(trained) == config:
+            if _with_anchors(trained) == config:
                 return Resume(trained, has_anchors=True)
         raise CheckpointError(
             f"{self.file}: the metadata {RESUME}={text[:80]!r} does not match r={config.r}, apply_GS={config.apply_GS} "
@@ -222,8 +223,9 @@ def read_adapter(source: str | os.PathLike[str], config: HRAConfig | None = None
 class Fitted:
     """An adapter from a file that fits a model: its layers by path, its configuration for training, and its values.
 
-    `vectors` are path of a layer -> (`U: (d, r)`, anchor `A: (d, k)` or `None`), `written` the same as stored in the
-    file, without anchors, and `copies` are (path of a module, name of its tensor) -> tensor.
+    `vectors` maps the path of a layer to `U: (d, r)` and its anchor `A: (d, k)` or `None`. `written` has the plain
+    chains in the file instead, with `written_GS` as their `apply_GS`: an adapter in the model may have either form.
+    `copies` maps (path of a module, name of its tensor) to a tensor.
     """
 
     layers: dict[str, nn.Module]
@@ -242,8 +244,8 @@ class Fitted:
 def fit(folder: Path, model: nn.Module, given: HRAConfig | None, *, is_new: bool, is_trainable: bool) -> Fitted:
     """Read an adapter and check that it fits a base model or a transformed model.
 
-    `given` replaces the configuration in the folder; the vectors are then used as stored. If the adapter `is_new`,
-    everything that `transform` checks is checked.
+    `given` replaces the configuration in the folder; the vectors are then used as stored. If the model does not have
+    the adapter yet (`is_new`), everything that `transform` checks is checked.
     """
     adapter = read_adapter(folder, None if given is None else valid_config(given))
     adapter = dataclasses.replace(adapter, config=without_unmatched(model, adapter.config))
@@ -363,7 +365,7 @@ def _split(adapter: Adapter, path: str, resume: Resume) -> tuple[Tensor, Tensor 
 
 
 def _check_base(adapter: Adapter, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Check that the model does not contain the adapter. Warn about another name unless the model is known to fit."""
+    """Check that the adapter is not folded into the model. If its row does not tell, compare the models' names."""
     row, state = adapter.base_row, "unknown"
     if row is not None and row.path in layers:
         chain = plain_chain(adapter.tensors[reflection_key(row.path)], None, apply_GS=adapter.config.apply_GS)

@@ -87,7 +87,7 @@ class BaseRow(NamedTuple):
     values: Tensor
 
     def state(self, chain: Tensor, row: Tensor | None) -> Literal["base", "folded", "unknown"]:
-        """Whether a model is the base model or has the adapter folded into it, by the same row of the model.
+        """Whether a model is the base model or has the adapter folded into it; `row` is the same row of that model.
 
         It is `"unknown"` without a row, for other models, for models with other folded adapters, and for adapters that
         hardly rotate the row.

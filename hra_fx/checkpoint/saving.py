@@ -236,7 +236,7 @@ def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[s
         chains = {path: plain_chain(chain, None, apply_GS=True) for path, chain in chains.items()}
     row = write_base_row({path: layers[path] for path in sites}, chains)
     metadata = {"format": "pt", **resume.metadata(), **row}
-    return _inference_config(root, resume.chains), detached, metadata
+    return _inference_config(root, resume.saved_config), detached, metadata
 
 
 def layers_with(root: nn.Module, record: AdapterState, name: str) -> list[str]:

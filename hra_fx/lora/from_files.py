@@ -31,7 +31,7 @@ from hra_fx.checkpoint.disk.requests import (
     unknown_tensor,
 )
 from hra_fx.checkpoint.disk.stored import FLOATS, SAFE, Rotation, StoredTensor, product_dtype, project, weight_sets
-from hra_fx.checkpoint.disk.writing import bar
+from hra_fx.checkpoint.disk.writing import progress_bar
 from hra_fx.checkpoint.folder import PREFIX, copy_key
 from hra_fx.errors import CheckpointError
 from hra_fx.layers.experts_weight import parameter_of
@@ -101,7 +101,10 @@ def read_as_lora(
 def _converted(weights: Sequence[AdaptedWeight], rank: int | None, *, progress: bool) -> tuple[LoraLayer, ...]:
     """Convert several weights at a time, because reading and multiplying use different parts of the machine."""
     total, layers = sum(weight.size for weight in weights), []
-    with bar("reading weights", total, wanted=progress) as advance, ThreadPoolExecutor(_THREADS, "hra_fx-lora") as pool:
+    with (
+        progress_bar("reading weights", total, wanted=progress) as advance,
+        ThreadPoolExecutor(_THREADS, "hra_fx-lora") as pool,
+    ):
         for weight, layer in zip(weights, pool.map(lambda each: each.as_lora(rank), weights), strict=True):
             layers.append(layer)
             advance(weight.size)
@@ -199,6 +202,7 @@ def _adapted_weight(
             f"{parameter_of(path)}, so PEFT's names for the LoRA of its experts are unknown. {IN_MEMORY}"
         )
     count = next(len(adapter.chains[path]) for adapter in adapters if path in adapter.chains)
+    # Several tensors of each expert, such as gate_proj and up_proj: all experts of the first one come first.
     experts = [_matrix(parts[i::count]) for i in range(count)]
     return AdaptedWeight(path, "experts", experts, noise, owner=owner, size=size)
 

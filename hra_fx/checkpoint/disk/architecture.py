@@ -126,7 +126,7 @@ class Architecture:
         if (file := folder / CONFIG).is_file():
             try:
                 self.entries = json.loads(file.read_text(encoding="utf-8"))
-                self.entries.keys()
+                self.entries.keys()  # an AttributeError unless it is an object
             except (ValueError, AttributeError) as error:
                 raise CheckpointError(f"{file}: must be a JSON object ({error}). Download it again.") from error
 

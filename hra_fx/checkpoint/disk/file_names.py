@@ -29,10 +29,10 @@ WEIGHTS = ("weight", "in_proj_weight")
 
 
 class TensorRef(NamedTuple):
-    """A tensor in a file that a layer adapts.
+    """A tensor in a file with the weight of an adapted layer, or with a part of it.
 
-    `expert` is the one that the weight belongs to, or `None` if there are several or none. For experts, `columns` says
-    whether the tensor is `(..., in, out)`; `None` if unknown.
+    `expert` is the index of the expert that the tensor belongs to; `None` if it has all experts, or the layer has none.
+    For experts, `columns` says whether the tensor is `(..., in, out)`; `None` if unknown.
     """
 
     name: str
@@ -41,7 +41,7 @@ class TensorRef(NamedTuple):
 
 
 class LoadedFrom(NamedTuple):
-    """A tensor in a file that a tensor of a model is loaded from.
+    """A tensor in a file from which transformers loads a tensor of a model.
 
     `converter` is transformers' `WeightConverter` that creates the model's tensor, and `pattern` its pattern that
     matches the name in the file; both are `None` if it is the same tensor.
@@ -130,7 +130,7 @@ def _sources_in(tensors: Mapping[str, StoredTensor], architecture: Architecture)
             name, pattern = key, None
         converter = None if pattern is None else by_pattern[pattern]
         first, *others = ("",) if converter is None else converter.target_patterns
-        for target in (first, *others):  # the first one has the name
+        for target in (first, *others):  # transformers returns the name for the first target
             found.setdefault(name.replace(first, target, 1), []).append(LoadedFrom(tensors[key], converter, pattern))
     return found
 
@@ -242,6 +242,7 @@ def untying(names: FileNames, changed: Mapping[str, Tensor | None]) -> Untying:
             )
         return Untying()
     own, groups = _ties(architecture)
+    # Name in the model -> the caller's name.
     called = {found: name for name in changed if (found := architecture.lookup(own, names.loaded.get(name, name)))}
     values = {name: changed[given] for name, given in called.items()}
     touched = [group for group in groups if values.keys() & set(group)]
@@ -259,12 +260,12 @@ def untying(names: FileNames, changed: Mapping[str, Tensor | None]) -> Untying:
         if source is not None:
             sources |= {name: source for name, found in stored.items() if found is None}
     configs = {path: config for path, config in _config_tree(model.config) if getattr(config, TIE_SETTING, False)}
+    retied = (type(config).__name__ for config in configs.values() if ties_when_loaded(config))
     return Untying(
-        sources,
-        {name: called[name] for name in sources if name in called},
-        (),
-        tuple(configs),
-        tuple(dict.fromkeys(type(config).__name__ for config in configs.values() if ties_when_loaded(config))),
+        sources=sources,
+        changed={name: called[name] for name in sources if name in called},
+        configs=tuple(configs),
+        retied_by=tuple(dict.fromkeys(retied)),
     )
 
 

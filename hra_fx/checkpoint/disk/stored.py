@@ -1,4 +1,6 @@
-"""The weights in a folder: one or more safetensors files with a state dict; and `W Q = W - (W U) (T U^T)`.
+"""The weights in a folder (one or more safetensors files with a state dict), and their rotation.
+
+A rotated weight is `W Q = W - (W U) (T U^T)`.
 
 Names, dtypes and shapes are read from the headers; values are read when they are needed. 16-bit weights are multiplied
 in float32, wider weights in float64.
@@ -25,7 +27,7 @@ from hra_fx.functional import householder
 SAFE = ".safetensors"
 _INDEX = f"{SAFE}.index.json"
 #: Weights in other formats, which are never read.
-OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx")
+_OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx")
 #: Files that training saves next to a model and that do not contain weights.
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 #: Dtypes of weights that can be folded, by their names in the format.
@@ -140,7 +142,7 @@ def weight_sets(folder: Path) -> list[WeightSet]:
 def foreign(folder: Path) -> Iterator[Path]:
     """Files at any depth that may contain weights in another format."""
     for file in folder.rglob("*"):
-        if file.suffix in OTHERS and not file.name.startswith(_NO_WEIGHTS):
+        if file.suffix in _OTHERS and not file.name.startswith(_NO_WEIGHTS):
             yield file
 
 
@@ -237,6 +239,7 @@ def _rotate(matrix: Tensor, left: Tensor, right: Tensor, target: Tensor, *, colu
         target[rows] = wide
         if not float(torch.linalg.vector_norm(wide, math.inf)) <= largest:  # NaN compares false
             return math.inf
+        # The error is about the same in all rows, and computing it takes time.
         if rows.start == 0 and (size := float(torch.linalg.vector_norm(wide))):
             rounding = float(torch.dist(target[rows].to(wide.dtype), wide)) / size
     return rounding

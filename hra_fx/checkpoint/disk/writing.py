@@ -40,7 +40,7 @@ def write_result(
     with (
         _explained_errors(out),
         _staged(out) as folder,
-        bar(f"writing {out.name}", total, wanted=progress) as advance,
+        progress_bar(f"writing {out.name}", total, wanted=progress) as advance,
     ):
         if total > (free := shutil.disk_usage(out.parent).free):
             raise CheckpointError(
@@ -52,7 +52,7 @@ def write_result(
             file = Path(source)
             if not file.is_file():
                 raise CheckpointError(f"{file}: is a broken link, or not a regular file. Remove it from the base.")
-            # Otherwise copytree would continue with the next file.
+            # copytree collects errors of the type OSError and continues with the next file, so convert them here.
             with _explained_errors(out):
                 planned = plan.files.get(file.relative_to(base).as_posix())
                 rounding.update(_write(planned, file, Path(target), verify=verify))
@@ -60,7 +60,7 @@ def write_result(
 
         # Links are followed, as in the Hub cache.
         shutil.copytree(base, folder, copy_function=write, dirs_exist_ok=True)
-        folder.chmod(folder.stat().st_mode | 0o700)  # it will be renamed
+        folder.chmod(folder.stat().st_mode | 0o700)  # a copy of a read-only folder could not be renamed
     return rounding
 
 
@@ -160,7 +160,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 def _check_rows(file: Path, name: str, base: Tensor, written: Tensor, rotation: Rotation) -> None:
     info = torch.finfo(base.dtype)
-    # Without a wider dtype for the computation, reflections that nearly cancel add errors.
+    # float64 weights are not rotated in a wider dtype, so reflections that nearly cancel add errors.
     steps = 64 * (1 + rotation.chain.shape[-1]) if base.dtype == torch.float64 else 64
     # Half a unit in the last place of each entry, and the rounding of products.
     relative = info.eps / 2 + steps * torch.finfo(product_dtype(base.dtype)).eps
@@ -178,8 +178,8 @@ def _check_rows(file: Path, name: str, base: Tensor, written: Tensor, rotation: 
 
 
 @contextlib.contextmanager
-def bar(what: str, total: int, *, wanted: bool) -> Iterator[Callable[[int], object]]:
-    """Yield a function that advances a progress bar by some bytes. It is shown if `wanted`, on a terminal."""
+def progress_bar(what: str, total: int, *, wanted: bool) -> Iterator[Callable[[int], object]]:
+    """Yield a function that advances a progress bar by a number of bytes. It is shown if `wanted`, on a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
