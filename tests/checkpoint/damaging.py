@@ -1,4 +1,4 @@
-"""An adapter in a folder, ways to damage it, and a refusal to load it that left the model as it was."""
+"""Adapters in folders, ways to damage them, and a check that a failed load leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PREFIX = "base_model.model."
 
 
 def saved(folder: Path, *targets: str, base: Callable[[], nn.Module] = mlp, **fields: Any) -> Path:
-    """An adapter of `base` with random vectors, written by us; `fields` are those of its configuration."""
+    """Save an adapter of `base` with random vectors; `fields` are those of its configuration."""
     model = hra_fx.transform(base(), config(*targets, **fields))
     randomise(model)
     hra_fx.save_adapter(model, folder)
@@ -38,7 +38,7 @@ def metadata(folder: Path) -> dict[str, str]:
 
 
 def with_weights(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
-    """What edits the tensors of a folder; `change` works on the dict of them."""
+    """Return a function that edits the tensors in a folder; `change` edits their dict."""
 
     def damage(folder: Path) -> None:
         tensors, kept = weights(folder), metadata(folder)
@@ -73,7 +73,7 @@ def refused(load: Callable[[nn.Module], object], model: nn.Module, kind: type[Ex
     return str(caught.value)
 
 
-#: What the damaged adapter is loaded into, made with the undamaged one.
+#: Models into which the damaged adapter is loaded. The argument is the folder of the undamaged one.
 MODELS: dict[str, Callable[[Path], nn.Module]] = {
     "plain": lambda folder: mlp(),
     "beside": lambda folder: hra_fx.transform(mlp(), config("0", r=2), "other"),

@@ -1,4 +1,4 @@
-"""The folder of an adapter: found, or refused by name; written completely or not at all; and read as it was written."""
+"""Folders of adapters: how they are found locally and on the Hub, written completely or not at all, and read."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_local_folder_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.Mon
         find("mine", sub_folder="a")
 
 
-def test_nothing_there_or_a_file_is_refused(tmp_path: Path) -> None:
+def test_a_missing_folder_or_a_file_is_refused(tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere"
     assert refused(nowhere) == f"{nowhere}: no such folder. Pass the folder of an adapter."
     for source in (str(nowhere), "a/b/c", "two words", "", "../nowhere", "x" * 5000):
@@ -79,7 +79,7 @@ def test_adapters_in_subfolders_are_named(tmp_path: Path) -> None:
     assert "subfolders 'deep/c': pass the path of one of them." in refused(tmp_path, "deep")
 
 
-# Found on the Hub: a server on this machine that answers as the Hub does
+# ---- found on the Hub: a local server answers like the Hub ----
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -111,7 +111,7 @@ class Hub(Answering):
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """Options of `find` that lead to a Hub whose `user/name` holds an adapter, one in "other [1]", and a README."""
+    """Options of `find` for a server whose `user/name` has an adapter, another one in "other [1]", and a README."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     root = saved(tmp_path / "repository", seed=1)
     saved(root / "other [1]", seed=2)
@@ -120,7 +120,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, A
         yield {"endpoint": address, "cache_dir": tmp_path / "cache", "token": False}
 
 
-def test_a_repository_is_fetched_and_only_the_two_files_of_it(hub: dict[str, Any]) -> None:
+def test_only_the_two_files_of_a_repository_are_downloaded(hub: dict[str, Any]) -> None:
     folder = find("user/name", **hub)
     assert sorted(picture(folder)) == BOTH
     assert torch.equal(read(folder / WEIGHTS_NAME)[0][KEY], normal(6, 2, seed=1))
@@ -137,7 +137,7 @@ def test_a_repository_is_fetched_and_only_the_two_files_of_it(hub: dict[str, Any
         ("user/name", {"endpoint": "http://127.0.0.1:9"}, "ConnectError"),
     ],
 )
-def test_errors_of_the_hub_are_refusals(hub: dict[str, Any], source: str, options: dict[str, Any], reason: str) -> None:
+def test_errors_of_the_hub(hub: dict[str, Any], source: str, options: dict[str, Any], reason: str) -> None:
     with pytest.raises(CheckpointError, match="the download from the Hub failed") as caught:
         find(source, **{**hub, **options})
     assert reason in str(caught.value)
@@ -147,7 +147,7 @@ def test_errors_of_the_hub_are_refusals(hub: dict[str, Any], source: str, option
     assert type(caught.value.__cause__).__module__ == "huggingface_hub.errors"
 
 
-def test_a_configuration_is_fetched_alone(hub: dict[str, Any], tmp_path: Path) -> None:
+def test_a_configuration_is_downloaded_without_weights(hub: dict[str, Any], tmp_path: Path) -> None:
     wanted = HRAConfig.from_pretrained(tmp_path / "repository")
     assert HRAConfig.from_pretrained("user/name", **hub) == wanted
     assert HRAConfig.from_pretrained("user/name", "other [1]", **hub) == wanted
@@ -185,7 +185,7 @@ def test_every_dtype_is_read_and_nan_is_found_in_each(tmp_path: Path) -> None:
             read(path)
 
 
-def test_what_is_written_is_read_by_safetensors(tmp_path: Path) -> None:
+def test_safetensors_reads_the_written_file(tmp_path: Path) -> None:
     table = normal(8, 6)
     tensors = {
         KEY: nn.Parameter(normal(6, 2)),
@@ -208,7 +208,7 @@ def test_what_is_written_is_read_by_safetensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])
-def test_permissions_are_those_of_any_new_file(tmp_path: Path, umask: int) -> None:
+def test_permissions_follow_the_umask(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
         saved(tmp_path / "adapter")
@@ -245,8 +245,8 @@ def test_the_same_adapter_gives_the_same_bytes(tmp_path: Path) -> None:
     assert len({(tmp_path / str(i) / WEIGHTS_NAME).read_bytes() for i in range(5)}) == 1
 
 
-def test_a_whole_model_in_the_folder_of_a_checkpoint_is_left_whole(tmp_path: Path) -> None:
-    """The Trainer's own checkpoints have the adapters' state in model.safetensors. Here that file is of a user."""
+def test_a_full_model_in_a_checkpoint_folder_is_unchanged(tmp_path: Path) -> None:
+    """In the Trainer's checkpoints, model.safetensors has the state of the adapters. Here it has a full model."""
     adapter = ["README.md", *BOTH]
     model = hra_fx.transform(bert(), config("query", "value"))
     turn(model)

@@ -1,4 +1,4 @@
-"""Adapters that are loaded: over others, damaged ones, and ones that differ from what we write."""
+"""Loading adapters: in place of others, damaged ones, and files that differ from those that `save_adapter` writes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def named(name: str, model: nn.Module | None = None) -> Any:
     return model
 
 
-def test_another_name_of_the_base_is_warned_of_and_loaded(tmp_path: Path) -> None:
+def test_another_name_of_the_base_is_a_warning(tmp_path: Path) -> None:
     folder = saved(tmp_path, "0", base=lambda: named("org/small-v1"))
     assert json.loads((folder / CONFIG_NAME).read_text())["base_model_name_or_path"] == "org/small-v1"
     model = named("org/small-v2")
@@ -62,10 +62,10 @@ def test_another_name_of_the_base_is_warned_of_and_loaded(tmp_path: Path) -> Non
     assert torch.equal(model[0].hra_u["default"], weights(folder)[f"{PREFIX}0.hra_u"][:, 1:])
 
 
-# ---- adapters that are in the way ----
+# ---- adapters that cannot be replaced ----
 
 
-def test_merged_adapters_are_in_the_way(tmp_path: Path) -> None:
+def test_nothing_is_loaded_while_adapters_are_merged(tmp_path: Path) -> None:
     folder = saved(tmp_path, "0")
     model = adapted(mlp(), "0")
     hra_fx.merge_adapter(model)
@@ -82,7 +82,7 @@ STRUCTURES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("kind", STRUCTURES)
-def test_an_adapter_of_another_structure_is_in_the_way(kind: str, tmp_path: Path) -> None:
+def test_an_adapter_with_another_structure_is_not_replaced(kind: str, tmp_path: Path) -> None:
     targets, fields = STRUCTURES[kind]
     ours, theirs = saved(tmp_path / "ours", "0"), saved(tmp_path / "theirs", *targets, **fields)
     for present, folder in (((("0",), {"r": 3}), theirs), ((targets, fields), ours)):
@@ -92,11 +92,11 @@ def test_an_adapter_of_another_structure_is_in_the_way(kind: str, tmp_path: Path
         assert "Delete it first (hra_fx.delete_adapter), or load under another adapter_name." in message
 
 
-# ---- let through ----
+# ---- adapters that are loaded ----
 
 
 def by_oracle(folder: Path) -> Tensor:
-    """Output of the base with the file's plain chains multiplied into its weights, in float64."""
+    """The output of the base model with the plain chains of the file multiplied into its weights, in float64."""
     base = mlp().double().eval()
     rotated = {}
     for key, chain in weights(folder).items():
@@ -106,9 +106,7 @@ def by_oracle(folder: Path) -> Tensor:
 
 
 @pytest.mark.parametrize(("present", "file"), [(3, 3), (4, 4), (4, 3)])
-def test_an_adapter_of_the_same_rank_is_replaced_whatever_its_start_was(
-    present: int, file: int, tmp_path: Path
-) -> None:
+def test_an_adapter_with_the_same_rank_is_replaced_with_any_anchor(present: int, file: int, tmp_path: Path) -> None:
     """With r=3, the chain in the file has four vectors, one of which was frozen."""
     folder = saved(tmp_path, "0", r=file)
     model = adapted(mlp(), "0", r=present)
@@ -119,7 +117,7 @@ def test_an_adapter_of_the_same_rank_is_replaced_whatever_its_start_was(
 
 
 @pytest.mark.parametrize(("dtype", "r"), [(torch.float16, 3), (torch.bfloat16, 4), (torch.float8_e4m3fn, 3)])
-def test_a_narrow_file_is_float32_inside(dtype: torch.dtype, r: int, tmp_path: Path) -> None:
+def test_a_file_with_a_narrow_dtype_is_loaded_in_float32(dtype: torch.dtype, r: int, tmp_path: Path) -> None:
     folder = saved(tmp_path, "0", "3", r=r)
     with_weights(lambda tensors: tensors.update({key: tensor.to(dtype) for key, tensor in tensors.items()}))(folder)
     for state, make in MODELS.items():
@@ -142,7 +140,7 @@ def test_several_ranks_are_loaded_bit_for_bit(fields: dict[str, Any], tmp_path: 
         assert relative_error(again.eval()(X), by_oracle(folder)) < 1e-5
 
 
-def test_keys_without_pefts_prefix_are_let_through(tmp_path: Path) -> None:
+def test_keys_without_pefts_prefix_are_accepted(tmp_path: Path) -> None:
     folder = saved(tmp_path, "0", r=2, modules_to_save=["3"])
     wanted = hra_fx.load_adapter(mlp(), folder).eval()(X)
     stored = weights(folder)
@@ -150,7 +148,7 @@ def test_keys_without_pefts_prefix_are_let_through(tmp_path: Path) -> None:
     assert torch.equal(hra_fx.load_adapter(mlp(), folder).eval()(X), wanted)
 
 
-def test_entries_of_a_newer_peft_are_let_through_and_kept(tmp_path: Path) -> None:
+def test_entries_of_a_newer_peft_are_kept(tmp_path: Path) -> None:
     folder = saved(tmp_path / "newer", "0")
     newer = {"peft_version": "9.1.0", "rotation_kind": "cayley", "options": {"a": [1, None]}}
     with_config(**newer)(folder)
@@ -181,7 +179,7 @@ def test_offloaded_vectors_are_returned_with_values(tmp_path: Path) -> None:
     torch.testing.assert_close(state, weights(folder), rtol=0, atol=0)
 
 
-# ---- blocks in torch's `checkpoint_wrapper`, which puts a name into the paths of modules, but not of `state_dict` ----
+# ---- blocks in torch's `checkpoint_wrapper`, which changes the paths of modules, but not the keys of `state_dict` ----
 
 
 def base() -> nn.Module:
@@ -196,7 +194,7 @@ def wrap(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("first", ["wrapped", "adapted"])
-def test_adapters_are_those_of_the_model_without_wrappers(first: str, tmp_path: Path) -> None:
+def test_wrappers_do_not_change_adapters(first: str, tmp_path: Path) -> None:
     x = torch.randn(4, 6, dtype=torch.float64)
     fields: dict[str, Any] = {"target_modules": ["up"], "modules_to_save": ["down"], "bias": "all"}
     settings = hra_fx.HRAConfig(r=3, init_weights=False, **fields)
@@ -218,7 +216,7 @@ def test_adapters_are_those_of_the_model_without_wrappers(first: str, tmp_path: 
     torch.testing.assert_close(hra_fx.load_adapter(wrap(base()), tmp_path / "model")(x), wanted)
 
 
-# ---- damaged files are refused by file and key, before the model is changed ----
+# ---- damaged files: the error names the file and the key, and the model is unchanged ----
 
 FIRST, LAST = f"{PREFIX}0.hra_u", f"{PREFIX}3.hra_u"
 VECTORS = f"{PREFIX}0.hra_vectors"
@@ -328,7 +326,7 @@ DAMAGES: dict[str, tuple[Saved, Callable[[Path], object], str, str, type[Excepti
         CheckpointError,
     ),
 }
-#: Each damage is loaded into one kind of model, in turns.
+#: Each damaged adapter is loaded into one kind of model, in turn.
 CASES = [
     pytest.param(state, *damage, id=f"{name}, {state}")
     for (name, damage), state in zip(DAMAGES.items(), itertools.cycle(MODELS), strict=False)

@@ -1,4 +1,4 @@
-"""Models of one adapted layer of each kind that LoRA can express, and what an export says of the layer's change."""
+"""Models with one adapted layer of each kind that LoRA supports, and the dense and the exported change of a weight."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 
 
 def move(model: nn.Module, seed: int, size: float = 0.3) -> None:
-    """Add noise to everything that is trained, biases and copies too."""
+    """Add noise to all trainable parameters, also biases and copies."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -58,7 +58,7 @@ def exported_change(tensors: dict[str, Tensor], path: str) -> Tensor:
 
 
 def adapted(kind: str, *configs: hra_fx.HRAConfig, seed: int = 0) -> nn.Module:
-    """A model with one layer, "0", under adapters "a", "b", ... that all act, moved from their start."""
+    """A model with one layer, "0", and active adapters "a", "b", ... with noise."""
     torch.manual_seed(seed)
     model: nn.Module = nn.Sequential(KINDS[kind]())
     names = "abcdef"[: len(configs)]

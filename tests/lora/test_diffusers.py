@@ -1,4 +1,4 @@
-"""`save_as_lora` of diffusers pipelines: the images of the adapted pipeline, drawn by diffusers with the LoRA."""
+"""`save_as_lora` of diffusers pipelines: diffusers draws the images of the adapted pipeline with the LoRA."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ def stored(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {key: file.get_tensor(key) for key in file.keys()}, json.loads(metadata["lora_adapter_metadata"])  # noqa: SIM118
 
 
-#: Lists of targets cannot name `proj_out` without `single_transformer_blocks.0.proj_out`.
+#: A list of targets matching `proj_out` also matches `single_transformer_blocks.0.proj_out`; the last one is a regex.
 @pytest.mark.parametrize(("make", "targets"), [*PIPELINES.items(), (flux, {"transformer": "proj_out"})])
-def test_a_fresh_pipeline_draws_the_same(make: Callable[[], Any], targets: Mapping[str, Any], tmp_path: Path) -> None:
+def test_another_pipeline_draws_the_same(make: Callable[[], Any], targets: Mapping[str, Any], tmp_path: Path) -> None:
     pipe, fresh = adapted(make, targets), make()
     base, wanted = image(fresh), image(pipe)
     result = hra_fx.save_as_lora(pipe, tmp_path)
@@ -98,8 +98,8 @@ def test_one_of_two_adapters_that_only_some_parts_have(tmp_path: Path) -> None:
     assert change_error(image(fresh), image(pipe), base) < 1e-5
 
 
-def test_the_file_is_the_one_that_diffusers_writes(tmp_path: Path) -> None:
-    """Of its own LoRA adapters, which it made of our file."""
+def test_diffusers_writes_the_same_file(tmp_path: Path) -> None:
+    """After it has loaded our file."""
     fresh = stable_diffusion()
     hra_fx.save_as_lora(adapted(targets={"unet": UNET, "text_encoder": ["q_proj", "out_proj"]}), tmp_path / "ours")
     fresh.load_lora_weights(tmp_path / "ours", adapter_name="default")
@@ -118,7 +118,7 @@ def test_the_file_is_the_one_that_diffusers_writes(tmp_path: Path) -> None:
     assert {key: value for key, value in ours_fields.items() if key not in targets}.items() <= their_fields.items()
 
 
-def test_a_unet_alone(tmp_path: Path) -> None:
+def test_a_single_unet(tmp_path: Path) -> None:
     pipe, fresh, alone = stable_diffusion(), stable_diffusion(), stable_diffusion()
     base = image(fresh)
     pipe.unet = hra_fx.HRAModel(pipe.unet, hra_fx.HRAConfig(r=4, target_modules=UNET, init_weights=False))
@@ -132,7 +132,7 @@ def test_a_unet_alone(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in stored(tmp_path)[0].values()} == {torch.bfloat16}
 
 
-def test_a_text_encoder_alone_is_a_model_of_transformers(tmp_path: Path) -> None:
+def test_a_single_text_encoder_is_a_transformers_model(tmp_path: Path) -> None:
     fresh = stable_diffusion()
     pipe, base = adapted(targets={"text_encoder": CLIP}), image(fresh)
     result = hra_fx.save_as_lora(pipe.text_encoder, tmp_path)
@@ -141,7 +141,7 @@ def test_a_text_encoder_alone_is_a_model_of_transformers(tmp_path: Path) -> None
     assert change_error(image(fresh), image(pipe), base) < 1e-5
 
 
-def test_the_second_transformer_of_wan_is_refused_but_not_by_itself(tmp_path: Path) -> None:
+def test_the_second_transformer_of_wan_is_only_saved_separately(tmp_path: Path) -> None:
     def wan() -> Any:
         first, second = (
             diffusers.WanTransformer3DModel(
@@ -209,7 +209,7 @@ def test_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_names_that_no_part_has_and_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
+def test_unknown_names_and_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
     pipe = adapted(targets={"unet": ["to_q"], "text_encoder": ["k_proj"]})
     with pytest.raises(AdapterError, match=r"got \['default', 'other'\]\. There are text_encoder: 'default'; unet:"):
         hra_fx.save_as_lora(pipe, tmp_path, ["default", "other"])

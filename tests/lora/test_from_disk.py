@@ -1,4 +1,4 @@
-"""Adapters read from disk: the change of every weight, by dense products and by the model in memory."""
+"""LoRA from files: the change of every weight, compared with dense products and the model in memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def change(layer: LoraLayer) -> Tensor:
 
 
 def vectors(folder: Path) -> dict[str, Tensor]:
-    """Path -> vectors, of an adapter."""
+    """Path of a layer -> its vectors in the file of an adapter."""
     file = load_file(folder / "adapter_model.safetensors")
     keys = {key.removeprefix("base_model.model.").rpartition("."): key for key in file}
     return {path: file[key] for (path, _, last), key in keys.items() if last == "hra_u"}
@@ -45,7 +45,7 @@ def check(
     *adapters: Path,
     name: Callable[[str], str] = lambda path: f"{path}.weight",
 ) -> None:
-    """The change of each layer is `W Q - W`, of 16 bits in float32; `name`: from a path to the name of the weight."""
+    """Check that each layer has the change `W Q - W`. `name` maps the path of a layer to the name of its weight."""
     chains = [vectors(folder) for folder in adapters]
     assert set(found(lora)) == {path for own in chains for path in own}
     for path, layer in found(lora).items():
@@ -61,7 +61,7 @@ del CASES["Llama, Gram-Schmidt without an anchor"]  # its file has vectors befor
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_same_as_of_the_model_in_memory(tmp_path: Path, name: str) -> None:
+def test_layers_in_files_and_in_memory(tmp_path: Path, name: str) -> None:
     sharded = name.startswith("Llama")
     build, targets, dtype, fields = CASES[name]
     model = build()
@@ -72,13 +72,8 @@ def test_the_same_as_of_the_model_in_memory(tmp_path: Path, name: str) -> None:
     check(lora, weights, adapter)
     memory = lora_adapter(hra_fx.load_adapter(type(model).from_pretrained(base, dtype="auto"), adapter))
     for path, layer in found(memory).items():
-        same = found(lora)[path]
-        assert (layer.kind, layer.rank, layer.kernel, layer.fan_in_fan_out) == (
-            same.kind,
-            same.rank,
-            same.kernel,
-            same.fan_in_fan_out,
-        )
+        for field in ("kind", "rank", "kernel", "fan_in_fan_out"):
+            assert getattr(layer, field) == getattr(found(lora)[path], field), (path, field)
     for field in ("bias", "modules_to_save", "task_type", "auto_mapping", "base_model"):
         assert getattr(lora, field) == getattr(memory, field), field
     assert lora.copies.keys() == memory.copies.keys()
@@ -87,7 +82,7 @@ def test_the_same_as_of_the_model_in_memory(tmp_path: Path, name: str) -> None:
     assert {path for path in memory.modules if any(key.startswith(f"{path}.") for key in weights)} == set(lora.modules)
 
 
-#: Output layers without a tensor of their own, and the one that they are tied to.
+#: Output layers that have no tensor in the file, and the tensor that they are tied to.
 TIED: dict[str, tuple[Callable[[], Any], str, str]] = {
     "Llama": (lambda: made.llama(tie_word_embeddings=True), "lm_head", "model.embed_tokens.weight"),
     "GPT-2": (made.gpt2, "lm_head", "transformer.wte.weight"),
@@ -200,7 +195,7 @@ def test_the_weights_are_from_the_file_that_libraries_load(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("name", "fields"), [*zip(NAMES, itertools.cycle([{}, {"apply_GS": True}]), strict=False)])
-def test_experts_are_those_of_the_model_in_memory(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
+def test_experts_in_files_and_in_memory(name: str, fields: dict[str, Any], tmp_path: Path) -> None:
     rank = 3 if fields else None
     model: Any = built(name, torch.float32)
     base = made.base_of(model, tmp_path / "base", torch.float32)

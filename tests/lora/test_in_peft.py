@@ -1,4 +1,4 @@
-"""Adapters as LoRA: the factors against the dense change in float64, and PEFT's outputs against the adapted model's."""
+"""Adapters as LoRA: factors compared with the dense change in float64, and PEFT's outputs with the adapted model."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from hra_fx import HRAConfig
 
 @quick
 @given(st.sampled_from(list(KINDS)), st.integers(1, 5), st.booleans(), st.booleans(), seeds)
-def test_the_factors_are_the_change_of_the_weight(kind: str, r: int, apply_GS: bool, init: bool, seed: int) -> None:
+def test_the_factors_equal_the_change_of_the_weight(kind: str, r: int, apply_GS: bool, init: bool, seed: int) -> None:
     model = adapted(kind, HRAConfig(r=r, apply_GS=apply_GS, init_weights=init, target_modules=["0"]), seed=seed)
     config, tensors = hra_fx.convert_to_lora(model)
     wanted = dense_change(model[0], ["a"])
     assert relative_error(exported_change(tensors, "0"), wanted) < 1e-6
     assert config["r"] == config["lora_alpha"] == int(torch.linalg.matrix_rank(wanted, rtol=1e-7))
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
-    # They are balanced, so that half precision rounds both alike.
+    # They are balanced, so half precision rounds both equally.
     A, B = (torch.linalg.svdvals(tensors[f"base_model.model.0.lora_{name}.weight"].flatten(1)) for name in "AB")
     assert relative_error(A, B) < 1e-5
 
 
 @settings(quick, max_examples=15)
 @given(st.sampled_from(list(KINDS)), st.booleans(), st.floats(0.05, 1), st.floats(0.05, 1), seeds)
-def test_several_adapters_act_in_their_order_and_at_their_strengths(
+def test_several_adapters_in_order_and_with_scales(
     kind: str, apply_GS: bool, first: float, second: float, seed: int
 ) -> None:
     one = HRAConfig(r=2, apply_GS=apply_GS, target_modules=["0"])
@@ -53,8 +53,8 @@ def test_several_adapters_act_in_their_order_and_at_their_strengths(
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_nothing_of_the_model_changes(merged: bool) -> None:
-    """The change of a merged adapter is that of the base weight from before the merge."""
+def test_the_model_is_unchanged(merged: bool) -> None:
+    """For a merged adapter, the change is relative to the base weight before the merge."""
     model = adapted("Linear", HRAConfig(r=4, target_modules=["0"]))
     wanted = dense_change(model[0], ["a"])
     if merged:
@@ -68,7 +68,7 @@ def test_nothing_of_the_model_changes(merged: bool) -> None:
 
 
 @pytest.mark.parametrize("apply_GS", [False, True])
-def test_a_fresh_adapter_is_a_zero_of_rank_one_with_a_warning(apply_GS: bool) -> None:
+def test_a_fresh_adapter_is_zero_with_rank_one_and_a_warning(apply_GS: bool) -> None:
     model = hra_fx.transform(nn.Sequential(nn.Linear(12, 9)), HRAConfig(r=3, apply_GS=apply_GS, target_modules=["0"]))
     with pytest.warns(hra_fx.HRAWarning, match=r"^the adapters do not change any weight \(untrained, or at scale 0\)"):
         config, tensors = hra_fx.convert_to_lora(model)
@@ -76,8 +76,8 @@ def test_a_fresh_adapter_is_a_zero_of_rank_one_with_a_warning(apply_GS: bool) ->
     assert [(tuple(t.shape), int(t.count_nonzero())) for t in tensors.values()] == [((1, 12), 0), ((9, 1), 0)]
 
 
-def test_a_trained_adapter_of_a_narrow_model_keeps_its_change() -> None:
-    """Its anchor is rounded to the dtype, and the change may be of the size of that rounding."""
+def test_a_small_change_of_a_bfloat16_model_is_kept() -> None:
+    """The change may be as small as the rounding of the anchor to the dtype."""
     model: Any = hra_fx.transform(nn.Sequential(nn.Linear(64, 48)), HRAConfig(r=8, apply_GS=True, target_modules=["0"]))
     move(model, 1, size=0.05)
     model.to(torch.bfloat16)
@@ -87,21 +87,15 @@ def test_a_trained_adapter_of_a_narrow_model_keeps_its_change() -> None:
     assert relative_error(exported_change(tensors, "0"), wanted) < 1e-6
 
 
-def two_layers() -> nn.Module:
-    """Adapters of rank 2 on "first" and of rank 5 on "second"."""
+def test_all_layers_have_one_rank_padded_with_zeros() -> None:
     torch.manual_seed(0)
-    model = nn.ModuleDict({"first": nn.Linear(12, 9), "second": nn.Linear(9, 7), "third": nn.Linear(7, 7)})
+    model = nn.ModuleDict({"first": nn.Linear(12, 9), "second": nn.Linear(9, 7)})
     hra_fx.transform(model, HRAConfig(r=2, target_modules=["first"]), "a")
     move(model, 1)
     hra_fx.add_adapter(model, "b", HRAConfig(r=4, target_modules=["second"]))
     hra_fx.set_adapter(model, "b")
     move(model, 2)
     hra_fx.set_adapter(model, ["a", "b"])
-    return model
-
-
-def test_all_layers_have_one_rank_padded_with_zeros() -> None:
-    model = two_layers()
     config, tensors = hra_fx.convert_to_lora(model)
     assert (config["r"], config["lora_alpha"]) == (4, 4)
     A, B = (tensors[f"base_model.model.first.lora_{name}.weight"] for name in "AB")
@@ -110,7 +104,7 @@ def test_all_layers_have_one_rank_padded_with_zeros() -> None:
     assert relative_error(exported_change(tensors, "first"), dense_change(model["first"], ["a"])) < 1e-6
 
 
-# PEFT warns of every tied model that has an adapter on its output layer.
+# PEFT warns about every tied model with an adapter on its output layer.
 pytestmark = pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True` and:UserWarning")
 IDS = torch.arange(24).view(2, 12)
 SIZES = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -146,7 +140,7 @@ def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
 
 
 def pair(make: Callable[[], nn.Module], config: HRAConfig, seed: int = 0) -> tuple[nn.Module, nn.Module]:
-    """A base model, and a copy of it with an adapter that is not at its start."""
+    """A base model, and a copy of it with a trained adapter."""
     torch.manual_seed(seed)
     base = make()
     model = hra_fx.transform(copy.deepcopy(base), config)
@@ -159,14 +153,14 @@ def loaded(base: nn.Module, folder: Path, name: str = "default") -> Any:
 
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
-def test_the_logits_are_those_of_the_adapted_model(name: str, tmp_path: Path) -> None:
+def test_the_logits_equal_those_of_the_adapted_model(name: str, tmp_path: Path) -> None:
     make, targets = LANGUAGE_MODELS[name]
     base, model = pair(make, HRAConfig(r=3, target_modules=targets, task_type="CAUSAL_LM"))
     hra_fx.save_as_lora(model, tmp_path)
     wanted, before = logits(model), logits(base)
     lora = loaded(base, tmp_path)
     assert relative_error(logits(lora) - before, wanted - before) < 1e-5
-    if "lm_head" not in targets:  # PEFT would merge into the embeddings as well
+    if "lm_head" not in targets:  # PEFT would also merge into the embeddings
         assert relative_error(logits(lora.merge_and_unload()) - before, wanted - before) < 1e-5
 
 
@@ -215,7 +209,7 @@ def test_a_part_that_was_transformed_is_saved_for_the_whole_model(part: str, tmp
     assert relative_error(logits(loaded(base, tmp_path)) - before, wanted - before) < 1e-5
 
 
-def test_the_result_tells_the_rounding_error_of_each_layer(tmp_path: Path) -> None:
+def test_the_result_has_the_rounding_error_of_each_layer(tmp_path: Path) -> None:
     make, targets = LANGUAGE_MODELS["Llama"]
     base, model = pair(make, HRAConfig(r=4, target_modules=targets))
     result = hra_fx.save_as_lora(model, tmp_path, dtype="bfloat16")

@@ -1,4 +1,4 @@
-"""GGUF adapters: their content, what is refused, and llama.cpp against the adapted model in PyTorch."""
+"""GGUF adapters: their content, errors, and llama.cpp compared with the adapted model in PyTorch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def write(path: Path, *layers: LoraLayer, dtype: torch.dtype = torch.float32, **
 
 
 def test_the_fields_that_llama_cpp_reads(tmp_path: Path) -> None:
-    """A base model in a folder is named without its path."""
+    """The name of a base model in a folder has no path."""
     for base in ("someone/llama", str(tmp_path / "my-llama")):
         write(tmp_path / "new" / "a.gguf", layer("model.layers.11.mlp.up_proj", 3), base_model=base)
         read = gguf.GGUFReader(tmp_path / "new" / "a.gguf").fields
@@ -76,7 +76,7 @@ def test_dtypes(dtype: torch.dtype, name: str, tmp_path: Path) -> None:
     assert (values == found.A.to(dtype).float().numpy()).all()
 
 
-def test_every_architecture_that_is_offered_is_tested() -> None:
+def test_every_supported_architecture_is_tested() -> None:
     assert {*MODELS, "gemma3"} == {*ARCHITECTURES}  # gemma3 has a vision tower
 
 
@@ -101,7 +101,7 @@ REFUSED = {
         hra_fx.AdapterError,
         "^model.layers.0.mlp.up_proj.bias: a GGUF adapter can only change weights of layers, not biases",
     ),
-    "a value that float16 does not have": (
+    "a value out of the range of float16": (
         adapter(layer("model.layers.0.mlp.up_proj", A=torch.full((1, 8), 1e6, dtype=torch.float64))),
         hra_fx.AdapterError,
         "^model.layers.0.mlp.up_proj: its factors are out of the range of torch.float16. Use float32",
@@ -143,14 +143,14 @@ def test_models_and_files_that_are_refused(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_which_model_types_tie_their_output_layer(model_type: str) -> None:
-    """A `config.json` may leave it out where it is the default of the class."""
+    """A `config.json` may omit a setting that is the default of the class."""
     config = transformers.AutoConfig.for_model(model_type).get_text_config()
     assert is_tied(adapter(config={"model_type": model_type})) == config.tie_word_embeddings
     assert not is_tied(adapter(config={"model_type": model_type, "text_config": {"tie_word_embeddings": False}}))
 
 
 def test_the_result_says_what_was_written(tmp_path: Path) -> None:
-    """Also a suffix in capitals, and a symbolic link, which stays."""
+    """Also with an uppercase suffix, and a symbolic link, which is kept."""
     (tmp_path / "link.GGUF").symlink_to(tmp_path / "a.gguf")
     result = hra_fx.save_as_lora(adapted("q_proj"), tmp_path / "link.GGUF", rank=2)
     assert (result.format, result.rank) == ("gguf", 2)
@@ -161,10 +161,10 @@ def test_the_result_says_what_was_written(tmp_path: Path) -> None:
 
 PROMPT = [1, 50, 77, 120, 9, 20, 33]
 COUNT = 12
-#: Of a log-probability. Everything is computed in float32, whose rounding errors add up to 4e-6 in these models.
+#: Tolerance of log-probabilities. Everything is float32, whose rounding errors add up to 4e-6 in these models.
 EXACT = 2e-5
-#: llama.cpp rounds the inputs of its GELU to half precision (2^-11), where the last bit of float32 can decide. That bit
-#: and the random weights depend on the CPU: 5.7e-4 was seen.
+#: llama.cpp rounds the inputs of its GELU to half precision (2^-11), and the last bit of float32 can change the result.
+#: This bit and the random weights depend on the CPU: 5.7e-4 was measured.
 TABULATED = 1e-3
 _WITH_GELU = ("gemma", "gemma2", "gemma3_text", "gpt2", "phi", "starcoder2")
 
@@ -180,14 +180,14 @@ def linears(model: nn.Module) -> list[str]:
 
 
 def adapt(model: nn.Module, *targets: str) -> None:
-    """Add an adapter that rotates far."""
+    """Add an adapter with random vectors."""
     hra_fx.transform(model, hra_fx.HRAConfig(r=4, target_modules=list(targets) or linears(model)))
-    randomise(model, seed=3)  # no model ends its text early with it
+    randomise(model, seed=3)  # with this seed, no model ends its text early
 
 
 @torch.no_grad()
 def log_probabilities(model: nn.Module, continuation: Continuation, prompt: list[int] = PROMPT) -> Tensor:
-    """What PyTorch says at each token of a continuation: `(count, vocabulary)`."""
+    """PyTorch's log-probabilities at each token of a continuation: `(count, vocabulary)`."""
     ids = torch.tensor([prompt + continuation.tokens])
     logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
     return logits.double().log_softmax(dim=-1)
@@ -201,7 +201,7 @@ def check(model: nn.Module, continuation: Continuation, tolerance: float = EXACT
 
 
 def answer(base: Path, *adapters: Path) -> Continuation:
-    """What llama.cpp says with adapters."""
+    """llama.cpp's continuation with adapters."""
     return complete(serve(base, *adapters), PROMPT, COUNT, VOCABULARY)
 
 

@@ -1,4 +1,4 @@
-"""Architectures of transformers with experts: PEFT computes what the adapted model does, or a layer is refused."""
+"""Architectures of transformers with experts: PEFT computes the same as the adapted model, or a layer is refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ARCHITECTURES = {entry.name.partition("/")[2]: entry.build for entry in DECODERS
     "nemotron_h": hugging("NemotronHForCausalLM", **TEXT | EXPERTS),
     "longcat_flash": hugging("LongcatFlashForCausalLM", **TEXT | EXPERTS | LATENT | OF_LONGCAT),
 }
-#: Shared experts whose names PEFT converts, both layouts of experts, and a router with a forward of its own.
+#: Shared experts whose names PEFT converts, both layouts of experts, and a router with its own forward.
 SOME = ("dots1", "gpt_oss", "llama4")
 REASONS = re.compile(
     "is the output projection of attention|has its own forward|has groups|that another module reads|"
@@ -66,7 +66,7 @@ def outputs(model: nn.Module) -> Tensor:
 
 
 def adapted(base: nn.Module, **fields: Any) -> nn.Module:
-    """A copy with random adapters, on its experts and all layers if not said otherwise."""
+    """A copy with random adapters, by default on its experts and all layers."""
     targets = {"r": 2, "target_modules": "all-linear", "target_parameters": experts_of(base)}
     model = hra_fx.transform(copy.deepcopy(base), hra_fx.HRAConfig(**targets | fields))
     randomise(model)
@@ -74,7 +74,7 @@ def adapted(base: nn.Module, **fields: Any) -> nn.Module:
 
 
 def expressible(base: nn.Module) -> tuple[nn.Module, Tensor]:
-    """A copy with adapters on all that is not refused, and its outputs."""
+    """A copy with adapters on everything that LoRA supports, and its outputs."""
     excluded: list[str] = []
     experts = experts_of(base)
     while True:

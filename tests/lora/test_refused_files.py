@@ -1,6 +1,6 @@
 """Adapters and base models on disk that cannot be converted to LoRA.
 
-The folds on disk have the same checks of files, and the tests of their messages. Here is one file for each check that
+Folds on disk have the same checks of files, and their tests compare all messages. Here, one case shows that each check
 is called.
 """
 
@@ -33,7 +33,7 @@ def refused(folder: Path, *adapters: str, kind: type[HRAError] = CheckpointError
 
 
 def one_layer(folder: Path, weight: torch.Tensor) -> None:
-    """A base with one weight, and an adapter of its layer."""
+    """Save a base with one weight, and an adapter of its layer."""
     (folder / "base").mkdir()
     save_file({"0.weight": weight}, folder / "base" / "model.safetensors")
     made.stack_adapter(folder / "adapter", layers=1)
@@ -121,7 +121,7 @@ def test_a_square_weight_of_an_unknown_model(tmp_path: Path) -> None:
         assert layer.fan_in_fan_out is bool(columns)
 
 
-def test_adapters_that_exclude_each_other(tmp_path: Path) -> None:
+def test_adapters_that_cannot_be_combined(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="adapters must name at least one adapter"):
         read_as_lora([], tmp_path)
     made.base_of(made.bert("BertForSequenceClassification"), tmp_path / "base")

@@ -1,4 +1,4 @@
-"""Checkpoints of tiny models, adapters for them, what the fold in memory makes of both, and refused folds on disk."""
+"""Checkpoints of tiny models, adapters for them, their folds in memory, and checks of failed folds on disk."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ CASES: dict[str, tuple[Callable[[], Any], list[str], torch.dtype, dict[str, Any]
 
 
 def base_of(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Path:
-    """The checkpoint of a model with random numbers everywhere."""
+    """Save a model with random parameters."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -79,7 +79,7 @@ def base_of(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16, **opt
 
 
 def adapter_of(model: Any, folder: Path, *targets: str, seed: int = 2, **fields: Any) -> Path:
-    """An adapter of ours with vectors of any length, for a copy of the model."""
+    """Save an adapter with random vectors, of a copy of the model."""
     adapted = copy.deepcopy(model)
     torch.manual_seed(seed)
     hra_fx.transform(adapted, hra_fx.HRAConfig(**{"r": 3, "target_modules": list(targets), **fields}))
@@ -92,7 +92,7 @@ def adapter_of(model: Any, folder: Path, *targets: str, seed: int = 2, **fields:
 
 
 def folded_in_memory(model: Any, folder: Path, *adapters: Path) -> Path:
-    """What `fold` and `save_pretrained` make of it."""
+    """Save the model after `fold` of the adapters, in order."""
     for adapter in adapters:
         hra_fx.fold(hra_fx.load_adapter(model, adapter))
     model.save_pretrained(folder)
@@ -104,7 +104,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The numbers of a floating tensor, numbered in their order."""
+    """Integers in the order of the values: neighbors differ by 1."""
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
     whole = tensor.view(kind).long()
     least = torch.iinfo(kind).min
@@ -112,7 +112,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def equal_but_for_steps(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    """The same keys, shapes and dtypes, and nearly all numbers at most one step of their dtype apart."""
+    """Check keys, shapes and dtypes, and that nearly all values differ by at most one unit in the last place."""
     assert one.keys() == other.keys()
     for key, tensor in one.items():
         assert (tensor.dtype, tensor.shape) == (other[key].dtype, other[key].shape), key
@@ -125,7 +125,7 @@ def picture(folder: Path) -> dict[str, bytes]:
 
 
 def linear_stack(folder: Path, layers: int = 3, width: int = 6, dtype: torch.dtype = torch.float32) -> Path:
-    """A checkpoint of no library, one file to a layer, and an index."""
+    """Save a checkpoint without config.json: one file for each layer, and an index."""
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     places = {}
@@ -148,7 +148,7 @@ def stack_adapter(folder: Path, layers: int = 3, width: int = 6, seed: int = 3, 
 
 
 def refused(tmp_path: Path, adapter: Any = None, kind: type[HRAError] = CheckpointError, **options: Any) -> str:
-    """The message, without the folder of the test, after a look that nothing was written or changed."""
+    """Return the message without the folder of the test; nothing was written or changed."""
     before = {name: picture(tmp_path / name) for name in ("base", "adapter", "out")}
     names = {path.name for path in tmp_path.iterdir()}
     where = {"base_dir": tmp_path / "base", "out_dir": tmp_path / "out", **options}
@@ -176,7 +176,7 @@ def add(tmp_path: Path, **tensors: torch.Tensor) -> None:
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """The system refuses to write larger files, as on a full disk."""
+    """Context manager in which larger files cannot be written, as on a full disk."""
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

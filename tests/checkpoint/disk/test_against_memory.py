@@ -1,4 +1,4 @@
-"""Folds on disk give the files of a fold in memory and `save_pretrained`, and of PEFT."""
+"""Folds on disk, compared with the files that `fold` and `save_pretrained` write, and with PEFT's merge."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import hra_fx
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*untied.*:hra_fx.HRAWarning"),
-    # PEFT asks transformers for it, wherever it opens an adapter.
+    # PEFT reads it from transformers models when it loads an adapter.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 
@@ -31,7 +31,7 @@ pytestmark = [
 def folded(
     tmp_path: Path, build: Callable[[], Any], targets: list[str], dtype: torch.dtype = torch.bfloat16, **fields: Any
 ) -> Any:
-    """The report of a fold on disk, whose tensors are those of the fold in memory."""
+    """Fold on disk, compare the tensors with the fold in memory, and return the report."""
     model = build()
     base = made.base_of(model, tmp_path / "base", dtype, max_shard_size="6KB")
     adapter = made.adapter_of(model, tmp_path / "adapter", *targets, **fields)
@@ -43,7 +43,7 @@ def folded(
 
 
 @pytest.mark.parametrize("name", made.CASES)
-def test_a_checkpoint_is_what_the_fold_in_memory_saves(tmp_path: Path, name: str) -> None:
+def test_a_checkpoint_equals_the_fold_in_memory(tmp_path: Path, name: str) -> None:
     build, targets, dtype, fields = made.CASES[name]
     report = folded(tmp_path, build, targets, dtype, **fields)
     assert (tmp_path / "out" / "config.json").read_bytes() == (tmp_path / "base" / "config.json").read_bytes()
@@ -55,7 +55,7 @@ def tied() -> Any:
 
 
 def detector() -> Any:
-    """It ties layers in numbered blocks: those of its heads."""
+    """A model that ties layers in numbered blocks: its heads."""
     backbone = {"embedding_size": 8, "hidden_sizes": [8] * 4, "depths": [1] * 4, "out_features": ["stage3", "stage4"]}
     sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2, "num_queries": 4}
     sizes |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "num_feature_levels": 2}
@@ -90,7 +90,7 @@ TIED: dict[str, tuple[Callable[[], Any], list[str], dict[str, Any], dict[str, st
 
 
 @pytest.mark.parametrize("name", TIED)
-def test_what_was_tied_gets_a_place_of_its_own(tmp_path: Path, name: str) -> None:
+def test_tied_weights_are_untied(tmp_path: Path, name: str) -> None:
     build, targets, fields, untied = TIED[name]
     report = folded(tmp_path, build, targets, **fields)
     assert untied.items() <= report.untied.items()
@@ -104,18 +104,18 @@ def test_what_was_tied_gets_a_place_of_its_own(tmp_path: Path, name: str) -> Non
     assert not any(torch.equal(state[key], state[source]) for key, source in untied.items() if key.endswith(".weight"))
 
 
-def test_a_model_that_ties_again_when_it_is_loaded_is_named(tmp_path: Path) -> None:
+def test_a_model_that_ties_weights_when_loaded_is_a_warning(tmp_path: Path) -> None:
     with pytest.warns(hra_fx.HRAWarning, match="T5Config sets tie_word_embeddings=True when it is loaded"):
         report = folded(tmp_path, made.t5, ["q", "lm_head"])
     assert set(report.untied) == {"lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
 
 
-def test_embeddings_that_were_trained_as_one_stay_one(tmp_path: Path) -> None:
+def test_embeddings_that_were_trained_together_stay_tied(tmp_path: Path) -> None:
     report = folded(tmp_path, tied, ["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
     assert not report.untied and report.given == ("model.embed_tokens.weight",)
 
 
-def test_several_adapters_go_in_one_after_the_other(tmp_path: Path) -> None:
+def test_several_adapters_are_folded_in_order(tmp_path: Path) -> None:
     model = made.llama()
     base = made.base_of(model, tmp_path / "base", torch.float32)
     first = made.adapter_of(model, tmp_path / "first", "q_proj", "o_proj", seed=4)
@@ -130,11 +130,11 @@ def test_several_adapters_go_in_one_after_the_other(tmp_path: Path) -> None:
         assert relative_error(folded[name], due) < 1e-7, name
 
 
-# ---- against PEFT, which merges an adapter into a model in memory ----
+# ---- compared with PEFT, which merges an adapter into a model in memory ----
 
 
 def peft_adapter(model: Any, folder: Path, targets: Any, **fields: Any) -> Any:
-    """Write an adapter with random vectors by PEFT; its model."""
+    """Save an adapter with random vectors with PEFT, and return its model."""
     torch.manual_seed(3)
     wrapped: Any = peft.get_peft_model(model, peft.HRAConfig(**{"r": 4, "target_modules": targets, **fields}))
     with torch.no_grad():
@@ -146,7 +146,7 @@ def peft_adapter(model: Any, folder: Path, targets: Any, **fields: Any) -> Any:
 
 
 def pipeline(folder: Path) -> dict[str, Any]:
-    """A pipeline's folder with two parts that are adapted, and one that is not."""
+    """Save a pipeline with two parts to adapt and one other part."""
     parts = {"unet": unet(), "text_encoder": text_encoder()}
     for name, model in parts.items():
         made.base_of(model, folder / name, torch.float16)
@@ -157,7 +157,7 @@ def pipeline(folder: Path) -> dict[str, Any]:
 
 
 def changed(one: Path, other: Path) -> set[str]:
-    """The files with another content in the other folder, which has the same files."""
+    """The files that differ between two folders with the same names of files."""
     before, after = made.picture(one), made.picture(other)
     assert before.keys() == after.keys()
     return {name for name in before if before[name] != after[name]}

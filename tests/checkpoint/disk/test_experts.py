@@ -1,4 +1,4 @@
-"""Adapters of experts, folded on disk: what `fold` in memory saves, and the dense products, for both kinds of files."""
+"""Folding adapters of experts on disk, compared with dense products and `fold` in memory, for both layouts of files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hra_fx.lora.from_files import read_as_lora
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*untied.*:hra_fx.HRAWarning")
 
-#: Models whose experts have the same names in files, or other names. Those left out have the names of Qwen3.
+#: Models whose experts have the same names in files, or other names. Other models have the names of Qwen3.
 ALL = ("mixtral", "qwen3_moe", "gpt_oss", "llama4", "granitemoe", "jamba", "phimoe", "ernie4_5_moe")
 _MARK = ".hra_u"
 
@@ -32,7 +32,7 @@ def adapter_of(model: Any, folder: Path, *targets: str, **fields: Any) -> Path:
 
 
 def vectors_of(folder: Path) -> dict[str, Tensor]:
-    """The parameter of the model -> the vectors of its experts."""
+    """Name of a parameter in the model -> the vectors of its experts."""
     found = {}
     for key, tensor in load_file(folder / "adapter_model.safetensors").items():
         owner, _, last = key.removeprefix("base_model.model.").removesuffix(_MARK).rpartition(".")
@@ -42,7 +42,7 @@ def vectors_of(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_loaded_experts_are_the_dense_products(name: str, tmp_path: Path) -> None:
+def test_loaded_experts_equal_the_dense_products(name: str, tmp_path: Path) -> None:
     model: Any = built(name)
     base = made.base_of(model, tmp_path / "base", torch.float64, max_shard_size="12KB")
     assert len(list(base.glob("*.safetensors"))) > 1
@@ -66,11 +66,11 @@ def _converter(sources: list[str], target: str, *operations: Any) -> Any:
 
 
 NAMES = ("gate_up_proj", "down_proj")
-#: What converts the experts of Qwen3-MoE -> the tensors of a checkpoint, made from its two parameters.
+#: Converters for the experts of Qwen3-MoE, and the tensors in a checkpoint for its two parameters.
 CONVERSIONS: dict[str, tuple[list[Any], Callable[[Tensor, Tensor], dict[str, Tensor]]]] = {
     "transposes by shape": (
         [_converter([f"experts.{name}"], f"experts.{name}", Transpose(1, 2, check_dims=True)) for name in NAMES],
-        # The second is square, which counts as having the right shape.
+        # The second one is square, so it is not transposed.
         lambda gate_up, down: {"gate_up_proj": gate_up.mT, "down_proj": down},
     ),
     "joins": (
@@ -85,13 +85,13 @@ CONVERSIONS: dict[str, tuple[list[Any], Callable[[Tensor, Tensor], dict[str, Ten
 
 
 def convert_by(monkeypatch: pytest.MonkeyPatch, *converters: Any) -> None:
-    """Let transformers load Qwen3-MoE by other conversions, as it loads other models."""
+    """Let transformers load Qwen3-MoE with the conversions of other models."""
     conversion_mapping.get_checkpoint_conversion_mapping("qwen3_moe")  # fills the cache
     monkeypatch.setitem(conversion_mapping._checkpoint_conversion_mapping_cache, "qwen3_moe", list(converters))
 
 
 @pytest.mark.parametrize("name", CONVERSIONS)
-def test_what_transformers_makes_of_the_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversions_of_transformers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     converters, split = CONVERSIONS[name]
     convert_by(monkeypatch, *converters)
     model: Any = built("qwen3_moe")

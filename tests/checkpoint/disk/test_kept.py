@@ -1,6 +1,6 @@
-"""A fold on disk keeps everything else byte for byte, and the folders when it fails; `verify` finds damage.
+"""A fold on disk keeps everything else byte for byte, and all folders after an error; `verify` finds damage.
 
-It matches names with and without a model's prefix.
+Names in files may have or lack the prefix of a model.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ def test_the_prefix_of_a_model_with_a_head(tmp_path: Path, saved: str, adapted: 
         torch.testing.assert_close(made.tensors(tmp_path / "out")[name], theirs[name.removeprefix("bert.")])
 
 
-def test_columns_are_known_by_the_prefix_too(tmp_path: Path) -> None:
-    """The checkpoint of GPT-2 on the Hub has no prefix, and its class has."""
+def test_columns_are_found_without_the_prefix(tmp_path: Path) -> None:
+    """The names in GPT-2's checkpoint on the Hub lack the prefix that its class has."""
     model = made.gpt2("GPT2Model")
     base = made.base_of(model, tmp_path / "base", torch.float32)
     config = json.loads((base / "config.json").read_text())
@@ -151,7 +151,7 @@ def test_a_head_that_the_base_does_not_have_is_added(tmp_path: Path) -> None:
     assert torch.equal(loaded.classifier.weight, state["classifier.weight"])
 
 
-def test_links_are_followed_as_in_the_cache_of_the_hub(tmp_path: Path) -> None:
+def test_links_are_followed_as_in_the_hub_cache(tmp_path: Path) -> None:
     base = made.linear_stack(tmp_path / "blobs", layers=2)
     (tmp_path / "base").mkdir()
     for file in base.iterdir():
@@ -164,7 +164,7 @@ def test_links_are_followed_as_in_the_cache_of_the_hub(tmp_path: Path) -> None:
 
 
 def test_layers_that_the_model_does_not_load_need_no_vectors(tmp_path: Path) -> None:
-    """As the blocks of some checkpoints that predict further tokens."""
+    """Such as the blocks for multi-token prediction in some checkpoints."""
     model = made.llama()
     base = made.base_of(model, tmp_path / "base")
     extra = {"model.layers.2.self_attn.q_proj.weight": torch.ones(16, 16)}
@@ -173,7 +173,7 @@ def test_layers_that_the_model_does_not_load_need_no_vectors(tmp_path: Path) -> 
     assert len(hra_fx.fold_checkpoint(base, adapter, tmp_path / "out").rotated) == 2
 
 
-def test_an_empty_folder_is_taken_and_a_full_one_replaced_if_asked(
+def test_an_empty_folder_is_used_and_a_full_one_replaced_with_overwrite(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     base, adapter = made.linear_stack(tmp_path / "base"), made.stack_adapter(tmp_path / "adapter")
@@ -186,11 +186,11 @@ def test_an_empty_folder_is_taken_and_a_full_one_replaced_if_asked(
     shutil.rmtree(tmp_path / "out")
     hra_fx.fold_checkpoint(base, adapter, tmp_path / "new" / "deep" / "out", columns=[])
     assert made.picture(tmp_path / "new" / "deep" / "out") == due
-    assert capfd.readouterr() == ("", ""), "there is no progress bar without a terminal"
+    assert capfd.readouterr() == ("", ""), "a progress bar without a terminal"
 
 
 def test_layers_that_have_other_names_in_the_file(tmp_path: Path) -> None:
-    """As in checkpoints of LLaVA from earlier versions of transformers."""
+    """As in LLaVA checkpoints of earlier transformers releases."""
     sizes = made.SMALL | {"num_hidden_layers": 1}
     vision = transformers.CLIPVisionConfig(
         **{key: sizes[key] for key in sizes if key != "vocab_size"}, image_size=8, patch_size=4
@@ -212,10 +212,10 @@ def test_layers_that_have_other_names_in_the_file(tmp_path: Path) -> None:
     assert report.rotated and report.given and not report.untied
 
 
-# ---- disks that refuse ----
+# ---- disks that are full ----
 
 
-def test_a_disk_that_refuses_leaves_the_old_folder(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_folder(tmp_path: Path) -> None:
     stack(tmp_path, layers=4, width=64)
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     big = {"3.weight": torch.ones(400, 64), "3.bias": torch.ones(400)}
@@ -237,7 +237,7 @@ def test_a_disk_that_refuses_leaves_the_old_folder(tmp_path: Path) -> None:
 
 
 def test_a_base_that_is_larger_than_the_disk_is_refused_at_once(tmp_path: Path) -> None:
-    """A file with a hole, of 2 TiB."""
+    """A sparse file of 2 TiB."""
     stack(tmp_path)
     base = tmp_path / "base"
     size = 1 << 41
@@ -303,7 +303,7 @@ def test_reflections_that_nearly_cancel_each_other_pass(tmp_path: Path, dtype: t
     assert relative_error(folded, dense_weight(weight, dense_q(near))) < max(torch.finfo(dtype).eps, 1e-12)
 
 
-def test_a_file_that_was_copied_and_differs(tmp_path: Path) -> None:
+def test_a_copied_file_that_differs(tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     for file in (one, other):
         file.write_bytes(b"the same")

@@ -1,4 +1,4 @@
-"""What a fold on disk refuses: the error names the file and the reason, and nothing is written."""
+"""Errors of a fold on disk name the file and the reason, and nothing is written."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def one_layer(folder: Path, weight: Tensor, vectors: Tensor, name: str = "0.weig
 
 
 def with_tensors(tensors: dict[str, Tensor], *, instead: bool = False, **config: Any) -> Callable[[Path], None]:
-    """What adds tensors to the adapter of a stack, or replaces all, and changes its configuration."""
+    """Return a function that adds tensors to the adapter of a stack or replaces all, and edits its configuration."""
 
     def arrange(folder: Path) -> None:
         stack(folder)
@@ -57,7 +57,7 @@ def other_head(folder: Path) -> None:
 
 
 def overflow(folder: Path) -> None:
-    """A row whose norm exceeds the largest float16 is rotated onto one axis; no entry of the base does."""
+    """A row with a norm above the largest float16 is rotated onto one axis. No entry of the base is that large."""
     vector = torch.full((6, 1), 1 / 6**0.5)
     vector[0] -= 1
     one_layer(folder, torch.full((2, 6), 60000.0).half(), vector)
@@ -71,7 +71,6 @@ def shared_tensor(folder: Path) -> None:
 
 
 def adapter_in_the_base(folder: Path) -> None:
-    """An adapter in the folder of the base, and a stack."""
     stack(folder)
     hra_fx.HRAConfig(target_modules=["0"]).save_pretrained(folder / "base")
 
