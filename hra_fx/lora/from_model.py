@@ -59,6 +59,7 @@ def lora_adapter(
     layers = _checked_layers(root, state, names)
     placed = {f"{prefix}{path}": layer for path, layer in layers.items()}
     check_names(placed, model_type_of(whole), renamings_of(whole))
+    check_places(whole, placed)
     check_reads(whole, placed)
     present = {path: [name for name in names if name in layer.hra_u] for path, layer in layers.items()}
     configs = [state.configs[name] for name in names]
@@ -87,7 +88,6 @@ def _checked_layers(root: nn.Module, state: AdapterState, names: tuple[str, ...]
     check_copies(root, collect_parts(root), names)
     paths = {path for name in names for path in layers_with(root, state, name)}
     layers = {path: layer for path, layer in adapted_layers(root).items() if path in paths}
-    check_places(root, layers)
     for path, layer in layers.items():
         check_expressible(path, layer, root.get_submodule(path.rpartition(".")[0]))
     return layers

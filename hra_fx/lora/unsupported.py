@@ -101,11 +101,11 @@ def _plain(layer: AdaptedLayer, x: Tensor, weight: Tensor) -> Tensor:
     return x @ (weight if layer.hra_u.fan_in_fan_out else weight.mT)
 
 
-def check_places(root: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Check that no layer belongs to several modules, because PEFT's LoRA would replace it only in the first one."""
+def check_places(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Check that no layer belongs to several modules of the whole model: PEFT's LoRA would replace it in one only."""
     paths = {layer: path for path, layer in layers.items()}
     owners: dict[str, list[str]] = {}
-    for owner, module in root.named_modules():
+    for owner, module in model.named_modules():
         for name, child in module._modules.items():
             if child in paths:
                 owners.setdefault(paths[child], []).append(f"{owner}.{name}".lstrip("."))

@@ -106,6 +106,12 @@ def test_a_layer_where_peft_computes_something_else(path: str) -> None:
     refused(model, UnsupportedLayerError, rf"^block\.{path}: .* {reason}")
 
 
+def test_a_layer_of_the_transformed_part_that_is_also_outside_of_it() -> None:
+    model = copy.deepcopy(nn.ModuleDict({"a": nn.Sequential(SHARED), "b": nn.Sequential(SHARED)}))
+    hra_fx.transform(model["a"], HRAConfig(r=2, target_modules=["0"]))
+    refused(model, UnsupportedLayerError, r"^a\.0: this layer is also b\.0, but PEFT")
+
+
 def test_a_layer_in_a_shared_module_is_supported() -> None:
     block = nn.Sequential(nn.Linear(6, 6))
     model = hra_fx.transform(nn.Sequential(block, block), HRAConfig(r=2, target_modules=["0.0"], init_weights=False))
