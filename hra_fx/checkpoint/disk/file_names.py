@@ -11,7 +11,7 @@ A changed tensor that transformers ties to another gets its own entry in the fil
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -233,13 +233,7 @@ def untying(names: FileNames, changed: Mapping[str, Tensor | None]) -> Untying:
     architecture = names.architecture
     model: Any = architecture.model
     if model is None:
-        # Models tie embeddings and output layers. These are not in a numbered block.
-        outside = [name for name in changed if not any(part.isdigit() for part in name.split("."))]
-        if outside and f'"{TIE_SETTING}": true' in json.dumps(architecture.entries):
-            raise FoldError(
-                f"{architecture.folder / 'config.json'}: {TIE_SETTING} is True, but transformers does not support this "
-                f"model, so it is unknown which tensors are tied to {outside[0]}. {IN_MEMORY}"
-            )
+        _refuse_unknown_ties(architecture, changed)
         return Untying()
     own, groups = _ties(architecture)
     # Name in the model -> the caller's name.
@@ -267,6 +261,16 @@ def untying(names: FileNames, changed: Mapping[str, Tensor | None]) -> Untying:
         configs=tuple(configs),
         retied_by=tuple(dict.fromkeys(retied)),
     )
+
+
+def _refuse_unknown_ties(architecture: Architecture, changed: Iterable[str]) -> None:
+    # Models tie embeddings and output layers. These are not in a numbered block.
+    outside = [name for name in changed if not any(part.isdigit() for part in name.split("."))]
+    if outside and f'"{TIE_SETTING}": true' in json.dumps(architecture.entries):
+        raise FoldError(
+            f"{architecture.folder / 'config.json'}: {TIE_SETTING} is True, but transformers does not support this "
+            f"model, so it is unknown which tensors are tied to {outside[0]}. {IN_MEMORY}"
+        )
 
 
 def untied_config(architecture: Architecture, paths: Sequence[tuple[str, ...]]) -> bytes:

@@ -59,8 +59,8 @@ def requests_of(adapters: Iterable[Adapter], names: FileNames) -> tuple[dict[str
     for adapter in adapters:
         if tokens := adapter.config.trainable_token_indices:
             raise CheckpointError(
-                f"{adapter.file}: trains tokens (trainable_token_indices={tokens}), which files cannot be changed "
-                f"with. {IN_MEMORY}"
+                f"{adapter.file}: trains tokens (trainable_token_indices={tokens}), which is not supported for files. "
+                f"{IN_MEMORY}"
             )
         for path, chain in adapter.chains.items():
             refs = names.weights_of(path) or [TensorRef(_weight_name(path))]
