@@ -86,6 +86,7 @@ class Resume:
         config = self.config
         anchor = anchor_rank(config.r, apply_GS=config.apply_GS)
         ranks = {"rank_pattern": config.rank_pattern} if config.rank_pattern else {}
+        # "anchor" is only for version 0.2, which reads it.
         return {RESUME: json.dumps({"r": config.r, "apply_GS": config.apply_GS, "anchor": anchor, **ranks})}
 
 

@@ -57,23 +57,16 @@ def test_the_fields_that_llama_cpp_reads(tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["a.gguf"]
 
 
-def test_all_layers_have_one_rank(tmp_path: Path) -> None:
-    low, high = layer("model.layers.11.mlp.up_proj", 1), layer("model.layers.2.mlp.down_proj", 3)
-    tensors = write(tmp_path / "a.gguf", low, high)
-    a, b = tensors["blk.11.ffn_up.weight.lora_a"].data, tensors["blk.11.ffn_up.weight.lora_b"].data
-    assert a.shape == (3, 8)
-    assert b.shape == (8, 3)
-    torch.testing.assert_close(torch.tensor(b @ a), (low.B @ low.A).float())
-    assert (tensors["blk.2.ffn_down.weight.lora_a"].data == high.A.float().numpy()).all()
-
-
 @pytest.mark.parametrize(("dtype", "name"), [(torch.float32, "F32"), (torch.float16, "F16"), (torch.bfloat16, "BF16")])
-def test_dtypes(dtype: torch.dtype, name: str, tmp_path: Path) -> None:
-    found = layer("model.layers.0.mlp.up_proj", 2)
-    tensor = write(tmp_path / "a.gguf", found, dtype=dtype)["blk.0.ffn_up.weight.lora_a"]
-    assert tensor.tensor_type.name == name
-    values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    assert (values == found.A.to(dtype).float().numpy()).all()
+def test_all_factors_have_one_rank_and_the_dtype(dtype: torch.dtype, name: str, tmp_path: Path) -> None:
+    low, high = layer("model.layers.11.mlp.up_proj", 1), layer("model.layers.2.mlp.down_proj", 3)
+    tensors = write(tmp_path / "a.gguf", low, high, dtype=dtype)
+    assert {tensor.tensor_type.name for tensor in tensors.values()} == {name}
+    values = {key: torch.tensor(gguf.quants.dequantize(each.data, each.tensor_type)) for key, each in tensors.items()}
+    a, b = values["blk.11.ffn_up.weight.lora_a"], values["blk.11.ffn_up.weight.lora_b"]
+    assert (a.shape, b.shape) == ((3, 8), (8, 3))
+    torch.testing.assert_close(b @ a, low.B.to(dtype).float() @ low.A.to(dtype).float())
+    assert torch.equal(values["blk.2.ffn_down.weight.lora_a"], high.A.to(dtype).float())
 
 
 def test_every_supported_architecture_is_tested() -> None:
