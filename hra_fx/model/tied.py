@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from hra_fx.compat import is_wrapper_subclass, state_modules, tied_names
+from hra_fx.compat import is_traceable_wrapper_subclass, state_modules, tied_names
 from hra_fx.layers.accelerate_hooks import stored
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.readers import chains_of
@@ -51,7 +51,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _unwrap(tensor: Any) -> Tensor:
     """Return a tensor that has memory. A wrapper subclass (a quantized weight) has its memory in inner tensors."""
-    while is_wrapper_subclass(tensor):
+    while is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         tensor = getattr(tensor, names[0])
     return tensor  # type: ignore[no-any-return]
