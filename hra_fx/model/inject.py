@@ -166,7 +166,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         raise AdapterError(reason)
     was_active = name in state.active
     remove_adapters(root, state, (name,))
-    following = next(iter(state.configs)) if was_active and not state.active and state.configs else None
+    following = next(iter(state.configs), None) if was_active and not state.active else None
     if following is not None:
         activate(collect_parts(root), state, (following,), trainable=not state.configs[following].inference_mode)
         text = f"adapter {name!r} was active and is deleted; {following!r} is active now."
@@ -208,4 +208,4 @@ def remove_adapters(root: nn.Module, state: AdapterState, names: tuple[str, ...]
         unfreeze(root, state.frozen)
         clear_state(root)
     elif plain and isinstance(root, fx.GraphModule):
-        rewrite(root, ExitStack())
+        rewrite(root, ExitStack())  # the undo steps are not needed

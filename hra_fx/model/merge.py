@@ -266,7 +266,7 @@ def check_whole(model: nn.Module) -> None:
 
 def check_no_ties(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
     """Check that no weight shares memory with other tensors, so that it can be written in place."""
-    for path, others in ties_of(model, layers).items():
+    for path, others in ties_of(model, layers).items():  # the first one is enough
         (_, name), full = weight_place(layers[path]), weight_entry(path, layers[path])
         raise FoldError(
             f"{full}: it shares memory with {', '.join(others)}, which merging in place would change too. Untie it "
@@ -275,8 +275,8 @@ def check_no_ties(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
         )
 
 
-def check_floating(layers: Mapping[str, AdaptedLayer], names: Iterable[str], hint: str = "") -> None:
-    """Check that no weight is quantized. `hint` is a sentence that says how to fold quantized weights."""
+def check_floating(layers: Mapping[str, AdaptedLayer], names: Iterable[str], hint: str) -> None:
+    """Check that no weight is quantized. `hint` is a sentence that says what to do instead."""
     folded = set(names)
     here = {path: layer for path, layer in layers.items() if folded & set(layer.hra_u)}
     found = {path: scheme for path, layer in here.items() if (scheme := quant_scheme_of(layer))}

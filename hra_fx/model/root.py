@@ -167,7 +167,7 @@ class AdaptedBody(SwapMixin):
         @functools.wraps(base.forward)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             run = RUNNING.run
-            if run is None or not run.factors:  # of a model whose forward another tool has set
+            if run is None or not run.factors:  # called alone, or from a `forward` that another tool has set
                 is_whole = not (is_compiling() or is_replica(self) or is_sharded(self))
                 layers = [part for part in self.modules() if is_whole and REFLECTION in part._modules]
                 run = start_of_forward(layers)

@@ -24,7 +24,7 @@ from hra_fx.layers.tensor_parallel import half_split, is_half_split
 from hra_fx.layers.trained_copies import Copies, all_copies
 
 M = TypeVar("M")
-#: The attribute in which a transformed model stores its state.
+#: The attribute in which a transformed model stores its `AdapterState`.
 RECORD = "_hra_record"
 
 

@@ -61,7 +61,7 @@ def set_requires_grad(parts: AdaptedParts, wanted: Mapping[str, bool]) -> None:
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return the numbers of trainable and of all parameters, counted as in PEFT: a trained bias counts once."""
-    waiting = {
+    waiting = {  # biases of the base model while a trained copy is in use
         id(copies.get(owner, BASE, "bias"))
         for owner, copies in all_copies(model).values()
         if set(copies.in_place) == {"bias"} and copies.in_place["bias"] != BASE
@@ -139,16 +139,16 @@ def _untie(model: nn.Module, state: AdapterState, tensors: Collection[TensorRef]
 def to_copy(
     model: nn.Module, config: HRAConfig, layers: Mapping[str, nn.Module]
 ) -> dict[str, tuple[nn.Module, tuple[str, ...]]]:
-    """Path -> (module, names of its tensors)."""
+    """The tensors that an adapter trains in full (modules and biases): path -> (module, names of its tensors)."""
     found: dict[int, tuple[str, nn.Module, tuple[str, ...]]] = {}
     for root, saved in saved_modules(model, config).items():
         for below, owner in state_modules(saved):
-            if names := own_tensors(owner) if _is_base(f"{below}.") else ():
+            if names := own_tensors(owner) if _is_base(below) else ():
                 found.setdefault(id(owner), (f"{root}.{below}".rstrip("."), owner, names))
     owners = state_modules(model) if config.bias == "all" else layers.items() if config.bias == "hra_only" else ()
     for path, owner in owners:
         names = tuple(name for name in _BIASES if owner._parameters.get(name) is not None)
-        if _is_base(f"{path}.") and names:
+        if _is_base(path) and names:
             found.setdefault(id(owner), (path, owner, names))
     return {path: (owner, names) for path, owner, names in found.values()}
 
@@ -174,6 +174,7 @@ def _why_not_copied(owner: nn.Module, names: tuple[str, ...]) -> str | None:
 
 
 def _is_base(name: str) -> bool:
+    """Whether a path or the name of a tensor belongs to the base model."""
     return ADAPTER_CHILDREN.isdisjoint(name.split("."))
 
 

@@ -1,10 +1,10 @@
-"""add_adapter, set_adapter and delete_adapter: flags, modes, names, order of parameters; wrappers and torch.compile."""
+"""add_adapter, set_adapter and delete_adapter: flags, modes, names, order of parameters, wrappers."""
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 from model.many import adapted, assert_close, config, net, normal, oracle, refuses, run
 from oracles import dense_q
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 
 import hra_fx
 
@@ -184,7 +183,7 @@ def test_unknown_and_repeated_names_are_refused(use: Callable[[nn.Module, Any], 
         use(model, ["a", "b", "a"])
 
 
-# ---- which adapters act: set_adapter and delete_adapter, through wrappers and torch.compile too ----
+# ---- which adapters act: set_adapter and delete_adapter, also through wrappers ----
 
 
 class Holder(nn.Module):
@@ -228,49 +227,6 @@ def test_what_is_not_one_transformed_model_is_refused() -> None:
     ):
         with refuses(both, text):
             hra_fx.set_adapter(wrong, "a")
-
-
-# ---- `torch.compile` compiles each set of adapters once ----
-
-
-@pytest.fixture
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-def compiled_graphs() -> int:
-    return int(counters["stats"]["unique_graphs"])
-
-
-@pytest.mark.usefixtures("_fresh_dynamo")
-def test_torch_compile_compiles_a_set_once_and_sees_disabled_merged_and_scaled_adapters() -> None:
-    """The functions get the compiled model, as from a user."""
-    plain, model = adapted(net(), a=config("first", "second"), b=config("first", r=3))
-    fast, x = torch.compile(model, backend="eager", fullgraph=True), normal(4, 6)
-    sets = (["a"], [], ["a", "b"])
-    for order in sets:
-        hra_fx.set_adapter(fast, order)
-        fast(x)
-    graphs = compiled_graphs()
-    assert graphs
-    for order in (*reversed(sets), *sets):
-        hra_fx.set_adapter(fast, order)
-        assert_close(fast(x), oracle(plain, model, order, x))
-    assert compiled_graphs() == graphs
-    wanted = oracle(plain, model, ["a", "b"], x)
-    for _ in range(2):
-        with hra_fx.disable_adapters(fast):
-            assert torch.equal(fast(x), plain(x))
-        hra_fx.merge_adapter(fast, ["a"])
-        assert_close(fast(x), wanted)
-        hra_fx.unmerge_adapter(fast)
-        hra_fx.set_scale(fast, "b", 0)
-        assert_close(fast(x), oracle(plain, model, ["a"], x))
-        hra_fx.set_scale(fast, "b", 1)
-        assert_close(fast(x), wanted)
 
 
 # ---- `delete_adapter`: which adapter is active afterwards; with the last one the model is the base model again ----

@@ -14,6 +14,7 @@ from model.many import (
     adapted,
     assert_close,
     config,
+    flags,
     moved,
     net,
     normal,
@@ -211,10 +212,6 @@ def test_a_scale_that_is_not_in_the_range_is_refused(alpha: Any) -> None:
     text = f"`alpha` must be a number from 0 (base model) to 1 (full adapter), got {alpha!r}."
     with refuses(model, f"^{re.escape(text)}$"):
         hra_fx.set_scale(model, "a", alpha)
-
-
-def flags(model: nn.Module) -> dict[str, bool]:
-    return {key: parameter.requires_grad for key, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize(

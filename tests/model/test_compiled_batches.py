@@ -1,5 +1,5 @@
-"""`torch.compile(model)`: the same numbers as the model with `W Q` in its weights, one graph, one batch of factors, and
-no compilation that is not needed."""
+"""`torch.compile(model)`: the numbers of the model with `W Q` in its weights, one graph, one batch of factors, no
+unnecessary compilation."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import tiny_models
 import torch
 from adapting import adapted
+from model import many
 from one_layer import normal
 from oracles import relative_error
 from torch import Tensor, fx, nn
@@ -201,3 +202,31 @@ def test_blocks_that_are_compiled_one_by_one_share_a_graph() -> None:
         assert relative_error(model(x), wanted) < 1e-12
     assert all(found == [1] for found in seen.batches)
     assert len(seen.batches) <= len(model.blocks)
+
+
+def test_each_set_of_adapters_is_compiled_once() -> None:
+    """The functions get the compiled model, as from a user."""
+    seen = Recorder("eager")
+    plain, model = many.adapted(many.net(), a=many.config("first", "second"), b=many.config("first", r=3))
+    fast, x = torch.compile(model, backend=seen, fullgraph=True), many.normal(4, 6)
+    sets = (["a"], [], ["a", "b"])
+    for order in sets:
+        hra_fx.set_adapter(fast, order)
+        fast(x)
+    graphs = len(seen.batches)
+    assert graphs
+    for order in (*reversed(sets), *sets):
+        hra_fx.set_adapter(fast, order)
+        many.assert_close(fast(x), many.oracle(plain, model, order, x))
+    assert len(seen.batches) == graphs
+    wanted = many.oracle(plain, model, ["a", "b"], x)
+    for _ in range(2):
+        with hra_fx.disable_adapters(fast):
+            assert torch.equal(fast(x), plain(x))
+        hra_fx.merge_adapter(fast, ["a"])
+        many.assert_close(fast(x), wanted)
+        hra_fx.unmerge_adapter(fast)
+        hra_fx.set_scale(fast, "b", 0)
+        many.assert_close(fast(x), many.oracle(plain, model, ["a"], x))
+        hra_fx.set_scale(fast, "b", 1)
+        many.assert_close(fast(x), wanted)

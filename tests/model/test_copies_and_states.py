@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from model.many import SAVED, adapted, assert_close, config, net, normal, oracle, refuses, seen, turn
+from model.many import SAVED, adapted, assert_close, config, flags, net, normal, oracle, refuses, seen, turn
 from torch import Tensor, nn
 
 import hra_fx
@@ -27,7 +27,7 @@ def owned(model: nn.Module, adapter: str) -> set[int]:
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> set[int]:
-    """One step; gives the identities of the parameters that changed."""
+    """Take one step. Returns the identities of the parameters that changed."""
     before = {id(parameter): parameter.detach().clone() for parameter in model.parameters()}
     optimizer.zero_grad()
     model(normal(8, 6)).square().mean().backward()
@@ -195,10 +195,6 @@ SETTINGS = {
     "modules_to_save, all": {"modules_to_save": ["head", "norm"], "bias": "all"},
     "inference": {"inference_mode": True, "modules_to_save": ["head"]},
 }
-
-
-def flags(model: nn.Module) -> dict[str, bool]:
-    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
 
 
 def trained(model: nn.Module) -> set[str]:
