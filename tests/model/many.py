@@ -42,7 +42,7 @@ _TEXT = {
 
 
 class Net(nn.Module):
-    """Two layers to adapt, a norm, and a head to save: `(n, 6) -> (n, 3)`."""
+    """Two layers to adapt, a norm, and a head for `modules_to_save`: `(n, 6) -> (n, 3)`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Net(nn.Module):
 
 
 def net(dtype: torch.dtype = F64) -> Net:
-    """A `Net` in eval mode, the same each time."""
+    """A `Net` in eval mode, always with the same values."""
     torch.manual_seed(0)
     return Net().to(dtype).eval()
 

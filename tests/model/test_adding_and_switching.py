@@ -18,7 +18,7 @@ import hra_fx
 
 
 def test_a_model_that_deepspeed_trains_takes_no_other_adapter() -> None:
-    """The mark of ZeRO 3; the slow tests of DeepSpeed have models with its own marks."""
+    """With the attribute that ZeRO-3 sets; the slow tests of DeepSpeed use DeepSpeed itself."""
     model = adapted(net(), a=config("first"))[1]
     model.first.hra_u["a"].ds_id = None
     with refuses(model, r"^first: DeepSpeed already trains it, .* adapter 'b'\. Add it before deepspeed\.initialize"):
@@ -53,7 +53,7 @@ def test_an_adapter_can_be_added_to_a_disabled_model_and_not_to_a_plain_or_merge
 def test_another_adapter_leaves_the_order_and_the_flags(
     targets: list[str], fields: dict[str, Any], tmp_path: Path
 ) -> None:
-    """`second` has trained copies before it gets reflections, and `first` the other way round."""
+    """`second` has trained copies before it gets reflections, and `first` has reflections first."""
     saved: dict[str, Any] = {"bias": "all", "modules_to_save": ["norm"]}
     model = adapted(net(), a=config("first", **saved), b=config("second"))[1]
     hra_fx.set_adapter(model, "a")
@@ -74,7 +74,7 @@ def test_another_adapter_leaves_the_order_and_the_flags(
         assert seen() == before
 
 
-# ---- what is made in inference mode can be trained outside of it ----
+# ---- adapters that are created in inference mode can be trained outside of it ----
 
 
 def added(model: nn.Module, folder: Path) -> None:
@@ -91,7 +91,9 @@ def combined(model: nn.Module, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [added, loaded, combined])
-def test_what_is_made_in_inference_mode_is_trained_on(make: Callable[[nn.Module, Path], None], tmp_path: Path) -> None:
+def test_an_adapter_created_in_inference_mode_can_be_trained(
+    make: Callable[[nn.Module, Path], None], tmp_path: Path
+) -> None:
     """Gradients are those of the dense product."""
     plain, model = adapted(net(), a=config("second"), b=config("second", r=4))
     model.second.train()
@@ -187,7 +189,7 @@ def test_unknown_and_repeated_names_are_refused(use: Callable[[nn.Module, Any], 
 
 
 class Holder(nn.Module):
-    """What a training framework makes around a model."""
+    """A wrapper, such as those of training frameworks."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -29,7 +29,7 @@ from hra_fx.model.state import get_state
 
 
 class At(TorchFunctionMode):
-    """Does something at one call of a tensor's method, before the call itself; `calls` counts them."""
+    """Calls `do` before call number `call` of a tensor's method; `calls` counts all of them."""
 
     def __init__(self, method: Any, call: int, do: Callable[[], None]) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ def test_a_class_over_ours_is_refused_and_all_works_again_without_it(path: str) 
 
 
 def test_a_class_over_that_of_a_checkpoint_wrapper_is_refused() -> None:
-    """Paths of a `state_dict` leave the wrapper out, but FSDP shards it."""
+    """Paths of a `state_dict` do not contain the wrapper, but FSDP shards it."""
     model = hra_fx.transform(checkpoint_wrapper(net()), config("second"))
     cover(model)
     with refuses(model, r"^the model: another tool replaced its class", hra_fx.AdapterError):

@@ -110,7 +110,7 @@ def test_a_saved_lstm_runs_on_the_copies_in_place() -> None:
 
 
 class Twice(nn.Module):
-    """One head, reached by two names."""
+    """One head with two names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ def test_a_shared_module_is_copied_once(names: list[str]) -> None:
     assert model.head is model.again
     x = normal(4, 6)
     head = {f"head.{key}": getattr(model.head, key).detach() for key in ("weight", "bias")}
-    # functional_call leaves what it replaced in a module with two names, hence the copy.
+    # A copy, because functional_call does not restore a module that has two names.
     assert_close(model(x), oracle(copy.deepcopy(plain), model, ["a"], x, **head))
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 6 + 6 * 6 + 6
     hra_fx.set_adapter(model, "b")
@@ -161,7 +161,7 @@ def test_one_with_copies_acts_together_with_one_without() -> None:
 
 
 class Gate(nn.Sequential):
-    """Runs its children one by one, and owns a parameter besides."""
+    """A container with a parameter of its own."""
 
     def __init__(self) -> None:
         super().__init__(nn.Linear(8, 8), nn.ReLU())

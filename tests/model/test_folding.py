@@ -103,7 +103,7 @@ def channels_last() -> nn.Sequential:
 
 
 def halves_of_one_buffer() -> nn.Sequential:
-    """As optimizers with flat parameters lay them out: the same storage, but no common element, so not tied."""
+    """As in optimizers with flat parameters: one storage, but no common element, so the weights are not tied."""
     flat = normal(48)
     model: Any = nn.Sequential(nn.Linear(6, 4, dtype=F64), nn.Linear(4, 6, dtype=F64))
     model[0].weight, model[1].weight = (nn.Parameter(flat[:24].view(4, 6)), nn.Parameter(flat[24:].view(6, 4)))
@@ -177,7 +177,7 @@ def test_a_layer_that_cannot_be_folded_is_named_and_no_other_one_is_folded(
         fold(model)
 
 
-# ---- weights that share memory: a fold gives the layer its own and leaves the others alone, bit for bit ----
+# ---- weights that share memory: a fold unties the layer, and the others do not change ----
 
 
 class Tied(nn.Module):
@@ -337,7 +337,7 @@ def tied() -> nn.Module:
 
 
 def is_tied(model: nn.Module) -> bool:
-    """Whether the weights are one parameter, which the configuration must say too."""
+    """Whether the weights are one parameter; the configuration must agree."""
     one = model.lm_head.weight is model.model.embed_tokens.weight
     assert model.config.tie_word_embeddings is one
     return one
