@@ -97,8 +97,8 @@ def _combine(root: nn.Module, state: AdapterState, names: tuple[str, ...], adapt
     )
     spec = AdapterSpec(rank, init_weights=False)
 
-    def fill(path: str, layer: nn.Module, reflection: HouseholderAdapters) -> None:
-        reflection.put(adapter_name, spec, joint[path], None)
+    def fill(path: str, layer: nn.Module, adapters: HouseholderAdapters) -> None:
+        adapters.put(adapter_name, spec, joint[path], None)
 
     add_filled_adapter(root, state, adapter_name, checked(root, config, adapter_name), fill)
 

@@ -77,12 +77,12 @@ def inject_adapter(
     for path, layer in layers.items():
         if path in new:
             _attach(path, layer, undo)
-        reflection: Any = layer._modules[REFLECTION]
-        keep_loaded(reflection)  # its hook would search the new vectors among the tensors that it offloaded
-        undo.callback(reflection.remove, name)
-        fill(path, layer, reflection)
-        if is_dtensor(reflection.weight_of(layer)):
-            replicate(reflection, reflection.weight_of(layer))
+        adapters: Any = layer._modules[REFLECTION]
+        keep_loaded(adapters)  # its hook would search the new vectors among the tensors that it offloaded
+        undo.callback(adapters.remove, name)
+        fill(path, layer, adapters)
+        if is_dtensor(adapters.weight_of(layer)):
+            replicate(adapters, adapters.weight_of(layer))
     if new:
         _mark_readers(every, new, undo)
     if new and isinstance(model, fx.GraphModule):
@@ -93,20 +93,20 @@ def inject_adapter(
 def random_init(name: str, config: HRAConfig, *, on_meta: bool) -> AdapterFactory:
     """Create new vectors, initialized as configured."""
 
-    def fill(path: str, layer: nn.Module, reflection: HouseholderAdapters) -> None:
+    def fill(path: str, layer: nn.Module, adapters: HouseholderAdapters) -> None:
         spec = AdapterSpec(config.rank_of(path), config.apply_GS, config.init_weights)
-        weight, device = reflection.weight_of(layer), reflection.device_of(layer)
-        reflection.add(name, spec, weight.dtype, device, on_meta=on_meta)
+        weight, device = adapters.weight_of(layer), adapters.device_of(layer)
+        adapters.add(name, spec, weight.dtype, device, on_meta=on_meta)
 
     return fill
 
 
 def _attach(path: str, layer: nn.Module, undo: ExitStack) -> None:
-    reflection = adapters_for(layer)
-    reflection.layer_path = path
-    reflection.train(layer.training)
+    adapters = adapters_for(layer)
+    adapters.layer_path = path
+    adapters.train(layer.training)
     undo.callback(layer._modules.pop, REFLECTION, None)
-    layer.add_module(REFLECTION, reflection)
+    layer.add_module(REFLECTION, adapters)
     try:
         undo.callback(restore_class, layer)
         adapt_class(layer)

@@ -80,7 +80,7 @@ def merge_adapter(model: nn.Module, adapter_names: str | Iterable[str] | None = 
         return
     if state.merged:
         raise AdapterError(f"adapters {list(state.merged)} are already merged. Call unmerge_adapter first.")
-    merge(root, state, resolve_merge_order(state, adapter_names))
+    merge(root, state, resolve_merge_order(state, wanted))
 
 
 def unmerge_adapter(model: nn.Module) -> None:

@@ -177,13 +177,13 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
     reshard(model.modules())
     layers = {path: layer.hra_u for path, layer in adapted_layers(root).items() if name in layer.hra_u}
     chains: dict[str, Tensor] = {}
-    for path, reflection in layers.items() if alpha != 1 else ():
+    for path, adapters in layers.items() if alpha != 1 else ():
         try:
-            chains[path] = reflection.scaled(name, float(alpha))
+            chains[path] = adapters.scaled(name, float(alpha))
         except AdapterError as error:
             raise AdapterError(f"{path}: adapter {name!r}: {error}") from error
-    for path, reflection in layers.items():
-        reflection.scale(name, float(alpha), chains.get(path))
+    for path, adapters in layers.items():
+        adapters.scale(name, float(alpha), chains.get(path))
     if alpha != 1 and any(name in copies.copied for _, copies in all_copies(root).values()):
         text = f"adapter {name!r}: the scale only affects reflections, not trained modules and biases."
         warnings.warn(text, HRAWarning, stacklevel=2)

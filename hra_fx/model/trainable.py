@@ -49,10 +49,10 @@ def unfreeze(model: nn.Module, names: Iterable[str]) -> None:
 
 def set_requires_grad(parts: AdaptedParts, wanted: Mapping[str, bool]) -> None:
     """Train or freeze the vectors and copies of some adapters. The flags of other adapters do not change."""
-    for reflection in parts.reflections:
-        for name in reflection.specs:
+    for adapters in parts.adapters:
+        for name in adapters.specs:
             if name in wanted:
-                reflection.set_trainable(name, wanted[name])
+                adapters.set_trainable(name, wanted[name])
     for owner, copies in parts.copies:
         for name in copies.copied:
             if name in wanted:
@@ -159,8 +159,8 @@ def _why_not_copied(owner: nn.Module, names: tuple[str, ...]) -> str | None:
         return f"accelerate offloads it, and would overwrite a trained copy with the base model's tensors. {hint}"
     if isinstance(owner, _CONTAINERS):
         return f"it is a container with its own tensors ({', '.join(names)}), which cannot be copied. {hint}"
-    reflection = get_adapters(owner)
-    if reflection is not None and reflection.weight_name in names:
+    adapters = get_adapters(owner)
+    if adapters is not None and adapters.weight_name in names:
         return "another adapter reflects this layer, so it cannot be saved in full too. Fold or delete that one first"
     if token_rows(owner) is not None and "weight" in names:
         return "tokens of it are trained (trainable_token_indices), so it cannot be saved in full too. Leave out one"
@@ -190,8 +190,8 @@ def sync_layers(parts: AdaptedParts, state: AdapterState) -> None:
     state.layers = tuple(parts.layers)
     acting = () if state.disabled else state.active
     unmerged = tuple(name for name in acting if name not in state.merged)
-    for reflection in parts.reflections:
-        reflection.set_active(name for name in unmerged if name in reflection.specs)
+    for adapters in parts.adapters:
+        adapters.set_active(name for name in unmerged if name in adapters.specs)
     for owner, copies in parts.copies:
         copies.activate_copies(owner, next((name for name in acting if name in copies.copied), BASE))
 

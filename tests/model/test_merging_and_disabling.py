@@ -57,7 +57,7 @@ def test_the_first_ones_are_merged_or_folded_and_the_others_still_act(
 
 def test_the_others_can_be_trained_while_some_are_merged() -> None:
     plain, model = three()
-    hra_fx.merge_adapter(model, "a")
+    hra_fx.merge_adapter(model, iter(["a"]))
     model(normal(4, 6)).sum().backward()
     assert model.second.hra_u["c"].grad is not None
     assert model.first.hra_u["a"].grad is None
