@@ -192,13 +192,13 @@ def conv_border(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
         [1, 1, 0, 1]
     """
     if conv.padding_mode != "zeros":
-        return list(conv._reversed_padding_repeated_twice)  # which torch pads with
+        return list(conv._reversed_padding_repeated_twice)  # the padding that torch applies
     if conv.padding == "valid":
         sides = [(0, 0) for _ in conv.kernel_size]
     elif conv.padding == "same":
         totals = [step * (size - 1) for step, size in zip(conv.dilation, conv.kernel_size, strict=True)]
         sides = [(total // 2, total - total // 2) for total in totals]
-    else:  # it may have changed since the layer was made
+    else:  # torch reads `padding`, which may have changed since the layer was created
         sides = [(int(size), int(size)) for size in conv.padding]
     return [size for before_and_after in reversed(sides) for size in before_and_after]
 
@@ -247,7 +247,7 @@ def tensor_versions(tensors: Iterable[Tensor]) -> list[int]:
 
 
 def wrapper_tensor(cls: type[T], like: Tensor) -> T:
-    """Create a tensor of a subclass that overrides `__torch_dispatch__`, without data, like another tensor."""
+    """Create a tensor without data of a subclass that overrides `__torch_dispatch__`, with the metadata of `like`."""
     make: Any = Tensor._make_wrapper_subclass
     made: T = make(cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device, layout=like.layout)
     return made

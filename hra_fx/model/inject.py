@@ -42,7 +42,7 @@ from hra_fx.model.trainable import activate, restore_ties, sync_layers, unfreeze
 from hra_fx.model.trained_tokens import detach_tokens
 from hra_fx.selection.check import select_checked
 
-#: Adds an adapter to the container of a layer: (path, layer, container).
+#: Adds one adapter to a layer: (path, layer, the adapters of the layer).
 AdapterFactory: TypeAlias = Callable[[str, nn.Module, HouseholderAdapters], None]
 
 
@@ -78,7 +78,7 @@ def inject_adapter(
         if path in new:
             _attach(path, layer, undo)
         adapters: Any = layer._modules[REFLECTION]
-        keep_loaded(adapters)  # its hook would search the new vectors among the tensors that it offloaded
+        keep_loaded(adapters)  # accelerate's hook would look for the new vectors among the offloaded tensors
         undo.callback(adapters.remove, name)
         fill(path, layer, adapters)
         if is_dtensor(adapters.weight_of(layer)):
@@ -91,7 +91,7 @@ def inject_adapter(
 
 
 def random_init(name: str, config: HRAConfig, *, on_meta: bool) -> AdapterFactory:
-    """Create new vectors, initialized as configured."""
+    """Return a function that adds new vectors, initialized as configured."""
 
     def fill(path: str, layer: nn.Module, adapters: HouseholderAdapters) -> None:
         spec = AdapterSpec(config.rank_of(path), config.apply_GS, config.init_weights)
@@ -120,7 +120,7 @@ def _attach(path: str, layer: nn.Module, undo: ExitStack) -> None:
 def _mark_readers(modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Module], undo: ExitStack) -> None:
     """Find the modules that read or write weights of adapted layers in their code."""
     new = set(layers.values())
-    # All paths of shared layers, with the names that checkpoint wrappers insert.
+    # All paths of the new layers, also of shared ones, with the names that checkpoint wrappers insert.
     paths = [path for path, module in modules.items() if module in new]
     around = {".".join(path.split(".")[:depth]) for path in paths for depth in range(path.count(".") + 1)}
     owners = [modules[path] for path in sorted({"", *around})]

@@ -32,7 +32,7 @@ from hra_fx.model.state import (
 from hra_fx.model.tied import tied_to
 from hra_fx.model.trainable import check_copies, sync_layers
 
-# A relative change of a quantized weight below this is rounding: the adapter has not been trained.
+#: A relative change of a quantized weight below this is rounding: the adapter has not been trained.
 _UNTRAINED = 1e-12
 #: How to fold an adapter of a quantized layer without requantizing.
 WITHOUT_REQUANTIZING = (
@@ -57,7 +57,7 @@ def merge_adapter(model: nn.Module, adapter_names: str | Iterable[str] | None = 
     Raises:
         AdapterError: the model has no such adapter, no adapter is active, other adapters are already merged, or an
             adapter that is not merged comes earlier in the product.
-        FoldError: a weight cannot be rotated (see `fold`), for example a quantized one. After any error the model is
+        FoldError: a weight cannot be folded (see `fold`), for example a quantized one. After any error the model is
             unchanged.
 
     Warns:
