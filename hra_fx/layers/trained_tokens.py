@@ -59,12 +59,13 @@ class TrainedTokens(SwapMixin):
 
 def token_rows(layer: nn.Module) -> TokenRows | None:
     """The rows that a layer reads: those of its own child, or of the embedding that it is tied to."""
+    # A tied layer has the rows in a tuple, so that they do not become its child.
     own = layer._modules.get(TOKENS) or layer.__dict__.get(TOKENS, (None,))[0]
     return own if isinstance(own, TokenRows) else None
 
 
 def plain_forward(layer: nn.Module) -> bool:
-    """Whether a layer computes what `nn.Linear`, `nn.Embedding` or a scaled embedding does, which is tried."""
+    """Whether a layer computes what `nn.Linear`, `nn.Embedding` or a scaled embedding does, which is run on 4 tokens."""
     own = original_class(layer)
     if own.forward in (nn.Embedding.forward, nn.Linear.forward):
         return True
@@ -90,6 +91,7 @@ def _weight(layer: nn.Module) -> Any:
 
 
 def _looked_up(self: Any, rows: TokenRows, input: Tensor) -> Tensor:
+    """Replace the outputs of trained tokens. `argmax` is the place of a token among the trained ones."""
     found = input[..., None] == rows.token_indices  # (..., n)
     output = F.embedding(input, _parameter(self), self.padding_idx, sparse=self.sparse)
     values = F.embedding(found.byte().argmax(-1), rows.trainable_tokens_delta).to(output.dtype)
@@ -97,7 +99,7 @@ def _looked_up(self: Any, rows: TokenRows, input: Tensor) -> Tensor:
 
 
 def _projected(self: Any, rows: TokenRows, input: Tensor) -> Tensor:
-    """Replace the logits of trained tokens: as cheap as `n` rows, where a new weight would be as large as the old."""
+    """Replace the logits of trained tokens. This needs a product with `n` rows, but no copy of the weight."""
     weight, indices = _parameter(self), rows.token_indices
     bias = None if self.bias is None else self.bias[indices]
     logits = F.linear(input, rows.trainable_tokens_delta.to(weight.dtype), bias)
@@ -106,7 +108,7 @@ def _projected(self: Any, rows: TokenRows, input: Tensor) -> Tensor:
 
 
 def _scaled(embedding: nn.Module, values: Tensor) -> Tensor:
-    """Multiply rows by the factor of an embedding that scales its outputs, as those of Gemma and BART do."""
+    """Multiply rows by the factor of an embedding that scales its outputs, as in Gemma and BART."""
     if original_class(embedding).forward is nn.Embedding.forward:
         return values
     scale: Any = embedding.embed_scale

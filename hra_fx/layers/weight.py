@@ -83,9 +83,9 @@ def weight_property(name: str, value: Callable[[nn.Module], Any] | None = None) 
                 raise
             raise RuntimeError(f"{type(self).__name__}: its weight cannot be rotated ({error})") from error
 
-    def hold(self: nn.Module, value: Any) -> None:
+    def hold(self: nn.Module, weight: Any) -> None:
         """Store the weight as a plain attribute, as FSDP1 and DataParallel do during a forward."""
-        vars(self)[name] = value
+        vars(self)[name] = weight
 
     def drop(self: nn.Module) -> None:
         vars(self).pop(name, None)
