@@ -84,7 +84,7 @@ class VerificationError(HRAError):
 
 
 class VisualizeError(HRAError, ValueError):
-    """A picture or plot cannot be made: an unknown option or file extension, a path that cannot be written, or no rows."""
+    """A picture or plot cannot be made: a wrong option or file extension, a path that cannot be written, or no rows."""
 
 
 class HRAWarning(UserWarning):

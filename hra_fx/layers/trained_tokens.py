@@ -65,7 +65,10 @@ def token_rows(layer: nn.Module) -> TokenRows | None:
 
 
 def plain_forward(layer: nn.Module) -> bool:
-    """Whether a layer computes what `nn.Linear`, `nn.Embedding` or a scaled embedding does, which is run on 4 tokens."""
+    """Whether a layer computes what `nn.Linear`, `nn.Embedding` or a scaled embedding does.
+
+    An embedding with its own forward is called with a few tokens to find out.
+    """
     own = original_class(layer)
     if own.forward in (nn.Embedding.forward, nn.Linear.forward):
         return True

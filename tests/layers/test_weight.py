@@ -1,4 +1,4 @@
-"""`layer.weight`: `W Q` for everything that a running model does, and the parameter `W` at any other time."""
+"""`layer.weight`: `W Q` while the model runs, and the parameter `W` at any other time."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ PARTS = ["called", "read", "both"]
 
 
 class Blocks(nn.Module):
-    """Blocks that read, in another method, alone, and in a checkpoint."""
+    """Blocks that read weights: in another method, called alone, and in a checkpoint."""
 
     def __init__(self, reentrant: bool | None = None) -> None:
         super().__init__()
@@ -221,7 +221,7 @@ class Attending(nn.Module):
 
 
 class Asking(Attending):
-    """Asks for the dtype of a weight, and reads its values by another name."""
+    """Uses the dtype of a weight by its name, and reads its values by another name."""
 
     def __init__(self, use: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
