@@ -1,7 +1,7 @@
 """A base model, an adapted copy with random vectors, and the base model with dense weights `W Q` in float64.
 
-The oracle uses nothing of the library except for the names of the vectors: `torch.func.functional_call` runs the base model
-with each adapted weight replaced by the product of explicit matrices of `tests/support/oracles.py`.
+The oracle only uses the names of the library's vectors: `torch.func.functional_call` runs the base model with each
+adapted weight replaced by the product of explicit matrices of `tests/support/oracles.py`.
 """
 
 from __future__ import annotations
