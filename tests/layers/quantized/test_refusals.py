@@ -10,6 +10,7 @@ import bitsandbytes
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from layers.quantized.bases import Packed, config, inputs, int4, opaque, plain, quantized, torchao
 from refusals import refused
@@ -94,6 +95,13 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
+@pytest.mark.parametrize("scheme", ["bnb int8", "unknown"])
+def test_an_offloaded_layer(scheme: str) -> None:
+    model = quantized(scheme)
+    cpu_offload(model, torch.device("cpu"), offload_buffers=True)
+    assert re.match(r"0 \(.*\): accelerate offloads its quantized weight\. Load", refused(model, config("0")))
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_layer_that_is_refused(name: str) -> None:
     make, message = REFUSED[name]
@@ -107,18 +115,30 @@ def test_all_linear_selects_layers_of_known_libraries_only() -> None:
     assert [row.path for row in hra_fx.report(model)] == ["0", "2"]
 
 
-def test_hqq_without_its_settings() -> None:
-    model = hra_fx.transform(quantized("hqq 4 bit"), config())
+def hqq_without_settings() -> nn.Module:
+    model = quantized("hqq 4 bit")
     model[0].quant_config = None
-    with pytest.raises(
-        FoldError, match=r"0: its weight is quantized \(HQQ, 4 bit\), and it was loaded without its quant"
-    ):
-        hra_fx.fold(model, requantize=True)
+    return model
 
 
-def test_the_weight_of_an_unknown_layer_is_not_written() -> None:
-    model = hra_fx.transform(quantized("unknown"), config())
-    with pytest.raises(FoldError, match=r"layers, Packed.*hra_fx does not know how to write the weight of this class"):
+def calibrated() -> nn.Module:
+    scale = torch.full((1, 1), 0.05)
+    return torchao(Int8StaticActivationInt8WeightConfig(act_quant_scale=scale, act_quant_zero_point=None))(
+        only(nn.Linear(64, 32))
+    )
+
+
+NOT_REQUANTIZED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "HQQ": (hqq_without_settings, r"HQQ, 4 bit\), and it was loaded without its quant_config"),
+    "unknown class": (lambda: quantized("unknown"), r"layers, Packed\), and hra_fx does not know how to write the wei"),
+    "calibrated": (calibrated, r"and its Int8Tensor has input scales that were calibrated for the current weight"),
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), NOT_REQUANTIZED.values(), ids=NOT_REQUANTIZED)
+def test_a_weight_that_cannot_be_quantized_again(make: Callable[[], nn.Module], reason: str) -> None:
+    model = hra_fx.transform(make(), config("0"))
+    with pytest.raises(FoldError, match=rf"^0: its weight is quantized .*{reason}"):
         hra_fx.fold(model, requantize=True)
 
 
@@ -163,15 +183,6 @@ def test_other_layers_that_stop_gradients_after_an_evaluation_are_warned_about()
     model[0].support_avx512bf16_for_cpu = False
     with pytest.warns(HRAWarning, match="^2: on this CPU, bitsandbytes does not pass gradients after a call"):
         hra_fx.transform(model, config("0"))
-
-
-def test_calibrated_scales_of_inputs_prevent_a_fold() -> None:
-    base = torchao(
-        Int8StaticActivationInt8WeightConfig(act_quant_scale=torch.full((1, 1), 0.05), act_quant_zero_point=None)
-    )(nn.Sequential(nn.Linear(64, 32)))
-    model = hra_fx.transform(base, config("0"))
-    with pytest.raises(FoldError, match="its Int8Tensor has input scales that were calibrated for the current weight"):
-        hra_fx.fold(model, requantize=True)
 
 
 # ---- what a CPU cannot run, as far as it runs ----
