@@ -94,8 +94,8 @@ def _weight(layer: nn.Module) -> Any:
 
 
 def _looked_up(self: Any, rows: TokenRows, input: Tensor) -> Tensor:
-    """Replace the outputs of trained tokens. `argmax` is the place of a token among the trained ones."""
-    found = input[..., None] == rows.token_indices  # (..., n)
+    """Replace the outputs of trained tokens. Embeddings with `max_norm` or `scale_grad_by_freq` are refused earlier."""
+    found = input[..., None] == rows.token_indices  # (..., n); its argmax is the row of a token
     output = F.embedding(input, _parameter(self), self.padding_idx, sparse=self.sparse)
     values = F.embedding(found.byte().argmax(-1), rows.trainable_tokens_delta).to(output.dtype)
     return _scaled(self, torch.where(found.any(-1, keepdim=True), values, output))

@@ -69,39 +69,33 @@ def test_experts_of_a_class_without_is_transposed() -> None:
 
 
 #: Fields of an adapter of the experts, and the error.
-REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
+REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"target_parameters": ["experts.gate_up"]},
-        hra_fx.SelectionError,
         r"`target_parameters`: 'experts.gate_up' matches no 3-D parameter. Did you mean",
     ),
     (
         {"target_parameters": ["q_proj.weight"]},
-        hra_fx.SelectionError,
         r"q_proj.weight: `target_parameters` matches this parameter of shape \(16, 16\), but only par",
     ),
     (
         {"target_parameters": [".*gate_up_proj"]},
-        hra_fx.SelectionError,
         r"'\.\*gate_up_proj' is a name and not a regex\. Use the end of a path\.",
     ),
     (
         {"modules_to_save": ["experts"]},
-        hra_fx.SelectionError,
         r"`target_parameters` matches .*hra_gate_up_proj' .*\. Use longer names in `target_parameters`, or use a l",
     ),
     (
         {"r": 17, "apply_GS": True},
-        hra_fx.UnsupportedLayerError,
         r"hra_gate_up_proj .*`r` must be at most 16.*\(for experts, with longer names in `target_parameters`\)\.",
     ),
 ]
 
 
-@pytest.mark.parametrize(("fields", "kind", "message"), REFUSED)
-def test_fields_that_do_not_fit_the_model_are_refused(
-    fields: dict[str, Any], kind: type[Exception], message: str
-) -> None:
+@pytest.mark.parametrize(("fields", "message"), REFUSED)
+def test_fields_that_do_not_fit_the_model_are_refused(fields: dict[str, Any], message: str) -> None:
+    kind = UnsupportedLayerError if "r" in fields else hra_fx.SelectionError
     with pytest.raises(kind, match=message):
         hra_fx.transform(built("qwen3_moe"), experts_config(**fields))
 

@@ -34,7 +34,7 @@ def bare_linear() -> nn.Module:
     return nn.Linear(2, 2)
 
 
-NO_NAME: list[Case] = [
+MESSAGES: list[Case] = [
     (
         tiny_bert,
         {"target_modules": ["qeury"]},
@@ -66,8 +66,6 @@ NO_NAME: list[Case] = [
         "ReLU has no layer that can be adapted. Supported layers: nn.Linear, quantized",
     ),
     (bare_linear, {"target_modules": "all-linear"}, "The model itself is a layer (Linear), and only layers inside a"),
-]
-ALL_LEFT_OUT: list[Case] = [
     (
         tiny_opt,
         {"layers_to_transform": [7]},
@@ -78,16 +76,12 @@ ALL_LEFT_OUT: list[Case] = [
         {"target_modules": ["head"], "exclude_modules": "he.*"},
         "['head']` matches 1 module such as 'head', but none is left after exclude_modules='he.*'.",
     ),
-]
-WRONG_TYPE: list[Case] = [
     (
         tiny_bert,
         {"target_modules": ["attention"]},
         "To adapt the layers inside it, use target_modules=['bert.encoder.layer.0.attention.self.query', 'bert.encod",
     ),
     (Nested, {"target_modules": ["embed"]}, "Remove it from `target_modules`, or add exclude_modules=['embed']."),
-]
-TO_SAVE: list[Case] = [
     (
         tiny_bert,
         {"modules_to_save": ["clasifier"]},
@@ -101,7 +95,7 @@ TO_SAVE: list[Case] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "kwargs", "message"), NO_NAME + ALL_LEFT_OUT + WRONG_TYPE + TO_SAVE)
+@pytest.mark.parametrize(("make", "kwargs", "message"), MESSAGES)
 def test_messages(make: Callable[[], nn.Module], kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(SelectionError, match=re.escape(message)) as caught:
         select(built(make), HRAConfig(**kwargs))
