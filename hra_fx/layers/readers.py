@@ -67,11 +67,11 @@ def reads_weights(cls: type[nn.Module]) -> bool:
 
 
 def needs_parameter(names: Collection[str], classes: Collection[type[nn.Module]]) -> bool:
-    """Whether code that reads the weight of a layer with these names means the parameter.
+    """Whether code that uses the weight of a layer with these names needs the parameter, not `W Q`.
 
     It does if the code writes into the weight and does not read it, as RWKV does between train and eval mode, or if it
-    only asks for metadata, as T5 does: computing `W Q` for that would take longer than the layer. A weight that is read
-    by another name, such as that of a variable, may be the one of this layer, and then the code reads values.
+    only uses metadata, as T5 does: computing `W Q` for that would take longer than the layer. A weight that is read by
+    another name, such as that of a variable, may be the weight of this layer, so the code may need `W Q`.
     """
     uses = _uses_of(names, classes)
     if any(map(_is_write, uses)):

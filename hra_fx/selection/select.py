@@ -261,7 +261,7 @@ def _model_type(model: nn.Module) -> str:
 
 
 def _is_known_linear(module: nn.Module) -> bool:
-    """Whether "all-linear" includes a module. Modules that only look linear must be named."""
+    """Whether "all-linear" selects a module. Unknown modules that may be linear are only selected by name."""
     return find_kind(module) == "linear" and type(quant_scheme_of(module)) is not Other
 
 

@@ -70,7 +70,7 @@ def endings(paths: list[str]) -> st.SearchStrategy[str]:
     return st.tuples(st.sampled_from(paths), cuts).map(lambda drawn: ".".join(drawn[0].split(".")[-drawn[1] :]))
 
 
-def strangers(paths: list[str]) -> st.SearchStrategy[str]:
+def wrong_names(paths: list[str]) -> st.SearchStrategy[str]:
     """Names that differ slightly from those of modules."""
     return st.tuples(endings(paths), st.sampled_from(["{}_", ".{}", "*{}", "nothing.{}"])).map(
         lambda drawn: drawn[1].format(drawn[0])
@@ -80,10 +80,10 @@ def strangers(paths: list[str]) -> st.SearchStrategy[str]:
 def lists(layers: list[str], paths: list[str]) -> st.SearchStrategy[list[str]]:
     """Lists of names: usually of layers, sometimes of other modules or of none. Long lists are shortened by PEFT."""
     some = st.lists(endings(layers), min_size=1, max_size=4)
-    mixed = st.tuples(some, st.lists(strangers(layers), max_size=2)).map(lambda drawn: [*drawn[0], *drawn[1]])
+    mixed = st.tuples(some, st.lists(wrong_names(layers), max_size=2)).map(lambda drawn: [*drawn[0], *drawn[1]])
     anything = st.lists(endings(paths), min_size=1, max_size=2)
     long = st.lists(st.sampled_from(layers), min_size=min(20, len(layers)), max_size=24, unique=True)
-    return st.one_of(mixed, mixed, mixed, mixed, long, anything, st.lists(strangers(paths), max_size=2))
+    return st.one_of(mixed, mixed, mixed, mixed, long, anything, st.lists(wrong_names(paths), max_size=2))
 
 
 def regexes(layers: list[str], paths: list[str]) -> st.SearchStrategy[str]:
@@ -110,7 +110,7 @@ def configurations(draw: st.DrawFn, model: nn.Module) -> Fields:
     every = st.sampled_from(["all-linear", "ALL-Linear", None])
     fields: Fields = {"target_modules": draw(st.one_of(names, names, names, patterns, patterns, every))}
     if draw(st.booleans()):
-        fields["exclude_modules"] = draw(st.one_of(names, patterns, st.lists(strangers(paths), max_size=1)))
+        fields["exclude_modules"] = draw(st.one_of(names, patterns, st.lists(wrong_names(paths), max_size=1)))
     if not isinstance(fields["target_modules"], str) and draw(st.booleans()):
         numbered = sorted({path.split(".")[-2] for path in paths if re.search(r"\.\d+$", path)})
         index, name = st.sampled_from([0, 1, 1, 2, 10]), st.sampled_from(numbered)
@@ -174,7 +174,7 @@ def for_peft(model: nn.Module) -> nn.Module:
 
 def compare(model: nn.Module, plain: nn.Module, fields: Fields) -> str:
     """Compare PEFT and hra_fx, and return the name of the outcome."""
-    theirs, idle = by_peft(plain, fields)
+    theirs, theirs_warned = by_peft(plain, fields)
     if isinstance(theirs, Exception):
         kinds = [(name, ours) for kind, text, name, ours in REFUSALS if type(theirs) is kind and text in str(theirs)]
         assert len(kinds) == 1, repr(theirs)
@@ -193,7 +193,7 @@ def compare(model: nn.Module, plain: nn.Module, fields: Fields) -> str:
     layers, warned = by_us(model, fields)
     assert layers == adapted(theirs)
     # PEFT counts modules that modules_to_save excludes as excluded, so it warns in fewer cases.
-    assert warned == idle or (warned and fields.get("modules_to_save"))
+    assert warned == theirs_warned or (warned and fields.get("modules_to_save"))
     if not grouped:
         return "adapted"
     with pytest.raises(NotImplementedError, match="groups > 1"):

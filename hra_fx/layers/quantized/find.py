@@ -45,7 +45,7 @@ def is_foreign_linear(layer: nn.Module) -> bool:
 
 
 def packed_name(layer: nn.Module) -> str:
-    """The name of the tensor that stands for the weight of a foreign layer: its largest parameter or buffer."""
+    """The name of the packed weight of a layer of another library: its largest parameter or buffer."""
     return next(iter(tensors_of(layer)))
 
 

@@ -76,10 +76,10 @@ def test_fold_and_merge_are_refused_without_requantize(scheme: str) -> None:
 @pytest.mark.parametrize("scheme", REFOLDED)
 def test_fold_rotates_and_quantizes_again(scheme: str) -> None:
     model, x = adapted(scheme), inputs()
-    due = [rotated(model[0]).detach(), rotated(model[2]).detach()]
+    expected = [rotated(model[0]).detach(), rotated(model[2]).detach()]
     before = [values(model[0]), values(model[2])]
     fresh = plain()
-    for path, weight in zip((0, 2), due, strict=True):
+    for path, weight in zip((0, 2), expected, strict=True):
         fresh[path].weight.data.copy_(weight)
     fresh = quantized(scheme, fresh)
     kinds, kept = [type(layer) for layer in quantized(scheme)], vars(packed(model[0])) | {}
@@ -92,7 +92,7 @@ def test_fold_rotates_and_quantizes_again(scheme: str) -> None:
     assert list(model.state_dict()) == list(quantized(scheme).state_dict())
     for name in SETTINGS:
         assert vars(packed(model[0])).get(name) == kept.get(name)
-    for layer, old, new, planned in zip((model[0], model[2]), before, due, plan.layers, strict=True):
+    for layer, old, new, planned in zip((model[0], model[2]), before, expected, plan.layers, strict=True):
         assert planned.quantized == SCHEMES[scheme].words
         assert planned.rounding == pytest.approx(relative_error(values(layer), new), rel=1e-3)
         assert planned.change == pytest.approx(relative_error(new, old), rel=1e-3)
@@ -122,11 +122,11 @@ def test_an_adapter_that_does_not_rotate_leaves_the_weight_unchanged(scheme: str
         layer.support_avx512bf16_for_cpu = False  # the plain layers of bitsandbytes would round to bfloat16
     model = hra_fx.transform(base, config()).eval()
     with torch.no_grad():
-        due = model(x)
+        expected = model(x)
         before = [packed(model[0]), packed(model[2])]
         hra_fx.fold(model, requantize=True)
         assert packed(model[0]) is before[0] and packed(model[2]) is before[1]
-        assert relative_error(model(x), due) < SCHEMES[scheme].tolerance
+        assert relative_error(model(x), expected) < SCHEMES[scheme].tolerance
 
 
 @pytest.mark.parametrize("scheme", ["ao int8", "ao int4"])
@@ -149,11 +149,11 @@ def test_one_of_two_adapters_is_folded_and_the_other_stays(scheme: str) -> None:
     hra_fx.set_adapter(model, ["default", "other"])
     with pytest.raises(FoldError, match="its weight is quantized"):
         hra_fx.fold(model, "default")
-    due = rotated(model[0], "default").detach()
+    expected = rotated(model[0], "default").detach()
     with reported() as texts:
         hra_fx.fold(model, "default", requantize=True)
     assert len(texts) == 1
-    assert relative_error(values(model[0]), due) < 0.15
+    assert relative_error(values(model[0]), expected) < 0.15
     assert relative_error(model(x), dense(model, x, "other")) < SCHEMES[scheme].tolerance
 
 

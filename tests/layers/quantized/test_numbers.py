@@ -43,8 +43,8 @@ def test_output_and_gradient_are_those_of_the_rotated_weight(scheme: str) -> Non
     assert relative_error(output, wanted) < SCHEMES[scheme].tolerance
     assert relative_error(hra_fx.effective_weight(model[0]), rotated(model[0])) < 1e-5
     if scheme not in DYNAMIC:
-        for ours, due in zip(gradients(model, output, weights), gradients(model, wanted, weights), strict=True):
-            assert relative_error(ours, due) < 1e-5
+        for ours, expected in zip(gradients(model, output, weights), gradients(model, wanted, weights), strict=True):
+            assert relative_error(ours, expected) < 1e-5
     with torch.no_grad():
         # Without gradients, bitsandbytes rounds inputs to 8 bits.
         tolerance = max(SCHEMES[scheme].tolerance, 3e-2 if scheme == "bnb int8" else 0)
@@ -92,8 +92,8 @@ def test_gradient_goes_straight_through_rounded_inputs(scheme: str) -> None:
     x.requires_grad_()
     ours = torch.autograd.grad((layer(x) * weights).sum(), [layer.hra_u["default"], x])
     output = x.double() @ rotated(layer).mT
-    due = torch.autograd.grad((output * weights).sum(), [layer.hra_u["default"], x])
-    for mine, theirs in zip(ours, due, strict=True):
+    expected = torch.autograd.grad((output * weights).sum(), [layer.hra_u["default"], x])
+    for mine, theirs in zip(ours, expected, strict=True):
         assert relative_error(mine, theirs) < 1e-5
 
 
@@ -134,8 +134,10 @@ def test_a_base_that_was_evaluated_before_is_trained(scheme: str) -> None:
     randomise(model)
     ours = gradients(model, model(x), weights)
     fresh = adapted(scheme)
-    for mine, due in zip(ours, gradients(fresh, dense(fresh, x), weights), strict=True):
-        assert relative_error(mine, due) < 2e-2, "scales are rounded to bfloat16, and are those of their own blocks"
+    for mine, expected in zip(ours, gradients(fresh, dense(fresh, x), weights), strict=True):
+        assert relative_error(mine, expected) < 2e-2, (
+            "scales are rounded to bfloat16, and are those of their own blocks"
+        )
 
 
 @pytest.mark.parametrize("scheme", FEW)
@@ -161,9 +163,9 @@ def test_under_autocast(scheme: str) -> None:
     model, x, weights = adapted(scheme), inputs(), weighting()
     with torch.autocast("cpu", torch.bfloat16):
         output = model(x)
-    ours, due = gradients(model, output, weights), gradients(model, dense(model, x), weights)
+    ours, expected = gradients(model, output, weights), gradients(model, dense(model, x), weights)
     assert relative_error(output, dense(model, x)) < max(3e-2, SCHEMES[scheme].tolerance)
-    for mine, theirs in zip(ours, due, strict=True):
+    for mine, theirs in zip(ours, expected, strict=True):
         assert mine.dtype == torch.float32
         assert relative_error(mine, theirs) < max(5e-2, SCHEMES[scheme].tolerance)
 
@@ -189,8 +191,8 @@ def test_a_compiled_model_computes_and_trains_the_same() -> None:
     model, x, weights = adapted("bnb nf4"), inputs(), weighting()
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    due = gradients(model, model(x), weights)
-    for ours, theirs in zip(gradients(model, compiled(x), weights), due, strict=True):
+    expected = gradients(model, model(x), weights)
+    for ours, theirs in zip(gradients(model, compiled(x), weights), expected, strict=True):
         assert relative_error(ours, theirs) < 1e-5
 
 
