@@ -31,21 +31,12 @@ Fields: TypeAlias = dict[str, Any]
 EXAMPLES = 21
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
+NO_DEFAULT = "^`target_modules` is required, because there is no default for"
 #: PEFT's error and a part of its text; a name for the outcome; a regex for the error of hra_fx.
 REFUSALS: list[tuple[type[Exception], str, str, str]] = [
-    (
-        NoMatchingPeftModuleError,
-        "",
-        "no layer",
-        "^`target_modules=.*(is empty|matches no module of|none is left)",
-    ),
-    (KeyError, "model_type", "no default", "^`target_modules` is required, because there is no default for"),
-    (
-        ValueError,
-        "Please specify `target_modules`",
-        "no default",
-        "^`target_modules` is required, because there is no default for",
-    ),
+    (NoMatchingPeftModuleError, "", "no layer", "^`target_modules=.*(is empty|matches no module of|none is left)"),
+    (KeyError, "model_type", "no default", NO_DEFAULT),
+    (ValueError, "Please specify `target_modules`", "no default", NO_DEFAULT),
     (TypeError, "only `torch.nn.Linear` and", "unsupported", "only nn.Linear, .* can be adapted"),
     (
         TypeError,
