@@ -159,7 +159,7 @@ class HRATrainer(Trainer):
 def _first_batches(loader: Any) -> list[Any]:
     """The first 16 examples, in batches of 4.
 
-    The loader itself is not read: unless that is done to its end, it stays the active one of accelerate.
+    The loader is not iterated, because accelerate regards a loader as active until it is exhausted.
     """
     data = loader.dataset
     rows = (

@@ -143,6 +143,8 @@ def _collected(
     with _base_model(model), collector:
         for batch in _with_progress(batches):
             is_empty = False
+            if not isinstance(batch, (Tensor, tuple, list, Mapping)):
+                raise AdapterError(f"a batch must be a tensor, a tuple, a list or a mapping, got {type(batch).__name__}.")
             collector.start_batch()
             args, kwargs = pytree.tree_map(lambda x: _to(x, device), normalize_inputs(batch))
             model(*args, **kwargs)

@@ -283,9 +283,7 @@ def _guarded(optimizer: Optimizer, pairs: _Pairs) -> Any:
 
         @functools.wraps(own)
         def function(_: Any, *args: Any, **kwargs: Any) -> Any:
-            return scheduled(*args, **kwargs)
-
-        scheduled = own
+            return own(*args, **kwargs)
 
     @functools.wraps(function)
     def step(_: Any, *args: Any, **kwargs: Any) -> Any:

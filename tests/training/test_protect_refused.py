@@ -32,7 +32,7 @@ def test_what_cannot_be_protected_is_refused_and_nothing_is_changed() -> None:
         ([x], 2, other, AdapterError, r"no vectors of Sequential.* call protect before"),
         ([x], 2, torch.optim.ASGD(list(optimizer.param_groups[0]["params"])), AdapterError, r"ASGD averages the param"),
         ([x], 2, None, AdapterError, r"must be a torch\.optim\.Optimizer, got NoneType"),
-        (["text"], 2, optimizer, AdapterError, r"must be a tensor, a tuple"),
+        (["text"], 2, optimizer, AdapterError, r"^a batch must be a tensor, .* got str\."),
         (x, 2, optimizer, AdapterError, r"`batches` must be an iterable of batches, got one batch \(Tensor"),
         ({"input": x}, 2, optimizer, AdapterError, r"`batches` must be an iterable of batches, got one batch \(dict"),
         ([torch.randn(2, 7)], 2, optimizer, RuntimeError, "shapes cannot be multiplied"),  # from the model
@@ -58,8 +58,7 @@ def test_adapters_that_do_not_act_as_they_are_and_other_paths_are_refused() -> N
     hra_fx.merge_adapter(model)
     with pytest.raises(AdapterError, match=r"^0\.hra_u\.default is merged into the weight\. Unmerge"):
         hra_fx.protect(optimizer, model, [x.double()], 2)
-    few = hra_fx.transform(nn.Sequential(nn.Linear(8, 8)), hra_fx.HRAConfig(r=5, apply_GS=True, target_modules=["0"]))
-    steps = torch.optim.AdamW([p for p in few.parameters() if p.requires_grad])
+    few, steps = adapted(nn.Sequential(nn.Linear(8, 8)), "0", r=5, apply_GS=True)
     with pytest.raises(ConfigError, match=r"`r` \+ `directions` must be less than the width, got 5 \+ 3 for width 8"):
         hra_fx.protect(steps, few, [torch.randn(2, 8)], 3)
 
