@@ -144,7 +144,7 @@ def _collected(
         for batch in _with_progress(batches):
             is_empty = False
             if not isinstance(batch, (Tensor, tuple, list, Mapping)):
-                raise AdapterError(f"a batch must be a tensor, a tuple, a list or a mapping, got {type(batch).__name__}.")
+                raise AdapterError(f"a batch must be a tensor, tuple, list or mapping, got {type(batch).__name__}.")
             collector.start_batch()
             args, kwargs = pytree.tree_map(lambda x: _to(x, device), normalize_inputs(batch))
             model(*args, **kwargs)
@@ -158,6 +158,7 @@ def _merge_processes(
     found: dict[nn.Module, Sketch], layers: list[nn.Module], directions: int, device: torch.device
 ) -> None:
     """Merge the sketches of all processes, in place. A process may lack the inputs of some layers, such as experts."""
+    # For each layer, the first layer with the same sketch; None if no input reached it.
     own = [
         next((place for place, one in enumerate(layers) if found.get(one) is found[layer]), None)
         if layer in found
@@ -166,7 +167,8 @@ def _merge_processes(
     ]
     every: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(every, own)
-    if any(other != own for other in every):  # layers do not share sketches in the same way
+    # The collectives below need the same sketches in all processes, so then each layer gets its own.
+    if any(other != own for other in every):
         for place, layer in enumerate(layers):
             if any(other[place] is not None for other in every):
                 known = found.get(layer)

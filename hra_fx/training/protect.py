@@ -41,7 +41,7 @@ KEY = "hra_protected"
 #: Layer -> adapter -> its directions, for reports, also after the optimizer is gone.
 _PROTECTED: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref.WeakKeyDictionary()
 #: Optimizer -> its protection.
-_KNOWN: weakref.WeakKeyDictionary[Optimizer, _Protection]
+_KNOWN: weakref.WeakKeyDictionary[Optimizer, _Protection] = weakref.WeakKeyDictionary()
 
 
 def protect(
@@ -333,9 +333,6 @@ class _Protection:
                 )
             self.bases.update({layer: saved[path].to(_vectors(layer).device) for layer, path in self.layers.items()})
         self.start()
-
-
-_KNOWN = weakref.WeakKeyDictionary()
 
 
 def _install(optimizer: Optimizer, directions: int) -> _Protection:

@@ -1,7 +1,7 @@
-"""`protect`: what a model says about texts to keep stays as it was, whatever else it learns.
+"""`protect`: outputs for protected samples stay those of the base model while the model learns others.
 
-The texts are so short that the inputs of each layer span fewer directions than are protected. Then the outputs for them
-stay exactly those of the base model.
+The samples are so short that the inputs of each layer span fewer directions than are protected. Then the outputs for
+them stay exactly the same.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ OTHER = torch.tensor([[11, 4, 8, 13], [3, 10, 12, 6]])
 
 
 class Images(nn.Module):
-    """Convolutions whose patches are few, one with groups, one with another padding, and one over a sequence."""
+    """Convolutions with few patches: one with groups, one with another padding mode, and a Conv1d."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ def test_a_graph_in_bfloat16_and_a_second_adapter_are_protected() -> None:
 
 
 def test_the_directions_are_those_with_the_most_of_the_inputs() -> None:
-    """More inputs than directions: what is left of them is little more than the best subspace leaves."""
+    """More inputs than directions: the directions leave little more of the inputs than the best subspace does."""
     base = llama().eval()
     model, optimizer = adapted(copy.deepcopy(base), target_modules="all-linear")
     seen: dict[str, list[Tensor]] = {}

@@ -53,7 +53,7 @@ def kept_by(model: nn.Module, optimizer: Any, batches: Any, directions: int, **p
 
 
 def test_earlier_directions_come_first_and_new_ones_are_the_most_of_the_rest() -> None:
-    """Layers of PEFT, and an oracle from the singular values of the inputs without their part in earlier directions."""
+    """For PEFT's layers. The oracle: singular values of the inputs without their parts in earlier directions."""
     base = llama().to(F64).eval()
     model = peft.get_peft_model(copy.deepcopy(base), peft.HRAConfig(r=2, target_modules=["q_proj", "k_proj"]))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
