@@ -102,10 +102,11 @@ def protect(
         >>> model(torch.ones(1, 6)).sum().backward()
         >>> optimizer.step()
     """
-    optimizer, inner = unwrapped(optimizer), unwrap(model)
+    optimizer = unwrapped(optimizer)
+    inner: Any = unwrap(model)
     # Without PEFT's prefix of names, so that directions fit a model of PEFT and one of hra_fx.
-    named: Any = inner.get_base_model() if is_of_peft(inner) and hasattr(inner, "get_base_model") else inner
-    layers = layers_with_vectors(named)
+    has_prefix = is_of_peft(inner) and hasattr(inner, "get_base_model")
+    layers = layers_with_vectors(inner.get_base_model() if has_prefix else inner)
     stepped = required_vectors(layers, optimizer, model, "protect")
     _check(stepped, optimizer)
     known = _KNOWN[optimizer].layers if optimizer in _KNOWN else {}
