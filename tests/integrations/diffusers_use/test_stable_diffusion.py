@@ -11,13 +11,13 @@ import diffusers
 import peft
 import pytest
 import torch
-from adapting import randomise, vectors_of
+from adapting import randomise
 from diffusers.models.attention_processor import AttnProcessor
 from diffusion_models import unet
 from diffusion_pipelines import image, quiet, stable_diffusion as pipeline
 from model.many import refuses
 from one_layer import normal
-from oracles import dense_q, dense_weight, relative_error
+from oracles import dense_weight, layer_q, relative_error
 from torch import Tensor
 from transformers import CLIPTextModel
 
@@ -44,14 +44,10 @@ def rotated(pipe: Any) -> Any:
     """The base pipeline with `W Q` in the place of every adapted `W`, by the oracle."""
     plain = pipeline()
     for part in TARGETS:
-        model = getattr(pipe, part)
-        buffers = dict(model.named_buffers())
-        for name, u in vectors_of(model).items():
-            path = name.partition(".hra_u.")[0]
-            layer = getattr(plain, part).get_submodule(path)
-            q = dense_q(u.detach(), anchor=buffers.get(f"{name}_anchor"))
-            with torch.no_grad():
-                layer.weight.copy_(dense_weight(layer.weight, q))
+        for path, layer in getattr(pipe, part).named_modules():
+            if hasattr(layer, "hra_u"):
+                weight = getattr(plain, part).get_submodule(path).weight.data
+                weight.copy_(dense_weight(weight, layer_q(layer)))
     return plain
 
 

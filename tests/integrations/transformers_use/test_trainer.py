@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from integrations.trl_use.runs import logs
 from peft_sides import by_peft, same_tensors
 from safetensors.torch import load_file
 from tiny_models import BASES, FIELDS, SHAPES, adapted, llama, trained_in, trainer_of
@@ -39,10 +40,6 @@ class StopAt(TrainerCallback):
 
 def run(trainer: str, kind: str, model: nn.Module, folder: Path, **arguments: Any) -> Trainer:
     return trainer_of(TRAINERS[trainer], kind, model, folder, **arguments)
-
-
-def losses(trainer: Trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def assert_same_training(model: nn.Module, other: nn.Module) -> None:
@@ -78,7 +75,7 @@ def test_a_run_that_was_stopped_goes_on_bitwise(
     again = run(trainer, kind, resumed, folder, **EVERY_THIRD)
     again.train(resume_from_checkpoint=True if latest else str(folder / "checkpoint-3"))
     assert again.state.global_step == 6
-    assert losses(again) == losses(whole)
+    assert logs(again, "loss") == logs(whole, "loss")
     assert_same_training(model, resumed)
     assert again.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"]
 
@@ -106,7 +103,7 @@ def test_it_trains_and_resumes_after_from_peft(tmp_path: Path) -> None:
         if number:
             hra_fx.from_peft(trainer.model)
         trainer.train(resume_from_checkpoint=str(tmp_path / "1" / "checkpoint-3") if number == 2 else None)
-        found.append(losses(trainer))
+        found.append([loss for (loss,) in logs(trainer, "loss")])
         trainer.save_model(str(tmp_path / f"end-{number}"))
     assert found[1] == pytest.approx(found[0], rel=1e-3) and found[2] == found[1]
     same_tensors(tmp_path / "end-1", tmp_path / "end-2")
