@@ -25,7 +25,6 @@ from peft_sides import (
     tokens,
     with_two_by_peft,
 )
-from tiny_models import inputs, tiny
 from torch import Tensor, nn
 
 import hra_fx
@@ -181,27 +180,3 @@ def test_models_that_contain_a_model_of_peft() -> None:
         hra_fx.report(model.get_base_model().body)
     with pytest.raises(hra_fx.AdapterError, match=r"^ModuleList contains 2 models with PEFT adapters\. Pass one of"):
         hra_fx.report(nn.ModuleList([model, randomised_by_peft()]))
-
-
-def unordered(model: nn.Module) -> dict[str, object]:
-    """The picture of a model, without the order of its attributes."""
-    found: Any = picture(model)
-    return {**found, "vars": set(found["vars"])}
-
-
-def test_layers_of_peft_without_a_peft_model(tmp_path: Path) -> None:
-    """As `add_adapter` of transformers makes them."""
-    model = tiny("llama")
-    with peft_warnings_ignored():
-        config = peft.HRAConfig(r=4, target_modules=["q_proj"], init_weights=False)
-        peft.inject_adapter_in_model(config, model, adapter_name="mine")
-    model._hf_peft_config_loaded = True
-    before, output = unordered(model), model(**inputs(model)).logits
-    assert [row.adapter for row in hra_fx.report(model)] == ["mine"] * 2
-    hra_fx.save_adapter(model, tmp_path)
-    assert unordered(model) == before
-    again = peft.PeftModel.from_pretrained(tiny("llama"), tmp_path)
-    assert torch.equal(again(**inputs(model)).logits, output)
-    folded = hra_fx.fold(model)
-    assert folded is model and not model._hf_peft_config_loaded and not hasattr(model, "peft_config")
-    assert relative_error(model(**inputs(model)).logits, output) < 1e-6

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import peft
-import pytest
 import torch
 from adapting import picture, vectors_of
 from diffusers.training_utils import cast_training_params
@@ -55,7 +53,7 @@ def test_a_step_with_checkpointing_is_that_of_peft() -> None:
         assert relative_error(ours[name], gradient) < 1e-3, name
 
 
-def test_saved_loaded_and_given_to_a_pipeline_as_a_lora(tmp_path: Path) -> None:
+def test_saved_loaded_given_to_a_pipeline_as_a_lora_and_folded(tmp_path: Path) -> None:
     pipe, again, served = stable_diffusion(), stable_diffusion(), stable_diffusion()
     base = image(pipe)
     with hra_fx.accelerate_peft():
@@ -66,11 +64,14 @@ def test_saved_loaded_and_given_to_a_pipeline_as_a_lora(tmp_path: Path) -> None:
     wanted = image(pipe)
     assert relative_error(wanted, base) > 1e-2
     assert relative_error(image(again), wanted) < 1e-4
-    # The scripts' own function knows the keys of LoRA only.
-    with pytest.raises(ValueError, match="Could not automatically infer state dict type"):
-        diffusers.utils.convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(pipe.unet))
     before = picture(pipe.unet)
+    assert [row.adapter for row in hra_fx.report(pipe.unet)] == ["default"] * LAYERS
+    hra_fx.save_adapter(pipe.unet, tmp_path / "adapter")
     hra_fx.save_as_lora(pipe, tmp_path / "lora")
     assert picture(pipe.unet) == before
+    again.unet = hra_fx.load_adapter(stable_diffusion().unet, tmp_path / "adapter")
     served.load_lora_weights(tmp_path / "lora")
+    assert relative_error(image(again), wanted) < 1e-4
     assert relative_error(image(served), wanted) < 1e-3
+    assert hra_fx.fold(pipe.unet) is pipe.unet and not hasattr(pipe.unet, "peft_config")
+    assert relative_error(image(pipe), wanted) < 1e-4
