@@ -93,8 +93,8 @@ def step_of(kind: str, implementation: str, method: str) -> Step:
 
 
 def peak_here(kind: str, implementation: str, method: str) -> int:
-    """How far two steps raise the peak over what this process has; a step of another process's size comes first."""
-    step_of(kind, "eager" if implementation == "eager" else implementation, method)()
+    """How far two steps raise the peak over what this process has, after a first step, which fills caches."""
+    step_of(kind, implementation, method)()
     step = step_of(kind, implementation, method)
     gc.collect()
     forget_the_peak()
