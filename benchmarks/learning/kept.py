@@ -37,8 +37,8 @@ Paired differences to the same method without protection, with their 95% interva
 ON_CONTROLS = """
 Other choices, with three seeds: differences to {base} with the same seeds. "80% of the energy" takes as many directions
 for each layer as hold 80% of the energy of its inputs: one in some layers, hundreds in others. "Other samples" are
-tweets in place of tales. "Random directions" are a control of quiet pairs, and "low directions of W" starts the pairs
-in the tenth of the directions with the smallest singular values of the weight.
+tweets in place of tales. "Low directions of W" starts the pairs in the tenth of the directions with the smallest
+singular values of the weight.
 
 """
 
