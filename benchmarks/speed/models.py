@@ -1,6 +1,6 @@
-"""The models that are measured: their shapes, the layers that are adapted, and what they are called with.
+"""The models that are measured: their shapes, adapted layers and inputs.
 
-Weights are random. The loss is the mean square of the output, the same for every method and cheap beside the layers.
+Weights are random. The loss is the mean square of the output, which is the same for every method and cheap.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Workload:
         build: makes the model.
         targets: what is adapted, as PEFT's `target_modules`.
         batch: the keywords of a call, for a size.
-        output: the tensor that a call is about.
-        first: the layer whose output the gradient of a frozen model has to reach; none where an input needs one.
+        output: takes the tensor for the loss from the result of a call.
+        first: the layer down to whose output a frozen model runs its backward; None if an input requires a gradient.
     """
 
     title: str
@@ -112,7 +112,7 @@ def vit(width: int = 768, inner: int = 3072, heads: int = 12, layers: int = 3, p
 
 
 def linear(width: int) -> Workload:
-    """A layer as it stands in the middle of a model: those before it want the gradient of its input."""
+    """A layer in the middle of a model: its input requires a gradient."""
     return Workload(
         title=f"One Linear of {width} x {width}, its input needs a gradient",
         unit="tokens",
@@ -143,7 +143,7 @@ def resnet50(pixels: int) -> Workload:
 
 
 def convolutions(channels: int, layers: int, pixels: int = 8) -> Workload:
-    """Convolutions that read one another, behind one that has no adapter."""
+    """A chain of convolutions after one that has no adapter."""
 
     def build() -> nn.Module:
         stem = nn.Conv2d(3, channels, 3, padding=1)
