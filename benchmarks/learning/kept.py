@@ -100,8 +100,9 @@ def _value(run: Record, name: str) -> float:
     return run.retention[name] if name else run.test
 
 
-def readme_table(records: Sequence[Record], task: str = "language") -> str:
-    """The table of README and of the guide: means and standard deviations."""
+def guide_table(records: Sequence[Record]) -> str:
+    """The table of docs/training.md: means and standard deviations."""
+    task = "language"
     names = _names(records, task)
     methods = ("lora", "lora-protect", "lora-rehearse", "hra-pairs", "hra-pairs-protect", "hra-pairs-rehearse")
     rows = [_means(records, task, method, names) for method in (untrained(task), *methods)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,14 +21,12 @@ NEW_TOKENS = 8
 Make = Callable[[Any, Any, dict[str, Any], Workload], Callable[[], object]]
 
 
-def steps_of(
-    setting: Setting, methods: Sequence[str], known: Mapping[str, Method] = ALL
-) -> tuple[dict[str, Step], dict[str, str]]:
+def steps_of(setting: Setting, methods: Sequence[str]) -> tuple[dict[str, Step], dict[str, str]]:
     """The step of each method, or why it has none."""
     plain = plain_model(setting)
     steps, left_out = dict[str, Step](), dict[str, str]()
     for key in methods:
-        method = known[key]
+        method = ALL[key]
         try:
             model = method.put(copy_of(plain, own_weights=method.own_weights), WORKLOADS[setting.workload], setting.r)
             steps[key] = step_of(model, method, setting)

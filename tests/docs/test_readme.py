@@ -57,7 +57,7 @@ def test_it_is_short_and_its_results_are_those_of_the_records() -> None:
     assert readme_table(read()) in README, "write the table of learning.page.readme_table(read())"
     assert comparison.scores_table(read()) in COMPARISON, "PYTHONPATH=benchmarks python -m learning --page writes it"
     assert comparison.costs_table(read()) in COMPARISON, "PYTHONPATH=benchmarks python -m learning --page writes it"
-    assert kept.readme_table(read()) in GUIDE, "write the table of learning.kept.readme_table(read())"
+    assert kept.guide_table(read()) in GUIDE, "write the table of learning.kept.guide_table(read())"
 
 
 def test_what_it_says_of_protection() -> None:

@@ -57,9 +57,9 @@ class Turned(nn.Module):
 class Pattern(nn.Module):
     """Equal layers; each third one reads another value."""
 
-    def __init__(self, count: int = 8) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Turned() for _ in range(count))
+        self.layers = nn.ModuleList(Turned() for _ in range(8))
 
     def forward(self, x: Tensor) -> Tensor:
         near, far = x.sin(), x.cos()

@@ -28,10 +28,10 @@ class Block(nn.Module):
 class Net(nn.Module):
     """`stem` and `head` have no adapters; the blocks are equal."""
 
-    def __init__(self, blocks: int = 3) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.stem, self.head = nn.Linear(6, 12), nn.Linear(12, 4)
-        self.blocks = nn.Sequential(*(Block(12) for _ in range(blocks)))
+        self.blocks = nn.Sequential(*(Block(12) for _ in range(3)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.blocks(self.stem(x)))
