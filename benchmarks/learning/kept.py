@@ -1,4 +1,4 @@
-"""The part of docs/results.md on what methods keep that protect it or rehearse it."""
+"""The part of docs/results.md on protection and rehearsal: what each method keeps."""
 
 from __future__ import annotations
 
