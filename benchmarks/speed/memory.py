@@ -44,10 +44,14 @@ def peaks(setting: Setting, methods: Sequence[str], rounds: int) -> Measured:
 
 def peak(setting: Setting, method: str) -> float:
     """Bytes of one method, in a process of its own."""
-    wanted = json.dumps(dataclasses.asdict(setting))
+    return last_number("-m", "speed.memory_of_one", json.dumps(dataclasses.asdict(setting)), method)
+
+
+def last_number(*arguments: str) -> float:
+    """The last number that a new process of Python prints; in it, memory that is freed goes back to the system."""
     python_path = os.pathsep.join([str(FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, **SEPARATELY, "PYTHONPATH": python_path}
-    command = [sys.executable, "-W", "ignore", "-m", "speed.memory_of_one", wanted, method]
+    command = [sys.executable, "-W", "ignore", *arguments]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return float(done.stdout.splitlines()[-1])
 
