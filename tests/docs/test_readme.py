@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 import features
@@ -17,7 +18,7 @@ from learning.page import readme_table
 from learning.plan import SEEDS
 from learning.rates import final_runs
 from learning.records import read
-from learning.summary import difference, gain
+from learning.summary import difference, gain, retention_gain
 
 import hra_fx
 
@@ -36,6 +37,11 @@ def speed_rows(text: str) -> dict[str, list[str]]:
     """The last three columns of each row whose last ones are ratios: over PEFT's LoRA, PEFT's HRA and the base."""
     rows = [cells(line) for line in text.splitlines() if re.search(r"^\| .*\| \d\.\d+ \|$", line)]
     return {row[0]: row[-3:] for row in rows}
+
+
+def listed(words: Iterable[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} and {last}"
 
 
 def section(name: str, text: str = README) -> str:
@@ -81,6 +87,32 @@ def test_what_it_says_of_protection() -> None:
     behind = gain(read(), "language", "hra-pairs", "lora")
     assert f"{more} more perplexity on SmolLM2 ({-behind.mean:.1f} ± {behind.half:.1f} points" in README
     assert f"HRA's perplexity is {more} higher" in README
+
+
+def test_what_the_guide_says_of_directions_and_samples() -> None:
+    def kept(ending: str, name: str) -> str:
+        (run,) = (run for run in final_runs(read(), "language", f"hra-pairs-protect{ending}") if run.seed == 0)
+        return f"{run.retention[name] if name else run.test:.0f}"
+
+    counts = ("-4", "", "-32", "-64")
+    tales, facts, posts = ([kept(one, name) for one in counts] for name in ("perplexity of tales", "facts, %", ""))
+    guide = " ".join(GUIDE.split())
+    assert f"tales end at {listed(tales)}, the model completes {listed(f'{one}%' for one in facts)} of" in guide
+    assert f"and the perplexity of new posts is {listed(posts)}." in guide
+    few, other, energy, more = (
+        kept(f"-{one}", "perplexity of tales") for one in ("few", "other", "energy", "energy-16")
+    )
+    assert f"with 8 passages instead of 64, tales end at {few}." in guide
+    assert f"tales end at {other}, and tweets at {kept('-other', 'perplexity of tweets')} (one seed)" in guide
+    assert f"contain 80%, tales end at {energy}; with at least 16 in each layer, at {more} (one seed)" in guide
+
+
+def test_what_the_guide_says_of_quiet_pairs() -> None:
+    better = gain(read(), "language", "hra-quiet", "hra-pairs")
+    facts = retention_gain(read(), "language", "hra-quiet", "hra-pairs", "facts, %")
+    guide = " ".join(GUIDE.split())
+    assert f"the perplexity of new posts is {better.mean:.1f} ± {better.half:.1f} lower than in plain pairs" in guide
+    assert f"(difference {facts.mean:+.0f} ± {facts.half:.0f})" in guide
 
 
 def test_what_the_guide_says_of_several_tasks() -> None:
