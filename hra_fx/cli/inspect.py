@@ -12,13 +12,12 @@ import typer
 from hra_fx.cli.screen import Json, count, show_heading, show_json, show_table, span
 from hra_fx.selection.suggestions import some_of
 
-_ADAPTER = "adapter_config.json"
 #: The fields of a report's row that are known without the base model.
 _FIELDS = ("path", "d", "r", "parameters", "rotation", "angle", "mean_angle", "angles", "orthogonality")
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder of an adapter, or its name on the Hub.")],
+    path: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of an adapter, or its name on the Hub.")],
     as_json: Json = False,
 ) -> None:
     """Show an adapter: its layers, ranks, parameters and rotation angles."""
@@ -33,6 +32,7 @@ def _summarize_adapter(source: str) -> dict[str, Any]:
     The angles of a layer are the same as in `hra_fx.report`.
     """
     from hra_fx.checkpoint.adapter import read_adapter
+    from hra_fx.config import CONFIG_NAME
     from hra_fx.functional.householder import working_dtype
     from hra_fx.layers.target import REFLECTION
     from hra_fx.reporting.row import Row, measured_fields
@@ -50,7 +50,7 @@ def _summarize_adapter(source: str) -> dict[str, Any]:
     return {
         "folder": files.file.parent,
         "base_model": str(config.base_model_name_or_path) if config.base_model_name_or_path else None,
-        "written_by": _writer(files.file.with_name(_ADAPTER)),
+        "written_by": _writer(files.file.with_name(CONFIG_NAME)),
         "task_type": config.task_type,
         "target_modules": targets if isinstance(targets, str) or targets is None else sorted(targets),
         "r": trained.r,

@@ -21,7 +21,7 @@ _ALL = "all-linear"
 
 
 def match(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder of a model, or its config.json.")],
+    path: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a model, or its config.json.")],
     target: Annotated[
         list[str] | None,
         typer.Option(
@@ -177,10 +177,7 @@ def _show(found: dict[str, Any]) -> None:
 
 def visualize(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a model, or its config.json.")],
-    out: Annotated[
-        Path,
-        typer.Argument(metavar="OUT", help="Output file: .svg or .html."),
-    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output file: .svg or .html.")],
     adapter: Annotated[
         str | None, typer.Option("--adapter", "-a", metavar="FOLDER", help="An adapter to show in the model.")
     ] = None,
@@ -191,9 +188,7 @@ def visualize(
     heat: Annotated[
         str | None,
         typer.Option(
-            "--heat",
-            metavar="NAME",
-            help="Color layers by weight_change, mean_angle, angle, rotation or share.",
+            "--heat", metavar="NAME", help="Color layers by weight_change, mean_angle, angle, rotation or share."
         ),
     ] = None,
     weights: Annotated[
@@ -210,7 +205,8 @@ def visualize(
     from hra_fx.view.opening import Options
     from hra_fx.view.picture import picture_file, visualize as draw
 
-    Options(depth, focus, heat)  # check the options before the slow step of building the model, like the output file
+    # Check the options and the output file before the slow step of building the model.
+    Options(depth, focus, heat)
     picture_file(out)
     made, _ = build(model, weights=weights or heat in _NEED_WEIGHTS)
     if adapter is not None:

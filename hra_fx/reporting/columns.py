@@ -26,7 +26,8 @@ _NAMES = 5
 _NOT_ORTHOGONAL = 1e-3
 #: From this number of degrees, a range is shown without decimals, so that columns fit a terminal.
 _LARGE = 10
-_INDEX = re.compile(r"(?<![^\s.])\d+(?=[. ])|(?<=\.)\d+(?=[. ]|$)")
+#: A part of a path that is a number. A path that is only a number, as in `nn.Sequential`, is a name.
+_INDEX = re.compile(r"(?<![^.])\d+(?=\.)|(?<=\.)\d+$")
 
 
 T = TypeVar("T")
@@ -40,22 +41,22 @@ class Group(Generic[T]):
     rows: tuple[T, ...]
 
 
-def indices(text: str) -> str:
+def indices(path: str) -> str:
     """The indices that `starred` replaces.
 
     >>> indices("model.layers.3.mlp.experts.0")
     '3.0'
     """
-    return ".".join(_INDEX.findall(text))
+    return ".".join(_INDEX.findall(path))
 
 
-def starred(text: str) -> str:
-    """Replace the indices of layers in a text with `*`.
+def starred(path: str) -> str:
+    """Replace the indices of layers in a path with `*`.
 
     >>> starred("model.layers.3.mlp.experts.0"), starred("layer1.conv2"), starred("0")
     ('model.layers.*.mlp.experts.*', 'layer1.conv2', '0')
     """
-    return _INDEX.sub("*", text)
+    return _INDEX.sub("*", path)
 
 
 def grouped(
@@ -81,12 +82,8 @@ def common_parent(names: Sequence[str]) -> str:
     return ".".join(common[: min(lists, default=None)]) if len(names) > 1 else ""
 
 
-def table_of(rows: Collection[Row], *, without: Collection[str] = ()) -> tuple[list[Column], list[list[str]]]:
-    """Return the columns of a report, and the texts of each row.
-
-    Unnecessary columns are left out: those in `without`, the adapter's name if there is only one, and how far
-    protected directions move if none are protected.
-    """
+def table_of(rows: Collection[Row], *, without: Collection[str]) -> tuple[list[Column], list[list[str]]]:
+    """Return the columns of a report except for those in `without`, and the texts of each row."""
     return _table([Group(row.path, (row,)) for row in rows], rows, without)
 
 
@@ -111,6 +108,7 @@ def _same(row: Row) -> Hashable:
 def _table(
     groups: Collection[Group[Row]], rows: Collection[Row], without: Collection[str] = ()
 ) -> tuple[list[Column], list[list[str]]]:
+    """Leave out also the adapter's name if there is only one, and `moves protected` if nothing is protected."""
     hidden = {*without} if len(adapters_of(rows)) > 1 else {"adapter", *without}
     if all(row.protected is None for row in rows):
         hidden.add("moves protected")

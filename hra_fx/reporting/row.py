@@ -45,7 +45,7 @@ class Row:
             that `Q` changes. A quantized weight is dequantized first. NaN if the weight cannot be read (it has no data,
             is sharded, or its library cannot dequantize it on this machine).
         weight_change: `|W Q - W|_F / |W|_F`: how much `Q` changes the weight, relative to its size. NaN as for `share`.
-        bytes: memory of the vectors; 0 in a report of a graph.
+        bytes: memory of the vectors.
         bytes_here: memory of the vectors in this process, which is less if they are sharded.
         protected: how far `Q` moves what `hra_fx.protect` protects in this process: `|Q V - V|_F / |V|_F`; `None` if
             nothing is protected.

@@ -131,7 +131,7 @@ class Selection:
     """The layers that an adapter's configuration selects in a model, and the reasons for the other layers."""
 
     def __init__(self, model: nn.Module, config: HRAConfig) -> None:
-        """Resolve "all-linear" or the default targets for a model, or for the skeleton of a model."""
+        """Resolve "all-linear" or the default targets for a model."""
         self.config = config
         self.targets = resolve_targets(model, config)
         self._saved = {part for saved in saved_modules(model, config).values() for part in saved.modules()}

@@ -69,8 +69,7 @@ def visualize(
         heat: color adapted layers by `"weight_change"` (`|W Q - W| / |W|` in percent, the default), `"mean_angle"`,
             `"angle"` (the largest), `"rotation"` (`|Q - I|_F`) or `"share"` (of the weight that the adapter rotates).
             The scale fits the values, and the legend shows its ends.
-        theme: `"light"` or `"dark"`. The default for pictures is `"light"`; by default,
-            a `.html` page uses the theme of the reader's system.
+        theme: `"light"` or `"dark"`. By default, a picture is light, and a page uses the theme of the reader's system.
 
     Returns:
         The path of the file. The file is written atomically: if an error is raised, an existing file is unchanged.

@@ -86,9 +86,7 @@ def _state_of_input(value: Any) -> Any:
 
 def _graphs_of(model: nn.Module, example_inputs: Any) -> dict[str, fx.GraphModule]:
     found = graphs_of(model, example_inputs, is_drawn=True)
-    if example_inputs is None:
-        return found
-    if not any("val" in node.meta for node in found[""].graph.nodes):
+    if example_inputs is not None and not any("val" in node.meta for node in found[""].graph.nodes):
         _note_shapes(found[""], normalize_inputs(example_inputs))
     return found
 

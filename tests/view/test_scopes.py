@@ -17,7 +17,7 @@ import hra_fx
 from hra_fx.view.drawing import drawing_of
 from hra_fx.view.expressions import contracted, join_operations
 from hra_fx.view.graph import leaves_of
-from hra_fx.view.layout import Layout, Route, Size
+from hra_fx.view.layout import Layout, Route, Size, rows_of
 from hra_fx.view.scopes import scope_tree
 from hra_fx.view.subject import subject_of
 from hra_fx.view.tree import Edge, Item, Scope, span
@@ -145,7 +145,7 @@ def overlapping(sizes: list[Size], placed: Layout) -> list[tuple[int, int]]:
 @given(graphs())
 def test_boxes_are_apart_and_edges_go_down_to_their_boxes_and_cross_none(graph: Graph) -> None:
     sizes, edges, outputs, ports = graph
-    placed = Layout(*graph)
+    placed = Layout(*graph, rows_of(len(sizes), edges))
     assert overlapping([*sizes, *ports], placed) == []
     ends = [(source, target) for source, target, _ in edges]
     assert [(r.source, r.target) for r in placed.routes] == ends + [(box, -1) for box in outputs]

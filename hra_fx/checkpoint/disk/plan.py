@@ -165,7 +165,7 @@ class Plan:
 def plan_fold(
     base: Path, adapters: Mapping[str, Sequence[Adapter]], columns: Collection[str] | None, given: Source
 ) -> Plan:
-    """Plan a fold. `adapters` are those of each folder in the base, in order. `given` is the base as the user named it."""
+    """Plan a fold of the adapters of each folder in the base, in order. `given` is the base as the user named it."""
     plan = Plan()
     for part, own in adapters.items():
         _plan_part(plan, f"{part}/" if part else "", base / part, own, columns, Path(given) / part)
