@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from hra_fx.cli.screen import Json, count, show_heading, show_json, show_table, span
+from hra_fx.cli.screen import Json, show_heading, show_json, show_table
+from hra_fx.reporting.words import counted, low_to_high
 from hra_fx.selection.suggestions import some_of
 
 #: The fields of a report's row that are known without the base model.
@@ -82,10 +83,10 @@ def _show_adapter(summary: dict[str, Any]) -> None:
             "base model": summary["base_model"] or "unknown",
             "task": summary["task_type"] or "",
             "written by": f"{summary['written_by']}, {summary['dtype']}",
-            "vectors": f"r = {span([row.r for row in rows])}"
+            "vectors": f"r = {low_to_high([row.r for row in rows])}"
             + ", orthonormalized by Gram-Schmidt" * summary["gram_schmidt"]
-            + f", and {count(summary['anchor'], 'frozen anchor vector')}" * bool(summary["anchor"]),
-            "trainable": f"{count(summary['parameters'], 'parameter')} in {count(len(rows), 'layer')}",
+            + f", and {counted(summary['anchor'], 'frozen anchor vector')}" * bool(summary["anchor"]),
+            "trainable": f"{counted(summary['parameters'], 'parameter')} in {counted(len(rows), 'layer')}",
             "also trained": _some(summary["saved"]),
             "targets": _some(summary["target_modules"]),
         },

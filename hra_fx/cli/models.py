@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hra_fx.cli.screen import CHECK_FAILED, Json, count, print_message, show_heading, show_json, show_lines
+from hra_fx.cli.screen import CHECK_FAILED, Json, print_message, show_heading, show_json, show_lines
 from hra_fx.errors import SelectionError, UnsupportedLayerError
+from hra_fx.reporting.words import counted
 
 if TYPE_CHECKING:
     from hra_fx.config import HRAConfig
@@ -165,9 +166,9 @@ def _show(found: dict[str, Any]) -> None:
     show_heading(
         f"{found['model']} ({found['library']})",
         {
-            "adapted": f"{len(adapted)} of {count(len(adapted) + len(found['missed']), 'layer')}",
-            "trainable": f"{count(found['trained'], 'parameter')} ({share} of {found['parameters']:,})",
-            "also trained": f"{count(in_full, 'parameter')} in full" if in_full else "",
+            "adapted": f"{len(adapted)} of {counted(len(adapted) + len(found['missed']), 'layer')}",
+            "trainable": f"{counted(found['trained'], 'parameter')} ({share} of {found['parameters']:,})",
+            "also trained": f"{counted(in_full, 'parameter')} in full" if in_full else "",
         },
     )
     show_layers(adapted)

@@ -18,6 +18,7 @@ from hra_fx.reporting.heat import HEATS, is_identity
 from hra_fx.reporting.row import Row
 from hra_fx.reporting.skipped_layers import SkippedLayer, SkippedParameter
 from hra_fx.reporting.table import Column
+from hra_fx.reporting.words import counted
 
 # Limits of the footnotes. The data contain all reasons and names.
 _REASONS = 6
@@ -125,8 +126,8 @@ def heading(rows: Collection[Row]) -> str:
     """The numbers of adapted layers and parameters, their memory, and the names of the adapters."""
     total = sum(row.parameters for row in rows)
     names = adapters_of(rows)
-    layers = len({row.path for row in rows})
-    start = f"{layers:,} adapted layer{'s' * (layers != 1)}, {total:,} adapter parameters{_memory(rows)}"
+    layers = counted(len({row.path for row in rows}), "adapted layer")
+    start = f"{layers}, {total:,} adapter parameters{_memory(rows)}"
     identity = ", not trained yet (identity)" * is_identity(rows)
     return f"{start}, adapter{'s' * (len(names) > 1)} {', '.join(names)}{identity}"
 
@@ -188,17 +189,13 @@ def footnotes(
     lost, others = ([layer for layer in skipped if layer.targeted is wanted] for wanted in (True, False))
     share = sum(parameter.share for parameter in parameters)
     found = {
-        f"Targeted, but not adapted: {_layers(lost)}": _by_reason(lost),
+        f"Targeted, but not adapted: {counted(len(lost), 'layer')}": _by_reason(lost),
         f"Not adapted: 3-D parameters, {share:.1%} of the base model": _experts(parameters),
         "Trained in full:": [_listed(trained_in_full)] if trained_in_full else [],
-        f"Not adapted: {_layers(others)}": _by_reason(others),
+        f"Not adapted: {counted(len(others), 'layer')}": _by_reason(others),
         "Q is not orthogonal:": _not_orthogonal(rows),
     }
     return {title: lines for title, lines in found.items() if lines}
-
-
-def _layers(layers: Collection[SkippedLayer]) -> str:
-    return f"{len(layers):,} layer{'s' * (len(layers) != 1)}"
 
 
 def _experts(parameters: Collection[SkippedParameter]) -> list[str]:

@@ -23,9 +23,9 @@ from hra_fx.reporting.heat import (
     heat_of,
     ink_on,
     scale,
-    shorten,
 )
 from hra_fx.reporting.row import Row
+from hra_fx.reporting.words import shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

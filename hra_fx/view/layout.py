@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import networkx as nx
 
-from hra_fx.reporting.heat import shorten
+from hra_fx.reporting.words import shorten
 from hra_fx.view.heatmap import NO_CELLS, Cells, Heatmap
 from hra_fx.view.opening import Block
 from hra_fx.view.theme import width

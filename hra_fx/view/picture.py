@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hra_fx.atomic_write import output_file, write_output_file
-from hra_fx.view import page
 from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.heatmap import heatmap_of
-from hra_fx.view.html import rendering
+from hra_fx.view.html.rendering import render
 from hra_fx.view.opening import Options, focused
+from hra_fx.view.svg_file import render_svg
 from hra_fx.view.theme import Theme
 
 
@@ -24,8 +24,8 @@ class Format(NamedTuple):
 
 
 FORMATS: Mapping[str, Format] = {
-    ".svg": Format("picture", page.render_svg),
-    ".html": Format("interactive page", rendering.render),
+    ".svg": Format("picture", render_svg),
+    ".html": Format("interactive page", render),
 }
 
 

@@ -32,8 +32,8 @@ from hra_fx.view.drawing import Drawing
 from hra_fx.view.heatmap import Heatmap
 from hra_fx.view.layout import place
 from hra_fx.view.opening import Block, Options, opened
-from hra_fx.view.page import LINE, entries
 from hra_fx.view.svg import draw, number
+from hra_fx.view.svg_file import LINE, entries
 from hra_fx.view.theme import as_css, colored
 from hra_fx.view.tree import Item, Leaf, Scope, span
 
