@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -67,17 +67,15 @@ def _stack(node: fx.Node, root: str) -> list[tuple[str, str]]:
     return [(_join(root, call), _join(root, path)) for call, path in calls if path]
 
 
-@dataclass
 class _Builder:
-    subject: Subject
-    picture: nx.DiGraph[str] = field(default_factory=nx.DiGraph)
-    drawn: set[str] = field(default_factory=set)  # paths of the adapted layers that a leaf has as marks
-    counted: set[int] = field(default_factory=set)  # ids of the parameters that a leaf counts
+    """Creates the leaves, in the order in which modules are defined."""
 
-    def __post_init__(self) -> None:
-        self.model = self.subject.model
-        self.graphs = self.subject.graphs
-        self.visited: dict[int, str] = {}
+    def __init__(self, subject: Subject) -> None:
+        self.subject, self.model, self.graphs = subject, subject.model, subject.graphs
+        self.picture: nx.DiGraph[str] = nx.DiGraph()
+        self.drawn: set[str] = set()  # paths of the adapted layers that a leaf has as marks
+        self.counted: set[int] = set()  # ids of the parameters that a leaf counts
+        self.visited: dict[int, str] = {}  # id of a module -> its path
         for path in self.subject.layers:  # layers count their own parameters, even if another node reads the weight
             self._once(own_parameters(self.model.get_submodule(path)))
         self.inside: dict[str, dict[str, None]] = {}  # path of a module -> the adapted layers in it

@@ -72,7 +72,7 @@ class _Space(Heatmap):
 def pictures(drawing: Drawing, tree: Scope, options: Options) -> str:
     """The pictures as SVG elements. `data-index` is the number of a box in the data."""
     index = {id(item): number for number, item in enumerate(walk(tree))}
-    space = _Space(values=heat_of(drawing.rows, "rotation"))
+    space = _Space(values=heat_of(drawing.rows, "rotation"))  # any measure: only the layers matter
     found: list[str] = []
     blocks = [opened(tree, options.depth, options.focus or "")]
     for block in blocks:
