@@ -38,7 +38,7 @@ VERSION_TESTS := tests/functional tests/kernels tests/layers tests/passes tests/
 
 export HF_HUB_OFFLINE := 1
 
-# The tests of the page need a browser. Debian's is installed where there is none and this user can; else the tests tell.
+# The tests of the page need a browser. Root gets Debian's if there is none. Without one, the test run says what to install.
 BROWSERS := chromium chromium-browser google-chrome
 BROWSER   = test -n "$$(which $(BROWSERS))" || { test "$$(id -u)" = 0 && which apt-get && \
 	{ apt-get update; apt-get install --yes --no-install-recommends chromium; }; } >/dev/null 2>&1

@@ -18,8 +18,8 @@ from hra_fx.tracing.graphs import trace_model
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.heatmap import Heatmap
 from hra_fx.view.opening import Block, opened
-from hra_fx.view.page import page
 from hra_fx.view.subject import describe_module
+from hra_fx.view.svg_file import svg_file
 from hra_fx.view.theme import THEMES
 from hra_fx.view.tree import Leaf, LeafKind, Scope
 
@@ -71,5 +71,5 @@ def write_insert(folder: Path) -> None:
     root = Scope("", "", "", eager=False, items=tuple(block.item for block in blocks))
     whole = Drawing("", f"{BLOCK} of ResNet-18", "torch.fx graph before and after the insert pass", after.picture, ())
     for theme in THEMES:
-        text = page(Block(root, tuple(blocks)), whole, Heatmap(), theme)
+        text = svg_file(Block(root, tuple(blocks)), whole, Heatmap(), theme)
         (folder / f"insert-{theme}.svg").write_text(text, encoding="utf-8")

@@ -11,16 +11,12 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from speed.memory import SEPARATELY
+from speed.memory import last_number
 from speed.memory_of_one import forget_the_peak, status
 from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -93,8 +89,8 @@ def step_of(kind: str, implementation: str, method: str) -> Step:
 
 
 def peak_here(kind: str, implementation: str, method: str) -> int:
-    """How far two steps raise the peak over what this process has; a step of another process's size comes first."""
-    step_of(kind, "eager" if implementation == "eager" else implementation, method)()
+    """How far two steps raise the peak over what this process has, after a first step, which fills caches."""
+    step_of(kind, implementation, method)()
     step = step_of(kind, implementation, method)
     gc.collect()
     forget_the_peak()
@@ -102,16 +98,6 @@ def peak_here(kind: str, implementation: str, method: str) -> int:
     step()
     step()
     return status("VmHWM") - before
-
-
-def peak(kind: str, implementation: str, method: str) -> float:
-    """Bytes, in a process of its own."""
-    command = [sys.executable, "-W", "ignore", __file__, "--peak", kind, implementation, method]
-    folder = str(Path(__file__).parent)
-    path = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, **SEPARATELY, "PYTHONPATH": path}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    return float(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -127,7 +113,9 @@ def main() -> None:
     print("|---|---|--:|--:|--:|--:|--:|--:|--:|")
     for kind in MODELS:
         for implementation in IMPLEMENTATIONS:
-            base, lora, hra = (peak(kind, implementation, method) / 1e6 for method in METHODS)
+            base, lora, hra = (
+                last_number(__file__, "--peak", kind, implementation, method) / 1e6 for method in METHODS
+            )
             own = in_turns({method: step_of(kind, implementation, method) for method in METHODS}, arguments.rounds)
             cells = [f"{base:.0f} MB", f"{lora:.0f} MB", f"{hra:.0f} MB", f"{hra / lora:.2f}"]
             cells += [f"{ratio(own['hra'], own[other]):.2f}" for other in ("lora", "base")]

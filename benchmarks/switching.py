@@ -2,7 +2,7 @@
 
     make bench-switch
 
-Needs peft. The calls take turns, so that whatever else the machine does slows all of them alike.
+Needs peft. The calls take turns, so that other programs on the machine slow all of them equally.
 """
 
 from __future__ import annotations

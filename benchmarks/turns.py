@@ -1,4 +1,4 @@
-"""Times of several calls that take turns, so that whatever else the machine does slows all of them alike."""
+"""Times of several calls that take turns, so that other programs on the machine slow all of them equally."""
 
 from __future__ import annotations
 

@@ -89,7 +89,12 @@ def fit(
         label: text of the progress bar.
         in_pairs: a model whose HRA vectors are trained in pairs.
         keep: samples of what this model must not forget.
+
+    Raises:
+        ValueError: `keep` without `in_pairs`.
     """
+    if keep and in_pairs is None:
+        raise ValueError("`keep` needs `in_pairs`: only HRA can be protected.")
     rates = [rate for _, rate in groups]
     optimizer = torch.optim.AdamW([{"params": list(group)} for group, _ in groups], lr=rates[0], weight_decay=0.0)
     if in_pairs is not None:

@@ -5,9 +5,9 @@
 It uses the weights of all-MiniLM-L6-v2 and takes about five minutes on two cores. A classification head is trained
 four times, from the same start and on the same batches: alone on the frozen encoder, with LoRA (PEFT's), with HRA, and
 with HRA that keeps what the encoder computes for some of Grimm's tales (`hra_fx.protect`). LoRA and HRA adapt the
-attention and MLP weights with the same number of parameters, about 1% of the encoder's. A second score says what the
-encoder still knows about other tales, which are not trained. The last model is folded: it is a plain transformers model
-again, with the keys of the base model.
+attention and MLP weights with the same number of parameters, about 1% of the encoder's. A second score measures what
+the encoder still knows about other tales, on which no run trains. The last model is folded: it is a plain transformers
+model again, with the keys of the base model.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Texts:
 
 
 class Data(NamedTuple):
-    """Newsgroups to train and to classify, and tales, which no run trains."""
+    """Newsgroups to train on and to classify, and tales, on which no run trains."""
 
     train: Texts
     test: Texts

@@ -121,16 +121,17 @@ _NAMES = {
     "model.merge": ("merge_adapter", "unmerge_adapter"),
     "model.mixed": ("mixed_batch",),
     "model.orthogonality": ("orthogonality_loss",),
-    "training.pairs": ("train_pairs",),
-    "training.protect": ("protect",),
     "model.reset": ("reset_adapters",),
     "model.setup": ("add_adapter",),
     "model.switch": ("disable_adapters", "set_adapter", "set_scale"),
     "reporting.report": ("Report", "report"),
+    "training.pairs": ("train_pairs",),
+    "training.protect": ("protect",),
     "view.network": ("to_networkx",),
     "view.picture": ("visualize",),
 }
-_HOMES = {name: home for home, names in _NAMES.items() for name in names}
+#: Public name -> the module that it is imported from.
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = sorted({*_HOMES, *errors.__all__})
 

@@ -23,14 +23,14 @@ from torch.autograd import forward_ad
 from torch.fx import _symbolic_trace
 from torch.nn.modules import module as nn_module
 from torch.utils import _pytree
-from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode as TorchDispatchMode,
+    is_traceable_wrapper_subclass as is_traceable_wrapper_subclass,
+)
 
 from hra_fx.errors import AdapterError
 
 T = TypeVar("T", bound=Tensor)
-
-#: The child of the wrapper that `torch.distributed.algorithms._checkpoint.checkpoint_wrapper` puts around a module.
-_CHECKPOINTED = "_checkpoint_wrapped_module"
 
 # --- releases ---------------------------------------------------------------------------------------------------------
 
@@ -192,13 +192,13 @@ def conv_border(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
         [1, 1, 0, 1]
     """
     if conv.padding_mode != "zeros":
-        return list(conv._reversed_padding_repeated_twice)  # which torch pads with
+        return list(conv._reversed_padding_repeated_twice)  # the padding that torch applies
     if conv.padding == "valid":
         sides = [(0, 0) for _ in conv.kernel_size]
     elif conv.padding == "same":
         totals = [step * (size - 1) for step, size in zip(conv.dilation, conv.kernel_size, strict=True)]
         sides = [(total // 2, total - total // 2) for total in totals]
-    else:  # it may have changed since the layer was made
+    else:  # torch reads `padding`, which may have changed since the layer was created
         sides = [(int(size), int(size)) for size in conv.padding]
     return [size for before_and_after in reversed(sides) for size in before_and_after]
 
@@ -214,12 +214,16 @@ def is_compiled_module(module: nn.Module) -> bool:
     return dynamo and "_orig_mod" in module._modules
 
 
+#: Name of the child of torch's wrapper for activation checkpointing (`checkpoint_wrapper`).
+_CHECKPOINTED = "_checkpoint_wrapped_module"
+
+
 def state_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
     """Like `model.named_modules()`, but with the paths that `state_dict` uses.
 
     They do not contain the names that torch's activation checkpointing inserts between a block and its parts.
     """
-    yield from state_paths(model.named_modules(remove_duplicate=remove_duplicate))
+    return state_paths(model.named_modules(remove_duplicate=remove_duplicate))
 
 
 def state_paths(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
@@ -243,7 +247,7 @@ def tensor_versions(tensors: Iterable[Tensor]) -> list[int]:
 
 
 def wrapper_tensor(cls: type[T], like: Tensor) -> T:
-    """Create a tensor of a subclass that overrides `__torch_dispatch__`, without data, like another tensor."""
+    """Create a tensor without data of a subclass that overrides `__torch_dispatch__`, with the metadata of `like`."""
     make: Any = Tensor._make_wrapper_subclass
     made: T = make(cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device, layout=like.layout)
     return made
@@ -251,7 +255,6 @@ def wrapper_tensor(cls: type[T], like: Tensor) -> T:
 
 #: `__torch_function__` of a tensor subclass that overrides nothing. torch's documentation uses the private name.
 disabled_torch_function: Any = torch._C._disabled_torch_function_impl
-
 
 #: Functions over nested containers, as torch itself flattens them.
 pytree: Any = _pytree
@@ -262,9 +265,9 @@ def children_of(spec: Any) -> list[Any]:
     return list(spec.children() if hasattr(spec, "children") else spec.children_specs)
 
 
-def is_wrapper_subclass(tensor: Any) -> bool:
-    """Whether a tensor wraps other tensors, by `torch.utils._python_dispatch.is_traceable_wrapper_subclass`."""
-    return hasattr(tensor, "__tensor_flatten__") and hasattr(tensor, "__tensor_unflatten__")
+def copy_all(targets: list[Tensor], values: list[Tensor]) -> None:
+    """Copy tensors on one device into others, with a single operator. torch's optimizers use the private name."""
+    torch._foreach_copy_(targets, values)
 
 
 def fake_tensor_mode() -> Any:
@@ -279,6 +282,12 @@ def weight_conversions() -> Any:
     """transformers' module with its conversions of checkpoints, which imports slowly; `None` before transformers 5."""
     name = "transformers.conversion_mapping"
     return importlib.import_module(name) if find_spec(name) else None
+
+
+def eager_experts(model: nn.Module) -> AbstractContextManager[None]:
+    """Context manager in which experts of transformers compute one expert after the other."""
+    configs = [getattr(part, "config", None) for part in model.modules()]
+    return _with_attribute(configs, "_experts_implementation", "eager")
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
@@ -299,27 +308,13 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     return {a: b for a, b in found if a != b and (named.search(a) or named.search(b))}
 
 
-# --- PEFT -------------------------------------------------------------------------------------------------------------
-
-
-def fields_of_update(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The configuration that PEFT passes to `update_layer` of its HRA layers. PEFT 0.18 passes each field."""
-    config = kwargs.get("config", args[0] if args else None)
-    if hasattr(config, "apply_GS"):
-        return config
-    positional = zip(("apply_GS", "init_weights", "inference_mode"), args, strict=False)
-    return SimpleNamespace(**{"inference_mode": False, **dict(positional), **kwargs})
-
-
 # --- operators --------------------------------------------------------------------------------------------------------
 
 #: The class of one overload of an operator, such as `torch.ops.aten.add.Tensor`. It has no public name.
 OpOverload: type[Any] = type(torch.ops.aten.add.Tensor)
-
-
 #: The key of `GraphModule.meta` for attributes that fx sets in each deepcopy.
 KEPT_ATTRIBUTES = "_user_preserved_attributes"
-#: The operator that checks the dtype and device of a tensor before a cast.
+#: Operators that check the dtype and device of a tensor before a cast, and a condition on numbers.
 ASSERT_METADATA: Any = torch.ops.aten._assert_tensor_metadata.default
 ASSERT_SCALAR: Any = torch.ops.aten._assert_scalar.default
 
@@ -332,20 +327,6 @@ def is_higher_order(target: object) -> bool:
 def schema_of(target: object) -> Any:
     """The schema of an operator, with `name`, `arguments` and `is_mutable`; `None` for other functions."""
     return getattr(target, "_schema", None)
-
-
-def renew_step_of_accelerate(wrapper: Any) -> None:
-    """Make accelerate's wrapper of an optimizer call the current `step` instead of the one that it stored."""
-    if hasattr(wrapper, "_optimizer_original_step_method"):
-        from accelerate.optimizer import patch_optimizer_step  # type: ignore[import-untyped]
-
-        wrapper._optimizer_original_step_method = wrapper.optimizer.step
-        wrapper._optimizer_patched_step_method = patch_optimizer_step(wrapper, wrapper.optimizer.step)
-
-
-def copy_all(targets: list[Tensor], values: list[Tensor]) -> None:
-    """Copy tensors on one device into others, with a single operator. torch's optimizers use the private name."""
-    torch._foreach_copy_(targets, values)
 
 
 # --- torch.export -----------------------------------------------------------------------------------------------------
@@ -366,18 +347,30 @@ def guard_function(code: str) -> Callable[..., None]:
     return check
 
 
-# --- experts and PEFT -------------------------------------------------------------------------------------------------
+# --- PEFT and accelerate ----------------------------------------------------------------------------------------------
 
 
-def eager_experts(model: nn.Module) -> AbstractContextManager[None]:
-    """Context manager in which experts of transformers multiply with the weight of one expert after the other."""
-    configs = [getattr(part, "config", None) for part in model.modules()]
-    return _with_attribute(configs, "_experts_implementation", "eager")
+def fields_of_update(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The configuration that PEFT passes to `update_layer` of its HRA layers. PEFT 0.18 passes each field."""
+    config = kwargs.get("config", args[0] if args else None)
+    if hasattr(config, "apply_GS"):
+        return config
+    positional = zip(("apply_GS", "init_weights", "inference_mode"), args, strict=False)
+    return SimpleNamespace(**{"inference_mode": False, **dict(positional), **kwargs})
 
 
 def without_peft_adapters(layers: Iterable[Any]) -> AbstractContextManager[None]:
     """Context manager in which layers of PEFT compute their base layers. Which vectors are trained does not change."""
     return _with_attribute(layers, "_disable_adapters", True)
+
+
+def renew_step_of_accelerate(wrapper: Any) -> None:
+    """Make accelerate's wrapper of an optimizer call the current `step` instead of the one that it stored."""
+    if hasattr(wrapper, "_optimizer_original_step_method"):
+        from accelerate.optimizer import patch_optimizer_step  # type: ignore[import-untyped]
+
+        wrapper._optimizer_original_step_method = wrapper.optimizer.step
+        wrapper._optimizer_patched_step_method = patch_optimizer_step(wrapper, wrapper.optimizer.step)
 
 
 @contextmanager

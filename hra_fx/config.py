@@ -56,7 +56,7 @@ class HRAConfig:
             its path equals a name or ends with "." + name. `exclude_modules` and `layers_to_transform` do not restrict
             them. With target_modules=None, only these parameters are adapted. PEFT's HRAConfig does not have this
             field.
-        trainable_token_indices: tokens of which the embeddings are trained, as in PEFT's LoraConfig: a list for the
+        trainable_token_indices: tokens whose embeddings are trained, as in PEFT's LoraConfig: a list for the
             input embeddings, or a dict of module name -> tokens. A name matches the end of a path. Layers that are tied
             to an embedding use the same rows. PEFT's HRAConfig does not have this field.
         task_type: None or a PEFT task type, such as "SEQ_CLS".

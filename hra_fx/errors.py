@@ -45,7 +45,7 @@ class UnsupportedLayerError(HRAError):
 
 
 class CaptureError(HRAError):
-    """A module cannot be traced with fx. `graphs` and `report` catch it, trace smaller modules, and show its `reason`.
+    """A module cannot be traced with fx. `graphs` catches it, traces smaller modules, and shows its `reason`.
 
     >>> CaptureError("a forward hook on 'layer1.conv'").reason
     "a forward hook on 'layer1.conv'"
@@ -58,9 +58,9 @@ class CaptureError(HRAError):
 
 
 class AdapterError(HRAError, ValueError):
-    """An adapter name cannot be used, or the operation is not possible now.
+    """An adapter name cannot be used, or the operation is not possible in the current state.
 
-    The name is unknown, taken or not a valid module name, or the state of the adapters does not allow the operation.
+    The name is unknown, taken or not a valid module name. Or adapters are merged, sharded or without data, for example.
     """
 
 
@@ -73,7 +73,7 @@ class FoldError(HRAError):
 
 
 class GraphInvariantError(HRAError):
-    """A rewritten graph violates an invariant. The message names the node and the invariant."""
+    """A pass cannot rewrite a graph correctly. The message names the node and the reason."""
 
 
 class VerificationError(HRAError):
@@ -84,7 +84,7 @@ class VerificationError(HRAError):
 
 
 class VisualizeError(HRAError, ValueError):
-    """A picture cannot be drawn: an unknown file extension or option, or a graph that the format cannot represent."""
+    """A picture or plot cannot be made: a wrong option or file extension, a path that cannot be written, or no rows."""
 
 
 class HRAWarning(UserWarning):

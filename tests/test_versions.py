@@ -198,9 +198,3 @@ def test_a_padding_that_has_changed_is_the_one_that_torch_uses(mode: str) -> Non
         x = torch.randn(1, 3, size, size, dtype=torch.float64)
         folded = hra_fx.fold(copy.deepcopy(model))
         torch.testing.assert_close(model(x), folded(x))
-
-
-def test_buffers_outside_of_the_state() -> None:
-    module = nn.BatchNorm1d(2)
-    module.register_buffer("cached", torch.zeros(1), persistent=False)
-    assert compat.non_persistent_buffers(module) == {"cached"}

@@ -1,4 +1,4 @@
-"""What an adapted layer has to compute, as explicit float64 products. It does not use hra_fx."""
+"""The expected output of an adapted layer, as explicit float64 products. It does not use hra_fx."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def _compiled(method: Method, setting: Setting) -> Make:
 
 
 def _checked(group: str, setting: Setting, key: str, make: Make) -> Check:
-    """Compare the gradients of the step that `make` gives, of a model and its eager step, with those of the latter."""
+    """Compare the gradients of the step that `make` creates with those of the eager step of the same model."""
     method, workload = METHODS[key], WORKLOADS[setting.workload]
     words = f"{workload.title}: {method.title}"
     if setting.device == "cpu":

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 README_TASKS = ("language", "newsgroups-1600", "newsgroups-5000", "digits")
 METHODS = ("hra-pairs", "hra", "lora", "dora", "oft", "boft", "psoft", "road", "miss", "full")
 TASK, KEPT = "language", ("perplexity of tales", "facts, %")
-#: Method -> the one with the same function, whose scores it has.
+#: Method -> a method that computes the same, and has the same scores.
 SAME = {"hra-peft": "hra"}
-#: Those of other plots, and more.
+#: Colors and markers: those of other plots, and more.
 MARKS = {name: look for name, look in LOOKS.items() if name != "hra-quiet"} | {
     "psoft": ("#44AA99", "h"),
     "road": ("#999933", "<"),

@@ -32,11 +32,6 @@ def of_energy(share: float, at_least: int = 1) -> Choice:
     return choose
 
 
-def random_directions(count: int) -> Choice:
-    """Directions that know nothing of the inputs."""
-    return lambda moments: torch.linalg.qr(torch.randn(len(moments), count))[0]
-
-
 @torch.no_grad()
 def main_inputs(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], choose: Choice
@@ -109,20 +104,6 @@ def protect_hra(optimizer: torch.optim.Optimizer, model: nn.Module, bases: Mappi
     def project() -> None:
         for vectors, basis in held:
             vectors -= basis @ (basis.T @ vectors)
-
-    keep_orthogonal(optimizer, project)
-
-
-def quiet(optimizer: torch.optim.Optimizer, model: nn.Module, bases: Mapping[str, Tensor]) -> None:
-    """What quiet pairs do, with other directions."""
-    held = [(layer.hra_u["default"], bases[path]) for path, layer in hra_layers(model).items()]
-
-    def project() -> None:
-        for vectors, basis in held:
-            one, other = vectors[:, 0::2], vectors[:, 1::2]
-            move = basis @ (basis.T @ (one - other)) / 2
-            one -= move
-            other += move
 
     keep_orthogonal(optimizer, project)
 

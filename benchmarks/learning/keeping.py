@@ -18,8 +18,6 @@ from learning.directions import (
     of_energy,
     protect_hra,
     protect_lora,
-    quiet,
-    random_directions,
     start_in_low_directions,
     top,
 )
@@ -98,6 +96,5 @@ CONTROLS: dict[str, tuple[str, Method]] = {
         "hra-pairs",
         replace(protected("hra-pairs", kind="other"), label="HRA, pairs, other samples protected"),
     ),
-    "hra-pairs-random": ("hra-pairs", with_directions("hra-pairs", "4 random directions", random_directions(4), quiet)),
     "hra-pairs-low": ("hra-pairs", low_start()),
 }

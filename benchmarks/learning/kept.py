@@ -1,4 +1,4 @@
-"""The part of docs/results.md on what methods keep that protect it or rehearse it."""
+"""The part of docs/results.md on protection and rehearsal: what each method keeps."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ Paired differences to the same method without protection, with their 95% interva
 ON_CONTROLS = """
 Other choices, with three seeds: differences to {base} with the same seeds. "80% of the energy" takes as many directions
 for each layer as hold 80% of the energy of its inputs: one in some layers, hundreds in others. "Other samples" are
-tweets in place of tales. "Random directions" are a control of quiet pairs, and "low directions of W" starts the pairs
-in the tenth of the directions with the smallest singular values of the weight.
+tweets in place of tales. "Low directions of W" starts the pairs in the tenth of the directions with the smallest
+singular values of the weight.
 
 """
 
@@ -100,8 +100,9 @@ def _value(run: Record, name: str) -> float:
     return run.retention[name] if name else run.test
 
 
-def readme_table(records: Sequence[Record], task: str = "language") -> str:
-    """The table of README and of the guide: means and standard deviations."""
+def guide_table(records: Sequence[Record]) -> str:
+    """The table of docs/training.md: means and standard deviations."""
+    task = "language"
     names = _names(records, task)
     methods = ("lora", "lora-protect", "lora-rehearse", "hra-pairs", "hra-pairs-protect", "hra-pairs-rehearse")
     rows = [_means(records, task, method, names) for method in (untrained(task), *methods)]

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import gc
-from pathlib import Path
+import sys
 
-STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+from speed.memory_of_one import forget_the_peak, status
 
 
 class Peak:
-    """Measures from now on. Linux keeps the largest resident size of a process, and forgets it on request."""
+    """Measures from its creation on. Only Linux keeps the largest resident size of a process."""
 
     def __init__(self) -> None:
         """Start to measure."""
         gc.collect()
-        self.start = resident("VmRSS") if STATUS.exists() else None
+        self.start = status("VmRSS") if sys.platform == "linux" else None
         if self.start is not None:
-            FORGET.write_text("5")
+            forget_the_peak()
 
     def megabytes(self) -> float | None:
         """The growth in MB; None on other systems."""
-        return None if self.start is None else round((resident("VmHWM") - self.start) / 1e6, 1)
-
-
-def resident(field: str) -> int:
-    """Bytes of a field of the process's status."""
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
-    return 1024 * int(line.split()[1])
+        return None if self.start is None else round((status("VmHWM") - self.start) / 1e6, 1)

@@ -65,13 +65,14 @@ PROTOCOL = """\
 - For text on CPUs with instructions for bfloat16, products with the weights of the base model are in bfloat16.
   Everything else is in float32: adapters, their products and optimizers. Newer records contain the dtype of these
   products. With `--float32`, a run does not use bfloat16.
-- On `language`, the runs of LoRA, of HRA in pairs and of all protected methods are from one machine. The other methods
-  ran on another one, so their differences to LoRA are less exact than their intervals.
+- The runs are from several machines. On `language`, LoRA, HRA in pairs and all protected methods ran on one of them,
+  and DoRA, OFT, "HRA, vectors" and full fine-tuning on another one, so the differences of these four to LoRA are less
+  exact than their intervals.
 - `digits` does not include OFT and PEFT's HRA: PEFT's OFT fails for the convolutions, and its HRA takes many times as
   long. BOFT, PSOFT, RoAd and MiSS are compared on teachers only: a run of PEFT's BOFT on `language` would take more
   than 20 minutes, and the other three were not run there. Ranks that differ by layer were not compared.
 - Time is CPU time on one thread, and is shown for runs that compute like LoRA's: in bfloat16 or not. Other programs ran
-  on the same machine. Memory is the growth of the process during training. Both include the base model's forward and
+  at the same time. Memory is the growth of the process during training. Both include the base model's forward and
   backward pass. [benchmarks.md](benchmarks.md) compares speed.
 - In the plot over parameters, each point is the better of the chosen learning rate and the next lower one.
 - Each record in docs/results.json contains the commit of the code that created it. The commit dbc1003 is not in the
@@ -317,10 +318,7 @@ def _trial(records: Sequence[Record], task: str, method: str) -> str:
 
 def _cost(records: Sequence[Record]) -> str:
     hours = sum(record.seconds for record in records) / 3600
-    return (
-        f"The {len(records)} runs trained for {hours:.1f} hours of CPU time in total, on two cores, without "
-        "evaluations.\n"
-    )
+    return f"The {len(records)} runs trained for {hours:.1f} hours of CPU time in total, without evaluations.\n"
 
 
 def _unfinished(records: Sequence[Record]) -> str:

@@ -87,7 +87,7 @@ def methods_of(task: str) -> list[str]:
 
 
 def missing(records: Sequence[Record], tasks: Sequence[str]) -> list[Run]:
-    """The runs that can be made next, from what is known of the learning rates; those over ranks come last."""
+    """The runs whose learning rates are known, which can be made next; those of other ranks come last."""
     stages = [(task, method) for task, methods in STAGES if task in tasks for method in methods]
     planned = [run for task, method in stages for run in missing_of(records, task, method)]
     return planned or [run for task, method in stages for run in missing_ranks(records, task, method)]
@@ -120,7 +120,7 @@ def seeds_of(task: str, method: str) -> range:
 
 
 def untrained(task: str) -> str:
-    """The method that leaves the model as it was, but for a new head, on a task or on the one it is a variation of."""
+    """The method that trains at most a new head, on a task or on the task that it varies."""
     own = [method for method in methods_of(task) if method in ("base", "head")]
     return own[0] if own else untrained(RATES_FROM[task])
 

@@ -21,7 +21,7 @@ SAME_RATE = {"language-4-passes": 5.5e-3, "language-4-bit": 5.5e-3}
 #: Tasks and methods whose scores are drawn over all learning rates.
 WIDE = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 WIDE_TASKS, WIDE_METHODS = ("language", "newsgroups-1600"), ("lora", "hra-pairs")
-#: A grid has at most so many rates more than it starts with.
+#: At most this many rates are added to the first ones.
 ADDED = 6
 #: The mean validation score of these seeds decides between the best rate of seed 0 and its neighbors.
 CHOICE_SEEDS = range(3)

@@ -18,8 +18,8 @@ from learning.training import commit, run
 def run_all(tasks: Sequence[str], jobs: int, file: Path = FILE, make: Callable[[Run], Record] | None = None) -> None:
     """Make all missing runs of some tasks, several side by side, and write each record when its run ends.
 
-    What a run needs of earlier ones, the learning rate, decides which runs come next. Stop it at any time: it goes on
-    from the records that are there.
+    A run that needs the learning rate of earlier runs comes after them. Stop it at any time: the next call continues
+    from the existing records.
 
     Args:
         tasks: names of tasks.

@@ -73,9 +73,9 @@ class Groups(Newsgroups):
         texts, labels = texts_of("test")
         self.unseen = pick(texts, labels, [one for one in range(len(texts)) if labels[one] in groups][:test], groups)
 
-    def inputs(self, count: int = SAMPLES) -> list[dict[str, Tensor]]:
+    def inputs(self) -> list[dict[str, Tensor]]:
         """Batches of its training texts, for the directions."""
-        count = min(count, self.size)
+        count = min(SAMPLES, self.size)
         return [self.examples.batch(list(range(start, start + 16))) for start in range(0, count, 16)]
 
 

@@ -1,4 +1,4 @@
-"""Carries out one job of the grid."""
+"""Measures one job of the grid."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def carry_out(job: Job, measure: Measure = clocked) -> Cell:
 
 
 def start_compiling_anew() -> None:
-    """Forget what was compiled before, and let the compiler make what it makes once for all."""
+    """Clear what was compiled before, and compile something small, so that one-time work of the compiler is done."""
     import torch
     import torch._dynamo
 

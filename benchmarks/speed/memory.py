@@ -1,12 +1,12 @@
-"""The peak of a training step's memory.
+"""The peak memory of a training step.
 
-On a CPU each method has a process of its own: how far its resident memory grows over two steps, the second of which has
-the optimizer's state too, beyond what it was when model, inputs and optimizer were ready. The kernel keeps the largest
-(`VmHWM` in /proc/self/status), and forgets it on a word (5 to /proc/self/clear_refs). A step of a tiny model of the
-same kind comes before, so that loading libraries does not count; and each tensor of more than 64 kB is a mapping of its
-own, so that what is freed goes back to the kernel at once, and the figure is that of tensors alive.
+On a CPU, it is the growth of a process's resident memory over two steps (the second one has the optimizer's state),
+after the model, the inputs and the optimizer were created. Each method has its own process. Linux keeps the peak
+(`VmHWM` in /proc/self/status), and resets it when 5 is written to /proc/self/clear_refs. A step of a tiny model of the
+same kind comes first, so that loading libraries does not count. Each tensor of more than 64 kB is a separate mapping,
+which is returned when it is freed, so only live tensors count.
 
-On a GPU it is `torch.cuda.max_memory_allocated` over two steps, beyond what was allocated before them.
+On a GPU, it is `torch.cuda.max_memory_allocated` over two steps, minus the memory that was allocated before.
 """
 
 from __future__ import annotations
@@ -44,10 +44,14 @@ def peaks(setting: Setting, methods: Sequence[str], rounds: int) -> Measured:
 
 def peak(setting: Setting, method: str) -> float:
     """Bytes of one method, in a process of its own."""
-    wanted = json.dumps(dataclasses.asdict(setting))
+    return last_number("-m", "speed.memory_of_one", json.dumps(dataclasses.asdict(setting)), method)
+
+
+def last_number(*arguments: str) -> float:
+    """The last number that a new process of Python prints; in it, memory that is freed goes back to the system."""
     python_path = os.pathsep.join([str(FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, **SEPARATELY, "PYTHONPATH": python_path}
-    command = [sys.executable, "-W", "ignore", "-m", "speed.memory_of_one", wanted, method]
+    command = [sys.executable, "-W", "ignore", *arguments]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return float(done.stdout.splitlines()[-1])
 
@@ -68,7 +72,7 @@ def peak_on_cuda(step: Step) -> float:
 def peaks_on_cuda(steps: dict[str, Step]) -> Measured:
     """Bytes, by method."""
     measured = Measured()
-    # The base, which keeps nothing from step to step: what libraries allocate for good counts for nobody.
+    # The base model keeps nothing between steps. After its step, libraries have made their permanent allocations.
     for step in list(steps.values())[:1]:
         step.run(step.ready())
     for key, step in steps.items():

@@ -1,6 +1,6 @@
-"""Who is measured: one entry for each way to adapt a model, or not to.
+"""The methods that are measured: ways to adapt a model, and the base model itself.
 
-A new variant of ours is one more entry in `METHODS`. The lists below say which of them take part in which table.
+The lists at the end say which methods are in which table.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Method:
 
     Attributes:
         title: its name in tables.
-        put: gives the model that is run, of a frozen base model, which it may change; with the workload and the rank.
-        own_weights: whether the base weights are a copy of its own. The others share them, so that where a weight
-            happens to lie in memory is no part of a ratio.
-        compiled: keywords of `torch.compile`, for those that are compiled.
+        put: adapts a frozen base model, which it may change; takes the model, the workload and the rank.
+        own_weights: whether it has its own copy of the base weights. All others share them, so that their place in
+            memory does not affect ratios.
+        compiled: arguments of `torch.compile`, if the model is compiled.
     """
 
     title: str

@@ -1,6 +1,6 @@
-"""The models that are measured: their shapes, the layers that are adapted, and what they are called with.
+"""The models that are measured: their shapes, adapted layers and inputs.
 
-Weights are random. The loss is the mean square of the output, the same for every method and cheap beside the layers.
+Weights are random. The loss is the mean square of the output, which is the same for every method and cheap.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Workload:
         build: makes the model.
         targets: what is adapted, as PEFT's `target_modules`.
         batch: the keywords of a call, for a size.
-        output: the tensor that a call is about.
-        first: the layer whose output the gradient of a frozen model has to reach; none where an input needs one.
+        output: takes the tensor for the loss from the result of a call.
+        first: the layer down to whose output a frozen model runs its backward; None if an input requires a gradient.
     """
 
     title: str
@@ -74,15 +74,14 @@ def llama(width: int, inner: int, heads: int, layers: int) -> Workload:
     )
 
 
-def bert(width: int = 768, inner: int = 3072, heads: int = 12) -> Workload:
+def bert() -> Workload:
     def build() -> nn.Module:
         from transformers import BertConfig, BertModel
 
-        sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": inner, "num_attention_heads": heads}
-        return BertModel(BertConfig(vocab_size=VOCABULARY, num_hidden_layers=3, **sizes), add_pooling_layer=False)
+        return BertModel(BertConfig(vocab_size=VOCABULARY, num_hidden_layers=3), add_pooling_layer=False)
 
     return Workload(
-        title=f"BERT, d={width}, 3 layers",
+        title="BERT, d=768, 3 layers",
         unit="tokens",
         build=build,
         targets=["query", "key", "value", "dense"],
@@ -112,7 +111,7 @@ def vit(width: int = 768, inner: int = 3072, heads: int = 12, layers: int = 3, p
 
 
 def linear(width: int) -> Workload:
-    """A layer as it stands in the middle of a model: those before it want the gradient of its input."""
+    """A layer in the middle of a model: its input requires a gradient."""
     return Workload(
         title=f"One Linear of {width} x {width}, its input needs a gradient",
         unit="tokens",
@@ -142,19 +141,19 @@ def resnet50(pixels: int) -> Workload:
     )
 
 
-def convolutions(channels: int, layers: int, pixels: int = 8) -> Workload:
-    """Convolutions that read one another, behind one that has no adapter."""
+def convolutions(channels: int, layers: int) -> Workload:
+    """A chain of convolutions after one that has no adapter."""
 
     def build() -> nn.Module:
         stem = nn.Conv2d(3, channels, 3, padding=1)
         return nn.Sequential(stem, *(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(layers)))
 
     return Workload(
-        title=f"{layers} convolutions, 3x3, {channels} channels, images of {pixels}",
+        title=f"{layers} convolutions, 3x3, {channels} channels, images of 8",
         unit="images",
         build=build,
         targets=r"[1-9]\d*",
-        batch=lambda images: {"input": _normal(images, 3, pixels, pixels)},
+        batch=lambda images: {"input": _normal(images, 3, 8, 8)},
         output=lambda result: result,
         first=lambda model: model[0],
     )
@@ -162,14 +161,10 @@ def convolutions(channels: int, layers: int, pixels: int = 8) -> Workload:
 
 def resnet_blocks(channels: tuple[int, ...], pixels: int) -> Workload:
     """The down path of a UNet as Stable Diffusion XL has it, without attention; `channels` are multiples of 32."""
-
-    def build() -> nn.Module:
-        return DownPath(channels)
-
     return Workload(
         title=f"ResNet blocks of {', '.join(map(str, channels))} channels, latents of {pixels}",
         unit="images",
-        build=build,
+        build=lambda: DownPath(channels),
         targets=["conv1", "conv2"],
         batch=lambda images: {"latents": _normal(images, 4, pixels, pixels)},
         output=lambda result: result,

@@ -16,7 +16,7 @@ from speed.timing import Step
 METHODS = ("lora", "oft", "peft-hra", "ours")
 
 
-def steps_once(setting: Setting, methods: Sequence[str] = METHODS) -> dict[str, Step]:
+def steps_once(setting: Setting, methods: Sequence[str]) -> dict[str, Step]:
     """Steps by method: `transform` or `fold` and their equivalents, each on a new copy of the model."""
     base = plain_model(setting)
     make = _insert_step if setting.mode == "transform" else _merge_step

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hra_fx.reporting.plots import GRID, INK, QUIET, entitle, new_figure, style, write
+from hra_fx.reporting.plots import GRID, INK, QUIET, add_title, new_figure, style, write
 from speed.grid import LLAMA
 from speed.methods import METHODS
 from speed.results import Results
@@ -72,7 +72,7 @@ def draw(results: Results, file: Path) -> Path:
         subtitle = (
             "Llama, d=768, 3 layers, float32, r=8. Time divided by that of the frozen base model; lower is better."
         )
-        entitle(figure.axes[0], "hra_fx compared with PEFT's LoRA, OFT and HRA", subtitle, points=32)
+        add_title(figure.axes[0], "hra_fx compared with PEFT's LoRA, OFT and HRA", subtitle, points=32)
         _legend(figure, {key for panel in panels for key in panel})
         return write(figure, file)
 

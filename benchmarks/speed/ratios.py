@@ -1,6 +1,6 @@
-"""The statistic of every comparison: the median of what one took over what another took in the same round.
+"""The statistic of every comparison: the median over rounds of the ratio of two methods in the same round.
 
-Whatever slows the machine for a while slows both of a pair, so that the ratio of pairs moves less than either time.
+If something slows the machine for a while, it slows both, so ratios vary less than times.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-#: One value for each round; `None` where a method sat out.
+#: One value for each round; `None` for rounds without the method.
 Values = Sequence[float | None]
 
 
@@ -32,7 +32,7 @@ class Ratio:
 
     @property
     def off_one(self) -> float:
-        """How far from 1 the interval reaches: of two of a kind, the noise."""
+        """How far from 1 the interval reaches. For two copies of the same model, this is the noise."""
         return max(abs(self.low - 1), abs(self.high - 1))
 
 

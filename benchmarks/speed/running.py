@@ -1,4 +1,4 @@
-"""Carries out the jobs of a run one after another, and tells of each."""
+"""Runs the jobs of a run one after another, and prints the progress."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RUNS: dict[str, Callable[[], Iterable[Job]]] = {"full": full, "quick": quick}
 
 
 def measure(options: argparse.Namespace) -> Results:
-    """Carry out the jobs of a run, and keep the numbers after each."""
+    """Run all jobs, and save the results after each."""
     begin = time.monotonic()
     jobs = [job.scaled(options.budget) for job in RUNS[options.run]() if wanted(job, options.only)]
     whole = not options.only and options.budget >= 1
@@ -48,7 +48,7 @@ def _tell(words: str, end: str = "\n") -> None:
 
 
 def wanted(job: Job, patterns: Sequence[str]) -> bool:
-    """Whether a job is asked for: each pattern is a word of its setting."""
+    """Whether each pattern matches a word of the job's setting."""
     words = str(job.setting).split()
     return all(fnmatch.filter(words, pattern) for pattern in patterns)
 
@@ -67,7 +67,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _own_compiler_cache(own: bool) -> Iterator[None]:
-    """An empty cache for inductor, so that the time of a compilation is that of the first; or the usual one."""
+    """If `own`, an empty cache for inductor, so that compilation times are those without a cache."""
     if not own:
         yield
         return

@@ -1,4 +1,4 @@
-"""What a measurement is of: a model, at a size, in a dtype, at a rank, doing one thing."""
+"""The setting of a measurement: model, mode, size, dtype, rank and device."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Setting:
     Attributes:
         workload: a key of `WORKLOADS`.
         mode: `training` and `inference` are seconds of a step, `generate` of one call, `gradients` of forward and
-            backward, `graphed` of the replay of their CUDA graph, `transform` and `fold` of what makes and removes
-            an adapter; `memory` is bytes at the peak of a training step.
+            backward, `graphed` of the replay of their CUDA graph, `transform` and `fold` of inserting and merging
+            an adapter; `memory` is the peak of a training step in bytes.
         size: tokens or images.
         dtype: name of the dtype of the base model.
         r: rank of the adapters.
@@ -33,6 +33,6 @@ class Setting:
     device: str = "cpu"
 
     def __str__(self) -> str:
-        """In one line, also what `--only` looks in."""
+        """One line, whose words `--only` matches."""
         words = [self.workload, self.mode, str(self.size), self.dtype, f"r={self.r}"]
         return " ".join([*words, *["compiled"] * self.compiled, *["cuda"] * (self.device == "cuda")])

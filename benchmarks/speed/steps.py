@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,18 +17,16 @@ from speed.timing import Step, reason
 
 NEW_TOKENS = 8
 
-#: Of a model, what is called in its place, its inputs and its workload: a step.
+#: Makes a step from a model, its compiled form (or the model again), its inputs and its workload.
 Make = Callable[[Any, Any, dict[str, Any], Workload], Callable[[], object]]
 
 
-def steps_of(
-    setting: Setting, methods: Sequence[str], known: Mapping[str, Method] = ALL
-) -> tuple[dict[str, Step], dict[str, str]]:
+def steps_of(setting: Setting, methods: Sequence[str]) -> tuple[dict[str, Step], dict[str, str]]:
     """The step of each method, or why it has none."""
     plain = plain_model(setting)
     steps, left_out = dict[str, Step](), dict[str, str]()
     for key in methods:
-        method = known[key]
+        method = ALL[key]
         try:
             model = method.put(copy_of(plain, own_weights=method.own_weights), WORKLOADS[setting.workload], setting.r)
             steps[key] = step_of(model, method, setting)
@@ -54,12 +52,12 @@ def step_of(model: nn.Module, method: Method, setting: Setting) -> Step:
     """The step of a method."""
     run = run_of(model, method, setting)
     wait: Callable[[], None] | None = torch.cuda.synchronize if setting.device == "cuda" else None
-    # The first runs of a compiled model compile: the second may still, for it finds gradients.
+    # A compiled model compiles in its first run, and perhaps again in the second one, which has gradients.
     return Step(finished(run, wait), warm_ups=1 if method.compiled is None else 2)
 
 
 def run_of(model: nn.Module, method: Method, setting: Setting) -> Callable[[], object]:
-    """What a step runs; it does not wait for the device."""
+    """A function that runs one step, and does not wait for the device."""
     workload = WORKLOADS[setting.workload]
     batch = {name: placed(value, setting) for name, value in workload.batch(setting.size).items()}
     kinds: dict[str, Make] = {

@@ -1,7 +1,7 @@
 """Measures steps in turns, in one process.
 
-Each round takes every step once, in a new random order, and each counted step comes after an uncounted one of the same
-model: whoever runs after another model finds its own weights out of the caches.
+Each round runs every step once, in a new random order. Each counted step comes after an uncounted step of the same
+model, because another model has pushed its weights out of the processor's caches.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Step:
     """What is measured.
 
     Attributes:
-        run: the measured part, of what `ready` made.
-        ready: what comes before it, and is not measured.
-        warm_ups: how many runs it takes until all is in place, after the first.
+        run: the measured part; its argument is the result of `ready`.
+        ready: runs before it and is not measured.
+        warm_ups: how many uncounted runs follow the first one.
     """
 
     run: Callable[[Any], object]
@@ -36,10 +36,10 @@ class Budget:
     """How long a measurement may take, and how many rounds it has.
 
     Attributes:
-        seconds: for the rounds; the steps that warm up come before.
-        least: of rounds, however long they take.
-        most: of rounds, however short they are.
-        least_slow: of rounds for a method that takes many times as long as the others.
+        seconds: for the rounds, without the warm-up.
+        least: the least number of rounds, however long they take.
+        most: the largest number of rounds, however short they are.
+        least_slow: the least number for a method that takes many times as long as the others.
     """
 
     seconds: float
@@ -50,11 +50,11 @@ class Budget:
 
 @dataclass
 class Measured:
-    """What came of it.
+    """The results of a measurement.
 
     Attributes:
-        values: by method, one for each round; `None` where it sat out.
-        first: seconds of the very first run by the clock, of a compiled model those of the compilation.
+        values: by method, one for each round; `None` for rounds without the method.
+        first: seconds of the first run, which compiles a compiled model.
         left_out: by method, why it was not measured.
     """
 
@@ -66,11 +66,11 @@ class Measured:
 #: Gives the seconds of one run of a step.
 Measure = Callable[[Step], float]
 
-#: Steps of so many seconds need no uncounted one before: cold caches are no part of them.
+#: Steps of at least this many seconds have no uncounted step before them: cold caches hardly matter.
 LONG = 2.0
-#: So many times the median of all is slow: such a method sits most rounds out.
+#: A method that takes more than this many times the median is slow, and runs in only some of the rounds.
 SLOW = 2.5
-#: Of the budget, for the slow ones together.
+#: The share of the budget for all slow methods.
 FOR_SLOW = 0.25
 
 
@@ -99,7 +99,7 @@ def interleave(steps: Mapping[str, Step], budget: Budget, measure: Measure) -> M
 
 
 def rounds_of(taking_part: Mapping[str, Sequence[bool]]) -> Iterator[list[str]]:
-    """For each round, who takes part, in a new random order."""
+    """The methods of each round, in a new random order."""
     order = random.Random(0)
     for turn in range(max((len(turns) for turns in taking_part.values()), default=0)):
         names = [name for name, turns in taking_part.items() if turns[turn]]
@@ -109,7 +109,7 @@ def rounds_of(taking_part: Mapping[str, Sequence[bool]]) -> Iterator[list[str]]:
 
 @contextmanager
 def garbage_of_now_kept() -> Iterator[None]:
-    """Python's collector looks only at what is made from here on: all the libraries take it longer than a step."""
+    """Exclude existing objects from garbage collection: to scan those of all libraries takes longer than a step."""
     gc.collect()
     gc.freeze()
     yield
@@ -122,7 +122,7 @@ def reason(error: Exception) -> str:
 
 
 def clocked(step: Step, now: Callable[[], float] = time.perf_counter) -> float:
-    """Seconds of one run, without Python's garbage collection, which would charge one for what others left."""
+    """Seconds of one run, without garbage collection, which would also collect the garbage of other methods."""
     prepared = step.ready()
     gc.disable()
     try:
@@ -134,12 +134,12 @@ def clocked(step: Step, now: Callable[[], float] = time.perf_counter) -> float:
 
 
 def by_processor(step: Step) -> float:
-    """Seconds of the processor: what others do on the machine matters less, and threads that wait count too."""
+    """Seconds of CPU time: other programs matter less, but waiting threads count too."""
     return clocked(step, now=time.process_time)
 
 
 def warm_up(step: Step, measure: Measure) -> tuple[float, float]:
-    """Seconds of the first run by the clock, for compilers have processes of their own; of one once all is in place."""
+    """Wall time of the first run (compilers use other processes), and seconds of the last warm-up run."""
     begin = time.perf_counter()
     usual = measure(step)
     first = time.perf_counter() - begin
@@ -157,10 +157,10 @@ def counted(step: Step, usual: float, measure: Measure) -> float:
 
 
 def attendance(usual: Mapping[str, float], budget: Budget) -> dict[str, list[bool]]:
-    """Who takes part in which round.
+    """Which methods run in which rounds.
 
-    All do in all rounds, but those much slower than the median: they share a quarter of the budget, and their rounds
-    lie evenly between the first and the last.
+    Methods that are much slower than the median share a quarter of the budget, and their rounds are evenly spaced. All
+    others run in every round.
     """
     if not usual:
         return {}
@@ -180,7 +180,7 @@ def between(least: int, wanted: int, most: int) -> int:
 
 
 def evenly(count: int, rounds: int) -> set[int]:
-    """So many of the rounds, from the first to the last.
+    """`count` evenly spaced rounds, from the first to the last.
 
     >>> sorted(evenly(3, 9)), evenly(1, 9)
     ([0, 4, 8], {0})

@@ -39,7 +39,7 @@ TEXT = "A reflection keeps the length of every vector. An even number of them in
 
 
 def in_4_bits(base: Path) -> PreTrainedModel:
-    """The base model in 4 bits, prepared as PEFT's documentation has it."""
+    """The base model in 4 bits, prepared as in PEFT's documentation."""
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -104,7 +104,7 @@ def run(base: Path, output: Path) -> None:
 
 
 def tiny(folder: Path) -> Path:
-    """A random Llama in bfloat16 on disk, which knows the words of the text."""
+    """A random Llama in bfloat16 on disk; its vocabulary has the words of the text."""
     torch.manual_seed(0)
     words = dict.fromkeys(["<pad>", "<eos>", *TEXT.replace(".", " .").split()])
     rules = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>"))

@@ -21,7 +21,7 @@ from hra_fx.layers.trained_copies import all_copies
 from hra_fx.model.example_inputs import normalize_inputs
 from hra_fx.model.reset import check_replaceable, layers_of, replace_values
 from hra_fx.model.setup import add_filled_adapter, checked, set_up
-from hra_fx.model.state import AdapterState, collect_parts, get_state, load_vectors, root_of
+from hra_fx.model.state import AdapterState, collect_parts, get_state, is_adapted, load_vectors, root_of
 from hra_fx.model.trainable import differ_by_place, set_requires_grad
 
 M = TypeVar("M", bound=nn.Module)
@@ -79,7 +79,9 @@ def load_adapter(
     with torch.inference_mode(False):
         if example_inputs is not None:
             normalize_inputs(example_inputs)
-        plain = isinstance(model, nn.Module) and not any(get_state(part) for part in model.modules())
+        plain = isinstance(model, nn.Module) and not any(
+            get_state(part) or is_adapted(part) for part in model.modules()
+        )
         root, state = (model, None) if plain else root_of(model)
         if state is not None:
             load_vectors(root)

@@ -41,13 +41,13 @@ def auto_mapping(root: nn.Module, config: HRAConfig) -> dict[str, Any] | None:
 def compare_names(file: Path, config: HRAConfig, ours: object) -> None:
     """Warn if the name of an adapter's base model differs from `ours`, unless `ours` is not a name.
 
-    The names of parent folders are ignored.
+    The names of parent folders are ignored. A symbolic link also has the name of the folder that it points to.
     """
     theirs = config.base_model_name_or_path
     if not theirs or not isinstance(ours, str):
         return
-    names = {_last(os.fspath(theirs)), _last(ours)}
-    if len(names) == 2 and "" not in names:
+    one, other = ({_last(name), _last(os.path.realpath(name))} for name in (os.fspath(theirs), ours))
+    if one.isdisjoint(other) and "" not in one | other:
         text = (
             f"{file}: the adapter was trained on {os.fspath(theirs)!r}, but this model is {ours!r}. Make sure that it "
             "has the same weights, without an adapter folded or merged into them."

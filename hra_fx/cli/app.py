@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -23,14 +23,6 @@ _EXIT_CODES = (
     "Exit codes: 0 success; 1 the configuration does not match the model; 2 error, see stderr; 130 interrupted."
 )
 
-#: Name, function and help.
-_COMMANDS = (
-    ("inspect", inspect, inspect.__doc__),
-    ("match", match, match.__doc__),
-    ("fold", fold, fold.__doc__),
-    ("convert", convert, convert.__doc__),
-    ("visualize", visualize, visualize.__doc__),
-)
 _EXAMPLES = r"""
 hra-fx inspect my-adapter
 hra-fx inspect my-adapter --json | jq '.layers[].mean_angle'
@@ -72,9 +64,9 @@ app = typer.Typer(
     # An unexpected error is a bug, and bug reports need the plain traceback.
     pretty_exceptions_enable=False,
 )
-for _name, _function, _help in _COMMANDS:
-    _options: Any = {"help": _unwrapped(_help or ""), "epilog": _examples(_name), "context_settings": _SETTINGS}
-    app.command(_name, **_options)(_function)
+for _command in (inspect, match, fold, convert, visualize):
+    _name, _help = _command.__name__, _unwrapped(_command.__doc__ or "")
+    app.command(_name, help=_help, epilog=_examples(_name), context_settings=_SETTINGS)(_command)
 
 
 def _show_version(wanted: bool) -> None:

@@ -9,16 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
-from hra_fx.cli.screen import Json, count, show_heading, show_json, show_table, span
+from hra_fx.cli.screen import Json, show_heading, show_json, show_table
+from hra_fx.reporting.words import counted, low_to_high
 from hra_fx.selection.suggestions import some_of
 
-_ADAPTER = "adapter_config.json"
 #: The fields of a report's row that are known without the base model.
 _FIELDS = ("path", "d", "r", "parameters", "rotation", "angle", "mean_angle", "angles", "orthogonality")
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder of an adapter, or its name on the Hub.")],
+    path: Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of an adapter, or its name on the Hub.")],
     as_json: Json = False,
 ) -> None:
     """Show an adapter: its layers, ranks, parameters and rotation angles."""
@@ -33,6 +33,7 @@ def _summarize_adapter(source: str) -> dict[str, Any]:
     The angles of a layer are the same as in `hra_fx.report`.
     """
     from hra_fx.checkpoint.adapter import read_adapter
+    from hra_fx.config import CONFIG_NAME
     from hra_fx.functional.householder import working_dtype
     from hra_fx.layers.target import REFLECTION
     from hra_fx.reporting.row import Row, measured_fields
@@ -50,7 +51,7 @@ def _summarize_adapter(source: str) -> dict[str, Any]:
     return {
         "folder": files.file.parent,
         "base_model": str(config.base_model_name_or_path) if config.base_model_name_or_path else None,
-        "written_by": _writer(files.file.with_name(_ADAPTER)),
+        "written_by": _writer(files.file.with_name(CONFIG_NAME)),
         "task_type": config.task_type,
         "target_modules": targets if isinstance(targets, str) or targets is None else sorted(targets),
         "r": trained.r,
@@ -82,10 +83,10 @@ def _show_adapter(summary: dict[str, Any]) -> None:
             "base model": summary["base_model"] or "unknown",
             "task": summary["task_type"] or "",
             "written by": f"{summary['written_by']}, {summary['dtype']}",
-            "vectors": f"r = {span([row.r for row in rows])}"
+            "vectors": f"r = {low_to_high([row.r for row in rows])}"
             + ", orthonormalized by Gram-Schmidt" * summary["gram_schmidt"]
-            + f", and {count(summary['anchor'], 'frozen anchor vector')}" * bool(summary["anchor"]),
-            "trainable": f"{count(summary['parameters'], 'parameter')} in {count(len(rows), 'layer')}",
+            + f", and {counted(summary['anchor'], 'frozen anchor vector')}" * bool(summary["anchor"]),
+            "trainable": f"{counted(summary['parameters'], 'parameter')} in {counted(len(rows), 'layer')}",
             "also trained": _some(summary["saved"]),
             "targets": _some(summary["target_modules"]),
         },

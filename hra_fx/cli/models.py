@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hra_fx.cli.screen import CHECK_FAILED, Json, count, print_message, show_heading, show_json, show_lines
+from hra_fx.cli.screen import CHECK_FAILED, Json, print_message, show_heading, show_json, show_lines
 from hra_fx.errors import SelectionError, UnsupportedLayerError
+from hra_fx.reporting.words import counted
 
 if TYPE_CHECKING:
     from hra_fx.config import HRAConfig
@@ -21,7 +22,7 @@ _ALL = "all-linear"
 
 
 def match(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder of a model, or its config.json.")],
+    path: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a model, or its config.json.")],
     target: Annotated[
         list[str] | None,
         typer.Option(
@@ -165,9 +166,9 @@ def _show(found: dict[str, Any]) -> None:
     show_heading(
         f"{found['model']} ({found['library']})",
         {
-            "adapted": f"{len(adapted)} of {count(len(adapted) + len(found['missed']), 'layer')}",
-            "trainable": f"{count(found['trained'], 'parameter')} ({share} of {found['parameters']:,})",
-            "also trained": f"{count(in_full, 'parameter')} in full" if in_full else "",
+            "adapted": f"{len(adapted)} of {counted(len(adapted) + len(found['missed']), 'layer')}",
+            "trainable": f"{counted(found['trained'], 'parameter')} ({share} of {found['parameters']:,})",
+            "also trained": f"{counted(in_full, 'parameter')} in full" if in_full else "",
         },
     )
     show_layers(adapted)
@@ -177,10 +178,7 @@ def _show(found: dict[str, Any]) -> None:
 
 def visualize(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a model, or its config.json.")],
-    out: Annotated[
-        Path,
-        typer.Argument(metavar="OUT", help="Output file: .svg or .html."),
-    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output file: .svg or .html.")],
     adapter: Annotated[
         str | None, typer.Option("--adapter", "-a", metavar="FOLDER", help="An adapter to show in the model.")
     ] = None,
@@ -191,9 +189,7 @@ def visualize(
     heat: Annotated[
         str | None,
         typer.Option(
-            "--heat",
-            metavar="NAME",
-            help="Color layers by weight_change, mean_angle, angle, rotation or share.",
+            "--heat", metavar="NAME", help="Color layers by weight_change, mean_angle, angle, rotation or share."
         ),
     ] = None,
     weights: Annotated[
@@ -210,7 +206,8 @@ def visualize(
     from hra_fx.view.opening import Options
     from hra_fx.view.picture import picture_file, visualize as draw
 
-    Options(depth, focus, heat)  # check the options before the slow step of building the model, like the output file
+    # Check the options and the output file before the slow step of building the model.
+    Options(depth, focus, heat)
     picture_file(out)
     made, _ = build(model, weights=weights or heat in _NEED_WEIGHTS)
     if adapter is not None:

@@ -87,16 +87,6 @@ def show_json(content: Any) -> None:
     typer.echo(json.dumps(plain(content), indent=2))
 
 
-def count(number: int, noun: str) -> str:
-    """Format a number with a noun: "1 layer", "2,000 layers"."""
-    return f"{number:,} {noun}" + "s" * (number != 1)
-
-
-def span(numbers: Collection[int]) -> str:
-    """Format the smallest and the largest number: "2 to 4", or "3" if they are equal."""
-    return str(min(numbers)) if len(set(numbers)) == 1 else f"{min(numbers)} to {max(numbers)}"
-
-
 class ErrorHandlingGroup(TyperGroup):
     """Runs commands, and prints their errors as one line."""
 

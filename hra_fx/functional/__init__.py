@@ -1,1 +1,1 @@
-"""The mathematics: reflections, compact WY, geodesics, and variants that exporters support."""
+"""The mathematics: reflections, compact WY, geodesics, LoRA forms, pairs, and the main directions of inputs."""

@@ -1,7 +1,7 @@
-"""Methods of transformers and diffusers models that must not lose adapters: saving, uploading, resizing, dequantizing.
+"""Methods of transformers and diffusers models that would lose adapters: saving, uploading, resizing, dequantizing.
 
-The vectors of an output layer are as long as a hidden state, so they fit any number of tokens. transformers may create
-a new layer or replace a tensor of the old layer, so the output layers are plain layers during a resize.
+During a resize of the embeddings, the output layers are plain layers, because transformers may replace them with new
+layers of its own class. Their vectors are as long as a hidden state, so they fit any number of tokens.
 """
 
 from __future__ import annotations
@@ -83,8 +83,7 @@ class AdaptedPretrainedModel(AdaptedModel):
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Resize the embeddings like the base class. The resized output layer keeps its reflections.
 
-        The vectors of the output layer are as long as a hidden state, so they fit any number of tokens. They remain the
-        same parameters, so an optimizer keeps working.
+        The vectors remain the same parameters, so an optimizer keeps working.
         """
         base: Any = super()
         with plain_output_layers(self):

@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hra_fx.errors import HRAWarning
 from hra_fx.model.state import require_adapted_layers
-from hra_fx.reporting.row import active_turns, is_sharded, largest
+from hra_fx.reporting.row import active_rotations, is_sharded, largest
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -76,9 +76,9 @@ def _entries(model: Any) -> dict[str, float]:
     """The log entries of the active adapters."""
     several = len({name for layer in require_adapted_layers(model).values() for name in layer.hra_u}) > 1
     entries = {}
-    for adapter, turns in active_turns(model).items():
+    for adapter, rotations in active_rotations(model).items():
         end = f"/{adapter}" if several else ""
-        entries["angle_mean_degrees" + end] = math.degrees(sum(turn.mean_angle for turn in turns) / len(turns))
-        entries["angle_largest_degrees" + end] = math.degrees(largest(turn.angle for turn in turns))
-        entries["orthogonality_error" + end] = largest(turn.orthogonality for turn in turns)
+        entries["angle_mean_degrees" + end] = math.degrees(sum(each.mean_angle for each in rotations) / len(rotations))
+        entries["angle_largest_degrees" + end] = math.degrees(largest(each.angle for each in rotations))
+        entries["orthogonality_error" + end] = largest(each.orthogonality for each in rotations)
     return entries

@@ -1,4 +1,4 @@
-"""A transformers Trainer that trains HRA in pairs, with an optional regularizer, and a callback for other Trainers."""
+"""A transformers Trainer that trains HRA in pairs, with an optional regularizer, and callbacks for other Trainers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hra_fx.errors import ConfigError
+from hra_fx.errors import AdapterError, ConfigError
 from hra_fx.model.orthogonality import orthogonality_loss
 from hra_fx.training.pairs import check_difference, refuse_states_of_pairs, train_pairs_if_possible
 from hra_fx.training.protect import directions_of, is_protecting, protect, refuse_protected_states
@@ -32,9 +32,10 @@ class HRATrainer(Trainer):
         args, kwargs: arguments of `transformers.Trainer`.
         orthogonality_weight: the weight, finite and >= 0; 0 adds no term.
         protect: a dataset of what the model must not forget. The vectors stay orthogonal to the main directions of its
-            inputs (`hra_fx.protect`). A few dozen examples are enough; all of them are run when the training begins.
+            inputs (`hra_fx.protect`). A few dozen examples are enough; the model runs all of them when the training
+            begins.
         protected_directions: `directions` of `hra_fx.protect`.
-        previously_protected: `previous` of `hra_fx.protect`: `protected` of the trainer of the task before.
+        previously_protected: `previous` of `hra_fx.protect`: `protected` of the trainer of the previous task.
         pair_difference: `difference` of `train_pairs`. It is also used for an optimizer that you pass, unless that
             optimizer already trains pairs. With `None`, the optimizer updates the vectors, as in the standard Trainer.
             To continue a checkpoint, pass the value that it was trained with; for a checkpoint of the standard Trainer,
@@ -158,7 +159,7 @@ class HRATrainer(Trainer):
 def _first_batches(loader: Any) -> list[Any]:
     """The first 16 examples, in batches of 4.
 
-    The loader itself is not read: unless that is done to its end, it stays the active one of accelerate.
+    The loader is not iterated, because accelerate regards a loader as active until it is exhausted.
     """
     data = loader.dataset
     rows = (
@@ -208,10 +209,7 @@ class ProtectCallback(TrainerCallback):
     Args:
         batches: as in `protect`.
         directions: as in `protect`.
-        previous: as in `protect`; `protected` of the callback of the task before.
-
-    Attributes:
-        protected: what `protect` returned when the training began.
+        previous: as in `protect`; `protected` of the callback of the previous task.
 
     Raises:
         AdapterError: see `protect` (raised when the training begins).
@@ -223,17 +221,27 @@ class ProtectCallback(TrainerCallback):
         16
     """
 
-    protected: dict[str, Tensor]
-
     def __init__(
         self, batches: Iterable[Any] | None, directions: int = 16, previous: Mapping[str, Tensor] | None = None
     ) -> None:
         """Store the arguments."""
         self.batches, self.directions, self.previous = batches, directions, previous
+        self._protected: dict[str, Tensor] | None = None
+
+    @property
+    def protected(self) -> dict[str, Tensor]:
+        """What `protect` returned when the training began.
+
+        Raises:
+            AdapterError: nothing is protected yet.
+        """
+        if self._protected is None:
+            raise AdapterError("the callback does not protect any directions yet. Train first.")
+        return self._protected
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Protect the directions. They are the same when a training is resumed, because the base model runs."""
         optimizer, model = kwargs["optimizer"], kwargs["model"]
-        self.protected = protect(optimizer, model, self.batches, self.directions, self.previous)
+        self._protected = protect(optimizer, model, self.batches, self.directions, self.previous)

@@ -4,8 +4,7 @@ Only the reflection is computed here, on local tensors. The product with the wei
 in the layer without adapters. The vectors and their gradients are plain tensors that are the same in every process.
 With `Z = x F^T` and `h = x + Z R`:
 
-- Column-wise: `x` and `h` are replicated. The gradient of `h` is summed over the processes, instead of the gradient of
-  `x`.
+- Column-wise: `x` and `h` are replicated. The gradient of `h` is summed over the processes, instead of that of `x`.
 - Row-wise: each process has some columns of `x`, `R` and `F`. `Z` (`k` numbers per token) and its gradient are summed
   over the processes. The gradients of the columns of `R` and `F` are gathered.
 """

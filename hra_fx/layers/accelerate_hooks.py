@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: Why a module cannot contain adapters if its hook also offloads the tensors of its children; without the full stop.
+#: The reason why a module cannot contain adapters if its hook also offloads its children; without the full stop.
 WHOLE = (
     "accelerate offloads it as a whole (preload_module_classes), with the tensors that it had when it was offloaded. "
     "Leave out preload_module_classes, or call accelerate.hooks.remove_hook_from_submodules(model) first"
@@ -97,7 +97,10 @@ def is_on_disk(module: nn.Module, name: str) -> bool:
 
 
 def _place(module: nn.Module, name: str) -> tuple[MutableMapping[str, Tensor], str] | None:
-    """The mapping in memory that contains an offloaded tensor, and its key; `None` if the tensor is on disk."""
+    """The tensors that are offloaded to the CPU, and the key of one, which they lack if it is offloaded to disk.
+
+    `None` if the module is not offloaded.
+    """
     hook = offloading_hook(module)
     if hook is None:
         return None

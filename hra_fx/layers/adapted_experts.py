@@ -111,7 +111,7 @@ class RotatedExperts(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answer metadata, select experts, or reflect the input of a product. Otherwise compute the values."""
+        """Return metadata, select experts, or reflect the input of a product. Otherwise compute the values."""
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if func in _METADATA:
             return compat.disabled_torch_function(func, types, args, kwargs)
@@ -133,9 +133,6 @@ class RotatedExperts(Tensor):
             raise _lost_write(args[0], str(func))
         with torch.no_grad():
             return func(*compat.pytree.tree_map(_value, args), **compat.pytree.tree_map(_value, kwargs or {}))
-
-    def _is_whole(self) -> bool:
-        return self.index is None and not self.flipped
 
 
 #: Functions whose result does not depend on values.
@@ -194,7 +191,7 @@ def _part(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any])
     weight = args[0] if args else None
     if kwargs or type(weight) is not RotatedExperts:
         return None
-    if func is Tensor.__getitem__ and weight._is_whole() and _selects(args[1]):
+    if func is Tensor.__getitem__ and weight.index is None and not weight.flipped and _selects(args[1]):
         return RotatedExperts(weight.layer, args[1], weight.base()[args[1]])
     if func in _TRANSPOSING and {dim % weight.dim() for dim in args[1:]} in (
         set(),
@@ -219,7 +216,7 @@ def _factors(weight: Any, x: Any, *, last: bool, dtype: torch.dtype | None = Non
     if type(weight) is not RotatedExperts or not isinstance(x, Tensor) or not is_plain(x):
         return None
     adapters: Any = weight.layer.hra_u
-    if adapters is None or (adapters.fan_in_fan_out is weight.flipped) is not last:
+    if (adapters.fan_in_fan_out is weight.flipped) is not last:
         return None
     return adapters.factors_at(weight.index, dtype or products_dtype(x.device, x.dtype))
 

@@ -46,7 +46,7 @@ class AdaptedLayer(SwapMixin):
 
     @property
     def hra_base(self) -> nn.Parameter:
-        """The base weight `W`, without adapters that are not merged, also while the model runs."""
+        """The parameter `W` at any time, also while `layer.weight` is `W Q`. It includes merged adapters."""
         return self.hra_u.weight_of(self)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -125,16 +125,16 @@ class AdaptedLinear(AdaptedLayer):
 
 
 class AdaptedByHook(AdaptedLayer):
-    """A Linear with a `forward` of its own object, from transformers. A hook reflects its input."""
+    """A Linear on whose instance transformers (`tp_plan`) has set a `forward`. A hook reflects its input."""
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """Change nothing: the `forward` of the object reads `W`."""
+        """Change nothing: the `forward` of the instance reads `W`."""
         return {}
 
 
 class AdaptedQuantizedLinear(AdaptedLinear):
-    """A quantized Linear that reflects its input. The input always gets a gradient, whatever the library does."""
+    """A quantized Linear that reflects its input. The input gets a gradient even if the library does not compute it."""
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         trainable_at_full_scale: adapter name -> whether it becomes trainable when its scale is 1 again.
         traced: the factors of the layer, while TorchDynamo or `torch.export` records its model.
         last_compute_dtype: the last dtype for which the layer had to compute factors itself.
-        needs_parameter: whether the model's code means the parameter where it names the weight of the layer.
+        needs_parameter: whether code of the model that reads `layer.weight` needs the parameter, not `W Q`.
         is_read: whether the forward of the model has read the weight of a layer that is called.
         unmerged: the weight before a merge; `None` if no adapter is merged.
     """
@@ -235,7 +235,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         return plain_chain(vectors, self.anchor(name), apply_GS=self.specs[name].apply_GS)
 
     def joint_vectors(self, names: Iterable[str], dtype: torch.dtype | None = None) -> Tensor | None:
-        """Several adapters as one chain of vectors of any length, in order; `None` if they are all the identity."""
+        """Several adapters as one chain, in order; its vectors have any length. `None` if they are all the identity."""
         chains = [self.chain(name, dtype) for name in names if self.chain_parts([name])]
         if not chains:
             return None
@@ -244,7 +244,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
     def chain_parts(self, names: Iterable[str] | None = None) -> list[ChainPart]:
         """The parts of the chain: the active adapters (or `names`) that are not the identity, in order.
 
-        They are never fx proxies, which do not have a shape.
+        They come from `_parameters`, because an fx tracer replaces attributes with proxies, which have no shape.
         """
         parts: list[ChainPart] = []
         buffers: Any = self._buffers
@@ -309,7 +309,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
                     "batch."
                 )
             return None
-        vectors = self.joint_vectors(self.active, None)
+        vectors = self.joint_vectors(self.active)
         if not x.is_meta:
             self.check_data()
         return vectors

@@ -192,7 +192,8 @@ def factors_of(adapters: HouseholderAdapters, dtype: torch.dtype) -> Factors | R
         return _of_rows(batched_factors([[stack_chains(parts)]], dtype)[0], batch)
     if is_compiling():
         return batched_factors([parts], dtype)[0]
-    # A checkpointed block that is recomputed in the backward must save the same tensors as its first run, with a batch.
+    # In its first run, a checkpointed block uses the factors of a batch. If it runs again in the backward, it computes
+    # them here. The hooks hide the tensors that this saves: checkpoint raises an error if a run saves more tensors.
     with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
         return batched_factors([parts], dtype)[0]
 
@@ -205,7 +206,7 @@ def _prepared(adapters: HouseholderAdapters) -> _Prepared | None:
 
 
 def _must_be_called(adapters: HouseholderAdapters) -> bool:
-    """Whether calling the container does more than running its forward."""
+    """Whether another tool wrapped the container, so that calling it does more than running its forward."""
     if type(adapters).forward is not HouseholderAdapters.forward or compat.has_own_hooks(adapters):
         return True
     return "forward" in adapters.__dict__ and not calls_class_forward(adapters)

@@ -1,4 +1,4 @@
-"""What the containers of vectors and of trained copies have in common: names of adapters, and memory without values."""
+"""Checks that the containers of vectors and of trained copies share: adapter names, and tensors without values."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def check_adapter_name(name: object, container: nn.Module | None = None) -> None
 
 
 class FilledLater(nn.Module):
-    """A module whose tensors become NaN when they leave the meta device, until they are filled.
+    """A module whose tensors are NaN after they leave the meta device, until they are filled.
 
-    No adapter trains from the uninitialized memory that `to_empty` allocates.
+    Otherwise, an adapter could train from the uninitialized memory that `to_empty` allocates.
     """
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

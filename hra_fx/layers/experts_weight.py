@@ -53,14 +53,13 @@ class ExpertsWeight(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The parameter of the owner."""
+        """What the owner returns for the parameter: `W Q` while the model runs, and otherwise the parameter."""
         weight: Tensor = getattr(self.owner, self.parameter)
         return weight
 
     def forward(self) -> Tensor:
         """Read the parameter from its owner, which rotates it. In a graph, this call replaces the read."""
-        weight: Tensor = getattr(self.owner, self.parameter)
-        return weight
+        return self.weight
 
     def extra_repr(self) -> str:
         """The parameter and its sizes."""
@@ -84,7 +83,7 @@ def is_transposed(owner: nn.Module) -> bool | None:
     transformers sets the attribute `is_transposed`. PEFT reads it too.
     """
     given = getattr(owner, "is_transposed", None)
-    return bool(given) if isinstance(given, bool) else _IS_TRANSPOSED.get(type(owner).__name__)
+    return given if isinstance(given, bool) else _IS_TRANSPOSED.get(type(owner).__name__)
 
 
 def describe_experts(layer: ExpertsWeight) -> str:

@@ -1,4 +1,4 @@
-"""Find PEFT's layers in a model, and suggest what to do with them."""
+"""Find the layers of PEFT in a model, and refuse them with a fix."""
 
 from __future__ import annotations
 

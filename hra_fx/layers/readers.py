@@ -26,7 +26,7 @@ Chain: TypeAlias = tuple[str, ...]
 METADATA = frozenset(
     ("__class__", "data_ptr", "device", "dim", "dtype", "element_size", "is_cuda", "is_floating_point", "ndim", "numel")
 ) | {"requires_grad", "shape", "size"}
-#: Functions that ask an object what it is.
+#: Functions that only ask for the type or the attributes of an object.
 _ASKING = (("isinstance",), ("hasattr",))
 _METADATA_USES = {(name,) for name in METADATA}
 _WEIGHTS = ("weight", "in_proj_weight")
@@ -45,7 +45,8 @@ def chains_of(cls: type[nn.Module]) -> frozenset[Chain]:
         methods = set(waiting)
         for function in waiting:  # the list grows during the loop
             is_method = function in methods
-            chains = set(_chains_in(function.__code__, "".join(function.__code__.co_varnames[:is_method])))
+            receiver = "".join(function.__code__.co_varnames[:1]) if is_method else ""  # usually "self"
+            chains = set(_chains_in(function.__code__, receiver))
             found |= chains
             # The variable is empty after a call, as in `super().attend(x)`.
             used = {method for chain in chains if chain[0] in ("self", "") for method in _methods(cls, chain[1])}
@@ -53,7 +54,7 @@ def chains_of(cls: type[nn.Module]) -> frozenset[Chain]:
             named = [function.__globals__.get(name) for name in function.__code__.co_names]
             modules = {chain[0]: function.__globals__.get(chain[0]) for chain in chains}
             named += [getattr(modules[v], a, None) for v, a, *_ in chains if isinstance(modules[v], ModuleType)]
-            # Not those of torch, which are not a model's code.
+            # Functions of torch are not code of the model.
             used |= {f for f in named if isinstance(f, FunctionType) and not str(f.__module__).startswith("torch.")}
             waiting += used.difference(waiting)
         _CHAINS[cls] = frozenset(found)
@@ -66,11 +67,11 @@ def reads_weights(cls: type[nn.Module]) -> bool:
 
 
 def needs_parameter(names: Collection[str], classes: Collection[type[nn.Module]]) -> bool:
-    """Whether code that reads the weight of a layer with these names means the parameter.
+    """Whether code that uses the weight of a layer with these names needs the parameter, not `W Q`.
 
     It does if the code writes into the weight and does not read it, as RWKV does between train and eval mode, or if it
-    only asks for metadata, as T5 does: computing `W Q` for that would take longer than the layer. A weight that is read
-    by another name, such as that of a variable, may be the one of this layer, and then the code reads values.
+    only uses metadata, as T5 does: computing `W Q` for that would take longer than the layer. A weight that is read by
+    another name, such as that of a variable, may be the weight of this layer, so the code may need `W Q`.
     """
     uses = _uses_of(names, classes)
     if any(map(_is_write, uses)):

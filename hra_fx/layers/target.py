@@ -67,7 +67,7 @@ def weight_place(layer: nn.Module) -> tuple[nn.Module, str]:
 
 
 def held_weight(layer: nn.Module) -> Tensor | None:
-    """The parameter that is rotated, or the tensor that stands for it in a layer of another library."""
+    """The parameter that is rotated, or the packed weight of a layer of another library."""
     owner, name = weight_place(layer)
     return owner._parameters.get(name, owner._buffers.get(name))
 

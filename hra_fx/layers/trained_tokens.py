@@ -59,12 +59,16 @@ class TrainedTokens(SwapMixin):
 
 def token_rows(layer: nn.Module) -> TokenRows | None:
     """The rows that a layer reads: those of its own child, or of the embedding that it is tied to."""
+    # A tied layer has the rows in a tuple, so that they do not become its child.
     own = layer._modules.get(TOKENS) or layer.__dict__.get(TOKENS, (None,))[0]
     return own if isinstance(own, TokenRows) else None
 
 
 def plain_forward(layer: nn.Module) -> bool:
-    """Whether a layer computes what `nn.Linear`, `nn.Embedding` or a scaled embedding does, which is tried."""
+    """Whether a layer computes what `nn.Linear`, `nn.Embedding` or a scaled embedding does.
+
+    An embedding with its own forward is called with a few tokens to find out.
+    """
     own = original_class(layer)
     if own.forward in (nn.Embedding.forward, nn.Linear.forward):
         return True
@@ -90,14 +94,15 @@ def _weight(layer: nn.Module) -> Any:
 
 
 def _looked_up(self: Any, rows: TokenRows, input: Tensor) -> Tensor:
-    found = input[..., None] == rows.token_indices  # (..., n)
+    """Replace the outputs of trained tokens. Embeddings with `max_norm` or `scale_grad_by_freq` are refused earlier."""
+    found = input[..., None] == rows.token_indices  # (..., n); its argmax is the row of a token
     output = F.embedding(input, _parameter(self), self.padding_idx, sparse=self.sparse)
     values = F.embedding(found.byte().argmax(-1), rows.trainable_tokens_delta).to(output.dtype)
     return _scaled(self, torch.where(found.any(-1, keepdim=True), values, output))
 
 
 def _projected(self: Any, rows: TokenRows, input: Tensor) -> Tensor:
-    """Replace the logits of trained tokens: as cheap as `n` rows, where a new weight would be as large as the old."""
+    """Replace the logits of trained tokens. This needs a product with `n` rows, but no copy of the weight."""
     weight, indices = _parameter(self), rows.token_indices
     bias = None if self.bias is None else self.bias[indices]
     logits = F.linear(input, rows.trainable_tokens_delta.to(weight.dtype), bias)
@@ -106,7 +111,7 @@ def _projected(self: Any, rows: TokenRows, input: Tensor) -> Tensor:
 
 
 def _scaled(embedding: nn.Module, values: Tensor) -> Tensor:
-    """Multiply rows by the factor of an embedding that scales its outputs, as those of Gemma and BART do."""
+    """Multiply rows by the factor of an embedding that scales its outputs, as in Gemma and BART."""
     if original_class(embedding).forward is nn.Embedding.forward:
         return values
     scale: Any = embedding.embed_scale

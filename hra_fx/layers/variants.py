@@ -170,13 +170,11 @@ class ConvAdapters(HouseholderAdapters):
     def output_of(self, x: Tensor, weight: Tensor, layer: Any) -> Tensor | None:
         """The output of the layer for `x`; `None` if the container must be called."""
         factors = factors_for(self, x)
-        if factors is None:
-            return None
-        if not factors.rows.dtype is x.dtype is weight.dtype and not isinstance(factors, RowFactors):
-            return None
         if isinstance(factors, RowFactors):
             check_rows(self, x, dims=weight.dim())
             return self._corrected_by_row(layer._conv_forward(x, weight, layer.bias), x, factors, weight)
+        if factors is None or factors.rows.dtype is not x.dtype or x.dtype is not weight.dtype:
+            return None
         if self._has_few_patches(x, factors.rows):
             stride, _, dilation, padding_mode, border = self.geometry
             padded = F.pad(x, border, mode="constant" if padding_mode == "zeros" else padding_mode)
@@ -193,6 +191,7 @@ class ConvAdapters(HouseholderAdapters):
             return False
         if is_compiling() or not x.is_contiguous():
             return False
+        # `border` starts with the last dimension: left, right, top, bottom.
         borders = zip(x.shape[2:], border[2::-2], border[3::-2], strict=True)
         padded = tuple(length + before + after for length, before, after in borders)
         places = positions(padded, self.patch[1:], stride, dilation)

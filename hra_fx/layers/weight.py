@@ -34,7 +34,7 @@ def effective_weight(layer: nn.Module) -> Tensor:
     `layer.weight` is `W Q` only while the model runs, and otherwise the parameter `W`.
 
     Args:
-        layer: an adapted layer, or any module with a weight.
+        layer: an adapted layer, or any module with a weight. For experts, it is the child `hra_<parameter>`.
 
     Returns:
         `W Q` for the active adapters, in the shape and dtype of the weight: `(out, d)` for a Linear, `(out, in/groups,
@@ -43,7 +43,7 @@ def effective_weight(layer: nn.Module) -> Tensor:
         is the weight itself. Rows of trained tokens are in it.
 
     Raises:
-        AdapterError: `layer` has no weight, or this process has only a shard of it.
+        AdapterError: `layer` has no weight, the weight has no data, or this process has only a shard of it.
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -83,9 +83,9 @@ def weight_property(name: str, value: Callable[[nn.Module], Any] | None = None) 
                 raise
             raise RuntimeError(f"{type(self).__name__}: its weight cannot be rotated ({error})") from error
 
-    def hold(self: nn.Module, value: Any) -> None:
+    def hold(self: nn.Module, weight: Any) -> None:
         """Store the weight as a plain attribute, as FSDP1 and DataParallel do during a forward."""
-        vars(self)[name] = value
+        vars(self)[name] = weight
 
     def drop(self: nn.Module) -> None:
         vars(self).pop(name, None)

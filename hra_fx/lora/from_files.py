@@ -77,7 +77,7 @@ def read_as_lora(
         raise CheckpointError("adapters must name at least one adapter. Pass one or more folders, in order.")
     files = [read_adapter(source) for source in adapters]
     opened = _open_base(base, files)
-    check_base(files, opened.names)
+    check_base(files, opened.names, base)
     chains, full = requests_of(files, opened.names)
     weights = _weights_of(opened, chains, files, columns)
     _check_layers(opened, {weight.path: weight.kind for weight in weights})

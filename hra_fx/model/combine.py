@@ -80,7 +80,7 @@ def _combine(root: nn.Module, state: AdapterState, names: tuple[str, ...], adapt
         raise AdapterError(
             f"adapters {list(names)}: all have scale 0, so their product is the identity. Call hra_fx.set_scale."
         )
-    joint = {path: _fill(path, torch.cat(parts, dim=-1), rank) for path, parts in chains.items()}
+    joint = {path: _padded(path, torch.cat(parts, dim=-1), rank) for path, parts in chains.items()}
     stacked = [path for path, layer in adapted_layers(root).items() if path in chains and layer.hra_u.kind == "experts"]
     config = dataclasses.replace(
         state.configs[names[0]],
@@ -97,13 +97,13 @@ def _combine(root: nn.Module, state: AdapterState, names: tuple[str, ...], adapt
     )
     spec = AdapterSpec(rank, init_weights=False)
 
-    def fill(path: str, layer: nn.Module, reflection: HouseholderAdapters) -> None:
-        reflection.put(adapter_name, spec, joint[path], None)
+    def fill(path: str, layer: nn.Module, adapters: HouseholderAdapters) -> None:
+        adapters.put(adapter_name, spec, joint[path], None)
 
     add_filled_adapter(root, state, adapter_name, checked(root, config, adapter_name), fill)
 
 
-def _fill(path: str, chain: Tensor, rank: int) -> Tensor:
+def _padded(path: str, chain: Tensor, rank: int) -> Tensor:
     try:
         return padded(chain, rank)
     except ValueError as error:

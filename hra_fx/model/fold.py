@@ -239,13 +239,15 @@ def _untied(
     root: nn.Module, written: Mapping[str, AdaptedLayer], names: tuple[str, ...], adapters_to_remove: tuple[str, ...]
 ) -> dict[str, tuple[str, ...]]:
     """The tensors that remain after the fold and share memory with weights that are written."""
+    # A copy that is in use has the name of the tensor that it replaces; all others, also that of the base model, are
+    # below `hra_saved`. A folded copy replaces the tensor of the base model, which is then removed.
     gone: set[str] = set()
     for path, (_, copies) in all_copies(root).items():
-        promoted = {tensor for name in names for tensor in copies.copied.get(name, ())}
-        for tensor, owner in copies.in_place.items():
-            removed = {*adapters_to_remove, BASE} if tensor in promoted else set(adapters_to_remove)
+        folded = {tensor for name in names for tensor in copies.copied.get(name, ())}
+        for tensor, in_use in copies.in_place.items():
+            removed = {*adapters_to_remove, BASE} if tensor in folded else set(adapters_to_remove)
             gone.update(f"{path}.{SAVED}.{holder}.{tensor}".lstrip(".") for holder in removed)
-            if owner in removed.difference(names):
+            if in_use in removed.difference(names):
                 gone.add(f"{path}.{tensor}".lstrip("."))
     left = {path: tuple(o for o in others if o not in gone) for path, others in ties_of(root, written).items()}
     return {path: others for path, others in left.items() if others}

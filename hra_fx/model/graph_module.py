@@ -58,7 +58,7 @@ class UnpicklingTracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        """Create a node. fx would read a base weight by the name of the parameter, which may be read as `W Q`."""
+        """Create a node. fx would read the base weight as `layer.weight`, which is `W Q` while a model runs."""
         if isinstance(m, HouseholderAdapters) and "weight" in kwargs:
             layer = self.path_of_module(m).rpartition(".")[0]
             kwargs = {"weight": self.create_proxy("get_attr", f"{layer}.{BASE_WEIGHT}", (), {})}
@@ -83,7 +83,8 @@ class GraphOfMode(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         """Run the graph of the current mode."""
-        # Modules of the graph, which are not children. It is unknown whose mode decides.
+        # The modules whose operations the two graphs contain (set by `hra_fx.tracing.graph_module`). If one of them has
+        # another mode, neither graph is right.
         for path, module in self.__dict__.get("followed", {}).items():
             if module.training != self.training:
                 raise AdapterError(

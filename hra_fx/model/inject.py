@@ -42,7 +42,7 @@ from hra_fx.model.trainable import activate, restore_ties, sync_layers, unfreeze
 from hra_fx.model.trained_tokens import detach_tokens
 from hra_fx.selection.check import select_checked
 
-#: Adds an adapter to the container of a layer: (path, layer, container).
+#: Adds one adapter to a layer: (path, layer, the adapters of the layer).
 AdapterFactory: TypeAlias = Callable[[str, nn.Module, HouseholderAdapters], None]
 
 
@@ -77,12 +77,12 @@ def inject_adapter(
     for path, layer in layers.items():
         if path in new:
             _attach(path, layer, undo)
-        reflection: Any = layer._modules[REFLECTION]
-        keep_loaded(reflection)  # its hook would search the new vectors among the tensors that it offloaded
-        undo.callback(reflection.remove, name)
-        fill(path, layer, reflection)
-        if is_dtensor(reflection.weight_of(layer)):
-            replicate(reflection, reflection.weight_of(layer))
+        adapters: Any = layer._modules[REFLECTION]
+        keep_loaded(adapters)  # accelerate's hook would look for the new vectors among the offloaded tensors
+        undo.callback(adapters.remove, name)
+        fill(path, layer, adapters)
+        if is_dtensor(adapters.weight_of(layer)):
+            replicate(adapters, adapters.weight_of(layer))
     if new:
         _mark_readers(every, new, undo)
     if new and isinstance(model, fx.GraphModule):
@@ -91,22 +91,22 @@ def inject_adapter(
 
 
 def random_init(name: str, config: HRAConfig, *, on_meta: bool) -> AdapterFactory:
-    """Create new vectors, initialized as configured."""
+    """Return a function that adds new vectors, initialized as configured."""
 
-    def fill(path: str, layer: nn.Module, reflection: HouseholderAdapters) -> None:
+    def fill(path: str, layer: nn.Module, adapters: HouseholderAdapters) -> None:
         spec = AdapterSpec(config.rank_of(path), config.apply_GS, config.init_weights)
-        weight, device = reflection.weight_of(layer), reflection.device_of(layer)
-        reflection.add(name, spec, weight.dtype, device, on_meta=on_meta)
+        weight, device = adapters.weight_of(layer), adapters.device_of(layer)
+        adapters.add(name, spec, weight.dtype, device, on_meta=on_meta)
 
     return fill
 
 
 def _attach(path: str, layer: nn.Module, undo: ExitStack) -> None:
-    reflection = adapters_for(layer)
-    reflection.layer_path = path
-    reflection.train(layer.training)
+    adapters = adapters_for(layer)
+    adapters.layer_path = path
+    adapters.train(layer.training)
     undo.callback(layer._modules.pop, REFLECTION, None)
-    layer.add_module(REFLECTION, reflection)
+    layer.add_module(REFLECTION, adapters)
     try:
         undo.callback(restore_class, layer)
         adapt_class(layer)
@@ -120,7 +120,7 @@ def _attach(path: str, layer: nn.Module, undo: ExitStack) -> None:
 def _mark_readers(modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Module], undo: ExitStack) -> None:
     """Find the modules that read or write weights of adapted layers in their code."""
     new = set(layers.values())
-    # All paths of shared layers, with the names that checkpoint wrappers insert.
+    # All paths of the new layers, also of shared ones, with the names that checkpoint wrappers insert.
     paths = [path for path, module in modules.items() if module in new]
     around = {".".join(path.split(".")[:depth]) for path in paths for depth in range(path.count(".") + 1)}
     owners = [modules[path] for path in sorted({"", *around})]
@@ -166,7 +166,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         raise AdapterError(reason)
     was_active = name in state.active
     remove_adapters(root, state, (name,))
-    following = next(iter(state.configs)) if was_active and not state.active and state.configs else None
+    following = next(iter(state.configs), None) if was_active and not state.active else None
     if following is not None:
         activate(collect_parts(root), state, (following,), trainable=not state.configs[following].inference_mode)
         text = f"adapter {name!r} was active and is deleted; {following!r} is active now."
@@ -208,4 +208,4 @@ def remove_adapters(root: nn.Module, state: AdapterState, names: tuple[str, ...]
         unfreeze(root, state.frozen)
         clear_state(root)
     elif plain and isinstance(root, fx.GraphModule):
-        rewrite(root, ExitStack())
+        rewrite(root, ExitStack())  # the undo steps are not needed

@@ -32,7 +32,7 @@ from hra_fx.model.state import (
 from hra_fx.model.tied import tied_to
 from hra_fx.model.trainable import check_copies, sync_layers
 
-# A relative change of a quantized weight below this is rounding: the adapter has not been trained.
+#: A relative change of a quantized weight below this is rounding: the adapter has not been trained.
 _UNTRAINED = 1e-12
 #: How to fold an adapter of a quantized layer without requantizing.
 WITHOUT_REQUANTIZING = (
@@ -57,7 +57,7 @@ def merge_adapter(model: nn.Module, adapter_names: str | Iterable[str] | None = 
     Raises:
         AdapterError: the model has no such adapter, no adapter is active, other adapters are already merged, or an
             adapter that is not merged comes earlier in the product.
-        FoldError: a weight cannot be rotated (see `fold`), for example a quantized one. After any error the model is
+        FoldError: a weight cannot be folded (see `fold`), for example a quantized one. After any error the model is
             unchanged.
 
     Warns:
@@ -80,7 +80,7 @@ def merge_adapter(model: nn.Module, adapter_names: str | Iterable[str] | None = 
         return
     if state.merged:
         raise AdapterError(f"adapters {list(state.merged)} are already merged. Call unmerge_adapter first.")
-    merge(root, state, resolve_merge_order(state, adapter_names))
+    merge(root, state, resolve_merge_order(state, wanted))
 
 
 def unmerge_adapter(model: nn.Module) -> None:
@@ -266,7 +266,7 @@ def check_whole(model: nn.Module) -> None:
 
 def check_no_ties(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
     """Check that no weight shares memory with other tensors, so that it can be written in place."""
-    for path, others in ties_of(model, layers).items():
+    for path, others in ties_of(model, layers).items():  # the first one is enough
         (_, name), full = weight_place(layers[path]), weight_entry(path, layers[path])
         raise FoldError(
             f"{full}: it shares memory with {', '.join(others)}, which merging in place would change too. Untie it "
@@ -275,8 +275,8 @@ def check_no_ties(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
         )
 
 
-def check_floating(layers: Mapping[str, AdaptedLayer], names: Iterable[str], hint: str = "") -> None:
-    """Check that no weight is quantized. `hint` is a sentence that says how to fold quantized weights."""
+def check_floating(layers: Mapping[str, AdaptedLayer], names: Iterable[str], hint: str) -> None:
+    """Check that no weight is quantized. `hint` is a sentence that says what to do instead."""
     folded = set(names)
     here = {path: layer for path, layer in layers.items() if folded & set(layer.hra_u)}
     found = {path: scheme for path, layer in here.items() if (scheme := quant_scheme_of(layer))}

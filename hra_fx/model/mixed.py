@@ -58,6 +58,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
 def copied_rows(model: Any, options: dict[str, Any]) -> Iterator[None]:
     """Context manager for `generate` in a mixed batch, which repeats each row for its beams and returned sequences."""
     config = options.get("generation_config") or getattr(model, "generation_config", None)
+    # `generate` repeats each row max(num_beams, num_return_sequences) times.
     given = [options.get(name) or getattr(config, name, None) for name in ("num_beams", "num_return_sequences")]
     outer, CURRENT.copies = CURRENT.copies, max(number or 1 for number in given)
     try:

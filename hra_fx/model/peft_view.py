@@ -165,10 +165,10 @@ def _add(
             f"adapter {name!r}: {odd[0]} does not match the adapter's configuration, which was changed in PEFT."
         )
 
-    def fill(path: str, layer: nn.Module, reflection: HouseholderAdapters) -> None:
+    def fill(path: str, layer: nn.Module, adapters: HouseholderAdapters) -> None:
         spec = AdapterSpec(vectors[path].shape[1], config.apply_GS, init_weights=False)
-        reflection.put(name, spec, vectors[path].detach(), None)
-        reflection[name] = vectors[path]  # the same parameter, so that an optimizer keeps working
+        adapters.put(name, spec, vectors[path].detach(), None)
+        adapters[name] = vectors[path]  # the same parameter, so that an optimizer keeps working
 
     state = get_state(root)
     if state is None:

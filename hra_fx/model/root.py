@@ -84,7 +84,7 @@ class AdaptedModel(SwapMixin):
         """Rename entries. This is called before the children load their entries."""
         self._refuse_across_a_merge(state_dict, prefix, rest[-1])
         parts = (key.rpartition(f".{REFLECTION}.") for key in state_dict if key.startswith(prefix))
-        theirs = {name.removesuffix(ANCHOR) for path, _, name in parts if path}
+        theirs = {name.removesuffix(ANCHOR) for path, _, name in parts if path}  # the adapters in the state_dict
         # Every path of a shared module, because a state_dict has all of them.
         for path, owner in self.named_modules(remove_duplicate=False):
             copies = get_copies(owner)
@@ -98,7 +98,7 @@ class AdaptedModel(SwapMixin):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _refuse_across_a_merge(self, state: dict[str, Any], prefix: str, errors: list[str]) -> None:
-        """Report an error if only one of the two is merged: weights would be rotated twice or not at all."""
+        """Report an error if only the model or only the `state_dict` is merged: `W` would be rotated twice or never."""
         given = [key for key in state if key.startswith(prefix)]
         there = any(key.endswith(f".{REFLECTION}.unmerged") for key in given)
         here = any(layer.hra_u.unmerged is not None for layer in adapted_layers(self).values())
@@ -141,8 +141,8 @@ def _acting_layers(model: AdaptedModel, *, in_forward: bool = False) -> tuple[nn
 def _rename(state: dict[str, Any], in_place: str, waiting: dict[str, str], ours: str, theirs: set[str]) -> None:
     """Rename the copies of one tensor in a `state_dict` to their names in the model.
 
-    The tensor itself is `in_place`; `waiting` is adapter or `BASE` -> the name of a copy that is not in use. In the
-    model, the copy of `ours` is in use. `theirs` are the adapters in the `state_dict`.
+    `in_place` is the key of the copy in use, and `waiting` is adapter or `BASE` -> key of its copy while it is not in
+    use. In the model, the copy of `ours` is in use. `theirs` are the adapters in the `state_dict`.
     """
     values: dict[str, Tensor] = {owner: state.pop(key) for owner, key in waiting.items() if key in state}
     if in_place in state:
@@ -167,7 +167,7 @@ class AdaptedBody(SwapMixin):
         @functools.wraps(base.forward)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             run = RUNNING.run
-            if run is None or not run.factors:  # of a model whose forward another tool has set
+            if run is None or not run.factors:  # called alone, or from a `forward` that another tool has set
                 is_whole = not (is_compiling() or is_replica(self) or is_sharded(self))
                 layers = [part for part in self.modules() if is_whole and REFLECTION in part._modules]
                 run = start_of_forward(layers)

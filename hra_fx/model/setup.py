@@ -47,7 +47,7 @@ def set_up(
     """Adapt a plain model with one active adapter.
 
     `config` was validated by `checked`. `copies` is (path of the module, name of its tensor) -> value of a trained copy
-    that differs from the base model. `call` are arguments with which the model is compared with its folded weights.
+    that differs from the base model. With `call`, the model is compared with its folded weights on these arguments.
     `layers` is the result of `select_checked`, if the caller has it.
     """
     with all_or_nothing() as steps:

@@ -24,7 +24,7 @@ from hra_fx.layers.tensor_parallel import half_split, is_half_split
 from hra_fx.layers.trained_copies import Copies, all_copies
 
 M = TypeVar("M")
-#: The attribute in which a transformed model stores its state.
+#: The attribute in which a transformed model stores its `AdapterState`.
 RECORD = "_hra_record"
 
 
@@ -102,7 +102,8 @@ class AdaptedParts(NamedTuple):
     modules: list[nn.Module]
     roots: list[nn.Module]
     layers: list[nn.Module]
-    reflections: list[HouseholderAdapters]
+    #: The adapters of each layer: its child `hra_u`.
+    adapters: list[HouseholderAdapters]
     #: (owner, copies) of every module with trained copies.
     copies: list[tuple[nn.Module, Copies]]
 
@@ -132,7 +133,7 @@ def collect_parts(model: nn.Module) -> AdaptedParts:
             found.modules.append(child)
             if isinstance(child, HouseholderAdapters):
                 found.layers.append(module)
-                found.reflections.append(child)
+                found.adapters.append(child)
             elif isinstance(child, Copies):
                 found.copies.append((module, child))
     return found
@@ -146,7 +147,7 @@ def root_of(model: nn.Module) -> tuple[nn.Module, AdapterState]:
 def only_root(model: nn.Module, found: AdaptedParts) -> tuple[nn.Module, AdapterState]:
     """Like `root_of`, for the given adapted parts of `model`."""
     class_name = type(model).__name__
-    if not found.roots and found.reflections:
+    if not found.roots and found.adapters:
         raise AdapterError(f"{class_name} is a submodule of a transformed model. Pass the model that was transformed.")
     if not found.roots:
         raise _no_adapters(model)

@@ -103,8 +103,9 @@ class disable_adapters:
     def __init__(self, model: nn.Module) -> None:
         """Disable the adapters now."""
         parts = collect_parts(model)
-        self._root, self._record = root, state = only_root(model, parts)
+        root, state = only_root(model, parts)
         check_copies_can_switch(root, parts, ())
+        self._root, self._state = root, state
         self._before = state.disabled, state.disabled_blocks
         self._merged, self._active = state.merged, state.active
         if state.merged:
@@ -113,18 +114,17 @@ class disable_adapters:
 
     def __enter__(self) -> None:
         """Start a block in which `set_adapter` selects adapters but does not enable them."""
-        self._set(True, self._record.disabled_blocks + 1)
+        self._set(True, self._state.disabled_blocks + 1)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         """Restore the previous state, unless other adapters were set in the block."""
         self._set(*self._before)
-        state = self._record
-        if self._merged and state.active == self._active and not state.merged:
-            merge(self._root, state, self._merged)
+        if self._merged and self._state.active == self._active and not self._state.merged:
+            merge(self._root, self._state, self._merged)
 
     def _set(self, disabled: bool, blocks: int) -> None:
-        self._record.disabled, self._record.disabled_blocks = disabled, blocks
-        sync_layers(collect_parts(self._root), self._record)
+        self._state.disabled, self._state.disabled_blocks = disabled, blocks
+        sync_layers(collect_parts(self._root), self._state)
 
 
 def enable_adapters(model: nn.Module) -> None:
@@ -177,13 +177,13 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
     reshard(model.modules())
     layers = {path: layer.hra_u for path, layer in adapted_layers(root).items() if name in layer.hra_u}
     chains: dict[str, Tensor] = {}
-    for path, reflection in layers.items() if alpha != 1 else ():
+    for path, adapters in layers.items() if alpha != 1 else ():
         try:
-            chains[path] = reflection.scaled(name, float(alpha))
+            chains[path] = adapters.scaled(name, float(alpha))
         except AdapterError as error:
             raise AdapterError(f"{path}: adapter {name!r}: {error}") from error
-    for path, reflection in layers.items():
-        reflection.scale(name, float(alpha), chains.get(path))
+    for path, adapters in layers.items():
+        adapters.scale(name, float(alpha), chains.get(path))
     if alpha != 1 and any(name in copies.copied for _, copies in all_copies(root).values()):
         text = f"adapter {name!r}: the scale only affects reflections, not trained modules and biases."
         warnings.warn(text, HRAWarning, stacklevel=2)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from hra_fx.compat import is_wrapper_subclass, state_modules, tied_names
+from hra_fx.compat import is_traceable_wrapper_subclass, state_modules, tied_names
 from hra_fx.layers.accelerate_hooks import stored
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.readers import chains_of
@@ -51,7 +51,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _unwrap(tensor: Any) -> Tensor:
     """Return a tensor that has memory. A wrapper subclass (a quantized weight) has its memory in inner tensors."""
-    while is_wrapper_subclass(tensor):
+    while is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         tensor = getattr(tensor, names[0])
     return tensor  # type: ignore[no-any-return]
@@ -100,8 +100,8 @@ def find_ties(model: nn.Module, tensors: Collection[TensorRef]) -> list[Tie]:
     found = _all_ties(model) if tensors else []
     touched = [tie for tie in found if any(tensor_ref(model, name) in tensors for pair in tie.pairs for name in pair)]
     # BART and its inner model share one configuration, and both use it to tie weights.
-    settings = [config for tie in touched for config in tie.configs]
-    return [tie for tie in found if any(config is one for config in tie.configs for one in settings)]
+    settings = {id(config) for tie in touched for config in tie.configs}
+    return [tie for tie in found if any(id(config) in settings for config in tie.configs)]
 
 
 def _all_ties(model: nn.Module) -> list[Tie]:
@@ -169,10 +169,10 @@ def is_tied(model: nn.Module, tie: Tie) -> bool:
 def untied_copies(
     model: nn.Module, ties: Iterable[Tie], written: Collection[TensorRef], folded: Collection[str]
 ) -> dict[str, tuple[nn.Module, str, nn.Parameter]]:
-    """Create separate tensors for everything that some settings tie, except for tensors that get their own anyway.
+    """Create separate tensors for everything that some settings tie, except for `written`, which get their own anyway.
 
-    `written` are the tensors that get their own memory anyway. `folded` are adapters with trained copies that become
-    the model's own tensors. Returns name -> (module, name of its tensor, its own parameter).
+    `folded` are adapters with trained copies that become the model's own tensors. Returns name -> (module, name of its
+    tensor, its own parameter).
     """
     # The source tensors come first and keep their memory.
     names = dict.fromkeys(pair[end] for end in (1, 0) for tie in ties for pair in tie.pairs)

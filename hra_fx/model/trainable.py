@@ -49,10 +49,10 @@ def unfreeze(model: nn.Module, names: Iterable[str]) -> None:
 
 def set_requires_grad(parts: AdaptedParts, wanted: Mapping[str, bool]) -> None:
     """Train or freeze the vectors and copies of some adapters. The flags of other adapters do not change."""
-    for reflection in parts.reflections:
-        for name in reflection.specs:
+    for adapters in parts.adapters:
+        for name in adapters.specs:
             if name in wanted:
-                reflection.set_trainable(name, wanted[name])
+                adapters.set_trainable(name, wanted[name])
     for owner, copies in parts.copies:
         for name in copies.copied:
             if name in wanted:
@@ -61,7 +61,7 @@ def set_requires_grad(parts: AdaptedParts, wanted: Mapping[str, bool]) -> None:
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return the numbers of trainable and of all parameters, counted as in PEFT: a trained bias counts once."""
-    waiting = {
+    waiting = {  # biases of the base model while a trained copy is in use
         id(copies.get(owner, BASE, "bias"))
         for owner, copies in all_copies(model).values()
         if set(copies.in_place) == {"bias"} and copies.in_place["bias"] != BASE
@@ -139,16 +139,16 @@ def _untie(model: nn.Module, state: AdapterState, tensors: Collection[TensorRef]
 def to_copy(
     model: nn.Module, config: HRAConfig, layers: Mapping[str, nn.Module]
 ) -> dict[str, tuple[nn.Module, tuple[str, ...]]]:
-    """Path -> (module, names of its tensors)."""
+    """The tensors that an adapter trains in full (modules and biases): path -> (module, names of its tensors)."""
     found: dict[int, tuple[str, nn.Module, tuple[str, ...]]] = {}
     for root, saved in saved_modules(model, config).items():
         for below, owner in state_modules(saved):
-            if names := own_tensors(owner) if _is_base(f"{below}.") else ():
+            if names := own_tensors(owner) if _is_base(below) else ():
                 found.setdefault(id(owner), (f"{root}.{below}".rstrip("."), owner, names))
     owners = state_modules(model) if config.bias == "all" else layers.items() if config.bias == "hra_only" else ()
     for path, owner in owners:
         names = tuple(name for name in _BIASES if owner._parameters.get(name) is not None)
-        if _is_base(f"{path}.") and names:
+        if _is_base(path) and names:
             found.setdefault(id(owner), (path, owner, names))
     return {path: (owner, names) for path, owner, names in found.values()}
 
@@ -159,8 +159,8 @@ def _why_not_copied(owner: nn.Module, names: tuple[str, ...]) -> str | None:
         return f"accelerate offloads it, and would overwrite a trained copy with the base model's tensors. {hint}"
     if isinstance(owner, _CONTAINERS):
         return f"it is a container with its own tensors ({', '.join(names)}), which cannot be copied. {hint}"
-    reflection = get_adapters(owner)
-    if reflection is not None and reflection.weight_name in names:
+    adapters = get_adapters(owner)
+    if adapters is not None and adapters.weight_name in names:
         return "another adapter reflects this layer, so it cannot be saved in full too. Fold or delete that one first"
     if token_rows(owner) is not None and "weight" in names:
         return "tokens of it are trained (trainable_token_indices), so it cannot be saved in full too. Leave out one"
@@ -174,6 +174,7 @@ def _why_not_copied(owner: nn.Module, names: tuple[str, ...]) -> str | None:
 
 
 def _is_base(name: str) -> bool:
+    """Whether a path or the name of a tensor belongs to the base model."""
     return ADAPTER_CHILDREN.isdisjoint(name.split("."))
 
 
@@ -189,8 +190,8 @@ def sync_layers(parts: AdaptedParts, state: AdapterState) -> None:
     state.layers = tuple(parts.layers)
     acting = () if state.disabled else state.active
     unmerged = tuple(name for name in acting if name not in state.merged)
-    for reflection in parts.reflections:
-        reflection.set_active(name for name in unmerged if name in reflection.specs)
+    for adapters in parts.adapters:
+        adapters.set_active(name for name in unmerged if name in adapters.specs)
     for owner, copies in parts.copies:
         copies.activate_copies(owner, next((name for name in acting if name in copies.copied), BASE))
 

@@ -32,7 +32,7 @@ class TokenPlace(NamedTuple):
     """An embedding with trained tokens, and the layers that are tied to it.
 
     Attributes:
-        path: path of the child that has the rows.
+        path: path of the child of the embedding that contains the rows.
         layers: the embedding, then the tied layers.
         indices: the tokens.
     """
@@ -62,16 +62,13 @@ def token_places(model: nn.Module, config: HRAConfig) -> list[TokenPlace]:
             others = tied_to(model, {f"{path}.weight": weight}).get(f"{path}.weight", ()) if weight is not None else ()
             tied = {path, *(name.rpartition(".")[0] for name in others)}
             # The embedding has the rows, as in PEFT, even if its output layer is named first.
-            order = sorted((place for place in modules if place in tied), key=lambda p: not _is_embedding(modules[p]))
+            order = [place for place in modules if place in tied]
+            order.sort(key=lambda place: not isinstance(modules[place], nn.Embedding))
             _check(model, {place: modules[place] for place in order}, others, indices)
             found[id(weight)] = TokenPlace(f"{order[0]}.{TOKENS}", tuple(modules[p] for p in order), indices)
         elif found[id(weight)].indices != indices:
             raise SelectionError(f"`{_FIELD}`: {path} is tied to another entry, so both must have the same tokens.")
     return list(found.values())
-
-
-def _is_embedding(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Embedding)
 
 
 def _named(
@@ -118,7 +115,7 @@ def _check(model: nn.Module, layers: dict[str, nn.Module], tied: Iterable[str], 
 
 
 def _why_not_trained(layer: Any) -> str | None:
-    """Return why tokens of this layer cannot be trained, or `None`; without the full stop."""
+    """Return why tokens of this layer cannot be trained, or `None`; without a final period."""
     weight, copies = layer._parameters.get("weight"), get_copies(layer)
     if not isinstance(layer, (nn.Embedding, nn.Linear)) or type(weight) is not nn.Parameter:
         return "it is not an nn.Embedding or nn.Linear with a weight of its own"
@@ -140,7 +137,8 @@ def attach_tokens(
 ) -> tuple[dict[str, tuple[nn.Module, tuple[str, ...]]], dict[tuple[str, str], Tensor]]:
     """Add empty rows to the embeddings of a configuration, if they have none.
 
-    Returns what is to be copied for an adapter, path -> (module, names of its tensors), and its values at the start.
+    Returns what an adapter copies, path -> (module, names of its tensors), as `trainable.to_copy` does, and the values
+    of the base model.
     """
     wanted: dict[str, tuple[nn.Module, tuple[str, ...]]] = {}
     values: dict[tuple[str, str], Tensor] = {}

@@ -46,23 +46,7 @@ def check_against_folded(model: nn.Module, call: Call) -> None:
     The model is not run and not changed. Memory: a copy of the model and the gradients of its adapted weights, both in
     float64, and a few copies of its largest weight.
     """
-    for path, layer in model.named_modules():
-        if scheme := quant_scheme_of(layer):
-            raise UnsupportedLayerError(
-                f"{path}: it is quantized ({scheme.description(layer)}), so verify=True has no exact folded weight for "
-                "the comparison. Leave verify out, or verify the model before quantization."
-            )
-        if offloading_hook(layer) is not None:
-            raise UnsupportedLayerError(
-                f"{path}: accelerate offloads it, but verify=True needs a copy of the whole model in memory. Leave "
-                "verify out, or verify the model before it is offloaded."
-            )
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.is_meta:
-            raise UnsupportedLayerError(
-                f"{name}: it is on the meta device, so verify=True has no values to compare. Leave verify out, or load "
-                "the weights first."
-            )
+    _check_verifiable(model)
     class_name = type(model).__name__
     with preserve_rng_state(), torch.inference_mode(False), torch.enable_grad():
         for dtype in (torch.float64, torch.float32, None):  # float64 first: rounding must not change chosen experts
@@ -93,6 +77,27 @@ def check_against_folded(model: nn.Module, call: Call) -> None:
                     f"{where}: in {mode} mode, its outputs with adapters and with folded weights differ. {_REPORT}"
                 )
             _compare_gradients(model, our.gradients, their.gradients, mode)
+
+
+def _check_verifiable(model: nn.Module) -> None:
+    """Check that a copy of the model has whole, exact weights."""
+    for path, layer in model.named_modules():
+        if scheme := quant_scheme_of(layer):
+            raise UnsupportedLayerError(
+                f"{path}: it is quantized ({scheme.description(layer)}), so verify=True has no exact folded weight for "
+                "the comparison. Leave verify out, or verify the model before quantization."
+            )
+        if offloading_hook(layer) is not None:
+            raise UnsupportedLayerError(
+                f"{path}: accelerate offloads it, but verify=True needs a copy of the whole model in memory. Leave "
+                "verify out, or verify the model before it is offloaded."
+            )
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_meta:
+            raise UnsupportedLayerError(
+                f"{name}: it is on the meta device, so verify=True has no values to compare. Leave verify out, or load "
+                "the weights first."
+            )
 
 
 def _run_both(

@@ -18,6 +18,7 @@ from hra_fx.reporting.heat import HEATS, is_identity
 from hra_fx.reporting.row import Row
 from hra_fx.reporting.skipped_layers import SkippedLayer, SkippedParameter
 from hra_fx.reporting.table import Column
+from hra_fx.reporting.words import counted
 
 # Limits of the footnotes. The data contain all reasons and names.
 _REASONS = 6
@@ -26,7 +27,8 @@ _NAMES = 5
 _NOT_ORTHOGONAL = 1e-3
 #: From this number of degrees, a range is shown without decimals, so that columns fit a terminal.
 _LARGE = 10
-_INDEX = re.compile(r"(?<![^\s.])\d+(?=[. ])|(?<=\.)\d+(?=[. ]|$)")
+#: A part of a path that is a number. A path that is only a number, as in `nn.Sequential`, is a name.
+_INDEX = re.compile(r"(?<![^.])\d+(?=\.)|(?<=\.)\d+$")
 
 
 T = TypeVar("T")
@@ -40,22 +42,22 @@ class Group(Generic[T]):
     rows: tuple[T, ...]
 
 
-def indices(text: str) -> str:
+def indices(path: str) -> str:
     """The indices that `starred` replaces.
 
     >>> indices("model.layers.3.mlp.experts.0")
     '3.0'
     """
-    return ".".join(_INDEX.findall(text))
+    return ".".join(_INDEX.findall(path))
 
 
-def starred(text: str) -> str:
-    """Replace the indices of layers in a text with `*`.
+def starred(path: str) -> str:
+    """Replace the indices of layers in a path with `*`.
 
     >>> starred("model.layers.3.mlp.experts.0"), starred("layer1.conv2"), starred("0")
     ('model.layers.*.mlp.experts.*', 'layer1.conv2', '0')
     """
-    return _INDEX.sub("*", text)
+    return _INDEX.sub("*", path)
 
 
 def grouped(
@@ -81,12 +83,8 @@ def common_parent(names: Sequence[str]) -> str:
     return ".".join(common[: min(lists, default=None)]) if len(names) > 1 else ""
 
 
-def table_of(rows: Collection[Row], *, without: Collection[str] = ()) -> tuple[list[Column], list[list[str]]]:
-    """Return the columns of a report, and the texts of each row.
-
-    Unnecessary columns are left out: those in `without`, the adapter's name if there is only one, and how far
-    protected directions move if none are protected.
-    """
+def table_of(rows: Collection[Row], *, without: Collection[str]) -> tuple[list[Column], list[list[str]]]:
+    """Return the columns of a report except for those in `without`, and the texts of each row."""
     return _table([Group(row.path, (row,)) for row in rows], rows, without)
 
 
@@ -111,6 +109,7 @@ def _same(row: Row) -> Hashable:
 def _table(
     groups: Collection[Group[Row]], rows: Collection[Row], without: Collection[str] = ()
 ) -> tuple[list[Column], list[list[str]]]:
+    """Leave out also the adapter's name if there is only one, and `moves protected` if nothing is protected."""
     hidden = {*without} if len(adapters_of(rows)) > 1 else {"adapter", *without}
     if all(row.protected is None for row in rows):
         hidden.add("moves protected")
@@ -127,8 +126,8 @@ def heading(rows: Collection[Row]) -> str:
     """The numbers of adapted layers and parameters, their memory, and the names of the adapters."""
     total = sum(row.parameters for row in rows)
     names = adapters_of(rows)
-    layers = len({row.path for row in rows})
-    start = f"{layers:,} adapted layer{'s' * (layers != 1)}, {total:,} adapter parameters{_memory(rows)}"
+    layers = counted(len({row.path for row in rows}), "adapted layer")
+    start = f"{layers}, {total:,} adapter parameters{_memory(rows)}"
     identity = ", not trained yet (identity)" * is_identity(rows)
     return f"{start}, adapter{'s' * (len(names) > 1)} {', '.join(names)}{identity}"
 
@@ -190,17 +189,13 @@ def footnotes(
     lost, others = ([layer for layer in skipped if layer.targeted is wanted] for wanted in (True, False))
     share = sum(parameter.share for parameter in parameters)
     found = {
-        f"Targeted, but not adapted: {_layers(lost)}": _by_reason(lost),
+        f"Targeted, but not adapted: {counted(len(lost), 'layer')}": _by_reason(lost),
         f"Not adapted: 3-D parameters, {share:.1%} of the base model": _experts(parameters),
         "Trained in full:": [_listed(trained_in_full)] if trained_in_full else [],
-        f"Not adapted: {_layers(others)}": _by_reason(others),
+        f"Not adapted: {counted(len(others), 'layer')}": _by_reason(others),
         "Q is not orthogonal:": _not_orthogonal(rows),
     }
     return {title: lines for title, lines in found.items() if lines}
-
-
-def _layers(layers: Collection[SkippedLayer]) -> str:
-    return f"{len(layers):,} layer{'s' * (len(layers) != 1)}"
 
 
 def _experts(parameters: Collection[SkippedParameter]) -> list[str]:

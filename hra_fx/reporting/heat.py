@@ -156,15 +156,3 @@ def scale(values: Iterable[float]) -> tuple[float, float]:
     steps = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
     bottom, top = (float(f"{count * step:.6g}") for count in steps)
     return bottom, top
-
-
-def shorten(text: str, letters: int) -> str:
-    """Shorten a text to at most `letters` characters, by leaving out the middle.
-
-    >>> shorten("scaled_dot_product_attention", 16)
-    'scaled_d…tention'
-    """
-    if len(text) <= letters:
-        return text
-    tail = (letters - 1) // 2
-    return f"{text[: letters - 1 - tail]}…{text[len(text) - tail :]}"

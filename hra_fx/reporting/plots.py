@@ -23,9 +23,9 @@ from hra_fx.reporting.heat import (
     heat_of,
     ink_on,
     scale,
-    shorten,
 )
 from hra_fx.reporting.row import Row
+from hra_fx.reporting.words import shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,12 +85,13 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), facecolor="white")
 
 
-def entitle(axes: Axes, title: str, subtitle: str = "", points: int = 8) -> None:
-    """Add a heading above the axes and a line below it, both aligned with the left end of the axes."""
-    lines: list[tuple[str, dict[str, Any]]] = [(title, {"fontsize": 11, "fontweight": "bold"})]
-    if subtitle:
-        lines.append((subtitle, {"color": QUIET}))
-    for place, (text, look) in enumerate(reversed(lines)):
+def add_title(axes: Axes, title: str, subtitle: str, points: int = 8) -> None:
+    """Add a title and a subtitle above the axes, aligned with their left end, `points` above them."""
+    looks: tuple[tuple[str, dict[str, Any]], ...] = (
+        (subtitle, {"color": QUIET}),
+        (title, {"fontsize": 11, "fontweight": "bold"}),
+    )
+    for place, (text, look) in enumerate(looks):
         shift = (0, points + 16 * place)
         axes.annotate(text, (0, 1), shift, xycoords="axes fraction", textcoords="offset points", **look)
 
@@ -142,7 +143,7 @@ def _heatmap(values: dict[str, float], measure: Heat, subtitle: str) -> Figure:
     axes.set_yticks([line + 0.5 for line in range(len(names))], list(map(_shown, names)))
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    entitle(axes, f"{measure.words[0].upper()}{measure.words[1:]} by layer", subtitle)
+    add_title(axes, f"{measure.words[0].upper()}{measure.words[1:]} by layer", subtitle)
     _color_bar(figure, ends, measure.unit, unknown=not all(map(math.isfinite, values.values())))
     return figure
 

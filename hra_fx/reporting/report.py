@@ -82,7 +82,7 @@ class Report(JupyterMixin):
     def plot_heatmap(
         self, path: str | os.PathLike[str], heat: str | None = None, *, adapter: str | None = None
     ) -> Path:
-        """Plot how much each layer is changed, with one row for each projection and one column for each block.
+        """Plot how much each layer is changed, with one row for each name in the report and one column for each block.
 
         Args:
             path: the file, ending in `.svg`, `.png` or `.pdf`; its folder must exist.

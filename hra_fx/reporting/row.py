@@ -45,7 +45,7 @@ class Row:
             that `Q` changes. A quantized weight is dequantized first. NaN if the weight cannot be read (it has no data,
             is sharded, or its library cannot dequantize it on this machine).
         weight_change: `|W Q - W|_F / |W|_F`: how much `Q` changes the weight, relative to its size. NaN as for `share`.
-        bytes: memory of the vectors; 0 in a report of a graph.
+        bytes: memory of the vectors.
         bytes_here: memory of the vectors in this process, which is less if they are sharded.
         protected: how far `Q` moves what `hra_fx.protect` protects in this process: `|Q V - V|_F / |V|_F`; `None` if
             nothing is protected.
@@ -70,7 +70,7 @@ class Row:
     protected: float | None = None
 
 
-def turn_of(chain: Tensor | None) -> RotationStats:
+def rotation_of(chain: Tensor | None) -> RotationStats:
     """The angles of the reflections from `chain_of`; NaN for `None`. For experts, the angles of all experts."""
     if chain is None:
         return _UNKNOWN
@@ -96,9 +96,9 @@ def change_of(rows: Tensor | None, chain: Tensor | None) -> RelativeChange:
 
 def measured_fields(chain: Tensor | None, weight: Tensor | None) -> dict[str, Any]:
     """The measured fields of a row, from `chain_of` and `weight_rows`."""
-    turn, changed = turn_of(chain), change_of(weight, chain)
-    angles = {"angle": turn.angle, "mean_angle": turn.mean_angle}
-    return {**turn._asdict(), **angles, "share": changed.share, "weight_change": changed.change}
+    rotation, changed = rotation_of(chain), change_of(weight, chain)
+    angles = {"angle": rotation.angle, "mean_angle": rotation.mean_angle}
+    return {**rotation._asdict(), **angles, "share": changed.share, "weight_change": changed.change}
 
 
 def moved(basis: Tensor | None, chain: Tensor | None) -> float | None:
@@ -153,14 +153,14 @@ def largest(values: Iterable[float]) -> float:
     return math.nan if any(map(math.isnan, found)) else max(found)
 
 
-def active_turns(model: nn.Module) -> dict[str, list[RotationStats]]:
+def active_rotations(model: nn.Module) -> dict[str, list[RotationStats]]:
     """Active adapter -> the rotation of each of its layers. This does not read weights."""
-    turns: dict[str, list[RotationStats]] = {}
+    rotations: dict[str, list[RotationStats]] = {}
     with torch.no_grad():
         for layer in require_adapted_layers(model).values():
             for name in layer.hra_u.active:
-                turns.setdefault(name, []).append(turn_of(chain_of(layer, name)))
-    return turns
+                rotations.setdefault(name, []).append(rotation_of(chain_of(layer, name)))
+    return rotations
 
 
 def is_sharded(model: nn.Module) -> bool:

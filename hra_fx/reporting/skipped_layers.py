@@ -15,6 +15,7 @@ from hra_fx.layers.target import ADAPTER_CHILDREN, LayerKind, describe, find_kin
 from hra_fx.layers.trained_copies import all_copies
 from hra_fx.layers.trained_tokens import ROWS, TokenRows
 from hra_fx.model.state import adapted_layers, collect_parts, get_state
+from hra_fx.reporting.words import counted
 from hra_fx.selection.parameters import expert_parameters
 from hra_fx.selection.select import is_target, layer_index, resolve_targets, saved_modules
 from hra_fx.selection.suggestions import format_names
@@ -122,7 +123,7 @@ def trained_tokens(model: nn.Module) -> tuple[str, ...]:
         for adapter in (copies.copied if isinstance(owner, TokenRows) else ())
     }
     return tuple(
-        f"{path}: {len(own):,} token{'s' * (len(own) != 1)}, {own.numel():,} parameters (adapter {adapter})"
+        f"{path}: {counted(len(own), 'token')}, {own.numel():,} parameters (adapter {adapter})"
         for (path, adapter), own in rows.items()
     )
 
@@ -131,7 +132,7 @@ class Selection:
     """The layers that an adapter's configuration selects in a model, and the reasons for the other layers."""
 
     def __init__(self, model: nn.Module, config: HRAConfig) -> None:
-        """Resolve "all-linear" or the default targets for a model, or for the skeleton of a model."""
+        """Resolve "all-linear" or the default targets for a model."""
         self.config = config
         self.targets = resolve_targets(model, config)
         self._saved = {part for saved in saved_modules(model, config).values() for part in saved.modules()}

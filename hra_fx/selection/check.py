@@ -136,7 +136,7 @@ def _weight_problem(layer: nn.Module) -> str | None:
     if weight is None or is_lazy(weight):
         return "its weight is not initialized. Run the model once first"
     if weight.is_meta and offloading_hook(owner) is not None and quant_scheme_of(layer):
-        return "its weight is on the meta device and has no data. Load the weights first"
+        return f"accelerate offloads its quantized weight. Load the model without offloading this layer, or {_EXCLUDE}"
     if scheme := quant_scheme_of(layer):
         reason = scheme.why_not_adapted(layer)
         if reason is None and has_own_forward(layer):

@@ -30,16 +30,19 @@ from hra_fx.selection.suggestions import format_names, leaf_names, suffixes, sug
 #: Path -> module. A shared module occurs under each of its paths, in order.
 Modules: TypeAlias = Mapping[str, nn.Module]
 
+#: The heads that "all-linear" leaves out for SEQ_CLS, in the order of PEFT's `SEQ_CLS_HEAD_NAMES`.
 _HEADS = ("score", "classifier")
+#: task_type -> the heads that `with_head` trains.
 _TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-# PEFT shortens the entries of `target_modules` if there are so many, which changes what layer indices select.
+#: PEFT shortens the entries of `target_modules` if there are so many, which changes what layer indices select.
 _SHORTEN_FROM = 20
 #: The number of layers that a message names.
 _SHOWN = 8
+#: Fields that can exclude layers that the targets match.
 _EXCLUDING = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 _SUPPORTED = (
     "nn.Linear, quantized linear layers, nn.Conv1d to nn.Conv3d, nn.MultiheadAttention and transformers' Conv1D"
@@ -258,7 +261,7 @@ def _model_type(model: nn.Module) -> str:
 
 
 def _is_known_linear(module: nn.Module) -> bool:
-    """Whether "all-linear" includes a module. Modules that only look linear must be named."""
+    """Whether "all-linear" selects a module. Unknown modules that may be linear are only selected by name."""
     return find_kind(module) == "linear" and type(quant_scheme_of(module)) is not Other
 
 

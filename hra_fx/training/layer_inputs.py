@@ -31,7 +31,7 @@ from hra_fx.model.state import get_state
 from hra_fx.model.switch import disable_adapters
 from hra_fx.training.vectors import Vectors, layers_with_vectors, listed
 
-#: The number of patches of an image that are read at once.
+#: The number of patches of an image that are added to a sketch at once.
 _PATCHES = 4096
 _aten = torch.ops.aten
 _COPIES = (_aten._to_copy.default, _aten.clone.default)
@@ -59,33 +59,44 @@ def main_directions(
 
     Raises:
         ConfigError: `directions` is not a positive int, or more than half of the width of a layer.
-        AdapterError: `batches` is empty, or inputs are not finite.
+        AdapterError: `model` is a part of a transformed model; `batches` is empty, or inputs are not finite.
 
     Warns:
         HRAWarning: some layers have none, so they are not in the result.
     """
-    _check_directions(directions, stepped, earlier, new=batches is not None)
     layers = layers_with_vectors(model)
+    _check_is_whole(model, layers)
+    _check_directions(directions, stepped, earlier, new=batches is not None)
     most = max((one.shape[-1] for one in earlier.values()), default=0)
     found = {} if batches is None else sketches_of(model, layers, batches, most + directions)
     if bad := next((layers[layer] for layer, sketch in found.items() if not sketch.is_finite), None):
         raise AdapterError(f"{bad}: its inputs contain NaN or infinite values, so they have no main directions.")
     dtype = max((one.tensor.dtype for one in stepped), key=lambda one: one.itemsize)
     made: dict[Any, Tensor] = {}  # layers with the same input share one tensor
+    bases = dict(earlier)
     for layer, sketch in found.items():
         key = sketch, id(earlier.get(layer))
         if key not in made:
             made[key] = sketch.basis(directions, earlier.get(layer)).to(dtype)
-    bases = {**earlier, **{layer: made[sketch, id(earlier.get(layer))] for layer, sketch in found.items()}}
+        bases[layer] = made[key]
     bases = {layer: basis for layer, basis in bases.items() if bool(basis.any())}
     seen = bases if batches is None else found.keys() & bases.keys()
     if unseen := [path for layer, path in layers.items() if layer not in seen]:
         text = (
             f"{function}: these layers get no directions from `batches`, because no batch reached them, or because "
-            f"another module reads their weights in a way that is not seen: {listed(unseen)}."
+            f"another module reads their weights in a way that is not recognized: {listed(unseen)}."
         )
         warnings.warn(text, HRAWarning, stacklevel=3)
     return bases
+
+
+def _check_is_whole(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Only the model that was transformed can be run without its adapters."""
+    whole = {part for root in model.modules() if get_state(root) is not None for part in root.modules()}
+    if any(get_adapters(layer) is not None and layer not in whole for layer in layers):
+        raise AdapterError(
+            f"{type(model).__name__} is a submodule of a transformed model. Pass the model that was transformed."
+        )
 
 
 def _check_directions(
@@ -132,6 +143,8 @@ def _collected(
     with _base_model(model), collector:
         for batch in _with_progress(batches):
             is_empty = False
+            if not isinstance(batch, (Tensor, tuple, list, Mapping)):
+                raise AdapterError(f"a batch must be a tensor, tuple, list or mapping, got {type(batch).__name__}.")
             collector.start_batch()
             args, kwargs = pytree.tree_map(lambda x: _to(x, device), normalize_inputs(batch))
             model(*args, **kwargs)
@@ -145,6 +158,7 @@ def _merge_processes(
     found: dict[nn.Module, Sketch], layers: list[nn.Module], directions: int, device: torch.device
 ) -> None:
     """Merge the sketches of all processes, in place. A process may lack the inputs of some layers, such as experts."""
+    # For each layer, the first layer with the same sketch; None if no input reached it.
     own = [
         next((place for place, one in enumerate(layers) if found.get(one) is found[layer]), None)
         if layer in found
@@ -153,7 +167,8 @@ def _merge_processes(
     ]
     every: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(every, own)
-    if any(other != own for other in every):  # layers do not share sketches in the same way
+    # The collectives below need the same sketches in all processes, so then each layer gets its own.
+    if any(other != own for other in every):
         for place, layer in enumerate(layers):
             if any(other[place] is not None for other in every):
                 known = found.get(layer)
@@ -189,7 +204,8 @@ def _base_model(model: nn.Module) -> Iterator[None]:
         stack.callback(model.train, model.training)  # for modules that do more when their mode changes
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         model.eval()
-        torch.backends.mha.set_fastpath_enabled(False)  # a single operator for the whole attention
+        # The fast path is one operator for the whole attention, so the collector would not see its matrix products.
+        torch.backends.mha.set_fastpath_enabled(False)
         for block in (preserve_rng_state(), torch.no_grad(), torch.compiler.set_stance("force_eager")):
             stack.enter_context(block)
         stack.enter_context(eager_experts(model))
@@ -203,8 +219,8 @@ class _Part(NamedTuple):
     """A part of the weight of a layer.
 
     Attributes:
-        along: the stride of the dimension of the inputs.
-        expert: the first expert, for experts.
+        along: the stride of the input dimension of the weight, which tells it from the output dimension.
+        expert: the index of the first expert; `None` for other layers.
     """
 
     layer: nn.Module
@@ -213,7 +229,12 @@ class _Part(NamedTuple):
 
 
 class _Collector(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Collects the inputs of layers while models run in its context."""
+    """Collects the inputs of layers while models run in its context.
+
+    Hooks collect the inputs of layers that are called. The dispatch mode sees all matrix products, and collects the
+    inputs of layers whose weights other modules read. A view of a weight has the address of its memory, so weights
+    are found by their addresses.
+    """
 
     def __init__(self, layers: Mapping[nn.Module, str], directions: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -228,14 +249,14 @@ class _Collector(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.hooks: list[Any] = []
         #: Address of a weight's memory -> the layers that have it, and the weight.
         self.weights: dict[int, list[tuple[nn.Module, Tensor]]] = defaultdict(list)
-        #: The same for copies of weights, which autocast makes.
+        #: Address of the memory of a copy of a weight, which autocast makes -> the copy, and what it is a copy of.
         self.copies: dict[int, tuple[weakref.ref[Tensor], _Part]] = {}
 
     def __enter__(self) -> Any:
         for layer in self.layers:
             if is_called(layer):
-                self.hooks.append(layer.register_forward_pre_hook(self._before, with_kwargs=True))
-                self.hooks.append(layer.register_forward_hook(self._after))
+                self.hooks.append(layer.register_forward_pre_hook(self._before))
+                self.hooks.append(layer.register_forward_hook(self._after, with_kwargs=True))
             adapters = get_adapters(layer)
             if adapters is None:
                 continue
@@ -249,25 +270,26 @@ class _Collector(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for hook in self.hooks:
             hook.remove()
 
-    def _before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, layer: nn.Module, *_: Any) -> None:
         self.inside.append(layer)
+
+    def _after(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+        """Add the input of a call. After the call, because an input that the layer rejects is the model's error."""
         x = full_tensor((*args, *kwargs.values())[0])
         if _convolution(layer) is not None:
             for rows in _patches(x, _convolution(layer)):
                 self.add(layer, rows)
         else:
             self.add(layer, x)
-
-    def _after(self, *_: Any) -> None:
         self.inside.pop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
         if func in _PRODUCTS:
             first, second = (args[place] for place in _PRODUCTS[func])
             if type(first) in PLAIN and type(second) in PLAIN:
                 self._read(second, first)
                 self._read(first.mT, second.mT)
-        made = func(*args, **(kwargs or {}))
         if func in _COPIES and type(args[0]) in PLAIN:
             for part in self._parts(args[0]):
                 if args[0].dim() > 1 and part.along in args[0].stride()[-2:]:
@@ -292,7 +314,7 @@ class _Collector(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return [] if any(part.layer in self.inside for part in found) else found
 
     def _read(self, factor: Tensor, x: Tensor) -> None:
-        """Add `x` if it is multiplied with a weight along the inputs of the weight."""
+        """Add `x` if `factor` is a weight, and the product sums over the input dimension of the weight."""
         for layer, along, expert in self._parts(factor):
             adapters: Any = get_adapters(layer)
             if factor.stride(-2) != along or factor.shape[-2] != adapters.width:
@@ -319,7 +341,7 @@ class _Collector(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.owners[layer].add(owner)
 
     def found(self) -> dict[nn.Module, Sketch]:
-        """Layer -> the sketch of its inputs, or of more inputs if another layer has some of them."""
+        """Layer -> the sketch of its inputs. If it shares some inputs with other layers, all inputs of these count."""
         joint: dict[frozenset[nn.Module], Sketch] = {}
         for owners in map(frozenset, self.owners.values()):
             if owners and owners not in joint:

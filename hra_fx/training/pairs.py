@@ -17,7 +17,7 @@ import types
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -134,8 +134,8 @@ def train_pairs_if_possible(
     optimizer: Any,
     model: nn.Module,
     difference: float,
-    batches: Iterable[Any] | None = None,
-    directions: int = 4,
+    batches: Iterable[Any] | None,
+    directions: int,
 ) -> None:
     """Call `train_pairs` for the optimizer of a Trainer, unless it already trains pairs.
 
@@ -181,7 +181,7 @@ class _Pairs:
         self.difference = difference
         self.layers: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self.quiet: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
-        self.batches: list[PairBatch] = []
+        self.batches: list[_PairBatch] = []
         self.depth = 0
         self.warned: set[str] = set()
 
@@ -232,7 +232,7 @@ class _Pairs:
                 key = shapes, tensor.dtype, tensor.device
                 alike[key][0].append(tensor)
                 alike[key][1].extend(quiet)
-        made = [PairBatch(tensors, self.difference, quiet) for tensors, quiet in alike.values()]
+        made = [_PairBatch(tensors, self.difference, quiet) for tensors, quiet in alike.values()]
         for batch in made:
             self.batches.append(batch)
             batch.enter()
@@ -283,9 +283,7 @@ def _guarded(optimizer: Optimizer, pairs: _Pairs) -> Any:
 
         @functools.wraps(own)
         def function(_: Any, *args: Any, **kwargs: Any) -> Any:
-            return scheduled(*args, **kwargs)
-
-        scheduled = own
+            return own(*args, **kwargs)
 
     @functools.wraps(function)
     def step(_: Any, *args: Any, **kwargs: Any) -> Any:
@@ -348,13 +346,13 @@ def _why_not(one: Vectors) -> str | None:
     return None
 
 
-class PairBatch:
+class _PairBatch:
     """Vectors with the same shape, converted together: this takes a few operators for any number of layers."""
 
-    def __init__(self, vectors: list[nn.Parameter], difference: float, quiet: Sequence[Tensor] = ()) -> None:
+    def __init__(self, vectors: list[nn.Parameter], difference: float, quiet: list[Tensor]) -> None:
         """Compute pair coordinates. This does not change anything, so an error here leaves the vectors unchanged.
 
-        `quiet` has directions of each layer, to which differences are orthogonal after the step.
+        `quiet` has the directions of each layer to which differences are orthogonal after the step, or is empty.
         """
         self.quiet = quiet
         self.constants = start_length(*vectors[0].shape[-2:]), difference
@@ -388,7 +386,7 @@ class PairBatch:
     def _quieted(self, differences: Tensor) -> Tensor:
         """Differences `(layers, ..., d, pairs)` without their parts along the directions."""
         if not is_dtensor(self.vectors[0]):
-            return without_directions(differences, torch.stack(list(self.quiet)))  # type: ignore[no-any-return]
+            return without_directions(differences, torch.stack(self.quiet))  # type: ignore[no-any-return]
         each = zip(differences, self.vectors, self.quiet, strict=True)
         whole = [(_like(own, vectors, vectors.shape[-1] // 2), basis) for own, vectors, basis in each]
         return torch.stack([local_tensor(without_directions(own, basis)) for own, basis in whole])

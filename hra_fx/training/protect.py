@@ -1,4 +1,4 @@
-"""Keep the vectors that an optimizer updates orthogonal to the main inputs of texts or images to keep.
+"""Keep the vectors that an optimizer updates orthogonal to the main directions of inputs that must not be forgotten.
 
 If all vectors of a chain are orthogonal to `x`, then `Q x = x`. So the layer computes `W x`, as before training. This
 is a property of the vectors alone: files, folded weights and LoRA exports have it too.
@@ -21,6 +21,7 @@ from hra_fx.errors import AdapterError, ConfigError
 from hra_fx.functional import householder
 from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.containers import ANCHOR
+from hra_fx.layers.peft_layers import is_of_peft
 from hra_fx.layers.sharding import is_dtensor
 from hra_fx.model.state import unwrap
 from hra_fx.training.layer_inputs import main_directions
@@ -40,7 +41,7 @@ KEY = "hra_protected"
 #: Layer -> adapter -> its directions, for reports, also after the optimizer is gone.
 _PROTECTED: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref.WeakKeyDictionary()
 #: Optimizer -> its protection.
-_KNOWN: weakref.WeakKeyDictionary[Optimizer, _Protection]
+_KNOWN: weakref.WeakKeyDictionary[Optimizer, _Protection] = weakref.WeakKeyDictionary()
 
 
 def protect(
@@ -73,22 +74,23 @@ def protect(
             arguments, a tuple or list of positional arguments, or a tensor. None protects only `previous`.
         directions: the number of new directions in each layer. With those of `previous`, at most half of the width of
             its inputs.
-        previous: what a call returned for the same layers. Its directions are protected too, and the new ones are
-            orthogonal to them.
+        previous: what a call returned for the same layers of this model, adapted by hra_fx or by PEFT. Its directions
+            are protected too, and the new ones are orthogonal to them.
 
     Returns:
-        Copies of the protected directions by the path of the layer: orthonormal or zero columns `(d, k)`, or
-        `(experts, d, k)`, with the dtype of the vectors, and `k = 0` for layers that no batch reached.
+        Copies of the protected directions by the path of the layer in the base model: orthonormal or zero columns
+        `(d, k)`, or `(experts, d, k)`, with the dtype of the vectors, and `k = 0` for layers that no batch reached.
 
     Raises:
         ConfigError: `directions` is not a positive int, or more than half of the width of a layer.
         AdapterError: `batches` is empty, or None without `previous`; `previous` does not fit the layers; inputs are not
-            finite; the optimizer does not update any vectors of the model, or 16-bit or flat ones (FSDP1, DeepSpeed
-            ZeRO); adapters are merged or scaled; it averages the parameters outside of its step; or it protects another
-            model with the same paths. Loading a state that was saved without protected directions raises it, too.
+            finite; `model` is a part of a transformed model; the optimizer does not update any vectors of the model, or
+            16-bit or flat ones (FSDP1, DeepSpeed ZeRO); adapters are merged or scaled; it averages the parameters
+            outside of its step; or it protects another model with the same paths. Loading a state that was saved
+            without protected directions raises the same error.
 
     Warns:
-        HRAWarning: no batch reached some layers, or other modules read their weights in a way that is not seen.
+        HRAWarning: no batch reached some layers, or other modules read their weights in a way that is not recognized.
 
     Example:
         >>> from hra_fx.config import HRAConfig
@@ -100,8 +102,11 @@ def protect(
         >>> model(torch.ones(1, 6)).sum().backward()
         >>> optimizer.step()
     """
-    optimizer, inner = unwrapped(optimizer), unwrap(model)
-    layers = layers_with_vectors(inner)
+    optimizer = unwrapped(optimizer)
+    inner: Any = unwrap(model)
+    # Without PEFT's prefix of names, so that directions fit a model of PEFT and one of hra_fx.
+    has_prefix = is_of_peft(inner) and hasattr(inner, "get_base_model")
+    layers = layers_with_vectors(inner.get_base_model() if has_prefix else inner)
     stepped = required_vectors(layers, optimizer, model, "protect")
     _check(stepped, optimizer)
     known = _KNOWN[optimizer].layers if optimizer in _KNOWN else {}
@@ -160,7 +165,10 @@ def protected_directions(layer: nn.Module, adapter: str) -> Tensor | None:
 
 
 def _earlier(previous: Mapping[str, Tensor] | None, layers: Mapping[Any, str]) -> dict[nn.Module, Tensor]:
-    """Layer -> its directions in `previous`, where the vectors are, without columns of zeros, which would count."""
+    """Layer -> its directions in `previous`, on the device of its vectors, without zero columns.
+
+    Zero columns would use up a part of the width.
+    """
     if previous is None:
         return {}
     if not isinstance(previous, Mapping):
@@ -172,10 +180,10 @@ def _earlier(previous: Mapping[str, Tensor] | None, layers: Mapping[Any, str]) -
         )
     for path, basis in previous.items():
         inner = (basis.double().mT @ basis.double()).cpu()
-        if not torch.allclose(inner @ inner, inner, atol=1e-5):
+        if not basis.is_floating_point() or not torch.allclose(inner @ inner, inner, atol=1e-5):
             raise AdapterError(
-                f"{path}: the columns in `previous` ({str(basis.dtype).removeprefix('torch.')}) are not orthonormal. "
-                "Pass what protect returned, with its dtype."
+                f"{path}: the columns in `previous` must be orthonormal and floating-point, but these "
+                f"{str(basis.dtype).removeprefix('torch.')} columns are not. Pass what protect returned, in its dtype."
             )
     # Layers with the same input share one tensor.
     made = {id(basis): basis[..., basis.flatten(0, -2).any(dim=0)] for basis in previous.values()}
@@ -231,7 +239,7 @@ def _check(found: list[Vectors], optimizer: Optimizer) -> None:
 
 
 def _check_layer(one: Vectors) -> None:
-    """Raise an error if the layer does not use the vectors as they are."""
+    """Raise an error if the adapters of the layer are merged or scaled: then `Q` is not the chain of the vectors."""
     adapters, name = get_adapters(one.layer), one.path.rpartition(".")[2]
     merged = getattr(one.layer, "merged", False) if adapters is None else adapters.unmerged is not None
     if merged:
@@ -244,7 +252,7 @@ class _Protection:
     """Projects the vectors that one optimizer updates.
 
     Attributes:
-        layers: layer of a model that it was called for (a weak reference) -> its path.
+        layers: layer of a model that `protect` was called for (a weak reference) -> its path.
         bases: layer -> its directions `(d, k)` or `(experts, d, k)`, with `k = 0` if no batch reached it.
         stacked: the directions of the vectors of a batch, by the ids of the layers.
         hook: the handle of the hook after each step.
@@ -275,7 +283,7 @@ class _Protection:
             _PROTECTED.setdefault(layer, {})[path.rpartition(".")[2]] = self.bases[layer]
             has_directions = self.bases[layer].shape[-1] > 0
             anchor = _anchor(layer, path) if has_directions and apply_GS and not is_dtensor(tensor) else None
-            # An anchor of the start stays that of the start.
+            # If the adapter is still the identity, its anchor is made from the projected vectors, so it stays that.
             if anchor is not None and torch.allclose(anchor, householder.orthonormalize(tensor)):
                 anchor.copy_(householder.orthonormalize(without_directions(tensor, self.bases[layer])))
         self.project()
@@ -326,9 +334,6 @@ class _Protection:
                 )
             self.bases.update({layer: saved[path].to(_vectors(layer).device) for layer, path in self.layers.items()})
         self.start()
-
-
-_KNOWN = weakref.WeakKeyDictionary()
 
 
 def _install(optimizer: Optimizer, directions: int) -> _Protection:

@@ -16,7 +16,7 @@ from hra_fx.layers.sharding import distribute_like, is_dtensor
 from hra_fx.layers.target import REFLECTION
 from hra_fx.model.state import check_is_module
 
-#: The number of names in a warning.
+#: The number of names in a message.
 _LISTED = 8
 
 
@@ -71,7 +71,7 @@ def stepped_vectors(layers: Mapping[nn.Module, str], optimizer: Optimizer) -> li
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first names, and how many more there are, for a warning."""
+    """The first names, and how many more there are, for a message."""
     more = len(names) - _LISTED
     return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 

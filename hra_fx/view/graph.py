@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -23,7 +23,7 @@ from hra_fx.compat import OpOverload
 from hra_fx.layers.target import BASE_WEIGHT, FACTORS, REFLECTION
 from hra_fx.model.graph_module import graph_in_eval
 from hra_fx.tracing.by_mode import ByMode
-from hra_fx.tracing.graph_module import normalize_path
+from hra_fx.tracing.graph_module import CHECKS, normalize_path
 from hra_fx.view.subject import Subject, describe_module, name_of, own_parameters
 from hra_fx.view.tree import Leaf, joined, module_of, prefixes
 
@@ -31,7 +31,7 @@ from hra_fx.view.tree import Leaf, joined, module_of, prefixes
 _SHAPE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "is_cuda", "requires_grad"})
 _SHAPE_METHODS = frozenset({"size", "dim", "numel", "stride", "ndimension", "is_floating_point", "get_device"})
 #: The submodules that check the inputs of programs and captured models, and the submodule of the factors.
-_UNSEEN = ("_guards_fn", "check_inputs", FACTORS)
+_UNSEEN = ("_guards_fn", CHECKS, FACTORS)
 #: Operators that return their input if it already has the requested dtype and device.
 _CASTS = frozenset({"alias", "detach", "to"})
 #: How `torch.export` names the tensors that a forward creates.
@@ -67,17 +67,15 @@ def _stack(node: fx.Node, root: str) -> list[tuple[str, str]]:
     return [(_join(root, call), _join(root, path)) for call, path in calls if path]
 
 
-@dataclass
 class _Builder:
-    subject: Subject
-    picture: nx.DiGraph[str] = field(default_factory=nx.DiGraph)
-    drawn: set[str] = field(default_factory=set)  # paths of the adapted layers that a leaf has as marks
-    counted: set[int] = field(default_factory=set)  # ids of the parameters that a leaf counts
+    """Creates the leaves, in the order in which modules are defined."""
 
-    def __post_init__(self) -> None:
-        self.model = self.subject.model
-        self.graphs = self.subject.graphs
-        self.visited: dict[int, str] = {}
+    def __init__(self, subject: Subject) -> None:
+        self.subject, self.model, self.graphs = subject, subject.model, subject.graphs
+        self.picture: nx.DiGraph[str] = nx.DiGraph()
+        self.drawn: set[str] = set()  # paths of the adapted layers that a leaf has as marks
+        self.counted: set[int] = set()  # ids of the parameters that a leaf counts
+        self.visited: dict[int, str] = {}  # id of a module -> its path
         for path in self.subject.layers:  # layers count their own parameters, even if another node reads the weight
             self._once(own_parameters(self.model.get_submodule(path)))
         self.inside: dict[str, dict[str, None]] = {}  # path of a module -> the adapted layers in it
@@ -176,10 +174,11 @@ class _Builder:
         return replace(leaf, name=name_of(path), detail=describe_module(module), target=path, parameters=count)
 
     def _add_graph(self, root: str, graph: fx.GraphModule) -> None:
+        """Add the leaves of a traced module and their edges. A value without a box has the sources of its inputs."""
         values: dict[fx.Node, Value] = {}
         plain = graph_in_eval(graph)
         masks = constant_masks(plain)
-        single = root in self.subject.layers
+        single = root in self.subject.layers  # a traced layer is one box, without its input and output
         knows_places = any(node.meta.get("nn_module_stack") for node in plain.nodes)
         held = dict(graph.named_parameters(remove_duplicate=False))
         for node in plain.nodes:
@@ -269,7 +268,7 @@ def read(node: fx.Node, values: Mapping[fx.Node, Value]) -> Value:
 def pass_through(node: fx.Node, values: Mapping[fx.Node, Value], module: nn.Module | None) -> Value | None:
     """The value of a node that does not get a box; `None` if it gets one. `module` is the module that it calls."""
     if str(node.target).rpartition(".")[2] == REFLECTION:
-        return read(node, values)
+        return read(node, values)  # the adapter is drawn with its layer
     if node.op == "get_attr":
         name = str(node.target)
         return Value() if REFLECTION in name.split(".")[-2:-1] else Value(weights=(name,))
@@ -344,7 +343,7 @@ def _computes_shape(node: fx.Node, before: Value) -> bool:
     if node.target is getattr:
         return node.args[1] in _SHAPE_ATTRIBUTES
     value: Any = node.meta.get("val")
-    if isinstance(value, int | float | torch.SymInt | torch.SymFloat | torch.SymBool) and not isinstance(value, Tensor):
+    if isinstance(value, int | float | torch.SymInt | torch.SymFloat | torch.SymBool):
         return True
     module = getattr(node.target, "__module__", "")
     return before.is_shape and module in ("_operator", "operator", "builtins", "math")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, nan
 from typing import ClassVar
 
 from hra_fx.errors import VisualizeError
@@ -50,9 +49,9 @@ class Heatmap:
     is_live: ClassVar[bool] = False
 
     def mean(self, paths: Iterable[str]) -> float:
-        """The mean of some layers; NaN if there are none, or if a value is unknown."""
-        values = [self.values.get(path, math.nan) for path in paths]
-        return sum(values) / len(values) if values else math.nan
+        """The mean of one or more layers; NaN if a value is unknown."""
+        values = [self.values.get(path, nan) for path in paths]
+        return sum(values) / len(values)
 
     def text(self, value: float) -> str:
         """Format a value with its unit."""

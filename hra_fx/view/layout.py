@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import networkx as nx
 
-from hra_fx.reporting.heat import shorten
+from hra_fx.reporting.words import shorten
 from hra_fx.view.heatmap import NO_CELLS, Cells, Heatmap
 from hra_fx.view.opening import Block
 from hra_fx.view.theme import width
@@ -73,7 +73,7 @@ def rows_of(count: int, edges: Sequence[Edge]) -> list[int]:
 
 
 class Layout:
-    """Boxes in rows (by default those of `rows_of`), so that every edge points down.
+    """Boxes in given rows, in which every edge points down.
 
     The ports are in the first row. `outputs` get an edge to the lower border, a box of size 0 alone in the last row.
 
@@ -90,12 +90,11 @@ class Layout:
         self,
         sizes: Sequence[Size],
         edges: Sequence[Edge],
-        outputs: Sequence[int] = (),
-        ports: Sequence[Size] = (),
-        rows: Sequence[int] | None = None,
+        outputs: Sequence[int],
+        ports: Sequence[Size],
+        rows: Sequence[int],
     ) -> None:
-        """Place all boxes."""
-        rows = rows_of(len(sizes), edges) if rows is None else rows
+        """Place all boxes. `rows` has the row of each box, such as from `rows_of`."""
         self.sizes = [*sizes, *ports, Size(0, 0)]
         self._lower = len(self.sizes) - 1
         count, self._ports = len(sizes), range(len(sizes), self._lower)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hra_fx.atomic_write import output_file, write_output_file
-from hra_fx.view import page
 from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.heatmap import heatmap_of
-from hra_fx.view.html import rendering
+from hra_fx.view.html.rendering import render
 from hra_fx.view.opening import Options, focused
+from hra_fx.view.svg_file import render_svg
 from hra_fx.view.theme import Theme
 
 
@@ -24,8 +24,8 @@ class Format(NamedTuple):
 
 
 FORMATS: Mapping[str, Format] = {
-    ".svg": Format("picture", page.render_svg),
-    ".html": Format("interactive page", rendering.render),
+    ".svg": Format("picture", render_svg),
+    ".html": Format("interactive page", render),
 }
 
 
@@ -69,8 +69,7 @@ def visualize(
         heat: color adapted layers by `"weight_change"` (`|W Q - W| / |W|` in percent, the default), `"mean_angle"`,
             `"angle"` (the largest), `"rotation"` (`|Q - I|_F`) or `"share"` (of the weight that the adapter rotates).
             The scale fits the values, and the legend shows its ends.
-        theme: `"light"` or `"dark"`. The default for pictures is `"light"`; by default,
-            a `.html` page uses the theme of the reader's system.
+        theme: `"light"` or `"dark"`. By default, a picture is light, and a page uses the theme of the reader's system.
 
     Returns:
         The path of the file. The file is written atomically: if an error is raised, an existing file is unchanged.

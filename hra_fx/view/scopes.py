@@ -37,6 +37,8 @@ def scope_tree(picture: nx.DiGraph[str], title: str) -> Scope:
 
 @dataclass
 class _Nesting:
+    """Creates the scopes of a graph of leaves, from the inside out."""
+
     picture: nx.DiGraph[str]
 
     def leaf(self, key: str) -> Leaf:

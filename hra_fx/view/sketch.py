@@ -19,6 +19,7 @@ from hra_fx.errors import HRAWarning, VisualizeError
 from hra_fx.export.program import is_program
 from hra_fx.model.example_inputs import Call, normalize_inputs
 from hra_fx.model.state import adapted_layers
+from hra_fx.reporting.words import counted, low_to_high
 from hra_fx.tracing.graphs import graphs_of
 from hra_fx.tracing.observed import attributes
 from hra_fx.view.graph import leaves_of
@@ -86,9 +87,7 @@ def _state_of_input(value: Any) -> Any:
 
 def _graphs_of(model: nn.Module, example_inputs: Any) -> dict[str, fx.GraphModule]:
     found = graphs_of(model, example_inputs, is_drawn=True)
-    if example_inputs is None:
-        return found
-    if not any("val" in node.meta for node in found[""].graph.nodes):
+    if example_inputs is not None and not any("val" in node.meta for node in found[""].graph.nodes):
         _note_shapes(found[""], normalize_inputs(example_inputs))
     return found
 
@@ -119,14 +118,13 @@ def _facts(subject: Subject) -> str:
     traced = "traced as one graph"
     if "" not in subject.graphs:
         modules = len(subject.graphs.keys() - subject.layers.keys())
-        what = f"{modules:,} module{'s' * (modules != 1)} traced" if modules else "not traced"
+        what = f"{counted(modules, 'module')} traced" if modules else "not traced"
         traced = f"{what}: pass example_inputs to draw the whole data flow"
     if not subject.layers:
         return f"{subject.parameters:,} parameters · no adapters · {traced}"
-    ranks = sorted({layer.rank for layer in subject.layers.values()})
-    span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    ranks = low_to_high([layer.rank for layer in subject.layers.values()])
     adapter = sum(layer.vectors for layer in subject.layers.values())
     share = adapter / max(subject.parameters, 1)
-    count = len(subject.layers)
-    words = f"{count:,} adapted layer{'s' * (count != 1)} · r = {span} · {adapter:,} adapter parameters"
+    layers = counted(len(subject.layers), "adapted layer")
+    words = f"{layers} · r = {ranks} · {adapter:,} adapter parameters"
     return f"{words} ({share:.2%} of {subject.parameters:,}) · {traced}"

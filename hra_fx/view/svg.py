@@ -170,6 +170,7 @@ def _draw_frame(group: Element, box: Box, x: float, y: float) -> None:
 
 
 def _draw_inside(group: Element, box: Box, left: float, top: float, index: Mapping[int, int] | None) -> None:
+    """Draw the edges of an open module (each line once), then its ports, and the boxes on top of the edges."""
     drawn: set[str] = set()
     starts: dict[int, list[Route]] = {}
     ports: dict[tuple[int, int], list[str]] = {}

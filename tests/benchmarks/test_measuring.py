@@ -13,8 +13,6 @@ from speed.setting import Mode, Setting
 from speed.timing import Budget
 
 TINY = "llama-64x1"
-
-
 TWO = Budget(seconds=0, least=2)
 
 

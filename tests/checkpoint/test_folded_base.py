@@ -44,7 +44,7 @@ def adapted(base: nn.Module, **fields: Any) -> nn.Module:
 
 
 def on_disk(model: nn.Module, folder: Path) -> Path:
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     save_file(model.state_dict(), folder / "model.safetensors")
     return folder
 
@@ -129,5 +129,9 @@ def test_files_of_peft_have_the_name_of_the_base_only(
         file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": name}))
     (tmp_path / "same").mkdir()
     use(base, tmp_path / "org/base", tmp_path / "same")  # the folder is called "base"
+    for place in ("link", "v2"):
+        (tmp_path / place).mkdir()
+    (tmp_path / "link" / "base").symlink_to(tmp_path / "v2")
+    use(base, tmp_path / "org/base", tmp_path / "link")
     with pytest.warns(HRAWarning, match=r"was trained on 'org/other', but this model is '.*base'. Make sure"):
         use(base, tmp_path / "org/other", tmp_path)

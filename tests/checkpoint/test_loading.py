@@ -65,6 +65,13 @@ def test_another_name_of_the_base_is_a_warning(tmp_path: Path) -> None:
 # ---- adapters that cannot be replaced ----
 
 
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_a_part_of_a_transformed_model_is_refused(name: str, tmp_path: Path) -> None:
+    folder, model = saved(tmp_path, "0"), adapted(nn.ModuleDict({"body": mlp()}), "0")
+    message = refused(lambda model: hra_fx.load_adapter(model["body"], folder, name), model, AdapterError)
+    assert message == "Sequential is a submodule of a transformed model. Pass the model that was transformed."
+
+
 def test_nothing_is_loaded_while_adapters_are_merged(tmp_path: Path) -> None:
     folder = saved(tmp_path, "0")
     model = adapted(mlp(), "0")

@@ -1,4 +1,4 @@
-"""A tiny Llama on disk with adapters for it, made once, and the folder that commands are called in."""
+"""A tiny Llama on disk with adapters for it, created once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Shelf:
-    """A folder with checkpoints, not to be written into, and the model of them."""
+    """A read-only folder with checkpoints, and their model."""
 
     folder: Path
     model: nn.Module
@@ -23,7 +23,7 @@ class Shelf:
 
 @pytest.fixture(autouse=True)
 def _no_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers of pytest-xdist have a width of their own, which a pipe has not."""
+    """pytest-xdist sets COLUMNS in its workers, but a pipe has no width."""
     monkeypatch.delenv("COLUMNS", raising=False)
 
 

@@ -1,4 +1,4 @@
-"""`convert`: files are those of the functions."""
+"""`convert` writes the same files as the functions."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from cli.shell import Answer, answer, mistake, usage
 from hra_fx.lora.save import convert_files
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+TAKEN = "already exists. The last path is the output: name a new one. To replace it, pass --overwrite."
 
 
 def test_an_output_folder_with_other_files(shelf: Shelf, tmp_path: Path) -> None:
     words = ("convert", shelf / "my-adapter", tmp_path, "--to", "lora", "--base", shelf / "my-model")
     (tmp_path / "notes.txt").write_text("mine")
-    assert mistake(*words) == f"{tmp_path}: already exists. Choose another name, or pass --overwrite."
-    assert mistake(words[0], words[1], tmp_path / "notes.txt", *words[3:]).endswith(
-        "notes.txt: already exists. Choose another name, or pass --overwrite."
-    )
+    assert mistake(*words) == f"{tmp_path}: {TAKEN}"
+    assert mistake(words[0], words[1], tmp_path / "notes.txt", *words[3:]).endswith(f"notes.txt: {TAKEN}")
+    assert mistake(words[0], words[1], shelf / "second", *words[3:]) == f"{shelf / 'second'}: {TAKEN}"  # OUT is missing
     assert made.picture(tmp_path) == {"notes.txt": b"mine"}
     answer(*words, "--overwrite")
     assert made.picture(tmp_path).keys() == {"notes.txt", CONFIG, WEIGHTS}
@@ -56,7 +56,7 @@ def test_a_gguf_file(shelf: Shelf, tmp_path: Path) -> None:
     before = out.read_bytes()
     convert_files([shelf / "my-adapter"], shelf / "my-model", tmp_path / "function.gguf", progress=False)
     assert before == (tmp_path / "function.gguf").read_bytes()
-    assert mistake(*words) == f"{out}: already exists. Choose another name, or pass --overwrite."
+    assert mistake(*words) == f"{out}: {TAKEN}"
     answer(*words, "--overwrite", "--dtype", "float16")
     assert len(out.read_bytes()) < len(before)
 

@@ -20,15 +20,13 @@ from moe_models import TARGETS, built
 import hra_fx
 from hra_fx.cli.building import build
 
-# ---- inspect ----
-
 
 def inspected(*words: object) -> Any:
     return Answer("inspect", *words, "--json").json
 
 
 @pytest.mark.parametrize("name", ["my-adapter", "orthonormal", "experts"])
-def test_they_are_those_of_the_report_of_the_model(shelf: Shelf, name: str, tmp_path: Path) -> None:
+def test_inspect_shows_the_values_of_the_report(shelf: Shelf, name: str, tmp_path: Path) -> None:
     model, adapter = copy.deepcopy(shelf.model), shelf / name
     if name == "experts":
         model = built("gpt_oss", torch.float32)
@@ -43,7 +41,7 @@ def test_they_are_those_of_the_report_of_the_model(shelf: Shelf, name: str, tmp_
         assert "r = 2, orthonormalized by Gram-Schmidt, and 2 frozen anchor vectors" in answer("inspect", adapter)
 
 
-def test_an_adapter_of_peft(shelf: Shelf, tmp_path: Path) -> None:
+def test_inspect_reads_an_adapter_of_peft(shelf: Shelf, tmp_path: Path) -> None:
     config = peft.HRAConfig(r=4, target_modules=["q_proj"], init_weights=False, modules_to_save=["lm_head"])
     model = copy.deepcopy(shelf.model)
     model.name_or_path = str(shelf / "my-model")
@@ -55,21 +53,18 @@ def test_an_adapter_of_peft(shelf: Shelf, tmp_path: Path) -> None:
     assert "also trained  lm_head.weight" in answer("inspect", tmp_path)
 
 
-def test_layers_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+def test_inspect_sorts_layers_by_number(tmp_path: Path) -> None:
     folder = made.stack_adapter(tmp_path / "stack", layers=12)
     assert [layer["path"] for layer in inspected(folder)["layers"]] == [str(i) for i in range(12)]
 
 
-def test_what_is_not_an_adapter(shelf: Shelf) -> None:
-    said = mistake("inspect", shelf.folder)
-    assert "There are adapters in the subfolders 'my-adapter', 'orthonormal', 'second': pass the path of" in said
+def test_inspect_names_the_adapters_in_subfolders(shelf: Shelf) -> None:
+    message = mistake("inspect", shelf.folder)
+    assert "There are adapters in the subfolders 'my-adapter', 'orthonormal', 'second': pass the path of" in message
     assert mistake("inspect", shelf / "my-model").endswith("to see its layers, run hra-fx match.")
 
 
-# ---- fold ----
-
-
-def test_the_same_folder_as_by_the_function(shelf: Shelf, tmp_path: Path) -> None:
+def test_fold_writes_the_folder_of_the_function(shelf: Shelf, tmp_path: Path) -> None:
     adapters = [shelf / "my-adapter", shelf / "second"]
     done = Answer("fold", shelf / "my-model", *adapters, tmp_path / "folded", "--json", "-q", "--rows", "--verify")
     hra_fx.fold_checkpoint(shelf / "my-model", adapters, tmp_path / "other", progress=False)
@@ -80,7 +75,7 @@ def test_the_same_folder_as_by_the_function(shelf: Shelf, tmp_path: Path) -> Non
     assert made.picture(tmp_path / "columns") == made.picture(tmp_path / "other")
 
 
-def test_a_part_of_a_pipeline(tmp_path: Path) -> None:
+def test_fold_takes_a_part_of_a_pipeline(tmp_path: Path) -> None:
     made.linear_stack(tmp_path / "pipe" / "unet", layers=1)
     (tmp_path / "pipe" / "model_index.json").write_text("{}")
     adapter = made.stack_adapter(tmp_path / "adapter", layers=1)
@@ -141,5 +136,5 @@ def test_weights_of_timm_are_loaded(tmp_path: Path) -> None:
         (["a.svg", "--heat", "angle"], "`heat` must be None for LlamaForCausalLM, which has no adapters, got 'angle'."),
     ],
 )
-def test_what_cannot_be_drawn(shelf: Shelf, words: list[str], said: str) -> None:
+def test_errors_of_visualize(shelf: Shelf, words: list[str], said: str) -> None:
     assert mistake("visualize", shelf / "my-model", *words).startswith(said)

@@ -35,7 +35,7 @@ CASES: dict[str, tuple[list[str], dict[str, Any]]] = {
 
 
 def check(path: Path, words: list[Any], adapted: nn.Module) -> dict[str, Any]:
-    """What is printed about a folder is the report of the adapted model."""
+    """Compare the JSON for a folder with the report of the adapted model."""
     done, report = Answer("match", path, *words, "--json"), hra_fx.report(adapted)
     found, content = done.json, json.loads(report.to_json())
     assert (done.code, found["error"]) == (0, None)
@@ -52,12 +52,12 @@ def check(path: Path, words: list[Any], adapted: nn.Module) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_predicts_transform(shelf: Shelf, name: str) -> None:
+def test_match_predicts_transform(shelf: Shelf, name: str) -> None:
     words, fields = CASES[name]
     check(shelf / "my-model", words, hra_fx.transform(copy.deepcopy(shelf.model), hra_fx.HRAConfig(**fields)))
 
 
-def test_the_configuration_of_an_adapter_and_an_option_on_top(shelf: Shelf, tmp_path: Path) -> None:
+def test_options_override_the_configuration_of_an_adapter(shelf: Shelf, tmp_path: Path) -> None:
     fields: dict[str, Any] = {"r": 4, "rank_pattern": {"layers.0.self_attn.q_proj": 6, "v_proj": 2}}
     adapter = made.adapter_of(shelf.model, tmp_path, "q_proj", "v_proj", **fields)
     assert "r = 2 to 6" in answer("inspect", adapter)
@@ -67,7 +67,7 @@ def test_the_configuration_of_an_adapter_and_an_option_on_top(shelf: Shelf, tmp_
     assert ([layer["path"].split(".")[2] for layer in fewer["adapted"]], fewer["r"]) == (["0", "0"], 2)
 
 
-def test_no_weight_is_read_or_made(shelf: Shelf, tmp_path: Path) -> None:
+def test_weights_are_neither_read_nor_created(shelf: Shelf, tmp_path: Path) -> None:
     """Even a model that is too large for any memory works."""
     config = json.loads((shelf / "my-model" / "config.json").read_text())
     huge = {"hidden_size": 1 << 17, "intermediate_size": 1 << 19, "num_attention_heads": 1024}
@@ -117,7 +117,7 @@ def test_experts_and_layers_that_are_trained_in_full(tmp_path: Path) -> None:
         (["-c", "folder"], "does not match: model.layers.0.self_attn.q_proj (Linear): with `apply_GS=True`, `r` must"),
     ],
 )
-def test_a_name_that_matches_nothing_is_a_warning_and_a_configuration_that_does_not_fit_an_error(
+def test_warnings_and_configurations_that_do_not_match(
     shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -170,7 +170,7 @@ def test_invalid_model_configurations(tmp_path: Path, text: str, said: str) -> N
 
 @pytest.mark.parametrize("method", ["quanto", "bitsandbytes", "gptq"])
 def test_quantized_weights(shelf: Shelf, tmp_path: Path, method: str) -> None:
-    """Quantization by another library is reported, because `transform` would refuse its layers."""
+    """There is a warning for a method whose layers `transform` does not support."""
     entries = json.loads((shelf / "my-model" / "config.json").read_text())
     quantized = {"quantization_config": {"quant_method": method, "bits": 4, "load_in_4bit": True}}
     (tmp_path / "config.json").write_text(json.dumps(entries | quantized))

@@ -1,4 +1,4 @@
-"""What the programs of guides take as given: a tiny Llama in "my-model", data, and models that are already adapted."""
+"""The names that programs of guides use without defining them: a tiny Llama in "my-model", data, adapted models."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def mixed_batches() -> Names:
     return {"base": base_model("SFT"), "ids": torch.randint(3, 14, (4, 5))}
 
 
-#: Guide -> the names that its programs take as given, made in an empty folder.
+#: Guide -> makes these names, in an empty folder.
 GIVEN: dict[str, Callable[[], Names]] = {
     "training": lambda: training(adapted()),
     "trl": trl,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 import features
@@ -17,7 +18,7 @@ from learning.page import readme_table
 from learning.plan import SEEDS
 from learning.rates import final_runs
 from learning.records import read
-from learning.summary import difference
+from learning.summary import difference, gain, retention_gain
 
 import hra_fx
 
@@ -36,6 +37,11 @@ def speed_rows(text: str) -> dict[str, list[str]]:
     """The last three columns of each row whose last ones are ratios: over PEFT's LoRA, PEFT's HRA and the base."""
     rows = [cells(line) for line in text.splitlines() if re.search(r"^\| .*\| \d\.\d+ \|$", line)]
     return {row[0]: row[-3:] for row in rows}
+
+
+def listed(words: Iterable[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} and {last}"
 
 
 def section(name: str, text: str = README) -> str:
@@ -57,7 +63,7 @@ def test_it_is_short_and_its_results_are_those_of_the_records() -> None:
     assert readme_table(read()) in README, "write the table of learning.page.readme_table(read())"
     assert comparison.scores_table(read()) in COMPARISON, "PYTHONPATH=benchmarks python -m learning --page writes it"
     assert comparison.costs_table(read()) in COMPARISON, "PYTHONPATH=benchmarks python -m learning --page writes it"
-    assert kept.readme_table(read()) in GUIDE, "write the table of learning.kept.readme_table(read())"
+    assert kept.guide_table(read()) in GUIDE, "write the table of learning.kept.guide_table(read())"
 
 
 def test_what_it_says_of_protection() -> None:
@@ -78,7 +84,35 @@ def test_what_it_says_of_protection() -> None:
     runs = [[run.test for run in final_runs(read(), "language", method)] for method in ("hra-pairs", "lora")]
     pairs, lora = (statistics.mean(score for score in scores if score is not None) for scores in runs)
     more = f"{100 * (pairs / lora - 1):.0f}%"
-    assert f"{more} more perplexity on SmolLM2" in README and f"HRA's perplexity is {more} higher" in README
+    behind = gain(read(), "language", "hra-pairs", "lora")
+    assert f"{more} more perplexity on SmolLM2 ({-behind.mean:.1f} ± {behind.half:.1f} points" in README
+    assert f"HRA's perplexity is {more} higher" in README
+
+
+def test_what_the_guide_says_of_directions_and_samples() -> None:
+    def kept(ending: str, name: str) -> str:
+        (run,) = (run for run in final_runs(read(), "language", f"hra-pairs-protect{ending}") if run.seed == 0)
+        return f"{run.retention[name] if name else run.test:.0f}"
+
+    counts = ("-4", "", "-32", "-64")
+    tales, facts, posts = ([kept(one, name) for one in counts] for name in ("perplexity of tales", "facts, %", ""))
+    guide = " ".join(GUIDE.split())
+    assert f"tales end at {listed(tales)}, the model completes {listed(f'{one}%' for one in facts)} of" in guide
+    assert f"and the perplexity of new posts is {listed(posts)}." in guide
+    few, other, energy, more = (
+        kept(f"-{one}", "perplexity of tales") for one in ("few", "other", "energy", "energy-16")
+    )
+    assert f"with 8 passages instead of 64, tales end at {few}." in guide
+    assert f"tales end at {other}, and tweets at {kept('-other', 'perplexity of tweets')} (one seed)" in guide
+    assert f"contain 80%, tales end at {energy}; with at least 16 in each layer, at {more} (one seed)" in guide
+
+
+def test_what_the_guide_says_of_quiet_pairs() -> None:
+    better = gain(read(), "language", "hra-quiet", "hra-pairs")
+    facts = retention_gain(read(), "language", "hra-quiet", "hra-pairs", "facts, %")
+    guide = " ".join(GUIDE.split())
+    assert f"the perplexity of new posts is {better.mean:.1f} ± {better.half:.1f} lower than in plain pairs" in guide
+    assert f"(difference {facts.mean:+.0f} ± {facts.half:.0f})" in guide
 
 
 def test_what_the_guide_says_of_several_tasks() -> None:
@@ -95,8 +129,8 @@ def test_what_the_guide_says_of_several_tasks() -> None:
     assert f"{protected:.1f} and {plain:.1f} points of what each task had reached are lost" in text
     assert f"merged after each task, it is {end['lora']}, with full fine-tuning {end['full']}," in text
     assert f"a head for each task {end['head']}." in text
-    gain = difference(ends["hra-pairs-protect"], ends["lora"])
-    assert f"ends {gain.mean:.1f} ± {gain.half:.1f} points above LoRA" in text
+    above = difference(ends["hra-pairs-protect"], ends["lora"])
+    assert f"ends {above.mean:.1f} ± {above.half:.1f} points above LoRA" in text
 
 
 def test_what_they_say_of_wrong_rates() -> None:
@@ -130,7 +164,7 @@ def test_the_speeds_are_those_of_the_benchmark() -> None:
 
 def test_every_other_number_with_a_fraction_is_a_version() -> None:
     told = PROSE.replace(readme_table(read()), "").replace(section("Speed"), "")
-    told = re.sub(r"^- \*\*Costs what LoRA costs\.\*\*.*$", "", told, flags=re.MULTILINE)
+    told = re.sub(r"^- \*\*(Costs|Learns) .*$", "", told, flags=re.MULTILINE)  # other tests compare their numbers
     told = re.sub(r"!?\[[^\]]*\]\([^)]*\)|(Python|torch|transformers) \d+\.\d+\+?", "", told)
     assert re.findall(r"\d+\.\d+", told) == []
 

@@ -42,7 +42,7 @@ def rotation(seed: int, d: int, angles: list[float], alpha: float = 1) -> Tensor
 
 
 def reflections_of(q: Tensor) -> Tensor:
-    """A chain of a dense rotation `Q: (d, d)`, by taking one column after another to its unit vector."""
+    """A chain of a dense rotation `Q: (d, d)`: reflections map one column after another to its unit vector."""
     eye, rest, vectors = identity(len(q)), q, []
     for j in range(len(q)):
         column = rest[:, j]
@@ -50,7 +50,7 @@ def reflections_of(q: Tensor) -> Tensor:
         if head > 0 and below < 1e-14:
             continue
         vector = column - eye[:, j]
-        # The rows done before are zero but for rounding, and a head near 1 would cancel.
+        # The rows above are zero up to rounding. Subtracting a head near 1 from 1 would cancel.
         vector[:j] = 0
         vector[j] = -(below**2) / (1 + head) if head > 0 else head - 1
         vectors.append(vector)
@@ -59,7 +59,7 @@ def reflections_of(q: Tensor) -> Tensor:
 
 
 def part(chain: Tensor, alpha: float) -> Tensor:
-    """`Q(alpha): (d, d)`, with what is promised of every chain that is returned."""
+    """`Q(alpha): (d, d)`. Also checks what the docstring promises for the returned chain."""
     result = fractional_rotation(chain, alpha)
     assert result.shape[0] == chain.shape[0]
     assert result.shape[1] <= min(chain.shape)
@@ -97,14 +97,14 @@ def assert_a_path(chain: Tensor, a: float = 0.3, b: float = 0.45) -> None:
     seeds,
     alphas,
 )
-def test_any_angles_below_pi_are_divided(angles: list[float], more: int, seed: int, alpha: float) -> None:
+def test_any_angles_below_pi_are_scaled(angles: list[float], more: int, seed: int, alpha: float) -> None:
     d = max(1, 2 * len(angles) + more)
     chain = reflections_of(rotation(seed, d, angles))
     assert distance(part(chain, alpha), rotation(seed, d, angles, alpha)) < 1e-12
 
 
 @pytest.mark.parametrize(("angles", "pairs"), [([0.7, 2.9, 1.5], 1), ([0.7, 2.9, 1.5], 7), ([], 16)])
-def test_pairs_that_do_nothing_change_nothing_and_add_no_vectors(angles: list[float], pairs: int) -> None:
+def test_pairs_that_cancel_add_no_vectors(angles: list[float], pairs: int) -> None:
     """Also with more vectors than dimensions."""
     idle = normal(3, 8, pairs).repeat_interleave(2, dim=1)
     chain = torch.cat([idle, reflections_of(rotation(2, 8, angles)), idle], dim=1)
@@ -116,15 +116,15 @@ def test_pairs_that_do_nothing_change_nothing_and_add_no_vectors(angles: list[fl
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float32, 2e-6), (torch.float16, 2e-2), (torch.bfloat16, 1e-1)], ids=str
 )
-def test_narrow_chains_are_divided_to_the_accuracy_of_their_dtype(dtype: torch.dtype, bound: float) -> None:
+def test_narrow_chains_are_as_accurate_as_their_dtype(dtype: torch.dtype, bound: float) -> None:
     angles = [0.01, 0.5, 1.0, 2.0]
     chain = reflections_of(rotation(4, 32, angles)).to(dtype)
     for alpha in ALPHAS:
         assert distance(part(chain, alpha), rotation(4, 32, angles, alpha)) < bound
 
 
-def test_the_way_is_smooth() -> None:
-    """Third differences over steps h are |log Q|^3 h^3 at most, here 8^3 h^3, with an angle near pi and half turns."""
+def test_the_path_is_smooth() -> None:
+    """Third differences over steps h are at most |log Q|^3 h^3, here 8^3 h^3; with angles of pi and near pi."""
     chain = reflections_of(rotation(6, 10, [0.2, 3.1, math.pi, math.pi]))
     for alpha in (0.0, 0.37, 0.994):
         points = [part(chain, alpha + step * 1e-3) for step in range(5)]
@@ -174,7 +174,7 @@ def test_it_is_a_constant_in_every_context() -> None:
     assert not wanted.requires_grad and torch.equal(result, wanted) and torch.equal(chain, kept)
 
 
-# Refusals
+# Errors
 
 
 REFUSED: list[tuple[Tensor, float, str]] = [
@@ -186,6 +186,6 @@ REFUSED: list[tuple[Tensor, float, str]] = [
 
 
 @pytest.mark.parametrize(("chain", "alpha", "message"), REFUSED, ids=range(len(REFUSED)))
-def test_refusals(chain: Tensor, alpha: float, message: str) -> None:
+def test_errors(chain: Tensor, alpha: float, message: str) -> None:
     with pytest.raises(AdapterError, match=f"^{re.escape(message)}"):
         fractional_rotation(chain, alpha)

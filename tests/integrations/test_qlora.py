@@ -5,23 +5,20 @@ PEFT's own HRA cannot compute over 4 bits, so it trains over the dequantized wei
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import datasets
 import peft
 import pytest
 import torch
 from adapting import randomise, vectors_of
 from bitsandbytes.functional import dequantize_4bit
-from integrations.trl_use.runs import SFT_CHATS, logs, own_cache, redraw, tokenizer  # noqa: F401
+from integrations.trl_use.runs import FAST, OURS, PEFT, logs, own_cache, redraw, trainer  # noqa: F401
 from oracles import dense_q, relative_error
 from safetensors.torch import load_file
 from tiny_models import llama, tokens_of, trainer_of
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer
-from trl import SFTConfig, SFTTrainer
 
 import hra_fx
 from hra_fx.errors import HRAWarning
@@ -32,7 +29,6 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 FIELDS: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-PEFT, FAST, OURS = "PEFT", "PEFT, accelerated", "transformed"
 CHECKPOINTING: dict[str, dict[str, Any]] = {
     "plain": {"gradient_checkpointing": False},
     "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
@@ -124,36 +120,15 @@ def test_a_run_is_saved_opened_over_4_bits_and_goes_on(kind: str, folder: Path, 
         torch.testing.assert_close(logits(model), logits(whole.model), rtol=0, atol=1e-5)
         assert len(vectors_of(model)) == 14
         assert all(vectors.requires_grad for vectors in vectors_of(model).values())
-    trainer = trainer_of(Trainer, "llama", reopened(kind, prepared(folder, mode), tmp_path / "adapter"), tmp_path)
-    trainer.train()
-    assert losses(trainer).mean() < losses(whole).mean() - 0.2
+    further = trainer_of(Trainer, "llama", reopened(kind, prepared(folder, mode), tmp_path / "adapter"), tmp_path)
+    further.train()
+    assert losses(further).mean() < losses(whole).mean() - 0.2
 
 
-def sft(kind: str, folder: Path, output: Path, mode: str, **options: Any) -> Any:
-    """TRL's trainer; an accelerated model gets its adapter from TRL."""
-    base, given = prepared(folder, mode), {}
-    args = SFTConfig(
-        output_dir=str(output),
-        max_steps=4,
-        logging_steps=1,
-        max_length=16,
-        per_device_train_batch_size=2,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        **({"learning_rate": 1e-2, "bf16": False} | CHECKPOINTING[mode] | options),
-    )
-    with ExitStack() as block:
-        if kind == FAST:
-            block.enter_context(hra_fx.accelerate_peft())
-            given["peft_config"] = peft.HRAConfig(**FIELDS)
-        else:
-            base = with_adapter(kind, base)
-        data = datasets.Dataset.from_list(SFT_CHATS)
-        made = SFTTrainer(base, args=args, train_dataset=data, processing_class=tokenizer(), **given)
-        if kind == FAST:
-            hra_fx.accelerate_peft(made.model)
-    return made
+def sft(kind: str, base: Any, output: Path, **options: Any) -> Any:
+    """TRL's trainer."""
+    usual = {"max_steps": 4, "optim": "adamw_torch", "learning_rate": 1e-2}
+    return trainer(kind, "SFT", output, base, FIELDS["target_modules"], **(usual | options))
 
 
 def widen(model: nn.Module) -> None:
@@ -164,34 +139,32 @@ def widen(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
+def sft_losses(made: Any) -> Tensor:
+    widen(made.model)
+    redraw(made.model, seed=0)
+    made.train()
+    return losses(made)
+
+
 @pytest.fixture(scope="module")
 def sft_losses_of_peft(exact: Path, tmp_path_factory: pytest.TempPathFactory) -> Tensor:
-    model = with_adapter(PEFT, in_4_bits(exact).dequantize().requires_grad_(requires_grad=False))
-    args = sft(OURS, exact, tmp_path_factory.mktemp("peft"), "plain").args
-    data = datasets.Dataset.from_list(SFT_CHATS)
-    trainer = SFTTrainer(model, args=args, train_dataset=data, processing_class=tokenizer())
-    widen(trainer.model)  # TRL still takes it for a quantized model
-    redraw(trainer.model, seed=0)
-    trainer.train()
-    return losses(trainer)
+    base = in_4_bits(exact).dequantize().requires_grad_(requires_grad=False)  # TRL still takes it for a quantized model
+    return sft_losses(sft(PEFT, base, tmp_path_factory.mktemp("peft")))
 
 
 @pytest.mark.parametrize(
     ("kind", "mode"), [(FAST, "not reentrant"), pytest.param(OURS, "reentrant", marks=pytest.mark.slow)]
 )
 def test_sft_of_trl(kind: str, mode: str, exact: Path, sft_losses_of_peft: Tensor, tmp_path: Path) -> None:
-    trainer = sft(kind, exact, tmp_path, mode)
-    widen(trainer.model)
-    redraw(trainer.model, seed=0)
-    trainer.train()
-    torch.testing.assert_close(losses(trainer), sft_losses_of_peft, rtol=1e-4, atol=0)
+    found = sft_losses(sft(kind, prepared(exact, mode), tmp_path, **CHECKPOINTING[mode]))
+    torch.testing.assert_close(found, sft_losses_of_peft, rtol=1e-4, atol=0)
 
 
 def test_vectors_that_trl_leaves_in_bfloat16_are_a_warning(folder: Path, tmp_path: Path) -> None:
-    trainer = sft(OURS, folder, tmp_path, "plain", bf16=True)
-    assert {vectors.dtype for vectors in vectors_of(trainer.model).values()} == {torch.bfloat16}
+    made = sft(OURS, prepared(folder), tmp_path, bf16=True)
+    assert {vectors.dtype for vectors in vectors_of(made.model).values()} == {torch.bfloat16}
     with pytest.warns(HRAWarning, match=r"its trained vectors are torch.bfloat16, .*\.float\(\)"):
-        trainer.train()
+        made.train()
 
 
 def test_a_4_bit_model_of_peft_is_reported_served_and_folded(folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Models with adapted layers of every kind: read by hand, called, shared by several paths, and whole models."""
+"""Models with adapted layers of every kind: called, read by other modules, shared by several paths."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import hra_fx
 
 
 class Reading(nn.Module):
-    """A Linear read by hand, beside one that is called."""
+    """A Linear whose weight the model reads, and one that is called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Calling(nn.Module):
 
 
 class Pair(nn.Module):
-    """Two layers, of which another parent has the second too."""
+    """Two layers. The second one may have another parent too."""
 
     def __init__(self, shared: nn.Module) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class TwoParents(nn.Module):
 
 
 class SharedBlocks(nn.Module):
-    """A list that holds one block twice, and another between."""
+    """A list with the same block twice, and another block between."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Case:
         targets: the layers of its adapter.
         x: its input, or its keyword arguments.
         others: the layers of a second adapter; those of the first by default.
-        sites: the paths of the adapted layers, where a layer has several.
+        sites: the paths of the adapted layers, if a layer has several paths.
         parameters: the parameters of experts in both adapters.
     """
 
@@ -154,7 +154,7 @@ class Case:
         return model(**self.x) if isinstance(self.x, dict) else model(self.x)
 
     def dense(self, base: nn.Module, model: nn.Module, *adapters: str) -> Any:
-        """The output of the base model over dense weights `W Q`."""
+        """The output of the base model with dense weights `W Q`."""
         args, kwargs = ((), self.x) if isinstance(self.x, dict) else ((self.x,), {})
         return run_dense(base, model, *args, adapters=adapters or ("default",), **kwargs)
 

@@ -1,7 +1,7 @@
-"""A base model, its adapted twin with random vectors, and the base model over dense weights `W Q` in float64.
+"""A base model, an adapted copy with random vectors, and the base model with dense weights `W Q` in float64.
 
-The oracle knows nothing of the library but where it keeps the vectors: `torch.func.functional_call` runs the base model
-with each adapted weight replaced by the product of explicit matrices of `tests/support/oracles.py`.
+The oracle only uses the names of the library's vectors: `torch.func.functional_call` runs the base model with each
+adapted weight replaced by the product of explicit matrices of `tests/support/oracles.py`.
 """
 
 from __future__ import annotations
@@ -38,31 +38,31 @@ def pair(
 
 
 def vectors_of(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
-    """Path of a site -> the vectors of one adapter, wherever the model has them."""
+    """Path of a layer -> the vectors of one adapter."""
     ending = f".hra_u.{adapter}"
     return {name.removesuffix(ending): p for name, p in model.named_parameters() if name.endswith(ending)}
 
 
 def rotation(model: nn.Module, path: str, adapter: str = "default") -> Tensor:
-    """The dense `Q` of one adapter at one site, differentiable in its vectors."""
+    """The dense `Q` of one adapter at one layer, differentiable in its vectors."""
     box: Any = model.get_submodule(f"{path}.hra_u")
     return dense_q(box[adapter], apply_GS=box.specs[adapter].apply_GS, anchor=box.anchor(adapter))
 
 
 def turned(layer: Any, weight: Tensor, q: Tensor) -> Tensor:
-    """A layer's weight times `Q`, by what kind of layer it is: `(out, d)`, or `(d, out)` for Conv1D."""
+    """The rotated weight of a layer: `(out, d)`, or `(d, out)` for Conv1D."""
     if isinstance(layer, Conv1D):
         return q.mT @ weight.double()
     return (weight.double().flatten(1) @ q).view(weight.shape)
 
 
 def dense_weights(base: nn.Module, model: nn.Module, adapters: Sequence[str] = ("default",)) -> dict[str, Tensor]:
-    """Name of a weight -> `W Q_a Q_b ...` for every site of `model`, from the weights of `base`."""
+    """Name of a weight -> `W Q_a Q_b ...` for every adapted layer of `model`, from the weights of `base`."""
     found: dict[str, Tensor] = {}
     for adapter in adapters:
         for path, vectors in vectors_of(model, adapter).items():
             owner, _, last = path.rpartition(".")
-            if last.startswith("hra_"):  # stands for a parameter of experts
+            if last.startswith("hra_"):  # represents a parameter of experts
                 name, box = f"{owner}.{last.removeprefix('hra_')}", model.get_submodule(f"{path}.hra_u")
                 fields = {"anchor": box.anchor(adapter), "apply_GS": box.specs[adapter].apply_GS}
                 weight = found.get(name, base.get_parameter(name).detach())
@@ -82,8 +82,8 @@ def run_dense(
     adapters: Sequence[str] = ("default",),
     **kwargs: Any,
 ) -> Any:
-    """The base model over the dense weights."""
-    # A module with two paths comes back changed from functional_call where that ties its weights.
+    """The output of the base model with the dense weights."""
+    # With tie_weights=True, functional_call changes a module that has two paths.
     return torch.func.functional_call(base, dense_weights(base, model, adapters), args, kwargs, tie_weights=False)
 
 
@@ -96,7 +96,7 @@ def tensors(output: Any) -> list[Tensor]:
 
 
 def assert_same(actual: Any, expected: Any, rtol: float = 1e-10) -> None:
-    """Outputs agree in number, shape and value, to `rtol` of the largest value of each."""
+    """Check number, shapes and values of outputs; `rtol` is relative to the largest value of each tensor."""
     got, wanted = tensors(actual), tensors(expected)
     assert wanted and [tensor.shape for tensor in got] == [tensor.shape for tensor in wanted]
     for one, other in zip(got, wanted, strict=True):
@@ -106,13 +106,13 @@ def assert_same(actual: Any, expected: Any, rtol: float = 1e-10) -> None:
 
 
 def gradients(output: Any, leaves: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients of a fixed mixture of all values of an output."""
+    """The gradients of a fixed linear combination of all values of an output."""
     parts = [(value * normal(7 + place, *value.shape)).sum() for place, value in enumerate(tensors(output))]
     return list(torch.autograd.grad(torch.stack(parts).sum(), leaves))
 
 
 def check(base: nn.Module, model: nn.Module, *args: Any, rtol: float = 1e-10, **kwargs: Any) -> None:
-    """Outputs in train, in eval and without gradients, and the gradients of all vectors in both modes."""
+    """Check outputs in train and eval mode and without gradients, and the gradients of all vectors in both modes."""
     leaves = list(vectors_of(model).values())
     assert leaves
     for training in (True, False):
@@ -124,7 +124,7 @@ def check(base: nn.Module, model: nn.Module, *args: Any, rtol: float = 1e-10, **
             outputs.append(run())
         assert_same(*outputs, rtol=rtol)
         for mine, oracle in zip(gradients(outputs[0], leaves), gradients(outputs[1], leaves), strict=True):
-            assert float(oracle.abs().max()) > 1e-8  # nothing trains without effect
+            assert float(oracle.abs().max()) > 1e-8  # every layer is trained
             assert_same(mine, oracle, rtol=100 * rtol)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
@@ -135,7 +135,7 @@ def check(base: nn.Module, model: nn.Module, *args: Any, rtol: float = 1e-10, **
 
 
 def check_fold(base: nn.Module, model: nn.Module, *args: Any, rtol: float = 1e-10, **kwargs: Any) -> nn.Module:
-    """The fold: outputs stay, the weights are the dense ones, keys, classes and flags those of the base model."""
+    """Check that a fold keeps outputs, has dense weights `W Q`, and the keys, classes and flags of the base model."""
     with torch.no_grad():
         wanted = {name: weight.clone() for name, weight in dense_weights(base, model).items()}
         before = model(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Adapted layers beside their base, and models that read weights functionally, for tests of `layer.weight`."""
+"""Adapted layers with their base layers, and models that read weights, for tests of `layer.weight`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def linear() -> nn.Module:
 
 
 def layer_pair(make: Callable[[], nn.Module] = linear, **fields: Any) -> tuple[Any, Any]:
-    """A base layer, and the adapted layer over a copy of it."""
+    """A base layer, and an adapted copy of it."""
     base, model = pair(lambda: nn.ModuleDict({"layer": make(), "other": nn.Linear(2, 2)}), ["layer"], **fields)
     return base["layer"], model["layer"]
 
@@ -78,14 +78,14 @@ def read_by_a_function(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 class ReadAtTheCall(nn.Module):
-    """Reads the weight of a layer that its call gives it."""
+    """Reads the weight of a layer that is an argument of its call."""
 
     def forward(self, x: Tensor, given: nn.Linear) -> Tensor:
         return F.linear(x, given.weight)
 
 
 class Reading(nn.Module):
-    """Three layers, `fc` read in one of the `USES`."""
+    """Three layers. The weight of `fc` is read in one of the ways in `USES`."""
 
     def __init__(self, use: str, branches: bool = False) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Reading(nn.Module):
         self.use, self.branches = USES[use], branches
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.branches and float(x.detach().sum()) > 1e9:  # which no trace can answer
+        if self.branches and float(x.detach().sum()) > 1e9:  # a branch that cannot be traced
             x = x + 1
         return self.after(self.use(self, torch.tanh(self.before(x))))
 
@@ -108,7 +108,7 @@ class Reading(nn.Module):
 
 
 def by_metadata(model: Reading, x: Tensor) -> Tensor:
-    """Asks the weight what it is, and makes tensors like it."""
+    """Uses dtype, device and shape of the weight, and creates tensors like it."""
     weight = model.fc.weight
     x = x.to(weight.dtype).to(weight.device) + torch.zeros_like(weight).sum() + weight.new_zeros(1)
     return F.linear(x, weight.reshape(weight.shape[0], weight.size(1)))
@@ -117,7 +117,7 @@ def by_metadata(model: Reading, x: Tensor) -> Tensor:
 USES: dict[str, Callable[[Reading, Tensor], Tensor]] = {
     "functional": lambda model, x: F.linear(x, model.fc.weight, model.fc.bias),
     "transposed": lambda model, x: x @ model.fc.weight.T + model.fc.weight.sum(0),
-    # Otherwise than as a matrix on rows.
+    # Not as the matrix of a product with rows.
     "inside": lambda model, x: x @ torch.softmax(model.fc.weight, -1) @ model.fc.weight,
     "metadata": by_metadata,
     "property": lambda model, x: F.linear(x, model.matrix),

@@ -1,4 +1,4 @@
-"""`nn.MultiheadAttention`: its out_proj is never called and its q, k and v are one parameter; both are rotated."""
+"""`nn.MultiheadAttention`: its out_proj is never called, and q, k and v are one parameter. Both weights are rotated."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class Attending(nn.Module):
-    """Self-attention, or attention to another sequence, with whatever else is given."""
+    """Self-attention, or attention to another sequence."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def test_inputs_of_different_widths_are_refused_for_the_attention_and_not_for_it
     check_fold(base, adapted, *args)
 
 
-# ---- torch's own layers over it, and the fast paths that they take in eval mode without gradients ----
+# ---- torch's layers that contain it, and their fast paths in eval mode without gradients ----
 
 
 def encoder(**kwargs: Any) -> nn.Module:

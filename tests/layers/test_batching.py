@@ -1,4 +1,4 @@
-"""Factors that are computed in batches give the right outputs and gradients; in `generate` and narrow dtypes too."""
+"""Outputs and gradients with factors that are computed in batches, also in `generate` and in 16 bits."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def assert_right(model: Any, found: Tensor, x: Tensor = X, *, apply_GS: bool = F
 
 
 def test_layers_that_the_loss_does_not_reach_get_no_gradient() -> None:
-    """As without batches: an optimizer moves parameters whose gradient is zero, by their momentum."""
+    """As without batches. An optimizer would change a parameter with a gradient of zero, because of its momentum."""
     model = adapted()
     model.two.register_forward_hook(lambda layer, args, output: output.detach())
     model(X).sum().backward()
@@ -134,12 +134,12 @@ def test_vectors_that_a_tool_provides_only_while_a_layer_runs(away: str) -> None
     model.two.register_forward_hook(withdraw)
     found = model(X)
     provide()
-    # Vectors in a narrow dtype are computed with in float32.
+    # The layer computes in float32 with vectors in a narrower dtype.
     assert relative_error(found, wanted(model, X, apply_GS=True)) < (1e-6 if away == "another dtype" else 1e-12)
 
 
 class Checkpointed(Net):
-    """Its first two layers run again in the backward, after the forward of the model."""
+    """Its first two layers run again in the backward pass."""
 
     reentrant = False
 
@@ -275,7 +275,7 @@ def test_a_change_in_the_middle_of_generate(change: str) -> None:
     assert relative_error(second, first) > 1e-3
 
 
-# ---- a warning of vectors that are trained in 16 bits, and lose most steps of an optimizer ----
+# ---- a warning about vectors that are trained in 16 bits ----
 
 
 def by_peft(model: nn.Module) -> Any:
@@ -300,7 +300,7 @@ def test_vectors_trained_in_16_bits_are_reported_once(cast: Callable[[nn.Module]
 
 
 @pytest.mark.parametrize("kind", ["float32 vectors", "frozen", "disabled"])
-def test_what_loses_nothing_is_not_reported(kind: str) -> None:
+def test_no_warning_if_vectors_are_float32_or_not_trained(kind: str) -> None:
     model = adapted(dtype=F32).bfloat16()
     if kind == "float32 vectors":  # as the warning says
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""Every kind of adapted layer through all that a model goes through: files, copies, merges, adapters, narrow dtypes."""
+"""Every kind of adapted layer: files, copies, merges, several adapters, scales, narrow dtypes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def other_start(case: Case, **fields: Any) -> nn.Module:
 
 
 def two(case: Case) -> tuple[Any, Any]:
-    """A base model, and a copy with a second adapter "other" that does not act yet."""
+    """A base model, and an adapted copy with a second adapter "other" that is not active."""
     base, model = case.pair()
     hra_fx.add_adapter(model, "other", case.config(*case.others, r=2, apply_GS=True))
     with torch.no_grad():
@@ -146,7 +146,7 @@ def test_merge_and_unmerge(case: Case, fields: dict[str, Any]) -> None:
 
 
 @every
-def test_two_adapters_act_in_the_order_that_was_set(case: Case) -> None:
+def test_two_adapters_are_applied_in_the_given_order(case: Case) -> None:
     base, model = two(case)
     assert_same(case.run(model), case.dense(base, model))
     assert not any(vectors.requires_grad for vectors in vectors_of(model, "other").values())
@@ -165,7 +165,7 @@ def test_two_adapters_act_in_the_order_that_was_set(case: Case) -> None:
 
 
 @every
-def test_after_a_deletion_the_model_is_as_if_that_adapter_had_never_been_there(case: Case) -> None:
+def test_a_deleted_adapter_leaves_no_trace(case: Case) -> None:
     base, model = two(case)
     hra_fx.set_adapter(model, ["other", "default"])
     alone = other_start(case)
@@ -186,7 +186,7 @@ def test_scale(case: Case) -> None:
     hra_fx.set_scale(model, "default", 0.0)
     assert_same(case.run(model), case.run(base))
     hra_fx.set_scale(model, "default", 0.5)
-    # Half of it, folded, and half again is the whole: W Q^(1/2) Q^(1/2).
+    # Two adapters at scale 0.5, one of them folded: W Q^(1/2) Q^(1/2) = W Q.
     again = hra_fx.transform(hra_fx.fold(copy.deepcopy(model)), case.config(r=2))
     again.load_state_dict({k: v for k, v in model.state_dict().items() if ".hra_u." in k}, strict=False)
     with pytest.raises(AssertionError):
@@ -221,7 +221,7 @@ def test_bfloat16_and_autocast(case: Case) -> None:
 
 @every
 def test_functional_calls(case: Case) -> None:
-    """A copy whose tensors are replaced, as `functional_call` does, rotates what it is given."""
+    """`functional_call` replaces the weights, and the replacements are rotated."""
     base, model = case.pair()
     state = {name: value.detach() for name, value in model.named_parameters()}
     moved = {name: value * 1.5 if name.endswith("weight") else value for name, value in state.items()}
@@ -234,7 +234,7 @@ def test_functional_calls(case: Case) -> None:
     assert_same(got, case.dense(scaled, model))
 
 
-# ---- layers that are reached by several paths ----
+# ---- layers with several paths ----
 
 cases = pytest.mark.parametrize("name", SHARED)
 
@@ -249,7 +249,7 @@ def run(name: str, model: nn.Module) -> Tensor:
 
 
 @cases
-def test_each_layer_carries_one_reflection(name: str) -> None:
+def test_each_layer_has_one_container(name: str) -> None:
     _, model = SHARED[name].pair()
     sites = list(SHARED[name].sites)
     assert list(adapted_layers(model)) == sites

@@ -1,4 +1,4 @@
-"""Layers that are almost a Linear or a Conv2d: own forwards; models out of the ordinary; and their classes."""
+"""Subclasses of Linear and Conv2d with their own forward, unusual models, and the classes of adapted modules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 
 import hra_fx
 
-# ---- forwards of their own ----
+# ---- layers with their own forward ----
 
 
 class Around(nn.Linear):
@@ -35,7 +35,7 @@ class Twice(nn.Linear):
 
 
 class Feeding(nn.Module):
-    """Calls the layer with as many values as it takes, on a path that can be traced."""
+    """Calls a layer with one or two arguments. It can be traced."""
 
     def __init__(self, layer: nn.Module, count: int = 1) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Feeding(nn.Module):
 
 
 class Demodulated(nn.Conv2d):
-    """Uses the weight in another way than its rows."""
+    """Does not only multiply with the rows of the weight."""
 
     def forward(self, input: Tensor) -> Tensor:
         norm = self.weight.flatten(1).pow(2).sum(1).add(1).rsqrt().view(-1, 1, 1, 1)
@@ -88,7 +88,7 @@ def test_subclasses_of_conv2d(layer: Callable[[], nn.Module]) -> None:
     check_fold(base, model, normal(2, 2, 3, 8, 8), rtol=1e-9)
 
 
-# ---- other models and layers that are out of the ordinary ----
+# ---- other unusual models and layers ----
 
 X = normal(1, 5, 6)
 
@@ -134,7 +134,7 @@ def test_a_model_that_reads_weights_after_a_setting_changed() -> None:
 
 
 class Outputs(nn.Module):
-    """An output that depends on no reflection, before one that does."""
+    """Two outputs. The first one does not depend on an adapter."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Adapted layers against the dense oracle: output and every gradient, in every dtype, at the start and in training."""
+"""Adapted layers compared with the dense oracle: output and all gradients, in all dtypes, and outputs at the start."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_any_linear(
     base = nn.Linear(d, out, bias=bias, dtype=F64)
     model = adapted(base, r, apply_GS=apply_GS, init_weights=init_weights, seed=seed)
     assert (model[0].hra_u.anchor("default") is not None) == (init_weights and (r % 2 == 1 or apply_GS))
-    # In one dimension Q = (-1)^r, whatever the vectors: their gradient is zero, hence the floor.
+    # In one dimension, Q = (-1)^r for any vectors. Their gradient is zero, so errors are relative to `floor`.
     check(base, model, normal(seed, *shape, d), apply_GS=apply_GS, bound=1e-9, floor=1.0)
 
 
@@ -68,7 +68,7 @@ CONVOLVED: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3
 
 @st.composite
 def convolutions(draw: st.DrawFn) -> tuple[Any, int]:
-    """A convolution, and how many axes it has."""
+    """A convolution, and its number of spatial dimensions."""
     axes = draw(st.sampled_from(list(CONVOLVED)))
 
     def each(*values: int) -> tuple[int, ...]:
@@ -98,7 +98,7 @@ def test_any_convolution(
     drawn: tuple[Any, int], r: int, apply_GS: bool, init_weights: bool, batch: tuple[int, ...], seed: int
 ) -> None:
     base, axes = drawn
-    assume(0 not in batch or base.padding_mode == "zeros")  # which torch itself refuses
+    assume(0 not in batch or base.padding_mode == "zeros")  # torch cannot pad these
     r = min(r, base.weight[0].numel()) if apply_GS else r
     model = adapted(base, r, apply_GS=apply_GS, init_weights=init_weights, seed=seed)
     x = normal(seed, *batch, base.in_channels, *(10, 11, 12)[:axes])
@@ -123,7 +123,7 @@ def test_linear_in_narrow_dtypes(r: int, apply_GS: bool, dtype: torch.dtype, bou
 @narrow
 @pytest.mark.parametrize("name", ["3x5", "reflect", "groups"])
 def test_conv2d_in_narrow_dtypes(name: str, dtype: torch.dtype, bound: float) -> None:
-    # As wide as the small layers of real models: with a handful of values, the rounding of one or two decides.
+    # As wide as the small layers of real models: with few values, the error would depend on the rounding of one.
     base = nn.Conv2d(**{"in_channels": 16, "out_channels": 24, **CONVOLUTIONS[name]}, dtype=dtype)
     x = normal(1, 2, base.in_channels, 9, 11, dtype=dtype)
     check(base, adapted(base, 3), x, apply_GS=False, bound=bound)
@@ -143,7 +143,7 @@ def test_float16_does_not_depend_on_the_scale_of_the_vectors(base: Layer, scale:
         assert relative_error(getattr(got, name), getattr(wanted, name)) < 3e-3, name
 
 
-# ---- the start, and training ----
+# ---- the start ----
 
 
 def adapt(base: nn.Module, r: int, *, apply_GS: bool, init_weights: bool = True) -> Any:

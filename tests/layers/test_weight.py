@@ -1,4 +1,4 @@
-"""`layer.weight`: `W Q` for everything that a running model does, and the parameter `W` at any other time."""
+"""`layer.weight`: `W Q` while the model runs, and the parameter `W` at any other time."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from accelerate import cpu_offload
 from adapting import config, randomise
 from layers import reading_weights
+from layers.cases import Doubling
 from layers.checking import assert_same, check, check_fold, normal, pair, run_dense, vectors_of
 from layers.reading_weights import (
     TARGETS,
@@ -138,7 +139,7 @@ PARTS = ["called", "read", "both"]
 
 
 class Blocks(nn.Module):
-    """Blocks that read, in another method, alone, and in a checkpoint."""
+    """Blocks that read weights: in another method, called alone, and in a checkpoint."""
 
     def __init__(self, reentrant: bool | None = None) -> None:
         super().__init__()
@@ -199,13 +200,8 @@ def test_a_forward_that_another_tool_sets_on_the_model() -> None:
     assert_gradients(model(X), wanted, [model.read.hra_u["default"]])
 
 
-class Own(nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight * 2, self.bias)
-
-
 def test_a_layer_with_its_own_forward_whose_weight_is_offloaded() -> None:
-    _, model = pair(lambda: nn.Sequential(Own(6, 6), nn.Linear(6, 4)), ["0", "1"])
+    _, model = pair(lambda: nn.Sequential(Doubling(6, 6), nn.Linear(6, 4)), ["0", "1"])
     wanted = model(X)
     cpu_offload(model, torch.device("cpu"))
     for _ in range(2):
@@ -221,7 +217,7 @@ class Attending(nn.Module):
 
 
 class Asking(Attending):
-    """Asks for the dtype of a weight, and reads its values by another name."""
+    """Uses the dtype of a weight by its name, and reads its values by another name."""
 
     def __init__(self, use: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()

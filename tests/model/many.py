@@ -1,4 +1,4 @@
-"""Small models with several adapters, the dense oracle for them, and all that there is to see of such a model."""
+"""Small models with several adapters, a dense oracle for them, and a snapshot of everything that such a model has."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ _TEXT = {
     "num_attention_heads": 2,
     "intermediate_size": 24,
     "max_position_embeddings": 32,
-    # Large enough that every layer tells in the output.
+    # Large enough for every layer to affect the output.
     "initializer_range": 0.4,
 }
 
 
 class Net(nn.Module):
-    """Two layers to adapt, a norm, and a head to save: `(n, 6) -> (n, 3)`."""
+    """Two layers to adapt, a norm, and a head for `modules_to_save`: `(n, 6) -> (n, 3)`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,14 +56,9 @@ class Net(nn.Module):
 
 
 def net(dtype: torch.dtype = F64) -> Net:
-    """A `Net` in eval mode, the same each time."""
+    """A `Net` in eval mode, always with the same values."""
     torch.manual_seed(0)
     return Net().to(dtype).eval()
-
-
-def sequential() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 4)).to(F64).eval()
 
 
 def llama(**options: Any) -> nn.Module:
@@ -86,12 +81,12 @@ def ids() -> dict[str, Tensor]:
 
 
 def config(*targets: str, **fields: Any) -> hra_fx.HRAConfig:
-    """A configuration; two reflections unless told otherwise."""
+    """A configuration, by default of rank 2."""
     return hra_fx.HRAConfig(**{"r": 2, "target_modules": list(targets), **fields})
 
 
 def turn(model: nn.Module, seed: int = 2) -> None:
-    """Random vectors for every adapter, far from the start, and other values for every copy."""
+    """Give every adapter random vectors, far from the start, and other values in its copies."""
     randomise(model, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -132,7 +127,7 @@ def weights(plain: nn.Module, model: nn.Module, names: Iterable[str]) -> dict[st
 
 
 def oracle(plain: nn.Module, model: nn.Module, names: Iterable[str], inputs: Any, **others: Tensor) -> Tensor:
-    """Output of the base model over the rotated weights, and over `others` where given."""
+    """Output of the base model with the rotated weights, and with `others`."""
     replaced = weights(plain, model, names) | others
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
     output = torch.func.functional_call(plain, replaced, args, kwargs)
@@ -148,21 +143,18 @@ def assert_close(actual: Tensor, wanted: Tensor, bound: float = 1e-10) -> None:
     assert relative_error(actual, wanted) < bound
 
 
-def stored(model: nn.Module, name: str) -> Tensor:
-    """A parameter as it is stored, by its name; `layer.weight` of an adapted layer is the rotated weight."""
-    path, _, last = name.rpartition(".")
-    parameter = model.get_submodule(path)._parameters[last]
-    assert parameter is not None
-    return parameter
-
-
 def moved(one: Tensor, other: Tensor) -> bool:
-    """Whether two outputs differ for good, so that a test that tells them apart means something."""
+    """Whether two outputs clearly differ, so that a test can distinguish them."""
     return relative_error(one, other) > 1e-3
 
 
+def flags(model: nn.Module) -> dict[str, bool]:
+    """Name -> whether the parameter is trained."""
+    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
 def seen(model: nn.Module) -> dict[str, Any]:
-    """All that there is to see of a model: containers and tensors by identity, plain attributes by value."""
+    """A snapshot of a model: containers and tensors by identity, plain attributes by value."""
     picture: dict[str, Any] = {"record": repr(get_state(model)), "config": str(getattr(model, "config", None))}
     for path, part in model.named_modules():
         picture[f"{path}:class"] = (type(part), id(part), part.training)
@@ -179,7 +171,7 @@ def seen(model: nn.Module) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def refuses(model: nn.Module, text: str, kind: type[Exception] = hra_fx.AdapterError) -> Iterator[None]:
-    """The block raises this error, whose message matches `text`, and leaves the model as it was."""
+    """The block raises this error, whose message matches `text`, and leaves the model unchanged."""
     before = seen(model)
     with pytest.raises(kind, match=text):
         yield

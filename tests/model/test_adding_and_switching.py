@@ -1,10 +1,10 @@
-"""add_adapter, set_adapter and delete_adapter: flags, modes, names, order of parameters; wrappers and torch.compile."""
+"""add_adapter, set_adapter and delete_adapter: flags, modes, names, order of parameters, wrappers."""
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,12 @@ import torch
 from model.many import adapted, assert_close, config, net, normal, oracle, refuses, run
 from oracles import dense_q
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 
 import hra_fx
 
 
 def test_a_model_that_deepspeed_trains_takes_no_other_adapter() -> None:
-    """The mark of ZeRO 3; the slow tests of DeepSpeed have models with its own marks."""
+    """With the attribute that ZeRO-3 sets; the slow tests of DeepSpeed use DeepSpeed itself."""
     model = adapted(net(), a=config("first"))[1]
     model.first.hra_u["a"].ds_id = None
     with refuses(model, r"^first: DeepSpeed already trains it, .* adapter 'b'\. Add it before deepspeed\.initialize"):
@@ -54,7 +53,7 @@ def test_an_adapter_can_be_added_to_a_disabled_model_and_not_to_a_plain_or_merge
 def test_another_adapter_leaves_the_order_and_the_flags(
     targets: list[str], fields: dict[str, Any], tmp_path: Path
 ) -> None:
-    """`second` has trained copies before it gets reflections, and `first` the other way round."""
+    """`second` has trained copies before it gets reflections, and `first` has reflections first."""
     saved: dict[str, Any] = {"bias": "all", "modules_to_save": ["norm"]}
     model = adapted(net(), a=config("first", **saved), b=config("second"))[1]
     hra_fx.set_adapter(model, "a")
@@ -75,7 +74,7 @@ def test_another_adapter_leaves_the_order_and_the_flags(
         assert seen() == before
 
 
-# ---- what is made in inference mode can be trained outside of it ----
+# ---- adapters that are created in inference mode can be trained outside of it ----
 
 
 def added(model: nn.Module, folder: Path) -> None:
@@ -92,7 +91,9 @@ def combined(model: nn.Module, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [added, loaded, combined])
-def test_what_is_made_in_inference_mode_is_trained_on(make: Callable[[nn.Module, Path], None], tmp_path: Path) -> None:
+def test_an_adapter_created_in_inference_mode_can_be_trained(
+    make: Callable[[nn.Module, Path], None], tmp_path: Path
+) -> None:
     """Gradients are those of the dense product."""
     plain, model = adapted(net(), a=config("second"), b=config("second", r=4))
     model.second.train()
@@ -184,11 +185,11 @@ def test_unknown_and_repeated_names_are_refused(use: Callable[[nn.Module, Any], 
         use(model, ["a", "b", "a"])
 
 
-# ---- which adapters act: set_adapter and delete_adapter, through wrappers and torch.compile too ----
+# ---- which adapters act: set_adapter and delete_adapter, also through wrappers ----
 
 
 class Holder(nn.Module):
-    """What a training framework makes around a model."""
+    """A wrapper, such as those of training frameworks."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -228,49 +229,6 @@ def test_what_is_not_one_transformed_model_is_refused() -> None:
     ):
         with refuses(both, text):
             hra_fx.set_adapter(wrong, "a")
-
-
-# ---- `torch.compile` compiles each set of adapters once ----
-
-
-@pytest.fixture
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-def compiled_graphs() -> int:
-    return int(counters["stats"]["unique_graphs"])
-
-
-@pytest.mark.usefixtures("_fresh_dynamo")
-def test_torch_compile_compiles_a_set_once_and_sees_disabled_merged_and_scaled_adapters() -> None:
-    """The functions get the compiled model, as from a user."""
-    plain, model = adapted(net(), a=config("first", "second"), b=config("first", r=3))
-    fast, x = torch.compile(model, backend="eager", fullgraph=True), normal(4, 6)
-    sets = (["a"], [], ["a", "b"])
-    for order in sets:
-        hra_fx.set_adapter(fast, order)
-        fast(x)
-    graphs = compiled_graphs()
-    assert graphs
-    for order in (*reversed(sets), *sets):
-        hra_fx.set_adapter(fast, order)
-        assert_close(fast(x), oracle(plain, model, order, x))
-    assert compiled_graphs() == graphs
-    wanted = oracle(plain, model, ["a", "b"], x)
-    for _ in range(2):
-        with hra_fx.disable_adapters(fast):
-            assert torch.equal(fast(x), plain(x))
-        hra_fx.merge_adapter(fast, ["a"])
-        assert_close(fast(x), wanted)
-        hra_fx.unmerge_adapter(fast)
-        hra_fx.set_scale(fast, "b", 0)
-        assert_close(fast(x), oracle(plain, model, ["a"], x))
-        hra_fx.set_scale(fast, "b", 1)
-        assert_close(fast(x), wanted)
 
 
 # ---- `delete_adapter`: which adapter is active afterwards; with the last one the model is the base model again ----

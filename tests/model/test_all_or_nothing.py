@@ -1,4 +1,4 @@
-"""After an error, a model is unchanged or completely changed; a plan of a fold is not applied to a changed model."""
+"""After an error, a model is unchanged, also if memory runs out or another tool replaced a class."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from model.many import (
     oracle,
     refuses,
     run,
-    stored,
     weights,
 )
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ from hra_fx.model.state import get_state
 
 
 class At(TorchFunctionMode):
-    """Does something at one call of a tensor's method, before the call itself; `calls` counts them."""
+    """Calls `do` before call number `call` of a tensor's method; `calls` counts all of them."""
 
     def __init__(self, method: Any, call: int, do: Callable[[], None]) -> None:
         super().__init__()
@@ -115,11 +114,11 @@ def test_a_merge_that_runs_out_of_memory_leaves_the_model_and_a_second_one_succe
         with At(Tensor.clone, call, no_memory), pytest.raises(torch.OutOfMemoryError, match="no memory is left"):
             hra_fx.merge_adapter(model)
         assert repr(get_state(model)) == before
-        assert all(torch.equal(stored(model, name), value) for name, value in plain.named_parameters())
+        assert all(torch.equal(model.get_parameter(name), value) for name, value in plain.named_parameters())
         assert torch.equal(run(model, x), output)
     hra_fx.merge_adapter(model)
     for name, weight in weights(plain, model, ["a", "b"]).items():
-        assert_close(stored(model, name), weight, 1e-6)
+        assert_close(model.get_parameter(name), weight, 1e-6)
 
 
 @pytest.mark.parametrize("write", [1, 2, 3])
@@ -134,9 +133,6 @@ def test_a_fold_that_runs_out_of_memory_leaves_the_outputs_and_a_second_one_fini
     hra_fx.fold(model)
     assert_close(run(model, x), output)
     folded(plain, model, wanted)
-
-
-# ---- plans of a fold, and layers that were replaced ----
 
 
 def test_an_adapter_of_a_layer_that_was_replaced_cannot_be_saved(tmp_path: Path) -> None:
@@ -162,7 +158,7 @@ class Mixin:
 
 
 def cover(part: nn.Module) -> Callable[[], None]:
-    """Put another class over the part's; gives what takes it off again."""
+    """Put another class over that of a module. Returns a function that restores it."""
     ours = type(part)
     part.__class__ = type(f"Other{ours.__name__}", (Mixin, ours), {})
     return lambda: setattr(part, "__class__", ours)
@@ -201,7 +197,7 @@ def test_a_class_over_ours_is_refused_and_all_works_again_without_it(path: str) 
 
 
 def test_a_class_over_that_of_a_checkpoint_wrapper_is_refused() -> None:
-    """Paths of a `state_dict` leave the wrapper out, but FSDP shards it."""
+    """Paths of a `state_dict` do not contain the wrapper, but FSDP shards it."""
     model = hra_fx.transform(checkpoint_wrapper(net()), config("second"))
     cover(model)
     with refuses(model, r"^the model: another tool replaced its class", hra_fx.AdapterError):

@@ -14,6 +14,7 @@ from model.many import (
     adapted,
     assert_close,
     config,
+    flags,
     moved,
     net,
     normal,
@@ -71,7 +72,7 @@ def test_an_odd_difference_is_refused_with_its_layer() -> None:
         hra_fx.combine(model, ["a", "b"], "ab")
 
 
-def test_fewer_than_two_and_copies_and_only_scales_of_zero_are_refused() -> None:
+def test_one_adapter_trained_copies_and_scales_of_zero_are_refused() -> None:
     _, model = adapted(
         net(),
         a=config("first", "second"),
@@ -91,7 +92,7 @@ def test_fewer_than_two_and_copies_and_only_scales_of_zero_are_refused() -> None
         hra_fx.combine(model, ["a", "b"], "new")
 
 
-def test_an_adapter_counts_at_the_scale_that_it_has() -> None:
+def test_the_current_scales_are_included() -> None:
     plain, model = adapted(net(), a=config("first", "second", r=4), b=config("first", r=3))
     hra_fx.set_scale(model, "a", 0.5)
     hra_fx.set_adapter(model, ["a", "b"])
@@ -107,7 +108,7 @@ def test_an_adapter_counts_at_the_scale_that_it_has() -> None:
 
 
 class Alike(nn.Module):
-    """Two paths that end alike."""
+    """Two paths with the same last name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -211,10 +212,6 @@ def test_a_scale_that_is_not_in_the_range_is_refused(alpha: Any) -> None:
     text = f"`alpha` must be a number from 0 (base model) to 1 (full adapter), got {alpha!r}."
     with refuses(model, f"^{re.escape(text)}$"):
         hra_fx.set_scale(model, "a", alpha)
-
-
-def flags(model: nn.Module) -> dict[str, bool]:
-    return {key: parameter.requires_grad for key, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize(

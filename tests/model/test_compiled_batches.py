@@ -1,5 +1,5 @@
-"""`torch.compile(model)`: the same numbers as the model with `W Q` in its weights, one graph, one batch of factors, and
-no compilation that is not needed."""
+"""`torch.compile(model)`: the numbers of the model with `W Q` in its weights, one graph, one batch of factors, no
+unnecessary compilation."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import tiny_models
 import torch
 from adapting import adapted
+from model import many
 from one_layer import normal
 from oracles import relative_error
 from torch import Tensor, fx, nn
@@ -33,7 +34,7 @@ def llama(layers: int = 2) -> Any:
 
 
 class Recorder:
-    """A backend of `torch.compile` that notes, for each graph, how many layers each batch of factors in it has."""
+    """A backend of `torch.compile` that records, for each graph, the number of layers in each batch of factors."""
 
     def __init__(self, then: str = "aot_eager") -> None:
         self.batches: list[list[int]] = []
@@ -86,7 +87,7 @@ def test_generate_with_a_cache(seen: Recorder) -> None:
     model.forward = torch.compile(model.forward, backend=seen)
     assert torch.equal(model.generate(ids(1, 5), **asked), wanted)
     assert all(found == [10] for found in seen.batches)
-    assert len(seen.batches) <= 4, "not a graph for each token"
+    assert len(seen.batches) <= 4, "a graph for each token"
 
 
 class Switched(nn.Module):
@@ -129,7 +130,7 @@ class Activated(Switched):
         return first + self.k(x) + middle
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # TorchDynamo's own look at it
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # TorchDynamo reads it
 @pytest.mark.parametrize("make", [Broken, Activated])
 def test_a_graph_break_and_a_write_in_place_cost_no_correctness(make: type[nn.Module]) -> None:
     seen = Recorder("eager")
@@ -142,14 +143,14 @@ def test_a_graph_break_and_a_write_in_place_cost_no_correctness(make: type[nn.Mo
 
 
 class WithGradients(Switched):
-    """Enables gradients for its layers alone."""
+    """Enables gradients only for its layers."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.enable_grad():
             return self.k(torch.relu(self.q(x)))
 
 
-def test_gradients_are_on_where_they_were(seen: Recorder) -> None:
+def test_enable_grad_inside_of_a_forward(seen: Recorder) -> None:
     model, x = adapted(WithGradients(), "q", "k", r=2), normal(1, 3, 6)
 
     def found(run: Any) -> dict[str, Tensor]:
@@ -189,7 +190,7 @@ class Blocks(nn.Module):
         return x
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # TorchDynamo's own look at it
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # TorchDynamo reads it
 def test_blocks_that_are_compiled_one_by_one_share_a_graph() -> None:
     seen = Recorder("eager")
     model = adapted(Blocks(), r=4, target_modules=r"blocks\.\d\.0")
@@ -201,3 +202,31 @@ def test_blocks_that_are_compiled_one_by_one_share_a_graph() -> None:
         assert relative_error(model(x), wanted) < 1e-12
     assert all(found == [1] for found in seen.batches)
     assert len(seen.batches) <= len(model.blocks)
+
+
+def test_each_set_of_adapters_is_compiled_once() -> None:
+    """The functions get the compiled model."""
+    seen = Recorder("eager")
+    plain, model = many.adapted(many.net(), a=many.config("first", "second"), b=many.config("first", r=3))
+    fast, x = torch.compile(model, backend=seen, fullgraph=True), many.normal(4, 6)
+    sets = (["a"], [], ["a", "b"])
+    for order in sets:
+        hra_fx.set_adapter(fast, order)
+        fast(x)
+    graphs = len(seen.batches)
+    assert graphs
+    for order in (*reversed(sets), *sets):
+        hra_fx.set_adapter(fast, order)
+        many.assert_close(fast(x), many.oracle(plain, model, order, x))
+    assert len(seen.batches) == graphs
+    wanted = many.oracle(plain, model, ["a", "b"], x)
+    for _ in range(2):
+        with hra_fx.disable_adapters(fast):
+            assert torch.equal(fast(x), plain(x))
+        hra_fx.merge_adapter(fast, ["a"])
+        many.assert_close(fast(x), wanted)
+        hra_fx.unmerge_adapter(fast)
+        hra_fx.set_scale(fast, "b", 0)
+        many.assert_close(fast(x), many.oracle(plain, model, ["a"], x))
+        hra_fx.set_scale(fast, "b", 1)
+        many.assert_close(fast(x), wanted)

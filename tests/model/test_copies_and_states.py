@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from model.many import SAVED, adapted, assert_close, config, net, normal, oracle, refuses, seen, turn
+from model.many import SAVED, adapted, assert_close, config, flags, net, normal, oracle, refuses, seen, turn
 from torch import Tensor, nn
 
 import hra_fx
@@ -27,7 +27,7 @@ def owned(model: nn.Module, adapter: str) -> set[int]:
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> set[int]:
-    """One step; gives the identities of the parameters that changed."""
+    """Take one step. Returns the identities of the parameters that changed."""
     before = {id(parameter): parameter.detach().clone() for parameter in model.parameters()}
     optimizer.zero_grad()
     model(normal(8, 6)).square().mean().backward()
@@ -110,7 +110,7 @@ def test_a_saved_lstm_runs_on_the_copies_in_place() -> None:
 
 
 class Twice(nn.Module):
-    """One head, reached by two names."""
+    """One head with two names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ def test_a_shared_module_is_copied_once(names: list[str]) -> None:
     assert model.head is model.again
     x = normal(4, 6)
     head = {f"head.{key}": getattr(model.head, key).detach() for key in ("weight", "bias")}
-    # functional_call leaves what it replaced in a module with two names, hence the copy.
+    # A copy, because functional_call does not restore a module that has two names.
     assert_close(model(x), oracle(copy.deepcopy(plain), model, ["a"], x, **head))
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 6 + 6 * 6 + 6
     hra_fx.set_adapter(model, "b")
@@ -161,7 +161,7 @@ def test_one_with_copies_acts_together_with_one_without() -> None:
 
 
 class Gate(nn.Sequential):
-    """Runs its children one by one, and owns a parameter besides."""
+    """A container with a parameter of its own."""
 
     def __init__(self) -> None:
         super().__init__(nn.Linear(8, 8), nn.ReLU())
@@ -195,10 +195,6 @@ SETTINGS = {
     "modules_to_save, all": {"modules_to_save": ["head", "norm"], "bias": "all"},
     "inference": {"inference_mode": True, "modules_to_save": ["head"]},
 }
-
-
-def flags(model: nn.Module) -> dict[str, bool]:
-    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
 
 
 def trained(model: nn.Module) -> set[str]:

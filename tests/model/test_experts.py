@@ -85,10 +85,10 @@ def test_gradient_checkpointing() -> None:
         assert relative_error(found[name], gradient) <= 1e-9
 
 
-def gradients(model: nn.Module, call: Any = None) -> dict[str, Tensor]:
-    """The gradients of the vectors, from a call of the model or of what is made of it."""
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """The gradients of the vectors."""
     model.zero_grad()
-    (model if call is None else call)(**call_of("qwen3_moe")).logits.square().sum().backward()
+    model(**call_of("qwen3_moe")).logits.square().sum().backward()
     return {name: vectors.grad.clone() for name, vectors in vectors_of(model).items()}
 
 

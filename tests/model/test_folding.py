@@ -19,7 +19,6 @@ from model.many import (
     normal,
     refuses,
     run,
-    stored,
     turn,
     weights,
 )
@@ -46,7 +45,7 @@ def adapt(model: Any, *paths: str, **fields: Any) -> Any:
 
 def oracle_weight(layer: Any) -> Tensor:
     """`W Q` in float64 of an adapted layer."""
-    return dense_weight(layer._parameters["weight"].detach(), layer_q(layer, ["a"]).detach())
+    return dense_weight(layer.weight.detach(), layer_q(layer, ["a"]).detach())
 
 
 def memory(tensor: Tensor) -> tuple[Any, ...]:
@@ -71,7 +70,7 @@ def test_weights_are_the_nearest_to_the_exact_ones_and_in_the_same_memory(
     x = normal(*shape).to(dtype)
     wanted, weight = model(x).detach(), oracle_weight(model[0])
     (row,) = plan_fold(model).layers
-    old = model[0]._parameters["weight"].detach().double()
+    old = model[0].weight.detach().double()
     assert row.change == pytest.approx(relative_error(weight, old), rel=1e-9)
     assert row.rounding == pytest.approx(relative_error(weight.to(dtype), weight), rel=1e-6, abs=1e-15)
     fold(model)
@@ -104,7 +103,7 @@ def channels_last() -> nn.Sequential:
 
 
 def halves_of_one_buffer() -> nn.Sequential:
-    """As optimizers with flat parameters lay them out: the same storage, but no common element, so not tied."""
+    """As in optimizers with flat parameters: one storage, but no common element, so the weights are not tied."""
     flat = normal(48)
     model: Any = nn.Sequential(nn.Linear(6, 4, dtype=F64), nn.Linear(4, 6, dtype=F64))
     model[0].weight, model[1].weight = (nn.Parameter(flat[:24].view(4, 6)), nn.Parameter(flat[24:].view(6, 4)))
@@ -144,14 +143,14 @@ def spoil_vectors(layer: Any) -> None:
 
 
 def spoil_weight(layer: Any) -> None:
-    layer._parameters["weight"][0, 0] = float("nan")
+    layer.weight[0, 0] = float("nan")
 
 
 def overflow(layer: Any) -> None:
     """Float16 weights of 65,000; `W Q` rotates (1, 1, 1, 1) onto one axis, where it is twice as long."""
-    layer.to(torch.float16)._parameters["weight"].fill_(65000.0)
+    layer.to(torch.float16).weight.fill_(65000.0)
     layer.hra_u["a"].zero_()[:4, 0] = torch.tensor([-1.0, 1.0, 1.0, 1.0])
-    layer._parameters["weight"][:, 4:] = 0
+    layer.weight[:, 4:] = 0
 
 
 def depend(layer: Any) -> None:
@@ -178,7 +177,7 @@ def test_a_layer_that_cannot_be_folded_is_named_and_no_other_one_is_folded(
         fold(model)
 
 
-# ---- weights that share memory: a fold gives the layer its own and leaves the others alone, bit for bit ----
+# ---- weights that share memory: a fold unties the layer, and the others do not change ----
 
 
 class Tied(nn.Module):
@@ -220,7 +219,7 @@ def test_a_tied_head_stays_tied_if_the_folded_adapter_does_not_have_it() -> None
     wanted = weights(plain, model, ["a"])["body.weight"]
     hra_fx.fold(model, "a")
     assert_close(model.body.weight, wanted, 1e-12)
-    assert model.head.hra_base is model.embed.weight
+    assert model.head.weight is model.embed.weight
     assert list(model.head.hra_u) == ["b"]
 
 
@@ -229,8 +228,8 @@ def test_one_of_two_adapters_of_a_tied_head_is_folded_and_the_other_still_acts()
     hra_fx.set_adapter(model, ["a", "b"])
     output, wanted = model(TOKENS).detach(), weights(plain, model, ["a"])["head.weight"]
     folds(model, "head (from embed.weight)", "a")
-    assert_close(model.head.hra_base, wanted, 1e-12)
-    assert not model.head.hra_base.requires_grad
+    assert_close(model.head.weight, wanted, 1e-12)
+    assert not model.head.weight.requires_grad
     assert_close(model(TOKENS), output, 1e-12)
     assert torch.equal(model.embed.weight, plain.embed.weight)
     hra_fx.fold(model)
@@ -276,7 +275,7 @@ def test_tensors_over_one_memory_are_separated(make: Callable[[], nn.Module], pa
     base = make()
     plain, model = adapted(base, a=config(*paths))
     wanted = dict(plain.state_dict()) | weights(plain, model, ["a"])
-    strides = [stored(model, f"{path}.weight").stride() for path in paths]
+    strides = [model.get_parameter(f"{path}.weight").stride() for path in paths]
     folds(model, untied)
     for name, value in model.state_dict().items():
         if name in (f"{path}.weight" for path in paths):
@@ -284,7 +283,7 @@ def test_tensors_over_one_memory_are_separated(make: Callable[[], nn.Module], pa
             assert value.untyped_storage().nbytes() == value.nbytes
         else:
             assert torch.equal(value, wanted[name])
-    assert [stored(model, f"{path}.weight").stride() for path in paths] == strides
+    assert [model.get_parameter(f"{path}.weight").stride() for path in paths] == strides
 
 
 def test_an_untied_weight_of_a_layer_with_two_paths_can_be_trained() -> None:
@@ -312,7 +311,7 @@ def test_a_fold_that_fails_and_a_merge_leave_all_tied() -> None:
         model.body.hra_u["a"].fill_(float("nan"))
     with refuses(model, "not finite", hra_fx.FoldError):
         hra_fx.fold(model)
-    assert model.head.hra_base is model.embed.weight
+    assert model.head.weight is model.embed.weight
 
 
 def test_a_reflected_head_and_a_trained_copy_of_its_embedding() -> None:
@@ -338,7 +337,7 @@ def tied() -> nn.Module:
 
 
 def is_tied(model: nn.Module) -> bool:
-    """Whether the weights are one parameter, which the configuration must say too."""
+    """Whether the weights are one parameter; the configuration must agree."""
     one = model.lm_head.weight is model.model.embed_tokens.weight
     assert model.config.tie_word_embeddings is one
     return one

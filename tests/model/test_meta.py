@@ -1,4 +1,4 @@
-"""Models on the meta device: adapted there, given memory and weights later, and then the same as if adapted at once."""
+"""Models that are adapted on the meta device and get their weights later equal models that are adapted with weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def settings(case: Case) -> hra_fx.HRAConfig:
 
 
 def with_buffers(model: nn.Module, base: nn.Module) -> nn.Module:
-    """The buffers that no checkpoint has, such as the frequencies of rotary embeddings."""
+    """Set the buffers that no checkpoint has, such as the frequencies of rotary embeddings."""
     saved = base.state_dict()
     for name, buffer in base.named_buffers():
         if name not in saved:
@@ -48,7 +48,7 @@ def with_buffers(model: nn.Module, base: nn.Module) -> nn.Module:
 
 
 def filled(model: nn.Module, base: nn.Module) -> nn.Module:
-    """With memory, in which nothing is, and then the weights of the base model under their own names."""
+    """Allocate memory, then load the weights of the base model by their names."""
     model.to_empty(device="cpu")
     found = model.load_state_dict(base.state_dict(), strict=False)
     assert not found.unexpected_keys
@@ -56,7 +56,7 @@ def filled(model: nn.Module, base: nn.Module) -> nn.Module:
 
 
 def assigned(model: nn.Module, base: nn.Module) -> nn.Module:
-    """With the tensors of the base model; those of adapters stay on the meta device."""
+    """Assign the tensors of the base model; those of adapters stay on the meta device."""
     model.load_state_dict(copy.deepcopy(base).state_dict(), strict=False, assign=True)
     return with_buffers(model, base)
 
@@ -112,7 +112,7 @@ def test_several_adapters_start_in_the_order_in_which_they_were_added() -> None:
 
 
 @pytest.mark.needs("transformers>=5.6")
-def test_experts_are_started_after_the_layers() -> None:
+def test_experts_are_initialized_after_the_layers() -> None:
     fields: dict[str, Any] = {
         "target_modules": ["q_proj", "v_proj"],
         "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],

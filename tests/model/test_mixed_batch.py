@@ -71,7 +71,7 @@ def inputs(rows: int, dtype: torch.dtype = F64) -> Tensor:
 
 
 def alone(model: Any, x: Tensor, names: list[str], call: Any = None) -> Tensor:
-    """Each row by itself, with its adapter active; `call` is the model unless told otherwise."""
+    """Call the model (or `call`) with each row alone, with its adapter active."""
     outputs = []
     for row, name in zip(x.split(1), names, strict=True):
         hra_fx.set_adapter(model, [] if name == "__base__" else name, inference_mode=True)
@@ -102,7 +102,7 @@ def test_rows_compute_what_they_do_alone(names: list[str], grad: bool) -> None:
 
 
 def test_parts_of_a_model_in_a_block() -> None:
-    """Layers outside of their model's forward make their own factors."""
+    """Layers outside of their model's forward compute their own factors."""
     model, names = net(), ["even", "__base__", "odd"]
     x = torch.randn(3, 5, 4, dtype=F64)
     wanted = alone(model, x, names, model.one)
@@ -208,7 +208,7 @@ def test_names_that_do_not_fit() -> None:
         model.conv(inputs(1)[0])
 
 
-def test_models_that_cannot() -> None:
+def test_models_without_mixed_batches() -> None:
     text = "A mixed batch is for inference, but the model is in training mode. Call model.eval() first."
     assert refused(net().train(), ["even", "odd"]) == text
     model = net()

@@ -26,7 +26,7 @@ IMAGES = normal(3, 3, 8, 8)
 
 
 def fresh(model: nn.Module) -> nn.Module:
-    """The model in float64 with parameters that do not depend on what ran before."""
+    """The model in float64, with the same parameters in each test."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.double().parameters():
@@ -187,7 +187,7 @@ def test_unusual_forwards_pass(make: Any) -> None:
 
 
 def wrong(layer: nn.Module, change: Callable[[nn.Module, Tensor], Tensor]) -> None:
-    """Change the output of a layer while it has adapters, so that it is not that of its folded weight."""
+    """Change the output of a layer while it has adapters, so that it differs from that of its folded weight."""
 
     def hook(part: nn.Module, args: Any, output: Tensor) -> Tensor:
         return change(part, output) if hasattr(part, "hra_u") else output

@@ -52,7 +52,7 @@ class Calls(TorchFunctionMode):
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """Fail where a value of a tensor is read on the host."""
+    """Fail if a value of a tensor is read on the host."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler, Calls() as calls:
         yield
     assert calls.found == []
@@ -176,7 +176,7 @@ def test_the_backward_pass_frees_the_factors_while_the_loss_is_kept() -> None:
 
 
 def test_backward_passes_over_parts_of_a_batch() -> None:
-    """One after the other, again over a kept graph, and errors over what was freed or changed, as without adapters."""
+    """In turn, and again over a retained graph. Freed and changed tensors raise the same errors as without adapters."""
     base, model = pair(two_outputs, "body|left|right")
     left, right = model(X)
     wanted_left, wanted_right = run_dense(base, model, X)
@@ -207,7 +207,7 @@ LAYER = WIDTH * WIDTH * 8
 
 
 class Allocated(TorchDispatchMode):
-    """Counts the bytes of storages that are made inside, and still referenced."""
+    """Counts the bytes of storages that are created in the block and still referenced."""
 
     def __init__(self) -> None:
         super().__init__()

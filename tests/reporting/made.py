@@ -1,4 +1,4 @@
-"""Reports of made-up rows, oracles for their values, and names that contain markup."""
+"""Reports with rows that tests invent, oracles for their values, and a name that contains markup."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hra_fx.reporting.report import Report
 from hra_fx.reporting.row import Row
 from hra_fx.reporting.skipped_layers import SkippedLayer
 
-#: What HTML, Markdown, JSON and rich each take for something of their own.
+#: Contains markup of HTML, Markdown, JSON and rich.
 HOSTILE = "<script>alert('&')</script>|`*[red]_x_[/red]\\\"~#"
 
 _ROW = Row(

@@ -1,4 +1,4 @@
-"""The formats of a report: terminal (layers that repeat are one line), JSON, notebook, and the plot."""
+"""The formats of a report: terminal, JSON, notebook, and the heatmap."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def heading_line(text: str) -> str:
     return next(line for line in text.splitlines() if " layer " in f"{line} ")
 
 
-def test_a_wide_terminal_has_all_columns_and_a_narrow_one_keeps_the_layer_and_its_change() -> None:
+def test_a_narrow_terminal_drops_columns_and_keeps_the_layer_and_its_change() -> None:
     found = hra_fx.report(adapted())
     (only,) = found.rows
     text = in_terminal(found, 200)
@@ -56,13 +56,13 @@ def test_a_wide_terminal_has_all_columns_and_a_narrow_one_keeps_the_layer_and_it
         text = in_terminal(found, width)
         missing = [name for name in WORDS if f" {name} " not in f" {heading_line(text)} "]
         lost += [name for name in missing if name not in lost]
-        assert set(lost) == set(missing), "what is gone does not come back"
+        assert set(lost) == set(missing), "a dropped column does not come back"
         assert all(len(line) <= width for line in text.splitlines())
     assert "layer (in model)" in heading_line(text) and "layers.*.attn.q_proj x2 " in text, "names are not broken"
     assert lost == ["type", "d", "|Q - I|", "share of W", "max angle", "mean angle", "params"]
 
 
-def test_the_adapter_is_a_column_where_there_are_several() -> None:
+def test_several_adapters_have_a_column() -> None:
     found = report_of(row("a", adapter="first"), row("a", adapter="second"))
     assert " adapter " in heading_line(str(found))
     assert "1 adapted layer, 32 adapter parameters, adapters first, second" in str(found)
@@ -76,11 +76,11 @@ def test_small_angles_are_not_rounded_away(angle: float, shown: str) -> None:
     assert shown in str(report_of(row(mean_angle=angle))) + " "
 
 
-def test_names_are_no_markup() -> None:
+def test_names_are_not_interpreted_as_markup() -> None:
     found = report_of(row(HOSTILE), skipped=(SkippedLayer(HOSTILE, "x", HOSTILE),))
     assert in_terminal(found, 400).count(HOSTILE) == str(found).count(HOSTILE) == 3
     page = in_notebook(found)
-    assert not re.search(r"[^-]color:|#[0-9a-f]{6}", page), "it is readable on light and on dark"
+    assert not re.search(r"[^-]color:|#[0-9a-f]{6}", page), "readable on light and dark backgrounds"
     assert set(re.findall(r"</?(\w+)", page)) == {"pre", "span"}
     assert "<script>" in "".join(unescape(re.sub(r"<[^>]*>", "", page)).split())
 
@@ -95,7 +95,7 @@ def test_footnotes() -> None:
     assert "  3 more layers, for 3 other reasons\n" in text
 
 
-def test_json_is_valid_and_has_null_for_what_is_no_number() -> None:
+def test_json_is_valid_and_has_null_for_numbers_that_are_not_finite() -> None:
     found = report_of(
         row(HOSTILE, share=math.nan, angles=(math.nan,), rotation=math.inf), skipped=(SkippedLayer("a", "b", "c"),)
     )
@@ -136,13 +136,13 @@ def test_repeated_layers_are_one_line_with_the_ranges_of_their_values() -> None:
     ],
     ids=str,
 )
-def test_layers_that_differ_otherwise_stay_apart(other: dict[str, object]) -> None:
+def test_layers_that_differ_in_anything_else_are_separate_lines(other: dict[str, object]) -> None:
     same = row("m.0.q")
     assert "m.*.q x2" in str(report_of(same, row("m.1.q")))
     assert " x2" not in str(report_of(same, row(**{"path": "m.1.q", **other})))  # type: ignore[arg-type]
 
 
-def test_a_fresh_adapter_is_not_trained_yet() -> None:
+def test_the_heading_says_if_adapters_are_not_trained() -> None:
     assert "not trained yet (identity)" in str(report_of(row(angles=())))
     assert "not trained yet" not in str(report_of(row()))
 
@@ -155,7 +155,7 @@ def test_a_table_that_is_printed_in_a_terminal_fits_it(monkeypatch: pytest.Monke
     assert max(map(len, str(found).splitlines())) <= 80
 
 
-# ---- plots: their content, unusual models, and that their files are reproducible ----
+# ---- the heatmap ----
 
 SVG = "{http://www.w3.org/2000/svg}"
 LONG = "model.vision_tower.vision_model.encoder.layers.23.self_attn.out_proj" * 2
@@ -165,7 +165,7 @@ def texts(file: Path) -> list[str]:
     return ["".join(element.itertext()) for element in ET.parse(file).iter(f"{SVG}text")]
 
 
-def test_the_heatmap_has_a_cell_for_each_layer_in_its_color(tmp_path: Path) -> None:
+def test_the_heatmap_has_a_colored_cell_for_each_layer(tmp_path: Path) -> None:
     rows = blocks(4, "q_proj", "v_proj")
     file = report_of(*rows).plot_heatmap(tmp_path / "heatmap.svg", "mean_angle")
     angles = [math.degrees(entry.mean_angle) for entry in rows]
@@ -178,7 +178,7 @@ def test_the_heatmap_has_a_cell_for_each_layer_in_its_color(tmp_path: Path) -> N
     assert [fill for fill in fills if fill in wanted] == wanted
 
 
-def test_of_several_adapters_the_largest_is_shown_or_one(tmp_path: Path) -> None:
+def test_the_heatmap_shows_the_largest_of_several_adapters_or_one(tmp_path: Path) -> None:
     rows = [row("a.0.q", adapter=name, mean_angle=math.radians(angle)) for name, angle in (("x", 7), ("y", 3))]
     found = report_of(*rows, row("a.1.q", adapter="y", mean_angle=math.nan))
     both = texts(found.plot_heatmap(tmp_path / "a.svg", "mean_angle"))
@@ -197,8 +197,8 @@ ROWS: dict[str, Callable[[], list[Row]]] = {
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_unusual_models_have_plots_of_a_usual_size_and_equal_bytes(name: str, tmp_path: Path) -> None:
-    """No warning (warnings are errors here), and no state of matplotlib is changed."""
+def test_heatmaps_of_unusual_models_have_a_limited_size_and_are_reproducible(name: str, tmp_path: Path) -> None:
+    """They do not change matplotlib's state."""
     rows, before = ROWS[name](), dict(mpl.rcParams)
     found = report_of(*rows, *(row(entry.path, adapter=HOSTILE) for entry in rows))
     for ending in (".png", ".SVG", ".pdf") if name == "only indices" else (".png",):

@@ -1,4 +1,4 @@
-"""The callback in real runs of the Trainer: what reporters and logs get, once."""
+"""The callback in real runs of the Trainer: what reporters and logs get."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEYS = {"angle_mean_degrees", "angle_largest_degrees", "orthogonality_error"}
 
 
 class Recorder(TrainerCallback):
-    """Keeps what a reporter gets, where reporters stand: before the callbacks of the user."""
+    """Keeps what a reporter gets. Like a reporter, it is called before the callbacks of the user."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, Any]] = []
@@ -48,7 +48,7 @@ def trainer_of(model: nn.Module, folder: Path, callbacks: list[TrainerCallback],
 
 
 def wanted(model: nn.Module, adapter: str = "default") -> dict[str, float]:
-    """The numbers of the report, which has oracles of its own."""
+    """The values from the report, which other tests compare with an oracle."""
     rows = [row for row in hra_fx.report(model) if row.adapter == adapter]
     return {
         "angle_mean_degrees": math.degrees(sum(row.mean_angle for row in rows) / len(rows)),
@@ -57,7 +57,7 @@ def wanted(model: nn.Module, adapter: str = "default") -> dict[str, float]:
     }
 
 
-def test_logs_and_reporters_get_the_numbers_of_the_report_with_each_loss(tmp_path: Path) -> None:
+def test_logs_and_reporters_get_the_values_of_the_report_with_each_loss(tmp_path: Path) -> None:
     seen: list[dict[str, float]] = []
 
     class Watch(TrainerCallback):
@@ -83,7 +83,7 @@ def test_logs_and_reporters_get_the_numbers_of_the_report_with_each_loss(tmp_pat
     assert history == recorder.seen
 
 
-def test_of_several_adapters_the_active_ones_are_logged_by_name(tmp_path: Path) -> None:
+def test_several_active_adapters_are_logged_by_name(tmp_path: Path) -> None:
     model = llama("first", "second", "third")
     hra_fx.set_adapter(model, ["first", "second"])
     recorder = Recorder()
@@ -96,7 +96,7 @@ def test_of_several_adapters_the_active_ones_are_logged_by_name(tmp_path: Path) 
 
 
 def called_alone(callback: RotationCallback, model: nn.Module, *, first_process: bool = True) -> dict[str, float]:
-    """One log, by the Trainer's own handler around a model as a Trainer wraps it."""
+    """One log by the Trainer's own callback handler."""
     arguments = TrainingArguments(output_dir="unused", report_to=[], use_cpu=True)
     state = TrainerState(is_world_process_zero=first_process, global_step=0)
     handler = CallbackHandler([callback], model, None, None, None)  # type: ignore[no-untyped-call]
@@ -108,7 +108,7 @@ def called_alone(callback: RotationCallback, model: nn.Module, *, first_process:
     return logs
 
 
-def test_another_process_than_the_first_and_shards_log_nothing() -> None:
+def test_other_processes_and_sharded_vectors_log_nothing() -> None:
     callback, model = RotationCallback(), llama()
     assert called_alone(callback, model, first_process=False) == {"loss": 1.0}
     for name, parameter in model.named_parameters():

@@ -31,7 +31,7 @@ LAYERS: dict[str, Any] = {
 
 
 def adapt(layer: nn.Module, dtype: torch.dtype = F64, *, scale: float = 0.0, **fields: Any) -> Any:
-    """A model of one layer whose vectors were moved off their start by `scale`."""
+    """A model with one layer, whose vectors were changed by random values times `scale`."""
     config = HRAConfig(**{"r": 2, "target_modules": ["0"], **fields})
     model: Any = transform(nn.Sequential(layer).to(dtype), config)
     vectors = model[0].hra_u["default"]
@@ -174,7 +174,7 @@ def test_reflections_that_cancel_and_weights_of_zeros_and_nan() -> None:
     assert all(map(math.isnan, relative_change(torch.full((3, 6), math.nan), chain)))
 
 
-def test_a_change_of_experts_is_that_of_all_together() -> None:
+def test_the_change_of_experts_is_relative_to_all_of_them() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(3, 5, 4, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)
     chain = torch.randn(3, 4, 2, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The layers without an adapter, each with its reason, of models."""
+"""The layers of models without an adapter, each with its reason."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_every_layer_is_either_adapted_or_skipped() -> None:
 
 
 def test_layers_that_are_trained_in_full_are_not_skipped() -> None:
-    """Those of `modules_to_save`, whatever `target_modules` matches, and a new head."""
+    """Layers in `modules_to_save`, even if `target_modules` matches them, and a new head."""
     for targets in (["q_proj"], r".*(q_proj|lm_head)"):
         found = report(transform(llama(), HRAConfig(r=2, target_modules=targets, modules_to_save=["lm_head"])))
         assert found.trained_in_full == ("lm_head",)

@@ -1,4 +1,4 @@
-"""What is selected and what is refused: defaults, messages, warnings. Another file compares the selection with PEFT."""
+"""Errors, warnings and defaults of the selection. Another file compares the selected layers with PEFT."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def bare_linear() -> nn.Module:
     return nn.Linear(2, 2)
 
 
-NO_NAME: list[Case] = [
+MESSAGES: list[Case] = [
     (
         tiny_bert,
         {"target_modules": ["qeury"]},
@@ -66,8 +66,6 @@ NO_NAME: list[Case] = [
         "ReLU has no layer that can be adapted. Supported layers: nn.Linear, quantized",
     ),
     (bare_linear, {"target_modules": "all-linear"}, "The model itself is a layer (Linear), and only layers inside a"),
-]
-ALL_LEFT_OUT: list[Case] = [
     (
         tiny_opt,
         {"layers_to_transform": [7]},
@@ -78,16 +76,12 @@ ALL_LEFT_OUT: list[Case] = [
         {"target_modules": ["head"], "exclude_modules": "he.*"},
         "['head']` matches 1 module such as 'head', but none is left after exclude_modules='he.*'.",
     ),
-]
-WRONG_TYPE: list[Case] = [
     (
         tiny_bert,
         {"target_modules": ["attention"]},
         "To adapt the layers inside it, use target_modules=['bert.encoder.layer.0.attention.self.query', 'bert.encod",
     ),
     (Nested, {"target_modules": ["embed"]}, "Remove it from `target_modules`, or add exclude_modules=['embed']."),
-]
-TO_SAVE: list[Case] = [
     (
         tiny_bert,
         {"modules_to_save": ["clasifier"]},
@@ -101,7 +95,7 @@ TO_SAVE: list[Case] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "kwargs", "message"), NO_NAME + ALL_LEFT_OUT + WRONG_TYPE + TO_SAVE)
+@pytest.mark.parametrize(("make", "kwargs", "message"), MESSAGES)
 def test_messages(make: Callable[[], nn.Module], kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(SelectionError, match=re.escape(message)) as caught:
         select(built(make), HRAConfig(**kwargs))
@@ -131,19 +125,19 @@ def warned(model: nn.Module, **fields: Any) -> list[str]:
     return [str(warning.message) for warning in caught]
 
 
-def test_each_name_that_matches_nothing_is_named_once() -> None:
+def test_each_name_that_matches_nothing_is_warned_about_once() -> None:
     model = built(tiny_bert)
     assert warned(model, target_modules=["query", "valeu", "self.kye"]) == [
         "`target_modules`: the entry 'self.kye' matches no module of BertForSequenceClassification. Did you mean "
         "'self.key' or 'self.value' or 'self.query'?",
         "`target_modules`: the entry 'valeu' matches no module of BertForSequenceClassification. Did you mean 'value'?",
     ]
-    # Names that match something are silent, also where another field excludes it.
+    # No warning for a name that matches a layer, even if another field excludes this layer.
     quiet = {"exclude_modules": ["value"], "modules_to_save": ["classifier"], "layers_to_transform": [0]}
     assert warned(model, target_modules=["query", "value", "classifier"], **quiet) == []
     assert warned(model, target_modules=r".*(query|valeu)") == []
     assert warned(built(Nested), target_modules=["layers.1.seq", "encoder.again.seq"]) == []  # one layer
-    # So is a saved adapter, which may list the default names of its architecture.
+    # No warning for a saved adapter, which may list the default names of its architecture.
     assert warned(model, target_modules=["query", "valeu"], inference_mode=True) == []
 
 
@@ -151,7 +145,7 @@ EXPERTS = "`target_modules` does not select 3-D parameters of MixtralExperts"
 
 
 @pytest.mark.needs("transformers>=5.6")
-def test_the_name_of_a_parameter_says_what_to_write_instead() -> None:
+def test_names_of_parameters_in_target_modules_get_a_hint() -> None:
     with pytest.raises(SelectionError) as caught:
         select(mixtral(), HRAConfig(target_modules=["gate_up_proj", "down_proj"]))
     assert str(caught.value) == (
@@ -172,7 +166,7 @@ def test_default_targets_are_pefts() -> None:
     assert {name: t if isinstance(t, str) else list(t) for name, t in DEFAULT_TARGETS.items()} == PEFT_DEFAULTS
 
 
-def test_what_an_earlier_adapter_added_is_not_selected() -> None:
+def test_modules_of_another_adapter_are_not_selected() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[0].hra_u = nn.ModuleDict({"inner": nn.Linear(2, 2)})
     for targets in ("all-linear", ".*"):
@@ -182,7 +176,7 @@ def test_what_an_earlier_adapter_added_is_not_selected() -> None:
             select(model, HRAConfig(**fields))
 
 
-# ---- layers and models that cannot be adapted: the message, and that the model is unchanged ----
+# ---- layers and models that cannot be adapted: the error, and that the model is unchanged ----
 
 
 class OwnCall(nn.Linear):
@@ -215,10 +209,10 @@ def with_weight(weight: Tensor) -> nn.Module:
 
 
 class Marked(Tensor):
-    """A tensor subclass, such as a quantized or distributed one is."""
+    """A tensor subclass, like those of quantized or distributed tensors."""
 
 
-#: name -> (layer, reason, what to do)
+#: name -> (layer, reason, fix)
 LAYERS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "instance forward": (with_instance_forward, "its `forward` is set on the instance", "Delete it, or exclude"),
     "old tp_plan": (with_old_tp_plan, "splits it without DTensor", "Use transformers 5.16 or later"),

@@ -1,4 +1,4 @@
-"""Random configurations on five architectures: PEFT and hra_fx adapt the same layers, or refuse for the same reason.
+"""Random configurations on five models: PEFT and hra_fx adapt the same layers, or refuse for the same reason.
 
 `select` is compared with `peft.inject_adapter_in_model`.
 """
@@ -31,21 +31,12 @@ Fields: TypeAlias = dict[str, Any]
 EXAMPLES = 21
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
-# What PEFT raises, and part of its text; the name of that here; what we say of the same configuration.
+NO_DEFAULT = "^`target_modules` is required, because there is no default for"
+#: PEFT's error and a part of its text; a name for the outcome; a regex for the error of hra_fx.
 REFUSALS: list[tuple[type[Exception], str, str, str]] = [
-    (
-        NoMatchingPeftModuleError,
-        "",
-        "no layer",
-        "^`target_modules=.*(is empty|matches no module of|none is left)",
-    ),
-    (KeyError, "model_type", "no default", "^`target_modules` is required, because there is no default for"),
-    (
-        ValueError,
-        "Please specify `target_modules`",
-        "no default",
-        "^`target_modules` is required, because there is no default for",
-    ),
+    (NoMatchingPeftModuleError, "", "no layer", "^`target_modules=.*(is empty|matches no module of|none is left)"),
+    (KeyError, "model_type", "no default", NO_DEFAULT),
+    (ValueError, "Please specify `target_modules`", "no default", NO_DEFAULT),
     (TypeError, "only `torch.nn.Linear` and", "unsupported", "only nn.Linear, .* can be adapted"),
     (
         TypeError,
@@ -65,25 +56,25 @@ def tiny_swin() -> nn.Module:
 
 
 def endings(paths: list[str]) -> st.SearchStrategy[str]:
-    """The last component of a path most often, else more of it or all."""
+    """Usually the last component of a path, sometimes more components."""
     cuts = st.sampled_from([1, 1, 1, 2, 3, 99])
     return st.tuples(st.sampled_from(paths), cuts).map(lambda drawn: ".".join(drawn[0].split(".")[-drawn[1] :]))
 
 
-def strangers(paths: list[str]) -> st.SearchStrategy[str]:
-    """Almost the name of something."""
+def wrong_names(paths: list[str]) -> st.SearchStrategy[str]:
+    """Names that differ slightly from those of modules."""
     return st.tuples(endings(paths), st.sampled_from(["{}_", ".{}", "*{}", "nothing.{}"])).map(
         lambda drawn: drawn[1].format(drawn[0])
     )
 
 
 def lists(layers: list[str], paths: list[str]) -> st.SearchStrategy[list[str]]:
-    """Mostly of layers, with a stranger here and there, and seldom any other module; some as long as PEFT shortens."""
+    """Lists of names: usually of layers, sometimes of other modules or of none. Long lists are shortened by PEFT."""
     some = st.lists(endings(layers), min_size=1, max_size=4)
-    mixed = st.tuples(some, st.lists(strangers(layers), max_size=2)).map(lambda drawn: [*drawn[0], *drawn[1]])
+    mixed = st.tuples(some, st.lists(wrong_names(layers), max_size=2)).map(lambda drawn: [*drawn[0], *drawn[1]])
     anything = st.lists(endings(paths), min_size=1, max_size=2)
     long = st.lists(st.sampled_from(layers), min_size=min(20, len(layers)), max_size=24, unique=True)
-    return st.one_of(mixed, mixed, mixed, mixed, long, anything, st.lists(strangers(paths), max_size=2))
+    return st.one_of(mixed, mixed, mixed, mixed, long, anything, st.lists(wrong_names(paths), max_size=2))
 
 
 def regexes(layers: list[str], paths: list[str]) -> st.SearchStrategy[str]:
@@ -94,7 +85,7 @@ def regexes(layers: list[str], paths: list[str]) -> st.SearchStrategy[str]:
 
 
 def savable(model: nn.Module) -> list[str]:
-    """Last components of which no path ends at a list of modules, which PEFT cannot save."""
+    """Names that do not match a container of modules, because PEFT cannot save containers."""
     paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path]
     lists_of_modules = [path for path in paths if isinstance(model.get_submodule(path), CONTAINERS)]
     names = sorted({path.rpartition(".")[2] for path in paths if not any(model.get_submodule(path).children())})
@@ -110,7 +101,7 @@ def configurations(draw: st.DrawFn, model: nn.Module) -> Fields:
     every = st.sampled_from(["all-linear", "ALL-Linear", None])
     fields: Fields = {"target_modules": draw(st.one_of(names, names, names, patterns, patterns, every))}
     if draw(st.booleans()):
-        fields["exclude_modules"] = draw(st.one_of(names, patterns, st.lists(strangers(paths), max_size=1)))
+        fields["exclude_modules"] = draw(st.one_of(names, patterns, st.lists(wrong_names(paths), max_size=1)))
     if not isinstance(fields["target_modules"], str) and draw(st.booleans()):
         numbered = sorted({path.split(".")[-2] for path in paths if re.search(r"\.\d+$", path)})
         index, name = st.sampled_from([0, 1, 1, 2, 10]), st.sampled_from(numbered)
@@ -125,11 +116,11 @@ def configurations(draw: st.DrawFn, model: nn.Module) -> Fields:
     return fields
 
 
-# ---- the two sides ----
+# ---- PEFT and hra_fx ----
 
 
 def by_peft(model: nn.Module, fields: Fields) -> tuple[nn.Module | Exception, bool]:
-    """A copy of `model` that PEFT has injected into, or what it raised; and whether it warned of an idle exclusion."""
+    """A copy of `model` adapted by PEFT, or its error; and whether it warned that `exclude_modules` matches nothing."""
     model, config = copy.deepcopy(model), peft.HRAConfig(r=2, **fields)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -141,7 +132,7 @@ def by_peft(model: nn.Module, fields: Fields) -> tuple[nn.Module | Exception, bo
 
 
 def by_us(model: nn.Module, fields: Fields) -> tuple[list[str], bool]:
-    """The layers that we select; and if we warned likewise."""
+    """The layers that hra_fx selects; and whether it warned that `exclude_modules` matches nothing."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         layers = list(select(model, hra_fx.HRAConfig(r=1, **fields)))
@@ -150,7 +141,7 @@ def by_us(model: nn.Module, fields: Fields) -> tuple[list[str], bool]:
 
 
 def refusal(model: nn.Module, fields: Fields) -> str:
-    """The message of our refusal."""
+    """The error of hra_fx."""
     with pytest.raises(SelectionError) as caught:
         select(model, hra_fx.HRAConfig(r=1, **fields))
     return str(caught.value)
@@ -161,7 +152,7 @@ def adapted(model: nn.Module) -> list[str]:
 
 
 def for_peft(model: nn.Module) -> nn.Module:
-    """A copy with a layer that PEFT's HRA adapts in place of each one that only ours does, so that PEFT selects it."""
+    """A copy in which layers that only hra_fx adapts are replaced with layers that PEFT's HRA adapts."""
     model = copy.deepcopy(model)
     for path, module in list(model.named_modules()):
         if isinstance(module, Conv1D):
@@ -173,8 +164,8 @@ def for_peft(model: nn.Module) -> nn.Module:
 
 
 def compare(model: nn.Module, plain: nn.Module, fields: Fields) -> str:
-    """Compare the two sides; returns the outcome in a word or two."""
-    theirs, idle = by_peft(plain, fields)
+    """Compare PEFT and hra_fx, and return the name of the outcome."""
+    theirs, theirs_warned = by_peft(plain, fields)
     if isinstance(theirs, Exception):
         kinds = [(name, ours) for kind, text, name, ours in REFUSALS if type(theirs) is kind and text in str(theirs)]
         assert len(kinds) == 1, repr(theirs)
@@ -192,8 +183,8 @@ def compare(model: nn.Module, plain: nn.Module, fields: Fields) -> str:
     grouped = [p for p in adapted(theirs) if getattr(model.get_submodule(p), "groups", 1) > 1]
     layers, warned = by_us(model, fields)
     assert layers == adapted(theirs)
-    # To PEFT what modules_to_save keeps from being adapted is excluded too, so that it warns less.
-    assert warned == idle or (warned and fields.get("modules_to_save"))
+    # PEFT counts modules that modules_to_save excludes as excluded, so it warns in fewer cases.
+    assert warned == theirs_warned or (warned and fields.get("modules_to_save"))
     if not grouped:
         return "adapted"
     with pytest.raises(NotImplementedError, match="groups > 1"):
@@ -202,7 +193,7 @@ def compare(model: nn.Module, plain: nn.Module, fields: Fields) -> str:
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_bert, tiny_t5, tiny_swin, Nested])
-def test_what_peft_adapts_is_adapted_and_what_it_refuses_refused(make: Callable[[], nn.Module]) -> None:
+def test_random_configurations(make: Callable[[], nn.Module]) -> None:
     model = built(make)
     plain, seen = for_peft(model), Counter[str]()
 
@@ -212,7 +203,7 @@ def test_what_peft_adapts_is_adapted_and_what_it_refuses_refused(make: Callable[
         seen[compare(model, plain, fields)] += 1
 
     agree()
-    # Else the draws were too odd, or not odd enough, to say much.
+    # The configurations must not be too odd, nor too plain.
     assert seen["adapted"] >= EXAMPLES / 5
     assert seen["no layer"] + seen["unsupported"] >= EXAMPLES / 14
 
@@ -248,7 +239,7 @@ def test_all_linear_and_defaults(make: Callable[[], nn.Module], task_type: str |
         compare(model, for_peft(model), {"target_modules": targets, "task_type": task_type})
 
 
-def test_long_lists_lose_whole_paths_to_layer_indices() -> None:
+def test_layer_indices_restrict_long_lists_of_whole_paths() -> None:
     model = built(tiny_opt)
     everything = list(select(model, hra_fx.HRAConfig(target_modules="all-linear")))
     for names, wanted in (

@@ -1,4 +1,4 @@
-"""The browser that the tests of the page run in: one that is installed; none is fetched."""
+"""The installed browser in which the tests of the page run; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
 def find_browser() -> str | None:
-    """The path of a Chromium, `None` where there is none."""
+    """The path of Chromium, or `None`."""
     return next(filter(None, map(shutil.which, NAMES)), None)

@@ -107,9 +107,10 @@ def stable_diffusion_3() -> Any:
     return quiet(pipe)
 
 
-def flux_transformer() -> diffusers.FluxTransformer2DModel:
+def flux() -> Any:
+    """Without text encoders: `image` gives it random embeddings."""
     torch.manual_seed(0)
-    return diffusers.FluxTransformer2DModel(
+    transformer = diffusers.FluxTransformer2DModel(
         in_channels=4,
         num_layers=1,
         num_single_layers=1,
@@ -119,12 +120,8 @@ def flux_transformer() -> diffusers.FluxTransformer2DModel:
         pooled_projection_dim=16,
         axes_dims_rope=(4, 4, 8),
     )
-
-
-def flux() -> Any:
-    """Without text encoders: `image` gives it random embeddings."""
     pipe = diffusers.FluxPipeline(
-        transformer=flux_transformer(),
+        transformer=transformer,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
         vae=vae(latent_channels=1),
         text_encoder=None,

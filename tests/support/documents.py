@@ -22,7 +22,7 @@ _NAMED = re.compile(r"<[^>]+ (?:id|name)=\"([^\"]+)\"")
 class Block(NamedTuple):
     """A Python program of a document, and the comment before it that says why it is not run, if it has one.
 
-    The comment is "as in FILE", where FILE of the tests has the same lines, or "not run: REASON".
+    The comment is "as in FILE", where FILE of the tests or examples has the same lines, or "not run: REASON".
     """
 
     text: str

@@ -1,4 +1,4 @@
-"""Adapted models of every sort that pictures have to cope with, small."""
+"""Small adapted models of all kinds that pictures must handle."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import hra_fx
 from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.tree import Leaf
 
-#: Names that mean something in some format, and that a module can have which is captured.
+#: Module names with a meaning in some format. A model with them can be captured.
 HOSTILE = (
     *("<script>alert(1)</script>", "a&b", "&lt;", "apo'strophe", "]]>", "-->", "日本", "#quot;", "sla/sh"),
     *("%%{init: {'theme': 'dark'}}%%", "style x:#a;b", "end", "click", "back`tick`", "**bold**", "a@2", "x;y"),
 )
-#: Names that no generated code can hold, so that such a layer stays as it is.
+#: Names that generated code cannot contain, so a model with them cannot be captured.
 UNSPEAKABLE = ('quo"te', "back\\slash\\N")
 
 
@@ -57,9 +57,9 @@ class Turned(nn.Module):
 class Pattern(nn.Module):
     """Equal layers; each third one reads another value."""
 
-    def __init__(self, count: int = 8) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Turned() for _ in range(count))
+        self.layers = nn.ModuleList(Turned() for _ in range(8))
 
     def forward(self, x: Tensor) -> Tensor:
         near, far = x.sin(), x.cos()
@@ -69,7 +69,7 @@ class Pattern(nn.Module):
 
 
 class Chosen(nn.Module):
-    """Stays Python, since its way depends on an argument; its layers have the names that are given."""
+    """Cannot be traced, because its loop depends on an argument. Its layers have the given names."""
 
     def __init__(self, *names: str) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Chosen(nn.Module):
 
 
 def named(*names: str) -> nn.Sequential:
-    """A chain of layers of these names, captured whole."""
+    """A chain of layers with these names, which can be captured."""
     model = nn.Sequential()
     for name in names:
         model.add_module(name, nn.Linear(4, 4))
@@ -123,7 +123,7 @@ def leaves(found: Drawing) -> list[Leaf]:
 
 @cache
 def drawn(name: str) -> nn.Module:
-    """A model with reflections that turn; the same object for every test, which must leave it as it is."""
+    """A model whose reflections rotate. All tests share the object, and must not change it."""
     model = MAKERS[name]()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -16,13 +16,11 @@ from torch import Tensor, fx, nn
 import hra_fx
 
 X = normal(3, 4, 6)
-
-
 IMAGES = normal(4, 2, 3, 8, 8)
 
 
 class Mlp(nn.Module):
-    """Two layers, one of them called twice, and a value that nobody reads."""
+    """Two layers, both called twice, and a value that is not used."""
 
     def __init__(self) -> None:
         super().__init__()

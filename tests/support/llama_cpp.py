@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Continuation(NamedTuple):
-    """What a greedy server said: its tokens, and the log-probabilities of the vocabulary at each place, float64."""
+    """The tokens of a greedy server, and the log-probabilities of the vocabulary at each position, float64."""
 
     tokens: list[int]
     log_probabilities: Tensor

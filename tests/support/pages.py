@@ -1,4 +1,4 @@
-"""A small model with repeated blocks for the tests of the page, as if trained, and what is asked of a page."""
+"""A small adapted model with repeated blocks for the tests of the page, and helpers to read a page."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """`stem` and `head` are left without reflections; the blocks look alike."""
+    """`stem` and `head` have no adapters; the blocks are equal."""
 
-    def __init__(self, blocks: int = 3) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.stem, self.head = nn.Linear(6, 12), nn.Linear(12, 4)
-        self.blocks = nn.Sequential(*(Block(12) for _ in range(blocks)))
+        self.blocks = nn.Sequential(*(Block(12) for _ in range(3)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.blocks(self.stem(x)))
 
 
 def rotated(model: nn.Module) -> nn.Module:
-    """As if trained: each layer further than the one before."""
+    """Rotate as training does, each layer further than the one before."""
     generator = torch.Generator().manual_seed(0)
     vectors = [parameter for name, parameter in model.named_parameters() if ".hra_u." in name]
     with torch.no_grad():
@@ -79,7 +79,7 @@ def unfolded(page: Page) -> list[str]:
 
 
 def facts(page: Page) -> dict[str, str]:
-    """The facts that the panel lists; of a name that comes twice the last one."""
+    """The facts in the panel; for a repeated name, the last one."""
     return {
         row.locator("dt").inner_text(): row.locator("dd").inner_text() for row in page.locator("#panel dl > div").all()
     }

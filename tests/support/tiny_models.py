@@ -51,7 +51,7 @@ def llama(kind: str = "LlamaForCausalLM", **fields: object) -> Any:
         "bos_token_id": 0,
         "eos_token_id": 1,
         "pad_token_id": 2,
-        # Ten times the usual, so that an untrained model does not say the same whatever it reads.
+        # Ten times the default, so that the outputs of an untrained model depend on its inputs.
         "initializer_range": 0.2,
     }
     return getattr(transformers, kind)(transformers.LlamaConfig(**(settings | fields)))
@@ -62,7 +62,7 @@ def t5() -> Any:
     settings = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
     tokens = {"decoder_start_token_id": 2, "eos_token_id": 1, "pad_token_id": 2, "tie_word_embeddings": False}
     model = T5ForConditionalGeneration(T5Config(**settings, **tokens))
-    # As it is initialised, it repeats the token that it was given: the embedding outweighs the layers, and is read out.
+    # Without these changes, a new T5 repeats its input token, because the embedding dominates.
     model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight))
     with torch.no_grad():
         model.shared.weight.mul_(0.1)

@@ -61,7 +61,7 @@ def base() -> nn.Module:
 
 
 def adapted(model: nn.Module | None = None, **fields: Any) -> nn.Module:
-    """With vectors off their start."""
+    """With vectors that differ from their initial values."""
     fields = {"r": 4, "target_modules": ["0", "2"]} | fields
     return off_start(hra_fx.transform(model or base(), HRAConfig(**fields)))
 
@@ -101,7 +101,7 @@ def vectors_from(m: Tensor, d: Tensor) -> Tensor:
 def explicit_pairs(
     model: nn.Module, *, joint: bool = False
 ) -> tuple[list[nn.Parameter], Callable[[], dict[str, Tensor]]]:
-    """Sums and differences that are parameters, and what gives the vectors; `joint` makes one parameter of both."""
+    """Parameters for sums and differences, and a function that returns the vectors; `joint`: one parameter for both."""
     held: dict[str, list[nn.Parameter]] = {}
     for name, vectors in values_of(model).items():
         length = math.sqrt(vectors.shape[-2] * 2 / (3 * vectors.shape[-1]))
@@ -355,7 +355,7 @@ def test_what_is_refused() -> None:
 
 
 def test_the_8_bit_optimizer_of_bitsandbytes() -> None:
-    """Its blocks mix columns, as those of the oracle do."""
+    """It quantizes blocks of several columns, so the oracle is one parameter with the same columns."""
     make = partial(bitsandbytes.optim.AdamW8bit, lr=0.02, min_8bit_size=16)
     model, loss = adapted(base().float()), partial(loss_of, dtype=torch.float32)
     wanted = by_oracle(copy.deepcopy(model), make, loss, joint=True)
@@ -392,8 +392,8 @@ def test_experts_and_layers_of_peft() -> None:
         same(by_pairs(copy.deepcopy(model), AdamW), by_oracle(model, AdamW), 1e-6)
 
 
-def test_a_vector_starts_at_length_one() -> None:
-    """So a rate is that of unit vectors: `L` is the length that `init_vectors` draws."""
+def test_the_initial_length_of_a_vector() -> None:
+    """`L` is the root mean square length of the vectors that `init_vectors` draws."""
     for r in (2, 8):
         drawn = init_vectors(4096, r, apply_GS=False, init_weights=True, dtype=F64)[0]
         assert float(drawn.norm(dim=0).square().mean().sqrt()) == pytest.approx(start_length(4096, r), rel=0.02)

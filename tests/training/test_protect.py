@@ -1,7 +1,7 @@
-"""`protect`: what a model says about texts to keep stays as it was, whatever else it learns.
+"""`protect`: outputs for protected samples stay those of the base model while the model learns others.
 
-The texts are so short that the inputs of each layer span fewer directions than are protected. Then the outputs for them
-stay exactly those of the base model.
+The samples are so short that the inputs of each layer span fewer directions than are protected. Then the outputs for
+them stay exactly the same.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ OTHER = torch.tensor([[11, 4, 8, 13], [3, 10, 12, 6]])
 
 
 class Images(nn.Module):
-    """Convolutions whose patches are few, one with groups, one with another padding, and one over a sequence."""
+    """Convolutions with few patches: one with groups, one with another padding mode, and a Conv1d."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,9 +107,10 @@ def distance(found: Tensor, wanted: Tensor) -> float:
     return float(((found - wanted).norm() / wanted.norm()).detach())
 
 
-def adapted(model: nn.Module, *targets: str) -> tuple[nn.Module, Any]:
-    model = hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=list(targets)))
-    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+def adapted(model: nn.Module, *targets: str, lr: float = 1e-3, **fields: Any) -> tuple[nn.Module, Any]:
+    """A model with adapters, and an optimizer of their vectors."""
+    model = hra_fx.transform(model, hra_fx.HRAConfig(**({"r": 2, "target_modules": list(targets)} | fields)))
+    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
 
 
 def check_kept(model: nn.Module, base: nn.Module, kept: Any, other: Any, bound: float = 1e-9) -> None:
@@ -175,24 +176,21 @@ def test_a_graph_in_bfloat16_and_a_second_adapter_are_protected() -> None:
 
 
 def test_the_directions_are_those_with_the_most_of_the_inputs() -> None:
-    """More inputs than directions: what is left of them is little more than the best subspace leaves."""
+    """More inputs than directions: the directions leave little more of the inputs than the best subspace does."""
     base = llama().eval()
-    model = hra_fx.transform(copy.deepcopy(base), hra_fx.HRAConfig(r=2, target_modules="all-linear"))
+    model, optimizer = adapted(copy.deepcopy(base), target_modules="all-linear")
     seen: dict[str, list[Tensor]] = {}
     for path, layer in base.named_modules():
         if isinstance(layer, nn.Linear):
             layer.register_forward_pre_hook(lambda _, args, path=path: seen.setdefault(path, []).append(args[0]))
     batches = torch.randint(0, 64, (6, 2, 16), generator=torch.Generator().manual_seed(3))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     loader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
     hra_fx.protect(optimizer, model.train(), loader, DIRECTIONS)
     assert all(part.training for part in model.modules())
     with torch.no_grad():
         for batch in batches:
             base(batch)
-    found = {
-        path: hra_fx.training.protect.protected_directions(layer, "default") for path, layer in model.named_modules()
-    }
+    found = {path: protected_directions(layer, "default") for path, layer in model.named_modules()}
     assert found["lm_head"] is None
     for path, inputs in seen.items():
         if path == "lm_head":  # which "all-linear" leaves out
@@ -288,9 +286,7 @@ def test_inputs_are_those_of_each_call() -> None:
     """One tensor with new values in each batch; all inputs of a layer span at most four directions."""
     torch.manual_seed(0)
     base = Written().to(F64)
-    model = hra_fx.transform(
-        copy.deepcopy(base), hra_fx.HRAConfig(r=4, target_modules=["first", "second", "read", "tied"])
-    )
+    model, _ = adapted(copy.deepcopy(base), "first", "second", "read", "tied", r=4)
     kept, other = torch.randn(2, 2, 24, dtype=F64), torch.randn(8, 24, dtype=F64)
     held = torch.empty(2, 24, dtype=F64)
     refilled = (held.copy_(batch) for batch in kept)
@@ -313,8 +309,7 @@ def test_all_patches_of_an_image_count() -> None:
 
 def test_autocast_does_not_hide_weights_that_are_read() -> None:
     base = built("mixtral", torch.float32).eval()
-    fields: dict[str, Any] = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "target_modules": []}
-    model = hra_fx.transform(copy.deepcopy(base), hra_fx.HRAConfig(r=4, **fields))
+    model, optimizer = adapted(base, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
     forward = model.forward
 
     def under_autocast(*args: Any, **kwargs: Any) -> Any:
@@ -322,7 +317,6 @@ def test_autocast_does_not_hide_weights_that_are_read() -> None:
             return forward(*args, **kwargs)
 
     model.forward = under_autocast
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     hra_fx.protect(optimizer, model, [words(KEPT)], DIRECTIONS)
     assert all(row.protected is not None for row in hra_fx.report(model))
 
@@ -347,10 +341,8 @@ def test_each_optimizer_protects_its_own_adapters() -> None:
 
 def test_an_anchor_that_is_loaded_later_is_projected() -> None:
     base = llama().to(F64).eval()
-    config = hra_fx.HRAConfig(r=4, apply_GS=True, target_modules=["q_proj", "up_proj"])
-    other = hra_fx.transform(copy.deepcopy(base), config)
-    model = hra_fx.transform(copy.deepcopy(base), config)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    other, _ = adapted(copy.deepcopy(base), "q_proj", "up_proj", apply_GS=True)
+    model, optimizer = adapted(copy.deepcopy(base), "q_proj", "up_proj", apply_GS=True, lr=0.1)
     hra_fx.protect(optimizer, model, [words(KEPT)], DIRECTIONS)
     model.load_state_dict(other.state_dict())
     output_of(model, words(OTHER)).square().sum().backward()

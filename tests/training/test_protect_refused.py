@@ -1,4 +1,4 @@
-"""What `protect` refuses, with the model unchanged, and what it warns about."""
+"""What `protect` refuses, with the model unchanged."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from training.test_protect import adapted
 
 import hra_fx
-from hra_fx.errors import AdapterError, ConfigError, HRAWarning
+from hra_fx.errors import AdapterError, ConfigError
 
 
 def test_what_cannot_be_protected_is_refused_and_nothing_is_changed() -> None:
@@ -32,32 +32,17 @@ def test_what_cannot_be_protected_is_refused_and_nothing_is_changed() -> None:
         ([x], 2, other, AdapterError, r"no vectors of Sequential.* call protect before"),
         ([x], 2, torch.optim.ASGD(list(optimizer.param_groups[0]["params"])), AdapterError, r"ASGD averages the param"),
         ([x], 2, None, AdapterError, r"must be a torch\.optim\.Optimizer, got NoneType"),
-        (["text"], 2, optimizer, AdapterError, r"must be a tensor, a tuple"),
+        (["text"], 2, optimizer, AdapterError, r"^a batch must be a tensor, .* got str\."),
+        (x, 2, optimizer, AdapterError, r"`batches` must be an iterable of batches, got one batch \(Tensor"),
+        ({"input": x}, 2, optimizer, AdapterError, r"`batches` must be an iterable of batches, got one batch \(dict"),
+        ([torch.randn(2, 7)], 2, optimizer, RuntimeError, "shapes cannot be multiplied"),  # from the model
     ):
         with pytest.raises(kind, match=message):
             hra_fx.protect(used, model, batches, directions)
+    with pytest.raises(AdapterError, match=r"^Linear is a submodule of a transformed model\. Pass the model"):
+        hra_fx.protect(optimizer, model[0], [x], 2)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert "hra_protected" not in optimizer.param_groups[0] and not model[0]._forward_pre_hooks
-
-
-class Unread(nn.Module):
-    """A layer that no batch reaches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.used, self.spare = nn.Linear(6, 6), nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.used(x)
-
-
-def test_layers_without_inputs_are_named_in_a_warning() -> None:
-    model, optimizer = adapted(Unread(), "used", "spare")
-    with pytest.warns(
-        HRAWarning,
-        match=r"protect: these layers get no directions from `batches`, because no batch reached .*: spare\.",
-    ):
-        hra_fx.protect(optimizer, model, [torch.randn(2, 6)], 2)
 
 
 def test_adapters_that_do_not_act_as_they_are_and_other_paths_are_refused() -> None:
@@ -65,7 +50,7 @@ def test_adapters_that_do_not_act_as_they_are_and_other_paths_are_refused() -> N
     x = torch.randn(2, 6)
     hra_fx.protect(optimizer, model, [x], 2)
     wrapped = torch.optim.AdamW(optimizer.param_groups[0]["params"])
-    hra_fx.protect(wrapped, nn.Sequential(model), [nn.functional.pad(x, (0, 0))], 2)
+    hra_fx.protect(wrapped, nn.Sequential(model), [x], 2)
     with pytest.raises(AdapterError, match=r"do not have protected directions for the same layer"):
         wrapped.load_state_dict(optimizer.state_dict())
     model.double()(x.double()).sum().backward()
@@ -73,8 +58,7 @@ def test_adapters_that_do_not_act_as_they_are_and_other_paths_are_refused() -> N
     hra_fx.merge_adapter(model)
     with pytest.raises(AdapterError, match=r"^0\.hra_u\.default is merged into the weight\. Unmerge"):
         hra_fx.protect(optimizer, model, [x.double()], 2)
-    few = hra_fx.transform(nn.Sequential(nn.Linear(8, 8)), hra_fx.HRAConfig(r=5, apply_GS=True, target_modules=["0"]))
-    steps = torch.optim.AdamW([p for p in few.parameters() if p.requires_grad])
+    few, steps = adapted(nn.Sequential(nn.Linear(8, 8)), "0", r=5, apply_GS=True)
     with pytest.raises(ConfigError, match=r"`r` \+ `directions` must be less than the width, got 5 \+ 3 for width 8"):
         hra_fx.protect(steps, few, [torch.randn(2, 8)], 3)
 

@@ -53,14 +53,14 @@ def kept_by(model: nn.Module, optimizer: Any, batches: Any, directions: int, **p
 
 
 def test_earlier_directions_come_first_and_new_ones_are_the_most_of_the_rest() -> None:
-    """Layers of PEFT, and an oracle from the singular values of the inputs without their part in earlier directions."""
+    """For PEFT's layers. The oracle: singular values of the inputs without their parts in earlier directions."""
     base = llama().to(F64).eval()
     model = peft.get_peft_model(copy.deepcopy(base), peft.HRAConfig(r=2, target_modules=["q_proj", "k_proj"]))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     first, second = torch.randint(0, 64, (2, 4, 16), generator=torch.Generator().manual_seed(3))
     before = kept_by(model, optimizer, [first], 6)
     after = kept_by(model, optimizer, [second], 5, previous=before)
-    path = "base_model.model.model.layers.0.self_attn.q_proj"
+    path = "model.layers.0.self_attn.q_proj"
     assert sorted(after) == sorted(before) and torch.equal(after[path][:, :6], before[path])
     torch.testing.assert_close(after[path].mT @ after[path], torch.eye(11, dtype=F64))
     rows: list[Tensor] = []
@@ -72,8 +72,10 @@ def test_earlier_directions_come_first_and_new_ones_are_the_most_of_the_rest() -
     assert (rest - rest @ after[path] @ after[path].mT).square().sum() < 1.05 * best
     again = kept_by(model, optimizer, None, 5, previous=after)
     assert all(torch.equal(again[name], basis) for name, basis in after.items())
-    shared = after[path], after[path.replace("q_proj", "k_proj")]
-    assert shared[0] is shared[1]
+    assert after[path] is after[path.replace("q_proj", "k_proj")]
+    own, optimizer = adapted(base, "q_proj", "k_proj")
+    again = hra_fx.protect(optimizer, own, None, previous=after)
+    assert all(torch.equal(again[name], basis) for name, basis in after.items())
 
 
 @pytest.mark.parametrize("by", ["HRATrainer", "callback"])
@@ -88,6 +90,8 @@ def test_trainers_keep_the_tasks_before(by: str, tmp_path: Path) -> None:
             trainer: Any = HRATrainer(model, arguments, train_dataset=rows, protected_directions=4, **given)
         else:
             callback = ProtectCallback([words(TASKS[number - 1])], 4, protected)
+            with pytest.raises(AdapterError, match=r"the callback does not protect any directions yet\."):
+                _ = callback.protected
             trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[callback] if number else [])
         trainer.train()
         if number:
@@ -122,7 +126,10 @@ class Branches(nn.Module):
 def test_a_layer_that_only_later_samples_reach() -> None:
     model, optimizer = adapted(Branches(), "left", "right")
     x = torch.randn(2, 8)
-    with pytest.warns(HRAWarning, match=r"these layers get no directions from `batches`, .*: right\."):
+    with pytest.warns(
+        HRAWarning,
+        match=r"^protect: these layers get no directions from `batches`, because no batch reached .*: right\.$",
+    ):
         kept = hra_fx.protect(optimizer, model, [x], 2)
     assert {path: tuple(basis.shape) for path, basis in kept.items()} == {"left": (8, 2), "right": (8, 0)}
     with pytest.warns(HRAWarning, match=r"these layers get no directions from `batches`, .*: left\."):
@@ -144,7 +151,15 @@ def test_directions_of_another_model_are_refused() -> None:
         ([], {"0": torch.eye(6, 1), "2": torch.eye(8, 1)}, AdapterError, r"`batches` is empty"),
         ([x], {"0": torch.eye(6, 1), "1": torch.eye(8, 1)}, AdapterError, r"only in the model, .*: 1, 2\."),
         ([x], {"0": torch.eye(6, 1), "2": torch.eye(6, 1)}, AdapterError, r"or have another width: 2\."),
-        ([x], {"0": torch.eye(6, 1), "2": torch.ones(8, 1)}, AdapterError, r"^2: the columns .* are not orthonormal"),
+        ([x], {"0": torch.eye(6, 1), "2": 1}, AdapterError, r"^`previous` must be .* width: 2\."),
+        ([x], torch.eye(6, 1), AdapterError, r"^`previous` must be what protect returned, a dictionary, got Tensor"),
+        ([x], {"0": torch.eye(6, 1), "2": torch.ones(8, 1)}, AdapterError, r"^2: the columns .* must be orthonormal"),
+        (
+            [x],
+            {"0": torch.eye(6, 1), "2": torch.eye(8, 1).long()},
+            AdapterError,
+            r"^2: .* floating-point, but these int64 columns are not\.",
+        ),
         (
             [x],
             {"0": torch.eye(6, 2), "2": torch.eye(8, 2)},
@@ -164,8 +179,7 @@ def test_samples_that_come_again_do_not_lose_their_protection(again: list[int]) 
     model = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 4))
     tasks = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
     before = model(tasks[0]).detach()
-    hra_fx.transform(model, hra_fx.HRAConfig(r=4, target_modules="all-linear"))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model, optimizer = adapted(model, r=4, target_modules="all-linear", lr=0.1)
     kept = hra_fx.protect(optimizer, model, [tasks[0]], 3)
     kept = hra_fx.protect(optimizer, model, [tasks[place] for place in again], 3, kept)
     kept = hra_fx.protect(optimizer, model, [tasks[0]], 3, kept)
@@ -179,32 +193,23 @@ def test_samples_that_come_again_do_not_lose_their_protection(again: list[int]) 
 
 
 def test_a_second_call_replaces_the_directions_and_a_state_has_those_of_layers_that_samples_miss() -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.left, self.right = nn.Linear(16, 4), nn.Linear(16, 4)
-
-        def forward(self, x: Tensor, both: bool = True) -> Tensor:
-            return self.left(x) + (self.right(x) if both else 0.0)
-
-    x = torch.randn(2, 16)
-    model = hra_fx.transform(Model(), hra_fx.HRAConfig(r=2, target_modules="all-linear"))
-    optimizers = [torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]) for _ in range(2)]
-    basis = hra_fx.protect(optimizers[0], model, [x], 2)["right"]
-    state = copy.deepcopy(optimizers[0].state_dict())
+    x = torch.randn(2, 8)
+    model, first = adapted(Branches(), "left", "right")
+    second = torch.optim.AdamW(first.param_groups[0]["params"])
+    basis = hra_fx.protect(first, model, [x, (x, True)], 2)["right"]
+    state = copy.deepcopy(first.state_dict())
     with pytest.warns(HRAWarning, match="right"):
-        hra_fx.protect(optimizers[1], model, [(x, False)], 2)
-    optimizers[1].load_state_dict(state)
-    assert torch.equal(optimizers[1].state_dict()["hra_protected"]["right"], basis)
+        hra_fx.protect(second, model, [x], 2)
+    second.load_state_dict(state)
+    assert torch.equal(second.state_dict()["hra_protected"]["right"], basis)
     with pytest.warns(HRAWarning, match="right"):
-        hra_fx.protect(optimizers[1], model, [(x, False)], 2)
-    assert optimizers[1].state_dict()["hra_protected"]["right"].shape == (16, 0)
+        hra_fx.protect(second, model, [x], 2)
+    assert second.state_dict()["hra_protected"]["right"].shape == (8, 0)
     assert {row.path: row.protected is None for row in hra_fx.report(model)} == {"left": False, "right": True}
 
 
 def test_samples_that_are_drawn_at_random_depend_on_the_seed_of_the_user() -> None:
-    model = hra_fx.transform(nn.Sequential(nn.Linear(16, 4)), hra_fx.HRAConfig(r=2, target_modules=["0"]))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    model, optimizer = adapted(nn.Sequential(nn.Linear(16, 4)), "0")
     data, kept = torch.randn(50, 16), []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -212,14 +217,3 @@ def test_samples_that_are_drawn_at_random_depend_on_the_seed_of_the_user() -> No
         kept.append(hra_fx.protect(optimizer, model, loader, 2)["0"])
     torch.testing.assert_close(kept[0], kept[1])
     assert not torch.allclose(kept[0], kept[2], atol=0.1)
-
-
-def test_one_batch_is_not_taken_for_several() -> None:
-    model = hra_fx.transform(nn.Sequential(nn.Linear(16, 4)), hra_fx.HRAConfig(r=2, target_modules=["0"]))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    for batch in (torch.randn(4, 16), {"input": torch.randn(4, 16)}):
-        with pytest.raises(AdapterError, match="`batches` must be an iterable of batches, got one batch"):
-            hra_fx.protect(optimizer, model, batch, 2)
-    for wrong in ([torch.randn(16, 2)], {"0": 1}):
-        with pytest.raises(AdapterError, match="`previous` must be what protect returned"):
-            hra_fx.protect(optimizer, model, None, 2, wrong)  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ _VALUE = re.compile(r" · (unknown|[\d.]+[°%]?)$")
 
 
 def _svg(file: Path) -> list[str]:
-    """Lines of the tips of the boxes that count, without the values of the heat."""
+    """The lines of the tooltips of boxes with adapted layers, without the values of the heatmap."""
     boxes = [box for box in ElementTree.parse(file).iter() if int(box.get("data-adapted", 0))]
     return [_VALUE.sub("", line) for box in boxes for line in (box.findtext(f"{SVG}title") or "").split("\n")]
 

@@ -1,4 +1,4 @@
-"""`to_networkx`: every model and state that can be looked at, against what fx, hooks and torch.export say of it."""
+"""`to_networkx`, compared with torch.fx, hooks, `torch.export` and the report."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def resnet() -> nn.Module:
     return torchvision.models.resnet18(num_classes=4).eval()
 
 
-def sites_in(graph: nx.DiGraph) -> list[str]:
-    return sorted(site for _, sites in graph.nodes(data="adapted_layers") if sites for site in sites.split("\n"))
+def layers_in(graph: nx.DiGraph) -> list[str]:
+    return sorted(path for _, paths in graph.nodes(data="adapted_layers") if paths for path in paths.split("\n"))
 
 
 def called(model: nn.Module) -> list[str]:
-    """What plain fx says is called, less what passes its input on."""
+    """The modules that torch.fx finds in a plain model."""
     nodes = fx.symbolic_trace(model).graph.find_nodes(op="call_module")
     return [str(node.target) for node in nodes]
 
@@ -41,31 +41,31 @@ def nodes(graph: nx.DiGraph) -> list[dict[str, Any]]:
     return [data for _, data in graph.nodes(data=True)]
 
 
-def site(graph: nx.DiGraph, path: str) -> dict[str, Any]:
+def node_of(graph: nx.DiGraph, path: str) -> dict[str, Any]:
     return next(data for data in nodes(graph) if data.get("adapted_layers") == path)
 
 
-def test_a_plain_model_shows_the_calls_that_fx_sees_and_an_adapted_one_its_sites_among_them() -> None:
+def test_plain_and_adapted_models_have_the_calls_that_fx_finds() -> None:
     model = resnet()
     plain = hra_fx.to_networkx(model)
     assert [data["target"] for data in nodes(plain) if data["op"] == "call_module"] == called(model)
     assert sum(data["parameters"] for data in nodes(plain)) == sum(p.numel() for p in model.parameters())
     assert nx.is_directed_acyclic_graph(plain)
-    assert not sites_in(plain) and not any("skipped" in data for data in nodes(plain))
+    assert not layers_in(plain) and not any("skipped" in data for data in nodes(plain))
     graph = hra_fx.to_networkx(adapted(resnet(), r=3, target_modules=["conv1", "fc"]))
     assert [data["target"] for data in nodes(graph)] == [data["target"] for data in nodes(plain)]
     blocks = [f"layer{stage}.{block}.conv1" for stage in range(1, 5) for block in range(2)]
-    assert sites_in(graph) == sorted(["conv1", "fc", *blocks])
+    assert layers_in(graph) == sorted(["conv1", "fc", *blocks])
     read = nx.parse_graphml("\n".join(nx.generate_graphml(graph, named_key_ids=True)))
     assert (dict(read.nodes(data=True)), list(read.edges)) == (dict(graph.nodes(data=True)), list(graph.edges))
-    found = site(graph, "layer1.0.conv1")
+    found = node_of(graph, "layer1.0.conv1")
     assert (found["d"], found["r"], found["adapters"], found["kind"]) == (64 * 9, 3, "default", "adapted_layer")
     assert (found["detail"], found["module"]) == ("Conv2d 64→64 3x3", "layer1.0")
     skipped = {data["target"] for data in nodes(graph) if "skipped" in data}
     assert skipped == {target for target in called(resnet()) if "conv2" in target or "downsample.0" in target}
 
 
-def test_the_numbers_are_of_the_adapter_in_use_and_where_none_is_of_the_others() -> None:
+def test_values_are_those_of_active_adapters_or_else_of_all() -> None:
     layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     model = adapted(layers, r=1, target_modules=["0"])
     hra_fx.add_adapter(model, "wide", hra_fx.HRAConfig(r=4, target_modules=["0", "2"]))
@@ -86,7 +86,7 @@ def test_a_folded_model_has_the_graph_of_the_base_model() -> None:
         assert nx.utils.graphs_equal(before, after)
 
 
-def test_shapes_are_those_that_hooks_see() -> None:
+def test_shapes_are_those_in_forward_hooks() -> None:
     model = adapted(resnet(), r=2, target_modules=["conv1", "fc"])
     seen: dict[str, str] = {}
 
@@ -104,10 +104,10 @@ def test_shapes_are_those_that_hooks_see() -> None:
     assert {data["dtype"] for data in nodes(graph) if data["shape"]} == {"float32"}
 
 
-def test_a_call_shows_a_whole_graph_of_a_model_that_fx_cannot_trace() -> None:
+def test_example_inputs_give_the_whole_graph_of_a_model_that_fx_cannot_trace() -> None:
     model = adapted(llama(), r=2, target_modules=["q_proj", "v_proj", "gate_proj"])
     graph = hra_fx.to_networkx(model, {"input_ids": IDS})
-    assert sites_in(graph) == sorted(row.path for row in hra_fx.report(model))
+    assert layers_in(graph) == sorted(row.path for row in hra_fx.report(model))
     assert nx.is_weakly_connected(graph)
     path = "model.layers.1.self_attn.q_proj"
     layer = next(data for data in nodes(graph) if path in (data["target"], data["module"]))
@@ -115,21 +115,21 @@ def test_a_call_shows_a_whole_graph_of_a_model_that_fx_cannot_trace() -> None:
 
 
 @QUIET
-def test_an_exported_program_is_drawn_and_has_layers_when_lifted() -> None:
+def test_exported_programs_and_lifted_ones() -> None:
     program = torch.export.export(llama(), (), {"input_ids": IDS, "use_cache": False}, strict=False)
     plain = hra_fx.to_networkx(program)
-    assert not sites_in(plain)
+    assert not layers_in(plain)
     assert nx.utils.graphs_equal(hra_fx.to_networkx(program.module()), plain)
     lifted = hra_fx.transform(hra_fx.lift(program), hra_fx.HRAConfig(r=3, target_modules=["q_proj", "down_proj"]))
     graph = hra_fx.to_networkx(lifted)
-    assert sites_in(graph) == sorted(
+    assert layers_in(graph) == sorted(
         f"model.layers.{i}.{part}" for i in range(2) for part in ("self_attn.q_proj", "mlp.down_proj")
     )
-    found = site(graph, "model.layers.1.mlp.down_proj")
+    found = node_of(graph, "model.layers.1.mlp.down_proj")
     assert (found["d"], found["r"], found["adapters"], found["detail"]) == (64, 3, "default", "Linear 64→32")
 
 
-def test_shared_layers_and_modules_that_read_rotated_weights_count_once() -> None:
+def test_parameters_of_shared_and_read_weights_count_once() -> None:
     encoder = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
     for model, targets in ((Shared(), ["fc"]), (encoder, ["self_attn", "linear1"])):
         count = sum(p.numel() for p in model.parameters())
@@ -137,7 +137,7 @@ def test_shared_layers_and_modules_that_read_rotated_weights_count_once() -> Non
         assert sum(data["parameters"] for data in nodes(hra_fx.to_networkx(model))) == count
 
 
-def test_looking_changes_nothing() -> None:
+def test_the_model_is_unchanged() -> None:
     for model, inputs in ((Cnn().train(), torch.randn(2, 3, 8, 8)), (bert().train(), {"input_ids": IDS})):
         state = copy.deepcopy(model.state_dict())
         kinds = [type(part) for part in model.modules()]
@@ -151,7 +151,7 @@ def test_looking_changes_nothing() -> None:
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-def test_what_cannot_be_looked_at_is_refused() -> None:
+def test_errors() -> None:
     with pytest.raises(VisualizeError, match=r"`model` must be a torch\.nn\.Module, .*, got str\."):
         hra_fx.to_networkx("resnet18")
     program = torch.export.export(nn.Linear(3, 2), (torch.ones(1, 3),))
@@ -177,7 +177,7 @@ def picture(model: nn.Module, folder: Path) -> str:
     return hra_fx.visualize(model, folder / "a.svg").read_text(encoding="utf-8")
 
 
-def test_a_merged_adapter_is_in_use_and_one_that_is_off_is_not(tmp_path: Path) -> None:
+def test_a_merged_adapter_is_shown_as_active_and_a_disabled_one_is_not(tmp_path: Path) -> None:
     model = two_adapters()
     before = picture(model, tmp_path)
     assert "r 6 · d 12" in before
@@ -188,7 +188,7 @@ def test_a_merged_adapter_is_in_use_and_one_that_is_off_is_not(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("model", [nn.Linear(3, 4), nn.Identity(), nn.Sequential(nn.ReLU())])
-def test_a_model_without_parts_that_hold_numbers_is_one_box(model: nn.Module, tmp_path: Path) -> None:
+def test_a_single_layer_or_a_model_without_parameters_is_one_box(model: nn.Module, tmp_path: Path) -> None:
     (data,) = dict(hra_fx.to_networkx(model).nodes(data=True)).values()
     assert (data["name"], data["parameters"]) == (type(model).__name__, sum(p.numel() for p in model.parameters()))
     for ending in ("svg", "html"):
@@ -196,19 +196,19 @@ def test_a_model_without_parts_that_hold_numbers_is_one_box(model: nn.Module, tm
         assert type(model).__name__ in file.read_text(encoding="utf-8")
 
 
-def test_a_single_adapted_layer_is_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_a_single_adapted_layer_is_an_error_that_says_what_to_pass(tmp_path: Path) -> None:
     layer = two_adapters()[0]
     assert [row.path for row in hra_fx.report(layer)] == ["", ""]
     with pytest.raises(VisualizeError, match=r"`model` is a single adapted layer \(Linear\).*path as `focus`"):
         hra_fx.visualize(layer, tmp_path / "a.svg")
 
 
-def test_inputs_that_do_not_fit_are_told_of(tmp_path: Path) -> None:
+def test_example_inputs_of_a_wrong_shape_are_a_warning(tmp_path: Path) -> None:
     with pytest.warns(HRAWarning, match=r"The graph does not run on `example_inputs` .*no shapes"):
         hra_fx.visualize(two_adapters(), tmp_path / "a.svg", example_inputs=torch.zeros(2, 5))
 
 
-def test_a_module_that_is_one_box_tells_of_the_layers_inside() -> None:
+def test_a_module_drawn_as_one_box_has_the_reasons_of_its_layers() -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 4))
     model = hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=r"1"))
     reasons = [data.get("skipped") for data in nodes(hra_fx.to_networkx(model))]

@@ -15,7 +15,7 @@ from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.heatmap import heatmap_of
 from hra_fx.view.html.rendering import render
 from hra_fx.view.opening import Options, focused
-from hra_fx.view.page import render_svg
+from hra_fx.view.svg_file import render_svg
 
 
 @cache

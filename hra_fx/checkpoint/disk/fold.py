@@ -146,7 +146,7 @@ def fold_checkpoint(
     sources = _by_folder(base, adapter_dir)
     _check_apart(base, out, (source for several in sources.values() for source in several))
     adapters = {part: [read_adapter(source) for source in several] for part, several in sources.items()}
-    plan = plan_fold(base, adapters, columns)
+    plan = plan_fold(base, adapters, columns, base_dir)
     rounding = write_result(base, out, plan, overwrite=overwrite, verify=verify, progress=progress)
     changes = [
         (file.part + name, change)

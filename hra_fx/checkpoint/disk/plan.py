@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hra_fx.checkpoint.adapter import Adapter
-from hra_fx.checkpoint.disk.architecture import CONFIG, Architecture
+from hra_fx.checkpoint.disk.architecture import CONFIG, Architecture, Source
 from hra_fx.checkpoint.disk.file_names import FileNames, Untying, untied_config, untying
 from hra_fx.checkpoint.disk.requests import (
     LayerChain,
@@ -162,16 +162,18 @@ class Plan:
     retied_by: list[str] = field(default_factory=list)
 
 
-def plan_fold(base: Path, adapters: Mapping[str, Sequence[Adapter]], columns: Collection[str] | None) -> Plan:
-    """Plan a fold. `adapters` are those of each folder in the base, in order."""
+def plan_fold(
+    base: Path, adapters: Mapping[str, Sequence[Adapter]], columns: Collection[str] | None, given: Source
+) -> Plan:
+    """Plan a fold of the adapters of each folder in the base, in order. `given` is the base as the user named it."""
     plan = Plan()
     for part, own in adapters.items():
-        _plan_part(plan, f"{part}/" if part else "", base / part, own, columns)
+        _plan_part(plan, f"{part}/" if part else "", base / part, own, columns, Path(given) / part)
     return plan
 
 
 def _plan_part(
-    plan: Plan, part: str, folder: Path, adapters: Sequence[Adapter], columns: Collection[str] | None
+    plan: Plan, part: str, folder: Path, adapters: Sequence[Adapter], columns: Collection[str] | None, given: Path
 ) -> None:
     """Add the fold of adapters, in order, into the checkpoint of a folder to the plan."""
     if (folder / CONFIG_NAME).exists():
@@ -185,7 +187,7 @@ def _plan_part(
     # If no set has any layer, the first set reports what is missing.
     folded = [names for names in named if touches(adapters, names)] or named[:1]
     for names in folded:
-        check_base(adapters, names)
+        check_base(adapters, names, given)
         changes, apart = changes_for(adapters, names, columns)
         _plan_set(plan, part, names.found, changes)
         if apart.configs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from hra_fx.checkpoint.adapter import Adapter
 from hra_fx.checkpoint.base_model import compare_names, is_same, other_embeddings
-from hra_fx.checkpoint.disk.architecture import IN_MEMORY
+from hra_fx.checkpoint.disk.architecture import IN_MEMORY, Source
 from hra_fx.checkpoint.disk.file_names import WEIGHTS, FileNames, TensorRef
 from hra_fx.checkpoint.disk.stored import DTYPES, FLOATS, StoredTensor, WeightSet
 from hra_fx.errors import CheckpointError
@@ -192,10 +193,11 @@ def _incomplete(adapter: Adapter, name: str, found: WeightSet) -> CheckpointErro
     )
 
 
-def check_base(adapters: Iterable[Adapter], names: FileNames) -> None:
+def check_base(adapters: Iterable[Adapter], names: FileNames, given: Source) -> None:
     """Check the model in a folder with the row of the base model that adapter files contain.
 
-    Without a row, as in PEFT's files, the names of the models are compared.
+    Without a row, as in PEFT's files, the names of the models are compared. `given` is the folder as the user named it,
+    because a symbolic link may have the name of the model.
     """
     folder = names.architecture.folder
     for adapter in adapters:
@@ -205,7 +207,7 @@ def check_base(adapters: Iterable[Adapter], names: FileNames) -> None:
             if state == "folded":
                 raise row.folded_error(adapter.file, str(folder))
         if state == "unknown":
-            compare_names(adapter.file, adapter.config, str(folder))
+            compare_names(adapter.file, adapter.config, os.path.abspath(given))
 
 
 def _first_row(names: FileNames, path: str, width: int) -> Tensor | None:

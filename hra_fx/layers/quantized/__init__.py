@@ -1,4 +1,4 @@
-"""Linear layers that keep their weight in another form, by one file per library. No library is imported here."""
+"""Quantized linear layers, and those of other libraries: one file for each library. None of them is imported here."""
 
 from hra_fx.layers.quantized.call import call_quantized
 from hra_fx.layers.quantized.find import is_foreign_linear, packed_name, quant_scheme_of

@@ -69,7 +69,7 @@ class FourBit(QuantScheme):
         return None if getattr(layer.weight, "quant_state", None) is not None else _UNPACKED
 
     def why_no_gradient(self, layer: Any) -> str | None:
-        """No gradient after a forward without gradients, if that forward changed the layout."""
+        """A forward without gradients may change the layout, and afterwards no gradient passes."""
         if layer.weight.device.type != "cpu" or not getattr(layer, _FAST, False):
             return None
         return "on this CPU, bitsandbytes does not pass gradients after a call without gradients"

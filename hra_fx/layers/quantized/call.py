@@ -13,7 +13,7 @@ from hra_fx.layers.quantized.scheme import QuantScheme
 
 
 def call_quantized(layer: nn.Module, x: Tensor, run: Callable[[Tensor], Any]) -> Any:
-    """Call a quantized layer by `run`, the library's own forward. Its input `x` gets a gradient in any case.
+    """Call a quantized layer with `run`, the library's own forward. Its input `x` always gets a gradient.
 
     If the library does not compute it, this is the straight-through estimator. With `y = W x` for the dequantized
     weight, the gradient of `x` is `W^T` times the gradient of `y`. If inputs are also quantized, the backward pass

@@ -1,4 +1,4 @@
-"""Find the scheme of a layer."""
+"""Find the quantization scheme of a layer by its class or the class of its weight."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ def quant_scheme_of(layer: nn.Module) -> QuantScheme | None:
 
 
 def is_foreign_linear(layer: nn.Module) -> bool:
-    """Whether a module says that it is linear: it has `in_features`, `out_features`, tensors and no children.
+    """Whether a module looks like a linear layer: it has `in_features`, `out_features`, tensors and no children.
 
     torch.ao's layers are left out: they hide their weight, and some take quantized inputs.
     """
     sizes = vars(layer).get("in_features"), vars(layer).get("out_features")
     if isinstance(layer, nn.Linear) or not all(type(size) is int for size in sizes):
         return False
-    inside = set(layer._modules) - {"hra_u", "hra_saved"}
+    inside = set(layer._modules) - {"hra_u", "hra_saved"}  # constants of `target.py`, which imports this file
     return not inside and bool(tensors_of(layer)) and not type(layer).__module__.startswith("torch.ao.")
 
 
 def packed_name(layer: nn.Module) -> str:
-    """The name of the tensor that stands for the weight of a foreign layer: its largest parameter or buffer."""
+    """The name of the packed weight of a layer of another library: its largest parameter or buffer."""
     return next(iter(tensors_of(layer)))
 
 

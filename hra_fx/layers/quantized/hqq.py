@@ -41,7 +41,7 @@ class HQQ(QuantScheme):
             fresh = made.from_weights(
                 rows.float(), None, settings, compute_dtype=layer.compute_dtype, device=layer.device
             )
-        fresh.W_q.meta = fresh.meta  # the scales go along with the codes
+        fresh.W_q.meta = fresh.meta  # for `put`, which needs the scales too
         return Requantized(fresh.W_q, self.values(fresh))
 
     def put(self, layer: Any, weight: nn.Parameter) -> None:

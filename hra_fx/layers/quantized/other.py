@@ -1,6 +1,6 @@
-"""Linear layers of any library, known only by what they compute: for example GPTQ, AWQ, AQLM or EETQ.
+"""Linear layers of any library, such as GPTQ, AWQ, AQLM or EETQ. Only what they compute is known.
 
-The values of the weight are the outputs for the unit vectors, so nothing has to be known about how they are stored.
+The values of the weight are the outputs for the unit vectors, so hra_fx does not need to know how they are stored.
 """
 
 from __future__ import annotations

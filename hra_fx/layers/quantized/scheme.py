@@ -1,4 +1,4 @@
-"""What a library's quantization scheme has to say about a layer, and the values of any linear layer."""
+"""The interface of the quantization schemes: whether a layer can be adapted, its values, and how to quantize again."""
 
 from __future__ import annotations
 

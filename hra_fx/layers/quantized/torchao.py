@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hra_fx.layers.quantized.scheme import QuantScheme, Requantized
 
-#: Tensor subclasses that store enough to quantize other values in the same way.
+#: Tensor subclasses that store the settings with which they were quantized.
 _MADE = ("Int8Tensor", "IntxUnpackedToInt8Tensor")
 #: The attributes of tensors that quantize inputs; the name depends on the class.
 _OF_INPUTS = ("act_quant_kwargs", "activation_quantization")
@@ -34,7 +34,7 @@ class TorchAO(QuantScheme):
         return f"torchao, {type(weight).__name__}{of}"
 
     def why_no_gradient(self, layer: Any) -> str | None:
-        """No gradient if inputs are quantized."""
+        """Quantizing the inputs stops the gradient."""
         weight = layer._parameters["weight"]
         rounds = any(getattr(weight, name, None) is not None for name in _OF_INPUTS)
         return "its input is quantized, and torchao does not pass gradients through that" if rounds else None

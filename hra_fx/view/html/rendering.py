@@ -32,8 +32,8 @@ from hra_fx.view.drawing import Drawing
 from hra_fx.view.heatmap import Heatmap
 from hra_fx.view.layout import place
 from hra_fx.view.opening import Block, Options, opened
-from hra_fx.view.page import LINE, entries
 from hra_fx.view.svg import draw, number
+from hra_fx.view.svg_file import LINE, entries
 from hra_fx.view.theme import as_css, colored
 from hra_fx.view.tree import Item, Leaf, Scope, span
 
@@ -72,7 +72,7 @@ class _Space(Heatmap):
 def pictures(drawing: Drawing, tree: Scope, options: Options) -> str:
     """The pictures as SVG elements. `data-index` is the number of a box in the data."""
     index = {id(item): number for number, item in enumerate(walk(tree))}
-    space = _Space(values=heat_of(drawing.rows, "rotation"))
+    space = _Space(values=heat_of(drawing.rows, "rotation"))  # any measure: only the layers matter
     found: list[str] = []
     blocks = [opened(tree, options.depth, options.focus or "")]
     for block in blocks:

@@ -31,7 +31,6 @@ from integrations.distributed.trained import (
 from safetensors.torch import load_file
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 import hra_fx
@@ -60,15 +59,10 @@ def fsdp_on_cpu() -> Iterator[None]:
         patch.setattr(AcceleratorState, "__init__", __init__)
         try:
             yield
-        finally:
-            forget(environment)
-
-
-def forget(environment: dict[str, str]) -> None:
-    """What accelerate keeps in the process: its state, and variables."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    os.environ.clear()
-    os.environ.update(environment)
+        finally:  # forget what accelerate keeps in the process: its state, and variables
+            AcceleratorState._reset_state(reset_partial_state=True)
+            os.environ.clear()
+            os.environ.update(environment)
 
 
 def momentum(model: nn.Module) -> torch.optim.Optimizer:
@@ -98,14 +92,6 @@ def without_values(model: nn.Module) -> nn.Module:
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
     return model
-
-
-def falls_back(rank: int, folder: Path) -> None:
-    """Without a word; docs/large-models.md says so."""
-    environment = dict(os.environ)
-    accelerator, model, _ = prepared(CASES["llama"].model(), **BY_BLOCK)
-    assert isinstance(model, DistributedDataParallel) and not accelerator.is_fsdp2
-    forget(environment)
 
 
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -245,7 +231,6 @@ def with_trainer(make: str, config: dict[str, Any], rank: int, folder: Path) -> 
 
 
 CHECKS: dict[str, Check] = {
-    "accelerate falls back to DDP on CPUs": falls_back,
     **{f"accelerate: {way}": functools.partial(trains, way) for way in WAYS},
     **{f"accelerate: {kind}": functools.partial(states, kind) for kind in ("SHARDED_STATE_DICT", "FULL_STATE_DICT")},
     **{

@@ -128,6 +128,7 @@ def test_files_are_byte_for_byte_pefts(tmp_path: Path) -> None:
             loaded = peft.PeftModel.from_pretrained(plain(), tmp_path / "fast", **options)
             assert classes(loaded) != PEFTS
             assert relative_error(loaded(X), model(X)) < 1e-5
+        assert relative_error(loaded.merge_and_unload()(X), model(X)) < 1e-5
 
 
 def test_an_oblong_kernel_starts_as_the_base_model() -> None:

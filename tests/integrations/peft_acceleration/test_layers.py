@@ -26,19 +26,31 @@ def agree(got: list[Tensor], wanted: list[Tensor], bound: float) -> None:
 
 @pytest.mark.parametrize("apply_GS", [False, True], ids=["plain", "GS"])
 @pytest.mark.parametrize("order", [["one", "two"], ["two", "one"]], ids="+".join)
-def test_adapters_act_in_the_order_of_peft(order: list[str], apply_GS: bool) -> None:
+def test_adapters_act_in_the_order_of_peft_and_are_unmerged_in_the_reverse_order(
+    order: list[str], apply_GS: bool
+) -> None:
     model = adapted(nn.Sequential(nn.Linear(10, 6)), "0", adapter="one")
     model.add_adapter("two", peft.HRAConfig(r=2, apply_GS=apply_GS, target_modules=["0"]))
     randomise(model.double())
     x, layer = normal(1, 5, 10), model.base_model.model[0]
+    weight = layer.base_layer.weight.detach().clone()
     model.base_model.set_adapter(order)
     wanted = layer(x)
+    deltas = [layer.get_delta_weight("two", reverse=reverse) for reverse in (False, True)]
     with hra_fx.accelerate_peft(model):
         assert relative_error(layer(x), wanted) < 1e-12
+        for reverse, delta in enumerate(deltas):
+            torch.testing.assert_close(layer.get_delta_weight("two", reverse=bool(reverse)), delta)
+        layer.merge(adapter_names=order)
+        assert relative_error(layer.base_layer(x), wanted) < 1e-12
+        layer.unmerge()
+        assert relative_error(layer.base_layer.weight, weight) < 1e-14
+        with pytest.warns(UserWarning, match="Already unmerged"):
+            layer.unmerge()
         model.base_model.set_adapter("two")
         model.delete_adapter("one")
         q = dense_q(layer.hra_u["two"].detach(), apply_GS=layer.hra_apply_GS["two"])
-        assert relative_error(layer(x), x @ (layer.base_layer.weight @ q).T + layer.bias) < 1e-9
+        assert relative_error(layer(x), x @ (weight @ q).T + layer.bias) < 1e-9
 
 
 @pytest.mark.parametrize("base_dtype", [F32, BF16], ids=str)
@@ -143,22 +155,6 @@ def test_a_layer_is_the_dense_product_also_merged(kind: str, safe: bool, apply_G
     assert not layer.merged and relative_error(layer.base_layer.weight, before) < 1e-14
 
 
-def test_several_adapters_come_out_in_the_reverse_order() -> None:
-    model = adapted(nn.Sequential(nn.Linear(10, 6)), "0", adapter="one")
-    model.add_adapter("two", peft.HRAConfig(r=3, apply_GS=True, init_weights=False, target_modules=["0"]))
-    randomise(model)
-    layer = model.double().base_model.model[0]
-    weight = layer.base_layer.weight.detach().clone()
-    with hra_fx.accelerate_peft(model):
-        layer.merge(adapter_names=["two", "one"])
-        q = dense_q(layer.hra_u["two"], apply_GS=True) @ dense_q(layer.hra_u["one"])
-        assert relative_error(layer.base_layer.weight, weight @ q) < 1e-12
-        layer.unmerge()
-        assert relative_error(layer.base_layer.weight, weight) < 1e-14
-        with pytest.warns(UserWarning, match="Already unmerged"):
-            layer.unmerge()
-
-
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_a_merge_rounds_once(dtype: torch.dtype) -> None:
     layer = one_layer(nn.Linear(64, 32, dtype=dtype), r=8)
@@ -178,16 +174,3 @@ def test_a_merge_of_values_that_are_not_finite_is_refused() -> None:
         layer.merge(safe_merge=True)
     assert torch.equal(layer.base_layer.weight, before)
     assert not layer.merged
-
-
-@pytest.mark.parametrize("apply_GS", [False, True], ids=["plain", "GS"])
-def test_the_delta_weight_is_q(apply_GS: bool) -> None:
-    model = adapted(nn.Sequential(nn.Linear(10, 6)), "0", apply_GS=apply_GS).double()
-    randomise(model)
-    layer = model.base_model.model[0]
-    wanted = [layer.get_delta_weight("default", reverse=reverse) for reverse in (False, True)]
-    with hra_fx.accelerate_peft(model):
-        got = [layer.get_delta_weight("default", reverse=reverse) for reverse in (False, True)]
-    for one, other in zip(got, wanted, strict=True):
-        assert one.dtype is other.dtype
-        assert relative_error(one, other) < 1e-12

@@ -29,7 +29,7 @@ from peft_sides import (
     trained,
 )
 from safetensors.torch import load_file
-from tiny_models import MODELS, inputs, tiny
+from tiny_models import inputs, tiny
 from torch import Tensor, nn
 
 import hra_fx
@@ -60,7 +60,7 @@ ANCHORED: dict[str, dict[str, Any]] = {
     "bias": {"r": 3, "bias": "all"},
     "head": {"r": 2, "apply_GS": True, "modules_to_save": ["head", "embed"], "bias": "hra_only"},
 }
-GOING_ON = ANCHORED | {name: OPTIONS[name] for name in ("GS, even", "conv and linear", "save head, bias all")}
+LOADED = ANCHORED | {name: OPTIONS[name] for name in ("GS, even", "conv and linear", "save head, bias all")}
 anchored = pytest.mark.parametrize("fields", ANCHORED.values(), ids=ANCHORED.keys())
 
 
@@ -161,37 +161,22 @@ def test_anchored_written_here_opened_by_peft(fields: dict[str, Any], tmp_path: 
         assert relative_error(got, wanted) < 10 * TOLERANCE[F64], name
 
 
-@pytest.mark.parametrize("fields", GOING_ON.values(), ids=GOING_ON.keys())
-def test_loaded_here_again_bit_for_bit_and_training_goes_on(fields: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("fields", LOADED.values(), ids=LOADED.keys())
+def test_loaded_here_again_bit_for_bit(fields: dict[str, Any], tmp_path: Path) -> None:
     ours = trained_by_us(F32, fields)
     hra_fx.save_adapter(ours, tmp_path / "a")
     again = hra_fx.load_adapter(net(), tmp_path / "a", is_trainable=True)
-    same_state(ours, again)
+    before, after = ours.state_dict(keep_vars=True), again.state_dict(keep_vars=True)
+    assert after.keys() == before.keys()
+    for key, value in before.items():
+        assert (after[key].dtype, after[key].requires_grad) == (value.dtype, value.requires_grad), key
+        assert torch.equal(after[key], value), key
     specs = [[m.hra_u.specs for m in model.modules() if hasattr(m, "hra_u")] for model in (ours, again)]
     assert specs[0] == specs[1] or fields not in ANCHORED.values()  # a file without an anchor has no start
     hra_fx.save_adapter(again, tmp_path / "b")
     same_tensors(tmp_path / "a", tmp_path / "b")
     configs = [(tmp_path / side / "adapter_config.json").read_bytes() for side in ("a", "b")]
     assert configs[0] == configs[1]
-    for model in (ours, again):
-        two_steps(model)
-    same_state(ours, again)
-
-
-def same_state(one: nn.Module, other: nn.Module) -> None:
-    before, after = one.state_dict(), other.state_dict()
-    assert after.keys() == before.keys()
-    for key, value in before.items():
-        assert after[key].dtype == value.dtype
-        assert torch.equal(after[key], value), key
-
-
-def two_steps(model: nn.Module) -> None:
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    for step in range(2):
-        optimizer.zero_grad()
-        (model(tokens(step)) ** 2).mean().backward()
-        optimizer.step()
 
 
 TASKS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -281,11 +266,3 @@ def test_files_of_several_adapters_go_both_ways(tmp_path: Path) -> None:
         ours.save_pretrained(tmp_path / f"ours{number}", selected_adapters=selected)
         saved_by_peft(theirs, tmp_path / f"theirs{number}", selected_adapters=selected)
         assert folders(tmp_path / f"ours{number}") == folders(tmp_path / f"theirs{number}")
-
-
-def test_a_head_tied_to_the_embedding_counts_once() -> None:
-    base = MODELS["llama"]()
-    base.config.tie_word_embeddings = True
-    base.tie_weights()
-    assert base.lm_head.weight is base.model.embed_tokens.weight
-    same_line(by_peft(base, r=4), by_us(base, r=4))

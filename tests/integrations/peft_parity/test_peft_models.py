@@ -16,7 +16,6 @@ from oracles import dense_q, dense_weight, relative_error
 from peft_sides import (
     CASES,
     F64,
-    by_peft,
     net,
     opened_by_peft,
     peft_warnings_ignored,
@@ -26,8 +25,6 @@ from peft_sides import (
     tokens,
     with_two_by_peft,
 )
-from safetensors.torch import load_file
-from tiny_models import inputs, tiny
 from torch import Tensor, nn
 
 import hra_fx
@@ -112,33 +109,22 @@ def layers_of(model: Any) -> dict[str, Any]:
     return {path: layer for path, layer in base.named_modules() if isinstance(layer, peft.tuners.hra.HRALayer)}
 
 
-def test_the_report_measures_each_adapter_of_each_layer() -> None:
-    model = with_two_by_peft()
-    report = hra_fx.report(model)
-    assert len(report) == 3 * 2 + 1 + 3 * 2  # query and value, conv; query and out
-    for row in report:
-        weight, rotated = dense(layers_of(model)[row.path], row.adapter)
-        assert row.weight_change == pytest.approx(float((rotated - weight).norm() / weight.norm()), rel=1e-9)
-        assert row.active is (row.adapter == "other")
-    assert [layer.path for layer in report.skipped if layer.path.endswith("classifier")] == ["classifier"]
-
-
-def test_the_lora_is_the_change_of_the_weights(tmp_path: Path) -> None:
-    model = by_peft(tiny("llama", torch.float32), r=4, target_modules=["q_proj", "down_proj"], init_weights=False)
-    hra_fx.save_as_lora(model, tmp_path)
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    for path, layer in layers_of(model).items():
-        down, up = (tensors[f"base_model.model.{path}.lora_{side}.weight"].double() for side in "AB")
-        weight, rotated = dense(layer)
-        assert relative_error(weight + up @ down, rotated) < 1e-6, path
-    served = peft.PeftModel.from_pretrained(tiny("llama", torch.float32), tmp_path)
-    assert relative_error(served(**inputs(model)).logits, model(**inputs(model)).logits) < 1e-5
-
-
 @pytest.mark.parametrize("case", [*CASES, "two adapters"])
-def test_fold_gives_the_weights_of_the_dense_product_and_uses_up_the_model(case: str) -> None:
+def test_report_lora_and_fold_are_those_of_the_dense_product(case: str, tmp_path: Path) -> None:
+    """And the fold uses up the model."""
     model = with_two_by_peft() if case == "two adapters" else randomised_by_peft(case)
-    wanted, output = {path: dense(layer)[1] for path, layer in layers_of(model).items()}, model(tokens())
+    report, layers, output = hra_fx.report(model), layers_of(model), model(tokens())
+    assert {row.path for row in report} == layers.keys()
+    assert not any("base_layer" in layer.path for layer in report.skipped)
+    for row in report:
+        weight, rotated = dense(layers[row.path], row.adapter)
+        assert row.weight_change == pytest.approx(float((rotated - weight).norm() / weight.norm()), rel=1e-9)
+        assert row.active is (row.adapter in model.active_adapters)
+    hra_fx.save_as_lora(model, tmp_path)
+    with peft_warnings_ignored():
+        served = peft.PeftModel.from_pretrained(net(F64), tmp_path)
+    assert relative_error(served(tokens()), output) < 1e-5
+    wanted = {path: dense(layer)[1] for path, layer in layers.items()}
     base, plain = model.get_base_model(), net()
     if case == "two adapters":
         with pytest.warns(hra_fx.HRAWarning, match=r"adapters \['default'\] were not active and are removed"):
@@ -194,27 +180,3 @@ def test_models_that_contain_a_model_of_peft() -> None:
         hra_fx.report(model.get_base_model().body)
     with pytest.raises(hra_fx.AdapterError, match=r"^ModuleList contains 2 models with PEFT adapters\. Pass one of"):
         hra_fx.report(nn.ModuleList([model, randomised_by_peft()]))
-
-
-def unordered(model: nn.Module) -> dict[str, object]:
-    """The picture of a model, without the order of its attributes."""
-    found: Any = picture(model)
-    return {**found, "vars": set(found["vars"])}
-
-
-def test_layers_of_peft_without_a_peft_model(tmp_path: Path) -> None:
-    """As `add_adapter` of transformers makes them."""
-    model = tiny("llama")
-    with peft_warnings_ignored():
-        config = peft.HRAConfig(r=4, target_modules=["q_proj"], init_weights=False)
-        peft.inject_adapter_in_model(config, model, adapter_name="mine")
-    model._hf_peft_config_loaded = True
-    before, output = unordered(model), model(**inputs(model)).logits
-    assert [row.adapter for row in hra_fx.report(model)] == ["mine"] * 2
-    hra_fx.save_adapter(model, tmp_path)
-    assert unordered(model) == before
-    again = peft.PeftModel.from_pretrained(tiny("llama"), tmp_path)
-    assert torch.equal(again(**inputs(model)).logits, output)
-    folded = hra_fx.fold(model)
-    assert folded is model and not model._hf_peft_config_loaded and not hasattr(model, "peft_config")
-    assert relative_error(model(**inputs(model)).logits, output) < 1e-6

@@ -1,20 +1,16 @@
-"""A UNet trained as the scripts of diffusers train a LoRA: with PEFT's HRA, and with that accelerated."""
+"""A UNet with adapters that diffusers injects, as its scripts do for a LoRA: PEFT's HRA, and that accelerated."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import peft
-import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from adapting import picture, vectors_of
 from diffusers.training_utils import cast_training_params
 from diffusion_pipelines import image, stable_diffusion
+from one_layer import normal
 from oracles import relative_error
 from peft.tuners.hra.layer import HRALinear
 from safetensors.torch import load_file, save_file
@@ -35,54 +31,29 @@ def adapted(**options: Any) -> Any:
     return unet
 
 
-def train(folder: Path, way: AbstractContextManager[Any]) -> tuple[Any, list[float]]:
-    """Three steps, each saved with its state; after the first, the state is loaded again."""
-    with way as handle:
-        unet = adapted()
-        cast_training_params(unet, dtype=torch.float32)
-        unet.enable_gradient_checkpointing()
-        trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-        assert len(trained) == LAYERS
-        assert all((type(m) is HRALinear) == (handle is None) for m in unet.modules() if isinstance(m, HRALinear))
-        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier test may have had a process group
-        accelerator = Accelerator(cpu=True)
-        unet, optimizer = accelerator.prepare(unet, torch.optim.AdamW(trained, lr=1e-2))
-        unet.train()
-        losses = [step(unet, optimizer, accelerator, seed) for seed in range(2)]
-        accelerator.save_state(str(folder))
-        losses.append(step(unet, optimizer, accelerator, 2))
-        accelerator.load_state(str(folder))
-        losses.append(step(unet, optimizer, accelerator, 2))
-    return accelerator.unwrap_model(unet), losses
+def gradients(unet: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """The prediction and the gradients of a step with gradient checkpointing."""
+    cast_training_params(unet, dtype=torch.float32)
+    unet.enable_gradient_checkpointing()
+    noisy, text = normal(1, 2, unet.config.in_channels, 8, 8), normal(2, 2, 5, unet.config.cross_attention_dim)
+    predicted = unet.train()(noisy.float(), torch.tensor([3, 500]), text.float(), return_dict=False)[0]
+    predicted.square().mean().backward()
+    return predicted.detach(), {name: parameter.grad for name, parameter in vectors_of(unet).items()}
 
 
-def step(unet: Any, optimizer: Any, accelerator: Accelerator, seed: int) -> float:
-    generator = torch.Generator().manual_seed(seed)
-    noise, noisy = torch.randn(2, 2, unet.config.in_channels, 8, 8, generator=generator)
-    text = torch.randn(2, 5, unet.config.cross_attention_dim, generator=generator)
-    with accelerator.accumulate(unet):
-        predicted = unet(noisy, torch.tensor([3, 500]), text, return_dict=False)[0]
-        loss = (predicted - noise).square().mean()
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_([p for p in unet.parameters() if p.requires_grad], 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return float(loss.detach())
+def test_a_step_with_checkpointing_is_that_of_peft() -> None:
+    wanted, theirs = gradients(adapted(init_weights=False))
+    with hra_fx.accelerate_peft():
+        unet = adapted(init_weights=False)
+        assert not any(type(part) is HRALinear for part in unet.modules())
+        found, ours = gradients(unet)
+    assert relative_error(found, wanted) < 1e-5
+    assert ours.keys() == theirs.keys() and len(ours) == LAYERS
+    for name, gradient in theirs.items():
+        assert relative_error(ours[name], gradient) < 1e-3, name
 
 
-def test_it_trains_as_with_peft(tmp_path: Path) -> None:
-    theirs, wanted = train(tmp_path / "theirs", nullcontext())
-    fast, got = train(tmp_path / "fast", hra_fx.accelerate_peft())
-    assert got == pytest.approx(wanted, rel=1e-4)
-    assert got[2] == pytest.approx(got[3], rel=1e-6), "the loaded state continues the run"
-    start = vectors_of(adapted())
-    for name, vectors in vectors_of(fast).items():
-        assert relative_error(vectors - start[name], vectors_of(theirs)[name] - start[name]) < 1e-2, name
-    states: list[dict[str, Tensor]] = [peft.get_peft_model_state_dict(unet) for unet in (fast, theirs)]
-    assert states[0].keys() == states[1].keys() and len(states[0]) == LAYERS
-
-
-def test_saved_loaded_and_given_to_a_pipeline_as_a_lora(tmp_path: Path) -> None:
+def test_saved_loaded_given_to_a_pipeline_as_a_lora_and_folded(tmp_path: Path) -> None:
     pipe, again, served = stable_diffusion(), stable_diffusion(), stable_diffusion()
     base = image(pipe)
     with hra_fx.accelerate_peft():
@@ -93,11 +64,14 @@ def test_saved_loaded_and_given_to_a_pipeline_as_a_lora(tmp_path: Path) -> None:
     wanted = image(pipe)
     assert relative_error(wanted, base) > 1e-2
     assert relative_error(image(again), wanted) < 1e-4
-    # The scripts' own function knows the keys of LoRA only.
-    with pytest.raises(ValueError, match="Could not automatically infer state dict type"):
-        diffusers.utils.convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(pipe.unet))
     before = picture(pipe.unet)
+    assert [row.adapter for row in hra_fx.report(pipe.unet)] == ["default"] * LAYERS
+    hra_fx.save_adapter(pipe.unet, tmp_path / "adapter")
     hra_fx.save_as_lora(pipe, tmp_path / "lora")
     assert picture(pipe.unet) == before
+    again.unet = hra_fx.load_adapter(stable_diffusion().unet, tmp_path / "adapter")
     served.load_lora_weights(tmp_path / "lora")
+    assert relative_error(image(again), wanted) < 1e-4
     assert relative_error(image(served), wanted) < 1e-3
+    assert hra_fx.fold(pipe.unet) is pipe.unet and not hasattr(pipe.unet, "peft_config")
+    assert relative_error(image(pipe), wanted) < 1e-4

@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 import torch
 from adapting import randomise
-from tiny_models import BASES, SHAPES, VOCABULARY, adapted, config_for, llama, pairs, rotated, t5, tokens_of
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from integrations.trl_use.runs import QUESTION, base_model, tokenizer
+from tiny_models import BASES, SHAPES, adapted, config_for, llama, pairs, rotated, t5, tokens_of
 from torch import Tensor
-from transformers import BertForSequenceClassification, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers import BertForSequenceClassification, LlamaForCausalLM, pipeline
 from transformers.utils import find_labels
 
 import hra_fx
@@ -81,29 +79,16 @@ def test_a_model_generates_as_with_the_rotated_weights(kind: str, shape: str, wa
     assert torch.equal(said, say(hra_fx.fold(model), **WAYS[way]))
 
 
-TEXTS = ["w5 w7 w9", "w30 w8 w61 w4 w12"]
-DECODING = {"max_new_tokens": 6, "do_sample": False}
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A word for each token."""
-    words = {"<s>": 0, "</s>": 1, "<pad>": 2} | {f"w{index}": index for index in range(3, VOCABULARY)}
-    plain = Tokenizer(WordLevel(words, unk_token="<pad>"))
-    plain.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=plain, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
-    )
-
-
 # A pipeline says aloud that it does not support a model whose class it does not know.
 @pytest.mark.usefixtures("nothing_is_logged")
 def test_a_pipeline() -> None:
-    texts = []
-    base, model = (BASES["llama"](pad_token_id=2).double() for _ in range(2))
-    model = adapted("llama", "transform", base=model)
+    said, words = [], tokenizer()
+    words.padding_side = "left"
+    base = base_model("SFT").double()
+    model = adapted("llama", "transform", base=copy.deepcopy(base))
     randomise(model)
-    for each in (model.eval(), rotated(base, model)):
-        generate = pipeline("text-generation", model=each, tokenizer=tokenizer(), device="cpu")
-        texts.append(generate(TEXTS, batch_size=2, **DECODING))
-    assert texts[0] == texts[1]
-    assert all(answer[0]["generated_text"].startswith(text) for answer, text in zip(texts[0], TEXTS, strict=True))
+    for each in (model.eval(), rotated(base, model), base):
+        generate = pipeline("text-generation", model=each, tokenizer=words, device="cpu")
+        said.append(generate([QUESTION, "good blue sky"], batch_size=2, max_new_tokens=6, do_sample=False))
+    assert said[0] == said[1] != said[2]
+    assert said[0][0][0]["generated_text"].startswith(QUESTION)

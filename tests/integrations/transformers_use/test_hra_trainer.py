@@ -211,24 +211,24 @@ def test_the_trainers_train_quiet_pairs_for_the_first_examples(tmp_path: Path) -
         assert equal(wanted, trained(maker, copy.deepcopy(start), tmp_path))
 
 
-@pytest.mark.parametrize("maker", [HRATrainer, partial(Trainer, callbacks=[PairCallback()])])
-def test_a_training_continues_in_pairs(maker: Any, tmp_path: Path) -> None:
-    start = adapted("llama", "transform")
+def test_a_training_continues_in_pairs_of_the_same_difference(tmp_path: Path) -> None:
+    start, maker = adapted("llama", "transform"), partial(Trainer, callbacks=[PairCallback()])
     wanted = trained(maker, copy.deepcopy(start), tmp_path / "whole", max_steps=4)
     folder, saving = tmp_path / "run", {"save_strategy": "steps", "save_steps": 2}
     trained(maker, copy.deepcopy(start), folder, max_steps=2, **saving)
-    trainer = trainer_of(maker, "llama", copy.deepcopy(start), folder, **(RUN | {"max_steps": 4} | saving))
-    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
-    assert equal(wanted, vectors_of(trainer.model).values())  # type: ignore[arg-type]
-    if maker is HRATrainer:
-        for difference, message in {
-            0.2: r"saved with difference=0.1.*HRATrainer: pair_difference=0.1",
-            None: r"saved with pairs, difference=0.1.* Pass pair_difference=0.1",
-        }.items():
-            other = partial(HRATrainer, pair_difference=difference)
-            again = trainer_of(other, "llama", copy.deepcopy(start), folder, **(RUN | {"max_steps": 4} | saving))  # type: ignore[arg-type]
-            with pytest.raises(hra_fx.AdapterError, match=message):
-                again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+
+    def again(maker: Any) -> Any:
+        trainer = trainer_of(maker, "llama", copy.deepcopy(start), folder, **(RUN | {"max_steps": 4} | saving))
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+        return vectors_of(trainer.model).values()  # type: ignore[arg-type]
+
+    assert equal(wanted, again(maker))
+    for difference, message in {
+        0.2: r"saved with difference=0.1.*HRATrainer: pair_difference=0.1",
+        None: r"saved with pairs, difference=0.1.* Pass pair_difference=0.1",
+    }.items():
+        with pytest.raises(hra_fx.AdapterError, match=message):
+            again(partial(HRATrainer, pair_difference=difference))
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

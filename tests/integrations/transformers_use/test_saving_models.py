@@ -126,26 +126,22 @@ def test_the_adapter_is_written_whether_it_is_merged_disabled_or_inactive(tmp_pa
             assert (tmp_path / str(number) / name).read_bytes() == (tmp_path / "before" / name).read_bytes()
 
 
-def saved(folder: Path, base: str = "base", **fields: Any) -> Any:
+def saved(folder: Path) -> Any:
     """A language model over the base model of a folder; its adapter is in "adapter"."""
-    llama().save_pretrained(folder / base)
-    model = adapted("llama", "HRAModel", base=LlamaForCausalLM.from_pretrained(folder / base), **fields)
+    llama().save_pretrained(folder / "base")
+    model = adapted("llama", "HRAModel", base=LlamaForCausalLM.from_pretrained(folder / "base"))
     randomise(model)
     model.save_pretrained(folder / "adapter")
     return model
 
 
-def test_its_code_runs(tmp_path: Path) -> None:
+def test_the_code_of_a_card_runs_and_its_metadata(tmp_path: Path) -> None:
     model = saved(tmp_path)
     text = (tmp_path / "adapter" / "README.md").read_text().replace(PLACE, str(tmp_path / "adapter"))
     (load,) = re.findall(r"```python\n(.*?)```", text, re.S)
     names: dict[str, Any] = {"base": LlamaForCausalLM.from_pretrained(tmp_path / "base")}
     exec(load, names)
     assert relative_error(logits_of(names["model"], "llama"), logits_of(model, "llama")) < 1e-5
-
-
-def test_its_metadata(tmp_path: Path) -> None:
-    model = saved(tmp_path, task_type="CAUSAL_LM")
     data = ModelCard.load(tmp_path / "adapter" / "README.md").data.to_dict()
     # A folder cannot be named as the base model: the Hub refuses such a card.
     assert data == {

@@ -1,4 +1,4 @@
-"""The stock Trainer and ours: a run that was stopped goes on as if it never had."""
+"""The stock Trainer and ours: a run that was stopped goes on as if it never had; also after `from_peft`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft_sides import by_peft
+from integrations.trl_use.runs import logs
+from peft_sides import by_peft, same_tensors
 from safetensors.torch import load_file
-from tiny_models import BASES, FIELDS, adapted, trained_in, trainer_of
+from tiny_models import BASES, FIELDS, SHAPES, adapted, llama, trained_in, trainer_of
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
@@ -41,10 +42,6 @@ def run(trainer: str, kind: str, model: nn.Module, folder: Path, **arguments: An
     return trainer_of(TRAINERS[trainer], kind, model, folder, **arguments)
 
 
-def losses(trainer: Trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
 def assert_same_training(model: nn.Module, other: nn.Module) -> None:
     wanted, found = model.state_dict(), other.state_dict()
     assert wanted.keys() == found.keys()
@@ -52,32 +49,33 @@ def assert_same_training(model: nn.Module, other: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trainer", "latest", "kind", "shape"),
+    ("trainer", "latest", "kind", "shape", "fields"),
     [
-        ("stock", True, "bert", "transform"),
-        ("ours", False, "bert", "transform"),
-        ("ours with the term, in pairs", True, "llama", "HRAModel"),
+        ("stock", True, "bert", "transform", {}),
+        ("stock", True, "bert", "HRAModel", {"apply_GS": True}),
+        ("ours", False, "bert", "transform", {"bias": "all"}),
+        ("ours with the term, in pairs", True, "llama", "HRAModel", {}),
     ],
 )
 def test_a_run_that_was_stopped_goes_on_bitwise(
-    trainer: str, latest: bool, kind: str, shape: str, tmp_path: Path
+    trainer: str, latest: bool, kind: str, shape: str, fields: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Six steps at once against three, and three more with new objects from other random numbers."""
-    model = adapted(kind, shape)
+    """Six steps at once against three, and three more with new objects, in the other shape, from other vectors."""
+    model = adapted(kind, shape, **fields)
     whole = run(trainer, kind, model, tmp_path / "whole")
     whole.train()
 
     folder = tmp_path / "parts"
-    stopped = run(trainer, kind, adapted(kind, shape), folder, **EVERY_THIRD)
+    stopped = run(trainer, kind, adapted(kind, shape, **fields), folder, **EVERY_THIRD)
     stopped.add_callback(StopAt(3))
     stopped.train()
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-3"]
 
-    resumed = adapted(kind, shape, seed=77)
+    resumed = adapted(kind, next(other for other in SHAPES if other != shape), seed=77, **fields)
     again = run(trainer, kind, resumed, folder, **EVERY_THIRD)
     again.train(resume_from_checkpoint=True if latest else str(folder / "checkpoint-3"))
     assert again.state.global_step == 6
-    assert losses(again) == losses(whole)
+    assert logs(again, "loss") == logs(whole, "loss")
     assert_same_training(model, resumed)
     assert again.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"]
 
@@ -96,13 +94,19 @@ def test_a_checkpoint_has_the_files_of_pefts_and_one_more(trainer: str, tmp_path
     assert tensors.keys() == trained_in(models["ours"]).keys(), "no base weights"
 
 
-@pytest.mark.parametrize("fields", [{"apply_GS": True}, {"bias": "all"}, {"r": 4}], ids=str)
-def test_every_kind_of_adapter_goes_on_in_the_other_shape_and_trainer(fields: dict[str, Any], tmp_path: Path) -> None:
-    model = adapted("bert", "transform", **fields)
-    run("stock", "bert", model, tmp_path, **EVERY_THIRD).train()
-    resumed = adapted("bert", "HRAModel", seed=77, **fields)
-    run("ours", "bert", resumed, tmp_path, **EVERY_THIRD).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert_same_training(model, resumed)
+def test_it_trains_and_resumes_after_from_peft(tmp_path: Path) -> None:
+    """As with PEFT's own layers, in the same order of random numbers."""
+    found = []
+    for number in range(3):
+        model = by_peft(llama(), **FIELDS["llama"], init_weights=False)
+        trainer = run("stock", "llama", model, tmp_path / str(max(number, 1)), **EVERY_THIRD)
+        if number:
+            hra_fx.from_peft(trainer.model)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "1" / "checkpoint-3") if number == 2 else None)
+        found.append([loss for (loss,) in logs(trainer, "loss")])
+        trainer.save_model(str(tmp_path / f"end-{number}"))
+    assert found[1] == pytest.approx(found[0], rel=1e-3) and found[2] == found[1]
+    same_tensors(tmp_path / "end-1", tmp_path / "end-2")
 
 
 def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:

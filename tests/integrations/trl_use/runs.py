@@ -92,24 +92,22 @@ def base_model(method: str) -> Any:
     return (LlamaForSequenceClassification if method == "reward" else LlamaForCausalLM)(config)
 
 
-def trainer(kind: str, method: str, folder: Path, *, steps: int = 3, **options: Any) -> Any:
+def trainer(kind: str, method: str, folder: Path, base: Any = None, targets: Any = TARGETS, **options: Any) -> Any:
     """A trainer that is ready to train; an accelerated model stays accelerated."""
     make, configure, usual = _TRAINERS[method]
-    arguments: dict[str, Any] = {"gradient_checkpointing": False, "per_device_train_batch_size": 2, **usual, **options}
-    args = configure(
-        output_dir=str(folder),
-        max_steps=steps,
-        logging_steps=1,
-        optim="sgd",
-        learning_rate=0.1,
-        report_to=[],
-        use_cpu=True,
-        bf16=False,  # which TRL takes by default; PEFT then computes Q in bfloat16
-        disable_tqdm=True,
-        **arguments,
-    )
-    fields = {"r": 4, "target_modules": TARGETS, "task_type": "SEQ_CLS" if method == "reward" else "CAUSAL_LM"}
-    model = base_model(method)
+    arguments: dict[str, Any] = {
+        "max_steps": 3,
+        "logging_steps": 1,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "bf16": False,  # which TRL takes by default; PEFT then computes Q in bfloat16
+        "gradient_checkpointing": False,
+        "per_device_train_batch_size": 2,
+    }
+    more = {"output_dir": str(folder), "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    args = configure(**(arguments | more | usual | options))
+    fields = {"r": 4, "target_modules": targets, "task_type": "SEQ_CLS" if method == "reward" else "CAUSAL_LM"}
+    model = base_model(method) if base is None else base
     given: dict[str, Any] = {"train_dataset": Dataset.from_list(_DATA[method]), "processing_class": tokenizer()}
     if method == "GRPO":
         given["reward_funcs"] = _longer_is_better

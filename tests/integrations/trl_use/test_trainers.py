@@ -123,24 +123,19 @@ def reference_logps() -> float:
     return float(logits[0, :-1].gather(1, tokens[0, 1:, None])[len(prompt) - 1 :].sum())
 
 
-@pytest.mark.parametrize("kind", [FAST, SLOW_OURS])
+@pytest.mark.parametrize("kind", [FAST, SLOW_OURS, pytest.param(NAMED, marks=pytest.mark.slow)])
 def test_grpo(kind: str, tmp_path: Path) -> None:
-    """With a penalty for the distance from the base model, which TRL knows of a PeftModel only."""
+    """With a penalty for the distance from the base model, which TRL knows of a PeftModel only.
+
+    It asks for a second model if it is made with `beta`, and reads the attribute at each step.
+    """
     beta = 0.0 if kind == OURS else 0.5
-    _, fast = trained_alike(kind, "GRPO", tmp_path, *(["kl"] if beta else []), "reward", beta=beta)
-    assert fast.ref_model is None
-    if beta:
-        assert logs(fast, "kl")[-1][0] > 1e-5
-
-
-@pytest.mark.slow
-def test_grpo_with_the_adapters_off_as_its_reference(tmp_path: Path) -> None:
-    """TRL asks for a second model when it is made with `beta`, and reads the attribute at each step."""
-    theirs, ours = trainer(PEFT, "GRPO", tmp_path, beta=0.5), trainer(NAMED, "GRPO", tmp_path, beta=0.0)
-    ours.beta = 0.5
-    train_alike(theirs, ours, "kl", "reward")
-    assert ours.ref_model is None
-    assert logs(ours, "kl")[-1][0] > 1e-5
+    theirs = trainer(PEFT, "GRPO", tmp_path, beta=beta)
+    other = trainer(kind, "GRPO", tmp_path, beta=beta if kind == FAST else 0.0)
+    other.beta = beta
+    train_alike(theirs, other, *(["kl"] if beta else []), "reward")
+    assert other.ref_model is None
+    assert not beta or logs(other, "kl")[-1][0] > 1e-5
 
 
 @pytest.mark.needs("trl>=1.16")

@@ -1,4 +1,4 @@
-"""The 3-D parameter of adapted experts as its readers and whole models see it, against dense rotated weights."""
+"""Adapted experts, read in a forward and in whole models, compared with dense rotated weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXPERTS, D, OUT = 4, 6, 5
 
 
 class Experts(nn.Module):
-    """A parameter of one layout."""
+    """A module with a 3-D parameter in one of the two layouts."""
 
     def __init__(self, is_transposed: bool) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ def test_each_model_equals_dense_rotated_experts(
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_no_rotated_weight_is_kept_for_backward(implementation: str) -> None:
-    """Whatever autograd saves in the shape of an expert's weight is one of the base model's."""
+    """Every tensor that autograd saves in the shape of an expert's weight is a weight of the base model."""
     dtype = torch.float32 if implementation == "grouped_mm" else torch.float64
     model = hra_fx.transform(built("qwen3_moe", dtype, implementation), experts_config())
     randomise(model)

@@ -1,4 +1,4 @@
-"""Adapters of quantized models as LoRA: the factors are the change of the dequantized weight, and PEFT adds it."""
+"""LoRA files of adapters on quantized models: their product is the change of the dequantized weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Outputs and gradients over quantized weights, also of mixed batches, against dense products in float64."""
+"""Outputs and gradients of layers with quantized weights, compared with dense products in float64."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def test_output_and_gradient_are_those_of_the_rotated_weight(scheme: str) -> Non
     assert relative_error(output, wanted) < SCHEMES[scheme].tolerance
     assert relative_error(hra_fx.effective_weight(model[0]), rotated(model[0])) < 1e-5
     if scheme not in DYNAMIC:
-        for ours, due in zip(gradients(model, output, weights), gradients(model, wanted, weights), strict=True):
-            assert relative_error(ours, due) < 1e-5
+        for ours, expected in zip(gradients(model, output, weights), gradients(model, wanted, weights), strict=True):
+            assert relative_error(ours, expected) < 1e-5
     with torch.no_grad():
-        # bitsandbytes rounds inputs to 8 bits where it does not train.
+        # Without gradients, bitsandbytes rounds inputs to 8 bits.
         tolerance = max(SCHEMES[scheme].tolerance, 3e-2 if scheme == "bnb int8" else 0)
         assert relative_error(model.eval()(x), dense(model, x)) < tolerance
 
@@ -55,7 +55,7 @@ def test_output_and_gradient_are_those_of_the_rotated_weight(scheme: str) -> Non
 def test_start_is_the_base_model(scheme: str) -> None:
     x = inputs()
     base, model = quantized(scheme).train(), hra_fx.transform(quantized(scheme), config(r=3, apply_GS=True)).train()
-    # Rounding of inputs to 8 bits may tip, and does so by one step in 255.
+    # A difference in the last bit may change how an input is rounded to 8 bits, by one step of 255.
     assert relative_error(model(x), base(x)) < (1e-2 if scheme in DYNAMIC else 1e-5)
 
 
@@ -72,7 +72,7 @@ class Reader(nn.Module):
 
 @pytest.mark.parametrize("scheme", [name for name in SCHEMES if name.startswith("ao")])
 def test_another_module_reads_the_rotated_dequantized_weight(scheme: str) -> None:
-    """Inputs are not quantized then, whatever the scheme."""
+    """The other module does not quantize inputs, even if the scheme does."""
     model = hra_fx.transform(Reader(quantized(scheme)[0]), config("layer"))
     randomise(model)
     x, weights = inputs(), torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
@@ -87,25 +87,25 @@ def test_another_module_reads_the_rotated_dequantized_weight(scheme: str) -> Non
 
 @pytest.mark.parametrize("scheme", DYNAMIC)
 def test_gradient_goes_straight_through_rounded_inputs(scheme: str) -> None:
-    """Of one layer, whose output is linear in its input, the rounding leaves the gradient as it is."""
+    """The gradient of a single layer does not depend on the rounding of its input."""
     layer, x, weights = adapted(scheme)[0], inputs(), torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
     x.requires_grad_()
     ours = torch.autograd.grad((layer(x) * weights).sum(), [layer.hra_u["default"], x])
     output = x.double() @ rotated(layer).mT
-    due = torch.autograd.grad((output * weights).sum(), [layer.hra_u["default"], x])
-    for mine, theirs in zip(ours, due, strict=True):
+    expected = torch.autograd.grad((output * weights).sum(), [layer.hra_u["default"], x])
+    for mine, theirs in zip(ours, expected, strict=True):
         assert relative_error(mine, theirs) < 1e-5
 
 
-class OfInference(Packed):
+class WithoutAutograd(Packed):
     def forward(self, x: Tensor) -> Tensor:
         with torch.inference_mode():
             return super().forward(x)
 
 
-def test_gradient_passes_a_kernel_of_inference() -> None:
-    """AWQ's kernels for GPUs make inference tensors, which autograd does not take."""
-    model = hra_fx.transform(nn.Sequential(OfInference(nn.Linear(WIDTH, 32))), config("0"))
+def test_gradient_passes_a_kernel_that_returns_inference_tensors() -> None:
+    """AWQ's kernels for GPUs return inference tensors, which autograd cannot use."""
+    model = hra_fx.transform(nn.Sequential(WithoutAutograd(nn.Linear(WIDTH, 32))), config("0"))
     randomise(model)
     x = inputs().requires_grad_()
     (ours,) = torch.autograd.grad(model(x).sum(), [x])
@@ -134,12 +134,14 @@ def test_a_base_that_was_evaluated_before_is_trained(scheme: str) -> None:
     randomise(model)
     ours = gradients(model, model(x), weights)
     fresh = adapted(scheme)
-    for mine, due in zip(ours, gradients(fresh, dense(fresh, x), weights), strict=True):
-        assert relative_error(mine, due) < 2e-2, "scales are rounded to bfloat16, and are those of their own blocks"
+    for mine, expected in zip(ours, gradients(fresh, dense(fresh, x), weights), strict=True):
+        assert relative_error(mine, expected) < 2e-2, (
+            "scales are rounded to bfloat16, and are those of their own blocks"
+        )
 
 
 @pytest.mark.parametrize("scheme", FEW)
-def test_several_adapters_switch_scale_and_come_off(scheme: str) -> None:
+def test_several_adapters_are_switched_scaled_disabled_and_deleted(scheme: str) -> None:
     model, x, tolerance = adapted(scheme), inputs(), SCHEMES[scheme].tolerance
     alone = dense(model, x)
     hra_fx.add_adapter(model, "other", config(r=3))
@@ -161,16 +163,16 @@ def test_under_autocast(scheme: str) -> None:
     model, x, weights = adapted(scheme), inputs(), weighting()
     with torch.autocast("cpu", torch.bfloat16):
         output = model(x)
-    ours, due = gradients(model, output, weights), gradients(model, dense(model, x), weights)
+    ours, expected = gradients(model, output, weights), gradients(model, dense(model, x), weights)
     assert relative_error(output, dense(model, x)) < max(3e-2, SCHEMES[scheme].tolerance)
-    for mine, theirs in zip(ours, due, strict=True):
+    for mine, theirs in zip(ours, expected, strict=True):
         assert mine.dtype == torch.float32
         assert relative_error(mine, theirs) < max(5e-2, SCHEMES[scheme].tolerance)
 
 
 @pytest.mark.parametrize("scheme", [name for name in FEW if name.startswith("ao")])
-def test_no_floating_point_weight_waits_for_the_backward(scheme: str) -> None:
-    """What torchao keeps for it, a copy of each weight, is left out."""
+def test_no_floating_point_weight_is_kept_for_the_backward(scheme: str) -> None:
+    """torchao itself keeps a floating-point copy of each weight."""
     model, x = adapted(scheme), inputs()
     kept: list[torch.Size] = []
 
@@ -183,14 +185,14 @@ def test_no_floating_point_weight_waits_for_the_backward(scheme: str) -> None:
     assert kept and not {torch.Size((64, 128)), torch.Size((128, 64)), torch.Size((128, 32))} & set(kept)
 
 
-# TorchDynamo makes an object of every custom autograd function that it meets, bitsandbytes' too.
+# TorchDynamo creates an object of each custom autograd function that it traces, including those of bitsandbytes.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_one_graph_of_a_compiler_computes_and_trains_the_same() -> None:
+def test_a_compiled_model_computes_and_trains_the_same() -> None:
     model, x, weights = adapted("bnb nf4"), inputs(), weighting()
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    due = gradients(model, model(x), weights)
-    for ours, theirs in zip(gradients(model, compiled(x), weights), due, strict=True):
+    expected = gradients(model, model(x), weights)
+    for ours, theirs in zip(gradients(model, compiled(x), weights), expected, strict=True):
         assert relative_error(ours, theirs) < 1e-5
 
 

@@ -1,4 +1,4 @@
-"""Adapters over quantized weights are saved, loaded and reported as over any; whole models as far as libraries go."""
+"""Quantized models with adapters: saving, loading, reports, and whole models as far as their libraries support it."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ def test_a_report_a_picture_and_a_graph(scheme: str, tmp_path: Path) -> None:
     assert torch.equal(graph(inputs()), model(inputs()))
 
 
-# ---- the share of a quantized weight that turns, against dense projectors in float64 ----
+# ---- the share of a quantized weight that is rotated, compared with dense projectors in float64 ----
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_it_is_of_the_rounded_weight_and_changes_nothing(scheme: str) -> None:
-    """The weights are chosen so that rounding shows: all of a row but one entry is lost in 8 bits, and more in 4."""
+def test_share_is_that_of_the_dequantized_weight_and_changes_nothing(scheme: str) -> None:
+    """One large entry in each row makes the rounding error large."""
     base = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 32))
     with torch.no_grad():
         for layer in (base[0], base[2]):
@@ -83,8 +83,8 @@ def test_it_is_of_the_rounded_weight_and_changes_nothing(scheme: str) -> None:
     assert torch.equal(model(x), output)
 
 
-def test_after_evaluation_too() -> None:
-    """Where a forward without gradients may have changed the layout of the weight."""
+def test_share_after_an_evaluation() -> None:
+    """A forward without gradients may change the layout of the weight."""
     for scheme in ("bnb nf4", "bnb fp4 nested", "bnb int8"):
         model = adapted(scheme)
         before = [row.share for row in hra_fx.report(model)]
@@ -93,7 +93,7 @@ def test_after_evaluation_too() -> None:
         assert [row.share for row in hra_fx.report(model)] == before
 
 
-def test_what_no_kernel_can_read_is_not_a_number() -> None:
+def test_share_of_a_weight_that_cannot_be_dequantized_is_nan() -> None:
     model = hra_fx.transform(int4(), config("0"))
     randomise(model)
     (row,) = hra_fx.report(model)
@@ -101,7 +101,7 @@ def test_what_no_kernel_can_read_is_not_a_number() -> None:
     assert row.angle > 0
 
 
-# ---- models of transformers that are quantized as they are loaded, the usual way in ----
+# ---- models of transformers that are quantized while they are loaded ----
 
 CONFIGS: dict[str, Callable[[], Any]] = {
     "bnb int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
@@ -138,7 +138,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def of_hqq() -> Any:
-    """A model of which hqq has replaced the layers: transformers 5 does not load such models."""
+    """A model whose layers are replaced with those of hqq: transformers 5 does not load such models."""
     model = llama(hidden_size=64, intermediate_size=128)
     for block in model.model.layers:
         for part in (block.self_attn, block.mlp):
@@ -186,9 +186,8 @@ def test_folded_models_are_saved_and_loaded(name: str, folder: Path, tmp_path: P
     randomise(model)
     with pytest.warns(HRAWarning, match="14 weights were quantized again"):
         hra_fx.fold(model, requantize=True)
-    model.save_pretrained(
-        tmp_path
-    )  # first, for bitsandbytes changes the layout of weights where it evaluates (AVX512-BF16)
+    # Before the evaluation, in which bitsandbytes may change the layout of weights (AVX512-BF16).
+    model.save_pretrained(tmp_path)
     assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model), atol=1e-3)
 
 

@@ -79,10 +79,10 @@ def check_layer(plain: Any, layer: Any) -> None:
         q = q @ (torch.eye(len(u)).double() - 2 * torch.outer(v, v) / (v @ v))
     x = torch.randn(3, layer.in_features, requires_grad=True)
     grad = torch.randn(3, len(weight))
-    output, due = layer(x), x.double() @ (weight @ q).mT
-    equal(output, due, "output")
+    output, expected = layer(x), x.double() @ (weight @ q).mT
+    equal(output, expected, "output")
     ours = torch.autograd.grad(output, [x, layer.hra_u["default"]], grad)
-    for mine, theirs in zip(ours, torch.autograd.grad(due, [x, u], grad.double()), strict=True):
+    for mine, theirs in zip(ours, torch.autograd.grad(expected, [x, u], grad.double()), strict=True):
         equal(mine, theirs, "gradient")
 
 

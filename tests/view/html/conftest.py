@@ -1,4 +1,4 @@
-"""A headless Chromium, and pages in it that must not ask for anything and must not complain."""
+"""A headless Chromium, and pages in it that must not request, log or raise anything."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from browser import find_browser
 from playwright.sync_api import Browser, Page, sync_playwright
 
-# Without a browser nothing here can run; the end of the test run says so (see tests/conftest.py).
+# The tests need a browser. If there is none, the end of the test run says so (see tests/conftest.py).
 collect_ignore_glob = [] if find_browser() else ["test_*.py"]
 
 Open = Callable[..., Page]
@@ -18,7 +18,7 @@ Open = Callable[..., Page]
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """One for each file of tests: playwright's event loop would be in the way of others'."""
+    """One for each test file, because the event loop of playwright disturbs other tests."""
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=find_browser(), args=["--no-sandbox"])
         yield browser
@@ -27,7 +27,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def open_page(browser: Browser, tmp_path: Path) -> Iterator[Open]:
-    """Opens the text of a page from a file; afterwards no page may have had a message, an error or a request."""
+    """Opens a page from its text. The test fails if a page logs a message, raises an error or sends a request."""
     heard: list[str] = []
     contexts = []
 

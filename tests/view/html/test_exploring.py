@@ -1,4 +1,4 @@
-"""Opening modules, finding layers, moving about: by mouse and by keyboard."""
+"""Opening modules, finding layers and selecting boxes, by mouse and by keyboard."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_click_opens_a_module_in_place_and_its_mark_closes_it(closed: Page, cl
     expect(box(closed, "up")).to_have_count(0)
 
 
-def test_a_search_knows_classes_and_expressions(closed: Page) -> None:
+def test_search_by_name_class_and_regular_expression(closed: Page) -> None:
     assert search(closed, "layernorm") == [f"blocks.{index}.norm" for index in range(3)]
     assert search(closed, "no such layer") == []
     assert closed.locator("#found").inner_text() == "nothing found"
@@ -56,7 +56,7 @@ def test_a_search_knows_classes_and_expressions(closed: Page) -> None:
     expect(box(closed, "up")).to_be_in_viewport()
 
 
-def test_the_keyboard_does_it_all(closed: Page) -> None:
+def test_keyboard(closed: Page) -> None:
     press = closed.keyboard.press
     press("ArrowDown")
     assert selected(closed) == "x"
@@ -101,7 +101,7 @@ def test_an_address_names_open_modules_and_a_layer_and_back_works(closed: Page, 
     assert page.locator("#panel h3.instance").inner_text() == "blocks.1.down"
 
 
-def test_shapes_of_values_are_beside_edges_until_they_are_hidden(open_page: Open) -> None:
+def test_shapes_of_values_are_shown_and_hidden(open_page: Open) -> None:
     page = open_page(render(drawing_of(trained_net(), torch.randn(5, 6)), Options()))
     shapes = page.locator("#scroller .shape")
     assert shapes.all_text_contents() == ["5×6", "5×12", "5×12", "5×4", *["5×12", "5×24", "5×24", "5×12"]]

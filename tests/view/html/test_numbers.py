@@ -16,7 +16,7 @@ from hra_fx.view.html.rendering import STEPS
 
 Open = Callable[..., Page]
 FILL = "element => getComputedStyle(element).fill"
-#: Texts that leave their box.
+#: Finds texts that are not inside their box.
 OUTSIDE = """() => [...document.querySelectorAll("#scroller text")].filter((text) => {
   const [a, b] = [text, text.closest("g").querySelector(":scope > .frame")].map((part) => part.getBoundingClientRect());
   return a.left < b.left || a.right > b.right || a.top < b.top || a.bottom > b.bottom;
@@ -60,7 +60,7 @@ def test_the_panel_shows_the_row_of_the_report(open_page: Open) -> None:
         assert angles == [f"plane {i}: {math.degrees(a):.2f}°" for i, a in enumerate(row.angles, start=1)]
 
 
-def test_a_repeat_has_a_row_for_each_of_its_layers(open_page: Open) -> None:
+def test_a_box_of_repeated_layers_has_a_table_with_a_row_for_each(open_page: Open) -> None:
     model = trained_net()
     page = open_page(page_of(model))
     box(page, "down").click()
@@ -76,7 +76,7 @@ def test_a_repeat_has_a_row_for_each_of_its_layers(open_page: Open) -> None:
     assert page.locator("#panel .which").inner_text().startswith("Layer 2 of 3")
 
 
-def test_heat_has_the_colors_and_means_of_the_report(open_page: Open) -> None:
+def test_a_heatmap_has_the_colors_and_means_of_the_report(open_page: Open) -> None:
     """The page opens with the change of the weight."""
     model = trained_net()
     page = open_page(page_of(model))

@@ -33,7 +33,7 @@ def labels(page: Page) -> list[str]:
     return [label.split(",")[0] for label in boxes(page).evaluate_all("all => all.map(box => box.ariaLabel)")]
 
 
-def test_the_page_tells_what_it_shows(open_page: Open) -> None:
+def test_title_facts_and_boxes(open_page: Open) -> None:
     model = trained_net()
     page = open_page(page_of(model))
     drawing = drawing_of(model)
@@ -73,7 +73,7 @@ def test_a_model_without_adapters_has_a_plain_view(open_page: Open, model: nn.Mo
 
 
 def hostile_drawing() -> Drawing:
-    """Layers of such names in a row; not all of them can be given to modules that are transformed."""
+    """A chain of layers with names that modules cannot all have."""
     picture: nx.DiGraph[str] = nx.DiGraph(traced=frozenset({""}), classes={"": HOSTILE[0]}, details={})
     row = hra_fx.report(trained_net()).rows[0]
     rows = []

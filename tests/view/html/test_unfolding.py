@@ -1,4 +1,4 @@
-"""Modules that are opened inside the picture of a random model: what is around them makes room."""
+"""Modules that are opened inside the picture of a random model: boxes and edges around them make room."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hra_fx.view.tree import Leaf
 
 Open = Callable[..., Page]
 
-#: What is wrong in the picture, as the browser places it: boxes that overlap or leave their module, edges that do not
+#: Lists errors in the picture, as the browser lays it out: boxes that overlap or leave their module, edges that do not
 #: begin and end at their boxes and ports, that cross boxes, or that leave their module.
 WRONG = """() => {
   const found = [];
@@ -69,7 +69,7 @@ TWISTS = "#scroller g:has(> .twist)"
 
 
 def random_drawing(seed: int) -> Drawing:
-    """Operations in modules up to three levels deep, which read values from near and from far."""
+    """Operations in modules up to three levels deep, which read recent and earlier values."""
     choose = random.Random(seed)
     picture: nx.DiGraph[str] = nx.DiGraph(traced=frozenset({""}), classes={}, details={})
 

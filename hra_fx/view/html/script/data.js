@@ -102,7 +102,7 @@ export function marksOf(item) {
 }
 
 /**
- * The layers in a box that could carry reflections and do not.
+ * The layers in a box that could have an adapter but do not.
  * @param {Item} item
  * @returns {string[]}
  */

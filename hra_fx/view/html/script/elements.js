@@ -63,7 +63,7 @@ export function withUnit(value, unit) {
   if (Number.isNaN(value)) return "unknown";
   if (value > 0 && value < 1e-6) return value.toExponential(0) + unit;
   if (value > 0 && value < 0.1) return Number(value.toPrecision(2)).toFixed(decimals(value)).replace(/0+$/, "") + unit;
-  return value ? value.toFixed(unit ? 1 : 3) + unit : `0${unit}`;
+  return value ? value.toFixed(1) + unit : `0${unit}`;
 }
 
 /**

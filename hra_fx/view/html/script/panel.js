@@ -135,7 +135,7 @@ export class Panel {
   /** The skipped layers of the whole drawing. */
   showSkipped() {
     const paths = this.drawing.skipped.map(({ path }) => path);
-    const words = "These layers could have an adapter and have none.";
+    const words = "These layers could have an adapter, but do not have one.";
     const reasons = html("section", { class: "not-adapted" }, html("p", {}, words), ...this.#reasoned(paths));
     this.#open(`${counted(paths.length, "layer")} not adapted`, [reasons]);
   }

@@ -122,7 +122,7 @@ function matcher(query) {
 }
 
 /**
- * Every module once, at the box that carries its reflection if there is one; operations by their scope and name.
+ * Every module once, at the box with its adapter if there is one; operations by their scope and name.
  * @param {Item[]} items
  * @returns {Entry[]}
  */

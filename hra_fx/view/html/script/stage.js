@@ -151,8 +151,7 @@ export class Stage {
   }
 
   get #size() {
-    const { width, height } = this.picture.viewBox.baseVal;
-    return { width, height };
+    return this.picture.viewBox.baseVal;
   }
 
   /** Fit the width, as far as the text stays readable. */

@@ -1,4 +1,4 @@
-"""Error output, help, the version, the page docs/cli.md, and other things that all commands share."""
+"""What all commands share: errors, help, the version, colors, and the page docs/cli.md."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from cli.shell import Answer, answer
 from typer.testing import CliRunner
 
 import hra_fx
-from hra_fx.cli import screen
 from hra_fx.cli.screen import ErrorHandlingGroup
 from hra_fx.errors import CheckpointError, HRAWarning
 
@@ -45,7 +44,7 @@ def group(raised: BaseException) -> typer.Typer:
     return app
 
 
-def test_an_error_is_a_line_and_a_defect_or_debug_a_traceback() -> None:
+def test_an_error_is_one_line_but_a_bug_and_debug_show_a_traceback() -> None:
     app = group(CheckpointError("x: is not empty."))
     done = CliRunner().invoke(app, ["fail"])
     assert (done.exit_code, done.stdout) == (2, "")
@@ -57,7 +56,7 @@ def test_an_error_is_a_line_and_a_defect_or_debug_a_traceback() -> None:
     assert isinstance(CliRunner().invoke(group(KeyError("defect")), ["fail"]).exception, KeyError)
 
 
-def test_ctrl_c_is_a_line() -> None:
+def test_ctrl_c_prints_one_line() -> None:
     done = CliRunner().invoke(group(KeyboardInterrupt()), ["fail"])
     assert (done.exit_code, done.stderr.splitlines()[-1]) == (130, "interrupted: nothing was written")
 
@@ -92,11 +91,6 @@ def test_the_help_lists_all_commands_and_exit_codes() -> None:
     assert "Exit codes: 0 success; 1 the configuration does not match the model" in text
 
 
-def test_json_has_null_for_what_is_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
-    screen.show_json({"a": float("nan"), "b": (1.5, float("inf")), "c": {"z", "y"}, "d": Path("x/y")})
-    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [1.5, None], "c": ["y", "z"], "d": "x/y"}
-
-
 def test_colors(shelf: Shelf) -> None:
     words, forced = ("inspect", shelf / "second"), {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
     said = ("inspect", "no/such/folder")
@@ -113,7 +107,7 @@ def shell(*words: object, **env: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_the_script_in_its_own_process(shelf: Shelf, tmp_path: Path) -> None:
-    """Its libraries log what they lack while they are imported, and none of that is said."""
+    """Log messages of libraries during their import are hidden."""
     done = shell(SCRIPT, "match", shelf / "my-model", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert len(json.loads(done.stdout)["adapted"]) == 4
@@ -135,8 +129,8 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
 
 
 @pytest.mark.slow
-def test_a_terminal_without_the_signs_that_are_printed(shelf: Shelf, tmp_path: Path) -> None:
-    """What cannot be shown is another sign; the rest is as it is."""
+def test_a_terminal_without_some_characters(shelf: Shelf, tmp_path: Path) -> None:
+    """A character that cannot be shown is printed as "?"."""
     shutil.copytree(shelf / "my-adapter", tmp_path / "adäptér")
     for env in ({"PYTHONIOENCODING": "ascii"}, {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}):
         done = shell(SCRIPT, "inspect", tmp_path / "adäptér", **env)
@@ -148,7 +142,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
 
 
 def calls(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Commands and the lines below them, of all blocks of a console."""
+    """The commands in all console blocks, and the lines below each."""
     for block in re.findall(r"^```console\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
         for call in block.split("$ ")[1:]:
             command, *lines = call.splitlines()

@@ -1,4 +1,4 @@
-"""The SVG picture with title, legend, and the boxes of the model."""
+"""The `.svg` file: title, facts, legend, and the boxes of the model. The page has the same legend and boxes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element, SubElement, tostring
 
-from hra_fx.reporting.heat import HEATS, UNKNOWN, shorten
+from hra_fx.reporting.heat import HEATS, UNKNOWN
 from hra_fx.reporting.skipped_layers import SkippedLayer
+from hra_fx.reporting.words import counted, shorten
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.heatmap import Heatmap, heatmap_of
 from hra_fx.view.layout import place
@@ -54,7 +55,7 @@ def entries(looks: set[str], heatmap: Heatmap, skipped: Sequence[SkippedLayer]) 
         looks = looks - {"adapted_layer"}  # one entry for the color of the box is sufficient
     for targeted, words in ((False, "not targeted"), (True, "targeted, but not adapted")):
         if count := sum(layer.targeted is targeted for layer in skipped):
-            found.append(_skipped(f"{count} layer{'s' * (count != 1)} {words}", refused=targeted))
+            found.append(_skipped(f"{counted(count, 'layer')} {words}", refused=targeted))
     if looks & {"closed", "traced"}:
         looks = looks | {"module"}
     colors = {**LOOKS, **FRAMES, "module": FRAMES["traced"]}
@@ -113,10 +114,10 @@ def render_svg(drawing: Drawing, options: Options) -> str:
     """Render an SVG file of a model, or of a part of it."""
     theme = options.theme or "light"
     block = opened(drawing.tree(), options.depth, options.focus or "")
-    return page(block, drawing, heatmap_of(drawing, options.heat, theme), theme)
+    return svg_file(block, drawing, heatmap_of(drawing, options.heat, theme), theme)
 
 
-def page(block: Block, drawing: Drawing, heatmap: Heatmap, theme: Theme = "light") -> str:
+def svg_file(block: Block, drawing: Drawing, heatmap: Heatmap, theme: Theme = "light") -> str:
     """Render an SVG file of a block, with the title, facts and skipped layers of its drawing."""
     box = place(block, heatmap, root=True)
     title = shorten(drawing.title, _LETTERS)

@@ -1,0 +1,35 @@
+"""Short texts for tables, pictures and the command line. This file does not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+
+def counted(number: int, noun: str) -> str:
+    """Format a number with a noun.
+
+    >>> counted(1, "layer"), counted(2000, "layer")
+    ('1 layer', '2,000 layers')
+    """
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
+def low_to_high(numbers: Collection[int]) -> str:
+    """Format the smallest and the largest number, or one number if all are equal.
+
+    >>> low_to_high([4, 2, 3]), low_to_high([3, 3])
+    ('2 to 4', '3')
+    """
+    return str(min(numbers)) if len(set(numbers)) == 1 else f"{min(numbers)} to {max(numbers)}"
+
+
+def shorten(text: str, letters: int) -> str:
+    """Shorten a text to at most `letters` characters, by leaving out the middle.
+
+    >>> shorten("scaled_dot_product_attention", 16)
+    'scaled_d…tention'
+    """
+    if len(text) <= letters:
+        return text
+    tail = (letters - 1) // 2
+    return f"{text[: letters - 1 - tail]}…{text[len(text) - tail :]}"
