@@ -118,6 +118,15 @@ def test_an_adapted_model_its_parts_and_its_parents_are_refused(
     refused(lambda: hra_fx.transform(given, config(target, **fields), name), parent, message)
 
 
+def test_hra_model_adds_all_adapters_of_a_dictionary_or_none() -> None:
+    model = hra_fx.transform(Wrapped(), config("body.0"))
+    added = {"default": config("body.0"), "good": config("body.3"), "bad": config("nowhere")}
+    keys = list(model.state_dict())
+    with pytest.raises(SelectionError, match="nowhere"):
+        hra_fx.HRAModel(model, added)
+    assert list(model.state_dict()) == keys and type(model.body[3]) is nn.Linear
+
+
 def test_a_configuration_that_was_edited_is_checked_and_compared_again() -> None:
     model, settings = mlp(), config("0")
     for rank in (0, -1, "8", 2.0, True):
