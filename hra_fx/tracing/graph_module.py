@@ -34,7 +34,7 @@ CHECKS = "check_inputs"
 _SIZE = torch.ops.aten.sym_size.int
 
 
-#: What fx does not keep in copies: it makes all tensors that are read at the root persistent buffers, and drops names.
+#: What fx changes in copies: it makes all tensors that are read at the root persistent buffers, and drops other names.
 _KEPT = ("_parameters", "_buffers", NON_PERSISTENT, "_modules")
 
 
@@ -73,7 +73,7 @@ class ModelGraph(fx.GraphModule):
         return made
 
     def __reduce__(self) -> Any:
-        """Return how fx makes it from its code."""
+        """Pickle it as fx does, by its code, and add the tensors that fx would convert."""
         return _unpickled, super().__reduce__()
 
 
@@ -124,7 +124,7 @@ def graph_module(root: nn.Module, graph: fx.Graph, modules: Mapping[str, nn.Modu
             inner = [*added.in_train.graph.nodes, *added.in_eval.graph.nodes]
             around = [*map(_paths_around, inner)] if any(map(module_path, inner)) else [*map(_paths_around, call.users)]
             found = {path: attribute(module, path) for paths in around for path in paths if path}
-            # The part itself has the mode of the graph.
+            # A part is checked against these modules. It has the mode of the graph itself.
             vars(added)["followed"] = {path: part for path, part in found.items() if isinstance(part, nn.Module)}
     return module
 
@@ -248,7 +248,7 @@ class InBlockError(CaptureError):
 
 def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
     """Convert the graph of a program to one that uses the modules and tensors of the captured model."""
-    module, places, conditions = open_program(program, model)
+    module, inputs, conditions = open_program(program, model)
     graph = module.graph
     for node in graph.find_nodes(op="call_function", target=CALL_LAYER):
         call = replace_node(node, "call_module", node.args[1], node.args[:1])
@@ -261,12 +261,12 @@ def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
     calls = [node for block in blocks for node in block.graph.find_nodes(op="call_function", target=CALL_LAYER)]
     if calls:
         raise InBlockError([str(node.args[1]) for node in calls])
-    simplify(graph, places, model)
+    simplify(graph, inputs, model)
     constants = call_nested(graph, constants)
     for node in graph.find_nodes(op="get_attr", sort=True):
         min(node.users).prepend(node)
     # A symbol is a size that may change; the others are numbers and expressions.
-    sizes = [found for size, found in _sizes(places).items() if size.isidentifier()]
+    sizes = [found for size, found in _sizes(inputs).items() if size.isidentifier()]
     names = shown_names(program, argument_names(model, *call_of(program)))
     return Canonical(graph, constants, conditions, names, sizes)
 
@@ -282,20 +282,20 @@ def open_program(
         module: fx.GraphModule = program.module(check_guards=False)
     names = argument_names(model or module, *call_of(program))
     module.graph.owning_module = None  # this module does not have layers to call
-    places = nest(module.graph, program, names)
-    return module, places, conditions_of(program, names, places)
+    inputs = nest(module.graph, program, names)
+    return module, inputs, conditions_of(program, names, inputs)
 
 
-def _sizes(places: list[fx.Node]) -> dict[str, list[tuple[int, int]]]:
+def _sizes(inputs: list[fx.Node]) -> dict[str, list[tuple[int, int]]]:
     """Each size of the inputs -> (index of the input, dimension) of all inputs with this size."""
     found = defaultdict(list)
-    for index, place in enumerate(places):
-        for dimension, size in enumerate(getattr(place.meta.get("val"), "shape", ())):
+    for index, node in enumerate(inputs):
+        for dimension, size in enumerate(getattr(node.meta.get("val"), "shape", ())):
             found[str(size)].append((index, dimension))
     return found
 
 
-def simplify(graph: fx.Graph, places: list[fx.Node], model: nn.Module) -> None:
+def simplify(graph: fx.Graph, inputs: list[fx.Node], model: nn.Module) -> None:
     """Change a graph of `torch.export` in place so that it can be moved, copied and pickled, and checks its inputs."""
     # Dtype checks fail under autocast. The capture added the aliases; casts are nodes.
     for node in graph.find_nodes(op="call_function", target=ASSERT_METADATA):
@@ -305,11 +305,11 @@ def simplify(graph: fx.Graph, places: list[fx.Node], model: nn.Module) -> None:
         graph.erase_node(node)
     for node in graph.find_nodes(op="call_function", target=ASSERT_SCALAR):
         _explain(node)
-    _hoist_sizes(graph, places)
-    _follow_device(graph, places, model)
-    if places:
-        with graph.inserting_after(max(places)):
-            graph.call_module(CHECKS, tuple(places))
+    _hoist_sizes(graph, inputs)
+    _follow_device(graph, inputs, model)
+    if inputs:
+        with graph.inserting_after(max(inputs)):
+            graph.call_module(CHECKS, tuple(inputs))
     # Modules and blocks have side effects: batch norm, and a moving average under torch.no_grad, update buffers.
     graph.eliminate_dead_code(lambda node: node.op == "call_module" or node.is_impure() or is_higher_order(node.target))
 
@@ -361,33 +361,33 @@ def normalize_path(path: str) -> str:
     return path.strip(".")
 
 
-def _hoist_sizes(graph: fx.Graph, places: list[fx.Node]) -> None:
+def _hoist_sizes(graph: fx.Graph, inputs: list[fx.Node]) -> None:
     """Read each size of an input once, at the start of the graph, from the first input with this size."""
     reads = defaultdict(list)
     for node in graph.find_nodes(op="call_function", target=_SIZE):
-        if node.args[0] in places:
+        if node.args[0] in inputs:
             reads[str(node.args[0].meta["val"].shape[node.args[1]])].append(node)
-    last = max(places, default=None)
-    for size, ((index, dimension), *_) in _sizes(places).items():
+    last = max(inputs, default=None)
+    for size, ((index, dimension), *_) in _sizes(inputs).items():
         if size in reads:
             with graph.inserting_after(last):
-                last = graph.call_function(_SIZE, (places[index], dimension))
+                last = graph.call_function(_SIZE, (inputs[index], dimension))
             last.meta = dict(reads[size][0].meta)
             for node in reads[size]:
                 node.replace_all_uses_with(last)
                 graph.erase_node(node)
 
 
-def _follow_device(graph: fx.Graph, places: list[fx.Node], model: nn.Module) -> None:
+def _follow_device(graph: fx.Graph, inputs: list[fx.Node], model: nn.Module) -> None:
     """Create new tensors on the device of the first input, so that the graph can be moved to another device.
 
     A model on several devices keeps the captured devices.
     """
-    tensors = [place for place in places if isinstance(place.meta.get("val"), Tensor)]
+    tensors = [node for node in inputs if isinstance(node.meta.get("val"), Tensor)]
     devices = {value.device for value in (*model.parameters(), *model.buffers(), *(x.meta["val"] for x in tensors))}
     if len(devices) != 1 or not tensors:
         return
-    with graph.inserting_after(max(places)):
+    with graph.inserting_after(max(inputs)):
         device = graph.call_function(getattr, (tensors[0], "device"))
     for node in graph.nodes:
         node.args = tuple(device if isinstance(value, torch.device) else value for value in node.args)

@@ -377,6 +377,22 @@ def test_hooks_of_the_model_run() -> None:
     torch.testing.assert_close(graph(X), eager(X), rtol=1e-12, atol=1e-12)
 
 
+class Numbered(Branches):
+    """Its last argument has the name that torch.export gives to an item of `*x`."""
+
+    def forward(self, x: list[Tensor], x_1: Tensor) -> Any:  # type: ignore[override]
+        hidden = self.first(x[0])
+        return self.second(hidden * 2 if x[1].shape[0] > 5 else hidden) + x_1.sum()
+
+
+def test_an_argument_with_a_number_is_not_an_item_of_another_one() -> None:
+    inputs = {"x": [X, torch.cat([X, X])], "x_1": X[:2]}
+    graph, eager = twins(Numbered().double(), inputs)
+    assert_same(graph(**inputs), eager(**inputs))
+    with pytest.raises(AssertionError, match=r"captured for inputs with `.*x\[1\]\.size"):
+        graph(x=[X, X], x_1=X[:2])
+
+
 class Arguments(Branches):
     def forward(self, x: Tensor, mask: Tensor | None = None, shift: Tensor | None = None, **others: Any) -> Any:
         return super().forward(x * mask + shift, scale=others["gain"])
