@@ -2,8 +2,8 @@
 
     compare(model, graph, call)
 
-`torch.fx` and `torch.export` drop what they cannot record, often without an error, so every graph for which there is an
-example call is compared.
+torch.fx and torch.export drop what they cannot record, often without an error. So every graph of a model that this
+process can run is compared, if there is an example call.
 
 The calls, in each mode: the example with gradients; other values under `no_grad`; other parameters; autocast; other
 masks, kinds of inputs and sizes. Equal must be: the outputs with their types, the gradients of inputs and parameters,
