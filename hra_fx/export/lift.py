@@ -20,17 +20,9 @@ from hra_fx.export.layer_calls import GraphLayer, LayerCall, arguments_of, find_
 from hra_fx.export.program import is_adapter_tensor, is_program
 from hra_fx.layers.target import LayerKind
 from hra_fx.selection.origin import keep_origin, origin_of_program
+from hra_fx.tracing.canonical import CHECKS, call_nested, captured_module, name_constants, open_program, simplify
 from hra_fx.tracing.compare import compare_call
-from hra_fx.tracing.graph_module import (
-    CHECKS,
-    call_nested,
-    captured_module,
-    module_path,
-    name_constants,
-    open_program,
-    replace_node,
-    simplify,
-)
+from hra_fx.tracing.graph_module import module_path, replace_node
 from hra_fx.tracing.inputs import InputChecks
 
 if TYPE_CHECKING:
