@@ -1,4 +1,4 @@
-"""Random programs of what graphs often get wrong: each graph is refused, or right also on calls that nobody compared."""
+"""Random programs of what graphs often get wrong: each graph is refused, or right on calls that nobody compared."""
 
 from __future__ import annotations
 
