@@ -134,7 +134,7 @@ def examples_with_shapes(model: nn.Module, call: Call) -> list[tuple[Call, Any]]
     doubled = call
     if tensors and all(x.dim() > 0 and x.shape[0] == 1 for x in tensors):  # torch.export makes a size of 1 a constant
         doubled = pytree.tree_map(lambda x: x.repeat_interleave(2, 0) if isinstance(x, Tensor) else x, call)
-    tries = [(doubled, True), (doubled, False)] + [(call, True)] * (doubled is not call)
+    tries = ((doubled, True), (doubled, False), (call, True))
     return [(example, automatic_shapes(model, example, lengths=lengths)) for example, lengths in tries]
 
 
