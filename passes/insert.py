@@ -26,7 +26,7 @@ from hra_fx.layers.target import BASE_WEIGHT, FACTORS, REFLECTION, layer_of_entr
 
 
 class InsertPass(PassBase):
-    """Inserts a reflection for each of some nodes."""
+    """Inserts a reflection for each given node."""
 
     def __init__(self, uses: Iterable[fx.Node]) -> None:
         """Prepare for one graph; `uses` are its nodes that `passes.match.find_uses` found."""
@@ -39,7 +39,7 @@ class InsertPass(PassBase):
         factors = _factors(graph_module)
         for node in self._uses:
             if node.op == "get_attr":
-                _insert_after(graph, node, layer_of_entry(graph_module, str(node.target)))
+                _insert_after(node, layer_of_entry(graph_module, str(node.target)))
             else:
                 _insert_before(graph_module, node, factors)
         if is_changed := bool(self._uses) or len(graph.nodes) > size:
@@ -68,28 +68,28 @@ def _insert_before(graph_module: fx.GraphModule, node: fx.Node, factors: tuple[f
             f"node {node.name!r}: the call of {node.target} has no traced input. Exclude this layer, or open an issue."
         )
     with node.graph.inserting_before(node):
-        reflection = _reflection(node.graph, node, str(node.target), (value, *factors), {})
+        reflection = _reflection(node, str(node.target), (value, *factors), {})
     if "val" in value.meta and "val" in node.meta:
         adapters: Any = graph_module.get_submodule(str(reflection.target))
         reflection.meta["val"] = adapters.value_in_graph(value.meta["val"], node.meta["val"])
     node.args, node.kwargs = (value, reflection), {}
 
 
-def _insert_after(graph: fx.Graph, node: fx.Node, layer: str) -> None:
+def _insert_after(node: fx.Node, layer: str) -> None:
     if layer != str(node.target).rpartition(".")[0]:  # experts
         node.op, node.target = "call_module", layer
         return
     node.target = f"{layer}.{BASE_WEIGHT}"
     readers = list(node.users)
-    with graph.inserting_after(node):
-        reflection = _reflection(graph, node, layer, (), {"weight": node})
+    with node.graph.inserting_after(node):
+        reflection = _reflection(node, layer, (), {"weight": node})
     if "val" in node.meta:  # W Q has the shape and dtype of W
         reflection.meta["val"] = node.meta["val"]
     for reader in readers:
         reader.replace_input_with(node, reflection)
 
 
-def _reflection(graph: fx.Graph, node: fx.Node, layer: str, args: Any, kwargs: Any) -> fx.Node:
-    reflection = graph.create_node("call_module", f"{layer}.{REFLECTION}", args, kwargs)
+def _reflection(node: fx.Node, layer: str, args: Any, kwargs: Any) -> fx.Node:
+    reflection = node.graph.create_node("call_module", f"{layer}.{REFLECTION}", args, kwargs)
     reflection.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
     return reflection

@@ -1,1 +1,1 @@
-"""Public entry points that accept an eager model, a `GraphModule` or an exported program."""
+"""Public entry points: `transform`, `fold`, `graphs`, `load_adapter`, and PEFT's names and methods."""

@@ -18,7 +18,6 @@ from hra_fx.integrations.pretrained import root_class_for
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.sharding import device_of_values
 from hra_fx.layers.trained_copies import all_copies
-from hra_fx.model.example_inputs import normalize_inputs
 from hra_fx.model.reset import check_replaceable, layers_of, replace_values
 from hra_fx.model.setup import add_filled_adapter, checked, set_up
 from hra_fx.model.state import AdapterState, collect_parts, get_state, is_adapted, load_vectors, root_of
@@ -35,7 +34,6 @@ def load_adapter(
     is_trainable: bool = False,
     subfolder: str | None = None,
     config: HRAConfig | None = None,
-    example_inputs: Any = None,
     **hub: Any,
 ) -> M:
     """Load an adapter saved by `save_adapter`, `save_pretrained` or PEFT. Pickle files are never read.
@@ -52,7 +50,6 @@ def load_adapter(
         is_trainable: whether the adapter can be trained. Otherwise the model is put into eval mode, as in PEFT.
         subfolder: path of the adapter in `directory`.
         config: replaces the configuration in the folder.
-        example_inputs: see `transform`; for plain models.
         hub: passed to `huggingface_hub.snapshot_download`: `revision`, `token`, `cache_dir` and others.
 
     Returns:
@@ -77,11 +74,15 @@ def load_adapter(
     """
     # Tensors created in inference mode could never be trained.
     with torch.inference_mode(False):
+<<<<<<< HEAD
         if example_inputs is not None:
             normalize_inputs(example_inputs)
         plain = isinstance(model, nn.Module) and not any(
             get_state(part) or is_adapted(part) for part in model.modules()
         )
+=======
+        plain = isinstance(model, nn.Module) and not any(get_state(part) for part in model.modules())
+>>>>>>> read-tracing
         root, state = (model, None) if plain else root_of(model)
         if state is not None:
             load_vectors(root)

@@ -317,15 +317,15 @@ def _adapted(
     given: Any = peft_config if config is None else config
     configs = dict(given) if isinstance(given, Mapping) else {adapter_name: given}
     first = adapter_name if adapter_name in configs else next(iter(configs), adapter_name)
-    plain = isinstance(model, nn.Module) and get_state(model) is None
+    state = get_state(model) if isinstance(model, nn.Module) else None
+    present = set(state.configs) if state else set()
     transform(model, configs.pop(first, given), first, low_cpu_mem_usage=low_cpu_mem_usage)
     try:
         for name, other in configs.items():
             add_adapter(model, name, other, low_cpu_mem_usage=low_cpu_mem_usage)
     except BaseException:
-        state = get_state(model)
-        if plain and state:
-            remove_adapters(model, state, tuple(state.configs))
+        if state := get_state(model):
+            remove_adapters(model, state, tuple(name for name in state.configs if name not in present))
         raise
     return as_hra_model(model)
 

@@ -70,7 +70,7 @@ def _of_base(name: str) -> property:
 
 def _adapted_base(wrapper: TakenOver, name: str) -> Any:
     base = wrapper.get_base_model()
-    if not hasattr(type(base), "tuner_layer_cls"):  # not an HRAModel
+    if not hasattr(type(base), "tuner_layer_cls"):  # not an HRAModel, whose module imports this one
         raise AdapterError(
             f"{name}: the adapters of this {type(wrapper).__name__} were folded or removed. Use the base model, a "
             f"{type(base).__name__}: the result of hra_fx.fold, or get_base_model()."
@@ -79,7 +79,7 @@ def _adapted_base(wrapper: TakenOver, name: str) -> Any:
 
 
 def hand_over(model: nn.Module, root: nn.Module, undo: ExitStack) -> None:
-    """Let PEFT's wrappers around `root`, in `model`, use its methods."""
+    """Make PEFT's wrappers around `root` in `model` use the methods of `root`."""
     inside = set(root.modules())
     for module in [module for module in model.modules() if is_of_peft(module) and module not in inside]:
         undo.callback(unswap, module, TakenOver)

@@ -1,9 +1,9 @@
-"""`transform`, `graphs` and `fold`, for eager models, a `GraphModule` or an exported program."""
+"""`transform`, `graphs` and `fold`, for eager models and `GraphModule`s."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from torch import fx, nn
 
@@ -26,10 +26,7 @@ from hra_fx.selection.origin import keep_origin, origin_of
 from hra_fx.selection.select import select, with_head
 from hra_fx.tracing.graphs import graphs_of, trace_model
 
-if TYPE_CHECKING:
-    from torch.export import ExportedProgram
-
-M = TypeVar("M", bound="nn.Module | ExportedProgram")
+M = TypeVar("M", bound=nn.Module)
 
 
 def transform(
@@ -56,8 +53,9 @@ def transform(
     are not in use are in `<module>.hra_saved`.
 
     Args:
-        model: any module with layers that can be adapted (Linear, Conv1d to Conv3d, transformers' Conv1D, attention).
-            The graph of a `GraphModule` is rewritten in place. For an `ExportedProgram`, pass `hra_fx.lift(program)`.
+        model: any module with layers that can be adapted (Linear, Conv1d to Conv3d, transformers' Conv1D, attention,
+            experts). The graph of a `GraphModule` is rewritten in place. For an `ExportedProgram`, pass
+            `hra_fx.lift(program)`.
         config: the layers to adapt, their rank and initialization. A `peft.HRAConfig` is converted.
         adapter_name: name of the adapter, used in the names of its parameters.
         low_cpu_mem_usage: create the vectors on the meta device, to be filled by `load_adapter`, `reset_adapters` or
@@ -67,8 +65,8 @@ def transform(
             shares the modules and parameters of `model`; use it instead of `model`. Training and all functions for
             adapters work as in eager mode. The graph calls the model's layers, and works in train and eval mode. If
             possible, torch.fx traces the model, with optional arguments at their defaults. Otherwise `torch.export`
-            captures one call. The graph is then valid for the arguments of this call and the dtype of the model. This
-            raises an error if the forward adds backward hooks, or uses random numbers of Python or NumPy; other
+            captures one call. The graph is then valid for the arguments of this call and the dtype of the model. The
+            capture raises an error if the forward adds backward hooks, or uses random numbers of Python or NumPy; other
             generators of Python and NumPy, and hooks on autograd nodes, are not detected. If the forward branches on
             values of tensors, the graph takes the branches of the example, and checks that other inputs take them too.
             Outputs that `torch.export` does not support, such as caches, are `None`.
@@ -90,7 +88,7 @@ def transform(
         SelectionError: the configuration does not fit the model.
         UnsupportedLayerError: a selected layer cannot be adapted.
         AdapterError: the model has another adapter (see `add_adapter`), or this one with another configuration; or
-            `verify` is set without `example_inputs`; or the model cannot be traced.
+            `verify` is set without `example_inputs`; or the model cannot be traced, or is an `ExportedProgram`.
         VerificationError: the adapted model and the folded model would differ. After any error the model is
             unchanged.
 
@@ -177,8 +175,8 @@ def fold(model: M, adapter_names: str | Sequence[str] | None = None, *, requanti
     its own parameter, and the others are not changed. If transformers ties them by `config.tie_word_embeddings`, that
     is set to False, and all other tensors that it tied get their own memory too.
 
-    A quantized weight (bitsandbytes, torchao) is folded only with `requantize=True`: it is dequantized, rotated, and
-    quantized again in the same scheme. The quantization error is often larger than the effect of the adapter.
+    A quantized weight (bitsandbytes, torchao, HQQ) is folded only with `requantize=True`: it is dequantized, rotated,
+    and quantized again in the same scheme. The quantization error is often larger than the effect of the adapter.
 
     A `PeftModel` with HRA is used up, as by PEFT's `merge_and_unload`, so that no second copy of the weights is needed.
     Its forward then runs the folded model, and its other methods raise an error.

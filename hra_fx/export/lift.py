@@ -20,17 +20,9 @@ from hra_fx.export.layer_calls import GraphLayer, LayerCall, arguments_of, find_
 from hra_fx.export.program import is_adapter_tensor, is_program
 from hra_fx.layers.target import LayerKind
 from hra_fx.selection.origin import keep_origin, origin_of_program
+from hra_fx.tracing.canonical import CHECKS, call_nested, captured_module, name_constants, open_program, simplify
 from hra_fx.tracing.compare import compare_call
-from hra_fx.tracing.graph_module import (
-    CHECKS,
-    call_nested,
-    captured_module,
-    module_path,
-    name_constants,
-    open_program,
-    replace_node,
-    simplify,
-)
+from hra_fx.tracing.graph_module import module_path, replace_node
 from hra_fx.tracing.inputs import InputChecks
 
 if TYPE_CHECKING:
@@ -99,7 +91,7 @@ def lift(program: ExportedProgram) -> fx.GraphModule:
 
 
 def _lifted(program: ExportedProgram) -> fx.GraphModule:
-    module, places, conditions = open_program(program)
+    module, inputs, conditions = open_program(program)
     graph = module.graph
     root = _with_tensors_of(program)
     parameters: dict[str, Tensor] = dict(root.named_parameters(remove_duplicate=False))
@@ -108,7 +100,7 @@ def _lifted(program: ExportedProgram) -> fx.GraphModule:
         raise AdapterError(_why_no_layer(graph, parameters))
     origin = origin_of_program(module_classes(graph), called)
     constants = name_constants(graph, program, module)
-    simplify(graph, places, root)
+    simplify(graph, inputs, root)
     parts = {CHECKS: InputChecks(conditions, conditions), **call_nested(graph, constants)}
     lifted = captured_module(root, parts, graph)
     type(lifted).__name__ = origin.class_name
@@ -141,8 +133,8 @@ def _with_tensors_of(program: ExportedProgram) -> nn.Module:
     Parameters are new objects that share the memory, so that the flags of the program do not change. Names that were
     tied when the program was saved share one parameter again.
     """
-    fleeting = program.graph_signature.non_persistent_buffers
-    state: dict[str, Tensor] = program.state_dict | {name: program.constants[name] for name in fleeting}
+    non_persistent = program.graph_signature.non_persistent_buffers
+    state: dict[str, Tensor] = program.state_dict | {name: program.constants[name] for name in non_persistent}
     for names in group_tied({name: tensor for name, tensor in state.items() if isinstance(tensor, nn.Parameter)}):
         tensor = state[names[0]]
         own = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
@@ -156,7 +148,7 @@ def _with_tensors_of(program: ExportedProgram) -> nn.Module:
         if isinstance(tensor, nn.Parameter):
             owner.register_parameter(last, tensor)
         else:
-            owner.register_buffer(last, tensor, persistent=name not in fleeting)
+            owner.register_buffer(last, tensor, persistent=name not in non_persistent)
     return root
 
 

@@ -1,10 +1,10 @@
 """One ONNX graph for many adapters: the vectors are inputs with the exported adapter as default values.
 
-onnx_program = torch.onnx.export(model, args, dynamo=True, optimize=False)
-hra_fx.make_swappable(onnx_program, model).save("model.onnx")
-session = onnxruntime.InferenceSession("model.onnx")
-factors = hra_fx.adapter_inputs(model, session.get_overridable_initializers(), "another")
-session.run(None, {"input_ids": ids, **factors})
+    onnx_program = torch.onnx.export(model, args, dynamo=True, optimize=False)
+    hra_fx.make_swappable(onnx_program, model).save("model.onnx")
+    session = onnxruntime.InferenceSession("model.onnx")
+    factors = hra_fx.adapter_inputs(model, session.get_overridable_initializers(), "another")
+    session.run(None, {"input_ids": ids, **factors})
 
 A vector of zeros gives the identity, so a graph can run every adapter with the same or a lower rank.
 """

@@ -73,11 +73,11 @@ def _form(node: fx.Node) -> tuple[Any, ...]:
 
 
 class _Part:
-    """What differs between two nodes that both modes have: a call of a module that runs one of two graphs.
+    """A difference between the modes: a call of a module that runs one of two graphs.
 
     Attributes:
         call: the node of the merged graph.
-        nodes: those of train mode, and those of eval mode.
+        nodes: those of train mode, and those of eval mode; none if only an argument of a common node differs.
         results: what the call returns: an argument of each mode, and the node of the merged graph that has its value.
     """
 
@@ -94,11 +94,13 @@ class _Part:
 
 
 class _Merge:
-    """Merges two graphs.
+    """Merges two graphs: first the nodes that both modes have, and then what differs, in parts.
 
     Attributes:
-        values: node of either graph -> node of the merged graph that has its value.
-        parts: node of either graph -> the part that it is in.
+        _both: the nodes of train mode, and those of eval mode.
+        _values: node of either graph -> node of the merged graph that has its value.
+        _parts: node of either graph -> the part that it is in.
+        _started: all parts, also those without nodes.
     """
 
     def __init__(self, in_train: fx.Graph, in_eval: fx.Graph, make: MakeModule | None) -> None:

@@ -20,6 +20,7 @@ from hra_fx.layers.target import find_kind
 from hra_fx.model.example_inputs import Call, preserve_rng_state
 from hra_fx.model.graph_module import GraphOfMode
 from hra_fx.tracing.by_mode import ByMode, merge_modes
+from hra_fx.tracing.canonical import CHECKS, Canonical, InBlockError, canonical, captured_module
 from hra_fx.tracing.compare import compare, compare_call
 from hra_fx.tracing.exported import (
     LOCK,
@@ -30,15 +31,7 @@ from hra_fx.tracing.exported import (
     is_leaf,
     without_caches,
 )
-from hra_fx.tracing.graph_module import (
-    CHECKS,
-    Canonical,
-    InBlockError,
-    NestedGraph,
-    attribute,
-    canonical,
-    captured_module,
-)
+from hra_fx.tracing.graph_module import NestedGraph, attribute
 from hra_fx.tracing.inputs import Condition, InputChecks, size_conditions
 
 

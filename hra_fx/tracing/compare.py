@@ -1,6 +1,9 @@
-"""Compare a graph with its model: both run the same calls, on copies, and must do the same. Every graph passes here.
+"""Compare a graph with its model: both run the same calls, on copies, and must do the same.
 
     compare(model, graph, call)
+
+torch.fx and torch.export drop what they cannot record, often without an error. So every graph of a model that this
+process can run is compared, if there is an example call.
 
 The calls, in each mode: the example with gradients; other values under `no_grad`; other parameters; autocast; other
 masks, kinds of inputs and sizes. Equal must be: the outputs with their types, the gradients of inputs and parameters,
@@ -31,7 +34,7 @@ from hra_fx.tracing.other_calls import Sizes, tensors_of, variants, with_other_v
 _SEED = 20240517
 #: Larger parameters share memory with the model: their values stay, and their gradients are not compared.
 _LARGE = 1 << 18
-#: What gets gradients; the next one, if the model cannot be run with it.
+#: What gets gradients. If the model does not run with gradients of one level, the next one is used.
 _LEVELS = ("inputs", "parameters", "")
 
 
@@ -55,7 +58,7 @@ def compare(
     `sizes` are those that may change. Without them, the graph must be right for all sizes and masks that the model
     allows, and under autocast. A `CaptureError` names what differs, and both values.
     """
-    if _is_elsewhere(model):
+    if _cannot_run(model):
         return Limits([], True)
     with preserve_rng_state(), torch.inference_mode(False):
         for level in _LEVELS[:-1] if with_gradients else ():
@@ -66,13 +69,13 @@ def compare(
 
 def compare_call(model: nn.Module, made: nn.Module, call: Call, mode: bool | None = False) -> None:
     """Compare a graph with its model for one call without gradients, in eval mode or another one; see `compare`."""
-    if not _is_elsewhere(model):
+    if not _cannot_run(model):
         with preserve_rng_state(), torch.inference_mode(False):
             _Comparison(model, made, "").run_once(call, mode)
 
 
-def _is_elsewhere(model: nn.Module) -> bool:
-    """Whether one process cannot run a model. A graph of a sharded model may be made by one of its processes."""
+def _cannot_run(model: nn.Module) -> bool:
+    """Whether this process cannot run a model: its tensors have no data, or are shards that all processes need."""
     tensors = (*model.parameters(), *model.buffers())
     return any(tensor.is_meta or is_dtensor(tensor) or isinstance(tensor, FakeTensor) for tensor in tensors)
 
@@ -131,11 +134,12 @@ class _Comparison:
         self._keys = [set(each.state_dict()) for each in (model, made, self._made)]
 
     def run(self, call: Call, sizes: Sizes | None) -> Limits:
-        """Compare in both modes, and first in a mixed mode."""
+        """Compare in both modes, and first as it is, if the parts of the model have different modes."""
         if odd := sorted(set.union(*self._keys) - set.intersection(*self._keys)):
             raise CaptureError(f"{odd[0]} is in the state_dict of only one of the model, its graph and a copy of it")
         limits = Limits([], True)
-        for mode in (None, False, True)[len({part.training for part in self._model.modules()}) == 1 :]:
+        is_mixed = len({part.training for part in self._model.modules()}) > 1
+        for mode in (None, False, True) if is_mixed else (False, True):
             self._start(mode)
             other = self._compare_two_calls(call)
             self._change_parameters()

@@ -71,15 +71,15 @@ def export_call(
     leaves = {path: part for path, part in model.named_modules() if path and is_leaf(part) and path not in inlined}
     mode = "train" if training else "eval"
     options: Any = {"unit": "layer", "delay": 2, "mininterval": 1, "leave": False, "disable": sys.stderr is None}
-    bar = tqdm(total=len(leaves), desc=f"capture {mode} mode", **options)  # writes to the stderr of now
+    bar = tqdm(total=len(leaves), desc=f"capture {mode} mode", **options)  # created before `exporting` redirects stderr
     with bar, exporting(), ExitStack() as stack, _PlainOperators(), torch.enable_grad():
+        stack.callback(_layers.clear)
+        stack.callback(_values.clear)
+        stack.callback(_recorded.clear)
         if with_values:
             stack.enter_context(running_while_exporting())
             _values.update({path: _cloned(layer) for path, layer in leaves.items()})
             _as_buffers(part for part in model.modules() if part not in leaves.values())
-        stack.callback(_values.clear)
-        stack.callback(_layers.clear)
-        stack.callback(_recorded.clear)
         _untie(model)
         _layers.update(leaves)
         for path, layer in leaves.items():
@@ -94,7 +94,10 @@ def export_call(
 
 @contextmanager
 def exporting() -> Iterator[None]:
-    """Context manager for calls of `torch.export`, without its warnings, log entries of this thread, and graphs."""
+    """Context manager for calls of `torch.export`. Hides its warnings, its log entries, and the graphs that it prints.
+
+    An error becomes a `CaptureError`. Log entries of other threads are kept.
+    """
     here = threading.get_ident()
     names = [name for name in logging.Logger.manager.loggerDict if name.partition(".")[0] == "torch"]
     handlers = [handler for name in ["torch", *names] for handler in logging.getLogger(name).handlers]
@@ -267,13 +270,13 @@ _MODES = (
 )
 #: Modules that return their input, and those without Python code, are not leaves.
 _RECORDED = (nn.Identity, nn.Sequential, torch.jit.ScriptModule)
-#: Suffixes of the names of classes that drop whole examples in torchvision, timm and transformers.
+#: Suffixes of the names of layers that drop whole examples in torchvision, timm and transformers.
 _DROP_PATHS = ("DropPath", "StochasticDepth")
 # The layers of the model that is being captured, by path. The capture holds a lock.
 _layers: dict[str, nn.Module] = {}
 # The tensors of the layers, if the call runs while it is captured.
 _values: dict[str, dict[str, Tensor]] = {}
-# The paths of layers whose operators had to be recorded after a call was.
+# The paths of layers whose operators are recorded after a failed `call_layer`. Its node is removed from the program.
 _recorded: set[str] = set()
 
 

@@ -29,7 +29,7 @@ from hra_fx.tracing.tracer import ModelTracer
 
 
 def is_graph_of_call(model: nn.Module, graph: fx.Graph, call: Call) -> bool:
-    """Whether a graph of torch.fx is valid for a call. Optional arguments have their defaults in the graph."""
+    """Whether a graph of torch.fx takes exactly the arguments of a call. Others have their defaults in the graph."""
     args, kwargs = call
     names = [str(node.target) for node in graph.find_nodes(op="placeholder")]
     try:
@@ -52,7 +52,7 @@ def trace_model(
             graph, modules = trace(model, layers)
             if call is None or is_graph_of_call(model, graph, call):
                 made = graph_module(model, graph, modules)
-                if example := call or guessed_call(model):
+                if example := call or guessed_call(model):  # without an example, nothing can be compared
                     compare(model, made, example)
                 return made
         except CaptureError as error:

@@ -59,7 +59,7 @@ def nest(graph: fx.Graph, program: ExportedProgram, names: list[str]) -> list[fx
         parts = list(itertools.islice(flat, spec.num_leaves))
         if spec.is_leaf():
             parts[0].target = name
-        inputs += parts if spec.is_leaf() else _taken_apart(graph, name, spec, parts)
+        inputs += parts if spec.is_leaf() else _unpacked(graph, name, spec, parts)
     end: Any = graph.output_node()
     results = iter(end.args[0])
     with graph.inserting_before(end):
@@ -68,7 +68,7 @@ def nest(graph: fx.Graph, program: ExportedProgram, names: list[str]) -> list[fx
     return inputs
 
 
-def _taken_apart(graph: fx.Graph, name: str, spec: Any, parts: list[fx.Node]) -> list[fx.Node]:
+def _unpacked(graph: fx.Graph, name: str, spec: Any, parts: list[fx.Node]) -> list[fx.Node]:
     """Replace the placeholders of the tensors in a nested input with one placeholder and nodes that unpack it."""
     with graph.inserting_before(parts[0] if parts else next(iter(graph.nodes))):
         made = list(_leaves(graph, graph.placeholder(name), spec))
@@ -194,30 +194,34 @@ def size_conditions(
 
 def shown_names(program: ExportedProgram, names: list[str]) -> list[str]:
     """The names of the flat inputs: those of the arguments, with the keys of nested ones."""
-    return [f"{path[0].key}{pytree.keystr(path[1:])}" for path in _places(program, names)]
+    return [f"{path[0].key}{pytree.keystr(path[1:])}" for path in _paths(program, names)]
 
 
-def _places(program: ExportedProgram, names: list[str]) -> list[tuple[Any, ...]]:
+def _paths(program: ExportedProgram, names: list[str]) -> list[tuple[Any, ...]]:
+    """The pytree path of each flat input, which starts with the name of its argument."""
     args, kwargs = call_of(program)
     given = dict(zip(names, (*args, *kwargs.values()), strict=True))
     return [path for path, _ in pytree.tree_flatten_with_path(given)[0]]
 
 
-def conditions_of(program: ExportedProgram, names: list[str], places: list[fx.Node]) -> list[Condition]:
+def conditions_of(program: ExportedProgram, names: list[str], inputs: list[fx.Node]) -> list[Condition]:
     """The conditions on the inputs of a program."""
-    paths = _places(program, names)
-    sources = {}
+    paths = _paths(program, names)
+    # Each expression that torch.export may use for an input -> the index of this input.
+    sources: dict[str, int] = {}
+    variadic: dict[str, int] = {}
     for index, path in enumerate(paths):
         sources[f"L['flat_args'][{index}]"] = sources[f"L{pytree.keystr(path)}"] = index
         name, _, place = path[0].key.rpartition("_")
-        if place.isdigit():  # one of *args
-            sources[f"L['{name}'][{place}]{pytree.keystr(path[1:])}"] = index
+        if place.isdigit():  # an item of *args, or an argument with such a name
+            variadic[f"L['{name}'][{place}]{pytree.keystr(path[1:])}"] = index
     shown = shown_names(program, names)
-    found = dict.fromkeys([*_of_shapes(program, places), *guards_of(program)])
-    return [_condition(code, sources, shown) for code in found]
+    found = dict.fromkeys([*_of_shapes(program, inputs), *guards_of(program)])
+    return [_condition(code, variadic | sources, shown) for code in found]
 
 
 def _condition(code: str, sources: dict[str, int], names: list[str]) -> Condition:
+    """Convert the code of `torch.export`, which reads inputs from `L`, to expressions of `args` and of names."""
     text = code = code.replace("\n", "")
     for source, index in sources.items():
         code = code.replace(source, f"args[{index}]")
@@ -226,11 +230,11 @@ def _condition(code: str, sources: dict[str, int], names: list[str]) -> Conditio
     return Condition(code, text)
 
 
-def _of_shapes(program: ExportedProgram, places: list[fx.Node]) -> Iterator[str]:
+def _of_shapes(program: ExportedProgram, inputs: list[fx.Node]) -> Iterator[str]:
     """Sizes and values that are constants of the graph, sizes that must be equal, and limits of sizes."""
     first: dict[str, str] = {}
-    for index, place in enumerate(places):
-        value: Any = place.meta["val"]
+    for index, node in enumerate(inputs):
+        value: Any = node.meta["val"]
         source = f"L['flat_args'][{index}]"
         if not isinstance(value, Tensor):
             if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):

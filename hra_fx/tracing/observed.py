@@ -15,7 +15,7 @@ from hra_fx.compat import pytree
 from hra_fx.errors import CaptureError
 from hra_fx.model.example_inputs import Call, clone_inputs
 
-#: Attributes of torch's, which are compared otherwise.
+#: Attributes of every module. Parameters, hooks and others are compared in other ways.
 _OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
 _OPAQUE = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, nn.Module)
 _VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -26,8 +26,8 @@ _RANDOM, _FUNCTIONS, _GRADIENT = "the random generators", "custom autograd funct
 def attributes(model: nn.Module, *, with_tensors: bool = True) -> dict[str, Any]:
     """The buffers and attributes of all modules, with the items of containers and of objects in them, by name.
 
-    Tensors are copied. For objects without a value, their type is returned. Without tensors, these are the shape and
-    dtype of a tensor, and the identity and code of an object.
+    Tensors are copied; objects that cannot be compared by value are represented by their type. `with_tensors=False` is
+    for a quick check whether a model is the same: by shapes, dtypes, and the identity and code of objects.
     """
     found: dict[str, Any] = {}
     seen = set[int]()

@@ -1,4 +1,4 @@
-"""hra_fx.transform: what it makes of a model, a second time too, and what it refuses; the public names agree."""
+"""hra_fx.transform: the adapted model, a second call, and errors; the public names are consistent."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Wrapped(nn.Module):
         return self.head(self.body(x)[..., :4])
 
 
-# ---- what it makes ----
+# ---- the adapted model ----
 
 
 def test_the_model_its_layers_and_its_parameters_are_the_same_objects_and_frozen() -> None:
@@ -62,10 +62,10 @@ def test_training_flags_are_kept_and_vectors_are_trainable_under_no_grad() -> No
     assert model[0].hra_u["default"].grad is not None
 
 
-# ---- twice ----
+# ---- a second call ----
 
 
-def test_twice_changes_nothing() -> None:
+def test_a_second_call_changes_nothing() -> None:
     model = hra_fx.transform(mlp(), config("0", "3"))
     randomise(model)
     before, state = picture(model), copy.deepcopy(model.state_dict())
@@ -84,7 +84,7 @@ def test_a_layer_that_was_replaced_is_noticed() -> None:
     assert [row.path for row in hra_fx.report(model)] == ["body.0", "head"]
 
 
-# ---- what it refuses ----
+# ---- errors ----
 
 
 def refused(act: Callable[[], object], model: nn.Module, message: str, kind: type[Exception] = AdapterError) -> None:
@@ -116,6 +116,15 @@ def test_an_adapted_model_its_parts_and_its_parents_are_refused(
     parent = nn.ModuleDict({"model": model, "last": nn.Linear(4, 2)})
     given = parent if part == "parent" else model.get_submodule(part)
     refused(lambda: hra_fx.transform(given, config(target, **fields), name), parent, message)
+
+
+def test_hra_model_adds_all_adapters_of_a_dictionary_or_none() -> None:
+    model = hra_fx.transform(Wrapped(), config("body.0"))
+    added = {"default": config("body.0"), "good": config("body.3"), "bad": config("nowhere")}
+    keys = list(model.state_dict())
+    with pytest.raises(SelectionError, match="nowhere"):
+        hra_fx.HRAModel(model, added)
+    assert list(model.state_dict()) == keys and type(model.body[3]) is nn.Linear
 
 
 def test_a_configuration_that_was_edited_is_checked_and_compared_again() -> None:

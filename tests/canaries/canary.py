@@ -1,7 +1,7 @@
-"""A test of something private of another library that hra_fx reads. Its failure names the release and what breaks.
+"""A decorator for tests of private structures of other libraries. A failure names the release and what breaks.
 
-The other tests say that a result is wrong. A canary says why: the library has changed, where hra_fx reads it, and what
-no longer works. Each calls the library itself, without mocks.
+Other tests show that a result is wrong. A canary shows why: which library has changed, which file of hra_fx reads the
+structure, and what no longer works.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-#: Where `make test-all` installs DeepSpeed, beside the environment.
+#: `make test-all` installs DeepSpeed there, outside of the environment.
 DEEPSPEED = str(Path(sys.prefix, "deepspeed"))
 
 

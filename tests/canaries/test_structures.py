@@ -1,4 +1,4 @@
-"""What hra_fx reads of torch and transformers. What it asks about a call or a tensor is in `tests/test_versions.py`."""
+"""Private structures of torch and transformers. `tests/test_versions.py` tests the private functions of torch."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ SIZES = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "voc
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2}
 
 
-#: Models whose output layers have all the names that there are.
+#: Models whose output layers have different names.
 HEADS = {
     "Llama": {},
     "Bert": {"is_decoder": True},

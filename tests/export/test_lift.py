@@ -1,4 +1,4 @@
-"""`lift`: a program of `torch.export` as a GraphModule, for all that works on a model that calls its layers."""
+"""`lift`: a program of `torch.export` becomes a GraphModule that can be adapted, trained, saved and folded."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ class Transposed(nn.Module):
         return x @ self.inner.weight @ self.weight
 
 
-def test_operators_that_are_no_layers_stay() -> None:
+def test_operators_that_are_not_layers_stay() -> None:
     model = Ambiguous().double()
     assert list(layers_of(hra_fx.lift(exported(model, X)))) == ["first"]
     message = r"no operator that can be .*; inner\.weight is used by aten\.matmul.*Transform the model before you exp"
@@ -268,7 +268,7 @@ class Uses(nn.Module):
         return F.linear(hidden, self.both.weight)
 
 
-def test_weights_that_are_no_matrix_of_a_layer_stay() -> None:
+def test_weights_that_are_not_the_matrix_of_a_layer_stay() -> None:
     base = Uses().double().eval()
     program = exported(base, X)
     assert_same(hra_fx.lift(program)(X), base(X))

@@ -1,4 +1,4 @@
-"""`export_training_step`: the gradients of the program are the model's, at any size; else an error says why not."""
+"""`export_training_step`: the gradients of the program are those of the model, for other sizes too; errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Match, insert and fold, one by one; what they do in models is in `tests/tracing` and `tests/view`."""
+"""Match, insert and fold. `tests/tracing` and `tests/view` test what they do in models."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Kinds(nn.Module):
 
 
 class Values(torch.fx.Interpreter):
-    """Runs a graph, and compares each value with what its node says about it."""
+    """Runs a graph, and compares each value with the `meta` of its node."""
 
     def run_node(self, n: torch.fx.Node) -> Any:
         value = super().run_node(n)
@@ -102,7 +102,7 @@ class Values(torch.fx.Interpreter):
 
 @pytest.mark.needs("torch>=2.9")
 @pytest.mark.parametrize("r", [2, 3])  # an odd rank has an anchor
-def test_the_nodes_of_reflections_say_the_shapes_and_dtypes_of_their_values(r: int) -> None:
+def test_the_nodes_of_reflections_have_the_shapes_and_dtypes_of_their_values(r: int) -> None:
     example = torch.randn(2, 4, 7, 7)
     settings = hra_fx.HRAConfig(r=r, target_modules=["conv", "fc", "attention", "out_proj"])
     model = hra_fx.transform(Kinds().eval(), settings, trace=True, example_inputs=example)

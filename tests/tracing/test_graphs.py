@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adapting import adapted, picture
+from graph_modules import targets_of
 from layers.checking import assert_same, normal
 from torch import Tensor, fx, nn
 
@@ -68,15 +69,11 @@ def net() -> Any:
 IMAGE = normal(1, 2, 3, 5, 5)
 
 
-def calls(graph: fx.GraphModule) -> list[str]:
-    return [str(node.target) for node in graph.graph.find_nodes(op="call_module")]
-
-
 def test_a_model_that_is_traced_whole() -> None:
     model = net()
     found = hra_fx.graphs(model)
     assert list(found) == [""] and isinstance(found[""], fx.GraphModule) and type(found[""]).__name__ == "Net"
-    assert calls(found[""]) == ["conv.hra_u", "conv", "norm", "by_mode_0", "drop", "head.hra_u", "head"]
+    assert targets_of(found[""]) == ["conv.hra_u", "conv", "norm", "by_mode_0", "drop", "head.hra_u", "head"]
     nodes = {str(node.target): node for node in found[""].graph.nodes}
     assert nodes["conv.hra_u"].meta["nn_module_stack"] == nodes["conv"].meta["nn_module_stack"]
 
@@ -88,8 +85,8 @@ def test_the_largest_parts() -> None:
     assert picture(model) == before
     alone = {"gate", "one.0", "optional.a", "optional.b", "graph.0", "graph.2", "patched.0", "patched.2"}
     assert set(graphs) == {"mlp", *alone}
-    assert calls(graphs["mlp"]) == ["0.hra_u", "0", "1", "2.hra_u", "2"]
-    assert calls(graphs["gate"]) == ["gate.hra_u", "gate"]
+    assert targets_of(graphs["mlp"]) == ["0.hra_u", "0", "1", "2.hra_u", "2"]
+    assert targets_of(graphs["gate"]) == ["gate.hra_u", "gate"]
     for path in ("mlp", "gate"):
         assert_same(graphs[path](x), model.get_submodule(path)(x))
 

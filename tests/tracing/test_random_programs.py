@@ -1,4 +1,4 @@
-"""Random programs of what graphs get wrong: each graph is right on calls that nobody compared, or refuses them."""
+"""Random programs of what graphs often get wrong: each graph is refused, or right on calls that nobody compared."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def hooked(register: str) -> Callable[[Any], Any]:
     return add
 
 
-#: The nine kinds, and programs that are right.
+#: What a graph may get wrong, and parts that every graph computes correctly.
 PARTS: dict[str, Part] = {
     "eval in forward": step(evaluated, kept("part", lambda: nn.Sequential(nn.BatchNorm1d(8), nn.Dropout(0.5)))),
     "hook": step(lambda model, hidden, mask: model.leaf(hidden), hooked("register_forward_hook")),
@@ -139,7 +139,7 @@ PARTS: dict[str, Part] = {
     "masked": step(lambda model, hidden, mask: hidden if mask is None else hidden * mask),
     "mean": step(lambda model, hidden, mask: hidden - hidden.mean(0, keepdim=True)),
 }
-#: Those that a graph of torch.fx can have.
+#: Parts that torch.fx traces correctly.
 RIGHT = ("plain tensor", "fleeting", "tanh", "dropout", "norm", "scale", "masked", "mean", "hook", "batch norm")
 #: What a program returns.
 OUTPUTS: tuple[Callable[[Tensor], Any], ...] = (

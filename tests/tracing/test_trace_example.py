@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from adapting import randomise
-from graph_modules import COPIES, X, config
+from graph_modules import COPIES, X, config, targets_of
 from layers.checking import assert_same
 from torch import Tensor, fx, nn
 from tracing.captured import CASES, bert, llama, made_pair, pair_of, tokens, twins
@@ -203,7 +203,7 @@ class Routed(nn.Module):
 
 def test_a_layer_that_returns_several_tensors_is_recorded_by_its_operators() -> None:
     graph, eager = twins(Routed().double(), X, config("first", "router"))
-    assert "router" not in {node.target for node in graph.graph.find_nodes(op="call_module")}  # type: ignore[attr-defined]
+    assert "router" not in targets_of(graph)
     x = torch.randn(9, 6).double()
     assert_same(graph(x), eager(x))
     assert_same(hra_fx.fold(graph)(x), eager(x))
@@ -212,7 +212,7 @@ def test_a_layer_that_returns_several_tensors_is_recorded_by_its_operators() -> 
 # ---- traced without an example ----
 
 
-def traced(make: Callable[[], nn.Module] = Dropout, *targets: str, **fields: Any) -> tuple[nn.Module, Any]:
+def traced(make: Callable[[], nn.Module], *targets: str, **fields: Any) -> tuple[nn.Module, Any]:
     """A base model, and its adapted GraphModule with random vectors."""
     torch.manual_seed(0)
     base = make().double()
@@ -221,17 +221,12 @@ def traced(make: Callable[[], nn.Module] = Dropout, *targets: str, **fields: Any
     return base, model
 
 
-def calls(model: fx.GraphModule) -> list[str]:
-    targets = [str(node.target) for node in model.graph.find_nodes(op="call_module")]
-    return [target for target in targets if target != "hra_factors"]
-
-
 def test_each_reflection_is_a_node_and_modules_are_shared() -> None:
     base = Dropout().double()
     parameters, keys = dict(base.named_parameters()), list(base.state_dict())
     model = hra_fx.transform(base, config(), trace=True)
     assert isinstance(model, fx.GraphModule) and type(model).__name__ == "Dropout"
-    assert calls(model)[:2] == ["first.hra_u", "first"] and calls(model)[-2:] == ["second.hra_u", "second"]
+    assert targets_of(model)[:2] == ["first.hra_u", "first"] and targets_of(model)[-2:] == ["second.hra_u", "second"]
     now = dict(model.named_parameters())
     assert all(now[name] is parameter for name, parameter in parameters.items())
     assert [key for key in model.state_dict() if "hra_u" not in key] == keys
@@ -242,7 +237,7 @@ def test_adapters_are_added_switched_deleted_saved_and_loaded(tmp_path: Path) ->
     base, model = traced(Dropout, "first", bias="hra_only")
     hra_fx.add_adapter(model, "other", config("second"))
     randomise(model)
-    assert calls(model)[-2:] == ["second.hra_u", "second"]
+    assert targets_of(model)[-2:] == ["second.hra_u", "second"]
     for name in ("default", "other"):
         hra_fx.set_adapter(model, name)
         hra_fx.save_adapter(model, tmp_path / name, name)
@@ -255,7 +250,7 @@ def test_adapters_are_added_switched_deleted_saved_and_loaded(tmp_path: Path) ->
         assert_same(model(X), base.eval()(X))
     hra_fx.set_adapter(model, "default")
     hra_fx.delete_adapter(model, "other")
-    assert "second.hra_u" not in calls(model)
+    assert "second.hra_u" not in targets_of(model)
     for copied in COPIES:
         assert_same(copied(model)(X), model(X))
 
@@ -375,6 +370,22 @@ def test_hooks_of_the_model_run() -> None:
         hra_fx.transform(model, config(), trace=True)
     graph, eager = twins(model, X)
     torch.testing.assert_close(graph(X), eager(X), rtol=1e-12, atol=1e-12)
+
+
+class Numbered(Branches):
+    """Its last argument has the name that torch.export gives to an item of `*x`."""
+
+    def forward(self, x: list[Tensor], x_1: Tensor) -> Any:  # type: ignore[override]
+        hidden = self.first(x[0])
+        return self.second(hidden * 2 if x[1].shape[0] > 5 else hidden) + x_1.sum()
+
+
+def test_an_argument_with_a_number_is_not_an_item_of_another_one() -> None:
+    inputs = {"x": [X, torch.cat([X, X])], "x_1": X[:2]}
+    graph, eager = twins(Numbered().double(), inputs)
+    assert_same(graph(**inputs), eager(**inputs))
+    with pytest.raises(AssertionError, match=r"captured for inputs with `.*x\[1\]\.size"):
+        graph(x=[X, X], x_1=X[:2])
 
 
 class Arguments(Branches):

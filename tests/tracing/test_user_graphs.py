@@ -1,4 +1,4 @@
-"""A GraphModule of the user's: the reflections are nodes of its own graph, which stays a graph to work on."""
+"""`transform` of a `GraphModule`: the reflections are nodes of its own graph, which other passes can change."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_outputs_gradients_and_fold_are_those_of_the_oracle(make: Any, example: 
     check_folded(traced(make), model, example)
 
 
-def test_it_is_the_object_that_was_given_and_a_second_transform_does_nothing() -> None:
+def test_it_is_the_same_object_and_a_second_transform_does_nothing() -> None:
     model = traced()
     keys = list(model.state_dict())
     assert hra_fx.transform(model, config()) is model
@@ -110,7 +110,7 @@ def test_any_later_error_leaves_the_graph_as_it_was() -> None:
     assert model.code == code
 
 
-def test_graphs_gives_a_copy_of_its_own_graph() -> None:
+def test_graphs_returns_a_copy_of_its_own_graph() -> None:
     _, model = adapted()
     code, own = model.code, dict(model.named_parameters())
     for inputs in (None, X):
@@ -129,11 +129,11 @@ def test_hra_model_is_refused() -> None:
         hra_fx.HRAModel(traced(), config())
 
 
-# ---- in use: copies and pickles, adapters, other tracers, and inside of other models ----
+# ---- copies and pickles, adapters, other tracers, and inside of other models ----
 
 
 @pytest.mark.parametrize("copied", COPIES, ids=["deepcopy", "pickle", "torch.save"])
-def test_copies_and_pickles_are_adapted_and_on_their_own(copied: Callable[[Any], Any]) -> None:
+def test_copies_and_pickles_are_adapted_and_independent(copied: Callable[[Any], Any]) -> None:
     base, model = adapted(Cnn, "conv", "grouped", "first")
     twin = copied(model)
     check(copy.deepcopy(base), copy.deepcopy(twin), IMAGES)
@@ -147,7 +147,7 @@ def test_copies_and_pickles_are_adapted_and_on_their_own(copied: Callable[[Any],
     check(copy.deepcopy(base), model, IMAGES)
 
 
-def test_the_last_adapter_deleted_leaves_the_graph_that_there_was() -> None:
+def test_deleting_the_last_adapter_restores_the_graph() -> None:
     base, model = adapted()
     hra_fx.delete_adapter(model, "default")
     assert model.code == base.code and list(model.state_dict()) == list(base.state_dict())
@@ -259,8 +259,7 @@ def test_a_graph_module_inside_of_a_bigger_model() -> None:
     model = hra_fx.transform(copy.deepcopy(base), config("inner.conv", "inner.first", "second"))
     randomise(model)
     check(base, model, IMAGES)
-    for copied in COPIES[:1]:
-        check(base, copied(model), IMAGES)
+    check(base, copy.deepcopy(model), IMAGES)
     before = model.eval()(IMAGES)
     assert_same(hra_fx.fold(model)(IMAGES), before)
     assert model.inner.code == base.inner.code and list(model.state_dict()) == list(base.state_dict())

@@ -1,6 +1,6 @@
-"""Each exporter, and its runtime: a program goes in, and what the runtime computes for some inputs comes out.
+"""Exporters with their runtimes: functions that export a program, run it and return the output.
 
-The libraries are imported where they are used, since not all of them need be there.
+Each function imports its own libraries, because not all of them need to be installed.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ Inputs = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Exporter:
-    """One way out.
+    """One exporter.
 
-    `run(program, inputs)` exports and runs; `package` is what it needs beside torch; `dynamic` says whether it is given
-    a program for every batch and length, and run at others than it was exported at.
+    Attributes:
+        title: its column in the table.
+        run: exports a program, and runs it with inputs.
+        package: the package that must be installed.
+        dynamic: whether the program has dynamic shapes, and runs with other sizes than those of the export.
     """
 
     title: str
@@ -32,7 +35,7 @@ class Exporter:
 
 
 def saved_program(program: ExportedProgram, inputs: Inputs) -> Tensor:
-    """torch.export, by way of its file."""
+    """torch.export, saved and loaded."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.pt2")
         torch.export.save(program, path)
@@ -41,7 +44,7 @@ def saved_program(program: ExportedProgram, inputs: Inputs) -> Tensor:
 
 
 def onnx(program: ExportedProgram, inputs: Inputs) -> Tensor:
-    """The dynamo exporter and onnxruntime, by way of a file."""
+    """torch.onnx and onnxruntime, with a file."""
     import onnxruntime
 
     with tempfile.TemporaryDirectory() as folder:
@@ -54,7 +57,7 @@ def onnx(program: ExportedProgram, inputs: Inputs) -> Tensor:
 
 
 def aot_inductor(program: ExportedProgram, inputs: Inputs) -> Tensor:
-    """A compiled library in a package."""
+    """AOTInductor."""
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder, "model.pt2"))
         torch._inductor.aoti_compile_and_package(program, package_path=path)
@@ -63,7 +66,7 @@ def aot_inductor(program: ExportedProgram, inputs: Inputs) -> Tensor:
 
 
 def openvino(program: ExportedProgram, inputs: Inputs) -> Tensor:
-    """OpenVINO on the CPU, in float32 as it stands."""
+    """OpenVINO on the CPU, in float32."""
     import openvino
 
     converted = openvino.convert_model(program)
@@ -77,7 +80,7 @@ def executorch(program: ExportedProgram, inputs: Inputs) -> Tensor:
 
 
 def executorch_xnnpack(program: ExportedProgram, inputs: Inputs) -> Tensor:
-    """ExecuTorch with what XNNPACK takes of the graph."""
+    """ExecuTorch with XNNPACK for the parts of the graph that it supports."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
     return _executorch(program, inputs, [XnnpackPartitioner()])

@@ -1,8 +1,7 @@
-"""The models that are exported: tiny, with random weights and an adapter that is far from the identity."""
+"""The models that are exported: tiny, with random weights and adapters that are far from the identity."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,13 +19,13 @@ import hra_fx
 
 BATCH = torch.export.Dim("batch", max=16)
 LENGTH = torch.export.Dim("length", max=32)
-#: Ten times the usual, so that an untrained model does not say the same whatever it reads.
 SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "max_position_embeddings": 64, "num_attention_heads": 2}
+#: Initial weights are ten times the usual ones, so that the outputs of an untrained model depend on its inputs.
 WIDE: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "initializer_range": 0.2}
 
 
 class One(nn.Module):
-    """A model as a function of tensors that gives one tensor, whatever its own forward takes and gives."""
+    """Calls a model with tensors, and returns one of its outputs."""
 
     def __init__(self, model: nn.Module, output: str, **settings: object) -> None:
         super().__init__()
@@ -41,9 +40,13 @@ class One(nn.Module):
 
 @dataclass(frozen=True)
 class Model:
-    """One model: what is built, what is adapted, and what it is called with.
+    """One model.
 
-    `inputs(batch, size)` gives the arguments; `dynamic` the dimensions of each that stay open.
+    Attributes:
+        inputs: creates the arguments for (batch, length or height).
+        dynamic: the dynamic dimensions of each argument.
+        output: the name of the output; "" if the model returns a tensor.
+        settings: other arguments.
     """
 
     build: Callable[[], nn.Module]
@@ -60,7 +63,7 @@ class Model:
         return One(model, self.output, **dict(self.settings)).eval()
 
     def folded(self) -> One:
-        whole = copy.deepcopy(self.adapted())
+        whole = self.adapted()
         hra_fx.fold(whole.model)
         return whole
 
@@ -118,6 +121,6 @@ MODELS: dict[str, Model] = {
         "sample",
     ),
 }
-#: (batch, length or height) of the export, and of the call that is compared.
+#: (batch, length or height) of the exported call, and of the compared one.
 EXPORTED_AT: dict[str, tuple[int, int]] = dict.fromkeys(MODELS, (2, 7)) | {"ResNet": (2, 32), "ViT": (2, 32)}
 CALLED_AT: dict[str, tuple[int, int]] = dict.fromkeys(MODELS, (3, 11)) | {"ResNet": (3, 32), "ViT": (3, 32)}

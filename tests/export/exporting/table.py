@@ -1,10 +1,10 @@
-"""Exports every model in every form by every exporter, and prints a table of errors.
+"""Exports every model in every form with every exporter, and prints a table of errors.
 
-    PYTHONPATH=tests:tests/support python -m export.exporting.table    # all; some twenty minutes on two cores
+    PYTHONPATH=tests:tests/support python -m export.exporting.table    # about 20 minutes on 2 cores
     PYTHONPATH=tests:tests/support python -m export.exporting.table --models BERT --exporters onnx xnnpack
 
-An exporter whose package is not installed is left out, and named. Each cell has a process of its own, so that a
-runtime that crashes takes no other along.
+Exporters whose package is not installed are skipped and listed. Each cell is computed in its own process, because a
+runtime may crash.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LIMIT = 1e-5
 
 @functools.cache
 def expected(name: str) -> Tensor:
-    """What the adapted model gives, in PyTorch."""
+    """The output of the adapted model in PyTorch."""
     with torch.no_grad():
         result: Tensor = MODELS[name].adapted()(*MODELS[name].inputs(*CALLED_AT[name]))
     return result
@@ -44,7 +44,7 @@ def expected(name: str) -> Tensor:
 
 @functools.cache
 def moved(name: str) -> float:
-    """How far the adapter moves an output, so that a runtime that lost it would be seen."""
+    """How much the adapter changes the output. It must be far above `LIMIT` to detect a lost adapter."""
     whole = MODELS[name].adapted()
     with torch.no_grad(), hra_fx.disable_adapters(whole.model):
         return distance(whole(*MODELS[name].inputs(*CALLED_AT[name])), expected(name))
@@ -52,7 +52,7 @@ def moved(name: str) -> float:
 
 @functools.cache
 def program(name: str, form: str, dynamic: bool) -> ExportedProgram:
-    """A model in one form, for every batch and length, or for those of the call."""
+    """A model in one form, with dynamic shapes or for the sizes of the compared call."""
     model = MODELS[name]
     whole = model.folded() if form == "folded" else model.adapted()
     inputs = model.inputs(*(EXPORTED_AT if dynamic else CALLED_AT)[name])
@@ -61,13 +61,13 @@ def program(name: str, form: str, dynamic: bool) -> ExportedProgram:
 
 
 def distance(actual: Tensor, wanted: Tensor) -> float:
-    """The largest difference, of numbers whose largest is 1 or less, else relative to that."""
+    """The largest absolute difference, divided by the largest expected value if that is over 1."""
     assert actual.shape == wanted.shape, (actual.shape, wanted.shape)
     return float((actual - wanted).abs().max()) / max(1.0, float(wanted.abs().max()))
 
 
 def error_of(name: str, form: str, exporter: str) -> float:
-    """How far the runtime's outputs are from PyTorch's."""
+    """The distance of a runtime's output from PyTorch's."""
     way = EXPORTERS[exporter]
     with torch.no_grad():
         actual = way.run(program(name, form, way.dynamic), MODELS[name].inputs(*CALLED_AT[name]))
@@ -75,7 +75,7 @@ def error_of(name: str, form: str, exporter: str) -> float:
 
 
 def cell(name: str, form: str, exporter: str) -> float | str:
-    """An error, or why there is none."""
+    """The error of a cell, or the reason why there is none."""
     with ProcessPoolExecutor(1, mp.get_context("fork")) as pool:
         try:
             return pool.submit(error_of, name, form, exporter).result()
@@ -84,7 +84,7 @@ def cell(name: str, form: str, exporter: str) -> float | str:
 
 
 def prepare(name: str, form: str, exporters: list[str]) -> None:
-    """What the cells of a row share, made before they are forked."""
+    """Fill the caches that the processes of a row inherit."""
     expected(name)
     for dynamic in sorted({EXPORTERS[exporter].dynamic for exporter in exporters}):
         program(name, form, dynamic)
@@ -126,7 +126,7 @@ def main() -> None:
     print(f"How far the adapters move the outputs: {moves}.")
     print("With " + ", ".join(f"{EXPORTERS[way].package} {versions[way]}" for way in ways) + ".")
     for missing in (way for way in given.exporters if way not in ways):
-        print(f"{EXPORTERS[missing].title}: left out, {EXPORTERS[missing].package} is not installed.", file=sys.stderr)
+        print(f"{EXPORTERS[missing].title}: skipped, {EXPORTERS[missing].package} is not installed.", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def test_the_recipes_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def check_hot_swap(names: dict[str, Any]) -> None:
-    """The session of the document against PyTorch, for vectors that turn."""
+    """The session of the document runs another adapter as PyTorch does."""
     model, ids, session = names["model"], names["ids"], names["swappable"]
     randomise(model, "other")
     with torch.no_grad():
@@ -46,7 +46,7 @@ def check_hot_swap(names: dict[str, Any]) -> None:
 
 
 def check_compiled(names: dict[str, Any]) -> None:
-    """The compiled program of the document, at another batch and length than it was exported at."""
+    """The compiled program of the document runs with other sizes than those of the export."""
     model = names["model"]
     hra_fx.set_adapter(model, "default")
     ids = torch.randint(0, 64, (5, 9))

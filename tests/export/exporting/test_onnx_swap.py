@@ -1,4 +1,4 @@
-"""One ONNX graph for many adapters: onnxruntime computes what PyTorch does, and the refusals."""
+"""One ONNX graph for many adapters: onnxruntime computes what PyTorch does; errors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def image() -> Tensor:
 
 
 @QUIET
-def test_adapters_of_every_sort_take_turns_on_one_graph() -> None:
+def test_one_graph_runs_adapters_of_every_kind() -> None:
     model = net(r=8)
     add(model, "even", config("0", "3"))
     add(model, "odd, Gram-Schmidt", config("3", r=3, apply_GS=True))
@@ -77,13 +77,13 @@ def test_a_graph_whose_factors_are_constants_is_refused() -> None:
 
 
 class ONNXProgram:
-    """Not looked into before the model is."""
+    """Stands for a program: the model is checked first."""
 
 
 @pytest.mark.parametrize(
     ("fields", "reason"), [({"r": 3}, "an anchor"), ({"apply_GS": True}, "Gram-Schmidt"), ({}, "a scale other than")]
 )
-def test_an_adapter_that_would_act_on_all_others_is_refused(fields: dict[str, Any], reason: str) -> None:
+def test_an_adapter_that_would_be_part_of_all_others_is_refused(fields: dict[str, Any], reason: str) -> None:
     model = net(**fields)
     if not fields:
         hra_fx.set_scale(model, "slot", 0.5)
@@ -91,7 +91,7 @@ def test_an_adapter_that_would_act_on_all_others_is_refused(fields: dict[str, An
         hra_fx.make_swappable(ONNXProgram(), model)  # type: ignore[arg-type]
 
 
-def test_one_adapter_has_to_act() -> None:
+def test_exactly_one_adapter_must_be_active() -> None:
     model = net()
     add(model, "b", config("0"))
     hra_fx.set_adapter(model, ["slot", "b"])
