@@ -74,15 +74,9 @@ def load_adapter(
     """
     # Tensors created in inference mode could never be trained.
     with torch.inference_mode(False):
-<<<<<<< HEAD
-        if example_inputs is not None:
-            normalize_inputs(example_inputs)
         plain = isinstance(model, nn.Module) and not any(
             get_state(part) or is_adapted(part) for part in model.modules()
         )
-=======
-        plain = isinstance(model, nn.Module) and not any(get_state(part) for part in model.modules())
->>>>>>> read-tracing
         root, state = (model, None) if plain else root_of(model)
         if state is not None:
             load_vectors(root)
