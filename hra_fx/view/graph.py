@@ -23,7 +23,8 @@ from hra_fx.compat import OpOverload
 from hra_fx.layers.target import BASE_WEIGHT, FACTORS, REFLECTION
 from hra_fx.model.graph_module import graph_in_eval
 from hra_fx.tracing.by_mode import ByMode
-from hra_fx.tracing.graph_module import CHECKS, normalize_path
+from hra_fx.tracing.canonical import CHECKS
+from hra_fx.tracing.graph_module import normalize_path
 from hra_fx.view.subject import Subject, describe_module, name_of, own_parameters
 from hra_fx.view.tree import Leaf, joined, module_of, prefixes
 
