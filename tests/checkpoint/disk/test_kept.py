@@ -276,7 +276,7 @@ def test_a_changed_value_is_found(tmp_path: Path, what: str) -> None:
     adapter = made.adapter_of(model, tmp_path / "adapter", target, modules_to_save=saved)
     report = hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", verify=True)
     assert report.verified and "verified: row norms are preserved" in str(report)
-    plan: Any = plan_fold(base, {"": [read_adapter(adapter)]}, None)
+    plan: Any = plan_fold(base, {"": [read_adapter(adapter)]}, None, base)
     file = tmp_path / "out" / "model.safetensors"
     check_file(plan.files[file.name], file)
     state = load_file(file)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
-import bitsandbytes
 import moe_models
 import pytest
 import torch
@@ -264,11 +263,3 @@ def test_modules_that_are_offloaded_as_a_whole(tmp_path: Path) -> None:
     ]
     for kind, call in calls:
         refuses(model, kind, message, call)
-
-
-def test_quantized_weights_without_data() -> None:
-    """accelerate cannot load them again on a CPU, with or without an adapter."""
-    model = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64)).to("cpu")
-    accelerate.cpu_offload(model, execution_device=CPU)
-    with pytest.raises(UnsupportedLayerError, match="its weight is on the meta device and has no data"):
-        hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["0"]))
