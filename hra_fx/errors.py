@@ -45,7 +45,7 @@ class UnsupportedLayerError(HRAError):
 
 
 class CaptureError(HRAError):
-    """A module cannot be traced with fx. `graphs` catches it, traces smaller modules, and shows its `reason`.
+    """A module cannot be traced with fx. `graphs` catches it and traces smaller modules. Errors show its `reason`.
 
     >>> CaptureError("a forward hook on 'layer1.conv'").reason
     "a forward hook on 'layer1.conv'"

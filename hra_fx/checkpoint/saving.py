@@ -175,8 +175,8 @@ def get_peft_model_state_dict(
         adapter_name: name of the adapter.
 
     Raises:
-        AdapterError: the model has no such adapter, or without `state_dict`, tensors are sharded or offloaded (see
-            `save_adapter`).
+        AdapterError: the model has no such adapter. Or without `state_dict`, this process has flat shards of vectors
+            (FSDP1, ZeRO-3), or accelerate offloads trained copies or a whole module.
 
     Example:
         >>> from hra_fx import HRAConfig, transform

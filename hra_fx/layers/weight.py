@@ -20,6 +20,7 @@ from hra_fx import compat
 from hra_fx.errors import AdapterError
 from hra_fx.layers.accelerate_hooks import loaded, offloading_hook
 from hra_fx.layers.class_swap import SwapMixin, mixins_of, original_class, swap, unswap
+from hra_fx.layers.peft_layers import is_peft_layer
 from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.layers.readers import reads_weights
 from hra_fx.layers.running import RUNNING, WITHOUT_FACTORS, during
@@ -43,7 +44,8 @@ def effective_weight(layer: nn.Module) -> Tensor:
         is the weight itself. Rows of trained tokens are in it.
 
     Raises:
-        AdapterError: `layer` has no weight, the weight has no data, or this process has only a shard of it.
+        AdapterError: `layer` has no weight or is a layer of PEFT, the weight has no data, or this process has only a
+            shard of it.
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -53,6 +55,10 @@ def effective_weight(layer: nn.Module) -> Tensor:
         >>> torch.allclose(model(x), x @ effective_weight(model[0]).T, atol=1e-6)
         True
     """
+    if isinstance(layer, nn.Module) and is_peft_layer(layer):
+        raise AdapterError(
+            f"`layer` is PEFT's {type(layer).__name__}. Pass `layer.get_base_layer()`, or call from_peft(model)."
+        )
     adapters: Any = layer._modules.get(REFLECTION) if isinstance(layer, nn.Module) else None
     if adapters is None:
         weight = getattr(layer, "in_proj_weight", None) if isinstance(layer, nn.MultiheadAttention) else None

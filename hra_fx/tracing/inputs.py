@@ -217,7 +217,8 @@ def conditions_of(program: ExportedProgram, names: list[str], inputs: list[fx.No
             variadic[f"L['{name}'][{place}]{pytree.keystr(path[1:])}"] = index
     shown = shown_names(program, names)
     found = dict.fromkeys([*_of_shapes(program, inputs), *guards_of(program)])
-    return [_condition(code, variadic | sources, shown) for code in found]
+    # Those of known inputs first: a guess may be a prefix of one.
+    return [_condition(code, sources | variadic | sources, shown) for code in found]
 
 
 def _condition(code: str, sources: dict[str, int], names: list[str]) -> Condition:

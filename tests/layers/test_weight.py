@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -70,6 +71,9 @@ def test_the_effective_weight_of_an_adapter_that_does_not_act() -> None:
     for wrong in (nn.ReLU(), 3):
         with pytest.raises(hra_fx.AdapterError, match=r"must be a module with a weight, got (ReLU|int)"):
             hra_fx.effective_weight(wrong)  # type: ignore[arg-type]
+    theirs: Any = peft.get_peft_model(Functional(), peft.HRAConfig(r=2, target_modules=["read"]))
+    with pytest.raises(hra_fx.AdapterError, match=r"`layer` is PEFT's HRALinear\. Pass `layer\.get_base_layer\(\)`"):
+        hra_fx.effective_weight(theirs.base_model.model.read)
 
 
 class Watching(nn.Module):

@@ -43,9 +43,7 @@ def test_a_graph_does_what_eager_mode_does(name: str, tmp_path: Path) -> None:
         pair.check()
     assert str(hra_fx.report(pair.graph)) == str(hra_fx.report(pair.eager))
     torch.testing.assert_close(hra_fx.orthogonality_loss(pair.graph), hra_fx.orthogonality_loss(pair.eager))
-    pair.graph = copy.deepcopy(pair.graph)
-    pair.check()
-    pair.graph = pickle.loads(pickle.dumps(pair.graph))
+    pair.graph = pickle.loads(pickle.dumps(copy.deepcopy(pair.graph)))
     pair.check()
     pair.both(hra_fx.fold)
     assert list(pair.graph.state_dict()) == list(CASES[name].make().state_dict())
@@ -372,19 +370,21 @@ def test_hooks_of_the_model_run() -> None:
 
 
 class Numbered(Branches):
-    """Its last argument has the name that torch.export gives to an item of `*x`."""
+    """Its last arguments have the names that torch.export gives to items of `*x`."""
 
-    def forward(self, x: list[Tensor], x_1: Tensor) -> Any:  # type: ignore[override]
-        hidden = self.first(x[0])
-        return self.second(hidden * 2 if x[1].shape[0] > 5 else hidden) + x_1.sum()
+    def forward(self, x: list[Any], x_1: Tensor, x_2: Tensor) -> Any:  # type: ignore[override]
+        hidden = self.first(x[0]) * (3 if x[1].shape[0] > 5 else 1)
+        return self.second(hidden * 2 if x[2][0].shape[0] > 5 else hidden) + x_1.sum() + x_2.sum()
 
 
 def test_an_argument_with_a_number_is_not_an_item_of_another_one() -> None:
-    inputs = {"x": [X, torch.cat([X, X])], "x_1": X[:2]}
+    more, few = torch.cat([X, X]), X[:2]
+    inputs = {"x": [X, more, [more]], "x_1": few, "x_2": few}
     graph, eager = twins(Numbered().double(), inputs)
     assert_same(graph(**inputs), eager(**inputs))
-    with pytest.raises(AssertionError, match=r"captured for inputs with `.*x\[1\]\.size"):
-        graph(x=[X, X], x_1=X[:2])
+    for item, x in ((r"x\[1\]", [X, X, [more]]), (r"x\[2\]\[0\]", [X, more, [X]])):
+        with pytest.raises(AssertionError, match=rf"captured for inputs with `.*{item}\.size"):
+            graph(x=x, x_1=few, x_2=few)
 
 
 class Arguments(Branches):
