@@ -52,7 +52,7 @@ class CaptureError(HRAError):
     """
 
     def __init__(self, reason: str) -> None:
-        """Store `reason`, a phrase without a full stop."""
+        """Store `reason`, a phrase without a final period."""
         super().__init__(reason)
         self.reason = reason
 

@@ -9,7 +9,7 @@ from speed.memory_of_one import forget_the_peak, status
 
 
 class Peak:
-    """Measures from its creation on. Only Linux keeps the largest resident size of a process."""
+    """Measures from its creation on. Only Linux can reset the largest resident size of a process."""
 
     def __init__(self) -> None:
         """Start to measure."""

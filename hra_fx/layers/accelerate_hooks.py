@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: The reason why a module cannot contain adapters if its hook also offloads its children; without the full stop.
+#: The reason why a module cannot contain adapters if its hook also offloads its children; without the final period.
 WHOLE = (
     "accelerate offloads it as a whole (preload_module_classes), with the tensors that it had when it was offloaded. "
     "Leave out preload_module_classes, or call accelerate.hooks.remove_hook_from_submodules(model) first"

@@ -81,7 +81,7 @@ def needs_parameter(names: Collection[str], classes: Collection[type[nn.Module]]
 
 
 def why_lost(names: Collection[str], classes: Collection[type[nn.Module]], own: type[nn.Module] | None) -> str | None:
-    """Return why writes into the weight of a layer in a forward would be lost, or `None`; without the full stop."""
+    """Return why writes into the weight of a layer in a forward would be lost, or `None`; without the final period."""
     uses = _uses_of(names, classes)
     chains = frozenset() if own is None else chains_of(own)
     uses |= {chain[2:] for chain in chains if chain[:1] == ("self",) and chain[1:2] in _WEIGHT_CHAINS}

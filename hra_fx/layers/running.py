@@ -30,9 +30,11 @@ class Run:
 class _Running(threading.local):
     """The run of this thread; `None` if no model runs."""
 
-    run: Run | None = None
-    #: The innermost layer that runs a forward of its own, which reads its weight.
-    layer: Any = None
+    def __init__(self) -> None:
+        # TorchDynamo would guard that a class attribute is not an attribute of the object, which its first call breaks.
+        self.run: Run | None = None
+        #: The innermost layer that runs a forward of its own, which reads its weight.
+        self.layer: Any = None
 
 
 RUNNING = _Running()

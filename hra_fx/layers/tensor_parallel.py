@@ -73,7 +73,7 @@ def is_tensor_parallel(layer: nn.Module, weight: Any) -> bool:
 
 
 def why_not_split(layer: nn.Module) -> str | None:
-    """Return why a layer with adapters cannot be split over processes, or `None`; without the full stop."""
+    """Return why a layer with adapters cannot be split over processes, or `None`; without the final period."""
     if not isinstance(layer, nn.Linear) or has_own_forward(layer):
         return f"tensor parallelism supports only adapted nn.Linear layers, got {type(layer).__name__}"
     if scheme := quant_scheme_of(layer):
@@ -82,7 +82,7 @@ def why_not_split(layer: nn.Module) -> str | None:
 
 
 def why_not_adapted(layer: nn.Module, weight: Any) -> str | None:
-    """Return why a layer with a `DTensor` as its weight cannot be adapted, or `None`; without the full stop."""
+    """Return why a layer with a `DTensor` as its weight cannot be adapted, or `None`; without the final period."""
     if reason := why_not_split(layer):
         return reason
     if not is_tensor_parallel(layer, weight):

@@ -68,7 +68,7 @@ def _check_modules(modules: Modules, layers: Iterable[str]) -> None:
 
 
 def _module_problem(module: nn.Module, *, is_around: bool) -> str | None:
-    """Return why a model with this module cannot be adapted, or `None`; without the full stop.
+    """Return why a model with this module cannot be adapted, or `None`; without the final period.
 
     `is_around` says whether the module is a parent of a selected layer.
     """
@@ -96,7 +96,7 @@ def _module_problem(module: nn.Module, *, is_around: bool) -> str | None:
 
 
 def _layer_problem(path: str, layer: nn.Module, config: HRAConfig) -> str | None:
-    """Return why this layer cannot be adapted, or `None`; without the full stop."""
+    """Return why this layer cannot be adapted, or `None`; without the final period."""
     problem = _state_problem(layer) or _weight_problem(layer) or _rank_problem(path, layer, config)
     if problem and isinstance(layer, ExpertsWeight):
         problem += " (for experts, with longer names in `target_parameters`)"

@@ -85,6 +85,8 @@ def test_graphs_of_single_layers() -> None:
     _, model = pair(MixedUntraced, TARGETS)
     graphs = hra_fx.graphs(model)
     assert graphs.keys() == adapted_layers(model).keys()
+    used = {id(parameter) for graph in graphs.values() for parameter in graph.parameters()}
+    assert {id(v) for v in vectors_of(model).values()} <= used <= {id(parameter) for parameter in model.parameters()}
     for path, layer in adapted_layers(model).items():
         if layer.hra_u.reflects_input:
             x = normal(5, 1, 3, 5) if path == "conv" else normal(5, 2, layer.hra_u.width)

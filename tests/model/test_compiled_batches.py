@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -113,6 +114,22 @@ def test_a_training_step_is_one_graph_with_one_batch(seen: Recorder) -> None:
     assert found.keys() == eager.keys()
     for name, gradient in found.items():
         assert relative_error(gradient, eager[name]) < 1e-9, name
+
+
+def test_a_model_that_is_compiled_before_any_model_ran(seen: Recorder) -> None:
+    """In a new thread, because what runs is known for each thread, and other tests ran models in this one."""
+    model, x = adapted(Switched(), "q", "k", r=2), normal(1, 3, 6)
+
+    def train_and_evaluate() -> Tensor:
+        compiled = torch.compile(model, backend=seen)
+        compiled(x).sum().backward()
+        model.eval()
+        with torch.no_grad():
+            return compiled(x)
+
+    with ThreadPoolExecutor(1) as pool:
+        assert relative_error(pool.submit(train_and_evaluate).result(), model(x)) < 1e-12
+    assert seen.batches == [[2], [2]]
 
 
 class Broken(Switched):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
 from model.many import SAVED, adapted, assert_close, config, flags, net, normal, oracle, refuses, seen, turn
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import hra_fx
@@ -81,6 +83,24 @@ def test_the_buffers_of_a_norm_switch_with_it() -> None:
     hra_fx.set_adapter(model, [])
     assert torch.equal(model.norm.running_mean, plain.norm.running_mean)
     assert int(model.norm.num_batches_tracked) == 0
+
+
+def test_a_buffer_that_no_state_has_is_not_in_files(tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        model = net()
+        model.norm.register_buffer("table", torch.ones(3), persistent=False)
+        return model
+
+    saved: dict[str, Any] = {"modules_to_save": ["norm"]}
+    model, x = adapted(base(), a=config("first", **saved), b=config("first", **saved))[1], normal(4, 6)
+    theirs: Any = peft.get_peft_model(base(), peft.HRAConfig(r=2, target_modules=["first"], **saved))
+    theirs.save_pretrained(tmp_path / "theirs")
+    hra_fx.save_adapter(model, tmp_path / "ours", "a")
+    names = [set(load_file(tmp_path / side / "adapter_model.safetensors")) for side in ("ours", "theirs")]
+    assert names[0] == names[1]
+    for into in (base(), model):
+        assert torch.equal(hra_fx.load_adapter(into, tmp_path / "ours", "a")(x), model(x))
+    assert not [key for key in (*model.state_dict(), *hra_fx.convert_to_lora(model)[1]) if "table" in key]
 
 
 class Recurrent(nn.Module):

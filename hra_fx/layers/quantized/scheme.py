@@ -24,7 +24,7 @@ class Requantized(NamedTuple):
 class QuantScheme(ABC):
     """A library's quantization scheme: reads the values of a layer, and quantizes other values in the same way.
 
-    Methods with `why` return the reason as text without a full stop, or `None`.
+    Methods with `why` return the reason as text without a final period, or `None`.
 
     Attributes:
         cls: the class with the library's own forward.

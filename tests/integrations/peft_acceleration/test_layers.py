@@ -56,20 +56,20 @@ def test_adapters_act_in_the_order_of_peft_and_are_unmerged_in_the_reverse_order
 @pytest.mark.parametrize("base_dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_the_output_keeps_the_dtype_of_the_input(kind: str, dtype: torch.dtype, base_dtype: torch.dtype) -> None:
+def test_the_output_keeps_the_dtype_of_the_input_and_vectors_are_float32(
+    kind: str, dtype: torch.dtype, base_dtype: torch.dtype
+) -> None:
     base = nn.Linear(16, 8) if kind == "linear" else nn.Conv2d(4, 8, 3, groups=2)
     x = normal(1, 5, 16) if kind == "linear" else normal(1, 2, 4, 9, 8)
     layer = one_layer(base.to(base_dtype))
     wide, mixed = torch.float32 in (dtype, base_dtype), dtype is not base_dtype
-    output = layer(x.to(dtype))
-    assert output.dtype is dtype
-    assert layer.hra_u["default"].dtype is F32
-    wanted = dense_results(layer, x.to(dtype))[0]
-    assert relative_error(output, wanted) < (1e-5 if wide and (dtype is F32 or not mixed) else 1e-2)
+    found, wanted = results(layer, x.to(dtype)), dense_results(layer, x.to(dtype))
+    assert [one.dtype for one in found] == [dtype, dtype, F32]
+    agree(found, wanted, 1e-5 if wide and (dtype is F32 or not mixed) else 1e-2)
     with torch.autocast("cpu", BF16):
-        output = layer(x.to(dtype))
-    assert output.dtype is dtype
-    assert relative_error(output, wanted) < 2e-2
+        found = results(layer, x.to(dtype))
+    assert [one.dtype for one in found] == [dtype, dtype, F32]
+    agree(found, wanted, 2e-2)
 
 
 class Centered(nn.Conv2d):

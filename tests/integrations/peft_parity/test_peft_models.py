@@ -114,8 +114,10 @@ def test_report_lora_and_fold_are_those_of_the_dense_product(case: str, tmp_path
     """And the fold uses up the model."""
     model = with_two_by_peft() if case == "two adapters" else randomised_by_peft(case)
     report, layers, output = hra_fx.report(model), layers_of(model), model(tokens())
-    assert {row.path for row in report} == layers.keys()
-    assert not any("base_layer" in layer.path for layer in report.skipped)
+    pairs = [(path, name) for path, layer in layers.items() for name in layer.hra_u]
+    assert sorted((row.path, row.adapter) for row in report) == sorted(pairs)
+    kinds = {path for path, part in net().named_modules() if isinstance(part, (nn.Linear, nn.Conv2d))}
+    assert {layer.path for layer in report.skipped} == kinds - layers.keys() - {*report.trained_in_full}
     for row in report:
         weight, rotated = dense(layers[row.path], row.adapter)
         assert row.weight_change == pytest.approx(float((rotated - weight).norm() / weight.norm()), rel=1e-9)

@@ -74,4 +74,5 @@ def test_saved_loaded_given_to_a_pipeline_as_a_lora_and_folded(tmp_path: Path) -
     assert relative_error(image(again), wanted) < 1e-4
     assert relative_error(image(served), wanted) < 1e-3
     assert hra_fx.fold(pipe.unet) is pipe.unet and not hasattr(pipe.unet, "peft_config")
+    assert not pipe.unet._hf_peft_config_loaded
     assert relative_error(image(pipe), wanted) < 1e-4
