@@ -22,6 +22,7 @@ NEEDS = {
     "export": "torch>=2.9",
     "tracing/test_graph_like_eager.py": "torch>=2.9",
     "tracing/test_graph_of_call.py": "torch>=2.9",
+    "tracing/test_messages.py": "torch>=2.9",
     "tracing/test_trace_example.py": "torch>=2.9",
     "checkpoint/disk/test_experts.py": "transformers>=5.6",
     "layers/experts/test_products.py": "transformers>=5.6",

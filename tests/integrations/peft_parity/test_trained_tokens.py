@@ -42,8 +42,9 @@ MODELS = {
     "scaled": gemma,
 }
 CASES = [("tied", NEW), ("untied", NEW), ("scaled", NEW), ("untied", {"lm_head": [40], "model.embed_tokens": NEW})]
-CASES += [("tied", {"lm_head": NEW, "embed_tokens": NEW})]
-cases = pytest.mark.parametrize(("model", "tokens"), CASES)
+# PEFT 0.18 does not load this.
+BOTH = pytest.param("tied", {"lm_head": NEW, "embed_tokens": NEW}, marks=pytest.mark.needs("peft>=0.21"))
+cases = pytest.mark.parametrize(("model", "tokens"), [*CASES, BOTH])
 
 
 def ours(model: str, tokens: Any, name: str = "default", seed: int = 1, **fields: Any) -> Any:
@@ -227,6 +228,7 @@ def test_refused(model: Any, tokens: Any, fields: dict[str, Any], reason: str) -
     assert reason in refused(model(), settings, HRAError)
 
 
+@pytest.mark.needs("transformers>=5.6")
 def test_what_cannot_have_tokens_says_so(tmp_path: Path) -> None:
     model, replaced, path = ours("tied", NEW), ours("tied", NEW), str(tmp_path / "a")
     replaced.set_input_embeddings(nn.Embedding(64, 32))
