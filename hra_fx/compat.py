@@ -88,9 +88,13 @@ is_dispatch_mode_active: Callable[[], int] = torch._C._len_torch_dispatch_stack
 is_autocast_active: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
 
+#: Whether `torch.fx` traces. torch 2.6 only has the function that is deprecated later.
+_fx_traces: Callable[[], bool] = getattr(_symbolic_trace, "is_fx_symbolic_tracing", _symbolic_trace.is_fx_tracing)
+
+
 def is_fx_tracing() -> bool:
-    """Whether `torch.fx` traces symbolically. The public function is deprecated, and torch 2.6 has no other."""
-    return _symbolic_trace._is_fx_tracing_flag and not torch.compiler.is_compiling()
+    """Whether `torch.fx` traces symbolically."""
+    return not torch.compiler.is_compiling() and _fx_traces()
 
 
 def is_in_backward() -> bool:
