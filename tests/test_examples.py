@@ -148,5 +148,6 @@ def test_a_notebook_runs_in_an_empty_folder_and_says_the_same(name: str, tmp_pat
     notebook, stored = read(name), read(name)
     run(notebook, tmp_path)
     check_outputs(notebook)
-    assert "Warning" not in printed(notebook, "stderr")  # other libraries may write there about the machine
+    # Other libraries may write there about the machine, and torch.onnx.export warns of torch's own code.
+    assert "Warning" not in printed(notebook, "stderr").replace("FutureWarning: `isinstance(treespec, LeafSpec)`", "")
     assert claims(notebook) == claims(stored)
