@@ -183,7 +183,7 @@ endef
 
 # With the lowest Python, because its releases also run on later ones. Left out: torch's companions in builds for CUDA,
 # and the local part of torch's version, so that builds for CUDA and for CPUs fit.
-refresh-constraints: ## pin the newest releases in tests/constraints.txt, if all tests pass with them (40 minutes)
+refresh-constraints: ## pin the newest releases in tests/constraints.txt, if all tests pass with them (30 minutes)
 	rm -rf $(REFRESHED)
 	$(MAKE) VENV=$(REFRESHED) PYTHON=$(LOWEST_PYTHON) CONSTRAINTS= docs check test-all
 	$(REFRESHED)/bin/python -m pip $(PIP_FLAGS) freeze --all --exclude pip --exclude hra-fx --path $(REFRESHED)/lib/python*/site-packages \
