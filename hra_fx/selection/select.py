@@ -250,7 +250,7 @@ def _default_targets(model: nn.Module, modules: Modules) -> tuple[str, ...] | st
     what = f"model_type {model_type!r}" if model_type else f"{type(model).__name__}, which has no `config.model_type`"
     names = leaf_names(_adaptable_in(modules))
     layers = f"Its layers are called {names}" if names else "It has no layer that can be adapted"
-    raise SelectionError(f"`target_modules` is required, because there is no default for {what}. {layers}.")
+    raise SelectionError(f"`target_modules` must be set: there is no default for {what}. {layers}.")
 
 
 def _model_type(model: nn.Module) -> str:

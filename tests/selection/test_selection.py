@@ -58,8 +58,8 @@ MESSAGES: list[Case] = [
         "`target_modules=[]` is empty. The layers of BertForSequenceClassification are called",
     ),
     (tiny_opt, {"target_modules": ["("]}, "Available names:"),
-    (Nested, {}, "because there is no default for Nested, which has no `config.model_type`. Its layers are"),
-    (tiny_vit, {}, "`target_modules` is required, because there is no default for model_type 'vit'. Its layers are"),
+    (Nested, {}, "must be set: there is no default for Nested, which has no `config.model_type`. Its layers are"),
+    (tiny_vit, {}, "`target_modules` must be set: there is no default for model_type 'vit'. Its layers are"),
     (
         nn.ReLU,
         {"target_modules": ["q"]},

@@ -31,7 +31,7 @@ Fields: TypeAlias = dict[str, Any]
 EXAMPLES = 21
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
-NO_DEFAULT = "^`target_modules` is required, because there is no default for"
+NO_DEFAULT = "^`target_modules` must be set: there is no default for"
 #: PEFT's error and a part of its text; a name for the outcome; a regex for the error of hra_fx.
 REFUSALS: list[tuple[type[Exception], str, str, str]] = [
     (NoMatchingPeftModuleError, "", "no layer", "^`target_modules=.*(is empty|matches no module of|none is left)"),
