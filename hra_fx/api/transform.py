@@ -76,7 +76,7 @@ def transform(
             or audio, without labels.
         dynamic_shapes: the sizes of the captured call that may change, as in `torch.export.export`. By default, all
             sizes that the model allows may change; for images, only the batch size. A call with other sizes raises an
-            error.
+            error. Requires `trace`.
         verify: before returning, check on copies of the model that random reflections and folded weights give the same
             outputs and gradients for `example_inputs`, in train and eval mode.
 
@@ -88,7 +88,8 @@ def transform(
         SelectionError: the configuration does not fit the model.
         UnsupportedLayerError: a selected layer cannot be adapted.
         AdapterError: the model has another adapter (see `add_adapter`), or this one with another configuration; or
-            `verify` is set without `example_inputs`; or the model cannot be traced, or is an `ExportedProgram`.
+            `verify` is set without `example_inputs`, or `dynamic_shapes` without `trace`; or the model cannot be
+            traced, or is an `ExportedProgram`.
         VerificationError: the adapted model and the folded model would differ. After any error the model is
             unchanged.
 
@@ -104,6 +105,8 @@ def transform(
     call = None if example_inputs is None else normalize_inputs(example_inputs)
     if verify and call is None:
         raise AdapterError("verify=True needs `example_inputs`, the arguments of one call of the model.")
+    if dynamic_shapes is not None and (not trace or isinstance(module, fx.GraphModule)):
+        raise AdapterError("`dynamic_shapes` needs trace=True and a model that is not a GraphModule.")
     if trace and not isinstance(module, fx.GraphModule):
         traced: Any = _traced(module, config, example_inputs, dynamic_shapes)
         options: Any = {"low_cpu_mem_usage": low_cpu_mem_usage, "example_inputs": example_inputs, "verify": verify}
