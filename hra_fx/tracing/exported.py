@@ -129,12 +129,13 @@ class BranchError(CaptureError):
 
 
 def examples_with_shapes(model: nn.Module, call: Call) -> list[tuple[Call, Any]]:
-    """Examples to capture, with the sizes that may change; the last one is for models that allow one batch size."""
+    """Examples to capture, with the sizes that may change."""
     tensors = [value for value in pytree.tree_leaves(call) if isinstance(value, Tensor)]
-    doubled = call
-    if tensors and all(x.dim() > 0 and x.shape[0] == 1 for x in tensors):  # torch.export makes a size of 1 a constant
+    tries = [(call, True), (call, False)]
+    if tensors and all(x.dim() > 0 and x.shape[0] == 1 for x in tensors):
+        # torch.export makes a size of 1 a constant. The call itself is for models that allow only this batch size.
         doubled = pytree.tree_map(lambda x: x.repeat_interleave(2, 0) if isinstance(x, Tensor) else x, call)
-    tries = ((doubled, True), (doubled, False), (call, True))
+        tries = [(doubled, True), (doubled, False), (call, True)]
     return [(example, automatic_shapes(model, example, lengths=lengths)) for example, lengths in tries]
 
 
