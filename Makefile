@@ -198,7 +198,7 @@ zoo: $(VENV)/test.stamp ## check 588 models (1.5 hours); write docs/zoo.md
 features: $(VENV)/test.stamp ## what hra_fx and PEFT's methods can do: the table of docs/comparison.md (1 minute)
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/features.py
 
-export-table: $(VENV)/test.stamp ## which models pass through which exporter
+export-table: $(VENV)/openvino.stamp ## which models pass through which exporter
 	OMP_NUM_THREADS=1 PYTHONPATH=tests:tests/support $(BIN)/python -m export.exporting.table $(EXPORT_FLAGS)
 
 release-check: ## build, check and try the package in a new environment (1 GB)
@@ -254,6 +254,11 @@ $(VENV)/demo.stamp: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 
 $(VENV)/device.stamp: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(call step,1,PyTorch and ExecuTorch in $(VENV),$(INSTALL) --editable $(DEVICE_TOOLS))
+	@touch $@
+
+$(VENV)/openvino.stamp: $(VENV)/test.stamp
+	@echo "Installing OpenVINO into $(VENV) ..." >&2
+	$(INSTALL) openvino >&2
 	@touch $@
 
 # Beside the environment: transformers, accelerate and TRL import DeepSpeed wherever they find it.
