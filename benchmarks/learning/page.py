@@ -70,7 +70,7 @@ PROTOCOL = """\
   exact than their intervals.
 - `digits` does not include OFT and PEFT's HRA: PEFT's OFT fails for the convolutions, and its HRA takes many times as
   long. BOFT, PSOFT, RoAd and MiSS are compared on teachers only: a run of PEFT's BOFT on `language` would take more
-  than 20 minutes, and the other three were not run there. Ranks that differ by layer were not compared.
+  than 15 minutes, and the other three were not run there. Ranks that differ by layer were not compared.
 - Time is CPU time on one thread, and is shown for runs that compute like LoRA's: in bfloat16 or not. Other programs ran
   at the same time. Memory is the growth of the process during training. Both include the base model's forward and
   backward pass. [benchmarks.md](benchmarks.md) compares speed.

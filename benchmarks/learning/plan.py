@@ -34,7 +34,7 @@ STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("newsgroups-1600", ("hra-quiet",)),
     ("newsgroups-retrieval", ("head", "lora", "hra-pairs", "hra-quiet", *KEEPING)),
     *((task, ("boft", "psoft", "road", "miss")) for task in TEACHERS),
-    # A step of PEFT's BOFT multiplies square matrices for each layer: a run would take more than 20 minutes.
+    # A step of PEFT's BOFT multiplies square matrices for each layer: a run would take more than 15 minutes.
     ("language", ("psoft", "road", "miss")),
 )
 TASK_NAMES = (
