@@ -158,8 +158,30 @@ def test_the_speeds_are_those_of_the_benchmark() -> None:
     (lora, hra) = ([float(row[column]) for row in steps] for column in (0, 1))
     said = f"A training step takes {min(lora):.3g} to {max(lora):.3g} of the time of PEFT's LoRA, and"
     assert f"{said} {min(hra):.3g} to {max(hra):.3g} of that of PEFT's HRA" in README
+    noise = re.findall(r"^Noise: a copy of the base model takes (.*)\.$", benchmarks, re.MULTILINE)
+    assert (
+        f"a copy of the base model took {noise[0]} of its time in training steps, and {noise[2]} in inference" in README
+    )
     compared = comparison_rows("Speed and memory")
     assert len(compared) == 8 and set(compared) <= set(benchmarks.splitlines())
+
+
+def test_the_costs_of_pairs_of_host_time_and_of_few_tokens_are_measured() -> None:
+    measured = (ROOT / "docs" / "measurements.md").read_text(encoding="utf-8")
+    steps = re.findall(
+        r"^AdamW.*: pairs ([\d.]+), .* PEFT's LoRA ([\d.]+)$", section("bench-pairs", measured), re.MULTILINE
+    )
+    more = sorted(100 * (float(pairs) - 1) for pairs, _ in steps)
+    over = sorted(float(pairs) / float(lora) for pairs, lora in steps)
+    assert f"adds [{more[0]:.0f} to {more[-1]:.0f}%](docs/training.md#train-in-pairs)" in README
+    assert f"which then takes {over[0]:.2f} to {over[-1]:.2f} of LoRA's time" in README
+    host = re.findall(r"^\w.* hra_fx (\d\.\d+), PEFT LoRA 1\.00", section("bench-host", measured), re.MULTILINE)
+    said = "{} of the host time that PEFT's LoRA adds in training, {} in a forward pass without gradients, and {} in"
+    assert said.format(*host) in README
+    (few,) = re.findall(
+        r"d=512, 27 tokens, training step\n(?:.*\n)*?  hra_fx .* (\d\.\d+) of PEFT LoRA$", measured, re.MULTILINE
+    )
+    assert f"[{few} of LoRA's time](docs/measurements.md#bench-peft)" in README
 
 
 def test_every_other_number_with_a_fraction_is_a_version() -> None:
