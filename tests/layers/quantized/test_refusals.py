@@ -81,7 +81,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Squashed(nn.Linear(64, 32)),
         r"0 \(Squashed\): its output is not linear in its input, so it has no weight to rotate\. Leave it out",
     ),
-    "no rows": (lambda: Wide(nn.Linear(64, 32)), r"0 \(Wide\): calling it with \(4, 64\) failed \(.*mat1 and mat2"),
+    "no rows": (
+        lambda: Wide(nn.Linear(64, 32)),
+        r"0 \(Wide\): calling it with \(4, 64\) failed \((addmm: )?mat1 and mat2 shapes",
+    ),
     "no data": (
         lambda: Packed(nn.Linear(64, 32)).to("meta"),
         r"0 \(Packed\): its tensors have no data, so nothing says whether it is linear\. Load the weights first\.",
