@@ -188,9 +188,10 @@ refresh-constraints: ## pin the newest releases in tests/constraints.txt, if all
 	$(MAKE) VENV=$(REFRESHED) PYTHON=$(LOWEST_PYTHON) CONSTRAINTS= docs check test-all
 	$(REFRESHED)/bin/python -m pip $(PIP_FLAGS) freeze --all --exclude pip --exclude hra-fx --path $(REFRESHED)/lib/python*/site-packages \
 		--path $(REFRESHED)/deepspeed --path $(REFRESHED)/share/hra_fx_demo > $(REFRESHED)/frozen.txt
-	cp tests/constraints.txt $(REFRESHED)/before.txt
 	{ echo '# Releases that passed all tests together. `make refresh-constraints` writes this file.'; \
-		grep -vE '^(#|nvidia-|cuda-|triton)' $(REFRESHED)/frozen.txt | sed 's/+.*//' | LC_ALL=C sort -f; } > tests/constraints.txt
+		grep -vE '^(#|nvidia-|cuda-|triton)' $(REFRESHED)/frozen.txt | sed 's/+.*//' | LC_ALL=C sort -f; } > $(REFRESHED)/constraints.txt
+	cp tests/constraints.txt $(REFRESHED)/before.txt
+	cp $(REFRESHED)/constraints.txt tests/constraints.txt
 	$(REFRESHED)/bin/python -m pytest -q tests/test_versions.py || { cp $(REFRESHED)/before.txt tests/constraints.txt; exit 1; }
 
 zoo: $(VENV)/test.stamp ## check 588 models (1.5 hours); write docs/zoo.md

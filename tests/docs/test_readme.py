@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from learning.records import read
 from learning.summary import difference, gain, retention_gain
 
 import hra_fx
+from hra_fx.compat import NEWER
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
@@ -174,14 +176,17 @@ def test_the_costs_of_pairs_of_host_time_and_of_few_tokens_are_measured() -> Non
     more = sorted(100 * (float(pairs) - 1) for pairs, _ in steps)
     over = sorted(float(pairs) / float(lora) for pairs, lora in steps)
     assert f"adds [{more[0]:.0f} to {more[-1]:.0f}%](docs/training.md#train-in-pairs)" in README
-    assert f"which then takes {over[0]:.2f} to {over[-1]:.2f} of LoRA's time" in README
+    assert f"which then takes {over[0]:.2f} to {over[-1]:.2f} of the time of LoRA with as many parameters" in README
+    (layers,) = re.findall(r"^(\d+) adapted layers, torch", section("bench-host", measured), re.MULTILINE)
+    assert f"With {layers} adapted layers, hra_fx adds" in README
     host = re.findall(r"^\w.* hra_fx (\d\.\d+), PEFT LoRA 1\.00", section("bench-host", measured), re.MULTILINE)
     said = "{} of the host time that PEFT's LoRA adds in training, {} in a forward pass without gradients, and {} in"
     assert said.format(*host) in README
-    (few,) = re.findall(
-        r"d=512, 27 tokens, training step\n(?:.*\n)*?  hra_fx .* (\d\.\d+) of PEFT LoRA$", measured, re.MULTILINE
-    )
-    assert f"[{few} of LoRA's time](docs/measurements.md#bench-peft)" in README
+    width, tokens, ratio = re.findall(
+        r"d=(\d+), (\d+) tokens, training step\n(?:.*\n)*?  hra_fx .* (\d\.\d+) of PEFT LoRA$", measured, re.MULTILINE
+    )[0]
+    assert f"[{ratio} of LoRA's time](docs/measurements.md#bench-peft) for {tokens} tokens" in README
+    assert f"all projections of width {width}" in README
 
 
 def test_every_other_number_with_a_fraction_is_a_version() -> None:
@@ -189,6 +194,15 @@ def test_every_other_number_with_a_fraction_is_a_version() -> None:
     told = re.sub(r"^- \*\*(Costs|Learns) .*$", "", told, flags=re.MULTILINE)  # other tests compare their numbers
     told = re.sub(r"!?\[[^\]]*\]\([^)]*\)|(Python|torch|transformers) \d+\.\d+\+?", "", told)
     assert re.findall(r"\d+\.\d+", told) == []
+
+
+def test_the_releases_are_those_that_are_required() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lowest = [project["requires-python"], *project["dependencies"]]
+    python, torch_, transformers_ = (re.sub(r"\w*>=", "", need) for need in lowest[:3])
+    assert f"Python {python}, torch {torch_} and transformers {transformers_}, or later" in README
+    for library, release in {(library, release) for library, release, _ in NEWER.values()}:
+        assert f"need {library} {release}." in README
 
 
 def test_the_number_of_models_and_the_times() -> None:
