@@ -296,7 +296,7 @@ def main(train_size: int, test_size: int, epochs: int, hub: str | None, output: 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", type=int, default=2560, help="training texts (default 2560)")
+    parser.add_argument("--train", type=int, default=1920, help="training texts (default 1920)")
     parser.add_argument("--test", type=int, default=1000, help="held-out texts (default 1000)")
     parser.add_argument("--epochs", type=int, default=1, help="passes over the training texts (default 1)")
     parser.add_argument(
