@@ -157,7 +157,7 @@ report: $(VENV)/test.stamp ## every measurement whose code has changed, into doc
 check: $(VENV)/test.stamp $(PAGE_STAMP) ## lint, formatting, types, layering
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict hra_fx passes
+	$(BIN)/mypy --strict hra_fx
 	@$(NPM) run --silent check
 	$(BIN)/python -m pytest -q tests/test_layering.py
 

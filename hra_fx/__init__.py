@@ -27,6 +27,7 @@ from hra_fx.errors import (
     VerificationError as VerificationError,
     VisualizeError as VisualizeError,
 )
+from hra_fx.removed import raise_if_removed
 from hra_fx.version import VERSION
 
 if TYPE_CHECKING:
@@ -140,6 +141,7 @@ def __getattr__(name: str) -> Any:
     if name == "integrations":  # the Trainer and callbacks, whose libraries are slow to import
         return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
+        raise_if_removed(name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value

@@ -29,7 +29,7 @@ def find_uses(graph_module: fx.GraphModule, is_selected: Callable[[str, nn.Modul
 
     Example:
         >>> from hra_fx import HRAConfig, transform
-        >>> from passes.fold import FoldPass
+        >>> from hra_fx.passes.fold import FoldPass
         >>> graph = fx.symbolic_trace(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)))
         >>> graph = transform(graph, HRAConfig(r=2, target_modules=["0", "2"]))
         >>> [node.target for node in FoldPass()(graph).graph_module.graph.nodes]

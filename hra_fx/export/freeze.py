@@ -11,7 +11,7 @@ from hra_fx.compat import require
 from hra_fx.errors import AdapterError
 from hra_fx.export.program import ProgramEditor, is_adapter_tensor, is_program
 from hra_fx.layers.containers import ANCHOR, SCALED
-from passes.freeze import FreezePass
+from hra_fx.passes.freeze import FreezePass
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

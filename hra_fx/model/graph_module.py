@@ -27,9 +27,9 @@ from hra_fx.layers.mixed import CURRENT
 from hra_fx.layers.running import Run
 from hra_fx.layers.target import BASE_WEIGHT, FACTORS
 from hra_fx.model.state import is_adapted
-from passes.fold import FoldPass
-from passes.insert import InsertPass
-from passes.match import find_uses
+from hra_fx.passes.fold import FoldPass
+from hra_fx.passes.insert import InsertPass
+from hra_fx.passes.match import find_uses
 
 
 class BatchedFactors(nn.Module):

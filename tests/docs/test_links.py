@@ -53,7 +53,7 @@ def passes() -> set[str]:
     """The passes and the function that matches nodes, each by the name of its module and its own."""
     found = set()
     for file in (ROOT / "passes").glob("[!_]*.py"):
-        module = importlib.import_module(f"passes.{file.stem}")
+        module = importlib.import_module(f"hra_fx.passes.{file.stem}")
         for name, value in vars(module).items():
             is_pass = inspect.isclass(value) and issubclass(value, PassBase)
             is_function = inspect.isfunction(value) and not name.startswith("_")

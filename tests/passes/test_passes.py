@@ -16,9 +16,9 @@ from torch.utils import _pytree as pytree
 
 import hra_fx
 from hra_fx.errors import GraphInvariantError
-from passes.fold import FoldPass
-from passes.insert import InsertPass
-from passes.match import find_uses
+from hra_fx.passes.fold import FoldPass
+from hra_fx.passes.insert import InsertPass
+from hra_fx.passes.match import find_uses
 
 
 class Net(nn.Module):

@@ -1,0 +1,43 @@
+"""What version 0.5 removed, and what to write instead. The tables go in 0.6; docs/upgrading.md has the same rows.
+
+A removed name raises `ImportError`, so that `from hra_fx import name` shows the message too: there, Python replaces an
+`AttributeError` by its own error.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+#: Public name -> what to do instead. Names of `hra_fx.integrations` are here too.
+NAMES: dict[str, str] = {}
+
+#: Function or class -> its removed argument -> what to do instead.
+ARGUMENTS: dict[str, dict[str, str]] = {}
+
+
+def raise_if_removed(name: str) -> None:
+    """Raise the error of a removed public name.
+
+    Raises:
+        ImportError: the name was removed; the message says what to use instead.
+    """
+    if name in NAMES:
+        raise ImportError(f"hra_fx.{name} was removed in 0.5. {NAMES[name]}")
+
+
+def without_removed_arguments(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Raise a TypeError that says what to do, if a call passes an argument of `ARGUMENTS` by name."""
+    gone = ARGUMENTS[function.__qualname__]
+
+    @functools.wraps(function)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        for name in gone.keys() & kwargs.keys():
+            raise TypeError(f"{function.__qualname__}: `{name}` was removed in 0.5. {gone[name]}")
+        return function(*args, **kwargs)
+
+    return checked

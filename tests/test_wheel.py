@@ -1,0 +1,53 @@
+"""A wheel beside a user's own folder `passes`: the package of graph passes is `hra_fx.passes` and nothing else."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+USES = """
+import passes, torch, hra_fx
+from torch import nn
+from hra_fx.passes.match import find_uses
+
+assert passes.OWN and not hasattr(passes, "fold")
+config = hra_fx.HRAConfig(r=2, target_modules=["0"])
+hra_fx.transform(nn.Sequential(nn.Linear(4, 4)), config)
+graph = hra_fx.transform(nn.Sequential(nn.Linear(4, 4)), config, trace=True)
+assert "hra_u" in graph.code and "hra_u" not in hra_fx.fold(graph).code
+print(hra_fx.__file__)
+"""
+
+
+def test_a_wheel_works_beside_a_folder_named_passes(tmp_path: Path) -> None:
+    # pip builds in the folder of the sources, and would take what an earlier build left there.
+    sources = tmp_path / "sources"
+    for name in ("hra_fx", "passes"):
+        shutil.copytree(ROOT / name, sources / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, sources)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, sources]
+    subprocess.run(build, check=True, capture_output=True, text=True, timeout=300)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        archive.extractall(tmp_path / "site")
+    assert {name.split("/")[0] for name in names} == {"hra_fx"}
+    source = {path.name for path in (ROOT / "passes").glob("*.py")}
+    assert {Path(name).name for name in names if name.startswith("hra_fx/passes/")} == source
+
+    user = tmp_path / "user"
+    (user / "passes").mkdir(parents=True)
+    (user / "passes" / "__init__.py").write_text("OWN = True\n")
+    (user / "run.py").write_text(USES)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    command = [sys.executable, "run.py"]
+    done = subprocess.run(command, cwd=user, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).is_relative_to(tmp_path / "site")
