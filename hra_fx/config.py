@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hra_fx.errors import CheckpointError, ConfigError
-from hra_fx.field_hints import field_hint
+from hra_fx.field_hints import TOKENS, field_hint
 from hra_fx.hub import check_options, download
 from hra_fx.patterns import layer_index_regex, matches_rank, rank_regex, saved_module_regex
 
@@ -24,7 +24,7 @@ __all__ = ["CONFIG_NAME", "HRAConfig"]
 
 CONFIG_NAME = "adapter_config.json"
 #: Fields that PEFT's `HRAConfig` does not have.
-_NOT_IN_PEFT = ("rank_pattern", "target_parameters", "trainable_token_indices")
+_NOT_IN_PEFT = ("rank_pattern", "target_parameters")
 _TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 _BIASES = ("none", "all", "hra_only")
 #: Values of `bias` of other methods of PEFT.
@@ -56,9 +56,6 @@ class HRAConfig:
             its path equals a name or ends with "." + name. `exclude_modules` and `layers_to_transform` do not restrict
             them. With target_modules=None, only these parameters are adapted. PEFT's HRAConfig does not have this
             field.
-        trainable_token_indices: tokens whose embeddings are trained, as in PEFT's LoraConfig: a list for the
-            input embeddings, or a dict of module name -> tokens. A name matches the end of a path. Layers that are tied
-            to an embedding use the same rows. PEFT's HRAConfig does not have this field.
         task_type: None or a PEFT task type, such as "SEQ_CLS".
         peft_type: always "HRA".
         auto_mapping, peft_version, base_model_name_or_path, revision, inference_mode: as in PEFT.
@@ -98,7 +95,6 @@ class HRAConfig:
     bias: str = "none"
     modules_to_save: Collection[str] | None = None
     target_parameters: Collection[str] | None = None
-    trainable_token_indices: Collection[int] | dict[str, Collection[int]] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -120,7 +116,6 @@ class HRAConfig:
         self._check_layers_pattern()
         self._check_modules_to_save()
         self.target_parameters = _names("target_parameters", self.target_parameters) or None
-        self.trainable_token_indices = _token_indices(self.trainable_token_indices)
         self._check_rank_pattern()
         self._check_together()
         _check_extra(self.extra)
@@ -350,23 +345,6 @@ def _indices(value: object) -> list[int] | int | None:
     return sorted(entries) if isinstance(value, set | frozenset) else entries
 
 
-def _token_indices(value: Any) -> Any:
-    """`trainable_token_indices`: the tokens of the input embeddings, or of modules by name; None if there are none."""
-    given = value if isinstance(value, Mapping) else {"": [] if value is None else value}
-    found: dict[str, list[int]] = {}
-    for name, tokens in given.items():
-        many = isinstance(tokens, Collection) and not isinstance(tokens, str | bytes | Mapping)
-        if not many or not isinstance(name, str) or not all(map(_is_index, tokens)) or len(set(tokens)) < len(tokens):
-            raise ConfigError(
-                "`trainable_token_indices` must be a list of different ints >= 0, or a dict of module names and such "
-                f"lists, got {value!r}."
-            )
-        if isinstance(value, Mapping) and not (name and tokens):
-            raise ConfigError(f"`trainable_token_indices` must not contain an empty name or list, got {value!r}.")
-        found[name] = sorted(tokens) if isinstance(tokens, set | frozenset) else list(tokens)
-    return (found or None) if isinstance(value, Mapping) else found[""] or None
-
-
 def _is_index(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
@@ -386,6 +364,8 @@ def _check_extra(extra: object) -> None:
     for name in _field_names():
         if name in extra:
             raise ConfigError(f"`extra` must not contain the field {name!r}. Pass it as a keyword instead.")
+    if extra.get(TOKENS):
+        raise ConfigError(f"HRAConfig has no field `{TOKENS}`. {field_hint(TOKENS, ())}")
 
 
 def _plain(value: Any) -> Any:

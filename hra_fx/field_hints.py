@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Collection
 
 _NO_ALPHA = "HRA has no alpha, because Q is orthogonal. Remove it. To weaken an adapter, call hra_fx.set_scale."
+#: A field of PEFT's `LoraConfig`, and of `HRAConfig` before 0.5.
+TOKENS = "trainable_token_indices"
 #: Fields of PEFT's `LoraConfig` without a counterpart.
 _ONLY_IN_LORA = {
     "lora_alpha": _NO_ALPHA,
@@ -14,6 +16,9 @@ _ONLY_IN_LORA = {
     "lora_dropout": "HRA has no dropout. Remove it, and set the dropout of the model itself.",
     "lora_bias": "Reflections have no bias. Use bias='hra_only' to train the biases of the adapted layers.",
     "use_dora": "HRA preserves the norm of each row of the weight, so DoRA does not apply. Remove it.",
+    TOKENS: (
+        'It was removed in 0.5. To train the embeddings in full, use modules_to_save=["embed_tokens", "lm_head"].'
+    ),
     "fan_in_fan_out": "The layout of the weight is inferred from the layer type. Remove it.",
 }
 

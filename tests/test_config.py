@@ -51,7 +51,7 @@ def values(config: Any) -> dict[str, Any]:
 
 
 def test_fields_and_defaults_are_pefts() -> None:
-    ours = ["extra", "rank_pattern", "target_parameters", "trainable_token_indices"]
+    ours = ["extra", "rank_pattern", "target_parameters"]
     assert sorted(f.name for f in dataclasses.fields(HRAConfig)) == sorted([*FIELDS, *ours])
     assert values(HRAConfig()) == values(peft.HRAConfig())
     assert HRAConfig().peft_version is None
@@ -122,9 +122,6 @@ def test_no_alias_to_what_was_given() -> None:
         ("layers_to_transform", [], []),
         ("modules_to_save", ("b", "a"), ["b", "a"]),
         ("modules_to_save", {"b", "a"}, ["a", "b"]),
-        ("trainable_token_indices", (9, 2), [9, 2]),
-        ("trainable_token_indices", {"wte": {9, 2}}, {"wte": [2, 9]}),
-        ("trainable_token_indices", [], None),
         ("peft_type", peft.PeftType.HRA, "HRA"),
         ("task_type", peft.TaskType.SEQ_CLS, "SEQ_CLS"),
         ("base_model_name_or_path", Path("a"), "a"),
@@ -153,8 +150,12 @@ BAD_FIELDS: list[tuple[str, list[Any], str]] = [
     ("modules_to_save", ["head"], "`modules_to_save` must be a list of names, got the str 'head'. Use ['head']."),
     ("modules_to_save", [["head", "x)"]], "`modules_to_save`: 'x)' is not a valid regular expression: unbalanced"),
     ("modules_to_save", [[""]], "`modules_to_save` must not contain an empty name."),
-    ("trainable_token_indices", [3, "3", [-1], [True], [2, 2], {"wte": 3}], "must be a list of different ints >= 0, "),
-    ("trainable_token_indices", [{"": [1]}, {"wte": []}], "must not contain an empty name or list, got {}."),
+    (
+        "trainable_token_indices",
+        [[3]],
+        'removed in 0.5. To train the embeddings in full, use modules_to_save=["embed_t',
+    ),
+    ("extra", [{"trainable_token_indices": [3]}], "no field `trainable_token_indices`. It was removed in 0.5."),
     ("extra", [None, {1: 2}], "`extra` must be a dict with str keys, got {}."),
     ("extra", [{"r": 2}], "`extra` must not contain the field 'r'. Pass it as a keyword instead."),
     (

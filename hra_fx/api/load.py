@@ -123,10 +123,9 @@ def _replace(root: nn.Module, state: AdapterState, name: str, fitted: Fitted, is
         for entry in copies.copied.get(name, ())
         if entry not in non_persistent_buffers(owner)
     }
-    own, new = state.configs[name].trainable_token_indices, fitted.resume.config.trainable_token_indices
-    if own != new or values is None or held.keys() != fitted.copies.keys() or differ_by_place(held, fitted.copies):
+    if values is None or held.keys() != fitted.copies.keys() or differ_by_place(held, fitted.copies):
         raise AdapterError(
-            f"adapter {name!r} exists in the model, but with other layers, r, apply_GS, bias, modules_to_save, tokens "
+            f"adapter {name!r} exists in the model, but with other layers, r, apply_GS, bias, modules_to_save "
             "or tied weights than in the file. Delete it first (hra_fx.delete_adapter), or load under another "
             "adapter_name."
         )

@@ -11,11 +11,9 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor, nn
 
-from hra_fx.checkpoint.folder import PEFT_TOKENS
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.layers.trained_copies import all_copies
-from hra_fx.layers.trained_tokens import ROWS, TokenRows
 from hra_fx.model.state import AdapterState, adapted_layers, root_of
 from hra_fx.model.trainable import count_parameters
 from hra_fx.selection.select import saved_modules
@@ -108,10 +106,6 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
             trained = [t for owner, copies in all_copies(module).values() for t in copies.tensors(owner, name).values()]
             saved.setdefault(path, {})[name] = [t for t in trained if isinstance(t, nn.Parameter)]
     found += [_status(path, "ModulesToSaveWrapper", held, state) for path, held in saved.items()]
-    for path, (owner, copies) in all_copies(root).items():
-        if isinstance(owner, TokenRows):
-            rows = {name: [copies.get(owner, name, ROWS)] for name in copies.copied}
-            found.append(_status(f"{path.rpartition('.')[0]}.{PEFT_TOKENS}", "TrainableTokensLayer", rows, state))
     return found
 
 

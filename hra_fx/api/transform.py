@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from hra_fx.api.peft_wrapper import hand_over
 from hra_fx.config import HRAConfig
-from hra_fx.errors import AdapterError, UnsupportedLayerError
+from hra_fx.errors import AdapterError
 from hra_fx.export.program import refuse_operators
 from hra_fx.integrations.pretrained import root_class_for
 from hra_fx.layers.accelerate_hooks import is_hooked
@@ -19,7 +19,6 @@ from hra_fx.model.inject import all_or_nothing, random_init
 from hra_fx.model.peft_view import has_peft_layers, take_over, without_wrapper
 from hra_fx.model.setup import checked, set_up
 from hra_fx.model.state import adapted_layers, get_state, require_adapted_layers
-from hra_fx.model.trained_tokens import NOT_IN_GRAPHS
 from hra_fx.model.verify import check_against_folded
 from hra_fx.selection.check import select_checked
 from hra_fx.selection.origin import keep_origin, origin_of
@@ -131,8 +130,6 @@ def _traced(model: nn.Module, config: HRAConfig, example_inputs: Any, dynamic_sh
             f"trace=True: {hooked} has a hook of accelerate, which a graph would not run. Leave out trace=True, or "
             "call accelerate.hooks.remove_hook_from_submodules(model) first."
         )
-    if config.trainable_token_indices:
-        raise UnsupportedLayerError(NOT_IN_GRAPHS)
     layers = select_checked(model, config)
     traced = trace_model(model, list(layers.values()), example_inputs, dynamic_shapes)
     keep_origin(traced, origin_of(model))

@@ -40,11 +40,9 @@ from hra_fx.functional.statistics import inverse_condition
 from hra_fx.layers.adapters import AdapterSpec, get_adapters
 from hra_fx.layers.experts_weight import stands_for_parameter
 from hra_fx.layers.target import REFLECTION
-from hra_fx.layers.trained_tokens import ROWS
 from hra_fx.layers.variants import adapters_for
 from hra_fx.model.setup import valid_config
 from hra_fx.model.trainable import to_copy
-from hra_fx.model.trained_tokens import token_places
 from hra_fx.selection.check import select_checked
 from hra_fx.selection.select import saved_modules, select, without_unmatched
 from hra_fx.selection.suggestions import some_of
@@ -52,6 +50,8 @@ from hra_fx.selection.suggestions import some_of
 #: Metadata key in `adapter_model.safetensors`.
 RESUME = "hra_fx"
 _BIASES = ("bias", "in_proj_bias")
+#: The end of the keys of trained tokens (`trainable_token_indices` in 0.4).
+_TOKEN_ROWS = ".trainable_tokens_delta"
 #: Other keys that PEFT writes with bias="all" for each bias of a module in `modules_to_save`, but does not read.
 _EXTRA_BIASES = re.compile(r"\.(original_module|modules_to_save)\.(.*\.)?bias$")
 _SHOWN = 5
@@ -169,7 +169,7 @@ class Adapter:
 
     def _is_trained(self, name: str) -> bool:
         path, _, last = name.rpartition(".")
-        return self.saves(path) or last == ROWS or (self.config.bias != "none" and last in _BIASES)
+        return self.saves(path) or (self.config.bias != "none" and last in _BIASES)
 
     def _chain(self, path: str, key: str) -> Tensor:
         tensor, config = self.tensors[key], self.config
@@ -211,9 +211,14 @@ def read_adapter(source: str | os.PathLike[str], config: HRAConfig | None = None
     `config` replaces the configuration in the folder; the vectors are then used as stored.
     """
     folder = find(source)
-    own = HRAConfig.from_pretrained(folder) if config is None else config
     file = folder / WEIGHTS_NAME
     stored, metadata = read(file)
+    if rows := next((key for key in stored if key.endswith(_TOKEN_ROWS)), None):
+        raise CheckpointError(
+            f"{file}: {rows} has trained tokens, which 0.5 does not read. Fold the adapter with hra_fx 0.4, or train "
+            'it again with modules_to_save=["embed_tokens", "lm_head"].'
+        )
+    own = HRAConfig.from_pretrained(folder) if config is None else config
     keys = sorted(stored, key=lambda key: re.sub(r"\d+", lambda number: number[0].zfill(9), key).split("."))
     # Some writers leave out PEFT's prefix.
     tensors = {key if key.startswith(PREFIX) else f"{PREFIX}{key}": stored[key] for key in keys}
@@ -273,13 +278,12 @@ def _copy_shapes(
     model: nn.Module, config: HRAConfig, layers: Mapping[str, nn.Module]
 ) -> dict[tuple[str, str], tuple[int, ...]]:
     """(path of a module, name of its tensor) -> shape, of everything that a configuration trains in full."""
-    shapes = {
+    return {
         (path, name): tuple(getattr(owner, name).shape)
         for path, (owner, names) in to_copy(model, config, layers).items()
         for name in names
         if name not in non_persistent_buffers(owner)
     }
-    return shapes | {(place.path, ROWS): tuple(place.start[ROWS].shape) for place in token_places(model, config)}
 
 
 def _copy_keys(

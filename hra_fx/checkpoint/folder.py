@@ -10,7 +10,6 @@ import glob
 import json
 import os
 import posixpath
-import re
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,14 +25,12 @@ from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError
 from hra_fx.hub import check_options, download
 from hra_fx.layers.containers import ANCHOR
-from hra_fx.layers.target import REFLECTION, SAVED, TOKENS
+from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import BASE, all_copies
 from hra_fx.model.state import adapted_layers
 from hra_fx.selection.suggestions import some_of
 
 PREFIX = "base_model.model."
-#: PEFT's name of the child of an embedding with trained tokens.
-PEFT_TOKENS = "token_adapter"
 #: The key of the vectors before Gram-Schmidt, which are stored with their orthonormal chain to resume training.
 VECTORS = "hra_vectors"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -195,7 +192,6 @@ def vectors_key(path: str) -> str:
 
 def copy_key(path: str, name: str, *, adapted: bool) -> str:
     """Key of a trained copy. For a bias in an adapted layer (`adapted`), it contains the name of PEFT's wrapper."""
-    path = re.sub(rf"(^|\.){TOKENS}$", rf"\1{PEFT_TOKENS}", path)
     return f"{PREFIX}{path}.base_layer.{name}" if adapted else f"{PREFIX}{path}.{name}"
 
 

@@ -42,7 +42,6 @@ from hra_fx.layers.sharding import full_tensor, is_dtensor, on_first_rank
 from hra_fx.layers.trained_copies import all_copies
 from hra_fx.model.peft_view import adapted_view
 from hra_fx.model.state import AdapterState, adapted_layers, load_vectors, names_in, root_of
-from hra_fx.model.trained_tokens import without_rows
 from hra_fx.selection.select import resolve_targets, targeted
 from hra_fx.version import VERSION
 
@@ -242,7 +241,7 @@ def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[s
 def layers_with(root: nn.Module, record: AdapterState, name: str) -> list[str]:
     """Paths of the layers with an adapter, which must be those in its configuration."""
     sites, config = [path for path, layer in adapted_layers(root).items() if name in layer.hra_u], record.configs[name]
-    if odd := sorted(targeted(root, config).keys() ^ set(sites)) + without_rows(root, config, name):
+    if odd := sorted(targeted(root, config).keys() ^ set(sites)):
         raise AdapterError(
             f"adapter {name!r}: {odd[0]} does not match the adapter's configuration, because a part of the model was "
             "folded or replaced after transform. The saved file could not be loaded. Fold the whole model instead."

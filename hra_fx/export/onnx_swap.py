@@ -129,7 +129,7 @@ def _adapter(model: nn.Module, adapter_name: str | None = None) -> tuple[str, di
     for path, (_, copies) in all_copies(root).items():
         if name in copies.copied:
             raise AdapterError(
-                f"{path or 'the model'}: adapter {name!r} has a trained copy of it (modules_to_save, bias or tokens), "
+                f"{path or 'the model'}: adapter {name!r} has a trained copy of it (modules_to_save or bias), "
                 "which cannot be an input of a graph. Export a separate graph for this adapter, with "
                 "torch.onnx.export alone."
             )

@@ -177,7 +177,7 @@ def _check_resizable(model: nn.Module, layers: dict[str, AdaptedLayer], ends: li
     for path, (owner, _) in all_copies(model).items():
         if owner in ends or (isinstance(owner, nn.Embedding) and owner.num_embeddings == rows):
             raise AdapterError(
-                f"{path}: an adapter has a trained copy of it (modules_to_save, bias or tokens), which "
+                f"{path}: an adapter has a trained copy of it (modules_to_save or bias), which "
                 "resize_token_embeddings does not resize. Resize before hra_fx.transform, or fold or unload first."
             )
     resizes_more = _overrides_resize(model)

@@ -101,11 +101,6 @@ def writes_parameters(model: nn.Module) -> bool:
     return any(name in names and _is_write(chain[place + 1 :]) for chain in chains for place, name in enumerate(chain))
 
 
-def writes_weight_of(names: Collection[str], classes: Collection[type[nn.Module]]) -> bool:
-    """Whether code of these classes writes into the weight of a layer with one of these names."""
-    return any(map(_is_write, _uses_of(names, classes)))
-
-
 def _uses_of(names: Collection[str], classes: Collection[type[nn.Module]]) -> set[Chain]:
     return {use for cls in classes for owner, use in _uses(chains_of(cls)) if owner in names}
 

@@ -17,10 +17,8 @@ LayerKind: TypeAlias = Literal["linear", "conv1d", "conv2d", "conv3d", "attentio
 REFLECTION = "hra_u"
 #: Name of the child module with trained copies of tensors that are not in use.
 SAVED = "hra_saved"
-#: Name of the child of an embedding with its trained rows, and the attribute of a layer that is tied to the embedding.
-TOKENS = "hra_tokens"
 #: Names of all children that adapters add to the modules of the base model.
-ADAPTER_CHILDREN = frozenset((REFLECTION, SAVED, TOKENS))
+ADAPTER_CHILDREN = frozenset((REFLECTION, SAVED))
 #: Name of the child of a graph that computes the factors of all its layers.
 FACTORS = "hra_factors"
 #: Name of the attribute of an adapted layer that contains its base weight.

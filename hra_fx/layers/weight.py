@@ -2,8 +2,7 @@
 
 While a model runs, the weight of an adapted layer reads as `W Q`, a plain tensor with gradients, because attention,
 Swin, Mamba and others use weights without calling their layers. At any other time it is the parameter `W`, as in PEFT:
-optimizers, loaders, and code that moves or ties weights need the parameter. The same holds for a weight with trained
-rows (`hra_fx.layers.trained_tokens`).
+optimizers, loaders, and code that moves or ties weights need the parameter.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def effective_weight(layer: nn.Module) -> Tensor:
         `W Q` for the active adapters, in the shape and dtype of the weight: `(out, d)` for a Linear, `(out, in/groups,
         ...)` for a convolution, `(d, out)` for transformers' `Conv1D`, `in_proj_weight` for `nn.MultiheadAttention`,
         `(experts, ...)` for experts. A quantized weight is dequantized. If no adapter acts, or adapters are merged, it
-        is the weight itself. Rows of trained tokens are in it.
+        is the weight itself.
 
     Raises:
         AdapterError: `layer` has no weight or is a layer of PEFT, the weight has no data, or this process has only a
@@ -62,7 +61,7 @@ def effective_weight(layer: nn.Module) -> Tensor:
     adapters: Any = layer._modules.get(REFLECTION) if isinstance(layer, nn.Module) else None
     if adapters is None:
         weight = getattr(layer, "in_proj_weight", None) if isinstance(layer, nn.MultiheadAttention) else None
-        weight = during(WITHOUT_FACTORS, getattr, layer, "weight", None) if weight is None else weight
+        weight = getattr(layer, "weight", None) if weight is None else weight
         if not isinstance(weight, Tensor):
             raise AdapterError(f"`layer` must be a module with a weight, got {type(layer).__name__}.")
         return weight
@@ -78,14 +77,14 @@ def effective_weight(layer: nn.Module) -> Tensor:
         return rotated.to(base.dtype) if base.is_floating_point() else rotated
 
 
-def weight_property(name: str, value: Callable[[nn.Module], Any] | None = None) -> property:
-    """The property `layer.<name>`, by default that of an adapted layer. The parameter itself stays in `_parameters`."""
+def weight_property(name: str) -> property:
+    """The property `layer.<name>` of an adapted layer. The parameter itself stays in `_parameters`."""
 
     def read(self: nn.Module) -> Any:
         try:
-            return (value or read_weight)(self)
+            return read_weight(self)
         except AttributeError as error:  # Python would call nn.Module.__getattr__, which returns W
-            if REFLECTION not in self._modules or not _has_weight(self):
+            if not _has_weight(self):
                 raise
             raise RuntimeError(f"{type(self).__name__}: its weight cannot be rotated ({error})") from error
 

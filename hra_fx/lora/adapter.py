@@ -138,7 +138,7 @@ class AdaptedWeight:
 class LoraAdapter:
     """An adapter as LoRA, independent of the file format. Fields with names of PEFT's are those of `LoraConfig`.
 
-    `copies` are trained tensors (modules, biases and tokens), by their keys in PEFT's file without its prefix.
+    `copies` are trained tensors (modules and biases), by their keys in PEFT's file without its prefix.
     `modules` are the paths of all modules of the model, of which `target_modules` must match only the adapted ones.
     `model_config` is the content of the model's `config.json`; empty if it has none.
     """
@@ -148,7 +148,6 @@ class LoraAdapter:
     modules: Collection[str] = ()
     bias: str = "none"
     modules_to_save: tuple[str, ...] = ()
-    trainable_token_indices: Mapping[str, list[int]] = field(default_factory=dict)
     task_type: str | None = None
     auto_mapping: Mapping[str, Any] | None = None
     base_model: str | None = None
@@ -238,7 +237,6 @@ def _config(adapter: LoraAdapter) -> dict[str, Any]:
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in adapter.layers),
         "bias": adapter.bias,
         "modules_to_save": list(adapter.modules_to_save) or None,
-        **({"trainable_token_indices": dict(tokens)} if (tokens := adapter.trainable_token_indices) else {}),
         "use_rslora": False,
         "use_dora": False,
     }

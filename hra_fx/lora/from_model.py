@@ -20,9 +20,8 @@ from hra_fx.layers.accelerate_hooks import loaded
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.layers.sharding import first_split, full_tensor, gathered, reshard
-from hra_fx.layers.target import ADAPTER_CHILDREN, TOKENS, weight_place
+from hra_fx.layers.target import ADAPTER_CHILDREN, weight_place
 from hra_fx.layers.trained_copies import all_copies
-from hra_fx.layers.trained_tokens import INDICES, TokenRows, token_rows
 from hra_fx.lora.adapter import (
     AdaptedWeight,
     LoraAdapter,
@@ -69,7 +68,6 @@ def lora_adapter(
         layers=tuple(_lora_layer(f"{prefix}{path}", layer, present[path], rank) for path, layer in layers.items()),
         copies={f"{prefix}{key}": tensor for key, tensor in _copies(root, names, layers).items()},
         modules=[path for path, _ in state_modules(whole) if path and ADAPTER_CHILDREN.isdisjoint(path.split("."))],
-        trainable_token_indices=_tokens(root, whole, names, prefix),
         auto_mapping=auto_mapping(whole, configs[0]),
         base_model=next(filter(None, (base_model_name(whole, own) for own in configs)), None),
         model_config=config.to_dict() if hasattr(config, "to_dict") else {},
@@ -151,21 +149,4 @@ def _copies(root: nn.Module, names: Iterable[str], layers: Mapping[str, AdaptedL
                 if entry not in skipped:
                     key = copy_key(path, entry, adapted=path in layers)
                     found[key.removeprefix(PREFIX)] = full_tensor(tensor.detach()).cpu()
-    return found
-
-
-def _tokens(root: nn.Module, whole: nn.Module, names: Iterable[str], prefix: str) -> dict[str, list[int]]:
-    """Path of an embedding in the whole model -> the tokens that the adapters train."""
-    found: dict[str, list[int]] = {}
-    for path, (owner, copies) in all_copies(root).items():
-        embedding = path.rpartition(".")[0]
-        for name in names if isinstance(owner, TokenRows) else ():
-            if tensors := copies.tensors(owner, name):
-                found[f"{prefix}{embedding}"] = tensors[INDICES].tolist()
-        tied = [other for other in whole.modules() if TOKENS in vars(other) and token_rows(other) is owner]
-        if tied and not getattr(getattr(whole, "config", None), "tie_word_embeddings", False):
-            raise AdapterError(
-                f"{embedding}: its trained tokens are tied to an output layer, but PEFT ties them only in models with "
-                "config.tie_word_embeddings. Fold the adapter (hra_fx.fold)."
-            )
     return found

@@ -82,8 +82,8 @@ def _tensor_names(adapter: LoraAdapter, gguf: Any) -> dict[str, str]:
     """Path of a layer -> name of its weight in llama.cpp."""
     if adapter.copies:
         raise AdapterError(
-            f"{next(iter(adapter.copies))}: a GGUF adapter can only change weights of layers, not biases, "
-            f"tokens or modules_to_save. {_INSTEAD}."
+            f"{next(iter(adapter.copies))}: a GGUF adapter can only change weights of layers, not biases "
+            f"or modules_to_save. {_INSTEAD}."
         )
     architectures = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
     blocks = 1 + max(

@@ -38,7 +38,7 @@ def combine(model: nn.Module, adapters: Sequence[str], adapter_name: str) -> Non
 
     Raises:
         AdapterError: the model has no such adapter, there are fewer than two names, an adapter has trained copies
-            (`modules_to_save`, `bias` or tokens), a layer would need an odd number of padding reflections, all adapters
+            (`modules_to_save` or `bias`), a layer would need an odd number of padding reflections, all adapters
             have scale 0, or the vectors are sharded.
 
     Example:
@@ -55,9 +55,9 @@ def combine(model: nn.Module, adapters: Sequence[str], adapter_name: str) -> Non
         raise AdapterError(f"combine needs at least two adapters, got {list(names)}.")
     for name in names:
         config = state.configs[name]
-        if config.modules_to_save or config.trainable_token_indices or config.bias != "none":
+        if config.modules_to_save or config.bias != "none":
             raise AdapterError(
-                f"adapter {name!r}: it has trained copies of modules, biases or tokens, which cannot be combined."
+                f"adapter {name!r}: it has trained copies of modules or biases, which cannot be combined."
             )
     if sharded := first_sharded(root):
         raise AdapterError(

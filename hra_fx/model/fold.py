@@ -15,7 +15,6 @@ from hra_fx.layers.adapted_layer import AdaptedLayer, set_base_weight
 from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.layers.target import SAVED, weight_place
 from hra_fx.layers.trained_copies import BASE, all_copies
-from hra_fx.layers.trained_tokens import TokenRows
 from hra_fx.model.inject import remove_adapters
 from hra_fx.model.merge import (
     WITHOUT_REQUANTIZING,
@@ -37,7 +36,6 @@ from hra_fx.model.state import (
 )
 from hra_fx.model.tied import TensorRef, Tie, always_tied, find_ties, set_tied, untied_copies, why_not_untie
 from hra_fx.model.trainable import check_copies, sync_layers
-from hra_fx.model.trained_tokens import write_rows
 
 _REQUANTIZE = (
     " To allow this, call hra_fx.fold(model, requantize=True). To see the error first, call "
@@ -272,11 +270,7 @@ def _promote_copies(root: nn.Module, names: tuple[str, ...]) -> bool:
     for owner, copies in all_copies(root).values():
         for name in names:
             promoted |= name in copies.copied
-            if isinstance(owner, TokenRows):
-                write_rows(root, owner, name)
-                copies.remove(owner, name)
-            else:
-                copies.promote_to_base(owner, name)
+            copies.promote_to_base(owner, name)
     return promoted
 
 

@@ -39,7 +39,6 @@ from hra_fx.model.state import (
     root_of,
 )
 from hra_fx.model.trainable import activate, restore_ties, sync_layers, unfreeze
-from hra_fx.model.trained_tokens import detach_tokens
 from hra_fx.selection.check import select_checked
 
 #: Adds one adapter to a layer: (path, layer, the adapters of the layer).
@@ -72,7 +71,7 @@ def inject_adapter(
     every = dict(model.named_modules(remove_duplicate=False))
     layers = select_checked(model, config, dict(state_paths(every.items()))) if layers is None else layers
     new = {path: layer for path, layer in layers.items() if not is_adapted(layer)}
-    if new or config.modules_to_save or config.trainable_token_indices or config.bias != "none":
+    if new or config.modules_to_save or config.bias != "none":
         check_no_foreign_class(every.items())
     for path, layer in layers.items():
         if path in new:
@@ -188,7 +187,6 @@ def remove_adapters(root: nn.Module, state: AdapterState, names: tuple[str, ...]
             copies.remove(owner, name)
         if not copies.copied:
             del owner._modules[SAVED]
-    detach_tokens(root)
     for name in names:
         del state.configs[name]
     state.active = tuple(name for name in state.active if name not in names)

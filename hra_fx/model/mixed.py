@@ -34,7 +34,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
     Raises:
         AdapterError: `adapter_names` is not a list of names; the model has no such adapter; the model is in training
             mode, sharded, or a captured graph; a mixed batch of another model is open; adapters are merged; the rows
-            would need different trained copies (`modules_to_save`, `bias` or tokens); or an adapter is on a layer
+            would need different trained copies (`modules_to_save` or `bias`); or an adapter is on a layer
             that is adapted through its weight. The forward raises it if the number of rows in the input of a layer
             differs from the number of names.
 
@@ -118,6 +118,6 @@ def _check_copies(root: nn.Module, names: Sequence[str]) -> None:
                     raise AdapterError(
                         f"{path}.{entry}".lstrip(".")
                         + f": the copy in use is that of {owner}, but rows of {name!r} need another copy "
-                        "(modules_to_save, bias or tokens). All rows of a batch share one copy: run these rows in a "
+                        "(modules_to_save or bias). All rows of a batch share one copy: run these rows in a "
                         "separate batch."
                     )

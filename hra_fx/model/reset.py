@@ -23,7 +23,6 @@ from hra_fx.layers.sharding import (
 )
 from hra_fx.layers.trained_copies import BASE, Copies, all_copies
 from hra_fx.model.state import AdapterState, adapted_layers, load_vectors, names_in, root_of
-from hra_fx.model.trained_tokens import rows_of_base
 
 
 def reset_adapters(
@@ -37,7 +36,7 @@ def reset_adapters(
     `transform` of a model on the meta device creates vectors without data. Call this function when the model has its
     weights (after `to_empty` and `load_state_dict`, or `load_state_dict(assign=True)`). With the same seed, the vectors
     equal those of `transform` and `add_adapter` on a model with weights, bit for bit. Trained copies
-    (`modules_to_save`, `bias`, `trainable_token_indices`) get the values of the base model.
+    (`modules_to_save`, `bias`) get the values of the base model.
 
     With `fully_shard`, call this in every process after `to_empty`. All processes use the random numbers of the first
     one, and keep their shard of the vectors.
@@ -68,7 +67,7 @@ def reset_adapters(
     # (path of a module, name of its tensor) -> the base model's value of each trained copy.
     base = {
         name: {
-            (path, entry): rows_of_base(root, owner, copies, name, entry)
+            (path, entry): copies.get(owner, BASE, entry)
             for path, (owner, copies) in all_copies(root).items()
             for entry in copies.copied.get(name, ())
         }

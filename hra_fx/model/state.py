@@ -273,8 +273,8 @@ def offloaded_copy(model: nn.Module) -> str | None:
     for path, (owner, copies) in all_copies(model).items():
         if any(offloading_hook(part) is not None for part in (owner, *copies.modules())):
             return (
-                f"{path or 'the model'}: accelerate offloads it, with its trained copies (modules_to_save, bias or "
-                "tokens). First load them with accelerate.hooks.remove_hook_from_submodules(model), and offload the "
+                f"{path or 'the model'}: accelerate offloads it, with its trained copies (modules_to_save or "
+                "bias). First load them with accelerate.hooks.remove_hook_from_submodules(model), and offload the "
                 "model again afterwards."
             )
     return None

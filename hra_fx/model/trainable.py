@@ -18,10 +18,8 @@ from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.sharding import sharded_by
 from hra_fx.layers.target import ADAPTER_CHILDREN, SAVED
 from hra_fx.layers.trained_copies import BASE, Copies, all_copies, get_copies, own_tensors
-from hra_fx.layers.trained_tokens import token_rows
 from hra_fx.model.state import AdaptedParts, AdapterState, offloaded_copy
 from hra_fx.model.tied import TensorRef, find_ties, is_tied, set_tied, tied_to, why_not_untie
-from hra_fx.model.trained_tokens import attach_tokens
 from hra_fx.selection.select import saved_modules
 
 #: Names of biases; the second one is the bias of q, k and v in nn.MultiheadAttention.
@@ -80,13 +78,12 @@ def make_copies(
     undo: ExitStack,
     values: Mapping[tuple[str, str], Tensor],
 ) -> None:
-    """Create the trained copies of adapter `name` (of modules, biases and tokens). They are not in use.
+    """Create the trained copies of adapter `name` (of modules and biases). They are not in use.
 
     `values`, (path of the module, name of its tensor) -> tensor, replaces the values of the base model. Tensors that
     are tied in the base model have one copy, unless their values differ, because PEFT trains a copy of each.
     """
-    tokens, start = attach_tokens(model, config, undo)
-    wanted, values = to_copy(model, config, layers) | tokens, {**start, **values}
+    wanted = to_copy(model, config, layers)
     for path, (owner, names) in wanted.items():
         if reason := _why_not_copied(owner, names):
             raise UnsupportedLayerError(f"{path} ({type(owner).__name__}): {reason}.")
@@ -162,8 +159,6 @@ def _why_not_copied(owner: nn.Module, names: tuple[str, ...]) -> str | None:
     adapters = get_adapters(owner)
     if adapters is not None and adapters.weight_name in names:
         return "another adapter reflects this layer, so it cannot be saved in full too. Fold or delete that one first"
-    if token_rows(owner) is not None and "weight" in names:
-        return "tokens of it are trained (trainable_token_indices), so it cannot be saved in full too. Leave out one"
     if stacked := [layer.parameter for layer in adapted_parameters(owner) if layer.parameter in names]:
         return f"another adapter reflects its {stacked[0]}, so it cannot be saved in full too. Fold or delete that one"
     for name in names:
@@ -206,7 +201,7 @@ def check_copies_can_switch(root: nn.Module, parts: AdaptedParts, acting: Iterab
             raise AdapterError(reason)
         if tool := next(filter(None, map(sharded_by, parts.modules)), None):
             raise AdapterError(
-                f"{_path_of(root, owner)}: its trained copies (modules_to_save, bias or tokens) cannot be switched, "
+                f"{_path_of(root, owner)}: its trained copies (modules_to_save or bias) cannot be switched, "
                 f"because {tool} restores the parameters that it sharded. Set the adapters before sharding."
             )
         return
@@ -219,8 +214,8 @@ def check_copies(root: nn.Module, parts: AdaptedParts, names: Iterable[str]) -> 
         several = [name for name in wanted if name in copies.copied]
         if len(several) > 1:
             raise AdapterError(
-                f"adapters {several} each have a trained copy of {_path_of(root, owner)} (modules_to_save, bias or "
-                "tokens), and only one copy can be used at a time. Set one of these adapters."
+                f"adapters {several} each have a trained copy of {_path_of(root, owner)} (modules_to_save or "
+                "bias), and only one copy can be used at a time. Set one of these adapters."
             )
 
 

@@ -33,7 +33,6 @@ from hra_fx.reporting.skipped_layers import (
     SkippedParameter,
     not_adapted,
     skipped_parameters,
-    trained_tokens,
 )
 from hra_fx.reporting.table import UNLIMITED, fit_table
 from hra_fx.training.protect import protected_directions
@@ -50,14 +49,12 @@ class Report(JupyterMixin):
         skipped: the layers that could have an adapter but do not, with the reason, in model order.
         trained_in_full: paths of the layers that are trained in full: those in `modules_to_save`, and new heads.
         skipped_parameters: the 3-D parameters (experts) without an adapter, in model order.
-        trained_tokens: the tokens that adapters train (`trainable_token_indices`), one line for each embedding.
     """
 
     rows: tuple[Row, ...]
     skipped: tuple[SkippedLayer, ...] = ()
     trained_in_full: tuple[str, ...] = ()
     skipped_parameters: tuple[SkippedParameter, ...] = ()
-    trained_tokens: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -117,8 +114,7 @@ class Report(JupyterMixin):
     __repr__ = __str__
 
     def _footnotes(self) -> dict[str, list[str]]:
-        tokens = {"Trained tokens:": list(self.trained_tokens)} if self.trained_tokens else {}
-        return tokens | footnotes(self.rows, self.skipped, self.trained_in_full, self.skipped_parameters)
+        return footnotes(self.rows, self.skipped, self.trained_in_full, self.skipped_parameters)
 
 
 def report(model: nn.Module) -> Report:
@@ -146,7 +142,7 @@ def report(model: nn.Module) -> Report:
     with adapted_view(model) as module:
         rows = _rows(module)
         skipped, trained = not_adapted(module)
-        return Report(rows, skipped, trained, skipped_parameters(module), trained_tokens(module))
+        return Report(rows, skipped, trained, skipped_parameters(module))
 
 
 def _rows(model: nn.Module) -> tuple[Row, ...]:

@@ -12,10 +12,7 @@ from hra_fx.compat import state_modules
 from hra_fx.config import HRAConfig
 from hra_fx.layers.experts_weight import CHILD
 from hra_fx.layers.target import ADAPTER_CHILDREN, LayerKind, describe, find_kind, weight_name
-from hra_fx.layers.trained_copies import all_copies
-from hra_fx.layers.trained_tokens import ROWS, TokenRows
 from hra_fx.model.state import adapted_layers, collect_parts, get_state
-from hra_fx.reporting.words import counted
 from hra_fx.selection.parameters import expert_parameters
 from hra_fx.selection.select import is_target, layer_index, resolve_targets, saved_modules
 from hra_fx.selection.suggestions import format_names
@@ -112,19 +109,6 @@ def skipped_parameters(model: nn.Module) -> tuple[SkippedParameter, ...]:
         SkippedParameter(path, type(owner).__name__, tuple(parameter.shape), parameter.numel() / total)
         for path, (owner, parameter) in expert_parameters(model).items()
         if not parameter.requires_grad and CHILD + path.rpartition(".")[2] not in owner._modules
-    )
-
-
-def trained_tokens(model: nn.Module) -> tuple[str, ...]:
-    """One line for each adapter with trained tokens (`trainable_token_indices`) of an embedding."""
-    rows = {
-        (path.rpartition(".")[0], adapter): copies.get(owner, adapter, ROWS)
-        for path, (owner, copies) in all_copies(model).items()
-        for adapter in (copies.copied if isinstance(owner, TokenRows) else ())
-    }
-    return tuple(
-        f"{path}: {counted(len(own), 'token')}, {own.numel():,} parameters (adapter {adapter})"
-        for (path, adapter), own in rows.items()
     )
 
 

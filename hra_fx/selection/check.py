@@ -23,7 +23,6 @@ from hra_fx.layers.sharding import is_dtensor, sharded_by
 from hra_fx.layers.target import full_shape, held_weight, weight_place, width_of
 from hra_fx.layers.tensor_parallel import has_parallel_forward, why_not_adapted
 from hra_fx.layers.trained_copies import get_copies
-from hra_fx.layers.trained_tokens import token_rows
 from hra_fx.layers.variants import has_own_forward
 from hra_fx.patterns import matches_rank
 from hra_fx.selection.select import Modules, once, select, walk
@@ -108,8 +107,6 @@ def _state_problem(layer: nn.Module) -> str | None:
     copies = get_copies(owner)
     if copies is not None and name in copies.in_place:
         return "another adapter trains it in full (`modules_to_save`). Fold or delete that adapter first"
-    if token_rows(owner) is not None:
-        return "tokens of it are trained (`trainable_token_indices`). Fold or delete that adapter first"
     is_held = name in owner._parameters or (is_foreign_linear(layer) and name in owner._buffers)
     if parametrize.is_parametrized(owner, name) or not is_held:
         return (

@@ -158,7 +158,7 @@ def test_a_shared_module_is_copied_once(names: list[str]) -> None:
 def test_two_adapters_with_copies_of_one_module_are_not_used_together() -> None:
     model = adapted(net(), a=config("first", **HEAD), b=config("second", **HEAD), c=config("second", bias="all"))[1]
     text = (
-        r"^adapters \['{}', '{}'\] each have a trained copy of head \(modules_to_save, bias or tokens\), and only one "
+        r"^adapters \['{}', '{}'\] each have a trained copy of head \(modules_to_save or bias\), and only one "
         r"copy can be used at a time\. Set one of these adapters\.$"
     )
     for act, names in (

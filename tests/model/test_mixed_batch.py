@@ -233,7 +233,7 @@ def test_trained_copies(fields: dict[str, Any]) -> None:
     entry = "two.weight" if "modules_to_save" in fields else "one.bias"
     assert refused(model, ["own", "plain"]) == (
         f"{entry}: the copy in use is that of adapter 'own', but rows of 'plain' need another copy "
-        "(modules_to_save, bias or tokens). All rows of a batch share one copy: run these rows in a separate batch."
+        "(modules_to_save or bias). All rows of a batch share one copy: run these rows in a separate batch."
     )
     x = inputs(2)
     torch.testing.assert_close(model(x, adapter_names=["own", "own"]), model(x), rtol=1e-9, atol=1e-9)

@@ -58,11 +58,6 @@ def requests_of(adapters: Iterable[Adapter], names: FileNames) -> tuple[dict[str
     chains: dict[str, list[LayerChain]] = {}
     full: dict[str, Tensor] = {}
     for adapter in adapters:
-        if tokens := adapter.config.trainable_token_indices:
-            raise CheckpointError(
-                f"{adapter.file}: trains tokens (trainable_token_indices={tokens}), which is not supported for files. "
-                f"{IN_MEMORY}"
-            )
         for path, chain in adapter.chains.items():
             refs = names.weights_of(path) or [TensorRef(_weight_name(path))]
             _check_experts(adapter, path, chain, names.found, refs)

@@ -209,7 +209,7 @@ def test_a_frozen_adapter_stays_frozen_when_the_embeddings_are_resized() -> None
 def test_trained_copies_are_not_resized(kind: str, fields: dict[str, Any], path: str) -> None:
     model = adapted(kind, **fields).model
     text = (
-        rf"^{path}: an adapter has a trained copy of it \(modules_to_save, bias or tokens\), which "
+        rf"^{path}: an adapter has a trained copy of it \(modules_to_save or bias\), which "
         r"resize_token_embeddings does not resize\. Resize before hra_fx\.transform, or fold or unload first\.$"
     )
     with refuses(model, text):
