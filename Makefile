@@ -116,8 +116,6 @@ bench-launches: $(VENV)/test.stamp ## operators per adapted layer and step (4 mi
 bench-host: $(VENV)/test.stamp ## Python and launching time that adapters add (2 minutes)
 	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python -W ignore benchmarks/host.py
 
-bench-frozen: $(VENV)/test.stamp ## the effect of freeze on exported programs (2 minutes)
-	PYTHONPATH=benchmarks $(BIN)/python benchmarks/frozen.py
 
 bench-pairs: $(VENV)/test.stamp ## a step in pairs, relative to one of vectors (1 minute)
 	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python -W ignore benchmarks/pairs.py

@@ -60,7 +60,6 @@ MEASUREMENTS = (
     Measurement("bench-host", "benchmarks/host.py", "README"),
     Measurement("bench-graphs", "benchmarks/graphs.py", "how-it-works.md"),
     Measurement("bench-pairs", "benchmarks/pairs.py", "training.md"),
-    Measurement("bench-frozen", "benchmarks/frozen.py", "export.md"),
     Measurement("bench-disk", "benchmarks/disk.py", "folding.md"),
     Measurement("export-table", "tests/export/exporting", "export.md"),
     Measurement("bench-convert", "benchmarks/convert.py", "serving.md"),

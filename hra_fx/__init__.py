@@ -54,8 +54,6 @@ if TYPE_CHECKING:
         save_adapter as save_adapter,
     )
     from hra_fx.config import HRAConfig as HRAConfig
-    from hra_fx.export.freeze import freeze as freeze
-    from hra_fx.export.lift import lift as lift
     from hra_fx.export.onnx_swap import adapter_inputs as adapter_inputs, make_swappable as make_swappable
     from hra_fx.export.training_step import export_training_step as export_training_step
     from hra_fx.integrations.peft_acceleration import accelerate_peft as accelerate_peft
@@ -108,8 +106,6 @@ _NAMES = {
     "checkpoint.disk.fold": ("fold_checkpoint",),
     "checkpoint.saving": ("get_peft_model_state_dict", "save_adapter"),
     "config": ("HRAConfig",),
-    "export.freeze": ("freeze",),
-    "export.lift": ("lift",),
     "export.onnx_swap": ("adapter_inputs", "make_swappable"),
     "export.training_step": ("export_training_step",),
     "integrations.peft_acceleration": ("accelerate_peft",),

@@ -41,7 +41,6 @@ NEWER: Mapping[str, tuple[str, str, str]] = {
         "2.9",
         "Without it, torch.fx traces a model for trace=True, graphs and visualize; adapters work without a graph.",
     ),
-    "a program of torch.export": ("torch", "2.9", "Without it, transform or fold the model before torch.export."),
     "export_training_step": ("torch", "2.9", "Without it, train the model in PyTorch."),
     "parallelize_module of a model with adapters": ("torch", "2.9", "Without it, train with DDP or FSDP2."),
     "`target_parameters` for the experts of a transformers model": (

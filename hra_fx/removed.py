@@ -14,7 +14,10 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 #: Public name -> what to do instead. Names of `hra_fx.integrations` are here too.
-NAMES: dict[str, str] = {}
+NAMES: dict[str, str] = {
+    "freeze": "Fold the model before torch.export: hra_fx.fold(model).",
+    "lift": "Adapt the model before torch.export: hra_fx.transform(model, config).",
+}
 
 #: Function or class -> its removed argument -> what to do instead.
 ARGUMENTS: dict[str, dict[str, str]] = {}

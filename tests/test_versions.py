@@ -112,8 +112,6 @@ def test_what_needs_a_newer_release_says_so(feature: str, tmp_path: Path) -> Non
         if feature == "a graph captured by torch.export":
             config = hra_fx.HRAConfig(r=2, target_modules=["linear"])
             return hra_fx.graphs(hra_fx.transform(Counts(), config), example_inputs=x)
-        if feature == "a program of torch.export":
-            return hra_fx.lift(torch.export.export(nn.Sequential(nn.Linear(3, 2)), (x,)))
         if feature == "export_training_step":
             model = hra_fx.transform(nn.Sequential(nn.Linear(3, 2)), hra_fx.HRAConfig(r=2, target_modules=["0"]))
             return hra_fx.export_training_step(model, x, loss=torch.sum)

@@ -53,8 +53,7 @@ def transform(
 
     Args:
         model: any module with layers that can be adapted (Linear, Conv1d to Conv3d, transformers' Conv1D, attention,
-            experts). The graph of a `GraphModule` is rewritten in place. For an `ExportedProgram`, pass
-            `hra_fx.lift(program)`.
+            experts). The graph of a `GraphModule` is rewritten in place.
         config: the layers to adapt, their rank and initialization. A `peft.HRAConfig` is converted.
         adapter_name: name of the adapter, used in the names of its parameters.
         low_cpu_mem_usage: create the vectors on the meta device, to be filled by `load_adapter`, `reset_adapters` or

@@ -1,1 +1,1 @@
-"""Exported programs: `lift`, `freeze`, training steps, and adapters that are inputs of ONNX graphs."""
+"""Exported programs: training steps, and adapters that are inputs of ONNX graphs."""

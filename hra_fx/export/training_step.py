@@ -101,8 +101,8 @@ def _check(model: Any, loss: Any, labels: Any) -> None:
     require("export_training_step")
     if not isinstance(model, nn.Module):
         raise AdapterError(
-            f"export_training_step: expected a model, got {type(model).__name__}. Convert an ExportedProgram to a "
-            "model: hra_fx.transform(hra_fx.lift(program), config)."
+            f"export_training_step: expected a model, got {type(model).__name__}. Pass the model that "
+            "hra_fx.transform returned; an ExportedProgram cannot be adapted."
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise AdapterError(

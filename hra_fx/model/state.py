@@ -112,7 +112,7 @@ def check_is_module(model: object) -> None:
     """Raise an error if a model is not a module."""
     if not isinstance(model, nn.Module):
         name = type(model).__name__
-        hint = " Convert the program with hra_fx.lift." if name == "ExportedProgram" else ""
+        hint = " Adapt the model before torch.export." if name == "ExportedProgram" else ""
         hint = hint or (" Pass one of its parts, such as pipe.unet." if name.endswith("Pipeline") else "")
         raise AdapterError(f"`model` must be a torch.nn.Module, got {name}.{hint}")
 
@@ -214,9 +214,8 @@ def _no_adapters(model: nn.Module) -> AdapterError:
         f".{REFLECTION}." in f".{name}" for name, _ in model.named_parameters()
     ):
         return AdapterError(
-            f"{class_name} consists of operators, not of layers with adapters. Load its state_dict into a model, or "
-            "into hra_fx.transform(hra_fx.lift(program), config) of the base program: "
-            "load_state_dict(graph.state_dict(), strict=False)."
+            f"{class_name} consists of operators, not of layers with adapters. Load its state_dict into the "
+            "transformed model: model.load_state_dict(graph.state_dict(), strict=False)."
         )
     if found := find_peft_layer(model):
         return AdapterError(f"{class_name} was adapted by PEFT ({found[0]}), not by hra_fx. {found[1]}")

@@ -7,7 +7,7 @@ not have these attributes. `target_modules="all-linear"`, the defaults of a mode
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,25 +59,6 @@ def origin_of(model: nn.Module) -> Origin:
         getattr(model, "config", None),
         output,
     )
-
-
-#: The output layers of transformers' models (get_output_embeddings).
-OUTPUTS = (
-    *("lm_head", "lm_head.decoder", "cls.predictions.decoder", "predictions.decoder", "embed_out", "proj_out"),
-    *("output_projection", "vocab_projector", "generator_lm_head", "lm_loss", "pred_layer.proj"),
-)
-
-
-def origin_of_program(classes: Mapping[str, str], paths: Collection[str]) -> Origin:
-    """The facts about a program's model, from the classes of its modules by path, and the paths of its layers."""
-    class_name = classes.get("", "torch.nn.modules.module.Module")
-    library, _, name = class_name.rpartition(".")
-    is_pretrained = library.startswith("transformers.")
-    output = next((path for path in OUTPUTS if path in paths), None) if is_pretrained else None
-    # The class has a configuration with a `model_type` if its module is imported.
-    config = getattr(getattr(sys.modules.get(library), name, None), "config_class", None) if is_pretrained else None
-    model_type = getattr(config, "model_type", None)
-    return Origin(name, library, is_pretrained, config=model_type and {"model_type": model_type}, output=output)
 
 
 def keep_origin(graph: fx.GraphModule, origin: Origin) -> None:

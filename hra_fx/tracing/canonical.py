@@ -60,42 +60,31 @@ class InBlockError(CaptureError):
 
 def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
     """Convert the graph of a program to one that uses the modules and tensors of the captured model."""
-    module, inputs, conditions = open_program(program, model)
+    with exporting():  # torch cannot write the code of some programs, such as one with a layer called "in"
+        module: fx.GraphModule = program.module(check_guards=False)
     graph = module.graph
+    graph.owning_module = None  # this module does not have layers to call
+    names = argument_names(model, *call_of(program))
+    inputs = nest(graph, program, names)
+    conditions = conditions_of(program, names, inputs)
     for node in graph.find_nodes(op="call_function", target=CALL_LAYER):
         call = replace_node(node, "call_module", node.args[1], node.args[:1])
         copied = call.next  # the capture copies outputs, in case the model writes into them
         if copied.target is torch.ops.aten.clone.default and list(call.users) == [copied]:
             copied.replace_all_uses_with(call)
             graph.erase_node(copied)
-    constants = name_constants(graph, program, module)
+    constants = _name_constants(graph, program, module)
     blocks = [block for part in constants.values() for block in part.modules() if isinstance(block, fx.GraphModule)]
     calls = [node for block in blocks for node in block.graph.find_nodes(op="call_function", target=CALL_LAYER)]
     if calls:
         raise InBlockError([str(node.args[1]) for node in calls])
-    simplify(graph, inputs, model)
+    _simplify(graph, inputs, model)
     constants = call_nested(graph, constants)
     for node in graph.find_nodes(op="get_attr", sort=True):  # the order of reads differs between captures
         min(node.users).prepend(node)
     # A symbol is a size that may change; the others are numbers and expressions.
     sizes = [found for size, found in _sizes(inputs).items() if size.isidentifier()]
-    names = shown_names(program, argument_names(model, *call_of(program)))
-    return Canonical(graph, constants, conditions, names, sizes)
-
-
-def open_program(
-    program: ExportedProgram, model: nn.Module | None = None
-) -> tuple[fx.GraphModule, list[fx.Node], list[Condition]]:
-    """The module of a program with a plain graph, the nodes of its flat inputs, and the conditions on them.
-
-    The arguments have the names of those of `model`, by default of the module itself.
-    """
-    with exporting():  # torch cannot write the code of some programs, such as one with a layer called "in"
-        module: fx.GraphModule = program.module(check_guards=False)
-    names = argument_names(model or module, *call_of(program))
-    module.graph.owning_module = None  # this module does not have layers to call
-    inputs = nest(module.graph, program, names)
-    return module, inputs, conditions_of(program, names, inputs)
+    return Canonical(graph, constants, conditions, shown_names(program, names), sizes)
 
 
 def _sizes(inputs: list[fx.Node]) -> dict[str, list[tuple[int, int]]]:
@@ -107,7 +96,7 @@ def _sizes(inputs: list[fx.Node]) -> dict[str, list[tuple[int, int]]]:
     return found
 
 
-def simplify(graph: fx.Graph, inputs: list[fx.Node], model: nn.Module) -> None:
+def _simplify(graph: fx.Graph, inputs: list[fx.Node], model: nn.Module) -> None:
     """Change a graph of `torch.export` in place so that it can be moved, copied and pickled, and checks its inputs."""
     # Dtype checks fail under autocast. The capture added the aliases; casts are nodes.
     for node in graph.find_nodes(op="call_function", target=ASSERT_METADATA):
@@ -137,7 +126,7 @@ def _explain(check: fx.Node) -> None:
     check.args = (check.args[0], message)
 
 
-def name_constants(graph: fx.Graph, program: ExportedProgram, module: nn.Module) -> dict[str, nn.Module]:
+def _name_constants(graph: fx.Graph, program: ExportedProgram, module: nn.Module) -> dict[str, nn.Module]:
     """Number nested graphs, and tensors that a forward creates, in the order of their first use."""
     names: dict[str, str] = {}
     made: dict[str, nn.Module] = {}

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from hra_fx.export.layer_calls import module_classes
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.target import REFLECTION, describe
 from hra_fx.model.state import AdapterState, adapted_layers, get_state
+from hra_fx.tracing.graph_module import module_classes
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from accelerate.state import AcceleratorState
 from canaries.canary import canary
 from torch import distributed, nn
@@ -17,7 +16,6 @@ from torch.distributed.tensor import DTensor, Shard, distribute_module, distribu
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 import hra_fx
-from hra_fx.selection.origin import OUTPUTS
 
 X = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3)
 
@@ -72,33 +70,3 @@ def test_a_layer_that_was_split_in_part_is_refused(operation: Callable[[Any], ob
             distribute_module(model[0], mesh, fail)
         with pytest.raises(hra_fx.HRAError, match=r"Linear 3->4: parallelize_module failed.* Build the model again"):
             operation(model)
-
-
-SIZES = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "vocab_size": 16}
-SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2}
-
-
-#: Models whose output layers have different names.
-HEADS = {
-    "Llama": {},
-    "Bert": {"is_decoder": True},
-    "Roberta": {"is_decoder": True},
-    "GPTNeoX": {},
-    "BioGpt": {},
-}
-
-
-@canary(
-    "transformers",
-    "the paths of output layers",
-    reader="hra_fx/selection/origin.py",
-    breaks='target_modules="all-linear" of exported programs, which would adapt the output layer',
-)
-def test_paths_of_output_layers() -> None:
-    for name, fields in HEADS.items():
-        config = getattr(transformers, f"{name}Config")(**SIZES, **fields)
-        kind = f"{name}LMHeadModel" if name == "Bert" else f"{name}ForCausalLM"
-        with torch.device("meta"):
-            model: Any = getattr(transformers, kind)(config)
-        path = next(path for path, module in model.named_modules() if module is model.get_output_embeddings())
-        assert path in OUTPUTS, name

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 import torch
 import torch.nn.functional as F
 from layers.cases import Doubling
@@ -10,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import hra_fx
+from hra_fx.errors import AdapterError
 from hra_fx.model.state import adapted_layers
 
 
@@ -38,6 +43,7 @@ class MixedUntraced(Mixed):
 
 
 TARGETS = ["read", "own", "plain", "attn", "out_proj", "columns", "conv"]
+CONFIG = hra_fx.HRAConfig(r=2, target_modules=["0"])
 X = normal(1, 2, 3, 6)
 
 
@@ -93,3 +99,11 @@ def test_graphs_of_single_layers() -> None:
             assert_same(graphs[path](x), layer(x), rtol=1e-14)
         else:
             assert_same(graphs[path](), hra_fx.effective_weight(layer), rtol=1e-14)
+
+
+@pytest.mark.parametrize("use", [lambda program: hra_fx.transform(program, CONFIG), hra_fx.fold, hra_fx.report])
+def test_a_program_is_refused(use: Callable[[Any], object]) -> None:
+    program = torch.export.export(nn.Sequential(nn.Linear(6, 4)), (torch.ones(1, 6),))
+    for made in (program, program.module()):
+        with pytest.raises(AdapterError, match=r"before torch\.export|has no adapters"):
+            use(made)

@@ -195,7 +195,7 @@ def test_refusals_say_what_to_do() -> None:
         step_of(merged)
     with pytest.raises(AdapterError, match="`dynamic_shapes` has x, but the inputs are input, labels"):
         step_of(mlp(), dynamic_shapes={"x": {0: BATCH}})
-    with pytest.raises(AdapterError, match=r"got ExportedProgram\. Convert an ExportedProgram to a model: hra_fx\.tr"):
+    with pytest.raises(AdapterError, match=r"got ExportedProgram\. Pass the model that hra_fx\.transform"):
         step_of(torch.export.export(nn.Linear(6, 4).double(), (X,)))  # type: ignore[arg-type]
     branching = nn.Linear(6, 4).double()
     branching.register_forward_pre_hook(lambda module, args: args if args[0].sum() > 0 else None)

@@ -348,9 +348,7 @@ def test_a_buffer_that_is_only_written_is_updated() -> None:
     for _ in range(2):
         torch.testing.assert_close(graph(X), eager(X), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(dict(graph.named_buffers()), dict(eager.named_buffers()), rtol=1e-12, atol=1e-12)
-    lifted = hra_fx.lift(torch.export.export(Average().double(), (X,)))
-    lifted(X)
-    assert eager.average.mean.all() and lifted.average.mean.all()
+    assert eager.average.mean.all()
 
 
 def test_a_buffer_that_the_graph_would_not_update_is_refused() -> None:
