@@ -46,7 +46,6 @@ if TYPE_CHECKING:
         from_peft as from_peft,
         get_peft_model as get_peft_model,
     )
-    from hra_fx.api.status import get_layer_status as get_layer_status, get_model_status as get_model_status
     from hra_fx.api.transform import fold as fold, graphs as graphs, transform as transform
     from hra_fx.checkpoint.disk.fold import fold_checkpoint as fold_checkpoint
     from hra_fx.checkpoint.saving import (
@@ -64,7 +63,6 @@ if TYPE_CHECKING:
         convert_to_lora as convert_to_lora,
         save_as_lora as save_as_lora,
     )
-    from hra_fx.model.combine import combine as combine
     from hra_fx.model.fold import FoldPlan as FoldPlan, plan_fold as plan_fold
     from hra_fx.model.inject import delete_adapter as delete_adapter
     from hra_fx.model.merge import merge_adapter as merge_adapter, unmerge_adapter as unmerge_adapter
@@ -101,7 +99,6 @@ _NAMES = {
         "from_peft",
         "get_peft_model",
     ),
-    "api.status": ("get_layer_status", "get_model_status"),
     "api.transform": ("fold", "graphs", "transform"),
     "checkpoint.disk.fold": ("fold_checkpoint",),
     "checkpoint.saving": ("get_peft_model_state_dict", "save_adapter"),
@@ -112,7 +109,6 @@ _NAMES = {
     "integrations.push": ("push_to_hub",),
     "layers.weight": ("effective_weight",),
     "lora.save": ("LoraResult", "convert_to_lora", "save_as_lora"),
-    "model.combine": ("combine",),
     "model.fold": ("FoldPlan", "plan_fold"),
     "model.inject": ("delete_adapter",),
     "model.merge": ("merge_adapter", "unmerge_adapter"),

@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import NoReturn, ParamSpec, TypeVar
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-#: Public name -> what to do instead. Names of `hra_fx.integrations` are here too.
+#: Public name, below `hra_fx`, -> what to do instead.
 NAMES: dict[str, str] = {
+    "combine": (
+        "Call hra_fx.set_adapter(model, [...]): several active adapters act as their product, which hra_fx.fold folds."
+    ),
     "freeze": "Fold the model before torch.export: hra_fx.fold(model).",
+    "get_layer_status": "Call hra_fx.report(model), or print_trainable_parameters().",
+    "get_model_status": "Call hra_fx.report(model), or print_trainable_parameters().",
+    "integrations.RotationCallback": (
+        "Write a callback that calls hra_fx.report, as in examples/usage/trainer.py of the repository."
+    ),
     "lift": "Adapt the model before torch.export: hra_fx.transform(model, config).",
 }
 
@@ -30,7 +38,20 @@ def raise_if_removed(name: str) -> None:
         ImportError: the name was removed; the message says what to use instead.
     """
     if name in NAMES:
-        raise ImportError(f"hra_fx.{name} was removed in 0.5. {NAMES[name]}")
+        raise ImportError(_removed(name))
+
+
+def removed_method(name: str) -> Callable[..., NoReturn]:
+    """A method that raises the error of the removed function with its name."""
+
+    def method(self: object, *args: object, **kwargs: object) -> NoReturn:
+        raise AttributeError(_removed(name))
+
+    return method
+
+
+def _removed(name: str) -> str:
+    return f"hra_fx.{name} was removed in 0.5. {NAMES[name]}"
 
 
 def without_removed_arguments(function: Callable[_P, _R]) -> Callable[_P, _R]:

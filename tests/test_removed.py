@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 import hra_fx
 from hra_fx import removed
@@ -14,12 +17,20 @@ UPGRADING = Path(__file__).resolve().parent.parent / "docs" / "upgrading.md"
 
 @pytest.mark.parametrize("name", removed.NAMES)
 def test_a_removed_name_says_what_to_use(name: str) -> None:
-    for access in (lambda: getattr(hra_fx, name), lambda: exec(f"from hra_fx import {name}")):
+    owner, _, last = f"hra_fx.{name}".rpartition(".")
+    module = importlib.import_module(owner)
+    for access in (lambda: getattr(module, last), lambda: exec(f"from {owner} import {last}")):
         with pytest.raises(ImportError, match=rf"^hra_fx\.{name} was removed in 0\.5\. [A-Z`].*\.$"):
             access()
-    assert name not in hra_fx.__all__
-    text = UPGRADING.read_text(encoding="utf-8")
-    assert f"`{name}`" in text or f"`{name}(" in text
+    assert last not in module.__all__
+    assert re.search(rf"`{name}[`(]", UPGRADING.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", ["get_layer_status", "get_model_status"])
+def test_a_removed_method_says_what_to_use(name: str) -> None:
+    model = hra_fx.HRAModel(nn.Sequential(nn.Linear(4, 2)), hra_fx.HRAConfig(r=2, target_modules=["0"]))
+    with pytest.raises(AttributeError, match=rf"^hra_fx\.{name} was removed in 0\.5\. Call hra_fx\.report"):
+        getattr(model, name)()
 
 
 def test_tables_are_sorted() -> None:

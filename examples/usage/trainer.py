@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 from torch.utils.data import Dataset
-from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 import hra_fx
 from hra_fx.integrations import HRATrainer  # the Trainer of transformers works too, without the regularizer
@@ -30,6 +39,17 @@ class Majority(Dataset):
         return {"input_ids": tokens, "labels": (tokens.sum() > 4).long()}
 
 
+class Angles(TrainerCallback):
+    """Logs the mean rotation angle of the adapted layers with each loss."""
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        if "loss" in logs and state.is_world_process_zero:
+            angles = [row.mean_angle for row in hra_fx.report(kwargs["model"])]
+            logs["angle_degrees"] = math.degrees(sum(angles) / len(angles))
+            state.log_history[-1].update(logs)  # it was copied before this call
+
+
 def model() -> BertForSequenceClassification:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -41,11 +61,13 @@ def model() -> BertForSequenceClassification:
 def trainer(folder: str, steps: int) -> HRATrainer:
     arguments = TrainingArguments(
         folder, max_steps=steps, save_steps=20, learning_rate=1e-2, per_device_train_batch_size=32, seed=0,
-        logging_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
+        logging_steps=40, report_to=[], disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
-    return HRATrainer(
+    made = HRATrainer(
         model(), arguments, train_dataset=Majority(640, 1), eval_dataset=Majority(256, 2), orthogonality_weight=1e-4
     )
+    made.callback_handler.callbacks.insert(0, Angles())  # before reporters such as TensorBoard
+    return made
 
 
 def main() -> None:
@@ -53,6 +75,7 @@ def main() -> None:
         run = trainer(folder, 40)
         start = run.evaluate()["eval_loss"]
         run.train()
+        angle = max(logs.get("angle_degrees", 0.0) for logs in run.state.log_history)
         whole = run.evaluate()["eval_loss"]
         for file in sorted(Path(folder, "checkpoint-20").glob("*adapter*")):
             print(f"checkpoint-20/{file.name}: {file.stat().st_size / 1e3:.0f} kB")
@@ -60,6 +83,7 @@ def main() -> None:
         again = trainer(folder, 40)
         again.train(resume_from_checkpoint=f"{folder}/checkpoint-20")
         resumed = again.evaluate()["eval_loss"]
+        print(f"mean angle of a layer: {angle:.1f} degrees")
         print(f"eval_loss at the start {start:.6f}, after the whole run {whole:.6f}, after a resumed run {resumed:.6f}")
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from hra_fx.api import status
 from hra_fx.api.load import load_adapter
 from hra_fx.api.transform import fold, transform
 from hra_fx.config import HRAConfig
@@ -32,6 +31,7 @@ from hra_fx.model.setup import add_adapter
 from hra_fx.model.state import AdapterState, check_no_foreign_class, collect_parts, get_state, names_in, root_of
 from hra_fx.model.switch import check_scale, disable_adapters, set_adapter, set_scale
 from hra_fx.model.trainable import set_requires_grad
+from hra_fx.removed import removed_method
 from hra_fx.selection.origin import DEFAULT_TARGETS
 
 #: Packages with classes that have methods with the same names. The methods of `HRAModel` replace these.
@@ -75,8 +75,8 @@ class HRAModel(SwapMixin):
 
     # Functions whose first argument is the model.
     get_nb_trainable_parameters = trainable.count_parameters
-    get_layer_status = status.get_layer_status
-    get_model_status = status.get_model_status
+    get_layer_status = removed_method("get_layer_status")
+    get_model_status = removed_method("get_model_status")
     enable_adapter_layers = enable_adapters = switch.enable_adapters
     unmerge_adapter = merge.unmerge_adapter
     push_to_hub = push.push_to_hub

@@ -36,18 +36,3 @@ def plain_chain(vectors: Tensor, anchor: Tensor | None, *, apply_GS: bool) -> Te
     """
     chain = householder.orthonormalize(vectors) if apply_GS else vectors
     return chain if anchor is None else torch.cat([anchor.to(chain.dtype), chain], dim=-1)
-
-
-def padded(chain: Tensor, rank: int) -> Tensor:
-    """Pad a chain `(..., d, k)` to `(..., d, rank)` with pairs of equal reflections, which cancel (`H H = I`).
-
-    Raises:
-        ValueError: `rank - k` is odd: an odd number of reflections is never the identity.
-    """
-    missing = rank - chain.shape[-1]
-    if missing % 2:
-        raise ValueError(f"{chain.shape[-1]} reflections cannot be padded to {rank}: the difference must be even")
-    if not missing:
-        return chain
-    pairs, _ = householder.init_vectors(chain.shape[-2], missing, apply_GS=False, init_weights=True, dtype=chain.dtype)
-    return torch.cat([chain, pairs.to(chain.device).expand(*chain.shape[:-2], -1, -1)], dim=-1)

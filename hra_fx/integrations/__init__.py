@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hra_fx.removed import raise_if_removed
+
 if TYPE_CHECKING:
-    from hra_fx.integrations.rotation import RotationCallback as RotationCallback
     from hra_fx.integrations.trainer import (
         HRATrainer as HRATrainer,
         PairCallback as PairCallback,
@@ -21,12 +22,12 @@ _HOMES = {
     "HRATrainer": "trainer",
     "PairCallback": "trainer",
     "ProtectCallback": "trainer",
-    "RotationCallback": "rotation",
 }
-__all__ = ["HRATrainer", "PairCallback", "ProtectCallback", "RotationCallback"]
+__all__ = ["HRATrainer", "PairCallback", "ProtectCallback"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
+        raise_if_removed(f"integrations.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hra_fx.errors import AdapterError
 from hra_fx.functional.rotate import rotate_weight
@@ -16,7 +16,6 @@ from hra_fx.functional.statistics import RelativeChange, RotationStats, readable
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.experts_adapters import ExpertsAdapters
 from hra_fx.layers.quantized import quant_scheme_of
-from hra_fx.model.state import require_adapted_layers
 
 _UNKNOWN = RotationStats(math.nan, (math.nan,), math.nan)
 
@@ -151,20 +150,3 @@ def largest(values: Iterable[float]) -> float:
     """
     found = list(values)
     return math.nan if any(map(math.isnan, found)) else max(found)
-
-
-def active_rotations(model: nn.Module) -> dict[str, list[RotationStats]]:
-    """Active adapter -> the rotation of each of its layers. This does not read weights."""
-    rotations: dict[str, list[RotationStats]] = {}
-    with torch.no_grad():
-        for layer in require_adapted_layers(model).values():
-            for name in layer.hra_u.active:
-                rotations.setdefault(name, []).append(rotation_of(chain_of(layer, name)))
-    return rotations
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether this process has only shards of some vectors (FSDP, ZeRO-3), so that angles cannot be computed."""
-    return any(
-        chain_of(layer, name) is None for layer in require_adapted_layers(model).values() for name in layer.hra_u
-    )

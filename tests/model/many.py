@@ -21,14 +21,6 @@ from hra_fx.model.state import adapted_layers, get_state
 F64 = torch.float64
 #: Copies of modules and biases next to reflections.
 SAVED: dict[str, Any] = {"modules_to_save": ["head", "norm"], "bias": "all"}
-#: Settings of two adapters, and the rank of their product.
-PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
-    "even ranks": ({"r": 2}, {"r": 4}, 6),
-    "anchors": ({"r": 3}, {"r": 1}, 6),
-    "Gram-Schmidt": ({"r": 2, "apply_GS": True}, {"r": 3, "apply_GS": True}, 10),
-    "Gram-Schmidt without an anchor": ({"r": 2, "apply_GS": True, "init_weights": False}, {"r": 2}, 4),
-    "odd plain ranks": ({"r": 3, "init_weights": False}, {"r": 1, "init_weights": False}, 4),
-}
 _TEXT = {
     "vocab_size": 32,
     "hidden_size": 16,

@@ -86,11 +86,7 @@ def loaded(model: nn.Module, folder: Path) -> None:
     hra_fx.load_adapter(model, folder, "new", is_trainable=True)
 
 
-def combined(model: nn.Module, folder: Path) -> None:
-    hra_fx.combine(model, ["a", "b"], "new")
-
-
-@pytest.mark.parametrize("make", [added, loaded, combined])
+@pytest.mark.parametrize("make", [added, loaded])
 def test_an_adapter_created_in_inference_mode_can_be_trained(
     make: Callable[[nn.Module, Path], None], tmp_path: Path
 ) -> None:
@@ -152,9 +148,6 @@ def test_an_impossible_or_taken_name_is_refused(name: Any) -> None:
     if name != "a":
         with refuses(plain, text):
             hra_fx.transform(plain, config("first"), name)
-    if name in ("a", "a.b"):
-        with refuses(model, text):
-            hra_fx.combine(model, ["a", "b"], name)
 
 
 @pytest.mark.parametrize("name", ["set", "promote_to_base"])

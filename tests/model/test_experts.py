@@ -33,15 +33,11 @@ def logits_of(name: str, model: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "llama4"])  # both layouts
-def test_a_product_of_two_and_a_fold_of_one_of_them(name: str) -> None:
+def test_one_of_two_adapters_is_folded(name: str) -> None:
     model = model_of(name)
     hra_fx.add_adapter(model, "b", experts_config(r=4, target_modules=["q_proj"], init_weights=False))
     hra_fx.set_adapter(model, ["default", "b"])
     both = logits_of(name, model)
-    hra_fx.combine(model, ["default", "b"], "ab")
-    hra_fx.set_adapter(model, "ab")
-    assert relative_error(logits_of(name, model), both) <= 1e-12
-    hra_fx.set_adapter(model, ["default", "b"])
     plan = hra_fx.plan_fold(model, ["default"])
     assert all((layer.change > 0.1) is ("experts" in layer.path) and layer.rounding < 1e-12 for layer in plan.layers)
     assert relative_error(logits_of(name, hra_fx.fold(model, ["default"])), both) <= 1e-12

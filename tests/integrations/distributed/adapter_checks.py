@@ -145,8 +145,6 @@ def refused_when_sharded(rank: int, folder: Path) -> None:
                 hra_fx.load_adapter(model, folder / str(rank), "c")
             with pytest.raises(AdapterError, match=message):
                 hra_fx.delete_adapter(model, "default")
-            with pytest.raises(AdapterError, match=r"fully_shard shards its parameters.*\. Combine before"):
-                hra_fx.combine(model, ["default", "b"], "both")
             assert {name for name, _ in model.named_parameters()} == names
             assert close(model, MLP, wanted), when
     for sharded in (shard(MLP.base()), wrap_one(MLP.base())):
@@ -155,13 +153,10 @@ def refused_when_sharded(rank: int, folder: Path) -> None:
 
 
 def under_ddp(rank: int, folder: Path) -> None:
-    """A model is adapted before it is wrapped; the model inside can still combine adapters."""
+    """A model is adapted before it is wrapped."""
     config = hra_fx.HRAConfig(r=2, target_modules=["0", "2"])
     with pytest.raises(UnsupportedLayerError, match=r"DistributedDataParallel does not synchronize.*then wrap it"):
         hra_fx.transform(DistributedDataParallel(MLP.base()), config)
-    model = MLP.model()
-    hra_fx.add_adapter(model, "b", config)
-    hra_fx.combine(DistributedDataParallel(model).module, ["default", "b"], "both")
 
 
 def refused_copies(rank: int, folder: Path) -> None:

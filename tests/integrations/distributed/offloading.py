@@ -107,8 +107,6 @@ def same_functions(model: nn.Module, plain: nn.Module, folder: Path, *more: Call
         lambda model: hra_fx.set_scale(model, "b", 1),
         lambda model: hra_fx.load_adapter(model, folder / "second", "b", is_trainable=True),
         lambda model: hra_fx.add_adapter(model, "c", hra_fx.HRAConfig(r=3, target_modules=["2", "4"])),
-        lambda model: hra_fx.combine(model, ["b", "default"], "both"),
-        lambda model: hra_fx.set_adapter(model, "both"),
         lambda model: hra_fx.delete_adapter(model, "c"),
         lambda model: hra_fx.reset_adapters(model, "b"),
         lambda model: hra_fx.set_adapter(model, ["default", "b"]),

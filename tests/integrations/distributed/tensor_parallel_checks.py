@@ -86,8 +86,6 @@ def several_adapters(rank: int, folder: Path) -> None:
         hra_fx.add_adapter(model, "b", hra_fx.HRAConfig(r=2, init_weights=False, target_modules=["0", "2"]))
         hra_fx.set_adapter(model, ["b", "default"])
         found = [output(model, case), torch.tensor(train(model, case))]
-        hra_fx.combine(model, ["b", "default"], "both")
-        hra_fx.set_adapter(model, "both")
         hra_fx.set_scale(model, "b", 0.5)
         found.append(output(model, case))
         hra_fx.set_adapter(model, "b")

@@ -1,9 +1,8 @@
-"""PEFT's functions under their names: `get_peft_model`, the statuses, the state dict, the auto classes."""
+"""PEFT's functions under their names: `get_peft_model`, switching, deleting, the auto classes."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,6 @@ fields = pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 def test_a_configuration_of_peft_is_converted(fields: dict[str, Any]) -> None:
     for add in (hra_fx.transform, hra_fx.HRAModel, hra_fx.get_peft_model):
         ours = add(net(F64), peft.HRAConfig(**copy.deepcopy(fields)))
-        assert hra_fx.get_model_status(ours).peft_types == {"default": "HRA"}
         written = hra_fx.HRAConfig(**fields, peft_version=peft.__version__)
         assert ours._hra_record.configs["default"] == written
     hra_fx.add_adapter(ours, "other", peft.HRAConfig(r=2, target_modules=["out"]))
@@ -74,61 +72,7 @@ def test_hotswap_replaces_the_values_in_place(tmp_path: Path) -> None:
     assert relative_error(second(tokens()), first(tokens())) < 1e-12
 
 
-# The states of layers and models, field by field
-
-
-def statuses(model: Any, library: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The state of the model, and of each layer by its name in the base model."""
-    layers = {}
-    for status in library.get_layer_status(model):
-        found = dataclasses.asdict(status)
-        layers[found.pop("name").removeprefix("model.")] = found
-    return dataclasses.asdict(library.get_model_status(model)), layers
-
-
-CHANGES: dict[str, Any] = {
-    "new": lambda model: None,
-    "other": lambda model: model.set_adapter("other"),
-    "both": lambda model: tuner(model).set_adapter(["other", "default"]),
-    "in inference mode": lambda model: model.set_adapter("other", inference_mode=True),
-    "trained again": lambda model: (CHANGES["in inference mode"](model), model.set_adapter("default")),
-    "merged": lambda model: model.merge_adapter(),
-    "disabled": lambda model: tuner(model).disable_adapter_layers(),
-}
-
-
-def tuner(model: Any) -> Any:
-    return model.base_model if isinstance(model, peft.PeftModel) else model
-
-
-@pytest.mark.needs("peft>=0.21")
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("case", ["even rank", "trained modules", "convolution"])
-def test_statuses_are_those_of_peft(case: str, change: str) -> None:
-    theirs, ours = pair(FIELDS[case], {"r": 2, "target_modules": ["query", "value"]})
-    for model in (theirs, ours):
-        CHANGES[change](model)
-    model_wanted, wanted = statuses(theirs, peft)
-    model_got, got = statuses(ours, hra_fx)
-    assert got.keys() == wanted.keys()
-    for name, state in wanted.items():
-        if change == "disabled":  # PEFT freezes them until they are enabled
-            assert state.pop("requires_grad").keys() == got[name].pop("requires_grad").keys()
-        if state["module_type"] == "ModulesToSaveWrapper":  # PEFT lists the active adapters with a copy there
-            got[name]["active_adapters"] = [a for a in got[name]["active_adapters"] if a in state["available_adapters"]]
-        assert got[name] == state, name
-    assert set(model_got) == set(model_wanted)
-    if change == "disabled":
-        model_wanted["requires_grad"] = model_got["requires_grad"]
-        model_wanted["trainable_params"] = model_got["trainable_params"]
-    if case == "trained modules":  # "irregular" to PEFT, as the wrappers have no adapter "other" and merge nothing
-        model_wanted["active_adapters"] = list(ours.active_adapters)
-        model_wanted["merged_adapters"] = ["default"] if change == "merged" else []
-    assert model_got == model_wanted
-    assert (dataclasses.asdict(ours.get_model_status()), ours.get_layer_status()) == (
-        model_got,
-        hra_fx.get_layer_status(ours),
-    )
+# Which adapters act and are trained
 
 
 #: What PEFT and hra_fx put into the names of the base model's tensors.
@@ -145,6 +89,33 @@ def same_flags(theirs: Any, ours: Any) -> set[str]:
     assert flags(ours) == flags(theirs)
     same_line(theirs, ours)
     return {name.rpartition(".hra_u.")[2] for name in flags(ours) if ".hra_u." in name}
+
+
+CHANGES: dict[str, Any] = {
+    "new": lambda model: None,
+    "other": lambda model: model.set_adapter("other"),
+    "both": lambda model: tuner(model).set_adapter(["other", "default"]),
+    "in inference mode": lambda model: model.set_adapter("other", inference_mode=True),
+    "trained again": lambda model: (CHANGES["in inference mode"](model), model.set_adapter("default")),
+    "disabled": lambda model: tuner(model).disable_adapter_layers(),
+}
+
+
+def tuner(model: Any) -> Any:
+    return model.base_model if isinstance(model, peft.PeftModel) else model
+
+
+@pytest.mark.needs("peft>=0.21")
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("case", ["even rank", "trained modules", "convolution"])
+def test_a_switch_acts_on_the_same_parameters_as_in_peft(case: str, change: str) -> None:
+    theirs, ours = pair(FIELDS[case], {"r": 2, "target_modules": ["query", "value"]})
+    for model in (theirs, ours):
+        CHANGES[change](model)
+    if change != "disabled":  # PEFT freezes them until they are enabled
+        same_flags(theirs, ours)
+    assert ours.active_adapters == (theirs.base_model if change == "both" else theirs).active_adapters
+    assert relative_error(ours(tokens()), theirs(tokens())) < 1e-5
 
 
 @pytest.mark.needs("peft>=0.21")
@@ -180,17 +151,6 @@ def test_what_is_trained_of_loaded_and_after_deleted_adapters(is_trainable: bool
     theirs.set_adapter(left)
     assert same_flags(theirs, ours) == {left}
     assert ours.active_adapters == theirs.active_adapters == [left]
-
-
-def test_irregular_flags_and_no_adapters() -> None:
-    ours = hra_fx.HRAModel(net(), hra_fx.HRAConfig(r=2, target_modules=["query"]))
-    ours.body.layers[1].query.hra_u["default"].requires_grad_(False)
-    assert hra_fx.get_model_status(ours).requires_grad == {"default": "irregular"}
-    for function in (hra_fx.get_layer_status, hra_fx.get_model_status):
-        with pytest.raises(
-            ValueError, match=r"^Net has no adapters\. Call hra_fx\.transform\(model, config\) first\.$"
-        ):
-            function(net())
 
 
 # The base model that an adapter names

@@ -1,0 +1,135 @@
+"""`set_scale`: a part of an adapter, along the geodesic from the base model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model.many import (
+    F64,
+    adapted,
+    assert_close,
+    config,
+    flags,
+    net,
+    normal,
+    refuses,
+    turn,
+)
+from oracles import dense_power as power, dense_product, layer_q
+from torch import Tensor, nn
+
+import hra_fx
+
+# ---- `set_scale`: the geodesic from the base model to the adapter, orthogonal at every step ----
+
+#: Kinds of adapters whose number of reflections is even.
+FIELDS: dict[str, dict[str, Any]] = {
+    "even rank": {"r": 4},
+    "anchor": {"r": 3},
+    "Gram-Schmidt": {"r": 2, "apply_GS": True},
+    "odd Gram-Schmidt": {"r": 3, "apply_GS": True},
+}
+
+
+def one(**fields: Any) -> tuple[nn.Module, nn.Module]:
+    return adapted(net(), a=config("first", **fields or {"r": 4}))
+
+
+def output(plain: nn.Module, q: Tensor, x: Tensor) -> Tensor:
+    return torch.func.functional_call(plain, {"first.weight": plain.first.weight @ q}, (x,))
+
+
+@pytest.mark.parametrize("alpha", [0, 0.3, 1])
+@pytest.mark.parametrize("fields", FIELDS)
+def test_every_kind_of_adapter_follows_its_geodesic(fields: str, alpha: float) -> None:
+    plain, model = one(**FIELDS[fields])
+    q, x = layer_q(model.first, ["a"]).detach(), normal(4, 6)
+    full = model(x)
+    hra_fx.set_scale(model, "a", alpha)
+    assert_close(model(x), output(plain, power(q, alpha), x), 1e-8)
+    if alpha in (0, 1):
+        assert torch.equal(model(x), full if alpha else plain(x))
+    part = dense_product(model.first.hra_u.chain("a").detach())
+    assert float((part.mT @ part - torch.eye(6, dtype=F64)).norm()) < 1e-12
+    row = hra_fx.report(model).rows[0]
+    assert row.angle == pytest.approx(alpha * float(torch.linalg.eigvals(q).angle().max()), abs=1e-6)
+    assert row.orthogonality < 1e-12
+    hra_fx.fold(model)
+    assert_close(model.first.weight, plain.first.weight @ power(q, alpha), 1e-8)
+
+
+def test_each_of_several_adapters_has_its_own_scale() -> None:
+    plain, model = adapted(net(), a=config("first", r=4), b=config("first", r=3))
+    hra_fx.set_adapter(model, ["b", "a"])
+    hra_fx.set_scale(model, "b", 0.5)
+    hra_fx.set_scale(model, "a", 0.25)
+    q = power(layer_q(model.first, ["b"]).detach(), 0.5) @ power(layer_q(model.first, ["a"]).detach(), 0.25)
+    x = normal(4, 6)
+    assert_close(model(x), output(plain, q, x), 1e-8)
+    hra_fx.merge_adapter(model)
+    assert_close(model(x), output(plain, q, x), 1e-8)
+
+
+def test_a_refusal_at_the_second_layer_restores_the_first() -> None:
+    model = adapted(net(), a=config("first", "second"))[1]
+    hra_fx.set_scale(model, "a", 0.3)
+    with torch.no_grad():
+        model.second.hra_u["a"][:, 1] = 0
+    before, x = model.first.hra_u.chain("a").clone(), normal(4, 6)
+    wanted = model(x)
+    with pytest.raises(hra_fx.AdapterError, match=r"^second: adapter 'a': an odd number of reflections"):
+        hra_fx.set_scale(model, "a", 0.5)
+    assert torch.equal(model.first.hra_u.chain("a"), before)
+    assert torch.equal(model(x), wanted)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan"), True, "half"])
+def test_a_scale_that_is_not_in_the_range_is_refused(alpha: Any) -> None:
+    model = one()[1]
+    text = f"`alpha` must be a number from 0 (base model) to 1 (full adapter), got {alpha!r}."
+    with refuses(model, f"^{re.escape(text)}$"):
+        hra_fx.set_scale(model, "a", alpha)
+
+
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [
+        ("a", lambda model: None),
+        ("b", lambda model: None),  # it is not active
+        ("a", lambda model: hra_fx.set_adapter(model, "a", inference_mode=True)),
+        ("a", lambda model: model.first.hra_u["a"].requires_grad_(False)),
+    ],
+    ids=["active", "inactive", "in inference", "frozen by hand"],
+)
+def test_a_scaled_adapter_is_not_trained_and_gets_its_flags_back_at_full_scale(name: str, before: Any) -> None:
+    model = adapted(net(), a=config("first", "second"), b=config("first"))[1]
+    before(model)
+    wanted = flags(model)
+    for alpha in (0.5, 0.5, 0):
+        hra_fx.set_scale(model, name, alpha)
+        assert not any(flag for key, flag in flags(model).items() if key.endswith(f"hra_u.{name}"))
+    hra_fx.set_scale(model, name, 1)
+    assert flags(model) == wanted
+    hra_fx.set_scale(model, name, 0.5)
+    hra_fx.set_adapter(model, ["a", "b"])
+    assert not any(flag for key, flag in flags(model).items() if key.endswith(f"hra_u.{name}"))
+    hra_fx.set_scale(model, name, 1)
+    assert all(flag for key, flag in flags(model).items() if key.endswith(f"hra_u.{name}"))
+
+
+def test_states_and_files_have_the_vectors_of_full_scale(tmp_path: Path) -> None:
+    (plain, model), (_, other) = one(), one()
+    turn(other, seed=5)
+    q, x = layer_q(model.first, ["a"]).detach(), normal(4, 6)
+    hra_fx.set_scale(model, "a", 0.2)
+    hra_fx.set_scale(other, "a", 0.5)
+    other.load_state_dict(model.state_dict())
+    assert_close(other(x), output(plain, power(q, 0.5), x), 1e-8)
+    hra_fx.set_scale(other, "a", 1)
+    assert_close(other(x), output(plain, q, x))
+    hra_fx.save_adapter(model, tmp_path)
+    assert_close(hra_fx.load_adapter(net(), tmp_path)(x), output(plain, q, x))
