@@ -55,7 +55,6 @@ if TYPE_CHECKING:
     from hra_fx.config import HRAConfig as HRAConfig
     from hra_fx.export.onnx_swap import adapter_inputs as adapter_inputs, make_swappable as make_swappable
     from hra_fx.export.training_step import export_training_step as export_training_step
-    from hra_fx.integrations.peft_acceleration import accelerate_peft as accelerate_peft
     from hra_fx.integrations.push import push_to_hub as push_to_hub
     from hra_fx.layers.weight import effective_weight as effective_weight
     from hra_fx.lora.save import (
@@ -66,7 +65,6 @@ if TYPE_CHECKING:
     from hra_fx.model.fold import FoldPlan as FoldPlan, plan_fold as plan_fold
     from hra_fx.model.inject import delete_adapter as delete_adapter
     from hra_fx.model.merge import merge_adapter as merge_adapter, unmerge_adapter as unmerge_adapter
-    from hra_fx.model.mixed import mixed_batch as mixed_batch
     from hra_fx.model.orthogonality import orthogonality_loss as orthogonality_loss
     from hra_fx.model.reset import reset_adapters as reset_adapters
     from hra_fx.model.setup import add_adapter as add_adapter
@@ -105,14 +103,12 @@ _NAMES = {
     "config": ("HRAConfig",),
     "export.onnx_swap": ("adapter_inputs", "make_swappable"),
     "export.training_step": ("export_training_step",),
-    "integrations.peft_acceleration": ("accelerate_peft",),
     "integrations.push": ("push_to_hub",),
     "layers.weight": ("effective_weight",),
     "lora.save": ("LoraResult", "convert_to_lora", "save_as_lora"),
     "model.fold": ("FoldPlan", "plan_fold"),
     "model.inject": ("delete_adapter",),
     "model.merge": ("merge_adapter", "unmerge_adapter"),
-    "model.mixed": ("mixed_batch",),
     "model.orthogonality": ("orthogonality_loss",),
     "model.reset": ("reset_adapters",),
     "model.setup": ("add_adapter",),

@@ -8,11 +8,10 @@ from __future__ import annotations
 import importlib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -164,11 +163,6 @@ def has_backward_hooks(module: nn.Module) -> bool:
     """Whether the backward pass of a module runs hooks, either its own or global ones."""
     own = module._backward_hooks or module._backward_pre_hooks
     return bool(own or nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling a module runs hooks, either its own or global ones."""
-    return has_own_hooks(module) or has_global_module_hooks()
 
 
 #: The attribute of a module that contains the names of its non-persistent buffers.
@@ -351,15 +345,6 @@ def guard_function(code: str) -> Callable[..., None]:
 
 
 # --- PEFT and accelerate ----------------------------------------------------------------------------------------------
-
-
-def fields_of_update(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The configuration that PEFT passes to `update_layer` of its HRA layers. PEFT 0.18 passes each field."""
-    config = kwargs.get("config", args[0] if args else None)
-    if hasattr(config, "apply_GS"):
-        return config
-    positional = zip(("apply_GS", "init_weights", "inference_mode"), args, strict=False)
-    return SimpleNamespace(**{"inference_mode": False, **dict(positional), **kwargs})
 
 
 def without_peft_adapters(layers: Iterable[Any]) -> AbstractContextManager[None]:

@@ -15,6 +15,7 @@ _R = TypeVar("_R")
 
 #: Public name, below `hra_fx`, -> what to do instead.
 NAMES: dict[str, str] = {
+    "accelerate_peft": "Call hra_fx.from_peft(trainer.model) after the trainer is made.",
     "combine": (
         "Call hra_fx.set_adapter(model, [...]): several active adapters act as their product, which hra_fx.fold folds."
     ),
@@ -25,6 +26,10 @@ NAMES: dict[str, str] = {
         "Write a callback that calls hra_fx.report, as in examples/usage/trainer.py of the repository."
     ),
     "lift": "Adapt the model before torch.export: hra_fx.transform(model, config).",
+    "mixed_batch": (
+        "Group the rows by adapter, and call the model once for each adapter. vLLM serves several LoRAs in one batch: "
+        "write them with hra_fx.save_as_lora."
+    ),
 }
 
 #: Function or class -> its removed argument -> what to do instead.

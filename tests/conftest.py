@@ -26,7 +26,6 @@ NEEDS = {
     "tracing/test_trace_example.py": "torch>=2.9",
     "checkpoint/disk/test_experts.py": "transformers>=5.6",
     "layers/experts/test_products.py": "transformers>=5.6",
-    "integrations/peft_acceleration/test_layers.py": "torchao>=0.18",
     "layers/quantized": "torchao>=0.18",
     "model/test_experts.py": "transformers>=5.6",
     "model/test_waits_and_memory.py": "torchao>=0.18",

@@ -27,12 +27,10 @@ from hra_fx.kernels.factors import Factors, uses_plain_operators, wy_factors
 def batched_factors(layers: Sequence[Sequence[ChainPart]], dtype: torch.dtype) -> list[Factors]:
     """Compute the factors of several layers, with chains that consist of parts with the same signatures.
 
-    In a mixed batch, a part contains the vectors of `m` adapters, `(m, d, r)`. The factors are computed in at least
-    float32, and cast to `dtype`.
+    The factors are computed in at least float32, and cast to `dtype`.
 
     Returns:
-        `R` and `F: (k, d)` of each layer, or `(m, k, d)`. In the backward pass, a layer with unused factors does not
-        get a gradient.
+        `R` and `F: (k, d)` of each layer. In the backward pass, a layer with unused factors does not get a gradient.
 
     Example:
         >>> [(rows, down)] = batched_factors([[ChainPart(torch.tensor([[3.0], [0.0]]))]], torch.float32)
@@ -61,7 +59,7 @@ def _compute(tensors: list[Tensor], apply_GS: list[bool], anchored: list[bool], 
 
 
 def _chains(tensors: list[Tensor], apply_GS: list[bool], anchored: list[bool], stack: Callable[..., Tensor]) -> Tensor:
-    """The chains of all layers, `(n, ..., d, k)`; `stack` stacks the vectors of a part."""
+    """The chains of all layers, `(n, d, k)`; `stack` stacks the vectors of a part."""
     layers = len(tensors) // (len(anchored) + sum(anchored))
     groups = [tensors[start : start + layers] for start in range(0, len(tensors), layers)]
     parts = []
@@ -108,7 +106,7 @@ def _gradients_where_reached() -> tuple[Any, Any]:
     without a gradient.
     """
     if not torch.is_grad_enabled() or uses_plain_operators():
-        return torch.stack, lambda factors: factors.movedim(-3, 1).flatten(0, 1).unbind()
+        return torch.stack, lambda factors: factors.flatten(0, 1).unbind()
     reached: set[int] = set()
     return (lambda tensors: _Stack.apply(reached, *tensors)), (lambda factors: _Unbind.apply(reached, factors))  # type: ignore[no-untyped-call]
 
@@ -127,12 +125,12 @@ class _Stack(torch.autograd.Function):
 
 
 class _Unbind(torch.autograd.Function):
-    """`(n, ..., 2, k, d)` to `R` and `F` of each layer; the backward records which layers it has reached."""
+    """`(n, 2, k, d)` to `R` and `F` of each layer; the backward records which layers it has reached."""
 
     @staticmethod
     def forward(ctx: Any, reached: set[int], stacked: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        sides = stacked.movedim(-3, 1).flatten(0, 1)
+        sides = stacked.flatten(0, 1)
         ctx.reached, ctx.shape, ctx.options = reached, sides.shape[1:], {"dtype": sides.dtype, "device": sides.device}
         return sides.unbind()
 
@@ -141,4 +139,4 @@ class _Unbind(torch.autograd.Function):
         ctx.reached.clear()  # from an earlier backward pass
         ctx.reached.update([place // 2 for place, grad in enumerate(grads) if grad is not None])
         filled = [torch.zeros(ctx.shape, **ctx.options) if grad is None else grad for grad in grads]
-        return None, torch.stack(filled).view(-1, 2, *ctx.shape).movedim(1, -3)
+        return None, torch.stack(filled).view(-1, 2, *ctx.shape)

@@ -17,9 +17,7 @@ from torch.compiler import is_dynamo_compiling
 
 from hra_fx import compat
 from hra_fx.errors import AdapterError
-from hra_fx.kernels.factors import Factors
 from hra_fx.kernels.linear import linear
-from hra_fx.kernels.mixed import RowFactors
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.batching import factors_for
 from hra_fx.layers.class_swap import SwapMixin, swap, unswap
@@ -103,8 +101,7 @@ class AdaptedLinear(AdaptedLayer):
                 factors, active, has_graph = prepared
                 # The usual case of `factors_for` and `linear`, here because a call takes as long as a small operator.
                 if (
-                    type(factors) is Factors
-                    and factors.rows.dtype is input.dtype
+                    factors.rows.dtype is input.dtype
                     and active is adapters.active
                     and has_graph is torch.is_grad_enabled()
                     and (input.requires_grad or not has_graph)
@@ -117,7 +114,7 @@ class AdaptedLinear(AdaptedLayer):
                     output = F.linear(torch.addmm(flat, F.linear(flat, down), rows), weight, bias)
                     return output if flat is input else output.view(*input.shape[:-1], weight.shape[0])
             factors = factors_for(adapters, input)
-            if factors is None or isinstance(factors, RowFactors):
+            if factors is None:
                 return F.linear(call(adapters, input), weight, bias)
             return linear(input, factors, weight, bias)
 

@@ -20,7 +20,6 @@ from hra_fx.functional.chain import ChainPart, plain_chain
 from hra_fx.functional.rotate import as_rows, rotate_weight
 from hra_fx.layers.accelerate_hooks import device_of
 from hra_fx.layers.containers import ANCHOR, SCALED, FilledLater, check_adapter_name
-from hra_fx.layers.mixed import MixedBatch, mixed_batch_of
 from hra_fx.layers.running import Run, during
 from hra_fx.layers.sharding import distribute_like, full_tensor
 from hra_fx.layers.target import REFLECTION, LayerKind, weight_name, weight_place
@@ -278,12 +277,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
     @property
     def acts(self) -> bool:
         """Whether any adapter is active with a scale other than 0."""
-        return bool(self._acting_names(mixed_batch_of(self)))
-
-    def _acting_names(self, batch: MixedBatch | None) -> list[str]:
-        """The active adapters, or the adapters of a mixed batch, that are not the identity."""
-        names = self.active if batch is None else batch.names
-        return [name for name in names if name in self.specs and self.chain_parts([name])]
+        return bool(self.chain_parts())
 
     @contextmanager
     def inactive(self) -> Iterator[None]:
@@ -301,24 +295,16 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
 
     def vectors_for(self, x: Tensor) -> Tensor | None:
         """The vectors of all active adapters for an input `x`, `(d, k)`, of any length; `None` for the identity."""
-        if (batch := mixed_batch_of(self)) is not None:
-            if names := self._acting_names(batch):
-                raise AdapterError(
-                    f"{self.layer_path}: adapters {names} are on this layer, but its weight is read or traced, and the "
-                    "rows of a mixed batch would need different weights. Run the rows of each adapter in a separate "
-                    "batch."
-                )
-            return None
         vectors = self.joint_vectors(self.active)
         if not x.is_meta:
             self.check_data()
         return vectors
 
-    def check_data(self, names: Iterable[str] | None = None) -> None:
-        """Raise an error if vectors (`None` for the active ones) are on the meta device, without data."""
+    def check_data(self) -> None:
+        """Raise an error if vectors of active adapters are on the meta device, without data."""
         empty = [
             name
-            for name in (self.active if names is None else names)
+            for name in self.active
             if any(tensor.is_meta for part in self.chain_parts([name]) for tensor in part.tensors())
         ]
         if empty:

@@ -2,8 +2,7 @@
 
 They belong to the run (`hra_fx.layers.running`). Hooks, dtypes and chains are checked at the start; a call of a layer
 only checks what may change during a forward. A layer computes its own factors if it is called outside of a forward, or
-if its vectors are not available at the start (FSDP2 gathers them layer by layer). In a mixed batch
-(`hra_fx.layers.mixed`), a layer has the factors of each adapter of the batch.
+if its vectors are not available at the start (FSDP2 gathers them layer by layer).
 """
 
 from __future__ import annotations
@@ -11,8 +10,8 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 from weakref import WeakSet
 
@@ -28,22 +27,18 @@ from hra_fx.functional.householder import working_dtype
 from hra_fx.kernels.batch import batched_factors
 from hra_fx.kernels.dispatch import PLAIN, is_compiling, is_plain, is_plain_eager, products_dtype
 from hra_fx.kernels.factors import Factors
-from hra_fx.kernels.mixed import RowFactors, stack_chains
 from hra_fx.layers.accelerate_hooks import calls_class_forward
 from hra_fx.layers.adapters import HouseholderAdapters
-from hra_fx.layers.mixed import CURRENT, MixedBatch, mixed_batch_of
 from hra_fx.layers.running import RUNNING, WITHOUT_FACTORS, Run
 from hra_fx.layers.sharding import is_partitioned_by_zero3, is_trained_by_zero, sharded_by
 from hra_fx.layers.target import REFLECTION
 
-#: A container, its layer, and the parts of its chain. In a mixed batch, the chain (or `None`) of each adapter.
-_Chain: TypeAlias = tuple[HouseholderAdapters, nn.Module, list[Any]]
+#: A container, its layer, and the parts of its chain.
+_Chain: TypeAlias = tuple[HouseholderAdapters, nn.Module, list[ChainPart]]
 #: The factors of a layer, the adapters that were active, and whether gradients were enabled.
-_Prepared: TypeAlias = tuple[Factors | RowFactors, tuple[str, ...], bool]
+_Prepared: TypeAlias = tuple[Factors, tuple[str, ...], bool]
 #: Dtypes in which layers compute.
 _COMPUTING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-#: The number of chains that are computed together in a mixed batch. More chains would not fit into a CPU's caches.
-_CHAINS_AT_ONCE = 64
 #: Containers with vectors that a warning about 16 bits has named.
 _WARNED: WeakSet[HouseholderAdapters] = WeakSet()
 
@@ -57,7 +52,7 @@ class PreparedRun(Run):
     def __init__(self, chains: Sequence[_Chain], *, reuse: bool) -> None:
         """Compute the factors of some layers now."""
         super().__init__(_prepare(chains))
-        self._vectors = [part.vectors for _, _, parts in chains for part in parts if part is not None] if reuse else []
+        self._vectors = [part.vectors for _, _, parts in chains for part in parts] if reuse else []
         self._facts = self._now()
 
     def is_current(self) -> bool:
@@ -68,7 +63,7 @@ class PreparedRun(Run):
         """What the factors depend on. `set_adapter` and `set_scale` make new tuples of active adapters."""
         if not self._vectors:
             return []
-        modes = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), CURRENT.batch]
+        modes = [torch.is_grad_enabled(), torch.is_inference_mode_enabled()]
         return [*modes, *compat.tensor_versions(self._vectors), *[id(adapters.active) for adapters in self.factors]]
 
 
@@ -88,7 +83,7 @@ def factors_in_exported_batches(layers: Iterable[nn.Module]) -> AbstractContextM
     Without batches, each layer would take about a hundred nodes, including its backward pass.
     """
     groups: dict[tuple[object, ...], list[tuple[HouseholderAdapters, list[ChainPart]]]] = defaultdict(list)
-    for adapters, _, parts in _chains(layers) if CURRENT.batch is None else ():
+    for adapters, _, parts in _chains(layers):
         if adapters.kind == "linear":
             groups[tuple([part.signature() for part in parts])].append((adapters, parts))
     prepared: dict[HouseholderAdapters, Any] = {}
@@ -126,18 +121,7 @@ def exported_factors(adapters: HouseholderAdapters) -> Factors | None:
     return factors
 
 
-@contextmanager
-def batch_of_rows(batch: MixedBatch) -> Iterator[None]:
-    """Context manager in which each row of the batch has its own adapter."""
-    outer = CURRENT.batch, RUNNING.run
-    CURRENT.batch, RUNNING.run = batch, RUNNING.run and WITHOUT_FACTORS
-    try:
-        yield
-    finally:
-        CURRENT.batch, RUNNING.run = outer
-
-
-def factors_for(adapters: HouseholderAdapters, x: Tensor) -> Factors | RowFactors | None:
+def factors_for(adapters: HouseholderAdapters, x: Tensor) -> Factors | None:
     """The factors `R` and `F` of a layer for its input, in the dtype of their products.
 
     `None` if the layer must call its container: no adapter is active, the container has hooks, or a tracer records the
@@ -166,11 +150,8 @@ def uses_factors(adapters: HouseholderAdapters, x: Tensor) -> bool:
     return _prepared(adapters) is not None or all(is_plain(*part.tensors()) for part in adapters.chain_parts())
 
 
-def factors_of(adapters: HouseholderAdapters, dtype: torch.dtype) -> Factors | RowFactors | None:
-    """The factors `R` and `F` of the active adapters of a layer, in `dtype`; `None` for the identity.
-
-    In a mixed batch, these are the factors of each adapter of the batch.
-    """
+def factors_of(adapters: HouseholderAdapters, dtype: torch.dtype) -> Factors | None:
+    """The factors `R` and `F` of the active adapters of a layer, in `dtype`; `None` for the identity."""
     if (prepared := _prepared(adapters)) is not None:
         factors, active, has_graph = prepared
         own = factors.rows.dtype
@@ -183,13 +164,10 @@ def factors_of(adapters: HouseholderAdapters, dtype: torch.dtype) -> Factors | R
                 return factors._replace(rows=factors.rows.to(dtype), down=factors.down.to(dtype))
         if not is_compiling():
             adapters.last_compute_dtype = dtype
-    batch = mixed_batch_of(adapters)
-    parts = _parts(adapters, batch)
+    parts = adapters.chain_parts()
     if not parts:
         return None
-    adapters.check_data(None if batch is None else [name for name in batch.names if name in adapters.specs])
-    if batch is not None:
-        return _of_rows(batched_factors([[stack_chains(parts)]], dtype)[0], batch)
+    adapters.check_data()
     if is_compiling():
         return batched_factors([parts], dtype)[0]
     # In its first run, a checkpointed block uses the factors of a batch. If it runs again in the backward, it computes
@@ -212,14 +190,6 @@ def _must_be_called(adapters: HouseholderAdapters) -> bool:
     return "forward" in adapters.__dict__ and not calls_class_forward(adapters)
 
 
-def _parts(adapters: HouseholderAdapters, batch: MixedBatch | None) -> list[Any]:
-    """The parts of the chain of a layer, or the chains of all adapters of a mixed batch; empty for the identity."""
-    if batch is None:
-        return adapters.chain_parts()
-    own = {name: part for name in batch.names if name in adapters.specs for part in adapters.chain_parts([name])}
-    return [own.get(name) for name in batch.names] if own else []
-
-
 def _chains(layers: Iterable[nn.Module]) -> list[_Chain]:
     """The layers that compute with factors, and whose adapters are not the identity and need not be called."""
     found: list[_Chain] = []
@@ -234,7 +204,7 @@ def _chains(layers: Iterable[nn.Module]) -> list[_Chain]:
             continue
         if "forward" in adapters.__dict__ and not calls_class_forward(adapters):
             continue
-        parts = adapters.chain_parts() if CURRENT.batch is None else _parts(adapters, mixed_batch_of(adapters))
+        parts = adapters.chain_parts()
         if parts:
             found.append((adapters, layer, parts))
     return found
@@ -242,24 +212,21 @@ def _chains(layers: Iterable[nn.Module]) -> list[_Chain]:
 
 def _prepare(chains: Sequence[_Chain]) -> dict[HouseholderAdapters, _Prepared]:
     """Compute the factors of layers, with one batch for all chains of the same form."""
-    batch, has_graph = CURRENT.batch, torch.is_grad_enabled()
+    has_graph = torch.is_grad_enabled()
     groups = _groups(chains)
     if has_graph and not is_compiling():
         _warn_of_low_precision(groups.values())
     found: dict[HouseholderAdapters, _Prepared] = {}
     for (dtype, _), group in groups.items():
-        at_once = len(group) if batch is None else max(1, _CHAINS_AT_ONCE // len(batch.names))
-        for start in range(0, len(group), at_once):
-            some = group[start : start + at_once]
-            factors = batched_factors([parts for _, parts in some], dtype)
-            for (adapters, _), one in zip(some, factors, strict=True):
-                found[adapters] = one if batch is None else _of_rows(one, batch), adapters.active, has_graph
+        factors = batched_factors([parts for _, parts in group], dtype)
+        for (adapters, _), one in zip(group, factors, strict=True):
+            found[adapters] = one, adapters.active, has_graph
     return found
 
 
 def _groups(chains: Sequence[_Chain]) -> dict[tuple[Any, ...], list[tuple[HouseholderAdapters, list[ChainPart]]]]:
     """Layers whose factors can be computed together: the dtype of the factors and the form of the chain -> layers."""
-    batch, compiling = CURRENT.batch, is_compiling()
+    compiling = is_compiling()
     has_autocast = compiling or compat.is_autocast_active()
     has_zero = "deepspeed" in sys.modules  # otherwise, no parameters are partitioned
     groups: dict[tuple[Any, ...], list[tuple[HouseholderAdapters, list[ChainPart]]]] = defaultdict(list)
@@ -267,9 +234,6 @@ def _groups(chains: Sequence[_Chain]) -> dict[tuple[Any, ...], list[tuple[Househ
         form = _form(parts, adapters.width, compiling=compiling, has_zero=has_zero)
         if form is None:
             continue
-        if batch is not None:
-            parts = [stack_chains(parts)]
-            form = parts[0].signature()
         weight = layer.__dict__["_parameters"].get(adapters.weight_name)
         is_known = type(weight) is nn.Parameter and weight.dtype in _COMPUTING and not has_autocast
         dtype = weight.dtype if is_known else _expected_dtype(adapters, layer, parts[0].vectors)
@@ -277,15 +241,13 @@ def _groups(chains: Sequence[_Chain]) -> dict[tuple[Any, ...], list[tuple[Househ
     return groups
 
 
-def _form(parts: Sequence[Any], width: int, *, compiling: bool, has_zero: bool) -> tuple[object, ...] | None:
+def _form(parts: Sequence[ChainPart], width: int, *, compiling: bool, has_zero: bool) -> tuple[object, ...] | None:
     """The values that must be equal for chains of one batch; `None` if the data of a tensor may be unavailable.
 
     FSDP, offloading and ZeRO-3 remove the data of vectors between calls of their layer.
     """
     found: tuple[object, ...] = ()
     for part in parts:
-        if part is None:  # an adapter of a mixed batch that the layer does not have
-            continue
         vectors, anchor, apply_GS = part
         for tensor in (vectors,) if anchor is None else (vectors, anchor):
             shape = tensor.shape
@@ -324,10 +286,6 @@ def _warn_of_low_precision(groups: Iterable[Sequence[tuple[HouseholderAdapters, 
             HRAWarning,
             stacklevel=2,
         )
-
-
-def _of_rows(factors: Factors, batch: MixedBatch) -> RowFactors:
-    return RowFactors(*factors, None if batch.places is None else batch.places.to(factors.rows.device))
 
 
 def _expected_dtype(adapters: HouseholderAdapters, layer: nn.Module, vectors: Tensor) -> torch.dtype:

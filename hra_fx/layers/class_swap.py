@@ -25,17 +25,15 @@ class SwapMixin(nn.Module):
 
     Attributes:
         _hra_priority: the order of several mixins on one module. A higher one wraps a lower one.
-        _hra_makes_own: whether calling a swapped class creates an object of this class, not of the original class.
     """
 
     _hra_priority: int = 0
-    _hra_makes_own: bool = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Create an object without adapters, which has the original class."""
         # A class that another tool or a user derived from a swapped class creates its own objects. DataParallel creates
         # replicas without arguments.
-        if cls._hra_makes_own or "_hra_mixin" not in vars(cls) or not (args or kwargs):
+        if "_hra_mixin" not in vars(cls) or not (args or kwargs):
             return super().__new__(cls)
         return unwrap_class(cls)(*args, **kwargs)
 

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hra_fx.compat import conv_border
-from hra_fx.errors import AdapterError
 from hra_fx.functional import householder
 from hra_fx.kernels.conv import (
     MIN_PATCHES_PER_VECTOR,
@@ -26,13 +25,11 @@ from hra_fx.kernels.dispatch import is_compiling, products_dtype
 from hra_fx.kernels.distributed import reflect_distributed, rotate_distributed
 from hra_fx.kernels.factors import Factors
 from hra_fx.kernels.linear import reflect_rows
-from hra_fx.kernels.mixed import RowFactors, pick, reflect_mixed
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.batching import exported_factors, factors_for, factors_of, uses_factors
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.experts_adapters import ExpertsAdapters
 from hra_fx.layers.experts_weight import ExpertsWeight
-from hra_fx.layers.mixed import check_rows
 from hra_fx.layers.quantized import is_foreign_linear, quant_scheme_of
 from hra_fx.layers.sharding import is_dtensor
 from hra_fx.layers.target import full_shape, is_conv1d, kind_of, width_of
@@ -98,9 +95,6 @@ class LinearAdapters(HouseholderAdapters):
             return x if distributed is None else reflect_distributed(x, distributed)
         if uses_factors(self, x):
             factors = factors_of(self, products_dtype(x.device, x.dtype))
-            if isinstance(factors, RowFactors):
-                check_rows(self, x, dims=2)
-                return reflect_mixed(x, factors)
             return x if factors is None else reflect_rows(x, factors)
         if (exported := exported_factors(self)) is not None:
             return x + (x @ exported.down.to(x.dtype).mT) @ exported.rows.to(x.dtype)
@@ -119,10 +113,7 @@ class LinearAdapters(HouseholderAdapters):
 
     def _distributed_factors(self, tensor: Tensor) -> Factors | None:
         """The factors for a product with a `DTensor`."""
-        factors = factors_of(self, products_dtype(tensor.device, tensor.dtype))
-        if isinstance(factors, RowFactors):
-            raise AdapterError(f"hra_u of width {self.width}: mixed batches do not support DTensor inputs.")
-        return factors
+        return factors_of(self, products_dtype(tensor.device, tensor.dtype))
 
 
 class QuantizedAdapters(LinearAdapters):
@@ -170,9 +161,6 @@ class ConvAdapters(HouseholderAdapters):
     def output_of(self, x: Tensor, weight: Tensor, layer: Any) -> Tensor | None:
         """The output of the layer for `x`; `None` if the container must be called."""
         factors = factors_for(self, x)
-        if isinstance(factors, RowFactors):
-            check_rows(self, x, dims=weight.dim())
-            return self._corrected_by_row(layer._conv_forward(x, weight, layer.bias), x, factors, weight)
         if factors is None or factors.rows.dtype is not x.dtype or x.dtype is not weight.dtype:
             return None
         if self._has_few_patches(x, factors.rows):
@@ -208,17 +196,6 @@ class ConvAdapters(HouseholderAdapters):
             return add_up_projection(output, up, coordinates, dimensions)
         image = up.reshape(weight.shape[0], -1, *(1 for _ in range(dimensions)))
         return output + _CONVOLVE[dimensions](coordinates, image, groups=self.groups)
-
-    def _corrected_by_row(self, output: Tensor, x: Tensor, factors: RowFactors, weight: Tensor) -> Tensor:
-        """Like `_corrected`, with factors for each row of a mixed batch: one grouped convolution for all rows."""
-        rows, down = pick(factors)
-        copies = len(x) // len(rows)
-        kernel = down.repeat_interleave(copies * self.groups, dim=0).reshape(-1, *self.patch)
-        read = convolve(x.reshape(1, -1, *x.shape[2:]), kernel, self.geometry, len(x) * self.groups)
-        read = read.reshape(len(x), self.groups, rows.shape[1], -1)
-        # (n, groups, out / groups, k), for W reshaped to (groups, out / groups, d).
-        up = torch.einsum("nkd,god->ngok", rows, weight.reshape(self.groups, -1, self.width))
-        return output + (up.repeat_interleave(copies, dim=0) @ read).reshape(output.shape)
 
     def project(self, read: tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
         """The correction that the layer subtracts, from the result of `reflect`."""

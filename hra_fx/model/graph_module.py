@@ -23,7 +23,6 @@ from hra_fx.errors import AdapterError
 from hra_fx.kernels.dispatch import is_plain_eager
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.batching import start_of_forward
-from hra_fx.layers.mixed import CURRENT
 from hra_fx.layers.running import Run
 from hra_fx.layers.target import BASE_WEIGHT, FACTORS
 from hra_fx.model.state import is_adapted
@@ -47,7 +46,7 @@ class BatchedFactors(nn.Module):
         """Return the factors, or `None` if each layer computes its own, for example under torch.compile."""
         if self.state is None or self.state.disabled or is_replica(self) or is_exporting() or not is_plain_eager():
             return None
-        if not self.state.active and CURRENT.batch is None:
+        if not self.state.active:
             return None
         return start_of_forward(self.state.layers)
 

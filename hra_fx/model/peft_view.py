@@ -14,6 +14,7 @@ from hra_fx.errors import AdapterError
 from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
 from hra_fx.layers.class_swap import SwapMixin
 from hra_fx.layers.peft_layers import is_of_peft, is_peft_hra_layer, is_peft_layer
+from hra_fx.layers.target import width_of
 from hra_fx.layers.trained_copies import own_tensors
 from hra_fx.model.inject import remove_adapters
 from hra_fx.model.root import AdaptedModel
@@ -124,6 +125,13 @@ def _check(layers: Mapping[str, Any]) -> None:
                 f"{path}: adapters {list(layer.merged_adapters)} are merged. First call unmerge_adapter() on the PEFT "
                 "model."
             )
+        width = width_of(layer.base_layer)
+        for name, vectors in layer.hra_u.items():
+            if vectors.shape[0] != width:  # of a kernel that is not square
+                raise AdapterError(
+                    f"{path}: PEFT's vectors of {name!r} have length {vectors.shape[0]}, but a row of the weight has "
+                    f"{width} entries. Adapt this layer with hra_fx.transform."
+                )
 
 
 def _trained_tensors(wrappers: Mapping[str, Any], name: str) -> dict[tuple[str, str], Tensor]:

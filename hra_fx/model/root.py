@@ -21,13 +21,12 @@ from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.batching import factors_in_traced_batches, start_of_forward
 from hra_fx.layers.class_swap import SwapMixin, swap, unswap
 from hra_fx.layers.containers import ANCHOR
-from hra_fx.layers.mixed import CURRENT
 from hra_fx.layers.running import RUNNING, WITHOUT_FACTORS, Run, during
 from hra_fx.layers.sharding import gather_groups, is_sharded
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import BASE, get_copies
-from hra_fx.model.mixed import copied_rows, mixed_batch
 from hra_fx.model.state import adapted_layers, get_state
+from hra_fx.removed import NAMES
 
 
 class AdaptedModel(SwapMixin):
@@ -46,16 +45,11 @@ class AdaptedModel(SwapMixin):
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """Wrap `forward` and `generate` of `base` to compute the factors of all layers at their start.
-
-        Both take `adapter_names`, as in PEFT's LoRA: see `mixed_batch`.
-        """
+        """Wrap `forward` and `generate` of `base` to compute the factors of all layers at their start."""
 
         @functools.wraps(base.forward)
         def forward(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
-            if (names := kwargs.pop("adapter_names", None)) is not None:
-                with mixed_batch(self, names):
-                    return forward(self, *args, **kwargs)
+            _refuse_adapter_names(kwargs)
             if is_compiling():
                 with factors_in_traced_batches(_acting_layers(self)):
                     return base.forward(self, *args, **kwargs)
@@ -67,16 +61,11 @@ class AdaptedModel(SwapMixin):
 
         @functools.wraps(made)
         def generate(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
-            if (names := kwargs.pop("adapter_names", None)) is not None:
-                with mixed_batch(self, names):
-                    return generate(self, *args, **kwargs)
-            with ExitStack() as block:
-                if CURRENT.batch is not None:
-                    block.enter_context(copied_rows(self, kwargs))
-                # Forwards with gradients, if there are any, do not use factors computed without gradients.
-                with torch.no_grad():
-                    run = start_of_forward(_acting_layers(self), reuse=True)
-                return during(run, made, self, *args, **kwargs)
+            _refuse_adapter_names(kwargs)
+            # Forwards with gradients, if there are any, do not use factors computed without gradients.
+            with torch.no_grad():
+                run = start_of_forward(_acting_layers(self), reuse=True)
+            return during(run, made, self, *args, **kwargs)
 
         return {"forward": forward, "generate": generate}
 
@@ -111,6 +100,12 @@ class AdaptedModel(SwapMixin):
         state.update({f"{prefix}{key}": own for key, own in self.state_dict().items() if f"{prefix}{key}" in state})
 
 
+def _refuse_adapter_names(kwargs: dict[str, Any]) -> None:
+    """Raise the error of the removed argument. Models that take any keyword argument would ignore it."""
+    if kwargs.get("adapter_names") is not None:
+        raise TypeError(f"`adapter_names` was removed in 0.5. {NAMES['mixed_batch']}")
+
+
 def _run_of(model: AdaptedModel) -> Run:
     """The run of a forward: the one of `generate` around it, or a new one."""
     outer = RUNNING.run
@@ -127,9 +122,7 @@ def _acting_layers(model: AdaptedModel, *, in_forward: bool = False) -> tuple[nn
     start of the forward.
     """
     state = get_state(model)
-    if state is None or state.disabled or is_replica(model):
-        return ()
-    if not state.active and CURRENT.batch is None:
+    if state is None or state.disabled or not state.active or is_replica(model):
         return ()
     if is_sharded(model):
         containers = [adapters for layer in state.layers if (adapters := get_adapters(layer)) is not None]

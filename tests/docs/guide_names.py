@@ -82,19 +82,12 @@ def serving() -> Names:
     return {"model": adapted(), "base": base_model("SFT").eval(), "pipe": pipe, "inputs": inputs}
 
 
-def mixed_batches() -> Names:
-    for name in ("en", "fr"):
-        hra_fx.save_adapter(adapted(), Path("adapters", name))
-    return {"base": base_model("SFT"), "ids": torch.randint(3, 14, (4, 5))}
-
-
 #: Guide -> makes these names, in an empty folder.
 GIVEN: dict[str, Callable[[], Names]] = {
     "training": lambda: training(adapted()),
     "trl": trl,
     "serving": serving,
     "recipes": recipes,
-    "mixed_batches": mixed_batches,
     "moe": lambda: {"model": built("mixtral", torch.float32)},
     "quantized": lambda: training(None),
     "large-models": large_models,

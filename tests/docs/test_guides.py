@@ -16,7 +16,6 @@ from torch import distributed
 from transformers import AutoModelForCausalLM, training_args
 
 import hra_fx
-from hra_fx.integrations.peft_layers import OPEN
 
 #: The changelog names what was removed.
 DOCUMENTS = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md")), *sorted(DOCS.rglob("*.md"))]
@@ -45,7 +44,7 @@ def test_the_programs_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def under_torchrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The environment that torchrun gives to a single process; no process group and no accelerated PEFT afterwards."""
+    """The environment that torchrun gives to a single process; no process group afterwards."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -55,8 +54,6 @@ def under_torchrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     if distributed.is_initialized():
         distributed.destroy_process_group()
-    for handle in list(OPEN):
-        handle.close()
 
 
 @pytest.mark.filterwarnings("ignore")

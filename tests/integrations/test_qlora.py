@@ -13,7 +13,7 @@ import pytest
 import torch
 from adapting import randomise, vectors_of
 from bitsandbytes.functional import dequantize_4bit
-from integrations.trl_use.runs import FAST, OURS, PEFT, logs, own_cache, redraw, trainer  # noqa: F401
+from integrations.trl_use.runs import OURS, PEFT, TAKEN, logs, own_cache, redraw, trainer  # noqa: F401
 from oracles import dense_q, relative_error
 from safetensors.torch import load_file
 from tiny_models import llama, tokens_of, trainer_of
@@ -77,8 +77,8 @@ def with_adapter(kind: str, base: Any) -> Any:
         model = hra_fx.transform(base, hra_fx.HRAConfig(**FIELDS))
     else:
         model = peft.get_peft_model(base, peft.HRAConfig(**FIELDS))
-        if kind == FAST:
-            hra_fx.accelerate_peft(model)
+        if kind == TAKEN:
+            hra_fx.from_peft(model)
     redraw(model, seed=0)
     return model
 
@@ -88,7 +88,7 @@ def reopened(kind: str, base: Any, adapter: Path) -> Any:
     if kind == OURS:
         return hra_fx.load_adapter(base, adapter, is_trainable=True)
     model = peft.PeftModel.from_pretrained(base, adapter, is_trainable=True)
-    hra_fx.accelerate_peft(model)
+    hra_fx.from_peft(model)
     return model
 
 
@@ -102,7 +102,7 @@ def losses(trainer: Trainer) -> Tensor:
     return torch.tensor(logs(trainer, "loss")).flatten()
 
 
-@pytest.mark.parametrize("kind", [pytest.param(FAST, marks=pytest.mark.slow), OURS])
+@pytest.mark.parametrize("kind", [pytest.param(TAKEN, marks=pytest.mark.slow), OURS])
 def test_a_run_is_saved_opened_over_4_bits_and_goes_on(kind: str, folder: Path, tmp_path: Path) -> None:
     mode = "not reentrant"
     options = {**CHECKPOINTING[mode], "save_strategy": "steps", "save_steps": 3, "seed": 0}
@@ -115,7 +115,7 @@ def test_a_run_is_saved_opened_over_4_bits_and_goes_on(kind: str, folder: Path, 
 
     whole.save_model(str(tmp_path / "adapter"))
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 40_000
-    for opened_by in (FAST, OURS):
+    for opened_by in (TAKEN, OURS):
         model = reopened(opened_by, prepared(folder), tmp_path / "adapter")
         torch.testing.assert_close(logits(model), logits(whole.model), rtol=0, atol=1e-5)
         assert len(vectors_of(model)) == 14
@@ -153,7 +153,7 @@ def sft_losses_of_peft(exact: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.mark.parametrize(
-    ("kind", "mode"), [(FAST, "not reentrant"), pytest.param(OURS, "reentrant", marks=pytest.mark.slow)]
+    ("kind", "mode"), [(TAKEN, "not reentrant"), pytest.param(OURS, "reentrant", marks=pytest.mark.slow)]
 )
 def test_sft_of_trl(kind: str, mode: str, exact: Path, sft_losses_of_peft: Tensor, tmp_path: Path) -> None:
     found = sft_losses(sft(kind, prepared(exact, mode), tmp_path, **CHECKPOINTING[mode]))
@@ -168,7 +168,7 @@ def test_vectors_that_trl_leaves_in_bfloat16_are_a_warning(folder: Path, tmp_pat
 
 
 def test_a_4_bit_model_of_peft_is_reported_served_and_folded(folder: Path, tmp_path: Path) -> None:
-    model = with_adapter(FAST, in_4_bits(folder))
+    model = with_adapter(TAKEN, in_4_bits(folder))
     randomise(model)
     output = logits(model)
     report = hra_fx.report(model)
@@ -177,7 +177,7 @@ def test_a_4_bit_model_of_peft_is_reported_served_and_folded(folder: Path, tmp_p
     weights: dict[str, tuple[Tensor, Tensor]] = {}
     for row in report:
         layer = model.get_base_model().get_submodule(row.path)
-        held = layer.base_layer.weight
+        held = layer.weight
         weight = dequantize_4bit(held.data, held.quant_state).double()
         rotated = weight @ dense_q(layer.hra_u["default"].detach())
         assert row.weight_change == pytest.approx(float((rotated - weight).norm() / weight.norm()), rel=1e-4)

@@ -281,8 +281,7 @@ def test_a_change_in_the_middle_of_generate(change: str) -> None:
 def by_peft(model: nn.Module) -> Any:
     config = peft.HRAConfig(r=4, target_modules=["one", "two", "three"])
     made = peft.get_peft_model(Net().to(BF16), config, autocast_adapter_dtype=False)
-    hra_fx.accelerate_peft(made)
-    return made.to(BF16)
+    return hra_fx.from_peft(made).to(BF16)
 
 
 @pytest.mark.parametrize("cast", [nn.Module.half, by_peft])

@@ -163,7 +163,7 @@ def of_peft(base: nn.Module, config: hra_fx.HRAConfig) -> nn.Module:
         warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a name that transformers has renamed
         model: Any = peft.get_peft_model(base, own)
     model.to(F64)
-    hra_fx.accelerate_peft(model)
+    hra_fx.from_peft(model)
     return model
 
 

@@ -94,6 +94,9 @@ def test_what_cannot_be_taken_over_is_refused_and_unchanged() -> None:
     merged = randomised_by_peft()
     merged.merge_adapter()
     refused(merged, r"query: adapters \['default'\] are merged\. First call unmerge_adapter\(\) on the PEFT model\.")
+    with peft_warnings_ignored():
+        oblong = peft.get_peft_model(nn.Sequential(nn.Conv2d(2, 3, (1, 3))), peft.HRAConfig(target_modules=["0"]))
+    refused(oblong, r"^0: PEFT's vectors of 'default' have length 2, but a row of the weight has 6 entries\.")
     changed = with_two_by_peft()
     changed.peft_config["other"].target_modules = ["query"]
     x = tokens()

@@ -11,7 +11,6 @@ import peft
 import pytest
 import torch
 from adapting import picture
-from integrations.peft_acceleration.layers import accelerated
 from oracles import dense_q, dense_weight, relative_error
 from peft_sides import (
     CASES,
@@ -58,11 +57,9 @@ def is_as_before(model: Any, step: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("case", [*CASES, "two adapters", "accelerated"])
+@pytest.mark.parametrize("case", [*CASES, "two adapters"])
 def test_a_model_of_peft_stays_as_it_is(case: str, step: str, tmp_path: Path) -> None:
     model = with_two_by_peft() if case == "two adapters" else randomised_by_peft(*[case] * (case in CASES))
-    if case == "accelerated":
-        hra_fx.accelerate_peft(model)
     is_as_before(model, lambda: STEPS[step](model, tmp_path))
 
 
@@ -154,13 +151,10 @@ def test_report_lora_and_fold_are_those_of_the_dense_product(case: str, tmp_path
             use()
 
 
-@pytest.mark.parametrize(
-    "conv",
-    [nn.Conv2d(3, 4, (3, 2)), nn.Conv2d(4, 6, 3, groups=2), nn.Conv2d(3, 4, 3, dilation=2, stride=(1, 2))],
-    ids=["not square", "groups", "dilation"],
-)
-def test_fold_is_correct_for_convolutions_that_peft_gets_wrong(conv: nn.Conv2d) -> None:
-    model = accelerated(nn.Sequential(conv).double(), "0", r=3)
+def test_fold_is_correct_for_a_convolution_that_peft_gets_wrong() -> None:
+    config = peft.HRAConfig(r=3, init_weights=False, target_modules=["0"])
+    with peft_warnings_ignored():
+        model = peft.get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 3, dilation=2, stride=(1, 2))).double(), config)
     (layer,) = layers_of(model).values()
     wanted = dense(layer)[1]
     assert relative_error(hra_fx.fold(model)[0].weight, wanted) < 1e-14

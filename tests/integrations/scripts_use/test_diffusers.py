@@ -1,4 +1,4 @@
-"""A UNet with adapters that diffusers injects, as its scripts do for a LoRA: PEFT's HRA, and that accelerated."""
+"""A UNet with adapters that diffusers injects, as its scripts do for a LoRA: PEFT's HRA, and `from_peft`."""
 
 from __future__ import annotations
 
@@ -43,10 +43,9 @@ def gradients(unet: Any) -> tuple[Tensor, dict[str, Tensor]]:
 
 def test_a_step_with_checkpointing_is_that_of_peft() -> None:
     wanted, theirs = gradients(adapted(init_weights=False))
-    with hra_fx.accelerate_peft():
-        unet = adapted(init_weights=False)
-        assert not any(type(part) is HRALinear for part in unet.modules())
-        found, ours = gradients(unet)
+    unet = hra_fx.from_peft(adapted(init_weights=False))
+    assert not any(isinstance(part, HRALinear) for part in unet.modules())
+    found, ours = gradients(unet)
     assert relative_error(found, wanted) < 1e-5
     assert ours.keys() == theirs.keys() and len(ours) == LAYERS
     for name, gradient in theirs.items():
@@ -56,10 +55,8 @@ def test_a_step_with_checkpointing_is_that_of_peft() -> None:
 def test_saved_loaded_given_to_a_pipeline_as_a_lora_and_folded(tmp_path: Path) -> None:
     pipe, again, served = stable_diffusion(), stable_diffusion(), stable_diffusion()
     base = image(pipe)
-    with hra_fx.accelerate_peft():
-        pipe.unet = adapted(init_weights=False)
-        save_file(peft.get_peft_model_state_dict(pipe.unet), tmp_path / "hra.safetensors")
-        again.unet = adapted()
+    pipe.unet, again.unet = adapted(init_weights=False), adapted()
+    save_file(peft.get_peft_model_state_dict(pipe.unet), tmp_path / "hra.safetensors")
     peft.set_peft_model_state_dict(again.unet, load_file(tmp_path / "hra.safetensors"))
     wanted = image(pipe)
     assert relative_error(wanted, base) > 1e-2

@@ -1,11 +1,10 @@
-"""Trainers of TRL over a tiny Llama: with PEFT's HRA, with that accelerated, and with a transformed model.
+"""Trainers of TRL over a tiny Llama: with PEFT's HRA, with that after `from_peft`, and with a transformed model.
 
 All start at the same pairs of vectors, which cancel, and train with SGD, so that logs and vectors can be compared.
 """
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from trl import (
 
 import hra_fx
 
-PEFT, FAST, OURS, NAMED = "PEFT", "PEFT, accelerated", "transformed", "get_peft_model"
+PEFT, TAKEN, OURS, NAMED = "PEFT", "from_peft", "transformed", "get_peft_model"
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 QUESTION = "what color is the sky"
 _WORDS = ["<pad>", "<unk>", "<eos>", "<user>", "<bot>", *QUESTION.split(), "blue", "red", "good", "bad", "no"]
@@ -93,7 +92,7 @@ def base_model(method: str) -> Any:
 
 
 def trainer(kind: str, method: str, folder: Path, base: Any = None, targets: Any = TARGETS, **options: Any) -> Any:
-    """A trainer that is ready to train; an accelerated model stays accelerated."""
+    """A trainer that is ready to train."""
     make, configure, usual = _TRAINERS[method]
     arguments: dict[str, Any] = {
         "max_steps": 3,
@@ -111,17 +110,14 @@ def trainer(kind: str, method: str, folder: Path, base: Any = None, targets: Any
     given: dict[str, Any] = {"train_dataset": Dataset.from_list(_DATA[method]), "processing_class": tokenizer()}
     if method == "GRPO":
         given["reward_funcs"] = _longer_is_better
-    with ExitStack() as block:
-        if kind in (OURS, NAMED):
-            adapt = hra_fx.transform if kind == OURS else hra_fx.get_peft_model
-            model = adapt(model, hra_fx.HRAConfig(**fields))
-        else:
-            given["peft_config"] = peft.HRAConfig(**fields)
-        if kind == FAST:
-            block.enter_context(hra_fx.accelerate_peft())
-        made = make(model, args=args, **given)
-        if kind == FAST:
-            hra_fx.accelerate_peft(made.model)
+    if kind in (OURS, NAMED):
+        adapt = hra_fx.transform if kind == OURS else hra_fx.get_peft_model
+        model = adapt(model, hra_fx.HRAConfig(**fields))
+    else:
+        given["peft_config"] = peft.HRAConfig(**fields)
+    made = make(model, args=args, **given)
+    if kind == TAKEN:
+        hra_fx.from_peft(made.model)
     redraw(made.model, seed=0)
     return made
 

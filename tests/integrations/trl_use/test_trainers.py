@@ -1,21 +1,23 @@
-"""TRL's trainers: accelerated and transformed models train as PEFT's HRA does, with the same reference."""
+"""TRL's trainers: models after `from_peft` and transformed models train as PEFT's HRA does, with the same reference."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from integrations.trl_use.runs import (
-    FAST,
     NAMED,
     OURS,
     PEFT,
     QUESTION,
+    TAKEN,
     base_model,
     logs,
     own_cache,  # noqa: F401
+    redraw,
     tokenizer,
     trainer,
     vectors_of,
@@ -23,6 +25,8 @@ from integrations.trl_use.runs import (
 from oracles import relative_error
 from peft.tuners.hra.layer import HRALinear
 from transformers import set_seed
+
+import hra_fx
 
 # Names that transformers has had since 5.0, and means to rename; PEFT and TRL use them.
 pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing\\w*` is deprecated:FutureWarning")
@@ -63,10 +67,10 @@ def assert_close(got: list[list[float]], wanted: list[list[float]]) -> None:
     ("kind", "options"),
     [
         pytest.param(OURS, {}, marks=pytest.mark.slow),
-        (FAST, {"assistant_only_loss": True, "packing": True}),
+        (TAKEN, {"assistant_only_loss": True, "packing": True}),
         (OURS, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}),
         pytest.param(
-            FAST,
+            TAKEN,
             {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
             marks=pytest.mark.slow,
         ),
@@ -76,10 +80,10 @@ def assert_close(got: list[list[float]], wanted: list[list[float]]) -> None:
 def test_sft(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     _, fast = trained_alike(kind, "SFT", tmp_path, "mean_token_accuracy", **options)
     layer = fast.model.get_submodule(("" if kind == OURS else "base_model.model.") + "model.layers.0.mlp.down_proj")
-    assert type(layer) is not HRALinear
+    assert not isinstance(layer, HRALinear)
 
 
-@pytest.mark.parametrize("kind", [pytest.param(FAST, marks=pytest.mark.slow), OURS])
+@pytest.mark.parametrize("kind", [pytest.param(TAKEN, marks=pytest.mark.slow), OURS])
 def test_dpo_with_the_base_model_as_its_reference(kind: str, tmp_path: Path) -> None:
     keys = ("rewards/chosen", "rewards/rejected", "logps/chosen")
     _, fast = trained_alike(kind, "DPO", tmp_path, *keys, ours={"precompute_ref_log_probs": True})
@@ -100,7 +104,7 @@ def reference_logps() -> float:
     return float(logits[0, :-1].gather(1, tokens[0, 1:, None])[len(prompt) - 1 :].sum())
 
 
-@pytest.mark.parametrize("kind", [FAST, SLOW_OURS, pytest.param(NAMED, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [TAKEN, SLOW_OURS, pytest.param(NAMED, marks=pytest.mark.slow)])
 def test_grpo(kind: str, tmp_path: Path) -> None:
     """With a penalty for the distance from the base model, which TRL knows of a PeftModel only.
 
@@ -108,7 +112,7 @@ def test_grpo(kind: str, tmp_path: Path) -> None:
     """
     beta = 0.0 if kind == OURS else 0.5
     theirs = trainer(PEFT, "GRPO", tmp_path, beta=beta)
-    other = trainer(kind, "GRPO", tmp_path, beta=beta if kind == FAST else 0.0)
+    other = trainer(kind, "GRPO", tmp_path, beta=beta if kind == TAKEN else 0.0)
     other.beta = beta
     train_alike(theirs, other, *(["kl"] if beta else []), "reward")
     assert other.ref_model is None
@@ -116,12 +120,44 @@ def test_grpo(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.needs("trl>=1.16")
-@pytest.mark.parametrize("kind", [FAST, SLOW_OURS])
+@pytest.mark.parametrize("kind", [TAKEN, SLOW_OURS])
 def test_reward(kind: str, tmp_path: Path) -> None:
     theirs, fast = trained_alike(kind, "reward", tmp_path, "margin")
     head = "base_model.model.score.modules_to_save.default"
     wanted = theirs.model.get_submodule(head).weight
-    found = fast.model.get_submodule("score" if kind == OURS else head).weight
+    found = fast.model.get_submodule("score" if kind == OURS else "base_model.model.score").weight
     assert found.requires_grad
     assert relative_error(found, wanted) < 1e-4
     assert relative_error(found, base_model("reward").score.weight) > 1e-3
+
+
+@pytest.mark.parametrize("method", ["SFT", "DPO", "GRPO"])
+def test_a_run_is_resumed_saved_reported_and_exported(method: str, tmp_path: Path) -> None:
+    """As in docs/trl.md: with `from_peft` and `train_pairs` after the trainer is made, the rest is TRL's own script."""
+    options: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-2}
+    options |= {"beta": 0.5} if method == "GRPO" else {}
+    whole, again = (trainer(TAKEN, method, tmp_path / "run", **options) for _ in range(2))
+    redraw(again.model)
+    for one, checkpoint in ((whole, None), (again, str(tmp_path / "run" / "checkpoint-2"))):
+        hra_fx.train_pairs(one.create_optimizer(), one.model)
+        set_seed(0)
+        one.train(resume_from_checkpoint=checkpoint)
+    wanted = vectors_of(whole.model)
+    assert all(torch.equal(vectors, wanted[name]) for name, vectors in vectors_of(again.model).items())
+
+    model, ids = whole.model.eval(), torch.tensor([[3, 5, 6, 7, 4, 10]])
+    with torch.no_grad():
+        logits = model(ids).logits
+    whole.save_model(str(tmp_path / "adapter"))
+    hra_fx.save_as_lora(model, tmp_path / "lora")
+    assert [row.path for row in hra_fx.report(model)] == list(wanted)
+    assert relative_error(base_model(method)(ids).logits, logits) > 1e-2
+    served = [
+        peft.PeftModel.from_pretrained(base_model(method), tmp_path / "adapter"),
+        peft.PeftModel.from_pretrained(base_model(method), tmp_path / "lora"),
+        hra_fx.load_adapter(base_model(method), tmp_path / "adapter"),
+        hra_fx.fold(model),
+    ]
+    for one in served:
+        assert relative_error(one.eval()(ids).logits, logits) < 1e-5
+    assert type(served[-1]) is type(base_model(method))

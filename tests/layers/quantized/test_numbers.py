@@ -194,19 +194,3 @@ def test_a_compiled_model_computes_and_trains_the_same() -> None:
     expected = gradients(model, model(x), weights)
     for ours, theirs in zip(gradients(model, compiled(x), weights), expected, strict=True):
         assert relative_error(ours, theirs) < 1e-5
-
-
-@pytest.mark.parametrize("scheme", FEW)
-def test_rows_of_a_mixed_batch_have_their_adapters(scheme: str) -> None:
-    model = adapted(scheme)
-    hra_fx.add_adapter(model, "odd", config("2", r=3))
-    randomise(model)
-    x, names = inputs(4), ["default", "odd", "__base__", "odd"]
-    with torch.no_grad(), hra_fx.mixed_batch(model.eval(), names):
-        mixed = model(x)
-    first, _, last = model
-    for row, name in enumerate(names):
-        weights = [rotated(layer, name) if name in layer.hra_u.specs else values(layer) for layer in (first, last)]
-        hidden = torch.tanh(x[row].double() @ weights[0].mT + first.bias.double())
-        wanted = hidden @ weights[1].mT + last.bias.double()
-        assert relative_error(mixed[row].double(), wanted) < max(3e-2, SCHEMES[scheme].tolerance), name
