@@ -24,7 +24,6 @@ from hra_fx.errors import (
     HRAWarning as HRAWarning,
     SelectionError as SelectionError,
     UnsupportedLayerError as UnsupportedLayerError,
-    VerificationError as VerificationError,
     VisualizeError as VisualizeError,
 )
 from hra_fx.removed import raise_if_removed

@@ -16,7 +16,6 @@ __all__ = [
     "HRAWarning",
     "SelectionError",
     "UnsupportedLayerError",
-    "VerificationError",
     "VisualizeError",
 ]
 
@@ -74,13 +73,6 @@ class FoldError(HRAError):
 
 class GraphInvariantError(HRAError):
     """A pass cannot rewrite a graph correctly. The message names the node and the reason."""
-
-
-class VerificationError(HRAError):
-    """`transform(..., verify=True)` found a difference between the adapted and the folded model.
-
-    The message names the first module that differs. The model was not changed.
-    """
 
 
 class VisualizeError(HRAError, ValueError):

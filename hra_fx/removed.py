@@ -15,6 +15,7 @@ _R = TypeVar("_R")
 
 #: Public name, below `hra_fx`, -> what to do instead.
 NAMES: dict[str, str] = {
+    "VerificationError": "Compare the outputs with those of hra_fx.fold(copy.deepcopy(model)).",
     "accelerate_peft": "Call hra_fx.from_peft(trainer.model) after the trainer is made.",
     "combine": (
         "Call hra_fx.set_adapter(model, [...]): several active adapters act as their product, which hra_fx.fold folds."
@@ -33,7 +34,9 @@ NAMES: dict[str, str] = {
 }
 
 #: Function or class -> its removed argument -> what to do instead.
-ARGUMENTS: dict[str, dict[str, str]] = {}
+ARGUMENTS: dict[str, dict[str, str]] = {
+    "transform": {"verify": "Compare the outputs of the model with those of hra_fx.fold(copy.deepcopy(model))."},
+}
 
 
 def raise_if_removed(name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import operator
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import nn
 import hra_fx
 from hra_fx import removed
 
+PAIRS = [(name, argument) for name, gone in removed.ARGUMENTS.items() for argument in gone]
 UPGRADING = Path(__file__).resolve().parent.parent / "docs" / "upgrading.md"
 
 
@@ -38,5 +40,9 @@ def test_tables_are_sorted() -> None:
     assert list(removed.ARGUMENTS) == sorted(removed.ARGUMENTS)
 
 
-def test_removed_arguments_belong_to_functions_that_exist() -> None:
-    assert all(getattr(hra_fx, name.split(".")[0]) for name in removed.ARGUMENTS)
+@pytest.mark.parametrize(
+    ("name", "argument"), [(name, one) for name, gone in removed.ARGUMENTS.items() for one in gone]
+)
+def test_a_removed_argument_says_what_to_use(name: str, argument: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{name}: `{argument}` was removed in 0\.5\. [A-Z`].*\.$"):
+        operator.attrgetter(name)(hra_fx)(**{argument: True})

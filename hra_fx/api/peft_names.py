@@ -23,6 +23,15 @@ from hra_fx.model.peft_view import take_over
 
 #: Libraries whose classes `auto_mapping` may name.
 _LIBRARIES = ("transformers", "diffusers")
+#: Task type -> end of the name of transformers' class for it.
+_AUTO = {
+    "CAUSAL_LM": "ForCausalLM",
+    "SEQ_2_SEQ_LM": "ForSeq2SeqLM",
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+    "FEATURE_EXTRACTION": "",
+}
 _TOKENIZER = "tokenizer_config.json"
 
 #: PEFT's name for the class whose `from_pretrained` loads an adapter into a base model.
@@ -66,18 +75,9 @@ def get_peft_model(
 
 
 class AutoPeftModel:
-    """Load the base model named in an adapter's configuration, then load the adapter into it.
-
-    `task_type` determines the class of the base model; without it, `auto_mapping` does.
-
-    Attributes:
-        task_type: the task type of the adapters that this class loads (adapters without a task type are also loaded);
-            `None` for any.
-        auto_class: the transformers class that loads the base model.
-    """
+    """Load the base model that an adapter names, then load the adapter into it."""
 
     task_type: ClassVar[str | None] = None
-    auto_class: ClassVar[str | None] = None
 
     @classmethod
     def from_pretrained(
@@ -92,106 +92,55 @@ class AutoPeftModel:
     ) -> Any:
         """Load the base model and the adapter. Embeddings are resized if the folder has a tokenizer with more tokens.
 
-        Args:
-            pretrained_model_name_or_path: the folder of an adapter, or the name of a Hub repository.
-            adapter_name: name of the adapter in the model.
-            is_trainable: whether the adapter can be trained; otherwise the model is in eval mode.
-            config: replaces the configuration in the folder.
-            revision: revision of the adapter. The base model's revision is taken from the configuration.
-            subfolder: path of the adapter in the folder.
-            kwargs: passed to `from_pretrained` of the base model, such as `dtype`. Download options (`token`,
-                `cache_dir` and others) are used for both.
+        The arguments are those of `hra_fx.load_adapter`; others, such as `dtype`, are passed to `from_pretrained` of
+        the base model. Download options (`token`, `cache_dir` and others) are used for both.
 
         Returns:
             The adapted base model, as an `HRAModel`.
 
         Raises:
-            ConfigError: the configuration does not name a base model, has another `task_type`, or names a class that
-                is not from transformers or diffusers.
-            HRAError: for other errors, see `hra_fx.load_adapter` and `from_pretrained` of the base model.
+            ConfigError: the configuration names no base model, no class of transformers or diffusers, or has another
+                `task_type`.
         """
-        hub = {name: value for name, value in kwargs.items() if name in OPTIONS}
+        folder, hub = pretrained_model_name_or_path, {name: kwargs[name] for name in kwargs.keys() & set(OPTIONS)}
         if revision is not None:
             hub["revision"] = revision
-        folder = pretrained_model_name_or_path
         config = HRAConfig.from_pretrained(folder, subfolder, **hub) if config is None else config
-        if not config.base_model_name_or_path:
+        path, task = config.base_model_name_or_path, config.task_type
+        loader = _base_class(config, cls.task_type)
+        if not path or loader is None or (cls.task_type and task not in (None, cls.task_type)):
             raise ConfigError(
-                f"{folder}: `base_model_name_or_path` is None, so the base model is unknown. Load the base model, and "
-                "call hra_fx.load_adapter(model, folder)."
+                f"{folder}: {cls.__name__} cannot load its base model {path!r}, with task_type={task!r} and "
+                f"auto_mapping={config.auto_mapping}. Load it with its own class, and call "
+                "hra_fx.load_adapter(model, folder)."
             )
-        base = cls._class_for(folder, config).from_pretrained(
-            config.base_model_name_or_path, revision=config.revision, **kwargs
-        )
+        base = loader.from_pretrained(path, revision=config.revision, **kwargs)
         _resize_to_tokenizer(base, folder, hub)
-        return HRAModel.from_pretrained(
-            base, folder, adapter_name, is_trainable, config=config, subfolder=subfolder, **hub
-        )
-
-    @classmethod
-    def _class_for(cls, folder: str | os.PathLike[str], config: HRAConfig) -> Any:
-        if cls.task_type and config.task_type and cls.task_type != config.task_type:
-            raise ConfigError(
-                f"{folder}: {cls.__name__} loads adapters with task_type={cls.task_type!r}, got {config.task_type!r}. "
-                f"Use {_BY_TASK[config.task_type].__name__}."
-            )
-        name = cls.auto_class or (_BY_TASK[config.task_type].auto_class if config.task_type else None)
-        if name is not None:
-            return getattr(importlib.import_module("transformers"), name)
-        mapping = config.auto_mapping or {}
-        library, kind = str(mapping.get("parent_library")), str(mapping.get("base_model_class"))
-        if library.partition(".")[0] not in _LIBRARIES:
-            raise ConfigError(
-                f"{folder}: `auto_mapping` must name a class of {' or '.join(_LIBRARIES)}, got {config.auto_mapping}. "
-                "Load the base model, and call hra_fx.load_adapter(model, folder)."
-            )
-        return getattr(importlib.import_module(library), kind)
+        options = {"config": config, "subfolder": subfolder, **hub}
+        return HRAModel.from_pretrained(base, folder, adapter_name, is_trainable, **options)
 
 
-# Class statements, because type checkers do not accept variables in annotations or as base classes.
-class AutoPeftModelForCausalLM(AutoPeftModel):
-    """`AutoPeftModel` for language models."""
-
-    task_type = "CAUSAL_LM"
-    auto_class = "AutoModelForCausalLM"
-
-
-class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
-    """`AutoPeftModel` for sequence-to-sequence models."""
-
-    task_type = "SEQ_2_SEQ_LM"
-    auto_class = "AutoModelForSeq2SeqLM"
+def _base_class(config: HRAConfig, task_type: str | None) -> Any:
+    """The class that loads the base model: by the task type, or else the one in `auto_mapping`; `None` if unknown."""
+    mapping = config.auto_mapping or {}
+    library, name = str(mapping.get("parent_library")), str(mapping.get("base_model_class"))
+    if task := config.task_type or task_type:
+        library, name = "transformers", f"AutoModel{_AUTO[task]}"
+    return getattr(importlib.import_module(library), name) if library.partition(".")[0] in _LIBRARIES else None
 
 
-class AutoPeftModelForSequenceClassification(AutoPeftModel):
-    """`AutoPeftModel` for text classification."""
-
-    task_type = "SEQ_CLS"
-    auto_class = "AutoModelForSequenceClassification"
-
-
-class AutoPeftModelForTokenClassification(AutoPeftModel):
-    """`AutoPeftModel` for token classification."""
-
-    task_type = "TOKEN_CLS"
-    auto_class = "AutoModelForTokenClassification"
+def _auto(name: str, task_type: str) -> type[AutoPeftModel]:
+    """The subclass for one task type."""
+    doc = f"`AutoPeftModel` for adapters with `task_type={task_type!r}`."
+    return type(name, (AutoPeftModel,), {"__doc__": doc, "__module__": __name__, "task_type": task_type})
 
 
-class AutoPeftModelForQuestionAnswering(AutoPeftModel):
-    """`AutoPeftModel` for extractive question answering."""
-
-    task_type = "QUESTION_ANS"
-    auto_class = "AutoModelForQuestionAnswering"
-
-
-class AutoPeftModelForFeatureExtraction(AutoPeftModel):
-    """`AutoPeftModel` for models without a head."""
-
-    task_type = "FEATURE_EXTRACTION"
-    auto_class = "AutoModel"
-
-
-_BY_TASK: dict[str | None, type[AutoPeftModel]] = {kind.task_type: kind for kind in AutoPeftModel.__subclasses__()}
+AutoPeftModelForCausalLM = _auto("AutoPeftModelForCausalLM", "CAUSAL_LM")
+AutoPeftModelForSeq2SeqLM = _auto("AutoPeftModelForSeq2SeqLM", "SEQ_2_SEQ_LM")
+AutoPeftModelForSequenceClassification = _auto("AutoPeftModelForSequenceClassification", "SEQ_CLS")
+AutoPeftModelForTokenClassification = _auto("AutoPeftModelForTokenClassification", "TOKEN_CLS")
+AutoPeftModelForQuestionAnswering = _auto("AutoPeftModelForQuestionAnswering", "QUESTION_ANS")
+AutoPeftModelForFeatureExtraction = _auto("AutoPeftModelForFeatureExtraction", "FEATURE_EXTRACTION")
 
 
 def _resize_to_tokenizer(model: Any, folder: str | os.PathLike[str], hub: dict[str, Any]) -> None:

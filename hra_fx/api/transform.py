@@ -13,13 +13,12 @@ from hra_fx.errors import AdapterError
 from hra_fx.export.program import refuse_operators
 from hra_fx.integrations.pretrained import root_class_for
 from hra_fx.layers.accelerate_hooks import is_hooked
-from hra_fx.model.example_inputs import normalize_inputs
 from hra_fx.model.fold import prepare_fold
 from hra_fx.model.inject import all_or_nothing, random_init
 from hra_fx.model.peft_view import has_peft_layers, take_over, without_wrapper
 from hra_fx.model.setup import checked, set_up
 from hra_fx.model.state import adapted_layers, get_state, require_adapted_layers
-from hra_fx.model.verify import check_against_folded
+from hra_fx.removed import without_removed_arguments
 from hra_fx.selection.check import select_checked
 from hra_fx.selection.origin import keep_origin, origin_of
 from hra_fx.selection.select import select, with_head
@@ -28,6 +27,7 @@ from hra_fx.tracing.graphs import graphs_of, trace_model
 M = TypeVar("M", bound=nn.Module)
 
 
+@without_removed_arguments
 def transform(
     model: M,
     config: HRAConfig,
@@ -37,7 +37,6 @@ def transform(
     trace: bool = False,
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
-    verify: bool = False,
 ) -> M:
     """Adapt a model in place, so that each selected layer uses `W Q` instead of its weight `W`.
 
@@ -68,15 +67,13 @@ def transform(
             generators of Python and NumPy, and hooks on autograd nodes, are not detected. If the forward branches on
             values of tensors, the graph takes the branches of the example, and checks that other inputs take them too.
             Outputs that `torch.export` does not support, such as caches, are `None`.
-        example_inputs: one tensor, a tuple of positional arguments or a dictionary of keyword arguments. `verify` runs
-            this call. `trace` captures it if torch.fx cannot trace the model, or if the call passes optional arguments.
-            By default, it is created from the configuration of a transformers model: token ids and their mask, images,
-            or audio, without labels.
+        example_inputs: one tensor, a tuple of positional arguments or a dictionary of keyword arguments. `trace`
+            captures this call if torch.fx cannot trace the model, or if the call passes optional arguments. By default,
+            it is created from the configuration of a transformers model: token ids and their mask, images, or audio,
+            without labels.
         dynamic_shapes: the sizes of the captured call that may change, as in `torch.export.export`. By default, all
             sizes that the model allows may change; for images, only the batch size. A call with other sizes raises an
             error. Requires `trace`.
-        verify: before returning, check on copies of the model that random reflections and folded weights give the same
-            outputs and gradients for `example_inputs`, in train and eval mode.
 
     Returns:
         `model`, or the `GraphModule` created by `trace`. Repeating the call on the transformed model has no effect.
@@ -86,10 +83,8 @@ def transform(
         SelectionError: the configuration does not fit the model.
         UnsupportedLayerError: a selected layer cannot be adapted.
         AdapterError: the model has another adapter (see `add_adapter`), or this one with another configuration; or
-            `verify` is set without `example_inputs`, or `dynamic_shapes` without `trace`; or the model cannot be
-            traced, or is an `ExportedProgram`.
-        VerificationError: the adapted model and the folded model would differ. After any error the model is
-            unchanged.
+            `dynamic_shapes` is set without `trace`; or the model cannot be traced, or is an `ExportedProgram`. After
+            any error the model is unchanged.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -100,21 +95,14 @@ def transform(
     refuse_operators(model)
     module: Any = model
     config = with_head(module, checked(module, config, adapter_name))
-    call = None if example_inputs is None else normalize_inputs(example_inputs)
-    if verify and call is None:
-        raise AdapterError("verify=True needs `example_inputs`, the arguments of one call of the model.")
     if dynamic_shapes is not None and (not trace or isinstance(module, fx.GraphModule)):
         raise AdapterError("`dynamic_shapes` needs trace=True and a model that is not a GraphModule.")
     if trace and not isinstance(module, fx.GraphModule):
         traced: Any = _traced(module, config, example_inputs, dynamic_shapes)
-        options: Any = {"low_cpu_mem_usage": low_cpu_mem_usage, "example_inputs": example_inputs, "verify": verify}
-        return transform(traced, config, adapter_name, **options)  # type: ignore[no-any-return]
+        return transform(traced, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)  # type: ignore[no-any-return]
     if not _is_done(module, config, adapter_name):
         fill = random_init(adapter_name, config, on_meta=low_cpu_mem_usage)
-        root_class = root_class_for(module)
-        set_up(module, config, adapter_name, fill, root_class=root_class, call=call if verify else None)
-    elif verify and call:
-        check_against_folded(module, call)
+        set_up(module, config, adapter_name, fill, root_class=root_class_for(module))
     return model
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hra_fx.compat import NON_PERSISTENT, export_forward_backward, is_exporting, pytree, require
-from hra_fx.errors import AdapterError, CaptureError, VerificationError
+from hra_fx.errors import AdapterError, CaptureError
 from hra_fx.layers.batching import factors_in_exported_batches
 from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.model.example_inputs import clone_inputs, normalize_inputs, preserve_rng_state
@@ -69,8 +69,8 @@ def export_training_step(
 
     Raises:
         AdapterError: the loss does not depend on a trained parameter, is missing, or is not finite; a layer is
-            quantized; or `torch.export` cannot export the step.
-        VerificationError: the gradients of the program differ from those of the model.
+            quantized; `torch.export` cannot export the step; or the gradients of the program differ from those of the
+            model.
 
     Example:
         >>> import hra_fx
@@ -281,7 +281,7 @@ def check_gradients(program: ExportedProgram, step: StepModule, wanted: Mapping[
     if (found := _different({"": loss, **gradients}, wanted)) is not None:
         name, error = found
         what = f"the gradient of {name}" if name else "the loss"
-        raise VerificationError(
+        raise AdapterError(
             f"export_training_step: {what} in the program differs from PyTorch's by {error:.1e} of its norm. The "
             f"backward pass of exported programs is experimental: torch {torch.__version__} may compute it incorrectly "
             "for an operator of this model, and drops custom autograd functions and hooks on parameters. Use basic "

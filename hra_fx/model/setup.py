@@ -16,7 +16,6 @@ from hra_fx.errors import AdapterError, ConfigError
 from hra_fx.layers.class_swap import SwapMixin, swap, unswap
 from hra_fx.layers.containers import check_adapter_name
 from hra_fx.layers.sharding import is_trained_by_zero
-from hra_fx.model.example_inputs import Call
 from hra_fx.model.inject import AdapterFactory, all_or_nothing, inject_adapter, random_init
 from hra_fx.model.root import swap_body
 from hra_fx.model.state import (
@@ -29,7 +28,6 @@ from hra_fx.model.state import (
     root_of,
 )
 from hra_fx.model.trainable import activate, freeze, make_copies, set_requires_grad, sync_layers, unfreeze
-from hra_fx.model.verify import check_against_folded
 from hra_fx.selection.select import with_head
 
 
@@ -41,13 +39,12 @@ def set_up(
     copies: Mapping[tuple[str, str], Tensor] = MappingProxyType({}),
     *,
     root_class: type[SwapMixin],
-    call: Call | None = None,
     layers: dict[str, nn.Module] | None = None,
 ) -> None:
     """Adapt a plain model with one active adapter.
 
     `config` was validated by `checked`. `copies` is (path of the module, name of its tensor) -> value of a trained copy
-    that differs from the base model. With `call`, the model is compared with its folded weights on these arguments.
+    that differs from the base model.
     `layers` is the result of `select_checked`, if the caller has it.
     """
     with all_or_nothing() as steps:
@@ -62,8 +59,6 @@ def set_up(
             steps.callback(unswap, model, root_class)
             swap_body(model, steps)
         activate(collect_parts(model), state, (adapter_name,), trainable=not config.inference_mode)
-        if call:
-            check_against_folded(model, call)
 
 
 def checked(model: Any, config: HRAConfig, adapter_name: str) -> HRAConfig:

@@ -17,7 +17,7 @@ from moe_models import built
 from torch import nn
 
 import hra_fx
-from hra_fx.errors import AdapterError, CheckpointError, FoldError, HRAError, UnsupportedLayerError
+from hra_fx.errors import AdapterError, CheckpointError, FoldError, HRAError
 
 F64 = torch.float64
 SEED = 7
@@ -223,11 +223,6 @@ REFUSED: dict[str, tuple[Callable[[nn.Module, Path], object], type[HRAError], st
     "save_adapter": (lambda model, path: hra_fx.save_adapter(model, path), CheckpointError, "on the meta device"),
     "save_as_lora": (lambda model, path: hra_fx.save_as_lora(model, path), FoldError, "on the meta device"),
     "set_scale": (lambda model, _: hra_fx.set_scale(model, "default", 0.5), AdapterError, r"^0: .*on the meta device"),
-    "verify": (
-        lambda model, _: hra_fx.transform(model, config("0", "3"), example_inputs=torch.ones(2, 6), verify=True),
-        UnsupportedLayerError,
-        r"^0\.weight: it is on the meta device",
-    ),
 }
 
 

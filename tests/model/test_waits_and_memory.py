@@ -199,7 +199,7 @@ def test_backward_passes_over_parts_of_a_batch() -> None:
         right.sum().backward()
 
 
-# ---- peak memory of `fold`, `merge_adapter` and `verify=True` on a model of many equal layers ----
+# ---- peak memory of `fold` and `merge_adapter` on a model of many equal layers ----
 
 WIDTH = 64
 #: Bytes of one weight in float64, which a fold computes with.
@@ -249,12 +249,3 @@ def test_a_merge_holds_one_copy_of_each_base_weight() -> None:
     few, many = peak(hra_fx.merge_adapter, 4), peak(hra_fx.merge_adapter, 40)
     weight = WIDTH * WIDTH * torch.bfloat16.itemsize
     assert many < few + 36 * weight + LAYER
-
-
-def test_verification_holds_a_copy_and_its_gradients_in_float64() -> None:
-    layers = 24
-    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.bfloat16) for _ in range(layers)))
-    with Allocated() as allocated:
-        names = map(str, range(layers))
-        hra_fx.transform(model, config(*names), verify=True, example_inputs=torch.randn(2, WIDTH, dtype=torch.bfloat16))
-    assert allocated.peak < 2 * layers * LAYER + 16 * LAYER

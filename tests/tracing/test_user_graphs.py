@@ -98,8 +98,6 @@ def test_a_read_of_a_weight_gets_a_reflection() -> None:
 def test_any_later_error_leaves_the_graph_as_it_was() -> None:
     model = traced()
     code, graph, targets = model.code, model.graph, targets_of(model)
-    with pytest.raises(hra_fx.errors.VerificationError):
-        hra_fx.transform(model, config(), example_inputs=X[:, :5], verify=True)
     with pytest.raises(hra_fx.errors.SelectionError):
         hra_fx.transform(model, config(modules_to_save=["nowhere"]))
     assert model.code == code and model.graph is graph and targets_of(model) == targets

@@ -150,14 +150,6 @@ def test_a_trained_copy() -> None:
     assert message.startswith("2 (Linear") and "cannot be copied for training" in message
 
 
-def test_verifying() -> None:
-    model = quantized("ao int8")
-    message = r"^0: it is quantized \(torchao, Int8Tensor\), so verify=True .*verify the model before quantization"
-    with pytest.raises(UnsupportedLayerError, match=message):
-        hra_fx.transform(model, config(), example_inputs=inputs(), verify=True)
-    assert type(model[0]) is nn.Linear
-
-
 def test_layers_of_torch_ao() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.ao's quantization is deprecated
