@@ -92,63 +92,30 @@ demo-device: $(VENV)/device.stamp $(VENV)/data.stamp ## MiniLM, trained by Execu
 ##@ Benchmarks (docs/benchmarks.md, docs/results.md)
 
 bench: $(VENV)/test.stamp ## speed and memory: base model, PEFT, hra_fx (40 minutes, or hours on a CPU without bfloat16)
-	PYTHONPATH=benchmarks $(BIN)/python -m speed --docs $(BENCH_FLAGS)
-	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python -W ignore benchmarks/graphs.py
+	PYTHONPATH=benchmarks $(BIN)/python -m speed $(BENCH_FLAGS)
 
-bench-quick: $(VENV)/test.stamp ## the performance targets, met or not (6 minutes, or longer)
+bench-quick: $(VENV)/test.stamp ## the main settings of them (6 minutes, or longer)
 	PYTHONPATH=benchmarks $(BIN)/python -m speed --quick $(BENCH_FLAGS)
 
 # Installs nothing: $(PYTHON) if it sees a CUDA device, or else the one of .venv if it is there.
 CUDA_PYTHON = $(shell { $(PYTHON) -c 'import torch; torch.cuda.current_device()' && echo $(PYTHON) || ls $(BIN)/python || echo $(PYTHON); } 2>/dev/null)
-bench-gpu: ## tests and speed on a CUDA device (9 minutes)
-	PYTHONPATH=.:benchmarks $(CUDA_PYTHON) -m gpu --docs $(BENCH_FLAGS)
+bench-gpu: ## correctness and speed on a CUDA device (5 minutes)
+	PYTHONPATH=.:benchmarks $(CUDA_PYTHON) -m gpu $(BENCH_FLAGS)
 
-bench-learning: $(VENV)/test.stamp $(VENV)/data.stamp ## HRA, LoRA and others in training (hours, resumable)
+bench-learning: $(VENV)/test.stamp $(VENV)/data.stamp ## HRA, LoRA and others in training: tables, or runs (BENCH_FLAGS=--help)
 	PYTHONPATH=benchmarks $(BIN)/python -W ignore -m learning $(BENCH_FLAGS)
 
 bench-costs: $(VENV)/test.stamp $(VENV)/data.stamp ## time, memory and file of each method on one task (8 minutes, 13 GB of memory)
 	PYTHONPATH=benchmarks $(BIN)/python -W ignore -m learning.costs
-	PYTHONPATH=benchmarks $(BIN)/python -W ignore -m learning --page
-
-bench-launches: $(VENV)/test.stamp ## operators per adapted layer and step (4 minutes)
-	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python benchmarks/launches.py --docs $(BENCH_FLAGS)
 
 bench-host: $(VENV)/test.stamp ## Python and launching time that adapters add (2 minutes)
 	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python -W ignore benchmarks/host.py
 
-
 bench-pairs: $(VENV)/test.stamp ## a step in pairs, relative to one of vectors (1 minute)
 	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python -W ignore benchmarks/pairs.py
 
-bench-graphs: $(VENV)/test.stamp ## a step of a captured graph, relative to eager mode (2 minutes)
-	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python -W ignore benchmarks/graphs.py
-
-bench-disk: $(VENV)/test.stamp ## fold_checkpoint, cp and PEFT (minutes, 10 GB of disk)
-	$(BIN)/python benchmarks/disk.py $(BENCH_FLAGS)
-
-bench-convert: $(VENV)/test.stamp ## hra-fx convert --to lora (a minute, 2.3 GB of disk)
-	$(BIN)/python benchmarks/convert.py $(BENCH_FLAGS)
-
-bench-quantized: $(VENV)/test.stamp $(VENV)/data.stamp ## quantization error next to an adapter's effect
-	HF_HUB_OFFLINE=1 PYTHONPATH=examples $(BIN)/python benchmarks/quantized.py
-
-bench-switch: $(VENV)/test.stamp ## set_adapter in hra_fx and PEFT
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/switching.py
-
-bench-peft: $(VENV)/test.stamp ## the effect of accelerate_peft (10 minutes)
+bench-peft: $(VENV)/test.stamp ## few tokens: hra_fx, and PEFT's HRA and LoRA (10 minutes)
 	$(BIN)/python benchmarks/peft_layers.py $(BENCH_FLAGS)
-
-bench-moe: $(VENV)/test.stamp ## adapted experts in hra_fx and PEFT's LoRA
-	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks $(BIN)/python -W ignore benchmarks/moe.py
-
-bench-mixed: $(VENV)/test.stamp ## 64 adapters in one batch
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mixed.py
-
-bench-page: $(VENV)/test.stamp ## size of the HTML page, and the time to write and to open it
-	PYTHONPATH=benchmarks $(BIN)/python -W ignore benchmarks/page.py
-
-report: $(VENV)/test.stamp ## every measurement whose code has changed, into docs/measurements.md (hours, resumable)
-	PYTHONPATH=benchmarks $(BIN)/python -W ignore benchmarks/report.py $(REPORT_FLAGS)
 
 ##@ Maintenance
 
@@ -194,9 +161,6 @@ refresh-constraints: ## pin the newest releases in tests/constraints.txt, if all
 
 zoo: $(VENV)/test.stamp ## check 588 models (1.5 hours); write docs/zoo.md
 	OMP_NUM_THREADS=1 PYTHONPATH=tests:tests/support:benchmarks $(BIN)/python -m zoo.run $(ZOO_FLAGS)
-
-features: $(VENV)/test.stamp ## what hra_fx and PEFT's methods can do: the table of docs/comparison.md (1 minute)
-	OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/features.py
 
 export-table: $(VENV)/openvino.stamp ## which models pass through which exporter
 	OMP_NUM_THREADS=1 PYTHONPATH=tests:tests/support $(BIN)/python -m export.exporting.table $(EXPORT_FLAGS)

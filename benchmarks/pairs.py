@@ -1,6 +1,6 @@
 """The time of a training step in pairs, relative to one of vectors: 72 layers of width 768, rank 8, 16 tokens.
 
-    PYTHONPATH=benchmarks python benchmarks/pairs.py
+    PYTHONPATH=benchmarks python benchmarks/pairs.py        # or: make bench-pairs
 
 Copies of a model take turns, for torch's two implementations of AdamW. Beside them are the alternative to converting
 the vectors in each step of the optimizer, parameters `m` and `d` from which each forward computes the vectors, and
@@ -53,10 +53,10 @@ def vectors(m: Tensor, d: Tensor) -> Tensor:
     return torch.stack([m + 0.1 * d, m - 0.1 * d], dim=-1).flatten(-2)
 
 
-def main() -> None:
+def main(rounds: int = ROUNDS) -> None:
     for fused in (False, True):
         names = ("pairs", "vectors", "parameters", "lora")
-        times = in_turns({name: step_of(name, fused=fused) for name in names}, ROUNDS)
+        times = in_turns({name: step_of(name, fused=fused) for name in names}, rounds)
         pairs, parameters, lora = (ratio(times[name], times["vectors"]) for name in ("pairs", "parameters", "lora"))
         print(
             f"AdamW(fused={fused}), relative to vectors: pairs {pairs:.3f}, m and d as parameters {parameters:.3f}, "

@@ -1,5 +1,4 @@
-"""The pictures in docs/: the page, the overview and the heatmap of the demo's model, one block of it, and the graph of
-a ResNet block before and after `insert`. The last two are light and dark, for `<picture>` in README.md.
+"""The pictures in docs/: the page and the overview of the demo's model, and one block of it, light and dark.
 
     PYTHONPATH=examples python benchmarks/pictures.py
 
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import finetune_and_fold as demo
 import torch
-from graph_pictures import write_insert
 
 import hra_fx
 from hra_fx.view.theme import THEMES
@@ -40,9 +38,7 @@ def trained(folder: Path, size: int) -> tuple[demo.Classifier, dict[str, torch.T
 
 def main(docs: Path, adapter: Path, size: int) -> None:
     """Write all pictures."""
-    write_insert(docs)
     model, batch = trained(adapter, size)
-    hra_fx.report(model).plot_heatmap(docs / "heatmap.svg")
     for name in ("adapters.html", "adapters.svg"):
         hra_fx.visualize(model, docs / name, example_inputs=batch)
     for theme in THEMES:

@@ -1,4 +1,4 @@
-"""What hra_fx does on a GPU, compared with the frozen base model and PEFT: `PYTHONPATH=.:benchmarks python -m gpu`.
+"""Correctness and speed on a CUDA device: `make bench-gpu`.
 
-`run.py` has the order. Needs torch, transformers and peft; nothing has to be installed of the project itself.
+It runs in any Python that has torch, transformers and PEFT, also where the project is not installed.
 """

@@ -1,7 +1,7 @@
 """How well HRA learns, compared with LoRA, other adapters and full fine-tuning.
 
-`tasks/` has the data and models, `methods.py` what is compared, `training.py` one run, `records.py` the file of
-results, `plan.py` which runs there are, and `page.py` the tables and plots of docs/results.md.
+`tasks/` has the data and models, `methods.py` and `keeping.py` what is compared, `training.py` one run, `records.py`
+the file of results, `rates.py` the learning rate of each method, and `table.py` the tables.
 """
 
 from __future__ import annotations

@@ -1,41 +1,86 @@
-"""`python -m learning`: one run, or all that are planned."""
+"""The command line.
+
+    PYTHONPATH=benchmarks python -m learning                                      # README's table, from the records
+    PYTHONPATH=benchmarks python -m learning --task digits                        # a row for each method
+    PYTHONPATH=benchmarks python -m learning --task digits --method lora hra-pairs --seed 0 1 2
+    PYTHONPATH=benchmarks python -m learning --task digits --method lora --lr 1e-3 3e-3 1e-2
+
+Runs that docs/results.json lacks are made and added to it; stop at any time. Without --lr, a run has the rate that the
+records chose, and reads the test split. With --lr or --search, it reads the validation split only, unless --test is
+passed.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from learning.page import write_page
-from learning.plan import TASK_NAMES
+from learning.keeping import ALL
+from learning.methods import METHODS
 from learning.rates import chosen
-from learning.records import read
-from learning.running import run_all
+from learning.records import FILE, Record, read
+from learning.running import Run, run_all
+from learning.table import readme_table, task_table
 from learning.tasks import TASKS
 from learning.training import run
-from learning.variants import ALL
+
+SMOKE = "teacher-rotation"
 
 
-def main() -> int:
-    """Print the record of one run as JSON, or make the runs that docs/results.json lacks and write docs/results.md."""
-    parser = argparse.ArgumentParser(prog="learning", description=main.__doc__)
-    parser.add_argument("--task", choices=TASKS, help="only this task")
-    parser.add_argument("--method", choices=ALL, help="one run of this method; needs --task")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lr", type=float, help="learning rate (default: the one that docs/results.json chose)")
+def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="learning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--task", choices=TASKS, nargs="+", default=[])
+    parser.add_argument("--method", choices=ALL, nargs="+", default=[], help="make the runs of these methods")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--lr", type=float, nargs="+", help="learning rates (default: the one that the records chose)")
+    parser.add_argument("--search", action="store_true", help="try the rates that a search starts with")
     parser.add_argument("--r", type=int, help="rank (default: as many parameters as LoRA)")
+    parser.add_argument("--test", action="store_true", help="read the test split with --lr too")
     parser.add_argument("--float32", action="store_true", help="compute nothing in bfloat16")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, with one thread each (default 2)")
-    parser.add_argument("--page", action="store_true", help="only write the pages")
-    options = parser.parse_args()
-    if options.method is None:
-        if not options.page:
-            run_all([options.task] if options.task else TASK_NAMES, options.jobs)
-        write_page(read())
-        return 0
-    if options.task is None:
+    parser.add_argument("--file", type=Path, default=FILE, help="the records (default docs/results.json)")
+    parser.add_argument("--smoke", action="store_true", help="each method on a few examples, stored nowhere")
+    options = parser.parse_args(arguments)
+    if options.method and not options.task and not options.smoke:
         parser.error("--method needs --task")
-    lr = chosen(read(), options.task, options.method) if options.lr is None else options.lr
-    record = run(options.task, options.method, options.seed, lr, r=options.r, test=True, float32=options.float32)
-    print(json.dumps(dataclasses.asdict(record)))
+    return options
+
+
+def planned(options: argparse.Namespace) -> Iterator[Run]:
+    """The runs that should be there."""
+    records = read(options.file)
+    for task in options.task:
+        for method in options.method:
+            rates = options.lr or (ALL[method].rates if options.search else [_rate(records, task, method)])
+            test = options.test or not (options.lr or options.search)
+            yield from (
+                Run(task, method, seed, lr, options.r, test, options.float32) for seed in options.seed for lr in rates
+            )
+
+
+def _rate(records: Sequence[Record], task: str, method: str) -> float:
+    """The learning rate that the records chose; 0 for a method that trains nothing."""
+    return chosen(records, task, ALL[method].rate_of or method) if ALL[method].rates else 0.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make the runs, and print tables of the records."""
+    options = options_of(arguments)
+    if options.smoke:
+        for method in options.method or METHODS:
+            for task in options.task or [SMOKE]:
+                record = run(task, method, 0, 1e-3, test=True, tiny=True)
+                print(json.dumps(dataclasses.asdict(record)), flush=True)
+        return 0
+    run_all(planned(options), options.jobs, options.file)
+    records = read(options.file)
+    for task in options.task:
+        print(f"\n{task}\n\n{task_table(records, task)}")
+    if not options.task:
+        print(readme_table(records))
     return 0

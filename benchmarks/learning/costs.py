@@ -2,7 +2,7 @@
 
     PYTHONPATH=benchmarks python -m learning.costs        # or: make bench-costs
 
-Writes docs/costs.json; docs/comparison.md has the table. Each method has a process of its own, forked from one that
+Writes docs/costs.json, and prints the table. Each method has a process of its own, forked from one that
 has read the model. It takes turns with a process of LoRA: each does one step of `training.fit`, and then waits. All is
 in float32. PEFT's HRA needs 8 GB of memory.
 """
@@ -22,18 +22,20 @@ from pathlib import Path
 
 import peft
 import torch
-from report import environment
+from peak import Peak
 from safetensors.torch import save_file
+from speed.environment import versions
 from torch import Tensor, nn
+from turns import ratio
 
 import hra_fx
-from learning.memory import Peak
+from learning.keeping import ALL
 from learning.methods import layer_shapes
 from learning.records import FILE as RECORDS
+from learning.table import label, number, table
 from learning.tasks import TASKS
 from learning.tasks.task import Batch
 from learning.training import count, fit
-from learning.variants import ALL
 
 FILE = RECORDS.with_name("costs.json")
 TASK, ROUNDS, RATE = "language", 3, 1e-3
@@ -135,12 +137,29 @@ def read(file: Path = FILE) -> tuple[str, dict[str, Cost]]:
     return stored["environment"], {name: Cost(**entry) for name, entry in stored["costs"].items()}
 
 
+def costs_table() -> str:
+    """A row for each method, and where the costs were measured."""
+    about, costs = read()
+    rows = [
+        [
+            label(name),
+            f"{cost.trainable:,}",
+            f"{ratio(cost.seconds, cost.lora):.2f}",
+            f"{cost.peak_mb or 0:,.0f} MB",
+            f"{number(cost.file_mb)} MB",
+        ]
+        for name, cost in costs.items()
+    ]
+    return f"{table(['', 'parameters', 'time over LoRA', 'memory', 'file'], rows)}\nCosts: {about}\n"
+
+
 def main() -> None:
-    """Measure, and write the file."""
-    about, costs = environment(), measure()
+    """Measure, write the file, and print the table."""
+    about, costs = versions(), measure()
     lines = [f'    "{name}": {json.dumps(dataclasses.asdict(cost))}' for name, cost in costs.items()]
     entries = ",\n".join(lines)
     FILE.write_text(f'{{\n  "environment": {json.dumps(about)},\n  "costs": {{\n{entries}\n  }}\n}}\n')
+    print(costs_table())
 
 
 if __name__ == "__main__":

@@ -24,16 +24,15 @@ class Method:
 
     Args:
         label: its name in tables.
-        rates: the learning rates that a grid starts with, in rising order; as many for every method that trains.
+        rates: the learning rates that a search starts with, in rising order; as many for every method that trains.
         insert: adds the adapter and freezes all other parameters.
         rank: the rank whose number of parameters is nearest to that of LoRA, from the shapes `(out, in)` of the
             layers and LoRA's rank; 0 where a method has no rank.
         penalty: a term of the loss.
         weight_decay: that of AdamW, for what is inserted.
-        schedule: the learning rate after the warmup, as transformers names it.
-        warmup: the part of the steps in which the learning rate rises.
         prepare_optimizer: called with the optimizer, the model and the task before the first step.
         rehearsal_steps: a batch of samples to keep follows so many batches; 0 for never.
+        rate_of: the method whose learning rate it has, if it has none of its own.
     """
 
     label: str
@@ -42,10 +41,9 @@ class Method:
     rank: Callable[[Sequence[tuple[int, int]], int], int] = lambda shapes, lora_rank: lora_rank
     penalty: Callable[[nn.Module], Tensor] | None = None
     weight_decay: float = 0.0
-    schedule: str = "linear"
-    warmup: float = 0.1
     prepare_optimizer: Callable[[torch.optim.Optimizer, nn.Module, Task], None] = lambda optimizer, model, task: None
     rehearsal_steps: int = 0
+    rate_of: str = ""
 
 
 def layer_shapes(model: nn.Module, targets: Sequence[str]) -> list[tuple[int, int]]:

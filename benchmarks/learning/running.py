@@ -1,47 +1,65 @@
-"""Make the runs that the file of results lacks."""
+"""Make runs that the file of records lacks, several side by side."""
 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import cast
 
-from learning import forgiving
-from learning.plan import Run, missing
 from learning.records import FILE, Record, read, write
 from learning.tasks import TASKS
 from learning.training import commit, run
 
 
-def run_all(tasks: Sequence[str], jobs: int, file: Path = FILE, make: Callable[[Run], Record] | None = None) -> None:
-    """Make all missing runs of some tasks, several side by side, and write each record when its run ends.
+@dataclass(frozen=True)
+class Run:
+    """The arguments of `training.run`."""
 
-    A run that needs the learning rate of earlier runs comes after them. Stop it at any time: the next call continues
-    from the existing records.
+    task: str
+    method: str
+    seed: int
+    lr: float
+    r: int | None = None
+    test: bool = True
+    float32: bool = False
+
+    def is_among(self, records: Iterable[Record]) -> bool:
+        """Whether one of the records is of this run."""
+        mine = self.task, self.method, self.seed, self.lr
+        return any(
+            (one.task, one.method, one.seed, one.lr) == mine
+            and self.r in (None, one.r)
+            and (one.test is not None or not self.test)
+            for one in records
+        )
+
+
+def run_all(runs: Iterable[Run], jobs: int, file: Path = FILE, make: Callable[[Run], Record] | None = None) -> None:
+    """Make the runs that are missing, and write each record when its run ends.
+
+    Stop it at any time: the next call continues from the existing records.
 
     Args:
-        tasks: names of tasks.
+        runs: what should be there.
         jobs: runs side by side.
-        file: the file of results.
+        file: the file of records.
         make: makes a run; for tests.
 
     Raises:
         SystemExit: the process of a run failed or was killed.
     """
     commit()  # of the code that is imported now, which the processes inherit
+    todo = [planned for planned in runs if not planned.is_among(read(file))]
     running: dict[Connection, Run] = {}
-    while True:
-        records = read(file)
-        more = [planned for planned in forgiving.missing(records) if planned.task in tasks]
-        todo = [planned for planned in missing(records, tasks) or more if planned not in running.values()]
-        for planned in todo[: jobs - len(running)]:
+    while todo or running:
+        while todo and len(running) < jobs:
+            planned = todo.pop(0)
             if make is None:
                 TASKS[planned.task](0).model()  # what tasks cache is read once, and each process gets a copy
             running[started(make or make_run, planned)] = planned
-        if not running:
-            return
         for done in cast(list[Connection], wait(list(running))):
             planned = running.pop(done)
             try:
@@ -63,4 +81,5 @@ def started(make: Callable[[Run], Record], planned: Run) -> Connection:
 
 def make_run(planned: Run) -> Record:
     """Make one run."""
-    return run(planned.task, planned.method, planned.seed, planned.lr, r=planned.r, test=planned.test)
+    arguments = asdict(planned)
+    return run(*(arguments.pop(name) for name in ("task", "method", "seed", "lr")), **arguments)

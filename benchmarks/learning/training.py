@@ -13,15 +13,18 @@ from pathlib import Path
 
 import torch
 import transformers
+from peak import Peak
 from torch import nn
 
 from learning.bfloat16 import BaseProducts, is_fast
-from learning.memory import Peak
+from learning.keeping import ALL
 from learning.methods import Method, layer_shapes
 from learning.records import Record
 from learning.tasks import TASKS
 from learning.tasks.task import Batch, Task
-from learning.variants import ALL
+
+#: The part of the steps in which the learning rate rises.
+WARMUP = 0.1
 
 
 def run(
@@ -95,8 +98,8 @@ def fit(model: nn.Module, head: nn.Module, task: Task, method: Method, lr: float
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
     method.prepare_optimizer(optimizer, model, task)
     batches: list[Batch | int] = with_rehearsal(task.batches(), method.rehearsal_steps)
-    warmup = math.ceil(method.warmup * len(batches))
-    schedule = transformers.get_scheduler(method.schedule, optimizer, warmup, len(batches) + 1)
+    warmup = math.ceil(WARMUP * len(batches))
+    schedule = transformers.get_scheduler("linear", optimizer, warmup, len(batches) + 1)
     curve: list[list[float]] = []
     losses: list[float] = []
     for step, batch in enumerate(batches, start=1):

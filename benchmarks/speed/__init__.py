@@ -2,5 +2,5 @@
 
     PYTHONPATH=benchmarks python -m speed --quick       (or: make bench-quick; make bench for all of it)
 
-`methods.py` has the methods, `models.py` the models, `grid.py` the sizes, and `targets.py` the limits for the results.
+`methods.py` has the methods, `models.py` the models, `grid.py` the sizes, and `table.py` the table.
 """

@@ -36,6 +36,12 @@ def environment(run: str, *, whole: bool = True, by_processor: bool = False) -> 
     return about
 
 
+def versions() -> str:
+    """The releases, the commit and the processor in one line."""
+    releases = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
+    return f"{releases}; commit {commit()}; {processor()}."
+
+
 def version(package: str) -> str:
     """The version of a package, which may be missing."""
     try:

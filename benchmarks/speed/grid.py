@@ -1,4 +1,4 @@
-"""The settings to measure, and the time for each: all of them, or those of the performance targets.
+"""The settings to measure, and the time for each: all of them, some, or tiny ones.
 
 The Llama of width 768 has the full grid of tokens, ranks and dtypes, the other models a sample. Budgets are seconds
 on two cores, chosen so that `make bench` takes about 40 minutes and `make bench-quick` about five.
@@ -85,7 +85,7 @@ def _sample() -> Iterator[Job]:
 
 
 def quick() -> Iterator[Job]:
-    """Only the settings of the performance targets."""
+    """The main settings, and fewer methods."""
     pair, with_gs = ("lora", "ours"), ("lora", "ours", "ours-gs")
     for tokens, seconds in {1: 4, 16: 8, 512: 20, 2048: 30}.items():
         yield Job(Setting(LLAMA, "training", tokens), with_gs if tokens in (16, 512) else pair, Budget(seconds))
@@ -104,3 +104,14 @@ def quick() -> Iterator[Job]:
     for workload, count, training_and_inference in (("resnet50", 4, (5, 4)), ("resnet50-224", 2, (12, 6))):
         for mode, seconds in zip(STEPS, training_and_inference, strict=True):
             yield Job(Setting(workload, mode, count), pair, Budget(seconds))
+
+
+def smoke() -> Iterator[Job]:
+    """Every mode on a tiny model."""
+    budget, tiny = Budget(0, least=2), "llama-64x1"
+    yield Job(Setting(tiny, "training", 4, r=4), TRAINING, budget)
+    yield Job(Setting(tiny, "inference", 4, r=4), INFERENCE, budget)
+    yield Job(Setting(tiny, "generate", 2, r=4), ("base", "lora", "ours"), budget)
+    for mode in ONCE:
+        yield Job(Setting(tiny, mode, 0, r=4), once.METHODS, budget)
+    yield Job(Setting(tiny, "memory", 4, r=4), ("ours",), Budget(0, least=1))

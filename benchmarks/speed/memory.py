@@ -1,18 +1,15 @@
 """The peak memory of a training step.
 
-On a CPU, it is the growth of a process's resident memory over two steps (the second one has the optimizer's state),
+It is the growth of a process's resident memory over two steps (the second one has the optimizer's state),
 after the model, the inputs and the optimizer were created. Each method has its own process. Linux keeps the peak
 (`VmHWM` in /proc/self/status), and resets it when 5 is written to /proc/self/clear_refs. A step of a tiny model of the
 same kind comes first, so that loading libraries does not count. Each tensor of more than 64 kB is a separate mapping,
 which is returned when it is freed, so only live tensors count.
-
-On a GPU, it is `torch.cuda.max_memory_allocated` over two steps, minus the memory that was allocated before.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import os
 import subprocess
@@ -21,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from speed.setting import Setting
-from speed.timing import Measured, Step, reason
+from speed.timing import Measured
 
 LARGE = str(1 << 16)
 SEPARATELY = {"MALLOC_MMAP_THRESHOLD_": LARGE, "MALLOC_TRIM_THRESHOLD_": LARGE, "MALLOC_MMAP_MAX_": "1000000"}
@@ -54,30 +51,3 @@ def last_number(*arguments: str) -> float:
     command = [sys.executable, "-W", "ignore", *arguments]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return float(done.stdout.splitlines()[-1])
-
-
-def peak_on_cuda(step: Step) -> float:
-    """Bytes of a step's first two runs."""
-    import torch
-
-    gc.collect()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    for _ in range(2):
-        step.run(step.ready())
-    return float(torch.cuda.max_memory_allocated() - before)
-
-
-def peaks_on_cuda(steps: dict[str, Step]) -> Measured:
-    """Bytes, by method."""
-    measured = Measured()
-    # The base model keeps nothing between steps. After its step, libraries have made their permanent allocations.
-    for step in list(steps.values())[:1]:
-        step.run(step.ready())
-    for key, step in steps.items():
-        try:
-            measured.values[key] = [peak_on_cuda(step)]
-        except Exception as error:
-            measured.left_out[key] = reason(error)
-    return measured

@@ -38,15 +38,11 @@ def _plain(base: nn.Module, workload: Workload, r: int) -> nn.Module:
     return base
 
 
-def _lora(base: nn.Module, workload: Workload, r: int, **settings: Any) -> nn.Module:
+def _lora(base: nn.Module, workload: Workload, r: int) -> nn.Module:
     import peft
 
-    config = peft.LoraConfig(r=r, lora_alpha=r, lora_dropout=0.0, target_modules=workload.targets, **settings)
+    config = peft.LoraConfig(r=r, lora_alpha=r, lora_dropout=0.0, target_modules=workload.targets)
     return peft.get_peft_model(base, config)
-
-
-def _dora(base: nn.Module, workload: Workload, r: int) -> nn.Module:
-    return _lora(base, workload, r, use_dora=True)
 
 
 def _oft(base: nn.Module, workload: Workload, r: int) -> nn.Module:
@@ -83,7 +79,6 @@ METHODS: dict[str, Method] = {
     "base": Method("frozen base", _plain),
     "base-again": Method("base again", _plain, own_weights=True),
     "lora": Method("PEFT LoRA", _lora),
-    "dora": Method("PEFT DoRA", _dora),
     "oft": Method("PEFT OFT", _oft),
     "peft-hra": Method("PEFT HRA", _peft_hra),
     "ours": Method("hra_fx", _ours),
@@ -91,25 +86,12 @@ METHODS: dict[str, Method] = {
     "folded": Method("folded", _folded, own_weights=True),
 }
 
-INDUCTOR: Mapping[str, Any] = {"backend": "inductor", "dynamic": False}
-#: Inductor, whose kernels are recorded in CUDA graphs and replayed.
-REDUCE_OVERHEAD: Mapping[str, Any] = {"mode": "reduce-overhead", "dynamic": False}
-
-
-def _compiled(key: str, name: str, settings: Mapping[str, Any]) -> Method:
-    method = METHODS[key]
-    return replace(method, title=f"{method.title}, {name}", compiled=settings)
-
-
-_TRAINED = ("base", "lora", "dora", "oft", "peft-hra", "ours", "ours-gs")
-COMPILED: dict[str, Method] = {f"{key}-inductor": _compiled(key, "inductor", INDUCTOR) for key in _TRAINED}
-REDUCED: dict[str, Method] = {
-    f"{key}-reduced": _compiled(key, "reduce-overhead", REDUCE_OVERHEAD) for key in ("base", "lora", "ours", "ours-gs")
+COMPILED: dict[str, Method] = {
+    f"{key}-inductor": replace(METHODS[key], compiled={"backend": "inductor", "dynamic": False})
+    for key in ("base", "lora", "ours")
 }
-
-
-ALL: dict[str, Method] = {**METHODS, **COMPILED, **REDUCED}
+ALL: dict[str, Method] = {**METHODS, **COMPILED}
 
 TRAINING = ("base", "base-again", "lora", "oft", "peft-hra", "ours", "ours-gs")
 INFERENCE = (*TRAINING, "folded")
-COMPILERS = ("base-inductor", "lora-inductor", "ours-inductor")
+COMPILERS = tuple(COMPILED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import gc
 import logging
 import os
 import sys
@@ -12,14 +13,20 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
+import torch
+import torch._dynamo
+
+from speed import memory
 from speed.environment import busy, environment
-from speed.grid import Job, full, quick
-from speed.measuring import carry_out
-from speed.results import Results
-from speed.timing import by_processor, clocked
+from speed.grid import Job, full, quick, smoke
+from speed.once import steps_once
+from speed.results import Cell, Results
+from speed.steps import steps_of
+from speed.timing import Measure, Measured, by_processor, clocked, interleave
 
-RUNS: dict[str, Callable[[], Iterable[Job]]] = {"full": full, "quick": quick}
+RUNS: dict[str, Callable[[], Iterable[Job]]] = {"full": full, "quick": quick, "smoke": smoke}
 
 
 def measure(options: argparse.Namespace) -> Results:
@@ -29,7 +36,7 @@ def measure(options: argparse.Namespace) -> Results:
     whole = not options.only and options.budget >= 1
     results = Results(environment(options.run, whole=whole, by_processor=options.processor))
     results.about |= {"load average at end": busy(), "minutes": 0.0}
-    with quiet(), _own_compiler_cache(options.run != "quick"):
+    with quiet(), _own_compiler_cache(options.run == "full"):
         for count, job in enumerate(jobs, 1):
             started = time.monotonic()
             _tell(f"[{count}/{len(jobs)}] {job.setting} ...", end=" ")
@@ -41,6 +48,30 @@ def measure(options: argparse.Namespace) -> Results:
             results.about |= {"load average at end": busy(), "minutes": round((time.monotonic() - begin) / 60, 1)}
             results.save(options.json)
     return results
+
+
+def carry_out(job: Job, measure: Measure = clocked) -> Cell:
+    """Measure a setting."""
+    setting = job.setting
+    gc.collect()  # the models of the one before
+    if setting.mode == "memory":
+        return Cell(setting, memory.peaks(setting, job.methods, rounds=job.budget.least))
+    if setting.mode in ("transform", "fold"):
+        return Cell(setting, interleave(steps_once(setting, job.methods), job.budget, measure))
+    if setting.compiled:
+        start_compiling_anew()
+    steps, left_out = steps_of(setting, job.methods)
+    measured = interleave(steps, job.budget, measure)
+    return Cell(setting, Measured(measured.values, measured.first, left_out | measured.left_out))
+
+
+def start_compiling_anew() -> None:
+    """Clear what was compiled before, and compile something small, so that one-time work of the compiler is done."""
+    torch._dynamo.reset()
+    # All methods share the code of the base model's forward, and torch counts compilations by code.
+    cast(Any, torch._dynamo.config).recompile_limit = 64
+    x = torch.ones(64, requires_grad=True)
+    torch.compile(lambda x: (x.sin() + 1).sum())(x).backward()
 
 
 def _tell(words: str, end: str = "\n") -> None:

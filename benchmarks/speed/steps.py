@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from speed.cuda_graph import captured
 from speed.methods import ALL, Method
 from speed.models import WORKLOADS, Workload
 from speed.setting import Setting
@@ -60,13 +59,8 @@ def run_of(model: nn.Module, method: Method, setting: Setting) -> Callable[[], o
     """A function that runs one step, and does not wait for the device."""
     workload = WORKLOADS[setting.workload]
     batch = {name: placed(value, setting) for name, value in workload.batch(setting.size).items()}
-    kinds: dict[str, Make] = {
-        "inference": inference,
-        "generate": generating,
-        "gradients": gradients,
-        "graphed": graphed,
-    }
-    make: Make = kinds.get(setting.mode, training)
+    kinds: dict[str, Make] = {"inference": inference, "generate": generating}
+    make = kinds.get(setting.mode, training)
     compiler: Any = torch.compile
     called = model if method.compiled is None else compiler(model, **method.compiled)
     return make(model, called, batch, workload)
@@ -91,43 +85,23 @@ def finished(run: Callable[[], object], wait: Callable[[], None] | None) -> Call
     return whole
 
 
-def gradients(model: nn.Module, called: Any, batch: dict[str, Any], workload: Workload) -> Callable[[], object]:
-    """Forward and backward; for a frozen model, backward to its input or the output of its first layer."""
+def training(model: nn.Module, called: Any, batch: dict[str, Any], workload: Workload) -> Callable[[], object]:
+    """Forward, backward and AdamW; for a frozen model, backward to its input or the output of its first layer."""
     model.train()
-    trained = trainable(model)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
     if not trained and workload.first is not None:
         start_gradient_at(workload.first(model))
+    optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
 
     def step() -> None:
         for weight in trained:
             weight.grad = None
         loss: Any = workload.output(called(**batch)).float().square().mean()
         loss.backward()
-
-    return step
-
-
-def training(model: nn.Module, called: Any, batch: dict[str, Any], workload: Workload) -> Callable[[], object]:
-    """Forward, backward and AdamW."""
-    compute = gradients(model, called, batch, workload)
-    trained = trainable(model)
-    optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
-
-    def step() -> None:
-        compute()
         if optimizer is not None:
             optimizer.step()
 
     return step
-
-
-def graphed(model: nn.Module, called: Any, batch: dict[str, Any], workload: Workload) -> Callable[[], object]:
-    """The replay of a CUDA graph of forward and backward."""
-    return captured(gradients(model, called, batch, workload)).replay
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [weight for weight in model.parameters() if weight.requires_grad]
 
 
 def start_gradient_at(layer: nn.Module) -> None:

@@ -1,123 +1,87 @@
-"""The tables of a run in Markdown: for each mode and rank one of the main model, and one of all others."""
+"""The table of a run in Markdown: a row for each setting, with ratios of two methods in the same rounds."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from speed.formatting import megabytes, seconds, share
 from speed.grid import LLAMA
-from speed.labels import MODES, columns
-from speed.methods import ALL
-from speed.ratios import median
+from speed.methods import ALL, METHODS
+from speed.models import WORKLOADS
+from speed.ratios import Ratio, median
 from speed.results import Cell
-from speed.setting import Mode
+from speed.setting import Mode, Setting
 
-#: The modes whose numbers are not relative to the first method.
-ABSOLUTE: dict[Mode, Callable[[float], str]] = {"transform": seconds, "fold": seconds, "memory": megabytes}
-#: Compared in a column of its own, by the pairs of each round.
-PAIRS = (("ours", "lora"), ("ours-inductor", "lora-inductor"), ("ours-reduced", "lora-reduced"))
-#: A copy of the base model shows the noise. It has a line below the table.
-COPY = "base-again"
-_NONE = "-"
+MODES: dict[Mode, str] = {
+    "training": "training step",
+    "inference": "inference",
+    "generate": "`generate`, 8 tokens after a prompt",
+    "transform": "insert the adapter",
+    "fold": "merge it into the weights",
+    "memory": "peak memory of a training step",
+}
+#: The columns: a method, over another one. A copy of the base model shows the noise.
+PAIRS = (
+    ("ours", "lora"),
+    ("ours", "oft"),
+    ("ours", "peft-hra"),
+    ("ours", "base"),
+    ("ours-gs", "ours"),
+    ("folded", "base"),
+    ("base-again", "base"),
+)
 
 
-def tables(cells: Sequence[Cell], *, warm_compiler: bool = False) -> Iterator[str]:
-    """All tables, in the order in which they were measured; `warm_compiler` if the compiler's cache was not empty."""
-    groups: dict[tuple[Mode, bool, int, bool], list[Cell]] = defaultdict(list)
+def table(cells: Sequence[Cell]) -> Iterator[str]:
+    """The lines of the table, and which methods were left out. Intervals are in parentheses."""
+    pairs = [pair for pair in PAIRS if any(_ratio(cell, *pair) for cell in cells)]
+    heads = [f"{METHODS[own].title} / {METHODS[peer].title}" for own, peer in pairs]
+    yield _row(["", "hra_fx", *heads])
+    yield f"|---|{'--:|' * (1 + len(pairs))}"
     for cell in cells:
-        setting = cell.setting
-        groups[setting.mode, setting.compiled, setting.r, setting.workload == LLAMA].append(cell)
-    for group in groups.values():
-        yield from (f"### {heading(group)}", "", *rows(group), "", *noise(group), *left_out(group))
-    compiled = [cell for cell in cells if cell.setting.compiled]
-    if compiled:
-        yield from (f"### First step, which compiles{', helped by its cache' * warm_compiler}", "")
-        yield from (*compilations(compiled), "")
-
-
-def heading(group: Sequence[Cell]) -> str:
-    """What was measured, and what all rows have in common."""
-    setting, varying = group[0].setting, _varying(group)
-    fixed = [value for head, value in columns(setting).items() if value and head not in varying]
-    step = f"{MODES[setting.mode]}{', compiled' * setting.compiled}"
-    where = ["other models"] * ("model" in varying) + fixed
-    return f"{step[0].upper()}{step[1:]}: {', '.join([*where, f'r={setting.r}'])}"
-
-
-def rows(group: Sequence[Cell]) -> Iterator[str]:
-    """A table: columns for what varies, for each method, and for the pairs."""
-    methods = _methods(group, "values")
-    absolute = ABSOLUTE.get(group[0].setting.mode)
-    # A pair whose peer is the first method is there already, unless the columns are absolute.
-    pairs = [pair for pair in PAIRS if set(pair) <= set(methods) and (absolute or pair[1] != methods[0])]
-    labels = _varying(group)
-    names = [ALL[key].title for key in methods]
-    yield from _head(labels, [*names, *(f"{ALL[own].title} / {ALL[peer].title}" for own, peer in pairs)])
-    for cell in group:
-        first = next((key for key in methods if key in cell.measured.values), "")
-        numbers = [_number(cell, key, first, absolute) for key in methods]
-        named = [columns(cell.setting)[label] for label in labels]
-        yield _row([*named, *numbers, *(_share(cell, *pair) for pair in pairs)])
-
-
-def compilations(group: Sequence[Cell]) -> Iterator[str]:
-    """How long the first step of each method took."""
-    methods = _methods(group, "first")
-    yield from _head(["step", "size"], [ALL[key].title for key in methods])
-    for cell in group:
-        taken = cell.measured.first
-        numbers = [seconds(taken[key]) if key in taken else _NONE for key in methods]
-        yield _row([MODES[cell.setting.mode], columns(cell.setting)["size"], *numbers])
-
-
-def noise(group: Sequence[Cell]) -> Iterator[str]:
-    """How far two copies of the base model are apart."""
-    found = [ratio for cell in group if (ratio := cell.ratio(COPY, "base"))]
-    if found:
-        low, high = (share(pick(ratio.median for ratio in found)) for pick in (min, max))
-        yield from (f"Noise: a copy of the base model takes {low if low == high else f'{low} to {high}'}.", "")
-
-
-def left_out(group: Sequence[Cell]) -> Iterator[str]:
-    """Which methods were not measured, and why."""
-    reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for cell in group:
+        yield _row([described(cell.setting), _absolute(cell), *(_share(_ratio(cell, *pair)) for pair in pairs)])
+    yield ""
+    for cell in cells:
         for key, why in cell.measured.left_out.items():
-            named = columns(cell.setting)
-            reasons[ALL[key].title, why].append(", ".join(named[label] for label in _varying(group)))
-    for (title, why), places in reasons.items():
-        where = "" if len(places) == len(group) else f" ({'; '.join(places)})"
-        yield from (f"Not measured: {title}{where}: {why}", "")
+            yield f"Not measured: {ALL[key].title}, {described(cell.setting)}: {why}\n"
 
 
-def _methods(group: Sequence[Cell], of: str) -> list[str]:
-    return [key for key in ALL if key != COPY and any(key in getattr(cell.measured, of) for cell in group)]
+def described(setting: Setting) -> str:
+    """What is done; the model if it is not the main one, and what differs from float32 and r=8.
 
-
-def _varying(group: Sequence[Cell]) -> list[str]:
-    """The label columns: those that differ between rows, and the size if there is one."""
-    found = [columns(cell.setting) for cell in group]
-    return [head for head in found[0] if len({row[head] for row in found}) > 1 or (head == "size" and found[0][head])]
-
-
-def _head(labels: Sequence[str], names: Sequence[str]) -> Iterator[str]:
-    yield _row([*labels, *names])
-    yield f"|{'---|' * len(labels)}{'--:|' * len(names)}"
+    >>> described(Setting("llama-768x3", "training", 512, "bfloat16", compiled=True))
+    'training step, 512 tokens, bfloat16, compiled'
+    >>> described(Setting("resnet50", "inference", 1, r=32))
+    'ResNet-50, its 3x3 convolutions, images of 64: inference, 1 image, r=32'
+    """
+    workload = WORKLOADS[setting.workload]
+    size = f"{setting.size} {workload.unit}" if setting.size else ""
+    size = size.removesuffix("s") if setting.size == 1 else size
+    model = "" if setting.workload == LLAMA else f"{workload.title}: "
+    dtype = "" if setting.dtype == "float32" else setting.dtype
+    rank = "" if setting.r == 8 else f"r={setting.r}"
+    return f"{model}{', '.join(filter(None, [MODES[setting.mode], size, dtype, rank, 'compiled' * setting.compiled]))}"
 
 
 def _row(texts: Sequence[str]) -> str:
     return f"| {' | '.join(texts)} |"
 
 
-def _number(cell: Cell, key: str, first: str, absolute: Callable[[float], str] | None) -> str:
-    """A value with a unit for the first method of a row, and for the others the ratio to it."""
-    if absolute is None and key != first:
-        return _share(cell, key, first)
-    value = median(cell.measured.values.get(key, []))
-    return _NONE if value is None else (absolute or seconds)(value)
+def _key(cell: Cell, method: str) -> str:
+    return f"{method}-inductor" if cell.setting.compiled else method
 
 
-def _share(cell: Cell, own: str, peer: str) -> str:
-    found = cell.ratio(own, peer)
-    return _NONE if found is None else share(found.median)
+def _ratio(cell: Cell, own: str, peer: str) -> Ratio | None:
+    return cell.ratio(_key(cell, own), _key(cell, peer))
+
+
+def _absolute(cell: Cell) -> str:
+    value = median(cell.measured.values.get(_key(cell, "ours"), []))
+    return "-" if value is None else (megabytes if cell.setting.mode == "memory" else seconds)(value)
+
+
+def _share(ratio: Ratio | None) -> str:
+    if ratio is None:
+        return "-"
+    interval = f" ({share(ratio.low)} to {share(ratio.high)})" if ratio.rounds > 1 else ""
+    return f"{share(ratio.median)}{interval}"
