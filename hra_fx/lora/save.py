@@ -116,7 +116,7 @@ def convert_to_lora(
         FoldError: an adapter does not have a well-defined `Q` (see `hra_fx.fold`).
         UnsupportedLayerError: LoRA does not support a layer: a convolution with groups, a dilation or a padding mode
             other than zeros; a class whose forward is not a plain product with the weight; a layer that several modules
-            share, or whose weight another module reads (see docs/serving.md); or a layer that PEFT does not find by its
+            share, or whose weight another module reads (see docs/files.md); or a layer that PEFT does not find by its
             name.
 
     Warns:
@@ -146,7 +146,7 @@ def save_as_lora(
     rank: int | None = None,
     dtype: torch.dtype | str | None = None,
 ) -> LoraResult:
-    """Save adapters as a LoRA that PEFT, vLLM, llama.cpp, diffusers and other runtimes load; see docs/serving.md.
+    """Save adapters as a LoRA that PEFT, vLLM, llama.cpp, diffusers and other runtimes load; see docs/files.md.
 
     With `fully_shard` and tensor parallelism, all processes must call this function: they gather one layer at a time,
     and the first process writes.

@@ -1,4 +1,4 @@
-"""The names that programs of guides use without defining them: a tiny Llama in "my-model", data, adapted models."""
+"""The names that programs of guides use without defining them: a tiny Llama in "my-model" and data."""
 
 from __future__ import annotations
 
@@ -11,24 +11,12 @@ import torch
 from datasets import Dataset
 from diffusion_pipelines import stable_diffusion
 from integrations.trl_use.runs import QUESTION, SFT_CHATS, base_model, tokenizer
-from moe_models import built
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 import hra_fx
 
 Names = Mapping[str, Any]
-CONFIG = hra_fx.HRAConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-def adapted() -> Any:
-    """A Llama with an adapter that changes its outputs."""
-    model = hra_fx.transform(base_model("SFT"), CONFIG)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".hra_u." in name:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model.eval()
 
 
 def training(model: Any) -> Names:
@@ -51,6 +39,7 @@ def large_models() -> Names:
 def trl() -> Names:
     return {
         "chats": Dataset.from_list(SFT_CHATS),
+        "preferences": Dataset.from_list([{"prompt": QUESTION, "chosen": " blue", "rejected": " bad red"}] * 8),
         "prompts": Dataset.from_list([{"prompt": QUESTION}] * 8),
         "reward": lambda completions, **others: [float(len(completion)) for completion in completions],
         "tokenizer": tokenizer(),
@@ -71,27 +60,21 @@ def recipes() -> Names:
     }
 
 
-def serving() -> Names:
-    """An adapter to export, a pipeline with one, the pipeline without it in "my-pipeline", and another LoRA."""
-    hra_fx.save_adapter(adapted(), "my-adapter")
-    hra_fx.save_as_lora(adapted(), "other-lora")
+def files() -> Names:
+    """A pipeline with an adapter, and the pipeline without it in "my-pipeline"."""
     stable_diffusion().save_pretrained("my-pipeline")
     pipe = stable_diffusion()
     hra_fx.transform(pipe.unet, hra_fx.HRAConfig(r=2, target_modules=["to_q", "to_v"]))
-    inputs = {"input_ids": torch.randint(0, 14, (3, 5))}
-    return {"model": adapted(), "base": base_model("SFT").eval(), "pipe": pipe, "inputs": inputs}
+    return {"pipe": pipe}
 
 
 #: Guide -> makes these names, in an empty folder.
 GIVEN: dict[str, Callable[[], Names]] = {
-    "training": lambda: training(adapted()),
+    "training": lambda: training(base_model("SFT")),
     "trl": trl,
-    "serving": serving,
+    "files": files,
     "recipes": recipes,
-    "moe": lambda: {"model": built("mixtral", torch.float32)},
-    "quantized": lambda: training(None),
     "large-models": large_models,
-    "distributed": dict,
 }
 
 

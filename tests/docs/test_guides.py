@@ -13,28 +13,35 @@ import torch
 from docs.guide_names import GIVEN, save_my_model
 from documents import DOCS, ROOT, python_blocks, run_blocks
 from torch import distributed
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, training_args
 
 import hra_fx
 
-#: The changelog names what was removed.
-DOCUMENTS = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md")), *sorted(DOCS.rglob("*.md"))]
-#: Guides whose programs run, and what their folders have afterwards.
+#: The changelog and the guide for upgrades name what was removed.
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *(page for page in sorted(DOCS.rglob("*.md")) if page.stem != "upgrading"),
+]
+#: Guides whose programs run by themselves, and what their folders have afterwards.
 GUIDES = {
-    "quickstart": {"adapters.html", "folded", "my-adapter"},
+    "index": {"adapters.html", "folded", "my-adapter", "my-lora"},
     "layers": set(),
-    "upgrading": set(),
     "several-adapters": set(),
-    "visualize": {"adapters.html", "adapters.svg", "block.svg", "heatmap.svg"},
-    "folding": {"folded", "my-adapter", "my-model"},
-    "how-it-works": {"adapter"},
-    "devices": set(),
+    "inspect": {"adapters.html", "block.svg"},
+    "how-it-works": set(),
 }
+#: The first guides that a user reads. The others run in `make test-all`.
+MAIN = ("index", "training")
 #: Documents whose programs other tests run, or that show calls without a model.
-RUN_ELSEWHERE = ("README", "export", "index", "peft_expert_ranks", "torch_joint_gradients")
+RUN_ELSEWHERE = ("README", "export", "torch_joint_gradients")
 
 
-@pytest.mark.parametrize("name", GUIDES)
+def some_slow(names: Iterator[str]) -> list[object]:
+    return [name if name in MAIN else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", some_slow(iter(GUIDES)))
 def test_the_programs_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -58,7 +65,7 @@ def under_torchrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("under_torchrun")
-@pytest.mark.parametrize("name", GIVEN)
+@pytest.mark.parametrize("name", some_slow(iter(GIVEN)))
 def test_the_programs_run_with_a_tiny_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     # TRL trains in bfloat16, which CPUs can do too, but its configurations only accept on a GPU.
@@ -68,31 +75,39 @@ def test_the_programs_run_with_a_tiny_model(name: str, tmp_path: Path, monkeypat
     run_blocks(DOCS / f"{name}.md", GIVEN[name]())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("under_torchrun")
 def test_the_meta_program_gives_the_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_my_model(tmp_path)
+    distributed.init_process_group()
     (program,) = (block.text for block in python_blocks(DOCS / "large-models.md") if "to_empty" in block.text)
-    names = {**GIVEN["large-models"](), "hra_fx": hra_fx, "torch": torch, "AutoModelForCausalLM": AutoModelForCausalLM}
+    names = GIVEN["large-models"]() | {"hra_fx": hra_fx, "torch": torch, "AutoModelForCausalLM": AutoModelForCausalLM}
+    names |= {"fully_shard": fully_shard}
     exec(program, names)
     ids = torch.arange(3, 9)[None]
     wanted = AutoModelForCausalLM.from_pretrained("my-model", dtype=torch.float32)(ids).logits
     torch.testing.assert_close(names["model"].float()(ids).logits, wanted, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_issue_for_pytorch_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """If it fails, PyTorch has changed."""
+    document = DOCS / "upstream" / "torch_joint_gradients.md"
+    (told,) = re.findall(r"^```text\n(.*?)^```$", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    run_blocks(document)
+    assert capsys.readouterr().out == told
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.stem)
-def test_programs_compile_and_run_unless_a_comment_says_why(document: Path) -> None:
+def test_programs_compile_name_what_exists_and_run_unless_a_comment_says_why(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
     blocks = python_blocks(document)
-    assert len(blocks) == len(re.findall("^ *```python", document.read_text(encoding="utf-8"), re.MULTILINE))
+    assert len(blocks) == len(re.findall("^ *```python", text, re.MULTILINE))
     for block in blocks:
         compile(block.text, str(document), "exec")
     if any(not block.comment for block in blocks):
         assert document.stem in {*GUIDES, *GIVEN, *RUN_ELSEWHERE}
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.stem)
-def test_the_names_in_a_document_exist(document: Path) -> None:
-    """The names after `hra_fx.` are attributes or modules."""
-    text = document.read_text(encoding="utf-8")
     named = set(re.findall(r"(?<![\w/.-])hra_fx\.(\w+)(?![\w/]|\.json|\.md)", text))
     assert {name for name in named if not hasattr(hra_fx, name) and not find_spec(f"hra_fx.{name}")} == set()

@@ -42,7 +42,7 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 
 def test_every_page_is_in_the_navigation_once() -> None:
-    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnot_in_nav:")[2]
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
     pages = re.findall(r"[\w/-]+\.md$", navigation, re.MULTILINE)
     pages_of_docs = [document for document in DOCS.rglob("*.md") if document.parent.name != "upstream"]
     of_docs = {document.relative_to(DOCS).as_posix() for document in pages_of_docs}

@@ -1,9 +1,9 @@
-"""Runs the zoo, and writes what it found: JSON lines to build/zoo, a table to docs/zoo.md.
+"""Runs the zoo, and writes what it found: JSON lines to build/zoo, a table to build/zoo/zoo.md.
 
     PYTHONPATH=tests:tests/support:benchmarks python -m zoo.run    # all of it
     PYTHONPATH=tests:tests/support:benchmarks python -m zoo.run --only 'timm/*' llama
 
-`--only` takes shell patterns, and leaves docs/zoo.md as it is.
+`--only` takes shell patterns, and leaves build/zoo/zoo.md as it is.
 
 Each model has a process of its own, forked from one that has imported the libraries: what a model leaves behind goes
 with it, and one that hangs or crashes takes no other along.
@@ -36,7 +36,7 @@ from zoo.result import Result
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "build" / "zoo" / "results.jsonl"
-TABLE = ROOT / "docs" / "zoo.md"
+TABLE = ROOT / "build" / "zoo" / "zoo.md"
 
 
 def work(name: str, pipe: Connection) -> None:
@@ -120,7 +120,7 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one model (default 300)")
     parser.add_argument("--resume", action="store_true", help="keep results that this very code gave before")
     parser.add_argument("--results", type=Path, default=RESULTS, help="JSON lines (default build/zoo/results.jsonl)")
-    parser.add_argument("--table", type=Path, help="where to write the table (default docs/zoo.md, for a whole run)")
+    parser.add_argument("--table", type=Path, help="where to write the table (default build/zoo/zoo.md, for a whole run)")
     options = parser.parse_args()
 
     begin, code = time.monotonic(), code_version()

@@ -1,4 +1,4 @@
-"""docs/zoo.md: the totals, the refusals with their reasons, then a table for each library."""
+"""build/zoo/zoo.md: the totals, the refusals with their reasons, then a table for each library."""
 
 from __future__ import annotations
 

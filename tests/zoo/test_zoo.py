@@ -1,4 +1,4 @@
-"""Some models of the zoo, one of each kind. `make zoo` checks all models, and writes docs/zoo.md."""
+"""Some models of the zoo, one of each kind. `make zoo` checks all models, and writes build/zoo/zoo.md."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_entries_are_named_by_patterns_with_or_without_the_library() -> None:
     assert list(named(["transformers/bert", "swin_[st]"])) == wanted
 
 
-# ---- docs/zoo.md ----
+# ---- build/zoo/zoo.md ----
 
 ROOT = Path(__file__).parents[2]
 RIGHT = Result("timm/a", matched=4, traced=YES, checks=dict.fromkeys(CHECKS, OK) | {"size": NOT_APPLICABLE})

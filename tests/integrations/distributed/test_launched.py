@@ -99,7 +99,7 @@ ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     ids=["torchrun", "accelerate", "accelerate on a CPU"],
 )
 def test_the_example_runs_in_two_processes(launcher: list[str], starter: str) -> None:
-    """On a CPU, accelerate starts one process, and the example two; docs/distributed.md says so."""
+    """On a CPU, accelerate starts one process, and the example two; docs/recipes.md says so."""
     done = subprocess.run(
         [sys.executable, "-m", *launcher, str(EXAMPLE)],
         **{"capture_output": True, "text": True, "timeout": 240, "env": {**os.environ, "OMP_NUM_THREADS": "1"}},
