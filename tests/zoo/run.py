@@ -120,7 +120,7 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one model (default 300)")
     parser.add_argument("--resume", action="store_true", help="keep results that this very code gave before")
     parser.add_argument("--results", type=Path, default=RESULTS, help="JSON lines (default build/zoo/results.jsonl)")
-    parser.add_argument("--table", type=Path, help="where to write the table (default build/zoo/zoo.md, for a whole run)")
+    parser.add_argument("--table", type=Path, help="where to write the table (default build/zoo/zoo.md)")
     options = parser.parse_args()
 
     begin, code = time.monotonic(), code_version()
