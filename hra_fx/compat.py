@@ -41,7 +41,6 @@ NEWER: Mapping[str, tuple[str, str, str]] = {
         "Without it, torch.fx traces a model for trace=True, graphs and visualize; adapters work without a graph.",
     ),
     "export_training_step": ("torch", "2.9", "Without it, train the model in PyTorch."),
-    "parallelize_module of a model with adapters": ("torch", "2.9", "Without it, train with DDP or FSDP2."),
     "`target_parameters` for the experts of a transformers model": (
         "transformers",
         "5.6",
@@ -200,7 +199,7 @@ def conv_border(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
     return [size for before_and_after in reversed(sides) for size in before_and_after]
 
 
-def is_split_by_old_transformers(module: nn.Module) -> bool:
+def is_split_by_transformers(module: nn.Module) -> bool:
     """Whether transformers below 5.16 may have split a weight into plain tensors. Later ones make it a `DTensor`."""
     return getattr(module, "_hf_tp_plan", None) is not None
 

@@ -22,7 +22,6 @@ from torch.autograd import forward_ad
 
 import hra_fx
 from hra_fx import compat
-from hra_fx.layers.tensor_parallel import set_aside
 
 ROOT = Path(__file__).resolve().parent.parent
 #: What cannot be installed next to the lowest torch.
@@ -118,9 +117,6 @@ def test_what_needs_a_newer_release_says_so(feature: str, tmp_path: Path) -> Non
         if feature == "`target_parameters` for the experts of a transformers model":
             config = hra_fx.HRAConfig(r=2, target_parameters=["experts.down_proj"])
             return hra_fx.transform(moe_models.built("mixtral"), config)
-        if feature == "parallelize_module of a model with adapters":
-            model = hra_fx.transform(nn.Sequential(nn.Linear(3, 2)), hra_fx.HRAConfig(r=2, target_modules=["0"]))
-            return set_aside(model[0])
         model = tiny_llama()
         model.save_pretrained(tmp_path / "base")
         hra_fx.save_adapter(hra_fx.transform(model, hra_fx.HRAConfig(target_modules=["q_proj"])), tmp_path / "adapter")
@@ -179,11 +175,11 @@ def test_what_is_active_around_a_call() -> None:
 
 def test_hooks_of_a_module_and_of_all_modules() -> None:
     layer = nn.Linear(2, 2)
-    assert not compat.has_hooks(layer)
+    assert not compat.has_own_hooks(layer)
     with layer.register_forward_pre_hook(lambda *_: None):
-        assert compat.has_hooks(layer) and not compat.has_global_module_hooks()
+        assert compat.has_own_hooks(layer) and not compat.has_global_module_hooks()
     with torch.nn.modules.module.register_module_forward_hook(lambda *_: None):
-        assert compat.has_hooks(layer) and compat.has_global_module_hooks()
+        assert not compat.has_own_hooks(layer) and compat.has_global_module_hooks()
 
 
 @pytest.mark.parametrize("mode", ["zeros", "circular"])

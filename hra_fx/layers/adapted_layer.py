@@ -16,23 +16,15 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from hra_fx import compat
-from hra_fx.errors import AdapterError
+from hra_fx.errors import AdapterError, UnsupportedLayerError
 from hra_fx.kernels.linear import linear
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.batching import factors_for
 from hra_fx.layers.class_swap import SwapMixin, swap, unswap
 from hra_fx.layers.quantized import call_quantized
 from hra_fx.layers.running import RUNNING
-from hra_fx.layers.sharding import call, is_dtensor
+from hra_fx.layers.sharding import SPLIT, call, is_dtensor
 from hra_fx.layers.target import BASE_WEIGHT, REFLECTION, weight_name, weight_place
-from hra_fx.layers.tensor_parallel import (
-    half_split,
-    has_parallel_forward,
-    put_back,
-    reflect_input,
-    restore_input,
-    set_aside,
-)
 from hra_fx.layers.variants import ConvAdapters, LinearAdapters, QuantizedAdapters
 from hra_fx.layers.weight import running, weight_property
 
@@ -48,23 +40,12 @@ class AdaptedLayer(SwapMixin):
         return self.hra_u.weight_of(self)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Like `nn.Module.register_parameter`. If `parallelize_module` splits the weight, set the adapters aside."""
+        """Like `nn.Module.register_parameter`. `parallelize_module` calls it with a split weight, which is refused."""
         if name == BASE_WEIGHT:
             raise AdapterError(f"{self.hra_u.layer_path}: `hra_base` is read-only. Assign `layer.weight` instead.")
         if is_dtensor(param) and not is_dtensor(self._parameters.get(name)):
-            set_aside(self)
+            raise UnsupportedLayerError(f"{self.hra_u.layer_path}: {SPLIT}.")
         super().register_parameter(name, param)
-
-    @property
-    def _distribute_module_applied(self) -> bool:
-        """torch's mark of a module that `parallelize_module` has split, which it sets last."""
-        applied: bool = vars(self).get("_distribute_module_applied", False)
-        return applied
-
-    @_distribute_module_applied.setter
-    def _distribute_module_applied(self, applied: bool) -> None:
-        vars(self)["_distribute_module_applied"] = applied
-        put_back(self)
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
@@ -86,9 +67,7 @@ class AdaptedLinear(AdaptedLayer):
 
         @functools.wraps(base.forward)
         def forward(self: Any, input: Tensor, reflected: Tensor | None = None) -> Any:
-            adapters: Any = self._modules.get(REFLECTION)
-            if adapters is None:
-                raise half_split(self)
+            adapters: Any = self._modules[REFLECTION]
             own = self._parameters
             weight = own["weight"] if "weight" in own else adapters.weight_of(self)
             bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401  # `get` would always read self.bias
@@ -119,15 +98,6 @@ class AdaptedLinear(AdaptedLayer):
             return linear(input, factors, weight, bias)
 
         return {**super().wrap(base), "forward": forward}
-
-
-class AdaptedByHook(AdaptedLayer):
-    """A Linear on whose instance transformers (`tp_plan`) has set a `forward`. A hook reflects its input."""
-
-    @classmethod
-    def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """Change nothing: the `forward` of the instance reads `W`."""
-        return {}
 
 
 class AdaptedQuantizedLinear(AdaptedLinear):
@@ -191,23 +161,17 @@ class AdaptedConv(AdaptedLayer):
 
 def adapt_class(layer: nn.Module) -> None:
     """Make a layer that has its container of adapters an adapted layer."""
-    mixin = layer_class_for(layer)
-    swap(layer, mixin)
-    if mixin is AdaptedByHook:
-        reflect_input(layer)
+    swap(layer, layer_class_for(layer))
 
 
 def restore_class(layer: nn.Module) -> None:
     """Undo `adapt_class`. The container is still there."""
-    restore_input(layer)
     unswap(layer, layer_class_for(layer))
 
 
 def layer_class_for(layer: nn.Module) -> type[AdaptedLayer]:
     """The class to mix into a layer that already has its container of adapters."""
     adapters = layer._modules[REFLECTION]
-    if has_parallel_forward(layer):
-        return AdaptedByHook
     if isinstance(adapters, QuantizedAdapters):
         return AdaptedQuantizedLinear
     if isinstance(adapters, ConvAdapters):

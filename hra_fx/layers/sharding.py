@@ -1,4 +1,4 @@
-"""Parameters that are sharded over several processes: FSDP2 (`fully_shard`), tensor parallelism, DeepSpeed's ZeRO.
+"""Parameters that are sharded over several processes: FSDP2 (`fully_shard`) and DeepSpeed's ZeRO.
 
 While an FSDP2 module runs, its parameters are plain tensors, and adapters do not see shards. Outside of its forward,
 they are `DTensor`s, or plain tensors that FSDP2 frees later: call `reshard` before you change or keep a parameter.
@@ -18,6 +18,11 @@ from hra_fx.compat import has_own_hooks
 from hra_fx.layers.target import REFLECTION, SAVED, full_shape
 
 T = TypeVar("T")
+#: Why a layer cannot be adapted after its weight was split, or split after it was adapted; without the final period.
+SPLIT = (
+    "tensor parallelism splits its weight, and adapters need the whole weight. Train with FSDP2 or DDP instead. For "
+    "inference, call hra_fx.fold first"
+)
 
 
 def sharded_by(module: nn.Module) -> str | None:
@@ -44,19 +49,17 @@ def first_sharded(model: nn.Module) -> tuple[str, str] | None:
 
 
 def first_split(model: nn.Module) -> tuple[str, str] | None:
-    """Like `first_sharded`, but also finds modules that DeepSpeed or tensor parallelism splits."""
-    found = ((path or "the model", tool) for path, module in model.named_modules() if (tool := _split_by(module)))
+    """Like `first_sharded`, but also finds modules that DeepSpeed splits."""
+    found = ((path or "the model", "DeepSpeed") for path, module in model.named_modules() if _is_split(module))
     return first_sharded(model) or next(found, None)
 
 
-def _split_by(module: nn.Module) -> str | None:
-    """The tool that splits a module with adapters or copies, or `None`."""
+def _is_split(module: nn.Module) -> bool:
+    """Whether DeepSpeed has split a module with adapters or copies."""
     if REFLECTION not in module._modules and SAVED not in module._modules:
-        return None
+        return False
     held = [parameter for parameter in module._parameters.values() if parameter is not None]
-    if any(full_shape(parameter) != parameter.shape for parameter in held):
-        return "DeepSpeed"
-    return "tensor parallelism" if any(map(is_dtensor, held)) else None
+    return any(full_shape(parameter) != parameter.shape for parameter in held)
 
 
 def is_partitioned_by_zero3(tensor: Tensor) -> bool:
@@ -146,6 +149,14 @@ def distribute_like(values: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(values, shards.device_mesh, shards.placements, src_data_rank=None)
 
 
+def as_dtensor(local: Tensor, mesh: Any, placements: Any, shape: Any) -> Any:
+    """Create a contiguous `DTensor` of this shape from the parts of all processes, which may differ in size."""
+    from torch.distributed.tensor import DTensor
+
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
 @contextmanager
 def gathered(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Context manager in which modules, but not their children, have full tensors instead of shards.
@@ -206,9 +217,7 @@ def random_numbers_of_first_rank(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 def _mesh_of(tensors: Iterable[Tensor]) -> Any:
     """The mesh of the processes that have shards of these tensors; `None` without shards."""
-    meshes: list[Any] = [tensor.device_mesh for tensor in tensors if is_dtensor(tensor)]  # type: ignore[attr-defined]
-    # With FSDP2 and tensor parallelism, some tensors are on a part of the mesh.
-    return max(meshes, key=lambda mesh: mesh.ndim, default=None)
+    return next((tensor.device_mesh for tensor in tensors if is_dtensor(tensor)), None)  # type: ignore[attr-defined]
 
 
 def _from_first_rank(value: Any, mesh: Any) -> Any:

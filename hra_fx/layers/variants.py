@@ -22,7 +22,6 @@ from hra_fx.kernels.conv import (
     positions,
 )
 from hra_fx.kernels.dispatch import is_compiling, products_dtype
-from hra_fx.kernels.distributed import reflect_distributed, rotate_distributed
 from hra_fx.kernels.factors import Factors
 from hra_fx.kernels.linear import reflect_rows
 from hra_fx.layers.adapters import HouseholderAdapters
@@ -31,7 +30,6 @@ from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.experts_adapters import ExpertsAdapters
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.quantized import is_foreign_linear, quant_scheme_of
-from hra_fx.layers.sharding import is_dtensor
 from hra_fx.layers.target import full_shape, is_conv1d, kind_of, width_of
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -90,9 +88,6 @@ class LinearAdapters(HouseholderAdapters):
 
     def reflect(self, x: Tensor) -> Tensor:
         """Reflect `x: (..., d)`; the result has the same shape and dtype."""
-        if is_dtensor(x):
-            distributed = self._distributed_factors(x)
-            return x if distributed is None else reflect_distributed(x, distributed)
         if uses_factors(self, x):
             factors = factors_of(self, products_dtype(x.device, x.dtype))
             return x if factors is None else reflect_rows(x, factors)
@@ -103,17 +98,6 @@ class LinearAdapters(HouseholderAdapters):
             return x
         chain = householder.normalize(vectors)
         return householder.reflect(x, chain, householder.compact_wy(chain))
-
-    def rotate(self, weight: Tensor) -> Tensor:
-        """Like `HouseholderAdapters.rotate`; the weight may be a `DTensor`."""
-        if not is_dtensor(weight):
-            return super().rotate(weight)
-        factors = self._distributed_factors(weight)
-        return weight if factors is None else rotate_distributed(weight, factors)
-
-    def _distributed_factors(self, tensor: Tensor) -> Factors | None:
-        """The factors for a product with a `DTensor`."""
-        return factors_of(self, products_dtype(tensor.device, tensor.dtype))
 
 
 class QuantizedAdapters(LinearAdapters):

@@ -25,7 +25,6 @@ from hra_fx.layers.readers import reads_weights
 from hra_fx.layers.running import RUNNING, WITHOUT_FACTORS, during
 from hra_fx.layers.sharding import call, is_dtensor
 from hra_fx.layers.target import REFLECTION, weight_place
-from hra_fx.layers.tensor_parallel import is_tensor_parallel
 
 
 def effective_weight(layer: nn.Module) -> Tensor:
@@ -106,7 +105,7 @@ def _has_weight(layer: nn.Module) -> bool:
 def read_weight(layer: nn.Module, rotated: Callable[..., Any] | None = None) -> Any:
     """The value of `layer.weight`. `rotated(layer)` computes `W Q`, by default from the container."""
     adapters: Any = layer._modules.get(REFLECTION)
-    if adapters is None or not _has_weight(layer):  # `parallelize_module` sets adapters aside while it splits a weight
+    if adapters is None or not _has_weight(layer):
         return nn.Module.__getattr__(layer, weight_place(layer)[1])
     base = adapters.weight_of(layer)
     if is_parameter(layer, base) or adapters.needs_parameter:
@@ -134,11 +133,9 @@ def _must_be_parameter(layer: nn.Module, base: Any) -> bool:
     """Whether code that reads a weight inside of a forward moves or shards the parameter.
 
     accelerate's hook reads and replaces the weight of an offloaded layer by its name, and so does FSDP1. FSDP2 reads
-    its shards: while a module runs, its parameters are whole, or as tensor parallelism has split them.
+    its shards: while a module runs, its parameters are whole.
     """
-    if is_dtensor(base):
-        return not is_tensor_parallel(layer, base)
-    if base.is_meta or getattr(base, "_fsdp_flattened", False):
+    if is_dtensor(base) or base.is_meta or getattr(base, "_fsdp_flattened", False):
         return True
     return offloading_hook(layer) is not None and RUNNING.layer is not layer
 

@@ -38,9 +38,6 @@ from hra_fx.model.merge import base_weight
 from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, load_vectors, names_in, root_of, unwrap
 from hra_fx.model.trainable import check_copies
 
-#: Tools with shards that are gathered one layer at a time.
-_GATHERED = ("fully_shard", "tensor parallelism")
-
 
 def lora_adapter(
     model: nn.Module, adapter_names: str | Iterable[str] | None = None, rank: int | None = None
@@ -77,7 +74,7 @@ def lora_adapter(
 def _checked_layers(root: nn.Module, state: AdapterState, names: tuple[str, ...]) -> dict[str, AdaptedLayer]:
     """The layers with at least one of the adapters, by path. LoRA must support all of them."""
     load_vectors(root)
-    if (sharded := first_split(root)) and sharded[1] not in _GATHERED:
+    if (sharded := first_split(root)) and sharded[1] != "fully_shard":
         raise AdapterError(
             f"{sharded[0]}: {sharded[1]} shards its parameters, so no process holds a whole weight. Save the adapter "
             "(hra_fx.save_adapter) and convert the files (hra-fx convert --to lora)."

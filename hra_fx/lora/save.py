@@ -101,7 +101,7 @@ def convert_to_lora(
 
     Args:
         model: a transformed model, whose adapters may be merged, or a model with PEFT's HRA. It is not changed. With
-            `fully_shard` and tensor parallelism, all processes must call this function.
+            `fully_shard`, all processes must call this function.
         adapter_names: the adapters, in the order of the product `W Q_a Q_b`, each at its scale (`set_scale`); `None`
             for the active ones.
         rank: the largest rank of a layer, with the best approximation of the weight change; `None` for an exact LoRA.
@@ -148,7 +148,7 @@ def save_as_lora(
 ) -> LoraResult:
     """Save adapters as a LoRA that PEFT, vLLM, llama.cpp, diffusers and other runtimes load; see docs/files.md.
 
-    With `fully_shard` and tensor parallelism, all processes must call this function: they gather one layer at a time,
+    With `fully_shard`, all processes must call this function: they gather one layer at a time,
     and the first process writes.
 
     Args:

@@ -20,9 +20,7 @@ from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
 from hra_fx.layers.class_swap import mixins_of, original_class, set_class
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.readers import needs_parameter, why_lost
-from hra_fx.layers.sharding import is_dtensor
 from hra_fx.layers.target import REFLECTION, SAVED
-from hra_fx.layers.tensor_parallel import replicate
 from hra_fx.layers.trained_copies import all_copies
 from hra_fx.layers.variants import adapters_for
 from hra_fx.layers.weight import mark_readers
@@ -80,8 +78,6 @@ def inject_adapter(
         keep_loaded(adapters)  # accelerate's hook would look for the new vectors among the offloaded tensors
         undo.callback(adapters.remove, name)
         fill(path, layer, adapters)
-        if is_dtensor(adapters.weight_of(layer)):
-            replicate(adapters, adapters.weight_of(layer))
     if new:
         _mark_readers(every, new, undo)
     if new and isinstance(model, fx.GraphModule):

@@ -20,7 +20,6 @@ from hra_fx.layers.class_swap import is_swapped, mixins_of, set_class, unswap
 from hra_fx.layers.peft_layers import find_peft_layer
 from hra_fx.layers.sharding import sharded_by
 from hra_fx.layers.target import FACTORS, REFLECTION, SAVED
-from hra_fx.layers.tensor_parallel import half_split, is_half_split
 from hra_fx.layers.trained_copies import Copies, all_copies
 
 M = TypeVar("M")
@@ -162,8 +161,6 @@ def only_root(model: nn.Module, found: AdaptedParts) -> tuple[nn.Module, Adapter
 def check_no_foreign_class(modules: Iterable[tuple[str, nn.Module]]) -> None:
     """Check that no other tool sharded a model, in part or as a whole, or replaced the class of an adapted part."""
     for path, module in modules:
-        if is_half_split(module):
-            raise AdapterError(f"{path}: {half_split(module)}")
         if tool := sharded_by(module):
             raise AdapterError(
                 f"{path or 'the model'}: {tool} has already sharded its parameters. Add and remove adapters before "

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from hra_fx.compat import is_compiled_module, is_split_by_old_transformers
+from hra_fx.compat import is_compiled_module, is_split_by_transformers
 from hra_fx.config import HRAConfig
 from hra_fx.errors import HRAWarning, UnsupportedLayerError
 from hra_fx.layers.accelerate_hooks import WHOLE, has_class_forward, is_hooked, offloading_hook
@@ -19,9 +19,8 @@ from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.quantized import is_foreign_linear, quant_scheme_of
-from hra_fx.layers.sharding import is_dtensor, sharded_by
+from hra_fx.layers.sharding import SPLIT, is_dtensor, sharded_by
 from hra_fx.layers.target import full_shape, held_weight, weight_place, width_of
-from hra_fx.layers.tensor_parallel import has_parallel_forward, why_not_adapted
 from hra_fx.layers.trained_copies import get_copies
 from hra_fx.layers.variants import has_own_forward
 from hra_fx.patterns import matches_rank
@@ -96,6 +95,8 @@ def _module_problem(module: nn.Module, *, is_around: bool) -> str | None:
 
 def _layer_problem(path: str, layer: nn.Module, config: HRAConfig) -> str | None:
     """Return why this layer cannot be adapted, or `None`; without the final period."""
+    if is_dtensor(held_weight(layer)) or is_split_by_transformers(layer):
+        return SPLIT
     problem = _state_problem(layer) or _weight_problem(layer) or _rank_problem(path, layer, config)
     if problem and isinstance(layer, ExpertsWeight):
         problem += " (for experts, with longer names in `target_parameters`)"
@@ -116,7 +117,7 @@ def _state_problem(layer: nn.Module) -> str | None:
         )
     if get_adapters(layer) is not None:
         return None  # It was checked when it got its first adapter.
-    if not has_class_forward(layer) and not has_parallel_forward(layer):
+    if not has_class_forward(layer):
         return f"its `forward` is set on the instance, which would bypass the adapter. Delete it, or {_EXCLUDE}"
     if original_class(layer).__call__ is not nn.Module.__call__:
         return f"its class overrides `__call__`, which would bypass the adapter. {_EXCLUDE_IT}"
@@ -142,11 +143,6 @@ def _weight_problem(layer: nn.Module) -> str | None:
                 f"({scheme.description(layer)}) cannot be rotated. {_EXCLUDE_IT}"
             )
         return reason
-    if not is_dtensor(weight) and is_split_by_old_transformers(layer):
-        return "this version of transformers splits it without DTensor. Use transformers 5.16 or later"
-    if is_dtensor(weight) and weight.dtype in _DTYPES:
-        reason = why_not_adapted(layer, weight)
-        return reason and f"{reason}. {_EXCLUDE_IT}"
     if type(weight.data) is not Tensor or weight.dtype not in _DTYPES:
         found = type(weight.data).__name__ if type(weight.data) is not Tensor else str(weight.dtype)
         return f"its weight must be a plain floating-point tensor, got {found}. {_EXCLUDE_IT}"

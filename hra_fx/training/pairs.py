@@ -27,8 +27,7 @@ from torch.optim import Optimizer
 from hra_fx.compat import copy_all, renew_step_of_accelerate
 from hra_fx.errors import AdapterError, ConfigError, HRAWarning
 from hra_fx.functional.pairs import from_pairs, gradients_to_pairs, start_length, to_pairs
-from hra_fx.kernels.distributed import as_dtensor
-from hra_fx.layers.sharding import is_dtensor, local_tensor
+from hra_fx.layers.sharding import as_dtensor, is_dtensor, local_tensor
 from hra_fx.model.state import unwrap
 from hra_fx.training.layer_inputs import main_directions
 from hra_fx.training.protect import project_last
@@ -65,7 +64,7 @@ def train_pairs(
     direction of `m`, the input direction of a pair. Between steps, parameters and gradients are those of the vectors,
     so gradient clipping, files, folds and exports do not change.
 
-    This works with any optimizer of torch or bitsandbytes, and with DDP, FSDP2, tensor parallelism, GradScaler and
+    This works with any optimizer of torch or bitsandbytes, and with DDP, FSDP2, GradScaler and
     schedulers. Decoupled weight decay and the weight decay of SGD scale `m` and `d` by the same factor. So they only
     change the lengths of vectors, as without pairs. Call this function again for a copy of the optimizer. Post
     hooks of `step` that are registered before this call see pair coordinates, and so do pre hooks that are registered

@@ -215,7 +215,7 @@ class Marked(Tensor):
 #: name -> (layer, reason, fix)
 LAYERS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "instance forward": (with_instance_forward, "its `forward` is set on the instance", "Delete it, or exclude"),
-    "old tp_plan": (with_old_tp_plan, "splits it without DTensor", "Use transformers 5.16 or later"),
+    "old tp_plan": (with_old_tp_plan, "tensor parallelism splits its weight", "Train with FSDP2 or DDP"),
     "own call": (lambda: OwnCall(6, 6), "its class overrides `__call__`", "`exclude_modules`"),
     "LazyLinear": (lambda: nn.LazyLinear(6), "not initialized", "Run the model once first"),
     "weight_norm": (

@@ -17,7 +17,9 @@ from integrations.distributed.trained import CASES, WAYS, output, part_of, shard
 from one_hub import one_hub
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import hra_fx
@@ -159,6 +161,23 @@ def under_ddp(rank: int, folder: Path) -> None:
         hra_fx.transform(DistributedDataParallel(MLP.base()), config)
 
 
+def refused_when_split(rank: int, folder: Path) -> None:
+    """Tensor parallelism, before and after the model is adapted."""
+    mesh, plan, message = (
+        init_device_mesh("cpu", (2,)),
+        {"0": ColwiseParallel()},
+        r"^0.*: tensor parallelism splits its",
+    )
+    split = parallelize_module(MLP.base(), mesh, plan)
+    with pytest.raises(UnsupportedLayerError, match=rf"{message}.*FSDP2 or DDP.* For inference, call hra_fx\.fold"):
+        hra_fx.transform(split, hra_fx.HRAConfig(r=2, target_modules=["0", "2"]))
+    assert not any("hra_u" in name for name, _ in split.named_parameters())
+    model = MLP.model()
+    with pytest.raises(UnsupportedLayerError, match=message):
+        parallelize_module(model, mesh, plan)
+    assert close(model, MLP, output(MLP.model(), MLP))
+
+
 def refused_copies(rank: int, folder: Path) -> None:
     """FSDP2 puts back the parameters that it found, so trained copies cannot change places."""
     model = shard(COPIES.model(), COPIES.units)
@@ -225,5 +244,6 @@ CHECKS: dict[str, Check] = {
     **{"scale and disabling": strength_and_disabling, "pictures": pictures},
     **{"fold under DDP": fold_under_ddp, "under DDP": under_ddp},
     **{"refused when sharded": refused_when_sharded, "refused copies": refused_copies},
+    "refused when split": refused_when_split,
     "flat shards": flat_shards,
 }

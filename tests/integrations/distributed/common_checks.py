@@ -41,7 +41,6 @@ class Way:
         part: what this process trains on of each batch.
         trainings: arguments of `train`.
         within: largest difference of a loss or a trained value.
-        takes_full_state: whether torch can distribute a full state, which it cannot where two dimensions split it.
     """
 
     case: Case
@@ -49,7 +48,6 @@ class Way:
     part: slice = field(default_factory=lambda: slice(None))
     trainings: tuple[dict[str, Any], ...] = (PLAIN,)
     within: float = 1e-12
-    takes_full_state: bool = True
 
 
 def data_parallel(name: str, way: str, trainings: tuple[dict[str, Any], ...] = (PLAIN,)) -> Way:
@@ -122,9 +120,8 @@ def checkpoints(ways: Mapping[str, Way], rank: int, folder: Path) -> None:
         plain, other = turned_away(case.model()), turned_away(way.make())
         plain.load_state_dict(get_model_state_dict(model, options=full))
         assert close(plain, case, wanted), name
-        if way.takes_full_state:
-            set_model_state_dict(other, plain.state_dict(), options=full)
-            assert close(other, case, wanted), name
+        set_model_state_dict(other, plain.state_dict(), options=full)
+        assert close(other, case, wanted), name
 
 
 def as_lora(ways: Mapping[str, Way], rank: int, folder: Path) -> None:

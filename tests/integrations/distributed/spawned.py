@@ -1,4 +1,4 @@
-"""Run checks one after another in two gloo processes or more, and report which failed.
+"""Run checks one after another in two gloo processes, and report which failed.
 
 Starting processes takes as long as all checks together. They meet at a file instead of a port, which may be in use.
 """
@@ -26,28 +26,28 @@ IMPORTS = ["torch", "transformers", "peft", "torch.distributed.fsdp", "torch.dis
 Check: TypeAlias = Callable[[int, Path], None]
 
 
-def run(checks: Mapping[str, Check], folder: Path, world: int = WORLD) -> dict[str, str]:
+def run(checks: Mapping[str, Check], folder: Path) -> dict[str, str]:
     """Name of a check -> what went wrong in any process; empty where nothing did."""
     multiprocessing.set_forkserver_preload(IMPORTS)
     try:
-        start_processes(_worker, (dict(checks), str(folder), world), world, start_method="forkserver")
+        start_processes(_worker, (dict(checks), str(folder)), WORLD, start_method="forkserver")
         end = "was not run"
     except ProcessException as error:  # a check that failed in one of them alone may keep the other waiting
         end = f"was not run, for a process broke off: {error}"
-    told = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+    told = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
     return {name: "\n".join(filter(None, (one.get(name, end) for one in told))) for name in checks}
 
 
-def _worker(rank: int, checks: dict[str, Check], folder: str, world: int) -> None:
+def _worker(rank: int, checks: dict[str, Check], folder: str) -> None:
     torch.set_num_threads(1)
     # What a launcher sets, for accelerate; the group that it finds is the one below.
-    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "unused"})
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "unused"})
     os.environ["OMP_NUM_THREADS"] = "1"  # else accelerate warns, and sets it
     distributed.init_process_group(
         "gloo",
         init_method=f"file://{folder}/meeting",
         rank=rank,
-        world_size=world,
+        world_size=WORLD,
         timeout=datetime.timedelta(seconds=60),
     )
     told: dict[str, str] = {}

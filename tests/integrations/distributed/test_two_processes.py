@@ -1,4 +1,4 @@
-"""DDP, FSDP2, tensor parallelism and their combination, in two or four real processes.
+"""DDP and FSDP2 in two real processes.
 
 All checks of a group run in one start of the processes.
 """
@@ -10,22 +10,14 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import pytest
-from integrations.distributed import (
-    accelerate_checks,
-    adapter_checks,
-    meta_checks,
-    tensor_parallel_checks,
-    training_checks,
-)
-from integrations.distributed.spawned import WORLD, run
+from integrations.distributed import accelerate_checks, adapter_checks, meta_checks, training_checks
+from integrations.distributed.spawned import run
 
-#: The checks, and the number of processes. All but the first group are slow.
+#: All but the first group are slow.
 GROUPS = {
-    "adapters": ({**adapter_checks.CHECKS, **meta_checks.CHECKS}, WORLD),
-    "training": (training_checks.CHECKS, WORLD),
-    "accelerate and the Trainer": (accelerate_checks.CHECKS, WORLD),
-    "tensor parallelism": (tensor_parallel_checks.CHECKS, WORLD),
-    "mesh": (tensor_parallel_checks.MESH_CHECKS, tensor_parallel_checks.MESH_WORLD),
+    "adapters": {**adapter_checks.CHECKS, **meta_checks.CHECKS},
+    "training": training_checks.CHECKS,
+    "accelerate and the Trainer": accelerate_checks.CHECKS,
 }
 Failures: TypeAlias = Callable[[str], dict[str, str]]
 
@@ -34,8 +26,7 @@ Failures: TypeAlias = Callable[[str], dict[str, str]]
 def failures(tmp_path_factory: pytest.TempPathFactory) -> Failures:
     @functools.cache
     def failures_of(group: str) -> dict[str, str]:
-        checks, processes = GROUPS[group]
-        return run(checks, tmp_path_factory.mktemp("checks"), processes)
+        return run(GROUPS[group], tmp_path_factory.mktemp("checks"))
 
     return failures_of
 
@@ -44,7 +35,7 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> Failures:
     ("group", "name"),
     [
         pytest.param(group, name, marks=[] if group == "adapters" else pytest.mark.slow)
-        for group, (checks, _) in GROUPS.items()
+        for group, checks in GROUPS.items()
         for name in checks
     ],
 )
