@@ -61,7 +61,6 @@ if TYPE_CHECKING:
         convert_to_lora as convert_to_lora,
         save_as_lora as save_as_lora,
     )
-    from hra_fx.model.fold import FoldPlan as FoldPlan, plan_fold as plan_fold
     from hra_fx.model.inject import delete_adapter as delete_adapter
     from hra_fx.model.merge import merge_adapter as merge_adapter, unmerge_adapter as unmerge_adapter
     from hra_fx.model.orthogonality import orthogonality_loss as orthogonality_loss
@@ -105,7 +104,6 @@ _NAMES = {
     "integrations.push": ("push_to_hub",),
     "layers.weight": ("effective_weight",),
     "lora.save": ("LoraResult", "convert_to_lora", "save_as_lora"),
-    "model.fold": ("FoldPlan", "plan_fold"),
     "model.inject": ("delete_adapter",),
     "model.merge": ("merge_adapter", "unmerge_adapter"),
     "model.orthogonality": ("orthogonality_loss",),

@@ -15,6 +15,7 @@ _R = TypeVar("_R")
 
 #: Public name, below `hra_fx`, -> what to do instead.
 NAMES: dict[str, str] = {
+    "FoldPlan": "Call hra_fx.report for the change of each weight, and hra_fx.fold.",
     "VerificationError": "Compare the outputs with those of hra_fx.fold(copy.deepcopy(model)).",
     "accelerate_peft": "Call hra_fx.from_peft(trainer.model) after the trainer is made.",
     "combine": (
@@ -31,10 +32,16 @@ NAMES: dict[str, str] = {
         "Group the rows by adapter, and call the model once for each adapter. vLLM serves several LoRAs in one batch: "
         "write them with hra_fx.save_as_lora."
     ),
+    "plan_fold": "Call hra_fx.report for the change of each weight, and hra_fx.fold.",
 }
 
 #: Function or class -> its removed argument -> what to do instead.
 ARGUMENTS: dict[str, dict[str, str]] = {
+    "fold": {
+        "requantize": (
+            "Load the adapter into the base model without quantization, and fold there; or call hra_fx.save_as_lora."
+        )
+    },
     "transform": {"verify": "Compare the outputs of the model with those of hra_fx.fold(copy.deepcopy(model))."},
 }
 

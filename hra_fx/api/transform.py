@@ -148,22 +148,22 @@ def _is_done(model: nn.Module, config: HRAConfig, adapter_name: str) -> bool:
     return False
 
 
-def fold(model: M, adapter_names: str | Sequence[str] | None = None, *, requantize: bool = False) -> M:
+@without_removed_arguments
+def fold(model: M, adapter_names: str | Sequence[str] | None = None) -> M:
     """Fold adapters into the weights in place, `W <- W Q`. When all adapters are folded, the model is a plain model.
 
     It then has the classes, graph, `state_dict` keys and `requires_grad` flags from before `transform`. Only the values
     of the folded weights, and of tensors trained through `bias` and `modules_to_save`, differ.
 
     All vectors and weights are checked first. Then the new weights are computed and written one layer at a time, in
-    float64 if the device supports it. So folding needs extra memory for only a few copies of one layer. To see the
-    rounding error of each layer before folding, use `plan_fold`.
+    float64 if the device supports it. So folding needs extra memory for only a few copies of one layer.
 
     A weight that shares memory with other tensors (an output layer tied to the embeddings) is untied: the layer gets
     its own parameter, and the others are not changed. If transformers ties them by `config.tie_word_embeddings`, that
     is set to False, and all other tensors that it tied get their own memory too.
 
-    A quantized weight (bitsandbytes, torchao, HQQ) is folded only with `requantize=True`: it is dequantized, rotated,
-    and quantized again in the same scheme. The quantization error is often larger than the effect of the adapter.
+    A quantized weight (bitsandbytes, torchao, HQQ) cannot be folded: load the adapter into the base model without
+    quantization, and fold there, or write it with `save_as_lora`.
 
     A `PeftModel` with HRA is used up, as by PEFT's `merge_and_unload`, so that no second copy of the weights is needed.
     Its forward then runs the folded model, and its other methods raise an error.
@@ -172,7 +172,6 @@ def fold(model: M, adapter_names: str | Sequence[str] | None = None, *, requanti
         model: a transformed model, or a model with PEFT's HRA.
         adapter_names: one or more adapters to fold, in this order; the others are kept and act on the new weights.
             `None` folds the active adapters and removes the others.
-        requantize: whether quantized weights may be folded.
 
     Returns:
         `model`, or the base model of a `PeftModel`.
@@ -184,7 +183,7 @@ def fold(model: M, adapter_names: str | Sequence[str] | None = None, *, requanti
             Gram-Schmidt vectors, or is tied in a model whose forward depends on that. No weight was changed.
 
     Warns:
-        HRAWarning: adapters that are not active are removed, weights are untied, or weights were quantized again.
+        HRAWarning: adapters that are not active are removed, or weights are untied.
 
     Example:
         >>> from torch import nn
@@ -199,7 +198,7 @@ def fold(model: M, adapter_names: str | Sequence[str] | None = None, *, requanti
             root = take_over(module, undo, root_class_for)
             hand_over(module, root, undo)
             module = root
-        job = prepare_fold(module, adapter_names, requantize=requantize)
+        job = prepare_fold(module, adapter_names)
     job.run()
     return module  # type: ignore[no-any-return]
 

@@ -1,22 +1,18 @@
-"""`merge_adapter` and `unmerge_adapter`, and the folded weights `W Q` of a layer, computed in float64.
-
-A quantized weight is dequantized, rotated and quantized again.
-"""
+"""`merge_adapter` and `unmerge_adapter`, and the folded weights `W Q` of a layer, computed in float64."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hra_fx.errors import AdapterError, FoldError, HRAWarning
-from hra_fx.functional.rotate import as_rows, check_finite, check_foldable, rotate_weight, rows_to_weight
+from hra_fx.functional.rotate import check_finite, check_foldable, rotate_weight, rows_to_weight
 from hra_fx.layers.accelerate_hooks import offloading_hook, stored
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.quantized import QuantScheme, quant_scheme_of
+from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.layers.sharding import distribute_like, first_split, reshard
 from hra_fx.layers.target import weight_entry, weight_place
 from hra_fx.model.inject import all_or_nothing
@@ -31,14 +27,6 @@ from hra_fx.model.state import (
 )
 from hra_fx.model.tied import tied_to
 from hra_fx.model.trainable import check_copies, sync_layers
-
-#: A relative change of a quantized weight below this is rounding: the adapter has not been trained.
-_UNTRAINED = 1e-12
-#: How to fold an adapter of a quantized layer without requantizing.
-WITHOUT_REQUANTIZING = (
-    "To avoid the quantization error, save the adapter (hra_fx.save_adapter), load it into the model before "
-    "quantization (hra_fx.load_adapter), and fold that."
-)
 
 
 def merge_adapter(model: nn.Module, adapter_names: str | Iterable[str] | None = None) -> None:
@@ -115,14 +103,13 @@ def merge(root: nn.Module, state: AdapterState, names: tuple[str, ...]) -> None:
             )
     check_whole(root)
     check_no_ties(root, layers)
-    check_floating(layers, names, " Adapters also work without being merged.")
     present = {path: [name for name in names if name in layer.hra_u] for path, layer in layers.items()}
     for path, here in present.items():
         if here:
             check_layer(path, layers[path], here)
     with all_or_nothing() as undo, torch.no_grad():
         for layer, here in ((layers[path], here) for path, here in present.items() if here):
-            weight = folded_weight(layer, here).weight
+            weight = folded_weight(layer, here)
             layer.hra_u.unmerged = layer.hra_base.detach().clone()
             undo.callback(_restore, layer)
             layer.hra_base.copy_(weight)
@@ -157,50 +144,18 @@ def _restore(layer: AdaptedLayer) -> None:
         layer.hra_u.unmerged = None
 
 
-class FoldedWeight(NamedTuple):
-    """The weight of one layer with adapters folded into it.
-
-    Attributes:
-        weight: the new weight, with the shape and dtype of the layer's weight; a new parameter for a quantized layer.
-        base: `W: (out, d)` in float64.
-        exact: `W Q: (out, d)` in float64.
-        stored: the values that `weight` represents, `(out, d)`: `exact` after the cast or the requantization.
-    """
-
-    weight: Tensor
-    base: Tensor
-    exact: Tensor
-    stored: Tensor
-
-    @property
-    def change(self) -> float:
-        """`|W Q - W|_F / |W|_F`."""
-        return _relative(self.exact - self.base, self.base)
-
-    @property
-    def rounding(self) -> float:
-        """`|stored - W Q|_F / |W Q|_F`: the error of the cast to the dtype of the weight, or of the requantization."""
-        return _relative(self.stored.to(self.exact.dtype) - self.exact, self.exact)
-
-
-def folded_weight(layer: AdaptedLayer, names: Iterable[str]) -> FoldedWeight:
+def folded_weight(layer: AdaptedLayer, names: Iterable[str]) -> Tensor:
     """Compute `W Q` of a layer in float64 (float32 on MPS), without any checks. The layer is not changed.
 
-    `names` are in the order of the product. If adapters are merged, `W` is the weight before the merge.
+    The result has the shape and dtype of the weight. `names` are in the order of the product. If adapters are merged,
+    `W` is the weight before the merge.
     """
-    scheme, adapters = quant_scheme_of(layer), layer.hra_u
-    weight = base_weight(layer) if scheme is None else scheme.values(layer)
+    weight, adapters = base_weight(layer), layer.hra_u
     dtype = torch.float32 if weight.device.type == "mps" else torch.float64
-    base = (adapters.rows(weight) if scheme is None else as_rows(weight)).to(dtype)
+    rows = adapters.rows(weight).to(dtype)
     chain = adapters.joint_vectors(names, dtype)
-    exact = base if chain is None else rotate_weight(base, chain.detach())
-    if scheme is None:
-        stored = exact.to(weight.dtype)
-        return FoldedWeight(rows_to_weight(stored, weight, transposed=adapters.fan_in_fan_out), base, exact, stored)
-    if _relative(exact - base, base) < _UNTRAINED:  # requantizing would change the weight anyway
-        return FoldedWeight(layer.hra_base, base, base, base)
-    requantized = scheme.requantized(layer, exact)
-    return FoldedWeight(requantized.weight, base, exact, requantized.values)
+    folded = rows if chain is None else rotate_weight(rows, chain.detach())
+    return rows_to_weight(folded.to(weight.dtype), weight, transposed=adapters.fan_in_fan_out)
 
 
 def base_weight(layer: AdaptedLayer) -> Tensor:
@@ -208,16 +163,18 @@ def base_weight(layer: AdaptedLayer) -> Tensor:
     return layer.hra_base.detach() if layer.hra_u.unmerged is None else layer.hra_u.unmerged
 
 
-def check_layer(path: str, layer: AdaptedLayer, names: Collection[str]) -> bool:
-    """Check that adapters can be folded into a layer. Returns whether its weight is written.
+def check_layer(path: str, layer: AdaptedLayer, names: Collection[str]) -> None:
+    """Check that adapters can be folded into a layer.
 
-    It is not written if it is quantized and the adapters have not been trained. An orthogonal `Q` keeps the lengths of
-    rows, so no entry of `W Q` is larger than the length of the longest row of `W`. `W Q` is only computed if this
-    length exceeds the range of the dtype, or if the layer is quantized.
+    An orthogonal `Q` keeps the lengths of rows, so no entry of `W Q` is larger than the length of the longest row of
+    `W`. `W Q` is only computed if this length exceeds the range of the dtype.
     """
-    scheme = quant_scheme_of(layer)
-    if scheme is not None and (reason := scheme.why_not_requantized(layer)):
-        raise FoldError(f"{path}: {_quantized(layer, scheme)}, and {reason}. {WITHOUT_REQUANTIZING}")
+    if scheme := quant_scheme_of(layer):
+        raise FoldError(
+            f"{path or 'the layer'}: its weight is quantized ({scheme.description(layer)}), and cannot be folded or "
+            "merged. Save the adapter (hra_fx.save_adapter), load it into the base model without quantization "
+            "(hra_fx.load_adapter), and fold there; or write it with hra_fx.save_as_lora."
+        )
     owner, name = weight_place(layer)
     if name not in owner._parameters:
         raise FoldError(
@@ -225,7 +182,7 @@ def check_layer(path: str, layer: AdaptedLayer, names: Collection[str]) -> bool:
             "that first (prune.remove, remove_weight_norm)."
         )
     weight = layer.hra_base.detach()
-    if scheme is None and (layer.hra_base.is_inference() or _is_expanded(weight)):
+    if layer.hra_base.is_inference() or _is_expanded(weight):
         raise FoldError(
             f"{path}: its weight cannot be written, because it was created in inference mode or is an expanded tensor. "
             "Replace it first: layer.weight = torch.nn.Parameter(layer.weight.detach().clone())."
@@ -235,11 +192,8 @@ def check_layer(path: str, layer: AdaptedLayer, names: Collection[str]) -> bool:
         vectors = layer.hra_u[name]
         check_foldable(path, weight, vectors, apply_GS=layer.hra_u.specs[name].apply_GS, adapter=name)
         finite = finite and bool(torch.isfinite(vectors).all())
-    if not finite or scheme is not None or not _fits_dtype(layer.hra_u.rows(base_weight(layer))):
-        folded = folded_weight(layer, names)
-        check_finite(path, folded.stored)
-        return folded.weight is not layer.hra_base
-    return True
+    if not finite or not _fits_dtype(layer.hra_u.rows(base_weight(layer))):
+        check_finite(path, folded_weight(layer, names))
 
 
 def _fits_dtype(rows: Tensor) -> bool:
@@ -275,23 +229,6 @@ def check_no_ties(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
         )
 
 
-def check_floating(layers: Mapping[str, AdaptedLayer], names: Iterable[str], hint: str) -> None:
-    """Check that no weight is quantized. `hint` is a sentence that says what to do instead."""
-    folded = set(names)
-    here = {path: layer for path, layer in layers.items() if folded & set(layer.hra_u)}
-    found = {path: scheme for path, layer in here.items() if (scheme := quant_scheme_of(layer))}
-    if not found:
-        return
-    path, scheme = next(iter(found.items()))
-    others = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    reason = scheme.why_not_requantized(here[path])
-    why = reason or "folding has to quantize it again, which adds a quantization error"
-    raise FoldError(
-        f"{path or 'the layer'}{others}: {_quantized(here[path], scheme)}, and {why}.{'' if reason else hint} "
-        f"{WITHOUT_REQUANTIZING}"
-    )
-
-
 def ties_of(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> dict[str, list[str]]:
     """Path of an adapted layer -> names of the tensors that share memory with its weight, if there are any."""
     names = {path: weight_entry(path, layer) for path, layer in layers.items()}
@@ -301,14 +238,5 @@ def ties_of(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> dict[str, l
     return {path: found[name] for path, name in names.items() if name in found}
 
 
-def _quantized(layer: nn.Module, scheme: QuantScheme) -> str:
-    return f"its weight is quantized ({scheme.description(layer)})"
-
-
 def _is_expanded(weight: Tensor) -> bool:
     return any(step == 0 < size - 1 for step, size in zip(weight.stride(), weight.shape, strict=True))
-
-
-def _relative(difference: Tensor, whole: Tensor) -> float:
-    size = float(torch.linalg.vector_norm(whole))
-    return float(torch.linalg.vector_norm(difference)) / size if size else 0.0

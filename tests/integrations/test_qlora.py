@@ -167,14 +167,13 @@ def test_vectors_that_trl_leaves_in_bfloat16_are_a_warning(folder: Path, tmp_pat
         made.train()
 
 
-def test_a_4_bit_model_of_peft_is_reported_served_and_folded(folder: Path, tmp_path: Path) -> None:
+def test_a_4_bit_model_of_peft_is_reported_and_served(folder: Path, tmp_path: Path) -> None:
     model = with_adapter(TAKEN, in_4_bits(folder))
     randomise(model)
     output = logits(model)
     report = hra_fx.report(model)
     hra_fx.save_as_lora(model, tmp_path)
     factors = load_file(tmp_path / "adapter_model.safetensors")
-    weights: dict[str, tuple[Tensor, Tensor]] = {}
     for row in report:
         layer = model.get_base_model().get_submodule(row.path)
         held = layer.weight
@@ -183,16 +182,8 @@ def test_a_4_bit_model_of_peft_is_reported_served_and_folded(folder: Path, tmp_p
         assert row.weight_change == pytest.approx(float((rotated - weight).norm() / weight.norm()), rel=1e-4)
         down, up = (factors[f"base_model.model.{row.path}.lora_{side}.weight"].double() for side in "AB")
         assert relative_error(weight + up @ down, rotated) < 1e-5, row.path
-        weights[row.path] = weight, rotated
-    assert len(weights) == 14
+    assert len(report) == 14
     assert torch.equal(logits(model), output)
     with pytest.raises(hra_fx.FoldError, match="its weight is quantized"):
         hra_fx.fold(model)
     assert torch.equal(logits(model), output)
-    with pytest.warns(HRAWarning, match="14 weights were quantized again"):
-        folded = hra_fx.fold(model, requantize=True)
-    for path, (weight, rotated) in weights.items():
-        held = folded.get_submodule(path).weight
-        # One more quantization, far smaller than the rotation by random vectors.
-        assert relative_error(dequantize_4bit(held.data, held.quant_state), rotated) < 0.15, path
-        assert relative_error(weight, rotated) > 0.3, path

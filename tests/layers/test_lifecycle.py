@@ -255,8 +255,6 @@ def test_each_layer_has_one_container(name: str) -> None:
     assert list(adapted_layers(model)) == sites
     assert len({id(layer.hra_u) for layer in adapted_layers(model).values()}) == len(sites)
     assert [row.path for row in hra_fx.report(model).rows] == sites
-    plan = hra_fx.plan_fold(model)
-    assert [(layer.path, layer.untied) for layer in plan.layers] == [(path, ()) for path in sites]
     names = [name for name, _ in model.named_parameters() if ".hra_u." in name]
     assert names == [f"{path}.hra_u.default" for path in sites]
 

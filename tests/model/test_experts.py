@@ -38,8 +38,6 @@ def test_one_of_two_adapters_is_folded(name: str) -> None:
     hra_fx.add_adapter(model, "b", experts_config(r=4, target_modules=["q_proj"], init_weights=False))
     hra_fx.set_adapter(model, ["default", "b"])
     both = logits_of(name, model)
-    plan = hra_fx.plan_fold(model, ["default"])
-    assert all((layer.change > 0.1) is ("experts" in layer.path) and layer.rounding < 1e-12 for layer in plan.layers)
     assert relative_error(logits_of(name, hra_fx.fold(model, ["default"])), both) <= 1e-12
 
 

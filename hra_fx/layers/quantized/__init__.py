@@ -3,12 +3,11 @@
 from hra_fx.layers.quantized.call import call_quantized
 from hra_fx.layers.quantized.find import is_foreign_linear, packed_name, quant_scheme_of
 from hra_fx.layers.quantized.other import Other
-from hra_fx.layers.quantized.scheme import QuantScheme, Requantized
+from hra_fx.layers.quantized.scheme import QuantScheme
 
 __all__ = [
     "Other",
     "QuantScheme",
-    "Requantized",
     "call_quantized",
     "is_foreign_linear",
     "packed_name",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hra_fx.layers.quantized.scheme import QuantScheme, Requantized
+from hra_fx.layers.quantized.scheme import QuantScheme
 
 #: The attribute that says whether a layer may change its layout for the CPU.
 _FAST = "support_avx512bf16_for_cpu"
@@ -25,32 +25,17 @@ class EightBit(QuantScheme):
         return "bitsandbytes, 8 bit"
 
     def why_not_adapted(self, layer: Any) -> str | None:
-        """Floating-point weights are quantized in each forward, from a copy that folding does not change."""
+        """With `has_fp16_weights`, each forward quantizes the floating-point weight again."""
         if layer.state.has_fp16_weights:
-            return (
-                "it also keeps a floating-point weight (has_fp16_weights=True), which fold would not change. Create "
-                "it with has_fp16_weights=False, or leave it out with exclude_modules"
-            )
+            return "it was created with has_fp16_weights=True. Set that to False, or leave it out with exclude_modules"
         return None if layer.weight.dtype == torch.int8 else _UNPACKED
 
     def values(self, layer: Any) -> Tensor:
         """`int8 * scale / 127`, float32."""
         weight = layer.weight
         scale = layer.state.SCB if weight.SCB is None else weight.SCB
-        return _scaled(weight.data, scale)
-
-    def requantized(self, layer: Any, rows: Tensor) -> Requantized:
-        """Quantize from float16, as the library does."""
-        weight = layer.weight
-        # The library only quantizes weights that are moved from the CPU to a device.
-        fresh = _class("Int8Params")(rows.to("cpu", torch.float32), requires_grad=False, has_fp16_weights=False)
-        made = fresh.to(weight.device)
-        return Requantized(made, _scaled(made.data, made.SCB))
-
-    def put(self, layer: Any, weight: nn.Parameter) -> None:
-        """Set the weight and reset the state, which would otherwise keep the old weight."""
-        layer._parameters["weight"] = weight
-        layer.state.reset_grads()
+        values: Tensor = weight.data.to(torch.float32) * (scale.to(weight.device, torch.float32) / 127).unsqueeze(1)
+        return values
 
 
 class FourBit(QuantScheme):
@@ -90,43 +75,9 @@ class FourBit(QuantScheme):
     def values(self, layer: Any) -> Tensor:
         """Return values in the dtype that the weight had before quantization."""
         _unpack(layer)
-        return _dequantized(layer.weight)
-
-    def requantized(self, layer: Any, rows: Tensor) -> Requantized:
-        """Quantize with the same block size, type and nesting."""
-        _unpack(layer)
-        weight = layer.weight
-        # Without `module`, which would immediately get the new scales.
-        fresh = _class("Params4bit")(
-            rows.to(weight.quant_state.dtype),
-            requires_grad=False,
-            blocksize=weight.blocksize,
-            compress_statistics=weight.compress_statistics,
-            quant_type=weight.quant_type,
-            quant_storage=weight.quant_storage,
-        )
-        made = fresh.to(weight.device)
-        return Requantized(made, _dequantized(made))
-
-    def put(self, layer: Any, weight: Any) -> None:
-        """Set the weight and its scales, which the layer stores a second time."""
-        weight.module = layer
-        layer._parameters["weight"], layer.quant_state = weight, weight.quant_state
-
-
-def _class(name: str) -> Any:
-    """The library's class of such a weight. Unpickling gives a plain parameter with all its attributes instead."""
-    return getattr(sys.modules["bitsandbytes.nn"], name)
-
-
-def _scaled(rows: Tensor, scale: Tensor) -> Tensor:
-    return rows.to(torch.float32) * (scale.to(rows.device, torch.float32) / 127).unsqueeze(1)
-
-
-def _dequantized(weight: Any) -> Tensor:
-    dequantize: Any = sys.modules["bitsandbytes.functional"].dequantize_4bit
-    values: Tensor = dequantize(weight.data, weight.quant_state)
-    return values
+        dequantize: Any = sys.modules["bitsandbytes.functional"].dequantize_4bit
+        values: Tensor = dequantize(layer.weight.data, layer.weight.quant_state)
+        return values
 
 
 def _unpack(layer: Any) -> None:

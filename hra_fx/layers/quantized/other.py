@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hra_fx.layers.class_swap import original_class
-from hra_fx.layers.quantized.scheme import QuantScheme, Requantized
+from hra_fx.layers.quantized.scheme import QuantScheme
 
 #: Layers that round their inputs to 8 bits deviate by 3 %; layers that are not linear by much more.
 _LINEAR = 0.1
@@ -48,19 +48,11 @@ class Other(QuantScheme):
             return None
         return "its output is not linear in its input, so it has no weight to rotate. Leave it out with exclude_modules"
 
-    def why_not_requantized(self, layer: Any) -> str | None:
-        """How such a layer was quantized is not known."""
-        return "hra_fx does not know how to write the weight of this class"
-
     def values(self, layer: Any) -> Tensor:
         """The outputs for the unit vectors, without the bias, in the dtype of the outputs."""
         unit = torch.eye(layer.in_features + 1, layer.in_features)  # the last row is zero
         found = outputs(layer, unit)
         return (found[:-1] - found[-1]).mT
-
-    def requantized(self, layer: Any, rows: Tensor) -> Requantized:
-        """Never called, because there is always a reason not to."""
-        raise NotImplementedError
 
 
 class GPTQModel(Other):
@@ -69,10 +61,6 @@ class GPTQModel(Other):
     def why_not_adapted(self, layer: Any) -> str | None:
         """All its classes are linear, and some compile a kernel when they are first called."""
         return None
-
-    def why_not_requantized(self, layer: Any) -> str | None:
-        """Rounding to the stored scales would lose what the calibration gained."""
-        return "its scales were calibrated with data for the current weight"
 
 
 def outputs(layer: nn.Module, rows: Tensor) -> Tensor:

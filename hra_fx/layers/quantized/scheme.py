@@ -1,28 +1,15 @@
-"""The interface of the quantization schemes: whether a layer can be adapted, its values, and how to quantize again."""
+"""The interface of the quantization schemes: whether a layer can be adapted, and its values."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 
-class Requantized(NamedTuple):
-    """A weight that was quantized again.
-
-    Attributes:
-        weight: a parameter that replaces the layer's weight.
-        values: the dequantized values, `(out, d)`.
-    """
-
-    weight: nn.Parameter
-    values: Tensor
-
-
 class QuantScheme(ABC):
-    """A library's quantization scheme: reads the values of a layer, and quantizes other values in the same way.
+    """A library's quantization scheme: what hra_fx needs to know about a layer.
 
     Methods with `why` return the reason as text without a final period, or `None`.
 
@@ -45,10 +32,6 @@ class QuantScheme(ABC):
         """Return why a layer cannot be adapted."""
         return None
 
-    def why_not_requantized(self, layer: nn.Module) -> str | None:
-        """Return why its weight cannot be quantized again."""
-        return None
-
     def why_no_gradient(self, layer: nn.Module) -> str | None:
         """Return why no gradient passes a layer without an adapter."""
         return None
@@ -60,11 +43,3 @@ class QuantScheme(ABC):
     @abstractmethod
     def values(self, layer: nn.Module) -> Tensor:
         """The dequantized weight, `(out, d)`, floating point."""
-
-    @abstractmethod
-    def requantized(self, layer: nn.Module, rows: Tensor) -> Requantized:
-        """Quantize other values `(out, d)` like the weight of a layer. The layer is not changed."""
-
-    def put(self, layer: Any, weight: nn.Parameter) -> None:
-        """Set a weight from `requantized` on a layer."""
-        layer._parameters["weight"] = weight

@@ -112,7 +112,7 @@ def test_what_cannot_be_taken_over_is_refused_and_unchanged() -> None:
 def test_functions_of_hra_fx_say_what_to_do_with_a_model_of_peft() -> None:
     advice = r"Call hra_fx\.from_peft\(model\) to use it with hra_fx, or `merge_and_unload\(\)` or `unload\(\)` on the"
     model = randomised_by_peft()
-    for step in (hra_fx.orthogonality_loss, hra_fx.plan_fold, hra_fx.graphs):
+    for step in (hra_fx.orthogonality_loss, hra_fx.graphs):
         with pytest.raises(hra_fx.AdapterError, match=rf" was adapted by PEFT \(base_model.*query\), .*{advice}"):
             step(model)
     for step in (

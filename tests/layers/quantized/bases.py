@@ -36,13 +36,11 @@ class Scheme(NamedTuple):
     Attributes:
         quantize: makes the quantized model of a plain one.
         words: how errors describe it.
-        refolds: whether a rotated weight can be quantized again.
         tolerance: of outputs compared with the dequantized weight, relative; larger if inputs are quantized too.
     """
 
     quantize: Callable[[nn.Sequential], nn.Sequential]
     words: str
-    refolds: bool = True
     tolerance: float = 1e-5
 
 
@@ -150,8 +148,8 @@ SCHEMES = {
     "hqq 4 bit": Scheme(hqq(nbits=4, group_size=32), "HQQ, 4 bit"),
     "hqq 8 bit by row": Scheme(hqq(nbits=8, group_size=None), "HQQ, 8 bit"),
     "hqq 3 bit by column": Scheme(hqq(nbits=3, group_size=32, axis=0), "HQQ, 3 bit"),
-    "unknown": Scheme(_each(Packed), "layers, Packed", refolds=False),
-    "ao float8": Scheme(torchao(Float8WeightOnlyConfig()), "torchao, Float8Tensor", refolds=False),
+    "unknown": Scheme(_each(Packed), "layers, Packed"),
+    "ao float8": Scheme(torchao(Float8WeightOnlyConfig()), "torchao, Float8Tensor"),
 }
 #: One for each library and each way to compute gradients, for tests that do not depend on numbers.
 FEW = ("bnb int8", "bnb nf4", "ao int8", "ao int8 dynamic", "ao int4", "hqq 4 bit", "unknown")

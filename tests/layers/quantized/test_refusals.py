@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
-from layers.quantized.bases import Packed, config, inputs, int4, opaque, plain, quantized, torchao
+from layers.quantized.bases import SCHEMES, Packed, adapted, config, inputs, int4, opaque, plain, quantized, torchao
 from refusals import refused
 from torch import Tensor, nn
-from torchao.quantization import Int8StaticActivationInt8WeightConfig, Int8WeightOnlyConfig
+from torchao.quantization import Int8WeightOnlyConfig
 
 import hra_fx
 from hra_fx.errors import FoldError, HRAWarning, SelectionError, UnsupportedLayerError
@@ -70,7 +70,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "4 bit, not quantized yet": (lambda: FOUR(64, 32), FIRST_MOVE.format("Linear4bit")),
     "quantized in each forward": (
         lambda: EIGHT(64, 32, has_fp16_weights=True).to("cpu"),
-        r".*floating-point weight \(has_fp16_weights=True\).*Create it with has_fp16_weights=False, or leave it out",
+        r".*created with has_fp16_weights=True\. Set that to False, or leave it out",
     ),
     "own forward of bitsandbytes": (lambda: OwnForward(64, 32).to("cpu"), OWN.format("bitsandbytes, 4 bit fp4")),
     "own forward of torchao": (
@@ -118,31 +118,23 @@ def test_all_linear_selects_layers_of_known_libraries_only() -> None:
     assert [row.path for row in hra_fx.report(model)] == ["0", "2"]
 
 
-def hqq_without_settings() -> nn.Module:
-    model = quantized("hqq 4 bit")
-    model[0].quant_config = None
-    return model
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_fold_and_merge(scheme: str) -> None:
+    model, x = adapted(scheme), inputs()
+    wanted = model(x)
+    words = re.escape(SCHEMES[scheme].words)
+    text = rf"^0: its weight is quantized \({words}\), .*without quantization .*save_as_lora\.$"
+    for act in (hra_fx.fold, hra_fx.merge_adapter):
+        with pytest.raises(FoldError, match=text):
+            act(model)
+    assert torch.equal(model(x), wanted)
 
 
-def calibrated() -> nn.Module:
-    scale = torch.full((1, 1), 0.05)
-    return torchao(Int8StaticActivationInt8WeightConfig(act_quant_scale=scale, act_quant_zero_point=None))(
-        only(nn.Linear(64, 32))
-    )
-
-
-NOT_REQUANTIZED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "HQQ": (hqq_without_settings, r"HQQ, 4 bit\), and it was loaded without its quant_config"),
-    "unknown class": (lambda: quantized("unknown"), r"layers, Packed\), and hra_fx does not know how to write the wei"),
-    "calibrated": (calibrated, r"and its Int8Tensor has input scales that were calibrated for the current weight"),
-}
-
-
-@pytest.mark.parametrize(("make", "reason"), NOT_REQUANTIZED.values(), ids=NOT_REQUANTIZED)
-def test_a_weight_that_cannot_be_quantized_again(make: Callable[[], nn.Module], reason: str) -> None:
-    model = hra_fx.transform(make(), config("0"))
-    with pytest.raises(FoldError, match=rf"^0: its weight is quantized .*{reason}"):
-        hra_fx.fold(model, requantize=True)
+def test_quantized_layers_without_an_adapter_do_not_matter() -> None:
+    model = nn.ModuleDict({"packed": quantized("bnb nf4"), "head": nn.Linear(32, 8)})
+    hra_fx.transform(model, config("head", inference_mode=True))
+    hra_fx.fold(model)
+    assert type(model["head"]) is nn.Linear
 
 
 def test_a_trained_copy() -> None:
@@ -186,7 +178,7 @@ def test_other_layers_that_stop_gradients_after_an_evaluation_are_warned_about()
 def test_int4_of_gpus_is_adapted_and_not_folded() -> None:
     model = hra_fx.transform(int4(), config("0"))
     assert model[0].hra_u["default"].shape == (64, 4) and model[0].hra_u["default"].dtype == torch.float32
-    with pytest.raises(FoldError, match=r"torchao, Int4Tensor\), and its Int4Tensor does not record how it was quant"):
+    with pytest.raises(FoldError, match=r"torchao, Int4Tensor\), and cannot be folded"):
         hra_fx.fold(model)
 
 

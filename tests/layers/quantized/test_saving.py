@@ -21,7 +21,7 @@ from torchao.quantization.granularity import PerGroup
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig, Trainer
 
 import hra_fx
-from hra_fx.errors import AdapterError, HRAWarning
+from hra_fx.errors import AdapterError
 
 PLAIN_STATES = [name for name in FEW if name != "bnb nf4"]
 
@@ -178,17 +178,6 @@ def test_adapters_are_saved_loaded_and_generate(name: str, folder: Path, tmp_pat
     assert not torch.allclose(logits(again), logits(loaded(folder, name)), atol=1.0)
     text = model.generate(tokens_of(2, 4), max_new_tokens=4, do_sample=False)
     assert torch.equal(again.generate(tokens_of(2, 4), max_new_tokens=4, do_sample=False), text)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_folded_models_are_saved_and_loaded(name: str, folder: Path, tmp_path: Path) -> None:
-    model = adapted_model(folder, name)
-    randomise(model)
-    with pytest.warns(HRAWarning, match="14 weights were quantized again"):
-        hra_fx.fold(model, requantize=True)
-    # Before the evaluation, in which bitsandbytes may change the layout of weights (AVX512-BF16).
-    model.save_pretrained(tmp_path)
-    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model), atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["bnb nf4", "ao int4"])
