@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from diffusion_pipelines import stable_diffusion
 from integrations.trl_use.runs import QUESTION, SFT_CHATS, base_model, tokenizer
+from torch import distributed
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
@@ -27,8 +28,12 @@ def training(model: Any) -> Names:
 
 
 def large_models() -> Names:
+    """Without the process group that `TrainingArguments` makes under torchrun: the guide makes its own."""
+    given = training(None)
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
     return {
-        **training(None),
+        **given,
         "device": "cpu",
         "state_dict": base_model("SFT").state_dict(),
         "texts": Dataset.from_list(SFT_CHATS),

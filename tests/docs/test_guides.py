@@ -80,10 +80,10 @@ def test_the_programs_run_with_a_tiny_model(name: str, tmp_path: Path, monkeypat
 def test_the_meta_program_gives_the_base_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_my_model(tmp_path)
-    distributed.init_process_group()
     (program,) = (block.text for block in python_blocks(DOCS / "large-models.md") if "to_empty" in block.text)
     names = GIVEN["large-models"]() | {"hra_fx": hra_fx, "torch": torch, "AutoModelForCausalLM": AutoModelForCausalLM}
     names |= {"fully_shard": fully_shard}
+    distributed.init_process_group()
     exec(program, names)
     ids = torch.arange(3, 9)[None]
     wanted = AutoModelForCausalLM.from_pretrained("my-model", dtype=torch.float32)(ids).logits
