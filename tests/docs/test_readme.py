@@ -15,13 +15,13 @@ from integrations.trl_use.runs import base_model, tokenizer
 from learning.rates import final_runs
 from learning.records import Record, read
 from learning.summary import gain
+from learning.table import SEEDS, readme_table
 
 import hra_fx
 from hra_fx.compat import NEWER
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROGRAMS = [block.text for block in python_blocks(ROOT / "README.md")]
-METHODS = ("lora", "hra-pairs", "hra", "full")
 
 
 def section(name: str, text: str = README) -> str:
@@ -43,27 +43,13 @@ def records() -> list[Record]:
     return read()
 
 
-def number(value: float, sign: str = "") -> str:
-    return f"{value:{sign}.{1 if abs(value) >= 10 else 2}f}"
-
-
 def mean(records: list[Record], method: str, name: str) -> float:
-    runs = [run for run in final_runs(records, "language", method) if run.seed < 5]
+    runs = [run for run in final_runs(records, "language", method) if run.seed in SEEDS]
     return statistics.mean(run.retention[name] for run in runs)
 
 
 def test_the_results_are_those_of_the_records(records: list[Record]) -> None:
-    rows = [line for line in section("Results").splitlines() if line.startswith("| [")]
-    assert len(rows) == 4
-    for row in rows:
-        link, lora, pairs, gain_of_pairs, vectors, gain_of_vectors, full = cells(row)
-        task = re.findall(r"^\[([\w-]+)\]", link)[0]
-        for told, method in zip((lora, pairs, vectors, full), METHODS, strict=True):
-            scores = [run.test for run in final_runs(records, task, method) if run.test is not None]
-            assert told == f"{number(statistics.mean(scores))} ± {number(statistics.stdev(scores))}"
-        for told, method in ((gain_of_pairs, "hra-pairs"), (gain_of_vectors, "hra")):
-            found = gain(records, task, method, "lora")
-            assert told == f"{number(found.mean, '+')} ± {number(found.half)}"
+    assert readme_table(records) in README, "`make bench-learning` prints the table"
 
 
 def test_what_it_says_of_protection(records: list[Record]) -> None:
