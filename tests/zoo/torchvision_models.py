@@ -125,7 +125,7 @@ def _longest(name: str, table: dict[str, Any]) -> Any:
     return table[max((beginning for beginning in table if name.startswith(beginning)), key=len)]
 
 
-def _images(sizes: tuple[int, ...]) -> Callable[[int, int], Call]:
+def images(sizes: tuple[int, ...]) -> Callable[[int, int], Call]:
     return lambda batch, size: ((torch.randn(batch, 3, sizes[size], sizes[size]),), {})
 
 
@@ -139,7 +139,7 @@ def _classifier(name: str) -> Entry:
             _narrow(model.classifier)
         return model
 
-    return Entry(f"torchvision/{name}", build, _images(sides), sizes=len(sides), double=name not in _SLOW)
+    return Entry(f"torchvision/{name}", build, images(sides), sizes=len(sides), double=name not in _SLOW)
 
 
 def _narrow(classifier: Any) -> None:
@@ -195,7 +195,7 @@ def _segmenter(name: str) -> Entry:
         with _smaller():
             return models.get_model(name, weights=None, weights_backbone=None, num_classes=_CLASSES, **auxiliary)
 
-    return Entry(f"torchvision/{name}", build, _images((64, 96)))
+    return Entry(f"torchvision/{name}", build, images((64, 96)))
 
 
 ENTRIES = (

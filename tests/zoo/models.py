@@ -1,0 +1,96 @@
+"""All models of the zoo, from tables.
+
+Columns of models.tsv: model, class, inputs (a name in calls.py), sizes, names of fields.tsv, and more fields. Later
+fields take the place of earlier ones; None takes one out. Columns of timm.tsv: model, keyword arguments that make it
+smaller, image size, another image size (0: none).
+"""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from zoo import torchvision_models
+from zoo.calls import CALLS
+from zoo.entry import Entry
+
+_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+#: Of timm: a gigabyte in float64.
+_LARGE = ("timm/vgg11",)
+
+
+def entries() -> dict[str, Entry]:
+    """Name -> entry, by library and name.
+
+    Raises:
+        ValueError: a name is used twice.
+    """
+    found: dict[str, Entry] = {}
+    for entry in (*torchvision_models.ENTRIES, *_of_timm(), *_of_hugging_face()):
+        if entry.name in found:
+            raise ValueError(f"{entry.name}: it is in the tables twice")
+        found[entry.name] = entry
+    return dict(sorted(found.items()))
+
+
+def named(patterns: Iterable[str]) -> dict[str, Entry]:
+    """The entries whose name, or what follows the library's, fits one of these shell patterns; all where there is none.
+
+    Raises:
+        KeyError: a pattern fits nothing.
+    """
+    every, chosen = entries(), dict[str, Entry]()
+    for pattern in patterns:
+        fitting = {n: e for n, e in every.items() if any(fnmatch.fnmatch(x, pattern) for x in (n, n.partition("/")[2]))}
+        if not fitting:
+            raise KeyError(f"{pattern}: no model of the zoo is called so")
+        chosen |= fitting
+    return dict(sorted(chosen.items())) or every
+
+
+def _rows(name: str) -> Iterator[list[str]]:
+    for line in Path(__file__).with_name(name).read_text(encoding="utf-8").splitlines():
+        yield line.split("\t")
+
+
+def _of_hugging_face() -> Iterator[Entry]:
+    """Models of transformers and diffusers, from fields of their configurations."""
+    shared: dict[str, dict[str, Any]] = {name: ast.literal_eval(fields) for name, fields in _rows("fields.tsv")}
+    for name, model, call, sizes, bases, more in _rows("models.tsv"):
+        fields: dict[str, Any] = {}
+        for part in (*(shared[base] for base in bases.split()), ast.literal_eval(more)):
+            fields |= part
+        build = _builder(name.partition("/")[0], model, {key: field for key, field in fields.items() if field is not None})
+        yield Entry(name, build, CALLS[call], int(sizes), parameters=_EXPERTS if name.endswith("_experts") else ())
+
+
+def _builder(library: str, model: str, fields: dict[str, Any]) -> Callable[[], nn.Module]:
+    """Imports the library late."""
+
+    def build() -> nn.Module:
+        made: type[Any] = getattr(import_module(library), model)
+        # Copies, since configurations take from the dicts that they are given.
+        given = deepcopy(fields)
+        built: nn.Module = made(**given) if library == "diffusers" else made(made.config_class(**given))
+        return built
+
+    return build
+
+
+def _of_timm() -> Iterator[Entry]:
+    """The smallest model of every timm family."""
+    for model, kwargs, *sides in _rows("timm.tsv"):
+        name, used = f"timm/{model}", tuple(int(side) for side in sides if int(side))
+
+        def build(model: str = model, kwargs: str = kwargs) -> nn.Module:
+            made: nn.Module = import_module("timm").create_model(model, **ast.literal_eval(kwargs))
+            return made
+
+        call = torchvision_models.images(used)
+        yield Entry(name, build, call, sizes=len(used), double=name not in _LARGE)
