@@ -159,7 +159,7 @@ refresh-constraints: ## pin the newest releases in tests/constraints.txt, if all
 	cp $(REFRESHED)/constraints.txt tests/constraints.txt
 	$(REFRESHED)/bin/python -m pytest -q tests/test_versions.py || { cp $(REFRESHED)/before.txt tests/constraints.txt; exit 1; }
 
-zoo: $(VENV)/test.stamp ## check 588 models (1.5 hours); write build/zoo/zoo.md
+zoo: $(VENV)/test.stamp ## check 588 models, and write docs/zoo.json (1.5 hours, resumable)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests:tests/support:benchmarks $(BIN)/python -m zoo.run $(ZOO_FLAGS)
 
 export-table: $(VENV)/openvino.stamp ## which models pass through which exporter

@@ -13,8 +13,7 @@ import torch
 from adapting import randomise
 from oracles import relative_error
 from torch import Tensor, nn
-from zoo.inputs import TEXT, hugging
-from zoo.transformers_moe import ENTRIES, EXPERTS, LATENT
+from zoo.models import builder, fields, named
 
 import hra_fx
 from hra_fx.errors import UnsupportedLayerError
@@ -22,12 +21,23 @@ from hra_fx.lora.save import convert_files
 
 OF_DOTS1 = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}
 OF_LONGCAT = {"ffn_hidden_size": 32, "expert_ffn_hidden_size": 16, "zero_expert_num": 2, "num_layers": 2}
-DECODERS = [entry for entry in ENTRIES if not entry.parameters and "switch" not in entry.name]
-ARCHITECTURES = {entry.name.partition("/")[2]: entry.build for entry in DECODERS} | {
-    "dots1": hugging("Dots1ForCausalLM", **TEXT | EXPERTS | OF_DOTS1),
-    "laguna": hugging("LagunaForCausalLM", **TEXT | EXPERTS),
-    "nemotron_h": hugging("NemotronHForCausalLM", **TEXT | EXPERTS),
-    "longcat_flash": hugging("LongcatFlashForCausalLM", **TEXT | EXPERTS | LATENT | OF_LONGCAT),
+DECODERS = """
+mixtral qwen2_moe qwen3_moe qwen3_next olmoe flex_olmo deepseek_v2 deepseek_v3 glm4_moe granitemoe granitemoeshared
+phimoe gpt_oss llama4 dbrx jamba jetmoe ernie4_5_moe minimax lfm2_moe
+"""
+#: Model -> its class, sets of fields in the tables of the zoo, and its own fields.
+MORE: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "dots1": ("Dots1ForCausalLM", "TEXT EXPERTS", OF_DOTS1),
+    "laguna": ("LagunaForCausalLM", "TEXT EXPERTS", {}),
+    "nemotron_h": ("NemotronHForCausalLM", "TEXT EXPERTS", {}),
+    "longcat_flash": ("LongcatFlashForCausalLM", "TEXT EXPERTS LATENT", OF_LONGCAT),
+}
+ARCHITECTURES = {
+    **{
+        entry.name.partition("/")[2]: entry.build
+        for entry in named(f"transformers/{one}" for one in DECODERS.split()).values()
+    },
+    **{name: builder("transformers", model, fields(sets, **own)) for name, (model, sets, own) in MORE.items()},
 }
 #: Shared experts whose names PEFT converts, both layouts of experts, and a router with its own forward.
 SOME = ("dots1", "gpt_oss", "llama4")

@@ -6,11 +6,11 @@ from typing import Any
 
 import diffusers
 from transformers import CLIPTextConfig, CLIPTextModel
-from zoo.diffusers_models import UNET
+from zoo.models import fields
 
 
 def unet(cross_attention_dim: int = 16, **more: Any) -> diffusers.UNet2DConditionModel:
-    return diffusers.UNet2DConditionModel(**UNET | {"cross_attention_dim": cross_attention_dim, **more})
+    return diffusers.UNet2DConditionModel(**fields("UNET", cross_attention_dim=cross_attention_dim, **more))
 
 
 def text_encoder(words: int = 40) -> CLIPTextModel:

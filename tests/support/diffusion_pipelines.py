@@ -9,7 +9,7 @@ import torch
 from diffusion_models import text_encoder, unet
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
-from zoo.diffusers_models import KL
+from zoo.models import fields
 
 
 def tokenizer() -> CLIPTokenizer:
@@ -20,8 +20,8 @@ def tokenizer() -> CLIPTokenizer:
 
 
 def vae(latent_channels: int = 4) -> diffusers.AutoencoderKL:
-    sizes = {"block_out_channels": (8, 8), "latent_channels": latent_channels, "shift_factor": 0.0}
-    return diffusers.AutoencoderKL(**KL | sizes)
+    sizes: dict[str, Any] = {"block_out_channels": (8, 8), "latent_channels": latent_channels, "shift_factor": 0.0}
+    return diffusers.AutoencoderKL(**fields("AUTOENCODER", **sizes))
 
 
 def scheduler() -> diffusers.DDIMScheduler:

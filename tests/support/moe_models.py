@@ -10,7 +10,7 @@ from oracles import dense_q
 from torch import Tensor, nn
 from torch.func import functional_call
 from zoo.entry import Entry
-from zoo.transformers_moe import ENTRIES
+from zoo.models import entries
 
 import hra_fx
 
@@ -27,7 +27,7 @@ def experts_config(**fields: Any) -> hra_fx.HRAConfig:
 
 def entry_of(name: str) -> Entry:
     """The entry of the zoo."""
-    return next(entry for entry in ENTRIES if entry.name == f"transformers/{name}")
+    return entries()[f"transformers/{name}"]
 
 
 def built(name: str, dtype: torch.dtype = torch.float64, implementation: str | None = None) -> nn.Module:

@@ -15,7 +15,7 @@ import transformers
 from layers.checking import assert_same, normal, tensors
 from torch import Tensor, fx, nn
 from tracing.models import Two
-from zoo.diffusers_models import ENTRIES
+from zoo.models import entries
 
 import hra_fx
 from hra_fx.errors import AdapterError
@@ -118,7 +118,7 @@ def test_a_difference_follows_the_mode_of_its_module() -> None:
 
 @pytest.mark.parametrize("name", ["UNet2DConditionModel", "UNet2DModel", "AutoencoderKL"])
 def test_models_of_diffusers_are_graphs_of_all_their_layers(name: str) -> None:
-    entry = next(entry for entry in ENTRIES if entry.name == f"diffusers/{name}")
+    entry = entries()[f"diffusers/{name}"]
     torch.manual_seed(0)
     model = entry.build()
     args, kwargs = entry.call(2, 0)

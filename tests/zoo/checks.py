@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import time
 import warnings
-from typing import Any
 
 import torch
 from adapting import randomise
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from zoo.entry import Entry
 from zoo.oracle import Oracle, stir
 from zoo.outputs import Differs, check_usable, seed
 from zoo.refusing import candidates, transform_most
-from zoo.result import CHECKS, HIDDEN, LEAVES, NOT_APPLICABLE, OK, REFUSED, YES, Result
+from zoo.result import BY_EXPORT, BY_FX, CHECKS, NOT_APPLICABLE, OK, REFUSED, Result
 from zoo.runs import Runs, short
 
 import hra_fx
@@ -29,7 +27,6 @@ class NotApplicable(Exception):
 
 def check(entry: Entry) -> Result:
     """Run all checks on one model, also after a failure."""
-    begin = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trial = Trial(entry)
@@ -37,7 +34,6 @@ def check(entry: Entry) -> Result:
             trial.make(name)
             if trial.over:
                 break
-    trial.result.seconds = time.perf_counter() - begin
     return trial.result
 
 
@@ -65,9 +61,7 @@ class Trial(Runs):
         try:
             getattr(self, f"check_{name}")()
         except NotApplicable as reason:
-            text = NOT_APPLICABLE
-            if str(reason):
-                self.result.notes.append(f"{name}: {reason}")
+            text = f"{NOT_APPLICABLE}: {reason}"
         except Differs as error:
             text = str(error)
         except Exception as error:
@@ -80,12 +74,12 @@ class Trial(Runs):
         self._prepare()
         self.model = copy.deepcopy(self.base)
         wanted = candidates(self.model, self.entry.parameters)
-        config, self.result.refused, first = transform_most(self.model, self.entry.parameters)
+        config, self.result.refused, seconds = transform_most(self.model, self.entry.parameters)
         if config is None:
             self.over = True
             raise NotApplicable("every layer is refused" if wanted else "there is no layer to adapt")
         self.config = config
-        self._time(first)
+        self.result.transform_s = round(seconds, 3)
         rows = hra_fx.report(self.model).rows
         self.result.matched = len(rows)
         missed = wanted.keys() - {row.path for row in rows} - self.result.refused.keys()
@@ -108,24 +102,6 @@ class Trial(Runs):
                 if dtype is torch.float32:
                     raise
         self.result.dtype = str(self.dtype).removeprefix("torch.")
-
-    def _time(self, first: float) -> None:
-        """Measure the seconds of `transform` and of `symbolic_trace`, the better of two runs each."""
-        self._fresh = copy.deepcopy(self.base)
-        copying = time.perf_counter()
-        hra_fx.transform(self._fresh, self.config)
-        self.result.first_s = first
-        self.result.transform_s = min(first, time.perf_counter() - copying)
-        traces = []
-        for _ in range(2):
-            plain = copy.deepcopy(self.base)
-            begin = time.perf_counter()
-            try:
-                fx.symbolic_trace(plain)
-            except Exception:
-                return
-            traces.append(time.perf_counter() - begin)
-        self.result.trace_s = min(traces)
 
     def check_start(self) -> None:
         """Fresh reflections change nothing, in either mode."""
@@ -175,7 +151,7 @@ class Trial(Runs):
     def check_size(self) -> None:
         """Another image size or length."""
         if self.entry.sizes < 2:
-            raise NotApplicable
+            raise NotApplicable("the size is fixed")
         self.agree(self.model.eval(), self.oracle, size=1)
 
     def check_deepcopy(self) -> None:
@@ -196,20 +172,19 @@ class Trial(Runs):
         own = {name for name in state if ".hra_u." not in name}
         if own != plain.keys():
             raise Differs(f"keys of the base model: {sorted(own ^ plain.keys())[:3]} are not in both")
-        self._fresh.load_state_dict(state)
-        self._equal(self.run(self._fresh.eval()), self.run(self.model.eval()))
-        del self._fresh
+        fresh = hra_fx.transform(copy.deepcopy(self.base), self.config)
+        fresh.load_state_dict(state)
+        self._equal(self.run(fresh.eval()), self.run(self.model.eval()))
 
     def check_trace(self) -> None:
         """The graph of `trace=True` is the model, in both modes and for another batch, or `transform` refuses it."""
         plain = copy.deepcopy(self.base)
-        options: Any = {}
         try:
             traced = hra_fx.transform(plain, self.config, trace=True)
-            self.result.traced = LEAVES if "check_inputs" in traced._modules else YES
+            self.result.traced = BY_EXPORT if "check_inputs" in traced._modules else BY_FX
         except hra_fx.AdapterError:
-            options = {"example_inputs": self.example()}
-        if options or self.result.traced == LEAVES:  # the call that is made from a configuration has few arguments
+            self.result.traced = BY_EXPORT
+        if self.result.traced == BY_EXPORT:  # the call that is made from a configuration has few arguments
             traced = self._captured()
         traced.load_state_dict(self.model.state_dict())
         if list(self.model.state_dict()) != list(traced.state_dict()):
@@ -222,15 +197,11 @@ class Trial(Runs):
 
     def _captured(self) -> nn.Module:
         base, example = copy.deepcopy(self.base), self.example()
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always", hra_fx.HRAWarning)
-            try:
-                made = hra_fx.transform(base, self.config, trace=True, example_inputs=example)
-            except hra_fx.HRAError as error:
-                self.result.traced = f"{REFUSED}{error}"
-                raise NotApplicable from error
-        self.result.traced = HIDDEN if any("its graph calls" in str(entry.message) for entry in seen) else LEAVES
-        return made
+        try:
+            return hra_fx.transform(base, self.config, trace=True, example_inputs=example)
+        except hra_fx.HRAError as error:
+            self.result.traced = f"{REFUSED}{error}"
+            raise NotApplicable("there is no graph") from error
 
     def _agree_in_size(self, traced: nn.Module) -> None:
         """For another batch, if the graph allows it."""
@@ -239,7 +210,6 @@ class Trial(Runs):
         except (AssertionError, RuntimeError) as error:
             if "the graph was captured for inputs" not in str(error):
                 raise
-            self.result.notes.append(f"trace: one batch size only ({str(error).partition('.')[0]})")
 
     def _agree_in_gradients(self, traced: nn.Module) -> None:
         """The gradients of the vectors are those of the eager model."""

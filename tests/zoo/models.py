@@ -11,6 +11,7 @@ import ast
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -54,33 +55,37 @@ def named(patterns: Iterable[str]) -> dict[str, Entry]:
     return dict(sorted(chosen.items())) or every
 
 
-def _rows(name: str) -> Iterator[list[str]]:
-    for line in Path(__file__).with_name(name).read_text(encoding="utf-8").splitlines():
-        yield line.split("\t")
+@cache
+def _rows(name: str) -> list[list[str]]:
+    return [line.split("\t") for line in Path(__file__).with_name(name).read_text(encoding="utf-8").splitlines()]
 
 
-def _of_hugging_face() -> Iterator[Entry]:
-    """Models of transformers and diffusers, from fields of their configurations."""
-    shared: dict[str, dict[str, Any]] = {name: ast.literal_eval(fields) for name, fields in _rows("fields.tsv")}
-    for name, model, call, sizes, bases, more in _rows("models.tsv"):
-        fields: dict[str, Any] = {}
-        for part in (*(shared[base] for base in bases.split()), ast.literal_eval(more)):
-            fields |= part
-        build = _builder(name.partition("/")[0], model, {key: field for key, field in fields.items() if field is not None})
-        yield Entry(name, build, CALLS[call], int(sizes), parameters=_EXPERTS if name.endswith("_experts") else ())
+def fields(names: str, **more: Any) -> dict[str, Any]:
+    """Fields of a configuration: those with these names in fields.tsv, and more."""
+    shared = dict(_rows("fields.tsv"))
+    found: dict[str, Any] = {}
+    for name in names.split():
+        found |= ast.literal_eval(shared[name])
+    return {key: value for key, value in (found | more).items() if value is not None}
 
 
-def _builder(library: str, model: str, fields: dict[str, Any]) -> Callable[[], nn.Module]:
-    """Imports the library late."""
+def builder(library: str, model: str, given: dict[str, Any]) -> Callable[[], nn.Module]:
+    """Makes a model of transformers or diffusers from the fields of its configuration; imports the library late."""
 
     def build() -> nn.Module:
         made: type[Any] = getattr(import_module(library), model)
-        # Copies, since configurations take from the dicts that they are given.
-        given = deepcopy(fields)
-        built: nn.Module = made(**given) if library == "diffusers" else made(made.config_class(**given))
+        own = deepcopy(given)  # configurations take from the dicts that they are given
+        built: nn.Module = made(**own) if library == "diffusers" else made(made.config_class(**own))
         return built
 
     return build
+
+
+def _of_hugging_face() -> Iterator[Entry]:
+    """Models of transformers and diffusers."""
+    for name, model, call, sizes, shared, more in _rows("models.tsv"):
+        build = builder(name.partition("/")[0], model, fields(shared, **ast.literal_eval(more)))
+        yield Entry(name, build, CALLS[call], int(sizes), parameters=_EXPERTS if name.endswith("_experts") else ())
 
 
 def _of_timm() -> Iterator[Entry]:

@@ -1,51 +1,48 @@
-"""What the zoo found out about one model."""
+"""What the zoo found out about one model, and about all of them."""
 
 from __future__ import annotations
 
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-#: The checks, in the order in which they are made, and what the table says above them.
-CHECKS = {
-    "transform": "transform",
-    "start": "start",
-    "eval": "random",
-    "train": "train",
-    "gradients": "grads",
-    "batch": "batch",
-    "size": "size",
-    "deepcopy": "copy",
-    "state_dict": "state",
-    "trace": "trace",
-    "fold": "fold",
-}
-OK, NOT_APPLICABLE = "ok", "-"
-YES, LEAVES = "torch.fx", "layers"
-#: Like `LEAVES`, with layers in a part that runs one graph in each mode, which a pass does not see.
-HIDDEN = "layers, some by mode"
-#: How the text of a check begins that ended in a refusal, with a reason and without any change.
-REFUSED = "refused: "
+#: The checks, in the order in which they are made.
+CHECKS = (
+    "transform",
+    "start",
+    "eval",
+    "train",
+    "gradients",
+    "batch",
+    "size",
+    "deepcopy",
+    "state_dict",
+    "trace",
+    "fold",
+)
+OK = "ok"
+#: How the text of a check begins that does not apply, and of one that ended in a refusal without any change.
+NOT_APPLICABLE, REFUSED = "not applicable", "refused: "
+#: How `transform(trace=True)` makes a graph.
+BY_FX, BY_EXPORT = "torch.fx", "torch.export"
 
 
 @dataclass
 class Result:
-    """One model's row.
+    """One model's record.
 
     Attributes:
         name: `"<library>/<model>"`.
         matched: adapted layers.
-        traced: how `transform(trace=True)` makes a graph: `YES` (by torch.fx), `LEAVES` (by torch.export, with layers
-            as leaves), `HIDDEN` or `REFUSED` with the reason.
+        traced: `BY_FX`, `BY_EXPORT`, or `REFUSED` with the reason.
         refused: layer -> why `transform` refused it.
-        checks: name -> "ok", "-" (not applicable), "refused: ..." or what went wrong.
+        checks: name -> `OK`, "not applicable: ...", "refused: ..." or what went wrong.
         inert: layers whose vectors get no gradient, while those of the oracle do.
         untouched: layers whose vectors change no output, in the oracle either: not called, or of one dimension.
-        notes: why a check is not applicable, and what else is to be known.
         dtype: in which the model was run.
-        first_s: seconds of the first `transform`.
-        transform_s: those of the better one of two, to compare with the next.
-        trace_s: seconds of `torch.fx.symbolic_trace` of the same model; `None` where that fails.
-        seconds: of everything.
-        cpu_s: seconds of one core that the model's process took; other programs beside it hardly change them.
+        transform_s: seconds of the first `transform`.
+        cpu_s: seconds of one core that the model's process took.
     """
 
     name: str
@@ -55,40 +52,53 @@ class Result:
     checks: dict[str, str] = field(default_factory=dict)
     inert: list[str] = field(default_factory=list)
     untouched: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
     dtype: str = ""
-    first_s: float = 0.0
     transform_s: float = 0.0
-    trace_s: float | None = None
-    seconds: float = 0.0
     cpu_s: float = 0.0
 
     @property
     def failures(self) -> dict[str, str]:
         """The checks that went wrong."""
-        return {
-            name: text
-            for name, text in self.checks.items()
-            if text not in (OK, NOT_APPLICABLE) and not text.startswith(REFUSED)
-        }
+        fine = (OK, NOT_APPLICABLE, REFUSED)
+        return {name: text for name, text in self.checks.items() if not text.startswith(fine)}
 
     @property
     def right(self) -> bool:
         """Whether nothing went wrong, and something was looked at."""
         return bool(self.checks) and not self.failures and not self.inert
 
-    @property
-    def ratio(self) -> float | None:
-        """`transform` against `symbolic_trace`."""
-        return self.transform_s / self.trace_s if self.trace_s else None
-
     def line(self) -> str:
-        """One line for a terminal."""
-        state = "ok   " if self.right else "WRONG"
+        """One line for a terminal, and one for each trouble."""
         refused = f", {len(self.refused)} refused" if self.refused else ""
-        traced = ", traced" if self.traced == YES else ""
-        text = f"{state} {self.name}: {self.matched} layers{refused}{traced}, {self.seconds:.1f}s"
+        graph = "no graph" if self.traced.startswith(REFUSED) else self.traced
+        head = f"{'ok   ' if self.right else 'WRONG'} {self.name}: {self.matched} layers{refused}, {graph}"
         troubles = [f"{name}: {what}" for name, what in self.failures.items()]
-        if self.inert:
-            troubles.append(f"inert: {', '.join(self.inert[:4])}")
-        return "\n      ".join([text, *troubles])
+        return "\n      ".join([head, *troubles, *(f"inert: {path}" for path in self.inert[:4])])
+
+
+def summary(results: Sequence[Result]) -> Iterator[str]:
+    """A Markdown table with a row for each library, and the reasons of refusals with the number of models."""
+    groups: dict[str, list[Result]] = defaultdict(list)
+    for result in results:
+        groups[result.name.partition("/")[0]].append(result)
+    yield "| | models | wrong | graph by torch.fx | by torch.export | layers | refused layers |"
+    yield "|---|--:|--:|--:|--:|--:|--:|"
+    for name, rows in (*groups.items(), ("all", results)):
+        numbers = (
+            len(rows),
+            sum(not row.right for row in rows),
+            sum(row.traced == BY_FX for row in rows),
+            sum(row.traced == BY_EXPORT for row in rows),
+            sum(row.matched for row in rows),
+            sum(len(row.refused) for row in rows),
+        )
+        yield f"| {name} | {' | '.join(map(str, numbers))} |"
+    yield ""
+    reasons = Counter(reason for row in results for reason in {*row.refused.values()})
+    reasons.update(_reason(row.traced) for row in results if row.traced.startswith(REFUSED))
+    yield from (f"{count} models: {reason}" for reason, count in reasons.most_common())
+
+
+def _reason(text: str) -> str:
+    """Of a refused graph, without the names of the model and its layers."""
+    return re.sub(r"`?[\w.]*\.\d+[\w.]*`?", "...", text.removeprefix(REFUSED).partition(" Leave out trace=True")[0])

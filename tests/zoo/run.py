@@ -1,9 +1,9 @@
-"""Runs the zoo, and writes what it found: JSON lines to build/zoo, a table to build/zoo/zoo.md.
+"""Runs the zoo: JSON lines to build/zoo while it runs, and the records of all models to docs/zoo.json.
 
     PYTHONPATH=tests:tests/support:benchmarks python -m zoo.run    # all of it
     PYTHONPATH=tests:tests/support:benchmarks python -m zoo.run --only 'timm/*' llama
 
-`--only` takes shell patterns, and leaves build/zoo/zoo.md as it is.
+`--only` takes shell patterns, and leaves docs/zoo.json as it is.
 
 Each model has a process of its own, forked from one that has imported the libraries: what a model leaves behind goes
 with it, and one that hangs or crashes takes no other along.
@@ -20,7 +20,7 @@ import multiprocessing as mp
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
-from speed.environment import commit, processor, version
-from zoo.registry import named
-from zoo.result import Result
+from speed.environment import versions
+from zoo.models import named
+from zoo.result import Result, summary
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "build" / "zoo" / "results.jsonl"
-TABLE = ROOT / "build" / "zoo" / "zoo.md"
+RECORDS = ROOT / "docs" / "zoo.json"
 
 
 def work(name: str, pipe: Connection) -> None:
@@ -47,7 +47,7 @@ def work(name: str, pipe: Connection) -> None:
     faulthandler.enable()
     torch.set_num_threads(1)
     found = check(named([name])[name])
-    found.cpu_s = time.process_time()
+    found.cpu_s = round(time.process_time(), 1)
     pipe.send(found)
 
 
@@ -62,6 +62,7 @@ class Job:
 
     def result(self) -> Result:
         """What came of it, once the pipe is ready or the time is up."""
+        trouble = "it took too long, and was stopped"
         if self.pipe.poll():
             try:
                 found: Result = self.pipe.recv()
@@ -69,13 +70,13 @@ class Job:
                 return found
             except EOFError:
                 self.process.join()
-                return Result(self.name, checks={"transform": f"the process ended with {self.process.exitcode}"})
+                trouble = f"the process ended with {self.process.exitcode}"
         self.process.kill()
         self.process.join()
-        return Result(self.name, checks={"transform": "it took too long, and was stopped"})
+        return Result(self.name, checks={"transform": trouble})
 
 
-def run(names: list[str], *, jobs: int, timeout: float) -> Iterator[Result]:
+def run(names: Sequence[str], *, jobs: int, timeout: float) -> Iterator[Result]:
     """Results as they come."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["zoo.preload"])
@@ -105,11 +106,10 @@ def code_version() -> str:
     return digest.hexdigest()[:16]
 
 
-def kept(file: Path, version: str) -> dict[str, Result]:
+def kept(file: Path, code: str) -> dict[str, Result]:
     """Results of this version of the code from earlier runs."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    rows = (json.loads(line) for line in lines)
-    return {row["name"]: Result(**row["result"]) for row in rows if row["code"] == version}
+    rows = map(json.loads, file.read_text().splitlines() if file.exists() else [])
+    return {row["result"]["name"]: Result(**row["result"]) for row in rows if row["code"] == code}
 
 
 def main() -> int:
@@ -120,46 +120,27 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one model (default 300)")
     parser.add_argument("--resume", action="store_true", help="keep results that this very code gave before")
     parser.add_argument("--results", type=Path, default=RESULTS, help="JSON lines (default build/zoo/results.jsonl)")
-    parser.add_argument("--table", type=Path, help="where to write the table (default build/zoo/zoo.md)")
     options = parser.parse_args()
-
-    begin, code = time.monotonic(), code_version()
-    names = list(named(options.only))
-    results = (
-        {name: result for name, result in kept(options.results, code).items() if name in names}
-        if options.resume
-        else {}
-    )
-    options.results.parent.mkdir(parents=True, exist_ok=True)
+    code, names = code_version(), list(named(options.only))
+    results = {name: one for name, one in kept(options.results, code).items() if options.resume and name in names}
     left = [name for name in names if name not in results]
+    options.results.parent.mkdir(parents=True, exist_ok=True)
     with options.results.open("a" if options.resume else "w") as file:
-        found = run(left, jobs=options.jobs, timeout=options.timeout)
-        for count, result in enumerate(found, 1):
+        for count, result in enumerate(run(left, jobs=options.jobs, timeout=options.timeout), 1):
             results[result.name] = result
-            file.write(json.dumps({"name": result.name, "code": code, "result": dataclasses.asdict(result)}) + "\n")
+            file.write(json.dumps({"code": code, "result": dataclasses.asdict(result)}) + "\n")
             file.flush()
             print(f"[{count}/{len(left)}] {result.line()}", flush=True)
-    return finish(results, options, time.monotonic() - begin)
+    return finish([results[name] for name in names], whole=not options.only)
 
 
-def measured() -> str:
-    """With which code, releases and processor the results were made."""
-    releases = ", ".join(
-        f"{name} {version(name)}" for name in ("torch", "torchvision", "timm", "transformers", "diffusers")
-    )
-    return f"{releases}; commit {commit()}; {processor()}."
-
-
-def finish(results: dict[str, Result], options: argparse.Namespace, seconds: float) -> int:
-    """Write the table, say how it went, and give the exit code."""
-    from zoo.table import markdown, totals
-
-    ordered = [results[name] for name in sorted(results)]
-    if target := options.table or (None if options.only else TABLE):
-        target.write_text(markdown(ordered, measured()))
-        print(f"The table is in {target}.")
-    print("\n".join(f"{key}: {value}" for key, value in totals(ordered).items()), f"\n{seconds / 60:.1f} minutes")
-    wrong = [result.name for result in ordered if not result.right]
+def finish(results: Sequence[Result], *, whole: bool) -> int:
+    """Write the records of a whole run, print the summary, and give the exit code."""
+    if whole:
+        lines = ",\n".join(json.dumps(dataclasses.asdict(result)) for result in results)
+        RECORDS.write_text(f'{{"environment": {json.dumps(versions())},\n"models": [\n{lines}\n]}}\n')
+    print("", *summary(results), sep="\n")
+    wrong = [result.name for result in results if not result.right]
     if wrong:
         print(f"WRONG ({len(wrong)}): {', '.join(wrong)}")
     return 1 if wrong else 0

@@ -1,4 +1,4 @@
-"""Some models of the zoo, one of each kind. `make zoo` checks all models, and writes build/zoo/zoo.md."""
+"""Some models of the zoo, one of each kind. `make zoo` checks all models."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 import torchvision
 from torchvision.models import detection, segmentation
 from zoo.checks import check
-from zoo.registry import entries, named
-from zoo.result import CHECKS, HIDDEN, NOT_APPLICABLE, OK, REFUSED, YES, Result
-from zoo.table import markdown
+from zoo.models import entries, named
+from zoo.result import BY_EXPORT, BY_FX, CHECKS, NOT_APPLICABLE, OK, REFUSED, Result, summary
 
+ROOT = Path(__file__).parents[2]
 ENTRIES = entries()
 #: One of each kind: convolutions, windows, readers of weights, detectors; text, experts, states, audio, images.
 PICKED = """
@@ -38,7 +38,7 @@ diffusers/PixArtTransformer2DModel diffusers/UNet2DConditionModel
 #: Quick ones of each library: convolutions, attention, readers of weights (beit, swin), tied weights (gpt2).
 QUICK = """
 torchvision/swin_t timm/vit_tiny_patch16_224 timm/beit_base_patch16_224 timm/test_nfnet
-transformers/bert transformers/gpt2 transformers/llama diffusers/AutoencoderKL
+transformers/gpt2
 """
 
 
@@ -65,48 +65,27 @@ def test_entries_are_named_by_patterns_with_or_without_the_library() -> None:
     assert list(named(["transformers/bert", "swin_[st]"])) == wanted
 
 
-# ---- build/zoo/zoo.md ----
-
-ROOT = Path(__file__).parents[2]
-RIGHT = Result("timm/a", matched=4, traced=YES, checks=dict.fromkeys(CHECKS, OK) | {"size": NOT_APPLICABLE})
-PARTLY = Result(
-    "transformers/b",
-    matched=5,
-    traced=f"{REFUSED}torch.export cannot capture B: it branches on a value. Leave out trace=True: it works.",
-    checks=dict.fromkeys(CHECKS, OK) | {"fold": f"{REFUSED}head: tied. Wait."},
-    refused={"layers.0.x": "it is Tuesday.", "layers.1.x": "it is Tuesday."},
-    first_s=0.9,
-    transform_s=0.6,
-    trace_s=0.2,
-)
-WRONG = Result("timm/c", matched=1, traced=HIDDEN, checks={"transform": OK, "eval": "off by 1 | 2"}, inert=["fc"])
-
-
-def test_the_page() -> None:
-    lines = markdown([RIGHT, PARTLY, WRONG], "torch 2; commit abc.").splitlines()
-    assert {"torch 2; commit abc.", "| models with a wrong result | 1 |", "| layers adapted | 10 |"} < set(lines)
-    assert {"| models captured by torch.export | 1 |", "| of these, with layers that only one mode calls | 1 |"} < set(
-        lines
-    )
-    assert "| transform time / symbolic_trace time: median, largest | 3.0, 3.0 |" in lines
-    assert "| timm | 2 | 1 | 1 | 1 | 5 | 0 |" in lines
-    assert "| it branches on a value. | `transformers/b` |" in lines
-    assert "- `timm/c`: eval: off by 1 \\| 2" in lines
-    assert "| it is Tuesday. | `transformers/b layers.*.x` × 2 |" in lines
-    assert "| (fold) head: tied. Wait. | `transformers/b` |" in lines
-    row = next(line for line in lines if line.startswith("| `b`"))
-    assert row == "| `b` | 5 | 2 | no | ✓ | ✓ | ✓ | ✓ | ✓ | ✓ | ✓ | ✓ | ✓ | ⊘ | 0.90s (3.0×) |"
-    assert lines.index("## timm") < lines.index("## transformers")
-
-
 @pytest.mark.slow
-def test_the_runner_writes_a_table_and_exits_with_zero(tmp_path: Path) -> None:
-    table = tmp_path / "zoo.md"
-    options = ["--only", "test_vit", "squeezenet1_1", "--jobs", "1", "--table", str(table)]
-    command = [sys.executable, "-m", "zoo.run", *options, "--results", str(tmp_path / "results.jsonl")]
+def test_the_runner_keeps_results_and_exits_with_zero(tmp_path: Path) -> None:
+    options = ["--only", "test_vit", "squeezenet1_1", "--jobs", "1", "--results", str(tmp_path / "results.jsonl")]
     paths = os.pathsep.join(str(ROOT / folder) for folder in ("tests", "tests/support", "benchmarks"))
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "ok    torchvision/squeezenet1_1: 26 layers, traced" in done.stdout
-    assert "| models with a wrong result | 0 |" in table.read_text()
-    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
+
+    def run() -> str:
+        command = [sys.executable, "-m", "zoo.run", *options, "--resume"]
+        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert "ok    torchvision/squeezenet1_1: 26 layers, torch.fx\n" in run()
+    assert "[1/" not in run()
+
+
+def test_the_summary_counts_models_and_reasons() -> None:
+    right = Result("timm/a", 4, BY_FX, checks=dict.fromkeys(CHECKS, OK) | {"size": f"{NOT_APPLICABLE}: fixed"})
+    no_graph = f"{REFUSED}it branches. Leave out trace=True: it works."
+    partly = Result("timm/b", 5, no_graph, {"layers.0.x": "it is Tuesday."}, dict.fromkeys(CHECKS, OK))
+    wrong = Result("vision/c", 1, BY_EXPORT, checks={"transform": OK, "eval": "off by 1"}, inert=["fc"])
+    lines = list(summary([right, partly, wrong]))
+    assert lines[2:4] == ["| timm | 2 | 0 | 1 | 0 | 9 | 1 |", "| vision | 1 | 1 | 0 | 1 | 1 | 0 |"]
+    assert lines[4:] == ["| all | 3 | 1 | 1 | 1 | 10 | 1 |", "", "1 models: it is Tuesday.", "1 models: it branches."]
+    assert wrong.line() == "WRONG vision/c: 1 layers, torch.export\n      eval: off by 1\n      inert: fc"

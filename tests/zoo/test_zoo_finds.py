@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from zoo.checks import check
 from zoo.entry import Call, Entry
-from zoo.result import CHECKS, OK, YES, Result
+from zoo.result import BY_FX, CHECKS, OK, Result
 
 import hra_fx
 
@@ -91,7 +91,7 @@ def test_the_toy_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     result = looked_at(monkeypatch, lambda model: None)
     assert result.checks == dict.fromkeys(CHECKS, OK)
     assert result.right
-    assert (result.matched, result.traced, result.dtype) == (3, YES, "float64")
+    assert (result.matched, result.traced, result.dtype) == (3, BY_FX, "float64")
 
 
 @pytest.mark.parametrize("name", DAMAGES)
