@@ -1,4 +1,4 @@
-"""The pictures in docs/: the page and the overview of the demo's model, and one block of it, light and dark.
+"""The pictures in docs/: the page of the demo's model, and one block of it, light and dark.
 
     PYTHONPATH=examples python benchmarks/pictures.py
 
@@ -39,8 +39,7 @@ def trained(folder: Path, size: int) -> tuple[demo.Classifier, dict[str, torch.T
 def main(docs: Path, adapter: Path, size: int) -> None:
     """Write all pictures."""
     model, batch = trained(adapter, size)
-    for name in ("adapters.html", "adapters.svg"):
-        hra_fx.visualize(model, docs / name, example_inputs=batch)
+    hra_fx.visualize(model, docs / "adapters.html", example_inputs=batch)
     for theme in THEMES:
         hra_fx.visualize(model, docs / f"hero-{theme}.svg", example_inputs=batch, focus=BLOCK, theme=theme)
 
