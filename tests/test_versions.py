@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import copy
 import importlib.metadata
 import re
 import tomllib
@@ -180,15 +179,3 @@ def test_hooks_of_a_module_and_of_all_modules() -> None:
         assert compat.has_own_hooks(layer) and not compat.has_global_module_hooks()
     with torch.nn.modules.module.register_module_forward_hook(lambda *_: None):
         assert not compat.has_own_hooks(layer) and compat.has_global_module_hooks()
-
-
-@pytest.mark.parametrize("mode", ["zeros", "circular"])
-def test_a_padding_that_has_changed_is_the_one_that_torch_uses(mode: str) -> None:
-    """torch reads `padding` for zeros, and the list that it made at first for other modes."""
-    conv = nn.Conv2d(3, 4, 3, stride=2, padding=1, padding_mode=mode).double()
-    conv.stride, conv.padding, conv.dilation = (1, 1), (2, 2), (2, 2)
-    model = hra_fx.transform(nn.Sequential(conv), hra_fx.HRAConfig(r=4, target_modules=["0"], init_weights=False))
-    for size in (6, 12, 40):  # few and many patches
-        x = torch.randn(1, 3, size, size, dtype=torch.float64)
-        folded = hra_fx.fold(copy.deepcopy(model))
-        torch.testing.assert_close(model(x), folded(x))

@@ -7,22 +7,13 @@ is never computed. A layer with its own forward reads `W Q` (`hra_fx.layers.weig
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hra_fx.compat import conv_border
 from hra_fx.functional import householder
-from hra_fx.kernels.conv import (
-    MIN_PATCHES_PER_VECTOR,
-    add_up_projection,
-    convolve_patches,
-    positions,
-)
-from hra_fx.kernels.dispatch import is_compiling, products_dtype
-from hra_fx.kernels.factors import Factors
+from hra_fx.kernels.dispatch import products_dtype
 from hra_fx.kernels.linear import reflect_rows
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.batching import exported_factors, factors_for, factors_of, uses_factors
@@ -33,48 +24,6 @@ from hra_fx.layers.quantized import is_foreign_linear, quant_scheme_of
 from hra_fx.layers.target import full_shape, is_conv1d, kind_of, width_of
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-
-
-class ConvGeometry(NamedTuple):
-    """The arguments of a convolution, and the padding as `F.pad` takes it, for padding modes other than zeros."""
-
-    stride: tuple[int, ...]
-    padding: Any
-    dilation: tuple[int, ...]
-    padding_mode: str
-    border: list[int]
-
-
-def convolve(x: Tensor, filters: Tensor, geometry: ConvGeometry, groups: int) -> Tensor:
-    """Apply filters to the patches of a convolution, without a bias."""
-    stride, padding, dilation, padding_mode, border = geometry
-    if padding_mode != "zeros":
-        x, padding = F.pad(x, border, mode=padding_mode), (0,) * len(stride)
-    return _CONVOLVE[len(stride)](x, filters, None, stride, padding, dilation, groups)
-
-
-def patch_coordinates(
-    x: Tensor, vectors: Tensor, patch: tuple[int, ...], geometry: ConvGeometry, groups: int
-) -> tuple[Tensor, Tensor]:
-    """The coordinates of a convolution's patches in the span of the reflection vectors: `T U^T p`.
-
-    `patch` is the shape of a filter of the convolution. The results are the coordinates for every patch and group,
-    `(n, groups * k, ...)`, in the dtype of `x`, and the chain: `U` with columns of length 1.
-    """
-    chain = householder.normalize(vectors)
-    factor = householder.compact_wy(chain)
-    filters = (factor @ chain.to(factor.dtype).mT).to(x.dtype).reshape(-1, *patch)
-    return convolve(x, filters.repeat(groups, *(1 for _ in patch)), geometry, groups), chain
-
-
-def patch_image(coordinates: Tensor, chain: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """The correction that is subtracted from the output of a convolution: `(W U) (T U^T p)` for every patch.
-
-    `coordinates` and `chain` come from `patch_coordinates`.
-    """
-    mixing = (weight.flatten(1).to(chain.dtype) @ chain).to(coordinates.dtype)
-    filters = mixing.reshape(*mixing.shape, *(1 for _ in weight.shape[2:]))
-    return _CONVOLVE[weight.dim() - 2](coordinates, filters, groups=groups)
 
 
 class LinearAdapters(HouseholderAdapters):
@@ -120,17 +69,34 @@ class ConvAdapters(HouseholderAdapters):
     reflects_input = True
 
     def __init__(self, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
-        """Create an empty container for a convolution; only the geometry is stored."""
+        """Create an empty container for a convolution."""
         super().__init__(width_of(conv), kind_of(conv))
         self.patch = tuple(full_shape(conv.weight)[1:])
-        self.groups = conv.groups
-        border = conv_border(conv)
-        self.geometry = ConvGeometry(conv.stride, conv.padding, conv.dilation, conv.padding_mode, border)
+        # Not a child: its parameters are those of the layer. Its stride, padding and padding mode may change.
+        vars(self)["_conv"] = conv
+
+    def _coordinates(self, x: Tensor, filters: Tensor) -> Tensor:
+        """Apply filters `(k, d)` to the patches of every group: `(n, groups * k, ...)`."""
+        conv: Any = vars(self)["_conv"]
+        kernel = filters.reshape(-1, *self.patch).repeat(conv.groups, *(1 for _ in self.patch))
+        return conv._conv_forward(x, kernel, None)  # type: ignore[no-any-return]
+
+    def _image(self, coordinates: Tensor, mixing: Tensor) -> Tensor:
+        """Apply `mixing: (out, k)` to the coordinates at each position: a 1x1 convolution."""
+        filters = mixing.reshape(*mixing.shape, *(1 for _ in self.patch[1:]))
+        return _CONVOLVE[len(self.patch) - 1](coordinates, filters, groups=vars(self)["_conv"].groups)
 
     def reflect(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """`patch_coordinates` of `x`; `None` if no adapter is active."""
+        """The coordinates `T U^T p` of all patches in the dtype of `x`, and the chain `U` with columns of length 1.
+
+        `None` if no adapter is active.
+        """
         vectors = self.vectors_for(x)
-        return None if vectors is None else patch_coordinates(x, vectors, self.patch, self.geometry, self.groups)
+        if vectors is None:
+            return None
+        chain = householder.normalize(vectors)
+        factor = householder.compact_wy(chain)
+        return self._coordinates(x, (factor @ chain.to(factor.dtype).mT).to(x.dtype)), chain
 
     def value_in_graph(self, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor] | None:
         """Fake tensors like the result of `reflect`, from fake tensors of the layer's input and output."""
@@ -139,7 +105,7 @@ class ConvAdapters(HouseholderAdapters):
         )
         if not rank:
             return None
-        coordinates = x.new_empty((output.shape[0], self.groups * rank, *output.shape[2:]))
+        coordinates = x.new_empty((output.shape[0], vars(self)["_conv"].groups * rank, *output.shape[2:]))
         return coordinates, x.new_empty((self.width, rank), dtype=householder.working_dtype(x.dtype))
 
     def output_of(self, x: Tensor, weight: Tensor, layer: Any) -> Tensor | None:
@@ -147,43 +113,14 @@ class ConvAdapters(HouseholderAdapters):
         factors = factors_for(self, x)
         if factors is None or factors.rows.dtype is not x.dtype or x.dtype is not weight.dtype:
             return None
-        if self._has_few_patches(x, factors.rows):
-            stride, _, dilation, padding_mode, border = self.geometry
-            padded = F.pad(x, border, mode="constant" if padding_mode == "zeros" else padding_mode)
-            return convolve_patches(padded, factors, weight, layer.bias, stride, dilation)
-        return self._corrected(layer._conv_forward(x, weight, layer.bias), x, factors, weight)
-
-    def _has_few_patches(self, x: Tensor, rows: Tensor) -> bool:
-        """Whether products with the patches are cheaper than a correction of the output. On GPUs, this is False.
-
-        These products launch more kernels, and with so few patches, a GPU waits for launches.
-        """
-        stride, _, dilation, _, border = self.geometry
-        if not x.is_cpu or x.dim() != 4 or len(stride) != 2 or self.groups > 1:
-            return False
-        if is_compiling() or not x.is_contiguous():
-            return False
-        # `border` starts with the last dimension: left, right, top, bottom.
-        borders = zip(x.shape[2:], border[2::-2], border[3::-2], strict=True)
-        padded = tuple(length + before + after for length, before, after in borders)
-        places = positions(padded, self.patch[1:], stride, dilation)
-        return len(x) * places[0] * places[1] <= MIN_PATCHES_PER_VECTOR * len(rows)
-
-    def _corrected(self, output: Tensor, x: Tensor, factors: Factors, weight: Tensor) -> Tensor:
-        """Apply the correction to the output of the base layer, possibly in place."""
-        kernel, up = factors.down.reshape(-1, *self.patch), torch.mm(factors.rows, weight.flatten(1).mT).mT
-        if self.groups > 1:
-            kernel = kernel.repeat(self.groups, *(1 for _ in self.patch))
-        coordinates = convolve(x, kernel, self.geometry, self.groups)
-        dimensions = len(self.patch) - 1
-        if self.groups == 1 and output.is_contiguous():
-            return add_up_projection(output, up, coordinates, dimensions)
-        image = up.reshape(weight.shape[0], -1, *(1 for _ in range(dimensions)))
-        return output + _CONVOLVE[dimensions](coordinates, image, groups=self.groups)
+        rows, down = factors
+        output: Tensor = layer._conv_forward(x, weight, layer.bias)
+        return output + self._image(self._coordinates(x, down), weight.flatten(1) @ rows.mT)
 
     def project(self, read: tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
-        """The correction that the layer subtracts, from the result of `reflect`."""
-        return patch_image(*read, weight, self.groups)
+        """The correction that the layer subtracts, from the result of `reflect`: `(W U) (T U^T p)` for every patch."""
+        coordinates, chain = read
+        return self._image(coordinates, (weight.flatten(1).to(chain.dtype) @ chain).to(coordinates.dtype))
 
 
 def adapters_for(layer: nn.Module) -> HouseholderAdapters:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from one_layer import (
 from oracles import relative_error
 from torch import nn
 
+import hra_fx
 from hra_fx import HRAConfig, transform
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
@@ -103,6 +105,21 @@ def test_any_convolution(
     model = adapted(base, r, apply_GS=apply_GS, init_weights=init_weights, seed=seed)
     x = normal(seed, *batch, base.in_channels, *(10, 11, 12)[:axes])
     check(base, model, x, apply_GS=apply_GS, bound=1e-9, floor=1.0)
+
+
+@pytest.mark.parametrize("how", ["eager", "hook", "graph"])
+def test_a_convolution_whose_padding_and_stride_change_later(how: str) -> None:
+    """As for images that tile: the adapter has the geometry that the layer has when it is called."""
+    conv = nn.Conv2d(4, 6, 3, padding=1, groups=2, dtype=F64)
+    model = nn.Sequential(conv)
+    config = hra_fx.HRAConfig(r=4, target_modules=["0"], init_weights=False)
+    model = hra_fx.transform(model, config, trace=how == "graph")
+    if how == "hook":
+        conv.hra_u.register_forward_hook(lambda *_: None)
+    conv.padding_mode, conv.stride, conv.dilation = "circular", (1, 2), (2, 1)
+    for one in (model, copy.deepcopy(model)) if how == "hook" else (model, pickle.loads(pickle.dumps(model))):
+        x = normal(1, 2, 4, 9, 8)
+        assert relative_error(one(x), hra_fx.fold(copy.deepcopy(one))(x)) < 1e-12
 
 
 # ---- in narrow dtypes ----
