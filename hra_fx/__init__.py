@@ -31,6 +31,7 @@ from hra_fx.version import VERSION
 
 if TYPE_CHECKING:
     from hra_fx import integrations as integrations
+    from hra_fx.api.fold_checkpoint import fold_checkpoint as fold_checkpoint
     from hra_fx.api.load import load_adapter as load_adapter
     from hra_fx.api.peft_model import HRAModel as HRAModel
     from hra_fx.api.peft_names import (
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
         get_peft_model as get_peft_model,
     )
     from hra_fx.api.transform import fold as fold, graphs as graphs, transform as transform
-    from hra_fx.checkpoint.disk.fold import fold_checkpoint as fold_checkpoint
     from hra_fx.checkpoint.saving import (
         get_peft_model_state_dict as get_peft_model_state_dict,
         save_adapter as save_adapter,
@@ -81,6 +81,7 @@ __version__ = VERSION
 
 #: Module -> the public names that are imported from it; the same as the block above, which type checkers read.
 _NAMES = {
+    "api.fold_checkpoint": ("fold_checkpoint",),
     "api.load": ("load_adapter",),
     "api.peft_model": ("HRAModel",),
     "api.peft_names": (
@@ -96,7 +97,6 @@ _NAMES = {
         "get_peft_model",
     ),
     "api.transform": ("fold", "graphs", "transform"),
-    "checkpoint.disk.fold": ("fold_checkpoint",),
     "checkpoint.saving": ("get_peft_model_state_dict", "save_adapter"),
     "config": ("HRAConfig",),
     "export.onnx_swap": ("adapter_inputs", "make_swappable"),

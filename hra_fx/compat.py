@@ -46,11 +46,6 @@ NEWER: Mapping[str, tuple[str, str, str]] = {
         "5.6",
         "Without it, each expert has its own layers: list them in `target_modules`.",
     ),
-    "a transformers checkpoint on disk": (
-        "transformers",
-        "5.6",
-        "Without it, load the model: hra_fx.load_adapter, then hra_fx.fold or hra_fx.save_as_lora.",
-    ),
 }
 
 

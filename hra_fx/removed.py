@@ -42,7 +42,21 @@ ARGUMENTS: dict[str, dict[str, str]] = {
             "Load the adapter into the base model without quantization, and fold there; or call hra_fx.save_as_lora."
         )
     },
+    "fold_checkpoint": {
+        "columns": "Leave it out: the base model is loaded with its own class, which knows its layout.",
+        "progress": "Leave it out: transformers shows its own progress bar.",
+        "rows": "Leave it out: the base model is loaded with its own class, which knows its layout.",
+        "verify": "Leave it out.",
+    },
     "transform": {"verify": "Compare the outputs of the model with those of hra_fx.fold(copy.deepcopy(model))."},
+}
+
+#: Command or option of `hra-fx` -> what to do instead.
+COMMAND_LINE: dict[str, str] = {
+    "--columns": "Leave it out: the base model is loaded with its own class, which knows its layout.",
+    "--rows": "Leave it out: the base model is loaded with its own class, which knows its layout.",
+    "--verify": "Leave it out.",
+    "visualize": 'Load the model in Python, and call hra_fx.visualize(model, "model.html").',
 }
 
 

@@ -24,7 +24,6 @@ NEEDS = {
     "tracing/test_graph_of_call.py": "torch>=2.9",
     "tracing/test_messages.py": "torch>=2.9",
     "tracing/test_trace_example.py": "torch>=2.9",
-    "checkpoint/disk/test_experts.py": "transformers>=5.6",
     "layers/experts/test_products.py": "transformers>=5.6",
     "layers/quantized": "torchao>=0.18",
     "model/test_experts.py": "transformers>=5.6",

@@ -12,13 +12,13 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from hra_fx.cli.convert import convert, fold
 from hra_fx.cli.inspect import inspect
-from hra_fx.cli.models import match, visualize
+from hra_fx.cli.match import match
 from hra_fx.cli.screen import ErrorHandlingGroup
+from hra_fx.cli.write import convert, fold
 from hra_fx.version import VERSION
 
-_HELP = "Inspect, fold, convert and draw Householder reflection adapters (HRA)."
+_HELP = "Inspect, fold and convert Householder reflection adapters (HRA)."
 _EXIT_CODES = (
     "Exit codes: 0 success; 1 the configuration does not match the model; 2 error, see stderr; 130 interrupted."
 )
@@ -32,13 +32,10 @@ hra-fx match my-model --target all-linear --exclude lm_head --rank 16
 hra-fx match my-model --regex '.*self_attn\.[qv]_proj'
 hra-fx match my-model --config my-adapter
 hra-fx fold my-model my-adapter folded
-hra-fx fold my-model first second folded --verify
+hra-fx fold my-model first second folded --overwrite
 hra-fx fold my-pipeline my-adapter folded --part unet
 hra-fx convert my-adapter my-lora --to lora --base my-model
 hra-fx convert first second adapter.gguf --to gguf --base my-model --dtype float16
-hra-fx visualize my-model model.html
-hra-fx visualize my-model adapters.svg --adapter my-adapter --heat mean_angle
-hra-fx visualize my-model block.svg --adapter my-adapter --focus model.layers.0
 """
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 
@@ -64,7 +61,7 @@ app = typer.Typer(
     # An unexpected error is a bug, and bug reports need the plain traceback.
     pretty_exceptions_enable=False,
 )
-for _command in (inspect, match, fold, convert, visualize):
+for _command in (inspect, match, fold, convert):
     _name, _help = _command.__name__, _unwrapped(_command.__doc__ or "")
     app.command(_name, help=_help, epilog=_examples(_name), context_settings=_SETTINGS)(_command)
 

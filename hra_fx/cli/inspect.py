@@ -39,10 +39,10 @@ def _summarize_adapter(source: str) -> dict[str, Any]:
     from hra_fx.reporting.row import Row, measured_fields
 
     files = read_adapter(source)
-    config, trained = files.config, files.resume.config
+    config, trained, chains = files.config, files.resume.config, files.chains
     dtype = next(tensor.dtype for key, tensor in files.tensors.items() if key.endswith(f".{REFLECTION}"))
     rows = []
-    for path, chain in files.chains.items():
+    for path, chain in chains.items():
         r = trained.rank_of(path)
         # Use the file's precision, so that rounding errors of vectors that cancel are not shown as angles.
         measured = measured_fields(chain.to(working_dtype(dtype)), None)
@@ -57,7 +57,7 @@ def _summarize_adapter(source: str) -> dict[str, Any]:
         "r": trained.r,
         "rank_pattern": trained.rank_pattern,
         "gram_schmidt": trained.apply_GS,
-        "anchor": max(map(files.resume.anchor, files.chains)),
+        "anchor": max(map(files.resume.anchor, chains)),
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": sum(row.parameters for row in rows),
         "saved": list(files.full),
@@ -91,7 +91,8 @@ def _show_adapter(summary: dict[str, Any]) -> None:
             "targets": _some(summary["target_modules"]),
         },
     )
-    show_table(*table_of(rows, without=("weight change", "share of W")))
+    columns, texts = table_of(rows, without=("weight change", "share of W", "d", "|Q - I|"))
+    show_table({column.name: column.is_text for column in columns}, texts)
 
 
 def _some(names: list[str] | str | None) -> str:

@@ -6,6 +6,7 @@ Only unexpected errors show a traceback.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Any, TextIO, TypeAlias
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
@@ -22,10 +24,15 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from hra_fx.errors import HRAError, HRAWarning
+from hra_fx.removed import COMMAND_LINE
 from hra_fx.reporting.plain import plain
-from hra_fx.reporting.table import UNLIMITED, Column, fit_table, min_width
 
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print only JSON to stdout.")]
+TrustRemoteCode: TypeAlias = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code in the folder of the model that defines its class.")
+]
+#: A console width at which nothing is wrapped.
+_UNLIMITED = 10_000
 #: Exit code if a check failed.
 CHECK_FAILED = 1
 #: Exit code of errors.
@@ -37,7 +44,7 @@ _DEBUG = "--debug"
 
 def console_on(stream: TextIO) -> Console:
     """Create a console for results (stdout) or messages (stderr). Lines are not wrapped in a file or a pipe."""
-    width = None if stream.isatty() or "COLUMNS" in os.environ or "FORCE_COLOR" in os.environ else UNLIMITED
+    width = None if stream.isatty() or "COLUMNS" in os.environ or "FORCE_COLOR" in os.environ else _UNLIMITED
     return Console(file=stream, width=width, highlight=False)
 
 
@@ -46,13 +53,23 @@ def show_result(result: Any, *, as_json: bool) -> None:
     show_json(result) if as_json else console_on(sys.stdout).print(str(result), markup=False, soft_wrap=True)
 
 
-def show_table(columns: Sequence[Column], rows: Collection[Sequence[str]]) -> None:
-    """Print a table with as many columns as fit. Empty columns are left out."""
-    console = console_on(sys.stdout)
-    table = fit_table(columns, rows, console.width)
-    # On a very narrow terminal, wrapped lines are better than a missing column of names.
-    console.width = max(console.width, min_width(table))
-    _print(console, table)
+def hide_progress_bars(*, quiet: bool) -> None:
+    """Hide the progress bars of transformers, if the user wants it or stderr is not a terminal."""
+    if quiet or not sys.stderr.isatty():
+        settings: Any = importlib.import_module("transformers.utils.logging")
+        settings.disable_progress_bar()
+
+
+def show_table(columns: Mapping[str, bool], rows: Collection[Sequence[str]]) -> None:
+    """Print a table. `columns` maps a heading to whether its column is text, which is wrapped; numbers are not."""
+    table = Table(box=box.SIMPLE_HEAD)
+    # Empty columns are left out.
+    used = [i for i in range(len(columns)) if any(row[i] for row in rows)]
+    for name, is_text in (list(columns.items())[i] for i in used):
+        table.add_column(Text(name), justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
+    for row in rows:
+        table.add_row(*(Text(row[i]) for i in used))  # names from a model may contain rich's markup
+    _print(console_on(sys.stdout), table)
 
 
 def show_heading(title: str, facts: Mapping[str, str]) -> None:
@@ -91,7 +108,11 @@ class ErrorHandlingGroup(TyperGroup):
     """Runs commands, and prints their errors as one line."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Accept `--debug` anywhere, because users append it to a command that has failed."""
+        """Accept `--debug` anywhere, because users append it to a command that has failed; refuse what was removed."""
+        for word in args:
+            if word in COMMAND_LINE and (word.startswith("-") or word == args[0]):
+                print_message("error", f"{word} was removed in 0.5. {COMMAND_LINE[word]}", "bold red")
+                raise typer.Exit(FAILED)
         before = [_DEBUG] if _DEBUG in args else []
         return super().parse_args(ctx, [*before, *(arg for arg in args if arg != _DEBUG)])
 

@@ -1,7 +1,5 @@
 """An adapter in its LoRA form, the conversion of adapted layers, and the two files of PEFT's LoRA format.
 
-The weight of a layer may be in memory or in files, because it is only multiplied.
-
 Source of the format: PEFT 0.21, `LoraConfig` and `get_peft_model_state_dict`. All layers have the same rank, because
 servers read one rank and one alpha for the whole adapter. Layers with a smaller rank are padded with zeros.
 

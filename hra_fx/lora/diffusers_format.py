@@ -6,7 +6,6 @@ The name of the part is a prefix of PEFT's keys, and of the fields of the part's
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from collections.abc import Iterable, Mapping
@@ -74,23 +73,8 @@ def parts_of(model: Any) -> dict[str, nn.Module]:
     inner = unwrap(model)
     if loader is None or not isinstance(inner, loader):
         return {}
-    return {_part(type(inner).__name__): inner}
-
-
-def part_of_class(name: str | None) -> str | None:
-    """The name of the part for a diffusers model, by the name of its class; `None` for any other model."""
-    if not name:
-        return None
-    if importlib.util.find_spec("diffusers") is None:
-        raise CheckpointError(f"{name}: is a class of diffusers, which is not installed. Run: pip install diffusers.")
-    cls = getattr(importlib.import_module("diffusers"), name, None)
-    loader = importlib.import_module("diffusers.loaders.peft").PeftAdapterMixin
-    return _part(name) if isinstance(cls, type) and issubclass(cls, loader) else None
-
-
-def _part(class_name: str) -> str:
     # "transformer" is also where `load_lora_adapter` of a model looks by default.
-    return "unet" if class_name.startswith("UNet") else "transformer"
+    return {"unet" if type(inner).__name__.startswith("UNet") else "transformer": inner}
 
 
 def _adapted_components(pipeline: Any) -> dict[str, nn.Module]:

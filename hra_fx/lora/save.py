@@ -1,4 +1,4 @@
-"""Convert adapters to LoRA: of a model in memory (`convert_to_lora`, `save_as_lora`) or of files (`convert_files`)."""
+"""Convert the adapters of a model to LoRA: `convert_to_lora`, `save_as_lora`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hra_fx.checkpoint.disk.architecture import Architecture, Source, base_folder
 from hra_fx.checkpoint.folder import write
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import AdapterError, CheckpointError, HRAWarning
 from hra_fx.functional.low_rank import rounding_error
 from hra_fx.layers.sharding import on_first_rank
 from hra_fx.lora.adapter import LoraAdapter, peft_form
-from hra_fx.lora.diffusers_format import adapters_of, part_of_class, parts_of, write_diffusers
-from hra_fx.lora.from_files import read_as_lora
+from hra_fx.lora.diffusers_format import adapters_of, parts_of, write_diffusers
 from hra_fx.lora.from_model import lora_adapter
 from hra_fx.lora.gguf_format import write_gguf
 from hra_fx.model.peft_view import adapted_view
@@ -197,32 +195,6 @@ def save_as_lora(
     for text in result.warnings:
         warnings.warn(text, HRAWarning, stacklevel=2)
     return result
-
-
-def convert_files(
-    adapters: Sequence[Source],
-    base: Source,
-    out: str | os.PathLike[str],
-    *,
-    rank: int | None = None,
-    dtype: torch.dtype | str | None = None,
-    columns: Collection[str] | None = None,
-    progress: bool = True,
-) -> LoraResult:
-    """Convert adapters on disk, applied in order, to one LoRA on disk, without loading the model.
-
-    The arguments are those of `read_as_lora` and `save_as_lora`. The format is that of llama.cpp if `out` ends in
-    ".gguf", that of diffusers if the base is a UNet or transformer of diffusers, and otherwise PEFT's.
-    """
-    path = Path(out)
-    checked = _dtype(dtype)
-    file_format, part = "gguf" if path.suffix.lower() == ".gguf" else "peft", ""
-    if file_format == "peft":
-        part = part_of_class(Architecture(base_folder(base)).entries.get("_class_name")) or ""
-        file_format = "diffusers" if part else "peft"
-    _check_output(path)  # before the base weights are read
-    adapter = read_as_lora(adapters, base, rank=rank, columns=columns, progress=progress)
-    return _write({part: adapter}, path, file_format, checked)
 
 
 def _write(adapters: Mapping[str, LoraAdapter], path: Path, file_format: str, dtype: torch.dtype) -> LoraResult:

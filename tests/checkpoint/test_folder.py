@@ -13,7 +13,7 @@ from urllib.parse import unquote
 import huggingface_hub
 import pytest
 import torch
-from checkpoint.disk.made import files_of_at_most, picture
+from checkpoints import files_of_at_most, picture
 from model.many import bert, config, ids, run, turn
 from one_hub import Answering, serving
 from oracles import relative_error

@@ -27,7 +27,7 @@ from checkpoint.damaging import (
     with_metadata,
     with_weights,
 )
-from checkpoint.disk import made
+from checkpoints import picture
 from oracles import dense_q, dense_weight, relative_error
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -141,7 +141,7 @@ def test_several_ranks_are_loaded_bit_for_bit(fields: dict[str, Any], tmp_path: 
     again = hra_fx.load_adapter(mlp(), folder, is_trainable=True)
     assert [again[place].hra_u["default"].shape[1] for place in (0, 3)] == [3, 2]
     hra_fx.save_adapter(again, tmp_path / "again")
-    assert made.picture(tmp_path / "again") == made.picture(folder)
+    assert picture(tmp_path / "again") == picture(folder)
     hra_fx.load_adapter(again, folder)
     if not fields:
         assert relative_error(again.eval()(X), by_oracle(folder)) < 1e-5
@@ -170,12 +170,12 @@ def test_an_adapter_that_diverged_is_not_saved(fields: dict[str, Any], tmp_path:
     model = adapted(mlp(), "0", **fields)
     with torch.no_grad():
         model[0].hra_u["default"][1, 0] = float("nan" if "apply_GS" in fields else "inf")
-    before = made.picture(folder)
+    before = picture(folder)
     with pytest.raises(
         CheckpointError, match=rf"adapter_model\.safetensors: '{PREFIX}0\.hra_u' has .* NaN\. Nothing was"
     ):
         hra_fx.save_adapter(model, folder)
-    assert made.picture(folder) == before
+    assert picture(folder) == before
 
 
 def test_offloaded_vectors_are_returned_with_values(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_wrappers_do_not_change_adapters(first: str, tmp_path: Path) -> None:
     model = hra_fx.transform(wrap(base()), settings) if first == "wrapped" else wrap(hra_fx.transform(base(), settings))
     for part, folder in ((plain, "plain"), (model, "model")):
         hra_fx.save_adapter(part, tmp_path / folder)
-    assert made.picture(tmp_path / "plain") == made.picture(tmp_path / "model")
+    assert picture(tmp_path / "plain") == picture(tmp_path / "model")
     wanted = plain(x)
     torch.testing.assert_close(model(x), wanted)
     hra_fx.reset_adapters(model)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from checkpoint.disk import made
+from checkpoints import adapter_of, base_of, llama
 from torch import nn
 
 
@@ -30,9 +30,9 @@ def _no_width(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     folder = tmp_path_factory.mktemp("shelf")
-    model = made.llama()
-    made.base_of(model, folder / "my-model")
-    made.adapter_of(model, folder / "my-adapter", "q_proj", "v_proj")
-    made.adapter_of(model, folder / "second", "q_proj", "o_proj", seed=3, r=2)
-    made.adapter_of(model, folder / "orthonormal", "q_proj", "o_proj", seed=4, r=2, apply_GS=True)
+    model = llama()
+    base_of(model, folder / "my-model")
+    adapter_of(model, folder / "my-adapter", "q_proj", "v_proj")
+    adapter_of(model, folder / "second", "q_proj", "o_proj", seed=3, r=2)
+    adapter_of(model, folder / "orthonormal", "q_proj", "o_proj", seed=4, r=2, apply_GS=True)
     return Shelf(folder, model)

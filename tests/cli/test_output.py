@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import re
 import shlex
@@ -24,7 +23,7 @@ import hra_fx
 from hra_fx.cli.screen import ErrorHandlingGroup
 from hra_fx.errors import CheckpointError, HRAWarning
 
-COMMANDS = ["inspect", "match", "fold", "convert", "visualize"]
+COMMANDS = ["inspect", "match", "fold", "convert"]
 SCRIPT = Path(sys.executable).with_name("hra-fx")
 
 
@@ -103,19 +102,6 @@ def test_colors(shelf: Shelf) -> None:
 def shell(*words: object, **env: str) -> subprocess.CompletedProcess[str]:
     command = [str(word) for word in words]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **env}, check=False)
-
-
-@pytest.mark.slow
-def test_the_script_in_its_own_process(shelf: Shelf, tmp_path: Path) -> None:
-    """Log messages of libraries during their import are hidden."""
-    done = shell(SCRIPT, "match", shelf / "my-model", "--json")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert len(json.loads(done.stdout)["adapted"]) == 4
-    done = shell(sys.executable, "-m", "hra_fx", "inspect", tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert (
-        done.stderr.startswith(f"error: {tmp_path}/adapter_config.json: no such file.") and done.stderr.count("\n") == 1
-    )
 
 
 def test_help_imports_neither_torch_nor_transformers() -> None:

@@ -1,23 +1,31 @@
-"""The commands that build a model from its `config.json`: `hra-fx match` and `hra-fx visualize`."""
+"""`hra-fx match`: the layers of a model that a configuration adapts."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hra_fx.cli.screen import CHECK_FAILED, Json, print_message, show_heading, show_json, show_lines
+from hra_fx.cli.screen import (
+    CHECK_FAILED,
+    Json,
+    TrustRemoteCode,
+    print_message,
+    show_heading,
+    show_json,
+    show_lines,
+    show_table,
+)
 from hra_fx.errors import SelectionError, UnsupportedLayerError
 from hra_fx.reporting.words import counted
 
 if TYPE_CHECKING:
     from hra_fx.config import HRAConfig
 
-#: The heat values that are computed from weights.
-_NEED_WEIGHTS = ("weight_change", "share")
 _ALL = "all-linear"
 
 
@@ -61,6 +69,7 @@ def match(
             help="Use the configuration of an adapter; other options override its fields.",
         ),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Show which layers of a model a configuration would adapt, and why others are skipped (dry run).
@@ -78,7 +87,7 @@ def match(
         "modules_to_save": save,
     }
     given = {name: value for name, value in fields.items() if value is not None}
-    found = _summarize(path, _configuration(config, given))
+    found = _summarize(path, _configuration(config, given), trust_remote_code=trust_remote_code)
     if as_json:
         show_json(found)
     elif found["error"] is None:
@@ -117,20 +126,19 @@ def _configuration(folder: Path | None, fields: dict[str, Any]) -> HRAConfig:
     return dataclasses.replace(HRAConfig.from_pretrained(folder), inference_mode=False, **fields)
 
 
-def _summarize(path: Path, config: HRAConfig) -> dict[str, Any]:
+def _summarize(path: Path, config: HRAConfig, *, trust_remote_code: bool) -> dict[str, Any]:
     """Compute what `--json` prints: the result of `hra_fx.report` after `hra_fx.transform` of a model without weights.
 
-    `trained` is the number of adapter parameters, and `trained_in_full` is the number of other trainable parameters
-    (biases and modules to save). `adapted` are the layers that would be adapted, `missed` are the other layers,
-    `trained_layers` would be trained in full, and `missed_parameters` are 3-D parameters (experts) that would not be
-    adapted. If there is an `error`, the configuration does not fit the model, and the other fields are empty.
+    `trained` is the number of adapter parameters, in total and of each layer; `trained_in_full` is the number of other
+    trainable parameters (biases and modules to save). `adapted` are the layers that would be adapted, `missed` are the
+    other layers, `trained_layers` would be trained in full, and `missed_parameters` are 3-D parameters (experts) that
+    would not be adapted. If there is an `error`, the configuration does not fit the model, and these are empty.
     """
     from hra_fx.api.transform import transform
-    from hra_fx.cli.building import build, summarize_layer
-    from hra_fx.model.state import adapted_layers
+    from hra_fx.checkpoint.model_folder import build_model
     from hra_fx.reporting.report import report
 
-    model, library = build(path)
+    model, library = build_model(path, trust_remote_code=trust_remote_code)
     found: dict[str, Any] = {
         "model": type(model).__name__,
         "library": library,
@@ -145,11 +153,13 @@ def _summarize(path: Path, config: HRAConfig) -> dict[str, Any]:
     except (SelectionError, UnsupportedLayerError) as error:
         return found | {"error": str(error)}
     trained = sum(row.parameters for row in rows)
-    layers = adapted_layers(model)
     return found | {
         "trained": trained,
         "trained_in_full": sum(p.numel() for p in model.parameters() if p.requires_grad) - trained,
-        "adapted": [summarize_layer(row.path, layers[row.path], row.r) for row in rows],
+        "adapted": [
+            {"path": row.path, "site": row.layer_type, "d": row.d, "r": row.r, "trained": row.parameters}
+            for row in rows
+        ],
         "missed": rows.skipped,
         "trained_layers": rows.trained_in_full,
         "missed_parameters": rows.skipped_parameters,
@@ -157,60 +167,23 @@ def _summarize(path: Path, config: HRAConfig) -> dict[str, Any]:
 
 
 def _show(found: dict[str, Any]) -> None:
-    from hra_fx.cli.building import show_layers
-    from hra_fx.reporting.columns import footnotes
-    from hra_fx.reporting.heat import with_unit
+    from hra_fx.reporting.columns import footnotes, grouped
 
     adapted, in_full = found["adapted"], found["trained_in_full"]
-    share = with_unit(100 * found["trained"] / found["parameters"], "%")
     show_heading(
         f"{found['model']} ({found['library']})",
         {
             "adapted": f"{len(adapted)} of {counted(len(adapted) + len(found['missed']), 'layer')}",
-            "trainable": f"{counted(found['trained'], 'parameter')} ({share} of {found['parameters']:,})",
+            "trainable": f"{counted(found['trained'], 'parameter')} "
+            f"({found['trained'] / found['parameters']:.2%} of {found['parameters']:,})",
             "also trained": f"{counted(in_full, 'parameter')} in full" if in_full else "",
         },
     )
-    show_layers(adapted)
+    rows = []
+    for group in grouped(adapted, itemgetter("path"), itemgetter("site", "d", "r")):
+        one, trained = group.rows[0], sum(layer["trained"] for layer in group.rows)
+        texts = (str(len(group.rows)), one["site"], str(one["d"]), str(one["r"]), f"{trained:,}")
+        rows.append((group.name, *texts))
+    show_table({"layer": True, "count": False, "type": True, "d": False, "r": False, "params": False}, rows)
     for title, lines in footnotes((), found["missed"], found["trained_layers"], found["missed_parameters"]).items():
         show_lines(title, lines)
-
-
-def visualize(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a model, or its config.json.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output file: .svg or .html.")],
-    adapter: Annotated[
-        str | None, typer.Option("--adapter", "-a", metavar="FOLDER", help="An adapter to show in the model.")
-    ] = None,
-    depth: Annotated[
-        int | None, typer.Option("--depth", "-d", help="Number of module levels to expand; 0 collapses all.")
-    ] = None,
-    focus: Annotated[str | None, typer.Option("--focus", "-f", metavar="MODULE", help="Draw this module only.")] = None,
-    heat: Annotated[
-        str | None,
-        typer.Option(
-            "--heat", metavar="NAME", help="Color layers by weight_change, mean_angle, angle, rotation or share."
-        ),
-    ] = None,
-    weights: Annotated[
-        bool, typer.Option("--weights", help="Load the weights. Implied by --heat weight_change and share.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Draw a model, optionally with an adapter. The extension of OUT selects the format.
-
-    The model is built from its config.json, without weights if possible.
-    """
-    from hra_fx.api.load import load_adapter
-    from hra_fx.cli.building import build
-    from hra_fx.view.opening import Options
-    from hra_fx.view.picture import picture_file, visualize as draw
-
-    # Check the options and the output file before the slow step of building the model.
-    Options(depth, focus, heat)
-    picture_file(out)
-    made, _ = build(model, weights=weights or heat in _NEED_WEIGHTS)
-    if adapter is not None:
-        load_adapter(made, adapter)
-    file = draw(made, out, depth=depth, focus=focus, heat=heat)
-    show_json({"file": file}) if as_json else typer.echo(file)

@@ -1,0 +1,296 @@
+"""`fold_checkpoint`: from the folder of a model and adapters to the folder of the folded model."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from rich.filesize import decimal
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from hra_fx.api.load import load_adapter
+from hra_fx.api.transform import fold
+from hra_fx.atomic_write import flush
+from hra_fx.checkpoint.model_folder import CONFIG, PIPELINE, Source, load_model
+from hra_fx.config import CONFIG_NAME
+from hra_fx.errors import CheckpointError, HRAWarning
+from hra_fx.model.state import adapted_layers
+from hra_fx.removed import without_removed_arguments
+from hra_fx.selection.suggestions import some_of
+
+Adapters: TypeAlias = Source | Sequence[Source]
+#: The files of weights that the libraries load, one or several with an index.
+_WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+#: Endings of other files with weights, and names of files that have such an ending but no weights.
+_OTHERS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx")
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """The result of `fold_checkpoint`. Printing it shows one line.
+
+    Attributes:
+        folder: the new checkpoint.
+        rotated: paths of the layers with rotated weights; in a pipeline, after the name of the part and "/".
+        bytes: total size of the folder.
+        seconds: run time.
+
+    Example:
+        >>> print(CheckpointReport(Path("folded"), ("model.layers.0.q_proj",), 2_300_000, 0.5))
+        folded: 1 layer rotated, 2.3 MB in 0.5 s
+    """
+
+    folder: Path
+    rotated: tuple[str, ...]
+    bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        """One line."""
+        count = f"{len(self.rotated)} layer{'s' * (len(self.rotated) != 1)} rotated"
+        return f"{self.folder}: {count}, {decimal(self.bytes)} in {self.seconds:.1f} s"
+
+
+@without_removed_arguments
+def fold_checkpoint(
+    base_dir: Source,
+    adapter_dir: Adapters | Mapping[str, Adapters],
+    out_dir: Source,
+    *,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> CheckpointReport:
+    """Fold adapters into the model of a folder, `W <- W Q`, and write the folder of the folded model.
+
+    The model is loaded on the CPU with the class and the dtype that its `config.json` names, so the memory must hold
+    the whole model, or the largest part of a pipeline that is adapted, and a few copies of one layer. `load_adapter`
+    checks the adapters before anything is written. Weights are then written by `save_pretrained`, with the same keys,
+    and all other files are copied: the tokenizer, the chat template, code, and the other parts of a pipeline. Tensors
+    that the class does not use, such as heads for multi-token prediction, are not written.
+
+    The new folder is written as `.<name>.partial` beside `out_dir`, and renamed at the end. So `out_dir` is complete or
+    unchanged. After an error the hidden folder is removed; if the process is killed, the next call removes it.
+
+    Args:
+        base_dir: a folder with `config.json` and safetensors files, as saved by transformers, diffusers or timm; or a
+            pipeline of diffusers.
+        adapter_dir: folder of an adapter (or its Hub name), saved by PEFT or hra_fx; or several, in order; or, for a
+            pipeline, a mapping from its subfolders to adapters. No mapping is needed if the adapters are in subfolders
+            with the names of the pipeline's parts.
+        out_dir: the folder to create. It must not be inside `base_dir` or contain it.
+        overwrite: replace `out_dir` if it exists, after everything is written.
+        trust_remote_code: whether to run code in `base_dir` that defines the class of a transformers model.
+
+    Returns:
+        A report. Printing it shows a summary.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, a pickle, or does not fit; or writing failed.
+        AdapterError, FoldError, UnsupportedLayerError: as for `load_adapter` and `fold`. After any error, `base_dir`
+            and `out_dir` are unchanged.
+
+    Warns:
+        HRAWarning: tensors that the class does not use are not written; or the folder still contains other files with
+            weights of the base model.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from hra_fx import HRAConfig, save_adapter, transform
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=16))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     base, adapter, out = (Path(folder, name) for name in ("base", "adapter", "out"))
+        ...     model.save_pretrained(base)
+        ...     save_adapter(transform(model, HRAConfig(r=2, target_modules=["q_proj"])), adapter)
+        ...     fold_checkpoint(base, adapter, out).rotated
+        ('model.layers.0.self_attn.q_proj',)
+    """
+    begin = time.perf_counter()
+    base, out = Path(os.path.abspath(base_dir)), Path(os.path.realpath(out_dir))
+    adapters = _by_part(base, adapter_dir)
+    _check_folders(base, out, [source for several in adapters.values() for source in several], overwrite=overwrite)
+    rotated: list[str] = []
+    with _explained_errors(out), _staged(out) as folder:
+        for part, sources in adapters.items():
+            paths = _fold_part(base / part, sources, folder / part, trust_remote_code=trust_remote_code)
+            rotated += [f"{part}/{path}".lstrip("/") for path in paths]
+        _copy_others(base, folder, [base / part for part in adapters])
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    if kept := [file.relative_to(base).as_posix() for part in adapters for file in _other_weights(base / part)]:
+        text = f"{out}: {some_of(kept, 4)} still contain the base model's weights. Delete them, or do not load them."
+        warnings.warn(text, HRAWarning, stacklevel=3)
+    return CheckpointReport(out, tuple(rotated), size, time.perf_counter() - begin)
+
+
+def load_base(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Load the model of a folder on the CPU, without the tensors that its class does not use."""
+    if (folder / CONFIG_NAME).exists():
+        raise CheckpointError(
+            f"{folder / CONFIG_NAME}: there is an adapter in the folder of the base model, and from_pretrained would "
+            "load it with the model. Name the base model before the adapters, or move this adapter to another folder."
+        )
+    model, unused = load_model(folder, trust_remote_code=trust_remote_code)
+    if unused:
+        text = f"{folder}: {type(model).__name__} does not use {some_of(unused, 4)}, so the result lacks them."
+        warnings.warn(text, HRAWarning, stacklevel=5)
+    return model
+
+
+def load_adapters(model: Any, adapters: Sequence[Source]) -> list[str]:
+    """Load several adapters into a model. Returns their names, in order."""
+    names = [f"adapter_{i}" for i in range(1, len(adapters) + 1)]
+    for name, source in zip(names, adapters, strict=True):
+        load_adapter(model, source, name)
+    return names
+
+
+def _fold_part(base: Path, adapters: Sequence[Source], target: Path, *, trust_remote_code: bool) -> list[str]:
+    """Write the weights of a folded model, and its configuration if it changes. Returns the paths of the layers."""
+    model = load_base(base, trust_remote_code=trust_remote_code)
+    before = _configuration(model)
+    names = load_adapters(model, adapters)
+    paths = [*adapted_layers(model)]
+    fold(model, names)
+    saved = target / "saved"
+    saved.mkdir(parents=True)
+    if hasattr(model, "save_pretrained"):
+        # Not in larger files than those of the base.
+        model.save_pretrained(saved, max_shard_size=max(file.stat().st_size for file in base.glob("*.safetensors")))
+    else:  # a model of timm
+        save_file(model.state_dict(), saved / "model.safetensors", {"format": "pt"})
+    untied = _configuration(model) != before
+    for file in saved.iterdir():
+        if _WEIGHTS.fullmatch(file.name) or (untied and file.name == CONFIG):
+            file.rename(target / file.name)
+    shutil.rmtree(saved)
+    return paths
+
+
+def _configuration(model: Any) -> Any:
+    """The configuration of a transformers model, which a fold changes if it unties weights."""
+    config: Any = getattr(model, "config", None)
+    return config.to_dict() if hasattr(config, "to_dict") else None
+
+
+def _copy_others(base: Path, folder: Path, adapted: list[Path]) -> None:
+    """Copy all files but the weights of adapted models, and those that are written already."""
+
+    def written(source: str, names: list[str]) -> list[str]:
+        place = folder / Path(source).relative_to(base)
+        weights = [name for name in names if Path(source) in adapted and _WEIGHTS.fullmatch(name)]
+        return weights + [name for name in names if (place / name).is_file()]
+
+    # Links are followed, as in the Hub cache.
+    shutil.copytree(base, folder, ignore=written, dirs_exist_ok=True)
+
+
+def _other_weights(folder: Path) -> Iterator[Path]:
+    """Files at any depth that may contain weights of the base model, and that were copied."""
+    for file in sorted(folder.rglob("*")):
+        is_weights = file.suffix in _OTHERS and not file.name.startswith(_NO_WEIGHTS)
+        if is_weights and not _WEIGHTS.fullmatch(file.name):
+            yield file
+
+
+@contextlib.contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """Create a hidden folder, which becomes the output folder unless an exception is raised. An old one is replaced."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staged, replaced = (out.with_name(f".{out.name}.{state}") for state in ("partial", "replaced"))
+    # From a call that was killed. The old result is back in its place, if it was not replaced.
+    if replaced.exists() and not out.exists():
+        replaced.rename(out)
+    for old in (staged, replaced):
+        shutil.rmtree(old, ignore_errors=True)
+    staged.mkdir()
+    try:
+        yield staged
+        for file in staged.rglob("*"):
+            if file.is_file():
+                flush(file)
+        if out.is_dir():
+            out.rename(replaced)
+        staged.rename(out)
+    except BaseException:
+        if replaced.exists() and not out.exists():
+            replaced.rename(out)
+        raise
+    finally:
+        for old in (staged, replaced):
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _explained_errors(out: Path) -> Iterator[None]:
+    """Convert errors of the disk to an error that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # The text of an OSError would contain the hidden folder.
+        reason = f"[Errno {error.errno}] {error.strerror}" if isinstance(error, OSError) and error.errno else error
+        raise CheckpointError(
+            f"{out}: cannot write the result ({reason}). The output folder is unchanged. Free some space, check the "
+            "disk, or choose another output folder."
+        ) from error
+
+
+def _check_folders(base: Path, out: Path, adapters: Iterable[Source], *, overwrite: bool) -> None:
+    """Check that the output folder is free, and does not overlap with the base or with an adapter."""
+    if out.is_file():
+        raise CheckpointError(f"{out}: is a file. Choose another output folder.")
+    real = Path(os.path.realpath(base))
+    inputs = {"the base": real} | {f"adapter {source}": Path(os.path.realpath(source)) for source in adapters}
+    for name, folder in inputs.items():
+        if out == folder or out in folder.parents or (name == "the base" and folder in out.parents):
+            raise CheckpointError(
+                f"{out}: the output folder overlaps with {name}, {folder}. Choose a folder outside of it."
+            )
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise CheckpointError(
+            f"{out}: the output folder is not empty. Choose another folder, or pass overwrite=True (on the command "
+            "line: --overwrite)."
+        )
+
+
+def _by_part(base: Path, adapter_dir: Adapters | Mapping[str, Adapters]) -> dict[str, list[Source]]:
+    """The adapters for each part of a pipeline, by its folder; for a single model, the folder is ""."""
+    if not base.is_dir():
+        raise CheckpointError(
+            f"{base}: no such folder. Pass one with config.json and safetensors files, such as "
+            "save_pretrained(folder) or `hf download NAME --local-dir FOLDER` writes."
+        )
+    if isinstance(adapter_dir, Mapping):
+        parts = {name: _listed(given) for name, given in adapter_dir.items()}
+    else:
+        parts = {"": _listed(adapter_dir)}
+    if not parts or not all(parts.values()):
+        raise CheckpointError("adapter_dir must name at least one adapter. Pass one or more folders, in order.")
+    if not isinstance(adapter_dir, Mapping) and (base / PIPELINE).is_file():
+        sources, parts = parts[""], {}
+        for source in sources:
+            found = [file.parent for file in sorted(Path(source).glob(f"*/{CONFIG_NAME}"))]
+            for folder in found or [Path(source)]:
+                parts.setdefault(folder.name if found else "?", []).append(folder)
+    for name, sources in parts.items():
+        if not (base / name).is_dir() or Path(name).is_absolute() or ".." in Path(name).parts:
+            known = ", ".join(repr(file.parent.name) for file in sorted(base.glob(f"*/{CONFIG}")))
+            raise CheckpointError(
+                f"{sources[0]}: {base} has no part {name!r} for this adapter. It has {known or 'none'}. Name the part: "
+                f"adapter_dir={{'unet': {os.fspath(sources[0])!r}}} (--part unet)."
+            )
+    return parts
+
+
+def _listed(given: Adapters) -> list[Source]:
+    return [given] if isinstance(given, str | os.PathLike) else list(given)

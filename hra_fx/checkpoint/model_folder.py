@@ -1,0 +1,165 @@
+"""The model of a folder of transformers, diffusers or timm, with its own class: without weights, or loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from hra_fx.errors import CheckpointError
+
+#: A folder, or for adapters also a name on the Hub.
+Source: TypeAlias = str | os.PathLike[str]
+CONFIG = "config.json"
+#: The file that describes a diffusers pipeline.
+PIPELINE = "model_index.json"
+IN_MEMORY = "Load the model yourself, then call hra_fx.load_adapter, and hra_fx.fold or hra_fx.save_as_lora."
+_EXPECTED = "Pass the folder of a transformers, diffusers or timm model."
+#: Key that identifies the configuration of a library -> name of the library.
+_LIBRARIES = {"model_type": "transformers", "_class_name": "diffusers", "architecture": "timm"}
+#: Creates the model; and loads it, with the report of transformers and diffusers on keys that do not fit.
+_Makers: TypeAlias = tuple[Callable[[], nn.Module], Callable[[], tuple[nn.Module, Mapping[str, Any]]]]
+
+
+def build_model(path: Path, *, trust_remote_code: bool = False) -> tuple[nn.Module, str]:
+    """Build the model of a folder or of a `config.json` on the meta device; and name its library."""
+    file, entries, library = read_config(path)
+    with _explained_errors(f"{file}: {library} cannot build the model"):
+        # Import the class first, because modules that are imported may compute with tensors.
+        build, _ = _MAKERS[library](file, entries, trust_remote_code)
+        with torch.device("meta"):
+            return build().eval(), library
+
+
+def load_model(folder: Path, *, trust_remote_code: bool = False) -> tuple[nn.Module, list[str]]:
+    """Load the model of a folder on the CPU, in the dtype of its weights; and list the keys that its class ignores."""
+    file, entries, library = read_config(folder)
+    if entries.get("quantization_config"):
+        raise CheckpointError(f"{file}: the weights are quantized. Use the base model in 16 or 32 bits.")
+    with _explained_errors(f"{folder}: {library} cannot load the model"):
+        _, load = _MAKERS[library](file, entries, trust_remote_code)
+        model, found = load()
+    if missing := sorted(found["missing_keys"]):
+        raise CheckpointError(
+            f"{folder}: the files have no {missing[0]}, which {type(model).__name__} needs. {IN_MEMORY}"
+        )
+    return model.eval(), sorted(found["unexpected_keys"])
+
+
+def read_config(path: Path) -> tuple[Path, dict[str, Any], str]:
+    """The `config.json` of a folder or with this path, its content, and the name of its library."""
+    if (path / PIPELINE).is_file():
+        parts = sorted(found.parent.name for found in path.glob(f"*/{CONFIG}"))
+        raise CheckpointError(f"{path}: is a diffusers pipeline. Pass one of its parts: {', '.join(parts)}.")
+    file = path / CONFIG if path.is_dir() else path
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file. {_EXPECTED} For any other model: {IN_MEMORY}")
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot read the file as JSON ({error}). Download it again.") from error
+    key = next((key for key in _LIBRARIES if isinstance(entries, dict) and entries.get(key)), None)
+    if key is None:
+        raise CheckpointError(f"{file}: has none of the keys {', '.join(_LIBRARIES)}. {_EXPECTED}")
+    library = _LIBRARIES[key]
+    if find_spec(library) is None:
+        raise CheckpointError(f"{file}: {library} is not installed. Run: pip install {library}.")
+    return file, entries, library
+
+
+@contextlib.contextmanager
+def _explained_errors(what: str) -> Iterator[None]:
+    """Convert any error: the constructors of hundreds of models raise many kinds."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise CheckpointError(f"{what} ({reason}).") from error
+
+
+def _of_transformers(file: Path, entries: Mapping[str, Any], trust_remote_code: bool) -> _Makers:
+    transformers: Any = importlib.import_module("transformers")
+    folder, names = file.parent, entries.get("architectures") or []
+    cls = next((found for name in names if (found := getattr(transformers, name, None))), None)
+    code = entries.get("auto_map") or {}
+    if cls is None and code and not trust_remote_code:
+        raise CheckpointError(
+            f"{file}: the class of the model is code in its folder, which is not run without your consent. Read the "
+            "code, then pass trust_remote_code=True (on the command line: --trust-remote-code)."
+        )
+    # Without this, transformers asks in the terminal whether to run code. A file may have any name.
+    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    config = transformers.AutoConfig.from_pretrained(str(folder if file.name == CONFIG else file), **options)
+    config.name_or_path = str(folder)  # not the file: adapters name the folder of their base model
+    if cls is None and code:
+        module = importlib.import_module("transformers.dynamic_module_utils")
+        reference = next(ref for key, ref in code.items() if key.startswith("AutoModel") and _ends(ref, names))
+        cls = module.get_class_from_dynamic_module(reference, str(folder), local_files_only=True)
+    cls = cls or transformers.MODEL_MAPPING[type(config)]
+
+    def load() -> tuple[nn.Module, Mapping[str, Any]]:
+        given = {"config": config, "dtype": "auto", "use_safetensors": True, "output_loading_info": True}
+        return cls.from_pretrained(folder, local_files_only=True, **given)  # type: ignore[no-any-return]
+
+    return lambda: cls(config), load
+
+
+def _ends(reference: str, names: list[str]) -> bool:
+    """Whether a reference such as "modeling_mine.MyModel" names one of some classes; any class, without names."""
+    return not names or reference.rpartition(".")[2] in names
+
+
+def _of_diffusers(file: Path, entries: Mapping[str, Any], trust_remote_code: bool) -> _Makers:
+    cls: Any = getattr(importlib.import_module("diffusers"), str(entries["_class_name"]), None)
+    if not hasattr(cls, "from_config"):
+        raise CheckpointError(f"{file}: the installed diffusers has no model {entries['_class_name']!r}.")
+
+    def load() -> tuple[nn.Module, Mapping[str, Any]]:
+        given = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+        return cls.from_pretrained(file.parent, torch_dtype=_dtype_of(file.parent), **given)  # type: ignore[no-any-return]
+
+    return lambda: cls.from_config(dict(entries)), load
+
+
+def _of_timm(file: Path, entries: Mapping[str, Any], trust_remote_code: bool) -> _Makers:
+    timm = importlib.import_module("timm")
+    given = {key: entries[key] for key in ("num_classes", "global_pool") if key in entries}
+    arguments = {**given, **(entries.get("model_args") or {})}
+
+    def build() -> nn.Module:
+        return timm.create_model(entries["architecture"], **arguments)  # type: ignore[no-any-return]
+
+    def load() -> tuple[nn.Module, Mapping[str, Any]]:
+        made = build().to(_dtype_of(file.parent))
+        importlib.import_module("timm.models").load_checkpoint(made, str(file.with_name("model.safetensors")))
+        return made, {"missing_keys": [], "unexpected_keys": []}
+
+    return build, load
+
+
+_MAKERS: Mapping[str, Callable[[Path, Mapping[str, Any], bool], _Makers]] = {
+    "transformers": _of_transformers,
+    "diffusers": _of_diffusers,
+    "timm": _of_timm,
+}
+
+
+def _dtype_of(folder: Path) -> torch.dtype:
+    """The dtype of a floating-point tensor in the first file of weights; float32 without one."""
+    for file in sorted(folder.glob("*.safetensors"))[:1]:
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118, not a dict
+                if (tensor := opened.get_tensor(key)).is_floating_point():
+                    return tensor.dtype  # type: ignore[no-any-return]
+    return torch.float32

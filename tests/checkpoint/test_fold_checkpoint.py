@@ -1,0 +1,344 @@
+"""`fold_checkpoint`: values, keys and files compared with dense products and PEFT; nothing is half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import moe_models
+import peft
+import pytest
+import timm
+import torch
+from checkpoints import adapter_of, base_of, bert, files_of_at_most, gpt2, llama, picture, randomise, t5, tensors
+from diffusion_models import text_encoder, unet
+from oracles import dense_q, dense_weight, relative_error
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import hra_fx
+from hra_fx.errors import CheckpointError, HRAWarning
+
+ALL_LINEAR = {"target_modules": "all-linear"}
+EXPERTS = {"target_parameters": moe_models.TARGETS}
+
+
+def mixtral() -> Any:
+    return moe_models.built("mixtral", torch.float32)
+
+
+#: Model, dtype and fields of the adapter's configuration.
+MODELS: dict[str, tuple[Callable[[], Any], torch.dtype, dict[str, Any]]] = {
+    "Llama": (llama, torch.bfloat16, ALL_LINEAR),
+    "Llama, float64, Gram-Schmidt": (llama, torch.float64, {"target_modules": ["down_proj"], "apply_GS": True}),
+    "Llama, tied": (lambda: llama(tie_word_embeddings=True), torch.bfloat16, {"target_modules": ["q_proj"]}),
+    "GPT-2": (gpt2, torch.float32, {"target_modules": ["c_attn", "c_proj"]}),
+    "Mixtral": (mixtral, torch.bfloat16, {"target_modules": ["q_proj"]}),
+    "T5": (t5, torch.bfloat16, {"target_modules": ["q", "wo"]}),
+    "BERT": (bert, torch.float32, {"target_modules": ["query"], "bias": "all"}),
+    "BERT, a classifier": (
+        lambda: bert("BertForSequenceClassification"),
+        torch.bfloat16,
+        {"target_modules": ["query"], "task_type": "SEQ_CLS", "modules_to_save": ["classifier"]},
+    ),
+}
+
+
+def wanted(base: Any, adapters: list[Path]) -> dict[str, Tensor]:
+    """The state of a base model with the vectors and trained tensors in the files of adapters, by dense products."""
+    state = {name: tensor.double() for name, tensor in base.state_dict().items()}
+    for folder in adapters:
+        for key, tensor in tensors(folder).items():
+            path, _, last = key.removeprefix("base_model.model.").rpartition(".")
+            if last == "hra_u" and ".hra_" in path:
+                name = path.replace(".hra_", ".")
+                transposed = moe_models.is_transposed(base, name)
+                state[name] = moe_models.dense_experts(state[name], tensor.double(), transposed)
+            elif last == "hra_u":
+                turned = isinstance(base.get_submodule(path), nn.Linear | nn.Conv2d)
+                weight = state[f"{path}.weight"] if turned else state[f"{path}.weight"].mT
+                rotated = dense_weight(weight, dense_q(tensor))
+                state[f"{path}.weight"] = rotated if turned else rotated.mT
+            elif last != "hra_vectors":
+                state[f"{path}.{last}".replace(".base_layer.", ".")] = tensor.double()
+    return state
+
+
+def check(base: Path, out: Path, model: Any, *adapters: Path) -> None:
+    """Check the values, the keys, the dtypes and the other files of a folded model."""
+    before, after = tensors(base), tensors(out)
+    assert {key: (t.dtype, t.shape) for key, t in before.items()} == {
+        key: (t.dtype, t.shape) for key, t in after.items()
+    }
+    old, new = ({name: data for name, data in picture(f).items() if "safetensors" not in name} for f in (base, out))
+    assert old == new
+    loaded = type(model).from_pretrained(out, dtype="auto")
+    state = wanted(type(model).from_pretrained(base, dtype="auto"), list(adapters))
+    for name, tensor in loaded.state_dict().items():
+        assert relative_error(tensor, state[name]) < 4 * torch.finfo(tensor.dtype).eps, name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_values_keys_and_files(name: str, tmp_path: Path) -> None:
+    build, dtype, fields = MODELS[name]
+    model = build()
+    base = base_of(model, tmp_path / "base", dtype)
+    adapter = adapter_of(model, tmp_path / "adapter", **fields)
+    report = hra_fx.fold_checkpoint(base, adapter, tmp_path / "out")
+    check(base, tmp_path / "out", model, adapter)
+    assert set(report.rotated) == {row.path for row in hra_fx.report(hra_fx.load_adapter(model, adapter))}
+    assert report.bytes == sum(map(len, picture(tmp_path / "out").values()))
+    assert str(report).startswith(f"{tmp_path / 'out'}: {len(report.rotated)} layer")
+
+
+@pytest.mark.needs("transformers>=5.6")
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts(name: str, tmp_path: Path) -> None:
+    """In the files of Mixtral, each expert has its own matrices; the model has one tensor for all."""
+    model: Any = moe_models.built(name, torch.float32)
+    base = base_of(model, tmp_path / "base", torch.float32)
+    adapter = adapter_of(model, tmp_path / "adapter", **EXPERTS)
+    hra_fx.fold_checkpoint(base, adapter, tmp_path / "out")
+    check(base, tmp_path / "out", model, adapter)
+
+
+def test_several_adapters_are_folded_in_order_and_files_stay_small(tmp_path: Path) -> None:
+    model = llama()
+    base = base_of(model, tmp_path / "base", torch.float32, max_shard_size="9KB")
+    first = adapter_of(model, tmp_path / "first", "q_proj", "o_proj", seed=4)
+    second = adapter_of(model, tmp_path / "second", "q_proj", seed=5, r=2)
+    hra_fx.fold_checkpoint(base, [first, second], tmp_path / "out")
+    check(base, tmp_path / "out", model, first, second)
+    sizes = [[file.stat().st_size for file in folder.glob("*.safetensors")] for folder in (base, tmp_path / "out")]
+    assert len(sizes[1]) > 1 and max(sizes[1]) <= 1.1 * max(sizes[0])
+
+
+def test_a_trained_head_of_tied_embeddings_is_untied(tmp_path: Path) -> None:
+    model = llama(tie_word_embeddings=True)
+    base = base_of(model, tmp_path / "base", torch.float32)
+    adapter = adapter_of(model, tmp_path / "adapter", "q_proj", modules_to_save=["lm_head"])
+    with pytest.warns(HRAWarning, match="untied"):
+        hra_fx.fold_checkpoint(base, adapter, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    loaded = type(model).from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded.lm_head.weight, tensors(adapter)["base_model.model.lm_head.weight"])
+    assert torch.equal(loaded.model.embed_tokens.weight, tensors(base)["model.embed_tokens.weight"])
+
+
+# ---- compared with PEFT, which merges an adapter into a model in memory ----
+
+
+def peft_merged(model: Any, folder: Path, targets: list[str]) -> Any:
+    """Save an adapter with random vectors with PEFT, and return the model after its merge."""
+    wrapped: Any = peft.get_peft_model(model, peft.HRAConfig(r=4, target_modules=targets))
+    randomise(wrapped, 3)
+    wrapped.save_pretrained(folder)
+    return wrapped.merge_and_unload()
+
+
+TARGETS = {"unet": ["to_q", "to_k", "conv1", "conv_shortcut", "proj_in"], "text_encoder": ["q_proj", "v_proj"]}
+
+
+def test_a_pipeline_of_diffusers(tmp_path: Path) -> None:
+    base, merged = tmp_path / "base", {}
+    for name, model in {"unet": unet(), "text_encoder": text_encoder()}.items():
+        base_of(model, base / name, torch.float16)
+        merged[name] = peft_merged(model.float(), tmp_path / "adapter" / name, TARGETS[name]).state_dict()
+    (base / "scheduler").mkdir()
+    (base / "scheduler" / "scheduler_config.json").write_text("{}")
+    (base / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    report = hra_fx.fold_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
+    assert {path.partition("/")[0] for path in report.rotated} == {*merged}
+    for name, state in merged.items():
+        for key, tensor in tensors(tmp_path / "out" / name).items():
+            assert tensor.dtype == torch.float16 and relative_error(tensor, state[key]) < 1e-3, key
+    hra_fx.fold_checkpoint(base, {"unet": tmp_path / "adapter" / "unet"}, tmp_path / "one")
+    weights = {"unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"}
+    for folder, changed in (("out", weights), ("one", weights - {"text_encoder/model.safetensors"})):
+        before, after = picture(base), picture(tmp_path / folder)
+        assert before.keys() == after.keys() and {key for key in after if before[key] != after[key]} == changed
+    for adapter in (tmp_path / "adapter" / "unet", {"vae": tmp_path / "adapter" / "unet"}):
+        with pytest.raises(CheckpointError, match=r"It has 'text_encoder', 'unet'\. Name the part: adapter_dir="):
+            hra_fx.fold_checkpoint(base, adapter, tmp_path / "two")
+
+
+def test_a_model_of_timm(tmp_path: Path) -> None:
+    model = timm.create_model("convnext_atto", num_classes=5, depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))
+    arguments = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
+    timm.models.save_for_hf(model, tmp_path / "base", safe_serialization=True, model_args=arguments)
+    merged = peft_merged(model, tmp_path / "adapter", ["fc1", "downsample.1", "stem.0"])
+    hra_fx.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert tensors(tmp_path / "out").keys() == merged.state_dict().keys()
+    for key, tensor in tensors(tmp_path / "out").items():
+        torch.testing.assert_close(tensor, merged.state_dict()[key], rtol=1e-4, atol=1e-5)
+
+
+# ---- complete or unchanged ----
+
+KILLED = """
+import resource, signal, sys, hra_fx
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel ends the process in the middle of a write
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+hra_fx.fold_checkpoint(*sys.argv[1:], overwrite=True)
+"""
+
+
+def test_a_failed_and_a_killed_call_leave_the_old_result(tmp_path: Path) -> None:
+    model = llama()
+    base, out = base_of(model, tmp_path / "base", torch.float32), tmp_path / "out"
+    adapter = adapter_of(model, tmp_path / "adapter", "q_proj")
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    before, names = picture(tmp_path), {"base", "adapter", "out"}
+    with pytest.raises(CheckpointError, match=f"^{out}: the output folder is not empty"):
+        hra_fx.fold_checkpoint(base, adapter, out)
+    with (
+        files_of_at_most(20_000),
+        pytest.raises(CheckpointError, match=f"^{out}: cannot write the result .*File too large.* folder is unchanged"),
+    ):
+        hra_fx.fold_checkpoint(base, adapter, out, overwrite=True)
+    assert picture(tmp_path) == before and {path.name for path in tmp_path.iterdir()} == names
+    done = subprocess.run([sys.executable, "-c", KILLED, base, adapter, out], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGXFSZ, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == names | {".out.partial"}
+    shutil.rmtree(tmp_path / ".out.partial" / "saved", ignore_errors=True)
+    (tmp_path / ".out.partial" / "stale").mkdir()
+    assert {name: data for name, data in picture(tmp_path).items() if not name.startswith(".out")} == before
+    hra_fx.fold_checkpoint(base, adapter, out, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == names
+    check(base, out, model, adapter)
+
+
+def test_a_result_that_a_killed_call_has_moved_is_put_back(tmp_path: Path) -> None:
+    model = llama()
+    base, adapter = base_of(model, tmp_path / "base"), adapter_of(model, tmp_path / "adapter", "q_proj")
+    (tmp_path / ".out.replaced").mkdir()
+    (tmp_path / ".out.replaced" / "mine.txt").write_text("mine")
+    (base / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="cannot load the model"):
+        hra_fx.fold_checkpoint(base, adapter, tmp_path / "out")
+    assert picture(tmp_path / "out") == {"mine.txt": b"mine"}
+
+
+def without_weights(base: Path, adapter: Path) -> None:
+    (base / "model.safetensors").rename(base / "pytorch_model.bin")
+
+
+def without_a_tensor(base: Path, adapter: Path) -> None:
+    state = tensors(base)
+    del state["model.norm.weight"]
+    save_file(state, base / "model.safetensors", {"format": "pt"})
+
+
+def config_with(**fields: Any) -> Callable[[Path, Path], None]:
+    def change(base: Path, adapter: Path) -> None:
+        file = base / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+    return change
+
+
+def of_another_base(base: Path, adapter: Path) -> None:
+    adapter_of(llama(), adapter, "q_proj")
+    save_file({key: torch.ones(5, 4) for key in tensors(adapter)}, adapter / "adapter_model.safetensors")
+
+
+def adapter_in_the_base(base: Path, adapter: Path) -> None:
+    shutil.copy(adapter / "adapter_config.json", base)
+
+
+#: What is changed, and the message.
+REFUSED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
+    "pickle": (without_weights, "base: transformers cannot load the model (OSError: "),
+    "missing tensor": (without_a_tensor, "base: the files have no model.norm.weight, which LlamaForCausalLM needs."),
+    "quantized": (
+        config_with(quantization_config={"quant_method": "x"}),
+        "base/config.json: the weights are quantized",
+    ),
+    "its own code": (
+        config_with(architectures=["Mine"], auto_map={"AutoModel": "mine.Mine"}),
+        "base/config.json: the class of the model is code in its folder, which is not run without your consent.",
+    ),
+    "no configuration": (lambda base, _: (base / "config.json").unlink(), "base/config.json: no such file. Pass the"),
+    "no folder": (lambda base, _: shutil.rmtree(base), "base: no such folder. Pass one with config.json and"),
+    "no adapter": (
+        lambda _, adapter: shutil.rmtree(adapter),
+        "adapter: no such folder. Pass the folder of",
+    ),
+    "another base": (of_another_base, "adapter/adapter_model.safetensors: base_model.model.model.layers.0.self_attn."),
+    "adapter in the base": (adapter_in_the_base, "base/adapter_config.json: there is an adapter in the folder of the"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_before_anything_is_written(name: str, tmp_path: Path) -> None:
+    change, message = REFUSED[name]
+    model = llama()
+    base, adapter = base_of(model, tmp_path / "base"), adapter_of(model, tmp_path / "adapter", "q_proj")
+    change(base, adapter)
+    before = picture(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        hra_fx.fold_checkpoint(base, adapter, tmp_path / "out")
+    assert str(caught.value).replace(f"{tmp_path}/", "").startswith(message)
+    assert picture(tmp_path) == before and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", ["base", "base/inside", ".", "adapter"])
+def test_folders_that_overlap(out: str, tmp_path: Path) -> None:
+    model = llama()
+    base, adapter = base_of(model, tmp_path / "base"), adapter_of(model, tmp_path / "adapter", "q_proj")
+    with pytest.raises(CheckpointError, match="the output folder overlaps with"):
+        hra_fx.fold_checkpoint(base, adapter, tmp_path / out, overwrite=True)
+
+
+def test_removed_arguments_and_no_adapter(tmp_path: Path) -> None:
+    call: Any = hra_fx.fold_checkpoint
+    for name in ("columns", "rows", "verify", "progress"):
+        with pytest.raises(TypeError, match=rf"^fold_checkpoint: `{name}` was removed in 0\.5\. Leave it out"):
+            call("base", "adapter", "out", **{name: True})
+    for none in ([], {}, {"unet": []}):
+        with pytest.raises(CheckpointError, match=r"^adapter_dir must name at least one"):
+            call(tmp_path, none, tmp_path / "out")
+
+
+# ---- tensors and files that the class does not use, and its code ----
+
+
+def test_other_tensors_and_weights_are_named(tmp_path: Path) -> None:
+    model = llama()
+    base, adapter = base_of(model, tmp_path / "base"), adapter_of(model, tmp_path / "adapter", "q_proj")
+    save_file({**tensors(base), "mtp.head": torch.ones(2)}, base / "model.safetensors", {"format": "pt"})
+    for name in ("model.fp16.safetensors", "original/consolidated.00.pth", "training_args.bin"):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_bytes(b"weights")
+    with pytest.warns(HRAWarning) as caught:
+        hra_fx.fold_checkpoint(base, adapter, tmp_path / "out")
+    assert [str(each.message).replace(f"{tmp_path}/", "") for each in caught] == [
+        "base: LlamaForCausalLM does not use mtp.head, so the result lacks them.",
+        "out: model.fp16.safetensors, original/consolidated.00.pth still contain the base model's weights. Delete "
+        "them, or do not load them.",
+    ]
+    assert {each.filename for each in caught} == {__file__}
+    assert picture(base).keys() == picture(tmp_path / "out").keys()
+
+
+CODE = """
+from transformers import LlamaForCausalLM
+class Mine(LlamaForCausalLM):
+    pass
+"""
+
+
+def test_code_in_the_folder_is_run_if_the_user_allows_it(tmp_path: Path) -> None:
+    model = llama()
+    base, adapter = base_of(model, tmp_path / "base"), adapter_of(model, tmp_path / "adapter", "q_proj")
+    (base / "modeling_mine.py").write_text(CODE)
+    config_with(architectures=["Mine"], auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"})(base, adapter)
+    hra_fx.fold_checkpoint(base, adapter, tmp_path / "out", trust_remote_code=True)
+    check(base, tmp_path / "out", model, adapter)
