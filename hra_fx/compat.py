@@ -106,16 +106,6 @@ def is_exporting() -> bool:
     return torch.compiler._is_exporting_flag
 
 
-def running_while_exporting() -> AbstractContextManager[None]:
-    """Context manager in which `torch.export` also runs the operators with values, as `draft_export` does."""
-    options = {"fake_tensor_propagate_real_tensors": True, "generate_fake_kernels_from_real_mismatches": True}
-    return importlib.import_module("torch._functorch.config").patch(options)  # type: ignore[no-any-return]
-
-
-#: Context manager without function modes and subclasses.
-without_functions: Any = torch._C.DisableTorchFunction
-
-
 def export_forward_backward() -> Callable[..., Any]:
     """torch's function that adds the backward pass to an exported program; experimental, and slow to import."""
     return importlib.import_module("torch.export.experimental")._export_forward_backward  # type: ignore[no-any-return]
@@ -305,9 +295,8 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 OpOverload: type[Any] = type(torch.ops.aten.add.Tensor)
 #: The key of `GraphModule.meta` for attributes that fx sets in each deepcopy.
 KEPT_ATTRIBUTES = "_user_preserved_attributes"
-#: Operators that check the dtype and device of a tensor before a cast, and a condition on numbers.
+#: The operator that checks the dtype and device of a tensor before a cast.
 ASSERT_METADATA: Any = torch.ops.aten._assert_tensor_metadata.default
-ASSERT_SCALAR: Any = torch.ops.aten._assert_scalar.default
 
 
 def is_higher_order(target: object) -> bool:

@@ -44,7 +44,7 @@ class UnsupportedLayerError(HRAError):
 
 
 class CaptureError(HRAError):
-    """A module cannot be traced with fx. `graphs` catches it and traces smaller modules. Errors show its `reason`.
+    """A model cannot be traced with torch.fx or torch.export. The errors of public functions show its `reason`.
 
     >>> CaptureError("a forward hook on 'layer1.conv'").reason
     "a forward hook on 'layer1.conv'"

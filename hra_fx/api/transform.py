@@ -17,7 +17,7 @@ from hra_fx.model.fold import prepare_fold
 from hra_fx.model.inject import all_or_nothing, random_init
 from hra_fx.model.peft_view import has_peft_layers, take_over, without_wrapper
 from hra_fx.model.setup import checked, set_up
-from hra_fx.model.state import adapted_layers, get_state, require_adapted_layers
+from hra_fx.model.state import adapted_layers, get_state, require_adapted_layers, unwrap
 from hra_fx.removed import without_removed_arguments
 from hra_fx.selection.check import select_checked
 from hra_fx.selection.origin import keep_origin, origin_of
@@ -63,9 +63,9 @@ def transform(
             adapters work as in eager mode. The graph calls the model's layers, and works in train and eval mode. If
             possible, torch.fx traces the model, with optional arguments at their defaults. Otherwise `torch.export`
             captures one call. The graph is then valid for the arguments of this call and the dtype of the model. The
-            capture raises an error if the forward adds backward hooks, or uses random numbers of Python or NumPy; other
-            generators of Python and NumPy, and hooks on autograd nodes, are not detected. If the forward branches on
-            values of tensors, the graph takes the branches of the example, and checks that other inputs take them too.
+            capture raises an error if the forward adds backward hooks, uses random numbers of Python or NumPy, branches
+            on values of tensors, has a block under `torch.no_grad` or autocast, or runs different operations in train
+            and in eval mode; other generators of Python and NumPy, and hooks on autograd nodes, are not detected.
             Outputs that `torch.export` does not support, such as caches, are `None`.
         example_inputs: one tensor, a tuple of positional arguments or a dictionary of keyword arguments. `trace`
             captures this call if torch.fx cannot trace the model, or if the call passes optional arguments. By default,
@@ -204,28 +204,23 @@ def fold(model: M, adapter_names: str | Sequence[str] | None = None) -> M:
 
 
 def graphs(model: nn.Module, example_inputs: Any = None) -> dict[str, fx.GraphModule]:
-    """Trace a transformed model, with the reflections of its adapted layers in the graphs.
+    """Trace a transformed model into a graph that calls its layers, with a node for each reflection.
 
-    Without example inputs, torch.fx traces the whole model, or the largest parts that it can trace. With example inputs
-    the result is always one graph, as in graph mode: if torch.fx cannot trace the whole model, or if the call passes
-    optional arguments, `torch.export` captures the call.
-
-    All graphs call the layers of the model, and have a node for each reflection. With example inputs, the graph takes
-    the arguments of this call. Sizes may change if the model allows it. The graph returns the model's outputs, with
-    `None` instead of objects that `torch.export` does not support, such as a cache.
+    torch.fx traces the model. If it cannot, or if `example_inputs` pass optional arguments, `torch.export` captures
+    this call, as in graph mode. The graph then takes the arguments of this call. Sizes may change if the model allows
+    it. The graph returns the model's outputs, with `None` instead of objects that `torch.export` does not support, such
+    as a cache.
 
     Args:
         model: a transformed model.
         example_inputs: a tuple of positional arguments, a dictionary of keyword arguments, or one tensor.
 
     Returns:
-        Without example inputs: module path -> GraphModule with the model's own modules and parameters. The key is `""`
-        if the whole model was traced. A layer that is not part of another graph has a graph under its own path. With
-        example inputs: `""` -> the graph of the whole model, with the model's own parameters. Changing a graph does not
+        `""` -> the graph of the whole model, with the model's own modules and parameters. Changing the graph does not
         change the model.
 
     Raises:
-        AdapterError: the model has no reflections, or `torch.export` cannot capture the call.
+        AdapterError: the model has no reflections, or cannot be traced. The adapted layers work without a graph.
 
     Example:
         >>> from hra_fx import HRAConfig, transform
@@ -234,4 +229,4 @@ def graphs(model: nn.Module, example_inputs: Any = None) -> dict[str, fx.GraphMo
         ['0.hra_u', '0', '1']
     """
     require_adapted_layers(model)
-    return graphs_of(model, example_inputs)
+    return graphs_of(unwrap(model), example_inputs)

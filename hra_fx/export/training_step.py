@@ -18,8 +18,8 @@ from hra_fx.layers.batching import factors_in_exported_batches
 from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.model.example_inputs import clone_inputs, normalize_inputs, preserve_rng_state
 from hra_fx.tracing.exported import exporting, without_caches
-from hra_fx.tracing.graph_module import replace_node
 from hra_fx.tracing.inputs import argument_names
+from hra_fx.tracing.nodes import replace_node
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

@@ -24,7 +24,7 @@ from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import all_copies
 from hra_fx.layers.variants import adapters_for
 from hra_fx.layers.weight import mark_readers
-from hra_fx.model.graph_module import remove_reflections, rewrite
+from hra_fx.model.graph_module import rewrite
 from hra_fx.model.state import (
     AdapterState,
     adapted_layers,
@@ -37,6 +37,7 @@ from hra_fx.model.state import (
     root_of,
 )
 from hra_fx.model.trainable import activate, restore_ties, sync_layers, unfreeze
+from hra_fx.passes.fold import FoldPass
 from hra_fx.selection.check import select_checked
 
 #: Adds one adapter to a layer: (path, layer, the adapters of the layer).
@@ -189,7 +190,7 @@ def remove_adapters(root: nn.Module, state: AdapterState, names: tuple[str, ...]
     restore_ties(root, state)
     plain = [layer for layer in adapted_layers(root).values() if not layer.hra_u.specs]
     if plain and isinstance(root, fx.GraphModule):
-        remove_reflections(root)
+        FoldPass()(root)
     for layer in plain:
         restore_class(layer)
         del layer._modules[REFLECTION]

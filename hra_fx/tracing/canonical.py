@@ -8,25 +8,24 @@ get the same form, so that they can be compared node by node.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
-from hra_fx.compat import ASSERT_METADATA, ASSERT_SCALAR, is_higher_order
+from hra_fx.compat import ASSERT_METADATA, is_higher_order
 from hra_fx.errors import CaptureError
-from hra_fx.model.graph_module import UnpicklingTracer
-from hra_fx.tracing.by_mode import ByMode
 from hra_fx.tracing.exported import CALL_LAYER, exporting
-from hra_fx.tracing.graph_module import NestedGraph, attribute, graph_module, replace_node
 from hra_fx.tracing.inputs import Condition, argument_names, call_of, conditions_of, nest, shown_names
+from hra_fx.tracing.nodes import attribute, line_of, replace_node
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 #: The name of the module that checks the inputs.
 CHECKS = "check_inputs"
+#: Operators of torch.export that run a block, and what the model writes.
+_BLOCKS = {"wrap_with_autocast": "torch.autocast", "wrap_with_set_grad_enabled": "torch.no_grad or torch.enable_grad"}
 _SIZE = torch.ops.aten.sym_size.int
 
 
@@ -34,34 +33,23 @@ class Canonical(NamedTuple):
     """The graph of a model in one mode. It first calls `CHECKS`, then the model's layers.
 
     Attributes:
-        constants: name -> `NestedGraph`, or a tensor that the forward creates (a `ByMode`).
+        constants: name of a call in the graph -> the tensor that it returns, which the forward creates.
         names: those of the flat inputs.
         sizes: for each size that may change, (index of the flat input, dimension) of all inputs with this size.
     """
 
     graph: fx.Graph
-    constants: dict[str, nn.Module]
+    constants: dict[str, Tensor]
     conditions: list[Condition]
     names: list[str]
     sizes: list[list[tuple[int, int]]]
-
-
-class InBlockError(CaptureError):
-    """Layers are called in a block that has a separate graph."""
-
-    def __init__(self, paths: list[str]) -> None:
-        """Store the paths of the layers."""
-        super().__init__(
-            f"{paths[0]} is called under torch.autocast or another grad mode, or in a branch of torch.cond, which has "
-            "a separate graph"
-        )
-        self.paths = paths
 
 
 def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
     """Convert the graph of a program to one that uses the modules and tensors of the captured model."""
     with exporting():  # torch cannot write the code of some programs, such as one with a layer called "in"
         module: fx.GraphModule = program.module(check_guards=False)
+    _refuse_blocks(module)
     graph = module.graph
     graph.owning_module = None  # this module does not have layers to call
     names = argument_names(model, *call_of(program))
@@ -73,13 +61,8 @@ def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
         if copied.target is torch.ops.aten.clone.default and list(call.users) == [copied]:
             copied.replace_all_uses_with(call)
             graph.erase_node(copied)
-    constants = _name_constants(graph, program, module)
-    blocks = [block for part in constants.values() for block in part.modules() if isinstance(block, fx.GraphModule)]
-    calls = [node for block in blocks for node in block.graph.find_nodes(op="call_function", target=CALL_LAYER)]
-    if calls:
-        raise InBlockError([str(node.args[1]) for node in calls])
+    constants = _name_constants(graph, program)
     _simplify(graph, inputs, model)
-    constants = call_nested(graph, constants)
     for node in graph.find_nodes(op="get_attr", sort=True):  # the order of reads differs between captures
         min(node.users).prepend(node)
     # A symbol is a size that may change; the others are numbers and expressions.
@@ -104,71 +87,35 @@ def _simplify(graph: fx.Graph, inputs: list[fx.Node], model: nn.Module) -> None:
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default):
         node.replace_all_uses_with(node.args[0])
         graph.erase_node(node)
-    for node in graph.find_nodes(op="call_function", target=ASSERT_SCALAR):
-        _explain(node)
     _hoist_sizes(graph, inputs)
     _follow_device(graph, inputs, model)
     if inputs:
         with graph.inserting_after(max(inputs)):
             graph.call_module(CHECKS, tuple(inputs))
-    # Modules and blocks have side effects: batch norm, and a moving average under torch.no_grad, update buffers.
-    graph.eliminate_dead_code(lambda node: node.op == "call_module" or node.is_impure() or is_higher_order(node.target))
+    graph.eliminate_dead_code(lambda node: node.op == "call_module" or node.is_impure())  # batch norm updates buffers
 
 
-def _explain(check: fx.Node) -> None:
-    """Write the message of a check of values, such as the number of end tokens."""
-    place = check.meta.get("stack_trace", "").strip().rsplit("File ", 1)[-1].split("\n")
-    where = f" at {place[0].rpartition('/')[2]}, `{place[-1].strip()}`".replace('"', "") if place[-1] else ""
-    message = (
-        f"the graph was captured for inputs whose values take another way{where}. Call the original model, or capture "
-        "it for these inputs: pass them as `example_inputs` to hra_fx.transform(..., trace=True)."
-    )
-    check.args = (check.args[0], message)
+def _refuse_blocks(module: fx.GraphModule) -> None:
+    """Raise an error for a block with a separate graph, which a graph of layers cannot call."""
+    for node in module.graph.nodes:
+        if is_higher_order(node.target):
+            bodies = [attribute(module, read.target) for read in node.all_input_nodes if read.op == "get_attr"]
+            inner = [each for body in bodies if isinstance(body, fx.GraphModule) for each in body.graph.nodes]
+            known = next((each for each in (node, *inner) if line_of(each)), node)
+            block = _BLOCKS.get(str(node.target), f"torch.{node.target}")
+            raise CaptureError(f"it runs a block under {block}{line_of(known)}")
 
 
-def _name_constants(graph: fx.Graph, program: ExportedProgram, module: nn.Module) -> dict[str, nn.Module]:
-    """Number nested graphs, and tensors that a forward creates, in the order of their first use."""
+def _name_constants(graph: fx.Graph, program: ExportedProgram) -> dict[str, Tensor]:
+    """Number the tensors that a forward creates, in the order of their first use."""
     names: dict[str, str] = {}
-    made: dict[str, nn.Module] = {}
+    made: dict[str, Tensor] = {}
     for node in graph.find_nodes(op="get_attr", sort=True):
         if node.users and node.target in program.graph_signature.lifted_tensor_constants:
-            value = program.constants[node.target].detach()
             name = names.setdefault(node.target, f"constant_{len(names)}")
-            made[name] = ByMode(value, value)
-            call = replace_node(node, "call_module", name, (value.device,))
+            made[name] = program.constants[node.target].detach()
+            call = replace_node(node, "call_module", name, (made[name].device,))
             min(call.users).prepend(call)  # after the inputs, because they determine the device
-        elif isinstance(block := attribute(module, node.target), fx.GraphModule):
-            node.target = names.setdefault(node.target, f"block_{len(names)}")
-            made[node.target] = block
-    return made
-
-
-def captured_module(model: nn.Module, parts: Mapping[str, nn.Module], graph: fx.Graph) -> fx.GraphModule:
-    """Create a GraphModule from a captured graph, with the modules and tensors of a model, and additional parts."""
-    if taken := next((name for name in parts if hasattr(model, name)), None):
-        raise CaptureError(f"its attribute {taken!r} has a name that a graph uses for itself. Rename it")
-    return graph_module(model, graph, parts)
-
-
-def call_nested(graph: fx.Graph, parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Replace operators that have graphs as arguments with calls of modules, in place. Returns all parts to add."""
-    made = {name: part for name, part in parts.items() if not isinstance(part, fx.GraphModule)}
-    for node in [node for node in graph.nodes if is_higher_order(node.target)]:
-        reads = {place: arg for place, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg.op == "get_attr"}
-        found = {place: parts.get(str(read.target)) for place, read in reads.items()}
-        bodies = {place: body for place, body in found.items() if isinstance(body, fx.GraphModule)}
-        for body in bodies.values():
-            for name, part in call_nested(body.graph, dict(body.named_children())).items():
-                body.add_module(name, part)
-            body.recompile()
-            vars(body)["_tracer_cls"] = UnpicklingTracer  # that of torch.export cannot unpickle it
-        name = f"nested_{len(made)}"
-        made[name] = NestedGraph(str(node.target), bodies)
-        args = tuple(arg for place, arg in enumerate(node.args) if place not in bodies)
-        replace_node(node, "call_module", name, args, node.kwargs)
-        for read in reads.values():
-            if not read.users:
-                graph.erase_node(read)
     return made
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,22 +16,12 @@ from torch import Tensor, fx, nn
 
 from hra_fx.compat import has_backward_hooks, require
 from hra_fx.errors import CaptureError, HRAWarning
-from hra_fx.layers.target import find_kind
 from hra_fx.model.example_inputs import Call, preserve_rng_state
-from hra_fx.model.graph_module import GraphOfMode
 from hra_fx.tracing.by_mode import ByMode, merge_modes
-from hra_fx.tracing.canonical import CHECKS, Canonical, InBlockError, canonical, captured_module
+from hra_fx.tracing.canonical import CHECKS, canonical
 from hra_fx.tracing.compare import compare, compare_call
-from hra_fx.tracing.exported import (
-    LOCK,
-    BranchError,
-    depends_on_mode,
-    examples_with_shapes,
-    export_call,
-    is_leaf,
-    without_caches,
-)
-from hra_fx.tracing.graph_module import NestedGraph, attribute
+from hra_fx.tracing.exported import LOCK, examples_with_shapes, export_call, is_leaf, without_caches
+from hra_fx.tracing.graph_module import graph_module
 from hra_fx.tracing.inputs import Condition, InputChecks, size_conditions
 
 
@@ -67,8 +57,9 @@ def capture_in_eval(model: nn.Module, call: Call) -> fx.GraphModule:
     """Capture one call of a model for a picture, much faster: the graph is valid only for this call in eval mode."""
     call = _prepared(model, call)
     with LOCK, preserve_rng_state(), without_caches(model), torch.inference_mode(False):
-        only = _in_modes(model, call, None, [False])[0]
-        made = captured_module(model, {CHECKS: InputChecks([], []), **only.constants}, only.graph)
+        only = canonical(export_call(model, call, None, training=False), model)
+        constants = {name: ByMode(value, value) for name, value in only.constants.items()}
+        made = _module(model, only.graph, {CHECKS: InputChecks([]), **constants})
         compare_call(model, made, call)
         return made
 
@@ -85,20 +76,28 @@ def _prepared(model: nn.Module, call: Call) -> Call:
 
 def _captured(model: nn.Module, example: Call, shapes: Any, call: Call, *, is_trained: bool) -> fx.GraphModule:
     """Capture the graph of an example, and compare it with the model for this example and a call."""
-    modes = _in_modes(model, example, shapes, (True, False))
-    checks = InputChecks(modes[0].conditions, modes[1].conditions)
-    made = _in_both_modes(model, modes[0], modes[1], checks)
-    sizes = modes[0].sizes
+    in_train, in_eval = (
+        canonical(export_call(model, example, shapes, training=training), model) for training in (True, False)
+    )
+    checks, sizes = InputChecks([*in_train.conditions, *in_eval.conditions]), in_train.sizes
+    modules = merge_modes(in_train.graph, in_eval.graph)
+    constants = {name: ByMode(value, in_eval.constants[name]) for name, value in in_train.constants.items()}
+    made = _module(model, in_train.graph, {CHECKS: checks, **constants, **modules})
     limits = compare(model, made, example, sizes, with_gradients=is_trained)
     if example is not call:
         compare(model, made, call, (), with_gradients=is_trained)
-    checks.add(size_conditions(modes[0].names, sizes, limits.not_one))
+    checks.add(size_conditions(in_train.names, sizes, limits.not_one))
     if not limits.under_autocast:
         checks.add([Condition(*["not torch.is_autocast_enabled('cpu') and not torch.is_autocast_enabled('cuda')"] * 2)])
     _warn_of_unread(model, made.graph, call[1])
-    if is_trained:
-        _warn_of_parts(made)
     return made
+
+
+def _module(model: nn.Module, graph: fx.Graph, parts: Mapping[str, nn.Module]) -> fx.GraphModule:
+    """Create a GraphModule from a captured graph, with the modules and tensors of a model, and additional parts."""
+    if taken := next((name for name in parts if hasattr(model, name)), None):
+        raise CaptureError(f"its attribute {taken!r} has a name that a graph uses for itself. Rename it")
+    return graph_module(model, graph, parts)
 
 
 def _warn_of_unread(model: nn.Module, graph: fx.Graph, kwargs: Mapping[str, Any]) -> None:
@@ -110,79 +109,3 @@ def _warn_of_unread(model: nn.Module, graph: fx.Graph, kwargs: Mapping[str, Any]
             hint = "".join(f" Did you mean {name!r}?" for name in difflib.get_close_matches(node.target, known, 1))
             text = f"`example_inputs`: {type(model).__name__} does not read {node.target!r}.{hint}"
             warnings.warn(text, HRAWarning, stacklevel=2)
-
-
-def _in_modes(model: nn.Module, example: Call, shapes: Any, trained: Iterable[bool]) -> list[Canonical]:
-    """Capture train or eval mode, or both.
-
-    Leaves in a block with a separate graph, which could not call them, are inlined. If the call branches on values, it
-    runs with its values.
-    """
-    inlined: set[str] = set()
-    with_values = False
-    while True:
-        modes = []
-        try:
-            for training in trained:
-                program = export_call(
-                    model, example, shapes, training=training, with_values=with_values, inlined=inlined
-                )
-                modes.append(canonical(program, model))
-            return modes
-        except BranchError:
-            if with_values:
-                raise
-            with_values = True
-        except InBlockError as error:
-            inside = {path: model.get_submodule(path) for path in error.paths}
-            if any(depends_on_mode(part) or find_kind(part) for part in inside.values()):
-                raise
-            inlined |= inside.keys()
-
-
-# --- both modes -------------------------------------------------------------------------------------------------------
-
-
-def _in_both_modes(model: nn.Module, in_train: Canonical, in_eval: Canonical, checks: InputChecks) -> fx.GraphModule:
-    """Create a GraphModule with the modules and tensors of a model that is valid in both modes."""
-    constants = in_train.constants | _renamed(in_eval, in_train.constants)
-
-    def make(*graphs: fx.Graph) -> nn.Module:
-        return GraphOfMode(*(captured_module(model, constants, graph) for graph in graphs))
-
-    modules = merge_modes(in_train.graph, in_eval.graph, make)
-    return captured_module(model, {CHECKS: checks, **constants, **modules}, in_train.graph)
-
-
-def _renamed(part: Canonical, others: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Give constants the names of equal ones in `others`, and new names to the rest. Returns the rest."""
-    free = dict(others)
-    names = {}
-    for name, constant in part.constants.items():
-        names[name] = next((each for each, other in free.items() if _is_same(constant, other)), f"{name}_in_eval")
-        free.pop(names[name], None)
-    for node in part.graph.find_nodes(op="call_module"):
-        node.target = names.get(str(node.target), node.target)
-    return {names[name]: constant for name, constant in part.constants.items() if names[name] not in others}
-
-
-def _is_same(one: nn.Module, other: nn.Module) -> bool:
-    if isinstance(one, ByMode) and isinstance(other, ByMode):
-        return torch.equal(one.in_train, other.in_train)
-    return isinstance(one, NestedGraph) and isinstance(other, NestedGraph) and one.source() == other.source()
-
-
-def _warn_of_parts(made: fx.GraphModule) -> None:
-    """Warn of layers that a pass over the graph does not see."""
-    found: dict[str, str] = {}
-    for name, part in made.named_children():
-        for kind in ("in_train", "in_eval") if isinstance(part, GraphOfMode) else ():
-            calls = [str(node.target) for node in getattr(part, kind).graph.find_nodes(op="call_module")]
-            found |= {f"{name}.{kind}": path for path in calls[::-1] if find_kind(attribute(made, path))}
-    if found:
-        text = (
-            f"{type(made).__name__}: its graph calls {next(iter(found.values()))} in {', '.join(found)}, because the "
-            "other mode runs other operations there. Adapters and folding work as usual, but a pass of your own must "
-            "also visit these graphs."
-        )
-        warnings.warn(text, HRAWarning, stacklevel=2)

@@ -9,19 +9,16 @@ and batch norm are among them, so one graph is valid in train and in eval mode.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import io
-import linecache
 import logging
 import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from functools import partial, wraps
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,27 +26,24 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm  # type: ignore[import-untyped]  # which transformers needs
 
-from hra_fx.compat import forward_hooks, pytree, running_while_exporting, without_functions
+from hra_fx.compat import forward_hooks, pytree
 from hra_fx.errors import CaptureError
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.target import find_kind
-from hra_fx.model.example_inputs import Call, clone_inputs
+from hra_fx.model.example_inputs import Call, clone_inputs, seed_everything
 from hra_fx.tracing.compare import with_shared_tensors
+from hra_fx.tracing.nodes import line_among
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 #: fx and torch.export patch classes for the whole process while they trace.
 LOCK = threading.RLock()
-#: Code that is not the model's.
-_NOT_OF_MODELS = (Path(torch.__file__).parent, Path(__file__).parents[1], Path(contextlib.__file__))
 #: Tensors with more dimensions are images: models branch on their height and width, so only their batch is dynamic.
 _LENGTHS = 3
 #: Methods that return the tensor itself if it already has the dtype.
 _CASTS = {Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16}
 _CASTS |= {Tensor.long, Tensor.int, Tensor.bool}
-#: Functions that return one tensor for each dimension, if they are called with `as_tuple`.
-_NONZERO = {torch.nonzero, Tensor.nonzero}
 
 
 def export_call(
@@ -58,28 +52,21 @@ def export_call(
     dynamic_shapes: Any,
     *,
     training: bool,
-    with_values: bool = False,
-    inlined: Collection[str] = (),
 ) -> ExportedProgram:
-    """Capture a call in one mode, with each leaf as one `hra_fx::call_layer`, except for the paths in `inlined`.
+    """Capture a call in one mode, with each leaf as one `hra_fx::call_layer`.
 
-    The forward may change the modules, so a copy of them is captured. `with_values` runs the call meanwhile, and the
-    program takes the branches that its values take, and checks that other inputs take them too.
+    The forward may change the modules, so a copy of them is captured.
     """
     args, kwargs = clone_inputs(call)
+    seed_everything(0)  # a branch on a random number is the same in both modes
     model = with_shared_tensors(model).train(not training).train(training)  # as compare does: some clear a cache
-    leaves = {path: part for path, part in model.named_modules() if path and is_leaf(part) and path not in inlined}
+    leaves = {path: part for path, part in model.named_modules() if path and is_leaf(part)}
     mode = "train" if training else "eval"
     options: Any = {"unit": "layer", "delay": 2, "mininterval": 1, "leave": False, "disable": sys.stderr is None}
     bar = tqdm(total=len(leaves), desc=f"capture {mode} mode", **options)  # created before `exporting` redirects stderr
     with bar, exporting(), ExitStack() as stack, _PlainOperators(), torch.enable_grad():
         stack.callback(_layers.clear)
-        stack.callback(_values.clear)
         stack.callback(_recorded.clear)
-        if with_values:
-            stack.enter_context(running_while_exporting())
-            _values.update({path: _cloned(layer) for path, layer in leaves.items()})
-            _as_buffers(part for part in model.modules() if part not in leaves.values())
         _untie(model)
         _layers.update(leaves)
         for path, layer in leaves.items():
@@ -116,16 +103,12 @@ def exporting() -> Iterator[None]:
         raise
     except Exception as error:
         line = str(error).strip().split("\n")[0]
-        # Its module imports sympy.
-        kind = BranchError if type(error).__name__ == "GuardOnDataDependentSymNode" else CaptureError
-        raise kind(f"torch.export fails{_place(error)} ({type(error).__name__}: {line[:200]})") from error
+        frames = [(frame.filename, frame.lineno, frame.line) for frame in traceback.extract_tb(error.__traceback__)]
+        place = line_among(frames)
+        raise CaptureError(f"torch.export fails{place} ({type(error).__name__}: {line[:200]})") from error
     finally:
         for handler in handlers:
             handler.removeFilter(is_of_another_thread)
-
-
-class BranchError(CaptureError):
-    """A call branches on values of tensors, or creates tensors whose sizes depend on them."""
 
 
 def examples_with_shapes(model: nn.Module, call: Call) -> list[tuple[Call, Any]]:
@@ -206,22 +189,12 @@ def _untie(model: nn.Module) -> None:
             seen.add(id(parameter))
 
 
-def _as_buffers(modules: Iterable[nn.Module]) -> None:
-    """Turn parameters into buffers. torch runs operators with uninitialized values in place of parameters."""
-    for module in modules:
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                del module._parameters[name]
-                module.register_buffer(name, parameter.detach())
-
-
 class _PlainOperators(TorchFunctionMode):
     """Mode in which the recorded operators do not depend on the mode or on the dtypes of the example.
 
     - The fast path of torch's attention does not have a gradient, so it is not used.
     - `Tensor.contiguous` is recorded only if the previous kernel returns other strides, and the kernel of attention
       depends on dropout. Here it is always recorded.
-    - torch cannot run `torch.where` and `nonzero` with values if they return several tensors. Here, `unbind` does that.
     - A cast that does not change the dtype returns its input, and everything that reads the input would then read the
       cast. Under autocast, this would be another value. Here a cast returns an alias.
     """
@@ -238,22 +211,9 @@ class _PlainOperators(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.contiguous:
             return torch.ops.aten.contiguous.default(*args, **(kwargs or {}))
-        if (func is torch.where and len(args) == 1) or (func in _NONZERO and (kwargs or {}).get("as_tuple")):
-            return args[0].nonzero().unbind(1)
         if func in _CASTS:
             args = (torch.ops.aten.alias.default(args[0]), *args[1:])
         return func(*args, **(kwargs or {}))
-
-
-def _place(error: BaseException) -> str:
-    """The line of the model's code that caused an error."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        file = Path(frame.filename)
-        is_other = frame.filename.startswith("<") or any(file.is_relative_to(folder) for folder in _NOT_OF_MODELS)
-        if frame.lineno and not is_other:
-            code = linecache.getline(frame.filename, frame.lineno).strip()
-            return f" at {file.name}, line {frame.lineno}, `{code}`"
-    return ""
 
 
 # --- layers as operators ----------------------------------------------------------------------------------------------
@@ -275,8 +235,6 @@ _RECORDED = (nn.Identity, nn.Sequential, torch.jit.ScriptModule)
 _DROP_PATHS = ("DropPath", "StochasticDepth")
 # The layers of the model that is being captured, by path. The capture holds a lock.
 _layers: dict[str, nn.Module] = {}
-# The tensors of the layers, if the call runs while it is captured.
-_values: dict[str, dict[str, Tensor]] = {}
 # The paths of layers whose operators are recorded after a failed `call_layer`. Its node is removed from the program.
 _recorded: set[str] = set()
 
@@ -344,26 +302,16 @@ class _Called(nn.ModuleDict):
 
 
 def _output_of(x: Tensor, path: str) -> Tensor:
-    """Create a tensor with the shape of a layer's output, for a fake input."""
+    """Create a tensor with the shape of a layer's output, for a fake input; raises `_MustBeRecordedError`."""
     layer: Any = _layers[path]
     if depends_on_mode(layer):
         return torch.empty_like(x)
     tensors = dict(layer.named_parameters()) | dict(layer.named_buffers())
     if isinstance(layer, nn.Linear) and not layer.weight.is_floating_point():  # packed, so its shape is unrelated
         return x.new_empty((*x.shape[:-1], layer.out_features))
-    return _call_with(layer, {name: x.new_empty(t.shape, dtype=t.dtype) for name, t in tensors.items()}, x)
-
-
-def _values_of(x: Tensor, path: str) -> Tensor:
-    """Run a layer, for an input of a call that runs while it is captured."""
-    with without_functions(), torch.no_grad():
-        return _call_with(_layers[path], _values[path], x)
-
-
-def _call_with(layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """Call a layer with other tensors; raises `_MustBeRecordedError`."""
+    empty = {f"layer.{name}": x.new_empty(t.shape, dtype=t.dtype) for name, t in tensors.items()}
     before, now = dict(vars(layer)), vars(layer)
-    output = torch.func.functional_call(_Called({"layer": layer}), {f"layer.{n}": t for n, t in tensors.items()}, (x,))
+    output = torch.func.functional_call(_Called({"layer": layer}), empty, (x,))
     is_changed = now.keys() != before.keys() or any(now[name] is not value for name, value in before.items())
     if not isinstance(output, Tensor) or (is_changed and not find_kind(layer)):
         now.clear()
@@ -372,11 +320,4 @@ def _call_with(layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Te
     return output.clone()
 
 
-def _cloned(layer: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a layer; its buffers are copies, because batch norm writes into them."""
-    buffers = {name: value.clone() for name, value in layer.named_buffers()}
-    return {name: value.detach() for name, value in layer.named_parameters()} | buffers
-
-
-_LIBRARY.impl("call_layer", _values_of, "CompositeExplicitAutograd")
 torch.library.register_fake("hra_fx::call_layer", _output_of, lib=_LIBRARY)

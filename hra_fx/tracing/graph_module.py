@@ -1,22 +1,17 @@
-"""GraphModules that share the modules and parameters of a model, and helpers for their nodes.
-
-Blocks with a separate graph, such as a block under `torch.no_grad`, become modules of a captured graph. fx unpickles a
-graph by tracing its code, which would inline such a graph without its context, but calls of modules stay calls.
-"""
+"""GraphModules that share the modules and parameters of a model."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from functools import reduce
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from hra_fx.compat import NON_PERSISTENT
-from hra_fx.model.graph_module import GraphOfMode, UnpicklingTracer
+from hra_fx.model.graph_module import UnpicklingTracer
 from hra_fx.tracing.by_mode import ByMode
+from hra_fx.tracing.nodes import attribute, module_path
 
 #: What fx changes in copies: it makes all tensors that are read at the root persistent buffers, and drops other names.
 _KEPT = ("_parameters", "_buffers", NON_PERSISTENT, "_modules")
@@ -104,12 +99,6 @@ def graph_module(root: nn.Module, graph: fx.Graph, modules: Mapping[str, nn.Modu
         added = modules.get(str(call.target))
         if isinstance(added, ByMode) and call.users:
             _follow(added, module, module_path(next(iter(call.users))))
-        elif isinstance(added, GraphOfMode):
-            inner = [*added.in_train.graph.nodes, *added.in_eval.graph.nodes]
-            around = [*map(_paths_around, inner)] if any(map(module_path, inner)) else [*map(_paths_around, call.users)]
-            found = {path: attribute(module, path) for paths in around for path in paths if path}
-            # A part is checked against these modules. It has the mode of the graph itself.
-            vars(added)["followed"] = {path: part for path, part in found.items() if isinstance(part, nn.Module)}
     return module
 
 
@@ -129,71 +118,3 @@ def _holder(part: nn.Module | None, used: set[nn.Module], holders: dict[nn.Modul
         holder.training = part.training
         vars(holder)["_modules"] = {name: _holder(child, used, holders) for name, child in part._modules.items()}
     return holders[part]
-
-
-class NestedGraph(nn.Module):
-    """Calls an operator of `torch.export` that runs graphs."""
-
-    def __init__(self, operator: str, bodies: Mapping[int, nn.Module]) -> None:
-        """Store the name of the operator, and its graphs by their positions among the arguments."""
-        super().__init__()
-        self.operator = operator
-        self.bodies = nn.ModuleDict({str(place): body for place, body in bodies.items()})
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the operator with its graphs and all other arguments."""
-        given: list[Any] = list(args)
-        for place, body in self.bodies.items():
-            given.insert(int(place), body)
-        return getattr(torch.ops.higher_order, self.operator)(*given, **kwargs)
-
-    def source(self) -> list[str]:
-        """The name of the operator, and the code of its graphs."""
-        return [self.operator, *(f"{place}: {body.code}" for place, body in self.bodies.items())]
-
-
-# --- nodes ------------------------------------------------------------------------------------------------------------
-
-
-def attribute(owner: Any, path: Any) -> Any:
-    """Look up an attribute by its dotted path; `None` if it does not exist."""
-    return reduce(lambda part, name: getattr(part, name, None), str(path).split("."), owner)
-
-
-def replace_node(node: fx.Node, op: str, target: Any, args: Any = (), kwargs: Any = None) -> fx.Node:
-    """Replace a node with a new one that has its `meta`."""
-    with node.graph.inserting_before(node):
-        made = node.graph.create_node(op, target, args, kwargs)
-    made.meta = dict(node.meta)
-    node.replace_all_uses_with(made)
-    node.graph.erase_node(node)
-    return made
-
-
-def _paths_around(node: fx.Node) -> list[str]:
-    """The paths of the modules whose forward was running when a node was recorded."""
-    return [normalize_path(entry[0]) for entry in node.meta.get("nn_module_stack", {}).values()]
-
-
-def module_path(node: fx.Node) -> str | None:
-    """The path of the module whose forward contains a node, `""` for the root; `None` if this is unknown."""
-    stack = node.meta.get("nn_module_stack")
-    return normalize_path(list(stack.values())[-1][0]) if stack else None
-
-
-def module_classes(graph: fx.Graph) -> dict[str, str]:
-    """The classes of the modules whose forwards recorded a graph: path -> qualified name of the class."""
-    classes: dict[str, str] = {}
-    for node in graph.nodes:
-        for path, cls in (node.meta.get("nn_module_stack") or {}).values():
-            text = cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
-            classes.setdefault(normalize_path(path), text)
-    return classes
-
-
-def normalize_path(path: str) -> str:
-    """Convert a path of `nn_module_stack` (`L['self']._modules['blocks'][0]`) to the form of `named_modules`."""
-    path = path.replace("__dict__['_modules']", "")  # of a `ModelGraph`, in strict mode
-    for before, after in (("L['self']", ""), ("._modules[", "["), ("['", "."), ("']", ""), ("[", "."), ("]", "")):
-        path = path.replace(before, after)
-    return path.strip(".")

@@ -126,42 +126,38 @@ class Condition(NamedTuple):
 
 
 class InputChecks(nn.Module):
-    """Checks the inputs of a graph in its current mode."""
+    """Checks the inputs of a graph."""
 
     #: Keeps the call in `graph.eliminate_dead_code()`, which would otherwise remove it because its result is not used.
     _is_impure = True
 
-    def __init__(self, in_train: Sequence[Condition], in_eval: Sequence[Condition]) -> None:
-        """Store the conditions of both modes."""
+    def __init__(self, conditions: Sequence[Condition]) -> None:
+        """Store the conditions."""
         super().__init__()
-        self.in_train = tuple(in_train)
-        self.in_eval = tuple(in_eval)
-        self._make()
+        self.conditions: tuple[Condition, ...] = ()
+        self.add(conditions)
 
     def forward(self, *args: Any) -> None:
         """Check all inputs."""
-        (self._check_train if self.training else self._check_eval)(*args)
+        self._check(*args)
 
     def add(self, conditions: Sequence[Condition]) -> None:
-        """Add conditions for both modes."""
-        self.in_train, self.in_eval = (*self.in_train, *conditions), (*self.in_eval, *conditions)
-        self._make()
+        """Add conditions."""
+        self.conditions = tuple(dict.fromkeys([*self.conditions, *conditions]))
+        self._check = guard_function(_code(self.conditions))
 
     def extra_repr(self) -> str:
-        """Show the conditions of the current mode."""
-        return ", ".join(condition.text for condition in (self.in_train if self.training else self.in_eval))
-
-    def _make(self) -> None:
-        self._check_train, self._check_eval = (guard_function(_code(part)) for part in (self.in_train, self.in_eval))
+        """Show the conditions."""
+        return ", ".join(condition.text for condition in self.conditions)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the functions, which are created from the conditions."""
-        return {name: value for name, value in vars(self).items() if name not in ("_check_train", "_check_eval")}
+        """Leave out the function, which is created from the conditions."""
+        return {name: value for name, value in vars(self).items() if name != "_check"}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        """Create the functions again."""
+        """Create the function again."""
         vars(self).update(state)
-        self._make()
+        self.add(())
 
 
 def _code(conditions: Sequence[Condition]) -> str:

@@ -1,4 +1,4 @@
-"""A `torch.fx.Tracer` for graphs that call layers. What it records wrong, `compare` finds."""
+"""Trace a model with torch.fx into a graph that calls layers. What it records wrong, `compare` finds."""
 
 from __future__ import annotations
 
@@ -12,6 +12,45 @@ from torch import Tensor, fx, nn
 from hra_fx.compat import has_own_hooks
 from hra_fx.errors import CaptureError
 from hra_fx.layers.target import find_kind
+from hra_fx.model.example_inputs import preserve_rng_state
+from hra_fx.tracing.by_mode import merge_modes
+from hra_fx.tracing.compare import with_shared_tensors
+from hra_fx.tracing.exported import LOCK, depends_on_mode
+from hra_fx.tracing.observed import attribute_changes, attributes, random_states
+
+
+def trace(model: nn.Module, layers: Collection[nn.Module]) -> tuple[fx.Graph, dict[str, nn.Module]]:
+    """Trace a model in both modes. Returns the graph, and modules that the graph calls but the model does not have.
+
+    The model is not changed.
+    """
+    if "forward" in vars(model):
+        raise CaptureError("its forward is set on the instance")
+    with LOCK, preserve_rng_state():
+        try:
+            in_train, in_eval = (_traced(model, layers, training) for training in (True, False))
+            return in_train, merge_modes(in_train, in_eval)
+        except CaptureError:
+            raise
+        except Exception as error:
+            line = str(error).strip().split("\n")[0]
+            raise CaptureError(f"fx cannot trace it ({type(error).__name__}: {line[:160]})") from error
+
+
+def _traced(model: nn.Module, layers: Collection[nn.Module], training: bool) -> fx.Graph:
+    # The forward may change the modules, so a copy is traced.
+    copied = with_shared_tensors(model)
+    keep = {part for part, own in zip(copied.modules(), model.modules(), strict=True) if own in layers}
+    for part in copied.modules():
+        part.training = training
+    before, random = attributes(copied), random_states()
+    graph = ModelTracer(keep).trace(copied)
+    compile(graph.python_code("self").src, "graph", "exec")  # a layer may have the name of a keyword
+    if random_states() != random:
+        raise CaptureError("it draws random numbers in Python or seeds a generator, which happens once in a trace")
+    if changed := attribute_changes(before, copied):
+        raise CaptureError(f"its forward changes {changed[0]}, which a graph drops")
+    return graph
 
 
 class _NoKey:
@@ -47,7 +86,6 @@ class ModelTracer(fx.Tracer):
         """Prepare for one trace. The modules in `keep` stay calls."""
         super().__init__()
         self._keep = keep
-        self.innermost: list[nn.Module] = []
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         """Trace a module."""
@@ -66,20 +104,22 @@ class ModelTracer(fx.Tracer):
         raise CaptureError("it branches on a value (if, while, and, or, not, assert)")
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether a module stays a call: modules to keep, layers that can be adapted, and the leaf modules of fx."""
-        return m in self._keep or find_kind(m) is not None or super().is_leaf_module(m, module_qualified_name)
+        """Whether a module stays a call: layers that can be adapted, and those that depend on the mode or are torch's.
+
+        Subclasses of batch norm and dropout, and layers that drop paths, run other operations in train mode.
+        """
+        if m in self._keep or find_kind(m) is not None or depends_on_mode(m):
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Record a node for a leaf module, or the nodes of the forward for any other module."""
         path = self.path_of_module(m)
-        self.innermost.append(m)
         if has_own_hooks(m) and not self.is_leaf_module(m, path):
             raise CaptureError(f"{path}: it has hooks, which would not run")
-        result = super().call_module(m, forward, args, kwargs)
-        self.innermost.pop()
-        return result
+        return super().call_module(m, forward, args, kwargs)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Create a node, if it runs in the usual context."""

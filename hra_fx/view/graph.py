@@ -21,10 +21,9 @@ from torch import Tensor, fx, nn
 
 from hra_fx.compat import OpOverload
 from hra_fx.layers.target import BASE_WEIGHT, FACTORS, REFLECTION
-from hra_fx.model.graph_module import graph_in_eval
 from hra_fx.tracing.by_mode import ByMode
 from hra_fx.tracing.canonical import CHECKS
-from hra_fx.tracing.graph_module import normalize_path
+from hra_fx.tracing.nodes import normalize_path
 from hra_fx.view.subject import Subject, describe_module, name_of, own_parameters
 from hra_fx.view.tree import Leaf, joined, module_of, prefixes
 
@@ -177,7 +176,7 @@ class _Builder:
     def _add_graph(self, root: str, graph: fx.GraphModule) -> None:
         """Add the leaves of a traced module and their edges. A value without a box has the sources of its inputs."""
         values: dict[fx.Node, Value] = {}
-        plain = graph_in_eval(graph)
+        plain = graph.graph
         masks = constant_masks(plain)
         single = root in self.subject.layers  # a traced layer is one box, without its input and output
         knows_places = any(node.meta.get("nn_module_stack") for node in plain.nodes)

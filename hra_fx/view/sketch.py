@@ -18,7 +18,7 @@ from hra_fx.compat import fake_tensor_mode, forward_hooks, pytree
 from hra_fx.errors import HRAWarning, VisualizeError
 from hra_fx.export.program import is_program
 from hra_fx.model.example_inputs import Call, normalize_inputs
-from hra_fx.model.state import adapted_layers
+from hra_fx.model.state import adapted_layers, unwrap
 from hra_fx.reporting.words import counted, low_to_high
 from hra_fx.tracing.graphs import graphs_of
 from hra_fx.tracing.observed import attributes
@@ -44,6 +44,7 @@ def sketch_of(model: Any, example_inputs: Any) -> tuple[str, str, nx.DiGraph[str
             "`model` must be a torch.nn.Module, torch.fx.GraphModule or torch.export.ExportedProgram, "
             f"got {type(model).__name__}."
         )
+    model = unwrap(model)
     if "" in adapted_layers(model):
         raise VisualizeError(
             f"`model` is a single adapted layer ({type(model).__name__}). Pass the model that contains it, and the "
@@ -87,7 +88,7 @@ def _state_of_input(value: Any) -> Any:
 
 def _graphs_of(model: nn.Module, example_inputs: Any) -> dict[str, fx.GraphModule]:
     found = graphs_of(model, example_inputs, is_drawn=True)
-    if example_inputs is not None and not any("val" in node.meta for node in found[""].graph.nodes):
+    if found and example_inputs is not None and not any("val" in node.meta for node in found[""].graph.nodes):
         _note_shapes(found[""], normalize_inputs(example_inputs))
     return found
 

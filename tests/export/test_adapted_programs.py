@@ -15,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 
 import hra_fx
 from hra_fx.errors import AdapterError
-from hra_fx.model.state import adapted_layers
 
 
 class Mixed(nn.Module):
@@ -85,20 +84,6 @@ def test_a_graph_is_the_model() -> None:
     wanted = gradients(run_dense(base, model, X), leaves)
     for mine, oracle in zip(gradients(graph(X), leaves), wanted, strict=True):
         assert_same(mine, oracle, rtol=1e-8)
-
-
-def test_graphs_of_single_layers() -> None:
-    _, model = pair(MixedUntraced, TARGETS)
-    graphs = hra_fx.graphs(model)
-    assert graphs.keys() == adapted_layers(model).keys()
-    used = {id(parameter) for graph in graphs.values() for parameter in graph.parameters()}
-    assert {id(v) for v in vectors_of(model).values()} <= used <= {id(parameter) for parameter in model.parameters()}
-    for path, layer in adapted_layers(model).items():
-        if layer.hra_u.reflects_input:
-            x = normal(5, 1, 3, 5) if path == "conv" else normal(5, 2, layer.hra_u.width)
-            assert_same(graphs[path](x), layer(x), rtol=1e-14)
-        else:
-            assert_same(graphs[path](), hra_fx.effective_weight(layer), rtol=1e-14)
 
 
 @pytest.mark.parametrize("use", [lambda program: hra_fx.transform(program, CONFIG), hra_fx.fold, hra_fx.report])

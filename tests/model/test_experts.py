@@ -54,7 +54,6 @@ def test_report_and_pictures(tmp_path: Path) -> None:
     dense = torch.block_diag(*(dense_product(own) for own in vectors))
     assert abs(row.rotation - float((dense - torch.eye(len(dense))).norm())) < 1e-9
     hra_fx.visualize(model, tmp_path / "picture.html")
-    assert len(hra_fx.graphs(model)) == 4
     assert float(hra_fx.orthogonality_loss(model).detach()) > 0
 
 

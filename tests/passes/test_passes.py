@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from adapting import randomise
-from graph_modules import COPIES, X, adapted, config, targets_of
+from graph_modules import COPIES, X, adapted, targets_of
 from layers.checking import assert_same
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -127,40 +126,3 @@ def test_copies_rotate_each_weight_once_also_in_a_program(copied: Callable[[Any]
     assert_same(torch.export.export(twin, (X,)).module()(X), wanted)
     assert_same(hra_fx.fold(twin)(X), wanted)
     assert [node.target for node in twin.graph.nodes] == [node.target for node in base.graph.nodes]
-
-
-class Modes(nn.Module):
-    """One layer is called in train mode only, so a part of the graph runs one graph in each mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention, self.head = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 6)
-        self.extra = nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.attention(x[:100] if x.shape[0] > 100 else x, x, x, need_weights=False)[0]
-        if self.training:
-            x = self.extra(torch.relu(x)) @ self.extra.weight
-        return self.head(x) @ self.head.weight
-
-
-@pytest.mark.needs("torch>=2.9")
-@pytest.mark.parametrize("copied", COPIES, ids=["deepcopy", "pickle", "torch.save"])
-def test_layers_that_only_one_mode_calls_have_reflections(copied: Callable[[Any], Any]) -> None:
-    settings = config("attention", "head", "extra")
-    with pytest.warns(hra_fx.HRAWarning, match=r"^Modes: its graph calls extra in graph_of_mode_0\.in_train"):
-        model: Any = hra_fx.transform(Modes().double(), settings, trace=True, example_inputs=X)
-    randomise(model)
-    eager = hra_fx.transform(Modes().double(), settings)
-    eager.load_state_dict(model.state_dict())
-    twin = copied(model)
-    modes = twin.graph_of_mode_0
-    rotated = [
-        [target for target in targets_of(graph) if target.endswith("hra_u")]
-        for graph in (twin, modes.in_train, modes.in_eval)
-    ]
-    assert rotated == [["attention.hra_u", "extra.hra_u", "head.hra_u", "head.hra_u"], ["extra.hra_u"], []]
-    for training in (True, False, True):
-        assert_same(twin.train(training)(X), eager.train(training)(X))
-    for training in (True, False):
-        assert_same(hra_fx.fold(copied(twin)).train(training)(X), eager.train(training)(X))

@@ -126,28 +126,6 @@ class Containers(Two):
         return {"out": self.second(pair.left), "more": (pair.left, pair.right[0])}
 
 
-class Frozen(nn.Module):
-    """Without layers that are adapted, a module that cannot be traced stays one call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        with torch.no_grad():
-            return x * 2 if x.shape[0] > 1 else x
-
-
-class Calls(Two):
-    def __init__(self) -> None:
-        super().__init__()
-        self.frozen = Frozen()
-
-    def middle(self, hidden: Tensor) -> Tensor:
-        return hidden + self.frozen(hidden)
-
-
 class Attention(Two):
     def __init__(self) -> None:
         super().__init__()
@@ -224,7 +202,6 @@ TRACED: tuple[type[nn.Module], ...] = (
     Norms,
     Metadata,
     Containers,
-    Calls,
     Attention,
     Shared,
     Reads,

@@ -1,4 +1,4 @@
-"""`hra_fx.graphs`: the graph of a whole model or of the largest parts that fx can trace, over shared parameters."""
+"""`hra_fx.graphs`: the graph of a whole model, over shared parameters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from adapting import adapted, picture
+from adapting import adapted
 from graph_modules import targets_of
 from layers.checking import assert_same, normal
 from torch import Tensor, fx, nn
@@ -29,38 +29,6 @@ class Net(nn.Module):
         return self.head(self.drop(x.mean((2, 3))))
 
 
-def mlp() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4))
-
-
-class Optional(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.b(self.a(x)) if mask is None else self.b(self.a(x) * mask)
-
-
-class Host(nn.Module):
-    """It branches on a value; its parts are of every kind."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mlp = mlp()
-        self.gate = nn.Linear(4, 4)
-        self.one = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-        self.optional = Optional()
-        self.graph = fx.symbolic_trace(mlp())
-        self.patched = mlp()
-        self.patched.forward = self.patched.forward  # type: ignore[method-assign]
-        self.shared = self.gate
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.mlp(x) if x.sum() > 0 else self.gate(x)
-        return self.shared(self.patched(self.graph(self.optional(self.one(x), mask=x))))
-
-
 def net() -> Any:
     torch.manual_seed(0)
     return adapted(Net().double(), "conv", "head")
@@ -78,25 +46,22 @@ def test_a_model_that_is_traced_whole() -> None:
     assert nodes["conv.hra_u"].meta["nn_module_stack"] == nodes["conv"].meta["nn_module_stack"]
 
 
-def test_the_largest_parts() -> None:
-    model = adapted(Host().double(), target_modules=r"(.*\.)?(0|2|a|b|gate)")
-    before = picture(model)
-    graphs, x = hra_fx.graphs(model), normal(2, 3, 4)
-    assert picture(model) == before
-    alone = {"gate", "one.0", "optional.a", "optional.b", "graph.0", "graph.2", "patched.0", "patched.2"}
-    assert set(graphs) == {"mlp", *alone}
-    assert targets_of(graphs["mlp"]) == ["0.hra_u", "0", "1", "2.hra_u", "2"]
-    assert targets_of(graphs["gate"]) == ["gate.hra_u", "gate"]
-    for path in ("mlp", "gate"):
-        assert_same(graphs[path](x), model.get_submodule(path)(x))
-
-
 @pytest.mark.needs("torch>=2.9")
 def test_interpreters_and_export() -> None:
     model = net().eval()
     graph = hra_fx.graphs(model)[""]
     assert_same(fx.Interpreter(graph).run(IMAGE), model(IMAGE))
     assert_same(torch.export.export(graph, (IMAGE,)).module()(IMAGE), model(IMAGE))
+
+
+class Branches(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum() > 0 else x
+
+
+def test_a_model_that_cannot_be_traced_needs_an_example() -> None:
+    with pytest.raises(AdapterError, match=r"torch\.fx cannot trace Branches: it branches on a value.*example_inputs"):
+        hra_fx.graphs(adapted(Branches(), "head"))
 
 
 def test_a_plain_model_has_no_graphs() -> None:

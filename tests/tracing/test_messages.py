@@ -129,20 +129,6 @@ def test_a_hook_that_may_be_the_reason_is_named() -> None:
         hra_fx.transform(model, config(), trace=True, example_inputs=X)
 
 
-class Conditional(Two):
-    def middle(self, hidden: Tensor) -> Any:
-        return torch.cond(hidden.sum() > 0, lambda value: value * 2, lambda value: value + 1, (hidden,))
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch.cond does
-@pytest.mark.parametrize("copied", COPIES, ids=["deepcopy", "pickle", "torch.save"])
-def test_a_copy_of_a_graph_with_both_branches(copied: Callable[[Any], Any]) -> None:
-    graph, eager = twins(Conditional().double(), X)
-    made = copied(graph)
-    for factor in (1, -1):
-        assert_same(made(factor * X), eager(factor * X))
-
-
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # torch's own
 def test_a_strict_program_of_a_graph_has_the_names_of_its_modules() -> None:
     graph, _ = twins(Two().double(), X)

@@ -156,7 +156,7 @@ class Outputs(Two):
 
 
 BRANCH, GRAD = "it branches on a value", "it changes grad mode or autocast, or calls a custom autograd function"
-RANDOM, OTHER = "it draws random numbers in Python", "runs different operations in train mode"
+RANDOM, OTHER = "it draws random numbers in Python", "it runs different operations in train mode"
 DIFFERS = "its output differs for"
 REFUSED: dict[str, tuple[type[nn.Module], str]] = {
     "autocast": (under(lambda: torch.autocast("cpu", dtype=torch.bfloat16)), GRAD),
@@ -171,8 +171,8 @@ REFUSED: dict[str, tuple[type[nn.Module], str]] = {
     "mode of a part": (ModeChanged, "its forward changes drop.training"),
     "hooks": (Hooked, "block: it has hooks"),
     "no arguments": (NoArguments, "its forward does not have a required argument"),
-    "modes": (Modes, f"Modes {OTHER}"),
-    "outputs": (Outputs, f"Outputs {OTHER}"),
+    "modes": (Modes, OTHER),
+    "outputs": (Outputs, OTHER),
 }
 
 
