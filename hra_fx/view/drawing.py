@@ -12,8 +12,6 @@ from hra_fx.model.peft_view import adapted_view
 from hra_fx.model.state import adapted_layers, unwrap
 from hra_fx.reporting.heat import is_identity
 from hra_fx.reporting.report import Report, report
-from hra_fx.reporting.row import Row
-from hra_fx.reporting.skipped_layers import SkippedLayer
 from hra_fx.view.scopes import scope_tree
 from hra_fx.view.sketch import sketch_of
 from hra_fx.view.tree import Leaf, Scope, prefixes
@@ -27,9 +25,7 @@ class Drawing:
     title: str  # such as "ResNet with HRA"
     facts: str  # one line: the number of adapted layers, their ranks and parameters, and what was traced
     picture: nx.DiGraph[str]  # the leaves, and the flow of values between them; see `graph.leaves_of`
-    rows: tuple[Row, ...]  # of the report; empty for a plain model
-    skipped: tuple[SkippedLayer, ...] = ()
-    trained_in_full: tuple[str, ...] = ()  # paths of layers
+    report: Report  # empty for a plain model
 
     def tree(self) -> Scope:
         """The leaves grouped by module, with identical neighbors as one item."""
@@ -43,10 +39,10 @@ def drawing_of(model: Any, example_inputs: Any = None) -> Drawing:
         found = report(model) if _has_adapters(model) else None
         name, facts, picture = sketch_of(model, example_inputs)
     if found is None:
-        return Drawing(name, name, facts, picture, ())
+        return Drawing(name, name, facts, picture, Report(()))
     _mark(picture, found)
     facts += " · not trained yet (identity)" * is_identity(found.rows)
-    return Drawing(name, f"{name} with HRA", facts, picture, found.rows, found.skipped, found.trained_in_full)
+    return Drawing(name, f"{name} with HRA", facts, picture, found)
 
 
 def _has_adapters(model: Any) -> bool:

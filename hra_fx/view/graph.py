@@ -11,8 +11,8 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from types import BuiltinFunctionType, FunctionType
+from dataclasses import dataclass, field, replace
+from types import BuiltinFunctionType, FunctionType, MappingProxyType
 from typing import Any
 
 import networkx as nx
@@ -34,6 +34,7 @@ _SHAPE_METHODS = frozenset({"size", "dim", "numel", "stride", "ndimension", "is_
 _UNSEEN = ("_guards_fn", CHECKS, FACTORS)
 #: Operators that return their input if it already has the requested dtype and device.
 _CASTS = frozenset({"alias", "detach", "to"})
+_NONE: Mapping[str, str] = MappingProxyType({})
 #: How `torch.export` names the tensors that a forward creates.
 _LIFTED = "lifted_tensor_"
 
@@ -73,6 +74,7 @@ class _Builder:
     def __init__(self, subject: Subject) -> None:
         self.subject, self.model, self.graphs = subject, subject.model, subject.graphs
         self.picture: nx.DiGraph[str] = nx.DiGraph()
+        self.numbers: dict[str, int] = {}  # of the leaves, in order
         self.drawn: set[str] = set()  # paths of the adapted layers that a leaf has as marks
         self.counted: set[int] = set()  # ids of the parameters that a leaf counts
         self.visited: dict[int, str] = {}  # id of a module -> its path
@@ -125,10 +127,11 @@ class _Builder:
         if path not in self.drawn:
             self._add(f"layer:{path}", self._adapted_leaf(path, "eager", tuple(prefixes(_parent(path)))))
 
-    def _add(self, key: str, leaf: Leaf, sources: tuple[str, ...] = ()) -> None:
+    def _add(self, key: str, leaf: Leaf, sources: Mapping[str, str] = _NONE) -> None:
         self.drawn.update(leaf.marks)
+        self.numbers[key] = len(self.numbers)
         self.picture.add_node(key, leaf=leaf)
-        self.picture.add_edges_from((source, key) for source in sources)
+        self.picture.add_edges_from((source, key, {"shape": shape}) for source, shape in sources.items())
 
     def _add_eager(self, path: str, detail: str) -> None:
         place = tuple(prefixes(_parent(path)))
@@ -198,13 +201,13 @@ class _Builder:
                     leaf = replace(leaf, parameters=count, readers=_readers(root, before.weights, place))
                 shape, dtype = shape_and_dtype(node)
                 self._add(key, replace(leaf, shape=shape, dtype=dtype), before.sources)
-                value = Value((key,))
+                value = Value({key: shape})
             values[node] = value
         inputs = [key for node, value in values.items() if node.op == "placeholder" for key in value.sources]
         self.picture.remove_nodes_from([key for key in inputs if not self.picture.out_degree(key)])
 
     def _place(self, node: fx.Node, root: str, before: Value, layers: tuple[str, ...]) -> tuple[str, ...]:
-        """The modules around a node. Without `nn_module_stack`, an operation is placed with its input."""
+        """The modules around a node. Without `nn_module_stack`, an operation is placed with its latest input."""
         stack = _stack(node, root)
         if layers and (node.op == "get_attr" or root == layers[0]):
             owner = _parent(layers[0])
@@ -213,7 +216,8 @@ class _Builder:
         elif stack:
             owner = stack[-1][1]
         elif before.sources and node.op not in ("placeholder", "output"):
-            source: Leaf = self.picture.nodes[before.sources[-1]]["leaf"]
+            latest = max(before.sources, key=self.numbers.__getitem__)  # in any order of the operands
+            source: Leaf = self.picture.nodes[latest]["leaf"]
             return source.place
         else:
             owner = root
@@ -251,7 +255,7 @@ def _readers(root: str, weights: tuple[str, ...], place: tuple[str, ...]) -> tup
 class Value:
     """The facts about a value of a traced graph."""
 
-    sources: tuple[str, ...] = ()  # keys of the boxes that computed it
+    sources: Mapping[str, str] = field(default_factory=dict)  # keys of the boxes that computed it, and its shape
     weights: tuple[str, ...] = ()  # names of the parameters in it
     is_shape: bool = False  # it is a shape, or computed from shapes, and not a tensor
 
@@ -259,10 +263,10 @@ class Value:
 def read(node: fx.Node, values: Mapping[fx.Node, Value]) -> Value:
     """The union of all values that a node reads, in order."""
     values_read = [values[source] for source in node.all_input_nodes]
-    sources = dict.fromkeys(key for value in values_read for key in value.sources)
+    sources = {key: shape for value in values_read for key, shape in value.sources.items()}
     weights = dict.fromkeys(name for value in values_read for name in value.weights)
     only_shapes = bool(values_read) and all(value.is_shape for value in values_read)
-    return Value(tuple(sources), tuple(weights), only_shapes)
+    return Value(sources, tuple(weights), only_shapes)
 
 
 def pass_through(node: fx.Node, values: Mapping[fx.Node, Value], module: nn.Module | None) -> Value | None:
@@ -287,6 +291,8 @@ def pass_through(node: fx.Node, values: Mapping[fx.Node, Value], module: nn.Modu
     if _returns_its_input(node) or isinstance(node.target, type):  # such as the class of a model's outputs
         return before
     picks = node.target is operator.getitem and isinstance(node.args[1], int)
+    if picks and (shape := shape_and_dtype(node)[0]):
+        return replace(before, sources=dict.fromkeys(before.sources, shape))
     only_parameters = bool(before.weights) and not before.sources
     return before if picks or only_parameters else None
 

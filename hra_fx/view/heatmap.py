@@ -1,16 +1,14 @@
-"""The heatmap of a picture: a value and a color for each adapted layer on a common scale, and their form in boxes."""
+"""The heatmap of a picture: how much each adapted layer is changed, as a color on a common scale from 0."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from math import ceil, nan
-from typing import ClassVar
 
-from hra_fx.errors import VisualizeError
-from hra_fx.reporting.heat import DARK_PALETTE, HEATS, PALETTE, color, default_heat, heat_of, is_identity, scale
-from hra_fx.view.drawing import Drawing
-from hra_fx.view.theme import Theme
+from hra_fx.reporting.heat import HEATS, Heat, is_identity
+from hra_fx.reporting.row import Row, largest
+from hra_fx.view.theme import HEAT, UNKNOWN
 from hra_fx.view.tree import Item
 
 CELL = 8.0  # height of a row of heat cells
@@ -28,7 +26,7 @@ class Cells:
     @property
     def height(self) -> float:
         """The height of the rows and of the space above them."""
-        return ceil(len(self.colors) / self.columns) * CELL + 5 if self.colors else 0.0
+        return math.ceil(len(self.colors) / self.columns) * CELL + 5 if self.colors else 0.0
 
 
 NO_CELLS = Cells()
@@ -36,62 +34,67 @@ NO_CELLS = Cells()
 
 @dataclass(frozen=True)
 class Heatmap:
-    """One value for each adapted layer, in the unit and between the ends of the legend. Without values, none is shown.
+    """One value for each adapted layer, from 0 to the end of the legend. Without values, none is shown."""
 
-    `name` is a key of `HEATS`.
-    """
-
-    name: str = ""
+    heat: Heat = HEATS["weight_change"]
     values: Mapping[str, float] = field(default_factory=dict)
-    ends: tuple[float, float] = (0.0, 1.0)
-    palette: Sequence[str] = PALETTE
-    #: Whether the page writes values and tips, so that `strip` only reserves the space for a value.
-    is_live: ClassVar[bool] = False
+    top: float = 1.0
 
     def mean(self, paths: Iterable[str]) -> float:
         """The mean of one or more layers; NaN if a value is unknown."""
-        values = [self.values.get(path, nan) for path in paths]
+        values = [self.values.get(path, math.nan) for path in paths]
         return sum(values) / len(values)
 
-    def text(self, value: float) -> str:
-        """Format a value with its unit."""
-        return HEATS[self.name].text(value)
-
     def color(self, value: float) -> str:
-        """The color of a value."""
-        return color(value, self.ends, self.palette)
+        """The color of a value on a light background."""
+        return UNKNOWN[0] if math.isnan(value) else HEAT[min(int(value / self.top * len(HEAT)), len(HEAT) - 1)][0]
 
     def line(self, path: str) -> str:
         """Format a line of a tooltip: an adapted layer with its value."""
-        return f"{path} · {self.text(self.mean([path]))}" if self.values else path
+        return f"{path} · {self.heat.text(self.mean([path]))}" if self.values else path
 
     def strip(self, item: Item) -> tuple[str, str]:
         """The text and the color of the mean value in a box; empty without a heatmap or an adapted layer."""
         if not self.values or not item.marks:
             return "", ""
         mean = self.mean(item.marks)
-        words = ("" if HEATS[self.name].unit else "|Q-I| ") + self.text(mean)
-        return (f"mean {words}" if len(item.marks) > 1 else words), self.color(mean)
+        return "mean " * (len(item.marks) > 1) + self.heat.text(mean), self.color(mean)
 
     def cells(self, item: Item, width: float) -> Cells:
         """Create one cell for each adapted layer in a box. If the box represents several modules, each has a column."""
         if not self.values or not item.marks:
             return NO_CELLS
         fitting = max(int(width / _NARROWEST), 1)
-        columns = item.count if 1 < item.count <= fitting else ceil(len(item.marks) / ceil(len(item.marks) / fitting))
+        rows = math.ceil(len(item.marks) / fitting)
+        columns = item.count if 1 < item.count <= fitting else math.ceil(len(item.marks) / rows)
         colors = tuple(self.color(self.mean([path])) for path in item.marks)
         return Cells(colors, tuple(map(self.line, item.marks)), columns)
 
 
-def heatmap_of(drawing: Drawing, name: str | None, theme: Theme = "light") -> Heatmap:
-    """Create the heatmap of a picture. `None` is `default_heat`, or no heatmap if no layer is rotated."""
-    if name is None and (not drawing.rows or is_identity(drawing.rows)):
+def heatmap_of(rows: Iterable[Row]) -> Heatmap:
+    """The heatmap of a report: the largest change of a layer's weight by an active adapter, 0 if none is active.
+
+    If no weight can be read, it is the mean angle. It has no values without rows, or if all adapters are the identity.
+    """
+    rows = list(rows)
+    if not rows or is_identity(rows):
         return Heatmap()
-    name = name or default_heat(drawing.rows)
-    if not drawing.rows:
-        raise VisualizeError(
-            f"`heat` must be None for {drawing.title}, which has no adapters, got {name!r}. "
-            "Draw a model that hra_fx.transform returned."
-        )
-    values = heat_of(drawing.rows, name)
-    return Heatmap(name, values, scale(values.values()), DARK_PALETTE if theme == "dark" else PALETTE)
+    heat = HEATS["weight_change" if any(math.isfinite(row.weight_change) for row in rows) else "mean_angle"]
+    active: dict[str, list[float]] = {}
+    for row in rows:
+        active.setdefault(row.path, []).extend([heat.value(row)] if row.active else [])
+    values = {path: largest(own) if own else 0.0 for path, own in active.items()}
+    return Heatmap(heat, values, round_up(max(filter(math.isfinite, values.values()), default=0.0)))
+
+
+def round_up(value: float) -> float:
+    """The end of a scale from 0: a round number that is at least a value.
+
+    >>> round_up(17.4), round_up(0.031), round_up(180), round_up(0)
+    (18.0, 0.035, 180.0, 1.0)
+    """
+    if value < 1e-290:  # powers of ten underflow to zero below it
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(value))
+    steps = (1.2, 1.5, 1.8, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 10.0)
+    return float(f"{next(step for step in steps if step * power >= value * (1 - 1e-6)) * power:.6g}")

@@ -1,7 +1,7 @@
 """Layout: the text, the size and the position of every box, in rows from top to bottom.
 
 An edge to the next row is a curve between the rows. A longer edge passes the rows between on one side, so that no edge
-crosses a box. Long edges from the same source share their path.
+crosses a box.
 """
 
 from __future__ import annotations
@@ -46,8 +46,7 @@ class Size:
 class Route:
     """An edge: vertical segments `(x, from y, to y)` from top to bottom, joined by curves in the gaps between rows."""
 
-    source: int  # the box that it leaves; `~p` for port p of the scope
-    target: int  # the box that it enters; -1 for the lower border
+    edge: Edge  # its source is `~p` for port p of the scope, and its target -1 for the lower border
     pieces: tuple[tuple[float, float, float], ...]
 
 
@@ -56,7 +55,7 @@ def rows_of(count: int, edges: Sequence[Edge]) -> list[int]:
 
     A box without sources is right above its readers. The boxes are in topological order: an edge `(i, j, p)` has i < j.
     """
-    graph: nx.DiGraph[int] = nx.DiGraph((source, target) for source, target, _ in edges)
+    graph: nx.DiGraph[int] = nx.DiGraph((edge.source, edge.target) for edge in edges)
     graph.add_nodes_from(range(count))
     rows: list[int] = []
     filled: Counter[int] = Counter()
@@ -98,8 +97,8 @@ class Layout:
         self.sizes = [*sizes, *ports, Size(0, 0)]
         self._lower = len(self.sizes) - 1
         count, self._ports = len(sizes), range(len(sizes), self._lower)
-        links = [(source if source >= 0 else count + ~source, target, port) for source, target, port in edges]
-        self.links = list(dict.fromkeys(links + [(box, self._lower, 0) for box in outputs]))
+        links = [edge._replace(source=count + ~edge.source) if edge.source < 0 else edge for edge in edges]
+        self.links = list(dict.fromkeys(links + [Edge(box, self._lower, 0) for box in outputs]))
         self.row = [*(row + 1 for row in rows), *(0 for _ in ports), max(rows, default=-1) + 2]
         self.rows: list[list[int]] = [[] for _ in range(self.row[self._lower] + 1)]
         for box, row in enumerate(self.row):
@@ -120,7 +119,7 @@ class Layout:
         self.x = [0.0] * len(self.sizes)
         below: dict[int, list[float]] = {port: [] for port in self._ports}
         above: list[list[tuple[int, int]]] = [[] for _ in self.sizes]
-        for source, target, port in self.links:
+        for source, target, port, _ in self.links:
             if self.row[source] == self.row[target] - 1:
                 above[target].append((source, port))
         for boxes in self.rows[1:]:
@@ -160,26 +159,22 @@ class Layout:
     def _right(self, box: int) -> float:
         return self.x[box] + self.sizes[box].width / 2
 
-    def _lanes(self) -> dict[int, float]:
-        """Source -> x of its long edges, beside the rows that they pass, on the side with the shorter way.
+    def _lanes(self) -> dict[tuple[int, int, int], float]:
+        """The x of each long edge beside the rows that it passes, on the side with the shorter way.
 
         Shorter edges are closer to the boxes.
         """
-        longest: dict[int, Edge] = {}
-        for link in self.links:
-            source, target, _ = link
-            if self.row[target] - self.row[source] > 1:
-                longest[source] = max(longest.get(source, link), link, key=lambda edge: self.row[edge[1]])
-        passed = {source: range(self.row[source] + 1, self.row[link[1]]) for source, link in longest.items()}
-        lanes: dict[int, float] = {}
-        for source in sorted(passed, key=lambda source: (len(passed[source]), source)):
-            rows, (_, target, port) = passed[source], longest[source]
+        ends = {(source, target, port): (self.row[source], self.row[target]) for source, target, port, _ in self.links}
+        passed = {link: range(above + 1, below) for link, (above, below) in ends.items() if below - above > 1}
+        lanes: dict[tuple[int, int, int], float] = {}
+        for source, target, port in sorted(passed, key=lambda link: (len(passed[link]), link)):
+            rows = passed[source, target, port]
             boxes = [box for row in rows for box in self.rows[row]]
             others = [x for other, x in lanes.items() if set(rows) & set(passed[other])]
             right = max([*map(self._right, boxes), *others]) + LANE
             left = min([*(self.x[box] - self.sizes[box].width / 2 for box in boxes), *others]) - LANE
-            ends = (self.x[source] + self.sizes[source].leave, self.x[target] + self.sizes[target].enter[port])
-            lanes[source] = min(right, left, key=lambda x: sum(abs(x - end) for end in ends))
+            way = (self.x[source] + self.sizes[source].leave, self.x[target] + self.sizes[target].enter[port])
+            lanes[source, target, port] = min(right, left, key=lambda x: sum(abs(x - end) for end in way))
         return lanes
 
     def _top(self, box: int) -> float:
@@ -188,27 +183,24 @@ class Layout:
         return (self.tops[row] + self.bottoms[row] - self.sizes[box].height) / 2
 
     def _route(self, link: Edge, end: float, left: float) -> Route:
-        source, target, _ = link
+        source, target, *_ = link
         above, below = self.row[source], self.row[target]
         begin = self._top(source) + self.sizes[source].height
         pieces = [(self.x[source] + self.sizes[source].leave, begin, self.bottoms[above])]
         if below - above > 1:
-            pieces.append((self.lanes[source], self.tops[above + 1], self.bottoms[below - 1]))
+            pieces.append((self.lanes[link[:3]], self.tops[above + 1], self.bottoms[below - 1]))
         pieces.append((end, self.tops[below], self._top(target)))
         shifted = tuple((x - left, start, stop) for x, start, stop in pieces)
         begins = source if source not in self._ports else ~self._ports.index(source)
-        return Route(begins, -1 if target == self._lower else target, shifted)
-
-    def _start(self, source: int, target: int) -> float:
-        """The x from which an edge comes to its target."""
-        is_long = self.row[target] - self.row[source] > 1
-        return self.lanes[source] if is_long else self.x[source] + self.sizes[source].leave
+        return Route(link._replace(source=begins, target=-1 if target == self._lower else target), shifted)
 
     def _ends(self) -> dict[Edge, float]:
         """The x at which each edge enters: the straightest edge at the port, others on the side they come from."""
         by_port: dict[tuple[int, int], list[tuple[float, Edge]]] = {}
-        for source, target, port in self.links:
-            by_port.setdefault((target, port), []).append((self._start(source, target), (source, target, port)))
+        for link in self.links:  # each with the x from which it comes
+            source, target, port, _ = link
+            start = self.lanes.get(link[:3], self.x[source] + self.sizes[source].leave)
+            by_port.setdefault((target, port), []).append((start, link))
         ends: dict[Edge, float] = {}
         for (target, port), coming in by_port.items():
             size, entry = self.sizes[target], self.x[target] + self.sizes[target].enter[port]
@@ -229,7 +221,7 @@ class Box:
     name: str
     detail: str
     count: str  # "× 6" for six modules
-    tip: str  # the tooltip; empty for the page, which writes its own tooltips
+    tip: str  # the tooltip
     strip: str = ""  # the text of the adapter
     heat: str = ""  # the color of the strip, if a heatmap is shown
     cells: Cells = NO_CELLS
@@ -247,8 +239,7 @@ def place(block: Block, heatmap: Heatmap, *, root: bool = False) -> Box:
     name = shorten(span(item), _PORT if block.look == "port" else _LETTERS)
     detail = shorten(item.detail if isinstance(item, Leaf) else item.class_name, _LETTERS)
     count = f"× {item.count}" if item.count > 1 else ""
-    tip = "" if heatmap.is_live else _tip(item, heatmap)
-    box = Box(block, Size(0, 0), name, "" if detail == name else detail, count, tip)
+    box = Box(block, Size(0, 0), name, "" if detail == name else detail, count, _tip(item, heatmap))
     return _single(box, heatmap) if block.parts is None else _open(box, block.parts, heatmap, root=root)
 
 
@@ -286,8 +277,8 @@ def _single(box: Box, heatmap: Heatmap) -> Box:
     wide = max(name, width(detail, DETAIL), width(strip + value, DETAIL, bold=True) + 12)
     cells = heatmap.cells(item, wide) if look == "closed" or len(item.marks) > 1 else NO_CELLS
     size = Size(wide + 2 * _PAD, (STRIP if strip else 8) + 39 + cells.height)
-    heat, strip = heat if strip else "", strip + value * (not heatmap.is_live)
-    return replace(box, size=size, detail=detail, strip=strip, heat=heat, cells=cells)
+    heat = heat if strip else ""
+    return replace(box, size=size, detail=detail, strip=strip + value, heat=heat, cells=cells)
 
 
 def _open(box: Box, blocks: tuple[Block, ...], heatmap: Heatmap, *, root: bool) -> Box:
@@ -295,9 +286,10 @@ def _open(box: Box, blocks: tuple[Block, ...], heatmap: Heatmap, *, root: bool) 
     assert isinstance(scope, Scope)  # only scopes have parts
     parts = [place(block, heatmap) for block in blocks]
     sizes = [part.size for part in parts]
-    edges = [(i, j, port if blocks[j].parts is not None else 0) for i, j, port in scope.edges]
-    names = [shorten(name, _LETTERS) for name in scope.ports if len(scope.ports) > 1]
-    ports = [Size(width(name, DETAIL) + 16, PORT) for name in names] or [Size(0, 0) for _ in scope.ports]
+    origins = list(dict.fromkeys(scope.ports))  # values from the same box or module share a port
+    edges = _drawn(scope, blocks)
+    names = [shorten(name, _LETTERS) for name in origins if len(origins) > 1]
+    ports = [Size(width(name, DETAIL) + 16, PORT) for name in names] or [Size(0, 0) for _ in origins]
     inner = Layout(sizes, edges, scope.outputs, ports, scope_rows(scope))
     left, top, wide, high = 0.0, 0.0, inner.width, inner.height
     if not root:
@@ -314,6 +306,23 @@ def _open(box: Box, blocks: tuple[Block, ...], heatmap: Heatmap, *, root: bool) 
         routes=inner.routes,
         body=(left, top),
     )
+
+
+def _drawn(scope: Scope, blocks: Sequence[Block]) -> list[Edge]:
+    """The edges between the ports that are drawn: one port for each origin of values, and one of a closed module."""
+    shapes: dict[tuple[int, int, int], dict[str, None]] = {}
+    for source, target, port, shape in scope.edges:
+        reader = blocks[target]
+        if source < 0:
+            source = ~list(dict.fromkeys(scope.ports)).index(scope.ports[~source])
+        port = 0 if reader.parts is None else _port(reader.item, port)
+        shapes.setdefault((source, target, port), {})[shape] = None
+    return [Edge(*ends, " + ".join([*own][:1] + [str(len(own) - 1)] * (len(own) > 1))) for ends, own in shapes.items()]
+
+
+def _port(item: Item, port: int) -> int:
+    ports = item.ports if isinstance(item, Scope) else ("",)
+    return list(dict.fromkeys(ports)).index(ports[port])
 
 
 def scope_rows(scope: Scope) -> list[int]:

@@ -56,7 +56,7 @@ def to_networkx(model: Any, example_inputs: Any = None) -> nx.DiGraph[str]:
     """
     drawing = drawing_of(model, example_inputs)
     rows: dict[str, list[Row]] = {}
-    for row in drawing.rows:
+    for row in drawing.report.rows:
         rows.setdefault(row.path, []).append(row)
     graph: nx.DiGraph[str] = nx.DiGraph(title=drawing.title, facts=drawing.facts)
     for key, leaf in drawing.picture.nodes(data="leaf"):

@@ -10,9 +10,8 @@ from numbers import Integral
 import networkx as nx
 
 from hra_fx.errors import VisualizeError
-from hra_fx.reporting.heat import heat_named
+from hra_fx.reporting.report import Report
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.theme import THEMES, Theme
 from hra_fx.view.tree import Item, Leaf, Scope, module_of, prefixes, signature
 
 #: If no depth is set, modules are opened up to this number of boxes.
@@ -25,16 +24,14 @@ _SMALL = 3
 class Options:
     """The options of a picture; see `visualize`. A wrong type or value is an error.
 
-    >>> Options(theme="sepia")
+    >>> Options(depth=-1)
     Traceback (most recent call last):
         ...
-    hra_fx.errors.VisualizeError: `theme` must be one of 'light', 'dark', got 'sepia'.
+    hra_fx.errors.VisualizeError: `depth` must be a non-negative int or None, got -1.
     """
 
     depth: int | None = None
     focus: str | None = None
-    heat: str | None = None
-    theme: Theme | None = None
 
     def __post_init__(self) -> None:
         """Check each field."""
@@ -44,10 +41,6 @@ class Options:
             raise VisualizeError(
                 f"`focus` must be a module's name as in model.named_modules(), got {type(self.focus).__name__}."
             )
-        if self.heat is not None:
-            heat_named(self.heat)
-        if self.theme not in (None, *THEMES):
-            raise VisualizeError(f"`theme` must be one of {', '.join(map(repr, THEMES))}, got {self.theme!r}.")
 
 
 @dataclass(frozen=True)
@@ -124,22 +117,21 @@ def focused(drawing: Drawing, focus: str | None) -> Drawing:
     }
     if not inside:
         raise VisualizeError(f"`focus`: {_unknown(drawing, focus, leaves.values())}")
-    rows = tuple(row for row in drawing.rows if _within(row.path, focus))
+    found = drawing.report
+    rows = tuple(row for row in found.rows if _within(row.path, focus))
     adapted = {path for leaf in inside.values() for path in leaf.marks}
-    parameters = sum(row.parameters for row in rows)
     facts = f"a part · whole model: {drawing.facts}"
-    if drawing.rows:
-        total = len({row.path for row in drawing.rows})
+    if found.rows:
+        total, parameters = len({row.path for row in found.rows}), sum(row.parameters for row in rows)
         facts = f"{len(adapted)} of {total} adapted layers · {parameters:,} adapter parameters here"
-    return replace(
-        drawing,
-        title=f"{focus} in {drawing.title}",
-        facts=facts,
-        picture=_cut_out(drawing.picture, focus, inside),
-        rows=rows,
-        skipped=tuple(layer for layer in drawing.skipped if _within(layer.path, focus)),
-        trained_in_full=tuple(path for path in drawing.trained_in_full if _within(path, focus)),
+    part = Report(
+        rows,
+        tuple(layer for layer in found.skipped if _within(layer.path, focus)),
+        tuple(path for path in found.trained_in_full if _within(path, focus)),
+        tuple(parameter for parameter in found.skipped_parameters if _within(parameter.path, focus)),
     )
+    picture = _cut_out(drawing.picture, focus, inside)
+    return replace(drawing, title=f"{focus} in {drawing.title}", facts=facts, picture=picture, report=part)
 
 
 def _within(path: str, focus: str) -> bool:
@@ -158,16 +150,18 @@ def _cut_out(picture: nx.DiGraph[str], focus: str, inside: dict[str, Leaf]) -> n
     for source in dict.fromkeys(source for key in inside for source in picture.pred[key] if source not in inside):
         name, shape = f"from {address[source]}", picture.nodes[source]["leaf"].shape
         part.add_node(f"from:{source}", leaf=Leaf(name, "", "input", "placeholder", name, (), shape=shape))
-        part.add_edges_from((f"from:{source}", key) for key in picture.succ[source] if key in inside)
+        part.add_edges_from(
+            (f"from:{source}", key, data) for key, data in picture.succ[source].items() if key in inside
+        )
     for key, leaf in inside.items():
         below = (leaf.place[at + 1 :] for at, call in enumerate(leaf.place) if module_of(call) == focus)
         part.add_node(key, leaf=replace(leaf, place=next(below, ())))
-        part.add_edges_from((source, key) for source in picture.pred[key] if source in inside)
+        part.add_edges_from((source, key, data) for source, data in picture.pred[key].items() if source in inside)
     for key in inside:
         readers = [reader for reader in picture.succ[key] if reader not in inside]
         if readers:
             more = f" + {len(readers) - 1}" if len(readers) > 1 else ""
-            part.add_edge(key, f"to:{key}")
+            part.add_edge(key, f"to:{key}", **picture.succ[key][readers[0]])
             name = f"to {address[readers[0]]}{more}"
             part.nodes[f"to:{key}"]["leaf"] = Leaf(name, "", "output", "output", name, ())
     return part

@@ -5,42 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from hra_fx.atomic_write import output_file, write_output_file
+from hra_fx.removed import without_removed_arguments
 from hra_fx.view.drawing import Drawing, drawing_of
-from hra_fx.view.heatmap import heatmap_of
-from hra_fx.view.html.rendering import render
 from hra_fx.view.opening import Options, focused
+from hra_fx.view.page import render_page
 from hra_fx.view.svg_file import render_svg
-from hra_fx.view.theme import Theme
+
+FORMATS: Mapping[str, Callable[[Drawing, Options], str]] = {".svg": render_svg, ".html": render_page}
 
 
-class Format(NamedTuple):
-    """A file format: its description, and the function that renders a drawing."""
-
-    words: str
-    render: Callable[[Drawing, Options], str]
-
-
-FORMATS: Mapping[str, Format] = {
-    ".svg": Format("picture", render_svg),
-    ".html": Format("interactive page", render),
-}
-
-
-def picture_file(path: str | os.PathLike[str]) -> Path:
-    """Check the path of a picture before the work starts."""
-    return output_file(path, FORMATS, listed=", ".join(f"{end} ({form.words})" for end, form in FORMATS.items()))
-
-
-def rendered(file: Path, drawing: Drawing, options: Options) -> bytes:
-    """Render the content of a file, whose path `picture_file` has checked, from the drawing of the whole model."""
-    part = focused(drawing, options.focus)
-    heatmap_of(part, options.heat)  # the same error for all formats
-    return FORMATS[file.suffix.lower()].render(part, options).encode("utf-8")
-
-
+@without_removed_arguments
 def visualize(
     model: Any,
     path: str | os.PathLike[str],
@@ -48,13 +25,14 @@ def visualize(
     example_inputs: Any = None,
     depth: int | None = None,
     focus: str | None = None,
-    heat: str | None = None,
-    theme: Theme | None = None,
 ) -> Path:
-    """Write a picture of a model: its adapted layers, how far each is rotated, and which layers were skipped.
+    """Write a picture of a model: its adapted layers, how much each is changed, and which layers were skipped.
 
-    The file extension selects the format. `.svg` draws identical blocks once. `.html` is an interactive page.
-    Every format shows each adapted layer exactly once.
+    The file extension selects the format. `.svg` is one picture. `.html` is a page that needs no network: a picture of
+    the model, one of each module that is closed in another picture, and the report. Identical blocks are drawn once,
+    and each adapted layer exactly once. Both formats follow the reader's light or dark theme.
+
+    Colors show how much each weight changes, `|W Q - W| / |W|`, or the mean angle if no weight can be read.
 
     Args:
         model: a module, transformed, with PEFT's HRA, plain or folded, a `torch.fx.GraphModule` or a
@@ -66,10 +44,6 @@ def visualize(
         depth: number of open module levels: 0 shows the model with closed children. `None` opens as many as
             are readable.
         focus: qualified name of a module, to draw only that module and the values that enter and leave it.
-        heat: color adapted layers by `"weight_change"` (`|W Q - W| / |W|` in percent, the default), `"mean_angle"`,
-            `"angle"` (the largest), `"rotation"` (`|Q - I|_F`) or `"share"` (of the weight that the adapter rotates).
-            The scale fits the values, and the legend shows its ends.
-        theme: `"light"` or `"dark"`. By default, a picture is light, and a page uses the theme of the reader's system.
 
     Returns:
         The path of the file. The file is written atomically: if an error is raised, an existing file is unchanged.
@@ -83,9 +57,11 @@ def visualize(
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
         >>> model = hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["0", "2"]))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     hra_fx.visualize(model, folder + "/adapters.svg", theme="dark").read_text()[:38]
+        ...     hra_fx.visualize(model, folder + "/adapters.svg").read_text()[:38]
         '<?xml version="1.0" encoding="UTF-8"?>'
     """
-    file, options = picture_file(path), Options(depth, focus, heat, theme)
-    write_output_file(file, rendered(file, drawing_of(model, example_inputs), options))
+    file = output_file(path, FORMATS)
+    options = Options(depth, focus)
+    drawing = focused(drawing_of(model, example_inputs), focus)
+    write_output_file(file, FORMATS[file.suffix.lower()](drawing, options).encode("utf-8"))
     return file

@@ -16,7 +16,6 @@ from hra_fx.view.tree import (
     Leaf,
     Scope,
     contract,
-    fold_patterns,
     joined,
     merge_repeats,
     module_of,
@@ -70,13 +69,12 @@ class _Nesting:
             class_name=self.picture.graph["classes"].get(path, ""),
             eager=self.picture.graph["traced"].isdisjoint(["", *prefixes(path)]),
             items=tuple(self._item(group, inside, depth) for group, inside in members.items()),
-            edges=self._edges(members, place, ports),
-            ports=tuple(self.leaf(port).name if port in self.picture else name_of(port) for port in ports),
+            edges=self._edges(members, place, list(ports)),
+            ports=tuple(ports.values()),
             outputs=tuple(sorted({place[key] for key in leaving})),
-            shape=self._shape(leaving),
             paths=(path,) if path else (),
         )
-        return fold_patterns(merge_repeats(_join_eager(scope)))
+        return merge_repeats(_join_eager(scope))
 
     def _without_border(self, path: str, keys: list[str]) -> list[str]:
         """All leaves but the output of a traced module in a model, and its input if there is only one."""
@@ -91,21 +89,20 @@ class _Nesting:
         inside = set(keys)
         return [key for key in keys if not inside.issuperset(self.picture.succ[key])]
 
-    def _shape(self, keys: list[str]) -> str:
-        """The first shape of the values of some leaves, and how many others there are."""
-        shapes = [*dict.fromkeys(filter(None, (self.leaf(key).shape for key in keys)))]
-        return "".join(shapes[:1]) + f" + {len(shapes) - 1}" * (len(shapes) > 1)
+    def _ports(self, keys: list[str]) -> dict[str, str]:
+        """The leaves outside with values that some leaves read, in the order in which they are read.
 
-    def _port(self, source: str, reader: str) -> str:
-        """Where a value from outside comes from: the outermost call around its leaf that is not around the reader."""
-        around, calls = self.leaf(reader).place, self.leaf(source).place
-        return next((call for at, call in enumerate(calls) if call not in around[at : at + 1]), source)
-
-    def _ports(self, keys: list[str]) -> list[str]:
-        """Where the values come from that some leaves read from outside, in the order in which they are read."""
-        inside = set(keys)
-        reads = ((source, key) for key in keys for source in self.picture.pred[key] if source not in inside)
-        return list(dict.fromkeys(self._port(source, key) for source, key in reads))
+        Each has the name of its port: the outermost call around it that is not around the reader, or its own name.
+        """
+        inside, ports = set(keys), dict[str, str]()
+        for key in keys:
+            around = self.leaf(key).place
+            for source in self.picture.pred[key]:
+                if source not in inside and source not in ports:
+                    calls = self.leaf(source).place
+                    outer = (call for at, call in enumerate(calls) if call not in around[at : at + 1])
+                    ports[source] = next(map(name_of, outer), self.leaf(source).name)
+        return ports
 
     def _edges(
         self, members: Mapping[_Group, list[str]], place: Mapping[str, int], ports: list[str]
@@ -113,13 +110,12 @@ class _Nesting:
         """The edges between the items of a scope, and from its ports."""
         edges: set[Edge] = set()
         for group, keys in members.items():
-            own = {} if isinstance(group, str) else {port: index for index, port in enumerate(self._ports(keys))}
+            own = [] if isinstance(group, str) else list(self._ports(keys))
             for key in keys:
-                for source in self.picture.pred[key]:
+                for source, data in self.picture.pred[key].items():
                     if place.get(source) != place[key]:
-                        port = self._port(source, key) if own or source not in place else ""
-                        start = place[source] if source in place else ~ports.index(port)
-                        edges.add((start, place[key], own.get(port, 0)))
+                        start = place[source] if source in place else ~ports.index(source)
+                        edges.add(Edge(start, place[key], own.index(source) if own else 0, data["shape"]))
         return tuple(sorted(edges))
 
     def _small(self, groups: Iterable[_Group]) -> set[_Group]:
@@ -160,7 +156,7 @@ class _Nesting:
         for leaf in map(self.leaf, keys):
             tangled = [name_of(call) for call in leaf.place[depth:]]  # modules that are not drawn as one box
             leaves.append(replace(leaf, name=".".join([*tangled, leaf.name])))
-        return replace(_listing(leaves), shape=self._shape(self._leaving(keys))) if len(leaves) > 1 else leaves[0]
+        return _listing(leaves) if len(leaves) > 1 else leaves[0]
 
 
 def _join_eager(scope: Scope) -> Scope:
@@ -187,6 +183,7 @@ def _listing(items: Sequence[Item]) -> Leaf:
         name=shown,
         detail=f"{len(names)} modules" if leaves[0].kind == "eager" else ", ".join(filter(None, details)),
         target=", ".join(names),
+        shape=leaves[-1].shape,
         dtype=leaves[-1].dtype,
     )
 

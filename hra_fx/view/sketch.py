@@ -1,39 +1,32 @@
-"""The part of a drawing that does not depend on the values of parameters. It is kept until the model changes."""
+"""What a drawing shows apart from the values of parameters: boxes of traced graphs, and a line of facts."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import warnings
-from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import networkx as nx
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from hra_fx.compat import fake_tensor_mode, forward_hooks, pytree
+from hra_fx.compat import fake_tensor_mode
 from hra_fx.errors import HRAWarning, VisualizeError
 from hra_fx.export.program import is_program
 from hra_fx.model.example_inputs import Call, normalize_inputs
 from hra_fx.model.state import adapted_layers, unwrap
 from hra_fx.reporting.words import counted, low_to_high
 from hra_fx.tracing.graphs import graphs_of
-from hra_fx.tracing.observed import attributes
 from hra_fx.view.graph import leaves_of
 from hra_fx.view.subject import Subject, subject_of
-
-#: The last sketch of each model, with what it depends on. It does not have tensors.
-_KEPT: WeakKeyDictionary[nn.Module, tuple[Any, tuple[str, str, nx.DiGraph[str]]]] = WeakKeyDictionary()
 
 
 def sketch_of(model: Any, example_inputs: Any) -> tuple[str, str, nx.DiGraph[str]]:
     """Trace any model (plain, adapted or folded), graph or program.
 
-    The result is kept until the model or the example changes. Returns the class of the model, a line of facts, and the
-    leaves (see `leaves_of`).
+    Returns the class of the model, a line of facts, and the leaves (see `leaves_of`).
     """
     if is_program(model):
         if example_inputs is not None:
@@ -50,40 +43,8 @@ def sketch_of(model: Any, example_inputs: Any) -> tuple[str, str, nx.DiGraph[str
             f"`model` is a single adapted layer ({type(model).__name__}). Pass the model that contains it, and the "
             "layer's path as `focus`."
         )
-    subject = subject_of(model, {})
-    call = None if example_inputs is None else normalize_inputs(example_inputs)
-    state = _state_of(subject, call)
-    known, kept = _KEPT.get(model, (None, None))
-    if kept is None or known != state:
-        subject = replace(subject, graphs=_graphs_of(model, example_inputs))
-        kept = subject.classes.get("", type(model).__name__), _facts(subject), leaves_of(subject)
-        _KEPT[model] = state, kept
-    name, facts, picture = kept
-    return name, facts, picture.copy()
-
-
-def _state_of(subject: Subject, call: Call | None) -> tuple[Any, ...]:
-    """Everything that a sketch depends on, except for the code of classes and global state. Modes do not count."""
-    model, modules = subject.model, []
-    for part in subject.model.modules():
-        hooks = [*map(id, forward_hooks(part)), *map(id, forward_hooks(part, before=True))]
-        modules.append((type(part), id(part), getattr(type(part).forward, "__code__", None), hooks))
-    tensors = [(name, x.shape, x.dtype, x.device, x.requires_grad) for name, x in model.named_parameters()]
-    values = {
-        name: value
-        for name, value in attributes(model, with_tensors=False).items()
-        if name.split(".")[-1] != "training"
-    }
-    leaves, structure = pytree.tree_flatten(call)
-    inputs = [_state_of_input(value) for value in leaves]
-    return modules, tensors, values, inputs, structure, subject.layers, subject.aliases, subject.parameters
-
-
-def _state_of_input(value: Any) -> Any:
-    if not isinstance(value, Tensor) or value.is_meta or value.layout is not torch.strided:
-        return type(value), repr(value)
-    numbers = value.detach().cpu().resolve_conj().contiguous().flatten().view(torch.uint8)
-    return value.shape, value.dtype, value.device, numbers.numpy().tobytes()
+    subject = subject_of(model, _graphs_of(model, example_inputs))
+    return subject.classes.get("", type(model).__name__), _facts(subject), leaves_of(subject)
 
 
 def _graphs_of(model: nn.Module, example_inputs: Any) -> dict[str, fx.GraphModule]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import Any, TypeAlias
 from xml.etree.ElementTree import Element, SubElement
 
-from hra_fx.reporting.heat import ink_on
 from hra_fx.view.heatmap import CELL
 from hra_fx.view.layout import DETAIL, NAME, PORT, STACKED, STRIP, Box, Route, count_width
-from hra_fx.view.theme import width
+from hra_fx.view.opening import Block
+from hra_fx.view.theme import ink_on, width
 
 FONT = "'Segoe UI', Roboto, 'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"
 
@@ -26,6 +27,10 @@ LOOKS = {
 
 #: Fill, border and dashes of open modules.
 FRAMES = {"traced": ("module", "module-line", ""), "untraced": ("untraced", "amber-line", "4 3")}
+
+
+#: A function that gets the element of each box, with what it shows.
+Mark: TypeAlias = Callable[[Element, Block], None]
 
 
 def number(value: float) -> str:
@@ -59,36 +64,27 @@ def write(
     return element
 
 
-def draw(
-    parent: Element, box: Box, x: float, y: float, *, root: bool = False, index: Mapping[int, int] | None = None
-) -> None:
-    """Draw a box and everything inside it. The root does not have a frame.
-
-    `index` is for the page, which writes the tips itself: id of an item -> its number. It is written as `data-index` of
-    its box, and edges get `data-ends` with the numbers of both ends, and `data-ports` with the ports that they enter.
-    """
+def draw(parent: Element, box: Box, x: float, y: float, marked: Mark, *, root: bool = False) -> None:
+    """Draw a box and everything inside it. The root does not have a frame. `marked` gets the element of each box."""
     item = box.block.item
     group = shape(parent, "g", class_="root" if root else box.block.look)
-    if index is None:
-        SubElement(group, "title").text = box.tip
-    else:
-        group.set("data-index", str(index[id(item)]))
+    SubElement(group, "title").text = box.tip
+    marked(group, box.block)
     if box.block.parts is not None:
         if not root:
             _draw_frame(group, box, x, y)
-        _draw_inside(group, box, x + box.body[0], y + box.body[1], index)
+        _draw_inside(group, box, x + box.body[0], y + box.body[1], marked)
         return
-    if index is None:
-        group.set("data-adapted", str(len(item.marks)))
     _draw_single(group, box, x, y)
     if item.skipped:
-        skipped_marker(group, x, y, refused=any(layer.targeted for layer in item.skipped))
+        middle = 24 if box.block.look in STACKED else box.size.height / 2
+        skipped_marker(group, x + 9, y + middle, refused=any(layer.targeted for layer in item.skipped))
 
 
 def skipped_marker(parent: Element, x: float, y: float, *, refused: bool) -> None:
     """The marker of a layer without an adapter: gray, or red if it should have one."""
     look = {"stroke": "red-line", "class_": "refused"} if refused else {"stroke": "skipped", "class_": "skipped"}
-    shape(parent, "circle", cx=x, cy=y, r=5.0, fill="card", stroke_width=2.0, **look)
+    shape(parent, "circle", cx=x, cy=y, r=3.5, fill="card", stroke_width=1.7, **look)
 
 
 def _outline(
@@ -169,50 +165,44 @@ def _draw_frame(group: Element, box: Box, x: float, y: float) -> None:
     _badge(group, box, x + box.size.width - 8, y + 6)
 
 
-def _draw_inside(group: Element, box: Box, left: float, top: float, index: Mapping[int, int] | None) -> None:
-    """Draw the edges of an open module (each line once), then its ports, and the boxes on top of the edges."""
-    drawn: set[str] = set()
+def _draw_inside(group: Element, box: Box, left: float, top: float, marked: Mark) -> None:
+    """Draw the edges of an open module, then its ports, and the boxes on top of the edges."""
     starts: dict[int, list[Route]] = {}
-    ports: dict[tuple[int, int], list[str]] = {}
-    for source, target, port in getattr(box.block.item, "edges", ()):
-        ports.setdefault((source, target), []).append(str(port))
     for route in box.routes:
         line = path_of(route, left, top)
-        if line not in drawn:
-            drawn.add(line)
-            edge = shape(group, "path", d=line, fill="none", stroke="edge", stroke_width=1.3, class_="edge")
-            if route.target >= 0:
-                edge.set("marker-end", "url(#arrow)")
-            if index is not None:
-                ends = (box.parts[end].block.item for end in (route.source, route.target) if end >= 0)
-                edge.set("data-ends", " ".join(str(index[id(item)]) for item in ends))
-                edge.set("data-ports", " ".join(ports.get((route.source, route.target), ())))
-        if route.source >= 0 and route.target >= 0:
-            starts.setdefault(route.source, []).append(route)
+        edge = shape(group, "path", d=line, fill="none", stroke="edge", stroke_width=1.3, class_="edge")
+        if route.edge.target >= 0:
+            edge.set("marker-end", "url(#arrow)")
+            starts.setdefault(route.edge.source, []).append(route)
     for name, x, wide in box.ports:
         frame = {"fill": "port", "stroke": "port-line", "class_": "entry"}
         shape(group, "rect", x=left + x, y=top, width=wide, height=PORT, rx=PORT / 2, **frame)
         write(group, left + x + wide / 2, top + 12.5, name, DETAIL, "faint", anchor="middle").set("class", "entry")
-    for routes in starts.values():
-        _write_shape(group, box, routes, left, top, index)
-    for part in box.parts:
-        draw(group, part, left + part.x, top + part.y, index=index)
-
-
-def _write_shape(
-    group: Element, box: Box, routes: list[Route], left: float, top: float, index: Mapping[int, int] | None
-) -> None:
-    """Write the shape of a value beside the start of its edges, on the side that they do not turn to."""
-    item, (x, _, y) = box.parts[routes[0].source].block.item, routes[0].pieces[0]
-    if not item.shape:
-        return
-    is_left = sum(route.pieces[1][0] - x for route in routes) > 8
-    end = {"x": left + x - 5, "anchor": "end"} if is_left else {"x": left + x + 5}
-    line = write(group, y=top + y + 11, text=item.shape, size=_SHAPE, fill="faint", **end)
     paper = FRAMES[box.block.look][0] if box.body[1] else "card"
-    line.attrib.update({"class": "shape", "stroke": paper, "stroke-width": "3", "paint-order": "stroke"})
-    if index is not None:
-        line.set("data-ends", str(index[id(item)]))
+    for source, routes in starts.items():
+        for place in _shapes(routes, left, top) if source >= 0 else ():
+            text = write(group, **place)
+            text.attrib.update({"class": "shape", "stroke": paper, "stroke-width": "3", "paint-order": "stroke"})
+    for part in box.parts:
+        draw(group, part, left + part.x, top + part.y, marked)
+
+
+def _shapes(routes: list[Route], left: float, top: float) -> Iterator[dict[str, Any]]:
+    """The shape of the value on the edges of a box, beside their start, on the side that they do not turn to.
+
+    If the edges carry values of several shapes, each shape is beside the arrow of its edge.
+    """
+    look = {"size": _SHAPE, "fill": "faint"}
+    shapes = dict.fromkeys(route.edge.shape for route in routes)
+    if len(shapes) == 1:
+        x, _, y = routes[0].pieces[0]
+        is_left = sum(route.pieces[1][0] - x for route in routes) > 8
+        end = {"x": left + x - 5, "anchor": "end"} if is_left else {"x": left + x + 5}
+        yield {"y": top + y + 11, "text": routes[0].edge.shape, **end, **look}
+        return
+    for route in routes:
+        x, y, _ = route.pieces[-1]
+        yield {"x": left + x + 5, "y": top + y - 4, "text": route.edge.shape, **look}
 
 
 def path_of(route: Route, left: float, top: float) -> str:

@@ -1,17 +1,13 @@
-"""The texts and colors of pictures and of the page. Each color role has a color for light and for dark backgrounds.
+"""The texts and colors of pictures and of the page. Each role has a color for light and for dark backgrounds.
 
-Text has a contrast of at least 4.5:1 with its background in both themes. In the dark theme, edges, and the lines and
-marks of layers with and without adapters, have a contrast of at least 3:1.
+Text has a contrast of at least 4.5:1 with its background in both. On dark backgrounds, edges, and the lines and marks
+of layers with and without adapters, have a contrast of at least 3:1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, TypeAlias, get_args
 from xml.etree.ElementTree import Element
-
-Theme: TypeAlias = Literal["light", "dark"]
-THEMES: tuple[Theme, ...] = get_args(Theme)
 
 #: Role -> the colors on light and on dark backgrounds. `violet` is an adapter, `blue` a layer that is trained in full,
 #: `red` a layer that should have an adapter but does not, and `amber` anything that is not traced.
@@ -42,6 +38,26 @@ COLORS: Mapping[str, tuple[str, str]] = {
     "skipped": ("#7b8696", "#8b97a9"),
     "focus": ("#0b63ce", "#6cb0ff"),
 }
+#: The colors of a heatmap from small to large values, on light and on dark backgrounds: parts of matplotlib's magma, in
+#: which large values stand out. The order is visible with every kind of color blindness, and in black and white prints.
+HEAT: tuple[tuple[str, str], ...] = (
+    ("#fcf7b9", "#ca3e72"),
+    ("#fdd69a", "#d6456c"),
+    ("#feb67f", "#e24e66"),
+    ("#fc9468", "#ed5a60"),
+    ("#f6725f", "#f4675d"),
+    ("#e75763", "#f8785e"),
+    ("#d2426e", "#fb8862"),
+    ("#b43779", "#fd9869"),
+    ("#972c7e", "#fea874"),
+    ("#7b2281", "#feb97f"),
+    ("#5f177f", "#fec88c"),
+    ("#431270", "#fdd99b"),
+    ("#280e55", "#fde8aa"),
+    ("#0e0b2b", "#fcf7b9"),
+)
+#: The color of a value that could not be computed.
+UNKNOWN = ("#c9ced6", "#4a5362")
 #: Widths in em of DejaVu Sans, the widest of the common sans-serif fonts, so that text fits its box in all of them.
 _WIDTHS = {
     **dict.fromkeys("ijl.,:;'|! I", 0.34),
@@ -51,19 +67,40 @@ _WIDTHS = {
 }
 
 
-def colored(root: Element, theme: Theme | None) -> None:
-    """Replace the names of roles in the attributes of an SVG with colors; for `None`, with properties of `as_css`."""
+def colored(root: Element) -> None:
+    """Replace the names of roles in the attributes of an SVG with the colors on light backgrounds."""
     for element in root.iter():
         for name in ("fill", "stroke"):
             role = element.get(name, "")
             if role in COLORS:
-                element.set(name, COLORS[role][THEMES.index(theme)] if theme else f"var(--{role})")
+                element.set(name, COLORS[role][0])
 
 
-def as_css() -> str:
-    """The roles as properties of a stylesheet."""
-    lines = (f"  --{role}: light-dark({on_light}, {on_dark});\n" for role, (on_light, on_dark) in COLORS.items())
-    return f":root {{\n{''.join(lines)}}}\n"
+def dark_rules(text: str) -> str:
+    """The style rules that show the pictures in a text in the dark theme, if the reader's system has one."""
+    rules = [
+        f'[{name}="{light}"]{{{name}:{dark}}}'
+        for light, dark in (*COLORS.values(), *HEAT, UNKNOWN)
+        for name in ("fill", "stroke")
+        if f'{name}="{light}"' in text
+    ]
+    rules += [
+        f'.strip[fill="{light}"]+text{{fill:{ink_on(dark)}}}' for light, dark in (*HEAT, UNKNOWN) if light in text
+    ]
+    return f"@media screen and (prefers-color-scheme:dark){{{''.join(rules)}}}"
+
+
+def ink_on(fill: str) -> str:
+    """Black or white: the color with the higher contrast on another color (at least 4.5:1).
+
+    >>> ink_on("#fcf7b9"), ink_on("#0e0b2b")
+    ('#000000', '#ffffff')
+    """
+    # The relative luminance of https://www.w3.org/TR/WCAG22/#dfn-relative-luminance
+    shares = [channel / 255 for channel in bytes.fromhex(fill[1:])]
+    red, green, blue = (share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares)
+    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    return "#000000" if (luminance + 0.05) ** 2 > 0.05 * 1.05 else "#ffffff"
 
 
 def width(text: str, size: float, *, bold: bool = False) -> float:

@@ -6,7 +6,6 @@ path that leaves the run never returns to an earlier index.
 Identical neighbors are drawn once: `encoder.layer.0 … encoder.layer.5` becomes one block with "× 6". Two items are
 identical if they read the same values, except that each reads its predecessor, and if their signatures are equal: the
 same classes, names (without numbers), operations and edges at all levels, and optionally the same sizes and ranks.
-Patterns of several modules are folded in the same way.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import re
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from hra_fx.reporting.skipped_layers import SkippedLayer
 
@@ -57,9 +56,8 @@ class Scope:
     eager: bool  # not traced; then its items are in the order of definition, without edges
     items: tuple[Item, ...]  # in topological order
     edges: tuple[Edge, ...] = ()
-    ports: tuple[str, ...] = ()  # where values from outside come from: the names of boxes or modules
+    ports: tuple[str, ...] = ()  # for each value from outside, the box or module that it comes from
     outputs: tuple[int, ...] = ()  # items with a value that is read outside
-    shape: str = ""  # of these values, if known
     count: int = 1  # number of identical neighbors that are drawn as this scope
     last: str = ""  # name of the last of these neighbors
     paths: tuple[str, ...] = ()  # of all modules that are drawn as this scope
@@ -81,8 +79,18 @@ class Scope:
 
 
 Item: TypeAlias = Leaf | Scope
-#: `(i, j, p)`: item j reads, at its port p, a value of item i < j, or of port `~i` of the scope for i < 0.
-Edge: TypeAlias = tuple[int, int, int]
+
+
+class Edge(NamedTuple):
+    """An edge of a scope: item `target` reads, at its port `port`, a value of item `source < target`.
+
+    A negative source is port `~source` of the scope.
+    """
+
+    source: int
+    target: int
+    port: int
+    shape: str = ""  # of the value, "1×64×56×56", if known
 
 
 def joined(leaves: Sequence[Leaf]) -> Leaf:
@@ -115,7 +123,10 @@ def contract(scope: Scope, follows: Callable[[int], bool], combine: Callable[[tu
         run = scope.items[start:index]
         items.append(combine(run) if len(run) > 1 else run[0])
         start = index
-    edges = {(where.get(i, i), where[j], port) for i, j, port in scope.edges if where.get(i, i) != where[j]}
+    moved = (
+        edge._replace(source=where.get(edge.source, edge.source), target=where[edge.target]) for edge in scope.edges
+    )
+    edges = {edge for edge in moved if edge.source != edge.target}
     outputs = tuple(sorted({where[i] for i in scope.outputs}))
     return replace(scope, items=tuple(items), edges=tuple(sorted(edges)), outputs=outputs)
 
@@ -161,7 +172,14 @@ def signature(item: Item, *, sizes: bool = True) -> Hashable:
         own = (item.width, item.rank) if sizes else ()
         return (item.kind, detail, item.op, item.count, own, "" if item.kind != "op" else item.name)
     inner = tuple((stem(part.name), signature(part, sizes=sizes)) for part in item.items)
-    return (item.class_name, item.eager, item.count, inner, item.edges, item.outputs)
+    return (
+        item.class_name,
+        item.eager,
+        item.count,
+        inner,
+        tuple(dict.fromkeys(edge[:3] for edge in item.edges)),
+        item.outputs,
+    )
 
 
 def stem(name: str) -> str:
@@ -177,7 +195,7 @@ def merge_repeats(scope: Scope) -> Scope:
     """Merge every run of identical neighbors in a scope into one item. In a traced graph, they must form a chain."""
     looks = [(stem(item.name), signature(item)) for item in scope.items]
     reads: list[set[tuple[int, int]]] = [set() for _ in looks]  # (port, source) of each item
-    for source, target, port in scope.edges:
+    for source, target, port, _ in scope.edges:
         reads[target].add((port, source))
 
     def follows(index: int) -> bool:
@@ -208,49 +226,6 @@ def _overlay(items: Sequence[Item]) -> Item:
     names = (tuple(dict.fromkeys(column)) for column in zip(*(scope.ports for scope in scopes), strict=True))
     ports = tuple(first if not others else f"{first.removesuffix(' …')} …" for first, *others in names)
     return replace(first, items=tuple(map(_overlay, columns)), paths=paths, ports=ports)
-
-
-def fold_patterns(scope: Scope) -> Scope:
-    """Merge each pattern of modules that is repeated, such as five layers with local and one with global attention."""
-    number: dict[Hashable, int] = {}
-    looks = [number.setdefault((stem(item.name), signature(item)), len(number)) for item in scope.items]
-    for size in range(2, len(looks) // 2 + 1):
-        for start in range(len(looks) - 2 * size + 1):
-            end = start + size
-            while looks[end : end + size] == looks[start : start + size]:
-                end += size
-            if end == start + size or not all(isinstance(item, Scope) for item in scope.items[start:end]):
-                continue
-            wrapped = scope
-            for first in range(end - size, start - 1, -size):
-                wrapped = _wrap(wrapped, first, first + size)
-            folded = merge_repeats(wrapped)
-            if len(folded.items) == len(scope.items) - (end - start) + 1:
-                return fold_patterns(folded)
-    return scope
-
-
-def _wrap(scope: Scope, start: int, stop: int) -> Scope:
-    """Put some neighbors into a scope of their own, which is not a module."""
-    inside, items = range(start, stop), scope.items[start:stop]
-    edges = sorted(scope.edges, key=lambda edge: edge[1:])
-    sources = list(dict.fromkeys(i for i, j, _ in edges if j in inside and i not in inside))
-    read = {*scope.outputs, *(i for i, j, _ in edges if j not in inside)}
-    ports = {i: ~index for index, i in enumerate(sources)} | {i: i - start for i in inside}
-    pattern = Scope(
-        path="",
-        name=items[0].name,
-        class_name=f"pattern of {sum(item.count for item in items)} modules",
-        eager=scope.eager,
-        items=items,
-        edges=tuple(sorted((ports[i], j - start, port) for i, j, port in edges if j in inside)),
-        ports=tuple(scope.items[i].name if i >= 0 else scope.ports[~i] for i in sources),
-        outputs=tuple(i - start for i in inside if i in read),
-        shape=items[-1].shape,
-        last=_last(items[-1]),
-    )
-    outer = [(i, j, ~ports[i] if j in inside else port) for i, j, port in edges if i not in inside or j not in inside]
-    return contract(replace(scope, edges=tuple(outer)), lambda index: index in inside[1:], lambda _: pattern)
 
 
 def _common_start(first: str, last: str) -> str:

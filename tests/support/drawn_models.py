@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import torchvision
@@ -11,13 +12,11 @@ from tiny_models import bert, llama
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.view.drawing import Drawing, drawing_of
-from hra_fx.view.tree import Leaf
 
 #: Module names with a meaning in some format. A model with them can be captured.
 HOSTILE = (
-    *("<script>alert(1)</script>", "a&b", "&lt;", "apo'strophe", "]]>", "-->", "日本", "#quot;", "sla/sh"),
-    *("%%{init: {'theme': 'dark'}}%%", "style x:#a;b", "end", "click", "back`tick`", "**bold**", "a@2", "x;y"),
+    *("<script>alert(1)</script>", "a&b", "&lt;", "apo'strophe", "]]>", "-->", "日本", "#quot;", "sla/sh", "arrow"),
+    *("{{script}}", "style x:#a;b", "end", "back`tick`", "a@2", "x;y", "per%20cent"),
 )
 #: Names that generated code cannot contain, so a model with them cannot be captured.
 UNSPEAKABLE = ('quo"te', "back\\slash\\N")
@@ -43,29 +42,30 @@ class Shared(nn.Module):
         return self.fc(self.block(self.fc(self.block(self.block(x)))))
 
 
-class Turned(nn.Module):
-    """A layer that reads two values."""
+class Pair(nn.Module):
+    """A block with two results of different sizes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.fc = nn.Linear(4, 4)
+        self.fc, self.gate = nn.Linear(4, 4), nn.Linear(4, 2)
 
-    def forward(self, x: Tensor, angle: Tensor) -> Tensor:
-        return x + self.fc(x * angle)
+    def forward(self, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        return self.fc(x) * gate.sum(), self.gate(x) + gate
 
 
-class Pattern(nn.Module):
-    """Equal layers; each third one reads another value."""
+class Pairs(nn.Module):
+    """Blocks that read both results of the block before; the first reads those of two layers."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Turned() for _ in range(8))
+        self.wide, self.narrow, self.head = nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(2, 3)
+        self.blocks = nn.ModuleList(Pair() for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        near, far = x.sin(), x.cos()
-        for index, layer in enumerate(self.layers):
-            x = layer(x, far if index % 3 == 2 else near)
-        return x
+        x, gate = self.wide(x), self.narrow(x)
+        for block in self.blocks:
+            x, gate = block(x, gate)
+        return self.head(gate) + x.sum()
 
 
 class Chosen(nn.Module):
@@ -108,17 +108,21 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: _adapted(llama(num_hidden_layers=3), ["q_proj", "v_proj", "gate_proj", "up_proj"]),
     "shared": lambda: _adapted(Shared(), ["fc1", "fc2", "fc"]),
     "repeats": lambda: _adapted(nn.Sequential(*(Residual() for _ in range(40)), nn.Linear(4, 2)), ["fc1", "fc2"]),
-    "pattern": lambda: _adapted(Pattern(), ["fc"]),
+    "pairs": lambda: _adapted(Pairs(), ["fc", "head"]),
     "two adapters": _two_adapters,
     "attention": lambda: _adapted(nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)), "all-linear"),
     "hostile": lambda: _adapted(named(*HOSTILE), list(HOSTILE)),
     "hostile, in Python": lambda: _adapted(Chosen(*HOSTILE, *UNSPEAKABLE), list(HOSTILE)),
     "one layer": lambda: _adapted(nn.Sequential(nn.Linear(4, 4)), ["0"]),
 }
-
-
-def leaves(found: Drawing) -> list[Leaf]:
-    return [leaf for _, leaf in found.picture.nodes(data="leaf")]
+_IDS = torch.arange(10).reshape(2, 5)
+#: Example inputs of some of these models.
+INPUTS: dict[str, Any] = {
+    "resnet": torch.zeros(1, 3, 64, 64),
+    "bert": {"input_ids": _IDS},
+    "llama": {"input_ids": _IDS},
+    "pairs": torch.zeros(5, 4),
+}
 
 
 @cache
@@ -131,9 +135,3 @@ def drawn(name: str) -> nn.Module:
             if ".hra_u." in f".{path}":
                 parameter += 0.5 * torch.randn(parameter.shape, generator=generator) * parameter.std()
     return model
-
-
-@cache
-def drawing(name: str) -> Drawing:
-    """The drawing of that model, shared by all tests."""
-    return drawing_of(drawn(name))

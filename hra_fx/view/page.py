@@ -1,0 +1,212 @@
+"""The page: one picture of the model, one of each module that is closed in another picture, and the report.
+
+It is one file without references to others. A closed box links to its picture, and the line above a picture leads back.
+The script shows one picture at a time; without it, they are below each other.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from urllib.parse import quote
+from xml.etree.ElementTree import Element, SubElement, tostring
+
+from hra_fx.reporting.columns import grouped_table_of, table_of
+from hra_fx.reporting.table import Column
+from hra_fx.reporting.words import counted
+from hra_fx.view.drawing import Drawing
+from hra_fx.view.heatmap import Heatmap, heatmap_of
+from hra_fx.view.layout import place
+from hra_fx.view.opening import Block, Options, opened
+from hra_fx.view.svg import draw, number, shape
+from hra_fx.view.svg_file import LINE, arrow, entries, looks_of
+from hra_fx.view.theme import COLORS, colored, dark_rules
+from hra_fx.view.tree import Item, Leaf, Scope, span
+
+_SLOT = re.compile(r"\{\{(\w+)\}\}")
+_REPORT, _SKIPPED = "//report", "//not-adapted"  # addresses of sections
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of the page: its module, its address, and the name and address of the pictures that lead to it."""
+
+    block: Block
+    address: str
+    way: tuple[tuple[str, str], ...]
+
+
+class _Pictures:
+    """Draws the picture of a model, and those of the modules that are closed in it and in each other."""
+
+    def __init__(self, first: Block, heatmap: Heatmap) -> None:
+        self.heatmap = heatmap
+        self.looks: set[str] = set()
+        self._taken = {"arrow"}  # the ids on the page
+        self._waiting = [Picture(first, self._address("/"), ())]
+        self._current = self._waiting[0]
+
+    def drawn(self) -> Iterator[str]:
+        """Each picture as a `<figure>`."""
+        for picture in self._waiting:  # grows
+            self._current = picture
+            self.looks |= looks_of(picture.block)
+            is_model = not picture.way
+            box = place(picture.block, self.heatmap, root=is_model)
+            root = _svg(box.size.width + 4, box.size.height + 4)
+            draw(root, box, 2, 2, self._link, root=is_model)
+            for link in root.iter("a"):
+                if link.get("href", "").startswith("#/"):
+                    _mark_as_open(link)
+            way = "".join(f'<a href="#{quote(address)}">{html.escape(name)}</a> / ' for name, address in picture.way)
+            line = f"<figcaption>{way}<b>{html.escape(_name(picture.block.item))}</b></figcaption>"
+            figure = f'<figure id="{html.escape(picture.address)}">{line if way else ""}{_text(root)}</figure>'
+            yield figure
+
+    def _link(self, group: Element, block: Block) -> None:
+        """Give a box the addresses of its layers, and link it to itself, or to the picture of a closed module."""
+        item, here = block.item, self._current
+        if item is here.block.item:
+            return
+        for path in _layers_of(item):
+            if path not in self._taken:
+                self._taken.add(path)
+                if group.get("id") is None:
+                    group.set("id", path)
+                else:
+                    SubElement(group, "g", {"class": "name", "id": path})
+        address = group.get("id", "")
+        if isinstance(item, Scope) and block.parts is None:
+            address = self._address(f"/{item.path}")
+            way = (*here.way, (_name(here.block.item), here.address))
+            self._waiting.append(Picture(opened(item, None), address, way))
+        if address and not (isinstance(item, Scope) and block.parts is not None):
+            group.tag = "a"
+            group.set("href", f"#{quote(address)}")
+
+    def _address(self, wanted: str) -> str:
+        """An id that no other element has: a shared module has one picture for each call."""
+        address, call = wanted, 1
+        while address in self._taken:
+            call += 1
+            address = f"{wanted}@{call}"
+        self._taken.add(address)
+        return address
+
+
+def render_page(drawing: Drawing, options: Options) -> str:
+    """Render the page of a drawing: one self-contained HTML file.
+
+    Example:
+        >>> import hra_fx, torch
+        >>> from hra_fx.view.drawing import drawing_of
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
+        >>> model = hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["0"]))
+        >>> render_page(drawing_of(model), Options())[:15]
+        '<!doctype html>'
+    """
+    tree, heatmap = drawing.tree(), heatmap_of(drawing.report.rows)
+    pictures = _Pictures(opened(tree, options.depth, options.focus or ""), heatmap)
+    figures = "\n".join(pictures.drawn())
+    legend = "".join(_legend(drawing, pictures))
+    colors = "".join(f"  --{role}: light-dark({light}, {dark});\n" for role, (light, dark) in COLORS.items())
+    marker = Element("svg")
+    arrow(marker)
+    words = {
+        "title": html.escape(drawing.title),
+        "facts": html.escape(drawing.facts),
+        "style": f"\n:root {{\n{colors}}}\n{dark_rules(figures + legend)}\n{_file('page.css')}",
+        "links": _links(drawing),
+        "pictures": figures,
+        "sections": "\n".join(_sections(drawing)),
+        "legend": legend,
+        "arrow": _text(marker),
+        "script": "\n" + _file("page.js"),
+    }
+    return _SLOT.sub(lambda slot: words[slot[1]], _file("page.html"))
+
+
+def _file(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _layers_of(item: Item) -> list[str]:
+    """The modules that a box stands for, and the layers in a box that is not opened further."""
+    own = dict.fromkeys(item.paths)
+    if isinstance(item, Leaf):
+        own |= dict.fromkeys((*item.marks, *(layer.path for layer in item.skipped), *item.trained))
+    return list(filter(None, own))
+
+
+def _name(item: Item) -> str:
+    """The name of a picture: the path of its module, and how many modules it stands for."""
+    path = item.path if isinstance(item, Scope) else ""
+    return (path or span(item)) + f" × {item.count}" * (item.count > 1)
+
+
+def _mark_as_open(link: Element) -> None:
+    """Draw a mark in the corner of a box that leads to another picture."""
+    frame = next(part for part in link if part.get("class") == "frame")
+    x, y = float(frame.get("x", "0")), float(frame.get("y", "0"))
+    shape(link, "path", d=f"M{number(x + 7)} {number(y + 7)}l5 3.5l-5 3.5z", class_="opens")
+
+
+def _svg(wide: float, high: float) -> Element:
+    size = {"viewBox": f"0 0 {number(wide)} {number(high)}", "width": number(wide), "height": number(high)}
+    return Element("svg", {**size, "style": f"--wide:{number(wide)}"})
+
+
+def _text(root: Element) -> str:
+    colored(root)
+    return tostring(root, encoding="unicode")
+
+
+def _legend(drawing: Drawing, pictures: _Pictures) -> Iterator[str]:
+    for entry in entries(pictures.looks, pictures.heatmap, drawing.report.skipped):
+        root = _svg(entry.width + 1, LINE)
+        entry.draw(root, 0.5, 3.5)
+        yield f"<li>{_text(root)}</li>"
+
+
+def _links(drawing: Drawing) -> str:
+    """The links to the sections."""
+    found, links = drawing.report, ""
+    if found.rows:
+        links = f'<a href="#{_REPORT}">Report</a>'
+    if found.skipped:
+        alarm = ' class="alarm"' * any(layer.targeted for layer in found.skipped)
+        links += f'<a href="#{_SKIPPED}"{alarm}>{counted(len(found.skipped), "layer")} not adapted</a>'
+    return links
+
+
+def _sections(drawing: Drawing) -> Iterator[str]:
+    """The report, with repeated layers on one line and with all rows; and each layer without an adapter."""
+    found = drawing.report
+    notes = [
+        f"<h2>{html.escape(title)}</h2><ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>"
+        for title, lines in found.footnotes().items()
+    ]
+    if found.rows:
+        columns, rows = table_of(found.rows)
+        every = _table(columns, rows, [row.path for row in found.rows])
+        every = f"<details><summary>All {counted(len(rows), 'row')}</summary>{every}</details>"
+        table = _table(*grouped_table_of(found.rows))
+        yield f'<section id="{_REPORT}"><h2>Report</h2>{table}{every}{"".join(notes)}</section>'
+    if found.skipped:
+        lines = [[layer.path, layer.layer_type, layer.reason] for layer in found.skipped]
+        names = [Column(name, is_text=True) for name in ("layer", "type", "why it has no adapter")]
+        yield f'<section id="{_SKIPPED}"><h2>Layers without an adapter</h2>{_table(names, lines)}</section>'
+
+
+def _table(columns: Sequence[Column], rows: Sequence[Sequence[str]], paths: Sequence[str] = ()) -> str:
+    looks = [' class="text"' * column.is_text for column in columns]
+    head = "".join(f"<th{look}>{html.escape(column.name)}</th>" for look, column in zip(looks, columns, strict=True))
+    lines = []
+    for index, row in enumerate(rows):
+        path = f' data-path="{html.escape(paths[index])}"' if paths else ""
+        cells = (f"<td{look}>{html.escape(text)}</td>" for look, text in zip(looks, row, strict=True))
+        lines.append(f"<tr{path}>{''.join(cells)}</tr>")
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"

@@ -1,0 +1,305 @@
+"""What `visualize` writes, as a picture and as a page: names, links, colors and places of all boxes."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+import torch
+import torchvision
+from drawn_models import HOSTILE, INPUTS, MAKERS, Residual, drawn
+from tiny_models import t5
+from torch import Tensor, nn
+from view.reading import (
+    SINGLE,
+    Page,
+    adapted_paths,
+    box_named,
+    boxes,
+    pictures_of,
+    points,
+    shapes,
+    svg_of,
+)
+
+import hra_fx
+
+
+def draw(name: str | nn.Module, file: Path, **options: Any) -> Path:
+    model = drawn(name) if isinstance(name, str) else name
+    if isinstance(name, str) and name in INPUTS:
+        options.setdefault("example_inputs", INPUTS[name])
+    return hra_fx.visualize(model, file, **options)
+
+
+# ---- names and links ----
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_every_adapted_layer_is_drawn_exactly_once(name: str, tmp_path: Path) -> None:
+    paths = {row.path for row in hra_fx.report(drawn(name)).rows}
+    for options in ({}, {"depth": 1}):
+        picture = Counter(adapted_paths(svg_of(draw(name, tmp_path / "a.svg", **options))))
+        assert {path: picture[path] for path in paths} == dict.fromkeys(paths, 1)
+        page = pictures_of(draw(name, tmp_path / "a.html", **options))
+        leaves = [box for root in page.values() for box in boxes(root) if box.kind in SINGLE and box.kind != "closed"]
+        found = Counter(path for box in leaves for part in box.element.iter() if (path := part.get("id")) in paths)
+        assert paths - found.keys() <= {"arrow"} and set(found.values()) <= {1}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_closed_module_leads_to_its_picture_and_back(name: str, tmp_path: Path) -> None:
+    file = draw(name, tmp_path / "a.html", depth=0)
+    page, figures = Page(file), pictures_of(file)
+    assert Counter(page.ids).most_common(1)[0][1] == 1, "no id twice"
+    assert {unquote(link[1:]) for link in page.links} <= {*page.ids}, "each link leads to something"
+    assert all(link.startswith("#") for link in page.links)
+    closed = {
+        unquote(box.element.get("href", "")[1:]): address
+        for address, root in figures.items()
+        for box in boxes(root)
+        if box.kind == "closed"
+    }
+    assert closed.keys() == figures.keys() - {"/"}, "each picture but the first is that of a closed module"
+    for address, root in figures.items():
+        way = [
+            unquote(link.get("href", "")[1:]) for caption in root.findall("figcaption") for link in caption.iter("a")
+        ]
+        assert way[-1:] == ([closed[address]] if address in closed else []), "the last link leads back"
+
+
+@pytest.mark.parametrize("name", ["bert", "hostile", "hostile, in Python"])
+def test_a_page_needs_nothing_else_and_names_are_only_text(name: str, tmp_path: Path) -> None:
+    file = draw(name, tmp_path / "a.html")
+    page, text = Page(file), file.read_text(encoding="utf-8")
+    assert page.tags.count("script") == 1 and page.tags.count("body") == 1
+    assert not {"link", "img", "iframe", "object", "image", "use"} & {*page.tags}
+    assert not {"src", "srcset", "onload", "onclick"} & {name for name, _ in page.attributes}
+    assert set(re.findall(r"url\([^)]*\)", text)) <= {"url(#arrow)"}
+    assert not re.search(r"https?://|@import|fetch\(", text)
+    svg = draw(name, tmp_path / "a.svg")
+    tags = {"svg", "style", "title", "defs", "marker", "path", "rect", "g", "text", "tspan", "circle"}
+    assert {element.tag for element in svg_of(svg).iter()} <= tags
+    if name != "bert":
+        assert all(f"{path}: Linear 4→4" in "".join(page.words) for path in HOSTILE)
+
+
+def test_the_page_has_the_rows_of_the_report_and_the_reason_of_each_layer(tmp_path: Path) -> None:
+    model, page = drawn("resnet"), Page(draw("resnet", tmp_path / "a.html"))
+    found, words = hra_fx.report(model), {*page.words}
+    assert [value for name, value in page.attributes if name == "data-path"] == [row.path for row in found.rows]
+    assert {f"{100 * row.weight_change:.1f}%" for row in found.rows} <= words
+    part = hra_fx.transform(nn.Sequential(Residual(), nn.Linear(4, 4)), hra_fx.HRAConfig(r=2, target_modules=["fc1"]))
+    page = Page(hra_fx.visualize(part, tmp_path / "b.html"))
+    skipped = hra_fx.report(part).skipped
+    assert {layer.path for layer in skipped} == {"0.fc2", "1"}
+    for layer in skipped:
+        assert layer.path in page.ids and {layer.path, layer.reason} <= {*page.words}
+        assert f"{layer.path} has no adapter: {layer.reason}" in "\n".join(page.words).split("\n")
+
+
+# ---- colors ----
+
+
+@pytest.mark.parametrize("name", ["resnet", "bert", "repeats"])
+def test_the_order_of_colors_is_that_of_the_report(name: str, tmp_path: Path) -> None:
+    values = {row.path: row.weight_change for row in hra_fx.report(drawn(name)).rows}
+    root = svg_of(draw(name, tmp_path / "a.svg", depth=0))
+    legend = [part.get("fill", "") for part in root.iter("rect") if part.get("class") == "heat"]
+    assert len({*legend}) == len(legend) > 10
+    cells = [part for part in root.iter("rect") if part.get("class") == "cell"]
+    shown = {part.findtext("title", "").partition(" · ")[0]: legend.index(part.get("fill", "")) for part in cells}
+    for box in boxes(root):
+        strip = box.element.find("path[@class='strip']")
+        if strip is not None:
+            shown[box.tip()[-1].partition(" · ")[0]] = legend.index(strip.get("fill", ""))
+    assert shown.keys() == values.keys()
+    steps = [shown[path] for path in sorted(values, key=values.__getitem__)]
+    assert steps == sorted(steps) and len({*steps}) > 1
+    top = max(float(text[:-1]) for part in root.findall("text") if re.fullmatch(r"[\d.]+%", text := part.text or ""))
+    assert 0.6 * top < 100 * max(values.values()) <= top, "the scale goes from 0 to a round number"
+
+
+def luminance(fill: str) -> float:
+    parts = (part / 255 for part in bytes.fromhex(fill[1:]))
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_has_contrast_in_both_themes(theme: str, tmp_path: Path) -> None:
+    config = hra_fx.HRAConfig(r=2, target_modules=["fc1"], modules_to_save=["fc2"])
+    partly = hra_fx.transform(nn.Sequential(Residual(), Residual()), config)
+    seen = 0
+    for model in (drawn("bert"), drawn("hostile, in Python"), partly):
+        root = svg_of(hra_fx.visualize(model, tmp_path / "a.svg"))
+        style = root.findtext("style", "")
+        dark = dict(re.findall(r'}?\[fill="(#\w+)"\]\{fill:(#\w+)\}', style))
+        inks = dict(re.findall(r'\.strip\[fill="(#\w+)"\]\+text\{fill:(#\w+)\}', style))
+        for box in boxes(root):
+            parts = list(box.element)
+            paper = next(part.get("fill", "") for part in parts if part.get("class") == "frame")
+            for before, part in pairwise(parts):
+                if part.tag != "text" or part.get("class") == "entry":
+                    continue
+                back, ink = (
+                    before.get("fill", "") if before.get("class") in ("strip", "badge") else paper,
+                    part.get("fill", ""),
+                )
+                if theme == "dark":
+                    ink = inks.get(back, dark.get(ink, ink)) if before.get("class") == "strip" else dark[ink]
+                    back = dark[back]
+                one, other = sorted((luminance(ink), luminance(back)))
+                assert (other + 0.05) / (one + 0.05) >= 4.5, (box.texts(), ink, back)
+                seen += 1
+    assert seen > 30
+
+
+# ---- places ----
+
+
+@pytest.mark.parametrize("name", ["resnet", "bert", "llama", "pairs", "attention", "shared", "hostile, in Python"])
+@pytest.mark.parametrize("depth", [None, 0, 2], ids=str)
+def test_boxes_do_not_overlap_and_edges_go_down_around_them(name: str, depth: int | None, tmp_path: Path) -> None:
+    root = svg_of(draw(name, tmp_path / "a.svg", depth=depth))
+    wide, high = float(root.get("width", "0")), float(root.get("height", "0"))
+    found = boxes(root)
+    assert all(box.x >= 0 and box.x + box.wide <= wide and box.y >= 0 and box.y + box.high <= high for box in found)
+    card = next(part for part in root.findall("rect") if part.get("rx") == "10")
+    assert max(float(text.get("y", "0")) for text in root.findall("text")) < float(card.get("y", "0"))
+    single = [box for box in found if box.kind in SINGLE]
+    for a, b in combinations(single, 2):
+        assert a.x + a.wide <= b.x or b.x + b.wide <= a.x or a.y + a.high <= b.y or b.y + b.high <= a.y
+    for edge in (part for part in root.iter("path") if part.get("class") == "edge"):
+        path = list(points(edge))
+        assert [y for _, y in path] == sorted(y for _, y in path)
+        assert not any(box.inside(x, y) for x, y in path for box in single)
+
+
+# ---- what is drawn once, and what edges carry ----
+
+
+def test_repeats_are_one_box_and_the_files_are_small(tmp_path: Path) -> None:
+    model = torchvision.models.resnet50().eval()
+    model = hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=r".*(conv\d|downsample\.0)"))
+    texts = [text for box in boxes(svg_of(hra_fx.visualize(model, tmp_path / "a.svg"))) for text in box.texts()]
+    assert "× 5" in texts and any(text.startswith("layer3.1 … 5") for text in texts)
+    assert hra_fx.visualize(model, tmp_path / "a.html").stat().st_size < 250_000
+
+
+def test_a_shape_is_that_of_the_result_that_the_edge_carries(tmp_path: Path) -> None:
+    root = svg_of(draw("pairs", tmp_path / "a.svg", depth=0))
+    assert shapes(root).count("5×2") == 2 and "5×4 + 1" not in shapes(root)
+    blocks = box_named(root, "blocks.0 … 2")
+    assert "× 3" in blocks.texts(), "the first block reads two modules, and the others both results of one"
+    below = [(text.text, float(text.get("y", "0"))) for text in root.iter("text") if text.get("class") == "shape"]
+    assert {shape for shape, y in below if y > blocks.y + blocks.high} >= {"5×2", "5×4"}
+
+
+def test_equal_blocks_of_t5_are_drawn_once_next_to_the_first(tmp_path: Path) -> None:
+    model = hra_fx.transform(t5().eval(), hra_fx.HRAConfig(r=2, target_modules=["q", "v"]))
+    count = model.config.num_layers
+    inputs = {"input_ids": torch.ones(1, 4, dtype=torch.long), "decoder_input_ids": torch.ones(1, 3, dtype=torch.long)}
+    root = svg_of(hra_fx.visualize(model, tmp_path / "a.svg", example_inputs=inputs, focus="encoder", depth=1))
+    names = [text for box in boxes(root) for text in box.texts() if text.startswith("block.")]
+    assert len(names) == min(count, 2)
+
+
+class Scaled(nn.Module):
+    def __init__(self, *, first: bool) -> None:
+        super().__init__()
+        self.fc, self.first = nn.Linear(4, 4), first
+        self.gamma = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled = self.gamma * self.fc(x) if self.first else self.fc(x) * self.gamma
+        return scaled + x if self.first else x + scaled
+
+
+def test_blocks_that_differ_in_the_order_of_operands_are_one_box(tmp_path: Path) -> None:
+    model = nn.Sequential(Scaled(first=True), Scaled(first=False), Scaled(first=True))
+    model = hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["fc"]))
+    root = svg_of(hra_fx.visualize(model, tmp_path / "a.svg"))
+    assert "× 3" in box_named(root, "0 … 2").texts()
+    assert any(text.startswith("mul, add") for box in boxes(root) for text in box.texts())
+
+
+def test_a_layer_that_should_have_an_adapter_is_marked(tmp_path: Path) -> None:
+    model = hra_fx.transform(nn.Sequential(Residual(), Residual()), hra_fx.HRAConfig(r=2, target_modules=["fc1"]))
+    model[1].fc1 = nn.Linear(4, 8)  # it is targeted, and has no adapter
+    text = hra_fx.visualize(model, tmp_path / "a.svg", depth=2).read_text(encoding="utf-8")
+    assert text.count('class="refused"') == 1 + 1, "the layer, and the legend"
+    assert text.count('class="skipped"') == 2 + 1
+    assert "1 layer targeted, but not adapted" in text and "2 layers not targeted" in text
+    assert 'class="alarm"' in hra_fx.visualize(model, tmp_path / "a.html").read_text(encoding="utf-8")
+
+
+def test_a_plain_model_is_drawn_without_colors(tmp_path: Path) -> None:
+    model = nn.Sequential(Residual(), nn.Linear(4, 4))
+    for ending in ("svg", "html"):
+        text = hra_fx.visualize(model, tmp_path / f"a.{ending}", depth=0).read_text(encoding="utf-8")
+        assert "Linear 4→4" in text and "no adapters" in text and 'class="heat"' not in text
+
+
+# ---- options, and errors ----
+
+
+def test_a_focus_is_the_root_with_what_enters_and_leaves(tmp_path: Path) -> None:
+    file = draw("resnet", tmp_path / "a.svg", focus="layer2")
+    paths = [row.path for row in hra_fx.report(drawn("resnet")).rows]
+    found = adapted_paths(svg_of(file))
+    assert [path in found for path in paths] == [path.startswith("layer2.") for path in paths]
+    names = [text for box in boxes(svg_of(file)) if box.kind == "port" for text in box.texts()]
+    assert names == ["from layer1.1.relu", "to layer3.0.conv1 + 1"]
+    assert "layer2 in ResNet with HRA" in file.read_text() and "5 of 21 adapted layers · " in file.read_text()
+
+
+@pytest.mark.parametrize("ending", ["svg", "html"])
+def test_the_same_model_gives_the_same_bytes(ending: str, tmp_path: Path) -> None:
+    first = draw("shared", tmp_path / f"a.{ending}").read_bytes()
+    assert hra_fx.visualize(drawn("shared"), str(tmp_path / f"b.{ending.upper()}")).read_bytes() == first
+
+
+WRONG = [
+    *(("resnet", {"depth": depth}, "`depth` must be a non-negative int or None, got ") for depth in (-1, 1.0, True)),
+    ("resnet", {"focus": 3}, r"`focus` must be a module's name as in model\.named_modules\(\), got int\."),
+    (
+        "resnet",
+        {"focus": "layer3.0.conv9"},
+        r"the model has no module 'layer3\.0\.conv9'; did you mean 'layer3",
+    ),
+    ("resnet", {"focus": "backbone.fc"}, r"`focus`: .* no module 'backbone\.fc'; did you mean 'fc'\?"),
+    ("resnet", {"focus": "zzz"}, r"`focus`: .* no module 'zzz'\. See model\.named_modules\(\)"),
+    ("bert", {"focus": "embeddings.dropout"}, r"has no boxes|is inside 'embeddings', which is drawn as one box"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "message"), WRONG)
+def test_wrong_options_leave_the_file_as_it_was(name: str, options: Any, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.svg"
+    file.write_text("before")
+    with pytest.raises(hra_fx.VisualizeError, match=message):
+        hra_fx.visualize(drawn(name), file, **options)
+    assert file.read_text() == "before"
+
+
+def test_wrong_files_and_removed_options(tmp_path: Path) -> None:
+    (tmp_path / "folder.svg").mkdir()
+    long = tmp_path / ("m" * 245 + ".svg")  # the name of the temporary file is too long
+    for path, message in (
+        *((tmp_path / name, r"Use one of \.svg, \.html") for name in ("a.jpg", "a", "a.svg.gz", ".svg")),
+        (tmp_path / "nowhere" / "a.svg", r"^path: the folder '.*nowhere' does not exist"),
+        (tmp_path / "folder.svg", r"^path: '.*folder\.svg' is a folder"),
+        (long, r"^path: cannot write "),
+    ):
+        with pytest.raises(hra_fx.VisualizeError, match=message):
+            hra_fx.visualize(drawn("one layer"), path)
+    for name in ("heat", "theme"):
+        with pytest.raises(TypeError, match=f"visualize: `{name}` was removed in 0.5. Leave it out: "):
+            hra_fx.visualize(drawn("one layer"), tmp_path / "a.svg", **{name: None})
+    assert [file.name for file in tmp_path.iterdir()] == ["folder.svg"]
