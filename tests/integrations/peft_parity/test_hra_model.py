@@ -21,24 +21,21 @@ FIELDS: dict[str, Any] = {"r": 2, "target_modules": ["query", "value"], "init_we
 OTHERS: dict[str, Any] = {"r": 4, "target_modules": ["out"], "init_weights": False}
 
 
-CALLS: dict[str, Callable[[nn.Module, hra_fx.HRAConfig], Any]] = {
-    "by place": lambda model, settings: hra_fx.HRAModel(model, settings, "mine"),
-    "peft_config": lambda model, settings: hra_fx.HRAModel(model, peft_config=settings, adapter_name="mine"),
-    "config": lambda model, settings: hra_fx.HRAModel(model, config=settings, adapter_name="mine"),
-    "a dict": lambda model, settings: hra_fx.HRAModel(model, {"mine": settings}, "mine"),
-    "peft_config, a dict": lambda model, settings: hra_fx.HRAModel(
-        model=model, peft_config={"mine": settings}, adapter_name="mine", low_cpu_mem_usage=False
-    ),
-}
+CALLS: list[Callable[[nn.Module, hra_fx.HRAConfig], Any]] = [
+    lambda model, settings: hra_fx.HRAModel(model, settings, "mine"),
+    lambda model, settings: hra_fx.HRAModel(model=model, peft_config=settings, adapter_name="mine"),
+    lambda model, settings: hra_fx.HRAModel(model, config=settings, adapter_name="mine", low_cpu_mem_usage=False),
+    lambda model, settings: hra_fx.HRAModel(model, {"mine": settings}, "mine"),
+]
 
 
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
-def test_every_way_to_call_it(call: Callable[..., Any]) -> None:
-    base = net(F64)
-    ours = call(base, hra_fx.HRAConfig(**FIELDS))
-    assert ours is ours.get_base_model() is base
-    assert list(ours.peft_config) == ["mine"]
-    assert ours.body.layers[0].query.hra_u["mine"].shape == (8, 2)
+def test_every_way_to_call_it() -> None:
+    for call in CALLS:
+        base = net(F64)
+        ours = call(base, hra_fx.HRAConfig(**FIELDS))
+        assert ours is ours.get_base_model() is base
+        assert list(ours.peft_config) == ["mine"]
+        assert ours.body.layers[0].query.hra_u["mine"].shape == (8, 2)
 
 
 def test_a_dict_of_configurations_makes_several_adapters_of_which_the_named_one_acts() -> None:
@@ -85,25 +82,18 @@ def test_a_broken_configuration_leaves_the_model_as_it_was(broken: Any, message:
         hra_fx.HRAModel(base, broken, "a")
 
 
-ADD: dict[str, Callable[[Any, hra_fx.HRAConfig], None]] = {
-    "PEFT": lambda model, settings: model.add_adapter("b", settings),
-    "PEFT, by name": lambda model, settings: model.add_adapter(adapter_name="b", peft_config=settings),
-    "transformers": lambda model, settings: model.add_adapter(settings, "b"),
-    "transformers, by name": lambda model, settings: model.add_adapter(settings, adapter_name="b"),
-}
-
-
-@pytest.mark.parametrize("order", ADD)
-def test_add_adapter_takes_the_order_of_peft_and_that_of_transformers(order: str) -> None:
-    model = hra_fx.HRAModel(net(F64), GOOD, "a")
-    before = model(tokens())
-    ADD[order](model, hra_fx.HRAConfig(**OTHERS))
-    assert list(model.peft_config) == ["a", "b"]
-    assert model.active_adapters == ["a"]
-    assert torch.equal(model(tokens()), before)
-    assert model.body.layers[0].out.hra_u["b"].shape == (8, 4)
-    model.add_adapter(hra_fx.HRAConfig(**OTHERS))
-    assert list(model.peft_config) == ["a", "b", "default"]
+def test_add_adapter_takes_the_order_of_peft_and_that_of_transformers() -> None:
+    others = hra_fx.HRAConfig(**OTHERS)
+    for place, named in ((("b", others), {}), ((others, "b"), {}), ((), {"adapter_name": "b", "peft_config": others})):
+        model = hra_fx.HRAModel(net(F64), GOOD, "a")
+        before = model(tokens())
+        model.add_adapter(*place, **named)
+        assert list(model.peft_config) == ["a", "b"]
+        assert model.active_adapters == ["a"]
+        assert torch.equal(model(tokens()), before)
+        assert model.body.layers[0].out.hra_u["b"].shape == (8, 4)
+        model.add_adapter(others)
+        assert list(model.peft_config) == ["a", "b", "default"]
 
 
 def randomised(**fields: Any) -> Any:
