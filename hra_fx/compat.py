@@ -271,24 +271,6 @@ def eager_experts(model: nn.Module) -> AbstractContextManager[None]:
     return _with_attribute(configs, "_experts_implementation", "eager")
 
 
-def tied_names(model: nn.Module) -> dict[str, str]:
-    """What a transformers model ties because of its configuration: name of a tensor -> name of the one it is tied to.
-
-    transformers 4 only has patterns of the names. There, the result has the tensors that are one parameter now.
-    """
-    expand = getattr(model, "get_expanded_tied_weights_keys", None)
-    if callable(expand):
-        return dict(expand())
-    keys = getattr(model, "_tied_weights_keys", None)
-    if not keys or not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-        return {}
-    first: dict[int, str] = {}
-    every = model.named_parameters(remove_duplicate=False)
-    found = sorted((name, first.setdefault(id(parameter), name)) for name, parameter in every)
-    named = re.compile("|".join(keys))
-    return {a: b for a, b in found if a != b and (named.search(a) or named.search(b))}
-
-
 # --- operators --------------------------------------------------------------------------------------------------------
 
 #: The class of one overload of an operator, such as `torch.ops.aten.add.Tensor`. It has no public name.

@@ -158,9 +158,8 @@ def fold(model: M, adapter_names: str | Sequence[str] | None = None) -> M:
     All vectors and weights are checked first. Then the new weights are computed and written one layer at a time, in
     float64 if the device supports it. So folding needs extra memory for only a few copies of one layer.
 
-    A weight that shares memory with other tensors (an output layer tied to the embeddings) is untied: the layer gets
-    its own parameter, and the others are not changed. If transformers ties them by `config.tie_word_embeddings`, that
-    is set to False, and all other tensors that it tied get their own memory too.
+    If `modules_to_save` trained one of two tied weights, `config.tie_word_embeddings` is set to False, and all tensors
+    that shared memory get their own.
 
     A quantized weight (bitsandbytes, torchao, HQQ) cannot be folded: load the adapter into the base model without
     quantization, and fold there, or write it with `save_as_lora`.
@@ -180,10 +179,10 @@ def fold(model: M, adapter_names: str | Sequence[str] | None = None) -> M:
         AdapterError: the model has no adapters or no adapter with one of these names, or other active adapters come
             before them in the product.
         FoldError: a weight cannot be folded: it has no data, is quantized or not finite, has linearly dependent
-            Gram-Schmidt vectors, or is tied in a model whose forward depends on that. No weight was changed.
+            Gram-Schmidt vectors, or was tied to another tensor after `transform`. No weight was changed.
 
     Warns:
-        HRAWarning: adapters that are not active are removed, or weights are untied.
+        HRAWarning: adapters that are not active are removed, or `config.tie_word_embeddings` is set to False.
 
     Example:
         >>> from torch import nn

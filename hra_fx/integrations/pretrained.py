@@ -1,14 +1,10 @@
-"""Methods of transformers and diffusers models that would lose adapters: saving, uploading, resizing, dequantizing.
-
-During a resize of the embeddings, the output layers are plain layers, because transformers may replace them with new
-layers of its own class. Their vectors are as long as a hidden state, so they fit any number of tokens.
-"""
+"""Methods of transformers and diffusers models that would lose adapters: saving, uploading, resizing, dequantizing."""
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +14,12 @@ from hra_fx.checkpoint.folder import adapter_entries
 from hra_fx.checkpoint.saving import save_pretrained, write_card
 from hra_fx.errors import AdapterError
 from hra_fx.integrations.push import push_to_hub, upload
-from hra_fx.layers.adapted_layer import AdaptedLayer, adapt_class, restore_class
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.sharding import is_dtensor, on_first_rank
-from hra_fx.layers.target import REFLECTION
 from hra_fx.layers.trained_copies import all_copies
 from hra_fx.model.root import AdaptedModel
-from hra_fx.model.state import adapted_layers, check_no_foreign_class, names_in, root_of
+from hra_fx.model.state import adapted_layers, names_in, root_of
+from hra_fx.model.tied import parts
 
 
 def create_or_update_model_card(model: nn.Module, output_dir: str | os.PathLike[str]) -> None:
@@ -54,10 +49,12 @@ class AdaptedPretrainedModel(AdaptedModel):
 
     @classmethod
     def wrap(cls, base: type[nn.Module]) -> dict[str, Any]:
-        """Replace diffusers' `fuse_qkv_projections`, if the class has it."""
+        """Replace diffusers' `fuse_qkv_projections` and transformers' `tie_weights`, if the class has them."""
         methods = super().wrap(base)
         if hasattr(base, "fuse_qkv_projections"):
             methods["fuse_qkv_projections"] = _refuse_to_fuse
+        if hasattr(base, "tie_weights"):
+            methods["tie_weights"] = _tie_weights
         return methods
 
     def save_pretrained(
@@ -81,13 +78,10 @@ class AdaptedPretrainedModel(AdaptedModel):
         save_adapters(self, save_directory, selected_adapters, is_main_process, push_to_hub, saving, kwargs)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """Resize the embeddings like the base class. The resized output layer keeps its reflections.
-
-        The vectors remain the same parameters, so an optimizer keeps working.
-        """
+        """Resize the embeddings like the base class. Adapters on them or on the output layer raise an error."""
         base: Any = super()
-        with plain_output_layers(self):
-            return base.resize_token_embeddings(*args, **kwargs)
+        _check_resizable(self)
+        return base.resize_token_embeddings(*args, **kwargs)
 
     def dequantize(self, *args: Any, **kwargs: Any) -> Any:
         """Raise an error, because the base class would replace the adapted layers."""
@@ -116,6 +110,13 @@ class AdaptedPretrainedModel(AdaptedModel):
     def _keys_to_ignore_on_save(self, value: Any) -> None:
         """Set by transformers in `post_init`; it has no effect while the model has adapters."""
         vars(self)["_keys_to_ignore_on_save"] = value
+
+
+def _tie_weights(self: Any, *args: Any, **kwargs: Any) -> None:
+    """Do nothing while an adapter has a copy of one of two tied weights, because the base class would overwrite it."""
+    base: Any = original_class(self)
+    if not any(parts(self, (name,)) for name in root_of(self)[1].configs):
+        base.tie_weights(self, *args, **kwargs)
 
 
 def _refuse_to_fuse(self: nn.Module) -> None:
@@ -150,52 +151,20 @@ def root_class_for(model: nn.Module) -> type[AdaptedModel]:
     return AdaptedPretrainedModel if pretrained else AdaptedModel
 
 
-@contextmanager
-def plain_output_layers(model: Any) -> Iterator[None]:
-    """Context manager that removes the reflections of the output layers, and adds the same objects again at the end."""
+def _check_resizable(model: Any) -> None:
+    """Check that no adapter is on the embeddings or the output layers, and that none has a trained copy of them."""
     # The input embeddings, then the output layers.
     found = (model.get_input_embeddings(), model.get_output_embeddings())
     ends = [part for end in found if isinstance(end, nn.Module) for part in end.modules()]
-    layers = adapted_layers(model)
-    _check_resizable(model, layers, ends)
-    held = {path: layer.hra_u for path, layer in layers.items() if layer in ends}
-    for path in held:
-        restore_class(layers[path])
-        del layers[path]._modules[REFLECTION]
-    try:
-        yield
-    finally:
-        for path, reflection in held.items():
-            layer = model.get_submodule(path).train(layers[path].training)
-            layer.add_module(REFLECTION, reflection)
-            adapt_class(layer)
-
-
-def _check_resizable(model: nn.Module, layers: dict[str, AdaptedLayer], ends: list[nn.Module]) -> None:
-    check_no_foreign_class(model.named_modules())
     rows = getattr(ends[0], "num_embeddings", None) if ends else None
-    for path, (owner, _) in all_copies(model).items():
-        if owner in ends or (isinstance(owner, nn.Embedding) and owner.num_embeddings == rows):
-            raise AdapterError(
-                f"{path}: an adapter has a trained copy of it (modules_to_save or bias), which "
-                "resize_token_embeddings does not resize. Resize before hra_fx.transform, or fold or unload first."
-            )
-    resizes_more = _overrides_resize(model)
-    for path, layer in layers.items():
-        if layer in ends and layer.hra_u.unmerged is not None:
-            raise AdapterError(
-                f"{path}: an adapter is merged into it, and its stored base weight has the old number of tokens. Call "
-                "hra_fx.unmerge_adapter, resize, and merge again."
-            )
-        if resizes_more and layer not in ends and layer.hra_u.width == rows:
-            raise AdapterError(
-                f"{path}: its vectors have length {rows}, the number of tokens, and would not fit after "
-                "resize_token_embeddings. Resize before hra_fx.transform, or fold or unload first."
-            )
-
-
-def _overrides_resize(model: nn.Module) -> bool:
-    """Whether a class resizes more layers than transformers' base class, such as MobileBERT."""
-    own: Any = original_class(model)
-    base: Any = next((cls for cls in own.__mro__ if cls.__name__ == "PreTrainedModel"), None)
-    return base is None or own.resize_token_embeddings is not base.resize_token_embeddings
+    adapted = (path for path, layer in adapted_layers(model).items() if layer in ends or layer.hra_u.width == rows)
+    trained = (
+        path
+        for path, (owner, _) in all_copies(model).items()
+        if owner in ends or (isinstance(owner, nn.Embedding) and owner.num_embeddings == rows)
+    )
+    if path := next(itertools.chain(adapted, trained), None):
+        raise AdapterError(
+            f"{path}: an adapter rotates it or has a trained copy of it, and resize_token_embeddings would lose that. "
+            "Resize before hra_fx.transform, or fold first."
+        )

@@ -24,7 +24,7 @@ from hra_fx.layers.class_swap import SwapMixin, swap, unswap
 from hra_fx.layers.quantized import call_quantized
 from hra_fx.layers.running import RUNNING
 from hra_fx.layers.sharding import SPLIT, call, is_dtensor
-from hra_fx.layers.target import BASE_WEIGHT, REFLECTION, weight_name, weight_place
+from hra_fx.layers.target import BASE_WEIGHT, REFLECTION, weight_name
 from hra_fx.layers.variants import ConvAdapters, LinearAdapters, QuantizedAdapters
 from hra_fx.layers.weight import running, weight_property
 
@@ -177,9 +177,3 @@ def layer_class_for(layer: nn.Module) -> type[AdaptedLayer]:
     if isinstance(adapters, ConvAdapters):
         return AdaptedConv
     return AdaptedLinear if isinstance(adapters, LinearAdapters) else AdaptedLayer
-
-
-def set_base_weight(layer: nn.Module, weight: nn.Parameter) -> None:
-    """Replace the parameter `W` of a layer."""
-    owner, name = weight_place(layer)
-    owner._parameters[name] = weight

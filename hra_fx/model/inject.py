@@ -36,7 +36,7 @@ from hra_fx.model.state import (
     offloaded_copy,
     root_of,
 )
-from hra_fx.model.trainable import activate, restore_ties, sync_layers, unfreeze
+from hra_fx.model.trainable import activate, sync_layers, unfreeze
 from hra_fx.passes.fold import FoldPass
 from hra_fx.selection.check import select_checked
 
@@ -187,7 +187,6 @@ def remove_adapters(root: nn.Module, state: AdapterState, names: tuple[str, ...]
     for name in names:
         del state.configs[name]
     state.active = tuple(name for name in state.active if name not in names)
-    restore_ties(root, state)
     plain = [layer for layer in adapted_layers(root).values() if not layer.hra_u.specs]
     if plain and isinstance(root, fx.GraphModule):
         FoldPass()(root)

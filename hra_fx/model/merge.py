@@ -8,9 +8,10 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from hra_fx.compat import state_modules
 from hra_fx.errors import AdapterError, FoldError, HRAWarning
 from hra_fx.functional.rotate import check_finite, check_foldable, rotate_weight, rows_to_weight
-from hra_fx.layers.accelerate_hooks import offloading_hook, stored
+from hra_fx.layers.accelerate_hooks import offloading_hook
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.layers.sharding import distribute_like, first_split, reshard
@@ -25,8 +26,8 @@ from hra_fx.model.state import (
     names_in,
     root_of,
 )
-from hra_fx.model.tied import tied_to
 from hra_fx.model.trainable import check_copies, sync_layers
+from hra_fx.selection.tied import how_to_untie, tied_to
 
 
 def merge_adapter(model: nn.Module, adapter_names: str | Iterable[str] | None = None) -> None:
@@ -102,7 +103,7 @@ def merge(root: nn.Module, state: AdapterState, names: tuple[str, ...]) -> None:
                 "also work without being merged; hra_fx.fold writes the folded weights without copies."
             )
     check_whole(root)
-    check_no_ties(root, layers)
+    check_not_tied(root, layers)
     present = {path: [name for name in names if name in layer.hra_u] for path, layer in layers.items()}
     for path, here in present.items():
         if here:
@@ -218,24 +219,13 @@ def check_whole(model: nn.Module) -> None:
         raise FoldError(str(error)) from error
 
 
-def check_no_ties(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
-    """Check that no weight shares memory with other tensors, so that it can be written in place."""
-    for path, others in ties_of(model, layers).items():  # the first one is enough
-        (_, name), full = weight_place(layers[path]), weight_entry(path, layers[path])
+def check_not_tied(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
+    """Check that no weight was tied to another tensor after `transform`, so that it can be written in place."""
+    weights = {weight_entry(path, layer): layer.hra_base for path, layer in layers.items()}
+    for entry, others in tied_to(dict(state_modules(model)), weights).items():  # the first one is enough
         raise FoldError(
-            f"{full}: it shares memory with {', '.join(others)}, which merging in place would change too. Untie it "
-            f"first (layer.{name} = torch.nn.Parameter(layer.{name}.detach().clone()) and "
-            "config.tie_word_embeddings = False), or call hra_fx.fold, which unties it."
+            f"{entry}: it shares memory with {', '.join(others)}, which would change too. {how_to_untie(entry)}."
         )
-
-
-def ties_of(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> dict[str, list[str]]:
-    """Path of an adapted layer -> names of the tensors that share memory with its weight, if there are any."""
-    names = {path: weight_entry(path, layer) for path, layer in layers.items()}
-    found = tied_to(
-        model, {names[path]: stored(*weight_place(layer), layer.hra_base) for path, layer in layers.items()}
-    )
-    return {path: found[name] for path, name in names.items() if name in found}
 
 
 def _is_expanded(weight: Tensor) -> bool:

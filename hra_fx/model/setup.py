@@ -51,7 +51,7 @@ def set_up(
         layers = inject_adapter(model, adapter_name, config, fill, steps, layers)
         state = AdapterState({adapter_name: config}, frozen=freeze(model))
         steps.callback(unfreeze, model, state.frozen)
-        make_copies(model, adapter_name, config, layers, state, steps, copies)
+        make_copies(model, adapter_name, config, layers, steps, copies)
         steps.callback(clear_state, model)
         attach_state(model, state)
         if not isinstance(model, fx.GraphModule):
@@ -137,7 +137,7 @@ def add_filled_adapter(
             )
     with all_or_nothing() as undo:
         layers = inject_adapter(root, adapter_name, config, fill, undo, layers)
-        make_copies(root, adapter_name, config, layers, state, undo, copies)
+        make_copies(root, adapter_name, config, layers, undo, copies)
         state.configs[adapter_name] = config
         undo.callback(state.configs.pop, adapter_name, None)
         parts = collect_parts(root)

@@ -38,7 +38,6 @@ class AdapterState:
         disabled: whether all adapters are disabled.
         disabled_blocks: the number of open `with disable_adapters(...)` blocks.
         frozen: names of the parameters that `transform` froze.
-        untied: the ties of weights that a trained copy turned off (`tie_word_embeddings`).
     """
 
     configs: dict[str, HRAConfig] = field(default_factory=dict)
@@ -47,7 +46,6 @@ class AdapterState:
     disabled: bool = False
     disabled_blocks: int = 0
     frozen: tuple[str, ...] = ()
-    untied: tuple[Any, ...] = ()
     _layers: list[weakref.ref[nn.Module]] = field(default_factory=list)
 
     @property

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from hra_fx.compat import state_modules
 from hra_fx.config import HRAConfig
-from hra_fx.errors import AdapterError, UnsupportedLayerError
+from hra_fx.errors import AdapterError, HRAWarning, UnsupportedLayerError
 from hra_fx.layers.accelerate_hooks import offloading_hook
 from hra_fx.layers.adapted_experts import adapted_parameters
 from hra_fx.layers.adapters import get_adapters
@@ -19,8 +20,8 @@ from hra_fx.layers.sharding import sharded_by
 from hra_fx.layers.target import ADAPTER_CHILDREN, SAVED
 from hra_fx.layers.trained_copies import BASE, Copies, all_copies, get_copies, own_tensors
 from hra_fx.model.state import AdaptedParts, AdapterState, offloaded_copy
-from hra_fx.model.tied import TensorRef, find_ties, is_tied, set_tied, tied_to, why_not_untie
 from hra_fx.selection.select import saved_modules
+from hra_fx.selection.tied import tied_to
 
 #: Names of biases; the second one is the bias of q, k and v in nn.MultiheadAttention.
 _BIASES = ("bias", "in_proj_bias")
@@ -74,7 +75,6 @@ def make_copies(
     name: str,
     config: HRAConfig,
     layers: Mapping[str, nn.Module],
-    state: AdapterState,
     undo: ExitStack,
     values: Mapping[tuple[str, str], Tensor],
 ) -> None:
@@ -89,7 +89,7 @@ def make_copies(
             raise UnsupportedLayerError(f"{path} ({type(owner).__name__}): {reason}.")
     tensors = {(path, entry): getattr(owner, entry) for path, (owner, names) in wanted.items() for entry in names}
     originals = {f"{path}.{entry}".lstrip("."): tensor for (path, entry), tensor in tensors.items()}
-    tied = {other for others in tied_to(model, originals).values() for other in others}
+    tied = tied_to(dict(state_modules(model)), originals)
     parted = differ_by_place(tensors, values)
     memo: dict[int, nn.Parameter] = {}
     for path, (owner, names) in wanted.items():
@@ -102,8 +102,10 @@ def make_copies(
         undo.callback(copies.remove, owner, name)
         given = {entry: values[path, entry] for entry in names if (path, entry) in values}
         copies.make(owner, name, names, {} if parted else memo, given)
-    if parted or tied - originals.keys():
-        _untie(model, state, {(owner, name) for owner, names in wanted.values() for name in names}, undo)
+    alone = {name: [o for o in others if o not in originals] for name, others in tied.items()}
+    if not config.inference_mode and (first := next((name for name, others in alone.items() if others), None)):
+        text = f"{first} is tied to {', '.join(alone[first])}, and adapter {name!r} trains a copy of {first} alone."
+        warnings.warn(text, HRAWarning, stacklevel=4)
 
 
 def differ_by_place(tensors: Mapping[tuple[str, str], Tensor], values: Mapping[tuple[str, str], Tensor]) -> bool:
@@ -113,24 +115,6 @@ def differ_by_place(tensors: Mapping[tuple[str, str], Tensor], values: Mapping[t
         (first.setdefault(id(tensors[place]), value), value) for place, value in values.items() if place in tensors
     ]
     return any(one is not other and not torch.equal(one, other.to(one)) for one, other in pairs)
-
-
-def restore_ties(model: nn.Module, state: AdapterState) -> None:
-    """Turn settings that trained copies turned off on again, if all tied names are one tensor again."""
-    tied = [tie for tie in state.untied if is_tied(model, tie)]
-    set_tied(tied, True)
-    state.untied = tuple(tie for tie in state.untied if tie not in tied)
-
-
-def _untie(model: nn.Module, state: AdapterState, tensors: Collection[TensorRef], undo: ExitStack) -> None:
-    """Turn off the settings that would make transformers' `tie_weights` overwrite a trained copy."""
-    ties = find_ties(model, tensors)
-    if reason := why_not_untie(model, ties):
-        raise UnsupportedLayerError(f"{reason}. Leave it out of modules_to_save.")
-    undo.callback(setattr, state, "untied", state.untied)
-    undo.callback(set_tied, ties, True)
-    set_tied(ties, False)
-    state.untied = (*state.untied, *ties)
 
 
 def to_copy(

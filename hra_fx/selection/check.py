@@ -20,11 +20,12 @@ from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.quantized import is_foreign_linear, quant_scheme_of
 from hra_fx.layers.sharding import SPLIT, is_dtensor, sharded_by
-from hra_fx.layers.target import full_shape, held_weight, weight_place, width_of
+from hra_fx.layers.target import full_shape, held_weight, weight_entry, weight_place, width_of
 from hra_fx.layers.trained_copies import get_copies
 from hra_fx.layers.variants import has_own_forward
 from hra_fx.patterns import matches_rank
 from hra_fx.selection.select import Modules, once, select, walk
+from hra_fx.selection.tied import how_to_untie, tied_to
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _EXCLUDE = "exclude the layer with `exclude_modules`"
@@ -46,6 +47,7 @@ def select_checked(model: nn.Module, config: HRAConfig, modules: Modules | None 
     layers = select(model, config, modules)
     _check_modules(modules, layers)
     problems = {path: _layer_problem(path, layer, config) for path, layer in layers.items()}
+    problems |= _tied(modules, {path: layer for path, layer in layers.items() if not problems[path]})
     if unsupported := {path: problem for path, problem in problems.items() if problem}:
         first, *others = unsupported
         also = f" Also unsupported: {', '.join(others)}." if others else ""
@@ -55,6 +57,17 @@ def select_checked(model: nn.Module, config: HRAConfig, modules: Modules | None 
         _warn_about_blocked_gradients(modules, layers.values())
     _warn_about_unused_patterns(config, list(layers))
     return layers
+
+
+def _tied(modules: Modules, layers: Modules) -> dict[str, str]:
+    """Path -> problem, for layers whose weight shares memory with another tensor, which has no adapter."""
+    entries = {weight_entry(path, layer): path for path, layer in layers.items()}
+    weights = {entry: held_weight(layers[path]) for entry, path in entries.items()}
+    found = tied_to(once(modules), {entry: weight for entry, weight in weights.items() if weight is not None})
+    return {
+        entries[entry]: f"its weight is tied to {', '.join(others)}. {how_to_untie(entry)}. Or {_EXCLUDE}"
+        for entry, others in found.items()
+    }
 
 
 def _check_modules(modules: Modules, layers: Iterable[str]) -> None:

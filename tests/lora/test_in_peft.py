@@ -121,10 +121,6 @@ GPT2 = {
 
 LANGUAGE_MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "Llama": (lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)), ["q_proj", "v_proj", "down_proj"]),
-    "a tied output layer": (
-        lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=True)),
-        ["k_proj", "lm_head"],
-    ),
     "GPT-2, Conv1D": (lambda: GPT2LMHeadModel(GPT2Config(**GPT2)), ["c_attn", "c_proj", "c_fc"]),
     "Falcon, Linear with its own forward": (
         lambda: FalconForCausalLM(FalconConfig(**SIZES, hidden_size=32, bos_token_id=0, eos_token_id=1)),

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from adapting import config, mlp as training_mlp
 from integrations.distributed.trained import CASES, Case, output
 from moe_models import built
@@ -235,16 +234,3 @@ def test_what_needs_values_is_refused(name: str, tmp_path: Path) -> None:
         act(model, tmp_path / "out")
     assert list(model.state_dict()) == keys and type(model[0]).__name__ == "Linear"
     assert not (tmp_path / "out").exists()
-
-
-def test_a_copy_of_tied_embeddings_is_untied_on_meta() -> None:
-    def make() -> nn.Module:
-        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=19, tie_word_embeddings=True))
-
-    model: Any = on_meta(make)
-    model.tie_weights()  # which the lowest transformers leaves to the user on meta
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    hra_fx.transform(model, config("q_proj", modules_to_save=["lm_head"]))
-    assert model.lm_head.weight is not model.model.embed_tokens.weight
-    assert not model.config.tie_word_embeddings

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import accelerate
@@ -15,7 +14,6 @@ from integrations.distributed.offloading import CPU, MLP, on_devices
 from integrations.distributed.trained import F64, adapted, close, output
 from refusals import refused
 from second_device import LAZY
-from tiny_models import llama
 from torch import fx, nn
 
 import hra_fx
@@ -38,25 +36,6 @@ HOOKS: dict[str, Callable[[nn.Module], object]] = {
     "dispatched": lambda model: on_devices(model),
     "offloaded": lambda model: accelerate.cpu_offload(model, execution_device=CPU),
 }
-
-
-@pytest.mark.parametrize("hooks", HOOKS.values(), ids=HOOKS)
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_head_that_is_tied_to_the_embeddings(when: str, hooks: Callable[[nn.Module], object]) -> None:
-    head = hra_fx.HRAConfig(r=4, init_weights=False, target_modules=["lm_head"])
-    ids = torch.arange(5)[None]
-    plain, model = (llama(tie_word_embeddings=True).to(F64) for _ in range(2))
-    steps = [hooks, partial(hra_fx.transform, config=head)]
-    for step in steps if when == "before" else reversed(steps):
-        torch.manual_seed(1)
-        step(model)
-    torch.manual_seed(1)
-    wanted = hra_fx.transform(plain, head)(ids).logits
-    assert close(model(ids).logits, wanted)
-    with pytest.warns(hra_fx.HRAWarning, match="untied: lm_head"):
-        hra_fx.fold(model)
-    assert not model.config.tie_word_embeddings
-    assert close(model(ids).logits, wanted)
 
 
 @pytest.mark.parametrize(
