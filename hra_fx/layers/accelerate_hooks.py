@@ -7,7 +7,7 @@ and otherwise on the meta device. accelerate is not imported: if it is not loade
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,35 +76,3 @@ def keep_loaded(module: nn.Module) -> None:
     hook.pre_forward(module)
     for name in ("_hf_hook", "_old_forward", "forward"):  # accelerate would move them to their previous device
         del vars(module)[name]
-
-
-def stored(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """The tensor that a module loads for `name` if it is offloaded to the CPU; otherwise `tensor`."""
-    place = _place(module, name)
-    return tensor if place is None or place[1] not in place[0] else place[0][place[1]]
-
-
-def store(module: nn.Module, name: str) -> None:
-    """Inside `loaded`: replace the stored CPU tensor that a module loads for `name` with the current tensor."""
-    if (place := _place(module, name)) is not None:
-        place[0][place[1]] = module._parameters[name].detach().to("cpu", copy=True)  # type: ignore[union-attr]
-
-
-def is_on_disk(module: nn.Module, name: str) -> bool:
-    """Whether a tensor of a module is offloaded to disk."""
-    place = _place(module, name)
-    return place is not None and place[1] not in place[0]
-
-
-def _place(module: nn.Module, name: str) -> tuple[MutableMapping[str, Tensor], str] | None:
-    """The tensors that are offloaded to the CPU, and the key of one, which they lack if it is offloaded to disk.
-
-    `None` if the module is not offloaded.
-    """
-    hook = offloading_hook(module)
-    if hook is None:
-        return None
-    tensors = hook.weights_map
-    while hasattr(tensors, "dataset"):  # a PrefixedDataset
-        tensors, name = tensors.dataset, f"{tensors.prefix}{name}"
-    return getattr(tensors, "state_dict", tensors), name  # of an OffloadedWeightsLoader

@@ -11,9 +11,7 @@ import torch
 from torch import nn
 
 from hra_fx.errors import FoldError, HRAWarning
-from hra_fx.layers.accelerate_hooks import is_on_disk, loaded, store
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.target import weight_place
 from hra_fx.layers.trained_copies import all_copies
 from hra_fx.model.inject import remove_adapters
 from hra_fx.model.merge import (
@@ -62,9 +60,7 @@ class FoldJob:
                 unmerge_adapter(self.model)
             for path, layer in layers.items():
                 if self.names[path]:
-                    with loaded(weight_place(layer)[0]):
-                        layer.hra_base.copy_(folded_weight(layer, self.names[path]))
-                        store(*weight_place(layer))
+                    layer.hra_base.copy_(folded_weight(layer, self.names[path]))
                 for name in self.names[path]:
                     layer.hra_u.remove(name)
         for owner, copies in all_copies(self.model).values():
@@ -112,14 +108,7 @@ def prepare_fold(model: nn.Module, adapter_names: str | Sequence[str] | None) ->
 
 def _check_layers(root: nn.Module, layers: Mapping[str, AdaptedLayer], names: Mapping[str, tuple[str, ...]]) -> None:
     """Check every layer whose weight is written."""
-    for path, layer in layers.items():
-        if is_on_disk(*weight_place(layer)):
-            raise FoldError(
-                f"{path}: accelerate loads its weight from files, which fold does not change. Save the adapter "
-                "(hra_fx.save_adapter) and fold it into the checkpoint (hra_fx.fold_checkpoint)."
-            )
     check_whole(root)
     check_not_tied(root, layers)
     for path, layer in layers.items():
-        with loaded(weight_place(layer)[0]):
-            check_layer(path, layer, names[path])
+        check_layer(path, layer, names[path])

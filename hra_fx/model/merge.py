@@ -96,12 +96,6 @@ def merge(root: nn.Module, state: AdapterState, names: tuple[str, ...]) -> None:
     """Merge adapters in the resolved order. Every layer is checked before the first weight is written."""
     layers = adapted_layers(root)
     check_copies(root, collect_parts(root), dict.fromkeys((*names, *state.active)))
-    for path, layer in layers.items():
-        if offloading_hook(weight_place(layer)[0]) is not None:
-            raise FoldError(
-                f"{path}: accelerate offloads its weight, but merging keeps a copy of each weight in memory. Adapters "
-                "also work without being merged; hra_fx.fold writes the folded weights without copies."
-            )
     check_whole(root)
     check_not_tied(root, layers)
     present = {path: [name for name in names if name in layer.hra_u] for path, layer in layers.items()}
@@ -215,6 +209,12 @@ def check_whole(model: nn.Module) -> None:
                 "checkpoint (hra_fx.fold_checkpoint)."
             )
         check_no_foreign_class(model.named_modules())
+        for path, layer in adapted_layers(model).items():
+            if offloading_hook(weight_place(layer)[0]) is not None:
+                raise FoldError(
+                    f"{path}: accelerate offloads its weight, which cannot be written then. Load the model without "
+                    "offloading, or fold the adapter into the checkpoint (hra_fx.fold_checkpoint)."
+                )
     except AdapterError as error:
         raise FoldError(str(error)) from error
 

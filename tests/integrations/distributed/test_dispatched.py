@@ -76,7 +76,7 @@ def test_graphs_of_models_with_hooks_are_refused() -> None:
             hra_fx.transform(made, config("0"), trace=trace)
         assert torch.equal(output(made, MLP), before)
         remove_hook_from_submodules(made)
-        hra_fx.transform(made, config("0"), trace=trace)
+        hra_fx.transform(made, config("0"))
 
 
 def test_a_forward_of_the_users_below_a_hook_is_refused() -> None:
