@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 CHECKS = "check_inputs"
 #: Operators of torch.export that run a block, and what the model writes.
 _BLOCKS = {"wrap_with_autocast": "torch.autocast", "wrap_with_set_grad_enabled": "torch.no_grad or torch.enable_grad"}
-_SIZE = torch.ops.aten.sym_size.int
 
 
 class Canonical(NamedTuple):
@@ -87,7 +86,6 @@ def _simplify(graph: fx.Graph, inputs: list[fx.Node], model: nn.Module) -> None:
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default):
         node.replace_all_uses_with(node.args[0])
         graph.erase_node(node)
-    _hoist_sizes(graph, inputs)
     _follow_device(graph, inputs, model)
     if inputs:
         with graph.inserting_after(max(inputs)):
@@ -117,26 +115,6 @@ def _name_constants(graph: fx.Graph, program: ExportedProgram) -> dict[str, Tens
             call = replace_node(node, "call_module", name, (made[name].device,))
             min(call.users).prepend(call)  # after the inputs, because they determine the device
     return made
-
-
-def _hoist_sizes(graph: fx.Graph, inputs: list[fx.Node]) -> None:
-    """Read each size of an input once, at the start of the graph, from the first input with this size.
-
-    Otherwise the two modes may read a size from different inputs.
-    """
-    reads = defaultdict(list)
-    for node in graph.find_nodes(op="call_function", target=_SIZE):
-        if node.args[0] in inputs:
-            reads[str(node.args[0].meta["val"].shape[node.args[1]])].append(node)
-    last = max(inputs, default=None)
-    for size, ((index, dimension), *_) in _sizes(inputs).items():
-        if size in reads:
-            with graph.inserting_after(last):
-                last = graph.call_function(_SIZE, (inputs[index], dimension))
-            last.meta = dict(reads[size][0].meta)
-            for node in reads[size]:
-                node.replace_all_uses_with(last)
-                graph.erase_node(node)
 
 
 def _follow_device(graph: fx.Graph, inputs: list[fx.Node], model: nn.Module) -> None:

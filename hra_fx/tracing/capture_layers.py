@@ -25,18 +25,16 @@ from hra_fx.tracing.graph_module import graph_module
 from hra_fx.tracing.inputs import Condition, InputChecks, size_conditions
 
 
-def capture_layers(
-    model: nn.Module, call: Call, dynamic_shapes: Any = None, *, is_trained: bool = True
-) -> fx.GraphModule:
+def capture_layers(model: nn.Module, call: Call, dynamic_shapes: Any = None) -> fx.GraphModule:
     """Capture one call of a model. The graph is valid for other sizes and for both modes, and checks its inputs.
 
-    By default, all sizes that the model allows may change; for images, only the batch size. `is_trained` compares
-    gradients too. The graph calls the layers that can be adapted, and modules without children that map one tensor to
-    one tensor. It has operators for everything else. An output that `torch.export` does not support, such as a cache,
-    is `None`. Keyword arguments become inputs in the order of the model's signature.
+    By default, all sizes that the model allows may change; for images, only the batch size. The graph calls the layers
+    that can be adapted, and modules without children that map one tensor to one tensor. It has operators for everything
+    else. An output that `torch.export` does not support, such as a cache, is `None`. Keyword arguments become inputs in
+    the order of the model's signature.
     """
     call = _prepared(model, call)
-    for path, part in model.named_modules() if is_trained else ():
+    for path, part in model.named_modules():
         if is_leaf(part):
             continue
         if has_backward_hooks(part):
@@ -47,7 +45,7 @@ def capture_layers(
         tries = examples_with_shapes(model, call) if dynamic_shapes is None else [(call, dynamic_shapes)]
         for example, shapes in tries:
             try:
-                return _captured(model, example, shapes, call, is_trained=is_trained)
+                return _captured(model, example, shapes, call)
             except CaptureError as error:
                 failure = error
         raise failure
@@ -74,7 +72,7 @@ def _prepared(model: nn.Module, call: Call) -> Call:
     return call[0], dict(sorted(call[1].items(), key=lambda item: order.index(item[0])))
 
 
-def _captured(model: nn.Module, example: Call, shapes: Any, call: Call, *, is_trained: bool) -> fx.GraphModule:
+def _captured(model: nn.Module, example: Call, shapes: Any, call: Call) -> fx.GraphModule:
     """Capture the graph of an example, and compare it with the model for this example and a call."""
     in_train, in_eval = (
         canonical(export_call(model, example, shapes, training=training), model) for training in (True, False)
@@ -83,9 +81,9 @@ def _captured(model: nn.Module, example: Call, shapes: Any, call: Call, *, is_tr
     modules = merge_modes(in_train.graph, in_eval.graph)
     constants = {name: ByMode(value, in_eval.constants[name]) for name, value in in_train.constants.items()}
     made = _module(model, in_train.graph, {CHECKS: checks, **constants, **modules})
-    limits = compare(model, made, example, sizes, with_gradients=is_trained)
+    limits = compare(model, made, example, sizes)
     if example is not call:
-        compare(model, made, call, (), with_gradients=is_trained)
+        compare(model, made, call, ())
     checks.add(size_conditions(in_train.names, sizes, limits.not_one))
     if not limits.under_autocast:
         checks.add([Condition(*["not torch.is_autocast_enabled('cpu') and not torch.is_autocast_enabled('cuda')"] * 2)])

@@ -45,14 +45,7 @@ class Limits(NamedTuple):
     under_autocast: bool
 
 
-def compare(
-    model: nn.Module,
-    made: nn.Module,
-    call: Call,
-    sizes: Sizes | None = None,
-    *,
-    with_gradients: bool = True,
-) -> Limits:
+def compare(model: nn.Module, made: nn.Module, call: Call, sizes: Sizes | None = None) -> Limits:
     """Compare a graph with its model for a call that both can run, and for others like it. Neither is changed.
 
     `sizes` are those that may change. Without them, the graph must be right for all sizes and masks that the model
@@ -61,7 +54,7 @@ def compare(
     if _cannot_run(model):
         return Limits([], True)
     with preserve_rng_state(), torch.inference_mode(False):
-        for level in _LEVELS[:-1] if with_gradients else ():
+        for level in _LEVELS[:-1]:
             with suppress(_NoGradientError):
                 return _Comparison(model, made, level).run(call, sizes)
         return _Comparison(model, made, "").run(call, sizes)

@@ -319,11 +319,6 @@ def test_an_autograd_function_with_the_gradient_of_its_operators_is_captured() -
     assert_same(graph(X), model(X))
 
 
-def test_graphs_does_not_compare_gradients() -> None:
-    model = hra_fx.transform(middle(Straight.apply)().double(), config())
-    assert_same(hra_fx.graphs(model, X)[""](X), model(X))
-
-
 def test_dynamic_shapes_without_a_capture_are_refused() -> None:
     for model in (nn.Sequential(nn.Linear(6, 6)), torch.fx.symbolic_trace(nn.Sequential(nn.Linear(6, 6)))):
         with pytest.raises(AdapterError, match="`dynamic_shapes` needs trace=True"):

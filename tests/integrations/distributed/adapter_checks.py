@@ -101,7 +101,7 @@ def pictures(rank: int, folder: Path) -> None:
             rows = hra_fx.report(model).rows
             assert [row.r for row in rows] == [4, 4, 4]
             assert (rows[0].rotation == hra_fx.report(bare).rows[0].rotation) is (way == "DDP")
-            assert hra_fx.graphs(model)
+            assert way != "DDP" or hra_fx.graphs(model)
     sharded = shard(MLP.model())
     output(sharded, MLP)
     sharded.unshard()  # by all processes: then there are numbers
