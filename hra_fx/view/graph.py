@@ -1,8 +1,8 @@
-"""Convert traced graphs to one networkx graph of leaves (boxes).
+"""Convert a traced graph to a networkx graph of leaves (boxes).
 
-Nodes are strings in drawing order, each with the attribute `leaf`. Edges are the flow of values in a traced graph. The
+Nodes are strings in drawing order, each with the attribute `leaf`. Edges are the flow of values, with `shape`. The
 nodes of an adapted layer (its adapter, and the layer or its weight) become one leaf. Parameters belong to the leaf that
-reads them. Nodes that only compute shapes or pass on a value do not have a leaf. Modules outside of all traced graphs
+reads them. Nodes that only compute shapes or pass on a value do not have a leaf. In a model that is not traced, modules
 are leaves without edges.
 """
 
@@ -43,7 +43,7 @@ def leaves_of(subject: Subject) -> nx.DiGraph[str]:
     """Create the leaves of the whole model.
 
     Returns:
-        An acyclic DiGraph. `graph["traced"]` has the paths of the traced modules, `graph["classes"]` the class names by
+        An acyclic DiGraph. `graph["traced"]` says if the model is traced, `graph["classes"]` has the class names by
         module path, and `graph["details"]` the class and shape of modules without children. The marks of the leaves are
         the adapted layers of the model, each exactly once.
     """
@@ -52,27 +52,22 @@ def leaves_of(subject: Subject) -> nx.DiGraph[str]:
     return builder.picture
 
 
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path and name else path or name
-
-
 def _parent(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def _stack(node: fx.Node, root: str) -> list[tuple[str, str]]:
+def _stack(node: fx.Node) -> list[tuple[str, str]]:
     """The calls around a node, outermost first: (name of the call, qualified name of the module)."""
     entries = node.meta.get("nn_module_stack") or {}
     paths = [(str(call), normalize_path(str(entry[0])).partition("@")[0]) for call, entry in entries.items()]
-    calls = [(path + "".join(re.findall(r"@\d+$", call)), path) for call, path in paths]
-    return [(_join(root, call), _join(root, path)) for call, path in calls if path]
+    return [(path + "".join(re.findall(r"@\d+$", call)), path) for call, path in paths if path]
 
 
 class _Builder:
     """Creates the leaves, in the order in which modules are defined."""
 
     def __init__(self, subject: Subject) -> None:
-        self.subject, self.model, self.graphs = subject, subject.model, subject.graphs
+        self.subject, self.model = subject, subject.model
         self.picture: nx.DiGraph[str] = nx.DiGraph()
         self.numbers: dict[str, int] = {}  # of the leaves, in order
         self.drawn: set[str] = set()  # paths of the adapted layers that a leaf has as marks
@@ -84,19 +79,22 @@ class _Builder:
         for path, layer in {**{path: path for path in self.subject.layers}, **self.subject.aliases}.items():
             for owner in prefixes(path):
                 self.inside.setdefault(owner, {})[layer] = None
-        self.busy = {""} | {prefix for path in (*self.graphs, *self.subject.layers) for prefix in prefixes(path)}
+        self.busy = {""} | {prefix for path in self.subject.layers for prefix in prefixes(path)}
         details = {
             path: describe_module(part)
             for path, part in self.model.named_modules()
             if next(part.children(), None) is None
         }
-        self.picture.graph["traced"] = frozenset(self.graphs)
+        self.picture.graph["traced"] = subject.graph is not None
         self.picture.graph["classes"] = dict(self.subject.classes)
         self.picture.graph["details"] = details
 
     def draw(self) -> None:
         """Add all leaves."""
-        self.walk(self.model, "")
+        if self.subject.graph is None:
+            self.walk(self.model, "")
+        else:
+            self._add_graph(self.subject.graph)
         for path in self.subject.layers:
             self.add_missing(path)
         if not self.picture:  # a single layer, or a model without layers, is one box
@@ -107,10 +105,7 @@ class _Builder:
 
     def walk(self, module: nn.Module, path: str) -> None:
         """Add a module and its children, in the order of definition."""
-        if path in self.graphs:
-            self.visited[id(module)] = path
-            self._add_graph(path, self.graphs[path])
-        elif path in self.subject.layers:
+        if path in self.subject.layers:
             self.add_missing(path)
         elif id(module) in self.visited:
             self._add_eager(path, f"same module as {self.visited[id(module)]}")
@@ -120,7 +115,7 @@ class _Builder:
         else:
             self.visited[id(module)] = path
             for name, child in module.named_children():
-                self.walk(child, _join(path, name))
+                self.walk(child, f"{path}.{name}".lstrip("."))
 
     def add_missing(self, path: str) -> None:
         """Add an adapted layer that is not in a traced graph, at the place where it is defined."""
@@ -158,47 +153,43 @@ class _Builder:
             parameters=layer.parameters if marks else 0,
         )
 
-    def _layers_at(self, node: fx.Node, root: str) -> tuple[str, ...]:
+    def _layers_at(self, node: fx.Node) -> tuple[str, ...]:
         """The adapted layers that a node computes: its own, or all in the module that it calls."""
         path, _, name = str(node.target).rpartition(".")
         if node.op == "call_module" and name != REFLECTION:
             path = str(node.target)
         elif node.op != "get_attr" or name != BASE_WEIGHT:
             return ()
-        return (root,) if root in self.subject.layers else tuple(self.inside.get(_join(root, path), ()))
+        return tuple(self.inside.get(path, ()))
 
     def _leaf_of_layers(
-        self, layers: tuple[str, ...], node: fx.Node, root: str, module: nn.Module | None, place: tuple[str, ...]
+        self, layers: tuple[str, ...], node: fx.Node, module: nn.Module | None, place: tuple[str, ...]
     ) -> Leaf:
         leaf = joined([self._adapted_leaf(path, node.op, place) for path in layers])
         if module is None or module is self.model.get_submodule(layers[0]):
             return leaf
-        path, count = _join(root, str(node.target)), leaf.parameters + self._once(own_parameters(module))
+        path, count = str(node.target), leaf.parameters + self._once(own_parameters(module))
         return replace(leaf, name=name_of(path), detail=describe_module(module), target=path, parameters=count)
 
-    def _add_graph(self, root: str, graph: fx.GraphModule) -> None:
-        """Add the leaves of a traced module and their edges. A value without a box has the sources of its inputs."""
+    def _add_graph(self, graph: fx.GraphModule) -> None:
+        """Add the leaves of the traced model and their edges. A value without a box has the sources of its inputs."""
         values: dict[fx.Node, Value] = {}
-        plain = graph.graph
-        masks = constant_masks(plain)
-        single = root in self.subject.layers  # a traced layer is one box, without its input and output
-        knows_places = any(node.meta.get("nn_module_stack") for node in plain.nodes)
+        masks = constant_masks(graph.graph)
+        knows_places = any(node.meta.get("nn_module_stack") for node in graph.graph.nodes)
         held = dict(graph.named_parameters(remove_duplicate=False))
-        for node in plain.nodes:
+        for node in graph.graph.nodes:
             module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-            layers = self._layers_at(node, root)
+            layers = self._layers_at(node)
             value = Value() if node in masks else None if layers else pass_through(node, values, module)
-            if value is None and single and node.op in ("placeholder", "output"):
-                value = Value()
             if value is None:
-                key = f"{root}:{node.name}"
+                key = f":{node.name}"
                 before = read(node, values)
-                place = self._place(node, root, before if not knows_places else Value(), layers)
-                around = (node, root, module, place)
+                place = self._place(node, before if not knows_places else Value(), layers)
+                around = (node, module, place)
                 leaf = self._leaf_of_layers(layers, *around) if layers else self._leaf(*around, before)
                 if leaf.kind == "op":
                     count = self._once(held[name] for name in before.weights if name in held)
-                    leaf = replace(leaf, parameters=count, readers=_readers(root, before.weights, place))
+                    leaf = replace(leaf, parameters=count, readers=_readers(before.weights, place))
                 shape, dtype = shape_and_dtype(node)
                 self._add(key, replace(leaf, shape=shape, dtype=dtype), before.sources)
                 value = Value({key: shape})
@@ -206,13 +197,13 @@ class _Builder:
         inputs = [key for node, value in values.items() if node.op == "placeholder" for key in value.sources]
         self.picture.remove_nodes_from([key for key in inputs if not self.picture.out_degree(key)])
 
-    def _place(self, node: fx.Node, root: str, before: Value, layers: tuple[str, ...]) -> tuple[str, ...]:
+    def _place(self, node: fx.Node, before: Value, layers: tuple[str, ...]) -> tuple[str, ...]:
         """The modules around a node. Without `nn_module_stack`, an operation is placed with its latest input."""
-        stack = _stack(node, root)
-        if layers and (node.op == "get_attr" or root == layers[0]):
+        stack = _stack(node)
+        if layers and node.op == "get_attr":
             owner = _parent(layers[0])
         elif node.op == "call_module":
-            owner = _parent(_join(root, str(node.target)))
+            owner = _parent(str(node.target))
         elif stack:
             owner = stack[-1][1]
         elif before.sources and node.op not in ("placeholder", "output"):
@@ -220,13 +211,13 @@ class _Builder:
             source: Leaf = self.picture.nodes[latest]["leaf"]
             return source.place
         else:
-            owner = root
+            owner = ""
         calls = {path: call for call, path in stack}
         return tuple(calls.get(prefix, prefix) for prefix in prefixes(owner))
 
-    def _leaf(self, node: fx.Node, root: str, module: nn.Module | None, place: tuple[str, ...], before: Value) -> Leaf:
+    def _leaf(self, node: fx.Node, module: nn.Module | None, place: tuple[str, ...], before: Value) -> Leaf:
         if module is not None:
-            path, detail = _join(root, str(node.target)), describe_module(module)
+            path, detail = str(node.target), describe_module(module)
             count = self._once(own_parameters(module))
             return Leaf(name_of(path), detail, "module", node.op, path, place, paths=(path,), parameters=count)
         if node.op == "placeholder":
@@ -245,10 +236,10 @@ class _Builder:
         return sum(fresh.values())
 
 
-def _readers(root: str, weights: tuple[str, ...], place: tuple[str, ...]) -> tuple[str, ...]:
+def _readers(weights: tuple[str, ...], place: tuple[str, ...]) -> tuple[str, ...]:
     """The modules whose parameters an operation reads, and its own module, because a tied parameter has one name."""
     around = [module_of(call) for call in place[-1:] if weights]
-    return tuple(dict.fromkeys([*(_join(root, _parent(name)) for name in weights), *around]))
+    return tuple(dict.fromkeys([*(_parent(name) for name in weights), *around]))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import networkx as nx
 from hra_fx.errors import VisualizeError
 from hra_fx.reporting.report import Report
 from hra_fx.view.drawing import Drawing
-from hra_fx.view.tree import Item, Leaf, Scope, module_of, prefixes, signature
+from hra_fx.view.tree import Item, Leaf, Scope, module_of, signature
 
 #: If no depth is set, modules are opened up to this number of boxes.
 BUDGET = 60
@@ -142,9 +142,7 @@ def _cut_out(picture: nx.DiGraph[str], focus: str, inside: dict[str, Leaf]) -> n
     """The leaves inside, one box for each value from outside, and one box for each value that is read outside."""
     part: nx.DiGraph[str] = nx.DiGraph()
     graph = picture.graph
-    traced = not graph["traced"].isdisjoint(["", *prefixes(focus)])
-    parts = {path for path in graph["traced"] if path.startswith(f"{focus}.")}
-    part.graph.update(graph, traced=frozenset(parts | ({""} if traced else set())))
+    part.graph.update(graph)
     part.graph["classes"] = {**graph["classes"], "": graph["classes"].get(focus, "")}
     address = {key: _address(leaf) for key, leaf in picture.nodes(data="leaf")}
     for source in dict.fromkeys(source for key in inside for source in picture.pred[key] if source not in inside):

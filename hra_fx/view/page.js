@@ -6,22 +6,21 @@ const [main, panel, query, hits, zoomTools] = ["main", "aside", "input", "search
 const SHOWN = 40; // layers that are found
 const READABLE = 0.6; // the smallest zoom that fits the width by itself
 
-/** The layers and modules by path: their elements, and what a search looks at. */
+/** The layers and modules by path: their boxes, and what a search looks at. */
 const layers = new Map();
 for (const element of document.querySelectorAll("figure [id]")) {
-  layers.set(element.id, { element, detail: linesOf(boxOf(element))[0] });
+  // A box of several layers has an element without content for each of the others.
+  const box = element.classList.contains("name") ? element.parentNode : element;
+  layers.set(element.id, { box, detail: linesOf(box)[0] });
 }
+// Without an id, the browser does not scroll to the element by itself.
+for (const element of document.querySelectorAll("figure [id]")) element.removeAttribute("id");
 
 /** The rows of the report by layer. */
 const rows = new Map();
 for (const row of document.querySelectorAll("tr[data-path]")) {
   const { path } = row.dataset;
   rows.set(path, [...(rows.get(path) ?? []), row]);
-}
-
-// The box of a layer. A box of several layers has an element without content for each of the others.
-function boxOf(element) {
-  return element.classList.contains("name") ? element.parentNode : element;
 }
 
 function linesOf(box) {
@@ -36,8 +35,8 @@ function create(tag, text, ...children) {
 
 // Show what an address names: a picture, or the picture with a layer.
 function show(address) {
-  const element = document.getElementById(address) ?? find("figure");
-  const view = element.closest("main > *");
+  const layer = layers.get(address);
+  const view = layer?.box.closest("figure") ?? document.getElementById(address) ?? find("figure");
   const changed = !view.classList.contains("shown");
   for (const other of main.children) other.classList.toggle("shown", other === view);
   for (const link of document.querySelectorAll("nav a")) {
@@ -45,17 +44,17 @@ function show(address) {
     link.toggleAttribute("aria-current", isCurrent);
   }
   find(".selected")?.classList.remove("selected");
-  panel.hidden = element === view;
+  panel.hidden = !layer;
   if (changed) {
     main.scrollTo(0, 0);
     fit();
   }
   zoomTools.hidden = !view.matches("figure");
-  if (element === view) return;
-  const box = boxOf(element);
-  box.classList.add("selected");
-  describe(box, address);
-  find(":scope > .frame", box)?.scrollIntoView({ block: changed ? "center" : "nearest", inline: changed ? "center" : "nearest" });
+  if (!layer) return;
+  layer.box.classList.add("selected");
+  describe(layer.box, address);
+  const at = changed ? "center" : "nearest";
+  find(":scope > .frame", layer.box)?.scrollIntoView({ block: at, inline: at });
 }
 
 function go(address) {
@@ -65,14 +64,14 @@ function go(address) {
 
 function describe(box, path) {
   const [first, ...lines] = linesOf(box);
-  const paths = [box.id, ...[...box.querySelectorAll(":scope > .name")].map((name) => name.id)];
+  const paths = [...layers].filter(([, layer]) => layer.box === box).map(([own]) => own);
   const close = create("button", "×");
   close.ariaLabel = "Close";
   close.addEventListener("click", () => go(box.closest("figure").id));
   const facts = paths.flatMap((own) => (rows.get(own) ?? []).map((row) => factsOf(row, own === path || paths.length === 1)));
   const others = paths.length > 1 ? [create("p", `One of ${paths.length} that are drawn as this box`)] : [];
   const texts = lines.filter((line) => !rows.has(line.split(" · ")[0])).map((line) => create("p", line));
-  panel.replaceChildren(close, create("h2", path), create("p", first), ...others, ...texts, ...facts);
+  panel.replaceChildren(close, create("h2", path), create("p", first.slice(first.indexOf(": ") + 2)), ...others, ...texts, ...facts);
 }
 
 function factsOf(row, isOpen) {

@@ -19,7 +19,6 @@ from hra_fx.view.tree import (
     joined,
     merge_repeats,
     module_of,
-    prefixes,
 )
 
 #: The names of several leaves in one box are listed up to this length.
@@ -54,7 +53,6 @@ class _Nesting:
             depth: number of entries of their places that have already been processed.
         """
         path = module_of(call)
-        keys = self._without_border(path, keys)
         groups, flow = self._acyclic_groups(keys, depth)
         leaving, ports = self._leaving(keys), self._ports(keys)
         boxes = join_operations(flow, self._small(flow), {groups[key] for key in leaving})
@@ -67,7 +65,7 @@ class _Nesting:
             path=path,
             name=name,
             class_name=self.picture.graph["classes"].get(path, ""),
-            eager=self.picture.graph["traced"].isdisjoint(["", *prefixes(path)]),
+            eager=not self.picture.graph["traced"],
             items=tuple(self._item(group, inside, depth) for group, inside in members.items()),
             edges=self._edges(members, place, list(ports)),
             ports=tuple(ports.values()),
@@ -75,14 +73,6 @@ class _Nesting:
             paths=(path,) if path else (),
         )
         return merge_repeats(_join_eager(scope))
-
-    def _without_border(self, path: str, keys: list[str]) -> list[str]:
-        """All leaves but the output of a traced module in a model, and its input if there is only one."""
-        if not path or path not in self.picture.graph["traced"]:
-            return keys
-        inputs = [key for key in keys if self.leaf(key).kind == "input"]
-        border = {key for key in keys if self.leaf(key).kind == "output"} | set(inputs if len(inputs) == 1 else ())
-        return [key for key in keys if key not in border] or keys
 
     def _leaving(self, keys: list[str]) -> list[str]:
         """The leaves with a value that is read by others."""

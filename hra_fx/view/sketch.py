@@ -43,15 +43,11 @@ def sketch_of(model: Any, example_inputs: Any) -> tuple[str, str, nx.DiGraph[str
             f"`model` is a single adapted layer ({type(model).__name__}). Pass the model that contains it, and the "
             "layer's path as `focus`."
         )
-    subject = subject_of(model, _graphs_of(model, example_inputs))
+    graph = graphs_of(model, example_inputs, is_drawn=True).get("")
+    if graph and example_inputs is not None and not any("val" in node.meta for node in graph.graph.nodes):
+        _note_shapes(graph, normalize_inputs(example_inputs))
+    subject = subject_of(model, graph)
     return subject.classes.get("", type(model).__name__), _facts(subject), leaves_of(subject)
-
-
-def _graphs_of(model: nn.Module, example_inputs: Any) -> dict[str, fx.GraphModule]:
-    found = graphs_of(model, example_inputs, is_drawn=True)
-    if found and example_inputs is not None and not any("val" in node.meta for node in found[""].graph.nodes):
-        _note_shapes(found[""], normalize_inputs(example_inputs))
-    return found
 
 
 def _note_shapes(module: fx.GraphModule, call: Call) -> None:
@@ -77,11 +73,7 @@ def _note_shapes(module: fx.GraphModule, call: Call) -> None:
 
 
 def _facts(subject: Subject) -> str:
-    traced = "traced as one graph"
-    if "" not in subject.graphs:
-        modules = len(subject.graphs.keys() - subject.layers.keys())
-        what = f"{counted(modules, 'module')} traced" if modules else "not traced"
-        traced = f"{what}: pass example_inputs to draw the whole data flow"
+    traced = "traced" if subject.graph else "not traced: pass example_inputs to draw the data flow"
     if not subject.layers:
         return f"{subject.parameters:,} parameters · no adapters · {traced}"
     ranks = low_to_high([layer.rank for layer in subject.layers.values()])

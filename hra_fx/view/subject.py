@@ -1,4 +1,4 @@
-"""The input of a picture for any type of model: traced graphs, their parent modules, and the adapted layers."""
+"""The input of a picture for any type of model: its graph, its modules, and the adapted layers."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ class Subject:
     """A model to draw."""
 
     model: nn.Module  # the modules by name
-    graphs: Mapping[str, fx.GraphModule]  # by path of the module
+    graph: fx.GraphModule | None  # `None` if it is not traced
     layers: Mapping[str, LayerFacts]  # by path, once for each adapted layer
     aliases: Mapping[str, str]  # any path of an adapted layer -> its first path
     classes: Mapping[str, str]  # path of a module -> name of the class
     parameters: int  # of the model, without its adapters
 
 
-def subject_of(model: nn.Module, graphs: Mapping[str, fx.GraphModule]) -> Subject:
-    """Create the subject of a model, adapted or not, with graphs that were traced from it."""
+def subject_of(model: nn.Module, graph: fx.GraphModule | None) -> Subject:
+    """Create the subject of a model, adapted or not, with the graph that was traced from it."""
     layers = adapted_layers(model)
     first = {layer: path for path, layer in layers.items()}
     named = dict(model.named_modules(remove_duplicate=False))
     state = get_state(model)
     return Subject(
         model=model,
-        graphs=graphs,
+        graph=graph,
         layers={path: _facts(layer, state) for path, layer in layers.items()},
         aliases={path: first[part] for path, part in named.items() if part in first},
         classes={path: type(part).__name__ for path, part in named.items()} | _classes_in(model),

@@ -78,7 +78,7 @@ def draw(parent: Element, box: Box, x: float, y: float, marked: Mark, *, root: b
     _draw_single(group, box, x, y)
     if item.skipped:
         middle = 24 if box.block.look in STACKED else box.size.height / 2
-        skipped_marker(group, x + 9, y + middle, refused=any(layer.targeted for layer in item.skipped))
+        skipped_marker(group, x + 7.5, y + middle, refused=any(layer.targeted for layer in item.skipped))
 
 
 def skipped_marker(parent: Element, x: float, y: float, *, refused: bool) -> None:
