@@ -1,0 +1,277 @@
+"""Adapters are added, trained, switched, scaled, merged, disabled, folded and deleted in any order.
+
+After each step the output, the weights and the gradients are those of dense products `W Q` in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from adapting import randomise
+from hypothesis import Phase, settings, strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from model.many import config, net, normal
+from oracles import dense_power, dense_q, relative_error
+from torch import Tensor
+
+import hra_fx
+
+LAYERS = ("first", "second")
+HEAD = ("head.weight", "head.bias")
+X = normal(5, 6)
+KINDS: dict[str, dict[str, Any]] = {
+    "even": {"r": 4},
+    "odd": {"r": 3},
+    "Gram-Schmidt": {"r": 2, "apply_GS": True},
+    "head": {"r": 2, "modules_to_save": ["head"]},
+}
+CONTEXTS = {"plain": nullcontext, "no_grad": torch.no_grad, "inference": torch.inference_mode}
+contexts = st.sampled_from(sorted(CONTEXTS))
+targets = st.sampled_from([("first",), ("second",), LAYERS])
+scales = st.sampled_from([0.0, 0.4, 1.0])
+
+
+@dataclass
+class Adapter:
+    """What the reference knows of an adapter; its vectors are read from the model by their names."""
+
+    layers: tuple[str, ...]
+    apply_GS: bool
+    head: dict[str, Tensor]
+    scale: float = 1.0
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """The model, and a reference made of plain tensors."""
+
+    @initialize(kinds=st.permutations(sorted(KINDS)), order=st.permutations("abc"))
+    def begin(self, kinds: list[str], order: list[str]) -> None:
+        """A model with three active adapters of different kinds."""
+        self.model: Any = net()
+        self.plain = net().requires_grad_(False)
+        self.adapters: dict[str, Adapter] = {}
+        self.active: list[str] = []
+        self.trained: list[str] = []  # those that were set; a merge alone activates without training
+        self.merged: list[str] = []
+        self.disabled = False
+        self.seed = 0
+        for kind in kinds[:3]:
+            self.add(kind, LAYERS, "plain")
+        self.do(lambda: hra_fx.set_adapter(self.model, order), "plain")
+        self.active = self.trained = list(order)
+
+    # ---- the reference ----
+
+    def q(self, layer: str, name: str) -> Tensor:
+        """`Q` of one adapter at one layer at its scale."""
+        adapter, tensors = self.adapters[name], self.model.state_dict(keep_vars=True)
+        anchor = tensors.get(f"{layer}.hra_u.{name}_anchor")
+        q = dense_q(tensors[f"{layer}.hra_u.{name}"], apply_GS=adapter.apply_GS, anchor=anchor)
+        return q if adapter.scale == 1 else dense_power(q.detach(), adapter.scale)
+
+    def weight(self, layer: str, names: list[str]) -> Tensor:
+        weight: Tensor = self.plain.get_submodule(layer).weight
+        for name in names:
+            if layer in self.adapters[name].layers:
+                weight = weight @ self.q(layer, name)
+        return weight
+
+    def heads(self, names: list[str]) -> dict[str, Tensor]:
+        """The trained copy of the head that one of these adapters has."""
+        return next((self.adapters[name].head for name in names if self.adapters[name].head), {})
+
+    def wanted(self) -> Tensor:
+        names = [] if self.disabled else self.active
+        weights = {f"{layer}.weight": self.weight(layer, names) for layer in LAYERS}
+        return torch.func.functional_call(self.plain, weights | self.heads(names), (X,))
+
+    def conflict(self, names: list[str]) -> bool:
+        """Whether two adapters have a copy of the head, of which one can be in use."""
+        return sum(bool(self.adapters[name].head) for name in names) > 1
+
+    def do(self, act: Callable[[], object], context: str, *, refused: bool = False) -> bool:
+        """Do a step, or check that it is refused. Returns whether it was done."""
+        with CONTEXTS[context](), warnings.catch_warnings():
+            warnings.simplefilter("ignore", hra_fx.HRAWarning)
+            if not refused:
+                act()
+                return True
+            with pytest.raises((hra_fx.AdapterError, hra_fx.FoldError)):
+                act()
+            return False
+
+    # ---- the steps ----
+
+    @precondition(lambda self: len(self.adapters) < 3)
+    @rule(kind=st.sampled_from(sorted(KINDS)), layers=targets, context=contexts)
+    def add(self, kind: str, layers: tuple[str, ...], context: str) -> None:
+        name = next(name for name in "abcd" if name not in self.adapters)
+        made = config(*layers, **KINDS[kind])
+        add = hra_fx.add_adapter if self.adapters else lambda model, name, made: hra_fx.transform(model, made, name)
+        if not self.do(lambda: add(self.model, name, made), context, refused=bool(self.merged)):
+            return
+        if not self.adapters:
+            self.active, self.trained, self.disabled = [name], [name], False
+        self.seed += 1
+        randomise(self.model, name, seed=self.seed)
+        copied = dict(zip(HEAD, (self.plain.head.weight, self.plain.head.bias), strict=True)) if kind == "head" else {}
+        head = {key: value.detach().clone() for key, value in copied.items()}
+        self.adapters[name] = Adapter(layers, kind == "Gram-Schmidt", head)
+
+    @precondition(lambda self: self.adapters)
+    @rule(data=st.data(), context=contexts, inside=st.booleans())
+    def switch(self, data: st.DataObject, context: str, inside: bool) -> None:
+        """Also inside of a block in which the base model acts."""
+        names = data.draw(st.lists(st.sampled_from(sorted(self.adapters)), unique=True))
+        disabled, active, merged, refused = self.disabled, self.active, self.merged, self.conflict(names)
+        with hra_fx.disable_adapters(self.model) if inside else nullcontext():
+            if self.do(lambda: hra_fx.set_adapter(self.model, names), context, refused=refused):
+                self.active, self.trained, self.merged, self.disabled = names, names, [], inside
+            if inside:
+                self.merged, self.disabled = [], True
+            self.agrees()
+        if inside:
+            self.merged, self.disabled = merged if self.active == active else [], disabled
+
+    @precondition(lambda self: self.adapters)
+    @rule(data=st.data(), scale=scales, context=contexts)
+    def scale(self, data: st.DataObject, scale: float, context: str) -> None:
+        name = data.draw(st.sampled_from(sorted(self.adapters)))
+        if self.do(lambda: hra_fx.set_scale(self.model, name, scale), context, refused=name in self.merged):
+            self.adapters[name].scale = scale
+
+    def first(self, data: st.DataObject) -> list[str]:
+        """Perhaps an adapter that is not active, which then acts first, and the first ones that are active."""
+        waiting = [[name] for name in self.adapters if name not in self.active]
+        count = data.draw(st.integers(min(1, len(self.active)), len(self.active)))
+        return [*data.draw(st.sampled_from([[], *waiting])), *self.active[:count]]
+
+    @precondition(lambda self: self.adapters and not self.merged and not self.disabled)
+    @rule(data=st.data(), context=contexts)
+    def merge(self, data: st.DataObject, context: str) -> None:
+        names = self.first(data)
+        acting = list(dict.fromkeys([*names, *self.active]))
+        refused = not names or self.conflict(acting)
+        if self.do(lambda: hra_fx.merge_adapter(self.model, names), context, refused=refused):
+            self.active, self.merged = acting, names
+
+    @precondition(lambda self: self.merged)
+    @rule(context=contexts)
+    def unmerge(self, context: str) -> None:
+        self.do(lambda: hra_fx.unmerge_adapter(self.model), context)
+        self.merged = []
+
+    @precondition(lambda self: self.adapters and not self.disabled)
+    @rule(data=st.data(), context=contexts, everything=st.booleans())
+    def fold(self, data: st.DataObject, context: str, everything: bool) -> None:
+        """Some adapters, or the active ones while the others are removed."""
+        names = list(self.active) if everything else self.first(data)
+        refused = not names or self.conflict(names)
+        wanted = {layer: self.weight(layer, names).detach() for layer in LAYERS}
+        head = self.heads(names)
+        if not self.do(lambda: hra_fx.fold(self.model, None if everything else names), context, refused=refused):
+            return
+        for layer, weight in wanted.items():
+            found = self.model.get_submodule(layer)._parameters["weight"].detach()
+            assert relative_error(found, weight) < 1e-8
+            self.plain.get_submodule(layer).weight.detach().copy_(found)
+        for key, value in head.items():
+            self.plain.get_parameter(key).detach().copy_(value.detach())
+        for name in list(self.adapters) if everything else names:
+            self.remove(name)
+        self.merged = []
+
+    @precondition(lambda self: self.adapters)
+    @rule(data=st.data(), context=contexts)
+    def delete(self, data: st.DataObject, context: str) -> None:
+        name = data.draw(st.sampled_from(sorted(self.adapters)))
+        was_alone = self.active == [name]
+        if self.do(lambda: hra_fx.delete_adapter(self.model, name), context, refused=bool(self.merged)):
+            self.remove(name)
+            if was_alone and self.adapters:
+                self.active = self.trained = [next(iter(self.adapters))]
+
+    def remove(self, name: str) -> None:
+        del self.adapters[name]
+        self.active = [other for other in self.active if other != name]
+        if not self.adapters:
+            self.disabled = False
+
+    @precondition(lambda self: self.adapters and not self.disabled)
+    @rule()
+    def disable(self) -> None:
+        """Until an adapter is set. Nothing is merged or folded while the base model acts."""
+        hra_fx.disable_adapters(self.model)
+        self.merged, self.disabled = [], True
+        for act in (hra_fx.merge_adapter, hra_fx.fold):
+            self.do(lambda act=act: act(self.model), "plain", refused=True)
+
+    @precondition(lambda self: self.adapters)
+    @rule()
+    def block(self) -> None:
+        """The base model acts in nested blocks, and an error restores what was before."""
+        disabled, merged = self.disabled, self.merged
+        with pytest.raises(ZeroDivisionError), hra_fx.disable_adapters(self.model):
+            self.disabled, self.merged = True, []
+            with hra_fx.disable_adapters(self.model):
+                self.agrees()
+            self.agrees()
+            raise ZeroDivisionError
+        self.disabled, self.merged = disabled, merged
+
+    @rule(pickled=st.booleans())
+    def twin(self, pickled: bool) -> None:
+        """From here on, the steps are done to a copy."""
+        self.model = pickle.loads(pickle.dumps(self.model)) if pickled else copy.deepcopy(self.model)
+
+    @precondition(lambda self: self.adapters)
+    @rule()
+    def train(self) -> None:
+        """The gradients, which belong to what acts at its full scale and is not merged, and a step along them."""
+        names = [] if self.disabled else self.active
+        acting = [name for name in names if name in self.trained and name not in self.merged]
+        trained = [name for name in acting if self.adapters[name].scale == 1]
+        keys = [f"{layer}.hra_u.{name}" for name in trained for layer in self.adapters[name].layers]
+        head = self.heads([name for name in names if name in self.trained])
+        for value in head.values():
+            value.requires_grad_(True)
+        leaves = {key: self.model.get_parameter(key) for key in keys} | head
+        wanted = self.wanted().square().sum()
+        gradients = torch.autograd.grad(wanted, list(leaves.values())) if leaves else ()
+        self.model.zero_grad()
+        if leaves:
+            self.model(X).square().sum().backward()
+        found = {key: value.grad for key, value in self.model.named_parameters() if value.grad is not None}
+        assert found.keys() == leaves.keys()
+        with torch.no_grad():
+            for (key, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+                assert relative_error(found[key], gradient, floor=1e-6) < 1e-7, key
+                for moved in {id(leaf): leaf, id(found[key]): self.model.get_parameter(key)}.values():
+                    moved.requires_grad_(False).sub_(0.1 * gradient / (1 + gradient.norm())).requires_grad_(True)
+        self.model.zero_grad()
+
+    @invariant()
+    def agrees(self) -> None:
+        wanted = self.wanted().detach()
+        with torch.no_grad():
+            assert relative_error(self.model(X), wanted) < 1e-8
+        merged = [] if self.disabled else self.merged
+        for layer in LAYERS:
+            weight = self.model.get_submodule(layer)._parameters["weight"]
+            base = self.plain.get_submodule(layer).weight
+            assert relative_error(weight, self.weight(layer, merged)) < 1e-8 if merged else torch.equal(weight, base)
+        assert any(".hra_" in f".{key}" for key in self.model.state_dict()) is bool(self.adapters)
+
+
+TestAnyOrder = AnyOrder.TestCase
+TestAnyOrder.settings = settings(
+    max_examples=80, stateful_step_count=20, deadline=None, derandomize=True, phases=[Phase.generate]
+)
