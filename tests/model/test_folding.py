@@ -96,21 +96,7 @@ def test_weights_of_any_layout_keep_it(make: Callable[[], nn.Sequential]) -> Non
     assert all(relative_error(layer.weight, weight) < 1e-12 for layer, weight in zip(model, wanted, strict=True))
 
 
-@pytest.mark.parametrize(
-    "context",
-    [torch.no_grad, torch.inference_mode, torch.enable_grad, lambda: torch.autocast("cpu", dtype=torch.bfloat16)],
-)
-def test_fold_is_exact_in_any_context(context: Callable[[], Any]) -> None:
-    model = adapt(nn.Sequential(nn.Linear(6, 4, dtype=F64)), "0")
-    wanted = oracle_weight(model[0])
-    with context():
-        fold(model)
-    assert relative_error(model[0].weight, wanted) < 1e-12
-    assert model[0].weight.requires_grad
-    assert model[0].weight.grad_fn is None
-
-
-# Refusals
+# ---- refusals ----
 
 
 def spoil_vectors(layer: Any) -> None:

@@ -13,7 +13,6 @@ from model.many import (
     adapted,
     assert_close,
     config,
-    flags,
     net,
     normal,
     refuses,
@@ -62,18 +61,6 @@ def test_every_kind_of_adapter_follows_its_geodesic(fields: str, alpha: float) -
     assert_close(model.first.weight, plain.first.weight @ power(q, alpha), 1e-8)
 
 
-def test_each_of_several_adapters_has_its_own_scale() -> None:
-    plain, model = adapted(net(), a=config("first", r=4), b=config("first", r=3))
-    hra_fx.set_adapter(model, ["b", "a"])
-    hra_fx.set_scale(model, "b", 0.5)
-    hra_fx.set_scale(model, "a", 0.25)
-    q = power(layer_q(model.first, ["b"]).detach(), 0.5) @ power(layer_q(model.first, ["a"]).detach(), 0.25)
-    x = normal(4, 6)
-    assert_close(model(x), output(plain, q, x), 1e-8)
-    hra_fx.merge_adapter(model)
-    assert_close(model(x), output(plain, q, x), 1e-8)
-
-
 def test_a_refusal_at_the_second_layer_restores_the_first() -> None:
     model = adapted(net(), a=config("first", "second"))[1]
     hra_fx.set_scale(model, "a", 0.3)
@@ -93,32 +80,6 @@ def test_a_scale_that_is_not_in_the_range_is_refused(alpha: Any) -> None:
     text = f"`alpha` must be a number from 0 (base model) to 1 (full adapter), got {alpha!r}."
     with refuses(model, f"^{re.escape(text)}$"):
         hra_fx.set_scale(model, "a", alpha)
-
-
-@pytest.mark.parametrize(
-    ("name", "before"),
-    [
-        ("a", lambda model: None),
-        ("b", lambda model: None),  # it is not active
-        ("a", lambda model: hra_fx.set_adapter(model, "a", inference_mode=True)),
-        ("a", lambda model: model.first.hra_u["a"].requires_grad_(False)),
-    ],
-    ids=["active", "inactive", "in inference", "frozen by hand"],
-)
-def test_a_scaled_adapter_is_not_trained_and_gets_its_flags_back_at_full_scale(name: str, before: Any) -> None:
-    model = adapted(net(), a=config("first", "second"), b=config("first"))[1]
-    before(model)
-    wanted = flags(model)
-    for alpha in (0.5, 0.5, 0):
-        hra_fx.set_scale(model, name, alpha)
-        assert not any(flag for key, flag in flags(model).items() if key.endswith(f"hra_u.{name}"))
-    hra_fx.set_scale(model, name, 1)
-    assert flags(model) == wanted
-    hra_fx.set_scale(model, name, 0.5)
-    hra_fx.set_adapter(model, ["a", "b"])
-    assert not any(flag for key, flag in flags(model).items() if key.endswith(f"hra_u.{name}"))
-    hra_fx.set_scale(model, name, 1)
-    assert all(flag for key, flag in flags(model).items() if key.endswith(f"hra_u.{name}"))
 
 
 def test_states_and_files_have_the_vectors_of_full_scale(tmp_path: Path) -> None:

@@ -1,0 +1,326 @@
+"""Managing adapters: names, wrappers, the order of parameters, warnings, and what is refused.
+
+`test_any_order.py` compares outputs, weights and gradients after any sequence of steps.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model.many import SAVED, adapted, assert_close, config, net, normal, oracle, refuses, seen, three, weights
+from torch import Tensor, nn
+
+import hra_fx
+
+X = normal(4, 6)
+
+# ---- adding: the order of parameters, by which an optimizer's state is saved, and what can be trained ----
+
+
+@pytest.mark.parametrize(
+    ("targets", "fields"),
+    [
+        (["head", "first"], {}),
+        (["first", "second"], {"bias": "hra_only"}),
+        (["second"], {"modules_to_save": ["head"]}),
+    ],
+)
+def test_another_adapter_leaves_the_order_and_the_flags(
+    targets: list[str], fields: dict[str, Any], tmp_path: Path
+) -> None:
+    """`second` has trained copies before it gets reflections, and `first` has reflections first."""
+    saved: dict[str, Any] = {"bias": "all", "modules_to_save": ["norm"]}
+    model = adapted(net(), a=config("first", **saved), b=config("second"))[1]
+    hra_fx.set_adapter(model, "a")
+
+    def order() -> list[tuple[str, bool]]:
+        tensors = [*model.named_parameters(), *model.state_dict(keep_vars=True).items()]
+        return [(name, tensor.requires_grad) for name, tensor in tensors]
+
+    before = order()
+    hra_fx.save_adapter(adapted(net(), c=config(*targets, **fields))[1], tmp_path)
+    for add in (
+        lambda: hra_fx.add_adapter(model, "c", config(*targets, **fields)),
+        lambda: hra_fx.load_adapter(model, tmp_path, "c"),
+    ):
+        add()
+        assert [(name, flag) for name, flag in order() if "c" not in name.split(".")] == before
+        hra_fx.delete_adapter(model, "c")
+        assert order() == before
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_an_adapter_created_in_inference_mode_can_be_trained(loaded: bool, tmp_path: Path) -> None:
+    settings = config("second", init_weights=False, modules_to_save=["head"])
+    hra_fx.save_adapter(adapted(net(), a=settings)[1], tmp_path)
+    model = adapted(net(), a=config("second"))[1]
+    with torch.inference_mode():
+        if loaded:
+            hra_fx.load_adapter(model, tmp_path, "new", is_trainable=True)
+        else:
+            hra_fx.add_adapter(model, "new", settings)
+        hra_fx.set_adapter(model, "new")
+    assert not any(tensor.is_inference() for tensor in model.state_dict(keep_vars=True).values())
+    before = model(X).detach()
+    model(X).square().sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert not torch.equal(model(X), before)
+
+
+def test_a_model_that_deepspeed_trains_takes_no_other_adapter() -> None:
+    """With the attribute that ZeRO-3 sets; the slow tests of DeepSpeed use DeepSpeed itself."""
+    model = adapted(net(), a=config("first"))[1]
+    model.first.hra_u["a"].ds_id = None
+    with refuses(model, r"^first: DeepSpeed already trains it, .* adapter 'b'\. Add it before deepspeed\.initialize"):
+        hra_fx.add_adapter(model, "b", config("second"))
+
+
+# ---- the names of adapters ----
+
+POSSIBLE = (
+    "`adapter_name` must be a string that can name a parameter and a folder: no dots, slashes or backslashes, no "
+    "spaces at its ends, not ending in '_anchor' or '_scaled', and not a reserved name; got {!r}."
+)
+#: Names that cannot be part of a path or the name of a folder, and names that modules of hra_fx use.
+REFUSED = {
+    name: POSSIBLE.format(name)
+    for name in ("", " a", "a.b", "a/b", "a\\b", "update", "width", "x_anchor", "remove", "add")
+}
+REFUSED |= {
+    "a": "adapter 'a' already exists in this model. Delete it first, or choose another name.",
+    3: "`adapter_name` must be a string such as 'default', got 3.",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_impossible_or_taken_name_is_refused(name: Any) -> None:
+    plain, model = adapted(net(), a=config("first"))
+    text = f"^{re.escape(REFUSED[name])}$"
+    with refuses(model, text):
+        hra_fx.add_adapter(model, name, config("first"))
+    if name != "a":
+        with refuses(plain, text):
+            hra_fx.transform(plain, config("first"), name)
+
+
+@pytest.mark.parametrize("name", ["set", "promote_to_base"])
+def test_a_name_that_copies_use_is_refused(name: str) -> None:
+    plain = net()
+    with refuses(plain, re.escape(POSSIBLE.format(name))):
+        hra_fx.transform(plain, config("first", modules_to_save=["head"]), name)
+
+
+@pytest.mark.parametrize("name", ["style-2", "été", "a b", "0", "hra_u", "weight"])
+def test_a_possible_name_names_parameters_and_copies(name: str) -> None:
+    model = adapted(net(), a=config("first", modules_to_save=["head"]))[1]
+    hra_fx.add_adapter(model, name, config("first", modules_to_save=["head"]))
+    assert {f"first.hra_u.{name}", f"head.hra_saved.{name}.weight"} <= model.state_dict().keys()
+    hra_fx.delete_adapter(model, name)
+    assert not any(f"hra_u.{name}" in key or f"hra_saved.{name}." in key for key in model.state_dict())
+
+
+# ---- which model is meant ----
+
+
+class Holder(nn.Module):
+    """A wrapper, such as those of training frameworks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x) * 2
+
+
+def test_a_wrapper_can_be_given_in_place_of_the_model() -> None:
+    plain, model = adapted(net(), a=config("first"))
+    wrapper = Holder(Holder(model))
+    hra_fx.add_adapter(wrapper, "b", config("first", "second", init_weights=False))
+    hra_fx.set_adapter(wrapper, ["b", "a"])
+    assert_close(wrapper(X), 4 * oracle(plain, model, ["b", "a"], X))
+    with hra_fx.disable_adapters(wrapper):
+        assert torch.equal(model(X), plain(X))
+    hra_fx.merge_adapter(wrapper)
+    assert_close(wrapper(X), 4 * oracle(plain, model, ["b", "a"], X))
+    hra_fx.unmerge_adapter(wrapper)
+    hra_fx.set_scale(wrapper, "b", 0)
+    hra_fx.delete_adapter(wrapper, "b")
+    assert_close(model(X), oracle(plain, model, ["a"], X))
+    hra_fx.fold(wrapper)
+    assert type(model) is type(plain)
+
+
+def test_what_is_not_one_transformed_model_is_refused() -> None:
+    plain, model = adapted(net(), a=config("first"))
+    both = nn.ModuleList([model, adapted(net(), a=config("first"))[1]])
+    none = r"^Net has no adapters\. Call hra_fx\.transform\(model, config\) first\.$"
+    for wrong, text in (
+        (both, r"^ModuleList contains several transformed models \('0', '1'\)\. Pass one of them\.$"),
+        (model.first, r"^Linear is a submodule of a transformed model\. Pass the model that was transformed\.$"),
+        (plain, none),
+        ("net", r"^`model` must be a torch\.nn\.Module, got str\.$"),
+    ):
+        with refuses(both, text):
+            hra_fx.set_adapter(wrong, "a")
+    for act in (hra_fx.disable_adapters, lambda model: hra_fx.add_adapter(model, "b", config("first"))):
+        with refuses(plain, none):
+            act(plain)
+
+
+# ---- what is refused, and what is done with a warning ----
+
+
+def merged(*names: str) -> Callable[[Any], object]:
+    return lambda model: hra_fx.merge_adapter(model, names)
+
+
+def disabled(model: nn.Module) -> None:
+    hra_fx.disable_adapters(model)
+
+
+MERGED = r"^adapters \['a'\] are merged into the weights\. Call unmerge_adapter first\.$"
+DISABLED = r"^adapters are disabled\. Leave the disable_adapters block, or call set_adapter or enable_adapter_layers"
+ORDER = (
+    r"^adapters {} cannot be folded first: the model computes W Q in the order \['a', 'b', 'c'\]\. Fold the first ones "
+    r"of that order, or set another order with hra_fx\.set_adapter\.$"
+)
+#: What came before (with three active adapters a, b and c), the step, and the error.
+STEPS: dict[str, tuple[Callable[[Any], object] | None, Callable[[Any], object], str]] = {
+    "merge in another order": (None, merged("b", "a"), ORDER.format(r"\['b', 'a'\]")),
+    "fold with a gap": (None, lambda model: hra_fx.fold(model, ["a", "c"]), ORDER.format(r"\['a', 'c'\]")),
+    "merge more": (merged("a"), merged("a", "b"), r"^adapters \['a'\] are already merged\. Call unmerge_adapter first"),
+    "scale": (
+        merged("a"),
+        lambda model: hra_fx.set_scale(model, "a", 0.5),
+        r"^adapter 'a' is merged into the weights\. Call unmerge_adapter",
+    ),
+    "add": (merged("a"), lambda model: hra_fx.add_adapter(model, "d", config("first")), MERGED),
+    "delete": (merged("a"), lambda model: hra_fx.delete_adapter(model, "b"), MERGED),
+    "merge none": (
+        lambda model: hra_fx.set_adapter(model, []),
+        hra_fx.merge_adapter,
+        r"^no adapter is active\. Name one, or call hra_fx\.set_adapter",
+    ),
+    "merge disabled": (disabled, hra_fx.merge_adapter, DISABLED),
+    "fold disabled": (disabled, hra_fx.fold, DISABLED),
+    **{
+        f"{act.__name__} {names}": (None, lambda model, act=act, names=names: act(model, names), text)
+        for act in (hra_fx.set_adapter, hra_fx.merge_adapter, hra_fx.fold)
+        for names, text in (
+            ("ab", r"^the model has no adapter 'ab'\. It has 'a', 'b', 'c'\.$"),
+            (["a", "b", "a"], r"^adapter names must be unique, got \['a', 'b', 'a'\]\.$"),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_that_is_not_possible_is_refused(step: str) -> None:
+    before, act, text = STEPS[step]
+    model = three()[1]
+    if before:
+        before(model)
+    with refuses(model, text):
+        act(model)
+
+
+#: What came before, the step, the warning, and the adapters that act afterwards.
+WARNINGS: dict[str, tuple[Callable[[Any], object] | None, Callable[[Any], object], str, str]] = {
+    "switch": (
+        merged("a", "b"),
+        lambda model: hra_fx.set_adapter(model, ["c", "a"]),
+        r"^adapters \['a', 'b'\] were merged; they are unmerged before \['c', 'a'\] are set\.$",
+        "ca",
+    ),
+    "unmerge": (None, hra_fx.unmerge_adapter, r"^no adapter is merged; unmerge_adapter does nothing\.$", "abc"),
+    "merge again": (
+        merged("a", "b"),
+        merged("b"),
+        r"^adapters \['a', 'b'\] are already merged; merge_adapter does nothing\.$",
+        "abc",
+    ),
+    "delete": (
+        lambda model: hra_fx.set_adapter(model, "c"),
+        lambda model: hra_fx.delete_adapter(model, "c"),
+        r"^adapter 'c' was active and is deleted; 'a' is active now\.$",
+        "a",
+    ),
+    "fold": (
+        lambda model: hra_fx.set_adapter(model, "b"),
+        hra_fx.fold,
+        r"^adapters \['a', 'c'\] were not active and are removed\. To keep them, pass the names to fold\.$",
+        "b",
+    ),
+}
+
+
+@pytest.mark.parametrize("step", WARNINGS)
+def test_a_step_warns(step: str) -> None:
+    before, act, text, acting = WARNINGS[step]
+    plain, model = three()
+    if before:
+        before(model)
+    wanted, picture = oracle(plain, model, acting, X), seen(model)
+    with pytest.warns(hra_fx.HRAWarning, match=text) as caught:
+        act(model)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert_close(model(X), wanted)
+    assert step not in ("unmerge", "merge again") or seen(model) == picture
+
+
+def test_a_fold_of_merged_adapters_starts_from_the_weights_before() -> None:
+    plain, model = three(torch.bfloat16)
+    wanted = weights(plain, model, ["a", "b", "c"])
+    hra_fx.merge_adapter(model, ["a"])
+    hra_fx.fold(model)
+    for key, weight in wanted.items():
+        assert torch.equal(model.get_parameter(key), weight.bfloat16())
+
+
+# ---- `disable_adapters` ----
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_the_base_model_acts_bit_for_bit_also_in_16_bits(merge: bool) -> None:
+    plain, model = adapted(net(), a=config("first", "second", **SAVED), b=config("first", r=3))
+    plain.to(torch.bfloat16), model.to(torch.bfloat16)
+    if merge:
+        hra_fx.merge_adapter(model)
+    before, wanted = {key: value.clone() for key, value in model.state_dict().items()}, model(X.bfloat16())
+    with hra_fx.disable_adapters(model):
+        assert torch.equal(model(X.bfloat16()), plain(X.bfloat16()))
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(value, before[key]) for key, value in after.items())
+    assert torch.equal(model(X.bfloat16()), wanted)
+
+
+def test_the_buffers_of_a_saved_norm_are_not_updated_inside() -> None:
+    plain, model = adapted(net(), a=config("first", "second", **SAVED))
+    plain.train(), model.train()
+    waiting = model.norm.running_mean
+    kept = waiting.clone()
+    with hra_fx.disable_adapters(model):
+        assert torch.equal(model(X), plain(X))
+        assert torch.equal(model.norm.running_mean, plain.norm.running_mean)
+    assert model.norm.running_mean is waiting and torch.equal(waiting, kept)
+
+
+def test_methods_keep_them_disabled_until_they_are_enabled_as_in_peft() -> None:
+    settings = config("first", "second", **SAVED)
+    plain, model = adapted(net(), a=settings)
+    model = hra_fx.HRAModel(model, settings, "a")
+    wanted = model(X)
+    model.disable_adapter_layers()
+    model.set_adapter("a")
+    assert torch.equal(model(X), plain(X))
+    with model.disable_adapter():
+        pass
+    assert torch.equal(model(X), plain(X))
+    model.enable_adapter_layers()
+    assert torch.equal(model(X), wanted)
