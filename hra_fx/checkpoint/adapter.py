@@ -19,10 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hra_fx.checkpoint.base_model import BaseRow, compare_names, first_row, is_same, other_embeddings, read_base_row
+from hra_fx.checkpoint.base_model import BaseRow, compare_names, first_row, read_base_row
 from hra_fx.checkpoint.folder import (
     PREFIX,
-    VECTORS,
     WEIGHTS_NAME,
     copy_key,
     find,
@@ -30,13 +29,11 @@ from hra_fx.checkpoint.folder import (
     reflection_key,
     vectors_key,
 )
-from hra_fx.compat import non_persistent_buffers
+from hra_fx.compat import non_persistent_buffers, state_modules
 from hra_fx.config import HRAConfig
-from hra_fx.errors import CheckpointError, FoldError, SelectionError
+from hra_fx.errors import CheckpointError, SelectionError
 from hra_fx.functional.chain import plain_chain
 from hra_fx.functional.householder import anchor_rank
-from hra_fx.functional.low_rank import anchor_noise
-from hra_fx.functional.statistics import inverse_condition
 from hra_fx.layers.adapters import AdapterSpec, get_adapters
 from hra_fx.layers.experts_weight import stands_for_parameter
 from hra_fx.layers.target import REFLECTION
@@ -84,10 +81,8 @@ class Resume:
         if not self.has_anchors:
             return {}
         config = self.config
-        anchor = anchor_rank(config.r, apply_GS=config.apply_GS)
         ranks = {"rank_pattern": config.rank_pattern} if config.rank_pattern else {}
-        # "anchor" is only for version 0.2, which reads it.
-        return {RESUME: json.dumps({"r": config.r, "apply_GS": config.apply_GS, "anchor": anchor, **ranks})}
+        return {RESUME: json.dumps({"r": config.r, "apply_GS": config.apply_GS, **ranks})}
 
 
 def _with_anchors(config: HRAConfig) -> HRAConfig:
@@ -144,32 +139,21 @@ class Adapter:
             )
         return chains
 
-    @cached_property
-    def full(self) -> dict[str, Tensor]:
-        """Name of a fully trained tensor -> its value."""
-        return {name: tensor for name, tensor in self._others().items() if self._is_trained(name)}
-
-    @cached_property
-    def embeddings(self) -> dict[str, Tensor]:
-        """Name of a copied tensor of the base model -> its value."""
-        return {name: tensor for name, tensor in self._others().items() if not self._is_trained(name)}
-
-    def _others(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for key, tensor in self.tensors.items():
-            if key.endswith((f".{REFLECTION}", f".{VECTORS}")) or self.is_ignored(key):
-                continue
-            found[key.removeprefix(PREFIX).replace(".base_layer.", ".")] = tensor
+    @property
+    def trained(self) -> list[str]:
+        """The names of the tensors that are trained in full. As in PEFT, `modules_to_save` matches ends of paths."""
+        saved, found = tuple(self.config.modules_to_save or ()), []
+        for key in self.tensors:
+            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+            *parents, last = name.split(".")
+            is_saved = any(".".join(parents[:i]).endswith(saved) for i in range(1, len(parents) + 1))
+            if not self.is_ignored(key) and (is_saved or (self.config.bias != "none" and last in _BIASES)):
+                found.append(name)
         return found
 
     def is_ignored(self, key: str) -> bool:
         """Whether PEFT writes this key for a bias of a module in `modules_to_save`, but does not read it."""
-        found = _EXTRA_BIASES.search(key) if self.config.bias == "all" else None
-        return found is not None and self.saves(key[: found.start()].removeprefix(PREFIX))
-
-    def _is_trained(self, name: str) -> bool:
-        path, _, last = name.rpartition(".")
-        return self.saves(path) or (self.config.bias != "none" and last in _BIASES)
+        return self.config.bias == "all" and _EXTRA_BIASES.search(key) is not None
 
     def _chain(self, path: str, key: str) -> Tensor:
         tensor, config = self.tensors[key], self.config
@@ -180,29 +164,7 @@ class Adapter:
                 f"{self.file}: {key} must have shape {shape}, got {tuple(tensor.shape)}: the configuration says "
                 f"r={r}. The two files are from different adapters; save it again."
             )
-        if not config.apply_GS:
-            return tensor
-        # For float8 (eps 1/8), most vectors would count as dependent.
-        if r > tensor.shape[-2] or inverse_condition(tensor) < min(8 * torch.finfo(tensor.dtype).eps, 1 / 16):
-            raise FoldError(
-                f"{self.file}: {key}: its {r} vectors of length {tensor.shape[-2]} are linearly dependent, so "
-                "Gram-Schmidt is not defined. Train with apply_GS=False, or with init_weights=True in hra_fx, which "
-                "starts from independent vectors."
-            )
-        return plain_chain(tensor.double(), None, apply_GS=True)
-
-    def saves(self, path: str) -> bool:
-        """Whether a module or one of its parents is in `modules_to_save`. As in PEFT, entries match ends of paths."""
-        names = tuple(self.config.modules_to_save or ())
-        parts = path.split(".")
-        return bool(names) and any(".".join(parts[:i]).endswith(names) for i in range(1, len(parts) + 1))
-
-    def noise(self, path: str) -> float:
-        """The largest distance of a new adapter's `Q` from the identity; 0 for a layer that it does not adapt."""
-        config = self.resume.config
-        if not (config.apply_GS and self.resume.has_anchors and path in self.chains):
-            return 0.0
-        return anchor_noise(config.rank_of(path), self.tensors[reflection_key(path)].dtype)
+        return plain_chain(tensor.double(), None, apply_GS=True) if config.apply_GS else tensor
 
 
 def read_adapter(source: str | os.PathLike[str], config: HRAConfig | None = None) -> Adapter:
@@ -320,18 +282,22 @@ def _check_keys(
 
 def _is_embedding(adapter: Adapter, model: nn.Module, key: str) -> bool:
     """Whether a tensor is a copy of the base model's embeddings. PEFT adds it to the file if they are adapted."""
-    name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-    path, _, entry = name.rpartition(".")
-    try:
-        owner = model.get_submodule(path)
-    except AttributeError:
+    path, _, entry = key.removeprefix(PREFIX).replace(".base_layer.", ".").rpartition(".")
+    owner = dict(state_modules(model, remove_duplicate=False)).get(path)
+    own = None if owner is None else owner._parameters.get(entry)
+    if own is None or not (isinstance(owner, nn.Embedding) or _EMBEDDINGS.search(f"{path}.{entry}")):
         return False
-    own = owner._parameters.get(entry)
-    if own is None or not (isinstance(owner, nn.Embedding) or _EMBEDDINGS.search(name)):
-        return False
-    if not is_same(own, adapter.tensors[key]):
-        place = f"this model's {name} of shape {tuple(own.shape)}"
-        raise other_embeddings(adapter.file, key, adapter.tensors[key], place)
+    stored = adapter.tensors[key]
+    # The file or the model may have rounded the values.
+    same = own.shape == stored.shape and (
+        own.is_meta or torch.equal(stored.to(own), own) or torch.equal(own.to(stored), stored)
+    )
+    if not same:
+        raise CheckpointError(
+            f"{adapter.file}: {key} of shape {tuple(stored.shape)} is a copy of the base model's embeddings, but this "
+            f"model's {path}.{entry} of shape {tuple(own.shape)} has other values. Use the base model that the adapter "
+            "was trained on."
+        )
     return True
 
 

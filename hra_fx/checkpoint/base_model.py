@@ -55,21 +55,6 @@ def compare_names(file: Path, config: HRAConfig, ours: object) -> None:
         warnings.warn(text, HRAWarning, stacklevel=5)
 
 
-def is_same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal after rounding to the narrower dtype; on the meta device, shapes are compared."""
-    if one.shape != other.shape or one.is_meta:
-        return one.shape == other.shape
-    return torch.equal(other.to(one), one) or torch.equal(one.to(other), other)
-
-
-def other_embeddings(file: Path, name: str, tensor: Tensor, own: str) -> CheckpointError:
-    """The error for embeddings that PEFT saved with an adapter and that differ from the base model's embeddings."""
-    return CheckpointError(
-        f"{file}: {name} of shape {tuple(tensor.shape)} is a copy of the base model's embeddings, but {own} has other "
-        "values. Use the base model that the adapter was trained on."
-    )
-
-
 def _last(name: str) -> str:
     """The last part of a model's name, or of the name of its repository if it is a folder in the Hub cache.
 

@@ -138,7 +138,7 @@ def _serialize(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read the tensors of a safetensors file, copied to CPU memory, and its metadata."""
-    with opened(path) as file:
+    with _opened(path) as file:
         metadata = dict(file.metadata() or {})
         # Clone the tensors. Otherwise they would keep the file mapped and change with it.
         tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118, not a dict
@@ -150,10 +150,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 @contextlib.contextmanager
-def opened(path: Path, framework: str = "pt") -> Iterator[Any]:
+def _opened(path: Path) -> Iterator[Any]:
     """Open a safetensors file with `safetensors.safe_open`, which checks its header and size."""
     try:
-        file = safe_open(path, framework=framework)
+        file = safe_open(path, framework="pt")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read the file ({error}).") from error
     except SafetensorError as error:

@@ -60,7 +60,7 @@ def _summarize_adapter(source: str) -> dict[str, Any]:
         "anchor": max(map(files.resume.anchor, chains)),
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": sum(row.parameters for row in rows),
-        "saved": list(files.full),
+        "saved": files.trained,
         "layers": rows,
     }
 

@@ -9,28 +9,23 @@ For transformers models, PEFT converts the names in a LoRA like the names in a c
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from hra_fx.checkpoint.folder import PREFIX
 from hra_fx.compat import weight_conversions
-from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
-from hra_fx.functional.low_rank import LowRankDelta, core, low_rank_delta
-from hra_fx.layers.experts_weight import is_transposed, parameter_of
+from hra_fx.layers.experts_weight import parameter_of
 from hra_fx.layers.target import LayerKind
 from hra_fx.lora.unsupported import unsupported
 from hra_fx.selection.suggestions import suffixes
 
-#: HRA's `bias` -> LoRA's `bias`, from the fewest to the most biases.
-_BIASES = {"none": "none", "hra_only": "lora_only", "all": "all"}
 #: Architecture with checkpoints that transformers converts -> names in `target_modules` that PEFT interprets as single
 #: experts: it adapts their stacked parameter instead, with the sum of all ranks, and no layer with that name.
 _OF_EXPERTS: Mapping[Any, Collection[str]] = {
@@ -80,59 +75,6 @@ class LoraLayer:
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """The weight of a layer or of one expert, `W: (out, d)`, and the reflections `U: (d, k)` that rotate it.
-
-    `project` computes `W V: (out, m)`, float64 on the CPU, from `V: (d, m)`; it raises an error for values that are not
-    finite.
-    """
-
-    chain: Tensor
-    out: int
-    project: Callable[[Tensor], Tensor]
-
-    def change(self, noise: float, rank: int | None) -> LowRankDelta:
-        """Compute the change of the weight. If the weight does not change, it is not read."""
-        V, K = core(self.chain, noise)
-        projected = self.project(V) if len(K) else torch.zeros(self.out, 0, dtype=torch.float64)
-        return low_rank_delta(projected, V, K, rank)
-
-
-@dataclass(frozen=True)
-class AdaptedWeight:
-    """The weight of an adapted layer, for experts the weight of each; see `LoraLayer` and `low_rank.core` (`noise`).
-
-    `owner` is the module with the parameter of experts, which may have no data, and `size` the number of bytes to read.
-    """
-
-    path: str
-    kind: LayerKind
-    matrices: Sequence[Matrix]
-    noise: float
-    kernel: tuple[int, ...] = ()
-    fan_in_fan_out: bool = False
-    owner: nn.Module | None = None
-    size: int = 0
-
-    def as_lora(self, rank: int | None) -> LoraLayer:
-        """Convert the layer to LoRA. `rank` is the largest rank, `None` for no limit."""
-        changes = [matrix.change(self.noise, rank) for matrix in self.matrices]
-        if self.owner is None:
-            A, B, error = changes[0]
-            return LoraLayer(self.path, self.kind, A, B, self.kernel, self.fan_in_fan_out, error)
-        longest = max(len(A) for A, _, _ in changes)
-        A = torch.stack([F.pad(A, (0, 0, 0, longest - len(A))) for A, _, _ in changes])
-        B = torch.stack([F.pad(B, (0, longest - B.shape[1])) for _, B, _ in changes])
-        # PEFT assumes `(experts, out, in)` for parameters of classes without `is_transposed`. If they are stored as
-        # `(experts, in, out)`, the two factors are swapped.
-        if is_transposed(self.owner) and not getattr(self.owner, "is_transposed", False):
-            A, B = B.mT.contiguous(), A.mT.contiguous()
-        place = list(self.owner._parameters).index(parameter_of(self.path).rpartition(".")[2])
-        error = max((error for *_, error in changes), default=math.nan)
-        return LoraLayer(self.path, self.kind, A, B, error=error, place=place)
-
-
-@dataclass(frozen=True)
 class LoraAdapter:
     """An adapter as LoRA, independent of the file format. Fields with names of PEFT's are those of `LoraConfig`.
 
@@ -155,17 +97,6 @@ class LoraAdapter:
     def rank(self) -> int:
         """The common rank of all layers: the largest rank, at least 1."""
         return max([1, *(layer.rank for layer in self.layers)])
-
-
-def from_configs(configs: Sequence[HRAConfig], **fields: Any) -> LoraAdapter:
-    """Create one LoRA for adapters with these configurations; `fields` are the other fields of the LoRA."""
-    saved = dict.fromkeys(name for config in configs for name in config.modules_to_save or ())
-    return LoraAdapter(
-        bias=_BIASES[max((config.bias for config in configs), key=list(_BIASES).index)],
-        modules_to_save=tuple(saved),
-        task_type=next((config.task_type for config in configs if config.task_type), None),
-        **fields,
-    )
 
 
 def check_rank(rank: int | None) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hra_fx.checkpoint.base_model import auto_mapping, base_model_name
 from hra_fx.checkpoint.folder import PREFIX, copy_key
@@ -18,25 +18,19 @@ from hra_fx.functional import low_rank
 from hra_fx.functional.rotate import as_rows, check_foldable
 from hra_fx.layers.accelerate_hooks import loaded
 from hra_fx.layers.adapted_layer import AdaptedLayer
+from hra_fx.layers.experts_weight import is_transposed, parameter_of
 from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.layers.sharding import first_split, full_tensor, gathered, reshard
 from hra_fx.layers.target import ADAPTER_CHILDREN, weight_place
 from hra_fx.layers.trained_copies import all_copies
-from hra_fx.lora.adapter import (
-    AdaptedWeight,
-    LoraAdapter,
-    LoraLayer,
-    Matrix,
-    check_names,
-    check_rank,
-    from_configs,
-    model_type_of,
-    renamings_of,
-)
+from hra_fx.lora.adapter import LoraAdapter, LoraLayer, check_names, check_rank, model_type_of, renamings_of
 from hra_fx.lora.unsupported import check_expressible, check_places, check_reads
 from hra_fx.model.merge import base_weight
 from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, load_vectors, names_in, root_of, unwrap
 from hra_fx.model.trainable import check_copies
+
+#: HRA's `bias` -> LoRA's `bias`, from the fewest to the most biases.
+_BIASES = {"none": "none", "hra_only": "lora_only", "all": "all"}
 
 
 def lora_adapter(
@@ -60,8 +54,10 @@ def lora_adapter(
     present = {path: [name for name in names if name in layer.hra_u] for path, layer in layers.items()}
     configs = [state.configs[name] for name in names]
     config: Any = getattr(whole, "config", None)
-    return from_configs(
-        configs,
+    return LoraAdapter(
+        bias=_BIASES[max((own.bias for own in configs), key=list(_BIASES).index)],
+        modules_to_save=tuple(dict.fromkeys(name for own in configs for name in own.modules_to_save or ())),
+        task_type=next((own.task_type for own in configs if own.task_type), None),
         layers=tuple(_lora_layer(f"{prefix}{path}", layer, present[path], rank) for path, layer in layers.items()),
         copies={f"{prefix}{key}": tensor for key, tensor in _copies(root, names, layers).items()},
         modules=[path for path, _ in state_modules(whole) if path and ADAPTER_CHILDREN.isdisjoint(path.split("."))],
@@ -90,35 +86,53 @@ def _checked_layers(root: nn.Module, state: AdapterState, names: tuple[str, ...]
 
 def _lora_layer(path: str, layer: AdaptedLayer, names: Sequence[str], rank: int | None) -> LoraLayer:
     """Convert a layer with some of its adapters, in the order of the product, to its LoRA form."""
-    owner = weight_place(layer)[0]
-    with loaded(owner), gathered(dict.fromkeys((owner, layer, *layer.hra_u.modules()))):
-        return _adapted_weight(path, layer, names).as_lora(rank)
-
-
-def _adapted_weight(path: str, layer: AdaptedLayer, names: Sequence[str]) -> AdaptedWeight:
     adapters: Any = layer.hra_u
-    for name in names:
-        check_foldable(path, layer.hra_base, adapters[name], apply_GS=adapters.specs[name].apply_GS, adapter=name)
-    anchored = [adapters[name] for name in names if adapters.specs[name].apply_GS and adapters.anchor(name) is not None]
-    noise = sum(low_rank.anchor_noise(vectors.shape[-1], vectors.dtype) for vectors in anchored)
-    experts = adapters.kind == "experts"
-    scheme = None if experts else quant_scheme_of(layer)
+    owner = weight_place(layer)[0]
+    with loaded(owner), gathered(dict.fromkeys((owner, layer, *adapters.modules()))):
+        for name in names:
+            check_foldable(path, layer.hra_base, adapters[name], apply_GS=adapters.specs[name].apply_GS, adapter=name)
+        anchored = [name for name in names if adapters.specs[name].apply_GS and adapters.anchor(name) is not None]
+        noise = sum(low_rank.anchor_noise(adapters[name].shape[-1], adapters[name].dtype) for name in anchored)
+        rows, kernel = _rows(layer)
+        chain = adapters.joint_vectors(names, torch.float32 if rows.device.type == "mps" else torch.float64)
+        chain = torch.zeros(*rows.shape[:-2], rows.shape[-1], 0) if chain is None else chain
+        chains = _finite(path, chain if chain.dim() == 3 else chain[None])
+        changes = [_change(path, W, U, noise, rank) for W, U in zip(rows, chains, strict=True)]
+    if adapters.kind == "experts":
+        return _of_experts(path, layer, changes)
+    A, B, error = changes[0]
+    return LoraLayer(path, adapters.kind, A, B, kernel, adapters.fan_in_fan_out, error)
+
+
+def _rows(layer: AdaptedLayer) -> tuple[Tensor, tuple[int, ...]]:
+    """The weight of each expert, or of the layer, as `(experts or 1, out, d)`; and the kernel size of a convolution."""
+    adapters: Any = layer.hra_u
+    if adapters.kind == "experts":
+        return adapters.rows(base_weight(layer).detach()), ()
+    scheme = quant_scheme_of(layer)
     weight = (base_weight(layer) if scheme is None else scheme.values(layer)).detach()
-    transposed = adapters.fan_in_fan_out and scheme is None
-    rows = adapters.rows(weight) if experts else as_rows(weight, transposed=transposed)[None]
-    chain = adapters.joint_vectors(names, torch.float32 if weight.device.type == "mps" else torch.float64)
-    chain = torch.zeros(*rows.shape[:-2], rows.shape[-1], 0) if chain is None else chain
-    chains = _finite(path, chain if chain.dim() == 3 else chain[None])
-    matrices = [Matrix(own, len(W), partial(_project, path, W)) for W, own in zip(rows, chains, strict=True)]
-    kernel = tuple(weight.shape[2:]) if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else ()
-    module: Any = layer
-    return AdaptedWeight(
-        path, adapters.kind, matrices, noise, kernel, adapters.fan_in_fan_out, module.owner if experts else None
-    )
+    kernel = tuple(weight.shape[2:]) if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) else ()
+    return as_rows(weight, transposed=adapters.fan_in_fan_out and scheme is None)[None], kernel
 
 
-def _project(path: str, rows: Tensor, V: Tensor) -> Tensor:
-    return _finite(path, low_rank.project(rows, V))
+def _change(path: str, rows: Tensor, chain: Tensor, noise: float, rank: int | None) -> low_rank.LowRankDelta:
+    """The change of a weight `(out, d)` by the reflections `(d, k)`. A weight that does not change is not read."""
+    V, K = low_rank.core(chain, noise)
+    projected = _finite(path, low_rank.project(rows, V)) if len(K) else torch.zeros(len(rows), 0, dtype=torch.float64)
+    return low_rank.low_rank_delta(projected, V, K, rank)
+
+
+def _of_experts(path: str, layer: Any, changes: Sequence[low_rank.LowRankDelta]) -> LoraLayer:
+    """The LoRA form of the experts in one parameter, with the largest rank of an expert."""
+    longest = max(len(A) for A, _, _ in changes)
+    A = torch.stack([F.pad(A, (0, 0, 0, longest - len(A))) for A, _, _ in changes])
+    B = torch.stack([F.pad(B, (0, longest - B.shape[1])) for _, B, _ in changes])
+    # PEFT assumes `(experts, out, in)` for parameters of classes without `is_transposed`. If they are stored as
+    # `(experts, in, out)`, the two factors are swapped.
+    if is_transposed(layer.owner) and not getattr(layer.owner, "is_transposed", False):
+        A, B = B.mT.contiguous(), A.mT.contiguous()
+    place = list(layer.owner._parameters).index(parameter_of(path).rpartition(".")[2])
+    return LoraLayer(path, "experts", A, B, error=max(error for *_, error in changes), place=place)
 
 
 def _finite(path: str, values: Tensor) -> Tensor:

@@ -57,7 +57,6 @@ class LoraResult:
         rank: the rank of all layers in the file.
         dtype: dtype of the factors, such as "float32".
         rows: one row for each layer.
-        warnings: what is unusual about the adapter.
 
     Example:
         >>> print(LoraResult(Path("out"), "peft", 8, "float32", (LoraRow("q_proj", 8, 0.0, 5e-8),)))
@@ -70,7 +69,6 @@ class LoraResult:
     rank: int
     dtype: str
     rows: tuple[LoraRow, ...]
-    warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """A summary in a few lines."""
@@ -82,7 +80,7 @@ class LoraResult:
         cut = max(self.rows, key=lambda row: row.error)
         if cut.error:
             lines.append(f"  error of the smaller rank up to {cut.error:.1e} of the weight change ({cut.path})")
-        return "\n".join([*lines, *(f"  warning: {text}" for text in self.warnings)])
+        return "\n".join(lines)
 
 
 def convert_to_lora(
@@ -131,8 +129,7 @@ def convert_to_lora(
     """
     with adapted_view(model) as adapted:
         adapter = lora_adapter(adapted, adapter_names, rank)
-    for text in _unchanged([adapter]):
-        warnings.warn(text, HRAWarning, stacklevel=2)
+    _warn_if_unchanged([adapter])
     return peft_form(adapter, torch.float32)
 
 
@@ -192,15 +189,13 @@ def save_as_lora(
             parts = {"": adapted}
         tensors = [tensor for part in parts.values() for tensor in part.parameters()]
         result = on_first_rank(tensors, lambda: _write(adapters, Path(path), file_format, checked))
-    for text in result.warnings:
-        warnings.warn(text, HRAWarning, stacklevel=2)
+    _warn_if_unchanged(adapters.values())
     return result
 
 
 def _write(adapters: Mapping[str, LoraAdapter], path: Path, file_format: str, dtype: torch.dtype) -> LoraResult:
     """Write the adapter of each part of a pipeline, or under "" that of a single model; and return a summary."""
     _check_output(path)
-    texts = _unchanged(adapters.values())
     if file_format == "diffusers":
         write_diffusers(adapters, path, dtype)
     elif file_format == "gguf":
@@ -215,7 +210,7 @@ def _write(adapters: Mapping[str, LoraAdapter], path: Path, file_format: str, dt
     ]
     rank = max(adapter.rank for adapter in adapters.values())
     name = str(dtype).removeprefix("torch.")
-    return LoraResult(path, file_format, rank, name, tuple(rows), tuple(dict.fromkeys(texts)))
+    return LoraResult(path, file_format, rank, name, tuple(rows))
 
 
 def _check_output(path: Path) -> None:
@@ -229,11 +224,10 @@ def _check_output(path: Path) -> None:
         )
 
 
-def _unchanged(adapters: Iterable[LoraAdapter]) -> list[str]:
-    """Return a warning if no adapter changes any weight."""
-    if any(layer.rank for adapter in adapters for layer in adapter.layers):
-        return []
-    return ["the adapters do not change any weight (untrained, or at scale 0): the LoRA is zero."]
+def _warn_if_unchanged(adapters: Iterable[LoraAdapter]) -> None:
+    if not any(layer.rank for adapter in adapters for layer in adapter.layers):
+        text = "the adapters do not change any weight (untrained, or at scale 0): the LoRA is zero."
+        warnings.warn(text, HRAWarning, stacklevel=3)
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
