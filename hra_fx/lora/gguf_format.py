@@ -32,8 +32,6 @@ ARCHITECTURES = {
 #: Architectures with a rotary embedding that rotates rows `2i` and `2i + 1` of a head, while transformers rotates rows
 #: `i` and `i + head_dim / 2`. In their model files, the rows of queries and keys are reordered.
 _ROTATING_PAIRS = ("granite", "llama", "smollm3")
-#: Architectures with an output layer that is tied to the embeddings unless the configuration says otherwise.
-_TIED = ("gemma", "gemma2", "gemma3", "gpt2", "smollm3", "starcoder2")
 #: What to do with an adapter that llama.cpp cannot load.
 _INSTEAD = "Fold the model instead (hra_fx.fold), and convert the folded model with llama.cpp"
 _LEAVE_OUT = f"{_INSTEAD}; or leave the layer out with exclude_modules."
@@ -121,12 +119,6 @@ def _architecture_of(adapter: LoraAdapter) -> str:
     return ARCHITECTURES[model_type]
 
 
-def is_tied(adapter: LoraAdapter) -> bool:
-    """Whether the output layer of the base model is tied to its embeddings; llama.cpp then has no weight for it."""
-    given = _text_config(adapter).get("tie_word_embeddings")
-    return bool(given) if given is not None else ARCHITECTURES.get(adapter.model_config.get("model_type", "")) in _TIED
-
-
 def _text_config(adapter: LoraAdapter) -> dict[str, Any]:
     """The configuration of the language model, which may be a part of a multimodal configuration."""
     config = dict(adapter.model_config)
@@ -145,12 +137,6 @@ def _weight_name(layer: LoraLayer, adapter: LoraAdapter, names: Callable[[str], 
         raise UnsupportedLayerError(
             f"{layer.path}: llama.cpp has no weight for this {layer.kind} layer of a model of type "
             f"{adapter.model_config['model_type']!r}, so a GGUF adapter cannot change it. {_LEAVE_OUT}"
-        )
-    if name == "output" and is_tied(adapter):
-        # llama.cpp searches "output.weight", and does not load the adapter if the model file does not have it.
-        raise UnsupportedLayerError(
-            f"{layer.path}: this layer is tied to the embeddings, so llama.cpp's model file has no weight of its own "
-            f"for it, and a GGUF adapter cannot change it. {_LEAVE_OUT}"
         )
     return f"{name}.weight"
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,137 +20,109 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import hra_fx
-from hra_fx.lora.adapter import LoraAdapter, LoraLayer
-from hra_fx.lora.gguf_format import ARCHITECTURES, is_tied, write_gguf
-
-LLAMA = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2}
 
 
-def layer(path: str, rank: int = 1, out: int = 8, **fields: Any) -> LoraLayer:
-    torch.manual_seed(0)
-    factors = {"A": torch.randn(rank, 8).double(), "B": torch.randn(out, rank).double()}
-    return LoraLayer(**{"path": path, "kind": "linear"} | factors | fields)
+def adapted(*targets: str, model: Any = None, **fields: Any) -> Any:
+    model = tiny("llama") if model is None else model
+    return hra_fx.transform(model, hra_fx.HRAConfig(r=4, target_modules=list(targets), init_weights=False, **fields))
 
 
-def adapter(*layers: LoraLayer, config: Mapping[str, Any] = LLAMA, **fields: Any) -> LoraAdapter:
-    return LoraAdapter(layers, model_config=config, **fields)
-
-
-def write(path: Path, *layers: LoraLayer, dtype: torch.dtype = torch.float32, **fields: Any) -> dict[str, Any]:
-    """Write an adapter, and read its tensors."""
-    write_gguf(adapter(*layers, **fields), path, dtype)
-    return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-
-
-def test_the_fields_that_llama_cpp_reads(tmp_path: Path) -> None:
-    """The name of a base model in a folder has no path."""
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_what_llama_cpp_reads(dtype: str, tmp_path: Path) -> None:
+    """Fields, names and factors. The name of a base model in a folder has no path; a symbolic link is kept."""
+    model = adapted("up_proj", "down_proj", rank_pattern={"up_proj": 2})
+    (tmp_path / "link.GGUF").symlink_to(tmp_path / "a.gguf")
     for base in ("someone/llama", str(tmp_path / "my-llama")):
-        write(tmp_path / "new" / "a.gguf", layer("model.layers.11.mlp.up_proj", 3), base_model=base)
-        read = gguf.GGUFReader(tmp_path / "new" / "a.gguf").fields
-        assert {key: field.contents() for key, field in read.items() if not key.startswith("GGUF.")} == {
+        model.name_or_path = base
+        result = hra_fx.save_as_lora(model, tmp_path / "link.GGUF", dtype=dtype)
+        read = gguf.GGUFReader(tmp_path / "a.gguf")
+        assert {key: field.contents() for key, field in read.fields.items() if not key.startswith("GGUF.")} == {
             "general.architecture": "llama",
             "general.type": "adapter",
             "adapter.type": "lora",
-            "adapter.lora.alpha": 3.0,
+            "adapter.lora.alpha": 4.0,
             "general.base_model.count": 1,
             "general.base_model.0.name": base.removeprefix(f"{tmp_path}/"),
         }
-    assert [file.name for file in (tmp_path / "new").iterdir()] == ["a.gguf"]
+    assert (result.format, result.rank) == ("gguf", 4)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.gguf", "link.GGUF"]
+    factors = hra_fx.convert_to_lora(model)[1]
+    found = {tensor.name: tensor for tensor in read.tensors}
+    names = {"ffn_up": "up_proj", "ffn_down": "down_proj"}
+    for i, (theirs, ours), side in itertools.product(range(2), names.items(), "ab"):
+        tensor = found.pop(f"blk.{i}.{theirs}.weight.lora_{side}")
+        assert tensor.tensor_type.name == {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]
+        wanted = factors[f"base_model.model.model.layers.{i}.mlp.{ours}.lora_{side.upper()}.weight"]
+        values = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        torch.testing.assert_close(values, wanted.to(getattr(torch, dtype)).float(), rtol=1e-2, atol=1e-6)
+    assert not found
 
 
-@pytest.mark.parametrize(("dtype", "name"), [(torch.float32, "F32"), (torch.float16, "F16"), (torch.bfloat16, "BF16")])
-def test_all_factors_have_one_rank_and_the_dtype(dtype: torch.dtype, name: str, tmp_path: Path) -> None:
-    low, high = layer("model.layers.11.mlp.up_proj", 1), layer("model.layers.2.mlp.down_proj", 3)
-    tensors = write(tmp_path / "a.gguf", low, high, dtype=dtype)
-    assert {tensor.tensor_type.name for tensor in tensors.values()} == {name}
-    values = {key: torch.tensor(gguf.quants.dequantize(each.data, each.tensor_type)) for key, each in tensors.items()}
-    a, b = values["blk.11.ffn_up.weight.lora_a"], values["blk.11.ffn_up.weight.lora_b"]
-    assert (a.shape, b.shape) == ((3, 8), (8, 3))
-    torch.testing.assert_close(b @ a, low.B.to(dtype).float() @ low.A.to(dtype).float())
-    assert torch.equal(values["blk.2.ffn_down.weight.lora_a"], high.A.to(dtype).float())
+def classifier() -> Any:
+    config = tiny("llama").config
+    return adapted("score", model=transformers.LlamaForSequenceClassification(config))
 
 
-def test_every_supported_architecture_is_tested() -> None:
-    assert {*MODELS, "gemma3"} == {*ARCHITECTURES}  # gemma3 has a vision tower
+def bert() -> Any:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    return adapted("query", model=transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=9)))
 
 
-REFUSED = {
+def out_of_range() -> Any:
+    model = adapted("up_proj")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.hra_base.mul_(1e12)
+    return model
+
+
+#: The model or pipeline, the error and its message.
+REFUSED: dict[str, tuple[Callable[[], Any], type[hra_fx.HRAError], str]] = {
     "an unknown architecture": (
-        adapter(layer("bert.encoder.layer.0.attention.self.query"), config={"model_type": "bert"}),
+        bert,
         hra_fx.AdapterError,
         r"GGUF adapters can be written for the model types gemma, .*, starcoder2, got 'bert'\. Fold the model",
     ),
     "a layer that llama.cpp does not have": (
-        adapter(layer("score")),
+        classifier,
         hra_fx.UnsupportedLayerError,
         "^score: llama.cpp has no weight for this linear layer of a model of type 'llama'",
     ),
-    "a tied output layer": (
-        adapter(layer("lm_head"), config=LLAMA | {"tie_word_embeddings": True}),
-        hra_fx.UnsupportedLayerError,
-        "^lm_head: this layer is tied to the embeddings",
-    ),
-    "a bias": (
-        adapter(layer("model.layers.0.mlp.up_proj"), copies={"model.layers.0.mlp.up_proj.bias": torch.zeros(8)}),
+    "a trained module": (
+        lambda: adapted("up_proj", modules_to_save=["model.norm"]),
         hra_fx.AdapterError,
-        "^model.layers.0.mlp.up_proj.bias: a GGUF adapter can only change weights of layers, not biases",
+        "^model.norm.weight: a GGUF adapter can only change weights of layers, not biases",
     ),
     "a value out of the range of float16": (
-        adapter(layer("model.layers.0.mlp.up_proj", A=torch.full((1, 8), 1e6, dtype=torch.float64))),
+        out_of_range,
         hra_fx.AdapterError,
         "^model.layers.0.mlp.up_proj: its factors are out of the range of torch.float16. Use float32",
+    ),
+    "a pipeline": (
+        lambda: SimpleNamespace(components={}),
+        hra_fx.AdapterError,
+        r"^GGUF files are for language models, got SimpleNamespace\. Pass a fold",
     ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_before_anything_is_written(case: str, tmp_path: Path) -> None:
-    found, error, message = REFUSED[case]
+    make, error, message = REFUSED[case]
     path = tmp_path / "a.gguf"
     path.write_bytes(b"old")
     with pytest.raises(error, match=message):
-        write_gguf(found, path, torch.float16)
+        hra_fx.save_as_lora(make(), path, dtype="float16")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def adapted(*targets: str, model: Any = None, **fields: Any) -> Any:
-    model = tiny("llama") if model is None else model
-    hra_fx.transform(model, hra_fx.HRAConfig(r=4, target_modules=list(targets), init_weights=False, **fields))
-    return model
-
-
-def test_models_and_files_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(model: Any, kind: type[hra_fx.HRAError], message: str, name: str = "a.gguf", **options: Any) -> None:
-        with pytest.raises(kind, match=message):
-            hra_fx.save_as_lora(model, tmp_path / name, **options)
-
-    model, pipe = adapted("q_proj"), SimpleNamespace(components={})
-    refused(pipe, hra_fx.AdapterError, r"^GGUF files are for language models, got SimpleNamespace\. Pass a fold")
-    assert not list(tmp_path.iterdir())
+def test_a_path_that_cannot_be_written_and_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("mine")
-    said = r"a\.gguf: cannot write the file \((File exists|Not a directory)\)\."
-    refused(model, hra_fx.CheckpointError, said, "file/a.gguf")
+    with pytest.raises(hra_fx.CheckpointError, match=r"a\.gguf: cannot write the file \((File exists|Not a directory)"):
+        hra_fx.save_as_lora(adapted("q_proj"), tmp_path / "file" / "a.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    refused(model, hra_fx.CheckpointError, r"which is not installed\. Run: pip install gguf\.$")
-
-
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_which_model_types_tie_their_output_layer(model_type: str) -> None:
-    """A `config.json` may omit a setting that is the default of the class."""
-    config = transformers.AutoConfig.for_model(model_type).get_text_config()
-    assert is_tied(adapter(config={"model_type": model_type})) == config.tie_word_embeddings
-    assert not is_tied(adapter(config={"model_type": model_type, "text_config": {"tie_word_embeddings": False}}))
-
-
-def test_the_result_says_what_was_written(tmp_path: Path) -> None:
-    """Also with an uppercase suffix, and a symbolic link, which is kept."""
-    (tmp_path / "link.GGUF").symlink_to(tmp_path / "a.gguf")
-    result = hra_fx.save_as_lora(adapted("q_proj"), tmp_path / "link.GGUF", rank=2)
-    assert (result.format, result.rank) == ("gguf", 2)
-    assert all(0 < row.error < 1 for row in result.rows)
-    assert (tmp_path / "link.GGUF").is_symlink()
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.gguf", "link.GGUF"]
+    with pytest.raises(hra_fx.CheckpointError, match=r"which is not installed\. Run: pip install gguf\.$"):
+        hra_fx.save_as_lora(adapted("q_proj"), tmp_path / "a.gguf")
 
 
 PROMPT = [1, 50, 77, 120, 9, 20, 33]
