@@ -91,8 +91,7 @@ def _show_adapter(summary: dict[str, Any]) -> None:
             "targets": _some(summary["target_modules"]),
         },
     )
-    columns, texts = table_of(rows, without=("weight change", "share of W", "d", "|Q - I|"))
-    show_table({column.name: column.is_text for column in columns}, texts)
+    show_table(*table_of(rows, without=("weight change", "share of W", "d", "|Q - I|")))
 
 
 def _some(names: list[str] | str | None) -> str:

@@ -6,9 +6,10 @@ import dataclasses
 import re
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
+from typer import Option
 
 from hra_fx.cli.screen import (
     CHECK_FAILED,
@@ -29,60 +30,36 @@ if TYPE_CHECKING:
 _ALL = "all-linear"
 
 
+#: The options that may be repeated.
+Names: TypeAlias = list[str] | None
+
+
 def match(
     path: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a model, or its config.json.")],
-    target: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--target", "-t", metavar="NAME", help=f"A layer, by the end of its path, or {_ALL!r}. Repeatable."
-        ),
-    ] = None,
-    regex: Annotated[
-        str | None, typer.Option("--regex", metavar="REGEX", help="Layers whose full path matches.")
-    ] = None,
-    parameter: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--target-parameter", metavar="NAME", help="Experts in a 3-D parameter, by the end of its path. Repeatable."
-        ),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option("--exclude", "-x", metavar="NAME", help="A layer to exclude. Repeatable."),
-    ] = None,
-    layers: Annotated[
-        str | None, typer.Option("--layers", "-l", metavar="INDICES", help="Blocks, such as 0-3,7.")
-    ] = None,
-    pattern: Annotated[
-        str | None, typer.Option("--layers-pattern", metavar="NAME", help="Name of the list of blocks.")
-    ] = None,
-    rank: Annotated[int | None, typer.Option("--rank", "-r", help="Number of reflections. Default: 8.")] = None,
-    save: Annotated[
-        list[str] | None, typer.Option("--save", metavar="NAME", help="A module to train in full. Repeatable.")
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            "--config",
-            "-c",
-            metavar="FOLDER",
-            help="Use the configuration of an adapter; other options override its fields.",
-        ),
-    ] = None,
+    target: Annotated[Names, Option("-t", "--target", metavar="NAME", help=f"End of a path, or {_ALL}.")] = None,
+    regex: Annotated[str | None, Option(metavar="REGEX", help="Layers whose full path matches.")] = None,
+    target_parameter: Annotated[Names, Option(metavar="NAME", help="End of the path of a 3-D parameter.")] = None,
+    exclude: Annotated[Names, Option("-x", "--exclude", metavar="NAME", help="A layer to exclude.")] = None,
+    layers: Annotated[str | None, Option("-l", "--layers", metavar="INDICES", help="Blocks, such as 0-3,7.")] = None,
+    layers_pattern: Annotated[str | None, Option(metavar="NAME", help="Name of the list of blocks.")] = None,
+    rank: Annotated[int | None, Option("-r", "--rank", help="Number of reflections. Default: 8.")] = None,
+    save: Annotated[Names, Option(metavar="NAME", help="A module to train in full.")] = None,
+    config: Annotated[Path | None, Option("-c", "--config", metavar="FOLDER", help="Start from an adapter.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Show which layers of a model a configuration would adapt, and why others are skipped (dry run).
 
-    The model is built from its config.json, without weights. The options are fields of HRAConfig, as in PEFT. The exit
-    code is 1 if the configuration does not match the model.
+    The model is built from its config.json, without weights. The options are fields of HRAConfig, as in PEFT; those
+    with a NAME are repeatable. They override the fields of --config. The exit code is 1 if the configuration does not
+    match the model.
     """
     fields: dict[str, Any] = {
         "target_modules": _targets(target, regex),
-        "target_parameters": parameter,
+        "target_parameters": target_parameter,
         "exclude_modules": exclude,
         "layers_to_transform": None if layers is None else _indices(layers),
-        "layers_pattern": pattern,
+        "layers_pattern": layers_pattern,
         "r": rank,
         "modules_to_save": save,
     }
@@ -168,6 +145,7 @@ def _summarize(path: Path, config: HRAConfig, *, trust_remote_code: bool) -> dic
 
 def _show(found: dict[str, Any]) -> None:
     from hra_fx.reporting.columns import footnotes, grouped
+    from hra_fx.reporting.table import Column
 
     adapted, in_full = found["adapted"], found["trained_in_full"]
     show_heading(
@@ -184,6 +162,6 @@ def _show(found: dict[str, Any]) -> None:
         one, trained = group.rows[0], sum(layer["trained"] for layer in group.rows)
         texts = (str(len(group.rows)), one["site"], str(one["d"]), str(one["r"]), f"{trained:,}")
         rows.append((group.name, *texts))
-    show_table({"layer": True, "count": False, "type": True, "d": False, "r": False, "params": False}, rows)
+    show_table([Column("layer", True), Column("count"), Column("type", True), *map(Column, ("d", "r", "params"))], rows)
     for title, lines in footnotes((), found["missed"], found["trained_layers"], found["missed_parameters"]).items():
         show_lines(title, lines)

@@ -16,7 +16,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Any, TextIO, TypeAlias
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
@@ -26,13 +25,12 @@ from typer.core import TyperGroup
 from hra_fx.errors import HRAError, HRAWarning
 from hra_fx.removed import COMMAND_LINE
 from hra_fx.reporting.plain import plain
+from hra_fx.reporting.table import UNLIMITED, Column, table
 
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print only JSON to stdout.")]
 TrustRemoteCode: TypeAlias = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code in the folder of the model that defines its class.")
 ]
-#: A console width at which nothing is wrapped.
-_UNLIMITED = 10_000
 #: Exit code if a check failed.
 CHECK_FAILED = 1
 #: Exit code of errors.
@@ -44,7 +42,7 @@ _DEBUG = "--debug"
 
 def console_on(stream: TextIO) -> Console:
     """Create a console for results (stdout) or messages (stderr). Lines are not wrapped in a file or a pipe."""
-    width = None if stream.isatty() or "COLUMNS" in os.environ or "FORCE_COLOR" in os.environ else _UNLIMITED
+    width = None if stream.isatty() or "COLUMNS" in os.environ or "FORCE_COLOR" in os.environ else UNLIMITED
     return Console(file=stream, width=width, highlight=False)
 
 
@@ -60,16 +58,9 @@ def hide_progress_bars(*, quiet: bool) -> None:
         settings.disable_progress_bar()
 
 
-def show_table(columns: Mapping[str, bool], rows: Collection[Sequence[str]]) -> None:
-    """Print a table. `columns` maps a heading to whether its column is text, which is wrapped; numbers are not."""
-    table = Table(box=box.SIMPLE_HEAD)
-    # Empty columns are left out.
-    used = [i for i in range(len(columns)) if any(row[i] for row in rows)]
-    for name, is_text in (list(columns.items())[i] for i in used):
-        table.add_column(Text(name), justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
-    for row in rows:
-        table.add_row(*(Text(row[i]) for i in used))  # names from a model may contain rich's markup
-    _print(console_on(sys.stdout), table)
+def show_table(columns: Sequence[Column], rows: Collection[Sequence[str]]) -> None:
+    """Print a table."""
+    _print(console_on(sys.stdout), table(columns, rows))
 
 
 def show_heading(title: str, facts: Mapping[str, str]) -> None:
