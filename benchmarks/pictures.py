@@ -1,4 +1,4 @@
-"""The pictures in docs/: the page of the demo's model, and one block of it, light and dark.
+"""The pictures in docs/: the page of the demo's model, and one block of it.
 
     PYTHONPATH=examples python benchmarks/pictures.py
 
@@ -15,7 +15,6 @@ import finetune_and_fold as demo
 import torch
 
 import hra_fx
-from hra_fx.view.theme import THEMES
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = "encoder.encoder.layer.0.attention"
@@ -40,8 +39,7 @@ def main(docs: Path, adapter: Path, size: int) -> None:
     """Write all pictures."""
     model, batch = trained(adapter, size)
     hra_fx.visualize(model, docs / "adapters.html", example_inputs=batch)
-    for theme in THEMES:
-        hra_fx.visualize(model, docs / f"hero-{theme}.svg", example_inputs=batch, focus=BLOCK, theme=theme)
+    hra_fx.visualize(model, docs / "hero.svg", example_inputs=batch, focus=BLOCK)
 
 
 if __name__ == "__main__":
