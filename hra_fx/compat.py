@@ -114,16 +114,6 @@ def export_forward_backward() -> Callable[..., Any]:
 # --- modules ----------------------------------------------------------------------------------------------------------
 
 
-def has_global_module_hooks() -> bool:
-    """Whether hooks are registered for all modules."""
-    return bool(
-        nn_module._global_forward_hooks
-        or nn_module._global_forward_pre_hooks
-        or nn_module._global_backward_hooks
-        or nn_module._global_backward_pre_hooks
-    )
-
-
 def with_own_hooks(modules: Iterable[nn.Module]) -> set[nn.Module]:
     """The modules that have registered hooks."""
     return {

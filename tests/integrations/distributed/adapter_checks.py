@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import HFValidationError
-from integrations.distributed.common_checks import as_lora, checkpoints, close, data_parallel, files
+from integrations.distributed.matrix_checks import close, on_meta, with_weights
 from integrations.distributed.spawned import Check
-from integrations.distributed.trained import CASES, WAYS, output, part_of, shard, train
+from integrations.distributed.trained import CASES, F64, WAYS, output, part_of, shard, train
 from one_hub import one_hub
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -217,33 +216,42 @@ def flat_shards(rank: int, folder: Path) -> None:
             call()
 
 
-#: Each case in two of the ways.
-PAIRS = [
-    *zip(("mlp, whole", "mlp, copies", "mlp, Gram-Schmidt", "attention"), WAYS, strict=False),
-    *zip(("attention", "mlp, Gram-Schmidt", "mlp, copies", "mlp, whole"), WAYS, strict=False),
-]
-#: The module that stands for a parameter of the experts has none to shard, so that it is no layer of its own.
-AS_LORA = [
-    ("resnet", "FSDP2, every layer"),
-    *(
-        (name, way)
-        for name in ("mlp, whole", "mlp, copies", "mlp, Gram-Schmidt", "experts")
-        for way in ("FSDP2, whole", "FSDP2, parts" if name == "experts" else "FSDP2, every layer")
-    ),
-]
+def without_memory(rank: int, folder: Path) -> None:
+    case = CASES["mlp, odd rank"]
+    hra_fx.save_adapter(case.model(), folder / str(rank))
+    model = on_meta(case, "FSDP2, whole")
+    calls: list[Callable[[], object]] = [
+        lambda: hra_fx.reset_adapters(model),
+        lambda: hra_fx.reset_adapters(model, device="cpu"),
+        lambda: hra_fx.load_adapter(model, folder / str(rank)),
+    ]
+    for call in calls:
+        with pytest.raises(
+            AdapterError, match=r"^0: its vectors are sharded and on the meta device\. Call model\.to_e"
+        ):
+            call()
+    assert all(parameter.is_meta for parameter in model.parameters())
+    with_weights(model, case, rank, broadcast=False)
+    assert output(model, case).isnan().all(), "vectors that nothing has filled"
 
 
-def shared(check: Any, pairs: list[tuple[str, str]], rank: int, folder: Path) -> None:
-    check({f"{name}, {way}": data_parallel(name, way) for name, way in pairs}, rank, folder)
+def report_of_this_rank(rank: int, folder: Path) -> None:
+    """FSDP2 splits the first dimension in chunks; 9 rows are 5 and 4."""
+    model = nn.Sequential(nn.Linear(9, 4, dtype=F64), nn.Linear(4, 2, dtype=F64)).to("meta")
+    fully_shard(hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["0"])))
+    for _ in range(2):
+        (row,) = hra_fx.report(model)
+        rows = 5 - rank
+        assert (row.parameters, row.bytes, row.bytes_here) == (18, 144, rows * 2 * 8)
+        text = f"1 adapted layer, 18 adapter parameters (144 bytes; {rows * 2} and {rows * 16} bytes on this rank)"
+        assert text in str(hra_fx.report(model))
+        model.to_empty(device="cpu")
 
 
 CHECKS: dict[str, Check] = {
-    **{check.__name__: functools.partial(shared, check, PAIRS) for check in (files, checkpoints)},
-    "as LoRA": functools.partial(shared, as_lora, AS_LORA),
-    **{"who writes": who_writes, "save_pretrained": save_pretrained, "uploads": uploads},
-    **{"scale and disabling": strength_and_disabling, "pictures": pictures},
-    **{"fold under DDP": fold_under_ddp, "under DDP": under_ddp},
-    **{"refused when sharded": refused_when_sharded, "refused copies": refused_copies},
-    "refused when split": refused_when_split,
-    "flat shards": flat_shards,
+    check.__name__: check
+    for check in (
+        *(who_writes, save_pretrained, uploads, strength_and_disabling, pictures, fold_under_ddp, under_ddp),
+        *(refused_when_sharded, refused_copies, refused_when_split, flat_shards, without_memory, report_of_this_rank),
+    )
 }

@@ -132,9 +132,6 @@ CASES: dict[str, Case] = {
     "mlp, whole": Case(mlp, vectors, {"target_modules": ["0", "2", "4"]}, ("0", "2")),
     "mlp, odd rank": Case(mlp, vectors, {"r": 3, "target_modules": ["0", "2"]}, ("0", "2")),
     "mlp, Gram-Schmidt": Case(mlp, vectors, {"apply_GS": True, "target_modules": ["0", "2"]}, ("0",)),
-    "mlp, Gram-Schmidt without anchor": Case(
-        mlp, vectors, {"apply_GS": True, "init_weights": False, "target_modules": ["0", "2"]}, ("0",)
-    ),
     "mlp, copies": Case(
         mlp, vectors, {"target_modules": ["0", "2"], "modules_to_save": ["4"], "bias": "all"}, ("0", "2")
     ),
@@ -189,8 +186,6 @@ WAYS: dict[str, Callable[[Case, nn.Module], nn.Module]] = {
     "FSDP2, vectors apart": with_vectors_apart,
     "FSDP2, vectors apart, gathered again": partial(with_vectors_apart, reshard_after_forward=True),
 }
-#: Those without the options of FSDP2.
-SHARDED = {name: WAYS[name] for name in ("FSDP2, whole", "FSDP2, parts", "FSDP2, every layer")}
 
 
 def loss_of(output: Any, labels: Tensor) -> Tensor:
@@ -216,8 +211,9 @@ def train(
     With a term, an additional loss of the model; with `evaluate`, each step comes after a call without gradients.
     """
     x, labels = case.data()
-    if isinstance(model, FSDPModule):
-        model.reshard()  # after a forward without backward, parameters() gives what is thrown away
+    for module in model.modules():  # after a forward without backward, parameters() gives what is thrown away
+        if isinstance(module, FSDPModule):
+            module.reshard()
     if optimizer is None:
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     if pairs:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from integrations.distributed.common_checks import EVERY, PLAIN, data_parallel, losses_and_vectors
 from integrations.distributed.spawned import Check
 from integrations.distributed.trained import (
     CASES,
     F64,
-    WAYS,
     loss_of,
     output,
     part_of,
@@ -126,17 +123,6 @@ def hra_trainer(rank: int, folder: Path) -> None:
     same(trained(alone), trained(model), within=1e-12)
 
 
-def losses(name: str, rank: int, folder: Path) -> None:
-    """In all ways for the MLPs, and in half of them for models that take longer."""
-    ways = list(WAYS) if name.startswith("mlp") else list(WAYS)[list(CASES).index(name) % 2 :: 2]
-    for way in ways:
-        every = EVERY if way in ("DDP", "FSDP2, whole", "FSDP2, vectors apart") else EVERY[:-1]  # torch.compile is slow
-        trainings = every if name == "mlp, whole" else (PLAIN,)
-        losses_and_vectors({way: data_parallel(name, way, trainings)}, rank, folder)
-
-
 CHECKS: dict[str, Check] = {
-    **{f"losses and vectors: {name}": functools.partial(losses, name) for name in CASES},
-    **{"several adapters": several_adapters, "an adapter that DDP does not know": unknown_to_ddp},
-    **{"pipeline": pipeline, "mixed precision": mixed_precision, "HRATrainer": hra_trainer},
+    check.__name__: check for check in (several_adapters, unknown_to_ddp, pipeline, mixed_precision, hra_trainer)
 }

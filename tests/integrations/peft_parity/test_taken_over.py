@@ -95,21 +95,3 @@ def test_a_wrapper_that_was_not_given_raises_an_error(tmp_path: Path) -> None:
         with pytest.raises(AttributeError, match=r"HRAConfig is not a peft\.PeftConfig\. Call the function of hra_fx"):
             use()
     assert not [*tmp_path.rglob("*.safetensors")]
-
-
-@pytest.mark.parametrize("end", ["merge_and_unload", "merge_and_unload of the tuner", "fold"])
-def test_after_merging_it_does_not_save_an_empty_file(end: str, tmp_path: Path) -> None:
-    model = by_peft(tiny("llama", torch.float32), task_type="CAUSAL_LM", **TWO)
-    wanted, base = logits(model), hra_fx.from_peft(model)
-    steps = {
-        "merge_and_unload": lambda: model.merge_and_unload(),
-        "merge_and_unload of the tuner": lambda: model.base_model.merge_and_unload(),
-        "fold": lambda: hra_fx.fold(model),
-    }
-    assert steps[end]() is base and type(base) is type(tiny("llama"))
-    for whole in (base, model):
-        assert relative_error(logits(whole), wanted) < 1e-5
-    message = r"^save_pretrained: the adapters of this PeftModelForCausalLM were folded or removed\. Use the base model"
-    with pytest.raises(hra_fx.AdapterError, match=message):
-        model.save_pretrained(tmp_path)
-    assert list(tmp_path.iterdir()) == []
