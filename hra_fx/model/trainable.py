@@ -88,8 +88,13 @@ def make_copies(
         if reason := _why_not_copied(owner, names):
             raise UnsupportedLayerError(f"{path} ({type(owner).__name__}): {reason}.")
     tensors = {(path, entry): getattr(owner, entry) for path, (owner, names) in wanted.items() for entry in names}
-    originals = {f"{path}.{entry}".lstrip("."): tensor for (path, entry), tensor in tensors.items()}
-    tied = tied_to(dict(state_modules(model)), originals)
+    modules = dict(state_modules(model))  # each once, under its first path
+    first = {module: path for path, module in modules.items()}
+    originals = {
+        f"{first[owner]}.{entry}".lstrip("."): getattr(owner, entry)
+        for owner, names in wanted.values()
+        for entry in names
+    }
     parted = differ_by_place(tensors, values)
     memo: dict[int, nn.Parameter] = {}
     for path, (owner, names) in wanted.items():
@@ -102,10 +107,11 @@ def make_copies(
         undo.callback(copies.remove, owner, name)
         given = {entry: values[path, entry] for entry in names if (path, entry) in values}
         copies.make(owner, name, names, {} if parted else memo, given)
-    alone = {name: [o for o in others if o not in originals] for name, others in tied.items()}
-    if not config.inference_mode and (first := next((name for name, others in alone.items() if others), None)):
-        text = f"{first} is tied to {', '.join(alone[first])}, and adapter {name!r} trains a copy of {first} alone."
-        warnings.warn(text, HRAWarning, stacklevel=4)
+    for entry, others in tied_to(modules, originals).items() if not config.inference_mode else ():
+        if untied := [other for other in others if other not in originals]:
+            text = f"{entry} is tied to {', '.join(untied)}, and adapter {name!r} trains a copy of {entry} alone."
+            warnings.warn(text, HRAWarning, stacklevel=4)
+            break
 
 
 def differ_by_place(tensors: Mapping[tuple[str, str], Tensor], values: Mapping[tuple[str, str], Tensor]) -> bool:
