@@ -24,8 +24,8 @@ from typer.core import TyperGroup
 
 from hra_fx.errors import HRAError, HRAWarning
 from hra_fx.removed import COMMAND_LINE
-from hra_fx.reporting.plain import plain
 from hra_fx.reporting.table import UNLIMITED, Column, table
+from hra_fx.reporting.words import plain
 
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print only JSON to stdout.")]
 TrustRemoteCode: TypeAlias = Annotated[

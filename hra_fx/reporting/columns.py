@@ -24,8 +24,6 @@ _REASONS = 6
 _NAMES = 5
 #: `|Q^T Q - I|` above this is an error, not rounding.
 _NOT_ORTHOGONAL = 1e-3
-#: From this number of degrees, a range is shown without decimals, so that columns fit a terminal.
-_LARGE = 10
 #: A part of a path that is a number. A path that is only a number, as in `nn.Sequential`, is a name.
 _INDEX = re.compile(r"(?<![^.])\d+(?=\.)|(?<=\.)\d+$")
 
@@ -128,10 +126,7 @@ def _measure(name: str) -> Callable[[Group[Row]], str]:
 
     def text(group: Group[Row]) -> str:
         values = [heat.value(row) for row in group.rows]
-        if heat.unit == "°" and min(values) >= _LARGE and len(values) > 1:
-            low, high = f"{min(values):.0f}°", f"{max(values):.0f}°"
-        else:
-            low, high = heat.text(min(values)), heat.text(max(values))
+        low, high = heat.text(min(values)), heat.text(max(values))
         return high if low == high else f"{low.removesuffix(heat.unit)} to {high}"
 
     return text

@@ -54,7 +54,7 @@ def with_unit(value: float, unit: str) -> str:
     ('45.0°', '0.00057%', '0%')
     """
     if 0 < value < 1e-6:
-        return f"{value:.0e}{unit}".replace("e-0", "e-")  # as in JavaScript
+        return f"{value:.0e}{unit}".replace("e-0", "e-")
     if 0 < value < 0.1:
         # No exponent, because it is hard to read in a column.
         return f"{value:.{1 - math.floor(math.log10(value))}f}".rstrip("0") + unit

@@ -1,8 +1,12 @@
-"""Short texts for tables, pictures and the command line. This file does not import torch."""
+"""Short texts and plain values for tables, pictures and the command line. This file does not import torch."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Collection
+from pathlib import Path
+from typing import Any
 
 
 def counted(number: int, noun: str) -> str:
@@ -33,3 +37,18 @@ def shorten(text: str, letters: int) -> str:
         return text
     tail = (letters - 1) // 2
     return f"{text[: letters - 1 - tail]}…{text[len(text) - tail :]}"
+
+
+def plain(value: Any) -> Any:
+    """Convert dataclasses, paths, sets and tuples to plain values, and numbers that are not finite to `None`.
+
+    >>> plain({"a": (1.5, float("nan")), "b": {"z", "y"}})
+    {'a': [1.5, None], 'b': ['y', 'z']}
+    """
+    return json.loads(json.dumps(value, default=_convert), parse_constant=lambda name: None)
+
+
+def _convert(value: Any) -> Any:
+    if isinstance(value, Path):
+        return value.as_posix()
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else sorted(value)  # type: ignore[arg-type]

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
 import networkx as nx
-from torch import nn
+import torch
+from torch import fx, nn
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from hra_fx.compat import fake_tensor_mode
+from hra_fx.errors import HRAWarning, VisualizeError
+from hra_fx.export.program import is_program
+from hra_fx.model.example_inputs import Call, normalize_inputs
 from hra_fx.model.peft_view import adapted_view
 from hra_fx.model.state import adapted_layers, unwrap
 from hra_fx.reporting.heat import is_identity
 from hra_fx.reporting.report import Report, report
+from hra_fx.reporting.words import counted, low_to_high
+from hra_fx.tracing.graphs import graphs_of
+from hra_fx.view.graph import leaves_of
 from hra_fx.view.scopes import scope_tree
-from hra_fx.view.sketch import sketch_of
+from hra_fx.view.subject import Subject, subject_of
 from hra_fx.view.tree import Leaf, Scope, prefixes
 
 
@@ -34,20 +46,69 @@ class Drawing:
 
 def drawing_of(model: Any, example_inputs: Any = None) -> Drawing:
     """Collect the data for drawing a model, which is not changed; see `visualize`. A wrapper (DDP) is removed."""
+    if is_program(model):
+        if example_inputs is not None:
+            raise VisualizeError("`example_inputs` must be None for an ExportedProgram, which already has the shapes.")
+        model = model.module(check_guards=False)  # a GraphModule of operators
+    if not isinstance(model, nn.Module):
+        raise VisualizeError(
+            "`model` must be a torch.nn.Module, torch.fx.GraphModule or torch.export.ExportedProgram, "
+            f"got {type(model).__name__}."
+        )
     with adapted_view(model) as adapted:
         model = unwrap(adapted)
-        found = report(model) if _has_adapters(model) else None
-        name, facts, picture = sketch_of(model, example_inputs)
-    if found is None:
-        return Drawing(name, name, facts, picture, Report(()))
+        layers = adapted_layers(model)
+        if "" in layers:
+            raise VisualizeError(
+                f"`model` is a single adapted layer ({type(model).__name__}). Pass the model that contains it, and the "
+                "layer's path as `focus`."
+            )
+        found = report(model) if layers else Report(())
+        subject = subject_of(model, _graph_of(model, example_inputs))
+    name, picture = subject.classes.get("", type(model).__name__), leaves_of(subject)
     _mark(picture, found)
-    facts += " · not trained yet (identity)" * is_identity(found.rows)
-    return Drawing(name, f"{name} with HRA", facts, picture, found)
+    facts = _facts(subject, found) + " · not trained yet (identity)" * is_identity(found.rows)
+    return Drawing(name, name + " with HRA" * bool(found.rows), facts, picture, found)
 
 
-def _has_adapters(model: Any) -> bool:
-    """Whether anything in a model is adapted."""
-    return isinstance(model, nn.Module) and bool(adapted_layers(model))
+def _graph_of(model: nn.Module, example_inputs: Any) -> fx.GraphModule | None:
+    graph = graphs_of(model, example_inputs, is_drawn=True).get("")
+    if graph and example_inputs is not None and not any("val" in node.meta for node in graph.graph.nodes):
+        _note_shapes(graph, normalize_inputs(example_inputs))
+    return graph
+
+
+def _note_shapes(module: fx.GraphModule, call: Call) -> None:
+    """Store the fake value of every node in `node.meta["val"]`; a warning if the graph does not run on fake tensors."""
+    args, kwargs = call
+    try:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        bound.apply_defaults()
+        mode = fake_tensor_mode()
+        # A forward may write into its buffers. A copied GraphModule shares the tensors that are not in the memo.
+        tensors = (*module.parameters(), *module.buffers())
+        copied = copy.deepcopy(module, {id(tensor): mode.from_tensor(tensor) for tensor in tensors})
+        with torch.no_grad():
+            FakeTensorProp(copied, mode).propagate(*bound.arguments.values())
+    except Exception as error:  # shapes are optional, and any operator of the model may fail on fake tensors
+        why = str(error).strip().partition("\n")[0]
+        text = f"The graph does not run on `example_inputs` ({why}), so the picture has no shapes. Check the inputs."
+        warnings.warn(text, HRAWarning, stacklevel=2)
+        return
+    for node, noted in zip(module.graph.nodes, copied.graph.nodes, strict=True):
+        if "val" in noted.meta:
+            node.meta["val"] = noted.meta["val"]
+
+
+def _facts(subject: Subject, found: Report) -> str:
+    traced = "traced" if subject.graph else "not traced: pass example_inputs to draw the data flow"
+    if not subject.layers:
+        return f"{subject.parameters:,} parameters · no adapters · {traced}"
+    ranks = low_to_high([layer.rank for layer in subject.layers.values()])
+    adapter = sum(row.parameters for row in found.rows)
+    share = adapter / max(subject.parameters, 1)
+    words = f"{counted(len(subject.layers), 'adapted layer')} · r = {ranks} · {adapter:,} adapter parameters"
+    return f"{words} ({share:.2%} of {subject.parameters:,}) · {traced}"
 
 
 def _mark(picture: nx.DiGraph[str], found: Report) -> None:

@@ -137,21 +137,10 @@ class _Builder:
 
     def _adapted_leaf(self, path: str, op: str, place: tuple[str, ...]) -> Leaf:
         path = self.subject.aliases.get(path, path)
-        layer = self.subject.layers[path]
-        marks = () if path in self.drawn else (path,)
-        return Leaf(
-            name=name_of(path) or self.subject.classes.get(path, ""),
-            detail=layer.detail,
-            kind="adapted_layer",
-            op=op,
-            target=path,
-            place=place,
-            marks=marks,
-            width=layer.width,
-            rank=layer.rank,
-            paths=(path,),
-            parameters=layer.parameters if marks else 0,
-        )
+        leaf = self.subject.layers[path]
+        if path in self.drawn:
+            leaf = replace(leaf, marks=(), parameters=0)
+        return replace(leaf, op=op, place=place)
 
     def _layers_at(self, node: fx.Node) -> tuple[str, ...]:
         """The adapted layers that a node computes: its own, or all in the module that it calls."""

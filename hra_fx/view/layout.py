@@ -26,7 +26,6 @@ PORT = 18.0  # height of a port of an open scope
 STACKED = ("adapted_layer", "closed")
 _PAD = 14.0
 _LETTERS, _PORT = 34, 48
-_LINES = 20  # of notes in a tooltip
 GAP_X, GAP_Y = 22.0, 24.0
 LANE = 14.0  # distance of long edges from boxes and from each other
 PER_ROW = 5
@@ -239,19 +238,19 @@ def place(block: Block, heatmap: Heatmap, *, root: bool = False) -> Box:
     name = shorten(span(item), _PORT if block.look == "port" else _LETTERS)
     detail = shorten(item.detail if isinstance(item, Leaf) else item.class_name, _LETTERS)
     count = f"× {item.count}" if item.count > 1 else ""
-    box = Box(block, Size(0, 0), name, "" if detail == name else detail, count, _tip(item, heatmap))
+    box = Box(block, Size(0, 0), name, "" if detail == name else detail, count, _tip(block, heatmap))
     return _single(box, heatmap) if block.parts is None else _open(box, block.parts, heatmap, root=root)
 
 
-def _tip(item: Item, heatmap: Heatmap) -> str:
-    """The tooltip: all adapted layers, and why other layers have no adapter."""
+def _tip(block: Block, heatmap: Heatmap) -> str:
+    """The tooltip: the adapted layers of a box that is not open, and why its layers have no adapter."""
+    item = block.item
     if isinstance(item, Leaf):
         lines = [f"{item.target}: {item.detail or item.op}", *filter(None, [item.shape])]
-    else:
-        lines = [f"{item.path or item.name}: {item.class_name}"]
-    more = notes(item)
-    cut = [f"… and {len(more) - _LINES} more"] if len(more) > _LINES else []
-    return "\n".join([*lines, *map(heatmap.line, item.marks), *more[:_LINES], *cut])
+        return "\n".join([*lines, *map(heatmap.line, item.marks), *notes(item)])
+    return "\n".join(
+        [f"{item.path or item.name}: {item.class_name}", *map(heatmap.line, () if block.parts else item.marks)]
+    )
 
 
 def _single(box: Box, heatmap: Heatmap) -> Box:

@@ -1,4 +1,4 @@
-"""The part of a model that a picture shows: its options, one module with its inputs and outputs, the open modules."""
+"""The part of a model that a picture shows: one module with its inputs and outputs, and the open modules."""
 
 from __future__ import annotations
 
@@ -20,27 +20,14 @@ BUDGET = 60
 _SMALL = 3
 
 
-@dataclass(frozen=True)
-class Options:
-    """The options of a picture; see `visualize`. A wrong type or value is an error.
-
-    >>> Options(depth=-1)
-    Traceback (most recent call last):
-        ...
-    hra_fx.errors.VisualizeError: `depth` must be a non-negative int or None, got -1.
-    """
-
-    depth: int | None = None
-    focus: str | None = None
-
-    def __post_init__(self) -> None:
-        """Check each field."""
-        if isinstance(self.depth, bool) or not isinstance(self.depth, Integral | None) or (self.depth or 0) < 0:
-            raise VisualizeError(f"`depth` must be a non-negative int or None, got {self.depth!r}.")
-        if not isinstance(self.focus, str | None):
-            raise VisualizeError(
-                f"`focus` must be a module's name as in model.named_modules(), got {type(self.focus).__name__}."
-            )
+def check_options(depth: object, focus: object) -> None:
+    """Check the types and values of the options of a picture."""
+    if isinstance(depth, bool) or not isinstance(depth, Integral | None) or (depth or 0) < 0:
+        raise VisualizeError(f"`depth` must be a non-negative int or None, got {depth!r}.")
+    if not isinstance(focus, str | None):
+        raise VisualizeError(
+            f"`focus` must be a module's name as in model.named_modules(), got {type(focus).__name__}."
+        )
 
 
 @dataclass(frozen=True)
@@ -182,8 +169,6 @@ def _unknown(drawing: Drawing, focus: str, leaves: Iterable[Leaf]) -> str:
         return f"{focus!r} is inside {around[-1]!r}, which is drawn as one box. Pass {around[-1]!r}."
     if focus in known:
         return f"{focus!r} has no boxes, because nothing that it computes is drawn. Pass another module."
-    last = focus.rpartition(".")[2]
-    same_end = sorted((path for path in shown if path.rpartition(".")[2] == last), key=lambda path: path.count("."))
-    near = difflib.get_close_matches(focus, sorted(shown), 3) or same_end[:3]
+    near = difflib.get_close_matches(focus, sorted(shown), 3)
     similar = f"; did you mean {' or '.join(map(repr, near))}?" if near else ". See model.named_modules()."
     return f"the model has no module {focus!r}{similar}"

@@ -20,7 +20,7 @@ from hra_fx.reporting.words import counted
 from hra_fx.view.drawing import Drawing
 from hra_fx.view.heatmap import Heatmap, heatmap_of
 from hra_fx.view.layout import place
-from hra_fx.view.opening import Block, Options, opened
+from hra_fx.view.opening import Block, opened
 from hra_fx.view.svg import draw, number, shape
 from hra_fx.view.svg_file import LINE, arrow, entries, looks_of
 from hra_fx.view.theme import COLORS, colored, dark_rules
@@ -97,19 +97,9 @@ class _Pictures:
         return address
 
 
-def render_page(drawing: Drawing, options: Options) -> str:
-    """Render the page of a drawing: one self-contained HTML file.
-
-    Example:
-        >>> import hra_fx, torch
-        >>> from hra_fx.view.drawing import drawing_of
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
-        >>> model = hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["0"]))
-        >>> render_page(drawing_of(model), Options())[:15]
-        '<!doctype html>'
-    """
-    tree, heatmap = drawing.tree(), heatmap_of(drawing.report.rows)
-    pictures = _Pictures(opened(tree, options.depth, options.focus or ""), heatmap)
+def render_page(drawing: Drawing, block: Block) -> str:
+    """Render the page of a model, or of a part of it: one HTML file that needs no others."""
+    pictures = _Pictures(block, heatmap_of(drawing.report.rows))
     figures = "\n".join(pictures.drawn())
     legend = "".join(_legend(drawing, pictures))
     colors = "".join(f"  --{role}: light-dark({light}, {dark});\n" for role, (light, dark) in COLORS.items())
@@ -165,9 +155,10 @@ def _text(root: Element) -> str:
 
 
 def _legend(drawing: Drawing, pictures: _Pictures) -> Iterator[str]:
-    for entry in entries(pictures.looks, pictures.heatmap, drawing.report.skipped):
-        root = _svg(entry.width + 1, LINE)
-        entry.draw(root, 0.5, 3.5)
+    for wide, entry in entries(pictures.looks, pictures.heatmap, drawing.report.skipped):
+        root = _svg(wide + 1, LINE)
+        entry.set("transform", "translate(0 3.5)")
+        root.append(entry)
         yield f"<li>{_text(root)}</li>"
 
 

@@ -10,11 +10,11 @@ from typing import Any
 from hra_fx.atomic_write import output_file, write_output_file
 from hra_fx.removed import without_removed_arguments
 from hra_fx.view.drawing import Drawing, drawing_of
-from hra_fx.view.opening import Options, focused
+from hra_fx.view.opening import Block, check_options, focused, opened
 from hra_fx.view.page import render_page
 from hra_fx.view.svg_file import render_svg
 
-FORMATS: Mapping[str, Callable[[Drawing, Options], str]] = {".svg": render_svg, ".html": render_page}
+FORMATS: Mapping[str, Callable[[Drawing, Block], str]] = {".svg": render_svg, ".html": render_page}
 
 
 @without_removed_arguments
@@ -61,7 +61,8 @@ def visualize(
         '<?xml version="1.0" encoding="UTF-8"?>'
     """
     file = output_file(path, FORMATS)
-    options = Options(depth, focus)
+    check_options(depth, focus)
     drawing = focused(drawing_of(model, example_inputs), focus)
-    write_output_file(file, FORMATS[file.suffix.lower()](drawing, options).encode("utf-8"))
+    block = opened(drawing.tree(), depth, focus or "")
+    write_output_file(file, FORMATS[file.suffix.lower()](drawing, block).encode("utf-8"))
     return file

@@ -8,7 +8,6 @@ from typing import TypeAlias
 
 import networkx as nx
 
-from hra_fx.view.expressions import contracted, in_order, join_operations
 from hra_fx.view.subject import name_of
 from hra_fx.view.tree import (
     Edge,
@@ -55,8 +54,9 @@ class _Nesting:
         path = module_of(call)
         groups, flow = self._acyclic_groups(keys, depth)
         leaving, ports = self._leaving(keys), self._ports(keys)
-        boxes = join_operations(flow, self._small(flow), {groups[key] for key in leaving})
-        order: list[_Group] = in_order(contracted(flow, boxes))
+        boxes = _join_operations(flow, self._small(flow), {groups[key] for key in leaving})
+        first = {group: index for index, group in enumerate(flow)}
+        order = nx.lexicographical_topological_sort(_contracted(flow, boxes), key=first.__getitem__)
         members: dict[_Group, list[str]] = {group: [] for group in order}
         for key in keys:
             members[boxes[groups[key]]].append(key)
@@ -147,6 +147,40 @@ class _Nesting:
             tangled = [name_of(call) for call in leaf.place[depth:]]  # modules that are not drawn as one box
             leaves.append(replace(leaf, name=".".join([*tangled, leaf.name])))
         return _listing(leaves) if len(leaves) > 1 else leaves[0]
+
+
+def _join_operations(flow: nx.DiGraph[_Group], small: set[_Group], leaving: set[_Group]) -> dict[_Group, _Group]:
+    """Return for each group the one that represents its box. Contracting these boxes does not create a cycle.
+
+    An operation that one box reads joins it, so that there is a box for each expression, such as the rotated query of
+    an attention. Expressions with the same sources and readers are one box.
+
+    Args:
+        flow: acyclic flow between groups.
+        small: the operations that may be joined.
+        leaving: groups with a value that is read outside.
+
+    >>> _join_operations(nx.DiGraph([("view", "transpose"), ("transpose", "layer")]), {"view", "transpose"}, set())
+    {'view': 'transpose', 'transpose': 'transpose', 'layer': 'layer'}
+    """
+    boxes = {group: group for group in flow}
+    for group in reversed(list(nx.topological_sort(flow))):
+        readers = {boxes[reader] for reader in flow.succ[group]}
+        if group in small and group not in leaving and len(readers) == 1 and readers <= small:
+            boxes[group] = readers.pop()
+    joined_flow = _contracted(flow, boxes)
+    ends = {box: (frozenset(joined_flow.pred[box]), frozenset(joined_flow.succ[box])) for box in joined_flow}
+    first: dict[object, _Group] = {}
+    twins = {box: first.setdefault(around, box) for box, around in ends.items() if box in small and around[1]}
+    return {group: twins.get(box, box) for group, box in boxes.items()}
+
+
+def _contracted(flow: nx.DiGraph[_Group], boxes: Mapping[_Group, _Group]) -> nx.DiGraph[_Group]:
+    """The flow between boxes."""
+    found: nx.DiGraph[_Group] = nx.DiGraph()
+    found.add_nodes_from(boxes[group] for group in flow)
+    found.add_edges_from((boxes[a], boxes[b]) for a, b in flow.edges if boxes[a] != boxes[b])
+    return found
 
 
 def _join_eager(scope: Scope) -> Scope:

@@ -11,17 +11,7 @@ from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.target import REFLECTION, describe
 from hra_fx.model.state import AdapterState, adapted_layers, get_state
 from hra_fx.tracing.nodes import module_classes
-
-
-@dataclass(frozen=True)
-class LayerFacts:
-    """The facts that the box of an adapted layer shows."""
-
-    detail: str  # class and shape of the layer
-    width: int  # length `d` of its vectors
-    rank: int  # number of vectors in use, over all adapters, including merged ones
-    parameters: int  # of the layer itself
-    vectors: int  # number of parameters of all its adapters
+from hra_fx.view.tree import Leaf
 
 
 @dataclass(frozen=True)
@@ -30,7 +20,7 @@ class Subject:
 
     model: nn.Module  # the modules by name
     graph: fx.GraphModule | None  # `None` if it is not traced
-    layers: Mapping[str, LayerFacts]  # by path, once for each adapted layer
+    layers: Mapping[str, Leaf]  # the box of each adapted layer, by path
     aliases: Mapping[str, str]  # any path of an adapted layer -> its first path
     classes: Mapping[str, str]  # path of a module -> name of the class
     parameters: int  # of the model, without its adapters
@@ -45,7 +35,7 @@ def subject_of(model: nn.Module, graph: fx.GraphModule | None) -> Subject:
     return Subject(
         model=model,
         graph=graph,
-        layers={path: _facts(layer, state) for path, layer in layers.items()},
+        layers={path: _box(path, layer, state) for path, layer in layers.items()},
         aliases={path: first[part] for path, part in named.items() if part in first},
         classes={path: type(part).__name__ for path, part in named.items()} | _classes_in(model),
         parameters=sum(parameter.numel() for parameter in own_parameters(model)),
@@ -61,15 +51,24 @@ def _classes_in(model: nn.Module) -> dict[str, str]:
     return {path: kind for path, kind in found.items() if path in plain}
 
 
-def _facts(layer: AdaptedLayer, state: AdapterState | None) -> LayerFacts:
+def _box(path: str, layer: AdaptedLayer, state: AdapterState | None) -> Leaf:
     reflection, used = layer.hra_u, layer.hra_u.active
     if state is not None and reflection.unmerged is not None:  # merged adapters are also in use
         held = {*reflection.active, *state.merged}
         used = tuple(name for name in state.active if name in held and name in reflection)
-    rank = sum(reflection.specs[name].r for name in used)
-    parameters = sum(parameter.numel() for parameter in own_parameters(layer))
-    vectors = sum(parameter.numel() for parameter in reflection.parameters())
-    return LayerFacts(describe_module(layer), reflection.width, rank, parameters, vectors)
+    return Leaf(
+        name=name_of(path),
+        detail=describe_module(layer),
+        kind="adapted_layer",
+        op="eager",
+        target=path,
+        place=(),
+        marks=(path,),
+        width=reflection.width,
+        rank=sum(reflection.specs[name].r for name in used),
+        paths=(path,),
+        parameters=sum(parameter.numel() for parameter in own_parameters(layer)),
+    )
 
 
 def name_of(path: str) -> str:

@@ -112,7 +112,7 @@ def test_repeated_layers_are_one_line_with_the_ranges_of_their_values() -> None:
         for name in names
     ]
     text = in_terminal(report_of(*rows, row("head")), 120).splitlines()
-    wanted = "encoder.layer.*.attention.self.query x3 2 48 11.5 to 11.7% 79 to 101°"
+    wanted = "encoder.layer.*.attention.self.query x3 2 48 11.5 to 11.7% 79.0 to 101.0°"
     assert any(" ".join(line.split()).startswith(wanted) for line in text)
     assert any(line.split()[:3] == ["head", "2", "16"] for line in text)
     assert sum("attention" in line for line in text) == 2
