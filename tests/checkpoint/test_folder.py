@@ -1,4 +1,4 @@
-"""Folders of adapters: how they are found locally and on the Hub, written completely or not at all, and read."""
+"""Folders of adapters: how they are found locally and on the Hub, and written completely or not at all."""
 
 from __future__ import annotations
 
@@ -13,49 +13,47 @@ from urllib.parse import unquote
 import huggingface_hub
 import pytest
 import torch
+from adapting import mlp
+from checkpoint.damaging import CONFIG_NAME, WEIGHTS_NAME, saved, weights
 from checkpoints import files_of_at_most, picture
 from model.many import bert, config, ids, run, turn
 from one_hub import Answering, serving
 from oracles import relative_error
-from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from safetensors.torch import save_file
 
 import hra_fx
-from hra_fx.checkpoint.folder import WEIGHTS_NAME, find, read, write
-from hra_fx.config import CONFIG_NAME, HRAConfig
+from hra_fx.config import HRAConfig
 from hra_fx.errors import CheckpointError, ConfigError
 
 KEY = "base_model.model.0.hra_u"
-CONFIG = HRAConfig(r=2, target_modules=["0"]).to_json_string()
 BOTH = [CONFIG_NAME, WEIGHTS_NAME]
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+def adapter(folder: Path, r: int = 2) -> Path:
+    return saved(folder, "0", r=r)
 
 
-def saved(folder: Path, seed: int = 0) -> Path:
-    write(folder, CONFIG, {KEY: normal(6, 2, seed=seed)}, {})
-    return folder
+def rank_of(source: Any, subfolder: str | None = None, **hub: Any) -> int:
+    """The rank of the adapter that is loaded."""
+    return int(hra_fx.load_adapter(mlp(), source, subfolder=subfolder, **hub)[0].hra_u["default"].shape[1])
 
 
 def refused(source: Any, subfolder: str | None = None, **hub: Any) -> str:
     with pytest.raises(CheckpointError) as caught:
-        find(source, subfolder, **hub)
+        rank_of(source, subfolder, **hub)
     return str(caught.value)
 
 
-def test_a_local_folder_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved(tmp_path / "mine")
-    saved(tmp_path / "mine" / "adapters" / "first")
+def test_local_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter(tmp_path / "mine")
+    adapter(tmp_path / "mine" / "adapters" / "first", r=4)
     monkeypatch.chdir(tmp_path)
-    assert find("mine") == Path("mine")
-    assert find(tmp_path / "mine") == find(str(tmp_path / "mine")) == tmp_path / "mine"
-    assert find("mine", "") == find("mine", ".") == Path("mine")
+    assert [rank_of(source) for source in ("mine", tmp_path / "mine", str(tmp_path / "mine"))] == [2, 2, 2]
+    assert [rank_of("mine", subfolder) for subfolder in ("", ".")] == [2, 2]
     for subfolder in ("adapters/first", "adapters/first/", "./adapters//first", "adapters/other/../first"):
-        assert find("mine", subfolder) == Path("mine/adapters/first")
+        assert rank_of("mine", subfolder) == 4
     with pytest.raises(TypeError, match=r"^unexpected keyword argument 'sub_folder'\. Use subfolder, cache_dir, "):
-        find("mine", sub_folder="a")
+        rank_of("mine", sub_folder="a")
 
 
 def test_a_missing_folder_or_a_file_is_refused(tmp_path: Path) -> None:
@@ -65,14 +63,14 @@ def test_a_missing_folder_or_a_file_is_refused(tmp_path: Path) -> None:
         message = refused(source)
         assert message.startswith(f"{source}: no such folder, and not a valid Hub repository name.")
         assert "Pass a folder, or a name such as 'user/name'." in message
-    file = saved(tmp_path) / WEIGHTS_NAME
+    file = adapter(tmp_path) / WEIGHTS_NAME
     assert refused(file) == f"{file}: is a file. Pass the folder that contains it."
 
 
 def test_adapters_in_subfolders_are_named(tmp_path: Path) -> None:
-    for name in ("b", "a", "deep/c"):
-        saved(tmp_path / name)
-    (saved(tmp_path / "unfinished") / WEIGHTS_NAME).unlink()
+    for name in ("b", "a", "deep/c", "unfinished"):
+        adapter(tmp_path / name)
+    (tmp_path / "unfinished" / WEIGHTS_NAME).unlink()
     suggestion = "There are adapters in the subfolders 'a', 'b': pass the path of one of them."
     assert refused(tmp_path) == f"{tmp_path / CONFIG_NAME}: no such file. {suggestion}"
     assert refused(tmp_path, "other") == f"{tmp_path / 'other' / CONFIG_NAME}: no such file. {suggestion}"
@@ -111,21 +109,20 @@ class Hub(Answering):
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """Options of `find` for a server whose `user/name` has an adapter, another one in "other [1]", and a README."""
+    """Options for a server whose `user/name` has an adapter, another one in "other [1]", and a README."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    root = saved(tmp_path / "repository", seed=1)
-    saved(root / "other [1]", seed=2)
+    root = adapter(tmp_path / "repository")
+    adapter(root / "other [1]", r=4)
     (root / "README.md").write_text("A model card.")
     with serving(Hub, root=root) as address:
         yield {"endpoint": address, "cache_dir": tmp_path / "cache", "token": False}
 
 
 def test_only_the_two_files_of_a_repository_are_downloaded(hub: dict[str, Any]) -> None:
-    folder = find("user/name", **hub)
-    assert sorted(picture(folder)) == BOTH
-    assert torch.equal(read(folder / WEIGHTS_NAME)[0][KEY], normal(6, 2, seed=1))
-    assert find("user/name", cache_dir=hub["cache_dir"], local_files_only=True) == folder
-    assert torch.equal(read(find("user/name", "other [1]", **hub) / WEIGHTS_NAME)[0][KEY], normal(6, 2, seed=2))
+    assert rank_of("user/name", **hub) == 2
+    assert sorted({file.name for file in hub["cache_dir"].rglob("*.*") if file.is_symlink()}) == BOTH
+    assert rank_of("user/name", cache_dir=hub["cache_dir"], local_files_only=True) == 2
+    assert rank_of("user/name", "other [1]", **hub) == 4
 
 
 @pytest.mark.parametrize(
@@ -139,7 +136,7 @@ def test_only_the_two_files_of_a_repository_are_downloaded(hub: dict[str, Any]) 
 )
 def test_errors_of_the_hub(hub: dict[str, Any], source: str, options: dict[str, Any], reason: str) -> None:
     with pytest.raises(CheckpointError, match="the download from the Hub failed") as caught:
-        find(source, **{**hub, **options})
+        rank_of(source, **{**hub, **options})
     assert reason in str(caught.value)
     assert str(caught.value).endswith(
         "Check the name, the revision, the network, and that your token may read the repository."
@@ -150,7 +147,7 @@ def test_errors_of_the_hub(hub: dict[str, Any], source: str, options: dict[str, 
 def test_a_configuration_is_downloaded_without_weights(hub: dict[str, Any], tmp_path: Path) -> None:
     wanted = HRAConfig.from_pretrained(tmp_path / "repository")
     assert HRAConfig.from_pretrained("user/name", **hub) == wanted
-    assert HRAConfig.from_pretrained("user/name", "other [1]", **hub) == wanted
+    assert HRAConfig.from_pretrained("user/name", "other [1]", **hub).r == 4
     cached = sorted(path.name for path in (tmp_path / "cache").rglob("*") if path.is_symlink() or path.is_file())
     assert CONFIG_NAME in cached and WEIGHTS_NAME not in cached
     for source, options, text in (
@@ -165,53 +162,26 @@ def test_a_configuration_is_downloaded_without_weights(hub: dict[str, Any], tmp_
 
 # ---- written and read ----
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
 
-
-def test_every_dtype_is_read_and_nan_is_found_in_each(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    saved = {f"{dtype}.hra_u": normal(6, 3).to(dtype) for dtype in DTYPES}
-    saved |= {"steps": torch.tensor(7), "none": torch.empty(0, 3), "mask": torch.tensor([True, False])}
-    path.write_bytes(save(saved, {"format": "pt", "note": "ours"}))
-    tensors, metadata = read(path)
-    assert tensors.keys() == saved.keys() and metadata == {"format": "pt", "note": "ours"}
-    for key, tensor in saved.items():
-        assert tensors[key].dtype == tensor.dtype and torch.equal(tensors[key].double(), tensor.double())
-    for dtype in DTYPES:
-        vectors = normal(6, 3)
-        vectors[1, 2] = vectors[4, 0] = float("nan")
-        path.write_bytes(save({"fine": normal(2), KEY: vectors.to(dtype)}))
-        with pytest.raises(CheckpointError, match=f"^{path}: {KEY!r} has 2 of 18 values that are infinite or NaN"):
-            read(path)
-
-
-def test_safetensors_reads_the_written_file(tmp_path: Path) -> None:
-    table = normal(8, 6)
-    tensors = {
-        KEY: nn.Parameter(normal(6, 2)),
-        "strided": table.mT,
-        "whole": table,
-        "part": table[2:4],
-        "narrow": normal(3).bfloat16(),
-        "conjugate": torch.tensor([1 + 2j]).conj(),
-        "negative": torch.tensor([1 + 2j]).conj().imag,
-        "steps": torch.tensor(3),
-    }
-    folder = tmp_path / "new" / "folder"
-    write(folder, CONFIG, tensors, {"written_by": "a test", "format": "other"})
-    assert sorted(file.name for file in folder.iterdir()) == [CONFIG_NAME, WEIGHTS_NAME]
-    found = load_file(folder / WEIGHTS_NAME)
-    assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[key], tensors[key]) and found[key].dtype == tensors[key].dtype for key in tensors)
-    assert read(folder / WEIGHTS_NAME)[1] == {"format": "pt", "written_by": "a test"}
-    assert (folder / CONFIG_NAME).read_text(encoding="utf-8") == CONFIG
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
+)
+def test_nan_is_found_in_every_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    vectors = weights(adapter(tmp_path))[KEY].clone()
+    save_file({KEY: vectors.to(dtype)}, tmp_path / WEIGHTS_NAME)
+    assert rank_of(tmp_path) == 2
+    vectors[1, 1] = vectors[4, 0] = float("nan")
+    save_file({KEY: vectors.to(dtype)}, tmp_path / WEIGHTS_NAME)
+    assert refused(tmp_path).startswith(
+        f"{tmp_path / WEIGHTS_NAME}: {KEY!r} has 2 of 12 values that are infinite or NaN"
+    )
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])
 def test_permissions_follow_the_umask(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
-        saved(tmp_path / "adapter")
+        adapter(tmp_path / "adapter")
         (tmp_path / "plain").touch()
     finally:
         os.umask(before)
@@ -223,25 +193,24 @@ def test_a_file_in_place_of_the_folder_or_above_it_is_refused(tmp_path: Path) ->
     file = tmp_path / "file"
     file.write_text("kept")
     with pytest.raises(CheckpointError, match=r"is a file\. Pass a folder to save in"):
-        saved(file)
+        adapter(file)
     with pytest.raises(CheckpointError, match="cannot write the adapter"):
-        saved(file / "adapter")
+        adapter(file / "adapter")
     assert file.read_text() == "kept"
 
 
 def test_a_full_disk_leaves_the_old_adapter(tmp_path: Path) -> None:
-    before = picture(saved(tmp_path))
+    before = picture(adapter(tmp_path))
     message = rf"^{tmp_path}: cannot write the adapter \(\[Errno 27\] File too large\)"
-    with files_of_at_most(20_000), pytest.raises(CheckpointError, match=message):
-        write(tmp_path, CONFIG + " ", {KEY: torch.ones(100, 100)}, {})
+    with files_of_at_most(500), pytest.raises(CheckpointError, match=message):
+        saved(tmp_path, "0", "3", r=6)
     assert picture(tmp_path) == before
 
 
 def test_the_same_adapter_gives_the_same_bytes(tmp_path: Path) -> None:
-    """safetensors itself writes metadata in a random order."""
-    tensors, entries = {"ä.hra_u": normal(6, 2), KEY: normal(5, 1)}, {name: name * 5 for name in ("z", "ü", "a", "b")}
+    """safetensors itself writes metadata in a random order; with an anchor, there are three entries."""
     for i in range(5):
-        write(tmp_path / str(i), "{}", tensors, entries)
+        adapter(tmp_path / str(i), r=3)
     assert len({(tmp_path / str(i) / WEIGHTS_NAME).read_bytes() for i in range(5)}) == 1
 
 
