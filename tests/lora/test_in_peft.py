@@ -7,15 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import moe_models
 import peft
 import pytest
 import torch
+import transformers
+from checkpoints import gpt2
 from functional.test_householder import quick, seeds
 from hypothesis import given, settings, strategies as st
 from lora.kinds import KINDS, adapted, dense_change, exported_change, move
 from oracles import relative_error
+from tiny_models import llama
 from torch import Tensor, nn
-from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import hra_fx
 from hra_fx import HRAConfig
@@ -104,34 +107,37 @@ def test_all_layers_have_one_rank_padded_with_zeros() -> None:
     assert relative_error(exported_change(tensors, "first"), dense_change(model["first"], ["a"])) < 1e-6
 
 
-# PEFT warns about every tied model with an adapter on its output layer.
-pytestmark = pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True` and:UserWarning")
-IDS = torch.arange(24).view(2, 12)
-SIZES = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-LLAMA = {**SIZES, "hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2}
-GPT2 = {
-    "vocab_size": 64,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 2,
-    "n_positions": 32,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
+IDS = torch.arange(3, 21).view(2, 9)
+
+
+def falcon() -> nn.Module:
+    sizes = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
+    return transformers.FalconForCausalLM(transformers.FalconConfig(**sizes, bos_token_id=0, eos_token_id=1))
+
+
+def experts(name: str) -> Callable[[], nn.Module]:
+    return lambda: moe_models.built(name, torch.float32)
+
+
+ATTENTION = {"target_modules": ["q_proj", "v_proj"], "bias": "all"}
+ONE = {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1], "exclude_modules": ["up_proj"]}
+EXPERTS = {"target_modules": ["o_proj"], "target_parameters": moe_models.TARGETS}
+#: Model, the part that is transformed, and fields of the configuration. Experts of GPT-OSS are `(experts, in, out)`.
+LANGUAGE_MODELS: dict[str, tuple[Callable[[], nn.Module], str, dict[str, Any]]] = {
+    "Llama": (llama, "", {"target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}),
+    "one layer of several with its name": (llama, "", ONE),
+    "the model without its head": (llama, "model", ATTENTION),
+    "a block": (llama, "model.layers.1", ATTENTION),
+    "GPT-2, Conv1D": (gpt2, "", {"target_modules": ["c_attn", "c_proj", "c_fc"]}),
+    "Falcon, Linear with its own forward": (falcon, "", {"target_modules": ["query_key_value", "dense"]}),
+    "one parameter of experts": (experts("qwen3_moe"), "", {"target_parameters": ["experts.down_proj"]}),
+    **{f"experts of {name}": (experts(name), "", EXPERTS) for name in ("mixtral", "gpt_oss", "llama4", "deepseek_v3")},
 }
 
-LANGUAGE_MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
-    "Llama": (lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)), ["q_proj", "v_proj", "down_proj"]),
-    "GPT-2, Conv1D": (lambda: GPT2LMHeadModel(GPT2Config(**GPT2)), ["c_attn", "c_proj", "c_fc"]),
-    "Falcon, Linear with its own forward": (
-        lambda: FalconForCausalLM(FalconConfig(**SIZES, hidden_size=32, bos_token_id=0, eos_token_id=1)),
-        ["query_key_value", "dense"],
-    ),
-}
 
-
-def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
+def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
-        output: Tensor = model.eval()(input_ids=ids).logits
+        output: Tensor = model.eval()(input_ids=IDS).logits
     return output
 
 
@@ -148,16 +154,25 @@ def loaded(base: nn.Module, folder: Path, name: str = "default") -> Any:
     return peft.PeftModel.from_pretrained(copy.deepcopy(base), folder, adapter_name=name).eval()
 
 
-@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.needs("transformers>=5.6") if "experts" in name else ())
+        for name in LANGUAGE_MODELS
+    ],
+)
 def test_the_logits_equal_those_of_the_adapted_model(name: str, tmp_path: Path) -> None:
-    make, targets = LANGUAGE_MODELS[name]
-    base, model = pair(make, HRAConfig(r=3, target_modules=targets, task_type="CAUSAL_LM"))
+    make, part, fields = LANGUAGE_MODELS[name]
+    torch.manual_seed(0)
+    base = make()
+    model = copy.deepcopy(base)
+    move(hra_fx.transform(model.get_submodule(part), HRAConfig(r=3, **fields)), 0)
     hra_fx.save_as_lora(model, tmp_path)
     wanted, before = logits(model), logits(base)
     lora = loaded(base, tmp_path)
-    assert relative_error(logits(lora) - before, wanted - before) < 1e-5
-    if "lm_head" not in targets:  # PEFT would also merge into the embeddings
-        assert relative_error(logits(lora.merge_and_unload()) - before, wanted - before) < 1e-5
+    assert fields is not ONE or lora.targeted_module_names == ["model.layers.1.self_attn.q_proj"]
+    assert relative_error(logits(lora) - before, wanted - before) < 1e-4
+    assert relative_error(logits(lora.merge_and_unload()) - before, wanted - before) < 1e-4
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -182,32 +197,8 @@ def test_every_kind_of_layer_with_its_biases_and_saved_modules(kind: str, tmp_pa
         assert relative_error(loaded(base, tmp_path)(x, y) - before, wanted - before) < 1e-5
 
 
-def test_target_modules_match_the_adapted_layers_only(tmp_path: Path) -> None:
-    make, _ = LANGUAGE_MODELS["Llama"]
-    config = HRAConfig(r=2, target_modules=["q_proj", "up_proj"], layers_to_transform=[1], exclude_modules=["up_proj"])
-    base, model = pair(make, config)
-    hra_fx.save_as_lora(model, tmp_path)
-    lora = loaded(base, tmp_path)
-    assert lora.targeted_module_names == ["model.layers.1.self_attn.q_proj"]
-    assert relative_error(logits(lora), logits(model)) < 1e-5
-
-
-@pytest.mark.parametrize("part", ["model", "model.layers.1"])
-def test_a_part_that_was_transformed_is_saved_for_the_whole_model(part: str, tmp_path: Path) -> None:
-    make, _ = LANGUAGE_MODELS["Llama"]
-    torch.manual_seed(0)
-    base = make()
-    model = copy.deepcopy(base)
-    hra_fx.transform(model.get_submodule(part), HRAConfig(r=2, target_modules=["q_proj", "v_proj"], bias="all"))
-    move(model.get_submodule(part), 0)
-    hra_fx.save_as_lora(model, tmp_path)
-    wanted, before = logits(model), logits(base)
-    assert relative_error(logits(loaded(base, tmp_path)) - before, wanted - before) < 1e-5
-
-
 def test_the_result_has_the_rounding_error_of_each_layer(tmp_path: Path) -> None:
-    make, targets = LANGUAGE_MODELS["Llama"]
-    base, model = pair(make, HRAConfig(r=4, target_modules=targets))
+    base, model = pair(llama, HRAConfig(r=4, target_modules=["q_proj", "down_proj"]))
     result = hra_fx.save_as_lora(model, tmp_path, dtype="bfloat16")
     assert (result.dtype, result.rank, result.format, result.path) == ("bfloat16", 4, "peft", tmp_path)
     exact = hra_fx.convert_to_lora(model)[1]
