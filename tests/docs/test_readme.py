@@ -123,6 +123,7 @@ def test_the_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert type(values["model"]) is transformers.LlamaForCausalLM
 
 
+@pytest.mark.slow
 def test_graph_mode_prints_what_the_comments_say(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
