@@ -25,6 +25,10 @@ LAYERS: dict[str, Callable[..., tuple[Any, tuple[int, ...]]]] = {
     "linear": lambda dtype: (nn.Linear(40, 24, dtype=dtype), (5, 40)),
     "conv": lambda dtype: (nn.Conv2d(4, 6, 3, padding=1, dtype=dtype), (2, 4, 6, 7)),
     "oblong": lambda dtype: (nn.Conv2d(4, 6, (3, 5), stride=(2, 1), groups=2, dtype=dtype), (2, 4, 8, 9)),
+    "channels last": lambda dtype: (
+        nn.Conv2d(4, 6, 3, dtype=dtype).to(memory_format=torch.channels_last),
+        (2, 4, 6, 7),
+    ),
     "depthwise": lambda dtype: (nn.Conv2d(4, 4, 3, groups=4, dilation=2, dtype=dtype), (2, 4, 8, 9)),
     "circular": lambda dtype: (nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular", dtype=dtype), (2, 4, 6, 7)),
 }
@@ -70,30 +74,6 @@ def test_weights_are_the_nearest_to_the_exact_ones_and_in_the_same_memory(
         assert relative_error(base.weight, weight) < 1e-12
     else:
         assert torch.equal(base.weight, weight.to(dtype))
-
-
-def channels_last() -> nn.Sequential:
-    layer = nn.Conv2d(4, 6, 3, dtype=F64)
-    return nn.Sequential(layer.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
-
-
-def halves_of_one_buffer() -> nn.Sequential:
-    """As in optimizers with flat parameters: one storage, but no common element, so the weights are not tied."""
-    flat = normal(48)
-    model: Any = nn.Sequential(nn.Linear(6, 4, dtype=F64), nn.Linear(4, 6, dtype=F64))
-    model[0].weight, model[1].weight = (nn.Parameter(flat[:24].view(4, 6)), nn.Parameter(flat[24:].view(6, 4)))
-    return model
-
-
-@pytest.mark.parametrize("make", [channels_last, halves_of_one_buffer])
-def test_weights_of_any_layout_keep_it(make: Callable[[], nn.Sequential]) -> None:
-    model = make()
-    before = [memory(layer.weight) for layer in model]
-    model = adapt(model, *map(str, range(len(model))))
-    wanted = [oracle_weight(layer) for layer in model]
-    fold(model)
-    assert [memory(layer.weight) for layer in model] == before
-    assert all(relative_error(layer.weight, weight) < 1e-12 for layer, weight in zip(model, wanted, strict=True))
 
 
 # ---- refusals ----

@@ -176,7 +176,7 @@ def test_the_backward_pass_frees_the_factors_while_the_loss_is_kept() -> None:
 
 
 def test_backward_passes_over_parts_of_a_batch() -> None:
-    """In turn, and again over a retained graph. Freed and changed tensors raise the same errors as without adapters."""
+    """In turn, and again over a retained graph."""
     base, model = pair(two_outputs, "body|left|right")
     left, right = model(X)
     wanted_left, wanted_right = run_dense(base, model, X)
@@ -189,14 +189,6 @@ def test_backward_passes_over_parts_of_a_batch() -> None:
                 found, torch.autograd.grad(wanted.square().sum(), vectors, retain_graph=True), strict=True
             ):
                 assert_same(mine, oracle)
-    with pytest.raises(RuntimeError, match="second time"):
-        right.sum().backward()
-    left, right = model(X)
-    left.sum().backward()
-    with torch.no_grad():
-        model.right.hra_u["default"].mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an in-place operation"):
-        right.sum().backward()
 
 
 # ---- peak memory of `fold` and `merge_adapter` on a model of many equal layers ----
