@@ -22,14 +22,8 @@ def push_to_hub(
     model: nn.Module,
     repo_id: str,
     *,
-    commit_message: str = _MESSAGE,
-    commit_description: str | None = None,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
     selected_adapters: Iterable[str] | None = None,
-    **ignored: Any,
+    **options: Any,
 ) -> str:
     """Upload adapters, with a model card if the repository does not have one. The repository is created if needed.
 
@@ -38,11 +32,9 @@ def push_to_hub(
     Args:
         model: a transformed model.
         repo_id: name of the repository, such as `"user/name"`.
-        commit_message, commit_description, revision, create_pr: options of the commit.
-        private: whether a new repository is private.
-        token: token of the Hub; `None` for the stored one.
         selected_adapters: names of adapters; `None` for all.
-        ignored: other options of `push_to_hub` in transformers and diffusers.
+        options: `private`, `token`, `revision`, `commit_message`, `commit_description` and `create_pr`, as in
+            huggingface_hub. Other options of `push_to_hub` in transformers and diffusers are ignored.
 
     Returns:
         The URL of the commit.
@@ -51,14 +43,6 @@ def push_to_hub(
         AdapterError, CheckpointError: see `model.save_pretrained`; nothing is uploaded.
         HfHubHTTPError: the upload failed.
     """
-    options: dict[str, Any] = {
-        "commit_message": commit_message,
-        "commit_description": commit_description,
-        "private": private,
-        "token": token,
-        "revision": revision,
-        "create_pr": create_pr,
-    }
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder, selected_adapters)
         return on_first_rank(model.parameters(), lambda: upload(Path(folder), repo_id, None, options))

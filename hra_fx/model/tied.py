@@ -59,8 +59,3 @@ def reads_tie_setting(model: nn.Module) -> bool:
     """Whether a forward in the model reads the setting: Switch Transformers scales its output depending on it."""
     classes = set(map(original_class, model.modules()))
     return any(TIE_SETTING in chain for cls in classes for chain in chains_of(cls))
-
-
-def ties_when_loaded(config: Any) -> bool:
-    """Whether a configuration turns the setting on again when it is loaded."""
-    return bool(getattr(type(config).from_dict({**config.to_dict(), TIE_SETTING: False}), TIE_SETTING, False))

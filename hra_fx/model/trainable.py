@@ -88,13 +88,8 @@ def make_copies(
         if reason := _why_not_copied(owner, names):
             raise UnsupportedLayerError(f"{path} ({type(owner).__name__}): {reason}.")
     tensors = {(path, entry): getattr(owner, entry) for path, (owner, names) in wanted.items() for entry in names}
-    modules = dict(state_modules(model))  # each once, under its first path
-    first = {module: path for path, module in modules.items()}
-    originals = {
-        f"{first[owner]}.{entry}".lstrip("."): getattr(owner, entry)
-        for owner, names in wanted.values()
-        for entry in names
-    }
+    if not config.inference_mode:
+        _warn_about_tied(model, name, [(owner, entry) for owner, names in wanted.values() for entry in names])
     parted = differ_by_place(tensors, values)
     memo: dict[int, nn.Parameter] = {}
     for path, (owner, names) in wanted.items():
@@ -107,11 +102,18 @@ def make_copies(
         undo.callback(copies.remove, owner, name)
         given = {entry: values[path, entry] for entry in names if (path, entry) in values}
         copies.make(owner, name, names, {} if parted else memo, given)
-    for entry, others in tied_to(modules, originals).items() if not config.inference_mode else ():
-        if untied := [other for other in others if other not in originals]:
-            text = f"{entry} is tied to {', '.join(untied)}, and adapter {name!r} trains a copy of {entry} alone."
-            warnings.warn(text, HRAWarning, stacklevel=4)
-            break
+
+
+def _warn_about_tied(model: nn.Module, name: str, tensors: Iterable[tuple[nn.Module, str]]) -> None:
+    """Warn if an adapter trains a copy of one of two tied tensors. `tensors` are (module, name of its tensor)."""
+    modules = dict(state_modules(model))  # each once, under its first path
+    paths = {module: path for path, module in modules.items()}
+    copied = {f"{paths[owner]}.{entry}".lstrip("."): getattr(owner, entry) for owner, entry in tensors}
+    for entry, others in tied_to(modules, copied).items():
+        if alone := [other for other in others if other not in copied]:
+            text = f"{entry} is tied to {', '.join(alone)}, and adapter {name!r} trains a copy of {entry} alone."
+            warnings.warn(text, HRAWarning, stacklevel=5)
+            return
 
 
 def differ_by_place(tensors: Mapping[tuple[str, str], Tensor], values: Mapping[tuple[str, str], Tensor]) -> bool:
