@@ -18,8 +18,6 @@ _FIELDS = ("name", "detail", "kind", "op", "target", "shape", "dtype", "paramete
 def to_networkx(model: Any, example_inputs: Any = None) -> nx.DiGraph[str]:
     """Convert a model to a networkx graph with one node for each layer and operation.
 
-    A node includes the parameters and adapters of its layer.
-
     Every adapted layer is in exactly one node. Attributes are strings and numbers. All nodes have:
 
     * `name`, `detail` (class and shape of a layer), `kind` (`input`, `output`, `adapted_layer`, `module`, `op`, or

@@ -164,13 +164,10 @@ def _legend(drawing: Drawing, pictures: _Pictures) -> Iterator[str]:
 
 def _links(drawing: Drawing) -> str:
     """The links to the sections."""
-    found, links = drawing.report, ""
-    if found.rows:
-        links = f'<a href="#{_REPORT}">Report</a>'
-    if found.skipped:
-        alarm = ' class="alarm"' * any(layer.targeted for layer in found.skipped)
-        links += f'<a href="#{_SKIPPED}"{alarm}>{counted(len(found.skipped), "layer")} not adapted</a>'
-    return links
+    found = drawing.report
+    alarm = ' class="alarm"' * any(layer.targeted for layer in found.skipped)
+    skipped = f'<a href="#{_SKIPPED}"{alarm}>{counted(len(found.skipped), "layer")} not adapted</a>'
+    return f'<a href="#{_REPORT}">Report</a>' * bool(found.rows) + skipped * bool(found.skipped)
 
 
 def _sections(drawing: Drawing) -> Iterator[str]:

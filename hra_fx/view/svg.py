@@ -64,12 +64,13 @@ def write(
     return element
 
 
-def draw(parent: Element, box: Box, x: float, y: float, marked: Mark, *, root: bool = False) -> None:
+def draw(parent: Element, box: Box, x: float, y: float, marked: Mark | None = None, *, root: bool = False) -> None:
     """Draw a box and everything inside it. The root does not have a frame. `marked` gets the element of each box."""
     item = box.block.item
     group = shape(parent, "g", class_="root" if root else box.block.look)
     SubElement(group, "title").text = box.tip
-    marked(group, box.block)
+    if marked:
+        marked(group, box.block)
     if box.block.parts is not None:
         if not root:
             _draw_frame(group, box, x, y)
@@ -165,7 +166,7 @@ def _draw_frame(group: Element, box: Box, x: float, y: float) -> None:
     _badge(group, box, x + box.size.width - 8, y + 6)
 
 
-def _draw_inside(group: Element, box: Box, left: float, top: float, marked: Mark) -> None:
+def _draw_inside(group: Element, box: Box, left: float, top: float, marked: Mark | None) -> None:
     """Draw the edges of an open module, then its ports, and the boxes on top of the edges."""
     starts: dict[int, list[Route]] = {}
     for route in box.routes:

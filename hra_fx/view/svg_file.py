@@ -102,17 +102,12 @@ def render_svg(drawing: Drawing, block: Block) -> str:
     root = _canvas(round(card + 2 * _MARGIN), round(top + high + _MARGIN), title, drawing.facts)
     root.extend(entry for _, entry in legend)
     shape(root, "rect", x=_MARGIN, y=top, width=card, height=high, rx=10.0, fill="card", stroke="rule")
-    draw(root, box, _MARGIN + (card - box.size.width) / 2, top + _INSET, _count_adapted, root=True)
+    draw(root, box, _MARGIN + (card - box.size.width) / 2, top + _INSET, root=True)
     colored(root)
     style = Element("style")
     style.text = dark_rules(tostring(root, encoding="unicode"))
     root.insert(1, style)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + tostring(root, encoding="unicode") + "\n"
-
-
-def _count_adapted(group: Element, block: Block) -> None:
-    if block.parts is None:
-        group.set("data-adapted", str(len(block.item.marks)))
 
 
 def _canvas(wide: int, high: int, title: str, facts: str) -> Element:

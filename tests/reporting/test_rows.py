@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from moe_models import built
 from one_layer import normal
 from oracles import dense_product, layer_q
 from reporting.made import oracle_angles, oracle_share
@@ -17,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 import hra_fx
 from hra_fx import HRAConfig, report, transform
 from hra_fx.functional.statistics import min_angle, relative_change, rotation_stats
-from hra_fx.reporting.row import change_of
 
 F64 = torch.float64
 LAYERS: dict[str, Any] = {
@@ -73,13 +73,6 @@ def test_a_row_has_the_values_of_the_dense_product(
     if scale > 0.01:
         assert row.share == pytest.approx(oracle_share(weight, q), rel=1e-9)
         assert row.weight_change == pytest.approx(float((weight @ q - weight).norm() / weight.norm()), rel=1e-9)
-
-
-@pytest.mark.parametrize("kind", LAYERS)
-def test_the_share_of_a_weight_in_lower_precision(kind: str) -> None:
-    model = adapt(LAYERS[kind](), torch.bfloat16, scale=0.2, r=3)
-    (row,) = report(model)
-    assert row.share == pytest.approx(oracle_share(weight_of(model[0]), layer_q(model[0]).detach()), rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16, torch.float16])
@@ -159,25 +152,25 @@ def test_zero_columns_pairs_that_cancel_and_angles_below_the_floor_rotate_nothin
     assert rotation_stats(pair(floor / 3)).angles == ()
 
 
-def test_a_weight_that_is_cast_in_pieces() -> None:
+def test_a_weight_that_is_cast_in_pieces_and_weights_of_zeros_and_nan() -> None:
     weight, chain = normal(1, 3000, 2000).float(), normal(2, 2000, 3)
     basis = torch.linalg.qr(chain).Q
     wanted = float((weight.double() @ basis).square().sum() / weight.double().square().sum())
     assert relative_change(weight, chain).share == pytest.approx(wanted, rel=1e-5)
-
-
-def test_reflections_that_cancel_and_weights_of_zeros_and_nan() -> None:
-    chain = torch.zeros(6, 4)
-    chain[0, :2], chain[1, 2], chain[2, 3] = 1.0, 1.0, 1.0
-    assert relative_change(torch.eye(6), chain).share == pytest.approx(2 / 6)
-    assert relative_change(torch.zeros(3, 6), chain) == (0.0, 0.0)
-    assert all(map(math.isnan, relative_change(torch.full((3, 6), math.nan), chain)))
+    assert relative_change(torch.zeros(3, 2000), chain) == (0.0, 0.0)
+    assert all(map(math.isnan, relative_change(torch.full((3, 2000), math.nan), chain)))
 
 
 def test_the_change_of_experts_is_relative_to_all_of_them() -> None:
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(3, 5, 4, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)
-    chain = torch.randn(3, 4, 2, generator=generator, dtype=torch.float64)
-    moved = [weight @ dense_product(vectors) - weight for weight, vectors in zip(rows, chain, strict=True)]
-    wanted = float(torch.stack(moved).norm() / rows.norm())
-    assert change_of(rows, chain).change == pytest.approx(wanted)
+    base = built("mixtral")
+    path = "model.layers.1.mlp.experts.gate_up_proj"
+    with torch.no_grad():
+        base.get_parameter(path).mul_(torch.arange(1, 5)[:, None, None])
+    weights = base.get_parameter(path).detach().double()
+    config = HRAConfig(r=2, target_parameters=["experts.gate_up_proj"], init_weights=False)
+    model = transform(base, config)
+    (row,) = [row for row in report(model) if "layers.1" in row.path]
+    vectors = {name: value for name, value in model.named_parameters() if ".hra_u." in name and "layers.1" in name}
+    (chains,) = vectors.values()
+    moved = [w @ dense_product(chain.detach().double()) - w for w, chain in zip(weights, chains, strict=True)]
+    assert row.weight_change == pytest.approx(float(torch.stack(moved).norm() / weights.norm()), rel=1e-5)

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import pytest
-import torch
 from moe_models import built
 from tiny_models import llama
 from torch import nn
@@ -121,9 +120,7 @@ def test_layers_around_a_transformed_module_and_parts_of_one() -> None:
 
 def test_a_printed_report_groups_layers_by_reason() -> None:
     model = transform(llama(num_hidden_layers=9), HRAConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1]))
-    state = torch.get_rng_state()
     text = str(report(model))
-    assert torch.equal(torch.get_rng_state(), state)
     assert "Not adapted: 63 layers" in text
     assert "  model.layers.*.self_attn.q_proj (8): layer index not in layers_to_transform=[1]\n" in text
     assert "model.layers.*.self_attn.k_proj (9), model.layers.*.self_attn.v_proj (9), " in text
