@@ -37,17 +37,9 @@ def on_devices(model: nn.Module, devices: Sequence[torch.device] = (CPU,), targe
     return accelerate.dispatch_model(model, places, main_device="cpu", force_hooks=True)
 
 
-def partly(model: nn.Module, folder: Path) -> nn.Module:
-    """The first part in CPU memory, the others on a device, which executes all of them."""
-    places = {name: LAZY for name, _ in model.named_children()}
-    places[next(iter(places))] = "cpu"  # type: ignore[assignment]
-    return accelerate.dispatch_model(model, places, main_device=LAZY)
-
-
 OFFLOADS: dict[str, Callable[[nn.Module, Path], object]] = {
     "CPU": lambda model, folder: accelerate.cpu_offload(model, execution_device=CPU),
     "CPU, for another device": lambda model, folder: accelerate.cpu_offload(model, execution_device=LAZY),
-    "CPU, in a device map": partly,
     "disk": lambda model, folder: accelerate.disk_offload(model, str(folder), execution_device=CPU),
     "device map": dispatched,
 }

@@ -176,38 +176,22 @@ def refuses(model: nn.Module, kind: type[Exception], message: str, call: Callabl
     assert torch.equal(output(model, MLP), values)
 
 
-@pytest.mark.parametrize("when", WHEN)
-@pytest.mark.parametrize("way", OFFLOADS)
-def test_merges_and_folds(way: str, when: str, tmp_path: Path) -> None:
-    model = WHEN[when](MLP, way, tmp_path)
+def test_what_would_write_to_an_offloaded_weight(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"r": 2, "target_modules": ["0"]}
     message = "^0: accelerate offloads its weight.*Load the model without offloading.*fold_checkpoint"
-    for act in (hra_fx.merge_adapter, hra_fx.fold):
-        refuses(model, FoldError, message, functools.partial(act, model))
-    remove_hook_from_submodules(model)
-    model.to(CPU)  # new vectors are where their layers were executed
-    hra_fx.merge_adapter(model)
-    assert close(output(hra_fx.fold(model), MLP), output(MLP.model(), MLP))
-
-
-OVERWRITTEN = "accelerate offloads it, and would overwrite a trained copy with the base model's tensors"
-
-
-@pytest.mark.parametrize(
-    ("fields", "options", "message"),
-    [
-        ({"modules_to_save": ["2"]}, {}, OVERWRITTEN),
-        ({"bias": "all"}, {}, OVERWRITTEN),
-    ],
-)
-def test_new_trained_copies_and_verifying(
-    fields: dict[str, Any], options: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    model = offload(MLP.base(), "CPU", tmp_path)
-    settings = hra_fx.HRAConfig(r=2, target_modules=["0"], **fields)
-    refuses(model, UnsupportedLayerError, message, lambda: hra_fx.transform(model, settings, **options))
-    hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["0"]))
-    if fields:
-        refuses(model, UnsupportedLayerError, message, lambda: hra_fx.add_adapter(model, "b", settings))
+    overwritten = "accelerate offloads it, and would overwrite a trained copy with the base model's tensors"
+    for way in OFFLOADS:
+        model = offload(MLP.model(), way, tmp_path / way)
+        for act in (hra_fx.merge_adapter, hra_fx.fold):
+            refuses(model, FoldError, message, functools.partial(act, model))
+        biases = hra_fx.HRAConfig(**settings, bias="all")
+        refuses(model, UnsupportedLayerError, overwritten, functools.partial(hra_fx.add_adapter, model, "b", biases))
+        remove_hook_from_submodules(model)
+        hra_fx.merge_adapter(model.to(CPU))  # new vectors are where their layers were executed
+        assert close(output(hra_fx.fold(model), MLP), output(MLP.model(), MLP))
+    base = offload(MLP.base(), "CPU", tmp_path)
+    copies = hra_fx.HRAConfig(**settings, modules_to_save=["2"])
+    refuses(base, UnsupportedLayerError, overwritten, lambda: hra_fx.transform(base, copies))
 
 
 @pytest.mark.parametrize("way", ["CPU", "device map"])
