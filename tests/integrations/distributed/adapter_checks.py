@@ -47,22 +47,16 @@ def who_writes(rank: int, folder: Path) -> None:
 
 def save_pretrained(rank: int, folder: Path) -> None:
     """As the Trainer calls it: the folder of a checkpoint, and only one main process."""
-    llama = CASES["llama"]
+    llama, place = CASES["llama"], folder / "user" / "name"
     model: Any = shard(llama.model(), llama.units)
     model.save_pretrained(folder / "checkpoint-1", is_main_process=rank == 0)
     assert (folder / "checkpoint-1" / "model.safetensors").exists()
-    loaded = hra_fx.load_adapter(llama.base(), folder / "checkpoint-1")
-    assert close(loaded, llama, output(llama.model(), llama))
     entries = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     model.save_pretrained(folder / "given", is_main_process=rank == 0, state_dict=entries)
     torch.distributed.barrier()
-    assert close(hra_fx.load_adapter(llama.base(), folder / "given"), llama, output(llama.model(), llama))
-
-
-def uploads(rank: int, folder: Path) -> None:
-    """Each process has a Hub of its own: the first one uploads, and all get the URL and the error."""
-    llama, place = CASES["llama"], folder / "user" / "name"
-    model: Any = shard(llama.model(), llama.units)
+    for saved in ("checkpoint-1", "given"):
+        assert close(hra_fx.load_adapter(llama.base(), folder / saved), llama, output(llama.model(), llama))
+    # Each process has a Hub of its own: the first one uploads, and all get the URL and the error.
     with one_hub() as files:
         url = hra_fx.push_to_hub(model, "user/name", token="hf_x")
         assert bool(files) is (rank == 0) and url.endswith("/user/name/commit/1")
@@ -251,7 +245,7 @@ def report_of_this_rank(rank: int, folder: Path) -> None:
 CHECKS: dict[str, Check] = {
     check.__name__: check
     for check in (
-        *(who_writes, save_pretrained, uploads, strength_and_disabling, pictures, fold_under_ddp, under_ddp),
+        *(who_writes, save_pretrained, strength_and_disabling, pictures, fold_under_ddp, under_ddp),
         *(refused_when_sharded, refused_copies, refused_when_split, flat_shards, without_memory, report_of_this_rank),
     )
 }

@@ -101,14 +101,7 @@ class Case:
         return self.make().to(self.dtype)
 
     def model(self) -> nn.Module:
-        """With vectors off their start, the same in every process."""
-        model = hra_fx.transform(self.base(), hra_fx.HRAConfig(**{"r": 4, **self.config}))
-        torch.manual_seed(1)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if ".hra_u." in name:
-                    parameter.add_(0.3 * torch.randn_like(parameter))
-        return model
+        return adapted(self.base(), self)
 
     def data(self) -> tuple[Tensor, Tensor]:
         torch.manual_seed(2)
@@ -116,13 +109,13 @@ class Case:
 
 
 def adapted(base: nn.Module, case: Case) -> nn.Module:
-    """A base model with the vectors of `case.model()`."""
+    """A base model with vectors off their start, the same in every process and on every device."""
+    torch.manual_seed(1)
     model = hra_fx.transform(base, hra_fx.HRAConfig(**{"r": 4, **case.config}))
-    vectors = dict(case.model().named_parameters())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".hra_u." in name:
-                parameter.copy_(vectors[name])
+                parameter.add_(0.3 * torch.randn(parameter.shape, dtype=F64).to(parameter))
     return model
 
 

@@ -29,25 +29,18 @@ fields = pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 
 
 @fields
-def test_a_configuration_of_peft_is_converted(fields: dict[str, Any]) -> None:
+def test_a_configuration_of_peft_is_converted_and_not_changed(fields: dict[str, Any]) -> None:
     for add in (hra_fx.transform, hra_fx.HRAModel, hra_fx.get_peft_model):
-        ours = add(net(F64), peft.HRAConfig(**copy.deepcopy(fields)))
-        written = hra_fx.HRAConfig(**fields, peft_version=peft.__version__)
-        assert ours._hra_record.configs["default"] == written
+        config = peft.HRAConfig(**copy.deepcopy(fields))
+        ours = add(net(F64), config)
+        assert ours._hra_record.configs["default"] == hra_fx.HRAConfig(**fields, peft_version=peft.__version__)
+        assert config == peft.HRAConfig(**copy.deepcopy(fields))
+    same_line(by_peft(net(F64), **fields), ours)
     hra_fx.add_adapter(ours, "other", peft.HRAConfig(r=2, target_modules=["out"]))
     assert list(ours.peft_config) == ["default", "other"]
-    same_line(by_peft(net(F64), **fields), hra_fx.get_peft_model(net(F64), peft.HRAConfig(**copy.deepcopy(fields))))
-    # The configuration of PEFT is not changed.
-    config = peft.HRAConfig(r=2, target_modules=["query"])
-    hra_fx.transform(net(), config)
-    assert config == peft.HRAConfig(r=2, target_modules=["query"])
-
-
-def test_arguments_of_get_peft_model() -> None:
-    config = hra_fx.HRAConfig(r=2, target_modules=["query"])
     model = hra_fx.get_peft_model(net(), config, "mine", revision="v2", low_cpu_mem_usage=True)
     assert model.peft_config["mine"].revision == "v2" and config.revision is None
-    assert model.body.layers[0].query.hra_u["mine"].is_meta
+    assert all(vectors.is_meta for name, vectors in model.named_parameters() if name.endswith(".hra_u.mine"))
 
 
 def test_peft_refuses_our_configuration_with_what_to_call() -> None:
@@ -188,10 +181,11 @@ def test_an_auto_class_loads_the_base_model_and_the_adapter(name: str, kind: str
     assert relative_error(opened(**x)[0], theirs(**x)[0]) < 1e-5
 
 
-def test_options_of_an_auto_class(tmp_path: Path) -> None:
-    model = hra_fx.get_peft_model(saved_base("llama", tmp_path), hra_fx.HRAConfig(r=4))
-    randomise(model)
-    model.save_pretrained(tmp_path / "all" / "mine")
+def test_options_of_an_auto_class_and_a_tokenizer_with_more_tokens(tmp_path: Path) -> None:
+    base = saved_base("llama", tmp_path)
+    hra_fx.get_peft_model(base, hra_fx.HRAConfig(r=4)).save_pretrained(tmp_path / "all" / "mine")
+    vocabulary = Tokenizer(WordLevel({f"w{i}": i for i in range(41)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=vocabulary).save_pretrained(tmp_path / "all")
     opened = hra_fx.AutoPeftModelForCausalLM.from_pretrained(
         tmp_path / "all", "mine", True, subfolder="mine", dtype=torch.bfloat16, local_files_only=True
     )
@@ -199,15 +193,6 @@ def test_options_of_an_auto_class(tmp_path: Path) -> None:
     assert {name for name, p in opened.named_parameters() if p.requires_grad} == {
         name for name in opened.state_dict() if name.endswith("hra_u.mine")
     }
-
-
-def test_embeddings_are_resized_to_the_tokenizer_in_the_folder(tmp_path: Path) -> None:
-    base = saved_base("llama", tmp_path)
-    model = hra_fx.get_peft_model(base, hra_fx.HRAConfig(r=4, task_type="CAUSAL_LM"))
-    model.save_pretrained(tmp_path / "adapter")
-    vocabulary = Tokenizer(WordLevel({f"w{i}": i for i in range(41)}, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=vocabulary).save_pretrained(tmp_path / "adapter")
-    opened = hra_fx.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert opened.get_input_embeddings().weight.shape[0] == 41 > base.config.vocab_size
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -183,40 +182,28 @@ def test_the_trainers_card_gets_the_metadata(tmp_path: Path) -> None:
     assert "# mine" in card.text and "hra_fx" in card.data.tags and card.data.library_name == "peft"
 
 
-@pytest.fixture
-def files() -> Iterator[dict[str, bytes]]:
-    """The files of the repository `user/name` of a Hub."""
-    with one_hub() as held:
-        yield held
-
-
 @pytest.mark.needs("huggingface-hub>=1.5")
-def test_push_to_hub_uploads_the_adapter_and_a_card(files: dict[str, bytes], tmp_path: Path) -> None:
-    model = adapted("llama", "transform")
-    url = model.push_to_hub("user/name", token="hf_x", commit_message="Mine", max_shard_size="1GB")
-    assert url.endswith("/user/name/commit/1") and files.keys() == FILES
-    model.save_pretrained(tmp_path)
-    assert files == {name: (tmp_path / name).read_bytes() for name in FILES}
-    # The card of the repository is somebody's by now.
-    files["README.md"] = b"# Mine"
-    model.push_to_hub("user/name", token="hf_x")
-    assert files["README.md"] == b"# Mine"
-
-
-@pytest.mark.needs("huggingface-hub>=1.5")
-def test_save_pretrained_uploads_what_it_wrote(files: dict[str, bytes], tmp_path: Path) -> None:
-    model = adapted("llama", "HRAModel")
-    hra_fx.add_adapter(model, "second", hra_fx.HRAConfig(r=2, target_modules=["q_proj"]))
-    folder = tmp_path / "user" / "name"
-    (folder / "checkpoint-1").mkdir(parents=True)
-    (folder / "checkpoint-1" / "adapter_config.json").write_text("of the Trainer")
-    model.save_pretrained(folder, push_to_hub=True, repo_id="user/name", token="hf_x", max_shard_size="1GB")
-    written = [*FILES, "second/adapter_config.json", "second/adapter_model.safetensors"]
-    assert files == {name: (folder / name).read_bytes() for name in written}
-    files.clear()
-    files["README.md"] = b"# Mine"
-    # The repository is named as the folder is; another process uploads nothing.
-    model.save_pretrained(folder, push_to_hub=True, is_main_process=False)
-    assert sorted(files) == ["README.md"]
-    model.save_pretrained(folder, push_to_hub=True, selected_adapters=["default"], token="hf_x")
-    assert files.keys() == FILES and files["README.md"] == b"# Mine"
+def test_push_to_hub_and_save_pretrained_upload_what_they_write(tmp_path: Path) -> None:
+    model, folder = adapted("llama", "HRAModel"), tmp_path / "user" / "name"
+    with one_hub() as files:
+        url = model.push_to_hub("user/name", token="hf_x", commit_message="Mine", max_shard_size="1GB")
+        assert url.endswith("/user/name/commit/1")
+        model.save_pretrained(tmp_path)
+        assert files == {name: (tmp_path / name).read_bytes() for name in FILES}
+        # The card of the repository is somebody's by now.
+        files["README.md"] = b"# Mine"
+        model.push_to_hub("user/name", token="hf_x")
+        assert files["README.md"] == b"# Mine"
+        files.clear()
+        hra_fx.add_adapter(model, "second", hra_fx.HRAConfig(r=2, target_modules=["q_proj"]))
+        (folder / "checkpoint-1").mkdir(parents=True)
+        (folder / "checkpoint-1" / "adapter_config.json").write_text("of the Trainer")
+        model.save_pretrained(folder, push_to_hub=True, repo_id="user/name", token="hf_x", max_shard_size="1GB")
+        written = [*FILES, "second/adapter_config.json", "second/adapter_model.safetensors"]
+        assert files == {name: (folder / name).read_bytes() for name in written}
+        files.clear()
+        # The repository is named as the folder is; another process uploads nothing.
+        model.save_pretrained(folder, push_to_hub=True, is_main_process=False)
+        assert not files
+        model.save_pretrained(folder, push_to_hub=True, selected_adapters=["default"], token="hf_x")
+        assert files.keys() == FILES

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 VOCABULARY = 32
 _TEXT = {
@@ -39,14 +39,6 @@ def t5() -> Case:
     return Case(transformers.T5ForConditionalGeneration(config), "lm_head", "shared", "q")
 
 
-def bart() -> Case:
-    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 32}
-    tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "forced_eos_token_id": None}
-    config = transformers.BartConfig(vocab_size=VOCABULARY, d_model=16, **layers, **heads, **tokens)
-    return Case(transformers.BartForConditionalGeneration(config), "lm_head", "model.shared", "v_proj")
-
-
 def bert() -> Case:
     model = transformers.BertForMaskedLM(transformers.BertConfig(**_TEXT))
     return Case(model, "cls.predictions.decoder", "bert.embeddings.word_embeddings", "query")
@@ -77,14 +69,7 @@ def switch() -> Case:
     return Case(transformers.SwitchTransformersForConditionalGeneration(config), "lm_head", "shared", "q")
 
 
-CASES = {
-    "llama": llama,
-    "t5": t5,
-    "bart": bart,
-    "bert": bert,
-    "bert_to_bert": bert_to_bert,
-    "llava": llava,
-}
+CASES = {"llama": llama, "t5": t5, "bert": bert, "bert_to_bert": bert_to_bert, "llava": llava}
 
 
 def case(kind: str) -> Case:
@@ -98,13 +83,6 @@ def case(kind: str) -> Case:
                 parameter.normal_()
     assert made.model.get_submodule(made.head).weight is made.model.get_submodule(made.embedding).weight
     return made
-
-
-def stored(layer: nn.Module) -> nn.Parameter:
-    """The weight as it is stored; `layer.weight` of an adapted layer is the rotated one."""
-    weight = layer._parameters["weight"]
-    assert weight is not None
-    return weight
 
 
 def logits(model: Any) -> Tensor:
