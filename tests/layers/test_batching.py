@@ -80,31 +80,6 @@ def test_layers_that_the_loss_does_not_reach_get_no_gradient() -> None:
     assert [vectors.grad is None for vectors in vectors_of(model)] == [False, True, True]
 
 
-@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
-def test_factors_without_gradients_follow_every_change(guard: Any) -> None:
-    model = adapted(r=2, init_weights=False)
-    other = hra_fx.HRAConfig(r=2, target_modules="all-linear", exclude_modules=[], init_weights=False, apply_GS=True)
-    hra_fx.add_adapter(model, "other", other)
-    layers = (model.one, model.two, model.three)
-
-    def assert_folded() -> None:
-        with guard():
-            found = [model(X) for _ in range(2)]
-        twin: Any = copy.deepcopy(model)
-        folded = hra_fx.fold(twin, list(twin.one.hra_u.active))(X)
-        assert all(relative_error(one, folded) < 1e-12 for one in found)
-
-    assert_folded()
-    for layer in layers:
-        layer.hra_u["other"].data.copy_(layer.hra_u["default"])
-    hra_fx.set_adapter(model, "other")  # the same vectors, with Gram-Schmidt
-    assert_folded()
-    model.two.hra_u["other"].data[0] += 1.0  # does not change the version of the parameter
-    assert_folded()
-    with torch.inference_mode(False):
-        model(X).sum().backward()
-
-
 @narrow
 @pytest.mark.parametrize("away", ["no storage", "no shape", "another dtype"])
 def test_vectors_that_a_tool_provides_only_while_a_layer_runs(away: str) -> None:

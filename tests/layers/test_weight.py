@@ -15,12 +15,9 @@ from accelerate import cpu_offload
 from adapting import config, randomise
 from layers import reading_weights
 from layers.cases import Doubling
-from layers.checking import assert_same, check, check_fold, normal, pair, run_dense, vectors_of
+from layers.checking import assert_same, check, normal, pair, run_dense, vectors_of
 from layers.reading_weights import (
-    TARGETS,
-    USES,
     Functional,
-    Reading,
     X,
     assert_gradients,
     dense,
@@ -126,17 +123,6 @@ def test_reads_pass_gradients_to_every_adapter() -> None:
     leaves = [*vectors_of(model).values(), *vectors_of(model, "other").values()]
     assert len(leaves) == 5
     assert_gradients(model(X), run_dense(base, model, X, adapters=("default", "other")), leaves)
-
-
-@pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("branches", [False, True], ids=["traceable", "untraceable"])
-def test_every_reader_gets_the_rotated_weight(use: str, branches: bool) -> None:
-    base, model = pair(lambda: Reading(use, branches), TARGETS, apply_GS=branches)
-    check(base, model, X)
-    if not branches:
-        graph = hra_fx.graphs(model)[""]
-        assert_same(graph(X), run_dense(base, model, X))
-    assert type(check_fold(base, model, X)) is Reading
 
 
 PARTS = ["called", "read", "both"]

@@ -1,0 +1,228 @@
+"""Modules with weights to rotate: attention, subclasses with their own forward, models that read weights.
+
+One test compares outputs, gradients and the fold of every case with dense products.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapting import config
+from layers.checking import assert_same, check, check_fold, dense_weights, normal, pair, run_dense
+from layers.reading_weights import TARGETS, USES, Reading
+from named_models import tiny_llama
+from refusals import refused
+from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.models.falcon.modeling_falcon import FalconLinear
+
+import hra_fx
+
+
+class Attending(nn.Module):
+    """Self-attention, or attention to another sequence. `out_proj` is never called; q, k and v are one parameter."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(12, 3, **kwargs)
+
+    def forward(self, x: Tensor, k: Tensor | None = None, v: Tensor | None = None, **kwargs: Any) -> Any:
+        k = x if k is None else k
+        return self.attn(x, k, k if v is None else v, **kwargs)
+
+
+class Around(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(torch.tanh(input))
+
+
+class Twice(nn.Linear):
+    """Two arguments, and the weight read twice."""
+
+    def forward(self, input: Tensor, other: Tensor) -> Tensor:
+        return input @ self.weight.t() + torch.tanh(other @ self.weight.t() + self.bias)
+
+
+class Feeding(nn.Module):
+    """Calls a layer with one or two arguments. It can be traced."""
+
+    def __init__(self, layer: nn.Module, count: int = 1) -> None:
+        super().__init__()
+        self.before, self.layer, self.count = nn.Linear(6, 6), layer, count
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        return torch.tanh(self.layer(x) if self.count == 1 else self.layer(x, 2 * x))
+
+
+class Demodulated(nn.Conv2d):
+    """Does not only multiply with the rows of the weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        norm = self.weight.flatten(1).pow(2).sum(1).add(1).rsqrt().view(-1, 1, 1, 1)
+        cross = self.weight.sum((0, 1), keepdim=True).tanh()
+        return F.conv2d(input, self.weight * norm + cross, self.bias, self.stride, self.padding)
+
+
+def encoder(**kwargs: Any) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(12, 2, 16, batch_first=True, **kwargs)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=not kwargs.get("norm_first"))
+
+
+@dataclass
+class Kind:
+    """How a model is made, its targets and its call."""
+
+    make: Callable[[], nn.Module]
+    targets: list[str] | str
+    args: tuple[Tensor, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+X, MEMORY = normal(1, 5, 2, 12), normal(2, 7, 2, 12)
+ROWS, SEQUENCES = normal(1, 5, 6), normal(6, 2, 5, 12)
+CAUSAL = torch.triu(torch.full((5, 5), float("-inf"), dtype=torch.float64), 1)
+PADDED = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+EVERY = ["self_attn", "out_proj", "linear1", "linear2"]
+
+
+def attention(*args: Tensor, targets: tuple[str, ...] = ("attn", "out_proj"), call: Any = None, **made: Any) -> Kind:
+    return Kind(lambda: Attending(**made), list(targets), args or (X,), call or {})
+
+
+def linear(make: Callable[[], nn.Module], count: int = 1) -> Kind:
+    return Kind(lambda: Feeding(make(), count), ["layer", "before"], (ROWS,), {}, {"apply_GS": True})
+
+
+def conv(make: Callable[[], nn.Module]) -> Kind:
+    return Kind(
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 1), make(), nn.ReLU()), ["0", "1"], (normal(2, 2, 3, 8, 8),), {}, {"r": 2}
+    )
+
+
+KINDS: dict[str, Kind] = {
+    "attention": attention(),
+    "attention to another sequence": attention(X, MEMORY),
+    "the inputs of an attention alone": attention(X, MEMORY, targets=("attn",)),
+    "the output of an attention alone": attention(X, MEMORY, targets=("out_proj",)),
+    "no bias": attention(bias=False),
+    "bias of k and v": attention(X, MEMORY, add_bias_kv=True),
+    "zero attention": attention(add_zero_attn=True),
+    "causal": attention(call={"attn_mask": CAUSAL, "is_causal": True, "need_weights": False}),
+    "mask": attention(call={"attn_mask": normal(3, 5, 5)}),
+    "mask of each head": attention(call={"attn_mask": normal(3, 6, 5, 5), "average_attn_weights": False}),
+    "padding": attention(call={"key_padding_mask": PADDED}),
+    "padding, batch first": attention(
+        X.transpose(0, 1).contiguous(), call={"key_padding_mask": PADDED}, batch_first=True
+    ),
+    "unbatched": attention(X[:, 0]),
+    "dropout": attention(call={"need_weights": False}, dropout=0.3),
+    "other widths": attention(X, normal(4, 6, 2, 5), normal(5, 6, 2, 7), targets=("out_proj",), kdim=5, vdim=7),
+    "encoder, norm first": Kind(lambda: encoder(norm_first=True), EVERY, (SEQUENCES,)),
+    "encoder, gelu": Kind(lambda: encoder(activation="gelu"), EVERY, (SEQUENCES,)),
+    "encoder and decoder": Kind(
+        lambda: nn.Transformer(12, 2, 1, 1, 16),
+        [*EVERY, "multihead_attn"],
+        (normal(7, 3, 3, 12), normal(8, 3, 3, 12)),
+    ),
+    "FalconLinear": linear(lambda: FalconLinear(6, 4)),
+    "NonDynamicallyQuantizableLinear": linear(lambda: nn.modules.linear.NonDynamicallyQuantizableLinear(6, 4)),
+    "around a Linear": linear(lambda: Around(6, 4, bias=False)),
+    "two arguments": linear(lambda: Twice(6, 4), 2),
+    "StdConv2d of a group": conv(lambda: StdConv2d(4, 6, 3, padding=1, groups=2)),
+    "ScaledStdConv2d": conv(lambda: ScaledStdConv2d(4, 6, 3)),
+    "Conv2dSame": conv(lambda: Conv2dSame(4, 6, 3, stride=2)),
+    "Conv2dSame, dilated": conv(lambda: Conv2dSame(4, 6, (3, 2), dilation=2, bias=False)),
+    "demodulated": conv(lambda: Demodulated(4, 6, 3, padding=1)),
+    **{
+        f"{use}, {'un' * branches}traceable": Kind(
+            lambda use=use, branches=branches: Reading(use, branches),  # type: ignore[misc]
+            TARGETS,
+            (ROWS,),
+            {},
+            {"apply_GS": branches},
+        )
+        for use in USES
+        for branches in (False, True)
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
+@pytest.mark.parametrize("name", KINDS)
+def test_outputs_gradients_and_the_fold_are_those_of_dense_products(name: str) -> None:
+    kind = KINDS[name]
+    base, model = pair(kind.make, kind.targets, **kind.fields)
+    check(base, model, *kind.args, rtol=1e-9, **kind.kwargs)
+    if isinstance(model, Reading) and not model.branches:
+        assert_same(hra_fx.graphs(model)[""](*kind.args), run_dense(base, model, *kind.args))
+    check_fold(base, model, *kind.args, rtol=1e-9, **kind.kwargs)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.parametrize("targets", [*([each] for each in EVERY), EVERY], ids=[*EVERY, "every"])
+def test_the_fast_path_over_nested_tensors(targets: list[str]) -> None:
+    """It is taken in eval mode without gradients."""
+    base, model = pair(encoder, targets)
+    check(base, model, SEQUENCES)
+    with torch.no_grad():
+        slow = run_dense(base, model, SEQUENCES, src_key_padding_mask=PADDED)
+        fast = model(SEQUENCES, src_key_padding_mask=PADDED)
+    assert_same(fast[~PADDED], slow[~PADDED])
+    model.requires_grad_(False)
+    assert_same(model(SEQUENCES, src_key_padding_mask=PADDED)[~PADDED], slow[~PADDED])
+
+
+# ---- attention: what is refused, and its bias ----
+
+
+def test_inputs_of_different_widths_are_refused_for_the_attention() -> None:
+    message = refused(nn.Sequential(nn.MultiheadAttention(12, 3, kdim=5, vdim=7)), config("0"))
+    assert message.startswith("0 (MultiheadAttention): its `kdim` or `vdim` differs from `embed_dim`")
+    assert message.endswith("Exclude the layer with `exclude_modules` and target its `out_proj`.")
+
+
+@pytest.mark.parametrize("first", ["reflected", "saved"])
+def test_an_attention_is_not_reflected_by_one_adapter_and_saved_by_another(first: str) -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(6, 2), "other": nn.Linear(6, 2)})
+    adapters = {"reflected": config("attention", r=2), "saved": config("other", r=2, modules_to_save=["attention"])}
+    hra_fx.transform(model, adapters.pop(first), "one")
+    with pytest.raises(hra_fx.UnsupportedLayerError, match=r"^attention"):
+        hra_fx.add_adapter(model, "two", adapters.popitem()[1])
+
+
+def test_the_bias_of_an_attention_is_trained_too() -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(6, 2), "other": nn.Linear(6, 2)})
+    hra_fx.transform(model, config("attention", r=2, bias="hra_only"))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == ["attention.in_proj_bias", "attention.hra_u.default"]
+
+
+# ---- parts of models, and classes ----
+
+
+def test_a_slice_of_an_adapted_sequential_runs_its_adapted_layers() -> None:
+    base, model = pair(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), ["0", "2"])
+    whole = model(ROWS)
+    first, last = model[:2], model[2:]
+    assert_same(first(ROWS), torch.relu(F.linear(ROWS, dense_weights(base, model)["0.weight"], base[0].bias)))
+    assert_same(last(first(ROWS)), whole)
+    assert first[0] is model[0] and torch.equal(model(ROWS), whole)
+
+
+@pytest.mark.parametrize("way", [hra_fx.transform, hra_fx.HRAModel])
+def test_the_class_of_a_model_of_transformers_loads_base_models(way: Callable[..., Any], tmp_path: Path) -> None:
+    plain = tiny_llama()
+    plain.save_pretrained(tmp_path)
+    model = way(copy.deepcopy(plain), config("q_proj"))
+    for loaded in (type(model).from_pretrained(tmp_path), model.from_pretrained(tmp_path)):
+        assert type(loaded) is type(plain)
+        assert all(map(torch.equal, loaded.state_dict().values(), plain.state_dict().values()))
