@@ -6,14 +6,12 @@ import contextlib
 import os
 import re
 import shutil
-import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from rich.filesize import decimal
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -37,28 +35,21 @@ _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """The result of `fold_checkpoint`. Printing it shows one line.
+    """The result of `fold_checkpoint`: the new folder, and the paths of the layers with rotated weights.
 
-    Attributes:
-        folder: the new checkpoint.
-        rotated: paths of the layers with rotated weights; in a pipeline, after the name of the part and "/".
-        bytes: total size of the folder.
-        seconds: run time.
+    In a pipeline, paths start with the name of the part: `"unet/mid_block.attentions.0.proj_in"`.
 
     Example:
-        >>> print(CheckpointReport(Path("folded"), ("model.layers.0.q_proj",), 2_300_000, 0.5))
-        folded: 1 layer rotated, 2.3 MB in 0.5 s
+        >>> print(CheckpointReport(Path("folded"), ("model.layers.0.q_proj",)))
+        folded: 1 layer rotated
     """
 
     folder: Path
     rotated: tuple[str, ...]
-    bytes: int
-    seconds: float
 
     def __str__(self) -> str:
         """One line."""
-        count = f"{len(self.rotated)} layer{'s' * (len(self.rotated) != 1)} rotated"
-        return f"{self.folder}: {count}, {decimal(self.bytes)} in {self.seconds:.1f} s"
+        return f"{self.folder}: {len(self.rotated):,} layer{'s' * (len(self.rotated) != 1)} rotated"
 
 
 @without_removed_arguments
@@ -92,7 +83,7 @@ def fold_checkpoint(
         trust_remote_code: whether to run code in `base_dir` that defines the class of a transformers model.
 
     Returns:
-        A report. Printing it shows a summary.
+        The new folder, and the rotated layers.
 
     Raises:
         CheckpointError: a file is missing, damaged, a pickle, or does not fit; or writing failed.
@@ -116,7 +107,6 @@ def fold_checkpoint(
         ...     fold_checkpoint(base, adapter, out).rotated
         ('model.layers.0.self_attn.q_proj',)
     """
-    begin = time.perf_counter()
     base, out = Path(os.path.abspath(base_dir)), Path(os.path.realpath(out_dir))
     adapters = _by_part(base, adapter_dir)
     _check_folders(base, out, [source for several in adapters.values() for source in several], overwrite=overwrite)
@@ -126,11 +116,10 @@ def fold_checkpoint(
             paths = _fold_part(base / part, sources, folder / part, trust_remote_code=trust_remote_code)
             rotated += [f"{part}/{path}".lstrip("/") for path in paths]
         _copy_others(base, folder, [base / part for part in adapters])
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if kept := [file.relative_to(base).as_posix() for part in adapters for file in _other_weights(base / part)]:
         text = f"{out}: {some_of(kept, 4)} still contain the base model's weights. Delete them, or do not load them."
         warnings.warn(text, HRAWarning, stacklevel=3)
-    return CheckpointReport(out, tuple(rotated), size, time.perf_counter() - begin)
+    return CheckpointReport(out, tuple(rotated))
 
 
 def load_base(folder: Path, *, trust_remote_code: bool = False) -> Any:

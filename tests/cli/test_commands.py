@@ -88,7 +88,7 @@ def test_fold_takes_a_part_of_a_pipeline(tmp_path: Path) -> None:
     adapter = adapter_of(unet(), tmp_path / "adapter", "to_q")
     words = ("fold", tmp_path / "pipe", adapter, tmp_path / "out")
     assert mistake(*words).endswith("(--part unet).")
-    assert " layers rotated, " in answer(*words, "--part", "unet")
+    assert " layers rotated" in answer(*words, "--part", "unet")
     assert picture(tmp_path / "out").keys() == picture(tmp_path / "pipe").keys()
 
 
