@@ -20,10 +20,10 @@ from packaging.requirements import Requirement
 #: Files that newer releases are needed for. A single test that needs a newer release has the marker `needs`.
 NEEDS = {
     "export": "torch>=2.9",
-    "tracing/test_graph_like_eager.py": "torch>=2.9",
-    "tracing/test_graph_of_call.py": "torch>=2.9",
-    "tracing/test_messages.py": "torch>=2.9",
-    "tracing/test_trace_example.py": "torch>=2.9",
+    "tracing/test_captured.py": "torch>=2.9",
+    "tracing/test_graph_is_eager.py": "torch>=2.9",
+    "tracing/test_graphs.py": "torch>=2.9",
+    "tracing/test_refused.py": "torch>=2.9",
     "layers/experts/test_products.py": "transformers>=5.6",
     "layers/quantized": "torchao>=0.18",
     "model/test_experts.py": "transformers>=5.6",

@@ -51,10 +51,8 @@ class ModesDifferError(CaptureError):
 
     def __init__(self, one: fx.Node, other: fx.Node) -> None:
         """Name the first pair of nodes that differs, from train and eval mode."""
-        node = one if other.op == "output" else other
-        where = module_path(node) or ""
-        where = where.rpartition(".")[0] if node.op == "call_module" else where  # the module that calls the layer
-        super().__init__(f"{where or 'it'} runs different operations in train mode and in eval mode{line_of(node)}")
+        places = [line_of(node) or f" in {module_path(node) or 'its forward'}" for node in (one, other)]
+        super().__init__(f"it runs different operations in train mode{places[0]} and in eval mode{places[1]}")
 
 
 def merge_modes(in_train: fx.Graph, in_eval: fx.Graph) -> dict[str, nn.Module]:

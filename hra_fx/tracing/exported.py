@@ -67,7 +67,6 @@ def export_call(
     with bar, exporting(), ExitStack() as stack, _PlainOperators(), torch.enable_grad():
         stack.callback(_layers.clear)
         stack.callback(_recorded.clear)
-        _untie(model)
         _layers.update(leaves)
         for path, layer in leaves.items():
             vars(layer)["_call_impl"] = partial(_call, path, bar.update)
@@ -174,19 +173,6 @@ def _without_unknown(forward: Callable[..., Any], kwargs: Collection[str]) -> Ca
     added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in extra]
     vars(run)["__signature__"] = signature.replace(parameters=[*named, *added])
     return run
-
-
-def _untie(model: nn.Module) -> None:
-    """Give each name of a tied parameter an object of its own, so that the names are recorded.
-
-    A read of the weight of an adapted layer is W Q, and a read of another name of the same tensor is W.
-    """
-    seen: set[int] = set()
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if type(parameter) is nn.Parameter and id(parameter) in seen:
-                module._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
-            seen.add(id(parameter))
 
 
 class _PlainOperators(TorchFunctionMode):

@@ -1,24 +1,27 @@
-"""Models that torch.fx cannot trace, with calls in several sizes, and the comparison of a graph with eager mode."""
+"""Models of each kind, with calls in several sizes, in eager and in graph mode."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
+import moe_models
 import tiny_models
 import torch
 import transformers
 from adapting import randomise
 from graph_modules import config
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from tracing.models import Images, Reads, Shared
 
 import hra_fx
 
 SIZES = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-llama = partial(tiny_models.llama, **SIZES, tie_word_embeddings=True)
+llama = partial(tiny_models.llama, **SIZES)
 bert = partial(tiny_models.bert, **SIZES)
 
 
@@ -48,8 +51,12 @@ def classified(batch: int, length: int) -> dict[str, Any]:
     return tokens(batch, length) | {"labels": torch.randint(0, 2, (batch,))}
 
 
-def images(batch: int, _: int) -> dict[str, Any]:
-    return {"pixel_values": torch.randn(batch, 3, 16, 16)}
+def images(name: str, size: int, channels: int, batch: int, _: int) -> dict[str, Any]:
+    return {name: torch.randn(batch, channels, size, size)}
+
+
+def rows(batch: int, _: int) -> dict[str, Any]:
+    return {"x": torch.randn(batch, 6)}
 
 
 def resnet() -> nn.Module:
@@ -57,10 +64,23 @@ def resnet() -> nn.Module:
     return transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes))
 
 
+#: torch.fx traces Reads and Shared, and torch.export captures the others.
 CASES = {
     "llama": Case(llama, {"target_modules": "all-linear", "rank_pattern": {"q_proj": 2}}, labeled, example=(1, 5)),
-    "bert": Case(bert, {"target_modules": "all-linear", "task_type": "SEQ_CLS", "bias": "hra_only"}, classified),
-    "resnet": Case(resnet, {"target_modules": ".*convolution", "modules_to_save": ["classifier"]}, images),
+    "bert": Case(bert, {"target_modules": ["query", "dense"], "task_type": "SEQ_CLS", "bias": "hra_only"}, classified),
+    "resnet": Case(
+        resnet,
+        {"target_modules": ".*convolution", "modules_to_save": ["classifier"]},
+        partial(images, "pixel_values", 16, 3),
+    ),
+    "images": Case(
+        Images, {"target_modules": ["conv", "attention", "attention.out_proj", "head"]}, partial(images, "x", 3, 2)
+    ),
+    "reads": Case(Reads, {"target_modules": ["first", "second"]}, rows),
+    "shared": Case(Shared, {"target_modules": ["first", "inner"], "apply_GS": True}, rows),
+    "experts": Case(
+        partial(moe_models.built, "mixtral", implementation="batched_mm"), {"target_parameters": ["down_proj"]}, tokens
+    ),
 }
 
 
@@ -70,12 +90,15 @@ class Pair:
     def __init__(self, case: Case) -> None:
         torch.manual_seed(0)
         base = case.make().double()
+        self.keys = list(base.state_dict())
         self.inputs = [_doubled(case.call(*sizes)) for sizes in case.others]
+        targets = {name: value for name, value in case.fields.items() if name.startswith("target")}
+        self.second = hra_fx.HRAConfig(r=3, **targets)
         settings = hra_fx.HRAConfig(r=4, **case.fields)
         self.graph, self.eager = twins(base, _doubled(case.call(*case.example)), settings)
 
     def both(self, act: Callable[[Any], Any]) -> None:
-        """Do the same to both, in place or with a result that replaces the model."""
+        """Do the same to both, in place."""
         act(self.eager)
         act(self.graph)
 
@@ -105,8 +128,8 @@ def run(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
     """The outputs of a call, the gradients of their squares, and the buffers afterwards."""
     torch.manual_seed(1)
     model.zero_grad()
-    output = model(**inputs)
-    values = {name: value for name, value in output.items() if isinstance(value, Tensor)}
+    leaves = pytree.tree_flatten_with_path(model(**inputs))[0]
+    values = {pytree.keystr(path): value for path, value in leaves if isinstance(value, Tensor)}
     loss = torch.stack([value.square().sum() for value in values.values()]).sum()
     if loss.requires_grad:
         loss.backward()
@@ -116,13 +139,3 @@ def run(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
 
 def _doubled(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
-
-
-@cache
-def made_pair(name: str) -> Pair:
-    """Tracing takes long, so each pair is made once. Tests that change it take a copy."""
-    return Pair(CASES[name])
-
-
-def pair_of(name: str) -> Pair:
-    return copy.deepcopy(made_pair(name))

@@ -36,6 +36,25 @@ class Branches(Two):
         return {"out": self.second(self.middle(hidden)) * scale}
 
 
+class Images(nn.Module):
+    """torch.fx refuses it; it has every kind of adapted layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, padding=1, groups=2, padding_mode="circular")
+        self.norm = nn.BatchNorm2d(4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = nn.Linear(4, 3)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
+        if x.shape[0] > 100:
+            x = x[:100]
+        rows = self.norm(self.conv(x)).flatten(2).mT
+        read, _ = self.attention(rows, rows, rows, need_weights=False)
+        return {"again": self.head(read), "rows": self.drop(self.head(scale * rows))}
+
+
 class Straight(torch.autograd.Function):
     """A rounding whose gradient is that of the identity."""
 

@@ -1,16 +1,19 @@
-"""`hra_fx.graphs`: the graph of a whole model, over shared parameters."""
+"""`hra_fx.graphs`: one graph that computes what the adapted model does, and nothing else changes."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from adapting import adapted
+from adapting import adapted, picture, randomise
 from graph_modules import targets_of
 from layers.checking import assert_same, normal
 from torch import Tensor, fx, nn
+from tracing.captured import run
+from tracing.models import Images
 
 import hra_fx
 from hra_fx.errors import AdapterError
@@ -19,7 +22,7 @@ from hra_fx.errors import AdapterError
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 4, (3, 1), padding=(1, 0))
+        self.conv = nn.Conv2d(2, 4, (3, 1), padding=(1, 0))
         self.norm = nn.BatchNorm2d(4)
         self.drop = nn.Dropout(0.5)
         self.head = nn.Linear(4, 5)
@@ -29,39 +32,94 @@ class Net(nn.Module):
         return self.head(self.drop(x.mean((2, 3))))
 
 
-def net() -> Any:
-    torch.manual_seed(0)
-    return adapted(Net().double(), "conv", "head")
+class Values(Net):
+    """Neither torch.fx nor torch.export can trace it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if float(x.sum()) > 0 else super().forward(-x)
 
 
-IMAGE = normal(1, 2, 3, 5, 5)
+IMAGE = normal(1, 2, 2, 3, 3)
+LAYERS = {"conv": 1, "attention": 1, "attention.out_proj": 1, "head": 2}
 
 
-def test_a_model_that_is_traced_whole() -> None:
-    model = net()
-    found = hra_fx.graphs(model)
-    assert list(found) == [""] and isinstance(found[""], fx.GraphModule) and type(found[""]).__name__ == "Net"
-    assert targets_of(found[""]) == ["conv.hra_u", "conv", "norm", "by_mode_0", "drop", "head.hra_u", "head"]
-    nodes = {str(node.target): node for node in found[""].graph.nodes}
-    assert nodes["conv.hra_u"].meta["nn_module_stack"] == nodes["conv"].meta["nn_module_stack"]
+def images(**fields: Any) -> Any:
+    torch.manual_seed(1)
+    return adapted(Images().double().eval(), "conv", "attention", "attention.out_proj", "head", **fields)
 
 
-@pytest.mark.needs("torch>=2.9")
-def test_interpreters_and_export() -> None:
-    model = net().eval()
+def check_graph(model: nn.Module) -> fx.GraphModule:
+    """The graph computes what the model does, with the same gradients and parameters."""
+    found = hra_fx.graphs(model, {"x": IMAGE, "scale": 2.0})
+    assert list(found) == [""]
+    graph = found[""]
+    wanted, given = (run(each, {"x": IMAGE, "scale": 2.0}) for each in (model, graph))
+    assert wanted.keys() == given.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(given[name], value, rtol=1e-9, atol=1e-9)
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    shared = dict(graph.named_parameters()) | dict(graph.named_buffers())
+    assert all(own[name] is tensor for name, tensor in shared.items() if name in own)
+    assert {name for name, _ in model.named_parameters()} <= shared.keys()
+    graph.graph.lint()
+    return graph
+
+
+@pytest.mark.parametrize("fields", [{"r": 3}, {"apply_GS": True, "inference_mode": True}], ids=str)
+def test_each_use_of_a_layer_has_a_reflection(fields: dict[str, Any]) -> None:
+    graph = check_graph(images(**fields))
+    called = [target for target in targets_of(graph) if target.endswith(".hra_u")]
+    assert Counter(target.removesuffix(".hra_u") for target in called) == LAYERS
+
+
+def test_a_graph_follows_the_state_of_the_adapters() -> None:
+    model = images()
+    hra_fx.add_adapter(model, "other", hra_fx.HRAConfig(r=3, target_modules=["conv", "head"]))
+    hra_fx.set_adapter(model, ["other", "default"])
+    randomise(model)
+    graph = check_graph(model)
+    hra_fx.set_scale(model, "default", 0.5)
+    assert_same(graph(IMAGE, 2.0), model(IMAGE, 2.0))
+    with hra_fx.disable_adapters(model):
+        assert_same(graph(IMAGE, 2.0), model(IMAGE, 2.0))
+    hra_fx.merge_adapter(model)
+    assert_same(graph(IMAGE, 2.0), model(IMAGE, 2.0))
+
+
+def test_trained_copies_are_in_the_graph() -> None:
+    config = hra_fx.HRAConfig(r=2, target_modules=["conv"], bias="all", modules_to_save=["norm"])
+    model = hra_fx.transform(Images().double().eval(), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += torch.randn_like(parameter) * parameter.requires_grad
+    check_graph(model)
+
+
+def test_a_model_that_torch_fx_traces() -> None:
+    model = adapted(Net().double(), "conv", "head")
+    before = picture(model)
     graph = hra_fx.graphs(model)[""]
+    assert picture(model) == before
+    assert type(graph).__name__ == "Net"
+    assert targets_of(graph) == ["conv.hra_u", "conv", "norm", "by_mode_0", "drop", "head.hra_u", "head"]
+    nodes = {str(node.target): node for node in graph.graph.nodes}
+    assert nodes["conv.hra_u"].meta["nn_module_stack"] == nodes["conv"].meta["nn_module_stack"]
+    model.eval()
+    graph.eval()
     assert_same(fx.Interpreter(graph).run(IMAGE), model(IMAGE))
     assert_same(torch.export.export(graph, (IMAGE,)).module()(IMAGE), model(IMAGE))
 
 
-class Branches(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if x.sum() > 0 else x
-
-
-def test_a_model_that_cannot_be_traced_needs_an_example() -> None:
-    with pytest.raises(AdapterError, match=r"torch\.fx cannot trace Branches: it branches on a value.*example_inputs"):
-        hra_fx.graphs(adapted(Branches(), "head"))
+@pytest.mark.parametrize("inputs", [None, IMAGE])
+def test_a_model_that_cannot_be_traced_is_an_error_and_is_as_before(inputs: Any) -> None:
+    model = adapted(Values().double(), "head")
+    before, chance = picture(model), torch.get_rng_state()
+    message = (
+        r"torch\.(fx cannot trace Values: .*example_inputs|export cannot capture Values: .*line \d+, `return super)"
+    )
+    with pytest.raises(AdapterError, match=message):
+        hra_fx.graphs(model, inputs)
+    assert picture(model) == before and torch.equal(torch.get_rng_state(), chance)
 
 
 def test_a_plain_model_has_no_graphs() -> None:

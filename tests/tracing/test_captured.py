@@ -1,0 +1,304 @@
+"""Captures by `torch.export`: inputs and outputs of each form, and what a graph checks of them."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import logging
+import pickle
+from logging.handlers import BufferingHandler
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from adapting import randomise
+from graph_modules import COPIES, X, config, targets_of
+from layers.checking import assert_same, gradients, tensors, vectors_of
+from torch import Tensor, nn
+from torch.export import Dim
+from tracing.captured import llama, tokens, twins
+from tracing.models import Branches, Creates, Optional, Two
+from zoo.models import entries
+
+import hra_fx
+from hra_fx.errors import AdapterError, HRAWarning
+
+
+@pytest.mark.parametrize("name", ["AutoencoderKL", pytest.param("UNet2DConditionModel", marks=pytest.mark.slow)])
+def test_models_whose_modes_differ_in_contiguous_are_graphs_of_all_their_layers(name: str) -> None:
+    entry = entries()[f"diffusers/{name}"]
+    torch.manual_seed(0)
+    model = entry.build()
+    args, kwargs = entry.call(2, 0)
+    call = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
+    settings = hra_fx.HRAConfig(r=2, target_modules="all-linear")
+    graph = hra_fx.transform(copy.deepcopy(model), settings, trace=True, example_inputs=call)
+    layers = {path for path, part in model.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)}
+    assert layers <= set(targets_of(graph))
+    for training in (True, False):
+        wanted, found = (tensors(seeded(module.train(training), **call)) for module in (model, graph))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def seeded(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    torch.manual_seed(0)
+    return module(*args, **kwargs)
+
+
+class Normed(Branches):
+    """Casts, as the norms of language models do."""
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        return hidden * torch.rsqrt(hidden.float().square().mean(-1, keepdim=True) + 1e-6)
+
+
+def test_a_graph_is_compiled_exported_and_runs_under_autocast() -> None:
+    graph, eager = twins(Normed().eval(), X.float())
+    compiled = torch.compile(graph, backend="eager", dynamic=True)
+    for x in (X.float(), torch.cat([X, X]).float()):
+        assert_same(compiled(x)["out"], eager(x)["out"], rtol=1e-6)
+    assert_same(torch.export.export(graph, (X.float(),)).module()(X.float()), eager(X.float()), rtol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, wanted = (model(X.float())["out"] for model in (graph, eager))
+    assert found.dtype is wanted.dtype is torch.bfloat16
+    torch.testing.assert_close(found, wanted)
+
+
+class Router(nn.Linear):
+    """Returns two tensors, as the routers of Llama 4 and PhiMoE do."""
+
+    def forward(self, input: Tensor) -> Any:
+        return super().forward(input).topk(2)
+
+
+class Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.router = nn.Linear(6, 6), Router(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores, places = self.router(self.first(x) if x.shape[0] > 0 else x)
+        gathered: Tensor = torch.gather(self.first(x), 1, places) * scores
+        return gathered
+
+
+def test_a_layer_that_returns_several_tensors_is_recorded_by_its_operators() -> None:
+    graph, eager = twins(Routed().double(), X, config("first", "router"))
+    assert "router" not in targets_of(graph)
+    x = torch.randn(9, 6).double()
+    assert_same(graph(x), eager(x))
+    assert_same(hra_fx.fold(graph)(x), eager(x))
+
+
+class InPlace(Branches):
+    def forward(self, *given: Any) -> Any:  # type: ignore[override]
+        x, factor = given
+        hidden = self.first(x if x.shape[0] < 100 else x[:100])
+        hidden += 1
+        hidden[:, 0] = 0
+        return self.second(F.relu_(hidden)) * factor
+
+
+def test_writes_into_the_output_of_a_layer_and_variadic_arguments() -> None:
+    graph, eager = twins(InPlace().double(), (X, 3))
+    assert_same(graph(X[:3], 3), eager(X[:3], 3))
+
+
+def test_a_tensor_that_a_forward_creates_is_not_a_buffer() -> None:
+    base = Creates().double()
+    graph = hra_fx.transform(copy.deepcopy(base), config(r=2), trace=True, example_inputs=X, dynamic_shapes=({},))
+    stored = pickle.dumps(graph)
+    for model in (graph, copy.deepcopy(graph), pickle.loads(stored), copy.deepcopy(pickle.loads(stored))):
+        assert not list(model.named_buffers())
+        assert_same(model(X), base(X))
+        torch.testing.assert_close(model.float()(X.float()), copy.deepcopy(base).float()(X.float()))
+        assert list(hra_fx.fold(model).state_dict()) == list(base.state_dict())
+
+
+class Drops(nn.Module):
+    """A part with dropout and a child, which is not one call in the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.inner(x), 0.5, self.training)
+
+
+class InParts(Branches):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Drops()
+
+    def middle(self, hidden: Tensor) -> Any:
+        return self.part(hidden)
+
+
+def test_parts_of_a_graph_have_modes_of_their_own() -> None:
+    graph = hra_fx.transform(InParts().double().train(), config(), trace=True, example_inputs=X)
+    graph.part.eval()
+    for model in (graph, copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
+        assert_same(model(X), model(X))  # no dropout is left
+        model.part.train()
+        assert not torch.equal(model(X)["out"], model(X)["out"])
+
+
+# ---- arguments ----
+
+
+def test_an_example_is_made_from_the_configuration_and_sizes_that_do_not_fit_are_named() -> None:
+    model = llama().eval()
+    plain = copy.deepcopy(model)
+    graph = hra_fx.transform(model, config("q_proj"), trace=True)
+    inputs = tokens(3, 9)
+    torch.testing.assert_close(graph(**inputs).logits, plain(**inputs).logits)
+    shapes = {name: {0: Dim("batch")} for name in ("input_ids", "attention_mask")}
+    fixed = hra_fx.transform(plain, config("q_proj"), trace=True, example_inputs=tokens(2, 5), dynamic_shapes=shapes)
+    assert fixed(**tokens(3, 5)).logits.shape == (3, 5, 16)
+    for copied in COPIES:
+        message = r"captured for inputs with `input_ids\.size\(\)\[1\] == 5`.*pass them as `example_inputs`"
+        with pytest.raises(AssertionError, match=message):
+            copied(fixed)(**tokens(2, 6))
+
+
+class One(Branches):
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        hidden = self.first(x if x.shape[0] < 100 else x[:100])
+        return self.second(hidden * 100 if hidden.shape[0] == 1 else hidden)
+
+
+class Masked(Branches):
+    def forward(self, x: Tensor, mask: Tensor) -> Any:  # type: ignore[override]
+        mask = mask[:, :, None] if mask.dim() == 2 else mask
+        x = x if x.shape[0] < 100 else x[:100]
+        return self.second(self.first(x)) + (mask.sum() if mask.dtype is torch.bool else mask.mean())
+
+
+@pytest.mark.parametrize(
+    ("make", "example", "call", "condition"),
+    [
+        (One, (X,), (X[:1],), r"x\.size\(\)\[0\] > 1"),
+        (Masked, (X, X), (X, X[None]), r"mask\.dim\(\) == 2"),
+        (Masked, (X, X), (X, X > 0), r"mask\.dtype\.is_floating_point == True"),
+    ],
+)
+def test_inputs_that_take_another_branch_are_refused(
+    make: type[nn.Module], example: Any, call: Any, condition: str
+) -> None:
+    graph, _ = twins(make().double(), example)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    with pytest.raises(AssertionError, match=condition):
+        graph(*call)
+
+
+class Numbered(Branches):
+    """Its last arguments have the names that torch.export gives to items of `*x`."""
+
+    def forward(self, x: list[Any], x_1: Tensor, x_2: Tensor) -> Any:  # type: ignore[override]
+        hidden = self.first(x[0]) * (3 if x[1].shape[0] > 5 else 1)
+        return self.second(hidden * 2 if x[2][0].shape[0] > 5 else hidden) + x_1.sum() + x_2.sum()
+
+
+def test_an_argument_with_a_number_is_not_an_item_of_another_one() -> None:
+    more, few = torch.cat([X, X]), X[:2]
+    inputs = {"x": [X, more, [more]], "x_1": few, "x_2": few}
+    graph, eager = twins(Numbered().double(), inputs)
+    assert_same(graph(**inputs), eager(**inputs))
+    for item, x in ((r"x\[1\]", [X, X, [more]]), (r"x\[2\]\[0\]", [X, more, [X]])):
+        with pytest.raises(AssertionError, match=rf"captured for inputs with `.*{item}\.size"):
+            graph(x=x, x_1=few, x_2=few)
+
+
+class Arguments(Branches):
+    def forward(self, x: Tensor, mask: Tensor | None = None, shift: Tensor | None = None, **others: Any) -> Any:
+        return super().forward(x * mask + shift, scale=others["gain"])
+
+
+def test_the_inputs_have_the_order_of_the_model() -> None:
+    given = {"gain": 2.0, "shift": X.cos(), "mask": X.sin(), "x": X}
+    graph, eager = twins(Arguments().double(), given)
+    for found in (graph(**given), graph(X, X.sin(), X.cos(), gain=2.0)):
+        assert_same(found, eager(**given))
+    mask = torch.randn(8).double()
+    graph, eager = twins(Optional().double(), {"x": X, "mask": mask})
+    assert_same(graph(x=X, mask=mask), eager(x=X, mask=mask))
+
+
+class Swallows(Two):
+    def forward(self, x: Tensor, mask: Tensor | None = None, **more: Any) -> Any:
+        hidden = self.first(x if x.shape[0] < 100 else x[:100])
+        hidden = hidden if mask is None else hidden * mask
+        return self.second(hidden) * more.get("factor", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "warning"),
+    [
+        ("masks", "`example_inputs`: Swallows does not read 'masks'. Did you mean 'mask'?"),
+        ("labels", "`example_inputs`: Swallows does not read 'labels'."),
+        ("factor", None),
+    ],
+)
+def test_an_argument_that_nothing_reads(name: str, warning: str | None, recwarn: pytest.WarningsRecorder) -> None:
+    log, written = logging.getLogger("torch._export.non_strict_utils"), BufferingHandler(10)
+    log.addHandler(written)  # torch writes about sizes of 1
+    inputs = {"x": X, name: torch.ones(4, 1).double()}
+    graph, eager = twins(Swallows().double(), inputs)
+    assert [str(found.message) for found in recwarn if found.category is HRAWarning] == [warning] * bool(warning)
+    assert_same(graph(**inputs), eager(**inputs))
+    log.removeHandler(written)
+    assert not written.buffer
+
+
+# ---- hooks and gradients ----
+
+
+def test_hooks_of_the_model_run_and_one_that_may_be_the_reason_is_named() -> None:
+    model = Two().double()
+    model.register_forward_pre_hook(lambda _, args: (2 * args[0],))
+    with pytest.raises(AdapterError, match=r"it has forward hooks, which torch\.fx does not run\. Pass example_inputs"):
+        hra_fx.transform(model, config(), trace=True)
+    graph, eager = twins(model, X)
+    assert_same(graph(X), eager(X))
+    model, calls = Two().double(), itertools.count(1)
+    model.first.register_forward_hook(lambda _, __, output: output * next(calls))
+    with pytest.raises(AdapterError, match=r"output differs for the example: .* Hooks of first may be the reason\. "):
+        hra_fx.transform(model, config(), trace=True, example_inputs=X)
+
+
+class Rescaled(nn.Linear):
+    def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        return F.linear(x, self.weight, self.bias) * factor
+
+
+class CalledTwice(Branches):
+    """The graph has the operators of the first call, and the second call itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Rescaled(8, 8)
+
+    def middle(self, hidden: Tensor) -> Any:
+        return self.part(torch.relu(self.part(hidden, 2.0)))
+
+
+class WithoutBackward(Branches):
+    """One of the outputs does not have a backward pass."""
+
+    def forward(self, x: Tensor, *, scale: float = 1.0) -> Any:
+        out = super().forward(x)["out"]
+        return {"out": out, "aside": torch.igamma(out.abs() + 1, out.abs() + 1)}
+
+
+@pytest.mark.parametrize("make", [CalledTwice, WithoutBackward])
+def test_gradients_that_cannot_be_compared_are_not(make: type[nn.Module]) -> None:
+    graph, eager = twins(make().double(), X)
+    randomise(graph)
+    randomise(eager)
+    wanted, found = (gradients(each(X)["out"], list(vectors_of(each).values())) for each in (eager, graph))
+    for one, other in zip(found, wanted, strict=True):
+        assert_same(one, other, rtol=1e-8)

@@ -1,0 +1,100 @@
+"""A graph does what eager mode does: models of each kind, and everything that users do with them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapting import randomise
+from graph_modules import COPIES
+from torch import fx
+from tracing.captured import CASES, Pair
+
+import hra_fx
+
+
+@pytest.fixture(scope="module")
+def pair_of() -> Callable[[str], Pair]:
+    """A copy of the pair of a case; each pair is made once, because a capture takes seconds."""
+    made = cache(lambda name: Pair(CASES[name]))
+    return lambda name: copy.deepcopy(made(name))
+
+
+def called(pair: Pair, folder: Path) -> None:
+    assert isinstance(pair.graph, fx.GraphModule)
+    assert str(hra_fx.report(pair.graph)) == str(hra_fx.report(pair.eager))
+    torch.testing.assert_close(hra_fx.orthogonality_loss(pair.graph), hra_fx.orthogonality_loss(pair.eager))
+
+
+def trained(pair: Pair, folder: Path) -> None:
+    for model in (pair.eager, pair.graph):
+        torch.manual_seed(2)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        for inputs in pair.inputs:
+            values = [
+                x for x in torch.utils._pytree.tree_leaves(model.train()(**inputs)) if isinstance(x, torch.Tensor)
+            ]
+            torch.stack([value.square().mean() for value in values]).sum().backward()
+            optimizer.step()
+
+
+def saved_and_loaded(pair: Pair, folder: Path) -> None:
+    for kind, model in (("eager", pair.eager), ("graph", pair.graph)):
+        hra_fx.save_adapter(model, folder / kind)
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (folder / "eager" / file).read_bytes() == (folder / "graph" / file).read_bytes()
+    randomise(pair.graph, seed=3)
+    pair.both(lambda model: hra_fx.load_adapter(model, folder / "eager", "second"))
+    pair.both(lambda model: hra_fx.set_adapter(model, "second"))
+    pair.check()
+    pair.both(lambda model: hra_fx.delete_adapter(model, "default"))
+
+
+def switched(pair: Pair, folder: Path) -> None:
+    pair.both(lambda model: hra_fx.add_adapter(model, "second", pair.second))
+    randomise(pair.eager)
+    pair.graph.load_state_dict(pair.eager.state_dict())
+    pair.both(lambda model: hra_fx.set_adapter(model, ["second", "default"]))
+    pair.check()
+    pair.both(lambda model: hra_fx.set_scale(model, "second", 0.5))
+    with hra_fx.disable_adapters(pair.eager), hra_fx.disable_adapters(pair.graph):
+        pair.check()
+    pair.check()
+    pair.both(lambda model: hra_fx.set_adapter(model, "second"))
+
+
+def merged(pair: Pair, folder: Path) -> None:
+    pair.both(hra_fx.merge_adapter)
+    pair.check()
+    pair.both(hra_fx.unmerge_adapter)
+
+
+def folded(pair: Pair, folder: Path) -> None:
+    pair.both(hra_fx.fold)
+    assert list(pair.graph.state_dict()) == pair.keys
+
+
+def copied(pair: Pair, folder: Path) -> None:
+    for copied in COPIES:
+        pair.graph = copied(pair.graph)
+
+
+ACTIONS = [called, trained, saved_and_loaded, switched, merged, folded, copied]
+
+
+@pytest.mark.parametrize("act", ACTIONS, ids=lambda act: act.__name__)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.needs("transformers>=5.6") if name == "experts" else ()) for name in CASES],
+)
+def test_a_graph_does_what_eager_mode_does(
+    name: str, act: Callable[[Pair, Path], Any], pair_of: Callable[[str], Pair], tmp_path: Path
+) -> None:
+    pair = pair_of(name)
+    act(pair, tmp_path)
+    pair.check()

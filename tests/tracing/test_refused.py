@@ -1,0 +1,238 @@
+"""What a graph cannot do is refused with a reason, and the model is as before; what errors of calls say."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from adapting import picture
+from graph_modules import COPIES, X, config
+from torch import Tensor, nn
+from torch.export import Dim
+from tracing.captured import bert, tokens
+from tracing.models import Branches, Dropout, Straight, Two
+
+import hra_fx
+from hra_fx.errors import AdapterError, SelectionError
+
+
+def middle(change: Callable[[Any, Tensor], Any]) -> type[nn.Module]:
+    """A model that does something between its two layers, and that torch.fx does not trace."""
+    return type("Changed", (Branches,), {"middle": change})
+
+
+def clamped(self: Any, hidden: Tensor) -> Tensor:
+    return hidden.clamp(-1, 1) if (hidden.abs() > 100).any() else hidden
+
+
+def detached(self: Any, hidden: Tensor) -> Tensor:
+    with torch.no_grad():
+        scale = hidden.abs().mean()
+    return hidden * scale
+
+
+def counted(self: Any, hidden: Tensor) -> Tensor:
+    self.calls = getattr(self, "calls", 0) + 1
+    return hidden
+
+
+def under(context: Callable[[], Any]) -> type[nn.Module]:
+    """A model with all layers under a context."""
+
+    def forward(self: Branches, x: Tensor) -> dict[str, Tensor]:
+        with context():
+            return Branches.forward(self, x)
+
+    return type("Under", (Branches,), {"forward": forward})
+
+
+class HooksModule(Branches):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_full_backward_hook(lambda module, given, grads: None)
+
+
+class Assigned(nn.Module):
+    """Assigns a buffer. Its call has two arguments, so the graph has its operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: Tensor, share: float) -> Tensor:
+        self.mean = (1 - share) * self.mean + share * x.detach().mean(0)
+        return x
+
+
+class Assigning(Branches):
+    def __init__(self) -> None:
+        super().__init__()
+        self.average = Assigned()
+
+    def middle(self, hidden: Tensor) -> Any:
+        return self.average(hidden, 0.1)
+
+
+class Keyword(Branches):
+    """A layer has the name of a Python keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({"in": nn.Linear(8, 8)})
+
+    def middle(self, hidden: Tensor) -> Any:
+        return self.layers["in"](hidden)
+
+
+class Stops(torch.autograd.Function):
+    """Has no node in the backward graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        output = x * 2
+        ctx.mark_non_differentiable(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+LINE = r"at \w+\.py, line \d+, `.*`"
+DRAWS = "it draws random numbers from Python or NumPy, or seeds a generator, once in a trace"
+CUSTOM = "it calls the custom autograd function Straight"
+CAPTURES: dict[str, tuple[type[nn.Module], str]] = {
+    "modes": (
+        middle(lambda self, hidden: hidden + torch.rand_like(hidden) if self.training else hidden),
+        f"it runs different operations in train mode {LINE} and in eval mode {LINE}",
+    ),
+    "values": (middle(clamped), f"torch.export fails {LINE} .*data-dependent"),
+    "no_grad": (middle(detached), f"it runs a block under torch.no_grad or torch.enable_grad {LINE}"),
+    "layers under no_grad": (under(torch.no_grad), "it runs a block under torch.no_grad"),
+    "autocast": (under(lambda: torch.autocast("cpu", torch.bfloat16)), "it runs a block under torch.autocast"),
+    "cond": (
+        middle(lambda self, hidden: torch.cond(hidden.sum() > 0, torch.sin, torch.cos, (hidden,))),
+        f"it runs a block under torch.cond {LINE}",
+    ),
+    "counter": (middle(counted), "in eval mode, after two calls, calls is 2, in its graph None"),
+    "buffer": (Assigning, r"in eval mode, after two calls, average\.mean is"),
+    "keyword": (Keyword, r"torch\.export fails \(SyntaxError"),
+    "lookup": (
+        middle(lambda self, hidden: hidden * 3 if hidden.shape[0] in {2, 4} else hidden),
+        f"torch.export fails {LINE}.*unhash",
+    ),
+    "autograd function": (middle(lambda self, hidden: Straight.apply(hidden)), f"{CUSTOM}, whose backward a graph"),
+    # Behind a ReLU of negative values, the gradients are equal for this example alone.
+    "hidden autograd function": (middle(lambda self, hidden: torch.relu(Straight.apply(hidden) - 100)), CUSTOM),
+    "stopped gradient": (
+        middle(lambda self, hidden: hidden + Stops.apply(hidden)),
+        r"in eval mode, the gradient of first\.weight differs",
+    ),
+    "tensor hook": (
+        middle(lambda self, hidden: (hidden.register_hook(lambda grad: grad * 2), hidden)[1]),
+        r"in eval mode, the gradient of first\.weight differs for the example",
+    ),
+    "module hook": (HooksModule, "backward hooks are registered for it, which a graph drops"),
+    "random": (middle(lambda self, hidden: hidden if random.random() < 0.5 else torch.tanh(hidden)), DRAWS),
+    "numpy": (middle(lambda self, hidden: hidden if np.random.rand() < 0.5 else torch.tanh(hidden)), DRAWS),
+    "seed": (middle(lambda self, hidden: (torch.manual_seed(3), hidden)[1]), DRAWS),
+}
+
+
+@pytest.mark.parametrize("name", CAPTURES)
+def test_what_a_capture_would_drop_is_refused(name: str) -> None:
+    make, reason = CAPTURES[name]
+    model = make().double().requires_grad_(name != "hidden autograd function")
+    before, draws = picture(model), (random.getstate(), np.random.get_state()[2], torch.get_rng_state().tolist())
+    message = rf"torch\.export cannot capture {make.__name__}: {reason}.*\. Leave out trace=True"
+    with pytest.raises(AdapterError, match=message):
+        hra_fx.transform(model, config(), trace=True, example_inputs=X)
+    assert picture(model) == before
+    assert (random.getstate(), np.random.get_state()[2], torch.get_rng_state().tolist()) == draws
+
+
+CALLS: dict[str, tuple[type[nn.Module], dict[str, Any], type[Exception], str]] = {
+    "no example": (Branches, {}, AdapterError, r"torch\.fx cannot trace Branches: it branches on a value.*example_inp"),
+    "arguments": (Branches, {"example_inputs": (X, X, X)}, AdapterError, "the example does not fit its forward"),
+    "example": (Branches, {"example_inputs": 3}, AdapterError, "example_inputs must be a tensor, .*, got int"),
+    "dtype": (
+        Branches,
+        {"example_inputs": X.float()},
+        AdapterError,
+        r"Branches: in eval mode, it does not run on the example \(RuntimeError: mat1 and mat2.*\)\. Pass `example_in",
+    ),
+    "dtype, torch.fx": (Two, {"example_inputs": X.float()}, AdapterError, "Two: in eval mode, it does not run on the"),
+    "modules_to_save": (Dropout, {"config": config(modules_to_save=["nowhere"])}, SelectionError, "nowhere"),
+    "dynamic_shapes": (
+        Two,
+        {"trace": False, "dynamic_shapes": ({0: Dim("batch")},)},
+        AdapterError,
+        "`dynamic_shapes` needs trace=True",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_wrong_call_leaves_the_model_as_it_was(name: str) -> None:
+    make, options, kind, message = CALLS[name]
+    model = make().double().eval()
+    before = picture(model)
+    with pytest.raises(kind, match=message):
+        hra_fx.transform(model, **({"config": config(), "trace": True} | options))
+    assert picture(model) == before
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")  # a new name in transformers 6
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model.to("meta"), "bert.embeddings.word_embeddings.weight is on the meta device"),
+        (lambda model: model.train().gradient_checkpointing_enable(), "checkpoints its activations, which a graph"),
+        (lambda model: hra_fx.transform(model, config("key")), r"already has adapters.*hra_fx\.graphs\(model\)"),
+    ],
+)
+def test_a_state_that_a_graph_would_drop_is_refused(change: Callable[[Any], object], message: str) -> None:
+    model = bert()
+    change(model)
+    before = picture(model)
+    with pytest.raises(AdapterError, match=message):
+        hra_fx.transform(model, config("query"), "other", trace=True, example_inputs=tokens(2, 5))
+    assert picture(model) == before
+
+
+# ---- calls of a graph ----
+
+
+@cache
+def graph_of_two() -> Any:
+    return hra_fx.transform(Two().double(), config(), trace=True)
+
+
+CALLED = r"The arguments of this graph are `x`\. Capture a call with the others, or call the original model\."
+READ = r"It is a graph of one call, without other methods .* the original model has the same layers and adapters"
+
+
+@pytest.mark.parametrize("copied", [lambda graph: graph, *COPIES], ids=["graph", "deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize(
+    ("use", "kind", "message"),
+    [
+        (lambda graph: graph(X, labels=X), TypeError, rf"unexpected keyword argument 'labels'\. {CALLED}"),
+        (lambda graph: graph(), TypeError, rf"missing 1 required positional argument: 'x'\. {CALLED}"),
+        (lambda graph: graph(X, X), TypeError, rf"takes 2 positional arguments but 3 were given\. {CALLED}"),
+        (lambda graph: graph("text"), AttributeError, "^'str' object has no attribute"),
+        (lambda graph: graph.generate(X), AttributeError, rf"' object has no attribute 'generate'\. {READ}"),
+    ],
+    ids=["labels", "missing", "too many", "of torch", "generate"],
+)
+def test_what_a_graph_is(
+    copied: Callable[[Any], Any], use: Callable[[Any], object], kind: type[Exception], message: str
+) -> None:
+    graph = copied(graph_of_two())
+    with pytest.raises(kind, match=message):
+        use(graph)
+    assert graph(X).shape == (4, 5) and not hasattr(graph, "config")
