@@ -16,10 +16,11 @@ import peft
 import pytest
 import timm
 import torch
-from checkpoints import adapter_of, base_of, bert, files_of_at_most, gpt2, llama, picture, randomise, t5, tensors
+from checkpoints import adapter_of, base_of, bert, files_of_at_most, llama, picture, randomise, tensors
 from diffusion_models import text_encoder, unet
 from oracles import dense_q, dense_weight, relative_error
 from safetensors.torch import save_file
+from tiny import gpt2, t5
 from torch import Tensor, nn
 
 import hra_fx

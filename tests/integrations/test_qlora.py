@@ -16,7 +16,8 @@ from bitsandbytes.functional import dequantize_4bit
 from integrations.trl_use.runs import OURS, PEFT, TAKEN, logs, own_cache, redraw, trainer  # noqa: F401
 from oracles import dense_q, relative_error
 from safetensors.torch import load_file
-from tiny_models import llama, tokens_of, trainer_of
+from tiny import llama
+from tiny_models import tokens_of, trainer_of
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer
 

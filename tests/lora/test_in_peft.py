@@ -12,12 +12,11 @@ import peft
 import pytest
 import torch
 import transformers
-from checkpoints import gpt2
 from functional.test_householder import quick, seeds
 from hypothesis import given, settings, strategies as st
 from lora.kinds import KINDS, adapted, dense_change, exported_change, move
 from oracles import relative_error
-from tiny_models import llama
+from tiny import gpt2, llama
 from torch import Tensor, nn
 
 import hra_fx

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
+import tiny
 import torch
-import transformers
 from adapting import randomise
 from oracles import dense_weight, layer_q, relative_error
 from torch import Tensor, nn
@@ -21,16 +21,8 @@ from hra_fx.model.state import adapted_layers, get_state
 F64 = torch.float64
 #: Copies of modules and biases next to reflections.
 SAVED: dict[str, Any] = {"modules_to_save": ["head", "norm"], "bias": "all"}
-_TEXT = {
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 32,
-    # Large enough for every layer to affect the output.
-    "initializer_range": 0.4,
-}
+#: Weights that are large enough for every layer to affect the output.
+_TEXT: dict[str, Any] = tiny.SMALL | {"vocab_size": 32, "initializer_range": 0.4}
 
 
 class Net(nn.Module):
@@ -54,14 +46,12 @@ def net(dtype: torch.dtype = F64) -> Net:
 
 
 def llama(**options: Any) -> nn.Module:
-    torch.manual_seed(0)
     settings = {**_TEXT, "num_key_value_heads": 1, "tie_word_embeddings": False, **options}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).to(F64).eval()
+    return tiny.llama(**settings).to(F64).eval()
 
 
 def bert() -> nn.Module:
-    torch.manual_seed(0)
-    return transformers.BertForSequenceClassification(transformers.BertConfig(**_TEXT, num_labels=3)).to(F64).eval()
+    return tiny.bert(**_TEXT, num_labels=3).to(F64).eval()
 
 
 def normal(*shape: int, seed: int = 1) -> Tensor:

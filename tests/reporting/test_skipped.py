@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from moe_models import built
-from tiny_models import llama
+from tiny import llama
 from torch import nn
 
 import hra_fx

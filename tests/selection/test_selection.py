@@ -13,11 +13,11 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from adapting import config
 from named_models import Nested, built, tiny_bert, tiny_opt, tiny_vit
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_HRA_TARGET_MODULES_MAPPING as PEFT_DEFAULTS
 from refusals import mlp, refused
+from tiny import mixtral
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -108,13 +108,6 @@ def test_unused_exclusion_warns(excluded: Any) -> None:
     with pytest.warns(HRAWarning, match="`exclude_modules=.*` matches no module") as caught:
         hra_fx.transform(tiny_opt(), config)
     assert len(caught) == 1
-
-
-def mixtral() -> nn.Module:
-    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
-    return transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(**sizes, num_attention_heads=2, num_local_experts=3)
-    )
 
 
 def warned(model: nn.Module, **fields: Any) -> list[str]:

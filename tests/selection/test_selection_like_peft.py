@@ -17,9 +17,10 @@ import pytest
 import transformers
 from diffusion_models import unet
 from hypothesis import HealthCheck, given, settings, strategies as st
-from named_models import MAKERS, Nested, built, tiny_bert, tiny_llama, tiny_opt, tiny_t5
+from named_models import MAKERS, Nested, built, tiny_bert, tiny_llama, tiny_opt
 from peft.tuners.hra.layer import HRALayer
 from peft.utils.error import NoMatchingPeftModuleError
+from tiny import t5
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -192,7 +193,7 @@ def compare(model: nn.Module, plain: nn.Module, fields: Fields) -> str:
     return "groups"
 
 
-@pytest.mark.parametrize("make", [tiny_llama, tiny_bert, tiny_t5, tiny_swin, Nested])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_bert, t5, tiny_swin, Nested])
 def test_random_configurations(make: Callable[[], nn.Module]) -> None:
     model = built(make)
     plain, seen = for_peft(model), Counter[str]()

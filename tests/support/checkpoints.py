@@ -10,32 +10,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import tiny
 import torch
-import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import hra_fx
 
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 37}
-
 
 def llama(**fields: Any) -> Any:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, num_key_value_heads=1, **fields))
+    return tiny.llama(**tiny.SMALL | {"num_key_value_heads": 1} | fields)
 
 
 def bert(kind: str = "BertForMaskedLM", **fields: Any) -> Any:
-    return getattr(transformers, kind)(transformers.BertConfig(**SMALL, max_position_embeddings=16, **fields))
-
-
-def gpt2() -> Any:
-    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 37, "bos_token_id": 0, "eos_token_id": 1}
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
-
-
-def t5() -> Any:
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": 37}
-    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
+    return tiny.bert(kind, **tiny.SMALL | fields)
 
 
 def randomise(model: nn.Module, seed: int = 1, size: float = 0.3) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torchvision
-from tiny_models import bert, llama
+from tiny import bert, llama
 from torch import Tensor, nn
 
 import hra_fx

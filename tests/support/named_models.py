@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
+import tiny
 import torch
-import transformers
 from torch import nn
 
 
@@ -41,43 +41,32 @@ class Nested(nn.Module):
         self.add_module("w+", nn.Linear(4, 4))
 
 
-SMALL = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+SMALL = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 11}
 
 
 def tiny_bert() -> nn.Module:
-    return transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL, vocab_size=11))
+    return tiny.bert(**SMALL)
 
 
 def tiny_roberta() -> nn.Module:
-    return transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**SMALL, vocab_size=11))
+    return tiny.bert("RobertaForSequenceClassification", **SMALL, pad_token_id=1)
 
 
 def tiny_opt() -> nn.Module:
-    sizes = {"hidden_size": 8, "ffn_dim": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 11}
-    config = transformers.OPTConfig(**sizes, max_position_embeddings=16, word_embed_proj_dim=8)
-    return transformers.OPTForCausalLM(config)
-
-
-def tiny_t5() -> nn.Module:
-    config = transformers.T5Config(vocab_size=11, d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
-    return transformers.T5ForConditionalGeneration(config)
+    sizes = {"hidden_size": 8, "ffn_dim": 16, "word_embed_proj_dim": 8, "vocab_size": 11}
+    return tiny.opt(**sizes, num_hidden_layers=3)
 
 
 def tiny_llama() -> nn.Module:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, vocab_size=11))
+    return tiny.llama(**SMALL)
 
 
 def tiny_llama_classifier() -> nn.Module:
-    return transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**SMALL, vocab_size=11))
+    return tiny.llama("LlamaForSequenceClassification", **SMALL)
 
 
 def tiny_vit() -> nn.Module:
-    config = transformers.ViTConfig(**SMALL, image_size=8, patch_size=4)
-    return transformers.ViTForImageClassification(config)
-
-
-def tiny_gpt2() -> nn.Module:
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11))
+    return tiny.vit(hidden_size=8, intermediate_size=16, image_size=8, patch_size=4)
 
 
 MAKERS: list[Callable[[], nn.Module]] = [
@@ -85,11 +74,11 @@ MAKERS: list[Callable[[], nn.Module]] = [
     tiny_bert,
     tiny_roberta,
     tiny_opt,
-    tiny_t5,
+    tiny.t5,
     tiny_llama,
     tiny_llama_classifier,
     tiny_vit,
-    tiny_gpt2,
+    tiny.gpt2,
 ]
 
 

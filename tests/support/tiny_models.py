@@ -1,4 +1,4 @@
-"""Tiny models of transformers with random weights, adapted by `transform` or `HRAModel`, and a Trainer for them."""
+"""Tiny models of transformers, adapted by `transform` or `HRAModel`, and a Trainer for them."""
 
 from __future__ import annotations
 
@@ -10,81 +10,28 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from oracles import layer_q
+from tiny import SMALL, VOCABULARY, bert, llama, t5
 from torch import Tensor, nn
-from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import hra_fx
 
-VOCABULARY = 64
 SHAPES = {"transform": hra_fx.transform, "HRAModel": hra_fx.HRAModel}
 #: A classifier and a language model, each adapted in one of the two ways.
 pairs = pytest.mark.parametrize(("kind", "shape"), [("bert", "transform"), ("llama", "HRAModel")])
 
 
-def bert(kind: str = "BertForSequenceClassification", **fields: object) -> Any:
-    """A model with dropout, whose training depends on the random numbers."""
-    torch.manual_seed(0)
-    settings = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "max_position_embeddings": 32,
-        "initializer_range": 0.2,
-    }
-    return getattr(transformers, kind)(transformers.BertConfig(**(settings | fields)))
-
-
-def llama(kind: str = "LlamaForCausalLM", **fields: object) -> Any:
-    torch.manual_seed(0)
-    settings = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 64,
-        "max_position_embeddings": 64,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 2,
-        # Ten times the default, so that the outputs of an untrained model depend on its inputs.
-        "initializer_range": 0.2,
-    }
-    return getattr(transformers, kind)(transformers.LlamaConfig(**(settings | fields)))
-
-
-def t5() -> Any:
-    torch.manual_seed(0)
-    settings = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-    tokens = {"decoder_start_token_id": 2, "eos_token_id": 1, "pad_token_id": 2, "tie_word_embeddings": False}
-    model = T5ForConditionalGeneration(T5Config(**settings, **tokens))
-    # Without these changes, a new T5 repeats its input token, because the embedding dominates.
-    model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight))
-    with torch.no_grad():
-        model.shared.weight.mul_(0.1)
-    return model
-
-
-def tied_t5() -> Any:
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": 37}
-    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
-
-
-_SMALL = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 37}
-_LLAMA: dict[str, Any] = {**_SMALL, "num_key_value_heads": 1, "num_labels": 3, "pad_token_id": 0}
+_LLAMA: dict[str, Any] = {**SMALL, "num_key_value_heads": 1, "num_labels": 3, "pad_token_id": 0}
 #: For the task types and default targets of PEFT.
 MODELS: dict[str, Callable[[], Any]] = {
-    "bert": partial(bert, "BertModel", **_SMALL),
-    "bert, classes": partial(bert, num_labels=3, **_SMALL),
-    "bert, tokens": partial(bert, "BertForTokenClassification", num_labels=3, **_SMALL),
-    "bert, answers": partial(bert, "BertForQuestionAnswering", **_SMALL),
+    "bert": partial(bert, "BertModel", **SMALL),
+    "bert, classes": partial(bert, num_labels=3, **SMALL),
+    "bert, tokens": partial(bert, "BertForTokenClassification", num_labels=3, **SMALL),
+    "bert, answers": partial(bert, "BertForQuestionAnswering", **SMALL),
     "llama": partial(llama, **_LLAMA),
     "llama, classes": partial(llama, "LlamaForSequenceClassification", **_LLAMA),
-    "t5": tied_t5,
+    "t5": t5,
 }
 
 

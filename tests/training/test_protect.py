@@ -18,10 +18,10 @@ import pytest
 import torch
 from layers.checking import assert_same
 from moe_models import built
-from tiny_models import bert, llama
+from tiny import bert, gpt2, llama
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import hra_fx
 from hra_fx.errors import AdapterError
@@ -53,12 +53,6 @@ def attention() -> nn.Module:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(32, 2, 48, batch_first=True, dropout=0.0)
     return nn.Sequential(nn.Embedding(64, 32), layer, nn.Linear(32, 32))
-
-
-def gpt2() -> nn.Module:
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64, "n_positions": 16}
-    return GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.2))
 
 
 def words(ids: Tensor) -> dict[str, Tensor]:

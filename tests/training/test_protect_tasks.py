@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tiny_models import llama
+from tiny import llama
 from torch import Tensor, nn
 from training.test_protect import CASES, F64, adapted, distance, output_of, trained, words
 from transformers import Trainer, TrainingArguments

@@ -14,7 +14,7 @@ import torchvision
 from adapting import QUIET, adapted, randomise
 from drawn_models import Shared
 from graph_modules import Cnn
-from tiny_models import bert, llama
+from tiny import bert, llama
 from torch import fx, nn
 
 import hra_fx

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torchvision
 from drawn_models import HOSTILE, INPUTS, MAKERS, Residual, drawn
-from tiny_models import t5
+from tiny import untied_t5 as t5
 from torch import Tensor, nn
 from view.reading import (
     SINGLE,

@@ -15,10 +15,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from canaries.canary import DEEPSPEED, canary
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.slow
 
@@ -28,9 +28,7 @@ HERE = Path(__file__).resolve().parent
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
-    LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, vocab_size=64, **sizes)).save_pretrained(folder)
+    tiny.llama(num_attention_heads=2).save_pretrained(folder)
     return folder
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from adapting import randomise
 from integrations.trl_use.runs import QUESTION, base_model, tokenizer
-from tiny_models import BASES, SHAPES, adapted, config_for, llama, pairs, rotated, t5, tokens_of
+from tiny import llama, untied_t5 as t5
+from tiny_models import BASES, SHAPES, adapted, config_for, pairs, rotated, tokens_of
 from torch import Tensor
 from transformers import BertForSequenceClassification, LlamaForCausalLM, pipeline
 from transformers.utils import find_labels

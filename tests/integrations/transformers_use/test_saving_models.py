@@ -15,7 +15,8 @@ from huggingface_hub import ModelCard
 from one_hub import one_hub
 from oracles import relative_error
 from packaging.version import Version
-from tiny_models import BASES, adapted, batch, llama, logits_of, pairs, trainer_of
+from tiny import llama
+from tiny_models import BASES, adapted, batch, logits_of, pairs, trainer_of
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,

@@ -11,7 +11,8 @@ import torch
 from integrations.trl_use.runs import logs
 from peft_sides import by_peft, same_tensors
 from safetensors.torch import load_file
-from tiny_models import BASES, FIELDS, SHAPES, adapted, llama, trained_in, trainer_of
+from tiny import llama
+from tiny_models import BASES, FIELDS, SHAPES, adapted, trained_in, trainer_of
 from torch import nn
 from transformers import Trainer, TrainerCallback
 

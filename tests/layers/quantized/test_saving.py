@@ -14,7 +14,8 @@ from adapting import randomise
 from layers.quantized.bases import FEW, SCHEMES, adapted, config, hqq, inputs, int4, quantized, values
 from oracles import layer_q
 from reporting.made import oracle_share
-from tiny_models import config_for, llama, tokens_of, trainer_of
+from tiny import llama
+from tiny_models import config_for, tokens_of, trainer_of
 from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, IntxWeightOnlyConfig
 from torchao.quantization.granularity import PerGroup
