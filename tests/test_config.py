@@ -150,6 +150,12 @@ BAD_FIELDS: list[tuple[str, list[Any], str]] = [
     ("modules_to_save", ["head"], "`modules_to_save` must be a list of names, got the str 'head'. Use ['head']."),
     ("modules_to_save", [["head", "x)"]], "`modules_to_save`: 'x)' is not a valid regular expression: unbalanced"),
     ("modules_to_save", [[""]], "`modules_to_save` must not contain an empty name."),
+    ("target_parameters", ["a"], "`target_parameters` must be a list of names, got the str 'a'. Use ['a']"),
+    ("target_parameters", [[3]], "`target_parameters` must be a str or a list of str, got the entry 3"),
+    ("rank_pattern", [{"q": 0}, {"q": True}], "`rank_pattern['q']` must be a positive int, got "),
+    ("rank_pattern", [[("q", 1)], {"": 1}], "`rank_pattern` must be a dict of names and ranks, got {}."),
+    ("rank_pattern", [{"(": 1}], "`rank_pattern`: '(' is not a valid regular expression: missing ), unterminated"),
+    ("rank_pattern", [{"(?i)q": 1}], "`rank_pattern`: '(?i)q' is not a valid regular expression inside"),
     (
         "trainable_token_indices",
         [[3]],

@@ -20,7 +20,7 @@ from transformers import LongcatFlashConfig
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
 
 import hra_fx
-from hra_fx.errors import ConfigError, HRAWarning, UnsupportedLayerError
+from hra_fx.errors import HRAWarning, UnsupportedLayerError
 
 RULES = [
     ["experts.gate_up_proj"],
@@ -121,15 +121,11 @@ def test_longcats_experts_equal_dense_ones() -> None:
     torch.testing.assert_close(model["experts"](*call), base(*call), rtol=1e-9, atol=1e-9)
 
 
-def test_target_parameters_are_checked_and_stored() -> None:
+def test_target_parameters_are_stored() -> None:
     assert "target_parameters" not in hra_fx.HRAConfig().to_dict()
     assert hra_fx.HRAConfig(target_parameters=[]).target_parameters is None
     config = hra_fx.HRAConfig(target_parameters=("b", "a"))
     assert hra_fx.HRAConfig.from_dict(config.to_dict()) == config
-    with pytest.raises(hra_fx.ConfigError, match=r"must be a list of names, got the str 'a'. Use \['a'\]"):
-        hra_fx.HRAConfig(target_parameters="a")
-    with pytest.raises(hra_fx.ConfigError, match=r"got the entry 3"):
-        hra_fx.HRAConfig(target_parameters=[3])
 
 
 # ---- rank_pattern, which matches as in PEFT's LoRA ----
@@ -172,33 +168,11 @@ def test_a_graph_has_the_same_ranks() -> None:
     assert {row.path: row.r for row in hra_fx.report(graph)} == RANKS
 
 
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [
-        ({"q": 0}, "`rank_pattern['q']` must be a positive int, got 0."),
-        ({"q": True}, "`rank_pattern['q']` must be a positive int, got True."),
-        ([("q", 1)], "`rank_pattern` must be a dict of names and ranks, got [('q', 1)]."),
-        ({"": 1}, "`rank_pattern` must be a dict of names and ranks, got {'': 1}."),
-        ({"(": 1}, "`rank_pattern`: '(' is not a valid regular expression: missing ), unterminated subpattern"),
-        ({"(?i)q": 1}, "`rank_pattern`: '(?i)q' is not a valid regular expression inside"),
-    ],
-)
-def test_bad_patterns(pattern: Any, message: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        hra_fx.HRAConfig(rank_pattern=pattern)
-    assert str(error.value).startswith(message)
-
-
 def test_a_pattern_that_matches_no_layer_is_warned_about() -> None:
     with pytest.warns(HRAWarning) as seen:
         hra_fx.transform(net(), ranked(rank_pattern={"first": 2, "frist": 3, "2": 1}))
     text = "rank_pattern: 'frist', '2' matches none of the adapted layers, which are first, second, head."
     assert [str(warning.message) for warning in seen] == [text]
-
-
-def test_a_rank_that_gram_schmidt_cannot_have() -> None:
-    with pytest.raises(UnsupportedLayerError, match=r"first \(Linear\): with `apply_GS=True`, `r` must be .* got 7\."):
-        hra_fx.transform(net(), ranked(apply_GS=True, rank_pattern={"first": 7}))
 
 
 def test_the_order_is_kept_in_the_file_and_an_empty_pattern_is_not_written(tmp_path: Path) -> None:
