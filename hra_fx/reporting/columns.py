@@ -66,7 +66,8 @@ def table_of(rows: Collection[Row], *, without: Collection[str] = ()) -> tuple[l
 def grouped_table_of(rows: Collection[Row]) -> tuple[list[Column], list[list[str]]]:
     """The columns for a terminal, and one line for rows that differ only in the indices of their blocks."""
     groups = grouped(rows, lambda row: row.path, _same)
-    columns, lines = _table(groups, rows, _DETAILS)
+    is_clear = len({group.name for group in groups}) == len(groups)  # else the type tells lines apart
+    columns, lines = _table(groups, rows, [name for name in _DETAILS if name != "type" or is_clear])
     for group, line in zip(groups, lines, strict=True):
         line[0] += f" x{len(group.rows)}" * (len(group.rows) > 1)
     return columns, lines

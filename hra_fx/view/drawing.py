@@ -35,7 +35,7 @@ class Drawing:
 
     name: str  # the class of the model
     title: str  # such as "ResNet with HRA"
-    facts: str  # one line: the number of adapted layers, their ranks and parameters, and what was traced
+    facts: str  # one line: the number of adapted layers, their ranks and parameters
     picture: nx.DiGraph[str]  # the leaves, and the flow of values between them; see `graph.leaves_of`
     report: Report  # empty for a plain model
 
@@ -101,14 +101,14 @@ def _note_shapes(module: fx.GraphModule, call: Call) -> None:
 
 
 def _facts(subject: Subject, found: Report) -> str:
-    traced = "traced" if subject.graph else "not traced: pass example_inputs to draw the data flow"
+    traced = "" if subject.graph else " · not traced: pass example_inputs to draw the data flow"
     if not subject.layers:
-        return f"{subject.parameters:,} parameters · no adapters · {traced}"
+        return f"{subject.parameters:,} parameters · no adapters{traced}"
     ranks = low_to_high([layer.rank for layer in subject.layers.values()])
     adapter = sum(row.parameters for row in found.rows)
     share = adapter / max(subject.parameters, 1)
     words = f"{counted(len(subject.layers), 'adapted layer')} · r = {ranks} · {adapter:,} adapter parameters"
-    return f"{words} ({share:.2%} of {subject.parameters:,}) · {traced}"
+    return f"{words} ({share:.2%} of {subject.parameters:,}){traced}"
 
 
 def _mark(picture: nx.DiGraph[str], found: Report) -> None:
