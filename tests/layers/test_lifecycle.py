@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.model.state import adapted_layers
 
 
 def marked(name: str, *values: Any) -> Any:
@@ -252,8 +251,6 @@ def run(name: str, model: nn.Module) -> Tensor:
 def test_each_layer_has_one_container(name: str) -> None:
     _, model = SHARED[name].pair()
     sites = list(SHARED[name].sites)
-    assert list(adapted_layers(model)) == sites
-    assert len({id(layer.hra_u) for layer in adapted_layers(model).values()}) == len(sites)
     assert [row.path for row in hra_fx.report(model).rows] == sites
     names = [name for name, _ in model.named_parameters() if ".hra_u." in name]
     assert names == [f"{path}.hra_u.default" for path in sites]

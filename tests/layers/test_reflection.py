@@ -129,21 +129,16 @@ narrow = pytest.mark.parametrize(("dtype", "bound"), [(F32, 1e-5), (BF16, 6e-3)]
 
 @narrow
 @pytest.mark.parametrize("apply_GS", [False, True])
-@pytest.mark.parametrize("r", [1, 8])
-def test_linear_in_narrow_dtypes(r: int, apply_GS: bool, dtype: torch.dtype, bound: float) -> None:
-    base = nn.Linear(96, 64, dtype=dtype)
-    model = adapted(base, r, apply_GS=apply_GS)
-    assert model[0].hra_u["default"].dtype == F32
-    check(base, model, normal(1, 32, 96, dtype=dtype), apply_GS=apply_GS, bound=bound)
-
-
-@narrow
-@pytest.mark.parametrize("name", ["3x5", "reflect", "groups"])
-def test_conv2d_in_narrow_dtypes(name: str, dtype: torch.dtype, bound: float) -> None:
+@pytest.mark.parametrize("name", ["Linear", "3x5", "reflect", "groups"])
+def test_narrow_dtypes(name: str, apply_GS: bool, dtype: torch.dtype, bound: float) -> None:
     # As wide as the small layers of real models: with few values, the error would depend on the rounding of one.
-    base = nn.Conv2d(**{"in_channels": 16, "out_channels": 24, **CONVOLUTIONS[name]}, dtype=dtype)
-    x = normal(1, 2, base.in_channels, 9, 11, dtype=dtype)
-    check(base, adapted(base, 3), x, apply_GS=False, bound=bound)
+    base: Layer = nn.Linear(96, 64, dtype=dtype)
+    if name != "Linear":
+        base = nn.Conv2d(**{"in_channels": 16, "out_channels": 24, **CONVOLUTIONS[name]}, dtype=dtype)
+    model = adapted(base, 3, apply_GS=apply_GS)
+    assert model[0].hra_u["default"].dtype == F32
+    x = normal(1, 32, 96, dtype=dtype) if name == "Linear" else normal(1, 2, base.in_channels, 9, 11, dtype=dtype)
+    check(base, model, x, apply_GS=apply_GS, bound=bound)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e5])
@@ -163,11 +158,6 @@ def test_float16_does_not_depend_on_the_scale_of_the_vectors(base: Layer, scale:
 # ---- the start ----
 
 
-def adapt(base: nn.Module, r: int, *, apply_GS: bool, init_weights: bool = True) -> Any:
-    config = HRAConfig(r=r, apply_GS=apply_GS, init_weights=init_weights, target_modules=["0"])
-    return transform(nn.Sequential(copy.deepcopy(base)), config)
-
-
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(F64, 1e-9), (torch.float32, 1e-5), (torch.bfloat16, 5e-3), (torch.float16, 2e-3)]
 )
@@ -177,4 +167,5 @@ def test_the_start_is_the_base_layer(r: int, apply_GS: bool, dtype: torch.dtype,
     base = nn.Linear(384, 64, dtype=dtype)
     x = normal(1, 8, 384).to(dtype)
     wanted = copy.deepcopy(base).double()(x.double())
-    assert relative_error(adapt(base, r, apply_GS=apply_GS)(x), wanted) < bound
+    config = HRAConfig(r=r, apply_GS=apply_GS, target_modules=["0"])
+    assert relative_error(transform(nn.Sequential(base), config)(x), wanted) < bound

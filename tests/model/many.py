@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import hra_fx
 from hra_fx.layers.trained_copies import all_copies
-from hra_fx.model.state import adapted_layers, get_state
 
 F64 = torch.float64
 #: Copies of modules and biases next to reflections.
@@ -99,12 +98,17 @@ def three(dtype: torch.dtype = F64) -> tuple[nn.Module, nn.Module]:
     return plain.to(dtype), model.to(dtype)
 
 
+def layers_of(model: nn.Module) -> dict[str, Any]:
+    """Path -> layer with reflections."""
+    return {path: part for path, part in model.named_modules() if hasattr(part, "hra_u")}
+
+
 def weights(plain: nn.Module, model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Name -> `W Q_a Q_b ...` for every adapted layer, from the weights of `plain`."""
     wanted = tuple(names)
     return {
         f"{path}.weight": dense_weight(plain.get_submodule(path).weight, layer_q(layer, wanted).detach())
-        for path, layer in adapted_layers(model).items()
+        for path, layer in layers_of(model).items()
     }
 
 
@@ -137,7 +141,7 @@ def flags(model: nn.Module) -> dict[str, bool]:
 
 def seen(model: nn.Module) -> dict[str, Any]:
     """A snapshot of a model: containers and tensors by identity, plain attributes by value."""
-    picture: dict[str, Any] = {"record": repr(get_state(model)), "config": str(getattr(model, "config", None))}
+    picture: dict[str, Any] = {"config": str(getattr(model, "config", None))}
     for path, part in model.named_modules():
         picture[f"{path}:class"] = (type(part), id(part), part.training)
         for key, value in vars(part).items():

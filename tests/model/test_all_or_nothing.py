@@ -91,16 +91,6 @@ def test_memory_that_runs_out_at_any_copy_leaves_the_model_as_it_was(name: str, 
         assert_close(run(model, x), run(source, x), 1e-14)
 
 
-def test_a_configuration_that_does_not_fit_the_other_adapter_is_refused() -> None:
-    model = adapted(net(), a=config("first", modules_to_save=["head"]))[1]
-    trained = r"^head \(Linear\): another adapter trains it in full \(`modules_to_save`\)\. Fold or delete that adapter"
-    with refuses(model, trained, hra_fx.UnsupportedLayerError):
-        hra_fx.add_adapter(model, "b", config("head"))
-    reflected = r"^first \(Linear\): another adapter reflects this layer, so it cannot be saved in full too\. Fold or"
-    with refuses(model, reflected, hra_fx.UnsupportedLayerError):
-        hra_fx.add_adapter(model, "b", config("second", modules_to_save=["first"]))
-
-
 # Weights that are written in place
 
 

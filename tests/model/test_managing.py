@@ -202,6 +202,16 @@ STEPS: dict[str, tuple[Callable[[Any], object] | None, Callable[[Any], object], 
     ),
     "add": (merged("a"), lambda model: hra_fx.add_adapter(model, "d", config("first")), MERGED),
     "delete": (merged("a"), lambda model: hra_fx.delete_adapter(model, "b"), MERGED),
+    "reset merged": (
+        merged("a"),
+        lambda model: hra_fx.reset_adapters(model, "a"),
+        r"^adapter 'a' is merged into the weights\. Call unmerge_adapter first",
+    ),
+    "reset scaled": (
+        lambda model: hra_fx.set_scale(model, "a", 0.5),
+        lambda model: hra_fx.reset_adapters(model, "a"),
+        r"^adapter 'a' must have scale 1\. Call hra_fx\.set_scale",
+    ),
     "merge none": (
         lambda model: hra_fx.set_adapter(model, []),
         hra_fx.merge_adapter,

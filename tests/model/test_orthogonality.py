@@ -11,7 +11,7 @@ from oracles import relative_error
 from torch import Tensor, nn
 
 import hra_fx
-from hra_fx.model.orthogonality import orthogonality_loss
+from hra_fx import orthogonality_loss
 
 F64 = torch.float64
 EXACT = 1e-14

@@ -105,24 +105,16 @@ def test_a_base_that_is_trained_too(is_transposed: bool) -> None:
     assert relative_error(base.grad, own.grad) <= 1e-12
 
 
-def test_16_bits() -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_16_bits(autocast: bool) -> None:
     experts, _, dense = adapted(False)
-    model = experts.bfloat16()
-    x = torch.randn(7, D, dtype=torch.bfloat16)
-    for index in (1, torch.tensor(1)):
-        output = model(lambda weight, index=index: F.linear(x, weight[index]))
-        assert output.dtype is torch.bfloat16
-        assert relative_error(output, x.double() @ dense[1].T) < 0.03
-
-
-def test_autocast_computes_in_its_dtype() -> None:
-    experts, _, dense = adapted(False)
-    experts, x = experts.float(), torch.randn(7, D)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = experts(lambda weight: F.linear(x, weight[1]))
+    experts = experts.float() if autocast else experts.bfloat16()
+    x = torch.randn(7, D, dtype=torch.float32 if autocast else torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        outputs = [experts(lambda weight, index=index: F.linear(x, weight[index])) for index in (1, torch.tensor(1))]
         gathered = experts(lambda weight: gathered_product(experts, weight))
-    assert output.dtype is gathered.dtype is torch.bfloat16
-    assert relative_error(output, x.double() @ dense[1].T) < 0.03
+    assert {output.dtype for output in (*outputs, gathered)} == {torch.bfloat16}
+    assert all(relative_error(output, x.double() @ dense[1].T) < 0.03 for output in outputs)
     gathered.sum().backward()
     assert experts.hra_up.hra_u["default"].grad.isfinite().all()
 

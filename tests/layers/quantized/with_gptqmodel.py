@@ -5,7 +5,6 @@ A program, because GPTQModel needs a newer torch than the tests. Its kernels tha
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
 import tempfile
@@ -90,31 +89,11 @@ def check(folder: Path, files: Path) -> None:
     base, model = load(folder), hra_fx.transform(load(folder), CONFIG).eval()
     assert len(hra_fx.report(model)) == 14
     equal(logits(model), logits(base), "start")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(10):
-        loss = model.train()(IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss))
-    print(f"loss: {losses[0]:.3f} to {losses[-1]:.3f}")
-    assert losses[-1] < losses[0]
     randomise(model.eval(), "default")
     check_layer(base.model.layers[0].mlp.down_proj, model.model.layers[0].mlp.down_proj)
     out = logits(model)
     hra_fx.save_adapter(model, files / "adapter")
     assert torch.equal(logits(hra_fx.load_adapter(load(folder), files / "adapter")), out)
-    assert torch.equal(logits(copy.deepcopy(model)), out)
-    hra_fx.add_adapter(model, "other", CONFIG)
-    randomise(model, "other")
-    hra_fx.set_adapter(model, "other")
-    assert not torch.allclose(logits(model), out, atol=0.1)
-    hra_fx.set_adapter(model, "default")
-    assert torch.equal(logits(model), out)
-    with hra_fx.disable_adapters(model):
-        equal(logits(model), logits(base), "disabled")
-    hra_fx.delete_adapter(model, "other")
     for fold in (hra_fx.fold, hra_fx.merge_adapter):
         try:
             fold(model)
