@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import bitsandbytes
 import torch
@@ -229,8 +229,8 @@ def int4() -> nn.Sequential:
 class Opaque(TorchAOBaseTensor):
     """A weight that supports only products, like those of GPU kernels. It cannot be dequantized."""
 
-    tensor_data_names = ("packed",)
-    tensor_attribute_names = ()
+    tensor_data_names: ClassVar = ["packed"]
+    tensor_attribute_names: ClassVar[list[str]] = []
 
     def __new__(cls, packed: Tensor) -> Opaque:
         return torch.Tensor._make_wrapper_subclass(cls, packed.shape, dtype=torch.float32)

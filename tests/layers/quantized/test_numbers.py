@@ -85,31 +85,26 @@ def test_another_module_reads_the_rotated_dequantized_weight(scheme: str) -> Non
         assert relative_error(model(x), wanted) < 1e-5
 
 
-@pytest.mark.parametrize("scheme", DYNAMIC)
-def test_gradient_goes_straight_through_rounded_inputs(scheme: str) -> None:
-    """The gradient of a single layer does not depend on the rounding of its input."""
-    layer, x, weights = adapted(scheme)[0], inputs(), torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
-    x.requires_grad_()
-    ours = torch.autograd.grad((layer(x) * weights).sum(), [layer.hra_u["default"], x])
-    output = x.double() @ rotated(layer).mT
-    expected = torch.autograd.grad((output * weights).sum(), [layer.hra_u["default"], x])
-    for mine, theirs in zip(ours, expected, strict=True):
-        assert relative_error(mine, theirs) < 1e-5
-
-
 class WithoutAutograd(Packed):
+    """AWQ's kernels for GPUs return inference tensors, which autograd cannot use."""
+
     def forward(self, x: Tensor) -> Tensor:
         with torch.inference_mode():
             return super().forward(x)
 
 
-def test_gradient_passes_a_kernel_that_returns_inference_tensors() -> None:
-    """AWQ's kernels for GPUs return inference tensors, which autograd cannot use."""
-    model = hra_fx.transform(nn.Sequential(WithoutAutograd(nn.Linear(WIDTH, 32))), config("0"))
+@pytest.mark.parametrize("scheme", [*DYNAMIC, "inference tensors"])
+def test_the_gradient_goes_straight_through(scheme: str) -> None:
+    """The gradient of a single layer does not depend on the rounding of its input."""
+    alone = nn.Sequential(WithoutAutograd(nn.Linear(WIDTH, 128)))
+    model = hra_fx.transform(quantized(scheme) if scheme in DYNAMIC else alone, config("0", inference_mode=True))
     randomise(model)
-    x = inputs().requires_grad_()
-    (ours,) = torch.autograd.grad(model(x).sum(), [x])
-    assert relative_error(ours, torch.ones(5, 32).double() @ rotated(model[0])) < 1e-5
+    layer, x, weights = model[0], inputs(), torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
+    leaves = [layer.hra_u["default"].requires_grad_(), x.requires_grad_()]
+    ours = torch.autograd.grad((layer(x) * weights).sum(), leaves)
+    expected = torch.autograd.grad((x.double() @ rotated(layer).mT * weights).sum(), leaves)
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert relative_error(mine, theirs) < 1e-5
 
 
 @pytest.mark.parametrize("scheme", [name for name in SCHEMES if name.startswith("bnb")])
