@@ -31,13 +31,6 @@ def test_a_map_that_accelerate_infers_for_an_adapted_model() -> None:
     assert close(output(model, MLP), output(MLP.model(), MLP))
 
 
-#: With all weights on the CPU.
-HOOKS: dict[str, Callable[[nn.Module], object]] = {
-    "dispatched": lambda model: on_devices(model),
-    "offloaded": lambda model: accelerate.cpu_offload(model, execution_device=CPU),
-}
-
-
 @pytest.mark.parametrize(
     "way", ["hooks, transform, fold", "transform, hooks, fold", "transform, hooks, off, fold, hooks"]
 )
