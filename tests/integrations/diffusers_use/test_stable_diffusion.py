@@ -11,13 +11,16 @@ import diffusers
 import peft
 import pytest
 import torch
-from adapting import randomise
+from adapting import picture, randomise, vectors_of
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.training_utils import cast_training_params
 from diffusion_models import unet
 from diffusion_pipelines import image, quiet, stable_diffusion as pipeline
 from model.many import refuses
 from one_layer import normal
 from oracles import dense_weight, layer_q, relative_error
+from peft.tuners.hra.layer import HRALinear
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel
 
@@ -186,3 +189,62 @@ def test_projections_are_not_fused_under_reflections_and_are_after_a_fold() -> N
     folded.fuse_qkv_projections()
     assert relative_error(run(folded), wanted) < 1e-12
     assert any("to_qkv" in name for name, _ in folded.named_modules())
+
+
+# ---- adapters that diffusers injects, as its scripts do for a LoRA ----
+
+INJECTED = ["to_k", "to_q", "to_v", "to_out.0"]
+LAYERS = 32
+
+
+def injected(**options: Any) -> Any:
+    """A frozen UNet with a new adapter, which diffusers injects without a `PeftModel`."""
+    unet = pipeline().unet
+    unet.requires_grad_(False)
+    torch.manual_seed(1)
+    unet.add_adapter(peft.HRAConfig(r=4, target_modules=INJECTED, **options))
+    return unet
+
+
+def gradients(unet: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """The prediction and the gradients of a step with gradient checkpointing."""
+    cast_training_params(unet, dtype=torch.float32)
+    unet.enable_gradient_checkpointing()
+    noisy, text = normal(1, 2, unet.config.in_channels, 8, 8), normal(2, 2, 5, unet.config.cross_attention_dim)
+    predicted = unet.train()(noisy.float(), torch.tensor([3, 500]), text.float(), return_dict=False)[0]
+    predicted.square().mean().backward()
+    return predicted.detach(), {name: parameter.grad for name, parameter in vectors_of(unet).items()}
+
+
+def test_a_step_with_checkpointing_is_that_of_peft() -> None:
+    wanted, theirs = gradients(injected(init_weights=False))
+    unet = hra_fx.from_peft(injected(init_weights=False))
+    assert not any(isinstance(part, HRALinear) for part in unet.modules())
+    found, ours = gradients(unet)
+    assert relative_error(found, wanted) < 1e-5
+    assert ours.keys() == theirs.keys() and len(ours) == LAYERS
+    for name, gradient in theirs.items():
+        assert relative_error(ours[name], gradient) < 1e-3, name
+
+
+def test_saved_loaded_given_to_a_pipeline_as_a_lora_and_folded(tmp_path: Path) -> None:
+    pipe, again, served = pipeline(), pipeline(), pipeline()
+    base = image(pipe)
+    pipe.unet, again.unet = injected(init_weights=False), injected()
+    save_file(peft.get_peft_model_state_dict(pipe.unet), tmp_path / "hra.safetensors")
+    peft.set_peft_model_state_dict(again.unet, load_file(tmp_path / "hra.safetensors"))
+    wanted = image(pipe)
+    assert relative_error(wanted, base) > 1e-2
+    assert relative_error(image(again), wanted) < 1e-4
+    before = picture(pipe.unet)
+    assert [row.adapter for row in hra_fx.report(pipe.unet)] == ["default"] * LAYERS
+    hra_fx.save_adapter(pipe.unet, tmp_path / "adapter")
+    hra_fx.save_as_lora(pipe, tmp_path / "lora")
+    assert picture(pipe.unet) == before
+    again.unet = hra_fx.load_adapter(pipeline().unet, tmp_path / "adapter")
+    served.load_lora_weights(tmp_path / "lora")
+    assert relative_error(image(again), wanted) < 1e-4
+    assert relative_error(image(served), wanted) < 1e-3
+    assert hra_fx.fold(pipe.unet) is pipe.unet and not hasattr(pipe.unet, "peft_config")
+    assert not pipe.unet._hf_peft_config_loaded
+    assert relative_error(image(pipe), wanted) < 1e-4
