@@ -154,6 +154,8 @@ def _fold_part(base: Path, adapters: Sequence[Source], target: Path, *, trust_re
     saved = target / "saved"
     saved.mkdir(parents=True)
     if hasattr(model, "save_pretrained"):
+        if generation := getattr(model, "generation_config", None):
+            model.generation_config = type(generation)()  # the base's is copied; transformers does not save every one
         # Not in larger files than those of the base.
         model.save_pretrained(saved, max_shard_size=max(file.stat().st_size for file in base.glob("*.safetensors")))
     else:  # a model of timm

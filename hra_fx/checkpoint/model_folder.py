@@ -90,9 +90,10 @@ def _explained_errors(what: str) -> Iterator[None]:
 
 def _of_transformers(file: Path, entries: Mapping[str, Any], trust_remote_code: bool) -> _Makers:
     transformers: Any = importlib.import_module("transformers")
-    folder, names = file.parent, entries.get("architectures") or []
-    cls = next((found for name in names if (found := getattr(transformers, name, None))), None)
-    code = entries.get("auto_map") or {}
+    folder, names, code = file.parent, entries.get("architectures") or [], entries.get("auto_map") or {}
+    found = [getattr(transformers, name, None) for name in names]
+    models = (one for one in found if isinstance(one, type) and issubclass(one, transformers.PreTrainedModel))
+    cls: Any = next(models, None)
     if cls is None and code and not trust_remote_code:
         raise CheckpointError(
             f"{file}: the class of the model is code in its folder, which is not run without your consent. Read the "

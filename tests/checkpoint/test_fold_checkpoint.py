@@ -266,6 +266,10 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         config_with(architectures=["Mine"], auto_map={"AutoModel": "mine.Mine"}),
         "base/config.json: the class of the model is code in its folder, which is not run without your consent.",
     ),
+    "an automatic class": (
+        config_with(architectures=["AutoModel"], auto_map={"AutoModel": "mine.Mine"}),
+        "base/config.json: the class of the model is code in its folder, which is not run without your consent.",
+    ),
     "no configuration": (lambda base, _: (base / "config.json").unlink(), "base/config.json: no such file. Pass the"),
     "no folder": (lambda base, _: shutil.rmtree(base), "base: no such folder. Pass one with config.json and"),
     "no adapter": (
@@ -327,6 +331,16 @@ def test_other_tensors_and_weights_are_named(tmp_path: Path) -> None:
     ]
     assert {each.filename for each in caught} == {__file__}
     assert picture(base).keys() == picture(tmp_path / "out").keys()
+
+
+def test_files_that_transformers_would_not_write_are_copied(tmp_path: Path) -> None:
+    """A generation config that it loads, but refuses to save; and entries of other programs."""
+    model = llama()
+    base, adapter = base_of(model, tmp_path / "base"), adapter_of(model, tmp_path / "adapter", "q_proj")
+    (base / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6, "top_p": 0.9}')
+    config_with(of_mine={"a": 1})(base, adapter)
+    hra_fx.fold_checkpoint(base, adapter, tmp_path / "out")
+    check(base, tmp_path / "out", model, adapter)
 
 
 CODE = """
