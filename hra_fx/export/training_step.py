@@ -83,9 +83,9 @@ def export_training_step(
         ['0.hra_u.default']
     """
     _check(model, loss, labels)
-    step = StepModule(model, example_inputs, loss, labels)
-    wanted = gradients_of(step)
-    with unchanged(model), ExitStack() as stack:
+    step = _StepModule(model, example_inputs, loss, labels)
+    wanted = _gradients_of(step)
+    with _unchanged(model), ExitStack() as stack:
         for name, parameter in step.named_parameters():
             if parameter.requires_grad and name not in wanted:
                 stack.callback(parameter.requires_grad_(False).requires_grad_, True)
@@ -93,7 +93,7 @@ def export_training_step(
     _drop_unread(program)
     _fill_uninitialized(program)
     _name_outputs(program)
-    check_gradients(program, step, wanted)
+    _check_gradients(program, step, wanted)
     return program
 
 
@@ -121,7 +121,7 @@ def _check(model: Any, loss: Any, labels: Any) -> None:
         )
 
 
-def _export(step: StepModule, model: nn.Module, dynamic_shapes: Any) -> ExportedProgram:
+def _export(step: _StepModule, model: nn.Module, dynamic_shapes: Any) -> ExportedProgram:
     if dynamic_shapes is not None:
         if unknown := set(dynamic_shapes) - step.inputs.keys():
             raise AdapterError(
@@ -175,7 +175,7 @@ def _name_outputs(program: ExportedProgram) -> None:
 # --- loss -------------------------------------------------------------------------------------------------------------
 
 
-class StepModule(nn.Module):
+class _StepModule(nn.Module):
     """Computes the loss of a model. It has the parameters and buffers of the model, with the same names.
 
     Attributes:
@@ -245,7 +245,7 @@ _ROUNDING = 30
 
 
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
+def _unchanged(model: nn.Module) -> Iterator[None]:
     """Context manager that restores the buffers of a model and the random number generators."""
     before = [
         (part, name, buffer, buffer.clone())
@@ -262,21 +262,29 @@ def unchanged(model: nn.Module) -> Iterator[None]:
                     part._buffers[name] = buffer.copy_(value)
 
 
-def gradients_of(step: StepModule) -> dict[str, Tensor]:
+def _gradients_of(step: _StepModule) -> dict[str, Tensor]:
     """The loss, with the name "", and the gradients of all parameters that require them and affect the loss."""
-    with unchanged(step):
-        found = _computed(step)
-    if not bool(found[""].isfinite()):
-        raise AdapterError(
-            f"export_training_step: the loss of the example is {float(found[''])}. Pass an example with a finite loss. "
-            "For example, not all labels may be ignored."
-        )
-    return found
+    trained = {name: parameter for name, parameter in step.named_parameters() if parameter.requires_grad}
+    with _unchanged(step), torch.enable_grad():
+        loss = step(*step.example())
+        if not loss.requires_grad:
+            raise AdapterError(
+                "export_training_step: the loss does not depend on any trained parameter. The adapters are merged "
+                "(hra_fx.unmerge_adapter), disabled, or on layers that the call does not use; or the loss is detached."
+            )
+        if not bool(loss.isfinite()):
+            raise AdapterError(
+                f"export_training_step: the loss of the example is {float(loss)}. Pass an example with a finite loss. "
+                "For example, not all labels may be ignored."
+            )
+        gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    found = {name: gradient for name, gradient in zip(trained, gradients, strict=True) if gradient is not None}
+    return {"": loss.detach(), **found}
 
 
-def check_gradients(program: ExportedProgram, step: StepModule, wanted: Mapping[str, Tensor]) -> None:
+def _check_gradients(program: ExportedProgram, step: _StepModule, wanted: Mapping[str, Tensor]) -> None:
     """Compare the program with the model on the example."""
-    with unchanged(step), torch.no_grad():
+    with _unchanged(step), torch.no_grad():
         loss, gradients = program.module()(*step.example())
     if (found := _different({"": loss, **gradients}, wanted)) is not None:
         name, error = found
@@ -288,20 +296,6 @@ def check_gradients(program: ExportedProgram, step: StepModule, wanted: Mapping[
             "operators instead. 16-bit weights have large rounding errors; try float32. If the model draws "
             "random numbers, call model.eval() first."
         )
-
-
-def _computed(step: StepModule) -> dict[str, Tensor]:
-    trained = {name: parameter for name, parameter in step.named_parameters() if parameter.requires_grad}
-    with torch.enable_grad():
-        loss = step(*step.example())
-        if not loss.requires_grad:
-            raise AdapterError(
-                "export_training_step: the loss does not depend on any trained parameter. The adapters are merged "
-                "(hra_fx.unmerge_adapter), disabled, or on layers that the call does not use; or the loss is detached."
-            )
-        gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-    found = {name: gradient for name, gradient in zip(trained, gradients, strict=True) if gradient is not None}
-    return {"": loss.detach(), **found}
 
 
 def _different(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[str, float] | None:

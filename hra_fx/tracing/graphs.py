@@ -23,15 +23,21 @@ from hra_fx.tracing.graph_module import graph_module
 from hra_fx.tracing.tracer import trace
 
 
-def is_graph_of_call(model: nn.Module, graph: fx.Graph, call: Call) -> bool:
-    """Whether a graph of torch.fx takes exactly the arguments of a call. Others have their defaults in the graph."""
-    args, kwargs = call
-    names = [str(node.target) for node in graph.find_nodes(op="placeholder")]
-    try:
-        given = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
-    except TypeError:
-        return False
-    return list(given)[1:] == names
+def _by_fx(model: nn.Module, layers: Collection[nn.Module], call: Call | None) -> fx.GraphModule | None:
+    """Trace a model with torch.fx. `None` if the graph does not take exactly the arguments of the call.
+
+    A graph of torch.fx takes the required arguments. It has the defaults of all others.
+    """
+    graph, modules = trace(model, layers)
+    if call is not None:
+        args, kwargs = call
+        try:
+            given = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
+        except TypeError:
+            return None
+        if list(given)[1:] != [str(node.target) for node in graph.find_nodes(op="placeholder")]:
+            return None
+    return graph_module(model, graph, modules)
 
 
 def trace_model(
@@ -44,9 +50,7 @@ def trace_model(
         try:
             if has_own_hooks(model):
                 raise CaptureError("it has forward hooks, which torch.fx does not run")
-            graph, modules = trace(model, layers)
-            if call is None or is_graph_of_call(model, graph, call):
-                made = graph_module(model, graph, modules)
+            if made := _by_fx(model, layers, call):
                 if example := call or guessed_call(model):  # without an example, nothing can be compared
                     compare(model, made, example)
                 return made
@@ -103,9 +107,7 @@ def _drawn(model: nn.Module, layers: Collection[nn.Module], example_inputs: Any)
     """Trace a model for a picture, much faster than `trace_model`."""
     call = None if example_inputs is None else normalize_inputs(example_inputs)
     try:
-        graph, modules = trace(model, layers)
-        if call is None or is_graph_of_call(model, graph, call):
-            made = graph_module(model, graph, modules)
+        if made := _by_fx(model, layers, call):
             if call:
                 with suppress(ExampleError):  # a drawing warns of it
                     compare_call(model, made, call)

@@ -23,11 +23,10 @@ _DEPTH = 4
 _RANDOM, _FUNCTIONS, _GRADIENT = "the random generators", "custom autograd functions", "the gradient of "
 
 
-def attributes(model: nn.Module, *, with_tensors: bool = True) -> dict[str, Any]:
+def attributes(model: nn.Module) -> dict[str, Any]:
     """The buffers and attributes of all modules, with the items of containers and of objects in them, by name.
 
-    Tensors are copied; objects that cannot be compared by value are represented by their type. `with_tensors=False` is
-    for a quick check whether a model is the same: by shapes, dtypes, and the identity and code of objects.
+    Tensors are copied; objects that cannot be compared by value are represented by their type.
     """
     found: dict[str, Any] = {}
     seen = set[int]()
@@ -35,11 +34,9 @@ def attributes(model: nn.Module, *, with_tensors: bool = True) -> dict[str, Any]
     def collect(name: str, value: Any, depth: int) -> None:
         is_value = isinstance(value, _VALUES)
         if isinstance(value, Tensor):
-            found[name] = value.detach().clone() if with_tensors else (value.shape, value.dtype, value.device)
-        elif is_value or with_tensors:
-            found[name] = value if is_value else type(value)
+            found[name] = value.detach().clone()
         else:
-            found[name] = type(value), id(value), getattr(value, "__code__", None)
+            found[name] = value if is_value else type(value)
         if depth and id(value) not in seen and not (is_value or isinstance(value, (Tensor, *_OPAQUE))):
             seen.add(id(value))
             for item, each in _items(value):
