@@ -92,7 +92,11 @@ MODELS: dict[str, Model] = {
     ),
     "BERT": Model(tiny.bert, config("query", "value", "dense", apply_GS=True), ids, WORDS),
     "T5 encoder": Model(
-        partial(tiny.t5, "T5EncoderModel"), config("q", "v", "wi", "wo"), ids, WORDS, "last_hidden_state"
+        partial(tiny.t5, "T5EncoderModel", vocab_size=tiny.VOCABULARY),
+        config("q", "v", "wi", "wo"),
+        ids,
+        WORDS,
+        "last_hidden_state",
     ),
     "ResNet": Model(resnet, config("conv1", "conv2", "fc"), image, ({0: BATCH},), ""),
     "ViT": Model(tiny.vit, config("q_proj", "v_proj", "projection"), image, ({0: BATCH},)),
