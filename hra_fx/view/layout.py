@@ -16,7 +16,7 @@ from hra_fx.reporting.words import shorten
 from hra_fx.view.heatmap import NO_CELLS, Cells, Heatmap
 from hra_fx.view.opening import Block
 from hra_fx.view.theme import width
-from hra_fx.view.tree import Edge, Item, Leaf, Scope, notes, span
+from hra_fx.view.tree import Edge, Item, Leaf, Scope, span
 
 NAME, DETAIL = 12.5, 11.0  # font sizes
 STRIP = 19.0  # height of the adapter strip on top of its layer
@@ -247,7 +247,8 @@ def _tip(block: Block, heatmap: Heatmap) -> str:
     item = block.item
     if isinstance(item, Leaf):
         lines = [f"{item.target}: {item.detail or item.op}", *filter(None, [item.shape])]
-        return "\n".join([*lines, *map(heatmap.line, item.marks), *notes(item)])
+        lines += [*map(heatmap.line, item.marks), *(f"{path} is trained in full" for path in item.trained)]
+        return "\n".join([*lines, *(f"{layer.path} has no adapter: {layer.reason}" for layer in item.skipped)])
     return "\n".join(
         [f"{item.path or item.name}: {item.class_name}", *map(heatmap.line, () if block.parts else item.marks)]
     )

@@ -45,7 +45,7 @@ class _Pictures:
     def __init__(self, first: Block, heatmap: Heatmap) -> None:
         self.heatmap = heatmap
         self.looks: set[str] = set()
-        self._taken = {"arrow"}  # the ids on the page
+        self._taken = {"//arrow", _REPORT, _SKIPPED}  # the ids on the page
         self._waiting = [Picture(first, self._address("/"), ())]
         self._current = self._waiting[0]
 

@@ -173,7 +173,7 @@ def _draw_inside(group: Element, box: Box, left: float, top: float, marked: Mark
         line = path_of(route, left, top)
         edge = shape(group, "path", d=line, fill="none", stroke="edge", stroke_width=1.3, class_="edge")
         if route.edge.target >= 0:
-            edge.set("marker-end", "url(#arrow)")
+            edge.set("marker-end", "url(#//arrow)")
             starts.setdefault(route.edge.source, []).append(route)
     for name, x, wide in box.ports:
         frame = {"fill": "port", "stroke": "port-line", "class_": "entry"}

@@ -123,8 +123,8 @@ def _canvas(wide: int, high: int, title: str, facts: str) -> Element:
 
 
 def arrow(root: Element) -> None:
-    """Define the end of edges."""
-    marker = shape(shape(root, "defs"), "marker", id="arrow", viewBox="0 0 8 8", refX="7", refY="4")
+    """Define the end of edges. Its id is not the path of a module."""
+    marker = shape(shape(root, "defs"), "marker", id="//arrow", viewBox="0 0 8 8", refX="7", refY="4")
     marker.attrib.update(markerWidth="7", markerHeight="7", orient="auto")
     shape(marker, "path", d="M0 0.6L8 4L0 7.4z", fill="edge")
 

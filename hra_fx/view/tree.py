@@ -72,11 +72,6 @@ class Scope:
         """The layers inside without an adapter."""
         return tuple(dict.fromkeys(layer for item in self.items for layer in item.skipped))
 
-    @property
-    def trained(self) -> tuple[str, ...]:
-        """The layers inside that are trained in full."""
-        return tuple(dict.fromkeys(path for item in self.items for path in item.trained))
-
 
 Item: TypeAlias = Leaf | Scope
 
@@ -103,12 +98,6 @@ def joined(leaves: Sequence[Leaf]) -> Leaf:
         trained=tuple(dict.fromkeys(path for leaf in leaves for path in leaf.trained)),
         parameters=sum(leaf.parameters for leaf in leaves),
     )
-
-
-def notes(item: Item) -> list[str]:
-    """Lines of a tooltip: why layers have no adapter, and which layers are trained in full."""
-    skipped = [f"{layer.path} has no adapter: {layer.reason}" for layer in item.skipped]
-    return [*skipped, *(f"{path} is trained in full" for path in item.trained)]
 
 
 def contract(scope: Scope, follows: Callable[[int], bool], combine: Callable[[tuple[Item, ...]], Item]) -> Scope:
