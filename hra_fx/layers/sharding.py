@@ -42,16 +42,12 @@ def is_sharded(model: nn.Module) -> bool:
     return any(sharded_by(module) for module in model.modules())
 
 
-def first_sharded(model: nn.Module) -> tuple[str, str] | None:
-    """Path of the first module with sharded parameters, and the tool; `None` if there is none."""
-    found = ((path or "the model", tool) for path, module in model.named_modules() if (tool := sharded_by(module)))
-    return next(found, None)
-
-
 def first_split(model: nn.Module) -> tuple[str, str] | None:
-    """Like `first_sharded`, but also finds modules that DeepSpeed splits."""
-    found = ((path or "the model", "DeepSpeed") for path, module in model.named_modules() if _is_split(module))
-    return first_sharded(model) or next(found, None)
+    """Path of the first module whose parameters a tool splits, and the tool; `None` if there is none."""
+    for path, module in model.named_modules():
+        if tool := sharded_by(module) or ("DeepSpeed" if _is_split(module) else None):
+            return path or "the model", tool
+    return None
 
 
 def _is_split(module: nn.Module) -> bool:

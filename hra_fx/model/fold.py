@@ -11,24 +11,10 @@ import torch
 from torch import nn
 
 from hra_fx.errors import FoldError, HRAWarning
-from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.trained_copies import all_copies
 from hra_fx.model.inject import remove_adapters
-from hra_fx.model.merge import (
-    check_layer,
-    check_not_tied,
-    check_whole,
-    folded_weight,
-    resolve_merge_order,
-    unmerge_adapter,
-)
-from hra_fx.model.state import (
-    AdapterState,
-    adapted_layers,
-    check_no_foreign_class,
-    collect_parts,
-    root_of,
-)
+from hra_fx.model.merge import check_layers, folded_weight, resolve_merge_order, unmerge_adapter
+from hra_fx.model.state import AdapterState, adapted_layers, check_no_foreign_class, collect_parts, root_of
 from hra_fx.model.tied import TIE_SETTING, reads_tie_setting, separate, settings_to_turn_off
 from hra_fx.model.trainable import check_copies, sync_layers
 
@@ -39,7 +25,7 @@ class FoldJob:
 
     model: nn.Module
     state: AdapterState
-    #: Path of a layer -> the adapters that are folded into it, in the order of the product.
+    #: Path of a layer whose weight is written -> the adapters that are folded into it, in the order of the product.
     names: Mapping[str, tuple[str, ...]]
     #: Adapters with trained copies that become the model's own tensors.
     promoted: tuple[str, ...]
@@ -58,11 +44,10 @@ class FoldJob:
         with torch.inference_mode(False), torch.no_grad():
             if state.merged:
                 unmerge_adapter(self.model)
-            for path, layer in layers.items():
-                if self.names[path]:
-                    layer.hra_base.copy_(folded_weight(layer, self.names[path]))
-                for name in self.names[path]:
-                    layer.hra_u.remove(name)
+            for path, names in self.names.items():
+                layers[path].hra_base.copy_(folded_weight(layers[path], names))
+                for name in names:
+                    layers[path].hra_u.remove(name)
         for owner, copies in all_copies(self.model).values():
             for name in self.promoted:
                 copies.promote_to_base(owner, name)
@@ -89,9 +74,7 @@ def prepare_fold(model: nn.Module, adapter_names: str | Sequence[str] | None) ->
     root, state = root_of(model)
     names = resolve_merge_order(state, adapter_names)
     check_copies(root, collect_parts(root), names)
-    layers = adapted_layers(root)
-    present = {path: tuple(name for name in names if name in layer.hra_u) for path, layer in layers.items()}
-    _check_layers(root, {path: layer for path, layer in layers.items() if present[path]}, present)
+    present = check_layers(root, adapted_layers(root), names)
     for path, (owner, copies) in all_copies(root).items():
         for tensor in (tensor for name in names for tensor in copies.tensors(owner, name).values()):
             if isinstance(tensor, nn.Parameter) and not bool(torch.isfinite(tensor).all()):
@@ -104,11 +87,3 @@ def prepare_fold(model: nn.Module, adapter_names: str | Sequence[str] | None) ->
             "cannot be folded. Save the adapter (hra_fx.save_adapter) and load it over the base model."
         )
     return FoldJob(root, state, present, names, adapters_to_remove, settings)
-
-
-def _check_layers(root: nn.Module, layers: Mapping[str, AdaptedLayer], names: Mapping[str, tuple[str, ...]]) -> None:
-    """Check every layer whose weight is written."""
-    check_whole(root)
-    check_not_tied(root, layers)
-    for path, layer in layers.items():
-        check_layer(path, layer, names[path])

@@ -96,14 +96,10 @@ def merge(root: nn.Module, state: AdapterState, names: tuple[str, ...]) -> None:
     """Merge adapters in the resolved order. Every layer is checked before the first weight is written."""
     layers = adapted_layers(root)
     check_copies(root, collect_parts(root), dict.fromkeys((*names, *state.active)))
-    check_whole(root)
-    check_not_tied(root, layers)
-    present = {path: [name for name in names if name in layer.hra_u] for path, layer in layers.items()}
-    for path, here in present.items():
-        if here:
-            check_layer(path, layers[path], here)
+    present = check_layers(root, layers, names)
     with all_or_nothing() as undo, torch.no_grad():
-        for layer, here in ((layers[path], here) for path, here in present.items() if here):
+        for path, here in present.items():
+            layer = layers[path]
             weight = folded_weight(layer, here)
             layer.hra_u.unmerged = layer.hra_base.detach().clone()
             undo.callback(_restore, layer)
@@ -158,7 +154,21 @@ def base_weight(layer: AdaptedLayer) -> Tensor:
     return layer.hra_base.detach() if layer.hra_u.unmerged is None else layer.hra_u.unmerged
 
 
-def check_layer(path: str, layer: AdaptedLayer, names: Collection[str]) -> None:
+def check_layers(
+    root: nn.Module, layers: Mapping[str, AdaptedLayer], names: Iterable[str]
+) -> dict[str, tuple[str, ...]]:
+    """Check every layer whose weight is written. Returns its adapters in the order of the product, for each path."""
+    wanted = tuple(names)
+    present = {path: tuple(name for name in wanted if name in layer.hra_u) for path, layer in layers.items()}
+    written = {path: here for path, here in present.items() if here}
+    check_whole(root)
+    check_not_tied(root, {path: layers[path] for path in written})
+    for path, here in written.items():
+        _check_layer(path, layers[path], here)
+    return written
+
+
+def _check_layer(path: str, layer: AdaptedLayer, names: Collection[str]) -> None:
     """Check that adapters can be folded into a layer.
 
     An orthogonal `Q` keeps the lengths of rows, so no entry of `W Q` is larger than the length of the longest row of

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from layers.checking import assert_same, pair, run_dense
+from layers.checking import pair
 from layers.quantized.bases import SCHEMES, adapted as quantized, inputs
 from model.many import config
 from one_layer import normal
@@ -173,22 +173,6 @@ def test_the_backward_pass_frees_the_factors_while_the_loss_is_kept() -> None:
     loss = sum(output.sum() for output in model(X))
     loss.backward()
     assert tensors() <= before | {id(loss), *(id(parameter.grad) for parameter in model.parameters())}
-
-
-def test_backward_passes_over_parts_of_a_batch() -> None:
-    """In turn, and again over a retained graph."""
-    base, model = pair(two_outputs, "body|left|right")
-    left, right = model(X)
-    wanted_left, wanted_right = run_dense(base, model, X)
-    parts = [(left, wanted_left, ["left"]), (right, wanted_right, ["body", "right"])]
-    for keep in (True, False):
-        for output, wanted, paths in parts:
-            vectors = [model.get_submodule(path).hra_u["default"] for path in paths]
-            found = torch.autograd.grad(output.square().sum(), vectors, retain_graph=keep)
-            for mine, oracle in zip(
-                found, torch.autograd.grad(wanted.square().sum(), vectors, retain_graph=True), strict=True
-            ):
-                assert_same(mine, oracle)
 
 
 # ---- peak memory of `fold` and `merge_adapter` on a model of many equal layers ----
