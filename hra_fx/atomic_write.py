@@ -45,13 +45,12 @@ def flush(file: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def output_file(path: str | os.PathLike[str], formats: Collection[str], *, listed: str = "") -> Path:
-    """Check the path of an output file. `formats` are file extensions, which `listed` formats for the message."""
+def output_file(path: str | os.PathLike[str], formats: Collection[str]) -> Path:
+    """Check the path of an output file. `formats` are file extensions."""
     file = Path(path)
     if file.suffix.lower() not in formats:
         raise VisualizeError(
-            f"path: unsupported file extension {file.suffix!r} in {file.name!r}. "
-            f"Use one of {listed or ', '.join(formats)}."
+            f"path: unsupported file extension {file.suffix!r} in {file.name!r}. Use one of {', '.join(formats)}."
         )
     if not file.parent.is_dir():
         raise VisualizeError(f"path: the folder {str(file.parent)!r} does not exist. Create it, or choose another one.")

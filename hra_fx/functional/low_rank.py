@@ -8,7 +8,7 @@ of at most `k`:
 This is exactly a LoRA of rank `n` and scale 1. It is computed in three steps without any `(d, d)` matrix:
 
 1. `core`: a thin QR `U = V R` gives `Q - I = V K V^T` with the small core `K = -R T R^T` (`householder.span`).
-2. `project` computes `W V`. A caller that reads `W` from disk computes it itself, in blocks.
+2. `project` computes `W V`.
 3. `low_rank_delta`: a thin QR of `(W V) K` and an SVD of its small triangle give the singular values of the change.
    These show its numerical rank and give the best approximation of a smaller rank (Eckart and Young 1936,
    https://doi.org/10.1007/BF02288367). They are split evenly between the factors, so that half precision rounds both

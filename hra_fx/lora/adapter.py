@@ -10,7 +10,7 @@ For transformers models, PEFT converts the names in a LoRA like the names in a c
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -200,7 +200,8 @@ def parameter_targets(adapter: LoraAdapter) -> dict[str, str]:
     These are experts, and layers with names that PEFT interprets as single experts.
     """
     found = {layer.path: parameter_of(layer.path) for layer in adapter.layers if layer.kind == "experts"}
-    if has_experts(adapter.modules):
+    # With a module of this name, transformers converts checkpoints for the model.
+    if any(path.rpartition(".")[2] == "experts" for path in adapter.modules):
         patterns = getattr(weight_conversions(), "_MODEL_TO_CONVERSION_PATTERN", {})
         names = _OF_EXPERTS.get(patterns.get(adapter.model_config.get("model_type")), ())
         linear = [layer.path for layer in adapter.layers if layer.kind == "linear"]
@@ -208,45 +209,25 @@ def parameter_targets(adapter: LoraAdapter) -> dict[str, str]:
     return found
 
 
-def has_experts(modules: Iterable[str]) -> bool:
-    """Whether a model has a module with a name for experts, so that transformers converts checkpoints for it."""
-    return any(path.rpartition(".")[2] == "experts" for path in modules)
-
-
-def check_names(paths: Iterable[str], model_type: str | None, renamings: Sequence[Any] = ()) -> None:
-    """Check that PEFT adapts these layers, and finds them by their names in the file.
-
-    For `renamings`, see `renamings_of`.
-    """
+def check_names(model: Any, paths: Iterable[str]) -> None:
+    """Check that PEFT adapts these layers of the whole model, and finds them by their names in the file."""
+    kind: str | None = getattr(getattr(model, "config", None), "model_type", None)
+    renamed = _renamed(model, kind)
     for path in paths:
-        if model_type in _MAMBA and path.rpartition(".")[2] in _NOT_IN_MAMBA:
+        if kind in _MAMBA and path.rpartition(".")[2] in _NOT_IN_MAMBA:
             raise unsupported(path, "this layer", "has a name that PEFT's LoRA does not support in Mamba models")
-        renamed = _rename(path, renamings)
-        if not f"{PREFIX}{path}".endswith(renamed):  # PEFT restores a prefix that is removed
-            reason = f"would not be found by PEFT, which renames it to {renamed}, as transformers does in checkpoints"
+        if not f"{PREFIX}{path}".endswith(name := renamed(path)):  # PEFT restores a prefix that is removed
+            reason = f"would not be found by PEFT, which renames it to {name}, as transformers does in checkpoints"
             raise unsupported(path, "this layer", reason)
 
 
-def renamings_of(model: Any) -> list[Any]:
-    """Return transformers' renamings of tensors in a model's checkpoint, if PEFT renames LoRA tensors the same way."""
-    kind = model_type_of(model)
+def _renamed(model: Any, kind: str | None) -> Callable[[str], str]:
+    """The renaming of tensors in a checkpoint of a transformers model, if PEFT renames LoRA tensors the same way."""
     conversions = None if kind is None else weight_conversions()
     if conversions is None or conversions.get_checkpoint_conversion_mapping(kind) is None:
-        return []
-    from transformers.core_model_loading import WeightRenaming
+        return lambda path: path
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    return [entry for entry in conversions.get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
-
-
-def model_type_of(model: Any) -> str | None:
-    """The type of a transformers model."""
-    kind: str | None = getattr(getattr(model, "config", None), "model_type", None)
-    return kind
-
-
-def _rename(path: str, renamings: Sequence[Any]) -> str:
-    if not renamings:
-        return path
-    from transformers.core_model_loading import rename_source_key
-
-    return rename_source_key(f"{path}.lora_A", list(renamings), [])[0].removesuffix(".lora_A")
+    every = conversions.get_model_conversion_mapping(model)
+    renamings = [entry for entry in every if isinstance(entry, WeightRenaming)]
+    return lambda path: rename_source_key(f"{path}.lora_A", renamings, [])[0].removesuffix(".lora_A")

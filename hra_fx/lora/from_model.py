@@ -23,7 +23,7 @@ from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.layers.sharding import first_split, full_tensor, gathered, reshard
 from hra_fx.layers.target import ADAPTER_CHILDREN, weight_place
 from hra_fx.layers.trained_copies import all_copies
-from hra_fx.lora.adapter import LoraAdapter, LoraLayer, check_names, check_rank, model_type_of, renamings_of
+from hra_fx.lora.adapter import LoraAdapter, LoraLayer, check_names, check_rank
 from hra_fx.lora.unsupported import check_expressible, check_places, check_reads
 from hra_fx.model.merge import base_weight
 from hra_fx.model.state import AdapterState, adapted_layers, collect_parts, load_vectors, names_in, root_of, unwrap
@@ -48,7 +48,7 @@ def lora_adapter(
     names = _names(state, adapter_names)
     layers = _checked_layers(root, state, names)
     placed = {f"{prefix}{path}": layer for path, layer in layers.items()}
-    check_names(placed, model_type_of(whole), renamings_of(whole))
+    check_names(whole, placed)
     check_places(whole, placed)
     check_reads(whole, placed)
     present = {path: [name for name in names if name in layer.hra_u] for path, layer in layers.items()}
