@@ -122,7 +122,7 @@ def logits(model: Any) -> torch.Tensor:
 
 def of_hqq() -> Any:
     """A model whose layers are replaced with those of hqq: transformers 5 does not load such models."""
-    model = llama(hidden_size=64, intermediate_size=128)
+    model = llama(hidden_size=128, intermediate_size=128)
     for block in model.model.layers:
         for part in (block.self_attn, block.mlp):
             for name, layer in list(part.named_children()):
