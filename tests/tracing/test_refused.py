@@ -21,9 +21,9 @@ import hra_fx
 from hra_fx.errors import AdapterError, SelectionError
 
 
-def middle(change: Callable[[Any, Tensor], Any]) -> type[nn.Module]:
-    """A model that does something between its two layers, and that torch.fx does not trace."""
-    return type("Changed", (Branches,), {"middle": change})
+def middle(change: Callable[[Any, Tensor], Any], base: type[Two] = Branches) -> type[Any]:
+    """A model that does something between its two layers. torch.fx does not trace `Branches`."""
+    return type("Changed", (base,), {"middle": change})
 
 
 def clamped(self: Any, hidden: Tensor) -> Tensor:
@@ -156,8 +156,70 @@ def test_what_a_capture_would_drop_is_refused(name: str) -> None:
     assert (random.getstate(), np.random.get_state()[2], torch.get_rng_state().tolist()) == draws
 
 
+class Hooked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Two()
+        self.first.register_forward_hook(lambda module, args, output: output * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x)
+
+
+class NoArguments(Two):
+    def forward(self, *x: Tensor) -> Tensor:
+        return self.second(self.first(x[0]))
+
+
+class Outputs(Two):
+    def forward(self, x: Tensor) -> Any:
+        out = self.second(self.first(x))
+        return out if self.training else (out, x)
+
+
+def rounded(self: Any, hidden: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return hidden @ hidden.T @ hidden
+
+
+MODES, RANDOM = "it runs different operations in train mode in ", "it draws random numbers in Python or seeds"
+TRACES: dict[str, tuple[type[nn.Module], str]] = {
+    "if": (middle(clamped, Two), "it branches on a value"),
+    "autocast": (middle(rounded, Two), "it changes grad mode or autocast, or calls a custom autograd function"),
+    "no_grad": (middle(detached, Two), "it changes grad mode or autocast"),
+    "random": (middle(lambda self, hidden: hidden * random.random(), Two), RANDOM),
+    "seed": (middle(lambda self, hidden: (torch.manual_seed(3), hidden)[1], Two), RANDOM),
+    "isinstance": (
+        middle(lambda self, hidden: hidden * 2 if isinstance(hidden, Tensor) else hidden, Two),
+        "its output differs for",
+    ),
+    "int": (middle(lambda self, hidden: hidden * int(hidden.shape[0]), Two), "not 'Proxy'"),
+    "tensor": (middle(lambda self, hidden: hidden * torch.tensor(2.0), Two), "it creates a tensor in Python"),
+    "lookup": (
+        middle(lambda self, hidden: hidden * {torch.float64: 2.0}.get(hidden.dtype, 1.0), Two),
+        "it looks up a value in a set or dictionary",
+    ),
+    "attribute": (middle(counted, Two), "its forward changes calls"),
+    "hooks": (Hooked, "first: it has hooks"),
+    "no arguments": (NoArguments, "its forward does not have a required argument"),
+    "modes": (middle(lambda self, hidden: hidden if self.training else torch.relu(hidden), Two), MODES),
+    "outputs": (Outputs, MODES),
+}
+
+
+@pytest.mark.parametrize("name", TRACES)
+def test_what_torch_fx_cannot_trace_is_refused_without_an_example(name: str) -> None:
+    make, reason = TRACES[name]
+    model = make().double()
+    before, draws = picture(model), (random.getstate(), torch.get_rng_state().tolist())
+    with pytest.raises(AdapterError, match=rf"torch\.fx cannot trace {make.__name__}: .*{reason}.*example_inputs"):
+        hra_fx.transform(model, config(*(["first.first"] if make is Hooked else [])), trace=True)
+    assert picture(model) == before
+    assert (random.getstate(), torch.get_rng_state().tolist()) == draws
+    assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
 CALLS: dict[str, tuple[type[nn.Module], dict[str, Any], type[Exception], str]] = {
-    "no example": (Branches, {}, AdapterError, r"torch\.fx cannot trace Branches: it branches on a value.*example_inp"),
     "arguments": (Branches, {"example_inputs": (X, X, X)}, AdapterError, "the example does not fit its forward"),
     "example": (Branches, {"example_inputs": 3}, AdapterError, "example_inputs must be a tensor, .*, got int"),
     "dtype": (

@@ -1,23 +1,20 @@
-"""Tracing with torch.fx: right in train and eval mode, or refused with a reason; the model is not changed."""
+"""Graphs of torch.fx are right in train and in eval mode. What it refuses is in `test_refused`."""
 
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from adapting import randomise
+from adapting import picture, randomise
 from graph_modules import COPIES
 from layers.checking import assert_same, check, normal
 from torch import Tensor, fx, nn
-from tracing.models import TRACED, Dropout, Norms, Two
+from tracing.models import TRACED, Dropout, Norms
 
 import hra_fx
-from hra_fx.errors import AdapterError
 
 X = normal(7, 4, 6)
 
@@ -38,9 +35,6 @@ def pair(make: Callable[[], nn.Module]) -> tuple[nn.Module, Any]:
 
 def buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.named_buffers() if "hra_u" not in name}
-
-
-# ---- traced ----
 
 
 @pytest.mark.parametrize("make", TRACED)
@@ -91,111 +85,11 @@ def test_a_part_in_another_mode_stays_in_it() -> None:
     assert not torch.equal(graph(X), graph(X))
 
 
-# ---- refused ----
-
-
-def middle(change: Callable[[Two, Tensor], Any]) -> type[Two]:
-    """A model that does something between its two layers."""
-    return type("Changed", (Two,), {"middle": change})
-
-
-def under(context: Callable[[], Any]) -> type[Two]:
-    """A model that runs its first layer under a context."""
-
-    def forward(self: Two, x: Tensor) -> Any:
-        with context():
-            hidden = self.first(x)
-        return self.second(hidden)
-
-    return type("Under", (Two,), {"forward": forward})
-
-
-def counted(self: Any, hidden: Tensor) -> Tensor:
-    self.calls = getattr(self, "calls", 0) + 1
-    return hidden
-
-
-class ModeChanged(Two):
-    """Changes the mode of a part in its forward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.drop = nn.Dropout(0.5)
-
-    def middle(self, hidden: Tensor) -> Any:
-        self.drop.training = True
-        return self.drop(hidden)
-
-
-class Hooked(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = Two()
-        self.block.register_forward_hook(lambda module, args, output: output * 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block(x)
-
-
-class NoArguments(Two):
-    def forward(self, *x: Tensor) -> Tensor:
-        return self.second(self.first(x[0]))
-
-
-class Modes(Two):
-    def forward(self, x: Tensor) -> Any:
-        return self.second(self.first(x)) if self.training else torch.relu(self.second(self.first(x)))
-
-
-class Outputs(Two):
-    def forward(self, x: Tensor) -> Any:
-        out = self.second(self.first(x))
-        return out if self.training else (out, x)
-
-
-BRANCH, GRAD = "it branches on a value", "it changes grad mode or autocast, or calls a custom autograd function"
-RANDOM, OTHER = "it draws random numbers in Python", "it runs different operations in train mode"
-DIFFERS = "its output differs for"
-REFUSED: dict[str, tuple[type[nn.Module], str]] = {
-    "autocast": (under(lambda: torch.autocast("cpu", dtype=torch.bfloat16)), GRAD),
-    "no_grad": (under(torch.no_grad), GRAD),
-    "Python random": (middle(lambda self, hidden: hidden * random.random()), RANDOM),
-    "seed": (middle(lambda self, hidden: (torch.manual_seed(3), hidden)[1]), RANDOM),
-    "isinstance": (middle(lambda self, hidden: hidden * 2 if isinstance(hidden, Tensor) else hidden), DIFFERS),
-    "if": (middle(lambda self, hidden: hidden * 2 if hidden.sum() > 0 else hidden), BRANCH),
-    "int": (middle(lambda self, hidden: hidden * int(hidden.shape[0])), "not 'Proxy'"),
-    "constant tensor": (middle(lambda self, hidden: hidden * torch.tensor(2.0)), "it creates a tensor in Python"),
-    "attribute": (middle(counted), "its forward changes calls"),
-    "mode of a part": (ModeChanged, "its forward changes drop.training"),
-    "hooks": (Hooked, "block: it has hooks"),
-    "no arguments": (NoArguments, "its forward does not have a required argument"),
-    "modes": (Modes, OTHER),
-    "outputs": (Outputs, OTHER),
-}
-
-
-def state_of(model: nn.Module) -> list[Any]:
-    modules = [(path, type(m), [(k, id(v), repr(v)) for k, v in vars(m).items()]) for path, m in model.named_modules()]
-    generators = torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
-    return [modules, generators, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")]
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused_with_a_reason_and_without_a_change(name: str) -> None:
-    make, reason = REFUSED[name]
-    model = make().double()
-    before = state_of(model)
-    with pytest.raises(AdapterError) as caught:
-        hra_fx.transform(model, config_of(model), trace=True)
-    assert reason in str(caught.value)
-    assert state_of(model) == before
-
-
-def test_a_trace_changes_nothing_either() -> None:
+def test_a_trace_does_not_change_the_model() -> None:
     for make in TRACED:
         model = make().double()
         model.train(make is not Norms)
         adapted = hra_fx.transform(model, config_of(model))
-        before = state_of(adapted)
+        before = picture(adapted), torch.get_rng_state().tolist()
         assert list(hra_fx.graphs(adapted)) == [""]
-        assert state_of(adapted) == before
+        assert (picture(adapted), torch.get_rng_state().tolist()) == before

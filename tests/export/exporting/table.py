@@ -73,27 +73,22 @@ def error_of(name: str, form: str, exporter: str) -> float:
     return distance(actual, expected(name))
 
 
-def cell(name: str, form: str, exporter: str) -> float | str:
+def cell(name: str, form: str, exporter: str) -> str:
     """The error of a cell, or the reason why there is none."""
     with ProcessPoolExecutor(1, mp.get_context("fork")) as pool:
         try:
-            return pool.submit(error_of, name, form, exporter).result()
-        except Exception as error:
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            error = pool.submit(error_of, name, form, exporter).result()
+        except Exception as failure:
+            return f"no: {type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
+    return f"{error:.0e}" if error <= LIMIT else f"no: an error of {error:.1e}"
 
 
-def prepare(name: str, form: str, exporters: list[str]) -> None:
-    """Fill the caches that the processes of a row inherit."""
-    expected(name)
-    for dynamic in sorted({EXPORTERS[exporter].dynamic for exporter in exporters}):
-        program(name, form, dynamic)
-
-
-def version(package: str) -> str | None:
+def installed(package: str) -> bool:
     try:
-        return importlib.metadata.version(package)
+        return bool(importlib.metadata.version(package))
     except importlib.metadata.PackageNotFoundError:
-        return None
+        print(f"{package} is not installed", file=sys.stderr)
+        return False
 
 
 def main() -> None:
@@ -103,29 +98,14 @@ def main() -> None:
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    versions = {exporter: version(EXPORTERS[exporter].package) for exporter in given.exporters}
-    ways = [exporter for exporter, found in versions.items() if found]
-    reasons: list[str] = []
+    ways = [exporter for exporter in given.exporters if installed(EXPORTERS[exporter].package)]
     print("| model | form | " + " | ".join(EXPORTERS[way].title for way in ways) + " |")
     print("|---" * (len(ways) + 2) + "|", flush=True)
     for name in given.models:
+        expected(name)  # the processes of the cells inherit it
         for form in FORMS:
-            prepare(name, form, ways)
-            found = {way: cell(name, form, way) for way in ways}
-            texts = []
-            for way, error in found.items():
-                fine = isinstance(error, float) and error <= LIMIT
-                texts.append(f"{error:.0e}" if fine else f"no ({len(reasons) + 1})")
-                if not fine:
-                    said = f"an error of {error:.1e}" if isinstance(error, float) else error
-                    reasons.append(f"{len(reasons) + 1}. {name}, {form}, {EXPORTERS[way].title}: {said}")
-            print(f"| {name} | {form} | " + " | ".join(texts) + " |", flush=True)
-    print("\n" + "\n".join(reasons) if reasons else "")
-    moves = ", ".join(f"{name} {moved(name):.2f}" for name in given.models)
-    print(f"How far the adapters move the outputs: {moves}.")
-    print("With " + ", ".join(f"{EXPORTERS[way].package} {versions[way]}" for way in ways) + ".")
-    for missing in (way for way in given.exporters if way not in ways):
-        print(f"{EXPORTERS[missing].title}: skipped, {EXPORTERS[missing].package} is not installed.", file=sys.stderr)
+            print(f"| {name} | {form} | " + " | ".join(cell(name, form, way) for way in ways) + " |", flush=True)
+    print("How far the adapters move the outputs: " + ", ".join(f"{name} {moved(name):.2f}" for name in given.models))
 
 
 if __name__ == "__main__":
