@@ -28,7 +28,7 @@ LOWEST_PYTHON ?= $(call runnable,python3.11 python3.12)
 NEWEST_PYTHON ?= $(call runnable,python3.13)
 VERSION_TESTS := tests/functional tests/kernels tests/layers tests/passes tests/api tests/tracing tests/export \
 	tests/model tests/zoo/test_zoo.py tests/test_versions.py tests/canaries tests/integrations/peft_parity \
-	tests/integrations/peft_acceleration tests/integrations/transformers_use tests/integrations/trl_use \
+	tests/integrations/transformers_use tests/integrations/trl_use \
 	tests/integrations/distributed/test_offloaded.py tests/lora/test_in_peft.py \
 	tests/checkpoint/test_fold_checkpoint.py tests/cli/test_process.py
 

@@ -58,6 +58,7 @@ def test_fields_and_defaults_are_pefts() -> None:
 
 
 @given(keywords)
+@settings(max_examples=50, deadline=None)
 def test_construction_gives_pefts_values(kwargs: dict[str, Any]) -> None:
     assert values(HRAConfig(**kwargs)) == values(peft.HRAConfig(**kwargs))
 
@@ -78,6 +79,7 @@ def test_files_go_both_ways_between_peft_and_us(tmp_path_factory: pytest.TempPat
 
 
 @given(keywords)
+@settings(max_examples=50, deadline=None)
 def test_dict_and_copies_give_the_config_back(kwargs: dict[str, Any]) -> None:
     config = HRAConfig(**kwargs, extra={"note": [1, {"a": None}]})
     assert HRAConfig.from_dict(config.to_dict()) == config
