@@ -43,9 +43,8 @@ def leaves_of(subject: Subject) -> nx.DiGraph[str]:
     """Create the leaves of the whole model.
 
     Returns:
-        An acyclic DiGraph. `graph["traced"]` says if the model is traced, `graph["classes"]` has the class names by
-        module path, and `graph["details"]` the class and shape of modules without children. The marks of the leaves are
-        the adapted layers of the model, each exactly once.
+        An acyclic DiGraph. `graph["traced"]` says if the model is traced, and `graph["classes"]` has the class names by
+        module path. The marks of the leaves are the adapted layers of the model, each exactly once.
     """
     builder = _Builder(subject)
     builder.draw()
@@ -80,14 +79,8 @@ class _Builder:
             for owner in prefixes(path):
                 self.inside.setdefault(owner, {})[layer] = None
         self.busy = {""} | {prefix for path in self.subject.layers for prefix in prefixes(path)}
-        details = {
-            path: describe_module(part)
-            for path, part in self.model.named_modules()
-            if next(part.children(), None) is None
-        }
         self.picture.graph["traced"] = subject.graph is not None
         self.picture.graph["classes"] = dict(self.subject.classes)
-        self.picture.graph["details"] = details
 
     def draw(self) -> None:
         """Add all leaves."""

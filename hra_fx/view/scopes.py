@@ -141,7 +141,7 @@ class _Nesting:
     def _item(self, group: _Group, keys: list[str], depth: int) -> Item:
         if isinstance(group, tuple):
             call, level = group
-            return _unwrap(self.scope(call, name_of(call), keys, level + 1), self.picture.graph["details"])
+            return _unwrap(self.scope(call, name_of(call), keys, level + 1))
         leaves = []
         for leaf in map(self.leaf, keys):
             tangled = [name_of(call) for call in leaf.place[depth:]]  # modules that are not drawn as one box
@@ -212,14 +212,14 @@ def _listing(items: Sequence[Item]) -> Leaf:
     )
 
 
-def _unwrap(scope: Scope, details: Mapping[str, str]) -> Item:
+def _unwrap(scope: Scope) -> Item:
     """Draw a scope with one item as the item with both names, or as a module if the item is its whole forward."""
     if len(scope.items) != 1:
         return scope
     item = scope.items[0]
     if isinstance(item, Leaf) and item.kind == "op":
-        detail = details.get(scope.path, scope.class_name)
-        return replace(item, name=scope.name, detail=detail, kind="module", target=scope.path, paths=(scope.path,))
+        path, kind = scope.path, scope.class_name
+        return replace(item, name=scope.name, detail=kind, kind="module", target=path, paths=(path,))
     return replace(item, name=_below(scope.name, item.name), last=item.last and _below(scope.name, item.last))
 
 

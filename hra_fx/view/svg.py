@@ -142,8 +142,7 @@ def _draw_cells(group: Element, box: Box, x: float, y: float) -> None:
         )
         if wide > 6:
             cell.attrib.update(stroke="card")
-        if tip:
-            SubElement(cell, "title").text = tip
+        SubElement(cell, "title").text = tip
     if cells.colors:
         shape(group, "rect", x=x, y=y, width=room, height=cells.height - 5, fill="none", stroke="edge")
 
@@ -154,8 +153,7 @@ def _badge(group: Element, box: Box, right: float, y: float) -> None:
         wide = width(box.count, DETAIL, bold=True) + 10
         frame = {"fill": "card", "stroke": "ink", "class_": "badge"}
         shape(group, "rect", x=right - wide, y=y, width=wide, height=16.0, rx=8.0, **frame)
-        text = write(group, right - wide / 2, y + 12, box.count, DETAIL, "ink", bold=True, anchor="middle")
-        text.set("class", "badge")
+        write(group, right - wide / 2, y + 12, box.count, DETAIL, "ink", bold=True, anchor="middle")
 
 
 def _draw_frame(group: Element, box: Box, x: float, y: float) -> None:
