@@ -109,6 +109,7 @@ def fold_checkpoint(
     """
     base, out = Path(os.path.abspath(base_dir)), Path(os.path.realpath(out_dir))
     adapters = _by_part(base, adapter_dir)
+    _put_back(out)  # after a call that was killed
     _check_folders(base, out, [source for several in adapters.values() for source in several], overwrite=overwrite)
     rotated: list[str] = []
     with _explained_errors(out), _staged(out) as folder:
@@ -199,10 +200,7 @@ def _staged(out: Path) -> Iterator[Path]:
     """Create a hidden folder, which becomes the output folder unless an exception is raised. An old one is replaced."""
     out.parent.mkdir(parents=True, exist_ok=True)
     staged, replaced = (out.with_name(f".{out.name}.{state}") for state in ("partial", "replaced"))
-    # From a call that was killed. The old result is back in its place, if it was not replaced.
-    if replaced.exists() and not out.exists():
-        replaced.rename(out)
-    for old in (staged, replaced):
+    for old in (staged, replaced):  # from a call that was killed
         shutil.rmtree(old, ignore_errors=True)
     staged.mkdir()
     try:
@@ -213,13 +211,16 @@ def _staged(out: Path) -> Iterator[Path]:
         if out.is_dir():
             out.rename(replaced)
         staged.rename(out)
-    except BaseException:
-        if replaced.exists() and not out.exists():
-            replaced.rename(out)
-        raise
     finally:
+        _put_back(out)
         for old in (staged, replaced):
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_back(out: Path) -> None:
+    """Put an old result back that was moved, if no new one took its place."""
+    if (replaced := out.with_name(f".{out.name}.replaced")).exists() and not out.exists():
+        replaced.rename(out)
 
 
 @contextlib.contextmanager
