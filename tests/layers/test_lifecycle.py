@@ -145,7 +145,7 @@ def test_merge_and_unmerge(case: Case, fields: dict[str, Any]) -> None:
 
 
 @every
-def test_two_adapters_are_applied_in_the_given_order(case: Case) -> None:
+def test_two_adapters_are_applied_in_the_given_order_and_one_is_folded(case: Case) -> None:
     base, model = two(case)
     assert_same(case.run(model), case.dense(base, model))
     assert not any(vectors.requires_grad for vectors in vectors_of(model, "other").values())
@@ -161,6 +161,10 @@ def test_two_adapters_are_applied_in_the_given_order(case: Case) -> None:
         assert_same(case.run(model), case.dense(base, model, *names))
     hra_fx.set_adapter(model, [])
     assert_same(case.run(model), case.run(base), rtol=1e-14)
+    hra_fx.set_adapter(model, ["default", "other"])
+    wanted = case.dense(base, model, "default", "other")
+    hra_fx.fold(model, "default")
+    assert_same(case.run(model), wanted)
 
 
 @every

@@ -26,21 +26,6 @@ def model_of(name: str, adapter: str = "default", **fields: Any) -> nn.Module:
     return model
 
 
-def logits_of(name: str, model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = model(**call_of(name)).logits
-    return logits
-
-
-@pytest.mark.parametrize("name", ["qwen3_moe", "llama4"])  # both layouts
-def test_one_of_two_adapters_is_folded(name: str) -> None:
-    model = model_of(name)
-    hra_fx.add_adapter(model, "b", experts_config(r=4, target_modules=["q_proj"], init_weights=False))
-    hra_fx.set_adapter(model, ["default", "b"])
-    both = logits_of(name, model)
-    assert relative_error(logits_of(name, hra_fx.fold(model, ["default"])), both) <= 1e-12
-
-
 def test_report_and_pictures(tmp_path: Path) -> None:
     model = model_of("qwen3_moe")
     rows = hra_fx.report(model).rows

@@ -212,6 +212,14 @@ STEPS: dict[str, tuple[Callable[[Any], object] | None, Callable[[Any], object], 
         lambda model: hra_fx.reset_adapters(model, "a"),
         r"^adapter 'a' must have scale 1\. Call hra_fx\.set_scale",
     ),
+    **{
+        f"scale {alpha}": (
+            None,
+            lambda model, alpha=alpha: hra_fx.set_scale(model, "a", alpha),
+            rf"^`alpha` must be a number from 0 \(base model\) to 1 \(full adapter\), got {re.escape(repr(alpha))}\.$",
+        )
+        for alpha in (-0.1, 1.1, float("nan"), True, "half")
+    },
     "merge none": (
         lambda model: hra_fx.set_adapter(model, []),
         hra_fx.merge_adapter,
