@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -91,39 +91,36 @@ def test_a_model_adapted_on_meta_starts_bit_for_bit_as_one_with_weights(
     assert torch.equal(output(model.eval(), case), output(wanted.eval(), case))
 
 
-def test_several_adapters_start_in_the_order_in_which_they_were_added() -> None:
-    def adapted(model: nn.Module) -> nn.Module:
-        torch.manual_seed(SEED)
-        hra_fx.transform(model, config("0", "3", r=3))
-        hra_fx.add_adapter(model, "b", config("3", init_weights=False, bias="hra_only"))
-        hra_fx.add_adapter(model, "c", config("0", r=4, apply_GS=True, bias="all"))
-        return model
+def several(model: nn.Module) -> nn.Module:
+    hra_fx.transform(model, config("0", "3", r=3))
+    hra_fx.add_adapter(model, "b", config("3", init_weights=False, bias="hra_only"))
+    hra_fx.add_adapter(model, "c", config("0", r=4, apply_GS=True, bias="all"))
+    return model
 
-    base = mlp()
-    wanted, model = adapted(copy.deepcopy(base)), filled(adapted(on_meta(mlp)), base)
-    torch.manual_seed(SEED)
-    hra_fx.reset_adapters(model)
-    same(model, wanted)
-    for name in ("b", "default", "c"):
-        hra_fx.set_adapter(model, name)
-        hra_fx.set_adapter(wanted, name)
-        same(model, wanted)
+
+def experts(model: nn.Module) -> nn.Module:
+    """They are initialized after the layers."""
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    return hra_fx.transform(model, hra_fx.HRAConfig(r=3, target_modules=["q_proj"], target_parameters=names))
 
 
 @pytest.mark.needs("transformers>=5.6")
-def test_experts_are_initialized_after_the_layers() -> None:
-    fields: dict[str, Any] = {
-        "target_modules": ["q_proj", "v_proj"],
-        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
-    }
-    base = built("qwen3_moe")
+@pytest.mark.parametrize(
+    ("make", "adapt", "adapters"), [(mlp, several, ["b", "default", "c"]), (partial(built, "qwen3_moe"), experts, [])]
+)
+def test_adapters_start_in_the_order_in_which_transform_draws_them(
+    make: Callable[[], nn.Module], adapt: Callable[[nn.Module], nn.Module], adapters: list[str]
+) -> None:
+    base = make()
     torch.manual_seed(SEED)
-    wanted = hra_fx.transform(copy.deepcopy(base), hra_fx.HRAConfig(r=3, **fields))
-    model = hra_fx.transform(copy.deepcopy(base).to("meta"), hra_fx.HRAConfig(r=3, **fields))
-    assigned(model, base)
+    wanted, model = adapt(copy.deepcopy(base)), assigned(adapt(copy.deepcopy(base).to("meta")), base)
     torch.manual_seed(SEED)
     hra_fx.reset_adapters(model)
     same(model, wanted)
+    for name in adapters:
+        hra_fx.set_adapter(model, name)
+        hra_fx.set_adapter(wanted, name)
+        same(model, wanted)
 
 
 def test_a_trained_adapter_starts_again_in_the_same_parameters() -> None:
