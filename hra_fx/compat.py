@@ -194,7 +194,12 @@ def state_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterato
 
     They do not contain the names that torch's activation checkpointing inserts between a block and its parts.
     """
-    for path, module in model.named_modules(remove_duplicate=remove_duplicate):
+    return state_paths(model.named_modules(remove_duplicate=remove_duplicate))
+
+
+def state_paths(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
+    """The items of `named_modules`, with the paths of `state_modules`."""
+    for path, module in modules:
         if _CHECKPOINTED not in module._modules:
             yield f".{path}".replace(f".{_CHECKPOINTED}", "")[1:], module
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import nn
@@ -16,7 +16,7 @@ from hra_fx.api.peft_model import HRAModel, as_hra_model, check_names
 from hra_fx.api.peft_wrapper import hand_over
 from hra_fx.config import HRAConfig
 from hra_fx.errors import ConfigError
-from hra_fx.hub import OPTIONS, download
+from hra_fx.hub import OPTIONS
 from hra_fx.integrations.pretrained import root_class_for
 from hra_fx.model.inject import all_or_nothing
 from hra_fx.model.peft_view import take_over
@@ -24,7 +24,7 @@ from hra_fx.model.peft_view import take_over
 #: Libraries whose classes `auto_mapping` may name.
 _LIBRARIES = ("transformers", "diffusers")
 #: Task type -> end of the name of transformers' class for it.
-_AUTO = {
+_AUTO: Mapping[str | None, str] = {
     "CAUSAL_LM": "ForCausalLM",
     "SEQ_2_SEQ_LM": "ForSeq2SeqLM",
     "SEQ_CLS": "ForSequenceClassification",
@@ -32,7 +32,6 @@ _AUTO = {
     "QUESTION_ANS": "ForQuestionAnswering",
     "FEATURE_EXTRACTION": "",
 }
-_TOKENIZER = "tokenizer_config.json"
 
 #: PEFT's name for the class whose `from_pretrained` loads an adapter into a base model.
 PeftModel = HRAModel
@@ -90,7 +89,7 @@ class AutoPeftModel:
         subfolder: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Load the base model and the adapter. Embeddings are resized if the folder has a tokenizer with more tokens.
+        """Load the base model and the adapter.
 
         The arguments are those of `hra_fx.load_adapter`; others, such as `dtype`, are passed to `from_pretrained` of
         the base model. Download options (`token`, `cache_dir` and others) are used for both.
@@ -103,30 +102,22 @@ class AutoPeftModel:
                 `task_type`.
         """
         folder, hub = pretrained_model_name_or_path, {name: kwargs[name] for name in kwargs.keys() & set(OPTIONS)}
-        if revision is not None:
-            hub["revision"] = revision
+        hub |= {} if revision is None else {"revision": revision}
         config = HRAConfig.from_pretrained(folder, subfolder, **hub) if config is None else config
-        path, task = config.base_model_name_or_path, config.task_type
-        loader = _base_class(config, cls.task_type)
-        if not path or loader is None or (cls.task_type and task not in (None, cls.task_type)):
+        path, task, mapping = config.base_model_name_or_path, config.task_type, config.auto_mapping or {}
+        library, name = str(mapping.get("parent_library")), str(mapping.get("base_model_class"))
+        if task or cls.task_type:
+            library, name = "transformers", f"AutoModel{_AUTO[task or cls.task_type]}"
+        if not path or library.partition(".")[0] not in _LIBRARIES or (task and cls.task_type not in (None, task)):
             raise ConfigError(
                 f"{folder}: {cls.__name__} cannot load its base model {path!r}, with task_type={task!r} and "
                 f"auto_mapping={config.auto_mapping}. Load it with its own class, and call "
                 "hra_fx.load_adapter(model, folder)."
             )
+        loader = getattr(importlib.import_module(library), name)
         base = loader.from_pretrained(path, revision=config.revision, **kwargs)
-        _resize_to_tokenizer(base, folder, hub)
         options = {"config": config, "subfolder": subfolder, **hub}
         return HRAModel.from_pretrained(base, folder, adapter_name, is_trainable, **options)
-
-
-def _base_class(config: HRAConfig, task_type: str | None) -> Any:
-    """The class that loads the base model: by the task type, or else the one in `auto_mapping`; `None` if unknown."""
-    mapping = config.auto_mapping or {}
-    library, name = str(mapping.get("parent_library")), str(mapping.get("base_model_class"))
-    if task := config.task_type or task_type:
-        library, name = "transformers", f"AutoModel{_AUTO[task]}"
-    return getattr(importlib.import_module(library), name) if library.partition(".")[0] in _LIBRARIES else None
 
 
 def _auto(name: str, task_type: str) -> type[AutoPeftModel]:
@@ -141,17 +132,6 @@ AutoPeftModelForSequenceClassification = _auto("AutoPeftModelForSequenceClassifi
 AutoPeftModelForTokenClassification = _auto("AutoPeftModelForTokenClassification", "TOKEN_CLS")
 AutoPeftModelForQuestionAnswering = _auto("AutoPeftModelForQuestionAnswering", "QUESTION_ANS")
 AutoPeftModelForFeatureExtraction = _auto("AutoPeftModelForFeatureExtraction", "FEATURE_EXTRACTION")
-
-
-def _resize_to_tokenizer(model: Any, folder: str | os.PathLike[str], hub: dict[str, Any]) -> None:
-    """Resize the embeddings if a tokenizer with more tokens was saved with the adapter, as PEFT does."""
-    local = Path(folder) if os.path.isdir(folder) else download(folder, [_TOKENIZER], hub)
-    if not (local / _TOKENIZER).is_file() or not hasattr(model, "get_input_embeddings"):
-        return
-    options = {name: value for name, value in hub.items() if name != "max_workers"}
-    tokenizer = importlib.import_module("transformers").AutoTokenizer.from_pretrained(folder, **options)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer))
 
 
 def from_peft(model: nn.Module) -> Any:

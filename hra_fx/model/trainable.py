@@ -88,7 +88,7 @@ def make_copies(
         if reason := _why_not_copied(owner, names):
             raise UnsupportedLayerError(f"{path} ({type(owner).__name__}): {reason}.")
     tensors = {(path, entry): getattr(owner, entry) for path, (owner, names) in wanted.items() for entry in names}
-    if not config.inference_mode:
+    if wanted and not config.inference_mode:
         _warn_about_tied(model, name, [(owner, entry) for owner, names in wanted.values() for entry in names])
     parted = differ_by_place(tensors, values)
     memo: dict[int, nn.Parameter] = {}

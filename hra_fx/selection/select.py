@@ -54,19 +54,20 @@ def walk(model: nn.Module) -> Modules:
     return dict(state_modules(model, remove_duplicate=False))
 
 
-def select(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
+def select(model: nn.Module, config: HRAConfig, modules: Modules | None = None) -> dict[str, nn.Module]:
     """Select the layers of `model` that `config` targets: path -> layer, in `named_modules` order.
 
-    A layer with several paths is listed once, under its first path.
+    A layer with several paths is listed once, under its first path. `modules` is the result of `walk`, if the caller
+    has it.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
     >>> select(model, HRAConfig(target_modules="all-linear", exclude_modules=["2"]))
     {'0': Linear(in_features=2, out_features=2, bias=True)}
     """
-    modules = walk(model)
+    modules = walk(model) if modules is None else modules
     if any(map(is_peft_layer, modules.values())):
         refuse_peft_layers(model)
-    chosen = targeted(model, config)
+    chosen = targeted(model, config, modules)
     if problem := parameters_problem(model, config):
         raise SelectionError(problem)
     own = _own(modules)
@@ -84,10 +85,11 @@ def select(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
     return chosen
 
 
-def targeted(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
+def targeted(model: nn.Module, config: HRAConfig, modules: Modules | None = None) -> dict[str, nn.Module]:
     """The modules of any type that `config` targets, in `named_modules` order, then the parameters: path -> module."""
-    targets = resolve_targets(model, config)
-    found = {path: module for path, module in once(_own(walk(model))).items() if is_target(config, path, targets)}
+    modules = walk(model) if modules is None else modules
+    targets = resolve_targets(model, config, modules)
+    found = {path: module for path, module in once(_own(modules)).items() if is_target(config, path, targets)}
     return found | targeted_parameters(model, config)
 
 
@@ -111,9 +113,9 @@ def is_target(config: HRAConfig, path: str, targets: Collection[str] | str | Non
     return index in wanted if isinstance(wanted, Collection) else index == wanted
 
 
-def resolve_targets(model: nn.Module, config: HRAConfig) -> set[str] | str:
+def resolve_targets(model: nn.Module, config: HRAConfig, modules: Modules | None = None) -> set[str] | str:
     """Return `config.target_modules`, with "all-linear" and None replaced by the names that they select in `model`."""
-    targets, own = config.target_modules, _own(walk(model))
+    targets, own = config.target_modules, _own(walk(model) if modules is None else modules)
     if targets is None:
         targets = () if config.target_parameters else _default_targets(model, own)
     elif isinstance(targets, str) and targets.lower() == "all-linear":
@@ -328,7 +330,7 @@ def _no_match(model: nn.Module, config: HRAConfig, modules: Modules) -> str:
     layers = _adaptable_in(modules)
     if not layers:
         return f"{class_name} has no layer that can be adapted. Supported layers: {_SUPPORTED}."
-    targets = resolve_targets(model, config)
+    targets = resolve_targets(model, config, modules)
     shown = f"`target_modules={format_names(targets if default else config.target_modules)}`"
     shown += f", the default for {_model_type(model)!r}," * default
     if not targets:
