@@ -274,8 +274,8 @@ def _gradients_of(step: _StepModule) -> dict[str, Tensor]:
             )
         if not bool(loss.isfinite()):
             raise AdapterError(
-                f"export_training_step: the loss of the example is {float(loss)}. Pass an example with a finite loss. "
-                "For example, not all labels may be ignored."
+                f"export_training_step: the loss of the example is {float(loss.detach())}. Pass an example with a "
+                "finite loss. For example, not all labels may be ignored."
             )
         gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     found = {name: gradient for name, gradient in zip(trained, gradients, strict=True) if gradient is not None}

@@ -46,13 +46,7 @@ _CASTS = {Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.double, T
 _CASTS |= {Tensor.long, Tensor.int, Tensor.bool}
 
 
-def export_call(
-    model: nn.Module,
-    call: Call,
-    dynamic_shapes: Any,
-    *,
-    training: bool,
-) -> ExportedProgram:
+def export_call(model: nn.Module, call: Call, dynamic_shapes: Any, *, training: bool) -> ExportedProgram:
     """Capture a call in one mode, with each leaf as one `hra_fx::call_layer`.
 
     The forward may change the modules, so a copy of them is captured.
