@@ -113,33 +113,30 @@ def _summarize(path: Path, config: HRAConfig, *, trust_remote_code: bool) -> dic
     """
     from hra_fx.api.transform import transform
     from hra_fx.checkpoint.model_folder import build_model
-    from hra_fx.reporting.report import report
+    from hra_fx.reporting.report import Report, report
 
     model, library = build_model(path, trust_remote_code=trust_remote_code)
-    found: dict[str, Any] = {
+    found = {
         "model": type(model).__name__,
         "library": library,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "r": config.r,
-        **dict.fromkeys(("trained", "trained_in_full"), 0),
-        **dict.fromkeys(("adapted", "missed", "trained_layers", "missed_parameters"), ()),
-        "error": None,
     }
     try:
-        rows = report(transform(model, config))
-    except (SelectionError, UnsupportedLayerError) as error:
-        return found | {"error": str(error)}
+        rows, error = report(transform(model, config)), None
+    except (SelectionError, UnsupportedLayerError) as refusal:
+        rows, error = Report(()), str(refusal)
     trained = sum(row.parameters for row in rows)
+    trainable = 0 if error else sum(p.numel() for p in model.parameters() if p.requires_grad)
+    fields = {"path": "path", "site": "layer_type", "d": "d", "r": "r", "trained": "parameters"}
     return found | {
         "trained": trained,
-        "trained_in_full": sum(p.numel() for p in model.parameters() if p.requires_grad) - trained,
-        "adapted": [
-            {"path": row.path, "site": row.layer_type, "d": row.d, "r": row.r, "trained": row.parameters}
-            for row in rows
-        ],
+        "trained_in_full": trainable - trained,
+        "adapted": [{name: getattr(row, field) for name, field in fields.items()} for row in rows],
         "missed": rows.skipped,
         "trained_layers": rows.trained_in_full,
         "missed_parameters": rows.skipped_parameters,
+        "error": error,
     }
 
 
