@@ -64,18 +64,14 @@ def drawing_of(model: Any, example_inputs: Any = None) -> Drawing:
                 "layer's path as `focus`."
             )
         found = report(model) if layers else Report(())
-        subject = subject_of(model, _graph_of(model, example_inputs))
+        graph = graphs_of(model, example_inputs, is_drawn=True).get("")
+        if graph and example_inputs is not None and not any("val" in node.meta for node in graph.graph.nodes):
+            _note_shapes(graph, normalize_inputs(example_inputs))
+        subject = subject_of(model, graph)
     name, picture = subject.classes.get("", type(model).__name__), leaves_of(subject)
     _mark(picture, found)
     facts = _facts(subject, found) + " · not trained yet (identity)" * is_identity(found.rows)
     return Drawing(name, name + " with HRA" * bool(found.rows), facts, picture, found)
-
-
-def _graph_of(model: nn.Module, example_inputs: Any) -> fx.GraphModule | None:
-    graph = graphs_of(model, example_inputs, is_drawn=True).get("")
-    if graph and example_inputs is not None and not any("val" in node.meta for node in graph.graph.nodes):
-        _note_shapes(graph, normalize_inputs(example_inputs))
-    return graph
 
 
 def _note_shapes(module: fx.GraphModule, call: Call) -> None:

@@ -12,7 +12,7 @@ import operator
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from types import BuiltinFunctionType, FunctionType, MappingProxyType
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import networkx as nx
@@ -34,7 +34,6 @@ _SHAPE_METHODS = frozenset({"size", "dim", "numel", "stride", "ndimension", "is_
 _UNSEEN = ("_guards_fn", CHECKS, FACTORS)
 #: Operators that return their input if it already has the requested dtype and device.
 _CASTS = frozenset({"alias", "detach", "to"})
-_NONE: Mapping[str, str] = MappingProxyType({})
 #: How `torch.export` names the tensors that a forward creates.
 _LIFTED = "lifted_tensor_"
 
@@ -115,11 +114,11 @@ class _Builder:
         if path not in self.drawn:
             self._add(f"layer:{path}", self._adapted_leaf(path, "eager", tuple(prefixes(_parent(path)))))
 
-    def _add(self, key: str, leaf: Leaf, sources: Mapping[str, str] = _NONE) -> None:
+    def _add(self, key: str, leaf: Leaf, sources: Mapping[str, str] | None = None) -> None:
         self.drawn.update(leaf.marks)
         self.numbers[key] = len(self.numbers)
         self.picture.add_node(key, leaf=leaf)
-        self.picture.add_edges_from((source, key, {"shape": shape}) for source, shape in sources.items())
+        self.picture.add_edges_from((source, key, {"shape": shape}) for source, shape in (sources or {}).items())
 
     def _add_eager(self, path: str, detail: str) -> None:
         place = tuple(prefixes(_parent(path)))

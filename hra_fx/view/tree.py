@@ -197,11 +197,9 @@ def merge_repeats(scope: Scope) -> Scope:
         same = others == {(port, source) for port, source in reads[index - 1] if port not in chain}
         return scope.eager or (bool(chain) and same)
 
-    return contract(scope, follows, lambda run: replace(_overlay(run), count=len(run), last=_last(run[-1])))
-
-
-def _last(item: Item) -> str:
-    return item.last or item.name
+    return contract(
+        scope, follows, lambda run: replace(_overlay(run), count=len(run), last=run[-1].last or run[-1].name)
+    )
 
 
 def _overlay(items: Sequence[Item]) -> Item:
