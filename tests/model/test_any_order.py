@@ -273,5 +273,5 @@ class AnyOrder(RuleBasedStateMachine):
 
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(
-    max_examples=80, stateful_step_count=20, deadline=None, derandomize=True, phases=[Phase.generate]
+    max_examples=60, stateful_step_count=20, deadline=None, derandomize=True, phases=[Phase.generate]
 )
