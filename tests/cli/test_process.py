@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -32,7 +33,8 @@ def processes(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> dict[tu
     save_file({"base_model.model.lm_head.bias": torch.ones(3)}, here / "empty" / "adapter_model.safetensors")
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     program = (sys.executable, "-m", "hra_fx")
-    return {words: subprocess.Popen([*program, *words], cwd=here, text=True, **streams) for words in CALLS}
+    env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}  # a pipe has no width
+    return {words: subprocess.Popen([*program, *words], cwd=here, env=env, text=True, **streams) for words in CALLS}
 
 
 @pytest.mark.parametrize("words", CALLS, ids=" ".join)
