@@ -11,12 +11,12 @@ import dataclasses
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from hra_fx.checkpoint.base_model import BaseRow, compare_names, first_row, read_base_row
@@ -31,7 +31,7 @@ from hra_fx.checkpoint.folder import (
 )
 from hra_fx.compat import non_persistent_buffers, state_modules
 from hra_fx.config import HRAConfig
-from hra_fx.errors import CheckpointError, SelectionError
+from hra_fx.errors import CheckpointError, HRAWarning, SelectionError
 from hra_fx.functional.chain import plain_chain
 from hra_fx.functional.householder import anchor_rank
 from hra_fx.layers.adapters import AdapterSpec, get_adapters
@@ -49,12 +49,10 @@ RESUME = "hra_fx"
 _BIASES = ("bias", "in_proj_bias")
 #: The end of the keys of trained tokens (`trainable_token_indices` in 0.4).
 _TOKEN_ROWS = ".trainable_tokens_delta"
-#: Other keys that PEFT writes with bias="all" for each bias of a module in `modules_to_save`, but does not read.
-_EXTRA_BIASES = re.compile(r"\.(original_module|modules_to_save)\.(.*\.)?bias$")
+#: Keys that PEFT writes but does not read: with bias="all", each bias of a module in `modules_to_save` once more.
+_UNREAD = re.compile(r"\.(original_module|modules_to_save)\.(.*\.)?bias$")
 _SHOWN = 5
 _OTHER_BASE = "Was the adapter trained on another base model, or its configuration edited?"
-#: Names of layers that PEFT treats as embeddings.
-_EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|lm_head)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -147,13 +145,9 @@ class Adapter:
             name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
             *parents, last = name.split(".")
             is_saved = any(".".join(parents[:i]).endswith(saved) for i in range(1, len(parents) + 1))
-            if not self.is_ignored(key) and (is_saved or (self.config.bias != "none" and last in _BIASES)):
+            if not _UNREAD.search(key) and (is_saved or (self.config.bias != "none" and last in _BIASES)):
                 found.append(name)
         return found
-
-    def is_ignored(self, key: str) -> bool:
-        """Whether PEFT writes this key for a bias of a module in `modules_to_save`, but does not read it."""
-        return self.config.bias == "all" and _EXTRA_BIASES.search(key) is not None
 
     def _chain(self, path: str, key: str) -> Tensor:
         tensor, config = self.tensors[key], self.config
@@ -228,7 +222,11 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None, *, is_new: bool
     shapes = _copy_shapes(model, config, layers)
     copies = _copy_keys(adapter, shapes, layers)
     _check_keys(adapter, model, layers, copies)
-    _check_shapes(adapter, layers, copies, shapes)
+    for path, layer in layers.items():
+        adapters = get_adapters(layer) or adapters_for(layer)
+        _check_shape(adapter, reflection_key(path), adapters.vectors_shape(config.rank_of(path)))
+    for place, key in copies.items():
+        _check_shape(adapter, key, shapes[place])
     _check_base(adapter, model, layers)
     vectors = {path: _split(adapter, path, resume) for path in layers}
     values = {place: adapter.tensors[key] for place, key in copies.items()}
@@ -268,8 +266,9 @@ def _check_keys(
     for path, part in saved_modules(model, adapter.config).items():  # also other names of a shared module
         allowed |= {f"{PREFIX}{path}.{key}" for key in part.state_dict()}
     missing = sorted(expected - tensors.keys())
-    others = sorted(key for key in tensors.keys() - expected - allowed if not adapter.is_ignored(key))
-    extra = [key for key in others if not _is_embedding(adapter, model, key)]
+    extra = sorted(key for key in tensors.keys() - expected - allowed if not _UNREAD.search(key))
+    copied = [key for key in extra if _is_embedding(model, key)]
+    extra = [key for key in extra if key not in copied]
     if missing or extra:
         found = [
             f"missing keys {some_of(missing, _SHOWN)}" if missing else "",
@@ -278,41 +277,19 @@ def _check_keys(
         raise CheckpointError(
             f"{adapter.file}: does not fit {type(model).__name__}: {'; '.join(filter(None, found))}. {_OTHER_BASE}"
         )
+    if copied:
+        text = (
+            f"{adapter.file}: {some_of(copied, _SHOWN)} are copies of the base model's embeddings, which are not "
+            "loaded. Make sure that this model has the same ones."
+        )
+        warnings.warn(text, HRAWarning, stacklevel=4)
 
 
-def _is_embedding(adapter: Adapter, model: nn.Module, key: str) -> bool:
+def _is_embedding(model: nn.Module, key: str) -> bool:
     """Whether a tensor is a copy of the base model's embeddings. PEFT adds it to the file if they are adapted."""
     path, _, entry = key.removeprefix(PREFIX).replace(".base_layer.", ".").rpartition(".")
     owner = dict(state_modules(model, remove_duplicate=False)).get(path)
-    own = None if owner is None else owner._parameters.get(entry)
-    if own is None or not (isinstance(owner, nn.Embedding) or _EMBEDDINGS.search(f"{path}.{entry}")):
-        return False
-    stored = adapter.tensors[key]
-    # The file or the model may have rounded the values.
-    same = own.shape == stored.shape and (
-        own.is_meta or torch.equal(stored.to(own), own) or torch.equal(own.to(stored), stored)
-    )
-    if not same:
-        raise CheckpointError(
-            f"{adapter.file}: {key} of shape {tuple(stored.shape)} is a copy of the base model's embeddings, but this "
-            f"model's {path}.{entry} of shape {tuple(own.shape)} has other values. Use the base model that the adapter "
-            "was trained on."
-        )
-    return True
-
-
-def _check_shapes(
-    adapter: Adapter,
-    layers: Mapping[str, nn.Module],
-    copies: Mapping[tuple[str, str], str],
-    shapes: Mapping[tuple[str, str], tuple[int, ...]],
-) -> None:
-    for path, layer in layers.items():
-        own = get_adapters(layer)
-        adapters = adapters_for(layer) if own is None else own
-        _check_shape(adapter, reflection_key(path), adapters.vectors_shape(adapter.config.rank_of(path)))
-    for place, key in copies.items():
-        _check_shape(adapter, key, shapes[place])
+    return entry == "weight" and (isinstance(owner, nn.Embedding) or path.rpartition(".")[2] == "lm_head")
 
 
 def _check_shape(adapter: Adapter, key: str, expected: tuple[int, ...]) -> None:
@@ -342,6 +319,9 @@ def _check_base(adapter: Adapter, model: nn.Module, layers: Mapping[str, nn.Modu
         chain = plain_chain(adapter.tensors[reflection_key(row.path)], None, apply_GS=adapter.config.apply_GS)
         state = row.state(chain, first_row(layers[row.path]))
         if state == "folded":
-            raise row.folded_error(adapter.file, f"This {type(model).__name__}")
+            raise CheckpointError(
+                f"This {type(model).__name__} already contains the adapter {adapter.file} or a very similar one, "
+                f"folded into its weights (seen in {row.path}). Use the base model that the adapter was trained on."
+            )
     if state == "unknown":
         compare_names(adapter.file, adapter.config, getattr(model, "name_or_path", None))

@@ -84,13 +84,6 @@ class BaseRow(NamedTuple):
         # Use a margin, because rounding to 16 bits also changes a row.
         return "folded" if from_folded < from_base / 2 else "base" if from_base < from_folded / 2 else "unknown"
 
-    def folded_error(self, file: Path, base: str) -> CheckpointError:
-        """The error for a model that already contains the adapter, if the base model is needed."""
-        return CheckpointError(
-            f"{base} already contains the adapter {file} or a very similar one, folded into its weights (seen in "
-            f"{self.path}). Use the base model that the adapter was trained on."
-        )
-
 
 def write_base_row(layers: Mapping[str, nn.Module], chains: Mapping[str, Tensor]) -> dict[str, str]:
     """The metadata entry: the row that is rotated most, among all layers with a readable weight; may be empty."""

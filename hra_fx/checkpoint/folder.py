@@ -9,9 +9,8 @@ import contextlib
 import glob
 import json
 import os
-import posixpath
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,28 +33,23 @@ PREFIX = "base_model.model."
 #: The key of the vectors before Gram-Schmidt, which are stored with their orthonormal chain to resume training.
 VECTORS = "hra_vectors"
 WEIGHTS_NAME = "adapter_model.safetensors"
-_PICKLE_NAME = "adapter_model.bin"
 _MAX_LISTED = 10
 _SAVED_BY = "Pass the folder that an adapter was saved in (in PEFT, with safe_serialization=True)."
-_OF_A_MODEL = (
-    "The folder contains a model, not an adapter. fold and load_adapter take the model first; to see its layers, run "
-    "hra-fx match."
-)
+_OF_A_MODEL = "The folder contains a model, not an adapter. fold and load_adapter take the model first."
 
 
 def find(source: str | os.PathLike[str], subfolder: str | None = None, **hub: Any) -> Path:
     """Find the folder with both files of an adapter, in a local folder or in a repository of the Hub.
 
-    `subfolder` has "/" between names; `hub` are arguments of `huggingface_hub.snapshot_download`.
+    `hub` are arguments of `huggingface_hub.snapshot_download`.
     """
     check_options(hub)
-    inside = posixpath.normpath((subfolder or "").replace("\\", "/"))
     if os.path.isdir(source):
         root = Path(source)
     else:
-        within = "" if inside == "." else glob.escape(inside) + "/"
+        within = f"{glob.escape(subfolder)}/" if subfolder else ""
         root = download(source, [within + CONFIG_NAME, within + WEIGHTS_NAME], hub)
-    folder = root / inside
+    folder = root / (subfolder or "")
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not os.path.isfile(folder / name):
             raise CheckpointError(f"{folder / name}: no such file. {_suggestion(root, folder)}")
@@ -64,8 +58,6 @@ def find(source: str | os.PathLike[str], subfolder: str | None = None, **hub: An
 
 def _suggestion(root: Path, folder: Path) -> str:
     """Suggest what to do with a folder without an adapter: list its subfolders that have one."""
-    if os.path.isfile(folder / _PICKLE_NAME):
-        return "Pickle files are never read: load the adapter with PEFT and save it again with safe_serialization=True."
     found = (folder if os.path.isdir(folder) else root).glob(f"*/{CONFIG_NAME}")
     configs = [config for config in found if os.path.isfile(config.with_name(WEIGHTS_NAME))]
     if not configs:
@@ -115,18 +107,12 @@ def _serialize(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     for key, tensor in tensors.items():
         if tensor.is_meta:
             raise CheckpointError(f"{path}: {key!r} is on the meta device and has no values. Load the model first.")
-        if tensor.layout is not torch.strided:
-            raise CheckpointError(f"{path}: {key!r} must be dense, got {tensor.layout}. Call to_dense() on it first.")
         _check_finite(
             path, key, tensor.detach(), "Nothing was written. Save a state from before the training diverged."
         )
-        # safetensors writes raw memory, so resolve lazy conjugation and negation. It does not accept shared memory.
-        own = tensor.detach().cpu().resolve_conj().resolve_neg()
-        plain[key] = own.clone(memory_format=torch.contiguous_format)
-    try:
-        data = save(plain, {**metadata, "format": "pt"})
-    except (KeyError, ValueError) as error:  # a dtype that safetensors does not know
-        raise CheckpointError(f"{path}: safetensors cannot store this ({error}). Use real tensors.") from error
+        # safetensors does not accept shared memory.
+        plain[key] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    data = save(plain, {**metadata, "format": "pt"})
     # Sort the metadata. safetensors writes it in random order, so hashes would differ.
     end = 8 + struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8:end])
@@ -138,30 +124,18 @@ def _serialize(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read the tensors of a safetensors file, copied to CPU memory, and its metadata."""
-    with _opened(path) as file:
-        metadata = dict(file.metadata() or {})
-        # Clone the tensors. Otherwise they would keep the file mapped and change with it.
-        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118, not a dict
-    if not tensors:
-        raise CheckpointError(f"{path}: the file has no tensors. Save the adapter again.")
-    for key, tensor in tensors.items():
-        _check_finite(path, key, tensor, "Use a file from before the training diverged.")
-    return tensors, metadata
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """Open a safetensors file with `safetensors.safe_open`, which checks its header and size."""
     try:
-        file = safe_open(path, framework="pt")
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot read the file ({error}).") from error
-    except SafetensorError as error:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            # Clone the tensors. Otherwise they would keep the file mapped and change with it.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118, not a dict
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{path}: truncated, damaged, or not a safetensors file ({error}). Save or download it again."
         ) from error
-    with file as reader:
-        yield reader
+    for key, tensor in tensors.items():
+        _check_finite(path, key, tensor, "Use a file from before the training diverged.")
+    return tensors, metadata
 
 
 def _check_finite(path: Path, key: str, tensor: Tensor, remedy: str) -> None:
@@ -173,7 +147,7 @@ def _check_finite(path: Path, key: str, tensor: Tensor, remedy: str) -> None:
 
 def non_finite(tensor: Tensor) -> int:
     """Count the values that are infinite or NaN, for a tensor of any dtype."""
-    if not (tensor.is_floating_point() or tensor.is_complex()):
+    if not tensor.is_floating_point():
         return 0
     # isfinite is not implemented for every 8-bit float.
     wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor

@@ -251,11 +251,6 @@ def cut(folder: Path) -> None:
     (folder / WEIGHTS_NAME).write_bytes(whole[:-7])
 
 
-def only_a_pickle(folder: Path) -> None:
-    torch.save(weights(folder), folder / "adapter_model.bin")
-    (folder / WEIGHTS_NAME).unlink()
-
-
 def put(key: str, tensor: Tensor) -> Callable[[Path], None]:
     return with_weights(lambda tensors: tensors.update({key: tensor}))
 
@@ -282,7 +277,7 @@ WEIGHTS: dict[str, tuple[Saved, Callable[[Path], object], str]] = {
     "no weights": (CHAIN, without(WEIGHTS_NAME), NO_FILE),
     "cut short": (CHAIN, cut, NO_FORMAT),
     "a pointer of git-lfs": (CHAIN, text_in(WEIGHTS_NAME, "version https://git-lfs.github.com/spec/v1"), NO_FORMAT),
-    "no tensors": (CHAIN, with_weights(dict.clear), "the file has no tensors"),
+    "no tensors": (CHAIN, with_weights(dict.clear), f"does not fit Sequential: missing keys {FIRST}, {LAST}."),
     # the vectors
     "width": (CHAIN, put(LAST, torch.ones(6, 4)), shape(LAST, (6, 4), (8, 4))),
     "nan": (
@@ -320,13 +315,6 @@ DAMAGES: dict[str, tuple[Saved, Callable[[Path], object], str, str, type[Excepti
     **{name: (before, act, WEIGHTS_NAME, text, CheckpointError) for name, (before, act, text) in WEIGHTS.items()},
     "no rank": (CHAIN, with_config(r=0), CONFIG_NAME, "`r` must be a positive int, got 0.", ConfigError),
     "no configuration": (CHAIN, without(CONFIG_NAME), CONFIG_NAME, NO_FILE, CheckpointError),
-    "only a pickle": (
-        CHAIN,
-        only_a_pickle,
-        WEIGHTS_NAME,
-        "no such file. Pickle files are never read: load the adapter with PEFT and save it again with",
-        CheckpointError,
-    ),
     "other targets": (
         CHAIN,
         with_config(target_modules=["query"]),
