@@ -157,7 +157,15 @@ def _check_resizable(model: Any) -> None:
     found = (model.get_input_embeddings(), model.get_output_embeddings())
     ends = [part for end in found if isinstance(end, nn.Module) for part in end.modules()]
     rows = getattr(ends[0], "num_embeddings", None) if ends else None
-    adapted = (path for path, layer in adapted_layers(model).items() if layer in ends or layer.hra_u.width == rows)
+    own: Any = original_class(model)
+    base: Any = next(cls for cls in own.__mro__ if cls.__name__ == "PreTrainedModel")
+    # A class with a method of its own, such as MobileBERT, also resizes layers whose input has an entry for each token.
+    resizes_more = own.resize_token_embeddings is not base.resize_token_embeddings
+    adapted = (
+        path
+        for path, layer in adapted_layers(model).items()
+        if layer in ends or (resizes_more and layer.hra_u.width == rows)
+    )
     trained = (
         path
         for path, (owner, _) in all_copies(model).items()

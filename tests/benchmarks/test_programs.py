@@ -70,7 +70,7 @@ def test_host_time_is_that_of_few_functions_of_hra_fx() -> None:
     assert inside < 6.1, "in each layer; the first ones ask which side is cheaper"
     assert outside < 3, "in the batch, for each layer"
     transformed, loaded = host.walks_of_transform_and_load()
-    assert transformed <= 8 and loaded <= 8
+    assert transformed <= 3 and loaded <= 4
 
 
 def test_the_others_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
