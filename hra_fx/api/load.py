@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 from hra_fx.checkpoint.adapter import Fitted, fit
 from hra_fx.checkpoint.folder import find
-from hra_fx.compat import non_persistent_buffers
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.functional import householder
 from hra_fx.integrations.pretrained import root_class_for
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.sharding import device_of_values
-from hra_fx.layers.trained_copies import all_copies
+from hra_fx.layers.trained_copies import copies_of
 from hra_fx.model.reset import check_replaceable, layers_of, replace_values
 from hra_fx.model.setup import add_filled_adapter, checked, set_up
 from hra_fx.model.state import AdapterState, collect_parts, get_state, is_adapted, load_vectors, root_of
@@ -117,12 +116,7 @@ def _replace(root: nn.Module, state: AdapterState, name: str, fitted: Fitted, is
         if gs is spec.apply_GS and {path: vectors.shape for path, (vectors, _) in new.items()} == shapes
     )
     values = next(fitting, None)
-    held = {
-        (path, entry): copies.get(owner, name, entry)
-        for path, (owner, copies) in all_copies(root).items()
-        for entry in copies.copied.get(name, ())
-        if entry not in non_persistent_buffers(owner)
-    }
+    held = copies_of(root, name)
     if values is None or held.keys() != fitted.copies.keys() or differ_by_place(held, fitted.copies):
         raise AdapterError(
             f"adapter {name!r} exists in the model, but with other layers, r, apply_GS, bias, modules_to_save "

@@ -193,7 +193,7 @@ def adapter_entries(model: nn.Module) -> list[str]:
         if name != "unmerged"
     ]
     for path, (_, copies) in all_copies(model).items():
-        entries += [f"{path}.{name}".lstrip(".") for name, whose in copies.in_place.items() if whose != BASE]
+        entries += [f"{path}.{name}".lstrip(".") for name in copies.copied.get(copies.in_use, ())]
         entries += [
             f"{path}.{SAVED}.{key}".lstrip(".") for key in copies.state_dict() if not key.startswith(f"{BASE}.")
         ]

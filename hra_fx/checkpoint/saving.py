@@ -33,13 +33,12 @@ from hra_fx.checkpoint.folder import (
     write,
     write_weights,
 )
-from hra_fx.compat import non_persistent_buffers
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, CheckpointError, HRAWarning
 from hra_fx.functional.chain import plain_chain
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.sharding import full_tensor, is_dtensor, on_first_rank
-from hra_fx.layers.trained_copies import all_copies
+from hra_fx.layers.trained_copies import all_copies, copies_of
 from hra_fx.model.peft_view import adapted_view
 from hra_fx.model.state import AdapterState, adapted_layers, load_vectors, names_in, root_of
 from hra_fx.selection.select import resolve_targets, targeted
@@ -222,12 +221,10 @@ def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[s
         tensors[reflection_key(path)] = plain_chain(vectors, anchor, apply_GS=config.apply_GS)
         if config.apply_GS:
             tensors[vectors_key(path)] = vectors
-    for path, (owner, copies) in all_copies(root).items():
-        for entry in copies.copied.get(name, ()):
-            if entry not in non_persistent_buffers(owner):
-                in_place = copies.in_place[entry] == name
-                copied = full_tensor(state[copy_entry(path, name, entry, in_place=in_place)])
-                tensors[copy_key(path, entry, adapted=path in sites)] = copied
+    owners = all_copies(root)
+    for path, entry in copies_of(root, name):
+        key = copy_entry(path, name, entry, in_place=owners[path][1].in_use == name)
+        tensors[copy_key(path, entry, adapted=path in sites)] = full_tensor(state[key])
     detached = {key: tensor.detach() for key, tensor in tensors.items()}
     layers = adapted_layers(root)
     chains = {path: detached[reflection_key(path)] for path in sites}

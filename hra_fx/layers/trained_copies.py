@@ -22,24 +22,29 @@ BASE = "base_layer"
 
 
 class Copies(FilledLater):
-    """The tensors of one module that are not in use.
+    """The tensors of one module that are not in use: a child for each adapter, or `BASE`, that is not in use.
 
     Attributes:
         copied: adapter name -> names of the tensors that it has a copy of.
-        in_place: tensor name -> its owner: an adapter, or `BASE`.
+        in_use: the adapter whose copies are in use, or `BASE`.
     """
 
     def __init__(self) -> None:
         """Start without copies."""
         super().__init__()
         self.copied: dict[str, tuple[str, ...]] = {}
-        self.in_place: dict[str, str] = {}
+        self.in_use = BASE
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the tensors that at least one adapter has a copy of."""
+        return {name for names in self.copied.values() for name in names}
 
     def make(
         self,
         owner: nn.Module,
         adapter: str,
-        names: Iterable[str],
+        names: tuple[str, ...],
         memo: dict[int, nn.Parameter],
         values: Mapping[str, Tensor],
     ) -> None:
@@ -49,32 +54,35 @@ class Copies(FilledLater):
         maps the id of an original tensor to its copy for this adapter, so that a shared tensor stays shared.
         """
         check_adapter_name(adapter, self)
-        self.copied[adapter] = tuple(names)
-        self.add_module(adapter, nn.Module())
-        for name in self.copied[adapter]:
-            self.in_place.setdefault(name, BASE)
+        made = nn.Module()
+        for name in names:
             source = self.get(owner, BASE, name)
-            value = (
-                values[name].to(device_of_values(source.device), source.dtype) if name in values else source.detach()
-            )
-            made = value if isinstance(value, nn.Parameter) else value.clone()
-            if isinstance(source, nn.Parameter):
-                if not isinstance(made, nn.Parameter):
-                    made = nn.Parameter(made, requires_grad=source.is_floating_point())
-                made = memo.setdefault(id(source), made)
-            self._put(adapter, name, made, owner)
+            value = values[name].to(device_of_values(source.device), source.dtype) if name in values else source
+            if not isinstance(source, nn.Parameter):
+                made.register_buffer(name, value.clone(), persistent=name not in non_persistent_buffers(owner))
+                continue
+            if value is source or not isinstance(value, nn.Parameter):
+                value = nn.Parameter(value.detach().clone(), requires_grad=source.is_floating_point())
+            made.register_parameter(name, memo.setdefault(id(source), value))
+        self.copied[adapter] = names
+        self.add_module(adapter, made)
+
+    def _holder(self, owner: nn.Module, adapter: str, name: str) -> nn.Module:
+        """The module that has a tensor of an adapter or of `BASE`: `owner`, or a child of this module."""
+        is_replaced = name in self.copied.get(self.in_use, ())
+        is_in_owner = not is_replaced if adapter == BASE else adapter == self.in_use
+        return owner if is_in_owner else self.get_submodule(adapter)
 
     def get(self, owner: nn.Module, adapter: str, name: str) -> Tensor:
         """A tensor of an adapter or of `BASE`, in use or not."""
-        holder = owner if self.in_place[name] == adapter else self._modules[adapter]
-        assert holder is not None
+        holder = self._holder(owner, adapter, name)
         tensor = holder._parameters[name] if name in holder._parameters else holder._buffers[name]
         assert tensor is not None
         return tensor
 
     def set(self, owner: nn.Module, adapter: str, name: str, tensor: Tensor) -> None:
         """Replace a tensor of an adapter, in use or not."""
-        setattr(owner if self.in_place[name] == adapter else self._modules[adapter], name, tensor)
+        setattr(self._holder(owner, adapter, name), name, tensor)
 
     def tensors(self, owner: nn.Module, adapter: str) -> dict[str, Tensor]:
         """All copies of an adapter, by name."""
@@ -86,76 +94,44 @@ class Copies(FilledLater):
             if isinstance(tensor, nn.Parameter):
                 tensor.requires_grad_(wanted and tensor.is_floating_point())
 
-    def would_change(self, adapter: str) -> bool:
-        """Whether `activate_copies` would switch any tensor."""
-        return any(self._wanted(adapter, name) != present for name, present in self.in_place.items())
+    def wanted(self, acting: Iterable[str]) -> str:
+        """Whose tensors to use while these adapters act: of the one that has copies, or of `BASE`."""
+        return next((name for name in acting if name in self.copied), BASE)
 
-    def _wanted(self, adapter: str, name: str) -> str:
-        return adapter if name in self.copied.get(adapter, ()) else BASE
+    def use(self, owner: nn.Module, adapter: str) -> None:
+        """Use the copies of an adapter, or the tensors of `BASE`."""
+        if adapter == self.in_use:
+            return
+        if self.in_use != BASE:
+            self._exchange(owner, BASE, self.in_use)
+        if adapter != BASE:
+            self._exchange(owner, adapter, BASE)
+        self.in_use = adapter
 
-    def activate_copies(self, owner: nn.Module, adapter: str) -> None:
-        """Use the copies of `adapter`, and the base model's tensors where `adapter` does not have a copy."""
-        for name, present in self.in_place.items():
-            wanted = self._wanted(adapter, name)
-            if wanted != present:
-                tensor = self._take(wanted, name)
-                self._put(present, name, getattr(owner, name), owner)
-                setattr(owner, name, tensor)
-                self.in_place[name] = wanted
+    def _exchange(self, owner: nn.Module, waiting: str, used: str) -> None:
+        """Put the tensors of `waiting` into `owner`, and those of `used`, which they replace, into a child."""
+        child = self.get_submodule(waiting)
+        for name in own_tensors(child):
+            tensor = getattr(owner, name)
+            setattr(owner, name, getattr(child, name))
+            setattr(child, name, tensor)
+        del self._modules[waiting]
+        self.add_module(used, child)
 
     def remove(self, owner: nn.Module, adapter: str) -> None:
-        """Remove an adapter's copies, and use the tensors of the base model instead."""
+        """Remove an adapter's copies. If they are in use, use the tensors of the base model instead."""
         if adapter in self.copied:
-            for name in self.copied[adapter]:
-                if self.in_place.get(name) == adapter:
-                    setattr(owner, name, self._take(BASE, name))
-                    self.in_place[name] = BASE
-            self._modules.pop(adapter, None)
-            del self.copied[adapter]
-            self._tidy()
+            if adapter == self.in_use:
+                self.use(owner, BASE)
+            del self.copied[adapter], self._modules[adapter]
 
     def promote_to_base(self, owner: nn.Module, adapter: str) -> None:
         """Make an adapter's copies the tensors of the base model."""
-        for name in self.copied.get(adapter, ()):
-            tensor = self.get(owner, adapter, name)
-            trained = tensor.requires_grad_(False) if isinstance(tensor, nn.Parameter) else tensor
-            if self.in_place[name] == BASE:
-                setattr(owner, name, trained)
-                continue
-            self._take(BASE, name)
-            if self.in_place[name] == adapter:
-                self.in_place[name] = BASE
-            else:
-                self._put(BASE, name, trained, owner)
-        self.copied.pop(adapter, None)
-        self._modules.pop(adapter, None)
-        self._tidy()
-
-    def _tidy(self) -> None:
-        """Remove names without a copy, and empty holders."""
-        kept = {name for names in self.copied.values() for name in names}
-        self.in_place = {name: whose for name, whose in self.in_place.items() if name in kept}
-        holder = self._modules.get(BASE)
-        if holder is not None and not own_tensors(holder):
-            del self._modules[BASE]
-
-    def _take(self, adapter: str, name: str) -> Tensor:
-        holder = self._modules[adapter]
-        assert holder is not None
-        held = holder._parameters if name in holder._parameters else holder._buffers
-        tensor = held.pop(name)
-        assert tensor is not None
-        return tensor
-
-    def _put(self, adapter: str, name: str, tensor: Tensor, owner: nn.Module) -> None:
-        if adapter not in self._modules:
-            self.add_module(adapter, nn.Module())
-        holder = self._modules[adapter]
-        assert holder is not None
-        if isinstance(tensor, nn.Parameter):
-            holder.register_parameter(name, tensor)
-        else:
-            holder.register_buffer(name, tensor, persistent=name not in non_persistent_buffers(owner))
+        if adapter in self.copied:
+            self.use(owner, adapter)
+            self.set_trainable(owner, adapter, False)
+            self.in_use = BASE
+            del self.copied[adapter], self._modules[BASE]
 
 
 def all_copies(model: nn.Module) -> dict[str, tuple[nn.Module, Copies]]:
@@ -166,6 +142,16 @@ def all_copies(model: nn.Module) -> dict[str, tuple[nn.Module, Copies]]:
         if copies is not None:
             found[path] = owner, copies
     return found
+
+
+def copies_of(model: nn.Module, adapter: str) -> dict[tuple[str, str], Tensor]:
+    """(path of a module, name of its tensor) -> the copy of an adapter, for everything that is saved in files."""
+    return {
+        (path, name): tensor
+        for path, (owner, copies) in all_copies(model).items()
+        for name, tensor in copies.tensors(owner, adapter).items()
+        if name not in non_persistent_buffers(owner)
+    }
 
 
 def get_copies(module: nn.Module) -> Copies | None:

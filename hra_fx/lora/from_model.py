@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from hra_fx.checkpoint.base_model import auto_mapping, base_model_name
 from hra_fx.checkpoint.folder import PREFIX, copy_key
 from hra_fx.checkpoint.saving import layers_with
-from hra_fx.compat import non_persistent_buffers, state_modules
+from hra_fx.compat import state_modules
 from hra_fx.errors import AdapterError
 from hra_fx.functional import low_rank
 from hra_fx.functional.rotate import as_rows, check_foldable
@@ -22,7 +22,7 @@ from hra_fx.layers.experts_weight import is_transposed, parameter_of
 from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.layers.sharding import first_split, full_tensor, gathered, reshard
 from hra_fx.layers.target import ADAPTER_CHILDREN, weight_place
-from hra_fx.layers.trained_copies import all_copies
+from hra_fx.layers.trained_copies import copies_of
 from hra_fx.lora.adapter import LoraAdapter, LoraLayer, check_names, check_rank
 from hra_fx.lora.unsupported import check_expressible, check_places, check_reads
 from hra_fx.model.merge import base_weight
@@ -153,11 +153,8 @@ def _names(state: AdapterState, adapter_names: str | Iterable[str] | None) -> tu
 def _copies(root: nn.Module, names: Iterable[str], layers: Mapping[str, AdaptedLayer]) -> dict[str, Tensor]:
     """The trained copies of the adapters, by PEFT's keys without the prefix."""
     found: dict[str, Tensor] = {}
-    for path, (owner, copies) in all_copies(root).items():
-        skipped = non_persistent_buffers(owner)
-        for name in names:
-            for entry, tensor in copies.tensors(owner, name).items():
-                if entry not in skipped:
-                    key = copy_key(path, entry, adapted=path in layers)
-                    found[key.removeprefix(PREFIX)] = full_tensor(tensor.detach()).cpu()
+    for name in names:
+        for (path, entry), tensor in copies_of(root, name).items():
+            key = copy_key(path, entry, adapted=path in layers)
+            found[key.removeprefix(PREFIX)] = full_tensor(tensor.detach()).cpu()
     return found

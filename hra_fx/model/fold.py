@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hra_fx.errors import FoldError, HRAWarning
-from hra_fx.layers.trained_copies import all_copies
+from hra_fx.layers.trained_copies import all_copies, copies_of
 from hra_fx.model.inject import remove_adapters
 from hra_fx.model.merge import check_layers, folded_weight, resolve_merge_order, unmerge_adapter
 from hra_fx.model.state import AdapterState, adapted_layers, check_no_foreign_class, collect_parts, root_of
@@ -75,10 +75,9 @@ def prepare_fold(model: nn.Module, adapter_names: str | Sequence[str] | None) ->
     names = resolve_merge_order(state, adapter_names)
     check_copies(root, collect_parts(root), names)
     present = check_layers(root, adapted_layers(root), names)
-    for path, (owner, copies) in all_copies(root).items():
-        for tensor in (tensor for name in names for tensor in copies.tensors(owner, name).values()):
-            if isinstance(tensor, nn.Parameter) and not bool(torch.isfinite(tensor).all()):
-                raise FoldError(f"{path}: its trained copy is not finite. Load a checkpoint from before it diverged.")
+    for (path, _), tensor in (item for name in names for item in copies_of(root, name).items()):
+        if isinstance(tensor, nn.Parameter) and not bool(torch.isfinite(tensor).all()):
+            raise FoldError(f"{path}: its trained copy is not finite. Load a checkpoint from before it diverged.")
     adapters_to_remove = tuple(state.configs) if adapter_names is None else names
     settings = settings_to_turn_off(root, names)
     if settings and reads_tie_setting(root):

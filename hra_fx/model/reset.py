@@ -175,7 +175,8 @@ def _fill_base(owner: nn.Module, copies: Copies) -> None:
     torch's `set_model_state_dict` fills tensors by name, and a copy in use has the name of the base model's tensor. So
     the copy has the values of the base model.
     """
-    pairs = [(copies.get(owner, BASE, entry), copies.get(owner, of, entry)) for entry, of in copies.in_place.items()]
+    used = copies.tensors(owner, copies.in_use)
+    pairs = [(copies.get(owner, BASE, entry), tensor) for entry, tensor in used.items()]
     floating = [base for base, _ in pairs if base.is_floating_point() and not base.is_meta]
     empty = {id(base) for base in floating if local_tensor(base).numel() and bool(local_tensor(base).isnan().all())}
     for base, present in pairs:

@@ -80,9 +80,10 @@ class AdaptedModel(SwapMixin):
             if copies is None:
                 continue
             place = f"{prefix}{path}." if path else prefix
-            for name, ours in copies.in_place.items():
+            for name in copies.names:
                 owners = [adapter for adapter, names in copies.copied.items() if name in names]
                 waiting = {owner: f"{place}{SAVED}.{owner}.{name}" for owner in (BASE, *owners)}
+                ours = copies.in_use if copies.in_use in owners else BASE
                 _rename(state_dict, f"{place}{name}", waiting, ours, theirs)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 

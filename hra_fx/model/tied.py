@@ -15,7 +15,7 @@ from hra_fx.compat import state_modules
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.readers import chains_of
 from hra_fx.layers.target import SAVED
-from hra_fx.layers.trained_copies import BASE, get_copies
+from hra_fx.layers.trained_copies import BASE, Copies, get_copies
 
 #: The setting of a configuration that makes transformers tie weights.
 TIE_SETTING = "tie_word_embeddings"
@@ -34,11 +34,8 @@ def parts(model: nn.Module, adapters: Collection[str]) -> bool:
     for path, module in state_modules(model):
         if SAVED in path.split("."):
             continue
-        copies = get_copies(module)
-        for name, tensor in module._parameters.items():
-            if copies is None or name not in copies.in_place:
-                then.setdefault(id(tensor), set()).add(id(tensor))
-                continue
+        copies = get_copies(module) or Copies()
+        for name in (name for name, tensor in module._parameters.items() if tensor is not None):
             adapter = next((own for own in adapters if name in copies.copied.get(own, ())), BASE)
             new = copies.get(module, adapter, name)
             then.setdefault(id(copies.get(module, BASE, name)), set()).add(id(new))

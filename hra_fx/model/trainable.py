@@ -63,7 +63,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     waiting = {  # biases of the base model while a trained copy is in use
         id(copies.get(owner, BASE, "bias"))
         for owner, copies in all_copies(model).values()
-        if set(copies.in_place) == {"bias"} and copies.in_place["bias"] != BASE
+        if copies.names == {"bias"} and copies.in_use != BASE
     }
     counted = [parameter for parameter in model.parameters() if id(parameter) not in waiting]
     trained = sum(parameter.numel() for parameter in counted if parameter.requires_grad)
@@ -180,14 +180,14 @@ def sync_layers(parts: AdaptedParts, state: AdapterState) -> None:
     for adapters in parts.adapters:
         adapters.set_active(name for name in unmerged if name in adapters.specs)
     for owner, copies in parts.copies:
-        copies.activate_copies(owner, next((name for name in acting if name in copies.copied), BASE))
+        copies.use(owner, copies.wanted(acting))
 
 
 def check_copies_can_switch(root: nn.Module, parts: AdaptedParts, acting: Iterable[str]) -> None:
     """Raise an error if trained copies must be switched in a sharded or offloaded model."""
     names = tuple(acting)
     for owner, copies in parts.copies:
-        if not copies.would_change(next((name for name in names if name in copies.copied), BASE)):
+        if copies.wanted(names) == copies.in_use:
             continue
         if reason := offloaded_copy(root):
             raise AdapterError(reason)

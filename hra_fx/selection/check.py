@@ -119,7 +119,7 @@ def _layer_problem(path: str, layer: nn.Module, config: HRAConfig) -> str | None
 def _state_problem(layer: nn.Module) -> str | None:
     owner, name = weight_place(layer)
     copies = get_copies(owner)
-    if copies is not None and name in copies.in_place:
+    if copies is not None and name in copies.names:
         return "another adapter trains it in full (`modules_to_save`). Fold or delete that adapter first"
     is_held = name in owner._parameters or (is_foreign_linear(layer) and name in owner._buffers)
     if parametrize.is_parametrized(owner, name) or not is_held:
