@@ -12,7 +12,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -219,49 +219,36 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None, *, is_new: bool
         raise CheckpointError(
             f"{folder}: the configuration does not fit {type(model).__name__}: {error} Is this the right base model?"
         ) from error
-    shapes = _copy_shapes(model, config, layers)
-    copies = _copy_keys(adapter, shapes, layers)
-    _check_keys(adapter, model, layers, copies)
-    for path, layer in layers.items():
-        adapters = get_adapters(layer) or adapters_for(layer)
-        _check_shape(adapter, reflection_key(path), adapters.vectors_shape(config.rank_of(path)))
-    for place, key in copies.items():
-        _check_shape(adapter, key, shapes[place])
-    _check_base(adapter, model, layers)
-    vectors = {path: _split(adapter, path, resume) for path in layers}
-    values = {place: adapter.tensors[key] for place, key in copies.items()}
-    written: dict[str, tuple[Tensor, None]] = {path: (adapter.tensors[reflection_key(path)], None) for path in layers}
-    return Fitted(layers, resume, vectors, written, config.apply_GS, values)
-
-
-def _copy_shapes(
-    model: nn.Module, config: HRAConfig, layers: Mapping[str, nn.Module]
-) -> dict[tuple[str, str], tuple[int, ...]]:
-    """(path of a module, name of its tensor) -> shape, of everything that a configuration trains in full."""
-    return {
-        (path, name): tuple(getattr(owner, name).shape)
+    copies = {
+        (path, name): (_copy_key(adapter, path, name, adapted=path in layers), getattr(owner, name).shape)
         for path, (owner, names) in to_copy(model, config, layers).items()
         for name in names
         if name not in non_persistent_buffers(owner)
     }
+    shapes = {reflection_key(path): _vectors_shape(layer, config.rank_of(path)) for path, layer in layers.items()}
+    shapes |= {key: tuple(shape) for key, shape in copies.values()}
+    _check_keys(adapter, model, layers, shapes.keys())
+    for key, shape in shapes.items():
+        _check_shape(adapter, key, shape)
+    _check_base(adapter, model, layers)
+    vectors = {path: _split(adapter, path, resume) for path in layers}
+    values = {place: adapter.tensors[key] for place, (key, _) in copies.items()}
+    written: dict[str, tuple[Tensor, None]] = {path: (adapter.tensors[reflection_key(path)], None) for path in layers}
+    return Fitted(layers, resume, vectors, written, config.apply_GS, values)
 
 
-def _copy_keys(
-    adapter: Adapter, places: Iterable[tuple[str, str]], layers: Mapping[str, nn.Module]
-) -> dict[tuple[str, str], str]:
-    """(module, tensor) -> key in the file. PEFT has two names for a bias, depending on its other adapters."""
-    keys: dict[tuple[str, str], str] = {}
-    for path, name in places:
-        spellings = [copy_key(path, name, adapted=adapted) for adapted in (path in layers, path not in layers)]
-        keys[path, name] = next((key for key in spellings if key in adapter.tensors), spellings[0])
-    return keys
+def _copy_key(adapter: Adapter, path: str, name: str, *, adapted: bool) -> str:
+    """The key of a tensor in the file. PEFT has two names for a bias, depending on its other adapters."""
+    keys = [copy_key(path, name, adapted=adapted), copy_key(path, name, adapted=not adapted)]
+    return next((key for key in keys if key in adapter.tensors), keys[0])
 
 
-def _check_keys(
-    adapter: Adapter, model: nn.Module, layers: Iterable[str], copies: Mapping[tuple[str, str], str]
-) -> None:
+def _vectors_shape(layer: nn.Module, r: int) -> tuple[int, ...]:
+    return (get_adapters(layer) or adapters_for(layer)).vectors_shape(r)
+
+
+def _check_keys(adapter: Adapter, model: nn.Module, layers: Iterable[str], expected: Set[str]) -> None:
     tensors = adapter.tensors
-    expected = {*(reflection_key(path) for path in layers), *copies.values()}
     allowed = {vectors_key(path) for path in layers}
     for path, part in saved_modules(model, adapter.config).items():  # also other names of a shared module
         allowed |= {f"{PREFIX}{path}.{key}" for key in part.state_dict()}

@@ -59,7 +59,7 @@ class Copies(FilledLater):
             source = self.get(owner, BASE, name)
             value = values[name].to(device_of_values(source.device), source.dtype) if name in values else source
             if not isinstance(source, nn.Parameter):
-                made.register_buffer(name, value.clone(), persistent=name not in non_persistent_buffers(owner))
+                made.register_buffer(name, value.detach().clone(), persistent=name not in non_persistent_buffers(owner))
                 continue
             if value is source or not isinstance(value, nn.Parameter):
                 value = nn.Parameter(value.detach().clone(), requires_grad=source.is_floating_point())

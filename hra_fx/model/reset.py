@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from hra_fx.errors import AdapterError
 from hra_fx.functional import householder
 from hra_fx.layers.adapted_layer import AdaptedLayer
-from hra_fx.layers.containers import ANCHOR
 from hra_fx.layers.sharding import (
     device_of_values,
     distribute_like,
@@ -140,33 +138,23 @@ def replace_values(
     Without `device`, tensors on the meta device get the device of the base weight, or the CPU.
     """
     reshard(root.modules())
-    owners = all_copies(root)
-    made: dict[int, Tensor] = {}  # a copy that two modules share stays one tensor
-    with torch.no_grad(), ExitStack() as undo:
+    layers, owners = layers_of(root, name), all_copies(root)
+    made: dict[Tensor, Tensor] = {}  # a copy that two modules share stays one tensor
+    with torch.no_grad():
+        new = {path: vectors(path, layer) for path, layer in layers.items()}  # an error here changes nothing
         for owner, held in owners.values():
             _fill_base(owner, held)
-        for path, layer in layers_of(root, name).items():
-            adapters, own = layer.hra_u, layer.hra_u[name]
-            if (anchor := adapters.anchor(name)) is not None:
-                undo.callback(adapters.register_buffer, name + ANCHOR, anchor)
-            if own.is_meta:
-                undo.callback(adapters.__setitem__, name, own)
-            else:
-                undo.callback(own.copy_, own.clone())
-            adapters.replace(
-                name, *vectors(path, layer), torch.device(device or device_of_values(adapters.device_of(layer)))
-            )
+        for path, layer in layers.items():
+            place = device or device_of_values(layer.hra_u.device_of(layer))
+            layer.hra_u.replace(name, *new[path], torch.device(place))
         for (path, entry), value in copies.items():
             owner, held = owners[path]
             own = held.get(owner, name, entry)
             if own.is_meta:
-                undo.callback(held.set, owner, name, entry, own)
-                made.setdefault(id(own), _like(own, value, device))
-                held.set(owner, name, entry, made[id(own)])
+                made.setdefault(own, _like(own, value, device))
+                held.set(owner, name, entry, made[own])
             else:
-                undo.callback(own.copy_, own.clone())
                 own.copy_(distribute_like(value, own))
-        undo.pop_all()
 
 
 def _fill_base(owner: nn.Module, copies: Copies) -> None:
