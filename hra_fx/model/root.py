@@ -24,9 +24,12 @@ from hra_fx.layers.containers import ANCHOR
 from hra_fx.layers.running import RUNNING, WITHOUT_FACTORS, Run, during
 from hra_fx.layers.sharding import gather_groups, is_sharded
 from hra_fx.layers.target import REFLECTION, SAVED
-from hra_fx.layers.trained_copies import BASE, get_copies
+from hra_fx.layers.trained_copies import BASE, Copies, get_copies
 from hra_fx.model.state import adapted_layers, get_state
 from hra_fx.removed import NAMES
+
+#: In the key of a trained copy in a `state_dict`, instead of the name of an adapter that the model does not have.
+_ANOTHER = "of_another_adapter"
 
 
 class AdaptedModel(SwapMixin):
@@ -76,15 +79,8 @@ class AdaptedModel(SwapMixin):
         theirs = {name.removesuffix(ANCHOR) for path, _, name in parts if path}  # the adapters in the state_dict
         # Every path of a shared module, because a state_dict has all of them.
         for path, owner in self.named_modules(remove_duplicate=False):
-            copies = get_copies(owner)
-            if copies is None:
-                continue
-            place = f"{prefix}{path}." if path else prefix
-            for name in copies.names:
-                owners = [adapter for adapter, names in copies.copied.items() if name in names]
-                waiting = {owner: f"{place}{SAVED}.{owner}.{name}" for owner in (BASE, *owners)}
-                ours = copies.in_use if copies.in_use in owners else BASE
-                _rename(state_dict, f"{place}{name}", waiting, ours, theirs)
+            if (copies := get_copies(owner)) is not None:
+                _rename(state_dict, f"{prefix}{path}." if path else prefix, copies, theirs)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _refuse_across_a_merge(self, state: dict[str, Any], prefix: str, errors: list[str]) -> None:
@@ -132,21 +128,19 @@ def _acting_layers(model: AdaptedModel, *, in_forward: bool = False) -> tuple[nn
     return state.layers
 
 
-def _rename(state: dict[str, Any], in_place: str, waiting: dict[str, str], ours: str, theirs: set[str]) -> None:
-    """Rename the copies of one tensor in a `state_dict` to their names in the model.
-
-    `in_place` is the key of the copy in use, and `waiting` is adapter or `BASE` -> key of its copy while it is not in
-    use. In the model, the copy of `ours` is in use. `theirs` are the adapters in the `state_dict`.
-    """
-    values: dict[str, Tensor] = {owner: state.pop(key) for owner, key in waiting.items() if key in state}
-    if in_place in state:
-        # The copy in use is the one without another name: of an adapter of the state_dict, else of the base model.
-        owner = next((owner for owner in waiting if owner in theirs and owner not in values), BASE)
-        if owner in values:  # that of an adapter that the model does not have; load_state_dict reports it
-            state[waiting[BASE].replace(f".{BASE}.", ".of_another_adapter.")] = state.pop(in_place)
-        else:
-            values[owner] = state.pop(in_place)
-    state.update({in_place if owner == ours else waiting[owner]: value for owner, value in values.items()})
+def _rename(state: dict[str, Any], place: str, copies: Copies, theirs: set[str]) -> None:
+    """Rename the tensors of one module in a `state_dict`, whose adapters are `theirs`, to their names in the model."""
+    for name in copies.names:
+        owners = (BASE, *(adapter for adapter, names in copies.copied.items() if name in names))
+        keys = {owner: f"{place}{SAVED}.{owner}.{name}" for owner in (*owners, _ANOTHER)}
+        values: dict[str, Tensor] = {owner: state.pop(keys[owner]) for owner in owners if keys[owner] in state}
+        if f"{place}{name}" in state:
+            # The copy in use is the one without another name: of an adapter of the state_dict, else of the base model,
+            # else of an adapter that the model does not have; load_state_dict reports its key.
+            used = next((owner for owner in owners if owner in theirs and owner not in values), BASE)
+            values[_ANOTHER if used in values else used] = state.pop(f"{place}{name}")
+        keys[copies.in_use if copies.in_use in owners else BASE] = f"{place}{name}"
+        state.update({keys[owner]: value for owner, value in values.items()})
 
 
 class AdaptedBody(SwapMixin):

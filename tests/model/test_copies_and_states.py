@@ -12,7 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from model.many import SAVED, adapted, assert_close, config, flags, net, normal, oracle, refuses, turn
+from model.many import SAVED, adapted, assert_close, config, flags, moved, net, normal, oracle, refuses, turn
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -40,6 +40,27 @@ def test_biases_are_each_adapters_own(bias: str, trained: set[str]) -> None:
     hra_fx.set_adapter(model, "b")
     assert_close(model(x), oracle(plain, model, ["b"], x, **{"first.bias": model.first.bias.detach()}))
     assert not torch.equal(model.first.bias, plain.first.bias)
+
+
+@pytest.mark.parametrize("reference", ["b", []], ids=str)
+def test_a_backward_after_another_adapter_ran_has_the_gradients_of_its_own_forward(reference: Any) -> None:
+    """As in a preference loss, whose reference runs between the forward and the backward of the policy."""
+    _, model = adapted(net(), a=config("first", **HEAD, bias="all"), b=config("first", **HEAD))
+    x = normal(8, 6)
+
+    def gradients(between: Any) -> dict[str, Tensor]:
+        output = model(x)
+        hra_fx.set_adapter(model, between)
+        assert between == "a" or moved(model(x), output)
+        hra_fx.set_adapter(model, "a")
+        output.square().mean().backward()
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return found
+
+    wanted, found = gradients("a"), gradients(reference)
+    assert {"first.hra_u.a", "head.weight", "head.bias", "norm.bias"} <= wanted.keys() == found.keys()
+    assert all(torch.equal(found[name], gradient) for name, gradient in wanted.items())
 
 
 def test_the_buffers_of_a_norm_switch_with_it() -> None:
