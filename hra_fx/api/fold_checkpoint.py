@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from hra_fx.api.load import load_adapter
 from hra_fx.api.transform import fold
@@ -28,9 +27,8 @@ from hra_fx.selection.suggestions import some_of
 Adapters: TypeAlias = Source | Sequence[Source]
 #: The files of weights that the libraries load, one or several with an index.
 _WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-#: Endings of other files with weights, and names of files that have such an ending but no weights.
+#: Endings of other files with weights.
 _OTHERS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx")
-_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def fold_checkpoint(
     unchanged. After an error the hidden folder is removed; if the process is killed, the next call removes it.
 
     Args:
-        base_dir: a folder with `config.json` and safetensors files, as saved by transformers, diffusers or timm; or a
+        base_dir: a folder with `config.json` and safetensors files, as saved by transformers or diffusers; or a
             pipeline of diffusers.
         adapter_dir: folder of an adapter (or its Hub name), saved by PEFT or hra_fx; or several, in order; or, for a
             pipeline, a mapping from its subfolders to adapters. No mapping is needed if the adapters are in subfolders
@@ -117,8 +115,9 @@ def fold_checkpoint(
             paths = _fold_part(base / part, sources, folder / part, trust_remote_code=trust_remote_code)
             rotated += [f"{part}/{path}".lstrip("/") for path in paths]
         _copy_others(base, folder, [base / part for part in adapters])
-    if kept := [file.relative_to(base).as_posix() for part in adapters for file in _other_weights(base / part)]:
-        text = f"{out}: {some_of(kept, 4)} still contain the base model's weights. Delete them, or do not load them."
+    copied = [file for part in adapters for file in sorted((base / part).rglob("*")) if file.suffix in _OTHERS]
+    if kept := [file.relative_to(base).as_posix() for file in copied if not _WEIGHTS.fullmatch(file.name)]:
+        text = f"{out}: {some_of(kept, 4)} may contain the base model's weights. Delete them, or do not load them."
         warnings.warn(text, HRAWarning, stacklevel=3)
     return CheckpointReport(out, tuple(rotated))
 
@@ -154,13 +153,10 @@ def _fold_part(base: Path, adapters: Sequence[Source], target: Path, *, trust_re
     fold(model, names)
     saved = target / "saved"
     saved.mkdir(parents=True)
-    if hasattr(model, "save_pretrained"):
-        if generation := getattr(model, "generation_config", None):
-            model.generation_config = type(generation)()  # the base's is copied; transformers does not save every one
-        # Not in larger files than those of the base.
-        model.save_pretrained(saved, max_shard_size=max(file.stat().st_size for file in base.glob("*.safetensors")))
-    else:  # a model of timm
-        save_file(model.state_dict(), saved / "model.safetensors", {"format": "pt"})
+    if generation := getattr(model, "generation_config", None):
+        model.generation_config = type(generation)()  # the base's is copied; transformers does not save every one
+    # Not in larger files than those of the base.
+    model.save_pretrained(saved, max_shard_size=max(file.stat().st_size for file in base.glob("*.safetensors")))
     untied = _configuration(model) != before
     for file in saved.iterdir():
         if _WEIGHTS.fullmatch(file.name) or (untied and file.name == CONFIG):
@@ -185,14 +181,6 @@ def _copy_others(base: Path, folder: Path, adapted: list[Path]) -> None:
 
     # Links are followed, as in the Hub cache.
     shutil.copytree(base, folder, ignore=written, dirs_exist_ok=True)
-
-
-def _other_weights(folder: Path) -> Iterator[Path]:
-    """Files at any depth that may contain weights of the base model, and that were copied."""
-    for file in sorted(folder.rglob("*")):
-        is_weights = file.suffix in _OTHERS and not file.name.startswith(_NO_WEIGHTS)
-        if is_weights and not _WEIGHTS.fullmatch(file.name):
-            yield file
 
 
 @contextlib.contextmanager
@@ -257,11 +245,6 @@ def _check_folders(base: Path, out: Path, adapters: Iterable[Source], *, overwri
 
 def _by_part(base: Path, adapter_dir: Adapters | Mapping[str, Adapters]) -> dict[str, list[Source]]:
     """The adapters for each part of a pipeline, by its folder; for a single model, the folder is ""."""
-    if not base.is_dir():
-        raise CheckpointError(
-            f"{base}: no such folder. Pass one with config.json and safetensors files, such as "
-            "save_pretrained(folder) or `hf download NAME --local-dir FOLDER` writes."
-        )
     if isinstance(adapter_dir, Mapping):
         parts = {name: _listed(given) for name, given in adapter_dir.items()}
     else:
@@ -275,7 +258,7 @@ def _by_part(base: Path, adapter_dir: Adapters | Mapping[str, Adapters]) -> dict
             for folder in found or [Path(source)]:
                 parts.setdefault(folder.name if found else "?", []).append(folder)
     for name, sources in parts.items():
-        if not (base / name).is_dir() or Path(name).is_absolute() or ".." in Path(name).parts:
+        if (name and not (base / name).is_dir()) or Path(name).is_absolute() or ".." in Path(name).parts:
             known = ", ".join(repr(file.parent.name) for file in sorted(base.glob(f"*/{CONFIG}")))
             raise CheckpointError(
                 f"{sources[0]}: {base} has no part {name!r} for this adapter. It has {known or 'none'}. Name the part: "

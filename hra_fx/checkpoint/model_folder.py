@@ -1,4 +1,4 @@
-"""The model of a folder of transformers, diffusers or timm, with its own class: without weights, or loaded."""
+"""The model of a folder of transformers or diffusers, with its own class: without weights, or loaded."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import contextlib
 import importlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from importlib.util import find_spec
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,11 +22,11 @@ CONFIG = "config.json"
 #: The file that describes a diffusers pipeline.
 PIPELINE = "model_index.json"
 IN_MEMORY = "Load the model yourself, then call hra_fx.load_adapter, and hra_fx.fold or hra_fx.save_as_lora."
-_EXPECTED = "Pass the folder of a transformers, diffusers or timm model."
+_EXPECTED = (
+    "Pass the folder of a transformers or diffusers model, such as `hf download NAME --local-dir FOLDER` writes."
+)
 #: Key that identifies the configuration of a library -> name of the library.
-_LIBRARIES = {"model_type": "transformers", "_class_name": "diffusers", "architecture": "timm"}
-#: Creates the model; and loads it, with the report of transformers and diffusers on keys that do not fit.
-_Makers: TypeAlias = tuple[Callable[[], nn.Module], Callable[[], tuple[nn.Module, Mapping[str, Any]]]]
+_LIBRARIES = {"model_type": "transformers", "_class_name": "diffusers"}
 
 
 def build_model(path: Path, *, trust_remote_code: bool = False) -> tuple[nn.Module, str]:
@@ -35,9 +34,10 @@ def build_model(path: Path, *, trust_remote_code: bool = False) -> tuple[nn.Modu
     file, entries, library = read_config(path)
     with _explained_errors(f"{file}: {library} cannot build the model"):
         # Import the class first, because modules that are imported may compute with tensors.
-        build, _ = _MAKERS[library](file, entries, trust_remote_code)
+        cls, config = _class_of(file, entries, library, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            return build().eval(), library
+            model: nn.Module = cls(config) if library == "transformers" else cls.from_config(config)
+            return model.eval(), library
 
 
 def load_model(folder: Path, *, trust_remote_code: bool = False) -> tuple[nn.Module, list[str]]:
@@ -46,8 +46,12 @@ def load_model(folder: Path, *, trust_remote_code: bool = False) -> tuple[nn.Mod
     if entries.get("quantization_config"):
         raise CheckpointError(f"{file}: the weights are quantized. Use the base model in 16 or 32 bits.")
     with _explained_errors(f"{folder}: {library} cannot load the model"):
-        _, load = _MAKERS[library](file, entries, trust_remote_code)
-        model, found = load()
+        cls, config = _class_of(file, entries, library, trust_remote_code=trust_remote_code)
+        settings: dict[str, Any] = {"dtype": "auto", "config": config}
+        if library == "diffusers":
+            settings = {"torch_dtype": _dtype_of(folder)}
+        settings |= {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+        model, found = cls.from_pretrained(folder, **settings)
     if missing := sorted(found["missing_keys"]):
         raise CheckpointError(
             f"{folder}: the files have no {missing[0]}, which {type(model).__name__} needs. {IN_MEMORY}"
@@ -69,11 +73,9 @@ def read_config(path: Path) -> tuple[Path, dict[str, Any], str]:
         raise CheckpointError(f"{file}: cannot read the file as JSON ({error}). Download it again.") from error
     key = next((key for key in _LIBRARIES if isinstance(entries, dict) and entries.get(key)), None)
     if key is None:
-        raise CheckpointError(f"{file}: has none of the keys {', '.join(_LIBRARIES)}. {_EXPECTED}")
-    library = _LIBRARIES[key]
-    if find_spec(library) is None:
-        raise CheckpointError(f"{file}: {library} is not installed. Run: pip install {library}.")
-    return file, entries, library
+        keys = ", ".join(_LIBRARIES)
+        raise CheckpointError(f"{file}: has none of the keys {keys}. {_EXPECTED} For any other model: {IN_MEMORY}")
+    return file, entries, _LIBRARIES[key]
 
 
 @contextlib.contextmanager
@@ -88,12 +90,18 @@ def _explained_errors(what: str) -> Iterator[None]:
         raise CheckpointError(f"{what} ({reason}).") from error
 
 
-def _of_transformers(file: Path, entries: Mapping[str, Any], trust_remote_code: bool) -> _Makers:
+def _class_of(file: Path, entries: Mapping[str, Any], library: str, *, trust_remote_code: bool) -> tuple[Any, Any]:
+    """The class of the model, and its configuration."""
+    if library == "diffusers":
+        cls = getattr(importlib.import_module("diffusers"), str(entries["_class_name"]), None)
+        if not hasattr(cls, "from_config"):
+            raise CheckpointError(f"{file}: the installed diffusers has no model {entries['_class_name']!r}.")
+        return cls, dict(entries)
     transformers: Any = importlib.import_module("transformers")
     folder, names, code = file.parent, entries.get("architectures") or [], entries.get("auto_map") or {}
     found = [getattr(transformers, name, None) for name in names]
     models = (one for one in found if isinstance(one, type) and issubclass(one, transformers.PreTrainedModel))
-    cls: Any = next(models, None)
+    cls = next(models, None)
     if cls is None and code and not trust_remote_code:
         raise CheckpointError(
             f"{file}: the class of the model is code in its folder, which is not run without your consent. Read the "
@@ -107,53 +115,12 @@ def _of_transformers(file: Path, entries: Mapping[str, Any], trust_remote_code: 
         module = importlib.import_module("transformers.dynamic_module_utils")
         reference = next(ref for key, ref in code.items() if key.startswith("AutoModel") and _ends(ref, names))
         cls = module.get_class_from_dynamic_module(reference, str(folder), local_files_only=True)
-    cls = cls or transformers.MODEL_MAPPING[type(config)]
-
-    def load() -> tuple[nn.Module, Mapping[str, Any]]:
-        given = {"config": config, "dtype": "auto", "use_safetensors": True, "output_loading_info": True}
-        return cls.from_pretrained(folder, local_files_only=True, **given)  # type: ignore[no-any-return]
-
-    return lambda: cls(config), load
+    return cls or transformers.MODEL_MAPPING[type(config)], config
 
 
 def _ends(reference: str, names: list[str]) -> bool:
     """Whether a reference such as "modeling_mine.MyModel" names one of some classes; any class, without names."""
     return not names or reference.rpartition(".")[2] in names
-
-
-def _of_diffusers(file: Path, entries: Mapping[str, Any], trust_remote_code: bool) -> _Makers:
-    cls: Any = getattr(importlib.import_module("diffusers"), str(entries["_class_name"]), None)
-    if not hasattr(cls, "from_config"):
-        raise CheckpointError(f"{file}: the installed diffusers has no model {entries['_class_name']!r}.")
-
-    def load() -> tuple[nn.Module, Mapping[str, Any]]:
-        given = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-        return cls.from_pretrained(file.parent, torch_dtype=_dtype_of(file.parent), **given)  # type: ignore[no-any-return]
-
-    return lambda: cls.from_config(dict(entries)), load
-
-
-def _of_timm(file: Path, entries: Mapping[str, Any], trust_remote_code: bool) -> _Makers:
-    timm = importlib.import_module("timm")
-    given = {key: entries[key] for key in ("num_classes", "global_pool") if key in entries}
-    arguments = {**given, **(entries.get("model_args") or {})}
-
-    def build() -> nn.Module:
-        return timm.create_model(entries["architecture"], **arguments)  # type: ignore[no-any-return]
-
-    def load() -> tuple[nn.Module, Mapping[str, Any]]:
-        made = build().to(_dtype_of(file.parent))
-        importlib.import_module("timm.models").load_checkpoint(made, str(file.with_name("model.safetensors")))
-        return made, {"missing_keys": [], "unexpected_keys": []}
-
-    return build, load
-
-
-_MAKERS: Mapping[str, Callable[[Path, Mapping[str, Any], bool], _Makers]] = {
-    "transformers": _of_transformers,
-    "diffusers": _of_diffusers,
-    "timm": _of_timm,
-}
 
 
 def _dtype_of(folder: Path) -> torch.dtype:

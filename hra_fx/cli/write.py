@@ -92,9 +92,6 @@ def convert(
 
 def _check_free(out: Path, *, overwrite: bool) -> None:
     """Check that nothing is lost, also if the user forgot OUT, so that the last adapter was parsed as OUT."""
-    from hra_fx.lora.save import check_no_model
-
-    check_no_model(out)
     if not overwrite and out.exists() and (out.is_file() or any(out.iterdir())):
         raise CheckpointError(
             f"{out}: already exists. The last path is the output: name a new one. To replace it, pass --overwrite."

@@ -215,7 +215,11 @@ def _write(adapters: Mapping[str, LoraAdapter], path: Path, file_format: str, dt
 
 def _check_output(path: Path) -> None:
     """Check that the folder may be written."""
-    check_no_model(path)
+    if model := next((name for name in _OF_MODELS if (path / name).exists()), None):
+        raise CheckpointError(
+            f"{path}: contains a model ({model}), and from_pretrained would load the adapter with it. Choose another "
+            "folder."
+        )
     config_file = path / CONFIG_NAME
     if config_file.is_file() and re.search(r'"peft_type":\s*"HRA"', config_file.read_text(encoding="utf-8")):
         raise CheckpointError(
@@ -236,13 +240,3 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
         names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
         raise AdapterError(f"`dtype` must be one of {names}, got {dtype!r}.")
     return found
-
-
-def check_no_model(path: Path) -> None:
-    """Check that a folder contains no model, because `from_pretrained` would load it together with an adapter."""
-    model = next((name for name in _OF_MODELS if (path / name).exists()), None)
-    if model:
-        raise CheckpointError(
-            f"{path}: contains a model ({model}), and from_pretrained would load the adapter with it. Choose another "
-            "folder."
-        )
