@@ -26,7 +26,6 @@ NEEDS = {
     "tracing/test_refused.py": "torch>=2.9",
     "layers/experts/test_products.py": "transformers>=5.6",
     "layers/quantized": "torchao>=0.18",
-    "model/test_experts.py": "transformers>=5.6",
     "model/test_waits_and_memory.py": "torchao>=0.18",
     "selection/test_parameters_and_ranks.py": "transformers>=5.6",
     "selection/test_selection_like_peft.py": "peft>=0.21",

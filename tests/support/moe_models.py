@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from oracles import dense_q
 from torch import Tensor, nn
-from torch.func import functional_call
 from zoo.entry import Entry
 from zoo.models import entries
 
@@ -74,22 +72,3 @@ def dense_experts(
         q = dense_q(own, apply_GS=apply_GS, anchor=None if anchor is None else anchor[index])
         rotated.append(q.T @ one if transposed else one @ q)
     return torch.stack(rotated)
-
-
-def oracle(
-    base: nn.Module, model: nn.Module, call: Mapping[str, Any], *, adapter: str = "default", apply_GS: bool = False
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits of `base` over dense rotated experts, and the gradients of the sum of their squares."""
-    leaves = {name: own.detach().clone().requires_grad_() for name, own in vectors_of(model, adapter).items()}
-    parameters = dict(base.named_parameters())
-    buffers = dict(model.named_buffers())
-    dense = {}
-    for name, own in leaves.items():
-        path, _, last = name.rpartition(".")
-        anchor = buffers.get(f"{path}.hra_{last}{_MARK}{adapter}_anchor")
-        weight = parameters[name].detach()
-        rotated = dense_experts(weight, own, is_transposed(base, name), anchor, apply_GS=apply_GS)
-        dense[name] = rotated.to(weight.dtype)
-    logits: Tensor = functional_call(base, dense, kwargs=dict(call)).logits
-    gradients = torch.autograd.grad(logits.square().sum(), list(leaves.values()))
-    return logits.detach(), dict(zip(leaves, gradients, strict=True))
