@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from one_layer import BF16, F32, F64, adapted, normal
-from oracles import dense_q, dense_weight, relative_error
+from layers.checking import pair, run_dense
+from one_layer import BF16, F32, F64, normal
+from oracles import dense_q, relative_error
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -90,62 +91,42 @@ def test_under_autocast_products_are_narrow_and_rows_are_not() -> None:
 
 # ---- layers ----
 
-LAYERS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
-    "Linear": (lambda **options: nn.Linear(48, 24, **options), (2, 3, 48)),
-    "Linear, many rows": (lambda **options: nn.Linear(48, 24, **options), (2, 300, 48)),
-    "Conv2d": (lambda **options: nn.Conv2d(16, 24, 3, padding=1, stride=(2, 1), **options), (2, 16, 7, 7)),
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "Linear": (lambda: nn.Linear(48, 24), (2, 3, 48)),
+    "Linear, many rows": (lambda: nn.Linear(48, 24), (2, 300, 48)),
+    "Conv2d": (lambda: nn.Conv2d(16, 24, 3, padding=1, stride=(2, 1)), (2, 16, 7, 7)),
 }
 layers = pytest.mark.parametrize("name", LAYERS)
 
 
-def frozen(name: str, dtype: torch.dtype = F64) -> tuple[Any, Tensor]:
-    """A model of one layer of which the vectors alone are trained, and an input."""
+def frozen(name: str, dtype: torch.dtype = F64) -> tuple[nn.Module, Any, Tensor]:
+    """A model of one layer, an adapted copy of which the vectors alone are trained, and an input."""
     make, shape = LAYERS[name]
-    torch.manual_seed(0)
-    model = adapted(make(dtype=dtype), 4).requires_grad_(False)
-    model[0].hra_u["default"].requires_grad_()
-    return model, normal(1, *shape, dtype=dtype)
-
-
-def oracle(model: Any, x: Tensor) -> Tensor:
-    layer = model[0]
-    weight = dense_weight(layer.hra_base, dense_q(layer.hra_u["default"]))
-    bias = layer.bias.double()
-    if isinstance(layer, nn.Conv2d):
-        output: Tensor = layer._conv_forward(x.double(), weight, bias)
-        return output
-    return nn.functional.linear(x.double(), weight, bias)
-
-
-CHANGES: dict[str, Callable[[Any], object]] = {
-    "frozen": lambda layer: None,
-    "trained weight": lambda layer: layer.hra_base.requires_grad_(),
-    "trained bias": lambda layer: layer.bias.requires_grad_(),
-    "hook": lambda layer: layer.hra_u.register_forward_hook(lambda *_: None),
-}
+    return *pair(lambda: nn.Sequential(make()), ["0"], dtype, r=4), normal(1, *shape, dtype=dtype)
 
 
 @layers
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("hooked", [False, True])
 @pytest.mark.parametrize("of_input", [False, True])
-def test_outputs_and_gradients(name: str, change: str, of_input: bool) -> None:
-    model, x = frozen(name)
-    CHANGES[change](model[0])
-    output, wanted = model(x.requires_grad_(of_input)), oracle(model, x)
+def test_outputs_and_gradients(name: str, hooked: bool, of_input: bool) -> None:
+    """Of vectors alone; `tests/layers/test_reflection.py` also trains weights and biases."""
+    base, model, x = frozen(name)
+    if hooked:
+        model[0].hra_u.register_forward_hook(lambda *_: None)
+    asked = [model[0].hra_u["default"], *[x.requires_grad_()] * of_input]
+    output, wanted = model(x), run_dense(base, model, x)
     assert output.is_contiguous()
     assert relative_error(output, wanted) < 1e-11
-    asked = [tensor for tensor in (x, *model.parameters()) if tensor.requires_grad]
-    upstream = normal(2, *output.shape)
-    found, sought = (torch.autograd.grad(one, asked, upstream) for one in (output, wanted))
+    found, sought = (torch.autograd.grad(one, asked, normal(2, *output.shape)) for one in (output, wanted))
     for one, other in zip(found, sought, strict=True):
         assert relative_error(one, other) < 1e-10
 
 
 @layers
 def test_outputs_can_be_modified_in_place(name: str) -> None:
-    model, x = frozen(name)
+    base, model, x = frozen(name)
     vectors = model[0].hra_u["default"]
-    output, plain = model(x), oracle(model, x)
+    output, plain = model(x), run_dense(base, model, x)
     output[:, 0] = 0
     output.add_(1).relu_()
     wanted = (torch.cat([torch.zeros_like(plain[:, :1]), plain[:, 1:]], dim=1) + 1).relu()
@@ -158,7 +139,7 @@ def test_outputs_can_be_modified_in_place(name: str) -> None:
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_the_same_bits_with_and_without_gradients(name: str, dtype: torch.dtype) -> None:
     """So that a loaded adapter can be compared with the saved one."""
-    model, x = frozen(name, dtype)
+    _, model, x = frozen(name, dtype)
     trained = model(x)
     with torch.no_grad():
         assert torch.equal(model(x), trained)
@@ -168,27 +149,26 @@ def test_the_same_bits_with_and_without_gradients(name: str, dtype: torch.dtype)
 
 @pytest.mark.parametrize("with_gradient", [False, True])
 def test_the_memory_format_of_the_output_is_that_of_the_layer(with_gradient: bool) -> None:
-    model, x = frozen("Conv2d")
+    base, model, x = frozen("Conv2d")
     model, x = (one.to(memory_format=torch.channels_last) for one in (model, x))
     with torch.set_grad_enabled(with_gradient):
         found = model(x)
     assert found.is_contiguous(memory_format=torch.channels_last)
-    assert relative_error(found, oracle(model, x)) < 1e-12
+    assert relative_error(found, run_dense(base, model, x)) < 1e-12
 
 
 @pytest.mark.parametrize("name", ["Linear", "Linear, many rows"])
 @pytest.mark.parametrize("trained", [False, True])
 def test_second_derivatives_of_a_layer_that_is_called_twice(name: str, trained: bool) -> None:
-    model, x = frozen(name)
+    base, model, x = frozen(name)
     model[0].hra_base.requires_grad_(trained)
     vectors = model[0].hra_u["default"]
 
     def loss(call: Callable[[Tensor], Tensor]) -> Tensor:
         return call(torch.tanh(call(x)).repeat_interleave(2, dim=-1)).square().sum()
 
-    found, sought = (
-        torch.autograd.grad(loss(call), vectors, create_graph=True)[0] for call in (model, lambda x: oracle(model, x))
-    )
+    calls = model, lambda x: run_dense(base, model, x)
+    found, sought = (torch.autograd.grad(loss(call), vectors, create_graph=True)[0] for call in calls)
     assert relative_error(found, sought) < 1e-10
     again, wanted = (torch.autograd.grad(one.square().sum(), vectors)[0] for one in (found, sought))
     assert relative_error(again, wanted) < 1e-9
@@ -196,10 +176,10 @@ def test_second_derivatives_of_a_layer_that_is_called_twice(name: str, trained: 
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_gradients_in_a_batch(trained: bool) -> None:
-    model, _ = frozen("Linear")
+    _, model, _ = frozen("Linear")
     x = normal(1, 2, 48)
     model[0].hra_base.requires_grad_(trained)
     found = torch.autograd.functional.jacobian(model, x, vectorize=True)
     turned = model[0].hra_base @ dense_q(model[0].hra_u["default"])
-    assert relative_error(found[0, :, 0], turned) < 1e-12
-    assert relative_error(found[1, :, 1], turned) < 1e-12
+    for row in range(2):
+        assert relative_error(found[row, :, row], turned) < 1e-12

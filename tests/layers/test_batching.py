@@ -32,38 +32,18 @@ class Net(nn.Module):
         return self.three(torch.tanh(self.two(torch.tanh(self.one(x)))))
 
 
-def adapted(make: Callable[[], nn.Module] = Net, *, r: int = 3, dtype: torch.dtype = F64, **settings: Any) -> Any:
-    config = hra_fx.HRAConfig(r=r, target_modules="all-linear", exclude_modules=[], **settings)
-    model: Any = hra_fx.transform(make().to(dtype), config)
-    for seed, layer in enumerate((model.one, model.two, model.three)):
-        with torch.no_grad():
-            layer.hra_u["default"].copy_(normal(seed, *layer.hra_u["default"].shape))
-    return model
-
-
-def vectors_of(model: Any) -> list[nn.Parameter]:
-    return [layer.hra_u["default"] for layer in (model.one, model.two, model.three)]
-
-
-def wanted(model: Any, x: Tensor, *, apply_GS: bool = False) -> Tensor:
-    for layer in (model.one, model.two, model.three):
-        box = layer.hra_u
-        weight = layer.hra_base.double() @ dense_q(box["default"], apply_GS=apply_GS, anchor=box.anchor("default"))
-        x = nn.functional.linear(x, weight, layer.bias.double())
-        x = x if layer is model.three else torch.tanh(x)
-    return x
+def adapted(make: Callable[[], nn.Module] = Net, dtype: torch.dtype = F64, **fields: Any) -> tuple[nn.Module, Any]:
+    """A base model, and a copy whose three layers are adapted, in train mode."""
+    base, model = pair(make, ["one", "two", "three"], dtype, **fields)
+    return base.train(), model.train()
 
 
 narrow = pytest.mark.filterwarnings("ignore:.*its trained vectors are torch.bfloat16:hra_fx.HRAWarning")
 
 
-def assert_right(model: Any, found: Tensor, x: Tensor = X, *, apply_GS: bool = False) -> None:
+def assert_right(base: nn.Module, model: Any, found: Tensor) -> None:
     """The output and the gradients of all vectors are those of the oracle."""
-    sought = wanted(model, x, apply_GS=apply_GS)
-    assert relative_error(found, sought) < 1e-12
-    pairs = zip(*(torch.autograd.grad(one.square().sum(), vectors_of(model)) for one in (found, sought)), strict=True)
-    for one, other in pairs:
-        assert relative_error(one, other, floor=1e-3) < 1e-9
+    assert_gradients(found, run_dense(base, model, X), list(vectors_of(model).values()))
 
 
 def test_layers_that_the_loss_does_not_reach_get_no_gradient() -> None:

@@ -24,8 +24,7 @@ from torch.optim.lr_scheduler import LinearLR
 
 import hra_fx
 from hra_fx import AdapterError, ConfigError, HRAConfig, HRAWarning, train_pairs
-from hra_fx.functional.householder import init_vectors
-from hra_fx.functional.pairs import start_length
+from hra_fx.functional.pairs import from_pairs, to_pairs
 
 C = 0.3
 F64 = torch.float64
@@ -91,9 +90,14 @@ def loss_of_experts(model: Any, step: int = 0) -> Any:
     return model(**call_of("mixtral")).logits.square().mean()
 
 
+def length_of(vectors: Tensor) -> float:
+    """The root mean square length of new vectors: half as many columns have entries below `1 / sqrt(columns)`."""
+    return math.sqrt(vectors.shape[-2] * 2 / (3 * vectors.shape[-1]))
+
+
 def vectors_from(m: Tensor, d: Tensor) -> Tensor:
     """The vectors, by their definition."""
-    length = math.sqrt(m.shape[-2] / (3 * m.shape[-1]))
+    length = length_of(torch.cat([m, d], -1))
     pairs = [length * (m[..., i] + sign * C * d[..., i]) for i in range(m.shape[-1]) for sign in (1, -1)]
     return torch.stack(pairs, dim=-1)
 
@@ -104,7 +108,7 @@ def explicit_pairs(
     """Parameters for sums and differences, and a function that returns the vectors; `joint`: one parameter for both."""
     held: dict[str, list[nn.Parameter]] = {}
     for name, vectors in values_of(model).items():
-        length = math.sqrt(vectors.shape[-2] * 2 / (3 * vectors.shape[-1]))
+        length = length_of(vectors)
         a, b = vectors[..., ::2], vectors[..., 1::2]
         m, d = (a + b) / (2 * length), (a - b) / (2 * length * C)
         held[name] = [nn.Parameter(one) for one in ([torch.stack([m, d], -1).flatten(-2)] if joint else [m, d])]
@@ -393,8 +397,15 @@ def test_experts_and_layers_of_peft() -> None:
         same(by_pairs(copy.deepcopy(model), AdamW), by_oracle(model, AdamW), 1e-6)
 
 
-def test_the_initial_length_of_a_vector() -> None:
-    """`L` is the root mean square length of the vectors that `init_vectors` draws."""
-    for r in (2, 8):
-        drawn = init_vectors(4096, r, apply_GS=False, init_weights=True, dtype=F64)[0]
-        assert float(drawn.norm(dim=0).square().mean().sqrt()) == pytest.approx(start_length(4096, r), rel=0.02)
+@pytest.mark.parametrize("r", [2, 8])
+def test_the_unit_of_pairs_is_the_length_of_new_vectors(r: int) -> None:
+    model = hra_fx.transform(nn.Sequential(nn.Linear(4096, 1)), HRAConfig(r=r, target_modules=["0"]))
+    drawn = model[0].hra_u["default"].detach()
+    assert float(drawn.norm(dim=0).square().mean().sqrt()) == pytest.approx(length_of(drawn), rel=0.02)
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_from_pairs_is_the_inverse_even_without_rows(rows: int) -> None:
+    """With sharded vectors, a process may have no rows of a layer."""
+    vectors = torch.randn(2, rows, 4, dtype=F64)
+    torch.testing.assert_close(from_pairs(to_pairs(vectors.clone(), 1.5, 0.3), 1.5, 0.3), vectors)

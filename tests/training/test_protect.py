@@ -12,22 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import oracles
 import peft
 import pytest
 import torch
 from layers.checking import assert_same
 from moe_models import built
+from oracles import layer_q
 from tiny import bert, gpt2, llama
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
 
 import hra_fx
 from hra_fx.errors import AdapterError
-from hra_fx.integrations import HRATrainer, ProtectCallback
-from hra_fx.reporting.row import moved
-from hra_fx.training.protect import protected_directions
 
 F64 = torch.float64
 DIRECTIONS = 8
@@ -161,11 +157,16 @@ def test_a_graph_in_bfloat16_and_a_second_adapter_are_protected() -> None:
     model: Any = hra_fx.transform(copy.deepcopy(base), config, trace=True, example_inputs=words(OTHER))
     hra_fx.add_adapter(model, "other", config)
     hra_fx.set_adapter(model, ["default", "other"])
-    trained(model, words(OTHER), prepare=lambda optimizer: hra_fx.protect(optimizer, model, [words(KEPT)], DIRECTIONS))
-    for layer in (part for part in model.modules() if "hra_u" in part._modules):
-        weight, turned = layer.hra_base.float(), hra_fx.effective_weight(layer).float()
-        basis = protected_directions(layer, "default")
-        assert distance(turned @ basis, weight @ basis) < 0.01 < distance(turned, weight)
+    kept: dict[str, Tensor] = {}
+
+    def prepare(optimizer: Any) -> None:
+        kept.update(hra_fx.protect(optimizer, model, [words(KEPT)], DIRECTIONS))
+
+    trained(model, words(OTHER), prepare=prepare)
+    for path, basis in kept.items():
+        layer = model.get_submodule(path)
+        weight, turned = layer.hra_base.double(), hra_fx.effective_weight(layer).double()
+        assert distance(turned @ basis.double(), weight @ basis.double()) < 0.01 < distance(turned, weight)
     check_kept(model, base, words(KEPT), words(OTHER), bound=0.05)
 
 
@@ -179,17 +180,14 @@ def test_the_directions_are_those_with_the_most_of_the_inputs() -> None:
             layer.register_forward_pre_hook(lambda _, args, path=path: seen.setdefault(path, []).append(args[0]))
     batches = torch.randint(0, 64, (6, 2, 16), generator=torch.Generator().manual_seed(3))
     loader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
-    hra_fx.protect(optimizer, model.train(), loader, DIRECTIONS)
+    found = hra_fx.protect(optimizer, model.train(), loader, DIRECTIONS)
     assert all(part.training for part in model.modules())
     with torch.no_grad():
         for batch in batches:
             base(batch)
-    found = {path: protected_directions(layer, "default") for path, layer in model.named_modules()}
-    assert found["lm_head"] is None
-    for path, inputs in seen.items():
-        if path == "lm_head":  # which "all-linear" leaves out
-            continue
-        rows = torch.cat([x.flatten(0, -2) for x in inputs]).to(F64)
+    assert found.keys() == seen.keys() - {"lm_head"}  # which "all-linear" leaves out
+    for path in found:
+        rows = torch.cat([x.flatten(0, -2) for x in seen[path]]).to(F64)
         best = torch.linalg.svdvals(rows)[DIRECTIONS:].square().sum()
         basis = found[path].to(F64)
         assert (rows - rows @ basis @ basis.mT).square().sum() < 1.3 * best
@@ -224,39 +222,15 @@ def test_a_resumed_run_protects_the_same_directions_and_needs_them() -> None:
 def test_the_report_says_how_far_protected_directions_move() -> None:
     model, optimizer = adapted(llama(), "q_proj", "down_proj")
     assert "moves protected" not in str(hra_fx.report(model))
-    hra_fx.protect(optimizer, model, [words(KEPT)], DIRECTIONS)
+    kept = hra_fx.protect(optimizer, model, [words(KEPT)], DIRECTIONS)
     trained(model, words(OTHER), prepare=lambda _: None)
-    report = hra_fx.report(model)
-    assert all(row.protected is not None and row.protected > 1e-3 for row in report)  # by an optimizer without it
+    for row in hra_fx.report(model):  # after steps of an optimizer without protection
+        basis, q = kept[row.path].to(F64), layer_q(model.get_submodule(row.path)).detach()
+        assert row.protected == pytest.approx(distance(q @ basis, basis), rel=1e-5)
+        assert row.protected > 1e-3
     hra_fx.protect(optimizer, model, [words(KEPT)], DIRECTIONS)
     report = hra_fx.report(model)
     assert all(row.protected is not None and row.protected < 1e-6 for row in report) and "0.00%" in str(report)
-    layer, basis = model.get_submodule("model.layers.0.mlp.down_proj"), torch.eye(64)
-    chain = layer.hra_u.chain("default").detach()
-    q = oracles.dense_q(layer.hra_u.default.detach(), apply_GS=False)
-    assert moved(basis, chain) == pytest.approx(float((q - basis).norm() / basis.norm()), rel=1e-5)
-
-
-@pytest.mark.parametrize("by", ["HRATrainer", "callback"])
-def test_a_trainer_protects(by: str, tmp_path: Path) -> None:
-    base = llama().to(F64).eval()
-    model = hra_fx.transform(copy.deepcopy(base), hra_fx.HRAConfig(r=4, target_modules=["q_proj", "down_proj"]))
-    rows = [{"input_ids": row, "labels": row} for row in OTHER]
-    kept = [{"input_ids": row, "labels": row} for row in KEPT]
-    arguments = TrainingArguments(
-        tmp_path, max_steps=4, learning_rate=0.1, report_to=[], use_cpu=True, save_strategy="no"
-    )
-    if by == "HRATrainer":
-        trainer: Any = HRATrainer(model, arguments, train_dataset=rows, protect=kept, protected_directions=DIRECTIONS)
-    else:
-        callback = ProtectCallback([words(KEPT)], DIRECTIONS)
-        trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[callback])
-    trainer.train()
-    check_kept(model.eval(), base, words(KEPT), words(OTHER))
-    state = trainer.optimizer.state_dict()
-    unprotected = HRATrainer(model, arguments, train_dataset=rows, pair_difference=None if by == "callback" else 0.1)
-    with pytest.raises(AdapterError, match=r"the state was saved with protected directions\. Pass protect="):
-        unprotected.create_optimizer().load_state_dict(state)
 
 
 class Written(nn.Module):

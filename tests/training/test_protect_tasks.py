@@ -80,7 +80,9 @@ def test_earlier_directions_come_first_and_new_ones_are_the_most_of_the_rest() -
 
 @pytest.mark.parametrize("by", ["HRATrainer", "callback"])
 def test_trainers_keep_the_tasks_before(by: str, tmp_path: Path) -> None:
-    arguments = TrainingArguments(tmp_path, max_steps=3, learning_rate=0.1, report_to=[], use_cpu=True)
+    arguments = TrainingArguments(
+        tmp_path, max_steps=3, learning_rate=0.1, report_to=[], use_cpu=True, save_strategy="no"
+    )
     model, protected, learned = llama().to(F64).eval(), None, []
     for number, task in enumerate(TASKS):
         model = hra_fx.transform(model, hra_fx.HRAConfig(r=4, target_modules=["q_proj", "down_proj"]))
@@ -104,6 +106,10 @@ def test_trainers_keep_the_tasks_before(by: str, tmp_path: Path) -> None:
     assert protected is not None and all(basis.shape[-1] > 4 for basis in protected.values())
     assert distance(output_of(llama().to(F64).eval(), words(TASKS[2])), learned[2]) > 0.01
     rest = hra_fx.transform(model, hra_fx.HRAConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    state = trainer.optimizer.state_dict()
+    unprotected = HRATrainer(rest, arguments, train_dataset=rows, pair_difference=None if by == "callback" else 0.1)
+    with pytest.raises(AdapterError, match=r"the state was saved with protected directions\. Pass protect="):
+        unprotected.create_optimizer().load_state_dict(state)
     trainer = HRATrainer(rest, arguments, train_dataset=rows, previously_protected=protected)
     with pytest.raises(AdapterError, match="does not protect any directions"):
         _ = trainer.protected
