@@ -145,15 +145,18 @@ class Blocks(nn.Module):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_blocks_that_run_again_in_the_backward_pass(reentrant: bool) -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_blocks_that_run_again_in_the_backward_pass(reentrant: bool, autocast: bool) -> None:
     base, _ = pair(Blocks, PARTS)
-    _, model = pair(lambda: Blocks(reentrant), PARTS)
-    x = X.clone().requires_grad_()
-    (model(x) * normal(3, 3, 6)).sum().backward()
+    dtype = torch.float32 if autocast else torch.float64
+    _, model = pair(lambda: Blocks(reentrant), PARTS, dtype, apply_GS=autocast)
+    x = X.to(dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        (model(x) * normal(3, 3, 6)).sum().backward()
     leaves = list(vectors_of(model).values())
     wanted = torch.autograd.grad((run_dense(base, model, X) * normal(3, 3, 6)).sum(), leaves)
     for leaf, oracle in zip(leaves, wanted, strict=True):
-        assert_same(leaf.grad, oracle)
+        assert_same(leaf.grad, oracle, rtol=5e-2 if autocast else 1e-10)
 
 
 def test_methods_and_parts_that_are_called_alone() -> None:
