@@ -31,6 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "even": {"r": 4},
     "odd": {"r": 3},
     "Gram-Schmidt": {"r": 2, "apply_GS": True},
+    "odd Gram-Schmidt": {"r": 3, "apply_GS": True},
     "head": {"r": 2, "modules_to_save": ["head"]},
 }
 CONTEXTS = {"plain": nullcontext, "no_grad": torch.no_grad, "inference": torch.inference_mode}
@@ -124,7 +125,7 @@ class AnyOrder(RuleBasedStateMachine):
         randomise(self.model, name, seed=self.seed)
         copied = dict(zip(HEAD, (self.plain.head.weight, self.plain.head.bias), strict=True)) if kind == "head" else {}
         head = {key: value.detach().clone() for key, value in copied.items()}
-        self.adapters[name] = Adapter(layers, kind == "Gram-Schmidt", head)
+        self.adapters[name] = Adapter(layers, bool(made.apply_GS), head)
 
     @precondition(lambda self: self.adapters)
     @rule(data=st.data(), context=contexts, inside=st.booleans())
