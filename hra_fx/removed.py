@@ -59,6 +59,8 @@ ARGUMENTS: dict[str, dict[str, str]] = {
 #: Command or option of `hra-fx` -> what to do instead.
 COMMAND_LINE: dict[str, str] = {
     "--columns": "Leave it out: the base model is loaded with its own class, which knows its layout.",
+    "--debug": "Call the function in Python for a traceback.",
+    "--quiet": "Redirect stderr: progress bars are only shown in a terminal.",
     "--rows": "Leave it out: the base model is loaded with its own class, which knows its layout.",
     "--verify": "Leave it out.",
     "visualize": 'Load the model in Python, and call hra_fx.visualize(model, "model.html").',

@@ -46,8 +46,8 @@ class HRAModel(SwapMixin):
 
     Args:
         model: any module that `hra_fx.transform` accepts, plain or transformed.
-        config: the configuration, or a dict of adapter names and configurations. PEFT's keyword `peft_config` also
-            works.
+        config: the configuration, or a dict with `adapter_name` and the configuration. PEFT's keyword `peft_config`
+            also works.
         adapter_name: name of the adapter.
         low_cpu_mem_usage: create the vectors on the meta device, to be loaded later.
 
@@ -315,19 +315,14 @@ def _adapted(
     if isinstance(model, nn.Module):
         check_names(model)
     given: Any = peft_config if config is None else config
-    configs = dict(given) if isinstance(given, Mapping) else {adapter_name: given}
-    first = adapter_name if adapter_name in configs else next(iter(configs), adapter_name)
-    state = get_state(model) if isinstance(model, nn.Module) else None
-    present = set(state.configs) if state else set()
-    transform(model, configs.pop(first, given), first, low_cpu_mem_usage=low_cpu_mem_usage)
-    try:
-        for name, other in configs.items():
-            add_adapter(model, name, other, low_cpu_mem_usage=low_cpu_mem_usage)
-    except BaseException:
-        if state := get_state(model):
-            remove_adapters(model, state, tuple(name for name in state.configs if name not in present))
-        raise
-    return as_hra_model(model)
+    if isinstance(given, Mapping):
+        if list(given) != [adapter_name]:
+            raise AdapterError(
+                f"`config` must be an HRAConfig or have the one entry {adapter_name!r}, got {list(given)}. Add each "
+                "other adapter with add_adapter."
+            )
+        given = given[adapter_name]
+    return as_hra_model(transform(model, given, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage))
 
 
 def _loaded(

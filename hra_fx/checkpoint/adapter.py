@@ -6,7 +6,6 @@ file says how to split the chain into a frozen anchor and trained vectors, so th
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -114,13 +113,11 @@ class Adapter:
         config, text = self.config, self.metadata.get(RESUME)
         if text is None:
             return Resume(config, has_anchors=False)
-        # After any of these errors, the error below is raised. `ConfigError` is a `ValueError`.
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            entry = {"rank_pattern": {}, **json.loads(text)}
-            fields = {name: entry[name] for name in ("r", "apply_GS", "rank_pattern")}
-            trained = dataclasses.replace(config, **fields)
-            if _with_anchors(trained) == config:
-                return Resume(trained, has_anchors=True)
+        entry = {"rank_pattern": {}, **json.loads(text)}
+        fields = {name: entry[name] for name in ("r", "apply_GS", "rank_pattern")}
+        trained = dataclasses.replace(config, **fields)
+        if _with_anchors(trained) == config:
+            return Resume(trained, has_anchors=True)
         raise CheckpointError(
             f"{self.file}: the metadata {RESUME}={text[:80]!r} does not match r={config.r}, apply_GS={config.apply_GS} "
             "in the configuration. The two files are from different adapters; save it again."
@@ -178,7 +175,7 @@ def read_adapter(source: str | os.PathLike[str], config: HRAConfig | None = None
     keys = sorted(stored, key=lambda key: re.sub(r"\d+", lambda number: number[0].zfill(9), key).split("."))
     # Some writers leave out PEFT's prefix.
     tensors = {key if key.startswith(PREFIX) else f"{PREFIX}{key}": stored[key] for key in keys}
-    return Adapter(file, own, tensors, metadata if config is None else {}, read_base_row(file, metadata))
+    return Adapter(file, own, tensors, metadata if config is None else {}, read_base_row(metadata))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hra_fx.config import HRAConfig
-from hra_fx.errors import CheckpointError, HRAWarning
+from hra_fx.errors import HRAWarning
 from hra_fx.functional.rotate import rotate_weight
 from hra_fx.selection.origin import origin_of
 
@@ -88,7 +88,11 @@ class BaseRow(NamedTuple):
 def write_base_row(layers: Mapping[str, nn.Module], chains: Mapping[str, Tensor]) -> dict[str, str]:
     """The metadata entry: the row that is rotated most, among all layers with a readable weight; may be empty."""
     rows = {path: row.float() for path, layer in layers.items() if (row := first_row(layer)) is not None}
-    changes = {path: _change(row, chains[path]) for path, row in rows.items() if not chains[path].is_meta}
+    changes = {
+        path: float(torch.dist(_rotated(row, chains[path]), row) / row.norm())
+        for path, row in rows.items()
+        if not chains[path].is_meta and bool(row.any())
+    }
     path = max(changes, key=changes.__getitem__, default="")
     if not changes.get(path):
         return {}
@@ -96,28 +100,17 @@ def write_base_row(layers: Mapping[str, nn.Module], chains: Mapping[str, Tensor]
     return {BASE_ROW: json.dumps({"layer": path, "row": data})}
 
 
-def _change(row: Tensor, chain: Tensor) -> float:
-    """`|w Q - w| / |w|`; 0 instead of NaN."""
-    change = float(torch.dist(_rotated(row, chain), row) / row.norm())
-    return change if change > 0 else 0.0
-
-
 def _rotated(row: Tensor, chain: Tensor) -> Tensor:
     return rotate_weight(row[None], chain.detach().cpu().to(row.dtype))[0]
 
 
-def read_base_row(file: Path, metadata: Mapping[str, str]) -> BaseRow | None:
+def read_base_row(metadata: Mapping[str, str]) -> BaseRow | None:
     """The row in the metadata of a file; `None` for adapters saved by PEFT."""
     if BASE_ROW not in metadata:
         return None
-    try:
-        entry = json.loads(metadata[BASE_ROW])
-        values = torch.frombuffer(bytearray(base64.b64decode(entry["row"])), dtype=torch.float32)
-        return BaseRow(str(entry["layer"]), values)
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{file}: the metadata {BASE_ROW} is damaged ({error!r}). Save the adapter again."
-        ) from error
+    entry = json.loads(metadata[BASE_ROW])
+    values = torch.frombuffer(bytearray(base64.b64decode(entry["row"])), dtype=torch.float32)
+    return BaseRow(str(entry["layer"]), values)
 
 
 def first_row(layer: nn.Module) -> Tensor | None:

@@ -31,8 +31,8 @@ _LIBRARIES = {"model_type": "transformers", "_class_name": "diffusers"}
 
 def build_model(path: Path, *, trust_remote_code: bool = False) -> tuple[nn.Module, str]:
     """Build the model of a folder or of a `config.json` on the meta device; and name its library."""
-    file, entries, library = read_config(path)
-    with _explained_errors(f"{file}: {library} cannot build the model"):
+    with _explained_errors(f"{path}: cannot build the model"):
+        file, entries, library = read_config(path)
         # Import the class first, because modules that are imported may compute with tensors.
         cls, config = _class_of(file, entries, library, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
@@ -42,10 +42,10 @@ def build_model(path: Path, *, trust_remote_code: bool = False) -> tuple[nn.Modu
 
 def load_model(folder: Path, *, trust_remote_code: bool = False) -> tuple[nn.Module, list[str]]:
     """Load the model of a folder on the CPU, in the dtype of its weights; and list the keys that its class ignores."""
-    file, entries, library = read_config(folder)
-    if entries.get("quantization_config"):
-        raise CheckpointError(f"{file}: the weights are quantized. Use the base model in 16 or 32 bits.")
-    with _explained_errors(f"{folder}: {library} cannot load the model"):
+    with _explained_errors(f"{folder}: cannot load the model"):
+        file, entries, library = read_config(folder)
+        if entries.get("quantization_config"):
+            raise CheckpointError(f"{file}: the weights are quantized. Use the base model in 16 or 32 bits.")
         cls, config = _class_of(file, entries, library, trust_remote_code=trust_remote_code)
         settings: dict[str, Any] = {"dtype": "auto", "config": config}
         if library == "diffusers":
@@ -67,11 +67,8 @@ def read_config(path: Path) -> tuple[Path, dict[str, Any], str]:
     file = path / CONFIG if path.is_dir() else path
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file. {_EXPECTED} For any other model: {IN_MEMORY}")
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot read the file as JSON ({error}). Download it again.") from error
-    key = next((key for key in _LIBRARIES if isinstance(entries, dict) and entries.get(key)), None)
+    entries = json.loads(file.read_text(encoding="utf-8"))
+    key = next((key for key in _LIBRARIES if entries.get(key)), None)
     if key is None:
         keys = ", ".join(_LIBRARIES)
         raise CheckpointError(f"{file}: has none of the keys {keys}. {_EXPECTED} For any other model: {IN_MEMORY}")
@@ -113,14 +110,10 @@ def _class_of(file: Path, entries: Mapping[str, Any], library: str, *, trust_rem
     config.name_or_path = str(folder)  # not the file: adapters name the folder of their base model
     if cls is None and code:
         module = importlib.import_module("transformers.dynamic_module_utils")
-        reference = next(ref for key, ref in code.items() if key.startswith("AutoModel") and _ends(ref, names))
+        classes = (ref for key, ref in code.items() if key.startswith("AutoModel"))
+        reference = next(ref for ref in classes if not names or ref.rpartition(".")[2] in names)
         cls = module.get_class_from_dynamic_module(reference, str(folder), local_files_only=True)
     return cls or transformers.MODEL_MAPPING[type(config)], config
-
-
-def _ends(reference: str, names: list[str]) -> bool:
-    """Whether a reference such as "modeling_mine.MyModel" names one of some classes; any class, without names."""
-    return not names or reference.rpartition(".")[2] in names
 
 
 def _dtype_of(folder: Path) -> torch.dtype:

@@ -74,14 +74,11 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _global_options(
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error. Also allowed after a command.")
-    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Declare the options: the group reads --debug, and --version has a callback."""
+    """Declare the options: --version has a callback."""
 
 
 def run() -> None:

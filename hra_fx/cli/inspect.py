@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -33,7 +31,6 @@ def _summarize_adapter(source: str) -> dict[str, Any]:
     The angles of a layer are the same as in `hra_fx.report`.
     """
     from hra_fx.checkpoint.adapter import read_adapter
-    from hra_fx.config import CONFIG_NAME
     from hra_fx.functional.householder import working_dtype
     from hra_fx.layers.target import REFLECTION
     from hra_fx.reporting.row import Row, measured_fields
@@ -51,7 +48,6 @@ def _summarize_adapter(source: str) -> dict[str, Any]:
     return {
         "folder": files.file.parent,
         "base_model": str(config.base_model_name_or_path) if config.base_model_name_or_path else None,
-        "written_by": _writer(files.file.with_name(CONFIG_NAME)),
         "task_type": config.task_type,
         "target_modules": targets if isinstance(targets, str) or targets is None else sorted(targets),
         "r": trained.r,
@@ -65,14 +61,6 @@ def _summarize_adapter(source: str) -> dict[str, Any]:
     }
 
 
-def _writer(file: Path) -> str:
-    """The writer of a configuration: PEFT stores its version since 0.18, hra_fx leaves the entry empty."""
-    entries = json.loads(file.read_text(encoding="utf-8"))
-    if "peft_version" not in entries:
-        return "PEFT before 0.18"
-    return f"PEFT {entries['peft_version']}" if entries["peft_version"] else "hra_fx"
-
-
 def _show_adapter(summary: dict[str, Any]) -> None:
     from hra_fx.reporting.columns import table_of
 
@@ -82,8 +70,7 @@ def _show_adapter(summary: dict[str, Any]) -> None:
         {
             "base model": summary["base_model"] or "unknown",
             "task": summary["task_type"] or "",
-            "written by": f"{summary['written_by']}, {summary['dtype']}",
-            "vectors": f"r = {low_to_high([row.r for row in rows])}"
+            "vectors": f"{summary['dtype']}, r = {low_to_high([row.r for row in rows])}"
             + ", orthonormalized by Gram-Schmidt" * summary["gram_schmidt"]
             + f", and {counted(summary['anchor'], 'frozen anchor vector')}" * bool(summary["anchor"]),
             "trainable": f"{counted(summary['parameters'], 'parameter')} in {counted(len(rows), 'layer')}",

@@ -37,7 +37,6 @@ CHECK_FAILED = 1
 FAILED = 2
 #: Exit code of shells for a program stopped by Ctrl-C.
 INTERRUPTED = 130
-_DEBUG = "--debug"
 
 
 def console_on(stream: TextIO) -> Console:
@@ -51,9 +50,9 @@ def show_result(result: Any, *, as_json: bool) -> None:
     show_json(result) if as_json else console_on(sys.stdout).print(str(result), markup=False, soft_wrap=True)
 
 
-def hide_progress_bars(*, quiet: bool) -> None:
-    """Hide the progress bars of transformers, if the user wants it or stderr is not a terminal."""
-    if quiet or not sys.stderr.isatty():
+def hide_progress_bars() -> None:
+    """Hide the progress bars of transformers if stderr is not a terminal."""
+    if not sys.stderr.isatty():
         settings: Any = importlib.import_module("transformers.utils.logging")
         settings.disable_progress_bar()
 
@@ -99,26 +98,23 @@ class ErrorHandlingGroup(TyperGroup):
     """Runs commands, and prints their errors as one line."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Accept `--debug` anywhere, because users append it to a command that has failed; refuse what was removed."""
+        """Refuse what was removed."""
         for word in args:
             if word in COMMAND_LINE and (word.startswith("-") or word == args[0]):
                 print_message("error", f"{word} was removed in 0.5. {COMMAND_LINE[word]}", "bold red")
                 raise typer.Exit(FAILED)
-        before = [_DEBUG] if _DEBUG in args else []
-        return super().parse_args(ctx, [*before, *(arg for arg in args if arg != _DEBUG)])
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
-        debug = ctx.params["debug"]
         try:
-            with _other_output(debug=debug):
+            with _other_output():
                 return super().invoke(ctx)
         except typer.BadParameter as error:
             error.message = error.message.removeprefix("Value error, ")  # of pydantic, which typer calls
             raise
         except (HRAError, OSError) as error:
-            # A closed pipe is handled by the caller.
-            if debug or isinstance(error, BrokenPipeError):
+            if isinstance(error, BrokenPipeError):  # handled by the caller
                 raise
             print_message("error", str(error), "bold red")
             raise typer.Exit(FAILED) from error
@@ -133,7 +129,7 @@ def print_message(kind: str, text: str, style: str) -> None:
 
 
 @contextlib.contextmanager
-def _other_output(*, debug: bool) -> Iterator[None]:
+def _other_output() -> Iterator[None]:
     """Print hra_fx's warnings as one line, and hide log messages of libraries, for example about missing hardware."""
     before, default_showwarning = logging.root.manager.disable, warnings.showwarning
 
@@ -144,7 +140,7 @@ def _other_output(*, debug: bool) -> Iterator[None]:
             default_showwarning(message, category, filename, lineno, file or sys.stderr, line)
 
     # A command has the process to itself. In tests, which share one, the previous value is restored.
-    logging.disable(before if debug else logging.WARNING)
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("always", category=HRAWarning)

@@ -14,7 +14,6 @@ from hra_fx.errors import CheckpointError
 Overwrite: TypeAlias = Annotated[
     bool, typer.Option("--overwrite", help="Replace OUT if it exists, after everything is written.")
 ]
-Quiet: TypeAlias = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bars.")]
 
 
 def fold(
@@ -29,7 +28,6 @@ def fold(
     ] = None,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
-    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Fold adapters into the model of a folder. OUT is the base model with rotated weights.
@@ -39,7 +37,7 @@ def fold(
     """
     from hra_fx.api.fold_checkpoint import fold_checkpoint
 
-    hide_progress_bars(quiet=quiet)
+    hide_progress_bars()
     report = fold_checkpoint(
         base,
         {part: adapters} if part else adapters,
@@ -68,7 +66,6 @@ def convert(
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Dtype of the LoRA factors.")] = Dtype.float32,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
-    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Convert adapters to one LoRA, for PEFT, vLLM, SGLang or llama.cpp.
@@ -79,20 +76,16 @@ def convert(
     if (out.suffix.lower() == ".gguf") is not (to is Form.gguf):
         need = "a .gguf file" if to is Form.gguf else "a folder (.gguf files need --to gguf)"
         raise typer.BadParameter(f"--to {to} writes {need}, got {out}", param_hint="OUT")
-    _check_free(out, overwrite=overwrite)
-    from hra_fx.api.fold_checkpoint import load_adapters, load_base
-    from hra_fx.lora.save import save_as_lora
-
-    hide_progress_bars(quiet=quiet)
-    model = load_base(base, trust_remote_code=trust_remote_code)
-    names = load_adapters(model, adapters)
-    result = save_as_lora(model, out, names, rank=rank, dtype=dtype.value)
-    show_result(result, as_json=as_json)
-
-
-def _check_free(out: Path, *, overwrite: bool) -> None:
-    """Check that nothing is lost, also if the user forgot OUT, so that the last adapter was parsed as OUT."""
+    # Also if the user forgot OUT, so that the last adapter was parsed as OUT.
     if not overwrite and out.exists() and (out.is_file() or any(out.iterdir())):
         raise CheckpointError(
             f"{out}: already exists. The last path is the output: name a new one. To replace it, pass --overwrite."
         )
+    from hra_fx.api.fold_checkpoint import load_adapters, load_base
+    from hra_fx.lora.save import save_as_lora
+
+    hide_progress_bars()
+    model = load_base(base, trust_remote_code=trust_remote_code)
+    names = load_adapters(model, adapters)
+    result = save_as_lora(model, out, names, rank=rank, dtype=dtype.value)
+    show_result(result, as_json=as_json)

@@ -28,10 +28,6 @@ if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
 
 
-#: onnxruntime's names of dtypes.
-_DTYPES = {"float": torch.float32, "float16": torch.float16, "double": torch.float64, "bfloat16": torch.bfloat16}
-
-
 def make_swappable(onnx_program: ONNXProgram, model: nn.Module) -> ONNXProgram:
     """Turn the vectors of the active adapter into inputs `<layer>.hra_u` of an ONNX graph, with default values.
 
@@ -63,7 +59,19 @@ def make_swappable(onnx_program: ONNXProgram, model: nn.Module) -> ONNXProgram:
             f"make_swappable: expected a torch.onnx.ONNXProgram, got {type(onnx_program).__name__}. Pass the result of "
             "torch.onnx.export(model, args, dynamo=True, optimize=False)."
         )
-    name, reflections = _exported_adapter(model)
+    name, reflections = _adapter(model)
+    for path, reflection in reflections.items():
+        unsupported = {
+            "Gram-Schmidt": reflection.specs[name].apply_GS,
+            "an anchor (frozen reflections)": reflection.anchor(name) is not None,
+            "a scale other than 1": name in reflection.scales,
+        }
+        for reason in (reason for reason, holds in unsupported.items() if holds):
+            raise AdapterError(
+                f"{path}: adapter {name!r} has {reason} here, which would be part of the graph for all other adapters. "
+                "Export with an adapter of plain vectors. Its rank is the largest that the graph can run: "
+                "hra_fx.add_adapter(model, 'slot', HRAConfig(r=<even>, ...)); hra_fx.set_adapter(model, 'slot')."
+            )
     graph = onnx_program.model.graph
     names = {path: f"{path}.{REFLECTION}.{name}" for path in reflections}
     for path, entry in names.items():
@@ -95,11 +103,11 @@ def adapter_inputs(
         adapter_name: the adapter; `None` for the active one.
 
     Returns:
-        Name of an input -> array, in the dtype of this input if it has a `type`, otherwise in the dtype of the vectors.
+        Name of an input -> array, in the dtype of the vectors. numpy does not support bfloat16.
 
     Raises:
         AdapterError: the adapter has a higher rank than the graph, layers without an input, or trained copies of other
-            parameters; or numpy does not support the dtype of the graph.
+            parameters.
 
     Example:
         >>> import hra_fx
@@ -117,9 +125,8 @@ def adapter_inputs(
                 f"{path}: adapter {name!r} adapts this layer, but the graph has no input {path}.{REFLECTION}. The "
                 f"layers with an input: {available}. Export the graph with an adapter on all these layers."
             )
-    own = next((reflection[name].dtype for reflection in layers.values()), torch.float32)
-    dtypes = {path: _dtype(slot, own) for path, slot in slots.items()}
-    return {slot.name: _vectors(slot, layers.get(path), name, dtypes[path]).numpy() for path, slot in slots.items()}
+    dtype = next((reflection[name].dtype for reflection in layers.values()), torch.float32)
+    return {slot.name: _vectors(slot, layers.get(path), name, dtype).numpy() for path, slot in slots.items()}
 
 
 def _adapter(model: nn.Module, adapter_name: str | None = None) -> tuple[str, dict[str, HouseholderAdapters]]:
@@ -136,24 +143,6 @@ def _adapter(model: nn.Module, adapter_name: str | None = None) -> tuple[str, di
     return name, {path: layer.hra_u for path, layer in adapted_layers(model).items() if name in layer.hra_u}
 
 
-def _exported_adapter(model: nn.Module) -> tuple[str, dict[str, HouseholderAdapters]]:
-    """The name of the active adapter, and the reflections of its layers, which must be plain vectors."""
-    name, reflections = _adapter(model)
-    for path, reflection in reflections.items():
-        unsupported = {
-            "Gram-Schmidt": reflection.specs[name].apply_GS,
-            "an anchor (frozen reflections)": reflection.anchor(name) is not None,
-            "a scale other than 1": name in reflection.scales,
-        }
-        for reason in (reason for reason, holds in unsupported.items() if holds):
-            raise AdapterError(
-                f"{path}: adapter {name!r} has {reason} here, which would be part of the graph for all other adapters. "
-                "Export with an adapter of plain vectors. Its rank is the largest that the graph can run: "
-                "hra_fx.add_adapter(model, 'slot', HRAConfig(r=<even>, ...)); hra_fx.set_adapter(model, 'slot')."
-            )
-    return name, reflections
-
-
 def _active_adapter(record: AdapterState) -> str:
     active = () if record.disabled or record.merged else record.active
     if len(active) != 1:
@@ -162,17 +151,6 @@ def _active_adapter(record: AdapterState) -> str:
             "hra_fx.set_adapter(model, name)."
         )
     return active[0]
-
-
-def _dtype(slot: Any, default: torch.dtype) -> torch.dtype:
-    """The dtype of an input, if it has a `type`."""
-    kind = str(getattr(slot, "type", "")).removeprefix("tensor(").removesuffix(")")
-    dtype = _DTYPES.get(kind, default)
-    if dtype == torch.bfloat16:
-        raise AdapterError(
-            f"{slot.name} is bfloat16, which numpy does not support. Export the model in float32 or float16."
-        )
-    return dtype
 
 
 def _vectors(slot: Any, reflection: HouseholderAdapters | None, name: str, dtype: torch.dtype) -> Tensor:

@@ -39,7 +39,12 @@ def write_diffusers(parts: Mapping[str, LoraAdapter], folder: Path, dtype: torch
     tensors: dict[str, Tensor] = {}
     configs: dict[str, Any] = {}
     for part, adapter in parts.items():
-        _check(part, adapter)
+        if adapter.copies:
+            names = some_of([f"{part}.{key}" for key in adapter.copies], 3)
+            raise CheckpointError(
+                f"{names}: diffusers does not load trained modules or biases with a LoRA. Fold {part} instead "
+                "(hra_fx.fold) and save the whole pipeline, or train with bias='none' and without modules_to_save."
+            )
         config, factors = peft_form(adapter, dtype)
         renamed = _TEXT_ENCODER_NAMES if part.startswith("text_encoder") else {}
         for name, factor in factors.items():
@@ -49,16 +54,6 @@ def write_diffusers(parts: Mapping[str, LoraAdapter], folder: Path, dtype: torch
             tensors[f"{part}.{key}"] = factor
         configs |= {f"{part}.{name}": value for name, value in config.items()}
     write_weights(folder / LORA_NAME, tensors, {_CONFIG_KEY: json.dumps(configs, indent=2, sort_keys=True)})
-
-
-def _check(part: str, adapter: LoraAdapter) -> None:
-    """Check that diffusers loads everything in an adapter."""
-    if adapter.copies:
-        names = some_of([f"{part}.{key}" for key in adapter.copies], 3)
-        raise CheckpointError(
-            f"{names}: diffusers does not load trained modules or biases with a LoRA. Fold {part} instead "
-            "(hra_fx.fold) and save the whole pipeline, or train with bias='none' and without modules_to_save."
-        )
 
 
 def parts_of(model: Any) -> dict[str, nn.Module]:

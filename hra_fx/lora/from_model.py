@@ -97,7 +97,12 @@ def _lora_layer(path: str, layer: AdaptedLayer, names: Sequence[str], rank: int 
         chain = adapters.joint_vectors(names, torch.float32 if rows.device.type == "mps" else torch.float64)
         chain = torch.zeros(*rows.shape[:-2], rows.shape[-1], 0) if chain is None else chain
         chains = _finite(path, chain if chain.dim() == 3 else chain[None])
-        changes = [_change(path, W, U, noise, rank) for W, U in zip(rows, chains, strict=True)]
+        changes = []
+        for W, U in zip(rows, chains, strict=True):
+            V, K = low_rank.core(U, noise)
+            # A weight that does not change is not read.
+            projected = low_rank.project(W, V) if len(K) else torch.zeros(len(W), 0, dtype=torch.float64)
+            changes.append(low_rank.low_rank_delta(_finite(path, projected), V, K, rank))
     if adapters.kind == "experts":
         return _of_experts(path, layer, changes)
     A, B, error = changes[0]
@@ -113,13 +118,6 @@ def _rows(layer: AdaptedLayer) -> tuple[Tensor, tuple[int, ...]]:
     weight = (base_weight(layer) if scheme is None else scheme.values(layer)).detach()
     kernel = tuple(weight.shape[2:]) if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) else ()
     return as_rows(weight, transposed=adapters.fan_in_fan_out and scheme is None)[None], kernel
-
-
-def _change(path: str, rows: Tensor, chain: Tensor, noise: float, rank: int | None) -> low_rank.LowRankDelta:
-    """The change of a weight `(out, d)` by the reflections `(d, k)`. A weight that does not change is not read."""
-    V, K = low_rank.core(chain, noise)
-    projected = _finite(path, low_rank.project(rows, V)) if len(K) else torch.zeros(len(rows), 0, dtype=torch.float64)
-    return low_rank.low_rank_delta(projected, V, K, rank)
 
 
 def _of_experts(path: str, layer: Any, changes: Sequence[low_rank.LowRankDelta]) -> LoraLayer:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -77,7 +76,7 @@ def write_gguf(adapter: LoraAdapter, path: Path, dtype: torch.dtype) -> None:
 
 
 def _tensor_names(adapter: LoraAdapter, gguf: Any) -> dict[str, str]:
-    """Path of a layer -> name of its weight in llama.cpp."""
+    """Path of a layer -> name of its weight in llama.cpp, such as "blk.0.attn_q.weight"."""
     if adapter.copies:
         raise AdapterError(
             f"{next(iter(adapter.copies))}: a GGUF adapter can only change weights of layers, not biases "
@@ -88,7 +87,19 @@ def _tensor_names(adapter: LoraAdapter, gguf: Any) -> dict[str, str]:
         (int(part) for layer in adapter.layers for part in layer.path.split(".") if part.isdigit()), default=0
     )
     names = gguf.get_tensor_name_map(architectures[_architecture_of(adapter)], blocks)
-    return {layer.path: _weight_name(layer, adapter, names.get_name) for layer in adapter.layers}
+    found = {}
+    for layer in adapter.layers:
+        # In a language model without a head, layers do not have the prefix "model."; a multimodal model has several
+        # parts.
+        path = layer.path.replace("language_model.", "")
+        name = None if layer.kind != "linear" else names.get_name(path) or names.get_name(f"model.{path}")
+        if name is None:
+            raise UnsupportedLayerError(
+                f"{layer.path}: llama.cpp has no weight for this {layer.kind} layer of a model of type "
+                f"{adapter.model_config['model_type']!r}, so a GGUF adapter cannot change it. {_LEAVE_OUT}"
+            )
+        found[layer.path] = f"{name}.weight"
+    return found
 
 
 def _factors(layer: LoraLayer, adapter: LoraAdapter, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -119,32 +130,11 @@ def _architecture_of(adapter: LoraAdapter) -> str:
     return ARCHITECTURES[model_type]
 
 
-def _text_config(adapter: LoraAdapter) -> dict[str, Any]:
-    """The configuration of the language model, which may be a part of a multimodal configuration."""
-    config = dict(adapter.model_config)
-    return {**config, **(config.get("text_config") or {})}
-
-
-def _weight_name(layer: LoraLayer, adapter: LoraAdapter, names: Callable[[str], str | None]) -> str:
-    """The name of the base weight of a layer, such as "blk.0.attn_q.weight".
-
-    `names` maps the path of a module to the name of its tensor without ".weight", or to `None`.
-    """
-    # In a language model without a head, layers do not have the prefix "model."; a multimodal model has several parts.
-    path = layer.path.replace("language_model.", "")
-    name = None if layer.kind != "linear" else names(path) or names(f"model.{path}")
-    if name is None:
-        raise UnsupportedLayerError(
-            f"{layer.path}: llama.cpp has no weight for this {layer.kind} layer of a model of type "
-            f"{adapter.model_config['model_type']!r}, so a GGUF adapter cannot change it. {_LEAVE_OUT}"
-        )
-    return f"{name}.weight"
-
-
 def _rows_in_order(layer: LoraLayer, adapter: LoraAdapter, B: Tensor) -> Tensor:
     """Sort the rows of `B: (out, rank)` in the order of llama.cpp's model files."""
     if _architecture_of(adapter) not in _ROTATING_PAIRS or not layer.path.endswith(_QUERIES_AND_KEYS):
         return B
-    config = _text_config(adapter)
+    # The configuration of a multimodal model contains that of its language model.
+    config = {**adapter.model_config, **(adapter.model_config.get("text_config") or {})}
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     return B.view(-1, 2, size // 2, B.shape[1]).transpose(1, 2).reshape(B.shape)

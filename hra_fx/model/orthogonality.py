@@ -7,8 +7,6 @@ directions; it is a soft version of Gram-Schmidt.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -66,9 +64,7 @@ def orthogonality_loss(model: nn.Module) -> Tensor:
 
 def _penalty(vectors: Tensor) -> Tensor:
     """`|U_n^T U_n - I|_F` of `U: (d, r)`, or its sum over the experts of `U: (experts, d, r)`; shape `()`."""
-    device = vectors.device.type
-    autocasts = torch.amp.is_autocast_available(device)
-    with torch.autocast(device, enabled=False) if autocasts else contextlib.nullcontext():
+    with torch.autocast(vectors.device.type, enabled=False):
         wide = vectors.to(householder.working_dtype(vectors.dtype))
         # First scale by constants, because squares may exceed the range of the dtype. Then divide by differentiable
         # lengths: the result and its derivative do not depend on the scale.

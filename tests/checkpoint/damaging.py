@@ -48,9 +48,9 @@ def with_weights(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Pat
     return damage
 
 
-def with_metadata(text: str, key: str = "hra_fx") -> Callable[[Path], None]:
+def with_metadata(text: str) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
-        save_file(weights(folder), folder / WEIGHTS_NAME, {**metadata(folder), key: text})
+        save_file(weights(folder), folder / WEIGHTS_NAME, {**metadata(folder), "hra_fx": text})
 
     return damage
 

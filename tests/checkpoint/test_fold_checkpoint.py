@@ -242,7 +242,7 @@ def adapter_in_the_base(base: Path, adapter: Path) -> None:
 
 #: What is changed, and the message.
 REFUSED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
-    "pickle": (without_weights, "base: transformers cannot load the model (OSError: "),
+    "pickle": (without_weights, "base: cannot load the model (OSError: "),
     "missing tensor": (without_a_tensor, "base: the files have no model.norm.weight, which LlamaForCausalLM needs."),
     "quantized": (
         config_with(quantization_config={"quant_method": "x"}),

@@ -307,8 +307,6 @@ WEIGHTS: dict[str, tuple[Saved, Callable[[Path], object], str]] = {
     "more targets": (ANCHORED, with_config(target_modules=["0", "3"]), f"missing keys {LAST}."),
     "Gram-Schmidt of an anchored adapter": (ANCHORED, with_config(apply_GS=True), OTHER.replace("False", "True")),
     "metadata of another adapter": (ANCHORED, with_metadata('{"r": 5, "apply_GS": false, "anchor": 1}'), OTHER),
-    "damaged metadata": (ANCHORED, with_metadata("{"), OTHER),
-    "damaged row": (CHAIN, with_metadata('{"row": "x"}', "hra_fx_base_row"), "the metadata hra_fx_base_row is damaged"),
 }
 #: Name, what was saved, how it is damaged, the named file, the message, the type of the error.
 DAMAGES: dict[str, tuple[Saved, Callable[[Path], object], str, str, type[Exception]]] = {

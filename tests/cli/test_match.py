@@ -124,9 +124,9 @@ def test_usage_errors(shelf: Shelf, words: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "config.json: cannot read the file as JSON ("),
+        ("{", ": cannot build the model (JSONDecodeError: "),
         ("{}", "has none of the keys model_type, _class_name."),
-        ('{"model_type": "from-tomorrow"}', "config.json: transformers cannot build the model ("),
+        ('{"model_type": "from-tomorrow"}', ": cannot build the model ("),
         ('{"_class_name": "Nothing"}', "the installed diffusers has no model 'Nothing'."),
         ('{"architecture": "resnet18"}', "For any other model: Load the model yourself, then call hra_fx.load_adapter"),
         ('{"model_type": "evil", "auto_map": {"AutoModel": "evil.M"}}', "which is not run without your consent."),

@@ -106,9 +106,6 @@ def test_exactly_one_adapter_must_be_active() -> None:
         hra_fx.adapter_inputs(model, INPUTS)
 
 
-BFLOAT16 = [SimpleNamespace(name=one.name, shape=one.shape, type="tensor(bfloat16)") for one in INPUTS]
-
-
 @pytest.mark.parametrize(
     ("name", "inputs", "message"),
     [
@@ -118,7 +115,6 @@ BFLOAT16 = [SimpleNamespace(name=one.name, shape=one.shape, type="tensor(bfloat1
             INPUTS[:1],
             "3: adapter .slot. adapts .*, but the graph has no input 3.hra_u. .* with an input: 0.",
         ),
-        ("slot", BFLOAT16, "0.hra_u is bfloat16, .* Export the model in float32"),
     ],
 )
 def test_a_graph_that_an_adapter_does_not_fit_is_refused(name: str, inputs: list[Any], message: str) -> None:

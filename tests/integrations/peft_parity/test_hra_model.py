@@ -38,19 +38,6 @@ def test_every_way_to_call_it() -> None:
         assert ours.body.layers[0].query.hra_u["mine"].shape == (8, 2)
 
 
-def test_a_dict_of_configurations_makes_several_adapters_of_which_the_named_one_acts() -> None:
-    settings = {"a": hra_fx.HRAConfig(**FIELDS), "b": hra_fx.HRAConfig(**OTHERS)}
-    for first in ("a", "b"):
-        given = dict(settings)
-        ours = hra_fx.HRAModel(net(F64), given, first)
-        assert given.keys() == settings.keys() == set(ours.peft_config)
-        assert ours.active_adapters == [first]
-        assert (ours.peft_config["a"].r, ours.peft_config["b"].r) == (2, 4)
-        assert {name.rpartition(".")[2] for name in trained(ours)} == {first}
-    # With another name than those of the dict, the first one acts.
-    assert hra_fx.HRAModel(net(F64), settings).active_adapters == ["a"]
-
-
 @pytest.mark.parametrize(
     ("r", "apply_GS", "init_weights"), [(2, False, True), (8, False, True), (1, False, False), (3, True, False)]
 )
@@ -70,8 +57,13 @@ def test_the_same_seed_draws_pefts_vectors(r: int, apply_GS: bool, init_weights:
 
 GOOD = hra_fx.HRAConfig(**FIELDS)
 BROKEN = [
-    *(({}, "HRAConfig"), (None, "HRAConfig"), ("all-linear", "HRAConfig"), ({"a": "all-linear"}, "HRAConfig")),
-    ({"a": GOOD, "b": hra_fx.HRAConfig(r=2, target_modules=["absent"])}, "absent"),
+    *(
+        ({}, r"one entry 'a', got \[\]"),
+        (None, "HRAConfig"),
+        ("all-linear", "HRAConfig"),
+        ({"a": "all-linear"}, "HRAConfig"),
+    ),
+    ({"a": GOOD, "b": GOOD}, r"one entry 'a', got \['a', 'b'\]\. Add each other adapter with add_adapter\."),
 ]
 
 
