@@ -57,7 +57,10 @@ def turned(layer: Any, weight: Tensor, q: Tensor) -> Tensor:
 
 
 def dense_weights(base: nn.Module, model: nn.Module, adapters: Sequence[str] = ("default",)) -> dict[str, Tensor]:
-    """Name of a weight -> `W Q_a Q_b ...` for every adapted layer of `model`, from the weights of `base`."""
+    """Name of a weight -> `W Q_a Q_b ...` for every adapted layer of `model`, from the weights of `base`.
+
+    Differentiable in the vectors, and in the weights of layers.
+    """
     found: dict[str, Tensor] = {}
     for adapter in adapters:
         for path, vectors in vectors_of(model, adapter).items():
@@ -70,7 +73,7 @@ def dense_weights(base: nn.Module, model: nn.Module, adapters: Sequence[str] = (
                 continue
             layer = base.get_submodule(path)
             name = "in_proj_weight" if isinstance(layer, nn.MultiheadAttention) else "weight"
-            weight = found.get(f"{path}.{name}", layer._parameters[name].detach())
+            weight = found.get(f"{path}.{name}", layer._parameters[name])
             found[f"{path}.{name}"] = turned(layer, weight, rotation(model, path, adapter))
     return found
 

@@ -4,31 +4,52 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from adapting import randomise
 from hypothesis import assume, given, settings, strategies as st
-from one_layer import (
-    BF16,
-    CONVOLUTIONS,
-    F32,
-    F64,
-    Layer,
-    adapted,
-    check,
-    normal,
-    run_layer,
-    run_oracle,
-)
+from layers.checking import run_dense
+from one_layer import BF16, F32, F64, normal
 from oracles import relative_error
-from torch import nn
+from torch import Tensor, nn
 
 import hra_fx
 from hra_fx import HRAConfig, transform
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**31 - 1)
+
+
+def adapted(layer: nn.Module, r: int, *, seed: int = 0, **fields: Any) -> tuple[nn.Module, Any]:
+    """A model of one layer in float64, and an adapted copy in the dtype of the layer. All parameters are trained."""
+    base = nn.Sequential(copy.deepcopy(layer))
+    config = HRAConfig(**({"r": r, "init_weights": False, "target_modules": ["0"]} | fields))
+    model = transform(nn.Sequential(copy.deepcopy(layer)), config)
+    randomise(model, seed=seed)
+    return base.double().requires_grad_(), model.requires_grad_()
+
+
+def compare(base: nn.Module, model: Any, x: Tensor, bound: float, floor: float = 0.0) -> None:
+    """Compare the output and all gradients with those of the dense product in float64."""
+
+    def results(run: Callable[[Tensor], Tensor], owner: nn.Module, x: Tensor) -> dict[str, Tensor]:
+        x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        leaves = {"x": x, "vectors": model[0].hra_u["default"]}
+        leaves |= {name: owner.get_parameter(name) for name, _ in base.named_parameters()}
+        output = run(x)
+        gradients = torch.autograd.grad(output, list(leaves.values()), normal(99, *output.shape, dtype=output.dtype))
+        return {"output": output, **dict(zip(leaves, gradients, strict=True))}
+
+    found = results(model, model, x)
+    assert found["output"].dtype == x.dtype
+    for name, wanted in results(lambda x: run_dense(base, model, x), base, x.double()).items():
+        # The gradient of a bfloat16 weight is rounded in any layer.
+        factor = 2 if name == "0.weight" and x.dtype == BF16 else 1
+        assert relative_error(found[name], wanted, floor=floor if name == "vectors" else 0.0) < factor * bound, name
 
 
 # Linear
@@ -51,16 +72,15 @@ def test_any_linear(
     d: int, out: int, r: int, apply_GS: bool, bias: bool, init_weights: bool, shape: tuple[int, ...], seed: int
 ) -> None:
     r = min(r, d) if apply_GS else r
-    base = nn.Linear(d, out, bias=bias, dtype=F64)
-    model = adapted(base, r, apply_GS=apply_GS, init_weights=init_weights, seed=seed)
+    layer = nn.Linear(d, out, bias=bias, dtype=F64)
+    base, model = adapted(layer, r, apply_GS=apply_GS, init_weights=init_weights, seed=seed)
     assert (model[0].hra_u.anchor("default") is not None) == (init_weights and (r % 2 == 1 or apply_GS))
     # In one dimension, Q = (-1)^r for any vectors. Their gradient is zero, so errors are relative to `floor`.
-    check(base, model, normal(seed, *shape, d), apply_GS=apply_GS, bound=1e-9, floor=1.0)
+    compare(base, model, normal(seed, *shape, d), 1e-9, floor=1.0)
 
 
 def test_linear_on_a_strided_input() -> None:
-    base = nn.Linear(7, 12, dtype=F64)
-    check(base, adapted(base, 3), normal(1, 7, 6).mT, apply_GS=False, bound=1e-9)
+    compare(*adapted(nn.Linear(7, 12, dtype=F64), 3), normal(1, 7, 6).mT, 1e-9)
 
 
 # Convolutions
@@ -99,12 +119,11 @@ def convolutions(draw: st.DrawFn) -> tuple[Any, int]:
 def test_any_convolution(
     drawn: tuple[Any, int], r: int, apply_GS: bool, init_weights: bool, batch: tuple[int, ...], seed: int
 ) -> None:
-    base, axes = drawn
-    assume(0 not in batch or base.padding_mode == "zeros")  # torch cannot pad these
-    r = min(r, base.weight[0].numel()) if apply_GS else r
-    model = adapted(base, r, apply_GS=apply_GS, init_weights=init_weights, seed=seed)
-    x = normal(seed, *batch, base.in_channels, *(10, 11, 12)[:axes])
-    check(base, model, x, apply_GS=apply_GS, bound=1e-9, floor=1.0)
+    layer, axes = drawn
+    assume(0 not in batch or layer.padding_mode == "zeros")  # torch cannot pad these
+    r = min(r, layer.weight[0].numel()) if apply_GS else r
+    base, model = adapted(layer, r, apply_GS=apply_GS, init_weights=init_weights, seed=seed)
+    compare(base, model, normal(seed, *batch, layer.in_channels, *(10, 11, 12)[:axes]), 1e-9, floor=1.0)
 
 
 @pytest.mark.parametrize("how", ["eager", "hook", "graph"])
@@ -127,32 +146,34 @@ def test_a_convolution_whose_padding_and_stride_change_later(how: str) -> None:
 narrow = pytest.mark.parametrize(("dtype", "bound"), [(F32, 1e-5), (BF16, 6e-3)], ids=["float32", "bfloat16"])
 
 
+#: As wide as the small layers of real models: with few values, the error would depend on the rounding of one.
+LAYERS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
+    "Linear": (partial(nn.Linear, 96, 64), (32, 96)),
+    "3x5": (partial(nn.Conv2d, 16, 24, (3, 5)), (2, 16, 9, 11)),
+    "reflect": (partial(nn.Conv2d, 16, 24, 3, padding=1, padding_mode="reflect"), (2, 16, 9, 11)),
+    "groups": (partial(nn.Conv2d, 16, 24, 3, groups=2), (2, 16, 9, 11)),
+}
+
+
 @narrow
 @pytest.mark.parametrize("apply_GS", [False, True])
-@pytest.mark.parametrize("name", ["Linear", "3x5", "reflect", "groups"])
+@pytest.mark.parametrize("name", LAYERS)
 def test_narrow_dtypes(name: str, apply_GS: bool, dtype: torch.dtype, bound: float) -> None:
-    # As wide as the small layers of real models: with few values, the error would depend on the rounding of one.
-    base: Layer = nn.Linear(96, 64, dtype=dtype)
-    if name != "Linear":
-        base = nn.Conv2d(**{"in_channels": 16, "out_channels": 24, **CONVOLUTIONS[name]}, dtype=dtype)
-    model = adapted(base, 3, apply_GS=apply_GS)
+    make, shape = LAYERS[name]
+    base, model = adapted(make(dtype=dtype), 3, apply_GS=apply_GS)
     assert model[0].hra_u["default"].dtype == F32
-    x = normal(1, 32, 96, dtype=dtype) if name == "Linear" else normal(1, 2, base.in_channels, 9, 11, dtype=dtype)
-    check(base, model, x, apply_GS=apply_GS, bound=bound)
+    compare(base, model, normal(1, *shape, dtype=dtype), bound)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e5])
-@pytest.mark.parametrize("base", [nn.Linear(96, 64), nn.Conv2d(6, 4, 4)], ids=str)
-def test_float16_does_not_depend_on_the_scale_of_the_vectors(base: Layer, scale: float) -> None:
-    base = copy.deepcopy(base).half()
-    model = adapted(base, 4)
+@pytest.mark.parametrize("layer", [nn.Linear(96, 64), nn.Conv2d(6, 4, 4)], ids=str)
+def test_float16_does_not_depend_on_the_scale_of_the_vectors(layer: nn.Module, scale: float) -> None:
+    base, model = adapted(copy.deepcopy(layer).half(), 4)
     vectors = model[0].hra_u["default"]
     with torch.no_grad():
         vectors.mul_(scale)
-    x = normal(1, *((3, 96) if isinstance(base, nn.Linear) else (3, 6, 4, 4)), dtype=torch.float16)
-    got, wanted = run_layer(model, x), run_oracle(base, model, x, apply_GS=False)
-    for name in ("output", "x", "vectors"):
-        assert relative_error(getattr(got, name), getattr(wanted, name)) < 3e-3, name
+    x = normal(1, *((3, 96) if isinstance(layer, nn.Linear) else (3, 6, 4, 4)), dtype=torch.float16)
+    compare(base, model, x, 3e-3)
 
 
 # ---- the start ----
