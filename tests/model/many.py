@@ -11,7 +11,8 @@ import pytest
 import tiny
 import torch
 from adapting import randomise
-from oracles import dense_weight, layer_q, relative_error
+from layers.checking import dense_weights
+from oracles import relative_error
 from torch import Tensor, nn
 
 import hra_fx
@@ -98,18 +99,9 @@ def three(dtype: torch.dtype = F64) -> tuple[nn.Module, nn.Module]:
     return plain.to(dtype), model.to(dtype)
 
 
-def layers_of(model: nn.Module) -> dict[str, Any]:
-    """Path -> layer with reflections."""
-    return {path: part for path, part in model.named_modules() if hasattr(part, "hra_u")}
-
-
 def weights(plain: nn.Module, model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Name -> `W Q_a Q_b ...` for every adapted layer, from the weights of `plain`."""
-    wanted = tuple(names)
-    return {
-        f"{path}.weight": dense_weight(plain.get_submodule(path).weight, layer_q(layer, wanted).detach())
-        for path, layer in layers_of(model).items()
-    }
+    """Name -> `W Q_a Q_b ...` for every layer that one of these adapters rotates, from the weights of `plain`."""
+    return {name: weight.detach() for name, weight in dense_weights(plain, model, list(names)).items()}
 
 
 def oracle(plain: nn.Module, model: nn.Module, names: Iterable[str], inputs: Any, **others: Tensor) -> Tensor:

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 from adapting import randomise
-from layers.quantized.bases import FEW, SCHEMES, adapted, config, hqq, inputs, int4, quantized, values
+from layers.quantized.bases import FEW, SCHEMES, adapted, config, inputs, int4, quantized, values
 from oracles import layer_q
 from reporting.made import oracle_share
 from tiny import llama
-from tiny_models import config_for, tokens_of, trainer_of
+from tiny_models import config_for, tokens_of
 from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, IntxWeightOnlyConfig
 from torchao.quantization.granularity import PerGroup
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig, Trainer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 import hra_fx
 from hra_fx.errors import AdapterError
@@ -118,32 +118,6 @@ def adapted_model(folder: Path, name: str) -> Any:
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(input_ids=tokens_of(2, 8)).logits
-
-
-def of_hqq() -> Any:
-    """A model whose layers are replaced with those of hqq: transformers 5 does not load such models."""
-    model = llama(hidden_size=128, intermediate_size=128)
-    for block in model.model.layers:
-        for part in (block.self_attn, block.mlp):
-            for name, layer in list(part.named_children()):
-                if isinstance(layer, nn.Linear):
-                    (packed,) = hqq(nbits=4, group_size=32)(nn.Sequential(layer))
-                    setattr(part, name, packed)
-    return model
-
-
-def test_a_model_of_hqq_is_trained_saved_and_loaded(tmp_path: Path) -> None:
-    model = hra_fx.transform(of_hqq(), config_for("llama", target_modules="all-linear"))
-    assert len(hra_fx.report(model)) == 14
-    trainer = trainer_of(Trainer, "llama", model, tmp_path / "run")
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0]
-    model.save_pretrained(tmp_path / "adapter")
-    again = hra_fx.load_adapter(of_hqq(), tmp_path / "adapter")
-    assert torch.equal(logits(again), logits(model))
-    text = model.generate(tokens_of(2, 4), max_new_tokens=4, do_sample=False)
-    assert torch.equal(again.generate(tokens_of(2, 4), max_new_tokens=4, do_sample=False), text)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
