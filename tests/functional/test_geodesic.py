@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 
@@ -123,16 +122,6 @@ def test_narrow_chains_are_as_accurate_as_their_dtype(dtype: torch.dtype, bound:
         assert distance(part(chain, alpha), rotation(4, 32, angles, alpha)) < bound
 
 
-def test_the_path_is_smooth() -> None:
-    """Third differences over steps h are at most |log Q|^3 h^3, here 8^3 h^3; with angles of pi and near pi."""
-    chain = reflections_of(rotation(6, 10, [0.2, 3.1, math.pi, math.pi]))
-    for alpha in (0.0, 0.37, 0.994):
-        points = [part(chain, alpha + step * 1e-3) for step in range(5)]
-        for _ in range(3):
-            points = [after - before for before, after in itertools.pairwise(points)]
-        assert max(float(point.norm()) for point in points) < 8**3 * 1e-9
-
-
 # Every chain with an even number of reflections has a path
 
 
@@ -143,18 +132,16 @@ def test_any_chain_has_a_path(d: int, half: int, a: float, seed: int) -> None:
 
 
 @quick
-@given(st.integers(2, 16), st.integers(1, 8), st.floats(0, 16), seeds)
-def test_half_turns_that_are_nearly_exact_have_a_path(d: int, half: int, exponent: float, seed: int) -> None:
+@given(st.integers(2, 16), st.integers(1, 8), st.floats(0, 16), st.floats(0, 0.55), seeds)
+def test_half_turns_and_nearly_parallel_vectors_have_a_path(
+    d: int, half: int, exponent: float, a: float, seed: int
+) -> None:
     """`I - 2 V V^T` turns planes by pi; the noise makes angles of pi less anything, down to rounding."""
     basis = torch.linalg.qr(normal(seed, d, min(d // 2, half) * 2)).Q
-    assert_a_path(basis + 10**-exponent * normal(seed + 1, *basis.shape))
+    noise = 10**-exponent * normal(seed + 1, *basis.shape)
+    assert_a_path(basis + noise, a)
+    assert_a_path(basis[:, :1] + noise, a)
     assert_a_path(torch.cat([basis, normal(seed + 2, len(basis), 2)], dim=1))
-
-
-@pytest.mark.parametrize("noise", [0.0, 1e-14, 1e-9, 1e-4])
-@pytest.mark.parametrize("k", [2, 24])
-def test_nearly_parallel_vectors_have_a_path(k: int, noise: float) -> None:
-    assert_a_path(normal(9, 16, 1) + noise * normal(10, 16, k))
 
 
 def test_zero_columns_and_the_lengths_of_the_others_do_not_matter() -> None:

@@ -5,7 +5,6 @@ Each has a second form: products only, for torch.export, and Cholesky factorizat
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import pytest
@@ -19,7 +18,6 @@ from hra_fx.functional.householder import (
     basis_of_products,
     cholesky_basis,
     compact_wy,
-    init_vectors,
     normalize,
     orthonormalize,
     reflect,
@@ -132,36 +130,3 @@ def test_a_failed_cholesky_factorization_is_not_a_number() -> None:
     basis = cholesky_basis(vectors)
     assert bool(basis[1].isnan().any())
     assert relative_error(basis[::2], orthonormalize(vectors[::2])) < 1e-12
-
-
-# init_vectors
-
-
-@pytest.mark.parametrize("dtype", [F32, F64])
-@pytest.mark.parametrize("apply_GS", [False, True])
-@pytest.mark.parametrize("r", [1, 2, 7, 8])
-def test_initial_vectors_and_anchor_are_the_identity(r: int, apply_GS: bool, dtype: torch.dtype) -> None:
-    vectors, anchor = init_vectors(30, r, apply_GS=apply_GS, init_weights=True, dtype=dtype)
-    assert (vectors.shape, vectors.dtype, vectors.is_contiguous()) == ((30, r), dtype, True)
-    product = dense_product(dense_gs(vectors) if apply_GS else vectors)
-    assert (anchor is None) == (r % 2 == 0 and not apply_GS)
-    if anchor is not None:
-        assert (anchor.shape, anchor.dtype, anchor.is_contiguous()) == ((30, r if apply_GS else 1), dtype, True)
-        assert anchor.untyped_storage().data_ptr() != vectors.untyped_storage().data_ptr()
-        product = dense_product(anchor) @ product
-    assert relative_error(product, torch.eye(30).double()) < (1e-12 if dtype == F64 else 1e-6)
-
-
-def test_initial_vectors_without_pairs_are_independent_and_have_no_anchor() -> None:
-    for apply_GS, init_weights in ((True, True), (True, False), (False, False)):
-        vectors, anchor = init_vectors(16, 8, apply_GS=apply_GS, init_weights=init_weights)
-        assert float(torch.linalg.svdvals(vectors).min()) > 1e-2
-        assert (anchor is None) == (not init_weights)
-
-
-def test_initial_vectors_are_within_the_bound_of_kaiming() -> None:
-    """kaiming_uniform_(a=sqrt(5)) on (d, m): |entry| < sqrt(6 / ((1 + 5) m)) = 1 / sqrt(m), m the drawn columns."""
-    for apply_GS, drawn in ((False, 4), (True, 8)):
-        vectors, _ = init_vectors(4000, 8, apply_GS=apply_GS, init_weights=True)
-        bound = 1 / math.sqrt(drawn)
-        assert 0.99 * bound < float(vectors.abs().max()) <= bound

@@ -33,10 +33,13 @@ sorts = pytest.mark.parametrize(("case", "fields"), [*map(marked, CASES, cycle(S
 
 
 def other_start(case: Case, **fields: Any) -> nn.Module:
-    """The same base model, transformed again."""
+    """The same base model, transformed again, which keeps its modules and parameters."""
     torch.manual_seed(0)
     base = case.make().double().eval()
-    return hra_fx.transform(base, case.config(**fields))
+    before = [*base.modules(), *base.parameters()]
+    model = hra_fx.transform(base, case.config(**fields))
+    assert model is base and {*map(id, before)} <= {*map(id, [*base.modules(), *base.parameters()])}
+    return model
 
 
 def two(case: Case) -> tuple[Any, Any]:

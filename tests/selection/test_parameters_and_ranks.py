@@ -163,11 +163,6 @@ def test_layers_with_different_ranks_start_at_the_base_model_compute_and_fold(fi
     assert_close(hra_fx.fold(model)(x), wanted)
 
 
-def test_a_graph_has_the_same_ranks() -> None:
-    graph = hra_fx.transform(net(), ranked(), trace=True)
-    assert {row.path: row.r for row in hra_fx.report(graph)} == RANKS
-
-
 def test_a_pattern_that_matches_no_layer_is_warned_about() -> None:
     with pytest.warns(HRAWarning) as seen:
         hra_fx.transform(net(), ranked(rank_pattern={"first": 2, "frist": 3, "2": 1}))
