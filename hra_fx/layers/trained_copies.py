@@ -107,6 +107,10 @@ class Copies(FilledLater):
         if adapter != BASE:
             self._exchange(owner, adapter, BASE)
         self.in_use = adapter
+        # In an order that does not depend on earlier switches, because optimizers save states by the order.
+        order = [*self.copied]
+        order.insert(1, BASE)
+        self._modules = {name: self._modules[name] for name in order if name in self._modules}
 
     def _exchange(self, owner: nn.Module, waiting: str, used: str) -> None:
         """Put the tensors of `waiting` into `owner`, and those of `used`, which they replace, into a child."""

@@ -49,10 +49,12 @@ def test_a_backward_after_another_adapter_ran_has_the_gradients_of_its_own_forwa
     x = normal(8, 6)
 
     def gradients(between: Any) -> dict[str, Tensor]:
-        output = model(x)
+        output, parameters = model(x), [*model.named_parameters()]
         hra_fx.set_adapter(model, between)
         assert between == "a" or moved(model(x), output)
         hra_fx.set_adapter(model, "a")
+        now = model.named_parameters()
+        assert [(name, id(p)) for name, p in now] == [(name, id(p)) for name, p in parameters], "in this order"
         output.square().mean().backward()
         found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         model.zero_grad()
