@@ -16,7 +16,6 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 from torch import nn
-from torch.autograd import forward_ad
 
 import hra_fx
 from hra_fx import compat
@@ -141,39 +140,3 @@ class Counts(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(x) if len(x.shape) == 2 else x
-
-
-def test_what_is_active_around_a_call() -> None:
-    seen: list[tuple[bool, ...]] = []
-
-    def look() -> tuple[bool, ...]:
-        asked = (
-            compat.is_fx_tracing,
-            compat.is_torchscript_tracing,
-            compat.is_functorch_active,
-            compat.is_dispatch_mode_active,
-            compat.is_forward_ad_active,
-        )
-        return tuple(bool(ask()) for ask in asked)
-
-    class Looks(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            seen.append(look())
-            return x * 2
-
-    torch.fx.symbolic_trace(Looks())
-    torch.jit.trace(Looks(), torch.ones(2), check_trace=False)
-    torch.func.vmap(Looks())(torch.ones(2))
-    with compat.fake_tensor_mode():
-        Looks()(torch.ones(2))
-    with forward_ad.dual_level():
-        Looks()(torch.ones(2))
-    assert [answers.index(True) for answers in seen if sum(answers) == 1] == list(range(5))
-    assert not any(look())
-
-
-def test_hooks_of_a_module() -> None:
-    layer = nn.Linear(2, 2)
-    assert not compat.has_own_hooks(layer)
-    with layer.register_forward_pre_hook(lambda *_: None):
-        assert compat.has_own_hooks(layer)

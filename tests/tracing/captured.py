@@ -27,12 +27,15 @@ bert = partial(tiny_models.bert, **SIZES)
 
 @dataclass
 class Case:
-    """A model, what is adapted, and the arguments of calls with a batch and another size."""
+    """A model, what is adapted, and the arguments of calls with a batch and another size.
+
+    Without sizes of an example, torch.fx alone makes the graph.
+    """
 
     make: Callable[[], nn.Module]
     fields: dict[str, Any]
     call: Callable[[int, int], dict[str, Any]]
-    example: tuple[int, int] = (2, 5)
+    example: tuple[int, int] | None = (2, 5)
     others: tuple[tuple[int, int], ...] = ((3, 7), (1, 4))
 
 
@@ -95,7 +98,8 @@ class Pair:
         targets = {name: value for name, value in case.fields.items() if name.startswith("target")}
         self.second = hra_fx.HRAConfig(r=3, **targets)
         settings = hra_fx.HRAConfig(r=4, **case.fields)
-        self.graph, self.eager = twins(base, _doubled(case.call(*case.example)), settings)
+        example = _doubled(case.call(*case.example)) if case.example else None
+        self.graph, self.eager = twins(base, example, settings)
 
     def both(self, act: Callable[[Any], Any]) -> None:
         """Do the same to both, in place."""

@@ -12,8 +12,9 @@ import pytest
 import torch
 from adapting import randomise
 from graph_modules import COPIES
-from torch import fx
-from tracing.captured import CASES, Pair
+from torch import fx, nn
+from tracing.captured import CASES, Case, Pair, rows
+from tracing.models import TRACED
 
 import hra_fx
 
@@ -98,3 +99,14 @@ def test_a_graph_does_what_eager_mode_does(
     pair = pair_of(name)
     act(pair, tmp_path)
     pair.check()
+
+
+@pytest.mark.parametrize("make", TRACED)
+def test_a_graph_of_torch_fx_and_its_copies_do_what_eager_mode_does(make: type[nn.Module]) -> None:
+    pair = Pair(
+        Case(make, {"target_modules": "first|second|inner|attention"}, rows, example=None, others=((4, 5), (7, 5)))
+    )
+    pair.check()
+    for copied in COPIES[:2]:
+        pair.graph = copied(pair.graph)
+        pair.check()

@@ -86,15 +86,6 @@ def test_a_graph_follows_the_state_of_the_adapters() -> None:
     assert_same(graph(IMAGE, 2.0), model(IMAGE, 2.0))
 
 
-def test_trained_copies_are_in_the_graph() -> None:
-    config = hra_fx.HRAConfig(r=2, target_modules=["conv"], bias="all", modules_to_save=["norm"])
-    model = hra_fx.transform(Images().double().eval(), config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += torch.randn_like(parameter) * parameter.requires_grad
-    check_graph(model)
-
-
 def test_a_model_that_torch_fx_traces() -> None:
     model = adapted(Net().double(), "conv", "head")
     before = picture(model)

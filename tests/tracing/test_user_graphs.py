@@ -81,19 +81,6 @@ def test_a_pass_of_the_users_after_transform(change: Callable[[fx.GraphModule], 
     assert hra_fx.fold(model).code == again.code
 
 
-class Reads(Mlp):
-    """Reads the weight of a layer that it calls."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(super().forward(self.first(x))[:, :4] @ self.second.weight, self.first.weight)
-
-
-def test_a_read_of_a_weight_gets_a_reflection() -> None:
-    base, model = adapted(Reads)
-    check(base, model, X)
-    check_folded(base, model, X)
-
-
 def test_any_later_error_leaves_the_graph_as_it_was() -> None:
     model = traced()
     code, graph, targets = model.code, model.graph, targets_of(model)

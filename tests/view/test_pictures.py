@@ -13,7 +13,7 @@ import pytest
 import torch
 import torchvision
 from drawn_models import HOSTILE, INPUTS, MAKERS, Residual, drawn
-from torch import Tensor, nn
+from torch import nn
 from transformers import T5Config, T5EncoderModel
 from view.reading import (
     SINGLE,
@@ -210,25 +210,6 @@ def test_equal_blocks_of_t5_are_drawn_once_next_to_the_first(tmp_path: Path) -> 
     names = [text for box in boxes(root) for text in box.texts() if text.startswith("block.")]
     assert [name.split(" ")[0] for name in names] == ["block.0.layer", "block.1"]
     assert "× 3" in box_named(root, "block.1 … 3").texts()
-
-
-class Scaled(nn.Module):
-    def __init__(self, *, first: bool) -> None:
-        super().__init__()
-        self.fc, self.first = nn.Linear(4, 4), first
-        self.gamma = nn.Parameter(torch.ones(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        scaled = self.gamma * self.fc(x) if self.first else self.fc(x) * self.gamma
-        return scaled + x if self.first else x + scaled
-
-
-def test_blocks_that_differ_in_the_order_of_operands_are_one_box(tmp_path: Path) -> None:
-    model = nn.Sequential(Scaled(first=True), Scaled(first=False), Scaled(first=True))
-    model = hra_fx.transform(model, hra_fx.HRAConfig(r=2, target_modules=["fc"]))
-    root = svg_of(hra_fx.visualize(model, tmp_path / "a.svg"))
-    assert "× 3" in box_named(root, "0 … 2").texts()
-    assert any(text.startswith("mul, add") for box in boxes(root) for text in box.texts())
 
 
 def test_a_layer_that_should_have_an_adapter_is_marked(tmp_path: Path) -> None:

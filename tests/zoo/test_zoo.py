@@ -12,7 +12,7 @@ import torchvision
 from torchvision.models import detection, segmentation
 from zoo.checks import check
 from zoo.models import entries, named
-from zoo.result import BY_EXPORT, BY_FX, CHECKS, NOT_APPLICABLE, OK, REFUSED, Result, summary
+from zoo.result import CHECKS
 
 ROOT = Path(__file__).parents[2]
 ENTRIES = entries()
@@ -78,14 +78,3 @@ def test_the_runner_keeps_results_and_exits_with_zero(tmp_path: Path) -> None:
 
     assert "ok    torchvision/squeezenet1_1: 26 layers, torch.fx\n" in run()
     assert "[1/" not in run()
-
-
-def test_the_summary_counts_models_and_reasons() -> None:
-    right = Result("timm/a", 4, BY_FX, checks=dict.fromkeys(CHECKS, OK) | {"size": f"{NOT_APPLICABLE}: fixed"})
-    no_graph = f"{REFUSED}it branches. Leave out trace=True: it works."
-    partly = Result("timm/b", 5, no_graph, {"layers.0.x": "it is Tuesday."}, dict.fromkeys(CHECKS, OK))
-    wrong = Result("vision/c", 1, BY_EXPORT, checks={"transform": OK, "eval": "off by 1"}, inert=["fc"])
-    lines = list(summary([right, partly, wrong]))
-    assert lines[2:4] == ["| timm | 2 | 0 | 1 | 0 | 9 | 1 |", "| vision | 1 | 1 | 0 | 1 | 1 | 0 |"]
-    assert lines[4:] == ["| all | 3 | 1 | 1 | 1 | 10 | 1 |", "", "1 models: it is Tuesday.", "1 models: it branches."]
-    assert wrong.line() == "WRONG vision/c: 1 layers, torch.export\n      eval: off by 1\n      inert: fc"
