@@ -118,15 +118,6 @@ def test_layers_around_a_transformed_module_and_parts_of_one() -> None:
     assert reasons(whole[0]) == {"1": "unknown: this module is a part of a transformed model"}
 
 
-def test_a_printed_report_groups_layers_by_reason() -> None:
-    model = transform(llama(num_hidden_layers=9), HRAConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1]))
-    text = str(report(model))
-    assert "Not adapted: 63 layers" in text
-    assert "  model.layers.*.self_attn.q_proj (8): layer index not in layers_to_transform=[1]\n" in text
-    assert "model.layers.*.self_attn.k_proj (9), model.layers.*.self_attn.v_proj (9), " in text
-    assert " and 10 more: not in target_modules=['q_proj']\n" in text
-
-
 def test_experts_are_named_with_their_share_of_the_model() -> None:
     model = built("mixtral")
     total = sum(parameter.numel() for parameter in model.parameters())
