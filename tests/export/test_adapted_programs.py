@@ -75,17 +75,6 @@ def test_exported() -> None:
     assert all(name in model.state_dict() for name in names)
 
 
-def test_a_graph_is_the_model() -> None:
-    base, model = pair(Mixed, TARGETS)
-    graph = hra_fx.graphs(model)[""]
-    assert {id(parameter) for parameter in graph.parameters()} == {id(parameter) for parameter in model.parameters()}
-    leaves = list(vectors_of(model).values())
-    assert_same(graph(X), model(X), rtol=1e-14)
-    wanted = gradients(run_dense(base, model, X), leaves)
-    for mine, oracle in zip(gradients(graph(X), leaves), wanted, strict=True):
-        assert_same(mine, oracle, rtol=1e-8)
-
-
 @pytest.mark.parametrize("use", [lambda program: hra_fx.transform(program, CONFIG), hra_fx.fold, hra_fx.report])
 def test_a_program_is_refused(use: Callable[[Any], object]) -> None:
     program = torch.export.export(nn.Sequential(nn.Linear(6, 4)), (torch.ones(1, 6),))

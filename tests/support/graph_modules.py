@@ -66,11 +66,12 @@ def config(*targets: str, **fields: Any) -> hra_fx.HRAConfig:
 
 def traced(make: Callable[[], nn.Module] = Mlp) -> fx.GraphModule:
     torch.manual_seed(0)
-    return untyped(fx.symbolic_trace(make().double()))
+    return graph_of(make().double())
 
 
-def untyped(module: fx.GraphModule) -> fx.GraphModule:
-    """The module without the annotations of its graph, which are strings here, and which fx cannot pickle."""
+def graph_of(model: nn.Module, tracer: fx.Tracer | None = None) -> fx.GraphModule:
+    """A graph without the annotations of its nodes, which are strings here, and which fx cannot pickle."""
+    module = fx.GraphModule(model, (tracer or fx.Tracer()).trace(model), type(model).__name__)
     for node in module.graph.nodes:
         node.type = None
     module.recompile()

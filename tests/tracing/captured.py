@@ -13,7 +13,7 @@ import tiny_models
 import torch
 import transformers
 from adapting import randomise
-from graph_modules import config
+from graph_modules import Cnn, Mlp, config, graph_of
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tracing.models import Images, Reads, Shared
@@ -29,7 +29,7 @@ bert = partial(tiny_models.bert, **SIZES)
 class Case:
     """A model, what is adapted, and the arguments of calls with a batch and another size.
 
-    Without sizes of an example, torch.fx alone makes the graph.
+    Without sizes of an example, torch.fx alone makes the graph; `traced`: before the model is adapted.
     """
 
     make: Callable[[], nn.Module]
@@ -37,6 +37,7 @@ class Case:
     call: Callable[[int, int], dict[str, Any]]
     example: tuple[int, int] | None = (2, 5)
     others: tuple[tuple[int, int], ...] = ((3, 7), (1, 4))
+    traced: bool = False
 
 
 def tokens(batch: int, length: int) -> dict[str, Any]:
@@ -81,6 +82,8 @@ CASES = {
     ),
     "reads": Case(Reads, {"target_modules": ["first", "second"]}, rows),
     "shared": Case(Shared, {"target_modules": ["first", "inner"], "apply_GS": True}, rows),
+    "mlp, traced": Case(Mlp, {"target_modules": ["first", "second"]}, rows, traced=True),
+    "cnn, traced": Case(Cnn, {"target_modules": ["conv", "grouped", "first"]}, partial(images, "x", 8, 3), traced=True),
     "experts": Case(
         partial(moe_models.built, "mixtral", implementation="batched_mm"), {"target_parameters": ["down_proj"]}, tokens
     ),
@@ -99,7 +102,7 @@ class Pair:
         self.second = hra_fx.HRAConfig(r=3, **targets)
         settings = hra_fx.HRAConfig(r=4, **case.fields)
         example = _doubled(case.call(*case.example)) if case.example else None
-        self.graph, self.eager = twins(base, example, settings)
+        self.graph, self.eager = twins(base, example, settings, traced=case.traced)
 
     def both(self, act: Callable[[Any], Any]) -> None:
         """Do the same to both, in place."""
@@ -117,14 +120,17 @@ class Pair:
 
 
 def twins(
-    base: nn.Module, example: Any, settings: hra_fx.HRAConfig | None = None, *, assign: bool = False, **options: Any
+    base: nn.Module, example: Any, settings: hra_fx.HRAConfig | None = None, *, traced: bool = False
 ) -> tuple[Any, Any]:
     """The graph and the eager model, with the same vectors."""
     settings = settings or config()
     eager = hra_fx.transform(copy.deepcopy(base), settings)
     randomise(eager)
-    graph = hra_fx.transform(base, settings, trace=True, example_inputs=example, **options)
-    graph.load_state_dict(eager.state_dict(), assign=assign)
+    if traced:
+        graph = hra_fx.transform(graph_of(base), settings)
+    else:
+        graph = hra_fx.transform(base, settings, trace=True, example_inputs=example)
+    graph.load_state_dict(eager.state_dict())
     return graph, eager
 
 

@@ -4,36 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from adapting import randomise
-from graph_modules import COPIES, IMAGES, Cnn, Mlp, X, adapted, check_folded, config, targets_of, traced, untyped
+from graph_modules import COPIES, IMAGES, Cnn, X, adapted, check_folded, config, graph_of, targets_of, traced
 from layers.checking import assert_same, check
 from torch import Tensor, fx, nn
 
 import hra_fx
 from hra_fx.errors import AdapterError
-
-
-@pytest.mark.parametrize(
-    ("make", "example", "targets"),
-    [(Mlp, X, ["first", "second"]), (Cnn, IMAGES, ["conv", "grouped", "first"])],
-    ids=["mlp", "cnn"],
-)
-def test_outputs_gradients_and_fold_are_those_of_the_oracle(make: Any, example: Tensor, targets: list[str]) -> None:
-    base, model = adapted(make, *targets)
-    assert type(model) is not type(base) and isinstance(model, fx.GraphModule)
-    calls = targets_of(model)
-    sites = [row.path for row in hra_fx.report(model)]
-    assert sites
-    for place, target in enumerate(calls):
-        assert (target in sites) == (place > 0 and calls[place - 1] == f"{target}.hra_u")
-    assert [target for target in calls if not target.endswith("hra_u")] == targets_of(base)
-    base.requires_grad_(False)
-    check(base, model, example, rtol=1e-9)
-    check_folded(traced(make), model, example)
 
 
 def test_it_is_the_same_object_and_a_second_transform_does_nothing() -> None:
@@ -113,28 +93,7 @@ def test_hra_model_is_refused() -> None:
         hra_fx.HRAModel(traced(), config())
 
 
-# ---- copies and pickles, adapters, other tracers, and inside of other models ----
-
-
-@pytest.mark.parametrize("copied", COPIES, ids=["deepcopy", "pickle", "torch.save"])
-def test_copies_and_pickles_are_adapted_and_independent(copied: Callable[[Any], Any]) -> None:
-    base, model = adapted(Cnn, "conv", "grouped", "first")
-    twin = copied(model)
-    check(copy.deepcopy(base), copy.deepcopy(twin), IMAGES)
-    hra_fx.add_adapter(twin, "other", config("first", r=2))
-    hra_fx.set_adapter(twin, "other")
-    with hra_fx.disable_adapters(twin):
-        assert_same(twin.eval()(IMAGES), base.eval()(IMAGES))
-    hra_fx.set_adapter(twin, "default")
-    hra_fx.delete_adapter(twin, "other")
-    twin.graph.eliminate_dead_code()
-    twin.delete_all_unused_submodules()
-    twin.recompile()
-    check_folded(base, twin, IMAGES)
-    check(copy.deepcopy(base), model, IMAGES)
-    hra_fx.delete_adapter(model, "default")
-    assert model.code == base.code and list(model.state_dict()) == list(base.state_dict())
-    assert all(p.requires_grad for p in model.parameters())
+# ---- other tracers, and inside of other models ----
 
 
 class Blocks(fx.Tracer):
@@ -156,7 +115,7 @@ class Nested(nn.Module):
 
 def test_a_custom_tracer_whose_leaves_hold_layers() -> None:
     root = Nested().double()
-    base = untyped(fx.GraphModule(root, Blocks().trace(root)))
+    base = graph_of(root, Blocks())
     model = hra_fx.transform(copy.deepcopy(base), config("block.0", "block.2", "first"))
     randomise(model)
     assert targets_of(model) == ["block", "first.hra_u", "first"]

@@ -103,25 +103,25 @@ def test_damage_is_found(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     assert result.inert == ["6"] * (name == "the reflections are missed")
 
 
-def test_a_layer_that_is_neither_adapted_nor_refused_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forgetful(model: Any, config: hra_fx.HRAConfig, **options: Any) -> Any:
-        return TRANSFORM(model, hra_fx.HRAConfig(r=3, target_modules=["0", "8"]))
-
-    monkeypatch.setattr(hra_fx, "transform", forgetful)
-    assert check(ENTRY).failures["transform"] == "neither adapted nor refused: 6"
+def forgetful(model: Any, config: hra_fx.HRAConfig, **options: Any) -> Any:
+    return TRANSFORM(model, hra_fx.HRAConfig(r=3, target_modules=["0", "8"]))
 
 
-def test_a_wrong_graph_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(model: Any, config: hra_fx.HRAConfig, **options: Any) -> Any:
-        made = TRANSFORM(model, config, **options)
-        if options:
-            on_reflection(lambda m, x, y: x if m.training else y)({6: made.get_submodule("6")})
-        return made
-
-    monkeypatch.setattr(hra_fx, "transform", broken)
-    assert list(check(ENTRY).failures) == ["trace"]
+def with_a_wrong_graph(model: Any, config: hra_fx.HRAConfig, **options: Any) -> Any:
+    made = TRANSFORM(model, config, **options)
+    if options:
+        on_reflection(lambda m, x, y: x if m.training else y)({6: made.get_submodule("6")})
+    return made
 
 
-def test_a_fold_that_does_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hra_fx, "fold", lambda model: model)
-    assert list(check(ENTRY).failures) == ["fold"]
+@pytest.mark.parametrize(
+    ("name", "broken", "found"),
+    [("transform", forgetful, "transform"), ("transform", with_a_wrong_graph, "trace"), ("fold", lambda m: m, "fold")],
+)
+def test_a_broken_function_is_found(monkeypatch: pytest.MonkeyPatch, name: str, broken: Any, found: str) -> None:
+    monkeypatch.setattr(hra_fx, name, broken)
+    failures = check(ENTRY).failures
+    if broken is forgetful:
+        assert failures[found] == "neither adapted nor refused: 6"
+    else:
+        assert list(failures) == [found]

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import tiny
 import torch
 import transformers
 from torch import Tensor
 
-VOCABULARY = 32
-_TEXT = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 32,
-}
-_T5 = {"vocab_size": VOCABULARY, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+SMALL = tiny.SMALL | {"vocab_size": 32}
+VOCABULARY = SMALL["vocab_size"]
 
 
 class Case(NamedTuple):
@@ -30,22 +23,21 @@ class Case(NamedTuple):
 
 
 def llama() -> Case:
-    config = transformers.LlamaConfig(**_TEXT, tie_word_embeddings=True)
-    return Case(transformers.LlamaForCausalLM(config), "lm_head", "model.embed_tokens", "q_proj")
+    model = tiny.llama(**SMALL | {"num_key_value_heads": 2, "tie_word_embeddings": True})
+    return Case(model, "lm_head", "model.embed_tokens", "q_proj")
 
 
 def t5() -> Case:
-    config = transformers.T5Config(**_T5, decoder_start_token_id=0)
-    return Case(transformers.T5ForConditionalGeneration(config), "lm_head", "shared", "q")
+    return Case(tiny.t5(vocab_size=VOCABULARY), "lm_head", "shared", "q")
 
 
 def bert() -> Case:
-    model = transformers.BertForMaskedLM(transformers.BertConfig(**_TEXT))
+    model = tiny.bert("BertForMaskedLM", **SMALL)
     return Case(model, "cls.predictions.decoder", "bert.embeddings.word_embeddings", "query")
 
 
 def bert_to_bert() -> Case:
-    parts = transformers.BertConfig(**_TEXT), transformers.BertConfig(**_TEXT)
+    parts = bert().model.config, bert().model.config
     config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(*parts)
     config.decoder_start_token_id, config.pad_token_id = 0, 2
     inside = "decoder.bert.embeddings.word_embeddings"
@@ -56,7 +48,7 @@ def llava() -> Case:
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**small, image_size=8, patch_size=4),
-        text_config=transformers.LlamaConfig(**_TEXT, tie_word_embeddings=True),
+        text_config=llama().model.config,
         image_token_index=31,
         tie_word_embeddings=True,
     )
@@ -65,8 +57,8 @@ def llava() -> Case:
 
 
 def switch() -> Case:
-    config = transformers.SwitchTransformersConfig(**_T5, num_decoder_layers=2, num_experts=2, decoder_start_token_id=0)
-    return Case(transformers.SwitchTransformersForConditionalGeneration(config), "lm_head", "shared", "q")
+    more = {"num_decoder_layers": 2, "num_experts": 2, "vocab_size": VOCABULARY}
+    return Case(tiny.t5("SwitchTransformersForConditionalGeneration", **more), "lm_head", "shared", "q")
 
 
 CASES = {"llama": llama, "t5": t5, "bert": bert, "bert_to_bert": bert_to_bert, "llava": llava}

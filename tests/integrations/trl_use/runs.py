@@ -14,11 +14,12 @@ import pytest
 import torch
 from datasets import Dataset
 from one_layer import normal
+from tiny import llama
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from trl import (
     DPOConfig,
     DPOTrainer,
@@ -82,13 +83,11 @@ _TRAINERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 
 def base_model(method: str) -> Any:
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    kind = "LlamaForSequenceClassification" if method == "reward" else "LlamaForCausalLM"
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_labels": 1}
     tokens = {"vocab_size": len(_WORDS), "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 2}
-    config = LlamaConfig(**sizes, **tokens, num_attention_heads=2, max_position_embeddings=64, num_labels=1)
     # Deeper than the usual start, so that adapters have an effect.
-    config.initializer_range = 0.3
-    return (LlamaForSequenceClassification if method == "reward" else LlamaForCausalLM)(config)
+    return llama(kind, **sizes, **tokens, initializer_range=0.3)
 
 
 def trainer(kind: str, method: str, folder: Path, base: Any = None, targets: Any = TARGETS, **options: Any) -> Any:
