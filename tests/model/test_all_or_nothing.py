@@ -8,18 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from model.many import (
-    F64,
-    adapted,
-    assert_close,
-    config,
-    net,
-    normal,
-    oracle,
-    refuses,
-    run,
-    weights,
-)
+from model.many import F64, adapted, assert_close, config, net, normal, oracle, refuses, run, weights
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.overrides import TorchFunctionMode

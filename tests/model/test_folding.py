@@ -8,13 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import assume, given, settings, strategies as st
-from model.many import (
-    F64,
-    adapted,
-    config,
-    normal,
-    refuses,
-)
+from model.many import F64, adapted, config, normal, refuses
 from oracles import dense_weight, layer_q, relative_error
 from torch import Tensor, nn
 

@@ -327,18 +327,3 @@ def test_the_buffers_of_a_saved_norm_are_not_updated_inside() -> None:
         assert torch.equal(model(X), plain(X))
         assert torch.equal(model.norm.running_mean, plain.norm.running_mean)
     assert model.norm.running_mean is waiting and torch.equal(waiting, kept)
-
-
-def test_methods_keep_them_disabled_until_they_are_enabled_as_in_peft() -> None:
-    settings = config("first", "second", **SAVED)
-    plain, model = adapted(net(), a=settings)
-    model = hra_fx.HRAModel(model, settings, "a")
-    wanted = model(X)
-    model.disable_adapter_layers()
-    model.set_adapter("a")
-    assert torch.equal(model(X), plain(X))
-    with model.disable_adapter():
-        pass
-    assert torch.equal(model(X), plain(X))
-    model.enable_adapter_layers()
-    assert torch.equal(model(X), wanted)

@@ -6,14 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model.many import (
-    adapted,
-    assert_close,
-    config,
-    net,
-    normal,
-    turn,
-)
+from model.many import adapted, assert_close, config, net, normal, turn
 from oracles import dense_power as power, layer_q
 from torch import Tensor, nn
 

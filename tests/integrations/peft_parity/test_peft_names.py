@@ -88,6 +88,8 @@ CHANGES: dict[str, Any] = {
     "in inference mode": lambda model: model.set_adapter("other", inference_mode=True),
     "trained again": lambda model: (CHANGES["in inference mode"](model), model.set_adapter("default")),
     "disabled": lambda model: tuner(model).disable_adapter_layers(),
+    "disabled, then set": lambda model: (CHANGES["disabled"](model), model.set_adapter("other")),
+    "enabled again": lambda model: (CHANGES["disabled, then set"](model), tuner(model).enable_adapter_layers()),
 }
 
 
@@ -102,7 +104,7 @@ def test_a_switch_acts_on_the_same_parameters_as_in_peft(case: str, change: str)
     theirs, ours = pair(FIELDS[case], {"r": 2, "target_modules": ["query", "value"]})
     for model in (theirs, ours):
         CHANGES[change](model)
-    if change != "disabled":  # PEFT freezes them until they are enabled
+    if not change.startswith("disabled"):  # PEFT freezes them until they are enabled
         same_flags(theirs, ours)
     assert ours.active_adapters == (theirs.base_model if change == "both" else theirs).active_adapters
     assert relative_error(ours(tokens()), theirs(tokens())) < 1e-5

@@ -1,4 +1,4 @@
-"""Quantized models with adapters: saving, loading, reports, and whole models as far as their libraries support it."""
+"""Quantized models with adapters: files, LoRA, reports, and whole models as far as their libraries support it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from adapting import randomise
-from layers.quantized.bases import FEW, SCHEMES, adapted, config, inputs, int4, quantized, values
-from oracles import layer_q
+from layers.quantized.bases import FEW, SCHEMES, WIDTH, adapted, config, inputs, int4, quantized, values
+from lora.kinds import exported_change, product
+from lora.test_in_peft import loaded as lora_over
+from oracles import layer_q, relative_error
 from reporting.made import oracle_share
 from tiny import llama
 from tiny_models import config_for, tokens_of
@@ -46,6 +48,30 @@ def test_a_state_dict_goes_round(scheme: str) -> None:
     # Python 3.11.2 pickles torchao's enumerations in a way that torch.load takes for code.
     other.load_state_dict(torch.load(file, weights_only=False))
     assert torch.equal(other.train()(inputs()), model.train()(inputs()))
+
+
+# ---- as LoRA: the product of the factors is the change of the dequantized weight ----
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_factors_are_the_change_of_the_dequantized_weight(scheme: str) -> None:
+    model: Any = adapted(scheme)
+    _, tensors = hra_fx.convert_to_lora(model)
+    for path in ("0", "2"):
+        weight, q = values(model[int(path)]).double(), product(model[int(path)], ["default"])
+        assert relative_error(exported_change(tensors, path), weight @ q - weight) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without:UserWarning")
+@pytest.mark.parametrize("scheme", ["bnb fp4 nested", "ao int4"])
+def test_peft_adds_the_change_to_the_same_quantized_base(scheme: str, tmp_path: Path) -> None:
+    base, model = quantized(scheme), adapted(scheme)
+    hra_fx.save_as_lora(model, tmp_path)
+    lora = lora_over(base, tmp_path)
+    x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(0))
+    # With gradients: without them, bitsandbytes rounds the products of 4-bit weights to bfloat16.
+    before, wanted, actual = base(x.requires_grad_()), model(x), lora(x)
+    assert relative_error(actual - before, wanted - before) < SCHEMES[scheme].tolerance
 
 
 # ---- the share of a quantized weight that is rotated, compared with dense projectors in float64 ----

@@ -1,4 +1,6 @@
-"""Adapt a tiny Llama that GPTQModel has quantized: `python tests/layers/quantized/with_gptqmodel.py gptq` (or `awq`).
+"""Adapt a tiny Llama that GPTQModel has quantized, with "gptq" or "awq" as the argument:
+
+    PYTHONPATH=tests/support python tests/layers/quantized/with_gptqmodel.py gptq
 
 A program, because GPTQModel needs a newer torch than the tests. Its kernels that are compiled are not used.
 """
@@ -13,9 +15,12 @@ from typing import Any
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # with fewer than three processors, its default is an error
 
+import pytest
 import torch
+from adapting import randomise
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 from gptqmodel.quantization.config import AWQConfig
+from oracles import layer_q, relative_error
 from peft import PeftModel
 from tokenizers import Tokenizer, models
 from torch import Tensor
@@ -56,32 +61,21 @@ def logits(model: Any) -> Tensor:
 
 
 def equal(one: Tensor, other: Tensor, what: str) -> None:
-    error = float((one.double() - other.double()).norm() / other.double().norm())
+    error = relative_error(one, other)
     print(f"{what}: {error:.1e}")
     assert error < TOLERANCE, what
-
-
-def randomise(model: Any, name: str) -> None:
-    generator = torch.Generator().manual_seed(len(name))
-    for key, vectors in model.named_parameters():
-        if key.endswith(f"hra_u.{name}"):
-            vectors.data.copy_(torch.randn(vectors.shape, generator=generator))
 
 
 def check_layer(plain: Any, layer: Any) -> None:
     """The output and the gradients against `W Q`, with the outputs of the plain layer for the unit vectors as `W`."""
     with torch.no_grad():
         weight = plain(torch.eye(plain.in_features)).mT.double()
-    u = layer.hra_u["default"].detach().double().requires_grad_()
-    q = torch.eye(len(u)).double()
-    for v in u.mT:
-        q = q @ (torch.eye(len(u)).double() - 2 * torch.outer(v, v) / (v @ v))
     x = torch.randn(3, layer.in_features, requires_grad=True)
-    grad = torch.randn(3, len(weight))
-    output, expected = layer(x), x.double() @ (weight @ q).mT
+    grad, leaves = torch.randn(3, len(weight)), [x, layer.hra_u["default"]]
+    output, expected = layer(x), x.double() @ (weight @ layer_q(layer)).mT
     equal(output, expected, "output")
-    ours = torch.autograd.grad(output, [x, layer.hra_u["default"]], grad)
-    for mine, theirs in zip(ours, torch.autograd.grad(expected, [x, u], grad.double()), strict=True):
+    ours = torch.autograd.grad(output, leaves, grad)
+    for mine, theirs in zip(ours, torch.autograd.grad(expected, leaves, grad.double()), strict=True):
         equal(mine, theirs, "gradient")
 
 
@@ -89,18 +83,14 @@ def check(folder: Path, files: Path) -> None:
     base, model = load(folder), hra_fx.transform(load(folder), CONFIG).eval()
     assert len(hra_fx.report(model)) == 14
     equal(logits(model), logits(base), "start")
-    randomise(model.eval(), "default")
+    randomise(model)
     check_layer(base.model.layers[0].mlp.down_proj, model.model.layers[0].mlp.down_proj)
     out = logits(model)
     hra_fx.save_adapter(model, files / "adapter")
     assert torch.equal(logits(hra_fx.load_adapter(load(folder), files / "adapter")), out)
     for fold in (hra_fx.fold, hra_fx.merge_adapter):
-        try:
+        with pytest.raises(FoldError, match="and cannot be folded"):
             fold(model)
-        except FoldError as error:
-            assert "and cannot be folded" in str(error)
-        else:
-            raise AssertionError("folded")
     assert torch.equal(logits(model), out)
     hra_fx.save_as_lora(model, files / "lora")
     equal(logits(PeftModel.from_pretrained(load(folder), files / "lora").eval()), out, "LoRA in PEFT")
