@@ -35,13 +35,6 @@ if TYPE_CHECKING:
     from hra_fx.api.load import load_adapter as load_adapter
     from hra_fx.api.peft_model import HRAModel as HRAModel
     from hra_fx.api.peft_names import (
-        AutoPeftModel as AutoPeftModel,
-        AutoPeftModelForCausalLM as AutoPeftModelForCausalLM,
-        AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction,
-        AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering,
-        AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM,
-        AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification,
-        AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification,
         PeftModel as PeftModel,
         from_peft as from_peft,
         get_peft_model as get_peft_model,
@@ -85,13 +78,6 @@ _NAMES = {
     "api.load": ("load_adapter",),
     "api.peft_model": ("HRAModel",),
     "api.peft_names": (
-        "AutoPeftModel",
-        "AutoPeftModelForCausalLM",
-        "AutoPeftModelForFeatureExtraction",
-        "AutoPeftModelForQuestionAnswering",
-        "AutoPeftModelForSeq2SeqLM",
-        "AutoPeftModelForSequenceClassification",
-        "AutoPeftModelForTokenClassification",
         "PeftModel",
         "from_peft",
         "get_peft_model",

@@ -15,6 +15,18 @@ _R = TypeVar("_R")
 
 #: Public name, below `hra_fx`, -> what to do instead.
 NAMES: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "AutoPeftModel",
+            "AutoPeftModelForCausalLM",
+            "AutoPeftModelForFeatureExtraction",
+            "AutoPeftModelForQuestionAnswering",
+            "AutoPeftModelForSeq2SeqLM",
+            "AutoPeftModelForSequenceClassification",
+            "AutoPeftModelForTokenClassification",
+        ),
+        "Load the base model with its own class, and call hra_fx.load_adapter(model, folder).",
+    ),
     "FoldPlan": "Call hra_fx.report for the change of each weight, and hra_fx.fold.",
     "VerificationError": "Compare the outputs with those of hra_fx.fold(copy.deepcopy(model)).",
     "accelerate_peft": "Call hra_fx.from_peft(trainer.model) after the trainer is made.",

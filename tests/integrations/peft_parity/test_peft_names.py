@@ -9,10 +9,8 @@ from typing import Any
 
 import peft
 import pytest
-import torch
 from oracles import relative_error
 from peft_sides import F64, by_peft, net, opened_by_peft, pair, peft_warnings_ignored, randomise, same_line, tokens
-from tiny_models import inputs, tiny
 
 import hra_fx
 
@@ -146,63 +144,3 @@ def test_what_is_trained_of_loaded_and_after_deleted_adapters(is_trainable: bool
 
 
 # The base model that an adapter names
-
-
-def saved_base(name: str, folder: Path) -> Any:
-    model = tiny(name, torch.float32)
-    model.save_pretrained(folder / "base")
-    return type(model).from_pretrained(folder / "base").eval()
-
-
-AUTO = [
-    ("llama", "AutoPeftModelForCausalLM", "CAUSAL_LM"),
-    ("bert, classes", "AutoPeftModelForSequenceClassification", "SEQ_CLS"),
-    ("bert, tokens", "AutoPeftModelForTokenClassification", "TOKEN_CLS"),
-    ("bert, answers", "AutoPeftModelForQuestionAnswering", "QUESTION_ANS"),
-    ("t5", "AutoPeftModelForSeq2SeqLM", "SEQ_2_SEQ_LM"),
-    ("bert", "AutoPeftModelForFeatureExtraction", "FEATURE_EXTRACTION"),
-    ("llama", "AutoPeftModel", None),
-]
-
-
-@pytest.mark.parametrize(("name", "kind", "task"), AUTO)
-def test_an_auto_class_loads_the_base_model_and_the_adapter(name: str, kind: str, task: Any, tmp_path: Path) -> None:
-    model = hra_fx.get_peft_model(saved_base(name, tmp_path), hra_fx.HRAConfig(r=4, task_type=task))
-    randomise(model)
-    model.save_pretrained(tmp_path / "adapter")
-    opened = getattr(hra_fx, kind).from_pretrained(tmp_path / "adapter")
-    x = inputs(model)
-    assert relative_error(opened(**x)[0], model(**x)[0]) < 1e-5
-    assert isinstance(opened, hra_fx.HRAModel) and not opened.training
-    assert not any(parameter.requires_grad for parameter in opened.parameters())
-    with peft_warnings_ignored():
-        theirs = getattr(peft, kind).from_pretrained(tmp_path / "adapter")
-    assert relative_error(opened(**x)[0], theirs(**x)[0]) < 1e-5
-
-
-def test_options_of_an_auto_class(tmp_path: Path) -> None:
-    hra_fx.get_peft_model(saved_base("llama", tmp_path), hra_fx.HRAConfig(r=4)).save_pretrained(
-        tmp_path / "all" / "mine"
-    )
-    opened = hra_fx.AutoPeftModelForCausalLM.from_pretrained(
-        tmp_path / "all", "mine", True, subfolder="mine", dtype=torch.bfloat16, local_files_only=True
-    )
-    assert opened.dtype is torch.bfloat16 and opened.active_adapters == ["mine"]
-    assert {name for name, p in opened.named_parameters() if p.requires_grad} == {
-        name for name in opened.state_dict() if name.endswith("hra_u.mine")
-    }
-
-
-OF_OS = {"parent_library": "os", "base_model_class": "Net"}
-
-
-def test_what_an_auto_class_refuses(tmp_path: Path) -> None:
-    for kind, values in (
-        ("AutoPeftModel", {"task_type": "SEQ_CLS"}),
-        ("AutoPeftModel", {"base_model_name_or_path": "x"}),
-        ("AutoPeftModel", {"base_model_name_or_path": "x", "auto_mapping": OF_OS}),
-        ("AutoPeftModelForCausalLM", {"base_model_name_or_path": "x", "task_type": "SEQ_CLS"}),
-    ):
-        config = hra_fx.HRAConfig(r=2, target_modules=["query"], **values)
-        with pytest.raises(hra_fx.ConfigError, match=rf": {kind} cannot load its base .*Load it with its own class"):
-            getattr(hra_fx, kind).from_pretrained(tmp_path, config=config)
