@@ -39,9 +39,7 @@ def download(source: str | os.PathLike[str], patterns: Sequence[str], options: M
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    if os.path.isfile(source):
-        raise CheckpointError(f"{os.fspath(source)}: is a file. Pass the folder that contains it.")
-    if not isinstance(source, str):
+    if not isinstance(source, str) or os.path.isfile(source):
         raise CheckpointError(f"{os.fspath(source)}: no such folder. Pass the folder of an adapter.")
     try:
         return Path(snapshot_download(source, allow_patterns=list(patterns), **options))

@@ -107,7 +107,6 @@ def fold_checkpoint(
     """
     base, out = Path(os.path.abspath(base_dir)), Path(os.path.realpath(out_dir))
     adapters = _by_part(base, adapter_dir)
-    _put_back(out)  # after a call that was killed
     _check_folders(base, out, [source for several in adapters.values() for source in several], overwrite=overwrite)
     rotated: list[str] = []
     with _explained_errors(out), _staged(out) as folder:
@@ -188,8 +187,7 @@ def _staged(out: Path) -> Iterator[Path]:
     """Create a hidden folder, which becomes the output folder unless an exception is raised. An old one is replaced."""
     out.parent.mkdir(parents=True, exist_ok=True)
     staged, replaced = (out.with_name(f".{out.name}.{state}") for state in ("partial", "replaced"))
-    for old in (staged, replaced):  # from a call that was killed
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(staged, ignore_errors=True)  # from a call that was killed
     staged.mkdir()
     try:
         yield staged
@@ -197,18 +195,14 @@ def _staged(out: Path) -> Iterator[Path]:
             if file.is_file():
                 flush(file)
         if out.is_dir():
+            shutil.rmtree(replaced, ignore_errors=True)
             out.rename(replaced)
         staged.rename(out)
     finally:
-        _put_back(out)
+        if replaced.exists() and not out.exists():
+            replaced.rename(out)
         for old in (staged, replaced):
             shutil.rmtree(old, ignore_errors=True)
-
-
-def _put_back(out: Path) -> None:
-    """Put an old result back that was moved, if no new one took its place."""
-    if (replaced := out.with_name(f".{out.name}.replaced")).exists() and not out.exists():
-        replaced.rename(out)
 
 
 @contextlib.contextmanager

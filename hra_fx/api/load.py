@@ -108,22 +108,17 @@ def _replace(root: nn.Module, state: AdapterState, name: str, fitted: Fitted, is
     layers = layers_of(root, name)
     spec = next(iter(layers.values())).hra_u.specs[name]
     shapes = {path: layer.hra_u[name].shape for path, layer in layers.items()}
-    # An adapter with anchors is also in models as a plain chain, for example if PEFT loaded it.
-    candidates = ((fitted.vectors, fitted.resume.config.apply_GS), (fitted.written, fitted.written_GS))
-    fitting = (
-        new
-        for new, gs in candidates
-        if gs is spec.apply_GS and {path: vectors.shape for path, (vectors, _) in new.items()} == shapes
-    )
-    values = next(fitting, None)
+    differs = fitted.resume.config.apply_GS is not spec.apply_GS or shapes != {
+        path: vectors.shape for path, (vectors, _) in fitted.vectors.items()
+    }
     held = copies_of(root, name)
-    if values is None or held.keys() != fitted.copies.keys() or differ_by_place(held, fitted.copies):
+    if differs or held.keys() != fitted.copies.keys() or differ_by_place(held, fitted.copies):
         raise AdapterError(
             f"adapter {name!r} exists in the model, but with other layers, r, apply_GS, bias, modules_to_save "
             "or tied weights than in the file. Delete it first (hra_fx.delete_adapter), or load under another "
             "adapter_name."
         )
-    replace_values(root, name, lambda path, _: values[path], fitted.copies)
+    replace_values(root, name, lambda path, _: fitted.vectors[path], fitted.copies)
     state.configs[name].inference_mode = not is_trainable
     set_requires_grad(collect_parts(root), {name: is_trainable and name in state.active})
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from hra_fx.checkpoint.base_model import BaseRow, compare_names, first_row, read_base_row
 from hra_fx.checkpoint.folder import (
     PREFIX,
+    VECTORS,
     WEIGHTS_NAME,
     copy_key,
     find,
@@ -34,7 +35,6 @@ from hra_fx.errors import CheckpointError, HRAWarning, SelectionError
 from hra_fx.functional.chain import plain_chain
 from hra_fx.functional.householder import anchor_rank
 from hra_fx.layers.adapters import AdapterSpec, get_adapters
-from hra_fx.layers.experts_weight import stands_for_parameter
 from hra_fx.layers.target import REFLECTION
 from hra_fx.layers.variants import adapters_for
 from hra_fx.model.setup import valid_config
@@ -45,7 +45,6 @@ from hra_fx.selection.suggestions import some_of
 
 #: Metadata key in `adapter_model.safetensors`.
 RESUME = "hra_fx"
-_BIASES = ("bias", "in_proj_bias")
 #: The end of the keys of trained tokens (`trainable_token_indices` in 0.4).
 _TOKEN_ROWS = ".trainable_tokens_delta"
 #: Keys that PEFT writes but does not read: with bias="all", each bias of a module in `modules_to_save` once more.
@@ -127,35 +126,19 @@ class Adapter:
     def chains(self) -> dict[str, Tensor]:
         """Path of a layer -> `U: (d, k)` or `(experts, d, k)`, plain reflections; float64 after Gram-Schmidt."""
         keys = {key.removeprefix(PREFIX).rpartition("."): key for key in self.tensors}
-        chains = {path: self._chain(path, key) for (path, _, last), key in keys.items() if last == REFLECTION}
+        chains = {path: self.tensors[key] for (path, _, last), key in keys.items() if last == REFLECTION}
         if not chains:
             raise CheckpointError(
                 f"{self.file}: no vectors found (keys that end in {REFLECTION!r}). Save the adapter again."
             )
+        if self.config.apply_GS:
+            chains = {path: plain_chain(chain.double(), None, apply_GS=True) for path, chain in chains.items()}
         return chains
 
     @property
-    def trained(self) -> list[str]:
-        """The names of the tensors that are trained in full. As in PEFT, `modules_to_save` matches ends of paths."""
-        saved, found = tuple(self.config.modules_to_save or ()), []
-        for key in self.tensors:
-            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-            *parents, last = name.split(".")
-            is_saved = any(".".join(parents[:i]).endswith(saved) for i in range(1, len(parents) + 1))
-            if not _UNREAD.search(key) and (is_saved or (self.config.bias != "none" and last in _BIASES)):
-                found.append(name)
-        return found
-
-    def _chain(self, path: str, key: str) -> Tensor:
-        tensor, config = self.tensors[key], self.config
-        r, of_experts = config.rank_of(path), bool(config.target_parameters) and stands_for_parameter(path)
-        if tensor.dim() != 2 + of_experts or tensor.shape[-1] != r:
-            shape = f"({'experts, ' * of_experts}d, {r})"
-            raise CheckpointError(
-                f"{self.file}: {key} must have shape {shape}, got {tuple(tensor.shape)}: the configuration says "
-                f"r={r}. The two files are from different adapters; save it again."
-            )
-        return plain_chain(tensor.double(), None, apply_GS=True) if config.apply_GS else tensor
+    def others(self) -> list[str]:
+        """The names of the other tensors in the file: those that are trained in full, and copies that PEFT adds."""
+        return [key.removeprefix(PREFIX) for key in self.tensors if not key.endswith((REFLECTION, VECTORS))]
 
 
 def read_adapter(source: str | os.PathLike[str], config: HRAConfig | None = None) -> Adapter:
@@ -182,16 +165,13 @@ def read_adapter(source: str | os.PathLike[str], config: HRAConfig | None = None
 class Fitted:
     """An adapter from a file that fits a model: its layers by path, its configuration for training, and its values.
 
-    `vectors` maps the path of a layer to `U: (d, r)` and its anchor `A: (d, k)` or `None`. `written` has the plain
-    chains in the file instead, with `written_GS` as their `apply_GS`: an adapter in the model may have either form.
-    `copies` maps (path of a module, name of its tensor) to a tensor.
+    `vectors` maps the path of a layer to `U: (d, r)` and its anchor `A: (d, k)` or `None`. `copies` maps (path of a
+    module, name of its tensor) to a tensor.
     """
 
     layers: dict[str, nn.Module]
     resume: Resume
     vectors: dict[str, tuple[Tensor, Tensor | None]]
-    written: dict[str, tuple[Tensor, None]]
-    written_GS: bool
     copies: dict[tuple[str, str], Tensor]
 
     def spec(self, path: str) -> AdapterSpec:
@@ -224,14 +204,17 @@ def fit(folder: Path, model: nn.Module, given: HRAConfig | None, *, is_new: bool
     }
     shapes = {reflection_key(path): _vectors_shape(layer, config.rank_of(path)) for path, layer in layers.items()}
     shapes |= {key: tuple(shape) for key, shape in copies.values()}
+    if resume.config.apply_GS and resume.has_anchors:  # the file also has the vectors before Gram-Schmidt
+        ranks = {path: resume.config.rank_of(path) for path in layers}
+        shapes |= {vectors_key(path): _vectors_shape(layer, ranks[path]) for path, layer in layers.items()}
     _check_keys(adapter, model, layers, shapes.keys())
-    for key, shape in shapes.items():
-        _check_shape(adapter, key, shape)
+    for key, expected in shapes.items():
+        if (shape := tuple(adapter.tensors[key].shape)) != expected:
+            raise CheckpointError(f"{adapter.file}: {key} must have shape {expected}, got {shape}. {_OTHER_BASE}")
     _check_base(adapter, model, layers)
     vectors = {path: _split(adapter, path, resume) for path in layers}
     values = {place: adapter.tensors[key] for place, (key, _) in copies.items()}
-    written: dict[str, tuple[Tensor, None]] = {path: (adapter.tensors[reflection_key(path)], None) for path in layers}
-    return Fitted(layers, resume, vectors, written, config.apply_GS, values)
+    return Fitted(layers, resume, vectors, values)
 
 
 def _copy_key(adapter: Adapter, path: str, name: str, *, adapted: bool) -> str:
@@ -276,24 +259,13 @@ def _is_embedding(model: nn.Module, key: str) -> bool:
     return entry == "weight" and (isinstance(owner, nn.Embedding) or path.rpartition(".")[2] == "lm_head")
 
 
-def _check_shape(adapter: Adapter, key: str, expected: tuple[int, ...]) -> None:
-    if (shape := tuple(adapter.tensors[key].shape)) != expected:
-        raise CheckpointError(f"{adapter.file}: {key} must have shape {expected}, got {shape}. {_OTHER_BASE}")
-
-
 def _split(adapter: Adapter, path: str, resume: Resume) -> tuple[Tensor, Tensor | None]:
     chain, anchor = adapter.tensors[reflection_key(path)], resume.anchor(path)
     if not anchor:
         return chain, None
     if not resume.config.apply_GS:
         return chain[..., anchor:].contiguous(), chain[..., :anchor].contiguous()
-    key = vectors_key(path)
-    if key not in adapter.tensors:
-        raise CheckpointError(
-            f"{adapter.file}: missing key {key}, the vectors before Gram-Schmidt. Save the adapter again."
-        )
-    _check_shape(adapter, key, (*chain.shape[:-1], resume.config.rank_of(path)))
-    return adapter.tensors[key], chain[..., :anchor].contiguous()
+    return adapter.tensors[vectors_key(path)], chain[..., :anchor].contiguous()
 
 
 def _check_base(adapter: Adapter, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:

@@ -34,8 +34,10 @@ PREFIX = "base_model.model."
 VECTORS = "hra_vectors"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _MAX_LISTED = 10
-_SAVED_BY = "Pass the folder that an adapter was saved in (in PEFT, with safe_serialization=True)."
-_OF_A_MODEL = "The folder contains a model, not an adapter. fold and load_adapter take the model first."
+_SAVED_BY = (
+    "Pass the folder that an adapter was saved in (in PEFT, with safe_serialization=True). fold and load_adapter take "
+    "the model first, then the adapter."
+)
 
 
 def find(source: str | os.PathLike[str], subfolder: str | None = None, **hub: Any) -> Path:
@@ -61,8 +63,7 @@ def _suggestion(root: Path, folder: Path) -> str:
     found = (folder if os.path.isdir(folder) else root).glob(f"*/{CONFIG_NAME}")
     configs = [config for config in found if os.path.isfile(config.with_name(WEIGHTS_NAME))]
     if not configs:
-        is_model = any(os.path.isfile(folder / name) for name in ("config.json", "model_index.json"))
-        return _OF_A_MODEL if is_model else _SAVED_BY
+        return _SAVED_BY
     paths = sorted(repr(Path(os.path.relpath(config.parent, root)).as_posix()) for config in configs)
     return f"There are adapters in the subfolders {some_of(paths, _MAX_LISTED)}: pass the path of one of them."
 
@@ -77,8 +78,6 @@ def write(
     configuration and the old weights.
     """
     folder = Path(directory)
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise CheckpointError(f"{folder}: is a file. Pass a folder to save in.")
     data = _serialize(folder / WEIGHTS_NAME, tensors, metadata)
     _write_files(folder, {CONFIG_NAME: config_text.encode(), WEIGHTS_NAME: data})
 

@@ -5,8 +5,7 @@ torch and transformers are not imported before a command runs, so that help and 
 
 from __future__ import annotations
 
-import io
-import sys
+import logging
 from typing import Annotated
 
 import typer
@@ -83,7 +82,5 @@ def _global_options(
 
 def run() -> None:
     """Run the command line, and exit with its exit code."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal without a degree sign shows "?".
-        sys.stdout.reconfigure(errors="replace")
+    logging.disable(logging.WARNING)  # messages of libraries, for example about missing hardware
     app()

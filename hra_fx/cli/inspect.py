@@ -56,7 +56,7 @@ def _summarize_adapter(source: str) -> dict[str, Any]:
         "anchor": max(map(files.resume.anchor, chains)),
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": sum(row.parameters for row in rows),
-        "saved": files.trained,
+        "saved": files.others,
         "layers": rows,
     }
 
@@ -74,7 +74,7 @@ def _show_adapter(summary: dict[str, Any]) -> None:
             + ", orthonormalized by Gram-Schmidt" * summary["gram_schmidt"]
             + f", and {counted(summary['anchor'], 'frozen anchor vector')}" * bool(summary["anchor"]),
             "trainable": f"{counted(summary['parameters'], 'parameter')} in {counted(len(rows), 'layer')}",
-            "also trained": _some(summary["saved"]),
+            "also in it": _some(summary["saved"]),
             "targets": _some(summary["target_modules"]),
         },
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import logging
 import os
 import sys
 import warnings
@@ -108,7 +107,7 @@ class ErrorHandlingGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
-            with _other_output():
+            with _warnings_in_a_line():
                 return super().invoke(ctx)
         except typer.BadParameter as error:
             error.message = error.message.removeprefix("Value error, ")  # of pydantic, which typer calls
@@ -129,9 +128,9 @@ def print_message(kind: str, text: str, style: str) -> None:
 
 
 @contextlib.contextmanager
-def _other_output() -> Iterator[None]:
-    """Print hra_fx's warnings as one line, and hide log messages of libraries, for example about missing hardware."""
-    before, default_showwarning = logging.root.manager.disable, warnings.showwarning
+def _warnings_in_a_line() -> Iterator[None]:
+    """Print hra_fx's warnings as one line."""
+    default_showwarning = warnings.showwarning
 
     def show(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
         if issubclass(category, HRAWarning):
@@ -139,12 +138,7 @@ def _other_output() -> Iterator[None]:
         else:
             default_showwarning(message, category, filename, lineno, file or sys.stderr, line)
 
-    # A command has the process to itself. In tests, which share one, the previous value is restored.
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("always", category=HRAWarning)
-            warnings.showwarning = show
-            yield
-    finally:
-        logging.disable(before)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", category=HRAWarning)
+        warnings.showwarning = show
+        yield

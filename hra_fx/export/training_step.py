@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hra_fx.compat import NON_PERSISTENT, export_forward_backward, is_exporting, pytree, require
 from hra_fx.errors import AdapterError, CaptureError
+from hra_fx.export.program import refuse_operators
 from hra_fx.layers.batching import factors_in_exported_batches
 from hra_fx.layers.quantized import quant_scheme_of
 from hra_fx.model.example_inputs import clone_inputs, normalize_inputs, preserve_rng_state
@@ -99,16 +100,7 @@ def export_training_step(
 
 def _check(model: Any, loss: Any, labels: Any) -> None:
     require("export_training_step")
-    if not isinstance(model, nn.Module):
-        raise AdapterError(
-            f"export_training_step: expected a model, got {type(model).__name__}. Pass the model that "
-            "hra_fx.transform returned; an ExportedProgram cannot be adapted."
-        )
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise AdapterError(
-            "export_training_step: no parameter requires gradients. Call hra_fx.transform(model, config) first, or "
-            "activate an adapter with hra_fx.set_adapter."
-        )
+    refuse_operators(model)
     if quantized := next((path for path, part in model.named_modules() if quant_scheme_of(part) is not None), None):
         raise AdapterError(
             f"export_training_step: {quantized} is quantized, and torch cannot export a backward pass through it. Load "
@@ -123,12 +115,7 @@ def _check(model: Any, loss: Any, labels: Any) -> None:
 
 def _export(step: _StepModule, model: nn.Module, dynamic_shapes: Any) -> ExportedProgram:
     if dynamic_shapes is not None:
-        if unknown := set(dynamic_shapes) - step.inputs.keys():
-            raise AdapterError(
-                f"export_training_step: `dynamic_shapes` has {', '.join(unknown)}, but the inputs are "
-                f"{', '.join(step.inputs)}."
-            )
-        dynamic_shapes = {name: dynamic_shapes.get(name) for name in step.inputs}
+        dynamic_shapes = {**dict.fromkeys(step.inputs), **dynamic_shapes}
     try:
         # Both calls need the kernels: the first one records attention, and the second one decomposes it.
         with exporting(), without_caches(model), sdpa_kernel([SDPBackend.MATH]), torch.enable_grad():
@@ -269,8 +256,9 @@ def _gradients_of(step: _StepModule) -> dict[str, Tensor]:
         loss = step(*step.example())
         if not loss.requires_grad:
             raise AdapterError(
-                "export_training_step: the loss does not depend on any trained parameter. The adapters are merged "
-                "(hra_fx.unmerge_adapter), disabled, or on layers that the call does not use; or the loss is detached."
+                "export_training_step: the loss does not depend on any trained parameter. The model has no active "
+                "adapter (hra_fx.set_adapter), or they are merged (hra_fx.unmerge_adapter), disabled, or on layers "
+                "that the call does not use; or the loss is detached."
             )
         if not bool(loss.isfinite()):
             raise AdapterError(

@@ -12,8 +12,7 @@ import copy
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from hra_fx.compat import state_modules
 from hra_fx.errors import UnsupportedLayerError
@@ -59,9 +58,9 @@ def check_expressible(path: str, layer: AdaptedLayer, parent: nn.Module) -> None
     elif isinstance(parent, nn.TransformerEncoderLayer):
         reason = _IN_ENCODER_LAYER
     elif isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        reason = why_not_convolution(layer)
+        reason = OWN_FORWARD if own_forward else why_not_convolution(layer)
     # A hook of accelerate would load the old weight.
-    if reason is None and own_forward and (offloading_hook(layer) is not None or not _adds_change(layer)):
+    elif own_forward and (offloading_hook(layer) is not None or not _adds_change(layer)):
         reason = OWN_FORWARD
     if reason:
         raise unsupported(path, describe(layer), reason)
@@ -69,36 +68,23 @@ def check_expressible(path: str, layer: AdaptedLayer, parent: nn.Module) -> None
 
 @torch.no_grad()
 def _adds_change(layer: AdaptedLayer) -> bool:
-    """Whether a change of the weight adds a plain layer with the difference to the output, as PEFT's LoRA assumes.
+    """Whether a change of a linear layer's weight adds the product with the difference, as PEFT's LoRA assumes.
 
-    The layer's own forward may first normalize the weight or pad the input. This is tested with one random input, in
-    float32.
+    The layer's own forward may first scale the weight. This is tested with one random input, in float32.
     """
     probe = copy.deepcopy(layer).float().eval()
     weight, generator = probe.hra_base, torch.Generator().manual_seed(0)
     change = torch.randn(weight.shape, generator=generator).to(weight)
-    # An image must be larger than the kernel of the convolution.
-    image = (weight.shape[1], *(2 * size + 1 for size in weight.shape[2:]))
-    width = (probe.hra_u.width,) if probe.hra_u.kind == "linear" else image
-    x = torch.randn(1, *width, generator=generator).to(weight)
+    x = torch.randn(1, probe.hra_u.width, generator=generator).to(weight)
     try:
         with probe.hra_u.inactive():
             before = probe(x)
             probe._parameters[probe.hra_u.weight_name] = nn.Parameter(weight + change)
             actual = probe(x) - before
-        expected = _plain(probe, x, change)
+        expected = x @ (change if probe.hra_u.fan_in_fan_out else change.mT)
     except Exception:  # the user's forward may raise any error
         return False
     return actual.shape == expected.shape and bool((actual - expected).norm() <= 1e-4 * expected.norm())
-
-
-def _plain(layer: AdaptedLayer, x: Tensor, weight: Tensor) -> Tensor:
-    """Compute a plain layer with the same geometry, without a bias."""
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(layer.kernel_size)]
-        result: Tensor = convolve(x, weight, None, layer.stride, layer.padding)
-        return result
-    return x @ (weight if layer.hra_u.fan_in_fan_out else weight.mT)
 
 
 def check_places(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:

@@ -50,7 +50,7 @@ def test_inspect_reads_an_adapter_of_peft(shelf: Shelf, tmp_path: Path) -> None:
     look = inspected(tmp_path)
     assert look["base_model"] == str(shelf / "my-model")
     assert (look["r"], look["anchor"], look["saved"]) == (4, 0, ["lm_head.weight"])
-    assert "also trained  lm_head.weight" in answer("inspect", tmp_path)
+    assert "also in it  lm_head.weight" in answer("inspect", tmp_path)
 
 
 def test_inspect_sorts_layers_by_number(tmp_path: Path) -> None:
@@ -62,7 +62,9 @@ def test_inspect_sorts_layers_by_number(tmp_path: Path) -> None:
 def test_folders_without_vectors(shelf: Shelf, tmp_path: Path) -> None:
     message = mistake("inspect", shelf.folder)
     assert "There are adapters in the subfolders 'my-adapter', 'orthonormal', 'second': pass the path of" in message
-    assert mistake("inspect", shelf / "my-model").endswith("fold and load_adapter take the model first.")
+    assert mistake("inspect", shelf / "my-model").endswith(
+        "fold and load_adapter take the model first, then the adapter."
+    )
     shutil.copytree(shelf / "my-adapter", tmp_path / "empty")
     save_file({"base_model.model.lm_head.bias": torch.ones(3)}, tmp_path / "empty" / "adapter_model.safetensors")
     assert "adapter_model.safetensors: no vectors found (keys that end in 'hra_u')" in mistake(

@@ -112,16 +112,6 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
-def test_a_terminal_without_some_characters(shelf: Shelf, tmp_path: Path) -> None:
-    """A character that cannot be shown is printed as "?"."""
-    shutil.copytree(shelf / "my-adapter", tmp_path / "adäptér")
-    for env in ({"PYTHONIOENCODING": "ascii"}, {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}):
-        done = shell(SCRIPT, "inspect", tmp_path / "adäptér", **env)
-        assert done.returncode == 0, done.stderr
-        assert "model.layers.1.self_attn.v_proj" in done.stdout and "?" in done.stdout
-
-
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "inspect.md"
 
 

