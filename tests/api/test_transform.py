@@ -5,13 +5,13 @@ from __future__ import annotations
 import ast
 import copy
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import peft
 import pytest
 import torch
 from adapting import config, mlp, picture, randomise
+from model.many import refuses
 from torch import Tensor, nn
 
 import hra_fx
@@ -71,13 +71,6 @@ def test_a_layer_that_was_replaced_is_noticed() -> None:
 # ---- errors ----
 
 
-def refused(act: Callable[[], object], model: nn.Module, message: str, kind: type[Exception] = AdapterError) -> None:
-    before = picture(model)
-    with pytest.raises(kind, match=message):
-        act()
-    assert picture(model) == before
-
-
 @pytest.mark.parametrize(
     ("part", "target", "fields", "name", "message"),
     [
@@ -99,31 +92,21 @@ def test_an_adapted_model_its_parts_and_its_parents_are_refused(
     model = hra_fx.transform(Wrapped(), config("body.0"))
     parent = nn.ModuleDict({"model": model, "last": nn.Linear(4, 2)})
     given = parent if part == "parent" else model.get_submodule(part)
-    refused(lambda: hra_fx.transform(given, config(target, **fields), name), parent, message)
-
-
-def test_hra_model_adds_all_adapters_of_a_dictionary_or_none() -> None:
-    model = hra_fx.transform(Wrapped(), config("body.0"))
-    added = {"default": config("body.0"), "good": config("body.3"), "bad": config("nowhere")}
-    keys = list(model.state_dict())
-    with pytest.raises(SelectionError, match="nowhere"):
-        hra_fx.HRAModel(model, added)
-    assert list(model.state_dict()) == keys and type(model.body[3]) is nn.Linear
+    with refuses(parent, message):
+        hra_fx.transform(given, config(target, **fields), name)
 
 
 def test_a_configuration_that_was_edited_is_checked_and_compared_again() -> None:
     model, settings = mlp(), config("0")
     for rank in (0, -1, "8", 2.0, True):
         settings.r = rank
-        refused(lambda: hra_fx.transform(model, settings), model, "`r` must be a positive int", ConfigError)
+        with refuses(model, "`r` must be a positive int", ConfigError):
+            hra_fx.transform(model, settings)
     settings.r = 3
     hra_fx.transform(model, settings)
     settings.r = 5
-    refused(
-        lambda: hra_fx.transform(model, settings),
-        model,
-        "already has an adapter with this name and another configuration",
-    )
+    with refuses(model, "already has an adapter with this name and another configuration"):
+        hra_fx.transform(model, settings)
 
 
 def test_arguments_of_another_type_are_refused() -> None:
@@ -134,14 +117,16 @@ def test_arguments_of_another_type_are_refused() -> None:
     for wrong, kind in ((None, "builtins.NoneType"), ({"r": 8}, "builtins.dict"), (lora, "peft.tuners.lora.config.Lo")):
         model = mlp()
         text = f"^`config` must be an hra_fx.HRAConfig or a peft.HRAConfig, got {kind}"
-        refused(lambda model=model, wrong=wrong: hra_fx.transform(model, wrong), model, text, ConfigError)
+        with refuses(model, text, ConfigError):
+            hra_fx.transform(model, wrong)
 
 
 def test_a_model_that_is_itself_a_layer_is_refused() -> None:
     layer = nn.Linear(4, 4)
     for settings in (config(""), hra_fx.HRAConfig(target_modules=".*"), config("Linear")):
         text = r"The model itself is a layer \(Linear\), and only layers inside a model can be adapted\. Wrap it\.$"
-        refused(lambda settings=settings: hra_fx.transform(layer, settings), layer, text, SelectionError)
+        with refuses(layer, text, SelectionError):
+            hra_fx.transform(layer, settings)
     model = hra_fx.transform(nn.Sequential(layer), hra_fx.HRAConfig(target_modules=".*"))
     assert next(iter(hra_fx.report(model))).path == "0"
 
@@ -149,7 +134,8 @@ def test_a_model_that_is_itself_a_layer_is_refused() -> None:
 def test_every_unsupported_layer_is_named_at_once() -> None:
     model = nn.Sequential(*(nn.Linear(4, 4, dtype=dtype) for dtype in (torch.complex64, None, torch.complex64)))
     text = r"^0 \(Linear\): .* Also unsupported: 2\.$"
-    refused(lambda: hra_fx.transform(model, config("0", "1", "2")), model, text, UnsupportedLayerError)
+    with refuses(model, text, UnsupportedLayerError):
+        hra_fx.transform(model, config("0", "1", "2"))
 
 
 # ---- public names: what is loaded lazily, what type checkers read, and the errors ----

@@ -7,9 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 from adapting import config, mlp, randomise
-from model.many import seen
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -61,16 +59,6 @@ def with_config(**changes: Any) -> Callable[[Path], None]:
         file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | changes), encoding="utf-8")
 
     return damage
-
-
-def refused(load: Callable[[nn.Module], object], model: nn.Module, kind: type[Exception]) -> str:
-    """The message of the error; the model must be unchanged."""
-    before = seen(model)
-    with pytest.raises(kind) as caught:
-        load(model)
-    assert type(caught.value) is kind
-    assert seen(model) == before
-    return str(caught.value)
 
 
 #: Models into which the damaged adapter is loaded. The argument is the folder of the undamaged one.

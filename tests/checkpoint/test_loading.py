@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable
@@ -20,7 +21,6 @@ from checkpoint.damaging import (
     MODELS,
     PREFIX,
     WEIGHTS_NAME,
-    refused,
     saved,
     weights,
     with_config,
@@ -28,13 +28,14 @@ from checkpoint.damaging import (
     with_weights,
 )
 from checkpoints import picture
+from model.many import refuses
 from oracles import dense_q, dense_weight, relative_error
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 import hra_fx
-from hra_fx import AdapterError, CheckpointError, ConfigError, HRAWarning
+from hra_fx import CheckpointError, ConfigError, HRAWarning
 
 X = torch.linspace(-1, 1, 12).view(2, 6)
 
@@ -68,16 +69,16 @@ def test_another_name_of_the_base_is_a_warning(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["default", "other"])
 def test_a_part_of_a_transformed_model_is_refused(name: str, tmp_path: Path) -> None:
     folder, model = saved(tmp_path, "0"), adapted(nn.ModuleDict({"body": mlp()}), "0")
-    message = refused(lambda model: hra_fx.load_adapter(model["body"], folder, name), model, AdapterError)
-    assert message == "Sequential is a submodule of a transformed model. Pass the model that was transformed."
+    with refuses(model, r"^Sequential is a submodule of a transformed model\. Pass the model that was transformed\.$"):
+        hra_fx.load_adapter(model["body"], folder, name)
 
 
 def test_nothing_is_loaded_while_adapters_are_merged(tmp_path: Path) -> None:
     folder = saved(tmp_path, "0")
     model = adapted(mlp(), "0")
     hra_fx.merge_adapter(model)
-    message = refused(lambda model: hra_fx.load_adapter(model, folder), model, AdapterError)
-    assert "merged into the weights. Call unmerge_adapter first." in message
+    with refuses(model, r"merged into the weights\. Call unmerge_adapter first\."):
+        hra_fx.load_adapter(model, folder)
 
 
 STRUCTURES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
@@ -94,9 +95,10 @@ def test_an_adapter_with_another_structure_is_not_replaced(kind: str, tmp_path: 
     ours, theirs = saved(tmp_path / "ours", "0"), saved(tmp_path / "theirs", *targets, **fields)
     for present, folder in (((("0",), {"r": 3}), theirs), ((targets, fields), ours)):
         model = adapted(mlp(), *present[0], **present[1])
-        message = refused(lambda model, folder=folder: hra_fx.load_adapter(model, folder), model, AdapterError)
-        assert message.startswith("adapter 'default' exists in the model, but with other ")
-        assert "Delete it first (hra_fx.delete_adapter), or load under another adapter_name." in message
+        with refuses(
+            model, r"^adapter 'default' exists in the model, but with other .*Delete it first .*, or load under"
+        ):
+            hra_fx.load_adapter(model, folder)
 
 
 # ---- adapters that are loaded ----
@@ -153,15 +155,6 @@ def test_keys_without_pefts_prefix_are_accepted(tmp_path: Path) -> None:
     stored = weights(folder)
     save_file({key.removeprefix(PREFIX): tensor for key, tensor in stored.items()}, folder / WEIGHTS_NAME)
     assert torch.equal(hra_fx.load_adapter(mlp(), folder).eval()(X), wanted)
-
-
-def test_entries_of_a_newer_peft_are_kept(tmp_path: Path) -> None:
-    folder = saved(tmp_path / "newer", "0")
-    newer = {"peft_version": "9.1.0", "rotation_kind": "cayley", "options": {"a": [1, None]}}
-    with_config(**newer)(folder)
-    model = hra_fx.load_adapter(mlp(), folder)
-    hra_fx.save_adapter(model, tmp_path / "again")
-    assert newer.items() <= json.loads((tmp_path / "again" / CONFIG_NAME).read_text()).items()
 
 
 @pytest.mark.parametrize("fields", [{"r": 2}, {"r": 3, "apply_GS": True}], ids=str)
@@ -343,7 +336,7 @@ def test_damage_is_refused_and_leaves_the_model_unchanged(
     folder = shutil.copytree(whole, tmp_path / "damaged")
     damage(folder)
     model = MODELS[state](whole)
-    message = refused(lambda model: hra_fx.load_adapter(model, folder, is_trainable=True), model, kind)
-    assert message.startswith(f"{folder / file}: ")
-    assert reason in message
+    with refuses(model, f"^{re.escape(f'{folder / file}: ')}", kind) as caught:
+        hra_fx.load_adapter(model, folder, is_trainable=True)
+    assert type(caught.value) is kind and reason in str(caught.value)
     hra_fx.load_adapter(model, whole)

@@ -165,8 +165,8 @@ def test_methods_and_parts_that_are_called_alone() -> None:
     assert_same(2 * model.features(X), whole)
     folded = hra_fx.fold(copy.deepcopy(model))
     assert_same(model.blocks[1](X), folded.blocks[1](X))
-    for use in (*UNKNOWN.values(), lambda self, x: super(Asking, self).attend(x)):  # type: ignore[misc]
-        base, model = pair(lambda use=use: nn.ModuleDict({"part": Asking(use)}), ["fc"])
+    for use in (*UNKNOWN.values(), lambda self, x: super(type(self), self).attend(x)):
+        base, model = pair(lambda use=use: nn.ModuleDict({"part": asking(use)}), ["fc"])  # type: ignore[misc]
         assert_same(model["part"](X), F.linear(X, dense(base["part"].fc, model["part"].fc)))
 
 
@@ -209,16 +209,20 @@ class Attending(nn.Module):
         return F.linear(x, self.fc.weight)
 
 
-class Asking(Attending):
-    """Uses the dtype of a weight by its name, and reads its values by another name."""
+def asking(use: Callable[[Any, Tensor], Tensor]) -> nn.Module:
+    """A module of its own class, which uses the dtype of a weight by its name, and reads its values by another name."""
 
-    def __init__(self, use: Callable[[Any, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.fc = nn.Linear(6, 6)
-        Asking.read = use  # type: ignore[attr-defined]
+    class Asking(Attending):
+        read = use
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.read(x.to(self.fc.weight.dtype))  # type: ignore[operator,no-any-return]
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.read(x.to(self.fc.weight.dtype))  # type: ignore[no-any-return]
+
+    return Asking()
 
 
 def by_a_variable(self: Any, x: Tensor) -> Tensor:
@@ -237,7 +241,7 @@ UNKNOWN: dict[str, Callable[[Any, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("use", UNKNOWN.values(), ids=UNKNOWN)
 def test_a_weight_whose_values_may_be_read_by_another_name(use: Callable[[Any, Tensor], Tensor]) -> None:
-    base, model = pair(lambda: Asking(use), ["fc"])
+    base, model = pair(lambda: asking(use), ["fc"])
     assert_gradients(model(X), F.linear(X, dense(base.fc, model.fc)), [model.fc.hra_u["default"]])
 
 
@@ -247,15 +251,17 @@ class Clamping(nn.Linear):
         return F.linear(input, self.weight)
 
 
-class Writing(Asking):
+class Writing(nn.ModuleDict):
+    fc: nn.Linear
+
     def forward(self, x: Tensor) -> Tensor:
         self.fc.weight.clamp_(-1, 1)
         return F.linear(x, self.fc.weight)
 
 
-@pytest.mark.parametrize("make", [lambda: nn.ModuleDict({"fc": Clamping(6, 6)}), lambda: Writing(by_a_variable)])
-def test_writes_that_would_be_lost_are_refused(make: Callable[[], nn.Module]) -> None:
-    model = make()
+@pytest.mark.parametrize(("holder", "layer"), [(nn.ModuleDict, Clamping), (Writing, nn.Linear)])
+def test_writes_that_would_be_lost_are_refused(holder: type[nn.ModuleDict], layer: type[nn.Linear]) -> None:
+    model = holder({"fc": layer(6, 6)})
     before = [type(part) for part in model.modules()]
     message = r"^fc \((Clamping|Linear)\): the forward writes into its weight \(`weight\.(data|clamp_)`\) and reads it"
     with pytest.raises(hra_fx.UnsupportedLayerError, match=message):

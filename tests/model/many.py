@@ -148,9 +148,9 @@ def seen(model: nn.Module) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def refuses(model: nn.Module, text: str, kind: type[Exception] = hra_fx.AdapterError) -> Iterator[None]:
+def refuses(model: nn.Module, text: str, kind: type[Exception] = hra_fx.AdapterError) -> Iterator[Any]:
     """The block raises this error, whose message matches `text`, and leaves the model unchanged."""
     before = seen(model)
-    with pytest.raises(kind, match=text):
-        yield
+    with pytest.raises(kind, match=text) as caught:
+        yield caught
     assert seen(model) == before
