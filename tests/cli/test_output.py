@@ -73,15 +73,6 @@ def test_there_is_one_version() -> None:
     assert importlib.metadata.version("hra-fx") == hra_fx.__version__
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("columns", [60, 120])
-def test_every_help_has_examples_and_fits(command: str, columns: int) -> None:
-    text = answer(command, "--help", columns=columns)
-    assert f"hra-fx {command} " in text.partition("Examples:")[2]
-    assert max(len(line) for line in text.splitlines()) <= columns
-    assert answer(command, "-h", columns=columns) == text
-
-
 def test_the_help_lists_all_commands_and_exit_codes() -> None:
     text = answer("--help", columns=100)
     assert all(re.search(rf"^│ {command} ", text, re.MULTILINE) for command in COMMANDS)

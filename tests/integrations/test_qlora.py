@@ -11,11 +11,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapting import randomise, vectors_of
-from bitsandbytes.functional import dequantize_4bit
+from adapting import vectors_of
 from integrations.trl_use.runs import OURS, PEFT, TAKEN, logs, own_cache, redraw, trainer  # noqa: F401
-from oracles import dense_q, relative_error
-from safetensors.torch import load_file
 from tiny import llama
 from tiny_models import tokens_of, trainer_of
 from torch import Tensor, nn
@@ -151,26 +148,3 @@ def test_vectors_that_trl_leaves_in_bfloat16_are_a_warning(folder: Path, tmp_pat
     assert {vectors.dtype for vectors in vectors_of(made.model).values()} == {torch.bfloat16}
     with pytest.warns(HRAWarning, match=r"its trained vectors are torch.bfloat16, .*\.float\(\)"):
         made.train()
-
-
-def test_a_4_bit_model_of_peft_is_reported_and_served(folder: Path, tmp_path: Path) -> None:
-    model = peft.get_peft_model(in_4_bits(folder), peft.HRAConfig(**FIELDS))
-    hra_fx.from_peft(model)
-    randomise(model)
-    output = logits(model)
-    report = hra_fx.report(model)
-    hra_fx.save_as_lora(model, tmp_path)
-    factors = load_file(tmp_path / "adapter_model.safetensors")
-    for row in report:
-        layer = model.get_base_model().get_submodule(row.path)
-        held = layer.weight
-        weight = dequantize_4bit(held.data, held.quant_state).double()
-        rotated = weight @ dense_q(layer.hra_u["default"].detach())
-        assert row.weight_change == pytest.approx(float((rotated - weight).norm() / weight.norm()), rel=1e-4)
-        down, up = (factors[f"base_model.model.{row.path}.lora_{side}.weight"].double() for side in "AB")
-        assert relative_error(weight + up @ down, rotated) < 1e-5, row.path
-    assert len(report) == 14
-    assert torch.equal(logits(model), output)
-    with pytest.raises(hra_fx.FoldError, match="its weight is quantized"):
-        hra_fx.fold(model)
-    assert torch.equal(logits(model), output)

@@ -7,9 +7,8 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hra_fx import HRAConfig, transform
 from hra_fx.reporting.report import Report
 from hra_fx.reporting.row import Row
 from hra_fx.reporting.skipped_layers import SkippedLayer
@@ -48,14 +47,6 @@ def blocks(count: int, *names: str, stack: str = "model.layers", **fields: Any) 
     angles = torch.linspace(0.01, 0.5, count * len(names)).tolist()
     paths = [f"{stack}.{index}.attn.{name}" for index in range(count) for name in names]
     return [row(path, mean_angle=angle, angle=2 * angle, **fields) for path, angle in zip(paths, angles, strict=True)]
-
-
-def adapted(r: int = 2) -> Any:
-    model = transform(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2)), HRAConfig(r=r, target_modules=["0"]))
-    with torch.no_grad():
-        vectors = model[0].hra_u["default"]
-        vectors.add_(0.2 * torch.randn(vectors.shape, generator=torch.Generator().manual_seed(0)))
-    return model
 
 
 def oracle_angles(q: Tensor, floor: float = 1e-7) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import tiny
 import torch
@@ -42,41 +42,18 @@ class Nested(nn.Module):
 
 
 SMALL = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 11}
-
-
-def tiny_bert() -> nn.Module:
-    return tiny.bert(**SMALL)
-
-
-def tiny_roberta() -> nn.Module:
-    return tiny.bert("RobertaForSequenceClassification", **SMALL, pad_token_id=1)
-
-
-def tiny_opt() -> nn.Module:
-    sizes = {"hidden_size": 8, "ffn_dim": 16, "word_embed_proj_dim": 8, "vocab_size": 11}
-    return tiny.opt(**sizes, num_hidden_layers=3)
-
-
-def tiny_llama() -> nn.Module:
-    return tiny.llama(**SMALL)
-
-
-def tiny_llama_classifier() -> nn.Module:
-    return tiny.llama("LlamaForSequenceClassification", **SMALL)
-
-
-def tiny_vit() -> nn.Module:
-    return tiny.vit(hidden_size=8, intermediate_size=16, image_size=8, patch_size=4)
-
-
+tiny_bert = partial(tiny.bert, **SMALL)
+tiny_llama = partial(tiny.llama, **SMALL)
+tiny_opt = partial(tiny.opt, hidden_size=8, ffn_dim=16, word_embed_proj_dim=8, vocab_size=11, num_hidden_layers=3)
+tiny_vit = partial(tiny.vit, hidden_size=8, intermediate_size=16, image_size=8, patch_size=4)
 MAKERS: list[Callable[[], nn.Module]] = [
     Nested,
     tiny_bert,
-    tiny_roberta,
+    partial(tiny.bert, "RobertaForSequenceClassification", **SMALL, pad_token_id=1),
     tiny_opt,
     tiny.t5,
     tiny_llama,
-    tiny_llama_classifier,
+    partial(tiny.llama, "LlamaForSequenceClassification", **SMALL),
     tiny_vit,
     tiny.gpt2,
 ]

@@ -11,7 +11,6 @@ from typing import Any
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
-SVG = "{http://www.w3.org/2000/svg}"
 SINGLE = ("adapted_layer", "plain", "eager", "trained", "closed", "port")
 _VALUE = re.compile(r" · (unknown|[\d.]+[%°])$")
 
