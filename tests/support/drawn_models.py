@@ -105,7 +105,7 @@ def _two_adapters() -> nn.Module:
 MAKERS: dict[str, Callable[[], nn.Module]] = {
     "resnet": lambda: _adapted(torchvision.models.resnet18(), r".*(conv\d|downsample\.0|fc)"),
     "bert": lambda: _adapted(bert("BertModel", num_hidden_layers=3), ["query", "key", "value", "dense"]),
-    "llama": lambda: _adapted(llama(num_hidden_layers=3), ["q_proj", "v_proj", "gate_proj", "up_proj"]),
+    "llama": lambda: _adapted(llama(), ["q_proj", "v_proj", "gate_proj", "up_proj"]),
     "shared": lambda: _adapted(Shared(), ["fc1", "fc2", "fc"]),
     "repeats": lambda: _adapted(nn.Sequential(*(Residual() for _ in range(40)), nn.Linear(4, 2)), ["fc1", "fc2"]),
     "pairs": lambda: _adapted(Pairs(), ["fc", "head"]),
