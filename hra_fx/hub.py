@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,26 +10,15 @@ from typing import Any
 
 from hra_fx.errors import CheckpointError
 
-#: Arguments of `huggingface_hub.snapshot_download` that loading functions accept.
-OPTIONS = (
-    "cache_dir",
-    "endpoint",
-    "etag_timeout",
-    "force_download",
-    "headers",
-    "local_files_only",
-    "max_workers",
-    "revision",
-    "token",
-    "user_agent",
-)
-
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raise an error for keyword arguments that `download` does not support."""
-    for option in options:
-        if option not in OPTIONS:
-            raise TypeError(f"unexpected keyword argument {option!r}. Use subfolder, {', '.join(OPTIONS)}.")
+    """Raise an error for keyword arguments that `huggingface_hub.snapshot_download` does not have."""
+    if options:  # huggingface_hub imports slowly
+        from huggingface_hub import snapshot_download
+
+        known = inspect.signature(snapshot_download).parameters
+        if unknown := [option for option in options if option not in known]:
+            raise TypeError(f"unexpected keyword argument {unknown[0]!r}. Use subfolder, {', '.join(known)}.")
 
 
 def download(source: str | os.PathLike[str], patterns: Sequence[str], options: Mapping[str, Any]) -> Path:

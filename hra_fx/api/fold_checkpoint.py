@@ -221,8 +221,6 @@ def _explained_errors(out: Path) -> Iterator[None]:
 
 def _check_folders(base: Path, out: Path, adapters: Iterable[Source], *, overwrite: bool) -> None:
     """Check that the output folder is free, and does not overlap with the base or with an adapter."""
-    if out.is_file():
-        raise CheckpointError(f"{out}: is a file. Choose another output folder.")
     real = Path(os.path.realpath(base))
     inputs = {"the base": real} | {f"adapter {source}": Path(os.path.realpath(source)) for source in adapters}
     for name, folder in inputs.items():

@@ -45,8 +45,6 @@ from hra_fx.selection.suggestions import some_of
 
 #: Metadata key in `adapter_model.safetensors`.
 RESUME = "hra_fx"
-#: The end of the keys of trained tokens (`trainable_token_indices` in 0.4).
-_TOKEN_ROWS = ".trainable_tokens_delta"
 #: Keys that PEFT writes but does not read: with bias="all", each bias of a module in `modules_to_save` once more.
 _UNREAD = re.compile(r"\.(original_module|modules_to_save)\.(.*\.)?bias$")
 _SHOWN = 5
@@ -149,11 +147,6 @@ def read_adapter(source: str | os.PathLike[str], config: HRAConfig | None = None
     folder = find(source)
     file = folder / WEIGHTS_NAME
     stored, metadata = read(file)
-    if rows := next((key for key in stored if key.endswith(_TOKEN_ROWS)), None):
-        raise CheckpointError(
-            f"{file}: {rows} has trained tokens, which 0.5 does not read. Fold the adapter with hra_fx 0.4, or train "
-            'it again with modules_to_save=["embed_tokens", "lm_head"].'
-        )
     own = HRAConfig.from_pretrained(folder) if config is None else config
     keys = sorted(stored, key=lambda key: re.sub(r"\d+", lambda number: number[0].zfill(9), key).split("."))
     # Some writers leave out PEFT's prefix.

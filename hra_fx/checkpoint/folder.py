@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from hra_fx.atomic_write import temporary_file
+from hra_fx.atomic_write import Content, temporary_file
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError
 from hra_fx.hub import check_options, download
@@ -79,15 +79,16 @@ def write(
     """
     folder = Path(directory)
     data = _serialize(folder / WEIGHTS_NAME, tensors, metadata)
-    _write_files(folder, {CONFIG_NAME: config_text.encode(), WEIGHTS_NAME: data})
+    write_files(folder, {CONFIG_NAME: config_text.encode(), WEIGHTS_NAME: data})
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write one safetensors file like `write`."""
-    _write_files(path.parent, {path.name: _serialize(path, tensors, metadata)})
+    write_files(path.parent, {path.name: _serialize(path, tensors, metadata)})
 
 
-def _write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+def write_files(folder: Path, contents: Mapping[str, Content]) -> None:
+    """Write several files like `write`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:

@@ -19,7 +19,6 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from hra_fx.atomic_write import atomic_write
 from hra_fx.checkpoint.adapter import Resume
 from hra_fx.checkpoint.base_model import auto_mapping, base_model_name, write_base_row
 from hra_fx.checkpoint.folder import (
@@ -31,10 +30,11 @@ from hra_fx.checkpoint.folder import (
     vectors_entry,
     vectors_key,
     write,
+    write_files,
     write_weights,
 )
 from hra_fx.config import HRAConfig
-from hra_fx.errors import AdapterError, CheckpointError, HRAWarning
+from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.functional.chain import plain_chain
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.sharding import full_tensor, is_dtensor, on_first_rank
@@ -107,7 +107,13 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     """
     with adapted_view(model) as adapted:
         root, record = root_of(adapted)
-        name = _only_adapter(record) if adapter_name is None else names_in(record, adapter_name)[0]
+        candidates = record.configs if len(record.configs) == 1 else record.active
+        if adapter_name is None and len(candidates) != 1:
+            raise AdapterError(
+                f"adapter_name is required: the model has the adapters {list(record.configs)}, with "
+                f"{list(record.active)} active."
+            )
+        name = names_in(record, candidates if adapter_name is None else adapter_name)[0]
         config, tensors, metadata = _contents(root, record, name, _state_of(root))
         on_first_rank(root.parameters(), lambda: write(directory, config.to_json_string(), tensors, metadata))
 
@@ -194,16 +200,6 @@ def _state_of(root: nn.Module) -> dict[str, Tensor]:
     return root.state_dict()
 
 
-def _only_adapter(record: AdapterState) -> str:
-    candidates = tuple(record.configs) if len(record.configs) == 1 else record.active
-    if len(candidates) != 1:
-        raise AdapterError(
-            f"adapter_name is required: the model has the adapters {list(record.configs)}, with "
-            f"{list(record.active)} active."
-        )
-    return candidates[0]
-
-
 def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[str, Tensor]) -> _Contents:
     config, sites = record.configs[name], layers_with(root, record, name)
     if missing := [entry for path in sites if (entry := vectors_entry(path, name)) not in state]:
@@ -267,14 +263,10 @@ def write_card(directory: Path, root: nn.Module, configs: Mapping[str, HRAConfig
     from huggingface_hub import ModelCard, ModelCardData
 
     path = directory / CARD_NAME
-    try:
-        card = ModelCard.load(path) if path.exists() else ModelCard(_card_text(root, configs))
-        present = card.data.to_dict()
-        card.data = ModelCardData(**{**present, **_card_metadata(root, configs, present.get("tags") or [])})
-        directory.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, str(card).encode())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot write the model card ({error}). The old file is unchanged.") from error
+    card = ModelCard.load(path) if path.exists() else ModelCard(_card_text(root, configs))
+    present = card.data.to_dict()
+    card.data = ModelCardData(**{**present, **_card_metadata(root, configs, present.get("tags") or [])})
+    write_files(directory, {CARD_NAME: str(card).encode()})
 
 
 def _card_metadata(root: Any, configs: Mapping[str, HRAConfig], tags: list[str]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from hra_fx.errors import AdapterError
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.target import REFLECTION
 from hra_fx.layers.trained_copies import all_copies
-from hra_fx.model.state import AdapterState, adapted_layers, names_in, root_of
+from hra_fx.model.state import adapted_layers, names_in, root_of
 
 if TYPE_CHECKING:
     import numpy
@@ -132,7 +132,13 @@ def adapter_inputs(
 def _adapter(model: nn.Module, adapter_name: str | None = None) -> tuple[str, dict[str, HouseholderAdapters]]:
     """The name of an adapter, by default the active one, and the reflections of its layers."""
     root, record = root_of(model)
-    name = _active_adapter(record) if adapter_name is None else names_in(record, adapter_name)[0]
+    active = () if record.disabled or record.merged else record.active
+    if adapter_name is None and len(active) != 1:
+        raise AdapterError(
+            f"a graph needs exactly one active adapter, which is not merged or disabled, got {list(active)}. Call "
+            "hra_fx.set_adapter(model, name)."
+        )
+    name = names_in(record, active if adapter_name is None else adapter_name)[0]
     for path, (_, copies) in all_copies(root).items():
         if name in copies.copied:
             raise AdapterError(
@@ -141,16 +147,6 @@ def _adapter(model: nn.Module, adapter_name: str | None = None) -> tuple[str, di
                 "torch.onnx.export alone."
             )
     return name, {path: layer.hra_u for path, layer in adapted_layers(model).items() if name in layer.hra_u}
-
-
-def _active_adapter(record: AdapterState) -> str:
-    active = () if record.disabled or record.merged else record.active
-    if len(active) != 1:
-        raise AdapterError(
-            f"a graph needs exactly one active adapter, which is not merged or disabled, got {list(active)}. Call "
-            "hra_fx.set_adapter(model, name)."
-        )
-    return active[0]
 
 
 def _vectors(slot: Any, reflection: HouseholderAdapters | None, name: str, dtype: torch.dtype) -> Tensor:

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hra_fx.atomic_write import atomic_write
-from hra_fx.checkpoint.folder import non_finite
+from hra_fx.checkpoint.folder import non_finite, write_files
 from hra_fx.errors import AdapterError, CheckpointError, UnsupportedLayerError
 from hra_fx.lora.adapter import LoraAdapter, LoraLayer
 
@@ -65,14 +64,8 @@ def write_gguf(adapter: LoraAdapter, path: Path, dtype: torch.dtype) -> None:
             writer.add_tensor(
                 f"{names[layer.path]}.{suffix}", data, raw_dtype=gguf.GGMLQuantizationType[_DTYPES[dtype]]
             )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path.resolve(), lambda file: _write(writer, file))
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot write the file ({error.strerror}). The old file, if any, is unchanged. Choose another "
-            "path."
-        ) from error
+    target = path.resolve()  # a symbolic link is kept
+    write_files(target.parent, {target.name: lambda file: _write(writer, file)})
 
 
 def _tensor_names(adapter: LoraAdapter, gguf: Any) -> dict[str, str]:

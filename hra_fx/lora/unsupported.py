@@ -36,8 +36,8 @@ def unsupported(path: str, description: str, reason: str) -> UnsupportedLayerErr
     )
 
 
-def why_not_convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str | None:
-    """Return why LoRA does not support a convolution, as the end of a sentence; `None` if it does."""
+def _why_not_convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str | None:
+    """The end of a sentence; `None` if LoRA supports the convolution."""
     if layer.groups > 1:
         return "has groups, so the change of its weight is not a LoRA of this rank"
     if any(step > 1 and size > 1 for step, size in zip(layer.dilation, layer.kernel_size, strict=True)):
@@ -58,7 +58,7 @@ def check_expressible(path: str, layer: AdaptedLayer, parent: nn.Module) -> None
     elif isinstance(parent, nn.TransformerEncoderLayer):
         reason = _IN_ENCODER_LAYER
     elif isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        reason = OWN_FORWARD if own_forward else why_not_convolution(layer)
+        reason = OWN_FORWARD if own_forward else _why_not_convolution(layer)
     # A hook of accelerate would load the old weight.
     elif own_forward and (offloading_hook(layer) is not None or not _adds_change(layer)):
         reason = OWN_FORWARD

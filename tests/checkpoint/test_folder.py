@@ -51,7 +51,7 @@ def test_local_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [rank_of(source) for source in ("mine", tmp_path / "mine", str(tmp_path / "mine"))] == [2, 2, 2]
     assert [rank_of("mine", subfolder) for subfolder in ("", ".")] == [2, 2]
     assert rank_of("mine", "adapters/first") == 4
-    with pytest.raises(TypeError, match=r"^unexpected keyword argument 'sub_folder'\. Use subfolder, cache_dir, "):
+    with pytest.raises(TypeError, match=r"^unexpected keyword argument 'sub_folder'\. Use subfolder, repo_id, "):
         rank_of("mine", sub_folder="a")
 
 
@@ -155,7 +155,7 @@ def test_a_configuration_is_downloaded_without_weights(hub: dict[str, Any], tmp_
     ):
         with pytest.raises(ConfigError, match=text):
             HRAConfig.from_pretrained(source, **options)
-    with pytest.raises(TypeError, match=r"^unexpected keyword argument 'sub_folder'\. Use subfolder, cache_dir, "):
+    with pytest.raises(TypeError, match=r"^unexpected keyword argument 'sub_folder'\. Use subfolder, repo_id, "):
         HRAConfig.from_pretrained("user/name", sub_folder="a")
 
 

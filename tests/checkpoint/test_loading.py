@@ -226,7 +226,6 @@ HEAD, HEAD_BIAS = f"{PREFIX}3.weight", f"{PREFIX}3.bias"
 Saved = tuple[tuple[str, ...], dict[str, Any]]
 CHAIN: Saved = (("0", "3"), {"r": 4})
 ANCHORED: Saved = (("0",), {"r": 3})
-TOKENS = f"{PREFIX}embed_tokens.token_adapter.trainable_tokens_delta"
 GRAM_SCHMIDT: Saved = (("0",), {"r": 3, "apply_GS": True})
 WITH_HEAD: Saved = (("0",), {"r": 2, "modules_to_save": ["3"]})
 
@@ -283,7 +282,6 @@ WEIGHTS: dict[str, tuple[Saved, Callable[[Path], object], str]] = {
         with_weights(seven_more),
         ", ".join(f"{PREFIX}deeper.{i}.hra_u" for i in range(5)) + " and 2 more.",
     ),
-    "tokens of 0.4": (CHAIN, put(TOKENS, torch.ones(2, 6)), f"{TOKENS} has trained tokens, which 0.5 does not read."),
     # modules to save
     "no head": (WITH_HEAD, drop(HEAD, HEAD_BIAS), f"missing keys {HEAD_BIAS}, {HEAD}."),
     "shape of the head": (WITH_HEAD, put(HEAD, torch.ones(5, 8)), shape(HEAD, (5, 8), (4, 8))),
@@ -305,6 +303,13 @@ WEIGHTS: dict[str, tuple[Saved, Callable[[Path], object], str]] = {
 DAMAGES: dict[str, tuple[Saved, Callable[[Path], object], str, str, type[Exception]]] = {
     **{name: (before, act, WEIGHTS_NAME, text, CheckpointError) for name, (before, act, text) in WEIGHTS.items()},
     "no rank": (CHAIN, with_config(r=0), CONFIG_NAME, "`r` must be a positive int, got 0.", ConfigError),
+    "tokens of 0.4": (
+        CHAIN,
+        with_config(trainable_token_indices=[1]),
+        CONFIG_NAME,
+        "HRAConfig has no field `trainable_token_indices`. It was removed in 0.5.",
+        ConfigError,
+    ),
     "no configuration": (CHAIN, without(CONFIG_NAME), CONFIG_NAME, NO_FILE, CheckpointError),
     "other targets": (
         CHAIN,

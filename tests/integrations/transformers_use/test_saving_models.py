@@ -170,7 +170,7 @@ def test_a_card_of_the_users_keeps_its_text(tmp_path: Path) -> None:
     assert card.data.license == "mit"
     assert card.data.tags == ["hra", "hra_fx", "poems", "transformers"]
     path.write_text("---\n- not\n- a mapping\n---\n")
-    with pytest.raises(hra_fx.CheckpointError, match=rf"^{re.escape(str(path))}: cannot write the model card \("):
+    with pytest.raises(ValueError, match="metadata block should be a dict"):  # of huggingface_hub
         model.create_or_update_model_card(path.parent)
 
 
