@@ -11,11 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import adapting
 import bitsandbytes
 import peft
 import pytest
 import timm
 import torch
+from adapting import randomise
 from moe_models import built, call_of, experts_config
 from oracles import relative_error
 from torch import Tensor, nn
@@ -24,7 +26,6 @@ from torch.optim.lr_scheduler import LinearLR
 
 import hra_fx
 from hra_fx import AdapterError, ConfigError, HRAConfig, HRAWarning, train_pairs
-from hra_fx.functional.pairs import from_pairs, to_pairs
 
 C = 0.3
 F64 = torch.float64
@@ -59,18 +60,9 @@ def base() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).to(F64)
 
 
-def adapted(model: nn.Module | None = None, **fields: Any) -> nn.Module:
-    """With vectors that differ from their initial values."""
-    fields = {"r": 4, "target_modules": ["0", "2"]} | fields
-    return off_start(hra_fx.transform(model or base(), HRAConfig(**fields)))
-
-
-def off_start(model: nn.Module) -> nn.Module:
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for vectors in vectors_of(model).values():
-            vectors += 0.1 * torch.randn_like(vectors)
-    return model
+def adapted(**fields: Any) -> nn.Module:
+    """With random vectors."""
+    return adapting.adapted(base(), **{"r": 4, "target_modules": ["0", "2"]} | fields)
 
 
 def vectors_of(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -203,7 +195,7 @@ def test_a_closure_runs_in_vectors() -> None:
 
 def test_a_step_that_a_scaler_skips_changes_nothing() -> None:
     """A fused optimizer is called also if a gradient is infinite."""
-    model = adapted(base().float())
+    model = adapted().float()
     optimizer = AdamW(vectors_of(model).values(), fused=True)
     train_pairs(optimizer, model)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -274,7 +266,7 @@ def test_other_vectors_are_stepped_as_they_are_with_one_warning() -> None:
         hra_fx.add_adapter(model, name, HRAConfig(**{"r": 2, "target_modules": ["0"]} | more))
     hra_fx.set_adapter(model, list(fields))
     model[0].hra_u["narrow"].data = model[0].hra_u["narrow"].data.to(torch.bfloat16)
-    off_start(model)
+    randomise(model)
     plain = copy.deepcopy(model)
     for each in (model, plain):
         optimizer = AdamW(vectors_of(each).values())
@@ -300,7 +292,7 @@ def test_adapters_of_other_ranks_and_those_that_are_added_later() -> None:
     hra_fx.add_adapter(model, "third", HRAConfig(r=6, target_modules=["2"]))
     hra_fx.set_adapter(model, ["default", "third"])
     optimizer.add_param_group({"params": [model[2].hra_u["third"]]})
-    off_start(model)
+    randomise(model)
     explicit, idle = copy.deepcopy(model), model[0].hra_u["second"].clone()
     loss_of(model).backward()
     optimizer.step()
@@ -361,7 +353,7 @@ def test_what_is_refused() -> None:
 def test_the_8_bit_optimizer_of_bitsandbytes() -> None:
     """It quantizes blocks of several columns, so the oracle is one parameter with the same columns."""
     make = partial(bitsandbytes.optim.AdamW8bit, lr=0.02, min_8bit_size=16)
-    model, loss = adapted(base().float()), partial(loss_of, dtype=torch.float32)
+    model, loss = adapted().float(), partial(loss_of, dtype=torch.float32)
     wanted = by_oracle(copy.deepcopy(model), make, loss, joint=True)
     plain = copy.deepcopy(model)
     same(by_pairs(model, make, loss), wanted, 1e-4)
@@ -389,7 +381,8 @@ def test_steps_are_those_of_sums_and_differences(name: str) -> None:
 
 @pytest.mark.needs("transformers>=5.6")
 def test_experts_and_layers_of_peft() -> None:
-    experts = off_start(hra_fx.transform(built("mixtral", implementation="eager"), experts_config()))
+    experts = hra_fx.transform(built("mixtral", implementation="eager"), experts_config())
+    randomise(experts)
     same(by_pairs(copy.deepcopy(experts), AdamW, loss_of_experts), by_oracle(experts, AdamW, loss_of_experts))
     model = peft.get_peft_model(base(), peft.HRAConfig(r=4, init_weights=False, target_modules=["0", "2"]))
     for make in (copy.deepcopy, hra_fx.from_peft):
@@ -402,10 +395,3 @@ def test_the_unit_of_pairs_is_the_length_of_new_vectors(r: int) -> None:
     model = hra_fx.transform(nn.Sequential(nn.Linear(4096, 1)), HRAConfig(r=r, target_modules=["0"]))
     drawn = model[0].hra_u["default"].detach()
     assert float(drawn.norm(dim=0).square().mean().sqrt()) == pytest.approx(length_of(drawn), rel=0.02)
-
-
-@pytest.mark.parametrize("rows", [0, 5])
-def test_from_pairs_is_the_inverse_even_without_rows(rows: int) -> None:
-    """With sharded vectors, a process may have no rows of a layer."""
-    vectors = torch.randn(2, rows, 4, dtype=F64)
-    torch.testing.assert_close(from_pairs(to_pairs(vectors.clone(), 1.5, 0.3), 1.5, 0.3), vectors)

@@ -1,4 +1,4 @@
-"""Quiet pairs: differences are orthogonal to the main inputs of the training data."""
+"""Quiet pairs: differences are orthogonal to the main inputs of the training data. Vectors without rows."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from training.test_pairs import F64, AdamW, C, adapted, base, explicit_pairs, lo
 
 import hra_fx
 from hra_fx import AdapterError, ConfigError, train_pairs
+from hra_fx.functional.pairs import from_pairs, to_pairs
 
 
 def main_inputs(rows: Tensor, count: int) -> Tensor:
@@ -58,3 +59,10 @@ def test_directions_of_pairs_are_checked() -> None:
             train_pairs(optimizer, model, batches=[torch.randn(2, 6).to(F64)], directions=directions)
     with pytest.raises(AdapterError, match=r"^`batches` is empty"):
         train_pairs(optimizer, model, batches=[], directions=1)
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_from_pairs_is_the_inverse_even_without_rows(rows: int) -> None:
+    """With sharded vectors, a process may have no rows of a layer."""
+    vectors = torch.randn(2, rows, 4, dtype=F64)
+    torch.testing.assert_close(from_pairs(to_pairs(vectors.clone(), 1.5, 0.3), 1.5, 0.3), vectors)
