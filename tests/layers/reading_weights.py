@@ -11,23 +11,15 @@ from layers.checking import assert_same, normal, pair, rotation, turned
 from torch import Tensor, nn
 
 
-def linear() -> nn.Module:
-    return nn.Linear(6, 4)
-
-
-def layer_pair(make: Callable[[], nn.Module] = linear, **fields: Any) -> tuple[Any, Any]:
+def layer_pair() -> tuple[Any, Any]:
     """A base layer, and an adapted copy of it."""
-    base, model = pair(lambda: nn.ModuleDict({"layer": make(), "other": nn.Linear(2, 2)}), ["layer"], **fields)
+    base, model = pair(lambda: nn.ModuleDict({"layer": nn.Linear(6, 4), "other": nn.Linear(2, 2)}), ["layer"])
     return base["layer"], model["layer"]
-
-
-def weight_of(layer: Any) -> Any:
-    return layer.in_proj_weight if isinstance(layer, nn.MultiheadAttention) else layer.weight
 
 
 def dense(base: Any, layer: Any) -> Tensor:
     """`W Q` by explicit matrices in float64, differentiable in the vectors of `layer`."""
-    return turned(base, weight_of(base).detach(), rotation(nn.ModuleDict({"layer": layer}), "layer"))
+    return turned(base, base.weight.detach(), rotation(nn.ModuleDict({"layer": layer}), "layer"))
 
 
 class Functional(nn.Module):

@@ -13,6 +13,7 @@ import torch
 from adapting import randomise
 from layers.cases import CASES, SHARED, Case
 from layers.checking import assert_same, check, check_fold, dense_weights, normal, run_dense, vectors_of
+from layers.reading_weights import assert_gradients
 from oracles import relative_error
 from peft_sides import by_peft, by_us, opened_by_peft, plain_name, randomise as randomise_trained, same_tensors
 from safetensors.torch import load_file
@@ -145,6 +146,19 @@ def test_merge_and_unmerge(case: Case, fields: dict[str, Any]) -> None:
     assert dict.fromkeys(before, True) == {
         name: torch.equal(value, before[name]) for name, value in model.state_dict().items()
     }
+
+
+@sorts
+def test_effective_weights_are_dense_products(case: Case, fields: dict[str, Any]) -> None:
+    base, model = case.pair(**fields)
+    for name, wanted in dense_weights(base, model).items():
+        path, _, last = name.rpartition(".")
+        is_experts = bool(case.parameters)
+        layer: Any = model.get_submodule(f"{path}.hra_{last}" if is_experts else path)
+        effective, weight = hra_fx.effective_weight(layer), layer.hra_base
+        assert type(effective) is Tensor and torch.equal(weight, base.get_parameter(name))
+        assert is_experts or model.get_parameter(name) is weight
+        assert_gradients(effective * 2, wanted * 2, [layer.hra_u["default"]])
 
 
 @every
