@@ -9,10 +9,10 @@ from torch import fx, nn
 
 from hra_fx.layers.target import REFLECTION, layer_of_entry, weight_entry
 
-#: Attributes and methods that do not depend on the values of a weight.
-METADATA = frozenset(
+#: Attributes and methods that do not depend on the values of a tensor.
+_METADATA = frozenset(
     ("dtype", "device", "shape", "ndim", "is_cuda", "requires_grad", "layout", "size", "dim", "numel", "element_size")
-)
+) | {"stride", "ndimension", "is_floating_point", "get_device"}
 
 
 def find_uses(graph_module: fx.GraphModule, is_selected: Callable[[str, nn.Module], bool]) -> list[fx.Node]:
@@ -50,12 +50,13 @@ def _is_use(node: fx.Node, graph_module: fx.GraphModule, is_selected: Callable[[
     if REFLECTION not in layer._modules or not is_selected(path, layer):
         return False
     if node.op == "get_attr":
-        return target == weight_entry(path, layer) and not all(map(_is_metadata, node.users))
+        return target == weight_entry(path, layer) and not all(map(is_metadata, node.users))
     adapters: Any = layer._modules[REFLECTION]
     return bool(adapters.reflects_input) and len(node.args) + len(node.kwargs) == 1
 
 
-def _is_metadata(node: fx.Node) -> bool:
-    return (node.target is getattr and node.args[1] in METADATA) or (
-        node.op == "call_method" and node.target in METADATA
+def is_metadata(node: fx.Node) -> bool:
+    """Whether a node reads a shape, a dtype or another property of a tensor that does not depend on its values."""
+    return (node.target is getattr and node.args[1] in _METADATA) or (
+        node.op == "call_method" and node.target in _METADATA
     )

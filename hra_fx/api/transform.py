@@ -22,7 +22,7 @@ from hra_fx.removed import without_removed_arguments
 from hra_fx.selection.check import select_checked
 from hra_fx.selection.origin import keep_origin, origin_of
 from hra_fx.selection.select import select, with_head
-from hra_fx.tracing.graphs import graphs_of, trace_model
+from hra_fx.tracing.graphs import graph_of, trace_model
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -228,4 +228,4 @@ def graphs(model: nn.Module, example_inputs: Any = None) -> dict[str, fx.GraphMo
         ['0.hra_u', '0', '1']
     """
     require_adapted_layers(model)
-    return graphs_of(unwrap(model), example_inputs)
+    return {"": graph_of(unwrap(model), example_inputs)}

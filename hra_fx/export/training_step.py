@@ -274,9 +274,15 @@ def _check_gradients(program: ExportedProgram, step: _StepModule, wanted: Mappin
     """Compare the program with the model on the example."""
     with _unchanged(step), torch.no_grad():
         loss, gradients = program.module()(*step.example())
-    if (found := _different({"": loss, **gradients}, wanted)) is not None:
-        name, error = found
-        what = f"the gradient of {name}" if name else "the loss"
+    found: dict[str, Tensor] = {"": loss, **gradients}
+    norms = {name: float(value.double().norm()) for name, value in wanted.items()}
+    largest = max(norms.values())
+    for name, value in wanted.items():
+        eps = torch.finfo(torch.float64 if value.dtype == torch.float64 else torch.float32).eps
+        difference = float((found[name].double() - value.double()).norm()) if name in found else norms[name]
+        if difference <= _TOLERANCE * norms[name] + _ROUNDING * eps * largest:
+            continue
+        what, error = f"the gradient of {name}" if name else "the loss", difference / (norms[name] or 1.0)
         raise AdapterError(
             f"export_training_step: {what} in the program differs from PyTorch's by {error:.1e} of its norm. The "
             f"backward pass of exported programs is experimental: torch {torch.__version__} may compute it incorrectly "
@@ -284,15 +290,3 @@ def _check_gradients(program: ExportedProgram, step: _StepModule, wanted: Mappin
             "operators instead. 16-bit weights have large rounding errors; try float32. If the model draws "
             "random numbers, call model.eval() first."
         )
-
-
-def _different(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[str, float] | None:
-    """The name of the first value that differs from the expected value, and the difference relative to its norm."""
-    norms = {name: float(value.double().norm()) for name, value in wanted.items()}
-    largest = max(norms.values())
-    for name, value in wanted.items():
-        eps = torch.finfo(torch.float64 if value.dtype == torch.float64 else torch.float32).eps
-        difference = float((found[name].double() - value.double()).norm()) if name in found else norms[name]
-        if not difference <= _TOLERANCE * norms[name] + _ROUNDING * eps * largest:
-            return name, difference / (norms[name] or 1.0)
-    return None

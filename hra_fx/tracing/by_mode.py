@@ -46,18 +46,15 @@ class ByMode(nn.Module):
         return f"train={self.in_train!r}, eval={self.in_eval!r}"
 
 
-class ModesDifferError(CaptureError):
-    """The graphs of both modes have different nodes."""
-
-    def __init__(self, one: fx.Node, other: fx.Node) -> None:
-        """Name the first pair of nodes that differs, from train and eval mode."""
-        places = [line_of(node) or f" in {module_path(node) or 'its forward'}" for node in (one, other)]
-        super().__init__(f"it runs different operations in train mode{places[0]} and in eval mode{places[1]}")
-
-
 def merge_modes(in_train: fx.Graph, in_eval: fx.Graph) -> dict[str, nn.Module]:
     """Change the graph of train mode into a graph for both modes, in place. Returns the modules to add to it."""
     return _Merge(in_train).run(in_eval)
+
+
+def _difference(*pair: fx.Node) -> CaptureError:
+    """The error for a pair of nodes that differs, from train and eval mode."""
+    places = [line_of(node) or f" in {module_path(node) or 'its forward'}" for node in pair]
+    return CaptureError(f"it runs different operations in train mode{places[0]} and in eval mode{places[1]}")
 
 
 def _form(node: fx.Node) -> tuple[Any, ...]:
@@ -99,7 +96,7 @@ class _Merge:
         for self._pair in zip(ours, theirs, strict=False):  # the last nodes are the outputs
             one, other = self._pair
             if _form(one) != _form(other):
-                raise ModesDifferError(one, other)
+                raise _difference(one, other)
             self._values[other] = one
             self._merge_arguments(one, other)
         return self._modules
@@ -124,25 +121,21 @@ class _Merge:
     def _item(self, one: Any, other: Any) -> Any:
         if isinstance(one, fx.Node) and isinstance(other, fx.Node):
             if self._values.get(_source(other)) is not _source(one):
-                raise ModesDifferError(*self._pair)
-            if _is_contiguous(other) and not _is_contiguous(one):
-                return self._made_contiguous(one, other)
-            return one
+                raise _difference(*self._pair)
+            if not _is_contiguous(other) or _is_contiguous(one):
+                return one
+            if other not in self._copies:
+                with self._graph.inserting_after(one):
+                    self._copies[other] = self._graph.node_copy(other, lambda _: one)
+            return self._copies[other]
         return one if type(one) is type(other) and repr(one) == repr(other) else self._choice(one, other)
-
-    def _made_contiguous(self, one: fx.Node, other: fx.Node) -> fx.Node:
-        """The copy of a node of eval mode, `contiguous`, that reads the value of train mode."""
-        if other not in self._copies:
-            with self._graph.inserting_after(one):
-                self._copies[other] = self._graph.node_copy(other, lambda _: one)
-        return self._copies[other]
 
     def _choice(self, ours: Any, theirs: Any) -> fx.Node:
         """A node that has one constant in train mode and another in eval mode."""
         nodes: list[fx.Node] = []
         fx.map_arg((ours, theirs), nodes.append)
         if nodes:
-            raise ModesDifferError(*self._pair)
+            raise _difference(*self._pair)
         name = f"by_mode_{len(self._modules)}"
         self._modules[name] = ByMode(ours, theirs)
         return self._graph.call_module(name)

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from hra_fx.compat import ASSERT_METADATA, is_higher_order
 from hra_fx.errors import CaptureError
 from hra_fx.tracing.exported import CALL_LAYER, exporting
-from hra_fx.tracing.inputs import Condition, argument_names, call_of, conditions_of, nest, shown_names
+from hra_fx.tracing.inputs import Condition, argument_names, call_of, conditions_of, nest
 from hra_fx.tracing.nodes import attribute, line_of, replace_node
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
     graph.owning_module = None  # this module does not have layers to call
     names = argument_names(model, *call_of(program))
     inputs = nest(graph, program, names)
-    conditions = conditions_of(program, names, inputs)
+    conditions, shown = conditions_of(program, names, inputs)
     for node in graph.find_nodes(op="call_function", target=CALL_LAYER):
         call = replace_node(node, "call_module", node.args[1], node.args[:1])
         copied = call.next  # the capture copies outputs, in case the model writes into them
@@ -64,18 +64,13 @@ def canonical(program: ExportedProgram, model: nn.Module) -> Canonical:
     _simplify(graph, inputs, model)
     for node in graph.find_nodes(op="get_attr", sort=True):  # the order of reads differs between captures
         min(node.users).prepend(node)
-    # A symbol is a size that may change; the others are numbers and expressions.
-    sizes = [found for size, found in _sizes(inputs).items() if size.isidentifier()]
-    return Canonical(graph, constants, conditions, shown_names(program, names), sizes)
-
-
-def _sizes(inputs: list[fx.Node]) -> dict[str, list[tuple[int, int]]]:
-    """Each size of the inputs -> (index of the input, dimension) of all inputs with this size."""
-    found = defaultdict(list)
+    places = defaultdict(list)
     for index, node in enumerate(inputs):
         for dimension, size in enumerate(getattr(node.meta.get("val"), "shape", ())):
-            found[str(size)].append((index, dimension))
-    return found
+            places[str(size)].append((index, dimension))
+    # A symbol is a size that may change; the others are numbers and expressions.
+    sizes = [found for size, found in places.items() if size.isidentifier()]
+    return Canonical(graph, constants, conditions, shown, sizes)
 
 
 def _simplify(graph: fx.Graph, inputs: list[fx.Node], model: nn.Module) -> None:

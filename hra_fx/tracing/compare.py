@@ -60,11 +60,11 @@ def compare(model: nn.Module, made: nn.Module, call: Call, sizes: Sizes | None =
         return _Comparison(model, made, "").run(call, sizes)
 
 
-def compare_call(model: nn.Module, made: nn.Module, call: Call, mode: bool | None = False) -> None:
-    """Compare a graph with its model for one call without gradients, in eval mode or another one; see `compare`."""
+def compare_call(model: nn.Module, made: nn.Module, call: Call) -> None:
+    """Compare a graph with its model for one call without gradients, in eval mode; see `compare`."""
     if not _cannot_run(model):
         with preserve_rng_state(), torch.inference_mode(False):
-            _Comparison(model, made, "").run_once(call, mode)
+            _Comparison(model, made, "").run_once(call)
 
 
 def _cannot_run(model: nn.Module) -> bool:
@@ -133,7 +133,7 @@ class _Comparison:
         limits = Limits([], True)
         is_mixed = len({part.training for part in self._model.modules()}) > 1
         for mode in (None, False, True) if is_mixed else (False, True):
-            self._start(mode)
+            self._set_mode(mode)
             other = self._compare_two_calls(call)
             self._change_parameters()
             self._set_mode(mode)
@@ -145,19 +145,16 @@ class _Comparison:
             self._compare_variants(call, other, sizes, limits.not_one)
         return limits
 
-    def run_once(self, call: Call, mode: bool | None) -> None:
-        """Compare one call in a mode, or in the one that both have."""
-        self._start(mode)
+    def run_once(self, call: Call) -> None:
+        """Compare one call in eval mode."""
+        self._set_mode(False)
         self._compare(call, "the example")
 
     def _small(self, module: nn.Module) -> list[nn.Parameter]:
         return [value for value in module.parameters() if id(value) not in self._large and value.is_floating_point()]
 
-    def _start(self, mode: bool | None) -> None:
-        self._mode = "" if mode is None else f"in {'train' if mode else 'eval'} mode, "
-        self._set_mode(mode)
-
     def _set_mode(self, mode: bool | None) -> None:
+        self._mode = "" if mode is None else f"in {'train' if mode else 'eval'} mode, "
         for each in self._both if mode is not None else ():
             each.train(not mode)  # what a model does when its mode changes, such as clearing a cache
             each.train(mode)

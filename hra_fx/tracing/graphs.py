@@ -77,46 +77,52 @@ def _refusal(model: nn.Module, error: CaptureError, advice: str = "") -> Adapter
     return AdapterError(f"torch.export cannot capture {name}: {error.reason}. {advice}")
 
 
-def graphs_of(model: nn.Module, example_inputs: Any = None, *, is_drawn: bool = False) -> dict[str, fx.GraphModule]:
-    """Trace a model, adapted or not, with the reflections: `{"": graph}`.
+def graph_of(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
+    """Trace an adapted model, with the reflections. For a `GraphModule`, the result is a copy of its graph.
 
-    With example inputs, the result is the graph of this call, captured with `torch.export` if necessary. For a
-    `GraphModule`, the result is a copy of its graph. A graph that is only drawn is valid for this call in eval mode,
-    and a model that cannot be traced is drawn without a graph.
+    With example inputs, the result is the graph of this call, captured with `torch.export` if necessary.
     """
     if isinstance(model, fx.GraphModule):  # its own graph has the reflections
-        return {"": graph_module(model, copy.deepcopy(model.graph), {})}
+        return graph_module(model, copy.deepcopy(model.graph), {})
+    with base_model_view(model):
+        made = trace_model(model, adapted_layers(model).values(), example_inputs)
+    insert(made)
+    return made
+
+
+def drawn_graph(model: nn.Module, example_inputs: Any) -> fx.GraphModule | None:
+    """Trace a model, adapted or not, for a picture: faster than `graph_of`, and valid for this call in eval mode.
+
+    `None` if the model cannot be traced.
+    """
+    if isinstance(model, fx.GraphModule):
+        return graph_of(model)
+    call = None if example_inputs is None else normalize_inputs(example_inputs)
     layers: list[nn.Module] = [*adapted_layers(model).values()]
     layers = layers or [part for part in model.modules() if find_kind(part)]
-    if is_drawn and example_inputs is None and (not layers or model in layers):  # one box
-        return {}
+    if call is None and (not layers or model in layers):  # one box
+        return None
     try:
         with base_model_view(model):
-            made = (_drawn if is_drawn else trace_model)(model, layers, example_inputs)
-    except AdapterError as error:
-        if not is_drawn:
-            raise
-        if example_inputs is not None:
-            warnings.warn(f"The picture has no data flow. {error}", HRAWarning, stacklevel=2)
-        return {}
+            made = _drawn(model, layers, call)
+    except (AdapterError, CaptureError) as error:
+        if call is not None:
+            why = _refusal(model, error) if isinstance(error, CaptureError) else error
+            warnings.warn(f"The picture has no data flow. {why}", HRAWarning, stacklevel=2)
+        return None
     insert(made)
-    return {"": made}
+    return made
 
 
-def _drawn(model: nn.Module, layers: Collection[nn.Module], example_inputs: Any) -> fx.GraphModule:
-    """Trace a model for a picture, much faster than `trace_model`."""
-    call = None if example_inputs is None else normalize_inputs(example_inputs)
+def _drawn(model: nn.Module, layers: Collection[nn.Module], call: Call | None) -> fx.GraphModule:
     try:
         if made := _by_fx(model, layers, call):
             if call:
                 with suppress(ExampleError):  # a drawing warns of it
                     compare_call(model, made, call)
             return made
-    except CaptureError as error:
+    except CaptureError:
         if call is None:
-            raise _refusal(model, error) from error
-    try:
-        assert call is not None
-        return capture_in_eval(model, call)
-    except CaptureError as error:
-        raise _refusal(model, error) from error
+            raise
+    assert call is not None
+    return capture_in_eval(model, call)

@@ -188,21 +188,13 @@ def size_conditions(
     return made
 
 
-def shown_names(program: ExportedProgram, names: list[str]) -> list[str]:
-    """The names of the flat inputs: those of the arguments, with the keys of nested ones."""
-    return [f"{path[0].key}{pytree.keystr(path[1:])}" for path in _paths(program, names)]
-
-
-def _paths(program: ExportedProgram, names: list[str]) -> list[tuple[Any, ...]]:
-    """The pytree path of each flat input, which starts with the name of its argument."""
+def conditions_of(
+    program: ExportedProgram, names: list[str], inputs: list[fx.Node]
+) -> tuple[list[Condition], list[str]]:
+    """The conditions on the flat inputs of a program, and their names, with the keys of nested ones."""
     args, kwargs = call_of(program)
     given = dict(zip(names, (*args, *kwargs.values()), strict=True))
-    return [path for path, _ in pytree.tree_flatten_with_path(given)[0]]
-
-
-def conditions_of(program: ExportedProgram, names: list[str], inputs: list[fx.Node]) -> list[Condition]:
-    """The conditions on the inputs of a program."""
-    paths = _paths(program, names)
+    paths = [path for path, _ in pytree.tree_flatten_with_path(given)[0]]
     # Each expression that torch.export may use for an input -> the index of this input.
     sources: dict[str, int] = {}
     variadic: dict[str, int] = {}
@@ -211,10 +203,10 @@ def conditions_of(program: ExportedProgram, names: list[str], inputs: list[fx.No
         name, _, place = path[0].key.rpartition("_")
         if place.isdigit():  # an item of *args, or an argument with such a name
             variadic[f"L['{name}'][{place}]{pytree.keystr(path[1:])}"] = index
-    shown = shown_names(program, names)
+    shown = [f"{path[0].key}{pytree.keystr(path[1:])}" for path in paths]
     found = dict.fromkeys([*_of_shapes(program, inputs), *guards_of(program)])
     # Those of known inputs first: a guess may be a prefix of one.
-    return [_condition(code, sources | variadic | sources, shown) for code in found]
+    return [_condition(code, sources | variadic | sources, shown) for code in found], shown
 
 
 def _condition(code: str, sources: dict[str, int], names: list[str]) -> Condition:
@@ -247,7 +239,12 @@ def _of_shapes(program: ExportedProgram, inputs: list[fx.Node]) -> Iterator[str]
                 yield f"{here} == {first[symbol]}"
             else:
                 first[symbol] = here
-                yield from _limits(program, size, here)
+                limits = program.range_constraints.get(size.node.expr)
+                # Below 3, torch.export only excludes 0 and 1 as constants.
+                if limits is not None and limits.lower.is_finite and int(limits.lower) > 2:
+                    yield f"{here} >= {int(limits.lower)}"
+                if limits is not None and limits.upper.is_finite and limits.upper.is_Integer:
+                    yield f"{here} <= {int(limits.upper)}"
 
 
 def _kind(source: str, dtype: torch.dtype) -> str:
@@ -255,13 +252,3 @@ def _kind(source: str, dtype: torch.dtype) -> str:
     if dtype.is_floating_point or dtype.is_complex:
         return f"{source}.dtype.is_floating_point == {dtype.is_floating_point}"
     return f"({source}.dtype == torch.bool) == {dtype is torch.bool} and not {source}.dtype.is_floating_point"
-
-
-def _limits(program: ExportedProgram, size: Any, source: str) -> Iterator[str]:
-    limits = program.range_constraints.get(size.node.expr)
-    if limits is None:
-        return
-    if limits.lower.is_finite and int(limits.lower) > 2:  # below, torch.export only excludes 0 and 1 as constants
-        yield f"{source} >= {int(limits.lower)}"
-    if limits.upper.is_finite and limits.upper.is_Integer:
-        yield f"{source} <= {int(limits.upper)}"

@@ -22,7 +22,7 @@ from hra_fx.model.state import adapted_layers, unwrap
 from hra_fx.reporting.heat import is_identity
 from hra_fx.reporting.report import Report, report
 from hra_fx.reporting.words import counted, low_to_high
-from hra_fx.tracing.graphs import graphs_of
+from hra_fx.tracing.graphs import drawn_graph
 from hra_fx.view.graph import leaves_of
 from hra_fx.view.scopes import scope_tree
 from hra_fx.view.subject import Subject, subject_of
@@ -64,7 +64,7 @@ def drawing_of(model: Any, example_inputs: Any = None) -> Drawing:
                 "layer's path as `focus`."
             )
         found = report(model) if layers else Report(())
-        graph = graphs_of(model, example_inputs, is_drawn=True).get("")
+        graph = drawn_graph(model, example_inputs)
         if graph and example_inputs is not None and not any("val" in node.meta for node in graph.graph.nodes):
             _note_shapes(graph, normalize_inputs(example_inputs))
         subject = subject_of(model, graph)

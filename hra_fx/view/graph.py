@@ -21,15 +21,13 @@ from torch import Tensor, fx, nn
 
 from hra_fx.compat import OpOverload
 from hra_fx.layers.target import BASE_WEIGHT, FACTORS, REFLECTION
+from hra_fx.passes.match import is_metadata
 from hra_fx.tracing.by_mode import ByMode
 from hra_fx.tracing.canonical import CHECKS
 from hra_fx.tracing.nodes import normalize_path
 from hra_fx.view.subject import Subject, describe_module, name_of, own_parameters
 from hra_fx.view.tree import Leaf, joined, module_of, prefixes
 
-#: Attributes and methods with results that are not tensors. Nodes that use these results compute shapes.
-_SHAPE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "is_cuda", "requires_grad"})
-_SHAPE_METHODS = frozenset({"size", "dim", "numel", "stride", "ndimension", "is_floating_point", "get_device"})
 #: The submodules that check the inputs of programs and captured models, and the submodule of the factors.
 _UNSEEN = ("_guards_fn", CHECKS, FACTORS)
 #: Operators that return their input if it already has the requested dtype and device.
@@ -314,12 +312,9 @@ def _returns_its_input(node: fx.Node) -> bool:
 
 
 def _computes_shape(node: fx.Node, before: Value) -> bool:
-    if node.target is torch._assert or function_name(node.target).startswith(("assert_", "sym_")):
+    name = function_name(node.target)
+    if node.target is torch._assert or name.startswith(("assert_", "sym_")) or is_metadata(node):
         return True
-    if node.op == "call_method":
-        return str(node.target) in _SHAPE_METHODS
-    if node.target is getattr:
-        return node.args[1] in _SHAPE_ATTRIBUTES
     value: Any = node.meta.get("val")
     if isinstance(value, int | float | torch.SymInt | torch.SymFloat | torch.SymBool):
         return True

@@ -43,7 +43,7 @@ def to_networkx(model: Any, example_inputs: Any = None) -> nx.DiGraph[str]:
 
     Raises:
         VisualizeError: the model has another type, or does not take example inputs.
-        AdapterError: `torch.export` is needed for the call, but cannot capture it.
+        AdapterError: `example_inputs` is not a tensor, a tuple or a dict.
 
     Example:
         >>> from torch import nn

@@ -50,7 +50,7 @@ def visualize(
 
     Raises:
         VisualizeError: unknown file extension, no such folder, or options that do not fit the model.
-        AdapterError: `torch.export` is needed for the call, but cannot capture it.
+        AdapterError: `example_inputs` is not a tensor, a tuple or a dict.
 
     Example:
         >>> import hra_fx, tempfile, torch
