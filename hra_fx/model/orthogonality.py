@@ -64,7 +64,7 @@ def orthogonality_loss(model: nn.Module) -> Tensor:
 
 def _penalty(vectors: Tensor) -> Tensor:
     """`|U_n^T U_n - I|_F` of `U: (d, r)`, or its sum over the experts of `U: (experts, d, r)`; shape `()`."""
-    with torch.autocast(vectors.device.type, enabled=False):
+    with householder.without_autocast(vectors):
         wide = vectors.to(householder.working_dtype(vectors.dtype))
         # First scale by constants, because squares may exceed the range of the dtype. Then divide by differentiable
         # lengths: the result and its derivative do not depend on the scale.

@@ -35,9 +35,9 @@ def who_writes(rank: int, folder: Path) -> None:
     hra_fx.save_adapter(WAYS["FSDP2, parts"](MLP, MLP.model()), folder / str(rank))
     assert (folder / str(rank)).exists() is (rank == 0)
     (folder / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"file: is a file\. Pass a folder"):
+    with pytest.raises(CheckpointError, match="file: cannot write "):
         hra_fx.save_adapter(WAYS["FSDP2, parts"](MLP, MLP.model()), folder / "file")
-    with pytest.raises(CheckpointError, match=r"file: is a file"):
+    with pytest.raises(CheckpointError, match="file: cannot write "):
         hra_fx.save_as_lora(shard(MLP.model()), folder / "file")
     model = DistributedDataParallel(MLP.model())
     if rank == 1:
