@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from hra_fx.api.load import load_adapter
 from hra_fx.api.transform import fold
 from hra_fx.atomic_write import flush
-from hra_fx.checkpoint.model_folder import CONFIG, PIPELINE, Source, load_model
+from hra_fx.checkpoint.model_folder import CONFIG, IN_MEMORY, PIPELINE, WEIGHTS, Source, load_model, stored_dtypes
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError, HRAWarning
 from hra_fx.model.state import adapted_layers
@@ -25,8 +26,6 @@ from hra_fx.removed import without_removed_arguments
 from hra_fx.selection.suggestions import some_of
 
 Adapters: TypeAlias = Source | Sequence[Source]
-#: The files of weights that the libraries load, one or several with an index.
-_WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 #: Endings of other files with weights.
 _OTHERS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx")
 
@@ -61,11 +60,11 @@ def fold_checkpoint(
 ) -> CheckpointReport:
     """Fold adapters into the model of a folder, `W <- W Q`, and write the folder of the folded model.
 
-    The model is loaded on the CPU with the class and the dtype that its `config.json` names, so the memory must hold
-    the whole model, or the largest part of a pipeline that is adapted, and a few copies of one layer. `load_adapter`
-    checks the adapters before anything is written. Weights are then written by `save_pretrained`, with the same keys,
-    and all other files are copied: the tokenizer, the chat template, code, and the other parts of a pipeline. Tensors
-    that the class does not use, such as heads for multi-token prediction, are not written.
+    The model is loaded on the CPU with the class that its `config.json` names, so the memory must hold the whole model,
+    or the largest part of a pipeline that is adapted, and a few copies of one layer. `load_adapter` checks the adapters
+    before anything is written. Weights are then written by `save_pretrained`, with the same keys and dtypes, and all
+    other files are copied: the tokenizer, the chat template, code, and the other parts of a pipeline. Tensors that the
+    class does not use, such as heads for multi-token prediction, are not written.
 
     The new folder is written as `.<name>.partial` beside `out_dir`, and renamed at the end. So `out_dir` is complete or
     unchanged. After an error the hidden folder is removed; if the process is killed, the next call removes it.
@@ -115,24 +114,20 @@ def fold_checkpoint(
             rotated += [f"{part}/{path}".lstrip("/") for path in paths]
         _copy_others(base, folder, [base / part for part in adapters])
     copied = [file for part in adapters for file in sorted((base / part).rglob("*")) if file.suffix in _OTHERS]
-    if kept := [file.relative_to(base).as_posix() for file in copied if not _WEIGHTS.fullmatch(file.name)]:
+    if kept := [file.relative_to(base).as_posix() for file in copied if not WEIGHTS.fullmatch(file.name)]:
         text = f"{out}: {some_of(kept, 4)} may contain the base model's weights. Delete them, or do not load them."
         warnings.warn(text, HRAWarning, stacklevel=3)
     return CheckpointReport(out, tuple(rotated))
 
 
-def load_base(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """Load the model of a folder on the CPU, without the tensors that its class does not use."""
+def load_base(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, list[str]]:
+    """Load the model of a folder on the CPU; and list the tensors that its class does not use."""
     if (folder / CONFIG_NAME).exists():
         raise CheckpointError(
             f"{folder / CONFIG_NAME}: there is an adapter in the folder of the base model, and from_pretrained would "
             "load it with the model. Name the base model before the adapters, or move this adapter to another folder."
         )
-    model, unused = load_model(folder, trust_remote_code=trust_remote_code)
-    if unused:
-        text = f"{folder}: {type(model).__name__} does not use {some_of(unused, 4)}, so the result lacks them."
-        warnings.warn(text, HRAWarning, stacklevel=5)
-    return model
+    return load_model(folder, trust_remote_code=trust_remote_code)
 
 
 def load_adapters(model: Any, adapters: Sequence[Source]) -> list[str]:
@@ -145,7 +140,10 @@ def load_adapters(model: Any, adapters: Sequence[Source]) -> list[str]:
 
 def _fold_part(base: Path, adapters: Sequence[Source], target: Path, *, trust_remote_code: bool) -> list[str]:
     """Write the weights of a folded model, and its configuration if it changes. Returns the paths of the layers."""
-    model = load_base(base, trust_remote_code=trust_remote_code)
+    model, unused = load_base(base, trust_remote_code=trust_remote_code)
+    if unused:
+        text = f"{base}: {type(model).__name__} does not use {some_of(unused, 4)}, so the result lacks them."
+        warnings.warn(text, HRAWarning, stacklevel=4)
     before = _configuration(model)
     names = load_adapters(model, adapters)
     paths = [*adapted_layers(model)]
@@ -156,12 +154,40 @@ def _fold_part(base: Path, adapters: Sequence[Source], target: Path, *, trust_re
         model.generation_config = type(generation)()  # the base's is copied; transformers does not save every one
     # Not in larger files than those of the base.
     model.save_pretrained(saved, max_shard_size=max(file.stat().st_size for file in base.glob("*.safetensors")))
+    _keep_dtypes(base, saved)
     untied = _configuration(model) != before
     for file in saved.iterdir():
-        if _WEIGHTS.fullmatch(file.name) or (untied and file.name == CONFIG):
+        if WEIGHTS.fullmatch(file.name) or (untied and file.name == CONFIG):
             file.rename(target / file.name)
     shutil.rmtree(saved)
     return paths
+
+
+def _keep_dtypes(base: Path, saved: Path) -> None:
+    """Give each tensor that was saved the dtype that it has in the base, and its values there if they did not change.
+
+    transformers loads all weights of a model in one dtype, but some have another one in the files.
+    """
+    stored = stored_dtypes(base)
+    for file in saved.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            metadata, tensors = opened.metadata(), {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        other = [key for key, tensor in tensors.items() if key in stored and stored[key][1] != tensor.dtype]
+        for key in other:
+            source, dtype, _ = stored[key]
+            with safe_open(source, framework="pt") as opened:
+                value = opened.get_tensor(key)
+            is_kept = torch.equal(value.to(tensors[key].dtype), tensors[key])
+            if not is_kept and dtype.itemsize > tensors[key].dtype.itemsize:
+                raise CheckpointError(
+                    f"{source}: {key} has {dtype}, but most weights have {tensors[key].dtype}, so folding would lose "
+                    f"precision. {IN_MEMORY}"
+                )
+            tensors[key] = value if is_kept else tensors[key].to(dtype)
+        if other:
+            written = file.with_suffix(".new")  # the tensors may be a view of the file
+            save_file(tensors, written, metadata)
+            written.replace(file)
 
 
 def _configuration(model: Any) -> Any:
@@ -175,7 +201,7 @@ def _copy_others(base: Path, folder: Path, adapted: list[Path]) -> None:
 
     def written(source: str, names: list[str]) -> list[str]:
         place = folder / Path(source).relative_to(base)
-        weights = [name for name in names if Path(source) in adapted and _WEIGHTS.fullmatch(name)]
+        weights = [name for name in names if Path(source) in adapted and WEIGHTS.fullmatch(name)]
         return weights + [name for name in names if (place / name).is_file()]
 
     # Links are followed, as in the Hub cache.

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 import os
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from hra_fx.compat import ignored_when_loading
 from hra_fx.errors import CheckpointError
 
 #: A folder, or for adapters also a name on the Hub.
@@ -28,6 +32,20 @@ _EXPECTED = (
 #: Key that identifies the configuration of a library -> name of the library.
 _LIBRARIES = {"model_type": "transformers", "_class_name": "diffusers"}
 
+#: The files of weights that the libraries load, one or several with an index.
+WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+#: The dtypes of weights, as safetensors names them.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
 
 def build_model(path: Path, *, trust_remote_code: bool = False) -> tuple[nn.Module, str]:
     """Build the model of a folder or of a `config.json` on the meta device; and name its library."""
@@ -41,22 +59,27 @@ def build_model(path: Path, *, trust_remote_code: bool = False) -> tuple[nn.Modu
 
 
 def load_model(folder: Path, *, trust_remote_code: bool = False) -> tuple[nn.Module, list[str]]:
-    """Load the model of a folder on the CPU, in the dtype of its weights; and list the keys that its class ignores."""
+    """Load the model of a folder on the CPU, in the dtype of most weights; and list the keys that its class ignores."""
     with _explained_errors(f"{folder}: cannot load the model"):
         file, entries, library = read_config(folder)
         if entries.get("quantization_config"):
             raise CheckpointError(f"{file}: the weights are quantized. Use the base model in 16 or 32 bits.")
         cls, config = _class_of(file, entries, library, trust_remote_code=trust_remote_code)
-        settings: dict[str, Any] = {"dtype": "auto", "config": config}
-        if library == "diffusers":
-            settings = {"torch_dtype": _dtype_of(folder)}
-        settings |= {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+        settings: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+        dtype = _dtype_of(folder)
+        settings |= {"torch_dtype": dtype} if library == "diffusers" else {"dtype": dtype, "config": config}
         model, found = cls.from_pretrained(folder, **settings)
     if missing := sorted(found["missing_keys"]):
         raise CheckpointError(
             f"{folder}: the files have no {missing[0]}, which {type(model).__name__} needs. {IN_MEMORY}"
         )
-    return model.eval(), sorted(found["unexpected_keys"])
+    unused = {*found["unexpected_keys"], *ignored_when_loading(model, stored_dtypes(folder))}
+    if unused and library == "transformers" and not entries.get("architectures"):
+        raise CheckpointError(
+            f"{file}: names no `architectures`, and {type(model).__name__} does not use {min(unused)}. Add the class "
+            f"of the model, such as LlamaForCausalLM. {IN_MEMORY}"
+        )
+    return model.eval(), sorted(unused)
 
 
 def read_config(path: Path) -> tuple[Path, dict[str, Any], str]:
@@ -116,11 +139,20 @@ def _class_of(file: Path, entries: Mapping[str, Any], library: str, *, trust_rem
     return cls or transformers.MODEL_MAPPING[type(config)], config
 
 
-def _dtype_of(folder: Path) -> torch.dtype:
-    """The dtype of a floating-point tensor in the first file of weights; float32 without one."""
-    for file in sorted(folder.glob("*.safetensors"))[:1]:
+def stored_dtypes(folder: Path) -> dict[str, tuple[Path, torch.dtype, int]]:
+    """Key -> its file, dtype and number of elements, from the headers of the safetensors files in a folder."""
+    found = {}
+    for file in filter(lambda file: WEIGHTS.fullmatch(file.name), sorted(folder.glob("*.safetensors"))):
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118, not a dict
-                if (tensor := opened.get_tensor(key)).is_floating_point():
-                    return tensor.dtype  # type: ignore[no-any-return]
-    return torch.float32
+                part = opened.get_slice(key)
+                found[key] = file, _DTYPES.get(part.get_dtype(), torch.float32), math.prod(part.get_shape())
+    return found
+
+
+def _dtype_of(folder: Path) -> torch.dtype:
+    """The floating-point dtype of most elements in the files of weights, whatever `config.json` says."""
+    counts: Counter[torch.dtype] = Counter()
+    for _, dtype, size in stored_dtypes(folder).values():
+        counts[dtype] += size * dtype.is_floating_point
+    return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)

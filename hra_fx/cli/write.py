@@ -85,7 +85,7 @@ def convert(
     from hra_fx.lora.save import save_as_lora
 
     hide_progress_bars()
-    model = load_base(base, trust_remote_code=trust_remote_code)
+    model, _ = load_base(base, trust_remote_code=trust_remote_code)
     names = load_adapters(model, adapters)
     result = save_as_lora(model, out, names, rank=rank, dtype=dtype.value)
     show_result(result, as_json=as_json)

@@ -21,6 +21,7 @@ from oracles import dense_q, dense_weight, relative_error
 from safetensors.torch import save_file
 from tiny import gpt2, t5
 from torch import Tensor, nn
+from transformers import DebertaV2Config, DebertaV2ForMaskedLM
 
 import hra_fx
 from hra_fx.errors import CheckpointError, HRAWarning
@@ -113,6 +114,53 @@ def test_several_adapters_are_folded_in_order_and_files_stay_small(tmp_path: Pat
     check(base, tmp_path / "out", model, first, second)
     sizes = [[file.stat().st_size for file in folder.glob("*.safetensors")] for folder in (base, tmp_path / "out")]
     assert len(sizes[1]) > 1 and max(sizes[1]) <= 1.1 * max(sizes[0])
+
+
+@pytest.mark.parametrize("claimed", ["float32", "float16", None])
+def test_each_tensor_keeps_the_dtype_of_its_file(claimed: str | None, tmp_path: Path) -> None:
+    """Whatever the configuration says; and what no adapter rotates keeps its values."""
+    model = llama()
+    base = base_of(model, tmp_path / "base", torch.bfloat16)
+    state = tensors(base)
+    for name in ("model.norm.weight", "model.layers.0.input_layernorm.weight"):
+        state[name] = state[name].float() + 2**-20
+    save_file(state, base / "model.safetensors", {"format": "pt"})
+    config = json.loads((base / "config.json").read_text()) | {"dtype": claimed, "torch_dtype": claimed}
+    (base / "config.json").write_text(json.dumps(config))
+    adapter = adapter_of(model, tmp_path / "adapter", "q_proj")
+    hra_fx.fold_checkpoint(base, adapter, tmp_path / "out")
+    folded = tensors(tmp_path / "out")
+    assert {key: tensor.dtype for key, tensor in folded.items()} == {key: tensor.dtype for key, tensor in state.items()}
+    changed = {key for key, tensor in state.items() if not torch.equal(folded[key], tensor)}
+    assert changed == {key for key in state if "q_proj" in key}
+
+
+def test_what_a_fold_cannot_keep_is_said(tmp_path: Path) -> None:
+    model = llama()
+    base, adapter = base_of(model, tmp_path / "base"), adapter_of(model, tmp_path / "adapter", "q_proj")
+    state = tensors(base)
+    wide = "model.layers.0.self_attn.q_proj.weight"
+    save_file(state | {wide: state[wide].double()}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{wide} has torch\.float64, but most weights have torch\.bfloat16"):
+        hra_fx.fold_checkpoint(base, adapter, tmp_path / "out")
+    save_file(state, base / "model.safetensors", {"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "architectures": None}))
+    with pytest.raises(CheckpointError, match=r"names no `architectures`, and LlamaModel does not use lm_head\.weight"):
+        hra_fx.fold_checkpoint(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensors_that_a_class_ignores_without_a_report_are_named(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = DebertaV2ForMaskedLM(DebertaV2Config(vocab_size=24, position_biased_input=False, **sizes))
+    base, adapter = base_of(model, tmp_path / "base"), adapter_of(model, tmp_path / "adapter", "query_proj")
+    extra = {"deberta.embeddings.position_embeddings.weight": torch.ones(4, 16)}
+    save_file(tensors(base) | extra, base / "model.safetensors", {"format": "pt"})
+    with pytest.warns(
+        HRAWarning, match=r"does not use deberta\.embeddings\.position_embeddings\.weight, so"
+    ):
+        hra_fx.fold_checkpoint(base, adapter, tmp_path / "out")
 
 
 def test_a_trained_head_of_tied_embeddings_is_untied(tmp_path: Path) -> None:
