@@ -21,8 +21,8 @@ LAZY = "hra_fx"
 #: From bottom to top. A folder imports from itself and from those before it; a name without a folder is a loose file.
 ORDER = (
     "hra_fx.version",
-    "hra_fx.errors",
     "hra_fx.removed",
+    "hra_fx.errors",
     "hra_fx.compat",
     "hra_fx.field_hints",
     "hra_fx.hub",

@@ -1,4 +1,4 @@
-"""A wheel beside a user's own folder `passes`: the package of graph passes is `hra_fx.passes` and nothing else."""
+"""A wheel has every module, and works beside a user's own folder `passes`: ours is `hra_fx.passes`."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ def test_a_wheel_works_beside_a_folder_named_passes(tmp_path: Path) -> None:
     sources = tmp_path / "sources"
     for name in ("hra_fx", "passes"):
         shutil.copytree(ROOT / name, sources / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    (sources / "hra_fx" / "passes").unlink()
+    (sources / "hra_fx" / "passes").write_text("../passes")  # what becomes of the link in a zip archive
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, sources)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
@@ -39,8 +41,10 @@ def test_a_wheel_works_beside_a_folder_named_passes(tmp_path: Path) -> None:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         archive.extractall(tmp_path / "site")
     assert {name.split("/")[0] for name in names} == {"hra_fx"}
-    source = {path.name for path in (ROOT / "passes").glob("*.py")}
-    assert {Path(name).name for name in names if name.startswith("hra_fx/passes/")} == source
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "hra_fx").rglob("*.py")}
+    modules |= {f"hra_fx/passes/{path.name}" for path in (ROOT / "passes").glob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == modules
+    assert {"hra_fx/py.typed", "hra_fx/view/page.css", "hra_fx/view/page.html", "hra_fx/view/page.js"} <= names
 
     user = tmp_path / "user"
     (user / "passes").mkdir(parents=True)

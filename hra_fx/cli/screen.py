@@ -98,7 +98,7 @@ class ErrorHandlingGroup(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Refuse what was removed."""
-        for word in args:
+        for word in (arg.partition("=")[0] for arg in args):
             if word in COMMAND_LINE and (word.startswith("-") or word == args[0]):
                 print_message("error", f"{word} was removed in 0.5. {COMMAND_LINE[word]}", "bold red")
                 raise typer.Exit(FAILED)

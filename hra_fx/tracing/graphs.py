@@ -61,7 +61,7 @@ def trace_model(
     call = call or example_call(model)
     if call is None:
         raise AdapterError(
-            f"{reason}Pass example_inputs, the arguments of one call, so that torch.export can capture it, or leave "
+            f"{reason}Pass example_inputs, the arguments of one call, with which torch.export may capture it, or leave "
             "out trace=True."
         )
     try:

@@ -118,7 +118,13 @@ function fit() {
   if (first) main.scrollTo(first.x + main.scrollLeft + first.width / 2 - main.clientWidth / 2, 0);
 }
 
-const addressOf = (hash) => decodeURIComponent(hash.slice(1));
+const addressOf = (hash) => {
+  try {
+    return decodeURIComponent(hash.slice(1));
+  } catch {
+    return ""; // a "%" that encodes nothing
+  }
+};
 addEventListener("popstate", () => show(addressOf(location.hash)));
 addEventListener("resize", fit);
 document.addEventListener("click", (event) => {

@@ -157,9 +157,7 @@ def test_tensors_that_a_class_ignores_without_a_report_are_named(tmp_path: Path)
     base, adapter = base_of(model, tmp_path / "base"), adapter_of(model, tmp_path / "adapter", "query_proj")
     extra = {"deberta.embeddings.position_embeddings.weight": torch.ones(4, 16)}
     save_file(tensors(base) | extra, base / "model.safetensors", {"format": "pt"})
-    with pytest.warns(
-        HRAWarning, match=r"does not use deberta\.embeddings\.position_embeddings\.weight, so"
-    ):
+    with pytest.warns(HRAWarning, match=r"does not use deberta\.embeddings\.position_embeddings\.weight, so"):
         hra_fx.fold_checkpoint(base, adapter, tmp_path / "out")
 
 
