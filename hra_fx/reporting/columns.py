@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from rich.filesize import decimal
 
-from hra_fx.reporting.heat import HEATS, is_identity
 from hra_fx.reporting.row import Row
 from hra_fx.reporting.skipped_layers import SkippedLayer, SkippedParameter
 from hra_fx.reporting.table import Column
@@ -28,6 +27,51 @@ _NOT_ORTHOGONAL = 1e-3
 _INDEX = re.compile(r"(?<![^.])\d+(?=\.)|(?<=\.)\d+$")
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A measure of how far a layer is rotated: a field of a row, times a factor, in a unit."""
+
+    field: str
+    unit: str
+    factor: float
+
+    def value(self, row: Row) -> float:
+        """The value of a row in the unit."""
+        return float(getattr(row, self.field)) * self.factor
+
+    def text(self, value: float) -> str:
+        """Format a value with its unit, with one decimal and at least two digits; without a unit, with three decimals.
+
+        >>> percent, angle = MEASURES["weight_change"], MEASURES["angle"]
+        >>> angle.text(45), percent.text(0.00057), percent.text(0), angle.text(math.nan)
+        ('45.0°', '0.00057%', '0%', 'unknown')
+        """
+        if math.isnan(value):
+            return "unknown"
+        if not self.unit:
+            return f"{value:.3f}"
+        if 0 < value < 1e-6:
+            return f"{value:.0e}{self.unit}".replace("e-0", "e-")
+        if 0 < value < 0.1:
+            # No exponent, because it is hard to read in a column.
+            return f"{value:.{1 - math.floor(math.log10(value))}f}".rstrip("0") + self.unit
+        return f"{value:.1f}{self.unit}" if value else f"0{self.unit}"
+
+
+MEASURES: Mapping[str, Measure] = {
+    "weight_change": Measure("weight_change", "%", 100.0),
+    "mean_angle": Measure("mean_angle", "°", math.degrees(1)),
+    "angle": Measure("angle", "°", math.degrees(1)),
+    "rotation": Measure("rotation", "", 1.0),
+    "share": Measure("share", "%", 100.0),
+}
+
+
+def is_identity(rows: Collection[Row]) -> bool:
+    """Whether all adapters of a report are the identity, as before training."""
+    return bool(rows) and all(row.angles == () for row in rows)
 
 
 @dataclass(frozen=True)
@@ -123,12 +167,12 @@ def _protected(group: Group[Row]) -> str:
 
 def _measure(name: str) -> Callable[[Group[Row]], str]:
     """Format the smallest and the largest value of a measure, with its unit at the end."""
-    heat = HEATS[name]
+    measure = MEASURES[name]
 
     def text(group: Group[Row]) -> str:
-        values = [heat.value(row) for row in group.rows]
-        low, high = heat.text(min(values)), heat.text(max(values))
-        return high if low == high else f"{low.removesuffix(heat.unit)} to {high}"
+        values = [measure.value(row) for row in group.rows]
+        low, high = measure.text(min(values)), measure.text(max(values))
+        return high if low == high else f"{low.removesuffix(measure.unit)} to {high}"
 
     return text
 
@@ -162,20 +206,17 @@ def footnotes(
     """Heading -> lines of the footnotes: which layers have no adapter and why (each reason once), possible errors."""
     lost, others = ([layer for layer in skipped if layer.targeted is wanted] for wanted in (True, False))
     share = sum(parameter.share for parameter in parameters)
+    paths = [parameter.path for parameter in parameters]
+    names = list(dict.fromkeys(".".join(path.split(".")[-2:]) for path in paths))
+    experts = f"{_listed(paths)}: to adapt them, use target_parameters={names}"
     found = {
         f"Targeted, but not adapted: {counted(len(lost), 'layer')}": _by_reason(lost),
-        f"Not adapted: 3-D parameters, {share:.1%} of the base model": _experts(parameters),
+        f"Not adapted: 3-D parameters, {share:.1%} of the base model": [experts] if paths else [],
         "Trained in full:": [_listed(trained_in_full)] if trained_in_full else [],
         f"Not adapted: {counted(len(others), 'layer')}": _by_reason(others),
         "Q is not orthogonal:": _not_orthogonal(rows),
     }
     return {title: lines for title, lines in found.items() if lines}
-
-
-def _experts(parameters: Collection[SkippedParameter]) -> list[str]:
-    paths = [parameter.path for parameter in parameters]
-    names = list(dict.fromkeys(".".join(path.split(".")[-2:]) for path in paths))
-    return [f"{_listed(paths)}: to adapt them, use target_parameters={names}"] if parameters else []
 
 
 def _by_reason(skipped: Collection[SkippedLayer]) -> list[str]:

@@ -24,12 +24,7 @@ from hra_fx.model.peft_view import adapted_view
 from hra_fx.model.state import get_state, require_adapted_layers
 from hra_fx.reporting.columns import footnotes, grouped_table_of, heading
 from hra_fx.reporting.row import Row, chain_of, measured_fields, moved, weight_rows
-from hra_fx.reporting.skipped_layers import (
-    SkippedLayer,
-    SkippedParameter,
-    not_adapted,
-    skipped_parameters,
-)
+from hra_fx.reporting.skipped_layers import SkippedLayer, SkippedParameter, not_adapted, skipped_parameters
 from hra_fx.reporting.table import UNLIMITED, table
 from hra_fx.reporting.words import plain
 from hra_fx.training.protect import protected_directions

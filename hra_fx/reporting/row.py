@@ -17,8 +17,6 @@ from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.experts_adapters import ExpertsAdapters
 from hra_fx.layers.quantized import quant_scheme_of
 
-_UNKNOWN = RotationStats(math.nan, (math.nan,), math.nan)
-
 
 @dataclass(frozen=True)
 class Row:
@@ -72,7 +70,7 @@ class Row:
 def rotation_of(chain: Tensor | None) -> RotationStats:
     """The angles of the reflections from `chain_of`; NaN for `None`. For experts, the angles of all experts."""
     if chain is None:
-        return _UNKNOWN
+        return RotationStats(math.nan, (math.nan,), math.nan)
     parts = [rotation_stats(one) for one in (chain if chain.dim() == 3 else chain[None])]
     angles = sorted((angle for part in parts for angle in part.angles), reverse=True)
     rotation = math.hypot(*(part.rotation for part in parts))  # `Q` of all experts is block-diagonal

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
@@ -16,11 +15,6 @@ from hra_fx.model.state import adapted_layers, collect_parts, get_state
 from hra_fx.selection.parameters import expert_parameters
 from hra_fx.selection.select import is_target, layer_index, resolve_targets, saved_modules
 from hra_fx.selection.suggestions import format_names
-
-#: The fields of a configuration that exclude layers that `target_modules` matches.
-_EXCLUDING: dict[str, Any] = dict.fromkeys(
-    ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
-)
 
 
 @dataclass(frozen=True)
@@ -84,7 +78,7 @@ def not_adapted(model: nn.Module) -> tuple[tuple[SkippedLayer, ...], tuple[str, 
         root = next((root for root in selections if not root or path.startswith(f"{root}.")), None)
         inside, below = {} if root is None else selections[root], path[len(root or "") :].lstrip(".")
         targeted = any(selection.selects(below) for selection in inside.values())
-        in_full = any(selection.trains_in_full(layer) for selection in inside.values())
+        in_full = bool(layer._parameters) and any(layer in selection.saved for selection in inside.values())
         weight = layer._parameters.get(weight_name(kind)) if kind else None
         if in_full or (selections and not targeted and weight is not None and weight.requires_grad):
             trained.append(path)
@@ -113,18 +107,19 @@ def skipped_parameters(model: nn.Module) -> tuple[SkippedParameter, ...]:
 
 
 class Selection:
-    """The layers that an adapter's configuration selects in a model, and the reasons for the other layers."""
+    """The layers that an adapter's configuration selects in a model, and the reasons for the other layers.
+
+    `saved` are the modules in `modules_to_save`, of any type, and all modules in them.
+    """
 
     def __init__(self, model: nn.Module, config: HRAConfig) -> None:
         """Resolve "all-linear" or the default targets for a model."""
         self.config = config
         self.targets = resolve_targets(model, config)
-        self._saved = {part for saved in saved_modules(model, config).values() for part in saved.modules()}
-        self._unrestricted = replace(config, **_EXCLUDING)
-
-    def trains_in_full(self, layer: nn.Module) -> bool:
-        """Whether a layer (of any type, such as an embedding) is in `modules_to_save`, or in such a module."""
-        return bool(layer._parameters) and layer in self._saved
+        self.saved = {part for saved in saved_modules(model, config).values() for part in saved.modules()}
+        self._unrestricted = replace(
+            config, exclude_modules=None, modules_to_save=None, layers_to_transform=None, layers_pattern=None
+        )
 
     def selects(self, path: str) -> bool:
         """Whether the layer with this path should have an adapter."""

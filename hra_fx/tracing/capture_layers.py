@@ -57,7 +57,7 @@ def capture_in_eval(model: nn.Module, call: Call) -> fx.GraphModule:
     with LOCK, preserve_rng_state(), without_caches(model), torch.inference_mode(False):
         only = canonical(export_call(model, call, None, training=False), model)
         constants = {name: ByMode(value, value) for name, value in only.constants.items()}
-        made = _module(model, only.graph, {CHECKS: InputChecks([]), **constants})
+        made = graph_module(model, only.graph, {CHECKS: InputChecks([]), **constants})
         compare_call(model, made, call)
         return made
 
@@ -80,7 +80,7 @@ def _captured(model: nn.Module, example: Call, shapes: Any, call: Call) -> fx.Gr
     checks, sizes = InputChecks([*in_train.conditions, *in_eval.conditions]), in_train.sizes
     modules = merge_modes(in_train.graph, in_eval.graph)
     constants = {name: ByMode(value, in_eval.constants[name]) for name, value in in_train.constants.items()}
-    made = _module(model, in_train.graph, {CHECKS: checks, **constants, **modules})
+    made = graph_module(model, in_train.graph, {CHECKS: checks, **constants, **modules})
     limits = compare(model, made, example, sizes)
     if example is not call:
         compare(model, made, call, ())
@@ -89,13 +89,6 @@ def _captured(model: nn.Module, example: Call, shapes: Any, call: Call) -> fx.Gr
         checks.add([Condition(*["not torch.is_autocast_enabled('cpu') and not torch.is_autocast_enabled('cuda')"] * 2)])
     _warn_of_unread(model, made.graph, call[1])
     return made
-
-
-def _module(model: nn.Module, graph: fx.Graph, parts: Mapping[str, nn.Module]) -> fx.GraphModule:
-    """Create a GraphModule from a captured graph, with the modules and tensors of a model, and additional parts."""
-    if taken := next((name for name in parts if hasattr(model, name)), None):
-        raise CaptureError(f"its attribute {taken!r} has a name that a graph uses for itself. Rename it")
-    return graph_module(model, graph, parts)
 
 
 def _warn_of_unread(model: nn.Module, graph: fx.Graph, kwargs: Mapping[str, Any]) -> None:

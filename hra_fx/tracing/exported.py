@@ -112,10 +112,10 @@ def examples_with_shapes(model: nn.Module, call: Call) -> list[tuple[Call, Any]]
         # torch.export makes a size of 1 a constant. The call itself is for models that allow only this batch size.
         doubled = pytree.tree_map(lambda x: x.repeat_interleave(2, 0) if isinstance(x, Tensor) else x, call)
         tries = [(doubled, True), (doubled, False), (call, True)]
-    return [(example, automatic_shapes(model, example, lengths=lengths)) for example, lengths in tries]
+    return [(example, _shapes(model, example, lengths)) for example, lengths in tries]
 
 
-def automatic_shapes(model: nn.Module, call: Call, *, lengths: bool) -> Any:
+def _shapes(model: nn.Module, call: Call, lengths: bool) -> Any:
     """Dynamic shapes in which every size may change; for images, and without `lengths`, only the batch size."""
     shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
     for value in pytree.tree_leaves(call):

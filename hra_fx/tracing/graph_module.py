@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from hra_fx.compat import NON_PERSISTENT
+from hra_fx.errors import CaptureError
 from hra_fx.model.graph_module import UnpicklingTracer
 from hra_fx.tracing.by_mode import ByMode
 from hra_fx.tracing.nodes import attribute, module_path
@@ -79,6 +80,8 @@ def graph_module(root: nn.Module, graph: fx.Graph, modules: Mapping[str, nn.Modu
     only the modules that the graph uses, in the order of the graph. If the graph only reads the weight of a layer, fx
     replaces the layer with an empty module, without the adapters.
     """
+    if taken := next((name for name in modules if hasattr(root, name)), None):
+        raise CaptureError(f"its attribute {taken!r} has a name that a graph uses for itself. Rename it")
     graph._tracer_cls = UnpicklingTracer
     module = ModelGraph(nn.Module(), fx.Graph(tracer_cls=UnpicklingTracer), type(root).__name__)
     for kind in ("_parameters", "_buffers", NON_PERSISTENT):

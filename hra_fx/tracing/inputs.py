@@ -204,19 +204,16 @@ def conditions_of(
         if place.isdigit():  # an item of *args, or an argument with such a name
             variadic[f"L['{name}'][{place}]{pytree.keystr(path[1:])}"] = index
     shown = [f"{path[0].key}{pytree.keystr(path[1:])}" for path in paths]
-    found = dict.fromkeys([*_of_shapes(program, inputs), *guards_of(program)])
-    # Those of known inputs first: a guess may be a prefix of one.
-    return [_condition(code, sources | variadic | sources, shown) for code in found], shown
-
-
-def _condition(code: str, sources: dict[str, int], names: list[str]) -> Condition:
-    """Convert the code of `torch.export`, which reads inputs from `L`, to expressions of `args` and of names."""
-    text = code = code.replace("\n", "")
-    for source, index in sources.items():
-        code = code.replace(source, f"args[{index}]")
-        text = text.replace(source, names[index])
-    text = ast.unparse(ast.parse(text, mode="eval"))
-    return Condition(code, text)
+    found: list[Condition] = []
+    # The code of `torch.export` reads inputs from `L`.
+    for original in dict.fromkeys([*_of_shapes(program, inputs), *guards_of(program)]):
+        text = code = original.replace("\n", "")
+        # Those of known inputs first: a guess may be a prefix of one.
+        for source, index in (sources | variadic | sources).items():
+            code = code.replace(source, f"args[{index}]")
+            text = text.replace(source, shown[index])
+        found.append(Condition(code, ast.unparse(ast.parse(text, mode="eval"))))
+    return found, shown
 
 
 def _of_shapes(program: ExportedProgram, inputs: list[fx.Node]) -> Iterator[str]:
@@ -230,7 +227,12 @@ def _of_shapes(program: ExportedProgram, inputs: list[fx.Node]) -> Iterator[str]
                 yield f"{source} == {value!r}" if value is not None else f"{source} is None"
             continue
         yield f"{source}.dim() == {value.dim()}"
-        yield _kind(source, value.dtype)
+        # Numeric and boolean masks have different meanings, and a model may check the kind of dtype.
+        if value.is_floating_point() or value.is_complex():
+            yield f"{source}.dtype.is_floating_point == {value.is_floating_point()}"
+        else:
+            is_bool = f"({source}.dtype == torch.bool) == {value.dtype is torch.bool}"
+            yield f"{is_bool} and not {source}.dtype.is_floating_point"
         for dimension, size in enumerate(value.shape):
             here = f"{source}.size()[{dimension}]"
             if isinstance(size, int):
@@ -245,10 +247,3 @@ def _of_shapes(program: ExportedProgram, inputs: list[fx.Node]) -> Iterator[str]
                     yield f"{here} >= {int(limits.lower)}"
                 if limits is not None and limits.upper.is_finite and limits.upper.is_Integer:
                     yield f"{here} <= {int(limits.upper)}"
-
-
-def _kind(source: str, dtype: torch.dtype) -> str:
-    """The condition on the kind of dtype: numeric and boolean masks have different meanings, and a model may check."""
-    if dtype.is_floating_point or dtype.is_complex:
-        return f"{source}.dtype.is_floating_point == {dtype.is_floating_point}"
-    return f"({source}.dtype == torch.bool) == {dtype is torch.bool} and not {source}.dtype.is_floating_point"

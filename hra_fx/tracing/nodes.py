@@ -37,16 +37,6 @@ def module_path(node: fx.Node) -> str | None:
     return normalize_path(list(stack.values())[-1][0]) if stack else None
 
 
-def module_classes(graph: fx.Graph) -> dict[str, str]:
-    """The classes of the modules whose forwards recorded a graph: path -> qualified name of the class."""
-    classes: dict[str, str] = {}
-    for node in graph.nodes:
-        for path, cls in (node.meta.get("nn_module_stack") or {}).values():
-            text = cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
-            classes.setdefault(normalize_path(path), text)
-    return classes
-
-
 def normalize_path(path: str) -> str:
     """Convert a path of `nn_module_stack` (`L['self']._modules['blocks'][0]`) to the form of `named_modules`."""
     path = path.replace("__dict__['_modules']", "")  # of a `ModelGraph`, in strict mode

@@ -51,16 +51,14 @@ def _other_value(value: Tensor, by_rows: bool) -> Tensor:
 def variants(call: Call, other: Call, sizes: Sizes | None) -> Iterator[tuple[frozenset[int], Call]]:
     """Calls in other sizes, with the indices of the sizes that are 1. Without `sizes`, also other kinds of inputs."""
     if sizes is None:
-        yield from ((frozenset(), variant) for variant in _with_other_kinds(call))
+        for index, value in tensors_of(call).items():
+            yield frozenset(), _replaced(call, {index: None})
+            if _is_mask(value):
+                yield (
+                    frozenset(),
+                    _replaced(call, {index: value.float() if value.dtype is torch.bool else value.bool()}),
+                )
     yield from _with_other_sizes(other, _equal_sizes(call) if sizes is None else sizes)
-
-
-def _with_other_kinds(call: Call) -> Iterator[Call]:
-    """Calls with `None` in place of one tensor, and with a mask of another dtype."""
-    for index, value in tensors_of(call).items():
-        yield _replaced(call, {index: None})
-        if _is_mask(value):
-            yield _replaced(call, {index: value.float() if value.dtype is torch.bool else value.bool()})
 
 
 def _equal_sizes(call: Call) -> Sizes:

@@ -44,7 +44,10 @@ def _traced(model: nn.Module, layers: Collection[nn.Module], training: bool) -> 
     for part in copied.modules():
         part.training = training
     before, random = attributes(copied), random_states()
-    graph = ModelTracer(keep).trace(copied)
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        graph = ModelTracer(keep).trace(copied)
+    for node in graph.nodes:
+        node.type = None  # the annotation may be a string, and then fx cannot pickle the graph
     compile(graph.python_code("self").src, "graph", "exec")  # a layer may have the name of a keyword
     if random_states() != random:
         raise CaptureError("it draws random numbers in Python or seeds a generator, which happens once in a trace")
@@ -86,14 +89,6 @@ class ModelTracer(fx.Tracer):
         """Prepare for one trace. The modules in `keep` stay calls."""
         super().__init__()
         self._keep = keep
-
-    def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
-        """Trace a module."""
-        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
-            graph = super().trace(root)
-        for node in graph.nodes:
-            node.type = None  # the annotation may be a string, and then fx cannot pickle the graph
-        return graph
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Create the value of a node."""

@@ -19,14 +19,13 @@ from hra_fx.export.program import is_program
 from hra_fx.model.example_inputs import Call, normalize_inputs
 from hra_fx.model.peft_view import adapted_view
 from hra_fx.model.state import adapted_layers, unwrap
-from hra_fx.reporting.heat import is_identity
+from hra_fx.reporting.columns import is_identity
 from hra_fx.reporting.report import Report, report
 from hra_fx.reporting.words import counted, low_to_high
 from hra_fx.tracing.graphs import drawn_graph
 from hra_fx.view.graph import leaves_of
-from hra_fx.view.scopes import scope_tree
 from hra_fx.view.subject import Subject, subject_of
-from hra_fx.view.tree import Leaf, Scope, prefixes
+from hra_fx.view.tree import Leaf, prefixes
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,6 @@ class Drawing:
     facts: str  # one line: the number of adapted layers, their ranks and parameters
     picture: nx.DiGraph[str]  # the leaves, and the flow of values between them; see `graph.leaves_of`
     report: Report  # empty for a plain model
-
-    def tree(self) -> Scope:
-        """The leaves grouped by module, with identical neighbors as one item."""
-        return scope_tree(self.picture, self.name)
 
 
 def drawing_of(model: Any, example_inputs: Any = None) -> Drawing:

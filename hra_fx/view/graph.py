@@ -168,7 +168,10 @@ class _Builder:
                 leaf = self._leaf_of_layers(layers, *around) if layers else self._leaf(*around, before)
                 if leaf.kind == "op":
                     count = self._once(held[name] for name in before.weights if name in held)
-                    leaf = replace(leaf, parameters=count, readers=_readers(before.weights, place))
+                    # Also the module of the operation, because a tied parameter has only one name.
+                    around_it = [module_of(call) for call in place[-1:] if before.weights]
+                    readers = tuple(dict.fromkeys([*map(_parent, before.weights), *around_it]))
+                    leaf = replace(leaf, parameters=count, readers=readers)
                 shape, dtype = shape_and_dtype(node)
                 self._add(key, replace(leaf, shape=shape, dtype=dtype), before.sources)
                 value = Value({key: shape})
@@ -213,12 +216,6 @@ class _Builder:
         fresh = {id(parameter): parameter.numel() for parameter in parameters if id(parameter) not in self.counted}
         self.counted |= fresh.keys()
         return sum(fresh.values())
-
-
-def _readers(weights: tuple[str, ...], place: tuple[str, ...]) -> tuple[str, ...]:
-    """The modules whose parameters an operation reads, and its own module, because a tied parameter has one name."""
-    around = [module_of(call) for call in place[-1:] if weights]
-    return tuple(dict.fromkeys([*(_parent(name) for name in weights), *around]))
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from hra_fx.reporting.heat import HEATS, Heat, is_identity
+from hra_fx.reporting.columns import MEASURES, Measure, is_identity
 from hra_fx.reporting.row import Row, largest
 from hra_fx.view.theme import HEAT, UNKNOWN
-from hra_fx.view.tree import Item
+from hra_fx.view.tree import Item, Leaf
 
 CELL = 8.0  # height of a row of heat cells
 _NARROWEST = 3.0  # width of a cell
@@ -29,14 +29,11 @@ class Cells:
         return math.ceil(len(self.colors) / self.columns) * CELL + 5 if self.colors else 0.0
 
 
-NO_CELLS = Cells()
-
-
 @dataclass(frozen=True)
 class Heatmap:
     """One value for each adapted layer, from 0 to the end of the legend. Without values, none is shown."""
 
-    heat: Heat = HEATS["weight_change"]
+    measure: Measure = MEASURES["weight_change"]
     values: Mapping[str, float] = field(default_factory=dict)
     top: float = 1.0
 
@@ -51,19 +48,22 @@ class Heatmap:
 
     def line(self, path: str) -> str:
         """Format a line of a tooltip: an adapted layer with its value."""
-        return f"{path} · {self.heat.text(self.mean([path]))}" if self.values else path
+        return f"{path} · {self.measure.text(self.mean([path]))}" if self.values else path
 
     def strip(self, item: Item) -> tuple[str, str]:
         """The text and the color of the mean value in a box; empty without a heatmap or an adapted layer."""
         if not self.values or not item.marks:
             return "", ""
         mean = self.mean(item.marks)
-        return "mean " * (len(item.marks) > 1) + self.heat.text(mean), self.color(mean)
+        return "mean " * (len(item.marks) > 1) + self.measure.text(mean), self.color(mean)
 
     def cells(self, item: Item, width: float) -> Cells:
-        """Create one cell for each adapted layer in a box. If the box represents several modules, each has a column."""
-        if not self.values or not item.marks:
-            return NO_CELLS
+        """Create one cell for each adapted layer in a box. If the box represents several modules, each has a column.
+
+        A leaf with one layer has only a strip.
+        """
+        if not self.values or not item.marks or (isinstance(item, Leaf) and len(item.marks) == 1):
+            return Cells()
         fitting = max(int(width / _NARROWEST), 1)
         rows = math.ceil(len(item.marks) / fitting)
         columns = item.count if 1 < item.count <= fitting else math.ceil(len(item.marks) / rows)
@@ -79,22 +79,21 @@ def heatmap_of(rows: Iterable[Row]) -> Heatmap:
     rows = list(rows)
     if not rows or is_identity(rows):
         return Heatmap()
-    heat = HEATS["weight_change" if any(math.isfinite(row.weight_change) for row in rows) else "mean_angle"]
+    measure = MEASURES["weight_change" if any(math.isfinite(row.weight_change) for row in rows) else "mean_angle"]
     active: dict[str, list[float]] = {}
     for row in rows:
-        active.setdefault(row.path, []).extend([heat.value(row)] if row.active else [])
+        active.setdefault(row.path, []).extend([measure.value(row)] if row.active else [])
     values = {path: largest(own) if own else 0.0 for path, own in active.items()}
-    return Heatmap(heat, values, round_up(max(filter(math.isfinite, values.values()), default=0.0)))
+    return Heatmap(measure, values, round_up(max(filter(math.isfinite, values.values()), default=0.0)))
 
 
 def round_up(value: float) -> float:
     """The end of a scale from 0: a round number that is at least a value.
 
     >>> round_up(17.4), round_up(0.031), round_up(180), round_up(0)
-    (18.0, 0.035, 180.0, 1.0)
+    (18.0, 0.031, 180.0, 1.0)
     """
     if value < 1e-290:  # powers of ten underflow to zero below it
         return 1.0
-    power = 10.0 ** math.floor(math.log10(value))
-    steps = (1.2, 1.5, 1.8, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 10.0)
-    return float(f"{next(step for step in steps if step * power >= value * (1 - 1e-6)) * power:.6g}")
+    step = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return float(f"{math.ceil(value / step * (1 - 1e-6)) * step:.6g}")

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import networkx as nx
 
 from hra_fx.reporting.words import shorten
-from hra_fx.view.heatmap import NO_CELLS, Cells, Heatmap
+from hra_fx.view.heatmap import Cells, Heatmap
 from hra_fx.view.opening import Block
 from hra_fx.view.theme import width
-from hra_fx.view.tree import Edge, Item, Leaf, Scope, span
+from hra_fx.view.tree import Edge, Leaf, Scope, span
 
 NAME, DETAIL = 12.5, 11.0  # font sizes
 STRIP = 19.0  # height of the adapter strip on top of its layer
@@ -223,7 +223,7 @@ class Box:
     tip: str  # the tooltip
     strip: str = ""  # the text of the adapter
     heat: str = ""  # the color of the strip, if a heatmap is shown
-    cells: Cells = NO_CELLS
+    cells: Cells = field(default_factory=Cells)
     x: float = 0.0
     y: float = 0.0
     parts: tuple[Box, ...] = ()
@@ -275,7 +275,7 @@ def _single(box: Box, heatmap: Heatmap) -> Box:
         strip, heat = "no active adapter", ""  # nothing is rotated
     name = width(box.name, NAME, bold=True) + count_width(box.count)
     wide = max(name, width(detail, DETAIL), width(strip + value, DETAIL, bold=True) + 12)
-    cells = heatmap.cells(item, wide) if look == "closed" or len(item.marks) > 1 else NO_CELLS
+    cells = heatmap.cells(item, wide)
     size = Size(wide + 2 * _PAD, (STRIP if strip else 8) + 39 + cells.height)
     heat = heat if strip else ""
     return replace(box, size=size, detail=detail, strip=strip + value, heat=heat, cells=cells)
@@ -314,15 +314,14 @@ def _drawn(scope: Scope, blocks: Sequence[Block]) -> list[Edge]:
     for source, target, port, shape in scope.edges:
         reader = blocks[target]
         if source < 0:
-            source = ~list(dict.fromkeys(scope.ports)).index(scope.ports[~source])
-        port = 0 if reader.parts is None else _port(reader.item, port)
+            source = ~_drawn_port(scope, ~source)
+        port = 0 if isinstance(reader.item, Leaf) or reader.parts is None else _drawn_port(reader.item, port)
         shapes.setdefault((source, target, port), {})[shape] = None
     return [Edge(*ends, " + ".join([*own][:1] + [str(len(own) - 1)] * (len(own) > 1))) for ends, own in shapes.items()]
 
 
-def _port(item: Item, port: int) -> int:
-    ports = item.ports if isinstance(item, Scope) else ("",)
-    return list(dict.fromkeys(ports)).index(ports[port])
+def _drawn_port(scope: Scope, port: int) -> int:
+    return list(dict.fromkeys(scope.ports)).index(scope.ports[port])
 
 
 def scope_rows(scope: Scope) -> list[int]:

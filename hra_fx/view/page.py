@@ -21,7 +21,7 @@ from hra_fx.view.drawing import Drawing
 from hra_fx.view.heatmap import Heatmap, heatmap_of
 from hra_fx.view.layout import place
 from hra_fx.view.opening import Block, opened
-from hra_fx.view.svg import draw, number, shape
+from hra_fx.view.svg import draw, number
 from hra_fx.view.svg_file import LINE, arrow, entries, looks_of
 from hra_fx.view.theme import COLORS, colored, dark_rules
 from hra_fx.view.tree import Item, Leaf, Scope, span
@@ -58,32 +58,31 @@ class _Pictures:
             box = place(picture.block, self.heatmap, root=is_model)
             root = _svg(box.size.width + 4, box.size.height + 4)
             draw(root, box, 2, 2, self._link, root=is_model)
-            for link in root.iter("a"):
-                if link.get("href", "").startswith("#/"):
-                    _mark_as_open(link)
             way = "".join(f'<a href="#{quote(address)}">{html.escape(name)}</a> / ' for name, address in picture.way)
             line = f"<figcaption>{way}<b>{html.escape(_name(picture.block.item))}</b></figcaption>"
-            figure = f'<figure id="{html.escape(picture.address)}">{line if way else ""}{_text(root)}</figure>'
-            yield figure
+            yield f'<figure id="{html.escape(picture.address)}">{line if way else ""}{_text(root)}</figure>'
 
     def _link(self, group: Element, block: Block) -> None:
         """Give a box the addresses of its layers, and link it to itself, or to the picture of a closed module."""
         item, here = block.item, self._current
         if item is here.block.item:
             return
-        for path in _layers_of(item):
-            if path not in self._taken:
+        paths = dict.fromkeys(item.paths)  # the modules that the box stands for, and the layers in a leaf
+        if isinstance(item, Leaf):
+            paths |= dict.fromkeys((*item.marks, *(layer.path for layer in item.skipped), *item.trained))
+        for path in paths:
+            if path and path not in self._taken:
                 self._taken.add(path)
                 if group.get("id") is None:
                     group.set("id", path)
                 else:
                     SubElement(group, "g", {"class": "name", "id": path})
         address = group.get("id", "")
-        if isinstance(item, Scope) and block.parts is None:
+        if isinstance(item, Scope) and block.look == "closed":
             address = self._address(f"/{item.path}")
             way = (*here.way, (_name(here.block.item), here.address))
             self._waiting.append(Picture(opened(item, None), address, way))
-        if address and not (isinstance(item, Scope) and block.parts is not None):
+        if address and block.parts is None:
             group.tag = "a"
             group.set("href", f"#{quote(address)}")
 
@@ -101,7 +100,16 @@ def render_page(drawing: Drawing, block: Block) -> str:
     """Render the page of a model, or of a part of it: one HTML file that needs no others."""
     pictures = _Pictures(block, heatmap_of(drawing.report.rows))
     figures = "\n".join(pictures.drawn())
-    legend = "".join(_legend(drawing, pictures))
+    legend = ""
+    for wide, entry in entries(pictures.looks, pictures.heatmap, drawing.report.skipped):
+        root = _svg(wide + 1, LINE)
+        entry.set("transform", "translate(0 3.5)")
+        root.append(entry)
+        legend += f"<li>{_text(root)}</li>"
+    found = drawing.report
+    alarm = ' class="alarm"' * any(layer.targeted for layer in found.skipped)
+    skipped = f'<a href="#{_SKIPPED}"{alarm}>{counted(len(found.skipped), "layer")} not adapted</a>'
+    links = f'<a href="#{_REPORT}">Report</a>' * bool(found.rows) + skipped * bool(found.skipped)
     colors = "".join(f"  --{role}: light-dark({light}, {dark});\n" for role, (light, dark) in COLORS.items())
     marker = Element("svg")
     arrow(marker)
@@ -109,7 +117,7 @@ def render_page(drawing: Drawing, block: Block) -> str:
         "title": html.escape(drawing.title),
         "facts": html.escape(drawing.facts),
         "style": f"\n:root {{\n{colors}}}\n{dark_rules(figures + legend)}\n{_file('page.css')}",
-        "links": _links(drawing),
+        "links": links,
         "pictures": figures,
         "sections": "\n".join(_sections(drawing)),
         "legend": legend,
@@ -123,25 +131,10 @@ def _file(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
-def _layers_of(item: Item) -> list[str]:
-    """The modules that a box stands for, and the layers in a box that is not opened further."""
-    own = dict.fromkeys(item.paths)
-    if isinstance(item, Leaf):
-        own |= dict.fromkeys((*item.marks, *(layer.path for layer in item.skipped), *item.trained))
-    return list(filter(None, own))
-
-
 def _name(item: Item) -> str:
     """The name of a picture: the path of its module, and how many modules it stands for."""
     path = item.path if isinstance(item, Scope) else ""
     return (path or span(item)) + f" × {item.count}" * (item.count > 1)
-
-
-def _mark_as_open(link: Element) -> None:
-    """Draw a mark in the corner of a box that leads to another picture."""
-    frame = next(part for part in link if part.get("class") == "frame")
-    x, y = float(frame.get("x", "0")), float(frame.get("y", "0"))
-    shape(link, "path", d=f"M{number(x + 7)} {number(y + 7)}l5 3.5l-5 3.5z", class_="opens")
 
 
 def _svg(wide: float, high: float) -> Element:
@@ -152,22 +145,6 @@ def _svg(wide: float, high: float) -> Element:
 def _text(root: Element) -> str:
     colored(root)
     return tostring(root, encoding="unicode")
-
-
-def _legend(drawing: Drawing, pictures: _Pictures) -> Iterator[str]:
-    for wide, entry in entries(pictures.looks, pictures.heatmap, drawing.report.skipped):
-        root = _svg(wide + 1, LINE)
-        entry.set("transform", "translate(0 3.5)")
-        root.append(entry)
-        yield f"<li>{_text(root)}</li>"
-
-
-def _links(drawing: Drawing) -> str:
-    """The links to the sections."""
-    found = drawing.report
-    alarm = ' class="alarm"' * any(layer.targeted for layer in found.skipped)
-    skipped = f'<a href="#{_SKIPPED}"{alarm}>{counted(len(found.skipped), "layer")} not adapted</a>'
-    return f'<a href="#{_REPORT}">Report</a>' * bool(found.rows) + skipped * bool(found.skipped)
 
 
 def _sections(drawing: Drawing) -> Iterator[str]:

@@ -12,6 +12,7 @@ from hra_fx.removed import without_removed_arguments
 from hra_fx.view.drawing import Drawing, drawing_of
 from hra_fx.view.opening import Block, check_options, focused, opened
 from hra_fx.view.page import render_page
+from hra_fx.view.scopes import scope_tree
 from hra_fx.view.svg_file import render_svg
 
 FORMATS: Mapping[str, Callable[[Drawing, Block], str]] = {".svg": render_svg, ".html": render_page}
@@ -63,6 +64,6 @@ def visualize(
     file = output_file(path, FORMATS)
     check_options(depth, focus)
     drawing = focused(drawing_of(model, example_inputs), focus)
-    block = opened(drawing.tree(), depth, focus or "")
+    block = opened(scope_tree(drawing.picture, drawing.name), depth, focus or "")
     write_output_file(file, FORMATS[file.suffix.lower()](drawing, block).encode("utf-8"))
     return file

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import networkx as nx
 
 from hra_fx.view.subject import name_of
-from hra_fx.view.tree import (
-    Edge,
-    Item,
-    Leaf,
-    Scope,
-    contract,
-    joined,
-    merge_repeats,
-    module_of,
-)
+from hra_fx.view.tree import Edge, Item, Leaf, Scope, contract, joined, merge_repeats, module_of
 
 #: The names of several leaves in one box are listed up to this length.
 _LETTERS_SHOWN = 28
@@ -53,8 +44,11 @@ class _Nesting:
         """
         path = module_of(call)
         groups, flow = self._acyclic_groups(keys, depth)
-        leaving, ports = self._leaving(keys), self._ports(keys)
-        boxes = _join_operations(flow, self._small(flow), {groups[key] for key in leaving})
+        ports = self._ports(keys)
+        leaving = [key for key in keys if any(reader not in groups for reader in self.picture.succ[key])]
+        leaves = ((group, self.leaf(group)) for group in flow if isinstance(group, str))
+        small: set[_Group] = {group for group, leaf in leaves if leaf.kind == "op" and leaf.name not in _LANDMARKS}
+        boxes = _join_operations(flow, small, {groups[key] for key in leaving})
         first = {group: index for index, group in enumerate(flow)}
         order = nx.lexicographical_topological_sort(_contracted(flow, boxes), key=first.__getitem__)
         members: dict[_Group, list[str]] = {group: [] for group in order}
@@ -73,11 +67,6 @@ class _Nesting:
             paths=(path,) if path else (),
         )
         return merge_repeats(_join_eager(scope))
-
-    def _leaving(self, keys: list[str]) -> list[str]:
-        """The leaves with a value that is read by others."""
-        inside = set(keys)
-        return [key for key in keys if not inside.issuperset(self.picture.succ[key])]
 
     def _ports(self, keys: list[str]) -> dict[str, str]:
         """The leaves outside with values that some leaves read, in the order in which they are read.
@@ -107,11 +96,6 @@ class _Nesting:
                         start = place[source] if source in place else ~ports.index(source)
                         edges.add(Edge(start, place[key], own.index(source) if own else 0, data["shape"]))
         return tuple(sorted(edges))
-
-    def _small(self, groups: Iterable[_Group]) -> set[_Group]:
-        """The operations that can be joined with others."""
-        leaves = ((group, self.leaf(group)) for group in groups if isinstance(group, str))
-        return {group for group, leaf in leaves if leaf.kind == "op" and leaf.name not in _LANDMARKS}
 
     def _acyclic_groups(self, keys: list[str], depth: int) -> tuple[dict[str, _Group], nx.DiGraph[_Group]]:
         """Return the item of each leaf, and the flow between items.

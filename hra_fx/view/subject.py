@@ -10,7 +10,7 @@ from torch import fx, nn
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.target import REFLECTION, describe
 from hra_fx.model.state import AdapterState, adapted_layers, get_state
-from hra_fx.tracing.nodes import module_classes
+from hra_fx.tracing.nodes import normalize_path
 from hra_fx.view.tree import Leaf
 
 
@@ -46,9 +46,13 @@ def _classes_in(model: nn.Module) -> dict[str, str]:
     """The classes of the modules whose forwards are in a `GraphModule`, which replaces them with plain modules."""
     if not isinstance(model, fx.GraphModule):
         return {}
-    found = {path: kind.rpartition(".")[2] for path, kind in module_classes(model.graph).items()}
     plain = {path for path, part in model.named_modules() if type(part) is nn.Module}
-    return {path: kind for path, kind in found.items() if path in plain}
+    classes: dict[str, str] = {}
+    for node in model.graph.nodes:
+        for path, cls in (node.meta.get("nn_module_stack") or {}).values():
+            if (normal := normalize_path(path)) in plain:
+                classes.setdefault(normal, cls.rpartition(".")[2] if isinstance(cls, str) else cls.__name__)
+    return classes
 
 
 def _box(path: str, layer: AdaptedLayer, state: AdapterState | None) -> Leaf:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 from xml.etree.ElementTree import Element, SubElement
 
 from hra_fx.view.heatmap import CELL
@@ -15,20 +15,28 @@ from hra_fx.view.theme import ink_on, width
 FONT = "'Segoe UI', Roboto, 'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"
 
 _SHAPE = 9.5  # font size of the shapes of values
-#: Fill, border and text color of each look, as roles of `theme.COLORS`.
+
+
+class Look(NamedTuple):
+    """Colors of a box, as roles of `theme.COLORS`; its description in the legend, and the dashes of its border."""
+
+    fill: str
+    line: str
+    ink: str
+    words: str = ""
+    dashes: str = ""
+
+
 LOOKS = {
-    "port": ("port", "port-line", "ink"),
-    "adapted_layer": ("card", "violet-line", "ink"),
-    "plain": ("card", "box-line", "ink"),
-    "eager": ("amber-pale", "amber-line", "amber"),
-    "trained": ("blue-pale", "blue-line", "blue"),
-    "closed": ("module", "module-line", "ink"),
+    "adapted_layer": Look("card", "violet-line", "ink", "adapted layer"),
+    "trained": Look("blue-pale", "blue-line", "blue", "trained in full"),
+    "plain": Look("card", "line", "ink", "other operation"),
+    "closed": Look("module", "line", "ink", "module"),
+    "traced": Look("module", "line", "ink", "module"),
+    "untraced": Look("untraced", "amber-line", "ink", "module that is not traced, without edges", "4 3"),
+    "eager": Look("amber-pale", "amber-line", "amber", "not traced, without adapters", "4 3"),
+    "port": Look("port", "line", "ink"),
 }
-
-#: Fill, border and dashes of open modules.
-FRAMES = {"traced": ("module", "module-line", ""), "untraced": ("untraced", "amber-line", "4 3")}
-
-
 #: A function that gets the element of each box, with what it shows.
 Mark: TypeAlias = Callable[[Element, Block], None]
 
@@ -77,6 +85,8 @@ def draw(parent: Element, box: Box, x: float, y: float, marked: Mark | None = No
         _draw_inside(group, box, x + box.body[0], y + box.body[1], marked)
         return
     _draw_single(group, box, x, y)
+    if marked and box.block.look == "closed":  # it leads to another picture
+        shape(group, "path", d=f"M{number(x + 7)} {number(y + 7)}l5 3.5l-5 3.5z", class_="opens")
     if item.skipped:
         middle = 24 if box.block.look in STACKED else box.size.height / 2
         skipped_marker(group, x + 7.5, y + middle, refused=any(layer.targeted for layer in item.skipped))
@@ -84,27 +94,25 @@ def draw(parent: Element, box: Box, x: float, y: float, marked: Mark | None = No
 
 def skipped_marker(parent: Element, x: float, y: float, *, refused: bool) -> None:
     """The marker of a layer without an adapter: gray, or red if it should have one."""
-    look = {"stroke": "red-line", "class_": "refused"} if refused else {"stroke": "skipped", "class_": "skipped"}
+    look = {"stroke": "red-line", "class_": "refused"} if refused else {"stroke": "edge", "class_": "skipped"}
     shape(parent, "circle", cx=x, cy=y, r=3.5, fill="card", stroke_width=1.7, **look)
 
 
-def _outline(
-    group: Element, box: Box, x: float, y: float, radius: float, fill: str, line: str, dashes: str = ""
-) -> Element:
-    wide, high = box.size.width, box.size.height
-    frame = shape(group, "rect", x=x, y=y, width=wide, height=high, rx=radius, fill=fill, stroke=line, class_="frame")
-    if dashes:
-        frame.set("stroke-dasharray", dashes)
-    return frame
+def _outline(group: Element, box: Box, x: float, y: float, radius: float, kind: str = "frame") -> None:
+    look, wide, high = LOOKS[box.block.look], box.size.width, box.size.height
+    frame = shape(group, "rect", x=x, y=y, width=wide, height=high, rx=radius, fill=look.fill, stroke=look.line)
+    frame.set("class", kind)
+    if look.dashes:
+        frame.set("stroke-dasharray", look.dashes)
 
 
 def _draw_single(group: Element, box: Box, x: float, y: float) -> None:
     """Draw a box with a name, and a strip on top for an adapted layer; or a stack for several modules."""
     look, wide, high = box.block.look, box.size.width, box.size.height
-    fill, line, ink = LOOKS[look]
+    ink = LOOKS[look].ink
     if look == "closed" and box.count:
-        _outline(group, box, x + 4, y + 4, 6, fill, line).set("class", "under")
-    _outline(group, box, x, y, high / 2 if look == "port" else 6, fill, line, "4 3" if look == "eager" else "")
+        _outline(group, box, x + 4, y + 4, 6, "under")
+    _outline(group, box, x, y, high / 2 if look == "port" else 6)
     middle = x + (wide - count_width(box.count)) / 2
     faint = "amber" if look == "eager" else "faint"
     if look not in STACKED:
@@ -158,7 +166,7 @@ def _badge(group: Element, box: Box, right: float, y: float) -> None:
 
 def _draw_frame(group: Element, box: Box, x: float, y: float) -> None:
     """Draw the frame and the title of an open module."""
-    _outline(group, box, x, y, 8, *FRAMES[box.block.look])
+    _outline(group, box, x, y, 8)
     title = write(group, x + 13, y + 18, box.name, NAME, "ink", bold=True)
     shape(title, "tspan", dx=8.0, font_size=DETAIL, fill="faint", font_weight="400").text = box.detail
     _badge(group, box, x + box.size.width - 8, y + 6)
@@ -174,10 +182,10 @@ def _draw_inside(group: Element, box: Box, left: float, top: float, marked: Mark
             edge.set("marker-end", "url(#//arrow)")
             starts.setdefault(route.edge.source, []).append(route)
     for name, x, wide in box.ports:
-        frame = {"fill": "port", "stroke": "port-line", "class_": "entry"}
+        frame = {"fill": "port", "stroke": "line", "class_": "entry"}
         shape(group, "rect", x=left + x, y=top, width=wide, height=PORT, rx=PORT / 2, **frame)
         write(group, left + x + wide / 2, top + 12.5, name, DETAIL, "faint", anchor="middle").set("class", "entry")
-    paper = FRAMES[box.block.look][0] if box.body[1] else "card"
+    paper = LOOKS[box.block.look].fill if box.body[1] else "card"
     for source, routes in starts.items():
         for place in _shapes(routes, left, top) if source >= 0 else ():
             text = write(group, **place)

@@ -13,21 +13,12 @@ from hra_fx.view.drawing import Drawing
 from hra_fx.view.heatmap import Heatmap, heatmap_of
 from hra_fx.view.layout import place
 from hra_fx.view.opening import Block
-from hra_fx.view.svg import FONT, FRAMES, LOOKS, draw, number, shape, skipped_marker, write
+from hra_fx.view.svg import FONT, LOOKS, Look, draw, number, shape, skipped_marker, write
 from hra_fx.view.theme import HEAT, UNKNOWN, colored, dark_rules, width
 
 LINE = 22.0  # height of a line
 _GAP = 18.0
 _STEP = 12.0  # width of a step of the color bar
-#: The description of a look, and the dashes of its line.
-_LOOKS = {
-    "adapted_layer": ("adapted layer", ""),
-    "trained": ("trained in full", ""),
-    "plain": ("other operation", ""),
-    "module": ("module", ""),
-    "untraced": ("module that is not traced, without edges", "4 3"),
-    "eager": ("not traced, without adapters", "4 3"),
-}
 #: An entry of the legend: its width, and its element.
 Entry: TypeAlias = tuple[float, Element]
 _MARGIN, _INSET = 32.0, 24.0
@@ -42,19 +33,17 @@ def entries(looks: set[str], heatmap: Heatmap, skipped: Sequence[SkippedLayer]) 
     if heatmap.values:
         found.append(_color_bar(heatmap))
         if any(math.isnan(value) for value in heatmap.values.values()):
-            found.append(_swatch("unknown", UNKNOWN[0], "edge"))
+            found.append(_swatch(Look(UNKNOWN[0], "edge", "", "unknown")))
     elif "adapted_layer" in looks:
-        found.append(_swatch("adapter: r vectors of length d", "violet-pale", "violet-line"))
+        found.append(_swatch(Look("violet-pale", "violet-line", "", "adapter: r vectors of length d")))
         looks = looks - {"adapted_layer"}  # one entry for the color of the box is sufficient
     for targeted, words in ((False, "not targeted"), (True, "targeted, but not adapted")):
         if count := sum(layer.targeted is targeted for layer in skipped):
             group = Element("g")
             skipped_marker(group, 7, 7.5, refused=targeted)
             found.append((18 + _words(group, 18, f"{counted(count, 'layer')} {words}"), group))
-    if looks & {"closed", "traced"}:
-        looks = looks | {"module"}
-    colors = {**LOOKS, **FRAMES, "module": FRAMES["traced"]}
-    return found + [_swatch(words, *colors[look][:2], dash) for look, (words, dash) in _LOOKS.items() if look in looks]
+    shown = dict.fromkeys(look for name, look in LOOKS.items() if name in looks and look.words)
+    return found + [_swatch(look) for look in shown]
 
 
 def _words(group: Element, x: float, words: str, ink: str = "faint") -> float:
@@ -63,18 +52,18 @@ def _words(group: Element, x: float, words: str, ink: str = "faint") -> float:
     return width(words, 12)
 
 
-def _swatch(words: str, fill: str, line: str, dashes: str = "") -> Entry:
+def _swatch(look: Look) -> Entry:
     group = Element("g")
-    swatch = shape(group, "rect", x=0.5, y=0, width=24.0, height=15.0, rx=4.0, fill=fill, stroke=line)
-    if dashes:
-        swatch.set("stroke-dasharray", dashes)
-    return 31 + _words(group, 31, words), group
+    swatch = shape(group, "rect", x=0.5, y=0, width=24.0, height=15.0, rx=4.0, fill=look.fill, stroke=look.line)
+    if look.dashes:
+        swatch.set("stroke-dasharray", look.dashes)
+    return 31 + _words(group, 31, look.words), group
 
 
 def _color_bar(heatmap: Heatmap) -> Entry:
     """Create the color scale with the values at its ends."""
-    group, unit = Element("g"), heatmap.heat.unit
-    left = _words(group, 0, f"{heatmap.heat.words}:") + 6
+    group, unit = Element("g"), heatmap.measure.unit
+    left = _words(group, 0, f"{heatmap.measure.field.replace('_', ' ')}:") + 6
     left += _words(group, left, f"0{unit}", "ink") + 6
     for step, (fill, _) in enumerate(HEAT):
         shape(group, "rect", x=left + step * _STEP, y=0, width=_STEP, height=15.0, fill=fill, class_="heat")
@@ -99,7 +88,14 @@ def render_svg(drawing: Drawing, block: Block) -> str:
         x += wide + _GAP
     top += LINE + 14
     high = box.size.height + 2 * _INSET
-    root = _canvas(round(card + 2 * _MARGIN), round(top + high + _MARGIN), title, drawing.facts)
+    size = (str(round(card + 2 * _MARGIN)), str(round(top + high + _MARGIN)))
+    root = Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {' '.join(size)}"})
+    root.attrib.update({"width": size[0], "height": size[1], "font-family": FONT})
+    SubElement(root, "title").text = title
+    arrow(root)
+    shape(root, "rect", width="100%", height="100%", fill="paper")
+    write(root, _MARGIN, 46, title, 22, "ink", bold=True)
+    write(root, _MARGIN, 70, drawing.facts, 13, "faint")
     root.extend(entry for _, entry in legend)
     shape(root, "rect", x=_MARGIN, y=top, width=card, height=high, rx=10.0, fill="card", stroke="rule")
     draw(root, box, _MARGIN + (card - box.size.width) / 2, top + _INSET, root=True)
@@ -108,18 +104,6 @@ def render_svg(drawing: Drawing, block: Block) -> str:
     style.text = dark_rules(tostring(root, encoding="unicode"))
     root.insert(1, style)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + tostring(root, encoding="unicode") + "\n"
-
-
-def _canvas(wide: int, high: int, title: str, facts: str) -> Element:
-    """Create an SVG element with a background, the title and the facts."""
-    size = {"viewBox": f"0 0 {wide} {high}", "width": str(wide), "height": str(high)}
-    root = Element("svg", {"xmlns": "http://www.w3.org/2000/svg", **size, "font-family": FONT})
-    SubElement(root, "title").text = title
-    arrow(root)
-    shape(root, "rect", width="100%", height="100%", fill="paper")
-    write(root, _MARGIN, 46, title, 22, "ink", bold=True)
-    write(root, _MARGIN, 70, facts, 13, "faint")
-    return root
 
 
 def arrow(root: Element) -> None:

@@ -18,11 +18,9 @@ COLORS: Mapping[str, tuple[str, str]] = {
     "faint": ("#505b6b", "#a9b4c4"),
     "rule": ("#d4dae3", "#343d4b"),
     "edge": ("#7b8798", "#7f8b9f"),
-    "box-line": ("#a9b4c3", "#66738a"),
+    "line": ("#a9b4c3", "#66738a"),
     "port": ("#eceff4", "#2a323f"),
-    "port-line": ("#b4bdca", "#66738a"),
     "module": ("#eff3f8", "#161c25"),
-    "module-line": ("#b3c0cf", "#5b6a80"),
     "violet": ("#43247a", "#dccdfb"),
     "violet-pale": ("#e6dcf9", "#3a2a5e"),
     "violet-line": ("#8a68cf", "#9a7fdc"),
@@ -35,7 +33,6 @@ COLORS: Mapping[str, tuple[str, str]] = {
     "blue-line": ("#4b86c4", "#5f93cc"),
     "red": ("#a3241b", "#ffa79e"),
     "red-line": ("#cc4237", "#e0685d"),
-    "skipped": ("#7b8696", "#8b97a9"),
     "focus": ("#0b63ce", "#6cb0ff"),
 }
 #: The colors of a heatmap from small to large values, on light and on dark backgrounds: parts of matplotlib's magma, in
