@@ -80,13 +80,8 @@ is_dispatch_mode_active: Callable[[], int] = torch._C._len_torch_dispatch_stack
 is_autocast_active: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
 
-#: Whether `torch.fx` traces. torch 2.6 only has the function that is deprecated later.
-_fx_traces: Callable[[], bool] = getattr(_symbolic_trace, "is_fx_symbolic_tracing", _symbolic_trace.is_fx_tracing)
-
-
-def is_fx_tracing() -> bool:
-    """Whether `torch.fx` traces symbolically."""
-    return not torch.compiler.is_compiling() and _fx_traces()
+#: Whether `torch.fx` traces symbolically. torch 2.6 only has the function that is deprecated later.
+is_fx_tracing: Callable[[], bool] = getattr(_symbolic_trace, "is_fx_symbolic_tracing", _symbolic_trace.is_fx_tracing)
 
 
 def is_in_backward() -> bool:
@@ -114,15 +109,6 @@ def export_forward_backward() -> Callable[..., Any]:
 # --- modules ----------------------------------------------------------------------------------------------------------
 
 
-def with_own_hooks(modules: Iterable[nn.Module]) -> set[nn.Module]:
-    """The modules that have registered hooks."""
-    return {
-        part
-        for part in modules
-        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-    }
-
-
 def forward_hooks(module: nn.Module, *, before: bool = False) -> list[Any]:
     """The forward hooks that are registered on a module, or those before its forward."""
     return list((module._forward_pre_hooks if before else module._forward_hooks).values())
@@ -130,7 +116,8 @@ def forward_hooks(module: nn.Module, *, before: bool = False) -> list[Any]:
 
 def has_own_hooks(module: nn.Module) -> bool:
     """Whether hooks are registered on a module."""
-    return bool(with_own_hooks([module]))
+    before_and_after = module._forward_pre_hooks or module._forward_hooks
+    return bool(before_and_after or module._backward_pre_hooks or module._backward_hooks)
 
 
 def has_backward_hooks(module: nn.Module) -> bool:
@@ -207,13 +194,8 @@ def state_paths(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str,
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
-def tensor_version(tensor: Tensor) -> int:
-    """A number that changes when a tensor is written in place; -1 for a tensor of inference mode, which has none."""
-    return tensor_versions([tensor])[0]
-
-
 def tensor_versions(tensors: Iterable[Tensor]) -> list[int]:
-    """The `tensor_version` of each tensor."""
+    """Numbers that change when tensors are written in place; -1 for a tensor of inference mode, which has none."""
     return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 

@@ -169,11 +169,10 @@ class HRAConfig:
         self.rank_pattern = dict(patterns)
 
     def _check_together(self) -> None:
-        fix = " Put the indices into the regular expression, or pass `target_modules` as a list."
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ConfigError("`layers_to_transform` cannot be used when `target_modules` is a str." + fix)
-        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
-            raise ConfigError("`layers_pattern` cannot be used when `target_modules` is a str." + fix)
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                fix = "Put the indices into the regular expression, or pass `target_modules` as a list."
+                raise ConfigError(f"`{name}` cannot be used when `target_modules` is a str. {fix}")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
@@ -338,15 +337,11 @@ def _indices(value: object) -> list[int] | int | None:
     many = isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)
     entries: list[Any] = list(value) if isinstance(value, Collection) and many else [value]
     for entry in entries:
-        if not _is_index(entry):
+        if not isinstance(entry, int) or isinstance(entry, bool) or entry < 0:
             raise ConfigError(f"`layers_to_transform` must be an int >= 0 or a list of them, got {entry!r}.")
     if not many:
         return int(entries[0])
     return sorted(entries) if isinstance(value, set | frozenset) else entries
-
-
-def _is_index(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _compile(name: str, regex: str, whole: str | None = None) -> None:

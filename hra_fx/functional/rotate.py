@@ -6,12 +6,7 @@ import torch
 from torch import Tensor
 
 from hra_fx.errors import FoldError
-from hra_fx.functional.householder import (
-    compact_wy,
-    normalize,
-    without_autocast,
-    working_dtype,
-)
+from hra_fx.functional.householder import compact_wy, normalize, without_autocast, working_dtype
 from hra_fx.functional.statistics import inverse_condition
 
 
@@ -54,15 +49,14 @@ def rows_to_weight(rows: Tensor, weight: Tensor, *, transposed: bool = False) ->
     return (rows.mT if transposed else rows.reshape(weight.shape)).to(weight.dtype).contiguous()
 
 
-def check_foldable(where: str, weight: Tensor, vectors: Tensor, *, apply_GS: bool, adapter: str | None = None) -> None:
+def check_foldable(where: str, weight: Tensor, vectors: Tensor, *, apply_GS: bool, adapter: str) -> None:
     """Raise a `FoldError` if an adapter has no data or no well-defined `Q`; `where` and `adapter` are for messages."""
-    of_adapter = "" if adapter is None else f" of {adapter!r}"
     if weight.is_meta or vectors.is_meta:
-        raise FoldError(f"{where}: the weight or the vectors{of_adapter} are on the meta device. Load them first.")
+        raise FoldError(f"{where}: the weight or the vectors of {adapter!r} are on the meta device. Load them first.")
     if apply_GS and inverse_condition(vectors) < 8 * torch.finfo(vectors.dtype).eps:
         raise FoldError(
-            f"{where}: the vectors{of_adapter} are linearly dependent, so their Gram-Schmidt basis is rounding noise. "
-            "Train with apply_GS=False, or with init_weights=True, which starts with independent vectors."
+            f"{where}: the vectors of {adapter!r} are linearly dependent, so their Gram-Schmidt basis is rounding "
+            "noise. Train with apply_GS=False, or with init_weights=True, which starts with independent vectors."
         )
 
 

@@ -38,18 +38,15 @@ def batched_factors(layers: Sequence[Sequence[ChainPart]], dtype: torch.dtype) -
         tensor([[-1.,  0.],
                 [ 0.,  1.]])
     """
-    tensors = [tensor for place in range(len(layers[0])) for tensor in _column(layers, place)]
+    tensors: list[Tensor] = []
+    for parts in zip(*layers, strict=True):
+        tensors += [part.vectors for part in parts]
+        tensors += [part.anchor for part in parts if part.anchor is not None]
     apply_GS = [part.apply_GS for part in layers[0]]
     anchored = [part.anchor is not None for part in layers[0]]
     compute = torch.ops.hra_fx.batched_factors.default if is_compiling() else _compute
     factors = compute(tensors, apply_GS, anchored, dtype)
     return [Factors(*pair) for pair in zip(factors[::2], factors[1::2], strict=True)]
-
-
-def _column(layers: Sequence[Sequence[ChainPart]], place: int) -> list[Tensor]:
-    """The vectors of one part of all layers, followed by the anchors if there are any."""
-    parts = [layer[place] for layer in layers]
-    return [part.vectors for part in parts] + [part.anchor for part in parts if part.anchor is not None]
 
 
 def _compute(tensors: list[Tensor], apply_GS: list[bool], anchored: list[bool], dtype: torch.dtype) -> list[Tensor]:

@@ -78,7 +78,7 @@ def factors_in_traced_batches(layers: Sequence[nn.Module]) -> AbstractContextMan
 
 
 def factors_in_exported_batches(layers: Iterable[nn.Module]) -> AbstractContextManager[None]:
-    """Like `factors_in_traced_batches`, in plain operators while `torch.export` records; see `exported_factors`.
+    """Like `factors_in_traced_batches`, in plain operators while `torch.export` records.
 
     Without batches, each layer would take about a hundred nodes, including its backward pass.
     """
@@ -113,12 +113,6 @@ class _Held:
         RUNNING.run = self.outer
         for adapters in self.prepared:
             adapters.traced = None
-
-
-def exported_factors(adapters: HouseholderAdapters) -> Factors | None:
-    """The factors `R` and `F` of a layer, from `factors_in_exported_batches`; `None` outside of it."""
-    factors: Factors | None = adapters.traced if compat.is_exporting() else None
-    return factors
 
 
 def factors_for(adapters: HouseholderAdapters, x: Tensor) -> Factors | None:
@@ -193,16 +187,12 @@ def _must_be_called(adapters: HouseholderAdapters) -> bool:
 def _chains(layers: Iterable[nn.Module]) -> list[_Chain]:
     """The layers that compute with factors, and whose adapters are not the identity and need not be called."""
     found: list[_Chain] = []
-    places: list[tuple[Any, nn.Module]] = [(layer._modules.get(REFLECTION), layer) for layer in layers]
-    # One look at all hooks, because this runs in each forward. While TorchDynamo traces, each layer looks itself.
-    hooked = set() if is_compiling() else compat.with_own_hooks([one for one, _ in places if one is not None])
-    for adapters, layer in places:
+    for layer in layers:
+        adapters: Any = layer._modules.get(REFLECTION)
         if adapters is None or not adapters.reflects_input:
             continue
         # FSDP2 has hooks on containers that it shards. Here, their vectors were gathered before.
-        if adapters in hooked and sharded_by(adapters) is None:
-            continue
-        if "forward" in adapters.__dict__ and not calls_class_forward(adapters):
+        if _must_be_called(adapters) and sharded_by(adapters) is None:
             continue
         parts = adapters.chain_parts()
         if parts:
@@ -248,8 +238,7 @@ def _form(parts: Sequence[ChainPart], width: int, *, compiling: bool, has_zero: 
     """
     found: tuple[object, ...] = ()
     for part in parts:
-        vectors, anchor, apply_GS = part
-        for tensor in (vectors,) if anchor is None else (vectors, anchor):
+        for tensor in part.tensors():
             shape = tensor.shape
             if type(tensor) not in PLAIN or tensor.is_meta or len(shape) != 2 or shape[0] != width:
                 return None
@@ -257,7 +246,7 @@ def _form(parts: Sequence[ChainPart], width: int, *, compiling: bool, has_zero: 
                 return None
             if has_zero and not compiling and is_partitioned_by_zero3(tensor):
                 return None
-        found += (apply_GS, vectors.shape, vectors.dtype, vectors.device, None if anchor is None else anchor.shape)
+        found += part.signature()
     return found
 
 

@@ -12,11 +12,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hra_fx import compat
 from hra_fx.functional import householder
 from hra_fx.kernels.dispatch import products_dtype
+from hra_fx.kernels.factors import Factors
 from hra_fx.kernels.linear import reflect_rows
 from hra_fx.layers.adapters import HouseholderAdapters
-from hra_fx.layers.batching import exported_factors, factors_for, factors_of, uses_factors
+from hra_fx.layers.batching import factors_for, factors_of, uses_factors
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.experts_adapters import ExpertsAdapters
 from hra_fx.layers.experts_weight import ExpertsWeight
@@ -40,7 +42,9 @@ class LinearAdapters(HouseholderAdapters):
         if uses_factors(self, x):
             factors = factors_of(self, products_dtype(x.device, x.dtype))
             return x if factors is None else reflect_rows(x, factors)
-        if (exported := exported_factors(self)) is not None:
+        # Of `factors_in_exported_batches`.
+        exported: Factors | None = self.traced if compat.is_exporting() else None
+        if exported is not None:
             return x + (x @ exported.down.to(x.dtype).mT) @ exported.rows.to(x.dtype)
         vectors = self.vectors_for(x)
         if vectors is None:

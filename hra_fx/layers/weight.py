@@ -108,25 +108,16 @@ def read_weight(layer: nn.Module, rotated: Callable[..., Any] | None = None) -> 
     if adapters is None or not _has_weight(layer):
         return nn.Module.__getattr__(layer, weight_place(layer)[1])
     base = adapters.weight_of(layer)
-    if is_parameter(layer, base) or adapters.needs_parameter:
+    if adapters.needs_parameter:
         return base
-    if _is_traced():
+    if torch.compiler.is_compiling() or compat.is_fx_tracing():
         return call(adapters, weight=base)
-    if not adapters.acts:
+    is_running = RUNNING.run is not None or compat.is_in_backward()  # a checkpointed block runs again in the backward
+    if not is_running or _must_be_parameter(layer, base) or not adapters.acts:
         return base
     if adapters.reflects_input:
         adapters.is_read = True
     return call(adapters, weight=base) if rotated is None else rotated(layer)
-
-
-def is_parameter(layer: nn.Module, base: Any) -> bool:
-    """Whether `layer.weight` is the parameter now. A checkpointed block runs again in the backward."""
-    is_running = RUNNING.run is not None or compat.is_in_backward()
-    return not _is_traced() and (not is_running or _must_be_parameter(layer, base))
-
-
-def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or compat.is_fx_tracing()
 
 
 def _must_be_parameter(layer: nn.Module, base: Any) -> bool:

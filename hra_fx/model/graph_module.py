@@ -41,9 +41,9 @@ class BatchedFactors(nn.Module):
 
     def forward(self) -> Run | None:
         """Return the factors, or `None` if each layer computes its own, for example under torch.compile."""
-        if self.state is None or self.state.disabled or is_replica(self) or is_exporting() or not is_plain_eager():
+        if self.state is None or self.state.disabled or not self.state.active:
             return None
-        if not self.state.active:
+        if is_replica(self) or is_exporting() or not is_plain_eager():
             return None
         return start_of_forward(self.state.layers)
 

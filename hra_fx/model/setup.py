@@ -65,8 +65,6 @@ def checked(model: Any, config: HRAConfig, adapter_name: str) -> HRAConfig:
     """Validate the arguments of `transform` and `add_adapter`, and return a validated copy of the configuration."""
     check_is_module(model)
     config = valid_config(config)
-    if not isinstance(adapter_name, str):
-        raise AdapterError(f"`adapter_name` must be a string such as 'default', got {adapter_name!r}.")
     check_adapter_name(adapter_name)
     return config
 

@@ -25,6 +25,7 @@ from hra_fx.layers.trained_copies import Copies, all_copies
 M = TypeVar("M")
 #: The attribute in which a transformed model stores its `AdapterState`.
 RECORD = "_hra_record"
+_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
 @dataclass
@@ -219,17 +220,10 @@ def _no_adapters(model: nn.Module) -> AdapterError:
 
 def unwrap(model: M) -> M:
     """The model inside `DistributedDataParallel`, `DataParallel` or `torch.compile`, or the model itself."""
-    inner = model
-    while isinstance(inner, nn.Module) and (name := _child_name(inner)):
-        inner = inner._modules[name]  # type: ignore[assignment]
-    return inner
-
-
-def _child_name(model: nn.Module) -> str | None:
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        return "module"
-    # If TorchDynamo is not loaded, no object has this class.
-    return "_orig_mod" if is_compiled_module(model) else None
+    inner: Any = model
+    while (is_compiled := is_compiled_module(inner)) or isinstance(inner, _PARALLEL):
+        inner = inner._modules["_orig_mod" if is_compiled else "module"]
+    return inner  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from hra_fx.compat import TorchDispatchMode, conv_border, eager_experts, pytree, tensor_version, without_peft_adapters
+from hra_fx.compat import TorchDispatchMode, conv_border, eager_experts, pytree, tensor_versions, without_peft_adapters
 from hra_fx.errors import AdapterError, ConfigError, HRAWarning
 from hra_fx.functional.directions import Sketch, merged
 from hra_fx.kernels.dispatch import PLAIN
@@ -29,7 +29,8 @@ from hra_fx.layers.target import find_kind
 from hra_fx.model.example_inputs import normalize_inputs, preserve_rng_state
 from hra_fx.model.state import get_state
 from hra_fx.model.switch import disable_adapters
-from hra_fx.training.vectors import Vectors, layers_with_vectors, listed
+from hra_fx.selection.suggestions import some_of
+from hra_fx.training.vectors import Vectors, layers_with_vectors
 
 #: The number of patches of an image that are added to a sketch at once.
 _PATCHES = 4096
@@ -84,7 +85,7 @@ def main_directions(
     if unseen := [path for layer, path in layers.items() if layer not in seen]:
         text = (
             f"{function}: these layers get no directions from `batches`, because no batch reached them, or because "
-            f"another module reads their weights in a way that is not recognized: {listed(unseen)}."
+            f"another module reads their weights in a way that is not recognized: {some_of(unseen)}."
         )
         warnings.warn(text, HRAWarning, stacklevel=3)
     return bases
@@ -138,15 +139,18 @@ def _collected(
     model: nn.Module, layers: Mapping[nn.Module, str], batches: Iterable[Any], directions: int, device: torch.device
 ) -> dict[nn.Module, Sketch]:
     """The sketches of this process."""
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]  # which transformers needs
+
     collector = _Collector(layers, directions)
     is_empty = True
     with _base_model(model), collector:
-        for batch in _with_progress(batches):
+        for batch in tqdm(batches, desc="main directions", delay=2, leave=False):
             is_empty = False
             if not isinstance(batch, (Tensor, tuple, list, Mapping)):
                 raise AdapterError(f"a batch must be a tensor, tuple, list or mapping, got {type(batch).__name__}.")
-            collector.start_batch()
-            args, kwargs = pytree.tree_map(lambda x: _to(x, device), normalize_inputs(batch))
+            collector.last = None, [], None  # a batch may be the same tensor with other values
+            call = normalize_inputs(batch)
+            args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, call)
             model(*args, **kwargs)
     reshard(model.modules())  # FSDP2 keeps some parameters whole after a forward without a backward pass
     if is_empty:
@@ -180,17 +184,6 @@ def _merge_processes(
         distributed.all_gather([part.values for part in parts], sketch.values.contiguous())
         sketch.values = merged(parts).values
         distributed.broadcast(sketch.values, src=0)  # the processes may round differently
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
-
-
-def _with_progress(batches: Iterable[Any]) -> Iterable[Any]:
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]  # which transformers needs
-
-    bar: Iterable[Any] = tqdm(batches, desc="main directions", delay=2, leave=False)
-    return bar
 
 
 @contextmanager
@@ -244,7 +237,7 @@ class _Collector(TorchDispatchMode):  # type: ignore[no-untyped-call]
         #: Layer -> the layers whose sketches contain its inputs.
         self.owners: dict[nn.Module, set[nn.Module]] = {layer: set() for layer in layers}
         #: The input that was added last, its version, and the layer that owns its sketch.
-        self.last: tuple[Tensor | None, int, Any] = (None, 0, None)
+        self.last: tuple[Tensor | None, list[int], Any] = (None, [], None)
         self.inside: list[nn.Module] = []
         self.hooks: list[Any] = []
         #: Address of a weight's memory -> the layers that have it, and the weight.
@@ -254,10 +247,10 @@ class _Collector(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> Any:
         for layer in self.layers:
-            if is_called(layer):
+            adapters = get_adapters(layer)
+            if adapters is None or adapters.reflects_input:  # the input is the argument of a call
                 self.hooks.append(layer.register_forward_pre_hook(self._before))
                 self.hooks.append(layer.register_forward_hook(self._after, with_kwargs=True))
-            adapters = get_adapters(layer)
             if adapters is None:
                 continue
             weight = adapters.weight_of(layer)
@@ -276,11 +269,9 @@ class _Collector(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _after(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
         """Add the input of a call. After the call, because an input that the layer rejects is the model's error."""
         x = full_tensor((*args, *kwargs.values())[0])
-        if _convolution(layer) is not None:
-            for rows in _patches(x, _convolution(layer)):
-                self.add(layer, rows)
-        else:
-            self.add(layer, x)
+        convolution = _convolution(layer)
+        for rows in [x] if convolution is None else _patches(x, convolution):
+            self.add(layer, rows)
         self.inside.pop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -325,19 +316,15 @@ class _Collector(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 for place, rows in enumerate(x):
                     self.add(layer, rows, expert + place)
 
-    def start_batch(self) -> None:
-        """Forget the last input: a batch may be the same tensor with other values."""
-        self.last = None, 0, None
-
     def add(self, layer: nn.Module, x: Tensor, expert: int | None = None) -> None:
         """Add inputs `(..., d)` of a layer, unless they were just added for another one."""
         seen, version, owner = self.last
-        if seen is not x or version != tensor_version(x):
+        if seen is not x or version != tensor_versions([x]):
             owner = layer
             if owner not in self.sketches:
                 self.sketches[owner] = _sketch_for(layer, self.directions, x.device)
             self.sketches[owner].add(x.reshape(-1, x.shape[-1]), expert)
-            self.last = x, tensor_version(x), owner
+            self.last = x, tensor_versions([x]), owner
         self.owners[layer].add(owner)
 
     def found(self) -> dict[nn.Module, Sketch]:
@@ -353,12 +340,6 @@ def _sketch_for(layer: Any, directions: int, device: torch.device) -> Sketch:
     vectors = next(iter(layer.hra_u.values()))
     experts = vectors.shape[0] if vectors.dim() == 3 else None
     return Sketch(vectors.shape[-2], directions, device, experts)
-
-
-def is_called(layer: nn.Module) -> bool:
-    """Whether the input of a layer is the argument of its call."""
-    adapters = get_adapters(layer)
-    return adapters is None or adapters.reflects_input
 
 
 def _convolution(layer: Any) -> Any:

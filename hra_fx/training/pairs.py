@@ -29,13 +29,13 @@ from hra_fx.errors import AdapterError, ConfigError, HRAWarning
 from hra_fx.functional.pairs import from_pairs, gradients_to_pairs, start_length, to_pairs
 from hra_fx.layers.sharding import as_dtensor, is_dtensor, local_tensor
 from hra_fx.model.state import unwrap
+from hra_fx.selection.suggestions import some_of
 from hra_fx.training.layer_inputs import main_directions
 from hra_fx.training.protect import project_last
 from hra_fx.training.vectors import (
     Vectors,
     averages_parameters,
     layers_with_vectors,
-    listed,
     required_vectors,
     stepped_vectors,
     unwrapped,
@@ -247,7 +247,7 @@ class _Pairs:
         left = [f"{path} ({why})" for path, why in reasons.items() if path not in self.warned]
         self.warned |= reasons.keys()
         if left:
-            text = f"train_pairs: these vectors are not trained in pairs: {listed(left)}."
+            text = f"train_pairs: these vectors are not trained in pairs: {some_of(left)}."
             warnings.warn(text, HRAWarning, stacklevel=3)
 
 

@@ -24,12 +24,12 @@ from hra_fx.layers.containers import ANCHOR
 from hra_fx.layers.peft_layers import is_of_peft
 from hra_fx.layers.sharding import is_dtensor
 from hra_fx.model.state import unwrap
+from hra_fx.selection.suggestions import some_of
 from hra_fx.training.layer_inputs import main_directions
 from hra_fx.training.vectors import (
     Vectors,
     averages_parameters,
     layers_with_vectors,
-    listed,
     required_vectors,
     stepped_vectors,
     unwrapped,
@@ -112,7 +112,7 @@ def protect(
     known = _KNOWN[optimizer].layers if optimizer in _KNOWN else {}
     if twice := sorted(path for layer, path in known.items() if layer not in layers and path in layers.values()):
         raise AdapterError(
-            f"the optimizer already protects other layers with these paths: {listed(twice)}. Its state has one entry "
+            f"the optimizer already protects other layers with these paths: {some_of(twice)}. Its state has one entry "
             "for each path, so use an optimizer for each model."
         )
     earlier = _earlier(previous, layers)
@@ -122,7 +122,9 @@ def protect(
     bases = {layer: found.get(layer, torch.zeros(*_shape(layer), 0, dtype=_vectors(layer).dtype)) for layer in layers}
     _check_ranks(stepped, bases)
     protection = _KNOWN.get(optimizer) or _install(optimizer, directions)
-    protection.replace(layers, bases)
+    protection.layers.update(layers)
+    protection.bases.update(bases)
+    protection.start()
     return protection.directions(layers)
 
 
@@ -194,7 +196,7 @@ def _unfit(bases: Mapping[str, Any], layers: Mapping[Any, str]) -> str:
     """Names whose directions do not fit a layer, and of layers without directions; empty if all fit."""
     given = {path: tuple(getattr(basis, "shape", ())[:-1]) for path, basis in bases.items()}
     wanted = {path: _shape(layer) for layer, path in layers.items()}
-    return listed(sorted({path for path, _ in given.items() ^ wanted.items()}))
+    return some_of(sorted({path for path, _ in given.items() ^ wanted.items()}))
 
 
 def _vectors(layer: Any) -> Tensor:
@@ -259,17 +261,11 @@ class _Protection:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer = weakref.ref(optimizer)
+        self.optimizer: Any = weakref.ref(optimizer)
         self.layers: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self.bases: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
         self.stacked: dict[Any, Tensor] = {}
         self.hook: Any = None
-
-    def replace(self, layers: Mapping[nn.Module, str], bases: Mapping[nn.Module, Tensor]) -> None:
-        """Protect these directions of the layers of a model, and no others."""
-        self.layers.update(layers)
-        self.bases.update(bases)
-        self.start()
 
     def directions(self, layers: Mapping[nn.Module, str]) -> dict[str, Tensor]:
         """Path -> a copy of the directions, which layers with the same input share."""
@@ -279,7 +275,7 @@ class _Protection:
     def start(self) -> None:
         """Project the vectors and their anchors. An adapter that was the identity still is."""
         self.stacked.clear()
-        for layer, path, tensor, _, apply_GS in stepped_vectors(self.layers, self._optimizer()):
+        for layer, path, tensor, _, apply_GS in stepped_vectors(self.layers, self.optimizer()):
             _PROTECTED.setdefault(layer, {})[path.rpartition(".")[2]] = self.bases[layer]
             has_directions = self.bases[layer].shape[-1] > 0
             anchor = _anchor(layer, path) if has_directions and apply_GS and not is_dtensor(tensor) else None
@@ -292,7 +288,7 @@ class _Protection:
     def project(self, *_: Any) -> None:
         """Project the vectors that the optimizer updates, and their anchors, which a state may have replaced."""
         alike: dict[Any, list[Vectors]] = defaultdict(list)
-        for one in stepped_vectors(self.layers, self._optimizer()):
+        for one in stepped_vectors(self.layers, self.optimizer()):
             if not self.bases[one.layer].shape[-1]:
                 continue
             if (anchor := _anchor(one.layer, one.path)) is not None:
@@ -310,9 +306,6 @@ class _Protection:
             basis, values = self.stacked[key], [one.tensor for one in group]
             stacked = torch.stack(values)
             copy_all(values, list((stacked - basis @ (basis.mT @ stacked)).unbind()))
-
-    def _optimizer(self) -> Any:
-        return self.optimizer()
 
     def save(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         """Add the directions to a state, by the paths of layers."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -15,9 +15,7 @@ from hra_fx.layers.peft_layers import is_peft_hra_layer
 from hra_fx.layers.sharding import distribute_like, is_dtensor
 from hra_fx.layers.target import REFLECTION
 from hra_fx.model.state import check_is_module
-
-#: The number of names in a message.
-_LISTED = 8
+from hra_fx.selection.suggestions import some_of
 
 
 class Vectors(NamedTuple):
@@ -70,12 +68,6 @@ def stepped_vectors(layers: Mapping[nn.Module, str], optimizer: Optimizer) -> li
     return [one for one in vectors_of(layers) if id(one.tensor) in stepped]
 
 
-def listed(names: Sequence[str]) -> str:
-    """The first names, and how many more there are, for a message."""
-    more = len(names) - _LISTED
-    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
-
-
 def unwrapped(optimizer: Any) -> Any:
     """Return the optimizer inside accelerate's wrappers."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
@@ -112,8 +104,9 @@ def warn_of_zero_gradients(optimizer: Optimizer, layers: Mapping[nn.Module, str]
         found = [one for one in stepped_vectors(layers, optimizer) if one.tensor.grad is not None]
         checked = bool(found)  # a closure computes the gradients later
         if checked and not any(is_dtensor(one.tensor.grad) or one.tensor.grad.any() for one in found):
+            paths = some_of([one.path for one in found])
             warnings.warn(
-                f"the gradients of all vectors are zero in the first step: {listed([one.path for one in found])}. They "
+                f"the gradients of all vectors are zero in the first step: {paths}. They "
                 "do not train while a later scale or head is zero. In a new ResNet of timm, frozen scales are zero: "
                 "load pretrained weights, or pass zero_init_last=False.",
                 HRAWarning,

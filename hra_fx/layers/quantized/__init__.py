@@ -3,13 +3,5 @@
 from hra_fx.layers.quantized.call import call_quantized
 from hra_fx.layers.quantized.find import is_foreign_linear, packed_name, quant_scheme_of
 from hra_fx.layers.quantized.other import Other
-from hra_fx.layers.quantized.scheme import QuantScheme
 
-__all__ = [
-    "Other",
-    "QuantScheme",
-    "call_quantized",
-    "is_foreign_linear",
-    "packed_name",
-    "quant_scheme_of",
-]
+__all__ = ["Other", "call_quantized", "is_foreign_linear", "packed_name", "quant_scheme_of"]
