@@ -109,9 +109,9 @@ def export_forward_backward() -> Callable[..., Any]:
 # --- modules ----------------------------------------------------------------------------------------------------------
 
 
-def forward_hooks(module: nn.Module, *, before: bool = False) -> list[Any]:
-    """The forward hooks that are registered on a module, or those before its forward."""
-    return list((module._forward_pre_hooks if before else module._forward_hooks).values())
+def forward_hooks(module: nn.Module) -> list[Any]:
+    """The forward hooks that are registered on a module."""
+    return list(module._forward_hooks.values())
 
 
 def has_own_hooks(module: nn.Module) -> bool:
@@ -181,12 +181,7 @@ def state_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterato
 
     They do not contain the names that torch's activation checkpointing inserts between a block and its parts.
     """
-    return state_paths(model.named_modules(remove_duplicate=remove_duplicate))
-
-
-def state_paths(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
-    """The items of `named_modules`, with the paths of `state_modules`."""
-    for path, module in modules:
+    for path, module in model.named_modules(remove_duplicate=remove_duplicate):
         if _CHECKPOINTED not in module._modules:
             yield f".{path}".replace(f".{_CHECKPOINTED}", "")[1:], module
 

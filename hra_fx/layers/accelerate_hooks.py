@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 #: The reason why a module cannot contain adapters if its hook also offloads its children; without the final period.
 WHOLE = (
@@ -46,12 +45,6 @@ def offloading_hook(module: nn.Module) -> Any:
     hook = module.__dict__.get("_hf_hook")
     hooks = getattr(hook, "hooks", (hook,))  # of a SequentialHook
     return next((one for one in hooks if getattr(one, "offload", False) is True), None)
-
-
-def device_of(module: nn.Module, tensor: Tensor) -> torch.device:
-    """The device on which a module computes with its own tensor, which may be offloaded."""
-    hook = offloading_hook(module)
-    return tensor.device if hook is None else torch.device(hook.execution_device)
 
 
 @contextmanager

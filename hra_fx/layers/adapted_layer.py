@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from hra_fx import compat
-from hra_fx.errors import AdapterError, UnsupportedLayerError
+from hra_fx.errors import UnsupportedLayerError
 from hra_fx.kernels.linear import linear
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.batching import factors_for
@@ -24,7 +24,7 @@ from hra_fx.layers.class_swap import SwapMixin, swap, unswap
 from hra_fx.layers.quantized import call_quantized
 from hra_fx.layers.running import RUNNING
 from hra_fx.layers.sharding import SPLIT, call, is_dtensor
-from hra_fx.layers.target import BASE_WEIGHT, REFLECTION, weight_name
+from hra_fx.layers.target import REFLECTION, weight_name
 from hra_fx.layers.variants import ConvAdapters, LinearAdapters, QuantizedAdapters
 from hra_fx.layers.weight import running, weight_property
 
@@ -41,8 +41,6 @@ class AdaptedLayer(SwapMixin):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Like `nn.Module.register_parameter`. `parallelize_module` calls it with a split weight, which is refused."""
-        if name == BASE_WEIGHT:
-            raise AdapterError(f"{self.hra_u.layer_path}: `hra_base` is read-only. Assign `layer.weight` instead.")
         if is_dtensor(param) and not is_dtensor(self._parameters.get(name)):
             raise UnsupportedLayerError(f"{self.hra_u.layer_path}: {SPLIT}.")
         super().register_parameter(name, param)

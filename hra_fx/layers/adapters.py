@@ -18,11 +18,14 @@ from hra_fx.errors import AdapterError
 from hra_fx.functional import geodesic, householder
 from hra_fx.functional.chain import ChainPart, plain_chain
 from hra_fx.functional.rotate import as_rows, rotate_weight
-from hra_fx.layers.accelerate_hooks import device_of
+from hra_fx.layers.accelerate_hooks import offloading_hook
 from hra_fx.layers.containers import ANCHOR, SCALED, FilledLater, check_adapter_name
 from hra_fx.layers.running import Run, during
 from hra_fx.layers.sharding import distribute_like, full_tensor
 from hra_fx.layers.target import REFLECTION, LayerKind, weight_name, weight_place
+
+# One node for an fx tracer that traces into a layer.
+fx.wrap("rotate_weight")
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
     def rotate(self, weight: Tensor) -> Tensor:
         """Compute `W Q` for the weight `W` of the layer."""
         vectors = self.vectors_for(weight)
-        return weight if vectors is None else rotated_weight(weight, vectors, self.fan_in_fan_out)
+        return weight if vectors is None else rotate_weight(weight, vectors, transposed=self.fan_in_fan_out)
 
     def reflect(self, x: Any) -> Any:
         """Compute the reflection for the input; only for layers that reflect their input (`reflects_input`)."""
@@ -258,7 +261,8 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
 
     def device_of(self, layer: nn.Module) -> torch.device:
         """The device on which the layer computes: the device of its base weight, which may be offloaded."""
-        return device_of(weight_place(layer)[0], self.weight_of(layer))
+        hook = offloading_hook(weight_place(layer)[0])
+        return self.weight_of(layer).device if hook is None else torch.device(hook.execution_device)
 
     def weight_of(self, layer: nn.Module) -> nn.Parameter:
         """The base weight of the layer. Raises an `AdapterError` if another tool has replaced the parameter."""
@@ -319,14 +323,6 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
             f"{name}: d={self.width}, r={spec.r}" + (", GS" if spec.apply_GS else "")
             for name, spec in self.specs.items()
         )
-
-
-def rotated_weight(weight: Tensor, vectors: Tensor, fan_in_fan_out: bool) -> Tensor:
-    """`rotate_weight` as one node for an fx tracer that traces into a layer."""
-    return rotate_weight(weight, vectors, transposed=fan_in_fan_out)
-
-
-fx.wrap("rotated_weight")
 
 
 def get_adapters(layer: nn.Module) -> HouseholderAdapters | None:

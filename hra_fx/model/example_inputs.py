@@ -93,16 +93,14 @@ def _images(config: Any) -> Tensor:
     return torch.randn(2, getattr(of_images, "num_channels", 3), height, width)
 
 
-def _spectra(config: Any) -> Tensor:
-    return torch.randn(2, getattr(config, "num_mel_bins", 80), 2 * getattr(config, "max_source_positions", 1500))
-
-
 #: The main input of a transformers model -> random values for it.
 _EXAMPLES: dict[str, Callable[[Any], Tensor]] = {
     "input_ids": _tokens,
     "pixel_values": _images,
     "input_values": lambda _: torch.randn(2, 16000),
-    "input_features": _spectra,
+    "input_features": lambda config: torch.randn(
+        2, getattr(config, "num_mel_bins", 80), 2 * getattr(config, "max_source_positions", 1500)
+    ),
 }
 
 

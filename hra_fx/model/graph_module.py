@@ -34,10 +34,8 @@ class BatchedFactors(nn.Module):
     # fx keeps a call without users for such modules. The child holds the state of the model.
     _is_impure = True
 
-    def __init__(self) -> None:
-        """Start without layers; `attach_state` sets the state of the model."""
-        super().__init__()
-        self.state: Any = None
+    #: The state of the model, from `attach_state`.
+    state: Any = None
 
     def forward(self) -> Run | None:
         """Return the factors, or `None` if each layer computes its own, for example under torch.compile."""

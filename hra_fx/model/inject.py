@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx, nn
 
-from hra_fx.compat import state_paths
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning, UnsupportedLayerError
 from hra_fx.layers.accelerate_hooks import keep_loaded
@@ -61,14 +60,14 @@ def inject_adapter(
     config: HRAConfig,
     fill: AdapterFactory,
     undo: ExitStack,
-    layers: dict[str, nn.Module] | None = None,
+    layers: dict[str, nn.Module] | None,
 ) -> dict[str, nn.Module]:
     """Add adapter `name` to every layer that `config` selects. The adapter is not active.
 
     `layers` is the result of `select_checked`, if the caller has it.
     """
     every = dict(model.named_modules(remove_duplicate=False))
-    layers = select_checked(model, config, dict(state_paths(every.items()))) if layers is None else layers
+    layers = select_checked(model, config) if layers is None else layers
     new = {path: layer for path, layer in layers.items() if not is_adapted(layer)}
     if new or config.modules_to_save or config.bias != "none":
         check_no_foreign_class(every.items())

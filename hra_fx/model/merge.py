@@ -155,11 +155,10 @@ def base_weight(layer: AdaptedLayer) -> Tensor:
 
 
 def check_layers(
-    root: nn.Module, layers: Mapping[str, AdaptedLayer], names: Iterable[str]
+    root: nn.Module, layers: Mapping[str, AdaptedLayer], names: tuple[str, ...]
 ) -> dict[str, tuple[str, ...]]:
     """Check every layer whose weight is written. Returns its adapters in the order of the product, for each path."""
-    wanted = tuple(names)
-    present = {path: tuple(name for name in wanted if name in layer.hra_u) for path, layer in layers.items()}
+    present = {path: tuple(name for name in names if name in layer.hra_u) for path, layer in layers.items()}
     written = {path: here for path, here in present.items() if here}
     check_whole(root)
     check_not_tied(root, {path: layers[path] for path in written})

@@ -21,7 +21,7 @@ from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.batching import factors_in_traced_batches, start_of_forward
 from hra_fx.layers.class_swap import SwapMixin, swap, unswap
 from hra_fx.layers.containers import ANCHOR
-from hra_fx.layers.running import RUNNING, WITHOUT_FACTORS, Run, during
+from hra_fx.layers.running import RUNNING, WITHOUT_FACTORS, during
 from hra_fx.layers.sharding import gather_groups, is_sharded
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import BASE, Copies, get_copies
@@ -56,7 +56,10 @@ class AdaptedModel(SwapMixin):
             if is_compiling():
                 with factors_in_traced_batches(_acting_layers(self)):
                     return base.forward(self, *args, **kwargs)
-            return during(_run_of(self), base.forward, self, *args, **kwargs)
+            run = RUNNING.run  # of `generate`
+            if run is None or not run.is_current():
+                run = start_of_forward(_acting_layers(self, in_forward=True))
+            return during(run, base.forward, self, *args, **kwargs)
 
         made = inspect.getattr_static(base, "generate", None)
         if not isinstance(made, FunctionType):
@@ -101,14 +104,6 @@ def _refuse_adapter_names(kwargs: dict[str, Any]) -> None:
     """Raise the error of the removed argument. Models that take any keyword argument would ignore it."""
     if kwargs.get("adapter_names") is not None:
         raise TypeError(f"`adapter_names` was removed in 0.5. {NAMES['mixed_batch']}")
-
-
-def _run_of(model: AdaptedModel) -> Run:
-    """The run of a forward: the one of `generate` around it, or a new one."""
-    outer = RUNNING.run
-    if outer is not None and outer.is_current():
-        return outer
-    return start_of_forward(_acting_layers(model, in_forward=True))
 
 
 def _acting_layers(model: AdaptedModel, *, in_forward: bool = False) -> tuple[nn.Module, ...]:

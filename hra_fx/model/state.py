@@ -137,14 +137,13 @@ def collect_parts(model: nn.Module) -> AdaptedParts:
     return found
 
 
-def root_of(model: nn.Module) -> tuple[nn.Module, AdapterState]:
-    """The transformed model in `model`, and its state: `model` itself, or the module in a wrapper such as DDP."""
-    return only_root(model, collect_parts(model))
+def root_of(model: nn.Module, parts: AdaptedParts | None = None) -> tuple[nn.Module, AdapterState]:
+    """The transformed model in `model`, and its state: `model` itself, or the module in a wrapper such as DDP.
 
-
-def only_root(model: nn.Module, found: AdaptedParts) -> tuple[nn.Module, AdapterState]:
-    """Like `root_of`, for the given adapted parts of `model`."""
+    `parts` is the result of `collect_parts`, if the caller has it.
+    """
     class_name = type(model).__name__
+    found = collect_parts(model) if parts is None else parts
     if not found.roots and found.adapters:
         raise AdapterError(f"{class_name} is a submodule of a transformed model. Pass the model that was transformed.")
     if not found.roots:

@@ -14,7 +14,7 @@ from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.layers.sharding import reshard
 from hra_fx.layers.trained_copies import all_copies
 from hra_fx.model.merge import merge, unmerge_adapter
-from hra_fx.model.state import adapted_layers, collect_parts, load_vectors, names_in, only_root, root_of
+from hra_fx.model.state import adapted_layers, collect_parts, load_vectors, names_in, root_of
 from hra_fx.model.trainable import activate, check_copies, check_copies_can_switch, sync_layers
 
 
@@ -50,7 +50,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Iterable[str], *, inferenc
         ('fr', 'en')
     """
     parts = collect_parts(model)
-    root, state = only_root(model, parts)
+    root, state = root_of(model, parts)
     names = names_in(state, adapter_name)
     disabled = state.disabled and state.disabled_blocks > 0
     check_copies(root, parts, names)
@@ -103,7 +103,7 @@ class disable_adapters:
     def __init__(self, model: nn.Module) -> None:
         """Disable the adapters now."""
         parts = collect_parts(model)
-        root, state = only_root(model, parts)
+        root, state = root_of(model, parts)
         check_copies_can_switch(root, parts, ())
         self._root, self._state = root, state
         self._before = state.disabled, state.disabled_blocks
@@ -134,7 +134,7 @@ def enable_adapters(model: nn.Module) -> None:
         AdapterError: the model has no adapters, or the trained copies of a sharded model would need to be switched.
     """
     parts = collect_parts(model)
-    root, state = only_root(model, parts)
+    root, state = root_of(model, parts)
     check_copies_can_switch(root, parts, state.active)
     state.disabled, state.disabled_blocks = False, 0
     sync_layers(parts, state)

@@ -93,20 +93,18 @@ def targeted(model: nn.Module, config: HRAConfig, modules: Modules | None = None
     return found | targeted_parameters(model, config)
 
 
-def is_target(config: HRAConfig, path: str, targets: Collection[str] | str | None = None) -> bool:
+def is_target(config: HRAConfig, path: str, targets: Collection[str] | str) -> bool:
     """Whether `config` targets the module at `path`. Only the path is checked, not the type of the module.
 
-    `targets` is the result of `resolve_targets`, needed for "all-linear" and for the default targets of an
-    architecture. None uses `config.target_modules` directly; if that is also None, nothing matches.
+    `targets` is the result of `resolve_targets`.
 
     >>> config = HRAConfig(target_modules=["query"], layers_to_transform=1)
-    >>> [is_target(config, f"encoder.layer.{i}.query") for i in range(3)]
+    >>> [is_target(config, f"encoder.layer.{i}.query", {"query"}) for i in range(3)]
     [False, True, False]
     """
-    names = config.target_modules if targets is None else targets
-    if not path or names is None or _is_excluded(config, path) or not _matches(names, path):
+    if not path or _is_excluded(config, path) or not _matches(targets, path):
         return False
-    if isinstance(names, str) or path in names or not _uses_indices(config):
+    if isinstance(targets, str) or path in targets or not _uses_indices(config):
         return True
     index = layer_index(config, path)
     wanted = config.layers_to_transform
@@ -227,9 +225,15 @@ def _shortened(targets: set[str], paths: list[str]) -> set[str]:
 
 
 def _all_linear(model: nn.Module, config: HRAConfig, modules: Modules) -> set[str]:
-    """The paths of all linear layers, without the output layer of a transformers model."""
+    """The paths of all linear layers, without the output layer of a transformers model.
+
+    Unknown modules that may be linear are only selected by name.
+    """
     head = _output_layer(model, config)
-    return {path for path, module in once(modules).items() if module is not head and _is_known_linear(module)}
+    linear = {path: module for path, module in once(modules).items() if find_kind(module) == "linear"}
+    return {
+        path for path, module in linear.items() if module is not head and type(quant_scheme_of(module)) is not Other
+    }
 
 
 def _output_layer(model: nn.Module, config: HRAConfig) -> object:
@@ -258,11 +262,6 @@ def _model_type(model: nn.Module) -> str:
     config = origin_of(model).config
     found = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
     return found if isinstance(found, str) else ""
-
-
-def _is_known_linear(module: nn.Module) -> bool:
-    """Whether "all-linear" selects a module. Unknown modules that may be linear are only selected by name."""
-    return find_kind(module) == "linear" and type(quant_scheme_of(module)) is not Other
 
 
 def _adaptable_in(modules: Modules) -> list[str]:
