@@ -59,12 +59,12 @@ def adapted_parameters(owner: nn.Module) -> list[Any]:
 def attach(layer: ExpertsWeight) -> None:
     """Make a layer a child of its owner. The owner then reads its parameter through this layer."""
     swap(layer.owner, AdaptedExperts)
-    layer.owner._modules[layer.child] = layer
+    layer.owner._modules[CHILD + layer.parameter] = layer
 
 
 def detach(layer: ExpertsWeight) -> None:
     """Undo `attach`."""
-    layer.owner._modules.pop(layer.child, None)
+    layer.owner._modules.pop(CHILD + layer.parameter, None)
     if not adapted_parameters(layer.owner):
         unswap(layer.owner, AdaptedExperts)
 

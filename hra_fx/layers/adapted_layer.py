@@ -20,7 +20,7 @@ from hra_fx.errors import UnsupportedLayerError
 from hra_fx.kernels.linear import linear
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.batching import factors_for
-from hra_fx.layers.class_swap import SwapMixin, swap, unswap
+from hra_fx.layers.class_swap import SwapMixin
 from hra_fx.layers.quantized import call_quantized
 from hra_fx.layers.running import RUNNING
 from hra_fx.layers.sharding import SPLIT, call, is_dtensor
@@ -155,16 +155,6 @@ class AdaptedConv(AdaptedLayer):
             return output if read is None else output - adapters.project(read, weight)
 
         return {**super().wrap(base), "forward": forward}
-
-
-def adapt_class(layer: nn.Module) -> None:
-    """Make a layer that has its container of adapters an adapted layer."""
-    swap(layer, layer_class_for(layer))
-
-
-def restore_class(layer: nn.Module) -> None:
-    """Undo `adapt_class`. The container is still there."""
-    unswap(layer, layer_class_for(layer))
 
 
 def layer_class_for(layer: nn.Module) -> type[AdaptedLayer]:

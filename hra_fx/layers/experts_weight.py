@@ -47,11 +47,6 @@ class ExpertsWeight(nn.Module):
         self.out = weight.shape[2 if self.fan_in_fan_out else 1]
 
     @property
-    def child(self) -> str:
-        """Its name as a child of its owner."""
-        return CHILD + self.parameter
-
-    @property
     def weight(self) -> Tensor:
         """What the owner returns for the parameter: `W Q` while the model runs, and otherwise the parameter."""
         weight: Tensor = getattr(self.owner, self.parameter)
@@ -62,8 +57,8 @@ class ExpertsWeight(nn.Module):
         return self.weight
 
     def extra_repr(self) -> str:
-        """The parameter and its sizes."""
-        return describe_experts(self)
+        """The parameter and its sizes, also for tables and errors."""
+        return f"{type(self.owner).__name__}.{self.parameter} {self.experts}x({self.width}->{self.out})"
 
 
 def stands_for_parameter(path: str) -> bool:
@@ -84,11 +79,6 @@ def is_transposed(owner: nn.Module) -> bool | None:
     """
     given = getattr(owner, "is_transposed", None)
     return given if isinstance(given, bool) else _IS_TRANSPOSED.get(type(owner).__name__)
-
-
-def describe_experts(layer: ExpertsWeight) -> str:
-    """Describe experts briefly, for tables and errors."""
-    return f"{type(layer.owner).__name__}.{layer.parameter} {layer.experts}x({layer.width}->{layer.out})"
 
 
 def stacked_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from hra_fx.layers.experts_weight import CHILD, ExpertsWeight, describe_experts
+from hra_fx.layers.experts_weight import CHILD, ExpertsWeight
 from hra_fx.layers.quantized import is_foreign_linear, packed_name, quant_scheme_of
 
 LayerKind: TypeAlias = Literal["linear", "conv1d", "conv2d", "conv3d", "attention", "experts"]
@@ -110,7 +110,7 @@ def describe(layer: nn.Module) -> str:
     if isinstance(layer, nn.MultiheadAttention):
         return f"Attention {layer.embed_dim}->3x{layer.embed_dim}"
     if isinstance(layer, ExpertsWeight):
-        return describe_experts(layer)
+        return layer.extra_repr()
     if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         sizes = f" {layer.in_features}->{layer.out_features}" if is_foreign_linear(layer) else ""
         return type(layer).__name__ + sizes

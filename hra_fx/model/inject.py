@@ -14,9 +14,9 @@ from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning, UnsupportedLayerError
 from hra_fx.layers.accelerate_hooks import keep_loaded
 from hra_fx.layers.adapted_experts import attach, detach
-from hra_fx.layers.adapted_layer import adapt_class, restore_class
+from hra_fx.layers.adapted_layer import layer_class_for
 from hra_fx.layers.adapters import AdapterSpec, HouseholderAdapters
-from hra_fx.layers.class_swap import mixins_of, original_class, set_class
+from hra_fx.layers.class_swap import mixins_of, original_class, set_class, swap, unswap
 from hra_fx.layers.experts_weight import ExpertsWeight
 from hra_fx.layers.readers import needs_parameter, why_lost
 from hra_fx.layers.target import REFLECTION, SAVED
@@ -103,8 +103,8 @@ def _attach(path: str, layer: nn.Module, undo: ExitStack) -> None:
     undo.callback(layer._modules.pop, REFLECTION, None)
     layer.add_module(REFLECTION, adapters)
     try:
-        undo.callback(restore_class, layer)
-        adapt_class(layer)
+        undo.callback(unswap, layer, layer_class_for(layer))
+        swap(layer, layer_class_for(layer))
         if isinstance(layer, ExpertsWeight):
             attach(layer)
             undo.callback(detach, layer)
@@ -190,7 +190,7 @@ def remove_adapters(root: nn.Module, state: AdapterState, names: tuple[str, ...]
     if plain and isinstance(root, fx.GraphModule):
         FoldPass()(root)
     for layer in plain:
-        restore_class(layer)
+        unswap(layer, layer_class_for(layer))
         del layer._modules[REFLECTION]
         if isinstance(layer, ExpertsWeight):
             detach(layer)

@@ -19,7 +19,7 @@ from hra_fx.layers.trained_copies import own_tensors
 from hra_fx.model.inject import remove_adapters
 from hra_fx.model.root import AdaptedModel
 from hra_fx.model.setup import add_filled_adapter, checked, set_up
-from hra_fx.model.state import check_is_module, collect_parts, get_state, unwrap
+from hra_fx.model.state import collect_parts, get_state, unwrap
 from hra_fx.model.switch import disable_adapters, set_adapter
 from hra_fx.model.trainable import set_requires_grad
 from hra_fx.selection.select import select, without_unmatched
@@ -66,7 +66,6 @@ def take_over(
     Raises:
         AdapterError: see `hra_fx.from_peft`. The steps in `undo` restore the model.
     """
-    check_is_module(model)
     root: Any = _root_in(model)
     layers: dict[str, Any] = {path: part for path, part in root.named_modules() if is_peft_layer(part)}
     _check(layers)

@@ -25,7 +25,6 @@ from hra_fx.functional.directions import Sketch, merged
 from hra_fx.kernels.dispatch import PLAIN
 from hra_fx.layers.adapters import get_adapters
 from hra_fx.layers.sharding import full_tensor, reshard
-from hra_fx.layers.target import find_kind
 from hra_fx.model.example_inputs import normalize_inputs, preserve_rng_state
 from hra_fx.model.state import get_state
 from hra_fx.model.switch import disable_adapters
@@ -266,11 +265,12 @@ class _Collector(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _before(self, layer: nn.Module, *_: Any) -> None:
         self.inside.append(layer)
 
-    def _after(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+    def _after(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
         """Add the input of a call. After the call, because an input that the layer rejects is the model's error."""
         x = full_tensor((*args, *kwargs.values())[0])
-        convolution = _convolution(layer)
-        for rows in [x] if convolution is None else _patches(x, convolution):
+        base = layer if get_adapters(layer) is not None else layer.get_base_layer()  # of PEFT
+        is_convolution = isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        for rows in _patches(x, base) if is_convolution else [x]:
             self.add(layer, rows)
         self.inside.pop()
 
@@ -340,11 +340,6 @@ def _sketch_for(layer: Any, directions: int, device: torch.device) -> Sketch:
     vectors = next(iter(layer.hra_u.values()))
     experts = vectors.shape[0] if vectors.dim() == 3 else None
     return Sketch(vectors.shape[-2], directions, device, experts)
-
-
-def _convolution(layer: Any) -> Any:
-    base = layer if get_adapters(layer) is not None else layer.get_base_layer()
-    return base if str(find_kind(base)).startswith("conv") else None
 
 
 def _patches(x: Tensor, conv: Any) -> Iterator[Tensor]:

@@ -20,7 +20,6 @@ from hra_fx.compat import copy_all
 from hra_fx.errors import AdapterError, ConfigError
 from hra_fx.functional import householder
 from hra_fx.layers.adapters import get_adapters
-from hra_fx.layers.containers import ANCHOR
 from hra_fx.layers.peft_layers import is_of_peft
 from hra_fx.layers.sharding import is_dtensor
 from hra_fx.model.state import unwrap
@@ -343,4 +342,4 @@ def _install(optimizer: Optimizer, directions: int) -> _Protection:
 def _anchor(layer: nn.Module, path: str) -> Tensor | None:
     """The anchor of the vectors with this path."""
     adapters = get_adapters(layer)
-    return None if adapters is None else adapters._buffers.get(path.rpartition(".")[2] + ANCHOR)
+    return None if adapters is None else adapters.anchor(path.rpartition(".")[2])
