@@ -89,11 +89,10 @@ POSSIBLE = (
 #: Names that cannot be part of a path or the name of a folder, and names that modules of hra_fx use.
 REFUSED = {
     name: POSSIBLE.format(name)
-    for name in ("", " a", "a.b", "a/b", "a\\b", "update", "width", "x_anchor", "remove", "add")
+    for name in ("", " a", "a.b", "a/b", "a\\b", "update", "width", "x_anchor", "remove", "add", 3)
 }
 REFUSED |= {
     "a": "adapter 'a' already exists in this model. Delete it first, or choose another name.",
-    3: "`adapter_name` must be a string such as 'default', got 3.",
 }
 
 
