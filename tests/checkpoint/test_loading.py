@@ -40,8 +40,8 @@ from hra_fx import CheckpointError, ConfigError, HRAWarning
 X = torch.linspace(-1, 1, 12).view(2, 6)
 
 
-def named(name: str, model: nn.Module | None = None) -> Any:
-    model = mlp() if model is None else model
+def named(name: str) -> Any:
+    model = mlp()
     model.name_or_path = name
     return model
 
@@ -67,14 +67,10 @@ def test_another_name_of_the_base_is_a_warning(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["default", "other"])
-def test_a_part_of_a_transformed_model_is_refused(name: str, tmp_path: Path) -> None:
+def test_nothing_is_loaded_into_a_part_of_a_model_or_while_adapters_are_merged(name: str, tmp_path: Path) -> None:
     folder, model = saved(tmp_path, "0"), adapted(nn.ModuleDict({"body": mlp()}), "0")
     with refuses(model, r"^Sequential is a submodule of a transformed model\. Pass the model that was transformed\.$"):
         hra_fx.load_adapter(model["body"], folder, name)
-
-
-def test_nothing_is_loaded_while_adapters_are_merged(tmp_path: Path) -> None:
-    folder = saved(tmp_path, "0")
     model = adapted(mlp(), "0")
     hra_fx.merge_adapter(model)
     with refuses(model, r"merged into the weights\. Call unmerge_adapter first\."):
@@ -114,17 +110,6 @@ def by_oracle(folder: Path) -> Tensor:
     return torch.func.functional_call(base, rotated, X.double())
 
 
-@pytest.mark.parametrize(("present", "file"), [(3, 3), (4, 4)])
-def test_an_adapter_with_the_same_rank_is_replaced_with_any_anchor(present: int, file: int, tmp_path: Path) -> None:
-    """With r=3, the chain in the file has four vectors, one of which was frozen."""
-    folder = saved(tmp_path, "0", r=file)
-    model = adapted(mlp(), "0", r=present)
-    held = model[0].hra_u["default"]
-    hra_fx.load_adapter(model, folder)
-    assert model[0].hra_u["default"] is held
-    assert relative_error(model.eval()(X), by_oracle(folder)) < 1e-5
-
-
 @pytest.mark.parametrize(("dtype", "r"), [(torch.float16, 3), (torch.bfloat16, 4), (torch.float8_e4m3fn, 3)])
 def test_a_file_with_a_narrow_dtype_is_loaded_in_float32(dtype: torch.dtype, r: int, tmp_path: Path) -> None:
     folder = saved(tmp_path, "0", "3", r=r)
@@ -138,13 +123,17 @@ def test_a_file_with_a_narrow_dtype_is_loaded_in_float32(dtype: torch.dtype, r: 
 
 
 @pytest.mark.parametrize("fields", [{}, {"apply_GS": True}, {"apply_GS": True, "init_weights": False}], ids=str)
-def test_several_ranks_are_loaded_bit_for_bit(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_several_ranks_are_loaded_bit_for_bit_and_replaced(fields: dict[str, Any], tmp_path: Path) -> None:
+    """With r=3, the chain in the file has four vectors, one of which was frozen."""
     folder = saved(tmp_path / "first", "0", "3", r=3, rank_pattern={"3": 2}, **fields)
     again = hra_fx.load_adapter(mlp(), folder, is_trainable=True)
     assert [again[place].hra_u["default"].shape[1] for place in (0, 3)] == [3, 2]
     hra_fx.save_adapter(again, tmp_path / "again")
     assert picture(tmp_path / "again") == picture(folder)
+    again = adapted(mlp(), "0", "3", r=3, rank_pattern={"3": 2}, **fields)
+    held = again[0].hra_u["default"]
     hra_fx.load_adapter(again, folder)
+    assert again[0].hra_u["default"] is held
     if not fields:
         assert relative_error(again.eval()(X), by_oracle(folder)) < 1e-5
 
@@ -230,17 +219,12 @@ GRAM_SCHMIDT: Saved = (("0",), {"r": 3, "apply_GS": True})
 WITH_HEAD: Saved = (("0",), {"r": 2, "modules_to_save": ["3"]})
 
 
-def text_in(name: str, text: str) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).write_text(text, encoding="utf-8")
-
-
 def without(name: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).unlink()
 
 
-def cut(folder: Path) -> None:
-    whole = (folder / WEIGHTS_NAME).read_bytes()
-    (folder / WEIGHTS_NAME).write_bytes(whole[:-7])
+def written(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    return lambda folder: (folder / WEIGHTS_NAME).write_bytes(change((folder / WEIGHTS_NAME).read_bytes()))
 
 
 def put(key: str, tensor: Tensor) -> Callable[[Path], None]:
@@ -249,10 +233,6 @@ def put(key: str, tensor: Tensor) -> Callable[[Path], None]:
 
 def drop(*keys: str) -> Callable[[Path], None]:
     return with_weights(lambda tensors: [tensors.pop(key) for key in keys])
-
-
-def seven_more(tensors: dict[str, Tensor]) -> None:
-    tensors |= {f"{PREFIX}deeper.{i}.hra_u": torch.ones(6, 4) for i in range(7)}
 
 
 NO_FILE = "no such file. Pass the folder that an adapter was saved in (in PEFT, with safe_serialization=True)."
@@ -267,8 +247,8 @@ def shape(key: str, found: object, expected: object) -> str:
 #: What was saved, how it is damaged, and the message, which starts with the file of the weights.
 WEIGHTS: dict[str, tuple[Saved, Callable[[Path], object], str]] = {
     "no weights": (CHAIN, without(WEIGHTS_NAME), NO_FILE),
-    "cut short": (CHAIN, cut, NO_FORMAT),
-    "a pointer of git-lfs": (CHAIN, text_in(WEIGHTS_NAME, "version https://git-lfs.github.com/spec/v1"), NO_FORMAT),
+    "cut short": (CHAIN, written(lambda whole: whole[:-7]), NO_FORMAT),
+    "a pointer of git-lfs": (CHAIN, written(lambda _: b"version https://git-lfs.github.com/spec/v1"), NO_FORMAT),
     "no tensors": (CHAIN, with_weights(dict.clear), f"does not fit Sequential: missing keys {FIRST}, {LAST}."),
     # the vectors
     "width": (CHAIN, put(LAST, torch.ones(6, 4)), shape(LAST, (6, 4), (8, 4))),
@@ -279,7 +259,7 @@ WEIGHTS: dict[str, tuple[Saved, Callable[[Path], object], str]] = {
     ),
     "many unexpected": (
         CHAIN,
-        with_weights(seven_more),
+        with_weights(lambda tensors: tensors.update({f"{PREFIX}deeper.{i}.hra_u": torch.ones(6, 4) for i in range(7)})),
         ", ".join(f"{PREFIX}deeper.{i}.hra_u" for i in range(5)) + " and 2 more.",
     ),
     # modules to save

@@ -16,6 +16,7 @@ import transformers
 from adapting import randomise
 from gguf_models import MODELS, VOCABULARY, tiny, write_model
 from llama_cpp import Continuation, complete, serve
+from tiny import bert
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -58,16 +59,6 @@ def test_what_llama_cpp_reads(dtype: str, tmp_path: Path) -> None:
     assert not found
 
 
-def classifier() -> Any:
-    config = tiny("llama").config
-    return adapted("score", model=transformers.LlamaForSequenceClassification(config))
-
-
-def bert() -> Any:
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-    return adapted("query", model=transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=9)))
-
-
 def out_of_range() -> Any:
     model = adapted("up_proj")
     with torch.no_grad():
@@ -78,12 +69,12 @@ def out_of_range() -> Any:
 #: The model or pipeline, the error and its message.
 REFUSED: dict[str, tuple[Callable[[], Any], type[hra_fx.HRAError], str]] = {
     "an unknown architecture": (
-        bert,
+        lambda: adapted("query", model=bert()),
         hra_fx.AdapterError,
         r"GGUF adapters can be written for the model types gemma, .*, starcoder2, got 'bert'\. Fold the model",
     ),
     "a layer that llama.cpp does not have": (
-        classifier,
+        lambda: adapted("score", model=transformers.LlamaForSequenceClassification(tiny("llama").config)),
         hra_fx.UnsupportedLayerError,
         "^score: llama.cpp has no weight for this linear layer of a model of type 'llama'",
     ),
@@ -154,15 +145,11 @@ def adapt(model: nn.Module, *targets: str) -> None:
 
 
 @torch.no_grad()
-def log_probabilities(model: nn.Module, continuation: Continuation, prompt: list[int] = PROMPT) -> Tensor:
-    """PyTorch's log-probabilities at each token of a continuation: `(count, vocabulary)`."""
-    ids = torch.tensor([prompt + continuation.tokens])
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
-    return logits.double().log_softmax(dim=-1)
-
-
 def check(model: nn.Module, continuation: Continuation, tolerance: float = EXACT) -> None:
-    expected = log_probabilities(model, continuation)
+    """Compare with PyTorch's log-probabilities at each token of the continuation."""
+    ids = torch.tensor([PROMPT + continuation.tokens])
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, len(PROMPT) - 1 : -1]
+    expected = logits.double().log_softmax(dim=-1)
     assert len(continuation.tokens) == COUNT
     assert continuation.tokens == expected.argmax(dim=-1).tolist()
     assert float((continuation.log_probabilities - expected).abs().max()) < tolerance
@@ -173,9 +160,10 @@ def answer(base: Path, *adapters: Path) -> Continuation:
     return complete(serve(base, *adapters), PROMPT, COUNT, VOCABULARY)
 
 
-def test_hot_swap_of_two_adapters_in_one_server(tmp_path: Path) -> None:
-    model = tiny("llama")
-    base = write_model(model, tmp_path / "base.gguf")
+def test_hot_swap_of_two_adapters_of_a_model_without_head_in_one_server(tmp_path: Path) -> None:
+    whole = tiny("llama")
+    base = write_model(whole, tmp_path / "base.gguf")
+    model = whole.base_model
     hra_fx.transform(model, hra_fx.HRAConfig(r=4, target_modules=linears(model)), "a")
     hra_fx.add_adapter(model, "b", hra_fx.HRAConfig(r=3, target_modules=["q_proj", "down_proj"]))
     randomise(model)
@@ -186,10 +174,10 @@ def test_hot_swap_of_two_adapters_in_one_server(tmp_path: Path) -> None:
     for turn, name in enumerate("aba"):
         said[f"{name}{turn}"] = complete(server, PROMPT, COUNT, VOCABULARY, {0: name == "a", 1: name == "b"})
         hra_fx.set_adapter(model, name)
-        check(model, said[f"{name}{turn}"])
+        check(whole, said[f"{name}{turn}"])
     neither = complete(server, PROMPT, COUNT, VOCABULARY, {0: 0.0, 1: 0.0})
     with hra_fx.disable_adapters(model):
-        check(model, neither)
+        check(whole, neither)
     assert len({tuple(answer.tokens) for answer in (said["a0"], said["b1"], neither)}) == 3
     assert said["a0"].tokens == said["a2"].tokens
 
@@ -206,14 +194,6 @@ def test_every_layer_of_every_architecture(model_type: str, tmp_path: Path) -> N
     after = answer(base, tmp_path / "adapter.gguf")
     check(model, after, tolerance)
     assert float((after.log_probabilities[0] - before.log_probabilities[0]).abs().max()) > 0.5
-
-
-def test_a_model_without_head(tmp_path: Path) -> None:
-    model = tiny("llama")
-    base = write_model(model, tmp_path / "base.gguf")
-    adapt(model.base_model)
-    hra_fx.save_as_lora(model.base_model, tmp_path / "adapter.gguf")
-    check(model, answer(base, tmp_path / "adapter.gguf"))
 
 
 def test_the_language_model_of_a_multimodal_model(tmp_path: Path) -> None:

@@ -56,8 +56,8 @@ def words(ids: Tensor) -> dict[str, Tensor]:
     return {"input_ids": ids}
 
 
-def images(seed: int) -> Tensor:
-    return torch.randn(1, 3, 3, 3, dtype=F64, generator=torch.Generator().manual_seed(seed))
+def images(seed: int, *shape: int) -> Tensor:
+    return torch.randn(1, *shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
 #: name -> (the model, what to keep, what to learn, fields of the configuration)
@@ -67,7 +67,13 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, Any, dict[str, Any]]] = {
     "Gram-Schmidt": (llama, words(KEPT), words(OTHER), {"apply_GS": True, "target_modules": ["q_proj", "up_proj"]}),
     "Conv1D": (gpt2, words(KEPT), words(OTHER), {"target_modules": ["c_attn", "c_fc", "c_proj"]}),
     "attention": (attention, KEPT, OTHER, {"target_modules": ["self_attn", "out_proj", "linear1", "2"]}),
-    "images": (Images, images(1), images(2), {"target_modules": ["first", "grouped", "line"]}),
+    "images": (Images, images(1, 3, 3, 3), images(2, 3, 3, 3), {"target_modules": ["first", "grouped", "line"]}),
+    "an image with values in every fourth column, of which all patches count": (
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3)),
+        torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=F64).repeat(1, 2, 130, 33)[..., :130],
+        images(3, 2, 8, 8),
+        {"target_modules": ["0"]},
+    ),
     "experts": (
         lambda: built("mixtral", implementation="batched_mm"),
         words(KEPT),
@@ -133,23 +139,20 @@ def test_outputs_for_what_is_kept_stay_those_of_the_base_model(name: str, pairs:
     check_kept(hra_fx.fold(model), base, kept, other, bound=1e-8)
 
 
-def test_layers_of_peft_are_protected() -> None:
-    base = llama().to(F64).eval()
-    config = peft.HRAConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
-    model = peft.get_peft_model(copy.deepcopy(base), config)
-    trained(model, words(OTHER), prepare=lambda optimizer: hra_fx.protect(optimizer, model, [words(KEPT)], DIRECTIONS))
-    check_kept(model, base, words(KEPT), words(OTHER))
-    check_kept(model.merge_and_unload(), base, words(KEPT), words(OTHER))
-
-
-def test_a_quantized_base_is_protected() -> None:
+def test_layers_of_peft_and_of_a_quantized_base_are_protected() -> None:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    base = llama().eval()
-    quantize_(base, Int8WeightOnlyConfig(version=2))
-    model = hra_fx.transform(copy.deepcopy(base), hra_fx.HRAConfig(r=4, target_modules=["q_proj", "down_proj"]))
-    trained(model, words(OTHER), prepare=lambda optimizer: hra_fx.protect(optimizer, model, [words(KEPT)], DIRECTIONS))
-    check_kept(model, base, words(KEPT), words(OTHER), bound=1e-4)
+    base, quantized, targets = llama().to(F64).eval(), llama().eval(), ["q_proj", "v_proj", "down_proj"]
+    quantize_(quantized, Int8WeightOnlyConfig(version=2))
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.HRAConfig(r=4, target_modules=targets))
+    ours = hra_fx.transform(copy.deepcopy(quantized), hra_fx.HRAConfig(r=4, target_modules=targets))
+    for model in (theirs, ours):
+        trained(
+            model, words(OTHER), prepare=lambda one, model=model: hra_fx.protect(one, model, [words(KEPT)], DIRECTIONS)
+        )
+    check_kept(ours, quantized, words(KEPT), words(OTHER), bound=1e-4)
+    check_kept(theirs, base, words(KEPT), words(OTHER))
+    check_kept(theirs.merge_and_unload(), base, words(KEPT), words(OTHER))
 
 
 def test_a_graph_in_bfloat16_and_a_second_adapter_are_protected() -> None:
@@ -262,18 +265,6 @@ def test_inputs_are_those_of_each_call() -> None:
         check_kept(model, base, batch, other)
 
 
-def test_all_patches_of_an_image_count() -> None:
-    """Only every fourth column of the image has values."""
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Conv2d(2, 4, 3)).to(F64)
-    kept = torch.zeros(1, 2, 130, 130, dtype=F64)
-    kept[..., 3::4] = 1.0
-    model = hra_fx.transform(copy.deepcopy(base), hra_fx.HRAConfig(r=4, target_modules=["0"]))
-    other = torch.randn(1, 2, 8, 8, dtype=F64)
-    trained(model, other, prepare=lambda optimizer: hra_fx.protect(optimizer, model, [kept], DIRECTIONS))
-    check_kept(model, base, kept, other)
-
-
 def test_autocast_does_not_hide_weights_that_are_read() -> None:
     base = built("mixtral", torch.float32).eval()
     model, optimizer = adapted(base, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
@@ -351,7 +342,7 @@ def test_what_cannot_be_protected_is_refused_and_nothing_is_changed() -> None:
     assert "hra_protected" not in optimizer.param_groups[0] and not model[0]._forward_pre_hooks
 
 
-def test_adapters_that_do_not_act_as_they_are_and_other_paths_are_refused() -> None:
+def test_adapters_that_do_not_act_as_they_are_other_paths_and_other_models_are_refused() -> None:
     model, optimizer = adapted(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)), "0")
     x = torch.randn(2, 6)
     hra_fx.protect(optimizer, model, [x], 2)
@@ -367,9 +358,6 @@ def test_adapters_that_do_not_act_as_they_are_and_other_paths_are_refused() -> N
     few, steps = adapted(nn.Sequential(nn.Linear(8, 8)), "0", r=5, apply_GS=True)
     with pytest.raises(ConfigError, match=r"`r` \+ `directions` must be less than the width, got 5 \+ 3 for width 8"):
         hra_fx.protect(steps, few, [torch.randn(2, 8)], 3)
-
-
-def test_two_models_with_the_same_paths_need_two_optimizers() -> None:
     models = [adapted(nn.Sequential(nn.Linear(6, 8)), "0")[0] for _ in range(2)]
     optimizer = torch.optim.AdamW([one for model in models for one in model.parameters() if one.requires_grad])
     hra_fx.protect(optimizer, models[0], [torch.randn(2, 6)], 2)

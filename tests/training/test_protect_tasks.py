@@ -130,7 +130,9 @@ class Branches(nn.Module):
 
 
 def test_a_layer_that_only_later_samples_reach() -> None:
+    """And a second call replaces the directions, but a state has those of layers that its samples miss."""
     model, optimizer = adapted(Branches(), "left", "right")
+    second = torch.optim.AdamW(optimizer.param_groups[0]["params"])
     x = torch.randn(2, 8)
     with pytest.warns(
         HRAWarning,
@@ -146,6 +148,13 @@ def test_a_layer_that_only_later_samples_reach() -> None:
     for path in ("left", "right"):
         change = hra_fx.effective_weight(model.get_submodule(path)) - model.get_submodule(path).hra_base
         assert change.abs().max() > 1e-5 > (change @ x.mT).abs().max()
+    for _ in range(2):
+        with pytest.warns(HRAWarning, match="right"):
+            hra_fx.protect(second, model, [x], 2)
+        assert second.state_dict()["hra_protected"]["right"].shape == (8, 0)
+        assert {row.path: row.protected is None for row in hra_fx.report(model)} == {"left": False, "right": True}
+        second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert torch.equal(second.state_dict()["hra_protected"]["right"], kept["right"])
 
 
 def test_directions_of_another_model_are_refused() -> None:
@@ -196,22 +205,6 @@ def test_samples_that_come_again_do_not_lose_their_protection(again: list[int]) 
         optimizer.step()
     torch.testing.assert_close(model(tasks[0]), before, atol=1e-5, rtol=1e-5)
     assert all(row.protected is not None and row.protected < 1e-5 for row in hra_fx.report(model))
-
-
-def test_a_second_call_replaces_the_directions_and_a_state_has_those_of_layers_that_samples_miss() -> None:
-    x = torch.randn(2, 8)
-    model, first = adapted(Branches(), "left", "right")
-    second = torch.optim.AdamW(first.param_groups[0]["params"])
-    basis = hra_fx.protect(first, model, [x, (x, True)], 2)["right"]
-    state = copy.deepcopy(first.state_dict())
-    with pytest.warns(HRAWarning, match="right"):
-        hra_fx.protect(second, model, [x], 2)
-    second.load_state_dict(state)
-    assert torch.equal(second.state_dict()["hra_protected"]["right"], basis)
-    with pytest.warns(HRAWarning, match="right"):
-        hra_fx.protect(second, model, [x], 2)
-    assert second.state_dict()["hra_protected"]["right"].shape == (8, 0)
-    assert {row.path: row.protected is None for row in hra_fx.report(model)} == {"left": False, "right": True}
 
 
 def test_samples_that_are_drawn_at_random_depend_on_the_seed_of_the_user() -> None:

@@ -152,7 +152,7 @@ def equal(one: Any, other: Any) -> bool:
     return all(torch.allclose(*both, rtol=1e-5, atol=1e-6) for both in zip(one, other, strict=True))
 
 
-def test_the_trainers_of_transformers_train_pairs(tmp_path: Path) -> None:
+def test_the_trainers_of_transformers_train_pairs_and_quiet_pairs(tmp_path: Path) -> None:
     start = adapted("llama", "transform")
     model = copy.deepcopy(start)
     wanted = trained(partial(Trainer, optimizers=(optimizer_for(model), None)), model, tmp_path)  # type: ignore[arg-type]
@@ -164,15 +164,12 @@ def test_the_trainers_of_transformers_train_pairs(tmp_path: Path) -> None:
         model = copy.deepcopy(start)
         maker = partial(HRATrainer, optimizers=(optimizer_for(model, pairs=pairs), None))  # type: ignore[arg-type]
         assert equal(wanted, trained(maker, model, tmp_path))
-
-
-def test_the_trainers_train_quiet_pairs_for_the_first_examples(tmp_path: Path) -> None:
-    start = adapted("llama", "transform")
+    # Quiet pairs, for the first examples.
     model = copy.deepcopy(start)
     loader = trainer_of(Trainer, "llama", model, tmp_path).get_train_dataloader()
     rows = [loader.dataset[index] for index in range(min(16, len(loader.dataset)))]  # type: ignore[arg-type]
     optimizer = optimizer_for(model, pairs=False)
-    batches = [loader.collate_fn(rows[start : start + 4]) for start in range(0, len(rows), 4)]
+    batches = [loader.collate_fn(rows[first : first + 4]) for first in range(0, len(rows), 4)]
     hra_fx.train_pairs(optimizer, model, batches=batches, directions=2)
     wanted = trained(partial(Trainer, optimizers=(optimizer, None)), model, tmp_path)
     assert not equal(wanted, trained(HRATrainer, copy.deepcopy(start), tmp_path))
