@@ -56,8 +56,8 @@ demo: $(VENV)/demo.stamp $(VENV)/data.stamp ## MiniLM on 20 Newsgroups: train, f
 	@echo '[3/3] Train, fold and export MiniLM (about 5 minutes on 2 cores)'
 	@$(BIN)/python examples/finetune_and_fold.py --output $(OUT)
 
-test: $(VENV)/test.stamp $(VENV)/data.stamp ## the tests and doctests that are not slow (10 minutes)
-	@echo '[3/3] Tests and doctests (about 10 minutes on 2 cores)'
+test: $(VENV)/test.stamp $(VENV)/data.stamp ## the tests and doctests that are not slow (5 minutes)
+	@echo '[3/3] Tests and doctests (about 5 minutes on 2 cores)'
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(PYTEST_FLAGS)
 
 test-all: test $(VENV)/deepspeed.stamp ## all tests, the slow ones and the notebooks too

@@ -114,10 +114,18 @@ def forward_hooks(module: nn.Module) -> list[Any]:
     return list(module._forward_hooks.values())
 
 
+def with_own_hooks(modules: Iterable[nn.Module]) -> set[nn.Module]:
+    """The modules that have registered hooks."""
+    return {
+        part
+        for part in modules
+        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+    }
+
+
 def has_own_hooks(module: nn.Module) -> bool:
     """Whether hooks are registered on a module."""
-    before_and_after = module._forward_pre_hooks or module._forward_hooks
-    return bool(before_and_after or module._backward_pre_hooks or module._backward_hooks)
+    return bool(with_own_hooks([module]))
 
 
 def has_backward_hooks(module: nn.Module) -> bool:
@@ -181,7 +189,12 @@ def state_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterato
 
     They do not contain the names that torch's activation checkpointing inserts between a block and its parts.
     """
-    for path, module in model.named_modules(remove_duplicate=remove_duplicate):
+    return state_paths(model.named_modules(remove_duplicate=remove_duplicate))
+
+
+def state_paths(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
+    """The items of `named_modules`, with the paths of `state_modules`."""
+    for path, module in modules:
         if _CHECKPOINTED not in module._modules:
             yield f".{path}".replace(f".{_CHECKPOINTED}", "")[1:], module
 

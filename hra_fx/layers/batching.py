@@ -187,12 +187,16 @@ def _must_be_called(adapters: HouseholderAdapters) -> bool:
 def _chains(layers: Iterable[nn.Module]) -> list[_Chain]:
     """The layers that compute with factors, and whose adapters are not the identity and need not be called."""
     found: list[_Chain] = []
-    for layer in layers:
-        adapters: Any = layer._modules.get(REFLECTION)
+    places: list[tuple[Any, nn.Module]] = [(layer._modules.get(REFLECTION), layer) for layer in layers]
+    # One look at all hooks, because this runs in each forward. While TorchDynamo traces, each layer looks itself.
+    hooked = set() if is_compiling() else compat.with_own_hooks([one for one, _ in places if one is not None])
+    for adapters, layer in places:
         if adapters is None or not adapters.reflects_input:
             continue
         # FSDP2 has hooks on containers that it shards. Here, their vectors were gathered before.
-        if _must_be_called(adapters) and sharded_by(adapters) is None:
+        if adapters in hooked and sharded_by(adapters) is None:
+            continue
+        if "forward" in adapters.__dict__ and not calls_class_forward(adapters):
             continue
         parts = adapters.chain_parts()
         if parts:
@@ -238,7 +242,8 @@ def _form(parts: Sequence[ChainPart], width: int, *, compiling: bool, has_zero: 
     """
     found: tuple[object, ...] = ()
     for part in parts:
-        for tensor in part.tensors():
+        vectors, anchor, apply_GS = part
+        for tensor in (vectors,) if anchor is None else (vectors, anchor):
             shape = tensor.shape
             if type(tensor) not in PLAIN or tensor.is_meta or len(shape) != 2 or shape[0] != width:
                 return None
@@ -246,7 +251,7 @@ def _form(parts: Sequence[ChainPart], width: int, *, compiling: bool, has_zero: 
                 return None
             if has_zero and not compiling and is_partitioned_by_zero3(tensor):
                 return None
-        found += part.signature()
+        found += (apply_GS, vectors.shape, vectors.dtype, vectors.device, None if anchor is None else anchor.shape)
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx, nn
 
+from hra_fx.compat import state_paths
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning, UnsupportedLayerError
 from hra_fx.layers.accelerate_hooks import keep_loaded
@@ -67,7 +68,7 @@ def inject_adapter(
     `layers` is the result of `select_checked`, if the caller has it.
     """
     every = dict(model.named_modules(remove_duplicate=False))
-    layers = select_checked(model, config) if layers is None else layers
+    layers = select_checked(model, config, dict(state_paths(every.items()))) if layers is None else layers
     new = {path: layer for path, layer in layers.items() if not is_adapted(layer)}
     if new or config.modules_to_save or config.bias != "none":
         check_no_foreign_class(every.items())

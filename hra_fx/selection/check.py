@@ -32,17 +32,18 @@ _EXCLUDE = "exclude the layer with `exclude_modules`"
 _EXCLUDE_IT = "E" + _EXCLUDE[1:]
 
 
-def select_checked(model: nn.Module, config: HRAConfig) -> dict[str, nn.Module]:
+def select_checked(model: nn.Module, config: HRAConfig, modules: Modules | None = None) -> dict[str, nn.Module]:
     """Select the layers of a model by a configuration, and check that all of them can be adapted.
 
-    The error gives the reason for the first layer, and lists the others.
+    The error gives the reason for the first layer, and lists the others. `modules` is the result of `walk`, if the
+    caller has it.
 
     >>> model = nn.Sequential(nn.Linear(2, 2, dtype=torch.complex64))
     >>> select_checked(model, HRAConfig(target_modules=["0"]))
     Traceback (most recent call last):
     hra_fx.errors.UnsupportedLayerError: 0 (Linear): its weight must be a plain floating-point tensor, got torch.c...
     """
-    modules = walk(model)
+    modules = walk(model) if modules is None else modules
     layers = select(model, config, modules)
     _check_modules(modules, layers)
     problems = {path: _layer_problem(path, layer, config) for path, layer in layers.items()}

@@ -19,7 +19,7 @@ from hra_fx.compat import state_modules
 from hra_fx.config import HRAConfig
 from hra_fx.errors import HRAWarning, SelectionError
 from hra_fx.layers.experts_weight import ExpertsWeight
-from hra_fx.layers.peft_layers import refuse_peft_layers
+from hra_fx.layers.peft_layers import is_peft_layer, refuse_peft_layers
 from hra_fx.layers.quantized import Other, quant_scheme_of
 from hra_fx.layers.target import ADAPTER_CHILDREN, find_kind
 from hra_fx.patterns import layer_index_regex, saved_module_regex
@@ -65,7 +65,8 @@ def select(model: nn.Module, config: HRAConfig, modules: Modules | None = None) 
     {'0': Linear(in_features=2, out_features=2, bias=True)}
     """
     modules = walk(model) if modules is None else modules
-    refuse_peft_layers(model)
+    if any(map(is_peft_layer, modules.values())):
+        refuse_peft_layers(model)
     chosen = targeted(model, config, modules)
     if problem := parameters_problem(model, config):
         raise SelectionError(problem)
