@@ -53,8 +53,9 @@ def adapter_of(model: nn.Module, folder: Path, *targets: str, seed: int = 2, **f
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors in the safetensors files of a folder."""
-    return {key: tensor for file in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(file).items()}
+    """All tensors in the safetensors files of a folder: copies, because a test may write the file again."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {key: tensor.clone() for file in files for key, tensor in load_file(file).items()}
 
 
 def picture(folder: Path) -> dict[str, bytes]:
