@@ -108,7 +108,7 @@ def drawn_graph(model: nn.Module, example_inputs: Any) -> fx.GraphModule | None:
     except (AdapterError, CaptureError) as error:
         if call is not None:
             why = _refusal(model, error) if isinstance(error, CaptureError) else error
-            warnings.warn(f"The picture has no data flow. {why}", HRAWarning, stacklevel=2)
+            warnings.warn(f"The picture has no data flow: {why}", HRAWarning, stacklevel=2)
         return None
     insert(made)
     return made

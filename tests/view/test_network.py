@@ -125,7 +125,7 @@ def test_errors() -> None:
     program = torch.export.export(nn.Linear(3, 2), (torch.ones(1, 3),))
     with pytest.raises(VisualizeError, match=r"`example_inputs` must be None for an .*, which already has"):
         hra_fx.to_networkx(program, torch.ones(1, 3))
-    with pytest.warns(HRAWarning, match=r"The picture has no data flow\. torch\.export cannot capture Llama"):
+    with pytest.warns(HRAWarning, match=r"The picture has no data flow: torch\.export cannot capture Llama"):
         hra_fx.to_networkx(llama(), {"tokens": IDS})
 
 
