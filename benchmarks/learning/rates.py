@@ -33,7 +33,7 @@ def chosen(records: Sequence[Record], task: str, method: str) -> float:
     """
     tried = validated(records, task, method)
     if not tried:
-        raise SystemExit(f"There is no run of {method} on {task} yet. Pass --lr, with several rates to choose from.")
+        raise SystemExit(f"{method} has not run on {task} yet. Pass --lr with several rates to choose from.")
     tested = [record.lr for record in of(records, task, method) if record.test is not None]
     most = max(map(tested.count, tested), default=0)
     rates = [lr for lr in tried if tested.count(lr) == most] or list(tried)

@@ -20,7 +20,7 @@ LENGTHS, SIDES, LATENTS = (9, 12), (32, 48), (8, 16)
 
 
 def words(batch: int, length: int, vocabulary: int = WORDS) -> Tensor:
-    """Token ids `(batch, length)` that are no special tokens."""
+    """Token ids `(batch, length)` without special tokens."""
     return torch.randint(3, vocabulary, (batch, length))
 
 

@@ -180,7 +180,7 @@ MATRIX: dict[Callable[[str, str, int, Path], None], list[tuple[str, str]]] = {
         *(("attention", "DDP"), ("mlp, Gram-Schmidt", WHOLE), ("mlp, copies", PARTS), ("mlp, whole", LAYER)),
         *(("attention", "FSDP2, kept whole"), ("mlp, Gram-Schmidt", "FSDP2, vectors apart")),
     ],
-    # The module that stands for a parameter of the experts has none to shard, so that it is no layer of its own.
+    # The module that represents a parameter of the experts has no parameters to shard, so it is not wrapped separately.
     as_lora: [("resnet", LAYER), ("mlp, copies", WHOLE), ("mlp, Gram-Schmidt", LAYER), ("experts", PARTS)],
     from_meta: [("mlp, odd rank", WHOLE), ("mlp, copies", PARTS), ("convolutions", LAYER), ("attention", PARTS)],
 }

@@ -65,7 +65,7 @@ ANCHORED: dict[str, dict[str, Any]] = {
 
 
 def move(model: nn.Module, fields: dict[str, Any]) -> None:
-    """Random values, and the statistics of BatchNorm in a module that is saved are no longer the base model's."""
+    """Set random values, and statistics of BatchNorm in saved modules that differ from those of the base model."""
     randomise(model)
     if "head" in (fields.get("modules_to_save") or ()):
         model.train()
