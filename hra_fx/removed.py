@@ -36,6 +36,13 @@ NAMES: dict[str, str] = {
     "freeze": "Fold the model before torch.export: hra_fx.fold(model).",
     "get_layer_status": "Call hra_fx.report(model), or print_trainable_parameters().",
     "get_model_status": "Call hra_fx.report(model), or print_trainable_parameters().",
+    "integrations.HRATrainer": (
+        "Use the Trainer of transformers: a model of hra_fx.transform trains in pairs by default. Call "
+        "hra_fx.protect(model, samples) to protect directions. Add hra_fx.orthogonality_loss(model) to the loss, as in "
+        "examples/usage/trainer.py of the repository."
+    ),
+    "integrations.PairCallback": "Leave it out: a model of hra_fx.transform trains in pairs by default.",
+    "integrations.ProtectCallback": "Call hra_fx.protect(model, samples) before the training.",
     "integrations.RotationCallback": (
         "Write a callback that calls hra_fx.report, as in examples/usage/trainer.py of the repository."
     ),

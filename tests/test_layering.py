@@ -144,7 +144,6 @@ def test_imports_of_the_package_are_lazy() -> None:
         "assert 'torch' not in sys.modules, 'importing the package should cost nothing'\n"
         "hra_fx.transform, hra_fx.fold, hra_fx.graphs\n"
         f"for name in {UNASKED!r}: assert name not in sys.modules, name\n"
-        "assert hra_fx.integrations.HRATrainer.__name__ == 'HRATrainer'\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

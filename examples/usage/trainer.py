@@ -11,10 +11,12 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -22,7 +24,6 @@ from transformers import (
 )
 
 import hra_fx
-from hra_fx.integrations import HRATrainer  # the Trainer of transformers works too, without the regularizer
 
 
 class Majority(Dataset):
@@ -50,6 +51,16 @@ class Angles(TrainerCallback):
             state.log_history[-1].update(logs)  # it was copied before this call
 
 
+class Regularized(Trainer):
+    """The Trainer with the paper's regularizer, which most trainings do not need."""
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **more: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **more)
+        if model.training:
+            loss = loss + 1e-4 * hra_fx.orthogonality_loss(model)
+        return (loss, outputs) if return_outputs else loss
+
+
 def model() -> BertForSequenceClassification:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -58,14 +69,12 @@ def model() -> BertForSequenceClassification:
     return hra_fx.transform(base, config)
 
 
-def trainer(folder: str, steps: int) -> HRATrainer:
+def trainer(folder: str, steps: int) -> Trainer:
     arguments = TrainingArguments(
         folder, max_steps=steps, save_steps=20, learning_rate=1e-2, per_device_train_batch_size=32, seed=0,
         logging_steps=40, report_to=[], disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
-    made = HRATrainer(
-        model(), arguments, train_dataset=Majority(640, 1), eval_dataset=Majority(256, 2), orthogonality_weight=1e-4
-    )
+    made = Regularized(model(), arguments, train_dataset=Majority(640, 1), eval_dataset=Majority(256, 2))
     made.callback_handler.callbacks.insert(0, Angles())  # before reporters such as TensorBoard
     return made
 

@@ -15,10 +15,9 @@ import warnings
 from pathlib import Path
 
 import torch
-from transformers import LlamaForCausalLM, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 import hra_fx
-from hra_fx.integrations import HRATrainer
 
 #: Also every small parameter is partitioned; by default DeepSpeed leaves those below 100,000 numbers whole.
 ZERO = {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
@@ -56,15 +55,8 @@ def main(model_path: str, stage: str, steps: str, output: str, resume: bool) -> 
     model = LlamaForCausalLM.from_pretrained(model_path)
     torch.manual_seed(0)
     model = hra_fx.get_peft_model(model, hra_fx.HRAConfig(r=4, target_modules="all-linear"))
-    difference = {} if deepspeed else {"pair_difference": None}
-    trainer = HRATrainer(model=model, args=args, train_dataset=texts(), **difference)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", hra_fx.HRAWarning)
-        trainer.train(resume_from_checkpoint=resume)
-    if deepspeed:
-        assert any("these vectors are not trained in pairs" in str(one.message) for one in caught), [
-            str(one.message) for one in caught
-        ]
+    trainer = Trainer(model=model, args=args, train_dataset=texts())
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(Path(output, "final")))
     if args.process_index == 0:
         print("losses:", json.dumps([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]))

@@ -24,10 +24,9 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import hra_fx
-from hra_fx.integrations import HRATrainer
 
 MLP, BERT = CASES["mlp, whole"], CASES["bert"]
 
@@ -98,7 +97,7 @@ def mixed_precision(rank: int, folder: Path) -> None:
     assert (found.to(F64) - wanted).abs().max() < 2e-2
 
 
-def hra_trainer(rank: int, folder: Path) -> None:
+def trainer(rank: int, folder: Path) -> None:
     """The whole batch is 8: four for each of two processes, against one process with all and a loop by hand."""
     model = BERT.model()
     arguments = TrainingArguments(
@@ -110,13 +109,13 @@ def hra_trainer(rank: int, folder: Path) -> None:
     )
     x, labels = BERT.data()
     items: Any = [{"input_ids": row, "labels": label} for row, label in zip(x, labels, strict=True)]
-    trainer = HRATrainer(model, arguments, train_dataset=items, orthogonality_weight=0.1, pair_difference=None)
-    trainer.train()
-    assert isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
+    run = Trainer(model, arguments, train_dataset=items)
+    run.train()
+    assert isinstance(run.model_wrapped, nn.parallel.DistributedDataParallel)
     alone: Any = BERT.model()
     optimizer = torch.optim.SGD([p for p in alone.parameters() if p.requires_grad], lr=0.1)
     for _ in range(2):
-        loss = alone(input_ids=x, labels=labels).loss + 0.1 * hra_fx.orthogonality_loss(alone)
+        loss = alone(input_ids=x, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -124,5 +123,5 @@ def hra_trainer(rank: int, folder: Path) -> None:
 
 
 CHECKS: dict[str, Check] = {
-    check.__name__: check for check in (several_adapters, unknown_to_ddp, pipeline, mixed_precision, hra_trainer)
+    check.__name__: check for check in (several_adapters, unknown_to_ddp, pipeline, mixed_precision, trainer)
 }

@@ -1,8 +1,7 @@
-"""The stock Trainer and ours: a run that was stopped goes on as if it never had; also after `from_peft`."""
+"""transformers' Trainer: a run that was stopped goes on as if it never had; also after `from_peft`."""
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 import hra_fx
-from hra_fx.integrations import HRATrainer
 
 pytestmark = pytest.mark.usefixtures("nothing_is_logged")
 
-TRAINERS: dict[str, Any] = {
-    "stock": Trainer,
-    "ours": partial(HRATrainer, pair_difference=None),
-    "ours with the term, in pairs": partial(HRATrainer, orthogonality_weight=1e-3),
-}
 EVERY_THIRD = {"save_strategy": "steps", "save_steps": 3}
 
 
@@ -39,10 +32,6 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
-def run(trainer: str, kind: str, model: nn.Module, folder: Path, **arguments: Any) -> Trainer:
-    return trainer_of(TRAINERS[trainer], kind, model, folder, **arguments)
-
-
 def assert_same_training(model: nn.Module, other: nn.Module) -> None:
     wanted, found = model.state_dict(), other.state_dict()
     assert wanted.keys() == found.keys()
@@ -50,33 +39,30 @@ def assert_same_training(model: nn.Module, other: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trainer", "latest", "kind", "shape", "fields"),
+    ("latest", "kind", "shape", "fields"),
     [
-        ("stock", True, "bert", "transform", {}),
-        ("stock", True, "bert", "HRAModel", {"apply_GS": True}),
-        ("ours", False, "bert", "transform", {"bias": "all"}),
-        ("ours with the term, in pairs", True, "llama", "HRAModel", {}),
+        (True, "bert", "transform", {}),
+        (True, "bert", "HRAModel", {"apply_GS": True}),
+        (False, "bert", "transform", {"bias": "all"}),
+        (True, "llama", "HRAModel", {}),
     ],
 )
 def test_a_run_that_was_stopped_goes_on_bitwise(
-    trainer: str, latest: bool, kind: str, shape: str, fields: dict[str, Any], tmp_path: Path
+    latest: bool, kind: str, shape: str, fields: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Six steps at once against three, and three more with new objects in the other shape, from other vectors.
-
-    The stock Trainer and ours without pairs resume each other's checkpoints.
-    """
+    """Six steps at once against three, and three more with new objects in the other shape, from other vectors."""
     model = adapted(kind, shape, **fields)
-    whole = run(trainer, kind, model, tmp_path / "whole")
+    whole = trainer_of(Trainer, kind, model, tmp_path / "whole")
     whole.train()
 
     folder = tmp_path / "parts"
-    stopped = run(trainer, kind, adapted(kind, shape, **fields), folder, **EVERY_THIRD)
+    stopped = trainer_of(Trainer, kind, adapted(kind, shape, **fields), folder, **EVERY_THIRD)
     stopped.add_callback(StopAt(3))
     stopped.train()
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-3"]
 
     resumed = adapted(kind, next(other for other in SHAPES if other != shape), seed=77, **fields)
-    again = run({"stock": "ours", "ours": "stock"}.get(trainer, trainer), kind, resumed, folder, **EVERY_THIRD)
+    again = trainer_of(Trainer, kind, resumed, folder, **EVERY_THIRD)
     again.train(resume_from_checkpoint=True if latest else str(folder / "checkpoint-3"))
     assert again.state.global_step == 6
     assert logs(again, "loss") == logs(whole, "loss")
@@ -84,13 +70,12 @@ def test_a_run_that_was_stopped_goes_on_bitwise(
     assert again.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"]
 
 
-@pytest.mark.parametrize("trainer", ["stock", "ours"])
-def test_a_checkpoint_has_the_files_of_pefts_and_one_more(trainer: str, tmp_path: Path) -> None:
+def test_a_checkpoint_has_the_files_of_pefts_and_one_more(tmp_path: Path) -> None:
     """The Trainer reads the adapter's own file for a `PeftModel` only, and model.safetensors for every other model."""
     models = {"ours": adapted("llama", "HRAModel"), "theirs": by_peft(BASES["llama"](), **FIELDS["llama"])}
     names = {}
     for side, model in models.items():
-        run(trainer, "llama", model, tmp_path / side, **EVERY_THIRD, max_steps=3).train()
+        trainer_of(Trainer, "llama", model, tmp_path / side, **EVERY_THIRD, max_steps=3).train()
         names[side] = {path.name for path in (tmp_path / side / "checkpoint-3").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "optimizer.pt"} < names["theirs"]
     assert names["ours"] == names["theirs"] | {"model.safetensors"}
@@ -103,7 +88,7 @@ def test_it_trains_and_resumes_after_from_peft(tmp_path: Path) -> None:
     found = []
     for number in range(3):
         model = by_peft(llama(), **FIELDS["llama"], init_weights=False)
-        trainer = run("stock", "llama", model, tmp_path / str(max(number, 1)), **EVERY_THIRD)
+        trainer = trainer_of(Trainer, "llama", model, tmp_path / str(max(number, 1)), **EVERY_THIRD)
         if number:
             hra_fx.from_peft(trainer.model)
         trainer.train(resume_from_checkpoint=str(tmp_path / "1" / "checkpoint-3") if number == 2 else None)
@@ -118,7 +103,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
     kind, model = "bert", adapted("bert", "transform")
     every = {"eval_strategy": "steps", "eval_steps": 10, "save_strategy": "steps", "save_steps": 10}
     largest = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
-    training = run("stock", kind, model, tmp_path, max_steps=40, learning_rate=3e-2, **every, **largest)
+    training = trainer_of(Trainer, kind, model, tmp_path, max_steps=40, learning_rate=3e-2, **every, **largest)
     training.train()
     best = Path(str(training.state.best_model_checkpoint))
     assert best.name != "checkpoint-40"
