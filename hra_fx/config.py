@@ -23,8 +23,8 @@ from hra_fx.patterns import layer_index_regex, matches_rank, rank_regex, saved_m
 __all__ = ["CONFIG_NAME", "HRAConfig"]
 
 CONFIG_NAME = "adapter_config.json"
-#: Fields that PEFT's `HRAConfig` does not have.
-_NOT_IN_PEFT = ("rank_pattern", "target_parameters")
+#: Fields that PEFT's `HRAConfig` does not have -> values that are not written.
+_NOT_IN_PEFT: dict[str, tuple[Any, ...]] = {"rank_pattern": ({},), "target_parameters": (None, []), "pairs": (True,)}
 _TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 _BIASES = ("none", "all", "hra_only")
 #: Values of `bias` of other methods of PEFT.
@@ -51,6 +51,9 @@ class HRAConfig:
         layers_pattern: one or more regular expressions for the name of the module list that `layers_to_transform`
             indexes, such as "h".
         bias: which biases are trained: "none", "all", or "hra_only" for the biases of adapted layers.
+        pairs: train the sums and differences of pairs of vectors (`hra_fx.functional.pairs`), at the learning rates of
+            LoRA; if False, train the vectors, as PEFT does. Adapters with an odd rank or with `apply_GS` always train
+            their vectors. Files contain vectors in both cases. PEFT's HRAConfig does not have this field.
         modules_to_save: names of modules that are trained and saved in full. Layers inside them are not adapted.
         target_parameters: names of 3-D parameters (experts) to adapt, as in PEFT's LoraConfig. A parameter matches if
             its path equals a name or ends with "." + name. `exclude_modules` and `layers_to_transform` do not restrict
@@ -96,6 +99,7 @@ class HRAConfig:
     modules_to_save: Collection[str] | None = None
     target_parameters: Collection[str] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
+    pairs: bool = True
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __new__(cls, *args: object, **kwargs: object) -> HRAConfig:
@@ -126,9 +130,13 @@ class HRAConfig:
         patterns = (pattern for pattern in self.rank_pattern if matches_rank(pattern, path))
         return self.rank_pattern.get(next(patterns, ""), self.r)
 
+    def trains_pairs(self, path: str) -> bool:
+        """Whether the layer at `path` trains pairs."""
+        return self.pairs and not self.apply_GS and self.rank_of(path) % 2 == 0
+
     def _check_scalars(self) -> None:
         _check_rank("r", self.r)
-        for name in ("apply_GS", "init_weights", "inference_mode"):
+        for name in ("apply_GS", "init_weights", "inference_mode", "pairs"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"`{name}` must be a bool, got {getattr(self, name)!r}.")
         self.peft_type = _one_of("peft_type", self.peft_type, ("HRA",))
@@ -197,8 +205,8 @@ class HRAConfig:
         ['a', 'b']
         """
         values = {name: getattr(self, name) for name in _field_names()}
-        for name in _NOT_IN_PEFT:
-            if not values[name]:
+        for name, defaults in _NOT_IN_PEFT.items():
+            if values[name] in defaults:
                 del values[name]
         return {name: _plain(value) for name, value in (values | self.extra).items()}
 

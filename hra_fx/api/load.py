@@ -107,9 +107,9 @@ def _replace(root: nn.Module, state: AdapterState, name: str, fitted: Fitted, is
     check_replaceable(root, state, name)
     layers = layers_of(root, name)
     spec = next(iter(layers.values())).hra_u.specs[name]
-    shapes = {path: layer.hra_u[name].shape for path, layer in layers.items()}
+    shapes = {path: layer.hra_u.vectors_shape(layer.hra_u.specs[name].r) for path, layer in layers.items()}
     differs = fitted.resume.config.apply_GS is not spec.apply_GS or shapes != {
-        path: vectors.shape for path, (vectors, _) in fitted.vectors.items()
+        path: tuple(vectors.shape) for path, (vectors, _) in fitted.vectors.items()
     }
     held = copies_of(root, name)
     if differs or held.keys() != fitted.copies.keys() or differ_by_place(held, fitted.copies):
@@ -118,6 +118,8 @@ def _replace(root: nn.Module, state: AdapterState, name: str, fitted: Fitted, is
             "or tied weights than in the file. Delete it first (hra_fx.delete_adapter), or load under another "
             "adapter_name."
         )
+    for path, layer in layers.items():
+        layer.hra_u.check_kept(name, fitted.vectors[path][0])
     replace_values(root, name, lambda path, _: fitted.vectors[path], fitted.copies)
     state.configs[name].inference_mode = not is_trainable
     set_requires_grad(collect_parts(root), {name: is_trainable and name in state.active})

@@ -85,7 +85,7 @@ def from_peft(model: nn.Module) -> Any:
         True
     """
     with all_or_nothing() as undo:
-        root = take_over(model, undo, root_class_for)
+        root = take_over(model, undo, root_class_for, pairs=True)
         check_names(root)
         hand_over(model, root, undo)
     return as_hra_model(root)

@@ -32,7 +32,7 @@ from hra_fx.checkpoint.folder import (
 from hra_fx.compat import non_persistent_buffers, state_modules
 from hra_fx.config import HRAConfig
 from hra_fx.errors import CheckpointError, HRAWarning, SelectionError
-from hra_fx.functional.chain import plain_chain
+from hra_fx.functional.chain import ChainPart
 from hra_fx.functional.householder import anchor_rank
 from hra_fx.layers.adapters import AdapterSpec, get_adapters
 from hra_fx.layers.target import REFLECTION
@@ -130,7 +130,7 @@ class Adapter:
                 f"{self.file}: no vectors found (keys that end in {REFLECTION!r}). Save the adapter again."
             )
         if self.config.apply_GS:
-            chains = {path: plain_chain(chain.double(), None, apply_GS=True) for path, chain in chains.items()}
+            chains = {path: ChainPart(chain.double(), apply_GS=True).chain() for path, chain in chains.items()}
         return chains
 
     @property
@@ -170,7 +170,8 @@ class Fitted:
     def spec(self, path: str) -> AdapterSpec:
         """The rank, Gram-Schmidt setting and initialization of a layer."""
         config = self.resume.config
-        return AdapterSpec(config.rank_of(path), config.apply_GS, init_weights=self.resume.has_anchors)
+        has_anchors = self.resume.has_anchors
+        return AdapterSpec(config.rank_of(path), config.apply_GS, has_anchors, config.trains_pairs(path))
 
 
 def fit(folder: Path, model: nn.Module, given: HRAConfig | None, *, is_new: bool, is_trainable: bool) -> Fitted:
@@ -265,7 +266,7 @@ def _check_base(adapter: Adapter, model: nn.Module, layers: Mapping[str, nn.Modu
     """Check that the adapter is not folded into the model. If its row does not tell, compare the models' names."""
     row, state = adapter.base_row, "unknown"
     if row is not None and row.path in layers:
-        chain = plain_chain(adapter.tensors[reflection_key(row.path)], None, apply_GS=adapter.config.apply_GS)
+        chain = ChainPart(adapter.tensors[reflection_key(row.path)], apply_GS=adapter.config.apply_GS).chain()
         state = row.state(chain, first_row(layers[row.path]))
         if state == "folded":
             raise CheckpointError(

@@ -23,7 +23,7 @@ from hra_fx.atomic_write import Content, temporary_file
 from hra_fx.config import CONFIG_NAME
 from hra_fx.errors import CheckpointError
 from hra_fx.hub import check_options, download
-from hra_fx.layers.containers import ANCHOR
+from hra_fx.layers.containers import ANCHOR, KEPT
 from hra_fx.layers.target import REFLECTION, SAVED
 from hra_fx.layers.trained_copies import BASE, all_copies
 from hra_fx.model.state import adapted_layers
@@ -177,6 +177,11 @@ def vectors_entry(path: str, name: str) -> str:
 def anchor_entry(path: str, name: str) -> str:
     """Entry of an adapter's anchor."""
     return f"{path}.{REFLECTION}.{name}{ANCHOR}"
+
+
+def kept_entry(path: str, name: str) -> str:
+    """Entry of the directions that an adapter keeps."""
+    return f"{path}.{REFLECTION}.{name}{KEPT}"
 
 
 def copy_entry(path: str, name: str, tensor: str, *, in_place: bool) -> str:

@@ -26,6 +26,7 @@ from hra_fx.checkpoint.folder import (
     anchor_entry,
     copy_entry,
     copy_key,
+    kept_entry,
     reflection_key,
     vectors_entry,
     vectors_key,
@@ -35,7 +36,8 @@ from hra_fx.checkpoint.folder import (
 )
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning
-from hra_fx.functional.chain import plain_chain
+from hra_fx.functional.chain import ChainPart
+from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.sharding import full_tensor, is_dtensor, on_first_rank
 from hra_fx.layers.trained_copies import all_copies, copies_of
@@ -209,26 +211,33 @@ def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[s
         )
     tensors: dict[str, Tensor] = {}
     resume = Resume(config, has_anchors=any(anchor_entry(path, name) in state for path in sites))
+    layers = adapted_layers(root)
     for path in sites:
-        vectors, anchor = full_tensor(state[vectors_entry(path, name)]), state.get(anchor_entry(path, name))
-        if anchor is None:
-            tensors[reflection_key(path)] = vectors
+        part = _part_of(layers[path].hra_u, state, path, name)
+        if part.anchor is None:
+            tensors[reflection_key(path)] = part.vectors()
             continue
-        tensors[reflection_key(path)] = plain_chain(vectors, anchor, apply_GS=config.apply_GS)
+        tensors[reflection_key(path)] = part.chain()
         if config.apply_GS:
-            tensors[vectors_key(path)] = vectors
+            tensors[vectors_key(path)] = part.vectors()
     owners = all_copies(root)
     for path, entry in copies_of(root, name):
         key = copy_entry(path, name, entry, in_place=owners[path][1].in_use == name)
         tensors[copy_key(path, entry, adapted=path in sites)] = full_tensor(state[key])
     detached = {key: tensor.detach() for key, tensor in tensors.items()}
-    layers = adapted_layers(root)
     chains = {path: detached[reflection_key(path)] for path in sites}
     if config.apply_GS and not resume.has_anchors:
-        chains = {path: plain_chain(chain, None, apply_GS=True) for path, chain in chains.items()}
+        chains = {path: ChainPart(chain, apply_GS=True).chain() for path, chain in chains.items()}
     row = write_base_row({path: layers[path] for path in sites}, chains)
     metadata = {"format": "pt", **resume.metadata(), **row}
     return _inference_config(root, resume.saved_config), detached, metadata
+
+
+def _part_of(adapters: HouseholderAdapters, state: Mapping[str, Tensor], path: str, name: str) -> ChainPart:
+    """An adapter of a layer, with the tensors of a state."""
+    spec, trained = adapters.specs[name], full_tensor(state[vectors_entry(path, name)])
+    anchor, kept = state.get(anchor_entry(path, name)), state.get(kept_entry(path, name))
+    return ChainPart(trained, anchor, kept, spec.apply_GS, spec.pairs)
 
 
 def layers_with(root: nn.Module, record: AdapterState, name: str) -> list[str]:

@@ -36,9 +36,9 @@ def make_swappable(onnx_program: ONNXProgram, model: nn.Module) -> ONNXProgram:
 
     Args:
         onnx_program: the result of `torch.onnx.export(model, ..., dynamo=True, optimize=False)`; modified in place.
-        model: the transformed model that was exported. It must have one active adapter with plain vectors: without
-            trained copies and Gram-Schmidt, at scale 1, and without an anchor (an even rank, or
-            `init_weights=False`).
+        model: the transformed model that was exported. It must have one active adapter with plain vectors
+            (`pairs=False`): without trained copies and Gram-Schmidt, at scale 1, without an anchor (an even rank, or
+            `init_weights=False`), and without directions that `hra_fx.protect` keeps.
 
     Returns:
         `onnx_program`.
@@ -63,6 +63,8 @@ def make_swappable(onnx_program: ONNXProgram, model: nn.Module) -> ONNXProgram:
     for path, reflection in reflections.items():
         unsupported = {
             "Gram-Schmidt": reflection.specs[name].apply_GS,
+            "pairs of vectors": reflection.specs[name].pairs,
+            "directions that it keeps": reflection.kept(name) is not None,
             "an anchor (frozen reflections)": reflection.anchor(name) is not None,
             "a scale other than 1": name in reflection.scales,
         }
@@ -70,7 +72,7 @@ def make_swappable(onnx_program: ONNXProgram, model: nn.Module) -> ONNXProgram:
             raise AdapterError(
                 f"{path}: adapter {name!r} has {reason} here, which would be part of the graph for all other adapters. "
                 "Export with an adapter of plain vectors. Its rank is the largest that the graph can run: "
-                "hra_fx.add_adapter(model, 'slot', HRAConfig(r=<even>, ...)); hra_fx.set_adapter(model, 'slot')."
+                "hra_fx.add_adapter(model, 'slot', HRAConfig(r=<even>, pairs=False, ...)); hra_fx.set_adapter(model, 'slot')."
             )
     graph = onnx_program.model.graph
     names = {path: f"{path}.{REFLECTION}.{name}" for path in reflections}

@@ -8,31 +8,82 @@ import torch
 from torch import Tensor
 
 from hra_fx.functional import householder
+from hra_fx.functional.pairs import from_pairs
+
+#: The bits of `ChainPart.form`.
+_PAIRS, _GS, _ANCHORED, _KEPT = 1, 2, 4, 8
 
 
 class ChainPart(NamedTuple):
-    """One adapter in the chain of a layer: `U: (d, r)`, its anchor `A: (d, a)`, and whether it uses Gram-Schmidt."""
+    """One adapter in the chain of a layer. Tensors may have more dimensions in front: layers, or experts.
 
-    vectors: Tensor
+    Attributes:
+        trained: the parameter: vectors `U: (d, r)`, or pairs of them, `(d, r / 2, 2)`.
+        anchor: frozen vectors `A: (d, a)` in front of them.
+        kept: orthonormal columns `V: (d, n)`, the directions that the adapter does not change.
+        apply_GS: whether Gram-Schmidt makes the vectors orthonormal.
+        pairs: whether `trained` contains pairs.
+    """
+
+    trained: Tensor
     anchor: Tensor | None = None
+    kept: Tensor | None = None
     apply_GS: bool = False
+    pairs: bool = False
 
     # Methods, because torch 2.10's TorchDynamo cannot trace properties of a NamedTuple.
 
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> list[Tensor]:
         """The tensors that the part is computed from."""
-        return (self.vectors,) if self.anchor is None else (self.vectors, self.anchor)
+        return [tensor for tensor in self[:3] if tensor is not None]
 
-    def signature(self) -> tuple[object, ...]:
-        """The properties that must be equal for parts to be computed in one batch."""
-        vectors, anchor, apply_GS = self
-        return apply_GS, vectors.shape, vectors.dtype, vectors.device, None if anchor is None else anchor.shape
+    def form(self) -> int:
+        """A number that says which tensors the part has, and how its chain is computed."""
+        return (
+            _ANCHORED * (self.anchor is not None) + _KEPT * (self.kept is not None) + _GS * self.apply_GS + self.pairs
+        )
+
+    @staticmethod
+    def names(form: int) -> list[str]:
+        """The names of the tensors of a part of this form, in the order of `tensors`."""
+        return ["trained", *(["anchor"] if form & _ANCHORED else []), *(["kept"] if form & _KEPT else [])]
+
+    @staticmethod
+    def of_form(form: int, **tensors: Tensor) -> ChainPart:
+        """A part of this form."""
+        return ChainPart(**tensors, apply_GS=bool(form & _GS), pairs=bool(form & _PAIRS))
+
+    def rank(self) -> int:
+        """The number of reflections."""
+        own = 2 * self.trained.shape[-2] if self.pairs else self.trained.shape[-1]
+        return own + (0 if self.anchor is None else self.anchor.shape[-1])
+
+    def vectors(self) -> Tensor:
+        """The vectors `(..., d, r)`: `U`, without its part along `V`. With Gram-Schmidt, before it."""
+        vectors = from_pairs(self.trained) if self.pairs else self.trained
+        return vectors if self.kept is None else without(vectors, self.kept)
+
+    def chain(self) -> Tensor:
+        """The plain reflections `(..., d, k)`: `[A | U]`, or `[A | V]` with Gram-Schmidt.
+
+        They are in at least float32, except for vectors that are used as they are.
+        """
+        chain = householder.orthonormalize(self.vectors()) if self.apply_GS else self.vectors()
+        if self.anchor is None:
+            return chain
+        anchor = self.anchor.to(chain.dtype)
+        if self.kept is not None:
+            anchor = without(anchor, self.kept)
+            # Gram-Schmidt of the anchor is again that of the vectors from which the anchor was made, so an adapter
+            # that starts as the identity still does.
+            anchor = householder.orthonormalize(anchor) if self.apply_GS else anchor
+        return torch.cat([anchor, chain], dim=-1)
 
 
-def plain_chain(vectors: Tensor, anchor: Tensor | None, *, apply_GS: bool) -> Tensor:
-    """Convert vectors `(..., d, r)` and an anchor `(..., d, k)` to plain reflections `(..., d, k + r)`.
-
-    The result is `[A | U]` in the dtype of `vectors`, or `[A | V]` with Gram-Schmidt, at least float32.
-    """
-    chain = householder.orthonormalize(vectors) if apply_GS else vectors
-    return chain if anchor is None else torch.cat([anchor.to(chain.dtype), chain], dim=-1)
+def without(vectors: Tensor, kept: Tensor) -> Tensor:
+    """Vectors `(..., d, r)` without their part along orthonormal columns `(..., d, n)`, in at least float32."""
+    with householder.without_autocast(vectors):
+        wide = vectors.to(householder.working_dtype(vectors.dtype))
+        basis = kept.to(wide.dtype)
+        rest: Tensor = wide - basis @ (basis.mT @ wide)
+    return rest

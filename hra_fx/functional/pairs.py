@@ -1,6 +1,7 @@
-r"""Pair coordinates: the sum `m` and the difference `d` of two consecutive vectors of a chain.
+r"""Pairs: the sum `m` and the difference `d` of two consecutive vectors of a chain.
 
-With the initial length `L` of a vector and the weight `c` of differences, columns `2i` and `2i + 1` of `U` are
+An adapter trains pairs, because AdamW then learns the direction of `m`. With the initial length `L` of a vector and a
+constant weight `c` of differences, columns `2i` and `2i + 1` of `U` are
 
     u_1 = L (m + c d),    u_2 = L (m - c d).
 
@@ -9,6 +10,9 @@ selects inputs like a row of LoRA's `A`. At the start, `d = 0`, the gradients of
 gradient of `m` is zero. AdamW divides a gradient by the root of its mean square. For `u_1` and `u_2`, the gradient of
 `d` dominates this value, so `m` hardly changes its direction. For `m` and `d`, each gradient is divided by its own
 value.
+
+Pairs have the shape `(..., d, r / 2, 2)`: `[..., 0]` is `m`, and `[..., 1]` is `d`. Vectors have one dimension less, so
+nothing that expects vectors takes pairs for them.
 """
 
 from __future__ import annotations
@@ -17,6 +21,9 @@ import math
 
 import torch
 from torch import Tensor
+
+#: `c`: how much a difference counts. AdamW changes all entries by about the learning rate, and `d` needs smaller steps.
+DIFFERENCE = 0.1
 
 
 def start_length(d: int, r: int) -> float:
@@ -27,35 +34,34 @@ def start_length(d: int, r: int) -> float:
     return math.sqrt(2 * d / (3 * r))
 
 
-def to_pairs(vectors: Tensor, length: float, difference: float) -> Tensor:
-    """Convert vectors `(..., d, r)` with an even `r` to pair coordinates: columns `m_0, d_0, m_1, d_1, ...`.
+def pairs_shape(vectors: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the pairs of vectors with this shape.
 
-    `length` is `L` and `difference` is `c`.
+    >>> pairs_shape((6, 4))
+    (6, 2, 2)
     """
-    return _sums_and_differences(vectors).mul_(_columns(vectors, 0.5 / length, 0.5 / (length * difference)))
+    return *vectors[:-1], vectors[-1] // 2, 2
 
 
-def gradients_to_pairs(gradients: Tensor, length: float, difference: float) -> Tensor:
-    """Convert gradients to pair coordinates with the transposed map. The arguments are the same as for `to_pairs`."""
-    return _sums_and_differences(gradients).mul_(_columns(gradients, length, length * difference))
+def to_pairs(vectors: Tensor) -> Tensor:
+    """Convert vectors `(..., d, r)` with an even `r` to pairs `(..., d, r / 2, 2)` of the same dtype.
+
+    They are computed in at least float32, because a difference is small.
+    """
+    first, second = vectors.to(_wide(vectors)).reshape(pairs_shape(vectors.shape)).unbind(-1)
+    length = 2 * start_length(*vectors.shape[-2:])
+    pairs = torch.stack([(first + second) / length, (first - second) / (length * DIFFERENCE)], -1)
+    return pairs.to(vectors.dtype)
 
 
-def from_pairs(pairs: Tensor, length: float, difference: float) -> Tensor:
-    """The inverse of `to_pairs`."""
-    return _sums_and_differences(pairs, difference).mul_(length)
+def from_pairs(pairs: Tensor) -> Tensor:
+    """The inverse of `to_pairs`: vectors `(..., d, r)`, at least float32."""
+    middle, difference = pairs.to(_wide(pairs)).unbind(-1)
+    first = torch.add(middle, difference, alpha=DIFFERENCE)
+    second = torch.sub(middle, difference, alpha=DIFFERENCE)
+    length = start_length(pairs.shape[-3], 2 * pairs.shape[-2])
+    return torch.stack([first, second], -1).flatten(-2) * length
 
 
-def _sums_and_differences(values: Tensor, weight: float = 1.0) -> Tensor:
-    """Each even column plus and minus `weight` times the next one."""
-    # This is faster than torch.stack, which interleaves columns slowly on CPUs. A matrix product may round to TF32.
-    made = torch.empty_like(values)
-    torch.add(values[..., 0::2], values[..., 1::2], alpha=weight, out=made[..., 0::2])
-    torch.sub(values[..., 0::2], values[..., 1::2], alpha=weight, out=made[..., 1::2])
-    return made
-
-
-def _columns(like: Tensor, even: float, odd: float) -> Tensor:
-    """The row `(r,)` of factors for even and odd columns."""
-    row = torch.full(like.shape[-1:], even, dtype=like.dtype, device=like.device)
-    row[1::2] = odd
-    return row
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -3,10 +3,11 @@ r"""The factors of the adapters of several layers, computed together.
 The factors of one layer take about a dozen small operators, and so does their gradient. In a batch, the factors of all
 layers take the same number of operators. TorchDynamo records the batch as one operator, which AOTAutograd decomposes:
 
-    hra_fx::batched_factors(tensors[], apply_GS[], anchored[], dtype) -> Tensor[]
+    hra_fx::batched_factors(tensors[], forms[], dtype) -> Tensor[]
 
-`tensors` are the tensors of the first part of each layer's chain, then of the second part, and so on. `apply_GS` and
-`anchored` have an entry for each part. The result is `R` and `F` of the first layer, then of the second, and so on.
+`tensors` are the parameters of the first part of each layer's chain, then its anchors and kept directions, if it has
+any; then those of the second part, and so on. `forms` has an entry for each part (`ChainPart.form`). The result is `R`
+and `F` of the first layer, then of the second, and so on.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from hra_fx import compat
 from hra_fx.functional import householder
-from hra_fx.functional.chain import ChainPart, plain_chain
+from hra_fx.functional.chain import ChainPart
 from hra_fx.kernels.dispatch import is_compiling
 from hra_fx.kernels.factors import Factors, uses_plain_operators, wy_factors
 
@@ -40,36 +41,35 @@ def batched_factors(layers: Sequence[Sequence[ChainPart]], dtype: torch.dtype) -
     """
     tensors: list[Tensor] = []
     for parts in zip(*layers, strict=True):
-        tensors += [part.vectors for part in parts]
-        tensors += [part.anchor for part in parts if part.anchor is not None]
-    apply_GS = [part.apply_GS for part in layers[0]]
-    anchored = [part.anchor is not None for part in layers[0]]
+        for same in zip(*[part.tensors() for part in parts], strict=True):
+            tensors += same
     compute = torch.ops.hra_fx.batched_factors.default if is_compiling() else _compute
-    factors = compute(tensors, apply_GS, anchored, dtype)
+    factors = compute(tensors, [part.form() for part in layers[0]], dtype)
     return [Factors(*pair) for pair in zip(factors[::2], factors[1::2], strict=True)]
 
 
-def _compute(tensors: list[Tensor], apply_GS: list[bool], anchored: list[bool], dtype: torch.dtype) -> list[Tensor]:
+def _compute(tensors: list[Tensor], forms: list[int], dtype: torch.dtype) -> list[Tensor]:
     stack, unbind = _gradients_where_reached()
-    factors = wy_factors(_chains(tensors, apply_GS, anchored, stack), _again(tensors, apply_GS, anchored))
+    factors = wy_factors(_chains(tensors, forms, stack), _again(tensors, forms))
     return list(unbind(factors.to(dtype)))
 
 
-def _chains(tensors: list[Tensor], apply_GS: list[bool], anchored: list[bool], stack: Callable[..., Tensor]) -> Tensor:
-    """The chains of all layers, `(n, d, k)`; `stack` stacks the vectors of a part."""
-    layers = len(tensors) // (len(anchored) + sum(anchored))
-    groups = [tensors[start : start + layers] for start in range(0, len(tensors), layers)]
-    parts = []
-    for uses_GS, has_anchor in zip(apply_GS, anchored, strict=True):
-        vectors = stack(groups.pop(0))
-        anchors = torch.stack(groups.pop(0)) if has_anchor else None
+def _chains(tensors: list[Tensor], forms: list[int], stack: Callable[..., Tensor]) -> Tensor:
+    """The chains of all layers, `(n, d, k)`; `stack` stacks the parameters of a part."""
+    layers = len(tensors) // sum(len(ChainPart.names(form)) for form in forms)
+    groups = iter([tensors[start : start + layers] for start in range(0, len(tensors), layers)])
+    chains = []
+    for form in forms:
+        trained, *constants = ChainPart.names(form)
+        vectors = stack(next(groups))
         with householder.without_autocast(vectors):
             wide = vectors.to(householder.working_dtype(vectors.dtype))
-            parts.append(plain_chain(wide, anchors, apply_GS=uses_GS))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+            held = {name: torch.stack(next(groups)) for name in constants}
+            chains.append(ChainPart.of_form(form, **{trained: wide}, **held).chain())
+    return chains[0] if len(chains) == 1 else torch.cat(chains, dim=-1)
 
 
-def _again(tensors: list[Tensor], apply_GS: list[bool], anchored: list[bool]) -> Callable[[], Tensor] | None:
+def _again(tensors: list[Tensor], forms: list[int]) -> Callable[[], Tensor] | None:
     """Return a function that computes the chains again for another backward pass. The vectors must not have changed."""
     if not torch.is_grad_enabled() or uses_plain_operators():
         return None
@@ -83,14 +83,14 @@ def _again(tensors: list[Tensor], apply_GS: list[bool], anchored: list[bool]) ->
                 "freed, between two backward passes of one forward. Run the forward again before the second one."
             )
         with torch.no_grad():
-            return _chains(tensors, apply_GS, anchored, torch.stack)
+            return _chains(tensors, forms, torch.stack)
 
     return again
 
 
 _LIBRARY: Any = torch.library.Library("hra_fx", "FRAGMENT")  # type: ignore[no-untyped-call]  # not typed by torch
 _LIBRARY.define(
-    "batched_factors(Tensor[] tensors, bool[] apply_GS, bool[] anchored, ScalarType dtype) -> Tensor[]",
+    "batched_factors(Tensor[] tensors, int[] forms, ScalarType dtype) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.impl("batched_factors", _compute, "CompositeImplicitAutograd")

@@ -1,11 +1,13 @@
 """The adapters of one layer: `<layer>.hra_u`, a `ParameterDict` that can be called.
 
-Keys and shapes are PEFT's (`hra_u.<adapter>`, `(d, r)`), so both libraries have the same `state_dict`. An adapter with
-an anchor (`householder.anchor`) stores these frozen vectors in the buffer `hra_u.<adapter>_anchor`.
+The parameter `hra_u.<adapter>` contains pairs, `(d, r / 2, 2)` (`hra_fx.functional.pairs`), or vectors as in PEFT,
+`(d, r)`. An adapter with an anchor (`householder.init_vectors`) stores these frozen vectors in the buffer
+`hra_u.<adapter>_anchor`, and directions that it does not change in the buffer `hra_u.<adapter>_kept`.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,18 +16,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from hra_fx.errors import AdapterError
+from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.functional import geodesic, householder
-from hra_fx.functional.chain import ChainPart, plain_chain
+from hra_fx.functional.chain import ChainPart
+from hra_fx.functional.pairs import pairs_shape, to_pairs
 from hra_fx.functional.rotate import as_rows, rotate_weight
 from hra_fx.layers.accelerate_hooks import offloading_hook
-from hra_fx.layers.containers import ANCHOR, SCALED, FilledLater, check_adapter_name
+from hra_fx.layers.containers import ANCHOR, KEPT, SCALED, FilledLater, check_adapter_name
 from hra_fx.layers.running import Run, during
 from hra_fx.layers.sharding import distribute_like, full_tensor
 from hra_fx.layers.target import REFLECTION, LayerKind, weight_name, weight_place
 
 # One node for an fx tracer that traces into a layer.
 fx.wrap("rotate_weight")
+
+#: The largest part of loaded vectors along directions that are kept, relative to their length.
+_ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
@@ -36,15 +42,17 @@ class AdapterSpec:
         r: number of trained vectors.
         apply_GS: whether Gram-Schmidt makes them orthonormal first.
         init_weights: start at the identity (with an anchor if needed), or with random vectors like PEFT's `False`.
+        pairs: whether the parameter contains pairs of vectors.
     """
 
     r: int
     apply_GS: bool = False
     init_weights: bool = True
+    pairs: bool = False
 
 
 class HouseholderAdapters(FilledLater, nn.ParameterDict):
-    """The adapters of one layer: adapter name -> `U: (d, r)`. Calling it reflects the layer's input or its weight.
+    """The adapters of one layer: adapter name -> what is trained. Calling it reflects the layer's input or its weight.
 
     Attributes:
         layer_path: name of the layer in its model, for messages.
@@ -57,6 +65,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         active: names of the adapters in use, in the order of the product `W Q_a Q_b ...`.
         scales: adapter name -> its scale, if the scale is not 1.
         trainable_at_full_scale: adapter name -> whether it becomes trainable when its scale is 1 again.
+        shares: adapter name -> the share of the inputs of `hra_fx.protect` that the kept directions hold.
         traced: the factors of the layer, while TorchDynamo or `torch.export` records its model.
         last_compute_dtype: the last dtype for which the layer had to compute factors itself.
         needs_parameter: whether code of the model that reads `layer.weight` needs the parameter, not `W Q`.
@@ -81,6 +90,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         self.active: tuple[str, ...] = ()
         self.scales: dict[str, float] = {}
         self.trainable_at_full_scale: dict[str, bool] = {}
+        self.shares: dict[str, float] = {}
         self.traced: Any = None
         self.last_compute_dtype: torch.dtype | None = None
         self.register_buffer("unmerged", None)
@@ -136,21 +146,28 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         """The shape of the vectors of an adapter of rank `r`: `(d, r)`."""
         return self.width, r
 
+    def parameter_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the parameter of an adapter: that of its pairs, or of its vectors."""
+        spec = self.specs[name]
+        shape = self.vectors_shape(spec.r)
+        return pairs_shape(shape) if spec.pairs else shape
+
     def put(self, name: str, spec: AdapterSpec, vectors: Tensor, anchor: Tensor | None) -> None:
         """Add an adapter with given vectors `U: (d, r)` and anchor `A: (d, k)`. The adapter is not active."""
         check_adapter_name(name, self)
-        self[name] = nn.Parameter(vectors)
+        self[name] = nn.Parameter(to_pairs(vectors) if spec.pairs else vectors)
         if anchor is not None:
             self.register_buffer(name + ANCHOR, anchor)
         self.specs[name] = spec
 
     def replace(self, name: str, vectors: Tensor, anchor: Tensor | None, device: torch.device) -> None:
-        """Copy vectors of the same shape, and an anchor, into an adapter. Meta vectors are created on `device`."""
+        """Set the vectors of an adapter, and its anchor. A parameter on the meta device is created on `device`."""
         own = self[name]
+        new = to_pairs(vectors) if self.specs[name].pairs else vectors
         if own.is_meta:
-            self[name] = nn.Parameter(vectors.to(device, own.dtype), requires_grad=own.requires_grad)
+            self[name] = nn.Parameter(new.to(device, own.dtype), requires_grad=own.requires_grad)
         else:
-            own.copy_(distribute_like(vectors, own))
+            own.copy_(distribute_like(new, own))
         self._buffers.pop(name + ANCHOR, None)
         if anchor is not None:
             self.register_buffer(name + ANCHOR, anchor.to(self[name].device, own.dtype))
@@ -162,7 +179,8 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         del self[name], self.specs[name]
         self.scales.pop(name, None)
         self.trainable_at_full_scale.pop(name, None)
-        for suffix in (ANCHOR, SCALED):
+        self.shares.pop(name, None)
+        for suffix in (ANCHOR, KEPT, SCALED):
             self._buffers.pop(name + suffix, None)
         self.set_active(other for other in self.active if other != name)
 
@@ -205,10 +223,22 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         vectors.requires_grad_(trained and alpha == 1)
         self.set_active(self.active)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move and cast tensors, but do not cast kept directions: in 16 bits, they would not be orthonormal."""
+        kept = {key: buffer for key, buffer in self._buffers.items() if key.endswith(KEPT) and buffer is not None}
+        super()._apply(fn, recurse)
+        for key, before in kept.items():
+            moved: Any = self._buffers[key]
+            if moved.dtype is not before.dtype:
+                self._buffers[key] = before.to(moved.device)
+        return self
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """Load a state, and update the scaled adapters."""
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        """Load a state, also one with vectors instead of pairs, or with kept directions; update scaled adapters."""
         errors: list[str] = rest[-1]
+        for name in self.specs:
+            self._prepare_load(name, state_dict, prefix + name, errors)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
         for name, alpha in list(self.scales.items()):
             try:
                 self.scale(name, alpha)
@@ -218,6 +248,55 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
     def anchor(self, name: str) -> Tensor | None:
         """The anchor `A` of an adapter, `(d, 1)` or `(d, r)`, or `None`."""
         return self._buffers.get(name + ANCHOR)
+
+    def kept(self, name: str) -> Tensor | None:
+        """The directions that an adapter does not change: orthonormal columns `V: (d, n)`, or `None`."""
+        return self._buffers.get(name + KEPT)
+
+    def keep(self, name: str, directions: Tensor | None) -> None:
+        """Set the directions that an adapter does not change; `None` removes them."""
+        self._buffers.pop(name + KEPT, None)
+        if directions is not None:
+            vectors = self[name]
+            dtype = householder.working_dtype(vectors.dtype)
+            self.register_buffer(name + KEPT, directions.to(vectors.device, dtype))
+        self.set_active(self.active)
+
+    def _prepare_load(self, name: str, state_dict: dict[str, Any], key: str, errors: list[str]) -> None:
+        """Convert the entries of an adapter in a state to those of this container."""
+        spec, given, kept = self.specs[name], state_dict.get(key), state_dict.get(key + KEPT)
+        if given is None:
+            return
+        if spec.pairs and tuple(given.shape) == self.vectors_shape(spec.r):
+            text = (
+                f"{key}: the state_dict has vectors, as written by PEFT or hra_fx 0.4. They are converted to the pairs "
+                "that this adapter trains. Do not load the state of an optimizer that was saved with them: it does not "
+                "fit pairs."
+            )
+            warnings.warn(text, HRAWarning, stacklevel=2)
+            state_dict[key] = given = to_pairs(given)
+        if kept is not None:
+            held = self.kept(name)
+            if held is None or held.shape != kept.shape:
+                self.keep(name, torch.empty_like(kept, device=self[name].device))
+        elif tuple(given.shape) == self.parameter_shape(name):
+            try:
+                self.check_kept(name, self.part(name, given)._replace(kept=None).vectors())
+            except AdapterError as error:
+                errors.append(str(error))
+
+    def check_kept(self, name: str, vectors: Tensor) -> None:
+        """Raise an error if new vectors `(d, r)` of an adapter are not orthogonal to the directions that it keeps."""
+        kept = self.kept(name)
+        if kept is None or kept.is_meta or vectors.is_meta:
+            return
+        wide = full_tensor(vectors.detach()).to(kept.device, kept.dtype)
+        if (kept.mT @ wide).norm() > _ROUNDING * wide.norm():
+            raise AdapterError(
+                f"{self.layer_path}: the adapter {name!r} keeps directions (hra_fx.protect), but the vectors to load "
+                "change them, so they were trained with other directions, or none. Call hra_fx.unprotect(model) before "
+                "you load them, and hra_fx.protect after it."
+            )
 
     def chain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The adapter at its current scale as plain reflections, `(d, k)`, computed in `dtype`."""
@@ -233,8 +312,12 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
 
         If `dtype` is given, shards of the vectors are gathered from all processes.
         """
-        vectors: Tensor = self[name] if dtype is None else full_tensor(self[name]).to(dtype)
-        return plain_chain(vectors, self.anchor(name), apply_GS=self.specs[name].apply_GS)
+        return self.part(name, self[name] if dtype is None else full_tensor(self[name]).to(dtype)).chain()
+
+    def part(self, name: str, trained: Tensor) -> ChainPart:
+        """An adapter at full scale as a part of a chain; `trained` is its parameter, or a copy of it."""
+        spec, buffers = self.specs[name], self._buffers
+        return ChainPart(trained, buffers.get(name + ANCHOR), buffers.get(name + KEPT), spec.apply_GS, spec.pairs)
 
     def joint_vectors(self, names: Iterable[str], dtype: torch.dtype | None = None) -> Tensor | None:
         """Several adapters as one chain, in order; its vectors have any length. `None` if they are all the identity."""
@@ -253,8 +336,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         for name in self.active if names is None else names:
             if name not in self.scales:
                 held = self._parameters.get(name)  # a replica of DataParallel does not have parameters
-                anchor, spec = buffers.get(name + ANCHOR), self.specs[name]
-                parts.append(ChainPart(self[name] if held is None else held, anchor, spec.apply_GS))
+                parts.append(self.part(name, self[name] if held is None else held))
             elif (scaled := buffers[name + SCALED]).shape[-1]:
                 parts.append(ChainPart(scaled))
         return parts

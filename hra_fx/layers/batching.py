@@ -52,7 +52,7 @@ class PreparedRun(Run):
     def __init__(self, chains: Sequence[_Chain], *, reuse: bool) -> None:
         """Compute the factors of some layers now."""
         super().__init__(_prepare(chains))
-        self._vectors = [part.vectors for _, _, parts in chains for part in parts] if reuse else []
+        self._vectors = [part.trained for _, _, parts in chains for part in parts] if reuse else []
         self._facts = self._now()
 
     def is_current(self) -> bool:
@@ -85,10 +85,11 @@ def factors_in_exported_batches(layers: Iterable[nn.Module]) -> AbstractContextM
     groups: dict[tuple[object, ...], list[tuple[HouseholderAdapters, list[ChainPart]]]] = defaultdict(list)
     for adapters, _, parts in _chains(layers):
         if adapters.kind == "linear":
-            groups[tuple([part.signature() for part in parts])].append((adapters, parts))
+            form = [(part.form(), *[(x.shape, x.dtype, x.device) for x in part.tensors()]) for part in parts]
+        groups[tuple(form)].append((adapters, parts))
     prepared: dict[HouseholderAdapters, Any] = {}
     for group in groups.values():
-        dtype = working_dtype(group[0][1][0].vectors.dtype)
+        dtype = working_dtype(group[0][1][0].trained.dtype)
         factors = batched_factors([parts for _, parts in group], dtype)
         prepared.update(zip([adapters for adapters, _ in group], factors, strict=True))
     return _Held(prepared)
@@ -230,7 +231,7 @@ def _groups(chains: Sequence[_Chain]) -> dict[tuple[Any, ...], list[tuple[Househ
             continue
         weight = layer.__dict__["_parameters"].get(adapters.weight_name)
         is_known = type(weight) is nn.Parameter and weight.dtype in _COMPUTING and not has_autocast
-        dtype = weight.dtype if is_known else _expected_dtype(adapters, layer, parts[0].vectors)
+        dtype = weight.dtype if is_known else _expected_dtype(adapters, layer, parts[0].trained)
         groups[dtype, form].append((adapters, parts))
     return groups
 
@@ -242,16 +243,16 @@ def _form(parts: Sequence[ChainPart], width: int, *, compiling: bool, has_zero: 
     """
     found: tuple[object, ...] = ()
     for part in parts:
-        vectors, anchor, apply_GS = part
-        for tensor in (vectors,) if anchor is None else (vectors, anchor):
+        found += (part.form(),)
+        for tensor in part.tensors():
             shape = tensor.shape
-            if type(tensor) not in PLAIN or tensor.is_meta or len(shape) != 2 or shape[0] != width:
+            if type(tensor) not in PLAIN or tensor.is_meta or len(shape) not in (2, 3) or shape[0] != width:
                 return None
             if tensor.dtype not in _COMPUTING or not (compiling or tensor.untyped_storage().size()):
                 return None
             if has_zero and not compiling and is_partitioned_by_zero3(tensor):
                 return None
-        found += (apply_GS, vectors.shape, vectors.dtype, vectors.device, None if anchor is None else anchor.shape)
+            found += (shape, tensor.dtype, tensor.device)
     return found
 
 
@@ -262,12 +263,12 @@ def _warn_of_low_precision(groups: Iterable[Sequence[tuple[HouseholderAdapters, 
     entries by about the learning rate. ZeRO and FSDP may keep float32 values elsewhere, so their vectors are ignored.
     """
     found = [
-        (adapters, part.vectors)
+        (adapters, part.trained)
         for group in groups
-        if any(part.vectors.dtype.itemsize < 4 for part in group[0][1])
+        if any(part.trained.dtype.itemsize < 4 for part in group[0][1])
         for adapters, parts in group
         for part in parts
-        if part.vectors.dtype.itemsize < 4 and part.vectors.requires_grad and adapters.training
+        if part.trained.dtype.itemsize < 4 and part.trained.requires_grad and adapters.training
     ]
     containers = [one for one, vectors in found if not is_trained_by_zero(vectors) and sharded_by(one) is None]
     if containers and _WARNED.isdisjoint(containers):

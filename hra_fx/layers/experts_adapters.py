@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hra_fx.functional import geodesic, householder
-from hra_fx.functional.chain import ChainPart, plain_chain
+from hra_fx.functional.chain import ChainPart
 from hra_fx.functional.rotate import as_rows
 from hra_fx.kernels.factors import Factors, wy_factors
 from hra_fx.layers.accelerate_hooks import loaded
@@ -73,7 +73,6 @@ class ExpertsAdapters(HouseholderAdapters):
 
 
 def _chain(part: ChainPart, index: Any) -> Tensor:
-    vectors, anchor, apply_GS = part
     if index is not None:
-        vectors, anchor = vectors[index], None if anchor is None else anchor[index]
-    return plain_chain(vectors, anchor, apply_GS=apply_GS)
+        part = ChainPart.of_form(part.form(), **{name: getattr(part, name)[index] for name in part.names(part.form())})
+    return part.chain()

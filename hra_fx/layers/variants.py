@@ -104,9 +104,7 @@ class ConvAdapters(HouseholderAdapters):
 
     def value_in_graph(self, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor] | None:
         """Fake tensors like the result of `reflect`, from fake tensors of the layer's input and output."""
-        rank = sum(
-            tensor.shape[-1] for part in self.chain_parts(self.active or self.specs) for tensor in part.tensors()
-        )
+        rank = sum(part.rank() for part in self.chain_parts(self.active or self.specs))
         if not rank:
             return None
         coordinates = x.new_empty((output.shape[0], vars(self)["_conv"].groups * rank, *output.shape[2:]))

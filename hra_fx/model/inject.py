@@ -90,7 +90,7 @@ def random_init(name: str, config: HRAConfig, *, on_meta: bool) -> AdapterFactor
     """Return a function that adds new vectors, initialized as configured."""
 
     def fill(path: str, layer: nn.Module, adapters: HouseholderAdapters) -> None:
-        spec = AdapterSpec(config.rank_of(path), config.apply_GS, config.init_weights)
+        spec = AdapterSpec(config.rank_of(path), config.apply_GS, config.init_weights, config.trains_pairs(path))
         weight, device = adapters.weight_of(layer), adapters.device_of(layer)
         adapters.add(name, spec, weight.dtype, device, on_meta=on_meta)
 

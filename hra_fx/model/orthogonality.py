@@ -39,7 +39,7 @@ def orthogonality_loss(model: nn.Module) -> Tensor:
     Example:
         >>> from hra_fx.config import HRAConfig
         >>> from hra_fx.api.transform import transform
-        >>> model = transform(nn.Sequential(nn.Linear(2, 3)), HRAConfig(r=2, target_modules=["0"]))
+        >>> model = transform(nn.Sequential(nn.Linear(2, 3)), HRAConfig(r=2, target_modules=["0"], pairs=False))
         >>> with torch.no_grad():
         ...     _ = model[0].hra_u["default"].copy_(torch.tensor([[1.0, 3.0], [0.0, 4.0]]))
         >>> print(f"{orthogonality_loss(model):.4f}")  # the cosine 0.6 appears twice in the Gram matrix
@@ -50,15 +50,15 @@ def orthogonality_loss(model: nn.Module) -> Tensor:
     # FSDP2 may keep gathered parameters after a forward and free them before the backward of a separate term.
     reshard(model.modules())
     active = [
-        (layer.hra_u[name], layer.hra_u.specs[name].apply_GS)
-        for layer in layers.values()
-        for name in layer.hra_u.active
+        adapters.part(name, full_tensor(adapters[name]))
+        for adapters in (layer.hra_u for layer in layers.values())
+        for name in adapters.active
     ]
-    device = active[0][0].device if active else next(iter(layers.values())).hra_base.device
+    device = active[0].trained.device if active else next(iter(layers.values())).hra_base.device
     total = torch.zeros((), device=device)
-    for vectors, apply_GS in active:
-        if not apply_GS:
-            total = total + _penalty(full_tensor(vectors)).to(device)
+    for part in active:
+        if not part.apply_GS:
+            total = total + _penalty(part.vectors()).to(device)
     return total
 
 

@@ -56,9 +56,15 @@ def without_wrapper(model: Any) -> Any:
 
 
 def take_over(
-    model: nn.Module, undo: ExitStack, root_class_for: Callable[[nn.Module], type[SwapMixin]] = lambda _: AdaptedModel
+    model: nn.Module,
+    undo: ExitStack,
+    root_class_for: Callable[[nn.Module], type[SwapMixin]] = lambda _: AdaptedModel,
+    *,
+    pairs: bool = False,
 ) -> nn.Module:
     """Replace PEFT's HRA layers with adapted layers that have the same parameters; `undo` restores PEFT's layers.
+
+    With `pairs`, the parameters contain pairs of vectors from now on, where this is possible.
 
     Returns:
         The base model, with all adapters and their state.
@@ -87,7 +93,8 @@ def take_over(
     _take_out(root, layers.values(), wrappers.values(), undo)
     undo.callback(_remove_all, root)
     for name, config in configs.items():
-        _add(root, name, config, vectors[name], _trained_tensors(wrappers, name), root_class_for(root))
+        copies, root_class = _trained_tensors(wrappers, name), root_class_for(root)
+        _add(root, name, config, vectors[name], copies, root_class, undo if pairs else None)
     set_adapter(root, active)
     set_requires_grad(collect_parts(root), trained)
     if disabled:
@@ -164,8 +171,12 @@ def _add(
     vectors: Mapping[str, nn.Parameter],
     copies: Mapping[tuple[str, str], Tensor],
     root_class: type[SwapMixin],
+    undo_of_pairs: ExitStack | None,
 ) -> None:
-    """Add an adapter with the vectors of its layers, by path, and the tensors that it trains in modules."""
+    """Add an adapter with the vectors of its layers, by path, and the tensors that it trains in modules.
+
+    With `undo_of_pairs`, the vectors become pairs where this is possible.
+    """
     config = without_unmatched(root, config)
     if odd := sorted(select(root, config).keys() ^ vectors.keys()):
         raise AdapterError(
@@ -173,9 +184,15 @@ def _add(
         )
 
     def fill(path: str, layer: nn.Module, adapters: HouseholderAdapters) -> None:
-        spec = AdapterSpec(vectors[path].shape[1], config.apply_GS, init_weights=False)
-        adapters.put(name, spec, vectors[path].detach(), None)
-        adapters[name] = vectors[path]  # the same parameter, so that an optimizer keeps working
+        own = vectors[path]
+        pairs = undo_of_pairs is not None and config.trains_pairs(path)
+        spec = AdapterSpec(own.shape[1], config.apply_GS, init_weights=False, pairs=pairs)
+        adapters.put(name, spec, own.detach(), None)
+        if undo_of_pairs is not None and pairs:
+            undo_of_pairs.callback(setattr, own, "grad", own.grad)
+            undo_of_pairs.callback(setattr, own, "data", own.data)
+            own.grad, own.data = None, adapters[name].data
+        adapters[name] = own  # the same parameter, so that an optimizer keeps working
 
     state = get_state(root)
     if state is None:

@@ -269,9 +269,7 @@ def offloaded_copy(model: nn.Module) -> str | None:
 
 def _flat_shard(model: nn.Module) -> str | None:
     for path, layer in adapted_layers(model).items():
-        if any(
-            layer.hra_u[name].shape != layer.hra_u.vectors_shape(spec.r) for name, spec in layer.hra_u.specs.items()
-        ):
+        if any(layer.hra_u[name].shape != layer.hra_u.parameter_shape(name) for name in layer.hra_u.specs):
             return (
                 f"{path}: this process holds only a flat shard of its vectors (FullyShardedDataParallel, ZeRO-3). "
                 "Gather them first (FullyShardedDataParallel.summon_full_params, deepspeed.zero.GatheredParameters), "

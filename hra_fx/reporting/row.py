@@ -116,7 +116,7 @@ def chain_of(layer: AdaptedLayer, adapter: str) -> Tensor | None:
     `None` if they have no data or are shards.
     """
     vectors = layer.hra_u[adapter]
-    whole = type(vectors.data) is Tensor and vectors.shape == layer.hra_u.vectors_shape(layer.hra_u.specs[adapter].r)
+    whole = type(vectors.data) is Tensor and vectors.shape == layer.hra_u.parameter_shape(adapter)
     return layer.hra_u.chain(adapter).detach() if whole and not vectors.is_meta else None
 
 
