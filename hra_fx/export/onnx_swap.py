@@ -72,7 +72,8 @@ def make_swappable(onnx_program: ONNXProgram, model: nn.Module) -> ONNXProgram:
             raise AdapterError(
                 f"{path}: adapter {name!r} has {reason} here, which would be part of the graph for all other adapters. "
                 "Export with an adapter of plain vectors. Its rank is the largest that the graph can run: "
-                "hra_fx.add_adapter(model, 'slot', HRAConfig(r=<even>, pairs=False, ...)); hra_fx.set_adapter(model, 'slot')."
+                "hra_fx.add_adapter(model, 'slot', HRAConfig(r=<even>, pairs=False, ...)); "
+                "hra_fx.set_adapter(model, 'slot')."
             )
     graph = onnx_program.model.graph
     names = {path: f"{path}.{REFLECTION}.{name}" for path in reflections}

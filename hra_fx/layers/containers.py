@@ -31,7 +31,8 @@ def check_adapter_name(name: object, container: nn.Module | None = None) -> None
     ):
         raise AdapterError(
             f"`adapter_name` must be a string that can name a parameter and a folder: no dots, slashes or backslashes, "
-            f"no spaces at its ends, not ending in {ANCHOR!r}, {KEPT!r} or {SCALED!r}, and not a reserved name; got {name!r}."
+            f"no spaces at its ends, not ending in {ANCHOR!r}, {KEPT!r} or {SCALED!r}, and not a reserved name; got "
+            f"{name!r}."
         )
 
 

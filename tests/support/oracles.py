@@ -5,6 +5,7 @@ It does not use hra_fx, so that a test never compares the library with itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -47,8 +48,23 @@ def dense_gs(vectors: Tensor) -> Tensor:
     return torch.stack(basis, dim=1)
 
 
-def dense_q(vectors: Tensor, *, apply_GS: bool = False, anchor: Tensor | None = None) -> Tensor:
-    """`Q: (d, d)` of an adapter in float64: `Q(A) Q(U)`, with Gram-Schmidt `Q(A) Q(V)`. Differentiable."""
+def dense_vectors(trained: Tensor) -> Tensor:
+    """`U: (d, r)` in float64, from pairs `(d, r / 2, 2)`, or from vectors as they are. Differentiable."""
+    wide = trained.double()
+    if wide.dim() == 2:
+        return wide
+    d, half, _ = wide.shape
+    length = math.sqrt(d / (3 * half))
+    columns = [wide[:, i, 0] + sign * 0.1 * wide[:, i, 1] for i in range(half) for sign in (1, -1)]
+    return length * torch.stack(columns, dim=1)
+
+
+def dense_q(trained: Tensor, *, apply_GS: bool = False, anchor: Tensor | None = None) -> Tensor:
+    """`Q: (d, d)` of an adapter in float64: `Q(A) Q(U)`, with Gram-Schmidt `Q(A) Q(V)`. Differentiable.
+
+    `trained` is the parameter, of pairs or of vectors.
+    """
+    vectors = dense_vectors(trained)
     product = dense_product(dense_gs(vectors) if apply_GS else vectors)
     return product if anchor is None else dense_product(anchor) @ product
 
