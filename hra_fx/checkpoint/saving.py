@@ -37,6 +37,7 @@ from hra_fx.checkpoint.folder import (
 from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.functional.chain import ChainPart
+from hra_fx.functional.householder import working_dtype
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.class_swap import original_class
 from hra_fx.layers.sharding import full_tensor, is_dtensor, on_first_rank
@@ -82,8 +83,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     call `save_as_lora`.
 
     The file's metadata contains one row of a base weight. With this row, `load_adapter` and other functions detect a
-    base model that already contains the adapter. Both files are written atomically. The adapter is saved at full scale
-    (see `set_scale`), with its trained copies of `modules_to_save` and biases.
+    base model that already contains the adapter. Both files are written atomically. The adapter is saved with its
+    trained copies of `modules_to_save` and biases. At a scale other than 1 (see `set_scale`), the file has the scaled
+    adapter as plain reflections, so the loaded adapter has scale 1 and the same outputs, also in PEFT.
 
     With DDP, one process calls this function. With `fully_shard`, all processes must call it: they gather the vectors,
     and the first process writes.
@@ -210,10 +212,15 @@ def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[s
             "and ZeRO-3, set `stage3_gather_16bit_weights_on_model_save` to true in DeepSpeed's configuration."
         )
     tensors: dict[str, Tensor] = {}
-    resume = Resume(config, has_anchors=any(anchor_entry(path, name) in state for path in sites))
     layers = adapted_layers(root)
+    scale = layers[sites[0]].hra_u.scales.get(name, 1.0)  # which is the same in all layers
+    resume = Resume(config, has_anchors=any(anchor_entry(path, name) in state for path in sites))
     for path in sites:
         part = _part_of(layers[path].hra_u, state, path, name)
+        if scale != 1:
+            wide = part.chain().to(working_dtype(part.trained.dtype))
+            tensors[reflection_key(path)] = layers[path].hra_u.fraction(wide, scale)
+            continue
         if part.anchor is None:
             tensors[reflection_key(path)] = part.vectors()
             continue
@@ -224,9 +231,11 @@ def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[s
     for path, entry in copies_of(root, name):
         key = copy_entry(path, name, entry, in_place=owners[path][1].in_use == name)
         tensors[copy_key(path, entry, adapted=path in sites)] = full_tensor(state[key])
+    if scale != 1:  # a plain chain, which cannot be split into an anchor and trained vectors
+        resume = Resume(dataclasses.replace(resume.saved_config, apply_GS=False), has_anchors=False)
     detached = {key: tensor.detach() for key, tensor in tensors.items()}
     chains = {path: detached[reflection_key(path)] for path in sites}
-    if config.apply_GS and not resume.has_anchors:
+    if resume.config.apply_GS and not resume.has_anchors:
         chains = {path: ChainPart(chain, apply_GS=True).chain() for path, chain in chains.items()}
     row = write_base_row({path: layers[path] for path in sites}, chains)
     metadata = {"format": "pt", **resume.metadata(), **row}

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hra_fx.errors import AdapterError
 from hra_fx.functional.householder import normalize, span
@@ -38,8 +38,8 @@ def fractional_rotation(chain: Tensor, alpha: float) -> Tensor:
     A zero column of `U: (d, k)` gives the identity. `alpha` is from 0 (the identity) to 1 (`Q`).
 
     Returns:
-        `(d, m)`, unit vectors in the dtype and on the device of `chain`, with an even `m <= min(d, k)`: two for each
-        rotated plane, so `(d, 0)` for the identity.
+        `(d, k)`, unit vectors in the dtype and on the device of `chain`: two for each rotated plane, and then pairs of
+        equal vectors, which cancel. Zero columns are only left if all of `U` is zero, and one if `k` is odd.
 
     Raises:
         AdapterError: the chain is on the meta device, not finite, or has determinant -1.
@@ -54,6 +54,8 @@ def fractional_rotation(chain: Tensor, alpha: float) -> Tensor:
     """
     with torch.no_grad():
         vectors = _unit_columns(chain)
+        if not vectors.numel():
+            return torch.zeros_like(chain)
         basis, moved = span(vectors)
         block = _identity(len(moved)) - moved
         planes = _planes(block)
@@ -64,8 +66,12 @@ def fractional_rotation(chain: Tensor, alpha: float) -> Tensor:
         halves = angles[rotated] / 2
         # Two reflections rotate by twice the angle between their vectors, from the right vector to the left vector.
         left = first * halves.cos() + second * halves.sin()
-        part: Tensor = basis @ torch.stack([left, first], dim=2).flatten(1)
-        return part.to(chain.dtype).to(chain.device)
+        part = basis @ torch.stack([left, first], dim=2).flatten(1)
+        # Not any unit vectors: those of the chain are a start for training, and do not leave its span.
+        spare = torch.arange(part.shape[1], chain.shape[1] // 2 * 2, 2, device="cpu") % vectors.shape[1]
+        idle = vectors[:, spare].repeat_interleave(2, dim=1)
+        padded = nn.functional.pad(torch.cat([part, idle], dim=1), (0, chain.shape[1] % 2))
+        return padded.to(chain.dtype).to(chain.device)
 
 
 def _unit_columns(chain: Tensor) -> Tensor:

@@ -337,8 +337,8 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
             if name not in self.scales:
                 held = self._parameters.get(name)  # a replica of DataParallel does not have parameters
                 parts.append(self.part(name, self[name] if held is None else held))
-            elif (scaled := buffers[name + SCALED]).shape[-1]:
-                parts.append(ChainPart(scaled))
+            elif self.scales[name]:
+                parts.append(ChainPart(buffers[name + SCALED]))
         return parts
 
     def device_of(self, layer: nn.Module) -> torch.device:

@@ -35,10 +35,8 @@ class ExpertsAdapters(HouseholderAdapters):
         return self.experts, self.width, r
 
     def fraction(self, chain: Tensor, alpha: float) -> Tensor:
-        """Compute the chain of every expert at scale `alpha`, padded with zero columns to the same length."""
-        chains = [geodesic.fractional_rotation(one, alpha) for one in chain]
-        longest = max(one.shape[1] for one in chains)
-        return torch.stack([torch.nn.functional.pad(one, (0, longest - one.shape[1])) for one in chains])
+        """Compute the chain of every expert at scale `alpha`."""
+        return torch.stack([geodesic.fractional_rotation(one, alpha) for one in chain])
 
     def rows(self, weight: Tensor) -> Tensor:
         """The weights as matrices `(experts, out, d)`."""

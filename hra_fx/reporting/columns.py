@@ -126,10 +126,12 @@ def _same(row: Row) -> Hashable:
 def _table(
     groups: Collection[Group[Row]], rows: Collection[Row], without: Collection[str] = ()
 ) -> tuple[list[Column], list[list[str]]]:
-    """Leave out also the adapter's name if there is only one, and `moves protected` if nothing is protected."""
+    """Leave out also the name of the only adapter, a scale of 1, and `moves protected` if nothing is protected."""
     hidden = {*without} if len(adapters_of(rows)) > 1 else {"adapter", *without}
     if all(row.protected is None for row in rows):
         hidden.add("moves protected")
+    if all(row.scale == 1 for row in rows):
+        hidden.add("scale")
     shown = [(column, text) for column, text in _COLUMNS if column.name not in hidden]
     return [column for column, _ in shown], [[text(group) for _, text in shown] for group in groups]
 
@@ -183,6 +185,7 @@ _COLUMNS: tuple[tuple[Column, Callable[[Group[Row]], str]], ...] = (
     (Column("adapter", is_text=True), lambda group: group.rows[0].adapter + ", inactive" * (not group.rows[0].active)),
     (Column("d"), lambda group: str(group.rows[0].d)),
     (Column("r"), lambda group: str(group.rows[0].r)),
+    (Column("scale"), lambda group: f"{group.rows[0].scale:g}"),
     (Column("params"), lambda group: f"{sum(row.parameters for row in group.rows):,}"),
     (Column("weight change"), _measure("weight_change")),
     (Column("moves protected"), _protected),

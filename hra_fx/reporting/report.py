@@ -137,6 +137,7 @@ def _rows(model: nn.Module) -> tuple[Row, ...]:
             with loaded(reflection):
                 measured = measured_fields(chain_of(layer, name), weight)
             measured["protected"] = moved(protected_directions(layer, name), chain_of(layer, name))
+            measured["scale"] = reflection.scales.get(name, 1.0)
             measured["bytes"] = parameters * reflection[name].itemsize
             measured["bytes_here"] = local_tensor(reflection[name]).nbytes
             rows.append(Row(path, describe(layer), name, active, d, r, parameters, **measured))

@@ -46,6 +46,7 @@ class Row:
         bytes_here: memory of the vectors in this process, which is less if they are sharded.
         protected: how far `Q` moves what `hra_fx.protect` protects in this process: `|Q V - V|_F / |V|_F`; `None` if
             nothing is protected.
+        scale: the scale of the adapter (`set_scale`). The measures are those at this scale.
     """
 
     path: str
@@ -65,6 +66,7 @@ class Row:
     bytes: int = 0
     bytes_here: int = 0
     protected: float | None = None
+    scale: float = 1.0
 
 
 def rotation_of(chain: Tensor | None) -> RotationStats:

@@ -199,20 +199,22 @@ def test_a_deleted_adapter_leaves_no_trace(case: Case) -> None:
     assert_same(case.run(model), case.run(base), rtol=1e-14)
 
 
-@every
-def test_scale(case: Case) -> None:
-    base, model = case.pair(r=2)
+@sorts
+def test_scale(case: Case, fields: dict[str, Any], tmp_path: Path) -> None:
+    base, model = case.pair(**fields)
     full = case.dense(base, model)
     hra_fx.set_scale(model, "default", 0.0)
     assert_same(case.run(model), case.run(base))
     hra_fx.set_scale(model, "default", 0.5)
     # Two adapters at scale 0.5, one of them folded: W Q^(1/2) Q^(1/2) = W Q.
-    again = hra_fx.transform(hra_fx.fold(copy.deepcopy(model)), case.config(r=2))
+    again = hra_fx.transform(hra_fx.fold(copy.deepcopy(model)), case.config(**fields))
     again.load_state_dict({k: v for k, v in model.state_dict().items() if ".hra_u." in k}, strict=False)
     with pytest.raises(AssertionError):
         assert_same(case.run(model), full, rtol=1e-5)
     hra_fx.set_scale(again, "default", 0.5)
     assert_same(case.run(again), full, rtol=1e-8)
+    hra_fx.save_adapter(model, tmp_path)
+    assert_same(case.run(hra_fx.load_adapter(copy.deepcopy(base), tmp_path)), case.run(model))
     hra_fx.set_scale(model, "default", 1.0)
     assert_same(case.run(model), full)
 

@@ -48,7 +48,7 @@ def test_a_refusal_at_the_second_layer_restores_the_first() -> None:
     assert torch.equal(model(x), wanted)
 
 
-def test_states_and_files_have_the_vectors_of_full_scale(tmp_path: Path) -> None:
+def test_a_state_has_the_vectors_of_full_scale_and_a_file_those_of_the_current_scale(tmp_path: Path) -> None:
     (plain, model), (_, other) = one(), one()
     turn(other, seed=5)
     q, x = layer_q(model.first, ["a"]).detach(), normal(4, 6)
@@ -59,4 +59,7 @@ def test_states_and_files_have_the_vectors_of_full_scale(tmp_path: Path) -> None
     hra_fx.set_scale(other, "a", 1)
     assert_close(other(x), output(plain, q, x))
     hra_fx.save_adapter(model, tmp_path)
-    assert_close(hra_fx.load_adapter(net(), tmp_path)(x), output(plain, q, x))
+    loaded = hra_fx.load_adapter(net(), tmp_path, is_trainable=True)
+    assert_close(loaded(x), output(plain, power(q, 0.2), x), 1e-8)
+    loaded(x).sum().backward()
+    assert loaded.first.hra_u["default"].grad.any()

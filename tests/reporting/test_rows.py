@@ -128,9 +128,11 @@ def test_scaled_merged_and_disabled_adapters() -> None:
     hra_fx.unmerge_adapter(model)
     with hra_fx.disable_adapters(model):
         assert report(model).rows == (whole,)
-    for scale in (0.5, 0.0):
+    for scale in (1.0, 0.5, 0.0):
         hra_fx.set_scale(model, "default", scale)
         (row,) = report(model).rows
+        lines = str(report(model)).splitlines()
+        assert (row.scale, "scale" in lines[2], f" {scale:g} " in lines[4]) == (scale, scale != 1, scale != 1)
         assert row.angles == pytest.approx([angle * scale for angle in whole.angles if scale])
         assert row.share == pytest.approx(whole.share if scale else 0.0)
 

@@ -155,6 +155,26 @@ def test_an_anchored_adapter_is_opened_by_peft_and_loaded_here_again(fields: dic
         assert relative_error(got, wanted) < 10 * TOLERANCE[F64], name
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.4])
+@pytest.mark.parametrize(
+    "fields", [*ANCHORED.values(), *(KINDS[kind][1] for kind in ("Gram-Schmidt", "convolution and linear"))]
+)
+def test_a_file_has_an_adapter_at_its_scale(fields: dict[str, Any], alpha: float, tmp_path: Path) -> None:
+    ours = by_us(net(F64), **{"r": 4} | fields)
+    move(ours, fields)
+    with peft_warnings_ignored():  # the scale does not affect trained modules
+        hra_fx.set_scale(ours, "default", alpha)
+    ours.save_pretrained(tmp_path)
+    wanted = ours(tokens())
+    for model in (opened_by_peft(net(F64), tmp_path), hra_fx.load_adapter(net(F64), tmp_path)):
+        assert relative_error(model(tokens()), wanted) < TOLERANCE[F64]
+    states = (
+        hra_fx.get_peft_model_state_dict(ours, ours.state_dict()),
+        load_file(tmp_path / "adapter_model.safetensors"),
+    )
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
 def sites(model: nn.Module) -> set[str]:
     return {name.partition(".hra_u.")[0] for name in model.state_dict() if ".hra_u." in name}
 
