@@ -36,7 +36,7 @@ def test_the_ends_are_exact_and_a_report_has_a_part_of_the_angle(alpha: float) -
 
 
 def test_a_refusal_at_the_second_layer_restores_the_first() -> None:
-    model = adapted(net(), a=config("first", "second"))[1]
+    model = adapted(net(), a=config("first", "second", pairs=False))[1]
     hra_fx.set_scale(model, "a", 0.3)
     with torch.no_grad():
         model.second.hra_u["a"][:, 1] = 0

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from moe_models import built
 from one_layer import normal
-from oracles import dense_product, layer_q
+from oracles import dense_q, layer_q
 from reporting.made import oracle_angles, oracle_share
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -174,5 +174,5 @@ def test_the_change_of_experts_is_relative_to_all_of_them() -> None:
     (row,) = [row for row in report(model) if "layers.1" in row.path]
     vectors = {name: value for name, value in model.named_parameters() if ".hra_u." in name and "layers.1" in name}
     (chains,) = vectors.values()
-    moved = [w @ dense_product(chain.detach().double()) - w for w, chain in zip(weights, chains, strict=True)]
+    moved = [w @ dense_q(chain.detach()) - w for w, chain in zip(weights, chains, strict=True)]
     assert row.weight_change == pytest.approx(float(torch.stack(moved).norm() / weights.norm()), rel=1e-5)
