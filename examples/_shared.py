@@ -76,8 +76,6 @@ def fit(
     groups: Groups,
     batches: list[list[int]],
     label: str,
-    in_pairs: nn.Module | None = None,
-    keep: Sequence[dict[str, Tensor]] = (),
 ) -> None:
     """Train with AdamW and a one-cycle learning rate schedule.
 
@@ -86,20 +84,9 @@ def fit(
         groups: parameters, each with its maximal learning rate.
         batches: the batches, in order.
         label: text of the progress bar.
-        in_pairs: a model whose HRA vectors are trained in pairs.
-        keep: samples of what this model must not forget.
-
-    Raises:
-        ValueError: `keep` without `in_pairs`.
     """
-    if keep and in_pairs is None:
-        raise ValueError("`keep` needs `in_pairs`: only HRA can be protected.")
     rates = [rate for _, rate in groups]
     optimizer = torch.optim.AdamW([{"params": list(group)} for group, _ in groups], lr=rates[0], weight_decay=0.0)
-    if in_pairs is not None:
-        hra_fx.train_pairs(optimizer, in_pairs)
-        if keep:
-            hra_fx.protect(optimizer, in_pairs, keep)
     warmup = 0.1 if len(batches) >= 20 else 0.3  # OneCycleLR needs at least one warmup step
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=len(batches), pct_start=warmup)
     with progress() as shown:

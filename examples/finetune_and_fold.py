@@ -174,13 +174,13 @@ def train(
     """Train the head, and with learning rate `rate` the adapter: what is not frozen in the encoder."""
     vectors = [parameter for parameter in model.encoder.parameters() if parameter.requires_grad]
     groups = [(vectors, rate), (model.head.parameters(), LR_HEAD)]
-    samples = [] if keep is None else [keep.batch(list(range(start, start + 8))) for start in range(0, KEPT, 8)]
+    if keep is not None:
+        hra_fx.protect(model, [keep.batch(list(range(start, start + 8))) for start in range(0, KEPT, 8)])
 
     def loss(batch: list[int]) -> Tensor:
         return cross_entropy(model(**texts.batch(batch)), texts.labels[batch])
 
-    in_pairs = None if adapter == "LoRA" else model
-    fit(loss, groups, batches, f"train {adapter}", in_pairs=in_pairs, keep=samples)
+    fit(loss, groups, batches, f"train {adapter}")
 
 
 def run_head_only(model: Classifier, data: Data, batches: list[list[int]]) -> Run:

@@ -99,15 +99,13 @@ def pretrain(model: nn.Module, digits: Digits) -> None:
     model.eval()
 
 
-def train(
-    model: nn.Module, digits: Digits, groups: Groups, batches: list[list[int]], label: str, *, in_pairs: bool = False
-) -> None:
+def train(model: nn.Module, digits: Digits, groups: Groups, batches: list[list[int]], label: str) -> None:
     """Train the parameters in `groups`, in the current mode of the model."""
 
     def loss(batch: list[int]) -> Tensor:
         return cross_entropy(model(digits.images[batch]), digits.labels[batch])
 
-    fit(loss, groups, batches, label, in_pairs=model if in_pairs else None)
+    fit(loss, groups, batches, label)
 
 
 def run_baseline(model: nn.Module, digits: Digits, unseen: Tensor, batches: list[list[int]]) -> Tensor:
@@ -156,7 +154,7 @@ def main(output: Path) -> None:
     model = hra_fx.transform(model, CONFIG)
     trained = trainable(model)
     groups = [(reflections(model), LR_REFLECTIONS), (model.fc[2].parameters(), LR_HEAD)]
-    train(model, few, groups, batches, "train HRA and head", in_pairs=True)
+    train(model, few, groups, batches, "train HRA and head")
     adapted = apply(model, unseen.images, "evaluate HRA")
     write_adapters(model, {"x": unseen.images[:2]}, output)
 

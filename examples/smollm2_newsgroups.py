@@ -135,7 +135,7 @@ def main(train_size: int, test_size: int, output: Path) -> None:
     trained = trainable(base)
     batches = epochs_of(len(train_posts), 1, BATCH)
     groups = [(reflections(base), LR)]
-    fit(lambda batch: loss_of(model, train_posts[batch]), groups, batches, "train HRA", in_pairs=base)
+    fit(lambda batch: loss_of(model, train_posts[batch]), groups, batches, "train HRA")
     after = perplexity(model, test_posts, "evaluate HRA")
     require(after < before, f"the perplexity of held-out posts is lower ({before:.1f} before, {after:.1f} after)")
     with torch.no_grad():

@@ -19,7 +19,6 @@ def main() -> None:
 
     x, labels = torch.randn(4, 3, 64, 64), torch.arange(4)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    hra_fx.train_pairs(optimizer, model)
     for step in range(4):
         loss = torch.nn.functional.cross_entropy(model(x), labels)
         print(f"step {step}  loss {loss.item():.3f}")

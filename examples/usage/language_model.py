@@ -25,7 +25,6 @@ def main() -> None:
 
     counting = torch.arange(48).remainder(16).repeat(4, 1) + 1  # 1 2 3 ... 16 1 2 3 ...
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    hra_fx.train_pairs(optimizer, model)
     for step in range(41):
         loss = model(input_ids=counting, labels=counting).loss
         if step % 20 == 0:

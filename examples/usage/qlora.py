@@ -52,7 +52,7 @@ def in_4_bits(base: Path) -> PreTrainedModel:
 
 
 def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[float]:
-    """Train the vectors in pairs; return the losses."""
+    """Train; return the losses."""
     on_gpu = torch.cuda.is_available()
     arguments = SFTConfig(
         str(folder), max_steps=20, per_device_train_batch_size=4, learning_rate=3e-3, logging_steps=1, max_length=128,
@@ -64,7 +64,6 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
     for parameter in model.parameters():  # TRL casts them to bfloat16, in which they hardly train
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    hra_fx.train_pairs(trainer.create_optimizer(), model)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

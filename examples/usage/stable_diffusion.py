@@ -67,8 +67,6 @@ def main() -> None:
 
         parts = [*pipe.text_encoder.parameters(), *pipe.unet.parameters()]
         optimizer = torch.optim.AdamW([p for p in parts if p.requires_grad], lr=1e-2)
-        for part in (pipe.text_encoder, pipe.unet):
-            hra_fx.train_pairs(optimizer, part)
         latents, noise, time = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([100, 500])
         tokens = pipe.tokenizer(["a photo of sks dog"] * 2, padding="max_length", truncation=True, return_tensors="pt")
         for step in range(3):
