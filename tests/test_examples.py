@@ -46,7 +46,7 @@ EXPECTED = {
     ],
     "qlora": [
         r"trained over 4 bits, loss 4\.\d\d -> [12]\.\d\d",
-        r"opened over 4 bits, .*: \d\.\de[-+]0[03-9]",
+        r"opened over 4 bits, .*: (0\.0e\+00|\d\.\de-0[4-9])",
         r"as LoRA over 4 bits, .*: \d\.\de-0[2-9]",
         r"folded into the 16-bit base, loss 4\.\d\d -> [12]\.\d\d",
     ],
