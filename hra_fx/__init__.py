@@ -65,6 +65,11 @@ if TYPE_CHECKING:
         set_scale as set_scale,
     )
     from hra_fx.reporting.report import Report as Report, report as report
+    from hra_fx.training.distance import (
+        add_distance_to_base as add_distance_to_base,
+        distance_to_base as distance_to_base,
+    )
+    from hra_fx.training.own_texts import own_texts as own_texts
     from hra_fx.training.pairs import train_pairs as train_pairs
     from hra_fx.training.protect import protect as protect
     from hra_fx.view.network import to_networkx as to_networkx
@@ -97,6 +102,8 @@ _NAMES = {
     "model.setup": ("add_adapter",),
     "model.switch": ("disable_adapters", "set_adapter", "set_scale"),
     "reporting.report": ("Report", "report"),
+    "training.distance": ("add_distance_to_base", "distance_to_base"),
+    "training.own_texts": ("own_texts",),
     "training.pairs": ("train_pairs",),
     "training.protect": ("protect",),
     "view.network": ("to_networkx",),

@@ -10,7 +10,8 @@ import timm
 import torch
 from datasets import Dataset
 from diffusion_pipelines import stable_diffusion
-from integrations.trl_use.runs import QUESTION, SFT_CHATS, base_model, tokenizer
+from integrations.trl_use.runs import SFT_CHATS, base_model
+from tiny_tokenizer import QUESTION, tokenizer
 from torch import distributed
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments

@@ -11,11 +11,12 @@ import pytest
 import torch
 import transformers
 from documents import ROOT, python_blocks
-from integrations.trl_use.runs import base_model, tokenizer
+from integrations.trl_use.runs import base_model
 from learning.rates import final_runs
 from learning.records import Record, read
 from learning.summary import gain
 from learning.table import SEEDS, readme_table
+from tiny_tokenizer import tokenizer
 
 import hra_fx
 from hra_fx.compat import NEWER

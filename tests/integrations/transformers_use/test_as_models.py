@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from adapting import randomise
-from integrations.trl_use.runs import QUESTION, base_model, tokenizer
+from integrations.trl_use.runs import base_model
 from tiny import llama, untied_t5 as t5
 from tiny_models import BASES, SHAPES, adapted, config_for, pairs, rotated, tokens_of
+from tiny_tokenizer import QUESTION, tokenizer
 from torch import Tensor
 from transformers import BertForSequenceClassification, LlamaForCausalLM, pipeline
 from transformers.utils import find_labels

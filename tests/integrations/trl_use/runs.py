@@ -15,11 +15,8 @@ import torch
 from datasets import Dataset
 from one_layer import normal
 from tiny import llama
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tiny_tokenizer import QUESTION, WORDS, tokenizer
 from torch import nn
-from transformers import PreTrainedTokenizerFast
 from trl import (
     DPOConfig,
     DPOTrainer,
@@ -35,14 +32,6 @@ import hra_fx
 
 PEFT, TAKEN, OURS, NAMED = "PEFT", "from_peft", "transformed", "get_peft_model"
 TARGETS = ["q_proj", "v_proj", "down_proj"]
-QUESTION = "what color is the sky"
-_WORDS = ["<pad>", "<unk>", "<eos>", "<user>", "<bot>", *QUESTION.split(), "blue", "red", "good", "bad", "no"]
-#: With the marks of what the assistant says.
-_TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<user> ' + m['content'] + ' ' }}{% else %}"
-    "{{ '<bot> ' }}{% generation %}{{ m['content'] + ' <eos> ' }}{% endgeneration %}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<bot> ' }}{% endif %}"
-)
 
 
 @pytest.fixture(autouse=True)
@@ -50,16 +39,6 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No file of `datasets` outside of the folder of the test; a file has this fixture if it imports it."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
-
-
-def tokenizer() -> Any:
-    plain = Tokenizer(WordLevel({word: number for number, word in enumerate(_WORDS)}, unk_token="<unk>"))
-    plain.pre_tokenizer = WhitespaceSplit()
-    names = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<eos>"}
-    inputs = ["input_ids", "attention_mask"]  # those of a Llama
-    made = PreTrainedTokenizerFast(tokenizer_object=plain, model_input_names=inputs, **names)
-    made.chat_template = _TEMPLATE
-    return made
 
 
 def _chat(answer: str) -> dict[str, Any]:
@@ -85,7 +64,7 @@ _TRAINERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 def base_model(method: str) -> Any:
     kind = "LlamaForSequenceClassification" if method == "reward" else "LlamaForCausalLM"
     sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_labels": 1}
-    tokens = {"vocab_size": len(_WORDS), "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 2}
+    tokens = {"vocab_size": len(WORDS), "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 2}
     # Deeper than the usual start, so that adapters have an effect.
     return llama(kind, **sizes, **tokens, initializer_range=0.3)
 

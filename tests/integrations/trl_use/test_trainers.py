@@ -12,18 +12,17 @@ from integrations.trl_use.runs import (
     NAMED,
     OURS,
     PEFT,
-    QUESTION,
     TAKEN,
     base_model,
     logs,
     own_cache,  # noqa: F401
     redraw,
-    tokenizer,
     trainer,
     vectors_of,
 )
 from oracles import relative_error
 from peft.tuners.hra.layer import HRALinear
+from tiny_tokenizer import QUESTION, tokenizer
 from transformers import set_seed
 
 import hra_fx

@@ -1,0 +1,166 @@
+"""`own_texts`: what a model writes is drawn from the distribution of its base, without special tokens."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from tiny import VOCABULARY, bert, gpt2, llama, made, t5, vit
+from tiny_tokenizer import WORDS, tokenizer
+from torch import Tensor, nn
+
+import hra_fx
+from hra_fx.errors import AdapterError, ConfigError
+
+# A name that transformers has had since 5.0, and means to rename; PEFT uses it.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+FIELDS: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "down_proj"], "init_weights": False}
+SPECIAL = [0, 1, 2]  # of the tiny Llama
+
+
+def merged(base: nn.Module) -> nn.Module:
+    model = hra_fx.transform(base, hra_fx.HRAConfig(**FIELDS))
+    hra_fx.merge_adapter(model)
+    return model
+
+
+def saved(base: nn.Module) -> nn.Module:
+    model = hra_fx.transform(base, hra_fx.HRAConfig(**FIELDS, modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        model.get_parameter("lm_head.weight").mul_(-1)
+    return model
+
+
+def of_peft(config: Any) -> Callable[[nn.Module], nn.Module]:
+    return lambda base: peft.get_peft_model(base, config)
+
+
+WAYS: dict[str, Callable[[Any], Any]] = {
+    "no adapters": lambda base: base,
+    "transform": lambda base: hra_fx.transform(base, hra_fx.HRAConfig(**FIELDS)),
+    "merged": merged,
+    "modules_to_save": saved,
+    "HRAModel": lambda base: hra_fx.get_peft_model(base, hra_fx.HRAConfig(**FIELDS, task_type="CAUSAL_LM")),
+    "from_peft": lambda base: hra_fx.from_peft(peft.get_peft_model(base, peft.HRAConfig(**FIELDS))),
+    "DataParallel": lambda base: nn.DataParallel(hra_fx.transform(base, hra_fx.HRAConfig(**FIELDS))),
+    "LoRA": of_peft(peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")),
+    "prompt": of_peft(peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")),
+    "injected": lambda base: peft.inject_adapter_in_model(peft.HRAConfig(**FIELDS), base),
+}
+
+
+def drawn(model: Any, first: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    """Tokens of a model, each from the logits of the whole text before it."""
+    ids = first
+    while ids.shape[1] < length:
+        with torch.no_grad():
+            chances = model(input_ids=ids).logits[:, -1].softmax(-1)
+        chances[:, SPECIAL] = 0
+        ids = torch.cat([ids, torch.multinomial(chances / chances.sum(-1, keepdim=True), 1, generator=generator)], 1)
+    return ids
+
+
+def written_by_hand(model: Any, rows: tuple[int, ...], length: int, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.ones(VOCABULARY)
+    uniform[SPECIAL] = 0
+    batches = []
+    for count in rows:
+        first = torch.multinomial(uniform.expand(count, -1), 1, generator=generator)
+        batches.append(drawn(model, first, length, generator))
+    return batches
+
+
+def state_of(model: nn.Module) -> Any:
+    flags = [part.training for part in model.modules()], [one.requires_grad for one in model.parameters()]
+    return flags, torch.get_rng_state().tolist(), [one.detach().clone() for one in model.state_dict().values()]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_base_writes_the_texts(way: str) -> None:
+    base = llama(attention_dropout=0.5).eval()
+    wanted = written_by_hand(base, (3, 3, 1), length=12, seed=7)
+    model = WAYS[way](copy.deepcopy(base)).train()
+    next(model.modules()).eval()
+    before = state_of(model)
+    found = hra_fx.own_texts(model, 7, 12, 3, seed=7)
+    torch.testing.assert_close([batch["input_ids"] for batch in found], wanted)
+    torch.testing.assert_close(state_of(model), before, rtol=0, atol=0)
+    assert not torch.equal(found[0]["input_ids"], hra_fx.own_texts(model, 3, 12, seed=8)[0]["input_ids"])
+
+
+@pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "MambaForCausalLM", "RwkvForCausalLM"])
+def test_models_with_other_caches(kind: str) -> None:
+    """The model reads each token once, unless it takes no cache of transformers, as RWKV."""
+    tokens = {"bos_token_id": 0, "eos_token_id": [1, 2], "pad_token_id": 1}
+    model = made(kind, vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, **tokens)
+    widths: list[int] = []
+    model.register_forward_pre_hook(lambda _, __, given: widths.append(given["input_ids"].shape[1]), with_kwargs=True)
+    (found,) = hra_fx.own_texts(model, 4, 10)
+    assert widths == (list(range(1, 10)) if kind.startswith("Rwkv") else [1] * 9)
+    assert torch.equal(found["input_ids"], written_by_hand(model.eval(), (4,), 10, seed=0)[0])
+
+
+def test_tokens_have_the_frequencies_of_the_base() -> None:
+    """The statistic of a chi-square test over all pairs of tokens, against its mean and deviation."""
+    model = llama(vocab_size=9).eval()
+    count = 20_000
+    found = hra_fx.own_texts(model, count, 2, batch_size=count)[0]["input_ids"]
+    with torch.no_grad():
+        chances = model(input_ids=torch.arange(3, 9)[:, None]).logits[:, 0, 3:].softmax(-1)
+    assert chances.max() > 0.4  # far from uniform
+    expected = count * chances / 6
+    seen = torch.zeros(6, 6).index_put((found[:, 0] - 3, found[:, 1] - 3), torch.ones(count), accumulate=True)
+    statistic = float(((seen - expected).square() / expected).sum())
+    assert abs(statistic - 35) < 4 * 70**0.5
+
+
+def test_a_chat_template_and_special_tokens_of_a_tokenizer() -> None:
+    padded = llama(vocab_size=len(WORDS) + 5, bos_token_id=None, pad_token_id=0, eos_token_id=2)
+    user, bot = WORDS.index("<user>"), WORDS.index("<bot>")
+    words = tokenizer()
+    ids = hra_fx.own_texts(padded, 40, 9, 40, tokenizer=words)[0]["input_ids"]
+    assert (ids[:, 0] == user).all()
+    assert (ids[:, 4] == bot).all()
+    free = ids[:, [1, 2, 3, 5, 6, 7, 8]]
+    assert set(free.flatten().tolist()) <= set(range(2, len(WORDS))) - {2}
+    assert free[:, 0].unique().numel() > 1
+
+    words.add_special_tokens({"bos_token": "<bot>", "additional_special_tokens": ["<user>"]})
+    words.chat_template = None
+    ids = hra_fx.own_texts(padded, 40, 9, 40, tokenizer=words)[0]["input_ids"]
+    assert set(ids.flatten().tolist()) == set(range(5, len(WORDS)))
+
+
+@pytest.mark.parametrize("make", [bert, vit, t5, lambda: llama("LlamaModel"), lambda: nn.Linear(4, 4)])
+def test_other_models_are_refused(make: Callable[[], Any]) -> None:
+    model = make()
+    with pytest.raises(AdapterError, match=f"needs a causal language model, got {type(model).__name__}. Pass `samples"):
+        hra_fx.own_texts(model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"count": 0}, ConfigError, "`count` must be a positive int, got 0"),
+        ({"length": 2.0}, ConfigError, r"`length` must be a positive int, got 2\.0"),
+        ({"batch_size": True}, ConfigError, "`batch_size` must be a positive int, got True"),
+        ({"length": 33}, ConfigError, "at most the model's max_position_embeddings = 32, got 33"),
+        ({"length": 3, "tokenizer": tokenizer()}, ConfigError, "`length` must be at least 4, got 3: the chat template"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        hra_fx.own_texts(gpt2(), **arguments)
+
+
+def test_merged_adapters_of_peft_are_refused() -> None:
+    model: Any = WAYS["LoRA"](llama())
+    model.merge_adapter()
+    with pytest.raises(AdapterError, match="merged into the weights"):
+        hra_fx.own_texts(model)
