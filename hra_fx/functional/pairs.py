@@ -44,14 +44,10 @@ def pairs_shape(vectors: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def to_pairs(vectors: Tensor) -> Tensor:
-    """Convert vectors `(..., d, r)` with an even `r` to pairs `(..., d, r / 2, 2)` of the same dtype.
-
-    They are computed in at least float32, because a difference is small.
-    """
+    """Convert vectors `(..., d, r)` with an even `r` to pairs `(..., d, r / 2, 2)`, at least float32."""
     first, second = vectors.to(_wide(vectors)).reshape(pairs_shape(vectors.shape)).unbind(-1)
     length = 2 * start_length(*vectors.shape[-2:])
-    pairs = torch.stack([(first + second) / length, (first - second) / (length * DIFFERENCE)], -1)
-    return pairs.to(vectors.dtype)
+    return torch.stack([(first + second) / length, (first - second) / (length * DIFFERENCE)], -1)
 
 
 def from_pairs(pairs: Tensor) -> Tensor:

@@ -155,7 +155,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
     def put(self, name: str, spec: AdapterSpec, vectors: Tensor, anchor: Tensor | None) -> None:
         """Add an adapter with given vectors `U: (d, r)` and anchor `A: (d, k)`. The adapter is not active."""
         check_adapter_name(name, self)
-        self[name] = nn.Parameter(to_pairs(vectors) if spec.pairs else vectors)
+        self[name] = nn.Parameter(to_pairs(vectors).to(vectors.dtype) if spec.pairs else vectors)
         if anchor is not None:
             self.register_buffer(name + ANCHOR, anchor)
         self.specs[name] = spec

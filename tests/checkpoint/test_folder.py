@@ -35,7 +35,7 @@ def adapter(folder: Path, r: int = 2) -> Path:
 
 def rank_of(source: Any, subfolder: str | None = None, **hub: Any) -> int:
     """The rank of the adapter that is loaded."""
-    return int(hra_fx.load_adapter(mlp(), source, subfolder=subfolder, **hub)[0].hra_u["default"].shape[1])
+    return hra_fx.report(hra_fx.load_adapter(mlp(), source, subfolder=subfolder, **hub)).rows[0].r
 
 
 def refused(source: Any, subfolder: str | None = None, **hub: Any) -> str:

@@ -59,6 +59,20 @@ def dense_vectors(trained: Tensor) -> Tensor:
     return length * torch.stack(columns, dim=1)
 
 
+def pairs_of(vectors: Tensor) -> Tensor:
+    """The pairs `(d, r / 2, 2)` of vectors `U: (d, r)`: the inverse of `dense_vectors`."""
+    d, r = vectors.shape
+    first, second = vectors.double()[:, 0::2], vectors.double()[:, 1::2]
+    return torch.stack([(first + second) / 2, (first - second) / 0.2], dim=-1) / math.sqrt(2 * d / (3 * r))
+
+
+def gradient_of_vectors(gradient: Tensor) -> Tensor:
+    """The gradient `(d, r)` of vectors, from the gradient `(d, r / 2, 2)` of their pairs."""
+    d, half, _ = gradient.shape
+    columns = [(gradient[:, i, 0] + sign * gradient[:, i, 1] / 0.1) / 2 for i in range(half) for sign in (1, -1)]
+    return torch.stack(columns, dim=1) / math.sqrt(d / (3 * half))
+
+
 def dense_q(trained: Tensor, *, apply_GS: bool = False, anchor: Tensor | None = None) -> Tensor:
     """`Q: (d, d)` of an adapter in float64: `Q(A) Q(U)`, with Gram-Schmidt `Q(A) Q(V)`. Differentiable.
 

@@ -98,7 +98,7 @@ _BIASES = pytest.mark.needs("peft>=0.21")
     [pytest.param(*kind, id=id, marks=_BIASES if "bias" in kind[1] else ()) for id, kind in KINDS.items()],
 )
 def test_files_go_both_ways(name: str | None, fields: dict[str, Any], tmp_path: Path) -> None:
-    """Outputs and gradients agree in both libraries, and the round trip through PEFT changes no bit."""
+    """Outputs and gradients agree in both libraries, and the round trip through PEFT only rounds pairs."""
     base, fields = tiny(name) if name else net(F64), {"r": 4} | fields
     x = inputs(base) if name else tokens()
     ours, theirs = by_us(base, **fields), by_peft(base, **fields)
@@ -117,7 +117,7 @@ def test_files_go_both_ways(name: str | None, fields: dict[str, Any], tmp_path: 
     saved_by_peft(opened, tmp_path / "opened")
     back = hra_fx.load_adapter(copy.deepcopy(base), tmp_path / "opened", is_trainable=True)
     hra_fx.save_adapter(back, tmp_path / "back")
-    same_tensors(tmp_path / "ours", tmp_path / "back")
+    same_tensors(tmp_path / "ours", tmp_path / "back", 1e-15)
     if name is None:  # for a task, PEFT writes every name that a head may have
         check_same_file(tmp_path / "theirs", tmp_path / "ours", fields)
 

@@ -169,13 +169,11 @@ def test_it_saves_the_same_files_as_before(fields: dict[str, Any], tmp_path: Pat
     for folder in (tmp_path / "after", tmp_path / "checkpoint-1"):
         assert {entry.name for entry in folder.iterdir()} == {entry.name for entry in (tmp_path / "before").iterdir()}
         for name in ("", "other"):
-            same_tensors(folder / name, tmp_path / "before" / name)
+            same_tensors(folder / name, tmp_path / "before" / name, 1e-6)
     model.save_pretrained(tmp_path / "one", selected_adapters=["other"])
     assert not (tmp_path / "one" / "adapter_config.json").exists()
-    assert torch.equal(
-        logits(opened_by_peft(tiny("llama", torch.float32), tmp_path / "after")),
-        logits(opened_by_peft(tiny("llama", torch.float32), tmp_path / "before")),
-    )
+    after, before = (opened_by_peft(tiny("llama", torch.float32), tmp_path / side) for side in ("after", "before"))
+    assert relative_error(logits(after), logits(before)) < 1e-5
 
 
 def test_its_methods_are_those_of_the_base_model(tmp_path: Path) -> None:
@@ -200,7 +198,7 @@ def test_its_methods_are_those_of_the_base_model(tmp_path: Path) -> None:
     wanted = logits(model)
     model.load_adapter(tmp_path / "again" / "other", "third")
     model.set_adapter("third")
-    assert torch.equal(logits(model), wanted)
+    assert relative_error(logits(model), wanted) < 1e-5
     assert list(model.peft_config) == list(model.base_model.peft_config) == ["default", "other", "third"]
     assert [row.path for row in hra_fx.report(model)] == [row.path for row in hra_fx.report(ours)]
     # PEFT's functions only look for PEFT's layers.
