@@ -64,7 +64,6 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         specs: adapter name -> `AdapterSpec`.
         active: names of the adapters in use, in the order of the product `W Q_a Q_b ...`.
         scales: adapter name -> its scale, if the scale is not 1.
-        trainable_at_full_scale: adapter name -> whether it becomes trainable when its scale is 1 again.
         shares: adapter name -> the share of the inputs of `hra_fx.protect` that the kept directions hold.
         traced: the factors of the layer, while TorchDynamo or `torch.export` records its model.
         last_compute_dtype: the last dtype for which the layer had to compute factors itself.
@@ -89,7 +88,6 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         self.specs: dict[str, AdapterSpec] = {}
         self.active: tuple[str, ...] = ()
         self.scales: dict[str, float] = {}
-        self.trainable_at_full_scale: dict[str, bool] = {}
         self.shares: dict[str, float] = {}
         self.traced: Any = None
         self.last_compute_dtype: torch.dtype | None = None
@@ -178,7 +176,6 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
             return
         del self[name], self.specs[name]
         self.scales.pop(name, None)
-        self.trainable_at_full_scale.pop(name, None)
         self.shares.pop(name, None)
         for suffix in (ANCHOR, KEPT, SCALED):
             self._buffers.pop(name + suffix, None)
@@ -190,11 +187,8 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         vars(self)["active"] = (*names,)
 
     def set_trainable(self, name: str, wanted: bool) -> None:
-        """Train or freeze the vectors of an adapter. If its scale is not 1, this applies when it is 1 again."""
-        if name in self.scales:
-            self.trainable_at_full_scale[name] = wanted
-        else:
-            self._parameters[name].requires_grad_(wanted)  # type: ignore[union-attr]
+        """Train or freeze the vectors of an adapter."""
+        self._parameters[name].requires_grad_(wanted)  # type: ignore[union-attr]
 
     def scaled(self, name: str, alpha: float) -> Tensor:
         """Compute the chain of an adapter at scale `alpha`, in at least float32."""
@@ -210,17 +204,13 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
 
         At other scales, the forward does not read the vectors, so they do not get a gradient.
         """
-        vectors: nn.Parameter = self[name]
         made = self.scaled(name, alpha) if chain is None and alpha != 1 else chain
-        trained = self.trainable_at_full_scale.pop(name, vectors.requires_grad)
         self.scales.pop(name, None)
         self._buffers.pop(name + SCALED, None)
         if alpha != 1:
+            self.scales[name] = alpha
             # Not in the state_dict, because it can be computed from the vectors and the scale.
             self.register_buffer(name + SCALED, made, persistent=False)
-            self.scales[name] = alpha
-            self.trainable_at_full_scale[name] = trained
-        vectors.requires_grad_(trained and alpha == 1)
         self.set_active(self.active)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -302,10 +292,8 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         """The adapter at its current scale as plain reflections, `(d, k)`, computed in `dtype`."""
         if name not in self.scales:
             return self.full_chain(name, dtype)
-        if dtype is None:
-            scaled: Tensor = getattr(self, name + SCALED)
-            return scaled
-        return self.fraction(self.full_chain(name, dtype), self.scales[name])
+        scaled: Tensor = getattr(self, name + SCALED)
+        return scaled if dtype is None else scaled.to(dtype)
 
     def full_chain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The adapter at full scale, `[A | U]`, or `[A | V]` with Gram-Schmidt: `(d, k)`, computed in `dtype`.

@@ -144,8 +144,9 @@ def set_scale(model: nn.Module, adapter_name: str, alpha: float) -> None:
     """Set the scale of an adapter: `Q` becomes `exp(alpha log Q)`, which is orthogonal for every `alpha`.
 
     At 0 the adapter is the identity, and at 1 it has its full effect. In between, every rotation angle is multiplied by
-    `alpha`. (PEFT ignores a scale, with a warning.) An adapter can only be trained at scale 1, and the scale is not
-    saved. Trained copies (`modules_to_save`, `bias`) are not affected.
+    `alpha`. (PEFT ignores a scale, with a warning.) `save_adapter` saves the adapter at its scale, and `state_dict` has
+    it at full scale. At a scale other than 1, its vectors do not get a gradient. Trained copies (`modules_to_save`,
+    `bias`) are not affected.
 
     Args:
         model: a transformed model.

@@ -42,16 +42,17 @@ def test_the_factors_equal_the_change_of_the_weight(kind: str, r: int, apply_GS:
 def test_several_adapters_in_order_and_with_scales(
     kind: str, apply_GS: bool, first: float, second: float, seed: int
 ) -> None:
+    """Scaled vectors are rounded to float32, and a small rotation is a small difference of two of them."""
     one = HRAConfig(r=2, apply_GS=apply_GS, target_modules=["0"])
     model = adapted(kind, one, HRAConfig(r=3, target_modules=["0"]), seed=seed)
     hra_fx.set_scale(model, "a", first)
     hra_fx.set_scale(model, "b", second)
     for names in (["a", "b"], ["b", "a"], ["b"]):
         _, tensors = hra_fx.convert_to_lora(model, names)
-        assert relative_error(exported_change(tensors, "0"), dense_change(model[0], names)) < 1e-6
+        assert relative_error(exported_change(tensors, "0"), dense_change(model[0], names)) < 4e-6
     hra_fx.set_adapter(model, ["b", "a"])
     _, tensors = hra_fx.convert_to_lora(model)
-    assert relative_error(exported_change(tensors, "0"), dense_change(model[0], ["b", "a"])) < 1e-6
+    assert relative_error(exported_change(tensors, "0"), dense_change(model[0], ["b", "a"])) < 4e-6
 
 
 @pytest.mark.parametrize("merged", [False, True])
