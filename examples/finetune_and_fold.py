@@ -251,7 +251,7 @@ def show_runs(runs: list[Run], model: Classifier, data: Data) -> None:
 
 def check_protected(model: nn.Module) -> str:
     """Check that the adapters do not move what is protected; say so."""
-    moved = max(row.protected or 0.0 for row in hra_fx.report(model))
+    moved = max(row.moved or 0.0 for row in hra_fx.report(model))
     require(moved < TOLERANCE, f"the adapters keep the protected directions (moved by {moved:.1e})")
     return f"Protected: the adapters move the kept directions of each layer by at most {moved:.1e}"
 

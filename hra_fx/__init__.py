@@ -71,7 +71,7 @@ if TYPE_CHECKING:
     )
     from hra_fx.training.own_texts import own_texts as own_texts
     from hra_fx.training.pairs import train_pairs as train_pairs
-    from hra_fx.training.protect import protect as protect
+    from hra_fx.training.protect import Protection as Protection, protect as protect, unprotect as unprotect
     from hra_fx.view.network import to_networkx as to_networkx
     from hra_fx.view.picture import visualize as visualize
 
@@ -105,7 +105,7 @@ _NAMES = {
     "training.distance": ("add_distance_to_base", "distance_to_base"),
     "training.own_texts": ("own_texts",),
     "training.pairs": ("train_pairs",),
-    "training.protect": ("protect",),
+    "training.protect": ("Protection", "protect", "unprotect"),
     "view.network": ("to_networkx",),
     "view.picture": ("visualize",),
 }

@@ -22,10 +22,7 @@ from torch.autograd import forward_ad
 from torch.fx import _symbolic_trace
 from torch.nn.modules import module as nn_module
 from torch.utils import _pytree
-from torch.utils._python_dispatch import (
-    TorchDispatchMode as TorchDispatchMode,
-    is_traceable_wrapper_subclass as is_traceable_wrapper_subclass,
-)
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
 
 from hra_fx.errors import AdapterError
 
@@ -226,11 +223,6 @@ def children_of(spec: Any) -> list[Any]:
     return list(spec.children() if hasattr(spec, "children") else spec.children_specs)
 
 
-def copy_all(targets: list[Tensor], values: list[Tensor]) -> None:
-    """Copy tensors on one device into others, with a single operator. torch's optimizers use the private name."""
-    torch._foreach_copy_(targets, values)
-
-
 def fake_tensor_mode() -> Any:
     """A mode in which tensors have shapes but no values; real tensors are converted."""
     return FakeTensorMode(allow_non_fake_inputs=True)
@@ -296,21 +288,12 @@ def guard_function(code: str) -> Callable[..., None]:
     return check
 
 
-# --- PEFT and accelerate ----------------------------------------------------------------------------------------------
+# --- PEFT -------------------------------------------------------------------------------------------------------------
 
 
 def without_peft_adapters(layers: Iterable[Any]) -> AbstractContextManager[None]:
     """Context manager in which layers of PEFT compute their base layers. Which vectors are trained does not change."""
     return _with_attribute(layers, "_disable_adapters", True)
-
-
-def renew_step_of_accelerate(wrapper: Any) -> None:
-    """Make accelerate's wrapper of an optimizer call the current `step` instead of the one that it stored."""
-    if hasattr(wrapper, "_optimizer_original_step_method"):
-        from accelerate.optimizer import patch_optimizer_step  # type: ignore[import-untyped]
-
-        wrapper._optimizer_original_step_method = wrapper.optimizer.step
-        wrapper._optimizer_patched_step_method = patch_optimizer_step(wrapper, wrapper.optimizer.step)
 
 
 @contextmanager

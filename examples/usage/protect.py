@@ -29,9 +29,8 @@ def main() -> None:
     for protected in (False, True):
         model = hra_fx.transform(copy.deepcopy(base), hra_fx.HRAConfig(r=8, target_modules="all-linear"))
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        hra_fx.train_pairs(optimizer, model)
         if protected:
-            hra_fx.protect(optimizer, model, [{"input_ids": kept}])
+            print(hra_fx.protect(model, [{"input_ids": kept}]))
         losses = []
         for _ in range(60):
             loss = model(input_ids=learned, labels=learned).loss
@@ -43,7 +42,7 @@ def main() -> None:
         print(f"{'with' if protected else 'without'} protect: loss {losses[0]:.2f} -> {losses[-1]:.2f}, "
               f"change of the logits for the kept texts: {change:.1e}")  # fmt: skip
 
-    print(f"the adapters move what is protected by {max(row.protected or 0 for row in hra_fx.report(model)):.2%}")
+    print(f"the adapters move what is protected by {max(row.moved or 0 for row in hra_fx.report(model)):.2%}")
     change = float((logits(hra_fx.fold(model), kept) - logits(base, kept)).norm() / logits(base, kept).norm())
     print(f"folded: {change:.1e}")
 

@@ -7,9 +7,6 @@ https://doi.org/10.1007/s11263-007-0075-7).
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -25,6 +22,7 @@ class Sketch:
 
     Attributes:
         values: the rows, `(s, d)` or `(experts, s, d)`; NaN if a vector was not finite.
+        energy: the sum of the squares of all entries of all vectors.
     """
 
     def __init__(self, d: int, directions: int, device: torch.device, experts: int | None = None) -> None:
@@ -32,16 +30,19 @@ class Sketch:
         dtype = torch.float32 if device.type == "mps" else torch.float64
         size = min(d, directions + _MORE)
         self.values = torch.zeros(*(() if experts is None else (experts,)), size, d, dtype=dtype, device=device)
+        self.energy = torch.zeros((), dtype=dtype, device=device)
 
     def add(self, x: Tensor, expert: int | None = None) -> None:
         """Add the rows of `x: (n, d)`."""
         own = self.values if expert is None else self.values[expert]
-        own.copy_(_main_rows(torch.cat([own, x.to(own.dtype)]), len(own)))
+        wide = x.to(own.dtype)
+        self.energy += wide.square().sum()
+        own.copy_(_main_rows(torch.cat([own, wide]), len(own)))
 
-    @property
-    def is_finite(self) -> bool:
-        """Whether all vectors were finite."""
-        return bool(self.values.isfinite().all())
+    def merge(self, values: Tensor, energy: Tensor) -> None:
+        """Replace the sketch by several ones, `values: (n, ..., s, d)` and `energy: (n,)`, as one."""
+        self.values = _main_rows(torch.cat(list(values), dim=-2), values.shape[-2])
+        self.energy = energy.sum()
 
     def basis(self, directions: int, earlier: Tensor | None = None) -> Tensor:
         """The `earlier` directions, and main directions that are orthogonal to them: orthonormal columns `(..., d, k)`.
@@ -58,13 +59,9 @@ class Sketch:
         found = torch.where(is_new.unsqueeze(-1), _rest(rows, known), 0.0)[..., :directions, :]
         return torch.cat([known, torch.nn.functional.normalize(found, dim=-1).mT], dim=-1)
 
-
-def merged(sketches: Sequence[Sketch]) -> Sketch:
-    """A new sketch of the vectors of all sketches."""
-    made = copy.copy(sketches[0])
-    if len(sketches) > 1:
-        made.values = _main_rows(torch.cat([one.values for one in sketches], dim=-2), made.values.shape[-2])
-    return made
+    def share(self, basis: Tensor) -> float:
+        """The part of the energy in the span of orthonormal columns `(..., d, k)`, or a little less."""
+        return float((self.values @ basis.to(self.values)).square().sum() / self.energy)
 
 
 def _rest(rows: Tensor, known: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from hra_fx.errors import AdapterError, HRAWarning
 from hra_fx.functional import geodesic, householder
-from hra_fx.functional.chain import ChainPart
+from hra_fx.functional.chain import ChainPart, without
 from hra_fx.functional.pairs import pairs_shape, to_pairs
 from hra_fx.functional.rotate import as_rows, rotate_weight
 from hra_fx.layers.accelerate_hooks import offloading_hook
@@ -243,13 +243,25 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         """The directions that an adapter does not change: orthonormal columns `V: (d, n)`, or `None`."""
         return self._buffers.get(name + KEPT)
 
-    def keep(self, name: str, directions: Tensor | None) -> None:
-        """Set the directions that an adapter does not change; `None` removes them."""
+    @torch.no_grad()
+    def keep(self, name: str, directions: Tensor | None, share: float | None = None) -> None:
+        """Set the directions that an adapter does not change, and the share of inputs that they hold; `None` for none.
+
+        Its chain does not have the parts of the vectors along the previous directions, so these parts become zero.
+        """
+        vectors, kept, anchor = self[name], self.kept(name), self.anchor(name)
+        if kept is not None and not vectors.is_meta:
+            if anchor is not None:
+                anchor.copy_(self.full_chain(name, vectors.dtype)[..., : anchor.shape[-1]])
+            flat = vectors.flatten(-2) if self.specs[name].pairs else vectors
+            vectors.copy_(without(flat, distribute_like(kept, vectors)).view(vectors.shape))
         self._buffers.pop(name + KEPT, None)
+        self.shares.pop(name, None)
         if directions is not None:
-            vectors = self[name]
             dtype = householder.working_dtype(vectors.dtype)
             self.register_buffer(name + KEPT, directions.to(vectors.device, dtype))
+        if share is not None:
+            self.shares[name] = share
         self.set_active(self.active)
 
     def _prepare_load(self, name: str, state_dict: dict[str, Any], key: str, errors: list[str]) -> None:
@@ -266,6 +278,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
             warnings.warn(text, HRAWarning, stacklevel=2)
             state_dict[key] = given = to_pairs(given)
         if kept is not None:
+            self.shares.pop(name, None)
             held = self.kept(name)
             if held is None or held.shape != kept.shape:
                 self.keep(name, torch.empty_like(kept, device=self[name].device))

@@ -126,10 +126,10 @@ def _same(row: Row) -> Hashable:
 def _table(
     groups: Collection[Group[Row]], rows: Collection[Row], without: Collection[str] = ()
 ) -> tuple[list[Column], list[list[str]]]:
-    """Leave out also the name of the only adapter, a scale of 1, and `moves protected` if nothing is protected."""
+    """Leave out also the name of the only adapter, a scale of 1, and `held` and `moved` if nothing is protected."""
     hidden = {*without} if len(adapters_of(rows)) > 1 else {"adapter", *without}
-    if all(row.protected is None for row in rows):
-        hidden.add("moves protected")
+    if all(row.moved is None for row in rows):
+        hidden |= {"held", "moved"}
     if all(row.scale == 1 for row in rows):
         hidden.add("scale")
     shown = [(column, text) for column, text in _COLUMNS if column.name not in hidden]
@@ -162,9 +162,15 @@ def _memory(rows: Collection[Row]) -> str:
     return f" ({decimal(total)}; {parameters:,} and {decimal(here)} on this rank)"
 
 
-def _protected(group: Group[Row]) -> str:
-    values = [row.protected for row in group.rows if row.protected is not None]
-    return f"{max(values):.2%}" if values else "none"
+def _held(group: Group[Row]) -> str:
+    """The smallest share of the inputs."""
+    values = [row.held for row in group.rows if row.held is not None]
+    return f"{min(values):.1%}" if values else "-"
+
+
+def _moved(group: Group[Row]) -> str:
+    values = [row.moved for row in group.rows if row.moved is not None]
+    return f"{max(values):.2%}" if values else "-"
 
 
 def _measure(name: str) -> Callable[[Group[Row]], str]:
@@ -188,7 +194,8 @@ _COLUMNS: tuple[tuple[Column, Callable[[Group[Row]], str]], ...] = (
     (Column("scale"), lambda group: f"{group.rows[0].scale:g}"),
     (Column("params"), lambda group: f"{sum(row.parameters for row in group.rows):,}"),
     (Column("weight change"), _measure("weight_change")),
-    (Column("moves protected"), _protected),
+    (Column("held"), _held),
+    (Column("moved"), _moved),
     (Column("mean angle"), _measure("mean_angle")),
     (Column("max angle"), _measure("angle")),
     (Column("|Q - I|"), _measure("rotation")),

@@ -27,7 +27,6 @@ from hra_fx.reporting.row import Row, chain_of, measured_fields, moved, weight_r
 from hra_fx.reporting.skipped_layers import SkippedLayer, SkippedParameter, not_adapted, skipped_parameters
 from hra_fx.reporting.table import UNLIMITED, table
 from hra_fx.reporting.words import plain
-from hra_fx.training.protect import protected_directions
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,8 @@ def _rows(model: nn.Module) -> tuple[Row, ...]:
             parameters = math.prod(reflection.vectors_shape(r))
             with loaded(reflection):
                 measured = measured_fields(chain_of(layer, name), weight)
-            measured["protected"] = moved(protected_directions(layer, name), chain_of(layer, name))
+                measured["moved"] = moved(reflection.kept(name), chain_of(layer, name))
+            measured["held"] = reflection.shares.get(name)
             measured["scale"] = reflection.scales.get(name, 1.0)
             measured["bytes"] = parameters * reflection[name].itemsize
             measured["bytes_here"] = local_tensor(reflection[name]).nbytes

@@ -44,8 +44,9 @@ class Row:
         weight_change: `|W Q - W|_F / |W|_F`: how much `Q` changes the weight, relative to its size. NaN as for `share`.
         bytes: memory of the vectors.
         bytes_here: memory of the vectors in this process, which is less if they are sharded.
-        protected: how far `Q` moves what `hra_fx.protect` protects in this process: `|Q V - V|_F / |V|_F`; `None` if
-            nothing is protected.
+        held: the share of the samples of `hra_fx.protect` that the protected directions `V` hold; `None` if it is not
+            known, as after loading, or nothing is protected.
+        moved: how far `Q` moves the protected directions: `|Q V - V|_F / |V|_F`; `None` if nothing is protected.
         scale: the scale of the adapter (`set_scale`). The measures are those at this scale.
     """
 
@@ -65,7 +66,8 @@ class Row:
     weight_change: float
     bytes: int = 0
     bytes_here: int = 0
-    protected: float | None = None
+    held: float | None = None
+    moved: float | None = None
     scale: float = 1.0
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hra_fx.functional.directions import Sketch, merged
+from hra_fx.functional.directions import Sketch
 
 
 def made(x: Tensor, directions: int, batch: int = 64) -> Sketch:
@@ -31,9 +31,13 @@ def inputs() -> Tensor:
 def test_the_directions_hold_nearly_the_energy_of_the_best_ones(processes: int) -> None:
     x = inputs()
     best = torch.linalg.eigh(x.double().T @ x.double()).eigenvectors[:, -16:]
-    basis = merged([made(part, 16) for part in x.chunk(processes)]).basis(16)
+    parts = [made(part, 16) for part in x.chunk(processes)]
+    parts[0].merge(torch.stack([part.values for part in parts]), torch.stack([part.energy for part in parts]))
+    basis = parts[0].basis(16)
     torch.testing.assert_close(basis.T @ basis, torch.eye(16).double())
     assert energy(x, basis) > 0.99 * energy(x, best)
+    share = energy(x, basis) / float(x.double().square().sum())
+    assert 0.97 * share < parts[0].share(basis) <= share + 1e-9
 
 
 def test_few_independent_vectors_are_in_the_span() -> None:

@@ -35,7 +35,7 @@ import hra_fx
 
 #: Arguments of `train`.
 EVERY: tuple[dict[str, Any], ...] = (
-    *({}, {"pairs": True, "quiet": 2}, {"protect": 2}, {"term": lambda model: 0.1 * hra_fx.orthogonality_loss(model)}),
+    *({}, {"protect": 2}, {"term": lambda model: 0.1 * hra_fx.orthogonality_loss(model)}),
     *({"evaluate": True}, {"compiled": True}),
 )
 

@@ -193,8 +193,6 @@ def train(
     steps: int = 3,
     term: Callable[..., Any] | None = None,
     evaluate: bool = False,
-    pairs: bool = False,
-    quiet: int = 0,
     protect: int = 0,
     optimizer: Any = None,
     backward: Callable[[Tensor], object] = Tensor.backward,
@@ -209,11 +207,9 @@ def train(
             module.reshard()
     if optimizer is None:
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    if pairs:
-        hra_fx.train_pairs(optimizer, model, batches=[x[part]] if quiet else None, directions=quiet)
     if protect:
-        kept = hra_fx.protect(optimizer, model, [x[part]], 1)
-        hra_fx.protect(optimizer, model, [x[part]], protect - 1, kept)
+        kept = hra_fx.protect(model, [x[part]], 1)
+        hra_fx.protect(model, [x[part]], protect - 1, kept)
     losses = []
     for _ in range(steps):
         if evaluate:

@@ -1,0 +1,185 @@
+"""Run samples through a base model, and collect the inputs of its adapted layers.
+
+The inputs of a layer are the other factors in the matrix products with its weight, also if another module computes
+them, as attention and experts do. The input of a convolution or of a quantized layer is the argument of its call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, distributed, nn
+from torch.overrides import TorchFunctionMode
+
+from hra_fx.compat import conv_border, eager_experts, pytree
+from hra_fx.errors import AdapterError
+from hra_fx.functional.directions import Sketch
+from hra_fx.layers.adapted_layer import AdaptedLayer
+from hra_fx.layers.sharding import full_tensor, is_sharded, reshard
+from hra_fx.layers.variants import LinearAdapters
+from hra_fx.model.example_inputs import Call, preserve_rng_state
+from hra_fx.training.without_adapters import without_adapters
+
+#: The number of patches of an image that are added to a sketch at once.
+_PATCHES = 4096
+#: Names of matrix products -> whether they take a weight `(in, out)`.
+_PRODUCTS = {"linear": False, "matmul": True, "__matmul__": True, "bmm": True}
+
+
+def sketches_of(
+    model: nn.Module, layers: Mapping[str, AdaptedLayer], calls: Iterable[Call], directions: int
+) -> dict[str, Sketch]:
+    """Path -> the sketch of the inputs of a layer in all processes; without layers that no input reached.
+
+    The model runs in eval mode without adapters and gradients.
+
+    Raises:
+        AdapterError: there are no calls in this process or, if the model is sharded, in another one.
+    """
+    device = next((tensor.device for tensor in model.parameters() if not tensor.is_meta), torch.device("cpu"))
+    collector = _Collector(layers, directions)
+    is_empty = True
+    eager = torch.compiler.set_stance("force_eager")
+    with without_adapters(model), preserve_rng_state(), eager, eager_experts(model), collector:
+        for call in _in_step(model, calls, collector):
+            is_empty = False
+            args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, call)
+            model(*args, **kwargs)
+    reshard(model.modules())  # FSDP2 keeps some parameters whole after a forward without a backward pass
+    if is_empty:
+        raise AdapterError("`samples` is empty. Pass what the model takes, for example a DataLoader.")
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        collector.merge_processes(device)
+    return {path: sketch for path, sketch in collector.sketches.items() if bool(sketch.energy != 0)}
+
+
+def _in_step(model: nn.Module, calls: Iterable[Call], collector: _Collector) -> Iterator[Call]:
+    """The calls with a progress bar. With FSDP2, processes with fewer calls repeat them, but do not collect."""
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]  # which transformers needs
+
+    if not is_sharded(model):
+        yield from tqdm(calls, desc="main directions", delay=2, leave=False)
+        return
+    own = list(calls)
+    counts: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(counts, len(own))
+    for number in range(max(counts) if min(counts) else 0):  # without calls, a process would wait for the others
+        collector.is_on = number < len(own)
+        yield own[number % len(own)]
+
+
+class _Collector(TorchFunctionMode):
+    """Collects the inputs of layers while models run in its context.
+
+    While such a mode is on, attention does not use its fast path, which is one operator.
+
+    Attributes:
+        sketches: path -> the sketch of the inputs of a layer.
+        called: the layers whose inputs are the arguments of their calls.
+        is_on: whether inputs are collected.
+    """
+
+    def __init__(self, layers: Mapping[str, AdaptedLayer], directions: int) -> None:
+        super().__init__()
+        self.paths = {layer: path for path, layer in layers.items()}
+        self.directions = directions
+        self.sketches: dict[str, Sketch] = {}
+        self.called = [layer for layer in self.paths if layer.hra_u.reflects_input and not _is_plain_linear(layer)]
+        self.is_on = True
+        self.hooks: list[Any] = []
+
+    def __enter__(self) -> Any:
+        self.hooks = [layer.register_forward_hook(self._call, with_kwargs=True) for layer in self.called]
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for hook in self.hooks:
+            hook.remove()
+
+    def _call(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+        """Add the input of a call. After the call, because an input that the layer rejects is the model's error."""
+        x = (*args, *kwargs.values())[0]
+        is_convolution = isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        for rows in _patches(x, layer) if is_convolution else [x]:
+            self.add(layer, rows)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if func is F.multi_head_attention_forward:
+            return self._attention(func, args, kwargs)
+        made = func(*args, **kwargs)
+        if name == "__getitem__" and args[0].dim() == 3 and made.dim() == 2:
+            if (layer := self._layer_of(args[0])) is not None:
+                made.hra_expert = layer, int(args[1])
+        elif name in _PRODUCTS:
+            x, weight = (*args, *kwargs.values())[:2]
+            layer, expert = getattr(weight, "hra_expert", None) or (self._layer_of(weight), None)
+            if layer in self.paths and layer not in self.called and layer.hra_u.fan_in_fan_out is _PRODUCTS[name]:
+                of_all = weight.dim() == 3  # a product for each expert
+                for place, rows in enumerate(x if of_all else [x]):
+                    self.add(layer, rows, place if of_all else expert)
+        return made
+
+    def _attention(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Add the inputs of both weights of `nn.MultiheadAttention`: the second one is the output without it."""
+        layer = self._layer_of(args[5])
+        for x in {id(x): x for x in args[:3]}.values() if layer is not None else ():
+            self.add(layer, x)
+        weight, bias = args[11:13]
+        if (layer := self._layer_of(weight)) is None:
+            return func(*args, **kwargs)
+        x, scores = func(*args[:11], torch.eye(len(weight)).to(weight), None, *args[13:], **kwargs)
+        self.add(layer, x)
+        return F.linear(x, weight, bias), scores
+
+    def _layer_of(self, weight: Any) -> Any:
+        """The layer with this parameter. Looked up each time, because FSDP2 and others replace parameters."""
+        if not isinstance(weight, nn.Parameter):
+            return None
+        return next((layer for layer in self.paths if layer.hra_u.weight_of(layer) is weight), None)
+
+    def add(self, layer: Any, x: Tensor, expert: int | None = None) -> None:
+        """Add inputs `(..., d)` of a layer."""
+        if not self.is_on:
+            return
+        path = self.paths[layer]
+        if path not in self.sketches:
+            self.sketches[path] = self._sketch(layer, x.device)
+        self.sketches[path].add(full_tensor(x).reshape(-1, x.shape[-1]), expert)
+
+    def _sketch(self, layer: Any, device: torch.device) -> Sketch:
+        return Sketch(layer.hra_u.width, self.directions, device, getattr(layer.hra_u, "experts", None))
+
+    def merge_processes(self, device: torch.device) -> None:
+        """Merge the sketches of all processes. A process may lack the inputs of some layers, such as experts."""
+        for layer, path in self.paths.items():
+            sketch = self.sketches.setdefault(path, self._sketch(layer, device))
+            every = []
+            for own in (sketch.values, sketch.energy):
+                every.append([torch.empty_like(own) for _ in range(distributed.get_world_size())])
+                distributed.all_gather(every[-1], own)
+            sketch.merge(*map(torch.stack, every))
+            for merged in (sketch.values, sketch.energy):
+                distributed.broadcast(merged, src=0)  # the processes may round differently
+
+
+def _is_plain_linear(layer: Any) -> bool:
+    """Whether a layer computes `F.linear` with its weight."""
+    return type(layer.hra_u) is LinearAdapters and not layer.hra_u.fan_in_fan_out
+
+
+def _patches(x: Tensor, conv: Any) -> Iterator[Tensor]:
+    """The patches `(n, d)` of each image, for all groups."""
+    dimensions = len(conv.kernel_size)
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    x = F.pad(x if x.dim() == dimensions + 2 else x[None], conv_border(conv), mode=mode)
+    for axis, (size, step, dilation) in enumerate(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)):
+        x = x.unfold(2 + axis, dilation * (size - 1) + 1, step)[..., ::dilation]
+    x = x.reshape(len(x), conv.groups, -1, *x.shape[2:])  # (n, groups, c, positions..., kernel...)
+    for image in x:
+        rows = image.movedim(1, 1 + dimensions).flatten(0, dimensions).flatten(1)
+        yield from rows.split(_PATCHES)

@@ -1,0 +1,130 @@
+"""Samples of a user as calls of a model without padding: batches, rows of a tokenized dataset, or texts."""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hra_fx.compat import pytree
+from hra_fx.errors import AdapterError
+from hra_fx.model.example_inputs import Call, normalize_inputs
+
+_MASK, _DECODER = "attention_mask", "decoder_attention_mask"
+
+
+def calls_of(model: nn.Module, samples: Any, tokenizer: Any = None) -> Iterator[Call]:
+    """The calls of a model for `samples`, without padding. `tokenizer` is for samples that are texts.
+
+    A sample is a batch (a mapping of keyword arguments, a tuple or list of positional ones, or a tensor), a row of a
+    tokenized dataset (a mapping with lists, or with one-dimensional `input_ids`), or a text.
+
+    Raises:
+        AdapterError: samples of another kind, texts without a tokenizer, or padding that cannot be taken out.
+    """
+    if isinstance(samples, (str, Mapping, Tensor)):
+        raise AdapterError(f"`samples` must be an iterable of batches, got one batch ({type(samples).__name__}).")
+    if not hasattr(samples, "__iter__") and not hasattr(samples, "__getitem__"):
+        raise AdapterError(f"`samples` must be an iterable of batches, got {type(samples).__name__}.")
+    decodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = {parameter.name for parameter in parameters}
+    positions = [parameter.kind for parameter in parameters if parameter.kind <= inspect.Parameter.VAR_POSITIONAL]
+    for sample in samples:
+        if not isinstance(sample, (str, Tensor, tuple, list, Mapping)):
+            raise AdapterError(f"a sample must be a tensor, tuple, list, mapping or text, got {type(sample).__name__}.")
+        args, kwargs = normalize_inputs(_tokens(sample, tokenizer) if isinstance(sample, str) else sample)
+        if _is_row(kwargs):
+            kwargs = _batch_of_one(kwargs, names)
+        if inspect.Parameter.VAR_POSITIONAL not in positions:
+            args = args[: len(positions)]  # without labels, such as those of (images, labels)
+        for batch in _without_padding(kwargs, decodes) if kwargs else [kwargs]:
+            yield args, batch
+
+
+def _tokens(text: str, tokenizer: Any) -> dict[str, Any]:
+    if tokenizer is None:
+        raise AdapterError("`samples` contains texts, so pass tokenizer=, the tokenizer of the model.")
+    return {name: list(ids) for name, ids in tokenizer(text, truncation=True).items()}
+
+
+def _is_row(sample: Mapping[str, Any]) -> bool:
+    """Whether a mapping is a row of a tokenized dataset, and not a batch."""
+    ids = sample.get("input_ids")
+    if ids is not None:
+        return isinstance(ids, list) or ids.ndim == 1
+    return any(isinstance(value, list) for value in sample.values()) and not any(
+        isinstance(value, Tensor) for value in sample.values()
+    )
+
+
+def _batch_of_one(row: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+    """A row as a batch, without columns that are not numbers or that the model does not take."""
+    batch: dict[str, Any] = {}
+    for name, value in row.items():
+        with suppress(TypeError, ValueError, RuntimeError):  # texts, None, and lists of them
+            if (tensor := torch.as_tensor(value)).dim():
+                batch[name] = tensor[None]
+    ids = batch.get("input_ids")
+    if ids is not None and (ids.dim() != 2 or not ids.numel()):
+        raise AdapterError(
+            f"`input_ids` of a row must be one list of tokens, got shape {tuple(ids.shape[1:])}. Pass rows one by one, "
+            "or batches with tensors."
+        )
+    return {name: value for name, value in batch.items() if name in names} or batch
+
+
+def _without_padding(batch: dict[str, Any], decodes: bool) -> Iterator[dict[str, Any]]:
+    """The rows of a batch without the columns that its masks hide; rows of equal lengths are one batch."""
+    masks = {name: batch[name] != 0 for name in (_MASK, _DECODER) if getattr(batch.get(name), "ndim", 0) == 2}
+    labels: Any = batch.get("labels")
+    if decodes and _DECODER not in masks and getattr(labels, "ndim", 0) == 2:
+        masks[_DECODER] = (labels != -100).flip(1).cumsum(1).flip(1) > 0  # the decoder's inputs are made from them
+    if all(bool(mask.all()) for mask in masks.values()):
+        yield batch
+        return
+    _check_padding(batch, masks)
+    lengths = torch.stack([mask.sum(1) for mask in masks.values()], dim=1).tolist()
+    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for row, own in enumerate(lengths):
+        if all(own):
+            groups[tuple(own)].append(row)
+    for rows in groups.values():
+        yield {name: _rows(value, rows, masks.get(_side(name, masks))) for name, value in batch.items()}
+
+
+def _side(name: str, masks: Mapping[str, Tensor]) -> str:
+    """The mask of an argument: that of the decoder for its inputs and for labels."""
+    return _DECODER if _DECODER in masks and (name.startswith("decoder_") or name == "labels") else _MASK
+
+
+def _rows(value: Any, rows: list[int], mask: Tensor | None) -> Any:
+    """Some rows of a tensor of a batch, without the columns that a mask hides."""
+    if not isinstance(value, Tensor) or not value.dim():
+        return value
+    if mask is None or value.shape[:2] != mask.shape:
+        return value[rows]
+    return torch.stack([value[row][mask[row]] for row in rows])
+
+
+def _check_padding(batch: Mapping[str, Any], masks: Mapping[str, Tensor]) -> None:
+    count = len(next(iter(masks.values())))
+    for name, value in batch.items():
+        for leaf in pytree.tree_leaves(value):
+            if isinstance(leaf, Tensor) and leaf.dim() and (leaf is not value or len(leaf) != count):
+                raise AdapterError(
+                    f"{name}: the batch has padding (`attention_mask`), and the rows of {name} are not those of the "
+                    f"batch ({tuple(leaf.shape)} for {count} rows). Pass one sample per batch, without padding."
+                )
+    for name, mask in masks.items():
+        starts = torch.nn.functional.pad(mask.int(), (1, 0)).diff(dim=1) > 0
+        if bool((starts.sum(dim=1) > 1).any()):
+            raise AdapterError(
+                f"{name}: it hides tokens between others, so they cannot be taken out like padding. Pass samples whose "
+                "hidden tokens are at the start or the end."
+            )
