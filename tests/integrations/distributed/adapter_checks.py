@@ -12,7 +12,7 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from integrations.distributed.matrix_checks import close, on_meta, with_weights
 from integrations.distributed.spawned import Check
-from integrations.distributed.trained import CASES, F64, WAYS, output, part_of, shard, train
+from integrations.distributed.trained import CASES, F64, WAYS, output, part_of, same, shard, train, trained
 from one_hub import one_hub
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -242,10 +242,30 @@ def report_of_this_rank(rank: int, folder: Path) -> None:
         model.to_empty(device="cpu")
 
 
+def distance_to_own_texts(rank: int, folder: Path) -> None:
+    """All processes write the same texts; a part of them in each gives the steps of one process."""
+    llama = CASES["llama"]
+    alone = llama.model()
+    (samples,) = hra_fx.own_texts(alone, 4, 6)
+    ids = samples["input_ids"]
+
+    def trained_on(model: nn.Module, part: slice) -> list[float]:
+        return train(model, llama, part, 2, term=lambda model: 1e4 * hra_fx.distance_to_base(model, ids[part]))
+
+    losses = trained_on(alone, slice(None))
+    assert max(abs(a - b) for a, b in zip(losses, train(llama.model(), llama, steps=2), strict=True)) > 1e-6
+    for way, share in WAYS.items():
+        model = share(llama, llama.model())
+        assert torch.equal(hra_fx.own_texts(model, 4, 6)[0]["input_ids"], ids), way
+        assert trained_on(model, part_of(rank)) == pytest.approx(losses, abs=1e-10), way
+        same(trained(alone), trained(model), within=1e-9)
+
+
 CHECKS: dict[str, Check] = {
     check.__name__: check
     for check in (
         *(who_writes, save_pretrained, strength_and_disabling, pictures, fold_under_ddp, under_ddp),
         *(refused_when_sharded, refused_copies, refused_when_split, flat_shards, without_memory, report_of_this_rank),
+        distance_to_own_texts,
     )
 }

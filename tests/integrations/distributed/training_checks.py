@@ -98,7 +98,10 @@ def mixed_precision(rank: int, folder: Path) -> None:
 
 
 def trainer(rank: int, folder: Path) -> None:
-    """The whole batch is 8: four for each of two processes, against one process with all and a loop by hand."""
+    """The whole batch is 8: four for each of two processes, against one process with all and a loop by hand.
+
+    Each process adds the distance to the base for a batch of its own.
+    """
     model = BERT.model()
     arguments = TrainingArguments(
         **{"output_dir": str(folder), "max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.1},
@@ -110,12 +113,15 @@ def trainer(rank: int, folder: Path) -> None:
     x, labels = BERT.data()
     items: Any = [{"input_ids": row, "labels": label} for row, label in zip(x, labels, strict=True)]
     run = Trainer(model, arguments, train_dataset=items)
+    samples = torch.arange(8).view(2, 2, 2)
+    hra_fx.add_distance_to_base(run, list(samples), weight=0.5)
     run.train()
     assert isinstance(run.model_wrapped, nn.parallel.DistributedDataParallel)
     alone: Any = BERT.model()
     optimizer = torch.optim.SGD([p for p in alone.parameters() if p.requires_grad], lr=0.1)
     for _ in range(2):
         loss = alone(input_ids=x, labels=labels).loss
+        loss = loss + 0.5 * hra_fx.distance_to_base(alone, samples.flatten(0, 1))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
