@@ -44,6 +44,11 @@ class TakenOver(SwapMixin):
         """Same as `generate` of the base model."""
         return self.get_base_model().generate(*args, **kwargs)
 
+    @property
+    def _keys_to_ignore_on_save(self) -> set[str]:
+        """As for an `HRAModel`: the Trainer allows these keys to be missing when it resumes."""
+        return {_PREFIX + key for key in _adapted_base(self, "_keys_to_ignore_on_save")._keys_to_ignore_on_save}
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
@@ -54,12 +59,12 @@ class TakenOver(SwapMixin):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Same as `HRAModel.save_pretrained`, without the file from which the Trainer resumes an `HRAModel`."""
+        """Same as `HRAModel.save_pretrained`."""
         if save_embedding_layers is True:
             raise AdapterError("save_embedding_layers=True is not supported: name the embeddings in modules_to_save.")
         if (state := kwargs.pop("state_dict", None)) is not None:
             state = {key.removeprefix(_PREFIX): tensor for key, tensor in state.items()}
-        saving = {"state_dict": state, "safe_serialization": safe_serialization, "for_trainer": False}
+        saving = {"state_dict": state, "safe_serialization": safe_serialization, "prefix": _PREFIX}
         base = _adapted_base(self, "save_pretrained")
         save_adapters(base, save_directory, selected_adapters, is_main_process, push_to_hub, saving, kwargs)
 

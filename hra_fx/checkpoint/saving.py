@@ -130,13 +130,13 @@ def save_pretrained(
     *,
     is_main_process: bool = True,
     safe_serialization: bool = True,
-    for_trainer: bool = True,
+    prefix: str = "",
 ) -> None:
     """Save several adapters like PEFT's `save_pretrained`: "default" to the folder, others to subfolders.
 
     A model card is also written, if the folder does not contain one. In a checkpoint folder of transformers' Trainer,
-    the adapters' entries of the state are also saved to `model.safetensors`, from which the Trainer resumes; it resumes
-    a `PeftModel` from the adapter itself (`for_trainer=False`).
+    the adapters' entries of the state are also saved to `model.safetensors`, from which the Trainer resumes bit by bit,
+    with pairs and kept directions. `prefix` is that of a wrapper, such as a `PeftModel`, in their names.
 
     `state_dict` is the model's state, if a wrapper (FSDP, DeepSpeed) has gathered it. With `fully_shard` and no
     `state_dict`, all processes must call this function, as for `save_adapter`. Errors are those of `save_adapter`.
@@ -152,8 +152,9 @@ def save_pretrained(
     if not (is_main_process or shards):
         return
     contents = {name: _contents(root, record, name, state) for name in names}
-    checkpoint = for_trainer and _CHECKPOINT.fullmatch(folder.name) and not (folder / "config.json").exists()
-    entries = {key: full_tensor(state[key]) for key in adapter_entries(root) if key in state} if checkpoint else {}
+    checkpoint = _CHECKPOINT.fullmatch(folder.name) and not (folder / "config.json").exists()
+    keys = [key for key in adapter_entries(root) if key in state] if checkpoint else []
+    entries = {prefix + key: full_tensor(state[key]) for key in keys}
 
     def write_all() -> None:
         for name, (config, tensors, metadata) in contents.items():

@@ -88,7 +88,7 @@ def losses(trainer: Trainer) -> Tensor:
 
 def test_a_run_is_saved_opened_over_4_bits_and_goes_on(folder: Path, tmp_path: Path) -> None:
     mode = "not reentrant"
-    options = {**CHECKPOINTING[mode], "save_strategy": "steps", "save_steps": 3, "seed": 0}
+    options = {**CHECKPOINTING[mode], "save_strategy": "steps", "save_steps": 3, "seed": 0, "learning_rate": 5e-2}
     whole = trainer_of(Trainer, "llama", adapted(prepared(folder, mode)), tmp_path / "run", **options)
     whole.train()
     again = trainer_of(Trainer, "llama", adapted(prepared(folder, mode), seed=100), tmp_path / "run", **options)
@@ -103,7 +103,7 @@ def test_a_run_is_saved_opened_over_4_bits_and_goes_on(folder: Path, tmp_path: P
         torch.testing.assert_close(logits(model), logits(whole.model), rtol=0, atol=1e-5)
         assert len(vectors_of(model)) == 14
         assert all(vectors.requires_grad for vectors in vectors_of(model).values())
-    further = trainer_of(Trainer, "llama", ours, tmp_path)
+    further = trainer_of(Trainer, "llama", ours, tmp_path, learning_rate=5e-2, seed=0)
     further.train()
     assert losses(further).mean() < losses(whole).mean() - 0.2
 

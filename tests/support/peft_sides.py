@@ -13,8 +13,10 @@ from typing import Any
 import peft
 import torch
 from adapting import randomise as randomise_vectors
-from oracles import gradient_of_vectors, pairs_of, relative_error
+from oracles import dense_vectors, gradient_of_vectors, pairs_of, relative_error
+from peft.tuners.hra.layer import HRALayer
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import hra_fx
 
@@ -89,6 +91,24 @@ def by_peft(base: nn.Module, adapter_name: str = "default", **fields: Any) -> An
         return peft.get_peft_model(
             copy.deepcopy(base), peft.HRAConfig(**copy.deepcopy(fields)), adapter_name=adapter_name
         )
+
+
+class _Pairs(nn.Module):
+    """Vectors from sums and differences, as a parametrization of torch."""
+
+    def forward(self, pairs: Tensor) -> Tensor:
+        return dense_vectors(pairs).to(pairs.dtype)
+
+    def right_inverse(self, vectors: Tensor) -> Tensor:
+        return pairs_of(vectors).to(vectors.dtype)
+
+
+def in_pairs(model: Any, adapter_name: str = "default") -> Any:
+    """PEFT's model, whose own layers train sums and differences, by torch's parametrization."""
+    for module in model.modules():
+        if isinstance(module, HRALayer) and adapter_name in module.hra_u:
+            parametrize.register_parametrization(module.hra_u, adapter_name, _Pairs())
+    return model
 
 
 def by_us(base: nn.Module, adapter_name: str = "default", **fields: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from integrations.trl_use.runs import logs
-from peft_sides import by_peft, same_tensors
+from peft_sides import by_peft, in_pairs, same_tensors
 from safetensors.torch import load_file
 from tiny import llama
 from tiny_models import BASES, FIELDS, SHAPES, adapted, trained_in, trainer_of
@@ -84,13 +84,12 @@ def test_a_checkpoint_has_the_files_of_pefts_and_one_more(tmp_path: Path) -> Non
 
 
 def test_it_trains_and_resumes_after_from_peft(tmp_path: Path) -> None:
-    """As with PEFT's own layers, in the same order of random numbers."""
+    """As with PEFT's own layers in pairs, in the same order of random numbers."""
     found = []
     for number in range(3):
         model = by_peft(llama(), **FIELDS["llama"], init_weights=False)
         trainer = trainer_of(Trainer, "llama", model, tmp_path / str(max(number, 1)), **EVERY_THIRD)
-        if number:
-            hra_fx.from_peft(trainer.model)
+        (hra_fx.from_peft if number else in_pairs)(trainer.model)
         trainer.train(resume_from_checkpoint=str(tmp_path / "1" / "checkpoint-3") if number == 2 else None)
         found.append([loss for (loss,) in logs(trainer, "loss")])
         trainer.save_model(str(tmp_path / f"end-{number}"))

@@ -1,6 +1,7 @@
 """Trainers of TRL over a tiny Llama: with PEFT's HRA, with that after `from_peft`, and with a transformed model.
 
-All start at the same pairs of vectors, which cancel, and train with SGD, so that logs and vectors can be compared.
+All train pairs, PEFT's layers by torch's parametrization. They start at the same pairs, without differences, and train
+with SGD, so that logs and pairs can be compared.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import pytest
 import torch
 from datasets import Dataset
 from one_layer import normal
+from peft_sides import in_pairs
 from tiny import llama
 from tiny_tokenizer import QUESTION, WORDS, tokenizer
 from torch import nn
@@ -94,6 +96,8 @@ def trainer(kind: str, method: str, folder: Path, base: Any = None, targets: Any
     else:
         given["peft_config"] = peft.HRAConfig(**fields)
     made = make(model, args=args, **given)
+    if kind == PEFT:
+        in_pairs(made.model)
     if kind == TAKEN:
         hra_fx.from_peft(made.model)
     redraw(made.model, seed=0)
@@ -105,15 +109,14 @@ def _longer_is_better(completions: list[str], **others: Any) -> list[float]:
 
 
 def redraw(model: nn.Module, seed: int = 100) -> None:
-    """Other pairs of vectors, with which the model is the base model again."""
+    """Other pairs without differences, with which the model is the base model again."""
     with torch.no_grad():
-        for number, vectors in enumerate(vectors_of(model).values()):
-            pairs = normal(seed + number, vectors.shape[0], vectors.shape[1] // 2, dtype=vectors.dtype)
-            vectors.copy_(pairs.repeat_interleave(2, dim=1))
+        for number, pairs in enumerate(vectors_of(model).values()):
+            pairs.zero_()[..., 0] = normal(seed + number, *pairs.shape[:2], dtype=pairs.dtype)
 
 
 def vectors_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Path in the base model -> vectors."""
+    """Path in the base model -> pairs."""
     found = {name: p for name, p in model.named_parameters() if ".hra_u." in name}
     return {name.removeprefix("base_model.model.").partition(".hra_u.")[0]: p for name, p in found.items()}
 

@@ -115,7 +115,7 @@ def test_grpo(kind: str, tmp_path: Path) -> None:
     other.beta = beta
     train_alike(theirs, other, *(["kl"] if beta else []), "reward")
     assert other.ref_model is None
-    assert not beta or logs(other, "kl")[-1][0] > 1e-5
+    assert not beta or logs(other, "kl")[-1][0] > 1e-6
 
 
 @pytest.mark.needs("trl>=1.16")
@@ -132,13 +132,12 @@ def test_reward(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["SFT", "DPO", "GRPO"])
 def test_a_run_is_resumed_saved_reported_and_exported(method: str, tmp_path: Path) -> None:
-    """As in docs/trl.md: with `from_peft` and `train_pairs` after the trainer is made, the rest is TRL's own script."""
+    """As in docs/trl.md: with `from_peft` after the trainer is made, the rest is TRL's own script."""
     options: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-2}
     options |= {"beta": 0.5} if method == "GRPO" else {}
     whole, again = (trainer(TAKEN, method, tmp_path / "run", **options) for _ in range(2))
     redraw(again.model)
     for one, checkpoint in ((whole, None), (again, str(tmp_path / "run" / "checkpoint-2"))):
-        hra_fx.train_pairs(one.create_optimizer(), one.model)
         set_seed(0)
         one.train(resume_from_checkpoint=checkpoint)
     wanted = vectors_of(whole.model)
