@@ -65,7 +65,7 @@ def test_experts_of_a_class_without_is_transposed() -> None:
     with pytest.raises(hra_fx.SelectionError, match=r"experts.up: Module does not state .* Set the attribute"):
         hra_fx.transform(model, config)
     model["experts"].is_transposed = True
-    assert hra_fx.transform(model, config)["experts"].hra_up.hra_u["default"].shape == (3, 4, 2)
+    assert hra_fx.transform(model, config)["experts"].hra_up.hra_u["default"].shape == (3, 4, 1, 2)
 
 
 #: Fields of an adapter of the experts, and the error.
@@ -156,8 +156,8 @@ def test_layers_with_different_ranks_start_at_the_base_model_compute_and_fold(fi
         assert_close(hra_fx.transform(net(), ranked(**fields))(x), net()(x))
     plain, model = adapted(net(), a=ranked(**fields))
     assert {row.path: row.r for row in hra_fx.report(model)} == RANKS
-    vectors = [p for p in model.parameters() if p.requires_grad]
-    assert [tuple(u.shape) for u in vectors] == [(6, 3), (8, 2), (8, 4)]
+    shapes = [tuple(p.shape) for p in model.parameters() if p.requires_grad]
+    assert shapes == ([(6, 3), (8, 2), (8, 4)] if fields.get("apply_GS") else [(6, 3), (8, 1, 2), (8, 2, 2)])
     wanted = oracle(plain, model, ["a"], x)
     assert_close(model(x), wanted)
     assert_close(hra_fx.fold(model)(x), wanted)
@@ -187,5 +187,5 @@ def test_the_rank_of_experts_is_matched_with_the_name_of_their_parameter() -> No
         model, hra_fx.HRAConfig(r=4, rank_pattern=pattern, target_modules=["q_proj"], target_parameters=names)
     )
     vectors = {name: tuple(value.shape) for name, value in model.named_parameters() if ".hra_u." in name}
-    assert {shape[-1] for name, shape in vectors.items() if "down_proj" in name} == {2}
-    assert {shape[-1] for name, shape in vectors.items() if "down_proj" not in name} == {4}
+    assert {2 * shape[-2] for name, shape in vectors.items() if "down_proj" in name} == {2}
+    assert {2 * shape[-2] for name, shape in vectors.items() if "down_proj" not in name} == {4}

@@ -12,7 +12,7 @@ import transformers.integrations.moe  # noqa: F401  (registers torch.ops.transfo
 from layers.checking import check, gradients, pair, run_dense, vectors_of
 from moe_models import NAMES, TARGETS, built, call_of, dense_experts
 from one_layer import F32, F64
-from oracles import dense_product, relative_error
+from oracles import dense_q, relative_error
 from torch import Tensor, nn
 
 import hra_fx
@@ -227,7 +227,7 @@ def test_a_report_has_the_values_of_all_experts_of_a_parameter() -> None:
     assert rows[0].layer_type == "Qwen3MoeExperts.gate_up_proj 4x(16->32)"
     assert (rows[0].d, rows[0].r, rows[0].parameters) == (16, 2, 4 * 16 * 2)
     assert len(rows[0].angles) <= 4 and 0 < rows[0].share < 1
-    dense = torch.block_diag(*map(dense_product, vectors_of(model)[rows[0].path].detach()))
+    dense = torch.block_diag(*map(dense_q, vectors_of(model)[rows[0].path].detach()))
     assert abs(rows[0].rotation - float((dense - torch.eye(len(dense))).norm())) < 1e-9
     assert float(hra_fx.orthogonality_loss(model).detach()) > 0
 

@@ -177,7 +177,7 @@ def test_other_layers_that_stop_gradients_after_an_evaluation_are_warned_about()
 
 def test_int4_of_gpus_is_adapted_and_not_folded() -> None:
     model = hra_fx.transform(int4(), config("0"))
-    assert model[0].hra_u["default"].shape == (64, 4) and model[0].hra_u["default"].dtype == torch.float32
+    assert model[0].hra_u["default"].shape == (64, 2, 2) and model[0].hra_u["default"].dtype == torch.float32
     with pytest.raises(FoldError, match=r"torchao, Int4Tensor\), and cannot be folded"):
         hra_fx.fold(model)
 

@@ -18,7 +18,7 @@ from oracles import layer_q, relative_error
 from reporting.made import oracle_share
 from tiny import llama
 from tiny_models import config_for, tokens_of
-from torch import nn
+from torch import Tensor, nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, IntxWeightOnlyConfig
 from torchao.quantization.granularity import PerGroup
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
@@ -32,11 +32,18 @@ def test_an_adapter_is_loaded_over_a_quantized_base(scheme: str, tmp_path: Path)
     model, x = adapted(scheme), inputs()
     hra_fx.save_adapter(model, tmp_path)
     loaded = hra_fx.load_adapter(quantized(scheme), tmp_path, is_trainable=True)
-    assert torch.equal(loaded.train()(x), model.train()(x))
+    _assert_same(loaded, model, x)
     empty = hra_fx.transform(quantized(scheme), config(), low_cpu_mem_usage=True)
     assert empty[0].hra_u["default"].is_meta
     hra_fx.load_adapter(empty, tmp_path, is_trainable=True)
-    assert torch.equal(empty.train()(x), model(x))
+    _assert_same(empty, model, x)
+
+
+def _assert_same(model: nn.Module, wanted: nn.Module, x: Tensor) -> None:
+    """Vectors of a file become pairs, which rounds them. A quantized input may be rounded to another value then."""
+    for loaded, own in zip(map(layer_q, (model[0], model[2])), map(layer_q, (wanted[0], wanted[2])), strict=True):
+        assert relative_error(loaded, own) < 1e-6
+    assert relative_error(model.train()(x), wanted.train()(x)) < 5e-3
 
 
 @pytest.mark.parametrize("scheme", [name for name in FEW if name != "bnb nf4"])
@@ -157,7 +164,7 @@ def test_adapters_are_saved_loaded_and_generate(name: str, folder: Path, tmp_pat
         "adapter_model.safetensors",
     }
     again = hra_fx.load_adapter(loaded(folder, name), tmp_path)
-    assert torch.equal(logits(again), logits(model))
+    assert relative_error(logits(again), logits(model)) < 5e-3  # pairs round; see `_assert_same`
     assert not torch.allclose(logits(again), logits(loaded(folder, name)), atol=1.0)
     text = model.generate(tokens_of(2, 4), max_new_tokens=4, do_sample=False)
     assert torch.equal(again.generate(tokens_of(2, 4), max_new_tokens=4, do_sample=False), text)
