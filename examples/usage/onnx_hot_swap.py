@@ -21,7 +21,7 @@ def bert_with_two_adapters() -> BertForSequenceClassification:
     torch.manual_seed(0)
     config = BertConfig(vocab_size=64, max_position_embeddings=64, initializer_range=0.2, **SIZES)
     model = BertForSequenceClassification(config).eval()
-    hra_fx.transform(model, hra_fx.HRAConfig(r=8, target_modules=["query", "value"]), "room")
+    hra_fx.transform(model, hra_fx.HRAConfig(r=8, target_modules=["query", "value"], pairs=False), "room")
     hra_fx.add_adapter(model, "polite", hra_fx.HRAConfig(r=8, target_modules=["query", "value"]))
     hra_fx.add_adapter(model, "terse", hra_fx.HRAConfig(r=3, target_modules=["query"], apply_GS=True))
     with torch.no_grad():

@@ -86,7 +86,7 @@ def factors_in_exported_batches(layers: Iterable[nn.Module]) -> AbstractContextM
     for adapters, _, parts in _chains(layers):
         if adapters.kind == "linear":
             form = [(part.form(), *[(x.shape, x.dtype, x.device) for x in part.tensors()]) for part in parts]
-        groups[tuple(form)].append((adapters, parts))
+            groups[tuple(form)].append((adapters, parts))
     prepared: dict[HouseholderAdapters, Any] = {}
     for group in groups.values():
         dtype = working_dtype(group[0][1][0].trained.dtype)

@@ -44,7 +44,9 @@ class Recorder:
     def __call__(self, graph: fx.GraphModule, inputs: Any) -> Any:
         nodes = [node for part in graph.modules() if isinstance(part, fx.GraphModule) for node in part.graph.nodes]
         found = [node for node in nodes if node.target is torch.ops.hra_fx.batched_factors.default]
-        self.batches.append([len(list(node.args[0])) // (1 + sum(node.args[2])) for node in found])
+        self.batches.append(
+            [len(list(node.args[0])) // sum(1 + (form >= 4) for form in node.args[1]) for node in found]
+        )
         return self.then(graph, inputs)
 
 

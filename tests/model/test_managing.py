@@ -84,7 +84,7 @@ def test_a_model_that_deepspeed_trains_takes_no_other_adapter() -> None:
 
 POSSIBLE = (
     "`adapter_name` must be a string that can name a parameter and a folder: no dots, slashes or backslashes, no "
-    "spaces at its ends, not ending in '_anchor' or '_scaled', and not a reserved name; got {!r}."
+    "spaces at its ends, not ending in '_anchor', '_kept' or '_scaled', and not a reserved name; got {!r}."
 )
 #: Names that cannot be part of a path or the name of a folder, and names that modules of hra_fx use.
 REFUSED = {
