@@ -24,12 +24,14 @@ class BaseProducts(TorchFunctionMode):
     """Inside of it, `F.linear` computes in bfloat16 with the weights that a model has now.
 
     Args:
-        model: a model in float32 before an adapter is inserted. Weights that are trained are rounded in each product.
+        model: a model in float32, after an adapter was inserted. Weights that are trained are rounded in each product.
+        paths: its Linears before that.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
         super().__init__()
-        weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+        layers: list[Any] = [model.get_submodule(path) for path in paths]
+        weights = [getattr(layer, "base_layer", layer).weight for layer in layers]
         self.weights = weights  # kept, so that no other tensor gets their addresses
         self.rounded = {weight.data_ptr(): weight.detach().bfloat16() for weight in weights}
 

@@ -74,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.smoke:
         for method in options.method or METHODS:
             for task in options.task or [SMOKE]:
-                record = run(task, method, 0, 1e-3, test=True, tiny=True)
-                print(json.dumps(dataclasses.asdict(record)), flush=True)
+                for record in run(task, method, 0, 1e-3, test=True, tiny=True):
+                    print(json.dumps(dataclasses.asdict(record)), flush=True)
         return 0
     run_all(planned(options), options.jobs, options.file)
     records = read(options.file)

@@ -30,6 +30,7 @@ class Record:
             that ask for it.
         commit: that of the code that made the run.
         dtype: that of products with the weights of the base model; empty for runs before it was stored.
+        moved: see `training.moved`; None for runs before it was stored.
     """
 
     task: str
@@ -46,6 +47,7 @@ class Record:
     curve: list[list[float]] = field(default_factory=list)
     commit: str = ""
     dtype: str = ""
+    moved: float | None = None
 
 
 def read(file: Path = FILE) -> list[Record]:
@@ -64,6 +66,11 @@ def write(records: Iterable[Record], file: Path = FILE) -> None:
 def of(records: Sequence[Record], task: str, method: str) -> list[Record]:
     """The records of a method on a task."""
     return [record for record in records if (record.task, record.method) == (task, method)]
+
+
+def scaled_name(method: str, scale: float) -> str:
+    """The name of a method whose trained model keeps a part of its change."""
+    return f"{method}@{scale:g}"
 
 
 def matched_rank(records: Sequence[Record], task: str, method: str) -> int | None:

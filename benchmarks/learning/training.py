@@ -19,7 +19,7 @@ from torch import nn
 from learning.bfloat16 import BaseProducts, is_fast
 from learning.keeping import ALL
 from learning.methods import Method, layer_shapes
-from learning.records import Record
+from learning.records import Record, scaled_name
 from learning.tasks import TASKS
 from learning.tasks.task import Batch, Task
 
@@ -37,8 +37,8 @@ def run(
     test: bool,
     tiny: bool = False,
     float32: bool = False,
-) -> Record:
-    """Train once and return the record.
+) -> list[Record]:
+    """Train once and return the record, and those of the trained model at other scales.
 
     Args:
         task_name, method_name: names in `TASKS` and `ALL`.
@@ -52,37 +52,62 @@ def run(
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     task, method = TASKS[task_name](seed, tiny=tiny), ALL[method_name]
-    model = task.model()
-    rounded = task.bfloat16 and not float32 and is_fast()
-    products = BaseProducts(model) if rounded else nullcontext()
+    model, base = task.model(), task.model()
     if r is None:
         r = method.rank(layer_shapes(model, task.targets), task.lora_rank)
+    linears = [path for path, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     torch.manual_seed(seed)
     method.insert(model, task, r)
     head = model.get_submodule(task.head).requires_grad_(True) if task.head else nn.Module()
+    rounded = task.bfloat16 and not float32 and is_fast()
+    products = BaseProducts(model, linears) if rounded else nullcontext()
     trainable = count(model) - count(head)
     peak, start = Peak(), time.process_time()
     with products:
         curve = fit(model, head, task, method, lr)
         seconds, peak_mb = time.process_time() - start, peak.megabytes()
-        validation, tested = task.validate(model), task.test(model) if test else None
-        retention = task.retention(model)
-    return Record(
-        task_name,
-        method_name,
-        r,
-        seed,
-        lr,
-        trainable,
-        round(validation, 4),
-        None if tested is None else round(tested, 4),
-        round(seconds, 1),
-        peak_mb,
-        {name: round(value, 4) for name, value in retention.items()},
-        curve,
-        commit(),
-        "bfloat16" if rounded else "float32",
-    )
+
+    def measured(name: str, curve: list[list[float]]) -> Record:
+        with products:
+            validation, tested = task.validate(model), task.test(model) if test else None
+            retention = task.retention(model)
+        return Record(
+            task_name,
+            name,
+            r,
+            seed,
+            lr,
+            trainable,
+            round(validation, 4),
+            None if tested is None else round(tested, 4),
+            round(seconds, 1),
+            peak_mb,
+            {name: round(value, 4) for name, value in retention.items()},
+            curve,
+            commit(),
+            "bfloat16" if rounded else "float32",
+            round(moved(model, base, task.targets), 5),
+        )
+
+    records, before = [measured(method_name, curve)], 1.0
+    for scale in task.scales if test and method.rescale else ():
+        method.rescale(model, base, scale, before)
+        records.append(measured(scaled_name(method_name, scale), []))
+        before = scale
+    return records
+
+
+@torch.no_grad()
+def moved(model: nn.Module, base: nn.Module, targets: Sequence[str]) -> float:
+    """How far the weights of Linears are from those of the base model: the mean of `||W' - W|| / ||W||`."""
+    found = []
+    for path, layer in base.named_modules():
+        if isinstance(layer, nn.Linear) and path.endswith(tuple(targets)):
+            # The layers of all libraries can be called.
+            weight, rows = layer.weight.T, torch.eye(layer.in_features)
+            change = model.get_submodule(path)(rows) - layer(rows)
+            found.append(float(change.norm() / weight.norm()))
+    return statistics.fmean(found) if found else 0.0
 
 
 def fit(model: nn.Module, head: nn.Module, task: Task, method: Method, lr: float) -> list[list[float]]:
@@ -105,8 +130,6 @@ def fit(model: nn.Module, head: nn.Module, task: Task, method: Method, lr: float
     for step, batch in enumerate(batches, start=1):
         loss = task.rehearsal_loss(model, batch) if isinstance(batch, int) else task.loss(model, batch)
         losses.append(float(loss.detach()))
-        if method.penalty is not None:
-            loss = loss + method.penalty(model)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_([value for group in groups for value in group["params"]], 1.0)

@@ -18,7 +18,7 @@ from learning.records import Record, read, write
 from learning.running import Run, run_all
 from learning.summary import difference
 from learning.tasks import TASKS
-from learning.training import count, fit, run
+from learning.training import count, fit, moved, run
 from torch import nn
 
 TASK = "teacher-rotation"
@@ -31,7 +31,8 @@ TASK_CASES: list[Any] = [
 
 @pytest.mark.parametrize("task", TASK_CASES)
 def test_a_tiny_run_of_each_task(task: str) -> None:
-    record = run(task, "hra-pairs", 0, 1e-2, test=True, tiny=True)
+    record, *scaled = run(task, "hra-pairs", 0, 1e-2, test=True, tiny=True)
+    assert [one.method for one in scaled] == ["hra-pairs@0.75", "hra-pairs@0.5"] * task.startswith("language")
     assert record.trainable > 0 and record.test is not None
     assert record.validation > 0 or TASKS[task].higher_is_better
 
@@ -53,7 +54,21 @@ def test_every_method_starts_at_the_base_model_and_moves(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["lora-protect", "lora-rehearse", "hra-pairs-protect"])
 def test_a_method_that_keeps_what_the_model_knows(method: str) -> None:
-    assert "accuracy on 0 to 4, %" in run("digits", method, 0, 1e-2, test=True, tiny=True).retention
+    assert "accuracy on 0 to 4, %" in run("digits", method, 0, 1e-2, test=True, tiny=True)[0].retention
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "hra-pairs"])
+def test_a_trained_model_can_keep_a_part_of_its_change(method: str) -> None:
+    task = TASKS[TASK](0, tiny=True)
+    model, base = task.model(), task.model()
+    ALL[method].insert(model, task, 4)
+    fit(model, nn.Module(), task, ALL[method], 1e-2)
+    rescale = ALL[method].rescale
+    assert rescale is not None
+    whole = moved(model, base, task.targets)
+    rescale(model, base, 0.75, 1.0)
+    rescale(model, base, 0.5, 0.75)
+    assert moved(model, base, task.targets) == pytest.approx(whole / 2, rel=1e-3)
 
 
 def test_protected_lora_does_not_read_the_main_directions_of_inputs() -> None:
@@ -73,7 +88,7 @@ def test_protected_lora_does_not_read_the_main_directions_of_inputs() -> None:
 
 def test_a_recorded_run_can_be_made_again() -> None:
     recorded = final_runs(read(), "teacher-dense", "hra")
-    again = run("teacher-dense", "hra", 0, recorded[0].lr, test=True)
+    (again,) = run("teacher-dense", "hra", 0, recorded[0].lr, test=True)
     assert again.trainable == recorded[0].trainable and again.test is not None
     scores = [record.test for record in recorded if record.test is not None]
     assert abs(again.test - scores[0]) <= statistics.stdev(scores)
@@ -83,8 +98,8 @@ def test_the_program_adds_what_is_missing_to_the_records(tmp_path: Path, capsys:
     file = tmp_path / "records.json"
     made: list[Run] = []
 
-    def make(planned: Run) -> Record:
-        return record(planned.lr, planned.seed, abs(planned.lr - 3e-3), 1.0 if planned.test else None)
+    def make(planned: Run) -> list[Record]:
+        return [record(planned.lr, planned.seed, abs(planned.lr - 3e-3), 1.0 if planned.test else None)]
 
     run_all([Run(TASK, "lora", 0, lr, test=False) for lr in GRID], 2, file, make)
     write([*read(file), record(3e-3, 1, 0.0, 5.0)], file)
@@ -97,7 +112,7 @@ def test_the_program_adds_what_is_missing_to_the_records(tmp_path: Path, capsys:
 
 
 def record(lr: float, seed: int, validation: float, test: float | None, method: str = "lora") -> Record:
-    return Record(TASK, method, 4, seed, lr, 64, validation, test, 0, 1)
+    return Record(TASK, method, 4, seed, lr, 64, validation, test, 0, 1, moved=0.1)
 
 
 def test_the_lost_part_is_a_share_of_what_training_gains() -> None:

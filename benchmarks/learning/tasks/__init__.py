@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from learning.tasks.digits import FewDigits
-from learning.tasks.language import Float32, FourBit, Language, Long, MorePasses
+from learning.tasks.language import (
+    MLP,
+    Attention,
+    Float32,
+    FourBit,
+    Language,
+    Long,
+    MorePasses,
+    MoreSteps,
+    Slovene,
+)
 from learning.tasks.newsgroups import MoreNewsgroups, Newsgroups, Retrieval
 from learning.tasks.task import Task
 from learning.tasks.teachers import DenseTeacher, LowRankTeacher, RotatedTeacher
@@ -17,6 +27,10 @@ TASKS: dict[str, type[Task]] = {
         Language,
         MorePasses,
         Long,
+        MoreSteps,
+        MLP,
+        Attention,
+        Slovene,
         FourBit,
         Float32,
         FewDigits,

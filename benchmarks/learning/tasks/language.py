@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, ClassVar
 
@@ -42,6 +43,7 @@ class Language(Task):
     batch_size: ClassVar[int] = 4
     epochs: ClassVar[int] = 1
     bfloat16: ClassVar[bool] = True
+    scales: ClassVar[Sequence[float]] = (0.75, 0.5)
     posts: ClassVar[int] = 256
 
     def __init__(self, seed: int, *, tiny: bool = False) -> None:
@@ -109,6 +111,61 @@ class Long(Language):
     posts: ClassVar[int] = 1536
     epochs: ClassVar[int] = 2
     curve_steps: ClassVar[int] = 64
+
+
+class MoreSteps(Language):
+    """The same with four times as many posts."""
+
+    name: ClassVar[str] = "language-256-steps"
+    about: ClassVar[str] = "The same task with 1024 posts: 256 steps."
+    posts: ClassVar[int] = 1024
+
+
+class MLP(Language):
+    """The same with adapters in the MLPs alone."""
+
+    name: ClassVar[str] = "language-mlp"
+    about: ClassVar[str] = (
+        "The same as `language`, but only the MLPs have adapters, with as many parameters. LoRA has rank 6 in "
+        "`gate_proj` and `up_proj`, and rank 7 in `down_proj`; HRA has 14 and 16 vectors."
+    )
+    targets: ClassVar[list[str]] = ["gate_proj", "up_proj", "down_proj"]
+    lora_rank: ClassVar[int] = 6
+    more_rank: ClassVar[dict[str, int]] = {"down_proj": 1}
+
+
+class Attention(Language):
+    """The same with adapters in the attention alone."""
+
+    name: ClassVar[str] = "language-attention"
+    about: ClassVar[str] = (
+        "The same as `language`, but only the attention has adapters, with as many parameters: LoRA has rank 11, HRA "
+        "has 18 vectors."
+    )
+    targets: ClassVar[list[str]] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    lora_rank: ClassVar[int] = 11
+
+
+class Slovene(Language):
+    """The same with another language to learn."""
+
+    name: ClassVar[str] = "language-slovene"
+    about: ClassVar[str] = (
+        "The same as `language`, but the model learns comments of Slovene web sites. A passage has 64 tokens of "
+        "several comments."
+    )
+
+    def __init__(self, seed: int, *, tiny: bool = False) -> None:
+        """Draw the passages of this seed from those that are not held out."""
+        Task.__init__(self, seed, tiny=tiny)
+        rows = comments()
+        few = 4 if tiny else VALIDATION
+        self.held_out, self.unseen, pool = rows[:few], rows[VALIDATION:][: few + 16], rows[VALIDATION + TEST :]
+        self.ids = pool[random.Random(seed).sample(range(len(pool)), 8 if tiny else self.posts)]
+
+    def test(self, model: nn.Module) -> float:
+        """Perplexity of 64 other passages."""
+        return perplexity(model, self.unseen)
 
 
 class FourBit(Language):
@@ -222,6 +279,15 @@ def tweets(count: int, seed: int) -> Tensor:
     rows = random.Random(0).sample([row["Content"] for row in corpus("election-tweets-2016")], 2000)[seed::2]
     ids = tokenizer()("\n".join(rows))["input_ids"]
     return torch.tensor(ids[: count * LENGTH]).view(count, LENGTH)
+
+
+@cache
+def comments() -> Tensor:
+    """Passages of Slovene comments in a random order, int64 `(passages, LENGTH)`."""
+    texts = [row["Content"] for row in corpus("slo-opinion-corpus") if row["Content"]]
+    ids = tokenizer()("\n".join(random.Random(0).sample(texts, len(texts))))["input_ids"]
+    rows = [ids[start : start + LENGTH] for start in range(0, len(ids) - LENGTH, LENGTH)]
+    return torch.tensor(random.Random(0).sample(rows, len(rows)))
 
 
 @cache

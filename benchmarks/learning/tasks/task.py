@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import random
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -29,6 +30,10 @@ class Task(abc.ABC):
     targets: ClassVar[list[str]]
     #: LoRA's rank. Other methods get the rank with the nearest number of parameters.
     lora_rank: ClassVar[int]
+    #: How much larger LoRA's rank is in some of the targets. HRA has twice as many more vectors there.
+    more_rank: ClassVar[dict[str, int]] = {}
+    #: The parts of its change that a trained model keeps in evaluations of their own.
+    scales: ClassVar[Sequence[float]] = ()
     #: The module that is new, which every method trains, and its learning rate.
     head: ClassVar[str | None] = None
     head_lr: ClassVar[float] = 0.0
