@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from learning.records import FILE, Record, read, write
 from learning.tasks import TASKS
@@ -41,9 +41,7 @@ class Run:
 Make = Callable[[Run], list[Record]]
 
 
-def run_all(
-    runs: Iterable[Run], jobs: int, file: Path = FILE, make: Callable[[Run], list[Record]] | None = None
-) -> None:
+def run_all(runs: Iterable[Run], jobs: int, file: Path = FILE, make: Make | None = None) -> None:
     """Make the runs that are missing, and write the records of each when it ends.
 
     Stop it at any time: the next call continues from the existing records.
@@ -87,5 +85,5 @@ def started(make: Make, planned: Run) -> Connection:
 
 def make_run(planned: Run) -> list[Record]:
     """Make one run."""
-    arguments = asdict(planned)
-    return run(*(arguments.pop(name) for name in ("task", "method", "seed", "lr")), **arguments)
+    options: dict[str, Any] = {"r": planned.r, "test": planned.test, "float32": planned.float32}
+    return run(planned.task, planned.method, planned.seed, planned.lr, **options)
