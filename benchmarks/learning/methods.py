@@ -133,11 +133,6 @@ def of_hra_fx(**fields: object) -> Insert:
     return insert
 
 
-def in_pairs(optimizer: torch.optim.Optimizer, model: nn.Module, task: Task) -> None:
-    """Train in pairs."""
-    hra_fx.train_pairs(optimizer, model)
-
-
 def freeze(model: nn.Module, task: Task, rank: int) -> None:
     """Add nothing."""
     model.requires_grad_(False)
@@ -196,10 +191,8 @@ METHODS = {
         of_peft(lambda task, rank: peft.HRAConfig(r=rank, target_modules=task.targets)),
         reflections,
     ),
-    "hra": Method("HRA, vectors", LARGE, of_hra_fx(), reflections),
-    "hra-pairs": Method(
-        "HRA, pairs", MIDDLE, of_hra_fx(), reflections, prepare_optimizer=in_pairs, rescale=rescale_hra
-    ),
+    "hra": Method("HRA, vectors", LARGE, of_hra_fx(pairs=False), reflections),
+    "hra-pairs": Method("HRA, pairs", MIDDLE, of_hra_fx(), reflections, rescale=rescale_hra),
     "hra-gs": Method("HRA, Gram-Schmidt", LARGE, of_hra_fx(apply_GS=True), reflections),
     "full": Method("full fine-tuning", SMALL, train_all, lambda shapes, rank: 0, rescale=rescale_all),
 }
