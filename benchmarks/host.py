@@ -3,7 +3,8 @@
     PYTHONPATH=benchmarks python benchmarks/host.py        # or: make bench-host
 
 Tensors are so small that the time is that of Python and of launching operators, for which a GPU waits. The time of the
-frozen base model is subtracted. All methods take turns in one run. Frames are calls of Python functions of hra_fx in a
+frozen base model is subtracted. All methods take turns in one run. A training step is a forward, a backward and a step
+of AdamW; the protected model keeps directions of each layer. Frames are calls of Python functions of hra_fx in a
 training step: in an adapted layer, and outside of the layers, for each of them. Needs peft.
 """
 
@@ -32,9 +33,9 @@ BLOCKS, WIDTH, RANK, NEW_TOKENS = 16, 32, 8, 12
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONFIG = hra_fx.HRAConfig(r=RANK, target_modules=TARGETS)
 IDS = torch.arange(2).unsqueeze(0)
-ROUNDS = {"training step": 60, "forward without gradients": 100, "generate": 20}
+ROUNDS = {"forward and backward": 60, "training step": 60, "forward without gradients": 100, "generate": 20}
 _OURS = str(Path(hra_fx.__file__).parent)
-BASE, LORA, OURS = "base", "PEFT LoRA", "hra_fx"
+BASE, LORA, OURS, PROTECTED = "base", "PEFT LoRA", "hra_fx", "hra_fx, protected"
 
 
 def base_model(blocks: int = BLOCKS) -> Any:
@@ -49,6 +50,12 @@ def adapted_model(blocks: int = BLOCKS) -> Any:
     return hra_fx.transform(base_model(blocks), CONFIG)
 
 
+def protected_model(blocks: int = BLOCKS) -> Any:
+    model = adapted_model(blocks)
+    hra_fx.protect(model, [{"input_ids": torch.arange(32).view(4, 8)}], directions=RANK)
+    return model
+
+
 def models(blocks: int = BLOCKS) -> dict[str, Any]:
     """The base model, and adapted ones."""
     configs = {
@@ -57,7 +64,7 @@ def models(blocks: int = BLOCKS) -> dict[str, Any]:
         "PEFT OFT": peft.OFTConfig(r=0, oft_block_size=RANK, target_modules=TARGETS),
     }
     made: dict[str, Any] = {name: peft.get_peft_model(base_model(blocks), config) for name, config in configs.items()}
-    return {BASE: base_model(blocks), OURS: adapted_model(blocks), **made}
+    return {BASE: base_model(blocks), OURS: adapted_model(blocks), PROTECTED: protected_model(blocks), **made}
 
 
 @functools.cache
@@ -70,6 +77,18 @@ def train(model: Any) -> None:
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
 
+@functools.cache
+def optimizer_of(model: Any) -> torch.optim.Optimizer:
+    """AdamW as on a GPU, where one operator computes the same for all parameters."""
+    return torch.optim.AdamW((one for one in model.parameters() if one.requires_grad), foreach=True)
+
+
+def step(model: Any) -> None:
+    train(model)
+    optimizer_of(model).step()
+    optimizer_of(model).zero_grad()
+
+
 def infer(model: Any) -> None:
     with torch.no_grad():
         model(input_ids=ids_on(model.device), use_cache=False)
@@ -80,7 +99,7 @@ def generate(model: Any) -> None:
     model.generate(input_ids=ids_on(model.device), **tokens, do_sample=False, pad_token_id=0)
 
 
-WORK: dict[str, Callable[[Any], None]] = dict(zip(ROUNDS, (train, infer, generate), strict=True))
+WORK: dict[str, Callable[[Any], None]] = dict(zip(ROUNDS, (train, step, infer, generate), strict=True))
 
 
 def frames(model: nn.Module) -> tuple[float, float]:
@@ -117,7 +136,7 @@ def added(made: dict[str, Any], rounds: dict[str, int]) -> Iterator[tuple[str, d
     now, settle = (time.process_time, lambda: None) if on_cpu else (time.perf_counter, torch.cuda.synchronize)
     for what, work in WORK.items():
         for model in made.values():
-            model.train(work is train)
+            model.train(work in (train, step))
         calls: dict[str, Callable[[], object]] = {}
         for name, model in made.items():
             calls |= {f"before {name}": settle, name: functools.partial(work, model)}

@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import peft
 import torch
 from peft.tuners.lora.config import CordaConfig
-from torch import nn
+from torch import Tensor, nn
 
 import hra_fx
 from learning.directions import lora_layers, main_inputs, protect_lora
 from learning.methods import METHODS, Method, lora
-from learning.tasks.task import Task
+from learning.tasks.task import CACHE, Task
 
 #: Directions in each layer, and samples that they come from.
 DIRECTIONS, SAMPLES = 16, 64
 
 
-def protected(method: str, directions: int = DIRECTIONS, samples: int = SAMPLES, kind: str = "") -> Method:
-    """HRA that keeps its vectors orthogonal to the main inputs of samples of some kind."""
+def protected(method: str, told: str = "tales", kind: str = "", directions: int = DIRECTIONS, **more: Any) -> Method:
+    """HRA that does not change the main inputs of samples of some kind, which `told` names."""
     base = METHODS[method]
 
     def prepare(optimizer: torch.optim.Optimizer, model: nn.Module, task: Task) -> None:
-        base.prepare_optimizer(optimizer, model, task)
-        hra_fx.protect(optimizer, model, task.to_keep(samples, kind), directions)
+        hra_fx.protect(model, task.to_keep(more.get("samples", SAMPLES), kind), directions)
 
-    told = ", protected" if directions == DIRECTIONS else f", {directions} directions protected"
-    return replace(base, label=base.label + told, prepare_optimizer=prepare, rate_of=method)
+    count = "" if directions == DIRECTIONS else f" ({directions} directions)"
+    label = f"{base.label}, {told} protected{count}"
+    return replace(base, label=label, prepare_optimizer=prepare, rescale=None, rate_of=method)
+
+
+def keep_random_directions(optimizer: torch.optim.Optimizer, model: nn.Module, task: Task) -> None:
+    """Protect as many directions as `protected`, which have nothing to do with the inputs."""
+    for layer in model.modules():
+        if isinstance(container := getattr(layer, "hra_u", None), nn.ParameterDict):
+            container.keep("default", torch.linalg.qr(torch.randn(container.width, DIRECTIONS)).Q)
 
 
 def protected_lora(optimizer: torch.optim.Optimizer, model: nn.Module, task: Task) -> None:
@@ -36,16 +46,30 @@ def protected_lora(optimizer: torch.optim.Optimizer, model: nn.Module, task: Tas
     protect_lora(optimizer, model, bases)
 
 
+def distant(method: Method, told: str, kind: str, *, weight: float = 1.0, rows: int = 2, every: int = 1) -> Method:
+    """A method whose loss has the distance to the base model, on some rows of samples of some kind, in some steps."""
+
+    def term(model: nn.Module, task: Task) -> Callable[[int], Tensor | float]:
+        batches = itertools.cycle(task.to_keep(SAMPLES, kind, rows))
+        return lambda step: 0.0 if step % every else weight * task.distance(model, next(batches))
+
+    return replace(method, label=f"{method.label}, distance on {told}", term=term, rescale=None)
+
+
 def rehearsed(method: str) -> Method:
     """A method that also trains on a batch of samples to keep after every nine batches."""
-    return replace(METHODS[method], label=f"{METHODS[method].label}, rehearsal", rehearsal_steps=9, rate_of=method)
+    label = f"{METHODS[method].label}, rehearsal"
+    return replace(METHODS[method], label=label, rehearsal_steps=9, rescale=None, rate_of=method)
 
 
 def corda(model: nn.Module, task: Task, rank: int) -> None:
     """LoRA that starts where samples to keep have the least; PEFT changes the base weights for it."""
     from peft.tuners.lora.corda import preprocess_corda  # needs attrs
 
-    config = lora(task, rank, init_lora_weights="corda", corda_config=CordaConfig(corda_method="kpm"))
+    settings = CordaConfig(
+        corda_method="kpm", cache_file=None if task.tiny else str(CACHE / f"corda-{task.name}-{rank}.pt")
+    )
+    config = lora(task, rank, init_lora_weights="corda", corda_config=settings)
     rows = [row for batch in task.to_keep(SAMPLES) for row in batch.split(1)]
     with torch.no_grad():
         preprocess_corda(model, config, run_model=lambda: [model(row) for row in rows])
@@ -59,19 +83,33 @@ def osf(model: nn.Module, task: Task, rank: int) -> None:
     peft.inject_adapter_in_model(peft.OSFConfig(target_modules=task.targets, rank_pattern=frozen), model)
 
 
+LORA, PAIRS = (replace(METHODS[name], rescale=None, rate_of=name) for name in ("lora", "hra-pairs"))
+OWN = ("own texts", "own")
+
 #: Most run at the learning rate of the method that they change.
 KEEPING = {
-    "lora-protect": replace(METHODS["lora"], label="LoRA, protected", prepare_optimizer=protected_lora, rate_of="lora"),
+    "lora-decay": replace(LORA, label="LoRA, weight decay 0.3", weight_decay=0.3),
+    "lora-protect": replace(LORA, label="LoRA, tales protected", prepare_optimizer=protected_lora),
     "lora-rehearse": rehearsed("lora"),
-    "lora-decay": replace(METHODS["lora"], label="LoRA, weight decay 0.3", weight_decay=0.3, rate_of="lora"),
+    "lora-distance-own": distant(LORA, *OWN),
     "corda": Method("CorDA, knowledge preserved", (5.5e-4, 1e-3, 1.7e-3, 3e-3), corda),
     "osf": Method("OSF", (1.7e-3, 3e-3, 5.5e-3, 1e-2), osf),
-    "hra-pairs-protect": protected("hra-pairs"),
     "hra-pairs-rehearse": rehearsed("hra-pairs"),
-    **{f"hra-pairs-protect-{count}": protected("hra-pairs", count) for count in (4, 32, 64)},
-    "hra-pairs-protect-few": replace(protected("hra-pairs", samples=8), label="HRA, pairs, protected by 8 samples"),
-    "hra-pairs-protect-other": replace(
-        protected("hra-pairs", kind="other"), label="HRA, pairs, other samples protected"
+    "hra-pairs-protect": protected("hra-pairs"),
+    "hra-pairs-protect-own": protected("hra-pairs", *OWN),
+    "hra-pairs-protect-random": protected("hra-pairs", "random tokens", "random"),
+    "hra-pairs-protect-directions": replace(
+        PAIRS, label="HRA, pairs, random directions protected", prepare_optimizer=keep_random_directions
     ),
+    **{f"hra-pairs-protect-{count}": protected("hra-pairs", directions=count) for count in (4, 32, 64)},
+    "hra-pairs-protect-few": protected("hra-pairs", "8 tales", samples=8),
+    "hra-pairs-protect-other": protected("hra-pairs", "tweets", "other"),
+    "hra-pairs-distance": distant(PAIRS, "tales", ""),
+    "hra-pairs-distance-own": distant(PAIRS, *OWN),
+    "hra-pairs-distance-own-one": distant(PAIRS, "own texts, one passage", "own", rows=1),
+    "hra-pairs-distance-own-second": distant(PAIRS, "own texts, every second step", "own", every=2),
+    "hra-pairs-distance-own-0.3": distant(PAIRS, "own texts, weight 0.3", "own", weight=0.3),
+    "hra-pairs-distance-own-3": distant(PAIRS, "own texts, weight 3", "own", weight=3.0),
+    "hra-pairs-both-own": distant(protected("hra-pairs", *OWN), *OWN),
 }
 ALL = METHODS | KEEPING

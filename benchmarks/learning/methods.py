@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 import hra_fx
 from learning.tasks.task import Task
@@ -34,6 +34,7 @@ class Method:
             layers and LoRA's rank; 0 where a method has no rank.
         weight_decay: that of AdamW, for what is inserted.
         prepare_optimizer: called with the optimizer, the model and the task before the first step.
+        term: a term of the loss, from the number of a step; made from the model and the task before the first one.
         rehearsal_steps: a batch of samples to keep follows so many batches; 0 for never.
         rescale: moves the trained model back towards the base model; see `Rescale`.
         rate_of: the method whose learning rate it has, if it has none of its own.
@@ -45,6 +46,7 @@ class Method:
     rank: Callable[[Sequence[tuple[int, int]], int], int] = lambda shapes, lora_rank: lora_rank
     weight_decay: float = 0.0
     prepare_optimizer: Callable[[torch.optim.Optimizer, nn.Module, Task], None] = lambda optimizer, model, task: None
+    term: Callable[[nn.Module, Task], Callable[[int], Tensor | float]] = lambda model, task: lambda step: 0.0
     rehearsal_steps: int = 0
     rescale: Rescale | None = None
     rate_of: str = ""

@@ -122,6 +122,7 @@ def fit(model: nn.Module, head: nn.Module, task: Task, method: Method, lr: float
         return []
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
     method.prepare_optimizer(optimizer, model, task)
+    term = method.term(model, task)
     batches: list[Batch | int] = with_rehearsal(task.batches(), method.rehearsal_steps)
     warmup = math.ceil(WARMUP * len(batches))
     schedule = transformers.get_scheduler("linear", optimizer, warmup, len(batches) + 1)
@@ -131,7 +132,7 @@ def fit(model: nn.Module, head: nn.Module, task: Task, method: Method, lr: float
         loss = task.rehearsal_loss(model, batch) if isinstance(batch, int) else task.loss(model, batch)
         losses.append(float(loss.detach()))
         optimizer.zero_grad()
-        loss.backward()
+        (loss + term(step)).backward()
         nn.utils.clip_grad_norm_([value for group in groups for value in group["params"]], 1.0)
         optimizer.step()
         schedule.step()

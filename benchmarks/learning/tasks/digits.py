@@ -6,7 +6,6 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -14,10 +13,9 @@ from resnet_mnist import Digits, load, resnet
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from learning.tasks.task import Batch, Task, accuracy
+from learning.tasks.task import CACHE, Batch, Task, accuracy
 
 IMAGES, VALIDATION = 100, 400
-CACHE = Path(__file__).resolve().parents[3] / "build" / "learning"
 
 
 class FewDigits(Task):
@@ -100,9 +98,9 @@ class FewDigits(Task):
         yield
         model.fc[2] = new
 
-    def to_keep(self, count: int, kind: str = "") -> list[Tensor]:
+    def to_keep(self, count: int, kind: str = "", rows: int = 8) -> list[Tensor]:
         """Images of 0 to 4 that are not tested."""
-        return list(self.known.images[: min(count, 2000)].split(32))
+        return list(self.known.images[: min(count, 2000)].split(rows))
 
     def rehearsal_loss(self, model: nn.Module, step: int) -> Tensor:
         """Cross entropy of images of 0 to 4, with their head."""

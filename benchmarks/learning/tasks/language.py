@@ -14,8 +14,9 @@ from _data import corpus, newsgroups, smollm2
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+import hra_fx
 from learning.tasks.facts import FACTS
-from learning.tasks.task import Batch, Task
+from learning.tasks.task import CACHE, Batch, Task
 
 LENGTH = 64
 VALIDATION, TEST, TALES = 48, 64, 48
@@ -91,9 +92,15 @@ class Language(Task):
             "perplexity of tweets": perplexity(model, tweets(2 if self.tiny else TALES, seed=0)),
         }
 
-    def to_keep(self, count: int, kind: str = "") -> list[Tensor]:
-        """Tales that are not tested, or tweets."""
-        return list((tweets(count, seed=1) if kind == "other" else tales_to_keep(count)).split(8))
+    def to_keep(self, count: int, kind: str = "", rows: int = 8) -> list[Tensor]:
+        """Tales that are not tested, tweets, texts of the model, or random tokens."""
+        if kind == "random":
+            ids = torch.randint(17, 49152, (count, LENGTH), generator=torch.Generator().manual_seed(7))
+        elif kind == "own":
+            ids = torch.randint(17, 49152, (count, LENGTH)) if self.tiny else own_texts()[:count]
+        else:
+            ids = tweets(count, seed=1) if kind == "other" else tales_to_keep(count)
+        return list(ids.split(rows))
 
     def rehearsal_loss(self, model: nn.Module, step: int) -> Tensor:
         """The mean loss of the next token of tales that are not tested."""
@@ -279,6 +286,17 @@ def tweets(count: int, seed: int) -> Tensor:
     rows = random.Random(0).sample([row["Content"] for row in corpus("election-tweets-2016")], 2000)[seed::2]
     ids = tokenizer()("\n".join(rows))["input_ids"]
     return torch.tensor(ids[: count * LENGTH]).view(count, LENGTH)
+
+
+@cache
+def own_texts() -> Tensor:
+    """64 texts that the model writes itself, int64 `(64, LENGTH)`; kept in a file."""
+    file = CACHE / "own_texts.pt"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(torch.cat([batch["input_ids"] for batch in hra_fx.own_texts(pretrained(), length=LENGTH)]), file)
+    ids: Tensor = torch.load(file)
+    return ids
 
 
 @cache

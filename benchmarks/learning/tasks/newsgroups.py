@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 
 import torch
 import transformers
-from _data import minilm_folder, newsgroups
+from _data import corpus, minilm_folder, newsgroups
 from finetune_and_fold import MAX_TOKENS, Classifier, Texts
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+import hra_fx
 from learning.tasks.task import Batch, Task, accuracy
 
 VALIDATION, TEST = 500, 1500
@@ -138,9 +139,14 @@ class Retrieval(Newsgroups):
         labels = self.others.labels
         return {"retrieval, %": 100 * float((labels[nearest] == labels).double().mean())}
 
-    def to_keep(self, count: int, kind: str = "") -> list[dict[str, Tensor]]:
-        """Texts of the other groups that are not tested."""
-        return [self.kept.batch(list(range(start, start + 8))) for start in range(0, count, 8)]
+    def to_keep(self, count: int, kind: str = "", rows: int = 8) -> list[dict[str, Tensor]]:
+        """Texts of the other groups that are not tested, or of tales."""
+        texts = tales(count) if kind == "other" else self.kept
+        return [texts.batch(list(range(start, start + rows))) for start in range(0, count, rows)]
+
+    def distance(self, model: Any, batch: Any) -> Tensor:
+        """That of the encoder."""
+        return hra_fx.distance_to_base(model.encoder, batch)
 
     def rehearsal_loss(self, model: Any, step: int) -> Tensor:
         """The mean squared error of embeddings, to those of the base model."""
@@ -148,6 +154,12 @@ class Retrieval(Newsgroups):
         with torch.no_grad():
             wanted = base_model().embed(**batch)
         return nn.functional.mse_loss(model.embed(**batch), wanted)
+
+
+def tales(count: int) -> Texts:
+    """Passages of Andersen's tales."""
+    texts = [row["Content"][start : start + 300] for row in corpus("andersen") for start in range(0, 3000, 300)]
+    return tokenize(random.Random(0).sample(texts, count), torch.zeros(count, dtype=torch.int64))
 
 
 @cache

@@ -5,11 +5,16 @@ from __future__ import annotations
 import abc
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+import hra_fx
+
 Batch = list[int]
+#: What takes long to compute.
+CACHE = Path(__file__).resolve().parents[3] / "build" / "learning"
 
 
 class Task(abc.ABC):
@@ -79,14 +84,20 @@ class Task(abc.ABC):
         """Scores on what the pretrained model could do."""
         return {}
 
-    def to_keep(self, count: int, kind: str = "") -> list[Any]:
+    def to_keep(self, count: int, kind: str = "", rows: int = 8) -> list[Any]:
         """Batches, as the model takes them, of samples of what it must not forget; none of them is tested.
 
         Args:
             count: the number of samples.
-            kind: `"other"` for samples that differ from those that are tested.
+            kind: `"other"` for samples that differ from those that are tested, `"own"` for texts that the model wrote,
+                `"random"` for random tokens.
+            rows: the samples of a batch.
         """
         raise NotImplementedError(f"{self.name} has no samples to keep")
+
+    def distance(self, model: nn.Module, batch: Any) -> Tensor:
+        """The distance of the model from its base on a batch of samples to keep, `()`."""
+        return hra_fx.distance_to_base(model, batch)
 
     def rehearsal_loss(self, model: nn.Module, step: int) -> Tensor:
         """The loss of the batch of samples to keep that is number `step`, `()`."""
