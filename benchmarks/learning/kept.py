@@ -1,0 +1,185 @@
+"""What each method keeps of what SmolLM2 knows: the tables of docs/results.md, and the picture of README."""
+
+from __future__ import annotations
+
+import bisect
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from learning.keeping import ALL
+from learning.rates import chosen, of
+from learning.records import Record
+from learning.summary import difference
+from learning.table import interval, number, spread, table
+
+TASK = "language"
+TALES, TWEETS, FACTS = "perplexity of tales", "perplexity of tweets", "facts, %"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method of the table.
+
+    Args:
+        method: its name, with `@scale` for a trained model that keeps a part of its change.
+        lr: its learning rate; None for the one that the records chose.
+        in_picture: whether the picture has it.
+    """
+
+    method: str
+    lr: float | None = None
+    in_picture: bool = False
+
+    @property
+    def trained(self) -> str:
+        """The method without a scale."""
+        return self.method.partition("@")[0]
+
+    @property
+    def label(self) -> str:
+        """Its name in the table."""
+        scale = self.method.partition("@")[2]
+        return ALL[self.trained].label + (f", scaled by {scale}" if scale else "")
+
+    def runs(self, records: Sequence[Record], task: str = TASK) -> list[Record]:
+        """Its runs in order of their seeds, the last one of each, without old ones that do not know how far they moved."""
+        mine = [run for run in of(records, task, self.method) if run.moved is not None and run.test is not None]
+        if not mine:
+            return []
+        lr = self.lr or (chosen(records, task, self.method) if ALL[self.trained].rates else 0.0)
+        by_seed = {run.seed: run for run in mine if run.lr == lr}
+        return [by_seed[seed] for seed in sorted(by_seed)]
+
+
+ROWS = (
+    Row("base", in_picture=True),
+    Row("lora", 5.5e-3, in_picture=True),
+    Row("lora", 3e-3),
+    Row("lora@0.75", 5.5e-3, in_picture=True),
+    Row("lora@0.5", 5.5e-3),
+    Row("lora-decay", 5.5e-3),
+    Row("lora-protect", 5.5e-3, in_picture=True),
+    Row("lora-distance-own", 5.5e-3, in_picture=True),
+    Row("corda", in_picture=True),
+    Row("osf", in_picture=True),
+    Row("hra-pairs", 1e-2, in_picture=True),
+    Row("hra-pairs@0.75", 1e-2, in_picture=True),
+    Row("hra-pairs@0.5", 1e-2),
+    Row("hra-pairs-protect", 1e-2, in_picture=True),
+    Row("hra-pairs-protect-own", 1e-2, in_picture=True),
+    Row("hra-pairs-protect-random", 1e-2),
+    Row("hra-pairs-protect-directions", 1e-2),
+    Row("hra-pairs-distance", 1e-2, in_picture=True),
+    Row("hra-pairs-distance-own", 1e-2, in_picture=True),
+    Row("hra-pairs-distance-own-one", 1e-2),
+    Row("hra-pairs-distance-own-second", 1e-2),
+    Row("hra-pairs-distance-own-0.3", 1e-2),
+    Row("hra-pairs-distance-own-3", 1e-2),
+    Row("hra-pairs-both-own", 1e-2),
+    Row("full", 1e-4, in_picture=True),
+    Row("full", 1.7e-4, in_picture=True),
+    Row("full@0.75", 1.7e-4, in_picture=True),
+)
+PLAIN = Row("hra-pairs", 1e-2)
+
+
+def kept_table(records: Sequence[Record]) -> str:
+    """A row for each method that ran: the new posts, what is kept, and how far the weights moved."""
+    plain = {run.seed: run for run in PLAIN.runs(records)}
+    rows = []
+    for row in ROWS:
+        if not (runs := row.runs(records)):
+            continue
+        over = difference({run.seed: score(run) for run in runs}, {seed: score(run) for seed, run in plain.items()})
+        rows.append(
+            [
+                row.label,
+                f"{runs[0].lr:g}" if runs[0].lr else "-",
+                str(len(runs)),
+                spread([score(run) for run in runs]),
+                "-" if row.method in ("base", PLAIN.method) or math.isnan(over.mean) else interval(over),
+                *(spread([run.retention[name] for run in runs]) for name in (TALES, TWEETS, FACTS)),
+                f"{100 * statistics.fmean(moved(run) for run in runs):.1f}%",
+            ]
+        )
+    return table(
+        ["", "rate", "seeds", "new posts ↓", "over HRA, pairs", "tales ↓", "tweets ↓", "facts, % ↑", "moved"], rows
+    )
+
+
+def score(run: Record) -> float:
+    """The perplexity of new posts of the test split."""
+    assert run.test is not None
+    return run.test
+
+
+def moved(run: Record) -> float:
+    """How far the weights moved."""
+    assert run.moved is not None
+    return run.moved
+
+
+def equal_movement_table(records: Sequence[Record]) -> str:
+    """Methods that keep something, and plain pairs and LoRA at scales that move the weights as far, seed by seed."""
+    rows = []
+    for row in ROWS:
+        if row.trained not in ("hra-pairs-protect", "hra-pairs-protect-own", "hra-pairs-distance-own"):
+            continue
+        runs = row.runs(records)
+        cells = [row.label, f"{100 * statistics.fmean(map(moved, runs)):.1f}%"] if runs else []
+        for name in ("", TALES, TWEETS):
+            for plain in ("hra-pairs", "lora"):
+                found = [(value(run, name), at_movement(records, plain, run, name)) for run in runs]
+                pairs = [(own, other) for own, other in found if other is not None]
+                if plain == "hra-pairs":
+                    cells.append(number(statistics.fmean(own for own, _ in pairs)) if pairs else "-")
+                cells.append(number(statistics.fmean(other for _, other in pairs)) if pairs else "-")
+        if runs:
+            rows.append(cells)
+    heads = [f"{name}{other}" for name in ("new posts", "tales", "tweets") for other in ("", ", pairs", ", LoRA")]
+    return table(["", "moved", *heads], rows)
+
+
+def value(run: Record, name: str) -> float:
+    """The perplexity of new posts, or what is kept as `name`."""
+    return run.retention[name] if name else score(run)
+
+
+def at_movement(records: Sequence[Record], method: str, run: Record, name: str) -> float | None:
+    """What a plain method has where its weights moved as far as in a run of the same seed; None if it did not run.
+
+    Between its scales, the logarithm of the perplexity is linear in how far the weights moved.
+    """
+    rate = {"lora": 5.5e-3, "hra-pairs": 1e-2}[method]
+    scaled = [one for scale in ("@0.5", "@0.75", "") for one in Row(method + scale, rate).runs(records)]
+    points = sorted((moved(one), math.log(value(one, name))) for one in scaled if one.seed == run.seed)
+    if not points:
+        return None
+    place = min(max(bisect.bisect([x for x, _ in points], moved(run)), 1), len(points) - 1)
+    (x0, y0), (x1, y1) = points[place - 1 : place + 1]
+    return math.exp(y0 + (y1 - y0) * (moved(run) - x0) / (x1 - x0))
+
+
+def layers_table(records: Sequence[Record]) -> str:
+    """Adapters in all layers, in the MLPs alone, and in the attention alone, with as many parameters."""
+    rows = []
+    for method, rate in (("lora", 5.5e-3), ("hra-pairs", 1e-2)):
+        everywhere = {run.seed: score(run) for run in Row(method, rate).runs(records)}
+        for task, told in ((TASK, "all"), (f"{TASK}-mlp", "MLP"), (f"{TASK}-attention", "attention")):
+            if not (runs := Row(method, rate).runs(records, task)):
+                continue
+            over = difference({run.seed: score(run) for run in runs}, everywhere)
+            rows.append(
+                [
+                    f"{ALL[method].label}, {told}",
+                    f"{runs[0].trainable:,}",
+                    str(len(runs)),
+                    spread([score(run) for run in runs]),
+                    "-" if task == TASK or math.isnan(over.mean) else interval(over),
+                    *(spread([run.retention[name] for run in runs]) for name in (TALES, TWEETS, FACTS)),
+                ]
+            )
+    heads = ["", "parameters", "seeds", "new posts ↓", "over all layers", "tales ↓", "tweets ↓", "facts, % ↑"]
+    return table(heads, rows)
