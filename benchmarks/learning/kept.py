@@ -44,7 +44,7 @@ class Row:
         return ALL[self.trained].label + (f", scaled by {scale}" if scale else "")
 
     def runs(self, records: Sequence[Record], task: str = TASK) -> list[Record]:
-        """Its runs in order of their seeds, the last one of each, without old ones that do not know how far they moved."""
+        """Its runs in order of their seeds, the last one of each, without old ones that have no `moved`."""
         mine = [run for run in of(records, task, self.method) if run.moved is not None and run.test is not None]
         if not mine:
             return []

@@ -14,7 +14,6 @@ from finetune_and_fold import MAX_TOKENS, Classifier, Texts
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-import hra_fx
 from learning.tasks.task import Batch, Task, accuracy
 
 VALIDATION, TEST = 500, 1500
@@ -145,8 +144,10 @@ class Retrieval(Newsgroups):
         return [texts.batch(list(range(start, start + rows))) for start in range(0, count, rows)]
 
     def distance(self, model: Any, batch: Any) -> Tensor:
-        """That of the encoder."""
-        return hra_fx.distance_to_base(model.encoder, batch)
+        """The same of the embeddings, because the head is new."""
+        with torch.no_grad():
+            wanted = base_model().embed(**batch)
+        return ((model.embed(**batch) - wanted).square().sum(-1) / wanted.square().sum(-1)).mean()
 
     def rehearsal_loss(self, model: Any, step: int) -> Tensor:
         """The mean squared error of embeddings, to those of the base model."""
