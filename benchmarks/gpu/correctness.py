@@ -54,11 +54,14 @@ def dense_output(layer: nn.Linear | nn.Conv2d, x: Tensor, vectors: Tensor, *, ap
     Args:
         layer: the base layer; a convolution has a padding of 1.
         x: float64 input.
-        vectors: float64 `U: (d, r)`.
+        vectors: float64 pairs `(d, r / 2, 2)`, or vectors `U: (d, r)`.
         apply_GS: whether `Q` is of the orthonormalized vectors.
     """
     weight = layer.weight.detach().double()
     assert layer.bias is not None
+    if vectors.dim() == 3:  # a reflection does not depend on the length of its vector
+        total, difference = vectors.unbind(-1)
+        vectors = torch.stack([total + 0.1 * difference, total - 0.1 * difference], dim=-1).flatten(-2)
     rotated = (weight.flatten(1) @ product(orthonormal(vectors) if apply_GS else vectors)).view(weight.shape)
     bias = layer.bias.detach().double()
     if isinstance(layer, nn.Linear):

@@ -52,7 +52,7 @@ def test_every_method_starts_at_the_base_model_and_moves(method: str) -> None:
     assert moved is (method not in ("base", "head")), "the task has no head"
 
 
-@pytest.mark.parametrize("method", ["lora-protect", "lora-rehearse", "hra-pairs-protect"])
+@pytest.mark.parametrize("method", ["lora-protect", "lora-rehearse", "hra-pairs-protect", "hra-pairs-distance"])
 def test_a_method_that_keeps_what_the_model_knows(method: str) -> None:
     assert "accuracy on 0 to 4, %" in run("digits", method, 0, 1e-2, test=True, tiny=True)[0].retention
 
