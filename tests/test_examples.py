@@ -28,6 +28,10 @@ EXPECTED = {
         f"the shards, 4 of them, loaded again: {SMALL}",
     ],
     "excluding": [r"all-linear.*: 7 layers\n  0\.attention\.self\.query.*classifier", r"block 0: 2 layers\n  1\.att"],
+    "keep_the_base": [
+        r"weight 0\.0: loss 4\.\d\d -> 0\.[01]\d, distance for other texts 0\.[2-9]",
+        r"weight 1\.0: loss 4\.\d\d -> 0\.[12]\d, distance for other texts 0\.1",
+    ],
     "language_model": [r"generated: \[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12\]", "the same when folded: True"],
     "layer_ranges": [r"^model\.layers\.4.*\n.*\nmodel\.layers\.5.*\n.*v_proj.*\n$"],
     "loading": ["the same outputs: +True", r"model\.0\.hra_u must have shape", f"in PEFT, .*: {SMALL}"],

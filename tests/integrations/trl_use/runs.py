@@ -32,7 +32,7 @@ from trl import (
 
 import hra_fx
 
-PEFT, TAKEN, OURS, NAMED = "PEFT", "from_peft", "transformed", "get_peft_model"
+PEFT, TAKEN, OURS, NAMED, LORA = "PEFT", "from_peft", "transformed", "get_peft_model", "LoRA"
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
@@ -94,7 +94,7 @@ def trainer(kind: str, method: str, folder: Path, base: Any = None, targets: Any
         adapt = hra_fx.transform if kind == OURS else hra_fx.get_peft_model
         model = adapt(model, hra_fx.HRAConfig(**fields))
     else:
-        given["peft_config"] = peft.HRAConfig(**fields)
+        given["peft_config"] = (peft.LoraConfig if kind == LORA else peft.HRAConfig)(**fields)
     made = make(model, args=args, **given)
     if kind == PEFT:
         in_pairs(made.model)
