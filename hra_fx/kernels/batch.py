@@ -41,8 +41,9 @@ def batched_factors(layers: Sequence[Sequence[ChainPart]], dtype: torch.dtype) -
     """
     tensors: list[Tensor] = []
     for parts in zip(*layers, strict=True):
-        for same in zip(*[part.tensors() for part in parts], strict=True):
-            tensors += same
+        tensors += [part.trained for part in parts]
+        tensors += [part.anchor for part in parts if part.anchor is not None]
+        tensors += [part.kept for part in parts if part.kept is not None]
     compute = torch.ops.hra_fx.batched_factors.default if is_compiling() else _compute
     factors = compute(tensors, [part.form() for part in layers[0]], dtype)
     return [Factors(*pair) for pair in zip(factors[::2], factors[1::2], strict=True)]

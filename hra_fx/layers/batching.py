@@ -242,17 +242,16 @@ def _form(parts: Sequence[ChainPart], width: int, *, compiling: bool, has_zero: 
     FSDP, offloading and ZeRO-3 remove the data of vectors between calls of their layer.
     """
     found: tuple[object, ...] = ()
-    for part in parts:
-        found += (part.form(),)
-        for tensor in part.tensors():
-            shape = tensor.shape
-            if type(tensor) not in PLAIN or tensor.is_meta or len(shape) not in (2, 3) or shape[0] != width:
-                return None
-            if tensor.dtype not in _COMPUTING or not (compiling or tensor.untyped_storage().size()):
-                return None
-            if has_zero and not compiling and is_partitioned_by_zero3(tensor):
-                return None
-            found += (shape, tensor.dtype, tensor.device)
+    for trained, anchor, kept, apply_GS, pairs in parts:
+        shape = trained.shape
+        if type(trained) not in PLAIN or trained.is_meta or len(shape) != 2 + pairs or shape[0] != width:
+            return None
+        if trained.dtype not in _COMPUTING or not (compiling or trained.untyped_storage().size()):
+            return None
+        if has_zero and not compiling and is_partitioned_by_zero3(trained):
+            return None
+        constants = [None if one is None else (one.shape, one.device) for one in (anchor, kept)]
+        found += (apply_GS, pairs, shape, trained.dtype, trained.device, *constants)
     return found
 
 
