@@ -270,10 +270,11 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         if given is None:
             return
         if spec.pairs and tuple(given.shape) == self.vectors_shape(spec.r):
+            # The same text for all layers, so that Python shows it once.
             text = (
-                f"{key}: the state_dict has vectors, as written by PEFT or hra_fx 0.4. They are converted to the pairs "
-                "that this adapter trains. Do not load the state of an optimizer that was saved with them: it does not "
-                "fit pairs."
+                "the state_dict has vectors, as written by PEFT or hra_fx 0.4. They are converted to the pairs that "
+                "the adapters train. Do not load the state of an optimizer that was saved with them: it does not fit "
+                "pairs."
             )
             warnings.warn(text, HRAWarning, stacklevel=2)
             state_dict[key] = given = to_pairs(given)

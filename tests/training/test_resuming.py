@@ -1,0 +1,193 @@
+"""A stopped run goes on bit by bit, however it was saved; averages of weights; states of PEFT, of 0.4 and for PEFT."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
+from adapting import config, vectors_of
+from oracles import dense_vectors, relative_error
+from peft_sides import by_peft, by_us, plain_name
+from timm.utils import ModelEmaV2, ModelEmaV3
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import hra_fx
+from hra_fx.errors import HRAWarning
+
+X = torch.randn(32, 6, generator=torch.Generator().manual_seed(3))
+AdamW = partial(torch.optim.AdamW, lr=0.03, weight_decay=0.1, fused=True)
+
+
+def base() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+
+
+def adapted(kind: str, seed: int, protect: slice | None = slice(2)) -> Any:
+    fields: dict[str, Any] = {"odd rank": {"r": 3}, "Gram-Schmidt": {"apply_GS": True}}.get(kind, {})
+    torch.manual_seed(seed)
+    model = hra_fx.transform(base(), config("0", "2", **{"r": 4, **fields}))
+    if kind == "two adapters":
+        hra_fx.add_adapter(model, "other", config("2", r=2, bias="hra_only"))
+        hra_fx.set_adapter(model, ["other", "default"])
+    if kind == "protected" and protect:
+        hra_fx.protect(model, [X[protect]], 2)
+    return model
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return AdamW([one for one in model.parameters() if one.requires_grad])
+
+
+def train(model: nn.Module, optimizer: Any, steps: range) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        model(X.roll(step)).square().mean().backward()
+        optimizer.step()
+
+
+def by_state(model: Any, optimizer: Any, fresh: Any, folder: Path, *, assign: bool = False) -> tuple[Any, Any]:
+    torch.save((model.state_dict(), optimizer.state_dict()), folder / "state")
+    state, moments = torch.load(folder / "state", weights_only=True)
+    fresh.load_state_dict(state, assign=assign)
+    again = optimizer_of(fresh)
+    again.load_state_dict(moments)
+    return fresh, again
+
+
+def by_pickle(model: Any, optimizer: Any, fresh: Any, folder: Path) -> tuple[Any, Any]:
+    torch.save((model, optimizer), folder / "both")
+    return torch.load(folder / "both", weights_only=False)  # type: ignore[no-any-return]
+
+
+def by_copy(model: Any, optimizer: Any, fresh: Any, folder: Path) -> tuple[Any, Any]:
+    return copy.deepcopy((model, optimizer))
+
+
+def by_accelerate(model: Any, optimizer: Any, fresh: Any, folder: Path) -> tuple[Any, Any]:
+    for one, own in ((model, optimizer), (fresh, optimizer_of(fresh))):
+        accelerator = Accelerator(cpu=True)
+        prepared = accelerator.prepare(one, own)
+        (accelerator.save_state if one is model else accelerator.load_state)(str(folder / "state"))
+    return prepared  # type: ignore[no-any-return]
+
+
+def by_distributed_checkpoint(model: Any, optimizer: Any, fresh: Any, folder: Path) -> tuple[Any, Any]:
+    again = optimizer_of(fresh)
+    for one, own in ((model, optimizer), (fresh, again)):
+        states = dict(zip(("model", "optimizer"), get_state_dict(one, own), strict=True))
+        (dcp.save if one is model else dcp.load)(states, checkpoint_id=folder)
+    set_state_dict(fresh, again, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+    return fresh, again
+
+
+WAYS: dict[str, Callable[..., tuple[Any, Any]]] = {
+    "state_dict": by_state,
+    "assigned state_dict": partial(by_state, assign=True),
+    "pickle": by_pickle,
+    "copy": by_copy,
+    "accelerate": by_accelerate,
+    "distributed checkpoint": by_distributed_checkpoint,
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.parametrize("kind", ["pairs", "odd rank", "Gram-Schmidt", "two adapters", "protected"])
+@pytest.mark.parametrize("way", WAYS)
+def test_six_steps_are_three_and_three(way: str, kind: str, tmp_path: Path) -> None:
+    """The new model has other vectors, and protects nothing before it is loaded.
+
+    A distributed checkpoint loads what the new model has, so there, the new model protects other directions.
+    """
+    whole, model = adapted(kind, 1), adapted(kind, 1)
+    train(whole, optimizer_of(whole), range(6))
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(3))
+    again, own = WAYS[way](model, optimizer, adapted(kind, 2, slice(5, 7) if "distributed" in way else None), tmp_path)
+    train(again, own, range(3, 6))
+    wanted, found = whole.state_dict(), again.state_dict()
+    assert found.keys() == wanted.keys()
+    assert [key for key, value in wanted.items() if not torch.equal(value, found[key])] == []
+    assert torch.equal(again(X), whole(X)) and not torch.equal(again(X), base()(X))
+    if kind == "protected":
+        assert relative_error(again(X[:2]), base()(X[:2])) < 1e-6 < relative_error(again(X), base()(X))
+
+
+AVERAGES: dict[str, Callable[[nn.Module], Any]] = {
+    "AveragedModel": lambda model: AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.8)),
+    "AveragedModel with buffers": lambda model: AveragedModel(
+        model, multi_avg_fn=get_ema_multi_avg_fn(0.8), use_buffers=True
+    ),
+    "ModelEmaV2": lambda model: ModelEmaV2(model, decay=0.8),
+    "ModelEmaV3": lambda model: ModelEmaV3(model, decay=0.8),
+}
+
+
+@pytest.mark.parametrize("name", AVERAGES)
+def test_an_average_is_that_of_pairs_and_protected(name: str) -> None:
+    """Also the first average, which `AveragedModel` copies from the model at the first update."""
+    model = adapted("protected", 1)
+    averaged, optimizer = AVERAGES[name](model), optimizer_of(model)
+    wanted = None if name.startswith("AveragedModel") else values_of(model)
+    for step in range(5):
+        train(model, optimizer, range(step, step + 1))
+        (averaged.update_parameters if name.startswith("AveragedModel") else averaged.update)(model)
+        now = values_of(model)
+        wanted = now if wanted is None else {key: 0.8 * wanted[key] + 0.2 * now[key] for key in now}
+    assert wanted is not None
+    for key, found in values_of(averaged.module).items():
+        assert relative_error(found, wanted[key]) < 1e-6 < relative_error(found, now[key]), key
+    assert relative_error(averaged.module(X[:2]), base()(X[:2])) < 1e-6
+    fresh = adapted("protected", 2, None)
+    fresh.load_state_dict(averaged.module.state_dict())
+    assert torch.equal(fresh(X), averaged.module(X))
+
+
+def values_of(model: nn.Module) -> dict[str, Tensor]:
+    return {key: pairs.detach().double() for key, pairs in vectors_of(model).items()}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_of_peft_or_of_0_4_becomes_pairs(assign: bool) -> None:
+    """0.4 has the names of this version; those of PEFT have its wrappers. The optimizer's state does not fit."""
+    fields: dict[str, Any] = {"r": 4, "target_modules": ["0", "2"], "init_weights": False}
+    theirs, model = by_peft(base(), **fields), by_us(base(), **fields)
+    state = {plain_name(key): tensor.clone() for key, tensor in theirs.state_dict().items()}
+    before = {key: tensor.clone() for key, tensor in state.items()}
+    message = r"^the state_dict has vectors, .* state of an optimizer that was saved with them"
+    with pytest.warns(HRAWarning, match=message) as caught:
+        model.load_state_dict(state, assign=assign)
+    assert len({str(one.message) for one in caught}) == 1, "Python shows it once"
+    assert relative_error(model(X), theirs(X)) < 1e-6
+    assert all(torch.equal(tensor, before[key]) for key, tensor in state.items()), "the given state is unchanged"
+    for key, pairs in vectors_of(model).items():
+        assert relative_error(dense_vectors(pairs), before[key]) < 1e-6
+        assert pairs.shape == (len(before[key]), 2, 2) and pairs.requires_grad
+    vectors = by_us(base(), **fields, pairs=False)
+    vectors.load_state_dict(state, assign=assign)
+    assert relative_error(vectors(X), theirs(X)) < 1e-6
+
+
+def test_pairs_are_not_taken_for_vectors() -> None:
+    """By PEFT, and by adapters that train vectors."""
+    fields: dict[str, Any] = {"r": 4, "target_modules": ["0", "2"]}
+    state = {key: tensor for key, tensor in by_us(base(), **fields).state_dict().items() if ".hra_u." in key}
+    theirs = by_peft(base(), **fields)
+    for model, prefix in ((theirs, "base_model.model."), (by_us(base(), **fields, pairs=False), "")):
+        for strict in (False, True):
+            with pytest.raises(RuntimeError, match=r"size mismatch for .*0\.hra_u\.default: .*\[6, 2, 2\]"):
+                model.load_state_dict({prefix + key: tensor for key, tensor in state.items()}, strict=strict)
+    with pytest.raises(RuntimeError, match=r"size mismatch for .*0\.hra_u\.default: .*\[6, 2, 2\]"):
+        peft.set_peft_model_state_dict(
+            theirs, {f"base_model.model.{key.removesuffix('.default')}": tensor for key, tensor in state.items()}
+        )
