@@ -79,6 +79,9 @@ def strength_and_disabling(rank: int, folder: Path) -> None:
         assert close(model, MLP, whole)
         hra_fx.set_scale(model, "default", 0.5)
         assert close(model, MLP, output(half, MLP))
+        hra_fx.save_adapter(model, folder / str(rank))
+        if rank == 0:
+            assert close(hra_fx.load_adapter(MLP.base(), folder / "0"), MLP, output(half, MLP))
         hra_fx.set_scale(model, "default", 1.0)
         assert close(model, MLP, whole)
 
