@@ -282,7 +282,8 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
             self.shares.pop(name, None)
             held = self.kept(name)
             if held is None or held.shape != kept.shape:
-                self.keep(name, torch.empty_like(kept, device=self[name].device))
+                # Zeros of the shape that is possible: loading fills them, or reports another shape.
+                self.keep(name, kept.new_zeros(self.vectors_shape(kept.shape[-1]), device=self[name].device))
         elif tuple(given.shape) == self.parameter_shape(name):
             try:
                 self.check_kept(name, self.part(name, given)._replace(kept=None).vectors())

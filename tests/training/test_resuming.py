@@ -191,3 +191,10 @@ def test_pairs_are_not_taken_for_vectors() -> None:
         peft.set_peft_model_state_dict(
             theirs, {f"base_model.model.{key.removesuffix('.default')}": tensor for key, tensor in state.items()}
         )
+
+
+def test_directions_of_another_shape_are_refused() -> None:
+    state = adapted("protected", 1).state_dict()
+    state["0.hra_u.default_kept"] = state["0.hra_u.default_kept"][1:]
+    with pytest.raises(RuntimeError, match=r"size mismatch for 0\.hra_u\.default_kept: .*\[5, 2\]"):
+        adapted("protected", 2, None).load_state_dict(state, strict=False)
