@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from hra_fx.errors import AdapterError, ConfigError
 from hra_fx.layers.peft_layers import is_of_peft
@@ -89,7 +89,8 @@ def _writer(model: nn.Module, length: int) -> Any:
         or config.is_encoder_decoder
         or writer.main_input_name != "input_ids"
     ):
-        raise AdapterError(f"own_texts needs a causal language model, got {type(writer).__name__}. Pass `samples`.")
+        found = f"a graph of {type(writer).__name__}" if isinstance(writer, fx.GraphModule) else type(writer).__name__
+        raise AdapterError(f"own_texts needs a causal language model, got {found}. Pass `samples`.")
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and 0 < positions < length:
         raise ConfigError(f"`length` must be at most the model's max_position_embeddings = {positions}, got {length}.")
