@@ -61,9 +61,6 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
     )  # fmt: skip
     texts = Dataset.from_list([{"text": TEXT}] * 80)
     trainer = SFTTrainer(model, arguments, train_dataset=texts, processing_class=tokenizer)
-    for parameter in model.parameters():  # TRL casts them to bfloat16, in which they hardly train
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -259,7 +259,8 @@ def _warn_of_low_precision(groups: Iterable[Sequence[tuple[HouseholderAdapters, 
     """Warn, once for each model, if 16-bit vectors are trained, for example after a cast by TRL's trainers.
 
     For `r=8`, entries start at values up to 0.35. At this size, bfloat16 values are 1e-3 apart, and AdamW changes
-    entries by about the learning rate. ZeRO and FSDP may keep float32 values elsewhere, so their vectors are ignored.
+    entries by about the learning rate. Pairs train in 16 bits like LoRA: their entries are as small as LoRA's. ZeRO and
+    FSDP may keep float32 values elsewhere, so their vectors are ignored.
     """
     found = [
         (adapters, part.trained)
@@ -267,7 +268,7 @@ def _warn_of_low_precision(groups: Iterable[Sequence[tuple[HouseholderAdapters, 
         if any(part.trained.dtype.itemsize < 4 for part in group[0][1])
         for adapters, parts in group
         for part in parts
-        if part.trained.dtype.itemsize < 4 and part.trained.requires_grad and adapters.training
+        if part.trained.dtype.itemsize < 4 and part.trained.requires_grad and adapters.training and not part.pairs
     ]
     containers = [one for one, vectors in found if not is_trained_by_zero(vectors) and sharded_by(one) is None]
     if containers and _WARNED.isdisjoint(containers):
