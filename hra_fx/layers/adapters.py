@@ -273,8 +273,8 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
             # The same text for all layers, so that Python shows it once.
             text = (
                 "the state_dict has vectors, as written by PEFT or hra_fx 0.4. They are converted to the pairs that "
-                "the adapters train. Do not load the state of an optimizer that was saved with them: it does not fit "
-                "pairs."
+                "the adapters train. The state of an optimizer that was saved with them does not fit, unless it is one "
+                "of train_pairs in 0.4. HRAConfig(..., pairs=False) continues to train vectors."
             )
             warnings.warn(text, HRAWarning, stacklevel=2)
             state_dict[key] = given = to_pairs(given)

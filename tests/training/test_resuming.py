@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import hra_fx
-from hra_fx.errors import HRAWarning
+from hra_fx.errors import AdapterError, HRAWarning
 
 X = torch.randn(32, 6, generator=torch.Generator().manual_seed(3))
 AdamW = partial(torch.optim.AdamW, lr=0.03, weight_decay=0.1, fused=True)
@@ -164,7 +164,7 @@ def test_a_state_of_peft_or_of_0_4_becomes_pairs(assign: bool) -> None:
     theirs, model = by_peft(base(), **fields), by_us(base(), **fields)
     state = {plain_name(key): tensor.clone() for key, tensor in theirs.state_dict().items()}
     before = {key: tensor.clone() for key, tensor in state.items()}
-    message = r"^the state_dict has vectors, .* state of an optimizer that was saved with them"
+    message = r"^the state_dict has vectors, .* does not fit, unless .* pairs=False\) continues"
     with pytest.warns(HRAWarning, match=message) as caught:
         model.load_state_dict(state, assign=assign)
     assert len({str(one.message) for one in caught}) == 1, "Python shows it once"
@@ -198,3 +198,28 @@ def test_directions_of_another_shape_are_refused() -> None:
     state["0.hra_u.default_kept"] = state["0.hra_u.default_kept"][1:]
     with pytest.raises(RuntimeError, match=r"size mismatch for 0\.hra_u\.default_kept: .*\[5, 2\]"):
         adapted("protected", 2, None).load_state_dict(state, strict=False)
+
+
+def test_the_state_of_an_optimizer_of_0_4_is_loaded_right_or_refused() -> None:
+    """0.4 saved moments of pairs as `(d, r)`, in the order of memory, and named them in the groups."""
+    model = adapted("pairs", 1)
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(3))
+    state = copy.deepcopy(optimizer.state_dict())
+    for own in state["state"].values():
+        own |= {name: own[name].flatten(1) for name in ("exp_avg", "exp_avg_sq")}
+    again = copy.deepcopy(model)
+    fresh = optimizer_of(again)
+    with pytest.warns(HRAWarning, match=r"^train_pairs does nothing since 0\.5"):
+        hra_fx.train_pairs(fresh, again)
+    for difference, how in ((None, "without pairs"), (0.2, "with difference=0.2")):
+        state["param_groups"][0]["hra_pair_difference"] = difference
+        message = rf"0\.4 {how}, so exp_avg of shape \(6, 4\) does not fit .* \(6, 2, 2\)\. Start without .*pairs=False"
+        with pytest.raises(AdapterError, match=message):
+            fresh.load_state_dict(state)
+    assert not fresh.state
+    state["param_groups"][0]["hra_pair_difference"] = 0.1
+    fresh.load_state_dict(state)
+    for one, own in ((model, optimizer), (again, fresh)):
+        train(one, own, range(3, 6))
+    assert torch.equal(again(X), model(X))
