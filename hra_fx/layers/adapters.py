@@ -339,7 +339,10 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         for name in self.active if names is None else names:
             if name not in self.scales:
                 held = self._parameters.get(name)  # a replica of DataParallel does not have parameters
-                parts.append(self.part(name, self[name] if held is None else held))
+                held = self[name] if held is None else held
+                spec, anchor, kept = self.specs[name], buffers.get(name + ANCHOR), buffers.get(name + KEPT)
+                # Not `part`: a call for each layer in each forward counts.
+                parts.append(ChainPart(held, anchor, kept, spec.apply_GS, spec.pairs))
             elif self.scales[name]:
                 parts.append(ChainPart(buffers[name + SCALED]))
         return parts

@@ -250,8 +250,10 @@ def _form(parts: Sequence[ChainPart], width: int, *, compiling: bool, has_zero: 
             return None
         if has_zero and not compiling and is_partitioned_by_zero3(trained):
             return None
-        constants = [None if one is None else (one.shape, one.device) for one in (anchor, kept)]
-        found += (apply_GS, pairs, shape, trained.dtype, trained.device, *constants)
+        found += (apply_GS, pairs, shape, trained.dtype, trained.device)
+        # Not a comprehension, which is a call in Python 3.11: this runs for each layer in each forward.
+        found += (None if anchor is None else (anchor.shape, anchor.device),)
+        found += (None if kept is None else (kept.shape, kept.device),)
     return found
 
 
