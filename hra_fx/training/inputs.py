@@ -37,22 +37,24 @@ def sketches_of(
     The model runs in eval mode without adapters and gradients.
 
     Raises:
-        AdapterError: there are no calls in this process or, if the model is sharded, in another one.
+        AdapterError: there are no calls in this process or another one.
     """
     device = next((tensor.device for tensor in model.parameters() if not tensor.is_meta), torch.device("cpu"))
     collector = _Collector(layers, directions)
-    is_empty = True
+    count = 0
     eager = torch.compiler.set_stance("force_eager")
     with without_adapters(model), preserve_rng_state(), eager, eager_experts(model), collector:
         for call in _in_step(model, calls, collector):
-            is_empty = False
+            count += 1
             args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, call)
             model(*args, **kwargs)
     reshard(model.modules())  # FSDP2 keeps some parameters whole after a forward without a backward pass
-    if is_empty:
-        raise AdapterError("`samples` is empty. Pass what the model takes, for example a DataLoader.")
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        collector.merge_processes(device)
+    counts = _in_all_processes(count)
+    if not min(counts):
+        where = " in this process or another one" if len(counts) > 1 else ""
+        raise AdapterError(f"`samples` is empty{where}. Pass what the model takes, for example a DataLoader.")
+    if len(counts) > 1:
+        collector.merge_processes(len(counts), device)
     return {path: sketch for path, sketch in collector.sketches.items() if bool(sketch.energy != 0)}
 
 
@@ -64,11 +66,19 @@ def _in_step(model: nn.Module, calls: Iterable[Call], collector: _Collector) -> 
         yield from tqdm(calls, desc="main directions", delay=2, leave=False)
         return
     own = list(calls)
-    counts: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(counts, len(own))
+    counts = _in_all_processes(len(own))
     for number in range(max(counts) if min(counts) else 0):  # without calls, a process would wait for the others
         collector.is_on = number < len(own)
         yield own[number % len(own)]
+
+
+def _in_all_processes(value: int) -> list[int]:
+    """The values of all processes, in their order."""
+    if not distributed.is_available() or not distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
 
 
 class _Collector(TorchFunctionMode):
@@ -154,13 +164,13 @@ class _Collector(TorchFunctionMode):
     def _sketch(self, layer: Any, device: torch.device) -> Sketch:
         return Sketch(layer.hra_u.width, self.directions, device, getattr(layer.hra_u, "experts", None))
 
-    def merge_processes(self, device: torch.device) -> None:
+    def merge_processes(self, count: int, device: torch.device) -> None:
         """Merge the sketches of all processes. A process may lack the inputs of some layers, such as experts."""
         for layer, path in self.paths.items():
             sketch = self.sketches.setdefault(path, self._sketch(layer, device))
             every = []
             for own in (sketch.values, sketch.energy):
-                every.append([torch.empty_like(own) for _ in range(distributed.get_world_size())])
+                every.append([torch.empty_like(own) for _ in range(count)])
                 distributed.all_gather(every[-1], own)
             sketch.merge(*map(torch.stack, every))
             for merged in (sketch.values, sketch.energy):

@@ -118,8 +118,9 @@ def _check_padding(batch: Mapping[str, Any], masks: Mapping[str, Tensor]) -> Non
         for leaf in pytree.tree_leaves(value):
             if isinstance(leaf, Tensor) and leaf.dim() and (leaf is not value or len(leaf) != count):
                 raise AdapterError(
-                    f"{name}: the batch has padding (`attention_mask`), and the rows of {name} are not those of the "
-                    f"batch ({tuple(leaf.shape)} for {count} rows). Pass one sample per batch, without padding."
+                    f"{name}: the batch has padding (`attention_mask`), and the first dimension of this tensor is not "
+                    f"the number of rows: got shape {tuple(leaf.shape)} for {count} rows. Pass one sample per batch, "
+                    "without padding."
                 )
     for name, mask in masks.items():
         starts = torch.nn.functional.pad(mask.int(), (1, 0)).diff(dim=1) > 0

@@ -11,7 +11,9 @@ import torch
 from integrations.distributed.spawned import Check
 from integrations.distributed.trained import (
     CASES,
+    EXPERTS,
     F64,
+    close,
     loss_of,
     output,
     part_of,
@@ -20,13 +22,14 @@ from integrations.distributed.trained import (
     train,
     trained,
 )
-from torch import nn
+from torch import distributed, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 import hra_fx
+from hra_fx.errors import AdapterError
 
 MLP, BERT = CASES["mlp, whole"], CASES["bert"]
 
@@ -128,6 +131,34 @@ def trainer(rank: int, folder: Path) -> None:
     same(trained(alone), trained(model), within=1e-12)
 
 
+def different_samples(rank: int, folder: Path) -> None:
+    """Padded batches of different numbers and lengths give what all texts give one process, in all processes."""
+    ids = torch.randint(1, 19, (5, 6), generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([2, 2, 3, 1, 4])
+    mask = (torch.arange(6) < lengths[:, None]).long()
+    texts = [{"input_ids": row[None, :length]} for row, length in zip(ids, lengths.tolist(), strict=True)]
+    batches = [{"input_ids": ids[rows], "attention_mask": mask[rows]} for rows in ([0, 1, 2], [3], [4])]
+    for case, units in ((CASES["llama"], None), (CASES["llama"], CASES["llama"].units), (EXPERTS, EXPERTS.units)):
+        alone = case.model()
+        wanted = hra_fx.protect(alone, texts, 8 if case is EXPERTS else 4)
+        model = case.model()
+        wrapped = DistributedDataParallel(model) if units is None else shard(model, units)
+        with pytest.raises(AdapterError, match=r"^`samples` is empty in this process or another one\."):
+            hra_fx.protect(wrapped, batches if rank == 0 else [], 4)
+        found = hra_fx.protect(wrapped, batches[:2] if rank == 0 else batches[2:], 8 if case is EXPERTS else 4)
+        for path, basis in found.directions.items():
+            own = basis.clone()
+            distributed.broadcast(own, src=0)
+            assert torch.equal(own, basis)
+            torch.testing.assert_close(basis @ basis.mT, wanted.directions[path] @ wanted.directions[path].mT)
+            assert found.shares[path] == pytest.approx(wanted.shares[path])
+        same(trained(alone), trained(wrapped))
+        before = output(wrapped, case)
+        hra_fx.unprotect(wrapped)
+        assert close(output(wrapped, case), before)
+
+
 CHECKS: dict[str, Check] = {
-    check.__name__: check for check in (several_adapters, unknown_to_ddp, pipeline, mixed_precision, trainer)
+    check.__name__: check
+    for check in (several_adapters, unknown_to_ddp, pipeline, mixed_precision, trainer, different_samples)
 }
