@@ -6,6 +6,7 @@ them, as attention and experts do. The input of a convolution or of a quantized 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.overrides import TorchFunctionMode
 
-from hra_fx.compat import conv_border, eager_experts, pytree
+from hra_fx.compat import conv_border, eager_experts, pytree, tensor_versions
 from hra_fx.errors import AdapterError
 from hra_fx.functional.directions import Sketch
 from hra_fx.layers.adapted_layer import AdaptedLayer
@@ -99,6 +100,11 @@ class _Collector(TorchFunctionMode):
         self.sketches: dict[str, Sketch] = {}
         self.called = [layer for layer in self.paths if layer.hra_u.reflects_input and not _is_plain_linear(layer)]
         self.is_on = True
+        #: The input that was added last, its version, the sketches with it, and one that started with it.
+        self.last: Tensor | None = None
+        self.version: list[int] = []
+        self.done: list[Sketch] = []
+        self.started: Sketch | None = None
         self.hooks: list[Any] = []
 
     def __enter__(self) -> Any:
@@ -153,13 +159,19 @@ class _Collector(TorchFunctionMode):
         return next((layer for layer in self.paths if layer.hra_u.weight_of(layer) is weight), None)
 
     def add(self, layer: Any, x: Tensor, expert: int | None = None) -> None:
-        """Add inputs `(..., d)` of a layer."""
+        """Add inputs `(..., d)` of a layer. Layers that have the same inputs from the start share a sketch."""
         if not self.is_on:
             return
+        if x is not self.last or tensor_versions([x]) != self.version:
+            self.last, self.version, self.done, self.started = x, tensor_versions([x]), [], None
         path = self.paths[layer]
         if path not in self.sketches:
-            self.sketches[path] = self._sketch(layer, x.device)
-        self.sketches[path].add(full_tensor(x).reshape(-1, x.shape[-1]), expert)
+            shared = self.started if expert is None else None
+            self.sketches[path] = self.started = shared or self._sketch(layer, x.device)
+        own = self.sketches[path]
+        if own not in self.done or expert is not None:
+            own.add(full_tensor(x).reshape(-1, x.shape[-1]), expert)
+            self.done.append(own)
 
     def _sketch(self, layer: Any, device: torch.device) -> Sketch:
         return Sketch(layer.hra_u.width, self.directions, device, getattr(layer.hra_u, "experts", None))
@@ -167,7 +179,8 @@ class _Collector(TorchFunctionMode):
     def merge_processes(self, count: int, device: torch.device) -> None:
         """Merge the sketches of all processes. A process may lack the inputs of some layers, such as experts."""
         for layer, path in self.paths.items():
-            sketch = self.sketches.setdefault(path, self._sketch(layer, device))
+            sketch = copy.copy(self.sketches.get(path, self._sketch(layer, device)))  # layers may share it
+            self.sketches[path] = sketch
             every = []
             for own in (sketch.values, sketch.energy):
                 every.append([torch.empty_like(own) for _ in range(count)])
