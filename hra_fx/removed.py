@@ -67,6 +67,10 @@ ARGUMENTS: dict[str, dict[str, str]] = {
         "rows": "Leave it out: the base model is loaded with its own class, which knows its layout.",
         "verify": "Leave it out.",
     },
+    "protect": {
+        "batches": "Pass them as `samples`.",
+        "optimizer": "Leave it out: the adapters keep the directions, with any optimizer.",
+    },
     "transform": {"verify": "Compare the outputs of the model with those of hra_fx.fold(copy.deepcopy(model))."},
     "visualize": {
         "heat": "Leave it out: colors show how much each weight changes. For other measures, plot "

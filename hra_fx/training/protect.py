@@ -20,6 +20,7 @@ from hra_fx.functional.directions import Sketch
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.sharding import reshard
 from hra_fx.model.state import AdapterState, adapted_layers, load_vectors, root_of, unwrap
+from hra_fx.removed import without_removed_arguments
 from hra_fx.selection.suggestions import some_of
 from hra_fx.training.inputs import sketches_of
 from hra_fx.training.own_texts import own_texts
@@ -51,6 +52,8 @@ class Protection:
         return "\n".join(lines)
 
 
+@torch.inference_mode(False)
+@without_removed_arguments
 def protect(
     model: nn.Module,
     samples: Any = None,
@@ -106,11 +109,9 @@ def protect(
         protected directions of 1 layers, up to 2 in each
         they hold 100.0% of the inputs on average; least: 100.0% in 0
     """
-    root, state = root_of(model)
-    layers = {path: layer for path, layer in adapted_layers(root).items() if _active(layer, state)}
-    _check_adapters(layers, state)
-    load_vectors(root)
-    reshard(root.modules())
+    if isinstance(samples, nn.Module):
+        raise AdapterError("`samples` is a model. Since 0.5, protect takes no optimizer: call protect(model, samples).")
+    state, layers = _adapters(model, frozen=False)
     earlier = _earlier(previous, layers)
     _check_directions(directions, layers, state, earlier)
     if samples is None:
@@ -146,11 +147,7 @@ def unprotect(model: nn.Module) -> None:
         >>> model[0].hra_u.kept("default") is None
         True
     """
-    root, state = root_of(model)
-    layers = {path: layer for path, layer in adapted_layers(root).items() if _active(layer, state)}
-    _check_adapters(layers, state, frozen=True)
-    load_vectors(root)
-    reshard(root.modules())
+    state, layers = _adapters(model, frozen=True)
     for layer in layers.values():
         for name in _active(layer, state):
             layer.hra_u.keep(name, None)
@@ -160,7 +157,17 @@ def _active(layer: AdaptedLayer, state: AdapterState) -> list[str]:
     return [name for name in state.active if name in layer.hra_u]
 
 
-def _check_adapters(layers: Mapping[str, AdaptedLayer], state: AdapterState, *, frozen: bool = False) -> None:
+def _adapters(model: nn.Module, *, frozen: bool) -> tuple[AdapterState, dict[str, AdaptedLayer]]:
+    """The state of a model and its layers with active adapters, which must be trainable unless `frozen`."""
+    root, state = root_of(model)
+    layers = {path: layer for path, layer in adapted_layers(root).items() if _active(layer, state)}
+    _check_adapters(layers, state, frozen=frozen)
+    load_vectors(root)
+    reshard(root.modules())
+    return state, layers
+
+
+def _check_adapters(layers: Mapping[str, AdaptedLayer], state: AdapterState, *, frozen: bool) -> None:
     """Check that the active adapters compute the chain of their vectors and, unless `frozen`, are trainable."""
     if not layers:
         raise AdapterError("the model has no active adapter to protect. Call hra_fx.set_adapter(model, name) first.")
