@@ -35,6 +35,11 @@ def normalize_inputs(example_inputs: Any) -> Call:
     )
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the first parameter that is not on the meta device; the CPU if there is none."""
+    return next((one.device for one in model.parameters() if not one.is_meta), torch.device("cpu"))
+
+
 def example_call(model: nn.Module) -> Call | None:
     """Create random inputs for a transformers model from its configuration; `None` for other models.
 

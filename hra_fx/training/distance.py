@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hra_fx.compat import pytree
 from hra_fx.errors import AdapterError, ConfigError
-from hra_fx.model.example_inputs import normalize_inputs
+from hra_fx.model.example_inputs import device_of, normalize_inputs
 from hra_fx.model.state import check_is_module, unwrap
 from hra_fx.training.without_adapters import check_adapters_act, without_adapters
 
@@ -64,7 +64,7 @@ def distance_to_base(model: nn.Module, batch: Any) -> Tensor:
             "`batch` must be what the model takes: a mapping of keyword arguments, a tuple or list of positional "
             f"arguments, or a tensor, got {type(batch).__name__}."
         )
-    device = next((parameter.device for parameter in inner.parameters() if not parameter.is_meta), torch.device("cpu"))
+    device = device_of(inner)
     args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, normalize_inputs(batch))
     kwargs.pop("labels", None)
     with without_adapters(inner):

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from hra_fx.errors import AdapterError, ConfigError
 from hra_fx.layers.peft_layers import is_of_peft
 from hra_fx.layers.sharding import reshard
-from hra_fx.model.example_inputs import preserve_rng_state
+from hra_fx.model.example_inputs import device_of, preserve_rng_state
 from hra_fx.model.state import check_is_module, unwrap
 from hra_fx.training.without_adapters import without_adapters
 
@@ -138,7 +138,7 @@ def _written(
     model: Any, rows: int, plan: list[int | None], allowed: Tensor, generator: torch.Generator, *, uniform: bool
 ) -> Tensor:
     """Texts `(rows, length)`. With `uniform`, the first token that the model does not get is drawn uniformly."""
-    device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), torch.device("cpu"))
+    device = device_of(model)
     # The name of the cache depends on the release of transformers. Without one, each call reads the whole text.
     parameters = inspect.signature(model.forward).parameters
     name = next((name for name in ("cache", "past_key_values") if name in parameters), None)

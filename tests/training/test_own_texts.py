@@ -94,15 +94,14 @@ def test_the_base_writes_the_texts(way: str) -> None:
     assert not torch.equal(found[0]["input_ids"], hra_fx.own_texts(model, 3, 12, seed=8)[0]["input_ids"])
 
 
-@pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "MambaForCausalLM", "RwkvForCausalLM"])
-def test_models_with_other_caches(kind: str) -> None:
-    """The model reads each token once, unless it takes no cache of transformers, as RWKV."""
+@pytest.mark.parametrize(("kind", "widths"), [("GPT2LMHeadModel", [1] * 9), ("RwkvForCausalLM", [*range(1, 10)])])
+def test_a_model_reads_each_token_once_if_it_has_a_cache(kind: str, widths: list[int]) -> None:
     tokens = {"bos_token_id": 0, "eos_token_id": [1, 2], "pad_token_id": 1}
     model = made(kind, vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, **tokens)
-    widths: list[int] = []
-    model.register_forward_pre_hook(lambda _, __, given: widths.append(given["input_ids"].shape[1]), with_kwargs=True)
+    seen: list[int] = []
+    model.register_forward_pre_hook(lambda _, __, given: seen.append(given["input_ids"].shape[1]), with_kwargs=True)
     (found,) = hra_fx.own_texts(model, 4, 10)
-    assert widths == (list(range(1, 10)) if kind.startswith("Rwkv") else [1] * 9)
+    assert seen == widths
     assert torch.equal(found["input_ids"], written_by_hand(model.eval(), (4,), 10, seed=0)[0])
 
 
