@@ -103,9 +103,9 @@ def moved(model: nn.Module, base: nn.Module, targets: Sequence[str]) -> float:
     found = []
     for path, layer in base.named_modules():
         if isinstance(layer, nn.Linear) and path.endswith(tuple(targets)):
-            # The layers of all libraries can be called.
-            weight, rows = layer.weight.T, torch.eye(layer.in_features)
-            change = model.get_submodule(path)(rows) - layer(rows)
+            # The layers of all libraries can be called. A quantized weight has no values of its own.
+            rows = torch.eye(layer.in_features)
+            change, weight = model.get_submodule(path)(rows) - layer(rows), layer(rows) - layer(torch.zeros_like(rows))
             found.append(float(change.norm() / weight.norm()))
     return statistics.fmean(found) if found else 0.0
 
