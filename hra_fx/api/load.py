@@ -14,6 +14,7 @@ from hra_fx.config import HRAConfig
 from hra_fx.errors import AdapterError
 from hra_fx.functional import householder
 from hra_fx.integrations.pretrained import root_class_for
+from hra_fx.layers.adapter_states import check_kept
 from hra_fx.layers.adapters import HouseholderAdapters
 from hra_fx.layers.sharding import device_of_values
 from hra_fx.layers.trained_copies import copies_of
@@ -119,7 +120,7 @@ def _replace(root: nn.Module, state: AdapterState, name: str, fitted: Fitted, is
             "adapter_name."
         )
     for path, layer in layers.items():
-        layer.hra_u.check_kept(name, fitted.vectors[path][0])
+        check_kept(layer.hra_u, name, fitted.vectors[path][0])
     replace_values(root, name, lambda path, _: fitted.vectors[path], fitted.copies)
     state.configs[name].inference_mode = not is_trainable
     set_requires_grad(collect_parts(root), {name: is_trainable and name in state.active})

@@ -7,7 +7,6 @@ The parameter `hra_u.<adapter>` contains pairs, `(d, r / 2, 2)` (`hra_fx.functio
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,12 +15,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from hra_fx.errors import AdapterError, HRAWarning
+from hra_fx.errors import AdapterError
 from hra_fx.functional import geodesic, householder
 from hra_fx.functional.chain import ChainPart, without
 from hra_fx.functional.pairs import pairs_shape, to_pairs
 from hra_fx.functional.rotate import as_rows, rotate_weight
 from hra_fx.layers.accelerate_hooks import offloading_hook
+from hra_fx.layers.adapter_states import prepare_load
 from hra_fx.layers.containers import ANCHOR, KEPT, SCALED, FilledLater, check_adapter_name
 from hra_fx.layers.running import Run, during
 from hra_fx.layers.sharding import distribute_like, full_tensor
@@ -29,9 +29,6 @@ from hra_fx.layers.target import REFLECTION, LayerKind, weight_name, weight_plac
 
 # One node for an fx tracer that traces into a layer.
 fx.wrap("rotate_weight")
-
-#: The largest part of loaded vectors along directions that are kept, relative to their length.
-_ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
@@ -227,7 +224,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         """Load a state, also one with vectors instead of pairs, or with kept directions; update scaled adapters."""
         errors: list[str] = rest[-1]
         for name in self.specs:
-            self._prepare_load(name, state_dict, prefix + name, errors)
+            prepare_load(self, name, state_dict, prefix + name, errors)
         super()._load_from_state_dict(state_dict, prefix, *rest)
         for name, alpha in list(self.scales.items()):
             try:
@@ -263,45 +260,6 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         if share is not None:
             self.shares[name] = share
         self.set_active(self.active)
-
-    def _prepare_load(self, name: str, state_dict: dict[str, Any], key: str, errors: list[str]) -> None:
-        """Convert the entries of an adapter in a state to those of this container."""
-        spec, given, kept = self.specs[name], state_dict.get(key), state_dict.get(key + KEPT)
-        if given is None:
-            return
-        if spec.pairs and tuple(given.shape) == self.vectors_shape(spec.r):
-            # The same text for all layers, so that Python shows it once.
-            text = (
-                "the state_dict has vectors, as written by PEFT or hra_fx 0.4. They are converted to the pairs that "
-                "the adapters train. The state of an optimizer that was saved with them does not fit, unless it is one "
-                "of train_pairs in 0.4. HRAConfig(..., pairs=False) continues to train vectors."
-            )
-            warnings.warn(text, HRAWarning, stacklevel=2)
-            state_dict[key] = given = to_pairs(given)
-        if kept is not None:
-            self.shares.pop(name, None)
-            held = self.kept(name)
-            if held is None or held.shape != kept.shape:
-                # Zeros of the shape that is possible: loading fills them, or reports another shape.
-                self.keep(name, kept.new_zeros(self.vectors_shape(kept.shape[-1]), device=self[name].device))
-        elif tuple(given.shape) == self.parameter_shape(name):
-            try:
-                self.check_kept(name, self.part(name, given)._replace(kept=None).vectors())
-            except AdapterError as error:
-                errors.append(str(error))
-
-    def check_kept(self, name: str, vectors: Tensor) -> None:
-        """Raise an error if new vectors `(d, r)` of an adapter are not orthogonal to the directions that it keeps."""
-        kept = self.kept(name)
-        if kept is None or kept.is_meta or vectors.is_meta:
-            return
-        wide = full_tensor(vectors.detach()).to(kept.device, kept.dtype)
-        if (kept.mT @ wide).norm() > _ROUNDING * wide.norm():
-            raise AdapterError(
-                f"{self.layer_path}: the adapter {name!r} keeps directions (hra_fx.protect), but the vectors to load "
-                "change them, so they were trained with other directions, or none. Call hra_fx.unprotect(model) before "
-                "you load them, and hra_fx.protect after it."
-            )
 
     def chain(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The adapter at its current scale as plain reflections, `(d, k)`, computed in `dtype`."""
