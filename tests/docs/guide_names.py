@@ -11,7 +11,8 @@ import torch
 from datasets import Dataset
 from diffusion_pipelines import stable_diffusion
 from integrations.trl_use.runs import SFT_CHATS, base_model
-from tiny_tokenizer import QUESTION, tokenizer
+from tiny import llama
+from tiny_tokenizer import QUESTION, WORDS, tokenizer
 from torch import distributed
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
@@ -40,6 +41,19 @@ def large_models() -> Names:
         "texts": Dataset.from_list(SFT_CHATS),
         "tokenizer": tokenizer(),
     }
+
+
+def wide_model() -> Any:
+    """A model with room for protected directions."""
+    return llama(hidden_size=64, intermediate_size=64, vocab_size=len(WORDS))
+
+
+def keep() -> Names:
+    """A Trainer's arguments and data, and a wide model in "my-model"."""
+    wide_model().save_pretrained("my-model")
+    given = training(None)
+    batches = [{"input_ids": ids, "labels": ids} for ids in torch.randint(5, len(WORDS), (4, 2, 8))]
+    return {**given, "batches": batches, "tokenizer": tokenizer()}
 
 
 def trl() -> Names:
@@ -76,7 +90,8 @@ def files() -> Names:
 
 #: Guide -> makes these names, in an empty folder.
 GIVEN: dict[str, Callable[[], Names]] = {
-    "training": lambda: training(base_model("SFT")),
+    "training": lambda: training(wide_model()),
+    "keep": keep,
     "trl": trl,
     "files": files,
     "recipes": recipes,

@@ -101,14 +101,13 @@ def test_the_first_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=99, **sizes))
-    samples = [{"input_ids": torch.randint(0, 9, (8, 16))} for _ in range(4)]
 
-    def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def train(model: torch.nn.Module) -> None:
         tokens = torch.randint(9, 99, (2, 16))
         model(input_ids=tokens, labels=tokens).loss.backward()
-        optimizer.step()
+        torch.optim.AdamW(value for value in model.parameters() if value.requires_grad).step()
 
-    exec(PROGRAMS[0], {"hra_fx": hra_fx, "torch": torch, "model": model, "samples": samples, "train": train})
+    exec(PROGRAMS[0], {"hra_fx": hra_fx, "model": model, "train": train})
     assert {path.name for path in tmp_path.iterdir()} == {"my-adapter", "my-lora"}
 
 
