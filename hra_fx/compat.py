@@ -145,27 +145,6 @@ def is_replica(module: nn.Module) -> bool:
     return bool(getattr(module, "_is_replica", False))
 
 
-def conv_border(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
-    """The padding of a convolution as `F.pad` takes it: (before, after) from the last dimension to the first.
-
-    Example:
-        >>> conv_border(nn.Conv2d(1, 1, (2, 3), padding=(1, 2)))
-        [2, 2, 1, 1]
-        >>> conv_border(nn.Conv2d(1, 1, (2, 3), padding="same"))
-        [1, 1, 0, 1]
-    """
-    if conv.padding_mode != "zeros":
-        return list(conv._reversed_padding_repeated_twice)  # the padding that torch applies
-    if conv.padding == "valid":
-        sides = [(0, 0) for _ in conv.kernel_size]
-    elif conv.padding == "same":
-        totals = [step * (size - 1) for step, size in zip(conv.dilation, conv.kernel_size, strict=True)]
-        sides = [(total // 2, total - total // 2) for total in totals]
-    else:  # torch reads `padding`, which may have changed since the layer was created
-        sides = [(int(size), int(size)) for size in conv.padding]
-    return [size for before_and_after in reversed(sides) for size in before_and_after]
-
-
 def is_split_by_transformers(module: nn.Module) -> bool:
     """Whether transformers below 5.16 may have split a weight into plain tensors. Later ones make it a `DTensor`."""
     return getattr(module, "_hf_tp_plan", None) is not None

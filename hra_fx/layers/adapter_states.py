@@ -53,6 +53,6 @@ def check_kept(adapters: Any, name: str, vectors: Tensor) -> None:
     if (kept.mT @ wide).norm() > _ROUNDING * wide.norm():
         raise AdapterError(
             f"{adapters.layer_path}: the adapter {name!r} keeps directions (hra_fx.protect), but the vectors to load "
-            "change them, so they were trained with other directions, or none. Call hra_fx.unprotect(model) before you "
-            "load them, and hra_fx.protect after it."
+            f"change them: they were trained with other directions or none, or saved without {name + KEPT}. Call "
+            "hra_fx.unprotect(model) before you load them, and hra_fx.protect after it."
         )

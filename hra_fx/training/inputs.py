@@ -1,7 +1,7 @@
 """Run samples through a base model, and collect the inputs of its adapted layers.
 
-The inputs of a layer are the other factors in the matrix products with its weight, also if another module computes
-them, as attention and experts do. The input of a convolution or of a quantized layer is the argument of its call.
+The inputs of a layer are the other factors in the products with its weight, also if another module computes them, as
+attention and experts do. The input of a quantized layer, or of a `Conv1D` of transformers, is the argument of its call.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.overrides import TorchFunctionMode
 
-from hra_fx.compat import conv_border, eager_experts, pytree, tensor_versions
+from hra_fx.compat import eager_experts, pytree, tensor_versions
 from hra_fx.errors import AdapterError
 from hra_fx.functional.directions import Sketch
 from hra_fx.layers.adapted_layer import AdaptedLayer
@@ -28,6 +28,7 @@ from hra_fx.training.without_adapters import without_adapters
 _PATCHES = 4096
 #: Names of matrix products -> whether they take a weight `(in, out)`.
 _PRODUCTS = {"linear": False, "matmul": True, "__matmul__": True, "bmm": True}
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 
 
 def sketches_of(
@@ -98,7 +99,7 @@ class _Collector(TorchFunctionMode):
         self.paths = {layer: path for path, layer in layers.items()}
         self.directions = directions
         self.sketches: dict[str, Sketch] = {}
-        self.called = [layer for layer in self.paths if layer.hra_u.reflects_input and not _is_plain_linear(layer)]
+        self.called = [layer for layer in self.paths if _is_called(layer)]
         self.is_on = True
         #: The input that was added last, its version, the sketches with it, and one that started with it.
         self.last: Tensor | None = None
@@ -118,10 +119,7 @@ class _Collector(TorchFunctionMode):
 
     def _call(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
         """Add the input of a call. After the call, because an input that the layer rejects is the model's error."""
-        x = (*args, *kwargs.values())[0]
-        is_convolution = isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        for rows in _patches(x, layer) if is_convolution else [x]:
-            self.add(layer, rows)
+        self.add(layer, (*args, *kwargs.values())[0])
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
@@ -138,6 +136,9 @@ class _Collector(TorchFunctionMode):
                 of_all = weight.dim() == 3  # a product for each expert
                 for place, rows in enumerate(x if of_all else [x]):
                     self.add(layer, rows, place if of_all else expert)
+        elif name in _CONVOLUTIONS and (layer := self._layer_of((*args, *kwargs.values())[1])) is not None:
+            for rows in _patches(*args, **kwargs):
+                self.add(layer, rows)
         return made
 
     def _attention(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -190,19 +191,34 @@ class _Collector(TorchFunctionMode):
                 distributed.broadcast(merged, src=0)  # the processes may round differently
 
 
-def _is_plain_linear(layer: Any) -> bool:
-    """Whether a layer computes `F.linear` with its weight."""
-    return type(layer.hra_u) is LinearAdapters and not layer.hra_u.fan_in_fan_out
+def _is_called(layer: Any) -> bool:
+    """Whether a layer has a forward of its library that does not compute with its weight as it is."""
+    adapters: Any = layer.hra_u
+    return isinstance(adapters, LinearAdapters) and (type(adapters) is not LinearAdapters or adapters.fan_in_fan_out)
 
 
-def _patches(x: Tensor, conv: Any) -> Iterator[Tensor]:
-    """The patches `(n, d)` of each image, for all groups."""
-    dimensions = len(conv.kernel_size)
-    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    x = F.pad(x if x.dim() == dimensions + 2 else x[None], conv_border(conv), mode=mode)
-    for axis, (size, step, dilation) in enumerate(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)):
-        x = x.unfold(2 + axis, dilation * (size - 1) + 1, step)[..., ::dilation]
-    x = x.reshape(len(x), conv.groups, -1, *x.shape[2:])  # (n, groups, c, positions..., kernel...)
+def _patches(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Iterator[Tensor]:
+    """The patches `(n, d)` of each image, for all groups. The arguments are those of `F.conv2d`."""
+    sizes, dimensions = weight.shape[2:], weight.dim() - 2
+    steps, gaps = ([value] * dimensions if isinstance(value, int) else list(value) for value in (stride, dilation))
+    totals = [gap * (size - 1) for gap, size in zip(gaps, sizes, strict=True)]
+    if isinstance(padding, str):
+        sides = [(total // 2, total - total // 2) if padding == "same" else (0, 0) for total in totals]
+    else:
+        sides = [(side, side) for side in ([padding] * dimensions if isinstance(padding, int) else padding)]
+    x = input if input.dim() == dimensions + 2 else input[None]
+    x = F.pad(x, [side for both in reversed(sides) for side in both])
+    for axis, (total, step, gap) in enumerate(zip(totals, steps, gaps, strict=True)):
+        x = x.unfold(2 + axis, total + 1, step)[..., ::gap]
+    x = x.reshape(len(x), groups, -1, *x.shape[2:])  # (n, groups, c, positions..., kernel...)
     for image in x:
         rows = image.movedim(1, 1 + dimensions).flatten(0, dimensions).flatten(1)
         yield from rows.split(_PATCHES)

@@ -126,7 +126,7 @@ def protect(
             "protect: `samples` do not protect these layers, because no sample reached them, or because another module "
             f"uses their weights in a way that is not known: {some_of(unseen)}."
         )
-        warnings.warn(text, HRAWarning, stacklevel=2)
+        warnings.warn(text, HRAWarning, stacklevel=4)  # of the caller: there are two decorators
     return _keep(layers, state, _bases(found, directions, earlier), found)
 
 
