@@ -135,7 +135,7 @@ class HRAConfig:
         return self.pairs and not self.apply_GS and self.rank_of(path) % 2 == 0
 
     def _check_scalars(self) -> None:
-        _check_rank("r", self.r)
+        check_positive_int("r", self.r)
         for name in ("apply_GS", "init_weights", "inference_mode", "pairs"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"`{name}` must be a bool, got {getattr(self, name)!r}.")
@@ -172,7 +172,7 @@ class HRAConfig:
         if not isinstance(patterns, Mapping) or not all(isinstance(pattern, str) and pattern for pattern in patterns):
             raise ConfigError(f"`rank_pattern` must be a dict of names and ranks, got {patterns!r}.")
         for pattern, rank in patterns.items():
-            _check_rank(f"rank_pattern[{pattern!r}]", rank)
+            check_positive_int(f"rank_pattern[{pattern!r}]", rank)
             _compile("rank_pattern", pattern, rank_regex(pattern))
         self.rank_pattern = dict(patterns)
 
@@ -307,9 +307,10 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> str:
     return str.__str__(value)
 
 
-def _check_rank(name: str, rank: object) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
-        raise ConfigError(f"`{name}` must be a positive int, got {rank!r}.")
+def check_positive_int(name: str, value: object) -> None:
+    """Check that an argument is a positive int."""
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ConfigError(f"`{name}` must be a positive int, got {value!r}.")
 
 
 def _strings(name: str, value: object) -> list[str]:

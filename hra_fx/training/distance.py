@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hra_fx.compat import pytree
+from hra_fx.config import check_positive_int
 from hra_fx.errors import AdapterError, ConfigError
 from hra_fx.model.example_inputs import device_of, normalize_inputs
 from hra_fx.model.state import check_is_module, unwrap
@@ -148,8 +149,7 @@ def add_distance_to_base(trainer: Any, samples: Iterable[Any], weight: float = 1
     """
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
         raise ConfigError(f"`weight` must be a finite number > 0, got {weight!r}.")
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ConfigError(f"`every` must be a positive int, got {every!r}.")
+    check_positive_int("every", every)
     if not all(hasattr(trainer, name) for name in ("compute_loss", "accelerator", "state")):
         raise AdapterError(f"`trainer` must be a transformers Trainer, got {type(trainer).__name__}.")
     if isinstance(samples, (Mapping, Tensor)) or not (batches := list(samples)):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from hra_fx.config import check_positive_int
 from hra_fx.errors import AdapterError, ConfigError
 from hra_fx.layers.peft_layers import is_of_peft
 from hra_fx.layers.sharding import reshard
@@ -47,8 +48,8 @@ def own_texts(
         Batches `{"input_ids": (batch_size, length)}` on the device of the model.
 
     Raises:
-        ConfigError: a number is not a positive int; the model does not have positions for `length` tokens; or the chat
-            template leaves no tokens of them.
+        ConfigError: a number is not a positive int; the model does not have positions for `length` tokens; or all of
+            them are those of the chat template.
         AdapterError: the model is not a causal language model, or adapters of PEFT are merged.
 
     Example:
@@ -62,8 +63,7 @@ def own_texts(
     from tqdm.auto import tqdm  # type: ignore[import-untyped]  # which transformers needs
 
     for name, value in (("count", count), ("length", length), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"`{name}` must be a positive int, got {value!r}.")
+        check_positive_int(name, value)
     writer = _writer(model, length)
     plan, chats = _plan(tokenizer, length)
     allowed = _allowed(writer, tokenizer)
@@ -99,22 +99,23 @@ def _writer(model: nn.Module, length: int) -> Any:
 
 def _plan(tokenizer: Any, length: int) -> tuple[list[int | None], bool]:
     """The tokens of a text, None for those that the model writes; and whether it is a chat."""
-    if tokenizer is None:
-        return [None] * length, False
-    if not tokenizer.chat_template:
-        first = tokenizer("").input_ids[:1]
-        start = first if first == [tokenizer.bos_token_id] else []
-        return [*start, *[None] * (length - len(start))], False
-    said = [{"role": "user", "content": _SAID}]
-    chat = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-    before, after = (tokenizer(part, add_special_tokens=False).input_ids for part in chat.rsplit(_SAID, 1))
+    before: list[int] = []
+    after: list[int] = []
+    chats = tokenizer is not None and bool(tokenizer.chat_template)
+    if chats:
+        said = [{"role": "user", "content": _SAID}]
+        chat = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        before, after = (tokenizer(part, add_special_tokens=False).input_ids for part in chat.rsplit(_SAID, 1))
+    elif tokenizer is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
+        before = [tokenizer.bos_token_id]
     free = length - len(before) - len(after)
-    if free < 2:
+    if free < 1 + chats:
         raise ConfigError(
-            f"`length` must be at least {length - free + 2}, got {length}: the chat template takes {length - free} "
-            "tokens of each text."
+            f"`length` must be at least {length - free + 1 + chats}, got {length}: {length - free} tokens of each text "
+            "are those of the tokenizer."
         )
-    return [*before, *[None] * (free // 2), *after, *[None] * (free - free // 2)], True
+    message = free // 2 if chats else 0
+    return [*before, *[None] * message, *after, *[None] * (free - message)], chats
 
 
 def _allowed(model: Any, tokenizer: Any) -> Tensor:
@@ -139,7 +140,7 @@ def _written(
 ) -> Tensor:
     """Texts `(rows, length)`. With `uniform`, the first token that the model does not get is drawn uniformly."""
     device = device_of(model)
-    # The name of the cache depends on the release of transformers. Without one, each call reads the whole text.
+    # The name of the cache depends on the release of transformers. Without a cache, each call reads the whole text.
     parameters = inspect.signature(model.forward).parameters
     name = next((name for name in ("cache", "past_key_values") if name in parameters), None)
     drawn = plan.index(None) if uniform else None
@@ -155,10 +156,8 @@ def _written(
         ids = torch.cat([ids, token], dim=1)
         if place + 1 == len(plan):
             break
-        if name is None:
-            output = model(input_ids=ids.to(device))
-        else:
-            output = model(input_ids=token.to(device), use_cache=True, **{name: cache})
-            cache = getattr(output, name)
+        cached = {} if name is None else {name: cache, "use_cache": True}
+        output = model(input_ids=(ids if cache is None else token).to(device), **cached)
+        cache = None if name is None else getattr(output, name, None)
         logits = output.logits[:, -1, : len(allowed)]
     return ids.to(device)

@@ -94,7 +94,10 @@ def test_the_base_writes_the_texts(way: str) -> None:
     assert not torch.equal(found[0]["input_ids"], hra_fx.own_texts(model, 3, 12, seed=8)[0]["input_ids"])
 
 
-@pytest.mark.parametrize(("kind", "widths"), [("GPT2LMHeadModel", [1] * 9), ("RwkvForCausalLM", [*range(1, 10)])])
+@pytest.mark.parametrize(
+    ("kind", "widths"),
+    [("GPT2LMHeadModel", [1] * 9), ("RwkvForCausalLM", [*range(1, 10)]), ("BertLMHeadModel", [*range(1, 10)])],
+)
 def test_a_model_reads_each_token_once_if_it_has_a_cache(kind: str, widths: list[int]) -> None:
     tokens = {"bos_token_id": 0, "eos_token_id": [1, 2], "pad_token_id": 1}
     model = made(kind, vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, **tokens)
@@ -150,7 +153,7 @@ def test_other_models_are_refused(make: Callable[[], Any]) -> None:
         ({"length": 2.0}, ConfigError, r"`length` must be a positive int, got 2\.0"),
         ({"batch_size": True}, ConfigError, "`batch_size` must be a positive int, got True"),
         ({"length": 33}, ConfigError, "at most the model's max_position_embeddings = 32, got 33"),
-        ({"length": 3, "tokenizer": tokenizer()}, ConfigError, "`length` must be at least 4, got 3: the chat template"),
+        ({"length": 3, "tokenizer": tokenizer()}, ConfigError, "`length` must be at least 4, got 3: 2 tokens"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], text: str) -> None:
