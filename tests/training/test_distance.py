@@ -288,6 +288,18 @@ def test_a_trainer_adds_the_term_whatever_it_accumulates(every: int, tmp_path: P
         assert relative_error(moved[0][name], one.detach() - start[name]) < 1e-3, name
 
 
+def test_a_resumed_run_continues_with_the_next_batch(tmp_path: Path) -> None:
+    found = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
+        trainer: Any = trainer_of(
+            Trainer, "llama", adapted(llama()), tmp_path, max_steps=4, save_steps=2, save_strategy="steps"
+        )
+        hra_fx.add_distance_to_base(trainer, SAMPLES, weight=2.0)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        found.append(trained(trainer.model))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
