@@ -196,18 +196,17 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         """Compute a chain at scale `alpha`; raises the errors of `geodesic.fractional_rotation`."""
         return geodesic.fractional_rotation(chain, alpha)
 
-    def scale(self, name: str, alpha: float, chain: Tensor | None = None) -> None:
-        """Set the scale of an adapter. `scaled` computes its chain; a scale of 1 restores the adapter.
+    def scale(self, name: str, alpha: float, chain: Tensor | None) -> None:
+        """Set the scale of an adapter, with its chain from `scaled`; `None` restores full scale.
 
         At other scales, the forward does not read the vectors, so they do not get a gradient.
         """
-        made = self.scaled(name, alpha) if chain is None and alpha != 1 else chain
         self.scales.pop(name, None)
         self._buffers.pop(name + SCALED, None)
-        if alpha != 1:
+        if chain is not None:
             self.scales[name] = alpha
             # Not in the state_dict, because it can be computed from the vectors and the scale.
-            self.register_buffer(name + SCALED, made, persistent=False)
+            self.register_buffer(name + SCALED, chain, persistent=False)
         self.set_active(self.active)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -228,7 +227,7 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         super()._load_from_state_dict(state_dict, prefix, *rest)
         for name, alpha in list(self.scales.items()):
             try:
-                self.scale(name, alpha)
+                self.scale(name, alpha, self.scaled(name, alpha))
             except AdapterError as error:
                 errors.append(f"{prefix}{name}: {error}")
 

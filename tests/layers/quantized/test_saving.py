@@ -144,8 +144,9 @@ def loaded(folder: Path, name: str) -> Any:
 
 
 def adapted_model(folder: Path, name: str) -> Any:
+    """It trains vectors: pairs are rounded by a file, and then a quantized input may be rounded to another value."""
     torch.manual_seed(1)
-    return hra_fx.transform(loaded(folder, name), config_for("llama", target_modules="all-linear"))
+    return hra_fx.transform(loaded(folder, name), config_for("llama", target_modules="all-linear", pairs=False))
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -164,7 +165,7 @@ def test_adapters_are_saved_loaded_and_generate(name: str, folder: Path, tmp_pat
         "adapter_model.safetensors",
     }
     again = hra_fx.load_adapter(loaded(folder, name), tmp_path)
-    assert relative_error(logits(again), logits(model)) < 5e-3  # pairs round; see `_assert_same`
+    assert torch.equal(logits(again), logits(model))
     assert not torch.allclose(logits(again), logits(loaded(folder, name)), atol=1.0)
     text = model.generate(tokens_of(2, 4), max_new_tokens=4, do_sample=False)
     assert torch.equal(again.generate(tokens_of(2, 4), max_new_tokens=4, do_sample=False), text)
