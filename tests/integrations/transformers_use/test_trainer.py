@@ -11,7 +11,7 @@ from integrations.trl_use.runs import logs
 from peft_sides import by_peft, in_pairs, same_tensors
 from safetensors.torch import load_file
 from tiny import llama
-from tiny_models import BASES, FIELDS, SHAPES, adapted, trained_in, trainer_of
+from tiny_models import BASES, FIELDS, SHAPES, adapted, batch, trained_in, trainer_of
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
@@ -39,24 +39,29 @@ def assert_same_training(model: nn.Module, other: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("latest", "kind", "shape", "fields"),
+    ("latest", "kind", "shape", "fields", "protected"),
     [
-        (True, "bert", "transform", {}),
-        (True, "bert", "HRAModel", {"apply_GS": True}),
-        (False, "bert", "transform", {"bias": "all"}),
-        (True, "llama", "HRAModel", {}),
+        (True, "bert", "transform", {}, False),
+        (True, "bert", "HRAModel", {"apply_GS": True}, False),
+        (False, "bert", "transform", {"bias": "all", "r": 4}, True),
+        (True, "llama", "HRAModel", {}, True),
     ],
 )
 def test_a_run_that_was_stopped_goes_on_bitwise(
-    latest: bool, kind: str, shape: str, fields: dict[str, Any], tmp_path: Path
+    latest: bool, kind: str, shape: str, fields: dict[str, Any], protected: bool, tmp_path: Path
 ) -> None:
-    """Six steps at once against three, and three more with new objects in the other shape, from other vectors."""
-    model = adapted(kind, shape, **fields)
+    """Six steps at once against three, and three more with new objects in the other shape, from other vectors.
+
+    The new model protects nothing before it is loaded.
+    """
+    model, first = (adapted(kind, shape, **fields) for _ in range(2))
+    for each in (model, first) if protected else ():
+        hra_fx.protect(each, [batch(kind)], 4)
     whole = trainer_of(Trainer, kind, model, tmp_path / "whole")
     whole.train()
 
     folder = tmp_path / "parts"
-    stopped = trainer_of(Trainer, kind, adapted(kind, shape, **fields), folder, **EVERY_THIRD)
+    stopped = trainer_of(Trainer, kind, first, folder, **EVERY_THIRD)
     stopped.add_callback(StopAt(3))
     stopped.train()
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-3"]
@@ -83,17 +88,20 @@ def test_a_checkpoint_has_the_files_of_pefts_and_one_more(tmp_path: Path) -> Non
     assert tensors.keys() == trained_in(models["ours"]).keys(), "no base weights"
 
 
-def test_it_trains_and_resumes_after_from_peft(tmp_path: Path) -> None:
+@pytest.mark.parametrize("protected", [False, True])
+def test_it_trains_and_resumes_after_from_peft(protected: bool, tmp_path: Path) -> None:
     """As with PEFT's own layers in pairs, in the same order of random numbers."""
     found = []
     for number in range(3):
         model = by_peft(llama(), **FIELDS["llama"], init_weights=False)
         trainer = trainer_of(Trainer, "llama", model, tmp_path / str(max(number, 1)), **EVERY_THIRD)
         (hra_fx.from_peft if number else in_pairs)(trainer.model)
+        if protected and number == 1:
+            hra_fx.protect(trainer.model, [batch("llama")], 4)
         trainer.train(resume_from_checkpoint=str(tmp_path / "1" / "checkpoint-3") if number == 2 else None)
         found.append([loss for (loss,) in logs(trainer, "loss")])
         trainer.save_model(str(tmp_path / f"end-{number}"))
-    assert found[1] == pytest.approx(found[0], rel=1e-3) and found[2] == found[1]
+    assert (found[1] == pytest.approx(found[0], rel=1e-3)) is not protected and found[2] == found[1]
     same_tensors(tmp_path / "end-1", tmp_path / "end-2")
 
 
