@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -188,13 +189,22 @@ def refused_copies(rank: int, folder: Path) -> None:
 
 
 def flat_shards(rank: int, folder: Path) -> None:
-    """FSDP1 trains too, and leaves base weights alone; between its calls it holds flat pieces of vectors."""
-    losses, device = train(MLP.model(), MLP), torch.device("cpu")
-    for strategy in (ShardingStrategy.NO_SHARD, ShardingStrategy.FULL_SHARD):
+    """FSDP1 trains too, and leaves base weights alone; between its calls it holds flat pieces of vectors.
+
+    Without `use_orig_params`, it shards only what is trained.
+    """
+    alone = MLP.model()
+    hra_fx.protect(alone, [MLP.data()[0]], 2)
+    start = copy.deepcopy(alone)
+    losses, device = train(alone, MLP), torch.device("cpu")
+    whole, full = ShardingStrategy.NO_SHARD, ShardingStrategy.FULL_SHARD
+    for strategy, original in ((full, False), (whole, True), (full, True)):
+        own = copy.deepcopy(start)
+        frozen = None if original else [p for p in own.parameters() if not p.requires_grad]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # NO_SHARD, which one process alone gets, is deprecated
             model = FullyShardedDataParallel(
-                MLP.model(), device_id=device, use_orig_params=True, sharding_strategy=strategy
+                own, device_id=device, use_orig_params=original, sharding_strategy=strategy, ignored_states=frozen
             )
         assert train(model, MLP, part_of(rank)) == pytest.approx(losses, abs=1e-13)
         with FullyShardedDataParallel.summon_full_params(model):

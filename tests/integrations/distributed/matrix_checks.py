@@ -28,7 +28,13 @@ from integrations.distributed.trained import (
 )
 from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.tensor import DTensor
 
 import hra_fx
@@ -111,6 +117,33 @@ def checkpoints(name: str, way: str, rank: int, folder: Path) -> None:
     assert close(plain, case, wanted) and close(other, case, wanted)
 
 
+def resumes(name: str, way: str, rank: int, folder: Path) -> None:
+    """Six steps are three, and three in another model, bit by bit; with protected directions."""
+    case, part = CASES[name], part_of(rank)
+
+    def made(samples: slice) -> tuple[nn.Module, torch.optim.Optimizer]:
+        own = case.model()
+        hra_fx.protect(own, [case.data()[0][samples]], 1)
+        model = WAYS[way](case, own)
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return model, torch.optim.AdamW(trainable, lr=0.01, foreach=False)
+
+    whole, optimizer = made(slice(2))
+    train(whole, case, part, 6, optimizer=optimizer)
+    model, optimizer = made(slice(2))
+    train(model, case, part, 3, optimizer=optimizer)
+    again, other = made(slice(2, 4))
+    turned_away(again)
+    for one, own in ((model, optimizer), (again, other)):
+        states = dict(zip(("model", "optimizer"), get_state_dict(one, own), strict=True))
+        (dcp.save if one is model else dcp.load)(states, checkpoint_id=folder)
+    set_state_dict(again, other, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+    train(again, case, part, 3, optimizer=other)
+    wanted, found = trained(whole), trained(again)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert torch.equal(output(again, case), output(whole, case))
+
+
 def as_lora(name: str, way: str, rank: int, folder: Path) -> None:
     """Gathered layer by layer; the first process writes."""
     case = EXPERTS if name == "experts" else CASES[name]
@@ -179,6 +212,10 @@ MATRIX: dict[Callable[[str, str, int, Path], None], list[tuple[str, str]]] = {
     checkpoints: [
         *(("attention", "DDP"), ("mlp, Gram-Schmidt", WHOLE), ("mlp, copies", PARTS), ("mlp, whole", LAYER)),
         *(("attention", "FSDP2, kept whole"), ("mlp, Gram-Schmidt", "FSDP2, vectors apart")),
+    ],
+    resumes: [
+        *(("mlp, whole", "DDP"), ("mlp, copies", PARTS), ("mlp, odd rank", LAYER), ("mlp, Gram-Schmidt", WHOLE)),
+        ("mlp, whole", "FSDP2, vectors apart"),
     ],
     # The module that represents a parameter of the experts has no parameters to shard, so it is not wrapped separately.
     as_lora: [("resnet", LAYER), ("mlp, copies", WHOLE), ("mlp, Gram-Schmidt", LAYER), ("experts", PARTS)],

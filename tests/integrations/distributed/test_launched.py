@@ -56,21 +56,15 @@ def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[fl
     return found, folder
 
 
-def check_saved(folder: Path, expected: Path) -> None:
-    saved, wanted = (load_file(place / "final" / "adapter_model.safetensors") for place in (folder, expected))
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_and_a_restart_from_its_checkpoint(
+    stage: int, base: Path, plain: tuple[list[float], Path], tmp_path: Path
+) -> None:
+    assert losses(base, stage, 2, tmp_path) == pytest.approx(plain[0][:2], abs=1e-5)
+    assert losses(base, stage, 4, tmp_path, "--resume") == pytest.approx(plain[0], abs=1e-5)
+    saved, wanted = (load_file(place / "final" / "adapter_model.safetensors") for place in (tmp_path, plain[1]))
     assert len(wanted) == 14
     torch.testing.assert_close(saved, wanted, atol=1e-4, rtol=0)
-
-
-def test_zero_2(base: Path, plain: tuple[list[float], Path], tmp_path: Path) -> None:
-    assert losses(base, 2, 4, tmp_path) == pytest.approx(plain[0], abs=1e-5)
-    check_saved(tmp_path, plain[1])
-
-
-def test_zero_3_and_a_restart_from_its_checkpoint(base: Path, plain: tuple[list[float], Path], tmp_path: Path) -> None:
-    assert losses(base, 3, 2, tmp_path) == pytest.approx(plain[0][:2], abs=1e-5)
-    assert losses(base, 3, 4, tmp_path, "--resume") == pytest.approx(plain[0], abs=1e-5)
-    check_saved(tmp_path, plain[1])
 
 
 @canary(
