@@ -59,7 +59,7 @@ def train(model: nn.Module, part: slice = slice(None)) -> list[float]:
     """Train on a part of each batch; return the losses of the whole batch."""
     x = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
     y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=5.0)
     losses = []
     for _ in range(10):
         loss = cross_entropy(model(x[part]), y[part])

@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 import hra_fx
@@ -120,11 +121,15 @@ def checkpoints(name: str, way: str, rank: int, folder: Path) -> None:
 def resumes(name: str, way: str, rank: int, folder: Path) -> None:
     """Six steps are three, and three in another model, bit by bit; with protected directions."""
     case, part = CASES[name], part_of(rank)
+    if way == "FSDP1":
+        warnings.simplefilter("ignore")  # torch calls what it deprecates
 
     def made(samples: slice) -> tuple[nn.Module, torch.optim.Optimizer]:
         own = case.model()
         hra_fx.protect(own, [case.data()[0][samples]], 1)
-        model = WAYS[way](case, own)
+        cpu = torch.device("cpu")
+        flat = way == "FSDP1"
+        model = FullyShardedDataParallel(own, device_id=cpu, use_orig_params=True) if flat else WAYS[way](case, own)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return model, torch.optim.AdamW(trainable, lr=0.01, foreach=False)
 
@@ -215,7 +220,7 @@ MATRIX: dict[Callable[[str, str, int, Path], None], list[tuple[str, str]]] = {
     ],
     resumes: [
         *(("mlp, whole", "DDP"), ("mlp, copies", PARTS), ("mlp, odd rank", LAYER), ("mlp, Gram-Schmidt", WHOLE)),
-        ("mlp, whole", "FSDP2, vectors apart"),
+        *(("mlp, whole", "FSDP2, vectors apart"), ("mlp, odd rank", "FSDP1")),
     ],
     # The module that represents a parameter of the experts has no parameters to shard, so it is not wrapped separately.
     as_lora: [("resnet", LAYER), ("mlp, copies", WHOLE), ("mlp, Gram-Schmidt", LAYER), ("experts", PARTS)],
