@@ -21,7 +21,7 @@ from hra_fx.functional.directions import Sketch
 from hra_fx.layers.adapted_layer import AdaptedLayer
 from hra_fx.layers.sharding import full_tensor, is_sharded, reshard
 from hra_fx.layers.variants import LinearAdapters
-from hra_fx.model.example_inputs import Call, preserve_rng_state
+from hra_fx.model.example_inputs import Call, device_of, preserve_rng_state
 from hra_fx.training.without_adapters import without_adapters
 
 #: The number of patches of an image that are added to a sketch at once.
@@ -41,7 +41,7 @@ def sketches_of(
     Raises:
         AdapterError: there are no calls in this process or another one.
     """
-    device = next((tensor.device for tensor in model.parameters() if not tensor.is_meta), torch.device("cpu"))
+    device = device_of(model)
     collector = _Collector(layers, directions)
     count = 0
     eager = torch.compiler.set_stance("force_eager")

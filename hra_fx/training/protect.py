@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hra_fx.config import check_positive_int
 from hra_fx.errors import AdapterError, ConfigError, HRAWarning
 from hra_fx.functional.directions import Sketch
 from hra_fx.layers.adapted_layer import AdaptedLayer
@@ -188,8 +189,7 @@ def _check_adapters(layers: Mapping[str, AdaptedLayer], state: AdapterState, *, 
 def _check_directions(
     directions: Any, layers: Mapping[str, AdaptedLayer], state: AdapterState, earlier: Mapping[str, Tensor]
 ) -> None:
-    if isinstance(directions, bool) or not isinstance(directions, int) or directions < 1:
-        raise ConfigError(f"`directions` must be a positive int, got {directions!r}.")
+    check_positive_int("directions", directions)
     for path, layer in layers.items():
         total, width = directions + (earlier[path].shape[-1] if path in earlier else 0), layer.hra_u.width
         if 2 * total > width:
