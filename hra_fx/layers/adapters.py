@@ -210,12 +210,15 @@ class HouseholderAdapters(FilledLater, nn.ParameterDict):
         self.set_active(self.active)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move and cast tensors, but do not cast kept directions: in 16 bits, they would not be orthonormal."""
-        kept = {key: buffer for key, buffer in self._buffers.items() if key.endswith(KEPT) and buffer is not None}
+        """Move and cast tensors, but do not round kept directions and scaled chains to 16 bits.
+
+        Such directions would not be orthonormal, and a small rotation is a small difference of two vectors.
+        """
+        wide = {key: one for key, one in self._buffers.items() if key.endswith((KEPT, SCALED)) and one is not None}
         super()._apply(fn, recurse)
-        for key, before in kept.items():
+        for key, before in wide.items():
             moved: Any = self._buffers[key]
-            if moved.dtype is not before.dtype:
+            if householder.working_dtype(moved.dtype) is not moved.dtype:
                 self._buffers[key] = before.to(moved.device)
         return self
 

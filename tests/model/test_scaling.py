@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from model.many import adapted, assert_close, config, net, normal, turn
-from oracles import dense_power as power, layer_q
+from oracles import dense_power as power, dense_product, layer_q
 from torch import Tensor, nn
 
 import hra_fx
@@ -33,6 +33,17 @@ def test_the_ends_are_exact_and_a_report_has_a_part_of_the_angle(alpha: float) -
     (row,) = hra_fx.report(model)
     assert row.angle == pytest.approx(alpha * float(torch.linalg.eigvals(q).angle().max()), abs=1e-6)
     assert row.orthogonality < 1e-12
+
+
+def test_16_bits_do_not_change_a_scaled_rotation() -> None:
+    model = hra_fx.transform(net(torch.float32), config("first", r=4), "a")
+    with torch.no_grad():
+        model.first.hra_u["a"][..., 1] = 0.01
+    hra_fx.set_scale(model, "a", 0.5)
+    q = dense_product(model.first.hra_u.chain("a"))
+    model.bfloat16()
+    assert torch.equal(dense_product(model.first.hra_u.chain("a")), q) and not torch.equal(q, torch.eye(6).double())
+    assert_close(model(normal(4, 6).bfloat16()).double(), output(net(), q, normal(4, 6)), 0.02)
 
 
 def test_a_refusal_at_the_second_layer_restores_the_first() -> None:
