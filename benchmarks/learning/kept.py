@@ -5,14 +5,14 @@ from __future__ import annotations
 import bisect
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from learning.keeping import ALL
 from learning.rates import chosen, of
 from learning.records import Record
 from learning.summary import difference
-from learning.table import interval, number, spread, table
+from learning.table import interval, label, number, spread, table
 
 TASK = "language"
 TALES, TWEETS, FACTS = "perplexity of tales", "perplexity of tweets", "facts, %"
@@ -36,12 +36,6 @@ class Row:
     def trained(self) -> str:
         """The method without a scale."""
         return self.method.partition("@")[0]
-
-    @property
-    def label(self) -> str:
-        """Its name in the table."""
-        scale = self.method.partition("@")[2]
-        return ALL[self.trained].label + (f", scaled by {scale}" if scale else "")
 
     def runs(self, records: Sequence[Record], task: str = TASK) -> list[Record]:
         """Its runs in order of their seeds, the last one of each, without old ones that have no `moved`."""
@@ -83,30 +77,51 @@ ROWS = (
     Row("full@0.75", 1.7e-4, in_picture=True),
 )
 PLAIN = Row("hra-pairs", 1e-2)
+#: The tables of layers: methods with their rates, and tasks.
+IN_LAYERS = {"lora": 5.5e-3, "hra-pairs": 1e-2}
+LAYERS = {TASK: "all", f"{TASK}-mlp": "MLP", f"{TASK}-attention": "attention"}
+
+
+def wanted() -> Iterator[tuple[str, str, float | None]]:
+    """Task, method and rate of all runs of the tables."""
+    yield from ((TASK, row.method, row.lr) for row in ROWS if "@" not in row.method)
+    yield from ((task, method, lr) for task in LAYERS for method, lr in IN_LAYERS.items() if task != TASK)
 
 
 def kept_table(records: Sequence[Record]) -> str:
-    """A row for each method that ran: the new posts, what is kept, and how far the weights moved."""
-    plain = {run.seed: run for run in PLAIN.runs(records)}
+    """A row for each method that ran: the new posts, what is kept, how far the weights moved, and the time over LoRA."""
+    plain, lora = ({run.seed: run for run in row.runs(records)} for row in (PLAIN, Row("lora", 5.5e-3)))
     rows = []
     for row in ROWS:
         if not (runs := row.runs(records)):
             continue
         over = difference({run.seed: score(run) for run in runs}, {seed: score(run) for seed, run in plain.items()})
+        times = [run.seconds / lora[run.seed].seconds for run in runs if run.seed in lora]
         rows.append(
             [
-                row.label,
+                label(row.method),
                 f"{runs[0].lr:g}" if runs[0].lr else "-",
                 str(len(runs)),
                 spread([score(run) for run in runs]),
                 "-" if row.method in ("base", PLAIN.method) or math.isnan(over.mean) else interval(over),
                 *(spread([run.retention[name] for run in runs]) for name in (TALES, TWEETS, FACTS)),
-                f"{100 * statistics.fmean(moved(run) for run in runs):.1f}%",
+                f"{100 * statistics.fmean(map(moved, runs)):.1f}%",
+                "-" if row.method == "base" else number(statistics.fmean(times)) if times else "-",
             ]
         )
-    return table(
-        ["", "rate", "seeds", "new posts ↓", "over HRA, pairs", "tales ↓", "tweets ↓", "facts, % ↑", "moved"], rows
-    )
+    heads = [
+        "",
+        "rate",
+        "seeds",
+        "new posts ↓",
+        "over HRA, pairs",
+        "tales ↓",
+        "tweets ↓",
+        "facts, % ↑",
+        "moved",
+        "time",
+    ]
+    return table(heads, rows)
 
 
 def score(run: Record) -> float:
@@ -128,7 +143,7 @@ def equal_movement_table(records: Sequence[Record]) -> str:
         if row.trained not in ("hra-pairs-protect", "hra-pairs-protect-own", "hra-pairs-distance-own"):
             continue
         runs = row.runs(records)
-        cells = [row.label, f"{100 * statistics.fmean(map(moved, runs)):.1f}%"] if runs else []
+        cells = [label(row.method), f"{100 * statistics.fmean(map(moved, runs)):.1f}%"] if runs else []
         for name in ("", TALES, TWEETS):
             for plain in ("hra-pairs", "lora"):
                 found = [(value(run, name), at_movement(records, plain, run, name)) for run in runs]
@@ -152,8 +167,8 @@ def at_movement(records: Sequence[Record], method: str, run: Record, name: str) 
 
     Between its scales, the logarithm of the perplexity is linear in how far the weights moved.
     """
-    rate = {"lora": 5.5e-3, "hra-pairs": 1e-2}[method]
-    scaled = [one for scale in ("@0.5", "@0.75", "") for one in Row(method + scale, rate).runs(records)]
+    rows = [Row(method + scale, IN_LAYERS[method]) for scale in ("@0.5", "@0.75", "")]
+    scaled = [one for row in rows for one in row.runs(records)]
     points = sorted((moved(one), math.log(value(one, name))) for one in scaled if one.seed == run.seed)
     if not points:
         return None
@@ -165,15 +180,15 @@ def at_movement(records: Sequence[Record], method: str, run: Record, name: str) 
 def layers_table(records: Sequence[Record]) -> str:
     """Adapters in all layers, in the MLPs alone, and in the attention alone, with as many parameters."""
     rows = []
-    for method, rate in (("lora", 5.5e-3), ("hra-pairs", 1e-2)):
+    for method, rate in IN_LAYERS.items():
         everywhere = {run.seed: score(run) for run in Row(method, rate).runs(records)}
-        for task, told in ((TASK, "all"), (f"{TASK}-mlp", "MLP"), (f"{TASK}-attention", "attention")):
+        for task, told in LAYERS.items():
             if not (runs := Row(method, rate).runs(records, task)):
                 continue
             over = difference({run.seed: score(run) for run in runs}, everywhere)
             rows.append(
                 [
-                    f"{ALL[method].label}, {told}",
+                    f"{label(method)}, {told}",
                     f"{runs[0].trainable:,}",
                     str(len(runs)),
                     spread([score(run) for run in runs]),
@@ -183,3 +198,19 @@ def layers_table(records: Sequence[Record]) -> str:
             )
     heads = ["", "parameters", "seeds", "new posts ↓", "over all layers", "tales ↓", "tweets ↓", "facts, % ↑"]
     return table(heads, rows)
+
+
+def parametrization_table(records: Sequence[Record]) -> str:
+    """Pairs as a parametrization, and as hooks on the optimizer in hra_fx 0.4, in the seeds of both."""
+    rows = []
+    for method in ("hra-pairs", "hra-pairs-protect"):
+        new = {run.seed: run for run in Row(method, 1e-2).runs(records)}
+        tested = [run for run in of(records, TASK, method) if run.test is not None and run.lr == 1e-2]
+        old = {run.seed: run for run in tested if run.moved is None and run.r == 8 and TWEETS in run.retention}
+        seeds = sorted(new.keys() & old.keys())
+        for name, told in (("", "new posts"), (TALES, "tales"), (TWEETS, "tweets")):
+            ours, theirs = ({seed: value(runs[seed], name) for seed in seeds} for runs in (new, old))
+            if seeds:
+                cells = [spread(list(values.values())) for values in (theirs, ours)]
+                rows.append([f"{label(method)}: {told}", str(len(seeds)), *cells, interval(difference(ours, theirs))])
+    return table(["perplexity ↓", "seeds", "hooks of 0.4", "parametrization", "difference"], rows)

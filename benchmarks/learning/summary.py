@@ -32,6 +32,13 @@ def difference(values: dict[int, float], base: dict[int, float]) -> Difference:
     return Difference(statistics.mean(pairs), STUDENT[len(pairs) - 1] * error, error)
 
 
+def half_interval(values: Sequence[float]) -> float:
+    """Half of the 95% interval of a mean of at least three values; 0 of fewer."""
+    if len(values) < 3:
+        return 0.0
+    return STUDENT[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+
+
 def gain(records: Sequence[Record], task: str, method: str, base: str, name: str = "") -> Difference:
     """How much better a method is than another: on the test split, or in what it retains as `name`.
 

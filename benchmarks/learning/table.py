@@ -18,8 +18,9 @@ README_TASKS = ("language", "newsgroups-1600", "newsgroups-5000", "digits")
 
 
 def label(method: str) -> str:
-    """The name of a method; some records are of methods that are not here any more."""
-    return ALL[method].label if method in ALL else method
+    """The name of a method, with `@scale` for a trained model that keeps a part of its change."""
+    name, _, scale = method.partition("@")
+    return ALL[name].label + (f", scaled by {scale}" if scale else "")
 
 
 def task_table(
@@ -61,6 +62,17 @@ def _cells(records: Sequence[Record], runs: Sequence[Record], names: Sequence[st
         f"{statistics.mean(run.seconds for run in runs):.1f} s",
         f"{statistics.mean(run.peak_mb or 0 for run in runs):.0f} MB",
     ]
+
+
+def language_table(records: Sequence[Record]) -> str:
+    """Scores, gains over LoRA, and what is kept on `language`, of all seeds."""
+    rows, kept = [], ("perplexity of tales", "facts, %")
+    for method in ("base", "lora", "dora", "oft", "hra", "hra-pairs", "full"):
+        runs = final_runs(records, "language", method)
+        over = "-" if method in ("base", "lora") else interval(gain(records, "language", method, "lora"))
+        cells = [f"{runs[0].lr:g}" if runs[0].lr else "-", spread(scores(runs)), over]
+        rows.append([label(method), *cells, *(spread(scores(runs, name)) for name in kept)])
+    return table(["method", "rate", "perplexity ↓", "gain", "perplexity of tales ↓", "facts, % ↑"], rows)
 
 
 def readme_table(records: Sequence[Record]) -> str:

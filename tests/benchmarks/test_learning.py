@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from learning import cli, costs
+from learning import cli, costs, page
 from learning.directions import lora_layers, main_inputs, protect_lora
 from learning.keeping import ALL
 from learning.methods import METHODS, layer_shapes
@@ -134,3 +134,8 @@ def test_costs_are_those_of_steps_in_turns() -> None:
     assert [cost.trainable for cost in found.values()] == [2 * 4 * 128, 2 * 8 * 64, 2 * 65 * 64]
     assert found["full"].file_mb == round(4 * 2 * 65 * 64 / 1e6, 2)
     assert costs.costs_table().startswith("|  | parameters | time over LoRA |")
+
+
+def test_pages_have_the_tables_and_the_picture_of_the_records() -> None:
+    for file, text in page.files(read()).items():
+        assert file.read_text(encoding="utf-8") == text, f"{file.name}: run `make bench-learning BENCH_FLAGS=--kept`"
