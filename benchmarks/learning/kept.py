@@ -89,7 +89,7 @@ def wanted() -> Iterator[tuple[str, str, float | None]]:
 
 
 def kept_table(records: Sequence[Record]) -> str:
-    """A row for each method that ran: the new posts, what is kept, how far the weights moved, and the time over LoRA."""
+    """A row for each method that ran: new posts, what is kept, how far the weights moved, and the time over LoRA's."""
     plain, lora = ({run.seed: run for run in row.runs(records)} for row in (PLAIN, Row("lora", 5.5e-3)))
     rows = []
     for row in ROWS:
