@@ -6,7 +6,7 @@ import bisect
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from learning.keeping import ALL
 from learning.rates import chosen, of
@@ -109,19 +109,8 @@ def kept_table(records: Sequence[Record]) -> str:
                 "-" if row.method == "base" else number(statistics.fmean(times)) if times else "-",
             ]
         )
-    heads = [
-        "",
-        "rate",
-        "seeds",
-        "new posts ↓",
-        "over HRA, pairs",
-        "tales ↓",
-        "tweets ↓",
-        "facts, % ↑",
-        "moved",
-        "time",
-    ]
-    return table(heads, rows)
+    heads = ["rate", "seeds", "new posts ↓", "over pairs", "tales ↓", "tweets ↓", "facts, % ↑", "moved", "time"]
+    return table(["", *heads], rows)
 
 
 def score(run: Record) -> float:
@@ -137,44 +126,41 @@ def moved(run: Record) -> float:
 
 
 def equal_movement_table(records: Sequence[Record]) -> str:
-    """Methods that keep something, and plain pairs and LoRA at scales that move the weights as far, seed by seed."""
+    """Pairs that keep something, and plain pairs where their weights moved as far, seed by seed."""
     rows = []
     for row in ROWS:
-        if row.trained not in ("hra-pairs-protect", "hra-pairs-protect-own", "hra-pairs-distance-own"):
-            continue
-        runs = row.runs(records)
-        cells = [label(row.method), f"{100 * statistics.fmean(map(moved, runs)):.1f}%"] if runs else []
-        for name in ("", TALES, TWEETS):
-            for plain in ("hra-pairs", "lora"):
-                found = [(value(run, name), at_movement(records, plain, run, name)) for run in runs]
-                pairs = [(own, other) for own, other in found if other is not None]
-                if plain == "hra-pairs":
-                    cells.append(number(statistics.fmean(own for own, _ in pairs)) if pairs else "-")
-                cells.append(number(statistics.fmean(other for _, other in pairs)) if pairs else "-")
-        if runs:
+        runs = row.runs(records) if row.trained.startswith("hra-pairs-") else []
+        found = [(run, plain) for run in runs if (plain := plain_scales(records, run.seed))]
+        if found:
+            cells = [label(row.method), f"{100 * statistics.fmean(moved(run) for run, _ in found):.1f}%"]
+            for name in ("", TALES, TWEETS):
+                cells.append(number(statistics.fmean(value(run, name) for run, _ in found)))
+                cells.append(number(statistics.fmean(at_movement(plain, moved(run), name) for run, plain in found)))
             rows.append(cells)
-    heads = [f"{name}{other}" for name in ("new posts", "tales", "tweets") for other in ("", ", pairs", ", LoRA")]
+    heads = [f"{name}{other}" for name in ("new posts", "tales", "tweets") for other in ("", ", plain")]
     return table(["", "moved", *heads], rows)
+
+
+def plain_scales(records: Sequence[Record], seed: int) -> list[Record]:
+    """The run of plain pairs with a seed, at all of its scales, in rising order."""
+    rows = [replace(PLAIN, method=f"{PLAIN.method}{scale}") for scale in ("@0.5", "@0.75", "")]
+    return [run for row in rows for run in row.runs(records) if run.seed == seed]
+
+
+def at_movement(scales: Sequence[Record], wanted: float, name: str) -> float:
+    """The perplexity of a model whose weights moved as far as wanted, from those at several scales.
+
+    Between two scales, and beyond the last one, its logarithm is linear in how far the weights moved.
+    """
+    points = [(moved(run), math.log(value(run, name))) for run in scales]
+    place = min(max(bisect.bisect([x for x, _ in points], wanted), 1), len(points) - 1)
+    (x0, y0), (x1, y1) = points[place - 1 : place + 1]
+    return math.exp(y0 + (y1 - y0) * (wanted - x0) / (x1 - x0))
 
 
 def value(run: Record, name: str) -> float:
     """The perplexity of new posts, or what is kept as `name`."""
     return run.retention[name] if name else score(run)
-
-
-def at_movement(records: Sequence[Record], method: str, run: Record, name: str) -> float | None:
-    """What a plain method has where its weights moved as far as in a run of the same seed; None if it did not run.
-
-    Between its scales, the logarithm of the perplexity is linear in how far the weights moved.
-    """
-    rows = [Row(method + scale, IN_LAYERS[method]) for scale in ("@0.5", "@0.75", "")]
-    scaled = [one for row in rows for one in row.runs(records)]
-    points = sorted((moved(one), math.log(value(one, name))) for one in scaled if one.seed == run.seed)
-    if not points:
-        return None
-    place = min(max(bisect.bisect([x for x, _ in points], moved(run)), 1), len(points) - 1)
-    (x0, y0), (x1, y1) = points[place - 1 : place + 1]
-    return math.exp(y0 + (y1 - y0) * (moved(run) - x0) / (x1 - x0))
 
 
 def layers_table(records: Sequence[Record]) -> str:

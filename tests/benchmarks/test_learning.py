@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from learning import cli, costs, page
+from learning import cli, costs, kept, page
 from learning.directions import lora_layers, main_inputs, protect_lora
 from learning.keeping import ALL
 from learning.methods import METHODS, layer_shapes
@@ -139,3 +140,9 @@ def test_costs_are_those_of_steps_in_turns() -> None:
 def test_pages_have_the_tables_and_the_picture_of_the_records() -> None:
     for file, text in page.files(read()).items():
         assert file.read_text(encoding="utf-8") == text, f"{file.name}: run `make bench-learning BENCH_FLAGS=--kept`"
+
+
+def test_plain_runs_are_compared_where_the_weights_moved_as_far() -> None:
+    scales = [replace(record(1e-2, 0, 0.0, score), moved=far) for far, score in ((0.1, 100.0), (0.2, 400.0))]
+    assert kept.at_movement(scales, 0.15, "") == pytest.approx(200.0)
+    assert kept.at_movement(scales, 0.25, "") == pytest.approx(800.0)
