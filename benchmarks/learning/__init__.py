@@ -1,7 +1,8 @@
 """How well HRA learns, compared with LoRA, other adapters and full fine-tuning.
 
 `tasks/` has the data and models, `methods.py` and `keeping.py` what is compared, `training.py` one run, `records.py`
-the file of results, `rates.py` the learning rate of each method, and `table.py` the tables.
+the file of results, `rates.py` the learning rate of each method, `table.py` and `kept.py` the tables, and `page.py`
+writes those of docs/results.md and README.
 """
 
 from __future__ import annotations
