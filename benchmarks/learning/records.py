@@ -23,7 +23,7 @@ class Record:
         trainable: trained parameters, without those of a new head.
         validation: the score on the validation split.
         test: the score on the test split, or None in runs that choose a learning rate or try a variant.
-        seconds: CPU time of the training on one thread.
+        seconds: CPU time of the steps on one thread.
         peak_mb: how far training raises the memory of the process, in MB; None where it cannot be measured.
         retention: what the model retains of what it could do, by name.
         curve: `[step, mean training loss since the point before, validation score]` during the training, for tasks

@@ -62,10 +62,10 @@ def run(
     rounded = task.bfloat16 and not float32 and is_fast()
     products = BaseProducts(model, linears) if rounded else nullcontext()
     trainable = count(model) - count(head)
-    peak, start = Peak(), time.process_time()
+    peak = Peak()
     with products:
-        curve = fit(model, head, task, method, lr)
-        seconds, peak_mb = time.process_time() - start, peak.megabytes()
+        curve, seconds = fit(model, head, task, method, lr)
+        peak_mb = peak.megabytes()
 
     def measured(name: str, curve: list[list[float]]) -> Record:
         with products:
@@ -110,8 +110,8 @@ def moved(model: nn.Module, base: nn.Module, targets: Sequence[str]) -> float:
     return statistics.fmean(found) if found else 0.0
 
 
-def fit(model: nn.Module, head: nn.Module, task: Task, method: Method, lr: float) -> list[list[float]]:
-    """AdamW with a schedule, warmup, and gradients clipped to norm 1; return the curve of the record."""
+def fit(model: nn.Module, head: nn.Module, task: Task, method: Method, lr: float) -> tuple[list[list[float]], float]:
+    """AdamW with a schedule, warmup, and gradients clipped to norm 1; return the record's curve, and the CPU time."""
     in_head = {id(parameter) for parameter in head.parameters()}
     inserted = [value for value in model.parameters() if value.requires_grad and id(value) not in in_head]
     groups = [
@@ -119,7 +119,7 @@ def fit(model: nn.Module, head: nn.Module, task: Task, method: Method, lr: float
         {"params": list(head.parameters()), "lr": task.head_lr if inserted else lr, "weight_decay": 0.0},
     ]
     if not any(group["params"] for group in groups):
-        return []
+        return [], 0.0
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
     method.prepare_optimizer(optimizer, model, task)
     term = method.term(model, task)
@@ -128,6 +128,7 @@ def fit(model: nn.Module, head: nn.Module, task: Task, method: Method, lr: float
     schedule = transformers.get_scheduler("linear", optimizer, warmup, len(batches) + 1)
     curve: list[list[float]] = []
     losses: list[float] = []
+    start = time.process_time()
     for step, batch in enumerate(batches, start=1):
         loss = task.rehearsal_loss(model, batch) if isinstance(batch, int) else task.loss(model, batch)
         losses.append(float(loss.detach()))
@@ -139,7 +140,7 @@ def fit(model: nn.Module, head: nn.Module, task: Task, method: Method, lr: float
         if task.curve_steps and step % task.curve_steps == 0:
             curve.append([step, round(statistics.mean(losses), 4), round(task.validate(model), 4)])
             losses.clear()
-    return curve
+    return curve, time.process_time() - start
 
 
 def with_rehearsal(batches: Sequence[Batch], steps: int) -> list[Batch | int]:
