@@ -61,7 +61,7 @@ class Sketch:
 
     def share(self, basis: Tensor) -> float:
         """The part of the energy in the span of orthonormal columns `(..., d, k)`, or a little less."""
-        return float((self.values @ basis.to(self.values)).square().sum() / self.energy)
+        return min(float((self.values @ basis.to(self.values)).square().sum() / self.energy), 1.0)
 
 
 def _rest(rows: Tensor, known: Tensor) -> Tensor:

@@ -43,8 +43,8 @@ class Protection:
 
     def __repr__(self) -> str:
         """Return the number of directions and of layers, and the smallest shares."""
-        counts = {basis.shape[-1] for basis in self.directions.values()}
-        lines = [f"protected directions of {len(self.directions)} layers, up to {max(counts, default=0)} in each"]
+        count, most = len(self.directions), max((basis.shape[-1] for basis in self.directions.values()), default=0)
+        lines = [f"{count} protected layer{'s' * (count != 1)}, with up to {most} directions each"]
         if self.shares:
             mean = sum(self.shares.values()) / len(self.shares)
             lowest = sorted(self.shares, key=lambda path: self.shares[path])[:3]
@@ -107,7 +107,7 @@ def protect(
         >>> from hra_fx import HRAConfig, transform
         >>> model = transform(nn.Sequential(nn.Linear(6, 4)), HRAConfig(r=2, target_modules=["0"]))
         >>> protect(model, [torch.tensor([[3.0, 4.0, 0.0, 0.0, 0.0, 0.0]])], directions=2)
-        protected directions of 1 layers, up to 2 in each
+        1 protected layer, with up to 2 directions each
         they hold 100.0% of the inputs on average; least: 100.0% in 0
     """
     if isinstance(samples, nn.Module):

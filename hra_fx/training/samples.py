@@ -57,7 +57,7 @@ def _is_row(sample: Mapping[str, Any]) -> bool:
     """Whether a mapping is a row of a tokenized dataset, and not a batch."""
     ids = sample.get("input_ids")
     if ids is not None:
-        return isinstance(ids, list) or ids.ndim == 1
+        return isinstance(ids, (list, tuple)) or ids.ndim == 1
     return any(isinstance(value, list) for value in sample.values()) and not any(
         isinstance(value, Tensor) for value in sample.values()
     )

@@ -249,7 +249,7 @@ def test_the_directions_are_those_with_the_most_of_the_inputs_and_the_report_sho
         assert row.moved == pytest.approx(distance(q @ basis, basis), abs=1e-7) and row.moved < 1e-5
     assert "0.00%" in str(hra_fx.report(model))
     least = min(found.shares, key=lambda path: found.shares[path])
-    assert f"protected directions of 14 layers, up to {DIRECTIONS} in each" in str(found)
+    assert f"14 protected layers, with up to {DIRECTIONS} directions each" in str(found)
     assert f"{found.shares[least]:.1%} in {least}" in str(found)
     other = adapted(base, target_modules="all-linear")
     other.load_state_dict(model.state_dict())
