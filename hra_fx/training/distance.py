@@ -120,7 +120,7 @@ def _mean(distances: Tensor, mask: Tensor | None) -> Tensor:
             "so padding cannot be left out. Pass a batch without padding and without a mask."
         )
     is_token = mask.to(distances.device) != 0
-    return distances.where(is_token, 0).sum() / is_token.sum()
+    return distances.where(is_token, 0).sum() / is_token.sum().clamp_min(1)
 
 
 def add_distance_to_base(trainer: Any, samples: Iterable[Any], weight: float = 1.0, every: int = 1) -> None:

@@ -48,8 +48,8 @@ def own_texts(
         Batches `{"input_ids": (batch_size, length)}` on the device of the model.
 
     Raises:
-        ConfigError: a number is not a positive int; the model does not have positions for `length` tokens; or all of
-            them are those of the chat template.
+        ConfigError: a number is not a positive int; the model does not have positions for `length` tokens; all of them
+            are those of the chat template; or `tokenizer` is not a tokenizer.
         AdapterError: the model is not a causal language model, or adapters of PEFT are merged.
 
     Example:
@@ -69,7 +69,9 @@ def own_texts(
     allowed = _allowed(writer, tokenizer)
     generator = torch.Generator().manual_seed(seed)
     batches = []
-    with without_adapters(unwrap(model)), preserve_rng_state(), torch.compiler.set_stance("force_eager"):
+    eager = torch.compiler.set_stance("force_eager")
+    # In inference mode, the texts could not be trained on.
+    with torch.inference_mode(False), without_adapters(unwrap(model)), preserve_rng_state(), eager:
         for start in tqdm(range(0, count, batch_size), desc="own texts", delay=2, leave=False):
             rows = min(batch_size, count - start)
             batches.append({"input_ids": _written(writer, rows, plan, allowed, generator, uniform=not chats)})
@@ -81,7 +83,7 @@ def _writer(model: nn.Module, length: int) -> Any:
     """The causal language model of transformers in a model. Its layers may have adapters."""
     check_is_module(model)
     inner: Any = unwrap(model)
-    writer = inner.get_base_model() if is_of_peft(inner) else inner
+    writer = inner.get_base_model() if is_of_peft(inner) and hasattr(inner, "get_base_model") else inner
     config: Any = getattr(writer, "config", None)
     if (
         not callable(getattr(writer, "can_generate", None))
@@ -99,6 +101,11 @@ def _writer(model: nn.Module, length: int) -> Any:
 
 def _plan(tokenizer: Any, length: int) -> tuple[list[int | None], bool]:
     """The tokens of a text, None for those that the model writes; and whether it is a chat."""
+    if tokenizer is not None and not hasattr(tokenizer, "all_special_ids"):
+        raise ConfigError(
+            f"`tokenizer` must be a tokenizer of transformers, got {type(tokenizer).__name__}. For a processor, pass "
+            "processor.tokenizer."
+        )
     before: list[int] = []
     after: list[int] = []
     chats = tokenizer is not None and bool(tokenizer.chat_template)

@@ -73,6 +73,7 @@ def test_the_mean_divergence_of_dense_weights() -> None:
     for given in (batch, BatchEncoding(batch | {"labels": "not a tensor"}), (IDS, MASK, positions)):
         found = hra_fx.distance_to_base(model, given)
         torch.testing.assert_close(found.detach(), wanted.detach(), rtol=1e-6, atol=0)
+    assert hra_fx.distance_to_base(model, {"input_ids": IDS, "attention_mask": torch.zeros_like(IDS)}).item() == 0
     plain = divergences(rotated(base, model, "b", "default")(IDS).logits, base(IDS).logits).mean()
     torch.testing.assert_close(hra_fx.distance_to_base(model, IDS).detach(), plain.detach(), rtol=1e-6, atol=0)
 

@@ -50,6 +50,9 @@ WAYS: dict[str, Callable[[Any], Any]] = {
     "DataParallel": lambda base: nn.DataParallel(hra_fx.transform(base, hra_fx.HRAConfig(**FIELDS))),
     "LoRA": of_peft(peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")),
     "prompt": of_peft(peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")),
+    "mixed": lambda base: peft.PeftMixedModel(
+        base, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    ),
     "injected": lambda base: peft.inject_adapter_in_model(peft.HRAConfig(**FIELDS), base),
 }
 
@@ -88,9 +91,11 @@ def test_the_base_writes_the_texts(way: str) -> None:
     model = WAYS[way](copy.deepcopy(base)).train()
     next(model.modules()).eval()
     before = state_of(model)
-    found = hra_fx.own_texts(model, 7, 12, 3, seed=7)
+    with torch.inference_mode():
+        found = hra_fx.own_texts(model, 7, 12, 3, seed=7)
     torch.testing.assert_close([batch["input_ids"] for batch in found], wanted)
     torch.testing.assert_close(state_of(model), before, rtol=0, atol=0)
+    assert not any(batch["input_ids"].is_inference() for batch in found)
     assert not torch.equal(found[0]["input_ids"], hra_fx.own_texts(model, 3, 12, seed=8)[0]["input_ids"])
 
 
@@ -152,6 +157,11 @@ def test_other_models_are_refused(make: Callable[[], Any]) -> None:
         ({"count": 0}, ConfigError, "`count` must be a positive int, got 0"),
         ({"length": 2.0}, ConfigError, r"`length` must be a positive int, got 2\.0"),
         ({"batch_size": True}, ConfigError, "`batch_size` must be a positive int, got True"),
+        (
+            {"length": 4, "tokenizer": "my-model"},
+            ConfigError,
+            "`tokenizer` must be a tokenizer of transformers, got str",
+        ),
         ({"length": 33}, ConfigError, "at most the model's max_position_embeddings = 32, got 33"),
         ({"length": 3, "tokenizer": tokenizer()}, ConfigError, "`length` must be at least 4, got 3: 2 tokens"),
     ],
