@@ -20,7 +20,8 @@ def orthogonality_loss(model: nn.Module) -> Tensor:
     """Compute the sum of `|U_n^T U_n - I|_F` over adapted layers and active adapters; add it to the training loss.
 
     `U: (d, r)` are the trained vectors of an adapter, without its frozen anchor, and `U_n` are the same vectors
-    normalized (gradients include the normalization). Adapters with Gram-Schmidt are orthonormal and contribute zero.
+    normalized (gradients include the normalization). Adapters with Gram-Schmidt are orthonormal and contribute zero,
+    and so do adapters at a scale other than 1, which are not trained.
     For two equal vectors, as at the start with `init_weights=True`, the penalty is largest and its gradient is zero:
     the gradient of the task must separate them first.
 
@@ -53,6 +54,7 @@ def orthogonality_loss(model: nn.Module) -> Tensor:
         adapters.part(name, full_tensor(adapters[name]))
         for adapters in (layer.hra_u for layer in layers.values())
         for name in adapters.active
+        if name not in adapters.scales
     ]
     device = active[0].trained.device if active else next(iter(layers.values())).hra_base.device
     total = torch.zeros((), device=device)

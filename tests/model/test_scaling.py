@@ -35,6 +35,16 @@ def test_the_ends_are_exact_and_a_report_has_a_part_of_the_angle(alpha: float) -
     assert row.orthogonality < 1e-12
 
 
+def test_a_scaled_adapter_gets_no_gradient_and_is_trained_again_at_full_scale() -> None:
+    model = one()[1]
+    hra_fx.set_scale(model, "a", 0.5)
+    loss = model(normal(4, 6)).sum() + hra_fx.orthogonality_loss(model)
+    assert not loss.requires_grad
+    hra_fx.set_scale(model, "a", 1)
+    model(normal(4, 6)).sum().backward()
+    assert model.first.hra_u["a"].grad.any()
+
+
 def test_16_bits_do_not_change_a_scaled_rotation() -> None:
     model = hra_fx.transform(net(torch.float32), config("first", r=4), "a")
     with torch.no_grad():
