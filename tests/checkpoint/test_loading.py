@@ -30,7 +30,7 @@ from checkpoint.damaging import (
 )
 from checkpoints import picture
 from model.many import refuses
-from oracles import dense_q, dense_weight, relative_error
+from oracles import dense_q, dense_weight, layer_q, relative_error
 from peft_sides import same_tensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -122,6 +122,19 @@ def test_a_file_with_a_narrow_dtype_is_loaded_in_float32(dtype: torch.dtype, r: 
         hra_fx.set_adapter(model, "default")
         assert model[0].hra_u["default"].dtype == torch.float32, state
         assert relative_error(model.eval()(X), by_oracle(folder)) < 1e-5, state
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_pairs_in_16_bits_keep_a_small_rotation_and_so_does_their_file(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Vectors in 16 bits would lose it: it is a small difference of two of them."""
+    model = adapted(mlp(), "0", r=4)
+    with torch.no_grad():
+        model[0].hra_u["default"][..., 1] *= 0.05
+    identity = torch.eye(6, dtype=torch.float64)
+    wanted = layer_q(model[0]) - identity
+    hra_fx.save_adapter(model.to(dtype), tmp_path)
+    for one in (model, hra_fx.load_adapter(mlp(), tmp_path)):
+        assert relative_error(layer_q(one[0]) - identity, wanted) < torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("fields", [{}, {"apply_GS": True}, {"apply_GS": True, "init_weights": False}], ids=str)
