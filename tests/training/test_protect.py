@@ -139,13 +139,9 @@ def trained(model: nn.Module, batch: Any, make: Any = torch.optim.AdamW, steps: 
     return model.eval()
 
 
-def distance(found: Tensor, wanted: Tensor) -> float:
-    return relative_error(found, wanted)
-
-
 def check_kept(model: nn.Module, base: nn.Module, kept: Any, other: Any, bound: float = 1e-9) -> None:
-    assert distance(output_of(model, kept), output_of(base, kept)) < bound
-    assert distance(output_of(model, other), output_of(base, other)) > 0.01
+    assert relative_error(output_of(model, kept), output_of(base, kept)) < bound
+    assert relative_error(output_of(model, other), output_of(base, other)) > 0.01
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -154,7 +150,7 @@ def test_outputs_for_what_is_kept_stay_those_of_the_base_model(name: str, tmp_pa
     base = make().to(F64).eval()
     model = adapted(copy.deepcopy(base), **fields)
     hra_fx.protect(model, [kept], DIRECTIONS)
-    assert distance(output_of(model, other), output_of(base, other)) < 1e-9  # still the identity
+    assert relative_error(output_of(model, other), output_of(base, other)) < 1e-9  # still the identity
     trained(model, other)
     check_kept(model, base, kept, other)
     hra_fx.save_adapter(model, tmp_path)
@@ -164,7 +160,7 @@ def test_outputs_for_what_is_kept_stay_those_of_the_base_model(name: str, tmp_pa
     check_kept(trained(resumed, other), base, kept, other)
     before = output_of(model, other)
     hra_fx.unprotect(model)
-    assert distance(output_of(model, other), before) < 1e-9
+    assert relative_error(output_of(model, other), before) < 1e-9
     check_kept(hra_fx.fold(model), base, kept, other, bound=1e-8)
 
 
@@ -198,10 +194,10 @@ def test_no_optimizer_moves_protected_directions(way: str, fields: dict[str, Any
         layer = found.get_submodule(path)
         chain, weight = layer.hra_u.chain("default").detach(), layer.hra_base.detach().double()
         q = dense_q(chain)
-        assert distance(weight @ q @ basis.double(), weight @ basis.double()) < 1e-6
-        assert distance(weight @ q, weight) > 1e-2
+        assert relative_error(weight @ q @ basis.double(), weight @ basis.double()) < 1e-6
+        assert relative_error(weight @ q, weight) > 1e-2
         turned, bound = hra_fx.effective_weight(layer).double(), 3e-3 if way == "bfloat16" else 1e-6
-        assert distance(turned @ basis.double(), weight @ basis.double()) < bound
+        assert relative_error(turned @ basis.double(), weight @ basis.double()) < bound
 
 
 def test_a_quantized_base_a_graph_and_two_adapters_are_protected() -> None:
@@ -246,7 +242,7 @@ def test_the_directions_are_those_with_the_most_of_the_inputs_and_the_report_sho
         held = (rows @ basis).square().sum() / rows.square().sum()
         assert row.held == found.shares[row.path] == pytest.approx(float(held), abs=0.02)
         q = dense_q(model.get_submodule(row.path).hra_u.chain("default").detach())
-        assert row.moved == pytest.approx(distance(q @ basis, basis), abs=1e-7) and row.moved < 1e-5
+        assert row.moved == pytest.approx(relative_error(q @ basis, basis), abs=1e-7) and row.moved < 1e-5
     assert "0.00%" in str(hra_fx.report(model))
     least = min(found.shares, key=lambda path: found.shares[path])
     assert f"14 protected layers, with up to {DIRECTIONS} directions each" in str(found)
