@@ -51,7 +51,7 @@ def values(config: Any) -> dict[str, Any]:
 
 
 def test_fields_and_defaults_are_pefts() -> None:
-    ours = ["extra", "rank_pattern", "target_parameters"]
+    ours = ["extra", "pairs", "rank_pattern", "target_parameters"]
     assert sorted(f.name for f in dataclasses.fields(HRAConfig)) == sorted([*FIELDS, *ours])
     assert values(HRAConfig()) == values(peft.HRAConfig())
     assert HRAConfig().peft_version is None

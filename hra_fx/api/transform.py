@@ -86,6 +86,9 @@ def transform(
             `dynamic_shapes` is set without `trace`; or the model cannot be traced, or is an `ExportedProgram`. After
             any error the model is unchanged.
 
+    Warns:
+        HRAWarning: an odd rank trains vectors, which learn less than pairs.
+
     Example:
         >>> model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> model = transform(model, HRAConfig(r=2, target_modules=["0", "2"]))

@@ -90,7 +90,13 @@ def random_init(name: str, config: HRAConfig, *, on_meta: bool) -> AdapterFactor
     """Return a function that adds new vectors, initialized as configured."""
 
     def fill(path: str, layer: nn.Module, adapters: HouseholderAdapters) -> None:
-        spec = AdapterSpec(config.rank_of(path), config.apply_GS, config.init_weights, config.trains_pairs(path))
+        r = config.rank_of(path)
+        spec = AdapterSpec(r, config.apply_GS, config.init_weights, config.trains_pairs(path))
+        if config.pairs and not config.apply_GS and r % 2:
+            text = (
+                f"adapter {name!r}: r = {r} is odd, so it trains vectors, which learn less than pairs. Use an even r."
+            )
+            warnings.warn(text, HRAWarning, stacklevel=2)
         weight, device = adapters.weight_of(layer), adapters.device_of(layer)
         adapters.add(name, spec, weight.dtype, device, on_meta=on_meta)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import inspect
+import warnings
 from typing import Any
 
 import peft
@@ -44,6 +45,15 @@ def test_training_flags_are_kept_and_vectors_are_trainable_under_no_grad() -> No
     assert [model[0].hra_u.training, model[3].hra_u.training] == [True, False]
     model(torch.randn(2, 6)).sum().backward()
     assert model[0].hra_u["default"].grad is not None
+
+
+def test_an_odd_rank_is_warned_about_unless_vectors_are_wanted() -> None:
+    with pytest.warns(errors.HRAWarning, match="adapter 'default': r = 3 is odd, .* Use an even r"):
+        hra_fx.transform(mlp(), config("0", r=3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hra_fx.transform(mlp(), config("0", r=3, pairs=False))
+        hra_fx.transform(mlp(), config("0", r=4))
 
 
 # ---- a second call ----
