@@ -206,14 +206,13 @@ def _state_of(root: nn.Module) -> dict[str, Tensor]:
 
 
 def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[str, Tensor]) -> _Contents:
-    config, sites = record.configs[name], layers_with(root, record, name)
-    if missing := [entry for path in sites if (entry := vectors_entry(path, name)) not in state]:
+    config, sites, layers = record.configs[name], layers_with(root, record, name), adapted_layers(root)
+    if missing := [entry for path in sites for entry in _entries(layers[path].hra_u, path, name) if entry not in state]:
         raise AdapterError(
             f"state_dict has no entry {missing[0]!r}. Pass the state of the whole model. With transformers' Trainer "
             "and ZeRO-3, set `stage3_gather_16bit_weights_on_model_save` to true in DeepSpeed's configuration."
         )
     tensors: dict[str, Tensor] = {}
-    layers = adapted_layers(root)
     scale = layers[sites[0]].hra_u.scales.get(name, 1.0)  # which is the same in all layers
     resume = Resume(config, has_anchors=any(anchor_entry(path, name) in state for path in sites))
     for path in sites:
@@ -241,6 +240,13 @@ def _contents(root: nn.Module, record: AdapterState, name: str, state: Mapping[s
     row = write_base_row({path: layers[path] for path in sites}, chains)
     metadata = {"format": "pt", **resume.metadata(), **row}
     return _inference_config(root, resume.saved_config), detached, metadata
+
+
+def _entries(adapters: HouseholderAdapters, path: str, name: str) -> list[str]:
+    """The entries of a state that the chain of an adapter is computed from: also its anchor and kept directions."""
+    anchor = [anchor_entry(path, name)] if adapters.anchor(name) is not None else []
+    kept = [kept_entry(path, name)] if adapters.kept(name) is not None else []
+    return [vectors_entry(path, name), *anchor, *kept]
 
 
 def _part_of(adapters: HouseholderAdapters, state: Mapping[str, Tensor], path: str, name: str) -> ChainPart:

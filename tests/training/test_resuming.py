@@ -223,3 +223,10 @@ def test_the_state_of_an_optimizer_of_0_4_is_loaded_right_or_refused() -> None:
     for one, own in ((model, optimizer), (again, fresh)):
         train(one, own, range(3, 6))
     assert torch.equal(again(X), model(X))
+
+
+@pytest.mark.parametrize("kind", ["odd rank", "Gram-Schmidt", "protected"])
+def test_parameters_alone_are_not_the_state_of_an_adapter(kind: str) -> None:
+    model = adapted(kind, 1)
+    with pytest.raises(hra_fx.AdapterError, match=r"^state_dict has no entry '0\.hra_u\.default_(anchor|kept)'\. Pass"):
+        hra_fx.get_peft_model_state_dict(model, dict(model.named_parameters()))
