@@ -77,6 +77,17 @@ ROWS = (
     Row("full@0.75", 1.7e-4, in_picture=True),
 )
 PLAIN = Row("hra-pairs", 1e-2)
+#: The rows of the guide, docs/keep.md.
+GUIDE = (
+    Row("base"),
+    PLAIN,
+    Row("hra-pairs-distance-own", 1e-2),
+    Row("hra-pairs-protect-own", 1e-2),
+    Row("hra-pairs-protect", 1e-2),
+    Row("hra-pairs@0.75", 1e-2),
+    Row("lora", 5.5e-3),
+    Row("full@0.75", 1.7e-4),
+)
 #: The tables of layers: methods with their rates, and tasks.
 IN_LAYERS = {"lora": 5.5e-3, "hra-pairs": 1e-2}
 LAYERS = {TASK: "all", f"{TASK}-mlp": "MLP", f"{TASK}-attention": "attention"}
@@ -111,6 +122,17 @@ def kept_table(records: Sequence[Record]) -> str:
         )
     heads = ["rate", "seeds", "new posts ↓", "over pairs", "tales ↓", "tweets ↓", "facts, % ↑", "moved", "time"]
     return table(["", *heads], rows)
+
+
+def guide_table(records: Sequence[Record]) -> str:
+    """A row for each way to keep something that ran: new posts, and what is kept."""
+    found = [(row, runs) for row in GUIDE if (runs := row.runs(records))]
+    columns = [("new posts ↓", ""), ("tales ↓", TALES), ("tweets ↓", TWEETS), ("facts, % ↑", FACTS)]
+    cells = [
+        [label(row.method), str(len(runs)), *(spread([value(run, name) for run in runs]) for _, name in columns)]
+        for row, runs in found
+    ]
+    return table(["", "seeds", *(head for head, _ in columns)], cells)
 
 
 def score(run: Record) -> float:

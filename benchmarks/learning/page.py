@@ -1,39 +1,43 @@
-"""The tables of docs/results.md and README that come from the records, and their picture."""
+"""The tables of docs/results.md, docs/keep.md and README that come from the records, and their picture."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from learning.kept import equal_movement_table, kept_table, layers_table, parametrization_table
+from learning.kept import equal_movement_table, guide_table, kept_table, layers_table, parametrization_table
 from learning.kept_picture import DARK, LIGHT, kept_picture
 from learning.records import FILE, Record
 from learning.table import language_table, readme_table
 
 PAGE, README = FILE.with_name("results.md"), FILE.parents[1] / "README.md"
-#: Each table is between two comments with its name.
+#: Each table of a page is between two comments with its name.
 TABLES = {
-    "language": language_table,
-    "kept": kept_table,
-    "equal movement": equal_movement_table,
-    "layers": layers_table,
-    "pairs": parametrization_table,
+    PAGE: {
+        "language": language_table,
+        "kept": kept_table,
+        "equal movement": equal_movement_table,
+        "layers": layers_table,
+        "pairs": parametrization_table,
+    },
+    PAGE.with_name("keep.md"): {"guide": guide_table},
 }
 
 
 def files(records: Sequence[Record]) -> dict[Path, str]:
-    """What the page, README and the pictures should be."""
-    page = PAGE.read_text(encoding="utf-8")
-    for name, made in TABLES.items():
-        start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        before, rest = page.split(start)
-        page = before + start + made(records) + end + rest.split(end)[1]
+    """What the pages, README and the pictures should be."""
+    pages = {page: page.read_text(encoding="utf-8") for page in TABLES}
+    for page, tables in TABLES.items():
+        for name, made in tables.items():
+            start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+            before, rest = pages[page].split(start)
+            pages[page] = before + start + made(records) + end + rest.split(end)[1]
     pictures = {PAGE.with_name(f"kept-{name}.svg"): colors for name, colors in (("light", LIGHT), ("dark", DARK))}
     readme = README.read_text(encoding="utf-8")
     new = readme_table(records)
     before, rest = readme.split(new.splitlines()[0])
     readme = before + new + rest[rest.index("\n\n") + 1 :]
-    return {PAGE: page, README: readme, **{file: kept_picture(records, colors) for file, colors in pictures.items()}}
+    return {**pages, README: readme, **{file: kept_picture(records, colors) for file, colors in pictures.items()}}
 
 
 def write(records: Sequence[Record]) -> None:
