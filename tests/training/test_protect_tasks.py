@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,6 +112,21 @@ def test_each_adapter_keeps_its_own_directions() -> None:
         assert relative_error(output_of(model, words(ids)), output_of(base, words(ids))) < 1e-9
     hra_fx.unprotect(model)
     assert {row.adapter: row.moved is None for row in hra_fx.report(model)} == {"default": False, "other": True}
+
+
+def test_a_protected_adapter_refuses_vectors_that_change_its_directions(tmp_path: Path) -> None:
+    model, other = (adapted(llama(), "q_proj", init_weights=False) for _ in range(2))
+    hra_fx.protect(model, [words(TASKS[0])], 8)
+    before = copy.deepcopy(model.state_dict())
+    hra_fx.save_adapter(other, tmp_path)
+    with pytest.raises(AdapterError, match=r"keeps directions .* Call hra_fx\.unprotect\(model\) before"):
+        hra_fx.load_adapter(model, tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(RuntimeError, match=r"keeps directions .* or saved without default_kept\. Call"):
+        model.load_state_dict(other.state_dict(), strict=False)
+    hra_fx.unprotect(model)
+    hra_fx.load_adapter(model, tmp_path)
+    torch.testing.assert_close(output_of(model, words(TASKS[1])), output_of(other, words(TASKS[1])))
 
 
 def test_directions_of_another_model_are_refused() -> None:
